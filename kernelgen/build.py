@@ -1,0 +1,85 @@
+"""The pipeline on one screen: specs -> families -> variants -> texts -> tree -> disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Iterator
+
+from kernelgen import assemble, names, write
+from kernelgen.diagnostics import Diagnostic, Failure, did_you_mean, failure
+from kernelgen.expand import expand
+from kernelgen.load import load
+from kernelgen.locate import template_folders
+from kernelgen.model import Family, Location, Package, Tree, Variant
+from kernelgen.render import Renderer
+
+
+def package(specs: Path) -> Package:
+    """The families of the folder ``specs``, with their variants.
+
+    Raises:
+        Failure: with every fault of every spec (exit code 1), or because they cannot be read (2).
+    """
+    families, faults = load(specs)
+    expanded, found = expand(families)
+    faults += found
+    faults += renderer(specs).missing_templates(expanded)
+    if faults:
+        raise Failure(faults)
+    return expanded
+
+
+def renderer(specs: Path) -> Renderer:
+    """The templates that serve the folder ``specs``."""
+    return Renderer(template_folders(specs))
+
+
+def tree(specs: Path, only: str | None = None, jobs: int = 1) -> Tree:
+    """The output of ``specs``, in memory; ``only`` is a glob on the names of variants."""
+    return assemble.assemble(package(specs), renderer(specs), only, jobs)
+
+
+def build(specs: Path, out: Path, only: str | None = None, jobs: int = 1) -> write.Plan:
+    """Bring ``out`` up to date, and return what was done."""
+    return write.sync(tree(specs, only, jobs), out)
+
+
+def check(specs: Path, out: Path, only: str | None = None, jobs: int = 1) -> write.Plan:
+    """What ``build`` would do; changes nothing."""
+    return write.plan(tree(specs, only, jobs), out)
+
+
+def findings(plan: write.Plan) -> list[Diagnostic]:
+    """What ``check`` found, as faults of the files."""
+    found = list(plan.blocked)
+    if plan.interrupted:
+        found.append(Diagnostic("KG033", Location(names.STAGING), "a build was interrupted"))
+    for change in plan.changes:
+        found.append(Diagnostic("KG034", Location(change.path), _difference(change)))
+    return found
+
+
+def _difference(change: write.Change) -> str:
+    if change.text is None:
+        return "no spec makes this file any more"
+    return "differs from what the specs say" if change.old else "is missing"
+
+
+def differences(plan: write.Plan, out: Path) -> Iterator[str]:
+    """The unified diff from the disk to the tree, line by line."""
+    return (line.rstrip("\n") for line in write.differences(plan, out))
+
+
+def find(package: Package, name: str) -> tuple[Family, Variant]:
+    """The variant called ``name``, and its family.
+
+    Raises:
+        Failure: there is none; exit code 2.
+    """
+    for family in package.families:
+        for variant in family.variants:
+            if variant.name == name:
+                return family, variant
+    hint = did_you_mean(name, [variant.name for variant in package.variants])
+    hint = hint if hint.startswith("did") else "kernelgen list shows the names"
+    raise failure("KG040", name, "no such variant", hint)

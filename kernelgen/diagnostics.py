@@ -1,0 +1,137 @@
+"""What can go wrong, told in one form: place, code, the line with a caret, and what to do.
+
+A fault in a spec never stops at the first: checks add to a list, and ``Failure`` carries all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any, Iterable, Mapping, Sequence
+
+from kernelgen.model import Location
+
+CATALOGUE: Mapping[str, str] = {
+    "KG001": "a file or folder cannot be read or written",
+    "KG002": "a spec is not UTF-8",
+    "KG003": "a spec holds a character that cannot be seen",
+    "KG004": "a limit on size, depth or count is passed",
+    "KG005": "a spec is not well-formed YAML",
+    "KG006": "a feature of YAML that specs do without",
+    "KG007": "a key is given twice",
+    "KG008": "an unknown key",
+    "KG009": "a required key is missing",
+    "KG010": "a value of the wrong type",
+    "KG011": "a value that is not allowed",
+    "KG012": "a text that cannot be a name",
+    "KG013": "a family that is not named as its file",
+    "KG014": "an unknown axis",
+    "KG015": "an unknown tag",
+    "KG016": "a value is listed twice",
+    "KG017": "an exclude that leaves nothing out",
+    "KG018": "a tag, or a family, of which nothing is left",
+    "KG019": "two variants of one name",
+    "KG020": "a kernel without a template, or a template without a kernel",
+    "KG021": "a template that is not well-formed, or does more than templates may",
+    "KG022": "a template failed on a variant",
+    "KG023": "a template made something that is not acceptable Python",
+    "KG024": "an output path that is not allowed",
+    "KG025": "a tuned choice that does not fit the spec",
+    "KG030": "a file in the way that kernelgen did not write",
+    "KG031": "a generated file that was edited by hand",
+    "KG032": "a manifest or journal that cannot be read",
+    "KG033": "a build that was interrupted",
+    "KG034": "the output differs from what the specs say",
+    "KG040": "nothing matches",
+    "KG041": "no variant serves a case",
+}
+_WIDTH = 120  # columns of an excerpt
+_MOST = 200  # faults that are shown
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnostic:
+    """One fault: a code of the catalogue, where, what, and what to do about it."""
+
+    code: str
+    location: Location
+    message: str
+    hint: str = ""
+
+    def __post_init__(self) -> None:
+        assert self.code in CATALOGUE, self.code
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields of a report; line and column 0 mean the whole file."""
+        return {
+            "code": self.code,
+            "path": self.location.path,
+            "line": self.location.line,
+            "column": self.location.column,
+            "message": self.message,
+            "hint": self.hint,
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{printable(str(self.location))}: error[{self.code}]: {printable(self.message)}"]
+        if self.location.text:
+            lines += _excerpt(self.location)
+        if self.hint:
+            lines.append(f"  hint: {printable(self.hint)}")
+        return "\n".join(lines)
+
+
+class Failure(Exception):
+    """Work that could not be done; carries every fault that was found.
+
+    Attributes:
+        diagnostics: the faults, in the order of their places.
+        exit_code: 1 when what was asked about is at fault, 2 when the job could not be done.
+    """
+
+    def __init__(self, diagnostics: Iterable[Diagnostic], exit_code: int = 1) -> None:
+        self.diagnostics = tuple(sorted(set(diagnostics), key=_place))
+        self.exit_code = exit_code
+        super().__init__(f"{len(self.diagnostics)} errors")
+
+    def __str__(self) -> str:
+        shown = [str(diagnostic) for diagnostic in self.diagnostics[:_MOST]]
+        if len(self.diagnostics) > _MOST:
+            shown.append(f"... and {len(self.diagnostics) - _MOST} more errors")
+        return "\n".join(shown)
+
+
+def failure(code: str, where: str, message: str, hint: str = "", exit_code: int = 2) -> Failure:
+    """A ``Failure`` with one fault that concerns a whole file, or the command."""
+    return Failure([Diagnostic(code, Location(where), message, hint)], exit_code)
+
+
+def os_failure(error: OSError, path: object) -> Failure:
+    """The ``Failure`` of a system call on ``path``."""
+    return failure("KG001", str(path), error.strerror or type(error).__name__)
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """A hint that names the nearest known word, or all of them."""
+    near = difflib.get_close_matches(word[:80], known, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"known: {', '.join(known)}" if known else ""
+
+
+def printable(text: str) -> str:
+    """``text`` with what a terminal would obey, and lone surrogates, replaced by '?'."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _place(diagnostic: Diagnostic) -> tuple[Any, ...]:
+    where = diagnostic.location
+    return where.path, where.line, where.column, diagnostic.code, diagnostic.message
+
+
+def _excerpt(where: Location) -> list[str]:
+    start = max(0, where.column - 1 - _WIDTH // 2) if len(where.text) > _WIDTH else 0
+    text = printable(where.text[start : start + _WIDTH])
+    before = where.column - 1 - start
+    caret = "^" * max(1, min(where.length, _WIDTH - before))
+    return [f"{where.line:5} | {text}", f"      | {' ' * before}{caret}"]

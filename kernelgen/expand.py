@@ -1,0 +1,113 @@
+"""Axes to variants: one pure function."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import Iterator, Sequence
+
+from kernelgen.diagnostics import Diagnostic
+from kernelgen.model import (
+    SCHEDULE,
+    VOCABULARY,
+    Fact,
+    Family,
+    Package,
+    Record,
+    Variant,
+)
+from kernelgen.names import Identifier, module_name, variant_name
+
+MAX_COMBINATIONS = 10_000
+MAX_VARIANTS = 2_000
+
+
+def expand(families: Sequence[Family]) -> tuple[Package, list[Diagnostic]]:
+    """Give every family its variants, in the order of the spec's axes and tags, and judge the result.
+
+    Returns:
+        The package of the families, and what is wrong with excludes, sizes and names.
+    """
+    faults: list[Diagnostic] = []
+    expanded = []
+    for family in families:
+        combinations = math.prod(len(axis.tags) for axis in family.axes)
+        if combinations > MAX_COMBINATIONS:
+            message = f"{combinations} combinations of tags; at most {MAX_COMBINATIONS}"
+            faults.append(Diagnostic("KG004", family.axes[0].location, message))
+            continue
+        variants = tuple(_variants(family))
+        faults += _coverage_faults(family, variants)
+        expanded.append(dataclasses.replace(family, variants=variants))
+    package = Package(tuple(expanded))
+    return package, faults + list(_name_faults(package))
+
+
+def _combinations(family: Family) -> Iterator[Record]:
+    names = [axis.name for axis in family.axes]
+    for tags in itertools.product(*(axis.tags for axis in family.axes)):
+        yield Record(dict(zip(names, tags)))
+
+
+def _variants(family: Family) -> Iterator[Variant]:
+    for tags in _combinations(family):
+        chosen: dict[str, str] = dict(tags)
+        if any(exclude.matches(chosen) for exclude in family.excludes):
+            continue
+        yield Variant(
+            family.name,
+            variant_name(family.name, tags.values),
+            module_name(tags.values),
+            Identifier(chosen.get(SCHEDULE, family.name)),
+            tags,
+            _facts(family, tags),
+        )
+
+
+def _facts(family: Family, tags: Record) -> Record:
+    facts: dict[Identifier, Fact] = {
+        Identifier("rounds_intermediate"): family.numerics.intermediate == "activation"
+    }
+    for axis, tag in tags:
+        for name, fact in VOCABULARY.get(axis, {}).get(tag, {}).items():
+            facts[Identifier(name)] = fact
+    return Record(facts)
+
+
+def _coverage_faults(family: Family, variants: Sequence[Variant]) -> Iterator[Diagnostic]:
+    if len(variants) > MAX_VARIANTS:
+        message = f"{len(variants)} variants; at most {MAX_VARIANTS}"
+        yield Diagnostic("KG004", family.axes[0].location, message)
+    if not variants:
+        message = "every combination is excluded"
+        yield Diagnostic("KG018", family.axes[0].location, message)
+        return
+    combinations = [dict(tags) for tags in _combinations(family)]
+    for i, exclude in enumerate(family.excludes):
+        others = family.excludes[:i]
+        if not any(
+            exclude.matches(tags) and not any(other.matches(tags) for other in others)
+            for tags in combinations
+        ):
+            message = "this exclude leaves nothing out that is not left out above"
+            yield Diagnostic("KG017", exclude.location, message)
+    for axis in family.axes:
+        used = {getattr(variant, axis.name) for variant in variants}
+        for tag, where in zip(axis.tags, axis.tag_locations):
+            if tag not in used:
+                message = f"every combination with {axis.name} {tag} is excluded"
+                yield Diagnostic("KG018", where, message, "remove the tag, or narrow an exclude")
+
+
+def _name_faults(package: Package) -> Iterator[Diagnostic]:
+    owners: dict[str, Family] = {family.name: family for family in package.families}
+    for family in package.families:
+        for variant in family.variants:
+            other = owners.setdefault(variant.name, family)
+            if other is not family:
+                message = f"variant {variant.name} has the name of something in {other.spec}"
+                yield Diagnostic("KG019", family.location, message, "rename a family or a tag")
+        if len({variant.name for variant in family.variants}) < len(family.variants):
+            message = "two variants have one name, because tags join to the same words"
+            yield Diagnostic("KG019", family.axes[0].location, message, "rename a tag")

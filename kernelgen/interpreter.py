@@ -1,0 +1,505 @@
+"""Repairs of Triton's interpreter, so that a kernel that passes under it is right on a GPU.
+
+The stock interpreter computes bfloat16 and float8 on their bit patterns, reads and writes outside of tensors without a word,
+lets 32-bit offsets wrap, and patches ``triton.language`` anew at each call of a helper. ``install()`` mends this for the
+process. With it:
+
+* bfloat16 and float8 arithmetic, reductions and casts round to nearest even, and casts to float8 saturate, as on the GPU.
+* a load, store or atomic outside of the tensors that were passed to the launch raises ``OutOfBounds``; lanes that a mask
+  turns off and that name no ``other`` hold values that show up (NaN, a large integer) instead of zero.
+* two programs of a launch that store to one address, or one that loads what another stores, raise ``Race``.
+* 32-bit signed integer arithmetic that wraps raises ``IntegerOverflow``.
+* programmatic dependent launch is a no-op, as programs run one after the other.
+
+It reaches into private parts of Triton, known for 3.6 to 3.9; each is looked up first, so that a version without it fails
+with a message rather than with wrong numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any, Callable, Iterator
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from numpy.typing import NDArray
+
+_KNOWN = "3.6 to 3.9"
+_PARTS = {
+    "InterpreterBuilder": (
+        "cast_impl",
+        "create_fp_to_fp",
+        "create_dot",
+        "binary_op",
+        "unary_op",
+        "create_fma",
+        "create_add",
+        "create_sub",
+        "create_mul",
+        "create_masked_load",
+        "create_masked_store",
+        "create_atomic_rmw",
+        "create_atomic_cas",
+    ),
+    "ReduceOps": ("apply_impl",),
+    "ScanOps": ("apply_impl",),
+    "GridExecutor": ("__call__", "_init_args_hst", "_restore_args_dev"),
+    "_LangPatchScope": (),
+    "TensorHandle": (),
+    "InterpreterError": (),
+    "TensorDescriptor": (),
+    "_patch_lang": (),
+    "_patch_lang_core": (),
+    "_patch_lang_tensor": (),
+    "_get_np_dtype": (),
+    "interpreter_builder": ("options",),
+}
+
+
+class MemoryFault(Exception):
+    """An access that would be an error, or undefined, on a GPU."""
+
+
+class OutOfBounds(MemoryFault):
+    """An access outside of the tensors that were passed to the launch."""
+
+
+class Race(MemoryFault):
+    """Programs, or lanes of one store, whose result depends on the order in which they run."""
+
+
+class IntegerOverflow(MemoryFault):
+    """A 32-bit signed integer operation whose result does not fit."""
+
+
+_installed = False
+
+
+def install() -> None:
+    """Repair the interpreter in this process; further calls do nothing.
+
+    Raises:
+        RuntimeError: Triton was imported without TRITON_INTERPRET=1, or lacks a part that the repairs replace.
+    """
+    global _installed
+    if _installed:
+        return
+    if not triton.knobs.runtime.interpret:
+        raise RuntimeError(
+            "kernels are not interpreted: set TRITON_INTERPRET=1 before triton is imported"
+        )
+    from triton.runtime import interpreter
+
+    _require_parts(interpreter)
+    _repair_numbers(interpreter)
+    _repair_language(interpreter)
+    _watch_integers(interpreter)
+    _watch_memory(interpreter)
+    _ignore_dependent_launch()
+    _installed = True
+
+
+def _require_parts(interpreter: ModuleType) -> None:
+    for owner, names in _PARTS.items():
+        found = getattr(interpreter, owner, None)
+        missing = [name for name in names if not hasattr(found, name)]
+        if found is None or missing:
+            part = f"{owner}.{missing[0]}" if missing else owner
+            raise RuntimeError(
+                f"triton {triton.__version__}: triton.runtime.interpreter has no {part}, which the repairs of "
+                f"kernelgen/interpreter.py replace; they are known to fit triton {_KNOWN}"
+            )
+
+
+# Numbers. Triton holds bfloat16 as uint16 and float8 as uint8: widen to float32, compute, round back.
+
+_FLOAT8 = {
+    tl.float8e4nv: torch.float8_e4m3fn,
+    tl.float8e5: torch.float8_e5m2,
+    tl.float8e4b8: torch.float8_e4m3fnuz,
+    tl.float8e5b16: torch.float8_e5m2fnuz,
+}
+
+
+@functools.lru_cache(maxsize=None)
+def _float8_values(dtype: tl.dtype) -> NDArray[np.float32]:
+    return torch.arange(256, dtype=torch.uint8).view(_FLOAT8[dtype]).float().numpy()
+
+
+def _is_narrow(dtype: tl.dtype) -> bool:
+    return dtype == tl.bfloat16 or dtype in _FLOAT8
+
+
+def _widen(data: NDArray[Any], dtype: tl.dtype) -> NDArray[Any]:
+    if dtype == tl.bfloat16:
+        return (data.astype(np.uint32) << 16).view(np.float32)
+    if dtype in _FLOAT8:
+        return _float8_values(dtype)[data]
+    return data
+
+
+def _narrow(data: NDArray[Any], dtype: tl.dtype, toward_zero: bool = False) -> NDArray[Any]:
+    data = np.ascontiguousarray(data, dtype=np.float32)
+    if dtype == tl.bfloat16:
+        bits = data.view(np.uint32)
+        half = 0 if toward_zero else 0x7FFF + ((bits >> 16) & 1)
+        return np.where(np.isnan(data), np.uint16(0x7FC0), ((bits + half) >> 16).astype(np.uint16))
+    if toward_zero:
+        raise NotImplementedError(f"casts to {dtype} that round toward zero")
+    largest = torch.finfo(_FLOAT8[dtype]).max  # cvt.rn.satfinite: saturates, NaN stays NaN
+    clamped = torch.from_numpy(np.clip(data, -largest, largest))
+    return clamped.to(_FLOAT8[dtype]).view(torch.uint8).numpy()
+
+
+def _repair_numbers(interpreter: ModuleType) -> None:
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    numpy_dtype = interpreter._get_np_dtype
+    stock_cast, stock_fp_to_fp = builder.cast_impl, builder.create_fp_to_fp
+    toward_zero = interpreter._ir.ROUNDING_MODE.RTZ
+
+    def cast(self: Any, source: Any, to: Any, rounding: Any = None) -> Any:
+        old, new = source.dtype.scalar, to.scalar
+        if not (_is_narrow(old) or _is_narrow(new)):
+            if rounding == toward_zero:
+                return stock_fp_to_fp(self, source, to, rounding)
+            return stock_cast(self, source, to)
+        values = _widen(source.data, old)
+        if _is_narrow(new):
+            return handle(_narrow(values, new, rounding == toward_zero), new)
+        return handle(values.astype(numpy_dtype(new)), new)
+
+    def dot(self: Any, a: Any, b: Any, acc: Any, *options: Any) -> Any:
+        # The sum of a tile is rounded to fp32 once, so that a row's bits do not depend on its place in the tile.
+        x = _widen(a.data, a.dtype.scalar).astype(np.float64)
+        y = _widen(b.data, b.dtype.scalar).astype(np.float64)
+        return handle(np.matmul(x, y).astype(acc.data.dtype) + acc.data, acc.dtype.scalar)
+
+    def in_float32(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def repaired(self: Any, *arguments: Any) -> Any:
+            dtypes = [a.dtype.scalar for a in arguments if isinstance(a, handle)]
+            narrow = next((d for d in dtypes if _is_narrow(d)), None)
+            if narrow is None:
+                return stock(self, *arguments)
+            wide = [
+                handle(_widen(a.data, a.dtype.scalar), tl.float32) if isinstance(a, handle) else a
+                for a in arguments
+            ]
+            result = stock(self, *wide).data
+            return handle(_narrow(result, narrow) if result.dtype == np.float32 else result, narrow)
+
+        return repaired
+
+    def of_tensors_in_float32(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def retype(tensor: Any, data: NDArray[Any], dtype: tl.dtype) -> Any:
+            kind = tl.block_type(dtype, tensor.shape) if tensor.type.is_block() else dtype
+            return tl.tensor(handle(data, dtype), kind)
+
+        def repaired(self: Any, inputs: Any) -> Any:
+            narrow = next((t.dtype for t in inputs if _is_narrow(t.dtype)), None)
+            if narrow is None:
+                return stock(self, inputs)
+            wide = tuple(
+                retype(t, _widen(t.handle.data, t.dtype), tl.float32) if t.dtype == narrow else t
+                for t in inputs
+            )
+            results = stock(self, wide)
+            results = results if isinstance(results, (list, tuple)) else (results,)
+            return tuple(
+                retype(t, _narrow(t.handle.data, narrow), narrow) if t.dtype == tl.float32 else t
+                for t in results
+            )
+
+        return repaired
+
+    builder.cast_impl = cast
+    builder.create_fp_to_fp = cast
+    builder.create_dot = dot
+    for name in ("binary_op", "unary_op", "create_fma"):
+        setattr(builder, name, in_float32(getattr(builder, name)))
+    for owner in (interpreter.ReduceOps, interpreter.ScanOps):
+        owner.apply_impl = of_tensors_in_float32(owner.apply_impl)
+
+
+def _repair_language(interpreter: ModuleType) -> None:
+    """Patch triton.language once and for good; add what 3.6 lacks."""
+    stock_patch, stock_core = interpreter._patch_lang, interpreter._patch_lang_core
+    stock_tensor, builder = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder
+    float8 = {"fp8e4b8": tl.float8e4b8, "fp8e5b16": tl.float8e5b16}
+
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        stock_tensor(tensor, scope)
+        # 3.6 calls int() on an array of one element, which numpy 2.4 refuses
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    def patch_core(language: Any, scope: Any) -> None:
+        stock_core(language, scope)
+        stock_to_ir = language.dtype.to_ir
+        scope.set_attr(
+            language.dtype, "to_ir", lambda self, b: float8.get(self.name) or stock_to_ir(self, b)
+        )
+
+    done = False
+
+    def patch_once(function: Any) -> Any:
+        nonlocal done
+        if not done:
+            stock_patch(_SeesLanguage)
+            done = True
+        return interpreter._LangPatchScope()  # nothing to restore
+
+    for name, dtype in float8.items():
+        if not hasattr(builder, f"get_{name}_ty"):
+            setattr(builder, f"get_{name}_ty", lambda self, dtype=dtype: dtype)
+    interpreter._patch_lang_tensor = patch_tensor
+    interpreter._patch_lang_core = patch_core
+    interpreter._patch_lang = patch_once
+
+
+class _SeesLanguage:
+    """What ``_patch_lang`` asks of a kernel: the modules that it can name."""
+
+    __globals__ = {"tl": tl, "core": tl.core}
+
+
+def _ignore_dependent_launch() -> None:
+    import triton.language.extra.cuda as cuda
+
+    for name in ("gdc_wait", "gdc_launch_dependents"):
+        setattr(cuda, name, lambda **options: None)
+
+
+def _watch_integers(interpreter: ModuleType) -> None:
+    builder = interpreter.InterpreterBuilder
+
+    def watched(stock: Callable[..., Any], operation: np.ufunc) -> Callable[..., Any]:
+        def checked(self: Any, left: Any, right: Any) -> Any:
+            result = stock(self, left, right)
+            if result.data.dtype == np.int32:
+                exact = operation(left.data, right.data, dtype=np.int64)
+                if not np.array_equal(exact, result.data):
+                    worst = exact.flat[np.argmax(np.abs(exact - result.data))]
+                    raise IntegerOverflow(
+                        f"int32 {operation.__name__} gives {worst} in program {self.grid_idx}"
+                    )
+            return result
+
+        return checked
+
+    builder.create_add = watched(builder.create_add, np.add)
+    builder.create_sub = watched(builder.create_sub, np.subtract)
+    builder.create_mul = watched(builder.create_mul, np.multiply)
+
+
+# Memory. A launch knows the extents of its tensors and notes which program loads and stores where.
+
+_UNDEFINED = 1_000_003  # what an undefined integer reads as: out of any bounds, far from overflow
+
+
+class _Launch:
+    """What one launch may touch, and what its programs did."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        extents = sorted(_extent(name, tensor) for name, tensor in tensors.items())
+        self.names: list[str] = []
+        first: list[int] = []
+        end: list[int] = []
+        for begin, stop, name in extents:
+            if end and begin < end[-1]:  # views of one buffer
+                end[-1] = max(end[-1], stop)
+                self.names[-1] += f" or {name}"
+            else:
+                first.append(begin)
+                end.append(stop)
+                self.names.append(name)
+        self.first = np.array(first, dtype=np.uint64)
+        self.end = np.array(end, dtype=np.uint64)
+        # per extent: (addresses, program, values) of the stores, (addresses, program) of the loads
+        self.stores: dict[int, list[tuple[NDArray[Any], int, NDArray[Any]]]] = {}
+        self.loads: dict[int, list[tuple[NDArray[Any], int]]] = {}
+        self.has_atomics = False  # programs may then be ordered by them
+
+    def place(self, kind: str, program: Any, addresses: NDArray[Any], size: int) -> int:
+        """The extent that all ``addresses`` lie in, or -1 if they lie in several; raises if one lies in none."""
+        last = np.uint64(size - 1)
+        low = int(np.searchsorted(self.first, addresses.min(), side="right")) - 1
+        if low >= 0 and addresses.max() + last < self.end[low]:
+            return low
+        index = np.searchsorted(self.first, addresses, side="right").astype(np.int64) - 1
+        outside = (index < 0) | (addresses + last >= self.end[np.maximum(index, 0)])
+        if outside.any():
+            where = self._describe(int(addresses[outside][0]))
+            lanes = f"{int(outside.sum())} of {addresses.size} lanes"
+            raise OutOfBounds(f"{kind} by program {program}: {lanes}, the first {where}")
+        return -1
+
+    def _describe(self, address: int) -> str:
+        gaps = [
+            max(int(first) - address, address - int(end) + 1)
+            for first, end in zip(self.first, self.end)
+        ]
+        if not gaps:
+            return "where no tensor is"
+        near = int(np.argmin(gaps))
+        first, end = int(self.first[near]), int(self.end[near])
+        return f"{address - first:+d} bytes from the start of {self.names[near]} ({end - first} bytes)"
+
+    def check_races(self) -> None:
+        """Raise if the order of programs, or of the lanes of a store, can change the result."""
+        for extent, stores in self.stores.items():
+            addresses = np.concatenate([s[0] for s in stores])
+            writer = np.repeat([s[1] for s in stores], [s[0].size for s in stores])
+            store = np.repeat(np.arange(len(stores)), [s[0].size for s in stores])
+            order = np.lexsort((store, addresses))
+            addresses, writer, store = addresses[order], writer[order], store[order]
+            twice = addresses[1:] == addresses[:-1]
+            across = twice & (writer[1:] != writer[:-1])
+            if across.any():
+                i = int(np.argmax(across))
+                self._fail(extent, addresses[i], "stored by programs", writer[i], writer[i + 1])
+            if (twice & (store[1:] == store[:-1])).any():
+                values = np.concatenate([s[2] for s in stores])[order]
+                bits = np.frombuffer(values.tobytes(), dtype=f"V{values.itemsize}")
+                lanes = twice & (store[1:] == store[:-1]) & (bits[1:] != bits[:-1])
+                if lanes.any():
+                    i = int(np.argmax(lanes))
+                    self._fail(extent, addresses[i], "stored by two lanes of program", writer[i])
+            if not self.has_atomics:
+                self._check_loads(extent, addresses, writer)
+
+    def _check_loads(self, extent: int, stored: NDArray[Any], writer: NDArray[Any]) -> None:
+        for addresses, program in self.loads.get(extent, ()):
+            at = np.minimum(np.searchsorted(stored, addresses), stored.size - 1)
+            stale = (stored[at] == addresses) & (writer[at] != program)
+            if stale.any():
+                i = int(np.argmax(stale))
+                by = writer[at[i]]
+                self._fail(extent, addresses[i], "stored and loaded by programs", by, program)
+
+    def _fail(self, extent: int, address: Any, what: str, *programs: Any) -> None:
+        offset = int(address) - int(self.first[extent])
+        who = " and ".join(str(int(p)) for p in programs)
+        raise Race(f"+{offset} bytes from the start of {self.names[extent]}: {what} {who}")
+
+
+def _extent(name: str, tensor: torch.Tensor) -> tuple[int, int, str]:
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return tensor.data_ptr(), tensor.data_ptr() + span * tensor.element_size(), name
+
+
+def _tensors(name: str, argument: Any, descriptor: type) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(argument, tuple):
+        for i, item in enumerate(argument):
+            yield from _tensors(f"{name}[{i}]", item, descriptor)
+    elif isinstance(argument, descriptor):
+        yield from _tensors(name, argument.base, descriptor)  # type: ignore[attr-defined]
+    elif isinstance(argument, torch.Tensor) and argument.numel():
+        yield name, argument
+
+
+def _undefined(shape: tuple[int, ...], dtype: tl.dtype, numpy_dtype: np.dtype[Any]) -> NDArray[Any]:
+    if _is_narrow(dtype):
+        return np.broadcast_to(_narrow(np.array([np.nan]), dtype), shape)
+    if np.issubdtype(numpy_dtype, np.floating):
+        return np.full(shape, np.nan, numpy_dtype)
+    if numpy_dtype == np.bool_:
+        return np.ones(shape, numpy_dtype)
+    return np.full(shape, min(_UNDEFINED, np.iinfo(numpy_dtype).max), numpy_dtype)
+
+
+def _watch_memory(interpreter: ModuleType) -> None:
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    handle, numpy_dtype = interpreter.TensorHandle, interpreter._get_np_dtype
+    stock_load, stock_store = builder.create_masked_load, builder.create_masked_store
+    stock_rmw, stock_cas = builder.create_atomic_rmw, builder.create_atomic_cas
+    stock_call, stock_init = executor.__call__, executor._init_args_hst
+    stock_restore = executor._restore_args_dev
+    current: _Launch | None = None
+
+    def program(self: Any) -> int:
+        x, y, z = self.grid_idx
+        return int((x * self.grid_dim[1] + y) * self.grid_dim[2] + z)
+
+    def touch(
+        self: Any, kind: str, pointers: Any, mask: Any, size: int
+    ) -> tuple[int, NDArray[Any]] | None:
+        lanes = np.asarray(mask.data)
+        addresses = pointers.data
+        if not lanes.all():
+            addresses, lanes = np.broadcast_arrays(addresses, lanes)
+            addresses = addresses[lanes]
+        if current is None or addresses.size == 0:
+            return None
+        return current.place(kind, self.grid_idx, addresses, size), addresses.ravel()
+
+    def load(self: Any, pointers: Any, mask: Any, other: Any, *policy: Any, **options: Any) -> Any:
+        dtype = pointers.get_element_ty()
+        kind = numpy_dtype(dtype)
+        touched = touch(self, "load", pointers, mask, kind.itemsize)
+        if touched and touched[0] >= 0 and current is not None:
+            current.loads.setdefault(touched[0], []).append((touched[1], program(self)))
+        if other is None and not np.asarray(mask.data).all():
+            other = handle(_undefined(pointers.data.shape, dtype, kind), dtype)
+        return stock_load(self, pointers, mask, other, *policy, **options)
+
+    def store(self: Any, pointers: Any, value: Any, mask: Any, *policy: Any, **options: Any) -> Any:
+        touched = touch(self, "store", pointers, mask, value.data.dtype.itemsize)
+        if touched and touched[0] >= 0 and current is not None:
+            shape = np.broadcast_shapes(pointers.data.shape, np.shape(mask.data))
+            values = np.broadcast_to(value.data, shape)
+            lanes = np.broadcast_to(np.asarray(mask.data), shape)
+            record = (touched[1], program(self), values[lanes])
+            current.stores.setdefault(touched[0], []).append(record)
+        return stock_store(self, pointers, value, mask, *policy, **options)
+
+    def rmw(self: Any, op: Any, pointers: Any, value: Any, mask: Any, *order: Any) -> Any:
+        touch(self, "atomic", pointers, mask, value.data.dtype.itemsize)
+        if current is not None:
+            current.has_atomics = True
+        return stock_rmw(self, op, pointers, value, mask, *order)
+
+    def cas(self: Any, pointers: Any, compare: Any, value: Any, *order: Any) -> Any:
+        touch(self, "atomic", pointers, handle(np.array([True]), tl.int1), value.data.dtype.itemsize)
+        if current is not None:
+            current.has_atomics = True
+        return stock_cas(self, pointers, compare, value, *order)
+
+    def init(self: Any, arguments: Any, keywords: Any) -> Any:
+        nonlocal current
+        on_host = stock_init(self, arguments, keywords)
+        named = [*zip(self.arg_names, on_host[0]), *on_host[1].items()]
+        found = (pair for n, a in named for pair in _tensors(n, a, interpreter.TensorDescriptor))
+        current = _Launch(dict(found))
+        return on_host
+
+    def restore(self: Any, arguments: Any, on_host: Any, keywords: Any, keywords_on_host: Any) -> None:
+        # Arguments in host memory were passed as they are: copying a storage onto itself would touch all its pages.
+        values = (*arguments, *keywords.values())
+        found = (t for a in values for _, t in _tensors("", a, interpreter.TensorDescriptor))
+        if any(tensor.device.type != "cpu" for tensor in found):
+            stock_restore(self, arguments, on_host, keywords, keywords_on_host)
+
+    def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        nonlocal current
+        try:
+            with np.errstate(all="ignore"):  # as a GPU does
+                result = stock_call(self, *arguments, **keywords)
+            if current is not None:
+                current.check_races()
+            return result
+        except interpreter.InterpreterError as error:
+            cause: BaseException | None = error
+            while isinstance(cause, interpreter.InterpreterError):
+                cause = cause.__cause__
+            if isinstance(cause, MemoryFault):
+                raise cause from None
+            raise
+        finally:
+            current = None
+
+    builder.create_masked_load, builder.create_masked_store = load, store
+    builder.create_atomic_rmw, builder.create_atomic_cas = rmw, cas
+    executor.__call__, executor._init_args_hst = call, init
+    executor._restore_args_dev = restore

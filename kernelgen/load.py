@@ -1,0 +1,321 @@
+"""Spec files to families: every check that a spec can fail, all faults of all files at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Iterable, Mapping
+
+from kernelgen.diagnostics import Diagnostic, did_you_mean, failure, os_failure
+from kernelgen.model import (
+    SCHEDULE,
+    TAG_HINTS,
+    VARIANT_ATTRIBUTES,
+    VOCABULARY,
+    Axis,
+    Choice,
+    Exclude,
+    Family,
+    Kernel,
+    Location,
+    Numerics,
+    Record,
+    Resources,
+    Tunable,
+    Tuned,
+    TunedEntry,
+)
+from kernelgen.names import Identifier, identifier_fault, kernel_template
+from kernelgen.parse import MAX_BYTES, Node, Step, parse
+from kernelgen.schema import ChoiceShape, ExcludeShape, SpecShape, TunedShape, validate
+
+MAX_FILES = 256
+
+
+def load(specs: Path) -> tuple[list[Family], list[Diagnostic]]:
+    """The families of the folder ``specs`` that hold, in the order of their names, and the faults of all files.
+
+    Raises:
+        Failure: the folder or a file cannot be read, or there is no spec; exit code 2.
+    """
+    files = _spec_files(specs)
+    if not files:
+        message = "no spec (*.yaml) in this folder"
+        raise failure("KG001", str(specs), message, "name the folder with --specs")
+    families: list[Family] = []
+    faults: list[Diagnostic] = []
+    for file in files:
+        family, found = _load_family(file, specs / "tuned" / file.name)
+        families += [family] if family else []
+        faults += found
+    stems = {file.stem for file in files}
+    for file in _spec_files(specs / "tuned", missing_ok=True):
+        if file.stem not in stems:
+            message = f"there is no spec {file.stem}.yaml to tune"
+            faults.append(Diagnostic("KG013", Location(str(file)), message))
+    return families, faults
+
+
+def _spec_files(folder: Path, missing_ok: bool = False) -> list[Path]:
+    try:
+        files = sorted(
+            (path for path in folder.iterdir() if path.suffix in (".yaml", ".yml")),
+            key=lambda path: path.name,
+        )
+    except FileNotFoundError as error:
+        if missing_ok:
+            return []
+        raise os_failure(error, folder) from None
+    except OSError as error:
+        raise os_failure(error, folder) from None
+    if len(files) > MAX_FILES:
+        raise failure("KG004", str(folder), f"{len(files)} files; at most {MAX_FILES} are read")
+    return files
+
+
+def _read(file: Path) -> tuple[Node | None, list[Diagnostic]]:
+    label = str(file)
+    if not file.is_file():
+        return None, [Diagnostic("KG001", Location(label), "not a file")]
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise os_failure(error, file) from None
+    return parse(label, data)
+
+
+def _load_family(file: Path, tuned_file: Path) -> tuple[Family | None, list[Diagnostic]]:
+    root, faults = _read(file)
+    if file.suffix != ".yaml":
+        faults.append(Diagnostic("KG013", Location(str(file)), "a spec is called <family>.yaml"))
+    if root is None:
+        return None, faults
+    family, found = _Spec(root, file.stem).family()
+    faults += found
+    if family is None or not tuned_file.exists():
+        return family, faults
+    tuned_root, found = _read(tuned_file)
+    faults += found
+    if tuned_root is not None:
+        tuned, found = _TunedFile(tuned_root, family).tuned()
+        faults += found
+        if tuned is not None:
+            return dataclasses.replace(family, tuned=tuned), faults
+    return family, faults
+
+
+class _Checks:
+    """A file under check: its tree, the sections that have their shape, and the faults so far."""
+
+    def __init__(self, root: Node, shape: Any) -> None:
+        self.root = root
+        self.sections, self.faults = validate(shape, root)
+
+    def fault(self, code: str, where: Location, message: str, hint: str = "") -> None:
+        self.faults.append(Diagnostic(code, where, message, hint))
+
+    def value_at(self, *path: Step) -> Location:
+        return self.root.at(*path).location
+
+    def check_name(self, text: str, where: Location) -> None:
+        reason = identifier_fault(text)
+        if reason:
+            self.fault("KG012", where, f"{text!r} {reason}")
+
+    def check_attribute(self, text: str, where: Location, taken: Iterable[str]) -> None:
+        self.check_name(text, where)
+        if text in taken:
+            self.fault("KG012", where, f"{text!r} has another meaning in templates")
+
+    def check_unique(self, values: Iterable[object], *path: Step) -> None:
+        seen = set()
+        for i, value in enumerate(values):
+            if value in seen:
+                self.fault("KG016", self.value_at(*path, i), f"{value!r} is listed twice")
+            seen.add(value)
+
+    def check_family(self, stem: str) -> None:
+        name = self.sections.get("family")
+        if name is not None and name != stem:
+            message = f"family {name!r} in a file called {stem!r}"
+            self.fault("KG013", self.value_at("family"), message, f"rename one: {name}.yaml")
+
+
+class _Spec(_Checks):
+    def __init__(self, root: Node, stem: str) -> None:
+        super().__init__(root, SpecShape)
+        self.stem = stem
+
+    def family(self) -> tuple[Family | None, list[Diagnostic]]:
+        sections = self.sections
+        self.check_family(self.stem)
+        if "family" in sections:
+            self.check_name(sections["family"], self.value_at("family"))
+        if "targets" in sections:
+            self.check_unique(sections["targets"], "targets")
+        axes: Mapping[str, list[str]] = sections.get("axes", {})
+        self._check_axes(axes)
+        if axes:
+            for i, exclude in enumerate(sections.get("exclude", [])):
+                self._check_exclude(i, exclude, axes)
+        self._check_tunables(sections.get("tunables", {}), axes)
+        if self.faults:
+            return None, self.faults
+        name = Identifier(sections["family"])
+        return (
+            Family(
+                name=name,
+                axes=tuple(self._axis(axis, tags) for axis, tags in axes.items()),
+                excludes=tuple(map(self._exclude, range(len(sections["exclude"])))),
+                kernels=self._kernels(name, axes),
+                numerics=Numerics(**sections["numerics"].model_dump()),
+                targets=tuple(sections["targets"]),
+                resources=Resources(**sections["resources"].model_dump()),
+                tuned=Tuned(),
+                location=self.value_at("family"),
+            ),
+            [],
+        )
+
+    def _check_axes(self, axes: Mapping[str, list[str]]) -> None:
+        for axis, tags in axes.items():
+            self.check_attribute(axis, self.root.key_at("axes", axis), VARIANT_ATTRIBUTES)
+            self.check_unique(tags, "axes", axis)
+            for i, tag in enumerate(tags):
+                where = self.value_at("axes", axis, i)
+                if axis not in VOCABULARY:
+                    self.check_name(tag, where)
+                elif tag not in VOCABULARY[axis]:
+                    hint = TAG_HINTS.get(axis) or did_you_mean(tag, list(VOCABULARY[axis]))
+                    self.fault("KG015", where, f"axis {axis} has no tag {tag!r}", hint)
+
+    def _check_exclude(self, i: int, exclude: ExcludeShape, axes: Mapping[str, list[str]]) -> None:
+        for axis, tags in exclude.when.items():
+            if axis not in axes:
+                where = self.root.key_at("exclude", i, "when", axis)
+                self.fault("KG014", where, f"unknown axis {axis!r}", did_you_mean(axis, list(axes)))
+                continue
+            self.check_unique(tags, "exclude", i, "when", axis)
+            for j, tag in enumerate(tags):
+                if tag not in axes[axis]:
+                    where = self.value_at("exclude", i, "when", axis, j)
+                    message = f"axis {axis} of this spec has no tag {tag!r}"
+                    self.fault("KG015", where, message, did_you_mean(tag, axes[axis]))
+
+    def _check_tunables(
+        self, tunables: Mapping[str, Mapping[str, list[int]]], axes: Mapping[str, list[str]]
+    ) -> None:
+        family = self.sections.get("family")
+        kernels = axes.get(SCHEDULE) or ([family] if family else [])
+        for kernel, parameters in tunables.items():
+            if kernels and kernel not in kernels:
+                where = self.root.key_at("tunables", kernel)
+                message = f"unknown schedule {kernel!r}"
+                self.fault("KG015", where, message, did_you_mean(kernel, kernels))
+            for name, values in parameters.items():
+                where = self.root.key_at("tunables", kernel, name)
+                self.check_attribute(name, where, Record.__slots__)
+                self.check_unique(values, "tunables", kernel, name)
+
+    def _axis(self, name: str, tags: list[str]) -> Axis:
+        return Axis(
+            Identifier(name),
+            tuple(map(Identifier, tags)),
+            self.root.key_at("axes", name),
+            tuple(self.value_at("axes", name, i) for i in range(len(tags))),
+        )
+
+    def _exclude(self, i: int) -> Exclude:
+        shape: ExcludeShape = self.sections["exclude"][i]
+        when = {axis: tuple(tags) for axis, tags in shape.when.items()}
+        return Exclude(when, shape.why, self.root.key_at("exclude", i, "when"))
+
+    def _kernels(self, family: Identifier, axes: Mapping[str, list[str]]) -> tuple[Kernel, ...]:
+        tunables = self.sections["tunables"]
+
+        def kernel(name: str, schedule: str | None, where: Location) -> Kernel:
+            parameters = tuple(
+                Tunable(Identifier(parameter), tuple(values))
+                for parameter, values in tunables.get(name, {}).items()
+            )
+            return Kernel(Identifier(name), kernel_template(family, schedule), parameters, where)
+
+        if SCHEDULE not in axes:
+            return (kernel(family, None, self.value_at("family")),)
+        return tuple(
+            kernel(tag, tag, self.value_at("axes", SCHEDULE, i))
+            for i, tag in enumerate(axes[SCHEDULE])
+        )
+
+
+class _TunedFile(_Checks):
+    def __init__(self, root: Node, family: Family) -> None:
+        super().__init__(root, TunedShape)
+        self.of = family
+
+    def tuned(self) -> tuple[Tuned | None, list[Diagnostic]]:
+        self.check_family(self.of.name)
+        entries = self.sections.get("entries", [])
+        sizes = list(entries[0].problem) if entries else []
+        seen: dict[tuple[object, ...], int] = {}
+        for i, entry in enumerate(entries):
+            where = self.root.key_at("entries", i, "problem")
+            if list(entry.problem) != sizes:
+                message = "a problem has other sizes than the first, or in another order"
+                self.fault("KG025", where, message, ", ".join(sizes))
+            first = seen.setdefault(tuple(entry.problem.items()), i)
+            if first != i:
+                message = f"the problem is that of entry {first + 1} again"
+                self.fault("KG025", where, message)
+            for name in entry.problem:
+                where = self.root.key_at("entries", i, "problem", name)
+                self.check_attribute(name, where, Record.__slots__)
+            self._check_choice(entry, "entries", i)
+            if entry.runner_up is not None:
+                self._check_choice(entry.runner_up, "entries", i, "runner_up")
+        if self.faults:
+            return None, self.faults
+        return (
+            Tuned(
+                self.sections["device"],
+                tuple(self.sections["versions"].items()),
+                tuple(
+                    TunedEntry(
+                        Record({Identifier(key): size for key, size in entry.problem.items()}),
+                        self._choice(entry),
+                        self._choice(entry.runner_up) if entry.runner_up else None,
+                    )
+                    for entry in entries
+                ),
+            ),
+            [],
+        )
+
+    def _check_choice(self, choice: ChoiceShape, *path: Step) -> None:
+        kernels = [kernel.name for kernel in self.of.kernels]
+        if choice.schedule not in kernels:
+            where = self.value_at(*path, "schedule")
+            message = f"unknown schedule {choice.schedule!r}"
+            self.fault("KG025", where, message, did_you_mean(choice.schedule, kernels))
+            return
+        tunables = {t.name: t.values for t in self.of.kernel(choice.schedule).tunables}
+        for name, value in choice.config.items():
+            if name not in tunables:
+                where = self.root.key_at(*path, "config", name)
+                message = f"{choice.schedule} has no tunable {name!r}"
+                self.fault("KG025", where, message, did_you_mean(name, list(tunables)))
+            elif value not in tunables[Identifier(name)]:
+                where = self.value_at(*path, "config", name)
+                declared = ", ".join(map(str, tunables[Identifier(name)]))
+                message = f"{name} {value} is not a declared value"
+                self.fault("KG025", where, message, f"{self.of.spec} declares {declared}")
+        for name in tunables:
+            if name not in choice.config:
+                where = self.root.key_at(*path, "config")
+                self.fault("KG025", where, f"tunable {name!r} is missing")
+
+    def _choice(self, shape: ChoiceShape) -> Choice:
+        tunables = self.of.kernel(shape.schedule).tunables
+        config = Record({tunable.name: shape.config[tunable.name] for tunable in tunables})
+        return Choice(Identifier(shape.schedule), config, float(shape.us))

@@ -1,0 +1,29 @@
+"""Where the files are that come with kernelgen, in a source checkout and in an installed wheel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_HERE = Path(__file__).resolve().parent
+_CHECKOUT = _HERE.parent
+IS_CHECKOUT = (_CHECKOUT / "templates").is_dir() and (_CHECKOUT / "specs").is_dir()
+_DATA = _CHECKOUT if IS_CHECKOUT else _HERE / "_data"
+
+SPECS = _DATA / "specs"
+TEMPLATES = _DATA / "templates"
+RUNTIME = _HERE / "runtime.py"
+
+
+def find_specs() -> Path:
+    """``specs`` of the current folder where it has one, else those that come with kernelgen."""
+    return Path("specs") if Path("specs").is_dir() else SPECS
+
+
+def default_output(specs: Path) -> Path:
+    """The folder that ``generated`` goes to: beside the specs, but never into an installed kernelgen."""
+    return Path(".") if specs == SPECS and not IS_CHECKOUT else specs.parent
+
+
+def template_folders(specs: Path) -> tuple[Path, ...]:
+    """Where templates are looked up: beside the specs first, then those that come with kernelgen."""
+    return tuple(dict.fromkeys([(specs.parent / "templates").resolve(), TEMPLATES]))

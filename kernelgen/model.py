@@ -1,0 +1,267 @@
+"""What a spec means: frozen values, no input or output.
+
+A ``Family`` has axes; one choice of a tag on every axis is a ``Variant``. What a tag stands for is in ``VOCABULARY``, one
+entry a tag: a new tag or a new axis with a meaning is a new entry there. Axes that are not in it are plain tags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from types import MappingProxyType
+from typing import Any, Iterator, Mapping, Union
+
+from kernelgen.names import Identifier, spec_label
+
+Fact = Union[bool, int, Identifier, None]  # what a template may ask of a variant
+
+
+@dataclasses.dataclass(frozen=True)
+class Location:
+    """A place in a text file: line and column count from 1, 0 means the file as a whole."""
+
+    path: str
+    line: int = 0
+    column: int = 0
+    length: int = 1
+    text: str = ""  # the whole line
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}:{self.column}" if self.line else self.path
+
+
+class Record:
+    """An immutable, ordered set of named values, read as attributes."""
+
+    __slots__ = ("names", "values")
+
+    names: tuple[Identifier, ...]
+    values: tuple[Any, ...]
+
+    def __init__(self, fields: Mapping[Identifier, Any]) -> None:
+        object.__setattr__(self, "names", tuple(fields))
+        object.__setattr__(self, "values", tuple(fields.values()))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.values[self.names.index(name)]  # type: ignore[arg-type]
+        except ValueError:
+            raise AttributeError(f"no {name!r}; there are {', '.join(self.names)}") from None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise dataclasses.FrozenInstanceError(f"cannot assign to {name!r}")
+
+    def __iter__(self) -> Iterator[tuple[Identifier, Any]]:
+        return zip(self.names, self.values)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Record) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return f"Record({dict(self)})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Record, (dict(self),)
+
+
+def _facts(**facts: bool | int | str | None) -> Mapping[str, Fact]:
+    return MappingProxyType(
+        {name: Identifier(f) if isinstance(f, str) else f for name, f in facts.items()}
+    )
+
+
+def _bucket(rank: int) -> Mapping[str, Fact]:
+    return _facts(block_rank=rank, max_rank=rank, tiled_rank=False)
+
+
+# axis -> tag -> facts. All tags of an axis have the same facts. torch_dtype is also the word of triton.language.
+VOCABULARY: Mapping[str, Mapping[str, Mapping[str, Fact]]] = MappingProxyType(
+    {
+        "dtype": {
+            "bf16": _facts(torch_dtype="bfloat16"),
+            "f16": _facts(torch_dtype="float16"),
+        },
+        "assignment": {"naive": _facts(), "sorted": _facts()},
+        "add_inputs": {"add": _facts(adds=True), "set": _facts(adds=False)},
+        "routed_weight": {"plain": _facts(weighted=False), "weighted": _facts(weighted=True)},
+        "rank": {
+            "r16": _bucket(16),
+            "r32": _bucket(32),
+            "r64": _bucket(64),
+            "r128": _bucket(128),
+            "rany": _facts(block_rank=128, max_rank=None, tiled_rank=True),
+        },
+    }
+)
+TAG_HINTS: Mapping[str, str] = MappingProxyType(
+    {
+        "rank": "a bucket is a power of two from r16 to r128; above 128, rany tiles the rank",
+        "dtype": "activations are bf16 or f16",
+    }
+)
+SCHEDULE = "schedule"  # the axis whose tags choose the template
+
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One axis of meaning and its tags, in the order of the spec."""
+
+    name: Identifier
+    tags: tuple[Identifier, ...]
+    location: Location = dataclasses.field(compare=False)
+    tag_locations: tuple[Location, ...] = dataclasses.field(compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exclude:
+    """A set of combinations that is left out: on each named axis, one of the named tags."""
+
+    when: Mapping[str, tuple[str, ...]]
+    why: str
+    location: Location = dataclasses.field(compare=False)
+
+    def matches(self, tags: Mapping[str, str]) -> bool:
+        """Whether the combination ``tags`` (axis to tag) is left out by this."""
+        return all(tags[axis] in excluded for axis, excluded in self.when.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Tunable:
+    """A constexpr parameter of a kernel and the values that tuning may give it."""
+
+    name: Identifier
+    values: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One template of a family: a schedule, or the family itself where it has no such axis."""
+
+    name: Identifier
+    template: str
+    tunables: tuple[Tunable, ...]
+    location: Location = dataclasses.field(compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A schedule with its tunables, and what it took: ``us`` in microseconds."""
+
+    schedule: Identifier
+    config: Record  # tunable -> int, in the order of the spec
+    us: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TunedEntry:
+    """The best choice that was measured for one problem."""
+
+    problem: Record  # size -> int or bool
+    best: Choice
+    runner_up: Choice | None
+
+    @property
+    def schedule(self) -> Identifier:
+        return self.best.schedule
+
+    @property
+    def config(self) -> Record:
+        return self.best.config
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """The measurements of a family on one device; empty where there are none."""
+
+    device: str = ""
+    versions: tuple[tuple[str, str], ...] = ()
+    entries: tuple[TunedEntry, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Numerics:
+    """Decisions on precision that hold for every schedule of a family."""
+
+    intermediate: str = "float32"  # or "activation": rounded once to the activation's dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What a compiled variant may use, on every target."""
+
+    max_spill_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One kernel file: a tag on every axis of a family.
+
+    Axes and facts are attributes: ``v.dtype`` is the tag, ``v.torch_dtype`` what it stands for.
+    """
+
+    family: Identifier
+    name: Identifier
+    module: Identifier
+    kernel: Identifier
+    tags: Record  # axis -> tag
+    facts: Record
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.tags if name in self.tags.names else self.facts, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A spec, checked; ``variants`` is filled by ``expand``."""
+
+    name: Identifier
+    axes: tuple[Axis, ...]
+    excludes: tuple[Exclude, ...]
+    kernels: tuple[Kernel, ...]
+    numerics: Numerics
+    targets: tuple[str, ...]
+    resources: Resources
+    tuned: Tuned
+    location: Location = dataclasses.field(compare=False)
+    variants: tuple[Variant, ...] = ()
+
+    @property
+    def spec(self) -> str:
+        return spec_label(self.name)
+
+    def kernel(self, name: str) -> Kernel:
+        """The kernel called ``name``."""
+        return next(kernel for kernel in self.kernels if kernel.name == name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Package:
+    """All families, by name."""
+
+    families: tuple[Family, ...]
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        return tuple(variant for family in self.families for variant in family.variants)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """The output in memory: path below the output folder -> text. Partial trees leave other files alone."""
+
+    files: Mapping[str, str]
+    partial: bool = False
+
+
+# What an axis cannot be called, because it is another attribute of a variant.
+VARIANT_ATTRIBUTES = frozenset(
+    {field.name for field in dataclasses.fields(Variant)}
+    | {"rounds_intermediate"}
+    | {fact for tags in VOCABULARY.values() for facts in tags.values() for fact in facts}
+)

@@ -1,0 +1,272 @@
+"""What every generated launcher shares: launching, compile-only mode, and the words of an error.
+
+Depends on torch and triton alone, so that a copy of it makes the generated package self-contained.
+
+How a launch is made cheap. ``kernel[grid](...)`` binds, specialises and hashes every argument on each call (about 10 us).
+A ``Launcher`` does that once per compile key and then calls the compiled kernel with raw pointers (about 2 us). This is
+sound because a key is everything that Triton specialises on: the constants, the options, the device, the dtype of each
+pointer, which optional pointers are absent, and that all pointers are 16-byte aligned. A call with an unaligned pointer, and
+any call while a profiler hooks launches, takes Triton's own path. Integers that change from step to step are declared
+``do_not_specialize`` in the kernels, so no number of tokens and no routing can make another key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from typing import Any, Callable, Iterator, NamedTuple, NoReturn
+
+import torch
+import triton
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
+class Options(NamedTuple):
+    """Launch options of one kernel."""
+
+    num_warps: int = 4
+    num_stages: int = 3
+    pdl: bool = False  # launched before the kernel in front of it has finished (programmatic dependent launch)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileRequest:
+    """One compile key, as a launch would make it: enough to compile it without running it."""
+
+    launcher: "Launcher"
+    arguments: tuple[Any, ...]
+    constants: tuple[Any, ...]
+    options: Options
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What Triton specialises on, for aligned pointers; equal keys share one compiled kernel."""
+
+        def kind(argument: Any) -> Any:
+            if isinstance(argument, torch.Tensor):
+                return argument.dtype
+            if isinstance(argument, tuple):
+                return tuple(kind(item) for item in argument)
+            return argument is None
+
+        return (self.launcher, self.constants, self.options, *map(kind, self.arguments))
+
+    def compile(self) -> Any:
+        """Compile for the active target and return Triton's compiled kernel; nothing runs."""
+        from triton.runtime.jit import MockTensor
+
+        def mock(argument: Any) -> Any:
+            if isinstance(argument, torch.Tensor):
+                return MockTensor(argument.dtype)
+            if isinstance(argument, tuple):
+                return tuple(mock(item) for item in argument)
+            return argument
+
+        return self.launcher.kernel.warmup(
+            *(mock(argument) for argument in self.arguments),
+            *self.constants,
+            grid=(1,),
+            **_triton_options(self.options),
+        )
+
+
+_recorder: list[CompileRequest] | None = None
+_stand_in: torch.device | None = None
+_caches: list[dict[Any, Any]] = []
+
+
+def cache() -> dict[Any, Any]:
+    """A dict for what was worked out for calls seen before; ``compile_only`` starts and ends with all of them empty."""
+    _caches.append({})
+    return _caches[-1]
+
+
+@contextlib.contextmanager
+def compile_only(device: torch.device | None = None) -> Iterator[list[CompileRequest]]:
+    """Inside, launches run nothing: each is noted as a ``CompileRequest`` in the list that is yielded.
+
+    Tensors may be on the ``meta`` device; choices are then made as for ``device``, or, without one, for the target of
+    Triton's active driver. Warm-up, the resource lock and the proof that keys are closed are built on this.
+    """
+    global _recorder, _stand_in
+    previous = _recorder, _stand_in
+    _recorder, _stand_in = [], device
+    for known in _caches:
+        known.clear()
+    try:
+        yield _recorder
+    finally:
+        _recorder, _stand_in = previous
+        for known in _caches:
+            known.clear()
+
+
+def _triton_options(options: Options) -> dict[str, Any]:
+    # enable_fp_fusion: Triton 3.10 turns its default off, which would change numbers under a user.
+    chosen = {"num_warps": options.num_warps, "num_stages": options.num_stages, "enable_fp_fusion": True}
+    if options.pdl:
+        chosen["launch_pdl"] = True
+    return chosen
+
+
+# The object, not its current value: profilers add themselves to it.
+_launch_hooks = triton.knobs.runtime.launch_enter_hook
+
+
+class Launcher:
+    """Launches one Triton kernel: run-time arguments first, then its constants, both by position."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def bind(self, grid: int, constants: tuple[Any, ...], options: Options) -> Bound:
+        """The launches of one compile key over ``grid`` programs; whoever keeps it vouches for the arguments' dtypes."""
+        return Bound(self, grid, constants, options)
+
+    def launch(self, grid: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], options: Options) -> Any:
+        """Launch once; return the compiled kernel if later launches with such arguments may call it directly."""
+        if _recorder is not None:
+            _recorder.append(CompileRequest(self, arguments, constants, options))
+            return None
+        if INTERPRETED:
+            self.kernel[(grid,)](*arguments, *constants, **_triton_options(options))
+            return None
+        with torch.cuda.device(arguments[0].device):
+            handle = self.kernel[(grid,)](*arguments, *constants, **_triton_options(options))
+        aligned = not any(pointer & 15 for pointer in _pointers(arguments))
+        return handle if aligned and torch.version.hip is None else None
+
+
+class Bound:
+    """See ``Launcher.bind``."""
+
+    __slots__ = ("_launcher", "_grid", "_constants", "_options", "_device", "_run", "_function", "_metadata", "_handle")
+
+    def __init__(self, launcher: Launcher, grid: int, constants: tuple[Any, ...], options: Options) -> None:
+        self._launcher = launcher
+        self._grid = grid
+        self._constants = constants
+        self._options = options
+        self._device = -1
+        self._handle: Any = None
+
+    def __call__(self, arguments: tuple[Any, ...]) -> None:
+        """Launch with ``arguments``: tensors, tuples of tensors, integers or None; the first is a tensor."""
+        device = self._device
+        if device < 0 or _recorder is not None or _launch_hooks.calls or device != torch._C._cuda_getDevice():
+            self._slow(arguments)
+            return
+        bits = 0
+        raw = []
+        for argument in arguments:
+            kind = type(argument)
+            if kind is int or argument is None:
+                raw.append(argument)
+            elif kind is tuple:
+                pointers = tuple([tensor.data_ptr() for tensor in argument])
+                for pointer in pointers:
+                    bits |= pointer
+                raw.append(pointers)
+            else:
+                pointer = argument.data_ptr()
+                bits |= pointer
+                raw.append(pointer)
+        if bits & 15:  # Triton vectorises on 16-byte alignment
+            self._slow(arguments)
+            return
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        self._run(self._grid, 1, 1, stream, self._function, self._metadata, None, None, None, *raw, *self._constants)
+
+    def _slow(self, arguments: tuple[Any, ...]) -> None:
+        handle = self._launcher.launch(self._grid, arguments, self._constants, self._options)
+        if handle is not None:
+            # the handle is kept whole: Triton unloads the module when it dies
+            self._handle = handle
+            self._run, self._function, self._metadata = handle.run, handle.function, handle.packed_metadata
+            self._device = arguments[0].get_device()
+
+
+def _pointers(arguments: tuple[Any, ...]) -> Iterator[int]:
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument.data_ptr()
+        elif isinstance(argument, tuple):
+            yield from _pointers(argument)
+
+
+class Traits(NamedTuple):
+    """What the choice of a schedule and its tiles asks of a device."""
+
+    num_sms: int
+    shared_memory: int  # bytes that one program may take
+    pdl: bool  # programmatic dependent launch: NVIDIA, from sm_90 on
+
+
+# Bytes of shared memory by Triton target, for compilation without a GPU.
+_SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376, "gfx942": 65536, "gfx950": 163840}
+
+
+def traits(device: torch.device) -> Traits:
+    """The traits of a device; off the GPU, those of the target that is compiled for, with the multiprocessors of an H200."""
+    if device.type != "cuda" and _stand_in is not None:
+        device = _stand_in
+    if device.type == "cuda":
+        return _traits(device.index if device.index is not None else torch.cuda.current_device())
+    if INTERPRETED:
+        return Traits(132, _SHARED_MEMORY[90], False)
+    target = triton.runtime.driver.active.get_current_target()
+    pdl = target.backend == "cuda" and target.arch >= 90
+    return Traits(132, _SHARED_MEMORY.get(target.arch, 65536), pdl)
+
+
+@functools.lru_cache(maxsize=None)
+def _traits(index: int) -> Traits:
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    pdl = torch.version.hip is None and torch.cuda.get_device_capability(index) >= (9, 0)
+    return Traits(properties["multiprocessor_count"], properties["max_shared_mem"], pdl)
+
+
+def cdiv(a: int, b: int) -> int:
+    """ceil(a / b) for positive integers."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n`` (1 for n <= 1)."""
+    return 1 << (n - 1).bit_length() if n > 1 else 1
+
+
+def fail(variant: str, what: str, got: object, wanted: object, hint: str = "") -> NoReturn:
+    """Raise the one form of error that launchers use.
+
+    Raises:
+        ValueError: always; the message names the variant, what was given, what was wanted and what to do.
+    """
+    raise ValueError(f"{variant}: {what}: got {got}, wanted {wanted}" + (f"; {hint}" if hint else ""))
+
+
+def describe(tensor: torch.Tensor) -> str:
+    """Shape, dtype, strides and device of a tensor, for an error message."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return f"{list(tensor.shape)} {dtype} with strides {list(tensor.stride())} on {tensor.device}"
+
+
+_libraries: list[torch.library.Library] = []  # a Library undefines its ops when it dies
+
+
+def op(module: str, schema: str, function: Callable[..., None]) -> Callable[..., None]:
+    """Register ``function``, which mutates its arguments and returns nothing, as an op; return the op.
+
+    The namespace is the name of the generated package, so that copies of it under other names live side by side.
+    ``torch.compile`` sees the op as opaque; eager code calls the function itself, which is cheaper. No autograd.
+    """
+    namespace, name = module.split(".")[0], schema.split("(")[0]
+    library = torch.library.Library(namespace, "FRAGMENT")
+    library.define(schema)
+    for key in ("CUDA", "CPU"):
+        library.impl(name, function, key)
+    library.impl(name, lambda *arguments: None, "Meta")
+    _libraries.append(library)
+    return getattr(getattr(torch.ops, namespace), name).default

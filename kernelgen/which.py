@@ -1,0 +1,159 @@
+"""Which variants serve a case, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Mapping
+
+from kernelgen.diagnostics import Diagnostic, Failure, did_you_mean, failure
+from kernelgen.model import (
+    SCHEDULE,
+    TAG_HINTS,
+    VOCABULARY,
+    Axis,
+    Exclude,
+    Family,
+    Package,
+    TunedEntry,
+    Variant,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The variants that serve a case; for every axis, why; and what was measured for such a case."""
+
+    family: Family
+    variants: tuple[Variant, ...]
+    reasons: Mapping[str, str]
+    measured: tuple[TunedEntry, ...]
+
+
+def which(package: Package, name: str | None, case: Mapping[str, str]) -> Answer:
+    """The variants of a family that serve ``case``.
+
+    Args:
+        package: all families.
+        name: the family; None: the only one whose words ``case`` uses.
+        case: axis to a tag, or to what a tag stands for (``rank: 24``, ``dtype: bfloat16``); size to a number, which
+            selects among the measurements. What it leaves out may be anything.
+
+    Raises:
+        Failure: a word is unknown (exit code 2), or no variant serves the case (1).
+    """
+    family = _family(package, name, case)
+    words = _words(family)
+    for word in case:
+        if word not in words:
+            message = f"{family.name} has no axis or size {word!r}"
+            raise failure("KG014", family.spec, message, did_you_mean(word, words))
+    tags: dict[str, tuple[str, ...]] = {}
+    reasons: dict[str, str] = {}
+    for axis in family.axes:
+        if axis.name in case:
+            tag, reasons[axis.name] = _tag(axis, case[axis.name])
+            tags[axis.name] = (tag,)
+        else:
+            tags[axis.name] = axis.tags
+    served = tuple(
+        variant
+        for variant in family.variants
+        if all(getattr(variant, axis) in allowed for axis, allowed in tags.items())
+    )
+    if not served:
+        raise Failure(_why_not(family, tags))
+    for axis in family.axes:
+        if axis.name not in case:
+            left = dict.fromkeys(getattr(variant, axis.name) for variant in served)
+            reasons[axis.name] = _open_reason(axis, list(left))
+    measured = tuple(
+        entry
+        for entry in family.tuned.entries
+        if any(variant.kernel == entry.schedule for variant in served)
+        and all(
+            str(value).lower() == case[size].lower()
+            for size, value in entry.problem
+            if size in case
+        )
+    )
+    return Answer(family, served, reasons, measured if _sizes(family) & set(case) else ())
+
+
+def _family(package: Package, name: str | None, case: Mapping[str, str]) -> Family:
+    known = [family.name for family in package.families]
+    if name is None:
+        fitting = [family for family in package.families if set(case) <= set(_words(family))]
+        if len(fitting) == 1:
+            return fitting[0]
+        message = "this case may be of several families" if fitting else "no family has all of this"
+        raise failure("KG040", "which", message, f"name one: {', '.join(known)}")
+    for family in package.families:
+        if family.name == name:
+            return family
+    raise failure("KG040", name, "no such family", did_you_mean(name, known))
+
+
+def _sizes(family: Family) -> set[str]:
+    return {size for entry in family.tuned.entries for size in entry.problem.names}
+
+
+def _words(family: Family) -> list[str]:
+    axes = [axis.name for axis in family.axes]
+    return [*axes, *sorted(_sizes(family) - set(axes))]
+
+
+def _tag(axis: Axis, value: str) -> tuple[str, str]:
+    """The tag of ``axis`` that ``value`` asks for, and why it is that one."""
+    meanings = VOCABULARY.get(axis.name, {})
+    tag, reason = value, "asked for"
+    if value not in meanings and value.isdecimal():
+        tag, reason = _bucket(axis, int(value))
+    elif value not in meanings and value not in axis.tags:
+        for candidate, facts in meanings.items():
+            if value.lower() in (str(fact).lower() for fact in facts.values()):
+                tag, reason = candidate, f"stands for {value}"
+    if tag in axis.tags:
+        return tag, reason
+    known = list(dict.fromkeys([*meanings, *axis.tags]))
+    if tag not in known:
+        hint = TAG_HINTS.get(axis.name) or did_you_mean(value, known)
+        raise failure("KG015", axis.name, f"nothing like {value!r}", hint)
+    message = f"no variant serves {axis.name} {value}"
+    hint = f"add {tag} to {axis.name}: in this line"
+    raise Failure([Diagnostic("KG041", axis.location, message, hint)])
+
+
+def _bucket(axis: Axis, size: int) -> tuple[str, str]:
+    meanings = VOCABULARY.get(axis.name, {})
+    limits = {tag: facts.get("max_rank") for tag, facts in meanings.items() if "max_rank" in facts}
+    if size < 1 or not limits:
+        raise failure("KG015", axis.name, f"nothing like {size}", ", ".join(axis.tags))
+    for tag, limit in limits.items():
+        if limit is not None and size <= limit:
+            return tag, f"the smallest bucket that holds {size}"
+    tag = next(tag for tag, limit in limits.items() if limit is None)
+    return tag, f"{size} is above every bucket, so it is tiled"
+
+
+def _open_reason(axis: Axis, left: list[str]) -> str:
+    if axis.name == SCHEDULE and len(left) > 1:
+        return "chosen by the sizes of a call"
+    return "not given" if len(left) > 1 else "the only one that is left"
+
+
+def _why_not(family: Family, tags: Mapping[str, tuple[str, ...]]) -> list[Diagnostic]:
+    """The excludes that take the case out: one that takes all of it, else those that together do."""
+
+    def covers(exclude: Exclude) -> bool:
+        return all(set(tags[axis]) <= set(left_out) for axis, left_out in exclude.when.items())
+
+    def touches(exclude: Exclude) -> bool:
+        return all(set(tags[axis]) & set(left_out) for axis, left_out in exclude.when.items())
+
+    guilty = list(filter(covers, family.excludes)) or list(filter(touches, family.excludes))
+    return [
+        Diagnostic(
+            "KG041", exclude.location, "no variant serves the case: it is excluded", exclude.why
+        )
+        for exclude in guilty
+    ]
