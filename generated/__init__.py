@@ -140,7 +140,7 @@ def variants() -> tuple[str, ...]:
         "moe_lora_two_kernel_f16_sorted_set_weighted_r64",
         "moe_lora_two_kernel_f16_sorted_set_weighted_r128",
         "moe_lora_two_kernel_f16_sorted_set_weighted_rany",
-        "moe_route_one_block",
-        "moe_route_many_blocks",
+        "moe_route_one_launch",
+        "moe_route_three_launch",
         "moe_route_from_tables",
     )

@@ -38,7 +38,7 @@ class Options(NamedTuple):
 class CompileRequest:
     """One compile key, as a launch would make it: enough to compile it without running it."""
 
-    launcher: "Launcher"
+    launcher: Launcher
     arguments: tuple[Any, ...]
     constants: tuple[Any, ...]
     options: Options
@@ -224,7 +224,7 @@ def traits(device: torch.device) -> Traits:
     return Traits(132, _SHARED_MEMORY.get(target.arch, 65536), pdl)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _traits(index: int) -> Traits:
     properties = triton.runtime.driver.active.utils.get_device_properties(index)
     pdl = torch.version.hip is None and torch.cuda.get_device_capability(index) >= (9, 0)

@@ -122,10 +122,11 @@ def build(
     dry = check or diff
     target = default_output(specs) if out is None else out
     work = pipeline.check if dry else pipeline.build
-    done = work(specs, target, only, jobs or len(os.sched_getaffinity(0)))
+    done = work(specs, target, only, jobs or _cores())
     findings = pipeline.findings(done) if dry else []
     for finding in findings:
-        click.echo(str(finding), err=True)
+        if not (diff and finding.code == "KG034"):  # the diff shows it
+            click.echo(str(finding), err=True)
     written, removed = ("to write", "to remove") if dry else ("written", "removed")
     counts = (
         f"{len(done.written)} {written}, {len(done.removed)} {removed}, {done.unchanged} unchanged"
@@ -218,7 +219,7 @@ def which(words: Sequence[str], specs: Path) -> Report:
         axis: ", ".join(dict.fromkeys(getattr(variant, axis) for variant in found.variants))
         for axis in found.reasons
     }
-    lines = [variant.name for variant in found.variants]
+    lines: list[str] = [variant.name for variant in found.variants]
     lines += ["", *_columns([(axis, tags[axis], why) for axis, why in found.reasons.items()])]
     lines += [
         f"measured: {_inline(dict(entry.problem))}: {entry.schedule}, {entry.best.us} us"
@@ -260,6 +261,11 @@ def _case(words: Sequence[str]) -> tuple[str | None, dict[str, str]]:
             value = rest.pop(0)
         case[option.replace("-", "_")] = value
     return family, case
+
+
+def _cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux; knows of containers and taskset
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:

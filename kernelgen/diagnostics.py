@@ -44,6 +44,12 @@ CATALOGUE: Mapping[str, str] = {
     "KG034": "the output differs from what the specs say",
     "KG040": "nothing matches",
     "KG041": "no variant serves a case",
+    "KG050": "a kernel that cannot be compiled",
+    "KG051": "a kernel that spills more than its spec allows",
+    "KG052": "a kernel that takes more shared memory than the target has",
+    "KG053": "a lock that cannot be read",
+    "KG054": "a kernel that uses other resources than the lock says",
+    "KG055": "a lock that does not cover the kernels",
 }
 _WIDTH = 120  # columns of an excerpt
 _MOST = 200  # faults that are shown

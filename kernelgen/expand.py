@@ -47,7 +47,7 @@ def expand(families: Sequence[Family]) -> tuple[Package, list[Diagnostic]]:
 def _combinations(family: Family) -> Iterator[Record]:
     names = [axis.name for axis in family.axes]
     for tags in itertools.product(*(axis.tags for axis in family.axes)):
-        yield Record(dict(zip(names, tags)))
+        yield Record(dict(zip(names, tags, strict=True)))
 
 
 def _variants(family: Family) -> Iterator[Variant]:
@@ -94,7 +94,7 @@ def _coverage_faults(family: Family, variants: Sequence[Variant]) -> Iterator[Di
             yield Diagnostic("KG017", exclude.location, message)
     for axis in family.axes:
         used = {getattr(variant, axis.name) for variant in variants}
-        for tag, where in zip(axis.tags, axis.tag_locations):
+        for tag, where in zip(axis.tags, axis.tag_locations, strict=True):
             if tag not in used:
                 message = f"every combination with {axis.name} {tag} is excluded"
                 yield Diagnostic("KG018", where, message, "remove the tag, or narrow an exclude")

@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -27,13 +28,41 @@ _CACHED_FILES = 4096
 _PARALLEL_FROM = 16  # files; below, starting processes costs more than it saves
 
 _STANDARD = frozenset(
-    "__future__ collections contextlib dataclasses enum functools importlib itertools math os sys threading types"
-    " typing warnings weakref".split()
+    [
+        "__future__",
+        "collections",
+        "contextlib",
+        "dataclasses",
+        "enum",
+        "functools",
+        "importlib",
+        "itertools",
+        "math",
+        "os",
+        "sys",
+        "threading",
+        "types",
+        "typing",
+        "warnings",
+        "weakref",
+    ]
 )
 _PACKAGE_IMPORTS = _STANDARD | {"torch", "triton"}
 _TEST_IMPORTS = _PACKAGE_IMPORTS | {"kernelgen", "pytest", PACKAGE}
 _FORBIDDEN_NAMES = frozenset(
-    "__builtins__ __import__ breakpoint compile eval exec globals input locals open vars".split()
+    [
+        "__builtins__",
+        "__import__",
+        "breakpoint",
+        "compile",
+        "eval",
+        "exec",
+        "globals",
+        "input",
+        "locals",
+        "open",
+        "vars",
+    ]
 )
 
 
@@ -47,7 +76,7 @@ def finish(texts: Mapping[str, str], jobs: int) -> tuple[dict[str, str], list[Di
     results = {path: cache.get(path, text) for path, text in texts.items()}
     new = [(path, texts[path]) for path, found in results.items() if found is None]
     faults: list[Diagnostic] = []
-    for (path, raw), result in zip(new, _map(new, jobs)):
+    for (path, raw), result in zip(new, _map(new, jobs), strict=True):
         if isinstance(result, Diagnostic):
             faults.append(result)
         else:
@@ -67,15 +96,21 @@ def _map(new: Sequence[tuple[str, str]], jobs: int) -> Iterator[str | Diagnostic
     import black  # noqa: F401  (before the fork, so that it is loaded once)
 
     context = multiprocessing.get_context("fork")
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        yield from pool.map(_finish, new, chunksize=4)
+    on_interrupt = (signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    with concurrent.futures.ProcessPoolExecutor(jobs, context, signal.signal, on_interrupt) as pool:
+        try:
+            yield from pool.map(_finish, new, chunksize=4)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _finish(item: tuple[str, str]) -> str | Diagnostic:
     import black
+    from black.mode import TargetVersion
 
     path, raw = item
-    mode = black.Mode(line_length=LINE_LENGTH, target_versions={black.TargetVersion.PY310})
+    mode = black.Mode(line_length=LINE_LENGTH, target_versions={TargetVersion.PY310})
     try:
         text = black.format_str(raw, mode=mode)
     except (

@@ -18,14 +18,17 @@ with a message rather than with wrong numbers.
 from __future__ import annotations
 
 import functools
-from types import ModuleType
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, ClassVar
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 from numpy.typing import NDArray
+
+from kernelgen.memory import Launch, MemoryFault, OutOfBounds, Race, tensors
+
+__all__ = ["IntegerOverflow", "MemoryFault", "OutOfBounds", "Race", "install"]
 
 _KNOWN = "3.6 to 3.9"
 _PARTS = {
@@ -50,43 +53,24 @@ _PARTS = {
     "_LangPatchScope": (),
     "TensorHandle": (),
     "InterpreterError": (),
-    "TensorDescriptor": (),
     "_patch_lang": (),
     "_patch_lang_core": (),
     "_patch_lang_tensor": (),
     "_get_np_dtype": (),
-    "interpreter_builder": ("options",),
 }
-
-
-class MemoryFault(Exception):
-    """An access that would be an error, or undefined, on a GPU."""
-
-
-class OutOfBounds(MemoryFault):
-    """An access outside of the tensors that were passed to the launch."""
-
-
-class Race(MemoryFault):
-    """Programs, or lanes of one store, whose result depends on the order in which they run."""
 
 
 class IntegerOverflow(MemoryFault):
     """A 32-bit signed integer operation whose result does not fit."""
 
 
-_installed = False
-
-
+@functools.cache
 def install() -> None:
-    """Repair the interpreter in this process; further calls do nothing.
+    """Repair the interpreter of this process; further calls do nothing.
 
     Raises:
         RuntimeError: Triton was imported without TRITON_INTERPRET=1, or lacks a part that the repairs replace.
     """
-    global _installed
-    if _installed:
-        return
     if not triton.knobs.runtime.interpret:
         raise RuntimeError(
             "kernels are not interpreted: set TRITON_INTERPRET=1 before triton is imported"
@@ -94,24 +78,40 @@ def install() -> None:
     from triton.runtime import interpreter
 
     _require_parts(interpreter)
+    _speed_up_dtypes(interpreter)
     _repair_numbers(interpreter)
     _repair_language(interpreter)
     _watch_integers(interpreter)
     _watch_memory(interpreter)
     _ignore_dependent_launch()
-    _installed = True
 
 
-def _require_parts(interpreter: ModuleType) -> None:
+def _require_parts(interpreter: Any) -> None:
     for owner, names in _PARTS.items():
         found = getattr(interpreter, owner, None)
         missing = [name for name in names if not hasattr(found, name)]
         if found is None or missing:
-            part = f"{owner}.{missing[0]}" if missing else owner
+            part = owner if found is None else f"{owner}.{missing[0]}"
             raise RuntimeError(
                 f"triton {triton.__version__}: triton.runtime.interpreter has no {part}, which the repairs of "
                 f"kernelgen/interpreter.py replace; they are known to fit triton {_KNOWN}"
             )
+
+
+def _speed_up_dtypes(interpreter: Any) -> None:
+    # The stock function makes its table anew at each call: a tenth of all time.
+    stock = interpreter._get_np_dtype
+    known: dict[str, np.dtype[Any]] = {}
+
+    def numpy_dtype(dtype: Any) -> np.dtype[Any]:
+        scalar = dtype.scalar
+        if scalar.is_ptr():
+            return np.dtype(np.uint64)
+        if scalar.name not in known:
+            known[scalar.name] = stock(scalar)
+        return known[scalar.name]
+
+    interpreter._get_np_dtype = numpy_dtype
 
 
 # Numbers. Triton holds bfloat16 as uint16 and float8 as uint8: widen to float32, compute, round back.
@@ -124,9 +124,12 @@ _FLOAT8 = {
 }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _float8_values(dtype: tl.dtype) -> NDArray[np.float32]:
-    return torch.arange(256, dtype=torch.uint8).view(_FLOAT8[dtype]).float().numpy()
+    values: NDArray[np.float32] = (
+        torch.arange(256, dtype=torch.uint8).view(_FLOAT8[dtype]).float().numpy()
+    )
+    return values
 
 
 def _is_narrow(dtype: tl.dtype) -> bool:
@@ -137,7 +140,7 @@ def _widen(data: NDArray[Any], dtype: tl.dtype) -> NDArray[Any]:
     if dtype == tl.bfloat16:
         return (data.astype(np.uint32) << 16).view(np.float32)
     if dtype in _FLOAT8:
-        return _float8_values(dtype)[data]
+        data = _float8_values(dtype)[data]
     return data
 
 
@@ -154,7 +157,7 @@ def _narrow(data: NDArray[Any], dtype: tl.dtype, toward_zero: bool = False) -> N
     return clamped.to(_FLOAT8[dtype]).view(torch.uint8).numpy()
 
 
-def _repair_numbers(interpreter: ModuleType) -> None:
+def _repair_numbers(interpreter: Any) -> None:
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     numpy_dtype = interpreter._get_np_dtype
     stock_cast, stock_fp_to_fp = builder.cast_impl, builder.create_fp_to_fp
@@ -223,7 +226,7 @@ def _repair_numbers(interpreter: ModuleType) -> None:
         owner.apply_impl = of_tensors_in_float32(owner.apply_impl)
 
 
-def _repair_language(interpreter: ModuleType) -> None:
+def _repair_language(interpreter: Any) -> None:
     """Patch triton.language once and for good; add what 3.6 lacks."""
     stock_patch, stock_core = interpreter._patch_lang, interpreter._patch_lang_core
     stock_tensor, builder = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder
@@ -261,7 +264,7 @@ def _repair_language(interpreter: ModuleType) -> None:
 class _SeesLanguage:
     """What ``_patch_lang`` asks of a kernel: the modules that it can name."""
 
-    __globals__ = {"tl": tl, "core": tl.core}
+    __globals__: ClassVar = {"tl": tl, "core": tl.core}
 
 
 def _ignore_dependent_launch() -> None:
@@ -271,7 +274,7 @@ def _ignore_dependent_launch() -> None:
         setattr(cuda, name, lambda **options: None)
 
 
-def _watch_integers(interpreter: ModuleType) -> None:
+def _watch_integers(interpreter: Any) -> None:
     builder = interpreter.InterpreterBuilder
 
     def watched(stock: Callable[..., Any], operation: np.ufunc) -> Callable[..., Any]:
@@ -298,107 +301,6 @@ def _watch_integers(interpreter: ModuleType) -> None:
 _UNDEFINED = 1_000_003  # what an undefined integer reads as: out of any bounds, far from overflow
 
 
-class _Launch:
-    """What one launch may touch, and what its programs did."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        extents = sorted(_extent(name, tensor) for name, tensor in tensors.items())
-        self.names: list[str] = []
-        first: list[int] = []
-        end: list[int] = []
-        for begin, stop, name in extents:
-            if end and begin < end[-1]:  # views of one buffer
-                end[-1] = max(end[-1], stop)
-                self.names[-1] += f" or {name}"
-            else:
-                first.append(begin)
-                end.append(stop)
-                self.names.append(name)
-        self.first = np.array(first, dtype=np.uint64)
-        self.end = np.array(end, dtype=np.uint64)
-        # per extent: (addresses, program, values) of the stores, (addresses, program) of the loads
-        self.stores: dict[int, list[tuple[NDArray[Any], int, NDArray[Any]]]] = {}
-        self.loads: dict[int, list[tuple[NDArray[Any], int]]] = {}
-        self.has_atomics = False  # programs may then be ordered by them
-
-    def place(self, kind: str, program: Any, addresses: NDArray[Any], size: int) -> int:
-        """The extent that all ``addresses`` lie in, or -1 if they lie in several; raises if one lies in none."""
-        last = np.uint64(size - 1)
-        low = int(np.searchsorted(self.first, addresses.min(), side="right")) - 1
-        if low >= 0 and addresses.max() + last < self.end[low]:
-            return low
-        index = np.searchsorted(self.first, addresses, side="right").astype(np.int64) - 1
-        outside = (index < 0) | (addresses + last >= self.end[np.maximum(index, 0)])
-        if outside.any():
-            where = self._describe(int(addresses[outside][0]))
-            lanes = f"{int(outside.sum())} of {addresses.size} lanes"
-            raise OutOfBounds(f"{kind} by program {program}: {lanes}, the first {where}")
-        return -1
-
-    def _describe(self, address: int) -> str:
-        gaps = [
-            max(int(first) - address, address - int(end) + 1)
-            for first, end in zip(self.first, self.end)
-        ]
-        if not gaps:
-            return "where no tensor is"
-        near = int(np.argmin(gaps))
-        first, end = int(self.first[near]), int(self.end[near])
-        return f"{address - first:+d} bytes from the start of {self.names[near]} ({end - first} bytes)"
-
-    def check_races(self) -> None:
-        """Raise if the order of programs, or of the lanes of a store, can change the result."""
-        for extent, stores in self.stores.items():
-            addresses = np.concatenate([s[0] for s in stores])
-            writer = np.repeat([s[1] for s in stores], [s[0].size for s in stores])
-            store = np.repeat(np.arange(len(stores)), [s[0].size for s in stores])
-            order = np.lexsort((store, addresses))
-            addresses, writer, store = addresses[order], writer[order], store[order]
-            twice = addresses[1:] == addresses[:-1]
-            across = twice & (writer[1:] != writer[:-1])
-            if across.any():
-                i = int(np.argmax(across))
-                self._fail(extent, addresses[i], "stored by programs", writer[i], writer[i + 1])
-            if (twice & (store[1:] == store[:-1])).any():
-                values = np.concatenate([s[2] for s in stores])[order]
-                bits = np.frombuffer(values.tobytes(), dtype=f"V{values.itemsize}")
-                lanes = twice & (store[1:] == store[:-1]) & (bits[1:] != bits[:-1])
-                if lanes.any():
-                    i = int(np.argmax(lanes))
-                    self._fail(extent, addresses[i], "stored by two lanes of program", writer[i])
-            if not self.has_atomics:
-                self._check_loads(extent, addresses, writer)
-
-    def _check_loads(self, extent: int, stored: NDArray[Any], writer: NDArray[Any]) -> None:
-        for addresses, program in self.loads.get(extent, ()):
-            at = np.minimum(np.searchsorted(stored, addresses), stored.size - 1)
-            stale = (stored[at] == addresses) & (writer[at] != program)
-            if stale.any():
-                i = int(np.argmax(stale))
-                by = writer[at[i]]
-                self._fail(extent, addresses[i], "stored and loaded by programs", by, program)
-
-    def _fail(self, extent: int, address: Any, what: str, *programs: Any) -> None:
-        offset = int(address) - int(self.first[extent])
-        who = " and ".join(str(int(p)) for p in programs)
-        raise Race(f"+{offset} bytes from the start of {self.names[extent]}: {what} {who}")
-
-
-def _extent(name: str, tensor: torch.Tensor) -> tuple[int, int, str]:
-    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-    return tensor.data_ptr(), tensor.data_ptr() + span * tensor.element_size(), name
-
-
-def _tensors(name: str, argument: Any, descriptor: type) -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(argument, tuple):
-        for i, item in enumerate(argument):
-            yield from _tensors(f"{name}[{i}]", item, descriptor)
-    elif isinstance(argument, descriptor):
-        yield from _tensors(name, argument.base, descriptor)  # type: ignore[attr-defined]
-    elif isinstance(argument, torch.Tensor) and argument.numel():
-        yield name, argument
-
-
 def _undefined(shape: tuple[int, ...], dtype: tl.dtype, numpy_dtype: np.dtype[Any]) -> NDArray[Any]:
     if _is_narrow(dtype):
         return np.broadcast_to(_narrow(np.array([np.nan]), dtype), shape)
@@ -409,59 +311,60 @@ def _undefined(shape: tuple[int, ...], dtype: tl.dtype, numpy_dtype: np.dtype[An
     return np.full(shape, min(_UNDEFINED, np.iinfo(numpy_dtype).max), numpy_dtype)
 
 
-def _watch_memory(interpreter: ModuleType) -> None:
+def _watch_memory(interpreter: Any) -> None:
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     handle, numpy_dtype = interpreter.TensorHandle, interpreter._get_np_dtype
     stock_load, stock_store = builder.create_masked_load, builder.create_masked_store
     stock_rmw, stock_cas = builder.create_atomic_rmw, builder.create_atomic_cas
     stock_call, stock_init = executor.__call__, executor._init_args_hst
     stock_restore = executor._restore_args_dev
-    current: _Launch | None = None
+    current: Launch | None = None
 
     def program(self: Any) -> int:
         x, y, z = self.grid_idx
         return int((x * self.grid_dim[1] + y) * self.grid_dim[2] + z)
 
     def touch(
-        self: Any, kind: str, pointers: Any, mask: Any, size: int
-    ) -> tuple[int, NDArray[Any]] | None:
-        lanes = np.asarray(mask.data)
+        self: Any, kind: str, pointers: Any, lanes: NDArray[Any], size: int
+    ) -> tuple[NDArray[Any], int]:
+        """The addresses of the lanes that are on, and the extent that they lie in."""
         addresses = pointers.data
         if not lanes.all():
             addresses, lanes = np.broadcast_arrays(addresses, lanes)
             addresses = addresses[lanes]
+        addresses = addresses.ravel()
         if current is None or addresses.size == 0:
-            return None
-        return current.place(kind, self.grid_idx, addresses, size), addresses.ravel()
+            return addresses, -1
+        return addresses, current.place(kind, self.grid_idx, addresses, size)
 
     def load(self: Any, pointers: Any, mask: Any, other: Any, *policy: Any, **options: Any) -> Any:
         dtype = pointers.get_element_ty()
-        kind = numpy_dtype(dtype)
-        touched = touch(self, "load", pointers, mask, kind.itemsize)
-        if touched and touched[0] >= 0 and current is not None:
-            current.loads.setdefault(touched[0], []).append((touched[1], program(self)))
-        if other is None and not np.asarray(mask.data).all():
+        kind, lanes = numpy_dtype(dtype), np.asarray(mask.data)
+        addresses, extent = touch(self, "load", pointers, lanes, kind.itemsize)
+        if current is not None and addresses.size:
+            current.loads.append((addresses, program(self), extent))
+        if other is None and not lanes.all():
             other = handle(_undefined(pointers.data.shape, dtype, kind), dtype)
         return stock_load(self, pointers, mask, other, *policy, **options)
 
     def store(self: Any, pointers: Any, value: Any, mask: Any, *policy: Any, **options: Any) -> Any:
-        touched = touch(self, "store", pointers, mask, value.data.dtype.itemsize)
-        if touched and touched[0] >= 0 and current is not None:
-            shape = np.broadcast_shapes(pointers.data.shape, np.shape(mask.data))
-            values = np.broadcast_to(value.data, shape)
-            lanes = np.broadcast_to(np.asarray(mask.data), shape)
-            record = (touched[1], program(self), values[lanes])
-            current.stores.setdefault(touched[0], []).append(record)
+        lanes = np.asarray(mask.data)
+        addresses, extent = touch(self, "store", pointers, lanes, value.data.dtype.itemsize)
+        if current is not None and addresses.size:
+            shape = np.broadcast_shapes(pointers.data.shape, lanes.shape)
+            values = np.broadcast_to(value.data, shape)[np.broadcast_to(lanes, shape)]
+            current.stores.append((addresses, program(self), values))
+            current.written.add(extent)
         return stock_store(self, pointers, value, mask, *policy, **options)
 
     def rmw(self: Any, op: Any, pointers: Any, value: Any, mask: Any, *order: Any) -> Any:
-        touch(self, "atomic", pointers, mask, value.data.dtype.itemsize)
+        touch(self, "atomic", pointers, np.asarray(mask.data), value.data.dtype.itemsize)
         if current is not None:
             current.has_atomics = True
         return stock_rmw(self, op, pointers, value, mask, *order)
 
     def cas(self: Any, pointers: Any, compare: Any, value: Any, *order: Any) -> Any:
-        touch(self, "atomic", pointers, handle(np.array([True]), tl.int1), value.data.dtype.itemsize)
+        touch(self, "atomic", pointers, np.array([True]), value.data.dtype.itemsize)
         if current is not None:
             current.has_atomics = True
         return stock_cas(self, pointers, compare, value, *order)
@@ -469,16 +372,16 @@ def _watch_memory(interpreter: ModuleType) -> None:
     def init(self: Any, arguments: Any, keywords: Any) -> Any:
         nonlocal current
         on_host = stock_init(self, arguments, keywords)
-        named = [*zip(self.arg_names, on_host[0]), *on_host[1].items()]
-        found = (pair for n, a in named for pair in _tensors(n, a, interpreter.TensorDescriptor))
-        current = _Launch(dict(found))
+        named = [*zip(self.arg_names, on_host[0], strict=False), *on_host[1].items()]
+        current = Launch(dict(found for name, a in named for found in tensors(name, a)))
         return on_host
 
-    def restore(self: Any, arguments: Any, on_host: Any, keywords: Any, keywords_on_host: Any) -> None:
+    def restore(
+        self: Any, arguments: Any, on_host: Any, keywords: Any, keywords_on_host: Any
+    ) -> None:
         # Arguments in host memory were passed as they are: copying a storage onto itself would touch all its pages.
         values = (*arguments, *keywords.values())
-        found = (t for a in values for _, t in _tensors("", a, interpreter.TensorDescriptor))
-        if any(tensor.device.type != "cpu" for tensor in found):
+        if any(t.device.type != "cpu" for value in values for _, t in tensors("", value)):
             stock_restore(self, arguments, on_host, keywords, keywords_on_host)
 
     def call(self: Any, *arguments: Any, **keywords: Any) -> Any:

@@ -48,10 +48,10 @@ def load(specs: Path) -> tuple[list[Family], list[Diagnostic]]:
         family, found = _load_family(file, specs / "tuned" / file.name)
         families += [family] if family else []
         faults += found
-    stems = {file.stem for file in files}
+    names = {file.name for file in files}
     for file in _spec_files(specs / "tuned", missing_ok=True):
-        if file.stem not in stems:
-            message = f"there is no spec {file.stem}.yaml to tune"
+        if file.name not in names:
+            message = f"there is no spec {file.name} that this could tune"
             faults.append(Diagnostic("KG013", Location(str(file)), message))
     return families, faults
 
@@ -92,17 +92,23 @@ def _load_family(file: Path, tuned_file: Path) -> tuple[Family | None, list[Diag
     if root is None:
         return None, faults
     family, found = _Spec(root, file.stem).family()
-    faults += found
+    faults = _joined(faults, found)
     if family is None or not tuned_file.exists():
         return family, faults
     tuned_root, found = _read(tuned_file)
     faults += found
     if tuned_root is not None:
-        tuned, found = _TunedFile(tuned_root, family).tuned()
-        faults += found
+        tuned, found_in_tree = _TunedFile(tuned_root, family).tuned()
+        faults = _joined(faults, found_in_tree)
         if tuned is not None:
             return dataclasses.replace(family, tuned=tuned), faults
     return family, faults
+
+
+def _joined(first: list[Diagnostic], then: list[Diagnostic]) -> list[Diagnostic]:
+    """Both; a value that cannot be read is not judged again."""
+    places = {fault.location for fault in first}
+    return first + [fault for fault in then if fault.location not in places]
 
 
 class _Checks:
@@ -259,18 +265,18 @@ class _TunedFile(_Checks):
         entries = self.sections.get("entries", [])
         sizes = list(entries[0].problem) if entries else []
         seen: dict[tuple[object, ...], int] = {}
+        for name in sizes:
+            where = self.root.key_at("entries", 0, "problem", name)
+            self.check_attribute(name, where, Record.__slots__)
         for i, entry in enumerate(entries):
-            where = self.root.key_at("entries", i, "problem")
+            first = seen.setdefault(tuple(entry.problem.items()), i)
             if list(entry.problem) != sizes:
+                where = self.root.key_at("entries", i, "problem")
                 message = "a problem has other sizes than the first, or in another order"
                 self.fault("KG025", where, message, ", ".join(sizes))
-            first = seen.setdefault(tuple(entry.problem.items()), i)
-            if first != i:
-                message = f"the problem is that of entry {first + 1} again"
-                self.fault("KG025", where, message)
-            for name in entry.problem:
-                where = self.root.key_at("entries", i, "problem", name)
-                self.check_attribute(name, where, Record.__slots__)
+            elif first != i:
+                where = self.root.key_at("entries", i, "problem")
+                self.fault("KG025", where, f"the problem is that of entry {first + 1} again")
             self._check_choice(entry, "entries", i)
             if entry.runner_up is not None:
                 self._check_choice(entry.runner_up, "entries", i, "runner_up")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
@@ -27,3 +28,10 @@ def default_output(specs: Path) -> Path:
 def template_folders(specs: Path) -> tuple[Path, ...]:
     """Where templates are looked up: beside the specs first, then those that come with kernelgen."""
     return tuple(dict.fromkeys([(specs.parent / "templates").resolve(), TEMPLATES]))
+
+
+def cache_folder() -> Path:
+    """Where results that can be made again are kept between runs; may not exist yet."""
+    chosen = os.environ.get("KERNELGEN_CACHE_DIR")
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(chosen or os.path.join(home, "kernelgen"))

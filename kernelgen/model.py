@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from types import MappingProxyType
-from typing import Any, Iterator, Mapping, Union
+from typing import Any, Iterator, Mapping, NamedTuple, TypeAlias
 
 from kernelgen.names import Identifier, spec_label
 
-Fact = Union[bool, int, Identifier, None]  # what a template may ask of a variant
+Fact: TypeAlias = "bool | int | Identifier | None"  # what a template may ask of a variant
 
 
-@dataclasses.dataclass(frozen=True)
-class Location:
+class Location(NamedTuple):
     """A place in a text file: line and column count from 1, 0 means the file as a whole."""
 
     path: str
@@ -43,7 +42,7 @@ class Record:
 
     def __getattr__(self, name: str) -> Any:
         try:
-            return self.values[self.names.index(name)]  # type: ignore[arg-type]
+            return self.values[self.names.index(name)]
         except ValueError:
             raise AttributeError(f"no {name!r}; there are {', '.join(self.names)}") from None
 
@@ -51,7 +50,7 @@ class Record:
         raise dataclasses.FrozenInstanceError(f"cannot assign to {name!r}")
 
     def __iter__(self) -> Iterator[tuple[Identifier, Any]]:
-        return zip(self.names, self.values)
+        return zip(self.names, self.values, strict=True)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Record) and tuple(self) == tuple(other)

@@ -27,7 +27,7 @@ class Identifier(str):
 
     __slots__ = ()
 
-    def __new__(cls, text: str) -> "Identifier":
+    def __new__(cls, text: str) -> Identifier:
         fault = identifier_fault(text)
         if fault:
             raise ValueError(f"{text!r} {fault}")

@@ -10,17 +10,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from typing import Any, Iterator, Mapping, Union
+from typing import Any, Iterator, Mapping, TypeAlias
 
 import yaml
 
 from kernelgen.diagnostics import Diagnostic
 from kernelgen.model import Location
 
-MAX_BYTES = 4 << 20
+MAX_BYTES = 1 << 20
 MAX_DEPTH = 16
 MAX_SCALAR = 2000  # characters
-MAX_NODES = 200_000
+MAX_NODES = 60_000
 MAX_DIGITS = 18
 
 _INVISIBLE = re.compile(
@@ -30,14 +30,15 @@ _INVISIBLE = re.compile(
 )
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_WORDS: Mapping[str, None | bool] = {
+_WORDS: Mapping[str, bool | None] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL")),
     **dict.fromkeys(("true", "True", "TRUE"), True),
     **dict.fromkeys(("false", "False", "FALSE"), False),
 }
 
-Scalar = Union[None, bool, int, float, str]
-Step = Union[str, int]
+Scalar: TypeAlias = "bool | int | float | str | None"
+Step: TypeAlias = "str | int"
+_Mark: TypeAlias = Any  # of PyYAML, or of its binding to libyaml
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Node:
     """A scalar, a list or a mapping, and its place. ``keys`` holds the keys of a mapping."""
 
     location: Location
-    value: Scalar | list["Node"] | dict[str, "Node"]
+    value: Scalar | list[Node] | dict[str, Node]
     keys: dict[str, Key] = dataclasses.field(default_factory=dict)
 
     def plain(self) -> Any:
@@ -64,13 +65,16 @@ class Node:
             return {key: node.plain() for key, node in self.value.items()}
         return self.value
 
-    def at(self, *path: Step) -> "Node":
+    def at(self, *path: Step) -> Node:
         """The node at ``path``, or the deepest one on the way to it."""
         node = self
         for step in path:
-            try:
-                node = node.value[step]  # type: ignore[index]
-            except (KeyError, IndexError, TypeError):
+            inside = node.value
+            if isinstance(inside, dict) and step in inside:
+                node = inside[str(step)]
+            elif isinstance(inside, list) and isinstance(step, int) and step < len(inside):
+                node = inside[step]
+            else:
                 break
         return node
 
@@ -87,7 +91,7 @@ class _Parser:
         self.faults: list[Diagnostic] = []
         self.usable = True  # whether the tree stands for what was written
 
-    def location(self, mark: yaml.Mark | None, end: yaml.Mark | None = None) -> Location:
+    def location(self, mark: _Mark, end: _Mark = None) -> Location:
         if mark is None:
             return Location(self.path)
         if mark.line >= len(self.lines):
@@ -226,7 +230,7 @@ def _build(parser: _Parser, text: str) -> Node | None:
     return root if parser.usable else None
 
 
-def _is_bare(parser: _Parser, event: yaml.NodeEvent, where: Location) -> bool:
+def _is_bare(parser: _Parser, event: Any, where: Location) -> bool:
     """Whether a node is without anchor, alias and tag."""
     if isinstance(event, yaml.AliasEvent):
         parser.fault("KG006", where, f"alias *{event.anchor}", "write the value again")

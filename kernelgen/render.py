@@ -1,9 +1,9 @@
 """Models to text, through templates.
 
 Templates are Jinja with line statements (``#%``) and line comments (``##``). What they may do is a short list: attribute
-access, ``if``, ``for``, ``import``, macros and ``length``; everything computed belongs on the model. What they may print is typed:
-whole numbers, booleans, None, checked identifiers, and text that stands in a template. Any other string raises, so no text of a
-spec reaches a generated file unchecked.
+access, ``if``, ``for``, ``import``, macros and ``length``; everything computed belongs on the model. What they may print is
+typed: whole numbers, booleans, None, checked identifiers, and text that stands in a template. Any other string raises, so no
+text of a spec reaches a generated file unchecked.
 """
 
 from __future__ import annotations
@@ -68,12 +68,9 @@ class _Loader(jinja2.BaseLoader):
         return next((f / template for f in self.folders if (f / template).is_file()), None)
 
     def list_folder(self, folder: str) -> list[str]:
-        found = {
-            f"{folder}/{file.name}"
-            for root in self.folders
-            for file in (root / folder).glob(f"*{names.TEMPLATE_SUFFIX}")
-        }
-        return sorted(found)
+        roots = [root for root in self.folders if (root / folder).is_dir()]
+        files = (roots[0] / folder).glob(f"*{names.TEMPLATE_SUFFIX}") if roots else ()
+        return sorted(f"{folder}/{file.name}" for file in files)
 
 
 class _Environment(jinja2.Environment):

@@ -128,7 +128,7 @@ class SpecShape(_Shape):
     tunables: Annotated[
         dict[Name, dict[Name, Annotated[list[TunableValue], Field(min_length=1, max_length=64)]]],
         Field(
-            description="Schedule (or the family, without such an axis) to its constexpr parameters and the values tuning may give them."
+            description="Schedule (without such an axis: the family) to its constexpr parameters and their legal values."
         ),
     ] = {}
 
@@ -170,15 +170,16 @@ def validate(shape: type[_Shape], root: Node) -> tuple[dict[str, Any], list[Diag
     except ValidationError as error:
         faults = error.errors(include_url=False, include_context=True)
         bad = {fault["loc"][0] for fault in faults if fault["loc"]}
-        sections = {
-            name: TypeAdapter(Annotated[field.annotation, field]).validate_python(
-                plain[name], strict=True
-            )
-            for name, field in shape.model_fields.items()
-            if name in plain and name not in bad
-        }
+        good = {name: plain[name] for name in shape.model_fields if name in plain.keys() - bad}
+        sections = {name: _section(shape, name, value) for name, value in good.items()}
         return sections, [_diagnostic(shape, root, fault) for fault in faults]
     return {name: getattr(fitting, name) for name in shape.model_fields}, []
+
+
+def _section(shape: type[_Shape], name: str, value: object) -> Any:
+    field = shape.model_fields[name]
+    annotated: Any = Annotated[field.annotation, field]
+    return TypeAdapter(annotated).validate_python(value, strict=True)
 
 
 _TYPES = {
@@ -233,7 +234,7 @@ def _kind(value: object) -> str:
 
 def _keys(shape: type[BaseModel], path: tuple[Step, ...]) -> list[str]:
     """The keys that the mapping at ``path`` may have."""
-    models = {
+    models: dict[tuple[str, ...], type[BaseModel]] = {
         ("exclude",): ExcludeShape,
         ("numerics",): NumericsShape,
         ("resources",): ResourcesShape,
@@ -263,7 +264,7 @@ def json_schema() -> dict[str, Any]:
         "description": "Ways to do the same work; each has a template of its own.",
     }
     head = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "kernelgen spec"}
-    return head | _draft7(schema)
+    return {**head, **_draft7(schema)}
 
 
 def _draft7(value: Any) -> Any:

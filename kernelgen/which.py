@@ -125,14 +125,14 @@ def _tag(axis: Axis, value: str) -> tuple[str, str]:
 
 def _bucket(axis: Axis, size: int) -> tuple[str, str]:
     meanings = VOCABULARY.get(axis.name, {})
-    limits = {tag: facts.get("max_rank") for tag, facts in meanings.items() if "max_rank" in facts}
-    if size < 1 or not limits:
-        raise failure("KG015", axis.name, f"nothing like {size}", ", ".join(axis.tags))
-    for tag, limit in limits.items():
-        if limit is not None and size <= limit:
+    for tag, facts in meanings.items():
+        limit = facts.get("max_rank", 0)
+        if size >= 1 and limit is None:
+            return tag, f"{size} is above every bucket, so it is tiled"
+        if size >= 1 and isinstance(limit, int) and size <= limit:
             return tag, f"the smallest bucket that holds {size}"
-    tag = next(tag for tag, limit in limits.items() if limit is None)
-    return tag, f"{size} is above every bucket, so it is tiled"
+    hint = TAG_HINTS.get(axis.name) or f"tags: {', '.join(axis.tags)}"
+    raise failure("KG015", axis.name, f"nothing like {size}", hint)
 
 
 def _open_reason(axis: Axis, left: list[str]) -> str:

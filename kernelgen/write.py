@@ -68,6 +68,9 @@ class Disk:
                 os.close(handle)
 
 
+_DISK = Disk()
+
+
 @dataclasses.dataclass(frozen=True)
 class Change:
     """A file to be written (``text``), or removed (None); ``old`` is the hash of what is there now."""
@@ -142,7 +145,7 @@ def plan(tree: Tree, out: Path) -> Plan:
         return Plan(tuple(changes), unchanged, tuple(blocked), (out / names.STAGING).exists())
 
 
-def sync(tree: Tree, out: Path, disk: Disk = Disk()) -> Plan:
+def sync(tree: Tree, out: Path, disk: Disk = _DISK) -> Plan:
     """Make the disk below ``out`` agree with ``tree``, and return what was done.
 
     Raises:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from typing import Any, Sequence
 
 import torch
@@ -15,7 +16,8 @@ from ..moe_route import MoeRoute
 from ._problem import Call, check, plan
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
-_BUCKETS = ((16, "r16"), (32, "r32"), (64, "r64"), (128, "r128"))
+# (largest rank, tag); a rank goes to the first of them that there is a variant for
+_BUCKETS = ((16, "r16"), (32, "r32"), (64, "r64"), (128, "r128"), (math.inf, "rany"))
 
 # (schedule, dtype, add_inputs, weighted, rank bucket): module of the variant
 _MODULES = {
@@ -254,11 +256,14 @@ def _bind(
     if problem.num_pairs == 0:
         return _nothing
     schedule, config = plan(problem, route)
-    bucket = next((tag for most, tag in _BUCKETS if problem.rank <= most), "rany")
-    module = _MODULES.get((schedule, dtype, add_inputs, mul_routed_weight, bucket))
+    flags = (schedule, dtype, add_inputs, mul_routed_weight)
+    tags = [tag for largest, tag in _BUCKETS if problem.rank <= largest]
+    module = next((_MODULES[(*flags, tag)] for tag in tags if (*flags, tag) in _MODULES), None)
     if module is None:
-        case = f"{schedule}, {dtype}, add_inputs={add_inputs}, mul_routed_weight={mul_routed_weight}, {bucket}"
-        hint = "widen the axes of specs/moe_lora.yaml, or drop the exclude that takes this case out"
+        case = f"{schedule}, {dtype}, add_inputs={add_inputs}, mul_routed_weight={mul_routed_weight}, rank {problem.rank}"
+        hint = (
+            f"add {tags[0]} to rank: in specs/moe_lora.yaml, or drop the exclude that takes it out"
+        )
         runtime.fail("moe_lora", "case", case, "a variant that serves it", hint)
     return importlib.import_module(f".{module}", __name__).bind(problem, route, config)
 

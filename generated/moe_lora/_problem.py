@@ -23,6 +23,7 @@ class OneShotConfig(NamedTuple):
     shrink_stages: int
     expand_stages: int
     num_warps: int
+    weight_policy: int = 0
 
 
 class SmallBatchConfig(NamedTuple):
@@ -34,6 +35,8 @@ class SmallBatchConfig(NamedTuple):
     block_n: int
     shrink_warps: int
     expand_warps: int
+    weight_policy: int = 0
+    pdl: int = 1  # where the target has it
 
 
 class TwoKernelConfig(NamedTuple):
@@ -47,8 +50,12 @@ class TwoKernelConfig(NamedTuple):
     expand_tiles: int
     expand_stages: int
     expand_warps: int
+    weight_policy: int = 0
+    pdl: int = 1  # where the target has it
 
 
+# How the cache treats weights, by weight_policy: as any data, or as data that is read once.
+CACHE_POLICIES = ("", "evict_first")
 CONFIGS = {
     "one_shot": OneShotConfig,
     "small_batch": SmallBatchConfig,
@@ -307,15 +314,21 @@ def _serves(schedule: str, has_ids: bool, s: _Shape) -> bool:
 def _schedule(has_ids: bool, s: _Shape) -> str:
     if s.block_m == 0:
         return "small_batch"
-    pairs = s.tokens * s.top_k
-    groups = expected_groups(pairs, s.experts * s.loras)
     if has_ids and few_pairs(s.tokens, s.top_k, s.experts * s.loras, s.rank):
         return "small_batch"
     if s.rank > 128:
         return "two_kernel"
-    blocks = groups + (pairs - groups) / s.block_m
-    # One program walks a whole block in one_shot: with fewer blocks than programs that the GPU holds, cut the block.
-    return "two_kernel" if blocks < 0.9 * s.num_sms else "one_shot"
+    # One program walks a whole block in one_shot. Cut it where there are fewer blocks than programs that the GPU holds,
+    # and where long rows of few pairs keep a program busy for so long that the last ones run alone.
+    few_blocks = _num_blocks(s) < 0.9 * s.num_sms
+    long_rows = max(s.k, s.n) >= (2560 if s.block_m == 16 and s.rank > 16 else 8192)
+    return "two_kernel" if few_blocks or long_rows else "one_shot"
+
+
+def _num_blocks(s: _Shape) -> float:
+    pairs = s.tokens * s.top_k
+    groups = expected_groups(pairs, s.experts * s.loras)
+    return groups + (pairs - groups) / max(s.block_m, 1)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -353,16 +366,20 @@ def _stages(wanted: int, stage_bytes: int, budget: int) -> int:
 
 def _one_shot(s: _Shape) -> OneShotConfig:
     rank = _block_r(s.rank)
+    wide = rank == 16 and s.block_m == 16 and s.k >= 4096
     if s.block_m == 16:
-        block_k, stages = (256 if s.k >= 4096 else 128, 3) if rank == 16 else (128, 3)
+        block_k, stages = (
+            (256, 3) if wide else (128, 3) if rank == 16 or rank * s.slices >= 256 else (64, 3)
+        )
     elif s.block_m == 32:
-        block_k, stages = (128, 3) if rank <= 64 else (64, 4)
+        block_k, stages = (128, 3) if rank in (32, 64) else (64, 4)
     else:
-        block_k, stages = 64, 4
+        block_k, stages = 64, 6 if rank == 16 else 4
     block_k = _block_k(s.k, block_k)
-    stages = _stages(stages, 2 * (s.block_m + s.slices * rank) * block_k, s.shared_memory - 4096)
-    block_n = _block_n(s.n, 256 if rank == 16 and s.block_m == 16 and s.k >= 4096 else 128)
-    expand = _stages(3, 2 * block_n * (rank + s.block_m), s.shared_memory - 4096)
+    budget = s.shared_memory - 4096
+    stages = _stages(stages, 2 * (s.block_m + s.slices * rank) * block_k, budget)
+    block_n = _block_n(s.n, 256 if wide else 128)
+    expand = _stages(3, 2 * block_n * (rank + s.block_m), budget)
     heavy = (
         s.block_m * rank * s.slices >= 64 * 256
     )  # accumulators of the shrink would spill over 4 warps
@@ -389,28 +406,29 @@ def _small_batch(s: _Shape) -> SmallBatchConfig:
 def _two_kernel(s: _Shape) -> TwoKernelConfig:
     rank, block_m = _block_r(s.rank), s.block_m
     block_k = _block_k(s.k, 64 if rank == 128 or block_m > 32 else 128)
-    pairs = s.tokens * s.top_k
-    groups = expected_groups(pairs, s.experts * s.loras)
-    blocks = groups + (pairs - groups) / block_m
+    blocks = _num_blocks(s)
     splits = 1
-    if pairs <= 4096 and s.k % block_k == 0:
+    if s.tokens * s.top_k <= 4096 and s.k % block_k == 0:
         for count in range(1, 9):
             if s.k % (count * block_k) == 0:
                 splits = count
-                if blocks * count >= 2 * s.num_sms:
+                if blocks * count >= 0.95 * s.num_sms and s.k // count <= 4096:
                     break
     stages = _stages(
         4, 2 * (block_m + s.slices * rank) * block_k, min(112 * 1024, s.shared_memory - 4096)
     )
     block_n = _block_n(s.n, 128)
     tiles = runtime.cdiv(s.n, block_n)
-    wanted = 2 if rank >= 64 and blocks < 4 * s.num_sms else 4
-    expand_tiles = next((t for t in (wanted, 3, 5, 2) if tiles % t == 0), min(wanted, tiles))
+    # As many column tiles in a row as leave each multiprocessor several programs.
+    most = blocks * s.slices * tiles / (8 * s.num_sms)
+    expand_tiles = max(
+        (t for t in (1, 2, 3, 4, 5, 8) if tiles % t == 0 and t <= max(most, 2)), default=1
+    )
     return TwoKernelConfig(
         block_k,
         runtime.cdiv(s.k, splits),
         stages,
-        8 if block_m == 128 or block_m * rank * s.slices >= 64 * 256 else 4,
+        8 if block_m == 128 or block_m * rank * s.slices > 64 * 256 else 4,
         block_n,
         expand_tiles,
         3 if expand_tiles > 2 and block_m == 16 else 2,

@@ -25,7 +25,7 @@ import triton.language as tl
 
 from .. import _runtime as runtime
 from ..moe_route import MoeRoute
-from ._problem import Call, Problem, check, choose
+from ._problem import CACHE_POLICIES, Call, Problem, check, choose
 from ._problem import OneShotConfig as Config
 
 
@@ -55,6 +55,7 @@ def moe_lora_one_shot_f16_sorted_set_plain_r128_kernel(
     BLOCK_K: tl.constexpr,
     SHRINK_STAGES: tl.constexpr,
     EXPAND_STAGES: tl.constexpr,
+    WEIGHTS: tl.constexpr,
 ):
     BLOCK_R: tl.constexpr = 128
     block = tl.program_id(0)
@@ -79,12 +80,24 @@ def moe_lora_one_shot_f16_sorted_set_plain_r128_kernel(
     for k0 in tl.range(0, K, BLOCK_K, num_stages=SHRINK_STAGES):
         if K % BLOCK_K == 0:
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None], other=0.0)
-            slices = [(s[0], tl.dot(x, tl.load(s[0] + (a_tile + k0)).T, s[1])) for s in slices]
+            slices = [
+                (s[0], tl.dot(x, tl.load(s[0] + (a_tile + k0), eviction_policy=WEIGHTS).T, s[1]))
+                for s in slices
+            ]
         else:
             k_mask = (k < K - k0)[None, :]
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None] & k_mask, other=0.0)
             slices = [
-                (s[0], tl.dot(x, tl.load(s[0] + (a_tile + k0), mask=k_mask, other=0.0).T, s[1]))
+                (
+                    s[0],
+                    tl.dot(
+                        x,
+                        tl.load(
+                            s[0] + (a_tile + k0), mask=k_mask, other=0.0, eviction_policy=WEIGHTS
+                        ).T,
+                        s[1],
+                    ),
+                )
                 for s in slices
             ]
     if RANK == BLOCK_R:
@@ -103,10 +116,17 @@ def moe_lora_one_shot_f16_sorted_set_plain_r128_kernel(
     for s in tl.static_range(len(b_ptrs)):
         for n0 in tl.range(0, n_end, BLOCK_N, num_stages=EXPAND_STAGES):
             if N % BLOCK_N == 0 and RANK == BLOCK_R:
-                b = tl.load(b_ptrs[s] + b_base + (b_tile + n0 * B_STRIDE_N))
+                b = tl.load(
+                    b_ptrs[s] + b_base + (b_tile + n0 * B_STRIDE_N), eviction_policy=WEIGHTS
+                )
             else:
                 b_mask = (n < N - n0)[:, None] & (r < RANK)[None, :]
-                b = tl.load(b_ptrs[s] + b_base + (b_tile + n0 * B_STRIDE_N), mask=b_mask, other=0.0)
+                b = tl.load(
+                    b_ptrs[s] + b_base + (b_tile + n0 * B_STRIDE_N),
+                    mask=b_mask,
+                    other=0.0,
+                    eviction_policy=WEIGHTS,
+                )
             out_mask = live[:, None] if N % BLOCK_N == 0 else live[:, None] & (n < N - n0)[None, :]
             out_tile = out_rows + (s * N + n0 + n)[None, :]
             y = tl.dot(v[s], b.T)
@@ -118,6 +138,7 @@ _kernel = runtime.Launcher(moe_lora_one_shot_f16_sorted_set_plain_r128_kernel)
 
 def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again."""
+    weights = CACHE_POLICIES[config.weight_policy]
     launch = _kernel.bind(
         route.max_blocks,
         (
@@ -134,6 +155,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             config.block_k,
             config.shrink_stages,
             config.expand_stages,
+            weights,
         ),
         runtime.Options(config.num_warps),
     )

@@ -26,7 +26,7 @@ import triton.language as tl
 
 from .. import _runtime as runtime
 from ..moe_route import MoeRoute
-from ._problem import Call, Problem, check, choose
+from ._problem import CACHE_POLICIES, Call, Problem, check, choose
 from ._problem import OneShotConfig as Config
 
 
@@ -56,6 +56,7 @@ def moe_lora_one_shot_f16_sorted_set_weighted_r16_kernel(
     BLOCK_K: tl.constexpr,
     SHRINK_STAGES: tl.constexpr,
     EXPAND_STAGES: tl.constexpr,
+    WEIGHTS: tl.constexpr,
 ):
     BLOCK_R: tl.constexpr = 16
     block = tl.program_id(0)
@@ -80,12 +81,24 @@ def moe_lora_one_shot_f16_sorted_set_weighted_r16_kernel(
     for k0 in tl.range(0, K, BLOCK_K, num_stages=SHRINK_STAGES):
         if K % BLOCK_K == 0:
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None], other=0.0)
-            slices = [(s[0], tl.dot(x, tl.load(s[0] + (a_tile + k0)).T, s[1])) for s in slices]
+            slices = [
+                (s[0], tl.dot(x, tl.load(s[0] + (a_tile + k0), eviction_policy=WEIGHTS).T, s[1]))
+                for s in slices
+            ]
         else:
             k_mask = (k < K - k0)[None, :]
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None] & k_mask, other=0.0)
             slices = [
-                (s[0], tl.dot(x, tl.load(s[0] + (a_tile + k0), mask=k_mask, other=0.0).T, s[1]))
+                (
+                    s[0],
+                    tl.dot(
+                        x,
+                        tl.load(
+                            s[0] + (a_tile + k0), mask=k_mask, other=0.0, eviction_policy=WEIGHTS
+                        ).T,
+                        s[1],
+                    ),
+                )
                 for s in slices
             ]
     if RANK == BLOCK_R:
@@ -105,10 +118,17 @@ def moe_lora_one_shot_f16_sorted_set_weighted_r16_kernel(
     for s in tl.static_range(len(b_ptrs)):
         for n0 in tl.range(0, n_end, BLOCK_N, num_stages=EXPAND_STAGES):
             if N % BLOCK_N == 0 and RANK == BLOCK_R:
-                b = tl.load(b_ptrs[s] + b_base + (b_tile + n0 * B_STRIDE_N))
+                b = tl.load(
+                    b_ptrs[s] + b_base + (b_tile + n0 * B_STRIDE_N), eviction_policy=WEIGHTS
+                )
             else:
                 b_mask = (n < N - n0)[:, None] & (r < RANK)[None, :]
-                b = tl.load(b_ptrs[s] + b_base + (b_tile + n0 * B_STRIDE_N), mask=b_mask, other=0.0)
+                b = tl.load(
+                    b_ptrs[s] + b_base + (b_tile + n0 * B_STRIDE_N),
+                    mask=b_mask,
+                    other=0.0,
+                    eviction_policy=WEIGHTS,
+                )
             out_mask = live[:, None] if N % BLOCK_N == 0 else live[:, None] & (n < N - n0)[None, :]
             out_tile = out_rows + (s * N + n0 + n)[None, :]
             y = tl.dot(v[s], b.T)
@@ -121,6 +141,7 @@ _kernel = runtime.Launcher(moe_lora_one_shot_f16_sorted_set_weighted_r16_kernel)
 
 def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again."""
+    weights = CACHE_POLICIES[config.weight_policy]
     launch = _kernel.bind(
         route.max_blocks,
         (
@@ -136,6 +157,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             config.block_k,
             config.shrink_stages,
             config.expand_stages,
+            weights,
         ),
         runtime.Options(config.num_warps),
     )

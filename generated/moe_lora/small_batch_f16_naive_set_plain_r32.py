@@ -24,14 +24,13 @@ from typing import Sequence
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
 
 from .. import _runtime as runtime
 from ..moe_route import MoeRoute
-from ._problem import Call, Problem, check, choose
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
+from ._problem import CACHE_POLICIES, Call, Problem, check, choose, partials
 from ._problem import SmallBatchConfig as Config
-from ._problem import partials
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -57,6 +56,7 @@ def moe_lora_small_batch_f16_naive_set_plain_r32_shrink(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     SPLITS: tl.constexpr = (K + SPLIT_K - 1) // SPLIT_K
@@ -91,10 +91,12 @@ def moe_lora_small_batch_f16_naive_set_plain_r32_shrink(
     for _ in tl.static_range(SPLIT_K // BLOCK_K):
         if K % SPLIT_K == 0:
             x = tl.load(x_row + k)
-            a = tl.load(a_rows + k[None, :])
+            a = tl.load(a_rows + k[None, :], eviction_policy=WEIGHTS)
         else:
             x = tl.load(x_row + k, mask=k < K, other=0.0)
-            a = tl.load(a_rows + k[None, :], mask=(k < K)[None, :], other=0.0)
+            a = tl.load(
+                a_rows + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy=WEIGHTS
+            )
         acc += a.to(tl.float32) * x.to(tl.float32)[None, :]
         k += BLOCK_K
     part = (split.to(tl.int64) * num_pairs + pair) * len(a_ptrs) + s
@@ -122,9 +124,9 @@ def moe_lora_small_batch_f16_naive_set_plain_r32_expand(
     B_STRIDE_E: tl.constexpr,
     B_STRIDE_N: tl.constexpr,
     PARTS: tl.constexpr,
-    PARTS_SIZE: tl.constexpr,
     PART_STRIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     BLOCK_R: tl.constexpr = 32
@@ -149,21 +151,25 @@ def moe_lora_small_batch_f16_naive_set_plain_r32_expand(
     n = program % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
     out_tile = out_ptr + pair.to(tl.int64) * OUT_STRIDE + s * N + n
     b_rows = b_ptr + adapter * B_STRIDE_L + expert * B_STRIDE_E + n[:, None] * B_STRIDE_N
-    part = tl.arange(0, PARTS_SIZE).to(tl.int64)[:, None]
-    part_rows = parts_ptr + ((part * num_pairs + pair) * len(b_ptrs) + s) * PART_STRIDE
+    parts = parts_ptr + (pair.to(tl.int64) * len(b_ptrs) + s) * PART_STRIDE
+    next_part = num_pairs.to(tl.int64) * (len(b_ptrs) * PART_STRIDE)
     r = tl.arange(0, BLOCK_R)
     if N % BLOCK_N == 0 and RANK == BLOCK_R:
-        b = tl.load(b_rows + r[None, :])
+        b = tl.load(b_rows + r[None, :], eviction_policy=WEIGHTS)
     else:
-        b = tl.load(b_rows + r[None, :], mask=(n < N)[:, None] & (r < RANK)[None, :], other=0.0)
+        b_mask = (n < N)[:, None] & (r < RANK)[None, :]
+        b = tl.load(b_rows + r[None, :], mask=b_mask, other=0.0, eviction_policy=WEIGHTS)
     if PDL:
         gdc_wait()  # nothing above depends on the shrink
-    if PARTS == PARTS_SIZE and RANK == BLOCK_R:
-        v = tl.load(part_rows + r[None, :])
+    if RANK == BLOCK_R:
+        v = tl.load(parts + r)
+        for i in tl.static_range(1, PARTS):
+            v += tl.load(parts + i * next_part + r)
     else:
-        v = tl.load(part_rows + r[None, :], mask=(part < PARTS) & (r < RANK)[None, :], other=0.0)
-    v = tl.sum(v, 0).to(tl.float16).to(tl.float32)
-    y = tl.sum(b.to(tl.float32) * v[None, :], 1)
+        v = tl.load(parts + r, mask=r < RANK, other=0.0)
+        for i in tl.static_range(1, PARTS):
+            v += tl.load(parts + i * next_part + r, mask=r < RANK, other=0.0)
+    y = tl.sum(b.to(tl.float32) * v.to(tl.float16).to(tl.float32)[None, :], 1)
     if N % BLOCK_N == 0:
         tl.store(out_tile, y.to(tl.float16))
     else:
@@ -176,7 +182,8 @@ _expand = runtime.Launcher(moe_lora_small_batch_f16_naive_set_plain_r32_expand)
 
 def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The two launches for checked calls of these sizes, ready to be made again and again."""
-    pdl = runtime.traits(problem.device).pdl
+    pdl = runtime.traits(problem.device).pdl and config.pdl == 1
+    weights = CACHE_POLICIES[config.weight_policy]
     num_pairs = problem.num_pairs
     splits = runtime.cdiv(problem.k, config.split_k)
     chunks = runtime.cdiv(problem.rank, config.shrink_block_r)
@@ -194,6 +201,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             config.shrink_block_r,
             config.block_k,
             config.split_k,
+            weights,
             pdl,
         ),
         runtime.Options(config.shrink_warps),
@@ -207,9 +215,9 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             problem.out_stride,
             *problem.b_strides,
             splits,
-            runtime.next_power_of_2(splits),
             part_stride,
             config.block_n,
+            weights,
             pdl,
         ),
         runtime.Options(config.expand_warps, pdl=pdl),

@@ -24,14 +24,13 @@ from typing import Sequence
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
 
 from .. import _runtime as runtime
 from ..moe_route import MoeRoute
-from ._problem import Call, Problem, check, choose
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
+from ._problem import CACHE_POLICIES, Call, Problem, check, choose, partials
 from ._problem import TwoKernelConfig as Config
-from ._problem import partials
 
 
 @triton.jit(do_not_specialize=["capacity"])
@@ -53,6 +52,7 @@ def moe_lora_two_kernel_bf16_sorted_set_weighted_r16_shrink(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     SHRINK_STAGES: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     BLOCK_R: tl.constexpr = 16
@@ -84,12 +84,24 @@ def moe_lora_two_kernel_bf16_sorted_set_weighted_r16_shrink(
     for k0 in tl.range(k_begin, k_end, BLOCK_K, num_stages=SHRINK_STAGES):
         if K % BLOCK_K == 0:
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None], other=0.0)
-            slices = [(s[0], tl.dot(x, tl.load(s[0] + (a_tile + k0)).T, s[1])) for s in slices]
+            slices = [
+                (s[0], tl.dot(x, tl.load(s[0] + (a_tile + k0), eviction_policy=WEIGHTS).T, s[1]))
+                for s in slices
+            ]
         else:
             k_mask = (k < K - k0)[None, :]
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None] & k_mask, other=0.0)
             slices = [
-                (s[0], tl.dot(x, tl.load(s[0] + (a_tile + k0), mask=k_mask, other=0.0).T, s[1]))
+                (
+                    s[0],
+                    tl.dot(
+                        x,
+                        tl.load(
+                            s[0] + (a_tile + k0), mask=k_mask, other=0.0, eviction_policy=WEIGHTS
+                        ).T,
+                        s[1],
+                    ),
+                )
                 for s in slices
             ]
     PART_STRIDE: tl.constexpr = BLOCK_R
@@ -121,6 +133,7 @@ def moe_lora_two_kernel_bf16_sorted_set_weighted_r16_expand(
     BLOCK_N: tl.constexpr,
     TILES: tl.constexpr,
     EXPAND_STAGES: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     BLOCK_R: tl.constexpr = 16
@@ -163,10 +176,15 @@ def moe_lora_two_kernel_bf16_sorted_set_weighted_r16_expand(
         out_mask = live[:, None] if N % SPAN == 0 else live[:, None] & (n < N)[None, :]
         out_tile = out_rows + n[None, :]
         if N % SPAN == 0 and RANK == BLOCK_R:
-            b = tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]))
+            b = tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]), eviction_policy=WEIGHTS)
         else:
             b_mask = (n < N)[:, None] & (r < RANK)[None, :]
-            b = tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]), mask=b_mask, other=0.0)
+            b = tl.load(
+                b_base + (n[:, None] * B_STRIDE_N + r[None, :]),
+                mask=b_mask,
+                other=0.0,
+                eviction_policy=WEIGHTS,
+            )
         y = tl.dot(v, b.T)
         y *= weight[:, None]
         tl.store(out_tile, y.to(tl.bfloat16), mask=out_mask)
@@ -178,7 +196,8 @@ _expand = runtime.Launcher(moe_lora_two_kernel_bf16_sorted_set_weighted_r16_expa
 
 def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The two launches for checked calls of these sizes, ready to be made again and again."""
-    pdl = runtime.traits(problem.device).pdl
+    pdl = runtime.traits(problem.device).pdl and config.pdl == 1
+    weights = CACHE_POLICIES[config.weight_policy]
     splits = runtime.cdiv(problem.k, config.split_k)
     chunks = runtime.cdiv(problem.rank, 16)
     part_dtype = torch.float32 if splits > 1 else torch.bfloat16
@@ -196,6 +215,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             config.block_k,
             config.split_k,
             config.shrink_stages,
+            weights,
             pdl,
         ),
         runtime.Options(config.shrink_warps),
@@ -212,6 +232,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             config.block_n,
             config.expand_tiles,
             config.expand_stages,
+            weights,
             pdl,
         ),
         runtime.Options(config.expand_warps, pdl=pdl),

@@ -23,14 +23,13 @@ from typing import Sequence
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
 
 from .. import _runtime as runtime
 from ..moe_route import MoeRoute
-from ._problem import Call, Problem, check, choose
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
+from ._problem import CACHE_POLICIES, Call, Problem, check, choose, partials
 from ._problem import TwoKernelConfig as Config
-from ._problem import partials
 
 
 @triton.jit(do_not_specialize=["capacity"])
@@ -53,6 +52,7 @@ def moe_lora_two_kernel_f16_sorted_set_plain_r128_shrink(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     SHRINK_STAGES: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     BLOCK_R: tl.constexpr = 128
@@ -84,12 +84,24 @@ def moe_lora_two_kernel_f16_sorted_set_plain_r128_shrink(
     for k0 in tl.range(k_begin, k_end, BLOCK_K, num_stages=SHRINK_STAGES):
         if K % BLOCK_K == 0:
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None], other=0.0)
-            slices = [(s[0], tl.dot(x, tl.load(s[0] + (a_tile + k0)).T, s[1])) for s in slices]
+            slices = [
+                (s[0], tl.dot(x, tl.load(s[0] + (a_tile + k0), eviction_policy=WEIGHTS).T, s[1]))
+                for s in slices
+            ]
         else:
             k_mask = (k < K - k0)[None, :]
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None] & k_mask, other=0.0)
             slices = [
-                (s[0], tl.dot(x, tl.load(s[0] + (a_tile + k0), mask=k_mask, other=0.0).T, s[1]))
+                (
+                    s[0],
+                    tl.dot(
+                        x,
+                        tl.load(
+                            s[0] + (a_tile + k0), mask=k_mask, other=0.0, eviction_policy=WEIGHTS
+                        ).T,
+                        s[1],
+                    ),
+                )
                 for s in slices
             ]
     PART_STRIDE: tl.constexpr = BLOCK_R
@@ -120,6 +132,7 @@ def moe_lora_two_kernel_f16_sorted_set_plain_r128_expand(
     BLOCK_N: tl.constexpr,
     TILES: tl.constexpr,
     EXPAND_STAGES: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     BLOCK_R: tl.constexpr = 128
@@ -161,10 +174,15 @@ def moe_lora_two_kernel_f16_sorted_set_plain_r128_expand(
         out_mask = live[:, None] if N % SPAN == 0 else live[:, None] & (n < N)[None, :]
         out_tile = out_rows + n[None, :]
         if N % SPAN == 0 and RANK == BLOCK_R:
-            b = tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]))
+            b = tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]), eviction_policy=WEIGHTS)
         else:
             b_mask = (n < N)[:, None] & (r < RANK)[None, :]
-            b = tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]), mask=b_mask, other=0.0)
+            b = tl.load(
+                b_base + (n[:, None] * B_STRIDE_N + r[None, :]),
+                mask=b_mask,
+                other=0.0,
+                eviction_policy=WEIGHTS,
+            )
         y = tl.dot(v, b.T)
         tl.store(out_tile, y.to(tl.float16), mask=out_mask)
 
@@ -175,7 +193,8 @@ _expand = runtime.Launcher(moe_lora_two_kernel_f16_sorted_set_plain_r128_expand)
 
 def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The two launches for checked calls of these sizes, ready to be made again and again."""
-    pdl = runtime.traits(problem.device).pdl
+    pdl = runtime.traits(problem.device).pdl and config.pdl == 1
+    weights = CACHE_POLICIES[config.weight_policy]
     splits = runtime.cdiv(problem.k, config.split_k)
     chunks = runtime.cdiv(problem.rank, 128)
     part_dtype = torch.float32 if splits > 1 else torch.float16
@@ -194,6 +213,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             config.block_k,
             config.split_k,
             config.shrink_stages,
+            weights,
             pdl,
         ),
         runtime.Options(config.shrink_warps),
@@ -210,6 +230,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             config.block_n,
             config.expand_tiles,
             config.expand_stages,
+            weights,
             pdl,
         ),
         runtime.Options(config.expand_warps, pdl=pdl),

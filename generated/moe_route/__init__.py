@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, Callable, NamedTuple
 
 import torch
@@ -280,9 +281,7 @@ def _bind(
     block_m: int,
     device: torch.device,
 ) -> Callable[..., None]:
-    from . import many_blocks, one_block
-
-    variant = one_block if num_tokens * top_k <= one_block.MAX_PAIRS else many_blocks
+    variant = _variant(num_tokens * top_k)
     return variant.bind(
         num_pairs=num_tokens * top_k,
         top_k=top_k,
@@ -310,7 +309,7 @@ def moe_workspace(
     """
     num_pairs = max_tokens * top_k
     num_groups = max_loras * num_experts
-    scratch = max(_scratch_size(p, num_groups) for p in (num_pairs, min(num_pairs, 1024)))
+    scratch = _scratch_size(num_pairs, num_groups)
     tables = sum(_splits(_max_blocks(num_pairs, num_groups, 16), num_pairs, scratch))
     rank = (
         runtime.cdiv(max_rank, 128) * 128
@@ -354,10 +353,13 @@ def _max_blocks(num_pairs: int, num_groups: int, block_m: int) -> int:
 
 
 def _scratch_size(num_pairs: int, num_groups: int) -> int:
-    from . import many_blocks, one_block
+    return _variant(num_pairs).scratch_size(num_pairs, num_groups)
 
-    variant = one_block if num_pairs <= one_block.MAX_PAIRS else many_blocks
-    return variant.scratch_size(num_pairs, num_groups)
+
+def _variant(num_pairs: int) -> ModuleType:
+    from . import one_launch, three_launch
+
+    return one_launch if num_pairs <= one_launch.MAX_PAIRS else three_launch
 
 
 def _splits(max_blocks: int, num_pairs: int, scratch: int) -> tuple[int, int, int, int]:

@@ -1,0 +1,129 @@
+"""What the programs of one launch may touch, and whether their order can change the result."""
+
+from __future__ import annotations
+
+from typing import Any, Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+class MemoryFault(Exception):
+    """An access that would be an error, or undefined, on a GPU."""
+
+
+class OutOfBounds(MemoryFault):
+    """An access outside of the tensors that were passed to the launch."""
+
+
+class Race(MemoryFault):
+    """Programs, or lanes of one store, whose result depends on the order in which they run."""
+
+
+class Launch:
+    """What one launch may touch, and what its programs did."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.names: list[str] = []
+        first: list[int] = []
+        end: list[int] = []
+        for begin, stop, name in sorted(_extent(name, tensor) for name, tensor in tensors.items()):
+            if end and begin < end[-1]:  # views of one buffer
+                end[-1] = max(end[-1], stop)
+                self.names[-1] += f" or {name}"
+            else:
+                first.append(begin)
+                end.append(stop)
+                self.names.append(name)
+        self.first = np.array(first, dtype=np.uint64)
+        self.end = np.array(end, dtype=np.uint64)
+        self.stores: list[tuple[NDArray[Any], int, NDArray[Any]]] = []  # addresses, program, values
+        self.loads: list[tuple[NDArray[Any], int, int]] = []  # addresses, program, extent
+        self.written: set[int] = set()  # extents
+        self.has_atomics = False  # they may order the programs
+
+    def place(self, kind: str, program: Any, addresses: NDArray[Any], size: int) -> int:
+        """The extent that ``addresses`` lie in, -1: in several; raises where one lies in none."""
+        last = np.uint64(size - 1)
+        low = int(np.searchsorted(self.first, addresses.min(), side="right")) - 1
+        if low >= 0 and addresses.max() + last < self.end[low]:
+            return low
+        extent = np.searchsorted(self.first, addresses, side="right").astype(np.int64) - 1
+        inside = extent >= 0
+        inside[inside] = addresses[inside] + last < self.end[extent[inside]]
+        if not inside.all():
+            lanes = f"{int((~inside).sum())} of {addresses.size} lanes"
+            where = self._describe(int(addresses[~inside][0]))
+            raise OutOfBounds(f"{kind} by program {program}: {lanes}, the first {where}")
+        return -1
+
+    def check_races(self) -> None:
+        """Raise if the order of programs, or of the lanes of a store, can change the result."""
+        if not self.stores:
+            return
+        sizes = [addresses.size for addresses, _, _ in self.stores]
+        addresses = np.concatenate([store[0] for store in self.stores])
+        order = np.argsort(addresses, kind="stable")
+        addresses = addresses[order]
+        program = np.repeat([store[1] for store in self.stores], sizes)[order]
+        again = addresses[1:] == addresses[:-1]
+        across = again & (program[1:] != program[:-1])
+        if across.any():
+            i = int(np.argmax(across))
+            self._fail(addresses[i], "stored by programs", program[i], program[i + 1])
+        if again.any():
+            store = np.repeat(np.arange(len(sizes)), sizes)[order]
+            bits = np.array([v.tobytes() for s in self.stores for v in s[2]], dtype=object)[order]
+            lanes = again & (store[1:] == store[:-1]) & (bits[1:] != bits[:-1])
+            if lanes.any():
+                i = int(np.argmax(lanes))
+                self._fail(addresses[i], "stored by two lanes of program", program[i])
+        if not self.has_atomics:
+            self._check_loads(addresses, program)
+
+    def _check_loads(self, stored: NDArray[Any], writer: NDArray[Any]) -> None:
+        for addresses, program, extent in self.loads:
+            if not {extent, -1} & self.written and extent >= 0:
+                continue
+            at = np.minimum(np.searchsorted(stored, addresses), stored.size - 1)
+            stale = (stored[at] == addresses) & (writer[at] != program)
+            if stale.any():
+                i = int(np.argmax(stale))
+                self._fail(addresses[i], "stored and loaded by programs", writer[at[i]], program)
+
+    def _fail(self, address: Any, what: str, *programs: Any) -> None:
+        who = " and ".join(str(int(program)) for program in programs)
+        raise Race(f"{self._describe(int(address))}: {what} {who}")
+
+    def _describe(self, address: int) -> str:
+        gaps = [
+            max(int(first) - address, address - int(end) + 1)
+            for first, end in zip(self.first, self.end, strict=True)
+        ]
+        if not gaps:
+            return "where no tensor is"
+        near = int(np.argmin(gaps))
+        first, end = int(self.first[near]), int(self.end[near])
+        return (
+            f"{address - first:+d} bytes from the start of {self.names[near]} ({end - first} bytes)"
+        )
+
+
+def _extent(name: str, tensor: torch.Tensor) -> tuple[int, int, str]:
+    span = 1 + sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    return tensor.data_ptr(), tensor.data_ptr() + span * tensor.element_size(), name
+
+
+def tensors(name: str, argument: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of an argument: itself, those of a tuple, and the base of a descriptor or a reinterpreted tensor."""
+    if isinstance(argument, tuple):
+        for i, item in enumerate(argument):
+            yield from tensors(f"{name}[{i}]", item)
+    elif isinstance(argument, torch.Tensor):
+        if argument.numel():
+            yield name, argument
+    elif hasattr(argument, "base"):
+        yield from tensors(name, argument.base)

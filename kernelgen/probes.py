@@ -1,0 +1,215 @@
+"""The problems that stand for all others when a variant is compiled without a GPU, one function a family.
+
+A probe calls the variant as a user would, on tensors of the ``meta`` device, inside ``compile_only``: so the kernels, tiles and
+options are the ones that the launcher itself picks for the target. Rows of the lock are named by it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from types import ModuleType
+from typing import Any, Callable, Iterator, Mapping
+
+import torch
+
+from kernelgen.model import Family, Variant
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A problem that a variant is compiled for.
+
+    Attributes:
+        name: short; one of its kind a variant.
+        sizes: what the problem is, for a reader.
+        call: makes the launches; to be called where launches are recorded.
+        flops: of the problem.
+        bytes: that must move between memory and chip, if every tensor moved once.
+        is_tuned: measured on a card of the primary target, and of interest there only.
+    """
+
+    name: str
+    sizes: Mapping[str, int]
+    call: Callable[[], None]
+    flops: float
+    bytes: float
+    is_tuned: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _MoeLoraSizes:
+    """One projection of an MoE layer with adapters, and a batch; block_m None: as the route picks it."""
+
+    num_tokens: int
+    k: int
+    n: int
+    slices: int
+    rank: int
+    top_k: int = 8
+    num_experts: int = 128
+    max_loras: int = 4
+    block_m: int | None = None
+
+
+# w13 and w2 of Qwen3-30B-A3B; tokens so that blocks of each size are what a route would pick.
+_W13 = {"k": 2048, "n": 768, "slices": 2}
+_W2 = {"k": 768, "n": 2048, "slices": 1}
+_NAIVE_TOKENS = 4
+_SORTED_TOKENS = {16: 64, 64: 4096}
+_TILED_RANK = 256
+
+
+def _moe_lora(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
+    shape = _W2 if variant.weighted else _W13
+    rank = _TILED_RANK if variant.tiled_rank else variant.max_rank
+    if variant.assignment == "naive":
+        sizes = _MoeLoraSizes(_NAIVE_TOKENS, rank=rank, **shape)
+        yield _moe_lora_probe("naive", package, variant, sizes)
+    else:
+        for block_m, num_tokens in _SORTED_TOKENS.items():
+            sizes = _MoeLoraSizes(num_tokens, rank=rank, block_m=block_m, **shape)
+            yield _moe_lora_probe(f"m{block_m}", package, variant, sizes)
+    if (variant.dtype, variant.add_inputs) == _first_tags(family, "dtype", "add_inputs"):
+        yield from _moe_lora_tuned(package, family, variant)
+
+
+def _moe_lora_tuned(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
+    fields = {field.name for field in dataclasses.fields(_MoeLoraSizes)}
+    for entry in family.tuned.entries:
+        problem = dict(entry.problem)
+        serves = variant.weighted == problem["weighted"] and _serves_rank(variant, problem["rank"])
+        sizes = _MoeLoraSizes(**{name: problem[name] for name in problem.keys() & fields})
+        for choice in (entry.best, entry.runner_up):
+            if serves and choice is not None and choice.schedule == variant.schedule:
+                name = "tuned_" + "_".join(f"{name}{size}" for name, size in sorted(_short(sizes)))
+                yield _moe_lora_probe(name, package, variant, sizes, dict(choice.config))
+
+
+def _short(sizes: _MoeLoraSizes) -> Iterator[tuple[str, int]]:
+    names = {"num_tokens": "t", "k": "k", "n": "n", "rank": "r", "num_experts": "e", "top_k": "top"}
+    return ((short, getattr(sizes, name)) for name, short in names.items())
+
+
+def _serves_rank(variant: Variant, rank: int) -> bool:
+    if variant.tiled_rank:
+        return rank > variant.block_rank
+    return rank <= variant.max_rank and (rank > variant.max_rank // 2 or variant.max_rank == 16)
+
+
+def _first_tags(family: Family, *axes: str) -> tuple[str, ...]:
+    tags = {axis.name: axis.tags[0] for axis in family.axes}
+    return tuple(tags[axis] for axis in axes)
+
+
+def _moe_lora_probe(
+    name: str,
+    package: ModuleType,
+    variant: Variant,
+    sizes: _MoeLoraSizes,
+    config: Mapping[str, int] | None = None,
+) -> Probe:
+    module = importlib.import_module(f"{package.__name__}.{variant.family}.{variant.module}")
+    num_pairs = sizes.num_tokens * sizes.top_k
+    rows = num_pairs if variant.weighted else sizes.num_tokens
+    dtype = getattr(torch, variant.torch_dtype)
+
+    def call() -> None:
+        with package._runtime.compile_only():
+            route = package.moe_route(
+                _meta(sizes.num_tokens, sizes.top_k),
+                _meta(sizes.num_tokens),
+                num_experts=sizes.num_experts,
+                max_loras=sizes.max_loras,
+                assignment=variant.assignment,
+                block_m=sizes.block_m,
+            )
+        experts = (sizes.max_loras, sizes.num_experts)
+        options: dict[str, Any] = {}
+        if variant.weighted:
+            options["topk_weights"] = _meta(sizes.num_tokens, sizes.top_k, dtype=torch.float32)
+        if config is not None:
+            options["config"] = module.Config(**config)
+        getattr(module, variant.name)(
+            _meta(sizes.num_tokens, sizes.top_k, sizes.slices * sizes.n, dtype=dtype),
+            _meta(rows, sizes.k, dtype=dtype),
+            [_meta(*experts, sizes.rank, sizes.k, dtype=dtype)] * sizes.slices,
+            [_meta(*experts, sizes.n, sizes.rank, dtype=dtype)] * sizes.slices,
+            route,
+            **options,
+        )
+
+    groups = sizes.max_loras * sizes.num_experts
+    hit = groups * (1.0 - (1.0 - 1.0 / groups) ** num_pairs)  # if pairs are spread evenly
+    weights = sizes.slices * sizes.rank * (sizes.k + sizes.n)
+    outputs = num_pairs * sizes.slices * sizes.n * (2 if variant.adds else 1)
+    return Probe(
+        name,
+        {key: size for key, size in dataclasses.asdict(sizes).items() if size is not None},
+        call,
+        flops=2.0 * num_pairs * weights,
+        bytes=dtype.itemsize * (hit * weights + rows * sizes.k + outputs),
+        is_tuned=config is not None,
+    )
+
+
+_ROUTE_TOKENS = (8, 128, 4096)  # both sorts, the first of them small and large
+
+
+def _moe_route(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
+    """The front door picks the variant by the size of the batch: what it does not pick launches nothing."""
+    del family
+    sizes = {"top_k": 8, "num_experts": 128, "max_loras": 4}
+    for block_m in _SORTED_TOKENS:
+        for num_tokens in (1024,) if variant.schedule == "from_tables" else _ROUTE_TOKENS:
+            yield Probe(
+                f"t{num_tokens}_m{block_m}",
+                {"num_tokens": num_tokens, "block_m": block_m, **sizes},
+                _route_call(package, variant, num_tokens, block_m, sizes),
+                flops=0.0,
+                bytes=4.0 * num_tokens * (2 * sizes["top_k"] + 1),
+            )
+
+
+def _route_call(
+    package: ModuleType, variant: Variant, num_tokens: int, block_m: int, sizes: Mapping[str, int]
+) -> Callable[[], None]:
+    enabled = _meta(sizes["max_loras"])
+
+    def sort() -> None:
+        ids, adapters = _meta(num_tokens, sizes["top_k"]), _meta(num_tokens)
+        counts = {name: sizes[name] for name in ("num_experts", "max_loras")}
+        options = {"assignment": "sorted", "block_m": block_m, "adapter_enabled": enabled}
+        package.moe_route(ids, adapters, **counts, **options)
+
+    def convert() -> None:
+        width = num_tokens * sizes["top_k"]
+        package.MoeRoute.from_tables(
+            _meta(sizes["max_loras"], width),
+            _meta(sizes["max_loras"], width // block_m),
+            _meta(sizes["max_loras"]),
+            block_size=block_m,
+            num_tokens=num_tokens,
+            adapter_enabled=enabled,
+            lora_ids=_meta(sizes["max_loras"] + 1),
+            **sizes,
+        )
+
+    return convert if variant.schedule == "from_tables" else sort
+
+
+def _meta(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+_Probes = Callable[[ModuleType, Family, Variant], Iterator[Probe]]
+_FAMILIES: Mapping[str, _Probes] = {"moe_lora": _moe_lora, "moe_route": _moe_route}
+
+
+def probes(package: ModuleType, family: Family, variant: Variant) -> list[Probe]:
+    """The probes of ``variant``, which launch kernels of the imported generated ``package``.
+
+    Raises:
+        KeyError: the family has no probes; they belong in this module.
+    """
+    return list(_FAMILIES[family.name](package, family, variant))

@@ -1,0 +1,112 @@
+"""What the generated tests call: which case meets which variant, and the checks themselves.
+
+Every variant meets the core cases of its family. Every other case meets each combination of the tags of the body axes (for
+MoE-LoRA: schedule and rank bucket) in one variant, the one with the fewest cases so far, so that dtypes and flags take turns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import unittest
+from typing import TYPE_CHECKING, Any, Sequence
+
+from kernelgen import names
+from kernelgen.cases.base import Case, Law, Variant
+
+if TYPE_CHECKING:
+    from kernelgen.model import Family
+
+__all__ = ["Suite"]
+
+_CASES = "kernelgen.cases"
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """The tests of one family of a generated package.
+
+    Attributes:
+        package: the name under which the package is imported.
+        family: its family.
+        axes: the names of the axes, with blanks between.
+        rows: a line a variant, its tags in the order of the axes.
+    """
+
+    package: str
+    family: str
+    axes: str
+    rows: str
+
+    @classmethod
+    def of(cls, package: str, family: Family) -> Suite:
+        """The suite of a family as its spec has it."""
+        rows = "\n".join(" ".join(v.tags.values) for v in family.variants)
+        return cls(package, family.name, " ".join(axis.name for axis in family.axes), rows)
+
+    @functools.cached_property
+    def variants(self) -> tuple[Variant, ...]:
+        axes = self.axes.split()
+        found = []
+        for row in self.rows.strip().splitlines():
+            tags = row.split()
+            name = names.variant_name(self.family, tags)
+            found.append(Variant(name, names.module_name(tags), dict(zip(axes, tags, strict=True))))
+        return tuple(found)
+
+    @functools.cached_property
+    def pairs(self) -> tuple[tuple[Variant, Case], ...]:
+        """Which variant meets which case."""
+        return tuple((variant, case) for variant, cases in self._plan().items() for case in cases)
+
+    @property
+    def laws(self) -> Sequence[Law]:
+        """What holds between variants, and between calls."""
+        laws: Sequence[Law] = importlib.import_module(f"{_CASES}.{self.family}_laws").LAWS
+        return laws
+
+    def check(self, variant: Variant, case: Case, device: str) -> float:
+        """Run a case on a variant; return the worst error over its bound, at most 1.
+
+        Raises:
+            AssertionError: the variant is wrong.
+            SkipTest: the case needs a GPU.
+        """
+        _skip_without_gpu(case, device)
+        module = importlib.import_module(f"{self.package}.{self.family}.{variant.module}")
+        package = importlib.import_module(self.package)
+        launcher = getattr(module, variant.name)
+        ratio: float = self._cases.check(package, launcher, variant.tags, case, device)
+        return ratio
+
+    def uphold(self, law: Law, device: str) -> None:
+        """Raise AssertionError if the law is broken, SkipTest if it needs a GPU."""
+        _skip_without_gpu(law, device)
+        law.run(importlib.import_module(self.package), self.variants, device)
+
+    @property
+    def _cases(self) -> Any:
+        return importlib.import_module(f"{_CASES}.{self.family}")
+
+    def _plan(self) -> dict[Variant, list[Case]]:
+        plan: dict[str, list[Case]] = {variant.name: [] for variant in self.variants}
+        bodies: dict[tuple[str, ...], list[Variant]] = {}
+        for variant in self.variants:
+            body = tuple(variant.tags[axis] for axis in self._cases.BODY)
+            bodies.setdefault(body, []).append(variant)
+        for number, members in enumerate(bodies.values()):
+            turn = 3 * number % len(members)
+            members = members[turn:] + members[:turn]
+            for case in self._cases.CASES:
+                fitting = [v for v in members if case.fits(v.tags)]
+                if fitting and not case.core:
+                    fitting = [min(fitting, key=lambda v: len(plan[v.name]))]
+                for variant in fitting:
+                    plan[variant.name].append(case)
+        return {variant: plan[variant.name] for variant in self.variants}
+
+
+def _skip_without_gpu(item: Case | Law, device: str) -> None:
+    if item.needs_gpu and device == "cpu":
+        raise unittest.SkipTest("needs a GPU")

@@ -1,0 +1,117 @@
+"""A small family with its templates, in a folder of its own: what the tests of the pipeline work on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Mapping
+
+SPEC = """\
+family: toy
+axes:
+  dtype: [bf16, f16]
+  rank: [r16, r32]
+  size: [small, large]
+exclude:
+  - when: {dtype: f16, size: large}
+    why: nobody asked
+targets: [sm_90]
+tunables:
+  toy:
+    block_n: [64, 128]
+"""
+TUNED = """\
+family: toy
+device: H200
+versions: {torch: 2.11.0, triton: 3.6.0}
+entries:
+  - problem: {k: 64, weighted: true}
+    schedule: toy
+    config: {block_n: 64}
+    us: 1.5
+    runner_up: {schedule: toy, config: {block_n: 128}, us: 2}
+  - problem: {k: 128, weighted: true}
+    schedule: toy
+    config: {block_n: 128}
+    us: 2
+"""
+KERNEL = '''\
+"""Kernel {{ v.name }}: {{ v.torch_dtype }}, {{ v.size }}."""
+
+import triton.language as tl
+
+#% if v.tiled_rank
+TILES = None
+#% else
+RANK = {{ v.max_rank }}
+#% endif
+
+
+def {{ v.name }}():
+    return tl.{{ v.torch_dtype }}, {{ v.block_rank }}
+'''
+FRONT = '''\
+"""Family {{ family.name }}: {{ family.variants | length }} variants."""
+
+NAMES = (
+#% for v in family.variants
+    "{{ v.module }}",
+#% endfor
+)
+TUNED = {
+#% for entry in family.tuned.entries
+    {{ entry.problem.k }}: ("{{ entry.schedule }}", {{ entry.config.block_n }}),
+#% endfor
+}
+'''
+PACKAGE = '''\
+"""All families."""
+
+#% for family in package.families
+from . import {{ family.name }}
+#% endfor
+'''
+TEST = '''\
+"""Tests of {{ family.name }}."""
+
+CASES = {{ family.variants | length }}
+'''
+TEMPLATES = {
+    "kernels/toy.py.j2": KERNEL,
+    "dispatch/toy/__init__.py.j2": FRONT,
+    "package/__init__.py.j2": PACKAGE,
+    "tests/test_family.py.j2": TEST,
+}
+
+
+def make(
+    root: Path,
+    specs: Mapping[str, str | bytes] | None = None,
+    templates: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a project below ``root`` and return the folder of its specs.
+
+    Args:
+        root: the folder.
+        specs: file name -> text; by default the toy family.
+        templates: what differs from the toy family's templates.
+    """
+    contents: dict[str, str | bytes] = {
+        f"specs/{name}": text for name, text in (specs or {"toy.yaml": SPEC}).items()
+    }
+    for name, template in {**TEMPLATES, **(templates or {})}.items():
+        contents[f"templates/{name}"] = template
+    for path, content in contents.items():
+        file = root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return root / "specs"
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """Every file below ``out`` that a build may touch, by its path."""
+    return {
+        str(file.relative_to(out)): file.read_bytes()
+        for top in ("generated", "tests")
+        for file in sorted((out / top).rglob("*"))
+        if file.is_file() and "__pycache__" not in file.parts
+    }

@@ -1,0 +1,291 @@
+"""The commands: exit codes, what goes to stdout and stderr, and the same bytes wherever a build runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import project
+import pytest
+
+from kernelgen import build, cli, schema
+from kernelgen.locate import SPECS
+from kernelgen.parse import parse
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KERNELGEN_CACHE_DIR", str(tmp_path / "cache"))
+    specs = {"toy.yaml": project.SPEC, "tuned/toy.yaml": project.TUNED}
+    project.make(tmp_path / "work", specs)
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+@pytest.fixture
+def kernelgen(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["kernelgen", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    return run
+
+
+def document(text: str) -> dict:
+    found = json.loads(text)
+    assert found.pop("schema_version") == cli.SCHEMA_VERSION
+    return found
+
+
+def test_build_check_and_diff(work: Path, kernelgen) -> None:
+    code, stdout, stderr = kernelgen("build", "--check")
+    assert (code, stdout) == (1, "") and "generated/toy/__init__.py: error[KG034]" in stderr
+    assert not (work / "generated").exists()
+
+    code, stdout, stderr = kernelgen("build")
+    assert (code, stdout, stderr) == (0, "", "10 written, 0 removed, 0 unchanged\n")
+    assert kernelgen("build", "--check") == (0, "", "0 to write, 0 to remove, 10 unchanged\n")
+    assert kernelgen("build", "--diff")[:2] == (0, "")
+
+    (work / "specs/toy.yaml").write_text(project.SPEC.replace("large", "medium"))
+    code, stdout, stderr = kernelgen("build", "--diff")
+    assert code == 1 and "+    return tl.bfloat16, 16\n" in stdout
+    assert stderr.endswith("3 to write, 2 to remove, 7 unchanged; run kernelgen build\n")
+    code, stdout, stderr = kernelgen("build", "--json")
+    changed = document(stdout)
+    assert code == 0 and changed["removed"] == [
+        "generated/toy/bf16_r16_large.py",
+        "generated/toy/bf16_r32_large.py",
+    ]
+
+
+def test_a_file_in_the_way_is_2_for_build_and_1_for_check(work: Path, kernelgen) -> None:
+    kernelgen("build")
+    (work / "generated/__init__.py").write_text("edited")
+    code, _, stderr = kernelgen("build")
+    assert code == 2 and "generated/__init__.py: error[KG031]" in stderr and "hint: move" in stderr
+    assert kernelgen("build", "--check")[0] == 1
+    assert (work / "generated/__init__.py").read_text() == "edited"
+
+
+def test_an_interrupted_build_is_a_finding(work: Path, kernelgen) -> None:
+    kernelgen("build")
+    (work / "generated/.staging").mkdir()
+    code, _, stderr = kernelgen("build", "--check")
+    assert code == 1 and "generated/.staging: error[KG033]" in stderr
+    assert kernelgen("build")[0] == 0 and kernelgen("build", "--check")[0] == 0
+
+
+def test_only_builds_what_matches_and_leaves_the_rest(work: Path, kernelgen) -> None:
+    assert kernelgen("build", "--only", "*_f16_r16_*")[0] == 0
+    assert sorted(path.name for path in (work / "generated/toy").iterdir()) == [
+        "__init__.py",
+        "f16_r16_small.py",
+    ]
+    kernelgen("build")
+    (work / "specs/toy.yaml").write_text(project.SPEC.replace("large", "medium"))
+    code, _, stderr = kernelgen("build", "--only", "*_medium")
+    assert code == 0 and stderr.startswith("3 written, 0 removed")
+    assert (work / "generated/toy/bf16_r16_large.py").exists()
+    code, _, stderr = kernelgen("build", "--only", "toy_b16*")
+    assert code == 2 and "KG040" in stderr
+    assert kernelgen("build")[0] == 0 and not (work / "generated/toy/bf16_r16_large.py").exists()
+
+
+def test_a_faulty_spec_is_1_and_has_a_json_form(work: Path, kernelgen) -> None:
+    (work / "specs/toy.yaml").write_text(project.SPEC.replace("r32", "r48"))
+    code, stdout, stderr = kernelgen("build")
+    assert (code, stdout) == (1, "")
+    assert stderr.startswith("specs/toy.yaml:4:15: error[KG015]: axis rank has no tag 'r48'\n")
+    for command in (["build"], ["list"], ["show", "x"], ["which"]):
+        code, stdout, stderr = kernelgen(*command, "--json")
+        (error,) = document(stdout)["errors"]
+        assert (code, stderr) == (1, "")
+        assert (error["code"], error["line"], error["column"]) == ("KG015", 4, 15)
+
+
+def test_list_and_show(work: Path, kernelgen) -> None:
+    code, stdout, _ = kernelgen("list")
+    assert code == 0 and len(stdout.splitlines()) == 6
+    assert "toy_f16_r32_small   dtype=f16   rank=r32  size=small" in stdout.splitlines()
+    _, stdout, _ = kernelgen("list", "*_f16_*", "--json")
+    assert [variant["module"] for variant in document(stdout)["variants"]] == [
+        "f16_r16_small",
+        "f16_r32_small",
+    ]
+    _, stdout, _ = kernelgen("show", "toy_f16_r32_small", "--json")
+    shown = document(stdout)
+    assert shown["axes"] == {"dtype": "f16", "rank": "r32", "size": "small"}
+    assert shown["facts"]["torch_dtype"] == "float16" and shown["tunables"] == {
+        "block_n": [64, 128]
+    }
+    kernelgen("build")
+    code, stdout, _ = kernelgen("show", "toy_f16_r32_small", "--source")
+    assert stdout == (work / shown["path"]).read_text()
+    code, _, stderr = kernelgen("show", "toy_f16_r32_smal")
+    assert code == 2 and "did you mean toy_f16_r32_small?" in stderr
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ("--dtype bf16 --rank 20", ["toy_bf16_r32_small", "toy_bf16_r32_large"]),
+        ("toy --dtype=bfloat16 --rank r16 --size small", ["toy_bf16_r16_small"]),
+        ("--dtype float16 --rank 1", ["toy_f16_r16_small"]),
+        ("--rank 64", "KG041 4 add r64 to rank: in this line"),
+        ("--rank 999", "KG041 4 add rany to rank: in this line"),
+        ("--dtype f16 --size large", "KG041 7 nobody asked"),
+        ("--rank 0", "KG015 0 a bucket is"),
+        ("--dtype fp8", "KG015 0 activations are"),
+        ("--size tiny", "KG015 0 known: small, large"),
+        ("boy --rank 1", "KG040 0 did you mean toy?"),
+        ("toy --ranks 1", "KG014 0 did you mean rank?"),
+    ],
+)
+def test_which(case: str, expected, work: Path, kernelgen) -> None:
+    code, stdout, _ = kernelgen("which", *case.split(), "--json")
+    found = document(stdout)
+    if isinstance(expected, list):
+        assert code == 0 and found["variants"] == expected
+        return
+    (error,) = found["errors"]
+    assert code in (1, 2)
+    assert f"{error['code']} {error['line']} {error['hint']}".startswith(expected)
+
+
+def test_which_knows_what_was_measured(work: Path, kernelgen) -> None:
+    _, stdout, _ = kernelgen("which", "--k", "64", "--json")
+    (measured,) = document(stdout)["measured"]
+    assert measured == {"problem": {"k": 64, "weighted": True}, "schedule": "toy", "us": 1.5}
+    assert "measured: k=64, weighted=True: toy, 1.5 us" in kernelgen("which", "--k", "64")[1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nothing"],
+        ["build", "--nothing"],
+        ["build", "-j", "0"],
+        ["show"],
+        ["which", "--rank"],
+        ["which", "a", "b"],
+        ["build", "--specs", "nowhere"],
+    ],
+)
+def test_what_cannot_be_done_is_2(arguments: list[str], work: Path, kernelgen) -> None:
+    code, stdout, stderr = kernelgen(*arguments)
+    assert (code, stdout) == (2, "") and stderr
+
+
+def test_an_interrupt_is_130_and_an_internal_error_2(
+    work: Path, kernelgen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error, expected in ((KeyboardInterrupt(), 130), (RuntimeError("lost"), 2)):
+
+        def fail(*_: object, error: BaseException = error) -> None:
+            raise error
+
+        monkeypatch.setattr(build, "package", fail)
+        code, _, stderr = kernelgen("list")
+        assert code == expected and "Traceback" not in stderr
+
+
+def _imported(*arguments: str) -> set[str]:
+    """The modules that a command loads, in a process of its own."""
+    program = (
+        "import sys; from kernelgen import cli;"
+        f"sys.argv = ['kernelgen', *{arguments}];"
+        "assert cli._run() == 0; print(*sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, env=environment, capture_output=True
+    )
+    return set(done.stdout.decode().split())
+
+
+def test_commands_load_what_they_need() -> None:
+    assert not {"torch", "triton", "pydantic", "jinja2", "black", "yaml", "rich"} & _imported(
+        "--help"
+    )
+
+
+def test_building_needs_neither_torch_nor_triton(work: Path) -> None:
+    assert not {"torch", "triton"} & _imported("build")
+    assert not {"torch", "triton", "black"} & _imported("build", "--check")
+
+
+def test_the_same_bytes_everywhere(work: Path, tmp_path: Path) -> None:
+    """Hash seed, folder, locale, time zone, umask and number of processes do not matter."""
+    places = [
+        ({"PYTHONHASHSEED": "0", "TZ": "UTC", "LC_ALL": "C"}, 0o022, ["-j1"], work),
+        (
+            {"PYTHONHASHSEED": "1", "TZ": "Asia/Kathmandu", "LC_ALL": "C.UTF-8"},
+            0o077,
+            ["-j2"],
+            tmp_path,
+        ),
+        (
+            {"PYTHONHASHSEED": "2", "TZ": "America/St_Johns", "PYTHONUTF8": "0"},
+            0o000,
+            ["-j3"],
+            Path("/"),
+        ),
+    ]
+    trees = []
+    for i, (variables, umask, jobs, folder) in enumerate(places):
+        out = tmp_path / f"out{i}"
+        cache = str(tmp_path / f"cache{i}")
+        command = [
+            sys.executable,
+            "-m",
+            "kernelgen",
+            "build",
+            "--specs",
+            str(work / "specs"),
+            "--out",
+            str(out),
+        ]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "KERNELGEN_CACHE_DIR": cache,
+            **variables,
+        }
+        subprocess.run(
+            [*command, *jobs],
+            check=True,
+            cwd=folder,
+            env=environment,
+            umask=umask,
+            capture_output=True,
+        )
+        trees.append(project.files(out))
+    assert len(trees[0]) == 11 and trees[0] == trees[1] == trees[2]
+
+
+def test_the_schema_is_that_of_the_specs(work: Path, kernelgen) -> None:
+    draft7 = schema.json_schema()
+    jsonschema.Draft7Validator.check_schema(draft7)
+    validator = jsonschema.Draft7Validator(draft7)
+    for file in [*SPECS.glob("*.yaml"), work / "specs/toy.yaml"]:
+        root, _ = parse(str(file), file.read_bytes())
+        validator.validate(root.plain())
+    for wrong in ("[r16, r256]", "[]", "r16"):
+        root, _ = parse("x", project.SPEC.replace("[r16, r32]", wrong).encode())
+        assert not validator.is_valid(root.plain())
+    assert kernelgen("schema", "--check", "--specs", str(SPECS))[0] == 0
+    code, _, stderr = kernelgen("schema", "--check")
+    assert code == 1 and "KG034" in stderr
+    _, stdout, _ = kernelgen("schema")
+    (work / "specs/kernelgen.schema.json").write_text(stdout)
+    assert kernelgen("schema", "--check")[0] == 0

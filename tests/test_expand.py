@@ -1,0 +1,134 @@
+"""Axes to variants, what a variant knows, and the specs of this repository."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import pickle
+from pathlib import Path
+
+import project
+import pytest
+
+from kernelgen import build, names
+from kernelgen.model import VARIANT_ATTRIBUTES, VOCABULARY, Record, Variant
+from kernelgen.names import Identifier
+from kernelgen.which import which
+
+SPECS = Path(__file__).parent.parent / "specs"
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    specs = {"toy.yaml": project.SPEC, "tuned/toy.yaml": project.TUNED}
+    return build.package(project.make(tmp_path_factory.mktemp("toy"), specs)).families[0]
+
+
+@pytest.fixture(scope="module")
+def package():
+    return build.package(SPECS)
+
+
+def test_variants_come_in_the_order_of_the_spec(toy) -> None:
+    assert [variant.module for variant in toy.variants] == [
+        "bf16_r16_small",
+        "bf16_r16_large",
+        "bf16_r32_small",
+        "bf16_r32_large",
+        "f16_r16_small",
+        "f16_r32_small",
+    ]
+    assert all(variant.name == f"toy_{variant.module}" for variant in toy.variants)
+
+
+def test_a_variant_knows_its_tags_and_what_they_stand_for(toy) -> None:
+    variant = toy.variants[2]
+    assert (variant.dtype, variant.rank, variant.size) == ("bf16", "r32", "small")
+    assert (variant.torch_dtype, variant.block_rank, variant.max_rank) == ("bfloat16", 32, 32)
+    assert variant.tiled_rank is False and variant.rounds_intermediate is False
+    with pytest.raises(AttributeError, match="weighted"):
+        _ = variant.weighted
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        variant.name = "other"
+
+
+def test_values_can_be_copied_compared_and_used_as_keys(toy) -> None:
+    variant = toy.variants[0]
+    for copied in (pickle.loads(pickle.dumps(variant)), copy.deepcopy(variant)):
+        assert copied == variant and hash(copied) == hash(variant)
+    assert len(set(toy.variants)) == 6
+
+
+def test_tuned_data_is_read_in_the_order_of_the_tunables(toy) -> None:
+    first = toy.tuned.entries[0]
+    assert (first.problem.k, first.problem.weighted) == (64, True)
+    assert (first.schedule, first.config, first.best.us) == ("toy", Record({"block_n": 64}), 1.5)
+    assert first.runner_up.config.block_n == 128
+    assert toy.tuned.entries[1].runner_up is None
+
+
+def test_all_tags_of_an_axis_have_the_same_facts() -> None:
+    for axis, tags in VOCABULARY.items():
+        assert len({tuple(facts) for facts in tags.values()}) == 1, axis
+
+
+def test_no_attribute_of_a_variant_hides_an_axis() -> None:
+    assert not VARIANT_ATTRIBUTES & set(VOCABULARY)
+    assert {field.name for field in dataclasses.fields(Variant)} <= VARIANT_ATTRIBUTES
+
+
+@pytest.mark.parametrize(
+    "text", ["", "A", "1a", "_a", "a-b", "a b", "a\n", "é", "in", "nul", "a" * 41]
+)
+def test_what_cannot_be_a_name(text: str) -> None:
+    with pytest.raises(ValueError):
+        Identifier(text)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "generated/../x.py",
+        "/generated/x.py",
+        "generated/./x.py",
+        "generated//x.py",
+        "generated/a b.py",
+        "generated/nul.py",
+        "generated/a\n.py",
+        "generated/x\\y.py",
+        "generated/",
+        "other/x.py",
+        "tests/x.py",
+        "",
+    ],
+)
+def test_what_cannot_be_an_output_path(path: str) -> None:
+    assert names.path_fault(path)
+
+
+def test_the_specs_of_this_repository(package) -> None:
+    assert sum(
+        family.name == "moe_lora" and len(family.variants) == 112 for family in package.families
+    )
+    assert len({variant.name for variant in package.variants}) == len(package.variants)
+
+
+def test_every_case_has_a_variant(package) -> None:
+    """Ranks 1 to 512, every dtype, assignment and flag."""
+    family = next(family for family in package.families if family.name == "moe_lora")
+    others = [axis for axis in family.axes if axis.name not in ("schedule", "rank")]
+    buckets = {}
+    for rank in range(1, 513):
+        variants = which(package, "moe_lora", {"rank": str(rank)}).variants
+        bucket = {variant.rank for variant in variants}
+        assert len(bucket) == 1
+        limit = variants[0].max_rank
+        assert rank > 128 if limit is None else limit / 2 < rank <= limit or rank <= limit == 16
+        buckets.setdefault(bucket.pop(), variants)
+    assert sorted(buckets) == ["r128", "r16", "r32", "r64", "rany"]
+    for tags in itertools.product(*(axis.tags for axis in others)):
+        case = dict(zip((axis.name for axis in others), tags, strict=True))
+        for variants in buckets.values():
+            served = [v for v in variants if all(getattr(v, a) == t for a, t in case.items())]
+            assert served, case
