@@ -8,8 +8,9 @@ Depends on torch and triton alone, so that a copy of it makes the generated pack
 How a launch is made cheap. ``kernel[grid](...)`` binds, specialises and hashes every argument on each call (about 10 us).
 A ``Launcher`` does that once per compile key and then calls the compiled kernel with raw pointers (about 2 us). This is
 sound because a key is everything that Triton specialises on: the constants, the options, the device, the dtype of each
-pointer, which optional pointers are absent, and that all pointers are 16-byte aligned. A call with an unaligned pointer, and
-any call while a profiler hooks launches, takes Triton's own path. Integers that change from step to step are declared
+pointer, which optional pointers are absent, and that pointers are 16-byte aligned (but for the trailing ones, small index
+tables, that a kernel declares ``do_not_specialize_on_alignment``). A call with an unaligned pointer, and any call while a
+profiler hooks launches, takes Triton's own path. Integers that change from step to step are declared
 ``do_not_specialize`` in the kernels, so no number of tokens and no routing can make another key.
 """
 
@@ -123,6 +124,8 @@ class Launcher:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
+        loose = [getattr(param, "do_not_specialize_on_alignment", False) for param in getattr(kernel, "params", ())]
+        self.num_aligned = loose.index(True) if True in loose else len(loose)  # leading arguments
 
     def bind(self, grid: int, constants: tuple[Any, ...], options: Options) -> Bound:
         """The launches of one compile key over ``grid`` programs; whoever keeps it vouches for the arguments' dtypes."""
@@ -138,20 +141,21 @@ class Launcher:
             return None
         with torch.cuda.device(arguments[0].device):
             handle = self.kernel[(grid,)](*arguments, *constants, **_triton_options(options))
-        aligned = not any(pointer & 15 for pointer in _pointers(arguments))
+        aligned = not any(pointer & 15 for pointer in _pointers(arguments[: self.num_aligned]))
         return handle if aligned and torch.version.hip is None else None
 
 
 class Bound:
     """See ``Launcher.bind``."""
 
-    __slots__ = ("_launcher", "_grid", "_constants", "_options", "_device", "_run", "_function", "_metadata", "_handle")
+    __slots__ = ("_launcher", "_grid", "_constants", "_options", "_num_aligned", "_device", "_run", "_fixed", "_handle")
 
     def __init__(self, launcher: Launcher, grid: int, constants: tuple[Any, ...], options: Options) -> None:
         self._launcher = launcher
         self._grid = grid
         self._constants = constants
         self._options = options
+        self._num_aligned = launcher.num_aligned
         self._device = -1
         self._handle: Any = None
 
@@ -162,8 +166,8 @@ class Bound:
             self._slow(arguments)
             return
         bits = 0
-        raw = []
-        for argument in arguments:
+        raw: list[Any] = []
+        for argument in arguments[: self._num_aligned]:
             kind = type(argument)
             if kind is int or argument is None:
                 raw.append(argument)
@@ -179,16 +183,28 @@ class Bound:
         if bits & 15:  # Triton vectorises on 16-byte alignment
             self._slow(arguments)
             return
+        for argument in arguments[self._num_aligned :]:
+            raw.append(argument if type(argument) is int or argument is None else argument.data_ptr())
         stream = torch._C._cuda_getCurrentRawStream(device)
-        self._run(self._grid, 1, 1, stream, self._function, self._metadata, None, None, None, *raw, *self._constants)
+        self._run(self._grid, 1, 1, stream, *self._fixed, *raw, *self._constants)
 
     def _slow(self, arguments: tuple[Any, ...]) -> None:
         handle = self._launcher.launch(self._grid, arguments, self._constants, self._options)
         if handle is not None:
-            # the handle is kept whole: Triton unloads the module when it dies
-            self._handle = handle
-            self._run, self._function, self._metadata = handle.run, handle.function, handle.packed_metadata
+            self._handle = handle  # kept whole: Triton unloads the module when it dies
+            self._run, self._fixed = _entry(handle)
             self._device = arguments[0].get_device()
+
+
+def _entry(handle: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """What launches a compiled kernel, and its arguments between the stream and those of the kernel."""
+    run, metadata = handle.run, handle.packed_metadata
+    if triton.__version__.startswith("3.6.") and hasattr(run, "profile_scratch_size"):
+        if run.global_scratch_size == 0 and run.profile_scratch_size == 0:
+            # the C function that run() calls, without run()'s own microsecond
+            flags = (run.launch_cooperative_grid, run.launch_pdl)
+            return run.launch, (handle.function, *flags, None, None, metadata, None, None, None)
+    return run, (handle.function, metadata, None, None, None)
 
 
 def _pointers(arguments: tuple[Any, ...]) -> Iterator[int]:
@@ -262,10 +278,10 @@ _libraries: list[torch.library.Library] = []  # a Library undefines its ops when
 def op(module: str, schema: str, function: Callable[..., None]) -> Callable[..., None]:
     """Register ``function``, which mutates its arguments and returns nothing, as an op; return the op.
 
-    The namespace is the name of the generated package, so that copies of it under other names live side by side.
+    ``module`` is the front door's; the namespace is the path of the package around it, so that copies of it under other names live side by side.
     ``torch.compile`` sees the op as opaque; eager code calls the function itself, which is cheaper. No autograd.
     """
-    namespace, name = module.split(".")[0], schema.split("(")[0]
+    namespace, name = module.rpartition(".")[0].replace(".", "_"), schema.split("(")[0]
     library = torch.library.Library(namespace, "FRAGMENT")
     library.define(schema)
     for key in ("CUDA", "CPU"):

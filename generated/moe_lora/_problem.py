@@ -346,12 +346,12 @@ def _block_k(k: int, wanted: int) -> int:
     return wanted if k % wanted == 0 else min(64, max(16, runtime.next_power_of_2(k)))
 
 
-def _block_n(n: int, wanted: int) -> int:
-    """The largest tile of at most ``wanted`` columns that divides N; a masked one where only small tiles do."""
+def _block_n(n: int, wanted: int, waste: float = 0.0) -> int:
+    """The largest tile of at most ``wanted`` columns that leaves at most a share ``waste`` of its columns masked."""
     tile = wanted
-    while tile > 64 and n % tile:
+    while tile > 64 and runtime.cdiv(n, tile) * tile > n * (1.0 + waste):
         tile //= 2
-    return tile if n % tile == 0 else min(wanted, 128, max(16, runtime.next_power_of_2(n)))
+    return tile if n % 64 == 0 or n > 64 else max(16, runtime.next_power_of_2(n))
 
 
 def _block_r(rank: int) -> int:
@@ -378,7 +378,7 @@ def _one_shot(s: _Shape) -> OneShotConfig:
     block_k = _block_k(s.k, block_k)
     budget = s.shared_memory - 4096
     stages = _stages(stages, 2 * (s.block_m + s.slices * rank) * block_k, budget)
-    block_n = _block_n(s.n, 256 if wide else 128)
+    block_n = _block_n(s.n, 256 if wide else 128, 0.03 if rank == 16 else 0.0)
     expand = _stages(3, 2 * block_n * (rank + s.block_m), budget)
     heavy = (
         s.block_m * rank * s.slices >= 64 * 256

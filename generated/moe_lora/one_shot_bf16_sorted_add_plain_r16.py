@@ -29,7 +29,9 @@ from ._problem import CACHE_POLICIES, Call, Problem, check, choose
 from ._problem import OneShotConfig as Config
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=["pairs_ptr", "blocks_ptr", "num_blocks_ptr"],
+)
 def moe_lora_one_shot_bf16_sorted_add_plain_r16_kernel(
     out_ptr,
     x_ptr,

@@ -30,7 +30,14 @@ from ._problem import CACHE_POLICIES, Call, Problem, check, choose
 from ._problem import OneShotConfig as Config
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "topk_weights_ptr",
+        "pairs_ptr",
+        "blocks_ptr",
+        "num_blocks_ptr",
+    ],
+)
 def moe_lora_one_shot_bf16_sorted_add_weighted_r32_kernel(
     out_ptr,
     x_ptr,

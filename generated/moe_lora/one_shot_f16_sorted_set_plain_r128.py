@@ -29,7 +29,9 @@ from ._problem import CACHE_POLICIES, Call, Problem, check, choose
 from ._problem import OneShotConfig as Config
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=["pairs_ptr", "blocks_ptr", "num_blocks_ptr"],
+)
 def moe_lora_one_shot_f16_sorted_set_plain_r128_kernel(
     out_ptr,
     x_ptr,

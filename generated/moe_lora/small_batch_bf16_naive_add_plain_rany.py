@@ -33,7 +33,15 @@ from ._problem import CACHE_POLICIES, Call, Problem, check, choose, partials
 from ._problem import SmallBatchConfig as Config
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@triton.jit(
+    do_not_specialize=["num_pairs"],
+    do_not_specialize_on_alignment=[
+        "topk_ids_ptr",
+        "token_lora_mapping_ptr",
+        "adapter_enabled_ptr",
+        "expert_map_ptr",
+    ],
+)
 def moe_lora_small_batch_bf16_naive_add_plain_rany_shrink(
     parts_ptr,
     x_ptr,
@@ -103,7 +111,15 @@ def moe_lora_small_batch_bf16_naive_add_plain_rany_shrink(
     tl.store(parts_ptr + part * (CHUNKS * BLOCK_R) + r, tl.sum(acc, 1))
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@triton.jit(
+    do_not_specialize=["num_pairs"],
+    do_not_specialize_on_alignment=[
+        "topk_ids_ptr",
+        "token_lora_mapping_ptr",
+        "adapter_enabled_ptr",
+        "expert_map_ptr",
+    ],
+)
 def moe_lora_small_batch_bf16_naive_add_plain_rany_expand(
     out_ptr,
     parts_ptr,

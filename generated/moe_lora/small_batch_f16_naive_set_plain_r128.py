@@ -33,7 +33,15 @@ from ._problem import CACHE_POLICIES, Call, Problem, check, choose, partials
 from ._problem import SmallBatchConfig as Config
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@triton.jit(
+    do_not_specialize=["num_pairs"],
+    do_not_specialize_on_alignment=[
+        "topk_ids_ptr",
+        "token_lora_mapping_ptr",
+        "adapter_enabled_ptr",
+        "expert_map_ptr",
+    ],
+)
 def moe_lora_small_batch_f16_naive_set_plain_r128_shrink(
     parts_ptr,
     x_ptr,
@@ -103,7 +111,15 @@ def moe_lora_small_batch_f16_naive_set_plain_r128_shrink(
     tl.store(parts_ptr + part * (CHUNKS * BLOCK_R) + r, tl.sum(acc, 1))
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@triton.jit(
+    do_not_specialize=["num_pairs"],
+    do_not_specialize_on_alignment=[
+        "topk_ids_ptr",
+        "token_lora_mapping_ptr",
+        "adapter_enabled_ptr",
+        "expert_map_ptr",
+    ],
+)
 def moe_lora_small_batch_f16_naive_set_plain_r128_expand(
     out_ptr,
     parts_ptr,

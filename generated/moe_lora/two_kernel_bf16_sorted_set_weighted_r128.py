@@ -33,7 +33,10 @@ from ._problem import CACHE_POLICIES, Call, Problem, check, choose, partials
 from ._problem import TwoKernelConfig as Config
 
 
-@triton.jit(do_not_specialize=["capacity"])
+@triton.jit(
+    do_not_specialize=["capacity"],
+    do_not_specialize_on_alignment=["pairs_ptr", "blocks_ptr", "num_blocks_ptr"],
+)
 def moe_lora_two_kernel_bf16_sorted_set_weighted_r128_shrink(
     parts_ptr,
     x_ptr,
@@ -112,7 +115,15 @@ def moe_lora_two_kernel_bf16_sorted_set_weighted_r128_shrink(
         tl.store(part_rows + s * PART_STRIDE, v, mask=live[:, None])
 
 
-@triton.jit(do_not_specialize=["capacity"])
+@triton.jit(
+    do_not_specialize=["capacity"],
+    do_not_specialize_on_alignment=[
+        "topk_weights_ptr",
+        "pairs_ptr",
+        "blocks_ptr",
+        "num_blocks_ptr",
+    ],
+)
 def moe_lora_two_kernel_bf16_sorted_set_weighted_r128_expand(
     out_ptr,
     parts_ptr,

@@ -62,9 +62,9 @@ class MoeRoute(NamedTuple):
         """A route from the padded per-adapter tables that an engine already has; on the device only.
 
         Args:
-            sorted_token_ids: [L, EM] int32. Row l: pair ids of adapter l, grouped by expert, each group padded to a
+            sorted_token_ids: [L, EM] int32, or flat. Row l: pair ids of adapter l, grouped by expert, each group padded to a
                 multiple of ``block_size`` with ids >= num_tokens * top_k. EM need not be a multiple of it.
-            expert_ids: [L, ceil(EM / block_size)] int32, the (local) expert of each block, -1 where there is none.
+            expert_ids: [L, ceil(EM / block_size)] int32, or flat: the (local) expert of each block, -1 where there is none.
             num_tokens_post_padded: [L] int32, how much of each row counts.
             lora_ids: [*] int32, the adapters of this batch (-1 is skipped); None: every row of the tables.
             adapter_enabled: [>= L] int32, 0 drops the adapter; None: all are enabled.
@@ -75,6 +75,10 @@ class MoeRoute(NamedTuple):
         name = "MoeRoute.from_tables"
         _check_block_m(name, block_size)
         device = sorted_token_ids.device
+        if sorted_token_ids.dim() == 1 and expert_ids.dim() == 1 and max_loras > 0:
+            sorted_token_ids, expert_ids = sorted_token_ids.view(max_loras, -1), expert_ids.view(
+                max_loras, -1
+            )
         tables = {"sorted_token_ids": sorted_token_ids, "expert_ids": expert_ids}
         for label, table in tables.items():
             if (
@@ -209,7 +213,7 @@ class _Plan(NamedTuple):
     num_pairs: int
     block_m: int  # 0: naive
     max_blocks: int
-    splits: tuple[int, int, int, int]  # elements of num_blocks, blocks, pairs, scratch
+    splits: tuple[int, int, int, int, int]  # elements of num_blocks, blocks, pairs, scratch
     fill: Callable[..., None]
 
 
@@ -255,7 +259,7 @@ def _plan(
     global_experts = 0 if expert_map is None else expert_map.shape[0]
     sizes = (num_tokens, top_k, num_experts, max_loras, global_experts)
     if naive:
-        return _Plan(sizes, num_pairs, 0, 0, (0, 0, 0, 0), _bind)
+        return _Plan(sizes, num_pairs, 0, 0, (0, 0, 0, 0, 0), _bind)
     if num_groups > _MAX_GROUPS:
         runtime.fail(
             name,
@@ -362,15 +366,15 @@ def _variant(num_pairs: int) -> ModuleType:
     return one_launch if num_pairs <= one_launch.MAX_PAIRS else three_launch
 
 
-def _splits(max_blocks: int, num_pairs: int, scratch: int) -> tuple[int, int, int, int]:
-    """Elements of num_blocks, blocks, pairs and scratch in one buffer; each starts 16-byte aligned."""
-    return 4, 4 * max_blocks, (num_pairs + 3) // 4 * 4, scratch
+def _splits(max_blocks: int, num_pairs: int, scratch: int) -> tuple[int, int, int, int, int]:
+    """Elements of num_blocks, a gap, blocks, pairs and scratch in one buffer; each starts 16-byte aligned."""
+    return 1, 3, 4 * max_blocks, (num_pairs + 3) // 4 * 4, scratch
 
 
 def _buffers(
     name: str,
     workspace: MoeWorkspace | None,
-    splits: tuple[int, int, int, int],
+    splits: tuple[int, int, int, int, int],
     device: torch.device,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """A buffer for the tables, and (num_blocks, blocks, pairs, scratch) in it."""
@@ -392,9 +396,9 @@ def _buffers(
 
 
 def _views(
-    buffer: torch.Tensor, splits: tuple[int, int, int, int]
+    buffer: torch.Tensor, splits: tuple[int, int, int, int, int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    num_blocks, blocks, pairs, scratch, _ = buffer.split_with_sizes(
+    num_blocks, _, blocks, pairs, scratch, _ = buffer.split_with_sizes(
         (*splits, buffer.shape[0] - sum(splits))
     )
     return num_blocks, blocks.view(-1, 4), pairs, scratch

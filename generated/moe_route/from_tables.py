@@ -25,7 +25,15 @@ from .. import _runtime as runtime
 ENTRIES = 1024
 
 
-@triton.jit(do_not_specialize=["row_blocks", "row_stride"])
+@triton.jit(
+    do_not_specialize=["row_blocks", "row_stride"],
+    do_not_specialize_on_alignment=[
+        "expert_ids_ptr",
+        "num_tokens_post_padded_ptr",
+        "lora_ids_ptr",
+        "adapter_enabled_ptr",
+    ],
+)
 def moe_route_from_tables_list(
     blocks_ptr,
     num_blocks_ptr,
@@ -66,7 +74,10 @@ def moe_route_from_tables_list(
     tl.store(num_blocks_ptr, done)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "row_size", "row_stride"])
+@triton.jit(
+    do_not_specialize=["num_pairs", "row_size", "row_stride"],
+    do_not_specialize_on_alignment=["sorted_token_ids_ptr"],
+)
 def moe_route_from_tables_pack(
     pairs_ptr,
     blocks_ptr,

@@ -29,7 +29,15 @@ def _larger(a, b):
     return tl.maximum(a, b)
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@triton.jit(
+    do_not_specialize=["num_pairs"],
+    do_not_specialize_on_alignment=[
+        "topk_ids_ptr",
+        "token_lora_mapping_ptr",
+        "adapter_enabled_ptr",
+        "expert_map_ptr",
+    ],
+)
 def moe_route_one_launch_kernel(
     pairs_ptr,
     blocks_ptr,

@@ -30,7 +30,15 @@ CHUNK = 256  # pairs of one program
 GROUPS_PER_PROGRAM = 32
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@triton.jit(
+    do_not_specialize=["num_pairs"],
+    do_not_specialize_on_alignment=[
+        "topk_ids_ptr",
+        "token_lora_mapping_ptr",
+        "adapter_enabled_ptr",
+        "expert_map_ptr",
+    ],
+)
 def moe_route_three_launch_count(
     counts_ptr,
     topk_ids_ptr,
@@ -95,7 +103,15 @@ def _same_run(key_a, start_a, key_b, start_b):
     return key_b, tl.where(key_a == key_b, start_a, start_b)
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@triton.jit(
+    do_not_specialize=["num_pairs"],
+    do_not_specialize_on_alignment=[
+        "topk_ids_ptr",
+        "token_lora_mapping_ptr",
+        "adapter_enabled_ptr",
+        "expert_map_ptr",
+    ],
+)
 def moe_route_three_launch_place(
     pairs_ptr,
     blocks_ptr,
