@@ -50,7 +50,8 @@ def requests(
         while num_tokens < 2 * max_tokens:
             for assignment in shape.assignments:
                 with runtime.compile_only(device) as log:
-                    _call(shape, num_tokens, assignment)
+                    _call(shape, num_tokens, assignment, None)
+                    _call(shape, num_tokens, assignment, shape.rank)
                 found.update({request.key: request for request in log})
             num_tokens *= 2
     return list(found.values())
@@ -74,7 +75,7 @@ def warmup(
     return len(wanted)
 
 
-def _call(shape: MoeShape, num_tokens: int, assignment: str) -> None:
+def _call(shape: MoeShape, num_tokens: int, assignment: str, rank: int | None) -> None:
     def empty(*size: int, dtype: torch.dtype = shape.dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
 
@@ -89,6 +90,7 @@ def _call(shape: MoeShape, num_tokens: int, assignment: str) -> None:
         adapter_enabled=ints(shape.max_loras + 1) if shape.adapter_enabled else None,
         expert_map=ints(shape.global_experts) if shape.global_experts else None,
         assignment=assignment,
+        rank=rank,
     )
     rows = num_tokens * shape.top_k if shape.mul_routed_weight else num_tokens
     moe_lora(

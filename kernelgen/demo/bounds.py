@@ -1,0 +1,114 @@
+"""A bound on the rounding error of an MoE layer with adapters, element by element.
+
+Running error analysis: every quantity is carried as its exact value and a bound on how far the computed one may be from it,
+through the very steps that are served. A constant occurs only where a format or the length of a sum says so.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from kernelgen.integrations.peft import Factors
+from kernelgen.integrations.transformers import MoeCall
+
+_SILU_SLOPE = 1.1  # |d silu(x) / dx| < 1.0999 everywhere
+
+
+class Approx(NamedTuple):
+    """A tensor as computed: |computed - value| <= error, both float64."""
+
+    value: torch.Tensor
+    error: torch.Tensor
+
+    @property
+    def most(self) -> torch.Tensor:
+        """The largest magnitude that the computed value can have."""
+        return self.value.abs() + self.error
+
+
+def exact(value: torch.Tensor) -> Approx:
+    """A tensor without error."""
+    value = value.double()
+    return Approx(value, torch.zeros_like(value))
+
+
+def rounded(x: Approx, dtype: torch.dtype) -> Approx:
+    """After rounding to nearest in ``dtype``, gradual underflow included."""
+    info = torch.finfo(dtype)
+    half_ulp = info.eps / 2
+    return Approx(x.value, x.error + half_ulp * x.most + half_ulp * info.smallest_normal)
+
+
+def linear(x: Approx, weight: Approx) -> Approx:
+    """x . weight^T, accumulated in float32 in any order."""
+    growth = 1.0 + _gamma(weight.value.shape[-1])
+    error = growth * (x.most @ weight.most.T) - x.value.abs() @ weight.value.abs().T
+    return Approx(x.value @ weight.value.T, error)
+
+
+def product(x: Approx, y: Approx) -> Approx:
+    """x * y, rounded to float32."""
+    value = x.value * y.value
+    return rounded(Approx(value, x.most * y.most - value.abs()), torch.float32)
+
+
+def total(x: Approx, y: Approx) -> Approx:
+    """x + y, rounded to float32."""
+    return rounded(Approx(x.value + y.value, x.error + y.error), torch.float32)
+
+
+def silu(x: Approx, dtype: torch.dtype) -> Approx:
+    """silu(x), faithfully rounded in ``dtype``: to one of the two neighbours, so twice the error of the nearest."""
+    exact_of_approximate = Approx(torch.nn.functional.silu(x.value), _SILU_SLOPE * x.error)
+    return rounded(rounded(exact_of_approximate, dtype), dtype)
+
+
+def lora(x: Approx, factors: Factors, dtype: torch.dtype) -> Approx:
+    """(x . a^T) . b^T with the factors stored in ``dtype`` and the intermediate rounded to it."""
+    a = rounded(exact(factors.a), dtype)
+    b = rounded(rounded(exact(factors.b), torch.float32), dtype)  # scaled in float32, then stored
+    return linear(rounded(linear(x, a), dtype), b)
+
+
+def moe_layer(
+    call: MoeCall, gate_up: torch.Tensor, down: torch.Tensor, factors: dict[str, Factors]
+) -> Approx:
+    """The output [T, H] of one MoE layer, all tokens under one adapter.
+
+    Args:
+        call: what went in; its activations have the dtype that is served.
+        gate_up: [E, 2 * I, H], the base weight; down: [E, H, I].
+        factors: "gate", "up" and "down" of the adapter, those it has; empty: the base model.
+    """
+    dtype, (num_tokens, top_k) = call.hidden.dtype, call.topk_ids.shape
+    shape = (num_tokens * top_k, down.shape[1])
+    out = Approx(
+        *(torch.zeros(shape, dtype=torch.float64, device=down.device) for _ in Approx._fields)
+    )
+    expert_of_pair = call.topk_ids.flatten()
+    for expert in torch.unique(expert_of_pair).tolist():
+        pairs = (expert_of_pair == expert).nonzero().squeeze(1)
+        own = {name: Factors(f.a[expert], f.b[expert]) for name, f in factors.items()}
+        x = exact(call.hidden[pairs // top_k])
+        weight = exact(call.topk_weights.flatten()[pairs].unsqueeze(1))
+        halves = {}
+        for name, base in zip(("gate", "up"), gate_up[expert].chunk(2), strict=True):
+            halves[name] = rounded(linear(x, exact(base)), dtype)
+            if name in own:
+                halves[name] = rounded(total(halves[name], lora(x, own[name], dtype)), dtype)
+        inter = rounded(product(silu(halves["gate"], dtype), halves["up"]), dtype)
+        y = rounded(product(rounded(linear(inter, exact(down[expert])), dtype), weight), dtype)
+        if "down" in own:
+            y = rounded(total(y, product(lora(inter, own["down"], dtype), weight)), dtype)
+        out.value[pairs], out.error[pairs] = y
+    pairs_of_token = Approx(*(part.view(num_tokens, top_k, -1) for part in out))
+    error = pairs_of_token.error.sum(1) + _gamma(top_k) * pairs_of_token.most.sum(1)
+    return rounded(Approx(pairs_of_token.value.sum(1), error), dtype)
+
+
+def _gamma(terms: int) -> float:
+    """Relative growth of a float32 sum of ``terms`` products, whatever its order."""
+    half_ulp = torch.finfo(torch.float32).eps / 2
+    return terms * half_ulp / (1 - terms * half_ulp)

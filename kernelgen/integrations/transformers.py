@@ -1,0 +1,191 @@
+"""Serve a batch of mixed LoRA adapters through the mixture-of-experts layers of a ``transformers`` model.
+
+``transformers`` lets an implementation of the experts be registered under a name; ours runs the base experts of each layer and
+adds the adapters of the batch with the generated kernels. It serves every model whose experts are fused parameters
+``gate_up_proj`` [E, 2 * I, H] and ``down_proj`` [E, H, I] without biases: Qwen3-MoE, Mixtral, OLMoE, DeepSeek and others.
+
+The base experts here are plain matrix products, one expert after the other, for checking and for small models; an engine
+has its own, and adds two calls of ``moe_lora`` and one of ``moe_route`` as ``MoeLora.experts`` does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from types import ModuleType
+from typing import Any, Iterator, Mapping, NamedTuple
+
+import torch
+
+from .peft import ExpertShape, LayerBuffers
+
+_NAME = "kernelgen_moe_lora"
+
+
+class MoeCall(NamedTuple):
+    """What one MoE layer did: T tokens, top_k experts each."""
+
+    layer: int
+    hidden: torch.Tensor  # [T, H]
+    topk_ids: torch.Tensor  # [T, top_k]
+    topk_weights: torch.Tensor  # [T, top_k]
+    out: torch.Tensor  # [T, H]
+
+
+def expert_shape(model: Any) -> ExpertShape:
+    """The experts of a model, from the first of its layers that has any.
+
+    Raises:
+        ValueError: it has no experts that can be served.
+    """
+    for _, experts in _experts(model):
+        num_experts, hidden, intermediate = experts.down_proj.shape
+        return ExpertShape(num_experts, hidden, intermediate)
+    raise ValueError(
+        f"{type(model).__name__}: got no fused experts, wanted gate_up_proj and down_proj parameters"
+    )
+
+
+class MoeLora:
+    """The adapters of a model, served by a generated package.
+
+    Args:
+        model: a ``transformers`` model, bfloat16 or float16; its weights stay as they are.
+        layers: from ``stack_adapters``, on the model's device.
+        kernels: the generated package, under whatever name it was imported.
+        assignment: as in ``moe_route``.
+
+    Raises:
+        ValueError: the model's experts are of a kind that this glue does not run, or ``layers`` names one without experts.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layers: Mapping[int, LayerBuffers],
+        kernels: ModuleType,
+        *,
+        assignment: str = "auto",
+    ) -> None:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        self._model = model
+        self._layers = layers
+        self._kernels = kernels
+        self._assignment = assignment
+        self._mapping: torch.Tensor | None = None
+        self._calls: list[MoeCall] | None = None
+        self._experts = dict(_experts(model))
+        if missing := sorted(layers.keys() - self._experts.keys()):
+            raise ValueError(
+                f"layers: got adapters for layers {missing}, wanted some of {sorted(self._experts)}"
+            )
+        ALL_EXPERTS_FUNCTIONS.register(_NAME, _experts_forward)
+
+    @contextlib.contextmanager
+    def batch(
+        self, token_lora_mapping: torch.Tensor, calls: list[MoeCall] | None = None
+    ) -> Iterator[None]:
+        """Inside, forward passes of the model apply these adapters; outside, the model is as it was.
+
+        Args:
+            token_lora_mapping: [T] int32, the adapter of each token of the flattened batch, -1: none (padding, too).
+            calls: gets what each MoE layer did, in order; None keeps nothing.
+        """
+        before = self._model.get_experts_implementation()
+        self._model.set_experts_implementation(_NAME)
+        self._mapping, self._calls = token_lora_mapping, calls
+        for index, experts in self._experts.items():
+            experts.moe_lora = functools.partial(self.experts, index, experts)
+        try:
+            yield
+        finally:
+            self._mapping = self._calls = None
+            for experts in self._experts.values():
+                del experts.moe_lora
+            self._model.set_experts_implementation(before)
+
+    def experts(
+        self,
+        index: int,
+        base: Any,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """The experts of decoder layer ``index`` with the batch's adapters: x [T, H] -> [T, H].
+
+        Raises:
+            ValueError: no batch is being served, or its mapping is not of these T tokens.
+        """
+        num_tokens, top_k = topk_ids.shape
+        if self._mapping is None:
+            raise ValueError("got a forward pass outside of batch(), wanted one inside")
+        if self._mapping.shape != (num_tokens,):
+            raise ValueError(
+                f"token_lora_mapping: got {list(self._mapping.shape)}, wanted [{num_tokens}]"
+            )
+        lora = self._layers.get(index)
+        topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.contiguous()
+        expert_of_pair = topk_ids.flatten()
+        gate_up = _expert_linear(x.repeat_interleave(top_k, 0), base.gate_up_proj, expert_of_pair)
+        if lora is not None:
+            slots, num_experts = lora.down.a[0].shape[:2]
+            route = self._kernels.moe_route(
+                topk_ids,
+                self._mapping,
+                num_experts=num_experts,
+                max_loras=slots,
+                adapter_enabled=lora.adapter_enabled,
+                assignment=self._assignment,
+            )
+            self._kernels.moe_lora(gate_up.view(num_tokens, top_k, -1), x, *lora.gate_up, route)
+        inter = base._apply_gate(gate_up)
+        down = _expert_linear(inter, base.down_proj, expert_of_pair).view(num_tokens, top_k, -1)
+        out = (down * topk_weights.unsqueeze(-1)).to(x.dtype)
+        if lora is not None:
+            self._kernels.moe_lora(
+                out, inter, *lora.down, route, topk_weights=topk_weights, mul_routed_weight=True
+            )
+        result = out.sum(1)
+        if self._calls is not None:
+            self._calls.append(MoeCall(index, x, topk_ids, topk_weights, result))
+        return result
+
+
+def _experts_forward(
+    experts: Any, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+) -> torch.Tensor:
+    out: torch.Tensor = experts.moe_lora(hidden, topk_ids, topk_weights)
+    return out
+
+
+def _experts(model: Any) -> Iterator[tuple[int, Any]]:
+    """(decoder layer, its experts), for the experts that are fused parameters."""
+    for name, module in model.named_modules():
+        if not isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter):
+            continue
+        match = re.search(r"\blayers\.(\d+)\.", name)
+        plain = getattr(module, "is_concatenated", False) and getattr(module, "has_gate", False)
+        special = [
+            f
+            for f in ("has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
+            if getattr(module, f, False)
+        ]
+        if match is None or not plain or special:
+            raise ValueError(
+                f"{name}: got experts with {', '.join(special) or 'another layout'}, wanted plain gated ones"
+            )
+        yield int(match[1]), module
+
+
+def _expert_linear(
+    x: torch.Tensor, weight: torch.Tensor, expert_of_row: torch.Tensor
+) -> torch.Tensor:
+    """out[p] = x[p] . weight[expert_of_row[p]]^T; asks the host which experts are hit."""
+    out = x.new_empty(x.shape[0], weight.shape[1])
+    for expert in torch.unique(expert_of_row).tolist():
+        rows = (expert_of_row == expert).nonzero().squeeze(1)
+        out[rows] = torch.nn.functional.linear(x[rows], weight[expert])
+    return out
