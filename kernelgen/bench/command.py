@@ -1,0 +1,311 @@
+"""``kernelgen bench``. Imports torch only when it runs."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+from typing import Any, Sequence
+
+import click
+
+from kernelgen.bench import document as documents
+from kernelgen.bench import workloads
+from kernelgen.bench.workloads import Cell, Model, Selection, Site, WorkloadError
+
+PEERS = ("vllm", "sglang", "torch")
+_PIPED_WIDTH = 180
+SCHEDULES = ("one_shot", "small_batch", "two_kernel")
+
+
+class Numbers(click.ParamType[Any]):
+    """Integers with commas between them."""
+
+    name = "N,N,..."
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        if not isinstance(value, str):
+            return tuple(value)
+        try:
+            numbers = tuple(int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r}: wanted whole numbers with commas between them", param, ctx)
+        if min(numbers) < 1:
+            self.fail(f"{value!r}: each is at least 1", param, ctx)
+        return numbers
+
+
+class Words(click.ParamType[Any]):
+    """Words out of a list, with commas between them."""
+
+    name = "A,B,..."
+
+    def __init__(self, known: Sequence[str]) -> None:
+        self.known = known
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, ...]:
+        if not isinstance(value, str):
+            return tuple(value)
+        words = tuple(word.strip() for word in value.split(","))
+        for word in words:
+            if word not in self.known:
+                self.fail(f"{word!r} is none of {', '.join(self.known)}", param, ctx)
+        return words
+
+
+@click.command("bench")
+@click.option(
+    "--models",
+    type=Words(tuple(workloads.MODELS)),
+    help="Model shapes; four large ones unless told.",
+)
+@click.option(
+    "--model-config",
+    type=click.Path(path_type=Path),
+    help="A model's config.json, in place of --models.",
+)
+@click.option(
+    "--tp", type=click.IntRange(1), default=1, help="With --model-config: tensor-parallel ranks."
+)
+@click.option(
+    "--sites",
+    type=Words(workloads.SITES),
+    default=workloads.DEFAULT_SITES,
+    help="w13, w2, route, layer.",
+)
+@click.option("--ranks", type=Numbers(), help="LoRA ranks, such as 16,64,128.")
+@click.option("--tokens", type=Numbers(), help="Tokens of a batch, such as 1,64,4096.")
+@click.option("--active", type=Numbers(), default=(4,), help="Adapters that the batch uses.")
+@click.option(
+    "--slots",
+    type=Numbers(),
+    help="Adapters in the weights, one number for each --active; the same unless told.",
+)
+@click.option(
+    "--base",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    help="Share of tokens without an adapter.",
+)
+@click.option(
+    "--routing", type=Words(workloads.ROUTINGS), default=("uniform",), help="uniform, skewed."
+)
+@click.option(
+    "--add/--set", "add", default=None, help="Add to out, or overwrite it; both unless told."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bf16", "f16"]),
+    default="bf16",
+    help="Of activations and weights.",
+)
+@click.option("--quick", is_flag=True, help="Two models, two ranks, four batch sizes.")
+@click.option(
+    "--against",
+    type=Words(PEERS),
+    default=(),
+    help="Peers to time in the same run: vllm, sglang, torch.",
+)
+@click.option(
+    "--schedules", type=Words(SCHEDULES), default=(), help="Time these schedules too, each forced."
+)
+@click.option("--no-ours", is_flag=True, help="Time the peers alone.")
+@click.option(
+    "--package",
+    type=click.Path(path_type=Path),
+    default=Path("generated"),
+    help="The generated package.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Result file; rows that it holds are not measured again.",
+)
+@click.option(
+    "--again",
+    type=Words(("kernelgen", *(f"kernelgen:{s}" for s in SCHEDULES), *PEERS)),
+    default=(),
+    help="Measure the chosen cells again for these, though --out holds them.",
+)
+@click.option("--retry", is_flag=True, help="Try again what failed in --out.")
+@click.option(
+    "--seconds", type=click.FloatRange(0, min_open=True), help="Begin no cell after that."
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(0),
+    default=0,
+    help="Processes that compile before anything is timed.",
+)
+@click.option("--compile-only", is_flag=True, help="Stop once everything is compiled.")
+@click.option(
+    "--check-only",
+    is_flag=True,
+    help="Compare with the reference and time nothing; works on the CPU with TRITON_INTERPRET=1.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the document in place of the table.")
+def bench(
+    add: bool | None, against: tuple[str, ...], schedules: tuple[str, ...], **options: Any
+) -> None:
+    """Time MoE-LoRA kernels on this GPU, next to a floor and to the peers.
+
+    Every result is compared with the formula in fp64 before it is timed. The exit code is 1 if one was wrong or failed.
+    """
+    try:
+        cells = select(add=add, **options)
+    except WorkloadError as error:
+        raise click.UsageError(str(error)) from error
+    names = [] if options["no_ours"] else ["kernelgen"]
+    names += [f"kernelgen:{schedule}" for schedule in schedules]
+    names += against
+    if not names:
+        raise click.UsageError("--no-ours leaves nothing to time without --against or --schedules")
+    sys.exit(_bench(cells, names, options))
+
+
+def select(
+    *,
+    models: tuple[str, ...] | None,
+    model_config: Path | None,
+    tp: int,
+    sites: tuple[Site, ...],
+    ranks: tuple[int, ...] | None,
+    tokens: tuple[int, ...] | None,
+    active: tuple[int, ...],
+    slots: tuple[int, ...] | None,
+    base: float,
+    routing: tuple[workloads.Routing, ...],
+    add: bool | None,
+    dtype: Any,
+    quick: bool,
+    **_: Any,
+) -> list[Cell]:
+    """The cells that the options ask for.
+
+    Raises:
+        WorkloadError: options that do not go together.
+    """
+    chosen: list[Model]
+    if model_config is not None:
+        if models is not None:
+            raise WorkloadError("--models and --model-config exclude each other")
+        chosen = [workloads.model_from_config(model_config, tp)]
+    elif tp != 1:
+        raise WorkloadError("--tp goes with --model-config")
+    else:
+        default = workloads.QUICK_MODELS if quick else workloads.DEFAULT_MODELS
+        chosen = [workloads.MODELS[name] for name in models or default]
+    slots = slots or active
+    if len(slots) == 1:
+        slots = slots * len(active)
+    if len(slots) != len(active):
+        raise WorkloadError("--slots wants one number, or one for each of --active")
+    selection = Selection(
+        models=chosen,
+        sites=sites,
+        ranks=ranks or (workloads.QUICK_RANKS if quick else workloads.DEFAULT_RANKS),
+        tokens=tokens or (workloads.QUICK_TOKENS if quick else workloads.DEFAULT_TOKENS),
+        adapters=tuple(zip(active, slots, strict=True)),
+        bases=(base,),
+        routings=routing,
+        adds=(True, False) if add is None else (add,),
+        dtype=dtype,
+    )
+    return list(selection.cells())
+
+
+def _bench(cells: Sequence[Cell], names: Sequence[str], options: dict[str, Any]) -> int:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    try:
+        import torch
+    except ImportError as error:
+        raise click.ClickException(f"bench needs torch and triton: {error}") from error
+    from kernelgen.bench import environment, registry, runner, table
+    from kernelgen.bench.implementation import Unavailable
+
+    check_only, out = options["check_only"], options["out"]
+    gpu = torch.cuda.is_available()
+    if not gpu and not check_only:
+        return _stop("there is no GPU here; --check-only with TRITON_INTERPRET=1 runs on the CPU")
+    device = torch.device("cuda" if gpu else "cpu")
+    load = functools.partial(registry.load, package=options["package"])
+    try:
+        implementations = [load(name) for name in names]
+        machine, versions = environment.machine(device), environment.versions(implementations)
+        if out is None:
+            document = documents.Document(machine, versions)
+        else:
+            document = documents.resume(out, machine, versions)
+    except (Unavailable, documents.DocumentError) as error:
+        return _stop(str(error))
+    if options["retry"]:
+        document.forget(lambda row: row["failed"] is not None)
+    again = {documents.row_key({**c.columns(), "impl": n}) for c in cells for n in options["again"]}
+    document.forget(lambda row: documents.row_key(row) in again)
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    shown: list[dict[str, Any]] = []
+    complete = True
+    with Progress(*columns, console=console) as progress:
+        if gpu and (options["workers"] or options["compile_only"]):
+            from kernelgen.bench.warmup import compile_all
+
+            todo = [(c, n) for n in names for c in cells if not document.has(c, n)]
+            task = progress.add_task("compiling", total=len(todo))
+            compile_all(todo, load, max(1, options["workers"]), lambda: progress.advance(task))
+        if options["compile_only"]:
+            return 0
+        task = progress.add_task("measuring", total=len(cells))
+
+        def on_cell(cell: Cell, rows: Sequence[dict[str, Any]]) -> None:
+            for row in rows:
+                document.add(row)
+            shown.extend(rows)
+            if out is not None and rows:
+                document.save(out)
+            progress.update(
+                task,
+                advance=1,
+                description=f"{cell.model.name} {cell.site} r{cell.rank} T={cell.tokens}",
+            )
+
+        if not check_only:
+            runner.measure_ceilings(document)
+        how = runner.Run(device, check_only, options["seconds"])
+        try:
+            complete = runner.run(cells, implementations, document, how, on_cell)
+        except runner.ContextLost as error:
+            return _stop(
+                f"the GPU context is lost: {error}; run the same command again to go on after it"
+            )
+    wanted = {documents.row_key({**c.columns(), "impl": n}) for c in cells for n in names}
+    rows = [row for row in document.rows if documents.row_key(row) in wanted]
+    if options["as_json"]:
+        click.echo(document.text(), nl=False)
+    else:
+        peers = [name for name in names if name in PEERS]
+        stdout = Console() if sys.stdout.isatty() else Console(width=_PIPED_WIDTH)
+        stdout.print(table.results(rows, peers))
+        table.summary(stdout, rows, peers)
+    if not complete:
+        click.echo("out of time: run the same command again to go on", err=True)
+    return 1 if any(row["failed"] for row in rows) else 0
+
+
+def _stop(message: str) -> int:
+    click.echo(f"error: {message}", err=True)
+    return 2

@@ -1,0 +1,51 @@
+"""What the benchmark asks of whatever it measures."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Callable, Protocol
+
+from kernelgen.bench.inputs import Case
+
+
+class Unsupported(Exception):
+    """An implementation does not do this cell's work; the message says why. No row comes of it."""
+
+
+class Unavailable(Exception):
+    """An implementation cannot be used on this machine; the message says what is missing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """One implementation, ready to be called on each batch of a case."""
+
+    calls: tuple[Callable[[], None], ...]
+    variant: str = ""  # which of its kernels serves the cell
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    note: str = ""  # where its work differs from the cell's
+    applies_weights: bool = True
+    keeps_rows: bool = True  # rows without an adapter stay as they are
+    launches: bool = True  # False: there is nothing to launch for this cell
+    check: Callable[[], None] | None = (
+        None  # run after the first call, where no ``out`` shows the result
+    )
+
+
+class Implementation(Protocol):
+    """Kernels that can be timed; one object lives for the whole run."""
+
+    name: str
+
+    def versions(self) -> dict[str, str]:
+        """Name and version of what is measured."""
+
+    def prepare(self, case: Case) -> Prepared:
+        """Everything outside the timed call.
+
+        Raises:
+            Unsupported: it does not do this work.
+        """
+
+    def release(self) -> None:
+        """Drop all that hangs on weights that are about to be freed."""

@@ -1,0 +1,143 @@
+"""What the search knows of MoE-LoRA: its problems, which tiles make sense, and where to begin. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Iterator, Mapping
+
+from kernelgen.bench.tune.space import Candidate, Named, Space, products
+from kernelgen.bench.workloads import Cell
+
+FAMILY = "moe_lora"
+NAIVE = "small_batch"  # needs no sorted tables; the other schedules need them
+_NAIVE_PAIRS = 1024  # above, streaming the weights pair by pair cannot win
+_SORTED_PAIRS = 16  # below, a block holds a pair, and the matrix unit idles
+_MAX_RANK = {"one_shot": 128}
+
+Problem = dict[str, "int | bool"]
+
+
+def problem(cell: Cell) -> Problem:
+    """The sizes that a tuned choice is looked up by."""
+    (projection,) = cell.projections
+    return {
+        "num_tokens": cell.tokens,
+        "top_k": cell.model.top_k,
+        "num_experts": cell.model.experts,
+        "max_loras": cell.slots,
+        "k": projection.k,
+        "n": projection.n,
+        "slices": projection.slices,
+        "rank": cell.rank,
+        "weighted": projection.weighted,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A cell under search, with what the package and the device make of it."""
+
+    cell: Cell
+    space: Space
+    block_m: int  # rows of a block of its route
+    shared_memory: int  # bytes that one program may take
+
+    @property
+    def pairs(self) -> int:
+        return self.cell.tokens * self.cell.model.top_k
+
+    def schedules(self) -> list[str]:
+        """Those worth a measurement."""
+        chosen = []
+        for schedule in self.space.schedules:
+            few = self.pairs <= _NAIVE_PAIRS if schedule == NAIVE else self.pairs >= _SORTED_PAIRS
+            if few and self.cell.rank <= _MAX_RANK.get(schedule, self.cell.rank):
+                chosen.append(schedule)
+        return chosen
+
+    def is_sensible(self, candidate: Candidate) -> bool:
+        """Whether the tiles can be right and are not the same as others: known without compiling."""
+        c = self.space.named(candidate)
+        (p,) = self.cell.projections
+        rank = self._block_r
+        if "split_k" in c:
+            declared = self.space.tunables[candidate.schedule]["split_k"]
+            least_whole = next((s for s in declared if s >= p.k), declared[-1])
+            splits = -(-p.k // c["split_k"])
+            if c["split_k"] > least_whole or (splits > 1 and c["split_k"] % c["block_k"]):
+                return False
+            if splits > 1 and splits * self.pairs > self._workspace_parts:
+                return False
+        if c["block_k"] > max(2 * p.k, 32) or c["block_n"] > max(2 * p.n, 64):
+            return False
+        if candidate.schedule == NAIVE:
+            # At least a row of A a program, no more than the rank asks for; whole tiles in a part.
+            return c["split_k"] % c["block_k"] == 0 and c["shrink_block_r"] <= rank
+        tiles = -(-p.n // c["block_n"])
+        if c.get("expand_tiles", 1) > tiles:
+            return False
+        shrink = 2 * (self.block_m + p.slices * rank) * c["block_k"] * (c["shrink_stages"] - 1)
+        expand = 2 * c["block_n"] * rank * (c["expand_stages"] - 1)
+        return max(shrink, expand) <= self.shared_memory
+
+    def starts(self, rules: Mapping[str, Named]) -> list[Candidate]:
+        """The package's own choice for each schedule, and what is worth a look around it; best guesses first."""
+        found = []
+        for schedule in self.schedules():
+            own = self.space.near(schedule, rules[schedule])
+            base = self.space.named(own)
+            found += [own, *getattr(self, f"_around_{schedule}")(base)]
+        return [c for c in dict.fromkeys(found) if self.is_sensible(c)]
+
+    @property
+    def _block_r(self) -> int:
+        return min(128, max(16, 1 << (self.cell.rank - 1).bit_length()))
+
+    @property
+    def _workspace_parts(self) -> int:
+        """Parts of pairs that ``moe_workspace`` has scratch for; more would make the op allocate."""
+        return max(min(self.pairs, 256) * 32, min(self.pairs, 4096) * 8, self.pairs)
+
+    def _around_small_batch(self, base: Named) -> Iterator[Candidate]:
+        (p,) = self.cell.projections
+        splits = (256, 512) if p.k <= 1024 else (512, 1024, 2048) if self.pairs > 64 else (256, 512, 1024)  # fmt: skip
+        shrinks = products(
+            [{"shrink_block_r": rows} for rows in (8, 16, 32)], [{"split_k": s} for s in splits]
+        )
+        tiles = {
+            16: ((256, 4), (128, 4), (64, 2), (512, 4)),
+            32: ((128, 4), (128, 2), (64, 2), (256, 4)),
+            64: ((128, 2), (64, 2), (128, 4)),
+            128: ((64, 2), (32, 2), (128, 4)),
+        }[self._block_r]
+        expands = [{"block_n": columns, "expand_warps": warps} for columns, warps in tiles]
+        yield from self.space.grid(NAIVE, base, [*shrinks, *expands])
+
+    def _around_one_shot(self, base: Named) -> Iterator[Candidate]:
+        (p,) = self.cell.projections
+        pipelines = {
+            16: ((128, 3), (128, 4), (64, 4), (64, 3)),
+            32: ((128, 3), (64, 4), (64, 3)),
+        }.get(self.block_m, ((64, 4), (64, 6), (128, 3)))
+        changes = [{"block_k": k, "shrink_stages": stages} for k, stages in pipelines if p.k % k == 0]  # fmt: skip
+        if self._block_r == 16 and p.k % 256 == 0:
+            wide = 256 if p.n % 256 == 0 else 64
+            changes.append({"block_k": 256, "shrink_stages": 3, "block_n": wide})
+        yield from self.space.grid("one_shot", base, changes)
+
+    def _around_two_kernel(self, base: Named) -> Iterator[Candidate]:
+        (p,) = self.cell.projections
+        declared = self.space.tunables["two_kernel"]["split_k"]
+        whole = next((s for s in declared if s >= p.k), declared[-1])
+        parts = [s for s in declared if s < p.k and p.k % s == 0][::-1]
+        splits = [whole, *parts[: 2 if self.cell.tokens >= 256 else 4]]
+        tiles = -(-p.n // base["block_n"])
+        spans = [t for t in (2, 3, 4, 5, 8) if tiles % t == 0][:3] or [1]
+        changes = []
+        for split in splits:
+            small = split % 128 or self._block_r == 128 or self.block_m >= 64
+            changes += products(
+                [{"split_k": split, "block_k": 64 if small else 128}],
+                [{"expand_tiles": t, "expand_stages": 3 if t > 2 and self.block_m == 16 else 2} for t in spans],
+            )  # fmt: skip
+        yield from self.space.grid("two_kernel", base, changes)

@@ -1,0 +1,104 @@
+"""The space that is searched: the tunables of a spec, and steps between their values. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Iterator, Mapping, NamedTuple, Sequence
+
+import yaml
+
+Named = Mapping[str, int]  # tunable -> value
+
+
+class SpaceError(ValueError):
+    """A spec that gives nothing to search; the message says why."""
+
+
+class Candidate(NamedTuple):
+    """A schedule with a value for each of its tunables, in the order of the spec."""
+
+    schedule: str
+    values: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """Schedule -> tunable -> its values, rising."""
+
+    tunables: Mapping[str, Mapping[str, tuple[int, ...]]]
+
+    @property
+    def schedules(self) -> tuple[str, ...]:
+        return tuple(self.tunables)
+
+    def named(self, candidate: Candidate) -> dict[str, int]:
+        """The values of ``candidate`` by tunable."""
+        return dict(zip(self.tunables[candidate.schedule], candidate.values, strict=True))
+
+    def near(self, schedule: str, wanted: Named) -> Candidate:
+        """The candidate with the values of ``wanted``, each the next declared one where it is not declared itself."""
+        values = []
+        for name, declared in self.tunables[schedule].items():
+            above = [value for value in declared if value >= wanted[name]]
+            values.append(above[0] if above else declared[-1])
+        return Candidate(schedule, tuple(values))
+
+    def declares(self, candidate: Candidate) -> bool:
+        """Whether the spec (still) has this schedule, these tunables and these values."""
+        declared = self.tunables.get(candidate.schedule)
+        return (
+            declared is not None
+            and len(declared) == len(candidate.values)
+            and all(v in d for v, d in zip(candidate.values, declared.values(), strict=True))
+        )
+
+    def moves(self, candidate: Candidate) -> Iterator[Candidate]:
+        """All candidates that are one step of one tunable away."""
+        for i, declared in enumerate(self.tunables[candidate.schedule].values()):
+            at = declared.index(candidate.values[i])
+            for value in declared[max(0, at - 1) : at + 2]:
+                if value != candidate.values[i]:
+                    changed = (*candidate.values[:i], value, *candidate.values[i + 1 :])
+                    yield Candidate(candidate.schedule, changed)
+
+    def grid(self, schedule: str, base: Named, changes: Sequence[Named]) -> Iterator[Candidate]:
+        """``base`` with each of ``changes``, as far as they are declared."""
+        for change in changes:
+            candidate = self.near(schedule, {**base, **change})
+            named = self.named(candidate)
+            if all(named[name] == value for name, value in change.items()):
+                yield candidate
+
+
+def products(*choices: Sequence[Named]) -> list[dict[str, int]]:
+    """Every combination of one of each of ``choices``, as one mapping."""
+    return [
+        {name: value for part in combination for name, value in part.items()}
+        for combination in itertools.product(*choices)
+    ]
+
+
+def read(spec: Path, family: str) -> Space:
+    """The space that ``spec`` declares for ``family``.
+
+    ``kernelgen build`` judges a spec in full; this reads what a search needs, with PyYAML alone.
+
+    Raises:
+        SpaceError: it cannot be read, is of another family, or has no tunables.
+    """
+    try:
+        data = yaml.safe_load(spec.read_text(encoding="utf-8"))
+        found = data["family"]
+        tunables = {
+            str(schedule): {str(name): tuple(sorted(values)) for name, values in names.items()}
+            for schedule, names in data["tunables"].items()
+        }
+    except OSError as error:
+        raise SpaceError(f"{spec}: {error.strerror}") from error
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise SpaceError(f"{spec}: not a spec with tunables: {error!r}") from error
+    if found != family:
+        raise SpaceError(f"{spec}: the spec of {found}, wanted {family}")
+    return Space(tunables)
