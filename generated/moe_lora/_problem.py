@@ -400,7 +400,12 @@ def _small_batch(s: _Shape) -> SmallBatchConfig:
         128: (64 if wide else 32, 2),
     }[_block_r(s.rank)]
     block_n = min(block_n, max(16, runtime.next_power_of_2(s.n)))
-    return SmallBatchConfig(16 if s.rank > 8 else 8, block_k, split_k, block_n, 4, warps)
+    # Where weights are read once, they need not stay in the cache. With many parts an early expand was seen to stall.
+    reread = pairs > 2 * expected_groups(pairs, s.experts * s.loras)
+    pdl = 1 if runtime.cdiv(s.k, split_k) <= 8 else 0
+    return SmallBatchConfig(
+        16 if s.rank > 8 else 8, block_k, split_k, block_n, 4, warps, 0 if reread else 1, pdl
+    )
 
 
 def _two_kernel(s: _Shape) -> TwoKernelConfig:

@@ -140,6 +140,7 @@ def moe_lora_small_batch_bf16_naive_add_plain_r16_expand(
     B_STRIDE_E: tl.constexpr,
     B_STRIDE_N: tl.constexpr,
     PARTS: tl.constexpr,
+    PARTS_SIZE: tl.constexpr,
     PART_STRIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WEIGHTS: tl.constexpr,
@@ -181,7 +182,12 @@ def moe_lora_small_batch_bf16_naive_add_plain_r16_expand(
         b = tl.load(b_rows + r[None, :], mask=b_mask, other=0.0, eviction_policy=WEIGHTS)
     if PDL:
         gdc_wait()  # nothing above depends on the shrink
-    if RANK == BLOCK_R:
+    if PARTS > 8:
+        # one load for all parts: a chain of them would cost their latencies
+        part = tl.arange(0, PARTS_SIZE)[:, None]
+        v_mask = (part < PARTS) & (r < RANK)[None, :]
+        v = tl.sum(tl.load(parts + part * next_part + r[None, :], mask=v_mask, other=0.0), 0)
+    elif RANK == BLOCK_R:
         v = tl.load(parts + r)
         for i in tl.static_range(1, PARTS):
             v += tl.load(parts + i * next_part + r)
@@ -236,6 +242,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             problem.out_stride,
             *problem.b_strides,
             splits,
+            runtime.next_power_of_2(splits),
             part_stride,
             config.block_n,
             weights,
