@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from pathlib import Path
-from typing import Any, Sequence
+from typing import TYPE_CHECKING, Any, Sequence
 
 import click
 
@@ -18,7 +18,13 @@ _PIPED_WIDTH = 180
 SCHEDULES = ("one_shot", "small_batch", "two_kernel")
 
 
-class Numbers(click.ParamType[Any]):
+if TYPE_CHECKING:
+    ParamType = click.ParamType[Any]
+else:
+    ParamType = click.ParamType  # generic in some versions only
+
+
+class Numbers(ParamType):
     """Integers with commas between them."""
 
     name = "N,N,..."
@@ -35,7 +41,7 @@ class Numbers(click.ParamType[Any]):
         return numbers
 
 
-class Words(click.ParamType[Any]):
+class Words(ParamType):
     """Words out of a list, with commas between them."""
 
     name = "A,B,..."
@@ -185,16 +191,8 @@ def select(
     Raises:
         WorkloadError: options that do not go together.
     """
-    chosen: list[Model]
-    if model_config is not None:
-        if models is not None:
-            raise WorkloadError("--models and --model-config exclude each other")
-        chosen = [workloads.model_from_config(model_config, tp)]
-    elif tp != 1:
-        raise WorkloadError("--tp goes with --model-config")
-    else:
-        default = workloads.QUICK_MODELS if quick else workloads.DEFAULT_MODELS
-        chosen = [workloads.MODELS[name] for name in models or default]
+    default = workloads.QUICK_MODELS if quick else workloads.DEFAULT_MODELS
+    chosen = chosen_models(models, model_config, tp, default)
     slots = slots or active
     if len(slots) == 1:
         slots = slots * len(active)
@@ -212,6 +210,23 @@ def select(
         dtype=dtype,
     )
     return list(selection.cells())
+
+
+def chosen_models(
+    models: tuple[str, ...] | None, model_config: Path | None, tp: int, default: Sequence[str]
+) -> list[Model]:
+    """What --models, --model-config and --tp stand for.
+
+    Raises:
+        WorkloadError: they do not go together, or the config is not one of a mixture of experts.
+    """
+    if model_config is not None:
+        if models is not None:
+            raise WorkloadError("--models and --model-config exclude each other")
+        return [workloads.model_from_config(model_config, tp)]
+    if tp != 1:
+        raise WorkloadError("--tp goes with --model-config")
+    return [workloads.MODELS[name] for name in models or default]
 
 
 def _bench(cells: Sequence[Cell], names: Sequence[str], options: dict[str, Any]) -> int:

@@ -100,7 +100,7 @@ class Ours:
         batch = case.batches[0]
         operands = batch.operands[0]
         weighted = operands.projection.weighted
-        module = self._variant(case.cell, weighted, forced.schedule)
+        module = self.variant(case.cell, weighted, forced.schedule)
         problem = sizes.check(
             forced.schedule,
             *_tensors(operands),
@@ -171,7 +171,7 @@ class Ours:
             mul_routed_weight=weighted,
         )
 
-    def _variant(self, cell: Cell, weighted: bool, schedule: str) -> Any:
+    def variant(self, cell: Cell, weighted: bool, schedule: str) -> Any:
         """The module of the variant of ``schedule`` that serves ``cell``."""
         bucket = next((r for r in (16, 32, 64, 128) if cell.rank <= r), None)
         tags = (

@@ -91,7 +91,7 @@ def warm(
             prepared.calls[0]()
             torch.cuda.synchronize()
         except Exception as error:
-            if _context_is_lost():
+            if context_is_lost():
                 raise ContextLost(str(error)) from error
         on_cell()
 
@@ -206,11 +206,11 @@ def _fail(row: Row, error: Exception) -> None:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     text = lines[0] if isinstance(error, WrongResult) else f"{type(error).__name__}: {lines[0]}"
     row["failed"] = text[:300]
-    if _context_is_lost():
+    if context_is_lost():
         raise ContextLost(f"{row['impl']} on {row['model']} {row['site']}: {text}") from error
 
 
-def _context_is_lost() -> bool:
+def context_is_lost() -> bool:
     """Whether nothing runs on the GPU any more: after a fault inside a kernel every later call of the process fails."""
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return False

@@ -50,7 +50,7 @@ def poison(operands: Operands, adds: bool) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """What the call on one batch has to do: ``delta`` [n, S * N] fp64 is for the rows ``pairs`` [n], a sample of the live ones."""
+    """What a call has to do: ``delta`` [n, S * N] fp64 is for the rows ``pairs`` [n], a sample of the live ones."""
 
     live: torch.Tensor  # [P] bool
     pairs: torch.Tensor

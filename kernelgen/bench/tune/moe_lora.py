@@ -11,7 +11,9 @@ from kernelgen.bench.workloads import Cell
 FAMILY = "moe_lora"
 NAIVE = "small_batch"  # needs no sorted tables; the other schedules need them
 _NAIVE_PAIRS = 1024  # above, streaming the weights pair by pair cannot win
-_SORTED_PAIRS = 16  # below, a block holds a pair, and the matrix unit idles
+_SORTED_PAIRS = (
+    16  # below, blocks hold single pairs: such a schedule serves only those who bring tables
+)
 _MAX_RANK = {"one_shot": 128}
 
 Problem = dict[str, "int | bool"]
@@ -47,38 +49,45 @@ class Subject:
         return self.cell.tokens * self.cell.model.top_k
 
     def schedules(self) -> list[str]:
-        """Those worth a measurement."""
-        chosen = []
-        for schedule in self.space.schedules:
-            few = self.pairs <= _NAIVE_PAIRS if schedule == NAIVE else self.pairs >= _SORTED_PAIRS
-            if few and self.cell.rank <= _MAX_RANK.get(schedule, self.cell.rank):
-                chosen.append(schedule)
-        return chosen
+        """Those that can serve the cell and are worth a measurement."""
+        return [
+            schedule
+            for schedule in self.space.schedules
+            if self.cell.rank <= _MAX_RANK.get(schedule, self.cell.rank)
+            and (schedule != NAIVE or self.pairs <= _NAIVE_PAIRS)
+        ]
 
-    def is_sensible(self, candidate: Candidate) -> bool:
-        """Whether the tiles can be right and are not the same as others: known without compiling."""
+    def kinds(self) -> list[list[str]]:
+        """Schedules by the kind of route that they take."""
+        known = self.space.schedules
+        return [[s for s in known if s == NAIVE], [s for s in known if s != NAIVE]]
+
+    def accepts(self, candidate: Candidate) -> bool:
+        """Whether the tiles can be right, can win and are not the same as others: known without compiling."""
+        if candidate.schedule not in self.schedules() or not self.space.declares(candidate):
+            return False
         c = self.space.named(candidate)
         (p,) = self.cell.projections
-        rank = self._block_r
-        if "split_k" in c:
-            declared = self.space.tunables[candidate.schedule]["split_k"]
-            least_whole = next((s for s in declared if s >= p.k), declared[-1])
-            splits = -(-p.k // c["split_k"])
-            if c["split_k"] > least_whole or (splits > 1 and c["split_k"] % c["block_k"]):
-                return False
-            if splits > 1 and splits * self.pairs > self._workspace_parts:
-                return False
+        if "split_k" in c and not self._splits_well(candidate.schedule, c):
+            return False
         if c["block_k"] > max(2 * p.k, 32) or c["block_n"] > max(2 * p.n, 64):
             return False
+        rank = self._block_r
         if candidate.schedule == NAIVE:
-            # At least a row of A a program, no more than the rank asks for; whole tiles in a part.
             return c["split_k"] % c["block_k"] == 0 and c["shrink_block_r"] <= rank
-        tiles = -(-p.n // c["block_n"])
-        if c.get("expand_tiles", 1) > tiles:
+        if c.get("expand_tiles", 1) > -(-p.n // c["block_n"]):
             return False
         shrink = 2 * (self.block_m + p.slices * rank) * c["block_k"] * (c["shrink_stages"] - 1)
         expand = 2 * c["block_n"] * rank * (c["expand_stages"] - 1)
         return max(shrink, expand) <= self.shared_memory
+
+    def _splits_well(self, schedule: str, c: Named) -> bool:
+        """Parts are whole tiles, there is scratch for them, and of all ways not to split only the least is taken."""
+        (p,) = self.cell.projections
+        splits = -(-p.k // c["split_k"])
+        if splits == 1:
+            return c["split_k"] == self._whole(schedule)
+        return c["split_k"] % c["block_k"] == 0 and splits * self.pairs <= self._workspace_parts
 
     def starts(self, rules: Mapping[str, Named]) -> list[Candidate]:
         """The package's own choice for each schedule, and what is worth a look around it; best guesses first."""
@@ -86,8 +95,20 @@ class Subject:
         for schedule in self.schedules():
             own = self.space.near(schedule, rules[schedule])
             base = self.space.named(own)
-            found += [own, *getattr(self, f"_around_{schedule}")(base)]
-        return [c for c in dict.fromkeys(found) if self.is_sensible(c)]
+            if base == rules[schedule] or self.accepts(own):
+                found.append(own)
+            if "split_k" in base:
+                base["split_k"] = min(base["split_k"], self._whole(schedule))
+            if schedule == NAIVE or self.pairs >= _SORTED_PAIRS:
+                around = getattr(self, f"_around_{schedule}")(base)
+                found += [candidate for candidate in around if self.accepts(candidate)]
+        return list(dict.fromkeys(found))
+
+    def _whole(self, schedule: str) -> int:
+        """The least split of K that leaves it in one part."""
+        (p,) = self.cell.projections
+        declared = self.space.tunables[schedule]["split_k"]
+        return next((split for split in declared if split >= p.k), declared[-1])
 
     @property
     def _block_r(self) -> int:
@@ -100,7 +121,10 @@ class Subject:
 
     def _around_small_batch(self, base: Named) -> Iterator[Candidate]:
         (p,) = self.cell.projections
-        splits = (256, 512) if p.k <= 1024 else (512, 1024, 2048) if self.pairs > 64 else (256, 512, 1024)  # fmt: skip
+        if p.k <= 1024:
+            splits: tuple[int, ...] = (256, 512)
+        else:
+            splits = (512, 1024, 2048) if self.pairs > 64 else (256, 512, 1024)
         shrinks = products(
             [{"shrink_block_r": rows} for rows in (8, 16, 32)], [{"split_k": s} for s in splits]
         )
@@ -128,9 +152,8 @@ class Subject:
     def _around_two_kernel(self, base: Named) -> Iterator[Candidate]:
         (p,) = self.cell.projections
         declared = self.space.tunables["two_kernel"]["split_k"]
-        whole = next((s for s in declared if s >= p.k), declared[-1])
         parts = [s for s in declared if s < p.k and p.k % s == 0][::-1]
-        splits = [whole, *parts[: 2 if self.cell.tokens >= 256 else 4]]
+        splits = [self._whole("two_kernel"), *parts[: 2 if self.cell.tokens >= 256 else 4]]
         tiles = -(-p.n // base["block_n"])
         spans = [t for t in (2, 3, 4, 5, 8) if tiles % t == 0][:3] or [1]
         changes = []

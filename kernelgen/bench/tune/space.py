@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
-from typing import Iterator, Mapping, NamedTuple, Sequence
+from typing import Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 import yaml
 
@@ -62,6 +62,15 @@ class Space:
                 if value != candidate.values[i]:
                     changed = (*candidate.values[:i], value, *candidate.values[i + 1 :])
                     yield Candidate(candidate.schedule, changed)
+
+    def joined(self, base: Candidate, steps: Iterable[Candidate]) -> Candidate:
+        """``base`` with all that ``steps``, each a move from it, change; of two for one tunable the first counts."""
+        values = list(base.values)
+        for step in reversed([*steps]):
+            for i, value in enumerate(step.values):
+                if value != base.values[i]:
+                    values[i] = value
+        return Candidate(base.schedule, tuple(values))
 
     def grid(self, schedule: str, base: Named, changes: Sequence[Named]) -> Iterator[Candidate]:
         """``base`` with each of ``changes``, as far as they are declared."""

@@ -1,0 +1,287 @@
+"""``kernelgen tune``. Imports no torch before it runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+import click
+
+from kernelgen.bench import workloads
+from kernelgen.bench.command import Numbers, ParamType, Words, chosen_models
+from kernelgen.bench.workloads import Cell, Selection, Site, WorkloadError
+
+SCHEMA_VERSION = 1
+_SITES: tuple[Site, ...] = ("w13", "w2")
+_RANKS = (16, 32, 64, 128)
+_TOKENS = tuple(1 << i for i in range(13))
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+_STATUS_SECONDS = 15.0
+
+
+class Duration(ParamType):
+    """Seconds, from a text such as 90s, 5m or 1h."""
+
+    name = "TIME"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        if not isinstance(value, str):
+            return float(value)
+        match = re.fullmatch(r"(\d+(?:\.\d*)?)([smh]?)", value.strip())
+        if match is None or float(match[1]) <= 0:
+            self.fail(f"{value!r}: wanted a time such as 90s, 5m or 1h", param, ctx)
+        return float(match[1]) * _UNITS[match[2]]
+
+
+class Devices(ParamType):
+    """Numbers of GPUs."""
+
+    name = "N,N,..."
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        if not isinstance(value, str):
+            return tuple(value)
+        if not re.fullmatch(r"\d+(,\d+)*", value):
+            self.fail(f"{value!r}: wanted numbers of GPUs with commas between them", param, ctx)
+        return tuple(dict.fromkeys(map(int, value.split(","))))
+
+
+@click.command("tune")
+@click.option(
+    "--models",
+    type=Words(tuple(workloads.MODELS)),
+    help="Model shapes; four large ones unless told.",
+)
+@click.option(
+    "--model-config",
+    type=click.Path(path_type=Path),
+    help="A model's config.json, in place of --models.",
+)
+@click.option(
+    "--tp", type=click.IntRange(1), default=1, help="With --model-config: tensor-parallel ranks."
+)
+@click.option("--sites", type=Words(_SITES), default=_SITES, help="w13, w2.")
+@click.option(
+    "--ranks", type=Numbers(), default=_RANKS, help="LoRA ranks; 16,32,64,128 unless told."
+)
+@click.option(
+    "--tokens",
+    type=Numbers(),
+    default=_TOKENS,
+    help="Tokens of a batch; 1,2,4,...,4096 unless told.",
+)
+@click.option(
+    "--slots",
+    type=click.IntRange(1),
+    default=4,
+    show_default=True,
+    help="Adapters in the weights, all used.",
+)
+@click.option(
+    "--budget", type=Duration(), help="Stop after that, such as 5m, with the best so far."
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    help="Processes that compile.  [default: the cores that are left]",
+)
+@click.option("--devices", type=Devices(), help="GPUs to measure on.  [default: all]")
+@click.option(
+    "--specs",
+    type=click.Path(path_type=Path),
+    help="Folder of the specs.  [default: ./specs, else those that come with kernelgen]",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The tuned file.  [default: tuned/moe_lora.yaml in the specs]",
+)
+@click.option(
+    "--package",
+    type=click.Path(path_type=Path),
+    default=Path("generated"),
+    help="The generated package.",
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print a JSON document in place of the summary."
+)
+def tune(
+    models: tuple[str, ...] | None,
+    model_config: Path | None,
+    tp: int,
+    sites: tuple[Site, ...],
+    ranks: tuple[int, ...],
+    tokens: tuple[int, ...],
+    slots: int,
+    specs: Path | None,
+    out: Path | None,
+    **options: Any,
+) -> None:
+    """Search the tiles of MoE-LoRA on the GPUs of this machine and write the best for kernelgen build.
+
+    Every measurement is kept beside --out, so that the same command goes on where an earlier one stopped; problems
+    of --out that are not searched now stay as they are. Only results that agree with the formula in fp64 can win.
+    """  # fmt: skip
+    from kernelgen.bench.tune.moe_lora import FAMILY
+    from kernelgen.locate import find_specs
+
+    try:
+        selection = Selection(
+            models=chosen_models(models, model_config, tp, workloads.DEFAULT_MODELS),
+            sites=sites,
+            ranks=ranks,
+            tokens=tokens,
+            adapters=((slots, slots),),
+            adds=(True,),
+        )
+        cells = list(selection.cells())
+    except WorkloadError as error:
+        raise click.UsageError(str(error)) from error
+    folder = specs or find_specs()
+    out = out or folder / "tuned" / f"{FAMILY}.yaml"
+    sys.exit(_tune(cells, folder / f"{FAMILY}.yaml", out, **options))
+
+
+def _tune(
+    cells: list[Cell],
+    spec: Path,
+    out: Path,
+    package: Path,
+    budget: float | None,
+    workers: int | None,
+    devices: tuple[int, ...] | None,
+    as_json: bool,
+) -> int:
+    started = time.monotonic()
+    try:
+        import torch
+    except ImportError as error:
+        raise click.ClickException(f"tune needs torch and triton: {error}") from error
+    from kernelgen.bench.implementation import Unavailable
+    from kernelgen.bench.tune import space, tuned_file
+    from kernelgen.bench.tune.crew import CrewError, Processes
+    from kernelgen.bench.tune.gauge import gauge
+    from kernelgen.bench.tune.kernels import Kernels, compiler
+    from kernelgen.bench.tune.state import State, StateError
+    from kernelgen.bench.tune.tuner import Tuner
+
+    count = torch.cuda.device_count()
+    chosen = devices if devices is not None else tuple(range(count))
+    if not chosen or max(chosen) >= count:
+        return _stop(f"there are {count} GPUs here, and tune measures on one at least")
+    crews: list[Processes] = []
+    try:
+        searched = space.read(spec, spec.stem)
+        device, earlier = tuned_file.read(out, searched)
+        gauges = Processes(gauge, (package,), [_visible(number) for number in chosen])
+        crews.append(gauges)
+        left = max(1, _cores() - len(chosen) - 1)
+        hidden = [{"CUDA_VISIBLE_DEVICES": ""}] * (workers or left)
+        crews.append(Processes(compiler, (package,), hidden, background=True))
+        hello, *others = gauges.started()
+        if any(other.device != hello.device for other in others):
+            return _stop("the GPUs differ: choose those of one kind with --devices")
+        if device not in (None, hello.device):
+            return _stop(
+                f"{out} holds times of {device}, this is {hello.device}: name another --out"
+            )
+        state = State(
+            out.with_suffix(".state.jsonl"), searched, {"device": hello.device, **hello.versions}
+        )
+        tuner = Tuner(
+            cells,
+            searched,
+            Kernels(package, hello.target),
+            hello.target,
+            compilers=crews[1],
+            gauges=gauges,
+            state=state,
+            earlier=earlier,
+            save=lambda entries: tuned_file.write(
+                out, tuned_file.text(hello.device, hello.versions, entries, searched)
+            ),
+            budget=None if budget is None else budget - (time.monotonic() - started),
+            on_status=_reporter(started),
+        )
+        complete = tuner.run()
+    except (
+        Unavailable,
+        CrewError,
+        StateError,
+        space.SpaceError,
+        tuned_file.TunedFileError,
+    ) as error:
+        return _stop(str(error))
+    finally:
+        for crew in crews:
+            crew.stop()
+    status, losses = tuner.status(), tuner.losses()
+    if as_json:
+        document = {
+            "schema_version": SCHEMA_VERSION,
+            "out": str(out),
+            "device": hello.device,
+            "versions": hello.versions,
+            "complete": complete,
+            "seconds": round(time.monotonic() - started, 1),
+            **status._asdict(),
+            "rule": [loss._asdict() for loss in losses],
+        }
+        click.echo(json.dumps(document))
+    else:
+        click.echo(
+            f"{out}: {status.timed} of {status.problems} problems; {status.measured} timings and "
+            f"{status.compiled} kernels in {time.monotonic() - started:.0f} s"
+        )
+        if losses:
+            ratios = [loss.rule_us / loss.best_us for loss in losses]
+            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            click.echo(
+                f"the rule for what is not tuned takes {mean:.3f} times as long as the best in the geometric mean, "
+                f"{max(ratios):.2f} times at worst"
+            )
+    if not complete:
+        click.echo("out of time: run the same command again to go on", err=True)
+    return 0 if status.timed == status.problems else 1
+
+
+def _cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux; knows of containers and taskset
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _visible(number: int) -> dict[str, str]:
+    """The environment of a process that sees this GPU alone."""
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    name = allowed.split(",")[number].strip() if allowed else str(number)
+    return {"CUDA_VISIBLE_DEVICES": name}
+
+
+def _reporter(started: float) -> Callable[[Any], None]:
+    """Says on stderr, every so often, how far the run is."""
+    last = started
+
+    def report(status: Any) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _STATUS_SECONDS:
+            last = now
+            click.echo(
+                f"{now - started:.0f} s: {status.timed} of {status.problems} problems timed, {status.finished} finished; "
+                f"{status.measured} timings; {status.compiled} kernels compiled, {status.dropped} of them dropped, "
+                f"{status.waiting} to go",
+                err=True,
+            )
+
+    return report
+
+
+def _stop(message: str) -> int:
+    click.echo(f"error: {message}", err=True)
+    return 2

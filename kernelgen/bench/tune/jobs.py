@@ -1,0 +1,58 @@
+"""What is sent to the processes of a search, and what they reply. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kernelgen.bench.workloads import Cell
+
+
+class CompileJob(NamedTuple):
+    """Kernels of one candidate to compile for ``target``: ``wanted`` are their places among its launches."""
+
+    target: str
+    cell: Cell
+    schedule: str
+    config: dict[str, int]
+    wanted: tuple[int, ...]
+
+
+class Verdict(NamedTuple):
+    """Why a kernel is dropped; None if it is fit to be timed."""
+
+    digest: str
+    fault: str | None
+
+
+class GaugeJob(NamedTuple):
+    """Candidates of one cell, as (schedule, tiles); with ``final`` they are timed in turns, for longer."""
+
+    cell: Cell
+    candidates: tuple[tuple[str, dict[str, int]], ...]
+    final: bool
+
+
+class Reading(NamedTuple):
+    """Microseconds a call of one candidate, the median of its replays; or why there are none."""
+
+    place: int
+    us: float | None
+    failed: str | None = None
+    fatal: bool = False  # nothing runs on the GPU of this process any more
+
+
+class Hello(NamedTuple):
+    """What a gauge measures with."""
+
+    device: str
+    target: str
+    versions: dict[str, str]
+
+
+class Sizes(NamedTuple):
+    """What the package makes of a cell."""
+
+    block_m: int  # of its sorted route; 0: too many groups to sort
+    shared_memory: int  # bytes that one program may take
+    rules: dict[str, dict[str, int]]  # schedule -> the tiles that it takes where nothing was tuned
+    rule: str  # the schedule that is taken then

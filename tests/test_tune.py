@@ -1,0 +1,810 @@
+"""The tuner: its search, resuming, the time budget and its file, with fake timers; what needs a GPU is faked."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zlib
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import pytest
+
+from kernelgen.bench.tune import moe_lora, space, tuned_file
+from kernelgen.bench.tune.command import Duration, tune
+from kernelgen.bench.tune.crew import CrewError, Event, Processes
+from kernelgen.bench.tune.jobs import CompileJob, GaugeJob, Reading, Sizes, Verdict
+from kernelgen.bench.tune.search import FINAL, Found, search
+from kernelgen.bench.tune.space import Candidate
+from kernelgen.bench.tune.state import State, StateError
+from kernelgen.bench.tune.tuner import Tuner
+from kernelgen.bench.workloads import MODELS, Cell, Model
+
+ROOT = Path(__file__).resolve().parent.parent
+SPEC = ROOT / "specs" / "moe_lora.yaml"
+SPACE = space.read(SPEC, "moe_lora")
+QWEN = MODELS["qwen3-30b-a3b"]
+RULES = {
+    "one_shot": {
+        "block_n": 128,
+        "block_k": 128,
+        "shrink_stages": 3,
+        "expand_stages": 3,
+        "num_warps": 4,
+        "weight_policy": 0,
+    },
+    "small_batch": {
+        "shrink_block_r": 16,
+        "block_k": 256,
+        "split_k": 512,
+        "block_n": 128,
+        "shrink_warps": 4,
+        "expand_warps": 2,
+        "weight_policy": 0,
+        "pdl": 1,
+    },
+    "two_kernel": {
+        "block_k": 128,
+        "split_k": 2048,
+        "shrink_stages": 3,
+        "shrink_warps": 4,
+        "block_n": 128,
+        "expand_tiles": 3,
+        "expand_stages": 2,
+        "expand_warps": 4,
+        "weight_policy": 0,
+        "pdl": 1,
+    },
+}
+HEAD = {"device": "NVIDIA Fake", "torch": "2.11.0", "triton": "3.6.0", "cuda": "13.0"}
+
+
+def subject(cell: Cell) -> moe_lora.Subject:
+    return moe_lora.Subject(cell, SPACE, 16, 232448)
+
+
+def model_us(cell: Cell, schedule: str, config: dict[str, int]) -> float:
+    """A smooth time with one optimum, at the first value of every second tunable and at the last of the others."""
+    us = {"small_batch": 4.0, "one_shot": 12.0, "two_kernel": 14.0}[schedule]
+    us += cell.tokens * {"small_batch": 0.9, "one_shot": 0.1, "two_kernel": 0.09}[schedule]
+    for i, (tunable, value) in enumerate(config.items()):
+        declared = SPACE.tunables[schedule][tunable]
+        wanted = 0 if i % 2 else len(declared) - 1
+        us *= 1.0 + 0.02 * abs(declared.index(value) - wanted)
+    return us
+
+
+class FakeKernels:
+    """A kernel is its schedule and tiles."""
+
+    def sizes(self, cell: Cell, schedules: tuple[str, ...]) -> Sizes:
+        return Sizes(16, 232448, {name: RULES[name] for name in schedules}, "one_shot")
+
+    def digests(self, cell: Cell, schedule: str, config: dict[str, int]) -> list[str]:
+        whole = f"{schedule} {sorted(config.items())}"
+        return [f"{whole} shrink", f"{whole} expand"] if schedule != "one_shot" else [whole]
+
+
+class FakeCrew:
+    """Does jobs when its events are asked for; each reply takes ``seconds`` of the clock."""
+
+    def __init__(
+        self, serve: Callable[[Any], Iterator[Any]], clock: Clock, seconds: float, size: int = 1
+    ) -> None:
+        self._serve, self._clock, self._seconds = serve, clock, seconds
+        self._given: dict[int, Any] = {}
+        self._readable, theirs = Pipe(duplex=False)
+        theirs.send(0)  # there is always something to do
+        self.hellos = ["fake"] * size
+        self.jobs: list[Any] = []
+
+    def idle(self) -> list[int]:
+        return [i for i in range(len(self.hellos)) if i not in self._given]
+
+    def give(self, member: int, job: Any) -> None:
+        self._given[member] = job
+        self.jobs.append(job)
+
+    def waitables(self) -> list[Any]:
+        return [self._readable]
+
+    def events(self) -> list[Event]:
+        given, self._given, told = self._given, {}, []
+        for member, job in given.items():
+            end = Event(member, "done")
+            try:
+                for reply in self._serve(job):
+                    self._clock.now += self._seconds
+                    told.append(Event(member, "reply", reply))
+            except RuntimeError:
+                end = Event(member, "died")
+            told.append(end)
+        return told
+
+    def stop(self) -> None:
+        pass
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Bench:
+    """A tuner over fakes, and what it asked of them."""
+
+    def __init__(
+        self,
+        folder: Path,
+        cells: list[Cell],
+        *,
+        budget: float | None = None,
+        fault: Callable[[CompileJob], str | None] = lambda job: None,
+        read: Callable[[Cell, str, dict[str, int], int], Reading] | None = None,
+        head: dict[str, str] = HEAD,
+    ) -> None:
+        self.out = folder / "tuned" / "moe_lora.yaml"
+        self.clock = Clock()
+        self.timed: list[tuple[Cell, str, dict[str, int], bool]] = []
+        kernels = FakeKernels()
+
+        def compile_job(job: CompileJob) -> Iterator[Verdict]:
+            digests = kernels.digests(job.cell, job.schedule, job.config)
+            yield from (Verdict(digests[place], fault(job)) for place in job.wanted)
+
+        def measure(job: GaugeJob) -> Iterator[Reading]:
+            for place, (schedule, config) in enumerate(job.candidates):
+                self.timed.append((job.cell, schedule, config, job.final))
+                if read is not None:
+                    yield read(job.cell, schedule, config, place)
+                else:
+                    yield Reading(place, model_us(job.cell, schedule, config))
+
+        self.compilers = FakeCrew(compile_job, self.clock, 0.0, size=64)
+        self.gauges = FakeCrew(measure, self.clock, 0.02)
+        self.state = State(self.out.with_suffix(".state.jsonl"), SPACE, head)
+        device, earlier = tuned_file.read(self.out, SPACE)
+        assert device in (None, HEAD["device"])
+        self.tuner = Tuner(
+            cells,
+            SPACE,
+            kernels,
+            "sm_90",
+            self.compilers,
+            self.gauges,
+            self.state,
+            earlier,
+            self.save,
+            budget,
+            clock=self.clock,
+        )
+
+    def save(self, entries: list[tuned_file.Entry]) -> None:
+        versions = {name: HEAD[name] for name in ("torch", "triton", "cuda")}
+        tuned_file.write(self.out, tuned_file.text(HEAD["device"], versions, entries, SPACE))
+
+    def run(self) -> bool:
+        complete = self.tuner.run()
+        self.state.close()
+        return complete
+
+    @property
+    def entries(self) -> list[tuned_file.Entry]:
+        return list(tuned_file.read(self.out, SPACE)[1].values())
+
+
+CELLS = [Cell(QWEN, site, 64, tokens) for site in ("w13", "w2") for tokens in (1, 32, 256)]  # type: ignore[arg-type]
+
+
+def load_family(folder: Path, tuned: Path) -> Any:
+    from kernelgen.load import load
+
+    specs = folder / "specs"
+    (specs / "tuned").mkdir(parents=True, exist_ok=True)
+    shutil.copy(SPEC, specs / SPEC.name)
+    shutil.copy(tuned, specs / "tuned" / tuned.name)
+    families, faults = load(specs)
+    assert not faults, faults[0]
+    return families[0]
+
+
+# --- the space ------------------------------------------------------------------------------------------------------
+
+
+def test_moves_are_single_steps() -> None:
+    start = SPACE.near("two_kernel", RULES["two_kernel"])
+    moves = list(SPACE.moves(start))
+    assert len(set(moves)) == len(moves) and start not in moves
+    for move in moves:
+        assert SPACE.declares(move)
+        changed = [
+            i
+            for i, pair in enumerate(zip(start.values, move.values, strict=True))
+            if len(set(pair)) > 1
+        ]
+        assert len(changed) == 1
+    pdl = list(SPACE.tunables["two_kernel"]).index("pdl")
+    assert any(move.values[pdl] == 0 for move in moves)
+
+
+def test_near_takes_declared_values() -> None:
+    found = SPACE.near("small_batch", {**RULES["small_batch"], "split_k": 700, "block_n": 9999})
+    named = SPACE.named(found)
+    assert (named["split_k"], named["block_n"]) == (1024, 512)
+    assert not SPACE.declares(Candidate("small_batch", (1, *found.values[1:])))
+    assert not SPACE.declares(Candidate("nothing", found.values))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("family: other\ntunables: {}\n", "other"),
+        ("family: moe_lora\n", "tunables"),
+        ("[", "spec"),
+        ("- 1", "spec"),
+    ],
+)
+def test_bad_spec(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "moe_lora.yaml"
+    path.write_text(text)
+    with pytest.raises(space.SpaceError, match=says):
+        space.read(path, "moe_lora")
+    with pytest.raises(space.SpaceError, match="nowhere"):
+        space.read(tmp_path / "nowhere.yaml", "moe_lora")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "change", "tokens", "accepted"),
+    [
+        ("two_kernel", {}, 64, True),
+        ("two_kernel", {"split_k": 4096}, 64, False),  # 2048 is K already
+        ("two_kernel", {"split_k": 1024}, 64, True),
+        ("two_kernel", {"split_k": 960}, 64, False),  # no multiple of block_k
+        ("two_kernel", {"split_k": 256}, 4096, True),  # 8 parts of up to 4096 pairs have scratch
+        ("two_kernel", {"split_k": 256}, 8, True),
+        ("two_kernel", {"expand_tiles": 8}, 64, False),  # of 6
+        ("two_kernel", {"block_k": 256, "shrink_stages": 4}, 64, True),
+        ("one_shot", {"block_k": 256, "shrink_stages": 6}, 64, False),  # shared memory
+        ("small_batch", {}, 64, True),
+        ("small_batch", {}, 256, False),  # too many pairs
+        ("small_batch", {"split_k": 64}, 1, False),  # less than a tile
+        ("small_batch", {"split_k": 64, "block_k": 64}, 128, False),  # 32 parts of 1024 pairs
+        ("small_batch", {"shrink_block_r": 32}, 1, True),
+    ],
+)
+def test_what_makes_sense(
+    schedule: str, change: dict[str, int], tokens: int, accepted: bool
+) -> None:
+    candidate = SPACE.near(schedule, {**RULES[schedule], **change})
+    assert SPACE.named(candidate) == {**RULES[schedule], **change}
+    cell = Cell(QWEN, "w13", 64, tokens)
+    if (schedule, change.get("split_k"), tokens) == ("two_kernel", 256, 4096):
+        assert not subject(cell).accepts(candidate)  # 32768 pairs: only whole rows
+        cell = Cell(QWEN, "w13", 64, 512)
+    assert subject(cell).accepts(candidate) is accepted
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=lambda model: model.name)
+@pytest.mark.parametrize("rank", [8, 16, 64, 128, 200])
+def test_every_cell_has_starts(model: Model, rank: int) -> None:
+    for site in ("w13", "w2"):
+        for tokens in (1, 16, 64, 4096):
+            one = subject(Cell(model, site, rank, tokens))  # type: ignore[arg-type]
+            rules = {name: dict(RULES[name]) for name in SPACE.schedules}
+            starts = one.starts(rules)
+            assert starts and len(starts) < 40 and len(set(starts)) == len(starts)
+            for candidate in starts:
+                named = SPACE.named(candidate)
+                assert one.accepts(candidate) or named == rules[candidate.schedule]
+
+
+# --- the search -----------------------------------------------------------------------------------------------------
+
+
+def run_search(
+    cell: Cell, us: Callable[[str, dict[str, int]], float | None], hurry: Callable[[], bool]
+) -> tuple[Found, list[Any]]:
+    found, asks = Found(), []
+    one = subject(cell)
+    coroutine = search(
+        SPACE,
+        found,
+        one.starts(RULES),
+        sensible=one.accepts,
+        neighbours=lambda: (),
+        kinds=one.kinds(),
+        hurry=hurry,
+    )
+    ask = next(coroutine)
+    while True:
+        asks.append(ask)
+        times = {c: us(c.schedule, SPACE.named(c)) for c in ask.candidates}
+        try:
+            ask = coroutine.send(times)
+        except StopIteration:
+            return found, asks
+
+
+def test_search_descends_to_the_optimum() -> None:
+    cell = Cell(QWEN, "w13", 64, 256)
+    found, asks = run_search(cell, lambda s, c: model_us(cell, s, c), lambda: False)
+    (us, best), *_ = found.ranking()
+    one = subject(cell)
+    assert all(
+        model_us(cell, move.schedule, SPACE.named(move)) > us * 0.98
+        for move in SPACE.moves(best)
+        if one.accepts(move)
+    )
+    first = min(
+        us for us in (model_us(cell, c.schedule, SPACE.named(c)) for c in asks[0].candidates)
+    )
+    assert us < 0.9 * first
+    assert asks[-1].round == FINAL and len(asks[-1].candidates) >= 3
+    seen = [c for ask in asks[:-1] for c in ask.candidates]
+    assert len(set(seen)) == len(seen)  # nothing is measured twice but in the end
+
+
+def test_search_in_a_hurry_goes_to_the_end() -> None:
+    cell = Cell(QWEN, "w13", 64, 32)
+    found, asks = run_search(cell, lambda s, c: model_us(cell, s, c), lambda: True)
+    assert [ask.round for ask in asks] == [1, FINAL]
+    kinds = {c.schedule == moe_lora.NAIVE for c in found.final}
+    assert kinds == {True, False}  # the best of each kind is timed in the end
+
+
+def test_search_where_nothing_works() -> None:
+    found, asks = run_search(Cell(QWEN, "w13", 64, 1), lambda s, c: None, lambda: False)
+    assert [ask.round for ask in asks] == [1] and found.ranking() == []
+
+
+def test_a_rough_time_is_worth_less() -> None:
+    a, b = (SPACE.near("one_shot", {**RULES["one_shot"], "num_warps": n}) for n in (2, 4))
+    found = Found({a: 9.95, b: 12.0}, {b: 10.0})
+    assert found.best(1) == [b] and found.us(b) == 10.0
+    found.rough[a] = 9.8
+    assert found.ranking()[0] == (9.8, a)
+
+
+# --- whole runs -----------------------------------------------------------------------------------------------------
+
+
+def test_file_comes_back_through_the_loader(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, CELLS)
+    assert bench.run()
+    family = load_family(tmp_path, bench.out)
+    assert family.tuned.device == HEAD["device"]
+    assert dict(family.tuned.versions)["cuda"] == "13.0"  # a text, though it looks like a number
+    assert len(family.tuned.entries) == len(CELLS)
+    by_problem = {tuple(e.problem.items()): e for e in bench.entries}
+    for read in family.tuned.entries:
+        entry = by_problem[tuple(read.problem)]
+        assert (read.schedule, read.config.values) == entry.best.candidate
+        assert read.best.us == round(entry.best.us, 2)
+        naive = read.schedule == moe_lora.NAIVE
+        assert read.runner_up is not None and read.runner_up.schedule != read.schedule
+        if dict(read.problem)["num_tokens"] < 256:
+            assert (read.runner_up.schedule == moe_lora.NAIVE) != naive
+    schedules = {dict(e.problem)["num_tokens"]: e.schedule for e in family.tuned.entries}
+    assert schedules[1] == "small_batch" and schedules[256] in ("one_shot", "two_kernel")
+    losses = bench.tuner.losses()
+    assert len(losses) == len(CELLS) and all(loss.rule_us >= loss.best_us for loss in losses)
+
+
+def test_same_times_give_the_same_bytes(tmp_path: Path) -> None:
+    texts = set()
+    for number, cells in enumerate((CELLS, CELLS[::-1])):
+        bench = Bench(tmp_path / str(number), cells)
+        bench.run()
+        texts.add(len(bench.entries))
+        shown = bench.out.read_text()
+        tokens = [line for line in shown.splitlines() if "problem:" in line]
+        texts.add("\n".join(tokens))
+    assert len(texts) == 2
+    again = Bench(tmp_path / "2", CELLS)
+    again.run()
+    assert again.out.read_bytes() == (tmp_path / "0/tuned/moe_lora.yaml").read_bytes()
+
+
+def test_resume_measures_nothing_again(tmp_path: Path) -> None:
+    first = Bench(tmp_path, CELLS)
+    first.run()
+    text, state = first.out.read_bytes(), first.out.with_suffix(".state.jsonl")
+    first.out.unlink()
+    with state.open("a") as file:
+        file.write('{"problem": {"num_')  # a kill in the middle of a line
+    again = Bench(tmp_path, CELLS)
+    assert again.run() and again.timed == [] and again.compilers.jobs == []
+    assert again.out.read_bytes() == text
+    for line in state.read_text().splitlines():
+        json.loads(line)
+    more = Bench(tmp_path, [*CELLS, Cell(QWEN, "w13", 64, 2)])
+    assert more.run()
+    rough = [(cell, s, tuple(c.items())) for cell, s, c, final in more.timed if not final]
+    before = {(cell, s, tuple(c.items())) for cell, s, c, final in first.timed if not final}
+    assert rough and not before & set(rough)  # but what neighbours suggest
+    assert len(more.entries) == len(CELLS) + 1
+
+
+def test_resume_on_another_device(tmp_path: Path) -> None:
+    Bench(tmp_path, CELLS[:1]).run()
+    with pytest.raises(StateError, match="NVIDIA Other"):
+        Bench(tmp_path, CELLS, head={**HEAD, "device": "NVIDIA Other"})
+    state = tmp_path / "tuned" / "moe_lora.state.jsonl"
+    state.write_text("nonsense\n")
+    with pytest.raises(StateError, match="not a state"):
+        Bench(tmp_path, CELLS)
+
+
+def test_problems_of_the_file_stay(tmp_path: Path) -> None:
+    first = Bench(tmp_path, CELLS[:2])
+    first.run()
+    first.out.with_suffix(".state.jsonl").unlink()
+    before = {tuple(e.problem.items()): e for e in first.entries}
+    then = Bench(tmp_path, CELLS[1:3])
+    then.run()
+    after = {tuple(e.problem.items()): e for e in then.entries}
+    assert len(after) == 3 and before.keys() <= after.keys()
+    known = before[tuple(moe_lora.problem(CELLS[1]).items())].best.candidate
+    start = next((s, c) for cell, s, c, _ in then.timed if cell == CELLS[1])
+    assert start == (known.schedule, SPACE.named(known))  # where the search begins
+
+
+@pytest.mark.parametrize("budget", [0.5, 3.0, 12.0])
+def test_budget(tmp_path: Path, budget: float) -> None:
+    bench = Bench(tmp_path, CELLS, budget=budget)
+    began = bench.clock.now
+    complete = bench.run()
+    assert not complete and bench.clock.now - began <= budget + 1.0  # a batch is not cut
+    status = bench.tuner.status()
+    assert status.timed == len(bench.entries) >= (1 if budget < 3 else len(CELLS))
+    if budget >= 12:
+        assert any(final for *_, final in bench.timed)
+    load_family(tmp_path, bench.out)
+    best = {tuple(e.problem.items()): e.best.us for e in bench.entries}
+    rest = Bench(tmp_path, CELLS)
+    assert rest.run()
+    for entry in rest.entries:
+        assert entry.best.us <= best.get(tuple(entry.problem.items()), 1e9) * 1.01
+
+
+def test_wrong_and_spilling_candidates_never_win(tmp_path: Path) -> None:
+    def fault(job: CompileJob) -> str | None:
+        return "spills 8 bytes" if job.config.get("num_warps") == 2 else None
+
+    def read(cell: Cell, schedule: str, config: dict[str, int], place: int) -> Reading:
+        if config["block_n"] == 64:
+            return Reading(place, None, "WrongResult: relative error 1")
+        return Reading(place, 1.0 + zlib.crc32(repr(config).encode()) % 1000 / 100)
+
+    bench = Bench(tmp_path, CELLS, fault=fault, read=read)
+    bench.run()
+    assert bench.tuner.status().dropped > 0
+    assert all(config.get("num_warps") != 2 for _, _, config, _ in bench.timed)
+    for entry in bench.entries:
+        for choice in (entry.best, entry.runner_up):
+            assert choice is not None
+            named = SPACE.named(choice.candidate)
+            assert named["block_n"] != 64 and named.get("num_warps") != 2
+    failed = [
+        line["failed"]
+        for line in map(json.loads, bench.out.with_suffix(".state.jsonl").read_text().splitlines())
+        if "failed" in line
+    ]
+    assert {"spills 8 bytes", "WrongResult: relative error 1"} == set(failed)
+
+
+def test_a_dying_gauge_loses_one_candidate(tmp_path: Path) -> None:
+    killer: list[str] = []
+
+    def read(cell: Cell, schedule: str, config: dict[str, int], place: int) -> Reading:
+        if place == 3 and not killer:
+            killer.append(repr((cell, schedule, config)))
+            raise RuntimeError("the process is gone")
+        assert repr((cell, schedule, config)) not in killer
+        return Reading(place, model_us(cell, schedule, config))
+
+    bench = Bench(tmp_path, CELLS, read=read)
+    assert bench.run() and len(bench.entries) == len(CELLS)
+    assert "the process ended" in bench.out.with_suffix(".state.jsonl").read_text()
+
+
+def test_neighbours_are_tried(tmp_path: Path) -> None:
+    """What is far from the start of one problem and best for another is found through the neighbour."""
+    target = SPACE.near("one_shot", {**RULES["one_shot"], "block_k": 32, "expand_stages": 2})
+    hidden = dict(SPACE.named(target), num_warps=8, shrink_stages=2)
+
+    def read(cell: Cell, schedule: str, config: dict[str, int], place: int) -> Reading:
+        if schedule == "one_shot" and config == hidden:
+            return Reading(place, 1.0)
+        return Reading(place, 10.0 if cell.tokens == 512 else model_us(cell, schedule, config))
+
+    first = Bench(tmp_path, [Cell(QWEN, "w13", 64, 256)])
+    first.run()
+    best = Candidate("one_shot", tuple(hidden.values()))
+    entry = tuned_file.Entry(moe_lora.problem(Cell(QWEN, "w13", 64, 256)), tuned_file.Choice(best, 1.0), None)  # fmt: skip
+    first.save([entry])
+    first.out.with_suffix(".state.jsonl").unlink()
+    bench = Bench(tmp_path, [Cell(QWEN, "w13", 64, t) for t in (256, 512)], read=read)
+    bench.run()
+    assert all(e.best.candidate == best for e in bench.entries)
+
+
+def test_as_many_problems_as_a_file_may_hold(tmp_path: Path) -> None:
+    big = tuned_file.Choice(SPACE.near("two_kernel", RULES["two_kernel"]), 123.456)
+    small = tuned_file.Choice(SPACE.near("small_batch", RULES["small_batch"]), 7.0)
+
+    def entries(count: int) -> list[tuned_file.Entry]:
+        cells = [Cell(QWEN, "w13", 1 + i % 128, 1 + i // 128) for i in range(count)]
+        return [tuned_file.Entry(moe_lora.problem(cell), big, small) for cell in cells]
+
+    text = tuned_file.text("d", {"torch": "1"}, entries(700), SPACE)
+    path = tmp_path / "moe_lora.yaml"
+    tuned_file.write(path, text)
+    assert len(load_family(tmp_path, path).tuned.entries) == 700
+    with pytest.raises(tuned_file.TunedFileError, match="too many"):
+        tuned_file.text("d", {"torch": "1"}, entries(1000), SPACE)
+
+
+def test_stale_entries_are_left_out(tmp_path: Path) -> None:
+    Bench(tmp_path, CELLS[:2]).run()
+    path = tmp_path / "tuned" / "moe_lora.yaml"
+    text = path.read_text()
+    path.write_text(re.sub("shrink_block_r: [0-9]+", "shrink_block_r: 4", text))
+    assert len(tuned_file.read(path, SPACE)[1]) < 2
+    path.write_text("entries: 3")
+    with pytest.raises(tuned_file.TunedFileError, match=r"moe_lora\.yaml"):
+        tuned_file.read(path, SPACE)
+
+
+# --- processes ------------------------------------------------------------------------------------------------------
+
+
+def echo(greeting: str) -> tuple[str, Callable[[Any], Iterator[Any]]]:
+    """A member of a crew: replies with its environment, dies of "die", raises on "raise"."""
+
+    def serve(job: str) -> Iterator[str]:
+        yield f"{job} {os.environ.get('FAKE_DEVICE')}"
+        if job == "die":
+            os._exit(3)
+        if job == "raise":
+            raise ValueError("of this")
+
+    return greeting, serve
+
+
+def broken() -> Any:
+    raise OSError("no GPU")
+
+
+def collect(crew: Processes, until: str) -> list[Event]:
+    import multiprocessing.connection as connection
+
+    events: list[Event] = []
+    while not any(event.kind == until for event in events):
+        assert connection.wait(crew.waitables(), timeout=60)
+        events += crew.events()
+    return events
+
+
+def test_crew() -> None:
+    crew = Processes(echo, ("hi",), [{"FAKE_DEVICE": "0"}, {"FAKE_DEVICE": "1"}])
+    try:
+        assert crew.started() == ["hi", "hi"] and crew.idle() == [0, 1]
+        crew.give(1, "work")
+        assert crew.idle() == [0]
+        assert collect(crew, "done") == [Event(1, "reply", "work 1"), Event(1, "done")]
+        crew.give(0, "die")
+        assert collect(crew, "died") == [Event(0, "reply", "die 0"), Event(0, "died")]
+        assert crew.idle() == [1]
+        crew.started()
+        crew.give(0, "work")
+        assert Event(0, "reply", "work 0") in collect(crew, "done")
+        crew.give(0, "raise")
+        with pytest.raises(CrewError, match="of this"):
+            collect(crew, "done")
+    finally:
+        crew.stop()
+    assert "FAKE_DEVICE" not in os.environ
+
+
+def test_crew_that_cannot_start() -> None:
+    crew = Processes(broken, (), [{}])
+    try:
+        with pytest.raises(CrewError, match="no GPU"):
+            crew.started()
+    finally:
+        crew.stop()
+
+
+# --- the real parts -------------------------------------------------------------------------------------------------
+
+
+def test_kernels_are_compiled_and_judged(tmp_path: Path) -> None:
+    """For sm_90, without a GPU, in a process that does not interpret."""
+    pytest.importorskip("triton")
+    code = """
+import json, sys
+from pathlib import Path
+from kernelgen.bench.tune import moe_lora, space
+from kernelgen.bench.tune.jobs import CompileJob
+from kernelgen.bench.tune.kernels import Kernels
+from kernelgen.bench.workloads import MODELS, Cell
+
+searched = space.read(Path("specs/moe_lora.yaml"), "moe_lora")
+kernels = Kernels(Path("generated"), "sm_90")
+cell = Cell(MODELS["qwen3-30b-a3b"], "w13", 128, 64)
+sizes = kernels.sizes(cell, searched.schedules)
+rules = {s: searched.near(s, sizes.rules[s]) for s in sizes.rules}
+for schedule, rule in rules.items():
+    named = searched.named(rule)
+    digests = kernels.digests(cell, schedule, named)
+    assert len(digests) == (1 if schedule == "one_shot" else 2)
+    other = kernels.digests(Cell(cell.model, "w13", 128, 32), schedule, named)
+    assert other == digests  # the same block size: the number of tokens is no part of a kernel
+found = []
+huge = {**searched.named(rules["one_shot"]), "block_k": 256, "shrink_stages": 6, "block_n": 256}
+for config in (searched.named(rules["one_shot"]), huge):
+    job = CompileJob("sm_90", cell, "one_shot", config, (0,))
+    found += [verdict.fault for verdict in kernels.compile(job)]
+print(json.dumps([sizes.block_m, sizes.rule, found]))
+"""
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert shown.returncode == 0, shown.stderr
+    block_m, rule, (fit, fault) = json.loads(shown.stdout)
+    assert block_m == 16 and rule in SPACE.schedules
+    assert fit is None and "shared memory" in fault
+
+
+@pytest.mark.parametrize("site", ["w13", "w2"])
+def test_gauge_checks_before_it_times(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the interpreter, with a stopwatch that counts: right tiles are timed, and tiles that split K badly are not."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("kernels compile here")
+    from kernelgen.bench.timing import Spread
+    from kernelgen.bench.tune import gauge
+
+    def capture(calls: list[Callable[[], None]]) -> str:
+        calls[-1]()
+        return "graph"
+
+    def replay(graphs: dict[int, Any], seconds: float, least: int) -> dict[int, Spread]:
+        return {place: Spread(5.0 + place, 5.0, 5.0, least) for place in graphs}
+
+    monkeypatch.setattr(gauge, "capture", capture)
+    monkeypatch.setattr(gauge, "replay", replay)
+    monkeypatch.setattr(gauge, "WEIGHT_BYTES", 0.0)
+    monkeypatch.setattr("kernelgen.bench.inputs.TOUCHED_BYTES", 1.0)
+    cell = Cell(MODELS["tiny"], site, 16, 12, dtype="f16")  # type: ignore[arg-type]
+    k = cell.projections[0].k
+    two_kernel = {**RULES["two_kernel"], "block_k": 64, "split_k": k, "expand_tiles": 1}
+    candidates = (
+        ("small_batch", {**RULES["small_batch"], "block_k": 64, "split_k": 128}),
+        ("two_kernel", {**two_kernel, "split_k": 96}),
+        ("one_shot", {**RULES["one_shot"], "block_k": 64}),
+        ("two_kernel", two_kernel),
+    )
+    instrument = gauge.Gauge(ROOT / "generated", torch.device("cpu"))
+    for final in (False, True):
+        readings = list(instrument.measure(GaugeJob(cell, candidates, final)))
+        by_place = {reading.place: reading for reading in readings}
+        assert sorted(by_place) == [0, 1, 2, 3] and len(readings) == 4
+        assert by_place[1].us is None and not by_place[1].fatal
+        assert re.match("WrongResult|OutOfBounds", by_place[1].failed or "")
+        assert by_place[0].us == 5.0 and all(by_place[i].failed is None for i in (0, 2, 3))
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("5m", 300.0), ("90s", 90.0), ("1.5h", 5400.0), ("7", 7.0)]
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert Duration().convert(text, None, None) == seconds
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--budget", "soon"],
+        ["--budget", "0"],
+        ["--models", "nobody"],
+        ["--sites", "route"],
+        ["--devices", "a"],
+        ["--tp", "2"],
+        ["--slots", "0"],
+    ],
+)
+def test_bad_options(arguments: list[str]) -> None:
+    from click.testing import CliRunner
+
+    done = CliRunner().invoke(tune, arguments)
+    assert done.exit_code == 2 and "Traceback" not in done.output
+
+
+def test_no_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from click.testing import CliRunner
+
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    done = CliRunner().invoke(tune, ["--budget", "1m"])
+    assert done.exit_code == 2 and "0 GPUs" in done.output
+
+
+def test_the_command_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fakes for the processes and the kernels."""
+    from click.testing import CliRunner
+
+    from kernelgen.bench.tune import crew, gauge, kernels
+    from kernelgen.bench.tune.jobs import Hello
+
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7,4,5")
+    environments = []
+
+    class Crew(FakeCrew):
+        def __init__(
+            self, make: Any, arguments: Any, members: list[dict[str, str]], background: bool = False
+        ) -> None:
+            environments.append([member["CUDA_VISIBLE_DEVICES"] for member in members])
+            serve = measure if make is gauge.gauge else compile_job
+            super().__init__(serve, Clock(), 0.0, size=len(members))
+
+        def started(self) -> list[Hello]:
+            return [Hello(HEAD["device"], "sm_90", {"torch": "2.11.0"})] * len(self.hellos)
+
+    def measure(job: GaugeJob) -> Iterator[Reading]:
+        for place, (schedule, config) in enumerate(job.candidates):
+            yield Reading(place, model_us(job.cell, schedule, config))
+
+    def compile_job(job: CompileJob) -> Iterator[Verdict]:
+        digests = FakeKernels().digests(job.cell, job.schedule, job.config)
+        yield from (Verdict(digests[place], None) for place in job.wanted)
+
+    monkeypatch.setattr(crew, "Processes", Crew)
+    monkeypatch.setattr(kernels, "Kernels", lambda package, target: FakeKernels())
+    out = tmp_path / "tuned" / "moe_lora.yaml"
+    arguments = ["--specs", str(SPEC.parent), "--out", str(out), "--budget", "10m"]
+    arguments += ["--models", "qwen3-30b-a3b", "--ranks", "64", "--tokens", "1,64"]
+    arguments += ["--devices", "1,3", "--workers", "3", "--json"]
+    done = CliRunner().invoke(tune, arguments)
+    assert done.exit_code == 0, done.output
+    assert environments == [["7", "5"], ["", "", ""]]
+    document = json.loads(done.stdout)
+    assert document["complete"] and document["problems"] == document["timed"] == 4
+    assert len(document["rule"]) == 4 and document["rule"][0]["rule_us"] > 0
+    assert len(load_family(tmp_path, out).tuned.entries) == 4
+    shown = CliRunner().invoke(tune, arguments[:-1])
+    assert shown.exit_code == 0 and "the rule for what is not tuned takes" in shown.output
+    other = out.read_text().replace(HEAD["device"], "NVIDIA Other")
+    out.write_text(other)
+    refused = CliRunner().invoke(tune, arguments)
+    assert refused.exit_code == 2 and "name another --out" in refused.output
+    assert out.read_text() == other
+
+
+def test_help_imports_no_torch() -> None:
+    code = (
+        "import sys, kernelgen.bench.tune.command, kernelgen.bench.tune.tuner, kernelgen.bench.tune.tuned_file\n"
+        "print([m for m in ('torch', 'triton', 'pydantic', 'black') if m in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert shown.stdout.strip() == "[]", shown.stderr
