@@ -196,11 +196,11 @@ class Bound:
 def _entry(handle: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
     """What launches a compiled kernel, and its arguments between the stream and those of the kernel."""
     run, metadata = handle.run, handle.packed_metadata
-    if triton.__version__.startswith("3.6.") and hasattr(run, "profile_scratch_size"):
-        if run.global_scratch_size == 0 and run.profile_scratch_size == 0:
-            # the C function that run() calls, without run()'s own microsecond
-            flags = (run.launch_cooperative_grid, run.launch_pdl)
-            return run.launch, (handle.function, *flags, None, None, metadata, None, None, None)
+    scratch = getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1)
+    if triton.__version__.startswith("3.6.") and scratch == 0:
+        # the C function that run() calls, without run()'s own microsecond
+        flags = (run.launch_cooperative_grid, run.launch_pdl)
+        return run.launch, (handle.function, *flags, None, None, metadata, None, None, None)
     return run, (handle.function, metadata, None, None, None)
 
 
@@ -275,7 +275,8 @@ _libraries: list[torch.library.Library] = []  # a Library undefines its ops when
 def op(module: str, schema: str, function: Callable[..., None]) -> Callable[..., None]:
     """Register ``function``, which mutates its arguments and returns nothing, as an op; return the op.
 
-    ``module`` is the front door's; the namespace is the path of the package around it, so that copies of it under other names live side by side.
+    ``module`` is the front door's; the namespace is the path of the package around it, so that copies of it under other
+    names live side by side.
     ``torch.compile`` sees the op as opaque; eager code calls the function itself, which is cheaper. No autograd.
     """
     namespace, name = module.rpartition(".")[0].replace(".", "_"), schema.split("(")[0]
@@ -285,4 +286,5 @@ def op(module: str, schema: str, function: Callable[..., None]) -> Callable[...,
         library.impl(name, function, key)
     library.impl(name, lambda *arguments: None, "Meta")
     _libraries.append(library)
-    return getattr(getattr(torch.ops, namespace), name).default
+    registered: Callable[..., None] = getattr(getattr(torch.ops, namespace), name).default
+    return registered
