@@ -71,6 +71,7 @@ def allocate_sparse(
     """As ``allocate``, for gigabytes of which little is touched: without poison; on the CPU untouched pages take no memory."""
     span = _span(shape, strides)
     if device != "cpu":
+        torch.cuda.empty_cache()  # tests run side by side: keep no gigabytes that nobody uses
         return torch.empty(span, dtype=dtype, device=device).as_strided(shape, strides)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
     memory = mmap.mmap(-1, span * dtype.itemsize, flags=flags)

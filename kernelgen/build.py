@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Iterator
 
 from kernelgen import assemble, names, write
+from kernelgen.commit import Change
 from kernelgen.diagnostics import Diagnostic, Failure, did_you_mean, failure
 from kernelgen.expand import expand
 from kernelgen.load import load
@@ -59,7 +60,7 @@ def findings(plan: write.Plan) -> list[Diagnostic]:
     return found
 
 
-def _difference(change: write.Change) -> str:
+def _difference(change: Change) -> str:
     if change.text is None:
         return "no spec makes this file any more"
     return "differs from what the specs say" if change.old else "is missing"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import itertools
 import json
 import os
@@ -38,7 +39,26 @@ class Report:
     exit_code: int = 0
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+# Commands of other modules, which also run without this one.
+_ELSEWHERE = {
+    "bench": "kernelgen.bench.command",
+    "report": "kernelgen.bench.report",
+    "tune": "kernelgen.bench.tune.command",
+}
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *_ELSEWHERE])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _ELSEWHERE:
+            return super().get_command(ctx, cmd_name)
+        command: click.Command = getattr(importlib.import_module(_ELSEWHERE[cmd_name]), cmd_name)
+        return command
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="kernelgen")
 def commands() -> None:
     """Write GPU kernels from specs, prove them, and say what they cost.
@@ -87,6 +107,21 @@ def _specs_option(function: Callable[..., Report]) -> Callable[..., Report]:
         from kernelgen.locate import find_specs
 
         return function(specs=specs or find_specs(), **arguments)
+
+    return run
+
+
+def _out_option(function: Callable[..., Report]) -> Callable[..., Report]:
+    @click.option(
+        "--out",
+        type=click.Path(path_type=Path),
+        help="Folder that holds generated/.  [default: the parent of the specs]",
+    )
+    @functools.wraps(function)
+    def run(specs: Path, out: Path | None, **arguments: Any) -> Report:
+        from kernelgen.locate import default_output
+
+        return function(specs=specs, out=out or default_output(specs), **arguments)
 
     return run
 
@@ -164,9 +199,16 @@ def list_variants(glob: str, specs: Path) -> Report:
 @_command("show")
 @click.argument("variant")
 @click.option("--source", is_flag=True, help="Print the text of its module.")
+@click.option("--ptx", "assembly", flag_value="ptx", help="Print what its kernels compile to.")
+@click.option("--sass", "assembly", flag_value="sass", help="The same, as NVIDIA's machine code.")
+@click.option("--amdgcn", "assembly", flag_value="amdgcn", help="The same, for a target of AMD.")
+@click.option("--arch", metavar="TARGET", default="sm_90", show_default=True, help="For what.")
 @_specs_option
-def show(variant: str, source: bool, specs: Path) -> Report:
-    """Show what VARIANT is: its axes, its tunables, its source."""
+@_out_option
+def show(
+    variant: str, source: bool, assembly: str | None, arch: str, specs: Path, out: Path
+) -> Report:
+    """Show what VARIANT is: its axes, its tunables, its source, or its kernels compiled."""
     from kernelgen import build as pipeline
     from kernelgen import names
     from kernelgen.assemble import source as text_of
@@ -187,6 +229,12 @@ def show(variant: str, source: bool, specs: Path) -> Report:
     if source:
         text = text_of(found, family, pipeline.renderer(specs))
         return Report({**document, "source": text}, text.splitlines())
+    if assembly:
+        from kernelgen.compile import assembly as compiled
+
+        texts = compiled(specs, out, variant, assembly, arch)
+        lines = itertools.chain.from_iterable(code.splitlines() for code in texts.values())
+        return Report({**document, "arch": arch, assembly: texts}, lines)
     rows = [(key, _inline(value)) for key, value in document.items()]
     return Report(document, _columns(rows))
 
@@ -226,6 +274,99 @@ def which(words: Sequence[str], specs: Path) -> Report:
         for entry in found.measured
     ]
     return Report(document, lines)
+
+
+@_command("verify")
+@click.option("--only", metavar="GLOB", help="Only the variants of such a name, and no laws.")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Interpret the kernels, or compile and run them on the GPU.",
+)
+@click.option(
+    "-j",
+    "--jobs",
+    type=click.IntRange(1, 256),
+    help="Processes to run in.  [default: one a core, at most 12]",
+)
+@_specs_option
+@_out_option
+def verify(only: str | None, device: str, jobs: int | None, specs: Path, out: Path) -> Report:
+    """Run every variant on its cases against the fp64 reference, and show the worst error over its bound."""
+    from kernelgen import verify as proof
+
+    workers = jobs or min(_cores(), 12)
+    result = proof.run(
+        out, only=only, device=device, workers=workers, progress=_progress("verifying")
+    )
+    for finding in result.findings:
+        click.echo(str(finding), err=True)
+    click.echo(result.summary(), err=True)
+    return Report(result.as_json(), _columns(list(result.rows())), 1 if result.findings else 0)
+
+
+@_command("compile")
+@click.option("--arch", "archs", metavar="TARGET", multiple=True, help="Only for this; repeatable.")
+@click.option("--only", metavar="GLOB", help="Only the variants of such a name.")
+@click.option("--check", is_flag=True, help="Compare with kernels.lock; exit 1 where it differs.")
+@click.option("--update", is_flag=True, help="Write what was found to kernels.lock.")
+@click.option("--full", is_flag=True, help="Every kernel for every target, not a sample.")
+@click.option(
+    "-j",
+    "--jobs",
+    type=click.IntRange(1, 256),
+    help="Processes to compile in.  [default: one a core]",
+)
+@_specs_option
+@_out_option
+def compile_kernels(
+    archs: Sequence[str],
+    only: str | None,
+    check: bool,
+    update: bool,
+    full: bool,
+    jobs: int | None,
+    specs: Path,
+    out: Path,
+) -> Report:
+    """Compile the kernels without a GPU, and judge the registers, spills and shared memory that they use.
+
+    All of them for sm_90, and a sample for each other target, unless told otherwise.
+    """
+    from kernelgen import compile as compiler
+
+    if check and update:
+        raise click.UsageError("--check and --update exclude each other")
+    result = compiler.run(
+        specs,
+        out,
+        only=only,
+        targets=archs,
+        mode="check" if check else "update" if update else "report",
+        full=full,
+        workers=jobs or _cores(),
+        progress=_progress("compiling"),
+    )
+    for finding in result.findings:
+        click.echo(str(finding), err=True)
+    click.echo(result.summary(), err=True)
+    lines = [] if check or update else _columns(list(result.rows()))
+    return Report(result.as_json(), lines, exit_code=1 if result.findings else 0)
+
+
+@_command("explain")
+@click.argument("variant")
+@click.option("--arch", metavar="TARGET", default="sm_90", show_default=True, help="For what.")
+@_specs_option
+@_out_option
+def explain(variant: str, arch: str, specs: Path, out: Path) -> Report:
+    """Say what limits VARIANT on a target: resources, occupancy, arithmetic intensity, roofline. Needs no GPU."""
+    from kernelgen.explain import explain as answer
+
+    explanation = answer(specs, out, variant, arch)
+    return Report(explanation.as_json(), explanation.lines())
 
 
 @_command("schema")
@@ -268,6 +409,20 @@ def _cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
+def _progress(label: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
+    """Shows on a terminal how far the work on some items is."""
+
+    def watch(items: Iterable[Any], total: int) -> Iterable[Any]:
+        from rich.console import Console
+        from rich.progress import track
+
+        quiet = not sys.stderr.isatty()
+        console = Console(stderr=True)
+        return track(items, label, total, console=console, transient=True, disable=quiet)
+
+    return watch
+
+
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     columns = itertools.zip_longest(*rows, fillvalue="")
     widths = [max(map(len, column)) for column in columns]
@@ -302,6 +457,10 @@ def _run() -> int:
         click.echo("interrupted", err=True)
         return INTERRUPTED
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "triton", "numpy"):
+            hint = "pip install 'kernelgen[run]'"
+            click.echo(f"this command needs {error.name}\n  hint: {hint}", err=True)
+            return 2
         if os.environ.get("KERNELGEN_TRACEBACK"):
             raise
         kind = type(error).__name__

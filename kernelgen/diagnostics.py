@@ -50,6 +50,8 @@ CATALOGUE: Mapping[str, str] = {
     "KG053": "a lock that cannot be read",
     "KG054": "a kernel that uses other resources than the lock says",
     "KG055": "a lock that does not cover the kernels",
+    "KG060": "a variant that differs from its reference",
+    "KG061": "kernels cannot run here",
 }
 _WIDTH = 120  # columns of an excerpt
 _MOST = 200  # faults that are shown

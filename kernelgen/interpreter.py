@@ -5,8 +5,9 @@ lets 32-bit offsets wrap, and patches ``triton.language`` anew at each call of a
 process. With it:
 
 * bfloat16 and float8 arithmetic, reductions and casts round to nearest even, and casts to float8 saturate, as on the GPU.
-* a load, store or atomic outside of the tensors that were passed to the launch raises ``OutOfBounds``; lanes that a mask
-  turns off and that name no ``other`` hold values that show up (NaN, a large integer) instead of zero.
+* a load, store or atomic outside of the tensors that were passed to the launch raises ``OutOfBounds``, as does a gather
+  outside of its source; lanes that a mask turns off and that name no ``other`` hold values that show up (NaN, a large
+  integer) instead of zero.
 * two programs of a launch that store to one address, or one that loads what another stores, raise ``Race``.
 * 32-bit signed integer arithmetic that wraps raises ``IntegerOverflow``.
 * programmatic dependent launch is a no-op, as programs run one after the other.
@@ -42,6 +43,7 @@ _PARTS = {
         "create_add",
         "create_sub",
         "create_mul",
+        "create_gather",
         "create_masked_load",
         "create_masked_store",
         "create_atomic_rmw",
@@ -316,6 +318,7 @@ def _watch_memory(interpreter: Any) -> None:
     handle, numpy_dtype = interpreter.TensorHandle, interpreter._get_np_dtype
     stock_load, stock_store = builder.create_masked_load, builder.create_masked_store
     stock_rmw, stock_cas = builder.create_atomic_rmw, builder.create_atomic_cas
+    stock_gather = builder.create_gather
     stock_call, stock_init = executor.__call__, executor._init_args_hst
     stock_restore = executor._restore_args_dev
     current: Launch | None = None
@@ -369,6 +372,13 @@ def _watch_memory(interpreter: Any) -> None:
             current.has_atomics = True
         return stock_cas(self, pointers, compare, value, *order)
 
+    def gather(self: Any, source: Any, index: Any, axis: int) -> Any:
+        size = source.data.shape[axis]
+        if index.data.min() < 0 or index.data.max() >= size:
+            wrong = f"{index.data.min()} to {index.data.max()}"
+            raise OutOfBounds(f"gather by program {self.grid_idx}: {wrong} in a tensor of {size}")
+        return stock_gather(self, source, index, axis)
+
     def init(self: Any, arguments: Any, keywords: Any) -> Any:
         nonlocal current
         on_host = stock_init(self, arguments, keywords)
@@ -404,5 +414,6 @@ def _watch_memory(interpreter: Any) -> None:
 
     builder.create_masked_load, builder.create_masked_store = load, store
     builder.create_atomic_rmw, builder.create_atomic_cas = rmw, cas
+    builder.create_gather = gather
     executor.__call__, executor._init_args_hst = call, init
     executor._restore_args_dev = restore

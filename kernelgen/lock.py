@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Mapping, NamedTuple
+from typing import Any, Iterable, Iterator, Mapping, NamedTuple
 
-from kernelgen.diagnostics import Failure, failure, os_failure
+from kernelgen.diagnostics import Diagnostic, Failure, failure, os_failure
 from kernelgen.model import Location
 
 FILE = "kernels.lock"  # beside the folder generated
@@ -73,6 +73,53 @@ class Lock:
         except OSError as error:
             part.unlink(missing_ok=True)
             raise os_failure(error, self.file) from None
+
+
+_ACCEPT = "if this is meant, accept it with kernelgen compile --update"
+
+
+def drift(lock: Lock, triton: str, now: Section) -> Iterator[Diagnostic]:
+    """Figures of ``now`` that are not those of the lock for that version of Triton."""
+    section = lock.sections.get(triton, {})
+    for row, figures in now.items():
+        was = section.get(row, {})
+        changes = [
+            f"{target} {column} {before} -> {after}"
+            for target, values in figures.items()
+            for column, before, after in zip(COLUMNS, was.get(target, values), values, strict=True)
+            if before != after
+        ]
+        if changes:
+            about = f"{row.variant}: kernel {row.kernel} on probe {row.probe}"
+            message = f"{about}: {', '.join(changes)}"
+            yield Diagnostic("KG054", lock.place(triton, row), message, _ACCEPT)
+
+
+def coverage(
+    lock: Lock, triton: str, known: Iterable[tuple[Row, str]], complete: bool
+) -> Iterator[Diagnostic]:
+    """Rows and targets of ``known`` that the lock lacks, and, where these are ``complete``, those it has too many."""
+    file = Location(str(lock.file))
+    section = lock.sections.get(triton)
+    if section is None:
+        message = f"there are no figures for triton {triton}"
+        yield Diagnostic("KG055", file, message, "add them with kernelgen compile --update")
+        return
+    wanted: dict[Row, set[str]] = {}
+    for row, target in known:
+        wanted.setdefault(row, set()).add(target)
+    for row, targets in wanted.items():
+        missing = sorted(targets - section.get(row, {}).keys())
+        if missing:
+            message = f"{row}: no figures for {', '.join(missing)}"
+            yield Diagnostic("KG055", file, message, _ACCEPT)
+    if not complete:
+        return
+    for row, figures in section.items():
+        gone = sorted(figures.keys() - wanted.get(row, set()))
+        if gone:
+            message = f"{row}: there is no such kernel for {', '.join(gone)} any more"
+            yield Diagnostic("KG055", lock.place(triton, row), message, _ACCEPT)
 
 
 def _text(sections: Mapping[str, Section]) -> str:

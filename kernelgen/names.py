@@ -17,7 +17,7 @@ _DEVICES = frozenset(
 PACKAGE = "generated"
 TESTS = "tests/generated"
 MANIFEST = f"{PACKAGE}/.manifest.json"
-STAGING = f"{PACKAGE}/.staging"
+STAGING = ".kernelgen-staging"  # beside what it replaces, on the same file system
 RUNTIME_SOURCE = "kernelgen/runtime.py"
 TEMPLATE_SUFFIX = ".py.j2"
 

@@ -26,7 +26,7 @@ class Probe:
         call: makes the launches; to be called where launches are recorded.
         flops: of the problem.
         bytes: that must move between memory and chip, if every tensor moved once.
-        is_tuned: measured on a card of the primary target, and of interest there only.
+        is_tuned: with tiles that were measured on a card of the primary target, and are of interest there only.
     """
 
     name: str
@@ -57,19 +57,20 @@ _W13 = {"k": 2048, "n": 768, "slices": 2}
 _W2 = {"k": 768, "n": 2048, "slices": 1}
 _NAIVE_TOKENS = 4
 _SORTED_TOKENS = {16: 64, 64: 4096}
-_TILED_RANK = 256
+_TILED_RANKS = (256, 512)
 
 
 def _moe_lora(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
     shape = _W2 if variant.weighted else _W13
-    rank = _TILED_RANK if variant.tiled_rank else variant.max_rank
-    if variant.assignment == "naive":
-        sizes = _MoeLoraSizes(_NAIVE_TOKENS, rank=rank, **shape)
-        yield _moe_lora_probe("naive", package, variant, sizes)
-    else:
-        for block_m, num_tokens in _SORTED_TOKENS.items():
-            sizes = _MoeLoraSizes(num_tokens, rank=rank, block_m=block_m, **shape)
-            yield _moe_lora_probe(f"m{block_m}", package, variant, sizes)
+    for rank in _TILED_RANKS if variant.tiled_rank else (variant.max_rank,):
+        suffix = f"_r{rank}" if variant.tiled_rank else ""
+        if variant.assignment == "naive":
+            sizes = _MoeLoraSizes(_NAIVE_TOKENS, rank=rank, **shape)
+            yield _moe_lora_probe(f"naive{suffix}", package, variant, sizes)
+        else:
+            for block_m, num_tokens in _SORTED_TOKENS.items():
+                sizes = _MoeLoraSizes(num_tokens, rank=rank, block_m=block_m, **shape)
+                yield _moe_lora_probe(f"m{block_m}{suffix}", package, variant, sizes)
     if (variant.dtype, variant.add_inputs) == _first_tags(family, "dtype", "add_inputs"):
         yield from _moe_lora_tuned(package, family, variant)
 
@@ -80,25 +81,32 @@ def _moe_lora_tuned(package: ModuleType, family: Family, variant: Variant) -> It
         problem = dict(entry.problem)
         serves = variant.weighted == problem["weighted"] and _serves_rank(variant, problem["rank"])
         sizes = _MoeLoraSizes(**{name: problem[name] for name in problem.keys() & fields})
-        for choice in (entry.best, entry.runner_up):
+        for place, choice in (("first", entry.best), ("second", entry.runner_up)):
             if serves and choice is not None and choice.schedule == variant.schedule:
-                name = "tuned_" + "_".join(f"{name}{size}" for name, size in sorted(_short(sizes)))
+                name = "_".join((place, *_labels(sizes)))
                 yield _moe_lora_probe(name, package, variant, sizes, dict(choice.config))
 
 
-def _short(sizes: _MoeLoraSizes) -> Iterator[tuple[str, int]]:
-    names = {"num_tokens": "t", "k": "k", "n": "n", "rank": "r", "num_experts": "e", "top_k": "top"}
-    return ((short, getattr(sizes, name)) for name, short in names.items())
+def _labels(sizes: _MoeLoraSizes) -> Iterator[str]:
+    yield f"t{sizes.num_tokens}"
+    yield f"k{sizes.k}"
+    yield f"n{sizes.n}"
+    yield f"s{sizes.slices}"
+    yield f"r{sizes.rank}"
+    yield f"e{sizes.num_experts}"
+    yield f"top{sizes.top_k}"
+    yield f"l{sizes.max_loras}"
 
 
 def _serves_rank(variant: Variant, rank: int) -> bool:
+    bucket: int = variant.block_rank
     if variant.tiled_rank:
-        return rank > variant.block_rank
-    return rank <= variant.max_rank and (rank > variant.max_rank // 2 or variant.max_rank == 16)
+        return rank > bucket
+    return rank <= bucket and (rank > bucket // 2 or bucket == 16)
 
 
 def _first_tags(family: Family, *axes: str) -> tuple[str, ...]:
-    tags = {axis.name: axis.tags[0] for axis in family.axes}
+    tags: dict[str, str] = {axis.name: axis.tags[0] for axis in family.axes}
     return tuple(tags[axis] for axis in axes)
 
 

@@ -12,6 +12,7 @@ import triton
 
 from kernelgen.targets import Target
 
+RULES = 1  # of this module; to be raised when it reads something else
 _TENSOR_COLUMNS = 512  # of a Blackwell multiprocessor
 
 # What a reader of the machine code would look for: name -> pattern, in PTX or in AMD's assembly.

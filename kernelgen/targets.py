@@ -30,7 +30,7 @@ class Target:
     bandwidth: float  # bytes a second
     flops: float  # a second
 
-    def resident_programs(self, num_warps: int, registers: int, shared_bytes: int) -> "Residency":
+    def resident_programs(self, num_warps: int, registers: int, shared_bytes: int) -> Residency:
         """How many programs of ``num_warps`` warps a multiprocessor holds at once, and what sets the limit."""
         warp_registers = _round_up(max(registers, 1) * self.warp_size, self.register_unit)
         by_registers = 4 * (self.registers // warp_registers) // num_warps

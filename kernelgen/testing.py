@@ -10,7 +10,8 @@ import dataclasses
 import functools
 import importlib
 import unittest
-from typing import TYPE_CHECKING, Any, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Callable, Sequence
 
 from kernelgen import names
 from kernelgen.cases.base import Case, Law, Variant
@@ -18,9 +19,7 @@ from kernelgen.cases.base import Case, Law, Variant
 if TYPE_CHECKING:
     from kernelgen.model import Family
 
-__all__ = ["Suite"]
-
-_CASES = "kernelgen.cases"
+__all__ = ["Case", "Law", "Suite", "Variant"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +50,9 @@ class Suite:
         found = []
         for row in self.rows.strip().splitlines():
             tags = row.split()
-            name = names.variant_name(self.family, tags)
-            found.append(Variant(name, names.module_name(tags), dict(zip(axes, tags, strict=True))))
+            name = str(names.variant_name(self.family, tags))
+            module = str(names.module_name(tags))
+            found.append(Variant(self.family, name, module, dict(zip(axes, tags, strict=True))))
         return tuple(found)
 
     @functools.cached_property
@@ -63,7 +63,7 @@ class Suite:
     @property
     def laws(self) -> Sequence[Law]:
         """What holds between variants, and between calls."""
-        laws: Sequence[Law] = importlib.import_module(f"{_CASES}.{self.family}_laws").LAWS
+        laws: Sequence[Law] = _module(f"{self.family}_laws").LAWS
         return laws
 
     def check(self, variant: Variant, case: Case, device: str) -> float:
@@ -74,11 +74,26 @@ class Suite:
             SkipTest: the case needs a GPU.
         """
         _skip_without_gpu(case, device)
-        module = importlib.import_module(f"{self.package}.{self.family}.{variant.module}")
         package = importlib.import_module(self.package)
-        launcher = getattr(module, variant.name)
+        return self.check_launcher(package, variant.launcher(package), variant, case, device)
+
+    def check_launcher(
+        self,
+        package: ModuleType,
+        launcher: Callable[..., None],
+        variant: Variant,
+        case: Case,
+        device: str,
+    ) -> float:
+        """As ``check``, for any launcher that should do what the variant's does."""
         ratio: float = self._cases.check(package, launcher, variant.tags, case, device)
         return ratio
+
+    def cases_for(self, variant: Variant) -> Sequence[Case]:
+        """All cases that fit a variant and need no GPU, those that it meets anyway first."""
+        own = [case for met, case in self.pairs if met == variant]
+        others = [case for case in self._cases.CASES if case.fits(variant.tags) and case not in own]
+        return [case for case in own + others if not case.needs_gpu]
 
     def uphold(self, law: Law, device: str) -> None:
         """Raise AssertionError if the law is broken, SkipTest if it needs a GPU."""
@@ -87,7 +102,7 @@ class Suite:
 
     @property
     def _cases(self) -> Any:
-        return importlib.import_module(f"{_CASES}.{self.family}")
+        return _module(self.family)
 
     def _plan(self) -> dict[Variant, list[Case]]:
         plan: dict[str, list[Case]] = {variant.name: [] for variant in self.variants}
@@ -105,6 +120,13 @@ class Suite:
                 for variant in fitting:
                     plan[variant.name].append(case)
         return {variant: plan[variant.name] for variant in self.variants}
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(f"kernelgen.cases.{name}")
+    except ModuleNotFoundError as error:
+        raise LookupError(f"no kernelgen/cases/{name}.py: write it for the new family") from error
 
 
 def _skip_without_gpu(item: Case | Law, device: str) -> None:

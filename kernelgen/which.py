@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Mapping
+from typing import Iterable, Mapping, Sequence
 
 from kernelgen.diagnostics import Diagnostic, Failure, did_you_mean, failure
 from kernelgen.model import (
@@ -51,15 +51,15 @@ def which(package: Package, name: str | None, case: Mapping[str, str]) -> Answer
     reasons: dict[str, str] = {}
     for axis in family.axes:
         if axis.name in case:
-            tag, reasons[axis.name] = _tag(axis, case[axis.name])
-            tags[axis.name] = (tag,)
+            tags[axis.name], reasons[axis.name] = _tags(axis, case[axis.name])
         else:
             tags[axis.name] = axis.tags
-    served = tuple(
+    fitting = (
         variant
         for variant in family.variants
         if all(getattr(variant, axis) in allowed for axis, allowed in tags.items())
     )
+    served = _nearest(fitting, {axis: tags[axis] for axis in case if len(tags.get(axis, ())) > 1})
     if not served:
         raise Failure(_why_not(family, tags))
     for axis in family.axes:
@@ -102,37 +102,58 @@ def _words(family: Family) -> list[str]:
     return [*axes, *sorted(_sizes(family) - set(axes))]
 
 
-def _tag(axis: Axis, value: str) -> tuple[str, str]:
-    """The tag of ``axis`` that ``value`` asks for, and why it is that one."""
+def _tags(axis: Axis, value: str) -> tuple[tuple[str, ...], str]:
+    """The tags of ``axis`` that serve ``value``, the best one first, and why."""
     meanings = VOCABULARY.get(axis.name, {})
-    tag, reason = value, "asked for"
+    tags, reason = [value], "asked for"
     if value not in meanings and value.isdecimal():
-        tag, reason = _bucket(axis, int(value))
+        tags, reason = _buckets(axis, int(value))
     elif value not in meanings and value not in axis.tags:
         for candidate, facts in meanings.items():
             if value.lower() in (str(fact).lower() for fact in facts.values()):
-                tag, reason = candidate, f"stands for {value}"
-    if tag in axis.tags:
-        return tag, reason
+                tags, reason = [candidate], f"stands for {value}"
+    served = tuple(tag for tag in tags if tag in axis.tags)
+    if served:
+        return served, reason
     known = list(dict.fromkeys([*meanings, *axis.tags]))
-    if tag not in known:
+    if tags[0] not in known:
         hint = TAG_HINTS.get(axis.name) or did_you_mean(value, known)
         raise failure("KG015", axis.name, f"nothing like {value!r}", hint)
     message = f"no variant serves {axis.name} {value}"
-    hint = f"add {tag} to {axis.name}: in this line"
+    hint = f"add {tags[0]} to {axis.name}: in this line"
     raise Failure([Diagnostic("KG041", axis.location, message, hint)])
 
 
-def _bucket(axis: Axis, size: int) -> tuple[str, str]:
-    meanings = VOCABULARY.get(axis.name, {})
-    for tag, facts in meanings.items():
-        limit = facts.get("max_rank", 0)
-        if size >= 1 and limit is None:
-            return tag, f"{size} is above every bucket, so it is tiled"
-        if size >= 1 and isinstance(limit, int) and size <= limit:
-            return tag, f"the smallest bucket that holds {size}"
-    hint = TAG_HINTS.get(axis.name) or f"tags: {', '.join(axis.tags)}"
-    raise failure("KG015", axis.name, f"nothing like {size}", hint)
+def _buckets(axis: Axis, size: int) -> tuple[list[str], str]:
+    limits = {tag: facts.get("max_rank", 0) for tag, facts in VOCABULARY.get(axis.name, {}).items()}
+    tags = [
+        tag
+        for tag, limit in limits.items()
+        if size >= 1 and (limit is None or (isinstance(limit, int) and size <= limit))
+    ]
+    if not tags:
+        hint = TAG_HINTS.get(axis.name) or f"tags: {', '.join(axis.tags)}"
+        raise failure("KG015", axis.name, f"nothing like {size}", hint)
+    if limits[tags[0]] is None:
+        return tags, f"{size} is above every bucket, so it is tiled"
+    return tags, f"the smallest bucket that holds {size} and has a variant"
+
+
+def _nearest(
+    variants: Iterable[Variant], buckets: Mapping[str, Sequence[str]]
+) -> tuple[Variant, ...]:
+    """Of variants that differ in their bucket alone, the first, as a call gets it."""
+    found: dict[tuple[str, ...], Variant] = {}
+    for variant in variants:
+        others = tuple(tag for axis, tag in variant.tags if axis not in buckets)
+        best = found.setdefault(others, variant)
+        if _places(variant, buckets) < _places(best, buckets):
+            found[others] = variant
+    return tuple(found.values())
+
+
+def _places(variant: Variant, buckets: Mapping[str, Sequence[str]]) -> list[int]:
+    return [tags.index(getattr(variant, axis)) for axis, tags in buckets.items()]
 
 
 def _open_reason(axis: Axis, left: list[str]) -> str:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import random
 import shutil
+import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any, Callable, Iterator
 
 import project
 import pytest
 
 from kernelgen import build, names, write
 from kernelgen.diagnostics import Failure
+from kernelgen.disk import Disk, hash_text
 from kernelgen.model import Tree
 
 OLD = Tree(
@@ -38,13 +44,49 @@ NEW = Tree(
 )
 
 
+STEPS = [name for name in vars(Disk) if not name.startswith("_")]
+Snapshot = dict[str, tuple[int, Any]]
+
+
 def on_disk(out: Path) -> dict[str, str]:
-    """The generated files, without the manifest and what an interrupted build left."""
-    return {
-        path: data.decode()
-        for path, data in project.files(out).items()
-        if path != names.MANIFEST and not path.startswith(names.STAGING)
-    }
+    """The files, without the manifest."""
+    files = project.files(out)
+    return {path: data.decode() for path, data in files.items() if path != names.MANIFEST}
+
+
+def snapshot(folder: Path) -> Snapshot:
+    """Everything in a folder, the folder included: mode, and content, target or entries."""
+    found: Snapshot = {}
+    for path in (folder, *folder.rglob("*")):
+        if not os.path.lexists(path):
+            continue
+        mode = path.lstat().st_mode
+        if stat.S_ISLNK(mode):
+            content: Any = os.readlink(path)
+        elif stat.S_ISDIR(mode):
+            content = sorted(os.listdir(path))
+        else:
+            content = path.read_bytes()
+        found[str(path.relative_to(folder))] = (mode, content)
+    return found
+
+
+def both(out: Path) -> tuple[Snapshot, Snapshot]:
+    return snapshot(out / names.PACKAGE), snapshot(out / names.TESTS)
+
+
+def add_foreign(out: Path) -> dict[Path, int]:
+    """Put what is not ours into the output folders; each path with its inode."""
+    for path in ("generated/a/notes.txt", "generated/__pycache__/x.pyc", "tests/generated/mine.py"):
+        (out / path).parent.mkdir(exist_ok=True)
+        (out / path).write_text("mine")
+    (out / "generated/own/empty").mkdir(parents=True)
+    (out / "generated/own").chmod(0o2750)
+    (out / "generated/own/dangling").symlink_to("nowhere")
+    (out / "generated/own/folder").symlink_to("../a")
+    foreign = [out / "generated/a/notes.txt", out / "generated/__pycache__/x.pyc"]
+    foreign += [out / "tests/generated/mine.py", *(out / "generated/own").glob("[df]*")]
+    return {path: path.lstat().st_ino for path in foreign}
 
 
 def codes(failed: pytest.ExceptionInfo[Failure]) -> list[str]:
@@ -52,54 +94,109 @@ def codes(failed: pytest.ExceptionInfo[Failure]) -> list[str]:
     return [fault.code for fault in failed.value.diagnostics]
 
 
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    write.sync(OLD, tmp_path)
-    return tmp_path
-
-
 class Stop(BaseException):
     """Stands for the death of the process: nothing after it reaches the disk."""
 
 
-class Counting(write.Disk):
-    """Counts the steps; with ``after``, does that many and then fails at each."""
+class Counting(Disk):
+    """Counts the steps; with ``after``, does that many and then fails: at each, or with ``once`` at one."""
 
-    def __init__(self, after: int | None = None, failure: BaseException | None = None) -> None:
+    def __init__(
+        self, after: int | None = None, failure: BaseException | None = None, once: bool = False
+    ) -> None:
         self.after = after
         self.failure = failure or Stop()
+        self.once = once
         self.steps: list[str] = []
 
-    def step(self, name: str) -> None:
-        if self.after is not None and len(self.steps) >= self.after:
+    def step(self, name: str, path: Path) -> None:
+        number = len(self.steps)
+        if self.after is not None and (number == self.after if self.once else number >= self.after):
+            if number == self.after:
+                _tear(name, path)
+            if self.once:
+                self.steps.append("failed")
             raise self.failure
         self.steps.append(name)
 
-    def make_folder(self, path: Path) -> None:
-        self.step("make_folder")
-        super().make_folder(path)
 
-    def write(self, path: Path, data: bytes) -> None:
-        if self.after is not None and len(self.steps) >= self.after:
-            path.write_bytes(data[: len(data) // 2])  # a torn write
-        self.step("write")
-        super().write(path, data)
+def _tear(name: str, path: Path) -> None:
+    """Do a half of what is not one system call."""
+    if name == "write":
+        path.write_bytes(b"torn")
+    elif name == "make_folder":
+        path.mkdir(exist_ok=True)
+    elif name == "remove_tree":
+        files = sorted(file for file in path.rglob("*") if not file.is_dir())
+        for file in files[::2]:
+            file.unlink()
+
+
+def _counted(name: str) -> Callable[..., None]:
+    def method(self: Counting, *paths: Any) -> None:
+        self.step(name, paths[0])
+        getattr(Disk, name)(self, *paths)
+
+    return method
+
+
+for _name in STEPS:
+    setattr(Counting, _name, _counted(_name))
+
+
+class NoSwap(Counting):
+    def swap(self, one: Path, other: Path) -> None:
+        raise OSError(errno.ENOSYS, "no such call")
+
+
+class NoLinks(Counting):
+    def link(self, old: Path, new: Path) -> None:
+        raise OSError(errno.EPERM, "no hard links")
+
+
+class Mounted(Counting):
+    """The output folders are mounts."""
+
+    def link(self, old: Path, new: Path) -> None:
+        raise OSError(errno.EXDEV, "another device")
 
     def rename(self, old: Path, new: Path) -> None:
-        self.step("rename")
+        if names.STAGING in str(old) and names.STAGING not in str(new):
+            raise OSError(errno.EXDEV, "another device")
         super().rename(old, new)
 
-    def remove(self, path: Path) -> None:
-        self.step("remove")
-        super().remove(path)
 
-    def remove_folder(self, path: Path) -> None:
-        self.step("remove_folder")
-        super().remove_folder(path)
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
-    def sync_folder(self, path: Path) -> None:
-        self.step("sync_folder")
-        super().sync_folder(path)
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory, where the system has such: for tests that make thousands of folders."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def swaps(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """For tests of what holds where folders can be swapped."""
+    folder = tmp_path_factory.mktemp("swaps")
+    (folder / "one").mkdir()
+    (folder / "other").mkdir()
+    try:
+        Disk().swap(folder / "one", folder / "other")
+    except OSError as error:
+        pytest.skip(f"this file system cannot swap folders: {error}")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    write.sync(OLD, tmp_path)
+    return tmp_path
 
 
 def test_a_build_writes_what_changed_and_removes_what_no_spec_makes(out: Path) -> None:
@@ -125,65 +222,215 @@ def test_nothing_to_do_touches_nothing(out: Path) -> None:
     assert write.sync(OLD, out, disk).is_clean and disk.steps == []
 
 
-def test_stopped_at_any_step_the_next_build_repairs(tmp_path: Path) -> None:
-    def prepared(name: str) -> Path:
-        out = tmp_path / name
-        write.sync(OLD, out)
-        (out / "generated/a/foreign.txt").write_text("mine")
-        return out
-
+def test_what_is_not_ours_keeps_its_identity(out: Path, swaps: None) -> None:
+    foreign = add_foreign(out)
+    before = {path: state for path, state in snapshot(out / "generated").items() if "own" in path}
+    (out / "generated").chmod(0o775)
     counting = Counting()
-    write.sync(NEW, prepared("all"), counting)
-    committed = counting.steps.index("rename")
-    assert len(counting.steps) > 20
-    foreign = {"generated/a/foreign.txt": "mine"}
+    write.sync(NEW, out, counting)
+    assert counting.steps.count("swap") == 2
+    assert {path: path.lstat().st_ino for path in foreign} == foreign
+    after = snapshot(out / "generated")
+    assert {path: state for path, state in after.items() if "own" in path} == before
+    assert stat.S_IMODE((out / "generated").stat().st_mode) == 0o775
+    assert (out / "generated/a/notes.txt").stat().st_nlink == 1
+
+
+def test_only_a_folder_that_changes_is_swapped(out: Path, swaps: None) -> None:
+    inode = (out / names.TESTS).stat().st_ino
+    kernel = Tree({**OLD.files, "generated/__init__.py": "new\n"})
+    counting = Counting()
+    write.sync(kernel, out, counting)
+    (out / "generated/a/gone.py").unlink()  # the manifest stays as it is
+    write.sync(kernel, out, counting)
+    assert counting.steps.count("swap") == 1 + 1
+    # the hash of a text is in the manifest, so one of the tests is a change of both
+    assert (out / names.TESTS).stat().st_ino == inode
+    assert on_disk(out) == kernel.files
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_modes_do_not_depend_on_the_umask(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        write.sync(OLD, tmp_path)
+        write.sync(NEW, tmp_path)
+    finally:
+        os.umask(before)
+    for state in both(tmp_path):
+        assert {mode for mode, _ in state.values()} == {stat.S_IFDIR | 0o755, stat.S_IFREG | 0o644}
+
+
+# ---- interrupted
+
+
+@pytest.fixture(scope="session")
+def states(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
+    """A folder with the old tree and foreign files; its snapshots with the old and with the new tree."""
+    out = tmp_path_factory.mktemp("states") / "old"
+    write.sync(OLD, out)
+    add_foreign(out)
+    shutil.copytree(out, out.parent / "new", symlinks=True)
+    write.sync(NEW, out.parent / "new")
+    return out, both(out), both(out.parent / "new")
+
+
+def test_stopped_at_any_step_each_folder_is_old_or_new(
+    memory: Path, swaps: None, states: tuple[Path, Any, Any]
+) -> None:
+    start, old, new = states
+    finished: tuple[tuple[Snapshot, Snapshot], ...] = (old, (new[0], old[1]), new)
+    shutil.copytree(start, memory / "all", symlinks=True)
+    counting = Counting()
+    write.sync(NEW, memory / "all", counting)
+    seen = []
     for after in range(len(counting.steps)):
-        out = prepared(str(after))
+        out = memory / str(after)
+        shutil.copytree(start, out, symlinks=True)
         with pytest.raises(Stop):
             write.sync(NEW, out, Counting(after))
-        found = write.plan(NEW, out)
-        assert not found.is_clean or after >= len(counting.steps) - 1
-        if after <= committed:
-            assert on_disk(out) == OLD.files | foreign
-        else:
-            left = on_disk(out)
-            for path in {*left, *OLD.files, *NEW.files}:
-                assert left.get(path) in (
-                    OLD.files.get(path),
-                    NEW.files.get(path),
-                    foreign.get(path),
-                )
-        # the next build may be of either tree
+        seen.append(finished.index(both(out)))
+        plan = write.plan(NEW, out)
+        assert not plan.blocked and (not plan.is_clean or after == len(counting.steps) - 1)
+        # the next build may be of either tree, or of a part
+        if after % 3 == 0:
+            write.sync(Tree({"generated/a/added.py": "added\n"}, partial=True), out)
         again = OLD if after % 2 else NEW
         write.sync(again, out)
-        assert on_disk(out) == again.files | foreign
+        assert both(out) == (old if after % 2 else new)
         assert write.plan(again, out).is_clean and not (out / names.STAGING).exists()
+        shutil.rmtree(out)
+    assert seen == sorted(seen) and set(seen) == {0, 1, 2}
 
 
-def test_a_repair_can_be_stopped_too(tmp_path: Path) -> None:
-    for first in range(14, 26, 3):
-        for second in range(0, 12):
-            out = tmp_path / f"{first}-{second}"
-            write.sync(OLD, out)
+@pytest.mark.parametrize("disk", [NoSwap, NoLinks, Mounted])
+def test_where_folders_cannot_be_swapped_the_next_build_repairs(
+    disk: type[Counting], memory: Path, states: tuple[Path, Any, Any]
+) -> None:
+    start, old, new = states
+    shutil.copytree(start, memory / "all", symlinks=True)
+    foreign = {path: path.lstat().st_ino for path in (memory / "all").rglob("*.txt")}
+    counting = disk()
+    write.sync(NEW, memory / "all", counting)
+    assert both(memory / "all") == new and "swap" not in counting.steps
+    assert {path: path.lstat().st_ino for path in foreign} == foreign
+    for after in range(0, len(counting.steps), 2):
+        out = memory / str(after)
+        shutil.copytree(start, out, symlinks=True)
+        with pytest.raises(Stop):
+            write.sync(NEW, out, disk(after))
+        left = on_disk(out)
+        for path in {*OLD.files, *NEW.files}:
+            assert left.get(path) in (OLD.files.get(path), NEW.files.get(path))
+        with contextlib.suppress(Stop):
+            write.sync(NEW, out, disk(after // 2))
+        again = OLD if after % 4 else NEW
+        write.sync(again, out, disk())
+        assert both(out) == (old if after % 4 else new) and write.plan(again, out).is_clean
+        assert not (out / names.STAGING).exists()
+        shutil.rmtree(out)
+
+
+def test_a_repair_can_be_stopped_too(
+    memory: Path, swaps: None, states: tuple[Path, Any, Any]
+) -> None:
+    start, old, _ = states
+    third = Tree({**OLD.files, "generated/d/x.py": "x\n", "tests/generated/test_a.py": "third\n"})
+    counting = Counting()
+    shutil.copytree(start, memory / "all", symlinks=True)
+    write.sync(NEW, memory / "all", counting)
+    swap = counting.steps.index("swap")
+    for first in (swap, swap + 1, swap + 3):
+        for second in range(first % 2, 60, 5):
+            out = memory / f"{first}-{second}"
+            shutil.copytree(start, out, symlinks=True)
             with pytest.raises(Stop):
                 write.sync(NEW, out, Counting(first))
-            try:
-                write.sync(NEW, out, Counting(second))
-            except Stop:
-                write.sync(NEW, out)
-            assert on_disk(out) == NEW.files and write.plan(NEW, out).is_clean
+            with contextlib.suppress(Stop):
+                write.sync(third, out, Counting(second))
+            write.sync(OLD, out)
+            assert both(out) == old and write.plan(OLD, out).is_clean
+            shutil.rmtree(out)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS])
-def test_a_system_call_that_fails_leaves_the_old_tree(number: int, tmp_path: Path) -> None:
-    for after in range(0, 12, 3):
-        out = tmp_path / str(after)
-        write.sync(OLD, out)
-        with pytest.raises(Failure) as failed:
-            write.sync(NEW, out, Counting(after, OSError(number, os.strerror(number))))
-        assert codes(failed) == ["KG001"] and on_disk(out) == OLD.files
-        write.sync(NEW, out)
-        assert on_disk(out) == NEW.files
+FAILURES = [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS]
+
+
+@pytest.mark.parametrize("number", FAILURES)
+def test_a_system_call_that_fails_leaves_one_tree(
+    number: int, memory: Path, swaps: None, states: tuple[Path, Any, Any]
+) -> None:
+    start, old, new = states
+    counting = Counting()
+    shutil.copytree(start, memory / "all", symlinks=True)
+    write.sync(NEW, memory / "all", counting)
+    last = len(counting.steps) - 1 - counting.steps[::-1].index("swap")
+    for after in range(FAILURES.index(number), len(counting.steps), len(FAILURES)):
+        for once in (True, False) if after <= counting.steps.index("swap") else (True,):
+            out = memory / f"{after}-{once}"
+            shutil.copytree(start, out, symlinks=True)
+            error = OSError(number, os.strerror(number))
+            with pytest.raises(Failure) as failed:
+                write.sync(NEW, out, Counting(after, error, once))
+            # a swap that cannot be made durable is undone
+            assert codes(failed) == ["KG001"] and both(out) == (old if after <= last + 1 else new)
+            write.sync(NEW, out)
+            assert both(out) == new and not (out / names.STAGING).exists()
+            shutil.rmtree(out)
+
+
+class Late(Counting):
+    """While the copy is made, someone else works in the folder."""
+
+    def swap(self, one: Path, other: Path) -> None:
+        if (other / "own").exists() and not (other / "late.txt").exists():
+            (other / "late.txt").write_text("late")
+            (other / "a/__init__.py").write_text("edited in place")
+            (other / "own/draft").write_text("second draft")
+            os.replace(other / "own/draft", other / "own/text")
+            (other / "own/new/empty").mkdir(parents=True)
+            (other / "own/new/text").write_text("late")
+            (other / "own/new/link").symlink_to("text")
+        super().swap(one, other)
+
+
+def test_what_others_do_while_the_copy_is_made_is_not_lost(out: Path, swaps: None) -> None:
+    (out / "generated/own").mkdir()
+    (out / "generated/own/text").write_text("first draft")
+    start = out.parent / f"{out.name}-start"
+    shutil.copytree(out, start)
+    counting = Late()
+    write.sync(NEW, out, counting)
+    for after in (None, *range(counting.steps.index("swap") + 1, len(counting.steps))):
+        if after is not None:
+            shutil.rmtree(out)
+            shutil.copytree(start, out)
+            with pytest.raises(Stop):
+                write.sync(NEW, out, Late(after))
+            (out / "generated/a/__init__.py").write_text("same\n")
+            write.sync(NEW, out)
+        own = out / "generated/own"
+        assert (out / "generated/late.txt").read_text() == "late"
+        assert (own / "text").read_text() == "second draft"
+        assert (own / "new/text").read_text() == "late" and (own / "new/empty").is_dir()
+        assert os.readlink(own / "new/link") == "text"
+        if after is None:
+            assert (out / "generated/a/__init__.py").read_text() == "edited in place"
+
+
+def test_a_file_that_is_edited_while_its_successor_is_made_stays(out: Path) -> None:
+    class Editing(Counting):
+        def sync_folder(self, path: Path) -> None:
+            (out / "generated/a/gone.py").write_text("edited")
+
+    with pytest.raises(Failure) as failed:
+        write.sync(NEW, out, Editing())
+    assert codes(failed) == ["KG031"]
+    assert on_disk(out) == {**OLD.files, "generated/a/gone.py": "edited"}
+    assert not (out / names.STAGING).exists()
+
+
+# ---- what is not ours
 
 
 def foreign(out: Path) -> None:
@@ -324,40 +571,54 @@ def test_a_broken_manifest_is_told(text: str, out: Path) -> None:
     assert (out.parent / "outside").read_text() == "mine"
 
 
+HASH = hash_text("mine")
+
+
 @pytest.mark.parametrize(
-    ("change", "code"),
+    "text",
     [
-        (lambda staging, step: (staging / step["staged"]).unlink(), "KG032"),
-        (lambda staging, step: (staging / step["staged"]).write_text("torn"), "KG032"),
-        (lambda staging, step: (staging / "journal.json").write_text("{"), "KG032"),
-        (lambda staging, step: (staging.parent / "__init__.py").write_text("edited"), "KG031"),
+        "{",
+        '{"schema_version": 1}',
+        '{"schema_version": 1, "files": [], "swaps": {}}',
+        '{"schema_version": 1, "files": {"generated/x.py": "HASH"}, "swaps": {}}',
+        '{"schema_version": 1, "files": {"generated/../../victim": ["HASH"]}, "swaps": {}}',
+        '{"schema_version": 1, "files": {}, "swaps": {"generated": ["generated/x.py", "HASH"]}}',
+        '{"schema_version": 1, "files": {}, "swaps": {"generated": [["x"], "HASH"]}}',
+        '{"schema_version": 1, "files": {"generated/x.py": ["HASH"]}, '
+        '"swaps": {"..": ["generated/x.py", ""]}}',
     ],
-    ids=["lost", "torn", "journal", "edited since"],
 )
-def test_an_interrupted_build_that_cannot_be_finished_is_told(change, code: str, out: Path) -> None:
-    counting = Counting()
-    write.sync(NEW, out, counting)
-    write.sync(OLD, out)
-    with pytest.raises(Stop):
-        write.sync(NEW, out, Counting(counting.steps.index("rename") + 1))
-    staging = out / names.STAGING
-    steps = json.loads((staging / "journal.json").read_text())["steps"]
-    change(staging, next(step for step in steps if step["path"] == "generated/__init__.py"))
-    before = project.files(out)
-    with pytest.raises(Failure) as failed:
-        write.sync(NEW, out)
-    assert codes(failed) == [code] and project.files(out) == before
-
-
-def test_a_journal_cannot_lead_outside(out: Path) -> None:
+def test_a_broken_journal_is_told_and_leads_nowhere(text: str, out: Path) -> None:
     (out.parent / "victim").write_text("mine")
-    staging = out / names.STAGING
-    staging.mkdir()
-    step = {"path": "generated/../../victim", "old": write._hash("mine"), "new": "", "staged": "0"}
-    (staging / "journal.json").write_text(json.dumps({"schema_version": 1, "steps": [step]}))
+    (out / names.STAGING).mkdir()
+    (out / names.STAGING / "journal.json").write_text(text.replace("HASH", HASH))
     with pytest.raises(Failure) as failed:
         write.sync(NEW, out)
-    assert codes(failed) == ["KG032"] and (out.parent / "victim").read_text() == "mine"
+    assert codes(failed) == ["KG032"] and on_disk(out) == OLD.files
+    assert (out.parent / "victim").read_text() == "mine"
+
+
+def test_a_staging_folder_that_leads_elsewhere_is_told(out: Path) -> None:
+    (out / "elsewhere/copies").mkdir(parents=True)
+    (out / names.STAGING).symlink_to("elsewhere")
+    with pytest.raises(Failure) as failed:
+        write.sync(NEW, out)
+    assert codes(failed) == ["KG030"] and (out / "elsewhere/copies").exists()
+
+
+def test_what_others_made_after_an_interruption_stays(out: Path) -> None:
+    class Stopping(NoSwap):
+        def rename(self, old: Path, new: Path) -> None:
+            if new == out / names.MANIFEST:
+                raise Stop
+            super().rename(old, new)
+
+    with pytest.raises(Stop):
+        write.sync(NEW, out, Stopping())
+    assert (out / "generated/a/added.py").exists() and write.plan(OLD, out).interrupted
+    (out / "generated/a/added.py").write_text("mine")
+    assert "generated/a/added.py" not in write.sync(OLD, out).removed
+    assert on_disk(out) == {**OLD.files, "generated/a/added.py": "mine"}
 
 
 def test_the_diff_shows_every_change(out: Path) -> None:
@@ -389,22 +650,98 @@ def test_builds_at_the_same_time_end_in_one_tree(workplace: Path) -> None:
     assert build.check(specs, workplace / "work").is_clean
 
 
-def test_killed_at_any_time_the_next_build_repairs(workplace: Path) -> None:
+def test_a_build_that_is_killed_leaves_the_old_tree_or_the_new_one(
+    workplace: Path, swaps: None
+) -> None:
     specs = project.make(workplace / "start")
     assert _build(workplace / "start").wait() == 0
-    old = on_disk(workplace / "start")
-    (specs / "toy.yaml").write_text(project.SPEC.replace("large", "medium"))
+    shutil.copytree(workplace / "start", workplace / "new")
+    (workplace / "new/specs/toy.yaml").write_text(project.SPEC.replace("large", "medium"))
     start = time.monotonic()
-    assert _build(workplace / "start", "--out", str(workplace / "new")).wait() == 0
+    assert _build(workplace / "new").wait() == 0
     span = time.monotonic() - start
-    new = on_disk(workplace / "new")
-    for i in range(6):
+    old, new = both(workplace / "start"), both(workplace / "new")
+    (specs / "toy.yaml").write_text(project.SPEC.replace("large", "medium"))
+    for i in range(2):
         work = workplace / str(i)
         shutil.copytree(workplace / "start", work)
         process = _build(work)
-        time.sleep(span * (0.5 + i / 12))
+        time.sleep(span * (0.7 + i / 5))
         process.kill()
         process.wait()
-        assert on_disk(work) in (old, new) or (work / names.STAGING / "journal.json").exists()
+        assert both(work) in (old, (new[0], old[1]), new)
         assert _build(work).wait() == 0
-        assert on_disk(work) == new and not (work / names.STAGING).exists()
+        assert both(work) == new and not (work / names.STAGING).exists()
+
+
+COMMITS = """
+import itertools, pathlib, sys
+from kernelgen import write
+from kernelgen.model import Tree
+
+out, *texts = sys.argv[1:]
+trees = [
+    Tree({
+        f"{folder}/{name}{i}.py": text
+        for folder in ("generated", "generated/a", "tests/generated")
+        for name in ("same", text)
+        for i in range(4)
+    })
+    for text in texts
+]
+for tree in itertools.islice(itertools.cycle(trees), 500):
+    write.sync(tree, pathlib.Path(out))
+    print(len(tree.files), flush=True)
+"""
+
+
+def _commits(out: Path) -> subprocess.Popen[str]:
+    """A process that commits one of two trees after the other; it has done one when this returns."""
+    command = [sys.executable, "-c", COMMITS, str(out), "x", "y"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline()
+    return process
+
+
+def _texts(state: Snapshot) -> set[str]:
+    """Which of the trees a folder is of."""
+    files = [entry for entry in state.items() if entry[0].endswith(".py")]
+    assert len(files) % 8 == 0
+    return {name.rpartition("/")[2][0] for name, _ in files} - {"s"} | {
+        content.decode() for _, (_, content) in files
+    }
+
+
+def test_killed_in_the_middle_of_a_commit_each_folder_is_of_one_tree(
+    workplace: Path, swaps: None
+) -> None:
+    rng = random.Random(0)
+    out = workplace / "out"
+    between = 0
+    for _ in range(12):
+        process = _commits(out)
+        time.sleep(rng.random() * 0.06)
+        process.kill()
+        process.communicate()
+        states = both(out)
+        package, tests = map(_texts, states)
+        assert len(package) == len(tests) == 1 and not {*package, *tests} - {"x", "y"}
+        assert len(states[0]) == 2 * 8 + 3 and len(states[1]) == 8 + 1
+        between += (out / names.STAGING).exists()
+    assert between
+    write.sync(OLD, out)
+    assert on_disk(out) == OLD.files and write.plan(OLD, out).is_clean
+    assert not (out / names.STAGING).exists()
+
+
+def test_commits_at_the_same_time_wait_for_each_other(workplace: Path) -> None:
+    out = workplace / "out"
+    processes = [_commits(out) for _ in range(3)]
+    time.sleep(1)
+    running = [process.poll() is None for process in processes]
+    for process in processes:
+        process.kill()
+        process.communicate()
+    assert all(running)
+    write.sync(OLD, out)
+    assert on_disk(out) == OLD.files and write.plan(OLD, out).is_clean

@@ -1,0 +1,390 @@
+"""What holds between the variants of fused MoE-LoRA, and between calls: through the front doors, with real routes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from types import ModuleType
+from typing import Any, Callable, Iterator, Mapping, Sequence
+
+import torch
+
+from kernelgen.buffers import bits, poison_
+from kernelgen.cases.base import Law, Variant
+from kernelgen.cases.moe_lora_inputs import Call, Case, make, tiles
+from kernelgen.cases.moe_route import engine_tables
+from kernelgen.cases.moe_routing import SPREAD, Routed, Routing
+
+_MIXED = Routing("mixed", disabled=(0,))
+_CASE = Case(
+    "law", "the batch of the laws", tokens=6, naive_tokens=6, loras=3, slices=2, routing=_MIXED
+)
+_ASSIGNMENTS = ("naive", "sorted", "auto", "tables")
+
+
+def front_door(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """moe_lora serves every rank, flag and kind of route, within the bound."""
+    dtypes = sorted({v.tags["dtype"] for v in variants})
+    ranks = (1, 24, 48, 96, 129)
+    flags = itertools.cycle(itertools.product(("add", "set"), ("plain", "weighted")))
+    points = itertools.product(_ASSIGNMENTS, ranks)
+    turns = zip(points, flags, itertools.cycle(dtypes), strict=False)
+    for (assignment, rank), (adds, weight), dtype in turns:
+        tags = _tags(dtype, adds, weight)
+        call = make(dataclasses.replace(_CASE, rank=rank), tags, device)
+        _apply(package, call, route_of(package, call.routed, assignment), tags)
+        _about(call.verify, f"rank {rank}, {assignment}, {adds}, {weight}, {dtype}")
+
+
+def every_point_has_a_variant(
+    package: ModuleType, variants: Sequence[Variant], device: str
+) -> None:
+    """Each rank from 1 to 512, with each dtype, flag and kind of route, finds a variant; nothing runs."""
+    near = {edge + step for edge in (16, 32, 64, 128, 256, 512) for step in (-1, 0, 1)}
+    ranks = sorted({1, 8, 200, 320, *near} - {513})
+    dtypes = sorted({v.tags["dtype"] for v in variants})
+    for adds, weight, dtype in itertools.product(("add", "set"), ("plain", "weighted"), dtypes):
+        tags = _tags(dtype, adds, weight)
+        for assignment in ("naive", "sorted", "tables"):
+            call = make(dataclasses.replace(_CASE, slices=1), tags, device)
+            route = route_of(package, call.routed, assignment)
+            out, x, a, b = call.operands
+            for rank in ranks:
+                fits = [t.new_empty((*t.shape[:2], rank, t.shape[3])) for t in a]
+                fitting = [t.new_empty((*t.shape[:3], rank)) for t in b]
+                with package.moe_lora.__globals__["runtime"].compile_only() as requests:
+                    _apply_to(package, (out, x, fits, fitting), route, call, tags)
+                assert requests, f"rank {rank}, {assignment}: nothing to launch"
+
+
+def schedules_agree(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """All schedules give the same result, within the bound of one and of the other."""
+    case = dataclasses.replace(_CASE, k=100, spread=6, tokens=3, slices=1, routing=SPREAD)
+    found: dict[tuple[str, ...], list[tuple[str, Call]]] = {}
+    for variant in _one_a_schedule(variants):
+        call = make(case, variant.tags, device)
+        _launch(package, variant, call)
+        same = tuple(variant.tags[axis] for axis in ("dtype", "add_inputs", "routed_weight"))
+        found.setdefault(same, []).append((variant.name, call))
+    for calls in found.values():
+        for (name, one), (other_name, other) in itertools.combinations(calls, 2):
+            rows = one.live_rows()
+            apart = (one.out.view[rows].double() - other.out.view[rows].double()).abs()
+            limit = one.expected.bound[rows] + other.expected.bound[rows]
+            close = (apart <= limit).all()
+            assert close, f"{name} and {other_name} differ by {apart.max():.3g}"
+
+
+def any_batch_any_time_same_bits(
+    package: ModuleType, variants: Sequence[Variant], device: str
+) -> None:
+    """A pair has the same bits when a call is repeated, and when other tokens are with it in the batch."""
+    chosen = [5, 1, 4]
+    for variant in _one_a_schedule(variants):
+        call, again = (make(_CASE, variant.tags, device) for _ in range(2))
+        _launch(package, variant, call)
+        _launch(package, variant, again)
+        same = torch.equal(bits(call.out.base), bits(again.out.base))
+        assert same, f"{variant.name}: a repeated call gives other bits"
+        part = _tokens_of(make(_CASE, variant.tags, device), chosen)
+        _launch(package, variant, part)
+        got, wanted = part.out.view, call.out.view[chosen].contiguous()
+        assert torch.equal(bits(got), bits(wanted)), f"{variant.name}: bits depend on the batch"
+
+
+def stale_workspace(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """What an earlier, larger batch left in a workspace changes nothing (vLLM #42008, #40038)."""
+    large = dataclasses.replace(_CASE, tokens=12, routing=SPREAD)
+    dtype = variants[0].tags["dtype"]
+    for assignment, adds, weight in (
+        ("naive", "add", "plain"),
+        ("sorted", "set", "weighted"),
+        ("tables", "add", "weighted"),
+    ):
+        tags = _tags(dtype, adds, weight)
+        workspace = _workspace(package, device, max_tokens=16)
+        if assignment == "tables":  # those of an engine may have more blocks than a sort makes
+            workspace = workspace._replace(tables=workspace.tables.new_empty(4096))
+        for buffer in workspace:
+            poison_(buffer)
+        for case in (large, dataclasses.replace(_CASE, rank=16)):
+            call = make(dataclasses.replace(case, rank=16), tags, device)
+            route = route_of(package, call.routed, assignment, workspace)
+            _apply(package, call, route, tags)
+            _about(call.verify, f"{assignment}, {case.tokens} tokens")
+
+
+def empty_batch(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """No token: nothing happens."""
+    for assignment in ("naive", "sorted", "auto"):
+        tags = _tags(variants[0].tags["dtype"], "set", "plain")
+        call = make(dataclasses.replace(_CASE, tokens=0, rank=16), tags, device)
+        _apply(package, call, route_of(package, call.routed, assignment), tags)
+        _about(call.verify, assignment)
+
+
+def wrong_arguments_are_named(
+    package: ModuleType, variants: Sequence[Variant], device: str
+) -> None:
+    """Arguments that do not fit raise ValueError, with what was given and wanted, before anything is written."""
+    for variant in _one_a_schedule(variants):
+        call = make(_CASE, variant.tags, device)
+        route = route_of(package, call.routed, variant.tags["assignment"])
+        operands = dict(zip(("out", "x", "lora_a", "lora_b"), call.operands, strict=True))
+        for label, change in _WRONG.items():
+            wrong = {**operands, "route": route, **_weights(call)}
+            if not change(wrong):
+                continue
+            try:
+                variant.launcher(package)(**wrong)
+            except ValueError as error:
+                complete = all(word in str(error) for word in (variant.name, "got", "wanted"))
+                assert complete, f"{variant.name}, {label}: {error}"
+            else:
+                raise AssertionError(f"{variant.name}: {label} is let pass")
+        assert not call.out.changed().any(), f"{variant.name}: out was written"
+
+
+def graph_replay(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """A captured graph stays right when the routing changes: the bits of an eager call (vLLM #40038, SGLang #28371)."""
+    dtype = variants[0].tags["dtype"]
+    for assignment, weight in itertools.product(("naive", "sorted"), ("plain", "weighted")):
+        tags = _tags(dtype, "add", weight)
+        before, after, eager = (
+            make(dataclasses.replace(_CASE, rank=16, routing=routing), tags, device)
+            for routing in (Routing("one_group"), Routing("spread"), Routing("spread"))
+        )
+        workspace = _workspace(package, device, max_tokens=_CASE.tokens)
+
+        def step(
+            call: Call = before, assignment: str = assignment, tags: Any = tags, ws: Any = workspace
+        ) -> None:
+            _apply(package, call, route_of(package, call.routed, assignment, ws), tags)
+
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            step()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        for captured, fresh in _buffers(before, after):
+            captured.copy_(fresh)
+        graph.replay()
+        _apply(package, eager, route_of(package, eager.routed, assignment), tags)
+        torch.cuda.synchronize()
+        wanted = bits(eager.out.view.contiguous())
+        same = torch.equal(bits(before.out.view.contiguous()), wanted)
+        assert same, f"{assignment}, {weight}: the replay differs from an eager call"
+
+
+def two_streams(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """Calls on two streams, with a workspace each, do not disturb each other."""
+    tags = _tags(variants[0].tags["dtype"], "add", "plain")
+    case = dataclasses.replace(_CASE, rank=16, k=1024, n=512, routing=SPREAD)
+    for assignment in ("naive", "sorted"):
+        calls = [make(case, tags, device) for _ in range(8)]
+        spaces = [_workspace(package, device, max_tokens=case.tokens) for _ in range(2)]
+        streams = [torch.cuda.Stream() for _ in range(2)]  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+        for i, call in enumerate(calls):
+            with torch.cuda.stream(streams[i % 2]):
+                _apply(
+                    package, call, route_of(package, call.routed, assignment, spaces[i % 2]), tags
+                )
+        torch.cuda.synchronize()
+        for call in calls:
+            _about(call.verify, assignment)
+
+
+LAWS = (
+    Law(front_door),
+    Law(every_point_has_a_variant),
+    Law(schedules_agree),
+    Law(any_batch_any_time_same_bits),
+    Law(stale_workspace),
+    Law(empty_batch),
+    Law(wrong_arguments_are_named),
+    Law(graph_replay, needs_gpu=True),
+    Law(two_streams, needs_gpu=True),
+)
+
+
+def route_of(package: ModuleType, routed: Routed, assignment: str, workspace: Any = None) -> Any:
+    """A route through the front doors; "tables": from those of an engine."""
+    if assignment != "tables":
+        ids, mapping = routed.topk_ids, routed.token_lora_mapping
+        return package.moe_route(
+            ids, mapping, **routed.arguments, assignment=assignment, workspace=workspace
+        )
+    tables, lora_ids = engine_tables(routed, block_size=16)
+    device = routed.topk_ids.device
+    return package.MoeRoute.from_tables(
+        *(table.to(device) for table in tables),
+        block_size=16,
+        num_tokens=routed.sizes.tokens,
+        top_k=routed.sizes.top_k,
+        num_experts=routed.sizes.experts,
+        max_loras=routed.sizes.loras,
+        lora_ids=None if lora_ids is None else lora_ids.to(device),
+        adapter_enabled=routed.adapter_enabled,
+        workspace=workspace,
+    )
+
+
+def _workspace(package: ModuleType, device: str, max_tokens: int) -> Any:
+    return package.moe_workspace(
+        max_tokens=max_tokens,
+        top_k=_CASE.top_k,
+        num_experts=_CASE.experts,
+        max_loras=_CASE.loras,
+        max_rank=16,
+        num_slices=_CASE.slices,
+        device=device,
+    )
+
+
+def _tags(dtype: str, adds: str, weight: str) -> Mapping[str, str]:
+    return {
+        "dtype": dtype,
+        "add_inputs": adds,
+        "routed_weight": weight,
+        "assignment": "sorted",
+        "rank": "r16",
+    }
+
+
+def _apply(package: ModuleType, call: Call, route: Any, tags: Mapping[str, str]) -> None:
+    _apply_to(package, call.operands, route, call, tags)
+
+
+def _apply_to(
+    package: ModuleType, operands: Any, route: Any, call: Call, tags: Mapping[str, str]
+) -> None:
+    package.moe_lora(
+        *operands,
+        route,
+        topk_weights=call.topk_weights,
+        add_inputs=tags["add_inputs"] == "add",
+        mul_routed_weight=tags["routed_weight"] == "weighted",
+    )
+
+
+def _about(verify: Callable[[], object], what: str) -> None:
+    try:
+        verify()
+    except AssertionError as error:
+        raise AssertionError(f"{what}: {error}") from None
+
+
+def _launch(package: ModuleType, variant: Variant, call: Call) -> None:
+    """Run a variant on a real route with the tiles of the cases."""
+    launcher = variant.launcher(package)
+    keywords: dict[str, Any] = {"assignment": variant.tags["assignment"]}
+    if variant.tags["assignment"] == "sorted":
+        keywords["block_m"] = 16
+    ids, mapping = call.routed.topk_ids, call.routed.token_lora_mapping
+    route = package.moe_route(ids, mapping, **call.routed.arguments, **keywords)
+    config = tiles(launcher, call.lora_a[0].shape[2])
+    launcher(*call.operands, route, config=config, **_weights(call))
+
+
+def _weights(call: Call) -> dict[str, torch.Tensor]:
+    return {} if call.topk_weights is None else {"topk_weights": call.topk_weights}
+
+
+def _one_a_schedule(variants: Sequence[Variant]) -> Iterator[Variant]:
+    """Of each schedule and assignment, the variants of its first rank bucket and dtype."""
+    first: dict[tuple[str, str], tuple[str, str]] = {}
+    for variant in variants:
+        tags = variant.tags
+        body = (tags["schedule"], tags["assignment"])
+        if first.setdefault(body, (tags["rank"], tags["dtype"])) == (tags["rank"], tags["dtype"]):
+            yield variant
+
+
+def _tokens_of(call: Call, chosen: list[int]) -> Call:
+    """The same call for some of its tokens, in another order."""
+    routed, top_k = call.routed, call.routed.sizes.top_k
+    rows = (
+        chosen
+        if call.topk_weights is None
+        else [t * top_k + j for t in chosen for j in range(top_k)]
+    )
+    weights = None if call.topk_weights is None else call.topk_weights[chosen].contiguous()
+    part = routed._replace(
+        topk_ids=routed.topk_ids[chosen].contiguous(),
+        token_lora_mapping=routed.token_lora_mapping[chosen].contiguous(),
+    )
+    out = dataclasses.replace(call.out, view=call.out.view[chosen].contiguous())
+    x = call.x[rows].contiguous()
+    return dataclasses.replace(call, out=out, x=x, topk_weights=weights, routed=part)
+
+
+def _buffers(to: Call, source: Call) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    yield to.out.base, source.out.base
+    yield to.x, source.x
+    yield from zip(to.lora_a + to.lora_b, source.lora_a + source.lora_b, strict=True)
+    yield to.routed.topk_ids, source.routed.topk_ids
+    yield to.routed.token_lora_mapping, source.routed.token_lora_mapping
+    if to.topk_weights is not None and source.topk_weights is not None:
+        yield to.topk_weights, source.topk_weights
+
+
+# Each spoils one argument, and says whether there is such an argument.
+
+_Operands = dict[str, Any]
+
+
+def _set(name: str, change: Callable[[Any], Any]) -> Callable[[_Operands], bool]:
+    def spoil(operands: _Operands) -> bool:
+        if operands.get(name) is None:
+            return False
+        operands[name] = change(operands[name])
+        return True
+
+    return spoil
+
+
+def _kind_of_route(operands: _Operands) -> bool:
+    route = operands["route"]
+    naive = route.block_m == 0
+    operands["route"] = route._replace(topk_ids=None) if naive else route._replace(block_m=0)
+    return True
+
+
+_WRONG: Mapping[str, Callable[[_Operands], bool]] = {
+    "x of another dtype": _set("x", lambda x: x.float()),
+    "x of another K": _set("x", lambda x: x[:, :-1]),
+    "x of too few rows": _set("x", lambda x: x[:-1]),
+    "x with columns apart": _set("x", lambda x: x.t().contiguous().t()),
+    "x as a vector": _set("x", lambda x: x[0]),
+    "out of another dtype": _set("out", lambda out: out.float()),
+    "out of another N": _set("out", lambda out: out[..., :-1]),
+    "out that does not collapse": _set(
+        "out",
+        lambda o: (
+            o.as_strided(o.shape, (o.stride(0) + 8, o.stride(1), 1), o.storage_offset())
+            if o.stride(0) == 0
+            else o.new_empty(o.shape[0], o.shape[1] + 1, o.shape[2])[:, :-1]
+        ),
+    ),
+    "out with columns apart": _set("out", lambda o: o.transpose(1, 2).contiguous().transpose(1, 2)),
+    "no slice": _set("lora_a", lambda a: a[:0]),
+    "slices that lack a partner": _set("lora_b", lambda b: b[:-1]),
+    "slices of two shapes": _set("lora_a", lambda a: (a[0], a[1][:, :, :-1])),
+    "slices of two strides": _set("lora_b", lambda b: (b[0], b[1].contiguous())),
+    "weights of two ranks": _set("lora_b", lambda b: tuple(t[..., :-1] for t in b)),
+    "weights of another dtype": _set("lora_a", lambda a: tuple(t.double() for t in a)),
+    "weights of three dimensions": _set("lora_a", lambda a: tuple(t[0] for t in a)),
+    "rows of weights apart": _set(
+        "lora_b", lambda b: tuple(t.transpose(2, 3).contiguous().transpose(2, 3) for t in b)
+    ),
+    "too few adapters": _set("route", lambda r: r._replace(max_loras=r.max_loras + 1)),
+    "too few experts": _set("route", lambda r: r._replace(num_experts=r.num_experts + 1)),
+    "the wrong kind of route": _kind_of_route,
+    "routing weights of another shape": _set("topk_weights", lambda w: w[:, :-1]),
+    "routing weights that are integers": _set("topk_weights", lambda w: w.nan_to_num().int()),
+    "routing weights left out": _set("topk_weights", lambda w: None),
+}

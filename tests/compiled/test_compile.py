@@ -1,0 +1,374 @@
+"""Compilation without a GPU: what is compiled, how it is judged, and how the lock is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+import triton
+
+from kernelgen import compile as compiler
+from kernelgen import model
+from kernelgen.compile import Result, assembly, compile_cases, run
+from kernelgen.diagnostics import Failure
+from kernelgen.explain import explain
+from kernelgen.lock import FILE, Lock, Row, coverage
+from kernelgen.probes import Probe
+from kernelgen.requests import Case, cases, cases_of
+from kernelgen.resources import RULES, Usage
+from kernelgen.targets import TARGETS
+
+ROOT = Path(__file__).parent.parent.parent
+SMALL = "moe_lora_small_batch_bf16_naive_{}_plain_r16"
+ADD, SET = SMALL.format("add"), SMALL.format("set")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Remembered figures of these tests alone, shared by them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KERNELGEN_CACHE_DIR", str(tmp_path_factory.mktemp("memory")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def specs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The specs without tuned data, which comes and goes."""
+    folder = tmp_path_factory.mktemp("project") / "specs"
+    shutil.copytree(ROOT / "specs", folder, ignore=shutil.ignore_patterns("tuned"))
+    return folder
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A folder with the generated package, and room for a lock."""
+    (tmp_path / "generated").symlink_to(ROOT / "generated")
+    return tmp_path
+
+
+Small = Callable[..., Result]
+
+
+@pytest.fixture
+def small(specs: Path, out: Path) -> Small:
+    """``run`` on two variants and two targets, if not told otherwise."""
+
+    def small(mode: Any = "check", **options: Any) -> Result:
+        options = {"only": SMALL.format("*"), "targets": ["sm_90", "gfx942"], **options}
+        return run(specs, out, mode=mode, **options)
+
+    return small
+
+
+def codes(result: Result) -> list[str]:
+    return [finding.code for finding in result.findings]
+
+
+def test_targets_are_those_of_specs_and_of_the_runtime() -> None:
+    from generated import _runtime
+
+    assert tuple(TARGETS) == model.TARGETS
+    for target in TARGETS.values():
+        assert _runtime._SHARED_MEMORY[target.arch] == target.program_shared
+
+
+@pytest.mark.parametrize(
+    "name, warps, registers, shared, programs, limit",
+    [
+        ("sm_90", 4, 32, 0, 16, "warps"),
+        ("sm_90", 4, 128, 0, 4, "registers"),
+        ("sm_90", 4, 129, 0, 3, "registers"),
+        ("sm_90", 8, 255, 0, 1, "registers"),
+        ("sm_90", 4, 64, 112 * 1024, 2, "shared memory"),
+        ("sm_90", 4, 64, 114 * 1024, 1, "shared memory"),
+        ("sm_90", 1, 16, 0, 32, "programs"),
+        ("sm_89", 4, 40, 0, 12, "warps"),
+        ("gfx942", 4, 128, 0, 4, "registers"),
+        ("gfx942", 4, 129, 0, 3, "registers"),
+        ("gfx942", 4, 64, 32 * 1024, 2, "shared memory"),
+    ],
+)
+def test_occupancy(
+    name: str, warps: int, registers: int, shared: int, programs: int, limit: str
+) -> None:
+    residency = TARGETS[name].resident_programs(warps, registers, shared)
+    assert (residency.programs, residency.limited_by) == (programs, limit)
+
+
+def test_kernels_that_differ_by_name_alone_are_compiled_once(specs: Path) -> None:
+    """add and set differ in what the expand writes; their shrinks are one."""
+    digests = {
+        (mode, case.row.kernel): case.digest
+        for mode, variant in (("add", ADD), ("set", SET))
+        for case in cases_of(specs, ROOT, variant, "sm_90")
+    }
+    assert digests["add", "shrink"] == digests["set", "shrink"]
+    assert digests["add", "expand"] != digests["set", "expand"]
+    other = {case.row.kernel: case.digest for case in cases_of(specs, ROOT, ADD, "sm_80")}
+    assert other["shrink"] != digests["add", "shrink"]
+
+
+TUNED = """\
+family: moe_lora
+device: H200
+versions: {triton: 3.6.0}
+entries:
+  - problem: {k: 512, n: 256, slices: 2, rank: 24, num_experts: 8, top_k: 2, max_loras: 3, num_tokens: 64, weighted: false}
+    schedule: one_shot
+    config: {block_n: 64, block_k: 128, shrink_stages: 3, expand_stages: 2, num_warps: 8, weight_policy: 1}
+    us: 5.0
+    runner_up:
+      schedule: one_shot
+      config: {block_n: 128, block_k: 32, shrink_stages: 2, expand_stages: 2, num_warps: 4, weight_policy: 0}
+      us: 6.0
+"""
+
+
+def test_tuned_tiles_are_compiled_for_the_primary_target(specs: Path, tmp_path: Path) -> None:
+    shutil.copytree(specs, tmp_path / "specs")
+    (tmp_path / "templates").symlink_to(ROOT / "templates")
+    (tmp_path / "specs/tuned").mkdir(exist_ok=True)
+    (tmp_path / "specs/tuned/moe_lora.yaml").write_text(TUNED)
+    tuned = {
+        (case.row.probe, case.target.name): case
+        for case in cases(tmp_path / "specs", ROOT, "*", ["sm_90", "sm_80"])
+        if case.probe.is_tuned
+    }
+    name = "t64_k512_n256_s2_r24_e8_top2_l3"
+    assert set(tuned) == {(f"first_{name}", "sm_90"), (f"second_{name}", "sm_90")}
+    first = tuned[f"first_{name}", "sm_90"]
+    assert first.row.variant == "moe_lora_one_shot_bf16_sorted_add_plain_r32"
+    assert first.request.options.num_warps == 8
+
+
+def test_update_then_check_is_clean_and_compiles_nothing(small: Small) -> None:
+    assert not small("update").findings
+    again = small()
+    assert not again.findings and again.compiled == 0 and again.skipped == 0
+    assert len(again.outcomes) == 8  # 2 variants, 2 kernels, 2 targets
+
+
+def test_drift_names_kernel_target_was_and_now(small: Small, out: Path) -> None:
+    small("update")
+    lock = Lock(out / FILE)
+    row = Row(ADD, "expand", "naive")
+    lock.sections[triton.__version__][row]["gfx942"][0] += 7
+    lock.write()
+    (finding,) = small().findings
+    now = lock.sections[triton.__version__][row]["gfx942"][0] - 7
+    assert finding.code == "KG054"
+    assert finding.message == (
+        f"{ADD}: kernel expand on probe naive: gfx942 registers {now + 7} -> {now}"
+    )
+    assert "kernelgen compile --update" in finding.hint
+    line = (out / FILE).read_text().split("\n")[finding.location.line - 1]
+    assert line.strip().startswith(f'"{row}"')
+    small("update")
+    assert not small().findings
+
+
+def test_what_the_lock_lacks_is_a_finding(small: Small) -> None:
+    assert codes(small()) == ["KG055"], "no section for this version of Triton"
+    small("update", only=ADD)
+    assert [finding.message for finding in small().findings] == [
+        f"{SET} shrink naive: no figures for gfx942, sm_90",
+        f"{SET} expand naive: no figures for gfx942, sm_90",
+    ]
+    small("update", targets=["sm_90"])
+    messages = [finding.message for finding in small().findings]
+    assert messages == [
+        f"{SET} {kernel} naive: no figures for gfx942" for kernel in ("shrink", "expand")
+    ]
+
+
+def test_update_keeps_other_versions_and_other_variants(small: Small, out: Path) -> None:
+    lock = Lock(out / FILE)
+    other = Row("moe_lora_other", "kernel", "m16")
+    lock.sections = {
+        "1.0.0": {other: {"sm_90": [1, 2, 3]}},
+        triton.__version__: {other: {"sm_90": [4, 5, 6]}},
+    }
+    lock.write()
+    small("update")
+    found = Lock(out / FILE).sections
+    assert found["1.0.0"] == {other: {"sm_90": [1, 2, 3]}}
+    assert found[triton.__version__][other] == {"sm_90": [4, 5, 6]}
+    assert Row(ADD, "shrink", "naive") in found[triton.__version__]
+
+
+def test_rows_that_no_kernel_has_are_a_finding_of_a_whole_check(out: Path) -> None:
+    lock = Lock(out / FILE)
+    gone, here = Row("moe_lora_gone", "kernel", "m16"), Row(ADD, "shrink", "naive")
+    lock.sections = {"3.9.0": {gone: {"sm_90": [1, 0, 3]}, here: {"sm_80": [1, 0, 3]}}}
+    known = [(here, "sm_80")]
+    (finding,) = coverage(lock, "3.9.0", known, complete=True)
+    assert finding.message == f"{gone}: there is no such kernel for sm_90 any more"
+    assert not list(coverage(lock, "3.9.0", known, complete=False))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"schema_version": 2}',
+        "\0",
+        '{"schema_version": 1, "columns": ["registers"]}',
+    ],
+)
+def test_a_lock_that_is_none_is_an_error(small: Small, out: Path, text: str) -> None:
+    (out / FILE).write_text(text)
+    with pytest.raises(Failure) as failed:
+        small()
+    assert failed.value.exit_code == 2
+    assert failed.value.diagnostics[0].code == "KG053"
+
+
+def test_the_lock_has_one_line_a_kernel_and_probe(small: Small, out: Path) -> None:
+    small("update")
+    text = (out / FILE).read_text()
+    assert json.loads(text)["columns"] == ["registers", "spill_bytes", "shared_bytes"]
+    assert text.count(f'"{ADD} ') == 2
+
+
+def patched_usage(change: Callable[[Case, Usage], Usage]) -> Callable[[Case], Usage]:
+    measured = compiler._usage
+    return lambda case: change(case, measured(case))
+
+
+def test_a_spill_is_a_finding(
+    small: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KERNELGEN_CACHE_DIR", str(tmp_path / "memory"))
+    spilling = patched_usage(lambda case, used: dataclasses.replace(used, spill_bytes=8))
+    monkeypatch.setattr(compiler, "_usage", spilling)
+    findings = small("report", only=ADD, targets=["sm_90"]).findings
+    assert [finding.code for finding in findings] == ["KG051"] * 2
+    assert "kernel shrink on probe naive spills 8 bytes a lane for sm_90; allowed are 0" in (
+        findings[0].message
+    )
+    assert small("update", only=ADD, targets=["sm_90"]).findings, "an update accepts no spill"
+
+
+def test_too_much_shared_memory_is_a_finding(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = dataclasses.replace(TARGETS["sm_90"], program_shared=600)
+    monkeypatch.setitem(TARGETS, "sm_90", tiny)  # type: ignore[arg-type]
+    (finding,) = small("report", only=ADD, targets=["sm_90"]).findings
+    assert finding.code == "KG052" and "kernel expand" in finding.message
+
+
+def test_a_compiler_that_ends_its_process_takes_no_other_kernel_along(
+    small: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def dying(case: Case, used: Usage) -> Usage:
+        if case.row.variant == SET and case.row.kernel == "expand":
+            os._exit(1)
+        return used
+
+    monkeypatch.setenv("KERNELGEN_CACHE_DIR", str(tmp_path / "memory"))
+    monkeypatch.setattr(compiler, "_usage", patched_usage(dying))
+    result = small("report", targets=["sm_90"], workers=2)
+    (finding,) = result.findings
+    assert finding.code == "KG050"
+    assert f"{SET}: kernel expand" in finding.message and "ended its process" in finding.message
+    assert sum(isinstance(outcome, Usage) for _, outcome in result.outcomes) == 3
+
+
+def test_a_kernel_that_does_not_compile_is_a_finding(
+    small: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def failing(case: Case, used: Usage) -> Usage:
+        raise ValueError("no\nregisters")
+
+    monkeypatch.setenv("KERNELGEN_CACHE_DIR", str(tmp_path / "memory"))
+    monkeypatch.setattr(compiler, "_usage", patched_usage(failing))
+    findings = small("report", only=ADD, targets=["sm_90"]).findings
+    assert [finding.code for finding in findings] == ["KG050"] * 2
+    assert findings[0].message.endswith("does not compile for sm_90: ValueError: no registers")
+
+
+def test_a_damaged_memory_is_not_believed(
+    small: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KERNELGEN_CACHE_DIR", str(tmp_path))
+    (tmp_path / f"usage-{triton.__version__}-{RULES}.json").write_text('{"x": {"registers": 1}}')
+    assert small("report", only=ADD, targets=["sm_90"]).compiled == 2
+    assert small("report", only=ADD, targets=["sm_90"]).compiled == 0
+
+
+def sample(target: str, count: int, is_tuned: bool = False) -> list[Case]:
+    probe = Probe("p", {}, print, 0.0, 0.0, is_tuned)
+    rows = [Row(f"v{i}", "k", "p") for i in range(count)]
+    make = functools.partial(Case, None, target=TARGETS[target], probe=probe, request=None)
+    return [make(row, digest=f"{target} {is_tuned} {row}") for row in rows]
+
+
+def test_a_sample_takes_all_of_the_primary_target_and_some_of_each_other() -> None:
+    everything = [case for target in TARGETS for case in sample(target, 70)]
+    chosen: dict[str, set[str]] = {name: set() for name in TARGETS}
+    for case in compiler._sample(everything):
+        chosen[case.target.name].add(case.row.variant)
+    sizes = {name: len(found) for name, found in chosen.items()}
+    assert sizes == {name: 70 if name == "sm_90" else 10 for name in TARGETS}
+    others = [chosen[name] for name in TARGETS if name != "sm_90"]
+    assert len(set.union(*others)) == 60, "each target starts elsewhere"
+    assert len(list(compiler._sample(sample("sm_90", 70, is_tuned=True)))) == 10
+
+
+def test_assembly(specs: Path) -> None:
+    ptx = assembly(specs, ROOT, ADD, "ptx", "sm_90")
+    assert set(ptx) == {"shrink", "expand"} and ".target sm_90" in ptx["shrink"]
+    assert "Function:" in assembly(specs, ROOT, ADD, "sass", "sm_90")["expand"]
+    assert "gfx942" in assembly(specs, ROOT, ADD, "amdgcn", "gfx942")["shrink"]
+    with pytest.raises(Failure, match="gfx942 has none"):
+        assembly(specs, ROOT, ADD, "ptx", "gfx942")
+
+
+def test_explain(specs: Path) -> None:
+    explained = explain(specs, ROOT, ADD, "sm_90")
+    (roofline,) = explained.rooflines
+    assert roofline.bound_by == "memory"
+    assert [kernel.name for kernel in roofline.kernels] == ["shrink", "expand"]
+    text = "\n".join(explained.lines())
+    assert "specs/moe_lora.yaml:" in text and "programs a multiprocessor" in text
+    assert json.loads(json.dumps(explained.as_json()))["target"] == "sm_90"
+
+
+def test_nothing_is_left_behind(specs: Path) -> None:
+    before = triton.knobs.cache.dir, triton.runtime.driver._active
+    compile_cases(cases_of(specs, ROOT, ADD, "sm_80"))
+    assert (triton.knobs.cache.dir, triton.runtime.driver._active) == before
+
+
+def command(specs: Path, *words: str) -> int:
+    from kernelgen.cli import commands
+
+    return commands.main([*words, "--specs", str(specs), "--json"], standalone_mode=False) or 0
+
+
+def test_commands_print_one_document(
+    specs: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {}
+    into = "--out", str(out)
+    for words, key in (
+        (["compile", "--only", ADD, "--arch", "sm_90", "--update"], "kernels"),
+        (["compile", "--only", ADD, "--arch", "sm_90", "--check"], "kernels"),
+        (["explain", ADD, "--arch", "gfx942"], "probes"),
+        (["show", ADD, "--ptx"], "ptx"),
+    ):
+        assert command(specs, *words, *into) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert document["schema_version"] == 1
+        found[words[0]] = document[key]
+    assert [row["kernel"] for row in found["compile"]] == ["shrink", "expand"]
+    assert set(found["show"]) == {"shrink", "expand"}
+    (out / FILE).unlink()
+    assert command(specs, "compile", "--only", ADD, "--check", "--arch", "sm_90", *into) == 1

@@ -1,0 +1,166 @@
+"""Compile keys are closed: what changes from step to step makes none that ``warmup`` did not compile.
+
+Tensors are on the ``meta`` device, so no routing, which is data, can enter a key; what is left are sizes, and all are tried.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Iterable, Iterator, Sequence
+
+import pytest
+import torch
+import triton
+
+import generated as kg
+from generated import _runtime as runtime
+from generated._warmup import MoeShape, requests
+from kernelgen.stand_in import compiling_for
+from kernelgen.targets import TARGETS
+
+MAX_TOKENS = 8192
+QWEN3_W13 = MoeShape(k=2048, n=768, slices=2, rank=16, top_k=8, num_experts=128, max_loras=4)
+QWEN3_W2 = QWEN3_W13._replace(k=768, n=2048, slices=1, rank=64, mul_routed_weight=True)
+MIXTRAL_W13 = MoeShape(
+    k=4096, n=14336, slices=2, rank=128, top_k=2, num_experts=8, max_loras=8, dtype=torch.float16
+)
+LOCAL_EXPERTS = MoeShape(  # a share of DeepSeek-V3's experts, with everything optional given
+    k=7168,
+    n=2048,
+    slices=2,
+    rank=200,
+    top_k=3,
+    num_experts=32,
+    max_loras=1,
+    add_inputs=False,
+    adapter_enabled=True,
+    global_experts=256,
+    topk_ids_dtype=torch.int64,
+)
+ALL = ("auto", "naive", "sorted")
+
+
+@pytest.fixture(autouse=True)
+def hopper() -> Iterator[None]:
+    with compiling_for(TARGETS["sm_90"]):
+        yield
+
+
+def serve(shape: MoeShape, num_tokens: int, assignment: str, rank: int | None) -> None:
+    """One step of an engine: a route of ``num_tokens``, and the op on it."""
+
+    def empty(*size: int, dtype: torch.dtype = shape.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    def ints(size: int) -> torch.Tensor:
+        return empty(size, dtype=torch.int32)
+
+    loras, experts = shape.max_loras, shape.num_experts
+    route = kg.moe_route(
+        empty(num_tokens, shape.top_k, dtype=shape.topk_ids_dtype),
+        ints(num_tokens),
+        num_experts=experts,
+        max_loras=loras,
+        adapter_enabled=ints(loras + 1) if shape.adapter_enabled else None,
+        expert_map=ints(shape.global_experts) if shape.global_experts else None,
+        assignment=assignment,
+        **({} if rank is None else {"rank": rank}),
+    )
+    rows = num_tokens * (shape.top_k if shape.mul_routed_weight else 1)
+    weighted = shape.mul_routed_weight
+    weights = empty(num_tokens, shape.top_k, dtype=torch.float32) if weighted else None
+    kg.moe_lora(
+        empty(num_tokens, shape.top_k, shape.slices * shape.n),
+        empty(rows, shape.k),
+        [empty(loras, experts, shape.rank, shape.k)] * shape.slices,
+        [empty(loras, experts, shape.n, shape.rank)] * shape.slices,
+        route,
+        topk_weights=weights,
+        add_inputs=shape.add_inputs,
+        mul_routed_weight=weighted,
+    )
+
+
+def keys_of(
+    shape: MoeShape, counts: Iterable[int], assignments: Sequence[str], rank: int | None = None
+) -> set[Any]:
+    found = set()
+    with runtime.compile_only() as log:
+        for num_tokens in counts:
+            for assignment in assignments:
+                serve(shape, num_tokens, assignment, rank)
+            found.update(request.key for request in log)
+            log.clear()
+    return found
+
+
+def warm_keys(shape: MoeShape, max_tokens: int = MAX_TOKENS) -> set[Any]:
+    return {request.key for request in requests([shape], max_tokens=max_tokens)}
+
+
+def test_no_number_of_tokens_makes_another_key() -> None:
+    known = warm_keys(QWEN3_W13)
+    assert keys_of(QWEN3_W13, range(MAX_TOKENS + 1), ("auto",)) == known
+
+
+@pytest.mark.parametrize("shape", [QWEN3_W2, MIXTRAL_W13, LOCAL_EXPERTS], ids=["w2", "few", "ep"])
+def test_no_assignment_makes_another_key(shape: MoeShape) -> None:
+    shape = shape._replace(assignments=ALL)
+    # every small batch, the edges of every power of two, and a stride that meets all residues
+    powers = [1 << i for i in range(14)]
+    edges = {count + step for count in powers for step in (-1, 0, 1)}
+    counts = sorted({*range(300), *edges, *range(0, MAX_TOKENS, 61)} & set(range(MAX_TOKENS + 1)))
+    assert keys_of(shape, counts, ALL) == warm_keys(shape)
+
+
+@pytest.mark.parametrize("rank", [16, 64])
+def test_a_route_that_knows_the_rank_makes_no_other_key(rank: int) -> None:
+    """It may then go the naive way for longer."""
+    shape = QWEN3_W13._replace(rank=rank)
+    assert keys_of(shape, range(0, 1025), ("auto",), rank) <= warm_keys(shape)
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 3, 100, 511, 512, 513])
+def test_warmup_covers_batches_up_to_the_largest(max_tokens: int) -> None:
+    shape = QWEN3_W2._replace(rank=24, adapter_enabled=True)
+    found = keys_of(shape, range(max_tokens + 1), ("auto",))
+    assert found <= warm_keys(shape, max_tokens)
+
+
+def test_keys_of_a_model_are_few() -> None:
+    assert len(warm_keys(QWEN3_W13._replace(assignments=ALL))) <= 64
+
+
+def test_every_integer_that_is_no_constant_is_not_specialised_on() -> None:
+    for shape in (QWEN3_W13, QWEN3_W2, LOCAL_EXPERTS):
+        for request in requests([shape._replace(assignments=ALL)], max_tokens=MAX_TOKENS):
+            kernel = request.launcher.kernel
+            for parameter, argument in zip(kernel.params, request.arguments, strict=False):
+                if isinstance(argument, int):
+                    assert parameter.do_not_specialize, (kernel.fn.__name__, parameter.name)
+
+
+def test_arguments_that_need_no_alignment_come_last() -> None:
+    """A launcher looks at the alignment of what comes before the first of them."""
+    for shape in (QWEN3_W13, QWEN3_W2, LOCAL_EXPERTS):
+        for request in requests([shape._replace(assignments=ALL)], max_tokens=MAX_TOKENS):
+            launcher = request.launcher
+            rest = launcher.kernel.params[launcher.num_aligned : len(request.arguments)]
+            for parameter in rest:
+                is_free = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+                assert is_free, (launcher.kernel.fn.__name__, parameter.name)
+
+
+def test_triton_agrees_that_the_keys_are_equal() -> None:
+    """Triton's own cache is the judge: batches of one key share one compiled kernel, other keys do not."""
+    shape = QWEN3_W13._replace(rank=16, k=256, n=128)
+    by_kernel: dict[Any, set[Any]] = {}
+    with runtime.compile_only() as log:
+        for num_tokens in (1, 2, 16, 17):  # Triton would specialise on 1 and on multiples of 16
+            serve(shape, num_tokens, "naive", rank=None)
+    for request in log:
+        by_kernel.setdefault(request.launcher.kernel, set()).add(request.key)
+        request.compile()
+    device = triton.runtime.driver.active.get_current_device()
+    assert sum(map(len, by_kernel.values())) < len(log)
+    for kernel, keys in by_kernel.items():
+        assert len(kernel.device_caches[device][0]) == len(keys), kernel.fn.__name__

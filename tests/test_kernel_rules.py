@@ -1,0 +1,117 @@
+"""Rules that every generated kernel keeps, read off its text. What each rule is for stands in its docstring."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "generated"
+FILES = sorted(file for file in PACKAGE.glob("*/*.py") if "@triton.jit" in file.read_text("utf-8"))
+
+# Strides over adapters, experts and rows: what they multiply can pass 2**31 elements.
+WIDE_STRIDES = {
+    "X_STRIDE",
+    "OUT_STRIDE",
+    "A_STRIDE_L",
+    "A_STRIDE_E",
+    "B_STRIDE_L",
+    "B_STRIDE_E",
+}
+LENGTHS = {"K", "N", "RANK"}
+
+
+def kernels(file: Path) -> Iterator[ast.FunctionDef]:
+    """The functions of ``file`` that Triton compiles."""
+    for node in ast.parse(file.read_text("utf-8")).body:
+        decorators = node.decorator_list if isinstance(node, ast.FunctionDef) else []
+        if any("triton.jit" in ast.unparse(decorator) for decorator in decorators):
+            yield node
+
+
+def calls(kernel: ast.FunctionDef) -> Iterator[tuple[str, dict[str, str]]]:
+    """(what is called, its keyword arguments as text)."""
+    for node in ast.walk(kernel):
+        if isinstance(node, ast.Call):
+            words = {word.arg: ast.unparse(word.value) for word in node.keywords if word.arg}
+            yield ast.unparse(node.func), words
+
+
+def products(kernel: ast.FunctionDef) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """Both sides of every product, each way around."""
+    for node in ast.walk(kernel):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            yield node.left, node.right
+            yield node.right, node.left
+
+
+def wide_names(kernel: ast.FunctionDef) -> set[str]:
+    """Variables that are 64-bit wherever they are assigned."""
+    values: dict[str, list[ast.expr]] = {}
+    for node in ast.walk(kernel):
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                if isinstance(target, ast.Name):
+                    values.setdefault(target.id, []).append(node.value)
+    return {name for name, found in values.items() if all(map(is_widened, found))}
+
+
+def is_widened(value: ast.expr) -> bool:
+    return ".to(tl.int64)" in ast.unparse(value)
+
+
+pytestmark = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+
+
+def test_no_hint_that_the_interpreter_takes_and_a_compiler_refuses(file: Path) -> None:
+    """.cg with an eviction policy is an error of ptxas; warp_specialize makes these kernels slower."""
+    for kernel in kernels(file):
+        for called, words in calls(kernel):
+            assert "warp_specialize" not in words, called
+            assert not {"cache_modifier", "eviction_policy"} <= words.keys(), called
+
+
+def test_no_atomics(file: Path) -> None:
+    """A sum in the order of arrival has other bits in every run."""
+    for kernel in kernels(file):
+        assert not [called for called, _ in calls(kernel) if called.startswith("tl.atomic_")]
+
+
+def test_no_index_wraps_around(file: Path) -> None:
+    """``index % N`` hides a missing mask: it reads rows that are not asked for, and cannot be vectorised."""
+    for kernel in kernels(file):
+        for node in ast.walk(kernel):
+            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod):
+                assert ast.unparse(node.right) not in LENGTHS, ast.unparse(node)
+
+
+def test_offsets_of_adapter_expert_and_row_are_wide(file: Path) -> None:
+    for kernel in kernels(file):
+        wide = wide_names(kernel)
+        for stride, factor in products(kernel):
+            if isinstance(stride, ast.Name) and stride.id in WIDE_STRIDES:
+                base = factor.value if isinstance(factor, ast.Subscript) else factor
+                is_wide = isinstance(base, ast.Name) and base.id in wide
+                assert is_wide or is_widened(factor), ast.unparse(factor)
+
+
+def test_a_number_that_changes_from_call_to_call_makes_no_compile_key(file: Path) -> None:
+    """Every parameter is a pointer, a constant, or listed in ``do_not_specialize``."""
+    for kernel in kernels(file):
+        decorators = " ".join(ast.unparse(decorator) for decorator in kernel.decorator_list)
+        for parameter in kernel.args.args:
+            if kernel.name.startswith("_"):
+                continue  # a helper has no key of its own
+            is_pointer = parameter.arg.endswith(("_ptr", "_ptrs"))
+            is_constant = parameter.annotation is not None
+            assert is_pointer or is_constant or f"'{parameter.arg}'" in decorators, parameter.arg
+
+
+def test_every_dot_has_an_accumulator_of_32_bits(file: Path) -> None:
+    for kernel in kernels(file):
+        for called, words in calls(kernel):
+            if called == "tl.dot":
+                assert words.get("out_dtype", "tl.float32") == "tl.float32"
+                assert "allow_tf32" not in words

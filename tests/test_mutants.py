@@ -1,0 +1,87 @@
+"""A sample of the mutants of one variant a schedule: the cases must kill each. ``python -m kernelgen.mutate`` tries all of them."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+import triton
+
+from kernelgen import mutate
+from kernelgen.mutate import Bench, Mutant, mutants
+
+ROOT = Path(__file__).resolve().parent.parent
+VARIANTS = [
+    "moe_lora_one_shot_bf16_sorted_add_weighted_r16",
+    "moe_lora_two_kernel_f16_sorted_add_weighted_r16",
+    "moe_lora_two_kernel_bf16_sorted_set_plain_rany",
+    "moe_lora_small_batch_bf16_naive_add_weighted_r16",
+    "moe_route_one_launch",
+    "moe_route_from_tables",
+]
+SOURCE = """
+import triton
+import triton.language as tl
+
+
+def not_a_kernel(a, b):
+    return a + b
+
+
+@triton.jit
+def toy_kernel(x_ptr, y_ptr, n, N: tl.constexpr, PDL: tl.constexpr):
+    i = tl.arange(0, N)
+    if PDL:
+        wait(n + 1)
+    if n < 1:
+        return
+    x = tl.load(x_ptr + i, mask=i < n, other=0.0)
+    x *= 2.0
+    tl.store(y_ptr + i, x.to(tl.float16))
+"""
+
+
+def sample(found: list[Mutant]) -> Iterator[Mutant]:
+    """One mutant of each operator in each kernel, from the middle."""
+    kind = lambda mutant: (mutant.function, mutant.operator)  # noqa: E731
+    tried = [mutant for mutant in found if not mutate.excused(mutant)]
+    for _, group in itertools.groupby(sorted(tried, key=kind), kind):
+        members = list(group)
+        yield members[len(members) // 2]
+
+
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="mutants are interpreted")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_cases_kill_mutants(name: str) -> None:
+    with Bench(ROOT) as bench:
+        suite, variant = next(found for found in bench.variants() if found[1].name == name)
+        chosen = list(sample(mutants(bench.source(variant), name)))
+        assert len({mutant.operator for mutant in chosen}) >= 8
+        fates = [bench.fate(suite, variant, mutant) for mutant in chosen]
+    living = [f"{fate.mutant}" for fate in fates if not fate.killer]
+    hint = "write a case that kills it, or say in kernelgen/mutate.py why it is harmless"
+    assert not living, f"{name}: {hint}:\n" + "\n".join(living)
+
+
+def test_every_change_is_one_of_a_kernel() -> None:
+    found = mutants(SOURCE, "toy")
+    assert {mutant.function for mutant in found} == {"kernel"}
+    assert [(m.operator, m.before) for m in found if m.line == 18] == [
+        ("mask dropped", "tl.load(x_ptr + i, mask=i < n, other=0.0)"),
+        ("right side dropped", "x_ptr + i"),
+        ("left side dropped", "x_ptr + i"),
+        ("bound moved", "i < n"),
+    ]
+    operators = {mutant.operator for mutant in found}
+    assert {"update dropped", "store dropped", "cast dropped", "exit dropped"} <= operators
+    assert not any("wait" in mutant.statement for mutant in found)
+    for mutant in found:
+        compile(mutant.text, "mutant", "exec")
+        changed = [a != b for a, b in zip(SOURCE.splitlines(), mutant.text.splitlines())]
+        assert mutant.text != SOURCE and changed.index(True) == mutant.line - 1
+
+
+def test_excuses_have_reasons() -> None:
+    assert all(excuse.why for excuse in mutate.EQUIVALENT)

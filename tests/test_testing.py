@@ -1,0 +1,266 @@
+"""The harness: which case meets which variant, and that a kernel cannot scribble, skip or peek without being noticed."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import importlib
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+import torch
+
+import generated
+from kernelgen.buffers import allocate, allocate_sparse, bits, poison_, positions, row_major, seal
+from kernelgen.cases import moe_lora, moe_lora_inputs, moe_route
+from kernelgen.cases.moe_lora_inputs import Case, Layout
+from kernelgen.testing import Suite
+
+ROOT = Path(__file__).resolve().parent.parent
+AXES = "schedule dtype assignment add_inputs routed_weight rank"
+TAGS = {
+    "dtype": "bf16",
+    "assignment": "sorted",
+    "add_inputs": "add",
+    "routed_weight": "plain",
+    "rank": "r16",
+}
+CASE = Case("harness", "", own_tiles=True, tokens=6, slices=2)
+
+
+def suite() -> Suite:
+    rows = itertools.product(
+        ("one_shot sorted", "two_kernel sorted", "small_batch naive"),
+        ("bf16", "f16"),
+        ("add", "set"),
+        ("plain", "weighted"),
+        ("r16", "r64", "rany"),
+    )
+    lines = [
+        " ".join((body.split()[0], dtype, body.split()[1], *rest)) for body, dtype, *rest in rows
+    ]
+    return Suite("generated", "moe_lora", AXES, "\n".join(lines))
+
+
+def test_every_case_meets_every_body_it_fits() -> None:
+    met = collections.defaultdict(set)
+    for variant, case in suite().pairs:
+        met[case.name].add((variant.tags["schedule"], variant.tags["rank"]))
+    for case in moe_lora.CASES:
+        fitting = {
+            (v.tags["schedule"], v.tags["rank"]) for v in suite().variants if case.fits(v.tags)
+        }
+        assert met[case.name] == fitting, case.name
+
+
+def test_core_cases_meet_every_variant_and_the_others_are_spread() -> None:
+    plan = collections.defaultdict(list)
+    for variant, case in suite().pairs:
+        plan[variant.name].append(case)
+    core = [case.name for case in moe_lora.CASES if case.core]
+    assert core and len(plan) == len(suite().variants)
+    for cases in plan.values():
+        assert len(set(cases)) == len(cases) and set(core) <= {case.name for case in cases}
+    sizes = [len(cases) for cases in plan.values()]
+    assert max(sizes) - min(sizes) <= 3
+    for tag in (
+        "bf16",
+        "f16",
+        "add",
+        "set",
+    ):  # each turn takes each tag for about half of the cases
+        with_tag = sum(tag in v.tags.values() for v, case in suite().pairs if not case.core)
+        assert 0.4 < with_tag / sum(not case.core for _, case in suite().pairs) < 0.6
+
+
+def test_names_of_cases_are_unique() -> None:
+    for family in (moe_lora, moe_route):
+        found = [case.name for case in family.CASES]
+        assert len(set(found)) == len(found)
+        assert all(case.why for case in family.CASES)
+
+
+def test_a_family_without_cases_is_told() -> None:
+    with pytest.raises(LookupError, match=r"no kernelgen/cases/toy\.py: write it"):
+        Suite("generated", "toy", "dtype", "bf16").pairs  # noqa: B018
+
+
+@pytest.mark.parametrize("layout", moe_lora_inputs.LAYOUTS.values(), ids=moe_lora_inputs.LAYOUTS)
+def test_layouts_do_not_overlap_but_where_they_share(layout: Layout) -> None:
+    shape = (2, 3, 4, 10)
+    strides = layout.of_weights(shape)
+    offsets = {
+        sum(i * stride for i, stride in zip(index, strides, strict=True))
+        for index in itertools.product(*map(range, shape))
+    }
+    shared = 3 if layout.expert == 0 else 1
+    assert len(offsets) * shared == 2 * 3 * 4 * 10
+    out = layout.of_out((3, 2, 10))
+    assert out[0] == 2 * out[1] and out[1] >= 10 and out[2] == 1
+
+
+# Buffers
+
+
+def test_guarded_memory() -> None:
+    view = allocate((3, 2, 10), row_major((3, 2, 10), row=13), torch.bfloat16, "cpu", offset=1)
+    assert view.isnan().all() and view.data_ptr() % 16 == 2
+    view[1] = 1.0
+    guarded = seal(view)
+    assert guarded.base.numel() > view.numel() and not guarded.changed().any()
+    rows = torch.zeros(3, 2, dtype=torch.bool)
+    rows[1] = True
+    view[1] += 1
+    assert (guarded.changed() & positions(guarded, rows)).sum() == 20
+    assert not (guarded.changed() & ~positions(guarded, rows)).any()
+    guarded.base[view.storage_offset() + 10] = 0.0  # between two rows
+    assert (guarded.changed() & ~positions(guarded, rows)).sum() == 1
+
+
+def test_poison_is_no_number_and_no_index() -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert poison_(torch.zeros(5, dtype=dtype)).isnan().all()
+    for dtype in (torch.int32, torch.int64):
+        assert (poison_(torch.zeros(5, dtype=dtype)) > 2**30).all()
+    nan = poison_(torch.zeros(2))
+    assert torch.equal(bits(nan), bits(nan.clone())) and not torch.equal(nan, nan.clone())
+
+
+def test_sparse_memory_takes_no_memory() -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    view = allocate_sparse((2, 8), (2**32, 1), torch.float16, "cpu")
+    view.fill_(1.0)
+    assert seal(view, sparse=True).view[1, 7] == 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**17  # KiB
+
+
+# A launcher of torch, and ways to be wrong that only the surroundings show
+
+
+def torch_launcher(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: tuple[torch.Tensor, ...],
+    lora_b: tuple[torch.Tensor, ...],
+    route: Any,
+    *,
+    config: None,
+    also: Callable[..., None] = lambda *arguments: None,
+) -> None:
+    n = lora_b[0].shape[2]
+    for adapter, expert, first, rows in route.blocks[: int(route.num_blocks)].tolist():
+        for pair in route.pairs[first : first + rows].tolist():
+            t, j = divmod(pair, route.top_k)
+            for s, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
+                v = (a[adapter, expert].float() @ x[t].float()).to(x.dtype)
+                columns = out[t, j, s * n : (s + 1) * n]
+                columns += b[adapter, expert].float() @ v.float()
+    also(out, x, lora_a, route)
+
+
+def run(also: Callable[..., None] | None = None, case: Case = CASE) -> float:
+    launcher = torch_launcher if also is None else functools.partial(torch_launcher, also=also)
+    return moe_lora.check(generated, launcher, TAGS, case, "cpu")
+
+
+def test_a_right_launcher_passes() -> None:
+    assert 0 < run() <= 1
+
+
+def guard_row(out: torch.Tensor, *rest: Any) -> None:
+    out.as_strided((1,), (1,), out.storage_offset() - 1)[0] = 0.0
+
+
+def gap(out: torch.Tensor, *rest: Any) -> None:
+    out.as_strided((1,), (1,), out.storage_offset() + out.shape[2])[0] = 0.0
+
+
+def dead_row(out: torch.Tensor, x: torch.Tensor, lora_a: Any, route: Any) -> None:
+    dead = (route.token_lora_mapping < 0).nonzero()[0, 0]
+    out[dead, 0, 0] = 0.0
+
+
+def dead_row_keeps_its_value_but_not_its_bits(out: torch.Tensor, *rest: Any) -> None:
+    out[0, 0, 0] = float("nan")  # it held another NaN
+
+
+MIXED = Case(
+    "mixed_harness", "", own_tiles=True, tokens=6, routing=moe_lora_inputs.Routing("mixed")
+)
+
+
+@pytest.mark.parametrize(
+    "also, said",
+    [
+        (guard_row, "outside of the live rows"),
+        (gap, "outside of the live rows"),
+        (dead_row, "outside of the live rows"),
+        (dead_row_keeps_its_value_but_not_its_bits, "outside of the live rows"),
+        (lambda out, x, a, route: x[3].zero_(), "x: .* elements of an input changed"),
+        (lambda out, x, a, route: a[0][0].zero_(), r"lora_a\[0\]: .* elements of an input changed"),
+        (lambda out, x, a, route: route.pairs.zero_(), "pairs: .* elements of an input changed"),
+        (lambda out, x, a, route: out[3].fill_(float("nan")), "elements are off"),
+        (lambda out, x, a, route: out.add_(x[0, 0]), "outside of the live rows|elements are off"),
+    ],
+    ids=lambda value: getattr(value, "__name__", "") or value,
+)
+def test_harm_is_noticed(also: Callable[..., None], said: str) -> None:
+    with pytest.raises(AssertionError, match=said):
+        run(also, MIXED)
+
+
+def test_what_must_not_be_read_is_poison() -> None:
+    call = moe_lora_inputs.make(MIXED, {**TAGS, "routed_weight": "weighted"}, "cpu")
+    live = {item.pair for item in call.routed.live}
+    groups = {(item.adapter, item.expert) for item in call.routed.live}
+    assert 0 < len(live) < 12 and call.topk_weights is not None
+    for pair in range(12):
+        assert bool(call.x[pair].isnan().any()) == (pair not in live)
+        assert bool(call.topk_weights.flatten()[pair].isnan()) == (pair not in live)
+    for adapter, expert in itertools.product(range(MIXED.loras), range(MIXED.experts)):
+        for weights in (call.lora_a[0], call.lora_b[0]):
+            assert bool(weights[adapter, expert].isnan().any()) == ((adapter, expert) not in groups)
+
+
+# The command
+
+
+def test_verify(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kernelgen", "verify", "--out", str(ROOT), "-j", "1", "--json"]
+    done = subprocess.run(
+        [*command, "--only", "moe_route_from_tables"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    outcomes = report["outcomes"]
+    assert len(outcomes) == len(moe_route.CASES) and not report["findings"]
+    assert not any(outcome["error"] or outcome["skipped"] for outcome in outcomes)
+    nothing = subprocess.run(
+        [*command, "--only", "no_such*"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert nothing.returncode == 2 and "KG040" in nothing.stdout
+
+
+def test_a_wrong_variant_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verify = importlib.import_module("kernelgen.verify")
+
+    def wrong() -> float:
+        raise AssertionError("3 of 4 elements\nare off")
+
+    outcome = verify._outcome("moe_lora", "moe_lora_x", "ragged", wrong)
+    result = verify.Result("cpu", [outcome], 1.0)
+    assert str(result.findings[0]) == (
+        "tests/generated/test_moe_lora.py: error[KG060]: "
+        "moe_lora_x, ragged: AssertionError: 3 of 4 elements are off"
+    )
+    assert list(result.rows())[1][:3] == ("moe_lora_x", "1", "1")
