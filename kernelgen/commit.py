@@ -190,6 +190,7 @@ def _carry_out(
             if folder in journal.swaps:
                 if _swap(folder, out, disk):
                     swapped.append(folder)
+                    disk.sync_folder((out / folder).parent)
                     continue
                 source = _COPIES
                 left = {name: swap for name, swap in journal.swaps.items() if name != folder}
@@ -213,7 +214,6 @@ def _swap(folder: str, out: Path, disk: Disk) -> bool:
         if is_unsupported(error):
             return False
         raise
-    disk.sync_folder((out / folder).parent)
     return True
 
 

@@ -70,10 +70,14 @@ EQUIVALENT: Sequence[Excuse] = (
     Excuse(_NO_CAST, r"\w+\.to\(tl\.int64\)", "naive batches are small", r"^(next_)?parts? = "),
     Excuse(_NO_MASK, r"tl\.load\( ?(x_rows|topk_weights_ptr).*mask=live(\[:, None\])?,.*", _ROWS),
     Excuse(_LEFT, r"live\[:, None\] & k_mask", _ROWS, r"^x = tl\.load"),
+    Excuse(_NO_MASK, r"tl\.load\(part_rows( \+ r0)?, mask=v_mask.*", _ROWS),
+    Excuse(_LEFT, r"live\[:, None\] & \(r < .*", _ROWS, "^v_mask = "),
     Excuse(_RIGHT, r"live\[:, None\] & \(r < .*", _TAIL, r"^v_mask = "),
     Excuse("condition dropped", r"live\[:, None\] if RANK == BLOCK_R else.*", _TAIL, "^v_mask = "),
     Excuse(_MOVED_BOUND, r"r < RANK.*", _TAIL, r"^v_mask = |parts|tl\.where"),
-    Excuse(_MOVED_BOUND, r"RANK == BLOCK_R", _TAIL, r"if RANK == BLOCK_R:|^v_mask = "),
+    Excuse(_MOVED_BOUND, r"RANK == BLOCK_R", _TAIL, "^v_mask = "),
+    Excuse(_MOVED_BOUND, r"RANK == BLOCK_R", _TAIL, "^if RANK == BLOCK_R:", "kernel"),
+    Excuse("condition dropped", r"RANK == BLOCK_R", _TAIL, "^if RANK == BLOCK_R:", "kernel"),
     Excuse(_RIGHT, r"\(part < PARTS\) & \(r < RANK\)\[None, :\]", _TAIL),
     Excuse(_RIGHT, r"RANK - r0", _TAIL, "^v_mask = "),
     Excuse("choice dropped", r"tl\.where\(\(r < RANK\).*", _TAIL),
@@ -158,18 +162,24 @@ def mutants(source: str, variant: str = "") -> list[Mutant]:
         if isinstance(function, ast.FunctionDef) and _is_kernel(function):
             name = function.name.removeprefix(variant).strip("_")
             for node in _places(function):
-                begin = starts[node.lineno - 1] + node.col_offset
-                assert node.end_lineno is not None and node.end_col_offset is not None
-                end = starts[node.end_lineno - 1] + node.end_col_offset
-                before = source[begin:end]
-                for operator, changed in _changes(node):
+                for operator, place, changed in _changes(node):
+                    begin = starts[place.lineno - 1] + place.col_offset
+                    assert place.end_lineno is not None and place.end_col_offset is not None
+                    end = starts[place.end_lineno - 1] + place.end_col_offset
                     after = ast.unparse(changed)
-                    if not isinstance(node, ast.stmt):
+                    if isinstance(place, ast.expr):
                         after = f"({after})"
-                    text = source[:begin] + after + source[end:]
-                    one_line = " ".join(before.split())
-                    line = lines[node.lineno - 1].strip()
-                    found.append(Mutant(operator, name, node.lineno, line, one_line, after, text))
+                    found.append(
+                        Mutant(
+                            operator,
+                            name,
+                            place.lineno,
+                            lines[place.lineno - 1].strip(),
+                            " ".join(source[begin:end].split()),
+                            after,
+                            source[:begin] + after + source[end:],
+                        )
+                    )
     return found
 
 
@@ -188,29 +198,33 @@ def _places(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:
         yield from _places(child)
 
 
-def _changes(node: ast.expr | ast.stmt) -> Iterator[tuple[str, ast.AST]]:
-    """The ways to change a place: (operator, what then stands there)."""
+_Change = tuple[str, ast.expr | ast.stmt, ast.AST]  # operator, place, what stands there then
+
+
+def _changes(node: ast.expr | ast.stmt) -> Iterator[_Change]:
+    """The ways to change an expression or a statement."""
     if isinstance(node, ast.Call):
-        yield from _changed_calls(node)
+        for operator, changed in _changed_calls(node):
+            yield operator, node, changed
     elif isinstance(node, ast.BinOp):
         if isinstance(node.op, _HALVED):
-            yield "right side dropped", node.left
+            yield "right side dropped", node, node.left
         if isinstance(node.op, (ast.Add, ast.Mult, ast.BitAnd)):
-            yield "left side dropped", node.right
+            yield "left side dropped", node, node.right
         if type(node.op) in _EXCHANGED:
-            yield "division exchanged", _with(node, op=_EXCHANGED[type(node.op)]())
+            yield "division exchanged", node, _with(node, op=_EXCHANGED[type(node.op)]())
     elif isinstance(node, ast.Compare) and type(node.ops[0]) in _MOVED:
-        yield "bound moved", _with(node, ops=[_MOVED[type(node.ops[0])]()])
+        yield "bound moved", node, _with(node, ops=[_MOVED[type(node.ops[0])]()])
     elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in _CONFUSED:
-        yield "names confused", _with(node, id=_CONFUSED[node.id])
+        yield "names confused", node, _with(node, id=_CONFUSED[node.id])
     elif isinstance(node, ast.IfExp):
-        yield "condition dropped", node.body
+        yield "condition dropped", node, node.body
     elif isinstance(node, ast.If):
-        yield "condition dropped", _with(node, test=ast.Constant(True))
-        if all(isinstance(statement, ast.Return) for statement in node.body):
-            yield "exit dropped", ast.Pass()
+        yield "condition dropped", node.test, ast.Constant(True)
+    elif isinstance(node, ast.Return) and node.value is None:
+        yield "exit dropped", node, ast.Pass()
     elif isinstance(node, ast.AugAssign):
-        yield "update dropped", ast.Pass()
+        yield "update dropped", node, ast.Pass()
 
 
 def _changed_calls(node: ast.Call) -> Iterator[tuple[str, ast.AST]]:

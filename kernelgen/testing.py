@@ -13,6 +13,8 @@ import unittest
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Callable, Sequence
 
+import torch
+
 from kernelgen import names
 from kernelgen.cases.base import Case, Law, Variant
 
@@ -86,7 +88,11 @@ class Suite:
         device: str,
     ) -> float:
         """As ``check``, for any launcher that should do what the variant's does."""
-        ratio: float = self._cases.check(package, launcher, variant.tags, case, device)
+        try:
+            ratio: float = self._cases.check(package, launcher, variant.tags, case, device)
+        finally:
+            if device != "cpu":
+                torch.cuda.empty_cache()  # some cases take gigabytes, and other processes run too
         return ratio
 
     def cases_for(self, variant: Variant) -> Sequence[Case]:

@@ -83,13 +83,13 @@ def _mixed(sizes: Sizes, rng: random.Random) -> _Draw:
     """Every kind of row that is not live, next to live ones; adapters and experts just out of range among them."""
     experts, adapters = _spread(sizes, rng)
     for token, row in enumerate(experts):
-        away = {1: -1, 4: sizes.experts, 7: sizes.experts + 7}.get(token % 8)
+        turn, place = divmod(token, 8)
+        away = {1: -1, 4: sizes.experts, 7: sizes.experts + 7}.get(place)
         if away is not None:
             row[rng.randrange(sizes.top_k)] = away
-            adapters[token] = sizes.loras - 1
-        adapters[token] = {0: -1, 2: sizes.loras, 6: sizes.loras + 5}.get(
-            token % 8, adapters[token]
-        )
+            # not the last adapter for the first id out of range: it must not land on the next one's expert 0
+            adapters[token] = (turn + sizes.loras - (2 if place == 4 else 1)) % sizes.loras
+        adapters[token] = {0: -1, 2: sizes.loras, 6: sizes.loras + 5}.get(place, adapters[token])
     return experts, adapters
 
 
