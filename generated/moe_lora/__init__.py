@@ -12,7 +12,7 @@ from typing import Any, Sequence
 import torch
 
 from .. import _runtime as runtime
-from ..moe_route import MoeRoute
+from ..moe_route import MoeRoute, settled
 from ._problem import Call, check, plan
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -279,7 +279,7 @@ def _moe_lora(
     lora_b: Sequence[torch.Tensor],
     *rest: Any,
 ) -> None:
-    route, (topk_weights, add_inputs, mul_routed_weight) = MoeRoute(*rest[:-3]), rest[-3:]
+    route, (topk_weights, add_inputs, mul_routed_weight) = settled(MoeRoute(*rest[:-3])), rest[-3:]
     _apply(out, x, lora_a, lora_b, route, topk_weights, add_inputs, mul_routed_weight)
 
 
