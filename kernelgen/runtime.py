@@ -16,10 +16,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from typing import Any, Callable, Iterator, NamedTuple, NoReturn
+from typing import Any, Callable, Iterator, NamedTuple, NoReturn, Sequence
 
 import torch
 import triton
+
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:
+    TensorGuards = None
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
@@ -78,10 +83,55 @@ _stand_in: torch.device | None = None
 _caches: list[dict[Any, Any]] = []
 
 
-def cache() -> dict[Any, Any]:
-    """A dict for what was worked out for calls seen before; ``compile_only`` starts and ends with all of them empty."""
+def _cache() -> dict[Any, Any]:
     _caches.append({})
     return _caches[-1]
+
+
+class Calls:
+    """What was worked out for calls seen before: found by the shapes, strides, dtypes and devices of their tensors.
+
+    The tensors of a call nearly always look like those of the last one with its ``hint``. torch compares them in C
+    (0.1 us a tensor); only where they do not, or where torch has no such guards, a key is made of them (0.5 us a tensor).
+    ``compile_only`` starts and ends with all of this empty.
+    """
+
+    _LIMIT = 16384
+
+    def __init__(self) -> None:
+        self._known = _cache()
+        self._last = _cache()  # by hint: (whether tensors look like those of the call, the call)
+
+    def get(self, hint: tuple[Any, ...], tensors: Sequence[torch.Tensor]) -> Any:
+        """The call for such tensors, or None. ``hint`` holds all that matters beside them, and fixes their number."""
+        last = self._last.get(hint)
+        if last is not None and last[0](*tensors):
+            return last[1]
+        call = self._known.get((hint, *map(_looks, tensors)))
+        if call is not None:
+            self._last[hint] = (_guard(tensors), call)
+        return call
+
+    def put(self, hint: tuple[Any, ...], tensors: Sequence[torch.Tensor], call: Any) -> Any:
+        """Keep ``call`` for such tensors, and return it."""
+        if len(self._known) >= self._LIMIT:
+            self._known.clear()
+            self._last.clear()
+        self._known[(hint, *map(_looks, tensors))] = call
+        return call
+
+
+def _looks(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
+
+
+def _guard(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
+    """Whether other tensors look like these, and are of the same classes; it keeps none of them alive."""
+    if TensorGuards is None:
+        return lambda *others: False
+    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    check: Callable[..., bool] = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    return check
 
 
 @contextlib.contextmanager

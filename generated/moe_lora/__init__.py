@@ -135,9 +135,7 @@ _MODULES = {
     ("two_kernel", "f16", False, True, "rany"): "two_kernel_f16_sorted_set_weighted_rany",
 }
 
-# The bound launches of calls seen before, by all that they depend on: shapes, strides, dtypes, devices and flags.
-_calls: dict[tuple[Any, ...], Call] = runtime.cache()
-_MAX_CALLS = 16384
+_calls = runtime.Calls()
 
 
 def moe_lora(
@@ -198,31 +196,28 @@ def _apply(
     add_inputs: bool,
     mul_routed_weight: bool,
 ) -> None:
-    key = (
+    hint = (
         out.shape,
-        out.stride(),
-        out.dtype,
-        out.get_device(),
         x.shape,
-        x.stride(),
-        x.dtype,
-        x.get_device(),
-        tuple([(a.shape, a.stride(), a.dtype, a.get_device()) for a in lora_a]),
-        tuple([(b.shape, b.stride(), b.dtype, b.get_device()) for b in lora_b]),
-        route.topk_ids is None or route.topk_ids.dtype,
+        len(lora_a),
+        route.topk_ids is None,
         route.adapter_enabled is None,
-        route.pairs is None or route.pairs.shape,
+        route.pairs is None,
         route[8:],
-        topk_weights is None or (topk_weights.shape, topk_weights.stride(), topk_weights.dtype),
+        topk_weights is None,
         add_inputs,
         mul_routed_weight,
     )
-    call = _calls.get(key)
+    tensors = [out, x, *lora_a, *lora_b]
+    tensors += [
+        t
+        for t in (route.topk_ids, route.adapter_enabled, route.pairs, topk_weights)
+        if t is not None
+    ]
+    call = _calls.get(hint, tensors)
     if call is None:
         call = _bind(out, x, lora_a, lora_b, route, topk_weights, add_inputs, mul_routed_weight)
-        if len(_calls) >= _MAX_CALLS:
-            _calls.clear()
-        _calls[key] = call
+        _calls.put(hint, tensors, call)
     call(out, x, lora_a, lora_b, route, topk_weights)
 
 

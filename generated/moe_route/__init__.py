@@ -183,23 +183,9 @@ def moe_route(
         )
         _route_op(buffer, *source, num_experts, max_loras, open_m)
         return MoeRoute(*source, pairs, blocks, num_blocks, parts, *sizes, open_m, 0)
-    key = (
-        topk_ids.shape,
-        topk_ids.stride(),
-        topk_ids.dtype,
-        topk_ids.get_device(),
-        *[
-            None if v is None else (v.shape, v.stride(), v.dtype, v.get_device())
-            for v in source[1:]
-        ],
-        *request,
-    )
-    plan = _plans.get(key)
-    if plan is None:
-        plan = _plan(*source, *request)
-        if len(_plans) >= _MAX_PLANS:
-            _plans.clear()
-        _plans[key] = plan
+    hint = (topk_ids.shape, adapter_enabled is None, expert_map is None, *request)
+    tensors = [tensor for tensor in source if tensor is not None]
+    plan = _plans.get(hint, tensors) or _plans.put(hint, tensors, _plan(*source, *request))
     if plan.block_m == 0:
         return MoeRoute(*source, None, None, None, parts, *plan.sizes, 0, 0)
     buffer, (num_blocks, blocks, pairs, scratch) = _buffers(
@@ -223,8 +209,7 @@ class _Plan(NamedTuple):
     fill: Callable[..., None]
 
 
-_plans: dict[tuple[Any, ...], _Plan] = runtime.cache()
-_MAX_PLANS = 16384
+_plans = runtime.Calls()
 
 
 def _check(
