@@ -165,6 +165,10 @@ def _triton_options(options: Options) -> dict[str, Any]:
     return chosen
 
 
+# Without the checks around them in torch.cuda; a build of torch for the CPU has neither.
+_get_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -2)
+_get_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
+
 # The object, not its current value: profilers add themselves to it.
 _launch_hooks = triton.knobs.runtime.launch_enter_hook
 
@@ -212,7 +216,7 @@ class Bound:
     def __call__(self, arguments: tuple[Any, ...]) -> None:
         """Launch with ``arguments``: tensors, tuples of tensors, integers or None; the first is a tensor."""
         device = self._device
-        if device < 0 or _recorder is not None or _launch_hooks.calls or device != torch._C._cuda_getDevice():
+        if device != _get_device() or _recorder is not None or _launch_hooks.calls:
             self._slow(arguments)
             return
         bits = 0
@@ -235,8 +239,7 @@ class Bound:
             return
         for argument in arguments[self._num_aligned :]:
             raw.append(argument if type(argument) is int or argument is None else argument.data_ptr())
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        self._run(self._grid, 1, 1, stream, *self._fixed, *raw, *self._constants)
+        self._run(self._grid, 1, 1, _get_stream(device), *self._fixed, *raw, *self._constants)
 
     def _slow(self, arguments: tuple[Any, ...]) -> None:
         handle = self._launcher.launch(self._grid, arguments, self._constants, self._options)

@@ -196,24 +196,21 @@ def _apply(
     add_inputs: bool,
     mul_routed_weight: bool,
 ) -> None:
+    ids = route.topk_ids
     hint = (
         out.shape,
         x.shape,
         len(lora_a),
-        route.topk_ids is None,
+        None if ids is None else ids.dtype,
         route.adapter_enabled is None,
-        route.pairs is None,
         route[8:],
         topk_weights is None,
         add_inputs,
         mul_routed_weight,
     )
     tensors = [out, x, *lora_a, *lora_b]
-    tensors += [
-        t
-        for t in (route.topk_ids, route.adapter_enabled, route.pairs, topk_weights)
-        if t is not None
-    ]
+    if mul_routed_weight and topk_weights is not None:
+        tensors.append(topk_weights)
     call = _calls.get(hint, tensors)
     if call is None:
         call = _bind(out, x, lora_a, lora_b, route, topk_weights, add_inputs, mul_routed_weight)
