@@ -295,7 +295,13 @@ def _plan(has_ids: bool, *sizes: int) -> tuple[str, Config]:
     return schedule, _rule(schedule, *shape)
 
 
+# Bytes of shared memory of a program on the card that was measured: its tiles may not fit a smaller one.
+_TUNED_SHARED_MEMORY = 232448
+
+
 def _tuned(s: _Shape) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    if s.shared_memory < _TUNED_SHARED_MEMORY:
+        return ()
     tokens = min(
         s.tokens, 4096
     )  # the largest that is tuned; more tokens are more of the same blocks
@@ -451,3 +457,12 @@ def _two_kernel(s: _Shape) -> TwoKernelConfig:
         3 if expand_tiles > 2 and block_m == 16 else 2,
         8 if block_m >= 64 else 4,
     )
+
+
+def rank_tile(problem: Problem, route: MoeRoute, config: TwoKernelConfig) -> int:
+    """Ranks that the expand of two_kernel takes at a time where the rank is above 128: what it holds must not grow with it."""
+    # Rows of a rank that is no multiple of 8 go through registers, as they are not aligned for copies to shared memory.
+    tile = 32 if route.block_m == 128 or problem.rank % 8 else 64
+    stage_bytes = 2 * tile * (config.block_n + route.block_m)
+    fits = config.expand_stages * stage_bytes <= runtime.traits(problem.device).shared_memory - 4096
+    return tile if fits else 32
