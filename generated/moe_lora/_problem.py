@@ -346,23 +346,19 @@ def _rule(schedule: str, *sizes: int) -> Config:
 
 
 def _block_k(k: int, wanted: int) -> int:
-    """The largest tile of at most ``wanted`` columns that divides K; where only small ones do, one that wastes little."""
+    """The largest tile of at most ``wanted`` columns that divides K; where only small ones do, ``wanted``: what is masked is not read."""
     tile = wanted
     while tile > 64 and k % tile:
         tile //= 2
-    return tile if k % tile == 0 else _least_waste(k, wanted, 32, 0.02)
+    return tile if k % tile == 0 else min(wanted, max(32, runtime.next_power_of_2(k)))
 
 
 def _block_n(n: int, wanted: int, waste: float = 0.0) -> int:
-    """The largest tile of at most ``wanted`` columns that wastes hardly more than a share ``waste`` of them."""
-    return _least_waste(n, wanted, 64, waste) if n > 64 else max(16, runtime.next_power_of_2(n))
-
-
-def _least_waste(size: int, wanted: int, smallest: int, waste: float) -> int:
-    """The largest of wanted, wanted / 2, ... smallest whose masked columns are few, or hardly more than the least."""
-    least = min(_padded(size, smallest), _padded(size, wanted))
+    """The largest tile of at most ``wanted`` columns of which hardly more than a share ``waste`` is masked beyond the least."""
+    if n <= 64:
+        return max(16, runtime.next_power_of_2(n))
     tile = wanted
-    while tile > smallest and _padded(size, tile) > least * (1.0 + waste):
+    while tile > 64 and _padded(n, tile) > _padded(n, 64) * (1.0 + waste):
         tile //= 2
     return tile
 
