@@ -24,10 +24,9 @@ from typing import Any, Callable, Iterator, NamedTuple, NoReturn, Sequence
 import torch
 import triton
 
-try:
+TensorGuards: Any = None
+with contextlib.suppress(ImportError):
     from torch._C._dynamo.guards import TensorGuards
-except ImportError:
-    TensorGuards = None
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
@@ -120,7 +119,8 @@ class Calls:
         if len(self._known) >= self._LIMIT:
             self._known.clear()
             self._last.clear()
-        self._known[(hint, *map(_looks, tensors))] = call
+        key = (hint, *map(_looks, tensors))
+        self._known[key] = call
         return call
 
 
