@@ -369,6 +369,22 @@ def explain(variant: str, arch: str, specs: Path, out: Path) -> Report:
     return Report(explanation.as_json(), explanation.lines())
 
 
+@_command("doctor")
+@_specs_option
+@_out_option
+def doctor(specs: Path, out: Path) -> Report:
+    """Say what of this environment works: packages, GPU, interpreter, compiler, specs, and whether generated/ is current.
+
+    Exit code 1 if something is to be mended.
+    """
+    from kernelgen import doctor as examination
+
+    checks = examination.examine(specs, out, _cores())
+    faults = any(check.status == "fault" for check in checks)
+    lines = _columns(list(examination.rows(checks)))
+    return Report(examination.as_json(checks), lines, exit_code=1 if faults else 0)
+
+
 @_command("schema")
 @click.option("--check", is_flag=True, help="Compare with kernelgen.schema.json beside the specs.")
 @_specs_option

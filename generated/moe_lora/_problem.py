@@ -410,7 +410,10 @@ def _one_shot(s: _Shape) -> OneShotConfig:
     )
     expand = _stages(3, expand_bytes * block_n, budget)
     # Accumulators of the shrink would spill over 4 warps; sooner without the matrix units of a large card.
-    heavy = s.block_m * rank * s.slices >= (64 * 256 if budget > 128 * 1024 else 64 * 128)
+    accumulators = s.block_m * rank * s.slices
+    heavy = accumulators >= (64 * 256 if budget > 128 * 1024 else 64 * 128)
+    if accumulators >= 64 * 256 and budget < 64 * 1024:
+        block_n = min(block_n, 32)  # seen to spill on gfx942
     return OneShotConfig(block_n, block_k, stages, expand, 8 if heavy or s.block_m == 128 else 4)
 
 
