@@ -100,8 +100,9 @@ def _cases(
 def _variant_cases(
     generated: ModuleType, family: Family, variant: Variant, target: Target
 ) -> Iterator[Case]:
+    measured = dict(family.tuned.versions).get("triton")
     for probe in probes(generated, family, variant):
-        if probe.is_tuned and target.name != PRIMARY:
+        if probe.is_tuned and (target.name != PRIMARY or measured != triton.__version__):
             continue
         with generated._runtime.compile_only() as requests:
             probe.call()

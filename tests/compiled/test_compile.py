@@ -119,7 +119,7 @@ def test_kernels_that_differ_by_name_alone_are_compiled_once(specs: Path) -> Non
 TUNED = """\
 family: moe_lora
 device: H200
-versions: {triton: 3.6.0}
+versions: {triton: VERSION}
 entries:
   - problem: {k: 512, n: 256, slices: 2, rank: 24, num_experts: 8, top_k: 2, max_loras: 3, num_tokens: 64, weighted: false}
     schedule: one_shot
@@ -136,12 +136,16 @@ def test_tuned_tiles_are_compiled_for_the_primary_target(specs: Path, tmp_path: 
     shutil.copytree(specs, tmp_path / "specs")
     (tmp_path / "templates").symlink_to(ROOT / "templates")
     (tmp_path / "specs/tuned").mkdir(exist_ok=True)
-    (tmp_path / "specs/tuned/moe_lora.yaml").write_text(TUNED)
-    tuned = {
-        (case.row.probe, case.target.name): case
-        for case in cases(tmp_path / "specs", ROOT, "*", ["sm_90", "sm_80"])
-        if case.probe.is_tuned
-    }
+    file = tmp_path / "specs/tuned/moe_lora.yaml"
+
+    def found() -> dict[tuple[str, str], Case]:
+        known = cases(tmp_path / "specs", ROOT, "*", ["sm_90", "sm_80"])
+        return {(c.row.probe, c.target.name): c for c in known if c.probe.is_tuned}
+
+    file.write_text(TUNED.replace("VERSION", "3.5.1"))
+    assert not found(), "they were measured with another version of Triton"
+    file.write_text(TUNED.replace("VERSION", triton.__version__))
+    tuned = found()
     name = "t64_k512_n256_s2_r24_e8_top2_l3"
     assert set(tuned) == {(f"first_{name}", "sm_90"), (f"second_{name}", "sm_90")}
     first = tuned[f"first_{name}", "sm_90"]
