@@ -411,7 +411,7 @@ def _one_shot(s: _Shape) -> OneShotConfig:
     expand = _stages(3, expand_bytes * block_n, budget)
     # Accumulators of the shrink would spill over 4 warps; sooner without the matrix units of a large card.
     accumulators = s.block_m * rank * s.slices
-    heavy = accumulators >= (64 * 256 if budget > 128 * 1024 else 64 * 128)
+    heavy = accumulators >= (48 * 256 if budget > 128 * 1024 else 64 * 128)
     if accumulators >= 64 * 256 and budget < 64 * 1024:
         block_n = min(block_n, 32)  # seen to spill on gfx942
     return OneShotConfig(block_n, block_k, stages, expand, 8 if heavy or s.block_m == 128 else 4)
@@ -445,9 +445,9 @@ def _two_kernel(s: _Shape) -> TwoKernelConfig:
     rank, block_m = _block_r(s.rank), s.block_m
     budget = s.shared_memory - 4096
     shrink_bytes = 2 * (block_m + s.slices * rank)  # of a column
-    block_k = _fitting(
-        _block_k(s.k, 64 if rank == 128 or block_m > 32 else 128), shrink_bytes, budget
-    )
+    # Rows of a K that is no multiple of 8 are loaded element by element, which takes registers.
+    wanted = 32 if rank == 128 and s.k % 8 else 64 if rank == 128 or block_m > 32 else 128
+    block_k = _fitting(_block_k(s.k, wanted), shrink_bytes, budget)
     blocks = _num_blocks(s)
     split_k = s.k
     if s.tokens * s.top_k <= 4096:
@@ -471,7 +471,7 @@ def _two_kernel(s: _Shape) -> TwoKernelConfig:
         block_k,
         split_k,
         stages,
-        8 if block_m == 128 or block_m * rank * s.slices > 64 * 256 else 4,
+        8 if block_m == 128 or block_m * rank * s.slices > (48 if s.k % 8 else 64) * 256 else 4,
         block_n,
         expand_tiles,
         3 if s.rank > 128 or (expand_tiles > 2 and block_m == 16) else 2,
