@@ -312,7 +312,7 @@ def verify(only: str | None, device: str, jobs: int | None, specs: Path, out: Pa
 @click.option("--only", metavar="GLOB", help="Only the variants of such a name.")
 @click.option("--check", is_flag=True, help="Compare with kernels.lock; exit 1 where it differs.")
 @click.option("--update", is_flag=True, help="Write what was found to kernels.lock.")
-@click.option("--full", is_flag=True, help="Every kernel for every target, not a sample.")
+@click.option("--full", is_flag=True, help="Every kernel for every target, tuned tiles too.")
 @click.option(
     "-j",
     "--jobs",
@@ -333,7 +333,11 @@ def compile_kernels(
 ) -> Report:
     """Compile the kernels without a GPU, and judge the registers, spills and shared memory that they use.
 
-    All of them for sm_90, and a sample for each other target, unless told otherwise.
+    Unless --full, --only or --arch say otherwise, a sample that meets every schedule for every target: of a fixed size,
+    or, for --update, all of sm_90 and a share of each other target. The last line says how much of the whole it is.
+
+    What was compiled is remembered, line by line, in usage-*.jsonl of ~/.cache/kernelgen (KERNELGEN_CACHE_DIR), so an
+    interrupted run goes on where it was. To use what another machine compiled, append its file to yours.
     """
     from kernelgen import compile as compiler
 
@@ -367,6 +371,22 @@ def explain(variant: str, arch: str, specs: Path, out: Path) -> Report:
 
     explanation = answer(specs, out, variant, arch)
     return Report(explanation.as_json(), explanation.lines())
+
+
+@_command("doctor")
+@_specs_option
+@_out_option
+def doctor(specs: Path, out: Path) -> Report:
+    """Say what of this environment works: packages, GPU, interpreter, compiler, specs, and whether generated/ is current.
+
+    Exit code 1 if something is to be mended.
+    """
+    from kernelgen import doctor as examination
+
+    checks = examination.examine(specs, out, _cores())
+    faults = any(check.status == "fault" for check in checks)
+    lines = _columns(list(examination.rows(checks)))
+    return Report(examination.as_json(checks), lines, exit_code=1 if faults else 0)
 
 
 @_command("schema")

@@ -1,49 +1,71 @@
 """Compilation of every kernel for every target, without a GPU, and what it costs in registers, spills and shared memory.
 
 A variant is called on its probes as a user would call it; what it would launch is compiled in other processes. Kernels that
-differ by name alone are compiled once, and what was measured is remembered in the user's cache folder, so that a second run
-compiles what changed. The figures are held against the limits of the spec and the target, and against ``kernels.lock``.
+differ by name alone are one. The figures are held against the limits of the spec and the target, and against ``kernels.lock``.
 
-A check compiles everything for the primary target, and for each other one every seventh kernel, from another start each: seven
-divides the number of tags of no axis, so the sample meets every body with every flag. The lock itself is written from all.
+What was measured is remembered as it comes, so that an interrupted run goes on where it was, and a new family costs its own
+kernels: ``usage-<triton>-<rules>.jsonl`` in the user's cache folder (``KERNELGEN_CACHE_DIR``), a line a kernel. A file of
+another machine is taken in by appending it to one's own.
+
+How much of the whole is compiled. Kernels are put in an order in which those of a schedule take turns, and among these the
+forms of it (the lists of parameters), and which comes first differs by target; so the first ones of a target are few and
+meet every schedule, the next ones every form, and the order of a family does not depend on others.
+
+- ``update``: everything for the primary target; for each other one every form of each schedule, and a share of the rest.
+- ``check``: a number that does not grow with the variants, from the start of the same order.
+- ``full`` or ``only`` or ``targets``: everything that is asked for.
+
 Tuned tiles, of which there are many and which change with each tuning, are held against the limits alone, not the lock.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Literal, Mapping, Sequence, TypeVar
 
 import triton
 
-from kernelgen import locate
+from kernelgen import sample
 from kernelgen.diagnostics import Diagnostic, failure
 from kernelgen.forks import Fault, Progress, in_processes, no_progress
-from kernelgen.lock import COLUMNS, FILE, Lock, Section, coverage, drift
+from kernelgen.lock import COLUMNS, FILE, Lock, Row, Section, coverage, drift
 from kernelgen.model import Location
+from kernelgen.remembered import Remembered
 from kernelgen.requests import Case, cases, cases_of
-from kernelgen.resources import RULES, Usage, usage
-from kernelgen.targets import PRIMARY, TARGETS
+from kernelgen.resources import Usage, usage
+from kernelgen.targets import TARGETS
 
 Mode = Literal["report", "check", "update"]
 Outcome = Usage | Fault
-_SAMPLE = 7
 _Result = TypeVar("_Result")
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What ``run`` found out: the cases that were compiled, now or earlier, and what is wrong."""
+    """What ``run`` found out: the cases that were compiled, now or earlier, and what is wrong.
+
+    Attributes:
+        outcomes: those that were asked for or remembered.
+        known: all that there are to compile.
+        compiled: how many kernels were compiled now.
+        findings: what is wrong.
+    """
 
     outcomes: Sequence[tuple[Case, Outcome]]
-    skipped: int
+    known: Sequence[Case]
     compiled: int
     findings: Sequence[Diagnostic]
+
+    def shares(self) -> dict[str, tuple[int, int]]:
+        """For each target, and for tuned tiles: how many different kernels were judged, of how many."""
+        judged = {case.digest for case, _ in self.outcomes}
+        kernels: dict[str, set[str]] = {}
+        for case in self.known:
+            label = "tuned tiles" if case.probe.is_tuned else case.target.name
+            kernels.setdefault(label, set()).add(case.digest)
+        return {label: (len(digests & judged), len(digests)) for label, digests in kernels.items()}
 
     def as_json(self) -> dict[str, Any]:
         """The fields of a report."""
@@ -53,16 +75,20 @@ class Result:
                 {**case.row._asdict(), "target": case.target.name, **dataclasses.asdict(outcome)}
                 for case, outcome in self.outcomes
             ],
-            "skipped": self.skipped,
+            "shares": {label: {"judged": n, "of": of} for label, (n, of) in self.shares().items()},
+            "compiled": self.compiled,
             "findings": [finding.as_json() for finding in self.findings],
         }
 
     def summary(self) -> str:
-        """One line for a reader."""
-        left_out = f", {self.skipped} left out" if self.skipped else ""
+        """One line for a reader; it says how much of the whole was judged."""
+        shares = self.shares()
+        judged, known = map(sum, zip((0, 0), *shares.values(), strict=True))
+        parts = [f"{n} of {of} for {label}" for label, (n, of) in shares.items() if n < of]
+        detail = f" ({', '.join(parts)})" if parts else ""
         return (
-            f"triton {triton.__version__}: {len(self.outcomes)} kernels, {self.compiled} compiled"
-            f" now{left_out}, {len(self.findings)} findings"
+            f"triton {triton.__version__}: {judged} of {known} kernels, {self.compiled} compiled now,"
+            f" {len(self.findings)} findings{detail}"
         )
 
     def rows(self) -> Iterator[tuple[str, ...]]:
@@ -93,7 +119,7 @@ def run(
         only: a glob on the names of variants.
         targets: names of targets; none are all that a spec declares.
         mode: "check" also compares with the lock; "update" writes what was found to the lock instead.
-        full: leave nothing out; so it is anyway with ``only`` or ``targets``, and to update.
+        full: leave nothing out; so it is anyway with ``only`` or ``targets``.
         workers: processes to compile in.
         progress: shows how far it is.
 
@@ -101,23 +127,28 @@ def run(
         Failure: a spec is at fault (exit code 1), or the package or the lock cannot be read (2).
     """
     lock = Lock(out / FILE)
-    section = lock.sections.get(triton.__version__)
     complete = only is None and not targets
     known = cases(specs, out, only, targets)
-    wanted = known if full or mode == "update" or not complete else list(_sample(known))
+    standard = sample.locked(known) if complete else [c for c in known if not c.probe.is_tuned]
+    if full or not complete:
+        wanted = known
+    else:
+        wanted = standard if mode == "update" else sample.checked(known)
     results, compiled = compile_cases(wanted, workers, progress)
     outcomes = [(case, results[case.digest]) for case in known if case.digest in results]
 
     findings = [finding for case, outcome in outcomes for finding in _limits(case, outcome)]
+    lines = _lines(known)
     if mode == "check":
-        findings += drift(lock, triton.__version__, _figures(outcomes))
-        rows = [(case.row, case.target.name) for case in known if not case.probe.is_tuned]
-        findings += coverage(lock, triton.__version__, rows, complete)
+        findings += drift(lock, triton.__version__, _figures(outcomes, lines))
+        have = [(lines[case.digest], case.target.name) for case in standard]
+        every = {(lines[case.digest], case.target.name) for case in known}
+        findings += coverage(lock, triton.__version__, every, have, complete)
     elif mode == "update":
-        before = {} if complete or section is None else section
-        lock.sections[triton.__version__] = _merged(before, _figures(outcomes))
+        before = {} if complete else lock.sections.get(triton.__version__, {})
+        lock.sections[triton.__version__] = _merged(before, _figures(outcomes, lines))
         lock.write()
-    return Result(outcomes, len(known) - len(outcomes), compiled, findings)
+    return Result(outcomes, known, compiled, findings)
 
 
 def compile_cases(
@@ -128,11 +159,15 @@ def compile_cases(
     Returns:
         Outcomes by digest, of these cases and of all that are remembered; and how many were compiled now.
     """
-    memory = _Memory()
-    new = {case.digest: case for case in wanted if case.digest not in memory.known}
-    results = _compiled(_usage, list(new.values()), workers, progress)
-    memory.add(dict(zip(new, results, strict=True)))
-    return memory.known, len(new)
+    remembered = Remembered()
+    new = {case.digest: case for case in wanted if case.digest not in remembered.usages}
+
+    def keep(case: Case, outcome: Outcome) -> None:
+        if isinstance(outcome, Usage):  # a failure may be one of the machine
+            remembered.add(case.digest, outcome)
+
+    results = _compiled(_usage, list(new.values()), workers, progress, keep)
+    return {**remembered.usages, **dict(zip(new, results, strict=True))}, len(new)
 
 
 def assembly(specs: Path, out: Path, variant: str, kind: str, target: str) -> dict[str, str]:
@@ -163,21 +198,12 @@ def _compiled(
     wanted: Sequence[Case],
     workers: int = 1,
     progress: Progress = no_progress,
+    keep: Callable[[Case, _Result | Fault], None] = lambda case, result: None,
 ) -> list[_Result | Fault]:
     """``function`` of every case, where Triton keeps what it makes for as long as that takes."""
     with tempfile.TemporaryDirectory(prefix="kernelgen") as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
-        return in_processes(function, wanted, workers, progress)
-
-
-def _sample(known: Iterable[Case]) -> Iterator[Case]:
-    groups: dict[tuple[str, bool], dict[str, Case]] = {}
-    for case in known:
-        group = case.target.name, case.probe.is_tuned
-        groups.setdefault(group, {}).setdefault(case.digest, case)
-    for start, (group, distinct) in enumerate(groups.items()):
-        step = 1 if group == (PRIMARY, False) else _SAMPLE
-        yield from list(distinct.values())[start % step :: step]
+        return in_processes(function, wanted, workers, progress, keep)
 
 
 def _limits(case: Case, outcome: Outcome) -> Iterator[Diagnostic]:
@@ -197,45 +223,23 @@ def _limits(case: Case, outcome: Outcome) -> Iterator[Diagnostic]:
         yield Diagnostic("KG052", where, message, "take smaller tiles or fewer stages")
 
 
-def _figures(outcomes: Iterable[tuple[Case, Outcome]]) -> Section:
+def _lines(known: Iterable[Case]) -> dict[str, Row]:
+    """The line of the lock that a kernel has, by digest: the first of those that are the same."""
+    lines: dict[str, Row] = {}
+    for case in known:
+        if not case.probe.is_tuned:
+            lines.setdefault(case.digest, case.row)
+    return lines
+
+
+def _figures(outcomes: Iterable[tuple[Case, Outcome]], lines: Mapping[str, Row]) -> Section:
     section: Section = {}
     for case, outcome in outcomes:
         if isinstance(outcome, Usage) and not case.probe.is_tuned:
-            section.setdefault(case.row, {})[case.target.name] = outcome.locked
+            section.setdefault(lines[case.digest], {})[case.target.name] = outcome.locked
     return section
 
 
 def _merged(before: Section, now: Section) -> Section:
-    """Both, the later where they meet; targets in their usual order."""
-    merged = dict(before)
-    for row, found in now.items():
-        figures = merged.get(row, {}) | found
-        merged[row] = {name: figures[name] for name in TARGETS if name in figures}
-    return merged
-
-
-class _Memory:
-    """Outcomes of earlier runs, by digest. Not being able to read or write them costs time, nothing else."""
-
-    def __init__(self) -> None:
-        self._file = locate.cache_folder() / f"usage-{triton.__version__}-{RULES}.json"
-        self.known: dict[str, Outcome] = {}
-        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-            remembered = json.loads(self._file.read_text("utf-8"))
-            self.known = {digest: Usage(**fields) for digest, fields in remembered.items()}
-
-    def add(self, new: Mapping[str, Outcome]) -> None:
-        """Take in what was compiled; a failure is remembered for this run alone."""
-        self.known.update(new)
-        if not new:
-            return
-        found = [(key, value) for key, value in self.known.items() if isinstance(value, Usage)]
-        kept = {digest: dataclasses.asdict(value) for digest, value in found[-_REMEMBERED:]}
-        part = self._file.with_name(f"{self._file.name}.{os.getpid()}")
-        with contextlib.suppress(OSError):
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(kept), "utf-8")
-            part.replace(self._file)
-
-
-_REMEMBERED = 20_000
+    """Both, the later where they meet."""
+    return {row: before.get(row, {}) | now.get(row, {}) for row in {**before, **now}}

@@ -37,24 +37,33 @@ def in_processes(
     items: Sequence[_Item],
     workers: int = 1,
     progress: Progress = no_progress,
+    keep: Callable[[_Item, _Result | Fault], None] = lambda item, result: None,
 ) -> list[_Result | Fault]:
-    """``function`` of every item, in order; a ``Fault`` where it raised or ended its process. Results must pickle."""
+    """``function`` of every item, in order; a ``Fault`` where it raised or ended its process. Results must pickle.
+
+    ``keep`` is given each result as soon as it is there, so that an interrupted run need not lose those it has.
+    """
     global _work
     _work = (function, items)
     results: dict[int, _Result | Fault] = {}
+
+    def take(index: int, result: _Result | Fault) -> None:
+        results[index] = result
+        keep(items[index], result)
+
     try:
         with _pool(workers) as pool:
             futures = {pool.submit(_one, index): index for index in range(len(items))}
             for future in progress(concurrent.futures.as_completed(futures), len(items)):
                 with contextlib.suppress(BrokenProcessPool):
-                    results[futures[future]] = future.result()
+                    take(futures[future], future.result())
         # A process that ends takes down its pool: what is left is done one by one, to find out which item it was.
         for index in sorted(set(range(len(items))) - results.keys()):
             try:
                 with _pool(1) as pool:
-                    results[index] = pool.submit(_one, index).result()
+                    take(index, pool.submit(_one, index).result())
             except BrokenProcessPool:
-                results[index] = Fault("it ended its process")
+                take(index, Fault("it ended its process"))
     finally:
         _work = (str, ())
     return [results[index] for index in range(len(items))]

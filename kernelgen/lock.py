@@ -1,6 +1,7 @@
 """The lock: what every kernel used when a person last accepted it, for each version of Triton.
 
-A JSON file with one line a kernel and probe, so that a change reads well in a diff and a finding can name its line.
+A JSON file with one line a kernel and probe, so that a change reads well in a diff and a finding can name its line. Kernels
+that differ by name alone share the line of the first of them. A line has one entry a target, null where there is no figure.
 """
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Mapping, NamedTuple
+from typing import Any, Collection, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 from kernelgen.diagnostics import Diagnostic, Failure, failure, os_failure
 from kernelgen.model import Location
+from kernelgen.targets import TARGETS
 
 FILE = "kernels.lock"  # beside the folder generated
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 COLUMNS = ("registers", "spill_bytes", "shared_bytes")
 
 
@@ -96,27 +98,30 @@ def drift(lock: Lock, triton: str, now: Section) -> Iterator[Diagnostic]:
 
 
 def coverage(
-    lock: Lock, triton: str, known: Iterable[tuple[Row, str]], complete: bool
+    lock: Lock,
+    triton: str,
+    known: Collection[tuple[Row, str]],
+    wanted: Iterable[tuple[Row, str]],
+    complete: bool,
 ) -> Iterator[Diagnostic]:
-    """Rows and targets of ``known`` that the lock lacks, and, where these are ``complete``, those it has too many."""
+    """Rows and targets of ``wanted`` that the lock lacks, and, where ``known`` are all, those it has too many."""
     file = Location(str(lock.file))
     section = lock.sections.get(triton)
     if section is None:
         message = f"there are no figures for triton {triton}"
         yield Diagnostic("KG055", file, message, "add them with kernelgen compile --update")
         return
-    wanted: dict[Row, set[str]] = {}
-    for row, target in known:
-        wanted.setdefault(row, set()).add(target)
-    for row, targets in wanted.items():
-        missing = sorted(targets - section.get(row, {}).keys())
-        if missing:
-            message = f"{row}: no figures for {', '.join(missing)}"
-            yield Diagnostic("KG055", file, message, _ACCEPT)
+    missing: dict[Row, list[str]] = {}
+    for row, target in wanted:
+        if target not in section.get(row, {}):
+            missing.setdefault(row, []).append(target)
+    for row, targets in missing.items():
+        message = f"{row}: no figures for {', '.join(targets)}"
+        yield Diagnostic("KG055", file, message, _ACCEPT)
     if not complete:
         return
     for row, figures in section.items():
-        gone = sorted(figures.keys() - wanted.get(row, set()))
+        gone = [target for target in figures if (row, target) not in known]
         if gone:
             message = f"{row}: there is no such kernel for {', '.join(gone)} any more"
             yield Diagnostic("KG055", lock.place(triton, row), message, _ACCEPT)
@@ -126,12 +131,21 @@ def _text(sections: Mapping[str, Section]) -> str:
     blocks = []
     for version in sorted(sections):
         lines = [
-            f"    {json.dumps(str(row))}: {json.dumps(figures)}"
+            f"    {json.dumps(str(row))}: {_list([figures.get(target) for target in TARGETS])}"
             for row, figures in sorted(sections[version].items())
         ]
         blocks.append(f"  {json.dumps(version)}: {{\n" + ",\n".join(lines) + "\n  }")
-    head = f'"schema_version": {SCHEMA_VERSION},\n"columns": {json.dumps(COLUMNS)},\n"triton": '
-    return "{\n" + head + "{\n" + ",\n".join(blocks) + "\n}\n}\n"
+    head = [
+        f'"schema_version": {SCHEMA_VERSION}',
+        f'"columns": {_list(COLUMNS)}',
+        f'"targets": {_list(list(TARGETS))}',
+        '"triton": ',
+    ]
+    return "{\n" + ",\n".join(head) + "{\n" + ",\n".join(blocks) + "\n}\n}\n"
+
+
+def _list(values: Sequence[object]) -> str:
+    return json.dumps(values, separators=(",", ":"))
 
 
 def _parse(document: Any) -> dict[str, Section]:
@@ -139,21 +153,32 @@ def _parse(document: Any) -> dict[str, Section]:
         raise ValueError(f"wanted a document of schema_version {SCHEMA_VERSION}")
     if document.get("columns") != list(COLUMNS):
         raise ValueError(f"wanted the columns {', '.join(COLUMNS)}")
-    return {version: _section(lines) for version, lines in document["triton"].items()}
+    targets, sections = document.get("targets"), document.get("triton")
+    if not isinstance(targets, list) or not isinstance(sections, dict):
+        raise ValueError("wanted a list of targets, and the figures of each version of Triton")
+    return {version: _section(lines, targets) for version, lines in sections.items()}
 
 
-def _section(lines: Mapping[str, Any]) -> Section:
+def _section(lines: Any, targets: Sequence[str]) -> Section:
+    if not isinstance(lines, dict):
+        raise ValueError("wanted the lines of a version of Triton")
     section: Section = {}
-    for line, figures in lines.items():
+    for line, entries in lines.items():
         parts = line.split(" ")
-        sound = all(
-            isinstance(values, list) and list(map(type, values)) == [int] * len(COLUMNS)
-            for values in figures.values()
-        )
-        if len(parts) != len(Row._fields) or not sound:
+        if len(parts) != len(Row._fields) or not _is_sound(entries, len(targets)):
             raise ValueError(f"the line {line!r} is not of the form that kernelgen writes")
-        section[Row(*parts)] = figures
+        found = zip(targets, entries, strict=True)
+        section[Row(*parts)] = {target: values for target, values in found if values is not None}
     return section
+
+
+def _is_sound(entries: Any, count: int) -> bool:
+    if not isinstance(entries, list) or len(entries) != count:
+        return False
+    return all(
+        values is None or (isinstance(values, list) and list(map(type, values)) == [int] * len(COLUMNS))
+        for values in entries
+    )
 
 
 def _unreadable(file: Path, reason: str) -> Failure:

@@ -334,19 +334,27 @@ def _try(out: Path, name: str, part: int, parts: int) -> list[Fate]:
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("."), help="Where generated/ is."
 )
-@click.option("--only", default="*", metavar="GLOB", help="Only the variants of such a name.")
+@click.option(
+    "--only",
+    multiple=True,
+    default=["*"],
+    metavar="GLOB",
+    help="Only the variants of such a name; repeatable.",
+)
 @click.option("-j", "--jobs", type=click.IntRange(1, 256), default=1, show_default=True)
-def main(out: Path, only: str, jobs: int) -> None:
+def main(out: Path, only: Sequence[str], jobs: int) -> None:
     """Try all mutants of the variants; list those that live. Exit code 1 if there are any."""
     found = [v.name for s in suites(out).values() for v in s.variants]
-    chosen = [name for name in found if fnmatch.fnmatchcase(name, only)]
+    chosen = [name for name in found if any(fnmatch.fnmatchcase(name, glob) for glob in only)]
+    if not chosen:
+        raise click.UsageError(f"no variant has a name like {' or '.join(only)}")
     pool = concurrent.futures.ProcessPoolExecutor(
         jobs,
         multiprocessing.get_context("spawn"),
         initializer=start_worker,
         initargs=(out.resolve(), "cpu"),
     )
-    living = 0
+    living = tried = 0
     with pool:
         futures = [
             (name, [pool.submit(_try, out.resolve(), name, part, jobs) for part in range(jobs)])
@@ -356,9 +364,11 @@ def main(out: Path, only: str, jobs: int) -> None:
             fates = [fate for part in parts for fate in part.result()]
             lives = [fate.mutant for fate in fates if not fate.killer]
             living += len(lives)
+            tried += len(fates)
             click.echo(f"{name}: {len(fates) - len(lives)} of {len(fates)} killed")
             for mutant in sorted(lives, key=lambda m: m.line):
                 click.echo(f"  lives: {mutant}")
+    click.echo(f"{tried - living} of {tried} killed")
     raise SystemExit(1 if living else 0)
 
 

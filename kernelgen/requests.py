@@ -31,6 +31,7 @@ class Case:
     """One kernel of one variant, as one probe launches it on one target."""
 
     family: Family
+    variant: Variant
     row: Row
     target: Target
     probe: Probe
@@ -39,6 +40,11 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.row.variant}: kernel {self.row.kernel} on probe {self.row.probe}"
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Of the kernel."""
+        return tuple(self.request.launcher.kernel.arg_names)
 
     def compile(self) -> Any:
         """Triton's compiled kernel; raises what the compiler raises."""
@@ -94,8 +100,9 @@ def _cases(
 def _variant_cases(
     generated: ModuleType, family: Family, variant: Variant, target: Target
 ) -> Iterator[Case]:
+    measured = dict(family.tuned.versions).get("triton")
     for probe in probes(generated, family, variant):
-        if probe.is_tuned and target.name != PRIMARY:
+        if probe.is_tuned and (target.name != PRIMARY or measured != triton.__version__):
             continue
         with generated._runtime.compile_only() as requests:
             probe.call()
@@ -103,7 +110,7 @@ def _variant_cases(
             function = request.launcher.kernel.fn.__name__
             if function.startswith(f"{variant.name}_"):
                 row = Row(variant.name, function.removeprefix(f"{variant.name}_"), probe.name)
-                yield Case(family, row, target, probe, request, _digest(request, target))
+                yield Case(family, variant, row, target, probe, request, _digest(request, target))
 
 
 def _digest(request: Any, target: Target) -> str:
@@ -121,7 +128,7 @@ def _text(kernel: JITFunction[Any]) -> str:
 def _function_text(function: FunctionType, source: str) -> str:
     """Its syntax, the functions that it calls and the values that it reads, without its name and comments."""
     tree = ast.parse(textwrap.dedent(source).replace(function.__name__, "kernel"))
-    parts = [ast.dump(tree)]
+    parts = [ast.unparse(tree)]  # the same in every version of Python
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     for name in sorted(used & function.__globals__.keys()):
         value = function.__globals__[name]

@@ -371,6 +371,13 @@ def _block_r(rank: int) -> int:
     return min(128, max(16, runtime.next_power_of_2(rank)))
 
 
+def _fitting(tile: int, column_bytes: int, budget: int) -> int:
+    """``tile``, or the largest part of it of which two stages fit."""
+    while tile > 16 and 2 * tile * column_bytes > budget:
+        tile //= 2
+    return tile
+
+
 def _stages(wanted: int, stage_bytes: int, budget: int) -> int:
     while wanted > 2 and wanted * stage_bytes > budget:
         wanted -= 1
@@ -388,14 +395,21 @@ def _one_shot(s: _Shape) -> OneShotConfig:
         block_k, stages = (128, 3) if rank in (32, 64) else (64, 4)
     else:
         block_k, stages = 64, 6 if rank == 16 else 4
-    block_k = _block_k(s.k, block_k)
     budget = s.shared_memory - 4096
-    stages = _stages(stages, 2 * (s.block_m + s.slices * rank) * block_k, budget)
-    block_n = _block_n(s.n, 256 if wide else 128, 0.03 if rank == 16 else 0.0)
-    expand = _stages(3, 2 * block_n * (rank + s.block_m), budget)
-    heavy = (
-        s.block_m * rank * s.slices >= 64 * 256
-    )  # accumulators of the shrink would spill over 4 warps
+    shrink_bytes, expand_bytes = 2 * (s.block_m + s.slices * rank), 2 * (
+        s.block_m + rank
+    )  # of a column
+    block_k = _fitting(_block_k(s.k, block_k), shrink_bytes, budget)
+    stages = _stages(stages, shrink_bytes * block_k, budget)
+    block_n = _fitting(
+        _block_n(s.n, 256 if wide else 128, 0.03 if rank == 16 else 0.0), expand_bytes, budget
+    )
+    expand = _stages(3, expand_bytes * block_n, budget)
+    # Accumulators of the shrink would spill over 4 warps; sooner without the matrix units of a large card.
+    accumulators = s.block_m * rank * s.slices
+    heavy = accumulators >= (48 * 256 if budget > 128 * 1024 else 64 * 128)
+    if accumulators >= 64 * 256 and budget < 64 * 1024:
+        block_n = min(block_n, 32)  # seen to spill on gfx942
     return OneShotConfig(block_n, block_k, stages, expand, 8 if heavy or s.block_m == 128 else 4)
 
 
@@ -413,6 +427,8 @@ def _small_batch(s: _Shape) -> SmallBatchConfig:
         128: (64 if wide else 32, 2),
     }[_block_r(s.rank)]
     block_n = min(block_n, max(16, runtime.next_power_of_2(s.n)))
+    if s.rank % 8:
+        warps = 4  # rows that are not aligned are loaded element by element
     # Where weights are read once, they need not stay in the cache. With many parts an early expand was seen to stall.
     reread = pairs > 2 * expected_groups(pairs, s.experts * s.loras)
     pdl = 1 if runtime.cdiv(s.k, split_k) <= 8 else 0
@@ -423,7 +439,11 @@ def _small_batch(s: _Shape) -> SmallBatchConfig:
 
 def _two_kernel(s: _Shape) -> TwoKernelConfig:
     rank, block_m = _block_r(s.rank), s.block_m
-    block_k = _block_k(s.k, 64 if rank == 128 or block_m > 32 else 128)
+    budget = s.shared_memory - 4096
+    shrink_bytes = 2 * (block_m + s.slices * rank)  # of a column
+    # Rows of a K that is no multiple of 8 are loaded element by element, which takes registers.
+    wanted = 32 if rank == 128 and s.k % 8 else 64 if rank == 128 or block_m > 32 else 128
+    block_k = _fitting(_block_k(s.k, wanted), shrink_bytes, budget)
     blocks = _num_blocks(s)
     split_k = s.k
     if s.tokens * s.top_k <= 4096:
@@ -433,10 +453,10 @@ def _two_kernel(s: _Shape) -> TwoKernelConfig:
             split_k = _padded(runtime.cdiv(s.k, count), block_k)
             if blocks * count >= 0.95 * s.num_sms and split_k <= 4096:
                 break
-    stages = _stages(
-        4, 2 * (block_m + s.slices * rank) * block_k, min(112 * 1024, s.shared_memory - 4096)
-    )
+    stages = _stages(4, shrink_bytes * block_k, min(112 * 1024, budget))
     block_n = _block_n(s.n, 128)
+    if s.rank <= 128:
+        block_n = _fitting(block_n, 2 * (block_m + rank), budget)
     tiles = runtime.cdiv(s.n, block_n)
     # As many column tiles in a row as leave each multiprocessor several programs.
     most = blocks * s.slices * tiles / (8 * s.num_sms)
@@ -447,10 +467,10 @@ def _two_kernel(s: _Shape) -> TwoKernelConfig:
         block_k,
         split_k,
         stages,
-        8 if block_m == 128 or block_m * rank * s.slices > 64 * 256 else 4,
+        8 if block_m == 128 or block_m * rank * s.slices > (48 if s.k % 8 else 64) * 256 else 4,
         block_n,
         expand_tiles,
-        3 if expand_tiles > 2 and block_m == 16 else 2,
+        3 if s.rank > 128 or (expand_tiles > 2 and block_m == 16) else 2,
         8 if block_m >= 64 else 4,
     )
 

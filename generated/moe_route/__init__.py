@@ -77,52 +77,31 @@ class MoeRoute(NamedTuple):
         Raises:
             ValueError: a shape, dtype or block size that does not fit; nothing was launched.
         """
-        name = "MoeRoute.from_tables"
-        _check_block_m(name, block_size)
-        device = sorted_token_ids.device
-        if sorted_token_ids.dim() == 1 and expert_ids.dim() == 1 and max_loras > 0:
-            sorted_token_ids, expert_ids = sorted_token_ids.view(max_loras, -1), expert_ids.view(
-                max_loras, -1
+        source = (sorted_token_ids, expert_ids, num_tokens_post_padded, lora_ids, adapter_enabled)
+        request = (num_tokens * top_k, num_experts, max_loras, block_size)
+        if torch.compiler.is_compiling():
+            max_blocks = _check_tables(*source, max_loras, block_size)
+        else:
+            hint = (
+                sorted_token_ids.shape,
+                expert_ids.shape,
+                lora_ids is None,
+                adapter_enabled is None,
+                *request,
             )
-        tables = {"sorted_token_ids": sorted_token_ids, "expert_ids": expert_ids}
-        for label, table in tables.items():
-            if (
-                table.dim() != 2
-                or table.shape[0] < max_loras
-                or table.dtype != torch.int32
-                or table.stride(1) != 1
-            ):
-                runtime.fail(
-                    name,
-                    label,
-                    runtime.describe(table),
-                    f"[>= {max_loras}, *] int32 with last stride 1",
-                )
-        row_blocks = runtime.cdiv(sorted_token_ids.shape[1], block_size)
-        if expert_ids.shape[1] > row_blocks:
-            runtime.fail(
-                name, "expert_ids", runtime.describe(expert_ids), f"at most {row_blocks} columns"
+            tensors = [tensor for tensor in source if tensor is not None]
+            plan = _table_plans.get(hint, tensors) or _table_plans.put(
+                hint, tensors, _table_plan(source, *request)
             )
-        _check_vector(name, "num_tokens_post_padded", num_tokens_post_padded, max_loras, device)
-        _check_vector(name, "lora_ids", lora_ids, 1, device)
-        _check_vector(name, "adapter_enabled", adapter_enabled, max_loras, device)
-        max_blocks = max_loras * expert_ids.shape[1]
+            max_blocks = plan.max_blocks
         splits = _splits(max_blocks, max_blocks * block_size, 0)
-        buffer, num_blocks, blocks, pairs, _ = _buffers(name, workspace, splits, device)
-        if max_blocks > 0:
-            fill = _from_tables_op if torch.compiler.is_compiling() else _from_tables
-            fill(
-                buffer,
-                sorted_token_ids,
-                expert_ids,
-                num_tokens_post_padded,
-                lora_ids,
-                adapter_enabled,
-                num_tokens * top_k,
-                num_experts,
-                max_loras,
-                block_size,
-            )
+        buffer, num_blocks, blocks, pairs, _ = _buffers(
+            "MoeRoute.from_tables", workspace, splits, sorted_token_ids.device
+        )
+        if torch.compiler.is_compiling():
+            _from_tables_op(buffer, *source, *request)
+        elif max_blocks > 0:
+            plan.fill(pairs, blocks, num_blocks, *source)
         return MoeRoute(
             None,
             None,
@@ -493,6 +472,101 @@ def _check_vector(
         )
 
 
+def _rows(table: torch.Tensor, max_loras: int) -> torch.Tensor:
+    """A table of an engine as [L, *], where it is flat."""
+    return (
+        table.view(max_loras, -1) if table.dim() == 1 and table.numel() % max_loras == 0 else table
+    )
+
+
+def _check_tables(
+    sorted_token_ids: torch.Tensor,
+    expert_ids: torch.Tensor,
+    num_tokens_post_padded: torch.Tensor,
+    lora_ids: torch.Tensor | None,
+    adapter_enabled: torch.Tensor | None,
+    max_loras: int,
+    block_m: int,
+) -> int:
+    """The most blocks that there can be, once everything about the tables is known to fit."""
+    name = "MoeRoute.from_tables"
+    _check_block_m(name, block_m)
+    if max_loras < 1:
+        runtime.fail(name, "max_loras", max_loras, "at least 1")
+    device = sorted_token_ids.device
+    tables = {
+        "sorted_token_ids": _rows(sorted_token_ids, max_loras),
+        "expert_ids": _rows(expert_ids, max_loras),
+    }
+    for label, table in tables.items():
+        if (
+            table.dim() != 2
+            or table.shape[0] < max_loras
+            or table.dtype != torch.int32
+            or table.stride(1) != 1
+        ):
+            runtime.fail(
+                name,
+                label,
+                runtime.describe(table),
+                f"[>= {max_loras}, *] int32 with last stride 1",
+            )
+    row_blocks = runtime.cdiv(tables["sorted_token_ids"].shape[1], block_m)
+    columns = tables["expert_ids"].shape[1]
+    if columns > row_blocks or expert_ids.device != device:
+        wanted = f"at most {row_blocks} columns on {device}"
+        runtime.fail(name, "expert_ids", runtime.describe(expert_ids), wanted)
+    _check_vector(name, "num_tokens_post_padded", num_tokens_post_padded, max_loras, device)
+    _check_vector(name, "lora_ids", lora_ids, 1, device)
+    _check_vector(name, "adapter_enabled", adapter_enabled, max_loras, device)
+    return max_loras * columns
+
+
+class _TablePlan(NamedTuple):
+    """Checked tables: what from_tables works out once for tables of the same shapes."""
+
+    max_blocks: int
+    fill: Callable[..., None]
+
+
+_table_plans = runtime.Calls()
+
+
+def _table_plan(
+    source: tuple[torch.Tensor | None, ...],
+    num_pairs: int,
+    num_experts: int,
+    max_loras: int,
+    block_m: int,
+) -> _TablePlan:
+    max_blocks = _check_tables(*source, max_loras, block_m)
+    return _TablePlan(
+        max_blocks, _bind_tables(*source[:2], source[3], num_pairs, num_experts, max_loras, block_m)
+    )
+
+
+def _bind_tables(
+    sorted_token_ids: torch.Tensor,
+    expert_ids: torch.Tensor,
+    lora_ids: torch.Tensor | None,
+    num_pairs: int,
+    num_experts: int,
+    max_loras: int,
+    block_m: int,
+) -> Callable[..., None]:
+    from . import from_tables
+
+    return from_tables.bind(
+        _rows(sorted_token_ids, max_loras),
+        _rows(expert_ids, max_loras),
+        lora_ids,
+        num_pairs=num_pairs,
+        num_experts=num_experts,
+        max_loras=max_loras,
+        block_m=block_m,
+    )
+
+
 def _route(
     buffer: torch.Tensor,
     topk_ids: torch.Tensor,
@@ -525,24 +599,16 @@ def _from_tables(
     max_loras: int,
     block_m: int,
 ) -> None:
-    from .from_tables import moe_route_from_tables
-
-    max_blocks = max_loras * expert_ids.shape[1]
-    _, num_blocks, blocks, pairs, _ = _views(buffer, _splits(max_blocks, max_blocks * block_m, 0))
-    moe_route_from_tables(
-        pairs,
-        blocks,
-        num_blocks,
-        sorted_token_ids,
-        expert_ids,
-        num_tokens_post_padded,
-        lora_ids,
-        adapter_enabled,
-        num_pairs=num_pairs,
-        num_experts=num_experts,
-        max_loras=max_loras,
-        block_m=block_m,
-    )
+    max_blocks = max_loras * _rows(expert_ids, max_loras).shape[1]
+    if max_blocks > 0:
+        _, num_blocks, blocks, pairs, _ = _views(
+            buffer, _splits(max_blocks, max_blocks * block_m, 0)
+        )
+        fill = _bind_tables(
+            sorted_token_ids, expert_ids, lora_ids, num_pairs, num_experts, max_loras, block_m
+        )
+        source = (sorted_token_ids, expert_ids, num_tokens_post_padded, lora_ids, adapter_enabled)
+        fill(pairs, blocks, num_blocks, *source)
 
 
 _route_op = runtime.op(

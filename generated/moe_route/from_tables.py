@@ -110,6 +110,61 @@ _list = runtime.Launcher(moe_route_from_tables_list)
 _pack = runtime.Launcher(moe_route_from_tables_pack)
 
 
+def bind(
+    sorted_token_ids: torch.Tensor,
+    expert_ids: torch.Tensor,
+    lora_ids: torch.Tensor | None,
+    *,
+    num_pairs: int,
+    num_experts: int,
+    max_loras: int,
+    block_m: int,
+) -> Callable[..., None]:
+    """The two launches for tables [L, *] of these shapes and strides, ready to be made again and again."""
+    row_blocks = expert_ids.shape[1]
+    num_lora_ids = 0 if lora_ids is None else lora_ids.numel()
+    columns = (row_blocks, expert_ids.stride(0))
+    sizes = (num_pairs, sorted_token_ids.shape[1], sorted_token_ids.stride(0))
+    list_blocks = _list.bind(
+        1,
+        (
+            max_loras,
+            num_experts,
+            num_lora_ids,
+            runtime.next_power_of_2(num_lora_ids),
+            block_m,
+            ENTRIES,
+        ),
+        runtime.Options(4),
+    )
+    pack_pairs = _pack.bind(max_loras * row_blocks, (block_m,), runtime.Options(4))
+
+    def call(
+        pairs: torch.Tensor,
+        blocks: torch.Tensor,
+        num_blocks: torch.Tensor,
+        sorted_token_ids: torch.Tensor,
+        expert_ids: torch.Tensor,
+        num_tokens_post_padded: torch.Tensor,
+        lora_ids: torch.Tensor | None,
+        adapter_enabled: torch.Tensor | None,
+    ) -> None:
+        list_blocks(
+            (
+                blocks,
+                num_blocks,
+                expert_ids,
+                num_tokens_post_padded,
+                lora_ids,
+                adapter_enabled,
+                *columns,
+            )
+        )
+        pack_pairs((pairs, blocks, num_blocks, sorted_token_ids, *sizes))
+
+    return call
+
+
 def moe_route_from_tables(
     pairs: torch.Tensor,
     blocks: torch.Tensor,
@@ -130,41 +185,12 @@ def moe_route_from_tables(
     sorted_token_ids [L, EM] and expert_ids [L, ceil(EM / block_m)] int32, num_tokens_post_padded [L] int32,
     lora_ids [*] int32 or None, adapter_enabled [>= max_loras] int32 or None. ``MoeRoute.from_tables`` checks them.
     """
-    row_blocks = expert_ids.shape[1]
-    num_lora_ids = 0 if lora_ids is None else lora_ids.numel()
-    _list.launch(
-        1,
-        (
-            blocks,
-            num_blocks,
-            expert_ids,
-            num_tokens_post_padded,
-            lora_ids,
-            adapter_enabled,
-            row_blocks,
-            expert_ids.stride(0),
-        ),
-        (
-            max_loras,
-            num_experts,
-            num_lora_ids,
-            runtime.next_power_of_2(num_lora_ids),
-            block_m,
-            ENTRIES,
-        ),
-        runtime.Options(4),
-    )
-    _pack.launch(
-        max_loras * row_blocks,
-        (
-            pairs,
-            blocks,
-            num_blocks,
-            sorted_token_ids,
-            num_pairs,
-            sorted_token_ids.shape[1],
-            sorted_token_ids.stride(0),
-        ),
-        (block_m,),
-        runtime.Options(4),
-    )
+    source = (sorted_token_ids, expert_ids, num_tokens_post_padded, lora_ids, adapter_enabled)
+    sizes = {
+        "num_pairs": num_pairs,
+        "num_experts": num_experts,
+        "max_loras": max_loras,
+        "block_m": block_m,
+    }
+    call = bind(sorted_token_ids, expert_ids, lora_ids, **sizes)
+    call(pairs, blocks, num_blocks, *source)

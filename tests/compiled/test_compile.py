@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import itertools
 import json
 import os
 import shutil
+import types
 from pathlib import Path
 from typing import Any, Callable
 
@@ -14,14 +15,15 @@ import pytest
 import triton
 
 from kernelgen import compile as compiler
-from kernelgen import model
+from kernelgen import model, sample
 from kernelgen.compile import Result, assembly, compile_cases, run
 from kernelgen.diagnostics import Failure
 from kernelgen.explain import explain
 from kernelgen.lock import FILE, Lock, Row, coverage
 from kernelgen.probes import Probe
+from kernelgen.remembered import Remembered
 from kernelgen.requests import Case, cases, cases_of
-from kernelgen.resources import RULES, Usage
+from kernelgen.resources import Usage
 from kernelgen.targets import TARGETS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -117,7 +119,7 @@ def test_kernels_that_differ_by_name_alone_are_compiled_once(specs: Path) -> Non
 TUNED = """\
 family: moe_lora
 device: H200
-versions: {triton: 3.6.0}
+versions: {triton: VERSION}
 entries:
   - problem: {k: 512, n: 256, slices: 2, rank: 24, num_experts: 8, top_k: 2, max_loras: 3, num_tokens: 64, weighted: false}
     schedule: one_shot
@@ -134,12 +136,16 @@ def test_tuned_tiles_are_compiled_for_the_primary_target(specs: Path, tmp_path: 
     shutil.copytree(specs, tmp_path / "specs")
     (tmp_path / "templates").symlink_to(ROOT / "templates")
     (tmp_path / "specs/tuned").mkdir(exist_ok=True)
-    (tmp_path / "specs/tuned/moe_lora.yaml").write_text(TUNED)
-    tuned = {
-        (case.row.probe, case.target.name): case
-        for case in cases(tmp_path / "specs", ROOT, "*", ["sm_90", "sm_80"])
-        if case.probe.is_tuned
-    }
+    file = tmp_path / "specs/tuned/moe_lora.yaml"
+
+    def found() -> dict[tuple[str, str], Case]:
+        known = cases(tmp_path / "specs", ROOT, "*", ["sm_90", "sm_80"])
+        return {(c.row.probe, c.target.name): c for c in known if c.probe.is_tuned}
+
+    file.write_text(TUNED.replace("VERSION", "3.5.1"))
+    assert not found(), "they were measured with another version of Triton"
+    file.write_text(TUNED.replace("VERSION", triton.__version__))
+    tuned = found()
     name = "t64_k512_n256_s2_r24_e8_top2_l3"
     assert set(tuned) == {(f"first_{name}", "sm_90"), (f"second_{name}", "sm_90")}
     first = tuned[f"first_{name}", "sm_90"]
@@ -150,7 +156,8 @@ def test_tuned_tiles_are_compiled_for_the_primary_target(specs: Path, tmp_path: 
 def test_update_then_check_is_clean_and_compiles_nothing(small: Small) -> None:
     assert not small("update").findings
     again = small()
-    assert not again.findings and again.compiled == 0 and again.skipped == 0
+    assert not again.findings and again.compiled == 0
+    assert again.shares() == {"sm_90": (3, 3), "gfx942": (3, 3)}
     assert len(again.outcomes) == 8  # 2 variants, 2 kernels, 2 targets
 
 
@@ -177,13 +184,11 @@ def test_what_the_lock_lacks_is_a_finding(small: Small) -> None:
     assert codes(small()) == ["KG055"], "no section for this version of Triton"
     small("update", only=ADD)
     assert [finding.message for finding in small().findings] == [
-        f"{SET} shrink naive: no figures for gfx942, sm_90",
-        f"{SET} expand naive: no figures for gfx942, sm_90",
+        f"{SET} expand naive: no figures for sm_90, gfx942"  # its shrink is that of ADD
     ]
     small("update", targets=["sm_90"])
-    messages = [finding.message for finding in small().findings]
-    assert messages == [
-        f"{SET} {kernel} naive: no figures for gfx942" for kernel in ("shrink", "expand")
+    assert [finding.message for finding in small().findings] == [
+        f"{SET} expand naive: no figures for gfx942"
     ]
 
 
@@ -206,10 +211,16 @@ def test_rows_that_no_kernel_has_are_a_finding_of_a_whole_check(out: Path) -> No
     lock = Lock(out / FILE)
     gone, here = Row("moe_lora_gone", "kernel", "m16"), Row(ADD, "shrink", "naive")
     lock.sections = {"3.9.0": {gone: {"sm_90": [1, 0, 3]}, here: {"sm_80": [1, 0, 3]}}}
-    known = [(here, "sm_80")]
-    (finding,) = coverage(lock, "3.9.0", known, complete=True)
+    known = {(here, "sm_80")}
+    (finding,) = coverage(lock, "3.9.0", known, known, complete=True)
     assert finding.message == f"{gone}: there is no such kernel for sm_90 any more"
-    assert not list(coverage(lock, "3.9.0", known, complete=False))
+    assert not list(coverage(lock, "3.9.0", known, known, complete=False))
+
+
+LOCK = (
+    '{"schema_version": 2, "columns": ["registers", "spill_bytes", "shared_bytes"],'
+    ' "targets": ["sm_90"], "triton": {"3.6.0": %s}}'
+)
 
 
 @pytest.mark.parametrize(
@@ -218,9 +229,13 @@ def test_rows_that_no_kernel_has_are_a_finding_of_a_whole_check(out: Path) -> No
         "",
         "[]",
         "{}",
-        '{"schema_version": 2}',
+        '{"schema_version": 1}',
         "\0",
-        '{"schema_version": 1, "columns": ["registers"]}',
+        '{"schema_version": 2, "columns": ["registers"]}',
+        LOCK % "[]",
+        LOCK % '{"v k p": [1, 2, 3]}',
+        LOCK % '{"v k p": [[1, 2]]}',
+        LOCK % '{"v p": [[1, 2, 3]]}',
     ],
 )
 def test_a_lock_that_is_none_is_an_error(small: Small, out: Path, text: str) -> None:
@@ -234,8 +249,14 @@ def test_a_lock_that_is_none_is_an_error(small: Small, out: Path, text: str) -> 
 def test_the_lock_has_one_line_a_kernel_and_probe(small: Small, out: Path) -> None:
     small("update")
     text = (out / FILE).read_text()
-    assert json.loads(text)["columns"] == ["registers", "spill_bytes", "shared_bytes"]
-    assert text.count(f'"{ADD} ') == 2
+    document = json.loads(text)
+    assert document["columns"] == ["registers", "spill_bytes", "shared_bytes"]
+    lines = document["triton"][triton.__version__]
+    # the two variants differ in their expand alone
+    assert set(lines) == {f"{ADD} shrink naive", f"{ADD} expand naive", f"{SET} expand naive"}
+    for line, entries in lines.items():
+        has = [name for name, entry in zip(document["targets"], entries, strict=True) if entry]
+        assert has == ["sm_90", "gfx942"] and text.count(f'"{line}": ') == 1
 
 
 def patched_usage(change: Callable[[Case, Usage], Usage]) -> Callable[[Case], Usage]:
@@ -298,28 +319,108 @@ def test_a_damaged_memory_is_not_believed(
     small: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("KERNELGEN_CACHE_DIR", str(tmp_path))
-    (tmp_path / f"usage-{triton.__version__}-{RULES}.json").write_text('{"x": {"registers": 1}}')
+    damaged = ['["x", {"registers": 1}]', "[]", "null", '["x", 1]', '[["x"], {}]', "\0", '["x", {']
+    Remembered().file.write_text("\n".join(damaged) + "\n")
     assert small("report", only=ADD, targets=["sm_90"]).compiled == 2
     assert small("report", only=ADD, targets=["sm_90"]).compiled == 0
 
 
-def sample(target: str, count: int, is_tuned: bool = False) -> list[Case]:
-    probe = Probe("p", {}, print, 0.0, 0.0, is_tuned)
-    rows = [Row(f"v{i}", "k", "p") for i in range(count)]
-    make = functools.partial(Case, None, target=TARGETS[target], probe=probe, request=None)
-    return [make(row, digest=f"{target} {is_tuned} {row}") for row in rows]
+def test_an_interrupted_run_goes_on_where_it_was(
+    small: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupt(items: Any, total: int) -> Any:
+        for number, item in enumerate(items):
+            yield item
+            if number == 1:
+                raise KeyboardInterrupt
+
+    monkeypatch.setenv("KERNELGEN_CACHE_DIR", str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        small("update", progress=interrupt)
+    assert 2 <= len(Remembered().usages) < 6
+    before = len(Remembered().usages)
+    assert small("update").compiled == 6 - before
 
 
-def test_a_sample_takes_all_of_the_primary_target_and_some_of_each_other() -> None:
-    everything = [case for target in TARGETS for case in sample(target, 70)]
-    chosen: dict[str, set[str]] = {name: set() for name in TARGETS}
-    for case in compiler._sample(everything):
-        chosen[case.target.name].add(case.row.variant)
-    sizes = {name: len(found) for name, found in chosen.items()}
-    assert sizes == {name: 70 if name == "sm_90" else 10 for name in TARGETS}
-    others = [chosen[name] for name in TARGETS if name != "sm_90"]
-    assert len(set.union(*others)) == 60, "each target starts elsewhere"
-    assert len(list(compiler._sample(sample("sm_90", 70, is_tuned=True)))) == 10
+def test_what_another_machine_measured_is_taken_in_by_appending(
+    small: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files = []
+    for target in ("sm_90", "gfx942"):
+        monkeypatch.setenv("KERNELGEN_CACHE_DIR", str(tmp_path / target))
+        small("report", targets=[target])
+        files.append(Remembered().file)
+    with open(files[1], "ab") as file:
+        file.write(files[0].read_bytes())
+    assert small("report").compiled == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """As much of a case as a sample looks at."""
+
+    target: Any
+    variant: Any
+    row: Row
+    parameters: tuple[str, ...]
+    digest: str
+    probe: Probe
+
+
+def kernels(count: int, families: str = "ab", is_tuned: bool = False) -> list[Any]:
+    """For each target and family two schedules of two forms each, ``count`` kernels of a form."""
+    found = []
+    for target in TARGETS.values():
+        for family, schedule, form in itertools.product(families, "xy", "pq"):
+            variant = types.SimpleNamespace(family=family, kernel=schedule)
+            for number in range(count):
+                row = Row(f"{family}_{schedule}_{form}_{number}", "kernel", "probe")
+                probe = Probe("probe", {}, print, 0.0, 0.0, is_tuned)
+                digest = f"{target.name} {is_tuned} {row}"
+                found.append(Kernel(target, variant, row, (form,), digest, probe))
+    return found
+
+
+def by_target(chosen: list[Any]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {name: [] for name in TARGETS}
+    for case in chosen:
+        found[case.target.name].append(case.row.variant)
+    return found
+
+
+@pytest.mark.parametrize("count", [1, 9, 60])
+def test_a_check_has_every_schedule_for_every_target_and_does_not_grow(count: int) -> None:
+    chosen = by_target(sample.checked(kernels(count)))
+    primary = chosen.pop("sm_90")
+    assert len(primary) == min(8 * count, 240 - 6 * 4)
+    for names in chosen.values():
+        assert sorted(name[:3] for name in names) == ["a_x", "a_y", "b_x", "b_y"]
+    if count > 1:
+        assert len(set(itertools.chain(*chosen.values()))) > 8, "targets look at different tags"
+        assert {name[:5] for name in primary} == {"_".join(p) for p in itertools.product("ab", "xy", "pq")}
+
+
+def test_the_lock_has_all_of_the_primary_target_and_every_form_for_the_others() -> None:
+    known = kernels(9)
+    chosen = by_target(sample.locked(known))
+    assert len(chosen.pop("sm_90")) == 72
+    for names in chosen.values():
+        assert len({name[:5] for name in names}) == 8 and len(names) == 12
+    locked = {case.digest for case in sample.locked(known)}
+    assert {case.digest for case in sample.checked(known)} <= locked
+
+
+def test_another_family_changes_no_choice_of_a_family() -> None:
+    alone = {case.digest for case in sample.locked(kernels(9, "a"))}
+    assert alone < {case.digest for case in sample.locked(kernels(9, "ab"))}
+
+
+def test_kernels_that_are_one_are_chosen_once_and_some_tuned_ones_are() -> None:
+    known = kernels(3)
+    twins = [dataclasses.replace(case, row=Row("twin", "kernel", "probe")) for case in known]
+    assert sample.checked([*known, *twins]) == sample.checked(known)
+    tuned = kernels(30, is_tuned=True)
+    assert len(sample.checked(tuned)) == 16 and not sample.locked(tuned)
 
 
 def test_assembly(specs: Path) -> None:
