@@ -19,6 +19,7 @@ _MIXED = Routing("mixed", disabled=(0,))
 _CASE = Case(
     "law", "the batch of the laws", tokens=6, naive_tokens=6, loras=3, slices=2, routing=_MIXED
 )
+_MEANING = ("dtype", "add_inputs", "routed_weight", "weight_quant", "act_quant")
 _ASSIGNMENTS = ("naive", "sorted", "auto", "tables")
 
 
@@ -64,7 +65,7 @@ def schedules_agree(package: ModuleType, variants: Sequence[Variant], device: st
     for variant in _one_a_schedule(variants):
         call = make(case, variant.tags, device)
         _launch(package, variant, call)
-        same = tuple(variant.tags[axis] for axis in ("dtype", "add_inputs", "routed_weight"))
+        same = tuple(variant.tags[axis] for axis in _MEANING)
         found.setdefault(same, []).append((variant.name, call))
     for calls in found.values():
         for (name, one), (other_name, other) in itertools.combinations(calls, 2):
@@ -132,7 +133,7 @@ def wrong_arguments_are_named(
         route = route_of(package, call.routed, variant.tags["assignment"])
         operands = dict(zip(("out", "x", "lora_a", "lora_b"), call.operands, strict=True))
         for label, change in _WRONG.items():
-            wrong = {**operands, "route": route, **_weights(call)}
+            wrong = {**operands, "route": route, **call.keywords}
             if not change(wrong):
                 continue
             try:
@@ -265,7 +266,7 @@ def _apply_to(
     package.moe_lora(
         *operands,
         route,
-        topk_weights=call.topk_weights,
+        **call.keywords,
         add_inputs=tags["add_inputs"] == "add",
         mul_routed_weight=tags["routed_weight"] == "weighted",
     )
@@ -287,11 +288,7 @@ def _launch(package: ModuleType, variant: Variant, call: Call) -> None:
     ids, mapping = call.routed.topk_ids, call.routed.token_lora_mapping
     route = package.moe_route(ids, mapping, **call.routed.arguments, **keywords)
     config = tiles(launcher, call.lora_a[0].shape[2])
-    launcher(*call.operands, route, config=config, **_weights(call))
-
-
-def _weights(call: Call) -> dict[str, torch.Tensor]:
-    return {} if call.topk_weights is None else {"topk_weights": call.topk_weights}
+    launcher(*call.operands, route, config=config, **call.keywords)
 
 
 def _one_a_schedule(variants: Sequence[Variant]) -> Iterator[Variant]:
@@ -318,8 +315,12 @@ def _tokens_of(call: Call, chosen: list[int]) -> Call:
         token_lora_mapping=routed.token_lora_mapping[chosen].contiguous(),
     )
     out = dataclasses.replace(call.out, view=call.out.view[chosen].contiguous())
-    x = call.x[rows].contiguous()
-    return dataclasses.replace(call, out=out, x=x, topk_weights=weights, routed=part)
+    x, scales = call.x[rows].contiguous(), dict(call.scales)
+    if "x_scale" in scales and scales["x_scale"].dim() > 1:
+        scales["x_scale"] = scales["x_scale"][rows]
+    return dataclasses.replace(
+        call, out=out, x=x, topk_weights=weights, scales=scales, routed=part
+    )
 
 
 def _buffers(to: Call, source: Call) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
