@@ -219,7 +219,7 @@ def check(
         a_scale_strides = _scale_strides(variant, "a_scale", scales.of_weights, scales.a, lora_a)
         b_scale_strides = _scale_strides(variant, "b_scale", scales.of_weights, scales.b, lora_b)
     if scales.of_x is not None:
-        shape = _x_scale_shape(scales.of_x, x)
+        shape = x_scale_shape(scales.of_x, x.shape)
         if (
             scales.x is None
             or not _is_fp32(scales.x, x.device)
@@ -292,8 +292,9 @@ def _is_fp32(scale: torch.Tensor, device: torch.device) -> bool:
     return scale.dtype == torch.float32 and scale.device == device
 
 
-def _scale_shape(mode: str, weights: torch.Tensor) -> tuple[int, ...]:
-    loras, experts, rows, columns = weights.shape
+def scale_shape(mode: str, weights: Sequence[int]) -> tuple[int, ...]:
+    """The shape of the scales of weights [L, E, out, in]."""
+    loras, experts, rows, columns = weights
     if mode == "tensor":
         return loras, experts
     if mode == "channel":
@@ -301,10 +302,11 @@ def _scale_shape(mode: str, weights: torch.Tensor) -> tuple[int, ...]:
     return loras, experts, runtime.cdiv(rows, GROUP_N), runtime.cdiv(columns, GROUP_K)
 
 
-def _x_scale_shape(mode: str, x: torch.Tensor) -> tuple[int, ...]:
+def x_scale_shape(mode: str, x: Sequence[int]) -> tuple[int, ...]:
+    """The shape of the scales of x [rows, K]."""
     if mode == "tensor":
         return (1,)
-    return x.shape[0], 1 if mode == "token" else runtime.cdiv(x.shape[1], GROUP_K)
+    return x[0], 1 if mode == "token" else runtime.cdiv(x[1], GROUP_K)
 
 
 def _scale_strides(
@@ -315,7 +317,7 @@ def _scale_strides(
     weights: Sequence[torch.Tensor],
 ) -> tuple[int, ...]:
     """The strides over (L, E) of the scales of weights, which are as many tensors of one layout."""
-    shape = _scale_shape(mode, weights[0])
+    shape = scale_shape(mode, weights[0].shape)
     if len(scales) != len(weights):
         runtime.fail(variant, label, f"{len(scales)} tensors", f"{len(weights)}, one a slice")
     strides = scales[0].stride()[:2]
@@ -372,14 +374,12 @@ def find_scales(
             (
                 mode
                 for mode in ("tensor", "token", "group")
-                if x_scale.shape == _x_scale_shape(mode, x)
+                if x_scale.shape == x_scale_shape(mode, x.shape)
             ),
             None,
         )
         if of_x is None:
-            wanted = (
-                f"[1], {list(_x_scale_shape('token', x))} or {list(_x_scale_shape('group', x))}"
-            )
+            wanted = f"[1], {list(x_scale_shape('token', x.shape))} or {list(x_scale_shape('group', x.shape))}"
             runtime.fail(
                 variant,
                 "x_scale",
@@ -397,7 +397,7 @@ def _fit(
     *rest: Sequence[torch.Tensor],
 ) -> bool:
     """Whether the first tensors of pairs (scales, weights) have the shapes of a mode."""
-    wanted = _scale_shape(mode, lora_a[0])
+    wanted = scale_shape(mode, lora_a[0].shape)
     shape = a_scale[0].shape if len(a_scale) else ()
     fits = shape == wanted or (mode == "channel" and shape == (*wanted, 1))
     return fits and (not rest or _fit(mode, *rest))

@@ -91,9 +91,9 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r128_w8group_kernel(
     tl.static_assert(128 % BLOCK_K == 0, "a tile lies in one group")
     a_scale_base = adapter * A_SCALE_STRIDE_L + expert * A_SCALE_STRIDE_E
     slices = ()
-    for s in tl.static_range(len(a_ptrs)):
-        a_scale = a_scale_ptrs[s] + a_scale_base + a_row // 128 * K_GROUPS
-        slices += ((a_ptrs[s] + a_base, tl.zeros([BLOCK_M, BLOCK_R], tl.float32), a_scale),)
+    for i in tl.static_range(len(a_ptrs)):
+        a_scale = a_scale_ptrs[i] + a_scale_base + a_row // 128 * K_GROUPS
+        slices += ((a_ptrs[i] + a_base, tl.zeros([BLOCK_M, BLOCK_R], tl.float32), a_scale),)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=SHRINK_STAGES):
         group = k0 // 128
         slices = [(s[0], s[1], s[2], tl.load(s[2] + group)) for s in slices]

@@ -95,10 +95,10 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r32_w8channel_kernel(
     a_tile = a_row[:, None] * A_STRIDE_R + k[None, :]
     a_scale_base = adapter * A_SCALE_STRIDE_L + expert * A_SCALE_STRIDE_E
     slices = ()
-    for s in tl.static_range(len(a_ptrs)):
-        a_scale = a_scale_ptrs[s] + a_scale_base + a_row
+    for i in tl.static_range(len(a_ptrs)):
+        a_scale = a_scale_ptrs[i] + a_scale_base + a_row
         slices += (
-            (a_ptrs[s] + a_base, tl.zeros([BLOCK_M, BLOCK_R], tl.float32), tl.load(a_scale)),
+            (a_ptrs[i] + a_base, tl.zeros([BLOCK_M, BLOCK_R], tl.float32), tl.load(a_scale)),
         )
     for k0 in tl.range(0, K, BLOCK_K, num_stages=SHRINK_STAGES):
         if K % BLOCK_K == 0:

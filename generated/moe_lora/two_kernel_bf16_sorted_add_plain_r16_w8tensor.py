@@ -91,10 +91,10 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_r16_w8tensor_shrink(
     a_tile = a_row[:, None] * A_STRIDE_R + k[None, :]
     a_scale_base = adapter * A_SCALE_STRIDE_L + expert * A_SCALE_STRIDE_E
     slices = ()
-    for s in tl.static_range(len(a_ptrs)):
-        a_scale = a_scale_ptrs[s] + a_scale_base
+    for i in tl.static_range(len(a_ptrs)):
+        a_scale = a_scale_ptrs[i] + a_scale_base
         slices += (
-            (a_ptrs[s] + a_base, tl.zeros([BLOCK_M, BLOCK_R], tl.float32), tl.load(a_scale)),
+            (a_ptrs[i] + a_base, tl.zeros([BLOCK_M, BLOCK_R], tl.float32), tl.load(a_scale)),
         )
     for k0 in tl.range(k_begin, k_end, BLOCK_K, num_stages=SHRINK_STAGES):
         if K % BLOCK_K == 0:
