@@ -9,6 +9,7 @@ imported when it is first used. With TRITON_INTERPRET=1 everything runs on CPU t
 
 from __future__ import annotations
 
+from ._quantize import quantize_activations, quantize_weights
 from ._warmup import MoeShape, warmup
 from .moe_lora import moe_lora
 from .moe_route import MoeRoute, MoeWorkspace, moe_route, moe_workspace
@@ -20,6 +21,8 @@ __all__ = [
     "moe_lora",
     "moe_route",
     "moe_workspace",
+    "quantize_activations",
+    "quantize_weights",
     "variants",
     "warmup",
 ]

@@ -32,7 +32,9 @@ class Options(NamedTuple):
 
     num_warps: int = 4
     num_stages: int = 3
-    pdl: bool = False  # launched before the kernel in front of it has finished (programmatic dependent launch)
+    pdl: bool = (
+        False  # launched before the kernel in front of it has finished (programmatic dependent launch)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +111,11 @@ def compile_only(device: torch.device | None = None) -> Iterator[list[CompileReq
 
 def _triton_options(options: Options) -> dict[str, Any]:
     # enable_fp_fusion: Triton 3.10 turns its default off, which would change numbers under a user.
-    chosen = {"num_warps": options.num_warps, "num_stages": options.num_stages, "enable_fp_fusion": True}
+    chosen = {
+        "num_warps": options.num_warps,
+        "num_stages": options.num_stages,
+        "enable_fp_fusion": True,
+    }
     if options.pdl:
         chosen["launch_pdl"] = True
     return chosen
@@ -124,14 +130,19 @@ class Launcher:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        loose = [getattr(param, "do_not_specialize_on_alignment", False) for param in getattr(kernel, "params", ())]
+        loose = [
+            getattr(param, "do_not_specialize_on_alignment", False)
+            for param in getattr(kernel, "params", ())
+        ]
         self.num_aligned = loose.index(True) if True in loose else len(loose)  # leading arguments
 
     def bind(self, grid: int, constants: tuple[Any, ...], options: Options) -> Bound:
         """The launches of one compile key over ``grid`` programs; whoever keeps it vouches for the arguments' dtypes."""
         return Bound(self, grid, constants, options)
 
-    def launch(self, grid: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], options: Options) -> Any:
+    def launch(
+        self, grid: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], options: Options
+    ) -> Any:
         """Launch once; return the compiled kernel if later launches with such arguments may call it directly."""
         if _recorder is not None:
             _recorder.append(CompileRequest(self, arguments, constants, options))
@@ -148,9 +159,21 @@ class Launcher:
 class Bound:
     """See ``Launcher.bind``."""
 
-    __slots__ = ("_launcher", "_grid", "_constants", "_options", "_num_aligned", "_device", "_run", "_fixed", "_handle")
+    __slots__ = (
+        "_launcher",
+        "_grid",
+        "_constants",
+        "_options",
+        "_num_aligned",
+        "_device",
+        "_run",
+        "_fixed",
+        "_handle",
+    )
 
-    def __init__(self, launcher: Launcher, grid: int, constants: tuple[Any, ...], options: Options) -> None:
+    def __init__(
+        self, launcher: Launcher, grid: int, constants: tuple[Any, ...], options: Options
+    ) -> None:
         self._launcher = launcher
         self._grid = grid
         self._constants = constants
@@ -162,7 +185,12 @@ class Bound:
     def __call__(self, arguments: tuple[Any, ...]) -> None:
         """Launch with ``arguments``: tensors, tuples of tensors, integers or None; the first is a tensor."""
         device = self._device
-        if device < 0 or _recorder is not None or _launch_hooks.calls or device != torch._C._cuda_getDevice():
+        if (
+            device < 0
+            or _recorder is not None
+            or _launch_hooks.calls
+            or device != torch._C._cuda_getDevice()
+        ):
             self._slow(arguments)
             return
         bits = 0
@@ -184,7 +212,9 @@ class Bound:
             self._slow(arguments)
             return
         for argument in arguments[self._num_aligned :]:
-            raw.append(argument if type(argument) is int or argument is None else argument.data_ptr())
+            raw.append(
+                argument if type(argument) is int or argument is None else argument.data_ptr()
+            )
         stream = torch._C._cuda_getCurrentRawStream(device)
         self._run(self._grid, 1, 1, stream, *self._fixed, *raw, *self._constants)
 
@@ -225,7 +255,16 @@ class Traits(NamedTuple):
 
 
 # Bytes of shared memory by Triton target, for compilation without a GPU.
-_SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376, "gfx942": 65536, "gfx950": 163840}
+_SHARED_MEMORY = {
+    80: 166912,
+    86: 101376,
+    89: 101376,
+    90: 232448,
+    100: 232448,
+    120: 101376,
+    "gfx942": 65536,
+    "gfx950": 163840,
+}
 
 
 def traits(device: torch.device) -> Traits:
@@ -238,15 +277,21 @@ def traits(device: torch.device) -> Traits:
         return Traits(132, _SHARED_MEMORY[90], False, True)
     target = triton.runtime.driver.active.get_current_target()
     nvidia = target.arch if target.backend == "cuda" else 0
-    return Traits(132, _SHARED_MEMORY.get(target.arch, 65536), nvidia >= 90, nvidia == 0 or nvidia >= 89)
+    return Traits(
+        132, _SHARED_MEMORY.get(target.arch, 65536), nvidia >= 90, nvidia == 0 or nvidia >= 89
+    )
 
 
 @functools.cache
 def _traits(index: int) -> Traits:
     properties = triton.runtime.driver.active.utils.get_device_properties(index)
-    capability = (99, 0) if torch.version.hip is not None else torch.cuda.get_device_capability(index)
+    capability = (
+        (99, 0) if torch.version.hip is not None else torch.cuda.get_device_capability(index)
+    )
     pdl = torch.version.hip is None and capability >= (9, 0)
-    return Traits(properties["multiprocessor_count"], properties["max_shared_mem"], pdl, capability >= (8, 9))
+    return Traits(
+        properties["multiprocessor_count"], properties["max_shared_mem"], pdl, capability >= (8, 9)
+    )
 
 
 def cdiv(a: int, b: int) -> int:
@@ -265,7 +310,9 @@ def fail(variant: str, what: str, got: object, wanted: object, hint: str = "") -
     Raises:
         ValueError: always; the message names the variant, what was given, what was wanted and what to do.
     """
-    raise ValueError(f"{variant}: {what}: got {got}, wanted {wanted}" + (f"; {hint}" if hint else ""))
+    raise ValueError(
+        f"{variant}: {what}: got {got}, wanted {wanted}" + (f"; {hint}" if hint else "")
+    )
 
 
 def describe(tensor: torch.Tensor) -> str:

@@ -543,6 +543,12 @@ def _stages(wanted: int, stage_bytes: int, budget: int) -> int:
     return wanted
 
 
+def _accumulators(s: _Shape) -> int:
+    """Numbers that a program of the shrink sums up; where groups have scales, a product of a tile is one more of them."""
+    grouped = 1 if "group" in (s.weight_scales, s.x_scales) else 0
+    return s.block_m * _block_r(s.rank) * (s.slices + grouped)
+
+
 def _one_shot(s: _Shape) -> OneShotConfig:
     rank = _block_r(s.rank)
     wide = rank == 16 and s.block_m == 16 and s.k >= 4096
@@ -554,14 +560,14 @@ def _one_shot(s: _Shape) -> OneShotConfig:
         block_k, stages = (128, 3) if rank in (32, 64) else (64, 4)
     else:
         block_k, stages = 64, 6 if rank == 16 else 4
+        if s.x_scales == "group" and rank == 128:
+            block_k = 32  # 64 would spill
     block_k = _block_k(s.k, block_k)
     budget = s.shared_memory - 4096
     stages = _stages(stages, 2 * (s.block_m + s.slices * rank) * block_k, budget)
     block_n = _block_n(s.n, 256 if wide else 128, 0.03 if rank == 16 else 0.0)
     expand = _stages(3, 2 * block_n * (rank + s.block_m), budget)
-    heavy = (
-        s.block_m * rank * s.slices >= 64 * 256
-    )  # accumulators of the shrink would spill over 4 warps
+    heavy = _accumulators(s) >= 64 * 256  # accumulators of the shrink would spill over 4 warps
     return OneShotConfig(block_n, block_k, stages, expand, 8 if heavy or s.block_m == 128 else 4)
 
 
@@ -602,6 +608,14 @@ def _two_kernel(s: _Shape) -> TwoKernelConfig:
         4, 2 * (block_m + s.slices * rank) * block_k, min(112 * 1024, s.shared_memory - 4096)
     )
     block_n = _block_n(s.n, 128)
+    if s.rank > 128:  # B of all ranks and the old output, twice, and the parts
+        ranks, size = runtime.cdiv(s.rank, rank) * rank, 1 if s.weight_scales else 2
+        while (
+            block_n > 16
+            and 2 * block_n * (ranks * size + 2 * block_m) + 4 * block_m * ranks + 2048
+            > s.shared_memory
+        ):
+            block_n //= 2
     tiles = runtime.cdiv(s.n, block_n)
     # As many column tiles in a row as leave each multiprocessor several programs.
     most = blocks * s.slices * tiles / (8 * s.num_sms)
@@ -612,7 +626,7 @@ def _two_kernel(s: _Shape) -> TwoKernelConfig:
         block_k,
         runtime.cdiv(s.k, splits),
         stages,
-        8 if block_m == 128 or block_m * rank * s.slices > 64 * 256 else 4,
+        8 if block_m == 128 or _accumulators(s) > 64 * 256 else 4,
         block_n,
         expand_tiles,
         3 if expand_tiles > 2 and block_m == 16 else 2,

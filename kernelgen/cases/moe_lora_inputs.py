@@ -254,13 +254,18 @@ def make(case: Case, tags: Tags, device: str) -> Call:
             matrix = memory(shape, strides, element if of_weights else dtype)
             for adapter, expert in pairs:
                 drawn = normal(*shape[2:])
-                matrix[adapter, expert] = quant.as_dtype(drawn if of_weights else drawn * size, matrix)
+                matrix[adapter, expert] = quant.as_dtype(
+                    drawn if of_weights else drawn * size, matrix
+                )
             matrices.append(matrix)
             stand_for.append(matrix)
             if of_weights:
                 if case.special is not None and scales is a_scale and pairs:
                     matrix[pairs[0]][0, 0] = case.special
-                shape_of_scales = (*shape[:2], *quant.scale_shape(of_weights, shape[2:], quant.GROUP))
+                shape_of_scales = (
+                    *shape[:2],
+                    *quant.scale_shape(of_weights, shape[2:], quant.GROUP),
+                )
                 if case.scales_end_in_1:
                     shape_of_scales = (*shape_of_scales, 1)
                 each = memory(shape_of_scales, layout.of_scales(shape_of_scales), torch.float32)

@@ -10,16 +10,18 @@ from typing import Any, Callable, Iterator, Mapping, Sequence
 import torch
 
 from kernelgen.buffers import bits, poison_
+from kernelgen.cases import quant
 from kernelgen.cases.base import Law, Variant
 from kernelgen.cases.moe_lora_inputs import Call, Case, make, tiles
 from kernelgen.cases.moe_route import engine_tables
 from kernelgen.cases.moe_routing import SPREAD, Routed, Routing
+from kernelgen.model import QUANT_AXES
 
 _MIXED = Routing("mixed", disabled=(0,))
 _CASE = Case(
     "law", "the batch of the laws", tokens=6, naive_tokens=6, loras=3, slices=2, routing=_MIXED
 )
-_MEANING = ("dtype", "add_inputs", "routed_weight", "weight_quant", "act_quant")
+_MEANING = ("dtype", "add_inputs", "routed_weight", *QUANT_AXES)
 _ASSIGNMENTS = ("naive", "sorted", "auto", "tables")
 
 
@@ -35,6 +37,47 @@ def front_door(package: ModuleType, variants: Sequence[Variant], device: str) ->
         call = make(dataclasses.replace(_CASE, rank=rank), tags, device)
         _apply(package, call, route_of(package, call.routed, assignment), tags)
         _about(call.verify, f"rank {rank}, {assignment}, {adds}, {weight}, {dtype}")
+
+
+def fp8_front_door(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """moe_lora finds the kind of scales by their shapes, and serves ranks of any bucket with every kind of route."""
+    for scales, weight in zip(_scales(variants), itertools.cycle(("plain", "weighted"))):
+        for assignment, rank in zip(_ASSIGNMENTS, (1, 24, 96, 64), strict=True):
+            tags = {**_tags("bf16", "add", weight), **scales}
+            call = make(dataclasses.replace(_CASE, rank=rank, k=140), tags, device)
+            _apply(package, call, route_of(package, call.routed, assignment), tags)
+            _about(call.verify, f"{scales}, rank {rank}, {assignment}")
+
+
+def fp8_and_scales_belong_together(
+    package: ModuleType, variants: Sequence[Variant], device: str
+) -> None:
+    """FP8 operands that lack a scale, and scales of 16-bit operands, raise ValueError; nothing is written."""
+    case = dataclasses.replace(_CASE, rank=16, k=140)
+    sixteen_bit = make(case, _tags("bf16", "add", "plain"), device)
+    for scales in _scales(variants):
+        call = make(case, {**_tags("bf16", "add", "plain"), **scales}, device)
+        lacking = [{k: v for k, v in call.scales.items() if k != name} for name in call.scales]
+        wrong = [(call, keywords) for keywords in lacking] + [(sixteen_bit, call.scales)]
+        for operands, keywords in wrong:
+            route = route_of(package, operands.routed, "sorted")
+            try:
+                package.moe_lora(*operands.operands, route, **keywords)
+            except ValueError as error:
+                complete = all(word in str(error) for word in ("moe_lora", "got", "wanted"))
+                assert complete, f"{scales}, with {list(keywords)}: {error}"
+            else:
+                raise AssertionError(f"{scales}: {list(keywords)} are let pass")
+            assert not operands.out.changed().any(), f"{scales}: out was written"
+
+
+def _scales(variants: Sequence[Variant]) -> Iterator[Mapping[str, str]]:
+    """The kinds of scales that there are variants for, none left out."""
+    found = {
+        (v.tags.get("weight_quant", "none"), v.tags.get("act_quant", "none")) for v in variants
+    }
+    for weights, x in sorted(found - {("none", "none")}):
+        yield {"weight_quant": weights, "act_quant": x}
 
 
 def every_point_has_a_variant(
@@ -65,7 +108,7 @@ def schedules_agree(package: ModuleType, variants: Sequence[Variant], device: st
     for variant in _one_a_schedule(variants):
         call = make(case, variant.tags, device)
         _launch(package, variant, call)
-        same = tuple(variant.tags[axis] for axis in _MEANING)
+        same = tuple(variant.tags.get(axis, "") for axis in _MEANING)
         found.setdefault(same, []).append((variant.name, call))
     for calls in found.values():
         for (name, one), (other_name, other) in itertools.combinations(calls, 2):
@@ -201,6 +244,8 @@ def two_streams(package: ModuleType, variants: Sequence[Variant], device: str) -
 
 LAWS = (
     Law(front_door),
+    Law(fp8_front_door),
+    Law(fp8_and_scales_belong_together),
     Law(every_point_has_a_variant),
     Law(schedules_agree),
     Law(any_batch_any_time_same_bits),
@@ -292,12 +337,14 @@ def _launch(package: ModuleType, variant: Variant, call: Call) -> None:
 
 
 def _one_a_schedule(variants: Sequence[Variant]) -> Iterator[Variant]:
-    """Of each schedule and assignment, the variants of its first rank bucket and dtype."""
-    first: dict[tuple[str, str], tuple[str, str]] = {}
+    """Of each schedule, the 16-bit variants of its first rank bucket and dtype, and one of each kind of scales."""
+    first: dict[tuple[str | None, ...], tuple[str, ...]] = {}
     for variant in variants:
         tags = variant.tags
-        body = (tags["schedule"], tags["assignment"])
-        if first.setdefault(body, (tags["rank"], tags["dtype"])) == (tags["rank"], tags["dtype"]):
+        scales = tuple(tags.get(axis, "none") for axis in QUANT_AXES)
+        flags = ("rank", "dtype") if set(scales) == {"none"} else tuple(tags)
+        same = tuple(tags[axis] for axis in flags)
+        if first.setdefault((tags["schedule"], tags["assignment"], *scales), same) == same:
             yield variant
 
 
@@ -318,9 +365,7 @@ def _tokens_of(call: Call, chosen: list[int]) -> Call:
     x, scales = call.x[rows].contiguous(), dict(call.scales)
     if "x_scale" in scales and scales["x_scale"].dim() > 1:
         scales["x_scale"] = scales["x_scale"][rows]
-    return dataclasses.replace(
-        call, out=out, x=x, topk_weights=weights, scales=scales, routed=part
-    )
+    return dataclasses.replace(call, out=out, x=x, topk_weights=weights, scales=scales, routed=part)
 
 
 def _buffers(to: Call, source: Call) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -355,8 +400,25 @@ def _kind_of_route(operands: _Operands) -> bool:
     return True
 
 
+def _mixed_elements(operands: _Operands) -> bool:
+    first, second = operands["lora_a"]
+    if first.element_size() > 1:
+        return False
+    operands["lora_a"] = (first, second.view(torch.float8_e5m2))
+    return True
+
+
 _WRONG: Mapping[str, Callable[[_Operands], bool]] = {
     "x of another dtype": _set("x", lambda x: x.float()),
+    "x of the other width": _set(
+        "x", lambda x: x.to(torch.float8_e5m2 if x.element_size() > 1 else torch.bfloat16)
+    ),
+    "weights of the other width": _set(
+        "lora_b",
+        lambda b: tuple(
+            t.to(torch.float8_e5m2 if t.element_size() > 1 else torch.bfloat16) for t in b
+        ),
+    ),
     "x of another K": _set("x", lambda x: x[:, :-1]),
     "x of too few rows": _set("x", lambda x: x[:-1]),
     "x with columns apart": _set("x", lambda x: x.t().contiguous().t()),
@@ -388,4 +450,15 @@ _WRONG: Mapping[str, Callable[[_Operands], bool]] = {
     "routing weights of another shape": _set("topk_weights", lambda w: w[:, :-1]),
     "routing weights that are integers": _set("topk_weights", lambda w: w.nan_to_num().int()),
     "routing weights left out": _set("topk_weights", lambda w: None),
+    "scales of weights in 16 bits": _set("a_scale", lambda s: tuple(t.bfloat16() for t in s)),
+    "scales of one slice": _set("b_scale", lambda s: s[:1]),
+    "scales of too few adapters": _set("a_scale", lambda s: tuple(t[:1] for t in s)),
+    "scales of another kind": _set("b_scale", lambda s: tuple(t.mean(-1) for t in s)),
+    "scales of two strides": _set(
+        "a_scale", lambda s: (s[0], s[1].repeat(1, 2, *(1,) * (s[1].dim() - 2))[:, : s[1].shape[1]])
+    ),
+    "scales as a vector": _set("x_scale", lambda s: s.flatten() if s.dim() > 1 else s[0]),
+    "scales of x in 16 bits": _set("x_scale", lambda s: s.bfloat16()),
+    "scales of x with one more": _set("x_scale", lambda s: torch.cat((s, s))),
+    "elements of two types": _mixed_elements,
 }

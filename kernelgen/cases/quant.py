@@ -51,7 +51,9 @@ def scale_shape(
 def x_scale_shape(scales: str | None, shape: Sequence[int], group_k: int) -> tuple[int, ...]:
     """The shape of the scales of activations."""
     rows, columns = shape
-    return {"tensor": (1,), "token": (rows, 1), "group": (rows, -(-columns // group_k))}[str(scales)]
+    return {"tensor": (1,), "token": (rows, 1), "group": (rows, -(-columns // group_k))}[
+        str(scales)
+    ]
 
 
 _LARGE = 48.0  # what a number of size 1 is stored as: far from the ends of e4m3
@@ -65,9 +67,7 @@ def as_dtype(numbers: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return (numbers * _LARGE).clamp(-largest, largest).to(like)
 
 
-def draw_scales(
-    like: torch.Tensor, size: float, numbers: torch.Generator
-) -> torch.Tensor:
+def draw_scales(like: torch.Tensor, size: float, numbers: torch.Generator) -> torch.Tensor:
     """Scales that make numbers of about ``size`` of what ``as_dtype`` stores, but for a factor of 0.1 to 10."""
     spread = 10.0 ** (2.0 * torch.rand(like.shape, generator=numbers) - 1.0)
     return (spread * (size / _LARGE)).to(like)
