@@ -324,7 +324,7 @@ def moe_lora(
     """
     flags = (topk_weights, add_inputs, mul_routed_weight)
     if torch.compiler.is_compiling():
-        _moe_lora_op(out, x, lora_a, lora_b, *route, *flags, a_scale, b_scale, x_scale)
+        _moe_lora_op(out, x, lora_a, lora_b, *route, *flags, a_scale or [], b_scale or [], x_scale)
     else:
         _apply(out, x, lora_a, lora_b, route, *flags, a_scale, b_scale, x_scale)
 
@@ -457,7 +457,20 @@ def _moe_lora(
     lora_b: Sequence[torch.Tensor],
     *rest: Any,
 ) -> None:
-    _apply(out, x, lora_a, lora_b, MoeRoute(*rest[:-6]), *rest[-6:])
+    *flags, a_scale, b_scale, x_scale = rest[
+        -6:
+    ]  # an optional list of tensors would make a graph a number of tokens
+    _apply(
+        out,
+        x,
+        lora_a,
+        lora_b,
+        MoeRoute(*rest[:-6]),
+        *flags,
+        a_scale or None,
+        b_scale or None,
+        x_scale,
+    )
 
 
 _moe_lora_op = runtime.op(
@@ -466,6 +479,6 @@ _moe_lora_op = runtime.op(
     "Tensor? token_lora_mapping, Tensor? adapter_enabled, Tensor? expert_map, Tensor? pairs, Tensor? blocks, "
     "Tensor? num_blocks, Tensor(b!)? parts, SymInt num_tokens, int top_k, int num_experts, int max_loras, "
     "int global_experts, int block_m, SymInt max_blocks, Tensor? topk_weights, bool add_inputs, "
-    "bool mul_routed_weight, Tensor[]? a_scale, Tensor[]? b_scale, Tensor? x_scale) -> ()",
+    "bool mul_routed_weight, Tensor[] a_scale, Tensor[] b_scale, Tensor? x_scale) -> ()",
     _moe_lora,
 )

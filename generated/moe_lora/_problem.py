@@ -544,9 +544,8 @@ def _stages(wanted: int, stage_bytes: int, budget: int) -> int:
 
 
 def _accumulators(s: _Shape) -> int:
-    """Numbers that a program of the shrink sums up; where groups have scales, a product of a tile is one more of them."""
-    grouped = 1 if "group" in (s.weight_scales, s.x_scales) else 0
-    return s.block_m * _block_r(s.rank) * (s.slices + grouped)
+    """Numbers that a program of the shrink holds: its sums, and what widening FP8 and scaling the sums of groups take."""
+    return s.block_m * _block_r(s.rank) * (s.slices + (2 if s.weight_scales or s.x_scales else 0))
 
 
 def _one_shot(s: _Shape) -> OneShotConfig:

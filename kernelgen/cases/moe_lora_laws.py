@@ -10,7 +10,6 @@ from typing import Any, Callable, Iterator, Mapping, Sequence
 import torch
 
 from kernelgen.buffers import bits, poison_
-from kernelgen.cases import quant
 from kernelgen.cases.base import Law, Variant
 from kernelgen.cases.moe_lora_inputs import Call, Case, make, tiles
 from kernelgen.cases.moe_route import engine_tables
