@@ -19,10 +19,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from typing import Any, Callable, Iterator, NamedTuple, NoReturn
+from typing import Any, Callable, Iterator, NamedTuple, NoReturn, Sequence
 
 import torch
 import triton
+
+TensorGuards: Any = None
+with contextlib.suppress(ImportError):
+    from torch._C._dynamo.guards import TensorGuards
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
@@ -32,9 +36,7 @@ class Options(NamedTuple):
 
     num_warps: int = 4
     num_stages: int = 3
-    pdl: bool = (
-        False  # launched before the kernel in front of it has finished (programmatic dependent launch)
-    )
+    pdl: bool = False  # launched before the kernel in front of it has finished (programmatic dependent launch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +85,56 @@ _stand_in: torch.device | None = None
 _caches: list[dict[Any, Any]] = []
 
 
-def cache() -> dict[Any, Any]:
-    """A dict for what was worked out for calls seen before; ``compile_only`` starts and ends with all of them empty."""
+def _cache() -> dict[Any, Any]:
     _caches.append({})
     return _caches[-1]
+
+
+class Calls:
+    """What was worked out for calls seen before: found by the shapes, strides, dtypes and devices of their tensors.
+
+    The tensors of a call nearly always look like those of the last one with its ``hint``. torch compares them in C
+    (0.1 us a tensor); only where they do not, or where torch has no such guards, a key is made of them (0.5 us a tensor).
+    ``compile_only`` starts and ends with all of this empty.
+    """
+
+    _LIMIT = 16384
+
+    def __init__(self) -> None:
+        self._known = _cache()
+        self._last = _cache()  # by hint: (whether tensors look like those of the call, the call)
+
+    def get(self, hint: tuple[Any, ...], tensors: Sequence[torch.Tensor]) -> Any:
+        """The call for such tensors, or None. ``hint`` holds all that matters beside them, and fixes their number."""
+        last = self._last.get(hint)
+        if last is not None and last[0](*tensors):
+            return last[1]
+        call = self._known.get((hint, *map(_looks, tensors)))
+        if call is not None:
+            self._last[hint] = (_guard(tensors), call)
+        return call
+
+    def put(self, hint: tuple[Any, ...], tensors: Sequence[torch.Tensor], call: Any) -> Any:
+        """Keep ``call`` for such tensors, and return it."""
+        if len(self._known) >= self._LIMIT:
+            self._known.clear()
+            self._last.clear()
+        key = (hint, *map(_looks, tensors))
+        self._known[key] = call
+        return call
+
+
+def _looks(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
+
+
+def _guard(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
+    """Whether other tensors look like these, and are of the same classes; it keeps none of them alive."""
+    if TensorGuards is None:
+        return lambda *others: False
+    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    check: Callable[..., bool] = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    return check
 
 
 @contextlib.contextmanager
@@ -111,15 +159,15 @@ def compile_only(device: torch.device | None = None) -> Iterator[list[CompileReq
 
 def _triton_options(options: Options) -> dict[str, Any]:
     # enable_fp_fusion: Triton 3.10 turns its default off, which would change numbers under a user.
-    chosen = {
-        "num_warps": options.num_warps,
-        "num_stages": options.num_stages,
-        "enable_fp_fusion": True,
-    }
+    chosen = {"num_warps": options.num_warps, "num_stages": options.num_stages, "enable_fp_fusion": True}
     if options.pdl:
         chosen["launch_pdl"] = True
     return chosen
 
+
+# Without the checks around them in torch.cuda; a build of torch for the CPU has neither.
+_get_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
+_get_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 
 # The object, not its current value: profilers add themselves to it.
 _launch_hooks = triton.knobs.runtime.launch_enter_hook
@@ -130,19 +178,14 @@ class Launcher:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        loose = [
-            getattr(param, "do_not_specialize_on_alignment", False)
-            for param in getattr(kernel, "params", ())
-        ]
+        loose = [getattr(param, "do_not_specialize_on_alignment", False) for param in getattr(kernel, "params", ())]
         self.num_aligned = loose.index(True) if True in loose else len(loose)  # leading arguments
 
     def bind(self, grid: int, constants: tuple[Any, ...], options: Options) -> Bound:
         """The launches of one compile key over ``grid`` programs; whoever keeps it vouches for the arguments' dtypes."""
         return Bound(self, grid, constants, options)
 
-    def launch(
-        self, grid: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], options: Options
-    ) -> Any:
+    def launch(self, grid: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], options: Options) -> Any:
         """Launch once; return the compiled kernel if later launches with such arguments may call it directly."""
         if _recorder is not None:
             _recorder.append(CompileRequest(self, arguments, constants, options))
@@ -159,21 +202,9 @@ class Launcher:
 class Bound:
     """See ``Launcher.bind``."""
 
-    __slots__ = (
-        "_launcher",
-        "_grid",
-        "_constants",
-        "_options",
-        "_num_aligned",
-        "_device",
-        "_run",
-        "_fixed",
-        "_handle",
-    )
+    __slots__ = ("_launcher", "_grid", "_constants", "_options", "_num_aligned", "_device", "_run", "_fixed", "_handle")
 
-    def __init__(
-        self, launcher: Launcher, grid: int, constants: tuple[Any, ...], options: Options
-    ) -> None:
+    def __init__(self, launcher: Launcher, grid: int, constants: tuple[Any, ...], options: Options) -> None:
         self._launcher = launcher
         self._grid = grid
         self._constants = constants
@@ -185,12 +216,7 @@ class Bound:
     def __call__(self, arguments: tuple[Any, ...]) -> None:
         """Launch with ``arguments``: tensors, tuples of tensors, integers or None; the first is a tensor."""
         device = self._device
-        if (
-            device < 0
-            or _recorder is not None
-            or _launch_hooks.calls
-            or device != torch._C._cuda_getDevice()
-        ):
+        if device < 0 or _recorder is not None or _launch_hooks.calls or device != _get_device():
             self._slow(arguments)
             return
         bits = 0
@@ -212,11 +238,8 @@ class Bound:
             self._slow(arguments)
             return
         for argument in arguments[self._num_aligned :]:
-            raw.append(
-                argument if type(argument) is int or argument is None else argument.data_ptr()
-            )
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        self._run(self._grid, 1, 1, stream, *self._fixed, *raw, *self._constants)
+            raw.append(argument if type(argument) is int or argument is None else argument.data_ptr())
+        self._run(self._grid, 1, 1, _get_stream(device), *self._fixed, *raw, *self._constants)
 
     def _slow(self, arguments: tuple[Any, ...]) -> None:
         handle = self._launcher.launch(self._grid, arguments, self._constants, self._options)
@@ -255,16 +278,7 @@ class Traits(NamedTuple):
 
 
 # Bytes of shared memory by Triton target, for compilation without a GPU.
-_SHARED_MEMORY = {
-    80: 166912,
-    86: 101376,
-    89: 101376,
-    90: 232448,
-    100: 232448,
-    120: 101376,
-    "gfx942": 65536,
-    "gfx950": 163840,
-}
+_SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376, "gfx942": 65536, "gfx950": 163840}
 
 
 def traits(device: torch.device) -> Traits:
@@ -277,21 +291,15 @@ def traits(device: torch.device) -> Traits:
         return Traits(132, _SHARED_MEMORY[90], False, True)
     target = triton.runtime.driver.active.get_current_target()
     nvidia = target.arch if target.backend == "cuda" else 0
-    return Traits(
-        132, _SHARED_MEMORY.get(target.arch, 65536), nvidia >= 90, nvidia == 0 or nvidia >= 89
-    )
+    return Traits(132, _SHARED_MEMORY.get(target.arch, 65536), nvidia >= 90, nvidia == 0 or nvidia >= 89)
 
 
 @functools.cache
 def _traits(index: int) -> Traits:
     properties = triton.runtime.driver.active.utils.get_device_properties(index)
-    capability = (
-        (99, 0) if torch.version.hip is not None else torch.cuda.get_device_capability(index)
-    )
+    capability = (99, 0) if torch.version.hip is not None else torch.cuda.get_device_capability(index)
     pdl = torch.version.hip is None and capability >= (9, 0)
-    return Traits(
-        properties["multiprocessor_count"], properties["max_shared_mem"], pdl, capability >= (8, 9)
-    )
+    return Traits(properties["multiprocessor_count"], properties["max_shared_mem"], pdl, capability >= (8, 9))
 
 
 def cdiv(a: int, b: int) -> int:
@@ -310,9 +318,7 @@ def fail(variant: str, what: str, got: object, wanted: object, hint: str = "") -
     Raises:
         ValueError: always; the message names the variant, what was given, what was wanted and what to do.
     """
-    raise ValueError(
-        f"{variant}: {what}: got {got}, wanted {wanted}" + (f"; {hint}" if hint else "")
-    )
+    raise ValueError(f"{variant}: {what}: got {got}, wanted {wanted}" + (f"; {hint}" if hint else ""))
 
 
 def describe(tensor: torch.Tensor) -> str:

@@ -70,33 +70,37 @@ class Plan:
 
 
 def plan(tree: Tree, out: Path) -> Plan:
-    """Compare ``tree`` with what is below ``out``; changes nothing.
+    """Compare ``tree`` with what is below ``out``; changes nothing, and waits for a build that is changing it.
 
     Raises:
         Failure: something cannot be read, or the manifest is broken; exit code 2.
     """
-    with _system_errors(out):
-        ours = {**_read_manifest(out), **leftovers(out)}
-        orphans = [] if tree.partial else [path for path in ours if path not in tree.files]
-        wanted: dict[str, str | None] = {**tree.files, **dict.fromkeys(orphans)}
-        folders = _Folders(out)
-        changes: list[Change] = []
-        blocked: list[Diagnostic] = []
-        for path, text in wanted.items():
-            try:
-                folders.check(path)
-                changes.append(Change(path, text, hash_file(out / path)))
-                _check_ours(changes[-1], ours.get(path))
-            except InTheWay as reason:
-                blocked.append(Diagnostic(reason.code, Location(path), reason.message, reason.hint))
-        changes = [change for change in changes if change.old != hash_text(change.text)]
-        unchanged = len(tree.files) - sum(change.text is not None for change in changes)
-        kept = ours if tree.partial else {}
-        hashes = {**kept, **{path: hash_text(text) for path, text in tree.files.items()}}
-        manifest = Change(names.MANIFEST, _manifest_text(hashes), hash_file(out / names.MANIFEST))
-        if manifest.old != hash_text(manifest.text):
-            changes.append(manifest)
-        return Plan(tuple(changes), unchanged, tuple(blocked), (out / names.STAGING).exists())
+    with _system_errors(out), _lock(out, shared=True):
+        return _plan(tree, out)
+
+
+def _plan(tree: Tree, out: Path) -> Plan:
+    ours = {**_read_manifest(out), **leftovers(out)}
+    orphans = [] if tree.partial else [path for path in ours if path not in tree.files]
+    wanted: dict[str, str | None] = {**tree.files, **dict.fromkeys(orphans)}
+    folders = _Folders(out)
+    changes: list[Change] = []
+    blocked: list[Diagnostic] = []
+    for path, text in wanted.items():
+        try:
+            folders.check(path)
+            changes.append(Change(path, text, hash_file(out / path)))
+            _check_ours(changes[-1], ours.get(path))
+        except InTheWay as reason:
+            blocked.append(Diagnostic(reason.code, Location(path), reason.message, reason.hint))
+    changes = [change for change in changes if change.old != hash_text(change.text)]
+    unchanged = len(tree.files) - sum(change.text is not None for change in changes)
+    kept = ours if tree.partial else {}
+    hashes = {**kept, **{path: hash_text(text) for path, text in tree.files.items()}}
+    manifest = Change(names.MANIFEST, _manifest_text(hashes), hash_file(out / names.MANIFEST))
+    if manifest.old != hash_text(manifest.text):
+        changes.append(manifest)
+    return Plan(tuple(changes), unchanged, tuple(blocked), (out / names.STAGING).exists())
 
 
 def sync(tree: Tree, out: Path, disk: Disk = _DISK) -> Plan:
@@ -105,18 +109,19 @@ def sync(tree: Tree, out: Path, disk: Disk = _DISK) -> Plan:
     Raises:
         Failure: a file is in the way, or a system call failed; the old tree stands. Exit code 2.
     """
-    first = plan(tree, out)
-    if first.is_clean:
-        return first
-    with _system_errors(out), _lock(out, disk):
-        recover(out, disk)
-        current = plan(tree, out)
-        if current.blocked:
-            raise Failure(current.blocked, exit_code=2)
-        if current.changes:
-            commit(current.changes, out, disk)
-        finish(out, disk)
-        return current
+    with _system_errors(out):
+        for folder in (*reversed(out.parents), out):
+            if not folder.exists():
+                disk.make_folder(folder)
+        with _lock(out):
+            recover(out, disk)
+            current = _plan(tree, out)
+            if current.blocked:
+                raise Failure(current.blocked, exit_code=2)
+            if current.changes:
+                commit(current.changes, out, disk)
+            finish(out, disk)
+            return current
 
 
 def differences(plan: Plan, out: Path) -> Iterator[str]:
@@ -200,20 +205,18 @@ def _read_manifest(out: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _lock(out: Path, disk: Disk) -> Iterator[None]:
+def _lock(out: Path, shared: bool = False) -> Iterator[None]:
     """Keep other builds of the same folder waiting. Nothing is left behind, however this process ends."""
-    for folder in (*reversed(out.parents), out):
-        if not folder.exists():
-            disk.make_folder(folder)
-    handle = os.open(out, os.O_RDONLY) if fcntl else -1
+    if fcntl is None or not out.is_dir():
+        yield
+        return
+    handle = os.open(out, os.O_RDONLY)
     try:
-        if fcntl:
-            with contextlib.suppress(OSError):  # some network file systems cannot
-                fcntl.flock(handle, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # some network file systems cannot
+            fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
     finally:
-        if fcntl:
-            os.close(handle)
+        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import Any, Sequence
 import torch
 
 from .. import _runtime as runtime
-from ..moe_route import MoeRoute
+from ..moe_route import MoeRoute, settled
 from ._problem import UNSCALED, Call, Problem, check, choose, find_scales, plan
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -281,9 +281,7 @@ _MODULES = {
 }
 # fmt: on
 
-# The bound launches of calls seen before, by all that they depend on: shapes, strides, dtypes, devices and flags.
-_calls: dict[tuple[Any, ...], Call] = runtime.cache()
-_MAX_CALLS = 16384
+_calls = runtime.Calls()
 
 
 def moe_lora(
@@ -342,44 +340,35 @@ def _apply(
     b_scale: Sequence[torch.Tensor] | None,
     x_scale: torch.Tensor | None,
 ) -> None:
-    key: tuple[Any, ...] = (
+    ids = route.topk_ids
+    hint = (
         out.shape,
-        out.stride(),
-        out.dtype,
-        out.get_device(),
         x.shape,
-        x.stride(),
-        x.dtype,
-        x.get_device(),
-        tuple([(a.shape, a.stride(), a.dtype, a.get_device()) for a in lora_a]),
-        tuple([(b.shape, b.stride(), b.dtype, b.get_device()) for b in lora_b]),
-        route.topk_ids is None or route.topk_ids.dtype,
+        len(lora_a),
+        None if ids is None else ids.dtype,
         route.adapter_enabled is None,
-        route.pairs is None or route.pairs.shape,
         route[8:],
-        topk_weights is None or (topk_weights.shape, topk_weights.stride(), topk_weights.dtype),
+        topk_weights is None,
         add_inputs,
         mul_routed_weight,
     )
+    tensors = [out, x, *lora_a, *lora_b]
+    if mul_routed_weight and topk_weights is not None:
+        tensors.append(topk_weights)
     scales: list[Any] = []
-    if a_scale is not None or b_scale is not None:
-        scales += [a_scale, b_scale]
-        key += (_layouts(a_scale or ()), _layouts(b_scale or ()))
-    if x_scale is not None:
-        scales.append(x_scale)
-        key += _layouts((x_scale,))
-    call = _calls.get(key)
+    if a_scale is not None or b_scale is not None or x_scale is not None:
+        hint += (a_scale is None, b_scale is None, x_scale is None)
+        scales = [scale for scale in (a_scale, b_scale) if scale is not None]
+        tensors += [scale for slices in scales for scale in slices]
+        if x_scale is not None:
+            scales.append(x_scale)
+            tensors.append(x_scale)
+    call = _calls.get(hint, tensors)
     if call is None:
         flags = (topk_weights, add_inputs, mul_routed_weight)
         call = _bind(out, x, lora_a, lora_b, route, *flags, a_scale, b_scale, x_scale)
-        if len(_calls) >= _MAX_CALLS:
-            _calls.clear()
-        _calls[key] = call
+        _calls.put(hint, tensors, call)
     call(out, x, lora_a, lora_b, route, topk_weights, *scales)
-
-
-def _layouts(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
-    return tuple([(t.shape, t.stride(), t.dtype, t.get_device()) for t in tensors])
 
 
 def _bind(
@@ -457,20 +446,9 @@ def _moe_lora(
     lora_b: Sequence[torch.Tensor],
     *rest: Any,
 ) -> None:
-    *flags, a_scale, b_scale, x_scale = rest[
-        -6:
-    ]  # an optional list of tensors would make a graph a number of tokens
-    _apply(
-        out,
-        x,
-        lora_a,
-        lora_b,
-        MoeRoute(*rest[:-6]),
-        *flags,
-        a_scale or None,
-        b_scale or None,
-        x_scale,
-    )
+    *flags, a_scale, b_scale, x_scale = rest[-6:]
+    route = settled(MoeRoute(*rest[:-6]))
+    _apply(out, x, lora_a, lora_b, route, *flags, a_scale or None, b_scale or None, x_scale)
 
 
 _moe_lora_op = runtime.op(

@@ -20,6 +20,9 @@ class MoeWorkspace(NamedTuple):
 
     tables: torch.Tensor  # [*] int32
     parts: torch.Tensor  # [*] float32
+    views: dict[
+        tuple[int, ...], tuple[torch.Tensor, ...]
+    ]  # of tables, by their sizes: making them costs 4 us of host time
 
 
 class MoeRoute(NamedTuple):
@@ -41,7 +44,9 @@ class MoeRoute(NamedTuple):
     num_experts: int
     max_loras: int
     global_experts: int  # entries of expert_map, 0 without one
-    block_m: int  # rows of a block at most; 0: naive, there are no tables
+    block_m: (
+        int  # rows of a block at most; 0: naive, there are no tables; negative: open, see _open
+    )
     max_blocks: int
 
     @staticmethod
@@ -103,7 +108,7 @@ class MoeRoute(NamedTuple):
         _check_vector(name, "adapter_enabled", adapter_enabled, max_loras, device)
         max_blocks = max_loras * expert_ids.shape[1]
         splits = _splits(max_blocks, max_blocks * block_size, 0)
-        buffer, (num_blocks, blocks, pairs, _) = _buffers(name, workspace, splits, device)
+        buffer, num_blocks, blocks, pairs, _ = _buffers(name, workspace, splits, device)
         if max_blocks > 0:
             fill = _from_tables_op if torch.compiler.is_compiling() else _from_tables
             fill(
@@ -170,37 +175,27 @@ def moe_route(
     """
     request = (num_experts, max_loras, assignment, rank, block_m)
     source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map)
-    if torch.compiler.is_compiling():
-        plan = _plan(*source, *request)
-    else:
-        key = (
-            topk_ids.shape,
-            topk_ids.stride(),
-            topk_ids.dtype,
-            topk_ids.get_device(),
-            *[
-                None if v is None else (v.shape, v.stride(), v.dtype, v.get_device())
-                for v in source[1:]
-            ],
-            *request,
-        )
-        found = _plans.get(key)
-        if found is None:
-            found = _plan(*source, *request)
-            if len(_plans) >= _MAX_PLANS:
-                _plans.clear()
-            _plans[key] = found
-        plan = found
     parts = None if workspace is None else workspace.parts
+    if torch.compiler.is_compiling():
+        sizes = _check(*source, *request)
+        open_m, splits = _open(assignment, rank, block_m), _open_splits(*sizes[:4])
+        if open_m == 0:
+            return MoeRoute(*source, None, None, None, parts, *sizes, 0, 0)
+        buffer, num_blocks, blocks, pairs, _ = _buffers(
+            "moe_route", workspace, splits, topk_ids.device
+        )
+        _route_op(buffer, *source, num_experts, max_loras, open_m)
+        return MoeRoute(*source, pairs, blocks, num_blocks, parts, *sizes, open_m, 0)
+    hint = (topk_ids.shape, adapter_enabled is None, expert_map is None, *request)
+    tensors = [tensor for tensor in source if tensor is not None]
+    plan = _plans.get(hint, tensors) or _plans.put(hint, tensors, _plan(*source, *request))
     if plan.block_m == 0:
         return MoeRoute(*source, None, None, None, parts, *plan.sizes, 0, 0)
-    buffer, views = _buffers("moe_route", workspace, plan.splits, topk_ids.device)
-    num_blocks, blocks, pairs, scratch = views
+    _, num_blocks, blocks, pairs, scratch = _buffers(
+        "moe_route", workspace, plan.splits, topk_ids.device
+    )
     if plan.num_pairs > 0:
-        if torch.compiler.is_compiling():
-            _route_op(buffer, *source, num_experts, max_loras, plan.block_m, plan.max_blocks)
-        else:
-            plan.fill(pairs, blocks, num_blocks, scratch, *source)
+        plan.fill(pairs, blocks, num_blocks, scratch, *source)
     return MoeRoute(
         *source, pairs, blocks, num_blocks, parts, *plan.sizes, plan.block_m, plan.max_blocks
     )
@@ -217,11 +212,10 @@ class _Plan(NamedTuple):
     fill: Callable[..., None]
 
 
-_plans: dict[tuple[Any, ...], _Plan] = runtime.cache()
-_MAX_PLANS = 16384
+_plans = runtime.Calls()
 
 
-def _plan(
+def _check(
     topk_ids: torch.Tensor,
     token_lora_mapping: torch.Tensor,
     adapter_enabled: torch.Tensor | None,
@@ -231,7 +225,8 @@ def _plan(
     assignment: str,
     rank: int | None,
     block_m: int | None,
-) -> _Plan:
+) -> tuple[int, int, int, int, int]:
+    """The sizes of a request, once everything about it is known to fit; it does not look at the number of tokens."""
     name = "moe_route"
     if (
         topk_ids.dim() != 2
@@ -250,17 +245,10 @@ def _plan(
     _check_vector(name, "token_lora_mapping", token_lora_mapping, num_tokens, device)
     _check_vector(name, "adapter_enabled", adapter_enabled, max_loras, device)
     _check_vector(name, "expert_map", expert_map, 1, device)
-    num_pairs, num_groups = num_tokens * top_k, max_loras * num_experts
     if assignment not in ("auto", "naive", "sorted"):
         runtime.fail(name, "assignment", repr(assignment), '"auto", "naive" or "sorted"')
-    naive = assignment == "naive" or (
-        assignment == "auto" and few_pairs(num_tokens, top_k, num_groups, rank)
-    )
-    global_experts = 0 if expert_map is None else expert_map.shape[0]
-    sizes = (num_tokens, top_k, num_experts, max_loras, global_experts)
-    if naive:
-        return _Plan(sizes, num_pairs, 0, 0, (0, 0, 0, 0, 0), _bind)
-    if num_groups > _MAX_GROUPS:
+    num_groups = max_loras * num_experts
+    if assignment == "sorted" and num_groups > _MAX_GROUPS:
         runtime.fail(
             name,
             "max_loras * num_experts",
@@ -268,12 +256,90 @@ def _plan(
             f"at most {_MAX_GROUPS}",
             'use assignment="naive"',
         )
-    if block_m is None:
-        block_m = default_block_m(num_tokens, top_k, num_groups)
-    _check_block_m(name, block_m)
+    if block_m is not None:
+        _check_block_m(name, block_m)
+    return (
+        num_tokens,
+        top_k,
+        num_experts,
+        max_loras,
+        0 if expert_map is None else expert_map.shape[0],
+    )
+
+
+def _plan(
+    topk_ids: torch.Tensor,
+    token_lora_mapping: torch.Tensor,
+    adapter_enabled: torch.Tensor | None,
+    expert_map: torch.Tensor | None,
+    num_experts: int,
+    max_loras: int,
+    *request: Any,
+) -> _Plan:
+    source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map)
+    sizes = _check(*source, num_experts, max_loras, *request)
+    num_tokens, top_k = sizes[:2]
+    num_pairs, num_groups = num_tokens * top_k, max_loras * num_experts
+    block_m = settle(_open(*request), num_tokens, top_k, num_groups)
+    if block_m == 0:
+        return _Plan(sizes, num_pairs, 0, 0, (0, 0, 0, 0, 0), _bind)
     max_blocks = _max_blocks(num_pairs, num_groups, block_m)
     splits = _splits(max_blocks, num_pairs, _scratch_size(num_pairs, num_groups))
-    return _Plan(sizes, num_pairs, block_m, max_blocks, splits, _bind(*sizes, block_m, device))
+    return _Plan(
+        sizes, num_pairs, block_m, max_blocks, splits, _bind(*sizes, block_m, topk_ids.device)
+    )
+
+
+# A graph of torch.compile serves any number of tokens, so what depends on it is left open there and settled by the ops,
+# when they run: block_m is then -(4 * the rows asked for or 0 + one of these).
+_SORTED, _AUTO, _AUTO_RANK_16 = 1, 2, 3
+
+
+def _open(assignment: str, rank: int | None, block_m: int | None) -> int:
+    """A request as an open block_m; 0, as ever, for naive."""
+    if assignment == "naive":
+        return 0
+    small = rank is not None and rank <= 16
+    return -(
+        4 * (block_m or 0)
+        + (_SORTED if assignment == "sorted" else _AUTO_RANK_16 if small else _AUTO)
+    )
+
+
+def settle(block_m: int, num_tokens: int, top_k: int, num_groups: int) -> int:
+    """Rows of a block, 0 for naive, by the number of tokens where ``block_m`` is open."""
+    if block_m >= 0:
+        return block_m
+    asked, how = divmod(-block_m, 4)
+    if how != _SORTED and few_pairs(
+        num_tokens, top_k, num_groups, 16 if how == _AUTO_RANK_16 else None
+    ):
+        return 0
+    return asked or default_block_m(num_tokens, top_k, num_groups)
+
+
+def settled(route: MoeRoute) -> MoeRoute:
+    """``route`` with nothing left open."""
+    if route.block_m >= 0:
+        return route
+    num_groups = route.num_experts * route.max_loras
+    block_m = settle(route.block_m, route.num_tokens, route.top_k, num_groups)
+    if block_m == 0:
+        return route._replace(pairs=None, blocks=None, num_blocks=None, block_m=0)
+    num_pairs = route.num_tokens * route.top_k
+    return route._replace(block_m=block_m, max_blocks=_max_blocks(num_pairs, num_groups, block_m))
+
+
+def _open_splits(
+    num_tokens: int, top_k: int, num_experts: int, max_loras: int
+) -> tuple[int, int, int, int, int]:
+    """As ``_splits``, large enough however the request is settled, and without a branch on the number of tokens."""
+    from . import three_launch
+
+    num_pairs, num_groups = num_tokens * top_k, max_loras * num_experts
+    return _splits(
+        num_groups + num_pairs // 16, num_pairs, three_launch.scratch_size(num_pairs, num_groups)
+    )
 
 
 def _bind(
@@ -325,6 +391,7 @@ def moe_workspace(
     return MoeWorkspace(
         torch.empty(tables, dtype=torch.int32, device=device),
         torch.empty(parts, dtype=torch.float32, device=device),
+        {},
     )
 
 
@@ -376,32 +443,37 @@ def _buffers(
     workspace: MoeWorkspace | None,
     splits: tuple[int, int, int, int, int],
     device: torch.device,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """A buffer for the tables, and (num_blocks, blocks, pairs, scratch) in it."""
+) -> tuple[torch.Tensor, ...]:
+    """A buffer for the tables, and num_blocks, blocks, pairs, scratch in it."""
     size = sum(splits)
     if workspace is None:
-        buffer = torch.empty(size, dtype=torch.int32, device=device)
-    else:
-        buffer = workspace.tables
-        if buffer.shape[0] < size or buffer.device != device:
-            hint = "make it with moe_workspace for the largest batch"
-            runtime.fail(
-                name,
-                "workspace.tables",
-                runtime.describe(buffer),
-                f"[>= {size}] int32 on {device}",
-                hint,
-            )
-    return buffer, _views(buffer, splits)
+        return _views(torch.empty(size, dtype=torch.int32, device=device), splits)
+    tables = workspace.tables
+    found = None if torch.compiler.is_compiling() else workspace.views.get(splits)
+    if found is not None and found[0] is tables:
+        return found
+    if tables.shape[0] < size or tables.device != device:
+        hint = "make it with moe_workspace for the largest batch"
+        runtime.fail(
+            name,
+            "workspace.tables",
+            runtime.describe(tables),
+            f"[>= {size}] int32 on {device}",
+            hint,
+        )
+    views = _views(tables, splits)
+    if not torch.compiler.is_compiling():
+        workspace.views[splits] = views
+    return views
 
 
 def _views(
     buffer: torch.Tensor, splits: tuple[int, int, int, int, int]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     num_blocks, _, blocks, pairs, scratch, _ = buffer.split_with_sizes(
         (*splits, buffer.shape[0] - sum(splits))
     )
-    return num_blocks, blocks.view(-1, 4), pairs, scratch
+    return buffer, num_blocks, blocks.view(-1, 4), pairs, scratch
 
 
 def _check_block_m(name: str, block_m: int) -> None:
@@ -429,24 +501,16 @@ def _route(
     expert_map: torch.Tensor | None,
     num_experts: int,
     max_loras: int,
-    block_m: int,
-    max_blocks: int,
+    open_m: int,
 ) -> None:
-    num_pairs = topk_ids.numel()
-    splits = _splits(max_blocks, num_pairs, _scratch_size(num_pairs, max_loras * num_experts))
-    num_blocks, blocks, pairs, scratch = _views(buffer, splits)
+    source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map)
     global_experts = 0 if expert_map is None else expert_map.numel()
-    fill = _bind(*topk_ids.shape, num_experts, max_loras, global_experts, block_m, topk_ids.device)
-    fill(
-        pairs,
-        blocks,
-        num_blocks,
-        scratch,
-        topk_ids,
-        token_lora_mapping,
-        adapter_enabled,
-        expert_map,
-    )
+    sizes = (*topk_ids.shape, num_experts, max_loras)
+    block_m = settle(open_m, *topk_ids.shape, max_loras * num_experts)
+    if block_m > 0 and topk_ids.numel() > 0:
+        _, num_blocks, blocks, pairs, scratch = _views(buffer, _open_splits(*sizes))
+        fill = _bind(*sizes, global_experts, block_m, topk_ids.device)
+        fill(pairs, blocks, num_blocks, scratch, *source)
 
 
 def _from_tables(
@@ -464,7 +528,7 @@ def _from_tables(
     from .from_tables import moe_route_from_tables
 
     max_blocks = max_loras * expert_ids.shape[1]
-    num_blocks, blocks, pairs, _ = _views(buffer, _splits(max_blocks, max_blocks * block_m, 0))
+    _, num_blocks, blocks, pairs, _ = _views(buffer, _splits(max_blocks, max_blocks * block_m, 0))
     moe_route_from_tables(
         pairs,
         blocks,
@@ -484,7 +548,7 @@ def _from_tables(
 _route_op = runtime.op(
     __name__,
     "moe_route(Tensor(a!) buffer, Tensor topk_ids, Tensor token_lora_mapping, Tensor? adapter_enabled, "
-    "Tensor? expert_map, int num_experts, int max_loras, int block_m, SymInt max_blocks) -> ()",
+    "Tensor? expert_map, int num_experts, int max_loras, int open_m) -> ()",
     _route,
 )
 _from_tables_op = runtime.op(
