@@ -268,7 +268,11 @@ def make(case: Case, tags: Tags, device: str) -> Call:
                 )
                 if case.scales_end_in_1:
                     shape_of_scales = (*shape_of_scales, 1)
-                each = memory(shape_of_scales, layout.of_scales(shape_of_scales), torch.float32)
+                strides = layout.of_scales(shape_of_scales)
+                if layout.gap:
+                    each = memory(shape_of_scales, strides, torch.float32)
+                else:  # its end is the end of its memory
+                    each = poison_(torch.empty(shape_of_scales, device=device))
                 for adapter, expert in pairs:
                     drawn = quant.draw_scales(each[adapter, expert], size, numbers)
                     each[adapter, expert] = drawn
