@@ -403,6 +403,13 @@ def _fit(
     return fits and (not rest or _fit(mode, *rest))
 
 
+def check_tiles(variant: str, **tiles: tuple[int, int]) -> None:
+    """Raise ValueError where a tile, of a config that a caller brought, would need the scales of two groups."""
+    for name, (tile, group) in tiles.items():
+        if group % tile:
+            runtime.fail(variant, name, tile, f"a divisor of {group}, the size of a group")
+
+
 def partials(route: MoeRoute, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Scratch for ``size`` elements of at most 4 bytes: the workspace's where it is large enough."""
     parts = route.parts
@@ -558,6 +565,13 @@ def _stages(wanted: int, stage_bytes: int, budget: int) -> int:
     return wanted
 
 
+def _in_group(s: _Shape, block_k: int) -> int:
+    """A tile that lies in one group, where groups of columns have scales."""
+    while "group" in (s.weight_scales, s.x_scales) and GROUP_K % block_k:
+        block_k //= 2
+    return block_k
+
+
 def _accumulators(s: _Shape) -> int:
     """Numbers that a program of the shrink holds: its sums, and what widening FP8 and scaling the sums of groups take."""
     return s.block_m * _block_r(s.rank) * (s.slices + (2 if s.weight_scales or s.x_scales else 0))
@@ -576,7 +590,7 @@ def _one_shot(s: _Shape) -> OneShotConfig:
         block_k, stages = 64, 6 if rank == 16 else 4
         if s.x_scales == "group" and rank == 128:
             block_k = 32  # 64 would spill
-    block_k = _block_k(s.k, block_k)
+    block_k = _in_group(s, _block_k(s.k, block_k))
     budget = s.shared_memory - 4096
     stages = _stages(stages, 2 * (s.block_m + s.slices * rank) * block_k, budget)
     block_n = _block_n(s.n, 256 if wide else 128, 0.03 if rank == 16 else 0.0)
@@ -609,7 +623,7 @@ def _small_batch(s: _Shape) -> SmallBatchConfig:
 
 def _two_kernel(s: _Shape) -> TwoKernelConfig:
     rank, block_m = _block_r(s.rank), s.block_m
-    block_k = _block_k(s.k, 64 if rank == 128 or block_m > 32 else 128)
+    block_k = _in_group(s, _block_k(s.k, 64 if rank == 128 or block_m > 32 else 128))
     blocks = _num_blocks(s)
     split_k = s.k
     if s.tokens * s.top_k <= 4096:

@@ -29,7 +29,7 @@ import triton.language as tl
 
 from .. import _runtime as runtime
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose
+from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, check_tiles, choose
 from ._problem import OneShotConfig as Config
 
 
@@ -202,6 +202,9 @@ _kernel = runtime.Launcher(moe_lora_one_shot_bf16_sorted_add_weighted_r64_w8grou
 
 def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again."""
+    check_tiles(
+        "moe_lora_one_shot_bf16_sorted_add_weighted_r64_w8group", block_k=(config.block_k, 128)
+    )
     weights = CACHE_POLICIES[config.weight_policy]
     launch = _kernel.bind(
         route.max_blocks,

@@ -33,7 +33,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, partials
+from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, check_tiles, choose, partials
 from ._problem import SmallBatchConfig as Config
 
 
@@ -247,6 +247,10 @@ _expand = runtime.Launcher(moe_lora_small_batch_bf16_naive_add_plain_r128_w8grou
 
 def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The two launches for checked calls of these sizes, ready to be made again and again."""
+    check_tiles(
+        "moe_lora_small_batch_bf16_naive_add_plain_r128_w8group_a8group",
+        shrink_block_r=(config.shrink_block_r, 128),
+    )
     pdl = runtime.traits(problem.device).pdl and config.pdl == 1
     weights = CACHE_POLICIES[config.weight_policy]
     num_pairs = problem.num_pairs

@@ -32,7 +32,17 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, partials, rank_tile
+from ._problem import (
+    CACHE_POLICIES,
+    Call,
+    Problem,
+    Scales,
+    check,
+    check_tiles,
+    choose,
+    partials,
+    rank_tile,
+)
 from ._problem import TwoKernelConfig as Config
 
 
@@ -267,6 +277,9 @@ _expand = runtime.Launcher(moe_lora_two_kernel_bf16_sorted_add_weighted_rany_w8g
 
 def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The two launches for checked calls of these sizes, ready to be made again and again."""
+    check_tiles(
+        "moe_lora_two_kernel_bf16_sorted_add_weighted_rany_w8group", block_k=(config.block_k, 128)
+    )
     pdl = runtime.traits(problem.device).pdl and config.pdl == 1
     weights = CACHE_POLICIES[config.weight_policy]
     split_k = config.split_k
