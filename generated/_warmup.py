@@ -17,6 +17,7 @@ import torch
 
 from . import _runtime as runtime
 from .moe_lora import moe_lora
+from .moe_lora._problem import scale_shape, x_scale_shape
 from .moe_route import MoeRoute, moe_route
 
 
@@ -38,6 +39,9 @@ class MoeShape(NamedTuple):
     assignments: tuple[str, ...] = ("auto",)  # as moe_route is called
     topk_ids_dtype: torch.dtype = torch.int32
     topk_weights_dtype: torch.dtype = torch.float32
+    weight_scales: str | None = None  # of FP8 adapters: "tensor", "channel" or "group"
+    x_scales: str | None = None  # of an FP8 x: "tensor", "token" or "group"
+    fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of both
 
 
 def requests(
@@ -99,13 +103,29 @@ def _call(shape: MoeShape, num_tokens: int, assignment: str, rank: int | None) -
         rank=rank,
     )
     rows = num_tokens * shape.top_k if shape.mul_routed_weight else num_tokens
+    a_shape = (shape.max_loras, shape.num_experts, shape.rank, shape.k)
+    b_shape = (shape.max_loras, shape.num_experts, shape.n, shape.rank)
+    of_weights = of_x = shape.dtype
+    a_scale = b_scale = x_scale = None
+    if shape.weight_scales is not None:
+        of_weights = shape.fp8_dtype
+        a_scale, b_scale = (
+            [empty(*scale_shape(shape.weight_scales, size), dtype=torch.float32)] * shape.slices
+            for size in (a_shape, b_shape)
+        )
+    if shape.x_scales is not None:
+        of_x = shape.fp8_dtype
+        x_scale = empty(*x_scale_shape(shape.x_scales, (rows, shape.k)), dtype=torch.float32)
     moe_lora(
         empty(num_tokens, shape.top_k, shape.slices * shape.n),
-        empty(rows, shape.k),
-        [empty(shape.max_loras, shape.num_experts, shape.rank, shape.k)] * shape.slices,
-        [empty(shape.max_loras, shape.num_experts, shape.n, shape.rank)] * shape.slices,
+        empty(rows, shape.k, dtype=of_x),
+        [empty(*a_shape, dtype=of_weights)] * shape.slices,
+        [empty(*b_shape, dtype=of_weights)] * shape.slices,
         route,
         topk_weights=empty(num_tokens, shape.top_k, dtype=shape.topk_weights_dtype),
         add_inputs=shape.add_inputs,
         mul_routed_weight=shape.mul_routed_weight,
+        a_scale=a_scale,
+        b_scale=b_scale,
+        x_scale=x_scale,
     )

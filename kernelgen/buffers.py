@@ -11,22 +11,27 @@ import torch
 
 # A NaN as bfloat16, float16 and float32, and out of every range as an integer.
 _POISON = 0x7FDA
+_POISON_8 = 0x7F  # a NaN as float8_e4m3fn and float8_e5m2
 _GUARD = 64  # elements of poison before and after a view; keeps 16-byte alignment
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
 def poison_(tensor: torch.Tensor) -> torch.Tensor:
     """Fill a contiguous tensor with NaN, or with numbers that are no index."""
-    halves = tensor.view(-1).view(torch.int16) if tensor.element_size() > 1 else None
-    if halves is None:
+    if tensor.element_size() > 1:
+        tensor.view(-1).view(torch.int16).fill_(_POISON)
+    elif tensor.is_floating_point():
+        tensor.view(-1).view(torch.uint8).fill_(_POISON_8)
+    else:
         raise TypeError(f"no poison for {tensor.dtype}")
-    halves.fill_(_POISON)
     return tensor
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The bits of a tensor, as integers of its width: equal where the bytes are, NaN included."""
-    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    return tensor.view(
+        {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    )
 
 
 @dataclasses.dataclass(frozen=True)

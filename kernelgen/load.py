@@ -8,10 +8,12 @@ from typing import Any, Iterable, Mapping
 
 from kernelgen.diagnostics import Diagnostic, did_you_mean, failure, os_failure
 from kernelgen.model import (
+    QUANT_AXES,
     SCHEDULE,
     TAG_HINTS,
     VARIANT_ATTRIBUTES,
     VOCABULARY,
+    WITHOUT_E4M3,
     Axis,
     Choice,
     Exclude,
@@ -19,15 +21,16 @@ from kernelgen.model import (
     Kernel,
     Location,
     Numerics,
+    Quant,
     Record,
     Resources,
     Tunable,
     Tuned,
     TunedEntry,
 )
-from kernelgen.names import Identifier, identifier_fault, kernel_template
+from kernelgen.names import UNNAMED, Identifier, identifier_fault, kernel_template
 from kernelgen.parse import MAX_BYTES, Node, Step, parse
-from kernelgen.schema import ChoiceShape, ExcludeShape, SpecShape, TunedShape, validate
+from kernelgen.schema import ChoiceShape, ExcludeShape, QuantShape, SpecShape, TunedShape, validate
 
 MAX_FILES = 256
 
@@ -166,6 +169,8 @@ class _Spec(_Checks):
             for i, exclude in enumerate(sections.get("exclude", [])):
                 self._check_exclude(i, exclude, axes)
         self._check_tunables(sections.get("tunables", {}), axes)
+        if not self.faults:
+            self._check_quant(sections["quant"], axes)
         if self.faults:
             return None, self.faults
         name = Identifier(sections["family"])
@@ -176,6 +181,11 @@ class _Spec(_Checks):
                 excludes=tuple(map(self._exclude, range(len(sections["exclude"])))),
                 kernels=self._kernels(name, axes),
                 numerics=Numerics(**sections["numerics"].model_dump()),
+                quant=Quant(
+                    tuple(map(Identifier, sections["quant"].elements)),
+                    sections["quant"].group_n,
+                    sections["quant"].group_k,
+                ),
                 targets=tuple(sections["targets"]),
                 resources=Resources(**sections["resources"].model_dump()),
                 tuned=Tuned(),
@@ -223,6 +233,42 @@ class _Spec(_Checks):
                 where = self.root.key_at("tunables", kernel, name)
                 self.check_attribute(name, where, Record.__slots__)
                 self.check_unique(values, "tunables", kernel, name)
+
+    def _check_quant(self, quant: QuantShape, axes: Mapping[str, list[str]]) -> None:
+        """What a kernel cannot do right: one scale for a tile that belongs to two groups, a type that a target lacks."""
+        tags = {axis: [tag for tag in axes.get(axis, ()) if tag != UNNAMED] for axis in QUANT_AXES}
+        self.check_unique(quant.elements, "quant", "elements")
+        if any(tags.values()) and quant.elements == ["e4m3"]:
+            for i, target in enumerate(self.sections["targets"]):
+                if target in WITHOUT_E4M3:
+                    message = f"{target} has no e4m3, and it is the only element of quant:"
+                    hint = "drop the target, or add e5m2 to elements:"
+                    self.fault("KG026", self.value_at("targets", i), message, hint)
+        for axis in QUANT_AXES:
+            grouped = [tag for tag in tags[axis] if "group" in VOCABULARY[axis][tag].values()]
+            if grouped:
+                where = self.value_at("axes", axis, axes[axis].index(grouped[0]))
+                self._check_groups(grouped[0], quant, axes.get("rank", []), where)
+
+    def _check_groups(
+        self, tag: str, quant: QuantShape, ranks: Iterable[str], where: Location
+    ) -> None:
+        for rank in ranks:
+            tile = VOCABULARY["rank"][rank]["block_rank"]
+            if isinstance(tile, int) and quant.group_k % tile:
+                message = f"{tag}: group_k {quant.group_k} is no multiple of {tile}, the tile of rank {rank}"
+                hint = "a tile would need two scales: take another group_k, or drop the rank"
+                self.fault("KG026", where, message, hint)
+        for kernel, parameters in self.sections["tunables"].items():
+            # a tile of rows belongs to one group, and so does at least one tile of columns
+            for size in parameters.get("shrink_block_r", ()):
+                if quant.group_n % size:
+                    message = f"{tag}: group_n {quant.group_n} is no multiple of shrink_block_r {size} of {kernel}"
+                    self.fault("KG026", where, message, "a tile would need two scales")
+            sizes = parameters.get("block_k", ())
+            if sizes and all(quant.group_k % size for size in sizes):
+                message = f"{tag}: no block_k of {kernel} divides group_k {quant.group_k}"
+                self.fault("KG026", where, message, "add one that does")
 
     def _axis(self, name: str, tags: list[str]) -> Axis:
         return Axis(

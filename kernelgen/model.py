@@ -92,17 +92,34 @@ VOCABULARY: Mapping[str, Mapping[str, Mapping[str, Fact]]] = MappingProxyType(
             "r128": _bucket(128),
             "rany": _facts(block_rank=128, max_rank=None, tiled_rank=True),
         },
+        # Which scales there are: of FP8 weights, and of FP8 activations. None: no such scales, 16-bit numbers.
+        "weight_quant": {
+            "none": _facts(weight_scales=None),
+            "w8tensor": _facts(weight_scales="tensor"),
+            "w8channel": _facts(weight_scales="channel"),
+            "w8group": _facts(weight_scales="group"),
+        },
+        "act_quant": {
+            "none": _facts(x_scales=None),
+            "a8tensor": _facts(x_scales="tensor"),
+            "a8token": _facts(x_scales="token"),
+            "a8group": _facts(x_scales="group"),
+        },
     }
 )
 TAG_HINTS: Mapping[str, str] = MappingProxyType(
     {
         "rank": "a bucket is a power of two from r16 to r128; above 128, rany tiles the rank",
         "dtype": "activations are bf16 or f16",
+        "weight_quant": "none, or w8tensor, w8channel, w8group: FP8 weights with a scale for each of these",
+        "act_quant": "none, or a8tensor, a8token, a8group: FP8 activations with a scale for each of these",
     }
 )
+QUANT_AXES = ("weight_quant", "act_quant")
 SCHEDULE = "schedule"  # the axis whose tags choose the template
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+WITHOUT_E4M3 = frozenset({"sm_80"})  # Triton knows no such type there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +212,15 @@ class Numerics:
 
 
 @dataclasses.dataclass(frozen=True)
+class Quant:
+    """What FP8 operands look like: their element types, and the size of a group that shares a scale."""
+
+    elements: tuple[Identifier, ...]
+    group_n: int  # rows of a weight matrix (its output width)
+    group_k: int  # columns (its input width)
+
+
+@dataclasses.dataclass(frozen=True)
 class Resources:
     """What a compiled variant may use, on every target."""
 
@@ -230,6 +256,7 @@ class Family:
     excludes: tuple[Exclude, ...]
     kernels: tuple[Kernel, ...]
     numerics: Numerics
+    quant: Quant
     targets: tuple[str, ...]
     resources: Resources
     tuned: Tuned
@@ -267,6 +294,6 @@ class Tree:
 # What an axis cannot be called, because it is another attribute of a variant.
 VARIANT_ATTRIBUTES = frozenset(
     {field.name for field in dataclasses.fields(Variant)}
-    | {"rounds_intermediate"}
+    | {"rounds_intermediate", "group_n", "group_k"}
     | {fact for tags in VOCABULARY.values() for facts in tags.values() for fact in facts}
 )

@@ -289,8 +289,10 @@ class Bench:
         path = names.family_path(variant.family, variant.module)
         return (self._out / path).read_text("utf-8")
 
-    def fate(self, suite: Suite, variant: Variant, mutant: Mutant) -> Fate:
-        """Try a mutant on all cases that fit the variant."""
+    def fate(
+        self, suite: Suite, variant: Variant, mutant: Mutant, only: Sequence[Case] = ()
+    ) -> Fate:
+        """Try a mutant on all cases that fit the variant, or on some."""
         self._tried += 1
         module = f"mutant_{self._tried}"
         folder = Path(self._folder.name, self._name, variant.family)
@@ -302,7 +304,7 @@ class Bench:
             return Fate(variant.name, mutant, "import")
         if variant.name not in self._cases:
             self._cases[variant.name] = list(suite.cases_for(variant))
-        cases = self._cases[variant.name]
+        cases = list(only) or self._cases[variant.name]
         for i, case in enumerate(cases):
             try:
                 suite.check_launcher(self._package, launcher, variant, case, "cpu")

@@ -9,6 +9,7 @@ from typing import Sequence
 MAX_NAME = 40
 NAME_PATTERN = rf"^[a-z][a-z0-9_]{{0,{MAX_NAME - 1}}}$"
 _PATH_PART = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*")
+UNNAMED = "none"  # the tag of an axis that does not apply: it is left out of names
 # Names that Windows keeps for devices, whatever the extension.
 _DEVICES = frozenset(
     ["con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(10))]
@@ -61,12 +62,16 @@ def path_fault(path: str) -> str | None:
 
 def module_name(tags: Sequence[str]) -> Identifier:
     """The module of a variant inside its family's package."""
-    return _joined(tags)
+    return _joined(_named(tags))
 
 
 def variant_name(family: str, tags: Sequence[str]) -> Identifier:
     """The name of a variant, which is also that of its launcher."""
-    return _joined((family, *tags))
+    return _joined((family, *_named(tags)))
+
+
+def _named(tags: Sequence[str]) -> list[str]:
+    return [tag for tag in tags if tag != UNNAMED]
 
 
 def _joined(parts: Sequence[str]) -> Identifier:

@@ -13,7 +13,7 @@ from typing import Any, Callable, Iterator, Mapping
 
 import torch
 
-from kernelgen.model import Family, Variant
+from kernelgen.model import QUANT_AXES, Family, Variant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,8 @@ def _moe_lora(package: ModuleType, family: Family, variant: Variant) -> Iterator
             for block_m, num_tokens in _SORTED_TOKENS.items():
                 sizes = _MoeLoraSizes(num_tokens, rank=rank, block_m=block_m, **shape)
                 yield _moe_lora_probe(f"m{block_m}{suffix}", package, variant, sizes)
-    if (variant.dtype, variant.add_inputs) == _first_tags(family, "dtype", "add_inputs"):
+    axes = ("dtype", "add_inputs", *QUANT_AXES)
+    if tuple(getattr(variant, axis) for axis in axes) == _first_tags(family, *axes):
         yield from _moe_lora_tuned(package, family, variant)
 
 
@@ -118,7 +119,9 @@ def _moe_lora_probe(
     sizes: _MoeLoraSizes,
     config: Mapping[str, int] | None = None,
 ) -> Probe:
-    module = importlib.import_module(f"{package.__name__}.{variant.family}.{variant.module}")
+    folder = f"{package.__name__}.{variant.family}"
+    module = importlib.import_module(f"{folder}.{variant.module}")
+    problem = importlib.import_module(f"{folder}._problem")
     num_pairs = sizes.num_tokens * sizes.top_k
     rows = num_pairs if variant.weighted else sizes.num_tokens
     dtype = getattr(torch, variant.torch_dtype)
@@ -136,14 +139,25 @@ def _moe_lora_probe(
         experts = (sizes.max_loras, sizes.num_experts)
         options: dict[str, Any] = {}
         if variant.weighted:
-            options["topk_weights"] = _meta(sizes.num_tokens, sizes.top_k, dtype=torch.float32)
+            options["topk_weights"] = _meta(sizes.num_tokens, sizes.top_k, dtype=_FP32)
         if config is not None:
             options["config"] = module.Config(**config)
+        a_shape, b_shape = (*experts, sizes.rank, sizes.k), (*experts, sizes.n, sizes.rank)
+        of_weights, of_x, x_shape = dtype, dtype, (rows, sizes.k)
+        if variant.weight_scales:
+            of_weights = _fp8(package)
+            for name, shape in (("a_scale", a_shape), ("b_scale", b_shape)):
+                scales = _meta(*problem.scale_shape(variant.weight_scales, shape), dtype=_FP32)
+                options[name] = [scales] * sizes.slices
+        if variant.x_scales:
+            of_x = _fp8(package)
+            shape = problem.x_scale_shape(variant.x_scales, x_shape)
+            options["x_scale"] = _meta(*shape, dtype=_FP32)
         getattr(module, variant.name)(
             _meta(sizes.num_tokens, sizes.top_k, sizes.slices * sizes.n, dtype=dtype),
-            _meta(rows, sizes.k, dtype=dtype),
-            [_meta(*experts, sizes.rank, sizes.k, dtype=dtype)] * sizes.slices,
-            [_meta(*experts, sizes.n, sizes.rank, dtype=dtype)] * sizes.slices,
+            _meta(*x_shape, dtype=of_x),
+            [_meta(*a_shape, dtype=of_weights)] * sizes.slices,
+            [_meta(*b_shape, dtype=of_weights)] * sizes.slices,
             route,
             **options,
         )
@@ -157,7 +171,9 @@ def _moe_lora_probe(
         {key: size for key, size in dataclasses.asdict(sizes).items() if size is not None},
         call,
         flops=2.0 * num_pairs * weights,
-        bytes=dtype.itemsize * (hit * weights + rows * sizes.k + outputs),
+        bytes=hit * weights * (1 if variant.weight_scales else dtype.itemsize)
+        + rows * sizes.k * (1 if variant.x_scales else dtype.itemsize)
+        + outputs * dtype.itemsize,
         is_tuned=config is not None,
     )
 
@@ -204,6 +220,15 @@ def _route_call(
         )
 
     return convert if variant.schedule == "from_tables" else sort
+
+
+_FP32 = torch.float32
+
+
+def _fp8(package: ModuleType) -> torch.dtype:
+    """What FP8 operands of a probe are made of: e4m3, where the target that is compiled for has it."""
+    has_e4m3 = package._runtime.traits(torch.device("meta")).e4m3
+    return torch.float8_e4m3fn if has_e4m3 else torch.float8_e5m2
 
 
 def _meta(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:

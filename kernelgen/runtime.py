@@ -271,6 +271,7 @@ class Traits(NamedTuple):
     num_sms: int
     shared_memory: int  # bytes that one program may take
     pdl: bool  # programmatic dependent launch: NVIDIA, from sm_90 on
+    e4m3: bool  # Triton has the type there: all but NVIDIA before sm_89
 
 
 # Bytes of shared memory by Triton target, for compilation without a GPU.
@@ -284,17 +285,18 @@ def traits(device: torch.device) -> Traits:
     if device.type == "cuda":
         return _traits(device.index if device.index is not None else torch.cuda.current_device())
     if INTERPRETED:
-        return Traits(132, _SHARED_MEMORY[90], False)
+        return Traits(132, _SHARED_MEMORY[90], False, True)
     target = triton.runtime.driver.active.get_current_target()
-    pdl = target.backend == "cuda" and target.arch >= 90
-    return Traits(132, _SHARED_MEMORY.get(target.arch, 65536), pdl)
+    nvidia = target.arch if target.backend == "cuda" else 0
+    return Traits(132, _SHARED_MEMORY.get(target.arch, 65536), nvidia >= 90, nvidia == 0 or nvidia >= 89)
 
 
 @functools.cache
 def _traits(index: int) -> Traits:
     properties = triton.runtime.driver.active.utils.get_device_properties(index)
-    pdl = torch.version.hip is None and torch.cuda.get_device_capability(index) >= (9, 0)
-    return Traits(properties["multiprocessor_count"], properties["max_shared_mem"], pdl)
+    capability = (99, 0) if torch.version.hip is not None else torch.cuda.get_device_capability(index)
+    pdl = torch.version.hip is None and capability >= (9, 0)
+    return Traits(properties["multiprocessor_count"], properties["max_shared_mem"], pdl, capability >= (8, 9))
 
 
 def cdiv(a: int, b: int) -> int:

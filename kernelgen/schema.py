@@ -98,6 +98,27 @@ class NumericsShape(_Shape):
     ] = False
 
 
+class QuantShape(_Shape):
+    """What the FP8 operands of a family look like."""
+
+    elements: Annotated[
+        list[Literal["e4m3", "e5m2"]],
+        Field(min_length=1, description="Element types; the kernels read them from the tensors."),
+    ] = ["e4m3", "e5m2"]
+    group_n: Annotated[
+        int,
+        Field(ge=1, le=MAX_TUNABLE, description="Rows of a weight matrix that share a scale."),
+    ] = 128
+    group_k: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=MAX_TUNABLE,
+            description="Columns of a weight matrix, and of an activation, that share a scale.",
+        ),
+    ] = 128
+
+
 class ResourcesShape(_Shape):
     """What a compiled variant may use."""
 
@@ -124,6 +145,7 @@ class SpecShape(_Shape):
         Field(max_length=MAX_EXCLUDES, description="Combinations that are left out."),
     ] = []
     numerics: NumericsShape = NumericsShape()
+    quant: QuantShape = QuantShape()
     targets: Annotated[
         list[Literal[TARGETS]],  # type: ignore[valid-type]
         Field(min_length=1, description="GPUs that every variant must compile for."),
@@ -241,6 +263,7 @@ def _keys(shape: type[BaseModel], path: tuple[Step, ...]) -> list[str]:
     models: dict[tuple[str, ...], type[BaseModel]] = {
         ("exclude",): ExcludeShape,
         ("numerics",): NumericsShape,
+        ("quant",): QuantShape,
         ("resources",): ResourcesShape,
         ("entries",): EntryShape,
         ("entries", "runner_up"): ChoiceShape,

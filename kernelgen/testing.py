@@ -112,20 +112,26 @@ class Suite:
 
     def _plan(self) -> dict[Variant, list[Case]]:
         plan: dict[str, list[Case]] = {variant.name: [] for variant in self.variants}
-        bodies: dict[tuple[str, ...], list[Variant]] = {}
-        for variant in self.variants:
-            body = tuple(variant.tags[axis] for axis in self._cases.BODY)
-            bodies.setdefault(body, []).append(variant)
-        for number, members in enumerate(bodies.values()):
-            turn = 3 * number % len(members)
-            members = members[turn:] + members[:turn]
-            for case in self._cases.CASES:
-                fitting = [v for v in members if case.fits(v.tags)]
-                if fitting and not case.core:
-                    fitting = [min(fitting, key=lambda v: len(plan[v.name]))]
-                for variant in fitting:
-                    plan[variant.name].append(case)
+        cases: dict[tuple[str, ...], list[Case]] = {}
+        for case in self._cases.CASES:
+            cases.setdefault(tuple(case.body or self._cases.BODY), []).append(case)
+        for axes, members in cases.items():
+            for number, body in enumerate(self._bodies(axes)):
+                turn = 3 * number % len(body)
+                for case in members:
+                    fitting = [v for v in body[turn:] + body[:turn] if case.fits(v.tags)]
+                    if fitting and not case.core:
+                        fitting = [min(fitting, key=lambda v: len(plan[v.name]))]
+                    for variant in fitting:
+                        plan[variant.name].append(case)
         return {variant: plan[variant.name] for variant in self.variants}
+
+    def _bodies(self, axes: Sequence[str]) -> Sequence[list[Variant]]:
+        """The variants, by their tags on ``axes``; an axis that they lack does not tell them apart."""
+        bodies: dict[tuple[str | None, ...], list[Variant]] = {}
+        for variant in self.variants:
+            bodies.setdefault(tuple(map(variant.tags.get, axes)), []).append(variant)
+        return list(bodies.values())
 
 
 def _module(name: str) -> Any:

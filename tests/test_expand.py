@@ -12,6 +12,7 @@ import project
 import pytest
 
 from kernelgen import build, names
+from kernelgen.diagnostics import Failure
 from kernelgen.model import VARIANT_ATTRIBUTES, VOCABULARY, Record, Variant
 from kernelgen.names import Identifier
 from kernelgen.which import which
@@ -107,20 +108,49 @@ def test_what_cannot_be_an_output_path(path: str) -> None:
     assert names.path_fault(path)
 
 
+NO_FP8 = {"weight_quant": "none", "act_quant": "none"}
+# Of weights and of activations: what is served, and up to which rank.
+FP8 = {
+    ("tensor", "none"): 512,
+    ("channel", "none"): 512,
+    ("group", "none"): 512,
+    ("none", "tensor"): 128,
+    ("none", "token"): 128,
+    ("none", "a8group"): 128,
+    ("channel", "token"): 128,
+    ("group", "a8group"): 128,
+}
+
+
+def test_every_case_of_fp8_has_a_variant(package) -> None:
+    """Each rank and kind of scales, both kinds of route and both projections."""
+    for (weights, x), largest in FP8.items():
+        for rank in (1, 16, 17, 32, 33, 64, 65, 128, 129, 512):
+            case = {"rank": str(rank), "weight_quant": weights, "act_quant": x, "dtype": "bf16"}
+            if rank > largest:
+                with pytest.raises(Failure, match="KG041"):
+                    which(package, "moe_lora", case)
+                continue
+            for assignment, form in itertools.product(("naive", "sorted"), ("plain", "weighted")):
+                flags = {"assignment": assignment, "routed_weight": form}
+                assert which(package, "moe_lora", {**case, **flags}).variants
+
+
 def test_the_specs_of_this_repository(package) -> None:
-    assert sum(
-        family.name == "moe_lora" and len(family.variants) == 112 for family in package.families
-    )
+    family = next(family for family in package.families if family.name == "moe_lora")
+    sixteen_bit = [v for v in family.variants if v.weight_quant == v.act_quant == "none"]
+    assert len(sixteen_bit) == 112 and len(family.variants) == 112 + 84 + 60
+    assert not any("none" in variant.name for variant in family.variants)
     assert len({variant.name for variant in package.variants}) == len(package.variants)
 
 
 def test_every_case_has_a_variant(package) -> None:
-    """Ranks 1 to 512, every dtype, assignment and flag."""
+    """Ranks 1 to 512, every dtype, assignment and flag, in 16 bits."""
     family = next(family for family in package.families if family.name == "moe_lora")
-    others = [axis for axis in family.axes if axis.name not in ("schedule", "rank")]
+    others = [axis for axis in family.axes if axis.name not in ("schedule", "rank", *NO_FP8)]
     buckets = {}
     for rank in range(1, 513):
-        variants = which(package, "moe_lora", {"rank": str(rank)}).variants
+        variants = which(package, "moe_lora", {"rank": str(rank), **NO_FP8}).variants
         bucket = {variant.rank for variant in variants}
         assert len(bucket) == 1
         limit = variants[0].max_rank

@@ -19,6 +19,10 @@ WIDE_STRIDES = {
     "A_STRIDE_E",
     "B_STRIDE_L",
     "B_STRIDE_E",
+    "A_SCALE_STRIDE_L",
+    "A_SCALE_STRIDE_E",
+    "B_SCALE_STRIDE_L",
+    "B_SCALE_STRIDE_E",
 }
 LENGTHS = {"K", "N", "RANK"}
 

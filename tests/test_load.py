@@ -143,6 +143,30 @@ EDITS = {
     "infinite number": ("[64, 128]", "[64, 1e999]", ["12:19 KG004"]),
     "octal of old": ("[64, 128]", "[64, 0o100]", ["12:19 KG016"]),
     "deep": ("[64, 128]", "[" * 1000, ["12:27 KG004"]),
+    "unknown element": ("targets:", "quant: {elements: [e3m4]}\ntargets:", ["9:20 KG011"]),
+    "element twice": ("targets:", "quant: {elements: [e4m3, e4m3]}\ntargets:", ["9:26 KG016"]),
+    "group of nothing": ("targets:", "quant: {group_k: 0}\ntargets:", ["9:18 KG011"]),
+    "target without the only element": (
+        "exclude:\n  - when: {dtype: f16, size: large}\n    why: nobody asked\ntargets: [sm_90]",
+        "  act_quant: [none, a8token]\nquant: {elements: [e4m3]}\ntargets: [sm_90, sm_80]",
+        ["8:18 KG026"],
+    ),
+    "two groups in a tile of ranks": (
+        "exclude:",
+        "  weight_quant: [none, w8group]\nquant: {group_k: 16}\nexclude:",
+        ["6:24 KG026"],
+    ),
+    "two groups in a tile of rows": (
+        "exclude:\n  - when: {dtype: f16, size: large}\n    why: nobody asked\ntargets: [sm_90]\ntunables:\n  toy:\n",
+        "  weight_quant: [none, w8group]\nquant: {group_n: 24}\ntargets: [sm_90]\n"
+        "tunables:\n  toy:\n    shrink_block_r: [8, 16]\n",
+        ["6:24 KG026"],
+    ),
+    "no tile of one group": (
+        "exclude:\n  - when: {dtype: f16, size: large}\n    why: nobody asked\ntargets: [sm_90]\ntunables:\n  toy:\n",
+        "  act_quant: [none, a8group]\nquant: {group_k: 96}\ntargets: [sm_90]\ntunables:\n  toy:\n    block_k: [64, 128]\n",
+        ["6:21 KG026"],
+    ),
     "two faults": (
         "targets: [sm_90]\n",
         "targets: [sm_91]\nwhat: 1\nwhich: 2\n",

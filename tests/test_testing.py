@@ -52,10 +52,36 @@ def test_every_case_meets_every_body_it_fits() -> None:
     for variant, case in suite().pairs:
         met[case.name].add((variant.tags["schedule"], variant.tags["rank"]))
     for case in moe_lora.CASES:
+        if case.body:
+            continue  # bodies of its own
         fitting = {
             (v.tags["schedule"], v.tags["rank"]) for v in suite().variants if case.fits(v.tags)
         }
         assert met[case.name] == fitting, case.name
+
+
+def test_a_case_may_name_bodies_of_its_own() -> None:
+    met = collections.defaultdict(set)
+    rows = [
+        f"{schedule} {assignment} {rank} {scales}"
+        for schedule, assignment in (("one_shot", "sorted"), ("small_batch", "naive"))
+        for rank in ("r16", "r64")
+        for scales in ("none none", "w8channel none", "w8group a8group")
+    ]
+    axes = "schedule assignment rank weight_quant act_quant"
+    found = Suite("generated", "moe_lora", axes, "\n".join(rows))
+    for variant, case in found.pairs:
+        if case.body and "none none" not in " ".join(variant.tags.values()):
+            met[case.name].add(tuple(variant.tags[axis] for axis in case.body))
+    assert met["w8_nan"] == {
+        (schedule, *scales)
+        for schedule in ("one_shot", "small_batch")
+        for scales in (("w8channel", "none"), ("w8group", "a8group"))
+    }
+    assert met["a8_rows"] == {(s, "w8group", "a8group") for s in ("one_shot", "small_batch")}
+    for variant, case in found.pairs:
+        is_fp8 = variant.tags["weight_quant"] != "none"
+        assert case.core or is_fp8 == bool(case.body), (variant, case)
 
 
 def test_core_cases_meet_every_variant_and_the_others_are_spread() -> None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Callable, NamedTuple, Sequence, Union
+from typing import Any, Callable, NamedTuple, Sequence, Union
 
 import torch
 
@@ -63,18 +63,29 @@ CONFIGS = {
 }
 Config = Union[OneShotConfig, SmallBatchConfig, TwoKernelConfig]
 
-# (out, x, lora_a, lora_b, route, topk_weights) of sizes that were checked before
-Call = Callable[
-    [
-        torch.Tensor,
-        torch.Tensor,
-        Sequence[torch.Tensor],
-        Sequence[torch.Tensor],
-        MoeRoute,
-        Union[torch.Tensor, None],
-    ],
-    None,
-]
+# (out, x, lora_a, lora_b, route, topk_weights) of sizes that were checked before; then a_scale and b_scale where weights
+# are FP8, then x_scale where x is
+Call = Callable[..., None]
+
+# What an FP8 tensor may be made of, and the rows and columns of a matrix that share a scale of a group.
+FP8 = (
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
+GROUP_N, GROUP_K = 128, 128
+
+
+class Scales(NamedTuple):
+    """The scales of a call, and of what there is one each: "tensor", "channel" or "group"; of x, "token" for "channel"."""
+
+    of_weights: str | None
+    a: Sequence[torch.Tensor]
+    b: Sequence[torch.Tensor]
+    of_x: str | None
+    x: torch.Tensor | None
+
+
+UNSCALED = Scales(None, (), (), None, None)
 
 
 class Problem(NamedTuple):
@@ -91,6 +102,10 @@ class Problem(NamedTuple):
     b_strides: tuple[int, int, int]
     weighted: bool
     device: torch.device
+    weight_scales: str | None
+    x_scales: str | None
+    a_scale_strides: tuple[int, ...]  # over (L, E)
+    b_scale_strides: tuple[int, ...]
 
 
 def check(
@@ -106,6 +121,7 @@ def check(
     max_rank: int | None,
     topk_weights: torch.Tensor | None,
     weighted: bool,
+    scales: Scales = UNSCALED,
 ) -> Problem:
     """The sizes of a call, once everything about it is known to fit.
 
@@ -151,17 +167,23 @@ def check(
         )
     if not naive and route.block_m == 0:
         runtime.fail(variant, "route", "naive", "sorted", 'make it with assignment="sorted"')
-    _check_slices(variant, "lora_a", lora_a, (loras, experts, rank, k), dtype, x.device)
-    _check_slices(variant, "lora_b", lora_b, (loras, experts, n, rank), dtype, x.device)
+    of_a = of_b = dtype
+    if scales.of_weights is not None:
+        of_a, of_b = (
+            _fp8(variant, name, w, scales.of_weights) for name, w in (("lora_a", a), ("lora_b", b))
+        )
+    _check_slices(variant, "lora_a", lora_a, (loras, experts, rank, k), of_a, x.device)
+    _check_slices(variant, "lora_b", lora_b, (loras, experts, n, rank), of_b, x.device)
     rows = num_pairs if weighted else route.num_tokens
+    of_x = dtype if scales.of_x is None else _fp8(variant, "x", x, scales.of_x)
     if (
         x.dim() != 2
         or x.shape[0] != rows
         or x.shape[1] != k
-        or x.dtype != dtype
+        or x.dtype != of_x
         or (k > 1 and x.stride(1) != 1)
     ):
-        runtime.fail(variant, "x", runtime.describe(x), f"[{rows}, {k}] {dtype} with last stride 1")
+        runtime.fail(variant, "x", runtime.describe(x), f"[{rows}, {k}] {of_x} with last stride 1")
     shape = (route.num_tokens, route.top_k, slices * n)
     if out.shape != shape or out.dtype != dtype or out.device != x.device:
         runtime.fail(variant, "out", runtime.describe(out), f"{list(shape)} {dtype} on {x.device}")
@@ -192,6 +214,20 @@ def check(
         runtime.fail(
             variant, "size of an expert's matrix", (a_strides, b_strides), "below 2**31 elements"
         )
+    a_scale_strides = b_scale_strides = ()
+    if scales.of_weights is not None:
+        a_scale_strides = _scale_strides(variant, "a_scale", scales.of_weights, scales.a, lora_a)
+        b_scale_strides = _scale_strides(variant, "b_scale", scales.of_weights, scales.b, lora_b)
+    if scales.of_x is not None:
+        shape = x_scale_shape(scales.of_x, x.shape)
+        if (
+            scales.x is None
+            or not _is_fp32(scales.x, x.device)
+            or scales.x.shape != shape
+            or not scales.x.is_contiguous()
+        ):
+            got = None if scales.x is None else runtime.describe(scales.x)
+            runtime.fail(variant, "x_scale", got, f"contiguous {list(shape)} float32 on {x.device}")
     return Problem(
         num_pairs,
         k,
@@ -204,6 +240,10 @@ def check(
         b_strides,
         weighted,
         x.device,
+        scales.of_weights,
+        scales.of_x,
+        a_scale_strides,
+        b_scale_strides,
     )
 
 
@@ -228,6 +268,146 @@ def _check_slices(
                 f"{list(shape)} {dtype} with strides {[*strides[:3], 1]} on {device}, as slice 0"
             )
             runtime.fail(variant, f"{label}[{i}]", runtime.describe(tensor), wanted)
+
+
+def _fp8(variant: str, label: str, tensor: torch.Tensor, mode: str) -> torch.dtype:
+    """The dtype of a tensor that must be FP8."""
+    if tensor.dtype not in FP8:
+        hint = (
+            f"it has a scale a {mode}; quantize_weights and quantize_activations make such tensors"
+        )
+        runtime.fail(variant, label, runtime.describe(tensor), " or ".join(map(str, FP8)), hint)
+    if tensor.dtype == torch.float8_e4m3fn and not runtime.traits(tensor.device).e4m3:
+        runtime.fail(
+            variant,
+            label,
+            tensor.dtype,
+            "a type of this GPU",
+            "e4m3 needs sm_89 or newer; e5m2 does not",
+        )
+    return tensor.dtype
+
+
+def _is_fp32(scale: torch.Tensor, device: torch.device) -> bool:
+    return scale.dtype == torch.float32 and scale.device == device
+
+
+def scale_shape(mode: str, weights: Sequence[int]) -> tuple[int, ...]:
+    """The shape of the scales of weights [L, E, out, in]."""
+    loras, experts, rows, columns = weights
+    if mode == "tensor":
+        return loras, experts
+    if mode == "channel":
+        return loras, experts, rows
+    return loras, experts, runtime.cdiv(rows, GROUP_N), runtime.cdiv(columns, GROUP_K)
+
+
+def x_scale_shape(mode: str, x: Sequence[int]) -> tuple[int, ...]:
+    """The shape of the scales of x [rows, K]."""
+    if mode == "tensor":
+        return (1,)
+    return x[0], 1 if mode == "token" else runtime.cdiv(x[1], GROUP_K)
+
+
+def _scale_strides(
+    variant: str,
+    label: str,
+    mode: str,
+    scales: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+) -> tuple[int, ...]:
+    """The strides over (L, E) of the scales of weights, which are as many tensors of one layout."""
+    shape = scale_shape(mode, weights[0].shape)
+    if len(scales) != len(weights):
+        runtime.fail(variant, label, f"{len(scales)} tensors", f"{len(weights)}, one a slice")
+    strides = scales[0].stride()[:2]
+    for i, scale in enumerate(scales):
+        fits = scale.shape == shape or (mode == "channel" and scale.shape == (*shape, 1))
+        if (
+            not fits
+            or not _is_fp32(scale, weights[0].device)
+            or scale.stride()[:2] != strides
+            or (scale.numel() > 0 and not scale[0, 0].is_contiguous())
+        ):
+            also = f" or {[*shape, 1]}" if mode == "channel" else ""
+            wanted = f"{list(shape)}{also} float32 on {weights[0].device}, contiguous behind (L, E), strides as slice 0"
+            runtime.fail(
+                variant, f"{label}[{i}]", runtime.describe(scale), wanted, f"a scale a {mode}"
+            )
+    return strides
+
+
+def find_scales(
+    variant: str,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    lora_b: Sequence[torch.Tensor],
+    a_scale: Sequence[torch.Tensor] | None,
+    b_scale: Sequence[torch.Tensor] | None,
+    x_scale: torch.Tensor | None,
+) -> Scales:
+    """Of what there is a scale each, by the shapes; where several fit they mean the same, and the first of them is taken.
+
+    Raises:
+        ValueError: there are scales without FP8 operands, FP8 operands without scales, or no mode has such shapes.
+    """
+    of_weights = of_x = None
+    if a_scale is not None and b_scale is not None and len(lora_a) and len(lora_b):
+        of_weights = next(
+            (
+                mode
+                for mode in ("tensor", "channel", "group")
+                if _fit(mode, a_scale, lora_a, b_scale, lora_b)
+            ),
+            None,
+        )
+        if of_weights is None:
+            got = f"{[list(s.shape) for s in (*a_scale[:1], *b_scale[:1])]} for {[list(w.shape) for w in (lora_a[0], lora_b[0])]}"
+            groups = f"[L, E, ceil(out / {GROUP_N}), ceil(in / {GROUP_K})]"
+            runtime.fail(
+                variant, "a_scale, b_scale", got, f"[L, E] each, or [L, E, out], or {groups}"
+            )
+    elif a_scale is not None or b_scale is not None:
+        runtime.fail(variant, "a_scale, b_scale", "one of them", "both, or none")
+    if x_scale is not None:
+        of_x = next(
+            (
+                mode
+                for mode in ("tensor", "token", "group")
+                if x_scale.shape == x_scale_shape(mode, x.shape)
+            ),
+            None,
+        )
+        if of_x is None:
+            wanted = f"[1], {list(x_scale_shape('token', x.shape))} or {list(x_scale_shape('group', x.shape))}"
+            runtime.fail(
+                variant,
+                "x_scale",
+                runtime.describe(x_scale),
+                wanted,
+                "a scale for the tensor, a token or a group",
+            )
+    return Scales(of_weights, a_scale or (), b_scale or (), of_x, x_scale)
+
+
+def _fit(
+    mode: str,
+    a_scale: Sequence[torch.Tensor],
+    lora_a: Sequence[torch.Tensor],
+    *rest: Sequence[torch.Tensor],
+) -> bool:
+    """Whether the first tensors of pairs (scales, weights) have the shapes of a mode."""
+    wanted = scale_shape(mode, lora_a[0].shape)
+    shape = a_scale[0].shape if len(a_scale) else ()
+    fits = shape == wanted or (mode == "channel" and shape == (*wanted, 1))
+    return fits and (not rest or _fit(mode, *rest))
+
+
+def check_tiles(variant: str, **tiles: tuple[int, int]) -> None:
+    """Raise ValueError where a tile, of a config that a caller brought, would need the scales of two groups."""
+    for name, (tile, group) in tiles.items():
+        if group % tile:
+            runtime.fail(variant, name, tile, f"a divisor of {group}, the size of a group")
 
 
 def partials(route: MoeRoute, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -265,6 +445,8 @@ class _Shape(NamedTuple):
     slices: int
     rank: int
     weighted: bool
+    weight_scales: str | None
+    x_scales: str | None
     num_sms: int
     shared_memory: int
 
@@ -281,12 +463,14 @@ def _shape(problem: Problem, route: MoeRoute) -> _Shape:
         problem.slices,
         problem.rank,
         problem.weighted,
+        problem.weight_scales,
+        problem.x_scales,
         *runtime.traits(problem.device)[:2],
     )
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(has_ids: bool, *sizes: int) -> tuple[str, Config]:
+def _plan(has_ids: bool, *sizes: Any) -> tuple[str, Config]:
     shape = _Shape(*sizes)
     for schedule, tiles in _tuned(shape):
         if _serves(schedule, has_ids, shape):
@@ -300,8 +484,8 @@ _TUNED_SHARED_MEMORY = 232448
 
 
 def _tuned(s: _Shape) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    if s.shared_memory < _TUNED_SHARED_MEMORY:
-        return ()
+    if s.shared_memory < _TUNED_SHARED_MEMORY or s.weight_scales or s.x_scales:
+        return ()  # what was tuned are 16-bit operands
     tokens = min(
         s.tokens, 4096
     )  # the largest that is tuned; more tokens are more of the same blocks
@@ -338,7 +522,7 @@ def _num_blocks(s: _Shape) -> float:
 
 
 @functools.lru_cache(maxsize=4096)
-def _rule(schedule: str, *sizes: int) -> Config:
+def _rule(schedule: str, *sizes: Any) -> Config:
     s = _Shape(*sizes)
     return {"one_shot": _one_shot, "small_batch": _small_batch, "two_kernel": _two_kernel}[
         schedule
@@ -384,6 +568,18 @@ def _stages(wanted: int, stage_bytes: int, budget: int) -> int:
     return wanted
 
 
+def _in_group(s: _Shape, block_k: int) -> int:
+    """A tile that lies in one group, where groups of columns have scales."""
+    while "group" in (s.weight_scales, s.x_scales) and GROUP_K % block_k:
+        block_k //= 2
+    return block_k
+
+
+def _accumulators(s: _Shape) -> int:
+    """Numbers that a program of the shrink holds: its sums, and what widening FP8 and scaling the sums of groups take."""
+    return s.block_m * _block_r(s.rank) * (s.slices + (2 if s.weight_scales or s.x_scales else 0))
+
+
 def _one_shot(s: _Shape) -> OneShotConfig:
     rank = _block_r(s.rank)
     wide = rank == 16 and s.block_m == 16 and s.k >= 4096
@@ -395,18 +591,20 @@ def _one_shot(s: _Shape) -> OneShotConfig:
         block_k, stages = (128, 3) if rank in (32, 64) else (64, 4)
     else:
         block_k, stages = 64, 6 if rank == 16 else 4
+        if s.x_scales == "group" and rank == 128:
+            block_k = 32  # 64 would spill
     budget = s.shared_memory - 4096
     shrink_bytes, expand_bytes = 2 * (s.block_m + s.slices * rank), 2 * (
         s.block_m + rank
     )  # of a column
-    block_k = _fitting(_block_k(s.k, block_k), shrink_bytes, budget)
+    block_k = _in_group(s, _fitting(_block_k(s.k, block_k), shrink_bytes, budget))
     stages = _stages(stages, shrink_bytes * block_k, budget)
     block_n = _fitting(
         _block_n(s.n, 256 if wide else 128, 0.03 if rank == 16 else 0.0), expand_bytes, budget
     )
     expand = _stages(3, expand_bytes * block_n, budget)
     # Accumulators of the shrink would spill over 4 warps; sooner without the matrix units of a large card.
-    accumulators = s.block_m * rank * s.slices
+    accumulators = _accumulators(s)
     heavy = accumulators >= (48 * 256 if budget > 128 * 1024 else 64 * 128)
     if accumulators >= 64 * 256 and budget < 64 * 1024:
         block_n = min(block_n, 32)  # seen to spill on gfx942
@@ -443,7 +641,7 @@ def _two_kernel(s: _Shape) -> TwoKernelConfig:
     shrink_bytes = 2 * (block_m + s.slices * rank)  # of a column
     # Rows of a K that is no multiple of 8 are loaded element by element, which takes registers.
     wanted = 32 if rank == 128 and s.k % 8 else 64 if rank == 128 or block_m > 32 else 128
-    block_k = _fitting(_block_k(s.k, wanted), shrink_bytes, budget)
+    block_k = _in_group(s, _fitting(_block_k(s.k, wanted), shrink_bytes, budget))
     blocks = _num_blocks(s)
     split_k = s.k
     if s.tokens * s.top_k <= 4096:
@@ -467,7 +665,7 @@ def _two_kernel(s: _Shape) -> TwoKernelConfig:
         block_k,
         split_k,
         stages,
-        8 if block_m == 128 or block_m * rank * s.slices > (48 if s.k % 8 else 64) * 256 else 4,
+        8 if block_m == 128 or _accumulators(s) > (48 if s.k % 8 else 64) * 256 else 4,
         block_n,
         expand_tiles,
         3 if s.rank > 128 or (expand_tiles > 2 and block_m == 16) else 2,

@@ -107,7 +107,6 @@ def moe_lora_two_kernel_bf16_sorted_set_weighted_r64_shrink(
                 )
                 for s in slices
             ]
-
     PART_STRIDE: tl.constexpr = BLOCK_R
     position = split.to(tl.int64) * capacity + first + m
     part_rows = parts_ptr + position[:, None] * (len(a_ptrs) * PART_STRIDE) + r[None, :]

@@ -109,7 +109,6 @@ def moe_lora_two_kernel_f16_sorted_add_weighted_rany_shrink(
                 )
                 for s in slices
             ]
-
     PART_STRIDE: tl.constexpr = CHUNKS * BLOCK_R
     position = split.to(tl.int64) * capacity + first + m
     part_rows = parts_ptr + position[:, None] * (len(a_ptrs) * PART_STRIDE) + r[None, :]

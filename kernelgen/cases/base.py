@@ -23,6 +23,7 @@ class Case:
         why: the fault that it would show.
         only: axis -> the tags that it makes sense for; other axes are free.
         core: run on every variant, not on one variant of each body.
+        body: axes of which each combination of tags must meet the case; empty: those that the family names as its body.
         needs_gpu: too large to be interpreted.
     """
 
@@ -30,6 +31,7 @@ class Case:
     why: str
     only: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict, compare=False)
     core: bool = False
+    body: Sequence[str] = ()
     needs_gpu: bool = False
 
     def __str__(self) -> str:

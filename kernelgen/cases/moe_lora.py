@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from types import MappingProxyType
-from typing import Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import torch
 
@@ -26,7 +28,18 @@ _SORTED, _WEIGHTED, _RANY = (
 )
 _ONE_GROUP = Routing("one_group")
 
-CASES = (
+_SCALES = ("schedule", "weight_quant", "act_quant")
+_W8: Mapping[str, Any] = {"body": _SCALES, "only": _only(weight_quant="w8tensor w8channel w8group")}
+_W8_CHANNEL: Mapping[str, Any] = {"body": _SCALES, "only": _only(weight_quant="w8channel")}
+_W8_GROUP: Mapping[str, Any] = {"body": _SCALES, "only": _only(weight_quant="w8group")}
+_W8_TILED: Mapping[str, Any] = {
+    "body": _SCALES,
+    "only": _only(weight_quant="w8tensor w8channel w8group", rank="rany"),
+}
+_A8: Mapping[str, Any] = {"body": _SCALES, "only": _only(act_quant="a8tensor a8token a8group")}
+_A8_GROUP: Mapping[str, Any] = {"body": _SCALES, "only": _only(act_quant="a8group")}
+
+_SIXTEEN_BIT = (
     Case(
         "one",
         "every size is one",
@@ -166,4 +179,97 @@ CASES = (
         n=768,
         routing=Routing("mixed"),
     ),
+)
+_FP8 = (
+    Case("w8_one", "every size is one", **_W8, tokens=1, top_k=1, experts=1, k=1, n=1, rank="one"),
+    Case(
+        "w8_groups",
+        "one scale for two groups (vLLM's FP8 shrink of less than 128 tokens), a short last group",
+        **_W8_GROUP,
+        tokens=3,
+        k=300,
+        n=200,
+        slices=2,
+    ),
+    Case("w8_rank_groups", "ranks of two groups", **_W8_TILED, tokens=2, rank=200, n=150, k=140),
+    Case(
+        "w8_slices",
+        "the scales of the second slice, and e5m2 that is read as e4m3 there (vLLM's FP8 ops)",
+        **_W8,
+        element="e5m2",
+        slices=3,
+    ),
+    Case(
+        "w8_packed",
+        "nothing behind the last scale",
+        **_W8,
+        layout="packed",
+        top_k=1,
+        experts=1,
+        loras=1,
+        slices=2,
+        k=64,
+        n=60,
+    ),
+    Case("w8_unaligned", "odd strides and base", **_W8, layout="odd", k=33, n=23, slices=2),
+    Case("w8_shared", "weights and scales stored once for all experts", **_W8, layout="shared"),
+    Case("w8_huge_adapters", "32-bit offsets of scales wrap", **_W8, layout="huge_adapters"),
+    Case(
+        "w8_huge_experts", "32-bit offsets of scales wrap", **_W8, layout="huge_experts", experts=2
+    ),
+    Case(
+        "w8_out_1",
+        "scales [L, E, out, 1]",
+        **_W8_CHANNEL,
+        scales_end_in_1=True,
+        slices=2,
+        rank="part",
+    ),
+    Case(
+        "w8_nan",
+        "a NaN among the weights stays with its adapter and expert",
+        **_W8,
+        special=math.nan,
+    ),
+    Case("w8_empty", "a launch without programs", **_W8, tokens=0),
+    Case(
+        "a8_rows",
+        "a scale for each row (vLLM takes that of row 0 for all; #42007 takes none)",
+        **_A8,
+        tokens=5,
+        top_k=3,
+        rank="part",
+    ),
+    Case("a8_groups", "a scale for each group, and a short last one", **_A8_GROUP, k=300, tokens=5),
+    Case("a8_e5m2", "e5m2 that is read as e4m3", **_A8, element="e5m2", slices=2, k=100),
+    Case("a8_unaligned", "odd strides and base", **_A8, layout="odd", k=33, n=23, slices=2),
+    Case(
+        "a8_nan_row", "a NaN stays in the rows of its token", **_A8, nan_token=1, routing=_ONE_GROUP
+    ),
+    Case("a8_empty", "a launch without programs", **_A8, tokens=0),
+    *(
+        Case(
+            f"{name}_model_sized",
+            "long loops, many programs",
+            **axes,
+            needs_gpu=True,
+            own_tiles=True,
+            tokens=160,
+            naive_tokens=16,
+            top_k=4,
+            experts=8,
+            loras=3,
+            slices=2,
+            k=2048,
+            n=768,
+            routing=Routing("mixed"),
+        )
+        for name, axes in (("w8", _W8), ("a8", _A8))
+    ),
+)
+_NO_FP8 = _only(weight_quant="none", act_quant="none")
+# FP8 meets the core cases, and its own: sizes and layouts are the business of the text that it shares with 16 bits.
+CASES = (
+    *(c if c.core else dataclasses.replace(c, only={**c.only, **_NO_FP8}) for c in _SIXTEEN_BIT),
+    *_FP8,
 )

@@ -24,11 +24,12 @@ from kernelgen.buffers import (
     row_major,
     seal,
 )
+from kernelgen.cases import quant
 from kernelgen.cases.base import Case as BaseCase
 from kernelgen.cases.base import Tags, worst_ratio
 from kernelgen.cases.moe_routing import SPREAD, Routed, Routing, Sizes, draw
 from kernelgen.model import VOCABULARY
-from kernelgen.reference.moe_lora import Expected, moe_lora
+from kernelgen.reference.moe_lora import Expected, dequantise, moe_lora
 from kernelgen.reference.moe_route import moe_route
 
 # Tiles that small shapes can be less than, equal to and greater than.
@@ -62,6 +63,9 @@ class Case(BaseCase):
         spread: elements of x are multiplied by powers of two from 2^-spread to 2^spread.
         nan_token: x of this token is NaN.
         own_tiles: the variant chooses its tiles itself.
+        element: of FP8 operands.
+        scales_end_in_1: the scales of channels are [L, E, out, 1].
+        special: the first FP8 number of A of the first live pair, if any.
         far_parts: the tables are so long, and in use at their end, that parts lie out of reach of 32-bit offsets.
     """
 
@@ -83,6 +87,9 @@ class Case(BaseCase):
     nan_token: int | None = None
     own_tiles: bool = False
     far_parts: bool = False
+    element: str = "e4m3"
+    scales_end_in_1: bool = False
+    special: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +130,13 @@ class Layout:
         expert = expert if self.expert is None else self.expert
         return (lora if self.lora is None else self.lora, expert, row, 1)
 
+    def of_scales(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Strides of the scales of weights, contiguous behind (L, E)."""
+        inner = row_major(shape[2:]) if len(shape) > 2 else ()
+        matrix = math.prod(shape[2:]) + self.gap
+        expert = matrix if self.expert is None else self.expert
+        return (shape[1] * matrix if self.lora is None else self.lora, expert, *inner)
+
 
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {
@@ -147,6 +161,7 @@ class Call:
     lora_a: tuple[torch.Tensor, ...]
     lora_b: tuple[torch.Tensor, ...]
     topk_weights: torch.Tensor | None
+    scales: Mapping[str, Any]  # a_scale, b_scale, x_scale: those that there are
     routed: Routed
     expected: Expected
     inputs: Mapping[str, Guarded]
@@ -155,6 +170,12 @@ class Call:
     def operands(self) -> tuple[Any, ...]:
         """out, x, lora_a and lora_b, as every launcher takes them."""
         return self.out.view, self.x, self.lora_a, self.lora_b
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """The other operands that there are, as launchers take them."""
+        weights = {} if self.topk_weights is None else {"topk_weights": self.topk_weights}
+        return {**weights, **self.scales}
 
     def live_rows(self) -> torch.Tensor:
         """bool [T, top_k]."""
@@ -192,30 +213,76 @@ def make(case: Case, tags: Tags, device: str) -> Call:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=numbers)
 
-    def memory(shape: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
+    def memory(
+        shape: Sequence[int], strides: Sequence[int], of: torch.dtype = dtype
+    ) -> torch.Tensor:
         if max(strides) >= _HUGE // 2:
-            return allocate_sparse(shape, strides, dtype, device)
-        return allocate(shape, strides, dtype, device, offset=layout.offset)
+            return allocate_sparse(shape, strides, of, device)
+        return allocate(shape, strides, of, device, offset=layout.offset)
 
+    of_weights, of_x = quant.scales_of(tags)
+    element = quant.ELEMENTS[case.element]
     rows = sorted({p if weighted else p // top_k for p, _, _ in routed.live})
     x_shape = (tokens * top_k if weighted else tokens, case.k)
-    x = memory(x_shape, layout.of_x(x_shape))
+    x = memory(x_shape, layout.of_x(x_shape), element if of_x else dtype)
+    x_scale, x_numbers = None, x
+    if of_x:
+        shape = quant.x_scale_shape(of_x, x_shape, quant.GROUP[1])
+        x_scale = allocate(shape, row_major(shape), torch.float32, device)
     for row in rows:
         powers = torch.randint(-case.spread, case.spread + 1, (case.k,), generator=numbers)
-        x[row] = (normal(case.k) * 2.0**powers).to(x)
+        x[row] = quant.as_dtype(normal(case.k) * 2.0**powers, x)
         if case.nan_token == (row // top_k if weighted else row):
             x[row] = math.nan
+        if x_scale is not None:
+            each = x_scale[row] if x_scale.dim() > 1 else x_scale
+            each.copy_(quant.draw_scales(each, 1.0, numbers))
+    if x_scale is not None and rows:
+        x_numbers = dequantise(x, x_scale, quant.group_of(of_x, x_shape, (1, quant.GROUP[1])))
 
-    lora_a, lora_b = [], []
+    lora_a: list[torch.Tensor] = []
+    lora_b: list[torch.Tensor] = []
+    a_scale: list[torch.Tensor] = []
+    b_scale: list[torch.Tensor] = []
+    numbers_a: list[torch.Tensor] = []  # what the elements of lora_a stand for
+    numbers_b: list[torch.Tensor] = []
+    pairs = sorted({(item.adapter, item.expert) for item in routed.live})
     for _ in range(case.slices):
         a_shape = (case.loras, case.experts, rank, case.k)
         b_shape = (case.loras, case.experts, case.n, rank)
-        lora_a.append(memory(a_shape, layout.of_weights(a_shape)))
-        lora_b.append(memory(b_shape, layout.of_weights(b_shape)))
-        for adapter, expert in sorted({(item.adapter, item.expert) for item in routed.live}):
-            lora_a[-1][adapter, expert] = (normal(rank, case.k) / math.sqrt(case.k)).to(x)
-            scale = case.scale / math.sqrt(rank)
-            lora_b[-1][adapter, expert] = (normal(case.n, rank) * scale).to(x)
+        for shape, size, matrices, scales, stand_for in (
+            (a_shape, 1.0 / math.sqrt(case.k), lora_a, a_scale, numbers_a),
+            (b_shape, case.scale / math.sqrt(rank), lora_b, b_scale, numbers_b),
+        ):
+            strides = layout.of_weights(shape)
+            matrix = memory(shape, strides, element if of_weights else dtype)
+            for adapter, expert in pairs:
+                drawn = normal(*shape[2:])
+                matrix[adapter, expert] = quant.as_dtype(
+                    drawn if of_weights else drawn * size, matrix
+                )
+            matrices.append(matrix)
+            stand_for.append(matrix)
+            if of_weights:
+                if case.special is not None and scales is a_scale and pairs:
+                    matrix[pairs[0]][0, 0] = case.special
+                shape_of_scales = (
+                    *shape[:2],
+                    *quant.scale_shape(of_weights, shape[2:], quant.GROUP),
+                )
+                if case.scales_end_in_1:
+                    shape_of_scales = (*shape_of_scales, 1)
+                strides = layout.of_scales(shape_of_scales)
+                if layout.gap:
+                    each = memory(shape_of_scales, strides, torch.float32)
+                else:  # its end is the end of its memory
+                    each = poison_(torch.empty(shape_of_scales, device=device))
+                for adapter, expert in pairs:
+                    drawn = quant.draw_scales(each[adapter, expert], size, numbers)
+                    each[adapter, expert] = drawn
+                scales.append(each)
+                group = quant.group_of(of_weights, shape[2:], quant.GROUP)
+                stand_for[-1] = dequantise(matrix, each, group)
 
     out_shape = (tokens, top_k, case.slices * case.n)
     out = memory(out_shape, layout.of_out(out_shape))
@@ -227,20 +294,35 @@ def make(case: Case, tags: Tags, device: str) -> Call:
         t, j = divmod(pair, top_k)
         old, weight = normal(out_shape[2]), normal(1)
         if adds:
-            out[t, j] = old.to(x)
+            out[t, j] = old.to(out)
         if topk_weights is not None:
             topk_weights[t, j] = weight.to(topk_weights)[0]
 
     operands = {"x": x, **{f"lora_a[{s}]": a for s, a in enumerate(lora_a)}}
     operands |= {f"lora_b[{s}]": b for s, b in enumerate(lora_b)}
-    tables = {"topk_weights": topk_weights, **routed.tensors}
+    operands |= {f"a_scale[{s}]": each for s, each in enumerate(a_scale)}
+    operands |= {f"b_scale[{s}]": each for s, each in enumerate(b_scale)}
+    tables = {"topk_weights": topk_weights, "x_scale": x_scale, **routed.tensors}
     inputs = {
         name: _seal(tensor) for name, tensor in {**operands, **tables}.items() if tensor is not None
     }
     expected = moe_lora(
-        out, x, lora_a, lora_b, routed.live, topk_weights=topk_weights, add_inputs=adds
+        out,
+        x_numbers,
+        numbers_a,
+        numbers_b,
+        routed.live,
+        topk_weights=topk_weights,
+        add_inputs=adds,
+        scaled=bool(of_weights or of_x),
     )
-    return Call(_seal(out), x, tuple(lora_a), tuple(lora_b), topk_weights, routed, expected, inputs)
+    of_call: dict[str, Any] = {}
+    if of_weights:
+        of_call |= {"a_scale": tuple(a_scale), "b_scale": tuple(b_scale)}
+    if x_scale is not None:
+        of_call["x_scale"] = x_scale
+    weights = tuple(lora_a), tuple(lora_b)
+    return Call(_seal(out), x, *weights, topk_weights, of_call, routed, expected, inputs)
 
 
 def _seal(tensor: torch.Tensor) -> Guarded:
@@ -268,9 +350,8 @@ def check(
     """
     call = make(case, tags, device)
     route, tables = route_of(package, call, tags, case)
-    keywords = {} if call.topk_weights is None else {"topk_weights": call.topk_weights}
     config = None if case.own_tiles else tiles(launcher, rank_of(case, tags))
-    launcher(*call.operands, route, config=config, **keywords)
+    launcher(*call.operands, route, config=config, **call.keywords)
     call = dataclasses.replace(call, inputs={**call.inputs, **tables})
     return call.verify()
 

@@ -14,11 +14,13 @@ from kernelgen.cases.base import Law, Variant
 from kernelgen.cases.moe_lora_inputs import Call, Case, make, tiles
 from kernelgen.cases.moe_route import engine_tables
 from kernelgen.cases.moe_routing import SPREAD, Routed, Routing
+from kernelgen.model import QUANT_AXES
 
 _MIXED = Routing("mixed", disabled=(0,))
 _CASE = Case(
     "law", "the batch of the laws", tokens=6, naive_tokens=6, loras=3, slices=2, routing=_MIXED
 )
+_MEANING = ("dtype", "add_inputs", "routed_weight", *QUANT_AXES)
 _ASSIGNMENTS = ("naive", "sorted", "auto", "tables")
 
 
@@ -34,6 +36,47 @@ def front_door(package: ModuleType, variants: Sequence[Variant], device: str) ->
         call = make(dataclasses.replace(_CASE, rank=rank), tags, device)
         _apply(package, call, route_of(package, call.routed, assignment), tags)
         _about(call.verify, f"rank {rank}, {assignment}, {adds}, {weight}, {dtype}")
+
+
+def fp8_front_door(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """moe_lora finds the kind of scales by their shapes, and serves ranks of any bucket with every kind of route."""
+    for scales, weight in zip(_scales(variants), itertools.cycle(("plain", "weighted"))):
+        for assignment, rank in zip(_ASSIGNMENTS, (1, 24, 96, 64), strict=True):
+            tags = {**_tags("bf16", "add", weight), **scales}
+            call = make(dataclasses.replace(_CASE, rank=rank, k=140), tags, device)
+            _apply(package, call, route_of(package, call.routed, assignment), tags)
+            _about(call.verify, f"{scales}, rank {rank}, {assignment}")
+
+
+def fp8_and_scales_belong_together(
+    package: ModuleType, variants: Sequence[Variant], device: str
+) -> None:
+    """FP8 operands that lack a scale, and scales of 16-bit operands, raise ValueError; nothing is written."""
+    case = dataclasses.replace(_CASE, rank=16, k=140)
+    sixteen_bit = make(case, _tags("bf16", "add", "plain"), device)
+    for scales in _scales(variants):
+        call = make(case, {**_tags("bf16", "add", "plain"), **scales}, device)
+        lacking = [{k: v for k, v in call.scales.items() if k != name} for name in call.scales]
+        wrong = [(call, keywords) for keywords in lacking] + [(sixteen_bit, call.scales)]
+        for operands, keywords in wrong:
+            route = route_of(package, operands.routed, "sorted")
+            try:
+                package.moe_lora(*operands.operands, route, **keywords)
+            except ValueError as error:
+                complete = all(word in str(error) for word in ("moe_lora", "got", "wanted"))
+                assert complete, f"{scales}, with {list(keywords)}: {error}"
+            else:
+                raise AssertionError(f"{scales}: {list(keywords)} are let pass")
+            assert not operands.out.changed().any(), f"{scales}: out was written"
+
+
+def _scales(variants: Sequence[Variant]) -> Iterator[Mapping[str, str]]:
+    """The kinds of scales that there are variants for, none left out."""
+    found = {
+        (v.tags.get("weight_quant", "none"), v.tags.get("act_quant", "none")) for v in variants
+    }
+    for weights, x in sorted(found - {("none", "none")}):
+        yield {"weight_quant": weights, "act_quant": x}
 
 
 def every_point_has_a_variant(
@@ -64,7 +107,7 @@ def schedules_agree(package: ModuleType, variants: Sequence[Variant], device: st
     for variant in _one_a_schedule(variants):
         call = make(case, variant.tags, device)
         _launch(package, variant, call)
-        same = tuple(variant.tags[axis] for axis in ("dtype", "add_inputs", "routed_weight"))
+        same = tuple(variant.tags.get(axis, "") for axis in _MEANING)
         found.setdefault(same, []).append((variant.name, call))
     for calls in found.values():
         for (name, one), (other_name, other) in itertools.combinations(calls, 2):
@@ -132,7 +175,7 @@ def wrong_arguments_are_named(
         route = route_of(package, call.routed, variant.tags["assignment"])
         operands = dict(zip(("out", "x", "lora_a", "lora_b"), call.operands, strict=True))
         for label, change in _WRONG.items():
-            wrong = {**operands, "route": route, **_weights(call)}
+            wrong = {**operands, "route": route, **call.keywords}
             if not change(wrong):
                 continue
             try:
@@ -200,6 +243,8 @@ def two_streams(package: ModuleType, variants: Sequence[Variant], device: str) -
 
 LAWS = (
     Law(front_door),
+    Law(fp8_front_door),
+    Law(fp8_and_scales_belong_together),
     Law(every_point_has_a_variant),
     Law(schedules_agree),
     Law(any_batch_any_time_same_bits),
@@ -265,7 +310,7 @@ def _apply_to(
     package.moe_lora(
         *operands,
         route,
-        topk_weights=call.topk_weights,
+        **call.keywords,
         add_inputs=tags["add_inputs"] == "add",
         mul_routed_weight=tags["routed_weight"] == "weighted",
     )
@@ -287,20 +332,18 @@ def _launch(package: ModuleType, variant: Variant, call: Call) -> None:
     ids, mapping = call.routed.topk_ids, call.routed.token_lora_mapping
     route = package.moe_route(ids, mapping, **call.routed.arguments, **keywords)
     config = tiles(launcher, call.lora_a[0].shape[2])
-    launcher(*call.operands, route, config=config, **_weights(call))
-
-
-def _weights(call: Call) -> dict[str, torch.Tensor]:
-    return {} if call.topk_weights is None else {"topk_weights": call.topk_weights}
+    launcher(*call.operands, route, config=config, **call.keywords)
 
 
 def _one_a_schedule(variants: Sequence[Variant]) -> Iterator[Variant]:
-    """Of each schedule and assignment, the variants of its first rank bucket and dtype."""
-    first: dict[tuple[str, str], tuple[str, str]] = {}
+    """Of each schedule, the 16-bit variants of its first rank bucket and dtype, and one of each kind of scales."""
+    first: dict[tuple[str | None, ...], tuple[str, ...]] = {}
     for variant in variants:
         tags = variant.tags
-        body = (tags["schedule"], tags["assignment"])
-        if first.setdefault(body, (tags["rank"], tags["dtype"])) == (tags["rank"], tags["dtype"]):
+        scales = tuple(tags.get(axis, "none") for axis in QUANT_AXES)
+        flags = ("rank", "dtype") if set(scales) == {"none"} else tuple(tags)
+        same = tuple(tags[axis] for axis in flags)
+        if first.setdefault((tags["schedule"], tags["assignment"], *scales), same) == same:
             yield variant
 
 
@@ -318,8 +361,10 @@ def _tokens_of(call: Call, chosen: list[int]) -> Call:
         token_lora_mapping=routed.token_lora_mapping[chosen].contiguous(),
     )
     out = dataclasses.replace(call.out, view=call.out.view[chosen].contiguous())
-    x = call.x[rows].contiguous()
-    return dataclasses.replace(call, out=out, x=x, topk_weights=weights, routed=part)
+    x, scales = call.x[rows].contiguous(), dict(call.scales)
+    if "x_scale" in scales and scales["x_scale"].dim() > 1:
+        scales["x_scale"] = scales["x_scale"][rows]
+    return dataclasses.replace(call, out=out, x=x, topk_weights=weights, scales=scales, routed=part)
 
 
 def _buffers(to: Call, source: Call) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -354,8 +399,25 @@ def _kind_of_route(operands: _Operands) -> bool:
     return True
 
 
+def _mixed_elements(operands: _Operands) -> bool:
+    first, second = operands["lora_a"]
+    if first.element_size() > 1:
+        return False
+    operands["lora_a"] = (first, second.view(torch.float8_e5m2))
+    return True
+
+
 _WRONG: Mapping[str, Callable[[_Operands], bool]] = {
     "x of another dtype": _set("x", lambda x: x.float()),
+    "x of the other width": _set(
+        "x", lambda x: x.to(torch.float8_e5m2 if x.element_size() > 1 else torch.bfloat16)
+    ),
+    "weights of the other width": _set(
+        "lora_b",
+        lambda b: tuple(
+            t.to(torch.float8_e5m2 if t.element_size() > 1 else torch.bfloat16) for t in b
+        ),
+    ),
     "x of another K": _set("x", lambda x: x[:, :-1]),
     "x of too few rows": _set("x", lambda x: x[:-1]),
     "x with columns apart": _set("x", lambda x: x.t().contiguous().t()),
@@ -387,4 +449,15 @@ _WRONG: Mapping[str, Callable[[_Operands], bool]] = {
     "routing weights of another shape": _set("topk_weights", lambda w: w[:, :-1]),
     "routing weights that are integers": _set("topk_weights", lambda w: w.nan_to_num().int()),
     "routing weights left out": _set("topk_weights", lambda w: None),
+    "scales of weights in 16 bits": _set("a_scale", lambda s: tuple(t.bfloat16() for t in s)),
+    "scales of one slice": _set("b_scale", lambda s: s[:1]),
+    "scales of too few adapters": _set("a_scale", lambda s: tuple(t[:1] for t in s)),
+    "scales of another kind": _set("b_scale", lambda s: tuple(t.mean(-1) for t in s)),
+    "scales of two strides": _set(
+        "a_scale", lambda s: (s[0], s[1].repeat(1, 2, *(1,) * (s[1].dim() - 2))[:, : s[1].shape[1]])
+    ),
+    "scales as a vector": _set("x_scale", lambda s: s.flatten() if s.dim() > 1 else s[0]),
+    "scales of x in 16 bits": _set("x_scale", lambda s: s.bfloat16()),
+    "scales of x with one more": _set("x_scale", lambda s: torch.cat((s, s))),
+    "elements of two types": _mixed_elements,
 }

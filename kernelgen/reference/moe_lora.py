@@ -5,12 +5,13 @@ For every live pair p = t * top_k + j, of adapter l and expert e, and every slic
     v = round(x[row(p)] . A_s[l, e]^T)                 row(p) is t, or p for the weighted form (w2)
     out[t, j, s] = round(out[t, j, s] + w[p] * (v . B_s[l, e]^T))     without the old out where it is overwritten
 
-``round`` is to the dtype of the activations; it happens at these two places and nowhere else. All other rows keep their bytes.
+``round`` is to the dtype of ``out``; it happens at these two places and nowhere else. All other rows keep their bytes. FP8
+operands stand for their numbers times their scales: ``dequantise`` them first.
 
 The bound. A kernel forms both sums in fp32, in any order and with any tree, on units that may truncate: a sum of n products
 is then off by at most n * 2^-23 times the sum of their magnitudes (products of 16-bit numbers are exact in fp32). The
 rounding of v is a step function: v must be a number that some value within that distance of the exact sum rounds to, which
-for nearly all v is a single one. The routing weight, the old value and the last cast each round once more.
+for nearly all v is a single one. The routing weight, the old value and the last cast each round once more; so does each scale.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def moe_lora(
     *,
     topk_weights: torch.Tensor | None,
     add_inputs: bool,
+    scaled: bool = False,
 ) -> Expected:
     """The exact result for operands as they are, and the bound on a kernel's error.
 
@@ -53,6 +55,7 @@ def moe_lora(
         lora_b: S tensors [L, E, N, rank].
         live: from ``live_pairs``.
         topk_weights: [T, top_k], makes it the weighted form; None: the plain form.
+        scaled: operands were dequantised; a kernel applies their scales, which are below 2^24, in fp32.
 
     Raises:
         ValueError: v is beyond the range of the activations' dtype, where no bound holds.
@@ -65,7 +68,8 @@ def moe_lora(
         weight = None if topk_weights is None else topk_weights.flatten()[pair].float().double()
         for s, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
             columns = slice(s * n, (s + 1) * n)
-            value, error = _delta(row, a[adapter, expert], b[adapter, expert], weight)
+            matrices = a[adapter, expert], b[adapter, expert]
+            value, error = _delta(row, *matrices, weight, out.dtype, scaled)
             if add_inputs:
                 value = value + exact[pair, columns]
                 error = error + _FP32 * (value.abs() + error)
@@ -74,25 +78,47 @@ def moe_lora(
     return Expected(exact.view(out.shape), bound.view(out.shape))
 
 
+def dequantise(codes: torch.Tensor, scales: torch.Tensor, group: tuple[int, int]) -> torch.Tensor:
+    """What FP8 numbers [..., rows, columns] stand for, in fp64.
+
+    Args:
+        scales: one for each ``group`` (rows, columns) of a matrix, in the order of the matrix; in any shape.
+    """
+    *batch, rows, columns = codes.shape
+    height, width = (-(-size // part) for size, part in zip((rows, columns), group, strict=True))
+    each = scales.double().reshape(*batch, height, width)
+    each = each.repeat_interleave(group[0], -2).repeat_interleave(group[1], -1)
+    return codes.double() * each[..., :rows, :columns]
+
+
 def _delta(
-    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor | None
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    weight: torch.Tensor | None,
+    dtype: torch.dtype,
+    scaled: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """w * (round(x . A^T) . B^T) of one pair and slice, and its error before the last cast; [N] fp64 both."""
-    v, v_error = _dot(a, x.double())
-    low, high = ((v + e).to(x.dtype).double() for e in (-v_error, v_error))
+    v, v_error = _dot(a, x.double(), scaled)
+    low, high = ((v + e).to(dtype).double() for e in (-v_error, v_error))
     if (v.isfinite() & ~(low.isfinite() & high.isfinite())).any():
-        raise ValueError(f"x . A^T reaches {v.abs().max():.3g}, beyond the range of {x.dtype}")
-    y, y_error = _dot(b, (low + high) / 2)
-    y_error = y_error + b.double().abs() @ ((high - low) / 2) * (1 + b.shape[1] * _FP32)
+        raise ValueError(f"x . A^T reaches {v.abs().max():.3g}, beyond the range of {dtype}")
+    y, y_error = _dot(b, (low + high) / 2, scaled)
+    y_error = y_error + b.double().abs() @ ((high - low) / 2) * (1 + (b.shape[1] + 2) * _FP32)
     if weight is not None:
         y, y_error = weight * y, weight.abs() * (y_error + _FP32 * (y.abs() + y_error)) + _FP32_TINY
     return y, y_error
 
 
-def _dot(matrix: torch.Tensor, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """matrix @ vector in fp64, and the error of fp32 sums over its columns."""
+def _dot(
+    matrix: torch.Tensor, vector: torch.Tensor, scaled: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """matrix @ vector in fp64, and the error of fp32 sums over its columns, times two scales where it is ``scaled``."""
     matrix, columns = matrix.double(), matrix.shape[1]
-    return matrix @ vector, columns * (_FP32 * (matrix.abs() @ vector.abs()) + _FP32_TINY)
+    relative, tiny = (columns + 2, _FP32_TINY * 2.0**24) if scaled else (columns, _FP32_TINY)
+    magnitude = matrix.abs() @ vector.abs()
+    return matrix @ vector, relative * _FP32 * magnitude + columns * tiny
 
 
 def _cast_error(magnitude: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

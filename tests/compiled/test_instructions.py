@@ -31,11 +31,11 @@ def compiled(variant: str) -> Iterator[tuple[Case, Any]]:
 
 
 def loops(ttgir: str) -> Iterator[str]:
-    """The bodies of the loops, by their indentation."""
+    """The bodies of the innermost loops, by their indentation."""
     body: list[str] | None = None
     indent = ""
     for line in ttgir.splitlines():
-        if body is None and "scf.for" in line:
+        if "scf.for" in line:
             indent, body = line[: len(line) - len(line.lstrip())], []
         elif body is not None and line.startswith(indent + "}"):
             yield "\n".join(body)

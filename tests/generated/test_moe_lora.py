@@ -15,120 +15,264 @@ from kernelgen.testing import Case, Law, Suite, Variant
 SUITE = Suite(
     package="generated",
     family="moe_lora",
-    axes="schedule dtype assignment add_inputs routed_weight rank",
+    axes="schedule dtype assignment add_inputs routed_weight rank weight_quant act_quant",
     rows="""
-one_shot bf16 sorted add plain r16
-one_shot bf16 sorted add plain r32
-one_shot bf16 sorted add plain r64
-one_shot bf16 sorted add plain r128
-one_shot bf16 sorted add weighted r16
-one_shot bf16 sorted add weighted r32
-one_shot bf16 sorted add weighted r64
-one_shot bf16 sorted add weighted r128
-one_shot bf16 sorted set plain r16
-one_shot bf16 sorted set plain r32
-one_shot bf16 sorted set plain r64
-one_shot bf16 sorted set plain r128
-one_shot bf16 sorted set weighted r16
-one_shot bf16 sorted set weighted r32
-one_shot bf16 sorted set weighted r64
-one_shot bf16 sorted set weighted r128
-one_shot f16 sorted add plain r16
-one_shot f16 sorted add plain r32
-one_shot f16 sorted add plain r64
-one_shot f16 sorted add plain r128
-one_shot f16 sorted add weighted r16
-one_shot f16 sorted add weighted r32
-one_shot f16 sorted add weighted r64
-one_shot f16 sorted add weighted r128
-one_shot f16 sorted set plain r16
-one_shot f16 sorted set plain r32
-one_shot f16 sorted set plain r64
-one_shot f16 sorted set plain r128
-one_shot f16 sorted set weighted r16
-one_shot f16 sorted set weighted r32
-one_shot f16 sorted set weighted r64
-one_shot f16 sorted set weighted r128
-small_batch bf16 naive add plain r16
-small_batch bf16 naive add plain r32
-small_batch bf16 naive add plain r64
-small_batch bf16 naive add plain r128
-small_batch bf16 naive add plain rany
-small_batch bf16 naive add weighted r16
-small_batch bf16 naive add weighted r32
-small_batch bf16 naive add weighted r64
-small_batch bf16 naive add weighted r128
-small_batch bf16 naive add weighted rany
-small_batch bf16 naive set plain r16
-small_batch bf16 naive set plain r32
-small_batch bf16 naive set plain r64
-small_batch bf16 naive set plain r128
-small_batch bf16 naive set plain rany
-small_batch bf16 naive set weighted r16
-small_batch bf16 naive set weighted r32
-small_batch bf16 naive set weighted r64
-small_batch bf16 naive set weighted r128
-small_batch bf16 naive set weighted rany
-small_batch f16 naive add plain r16
-small_batch f16 naive add plain r32
-small_batch f16 naive add plain r64
-small_batch f16 naive add plain r128
-small_batch f16 naive add plain rany
-small_batch f16 naive add weighted r16
-small_batch f16 naive add weighted r32
-small_batch f16 naive add weighted r64
-small_batch f16 naive add weighted r128
-small_batch f16 naive add weighted rany
-small_batch f16 naive set plain r16
-small_batch f16 naive set plain r32
-small_batch f16 naive set plain r64
-small_batch f16 naive set plain r128
-small_batch f16 naive set plain rany
-small_batch f16 naive set weighted r16
-small_batch f16 naive set weighted r32
-small_batch f16 naive set weighted r64
-small_batch f16 naive set weighted r128
-small_batch f16 naive set weighted rany
-two_kernel bf16 sorted add plain r16
-two_kernel bf16 sorted add plain r32
-two_kernel bf16 sorted add plain r64
-two_kernel bf16 sorted add plain r128
-two_kernel bf16 sorted add plain rany
-two_kernel bf16 sorted add weighted r16
-two_kernel bf16 sorted add weighted r32
-two_kernel bf16 sorted add weighted r64
-two_kernel bf16 sorted add weighted r128
-two_kernel bf16 sorted add weighted rany
-two_kernel bf16 sorted set plain r16
-two_kernel bf16 sorted set plain r32
-two_kernel bf16 sorted set plain r64
-two_kernel bf16 sorted set plain r128
-two_kernel bf16 sorted set plain rany
-two_kernel bf16 sorted set weighted r16
-two_kernel bf16 sorted set weighted r32
-two_kernel bf16 sorted set weighted r64
-two_kernel bf16 sorted set weighted r128
-two_kernel bf16 sorted set weighted rany
-two_kernel f16 sorted add plain r16
-two_kernel f16 sorted add plain r32
-two_kernel f16 sorted add plain r64
-two_kernel f16 sorted add plain r128
-two_kernel f16 sorted add plain rany
-two_kernel f16 sorted add weighted r16
-two_kernel f16 sorted add weighted r32
-two_kernel f16 sorted add weighted r64
-two_kernel f16 sorted add weighted r128
-two_kernel f16 sorted add weighted rany
-two_kernel f16 sorted set plain r16
-two_kernel f16 sorted set plain r32
-two_kernel f16 sorted set plain r64
-two_kernel f16 sorted set plain r128
-two_kernel f16 sorted set plain rany
-two_kernel f16 sorted set weighted r16
-two_kernel f16 sorted set weighted r32
-two_kernel f16 sorted set weighted r64
-two_kernel f16 sorted set weighted r128
-two_kernel f16 sorted set weighted rany
+one_shot bf16 sorted add plain r16 none none
+one_shot bf16 sorted add plain r16 none a8tensor
+one_shot bf16 sorted add plain r16 none a8token
+one_shot bf16 sorted add plain r16 none a8group
+one_shot bf16 sorted add plain r16 w8tensor none
+one_shot bf16 sorted add plain r16 w8channel none
+one_shot bf16 sorted add plain r16 w8channel a8token
+one_shot bf16 sorted add plain r16 w8group none
+one_shot bf16 sorted add plain r16 w8group a8group
+one_shot bf16 sorted add plain r32 none none
+one_shot bf16 sorted add plain r32 w8tensor none
+one_shot bf16 sorted add plain r32 w8channel none
+one_shot bf16 sorted add plain r32 w8group none
+one_shot bf16 sorted add plain r64 none none
+one_shot bf16 sorted add plain r64 none a8tensor
+one_shot bf16 sorted add plain r64 none a8token
+one_shot bf16 sorted add plain r64 none a8group
+one_shot bf16 sorted add plain r64 w8tensor none
+one_shot bf16 sorted add plain r64 w8channel none
+one_shot bf16 sorted add plain r64 w8channel a8token
+one_shot bf16 sorted add plain r64 w8group none
+one_shot bf16 sorted add plain r64 w8group a8group
+one_shot bf16 sorted add plain r128 none none
+one_shot bf16 sorted add plain r128 none a8tensor
+one_shot bf16 sorted add plain r128 none a8token
+one_shot bf16 sorted add plain r128 none a8group
+one_shot bf16 sorted add plain r128 w8tensor none
+one_shot bf16 sorted add plain r128 w8channel none
+one_shot bf16 sorted add plain r128 w8channel a8token
+one_shot bf16 sorted add plain r128 w8group none
+one_shot bf16 sorted add plain r128 w8group a8group
+one_shot bf16 sorted add weighted r16 none none
+one_shot bf16 sorted add weighted r16 none a8tensor
+one_shot bf16 sorted add weighted r16 none a8token
+one_shot bf16 sorted add weighted r16 none a8group
+one_shot bf16 sorted add weighted r16 w8tensor none
+one_shot bf16 sorted add weighted r16 w8channel none
+one_shot bf16 sorted add weighted r16 w8channel a8token
+one_shot bf16 sorted add weighted r16 w8group none
+one_shot bf16 sorted add weighted r16 w8group a8group
+one_shot bf16 sorted add weighted r32 none none
+one_shot bf16 sorted add weighted r32 w8tensor none
+one_shot bf16 sorted add weighted r32 w8channel none
+one_shot bf16 sorted add weighted r32 w8group none
+one_shot bf16 sorted add weighted r64 none none
+one_shot bf16 sorted add weighted r64 none a8tensor
+one_shot bf16 sorted add weighted r64 none a8token
+one_shot bf16 sorted add weighted r64 none a8group
+one_shot bf16 sorted add weighted r64 w8tensor none
+one_shot bf16 sorted add weighted r64 w8channel none
+one_shot bf16 sorted add weighted r64 w8channel a8token
+one_shot bf16 sorted add weighted r64 w8group none
+one_shot bf16 sorted add weighted r64 w8group a8group
+one_shot bf16 sorted add weighted r128 none none
+one_shot bf16 sorted add weighted r128 none a8tensor
+one_shot bf16 sorted add weighted r128 none a8token
+one_shot bf16 sorted add weighted r128 none a8group
+one_shot bf16 sorted add weighted r128 w8tensor none
+one_shot bf16 sorted add weighted r128 w8channel none
+one_shot bf16 sorted add weighted r128 w8channel a8token
+one_shot bf16 sorted add weighted r128 w8group none
+one_shot bf16 sorted add weighted r128 w8group a8group
+one_shot bf16 sorted set plain r16 none none
+one_shot bf16 sorted set plain r32 none none
+one_shot bf16 sorted set plain r64 none none
+one_shot bf16 sorted set plain r128 none none
+one_shot bf16 sorted set weighted r16 none none
+one_shot bf16 sorted set weighted r32 none none
+one_shot bf16 sorted set weighted r64 none none
+one_shot bf16 sorted set weighted r128 none none
+one_shot f16 sorted add plain r16 none none
+one_shot f16 sorted add plain r32 none none
+one_shot f16 sorted add plain r64 none none
+one_shot f16 sorted add plain r128 none none
+one_shot f16 sorted add weighted r16 none none
+one_shot f16 sorted add weighted r32 none none
+one_shot f16 sorted add weighted r64 none none
+one_shot f16 sorted add weighted r128 none none
+one_shot f16 sorted set plain r16 none none
+one_shot f16 sorted set plain r32 none none
+one_shot f16 sorted set plain r64 none none
+one_shot f16 sorted set plain r128 none none
+one_shot f16 sorted set weighted r16 none none
+one_shot f16 sorted set weighted r32 none none
+one_shot f16 sorted set weighted r64 none none
+one_shot f16 sorted set weighted r128 none none
+small_batch bf16 naive add plain r16 none none
+small_batch bf16 naive add plain r16 none a8tensor
+small_batch bf16 naive add plain r16 none a8token
+small_batch bf16 naive add plain r16 none a8group
+small_batch bf16 naive add plain r16 w8tensor none
+small_batch bf16 naive add plain r16 w8channel none
+small_batch bf16 naive add plain r16 w8channel a8token
+small_batch bf16 naive add plain r16 w8group none
+small_batch bf16 naive add plain r16 w8group a8group
+small_batch bf16 naive add plain r32 none none
+small_batch bf16 naive add plain r32 w8tensor none
+small_batch bf16 naive add plain r32 w8channel none
+small_batch bf16 naive add plain r32 w8group none
+small_batch bf16 naive add plain r64 none none
+small_batch bf16 naive add plain r64 none a8tensor
+small_batch bf16 naive add plain r64 none a8token
+small_batch bf16 naive add plain r64 none a8group
+small_batch bf16 naive add plain r64 w8tensor none
+small_batch bf16 naive add plain r64 w8channel none
+small_batch bf16 naive add plain r64 w8channel a8token
+small_batch bf16 naive add plain r64 w8group none
+small_batch bf16 naive add plain r64 w8group a8group
+small_batch bf16 naive add plain r128 none none
+small_batch bf16 naive add plain r128 none a8tensor
+small_batch bf16 naive add plain r128 none a8token
+small_batch bf16 naive add plain r128 none a8group
+small_batch bf16 naive add plain r128 w8tensor none
+small_batch bf16 naive add plain r128 w8channel none
+small_batch bf16 naive add plain r128 w8channel a8token
+small_batch bf16 naive add plain r128 w8group none
+small_batch bf16 naive add plain r128 w8group a8group
+small_batch bf16 naive add plain rany none none
+small_batch bf16 naive add plain rany w8tensor none
+small_batch bf16 naive add plain rany w8channel none
+small_batch bf16 naive add plain rany w8group none
+small_batch bf16 naive add weighted r16 none none
+small_batch bf16 naive add weighted r16 none a8tensor
+small_batch bf16 naive add weighted r16 none a8token
+small_batch bf16 naive add weighted r16 none a8group
+small_batch bf16 naive add weighted r16 w8tensor none
+small_batch bf16 naive add weighted r16 w8channel none
+small_batch bf16 naive add weighted r16 w8channel a8token
+small_batch bf16 naive add weighted r16 w8group none
+small_batch bf16 naive add weighted r16 w8group a8group
+small_batch bf16 naive add weighted r32 none none
+small_batch bf16 naive add weighted r32 w8tensor none
+small_batch bf16 naive add weighted r32 w8channel none
+small_batch bf16 naive add weighted r32 w8group none
+small_batch bf16 naive add weighted r64 none none
+small_batch bf16 naive add weighted r64 none a8tensor
+small_batch bf16 naive add weighted r64 none a8token
+small_batch bf16 naive add weighted r64 none a8group
+small_batch bf16 naive add weighted r64 w8tensor none
+small_batch bf16 naive add weighted r64 w8channel none
+small_batch bf16 naive add weighted r64 w8channel a8token
+small_batch bf16 naive add weighted r64 w8group none
+small_batch bf16 naive add weighted r64 w8group a8group
+small_batch bf16 naive add weighted r128 none none
+small_batch bf16 naive add weighted r128 none a8tensor
+small_batch bf16 naive add weighted r128 none a8token
+small_batch bf16 naive add weighted r128 none a8group
+small_batch bf16 naive add weighted r128 w8tensor none
+small_batch bf16 naive add weighted r128 w8channel none
+small_batch bf16 naive add weighted r128 w8channel a8token
+small_batch bf16 naive add weighted r128 w8group none
+small_batch bf16 naive add weighted r128 w8group a8group
+small_batch bf16 naive add weighted rany none none
+small_batch bf16 naive add weighted rany w8tensor none
+small_batch bf16 naive add weighted rany w8channel none
+small_batch bf16 naive add weighted rany w8group none
+small_batch bf16 naive set plain r16 none none
+small_batch bf16 naive set plain r32 none none
+small_batch bf16 naive set plain r64 none none
+small_batch bf16 naive set plain r128 none none
+small_batch bf16 naive set plain rany none none
+small_batch bf16 naive set weighted r16 none none
+small_batch bf16 naive set weighted r32 none none
+small_batch bf16 naive set weighted r64 none none
+small_batch bf16 naive set weighted r128 none none
+small_batch bf16 naive set weighted rany none none
+small_batch f16 naive add plain r16 none none
+small_batch f16 naive add plain r32 none none
+small_batch f16 naive add plain r64 none none
+small_batch f16 naive add plain r128 none none
+small_batch f16 naive add plain rany none none
+small_batch f16 naive add weighted r16 none none
+small_batch f16 naive add weighted r32 none none
+small_batch f16 naive add weighted r64 none none
+small_batch f16 naive add weighted r128 none none
+small_batch f16 naive add weighted rany none none
+small_batch f16 naive set plain r16 none none
+small_batch f16 naive set plain r32 none none
+small_batch f16 naive set plain r64 none none
+small_batch f16 naive set plain r128 none none
+small_batch f16 naive set plain rany none none
+small_batch f16 naive set weighted r16 none none
+small_batch f16 naive set weighted r32 none none
+small_batch f16 naive set weighted r64 none none
+small_batch f16 naive set weighted r128 none none
+small_batch f16 naive set weighted rany none none
+two_kernel bf16 sorted add plain r16 none none
+two_kernel bf16 sorted add plain r16 w8tensor none
+two_kernel bf16 sorted add plain r16 w8channel none
+two_kernel bf16 sorted add plain r16 w8group none
+two_kernel bf16 sorted add plain r32 none none
+two_kernel bf16 sorted add plain r32 w8tensor none
+two_kernel bf16 sorted add plain r32 w8channel none
+two_kernel bf16 sorted add plain r32 w8group none
+two_kernel bf16 sorted add plain r64 none none
+two_kernel bf16 sorted add plain r64 w8tensor none
+two_kernel bf16 sorted add plain r64 w8channel none
+two_kernel bf16 sorted add plain r64 w8group none
+two_kernel bf16 sorted add plain r128 none none
+two_kernel bf16 sorted add plain r128 w8tensor none
+two_kernel bf16 sorted add plain r128 w8channel none
+two_kernel bf16 sorted add plain r128 w8group none
+two_kernel bf16 sorted add plain rany none none
+two_kernel bf16 sorted add plain rany w8tensor none
+two_kernel bf16 sorted add plain rany w8channel none
+two_kernel bf16 sorted add plain rany w8group none
+two_kernel bf16 sorted add weighted r16 none none
+two_kernel bf16 sorted add weighted r16 w8tensor none
+two_kernel bf16 sorted add weighted r16 w8channel none
+two_kernel bf16 sorted add weighted r16 w8group none
+two_kernel bf16 sorted add weighted r32 none none
+two_kernel bf16 sorted add weighted r32 w8tensor none
+two_kernel bf16 sorted add weighted r32 w8channel none
+two_kernel bf16 sorted add weighted r32 w8group none
+two_kernel bf16 sorted add weighted r64 none none
+two_kernel bf16 sorted add weighted r64 w8tensor none
+two_kernel bf16 sorted add weighted r64 w8channel none
+two_kernel bf16 sorted add weighted r64 w8group none
+two_kernel bf16 sorted add weighted r128 none none
+two_kernel bf16 sorted add weighted r128 w8tensor none
+two_kernel bf16 sorted add weighted r128 w8channel none
+two_kernel bf16 sorted add weighted r128 w8group none
+two_kernel bf16 sorted add weighted rany none none
+two_kernel bf16 sorted add weighted rany w8tensor none
+two_kernel bf16 sorted add weighted rany w8channel none
+two_kernel bf16 sorted add weighted rany w8group none
+two_kernel bf16 sorted set plain r16 none none
+two_kernel bf16 sorted set plain r32 none none
+two_kernel bf16 sorted set plain r64 none none
+two_kernel bf16 sorted set plain r128 none none
+two_kernel bf16 sorted set plain rany none none
+two_kernel bf16 sorted set weighted r16 none none
+two_kernel bf16 sorted set weighted r32 none none
+two_kernel bf16 sorted set weighted r64 none none
+two_kernel bf16 sorted set weighted r128 none none
+two_kernel bf16 sorted set weighted rany none none
+two_kernel f16 sorted add plain r16 none none
+two_kernel f16 sorted add plain r32 none none
+two_kernel f16 sorted add plain r64 none none
+two_kernel f16 sorted add plain r128 none none
+two_kernel f16 sorted add plain rany none none
+two_kernel f16 sorted add weighted r16 none none
+two_kernel f16 sorted add weighted r32 none none
+two_kernel f16 sorted add weighted r64 none none
+two_kernel f16 sorted add weighted r128 none none
+two_kernel f16 sorted add weighted rany none none
+two_kernel f16 sorted set plain r16 none none
+two_kernel f16 sorted set plain r32 none none
+two_kernel f16 sorted set plain r64 none none
+two_kernel f16 sorted set plain r128 none none
+two_kernel f16 sorted set plain rany none none
+two_kernel f16 sorted set weighted r16 none none
+two_kernel f16 sorted set weighted r32 none none
+two_kernel f16 sorted set weighted r64 none none
+two_kernel f16 sorted set weighted r128 none none
+two_kernel f16 sorted set weighted rany none none
 """,
 )
 

@@ -1,0 +1,148 @@
+"""FP8: the helpers that make it, and the bugs of serving engines, each seeded into a kernel that a case must then fail."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import triton
+
+import generated as kg
+from kernelgen.mutate import Bench, Mutant
+from kernelgen.reference.moe_lora import dequantise
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = [torch.float8_e4m3fn, torch.float8_e5m2]
+WEIGHTS = {"tensor": (200, 300), "channel": (1, 300), "group": (128, 128)}
+ACTIVATIONS = {"tensor": (200, 300), "token": (1, 300), "group": (1, 128)}
+
+
+def numbers(*shape: int) -> torch.Tensor:
+    """Of magnitudes that differ by rows and by columns."""
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    drawn *= 10.0 ** torch.linspace(-2, 2, shape[-2])[:, None]
+    return drawn * 10.0 ** torch.linspace(-1, 1, shape[-1])
+
+
+def check(codes: torch.Tensor, scales: torch.Tensor, exact: torch.Tensor, group) -> None:
+    """Codes are as near as their dtype has numbers, and the largest of a group is the largest there is."""
+    info = torch.finfo(codes.dtype)
+    each = dequantise(torch.ones_like(codes, dtype=torch.float32), scales, group)
+    error = (dequantise(codes, scales, group) - exact.double()).abs()
+    step = torch.maximum(
+        exact.double().abs() * info.eps / 2, each * info.smallest_normal * info.eps / 2
+    )
+    assert (error <= step * (1 + 2.0**-20)).all()
+    peak = codes.float().abs()[..., : group[0], : group[1]].amax((-1, -2))
+    assert (peak == info.max).all()
+    assert scales.dtype == torch.float32 and scales.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scales", WEIGHTS)
+def test_weights(scales: str, dtype: torch.dtype) -> None:
+    exact = numbers(2, 3, 200, 300)
+    codes, found = kg.quantize_weights(exact, scales, dtype=dtype)
+    shapes = {"tensor": (2, 3), "channel": (2, 3, 200), "group": (2, 3, 2, 3)}
+    assert codes.dtype == dtype and codes.shape == exact.shape and found.shape == shapes[scales]
+    check(codes, found, exact, WEIGHTS[scales])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scales", ACTIVATIONS)
+def test_activations(scales: str, dtype: torch.dtype) -> None:
+    exact = numbers(200, 300).bfloat16()
+    codes, found = kg.quantize_activations(exact, scales, dtype=dtype)
+    assert found.shape == {"tensor": (1,), "token": (200, 1), "group": (200, 3)}[scales]
+    check(codes, found, exact, ACTIVATIONS[scales])
+    assert kg.quantize_activations(exact[:0], scales)[1].shape == (
+        (1,) if scales == "tensor" else (0, found.shape[1])
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_numbers_that_are_none(dtype: torch.dtype) -> None:
+    """NaN stays where it is, infinities saturate, neither sets the scale; zeros have the scale 1, tiny numbers one above 0."""
+    rows = torch.tensor(
+        [[torch.nan, 1.0, -2.0], [torch.inf, -torch.inf, 3.0], [0.0, -0.0, 0.0], [1e-44, 0.0, 0.0]]
+    )
+    codes, scales = kg.quantize_weights(rows, "channel", dtype=dtype)
+    largest = torch.finfo(dtype).max
+    assert codes[0].isnan().tolist() == [True, False, False]
+    assert scales[:3].tolist() == pytest.approx([2 / largest, 3 / largest, 1.0])
+    assert codes[1].float().tolist() == [largest, -largest, largest]
+    assert (codes[2].float() == 0).all() and scales[3] > 0 and codes[3].float().isfinite().all()
+
+
+def test_a_kind_of_scales_that_there_is_not() -> None:
+    for quantize in (kg.quantize_weights, kg.quantize_activations):
+        with pytest.raises(ValueError, match="scales: got 'row', wanted one of tensor"):
+            quantize(numbers(4, 4), "row")
+
+
+class Bug(NamedTuple):
+    """A bug of another system, as a change of ours."""
+
+    variant: str
+    before: str
+    after: str
+    case: str
+
+
+_ONE = "moe_lora_one_shot_bf16_sorted_add_plain_r16"
+_SMALL = "moe_lora_small_batch_bf16_naive_add_plain_r16"
+_TWO = "moe_lora_two_kernel_bf16_sorted_add_plain_r16"
+_AS_E4M3 = ".to(tl.uint8, bitcast=True).to(tl.float8e4nv, bitcast=True)"
+BUGS = {
+    "vLLM fused_moe_lora_fp8 never reads the scales": Bug(
+        f"{_ONE}_w8channel", "s[1] * s[2][None, :]", "s[1]", "w8_slices"
+    ),
+    "vLLM dense FP8 shrink below 128 tokens: one scale covers two groups": Bug(
+        f"{_ONE}_w8group", "group = k0 // 128", "group = k0 // 256 * 2", "w8_groups"
+    ),
+    "the same, on CUDA cores": Bug(
+        f"{_SMALL}_w8group", "tl.minimum(k, K - 1) // 128", "k * 0", "w8_groups"
+    ),
+    "vLLM scales are read past the end of their row": Bug(
+        f"{_ONE}_w8channel",
+        "mask=None if N % BLOCK_N == 0 else n < N - n0",
+        "mask=None",
+        "w8_packed",
+    ),
+    "vLLM per-token scales as a vector: row 0's for all": Bug(
+        f"{_ONE}_a8token", "x_scale_ptr + x_row", "x_scale_ptr + x_row * 0", "a8_rows"
+    ),
+    "vLLM 42007: the delta of raw FP8 numbers": Bug(
+        f"{_SMALL}_a8token", "tl.sum(acc, 1) * x_scale", "tl.sum(acc, 1)", "a8_rows"
+    ),
+    "vLLM FP8 ops read e5m2 as e4m3": Bug(
+        f"{_SMALL}_w8channel", "a.to(tl.float32)", f"a{_AS_E4M3}.to(tl.float32)", "w8_slices"
+    ),
+    "the scales of slice 0 for all slices": Bug(
+        f"{_TWO}_w8tensor",
+        "tl.where(s == i, b_scale_ptrs[i], b_scale_ptr)",
+        "b_scale_ptr",
+        "w8_slices",
+    ),
+    "scales in 16 bits": Bug(
+        f"{_TWO}_w8channel",
+        "s[1] * s[2][None, :]",
+        "s[1] * s[2].to(tl.bfloat16).to(tl.float32)[None, :]",
+        "w8_slices",
+    ),
+}
+
+
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="mutants are interpreted")
+@pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
+def test_a_bug_of_another_system_fails_its_case(bug: Bug) -> None:
+    with Bench(ROOT) as bench:
+        suite, variant = next(found for found in bench.variants() if found[1].name == bug.variant)
+        [case] = [case for case in suite.cases_for(variant) if case.name == bug.case]
+        source = bench.source(variant)
+        assert bug.before in source
+        for text, fails in ((source, False), (source.replace(bug.before, bug.after), True)):
+            mutant = Mutant("bug", "kernel", 0, "", bug.before, bug.after, text)
+            assert bool(bench.fate(suite, variant, mutant, [case]).killer) is fails
