@@ -9,17 +9,29 @@ imported when it is first used. With TRITON_INTERPRET=1 everything runs on CPU t
 
 from __future__ import annotations
 
+from ._fused_moe import FusedMoeWorkspace, fused_moe, fused_moe_workspace
 from ._warmup import MoeShape, warmup
+from .moe_align import MoeTables, moe_align, no_tables
+from .moe_gemm import moe_gemm
 from .moe_lora import moe_lora
 from .moe_route import MoeRoute, MoeWorkspace, moe_route, moe_workspace
+from .moe_sum import moe_sum
 
 __all__ = [
+    "FusedMoeWorkspace",
     "MoeRoute",
     "MoeShape",
+    "MoeTables",
     "MoeWorkspace",
+    "fused_moe",
+    "fused_moe_workspace",
+    "moe_align",
+    "moe_gemm",
     "moe_lora",
     "moe_route",
+    "moe_sum",
     "moe_workspace",
+    "no_tables",
     "variants",
     "warmup",
 ]
@@ -28,6 +40,55 @@ __all__ = [
 def variants() -> tuple[str, ...]:
     """The names of all variants; each is a launcher, ``<package>.<family>.<module>.<family>_<module>``."""
     return (
+        "moe_align_one_launch",
+        "moe_gemm_gemv_bf16_token_pair_none_plain",
+        "moe_gemm_gemv_bf16_token_pair_relu2_plain",
+        "moe_gemm_gemv_bf16_token_pair_swiglu_plain",
+        "moe_gemm_gemv_bf16_pair_pair_none_plain",
+        "moe_gemm_gemv_bf16_pair_pair_none_weighted",
+        "moe_gemm_gemv_bf16_pair_token_none_weighted",
+        "moe_gemm_gemv_f16_token_pair_none_plain",
+        "moe_gemm_gemv_f16_token_pair_relu2_plain",
+        "moe_gemm_gemv_f16_token_pair_swiglu_plain",
+        "moe_gemm_gemv_f16_pair_pair_none_plain",
+        "moe_gemm_gemv_f16_pair_pair_none_weighted",
+        "moe_gemm_gemv_f16_pair_token_none_weighted",
+        "moe_gemm_tile_bf16_token_sorted_relu2_plain",
+        "moe_gemm_tile_bf16_token_sorted_swiglu_plain",
+        "moe_gemm_tile_bf16_sorted_pair_none_plain",
+        "moe_gemm_tile_bf16_sorted_pair_none_weighted",
+        "moe_gemm_tile_bf16_token_pair_none_plain",
+        "moe_gemm_tile_bf16_token_pair_relu2_plain",
+        "moe_gemm_tile_bf16_token_pair_swiglu_plain",
+        "moe_gemm_tile_bf16_pair_pair_none_plain",
+        "moe_gemm_tile_bf16_pair_pair_none_weighted",
+        "moe_gemm_tile_f16_token_sorted_relu2_plain",
+        "moe_gemm_tile_f16_token_sorted_swiglu_plain",
+        "moe_gemm_tile_f16_sorted_pair_none_plain",
+        "moe_gemm_tile_f16_sorted_pair_none_weighted",
+        "moe_gemm_tile_f16_token_pair_none_plain",
+        "moe_gemm_tile_f16_token_pair_relu2_plain",
+        "moe_gemm_tile_f16_token_pair_swiglu_plain",
+        "moe_gemm_tile_f16_pair_pair_none_plain",
+        "moe_gemm_tile_f16_pair_pair_none_weighted",
+        "moe_gemm_box_bf16_token_sorted_relu2_plain",
+        "moe_gemm_box_bf16_token_sorted_swiglu_plain",
+        "moe_gemm_box_bf16_sorted_pair_none_plain",
+        "moe_gemm_box_bf16_sorted_pair_none_weighted",
+        "moe_gemm_box_bf16_token_pair_none_plain",
+        "moe_gemm_box_bf16_token_pair_relu2_plain",
+        "moe_gemm_box_bf16_token_pair_swiglu_plain",
+        "moe_gemm_box_bf16_pair_pair_none_plain",
+        "moe_gemm_box_bf16_pair_pair_none_weighted",
+        "moe_gemm_box_f16_token_sorted_relu2_plain",
+        "moe_gemm_box_f16_token_sorted_swiglu_plain",
+        "moe_gemm_box_f16_sorted_pair_none_plain",
+        "moe_gemm_box_f16_sorted_pair_none_weighted",
+        "moe_gemm_box_f16_token_pair_none_plain",
+        "moe_gemm_box_f16_token_pair_relu2_plain",
+        "moe_gemm_box_f16_token_pair_swiglu_plain",
+        "moe_gemm_box_f16_pair_pair_none_plain",
+        "moe_gemm_box_f16_pair_pair_none_weighted",
         "moe_lora_one_shot_bf16_sorted_add_plain_r16",
         "moe_lora_one_shot_bf16_sorted_add_plain_r32",
         "moe_lora_one_shot_bf16_sorted_add_plain_r64",
@@ -143,4 +204,12 @@ def variants() -> tuple[str, ...]:
         "moe_route_one_launch",
         "moe_route_three_launch",
         "moe_route_from_tables",
+        "moe_sum_bf16_plain_keep",
+        "moe_sum_bf16_plain_zero",
+        "moe_sum_bf16_weighted_keep",
+        "moe_sum_bf16_weighted_zero",
+        "moe_sum_f16_plain_keep",
+        "moe_sum_f16_plain_zero",
+        "moe_sum_f16_weighted_keep",
+        "moe_sum_f16_weighted_zero",
     )
