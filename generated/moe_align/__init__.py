@@ -23,7 +23,9 @@ class MoeTables(NamedTuple):
     pairs: (
         torch.Tensor | None
     )  # [>= T * top_k] int32: local pairs by expert; None: there are no tables
-    blocks: torch.Tensor | None  # [max_blocks, 3] int32: expert, first, rows
+    blocks: (
+        torch.Tensor | None
+    )  # [max_blocks, 3] int32: expert, first, rows; no rows: nothing to do
     num_blocks: torch.Tensor | None  # [1] int32
     num_tokens: int
     top_k: int
@@ -194,8 +196,15 @@ def default_block_m(num_tokens: int, top_k: int, num_experts: int) -> int:
     return 16 if mean < 12 else 32 if mean < 24 else 64 if mean < 96 else 128
 
 
+def is_dense(num_pairs: int, num_experts: int) -> bool:
+    """Whether blocks are counted so that there are no entries without rows: where those would be many."""
+    return num_pairs < 4 * num_experts
+
+
 def max_blocks(num_pairs: int, num_experts: int, block_m: int) -> int:
-    """How many blocks ``num_pairs`` can make at most."""
+    """How many entries the blocks of ``num_pairs`` can take at most."""
+    if not is_dense(num_pairs, num_experts):
+        return num_experts + num_pairs // block_m
     experts = min(num_pairs, num_experts)
     return experts + (num_pairs - experts) // block_m
 

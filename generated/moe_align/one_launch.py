@@ -8,9 +8,11 @@ A pair p = t * top_k + j is local when t is below valid_tokens and its expert, l
 
     pairs [*] int32           local pair ids in that order
     blocks [max_blocks, 3]    int32 (local expert, first, rows): block i holds pairs[first : first + rows]
-    num_blocks [1] int32      how many blocks there are; what lies behind them is undefined
+    num_blocks [1] int32      how many entries count; what lies behind them is undefined
 
-Every program counts all experts, which takes less time than a second launch, and then places the pairs of its own.
+Where the blocks of an expert begin depends on the sizes of all experts before it. With few pairs (DENSE) a program counts
+them all. With many it only counts the pairs before its own, and leaves room for one block that is not full for each expert
+before it: then entries with no rows lie between the others.
 """
 
 from __future__ import annotations
@@ -23,14 +25,20 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from .. import _runtime as runtime
+from . import is_dense
 
-CHUNK = 4096  # pairs that a program holds at a time
+CHUNK = 8192  # pairs that a program holds at a time
 
 
-@triton.jit(
-    do_not_specialize=["num_pairs"],
-    do_not_specialize_on_alignment=["topk_ids_ptr", "valid_tokens_ptr"],
-)
+@triton.jit
+def _local(topk_ids_ptr, pair, num_pairs, LOCAL_EXPERT_START: tl.constexpr):
+    """The local number of the expert of each pair; below zero or too large where it is elsewhere."""
+    inside = pair < num_pairs
+    expert = tl.load(topk_ids_ptr + pair, mask=inside, other=-1).to(tl.int32)
+    return tl.where(inside, expert - LOCAL_EXPERT_START, -1)
+
+
+@triton.jit(do_not_specialize=["num_pairs"], do_not_specialize_on_alignment=["valid_tokens_ptr"])
 def moe_align_one_launch_kernel(
     pairs_ptr,
     blocks_ptr,
@@ -42,8 +50,9 @@ def moe_align_one_launch_kernel(
     NUM_EXPERTS: tl.constexpr,
     LOCAL_EXPERT_START: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    DENSE: tl.constexpr,
     SIZE: tl.constexpr,
-    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -51,40 +60,54 @@ def moe_align_one_launch_kernel(
     own = tl.program_id(0)
     if valid_tokens_ptr is not None:
         num_pairs = tl.minimum(tl.load(valid_tokens_ptr) * TOP_K, num_pairs)
-    expert = tl.arange(0, SIZE)
-    i = tl.arange(0, CHUNK)
+    COLUMNS: tl.constexpr = 8  # neighbours in one lane or two, so that sums along them are cheap
+    CHUNK: tl.constexpr = ROWS * COLUMNS
+    i = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    before = tl.zeros([ROWS, COLUMNS], tl.int32)
+    same = tl.zeros([ROWS, COLUMNS], tl.int32)
     counts = tl.zeros([SIZE], tl.int32)
     for first_pair in tl.range(0, num_pairs, CHUNK):
-        pair = first_pair + i
-        local = (
-            tl.load(topk_ids_ptr + pair, mask=pair < num_pairs, other=-1).to(tl.int32)
-            - LOCAL_EXPERT_START
-        )
-        here = (pair < num_pairs) & (local >= 0) & (local < NUM_EXPERTS)
-        counts += tl.histogram(tl.where(here, local, 0), SIZE, mask=here)
+        local = _local(topk_ids_ptr, first_pair + i, num_pairs, LOCAL_EXPERT_START)
+        if DENSE:
+            here = tl.ravel((local >= 0) & (local < NUM_EXPERTS))
+            counts += tl.histogram(tl.where(here, tl.ravel(local), 0), SIZE, mask=here)
+        else:
+            before += ((local >= 0) & (local < own)).to(tl.int32)
+            same += (local == own).to(tl.int32)
 
-    num_blocks = (counts + BLOCK_M - 1) // BLOCK_M
-    count = tl.sum(tl.where(expert == own, counts, 0))
-    position = tl.sum(tl.where(expert < own, counts, 0))
-    block = tl.sum(tl.where(expert < own, num_blocks, 0))
-    tl.store(num_blocks_ptr, tl.sum(num_blocks), mask=own == 0)
-    for row in tl.range(0, count, BLOCK_M):
-        tl.store(blocks_ptr + 3 * block, own)
-        tl.store(blocks_ptr + 3 * block + 1, position + row)
-        tl.store(blocks_ptr + 3 * block + 2, tl.minimum(count - row, BLOCK_M))
-        block += 1
+    if DENSE:
+        expert = tl.arange(0, SIZE)
+        num_blocks = (counts + BLOCK_M - 1) // BLOCK_M
+        first = tl.sum(tl.where(expert < own, counts, 0))
+        count = tl.sum(tl.where(expert == own, counts, 0))
+        block = tl.sum(tl.where(expert < own, num_blocks, 0))
+        last_block = block + (count + BLOCK_M - 1) // BLOCK_M
+    else:
+        first = tl.sum(tl.ravel(before))
+        count = tl.sum(tl.ravel(same))
+        block = first // BLOCK_M + own
+        last_block = (first + count) // BLOCK_M + own + 1
+    tl.store(num_blocks_ptr, last_block, mask=own == NUM_EXPERTS - 1)
+    b = tl.arange(0, 32)
+    for b0 in tl.range(0, last_block - block, 32):
+        entry = blocks_ptr + 3 * (block + b0 + b)
+        inside = b0 + b < last_block - block
+        row = (b0 + b) * BLOCK_M
+        rows = tl.minimum(tl.maximum(count - row, 0), BLOCK_M)
+        tl.store(entry, own, mask=inside)
+        tl.store(entry + 1, tl.where(rows > 0, first + row, 0), mask=inside)
+        tl.store(entry + 2, rows, mask=inside)
 
-    last = position + count
+    last = first + count
     for first_pair in tl.range(0, num_pairs, CHUNK):
-        if position < last:
+        if first < last:
             pair = first_pair + i
-            local = (
-                tl.load(topk_ids_ptr + pair, mask=pair < num_pairs, other=-1).to(tl.int32)
-                - LOCAL_EXPERT_START
-            )
-            mine = (pair < num_pairs) & (local == own)
-            tl.store(pairs_ptr + position + tl.cumsum(mine.to(tl.int32)) - 1, pair, mask=mine)
-            position += tl.sum(mine.to(tl.int32))
+            mine = _local(topk_ids_ptr, pair, num_pairs, LOCAL_EXPERT_START) == own
+            in_row = tl.cumsum(mine.to(tl.int32), 1)
+            of_row = tl.sum(mine.to(tl.int32), 1)
+            before_row = tl.cumsum(of_row, 0) - of_row
+            tl.store(pairs_ptr + first + before_row[:, None] + in_row - 1, pair, mask=mine)
+            first += tl.sum(of_row)
 
 
 _kernel = runtime.Launcher(moe_align_one_launch_kernel)
@@ -100,13 +123,22 @@ def bind(
     device: torch.device,
 ) -> Callable[..., None]:
     """The launch for tables of these sizes, ready to be made again and again."""
-    chunk = min(CHUNK, max(128, runtime.next_power_of_2(num_pairs)))
-    size = max(32, runtime.next_power_of_2(num_experts))
-    warps = 4 if chunk <= 1024 else 8
+    chunk = min(CHUNK, max(256, runtime.next_power_of_2(num_pairs)))
+    dense = is_dense(num_pairs, num_experts)
+    size = max(32, runtime.next_power_of_2(num_experts)) if dense else 1
     align = _kernel.bind(
         num_experts,
-        (top_k, num_experts, local_expert_start, block_m, size, chunk, runtime.traits(device).pdl),
-        runtime.Options(warps),
+        (
+            top_k,
+            num_experts,
+            local_expert_start,
+            block_m,
+            dense,
+            size,
+            chunk // 8,
+            runtime.traits(device).pdl,
+        ),
+        runtime.Options(4 if chunk <= 1024 else 8),
     )
 
     def call(

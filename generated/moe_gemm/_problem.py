@@ -32,8 +32,6 @@ class TileConfig(NamedTuple):
     num_warps: int
     group_m: int = 1  # blocks that share a tile of columns
     tail: int = 0  # 1: blocks of few rows take a tile of half the height
-    per_sm: int = 0  # programs on a multiprocessor that stride over the tiles; 0: a program a tile
-    flatten: int = 0  # 1: one loop over tiles and K, so that copies run ahead into the next tile
     weight_policy: int = 0
 
 
@@ -46,8 +44,6 @@ class BoxConfig(NamedTuple):
     num_warps: int
     group_m: int = 1
     tail: int = 0
-    per_sm: int = 0
-    flatten: int = 0
 
 
 # How the cache treats weights, by weight_policy: as any data, or as data that is read once.
@@ -251,12 +247,9 @@ def has_boxes(problem: Problem, x: torch.Tensor, w: torch.Tensor) -> bool:
 def grid(problem: Problem, config: TileConfig | BoxConfig) -> int:
     """Programs for the tokens that are expected; where there are more, programs stride over the tiles."""
     pairs = max(problem.tokens_hint, 1) * problem.top_k
-    tiles = max_blocks(pairs, problem.num_experts, problem.block_m) * runtime.cdiv(
+    return max_blocks(pairs, problem.num_experts, problem.block_m) * runtime.cdiv(
         problem.n, config.block_n
     )
-    if config.per_sm == 0:
-        return tiles
-    return min(tiles, config.per_sm * runtime.traits(problem.device).num_sms)
 
 
 def choose(schedule: str, problem: Problem) -> Config:
@@ -309,8 +302,11 @@ def _rule(schedule: str, *sizes: int) -> Config:
 
 def _gemv(s: _Shape) -> GemvConfig:
     block_k = _block_k(s.k, 256 if s.k <= 8192 else 512)
-    block_n = 8 if s.slices == 2 or s.k > 4096 else 4
-    return GemvConfig(block_n, block_k, 2 if s.slices == 2 or s.tokens > 1 else 4)
+    if s.slices == 2:
+        return GemvConfig(8, block_k, 2, 1)
+    if s.k <= 1024 and s.tokens == 1:
+        return GemvConfig(2, block_k, 1, 1)
+    return GemvConfig(4, block_k, 2, 1)
 
 
 # block_m -> block_n, block_k, stages, warps of the first projection with its two halves, and of any other product

@@ -93,16 +93,16 @@ def moe_gemm_box_bf16_token_pair_swiglu_plain_kernel(
     STAGES: tl.constexpr,
     GROUP_M: tl.constexpr,
     TAIL: tl.constexpr,
-    FLATTEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
     HALF_M: tl.constexpr = BLOCK_M // 2
+    LOW_M: tl.constexpr = HALF_M if TAIL else 0
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     num_blocks = tl.load(num_blocks_ptr)
-    for tile in tl.range(tl.program_id(0), num_blocks * TILES, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), num_blocks * TILES, tl.num_programs(0)):
         if GROUP_M == 1:
             block = tile // TILES
             n0 = tile % TILES * BLOCK_N
@@ -114,48 +114,7 @@ def moe_gemm_box_bf16_token_pair_swiglu_plain_kernel(
         expert = tl.load(blocks_ptr + 3 * block)
         first = tl.load(blocks_ptr + 3 * block + 1)
         rows = tl.load(blocks_ptr + 3 * block + 2)
-        if TAIL:
-            if rows > HALF_M:
-                _tile(
-                    out_ptr,
-                    x_ptr,
-                    w_desc,
-                    pairs_ptr,
-                    expert,
-                    first,
-                    rows,
-                    n0,
-                    TOP_K,
-                    K,
-                    N,
-                    OUT_STRIDE,
-                    X_STRIDE,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_K,
-                    STAGES,
-                )
-            else:
-                _tile(
-                    out_ptr,
-                    x_ptr,
-                    w_desc,
-                    pairs_ptr,
-                    expert,
-                    first,
-                    rows,
-                    n0,
-                    TOP_K,
-                    K,
-                    N,
-                    OUT_STRIDE,
-                    X_STRIDE,
-                    HALF_M,
-                    BLOCK_N,
-                    BLOCK_K,
-                    STAGES,
-                )
-        else:
+        if rows > LOW_M:
             _tile(
                 out_ptr,
                 x_ptr,
@@ -175,6 +134,27 @@ def moe_gemm_box_bf16_token_pair_swiglu_plain_kernel(
                 BLOCK_K,
                 STAGES,
             )
+        elif TAIL:
+            if rows > 0:
+                _tile(
+                    out_ptr,
+                    x_ptr,
+                    w_desc,
+                    pairs_ptr,
+                    expert,
+                    first,
+                    rows,
+                    n0,
+                    TOP_K,
+                    K,
+                    N,
+                    OUT_STRIDE,
+                    X_STRIDE,
+                    HALF_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                    STAGES,
+                )
 
 
 _kernel = runtime.Launcher(moe_gemm_box_bf16_token_pair_swiglu_plain_kernel)
@@ -202,7 +182,6 @@ def bind(problem: Problem, config: Config) -> Call:
             config.num_stages,
             config.group_m,
             config.tail == 1,
-            config.flatten == 1,
             pdl,
         ),
         runtime.Options(config.num_warps, config.num_stages, pdl),
