@@ -10,7 +10,7 @@ imported when it is first used. With TRITON_INTERPRET=1 everything runs on CPU t
 from __future__ import annotations
 
 from ._fused_moe import FusedMoeWorkspace, fused_moe, fused_moe_workspace
-from ._warmup import MoeShape, warmup
+from ._warmup import FusedMoeShape, MoeShape, warmup
 from .moe_align import MoeTables, moe_align, no_tables
 from .moe_gemm import moe_gemm
 from .moe_lora import moe_lora
@@ -18,6 +18,7 @@ from .moe_route import MoeRoute, MoeWorkspace, moe_route, moe_workspace
 from .moe_sum import moe_sum
 
 __all__ = [
+    "FusedMoeShape",
     "FusedMoeWorkspace",
     "MoeRoute",
     "MoeShape",

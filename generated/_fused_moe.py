@@ -168,7 +168,7 @@ def _bind(
     num_pairs, few = num_tokens * top_k, num_tokens <= _FEW_TOKENS
     expected = num_tokens if asked is None else min(asked, num_tokens)
     block_m = 0 if few else default_block_m(expected, top_k, num_experts)
-    blocks = 0 if few else 3 * max_blocks(num_pairs, num_experts, block_m)
+    blocks = 0 if few else 3 * max_blocks(num_tokens, top_k, num_experts, block_m)
     sizes = (num_pairs, blocks, 1, num_pairs * inter, 0 if few else num_pairs * width)
     routing = (num_tokens, top_k, num_experts, local_expert_start, expected, block_m)
 

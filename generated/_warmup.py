@@ -16,6 +16,7 @@ from typing import NamedTuple, Sequence
 import torch
 
 from . import _runtime as runtime
+from ._fused_moe import fused_moe
 from .moe_lora import moe_lora
 from .moe_route import MoeRoute, moe_route
 
@@ -40,25 +41,50 @@ class MoeShape(NamedTuple):
     topk_weights_dtype: torch.dtype = torch.float32
 
 
+class FusedMoeShape(NamedTuple):
+    """A base MoE layer, as ``fused_moe`` will be called on it; all tensors are contiguous."""
+
+    hidden: int
+    intermediate: int
+    num_experts: int  # in the weights
+    top_k: int
+    activation: str = "swiglu"
+    dtype: torch.dtype = torch.bfloat16
+    out_dtype: torch.dtype | None = None  # of the caller's out; None: none is given
+    valid_tokens: bool = False  # whether it is given
+    local_expert_start: int = 0
+    topk_ids_dtype: torch.dtype = torch.int32
+    topk_weights_dtype: torch.dtype = torch.float32
+
+
 def requests(
-    shapes: Sequence[MoeShape], *, max_tokens: int = 8192, device: torch.device | None = None
+    shapes: Sequence[MoeShape | FusedMoeShape],
+    *,
+    max_tokens: int = 8192,
+    device: torch.device | None = None,
 ) -> list[runtime.CompileRequest]:
     """The compile keys that batches of 0 to ``max_tokens`` tokens need, each once; nothing is compiled or run."""
     found: dict[object, runtime.CompileRequest] = {}
     for shape in shapes:
         num_tokens = 1
         while num_tokens < 2 * max_tokens:
-            for assignment in shape.assignments:
-                with runtime.compile_only(device) as log:
-                    _call(shape, num_tokens, assignment, None)
-                    _call(shape, num_tokens, assignment, shape.rank)
-                found.update({request.key: request for request in log})
+            with runtime.compile_only(device) as log:
+                if isinstance(shape, FusedMoeShape):
+                    _fused(shape, num_tokens)
+                else:
+                    for assignment in shape.assignments:
+                        _call(shape, num_tokens, assignment, None)
+                        _call(shape, num_tokens, assignment, shape.rank)
+            found.update({request.key: request for request in log})
             num_tokens *= 2
     return list(found.values())
 
 
 def warmup(
-    shapes: Sequence[MoeShape], *, max_tokens: int = 8192, device: torch.device | str = "cuda"
+    shapes: Sequence[MoeShape | FusedMoeShape],
+    *,
+    max_tokens: int = 8192,
+    device: torch.device | str = "cuda",
 ) -> int:
     """Compile exactly what these shapes need for up to ``max_tokens`` tokens; return how many kernels that is.
 
@@ -73,6 +99,32 @@ def warmup(
         for request in wanted:
             request.compile().run  # loads the module
     return len(wanted)
+
+
+def _fused(shape: FusedMoeShape, num_tokens: int) -> None:
+    """A batch of ``num_tokens``, whatever number of them is expected."""
+
+    def empty(*size: int, dtype: torch.dtype = shape.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    width, inter, experts = shape.hidden, shape.intermediate, shape.num_experts
+    hint = 1
+    while hint <= num_tokens:
+        fused_moe(
+            empty(num_tokens, width),
+            empty(experts, (2 if shape.activation == "swiglu" else 1) * inter, width),
+            empty(experts, width, inter),
+            empty(num_tokens, shape.top_k, dtype=shape.topk_ids_dtype),
+            empty(num_tokens, shape.top_k, dtype=shape.topk_weights_dtype),
+            activation=shape.activation,
+            valid_tokens=empty(1, dtype=torch.int32) if shape.valid_tokens else None,
+            num_tokens_hint=hint,
+            local_expert_start=shape.local_expert_start,
+            out=(
+                None if shape.out_dtype is None else empty(num_tokens, width, dtype=shape.out_dtype)
+            ),
+        )
+        hint *= 2
 
 
 def _call(shape: MoeShape, num_tokens: int, assignment: str, rank: int | None) -> None:

@@ -196,14 +196,15 @@ def default_block_m(num_tokens: int, top_k: int, num_experts: int) -> int:
     return 16 if mean < 12 else 32 if mean < 24 else 64 if mean < 96 else 128
 
 
-def is_dense(num_pairs: int, num_experts: int) -> bool:
+def is_dense(num_tokens: int, top_k: int, num_experts: int) -> bool:
     """Whether blocks are counted so that there are no entries without rows: where those would be many."""
-    return num_pairs < 4 * num_experts
+    return runtime.next_power_of_2(num_tokens) * top_k < 4 * num_experts
 
 
-def max_blocks(num_pairs: int, num_experts: int, block_m: int) -> int:
-    """How many entries the blocks of ``num_pairs`` can take at most."""
-    if not is_dense(num_pairs, num_experts):
+def max_blocks(num_tokens: int, top_k: int, num_experts: int, block_m: int) -> int:
+    """How many entries the blocks of so many tokens can take at most."""
+    num_pairs = num_tokens * top_k
+    if not is_dense(num_tokens, top_k, num_experts):
         return num_experts + num_pairs // block_m
     experts = min(num_pairs, num_experts)
     return experts + (num_pairs - experts) // block_m
@@ -215,8 +216,7 @@ def table_size(num_tokens: int, top_k: int, num_experts: int) -> int:
 
 
 def _table_size(num_tokens: int, top_k: int, num_experts: int, block_m: int) -> int:
-    num_pairs = num_tokens * top_k
-    return 4 + num_pairs + 3 * max_blocks(num_pairs, num_experts, block_m)
+    return 4 + num_tokens * top_k + 3 * max_blocks(num_tokens, top_k, num_experts, block_m)
 
 
 def _views(buffer: torch.Tensor, num_pairs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -123,8 +123,9 @@ def bind(
     device: torch.device,
 ) -> Callable[..., None]:
     """The launch for tables of these sizes, ready to be made again and again."""
-    chunk = min(CHUNK, max(256, runtime.next_power_of_2(num_pairs)))
-    dense = is_dense(num_pairs, num_experts)
+    num_tokens = runtime.next_power_of_2(num_pairs // top_k)
+    chunk = min(CHUNK, max(256, runtime.next_power_of_2(num_tokens * top_k)))
+    dense = is_dense(num_tokens, top_k, num_experts)
     size = max(32, runtime.next_power_of_2(num_experts)) if dense else 1
     align = _kernel.bind(
         num_experts,

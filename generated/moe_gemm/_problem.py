@@ -246,10 +246,10 @@ def has_boxes(problem: Problem, x: torch.Tensor, w: torch.Tensor) -> bool:
 
 def grid(problem: Problem, config: TileConfig | BoxConfig) -> int:
     """Programs for the tokens that are expected; where there are more, programs stride over the tiles."""
-    pairs = max(problem.tokens_hint, 1) * problem.top_k
-    return max_blocks(pairs, problem.num_experts, problem.block_m) * runtime.cdiv(
-        problem.n, config.block_n
+    blocks = max_blocks(
+        max(problem.tokens_hint, 1), problem.top_k, problem.num_experts, problem.block_m
     )
+    return blocks * runtime.cdiv(problem.n, config.block_n)
 
 
 def choose(schedule: str, problem: Problem) -> Config:
@@ -316,7 +316,9 @@ _OTHER = {16: (128, 128, 3, 4), 32: (128, 128, 3, 4), 64: (128, 64, 3, 4), 128: 
 
 def _tile(s: _Shape) -> TileConfig:
     block_n, block_k, stages, warps = _sizes(s)
-    return TileConfig(block_n, block_k, stages, warps, tail=int(s.block_m == 128))
+    return TileConfig(
+        block_n, block_k, stages, 8 if s.block_m == 128 else warps, tail=int(s.block_m == 128)
+    )
 
 
 def _box(s: _Shape) -> BoxConfig:

@@ -65,7 +65,7 @@ def check(
     max_blocks = importlib.import_module(f"{package.__name__}.moe_align").max_blocks
     sizes = {
         "pairs": num_pairs,
-        "blocks": 3 * max_blocks(num_pairs, case.experts, case.block_m),
+        "blocks": 3 * max_blocks(case.tokens, case.top_k, case.experts, case.block_m),
         "num_blocks": 1,
     }
     views = {name: allocate((n,), (1,), torch.int32, device) for name, n in sizes.items()}
