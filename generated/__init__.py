@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from ._fused_moe import FusedMoeWorkspace, fused_moe, fused_moe_workspace
 from ._warmup import FusedMoeShape, MoeShape, warmup
+from .moe_act import moe_act
 from .moe_align import MoeTables, moe_align, no_tables
 from .moe_gemm import moe_gemm
 from .moe_lora import moe_lora
@@ -26,6 +27,7 @@ __all__ = [
     "MoeWorkspace",
     "fused_moe",
     "fused_moe_workspace",
+    "moe_act",
     "moe_align",
     "moe_gemm",
     "moe_lora",
@@ -41,6 +43,10 @@ __all__ = [
 def variants() -> tuple[str, ...]:
     """The names of all variants; each is a launcher, ``<package>.<family>.<module>.<family>_<module>``."""
     return (
+        "moe_act_bf16_relu2",
+        "moe_act_bf16_swiglu",
+        "moe_act_f16_relu2",
+        "moe_act_f16_swiglu",
         "moe_align_one_launch",
         "moe_gemm_gemv_bf16_token_pair_none_plain",
         "moe_gemm_gemv_bf16_token_pair_relu2_plain",

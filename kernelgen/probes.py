@@ -286,6 +286,23 @@ def _moe_sum(package: ModuleType, family: Family, variant: Variant) -> Iterator[
         yield Probe(f"t{num_tokens}", sizes, call, flops=2.0 * y.numel(), bytes=float(moved))
 
 
+def _moe_act(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
+    del family
+    launcher = _launcher(package, variant)
+    dtype = getattr(torch, variant.torch_dtype)
+    num_tokens, top_k, width = 1024, _QWEN3["top_k"], _QWEN3["inter"]
+    h = _meta(num_tokens * top_k, width, dtype=dtype)
+    x = _meta(num_tokens, top_k, variant.slices * width, dtype=dtype)
+    options = {"num_experts": _QWEN3["num_experts"], "valid_tokens": _meta(1)}
+
+    def call() -> None:
+        launcher(h, x, _meta(num_tokens, top_k), **options)
+
+    sizes = {"num_tokens": num_tokens, "top_k": top_k, "n": width}
+    moved = dtype.itemsize * (h.numel() + x.numel())
+    yield Probe(f"t{num_tokens}", sizes, call, flops=0.0, bytes=float(moved))
+
+
 def _launcher(package: ModuleType, variant: Variant) -> Callable[..., None]:
     module = importlib.import_module(f"{package.__name__}.{variant.family}.{variant.module}")
     launcher: Callable[..., None] = getattr(module, variant.name)
@@ -298,6 +315,7 @@ def _meta(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 
 _Probes = Callable[[ModuleType, Family, Variant], Iterator[Probe]]
 _FAMILIES: Mapping[str, _Probes] = {
+    "moe_act": _moe_act,
     "moe_align": _moe_align,
     "moe_gemm": _moe_gemm,
     "moe_lora": _moe_lora,

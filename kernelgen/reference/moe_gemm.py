@@ -158,3 +158,13 @@ def cast_error(magnitude: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The error of rounding numbers of at most ``magnitude`` to ``dtype``, to nearest."""
     info = torch.finfo(dtype)
     return magnitude * (info.eps / 2) + info.smallest_normal * info.eps / 2
+
+
+def moe_act(x: torch.Tensor, local: Sequence[Local], *, epilogue: str) -> Expected:
+    """h[p] = act(x[p]) of the local pairs; x [T, top_k, N or 2 * N], h [T * top_k, N] of its dtype."""
+    rows = x.flatten(0, 1).double()
+    targets = [pair for pair, _ in local]
+    found = [activate(rows[pair], torch.zeros_like(rows[pair]), epilogue) for pair in targets]
+    values = [value for value, _ in found]
+    bounds = [error + cast_error(value.abs() + error, x.dtype) for value, error in found]
+    return _expected(targets, values, bounds, x.shape[2] // (2 if epilogue == "swiglu" else 1))
