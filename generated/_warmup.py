@@ -5,13 +5,13 @@
 
 The rule. What a model fixes enters a compile key: K, N, rank, slices, experts, adapter slots, top_k, strides, dtypes,
 which optional tensors there are. What changes from step to step does not: the routing never, and the number of tokens
-only through the tiles, which are chosen for the next power of two. So the keys of a model are a short list, found by
-asking for each power of two.
+only through sizes that are rounded to powers of two: of T for the tiles, of the pairs T * top_k for the sort. Between two
+powers of two T has the same tiles, and the pairs pass at most one power of two; so both ends have all keys in between.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Sequence
+from typing import Iterator, NamedTuple, Sequence
 
 import torch
 
@@ -66,8 +66,7 @@ def requests(
     """The compile keys that batches of 0 to ``max_tokens`` tokens need, each once; nothing is compiled or run."""
     found: dict[object, runtime.CompileRequest] = {}
     for shape in shapes:
-        num_tokens = 1
-        while num_tokens < 2 * max_tokens:
+        for num_tokens in _ends(max_tokens):
             with runtime.compile_only(device) as log:
                 if isinstance(shape, FusedMoeShape):
                     _fused(shape, num_tokens)
@@ -76,8 +75,15 @@ def requests(
                         _call(shape, num_tokens, assignment, None)
                         _call(shape, num_tokens, assignment, shape.rank)
             found.update({request.key: request for request in log})
-            num_tokens *= 2
     return list(found.values())
+
+
+def _ends(max_tokens: int) -> Iterator[int]:
+    """The smallest and the largest number of tokens that round up to each power of two."""
+    first = last = 1
+    while first <= max_tokens:
+        yield from {first, min(last, max_tokens)}
+        first, last = last + 1, 2 * last
 
 
 def warmup(
@@ -108,8 +114,7 @@ def _fused(shape: FusedMoeShape, num_tokens: int) -> None:
         return torch.empty(size, dtype=dtype, device="meta")
 
     width, inter, experts = shape.hidden, shape.intermediate, shape.num_experts
-    hint = 1
-    while hint <= num_tokens:
+    for hint in _ends(num_tokens):
         fused_moe(
             empty(num_tokens, width),
             empty(experts, (2 if shape.activation == "swiglu" else 1) * inter, width),
@@ -124,7 +129,6 @@ def _fused(shape: FusedMoeShape, num_tokens: int) -> None:
                 None if shape.out_dtype is None else empty(num_tokens, width, dtype=shape.out_dtype)
             ),
         )
-        hint *= 2
 
 
 def _call(shape: MoeShape, num_tokens: int, assignment: str, rank: int | None) -> None:

@@ -67,7 +67,8 @@ def _variants(family: Family) -> Iterator[Variant]:
 
 def _facts(family: Family, tags: Record) -> Record:
     facts: dict[Identifier, Fact] = {
-        Identifier("rounds_intermediate"): family.numerics.intermediate == "activation"
+        Identifier("rounds_intermediate"): family.numerics.intermediate == "activation",
+        Identifier("chunk_k"): family.numerics.chunk_k,
     }
     for axis, tag in tags:
         for name, fact in VOCABULARY.get(axis, {}).get(tag, {}).items():

@@ -207,6 +207,12 @@ class Numerics:
     """Decisions on precision that hold for every schedule of a family."""
 
     intermediate: str = "float32"  # or "activation": rounded once to the activation's dtype
+    strict: bool = False  # all schedules add in one order, so that they agree bit for bit
+
+    @property
+    def chunk_k(self) -> int | None:
+        """Columns of a contraction whose products every schedule adds up before it adds that to the sum; None: any."""
+        return 512 if self.strict else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,10 +22,9 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-try:
+TensorGuards: Any = None
+with contextlib.suppress(ImportError):
     from torch._C._dynamo.guards import TensorGuards
-except ImportError:
-    TensorGuards = None
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
@@ -122,7 +121,8 @@ class Calls:
         if len(self._known) >= self._LIMIT:
             self._known.clear()
             self._last.clear()
-        self._known[(hint, *map(_looks, tensors))] = call
+        key = (hint, *map(_looks, tensors))
+        self._known[key] = call
         return call
 
 
@@ -168,7 +168,7 @@ def _triton_options(options: Options) -> dict[str, Any]:
 
 
 # Without the checks around them in torch.cuda; a build of torch for the CPU has neither.
-_get_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -2)
+_get_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
 _get_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 
 # The object, not its current value: profilers add themselves to it.
@@ -218,7 +218,7 @@ class Bound:
     def __call__(self, arguments: tuple[Any, ...]) -> None:
         """Launch with ``arguments``: tensors, tuples of tensors, descriptors, integers or None; the first is a tensor."""
         device = self._device
-        if device != _get_device() or _recorder is not None or _launch_hooks.calls:
+        if device < 0 or _recorder is not None or _launch_hooks.calls or device != _get_device():
             self._slow(arguments)
             return
         bits = 0

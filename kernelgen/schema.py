@@ -92,6 +92,10 @@ class NumericsShape(_Shape):
             description="Precision of the value between the two products: rounded once to the activation dtype, or kept."
         ),
     ] = "float32"
+    strict: Annotated[
+        bool,
+        Field(description="All schedules add in one order, so that they agree bit for bit; slower for few tokens."),
+    ] = False
 
 
 class ResourcesShape(_Shape):

@@ -12,7 +12,7 @@ import jsonschema
 import project
 import pytest
 
-from kernelgen import build, cli, schema
+from kernelgen import build, cli, names, schema
 from kernelgen.locate import SPECS
 from kernelgen.parse import parse
 
@@ -79,9 +79,9 @@ def test_a_file_in_the_way_is_2_for_build_and_1_for_check(work: Path, kernelgen)
 
 def test_an_interrupted_build_is_a_finding(work: Path, kernelgen) -> None:
     kernelgen("build")
-    (work / "generated/.staging").mkdir()
+    (work / names.STAGING).mkdir()
     code, _, stderr = kernelgen("build", "--check")
-    assert code == 1 and "generated/.staging: error[KG033]" in stderr
+    assert code == 1 and f"{names.STAGING}: error[KG033]" in stderr
     assert kernelgen("build")[0] == 0 and kernelgen("build", "--check")[0] == 0
 
 

@@ -121,13 +121,15 @@ def test_a_compiled_graph_serves_any_number_of_tokens(device: str, assignment: s
     """An engine compiles once: no branch of the front doors may look at the number of tokens."""
     batch = Batch(device)
     graphs = CompileCounterWithBackend("aot_eager")
+    sizes = {"num_experts": EXPERTS, "max_loras": LORAS}
+    workspace = kg.moe_workspace(
+        max_tokens=64, top_k=TOP_K, max_rank=16, num_slices=2, device=device, **sizes
+    )
 
     def apply(
         x: torch.Tensor, ids: torch.Tensor, adapters: torch.Tensor, out: torch.Tensor
     ) -> None:
-        route = kg.moe_route(
-            ids, adapters, num_experts=EXPERTS, max_loras=LORAS, assignment=assignment
-        )
+        route = kg.moe_route(ids, adapters, assignment=assignment, workspace=workspace, **sizes)
         kg.moe_lora(out, x, batch.a, batch.b, route)
 
     compiled = torch.compile(apply, fullgraph=True, backend=graphs, dynamic=True)

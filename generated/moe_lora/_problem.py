@@ -295,7 +295,13 @@ def _plan(has_ids: bool, *sizes: int) -> tuple[str, Config]:
     return schedule, _rule(schedule, *shape)
 
 
+# Bytes of shared memory of a program on the card that was measured: its tiles may not fit a smaller one.
+_TUNED_SHARED_MEMORY = 232448
+
+
 def _tuned(s: _Shape) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    if s.shared_memory < _TUNED_SHARED_MEMORY:
+        return ()
     tokens = min(
         s.tokens, 4096
     )  # the largest that is tuned; more tokens are more of the same blocks
@@ -340,18 +346,29 @@ def _rule(schedule: str, *sizes: int) -> Config:
 
 
 def _block_k(k: int, wanted: int) -> int:
-    """The largest tile of at most ``wanted`` columns that divides K; a masked one where only small tiles do."""
-    while wanted > 32 and k % wanted:
-        wanted //= 2
-    return wanted if k % wanted == 0 else min(64, max(16, runtime.next_power_of_2(k)))
+    """The largest tile of at most ``wanted`` columns that divides K; where only small ones do, one that wastes little."""
+    tile = wanted
+    while tile > 64 and k % tile:
+        tile //= 2
+    return tile if k % tile == 0 else _least_waste(k, wanted, 32, 0.02)
 
 
 def _block_n(n: int, wanted: int, waste: float = 0.0) -> int:
-    """The largest tile of at most ``wanted`` columns that leaves at most a share ``waste`` of its columns masked."""
+    """The largest tile of at most ``wanted`` columns that wastes hardly more than a share ``waste`` of them."""
+    return _least_waste(n, wanted, 64, waste) if n > 64 else max(16, runtime.next_power_of_2(n))
+
+
+def _least_waste(size: int, wanted: int, smallest: int, waste: float) -> int:
+    """The largest of wanted, wanted / 2, ... smallest whose masked columns are few, or hardly more than the least."""
+    least = min(_padded(size, smallest), _padded(size, wanted))
     tile = wanted
-    while tile > 64 and runtime.cdiv(n, tile) * tile > n * (1.0 + waste):
+    while tile > smallest and _padded(size, tile) > least * (1.0 + waste):
         tile //= 2
-    return tile if n % 64 == 0 or n > 64 else max(16, runtime.next_power_of_2(n))
+    return tile
+
+
+def _padded(size: int, tile: int) -> int:
+    return runtime.cdiv(size, tile) * tile
 
 
 def _block_r(rank: int) -> int:
@@ -412,13 +429,14 @@ def _two_kernel(s: _Shape) -> TwoKernelConfig:
     rank, block_m = _block_r(s.rank), s.block_m
     block_k = _block_k(s.k, 64 if rank == 128 or block_m > 32 else 128)
     blocks = _num_blocks(s)
-    splits = 1
-    if s.tokens * s.top_k <= 4096 and s.k % block_k == 0:
+    split_k = s.k
+    if s.tokens * s.top_k <= 4096:
         for count in range(1, 9):
-            if s.k % (count * block_k) == 0:
-                splits = count
-                if blocks * count >= 0.95 * s.num_sms and s.k // count <= 4096:
-                    break
+            if s.k % block_k == 0 and s.k % (count * block_k):
+                continue  # equal parts, where there can be any
+            split_k = _padded(runtime.cdiv(s.k, count), block_k)
+            if blocks * count >= 0.95 * s.num_sms and split_k <= 4096:
+                break
     stages = _stages(
         4, 2 * (block_m + s.slices * rank) * block_k, min(112 * 1024, s.shared_memory - 4096)
     )
@@ -431,7 +449,7 @@ def _two_kernel(s: _Shape) -> TwoKernelConfig:
     )
     return TwoKernelConfig(
         block_k,
-        runtime.cdiv(s.k, splits),
+        split_k,
         stages,
         8 if block_m == 128 or block_m * rank * s.slices > 64 * 256 else 4,
         block_n,
@@ -439,3 +457,12 @@ def _two_kernel(s: _Shape) -> TwoKernelConfig:
         3 if expand_tiles > 2 and block_m == 16 else 2,
         8 if block_m >= 64 else 4,
     )
+
+
+def rank_tile(problem: Problem, route: MoeRoute, config: TwoKernelConfig) -> int:
+    """Ranks that the expand of two_kernel takes at a time where the rank is above 128: what it holds must not grow with it."""
+    # Rows of a rank that is no multiple of 8 go through registers, as they are not aligned for copies to shared memory.
+    tile = 32 if route.block_m == 128 or problem.rank % 8 else 64
+    stage_bytes = 2 * tile * (config.block_n + route.block_m)
+    fits = config.expand_stages * stage_bytes <= runtime.traits(problem.device).shared_memory - 4096
+    return tile if fits else 32

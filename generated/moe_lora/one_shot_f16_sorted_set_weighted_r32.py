@@ -108,6 +108,7 @@ def moe_lora_one_shot_f16_sorted_set_weighted_r32_kernel(
                 )
                 for s in slices
             ]
+
     if RANK == BLOCK_R:
         v = [s[1].to(tl.float16) for s in slices]
     else:

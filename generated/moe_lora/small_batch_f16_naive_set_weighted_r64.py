@@ -212,9 +212,10 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     pdl = runtime.traits(problem.device).pdl and config.pdl == 1
     weights = CACHE_POLICIES[config.weight_policy]
     num_pairs = problem.num_pairs
-    splits = runtime.cdiv(problem.k, config.split_k)
-    chunks = runtime.cdiv(problem.rank, config.shrink_block_r)
-    part_stride = chunks * config.shrink_block_r
+    split_k, block_r = config.split_k, config.shrink_block_r
+    splits = runtime.cdiv(problem.k, split_k)
+    chunks = runtime.cdiv(problem.rank, block_r)
+    part_stride = chunks * block_r
     size = splits * num_pairs * problem.slices * part_stride
     bounds = (route.max_loras, route.num_experts, route.global_experts, route.top_k)
     shrink = _shrink.bind(
@@ -225,9 +226,9 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             problem.rank,
             problem.x_stride,
             *problem.a_strides,
-            config.shrink_block_r,
+            block_r,
             config.block_k,
-            config.split_k,
+            split_k,
             weights,
             pdl,
         ),

@@ -29,7 +29,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Problem, check, choose, partials
+from ._problem import CACHE_POLICIES, Call, Problem, check, choose, partials, rank_tile
 from ._problem import TwoKernelConfig as Config
 
 
@@ -109,6 +109,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_rany_shrink(
                 )
                 for s in slices
             ]
+
     PART_STRIDE: tl.constexpr = CHUNKS * BLOCK_R
     position = split.to(tl.int64) * capacity + first + m
     part_rows = parts_ptr + position[:, None] * (len(a_ptrs) * PART_STRIDE) + r[None, :]
@@ -144,12 +145,12 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_rany_expand(
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     TILES: tl.constexpr,
     EXPAND_STAGES: tl.constexpr,
     WEIGHTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    BLOCK_R: tl.constexpr = 128
     SPAN: tl.constexpr = BLOCK_N * TILES  # columns of one program
     SPANS: tl.constexpr = (N + SPAN - 1) // SPAN
     n0 = tl.program_id(0) % SPANS * SPAN
@@ -172,7 +173,10 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_rany_expand(
     out_rows = out_ptr + pair.to(tl.int64)[:, None] * OUT_STRIDE + s * N
     b_base = b_ptr + adapter * B_STRIDE_L + expert * B_STRIDE_E
     weight = tl.load(topk_weights_ptr + pair, mask=live, other=0.0).to(tl.float32)
-    PART_STRIDE: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R * BLOCK_R
+    PART_STRIDE: tl.constexpr = (RANK + 128 - 1) // 128 * 128
+    r_end = tl.minimum(
+        RANK, rows * RANK
+    )  # RANK, but opaque: LLVM would unroll a short loop and undo its pipeline
     part_rows = (
         parts_ptr + ((first + m).to(tl.int64)[:, None] * len(b_ptrs) + s) * PART_STRIDE + r[None, :]
     )
@@ -185,18 +189,19 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_rany_expand(
         out_tile = out_rows + n[None, :]
         old = tl.load(out_tile, mask=out_mask, other=0.0)
         y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for r0 in tl.static_range(0, RANK, BLOCK_R):
-            v_mask = live[:, None] & (r < RANK - r0)[None, :]
+        for r0 in tl.range(0, r_end, BLOCK_R, num_stages=EXPAND_STAGES):
+            v_mask = (
+                live[:, None] if RANK % BLOCK_R == 0 else live[:, None] & (r < RANK - r0)[None, :]
+            )
             v = tl.load(part_rows + r0, mask=v_mask, other=0.0)
             for i in tl.static_range(1, PARTS):
                 v += tl.load(part_rows + r0 + i * next_part, mask=v_mask, other=0.0)
-            b_mask = (n < N)[:, None] & (r < RANK - r0)[None, :]
-            b = tl.load(
-                b_base + (n[:, None] * B_STRIDE_N + (r0 + r)[None, :]),
-                mask=b_mask,
-                other=0.0,
-                eviction_policy=WEIGHTS,
-            )
+            b_tile = b_base + (n[:, None] * B_STRIDE_N + (r0 + r)[None, :])
+            if N % SPAN == 0 and RANK % BLOCK_R == 0:
+                b = tl.load(b_tile, eviction_policy=WEIGHTS)
+            else:
+                b_mask = (n < N)[:, None] & (r < RANK - r0)[None, :]
+                b = tl.load(b_tile, mask=b_mask, other=0.0, eviction_policy=WEIGHTS)
             y = tl.dot(v.to(tl.bfloat16), b.T, y)
         y *= weight[:, None]
         y += old.to(tl.float32)
@@ -211,7 +216,8 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The two launches for checked calls of these sizes, ready to be made again and again."""
     pdl = runtime.traits(problem.device).pdl and config.pdl == 1
     weights = CACHE_POLICIES[config.weight_policy]
-    splits = runtime.cdiv(problem.k, config.split_k)
+    split_k = config.split_k
+    splits = runtime.cdiv(problem.k, split_k)
     chunks = runtime.cdiv(problem.rank, 128)
     part_dtype = torch.float32 if splits > 1 else torch.bfloat16
     capacity = route.pairs.shape[0]
@@ -226,7 +232,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             *problem.a_strides,
             route.block_m,
             config.block_k,
-            config.split_k,
+            split_k,
             config.shrink_stages,
             weights,
             pdl,
@@ -243,6 +249,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             splits,
             route.block_m,
             config.block_n,
+            rank_tile(problem, route, config),
             config.expand_tiles,
             config.expand_stages,
             weights,

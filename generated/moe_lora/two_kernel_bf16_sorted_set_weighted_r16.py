@@ -107,6 +107,7 @@ def moe_lora_two_kernel_bf16_sorted_set_weighted_r16_shrink(
                 )
                 for s in slices
             ]
+
     PART_STRIDE: tl.constexpr = BLOCK_R
     position = split.to(tl.int64) * capacity + first + m
     part_rows = parts_ptr + position[:, None] * (len(a_ptrs) * PART_STRIDE) + r[None, :]
@@ -209,7 +210,8 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The two launches for checked calls of these sizes, ready to be made again and again."""
     pdl = runtime.traits(problem.device).pdl and config.pdl == 1
     weights = CACHE_POLICIES[config.weight_policy]
-    splits = runtime.cdiv(problem.k, config.split_k)
+    split_k = config.split_k
+    splits = runtime.cdiv(problem.k, split_k)
     chunks = runtime.cdiv(problem.rank, 16)
     part_dtype = torch.float32 if splits > 1 else torch.bfloat16
     capacity = route.pairs.shape[0]
@@ -224,7 +226,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             *problem.a_strides,
             route.block_m,
             config.block_k,
-            config.split_k,
+            split_k,
             config.shrink_stages,
             weights,
             pdl,

@@ -20,6 +20,9 @@ class MoeWorkspace(NamedTuple):
 
     tables: torch.Tensor  # [*] int32
     parts: torch.Tensor  # [*] float32
+    views: dict[
+        tuple[int, ...], tuple[torch.Tensor, ...]
+    ]  # of tables, by their sizes: making them costs 4 us of host time
 
 
 class MoeRoute(NamedTuple):
@@ -105,7 +108,7 @@ class MoeRoute(NamedTuple):
         _check_vector(name, "adapter_enabled", adapter_enabled, max_loras, device)
         max_blocks = max_loras * expert_ids.shape[1]
         splits = _splits(max_blocks, max_blocks * block_size, 0)
-        buffer, (num_blocks, blocks, pairs, _) = _buffers(name, workspace, splits, device)
+        buffer, num_blocks, blocks, pairs, _ = _buffers(name, workspace, splits, device)
         if max_blocks > 0:
             fill = _from_tables_op if torch.compiler.is_compiling() else _from_tables
             fill(
@@ -178,7 +181,7 @@ def moe_route(
         open_m, splits = _open(assignment, rank, block_m), _open_splits(*sizes[:4])
         if open_m == 0:
             return MoeRoute(*source, None, None, None, parts, *sizes, 0, 0)
-        buffer, (num_blocks, blocks, pairs, _) = _buffers(
+        buffer, num_blocks, blocks, pairs, _ = _buffers(
             "moe_route", workspace, splits, topk_ids.device
         )
         _route_op(buffer, *source, num_experts, max_loras, open_m)
@@ -188,7 +191,7 @@ def moe_route(
     plan = _plans.get(hint, tensors) or _plans.put(hint, tensors, _plan(*source, *request))
     if plan.block_m == 0:
         return MoeRoute(*source, None, None, None, parts, *plan.sizes, 0, 0)
-    buffer, (num_blocks, blocks, pairs, scratch) = _buffers(
+    _, num_blocks, blocks, pairs, scratch = _buffers(
         "moe_route", workspace, plan.splits, topk_ids.device
     )
     if plan.num_pairs > 0:
@@ -388,6 +391,7 @@ def moe_workspace(
     return MoeWorkspace(
         torch.empty(tables, dtype=torch.int32, device=device),
         torch.empty(parts, dtype=torch.float32, device=device),
+        {},
     )
 
 
@@ -439,32 +443,37 @@ def _buffers(
     workspace: MoeWorkspace | None,
     splits: tuple[int, int, int, int, int],
     device: torch.device,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """A buffer for the tables, and (num_blocks, blocks, pairs, scratch) in it."""
+) -> tuple[torch.Tensor, ...]:
+    """A buffer for the tables, and num_blocks, blocks, pairs, scratch in it."""
     size = sum(splits)
     if workspace is None:
-        buffer = torch.empty(size, dtype=torch.int32, device=device)
-    else:
-        buffer = workspace.tables
-        if buffer.shape[0] < size or buffer.device != device:
-            hint = "make it with moe_workspace for the largest batch"
-            runtime.fail(
-                name,
-                "workspace.tables",
-                runtime.describe(buffer),
-                f"[>= {size}] int32 on {device}",
-                hint,
-            )
-    return buffer, _views(buffer, splits)
+        return _views(torch.empty(size, dtype=torch.int32, device=device), splits)
+    tables = workspace.tables
+    found = None if torch.compiler.is_compiling() else workspace.views.get(splits)
+    if found is not None and found[0] is tables:
+        return found
+    if tables.shape[0] < size or tables.device != device:
+        hint = "make it with moe_workspace for the largest batch"
+        runtime.fail(
+            name,
+            "workspace.tables",
+            runtime.describe(tables),
+            f"[>= {size}] int32 on {device}",
+            hint,
+        )
+    views = _views(tables, splits)
+    if not torch.compiler.is_compiling():
+        workspace.views[splits] = views
+    return views
 
 
 def _views(
     buffer: torch.Tensor, splits: tuple[int, int, int, int, int]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     num_blocks, _, blocks, pairs, scratch, _ = buffer.split_with_sizes(
         (*splits, buffer.shape[0] - sum(splits))
     )
-    return num_blocks, blocks.view(-1, 4), pairs, scratch
+    return buffer, num_blocks, blocks.view(-1, 4), pairs, scratch
 
 
 def _check_block_m(name: str, block_m: int) -> None:
@@ -499,7 +508,7 @@ def _route(
     sizes = (*topk_ids.shape, num_experts, max_loras)
     block_m = settle(open_m, *topk_ids.shape, max_loras * num_experts)
     if block_m > 0 and topk_ids.numel() > 0:
-        num_blocks, blocks, pairs, scratch = _views(buffer, _open_splits(*sizes))
+        _, num_blocks, blocks, pairs, scratch = _views(buffer, _open_splits(*sizes))
         fill = _bind(*sizes, global_experts, block_m, topk_ids.device)
         fill(pairs, blocks, num_blocks, scratch, *source)
 
@@ -519,7 +528,7 @@ def _from_tables(
     from .from_tables import moe_route_from_tables
 
     max_blocks = max_loras * expert_ids.shape[1]
-    num_blocks, blocks, pairs, _ = _views(buffer, _splits(max_blocks, max_blocks * block_m, 0))
+    _, num_blocks, blocks, pairs, _ = _views(buffer, _splits(max_blocks, max_blocks * block_m, 0))
     moe_route_from_tables(
         pairs,
         blocks,

@@ -105,7 +105,7 @@ def stale_workspace(package: ModuleType, variants: Sequence[Variant], device: st
         workspace = _workspace(package, device, max_tokens=16)
         if assignment == "tables":  # those of an engine may have more blocks than a sort makes
             workspace = workspace._replace(tables=workspace.tables.new_empty(4096))
-        for buffer in workspace:
+        for buffer in (workspace.tables, workspace.parts):
             poison_(buffer)
         for case in (large, dataclasses.replace(_CASE, rank=16)):
             call = make(dataclasses.replace(case, rank=16), tags, device)

@@ -146,7 +146,7 @@ def _workspace(package: ModuleType, device: str, sizes: Sizes) -> Any:
         num_slices=1,
         device=device,
     )
-    for buffer in workspace:
+    for buffer in (workspace.tables, workspace.parts):
         poison_(buffer)
     return workspace
 

@@ -1,0 +1,78 @@
+"""``numerics.strict``: every schedule adds in one order, so that they agree bit for bit on tensor cores."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kernelgen import build, verify
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKENS, TOP_K, EXPERTS, LORAS, K, N = 37, 3, 5, 2, 1208, 200  # two whole chunks of K and a ragged one
+BUCKETS = {24: "r32", 200: "rany"}
+NARROW = {"dtype": "bf16", "add_inputs": "add", "routed_weight": "weighted", "rank": "r32, rany"}
+
+
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a package of fewer, strict variants."""
+    out = tmp_path_factory.mktemp("strict")
+    shutil.copytree(ROOT / "specs", out / "specs")
+    spec = out / "specs/moe_lora.yaml"
+    text = spec.read_text("utf-8").replace("numerics:\n", "numerics:\n  strict: true\n")
+    for axis, tags in NARROW.items():
+        text = re.sub(rf"^  {axis}: .*$", f"  {axis}: [{tags}]", text, flags=re.MULTILINE)
+    spec.write_text(text, "utf-8")
+    build.build(out / "specs", out)
+    return out
+
+
+def test_strict_kernels_are_right(strict: Path, device: str) -> None:
+    """The same cases and bounds as of the default kernels."""
+    found = verify.run(strict, only="moe_lora_*_r32", device=device)
+    assert found.outcomes and not [outcome for outcome in found.outcomes if outcome.error]
+
+
+@pytest.mark.parametrize("rank", BUCKETS)
+def test_schedules_agree_bit_for_bit(strict: Path, device: str, rank: int) -> None:
+    if device != "cuda":
+        pytest.skip("the interpreter's products are not a tensor core's")
+    sys.path.insert(0, str(strict))
+    if not (strict / "strictly").exists():
+        shutil.copytree(strict / "generated", strict / "strictly")
+    kg: Any = importlib.import_module("strictly")
+    sys.path.remove(str(strict))
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(size, device=device).bfloat16()
+
+    ids = torch.randint(EXPERTS, (TOKENS, TOP_K), device=device).int()
+    adapters = torch.randint(-1, LORAS, (TOKENS,), device=device).int()
+    x, out, weights = normal(TOKENS * TOP_K, K), normal(TOKENS, TOP_K, 2 * N), normal(TOKENS, TOP_K)
+    a = [normal(LORAS, EXPERTS, rank, K) for _ in range(2)]
+    b = [normal(LORAS, EXPERTS, N, rank) for _ in range(2)]
+    sizes = {"num_experts": EXPERTS, "max_loras": LORAS}
+    results = []
+    for schedule, assignment, block_m in (
+        ("small_batch", "naive", None),
+        ("two_kernel", "sorted", 16),
+        ("two_kernel", "sorted", 64),
+        ("one_shot", "sorted", 16),
+        ("one_shot", "sorted", 64),
+    ):
+        name = f"{schedule}_bf16_{assignment}_add_weighted_{BUCKETS[rank]}"
+        if f"moe_lora_{name}" not in kg.variants():
+            continue
+        launch = getattr(importlib.import_module(f"strictly.moe_lora.{name}"), f"moe_lora_{name}")
+        route = kg.moe_route(ids, adapters, assignment=assignment, block_m=block_m, **sizes)
+        results.append(out.clone())
+        launch(results[-1], x, a, b, route, topk_weights=weights)
+    assert len(results) >= 3 and not torch.equal(results[0], out)
+    assert all(torch.equal(result, results[0]) for result in results)
