@@ -10,8 +10,10 @@ imported when it is first used. With TRITON_INTERPRET=1 everything runs on CPU t
 from __future__ import annotations
 
 from ._fused_moe import FusedMoeWorkspace, fused_moe, fused_moe_workspace
+from ._overlap import overlap
 from ._warmup import FusedMoeShape, MoeShape, warmup
 from .moe_act import moe_act
+from .moe_add import moe_add
 from .moe_align import MoeTables, moe_align, no_tables
 from .moe_gemm import moe_gemm
 from .moe_lora import moe_lora
@@ -28,6 +30,7 @@ __all__ = [
     "fused_moe",
     "fused_moe_workspace",
     "moe_act",
+    "moe_add",
     "moe_align",
     "moe_gemm",
     "moe_lora",
@@ -35,6 +38,7 @@ __all__ = [
     "moe_sum",
     "moe_workspace",
     "no_tables",
+    "overlap",
     "variants",
     "warmup",
 ]
@@ -47,6 +51,8 @@ def variants() -> tuple[str, ...]:
         "moe_act_bf16_swiglu",
         "moe_act_f16_relu2",
         "moe_act_f16_swiglu",
+        "moe_add_bf16",
+        "moe_add_f16",
         "moe_align_one_launch",
         "moe_gemm_gemv_bf16_token_pair_none_plain",
         "moe_gemm_gemv_bf16_token_pair_relu2_plain",

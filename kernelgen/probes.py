@@ -303,6 +303,24 @@ def _moe_act(package: ModuleType, family: Family, variant: Variant) -> Iterator[
     yield Probe(f"t{num_tokens}", sizes, call, flops=0.0, bytes=float(moved))
 
 
+def _moe_add(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
+    del family
+    launcher = _launcher(package, variant)
+    dtype = getattr(torch, variant.torch_dtype)
+    num_tokens, top_k, width = 1024, _QWEN3["top_k"], 2 * _QWEN3["inter"]
+    out, delta = (_meta(num_tokens, top_k, width, dtype=dtype) for _ in range(2))
+    sizes = {"num_experts": _QWEN3["num_experts"], "max_loras": 4}
+
+    def call() -> None:
+        route = package.moe_route(
+            _meta(num_tokens, top_k), _meta(num_tokens), assignment="naive", adapter_enabled=_meta(4), **sizes
+        )
+        launcher(out, delta, route)
+
+    moved = 3.0 * dtype.itemsize * out.numel()
+    yield Probe(f"t{num_tokens}", {"num_tokens": num_tokens, "n": width}, call, flops=0.0, bytes=moved)
+
+
 def _launcher(package: ModuleType, variant: Variant) -> Callable[..., None]:
     module = importlib.import_module(f"{package.__name__}.{variant.family}.{variant.module}")
     launcher: Callable[..., None] = getattr(module, variant.name)
@@ -316,6 +334,7 @@ def _meta(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 _Probes = Callable[[ModuleType, Family, Variant], Iterator[Probe]]
 _FAMILIES: Mapping[str, _Probes] = {
     "moe_act": _moe_act,
+    "moe_add": _moe_add,
     "moe_align": _moe_align,
     "moe_gemm": _moe_gemm,
     "moe_lora": _moe_lora,

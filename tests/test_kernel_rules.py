@@ -21,6 +21,8 @@ WIDE_STRIDES = {
     "B_STRIDE_E",
     "W_STRIDE_E",
     "Y_STRIDE",
+    "H_STRIDE",
+    "D_STRIDE",
 }
 LENGTHS = {"K", "N", "RANK"}
 
