@@ -9,18 +9,37 @@ imported when it is first used. With TRITON_INTERPRET=1 everything runs on CPU t
 
 from __future__ import annotations
 
+from ._fused_moe import FusedMoeWorkspace, fused_moe, fused_moe_workspace
+from ._overlap import overlap
 from ._quantize import quantize_activations, quantize_weights
-from ._warmup import MoeShape, warmup
+from ._warmup import FusedMoeShape, MoeShape, warmup
+from .moe_act import moe_act
+from .moe_add import moe_add
+from .moe_align import MoeTables, moe_align, no_tables
+from .moe_gemm import moe_gemm
 from .moe_lora import moe_lora
 from .moe_route import MoeRoute, MoeWorkspace, moe_route, moe_workspace
+from .moe_sum import moe_sum
 
 __all__ = [
+    "FusedMoeShape",
+    "FusedMoeWorkspace",
     "MoeRoute",
     "MoeShape",
+    "MoeTables",
     "MoeWorkspace",
+    "fused_moe",
+    "fused_moe_workspace",
+    "moe_act",
+    "moe_add",
+    "moe_align",
+    "moe_gemm",
     "moe_lora",
     "moe_route",
+    "moe_sum",
     "moe_workspace",
+    "no_tables",
+    "overlap",
     "quantize_activations",
     "quantize_weights",
     "variants",
@@ -31,6 +50,61 @@ __all__ = [
 def variants() -> tuple[str, ...]:
     """The names of all variants; each is a launcher, ``<package>.<family>.<module>.<family>_<module>``."""
     return (
+        "moe_act_bf16_relu2",
+        "moe_act_bf16_swiglu",
+        "moe_act_f16_relu2",
+        "moe_act_f16_swiglu",
+        "moe_add_bf16",
+        "moe_add_f16",
+        "moe_align_one_launch",
+        "moe_gemm_gemv_bf16_token_pair_plain",
+        "moe_gemm_gemv_bf16_token_pair_relu2_plain",
+        "moe_gemm_gemv_bf16_token_pair_swiglu_plain",
+        "moe_gemm_gemv_bf16_pair_pair_plain",
+        "moe_gemm_gemv_bf16_pair_pair_weighted",
+        "moe_gemm_gemv_bf16_pair_token_weighted",
+        "moe_gemm_gemv_f16_token_pair_plain",
+        "moe_gemm_gemv_f16_token_pair_relu2_plain",
+        "moe_gemm_gemv_f16_token_pair_swiglu_plain",
+        "moe_gemm_gemv_f16_pair_pair_plain",
+        "moe_gemm_gemv_f16_pair_pair_weighted",
+        "moe_gemm_gemv_f16_pair_token_weighted",
+        "moe_gemm_tile_bf16_token_sorted_relu2_plain",
+        "moe_gemm_tile_bf16_token_sorted_swiglu_plain",
+        "moe_gemm_tile_bf16_sorted_pair_plain",
+        "moe_gemm_tile_bf16_sorted_pair_weighted",
+        "moe_gemm_tile_bf16_token_pair_plain",
+        "moe_gemm_tile_bf16_token_pair_relu2_plain",
+        "moe_gemm_tile_bf16_token_pair_swiglu_plain",
+        "moe_gemm_tile_bf16_pair_pair_plain",
+        "moe_gemm_tile_bf16_pair_pair_weighted",
+        "moe_gemm_tile_f16_token_sorted_relu2_plain",
+        "moe_gemm_tile_f16_token_sorted_swiglu_plain",
+        "moe_gemm_tile_f16_sorted_pair_plain",
+        "moe_gemm_tile_f16_sorted_pair_weighted",
+        "moe_gemm_tile_f16_token_pair_plain",
+        "moe_gemm_tile_f16_token_pair_relu2_plain",
+        "moe_gemm_tile_f16_token_pair_swiglu_plain",
+        "moe_gemm_tile_f16_pair_pair_plain",
+        "moe_gemm_tile_f16_pair_pair_weighted",
+        "moe_gemm_box_bf16_token_sorted_relu2_plain",
+        "moe_gemm_box_bf16_token_sorted_swiglu_plain",
+        "moe_gemm_box_bf16_sorted_pair_plain",
+        "moe_gemm_box_bf16_sorted_pair_weighted",
+        "moe_gemm_box_bf16_token_pair_plain",
+        "moe_gemm_box_bf16_token_pair_relu2_plain",
+        "moe_gemm_box_bf16_token_pair_swiglu_plain",
+        "moe_gemm_box_bf16_pair_pair_plain",
+        "moe_gemm_box_bf16_pair_pair_weighted",
+        "moe_gemm_box_f16_token_sorted_relu2_plain",
+        "moe_gemm_box_f16_token_sorted_swiglu_plain",
+        "moe_gemm_box_f16_sorted_pair_plain",
+        "moe_gemm_box_f16_sorted_pair_weighted",
+        "moe_gemm_box_f16_token_pair_plain",
+        "moe_gemm_box_f16_token_pair_relu2_plain",
+        "moe_gemm_box_f16_token_pair_swiglu_plain",
+        "moe_gemm_box_f16_pair_pair_plain",
+        "moe_gemm_box_f16_pair_pair_weighted",
         "moe_lora_one_shot_bf16_sorted_add_plain_r16",
         "moe_lora_one_shot_bf16_sorted_add_plain_r16_a8tensor",
         "moe_lora_one_shot_bf16_sorted_add_plain_r16_a8token",
@@ -290,4 +364,12 @@ def variants() -> tuple[str, ...]:
         "moe_route_one_launch",
         "moe_route_three_launch",
         "moe_route_from_tables",
+        "moe_sum_bf16_plain_keep",
+        "moe_sum_bf16_plain_zero",
+        "moe_sum_bf16_weighted_keep",
+        "moe_sum_bf16_weighted_zero",
+        "moe_sum_f16_plain_keep",
+        "moe_sum_f16_plain_zero",
+        "moe_sum_f16_weighted_keep",
+        "moe_sum_f16_weighted_zero",
     )

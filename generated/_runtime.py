@@ -23,6 +23,7 @@ from typing import Any, Callable, Iterator, NamedTuple, NoReturn, Sequence
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TensorGuards: Any = None
 with contextlib.suppress(ImportError):
@@ -57,6 +58,8 @@ class CompileRequest:
                 return argument.dtype
             if isinstance(argument, tuple):
                 return tuple(kind(item) for item in argument)
+            if isinstance(argument, TensorDescriptor):
+                return argument.base.dtype, tuple(argument.block_shape)
             return argument is None
 
         return (self.launcher, self.constants, self.options, *map(kind, self.arguments))
@@ -70,6 +73,8 @@ class CompileRequest:
                 return MockTensor(argument.dtype)
             if isinstance(argument, tuple):
                 return tuple(mock(item) for item in argument)
+            if isinstance(argument, TensorDescriptor):
+                return dataclasses.replace(argument, base=MockTensor(argument.base.dtype))
             return argument
 
         return self.launcher.kernel.warmup(
@@ -214,7 +219,7 @@ class Bound:
         self._handle: Any = None
 
     def __call__(self, arguments: tuple[Any, ...]) -> None:
-        """Launch with ``arguments``: tensors, tuples of tensors, integers or None; the first is a tensor."""
+        """Launch with ``arguments``: tensors, tuples of tensors, descriptors, integers or None; the first is a tensor."""
         device = self._device
         if device < 0 or _recorder is not None or _launch_hooks.calls or device != _get_device():
             self._slow(arguments)
@@ -223,7 +228,7 @@ class Bound:
         raw: list[Any] = []
         for argument in arguments[: self._num_aligned]:
             kind = type(argument)
-            if kind is int or argument is None:
+            if kind is int or argument is None or kind is TensorDescriptor:  # which are of aligned memory
                 raw.append(argument)
             elif kind is tuple:
                 pointers = tuple([tensor.data_ptr() for tensor in argument])
@@ -300,6 +305,13 @@ def _traits(index: int) -> Traits:
     capability = (99, 0) if torch.version.hip is not None else torch.cuda.get_device_capability(index)
     pdl = torch.version.hip is None and capability >= (9, 0)
     return Traits(properties["multiprocessor_count"], properties["max_shared_mem"], pdl, capability >= (8, 9))
+
+
+def describable(tensor: torch.Tensor) -> bool:
+    """Whether the tensor memory accelerator can read it: rows of whole 16 bytes, from a 16-byte boundary."""
+    width = tensor.element_size()
+    strides = tensor.stride()
+    return strides[-1] == 1 and not any(s * width & 15 for s in strides[:-1]) and not tensor.data_ptr() & 15
 
 
 def cdiv(a: int, b: int) -> int:

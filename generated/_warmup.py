@@ -16,6 +16,7 @@ from typing import Iterator, NamedTuple, Sequence
 import torch
 
 from . import _runtime as runtime
+from ._fused_moe import fused_moe
 from .moe_lora import moe_lora
 from .moe_lora._problem import scale_shape, x_scale_shape
 from .moe_route import MoeRoute, moe_route
@@ -44,18 +45,40 @@ class MoeShape(NamedTuple):
     fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of both
 
 
+class FusedMoeShape(NamedTuple):
+    """A base MoE layer, as ``fused_moe`` will be called on it; all tensors are contiguous."""
+
+    hidden: int
+    intermediate: int
+    num_experts: int  # in the weights
+    top_k: int
+    activation: str = "swiglu"
+    dtype: torch.dtype = torch.bfloat16
+    out_dtype: torch.dtype | None = None  # of the caller's out; None: none is given
+    valid_tokens: bool = False  # whether it is given
+    local_expert_start: int = 0
+    topk_ids_dtype: torch.dtype = torch.int32
+    topk_weights_dtype: torch.dtype = torch.float32
+
+
 def requests(
-    shapes: Sequence[MoeShape], *, max_tokens: int = 8192, device: torch.device | None = None
+    shapes: Sequence[MoeShape | FusedMoeShape],
+    *,
+    max_tokens: int = 8192,
+    device: torch.device | None = None,
 ) -> list[runtime.CompileRequest]:
     """The compile keys that batches of 0 to ``max_tokens`` tokens need, each once; nothing is compiled or run."""
     found: dict[object, runtime.CompileRequest] = {}
     for shape in shapes:
         for num_tokens in _ends(max_tokens):
-            for assignment in shape.assignments:
-                with runtime.compile_only(device) as log:
-                    _call(shape, num_tokens, assignment, None)
-                    _call(shape, num_tokens, assignment, shape.rank)
-                found.update({request.key: request for request in log})
+            with runtime.compile_only(device) as log:
+                if isinstance(shape, FusedMoeShape):
+                    _fused(shape, num_tokens)
+                else:
+                    for assignment in shape.assignments:
+                        _call(shape, num_tokens, assignment, None)
+                        _call(shape, num_tokens, assignment, shape.rank)
+            found.update({request.key: request for request in log})
     return list(found.values())
 
 
@@ -68,7 +91,10 @@ def _ends(max_tokens: int) -> Iterator[int]:
 
 
 def warmup(
-    shapes: Sequence[MoeShape], *, max_tokens: int = 8192, device: torch.device | str = "cuda"
+    shapes: Sequence[MoeShape | FusedMoeShape],
+    *,
+    max_tokens: int = 8192,
+    device: torch.device | str = "cuda",
 ) -> int:
     """Compile exactly what these shapes need for up to ``max_tokens`` tokens; return how many kernels that is.
 
@@ -83,6 +109,30 @@ def warmup(
         for request in wanted:
             request.compile().run  # loads the module
     return len(wanted)
+
+
+def _fused(shape: FusedMoeShape, num_tokens: int) -> None:
+    """A batch of ``num_tokens``, whatever number of them is expected."""
+
+    def empty(*size: int, dtype: torch.dtype = shape.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    width, inter, experts = shape.hidden, shape.intermediate, shape.num_experts
+    for hint in _ends(num_tokens):
+        fused_moe(
+            empty(num_tokens, width),
+            empty(experts, (2 if shape.activation == "swiglu" else 1) * inter, width),
+            empty(experts, width, inter),
+            empty(num_tokens, shape.top_k, dtype=shape.topk_ids_dtype),
+            empty(num_tokens, shape.top_k, dtype=shape.topk_weights_dtype),
+            activation=shape.activation,
+            valid_tokens=empty(1, dtype=torch.int32) if shape.valid_tokens else None,
+            num_tokens_hint=hint,
+            local_expert_start=shape.local_expert_start,
+            out=(
+                None if shape.out_dtype is None else empty(num_tokens, width, dtype=shape.out_dtype)
+            ),
+        )
 
 
 def _call(shape: MoeShape, num_tokens: int, assignment: str, rank: int | None) -> None:

@@ -255,6 +255,15 @@ def _repair_language(interpreter: Any) -> None:
             done = True
         return interpreter._LangPatchScope()  # nothing to restore
 
+    stock_splat = builder.create_splat
+
+    def splat(self: Any, kind: Any, value: Any) -> Any:
+        result = stock_splat(self, kind, value)
+        if value.data.dtype == np.bool_:  # stock takes the type of what was compared, which no mask may be
+            return interpreter.TensorHandle(result.data.astype(np.bool_), tl.int1)
+        return result
+
+    builder.create_splat = splat
     for name, dtype in float8.items():
         if not hasattr(builder, f"get_{name}_ty"):
             setattr(builder, f"get_{name}_ty", lambda self, dtype=dtype: dtype)

@@ -75,6 +75,14 @@ def _bucket(rank: int) -> Mapping[str, Fact]:
     return _facts(block_rank=rank, max_rank=rank, tiled_rank=False)
 
 
+def _rows(
+    reads_token: bool = False, reads_sorted: bool = False, writes_sorted: bool = False, sums: bool = False
+) -> Mapping[str, Fact]:
+    return _facts(
+        reads_token=reads_token, reads_sorted=reads_sorted, writes_sorted=writes_sorted, sums=sums
+    )
+
+
 # axis -> tag -> facts. All tags of an axis have the same facts. torch_dtype is also the word of triton.language.
 VOCABULARY: Mapping[str, Mapping[str, Mapping[str, Fact]]] = MappingProxyType(
     {
@@ -85,6 +93,19 @@ VOCABULARY: Mapping[str, Mapping[str, Mapping[str, Fact]]] = MappingProxyType(
         "assignment": {"naive": _facts(), "sorted": _facts()},
         "add_inputs": {"add": _facts(adds=True), "set": _facts(adds=False)},
         "routed_weight": {"plain": _facts(weighted=False), "weighted": _facts(weighted=True)},
+        "rows": {  # of a grouped product: which one is read, and where the result goes
+            "token_sorted": _rows(reads_token=True, writes_sorted=True),
+            "sorted_pair": _rows(reads_sorted=True),
+            "token_pair": _rows(reads_token=True),
+            "pair_pair": _rows(),
+            "pair_token": _rows(sums=True),
+        },
+        "epilogue": {
+            "none": _facts(gated=False, squared=False, slices=1),
+            "relu2": _facts(gated=False, squared=True, slices=1),
+            "swiglu": _facts(gated=True, squared=False, slices=2),
+        },
+        "rest": {"keep": _facts(zeroes=False), "zero": _facts(zeroes=True)},
         "rank": {
             "r16": _bucket(16),
             "r32": _bucket(32),

@@ -222,6 +222,127 @@ def _route_call(
     return convert if variant.schedule == "from_tables" else sort
 
 
+# One call of each kind of tile: tokens of Qwen3-30B-A3B whose mean expert makes blocks of that height.
+_GEMM_TOKENS = {"gemv": (1, 4), "tile": (64, 256, 4096), "box": (1024, 4096)}
+_QWEN3 = {"hidden": 2048, "inter": 768, "top_k": 8, "num_experts": 128}
+
+
+def _moe_gemm(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
+    del family
+    for num_tokens in _GEMM_TOKENS[variant.schedule]:
+        yield _moe_gemm_probe(package, variant, num_tokens)
+
+
+def _moe_gemm_probe(package: ModuleType, variant: Variant, num_tokens: int) -> Probe:
+    launcher = _launcher(package, variant)
+    dtype = getattr(torch, variant.torch_dtype)
+    top_k, num_experts = _QWEN3["top_k"], _QWEN3["num_experts"]
+    num_pairs = num_tokens * top_k
+    k, n = _QWEN3["hidden"], _QWEN3["inter"]
+    if not variant.reads_token:
+        k, n = n, k
+    rows = num_tokens if variant.reads_token else num_pairs
+    outputs = num_tokens if variant.sums else num_pairs
+    height = variant.slices * n
+
+    def call() -> None:
+        with package._runtime.compile_only():
+            options = {"num_experts": num_experts, "valid_tokens": _meta(1)}
+            make = package.no_tables if variant.schedule == "gemv" else package.moe_align
+            tables = make(_meta(num_tokens, top_k), **options)
+        weights = {"topk_weights": _meta(num_tokens, top_k, dtype=torch.float32)}
+        launcher(
+            _meta(outputs, n, dtype=dtype),
+            _meta(rows, k, dtype=dtype),
+            _meta(num_experts, height, k, dtype=dtype),
+            tables,
+            **(weights if variant.weighted else {}),
+        )
+
+    hit = num_experts * (1.0 - (1.0 - 1.0 / num_experts) ** num_pairs)  # if pairs are spread evenly
+    return Probe(
+        f"t{num_tokens}",
+        {"num_tokens": num_tokens, "k": k, "n": n, "top_k": top_k, "num_experts": num_experts},
+        call,
+        flops=2.0 * num_pairs * height * k,
+        bytes=dtype.itemsize * (hit * height * k + rows * k + outputs * n),
+    )
+
+
+def _moe_align(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
+    del family, variant
+    top_k, num_experts = _QWEN3["top_k"], _QWEN3["num_experts"]
+    for num_tokens in (16, 256, 4096):
+        ids, valid = _meta(num_tokens, top_k), _meta(1)
+
+        def call(ids: torch.Tensor = ids, valid: torch.Tensor = valid) -> None:
+            package.moe_align(ids, num_experts=num_experts, valid_tokens=valid)
+
+        sizes = {"num_tokens": num_tokens, "top_k": top_k, "num_experts": num_experts}
+        yield Probe(f"t{num_tokens}", sizes, call, flops=0.0, bytes=8.0 * ids.numel())
+
+
+def _moe_sum(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
+    del family
+    launcher = _launcher(package, variant)
+    dtype = getattr(torch, variant.torch_dtype)
+    top_k, width = _QWEN3["top_k"], _QWEN3["hidden"]
+    for num_tokens in (16, 4096):
+        ids = _meta(num_tokens, top_k)
+        out, y = _meta(num_tokens, width, dtype=dtype), _meta(num_tokens, top_k, width, dtype=dtype)
+        options: dict[str, Any] = {"num_experts": _QWEN3["num_experts"], "valid_tokens": _meta(1)}
+        if variant.weighted:
+            options["topk_weights"] = _meta(num_tokens, top_k, dtype=torch.float32)
+
+        def call(arguments: Any = (out, y, ids), options: Any = options) -> None:
+            launcher(*arguments, **options)
+
+        sizes = {"num_tokens": num_tokens, "top_k": top_k, "n": width}
+        moved = dtype.itemsize * (out.numel() + y.numel())
+        yield Probe(f"t{num_tokens}", sizes, call, flops=2.0 * y.numel(), bytes=float(moved))
+
+
+def _moe_act(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
+    del family
+    launcher = _launcher(package, variant)
+    dtype = getattr(torch, variant.torch_dtype)
+    num_tokens, top_k, width = 1024, _QWEN3["top_k"], _QWEN3["inter"]
+    h = _meta(num_tokens * top_k, width, dtype=dtype)
+    x = _meta(num_tokens, top_k, variant.slices * width, dtype=dtype)
+    options = {"num_experts": _QWEN3["num_experts"], "valid_tokens": _meta(1)}
+
+    def call() -> None:
+        launcher(h, x, _meta(num_tokens, top_k), **options)
+
+    sizes = {"num_tokens": num_tokens, "top_k": top_k, "n": width}
+    moved = dtype.itemsize * (h.numel() + x.numel())
+    yield Probe(f"t{num_tokens}", sizes, call, flops=0.0, bytes=float(moved))
+
+
+def _moe_add(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
+    del family
+    launcher = _launcher(package, variant)
+    dtype = getattr(torch, variant.torch_dtype)
+    num_tokens, top_k, width = 1024, _QWEN3["top_k"], 2 * _QWEN3["inter"]
+    out, delta = (_meta(num_tokens, top_k, width, dtype=dtype) for _ in range(2))
+    sizes = {"num_experts": _QWEN3["num_experts"], "max_loras": 4}
+
+    def call() -> None:
+        route = package.moe_route(
+            _meta(num_tokens, top_k), _meta(num_tokens), assignment="naive", adapter_enabled=_meta(4), **sizes
+        )
+        launcher(out, delta, route)
+
+    moved = 3.0 * dtype.itemsize * out.numel()
+    yield Probe(f"t{num_tokens}", {"num_tokens": num_tokens, "n": width}, call, flops=0.0, bytes=moved)
+
+
+def _launcher(package: ModuleType, variant: Variant) -> Callable[..., None]:
+    module = importlib.import_module(f"{package.__name__}.{variant.family}.{variant.module}")
+    launcher: Callable[..., None] = getattr(module, variant.name)
+    return launcher
+
+
 _FP32 = torch.float32
 
 
@@ -236,7 +357,15 @@ def _meta(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 
 
 _Probes = Callable[[ModuleType, Family, Variant], Iterator[Probe]]
-_FAMILIES: Mapping[str, _Probes] = {"moe_lora": _moe_lora, "moe_route": _moe_route}
+_FAMILIES: Mapping[str, _Probes] = {
+    "moe_act": _moe_act,
+    "moe_add": _moe_add,
+    "moe_align": _moe_align,
+    "moe_gemm": _moe_gemm,
+    "moe_lora": _moe_lora,
+    "moe_route": _moe_route,
+    "moe_sum": _moe_sum,
+}
 
 
 def probes(package: ModuleType, family: Family, variant: Variant) -> list[Probe]:

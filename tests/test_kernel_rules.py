@@ -19,6 +19,10 @@ WIDE_STRIDES = {
     "A_STRIDE_E",
     "B_STRIDE_L",
     "B_STRIDE_E",
+    "W_STRIDE_E",
+    "Y_STRIDE",
+    "H_STRIDE",
+    "D_STRIDE",
     "A_SCALE_STRIDE_L",
     "A_SCALE_STRIDE_E",
     "B_SCALE_STRIDE_L",
@@ -108,7 +112,7 @@ def test_a_number_that_changes_from_call_to_call_makes_no_compile_key(file: Path
         for parameter in kernel.args.args:
             if kernel.name.startswith("_"):
                 continue  # a helper has no key of its own
-            is_pointer = parameter.arg.endswith(("_ptr", "_ptrs"))
+            is_pointer = parameter.arg.endswith(("_ptr", "_ptrs", "_desc"))
             is_constant = parameter.annotation is not None
             assert is_pointer or is_constant or f"'{parameter.arg}'" in decorators, parameter.arg
 

@@ -233,6 +233,7 @@ class Scene:
         device: str,
         tmp_path: Path,
         change: Callable[[list[Adapter]], list[Adapter]] = list,
+        base: str = "torch",
     ) -> None:
         import generated as kernels
 
@@ -241,7 +242,7 @@ class Scene:
         shape = expert_shape(model)
         adapters = [read_adapter(folder, shape) for folder in folders]
         buffers = stack_adapters(change(adapters), shape, dtype=torch.bfloat16, device=device)
-        self.server = MoeLora(self.model, buffers, kernels)
+        self.server = MoeLora(self.model, buffers, kernels, base=base)
         requests = [
             Request(slot, torch.randint(models.VOCABULARY, (n,)))
             for slot, n in ((0, 5), (-1, 3), (1, 4), (2, 6))
@@ -259,9 +260,10 @@ def fresh(name: str) -> Any:
     return models.MODELS[name]()
 
 
+@pytest.mark.parametrize("base", ["torch", "generated"])
 @pytest.mark.parametrize("name", list(models.MODELS))
-def test_served_equals_peft(name: str, device: str, tmp_path: Path) -> None:
-    scene = Scene(fresh(name), device, tmp_path)
+def test_served_equals_peft(name: str, base: str, device: str, tmp_path: Path) -> None:
+    scene = Scene(fresh(name), device, tmp_path, base=base)
     results = [
         scene.comparison.compare(s, scene.served, scene.steps, lambda: None) for s in (-1, 0, 1, 2)
     ]
@@ -313,5 +315,10 @@ def test_outside_of_a_batch(device: str) -> None:
         model(ids)
     with pytest.raises(ValueError, match="outside of batch"):
         server.experts(0, None, ids, ids, ids)
+    with pytest.raises(ValueError, match=r'base: got .*, wanted "torch" or "generated"'):
+        MoeLora(model, {}, kernels, base="mine")
+    model.model.layers[0].mlp.experts.act_fn = torch.nn.GELU()
+    with pytest.raises(ValueError, match="got the activation GELU, wanted SiLU"):
+        MoeLora(model, {}, kernels, base="generated")
     with pytest.raises(ValueError, match=r"adapters for layers \[7\]"):
         MoeLora(model, {7: None}, kernels)  # type: ignore[dict-item]

@@ -4,8 +4,9 @@
 adds the adapters of the batch with the generated kernels. It serves every model whose experts are fused parameters
 ``gate_up_proj`` [E, 2 * I, H] and ``down_proj`` [E, H, I] without biases: Qwen3-MoE, Mixtral, OLMoE, DeepSeek and others.
 
-The base experts here are plain matrix products, one expert after the other, for checking and for small models; an engine
-has its own, and adds two calls of ``moe_lora`` and one of ``moe_route`` as ``MoeLora.experts`` does.
+The base experts are plain matrix products, one expert after the other, for checking and for small models: an engine that
+has its own adds two calls of ``moe_lora`` and one of ``moe_route`` as ``MoeLora.experts`` does. With ``base="generated"`` they
+are generated kernels too: see ``MoeLayer``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, Iterator, Mapping, NamedTuple
 
 import torch
 
+from .moe_layer import MoeLayer
 from .peft import ExpertShape, LayerBuffers
 
 _NAME = "kernelgen_moe_lora"
@@ -55,6 +57,7 @@ class MoeLora:
         layers: from ``stack_adapters``, on the model's device.
         kernels: the generated package, under whatever name it was imported.
         assignment: as in ``moe_route``.
+        base: how the base experts run: "torch", or "generated".
 
     Raises:
         ValueError: the model's experts are of a kind that this glue does not run, or ``layers`` names one without experts.
@@ -67,6 +70,7 @@ class MoeLora:
         kernels: ModuleType,
         *,
         assignment: str = "auto",
+        base: str = "torch",
     ) -> None:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -74,6 +78,7 @@ class MoeLora:
         self._layers = layers
         self._kernels = kernels
         self._assignment = assignment
+        self._base = base
         self._mapping: torch.Tensor | None = None
         self._calls: list[MoeCall] | None = None
         self._experts = dict(_experts(model))
@@ -81,6 +86,12 @@ class MoeLora:
             raise ValueError(
                 f"layers: got adapters for layers {missing}, wanted some of {sorted(self._experts)}"
             )
+        if base not in ("torch", "generated"):
+            raise ValueError(f'base: got {base!r}, wanted "torch" or "generated"')
+        for index, experts in self._experts.items() if base == "generated" else ():
+            found = type(experts.act_fn).__name__
+            if found not in ("SiLU", "SiLUActivation"):
+                raise ValueError(f"layer {index}: got the activation {found}, wanted SiLU")
         ALL_EXPERTS_FUNCTIONS.register(_NAME, _experts_forward)
 
     @contextlib.contextmanager
@@ -128,6 +139,11 @@ class MoeLora:
             )
         lora = self._layers.get(index)
         topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.contiguous()
+        if self._base == "generated":
+            layer = MoeLayer(self._kernels, base.gate_up_proj, base.down_proj, lora)
+            mapping, how = self._mapping, self._assignment
+            result = layer(x.contiguous(), topk_ids, topk_weights, mapping, assignment=how)
+            return self._note(index, x, topk_ids, topk_weights, result)
         expert_of_pair = topk_ids.flatten()
         gate_up = _expert_linear(x.repeat_interleave(top_k, 0), base.gate_up_proj, expert_of_pair)
         if lora is not None:
@@ -148,10 +164,12 @@ class MoeLora:
             self._kernels.moe_lora(
                 out, inter, *lora.down, route, topk_weights=topk_weights, mul_routed_weight=True
             )
-        result = out.sum(1)
+        return self._note(index, x, topk_ids, topk_weights, out.sum(1))
+
+    def _note(self, index: int, *call: torch.Tensor) -> torch.Tensor:
         if self._calls is not None:
-            self._calls.append(MoeCall(index, x, topk_ids, topk_weights, result))
-        return result
+            self._calls.append(MoeCall(index, *call))
+        return call[-1]
 
 
 def _experts_forward(

@@ -13,7 +13,7 @@ import triton
 
 import generated as kg
 from generated import _runtime as runtime
-from generated._warmup import MoeShape, requests
+from generated._warmup import FusedMoeShape, MoeShape, requests
 from kernelgen.stand_in import compiling_for
 from kernelgen.targets import TARGETS
 
@@ -164,3 +164,52 @@ def test_triton_agrees_that_the_keys_are_equal() -> None:
     assert sum(map(len, by_kernel.values())) < len(log)
     for kernel, keys in by_kernel.items():
         assert len(kernel.device_caches[device][0]) == len(keys), kernel.fn.__name__
+
+
+QWEN3_LAYER = FusedMoeShape(hidden=2048, intermediate=768, num_experts=128, top_k=8, out_dtype=torch.bfloat16)
+LOCAL_LAYER = FusedMoeShape(  # a share of a layer, with widths that no large tile divides, and everything optional given
+    hidden=2880,
+    intermediate=352,
+    num_experts=12,
+    top_k=6,
+    activation="relu2",
+    dtype=torch.float16,
+    valid_tokens=True,
+    local_expert_start=36,
+    topk_ids_dtype=torch.int64,
+)
+
+
+def serve_layer(shape: FusedMoeShape, num_tokens: int, hint: int | None) -> None:
+    """One step of an engine on the base experts."""
+
+    def empty(*size: int, dtype: torch.dtype = shape.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    rows = shape.intermediate * (2 if shape.activation == "swiglu" else 1)
+    kg.fused_moe(
+        empty(num_tokens, shape.hidden),
+        empty(shape.num_experts, rows, shape.hidden),
+        empty(shape.num_experts, shape.hidden, shape.intermediate),
+        empty(num_tokens, shape.top_k, dtype=shape.topk_ids_dtype),
+        empty(num_tokens, shape.top_k, dtype=torch.float32),
+        activation=shape.activation,
+        valid_tokens=empty(1, dtype=torch.int32) if shape.valid_tokens else None,
+        num_tokens_hint=hint,
+        local_expert_start=shape.local_expert_start,
+        out=None if shape.out_dtype is None else empty(num_tokens, shape.hidden, dtype=shape.out_dtype),
+    )
+
+
+@pytest.mark.parametrize("shape", [QWEN3_LAYER, LOCAL_LAYER], ids=["qwen3", "share"])
+def test_no_number_of_tokens_and_no_hint_makes_another_key_of_a_layer(shape: FusedMoeShape) -> None:
+    edges = {(1 << i) + step for i in range(13) for step in (-1, 0, 1)}
+    found = set()
+    with runtime.compile_only() as log:
+        for num_tokens in sorted({*range(40), *edges, *range(0, 4096, 61)}):
+            for hint in (None, 1, 5, 30, 100, 700, 5000):
+                serve_layer(shape, num_tokens, hint)
+            found.update(request.key for request in log)
+            log.clear()
+    known = {request.key for request in requests([shape], max_tokens=4097)}
+    assert found <= known and len(known) <= 64

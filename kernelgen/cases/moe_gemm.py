@@ -1,0 +1,253 @@
+"""Cases of the grouped products of a base MoE layer.
+
+Everything that a kernel must not read is poison (NaN): rows of x and routing weights of pairs that are not local, weights of
+experts that nobody asked for, what lies between and around rows, table entries behind the last block. Everything that it
+must not write is compared bit for bit; rows that it must write are NaN before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from types import MappingProxyType, ModuleType
+from typing import Any, Callable, Mapping, Sequence
+
+import torch
+
+from kernelgen.buffers import Guarded, allocate, allocate_sparse, positions, seal
+from kernelgen.cases.base import Case as BaseCase
+from kernelgen.cases.base import Tags, worst_ratio
+from kernelgen.cases.moe_experts import SPREAD, Experts, Routed, draw
+from kernelgen.model import VOCABULARY
+from kernelgen.reference.moe_align import moe_align
+from kernelgen.reference.moe_gemm import Expected, moe_gemm, moe_gemm_sum
+
+BODY = ("schedule", "rows", "epilogue")
+
+# Tiles that small shapes can be less than, equal to and greater than.
+_TILES: Mapping[str, int] = MappingProxyType(
+    {"block_n": 32, "block_k": 32, "num_stages": 2, "num_warps": 4}
+)
+_NO_ROWS = [2**30, 2**30, 0]  # an entry of the tables without rows, where nothing may be read
+_HUGE = 2**31 + 64  # elements: out of reach of a 32-bit offset
+
+
+@dataclasses.dataclass(frozen=True)
+class Case(BaseCase):
+    """Sizes and layout of one call.
+
+    Attributes:
+        few: at most so many tokens for a variant that takes pairs one by one, where more show nothing more.
+        hint: tokens that the grid is sized for, None: all.
+        tiles: tunables that differ from those of the other cases, where a variant has them.
+        own_tiles: the variant chooses its tiles itself.
+        align: rows are padded to a multiple of this many elements,
+        gap: and then lie so far apart.
+        offset: elements that memory starts behind a 16-byte boundary.
+        expert_stride, row_stride: of the weights, and of x and out, where they are given.
+    """
+
+    tokens: int = 5
+    few: int = 3
+    top_k: int = 2
+    experts: int = 3
+    k: int = 40
+    n: int = 24
+    block_m: int = 16
+    routing: Experts = SPREAD
+    hint: int | None = None
+    weights_dtype: torch.dtype = torch.float32
+    out_dtype: torch.dtype | None = None
+    scale: float = 1.0
+    tiles: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
+    own_tiles: bool = False
+    align: int = 8
+    gap: int = 8
+    offset: int = 0
+    expert_stride: int | None = None
+    row_stride: int | None = None
+
+
+def _only(**axes: str) -> Mapping[str, Sequence[str]]:
+    return MappingProxyType({axis: tags.split() for axis, tags in axes.items()})
+
+
+_TILED = _only(schedule="tile box")
+_POINTERS = _only(schedule="gemv tile")
+_WEIGHTED = _only(routed_weight="weighted")
+_ONE = Experts("one")
+
+CASES = (
+    Case("one", "every size is one", only=_POINTERS, tokens=1, top_k=1, experts=1, k=1, n=1),
+    Case("lt_tile", "a tile that is not full", k=24, n=16),
+    Case("eq_tile", "one full tile", tokens=16, top_k=1, routing=_ONE, k=32, n=32),
+    Case("gt_tile", "full tiles, then a row", tokens=33, top_k=1, routing=_ONE, k=96, n=64),
+    Case("ragged", "no size divides", core=True, tokens=9, top_k=3, k=72, n=40, routing=Experts("mixed", start=2)),
+    Case("one_more", "one column behind a tile", only=_POINTERS, tokens=17, top_k=1, routing=_ONE, k=65, n=33),
+    Case("empty", "a launch without programs", tokens=0, few=0),
+    Case("nothing_local", "no block at all", routing=Experts("away")),
+    Case("no_valid_token", "a step of padding alone", routing=Experts(valid=0)),
+    Case("some_valid", "a graph for many tokens, replayed for fewer", core=True, tokens=7, routing=Experts("mixed", valid=2)),
+    Case("hint_too_low", "programs that take many tiles", only=_TILED, tokens=40, hint=1, n=64),
+    Case("ids_int64", "ids as torch.topk gives them", routing=Experts("mixed", ids_dtype=torch.int64)),
+    Case("twice_the_expert", "an expert twice in a token", top_k=3, experts=2),
+    Case("top_1", "top_k = 1 folds a dimension away", top_k=1),
+    Case("half_tiles", "blocks of few rows in tiles of half the height", only=_TILED, tokens=25, top_k=1, experts=2, block_m=32, tiles={"tail": 1}, routing=Experts("skewed")),
+    Case("grouped", "blocks that share a tile of columns, the last group lower", only=_TILED, tokens=50, experts=4, n=96, tiles={"group_m": 4}),
+    Case("block_64", "the blocks of long prompts", only=_TILED, tokens=70, experts=2, block_m=64, tiles={"tail": 1}),
+    Case("own_tiles", "the tiles that the rule takes", own_tiles=True, k=64, n=48, tokens=20),
+    Case("own_large_tiles", "the tiles of long prompts", only=_TILED, own_tiles=True, k=64, n=48, tokens=130, experts=2, block_m=128),
+    Case("weights_bf16", "routing weights in another dtype", only=_WEIGHTED, weights_dtype=torch.bfloat16),
+    Case("out_f32", "tokens in fp32", only=_only(rows="pair_token"), out_dtype=torch.float32),
+    Case("packed", "nothing between rows", gap=0),
+    Case("unaligned", "odd strides, a base that is not 16-byte aligned", only=_POINTERS, align=1, gap=1, offset=1, k=33, n=23),
+    Case("large_sums", "gates in the tails of exp", only=_only(epilogue="swiglu relu2"), scale=40.0),
+    Case("huge_experts", "32-bit offsets of experts wrap", only=_only(schedule="gemv tile", epilogue="none relu2"), expert_stride=_HUGE, experts=2),
+    Case("huge_rows", "32-bit offsets of rows wrap", only=_only(schedule="gemv tile"), row_stride=_HUGE // 4, tokens=4, few=4, top_k=2),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The operands of one call, and what it should make of them."""
+
+    out: Guarded
+    x: torch.Tensor
+    w: torch.Tensor
+    tables: Any
+    topk_weights: torch.Tensor | None
+    routed: Routed
+    expected: Expected
+    inputs: Mapping[str, Guarded]
+
+    @property
+    def operands(self) -> tuple[Any, ...]:
+        """out, x, w and tables, as every launcher takes them."""
+        return self.out.view, self.x, self.w, self.tables
+
+    def verify(self) -> float:
+        """The worst error over its bound.
+
+        Raises:
+            AssertionError: a row that is written is off, another one changed, or an input did.
+        """
+        for name, guarded in self.inputs.items():
+            changed = int(guarded.changed().sum())
+            assert not changed, f"{name}: {changed} elements of an input changed"
+        rows = torch.zeros(self.out.view.shape[0], dtype=torch.bool)
+        rows[self.expected.rows] = True
+        stray = int((self.out.changed() & ~positions(self.out, rows.to(self.x.device))).sum())
+        assert not stray, f"out: {stray} elements changed outside of the rows of local pairs"
+        return worst_ratio(
+            self.out.view[self.expected.rows].cpu(), self.expected.out.cpu(), self.expected.bound.cpu()
+        )
+
+
+def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
+    """The operands of ``case`` for a variant, with tables of the reference; the numbers depend on the case alone."""
+    dtype = getattr(torch, str(VOCABULARY["dtype"][tags["dtype"]]["torch_dtype"]))
+    by_one = tags["schedule"] == "gemv"
+    tokens = min(case.tokens, case.few) if by_one else case.tokens
+    reads, writes = tags["rows"].split("_")
+    routed = draw(case.routing, tokens, case.top_k, case.experts, case.random(), device)
+    numbers, num_pairs = case.generator(), tokens * case.top_k
+    pad = -(-case.k // case.align) * case.align + case.gap
+
+    def memory(shape: Sequence[int], strides: Sequence[int], kind: torch.dtype = dtype) -> torch.Tensor:
+        if max(strides) * max(shape[0], 1) >= _HUGE // 2:
+            return allocate_sparse(shape, strides, kind, device)
+        return allocate(shape, strides, kind, device, offset=case.offset)
+
+    order = sorted(routed.local, key=lambda item: (item.expert, item.pair))
+    sources = {
+        "token": [pair // case.top_k for pair, _ in routed.local],
+        "sorted": range(len(order)),
+        "pair": [pair for pair, _ in routed.local],
+    }[reads]
+    x = memory((tokens if reads == "token" else num_pairs, case.k), (case.row_stride or pad, 1))
+    for row in sorted(set(sources)):
+        x[row] = torch.randn(case.k, generator=numbers).to(x)
+    height = case.n * int(VOCABULARY["epilogue"][tags["epilogue"]]["slices"] or 1)
+    w = memory((case.experts, height, case.k), (case.expert_stride or height * pad, pad, 1))
+    for expert in sorted({item.expert for item in routed.local}):
+        size = case.scale * case.k**-0.5
+        w[expert] = (size * torch.randn(height, case.k, generator=numbers)).to(w)
+    weights = None
+    if tags["routed_weight"] == "weighted":
+        weights = allocate((tokens, case.top_k), (case.top_k, 1), case.weights_dtype, device)
+        for pair, _ in routed.local:
+            weights.view(-1)[pair] = torch.rand((), generator=numbers).to(weights)
+
+    out_rows = tokens if writes == "token" else num_pairs
+    out_row = case.row_stride or -(-case.n // case.align) * case.align + case.gap
+    out = memory((out_rows, case.n), (out_row, 1), case.out_dtype or dtype)
+    if writes == "token" and weights is not None:
+        count = routed.count
+        expected = moe_gemm_sum(x, w, routed.local, num_tokens=count, topk_weights=weights, dtype=out.dtype)
+    else:
+        expected = moe_gemm(
+            x,
+            w,
+            routed.local,
+            top_k=case.top_k,
+            rows=tags["rows"],
+            epilogue=tags["epilogue"],
+            topk_weights=weights,
+            dtype=dtype,
+        )
+    tables, ints = tables_of(package, case, routed, by_one, device)
+    given = {"x": x, "w": w, "topk_weights": weights, "topk_ids": routed.topk_ids, **ints}
+    inputs = {name: _seal(tensor) for name, tensor in given.items() if tensor is not None}
+    return Call(_seal(out), x, w, tables, weights, routed, expected, inputs)
+
+
+def _seal(tensor: torch.Tensor) -> Guarded:
+    return seal(tensor, sparse=tensor.untyped_storage().nbytes() >= _HUGE)
+
+
+def tables_of(
+    package: ModuleType, case: Case, routed: Routed, by_one: bool, device: str
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The tables of the reference as a variant takes them, poison behind what counts."""
+    tables = package.no_tables(
+        routed.topk_ids,
+        num_experts=routed.num_experts,
+        valid_tokens=routed.valid_tokens,
+        local_expert_start=routed.start,
+    )
+    if by_one:
+        return tables, {}
+    wanted = moe_align(routed.local, block_m=case.block_m)
+    pairs = allocate((routed.topk_ids.numel(),), (1,), torch.int32, device)
+    pairs[: len(wanted.pairs)] = wanted.pairs.to(device)
+    entries = [_NO_ROWS, *(entry for block in wanted.blocks.tolist() for entry in (block, _NO_ROWS))]
+    blocks = allocate((len(entries) + 2, 3), (3, 1), torch.int32, device)
+    blocks[: len(entries)] = torch.tensor(entries, dtype=torch.int32).to(device)
+    count = torch.tensor([len(entries)], dtype=torch.int32, device=device)
+    hint = routed.topk_ids.shape[0] if case.hint is None else case.hint
+    made = {"pairs": pairs, "blocks": blocks, "num_blocks": count}
+    return tables._replace(**made, block_m=case.block_m, tokens_hint=hint), made
+
+
+def check(
+    package: ModuleType, launcher: Callable[..., None], tags: Tags, case: Case, device: str
+) -> float:
+    """Run ``case`` on a variant's launcher; return the worst error over its bound.
+
+    Raises:
+        AssertionError: the variant is wrong.
+    """
+    call = make(package, case, tags, device)
+    keywords = {} if call.topk_weights is None else {"topk_weights": call.topk_weights}
+    config = None if case.own_tiles else tiles(launcher, case.tiles)
+    launcher(*call.operands, config=config, **keywords)
+    return call.verify()
+
+
+def tiles(launcher: Callable[..., None], changes: Mapping[str, int] | None = None) -> Any:
+    """The tiles of the cases, as a variant's launcher takes them."""
+    config = sys.modules[launcher.__module__].Config
+    known = {**_TILES, **(changes or {})}
+    if "num_stages" not in config._fields:
+        known["block_n"] = 8
+    return config(**{field: known[field] for field in config._fields if field in known})

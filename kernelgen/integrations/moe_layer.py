@@ -1,0 +1,95 @@
+"""A whole MoE layer with LoRA adapters on generated kernels, behind its router: how the ops go together.
+
+    rows[p]  = x[t] . W13[e]^T                                      moe_gemm
+    rows[p] += adapter's delta, by slices gate and up               moe_lora
+    h[p]     = act(rows[p])                                         moe_act
+    y[p]     = w[p] * (h[p] . W2[e]^T)                              moe_gemm
+    y[p]    += w[p] * adapter's delta                               moe_lora
+    out[t]   = sum over j of y[t * top_k + j]                       moe_sum
+
+for every pair p = t * top_k + j of expert e. All of it stays on the device and is safe in a CUDA graph. A batch without any
+adapter needs none of the rows: ``fused_moe`` keeps them on the chip, or in the order that suits its kernels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .peft import LayerBuffers
+
+_FEW_TOKENS = 4  # that stream weights pair by pair, as fused_moe does
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeLayer:
+    """The weights of one layer's experts, and the adapters on them.
+
+    Attributes:
+        kernels: the generated package, under whatever name it was imported.
+        w13: [E, 2 * I, H], the gate, then the linear half.
+        w2: [E, H, I].
+        lora: the adapters, from ``stack_adapters``; None: this layer has none.
+    """
+
+    kernels: ModuleType
+    w13: torch.Tensor
+    w2: torch.Tensor
+    lora: LayerBuffers | None
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        token_lora_mapping: torch.Tensor | None,
+        *,
+        assignment: str = "auto",
+        workspace: Any = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The output [T, H] of the experts for ``hidden`` [T, H].
+
+        Args:
+            topk_ids, topk_weights: [T, top_k], contiguous.
+            token_lora_mapping: [T] int32, the adapter of each token, -1: none; None: no token has one.
+            assignment: as in ``moe_route``.
+            workspace: from the package's ``moe_workspace``, for the adapters; None allocates.
+            out: [T, H] in the dtype of ``hidden``; None makes it.
+
+        Raises:
+            ValueError: something does not fit; nothing was launched.
+        """
+        kg, lora = self.kernels, self.lora
+        out = torch.empty_like(hidden) if out is None else out
+        if lora is None or token_lora_mapping is None:
+            layer = (hidden, self.w13, self.w2, topk_ids, topk_weights)
+            kg.fused_moe(*layer, activation="swiglu", out=out)
+            return out
+
+        (num_tokens, top_k), (num_experts, width, inter) = topk_ids.shape, self.w2.shape
+        route = kg.moe_route(
+            topk_ids,
+            token_lora_mapping,
+            num_experts=num_experts,
+            max_loras=lora.down.a[0].shape[0],
+            adapter_enabled=lora.adapter_enabled,
+            assignment=assignment,
+            workspace=workspace,
+            rank=lora.down.a[0].shape[2],
+        )
+        make = kg.no_tables if num_tokens <= _FEW_TOKENS else kg.moe_align
+        tables = make(topk_ids, num_experts=num_experts)
+        rows = hidden.new_empty(num_tokens, top_k, 2 * inter)
+        kg.moe_gemm(rows, hidden, self.w13, tables, x_rows="token")
+        kg.moe_lora(rows, hidden, *lora.gate_up, route)
+        h = hidden.new_empty(num_tokens * top_k, inter)
+        kg.moe_act(h, rows, topk_ids, activation="swiglu", num_experts=num_experts)
+        y = hidden.new_empty(num_tokens, top_k, width)
+        kg.moe_gemm(y, h, self.w2, tables, x_rows="pair", topk_weights=topk_weights)
+        kg.moe_lora(y, h, *lora.down, route, topk_weights=topk_weights, mul_routed_weight=True)
+        kg.moe_sum(y, topk_ids, num_experts=num_experts, out=out)
+        return out
