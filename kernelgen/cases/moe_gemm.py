@@ -92,18 +92,60 @@ CASES = (
     Case("ids_int64", "ids as torch.topk gives them", routing=Experts("mixed", ids_dtype=torch.int64)),
     Case("twice_the_expert", "an expert twice in a token", top_k=3, experts=2),
     Case("top_1", "top_k = 1 folds a dimension away", top_k=1),
-    Case("half_tiles", "blocks of few rows in tiles of half the height", only=_TILED, tokens=25, top_k=1, experts=2, block_m=32, tiles={"tail": 1}, routing=Experts("skewed")),
-    Case("grouped", "blocks that share a tile of columns, the last group lower", only=_TILED, tokens=50, experts=4, n=96, tiles={"group_m": 4}),
+    Case(
+        "half_tiles",
+        "blocks of few rows in tiles of half the height",
+        only=_TILED,
+        tokens=25,
+        top_k=1,
+        experts=2,
+        block_m=32,
+        tiles={"tail": 1},
+        routing=Experts("skewed"),
+    ),
+    Case(
+        "grouped",
+        "blocks that share a tile of columns, the last group lower",
+        only=_TILED,
+        tokens=50,
+        experts=4,
+        n=96,
+        tiles={"group_m": 4},
+    ),
     Case("block_64", "the blocks of long prompts", only=_TILED, tokens=70, experts=2, block_m=64, tiles={"tail": 1}),
     Case("own_tiles", "the tiles that the rule takes", own_tiles=True, k=64, n=48, tokens=20),
-    Case("own_large_tiles", "the tiles of long prompts", only=_TILED, own_tiles=True, k=64, n=48, tokens=130, experts=2, block_m=128),
+    Case(
+        "own_large_tiles",
+        "the tiles of long prompts",
+        only=_TILED,
+        own_tiles=True,
+        k=64,
+        n=48,
+        tokens=130,
+        experts=2,
+        block_m=128,
+    ),
     Case("weights_bf16", "routing weights in another dtype", only=_WEIGHTED, weights_dtype=torch.bfloat16),
     Case("out_f32", "tokens in fp32", only=_only(rows="pair_token"), out_dtype=torch.float32),
     Case("packed", "nothing between rows", gap=0),
     Case("unaligned", "odd strides, a base that is not 16-byte aligned", only=_POINTERS, align=1, gap=1, offset=1, k=33, n=23),
     Case("large_sums", "gates in the tails of exp", only=_only(epilogue="swiglu relu2"), scale=40.0),
-    Case("huge_experts", "32-bit offsets of experts wrap", only=_only(schedule="gemv tile", epilogue="none relu2"), expert_stride=_HUGE, experts=2),
-    Case("huge_rows", "32-bit offsets of rows wrap", only=_only(schedule="gemv tile"), row_stride=_HUGE // 4, tokens=4, few=4, top_k=2),
+    Case(
+        "huge_experts",
+        "32-bit offsets of experts wrap",
+        only=_only(schedule="gemv tile", epilogue="none relu2"),
+        expert_stride=_HUGE,
+        experts=2,
+    ),
+    Case(
+        "huge_rows",
+        "32-bit offsets of rows wrap",
+        only=_only(schedule="gemv tile"),
+        row_stride=_HUGE // 4,
+        tokens=4,
+        few=4,
+        top_k=2,
+    ),
 )
 
 
@@ -182,7 +224,7 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
     out_row = case.row_stride or -(-case.n // case.align) * case.align + case.gap
     out = memory((out_rows, case.n), (out_row, 1), case.out_dtype or dtype)
     if writes == "token" and weights is not None:
-        count = routed.count
+        count = routed.num_valid
         expected = moe_gemm_sum(x, w, routed.local, num_tokens=count, topk_weights=weights, dtype=out.dtype)
     else:
         expected = moe_gemm(

@@ -42,7 +42,7 @@ class Layer(NamedTuple):
 
     def verify(self, out: torch.Tensor) -> None:
         """Raise AssertionError unless the rows of valid tokens are those of the reference."""
-        count = self.routed.count
+        count = self.routed.num_valid
         operands = (self.hidden, self.w13, self.w2, self.routed.local, self.topk_weights)
         exact = fused_moe(*operands, activation=self.activation, num_tokens=count, dtype=out.dtype)
         worst_ratio(out[:count].cpu(), exact.out.cpu(), exact.bound.cpu())
@@ -66,7 +66,8 @@ def layer(
     routed = draw(how, tokens, top_k, experts, random.Random(seed), device)
 
     def normal(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=numbers) * size[-1] ** -0.5
+        drawn = torch.randn(size, generator=numbers)
+        return drawn.mul_(size[-1] ** -0.5)
 
     x = torch.full((tokens, hidden), torch.nan)
     weights = torch.full((tokens, top_k), torch.nan)
@@ -99,7 +100,7 @@ def fused_front_door(package: ModuleType, variants: Sequence[Variant], device: s
         given = call.run(package, num_tokens_hint=hint, out=out)
         what = f"{tokens} tokens, {how}, hint {hint}, own buffer {own}"
         _about(lambda call=call, given=given: call.verify(given), what)  # type: ignore[misc]
-        rest = given[call.routed.count :]
+        rest = given[call.routed.num_valid :]
         right = not rest.any() if own else bool(rest.isnan().all())
         assert right and given.dtype == (torch.float32 if own else call.hidden.dtype), what
 
@@ -226,7 +227,7 @@ def one_graph_serves_every_batch(
             out.fill_(torch.nan)
             graph.replay()
             torch.cuda.synchronize()
-            _about(lambda call=call: call.verify(out), f"{tokens} tokens, {kind}, {valid} valid")  # type: ignore[misc]
+            _about(lambda call=call, out=out: call.verify(out), f"{tokens} tokens, {kind}, {valid} valid")  # type: ignore[misc]
             assert out[valid:].isnan().all(), "rows of padding were written"
             eager = call.run(package, **{**options, "out": torch.full_like(out, torch.nan)})
             assert torch.equal(bits(eager), bits(out)), f"{tokens} tokens, {kind}, {valid} valid"
