@@ -574,7 +574,12 @@ def _in_group(s: _Shape, block_k: int) -> int:
 
 def _accumulators(s: _Shape) -> int:
     """Numbers that a program of the shrink holds: its sums, and what widening FP8 and scaling the sums of groups take."""
-    return s.block_m * _block_r(s.rank) * (s.slices + (2 if s.weight_scales or s.x_scales else 0))
+    totals = 0
+    return (
+        s.block_m
+        * _block_r(s.rank)
+        * (s.slices + totals + (2 if s.weight_scales or s.x_scales else 0))
+    )
 
 
 def _one_shot(s: _Shape) -> OneShotConfig:
