@@ -576,8 +576,12 @@ def _in_group(s: _Shape, block_k: int) -> int:
 
 
 def _accumulators(s: _Shape) -> int:
-    """Numbers that a program of the shrink holds: its sums, and what widening FP8 and scaling the sums of groups take."""
-    return s.block_m * _block_r(s.rank) * (s.slices + (2 if s.weight_scales or s.x_scales else 0))
+    """Numbers that a program of the shrink holds: its sums, and what scaling the sums of groups takes."""
+    return (
+        s.block_m
+        * _block_r(s.rank)
+        * (s.slices + (2 if "group" in (s.weight_scales, s.x_scales) else 0))
+    )
 
 
 def _one_shot(s: _Shape) -> OneShotConfig:
@@ -593,6 +597,8 @@ def _one_shot(s: _Shape) -> OneShotConfig:
         block_k, stages = 64, 6 if rank == 16 else 4
         if s.x_scales == "group" and rank == 128:
             block_k = 32  # 64 would spill
+    if s.weight_scales and rank < 128:
+        block_k, stages = max(block_k, 128), 3  # as many bytes on the way as of 16 bits
     budget = s.shared_memory - 4096
     shrink_bytes, expand_bytes = 2 * (s.block_m + s.slices * rank), 2 * (
         s.block_m + rank
@@ -602,13 +608,21 @@ def _one_shot(s: _Shape) -> OneShotConfig:
     block_n = _fitting(
         _block_n(s.n, 256 if wide else 128, 0.03 if rank == 16 else 0.0), expand_bytes, budget
     )
+    accumulators = _accumulators(s)
+    narrow = s.weight_scales is not None and accumulators >= 32 * 256
+    if narrow:
+        block_n = min(
+            block_n, 64
+        )  # widening and scaling a wider tile beside the sums of the shrink would spill
     expand = _stages(3, expand_bytes * block_n, budget)
     # Accumulators of the shrink would spill over 4 warps; sooner without the matrix units of a large card.
-    accumulators = _accumulators(s)
-    heavy = accumulators >= (48 * 256 if budget > 128 * 1024 else 64 * 128)
+    heavy = accumulators >= (
+        (80 if narrow and not s.x_scales else 48) * 256 if budget > 128 * 1024 else 64 * 128
+    )
     if accumulators >= 64 * 256 and budget < 64 * 1024:
         block_n = min(block_n, 32)  # seen to spill on gfx942
-    return OneShotConfig(block_n, block_k, stages, expand, 8 if heavy or s.block_m == 128 else 4)
+    warps = 8 if heavy or s.block_m == 128 else 2 if rank == 16 and s.block_m == 16 else 4
+    return OneShotConfig(block_n, block_k, stages, expand, warps)
 
 
 def _small_batch(s: _Shape) -> SmallBatchConfig:
