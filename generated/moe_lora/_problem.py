@@ -370,14 +370,11 @@ def find_scales(
     elif a_scale is not None or b_scale is not None:
         runtime.fail(variant, "a_scale, b_scale", "one of them", "both, or none")
     if x_scale is not None:
-        of_x = next(
-            (
-                mode
-                for mode in ("tensor", "token", "group")
-                if x_scale.shape == x_scale_shape(mode, x.shape)
-            ),
-            None,
+        # Where K is one group, a scale a token has the same shape: groups of weights go with groups of x.
+        modes = (
+            ("tensor", "group", "token") if of_weights == "group" else ("tensor", "token", "group")
         )
+        of_x = next((mode for mode in modes if x_scale.shape == x_scale_shape(mode, x.shape)), None)
         if of_x is None:
             wanted = f"[1], {list(x_scale_shape('token', x.shape))} or {list(x_scale_shape('group', x.shape))}"
             runtime.fail(
