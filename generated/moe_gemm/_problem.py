@@ -302,11 +302,7 @@ def _rule(schedule: str, *sizes: int) -> Config:
 
 def _gemv(s: _Shape) -> GemvConfig:
     block_k = _block_k(s.k, 256 if s.k <= 8192 else 512)
-    if s.slices == 2:
-        return GemvConfig(8, block_k, 2, 1)
-    if s.k <= 1024 and s.tokens == 1:
-        return GemvConfig(2, block_k, 1, 1)
-    return GemvConfig(4, block_k, 2, 1)
+    return GemvConfig(4 if s.slices == 2 else 2, block_k, 1, 1)
 
 
 # block_m -> block_n, block_k, stages, warps of the first projection with its two halves, and of any other product
