@@ -53,13 +53,15 @@ def find_mode(scale: torch.Tensor, weights: torch.Tensor, quant: Quant) -> str |
     return next((mode for mode in modes if fits(mode, scale.shape, weights.shape, quant)), None)
 
 
-def find_x_mode(variant: str, x: torch.Tensor, x_scale: torch.Tensor, quant: Quant) -> str:
-    """The same of activations.
+def find_x_mode(
+    variant: str, x: torch.Tensor, x_scale: torch.Tensor, quant: Quant, first: str | None = None
+) -> str:
+    """The same of activations; ``first`` is taken where it fits.
 
     Raises:
         ValueError: no mode has scales of such a shape.
     """
-    for mode in ("tensor", "token", "group"):
+    for mode in (first or "tensor", "tensor", "token", "group"):
         if x_scale.shape == x_scale_shape(mode, x.shape, quant):
             return mode
     wanted = f"[1], {list(x_scale_shape('token', x.shape, quant))} or {list(x_scale_shape('group', x.shape, quant))}"
