@@ -71,18 +71,16 @@ def lora_expand_f16_add_r128_product(
     live = m < rows
     token = tl.load(tokens_ptr + first + m, mask=live, other=0).to(tl.int64)
 
-    s = 0
-    spans, width, column = SPANS[0], WIDTHS[0], COLUMNS[0]
-    b_ptr = b_ptrs[0] + adapter * B_STRIDES_L[0]
+    s, b_ptr = 0, b_ptrs[0]
+    spans, width, column, b_stride_l = SPANS[0], WIDTHS[0], COLUMNS[0], B_STRIDES_L[0]
     for i in tl.static_range(1, len(b_ptrs)):
         here = span >= SPANS[i]
-        s = tl.where(here, i, s)
-        spans, width, column = (
-            tl.where(here, SPANS[i], spans),
-            tl.where(here, WIDTHS[i], width),
-            tl.where(here, COLUMNS[i], column),
+        s, b_ptr = tl.where(here, i, s), tl.where(here, b_ptrs[i], b_ptr)
+        spans, width = tl.where(here, SPANS[i], spans), tl.where(here, WIDTHS[i], width)
+        column, b_stride_l = tl.where(here, COLUMNS[i], column), tl.where(
+            here, B_STRIDES_L[i], b_stride_l
         )
-        b_ptr = tl.where(here, b_ptrs[i] + adapter * B_STRIDES_L[i], b_ptr)
+    b_base = b_ptr + adapter * b_stride_l
     n0 = (span - spans) * (BLOCK_N * TILES)
     r = tl.arange(0, BLOCK_R)
     out_rows = out_ptr + token[:, None] * OUT_STRIDE + column
@@ -103,11 +101,11 @@ def lora_expand_f16_add_r128_product(
         out_tile = out_rows + n[None, :]
         old = tl.load(out_tile, mask=out_mask, other=0.0)
         if EVEN and RANK == BLOCK_R:
-            b = tl.load(b_ptr + (n[:, None] * B_STRIDE_N + r[None, :]), eviction_policy=WEIGHTS)
+            b = tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]), eviction_policy=WEIGHTS)
         else:
             b_mask = (n < width)[:, None] & (r < RANK)[None, :]
             b = tl.load(
-                b_ptr + (n[:, None] * B_STRIDE_N + r[None, :]),
+                b_base + (n[:, None] * B_STRIDE_N + r[None, :]),
                 mask=b_mask,
                 other=0.0,
                 eviction_policy=WEIGHTS,
