@@ -13,7 +13,7 @@ from ._fused_moe import FusedMoeWorkspace, fused_moe, fused_moe_workspace
 from ._lora import lora, lora_route, lora_workspace
 from ._overlap import overlap
 from ._quantize import quantize_activations, quantize_weights
-from ._warmup import FusedMoeShape, MoeShape, warmup
+from ._warmup import FusedMoeShape, LoraShape, MoeShape, warmup
 from .lora_expand import lora_expand
 from .lora_shrink import lora_shrink
 from .moe_act import moe_act
@@ -27,6 +27,7 @@ from .moe_sum import moe_sum
 __all__ = [
     "FusedMoeShape",
     "FusedMoeWorkspace",
+    "LoraShape",
     "MoeRoute",
     "MoeShape",
     "MoeTables",
