@@ -386,8 +386,7 @@ def moe_workspace(
     """
     num_pairs = max_tokens * top_k
     num_groups = max_loras * num_experts
-    scratch = _scratch_size(num_pairs, num_groups)
-    tables = sum(_splits(_max_blocks(num_pairs, num_groups, 16), num_pairs, scratch))
+    tables = sum(_open_splits(max_tokens, top_k, num_experts, max_loras))
     rank = (
         runtime.cdiv(max_rank, 128) * 128
         if max_rank > 128
