@@ -10,9 +10,12 @@ imported when it is first used. With TRITON_INTERPRET=1 everything runs on CPU t
 from __future__ import annotations
 
 from ._fused_moe import FusedMoeWorkspace, fused_moe, fused_moe_workspace
+from ._lora import lora, lora_route, lora_workspace
 from ._overlap import overlap
 from ._quantize import quantize_activations, quantize_weights
-from ._warmup import FusedMoeShape, MoeShape, warmup
+from ._warmup import FusedMoeShape, LoraShape, MoeShape, warmup
+from .lora_expand import lora_expand
+from .lora_shrink import lora_shrink
 from .moe_act import moe_act
 from .moe_add import moe_add
 from .moe_align import MoeTables, moe_align, no_tables
@@ -24,12 +27,18 @@ from .moe_sum import moe_sum
 __all__ = [
     "FusedMoeShape",
     "FusedMoeWorkspace",
+    "LoraShape",
     "MoeRoute",
     "MoeShape",
     "MoeTables",
     "MoeWorkspace",
     "fused_moe",
     "fused_moe_workspace",
+    "lora",
+    "lora_expand",
+    "lora_route",
+    "lora_shrink",
+    "lora_workspace",
     "moe_act",
     "moe_add",
     "moe_align",
@@ -50,6 +59,36 @@ __all__ = [
 def variants() -> tuple[str, ...]:
     """The names of all variants; each is a launcher, ``<package>.<family>.<module>.<family>_<module>``."""
     return (
+        "lora_expand_bf16_add_r16",
+        "lora_expand_bf16_add_r32",
+        "lora_expand_bf16_add_r64",
+        "lora_expand_bf16_add_r128",
+        "lora_expand_bf16_add_rany",
+        "lora_expand_bf16_set_r16",
+        "lora_expand_bf16_set_r32",
+        "lora_expand_bf16_set_r64",
+        "lora_expand_bf16_set_r128",
+        "lora_expand_bf16_set_rany",
+        "lora_expand_f16_add_r16",
+        "lora_expand_f16_add_r32",
+        "lora_expand_f16_add_r64",
+        "lora_expand_f16_add_r128",
+        "lora_expand_f16_add_rany",
+        "lora_expand_f16_set_r16",
+        "lora_expand_f16_set_r32",
+        "lora_expand_f16_set_r64",
+        "lora_expand_f16_set_r128",
+        "lora_expand_f16_set_rany",
+        "lora_shrink_bf16_r16",
+        "lora_shrink_bf16_r32",
+        "lora_shrink_bf16_r64",
+        "lora_shrink_bf16_r128",
+        "lora_shrink_bf16_rany",
+        "lora_shrink_f16_r16",
+        "lora_shrink_f16_r32",
+        "lora_shrink_f16_r64",
+        "lora_shrink_f16_r128",
+        "lora_shrink_f16_rany",
         "moe_act_bf16_relu2",
         "moe_act_bf16_swiglu",
         "moe_act_f16_relu2",
