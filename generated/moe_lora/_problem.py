@@ -559,8 +559,11 @@ def _one_shot(s: _Shape) -> OneShotConfig:
     heavy = accumulators >= (
         (80 if narrow and not s.x_scales else 48) * 256 if budget > 128 * 1024 else 64 * 128
     )
-    if accumulators >= 64 * 256 and budget < 64 * 1024:
-        block_n = min(block_n, 32)  # seen to spill on gfx942
+    if budget < 64 * 1024:  # gfx942, where others were seen to spill
+        if s.weight_scales and rank == 128:
+            return OneShotConfig(min(block_n, 32), min(block_k, 32), 2, 2, 4)
+        if accumulators >= 64 * 256:
+            block_n = min(block_n, 32)
     warps = 8 if heavy or s.block_m == 128 else 2 if rank == 16 and s.block_m == 16 else 4
     return OneShotConfig(block_n, block_k, stages, expand, warps)
 
