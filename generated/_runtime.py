@@ -220,7 +220,7 @@ class Bound:
         self._handle: Any = None
 
     def __call__(self, arguments: tuple[Any, ...]) -> None:
-        """Launch with ``arguments``: tensors, tuples of tensors, descriptors, integers or None; the first is a tensor."""
+        """Launch with ``arguments``: tensors, tuples of tensors, descriptors, numbers or None; the first is a tensor."""
         device = self._device
         if device < 0 or _recorder is not None or _launch_hooks.calls or device != _get_device():
             self._slow(arguments)
@@ -229,7 +229,7 @@ class Bound:
         raw: list[Any] = []
         for argument in arguments[: self._num_aligned]:
             kind = type(argument)
-            if kind is int or argument is None or kind is TensorDescriptor:  # which are of aligned memory
+            if kind is int or kind is float or argument is None or kind is TensorDescriptor:  # which are of aligned memory
                 raw.append(argument)
             elif kind is tuple:
                 pointers = tuple([tensor.data_ptr() for tensor in argument])

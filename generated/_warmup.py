@@ -17,6 +17,9 @@ import torch
 
 from . import _runtime as runtime
 from ._fused_moe import fused_moe
+from ._lora import lora, lora_route
+from .lora_expand import lora_expand
+from .lora_shrink import lora_shrink
 from .moe_lora import moe_lora
 from .moe_lora._problem import scale_shape, x_scale_shape
 from .moe_route import MoeRoute, moe_route
@@ -61,8 +64,24 @@ class FusedMoeShape(NamedTuple):
     topk_weights_dtype: torch.dtype = torch.float32
 
 
+class LoraShape(NamedTuple):
+    """A linear layer with its adapters, as ``lora`` will be called on it; all tensors are contiguous."""
+
+    k: int  # input width
+    widths: tuple[int, ...]  # output width of each slice
+    rank: int
+    max_loras: int
+    dtype: torch.dtype = torch.bfloat16
+    out_width: int | None = None  # columns of out; None: offset_start and those of the slices
+    offset_start: int = 0
+    add_inputs: bool = True
+    separate: bool = (
+        False  # lora_shrink and lora_expand are called instead, with what is done between them
+    )
+
+
 def requests(
-    shapes: Sequence[MoeShape | FusedMoeShape],
+    shapes: Sequence[MoeShape | FusedMoeShape | LoraShape],
     *,
     max_tokens: int = 8192,
     device: torch.device | None = None,
@@ -74,6 +93,8 @@ def requests(
             with runtime.compile_only(device) as log:
                 if isinstance(shape, FusedMoeShape):
                     _fused(shape, num_tokens)
+                elif isinstance(shape, LoraShape):
+                    _dense(shape, num_tokens)
                 else:
                     for assignment in shape.assignments:
                         _call(shape, num_tokens, assignment, None)
@@ -91,7 +112,7 @@ def _ends(max_tokens: int) -> Iterator[int]:
 
 
 def warmup(
-    shapes: Sequence[MoeShape | FusedMoeShape],
+    shapes: Sequence[MoeShape | FusedMoeShape | LoraShape],
     *,
     max_tokens: int = 8192,
     device: torch.device | str = "cuda",
@@ -133,6 +154,24 @@ def _fused(shape: FusedMoeShape, num_tokens: int) -> None:
                 None if shape.out_dtype is None else empty(num_tokens, width, dtype=shape.out_dtype)
             ),
         )
+
+
+def _dense(shape: LoraShape, num_tokens: int) -> None:
+    def empty(*size: int, dtype: torch.dtype = shape.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    route = lora_route(empty(num_tokens, dtype=torch.int32), max_loras=shape.max_loras)
+    slices, end = len(shape.widths), shape.offset_start + sum(shape.widths)
+    out, x = empty(num_tokens, shape.out_width or end), empty(num_tokens, shape.k)
+    a = [empty(shape.max_loras, shape.rank, shape.k)] * slices
+    b = [empty(shape.max_loras, width, shape.rank) for width in shape.widths]
+    options = {"offset_start": shape.offset_start, "add_inputs": shape.add_inputs}
+    if shape.separate:
+        y = empty(slices, num_tokens, shape.rank, dtype=torch.float32)
+        lora_shrink(y, x, a, route)
+        lora_expand(out, y, b, route, **options)
+    else:
+        lora(out, x, a, b, route, **options)
 
 
 def _call(shape: MoeShape, num_tokens: int, assignment: str, rank: int | None) -> None:

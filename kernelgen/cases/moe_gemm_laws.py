@@ -13,6 +13,7 @@ from kernelgen.buffers import bits, poison_
 from kernelgen.cases.base import Law, Variant, worst_ratio
 from kernelgen.cases.moe_experts import Experts, Routed, draw
 from kernelgen.cases.moe_gemm import Case, make
+from kernelgen.model import QUANT_AXES
 from kernelgen.reference.fused_moe import fused_moe
 
 
@@ -291,6 +292,7 @@ def _launch(package: ModuleType, call: Any, tags: Mapping[str, str]) -> None:
         out_rows=writes,
         activation=None if tags["epilogue"] == "none" else tags["epilogue"],
         topk_weights=call.topk_weights,
+        **call.scales,
     )
 
 
@@ -302,17 +304,17 @@ def _about(verify: Callable[[], object], what: str) -> None:
 
 
 def _one_a_body(variants: Sequence[Variant]) -> Iterator[Variant]:
-    """Of each schedule and order of rows, one variant."""
+    """Of each schedule, order of rows and kind of scales, one variant."""
     seen = set()
     for variant in variants:
-        body = (variant.tags["schedule"], variant.tags["rows"])
+        body = tuple(variant.tags[axis] for axis in ("schedule", "rows", *QUANT_AXES))
         if body not in seen:
             seen.add(body)
             yield variant
 
 
 def _weights(call: Any) -> dict[str, torch.Tensor]:
-    return {} if call.topk_weights is None else {"topk_weights": call.topk_weights}
+    return call.scales if call.topk_weights is None else {"topk_weights": call.topk_weights, **call.scales}
 
 
 _Operands = dict[str, Any]
@@ -349,6 +351,10 @@ _WRONG: Mapping[str, Callable[[_Operands], bool]] = {
     "routing weights of another shape": _set("topk_weights", lambda w: w[:, :-1]),
     "routing weights that are integers": _set("topk_weights", lambda w: w.nan_to_num().int()),
     "no tables": _without_tables,
+    "scales in another dtype": _set("w_scale", lambda scale: scale.double()),
+    "scales of too few experts": _set("w_scale", lambda scale: scale[:-1]),
+    "scales of x in another dtype": _set("x_scale", lambda scale: scale.half()),
+    "scales of x of another shape": _set("x_scale", lambda scale: scale[None]),
 }
 _WRONG_LAYER: Mapping[str, Callable[[_Operands], _Operands]] = {
     "an unknown activation": lambda a: {"activation": "gelu"},
