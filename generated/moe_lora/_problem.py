@@ -517,11 +517,8 @@ def _in_group(s: _Shape, block_k: int) -> int:
 
 def _accumulators(s: _Shape) -> int:
     """Numbers that a program of the shrink holds: its sums, and what scaling the sums of groups takes."""
-    return (
-        s.block_m
-        * _block_r(s.rank)
-        * (s.slices + (2 if "group" in (s.weight_scales, s.x_scales) else 0))
-    )
+    held = s.slices + (2 if "group" in (s.weight_scales, s.x_scales) else 0)
+    return s.block_m * _block_r(s.rank) * held
 
 
 def _one_shot(s: _Shape) -> OneShotConfig:
