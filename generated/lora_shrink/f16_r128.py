@@ -203,9 +203,8 @@ def bind_product(problem: Problem, route: MoeRoute, config: Config, pdl: bool) -
         route: MoeRoute,
         scaling: float,
     ) -> None:
-        launch(
-            (y, x, tuple(lora_a), scaling, num_tokens, route.pairs, route.blocks, route.num_blocks)
-        )
+        tables = (route.pairs, route.blocks, route.num_blocks)
+        launch((y, x, tuple(lora_a), scaling, num_tokens, *tables))
 
     return call
 
@@ -260,6 +259,15 @@ def lora_shrink_f16_r128(
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    problem = check("lora_shrink_f16_r128", y, x, lora_a, route, dtype=torch.float16, max_rank=128)
+    problem = check(
+        "lora_shrink_f16_r128",
+        y,
+        x,
+        lora_a,
+        route,
+        dtype=torch.float16,
+        max_rank=128,
+    )
     if problem.num_tokens > 0:
-        bind(problem, route, config or choose(problem, route))(y, x, lora_a, route, float(scaling))
+        call = bind(problem, route, config or choose(problem, route))
+        call(y, x, lora_a, route, float(scaling))
