@@ -20,6 +20,7 @@ from .lora_shrink import variant_of as shrink_variant
 from .moe_route import MoeRoute, MoeWorkspace, moe_route, moe_workspace
 
 _PARTS = 8  # of K at most, see lora_shrink
+_FEW_TOKENS = 128  # up to which every program of the expand adds up parts for itself
 
 
 def lora_route(
@@ -184,8 +185,10 @@ def _bind(
     size = parts * first.slices * first.num_tokens * first.rank
     one = shrink_variant("lora", dtype, first.rank, first.weight_scales, first.x_scales)
     other = expand_variant("lora", dtype, add_inputs, last.rank, last.weight_scales)
+    in_front = parts > 1 and first.num_tokens > _FEW_TOKENS
     shrink_call = one.bind_product(first, route, config, pdl)
-    expand_call = other.bind(last, route, expand.choose(last, route), parts, pdl)
+    total_call = one.bind_total(first, route, parts, pdl) if in_front else None
+    expand_call = other.bind(last, route, expand.choose(last, route), 1 if in_front else parts, pdl)
 
     def call(
         out: torch.Tensor,
@@ -212,6 +215,8 @@ def _bind(
                 scaling,
                 *(scale for scale in (a_scale, x_scale) if scale is not None),
             )
+        if total_call is not None:
+            total_call(y, y, route, scaling)
         if b_scale is None:
             expand_call(out, y, lora_b, route, scaling)
         else:

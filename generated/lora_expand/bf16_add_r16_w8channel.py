@@ -95,6 +95,21 @@ def lora_expand_bf16_add_r16_w8channel_product(
     out_rows = out_ptr + token[:, None] * OUT_STRIDE + column
     y_rows = y_ptr + (s * num_tokens.to(tl.int64) + token)[:, None] * RANK + r[None, :]
     next_part = num_tokens.to(tl.int64) * (len(b_ptrs) * RANK)
+    if TILES == 1:  # on its way while the shrink runs
+        n = n0 + tl.arange(0, BLOCK_N)
+        out_mask = live[:, None] if EVEN else live[:, None] & (n < width)[None, :]
+        out_tile = out_rows + n[None, :]
+        old = tl.load(out_tile, mask=out_mask, other=0.0)
+        if EVEN and RANK == BLOCK_R:
+            b = tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]), eviction_policy=WEIGHTS)
+        else:
+            b_mask = (n < width)[:, None] & (r < RANK)[None, :]
+            b = tl.load(
+                b_base + (n[:, None] * B_STRIDE_N + r[None, :]),
+                mask=b_mask,
+                other=0.0,
+                eviction_policy=WEIGHTS,
+            )
     if PDL:
         gdc_wait()
     v_mask = live[:, None] if RANK == BLOCK_R else live[:, None] & (r < RANK)[None, :]
@@ -105,31 +120,24 @@ def lora_expand_bf16_add_r16_w8channel_product(
         v *= scaling
     v = v.to(tl.bfloat16)
     for t in tl.range(0, TILES, num_stages=STAGES):
-        n = n0 + t * BLOCK_N + tl.arange(0, BLOCK_N)
-        out_mask = live[:, None] if EVEN else live[:, None] & (n < width)[None, :]
-        out_tile = out_rows + n[None, :]
-        old = tl.load(out_tile, mask=out_mask, other=0.0)
-        if EVEN and RANK == BLOCK_R:
-            b = (
-                tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]), eviction_policy=WEIGHTS)
-                .to(tl.float16)
-                .to(tl.float32)
-                .to(tl.bfloat16)
-            )
-        else:
-            b_mask = (n < width)[:, None] & (r < RANK)[None, :]
-            b = (
-                tl.load(
+        if TILES > 1:
+            n = n0 + t * BLOCK_N + tl.arange(0, BLOCK_N)
+            out_mask = live[:, None] if EVEN else live[:, None] & (n < width)[None, :]
+            out_tile = out_rows + n[None, :]
+            old = tl.load(out_tile, mask=out_mask, other=0.0)
+            if EVEN and RANK == BLOCK_R:
+                b = tl.load(
+                    b_base + (n[:, None] * B_STRIDE_N + r[None, :]), eviction_policy=WEIGHTS
+                )
+            else:
+                b_mask = (n < width)[:, None] & (r < RANK)[None, :]
+                b = tl.load(
                     b_base + (n[:, None] * B_STRIDE_N + r[None, :]),
                     mask=b_mask,
                     other=0.0,
                     eviction_policy=WEIGHTS,
                 )
-                .to(tl.float16)
-                .to(tl.float32)
-                .to(tl.bfloat16)
-            )
-        product = tl.dot(v, b.T)
+        product = tl.dot(v, b.to(tl.float16).to(tl.float32).to(tl.bfloat16).T)
         product *= tl.load(b_scales + n, mask=None if EVEN else n < width)[None, :]
         product += old.to(tl.float32)
         tl.store(out_tile, product.to(tl.bfloat16), mask=out_mask)

@@ -33,7 +33,7 @@ class Config(NamedTuple):
 # How the cache treats weights, by weight_policy: as any data, or as data that is read once.
 CACHE_POLICIES = ("", "evict_first")
 
-# Tokens up to which K is shared out: then parts are few bytes, and blocks alone would not fill the GPU.
+# Tokens up to which K may be shared out: their parts are few bytes, and what a workspace is made for.
 MAX_TOKENS_IN_PARTS = 4096
 
 # (y, x, lora_a, route, scaling) of sizes that were checked before; then a_scale where weights are FP8, then x_scale where x is
@@ -319,16 +319,19 @@ def _choose(
     block_r = min(128, max(16, runtime.next_power_of_2(rank)))
     # Scales that are applied to a whole sum would round it in another place: then K is shared out in every batch.
     late = weight_scales in ("tensor", "channel") or x_scales in ("tensor", "token")
-    parts = late or tokens <= MAX_TOKENS_IN_PARTS
-    # Accumulators of all slices, twice where chunks are added up in the program, must fit the registers of 8 warps.
-    sums = block_m * block_r * (1 if parts else 2)
-    together = sums * slices <= 64 * 256
-    held = sums * (slices if together else 1)
-    num_warps = 8 if held > 64 * 128 else 4
+    fills = tokens > MAX_TOKENS_IN_PARTS or tokens // block_m * slices >= 0.9 * num_sms
+    parts = late or not fills
+    # Few blocks are spread over more programs, slice by slice; many read x once for all slices, if their sums fit.
+    together = slices == 1 or (parts and tokens >= 1024 and block_m * block_r * slices <= 64 * 256)
+    held = block_m * block_r * (slices if together else 1) * (1 if parts else 2)
+    num_warps = 8 if held > 64 * 128 or (block_m >= 64 and block_r >= 64) else 4
     column_bytes = 2 * (block_m + block_r * (slices if together else 1))
-    block_k = 128 if block_r <= 64 else 64
+    if block_m <= 32:
+        block_k = 256 if k > 8192 and block_r <= 64 else 128
+    else:
+        block_k = 64 if slices > 1 and together else 128
     budget = shared_memory - 4096
-    while block_k > 32 and (k % block_k and k % 32 == 0 or 3 * block_k * column_bytes > budget):
+    while block_k > 32 and (3 * block_k * column_bytes > budget or (k % block_k and k % 32 == 0)):
         block_k //= 2
     if "group" in (weight_scales, x_scales):
         block_k = 64  # of any batch: sums of a tile are scaled before they are added
