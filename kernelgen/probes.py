@@ -236,6 +236,8 @@ def _moe_gemm(package: ModuleType, family: Family, variant: Variant) -> Iterator
 
 def _moe_gemm_probe(package: ModuleType, variant: Variant, num_tokens: int) -> Probe:
     launcher = _launcher(package, variant)
+    problem = importlib.import_module(f"{package.__name__}.{variant.family}._problem")
+    scales = importlib.import_module(f"{package.__name__}._scales")
     dtype = getattr(torch, variant.torch_dtype)
     top_k, num_experts = _QWEN3["top_k"], _QWEN3["num_experts"]
     num_pairs = num_tokens * top_k
@@ -248,16 +250,26 @@ def _moe_gemm_probe(package: ModuleType, variant: Variant, num_tokens: int) -> P
 
     def call() -> None:
         with package._runtime.compile_only():
-            options = {"num_experts": num_experts, "valid_tokens": _meta(1)}
             make = package.no_tables if variant.schedule == "gemv" else package.moe_align
-            tables = make(_meta(num_tokens, top_k), **options)
-        weights = {"topk_weights": _meta(num_tokens, top_k, dtype=torch.float32)}
+            tables = make(_meta(num_tokens, top_k), num_experts=num_experts, valid_tokens=_meta(1))
+        options = {}
+        if variant.weighted:
+            options["topk_weights"] = _meta(num_tokens, top_k, dtype=_FP32)
+        of_weights, of_x, x_shape, w_shape = dtype, dtype, (rows, k), (num_experts, height, k)
+        if variant.weight_scales:
+            of_weights = _fp8(package)
+            shape = scales.scale_shape(variant.weight_scales, w_shape, problem.QUANT)
+            options["w_scale"] = _meta(*shape, dtype=_FP32)
+        if variant.x_scales:
+            of_x = _fp8(package)
+            shape = scales.x_scale_shape(variant.x_scales, x_shape, problem.QUANT)
+            options["x_scale"] = _meta(*shape, dtype=_FP32)
         launcher(
             _meta(outputs, n, dtype=dtype),
-            _meta(rows, k, dtype=dtype),
-            _meta(num_experts, height, k, dtype=dtype),
+            _meta(*x_shape, dtype=of_x),
+            _meta(*w_shape, dtype=of_weights),
             tables,
-            **(weights if variant.weighted else {}),
+            **options,
         )
 
     hit = num_experts * (1.0 - (1.0 - 1.0 / num_experts) ** num_pairs)  # if pairs are spread evenly
@@ -266,7 +278,9 @@ def _moe_gemm_probe(package: ModuleType, variant: Variant, num_tokens: int) -> P
         {"num_tokens": num_tokens, "k": k, "n": n, "top_k": top_k, "num_experts": num_experts},
         call,
         flops=2.0 * num_pairs * height * k,
-        bytes=dtype.itemsize * (hit * height * k + rows * k + outputs * n),
+        bytes=hit * height * k * (1 if variant.weight_scales else dtype.itemsize)
+        + rows * k * (1 if variant.x_scales else dtype.itemsize)
+        + outputs * n * dtype.itemsize,
     )
 
 

@@ -28,8 +28,9 @@ import triton
 import triton.language as tl
 
 from .. import _runtime as runtime
+from .._scales import check_tiles
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, check_tiles, choose
+from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose
 from ._problem import OneShotConfig as Config
 
 

@@ -1,4 +1,4 @@
-"""Cases of the second product of dense LoRA: each closes a hole in the tests of serving engines, or stands for a bug of theirs."""
+"""Cases of the second product of dense LoRA: each closes a hole in the tests of engines, or stands for a bug of theirs."""
 
 from __future__ import annotations
 

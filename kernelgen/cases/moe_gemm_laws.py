@@ -13,6 +13,7 @@ from kernelgen.buffers import bits, poison_
 from kernelgen.cases.base import Law, Variant, worst_ratio
 from kernelgen.cases.moe_experts import Experts, Routed, draw
 from kernelgen.cases.moe_gemm import Case, make
+from kernelgen.model import QUANT_AXES
 from kernelgen.reference.fused_moe import fused_moe
 
 
@@ -42,7 +43,7 @@ class Layer(NamedTuple):
 
     def verify(self, out: torch.Tensor) -> None:
         """Raise AssertionError unless the rows of valid tokens are those of the reference."""
-        count = self.routed.count
+        count = self.routed.num_valid
         operands = (self.hidden, self.w13, self.w2, self.routed.local, self.topk_weights)
         exact = fused_moe(*operands, activation=self.activation, num_tokens=count, dtype=out.dtype)
         worst_ratio(out[:count].cpu(), exact.out.cpu(), exact.bound.cpu())
@@ -66,7 +67,8 @@ def layer(
     routed = draw(how, tokens, top_k, experts, random.Random(seed), device)
 
     def normal(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=numbers) * size[-1] ** -0.5
+        drawn = torch.randn(size, generator=numbers)
+        return drawn.mul_(size[-1] ** -0.5)
 
     x = torch.full((tokens, hidden), torch.nan)
     weights = torch.full((tokens, top_k), torch.nan)
@@ -99,7 +101,7 @@ def fused_front_door(package: ModuleType, variants: Sequence[Variant], device: s
         given = call.run(package, num_tokens_hint=hint, out=out)
         what = f"{tokens} tokens, {how}, hint {hint}, own buffer {own}"
         _about(lambda call=call, given=given: call.verify(given), what)  # type: ignore[misc]
-        rest = given[call.routed.count :]
+        rest = given[call.routed.num_valid :]
         right = not rest.any() if own else bool(rest.isnan().all())
         assert right and given.dtype == (torch.float32 if own else call.hidden.dtype), what
 
@@ -226,7 +228,7 @@ def one_graph_serves_every_batch(
             out.fill_(torch.nan)
             graph.replay()
             torch.cuda.synchronize()
-            _about(lambda call=call: call.verify(out), f"{tokens} tokens, {kind}, {valid} valid")  # type: ignore[misc]
+            _about(lambda call=call, out=out: call.verify(out), f"{tokens} tokens, {kind}, {valid} valid")  # type: ignore[misc]
             assert out[valid:].isnan().all(), "rows of padding were written"
             eager = call.run(package, **{**options, "out": torch.full_like(out, torch.nan)})
             assert torch.equal(bits(eager), bits(out)), f"{tokens} tokens, {kind}, {valid} valid"
@@ -290,6 +292,7 @@ def _launch(package: ModuleType, call: Any, tags: Mapping[str, str]) -> None:
         out_rows=writes,
         activation=None if tags["epilogue"] == "none" else tags["epilogue"],
         topk_weights=call.topk_weights,
+        **call.scales,
     )
 
 
@@ -301,17 +304,17 @@ def _about(verify: Callable[[], object], what: str) -> None:
 
 
 def _one_a_body(variants: Sequence[Variant]) -> Iterator[Variant]:
-    """Of each schedule and order of rows, one variant."""
+    """Of each schedule, order of rows and kind of scales, one variant."""
     seen = set()
     for variant in variants:
-        body = (variant.tags["schedule"], variant.tags["rows"])
+        body = tuple(variant.tags[axis] for axis in ("schedule", "rows", *QUANT_AXES))
         if body not in seen:
             seen.add(body)
             yield variant
 
 
 def _weights(call: Any) -> dict[str, torch.Tensor]:
-    return {} if call.topk_weights is None else {"topk_weights": call.topk_weights}
+    return call.scales if call.topk_weights is None else {"topk_weights": call.topk_weights, **call.scales}
 
 
 _Operands = dict[str, Any]
@@ -348,6 +351,10 @@ _WRONG: Mapping[str, Callable[[_Operands], bool]] = {
     "routing weights of another shape": _set("topk_weights", lambda w: w[:, :-1]),
     "routing weights that are integers": _set("topk_weights", lambda w: w.nan_to_num().int()),
     "no tables": _without_tables,
+    "scales in another dtype": _set("w_scale", lambda scale: scale.double()),
+    "scales of too few experts": _set("w_scale", lambda scale: scale[:-1]),
+    "scales of x in another dtype": _set("x_scale", lambda scale: scale.half()),
+    "scales of x of another shape": _set("x_scale", lambda scale: scale[None]),
 }
 _WRONG_LAYER: Mapping[str, Callable[[_Operands], _Operands]] = {
     "an unknown activation": lambda a: {"activation": "gelu"},

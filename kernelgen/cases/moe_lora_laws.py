@@ -14,7 +14,9 @@ from kernelgen.cases.base import Law, Variant
 from kernelgen.cases.moe_lora_inputs import Call, Case, make, tiles
 from kernelgen.cases.moe_route import engine_tables
 from kernelgen.cases.moe_routing import SPREAD, Routed, Routing
+from kernelgen.cases.quant import GROUP, group_of, scales_of
 from kernelgen.model import QUANT_AXES
+from kernelgen.reference.moe_lora import dequantise
 
 _MIXED = Routing("mixed", disabled=(0,))
 _CASE = Case(
@@ -241,6 +243,44 @@ def two_streams(package: ModuleType, variants: Sequence[Variant], device: str) -
             _about(call.verify, assignment)
 
 
+def fp8_like_torch(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """FP8 agrees with what PyTorch makes of the same operands on the GPU, within the bound of one and of the other."""
+    case = dataclasses.replace(_CASE, rank=64, k=256, n=144, routing=SPREAD)
+    for scales, assignment in itertools.product(_scales(variants), ("naive", "sorted")):
+        tags = {**_tags("bf16", "add", "plain"), **scales}
+        call = make(case, tags, device)
+        old = call.out.view.float()
+        _apply(package, call, route_of(package, call.routed, assignment), tags)
+        for pair, adapter, expert in call.routed.live:
+            at = divmod(pair, case.top_k)
+            delta = torch.cat([_of_torch(call, scales, at[0], s, (adapter, expert)) for s in range(case.slices)])
+            apart = (call.out.view[at].float() - (old[at] + delta)).abs()
+            assert (apart <= 2 * call.expected.bound[at]).all(), f"{scales}, {assignment}: {apart.max():.3g}"
+
+
+def _of_torch(
+    call: Call, scales: Mapping[str, str], row: int, s: int, who: tuple[int, int]
+) -> torch.Tensor:
+    """(x . A^T) . B^T of one row and slice, in fp32: the first product in FP8 where PyTorch has one for such scales."""
+    of_weights, of_x = scales_of(scales)
+    x, a, b = call.x[row : row + 1], call.lora_a[s][who], call.lora_b[s][who]
+    if (of_weights, of_x) == ("channel", "token"):
+        x_scale, a_scale = call.scales["x_scale"][row : row + 1], call.scales["a_scale"][s][who]
+        v = torch._scaled_mm(
+            x.contiguous(), a.contiguous().t(), x_scale, a_scale.reshape(1, -1), out_dtype=torch.bfloat16
+        )  # fmt: skip
+    else:
+        if of_x is not None:
+            of_row = call.scales["x_scale"] if of_x == "tensor" else call.scales["x_scale"][row]
+            x = dequantise(x, of_row, group_of(of_x, x.shape, (1, GROUP[1])))
+        if of_weights is not None:
+            a = dequantise(a, call.scales["a_scale"][s][who], group_of(of_weights, a.shape, GROUP))
+        v = (x.float() @ a.float().t()).bfloat16()
+    if of_weights is not None:
+        b = dequantise(b, call.scales["b_scale"][s][who], group_of(of_weights, b.shape, GROUP))
+    return (v.float() @ b.float().t())[0]
+
+
 LAWS = (
     Law(front_door),
     Law(fp8_front_door),
@@ -253,6 +293,7 @@ LAWS = (
     Law(wrong_arguments_are_named),
     Law(graph_replay, needs_gpu=True),
     Law(two_streams, needs_gpu=True),
+    Law(fp8_like_torch, needs_gpu=True),
 )
 
 
