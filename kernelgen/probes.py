@@ -363,23 +363,40 @@ def _lora_ranks(variant: Variant) -> tuple[int, ...]:
 
 def _lora_shrink(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
     del family
+    problem = importlib.import_module(f"{package.__name__}.{variant.family}._problem")
+    dtype, slices = getattr(torch, variant.torch_dtype), len(_LORA_WIDTHS)
     for rank, (num_tokens, block_m) in itertools.product(_lora_ranks(variant), _LORA_TOKENS.items()):
-        a = [_meta(5, rank, _LORA_K, dtype=getattr(torch, variant.torch_dtype))] * len(_LORA_WIDTHS)
-        x = _meta(num_tokens, _LORA_K, dtype=a[0].dtype)
-        y = _meta(len(a), num_tokens, rank, dtype=_FP32)
-        yield _lora_probe(package, variant, rank, num_tokens, block_m, (y, x, a), 1, y.numel() * _LORA_K)
+        of_a = _fp8(package) if variant.weight_scales else dtype
+        of_x = _fp8(package) if variant.x_scales else dtype
+        a = [_meta(5, rank, _LORA_K, dtype=of_a)] * slices
+        x = _meta(num_tokens, _LORA_K, dtype=of_x)
+        y = _meta(slices, num_tokens, rank, dtype=_FP32)
+        scales: dict[str, Any] = {}
+        if variant.weight_scales:
+            shape = (5, *problem.scale_shape(variant.weight_scales, rank, _LORA_K))
+            scales["a_scale"] = [_meta(*shape, dtype=_FP32)] * slices
+        if variant.x_scales:
+            scales["x_scale"] = _meta(*problem.x_scale_shape(variant.x_scales, x.shape), dtype=_FP32)
+        products = y.numel() * _LORA_K
+        yield _lora_probe(package, variant, rank, num_tokens, block_m, (y, x, a), scales, 1, products)
 
 
 def _lora_expand(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
     del family
+    problem = importlib.import_module(f"{package.__name__}.lora_shrink._problem")
     for rank, (num_tokens, block_m) in itertools.product(_lora_ranks(variant), _LORA_TOKENS.items()):
         if num_tokens > 4096:
             continue  # the same tiles
         out = _meta(num_tokens, sum(_LORA_WIDTHS), dtype=getattr(torch, variant.torch_dtype))
         y = _meta(len(_LORA_WIDTHS), num_tokens, rank, dtype=_FP32)
-        b = [_meta(5, width, rank, dtype=out.dtype) for width in _LORA_WIDTHS]
-        times = 2 if variant.adds else 1
-        yield _lora_probe(package, variant, rank, num_tokens, block_m, (out, y, b), times, out.numel() * rank)
+        of_b = _fp8(package) if variant.weight_scales else out.dtype
+        b = [_meta(5, width, rank, dtype=of_b) for width in _LORA_WIDTHS]
+        scales: dict[str, Any] = {}
+        if variant.weight_scales:
+            shapes = [problem.scale_shape(variant.weight_scales, width, rank) for width in _LORA_WIDTHS]
+            scales["b_scale"] = [_meta(5, *shape, dtype=_FP32) for shape in shapes]
+        times, products = 2 if variant.adds else 1, out.numel() * rank
+        yield _lora_probe(package, variant, rank, num_tokens, block_m, (out, y, b), scales, times, products)
 
 
 def _lora_probe(
@@ -389,6 +406,7 @@ def _lora_probe(
     num_tokens: int,
     block_m: int,
     operands: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]],
+    scales: Mapping[str, Any],
     times: int,
     products: int,
 ) -> Probe:
@@ -398,7 +416,7 @@ def _lora_probe(
     def call() -> None:
         with package._runtime.compile_only():
             route = package.lora_route(_meta(num_tokens), max_loras=5, block_m=block_m)
-        launcher(*operands, route)
+        launcher(*operands, route, **scales)
 
     written, read, weights = operands
     moved = times * written.nbytes + read.nbytes + sum(w.nbytes for w in weights)

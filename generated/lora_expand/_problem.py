@@ -11,7 +11,7 @@ from typing import Callable, NamedTuple, Sequence
 import torch
 
 from .. import _runtime as runtime
-from ..lora_shrink._problem import check_route, check_weights
+from ..lora_shrink._problem import check_route, check_weights, fp8, scale_strides
 from ..moe_route import MoeRoute
 
 
@@ -28,8 +28,11 @@ class Config(NamedTuple):
 # How the cache treats weights, by weight_policy: as any data, or as data that is read once.
 CACHE_POLICIES = ("", "evict_first")
 
-# (out, y, lora_b, route, scaling) of sizes that were checked before
-Call = Callable[[torch.Tensor, torch.Tensor, Sequence[torch.Tensor], MoeRoute, float], None]
+# (out, y, lora_b, route, scaling) of sizes that were checked before; then b_scale where weights are FP8
+Call = Callable[..., None]
+
+# Rows and columns of a matrix that share a scale of a group.
+GROUP = (128, 128)
 
 
 class Problem(NamedTuple):
@@ -43,6 +46,10 @@ class Problem(NamedTuple):
     b_strides_l: tuple[int, ...]  # of the slices
     b_stride_n: int
     device: torch.device
+    weight_scales: (
+        str | None
+    )  # of what there is a scale each: "tensor", "channel" or "group"; None: 16-bit weights
+    b_scale_strides_l: tuple[int, ...]
 
 
 def check(
@@ -55,8 +62,10 @@ def check(
     *,
     dtype: torch.dtype,
     max_rank: int | None,
+    b_scale: tuple[str, Sequence[torch.Tensor]] | None = None,
 ) -> Problem:
-    """The sizes of a call, once everything about it is known to fit; y is None where it is not the caller's.
+    """The sizes of a call, once everything about it is known to fit; y is None where it is not the caller's. Scales come
+    with what there is one each of.
 
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
@@ -66,9 +75,10 @@ def check(
     if slices < 1:
         runtime.fail(variant, "lora_b", "no slice", "at least one")
     rank, row, widths = lora_b[0].shape[-1], lora_b[0].stride(-2) if lora_b[0].dim() > 2 else 0, []
+    of_b = dtype if b_scale is None else fp8(variant, "lora_b[0]", lora_b[0])
     for i, b in enumerate(lora_b):
         _, width, columns = check_weights(
-            variant, f"lora_b[{i}]", b, "[L, N, rank]", route, dtype, out.device
+            variant, f"lora_b[{i}]", b, "[L, N, rank]", route, of_b, out.device
         )
         if width < 1 or columns != rank or b.stride(-2) != row:
             wanted = f"[L, N >= 1, {rank}] with rows {row} apart"
@@ -109,10 +119,11 @@ def check(
             runtime.fail(variant, "y", runtime.describe(y), wanted, "S slices of T tokens")
     if max(row * max(widths), end) >= 2**31:
         runtime.fail(variant, "size of an adapter's matrix", (row, widths), "below 2**31 elements")
-    strides = tuple(b.stride(0) for b in lora_b)
-    return Problem(
-        num_tokens, tuple(widths), rank, offset_start, out.stride(0), strides, row, out.device
-    )
+    strides, kind, of_scales = tuple(b.stride(0) for b in lora_b), None, ()
+    if b_scale is not None:
+        kind, of_scales = b_scale[0], scale_strides(variant, "b_scale", *b_scale, lora_b, GROUP)
+    sizes = (num_tokens, tuple(widths), rank, offset_start, out.stride(0), strides, row)
+    return Problem(*sizes, out.device, kind, of_scales)
 
 
 def choose(problem: Problem, route: MoeRoute) -> Config:

@@ -142,6 +142,8 @@ def lora_shrink_f16_r16_total(
     PDL: tl.constexpr,
 ):
     CHUNKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
+    if PDL:
+        gdc_launch_dependents()
     chunk = tl.program_id(0) % CHUNKS
     s = tl.program_id(0) // CHUNKS % SLICES
     block = tl.program_id(0) // (CHUNKS * SLICES)
@@ -203,9 +205,24 @@ def bind_product(problem: Problem, route: MoeRoute, config: Config, pdl: bool) -
         route: MoeRoute,
         scaling: float,
     ) -> None:
-        launch(
-            (y, x, tuple(lora_a), scaling, num_tokens, route.pairs, route.blocks, route.num_blocks)
-        )
+        tables = (route.pairs, route.blocks, route.num_blocks)
+        launch((y, x, tuple(lora_a), scaling, num_tokens, *tables))
+
+    return call
+
+
+def bind_total(problem: Problem, route: MoeRoute, parts: int, pdl: bool) -> Call:
+    """The sum of parts, scaled, behind the product that made them: y may be the first part."""
+    block_r = min(32, 16)
+    launch = _total.bind(
+        route.max_blocks * problem.slices * runtime.cdiv(problem.rank, block_r),
+        (problem.slices, problem.rank, parts, route.block_m, block_r, pdl),
+        runtime.Options(4, pdl=pdl),
+    )
+    num_tokens = problem.num_tokens
+
+    def call(y: torch.Tensor, sums: torch.Tensor, route: MoeRoute, scaling: float) -> None:
+        launch((y, sums, scaling, num_tokens, route.pairs, route.blocks, route.num_blocks))
 
     return call
 
@@ -216,17 +233,10 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     if parts == 1:
         return bind_product(problem, route, config, False)
     pdl = runtime.traits(problem.device).pdl
-    product = bind_product(problem, route, config, pdl)
-    block_r = min(32, 16)
-    total = _total.bind(
-        route.max_blocks * problem.slices * runtime.cdiv(problem.rank, block_r),
-        (problem.slices, problem.rank, parts, route.block_m, block_r, pdl),
-        runtime.Options(4, pdl=pdl),
+    product, total = bind_product(problem, route, config, pdl), bind_total(
+        problem, route, parts, pdl
     )
-    num_tokens, size = (
-        problem.num_tokens,
-        parts * problem.slices * problem.num_tokens * problem.rank,
-    )
+    size = parts * problem.slices * problem.num_tokens * problem.rank
 
     def call(
         y: torch.Tensor,
@@ -239,7 +249,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         if sums is None or sums.shape[0] < size:
             sums = torch.empty(size, dtype=torch.float32, device=y.device)
         product(sums, x, lora_a, route, 1.0)
-        total((y, sums, scaling, num_tokens, route.pairs, route.blocks, route.num_blocks))
+        total(y, sums, route, scaling)
 
     return call
 
@@ -260,6 +270,15 @@ def lora_shrink_f16_r16(
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    problem = check("lora_shrink_f16_r16", y, x, lora_a, route, dtype=torch.float16, max_rank=16)
+    problem = check(
+        "lora_shrink_f16_r16",
+        y,
+        x,
+        lora_a,
+        route,
+        dtype=torch.float16,
+        max_rank=16,
+    )
     if problem.num_tokens > 0:
-        bind(problem, route, config or choose(problem, route))(y, x, lora_a, route, float(scaling))
+        call = bind(problem, route, config or choose(problem, route))
+        call(y, x, lora_a, route, float(scaling))

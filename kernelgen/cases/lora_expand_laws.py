@@ -36,7 +36,7 @@ class _Layer:
     def of(cls, case: Case, tags: Mapping[str, str], device: str) -> _Layer:
         x, a, _, batch = operands_of_shrink(case, tags, device)
         numbers, rank = case.generator(), lora_inputs.rank_of(case, tags)
-        b = lora_inputs.make_weights(case, tags, batch, case.widths, rank, numbers)
+        b = lora_inputs.given(case, lora_inputs.make_weights(case, tags, batch, case.widths, rank, numbers))
         shape = (case.tokens, case.offset + sum(case.widths) + 2)
         out = torch.randn(shape, generator=numbers).to(device, lora_inputs.dtype_of(tags))
         return cls(x, a, b, out, batch)
@@ -56,7 +56,7 @@ class _Layer:
 def both_products_give_the_same_bits(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """lora, for every rank, dtype and flag: the bits of lora_shrink and then lora_expand, which are within the bound."""
     ranks, dtypes = (1, 24, 48, 96, 129), sorted({v.tags["dtype"] for v in variants})
-    for rank, dtype, adds in zip(ranks, itertools.cycle(dtypes), itertools.cycle((True, True, False))):
+    for rank, dtype, adds in zip(ranks, itertools.cycle(dtypes), itertools.cycle((True, True, False)), strict=False):
         case = dataclasses.replace(_CASE, rank=rank)
         layer = _Layer.of(case, {"dtype": dtype}, device)
         route = package.lora_route(layer.batch.mapping, max_loras=case.loras)
