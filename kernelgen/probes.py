@@ -14,7 +14,7 @@ from typing import Any, Callable, Iterator, Mapping
 
 import torch
 
-from kernelgen.model import QUANT_AXES, Family, Variant
+from kernelgen.model import Family, Variant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +73,7 @@ def _moe_lora(package: ModuleType, family: Family, variant: Variant) -> Iterator
             for block_m, num_tokens in _SORTED_TOKENS.items():
                 sizes = _MoeLoraSizes(num_tokens, rank=rank, block_m=block_m, **shape)
                 yield _moe_lora_probe(f"m{block_m}{suffix}", package, variant, sizes)
-    axes = ("dtype", "add_inputs", *QUANT_AXES)
-    if tuple(getattr(variant, axis) for axis in axes) == _first_tags(family, *axes):
+    if variant.dtype == next(axis.tags[0] for axis in family.axes if axis.name == "dtype"):
         yield from _moe_lora_tuned(package, family, variant)
 
 
@@ -82,7 +81,11 @@ def _moe_lora_tuned(package: ModuleType, family: Family, variant: Variant) -> It
     fields = {field.name for field in dataclasses.fields(_MoeLoraSizes)}
     for entry in family.tuned.entries:
         problem = dict(entry.problem)
-        serves = variant.weighted == problem["weighted"] and _serves_rank(variant, problem["rank"])
+        serves = (
+            variant.weighted == problem["weighted"]
+            and _serves_rank(variant, problem["rank"])
+            and all(getattr(variant, axis) == tag for axis, tag in entry.tags)
+        )
         sizes = _MoeLoraSizes(**{name: problem[name] for name in problem.keys() & fields})
         for place, choice in (("first", entry.best), ("second", entry.runner_up)):
             if serves and choice is not None and choice.schedule == variant.schedule:
@@ -106,11 +109,6 @@ def _serves_rank(variant: Variant, rank: int) -> bool:
     if variant.tiled_rank:
         return rank > bucket
     return rank <= bucket and (rank > bucket // 2 or bucket == 16)
-
-
-def _first_tags(family: Family, *axes: str) -> tuple[str, ...]:
-    tags: dict[str, str] = {axis.name: axis.tags[0] for axis in family.axes}
-    return tuple(tags[axis] for axis in axes)
 
 
 def _moe_lora_probe(
