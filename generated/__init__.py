@@ -22,6 +22,7 @@ from .moe_add import moe_add
 from .moe_align import MoeTables, moe_align, no_tables
 from .moe_gemm import moe_gemm
 from .moe_lora import moe_lora
+from .moe_quant import moe_quant
 from .moe_route import MoeRoute, MoeWorkspace, moe_route, moe_workspace
 from .moe_sum import moe_sum
 
@@ -45,6 +46,7 @@ __all__ = [
     "moe_align",
     "moe_gemm",
     "moe_lora",
+    "moe_quant",
     "moe_route",
     "moe_sum",
     "moe_workspace",
@@ -481,6 +483,12 @@ def variants() -> tuple[str, ...]:
         "moe_lora_two_kernel_f16_sorted_set_weighted_r64",
         "moe_lora_two_kernel_f16_sorted_set_weighted_r128",
         "moe_lora_two_kernel_f16_sorted_set_weighted_rany",
+        "moe_quant_bf16_pair_a8tensor",
+        "moe_quant_bf16_pair_a8token",
+        "moe_quant_bf16_pair_a8group",
+        "moe_quant_bf16_sorted_a8tensor",
+        "moe_quant_bf16_sorted_a8token",
+        "moe_quant_bf16_sorted_a8group",
         "moe_route_one_launch",
         "moe_route_three_launch",
         "moe_route_from_tables",

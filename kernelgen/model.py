@@ -105,6 +105,7 @@ VOCABULARY: Mapping[str, Mapping[str, Mapping[str, Fact]]] = MappingProxyType(
             "relu2": _facts(gated=False, squared=True, slices=1),
             "swiglu": _facts(gated=True, squared=False, slices=2),
         },
+        "order": {"pair": _facts(by_table=False), "sorted": _facts(by_table=True)},
         "rest": {"keep": _facts(zeroes=False), "zero": _facts(zeroes=True)},
         "rank": {
             "r16": _bucket(16),

@@ -282,6 +282,25 @@ def _moe_gemm_probe(package: ModuleType, variant: Variant, num_tokens: int) -> P
     )
 
 
+def _moe_quant(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
+    del family
+    launcher = _launcher(package, variant)
+    problem = importlib.import_module(f"{package.__name__}.{variant.family}._problem")
+    top_k, num_experts, n = _QWEN3["top_k"], _QWEN3["num_experts"], _QWEN3["inter"]
+    for num_tokens in (4, 4096):
+        shape = (num_tokens * top_k, n)
+
+        def call(num_tokens: int = num_tokens, shape: tuple[int, int] = shape) -> None:
+            with package._runtime.compile_only():
+                tables = package.moe_align(_meta(num_tokens, top_k), num_experts=num_experts, valid_tokens=_meta(1))
+            scale = problem.x_scale_shape(variant.x_scales, shape, problem.QUANT)
+            codes = _meta(*shape, dtype=_fp8(package))
+            launcher(codes, _meta(*scale, dtype=_FP32), _meta(*shape, dtype=torch.bfloat16), tables)
+
+        sizes = {"num_tokens": num_tokens, "n": n, "top_k": top_k, "num_experts": num_experts}
+        yield Probe(f"t{num_tokens}", sizes, call, flops=0.0, bytes=3.0 * shape[0] * shape[1])
+
+
 def _moe_align(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
     del family, variant
     top_k, num_experts = _QWEN3["top_k"], _QWEN3["num_experts"]
@@ -451,6 +470,7 @@ _FAMILIES: Mapping[str, _Probes] = {
     "moe_align": _moe_align,
     "moe_gemm": _moe_gemm,
     "moe_lora": _moe_lora,
+    "moe_quant": _moe_quant,
     "moe_route": _moe_route,
     "moe_sum": _moe_sum,
 }
