@@ -528,8 +528,12 @@ def _accumulators(s: _Shape) -> int:
 
 def _one_shot(s: _Shape) -> OneShotConfig:
     rank = _block_r(s.rank)
+    # Programs of little work that are alone on their multiprocessors wait for memory: larger tiles have more on the way.
+    alone = rank == 16 and s.block_m <= 32 and _num_blocks(s) < 1.5 * s.num_sms
     wide = rank == 16 and s.block_m == 16 and s.k >= 4096
-    if s.block_m == 16:
+    if alone:
+        block_k, stages = 256, 4
+    elif s.block_m == 16:
         block_k, stages = (
             (256, 3) if wide else (128, 3) if rank == 16 or rank * s.slices >= 256 else (64, 3)
         )
@@ -539,15 +543,17 @@ def _one_shot(s: _Shape) -> OneShotConfig:
         block_k, stages = 64, 6 if rank == 16 else 4
         if s.x_scales == "group" and rank == 128:
             block_k = 32  # 64 would spill
-    if s.weight_scales and rank < 128:
-        block_k, stages = max(block_k, 128), 3  # as many bytes on the way as of 16 bits
+    if s.weight_scales and rank < 128 and not alone:
+        block_k, stages = 128, (
+            4 if rank == 16 and s.block_m == 16 else 3
+        )  # as many bytes on the way as of 16 bits
     budget = s.shared_memory - 4096
     shrink_bytes, expand_bytes = 2 * (s.block_m + s.slices * rank), 2 * (
         s.block_m + rank
     )  # of a column
     block_k = _in_group(s, _fitting(_block_k(s.k, block_k), shrink_bytes, budget))
     stages = _stages(stages, shrink_bytes * block_k, budget)
-    wide = wide or (s.weight_scales is not None and rank == 16 and s.block_m == 16)
+    wide = wide or alone or (s.weight_scales is not None and rank == 16 and s.block_m == 16)
     block_n = _fitting(
         _block_n(s.n, 256 if wide else 128, 0.03 if rank == 16 else 0.0), expand_bytes, budget
     )
