@@ -22,6 +22,7 @@ from typing import Sequence
 import torch
 import triton
 import triton.language as tl
+
 from .. import _runtime as runtime
 from ..moe_route import MoeRoute
 from ._problem import CACHE_POLICIES, Call, Problem, check, choose

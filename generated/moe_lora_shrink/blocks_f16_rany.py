@@ -23,6 +23,8 @@ import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
 from .. import _runtime as runtime
 from ..moe_route import MoeRoute
 from ._problem import BlocksConfig as Config
