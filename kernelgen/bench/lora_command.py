@@ -49,6 +49,10 @@ def _bench(options: dict[str, Any]) -> int:
     if not gpu and not check_only:
         click.echo("error: there is no GPU here; --check-only with TRITON_INTERPRET=1 runs on the CPU", err=True)
         return 2
+    if not gpu:
+        from kernelgen import interpreter
+
+        interpreter.install()  # bfloat16 and FP8 as on a GPU
     device = torch.device("cuda" if gpu else "cpu")
     try:
         package = registry.import_package(options["package"])
