@@ -19,9 +19,6 @@ from .lora_shrink import scales_of as shrink_scales
 from .lora_shrink import variant_of as shrink_variant
 from .moe_route import MoeRoute, MoeWorkspace, moe_route, moe_workspace
 
-_PARTS = 8  # of K at most, see lora_shrink
-_FEW_TOKENS = 128  # up to which every program of the expand adds up parts for itself
-
 
 def lora_route(
     token_lora_mapping: torch.Tensor,
@@ -58,8 +55,9 @@ def lora_workspace(
     """
     sizes = {"num_experts": 1, "max_loras": max_loras, "max_rank": 1, "num_slices": 1}
     tables = moe_workspace(max_tokens=max_tokens, top_k=1, device=device, **sizes).tables
-    rows = max(max_tokens, _PARTS * min(max_tokens, shrink.MAX_TOKENS_IN_PARTS))
-    parts = torch.empty(rows * num_slices * max_rank, dtype=torch.float32, device=device)
+    in_parts = min(max_tokens, shrink.MAX_TOKENS_IN_PARTS) * shrink.max_parts(num_slices)
+    rows = max(max_tokens * num_slices, in_parts)
+    parts = torch.empty(rows * max_rank, dtype=torch.float32, device=device)
     return MoeWorkspace(tables, parts, {})
 
 
@@ -185,10 +183,8 @@ def _bind(
     size = parts * first.slices * first.num_tokens * first.rank
     one = shrink_variant("lora", dtype, first.rank, first.weight_scales, first.x_scales)
     other = expand_variant("lora", dtype, add_inputs, last.rank, last.weight_scales)
-    in_front = parts > 1 and first.num_tokens > _FEW_TOKENS
     shrink_call = one.bind_product(first, route, config, pdl)
-    total_call = one.bind_total(first, route, parts, pdl) if in_front else None
-    expand_call = other.bind(last, route, expand.choose(last, route), 1 if in_front else parts, pdl)
+    expand_call = other.bind(last, route, expand.choose(last, route), parts, pdl)
 
     def call(
         out: torch.Tensor,
@@ -215,8 +211,6 @@ def _bind(
                 scaling,
                 *(scale for scale in (a_scale, x_scale) if scale is not None),
             )
-        if total_call is not None:
-            total_call(y, y, route, scaling)
         if b_scale is None:
             expand_call(out, y, lora_b, route, scaling)
         else:

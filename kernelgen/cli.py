@@ -42,6 +42,7 @@ class Report:
 # Commands of other modules, which also run without this one.
 _ELSEWHERE = {
     "bench": "kernelgen.bench.command",
+    "bench-lora": "kernelgen.bench.lora_command",
     "report": "kernelgen.bench.report",
     "tune": "kernelgen.bench.tune.command",
 }
@@ -54,7 +55,9 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _ELSEWHERE:
             return super().get_command(ctx, cmd_name)
-        command: click.Command = getattr(importlib.import_module(_ELSEWHERE[cmd_name]), cmd_name)
+        command: click.Command = getattr(
+            importlib.import_module(_ELSEWHERE[cmd_name]), cmd_name.replace("-", "_")
+        )
         return command
 
 

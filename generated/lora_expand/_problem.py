@@ -152,15 +152,26 @@ def _choose(
     num_sms: int,
     shared_memory: int,
 ) -> Config:
-    narrow = min(widths)
-    block_n = 128 if narrow % 128 == 0 else 64 if narrow > 32 else 32
-    blocks = min(tokens, loras) + tokens // block_m
-    most = blocks * sum(runtime.cdiv(width, block_n) for width in widths) / (8 * num_sms)
-    # As many column tiles in a row as leave each multiprocessor several programs.
-    tiles = max(
-        t for t in (1, 2, 4, 8) if t <= max(most, 1) and (t == 1 or narrow % (t * block_n) == 0)
+    narrow, total = min(widths), sum(widths)
+    if (
+        block_m == 16
+    ):  # few tokens: many programs, each with its weights on the way before rank vectors are there
+        block_n = 256 if total >= 16384 and narrow % 256 == 0 else 64 if narrow > 32 else 32
+    else:
+        block_n = 128 if narrow % 128 == 0 else 64 if narrow > 32 else 32
+    # As many column tiles in a row as leave each multiprocessor a program.
+    tiles = (min(tokens, loras) + tokens // block_m) * sum(
+        runtime.cdiv(width, block_n) for width in widths
     )
-    return Config(block_n, tiles, 3 if tiles > 2 or rank > 128 else 2, 8 if block_m >= 64 else 4)
+    share = {16: 1.0, 32: min(2.0, tiles / num_sms)}.get(block_m, tiles / num_sms)
+    in_a_row = max(
+        t for t in (1, 2, 4, 8) if t <= max(share, 1.0) and (t == 1 or narrow % (t * block_n) == 0)
+    )
+    stages = 2 if in_a_row == 1 or (rank > 64 and tiles >= 64 * num_sms) else 3
+    stage_bytes = 2 * block_n * (min(128, max(16, runtime.next_power_of_2(rank))) + block_m)
+    while stages > 2 and stages * stage_bytes > shared_memory - 4096:
+        stages -= 1
+    return Config(block_n, in_a_row, 3 if rank > 128 else stages, 8 if block_m >= 64 else 4)
 
 
 def rank_tile(problem: Problem, route: MoeRoute, config: Config) -> int:

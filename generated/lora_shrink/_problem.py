@@ -324,7 +324,12 @@ def _choose(
     # Few blocks are spread over more programs, slice by slice; many read x once for all slices, if their sums fit.
     together = slices == 1 or (parts and tokens >= 1024 and block_m * block_r * slices <= 64 * 256)
     held = block_m * block_r * (slices if together else 1) * (1 if parts else 2)
-    num_warps = 8 if held > 64 * 128 or (block_m >= 64 and block_r >= 64) else 4
+    grouped = "group" in (weight_scales, x_scales)
+    num_warps = (
+        8
+        if held > 64 * 128 or (block_m >= 64 and block_r >= 64) or (grouped and block_r == 128)
+        else 4
+    )
     column_bytes = 2 * (block_m + block_r * (slices if together else 1))
     if block_m <= 32:
         block_k = 256 if k > 8192 and block_r <= 64 else 128
@@ -333,12 +338,21 @@ def _choose(
     budget = shared_memory - 4096
     while block_k > 32 and (3 * block_k * column_bytes > budget or (k % block_k and k % 32 == 0)):
         block_k //= 2
-    if "group" in (weight_scales, x_scales):
+    if grouped:
         block_k = 64  # of any batch: sums of a tile are scaled before they are added
     stages = 4 if 4 * block_k * column_bytes <= min(budget, 112 * 1024) else 3
-    return Config(block_k, chunk_k(k), int(parts), int(together), stages, num_warps)
+    return Config(block_k, chunk_k(k, slices), int(parts), int(together), stages, num_warps)
 
 
-def chunk_k(k: int) -> int:
-    """Columns of K that are added up before the sum is added to the others: by K alone, for the same bits in every batch."""
-    return 512 if k <= 4096 else runtime.cdiv(k, 8 * 128) * 128
+def chunk_k(k: int, slices: int) -> int:
+    """Columns of K that are added up before the sum is added to the others: by the layer alone, for the same bits in every batch.
+
+    There are at most ``max_parts(slices)`` of them.
+    """
+    wide = runtime.cdiv(k, 8 * 128) * 128
+    return max(512, wide) if wide <= 1024 or slices > 1 else runtime.cdiv(k, 16 * 128) * 128
+
+
+def max_parts(slices: int) -> int:
+    """The most parts of a layer, of all its slices together; or of one with fewer slices."""
+    return max(16, 8 * slices)

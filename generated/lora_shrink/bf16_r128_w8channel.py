@@ -165,12 +165,10 @@ def lora_shrink_bf16_r128_w8channel_total(
     RANK: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    BLOCK_R: tl.constexpr = 16
     CHUNKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
-    if PDL:
-        gdc_launch_dependents()
     chunk = tl.program_id(0) % CHUNKS
     s = tl.program_id(0) // CHUNKS % SLICES
     block = tl.program_id(0) // (CHUNKS * SLICES)
@@ -240,32 +238,22 @@ def bind_product(problem: Problem, route: MoeRoute, config: Config, pdl: bool) -
     return call
 
 
-def bind_total(problem: Problem, route: MoeRoute, parts: int, pdl: bool) -> Call:
-    """The sum of parts, scaled, behind the product that made them: y may be the first part."""
-    block_r = min(32, 128)
-    launch = _total.bind(
-        route.max_blocks * problem.slices * runtime.cdiv(problem.rank, block_r),
-        (problem.slices, problem.rank, parts, route.block_m, block_r, pdl),
-        runtime.Options(4, pdl=pdl),
-    )
-    num_tokens = problem.num_tokens
-
-    def call(y: torch.Tensor, sums: torch.Tensor, route: MoeRoute, scaling: float) -> None:
-        launch((y, sums, scaling, num_tokens, route.pairs, route.blocks, route.num_blocks))
-
-    return call
-
-
 def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The launches for checked calls of these sizes, ready to be made again and again."""
     parts = problem.parts(config)
     if parts == 1:
         return bind_product(problem, route, config, False)
     pdl = runtime.traits(problem.device).pdl
-    product, total = bind_product(problem, route, config, pdl), bind_total(
-        problem, route, parts, pdl
+    product = bind_product(problem, route, config, pdl)
+    total = _total.bind(
+        route.max_blocks * problem.slices * runtime.cdiv(problem.rank, 16),
+        (problem.slices, problem.rank, parts, route.block_m, pdl),
+        runtime.Options(4, pdl=pdl),
     )
-    size = parts * problem.slices * problem.num_tokens * problem.rank
+    num_tokens, size = (
+        problem.num_tokens,
+        parts * problem.slices * problem.num_tokens * problem.rank,
+    )
 
     def call(
         y: torch.Tensor,
@@ -279,7 +267,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         if sums is None or sums.shape[0] < size:
             sums = torch.empty(size, dtype=torch.float32, device=y.device)
         product(sums, x, lora_a, route, 1.0, a_scale)
-        total(y, sums, route, scaling)
+        total((y, sums, scaling, num_tokens, route.pairs, route.blocks, route.num_blocks))
 
     return call
 
