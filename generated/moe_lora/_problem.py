@@ -526,10 +526,19 @@ def _accumulators(s: _Shape) -> int:
     return s.block_m * _block_r(s.rank) * held
 
 
+def rows_of_program(weight_scales: str | None, rank: int, block_m: int) -> int:
+    """Rows of a block that a program of one_shot takes. FP8 that was widened is in registers, from where the matrix unit
+    takes it for a low tile; for a high one it goes through shared memory, which costs more than to widen again.
+    """
+    return min(block_m, 16) if weight_scales and rank <= 16 else block_m
+
+
 def _one_shot(s: _Shape) -> OneShotConfig:
     rank = _block_r(s.rank)
     # Programs of little work that are alone on their multiprocessors wait for memory: larger tiles have more on the way.
     alone = rank == 16 and s.block_m <= 32 and _num_blocks(s) < 1.5 * s.num_sms
+    rows = rows_of_program(s.weight_scales, s.rank, s.block_m)
+    cut, s = rows < s.block_m, s._replace(block_m=rows)
     wide = rank == 16 and s.block_m == 16 and s.k >= 4096
     if alone:
         block_k, stages = 256, 4
@@ -553,7 +562,9 @@ def _one_shot(s: _Shape) -> OneShotConfig:
     )  # of a column
     block_k = _in_group(s, _fitting(_block_k(s.k, block_k), shrink_bytes, budget))
     stages = _stages(stages, shrink_bytes * block_k, budget)
-    wide = wide or alone or (s.weight_scales is not None and rank == 16 and s.block_m == 16)
+    wide = not cut and (
+        wide or alone or (s.weight_scales is not None and rank == 16 and s.block_m == 16)
+    )
     block_n = _fitting(
         _block_n(s.n, 256 if wide else 128, 0.03 if rank == 16 else 0.0), expand_bytes, budget
     )
@@ -573,7 +584,9 @@ def _one_shot(s: _Shape) -> OneShotConfig:
             return OneShotConfig(min(block_n, 32), min(block_k, 32), 2, 2, 4)
         if accumulators >= 64 * 256:
             block_n = min(block_n, 32)
-    warps = 8 if heavy or s.block_m == 128 else 2 if rank == 16 and s.block_m == 16 else 4
+    warps = (
+        8 if heavy or s.block_m == 128 else 2 if rank == 16 and s.block_m == 16 and not cut else 4
+    )
     return OneShotConfig(block_n, block_k, stages, expand, warps)
 
 
