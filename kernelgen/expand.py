@@ -69,7 +69,6 @@ def _variants(family: Family) -> Iterator[Variant]:
 def _facts(family: Family, tags: Record) -> Record:
     fp8 = any(axis in QUANT_AXES and tag != UNNAMED for axis, tag in tags)
     facts: dict[Identifier, Fact] = {
-        Identifier("rounds_intermediate"): family.numerics.intermediate == "activation",
         Identifier("group_n"): family.quant.group_n,
         Identifier("group_k"): family.quant.group_k,
         Identifier("chunk_k"): None if fp8 else family.numerics.chunk_k,
