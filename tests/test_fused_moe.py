@@ -60,8 +60,8 @@ def test_opcheck_of_a_layer(device: str, tokens: int) -> None:
     workspace = kg.fused_moe_workspace(
         max_tokens=tokens, top_k=TOP_K, num_experts=EXPERTS, hidden=WIDTH, intermediate=INTER, device=device
     )
-    for buffers in ((None,) * 5, workspace):
-        arguments = (*operands, "swiglu", 0, -1, True, *buffers)
+    for buffers in ((None,) * 7, workspace):
+        arguments = (*operands, "swiglu", 0, -1, True, *(None,) * 4, *buffers)
         torch.library.opcheck(OPS.fused_moe.default, arguments, test_utils=_UTILS)
 
 
@@ -74,7 +74,7 @@ def test_opcheck_of_the_steps(device: str) -> None:
     tokens = layer.ids.shape[0]
     tables = kg.moe_align(layer.ids, num_experts=EXPERTS)
     rows = torch.zeros(tokens, TOP_K, 2 * INTER, dtype=torch.bfloat16, device=device)
-    product = (rows, layer.hidden, layer.w13, *tables, None, "token_pair", "none")
+    product = (rows, layer.hidden, layer.w13, *tables, None, "token_pair", "none", None, None)
     torch.library.opcheck(OPS.moe_gemm.default, product)
     h = torch.zeros(tokens * TOP_K, INTER, dtype=torch.bfloat16, device=device)
     torch.library.opcheck(OPS.moe_act.default, (h, rows, layer.ids, None, "swiglu", EXPERTS, 0, -1))

@@ -27,8 +27,6 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from .. import _runtime as runtime
 from . import is_dense
 
-CHUNK = 8192  # pairs that a program holds at a time
-
 
 @triton.jit
 def _local(topk_ids_ptr, pair, num_pairs, LOCAL_EXPERT_START: tl.constexpr):
@@ -124,7 +122,9 @@ def bind(
 ) -> Callable[..., None]:
     """The launch for tables of these sizes, ready to be made again and again."""
     num_tokens = runtime.next_power_of_2(num_pairs // top_k)
-    chunk = min(CHUNK, max(256, runtime.next_power_of_2(num_tokens * top_k)))
+    # A program that has a multiprocessor to itself can hold more pairs at a time.
+    alone = num_experts <= runtime.traits(device).num_sms
+    chunk = min(8192 if alone else 4096, max(256, runtime.next_power_of_2(num_tokens * top_k)))
     dense = is_dense(num_tokens, top_k, num_experts)
     size = max(32, runtime.next_power_of_2(num_experts)) if dense else 1
     align = _kernel.bind(
@@ -139,7 +139,7 @@ def bind(
             chunk // 8,
             runtime.traits(device).pdl,
         ),
-        runtime.Options(4 if chunk <= 1024 else 8),
+        runtime.Options(4 if chunk <= 512 else 8 if chunk <= 4096 else 16),
     )
 
     def call(

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import functools
-from typing import Callable, NamedTuple, Union
+from typing import Any, Callable, NamedTuple, Union
 
 import torch
 
 from .. import _runtime as runtime
+from .._scales import Quant, check_fp8, check_x_scale, fits, is_fp32, scale_shape
 from ..moe_align import MoeTables, default_block_m, max_blocks
 
 
@@ -50,10 +51,26 @@ class BoxConfig(NamedTuple):
 CACHE_POLICIES = ("", "evict_first")
 Config = Union[GemvConfig, TileConfig, BoxConfig]
 
-# (out, x, w, tables, topk_weights) of sizes that were checked before
-Call = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, MoeTables, Union[torch.Tensor, None]], None
-]
+# (out, x, w, tables, topk_weights) of sizes that were checked before; then w_scale where weights are FP8, x_scale where x is
+Call = Callable[..., None]
+
+_FP8 = (
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
+QUANT = Quant(_FP8, 128, 128)
+
+
+class Scales(NamedTuple):
+    """The scales of a call, and of what there is one each: of w "tensor", "channel" or "group", of x "token" for "channel"."""
+
+    of_weights: str | None
+    w: torch.Tensor | None
+    of_x: str | None
+    x: torch.Tensor | None
+
+
+UNSCALED = Scales(None, None, None, None)
 
 # rows -> (x has a row a pair, out has a row a pair, tables are needed)
 _ROWS = {
@@ -84,6 +101,9 @@ class Problem(NamedTuple):
     w_strides: tuple[int, int]
     zero_rest: bool
     device: torch.device
+    weight_scales: str | None
+    x_scales: str | None
+    w_scale_stride: int  # over E
 
 
 def check(
@@ -99,6 +119,7 @@ def check(
     epilogue: str,
     schedule: str | None = None,
     zero_rest: bool = False,
+    scales: Scales = UNSCALED,
 ) -> Problem:
     """The sizes of a call, once everything about it is known to fit.
 
@@ -117,8 +138,12 @@ def check(
     if tables.topk_ids.device != x.device:
         runtime.fail(variant, "tables", tables.topk_ids.device, x.device)
     slices = 2 if epilogue == "swiglu" else 1
-    if w.dim() != 3 or w.dtype != dtype or w.device != x.device or w.shape[0] < tables.num_experts:
-        wanted = f"[E >= {tables.num_experts}, {slices} * N, K] {dtype} on {x.device}"
+    of_w = (
+        dtype if scales.of_weights is None else check_fp8(variant, "w", w, scales.of_weights, QUANT)
+    )
+    of_x = dtype if scales.of_x is None else check_fp8(variant, "x", x, scales.of_x, QUANT)
+    if w.dim() != 3 or w.dtype != of_w or w.device != x.device or w.shape[0] < tables.num_experts:
+        wanted = f"[E >= {tables.num_experts}, {slices} * N, K] {of_w} on {x.device}"
         runtime.fail(variant, "w", runtime.describe(w), wanted)
     n, k = w.shape[1] // slices, w.shape[2]
     if n < 1 or k < 1 or n * slices != w.shape[1] or (k > 1 and w.stride(2) != 1):
@@ -133,11 +158,11 @@ def check(
         x.dim() != 2
         or x.shape[0] != x_rows
         or x.shape[1] != k
-        or x.dtype != dtype
+        or x.dtype != of_x
         or (k > 1 and x.stride(1) != 1)
     ):
         runtime.fail(
-            variant, "x", runtime.describe(x), f"[{x_rows}, {k}] {dtype} with last stride 1"
+            variant, "x", runtime.describe(x), f"[{x_rows}, {k}] {of_x} with last stride 1"
         )
     out_stride = _check_out(
         variant,
@@ -168,6 +193,11 @@ def check(
         )
     if w.stride(1) * w.shape[1] >= 2**31:
         runtime.fail(variant, "size of an expert's matrix", w.stride(), "below 2**31 elements")
+    w_scale_stride = (
+        0 if scales.of_weights is None else _check_w_scale(variant, scales.of_weights, scales.w, w)
+    )
+    if scales.of_x is not None:
+        check_x_scale(variant, scales.of_x, x, scales.x, QUANT)
     hint, block_m = min(tables.tokens_hint, num_tokens), tables.block_m
     if tables.tokens_hint < 0:
         hint = num_tokens
@@ -190,6 +220,9 @@ def check(
         (w.stride(0), w.stride(1)),
         zero_rest,
         x.device,
+        scales.of_weights,
+        scales.of_x,
+        w_scale_stride,
     )
     if schedule == "box" and not has_boxes(problem, x, w):
         got = f"x {runtime.describe(x)}, w {runtime.describe(w)}"
@@ -201,6 +234,21 @@ def check(
             "use tile",
         )
     return problem
+
+
+def _check_w_scale(variant: str, mode: str, scale: torch.Tensor | None, w: torch.Tensor) -> int:
+    """The stride over E of the scales of weights."""
+    shape = scale_shape(mode, w.shape, QUANT)
+    if (
+        scale is None
+        or not fits(mode, scale.shape, w.shape, QUANT)
+        or not is_fp32(scale, w.device)
+        or not scale[0].is_contiguous()
+    ):
+        got = None if scale is None else runtime.describe(scale)
+        wanted = f"{list(shape)} float32 on {w.device}, contiguous behind E"
+        runtime.fail(variant, "w_scale", got, wanted, f"a scale a {mode}")
+    return scale.stride(0)
 
 
 def _check_out(
@@ -272,6 +320,9 @@ class _Shape(NamedTuple):
     k: int
     n: int
     slices: int
+    sums: bool
+    weight_scales: str | None
+    x_scales: str | None
     shared_memory: int
 
 
@@ -282,6 +333,9 @@ def _shape(problem: Problem) -> _Shape:
         problem.k,
         problem.n,
         problem.slices,
+        problem.rows == "pair_token",
+        problem.weight_scales,
+        problem.x_scales,
         runtime.traits(problem.device).shared_memory,
     )
 
@@ -289,29 +343,42 @@ def _shape(problem: Problem) -> _Shape:
 def _schedule(problem: Problem, boxes: bool) -> str:
     if problem.rows == "pair_token" or problem.block_m == 0:
         return "gemv"
-    # Below 64 rows a tile waits for memory, which pointers ask for as well as descriptors.
+    # Below 64 rows a tile waits for memory, which pointers ask for as well as descriptors; FP8 weights that are widened pass
+    # through registers anyway; and the sums of groups are many numbers, which two halves of a tile need not hold at a time.
+    boxes = boxes and (problem.weight_scales is None or problem.x_scales is not None)
+    boxes = boxes and not (
+        problem.weight_scales == "group" and problem.slices == 2 and problem.block_m > 64
+    )
     has_accelerator = runtime.traits(problem.device).pdl or runtime.INTERPRETED
     return "box" if boxes and problem.block_m >= 64 and has_accelerator else "tile"
 
 
 @functools.lru_cache(maxsize=4096)
-def _rule(schedule: str, *sizes: int) -> Config:
+def _rule(schedule: str, *sizes: Any) -> Config:
     s = _Shape(*sizes)
     return {"gemv": _gemv, "tile": _tile, "box": _box}[schedule](s)
 
 
 def _gemv(s: _Shape) -> GemvConfig:
     block_k = _block_k(s.k, 256 if s.k <= 8192 else 512)
-    if s.slices == 2:
-        return GemvConfig(8, block_k, 2, 1)
-    if s.k <= 1024 and s.tokens == 1:
+    if s.sums or (s.tokens == 1 and s.k <= 1024):
         return GemvConfig(2, block_k, 1, 1)
-    return GemvConfig(4, block_k, 2, 1)
+    return GemvConfig(4, block_k, 1 if s.slices == 2 or s.k > 1024 else 2, 1)
 
 
 # block_m -> block_n, block_k, stages, warps of the first projection with its two halves, and of any other product
 _FIRST = {16: (32, 256, 3, 4), 32: (64, 128, 3, 4), 64: (128, 64, 4, 8), 128: (128, 64, 4, 8)}
 _OTHER = {16: (128, 128, 3, 4), 32: (128, 128, 3, 4), 64: (128, 64, 3, 4), 128: (128, 64, 3, 4)}
+# The same of FP8: weights that are widened, and products of FP8 with FP8.
+_FIRST_W8 = {16: (64, 128, 3, 4), 32: (64, 128, 3, 4), 64: (64, 64, 4, 4), 128: (128, 64, 3, 8)}
+_OTHER_W8 = {16: (128, 128, 3, 4), 32: (128, 128, 3, 4), 64: (128, 64, 3, 4), 128: (128, 128, 3, 8)}
+_FIRST_W8A8 = {16: (64, 128, 3, 4), 32: (64, 128, 4, 4), 64: (64, 128, 4, 4), 128: (128, 128, 3, 8)}
+_OTHER_W8A8 = {
+    16: (128, 128, 3, 4),
+    32: (128, 128, 3, 4),
+    64: (128, 128, 4, 8),
+    128: (128, 128, 4, 8),
+}
 
 
 def _tile(s: _Shape) -> TileConfig:
@@ -327,12 +394,21 @@ def _box(s: _Shape) -> BoxConfig:
 
 
 def _sizes(s: _Shape) -> tuple[int, int, int, int]:
-    block_n, block_k, stages, warps = (_FIRST if s.slices == 2 else _OTHER)[s.block_m]
-    if s.block_m == 16 and s.slices == 2 and s.k >= 4096 and s.tokens > 64:
+    first, other = _FIRST, _OTHER
+    if s.weight_scales is not None:
+        first, other = (_FIRST_W8, _OTHER_W8) if s.x_scales is None else (_FIRST_W8A8, _OTHER_W8A8)
+    block_n, block_k, stages, warps = (first if s.slices == 2 else other)[s.block_m]
+    if (
+        s.weight_scales is None
+        and s.block_m == 16
+        and s.slices == 2
+        and s.k >= 4096
+        and s.tokens > 64
+    ):
         block_n, block_k = 64, 128
-    if s.block_m == 128 and s.slices == 1 and s.k >= 2048:
+    if s.weight_scales is None and s.block_m == 128 and s.slices == 1 and s.k >= 2048:
         block_n, stages, warps = 256, 4, 8
-    block_k = _block_k(s.k, block_k)
+    block_k = _in_group(s, _block_k(s.k, block_k))
     while block_n > 16 and block_n >= 2 * s.n:
         block_n //= 2
     while stages > 2 and stages * _stage_bytes(s, block_n, block_k) > s.shared_memory - 4096:
@@ -343,7 +419,15 @@ def _sizes(s: _Shape) -> tuple[int, int, int, int]:
 
 
 def _stage_bytes(s: _Shape, block_n: int, block_k: int) -> int:
-    return 2 * block_k * (s.block_m + s.slices * block_n)
+    of_x, of_w = (2 if scales is None else 1 for scales in (s.x_scales, s.weight_scales))
+    return block_k * (of_x * s.block_m + of_w * s.slices * block_n)
+
+
+def _in_group(s: _Shape, block_k: int) -> int:
+    """A tile that lies in one group, where groups of columns have scales."""
+    while s.weight_scales == "group" and QUANT.group_k % block_k:
+        block_k //= 2
+    return block_k
 
 
 def _block_k(k: int, wanted: int) -> int:

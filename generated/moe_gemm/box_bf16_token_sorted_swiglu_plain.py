@@ -58,7 +58,8 @@ def _tile(
     out_rows = out_ptr + position.to(tl.int64)[:, None] * OUT_STRIDE
     n = n0 + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    x_tile = x_ptr + (pair // TOP_K).to(tl.int64)[:, None] * X_STRIDE + k[None, :]
+    x_row = pair // TOP_K
+    x_tile = x_ptr + x_row.to(tl.int64)[:, None] * X_STRIDE + k[None, :]
     acc = tl.zeros([BLOCK_M, SLICES * BLOCK_N], tl.float32)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         if K % BLOCK_K == 0:

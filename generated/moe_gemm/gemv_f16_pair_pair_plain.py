@@ -51,7 +51,8 @@ def moe_gemm_gemv_f16_pair_pair_plain_kernel(
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     if PDL:
         gdc_launch_dependents()
-    n = tl.program_id(0) % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    n0 = tl.program_id(0) % TILES * BLOCK_N
+    n = n0 + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     w_row = n if N % BLOCK_N == 0 else tl.minimum(n, N - 1)
     pair = tl.program_id(0) // TILES
@@ -62,7 +63,8 @@ def moe_gemm_gemv_f16_pair_pair_plain_kernel(
     if (expert < 0) | (expert >= NUM_EXPERTS):
         return
     out_row = out_ptr + pair.to(tl.int64) * OUT_STRIDE
-    x_row = x_ptr + pair.to(tl.int64) * X_STRIDE
+    row = pair.to(tl.int64)
+    x_row = x_ptr + row * X_STRIDE
     w_rows = w_ptr + expert * W_STRIDE_E + w_row[:, None] * W_STRIDE_N
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     if PDL:
@@ -78,7 +80,8 @@ def moe_gemm_gemv_f16_pair_pair_plain_kernel(
                 w_rows + (k0 + k)[None, :], mask=k_mask[None, :], other=0.0, eviction_policy=WEIGHTS
             )
         acc += w.to(tl.float32) * x
-    y = tl.sum(acc, 1)
+    acc = tl.sum(acc, 1)
+    y = acc
     if N % BLOCK_N == 0:
         tl.store(out_row + n, y.to(out_ptr.dtype.element_ty))
     else:

@@ -54,7 +54,8 @@ def moe_gemm_gemv_f16_pair_token_weighted_kernel(
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     if PDL:
         gdc_launch_dependents()
-    n = tl.program_id(0) % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    n0 = tl.program_id(0) % TILES * BLOCK_N
+    n = n0 + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     w_row = n if N % BLOCK_N == 0 else tl.minimum(n, N - 1)
     token = tl.program_id(0) // TILES
@@ -71,16 +72,18 @@ def moe_gemm_gemv_f16_pair_token_weighted_kernel(
         pair = token * TOP_K + j
         expert = tl.load(topk_ids_ptr + pair).to(tl.int64) - LOCAL_EXPERT_START
         here = (expert >= 0) & (expert < NUM_EXPERTS)
-        x_row = x_ptr + pair.to(tl.int64) * X_STRIDE
+        row = pair.to(tl.int64)
+        x_row = x_ptr + row * X_STRIDE
         w_rows = w_ptr + expert * W_STRIDE_E + w_row[:, None] * W_STRIDE_N
-        weight = tl.where(here, tl.load(topk_weights_ptr + pair).to(tl.float32), 0.0)
+        weight = tl.load(topk_weights_ptr + pair).to(tl.float32)
+        weight = tl.where(here, weight, 0.0)
         for k0 in tl.static_range(0, K, BLOCK_K):
             k_mask = here & (k < K - k0)
-            x = tl.load(x_row + (k0 + k), mask=k_mask, other=0.0).to(tl.float32) * weight
+            x = tl.load(x_row + (k0 + k), mask=k_mask, other=0.0).to(tl.float32)[None, :]
             w = tl.load(
                 w_rows + (k0 + k)[None, :], mask=k_mask[None, :], other=0.0, eviction_policy=WEIGHTS
             )
-            acc += w.to(tl.float32) * x[None, :]
+            acc += w.to(tl.float32) * (x * weight)
     y = tl.sum(acc, 1)
     if N % BLOCK_N == 0:
         tl.store(out_row + n, y.to(out_ptr.dtype.element_ty))

@@ -59,7 +59,8 @@ def _tile(
     weight = tl.load(topk_weights_ptr + pair).to(tl.float32)
     n = n0 + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    x_tile = x_ptr + pair.to(tl.int64)[:, None] * X_STRIDE + k[None, :]
+    x_row = pair
+    x_tile = x_ptr + x_row.to(tl.int64)[:, None] * X_STRIDE + k[None, :]
     w_row = n if N % BLOCK_N == 0 else tl.minimum(n, N - 1)
     w_tile = w_ptr + expert.to(tl.int64) * W_STRIDE_E + (w_row[:, None] * W_STRIDE_N + k[None, :])
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)

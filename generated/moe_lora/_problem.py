@@ -11,6 +11,8 @@ from typing import Any, Callable, NamedTuple, Sequence, Union
 import torch
 
 from .. import _runtime as runtime
+from .. import _scales
+from .._scales import Quant, check_fp8, check_x_scale, find_x_mode, is_fp32
 from ..moe_route import MoeRoute, default_block_m, expected_groups, few_pairs
 from ._tuned import TUNED
 
@@ -67,12 +69,11 @@ Config = Union[OneShotConfig, SmallBatchConfig, TwoKernelConfig]
 # are FP8, then x_scale where x is
 Call = Callable[..., None]
 
-# What an FP8 tensor may be made of, and the rows and columns of a matrix that share a scale of a group.
-FP8 = (
+_FP8 = (
     torch.float8_e4m3fn,
     torch.float8_e5m2,
 )
-GROUP_N, GROUP_K = 128, 128
+QUANT = Quant(_FP8, 128, 128)
 
 
 class Scales(NamedTuple):
@@ -101,6 +102,7 @@ class Problem(NamedTuple):
     a_strides: tuple[int, int, int]
     b_strides: tuple[int, int, int]
     weighted: bool
+    adds: bool
     device: torch.device
     weight_scales: str | None
     x_scales: str | None
@@ -121,6 +123,7 @@ def check(
     max_rank: int | None,
     topk_weights: torch.Tensor | None,
     weighted: bool,
+    adds: bool,
     scales: Scales = UNSCALED,
 ) -> Problem:
     """The sizes of a call, once everything about it is known to fit.
@@ -170,12 +173,13 @@ def check(
     of_a = of_b = dtype
     if scales.of_weights is not None:
         of_a, of_b = (
-            _fp8(variant, name, w, scales.of_weights) for name, w in (("lora_a", a), ("lora_b", b))
+            check_fp8(variant, name, w, scales.of_weights, QUANT)
+            for name, w in (("lora_a", a), ("lora_b", b))
         )
     _check_slices(variant, "lora_a", lora_a, (loras, experts, rank, k), of_a, x.device)
     _check_slices(variant, "lora_b", lora_b, (loras, experts, n, rank), of_b, x.device)
     rows = num_pairs if weighted else route.num_tokens
-    of_x = dtype if scales.of_x is None else _fp8(variant, "x", x, scales.of_x)
+    of_x = dtype if scales.of_x is None else check_fp8(variant, "x", x, scales.of_x, QUANT)
     if (
         x.dim() != 2
         or x.shape[0] != rows
@@ -219,15 +223,7 @@ def check(
         a_scale_strides = _scale_strides(variant, "a_scale", scales.of_weights, scales.a, lora_a)
         b_scale_strides = _scale_strides(variant, "b_scale", scales.of_weights, scales.b, lora_b)
     if scales.of_x is not None:
-        shape = x_scale_shape(scales.of_x, x.shape)
-        if (
-            scales.x is None
-            or not _is_fp32(scales.x, x.device)
-            or scales.x.shape != shape
-            or not scales.x.is_contiguous()
-        ):
-            got = None if scales.x is None else runtime.describe(scales.x)
-            runtime.fail(variant, "x_scale", got, f"contiguous {list(shape)} float32 on {x.device}")
+        check_x_scale(variant, scales.of_x, x, scales.x, QUANT)
     return Problem(
         num_pairs,
         k,
@@ -239,6 +235,7 @@ def check(
         a_strides,
         b_strides,
         weighted,
+        adds,
         x.device,
         scales.of_weights,
         scales.of_x,
@@ -270,43 +267,14 @@ def _check_slices(
             runtime.fail(variant, f"{label}[{i}]", runtime.describe(tensor), wanted)
 
 
-def _fp8(variant: str, label: str, tensor: torch.Tensor, mode: str) -> torch.dtype:
-    """The dtype of a tensor that must be FP8."""
-    if tensor.dtype not in FP8:
-        hint = (
-            f"it has a scale a {mode}; quantize_weights and quantize_activations make such tensors"
-        )
-        runtime.fail(variant, label, runtime.describe(tensor), " or ".join(map(str, FP8)), hint)
-    if tensor.dtype == torch.float8_e4m3fn and not runtime.traits(tensor.device).e4m3:
-        runtime.fail(
-            variant,
-            label,
-            tensor.dtype,
-            "a type of this GPU",
-            "e4m3 needs sm_89 or newer; e5m2 does not",
-        )
-    return tensor.dtype
-
-
-def _is_fp32(scale: torch.Tensor, device: torch.device) -> bool:
-    return scale.dtype == torch.float32 and scale.device == device
-
-
 def scale_shape(mode: str, weights: Sequence[int]) -> tuple[int, ...]:
     """The shape of the scales of weights [L, E, out, in]."""
-    loras, experts, rows, columns = weights
-    if mode == "tensor":
-        return loras, experts
-    if mode == "channel":
-        return loras, experts, rows
-    return loras, experts, runtime.cdiv(rows, GROUP_N), runtime.cdiv(columns, GROUP_K)
+    return _scales.scale_shape(mode, weights, QUANT)
 
 
 def x_scale_shape(mode: str, x: Sequence[int]) -> tuple[int, ...]:
     """The shape of the scales of x [rows, K]."""
-    if mode == "tensor":
-        return (1,)
-    return x[0], 1 if mode == "token" else runtime.cdiv(x[1], GROUP_K)
+    return _scales.x_scale_shape(mode, x, QUANT)
 
 
 def _scale_strides(
@@ -322,10 +290,9 @@ def _scale_strides(
         runtime.fail(variant, label, f"{len(scales)} tensors", f"{len(weights)}, one a slice")
     strides = scales[0].stride()[:2]
     for i, scale in enumerate(scales):
-        fits = scale.shape == shape or (mode == "channel" and scale.shape == (*shape, 1))
         if (
-            not fits
-            or not _is_fp32(scale, weights[0].device)
+            not _scales.fits(mode, scale.shape, weights[0].shape, QUANT)
+            or not is_fp32(scale, weights[0].device)
             or scale.stride()[:2] != strides
             or (scale.numel() > 0 and not scale[0, 0].is_contiguous())
         ):
@@ -363,30 +330,15 @@ def find_scales(
         )
         if of_weights is None:
             got = f"{[list(s.shape) for s in (*a_scale[:1], *b_scale[:1])]} for {[list(w.shape) for w in (lora_a[0], lora_b[0])]}"
-            groups = f"[L, E, ceil(out / {GROUP_N}), ceil(in / {GROUP_K})]"
+            groups = f"[L, E, ceil(out / {QUANT.group_n}), ceil(in / {QUANT.group_k})]"
             runtime.fail(
                 variant, "a_scale, b_scale", got, f"[L, E] each, or [L, E, out], or {groups}"
             )
     elif a_scale is not None or b_scale is not None:
         runtime.fail(variant, "a_scale, b_scale", "one of them", "both, or none")
     if x_scale is not None:
-        of_x = next(
-            (
-                mode
-                for mode in ("tensor", "token", "group")
-                if x_scale.shape == x_scale_shape(mode, x.shape)
-            ),
-            None,
-        )
-        if of_x is None:
-            wanted = f"[1], {list(x_scale_shape('token', x.shape))} or {list(x_scale_shape('group', x.shape))}"
-            runtime.fail(
-                variant,
-                "x_scale",
-                runtime.describe(x_scale),
-                wanted,
-                "a scale for the tensor, a token or a group",
-            )
+        # Where K is one group, a scale a token has the same shape: groups of weights go with groups of x.
+        of_x = find_x_mode(variant, x, x_scale, QUANT, "group" if of_weights == "group" else None)
     return Scales(of_weights, a_scale or (), b_scale or (), of_x, x_scale)
 
 
@@ -397,17 +349,8 @@ def _fit(
     *rest: Sequence[torch.Tensor],
 ) -> bool:
     """Whether the first tensors of pairs (scales, weights) have the shapes of a mode."""
-    wanted = scale_shape(mode, lora_a[0].shape)
-    shape = a_scale[0].shape if len(a_scale) else ()
-    fits = shape == wanted or (mode == "channel" and shape == (*wanted, 1))
+    fits = len(a_scale) > 0 and _scales.fits(mode, a_scale[0].shape, lora_a[0].shape, QUANT)
     return fits and (not rest or _fit(mode, *rest))
-
-
-def check_tiles(variant: str, **tiles: tuple[int, int]) -> None:
-    """Raise ValueError where a tile, of a config that a caller brought, would need the scales of two groups."""
-    for name, (tile, group) in tiles.items():
-        if group % tile:
-            runtime.fail(variant, name, tile, f"a divisor of {group}, the size of a group")
 
 
 def partials(route: MoeRoute, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -445,6 +388,7 @@ class _Shape(NamedTuple):
     slices: int
     rank: int
     weighted: bool
+    adds: bool
     weight_scales: str | None
     x_scales: str | None
     num_sms: int
@@ -463,6 +407,7 @@ def _shape(problem: Problem, route: MoeRoute) -> _Shape:
         problem.slices,
         problem.rank,
         problem.weighted,
+        problem.adds,
         problem.weight_scales,
         problem.x_scales,
         *runtime.traits(problem.device)[:2],
@@ -484,14 +429,14 @@ _TUNED_SHARED_MEMORY = 232448
 
 
 def _tuned(s: _Shape) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    if s.shared_memory < _TUNED_SHARED_MEMORY or s.weight_scales or s.x_scales:
-        return ()  # what was tuned are 16-bit operands
+    if s.shared_memory < _TUNED_SHARED_MEMORY:
+        return ()
     tokens = min(
         s.tokens, 4096
     )  # the largest that is tuned; more tokens are more of the same blocks
-    return TUNED.get(
-        (tokens, s.top_k, s.experts, s.loras, s.k, s.n, s.slices, s.rank, s.weighted), ()
-    )
+    key = (tokens, s.top_k, s.experts, s.loras, s.k, s.n, s.slices, s.rank, s.weighted)
+    scales = (s.weight_scales, s.x_scales)
+    return TUNED.get((*key, s.adds, *scales)) or TUNED.get((*key, True, *scales), ())
 
 
 def _serves(schedule: str, has_ids: bool, s: _Shape) -> bool:
@@ -570,20 +515,25 @@ def _stages(wanted: int, stage_bytes: int, budget: int) -> int:
 
 def _in_group(s: _Shape, block_k: int) -> int:
     """A tile that lies in one group, where groups of columns have scales."""
-    while "group" in (s.weight_scales, s.x_scales) and GROUP_K % block_k:
+    while "group" in (s.weight_scales, s.x_scales) and QUANT.group_k % block_k:
         block_k //= 2
     return block_k
 
 
 def _accumulators(s: _Shape) -> int:
-    """Numbers that a program of the shrink holds: its sums, and what widening FP8 and scaling the sums of groups take."""
-    return s.block_m * _block_r(s.rank) * (s.slices + (2 if s.weight_scales or s.x_scales else 0))
+    """Numbers that a program of the shrink holds: its sums, and what scaling the sums of groups takes."""
+    held = s.slices + (2 if "group" in (s.weight_scales, s.x_scales) else 0)
+    return s.block_m * _block_r(s.rank) * held
 
 
 def _one_shot(s: _Shape) -> OneShotConfig:
     rank = _block_r(s.rank)
+    # Programs of little work that are alone on their multiprocessors wait for memory: larger tiles have more on the way.
+    alone = rank == 16 and s.block_m <= 32 and _num_blocks(s) < 1.5 * s.num_sms
     wide = rank == 16 and s.block_m == 16 and s.k >= 4096
-    if s.block_m == 16:
+    if alone:
+        block_k, stages = 256, 4
+    elif s.block_m == 16:
         block_k, stages = (
             (256, 3) if wide else (128, 3) if rank == 16 or rank * s.slices >= 256 else (64, 3)
         )
@@ -593,22 +543,38 @@ def _one_shot(s: _Shape) -> OneShotConfig:
         block_k, stages = 64, 6 if rank == 16 else 4
         if s.x_scales == "group" and rank == 128:
             block_k = 32  # 64 would spill
+    if s.weight_scales and rank < 128 and not alone:
+        block_k, stages = 128, (
+            4 if rank == 16 and s.block_m == 16 else 3
+        )  # as many bytes on the way as of 16 bits
     budget = s.shared_memory - 4096
     shrink_bytes, expand_bytes = 2 * (s.block_m + s.slices * rank), 2 * (
         s.block_m + rank
     )  # of a column
     block_k = _in_group(s, _fitting(_block_k(s.k, block_k), shrink_bytes, budget))
     stages = _stages(stages, shrink_bytes * block_k, budget)
+    wide = wide or alone or (s.weight_scales is not None and rank == 16 and s.block_m == 16)
     block_n = _fitting(
         _block_n(s.n, 256 if wide else 128, 0.03 if rank == 16 else 0.0), expand_bytes, budget
     )
+    accumulators = _accumulators(s)
+    narrow = s.weight_scales is not None and accumulators >= 32 * 256
+    if narrow:
+        block_n = min(
+            block_n, 64
+        )  # widening and scaling a wider tile beside the sums of the shrink would spill
     expand = _stages(3, expand_bytes * block_n, budget)
     # Accumulators of the shrink would spill over 4 warps; sooner without the matrix units of a large card.
-    accumulators = _accumulators(s)
-    heavy = accumulators >= (48 * 256 if budget > 128 * 1024 else 64 * 128)
-    if accumulators >= 64 * 256 and budget < 64 * 1024:
-        block_n = min(block_n, 32)  # seen to spill on gfx942
-    return OneShotConfig(block_n, block_k, stages, expand, 8 if heavy or s.block_m == 128 else 4)
+    heavy = accumulators >= (
+        (80 if narrow and not s.x_scales else 48) * 256 if budget > 128 * 1024 else 64 * 128
+    )
+    if budget < 64 * 1024:  # gfx942, where others were seen to spill
+        if s.weight_scales and rank == 128:
+            return OneShotConfig(min(block_n, 32), min(block_k, 32), 2, 2, 4)
+        if accumulators >= 64 * 256:
+            block_n = min(block_n, 32)
+    warps = 8 if heavy or s.block_m == 128 else 2 if rank == 16 and s.block_m == 16 else 4
+    return OneShotConfig(block_n, block_k, stages, expand, warps)
 
 
 def _small_batch(s: _Shape) -> SmallBatchConfig:
@@ -641,6 +607,8 @@ def _two_kernel(s: _Shape) -> TwoKernelConfig:
     shrink_bytes = 2 * (block_m + s.slices * rank)  # of a column
     # Rows of a K that is no multiple of 8 are loaded element by element, which takes registers.
     wanted = 32 if rank == 128 and s.k % 8 else 64 if rank == 128 or block_m > 32 else 128
+    if s.weight_scales and block_m == 16 and s.k % 8 == 0:
+        wanted = 128  # as many bytes on the way as of 16 bits
     block_k = _in_group(s, _fitting(_block_k(s.k, wanted), shrink_bytes, budget))
     blocks = _num_blocks(s)
     split_k = s.k
@@ -668,7 +636,7 @@ def _two_kernel(s: _Shape) -> TwoKernelConfig:
         8 if block_m == 128 or _accumulators(s) > (48 if s.k % 8 else 64) * 256 else 4,
         block_n,
         expand_tiles,
-        3 if s.rank > 128 or (expand_tiles > 2 and block_m == 16) else 2,
+        3 if s.rank > 128 or ((expand_tiles > 2 or s.weight_scales) and block_m == 16) else 2,
         8 if block_m >= 64 else 4,
     )
 

@@ -27,8 +27,9 @@ import triton
 import triton.language as tl
 
 from .. import _runtime as runtime
+from .._scales import check_tiles
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, check_tiles, choose
+from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose
 from ._problem import OneShotConfig as Config
 
 
@@ -267,6 +268,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r64_w8group(
         max_rank=64,
         topk_weights=None,
         weighted=False,
+        adds=True,
         scales=Scales("group", a_scale, b_scale, None, None),
     )
     if problem.num_pairs > 0:

@@ -28,8 +28,9 @@ import triton
 import triton.language as tl
 
 from .. import _runtime as runtime
+from .._scales import check_tiles
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, check_tiles, choose
+from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose
 from ._problem import OneShotConfig as Config
 
 
@@ -272,6 +273,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r64_w8group_a8group(
         max_rank=64,
         topk_weights=None,
         weighted=False,
+        adds=True,
         scales=Scales("group", a_scale, b_scale, "group", x_scale),
     )
     if problem.num_pairs > 0:

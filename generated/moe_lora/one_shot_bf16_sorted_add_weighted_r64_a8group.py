@@ -28,8 +28,9 @@ import triton
 import triton.language as tl
 
 from .. import _runtime as runtime
+from .._scales import check_tiles
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, check_tiles, choose
+from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose
 from ._problem import OneShotConfig as Config
 
 
@@ -244,6 +245,7 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r64_a8group(
         max_rank=64,
         topk_weights=topk_weights,
         weighted=True,
+        adds=True,
         scales=Scales(None, (), (), "group", x_scale),
     )
     if problem.num_pairs > 0:

@@ -31,8 +31,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 from .. import _runtime as runtime
+from .._scales import check_tiles
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, check_tiles, choose, partials
+from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, partials
 from ._problem import SmallBatchConfig as Config
 
 
@@ -342,6 +343,7 @@ def moe_lora_small_batch_bf16_naive_add_plain_r64_w8group(
         max_rank=64,
         topk_weights=None,
         weighted=False,
+        adds=True,
         scales=Scales("group", a_scale, b_scale, None, None),
     )
     if problem.num_pairs > 0:

@@ -32,8 +32,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 from .. import _runtime as runtime
+from .._scales import check_tiles
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, check_tiles, choose, partials
+from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, partials
 from ._problem import SmallBatchConfig as Config
 
 
@@ -348,6 +349,7 @@ def moe_lora_small_batch_bf16_naive_add_weighted_r128_w8group(
         max_rank=128,
         topk_weights=topk_weights,
         weighted=True,
+        adds=True,
         scales=Scales("group", a_scale, b_scale, None, None),
     )
     if problem.num_pairs > 0:

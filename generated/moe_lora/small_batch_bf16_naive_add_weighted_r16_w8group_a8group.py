@@ -33,8 +33,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 from .. import _runtime as runtime
+from .._scales import check_tiles
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, check_tiles, choose, partials
+from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, partials
 from ._problem import SmallBatchConfig as Config
 
 
@@ -358,6 +359,7 @@ def moe_lora_small_batch_bf16_naive_add_weighted_r16_w8group_a8group(
         max_rank=16,
         topk_weights=topk_weights,
         weighted=True,
+        adds=True,
         scales=Scales("group", a_scale, b_scale, "group", x_scale),
     )
     if problem.num_pairs > 0:

@@ -31,8 +31,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 from .. import _runtime as runtime
+from .._scales import check_tiles
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, check_tiles, choose, partials
+from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, partials
 from ._problem import TwoKernelConfig as Config
 
 
@@ -358,6 +359,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r64_w8group(
         max_rank=64,
         topk_weights=topk_weights,
         weighted=True,
+        adds=True,
         scales=Scales("group", a_scale, b_scale, None, None),
     )
     if problem.num_pairs > 0:

@@ -76,7 +76,7 @@ class _Scene:
     """A base result, and the adapters of a batch."""
 
     def __init__(
-        self, package: ModuleType, dtype: str, weight: str, rank: int, device: str, **sizes: int
+        self, package: ModuleType, dtype: str, weight: str, rank: int, device: str, **sizes: Any
     ) -> None:
         tags = {"dtype": dtype, "add_inputs": "set", "routed_weight": weight, "assignment": "sorted", "rank": "rany"}
         self.package = package

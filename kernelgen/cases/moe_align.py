@@ -47,7 +47,14 @@ CASES = (
     Case("ids_int64", "ids as torch.topk gives them", routing=Experts("mixed", ids_dtype=torch.int64)),
     Case("twice_the_expert", "an expert twice in a token", top_k=4, experts=2),
     Case("many_experts", "more experts than pairs, and than lanes", tokens=5, experts=70),
-    Case("gt_chunk", "more pairs than a program holds at a time", tokens=1030, top_k=8, experts=2, routing=Experts("mixed", valid=1029)),
+    Case(
+        "gt_chunk",
+        "more pairs than a program holds at a time",
+        tokens=1030,
+        top_k=8,
+        experts=2,
+        routing=Experts("mixed", valid=1029),
+    ),
 )
 
 

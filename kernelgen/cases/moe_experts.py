@@ -38,7 +38,7 @@ class Routed(NamedTuple):
     valid_tokens: torch.Tensor | None
     num_experts: int
     start: int
-    count: int  # of the tokens that are valid
+    num_valid: int  # tokens
     local: list[Local]
 
 

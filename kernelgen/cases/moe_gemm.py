@@ -14,15 +14,18 @@ from typing import Any, Callable, Mapping, Sequence
 
 import torch
 
-from kernelgen.buffers import Guarded, allocate, allocate_sparse, positions, seal
+from kernelgen.buffers import Guarded, allocate, allocate_sparse, positions, row_major, seal
+from kernelgen.cases import quant
 from kernelgen.cases.base import Case as BaseCase
 from kernelgen.cases.base import Tags, worst_ratio
 from kernelgen.cases.moe_experts import SPREAD, Experts, Routed, draw
-from kernelgen.model import VOCABULARY
+from kernelgen.model import QUANT_AXES, VOCABULARY
 from kernelgen.reference.moe_align import moe_align
 from kernelgen.reference.moe_gemm import Expected, moe_gemm, moe_gemm_sum
+from kernelgen.reference.moe_lora import dequantise
 
 BODY = ("schedule", "rows", "epilogue")
+_QUANTS = ("schedule", "rows", *QUANT_AXES)  # what FP8 operands and their scales pass through
 
 # Tiles that small shapes can be less than, equal to and greater than.
 _TILES: Mapping[str, int] = MappingProxyType(
@@ -41,10 +44,12 @@ class Case(BaseCase):
         hint: tokens that the grid is sized for, None: all.
         tiles: tunables that differ from those of the other cases, where a variant has them.
         own_tiles: the variant chooses its tiles itself.
-        align: rows are padded to a multiple of this many elements,
+        align: rows are padded to a multiple of this many 16-bit elements, or twice as many of 8 bits,
         gap: and then lie so far apart.
         offset: elements that memory starts behind a 16-byte boundary.
         expert_stride, row_stride: of the weights, and of x and out, where they are given.
+        element: of FP8 operands.
+        scales_end_in_1: scales a channel have a last dimension of one.
     """
 
     tokens: int = 5
@@ -66,6 +71,8 @@ class Case(BaseCase):
     offset: int = 0
     expert_stride: int | None = None
     row_stride: int | None = None
+    element: str = "e4m3"
+    scales_end_in_1: bool = False
 
 
 def _only(**axes: str) -> Mapping[str, Sequence[str]]:
@@ -76,6 +83,8 @@ _TILED = _only(schedule="tile box")
 _POINTERS = _only(schedule="gemv tile")
 _WEIGHTED = _only(routed_weight="weighted")
 _ONE = Experts("one")
+_FP8 = _only(weight_quant="w8tensor w8channel w8group")
+_FP8_TILED = MappingProxyType({**_FP8, **_TILED})
 
 CASES = (
     Case("one", "every size is one", only=_POINTERS, tokens=1, top_k=1, experts=1, k=1, n=1),
@@ -92,18 +101,86 @@ CASES = (
     Case("ids_int64", "ids as torch.topk gives them", routing=Experts("mixed", ids_dtype=torch.int64)),
     Case("twice_the_expert", "an expert twice in a token", top_k=3, experts=2),
     Case("top_1", "top_k = 1 folds a dimension away", top_k=1),
-    Case("half_tiles", "blocks of few rows in tiles of half the height", only=_TILED, tokens=25, top_k=1, experts=2, block_m=32, tiles={"tail": 1}, routing=Experts("skewed")),
-    Case("grouped", "blocks that share a tile of columns, the last group lower", only=_TILED, tokens=50, experts=4, n=96, tiles={"group_m": 4}),
+    Case(
+        "half_tiles",
+        "blocks of few rows in tiles of half the height",
+        only=_TILED,
+        tokens=25,
+        top_k=1,
+        experts=2,
+        block_m=32,
+        tiles={"tail": 1},
+        routing=Experts("skewed"),
+    ),
+    Case(
+        "grouped",
+        "blocks that share a tile of columns, the last group lower",
+        only=_TILED,
+        tokens=50,
+        experts=4,
+        n=96,
+        tiles={"group_m": 4},
+    ),
     Case("block_64", "the blocks of long prompts", only=_TILED, tokens=70, experts=2, block_m=64, tiles={"tail": 1}),
     Case("own_tiles", "the tiles that the rule takes", own_tiles=True, k=64, n=48, tokens=20),
-    Case("own_large_tiles", "the tiles of long prompts", only=_TILED, own_tiles=True, k=64, n=48, tokens=130, experts=2, block_m=128),
+    Case(
+        "own_large_tiles",
+        "the tiles of long prompts",
+        only=_TILED,
+        own_tiles=True,
+        k=64,
+        n=48,
+        tokens=130,
+        experts=2,
+        block_m=128,
+    ),
     Case("weights_bf16", "routing weights in another dtype", only=_WEIGHTED, weights_dtype=torch.bfloat16),
     Case("out_f32", "tokens in fp32", only=_only(rows="pair_token"), out_dtype=torch.float32),
     Case("packed", "nothing between rows", gap=0),
     Case("unaligned", "odd strides, a base that is not 16-byte aligned", only=_POINTERS, align=1, gap=1, offset=1, k=33, n=23),
     Case("large_sums", "gates in the tails of exp", only=_only(epilogue="swiglu relu2"), scale=40.0),
-    Case("huge_experts", "32-bit offsets of experts wrap", only=_only(schedule="gemv tile", epilogue="none relu2"), expert_stride=_HUGE, experts=2),
-    Case("huge_rows", "32-bit offsets of rows wrap", only=_only(schedule="gemv tile"), row_stride=_HUGE // 4, tokens=4, few=4, top_k=2),
+    Case(
+        "huge_experts",
+        "32-bit offsets of experts wrap",
+        only=_only(schedule="gemv tile", epilogue="none relu2"),
+        expert_stride=_HUGE,
+        experts=2,
+    ),
+    Case(
+        "huge_rows",
+        "32-bit offsets of rows wrap",
+        only=_only(schedule="gemv tile"),
+        row_stride=_HUGE // 4,
+        tokens=4,
+        few=4,
+        top_k=2,
+    ),
+    Case(
+        "fp8",
+        "several groups on both axes, none of them full at the end",
+        only=_FP8,
+        body=_QUANTS,
+        tokens=9,
+        k=304,
+        n=136,
+        routing=Experts("mixed", start=1),
+    ),
+    Case("fp8_whole", "whole groups, so that a tile of columns has one scale", only=_FP8, body=_QUANTS, k=256, n=128),
+    Case("fp8_e5m2", "the other FP8 type", only=_FP8, k=144, n=48, element="e5m2", scales_end_in_1=True),
+    Case("fp8_own_tiles", "the tiles that the rule takes", only=_FP8, body=_QUANTS, own_tiles=True, k=256, n=128, gap=0),
+    Case(
+        "fp8_own_large_tiles",
+        "the tiles of long prompts",
+        only=_FP8_TILED,
+        body=_QUANTS,
+        own_tiles=True,
+        k=256,
+        n=128,
+        gap=0,
+        tokens=70,
+        experts=2,
+        block_m=128,
+    ),
 )
 
 
@@ -116,6 +193,8 @@ class Call:
     w: torch.Tensor
     tables: Any
     topk_weights: torch.Tensor | None
+    w_scale: torch.Tensor | None
+    x_scale: torch.Tensor | None
     routed: Routed
     expected: Expected
     inputs: Mapping[str, Guarded]
@@ -124,6 +203,12 @@ class Call:
     def operands(self) -> tuple[Any, ...]:
         """out, x, w and tables, as every launcher takes them."""
         return self.out.view, self.x, self.w, self.tables
+
+    @property
+    def scales(self) -> dict[str, torch.Tensor]:
+        """Those that there are, by the names of their arguments."""
+        given = {"w_scale": self.w_scale, "x_scale": self.x_scale}
+        return {name: scale for name, scale in given.items() if scale is not None}
 
     def verify(self) -> float:
         """The worst error over its bound.
@@ -151,7 +236,9 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
     reads, writes = tags["rows"].split("_")
     routed = draw(case.routing, tokens, case.top_k, case.experts, case.random(), device)
     numbers, num_pairs = case.generator(), tokens * case.top_k
-    pad = -(-case.k // case.align) * case.align + case.gap
+    of_weights, of_x = quant.scales_of(tags)
+    unit = case.align * (2 if of_weights and case.align > 1 else 1)
+    pad = -(-case.k // unit) * unit + (case.gap if unit == case.align else 2 * case.gap)
 
     def memory(shape: Sequence[int], strides: Sequence[int], kind: torch.dtype = dtype) -> torch.Tensor:
         if max(strides) * max(shape[0], 1) >= _HUGE // 2:
@@ -164,14 +251,36 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
         "sorted": range(len(order)),
         "pair": [pair for pair, _ in routed.local],
     }[reads]
-    x = memory((tokens if reads == "token" else num_pairs, case.k), (case.row_stride or pad, 1))
+    element = quant.ELEMENTS[case.element]
+    x_shape = (tokens if reads == "token" else num_pairs, case.k)
+    x = memory(x_shape, (case.row_stride or pad, 1), element if of_x else dtype)
+    x_scale, x_numbers = None, x
+    if of_x:
+        shape = quant.x_scale_shape(of_x, x_shape, quant.GROUP[1])
+        x_scale = allocate(shape, row_major(shape), torch.float32, device)
     for row in sorted(set(sources)):
-        x[row] = torch.randn(case.k, generator=numbers).to(x)
+        x[row] = quant.as_dtype(torch.randn(case.k, generator=numbers), x)
+        if x_scale is not None:
+            each = x_scale[row] if x_scale.dim() > 1 else x_scale
+            each.copy_(quant.draw_scales(each, 1.0, numbers))
+    if x_scale is not None and sources:
+        x_numbers = dequantise(x, x_scale, quant.group_of(of_x, x_shape, (1, quant.GROUP[1])))
     height = case.n * int(VOCABULARY["epilogue"][tags["epilogue"]]["slices"] or 1)
-    w = memory((case.experts, height, case.k), (case.expert_stride or height * pad, pad, 1))
+    w_shape, size = (case.experts, height, case.k), case.scale * case.k**-0.5
+    w = memory(w_shape, (case.expert_stride or height * pad, pad, 1), element if of_weights else dtype)
+    w_scale, w_numbers = None, w
+    if of_weights:
+        shape = (case.experts, *quant.scale_shape(of_weights, w_shape[1:], quant.GROUP))
+        if case.scales_end_in_1 and of_weights == "channel":
+            shape = (*shape, 1)
+        w_scale = allocate(shape, row_major(shape), torch.float32, device)
     for expert in sorted({item.expert for item in routed.local}):
-        size = case.scale * case.k**-0.5
-        w[expert] = (size * torch.randn(height, case.k, generator=numbers)).to(w)
+        drawn = torch.randn(height, case.k, generator=numbers)
+        w[expert] = quant.as_dtype(drawn if of_weights else drawn * size, w)
+        if w_scale is not None:
+            w_scale[expert] = quant.draw_scales(w_scale[expert], size, numbers)
+    if w_scale is not None:
+        w_numbers = dequantise(w, w_scale, quant.group_of(of_weights, w_shape[1:], quant.GROUP))
     weights = None
     if tags["routed_weight"] == "weighted":
         weights = allocate((tokens, case.top_k), (case.top_k, 1), case.weights_dtype, device)
@@ -182,23 +291,34 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
     out_row = case.row_stride or -(-case.n // case.align) * case.align + case.gap
     out = memory((out_rows, case.n), (out_row, 1), case.out_dtype or dtype)
     if writes == "token" and weights is not None:
-        count = routed.count
-        expected = moe_gemm_sum(x, w, routed.local, num_tokens=count, topk_weights=weights, dtype=out.dtype)
+        count = routed.num_valid
+        expected = moe_gemm_sum(
+            x_numbers,
+            w_numbers,
+            routed.local,
+            num_tokens=count,
+            topk_weights=weights,
+            dtype=out.dtype,
+            scaled=w_scale is not None,
+        )
     else:
         expected = moe_gemm(
-            x,
-            w,
+            x_numbers,
+            w_numbers,
             routed.local,
             top_k=case.top_k,
             rows=tags["rows"],
             epilogue=tags["epilogue"],
             topk_weights=weights,
             dtype=dtype,
+            scaled=w_scale is not None,
+            short=of_x is not None and not by_one and device != "cpu",
         )
     tables, ints = tables_of(package, case, routed, by_one, device)
     given = {"x": x, "w": w, "topk_weights": weights, "topk_ids": routed.topk_ids, **ints}
+    given |= {"w_scale": w_scale, "x_scale": x_scale}
     inputs = {name: _seal(tensor) for name, tensor in given.items() if tensor is not None}
-    return Call(_seal(out), x, w, tables, weights, routed, expected, inputs)
+    return Call(_seal(out), x, w, tables, weights, w_scale, x_scale, routed, expected, inputs)
 
 
 def _seal(tensor: torch.Tensor) -> Guarded:
@@ -240,7 +360,7 @@ def check(
     call = make(package, case, tags, device)
     keywords = {} if call.topk_weights is None else {"topk_weights": call.topk_weights}
     config = None if case.own_tiles else tiles(launcher, case.tiles)
-    launcher(*call.operands, config=config, **keywords)
+    launcher(*call.operands, config=config, **keywords, **call.scales)
     return call.verify()
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import random
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 import torch
 
 from kernelgen.buffers import bits, poison_
+from kernelgen.cases import quant
 from kernelgen.cases.base import Law, Variant, worst_ratio
 from kernelgen.cases.moe_experts import Experts, Routed, draw
 from kernelgen.cases.moe_gemm import Case, make
-from kernelgen.reference.fused_moe import fused_moe
+from kernelgen.model import QUANT_AXES
+from kernelgen.reference.fused_moe import Inner, fused_moe
+from kernelgen.reference.moe_lora import dequantise
 
 
 class Layer(NamedTuple):
@@ -25,6 +28,9 @@ class Layer(NamedTuple):
     routed: Routed
     topk_weights: torch.Tensor
     activation: str
+    scales: Mapping[str, torch.Tensor] = MappingProxyType({})
+    numbers: tuple[torch.Tensor, ...] = ()  # what FP8 hidden, w13 and w2 stand for
+    inner: Inner | None = None
 
     def run(self, package: ModuleType, **options: Any) -> torch.Tensor:
         out: torch.Tensor = package.fused_moe(
@@ -36,15 +42,18 @@ class Layer(NamedTuple):
             activation=self.activation,
             valid_tokens=self.routed.valid_tokens,
             local_expert_start=self.routed.start,
+            **self.scales,
             **options,
         )
         return out
 
     def verify(self, out: torch.Tensor) -> None:
         """Raise AssertionError unless the rows of valid tokens are those of the reference."""
-        count = self.routed.count
-        operands = (self.hidden, self.w13, self.w2, self.routed.local, self.topk_weights)
-        exact = fused_moe(*operands, activation=self.activation, num_tokens=count, dtype=out.dtype)
+        count = self.routed.num_valid
+        numbers = self.numbers or (self.hidden, self.w13, self.w2)
+        operands: tuple[Any, ...] = (*numbers, self.routed.local, self.topk_weights)
+        sizes: dict[str, Any] = {"num_tokens": count, "dtype": out.dtype, "inner": self.inner}
+        exact = fused_moe(*operands, activation=self.activation, **sizes)
         worst_ratio(out[:count].cpu(), exact.out.cpu(), exact.bound.cpu())
 
 
@@ -66,7 +75,8 @@ def layer(
     routed = draw(how, tokens, top_k, experts, random.Random(seed), device)
 
     def normal(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=numbers) * size[-1] ** -0.5
+        drawn = torch.randn(size, generator=numbers)
+        return drawn.mul_(size[-1] ** -0.5)
 
     x = torch.full((tokens, hidden), torch.nan)
     weights = torch.full((tokens, top_k), torch.nan)
@@ -99,15 +109,59 @@ def fused_front_door(package: ModuleType, variants: Sequence[Variant], device: s
         given = call.run(package, num_tokens_hint=hint, out=out)
         what = f"{tokens} tokens, {how}, hint {hint}, own buffer {own}"
         _about(lambda call=call, given=given: call.verify(given), what)  # type: ignore[misc]
-        rest = given[call.routed.count :]
+        rest = given[call.routed.num_valid :]
         right = not rest.any() if own else bool(rest.isnan().all())
         assert right and given.dtype == (torch.float32 if own else call.hidden.dtype), what
+
+
+# Scales of weights, scales of activations; an activation that such layers have.
+_MODES = (
+    ("tensor", None, "relu2"),
+    ("channel", None, "swiglu"),
+    ("group", None, "swiglu"),
+    ("tensor", "tensor", "swiglu"),
+    ("tensor", "tensor", "relu2"),
+    ("channel", "token", "swiglu"),
+    ("group", "group", "swiglu"),
+)
+
+
+def fp8_layer(
+    package: ModuleType, tokens: int, how: Experts, device: str, mode: tuple[str, str | None, str], **sizes: Any
+) -> Layer:
+    """A layer of FP8 weights, and with FP8 activations where the mode has scales for them."""
+    of_weights, of_x, activation = mode
+    call = layer(tokens, how, device, activation=activation, **{"hidden": 144, "inter": 136, "top_k": 2, **sizes})
+    weights = [package.quantize_weights(w, of_weights) for w in (call.w13, call.w2)]
+    scales = {"w13_scale": weights[0][1], "w2_scale": weights[1][1]}
+    numbers = [dequantise(codes, scale, quant.group_of(of_weights, codes.shape[1:], quant.GROUP)) for codes, scale in weights]
+    hidden, x, inner = call.hidden, call.hidden, Inner(torch.bfloat16)
+    if of_x is not None:
+        hidden, scales["x_scale"] = package.quantize_activations(call.hidden, of_x)
+        x = dequantise(hidden, scales["x_scale"], quant.group_of(of_x, hidden.shape, (1, quant.GROUP[1])))
+        given = None
+        if of_x == "tensor":
+            scales["h_scale"], given = torch.full((1,), 2.0**-7, device=device), 2.0**-7
+        width = quant.GROUP[1] if of_x == "group" else call.w2.shape[2]
+        inner = Inner(torch.bfloat16, hidden.dtype, width, given, short=device != "cpu")
+    codes = (hidden, weights[0][0], weights[1][0])
+    return call._replace(hidden=codes[0], w13=codes[1], w2=codes[2], scales=scales, numbers=(x, *numbers), inner=inner)
+
+
+def fp8_front_door(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """Layers with FP8 weights, with and without FP8 activations, are within their bound, in a workspace and without."""
+    for i, (tokens, mode) in enumerate(itertools.product((2, 7), _MODES)):
+        call = fp8_layer(package, tokens, Experts(valid=tokens - 1), device, mode)
+        sizes = {"max_tokens": 12, "top_k": 2, "num_experts": 4, "hidden": 144, "intermediate": 136}
+        workspace = package.fused_moe_workspace(**sizes, fp8_activations=mode[1] is not None, device=device)
+        given = call.run(package, workspace=workspace if i % 2 else None)
+        _about(lambda call=call, given=given: call.verify(given), f"{tokens} tokens, scales {mode}")  # type: ignore[misc]
 
 
 def stale_workspace(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """What an earlier, larger batch left in a workspace changes nothing, and nothing else is allocated."""
     workspace = _workspace(package, device, 40)
-    for buffer in workspace:
+    for buffer in workspace[:5]:
         poison_(buffer)
     for tokens, how in ((40, Experts()), (6, Experts("mixed", start=1)), (3, Experts(valid=2)), (40, Experts("away"))):
         call = layer(tokens, how, device)
@@ -226,7 +280,7 @@ def one_graph_serves_every_batch(
             out.fill_(torch.nan)
             graph.replay()
             torch.cuda.synchronize()
-            _about(lambda call=call: call.verify(out), f"{tokens} tokens, {kind}, {valid} valid")  # type: ignore[misc]
+            _about(lambda call=call, out=out: call.verify(out), f"{tokens} tokens, {kind}, {valid} valid")  # type: ignore[misc]
             assert out[valid:].isnan().all(), "rows of padding were written"
             eager = call.run(package, **{**options, "out": torch.full_like(out, torch.nan)})
             assert torch.equal(bits(eager), bits(out)), f"{tokens} tokens, {kind}, {valid} valid"
@@ -257,6 +311,7 @@ def real_sizes(package: ModuleType, variants: Sequence[Variant], device: str) ->
 
 LAWS = (
     Law(fused_front_door),
+    Law(fp8_front_door),
     Law(stale_workspace),
     Law(same_bits),
     Law(few_and_many_agree),
@@ -290,6 +345,7 @@ def _launch(package: ModuleType, call: Any, tags: Mapping[str, str]) -> None:
         out_rows=writes,
         activation=None if tags["epilogue"] == "none" else tags["epilogue"],
         topk_weights=call.topk_weights,
+        **call.scales,
     )
 
 
@@ -301,17 +357,17 @@ def _about(verify: Callable[[], object], what: str) -> None:
 
 
 def _one_a_body(variants: Sequence[Variant]) -> Iterator[Variant]:
-    """Of each schedule and order of rows, one variant."""
+    """Of each schedule, order of rows and kind of scales, one variant."""
     seen = set()
     for variant in variants:
-        body = (variant.tags["schedule"], variant.tags["rows"])
+        body = tuple(variant.tags[axis] for axis in ("schedule", "rows", *QUANT_AXES))
         if body not in seen:
             seen.add(body)
             yield variant
 
 
 def _weights(call: Any) -> dict[str, torch.Tensor]:
-    return {} if call.topk_weights is None else {"topk_weights": call.topk_weights}
+    return call.scales if call.topk_weights is None else {"topk_weights": call.topk_weights, **call.scales}
 
 
 _Operands = dict[str, Any]
@@ -348,6 +404,10 @@ _WRONG: Mapping[str, Callable[[_Operands], bool]] = {
     "routing weights of another shape": _set("topk_weights", lambda w: w[:, :-1]),
     "routing weights that are integers": _set("topk_weights", lambda w: w.nan_to_num().int()),
     "no tables": _without_tables,
+    "scales in another dtype": _set("w_scale", lambda scale: scale.double()),
+    "scales of too few experts": _set("w_scale", lambda scale: scale[:-1]),
+    "scales of x in another dtype": _set("x_scale", lambda scale: scale.half()),
+    "scales of x of another shape": _set("x_scale", lambda scale: scale[None]),
 }
 _WRONG_LAYER: Mapping[str, Callable[[_Operands], _Operands]] = {
     "an unknown activation": lambda a: {"activation": "gelu"},
@@ -358,6 +418,10 @@ _WRONG_LAYER: Mapping[str, Callable[[_Operands], _Operands]] = {
     "ids as a vector": lambda a: {"topk_ids": a["topk_ids"].flatten()},
     "weights of another shape": lambda a: {"topk_weights": a["topk_weights"][:, :-1]},
     "valid tokens in 64 bits": lambda a: {"valid_tokens": a["valid_tokens"].long()},
+    "scales of one product alone": lambda a: {"w13_scale": a["topk_weights"].new_ones(4)},
+    "scales of x alone": lambda a: {"x_scale": a["topk_weights"].new_ones(1)},
+    "a scale of h that nothing needs": lambda a: {"h_scale": a["topk_weights"].new_ones(1)},
+    "scales of weights that are no FP8": lambda a: dict.fromkeys(("w13_scale", "w2_scale"), a["topk_weights"].new_ones(4)),
     "a hint of nothing": lambda a: {"num_tokens_hint": 0},
     "out of another shape": lambda a: {"out": a["out"][:-1]},
     "a workspace that is too small": lambda a: {

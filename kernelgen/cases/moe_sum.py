@@ -99,7 +99,7 @@ def check(
     )
     guarded = seal(out)
     expected = moe_sum(
-        y, routed.local, num_tokens=routed.count, topk_weights=weights, dtype=out.dtype
+        y, routed.local, num_tokens=routed.num_valid, topk_weights=weights, dtype=out.dtype
     )
     config = None if case.own_tiles else sys.modules[launcher.__module__].Config(64, 2)
     launcher(
@@ -113,11 +113,11 @@ def check(
         config=config,
         **({} if weights is None else {"topk_weights": weights}),
     )
-    written = torch.arange(case.tokens, device=device) < routed.count
+    written = torch.arange(case.tokens, device=device) < routed.num_valid
     if tags["rest"] == "zero":
         assert not out[~written].any(), "rows behind the valid tokens are not zero"
         written[:] = True
     stray = int((guarded.changed() & ~positions(guarded, written)).sum())
     assert not stray, f"out: {stray} elements changed outside of the rows of valid tokens"
-    rows = out[: routed.count].cpu()
+    rows = out[: routed.num_valid].cpu()
     return worst_ratio(rows, expected.out.cpu(), expected.bound.cpu())

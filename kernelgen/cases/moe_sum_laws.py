@@ -22,7 +22,7 @@ def front_door(package: ModuleType, variants: Sequence[Variant], device: str) ->
         operands = _operands(dtype, routed, device)
         for weights in (operands["topk_weights"], None):
             given = {**operands, "topk_weights": weights}
-            wanted = {"num_tokens": 4, "topk_weights": weights}
+            wanted: dict[str, Any] = {"num_tokens": 4, "topk_weights": weights}
             own = package.moe_sum(**given)
             assert own.dtype == torch.float32 and not own[4:].any(), "own rows behind the tokens"
             exact = moe_sum(operands["y"], routed.local, dtype=torch.float32, **wanted)

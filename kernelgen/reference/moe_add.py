@@ -1,4 +1,4 @@
-"""The sum of a base product and a LoRA delta in fp64: out[p] + delta[p] for live pairs, with the bound of one fp32 sum and a cast."""
+"""out[p] + delta[p] for live pairs, a base product and a LoRA delta, in fp64; with the bound of one fp32 sum and a cast."""
 
 from __future__ import annotations
 

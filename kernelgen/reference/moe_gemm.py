@@ -11,6 +11,11 @@ pair's place in the tables:
 The bound. A kernel forms sums in fp32, in any order and with any tree, on units that may truncate: a sum of n products is
 then off by at most n * 2^-23 times the sum of their magnitudes (products of 16-bit numbers are exact in fp32). What follows
 rounds once an operation; exp is off by 4 units and by one for each unit of its argument, a quotient by 2.
+
+FP8 operands stand for their numbers times their scales: ``dequantise`` them first. Their products are exact in fp32 too; scales
+multiply sums or rows of x, which rounds up to four times more. The tensor cores of sm_90 form sums of FP8 products 32 at a time,
+each of which, with what came before, loses what is below 2^-13 of the largest of them; after at most 128 of them a kernel adds
+the sum up in fp32.
 """
 
 from __future__ import annotations
@@ -23,6 +28,8 @@ from kernelgen.reference.moe_align import Local
 
 _FP32 = 2.0**-23  # relative error of an fp32 operation that truncates
 _FP32_TINY = 2.0**-149  # and its absolute error where it underflows
+_SHORT = 132 * 2.0**-13  # of the magnitudes of FP8 products, what tensor cores lose: four times 32 of them, and a sum
+_SCALINGS = 4  # roundings
 _SILU_SLOPE = 1.1  # the largest there is
 _SILU_TINY = 2.0**-118  # what is left of it where exp overflows
 
@@ -45,6 +52,8 @@ def moe_gemm(
     epilogue: str,
     topk_weights: torch.Tensor | None,
     dtype: torch.dtype,
+    scaled: bool = False,
+    short: bool = False,
 ) -> Expected:
     """The exact rows for operands as they are, and the bound on a kernel's error.
 
@@ -56,13 +65,15 @@ def moe_gemm(
         epilogue: "none", "relu2" or "swiglu".
         topk_weights: [T, top_k], or None: 1.
         dtype: of out.
+        scaled: operands were dequantised; a kernel applies their scales, which are below 2^24, in fp32.
+        short: products of FP8 with FP8 are formed on tensor cores.
     """
     order = sorted(local, key=lambda item: (item.expert, item.pair))
     place = {item.pair: position for position, item in enumerate(order)}
     targets, values, bounds = [], [], []
     for pair, expert in local:
         source = {"token": pair // top_k, "sorted": place[pair], "pair": pair}[rows.split("_")[0]]
-        value, error = dot(w[expert], x[source])
+        value, error = dot(w[expert], x[source], scaled=scaled, short=short)
         value, error = activate(value, error, epilogue)
         if topk_weights is not None:
             weight = topk_weights.flatten()[pair].float().double()
@@ -82,6 +93,7 @@ def moe_gemm_sum(
     num_tokens: int,
     topk_weights: torch.Tensor,
     dtype: torch.dtype,
+    scaled: bool = False,
 ) -> Expected:
     """The sums over the experts of the first ``num_tokens`` tokens; arguments as of ``moe_gemm``."""
     top_k = topk_weights.shape[1]
@@ -89,7 +101,7 @@ def moe_gemm_sum(
     bounds = torch.zeros_like(values)
     for pair, expert in local:
         weight = topk_weights.flatten()[pair].float().double()
-        value, error = dot(w[expert], x[pair], top_k * x.shape[1] + 2)
+        value, error = dot(w[expert], x[pair], top_k * x.shape[1] + 2, scaled=scaled)
         values[pair // top_k] += weight * value
         bounds[pair // top_k] += weight.abs() * error + _FP32_TINY
     bounds += cast_error(values.abs() + bounds, dtype)
@@ -146,12 +158,21 @@ def activate(
 
 
 def dot(
-    matrix: torch.Tensor, vector: torch.Tensor, terms: int | None = None
+    matrix: torch.Tensor,
+    vector: torch.Tensor,
+    terms: int | None = None,
+    *,
+    scaled: bool = False,
+    short: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """matrix @ vector in fp64, and the error of fp32 sums over its columns."""
+    """matrix @ vector in fp64, and the error of fp32 sums over its columns; ``scaled`` and ``short`` as of ``moe_gemm``."""
     matrix, vector = matrix.double(), vector.double()
     count = matrix.shape[1] if terms is None else terms
-    return matrix @ vector, count * (_FP32 * (matrix.abs() @ vector.abs()) + _FP32_TINY)
+    tiny = _FP32_TINY
+    if scaled:
+        count, tiny = count + _SCALINGS, tiny * 2.0**24
+    size = matrix.abs() @ vector.abs()
+    return matrix @ vector, count * (_FP32 * size + tiny) + (_SHORT * size if short else 0.0)
 
 
 def cast_error(magnitude: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

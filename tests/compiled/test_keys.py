@@ -13,7 +13,7 @@ import triton
 
 import generated as kg
 from generated import _runtime as runtime
-from generated._warmup import FusedMoeShape, MoeShape, requests
+from generated._warmup import FusedMoeShape, LoraShape, MoeShape, requests
 from kernelgen.stand_in import compiling_for
 from kernelgen.targets import TARGETS
 
@@ -213,3 +213,43 @@ def test_no_number_of_tokens_and_no_hint_makes_another_key_of_a_layer(shape: Fus
             log.clear()
     known = {request.key for request in requests([shape], max_tokens=4097)}
     assert found <= known and len(known) <= 64
+
+
+def linear(shape: LoraShape, num_tokens: int) -> None:
+    """One step of an engine through a linear layer."""
+
+    def empty(*size: int, dtype: torch.dtype = shape.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    route = kg.lora_route(empty(num_tokens, dtype=torch.int32), max_loras=shape.max_loras)
+    a = [empty(shape.max_loras, shape.rank, shape.k) for _ in shape.widths]
+    b = [empty(shape.max_loras, width, shape.rank) for width in shape.widths]
+    out, x = empty(num_tokens, sum(shape.widths)), empty(num_tokens, shape.k)
+    if shape.separate:
+        y = empty(len(a), num_tokens, shape.rank, dtype=torch.float32)
+        kg.lora_shrink(y, x, a, route, scaling=0.5)
+        kg.lora_expand(out, y, b, route)
+    else:
+        kg.lora(out, x, a, b, route, scaling=0.5)
+
+
+@pytest.mark.parametrize("separate", [False, True], ids=["one_op", "two_ops"])
+def test_no_number_of_tokens_makes_another_key_of_a_linear_layer(separate: bool) -> None:
+    shape = LoraShape(k=4096, widths=(4096, 1024, 1024), rank=16, max_loras=4, separate=separate)
+    found = set()
+    with runtime.compile_only() as log:
+        for num_tokens in range(MAX_TOKENS + 1):
+            linear(shape, num_tokens)
+            found.update(request.key for request in log)
+            log.clear()
+    known = {request.key for request in requests([shape], max_tokens=MAX_TOKENS)}
+    assert found == known and len(known) < 40
+
+
+def test_warm_up_knows_fp8_of_a_linear_layer() -> None:
+    shape = LoraShape(k=4096, widths=(4096, 1024), rank=16, max_loras=4)
+    quantised = shape._replace(weight_scales="channel", x_scales="token")
+    known = {request.key for request in requests([shape], max_tokens=64)}
+    keys = {request.key for request in requests([quantised], max_tokens=64)}
+    assert len(keys) == len(known)
+    assert all("route" in key[0].kernel.__name__ for key in keys & known)  # the sort is the same
