@@ -1,133 +1,213 @@
-"""Fully sharded LoRA: both of an adapter's matrices are cut over the GPUs of a tensor-parallel group.
+"""LoRA whose adapters are sharded over GPUs like the layer under them, over ``torch.distributed``.
 
-Each GPU makes rank vectors of what it holds of A, hands them over to the others, and makes the columns that it holds of B:
+Tensor parallelism cuts a layer's weight into n shards. Cut both matrices of an adapter too, and each GPU holds and reads an
+n-th of them; what it costs is one collective on the rank vectors, float32 [S, rows, rank], between the two products:
 
-    A cut along the rank (of a layer whose columns are sharded: w13, qkv)   all-gather: vectors lie side by side
-    A cut along K (of a layer whose rows are sharded: w2, o_proj)           all-reduce: vectors are partial sums
+| layer | A of a GPU | hand-over | B of a GPU | offset |
+| --- | --- | --- | --- | --- |
+| column-parallel (q, k, v; gate, up) | rank / n of the rank | all-gather | N / n of the columns | 0 |
+| row-parallel (o; down) | K / n of the columns | all-reduce | N / n of the columns | index * N / n |
 
-Which of them it is, the shapes say: B has the full rank in both. The vectors are float32, and are rounded to the dtype of the
-activations once, behind the hand-over, as they are without sharding. So after an all-gather a result has the bits that one
-GPU with all of the rank would have given it, wherever its route is sorted: each vector is added up in the order that K and the
-number of tokens set. An all-reduce adds in an order of its own, within the published bound.
+``column_shard`` and ``row_shard`` cut so. ``out`` is the base layer's on this GPU: in a column-parallel layer its own columns,
+in a row-parallel one all columns, of which it adds to its own, before the layer sums ``out`` over the GPUs. Which hand-over it
+is, the shapes say: A with the rank of B makes parts of a sum, A with an n-th of it parts of the rank.
 
-A route is made from the tokens of the batch that is on the GPU, on the device. Under expert and data parallelism that is
-the batch gathered from all GPUs, with the adapters gathered likewise: no list of active adapters of the own requests is
-asked for, so an adapter that only another GPU's requests name is served too.
+The rank vector is rounded to the dtype of the activations once, behind the hand-over, so the result is within the bound of an
+unsharded one. With a sorted route and an all-gather, ``sharded_moe_lora`` gives the very bits of the same two ops on one GPU,
+as each rank is summed up by one GPU, in the same order. In an all-reduce the parts are added as the library does it.
 
-The collectives are those of ``torch.distributed``; with NCCL all of it can be captured in a CUDA graph. Every GPU of the group
-must come here with as many tokens, whatever their adapters.
+Everything stays on the device: with NCCL a call can be captured in a CUDA graph, on all GPUs alike. All GPUs must make the
+same calls, with routes of the same tokens; that of each may be naive or sorted, as rank vectors are by pair.
+
+Expert parallelism needs nothing of this: give ``moe_route`` an ``expert_map`` and the adapters of all tokens that are here,
+gathered with them. No list of the adapters of a GPU's own batch takes part, so a token from elsewhere keeps its adapter.
 """
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
-from typing import Any, Callable, Sequence
+from typing import Any, NamedTuple, Sequence
 
 import torch
 import torch.distributed as dist
 
-# torch 2.13 renames it
-all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+Slices = Sequence[torch.Tensor]
+
+# The name changed in torch 2.13.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def column_shard(lora_a: Slices, lora_b: Slices, index: int, shards: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What GPU ``index`` of ``shards`` holds of adapters on a column-parallel layer: a part of the rank of A, of the rows of B.
+
+    Args:
+        lora_a: S tensors [..., rank, K]; the rank may be padded with zeroes, in A and B.
+        lora_b: S tensors [..., N, rank].
+
+    Raises:
+        ValueError: a size that ``shards`` does not divide.
+    """
+    return [_part(a, -2, index, shards) for a in lora_a], [_part(b, -2, index, shards) for b in lora_b]
+
+
+def row_shard(lora_a: Slices, lora_b: Slices, index: int, shards: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """As ``column_shard`` for a row-parallel layer: a part of the columns of A, of the rows of B."""
+    return [_part(a, -1, index, shards) for a in lora_a], [_part(b, -2, index, shards) for b in lora_b]
+
+
+def sharded_workspace(
+    *, max_rows: int, num_slices: int, max_rank: int, device: torch.device | str
+) -> torch.Tensor:
+    """Memory for the rank vectors of every call of at most these sizes, on any number of GPUs; one for each stream.
+
+    Args:
+        max_rows: tokens; for ``sharded_moe_lora`` tokens * top_k.
+        max_rank: that of B.
+    """
+    return torch.empty(3 * _round_up(num_slices * max_rows * max_rank), dtype=torch.float32, device=device)
 
 
 def sharded_moe_lora(
     kernels: ModuleType,
     out: torch.Tensor,
     x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    lora_b: Sequence[torch.Tensor],
+    lora_a: Slices,
+    lora_b: Slices,
     route: Any,
     *,
     group: dist.ProcessGroup | None = None,
     offset: int = 0,
     topk_weights: torch.Tensor | None = None,
     mul_routed_weight: bool = False,
+    workspace: torch.Tensor | None = None,
 ) -> None:
-    """As ``moe_lora`` of the generated package ``kernels``, on this GPU's shards of the adapters; adds to ``out``.
+    """``moe_lora`` with adapters that are sharded over the GPUs of ``group``: adds this GPU's columns of the delta to ``out``.
 
     Args:
-        out: [T, top_k, *].
-        x: [T, K] or [T * top_k, K]; K is this GPU's part of it where A is cut along K.
-        lora_a: S tensors [L, E, rank or a part of it, K].
-        lora_b: S tensors [L, E, N, rank].
-        route: of the same tokens and experts on every GPU of the group.
-        group: None is the default group.
-        offset: column of ``out`` where the first slice begins: N * the GPU's place where ``out`` has the columns of all GPUs.
+        kernels: the generated package, under whatever name it was imported.
+        out: [T, top_k, *], this GPU's; the columns [offset, offset + S * N) are added to.
+        x: [T, K], or [T * top_k, K] behind the activation; K is this GPU's part in a row-parallel layer.
+        lora_a, lora_b: this GPU's, S tensors [L, E, *, K] and [L, E, N, rank].
+        route: from the package's ``moe_route``.
+        group: None is the default group; a group of one does without a collective.
+        offset: where this GPU's columns begin in ``out``.
         topk_weights, mul_routed_weight: as in ``moe_lora``.
+        workspace: from ``sharded_workspace``; None allocates.
 
     Raises:
-        ValueError: the rank of B is neither that of A nor that of all parts of A, or the kernels refuse an argument; then
-            the other GPUs, if their arguments do fit, wait for this one.
+        ValueError: something does not fit; ``out`` is as it was. GPUs with shards of one shape raise alike.
     """
-    slices, num_pairs = len(lora_a), route.num_tokens * route.top_k
-    gathers = _gathers("sharded_moe_lora", lora_a[0].shape[2], lora_b[0].shape[3], group)
-    y = torch.empty((slices, num_pairs, lora_a[0].shape[2]), dtype=torch.float32, device=x.device)
-    kernels.moe_lora_shrink(y, x, lora_a, route)
-    y = _gathered(y, group) if gathers else _reduced(y, group)
-    options = {"offset": offset, "topk_weights": topk_weights, "mul_routed_weight": mul_routed_weight}
-    kernels.moe_lora_expand(out, y, lora_b, route, **options)
+    vectors = _vectors("sharded_moe_lora", lora_a, lora_b, route.num_tokens * route.top_k, group, workspace)
+    kernels.moe_lora_shrink(vectors.own, x, lora_a, route)
+    y = _hand_over(vectors, group)
+    weights = {"topk_weights": topk_weights, "mul_routed_weight": mul_routed_weight}
+    kernels.moe_lora_expand(out, y, lora_b, route, offset=offset, **weights)
 
 
 def sharded_lora(
     kernels: ModuleType,
     out: torch.Tensor,
     x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    lora_b: Sequence[torch.Tensor],
+    lora_a: Slices,
+    lora_b: Slices,
     route: Any,
     *,
     group: dist.ProcessGroup | None = None,
     scaling: float = 1.0,
-    offset_start: int = 0,
-    add_inputs: bool = True,
+    offset: int = 0,
+    workspace: torch.Tensor | None = None,
 ) -> None:
-    """As ``lora`` of the generated package ``kernels``, on this GPU's shards of the adapters.
+    """``lora`` with adapters that are sharded over the GPUs of ``group``: adds this GPU's columns of the delta to ``out``.
 
     Args:
-        out: [T, *].
-        x: [T, K]; K is this GPU's part of it where A is cut along K.
-        lora_a: S tensors [L, rank or a part of it, K].
-        lora_b: S tensors [L, N_s, rank].
-        route: from ``lora_route``, of the same tokens on every GPU of the group.
-        group: None is the default group.
-        scaling, add_inputs: as in ``lora``.
-        offset_start: column of ``out`` where the first slice begins.
+        kernels: the generated package, under whatever name it was imported.
+        out: [T, *], this GPU's; as many columns as B has, from ``offset`` on, are added to.
+        x: [T, K]; K is this GPU's part in a row-parallel layer.
+        lora_a, lora_b: this GPU's, S tensors [L, *, K] and [L, N_s, rank].
+        route: from the package's ``lora_route``.
+        group, workspace: as in ``sharded_moe_lora``.
+        scaling: applied in float32, in front of the hand-over.
+        offset: where this GPU's columns begin in ``out``.
 
     Raises:
-        ValueError: as ``sharded_moe_lora``.
+        ValueError: something does not fit; ``out`` is as it was. GPUs with shards of one shape raise alike.
     """
-    gathers = _gathers("sharded_lora", lora_a[0].shape[-2], lora_b[0].shape[-1], group)
-    # zero where a token has no adapter: lora_shrink leaves those rows as they are
-    y = torch.zeros((len(lora_a), route.num_tokens, lora_a[0].shape[-2]), dtype=torch.float32, device=x.device)
-    kernels.lora_shrink(y, x, lora_a, route, scaling=scaling)
-    if gathers:
-        y = _gathered(y, group).permute(1, 2, 0, 3).reshape(len(lora_a), route.num_tokens, -1)
-    else:
-        y = _reduced(y, group)
-    kernels.lora_expand(out, y, lora_b, route, offset_start=offset_start, add_inputs=add_inputs)
+    vectors = _vectors("sharded_lora", lora_a, lora_b, route.num_tokens, group, workspace)
+    vectors.own.zero_()  # lora_shrink leaves out rows without an adapter, and a collective moves all
+    kernels.lora_shrink(vectors.own, x, lora_a, route, scaling=scaling)
+    y = _hand_over(vectors, group)
+    if vectors.joined is not None:  # the ranks of a row, side by side
+        shards, slices, rows, held = y.shape
+        vectors.joined.view(slices, rows, shards, held).copy_(y.permute(1, 2, 0, 3))
+        y = vectors.joined
+    kernels.lora_expand(out, y, lora_b, route, offset_start=offset)
 
 
-def _gathers(name: str, rank_of_a: int, rank_of_b: int, group: dist.ProcessGroup | None) -> bool:
-    """Whether A is cut along the rank."""
-    if rank_of_b == rank_of_a:
-        return False
-    shards = dist.get_world_size(group)
-    if rank_of_b != shards * rank_of_a:
-        wanted = f"{rank_of_a}, or {shards * rank_of_a} in all of the {shards} shards"
-        hint = "cut A along K or along the rank, in equal parts, and give B the full rank"
-        raise ValueError(f"{name}: rank of lora_b: got {rank_of_b}, wanted that of lora_a: {wanted}; {hint}")
-    return True
+class _Vectors(NamedTuple):
+    """Memory for the rank vectors of one call."""
+
+    own: torch.Tensor  # [S, rows, held], of this GPU
+    gathered: torch.Tensor | None  # [shards, S, rows, held], where parts of the rank are gathered
+    joined: torch.Tensor | None  # and [S, rows, rank]
 
 
-def _gathered(y: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """[shards, *y.shape], in the order of the group's ranks."""
-    shards = y.new_empty((dist.get_world_size(group), *y.shape))
-    if y.numel():
-        all_gather(shards.flatten(0, 1), y, group=group)
-    return shards
+def _vectors(
+    caller: str,
+    lora_a: Slices,
+    lora_b: Slices,
+    rows: int,
+    group: dist.ProcessGroup | None,
+    workspace: torch.Tensor | None,
+) -> _Vectors:
+    shards, slices = dist.get_world_size(group), len(lora_a)
+    held, rank = lora_a[0].shape[-2], lora_b[0].shape[-1]
+    if held != rank and held * shards != rank:
+        raise ValueError(
+            f"{caller}: rank of lora_a: got {held}, wanted {rank} (that of lora_b: parts of a sum) or an n-th of it (parts of "
+            f"the rank), with n = {shards} GPUs\n  hint: row_shard and column_shard cut adapters so"
+        )
+    own, whole = _round_up(slices * rows * held), _round_up(slices * rows * rank)
+    needed = own if held == rank else own + 2 * whole
+    if workspace is None:
+        workspace = torch.empty(needed, dtype=torch.float32, device=lora_a[0].device)
+    if workspace.dtype != torch.float32 or workspace.dim() != 1 or workspace.numel() < needed:
+        raise ValueError(
+            f"{caller}: workspace: got {list(workspace.shape)} {workspace.dtype}, wanted [>= {needed}] torch.float32\n"
+            "  hint: make it with sharded_workspace for the largest batch"
+        )
+
+    def take(start: int, *shape: int) -> torch.Tensor:
+        return workspace[start : start + math.prod(shape)].view(shape)
+
+    if held == rank:
+        return _Vectors(take(0, slices, rows, held), None, None)
+    gathered, joined = take(own, shards, slices, rows, held), take(own + whole, slices, rows, rank)
+    return _Vectors(take(0, slices, rows, held), gathered, joined)
 
 
-def _reduced(y: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    if y.numel():
-        dist.all_reduce(y, group=group)
-    return y
+def _hand_over(vectors: _Vectors, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """The rank vectors of all GPUs, summed: [S, rows, rank]; or gathered: [shards, S, rows, rank / shards]."""
+    own, gathered, _ = vectors
+    if own.numel() == 0:
+        return own if gathered is None else gathered
+    if gathered is not None:
+        _all_gather(gathered.view(-1), own.view(-1), group=group)
+        return gathered
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(own, group=group)
+    return own
+
+
+def _part(matrices: torch.Tensor, dim: int, index: int, shards: int) -> torch.Tensor:
+    size = matrices.shape[dim]
+    if not 0 <= index < shards or size % shards:
+        raise ValueError(
+            f"shard {index} of {shards}: got {size} of dimension {dim} of {list(matrices.shape)}, wanted a multiple of {shards}\n"
+            "  hint: pad the rank with zeroes, in A and in B"
+        )
+    return matrices.chunk(shards, dim)[index].contiguous()
+
+
+def _round_up(elements: int) -> int:
+    return (elements + 31) // 32 * 32  # what lies next starts 128 bytes aligned
