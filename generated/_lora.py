@@ -11,13 +11,13 @@ import torch
 
 from . import _runtime as runtime
 from .lora_expand import _problem as expand
+from .lora_expand import scales_of as expand_scales
 from .lora_expand import variant_of as expand_variant
 from .lora_shrink import _problem as shrink
 from .lora_shrink import dense_route
+from .lora_shrink import scales_of as shrink_scales
 from .lora_shrink import variant_of as shrink_variant
 from .moe_route import MoeRoute, MoeWorkspace, moe_route, moe_workspace
-
-_PARTS = 8  # of K at most, see lora_shrink
 
 
 def lora_route(
@@ -55,8 +55,9 @@ def lora_workspace(
     """
     sizes = {"num_experts": 1, "max_loras": max_loras, "max_rank": 1, "num_slices": 1}
     tables = moe_workspace(max_tokens=max_tokens, top_k=1, device=device, **sizes).tables
-    rows = max(max_tokens, _PARTS * min(max_tokens, shrink.MAX_TOKENS_IN_PARTS))
-    parts = torch.empty(rows * num_slices * max_rank, dtype=torch.float32, device=device)
+    in_parts = min(max_tokens, shrink.MAX_TOKENS_IN_PARTS) * shrink.max_parts(num_slices)
+    rows = max(max_tokens * num_slices, in_parts)
+    parts = torch.empty(rows * max_rank, dtype=torch.float32, device=device)
     return MoeWorkspace(tables, parts, {})
 
 
@@ -70,6 +71,9 @@ def lora(
     scaling: float = 1.0,
     offset_start: int = 0,
     add_inputs: bool = True,
+    x_scale: torch.Tensor | None = None,
+    a_scale: Sequence[torch.Tensor] | None = None,
+    b_scale: Sequence[torch.Tensor] | None = None,
 ) -> None:
     """Apply the LoRA adapters of a batch to a linear layer of S slices, in place.
 
@@ -86,6 +90,8 @@ def lora(
         scaling: applied in float32, once, to the rank vectors.
         offset_start: column of ``out`` where the first slice begins; each other begins where the one before it ends.
         add_inputs: add to ``out``, or overwrite.
+        x_scale, a_scale, b_scale: of FP8 operands, as ``lora_shrink`` and ``lora_expand`` take them; an FP8 x goes with an
+            ``out`` in bfloat16, and with weights in either.
 
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
@@ -93,9 +99,24 @@ def lora(
     if torch.compiler.is_compiling():
         tables = (route.pairs, route.blocks, route.num_blocks, route.parts)
         sizes = (route.num_tokens, route.max_loras, route.block_m, route.max_blocks)
-        _lora_op(out, x, lora_a, lora_b, *tables, *sizes, scaling, offset_start, add_inputs)
+        flags = (scaling, offset_start, add_inputs)
+        _lora_op(
+            out, x, lora_a, lora_b, *tables, *sizes, *flags, x_scale, a_scale or [], b_scale or []
+        )
     else:
-        _apply(out, x, lora_a, lora_b, route, scaling, offset_start, add_inputs)
+        _apply(
+            out,
+            x,
+            lora_a,
+            lora_b,
+            route,
+            scaling,
+            offset_start,
+            add_inputs,
+            x_scale,
+            a_scale,
+            b_scale,
+        )
 
 
 _calls = runtime.Calls()
@@ -110,15 +131,22 @@ def _apply(
     scaling: float,
     offset_start: int,
     add_inputs: bool,
+    x_scale: torch.Tensor | None,
+    a_scale: Sequence[torch.Tensor] | None,
+    b_scale: Sequence[torch.Tensor] | None,
 ) -> None:
-    hint = (out.shape, x.shape, len(lora_a), route[8:], offset_start, add_inputs)
+    hint: tuple[Any, ...] = (out.shape, x.shape, len(lora_a), route[8:], offset_start, add_inputs)
     tensors = [out, x, *lora_a, *lora_b]
+    if x_scale is not None or a_scale is not None or b_scale is not None:
+        tensors += [*(a_scale or ()), *(b_scale or ()), *(() if x_scale is None else (x_scale,))]
+        hint += (x_scale is None, a_scale is None, b_scale is None)
     call = _calls.get(hint, tensors)
     if call is None:
+        scales = (x_scale, a_scale, b_scale)
         call = _calls.put(
-            hint, tensors, _bind(out, x, lora_a, lora_b, route, offset_start, add_inputs)
+            hint, tensors, _bind(out, x, lora_a, lora_b, route, offset_start, add_inputs, *scales)
         )
-    call(out, x, lora_a, lora_b, route, float(scaling))
+    call(out, x, lora_a, lora_b, route, float(scaling), x_scale, a_scale, b_scale)
 
 
 def _bind(
@@ -129,10 +157,16 @@ def _bind(
     route: MoeRoute,
     offset_start: int,
     add_inputs: bool,
+    x_scale: torch.Tensor | None,
+    a_scale: Sequence[torch.Tensor] | None,
+    b_scale: Sequence[torch.Tensor] | None,
 ) -> Callable[..., None]:
-    first = shrink.check("lora", None, x, lora_a, route, dtype=out.dtype, max_rank=None)
+    dtype = out.dtype
+    of_a = shrink_scales("lora", x, lora_a, x_scale, a_scale)
+    of_b = expand_scales("lora", lora_b, b_scale)
+    first = shrink.check("lora", None, x, lora_a, route, dtype=dtype, max_rank=None, **of_a)
     last = expand.check(
-        "lora", out, None, lora_b, route, offset_start, dtype=out.dtype, max_rank=None
+        "lora", out, None, lora_b, route, offset_start, dtype=dtype, max_rank=None, **of_b
     )
     if len(last.widths) != first.slices or last.rank != first.rank or first.device != last.device:
         got = f"{len(last.widths)} of rank {last.rank} on {last.device}"
@@ -147,13 +181,10 @@ def _bind(
     config = shrink.choose(first, route)
     parts, pdl = first.parts(config), runtime.traits(first.device).pdl
     size = parts * first.slices * first.num_tokens * first.rank
-    shrink_call = shrink_variant("lora", x.dtype, first.rank).bind_product(
-        first, route, config, pdl
-    )
-    expand_config = expand.choose(last, route)
-    expand_call = expand_variant("lora", out.dtype, add_inputs, last.rank).bind(
-        last, route, expand_config, parts, pdl
-    )
+    one = shrink_variant("lora", dtype, first.rank, first.weight_scales, first.x_scales)
+    other = expand_variant("lora", dtype, add_inputs, last.rank, last.weight_scales)
+    shrink_call = one.bind_product(first, route, config, pdl)
+    expand_call = other.bind(last, route, expand.choose(last, route), parts, pdl)
 
     def call(
         out: torch.Tensor,
@@ -162,12 +193,28 @@ def _bind(
         lora_b: Sequence[torch.Tensor],
         route: MoeRoute,
         scaling: float,
+        x_scale: torch.Tensor | None,
+        a_scale: Sequence[torch.Tensor] | None,
+        b_scale: Sequence[torch.Tensor] | None,
     ) -> None:
         y = route.parts
         if y is None or y.shape[0] < size:
             y = torch.empty(size, dtype=torch.float32, device=out.device)
-        shrink_call(y, x, lora_a, route, scaling)
-        expand_call(out, y, lora_b, route, scaling)
+        if x_scale is None and a_scale is None:
+            shrink_call(y, x, lora_a, route, scaling)
+        else:
+            shrink_call(
+                y,
+                x,
+                lora_a,
+                route,
+                scaling,
+                *(scale for scale in (a_scale, x_scale) if scale is not None),
+            )
+        if b_scale is None:
+            expand_call(out, y, lora_b, route, scaling)
+        else:
+            expand_call(out, y, lora_b, route, scaling, b_scale)
 
     return call
 
@@ -183,13 +230,15 @@ def _lora(
     lora_b: Sequence[torch.Tensor],
     *rest: Any,
 ) -> None:
-    _apply(out, x, lora_a, lora_b, dense_route(*rest[:-3]), *rest[-3:])
+    *tables, scaling, offset_start, add_inputs, x_scale, a_scale, b_scale = rest
+    scales = (x_scale, a_scale or None, b_scale or None)
+    _apply(out, x, lora_a, lora_b, dense_route(*tables), scaling, offset_start, add_inputs, *scales)
 
 
 _lora_op = runtime.op(
     __name__,
     "lora(Tensor(a!) out, Tensor x, Tensor[] lora_a, Tensor[] lora_b, Tensor? pairs, Tensor? blocks, Tensor? num_blocks, "
     "Tensor(b!)? parts, SymInt num_tokens, int max_loras, int block_m, SymInt max_blocks, float scaling, "
-    "int offset_start, bool add_inputs) -> ()",
+    "int offset_start, bool add_inputs, Tensor? x_scale, Tensor[] a_scale, Tensor[] b_scale) -> ()",
     _lora,
 )

@@ -20,6 +20,8 @@ from ._fused_moe import fused_moe
 from ._lora import lora, lora_route
 from .lora_expand import lora_expand
 from .lora_shrink import lora_shrink
+from .lora_shrink._problem import scale_shape as dense_scales
+from .lora_shrink._problem import x_scale_shape as dense_x_scales
 from .moe_lora import moe_lora
 from .moe_lora._problem import scale_shape, x_scale_shape
 from .moe_route import MoeRoute, moe_route
@@ -78,6 +80,9 @@ class LoraShape(NamedTuple):
     separate: bool = (
         False  # lora_shrink and lora_expand are called instead, with what is done between them
     )
+    weight_scales: str | None = None  # of FP8 adapters: "tensor", "channel" or "group"
+    x_scales: str | None = None  # of an FP8 x: "tensor", "token" or "group"
+    fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of both
 
 
 def requests(
@@ -162,16 +167,30 @@ def _dense(shape: LoraShape, num_tokens: int) -> None:
 
     route = lora_route(empty(num_tokens, dtype=torch.int32), max_loras=shape.max_loras)
     slices, end = len(shape.widths), shape.offset_start + sum(shape.widths)
-    out, x = empty(num_tokens, shape.out_width or end), empty(num_tokens, shape.k)
-    a = [empty(shape.max_loras, shape.rank, shape.k)] * slices
-    b = [empty(shape.max_loras, width, shape.rank) for width in shape.widths]
-    options = {"offset_start": shape.offset_start, "add_inputs": shape.add_inputs}
+    of_weights = shape.dtype if shape.weight_scales is None else shape.fp8_dtype
+    out = empty(num_tokens, shape.out_width or end)
+    x = empty(num_tokens, shape.k, dtype=shape.dtype if shape.x_scales is None else shape.fp8_dtype)
+    a = [empty(shape.max_loras, shape.rank, shape.k, dtype=of_weights)] * slices
+    b = [empty(shape.max_loras, width, shape.rank, dtype=of_weights) for width in shape.widths]
+
+    def scales(weights: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+        if shape.weight_scales is None:
+            return None
+        shapes = [(w.shape[0], *dense_scales(shape.weight_scales, *w.shape[1:])) for w in weights]
+        return [empty(*size, dtype=torch.float32) for size in shapes]
+
+    x_scale = None
+    if shape.x_scales is not None:
+        x_scale = empty(*dense_x_scales(shape.x_scales, x.shape), dtype=torch.float32)
+    a_scale, b_scale = scales(a), scales(b)
+    at, adds = shape.offset_start, shape.add_inputs
     if shape.separate:
         y = empty(slices, num_tokens, shape.rank, dtype=torch.float32)
-        lora_shrink(y, x, a, route)
-        lora_expand(out, y, b, route, **options)
+        lora_shrink(y, x, a, route, x_scale=x_scale, a_scale=a_scale)
+        lora_expand(out, y, b, route, offset_start=at, add_inputs=adds, b_scale=b_scale)
     else:
-        lora(out, x, a, b, route, **options)
+        quant = {"x_scale": x_scale, "a_scale": a_scale, "b_scale": b_scale}
+        lora(out, x, a, b, route, offset_start=at, add_inputs=adds, **quant)
 
 
 def _call(shape: MoeShape, num_tokens: int, assignment: str, rank: int | None) -> None:

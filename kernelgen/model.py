@@ -105,6 +105,7 @@ VOCABULARY: Mapping[str, Mapping[str, Mapping[str, Fact]]] = MappingProxyType(
             "relu2": _facts(gated=False, squared=True, slices=1),
             "swiglu": _facts(gated=True, squared=False, slices=2),
         },
+        "order": {"pair": _facts(by_table=False), "sorted": _facts(by_table=True)},
         "rest": {"keep": _facts(zeroes=False), "zero": _facts(zeroes=True)},
         "rank": {
             "r16": _bucket(16),
@@ -137,6 +138,7 @@ TAG_HINTS: Mapping[str, str] = MappingProxyType(
     }
 )
 QUANT_AXES = ("weight_quant", "act_quant")
+TUNED_AXES = ("add_inputs", *QUANT_AXES)  # a measurement is of one tag of each of them; of dtypes it serves all
 SCHEDULE = "schedule"  # the axis whose tags choose the template
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
@@ -195,9 +197,11 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class TunedEntry:
-    """The best choice that was measured for one problem."""
+    """The best choice that was measured for one problem: facts are those of its tags, of the axes of ``TUNED_AXES``."""
 
     problem: Record  # size -> int or bool
+    tags: Record
+    facts: Record
     best: Choice
     runner_up: Choice | None
 

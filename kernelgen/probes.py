@@ -14,7 +14,7 @@ from typing import Any, Callable, Iterator, Mapping
 
 import torch
 
-from kernelgen.model import QUANT_AXES, Family, Variant
+from kernelgen.model import Family, Variant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +73,7 @@ def _moe_lora(package: ModuleType, family: Family, variant: Variant) -> Iterator
             for block_m, num_tokens in _SORTED_TOKENS.items():
                 sizes = _MoeLoraSizes(num_tokens, rank=rank, block_m=block_m, **shape)
                 yield _moe_lora_probe(f"m{block_m}{suffix}", package, variant, sizes)
-    axes = ("dtype", "add_inputs", *QUANT_AXES)
-    if tuple(getattr(variant, axis) for axis in axes) == _first_tags(family, *axes):
+    if variant.dtype == next(axis.tags[0] for axis in family.axes if axis.name == "dtype"):
         yield from _moe_lora_tuned(package, family, variant)
 
 
@@ -82,7 +81,11 @@ def _moe_lora_tuned(package: ModuleType, family: Family, variant: Variant) -> It
     fields = {field.name for field in dataclasses.fields(_MoeLoraSizes)}
     for entry in family.tuned.entries:
         problem = dict(entry.problem)
-        serves = variant.weighted == problem["weighted"] and _serves_rank(variant, problem["rank"])
+        serves = (
+            variant.weighted == problem["weighted"]
+            and _serves_rank(variant, problem["rank"])
+            and all(getattr(variant, axis) == tag for axis, tag in entry.tags)
+        )
         sizes = _MoeLoraSizes(**{name: problem[name] for name in problem.keys() & fields})
         for place, choice in (("first", entry.best), ("second", entry.runner_up)):
             if serves and choice is not None and choice.schedule == variant.schedule:
@@ -106,11 +109,6 @@ def _serves_rank(variant: Variant, rank: int) -> bool:
     if variant.tiled_rank:
         return rank > bucket
     return rank <= bucket and (rank > bucket // 2 or bucket == 16)
-
-
-def _first_tags(family: Family, *axes: str) -> tuple[str, ...]:
-    tags: dict[str, str] = {axis.name: axis.tags[0] for axis in family.axes}
-    return tuple(tags[axis] for axis in axes)
 
 
 def _moe_lora_probe(
@@ -284,6 +282,25 @@ def _moe_gemm_probe(package: ModuleType, variant: Variant, num_tokens: int) -> P
     )
 
 
+def _moe_quant(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
+    del family
+    launcher = _launcher(package, variant)
+    problem = importlib.import_module(f"{package.__name__}.{variant.family}._problem")
+    top_k, num_experts, n = _QWEN3["top_k"], _QWEN3["num_experts"], _QWEN3["inter"]
+    for num_tokens in (4, 4096):
+        shape = (num_tokens * top_k, n)
+
+        def call(num_tokens: int = num_tokens, shape: tuple[int, int] = shape) -> None:
+            with package._runtime.compile_only():
+                tables = package.moe_align(_meta(num_tokens, top_k), num_experts=num_experts, valid_tokens=_meta(1))
+            scale = problem.x_scale_shape(variant.x_scales, shape, problem.QUANT)
+            codes = _meta(*shape, dtype=_fp8(package))
+            launcher(codes, _meta(*scale, dtype=_FP32), _meta(*shape, dtype=torch.bfloat16), tables)
+
+        sizes = {"num_tokens": num_tokens, "n": n, "top_k": top_k, "num_experts": num_experts}
+        yield Probe(f"t{num_tokens}", sizes, call, flops=0.0, bytes=3.0 * shape[0] * shape[1])
+
+
 def _moe_align(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
     del family, variant
     top_k, num_experts = _QWEN3["top_k"], _QWEN3["num_experts"]
@@ -363,23 +380,40 @@ def _lora_ranks(variant: Variant) -> tuple[int, ...]:
 
 def _lora_shrink(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
     del family
+    problem = importlib.import_module(f"{package.__name__}.{variant.family}._problem")
+    dtype, slices = getattr(torch, variant.torch_dtype), len(_LORA_WIDTHS)
     for rank, (num_tokens, block_m) in itertools.product(_lora_ranks(variant), _LORA_TOKENS.items()):
-        a = [_meta(5, rank, _LORA_K, dtype=getattr(torch, variant.torch_dtype))] * len(_LORA_WIDTHS)
-        x = _meta(num_tokens, _LORA_K, dtype=a[0].dtype)
-        y = _meta(len(a), num_tokens, rank, dtype=_FP32)
-        yield _lora_probe(package, variant, rank, num_tokens, block_m, (y, x, a), 1, y.numel() * _LORA_K)
+        of_a = _fp8(package) if variant.weight_scales else dtype
+        of_x = _fp8(package) if variant.x_scales else dtype
+        a = [_meta(5, rank, _LORA_K, dtype=of_a)] * slices
+        x = _meta(num_tokens, _LORA_K, dtype=of_x)
+        y = _meta(slices, num_tokens, rank, dtype=_FP32)
+        scales: dict[str, Any] = {}
+        if variant.weight_scales:
+            shape = (5, *problem.scale_shape(variant.weight_scales, rank, _LORA_K))
+            scales["a_scale"] = [_meta(*shape, dtype=_FP32)] * slices
+        if variant.x_scales:
+            scales["x_scale"] = _meta(*problem.x_scale_shape(variant.x_scales, x.shape), dtype=_FP32)
+        products = y.numel() * _LORA_K
+        yield _lora_probe(package, variant, rank, num_tokens, block_m, (y, x, a), scales, 1, products)
 
 
 def _lora_expand(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
     del family
+    problem = importlib.import_module(f"{package.__name__}.lora_shrink._problem")
     for rank, (num_tokens, block_m) in itertools.product(_lora_ranks(variant), _LORA_TOKENS.items()):
         if num_tokens > 4096:
             continue  # the same tiles
         out = _meta(num_tokens, sum(_LORA_WIDTHS), dtype=getattr(torch, variant.torch_dtype))
         y = _meta(len(_LORA_WIDTHS), num_tokens, rank, dtype=_FP32)
-        b = [_meta(5, width, rank, dtype=out.dtype) for width in _LORA_WIDTHS]
-        times = 2 if variant.adds else 1
-        yield _lora_probe(package, variant, rank, num_tokens, block_m, (out, y, b), times, out.numel() * rank)
+        of_b = _fp8(package) if variant.weight_scales else out.dtype
+        b = [_meta(5, width, rank, dtype=of_b) for width in _LORA_WIDTHS]
+        scales: dict[str, Any] = {}
+        if variant.weight_scales:
+            shapes = [problem.scale_shape(variant.weight_scales, width, rank) for width in _LORA_WIDTHS]
+            scales["b_scale"] = [_meta(5, *shape, dtype=_FP32) for shape in shapes]
+        times, products = 2 if variant.adds else 1, out.numel() * rank
+        yield _lora_probe(package, variant, rank, num_tokens, block_m, (out, y, b), scales, times, products)
 
 
 def _lora_probe(
@@ -389,6 +423,7 @@ def _lora_probe(
     num_tokens: int,
     block_m: int,
     operands: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]],
+    scales: Mapping[str, Any],
     times: int,
     products: int,
 ) -> Probe:
@@ -398,7 +433,7 @@ def _lora_probe(
     def call() -> None:
         with package._runtime.compile_only():
             route = package.lora_route(_meta(num_tokens), max_loras=5, block_m=block_m)
-        launcher(*operands, route)
+        launcher(*operands, route, **scales)
 
     written, read, weights = operands
     moved = times * written.nbytes + read.nbytes + sum(w.nbytes for w in weights)
@@ -435,6 +470,7 @@ _FAMILIES: Mapping[str, _Probes] = {
     "moe_align": _moe_align,
     "moe_gemm": _moe_gemm,
     "moe_lora": _moe_lora,
+    "moe_quant": _moe_quant,
     "moe_route": _moe_route,
     "moe_sum": _moe_sum,
 }

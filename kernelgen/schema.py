@@ -171,6 +171,7 @@ class EntryShape(ChoiceShape):
     """The best choice for a problem."""
 
     problem: Annotated[dict[Name, Size], Field(min_length=1)]
+    tags: dict[Name, Name] = {}
     runner_up: ChoiceShape | None = None
 
 

@@ -69,6 +69,18 @@ def test_tuned_data_is_read_in_the_order_of_the_tunables(toy) -> None:
     assert toy.tuned.entries[1].runner_up is None
 
 
+def test_a_problem_is_measured_once_for_the_same_tags(tmp_path: Path) -> None:
+    spec = project.SPEC.replace("  size:", "  add_inputs: [set, add]\n  size:")
+    first = project.TUNED.index("  - problem")
+    second = project.TUNED.index("  - problem", first + 1)
+    entry = project.TUNED[first:second]
+    other = entry.replace("    schedule", "    tags: {add_inputs: set}\n    schedule", 1)
+    specs = {"toy.yaml": spec, "tuned/toy.yaml": project.TUNED + other}
+    read = build.package(project.make(tmp_path, specs)).families[0].tuned.entries
+    assert [one.tags.add_inputs for one in read] == ["add", "add", "set"]
+    assert [one.facts.adds for one in read] == [True, True, False]
+
+
 def test_all_tags_of_an_axis_have_the_same_facts() -> None:
     for axis, tags in VOCABULARY.items():
         assert len({tuple(facts) for facts in tags.values()}) == 1, axis

@@ -258,6 +258,28 @@ def test_a_fault_of_tuned_data(name: str, tmp_path: Path) -> None:
     assert sorted(found) == sorted(f"tuned/toy.yaml:{where}" for where in expected)
 
 
+ADDS = edited("  rank: [r16, r32]\n", "  rank: [r16, r32]\n  add_inputs: [add, set]\n")
+TAG_EDITS = {
+    "axis that is not measured": ("{dtype: bf16}", ["6:12 KG025"]),
+    "tag of no such name": ("{add_inputs: sett}", ["6:24 KG025"]),
+    "the tag that holds unless told": ("{add_inputs: add}", ["11:5 KG025"]),
+}
+
+
+@pytest.mark.parametrize("name", TAG_EDITS)
+def test_a_fault_of_the_tags_of_tuned_data(name: str, tmp_path: Path) -> None:
+    tags, expected = TAG_EDITS[name]
+    tuned = edited(
+        "weighted: true}\n    schedule: toy\n    config: {block_n: 64}",
+        f"weighted: true}}\n    tags: {tags}\n    schedule: toy\n    config: {{block_n: 64}}",
+        project.TUNED,
+    )
+    if name.startswith("the tag"):
+        tuned = edited("{k: 128, weighted", "{k: 64, weighted", tuned)
+    found = faults(tmp_path, toy=ADDS, tuned=tuned)
+    assert found == [f"tuned/toy.yaml:{where}" for where in expected]
+
+
 def test_all_faults_of_all_specs_are_told_at_once(tmp_path: Path) -> None:
     found = faults(
         tmp_path,

@@ -11,7 +11,7 @@ from typing import Callable, NamedTuple, Sequence
 import torch
 
 from .. import _runtime as runtime
-from ..lora_shrink._problem import check_route, check_weights
+from ..lora_shrink._problem import check_route, check_weights, fp8, scale_strides
 from ..moe_route import MoeRoute
 
 
@@ -28,8 +28,11 @@ class Config(NamedTuple):
 # How the cache treats weights, by weight_policy: as any data, or as data that is read once.
 CACHE_POLICIES = ("", "evict_first")
 
-# (out, y, lora_b, route, scaling) of sizes that were checked before
-Call = Callable[[torch.Tensor, torch.Tensor, Sequence[torch.Tensor], MoeRoute, float], None]
+# (out, y, lora_b, route, scaling) of sizes that were checked before; then b_scale where weights are FP8
+Call = Callable[..., None]
+
+# Rows and columns of a matrix that share a scale of a group.
+GROUP = (128, 128)
 
 
 class Problem(NamedTuple):
@@ -43,6 +46,10 @@ class Problem(NamedTuple):
     b_strides_l: tuple[int, ...]  # of the slices
     b_stride_n: int
     device: torch.device
+    weight_scales: (
+        str | None
+    )  # of what there is a scale each: "tensor", "channel" or "group"; None: 16-bit weights
+    b_scale_strides_l: tuple[int, ...]
 
 
 def check(
@@ -55,8 +62,10 @@ def check(
     *,
     dtype: torch.dtype,
     max_rank: int | None,
+    b_scale: tuple[str, Sequence[torch.Tensor]] | None = None,
 ) -> Problem:
-    """The sizes of a call, once everything about it is known to fit; y is None where it is not the caller's.
+    """The sizes of a call, once everything about it is known to fit; y is None where it is not the caller's. Scales come
+    with what there is one each of.
 
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
@@ -66,9 +75,10 @@ def check(
     if slices < 1:
         runtime.fail(variant, "lora_b", "no slice", "at least one")
     rank, row, widths = lora_b[0].shape[-1], lora_b[0].stride(-2) if lora_b[0].dim() > 2 else 0, []
+    of_b = dtype if b_scale is None else fp8(variant, "lora_b[0]", lora_b[0])
     for i, b in enumerate(lora_b):
         _, width, columns = check_weights(
-            variant, f"lora_b[{i}]", b, "[L, N, rank]", route, dtype, out.device
+            variant, f"lora_b[{i}]", b, "[L, N, rank]", route, of_b, out.device
         )
         if width < 1 or columns != rank or b.stride(-2) != row:
             wanted = f"[L, N >= 1, {rank}] with rows {row} apart"
@@ -109,10 +119,11 @@ def check(
             runtime.fail(variant, "y", runtime.describe(y), wanted, "S slices of T tokens")
     if max(row * max(widths), end) >= 2**31:
         runtime.fail(variant, "size of an adapter's matrix", (row, widths), "below 2**31 elements")
-    strides = tuple(b.stride(0) for b in lora_b)
-    return Problem(
-        num_tokens, tuple(widths), rank, offset_start, out.stride(0), strides, row, out.device
-    )
+    strides, kind, of_scales = tuple(b.stride(0) for b in lora_b), None, ()
+    if b_scale is not None:
+        kind, of_scales = b_scale[0], scale_strides(variant, "b_scale", *b_scale, lora_b, GROUP)
+    sizes = (num_tokens, tuple(widths), rank, offset_start, out.stride(0), strides, row)
+    return Problem(*sizes, out.device, kind, of_scales)
 
 
 def choose(problem: Problem, route: MoeRoute) -> Config:
@@ -141,15 +152,26 @@ def _choose(
     num_sms: int,
     shared_memory: int,
 ) -> Config:
-    narrow = min(widths)
-    block_n = 128 if narrow % 128 == 0 else 64 if narrow > 32 else 32
-    blocks = min(tokens, loras) + tokens // block_m
-    most = blocks * sum(runtime.cdiv(width, block_n) for width in widths) / (8 * num_sms)
-    # As many column tiles in a row as leave each multiprocessor several programs.
-    tiles = max(
-        t for t in (1, 2, 4, 8) if t <= max(most, 1) and (t == 1 or narrow % (t * block_n) == 0)
+    narrow, total = min(widths), sum(widths)
+    if (
+        block_m == 16
+    ):  # few tokens: many programs, each with its weights on the way before rank vectors are there
+        block_n = 256 if total >= 16384 and narrow % 256 == 0 else 64 if narrow > 32 else 32
+    else:
+        block_n = 128 if narrow % 128 == 0 else 64 if narrow > 32 else 32
+    # As many column tiles in a row as leave each multiprocessor a program.
+    tiles = (min(tokens, loras) + tokens // block_m) * sum(
+        runtime.cdiv(width, block_n) for width in widths
     )
-    return Config(block_n, tiles, 3 if tiles > 2 or rank > 128 else 2, 8 if block_m >= 64 else 4)
+    share = {16: 1.0, 32: min(2.0, tiles / num_sms)}.get(block_m, tiles / num_sms)
+    in_a_row = max(
+        t for t in (1, 2, 4, 8) if t <= max(share, 1.0) and (t == 1 or narrow % (t * block_n) == 0)
+    )
+    stages = 2 if in_a_row == 1 or (rank > 64 and tiles >= 64 * num_sms) else 3
+    stage_bytes = 2 * block_n * (min(128, max(16, runtime.next_power_of_2(rank))) + block_m)
+    while stages > 2 and stages * stage_bytes > shared_memory - 4096:
+        stages -= 1
+    return Config(block_n, in_a_row, 3 if rank > 128 else stages, 8 if block_m >= 64 else 4)
 
 
 def rank_tile(problem: Problem, route: MoeRoute, config: Config) -> int:

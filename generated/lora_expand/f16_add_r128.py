@@ -86,17 +86,8 @@ def lora_expand_f16_add_r128_product(
     out_rows = out_ptr + token[:, None] * OUT_STRIDE + column
     y_rows = y_ptr + (s * num_tokens.to(tl.int64) + token)[:, None] * RANK + r[None, :]
     next_part = num_tokens.to(tl.int64) * (len(b_ptrs) * RANK)
-    if PDL:
-        gdc_wait()
-    v_mask = live[:, None] if RANK == BLOCK_R else live[:, None] & (r < RANK)[None, :]
-    v = tl.load(y_rows, mask=v_mask, other=0.0)
-    if PARTS > 1:
-        for i in tl.static_range(1, PARTS):
-            v += tl.load(y_rows + i * next_part, mask=v_mask, other=0.0)
-        v *= scaling
-    v = v.to(tl.float16)
-    for t in tl.range(0, TILES, num_stages=STAGES):
-        n = n0 + t * BLOCK_N + tl.arange(0, BLOCK_N)
+    if TILES == 1:  # on its way while the shrink runs
+        n = n0 + tl.arange(0, BLOCK_N)
         out_mask = live[:, None] if EVEN else live[:, None] & (n < width)[None, :]
         out_tile = out_rows + n[None, :]
         old = tl.load(out_tile, mask=out_mask, other=0.0)
@@ -110,6 +101,33 @@ def lora_expand_f16_add_r128_product(
                 other=0.0,
                 eviction_policy=WEIGHTS,
             )
+    if PDL:
+        gdc_wait()
+    v_mask = live[:, None] if RANK == BLOCK_R else live[:, None] & (r < RANK)[None, :]
+    v = tl.load(y_rows, mask=v_mask, other=0.0)
+    if PARTS > 1:
+        for i in tl.static_range(1, PARTS):
+            v += tl.load(y_rows + i * next_part, mask=v_mask, other=0.0)
+        v *= scaling
+    v = v.to(tl.float16)
+    for t in tl.range(0, TILES, num_stages=STAGES):
+        if TILES > 1:
+            n = n0 + t * BLOCK_N + tl.arange(0, BLOCK_N)
+            out_mask = live[:, None] if EVEN else live[:, None] & (n < width)[None, :]
+            out_tile = out_rows + n[None, :]
+            old = tl.load(out_tile, mask=out_mask, other=0.0)
+            if EVEN and RANK == BLOCK_R:
+                b = tl.load(
+                    b_base + (n[:, None] * B_STRIDE_N + r[None, :]), eviction_policy=WEIGHTS
+                )
+            else:
+                b_mask = (n < width)[:, None] & (r < RANK)[None, :]
+                b = tl.load(
+                    b_base + (n[:, None] * B_STRIDE_N + r[None, :]),
+                    mask=b_mask,
+                    other=0.0,
+                    eviction_policy=WEIGHTS,
+                )
         product = tl.dot(v, b.T)
         product += old.to(tl.float32)
         tl.store(out_tile, product.to(tl.float16), mask=out_mask)
@@ -157,18 +175,8 @@ def bind(
         route: MoeRoute,
         scaling: float,
     ) -> None:
-        launch(
-            (
-                out,
-                y,
-                tuple(lora_b),
-                scaling,
-                num_tokens,
-                route.pairs,
-                route.blocks,
-                route.num_blocks,
-            )
-        )
+        tables = (route.pairs, route.blocks, route.num_blocks)
+        launch((out, y, tuple(lora_b), scaling, num_tokens, *tables))
 
     return call
 
@@ -200,4 +208,5 @@ def lora_expand_f16_add_r128(
         max_rank=128,
     )
     if problem.num_tokens > 0:
-        bind(problem, route, config or choose(problem, route))(out, y, lora_b, route, 1.0)
+        call = bind(problem, route, config or choose(problem, route))
+        call(out, y, lora_b, route, 1.0)

@@ -158,18 +158,8 @@ def bind(
         route: MoeRoute,
         scaling: float,
     ) -> None:
-        launch(
-            (
-                out,
-                y,
-                tuple(lora_b),
-                scaling,
-                num_tokens,
-                route.pairs,
-                route.blocks,
-                route.num_blocks,
-            )
-        )
+        tables = (route.pairs, route.blocks, route.num_blocks)
+        launch((out, y, tuple(lora_b), scaling, num_tokens, *tables))
 
     return call
 
@@ -201,4 +191,5 @@ def lora_expand_f16_set_rany(
         max_rank=None,
     )
     if problem.num_tokens > 0:
-        bind(problem, route, config or choose(problem, route))(out, y, lora_b, route, 1.0)
+        call = bind(problem, route, config or choose(problem, route))
+        call(out, y, lora_b, route, 1.0)

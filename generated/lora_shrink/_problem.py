@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Callable, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 import torch
 
@@ -33,11 +33,18 @@ class Config(NamedTuple):
 # How the cache treats weights, by weight_policy: as any data, or as data that is read once.
 CACHE_POLICIES = ("", "evict_first")
 
-# Tokens up to which K is shared out: then parts are few bytes, and blocks alone would not fill the GPU.
+# Tokens up to which K may be shared out: their parts are few bytes, and what a workspace is made for.
 MAX_TOKENS_IN_PARTS = 4096
 
-# (y, x, lora_a, route, scaling) of sizes that were checked before
-Call = Callable[[torch.Tensor, torch.Tensor, Sequence[torch.Tensor], MoeRoute, float], None]
+# (y, x, lora_a, route, scaling) of sizes that were checked before; then a_scale where weights are FP8, then x_scale where x is
+Call = Callable[..., None]
+
+# What an FP8 tensor may be made of, and the rows and columns of a matrix that share a scale of a group.
+FP8 = (
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
+GROUP = (128, 128)
 
 
 class Problem(NamedTuple):
@@ -50,6 +57,11 @@ class Problem(NamedTuple):
     x_stride: int
     a_strides: tuple[int, int]
     device: torch.device
+    weight_scales: (
+        str | None
+    )  # of what there is a scale each: "tensor", "channel" or "group"; None: 16-bit weights
+    x_scales: str | None  # likewise of x, "token" for "channel"
+    a_scale_stride: int  # over L
 
     def parts(self, config: Config) -> int:
         """Programs that share the columns of K."""
@@ -65,8 +77,11 @@ def check(
     *,
     dtype: torch.dtype,
     max_rank: int | None,
+    a_scale: tuple[str, Sequence[torch.Tensor]] | None = None,
+    x_scale: tuple[str, torch.Tensor] | None = None,
 ) -> Problem:
-    """The sizes of a call, once everything about it is known to fit; y is None where it is not the caller's.
+    """The sizes of a call, once everything about it is known to fit; y is None where it is not the caller's. Scales come
+    with what there is one each of.
 
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
@@ -75,8 +90,10 @@ def check(
     slices, num_tokens = len(lora_a), route.num_tokens
     if slices < 1:
         runtime.fail(variant, "lora_a", "no slice", "at least one")
+    of_a = dtype if a_scale is None else fp8(variant, "lora_a", lora_a[0])
+    of_x = dtype if x_scale is None else fp8(variant, "x", x)
     loras, rank, k = check_weights(
-        variant, "lora_a", lora_a[0], "[L, rank, K]", route, dtype, x.device
+        variant, "lora_a", lora_a[0], "[L, rank, K]", route, of_a, x.device
     )
     if rank < 1 or (max_rank is not None and rank > max_rank):
         runtime.fail(
@@ -93,16 +110,16 @@ def check(
         if (
             other.shape != a.shape
             or other.stride() != a.stride()
-            or other.dtype != dtype
+            or other.dtype != of_a
             or other.device != x.device
         ):
-            wanted = f"{list(a.shape)} {dtype} with strides {list(a.stride())} on {x.device}"
+            wanted = f"{list(a.shape)} {of_a} with strides {list(a.stride())} on {x.device}"
             runtime.fail(
                 variant, f"lora_a[{i}]", runtime.describe(other), wanted, "slices have one layout"
             )
-    if x.shape != (num_tokens, k) or x.dtype != dtype or (k > 1 and x.stride(1) != 1):
+    if x.shape != (num_tokens, k) or x.dtype != of_x or (k > 1 and x.stride(1) != 1):
         runtime.fail(
-            variant, "x", runtime.describe(x), f"[{num_tokens}, {k}] {dtype} with last stride 1"
+            variant, "x", runtime.describe(x), f"[{num_tokens}, {k}] {of_x} with last stride 1"
         )
     if y is not None:
         shape = (slices, num_tokens, rank)
@@ -117,7 +134,24 @@ def check(
     strides = (a.stride(0), a.stride(-2))
     if strides[1] * rank >= 2**31:
         runtime.fail(variant, "size of an adapter's matrix", strides, "below 2**31 elements")
-    return Problem(num_tokens, k, slices, rank, x.stride(0), strides, x.device)
+    scale_stride = 0
+    if a_scale is not None:
+        found = scale_strides(variant, "a_scale", *a_scale, lora_a, GROUP)
+        scale_stride = found[0]
+        if found != (scale_stride,) * slices:
+            runtime.fail(
+                variant,
+                "a_scale",
+                f"strides {found} over L",
+                "one for all slices",
+                "slices have one layout",
+            )
+    if x_scale is not None:
+        check_x_scale(variant, *x_scale, x)
+    kinds = (None if a_scale is None else a_scale[0], None if x_scale is None else x_scale[0])
+    return Problem(
+        num_tokens, k, slices, rank, x.stride(0), strides, x.device, *kinds, scale_stride
+    )
 
 
 def check_route(variant: str, route: MoeRoute) -> None:
@@ -150,42 +184,175 @@ def check_weights(
     return loras, rows, columns
 
 
+def fp8(variant: str, label: str, tensor: torch.Tensor) -> torch.dtype:
+    """The dtype of an FP8 operand."""
+    if tensor.dtype not in FP8:
+        wanted = " or ".join(str(known) for known in FP8)
+        runtime.fail(variant, label, runtime.describe(tensor), wanted, "there is a scale for it")
+    if tensor.dtype == torch.float8_e4m3fn and not runtime.traits(tensor.device).e4m3:
+        runtime.fail(variant, label, tensor.dtype, torch.float8_e5m2, "this GPU has no e4m3")
+    return tensor.dtype
+
+
+def scale_shape(
+    kind: str, rows: int, columns: int, group: tuple[int, int] = GROUP
+) -> tuple[int, ...]:
+    """The shape of the scales of a matrix [rows, columns] of weights, behind L."""
+    groups = runtime.cdiv(rows, group[0]), runtime.cdiv(columns, group[1])
+    return {"tensor": (), "channel": (rows,), "group": groups}[kind]
+
+
+def x_scale_shape(kind: str, x: Sequence[int]) -> tuple[int, ...]:
+    """The shape of the scales of x [T, K]."""
+    return {"tensor": (1,), "token": (x[0], 1), "group": (x[0], runtime.cdiv(x[1], GROUP[1]))}[kind]
+
+
+def kind_of_scales(
+    variant: str,
+    label: str,
+    scales: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    group: tuple[int, int],
+) -> str:
+    """Of what there is a scale each, by the shapes; where several fit they mean the same, and the first is taken."""
+    for kind in ("tensor", "channel", "group"):
+        if (
+            len(scales) > 0
+            and len(weights) > 0
+            and weights[0].dim() > 2
+            and _fits(kind, scales[0], weights[0], group)
+        ):
+            return kind
+    got = f"{[list(s.shape) for s in scales[:1]]} for {[list(w.shape) for w in weights[:1]]}"
+    wanted = f"[L] each, or [L, out], or [L, ceil(out / {group[0]}), ceil(in / {group[1]})]"
+    runtime.fail(variant, label, got, wanted)
+
+
+def _fits(kind: str, scale: torch.Tensor, weights: torch.Tensor, group: tuple[int, int]) -> bool:
+    loras, inner = weights.shape[0], scale_shape(kind, weights.shape[-2], weights.shape[-1], group)
+    allowed = [(loras, *inner), (loras, 1, *inner)]
+    if kind == "channel":
+        allowed += [(*shape, 1) for shape in allowed]
+    return tuple(scale.shape) in allowed
+
+
+def scale_strides(
+    variant: str,
+    label: str,
+    kind: str,
+    scales: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    group: tuple[int, int],
+) -> tuple[int, ...]:
+    """The stride over L of the scales of each slice of weights."""
+    if len(scales) != len(weights):
+        runtime.fail(variant, label, f"{len(scales)} tensors", f"{len(weights)}, one a slice")
+    for i, (scale, matrix) in enumerate(zip(scales, weights)):
+        fits = (
+            scale.dtype == torch.float32
+            and scale.device == matrix.device
+            and _fits(kind, scale, matrix, group)
+        )
+        if not fits or (scale.numel() > 0 and not scale[0].is_contiguous()):
+            shape = [matrix.shape[0], *scale_shape(kind, matrix.shape[-2], matrix.shape[-1], group)]
+            wanted = f"{shape} float32 on {matrix.device}, contiguous behind L"
+            runtime.fail(
+                variant, f"{label}[{i}]", runtime.describe(scale), wanted, f"a scale a {kind}"
+            )
+    return tuple(scale.stride(0) for scale in scales)
+
+
+def kind_of_x_scale(variant: str, x_scale: torch.Tensor, x: torch.Tensor) -> str:
+    """Of what there is a scale each."""
+    for kind in ("tensor", "token", "group"):
+        if x.dim() == 2 and x_scale.shape == x_scale_shape(kind, x.shape):
+            return kind
+    wanted = f"[1], [T, 1] or [T, ceil(K / {GROUP[1]})] for x {list(x.shape)}"
+    runtime.fail(
+        variant,
+        "x_scale",
+        runtime.describe(x_scale),
+        wanted,
+        "a scale for the tensor, a token or a group",
+    )
+
+
+def check_x_scale(variant: str, kind: str, x_scale: torch.Tensor, x: torch.Tensor) -> None:
+    """Raise ValueError where the scales of x do not fit."""
+    shape = x_scale_shape(kind, x.shape)
+    fits = x_scale.shape == shape and x_scale.dtype == torch.float32 and x_scale.device == x.device
+    if not fits or not x_scale.is_contiguous():
+        wanted = f"contiguous {list(shape)} float32 on {x.device}"
+        runtime.fail(variant, "x_scale", runtime.describe(x_scale), wanted, f"a scale a {kind}")
+
+
+def check_tiles(variant: str, **tiles: tuple[int, int]) -> None:
+    """Raise ValueError where a tile, of a config that a caller brought, would need the scales of two groups."""
+    for name, (tile, group) in tiles.items():
+        if group % tile:
+            runtime.fail(variant, name, tile, f"a divisor of {group}, the size of a group")
+
+
 def choose(problem: Problem, route: MoeRoute) -> Config:
     """The tiles for a call, from host integers alone: the same call always gets the same.
 
     The number of tokens counts as the next power of two, so that the compile keys of a model are a short list.
     """
     tokens = runtime.next_power_of_2(problem.num_tokens)
-    return _choose(
-        tokens,
-        route.block_m,
-        problem.k,
-        problem.slices,
-        problem.rank,
-        *runtime.traits(problem.device)[:2],
-    )
+    scales = (problem.weight_scales, problem.x_scales)
+    sizes = (tokens, route.block_m, problem.k, problem.slices, problem.rank)
+    return _choose(*sizes, *scales, *runtime.traits(problem.device)[:2])
 
 
 @functools.lru_cache(maxsize=4096)
 def _choose(
-    tokens: int, block_m: int, k: int, slices: int, rank: int, num_sms: int, shared_memory: int
+    tokens: int,
+    block_m: int,
+    k: int,
+    slices: int,
+    rank: int,
+    weight_scales: str | None,
+    x_scales: str | None,
+    num_sms: int,
+    shared_memory: int,
 ) -> Config:
     block_r = min(128, max(16, runtime.next_power_of_2(rank)))
-    parts = tokens <= MAX_TOKENS_IN_PARTS
-    # Accumulators of all slices, twice where chunks are added up in the program, must fit the registers of 8 warps.
-    sums = block_m * block_r * (1 if parts else 2)
-    together = sums * slices <= 64 * 256
-    held = sums * (slices if together else 1)
-    num_warps = 8 if held > 64 * 128 else 4
+    # Scales that are applied to a whole sum would round it in another place: then K is shared out in every batch.
+    late = weight_scales in ("tensor", "channel") or x_scales in ("tensor", "token")
+    fills = tokens > MAX_TOKENS_IN_PARTS or tokens // block_m * slices >= 0.9 * num_sms
+    parts = late or not fills
+    # Few blocks are spread over more programs, slice by slice; many read x once for all slices, if their sums fit.
+    together = slices == 1 or (parts and tokens >= 1024 and block_m * block_r * slices <= 64 * 256)
+    held = block_m * block_r * (slices if together else 1) * (1 if parts else 2)
+    grouped = "group" in (weight_scales, x_scales)
+    num_warps = (
+        8
+        if held > 64 * 128 or (block_m >= 64 and block_r >= 64) or (grouped and block_r == 128)
+        else 4
+    )
     column_bytes = 2 * (block_m + block_r * (slices if together else 1))
-    block_k = 128 if block_r <= 64 else 64
+    if block_m <= 32:
+        block_k = 256 if k > 8192 and block_r <= 64 else 128
+    else:
+        block_k = 64 if slices > 1 and together else 128
     budget = shared_memory - 4096
-    while block_k > 32 and (k % block_k and k % 32 == 0 or 3 * block_k * column_bytes > budget):
+    while block_k > 32 and (3 * block_k * column_bytes > budget or (k % block_k and k % 32 == 0)):
         block_k //= 2
+    if grouped:
+        block_k = 64  # of any batch: sums of a tile are scaled before they are added
     stages = 4 if 4 * block_k * column_bytes <= min(budget, 112 * 1024) else 3
-    return Config(block_k, chunk_k(k), int(parts), int(together), stages, num_warps)
+    return Config(block_k, chunk_k(k, slices), int(parts), int(together), stages, num_warps)
 
 
-def chunk_k(k: int) -> int:
-    """Columns of K that are added up before the sum is added to the others: by K alone, for the same bits in every batch."""
-    return 512 if k <= 4096 else runtime.cdiv(k, 8 * 128) * 128
+def chunk_k(k: int, slices: int) -> int:
+    """Columns of K that are added up before the sum is added to the others: by the layer alone, for the same bits in every batch.
+
+    There are at most ``max_parts(slices)`` of them.
+    """
+    wide = runtime.cdiv(k, 8 * 128) * 128
+    return max(512, wide) if wide <= 1024 or slices > 1 else runtime.cdiv(k, 16 * 128) * 128
+
+
+def max_parts(slices: int) -> int:
+    """The most parts of a layer, of all its slices together; or of one with fewer slices."""
+    return max(16, 8 * slices)

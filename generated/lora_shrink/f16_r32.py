@@ -138,9 +138,9 @@ def lora_shrink_f16_r32_total(
     RANK: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    BLOCK_R: tl.constexpr = 16
     CHUNKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     chunk = tl.program_id(0) % CHUNKS
     s = tl.program_id(0) // CHUNKS % SLICES
@@ -203,9 +203,8 @@ def bind_product(problem: Problem, route: MoeRoute, config: Config, pdl: bool) -
         route: MoeRoute,
         scaling: float,
     ) -> None:
-        launch(
-            (y, x, tuple(lora_a), scaling, num_tokens, route.pairs, route.blocks, route.num_blocks)
-        )
+        tables = (route.pairs, route.blocks, route.num_blocks)
+        launch((y, x, tuple(lora_a), scaling, num_tokens, *tables))
 
     return call
 
@@ -217,10 +216,9 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         return bind_product(problem, route, config, False)
     pdl = runtime.traits(problem.device).pdl
     product = bind_product(problem, route, config, pdl)
-    block_r = min(32, 32)
     total = _total.bind(
-        route.max_blocks * problem.slices * runtime.cdiv(problem.rank, block_r),
-        (problem.slices, problem.rank, parts, route.block_m, block_r, pdl),
+        route.max_blocks * problem.slices * runtime.cdiv(problem.rank, 16),
+        (problem.slices, problem.rank, parts, route.block_m, pdl),
         runtime.Options(4, pdl=pdl),
     )
     num_tokens, size = (
@@ -260,6 +258,15 @@ def lora_shrink_f16_r32(
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    problem = check("lora_shrink_f16_r32", y, x, lora_a, route, dtype=torch.float16, max_rank=32)
+    problem = check(
+        "lora_shrink_f16_r32",
+        y,
+        x,
+        lora_a,
+        route,
+        dtype=torch.float16,
+        max_rank=32,
+    )
     if problem.num_tokens > 0:
-        bind(problem, route, config or choose(problem, route))(y, x, lora_a, route, float(scaling))
+        call = bind(problem, route, config or choose(problem, route))
+        call(y, x, lora_a, route, float(scaling))

@@ -274,6 +274,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r128_w8group_a8group(
         max_rank=128,
         topk_weights=None,
         weighted=False,
+        adds=True,
         scales=Scales("group", a_scale, b_scale, "group", x_scale),
     )
     if problem.num_pairs > 0:

@@ -265,6 +265,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r16_w8channel_a8token(
         max_rank=16,
         topk_weights=None,
         weighted=False,
+        adds=True,
         scales=Scales("channel", a_scale, b_scale, "token", x_scale),
     )
     if problem.num_pairs > 0:

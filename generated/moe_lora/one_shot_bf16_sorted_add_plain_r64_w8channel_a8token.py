@@ -265,6 +265,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r64_w8channel_a8token(
         max_rank=64,
         topk_weights=None,
         weighted=False,
+        adds=True,
         scales=Scales("channel", a_scale, b_scale, "token", x_scale),
     )
     if problem.num_pairs > 0:

@@ -284,6 +284,7 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r128_w8channel_a8token(
         max_rank=128,
         topk_weights=topk_weights,
         weighted=True,
+        adds=True,
         scales=Scales("channel", a_scale, b_scale, "token", x_scale),
     )
     if problem.num_pairs > 0:

@@ -293,6 +293,7 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r16_w8group_a8group(
         max_rank=16,
         topk_weights=topk_weights,
         weighted=True,
+        adds=True,
         scales=Scales("group", a_scale, b_scale, "group", x_scale),
     )
     if problem.num_pairs > 0:

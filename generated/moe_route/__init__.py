@@ -282,7 +282,7 @@ def _plan(
     sizes = _check(*source, num_experts, max_loras, *request)
     num_tokens, top_k = sizes[:2]
     num_pairs, num_groups = num_tokens * top_k, max_loras * num_experts
-    block_m = settle(_open(*request), num_tokens, top_k, num_groups)
+    block_m = settle(_open(*request), *sizes[:4])
     if block_m == 0:
         return _Plan(sizes, num_pairs, 0, 0, (0, 0, 0, 0, 0), _bind)
     max_blocks = _max_blocks(num_pairs, num_groups, block_m)
@@ -313,8 +313,9 @@ def _open(assignment: str, rank: int | None, block_m: int | None) -> int:
     )
 
 
-def settle(block_m: int, num_tokens: int, top_k: int, num_groups: int) -> int:
+def settle(block_m: int, num_tokens: int, top_k: int, num_experts: int, max_loras: int) -> int:
     """Rows of a block, 0 for naive, by the number of tokens where ``block_m`` is open."""
+    num_groups = num_experts * max_loras
     if block_m >= 0:
         return block_m
     asked, how = divmod(-block_m, 4)
@@ -322,7 +323,7 @@ def settle(block_m: int, num_tokens: int, top_k: int, num_groups: int) -> int:
         num_tokens, top_k, num_groups, 16 if how == _AUTO_RANK_16 else None
     ):
         return 0
-    return asked or default_block_m(num_tokens, top_k, num_groups)
+    return asked or default_block_m(num_tokens, top_k, num_groups, dense=num_experts == 1)
 
 
 def settled(route: MoeRoute) -> MoeRoute:
@@ -330,7 +331,9 @@ def settled(route: MoeRoute) -> MoeRoute:
     if route.block_m >= 0:
         return route
     num_groups = route.num_experts * route.max_loras
-    block_m = settle(route.block_m, route.num_tokens, route.top_k, num_groups)
+    block_m = settle(
+        route.block_m, route.num_tokens, route.top_k, route.num_experts, route.max_loras
+    )
     if block_m == 0:
         return route._replace(pairs=None, blocks=None, num_blocks=None, block_m=0)
     num_pairs = route.num_tokens * route.top_k
@@ -401,11 +404,11 @@ def moe_workspace(
     )
 
 
-def default_block_m(num_tokens: int, top_k: int, num_groups: int) -> int:
+def default_block_m(num_tokens: int, top_k: int, num_groups: int, dense: bool = False) -> int:
     """Rows of a block: near the mean number of pairs of a group that is hit, if pairs were spread evenly."""
     num_pairs = runtime.next_power_of_2(num_tokens) * top_k
     mean = num_pairs / expected_groups(num_pairs, num_groups)
-    return 16 if mean < 12 else 32 if mean < 24 else 64
+    return 16 if mean < (20 if dense else 12) else 32 if mean < (40 if dense else 24) else 64
 
 
 def expected_groups(num_pairs: int, num_groups: int) -> float:
@@ -608,7 +611,7 @@ def _route(
     global_experts = 0 if expert_map is None else expert_map.numel()
     num_tokens, top_k = _tokens(topk_ids, token_lora_mapping)
     sizes = (num_tokens, top_k, num_experts, max_loras)
-    block_m = settle(open_m, num_tokens, top_k, max_loras * num_experts)
+    block_m = settle(open_m, *sizes)
     if block_m > 0 and num_tokens > 0:
         _, num_blocks, blocks, pairs, scratch = _views(buffer, _open_splits(*sizes))
         fill = _bind(*sizes, global_experts, block_m, token_lora_mapping.device)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from types import ModuleType
-from typing import Any, Callable
+from typing import Any, Callable, Mapping
 
 import torch
 
@@ -17,8 +18,12 @@ from kernelgen.reference.lora_expand import lora_expand
 BODY = ("rank", "add_inputs")
 
 _RANY = {"rank": ("rany",)}
+_SCALES = ("weight_quant",)
+_W8: Mapping[str, Any] = {"body": _SCALES, "only": {"weight_quant": ("w8tensor", "w8channel", "w8group")}}
+_W8_CHANNEL: Mapping[str, Any] = {"body": _SCALES, "only": {"weight_quant": ("w8channel",)}}
+_W8_GROUP: Mapping[str, Any] = {"body": _SCALES, "only": {"weight_quant": ("w8group",)}}
 
-CASES = (
+_SIXTEEN_BIT = (
     Case("one", "every size is one", tokens=1, loras=1, widths=(1,), rank="one"),
     Case("lt_tile", "a tile that is not full", tokens=3, widths=(28,), rank="part"),
     Case("eq_tile", "one full tile", tokens=16, adapters="one", widths=(64,)),
@@ -61,6 +66,38 @@ CASES = (
         adapters="mixed",
     ),
 )
+_FP8 = (
+    Case("w8_one", "every size is one", **_W8, tokens=1, loras=1, widths=(1,), rank="one"),
+    Case(
+        "w8_query_key_value",
+        "scales of slices of unequal width (vLLM takes the strides of slice 0 for all), and e5m2",
+        **_W8,
+        element="e5m2",
+        widths=(300, 40, 130),
+    ),
+    Case("w8_rank_groups", "ranks of two groups", body=_SCALES, only={**_W8_GROUP["only"], **_RANY}, rank=200, widths=(150,)),
+    Case("w8_packed", "nothing behind the last scale", **_W8, layout="packed", loras=1, widths=(60, 24)),
+    Case("w8_unaligned", "odd strides and base", **_W8, layout="odd", widths=(23, 9)),
+    Case("w8_huge_adapters", "32-bit offsets of scales wrap", **_W8, layout="huge_adapters", loras=2),
+    Case("w8_out_1", "scales [L, N, 1]", **_W8_CHANNEL, scales_end_in_1=True, widths=(33, 20)),
+    Case("w8_empty", "a launch without programs", **_W8, tokens=0),
+    Case(
+        "w8_model_sized",
+        "long loops, many programs",
+        **_W8,
+        needs_gpu=True,
+        own_tiles=True,
+        tokens=160,
+        widths=(4096, 1024, 1024),
+        adapters="mixed",
+    ),
+)
+_NO_FP8 = {"weight_quant": ("none",)}
+# FP8 meets the core cases, and its own: sizes and layouts are the business of the text that it shares with 16 bits.
+CASES = (
+    *(c if c.core else dataclasses.replace(c, only={**c.only, **_NO_FP8}) for c in _SIXTEEN_BIT),
+    *_FP8,
+)
 
 
 def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: Case, device: str) -> float:
@@ -78,12 +115,16 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
     for token in batch.live if adds else ():
         columns[token] = (4 * torch.randn(width, generator=numbers)).to(out)
     route, tables = lora_inputs.route_of(package, case, batch, device)
-    inputs = lora_inputs.sealed({"y": y, **{f"lora_b[{s}]": w for s, w in enumerate(b)}})
-    expected = lora_expand(out, y, b, batch.adapters, offset_start=case.offset, add_inputs=adds)
+    inputs = lora_inputs.sealed({"y": y, **lora_inputs.tensors_of("b", b)})
+    options: dict[str, Any] = dict(lora_inputs.scales_of("b_scale", b))
+    flags: dict[str, Any] = {"add_inputs": adds, "scaled": bool(options)}
+    stands_for = [w.numbers for w in b]
+    expected = lora_expand(out, y, stands_for, batch.adapters, offset_start=case.offset, **flags)
     sparse = out.untyped_storage().nbytes() >= HUGE
     guarded = seal(out if sparse else columns, sparse=sparse)
     config = None if case.own_tiles else tiles(launcher)
-    launcher(out, y, lora_inputs.given(case, b), route, offset_start=case.offset, config=config)
+    weights = lora_inputs.given(case, b)
+    launcher(out, y, weights, route, offset_start=case.offset, config=config, **options)
     lora_inputs.unchanged({**inputs, **tables})
     rows = batch.rows()
     stray = int((guarded.changed() & ~positions(guarded, rows)).sum())

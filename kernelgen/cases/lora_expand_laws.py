@@ -16,6 +16,7 @@ from kernelgen.cases.lora_inputs import Batch, Case
 from kernelgen.cases.lora_shrink_laws import operands as operands_of_shrink
 from kernelgen.cases.lora_shrink_laws import refuses
 from kernelgen.reference.lora_expand import lora_expand
+from kernelgen.reference.lora_shrink import lora_shrink
 
 _CASE = Case(
     "law", "the batch of the laws", tokens=9, k=600, widths=(70, 33), adapters="mixed", rank=16, offset=3
@@ -36,7 +37,7 @@ class _Layer:
     def of(cls, case: Case, tags: Mapping[str, str], device: str) -> _Layer:
         x, a, _, batch = operands_of_shrink(case, tags, device)
         numbers, rank = case.generator(), lora_inputs.rank_of(case, tags)
-        b = lora_inputs.make_weights(case, tags, batch, case.widths, rank, numbers)
+        b = lora_inputs.given(case, lora_inputs.make_weights(case, tags, batch, case.widths, rank, numbers))
         shape = (case.tokens, case.offset + sum(case.widths) + 2)
         out = torch.randn(shape, generator=numbers).to(device, lora_inputs.dtype_of(tags))
         return cls(x, a, b, out, batch)
@@ -56,7 +57,7 @@ class _Layer:
 def both_products_give_the_same_bits(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """lora, for every rank, dtype and flag: the bits of lora_shrink and then lora_expand, which are within the bound."""
     ranks, dtypes = (1, 24, 48, 96, 129), sorted({v.tags["dtype"] for v in variants})
-    for rank, dtype, adds in zip(ranks, itertools.cycle(dtypes), itertools.cycle((True, True, False))):
+    for rank, dtype, adds in zip(ranks, itertools.cycle(dtypes), itertools.cycle((True, True, False)), strict=False):
         case = dataclasses.replace(_CASE, rank=rank)
         layer = _Layer.of(case, {"dtype": dtype}, device)
         route = package.lora_route(layer.batch.mapping, max_loras=case.loras)
@@ -74,6 +75,49 @@ def both_products_give_the_same_bits(package: ModuleType, variants: Sequence[Var
         assert torch.equal(out[~rows], layer.out[~rows]), "rows of tokens without an adapter changed"
         one = layer.apply(package, layer.out.clone(), add_inputs=adds)
         assert torch.equal(bits(one), bits(out)), f"rank {rank}, {dtype}: lora has other bits"
+
+
+def fp8_front_doors(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """The front doors find the kind of scales by their shapes; lora gives the bits of the two products, which are right."""
+    for weights, x_kind in _SCALES:
+        case = dataclasses.replace(_CASE, k=140, rank=24 if weights == "w8group" else 16)
+        tags = {"dtype": "bf16", "weight_quant": weights, "act_quant": x_kind}
+        batch, numbers = lora_inputs.draw(case, device), case.generator()
+        x = lora_inputs.make_x(case, tags, batch, numbers)
+        rank = lora_inputs.rank_of(case, tags)
+        a = lora_inputs.make_weights(case, tags, batch, [rank] * 2, case.k, numbers)
+        b = lora_inputs.make_weights(case, tags, batch, case.widths, rank, numbers)
+        a_scale, b_scale = lora_inputs.scales_of("a_scale", a), lora_inputs.scales_of("b_scale", b)
+        x_scale = {} if x.scales is None else {"x_scale": x.scales}
+        given_a, given_b = lora_inputs.given(case, a), lora_inputs.given(case, b)
+        route = package.lora_route(batch.mapping, max_loras=case.loras)
+        y = torch.full((2, case.tokens, rank), torch.nan, device=device)
+        package.lora_shrink(y, x.tensor, given_a, route, scaling=0.3, **a_scale, **x_scale)
+        rows, live = batch.rows(), [w.numbers for w in a]
+        wanted = lora_shrink(y, x.numbers, live, batch.adapters, scaling=0.3, scaled=True)
+        of_rows = rows.expand(y.shape[:2])
+        worst_ratio(y[of_rows], wanted.value[of_rows], wanted.bound[of_rows])
+        out = torch.zeros((case.tokens, sum(case.widths)), dtype=torch.bfloat16, device=device)
+        one = out.clone()
+        flags: dict[str, Any] = {"offset_start": 0, "add_inputs": True, "scaled": True}
+        exact = lora_expand(out, y, [w.numbers for w in b], batch.adapters, **flags)
+        package.lora_expand(out, y, given_b, route, **b_scale)
+        worst_ratio(out[rows], exact.value[rows], exact.bound[rows])
+        package.lora(one, x.tensor, given_a, given_b, route, scaling=0.3, **a_scale, **b_scale, **x_scale)
+        assert torch.equal(bits(one), bits(out)), f"{weights}, {x_kind}: lora has other bits"
+        for name in {**a_scale, **b_scale, **x_scale}:
+            lacking = {**a_scale, **b_scale, **x_scale}
+            del lacking[name]
+            operands = {"out": one, "x": x.tensor, "lora_a": given_a, "lora_b": given_b, "route": route}
+            refuses(package.lora, {**operands, **lacking}, "lora", f"{weights}, {x_kind} without {name}")
+
+
+_SCALES = (
+    ("w8tensor", "none"),
+    ("w8channel", "a8token"),
+    ("w8group", "a8group"),
+    ("none", "a8tensor"),
+)
 
 
 def any_batch_same_bits(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
@@ -193,6 +237,7 @@ def many_tokens_same_bits(package: ModuleType, variants: Sequence[Variant], devi
 
 LAWS = (
     Law(both_products_give_the_same_bits),
+    Law(fp8_front_doors),
     Law(any_batch_same_bits),
     Law(an_offset_is_not_remembered),
     Law(stale_workspace),

@@ -16,9 +16,11 @@ from typing import Any, Callable, Mapping, Sequence
 import torch
 
 from kernelgen.buffers import Guarded, allocate, allocate_sparse, poison_, row_major, seal
+from kernelgen.cases import quant
 from kernelgen.cases.base import Case as BaseCase
 from kernelgen.cases.base import Tags
 from kernelgen.model import VOCABULARY
+from kernelgen.reference.moe_lora import dequantise
 from kernelgen.reference.moe_route import Live, moe_route
 
 HUGE = 2**31 + 64  # elements: out of reach of a 32-bit offset
@@ -41,6 +43,8 @@ class Case(BaseCase):
         spread: elements of x are multiplied by powers of two from 2^-spread to 2^spread.
         nan_token: x and y of this token are NaN.
         own_tiles: the variant chooses its tiles itself.
+        element: of FP8 operands.
+        scales_end_in_1: the scales of channels end in a dimension of 1.
     """
 
     tokens: int = 5
@@ -61,6 +65,17 @@ class Case(BaseCase):
     nan_token: int | None = None
     workspace: bool = True
     own_tiles: bool = False
+    element: str = "e4m3"
+    scales_end_in_1: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """A tensor, its scales where it is FP8, and the numbers that it stands for."""
+
+    tensor: torch.Tensor
+    numbers: torch.Tensor
+    scales: torch.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +108,12 @@ class Layout:
         row = self.rows(shape[2])
         lora = shape[1] * row + self.gap if self.lora is None else self.lora
         return self._memory(shape, (lora, row, 1), dtype, device)
+
+    def scales(self, shape: Sequence[int], device: str) -> torch.Tensor:
+        """[L, ...], all poison."""
+        inner = row_major(shape[1:]) if len(shape) > 1 else ()
+        lora = math.prod(shape[1:]) + self.gap if self.lora is None else self.lora
+        return self._memory(shape, (lora, *inner), torch.float32, device)
 
     def _memory(
         self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: str
@@ -206,30 +227,50 @@ def rank_of(case: Case, tags: Tags) -> int:
     return {"one": 1, "part": full * 25 // 32, "full": full}[case.rank]
 
 
-def make_x(case: Case, tags: Tags, batch: Batch, numbers: torch.Generator) -> torch.Tensor:
+def make_x(case: Case, tags: Tags, batch: Batch, numbers: torch.Generator) -> Operand:
     """[T, K], numbers where a token has an adapter."""
-    device = str(batch.mapping.device)
-    x = LAYOUTS[case.layout].matrix((case.tokens, case.k), dtype_of(tags), device)
+    device, shape = str(batch.mapping.device), (case.tokens, case.k)
+    kind = quant.scales_of(tags)[1]
+    dtype = quant.ELEMENTS[case.element] if kind else dtype_of(tags)
+    x, scales = LAYOUTS[case.layout].matrix(shape, dtype, device), None
+    if kind:
+        size = quant.x_scale_shape(kind, shape, quant.GROUP[1])
+        scales = allocate(size, row_major(size), torch.float32, device)
     for token in batch.live:
         powers = torch.randint(-case.spread, case.spread + 1, (case.k,), generator=numbers)
-        x[token] = (torch.randn(case.k, generator=numbers) * 2.0**powers).to(x)
+        x[token] = quant.as_dtype(torch.randn(case.k, generator=numbers) * 2.0**powers, x)
         if token == case.nan_token:
             x[token] = math.nan
-    return x
+        if scales is not None:
+            each = scales[token] if scales.dim() > 1 else scales
+            each.copy_(quant.draw_scales(each, 1.0, numbers))
+    if scales is None or not batch.live:
+        return Operand(x, x, scales)
+    return Operand(x, dequantise(x, scales, quant.group_of(kind, shape, (1, quant.GROUP[1]))), scales)
 
 
 def make_weights(
     case: Case, tags: Tags, batch: Batch, heights: Sequence[int], columns: int, numbers: torch.Generator
-) -> tuple[torch.Tensor, ...]:
-    """A tensor [L, height, columns] a slice, numbers where some token has the adapter."""
-    device, made = str(batch.mapping.device), []
+) -> tuple[Operand, ...]:
+    """Weights [L, height, columns] of each slice, numbers where some token has the adapter."""
+    device, made, kind = str(batch.mapping.device), [], quant.scales_of(tags)[0]
+    layout, size = LAYOUTS[case.layout], 1.0 / math.sqrt(columns)
+    dtype = quant.ELEMENTS[case.element] if kind else dtype_of(tags)
     for height in heights:
         shape = (case.loras, height, columns)
-        weights = LAYOUTS[case.layout].weights(shape, dtype_of(tags), device)
+        weights = layout.weights(shape, dtype, device)
         for adapter in batch.named:
-            drawn = torch.randn(shape[1:], generator=numbers) / math.sqrt(columns)
-            weights[adapter] = drawn.to(weights)
-        made.append(weights)
+            drawn = torch.randn(shape[1:], generator=numbers)
+            weights[adapter] = quant.as_dtype(drawn if kind else drawn * size, weights)
+        if not kind:
+            made.append(Operand(weights, weights))
+            continue
+        inner = (*quant.scale_shape(kind, shape[1:], quant.GROUP), *((1,) if case.scales_end_in_1 else ()))
+        scales = layout.scales((case.loras, *inner), device)
+        for adapter in batch.named:
+            scales[adapter] = quant.draw_scales(scales[adapter], size, numbers)
+        stands_for = dequantise(weights, scales, quant.group_of(kind, shape[1:], quant.GROUP))
+        made.append(Operand(weights, stands_for, scales))
     return tuple(made)
 
 
@@ -245,9 +286,22 @@ def make_y(case: Case, tags: Tags, batch: Batch, numbers: torch.Generator | None
     return y
 
 
-def given(case: Case, weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def given(case: Case, weights: Sequence[Operand]) -> tuple[torch.Tensor, ...]:
     """Weights as a caller gives them."""
-    return tuple(w.unsqueeze(1) for w in weights) if case.four else tuple(weights)
+    return tuple(w.tensor.unsqueeze(1) if case.four else w.tensor for w in weights)
+
+
+def scales_of(name: str, weights: Sequence[Operand]) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Their scales, where there are any, as a keyword of a launcher."""
+    scales = tuple(w.scales for w in weights if w.scales is not None)
+    return {name: scales} if scales else {}
+
+
+def tensors_of(name: str, weights: Sequence[Operand]) -> dict[str, torch.Tensor]:
+    """All their tensors, with names."""
+    found = {f"lora_{name}[{s}]": w.tensor for s, w in enumerate(weights)}
+    scales = {f"{name}_scale[{s}]": w.scales for s, w in enumerate(weights) if w.scales is not None}
+    return {**found, **scales}
 
 
 def sealed(tensors: Mapping[str, torch.Tensor]) -> dict[str, Guarded]:

@@ -160,10 +160,11 @@ def operands(case: Case, tags: Mapping[str, str], device: str) -> tuple[torch.Te
     x = lora_inputs.make_x(case, tags, batch, numbers)
     rank = lora_inputs.rank_of(case, tags)
     a = lora_inputs.make_weights(case, tags, batch, [rank] * len(case.widths), case.k, numbers)
-    return x, a, lora_inputs.make_y(case, tags, batch, None), batch
+    return x.tensor, lora_inputs.given(case, a), lora_inputs.make_y(case, tags, batch, None), batch
 
 
 def _first_of(variants: Sequence[Variant]) -> Iterator[Variant]:
-    """A variant of the smallest and one of the largest rank bucket."""
-    yield variants[0]
-    yield variants[-1]
+    """A 16-bit variant of the smallest and one of the largest rank bucket."""
+    plain = [v for v in variants if v.tags["weight_quant"] == v.tags["act_quant"] == "none"]
+    yield plain[0]
+    yield plain[-1]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 import random
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 import torch
 
 from kernelgen.buffers import bits, poison_
+from kernelgen.cases import quant
 from kernelgen.cases.base import Law, Variant, worst_ratio
 from kernelgen.cases.moe_experts import Experts, Routed, draw
 from kernelgen.cases.moe_gemm import Case, make
 from kernelgen.model import QUANT_AXES
-from kernelgen.reference.fused_moe import fused_moe
+from kernelgen.reference.fused_moe import Inner, fused_moe
+from kernelgen.reference.moe_lora import dequantise
 
 
 class Layer(NamedTuple):
@@ -26,6 +28,9 @@ class Layer(NamedTuple):
     routed: Routed
     topk_weights: torch.Tensor
     activation: str
+    scales: Mapping[str, torch.Tensor] = MappingProxyType({})
+    numbers: tuple[torch.Tensor, ...] = ()  # what FP8 hidden, w13 and w2 stand for
+    inner: Inner | None = None
 
     def run(self, package: ModuleType, **options: Any) -> torch.Tensor:
         out: torch.Tensor = package.fused_moe(
@@ -37,6 +42,7 @@ class Layer(NamedTuple):
             activation=self.activation,
             valid_tokens=self.routed.valid_tokens,
             local_expert_start=self.routed.start,
+            **self.scales,
             **options,
         )
         return out
@@ -44,8 +50,10 @@ class Layer(NamedTuple):
     def verify(self, out: torch.Tensor) -> None:
         """Raise AssertionError unless the rows of valid tokens are those of the reference."""
         count = self.routed.num_valid
-        operands = (self.hidden, self.w13, self.w2, self.routed.local, self.topk_weights)
-        exact = fused_moe(*operands, activation=self.activation, num_tokens=count, dtype=out.dtype)
+        numbers = self.numbers or (self.hidden, self.w13, self.w2)
+        operands: tuple[Any, ...] = (*numbers, self.routed.local, self.topk_weights)
+        sizes: dict[str, Any] = {"num_tokens": count, "dtype": out.dtype, "inner": self.inner}
+        exact = fused_moe(*operands, activation=self.activation, **sizes)
         worst_ratio(out[:count].cpu(), exact.out.cpu(), exact.bound.cpu())
 
 
@@ -106,10 +114,56 @@ def fused_front_door(package: ModuleType, variants: Sequence[Variant], device: s
         assert right and given.dtype == (torch.float32 if own else call.hidden.dtype), what
 
 
+# Scales of weights, scales of activations; an activation that such layers have.
+_MODES = (
+    ("tensor", None, "relu2"),
+    ("channel", None, "swiglu"),
+    ("group", None, "swiglu"),
+    ("tensor", "tensor", "swiglu"),
+    ("tensor", "tensor", "relu2"),
+    ("channel", "token", "swiglu"),
+    ("group", "group", "swiglu"),
+)
+
+
+def fp8_layer(
+    package: ModuleType, tokens: int, how: Experts, device: str, mode: tuple[str, str | None, str], **sizes: Any
+) -> Layer:
+    """A layer of FP8 weights, and with FP8 activations where the mode has scales for them."""
+    of_weights, of_x, activation = mode
+    call = layer(tokens, how, device, activation=activation, **{"hidden": 144, "inter": 176, **sizes})
+    weights = [package.quantize_weights(w, of_weights) for w in (call.w13, call.w2)]
+    scales = {"w13_scale": weights[0][1], "w2_scale": weights[1][1]}
+    numbers = [dequantise(codes, scale, quant.group_of(of_weights, codes.shape[1:], quant.GROUP)) for codes, scale in weights]
+    hidden, x, inner = call.hidden, call.hidden, Inner(torch.bfloat16)
+    if of_x is not None:
+        hidden, scales["x_scale"] = package.quantize_activations(call.hidden, of_x)
+        x = dequantise(hidden, scales["x_scale"], quant.group_of(of_x, hidden.shape, (1, quant.GROUP[1])))
+        given = None
+        if of_x == "tensor":
+            scales["h_scale"], given = torch.full((1,), 2.0**-7, device=device), 2.0**-7
+        width = quant.GROUP[1] if of_x == "group" else call.w2.shape[2]
+        inner = Inner(torch.bfloat16, hidden.dtype, width, given, short=device != "cpu")
+    codes = (hidden, weights[0][0], weights[1][0])
+    return call._replace(hidden=codes[0], w13=codes[1], w2=codes[2], scales=scales, numbers=(x, *numbers), inner=inner)
+
+
+def fp8_front_door(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """Layers with FP8 weights, with and without FP8 activations, are within their bound, in a workspace and without."""
+    for tokens, mode in itertools.product((3, 9), _MODES):
+        call = fp8_layer(package, tokens, Experts("mixed", start=1, valid=tokens - 1), device, mode)
+        sizes = {"max_tokens": 12, "top_k": 3, "num_experts": 4, "hidden": 144, "intermediate": 176}
+        workspace = package.fused_moe_workspace(**sizes, fp8_activations=mode[1] is not None, device=device)
+        out = torch.full((tokens, 144), torch.nan, device=device)
+        for options in ({}, {"workspace": workspace, "out": out}):
+            given = call.run(package, **options)
+            _about(lambda call=call, given=given: call.verify(given), f"{tokens} tokens, scales {mode}")  # type: ignore[misc]
+
+
 def stale_workspace(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """What an earlier, larger batch left in a workspace changes nothing, and nothing else is allocated."""
     workspace = _workspace(package, device, 40)
-    for buffer in workspace:
+    for buffer in workspace[:5]:
         poison_(buffer)
     for tokens, how in ((40, Experts()), (6, Experts("mixed", start=1)), (3, Experts(valid=2)), (40, Experts("away"))):
         call = layer(tokens, how, device)
@@ -259,6 +313,7 @@ def real_sizes(package: ModuleType, variants: Sequence[Variant], device: str) ->
 
 LAWS = (
     Law(fused_front_door),
+    Law(fp8_front_door),
     Law(stale_workspace),
     Law(same_bits),
     Law(few_and_many_agree),
@@ -365,6 +420,10 @@ _WRONG_LAYER: Mapping[str, Callable[[_Operands], _Operands]] = {
     "ids as a vector": lambda a: {"topk_ids": a["topk_ids"].flatten()},
     "weights of another shape": lambda a: {"topk_weights": a["topk_weights"][:, :-1]},
     "valid tokens in 64 bits": lambda a: {"valid_tokens": a["valid_tokens"].long()},
+    "scales of one product alone": lambda a: {"w13_scale": a["topk_weights"].new_ones(4)},
+    "scales of x alone": lambda a: {"x_scale": a["topk_weights"].new_ones(1)},
+    "a scale of h that nothing needs": lambda a: {"h_scale": a["topk_weights"].new_ones(1)},
+    "scales of weights that are no FP8": lambda a: dict.fromkeys(("w13_scale", "w2_scale"), a["topk_weights"].new_ones(4)),
     "a hint of nothing": lambda a: {"num_tokens_hint": 0},
     "out of another shape": lambda a: {"out": a["out"][:-1]},
     "a workspace that is too small": lambda a: {

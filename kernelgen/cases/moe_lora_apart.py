@@ -124,8 +124,8 @@ class Batch:
         case, shards = self.case, max(self.case.shards, 1)
         row = self.rank // shards + case.gap
         size = self.num_pairs * row + case.gap
-        shape = (shards, case.slices, self.num_pairs, self.rank // shards)
-        strides = (case.slices * size, size, row, 1)
+        shape = [shards, case.slices, self.num_pairs, self.rank // shards]
+        strides = [case.slices * size, size, row, 1]
         of_y = slice(None) if case.shards else slice(1, None)
         return allocate(shape[of_y], strides[of_y], torch.float32, self.device)
 

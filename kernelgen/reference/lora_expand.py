@@ -25,6 +25,7 @@ def lora_expand(
     *,
     offset_start: int,
     add_inputs: bool,
+    scaled: bool = False,
 ) -> Expected:
     """The exact output for operands as they are, and the bound on a kernel's error.
 
@@ -33,6 +34,7 @@ def lora_expand(
         y: [S, T, rank].
         lora_b: S tensors [L, N_s, rank].
         adapters: of each token, None: it has none.
+        scaled: weights were dequantised; a kernel applies their scales, which are below 2^24, in fp32.
     """
     exact, bound = out.double(), torch.zeros(out.shape, dtype=torch.float64, device=out.device)
     info, rounded = torch.finfo(out.dtype), y.to(out.dtype)
@@ -43,7 +45,7 @@ def lora_expand(
             begin = columns.stop
             if adapter is None:
                 continue
-            value, error = dot(b[adapter], rounded[s, token])
+            value, error = dot(b[adapter], rounded[s, token], scaled)
             if add_inputs:
                 value = value + exact[token, columns]
                 error = error + FP32 * (value.abs() + error)

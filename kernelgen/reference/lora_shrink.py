@@ -33,6 +33,7 @@ def lora_shrink(
     adapters: Sequence[int | None],
     *,
     scaling: float,
+    scaled: bool = False,
 ) -> Expected:
     """The exact rank vectors for operands as they are, and the bound on a kernel's error.
 
@@ -41,22 +42,25 @@ def lora_shrink(
         x: [T, K].
         lora_a: S tensors [L, rank, K].
         adapters: of each token, None: it has none.
+        scaled: operands were dequantised; a kernel applies their scales, which are below 2^24, in fp32.
     """
     value, bound = y.double(), torch.zeros(y.shape, dtype=torch.float64, device=y.device)
     factor = float(torch.tensor(scaling, dtype=torch.float32))
     for token, adapter in enumerate(adapters):
         for s, a in enumerate(lora_a):
             if adapter is not None:
-                total, error = dot(a[adapter], x[token])
+                total, error = dot(a[adapter], x[token], scaled)
                 value[s, token] = factor * total
                 error = abs(factor) * error
                 bound[s, token] = error + FP32 * (value[s, token].abs() + error) + FP32_TINY
     return Expected(value, bound)
 
 
-def dot(matrix: torch.Tensor, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """matrix @ vector in fp64, and the error of fp32 sums over its columns."""
+def dot(
+    matrix: torch.Tensor, vector: torch.Tensor, scaled: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """matrix @ vector in fp64, and the error of fp32 sums over its columns, times two scales where it is ``scaled``."""
     matrix, vector = matrix.double(), vector.double()
     columns = matrix.shape[1]
-    error = columns * FP32 * (matrix.abs() @ vector.abs()) + columns * FP32_TINY
-    return matrix @ vector, error
+    relative, tiny = (columns + 2, FP32_TINY * 2.0**24) if scaled else (columns, FP32_TINY)
+    return matrix @ vector, relative * FP32 * (matrix.abs() @ vector.abs()) + columns * tiny

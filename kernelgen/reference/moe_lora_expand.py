@@ -43,7 +43,7 @@ def moe_lora_expand(
         for s, b in enumerate(lora_b):
             begin = offset + s * b.shape[2]
             columns = slice(begin, begin + b.shape[2])
-            value, error = dot(b[adapter, expert], rounded[s, pair])
+            value, error = dot(b[adapter, expert], rounded[s, pair], scaled=False)
             if topk_weights is not None:
                 weight = topk_weights.flatten()[pair].float().double()
                 value, error = weight * value, weight.abs() * error

@@ -32,5 +32,5 @@ def moe_lora_shrink(
     for pair, adapter, expert in live:
         for s, a in enumerate(lora_a):
             row = x[pair // (num_pairs // x.shape[0])]
-            value[s, pair], bound[s, pair] = dot(a[adapter, expert], row)
+            value[s, pair], bound[s, pair] = dot(a[adapter, expert], row, scaled=False)
     return Expected(value, bound)

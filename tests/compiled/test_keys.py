@@ -244,3 +244,12 @@ def test_no_number_of_tokens_makes_another_key_of_a_linear_layer(separate: bool)
             log.clear()
     known = {request.key for request in requests([shape], max_tokens=MAX_TOKENS)}
     assert found == known and len(known) < 40
+
+
+def test_warm_up_knows_fp8_of_a_linear_layer() -> None:
+    shape = LoraShape(k=4096, widths=(4096, 1024), rank=16, max_loras=4)
+    quantised = shape._replace(weight_scales="channel", x_scales="token")
+    known = {request.key for request in requests([shape], max_tokens=64)}
+    keys = {request.key for request in requests([quantised], max_tokens=64)}
+    assert len(keys) == len(known)
+    assert all("route" in key[0].kernel.__name__ for key in keys & known)  # the sort is the same

@@ -15,28 +15,43 @@ from kernelgen.testing import Case, Law, Suite, Variant
 SUITE = Suite(
     package="generated",
     family="lora_expand",
-    axes="dtype add_inputs rank",
+    axes="dtype add_inputs rank weight_quant",
     rows="""
-bf16 add r16
-bf16 add r32
-bf16 add r64
-bf16 add r128
-bf16 add rany
-bf16 set r16
-bf16 set r32
-bf16 set r64
-bf16 set r128
-bf16 set rany
-f16 add r16
-f16 add r32
-f16 add r64
-f16 add r128
-f16 add rany
-f16 set r16
-f16 set r32
-f16 set r64
-f16 set r128
-f16 set rany
+bf16 add r16 none
+bf16 add r16 w8tensor
+bf16 add r16 w8channel
+bf16 add r16 w8group
+bf16 add r32 none
+bf16 add r32 w8tensor
+bf16 add r32 w8channel
+bf16 add r32 w8group
+bf16 add r64 none
+bf16 add r64 w8tensor
+bf16 add r64 w8channel
+bf16 add r64 w8group
+bf16 add r128 none
+bf16 add r128 w8tensor
+bf16 add r128 w8channel
+bf16 add r128 w8group
+bf16 add rany none
+bf16 add rany w8tensor
+bf16 add rany w8channel
+bf16 add rany w8group
+bf16 set r16 none
+bf16 set r32 none
+bf16 set r64 none
+bf16 set r128 none
+bf16 set rany none
+f16 add r16 none
+f16 add r32 none
+f16 add r64 none
+f16 add r128 none
+f16 add rany none
+f16 set r16 none
+f16 set r32 none
+f16 set r64 none
+f16 set r128 none
+f16 set rany none
 """,
 )
 

@@ -15,18 +15,48 @@ from kernelgen.testing import Case, Law, Suite, Variant
 SUITE = Suite(
     package="generated",
     family="lora_shrink",
-    axes="dtype rank",
+    axes="dtype rank weight_quant act_quant",
     rows="""
-bf16 r16
-bf16 r32
-bf16 r64
-bf16 r128
-bf16 rany
-f16 r16
-f16 r32
-f16 r64
-f16 r128
-f16 rany
+bf16 r16 none none
+bf16 r16 none a8tensor
+bf16 r16 none a8token
+bf16 r16 none a8group
+bf16 r16 w8tensor none
+bf16 r16 w8channel none
+bf16 r16 w8channel a8token
+bf16 r16 w8group none
+bf16 r16 w8group a8group
+bf16 r32 none none
+bf16 r32 w8tensor none
+bf16 r32 w8channel none
+bf16 r32 w8group none
+bf16 r64 none none
+bf16 r64 none a8tensor
+bf16 r64 none a8token
+bf16 r64 none a8group
+bf16 r64 w8tensor none
+bf16 r64 w8channel none
+bf16 r64 w8channel a8token
+bf16 r64 w8group none
+bf16 r64 w8group a8group
+bf16 r128 none none
+bf16 r128 none a8tensor
+bf16 r128 none a8token
+bf16 r128 none a8group
+bf16 r128 w8tensor none
+bf16 r128 w8channel none
+bf16 r128 w8channel a8token
+bf16 r128 w8group none
+bf16 r128 w8group a8group
+bf16 rany none none
+bf16 rany w8tensor none
+bf16 rany w8channel none
+bf16 rany w8group none
+f16 r16 none none
+f16 r32 none none
+f16 r64 none none
+f16 r128 none none
+f16 rany none none
 """,
 )
 
