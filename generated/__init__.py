@@ -14,7 +14,7 @@ from ._fused_moe import FusedMoeWorkspace, fused_moe, fused_moe_workspace
 from ._lora import lora, lora_route, lora_workspace
 from ._overlap import overlap
 from ._quantize import quantize_activations, quantize_weights
-from ._warmup import FusedMoeShape, LoraShape, MoeShape, warmup
+from ._warmup import FusedMoeShape, LoraShape, MoeShape, ShardedMoeShape, warmup
 from .lora_expand import lora_expand
 from .lora_shrink import lora_shrink
 from .moe_act import moe_act
@@ -22,6 +22,9 @@ from .moe_add import moe_add
 from .moe_align import MoeTables, moe_align, no_tables
 from .moe_gemm import moe_gemm
 from .moe_lora import moe_lora
+from .moe_lora_expand import moe_lora_expand
+from .moe_lora_shrink import moe_lora_shrink
+from .moe_quant import moe_quant
 from .moe_route import MoeRoute, MoeWorkspace, moe_route, moe_workspace
 from .moe_sum import moe_sum
 
@@ -33,6 +36,7 @@ __all__ = [
     "MoeShape",
     "MoeTables",
     "MoeWorkspace",
+    "ShardedMoeShape",
     "fused_moe",
     "fused_moe_workspace",
     "lora",
@@ -45,6 +49,9 @@ __all__ = [
     "moe_align",
     "moe_gemm",
     "moe_lora",
+    "moe_lora_expand",
+    "moe_lora_shrink",
+    "moe_quant",
     "moe_route",
     "moe_sum",
     "moe_workspace",
@@ -481,6 +488,72 @@ def variants() -> tuple[str, ...]:
         "moe_lora_two_kernel_f16_sorted_set_weighted_r64",
         "moe_lora_two_kernel_f16_sorted_set_weighted_r128",
         "moe_lora_two_kernel_f16_sorted_set_weighted_rany",
+        "moe_lora_expand_pairs_bf16_add_plain_r16",
+        "moe_lora_expand_pairs_bf16_add_plain_r32",
+        "moe_lora_expand_pairs_bf16_add_plain_r64",
+        "moe_lora_expand_pairs_bf16_add_plain_r128",
+        "moe_lora_expand_pairs_bf16_add_plain_rany",
+        "moe_lora_expand_pairs_bf16_add_weighted_r16",
+        "moe_lora_expand_pairs_bf16_add_weighted_r32",
+        "moe_lora_expand_pairs_bf16_add_weighted_r64",
+        "moe_lora_expand_pairs_bf16_add_weighted_r128",
+        "moe_lora_expand_pairs_bf16_add_weighted_rany",
+        "moe_lora_expand_pairs_f16_add_plain_r16",
+        "moe_lora_expand_pairs_f16_add_plain_r32",
+        "moe_lora_expand_pairs_f16_add_plain_r64",
+        "moe_lora_expand_pairs_f16_add_plain_r128",
+        "moe_lora_expand_pairs_f16_add_plain_rany",
+        "moe_lora_expand_pairs_f16_add_weighted_r16",
+        "moe_lora_expand_pairs_f16_add_weighted_r32",
+        "moe_lora_expand_pairs_f16_add_weighted_r64",
+        "moe_lora_expand_pairs_f16_add_weighted_r128",
+        "moe_lora_expand_pairs_f16_add_weighted_rany",
+        "moe_lora_expand_blocks_bf16_add_plain_r16",
+        "moe_lora_expand_blocks_bf16_add_plain_r32",
+        "moe_lora_expand_blocks_bf16_add_plain_r64",
+        "moe_lora_expand_blocks_bf16_add_plain_r128",
+        "moe_lora_expand_blocks_bf16_add_plain_rany",
+        "moe_lora_expand_blocks_bf16_add_weighted_r16",
+        "moe_lora_expand_blocks_bf16_add_weighted_r32",
+        "moe_lora_expand_blocks_bf16_add_weighted_r64",
+        "moe_lora_expand_blocks_bf16_add_weighted_r128",
+        "moe_lora_expand_blocks_bf16_add_weighted_rany",
+        "moe_lora_expand_blocks_f16_add_plain_r16",
+        "moe_lora_expand_blocks_f16_add_plain_r32",
+        "moe_lora_expand_blocks_f16_add_plain_r64",
+        "moe_lora_expand_blocks_f16_add_plain_r128",
+        "moe_lora_expand_blocks_f16_add_plain_rany",
+        "moe_lora_expand_blocks_f16_add_weighted_r16",
+        "moe_lora_expand_blocks_f16_add_weighted_r32",
+        "moe_lora_expand_blocks_f16_add_weighted_r64",
+        "moe_lora_expand_blocks_f16_add_weighted_r128",
+        "moe_lora_expand_blocks_f16_add_weighted_rany",
+        "moe_lora_shrink_pairs_bf16_r16",
+        "moe_lora_shrink_pairs_bf16_r32",
+        "moe_lora_shrink_pairs_bf16_r64",
+        "moe_lora_shrink_pairs_bf16_r128",
+        "moe_lora_shrink_pairs_bf16_rany",
+        "moe_lora_shrink_pairs_f16_r16",
+        "moe_lora_shrink_pairs_f16_r32",
+        "moe_lora_shrink_pairs_f16_r64",
+        "moe_lora_shrink_pairs_f16_r128",
+        "moe_lora_shrink_pairs_f16_rany",
+        "moe_lora_shrink_blocks_bf16_r16",
+        "moe_lora_shrink_blocks_bf16_r32",
+        "moe_lora_shrink_blocks_bf16_r64",
+        "moe_lora_shrink_blocks_bf16_r128",
+        "moe_lora_shrink_blocks_bf16_rany",
+        "moe_lora_shrink_blocks_f16_r16",
+        "moe_lora_shrink_blocks_f16_r32",
+        "moe_lora_shrink_blocks_f16_r64",
+        "moe_lora_shrink_blocks_f16_r128",
+        "moe_lora_shrink_blocks_f16_rany",
+        "moe_quant_bf16_pair_a8tensor",
+        "moe_quant_bf16_pair_a8token",
+        "moe_quant_bf16_pair_a8group",
+        "moe_quant_bf16_sorted_a8tensor",
+        "moe_quant_bf16_sorted_a8token",
+        "moe_quant_bf16_sorted_a8group",
         "moe_route_one_launch",
         "moe_route_three_launch",
         "moe_route_from_tables",

@@ -4,7 +4,8 @@
 """A whole base MoE layer behind its router: two grouped products, the activation between them, and the weighted sum.
 
 Few tokens take two launches, which stream the weights of their experts. More take four: the tables, a product with the
-activation in its epilogue, whose rows stay in the order of the tables, a product that puts them back, and the sum.
+activation in its epilogue, whose rows stay in the order of the tables, a product that puts them back, and the sum. With FP8
+activations there is one more, which makes FP8 of the rows between the two products.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from .moe_align import MoeTables, default_block_m, max_blocks
 from .moe_align import check as check_routing
 from .moe_align.one_launch import bind as bind_align
 from .moe_gemm import bind as bind_gemm
+from .moe_gemm import find_scales
+from .moe_quant import bind as bind_quant
+from .moe_quant._problem import QUANT
 from .moe_sum import bind as bind_sum
 
 _FEW_TOKENS = 4  # that stream weights pair by pair
@@ -31,6 +35,8 @@ class FusedMoeWorkspace(NamedTuple):
     num_blocks: torch.Tensor  # [1] int32
     inter: torch.Tensor  # [max_tokens * top_k * I], the dtype of the layer
     outputs: torch.Tensor  # [max_tokens * top_k * H], likewise
+    codes: torch.Tensor | None = None  # [max_tokens * top_k * I] uint8, for FP8 activations
+    scales: torch.Tensor | None = None  # [*] float32, likewise
 
 
 def fused_moe_workspace(
@@ -41,9 +47,13 @@ def fused_moe_workspace(
     hidden: int,
     intermediate: int,
     dtype: torch.dtype = torch.bfloat16,
+    fp8_activations: bool = False,
     device: torch.device | str,
 ) -> FusedMoeWorkspace:
-    """Buffers that serve every batch of up to ``max_tokens`` rows, whatever its routing; num_experts: those in the weights."""
+    """Buffers that serve every batch of up to ``max_tokens`` rows, whatever its routing.
+
+    num_experts: those in the weights. dtype: of ``hidden``; with FP8 activations that of the rows in between, bfloat16.
+    """
     num_pairs = max_tokens * top_k
 
     def empty(size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -55,6 +65,12 @@ def fused_moe_workspace(
         empty(1),
         empty(num_pairs * intermediate, dtype),
         empty(num_pairs * hidden, dtype),
+        empty(num_pairs * intermediate, torch.uint8) if fp8_activations else None,
+        (
+            empty(num_pairs * runtime.cdiv(intermediate, QUANT.group_k), torch.float32)
+            if fp8_activations
+            else None
+        ),
     )
 
 
@@ -71,6 +87,10 @@ def fused_moe(
     local_expert_start: int = 0,
     out: torch.Tensor | None = None,
     workspace: FusedMoeWorkspace | None = None,
+    w13_scale: torch.Tensor | None = None,
+    w2_scale: torch.Tensor | None = None,
+    x_scale: torch.Tensor | None = None,
+    h_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The experts of an MoE layer for T tokens of top_k experts each, on the device only.
 
@@ -91,6 +111,12 @@ def fused_moe(
         out: [T, H] in any float dtype, of which rows from ``valid_tokens`` on keep their bytes; None: a new float32
             tensor, in which they are zero.
         workspace: from ``fused_moe_workspace``; None allocates.
+        w13_scale, w2_scale: float32, for FP8 weights (float8_e4m3fn or float8_e5m2), each of which stands for its number times
+            its scale: [E]; or a scale a row, [E, rows]; or a scale a group, [E, ceil(rows / 128), ceil(columns / 128)].
+            ``hidden`` is bfloat16 then.
+        x_scale: float32, for an FP8 ``hidden``: [1], [T, 1] or [T, ceil(H / 128)], as the scales of the weights. The activations
+            between the two products are rounded to bfloat16 and then become FP8 too, by ``moe_quant``, with scales alike.
+        h_scale: [1], their scale where x_scale is [1]; other scales are found.
 
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
@@ -99,15 +125,28 @@ def fused_moe(
     if out is None:
         out = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
     hint = -1 if num_tokens_hint is None else num_tokens_hint
-    buffers = (None, None, None, None, None) if workspace is None else workspace
+    buffers = (None,) * len(FusedMoeWorkspace._fields) if workspace is None else workspace
     sizes = (activation, local_expert_start, hint, zeroes)
-    arguments = (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens, *sizes, *buffers)
+    scales = (w13_scale, w2_scale, x_scale, h_scale)
+    arguments = (
+        out,
+        hidden,
+        w13,
+        w2,
+        topk_ids,
+        topk_weights,
+        valid_tokens,
+        *sizes,
+        *scales,
+        *buffers,
+    )
     (_fused_moe_op if torch.compiler.is_compiling() else _fused_moe)(*arguments)
     return out
 
 
 _Buffers = tuple[Union[torch.Tensor, None], ...]  # of a FusedMoeWorkspace
-# (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens, buffers) of sizes that were checked before
+_Scales = tuple[Union[torch.Tensor, None], ...]  # w13_scale, w2_scale, x_scale, h_scale
+# (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens, scales, buffers) of sizes that were checked before
 _Call = Callable[..., None]
 _calls = runtime.Calls()
 
@@ -124,17 +163,25 @@ def _fused_moe(
     local_expert_start: int,
     num_tokens_hint: int,
     zeroes: bool,
-    *buffers: torch.Tensor | None,
+    *rest: torch.Tensor | None,
 ) -> None:
+    scales, buffers = rest[:4], rest[4:]
     operands = (out, hidden, w13, w2, topk_ids, topk_weights)
     unaligned = (hidden.data_ptr() | w13.data_ptr() | w2.data_ptr()) & 15 != 0
     sizes = (activation, local_expert_start, num_tokens_hint, zeroes)
-    hint = (hidden.shape, w13.shape, valid_tokens is None, *sizes, unaligned, buffers[0] is None)
-    tensors = [*operands, *[buffer for buffer in buffers if buffer is not None]]
+    hint = (
+        hidden.shape,
+        w13.shape,
+        valid_tokens is None,
+        *sizes,
+        unaligned,
+        *[tensor is None for tensor in rest],
+    )
+    tensors = [*operands, *[tensor for tensor in rest if tensor is not None]]
     call = _calls.get(hint, tensors)
     if call is None:
-        call = _calls.put(hint, tensors, _bind(*operands, valid_tokens, *sizes, buffers))
-    call(*operands, valid_tokens, buffers)
+        call = _calls.put(hint, tensors, _bind(*operands, valid_tokens, *sizes, scales, buffers))
+    call(*operands, valid_tokens, scales, buffers)
 
 
 def _bind(
@@ -149,6 +196,7 @@ def _bind(
     local_expert_start: int,
     num_tokens_hint: int,
     zeroes: bool,
+    scales: _Scales,
     buffers: _Buffers,
 ) -> _Call:
     asked = None if num_tokens_hint < 0 else num_tokens_hint
@@ -164,29 +212,67 @@ def _bind(
         local_expert_start,
         asked,
     )
+    x_mode = _check_scales("fused_moe", hidden, w13, w2, scales)
     (num_tokens, top_k), (num_experts, width, inter) = topk_ids.shape, w2.shape
     num_pairs, few = num_tokens * top_k, num_tokens <= _FEW_TOKENS
     expected = num_tokens if asked is None else min(asked, num_tokens)
     block_m = 0 if few else default_block_m(expected, top_k, num_experts)
     blocks = 0 if few else 3 * max_blocks(num_tokens, top_k, num_experts, block_m)
-    sizes = (num_pairs, blocks, 1, num_pairs * inter, 0 if few else num_pairs * width)
+    row_scales = 1 if x_mode != "group" else runtime.cdiv(inter, QUANT.group_k)
+    dtype = hidden.dtype if x_mode is None else torch.bfloat16
+    sizes = (
+        num_pairs,
+        blocks,
+        1,
+        num_pairs * inter,
+        0 if few else num_pairs * width,
+        0 if x_mode is None else num_pairs * inter,
+        0 if x_mode in (None, "tensor") else num_pairs * row_scales,
+    )
+    kinds = (torch.int32, torch.int32, torch.int32, dtype, dtype, torch.uint8, torch.float32)
     routing = (num_tokens, top_k, num_experts, local_expert_start, expected, block_m)
 
     def use(given: _Buffers, like: torch.Tensor) -> _Buffers:
         if given[0] is not None:
             return given
-        kinds = (torch.int32, torch.int32, torch.int32, like.dtype, like.dtype)
         return tuple(
             torch.empty(n, dtype=kind, device=like.device) for n, kind in zip(sizes, kinds)
         )
 
-    _check_workspace("fused_moe", buffers, sizes, hidden)
-    *ints, h, y = use(buffers, hidden)
+    _check_workspace("fused_moe", buffers, sizes, kinds, hidden)
+    *ints, h, y, codes, found = use(buffers, hidden)
     tables = MoeTables(topk_ids, valid_tokens, *ints, *routing)
     inner = h[: sizes[3]].view(num_pairs, inter)
+    w13_scale, w2_scale, x_scale, h_scale = scales
+    rows, rows_scale, shrink = inner, None, None
+    if x_mode is not None:
+        rows = codes[: sizes[5]].view(hidden.dtype).view(num_pairs, inter)
+        rows_scale = (
+            h_scale if x_mode == "tensor" else found[: sizes[6]].view(num_pairs, row_scales)
+        )
+        shrink = bind_quant(rows, rows_scale, inner, tables, "pair" if few else "sorted")
+    of_first, of_second = {"w_scale": w13_scale, "x_scale": x_scale}, {
+        "w_scale": w2_scale,
+        "x_scale": rows_scale,
+    }
+
+    def between(
+        hidden: torch.Tensor, tables: MoeTables, scales: _Scales, buffers: _Buffers
+    ) -> tuple[torch.Tensor, _Scales]:
+        """Rows for the second product, and its scales."""
+        h, codes, found = buffers[3], buffers[5], buffers[6]
+        if shrink is None:
+            return h, scales[1:2] if w2_is_fp8 else ()
+        rows, rows_scale = codes.view(hidden.dtype), scales[3] if x_mode == "tensor" else found
+        shrink(rows, rows_scale, h, tables)
+        return rows, (scales[1], rows_scale)
+
+    w2_is_fp8, given = w2_scale is not None, [i for i in (0, 2) if scales[i] is not None]
     if few:
-        first = bind_gemm(inner, hidden, w13, tables, None, "token_pair", activation)
-        last = bind_gemm(out, inner, w2, tables, topk_weights, "pair_token", "none", zeroes)
+        first = bind_gemm(inner, hidden, w13, tables, None, "token_pair", activation, **of_first)
+        last = bind_gemm(
+            out, rows, w2, tables, topk_weights, "pair_token", "none", zeroes, **of_second
+        )
 
         def stream(
             out: torch.Tensor,
@@ -196,12 +282,14 @@ def _bind(
             topk_ids: torch.Tensor,
             topk_weights: torch.Tensor,
             valid_tokens: torch.Tensor | None,
+            scales: _Scales,
             buffers: _Buffers,
         ) -> None:
-            *ints, h, _ = use(buffers, hidden)
-            tables = MoeTables(topk_ids, valid_tokens, *ints, *routing)
-            first(h, hidden, w13, tables, None)
-            last(out, h, w2, tables, topk_weights)
+            buffers = use(buffers, hidden)
+            tables = MoeTables(topk_ids, valid_tokens, *buffers[:3], *routing)
+            first(buffers[3], hidden, w13, tables, None, *[scales[i] for i in given])
+            rows, of_rows = between(hidden, tables, scales, buffers)
+            last(out, rows, w2, tables, topk_weights, *of_rows)
 
         return stream
 
@@ -214,8 +302,8 @@ def _bind(
         device=hidden.device,
     )
     outputs = y[: sizes[4]].view(num_tokens, top_k, width)
-    first = bind_gemm(inner, hidden, w13, tables, None, "token_sorted", activation)
-    second = bind_gemm(outputs, inner, w2, tables, None, "sorted_pair", "none")
+    first = bind_gemm(inner, hidden, w13, tables, None, "token_sorted", activation, **of_first)
+    second = bind_gemm(outputs, rows, w2, tables, None, "sorted_pair", "none", **of_second)
     hint = -1 if asked is None else asked
     total = bind_sum(
         out,
@@ -237,13 +325,16 @@ def _bind(
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
         valid_tokens: torch.Tensor | None,
+        scales: _Scales,
         buffers: _Buffers,
     ) -> None:
-        *ints, h, y = use(buffers, hidden)
+        buffers = use(buffers, hidden)
+        ints, h, y = buffers[:3], buffers[3], buffers[4]
         tables = MoeTables(topk_ids, valid_tokens, *ints, *routing)
         align(*ints, topk_ids, valid_tokens)
-        first(h, hidden, w13, tables, None)
-        second(y, h, w2, tables, None)
+        first(h, hidden, w13, tables, None, *[scales[i] for i in given])
+        rows, of_rows = between(hidden, tables, scales, buffers)
+        second(y, rows, w2, tables, None, *of_rows)
         total(out, y, topk_ids, topk_weights, valid_tokens)
 
     return group
@@ -282,23 +373,58 @@ def _check(
         runtime.fail(name, "topk_weights, topk_ids", got, f"both on {hidden.device}")
 
 
+def _check_scales(
+    name: str, hidden: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, scales: _Scales
+) -> str | None:
+    """Of what ``hidden`` has a scale each; None: it is no FP8."""
+    w13_scale, w2_scale, x_scale, h_scale = scales
+    if (w13_scale is None) != (w2_scale is None) or (x_scale is not None and w13_scale is None):
+        got = [
+            label
+            for label, scale in zip(("w13_scale", "w2_scale", "x_scale"), scales)
+            if scale is not None
+        ]
+        runtime.fail(
+            name, "scales", got, "w13_scale and w2_scale, or neither; x_scale with them alone"
+        )
+    mode = find_scales(name, hidden, w13, w13_scale, x_scale).of_x
+    if (h_scale is None) == (mode == "tensor"):
+        got = None if h_scale is None else runtime.describe(h_scale)
+        runtime.fail(name, "h_scale", got, "[1] float32 where x_scale is [1], else None")
+    return mode
+
+
 def _check_workspace(
-    name: str, buffers: _Buffers, sizes: tuple[int, ...], like: torch.Tensor
+    name: str,
+    buffers: _Buffers,
+    sizes: tuple[int, ...],
+    kinds: tuple[torch.dtype, ...],
+    like: torch.Tensor,
 ) -> None:
-    kinds = (torch.int32, torch.int32, torch.int32, like.dtype, like.dtype)
+    if buffers[0] is None:
+        return
     for label, buffer, size, kind in zip(FusedMoeWorkspace._fields, buffers, sizes, kinds):
-        if buffer is None:
+        if size == 0:
             continue
-        if buffer.numel() < size or buffer.dtype != kind or buffer.device != like.device:
-            wanted = f"[>= {size}] {kind} on {like.device}"
+        if (
+            buffer is None
+            or buffer.numel() < size
+            or buffer.dtype != kind
+            or buffer.device != like.device
+        ):
+            got = None if buffer is None else runtime.describe(buffer)
             hint = "make it with fused_moe_workspace for the largest batch"
-            runtime.fail(name, f"workspace.{label}", runtime.describe(buffer), wanted, hint)
+            runtime.fail(
+                name, f"workspace.{label}", got, f"[>= {size}] {kind} on {like.device}", hint
+            )
 
 
 _fused_moe_op = runtime.op(
     __name__,
     "fused_moe(Tensor(a!) out, Tensor hidden, Tensor w13, Tensor w2, Tensor topk_ids, Tensor topk_weights, "
     "Tensor? valid_tokens, str activation, int local_expert_start, SymInt num_tokens_hint, bool zeroes, "
-    "Tensor(b!)? pairs, Tensor(c!)? blocks, Tensor(d!)? num_blocks, Tensor(e!)? inter, Tensor(f!)? outputs) -> ()",
+    "Tensor? w13_scale, Tensor? w2_scale, Tensor? x_scale, Tensor? h_scale, "
+    "Tensor(b!)? pairs, Tensor(c!)? blocks, Tensor(d!)? num_blocks, Tensor(e!)? inter, Tensor(f!)? outputs, "
+    "Tensor(g!)? codes, Tensor(h!)? scales) -> ()",
     _fused_moe,
 )

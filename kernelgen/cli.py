@@ -262,7 +262,12 @@ def which(words: Sequence[str], specs: Path) -> Report:
         "variants": [variant.name for variant in found.variants],
         "reasons": found.reasons,
         "measured": [
-            {"problem": dict(entry.problem), "schedule": entry.schedule, "us": entry.best.us}
+            {
+                "problem": dict(entry.problem),
+                "tags": dict(entry.tags),
+                "schedule": entry.schedule,
+                "us": entry.best.us,
+            }
             for entry in found.measured
         ],
     }
@@ -273,7 +278,7 @@ def which(words: Sequence[str], specs: Path) -> Report:
     lines: list[str] = [variant.name for variant in found.variants]
     lines += ["", *_columns([(axis, tags[axis], why) for axis, why in found.reasons.items()])]
     lines += [
-        f"measured: {_inline(dict(entry.problem))}: {entry.schedule}, {entry.best.us} us"
+        f"measured: {_inline(dict((*entry.problem, *entry.tags)))}: {entry.schedule}, {entry.best.us} us"
         for entry in found.measured
     ]
     return Report(document, lines)

@@ -14,7 +14,7 @@ from typing import Any, Callable, Iterator, Mapping
 
 import torch
 
-from kernelgen.model import QUANT_AXES, Family, Variant
+from kernelgen.model import Family, Variant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +73,7 @@ def _moe_lora(package: ModuleType, family: Family, variant: Variant) -> Iterator
             for block_m, num_tokens in _SORTED_TOKENS.items():
                 sizes = _MoeLoraSizes(num_tokens, rank=rank, block_m=block_m, **shape)
                 yield _moe_lora_probe(f"m{block_m}{suffix}", package, variant, sizes)
-    axes = ("dtype", "add_inputs", *QUANT_AXES)
-    if tuple(getattr(variant, axis) for axis in axes) == _first_tags(family, *axes):
+    if variant.dtype == next(axis.tags[0] for axis in family.axes if axis.name == "dtype"):
         yield from _moe_lora_tuned(package, family, variant)
 
 
@@ -82,7 +81,11 @@ def _moe_lora_tuned(package: ModuleType, family: Family, variant: Variant) -> It
     fields = {field.name for field in dataclasses.fields(_MoeLoraSizes)}
     for entry in family.tuned.entries:
         problem = dict(entry.problem)
-        serves = variant.weighted == problem["weighted"] and _serves_rank(variant, problem["rank"])
+        serves = (
+            variant.weighted == problem["weighted"]
+            and _serves_rank(variant, problem["rank"])
+            and all(getattr(variant, axis) == tag for axis, tag in entry.tags)
+        )
         sizes = _MoeLoraSizes(**{name: problem[name] for name in problem.keys() & fields})
         for place, choice in (("first", entry.best), ("second", entry.runner_up)):
             if serves and choice is not None and choice.schedule == variant.schedule:
@@ -106,11 +109,6 @@ def _serves_rank(variant: Variant, rank: int) -> bool:
     if variant.tiled_rank:
         return rank > bucket
     return rank <= bucket and (rank > bucket // 2 or bucket == 16)
-
-
-def _first_tags(family: Family, *axes: str) -> tuple[str, ...]:
-    tags: dict[str, str] = {axis.name: axis.tags[0] for axis in family.axes}
-    return tuple(tags[axis] for axis in axes)
 
 
 def _moe_lora_probe(
@@ -284,6 +282,25 @@ def _moe_gemm_probe(package: ModuleType, variant: Variant, num_tokens: int) -> P
     )
 
 
+def _moe_quant(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
+    del family
+    launcher = _launcher(package, variant)
+    problem = importlib.import_module(f"{package.__name__}.{variant.family}._problem")
+    top_k, num_experts, n = _QWEN3["top_k"], _QWEN3["num_experts"], _QWEN3["inter"]
+    for num_tokens in (4, 4096):
+        shape = (num_tokens * top_k, n)
+
+        def call(num_tokens: int = num_tokens, shape: tuple[int, int] = shape) -> None:
+            with package._runtime.compile_only():
+                tables = package.moe_align(_meta(num_tokens, top_k), num_experts=num_experts, valid_tokens=_meta(1))
+            scale = problem.x_scale_shape(variant.x_scales, shape, problem.QUANT)
+            codes = _meta(*shape, dtype=_fp8(package))
+            launcher(codes, _meta(*scale, dtype=_FP32), _meta(*shape, dtype=torch.bfloat16), tables)
+
+        sizes = {"num_tokens": num_tokens, "n": n, "top_k": top_k, "num_experts": num_experts}
+        yield Probe(f"t{num_tokens}", sizes, call, flops=0.0, bytes=3.0 * shape[0] * shape[1])
+
+
 def _moe_align(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
     del family, variant
     top_k, num_experts = _QWEN3["top_k"], _QWEN3["num_experts"]
@@ -425,6 +442,76 @@ def _lora_probe(
     return Probe(f"t{num_tokens}{suffix}", sizes, call, flops=2.0 * products, bytes=float(moved))
 
 
+# Half of an adapter on w13, or on w2, of Qwen3-30B-A3B over two GPUs: of its rank, or of its columns.
+_APART_TOKENS = {"pairs": {4: 0}, "blocks": {64: 16, 4096: 64}}
+
+
+def _moe_lora_shrink(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
+    del family
+    slices, k = 2, 2048
+    for rank in _lora_ranks(variant):
+        for num_tokens, block_m in _APART_TOKENS[variant.schedule].items():
+            num_pairs = num_tokens * _QWEN3["top_k"]
+            x = _meta(num_tokens, k, dtype=getattr(torch, variant.torch_dtype))
+            a = [_meta(5, _QWEN3["num_experts"], rank, k, dtype=x.dtype)] * slices
+            operands = (_meta(slices, num_pairs, rank, dtype=_FP32), x, a)
+            yield _apart_probe(package, variant, rank, num_tokens, block_m, operands, 1, slices * rank * k)
+
+
+def _moe_lora_expand(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
+    del family
+    slices, n = (1, 1024) if variant.weighted else (2, 384)
+    for rank in _lora_ranks(variant):
+        for num_tokens, block_m in _APART_TOKENS[variant.schedule].items():
+            num_pairs = num_tokens * _QWEN3["top_k"]
+            # what is gathered lies in two parts
+            shape = (slices, num_pairs, rank) if variant.weighted or rank % 2 else (2, slices, num_pairs, rank // 2)
+            y = _meta(*shape, dtype=_FP32)
+            out = _meta(num_tokens, _QWEN3["top_k"], 2 * n, dtype=getattr(torch, variant.torch_dtype))
+            b = [_meta(5, _QWEN3["num_experts"], n, rank, dtype=out.dtype)] * slices
+            times = 2 if variant.adds else 1
+            yield _apart_probe(package, variant, rank, num_tokens, block_m, (out, y, b), times, slices * rank * n)
+
+
+def _apart_probe(
+    package: ModuleType,
+    variant: Variant,
+    rank: int,
+    num_tokens: int,
+    block_m: int,
+    operands: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]],
+    times: int,
+    products: int,
+) -> Probe:
+    """As ``_lora_probe``; ``products``: of one pair."""
+    launcher = _launcher(package, variant)
+    top_k, num_experts = _QWEN3["top_k"], _QWEN3["num_experts"]
+    options: dict[str, Any] = {}
+    if getattr(variant.tags, "routed_weight", "plain") == "weighted":
+        options["topk_weights"] = _meta(num_tokens, top_k, dtype=_FP32)
+
+    def call() -> None:
+        with package._runtime.compile_only():
+            route = package.moe_route(
+                _meta(num_tokens, top_k),
+                _meta(num_tokens),
+                num_experts=num_experts,
+                max_loras=5,
+                assignment="sorted" if block_m else "naive",
+                block_m=block_m or None,
+            )
+        launcher(*operands, route, **options)
+
+    written, read, weights = operands
+    groups = 5 * num_experts
+    hit = 1.0 - (1.0 - 1.0 / groups) ** (num_tokens * top_k)  # if pairs are spread evenly
+    moved = times * written.nbytes + read.nbytes + hit * sum(w.nbytes for w in weights)
+    sizes = {"num_tokens": num_tokens, "rank": rank, "block_m": block_m, "max_loras": 5}
+    suffix = f"_r{rank}" if variant.tiled_rank else ""
+    flops = 2.0 * num_tokens * top_k * products
+    return Probe(f"t{num_tokens}{suffix}", sizes, call, flops=flops, bytes=float(moved))
+
+
 def _launcher(package: ModuleType, variant: Variant) -> Callable[..., None]:
     module = importlib.import_module(f"{package.__name__}.{variant.family}.{variant.module}")
     launcher: Callable[..., None] = getattr(module, variant.name)
@@ -453,6 +540,9 @@ _FAMILIES: Mapping[str, _Probes] = {
     "moe_align": _moe_align,
     "moe_gemm": _moe_gemm,
     "moe_lora": _moe_lora,
+    "moe_lora_expand": _moe_lora_expand,
+    "moe_lora_shrink": _moe_lora_shrink,
+    "moe_quant": _moe_quant,
     "moe_route": _moe_route,
     "moe_sum": _moe_sum,
 }

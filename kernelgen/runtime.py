@@ -35,6 +35,7 @@ class Options(NamedTuple):
     num_warps: int = 4
     num_stages: int = 3
     pdl: bool = False  # launched before the kernel in front of it has finished (programmatic dependent launch)
+    fused: bool = True  # a product and the sum that it is added to may be rounded once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +162,7 @@ def compile_only(device: torch.device | None = None) -> Iterator[list[CompileReq
 
 def _triton_options(options: Options) -> dict[str, Any]:
     # enable_fp_fusion: Triton 3.10 turns its default off, which would change numbers under a user.
-    chosen = {"num_warps": options.num_warps, "num_stages": options.num_stages, "enable_fp_fusion": True}
+    chosen = {"num_warps": options.num_warps, "num_stages": options.num_stages, "enable_fp_fusion": options.fused}
     if options.pdl:
         chosen["launch_pdl"] = True
     return chosen

@@ -60,8 +60,8 @@ def test_opcheck_of_a_layer(device: str, tokens: int) -> None:
     workspace = kg.fused_moe_workspace(
         max_tokens=tokens, top_k=TOP_K, num_experts=EXPERTS, hidden=WIDTH, intermediate=INTER, device=device
     )
-    for buffers in ((None,) * 5, workspace):
-        arguments = (*operands, "swiglu", 0, -1, True, *buffers)
+    for buffers in ((None,) * 7, workspace):
+        arguments = (*operands, "swiglu", 0, -1, True, *(None,) * 4, *buffers)
         torch.library.opcheck(OPS.fused_moe.default, arguments, test_utils=_UTILS)
 
 

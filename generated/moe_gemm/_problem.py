@@ -320,6 +320,7 @@ class _Shape(NamedTuple):
     k: int
     n: int
     slices: int
+    sums: bool
     weight_scales: str | None
     x_scales: str | None
     shared_memory: int
@@ -332,6 +333,7 @@ def _shape(problem: Problem) -> _Shape:
         problem.k,
         problem.n,
         problem.slices,
+        problem.rows == "pair_token",
         problem.weight_scales,
         problem.x_scales,
         runtime.traits(problem.device).shared_memory,
@@ -342,8 +344,11 @@ def _schedule(problem: Problem, boxes: bool) -> str:
     if problem.rows == "pair_token" or problem.block_m == 0:
         return "gemv"
     # Below 64 rows a tile waits for memory, which pointers ask for as well as descriptors; FP8 weights that are widened pass
-    # through registers anyway.
+    # through registers anyway; and the sums of groups are many numbers, which two halves of a tile need not hold at a time.
     boxes = boxes and (problem.weight_scales is None or problem.x_scales is not None)
+    boxes = boxes and not (
+        problem.weight_scales == "group" and problem.slices == 2 and problem.block_m > 64
+    )
     has_accelerator = runtime.traits(problem.device).pdl or runtime.INTERPRETED
     return "box" if boxes and problem.block_m >= 64 and has_accelerator else "tile"
 
@@ -355,23 +360,23 @@ def _rule(schedule: str, *sizes: Any) -> Config:
 
 
 def _gemv(s: _Shape) -> GemvConfig:
-    if s.weight_scales == "group":
-        return GemvConfig(8, _in_group(s, _block_k(s.k, QUANT.group_k)), 1, 1)
     block_k = _block_k(s.k, 256 if s.k <= 8192 else 512)
-    return GemvConfig(4 if s.slices == 2 else 2, block_k, 1, 1)
+    if s.sums or (s.tokens == 1 and s.k <= 1024):
+        return GemvConfig(2, block_k, 1, 1)
+    return GemvConfig(4, block_k, 1 if s.slices == 2 or s.k > 1024 else 2, 1)
 
 
 # block_m -> block_n, block_k, stages, warps of the first projection with its two halves, and of any other product
 _FIRST = {16: (32, 256, 3, 4), 32: (64, 128, 3, 4), 64: (128, 64, 4, 8), 128: (128, 64, 4, 8)}
 _OTHER = {16: (128, 128, 3, 4), 32: (128, 128, 3, 4), 64: (128, 64, 3, 4), 128: (128, 64, 3, 4)}
 # The same of FP8: weights that are widened, and products of FP8 with FP8.
-_FIRST_W8 = {16: (32, 256, 3, 4), 32: (64, 128, 3, 4), 64: (64, 128, 3, 8), 128: (64, 64, 3, 8)}
-_OTHER_W8 = {16: (128, 128, 3, 4), 32: (128, 128, 3, 4), 64: (128, 64, 3, 4), 128: (128, 64, 3, 8)}
-_FIRST_W8A8 = {16: (32, 256, 3, 4), 32: (64, 128, 3, 4), 64: (64, 128, 4, 4), 128: (64, 128, 4, 8)}
+_FIRST_W8 = {16: (64, 128, 3, 4), 32: (64, 128, 3, 4), 64: (64, 64, 4, 4), 128: (128, 64, 3, 8)}
+_OTHER_W8 = {16: (128, 128, 3, 4), 32: (128, 128, 3, 4), 64: (128, 64, 3, 4), 128: (128, 128, 3, 8)}
+_FIRST_W8A8 = {16: (64, 128, 3, 4), 32: (64, 128, 4, 4), 64: (64, 128, 4, 4), 128: (128, 128, 3, 8)}
 _OTHER_W8A8 = {
     16: (128, 128, 3, 4),
     32: (128, 128, 3, 4),
-    64: (128, 128, 3, 4),
+    64: (128, 128, 4, 8),
     128: (128, 128, 4, 8),
 }
 

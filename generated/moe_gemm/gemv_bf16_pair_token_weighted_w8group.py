@@ -66,7 +66,9 @@ def moe_gemm_gemv_bf16_pair_token_weighted_w8group_kernel(
         gdc_launch_dependents()
     n0 = tl.program_id(0) % TILES * BLOCK_N
     n = n0 + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
+    WIDTH: tl.constexpr = min(BLOCK_K, 128)  # of a part of a tile that has one scale a row
+    PARTS: tl.constexpr = BLOCK_K // WIDTH
+    k = tl.arange(0, PARTS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     w_row = n if N % BLOCK_N == 0 else tl.minimum(n, N - 1)
     K_GROUPS: tl.constexpr = (K + 128 - 1) // 128
     ONE_GROUP: tl.constexpr = N % 128 == 0 and 128 % BLOCK_N == 0  # of the columns of a program
@@ -77,7 +79,7 @@ def moe_gemm_gemv_bf16_pair_token_weighted_w8group_kernel(
             if ZERO_REST:
                 tl.store(out_row + n, tl.zeros([BLOCK_N], out_ptr.dtype.element_ty), mask=n < N)
             return
-    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    acc = tl.zeros([BLOCK_N, PARTS, WIDTH], tl.float32)
     if PDL:
         gdc_wait()
     for j in tl.static_range(TOP_K):
@@ -86,23 +88,28 @@ def moe_gemm_gemv_bf16_pair_token_weighted_w8group_kernel(
         here = (expert >= 0) & (expert < NUM_EXPERTS)
         row = pair.to(tl.int64)
         x_row = x_ptr + row * X_STRIDE
-        w_rows = w_ptr + expert * W_STRIDE_E + w_row[:, None] * W_STRIDE_N
+        w_rows = w_ptr + expert * W_STRIDE_E + w_row[:, None, None] * W_STRIDE_N
         weight = tl.load(topk_weights_ptr + pair).to(tl.float32)
         w_scales = w_scale_ptr + tl.where(here, expert, 0) * W_SCALE_STRIDE
         for k0 in tl.static_range(0, K, BLOCK_K):
             k_mask = here & (k < K - k0)
-            x = tl.load(x_row + (k0 + k), mask=k_mask, other=0.0).to(tl.float32)[None, :]
+            x = tl.load(x_row + (k0 + k), mask=k_mask, other=0.0).to(tl.float32)[None, :, :]
             w = tl.load(
-                w_rows + (k0 + k)[None, :], mask=k_mask[None, :], other=0.0, eviction_policy=WEIGHTS
+                w_rows + (k0 + k)[None, :, :],
+                mask=k_mask[None, :, :],
+                other=0.0,
+                eviction_policy=WEIGHTS,
             )
-            group = k0 // 128
+            group = tl.minimum(k0 // 128 + tl.arange(0, PARTS), K_GROUPS - 1)
             if ONE_GROUP:
-                scale = tl.load(w_scales + n0 // 128 * K_GROUPS + group)
+                scale = tl.load(w_scales + n0 // 128 * K_GROUPS + group)[None, :, None]
             else:
-                scale = tl.load(w_scales + w_row // 128 * K_GROUPS + group)[:, None]
+                scale = tl.load(w_scales + (w_row // 128 * K_GROUPS)[:, None] + group[None, :])[
+                    :, :, None
+                ]
             scale = tl.where(here, weight * scale, 0.0)
             acc += w.to(tl.float16).to(tl.float32) * (x * scale)
-    y = tl.sum(acc, 1)
+    y = tl.sum(tl.sum(acc, 2), 1)
     if N % BLOCK_N == 0:
         tl.store(out_row + n, y.to(out_ptr.dtype.element_ty))
     else:
@@ -114,7 +121,9 @@ _kernel = runtime.Launcher(moe_gemm_gemv_bf16_pair_token_weighted_w8group_kernel
 
 def bind(problem: Problem, config: Config) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again."""
-    check_tiles("moe_gemm_gemv_bf16_pair_token_weighted_w8group", block_k=(config.block_k, 128))
+    check_tiles(
+        "moe_gemm_gemv_bf16_pair_token_weighted_w8group", block_k=(min(config.block_k, 128), 128)
+    )
     pdl = runtime.traits(problem.device).pdl
     launch = _kernel.bind(
         problem.num_tokens * runtime.cdiv(problem.n, config.block_n),

@@ -64,7 +64,9 @@ def moe_gemm_gemv_bf16_token_pair_swiglu_plain_w8group_a8group_kernel(
         gdc_launch_dependents()
     n0 = tl.program_id(0) % TILES * BLOCK_N
     n = n0 + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
+    WIDTH: tl.constexpr = min(BLOCK_K, 128)  # of a part of a tile that has one scale a row
+    PARTS: tl.constexpr = BLOCK_K // WIDTH
+    k = tl.arange(0, PARTS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     w_row = n if N % BLOCK_N == 0 else tl.minimum(n, N - 1)
     K_GROUPS: tl.constexpr = (K + 128 - 1) // 128
     ONE_GROUP: tl.constexpr = N % 128 == 0 and 128 % BLOCK_N == 0  # of the columns of a program
@@ -78,46 +80,53 @@ def moe_gemm_gemv_bf16_token_pair_swiglu_plain_w8group_a8group_kernel(
     out_row = out_ptr + pair.to(tl.int64) * OUT_STRIDE
     row = (pair // TOP_K).to(tl.int64)
     x_row = x_ptr + row * X_STRIDE
-    w_rows = w_ptr + expert * W_STRIDE_E + w_row[:, None] * W_STRIDE_N
+    w_rows = w_ptr + expert * W_STRIDE_E + w_row[:, None, None] * W_STRIDE_N
     w_scales = w_scale_ptr + expert * W_SCALE_STRIDE
-    gate = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    gate = tl.zeros([BLOCK_N, PARTS, WIDTH], tl.float32)
+    up = tl.zeros([BLOCK_N, PARTS, WIDTH], tl.float32)
     for k0 in tl.static_range(0, K, BLOCK_K):
         if K % BLOCK_K == 0:
-            x = tl.load(x_row + (k0 + k)).to(tl.float16).to(tl.float32)[None, :]
-            w = tl.load(w_rows + (k0 + k)[None, :], eviction_policy=WEIGHTS)
+            x = tl.load(x_row + (k0 + k)).to(tl.float16).to(tl.float32)[None, :, :]
+            w = tl.load(w_rows + (k0 + k)[None, :, :], eviction_policy=WEIGHTS)
         else:
             k_mask = k < K - k0
             x = (
                 tl.load(x_row + (k0 + k), mask=k_mask, other=0.0)
                 .to(tl.float16)
-                .to(tl.float32)[None, :]
+                .to(tl.float32)[None, :, :]
             )
             w = tl.load(
-                w_rows + (k0 + k)[None, :], mask=k_mask[None, :], other=0.0, eviction_policy=WEIGHTS
+                w_rows + (k0 + k)[None, :, :],
+                mask=k_mask[None, :, :],
+                other=0.0,
+                eviction_policy=WEIGHTS,
             )
-        group = k0 // 128
-        x *= tl.load(x_scale_ptr + row * K_GROUPS + group)
+        group = tl.minimum(k0 // 128 + tl.arange(0, PARTS), K_GROUPS - 1)
+        x *= tl.load(x_scale_ptr + row * K_GROUPS + group)[None, :, None]
         if ONE_GROUP:
-            scale = tl.load(w_scales + n0 // 128 * K_GROUPS + group)
+            scale = tl.load(w_scales + n0 // 128 * K_GROUPS + group)[None, :, None]
         else:
-            scale = tl.load(w_scales + w_row // 128 * K_GROUPS + group)[:, None]
+            scale = tl.load(w_scales + (w_row // 128 * K_GROUPS)[:, None] + group[None, :])[
+                :, :, None
+            ]
         gate += w.to(tl.float16).to(tl.float32) * (x * scale)
         if K % BLOCK_K == 0:
-            w = tl.load(w_rows + (N * W_STRIDE_N + k0 + k)[None, :], eviction_policy=WEIGHTS)
+            w = tl.load(w_rows + (N * W_STRIDE_N + k0 + k)[None, :, :], eviction_policy=WEIGHTS)
         else:
             w = tl.load(
-                w_rows + (N * W_STRIDE_N + k0 + k)[None, :],
-                mask=k_mask[None, :],
+                w_rows + (N * W_STRIDE_N + k0 + k)[None, :, :],
+                mask=k_mask[None, :, :],
                 other=0.0,
                 eviction_policy=WEIGHTS,
             )
         if ONE_GROUP:
-            scale = tl.load(w_scales + (N + n0) // 128 * K_GROUPS + group)
+            scale = tl.load(w_scales + (N + n0) // 128 * K_GROUPS + group)[None, :, None]
         else:
-            scale = tl.load(w_scales + (N + w_row) // 128 * K_GROUPS + group)[:, None]
+            scale = tl.load(w_scales + ((N + w_row) // 128 * K_GROUPS)[:, None] + group[None, :])[
+                :, :, None
+            ]
         up += w.to(tl.float16).to(tl.float32) * (x * scale)
-    gate, up = tl.sum(gate, 1), tl.sum(up, 1)
+    gate, up = tl.sum(tl.sum(gate, 2), 1), tl.sum(tl.sum(up, 2), 1)
 
     y = gate / (1.0 + tl.exp(-gate)) * up
     if N % BLOCK_N == 0:
@@ -132,7 +141,8 @@ _kernel = runtime.Launcher(moe_gemm_gemv_bf16_token_pair_swiglu_plain_w8group_a8
 def bind(problem: Problem, config: Config) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again."""
     check_tiles(
-        "moe_gemm_gemv_bf16_token_pair_swiglu_plain_w8group_a8group", block_k=(config.block_k, 128)
+        "moe_gemm_gemv_bf16_token_pair_swiglu_plain_w8group_a8group",
+        block_k=(min(config.block_k, 128), 128),
     )
     pdl = runtime.traits(problem.device).pdl
     launch = _kernel.bind(

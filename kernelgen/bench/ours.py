@@ -56,7 +56,10 @@ class Ours:
         cell = case.cell
         if self.forced is not None and not cell.projections:
             raise Unsupported("a schedule is forced on projections only")
-        if not all(self._serves(cell, p.weighted) for p in cell.projections):
+        if not all(
+            any(self.serves(cell, p.weighted, schedule) for schedule in _SCHEDULES)
+            for p in cell.projections
+        ):
             raise Unsupported("the spec leaves this case out")
         calls: list[Callable[[], None]]
         workspace = self._workspace(case)
@@ -110,11 +113,12 @@ class Ours:
             forced.schedule,
             *_tensors(operands),
             routes[0],
-            dtype=operands.x.dtype,
+            dtype=operands.out.dtype,
             naive=forced.schedule in NAIVE_SCHEDULES,
             max_rank=None,
             topk_weights=batch.topk_weights,
             weighted=weighted,
+            adds=case.cell.add,
             scales=sizes.find_scales(
                 forced.schedule, operands.x, weights.lora_a, weights.lora_b, *scales
             ),
@@ -190,9 +194,9 @@ class Ours:
             raise Unsupported(f"there is no variant {names[0]}")
         return importlib.import_module(f"{self.package}.moe_lora.{name.removeprefix('moe_lora_')}")
 
-    def _serves(self, cell: Cell, weighted: bool) -> bool:
-        names = (name for s in _SCHEDULES for name in self._names(cell, weighted, s))
-        return not set(self._kg.variants()).isdisjoint(names)
+    def serves(self, cell: Cell, weighted: bool, schedule: str) -> bool:
+        """Whether ``schedule`` has a variant for ``cell``."""
+        return not set(self._kg.variants()).isdisjoint(self._names(cell, weighted, schedule))
 
     def _names(self, cell: Cell, weighted: bool, schedule: str) -> list[str]:
         """What the variants are called that could serve ``cell``, by rising rank."""

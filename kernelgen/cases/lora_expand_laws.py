@@ -99,7 +99,7 @@ def fp8_front_doors(package: ModuleType, variants: Sequence[Variant], device: st
         worst_ratio(y[of_rows], wanted.value[of_rows], wanted.bound[of_rows])
         out = torch.zeros((case.tokens, sum(case.widths)), dtype=torch.bfloat16, device=device)
         one = out.clone()
-        flags = {"offset_start": 0, "add_inputs": True, "scaled": True}
+        flags: dict[str, Any] = {"offset_start": 0, "add_inputs": True, "scaled": True}
         exact = lora_expand(out, y, [w.numbers for w in b], batch.adapters, **flags)
         package.lora_expand(out, y, given_b, route, **b_scale)
         worst_ratio(out[rows], exact.value[rows], exact.bound[rows])

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 import random
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 import torch
 
 from kernelgen.buffers import bits, poison_
+from kernelgen.cases import quant
 from kernelgen.cases.base import Law, Variant, worst_ratio
 from kernelgen.cases.moe_experts import Experts, Routed, draw
 from kernelgen.cases.moe_gemm import Case, make
 from kernelgen.model import QUANT_AXES
-from kernelgen.reference.fused_moe import fused_moe
+from kernelgen.reference.fused_moe import Inner, fused_moe
+from kernelgen.reference.moe_lora import dequantise
 
 
 class Layer(NamedTuple):
@@ -26,6 +28,9 @@ class Layer(NamedTuple):
     routed: Routed
     topk_weights: torch.Tensor
     activation: str
+    scales: Mapping[str, torch.Tensor] = MappingProxyType({})
+    numbers: tuple[torch.Tensor, ...] = ()  # what FP8 hidden, w13 and w2 stand for
+    inner: Inner | None = None
 
     def run(self, package: ModuleType, **options: Any) -> torch.Tensor:
         out: torch.Tensor = package.fused_moe(
@@ -37,6 +42,7 @@ class Layer(NamedTuple):
             activation=self.activation,
             valid_tokens=self.routed.valid_tokens,
             local_expert_start=self.routed.start,
+            **self.scales,
             **options,
         )
         return out
@@ -44,8 +50,10 @@ class Layer(NamedTuple):
     def verify(self, out: torch.Tensor) -> None:
         """Raise AssertionError unless the rows of valid tokens are those of the reference."""
         count = self.routed.num_valid
-        operands = (self.hidden, self.w13, self.w2, self.routed.local, self.topk_weights)
-        exact = fused_moe(*operands, activation=self.activation, num_tokens=count, dtype=out.dtype)
+        numbers = self.numbers or (self.hidden, self.w13, self.w2)
+        operands: tuple[Any, ...] = (*numbers, self.routed.local, self.topk_weights)
+        sizes: dict[str, Any] = {"num_tokens": count, "dtype": out.dtype, "inner": self.inner}
+        exact = fused_moe(*operands, activation=self.activation, **sizes)
         worst_ratio(out[:count].cpu(), exact.out.cpu(), exact.bound.cpu())
 
 
@@ -106,10 +114,55 @@ def fused_front_door(package: ModuleType, variants: Sequence[Variant], device: s
         assert right and given.dtype == (torch.float32 if own else call.hidden.dtype), what
 
 
+# Scales of weights, scales of activations; an activation that such layers have.
+_MODES = (
+    ("tensor", None, "relu2"),
+    ("channel", None, "swiglu"),
+    ("group", None, "swiglu"),
+    ("tensor", "tensor", "swiglu"),
+    ("tensor", "tensor", "relu2"),
+    ("channel", "token", "swiglu"),
+    ("group", "group", "swiglu"),
+)
+
+
+def fp8_layer(
+    package: ModuleType, tokens: int, how: Experts, device: str, mode: tuple[str, str | None, str], **sizes: Any
+) -> Layer:
+    """A layer of FP8 weights, and with FP8 activations where the mode has scales for them."""
+    of_weights, of_x, activation = mode
+    call = layer(tokens, how, device, activation=activation, **{"hidden": 144, "inter": 136, "top_k": 2, **sizes})
+    weights = [package.quantize_weights(w, of_weights) for w in (call.w13, call.w2)]
+    scales = {"w13_scale": weights[0][1], "w2_scale": weights[1][1]}
+    numbers = [dequantise(codes, scale, quant.group_of(of_weights, codes.shape[1:], quant.GROUP)) for codes, scale in weights]
+    hidden, x, inner = call.hidden, call.hidden, Inner(torch.bfloat16)
+    if of_x is not None:
+        hidden, scales["x_scale"] = package.quantize_activations(call.hidden, of_x)
+        x = dequantise(hidden, scales["x_scale"], quant.group_of(of_x, hidden.shape, (1, quant.GROUP[1])))
+        given = None
+        if of_x == "tensor":
+            scales["h_scale"], given = torch.full((1,), 2.0**-7, device=device), 2.0**-7
+        width = quant.GROUP[1] if of_x == "group" else call.w2.shape[2]
+        inner = Inner(torch.bfloat16, hidden.dtype, width, given, short=device != "cpu")
+    codes = (hidden, weights[0][0], weights[1][0])
+    return call._replace(hidden=codes[0], w13=codes[1], w2=codes[2], scales=scales, numbers=(x, *numbers), inner=inner)
+
+
+def fp8_front_door(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """Layers with FP8 weights, with and without FP8 activations, are within their bound, in a workspace and without."""
+    few = [mode for mode in _MODES if mode[1:] in (("tensor", "swiglu"), ("group", "swiglu"))]
+    for i, (tokens, mode) in enumerate([*itertools.product((1,), few), *itertools.product((7,), _MODES)]):
+        call = fp8_layer(package, tokens, Experts(valid=min(tokens, 5)), device, mode)
+        sizes = {"max_tokens": 12, "top_k": 2, "num_experts": 4, "hidden": 144, "intermediate": 136}
+        workspace = package.fused_moe_workspace(**sizes, fp8_activations=mode[1] is not None, device=device)
+        given = call.run(package, workspace=workspace if i % 2 else None)
+        _about(lambda call=call, given=given: call.verify(given), f"{tokens} tokens, scales {mode}")  # type: ignore[misc]
+
+
 def stale_workspace(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """What an earlier, larger batch left in a workspace changes nothing, and nothing else is allocated."""
     workspace = _workspace(package, device, 40)
-    for buffer in workspace:
+    for buffer in workspace[:5]:
         poison_(buffer)
     for tokens, how in ((40, Experts()), (6, Experts("mixed", start=1)), (3, Experts(valid=2)), (40, Experts("away"))):
         call = layer(tokens, how, device)
@@ -211,10 +264,14 @@ def one_graph_serves_every_batch(
     package: ModuleType, variants: Sequence[Variant], device: str
 ) -> None:
     """A graph captured once for the largest batch gives the bits of eager calls, for every routing and valid_tokens."""
-    for tokens, hint in ((4, None), (64, None), (64, 3)):
+
+    def fp8(tokens: int, how: Experts, device: str, seed: int = 0) -> Layer:
+        return fp8_layer(package, tokens, how, device, ("group", "group", "swiglu"), seed=seed, hidden=136, inter=136)
+
+    for make_layer, tokens, hint in ((layer, 4, None), (layer, 64, None), (layer, 64, 3), (fp8, 4, None), (fp8, 64, 3)):
         workspace = _workspace(package, device, tokens)
-        first = layer(tokens, Experts(valid=tokens), device)
-        out = torch.zeros_like(first.hidden)
+        first = make_layer(tokens, Experts(valid=tokens), device)
+        out = torch.zeros(tokens, first.hidden.shape[1], dtype=torch.bfloat16, device=device)
         options = {"num_tokens_hint": hint, "workspace": workspace, "out": out}
         first.run(package, **options)
         torch.cuda.synchronize()
@@ -222,7 +279,7 @@ def one_graph_serves_every_batch(
         with torch.cuda.graph(graph):
             first.run(package, **options)
         for seed, (kind, valid) in enumerate(itertools.product(("spread", "mixed", "skewed"), (0, 1, tokens // 2, tokens))):
-            call = layer(tokens, Experts(kind, valid=valid), device, seed=seed)
+            call = make_layer(tokens, Experts(kind, valid=valid), device, seed=seed)
             for held, new in _tensors(first, call):
                 held.copy_(new)
             out.fill_(torch.nan)
@@ -259,6 +316,7 @@ def real_sizes(package: ModuleType, variants: Sequence[Variant], device: str) ->
 
 LAWS = (
     Law(fused_front_door),
+    Law(fp8_front_door),
     Law(stale_workspace),
     Law(same_bits),
     Law(few_and_many_agree),
@@ -272,7 +330,7 @@ LAWS = (
 
 def _workspace(package: ModuleType, device: str, tokens: int) -> Any:
     return package.fused_moe_workspace(
-        max_tokens=tokens, top_k=3, num_experts=4, hidden=72, intermediate=40, device=device
+        max_tokens=tokens, top_k=3, num_experts=4, hidden=136, intermediate=136, fp8_activations=True, device=device
     )
 
 
@@ -280,6 +338,7 @@ def _tensors(to: Layer, source: Layer) -> Iterator[tuple[torch.Tensor, torch.Ten
     yield from zip(to[:3], source[:3], strict=True)
     yield to.topk_weights, source.topk_weights
     yield to.routed.topk_ids, source.routed.topk_ids
+    yield from ((to.scales[name], source.scales[name]) for name in to.scales)
     if to.routed.valid_tokens is not None and source.routed.valid_tokens is not None:
         yield to.routed.valid_tokens, source.routed.valid_tokens
 
@@ -365,6 +424,10 @@ _WRONG_LAYER: Mapping[str, Callable[[_Operands], _Operands]] = {
     "ids as a vector": lambda a: {"topk_ids": a["topk_ids"].flatten()},
     "weights of another shape": lambda a: {"topk_weights": a["topk_weights"][:, :-1]},
     "valid tokens in 64 bits": lambda a: {"valid_tokens": a["valid_tokens"].long()},
+    "scales of one product alone": lambda a: {"w13_scale": a["topk_weights"].new_ones(4)},
+    "scales of x alone": lambda a: {"x_scale": a["topk_weights"].new_ones(1)},
+    "a scale of h that nothing needs": lambda a: {"h_scale": a["topk_weights"].new_ones(1)},
+    "scales of weights that are no FP8": lambda a: dict.fromkeys(("w13_scale", "w2_scale"), a["topk_weights"].new_ones(4)),
     "a hint of nothing": lambda a: {"num_tokens_hint": 0},
     "out of another shape": lambda a: {"out": a["out"][:-1]},
     "a workspace that is too small": lambda a: {
