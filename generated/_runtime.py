@@ -38,6 +38,7 @@ class Options(NamedTuple):
     num_warps: int = 4
     num_stages: int = 3
     pdl: bool = False  # launched before the kernel in front of it has finished (programmatic dependent launch)
+    fused: bool = True  # a product and the sum that it is added to may be rounded once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +165,7 @@ def compile_only(device: torch.device | None = None) -> Iterator[list[CompileReq
 
 def _triton_options(options: Options) -> dict[str, Any]:
     # enable_fp_fusion: Triton 3.10 turns its default off, which would change numbers under a user.
-    chosen = {"num_warps": options.num_warps, "num_stages": options.num_stages, "enable_fp_fusion": True}
+    chosen = {"num_warps": options.num_warps, "num_stages": options.num_stages, "enable_fp_fusion": options.fused}
     if options.pdl:
         chosen["launch_pdl"] = True
     return chosen
@@ -219,7 +220,7 @@ class Bound:
         self._handle: Any = None
 
     def __call__(self, arguments: tuple[Any, ...]) -> None:
-        """Launch with ``arguments``: tensors, tuples of tensors, descriptors, integers or None; the first is a tensor."""
+        """Launch with ``arguments``: tensors, tuples of tensors, descriptors, numbers or None; the first is a tensor."""
         device = self._device
         if device < 0 or _recorder is not None or _launch_hooks.calls or device != _get_device():
             self._slow(arguments)
@@ -228,7 +229,7 @@ class Bound:
         raw: list[Any] = []
         for argument in arguments[: self._num_aligned]:
             kind = type(argument)
-            if kind is int or argument is None or kind is TensorDescriptor:  # which are of aligned memory
+            if kind is int or kind is float or argument is None or kind is TensorDescriptor:  # which are of aligned memory
                 raw.append(argument)
             elif kind is tuple:
                 pointers = tuple([tensor.data_ptr() for tensor in argument])

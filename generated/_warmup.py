@@ -11,16 +11,23 @@ powers of two T has the same tiles, and the pairs pass at most one power of two;
 
 from __future__ import annotations
 
-from typing import Iterator, NamedTuple, Sequence
+from typing import Iterator, NamedTuple, Sequence, Union
 
 import torch
 
 from . import _runtime as runtime
 from . import _scales
 from ._fused_moe import fused_moe
+from ._lora import lora, lora_route
+from .lora_expand import lora_expand
+from .lora_shrink import lora_shrink
+from .lora_shrink._problem import scale_shape as dense_scales
+from .lora_shrink._problem import x_scale_shape as dense_x_scales
 from .moe_gemm._problem import QUANT
 from .moe_lora import moe_lora
 from .moe_lora._problem import scale_shape, x_scale_shape
+from .moe_lora_expand import moe_lora_expand
+from .moe_lora_shrink import moe_lora_shrink
 from .moe_route import MoeRoute, moe_route
 
 
@@ -47,6 +54,17 @@ class MoeShape(NamedTuple):
     fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of both
 
 
+class ShardedMoeShape(NamedTuple):
+    """A projection whose adapters are sharded, as ``moe_lora_shrink`` and ``moe_lora_expand`` will be called on it."""
+
+    shape: MoeShape  # of what this GPU has; rank: that of its lora_a
+    gathered: int = (
+        1  # parts of the rank, side by side in front of the expand; 1: what is summed has all of it
+    )
+    offset: int = 0
+    out_width: int | None = None  # columns of out; None: offset and those of the slices
+
+
 class FusedMoeShape(NamedTuple):
     """A base MoE layer, as ``fused_moe`` will be called on it; all tensors are contiguous."""
 
@@ -66,11 +84,31 @@ class FusedMoeShape(NamedTuple):
     fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of both
 
 
+class LoraShape(NamedTuple):
+    """A linear layer with its adapters, as ``lora`` will be called on it; all tensors are contiguous."""
+
+    k: int  # input width
+    widths: tuple[int, ...]  # output width of each slice
+    rank: int
+    max_loras: int
+    dtype: torch.dtype = torch.bfloat16
+    out_width: int | None = None  # columns of out; None: offset_start and those of the slices
+    offset_start: int = 0
+    add_inputs: bool = True
+    separate: bool = (
+        False  # lora_shrink and lora_expand are called instead, with what is done between them
+    )
+    gathered: int = 1  # parts of the rank that are joined between them
+    weight_scales: str | None = None  # of FP8 adapters: "tensor", "channel" or "group"
+    x_scales: str | None = None  # of an FP8 x: "tensor", "token" or "group"
+    fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of both
+
+
+Shape = Union[MoeShape, ShardedMoeShape, FusedMoeShape, LoraShape]
+
+
 def requests(
-    shapes: Sequence[MoeShape | FusedMoeShape],
-    *,
-    max_tokens: int = 8192,
-    device: torch.device | None = None,
+    shapes: Sequence[Shape], *, max_tokens: int = 8192, device: torch.device | None = None
 ) -> list[runtime.CompileRequest]:
     """The compile keys that batches of 0 to ``max_tokens`` tokens need, each once; nothing is compiled or run."""
     found: dict[object, runtime.CompileRequest] = {}
@@ -79,10 +117,17 @@ def requests(
             with runtime.compile_only(device) as log:
                 if isinstance(shape, FusedMoeShape):
                     _fused(shape, num_tokens)
+                elif isinstance(shape, LoraShape):
+                    _dense(shape, num_tokens)
                 else:
-                    for assignment in shape.assignments:
-                        _call(shape, num_tokens, assignment, None)
-                        _call(shape, num_tokens, assignment, shape.rank)
+                    of_layer = shape.shape if isinstance(shape, ShardedMoeShape) else shape
+                    for assignment in of_layer.assignments:
+                        for rank in (None, of_layer.rank):
+                            route = _route(of_layer, num_tokens, assignment, rank)
+                            if isinstance(shape, ShardedMoeShape):
+                                _apart(shape, route)
+                            else:
+                                _call(shape, route)
             found.update({request.key: request for request in log})
     return list(found.values())
 
@@ -96,10 +141,7 @@ def _ends(max_tokens: int) -> Iterator[int]:
 
 
 def warmup(
-    shapes: Sequence[MoeShape | FusedMoeShape],
-    *,
-    max_tokens: int = 8192,
-    device: torch.device | str = "cuda",
+    shapes: Sequence[Shape], *, max_tokens: int = 8192, device: torch.device | str = "cuda"
 ) -> int:
     """Compile exactly what these shapes need for up to ``max_tokens`` tokens; return how many kernels that is.
 
@@ -161,15 +203,46 @@ def _fused(shape: FusedMoeShape, num_tokens: int) -> None:
         )
 
 
-def _call(shape: MoeShape, num_tokens: int, assignment: str, rank: int | None) -> None:
+def _dense(shape: LoraShape, num_tokens: int) -> None:
     def empty(*size: int, dtype: torch.dtype = shape.dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
 
-    def ints(size: int) -> torch.Tensor:
-        return empty(size, dtype=torch.int32)
+    route = lora_route(empty(num_tokens, dtype=torch.int32), max_loras=shape.max_loras)
+    slices, end = len(shape.widths), shape.offset_start + sum(shape.widths)
+    of_weights = shape.dtype if shape.weight_scales is None else shape.fp8_dtype
+    out = empty(num_tokens, shape.out_width or end)
+    x = empty(num_tokens, shape.k, dtype=shape.dtype if shape.x_scales is None else shape.fp8_dtype)
+    a = [empty(shape.max_loras, shape.rank, shape.k, dtype=of_weights)] * slices
+    full_rank = shape.rank * shape.gathered
+    b = [empty(shape.max_loras, width, full_rank, dtype=of_weights) for width in shape.widths]
 
-    route: MoeRoute = moe_route(
-        empty(num_tokens, shape.top_k, dtype=shape.topk_ids_dtype),
+    def scales(weights: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+        if shape.weight_scales is None:
+            return None
+        shapes = [(w.shape[0], *dense_scales(shape.weight_scales, *w.shape[1:])) for w in weights]
+        return [empty(*size, dtype=torch.float32) for size in shapes]
+
+    x_scale = None
+    if shape.x_scales is not None:
+        x_scale = empty(*dense_x_scales(shape.x_scales, x.shape), dtype=torch.float32)
+    a_scale, b_scale = scales(a), scales(b)
+    at, adds = shape.offset_start, shape.add_inputs
+    if shape.separate:
+        y = empty(slices, num_tokens, shape.rank, dtype=torch.float32)
+        lora_shrink(y, x, a, route, x_scale=x_scale, a_scale=a_scale)
+        y = empty(slices, num_tokens, full_rank, dtype=torch.float32)
+        lora_expand(out, y, b, route, offset_start=at, add_inputs=adds, b_scale=b_scale)
+    else:
+        quant = {"x_scale": x_scale, "a_scale": a_scale, "b_scale": b_scale}
+        lora(out, x, a, b, route, offset_start=at, add_inputs=adds, **quant)
+
+
+def _route(shape: MoeShape, num_tokens: int, assignment: str, rank: int | None) -> MoeRoute:
+    def ints(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    return moe_route(
+        ints(num_tokens, shape.top_k, dtype=shape.topk_ids_dtype),
         ints(num_tokens),
         num_experts=shape.num_experts,
         max_loras=shape.max_loras,
@@ -178,6 +251,13 @@ def _call(shape: MoeShape, num_tokens: int, assignment: str, rank: int | None) -
         assignment=assignment,
         rank=rank,
     )
+
+
+def _call(shape: MoeShape, route: MoeRoute) -> None:
+    def empty(*size: int, dtype: torch.dtype = shape.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    num_tokens = route.num_tokens
     rows = num_tokens * shape.top_k if shape.mul_routed_weight else num_tokens
     a_shape = (shape.max_loras, shape.num_experts, shape.rank, shape.k)
     b_shape = (shape.max_loras, shape.num_experts, shape.n, shape.rank)
@@ -204,4 +284,29 @@ def _call(shape: MoeShape, num_tokens: int, assignment: str, rank: int | None) -
         a_scale=a_scale,
         b_scale=b_scale,
         x_scale=x_scale,
+    )
+
+
+def _apart(sharded: ShardedMoeShape, route: MoeRoute) -> None:
+    shape, parts = sharded.shape, sharded.gathered
+
+    def empty(*size: int, dtype: torch.dtype = shape.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    num_tokens, num_pairs = route.num_tokens, route.num_tokens * shape.top_k
+    experts = (shape.max_loras, shape.num_experts)
+    y = empty(shape.slices, num_pairs, shape.rank, dtype=torch.float32)
+    x = empty(num_pairs if shape.mul_routed_weight else num_tokens, shape.k)
+    moe_lora_shrink(y, x, [empty(*experts, shape.rank, shape.k)] * shape.slices, route)
+    moe_lora_expand(
+        empty(
+            num_tokens, shape.top_k, sharded.out_width or sharded.offset + shape.slices * shape.n
+        ),
+        y if parts == 1 else empty(parts, *y.shape, dtype=torch.float32),
+        [empty(*experts, shape.n, shape.rank * parts)] * shape.slices,
+        route,
+        offset=sharded.offset,
+        topk_weights=empty(num_tokens, shape.top_k, dtype=shape.topk_weights_dtype),
+        add_inputs=shape.add_inputs,
+        mul_routed_weight=shape.mul_routed_weight,
     )

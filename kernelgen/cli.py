@@ -42,6 +42,7 @@ class Report:
 # Commands of other modules, which also run without this one.
 _ELSEWHERE = {
     "bench": "kernelgen.bench.command",
+    "bench-lora": "kernelgen.bench.lora_command",
     "report": "kernelgen.bench.report",
     "tune": "kernelgen.bench.tune.command",
 }
@@ -54,7 +55,9 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _ELSEWHERE:
             return super().get_command(ctx, cmd_name)
-        command: click.Command = getattr(importlib.import_module(_ELSEWHERE[cmd_name]), cmd_name)
+        command: click.Command = getattr(
+            importlib.import_module(_ELSEWHERE[cmd_name]), cmd_name.replace("-", "_")
+        )
         return command
 
 
@@ -259,7 +262,12 @@ def which(words: Sequence[str], specs: Path) -> Report:
         "variants": [variant.name for variant in found.variants],
         "reasons": found.reasons,
         "measured": [
-            {"problem": dict(entry.problem), "schedule": entry.schedule, "us": entry.best.us}
+            {
+                "problem": dict(entry.problem),
+                "tags": dict(entry.tags),
+                "schedule": entry.schedule,
+                "us": entry.best.us,
+            }
             for entry in found.measured
         ],
     }
@@ -270,7 +278,7 @@ def which(words: Sequence[str], specs: Path) -> Report:
     lines: list[str] = [variant.name for variant in found.variants]
     lines += ["", *_columns([(axis, tags[axis], why) for axis, why in found.reasons.items()])]
     lines += [
-        f"measured: {_inline(dict(entry.problem))}: {entry.schedule}, {entry.best.us} us"
+        f"measured: {_inline(dict((*entry.problem, *entry.tags)))}: {entry.schedule}, {entry.best.us} us"
         for entry in found.measured
     ]
     return Report(document, lines)

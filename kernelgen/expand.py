@@ -9,7 +9,6 @@ from typing import Iterator, Sequence
 
 from kernelgen.diagnostics import Diagnostic
 from kernelgen.model import (
-    QUANT_AXES,
     SCHEDULE,
     VOCABULARY,
     Fact,
@@ -18,7 +17,7 @@ from kernelgen.model import (
     Record,
     Variant,
 )
-from kernelgen.names import UNNAMED, Identifier, module_name, variant_name
+from kernelgen.names import Identifier, module_name, variant_name
 
 MAX_COMBINATIONS = 10_000
 MAX_VARIANTS = 2_000
@@ -67,12 +66,10 @@ def _variants(family: Family) -> Iterator[Variant]:
 
 
 def _facts(family: Family, tags: Record) -> Record:
-    fp8 = any(axis in QUANT_AXES and tag != UNNAMED for axis, tag in tags)
     facts: dict[Identifier, Fact] = {
-        Identifier("rounds_intermediate"): family.numerics.intermediate == "activation",
         Identifier("group_n"): family.quant.group_n,
         Identifier("group_k"): family.quant.group_k,
-        Identifier("chunk_k"): None if fp8 else family.numerics.chunk_k,
+        Identifier("chunk_k"): family.numerics.chunk_k,
     }
     for axis, tag in tags:
         for name, fact in VOCABULARY.get(axis, {}).get(tag, {}).items():

@@ -11,6 +11,7 @@ from kernelgen.model import (
     QUANT_AXES,
     SCHEDULE,
     TAG_HINTS,
+    TUNED_AXES,
     VARIANT_ATTRIBUTES,
     VOCABULARY,
     WITHOUT_E4M3,
@@ -30,7 +31,15 @@ from kernelgen.model import (
 )
 from kernelgen.names import UNNAMED, Identifier, identifier_fault, kernel_template
 from kernelgen.parse import MAX_BYTES, Node, Step, parse
-from kernelgen.schema import ChoiceShape, ExcludeShape, QuantShape, SpecShape, TunedShape, validate
+from kernelgen.schema import (
+    ChoiceShape,
+    EntryShape,
+    ExcludeShape,
+    QuantShape,
+    SpecShape,
+    TunedShape,
+    validate,
+)
 
 MAX_FILES = 256
 
@@ -222,8 +231,8 @@ class _Spec(_Checks):
     def _check_tunables(
         self, tunables: Mapping[str, Mapping[str, list[int]]], axes: Mapping[str, list[str]]
     ) -> None:
-        family = self.sections.get("family")
-        kernels = axes.get(SCHEDULE) or ([family] if family else [])
+        family = self.sections.get("family") if "axes" in self.sections else None
+        kernels = axes.get(SCHEDULE) or ([family] if family else [])  # none: they are unknown
         for kernel, parameters in tunables.items():
             if kernels and kernel not in kernels:
                 where = self.root.key_at("tunables", kernel)
@@ -291,7 +300,9 @@ class _Spec(_Checks):
                 Tunable(Identifier(parameter), tuple(values))
                 for parameter, values in tunables.get(name, {}).items()
             )
-            return Kernel(Identifier(name), kernel_template(family, schedule), parameters, where)
+            template = kernel_template(family, schedule)
+            tuned_at = self.root.key_at("tunables", name)
+            return Kernel(Identifier(name), template, parameters, where, tuned_at)
 
         if SCHEDULE not in axes:
             return (kernel(family, None, self.value_at("family")),)
@@ -315,7 +326,8 @@ class _TunedFile(_Checks):
             where = self.root.key_at("entries", 0, "problem", name)
             self.check_attribute(name, where, Record.__slots__)
         for i, entry in enumerate(entries):
-            first = seen.setdefault(tuple(entry.problem.items()), i)
+            identity = (*entry.problem.items(), *self._tags(entry).items())
+            first = seen.setdefault(identity, i)
             if list(entry.problem) != sizes:
                 where = self.root.key_at("entries", i, "problem")
                 message = "a problem has other sizes than the first, or in another order"
@@ -323,6 +335,7 @@ class _TunedFile(_Checks):
             elif first != i:
                 where = self.root.key_at("entries", i, "problem")
                 self.fault("KG025", where, f"the problem is that of entry {first + 1} again")
+            self._check_tags(entry, i)
             self._check_choice(entry, "entries", i)
             if entry.runner_up is not None:
                 self._check_choice(entry.runner_up, "entries", i, "runner_up")
@@ -332,16 +345,43 @@ class _TunedFile(_Checks):
             Tuned(
                 self.sections["device"],
                 tuple(self.sections["versions"].items()),
-                tuple(
-                    TunedEntry(
-                        Record({Identifier(key): size for key, size in entry.problem.items()}),
-                        self._choice(entry),
-                        self._choice(entry.runner_up) if entry.runner_up else None,
-                    )
-                    for entry in entries
-                ),
+                tuple(self._entry(entry) for entry in entries),
             ),
             [],
+        )
+
+    def _tags(self, entry: EntryShape) -> dict[Identifier, str]:
+        """A tag for each axis that measurements tell apart: the first one that there is, unless the entry names another."""
+        return {
+            axis.name: entry.tags.get(axis.name, next(iter(VOCABULARY[axis.name])))
+            for axis in self.of.axes
+            if axis.name in TUNED_AXES
+        }
+
+    def _check_tags(self, entry: EntryShape, i: int) -> None:
+        axes = list(self._tags(entry))
+        for axis, tag in entry.tags.items():
+            if axis not in axes:
+                where = self.root.key_at("entries", i, "tags", axis)
+                self.fault("KG025", where, f"no tags of {axis!r} are measured", did_you_mean(axis, axes))
+            elif tag not in VOCABULARY[axis]:
+                where = self.value_at("entries", i, "tags", axis)
+                hint = did_you_mean(tag, list(VOCABULARY[axis]))
+                self.fault("KG025", where, f"{axis} has no tag {tag!r}", hint)
+
+    def _entry(self, entry: EntryShape) -> TunedEntry:
+        tags = {axis: Identifier(tag) for axis, tag in self._tags(entry).items()}
+        facts = {
+            Identifier(name): fact
+            for axis, tag in tags.items()
+            for name, fact in VOCABULARY[axis][tag].items()
+        }
+        return TunedEntry(
+            Record({Identifier(key): size for key, size in entry.problem.items()}),
+            Record(tags),
+            Record(facts),
+            self._choice(entry),
+            self._choice(entry.runner_up) if entry.runner_up else None,
         )
 
     def _check_choice(self, choice: ChoiceShape, *path: Step) -> None:

@@ -138,6 +138,7 @@ TAG_HINTS: Mapping[str, str] = MappingProxyType(
     }
 )
 QUANT_AXES = ("weight_quant", "act_quant")
+TUNED_AXES = ("add_inputs", *QUANT_AXES)  # a measurement is of one tag of each of them; of dtypes it serves all
 SCHEDULE = "schedule"  # the axis whose tags choose the template
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
@@ -183,6 +184,7 @@ class Kernel:
     template: str
     tunables: tuple[Tunable, ...]
     location: Location = dataclasses.field(compare=False)
+    tunables_location: Location = dataclasses.field(compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,9 +198,11 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class TunedEntry:
-    """The best choice that was measured for one problem."""
+    """The best choice that was measured for one problem: facts are those of its tags, of the axes of ``TUNED_AXES``."""
 
     problem: Record  # size -> int or bool
+    tags: Record
+    facts: Record
     best: Choice
     runner_up: Choice | None
 
@@ -224,7 +228,7 @@ class Tuned:
 class Numerics:
     """Decisions on precision that hold for every schedule of a family."""
 
-    intermediate: str = "float32"  # or "activation": rounded once to the activation's dtype
+    intermediate: str = "activation"  # rounded once to the activation's dtype; all that the kernels can do
     strict: bool = False  # all schedules add in one order, so that they agree bit for bit
 
     @property
@@ -316,6 +320,6 @@ class Tree:
 # What an axis cannot be called, because it is another attribute of a variant.
 VARIANT_ATTRIBUTES = frozenset(
     {field.name for field in dataclasses.fields(Variant)}
-    | {"rounds_intermediate", "group_n", "group_k"}
+    | {"group_n", "group_k", "chunk_k"}
     | {fact for tags in VOCABULARY.values() for facts in tags.values() for fact in facts}
 )

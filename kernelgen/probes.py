@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 from types import ModuleType
 from typing import Any, Callable, Iterator, Mapping
 
 import torch
 
-from kernelgen.model import QUANT_AXES, Family, Variant
+from kernelgen.model import Family, Variant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +73,7 @@ def _moe_lora(package: ModuleType, family: Family, variant: Variant) -> Iterator
             for block_m, num_tokens in _SORTED_TOKENS.items():
                 sizes = _MoeLoraSizes(num_tokens, rank=rank, block_m=block_m, **shape)
                 yield _moe_lora_probe(f"m{block_m}{suffix}", package, variant, sizes)
-    axes = ("dtype", "add_inputs", *QUANT_AXES)
-    if tuple(getattr(variant, axis) for axis in axes) == _first_tags(family, *axes):
+    if variant.dtype == next(axis.tags[0] for axis in family.axes if axis.name == "dtype"):
         yield from _moe_lora_tuned(package, family, variant)
 
 
@@ -81,7 +81,11 @@ def _moe_lora_tuned(package: ModuleType, family: Family, variant: Variant) -> It
     fields = {field.name for field in dataclasses.fields(_MoeLoraSizes)}
     for entry in family.tuned.entries:
         problem = dict(entry.problem)
-        serves = variant.weighted == problem["weighted"] and _serves_rank(variant, problem["rank"])
+        serves = (
+            variant.weighted == problem["weighted"]
+            and _serves_rank(variant, problem["rank"])
+            and all(getattr(variant, axis) == tag for axis, tag in entry.tags)
+        )
         sizes = _MoeLoraSizes(**{name: problem[name] for name in problem.keys() & fields})
         for place, choice in (("first", entry.best), ("second", entry.runner_up)):
             if serves and choice is not None and choice.schedule == variant.schedule:
@@ -105,11 +109,6 @@ def _serves_rank(variant: Variant, rank: int) -> bool:
     if variant.tiled_rank:
         return rank > bucket
     return rank <= bucket and (rank > bucket // 2 or bucket == 16)
-
-
-def _first_tags(family: Family, *axes: str) -> tuple[str, ...]:
-    tags: dict[str, str] = {axis.name: axis.tags[0] for axis in family.axes}
-    return tuple(tags[axis] for axis in axes)
 
 
 def _moe_lora_probe(
@@ -370,6 +369,149 @@ def _moe_add(package: ModuleType, family: Family, variant: Variant) -> Iterator[
     yield Probe(f"t{num_tokens}", {"num_tokens": num_tokens, "n": width}, call, flops=0.0, bytes=moved)
 
 
+# The query, key and value of Llama-3-8B: slices of two widths. Tokens so that K is shared out or not, and every block_m.
+_LORA_K, _LORA_WIDTHS = 4096, (4096, 1024, 1024)
+_LORA_TOKENS = {16: 16, 4096: 64, 16384: 64}
+
+
+def _lora_ranks(variant: Variant) -> tuple[int, ...]:
+    return _TILED_RANKS if variant.tiled_rank else (variant.max_rank,)
+
+
+def _lora_shrink(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
+    del family
+    problem = importlib.import_module(f"{package.__name__}.{variant.family}._problem")
+    dtype, slices = getattr(torch, variant.torch_dtype), len(_LORA_WIDTHS)
+    for rank, (num_tokens, block_m) in itertools.product(_lora_ranks(variant), _LORA_TOKENS.items()):
+        of_a = _fp8(package) if variant.weight_scales else dtype
+        of_x = _fp8(package) if variant.x_scales else dtype
+        a = [_meta(5, rank, _LORA_K, dtype=of_a)] * slices
+        x = _meta(num_tokens, _LORA_K, dtype=of_x)
+        y = _meta(slices, num_tokens, rank, dtype=_FP32)
+        scales: dict[str, Any] = {}
+        if variant.weight_scales:
+            shape = (5, *problem.scale_shape(variant.weight_scales, rank, _LORA_K))
+            scales["a_scale"] = [_meta(*shape, dtype=_FP32)] * slices
+        if variant.x_scales:
+            scales["x_scale"] = _meta(*problem.x_scale_shape(variant.x_scales, x.shape), dtype=_FP32)
+        products = y.numel() * _LORA_K
+        yield _lora_probe(package, variant, rank, num_tokens, block_m, (y, x, a), scales, 1, products)
+
+
+def _lora_expand(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
+    del family
+    problem = importlib.import_module(f"{package.__name__}.lora_shrink._problem")
+    for rank, (num_tokens, block_m) in itertools.product(_lora_ranks(variant), _LORA_TOKENS.items()):
+        if num_tokens > 4096:
+            continue  # the same tiles
+        out = _meta(num_tokens, sum(_LORA_WIDTHS), dtype=getattr(torch, variant.torch_dtype))
+        y = _meta(len(_LORA_WIDTHS), num_tokens, rank, dtype=_FP32)
+        of_b = _fp8(package) if variant.weight_scales else out.dtype
+        b = [_meta(5, width, rank, dtype=of_b) for width in _LORA_WIDTHS]
+        scales: dict[str, Any] = {}
+        if variant.weight_scales:
+            shapes = [problem.scale_shape(variant.weight_scales, width, rank) for width in _LORA_WIDTHS]
+            scales["b_scale"] = [_meta(5, *shape, dtype=_FP32) for shape in shapes]
+        times, products = 2 if variant.adds else 1, out.numel() * rank
+        yield _lora_probe(package, variant, rank, num_tokens, block_m, (out, y, b), scales, times, products)
+
+
+def _lora_probe(
+    package: ModuleType,
+    variant: Variant,
+    rank: int,
+    num_tokens: int,
+    block_m: int,
+    operands: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]],
+    scales: Mapping[str, Any],
+    times: int,
+    products: int,
+) -> Probe:
+    """``operands``: what is written (``times`` it moves), what is read, and weights of five adapters."""
+    launcher = _launcher(package, variant)
+
+    def call() -> None:
+        with package._runtime.compile_only():
+            route = package.lora_route(_meta(num_tokens), max_loras=5, block_m=block_m)
+        launcher(*operands, route, **scales)
+
+    written, read, weights = operands
+    moved = times * written.nbytes + read.nbytes + sum(w.nbytes for w in weights)
+    sizes = {"num_tokens": num_tokens, "k": _LORA_K, "rank": rank, "block_m": block_m, "max_loras": 5}
+    suffix = f"_r{rank}" if variant.tiled_rank else ""
+    return Probe(f"t{num_tokens}{suffix}", sizes, call, flops=2.0 * products, bytes=float(moved))
+
+
+# Half of an adapter on w13, or on w2, of Qwen3-30B-A3B over two GPUs: of its rank, or of its columns.
+_APART_TOKENS = {"pairs": {4: 0}, "blocks": {64: 16, 4096: 64}}
+
+
+def _moe_lora_shrink(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
+    del family
+    slices, k = 2, 2048
+    for rank in _lora_ranks(variant):
+        for num_tokens, block_m in _APART_TOKENS[variant.schedule].items():
+            num_pairs = num_tokens * _QWEN3["top_k"]
+            x = _meta(num_tokens, k, dtype=getattr(torch, variant.torch_dtype))
+            a = [_meta(5, _QWEN3["num_experts"], rank, k, dtype=x.dtype)] * slices
+            operands = (_meta(slices, num_pairs, rank, dtype=_FP32), x, a)
+            yield _apart_probe(package, variant, rank, num_tokens, block_m, operands, 1, slices * rank * k)
+
+
+def _moe_lora_expand(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
+    del family
+    slices, n = (1, 1024) if variant.weighted else (2, 384)
+    for rank in _lora_ranks(variant):
+        for num_tokens, block_m in _APART_TOKENS[variant.schedule].items():
+            num_pairs = num_tokens * _QWEN3["top_k"]
+            # what is gathered lies in two parts
+            shape = (slices, num_pairs, rank) if variant.weighted or rank % 2 else (2, slices, num_pairs, rank // 2)
+            y = _meta(*shape, dtype=_FP32)
+            out = _meta(num_tokens, _QWEN3["top_k"], 2 * n, dtype=getattr(torch, variant.torch_dtype))
+            b = [_meta(5, _QWEN3["num_experts"], n, rank, dtype=out.dtype)] * slices
+            times = 2 if variant.adds else 1
+            yield _apart_probe(package, variant, rank, num_tokens, block_m, (out, y, b), times, slices * rank * n)
+
+
+def _apart_probe(
+    package: ModuleType,
+    variant: Variant,
+    rank: int,
+    num_tokens: int,
+    block_m: int,
+    operands: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]],
+    times: int,
+    products: int,
+) -> Probe:
+    """As ``_lora_probe``; ``products``: of one pair."""
+    launcher = _launcher(package, variant)
+    top_k, num_experts = _QWEN3["top_k"], _QWEN3["num_experts"]
+    options: dict[str, Any] = {}
+    if getattr(variant.tags, "routed_weight", "plain") == "weighted":
+        options["topk_weights"] = _meta(num_tokens, top_k, dtype=_FP32)
+
+    def call() -> None:
+        with package._runtime.compile_only():
+            route = package.moe_route(
+                _meta(num_tokens, top_k),
+                _meta(num_tokens),
+                num_experts=num_experts,
+                max_loras=5,
+                assignment="sorted" if block_m else "naive",
+                block_m=block_m or None,
+            )
+        launcher(*operands, route, **options)
+
+    written, read, weights = operands
+    groups = 5 * num_experts
+    hit = 1.0 - (1.0 - 1.0 / groups) ** (num_tokens * top_k)  # if pairs are spread evenly
+    moved = times * written.nbytes + read.nbytes + hit * sum(w.nbytes for w in weights)
+    sizes = {"num_tokens": num_tokens, "rank": rank, "block_m": block_m, "max_loras": 5}
+    suffix = f"_r{rank}" if variant.tiled_rank else ""
+    flops = 2.0 * num_tokens * top_k * products
+    return Probe(f"t{num_tokens}{suffix}", sizes, call, flops=flops, bytes=float(moved))
+
+
 def _launcher(package: ModuleType, variant: Variant) -> Callable[..., None]:
     module = importlib.import_module(f"{package.__name__}.{variant.family}.{variant.module}")
     launcher: Callable[..., None] = getattr(module, variant.name)
@@ -391,11 +533,15 @@ def _meta(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 
 _Probes = Callable[[ModuleType, Family, Variant], Iterator[Probe]]
 _FAMILIES: Mapping[str, _Probes] = {
+    "lora_expand": _lora_expand,
+    "lora_shrink": _lora_shrink,
     "moe_act": _moe_act,
     "moe_add": _moe_add,
     "moe_align": _moe_align,
     "moe_gemm": _moe_gemm,
     "moe_lora": _moe_lora,
+    "moe_lora_expand": _moe_lora_expand,
+    "moe_lora_shrink": _moe_lora_shrink,
     "moe_quant": _moe_quant,
     "moe_route": _moe_route,
     "moe_sum": _moe_sum,

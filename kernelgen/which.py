@@ -75,6 +75,7 @@ def which(package: Package, name: str | None, case: Mapping[str, str]) -> Answer
             for size, value in entry.problem
             if size in case
         )
+        and all(tag in tags[axis] for axis, tag in entry.tags)
     )
     return Answer(family, served, reasons, measured if _sizes(family) & set(case) else ())
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,13 @@ def test_cells_span_the_selection() -> None:
     assert len(set(cells)) == len(cells)
     twins = [c for c in cells if c.site == "w13" and c.rank == 16 and c.tokens == 1]
     assert twins[0].seed == twins[1].seed and twins[0].add != twins[1].add
+    quants = (("none", "none"), ("channel", "none"))
+    cells = list(Selection([MODELS["tiny"]], ("w13", "route"), (16,), (1,), quants=quants).cells())
+    assert [(c.site, c.add, c.quant) for c in cells] == [
+        *(("w13", add, quant) for add in (True, False) for quant in ("none", "channel")),
+        ("route", True, "none"),
+    ]
+    assert len({c.seed for c in cells if c.site == "w13"}) == 1
     with pytest.raises(WorkloadError, match="slots"):
         Cell(MODELS["tiny"], "w13", 16, 1, active=5, slots=4)
 
@@ -91,6 +99,9 @@ def test_work_by_hand() -> None:
     layer = workloads.work(Cell(model, "layer", 2, 3, add=False), 5, 3, 6)
     assert layer.bytes == 2 * (5 * 2 * 2 * 12 + 24 + 48) + 2 * (5 * 2 * 12 + 6 * 4 + 6 * 8)
     assert found.floor_us(copy_gb_s=1e-3, tflop_s=1e9) == pytest.approx(found.bytes)
+    fp8 = workloads.work(Cell(model, "w13", 2, 3, quant="channel", act="token"), 5, 3, 6)
+    assert fp8.bytes == 5 * 2 * (2 * (8 + 4) + 4 * (2 + 4)) + 3 * (8 + 4) + 2 * 6 * 2 * 4 * 2
+    assert fp8.flops == found.flops
 
 
 def test_help_imports_no_torch() -> None:
@@ -127,6 +138,11 @@ def test_document_round_trip_and_resume(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["schema_version"] == documents.SCHEMA_VERSION
     again = documents.resume(path, dict(MACHINE), {**VERSIONS, "vllm": "1"})
     assert again.rows == document.rows and again.versions["vllm"] == "1"
+    old = json.loads(path.read_text())
+    for row in old["rows"]:
+        del row["quant"], row["act"]  # as they were before FP8
+    path.write_text(json.dumps(old))
+    assert documents.load(path).rows == document.rows
     cell = Cell(MODELS["tiny"], "w13", 16, 1)
     assert again.has(cell, "kernelgen") and not again.has(cell, "torch")
     again.forget(lambda row: row["failed"] is not None)
@@ -151,6 +167,11 @@ def test_failed_rows_do_not_count() -> None:
     assert len(times) == 11 and geomean(times) == pytest.approx(2.0)
     text = markdown_tables(document)
     assert "vllm, add: **2.00 ×**" in text and "| tiny w13 r64 | 4 (0.50) ×2 |" in text
+    fp8 = Cell(MODELS["tiny"], "w13", 64, 16, add=False, quant="channel", act="token")
+    document.add(_row(fp8, "kernelgen", 2.5))
+    text = markdown_tables(document)
+    assert "- w8channel a8token against 16-bit operands: **1.60 ×** geomean" in text
+    assert "| tiny w13 r64 w8channel a8token | – | 2.5 (0.80) ×1.60 | – |" in text
 
 
 def test_report_draws_the_same_bytes_again(tmp_path: Path) -> None:
@@ -268,6 +289,42 @@ class TestTensors:
             with pytest.raises(WrongResult):
                 run()
 
+    @pytest.mark.parametrize(
+        ("quant", "act"),
+        [("tensor", "none"), ("channel", "token"), ("group", "group"), ("none", "tensor")],
+    )
+    def test_delta_of_fp8(self, quant: str, act: str) -> None:
+        import torch
+
+        from kernelgen.bench.inputs import Operands, Weights
+        from kernelgen.bench.verify import delta
+
+        case = self._case(site="w2", rank=160, dtype="bf16", quant=quant, act=act)
+        batch = case.batches[0]
+        operands = batch.operands[0]
+
+        def plain(codes: torch.Tensor, scales: torch.Tensor | None, mode: str) -> torch.Tensor:
+            assert (codes.element_size() == 1) == (scales is not None) == (mode != "none")
+            if scales is None:
+                return codes
+            rows = 1 if codes.dim() == 2 else 128
+            *lead, m, n = codes.shape
+            wide = {
+                "tensor": lambda: scales.reshape(*lead, 1, 1),
+                "channel": lambda: scales.reshape(*lead, m, 1),
+                "token": lambda: scales.reshape(m, 1),
+                "group": lambda: torch.kron(scales, torch.ones(*[1] * len(lead), rows, 128)),
+            }[mode]()
+            return codes.double() * wide.double()[..., :m, :n]
+
+        w = operands.weights
+        a = tuple(plain(c, s, quant) for c, s in zip_longest(w.lora_a, w.a_scale))
+        b = tuple(plain(c, s, quant) for c, s in zip_longest(w.lora_b, w.b_scale))
+        x = plain(operands.x, operands.x_scale, act)
+        same = Operands(operands.projection, x, operands.out, Weights(a, b))
+        pairs = (batch.mapping >= 0).repeat_interleave(2).nonzero()[:, 0]
+        torch.testing.assert_close(delta(batch, operands, pairs, True), delta(batch, same, pairs, True))
+
     def test_verify_blocks(self) -> None:
         import torch
 
@@ -347,3 +404,7 @@ def test_check_only_runs_and_resumes(tmp_path: Path) -> None:
     )
     stamp = out.stat().st_mtime_ns
     assert run().returncode == 0 and out.stat().st_mtime_ns == stamp  # nothing was left to do
+    fp8 = run("--sites", "layer", "--tokens", "1", "--dtype", "bf16", "--quant", "group", "--act", "token,group")
+    assert fp8.returncode == 0, fp8.stderr
+    (row,) = json.loads(fp8.stdout)["rows"][4:]  # the spec leaves out a scale a token beside groups
+    assert row["quant"] == row["act"] == "group" and row["error"] < 1e-2

@@ -165,7 +165,8 @@ def test_which(case: str, expected, work: Path, kernelgen) -> None:
 def test_which_knows_what_was_measured(work: Path, kernelgen) -> None:
     _, stdout, _ = kernelgen("which", "--k", "64", "--json")
     (measured,) = document(stdout)["measured"]
-    assert measured == {"problem": {"k": 64, "weighted": True}, "schedule": "toy", "us": 1.5}
+    problem = {"k": 64, "weighted": True}
+    assert measured == {"problem": problem, "tags": {}, "schedule": "toy", "us": 1.5}
     assert "measured: k=64, weighted=True: toy, 1.5 us" in kernelgen("which", "--k", "64")[1]
 
 

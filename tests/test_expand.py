@@ -47,7 +47,7 @@ def test_a_variant_knows_its_tags_and_what_they_stand_for(toy) -> None:
     variant = toy.variants[2]
     assert (variant.dtype, variant.rank, variant.size) == ("bf16", "r32", "small")
     assert (variant.torch_dtype, variant.block_rank, variant.max_rank) == ("bfloat16", 32, 32)
-    assert variant.tiled_rank is False and variant.rounds_intermediate is False
+    assert variant.tiled_rank is False and variant.chunk_k is None
     with pytest.raises(AttributeError, match="weighted"):
         _ = variant.weighted
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -67,6 +67,18 @@ def test_tuned_data_is_read_in_the_order_of_the_tunables(toy) -> None:
     assert (first.schedule, first.config, first.best.us) == ("toy", Record({"block_n": 64}), 1.5)
     assert first.runner_up.config.block_n == 128
     assert toy.tuned.entries[1].runner_up is None
+
+
+def test_a_problem_is_measured_once_for_the_same_tags(tmp_path: Path) -> None:
+    spec = project.SPEC.replace("  size:", "  add_inputs: [set, add]\n  size:")
+    first = project.TUNED.index("  - problem")
+    second = project.TUNED.index("  - problem", first + 1)
+    entry = project.TUNED[first:second]
+    other = entry.replace("    schedule", "    tags: {add_inputs: set}\n    schedule", 1)
+    specs = {"toy.yaml": spec, "tuned/toy.yaml": project.TUNED + other}
+    read = build.package(project.make(tmp_path, specs)).families[0].tuned.entries
+    assert [one.tags.add_inputs for one in read] == ["add", "add", "set"]
+    assert [one.facts.adds for one in read] == [True, True, False]
 
 
 def test_all_tags_of_an_axis_have_the_same_facts() -> None:

@@ -52,6 +52,7 @@ EDITS = {
     "axis is a keyword": ("  size:", "  lambda:", ["5:3 KG012", "7:24 KG014"]),
     "axis is an attribute": ("  size:", "  name:", ["5:3 KG012", "7:24 KG014"]),
     "axis is a fact": ("  size:", "  block_rank:", ["5:3 KG012", "7:24 KG014"]),
+    "axis is a decision": ("  size:", "  chunk_k:", ["5:3 KG012", "7:24 KG014"]),
     "axis is dunder": ("  size:", "  __class__:", ["5:3 KG012"]),
     "axis without tags": ("[small, large]", "[]", ["5:9 KG011"]),
     "axis is a text": ("[small, large]", "small", ["5:9 KG010"]),
@@ -107,6 +108,7 @@ EDITS = {
     "target twice": ("[sm_90]", "[sm_90, sm_90]", ["9:18 KG016"]),
     "no target": ("[sm_90]", "[]", ["9:10 KG011"]),
     "unknown intermediate": ("targets:", "numerics: {intermediate: bf8}\ntargets:", ["9:26 KG011"]),
+    "intermediate of no kernel": ("targets:", "numerics: {intermediate: float32}\ntargets:", ["9:26 KG011"]),
     "unknown numerics": ("targets:", "numerics: {accumulate: x}\ntargets:", ["9:12 KG008"]),
     "negative spill": ("targets:", "resources: {max_spill_bytes: -1}\ntargets:", ["9:30 KG011"]),
     "fractional spill": ("targets:", "resources: {max_spill_bytes: 1.5}\ntargets:", ["9:30 KG010"]),
@@ -212,6 +214,10 @@ WHOLE_FILES: dict[str, tuple[bytes, list[str]]] = {
         + b"".join(b"  a%d: [a, b, c, d, e, f, g, h]\n" % i for i in range(10)),
         ["4:3 KG004"],
     ),
+    "a bad tag hides no schedule": (
+        b"family: toy\ntargets: [sm_90]\naxes: {schedule: [one, NO]}\ntunables: {one: {a: [1]}}\n",
+        ["3:24 KG012"],
+    ),
     "tags join to one name": (
         b"family: toy\ntargets: [sm_90]\naxes:\n  a: [x, x_y]\n  b: [z, y_z]\n",
         ["4:3 KG019"],
@@ -256,6 +262,28 @@ def test_a_fault_of_tuned_data(name: str, tmp_path: Path) -> None:
     old, new, expected = TUNED_EDITS[name]
     found = faults(tmp_path, toy=project.SPEC, tuned=edited(old, new, project.TUNED))
     assert sorted(found) == sorted(f"tuned/toy.yaml:{where}" for where in expected)
+
+
+ADDS = edited("  rank: [r16, r32]\n", "  rank: [r16, r32]\n  add_inputs: [add, set]\n")
+TAG_EDITS = {
+    "axis that is not measured": ("{dtype: bf16}", ["6:12 KG025"]),
+    "tag of no such name": ("{add_inputs: sett}", ["6:24 KG025"]),
+    "the tag that holds unless told": ("{add_inputs: add}", ["11:5 KG025"]),
+}
+
+
+@pytest.mark.parametrize("name", TAG_EDITS)
+def test_a_fault_of_the_tags_of_tuned_data(name: str, tmp_path: Path) -> None:
+    tags, expected = TAG_EDITS[name]
+    tuned = edited(
+        "weighted: true}\n    schedule: toy\n    config: {block_n: 64}",
+        f"weighted: true}}\n    tags: {tags}\n    schedule: toy\n    config: {{block_n: 64}}",
+        project.TUNED,
+    )
+    if name.startswith("the tag"):
+        tuned = edited("{k: 128, weighted", "{k: 64, weighted", tuned)
+    found = faults(tmp_path, toy=ADDS, tuned=tuned)
+    assert found == [f"tuned/toy.yaml:{where}" for where in expected]
 
 
 def test_all_faults_of_all_specs_are_told_at_once(tmp_path: Path) -> None:

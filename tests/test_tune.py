@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -553,6 +554,41 @@ def test_as_many_problems_as_a_file_may_hold(tmp_path: Path) -> None:
         tuned_file.text("d", {"torch": "1"}, entries(1000), SPACE)
 
 
+def test_add_and_set_and_fp8_are_problems_of_their_own(tmp_path: Path) -> None:
+    cell = Cell(QWEN, "w13", 64, 256)
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"add": False},
+        {"quant": "channel"},
+        {"quant": "channel", "act": "token"},
+    ]
+    bench = Bench(tmp_path, [dataclasses.replace(cell, **kind) for kind in kinds])
+    bench.run()
+    again = load_family(tmp_path, bench.out)
+    tags = {tuple(map(str, entry.tags.values)) for entry in again.tuned.entries}
+    assert tags == {
+        ("add", "none", "none"),
+        ("set", "none", "none"),
+        ("add", "w8channel", "none"),
+        ("add", "w8channel", "a8token"),
+    }
+    others = bench.entries[1:]
+    resumed = Bench(tmp_path, [cell])
+    resumed.run()
+    assert resumed.entries[1:] == others
+
+
+def test_tiles_of_groups_lie_in_one_group() -> None:
+    cell = Cell(QWEN, "w13", 64, 256, quant="group")
+    subject = moe_lora.Subject(cell, SPACE, 16, 232448)
+    wide = SPACE.near("one_shot", {**RULES["one_shot"], "block_k": 256, "shrink_stages": 2})
+    assert not subject.accepts(wide)
+    assert dataclasses.replace(subject, cell=Cell(QWEN, "w13", 64, 256, quant="channel")).accepts(
+        wide
+    )
+    assert subject.accepts(SPACE.near("one_shot", {**RULES["one_shot"], "block_k": 128}))
+
+
 def test_stale_entries_are_left_out(tmp_path: Path) -> None:
     Bench(tmp_path, CELLS[:2]).run()
     path = tmp_path / "tuned" / "moe_lora.yaml"
@@ -649,6 +685,9 @@ for schedule, rule in rules.items():
     assert len(digests) == (1 if schedule == "one_shot" else 2)
     other = kernels.digests(Cell(cell.model, "w13", 128, 32), schedule, named)
     assert other == digests  # the same block size: the number of tokens is no part of a kernel
+eight = Cell(cell.model, "w13", 128, 64, quant="channel", act="token")
+assert "two_kernel" not in kernels.sizes(eight, searched.schedules).rules  # there is no such variant
+assert kernels.digests(eight, "one_shot", searched.named(rules["one_shot"]))[0] not in digests
 found = []
 huge = {**searched.named(rules["one_shot"]), "block_k": 256, "shrink_stages": 6, "block_n": 256}
 for config in (searched.named(rules["one_shot"]), huge):

@@ -405,6 +405,7 @@ def _bind(
         max_rank=None,
         topk_weights=topk_weights,
         weighted=mul_routed_weight,
+        adds=add_inputs,
         scales=scales,
     )
     if problem.num_pairs == 0:

@@ -102,6 +102,7 @@ class Problem(NamedTuple):
     a_strides: tuple[int, int, int]
     b_strides: tuple[int, int, int]
     weighted: bool
+    adds: bool
     device: torch.device
     weight_scales: str | None
     x_scales: str | None
@@ -122,6 +123,7 @@ def check(
     max_rank: int | None,
     topk_weights: torch.Tensor | None,
     weighted: bool,
+    adds: bool,
     scales: Scales = UNSCALED,
 ) -> Problem:
     """The sizes of a call, once everything about it is known to fit.
@@ -233,6 +235,7 @@ def check(
         a_strides,
         b_strides,
         weighted,
+        adds,
         x.device,
         scales.of_weights,
         scales.of_x,
@@ -334,7 +337,8 @@ def find_scales(
     elif a_scale is not None or b_scale is not None:
         runtime.fail(variant, "a_scale, b_scale", "one of them", "both, or none")
     if x_scale is not None:
-        of_x = find_x_mode(variant, x, x_scale, QUANT)
+        # Where K is one group, a scale a token has the same shape: groups of weights go with groups of x.
+        of_x = find_x_mode(variant, x, x_scale, QUANT, "group" if of_weights == "group" else None)
     return Scales(of_weights, a_scale or (), b_scale or (), of_x, x_scale)
 
 
@@ -384,6 +388,7 @@ class _Shape(NamedTuple):
     slices: int
     rank: int
     weighted: bool
+    adds: bool
     weight_scales: str | None
     x_scales: str | None
     num_sms: int
@@ -402,6 +407,7 @@ def _shape(problem: Problem, route: MoeRoute) -> _Shape:
         problem.slices,
         problem.rank,
         problem.weighted,
+        problem.adds,
         problem.weight_scales,
         problem.x_scales,
         *runtime.traits(problem.device)[:2],
@@ -423,14 +429,14 @@ _TUNED_SHARED_MEMORY = 232448
 
 
 def _tuned(s: _Shape) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    if s.shared_memory < _TUNED_SHARED_MEMORY or s.weight_scales or s.x_scales:
-        return ()  # what was tuned are 16-bit operands
+    if s.shared_memory < _TUNED_SHARED_MEMORY:
+        return ()
     tokens = min(
         s.tokens, 4096
     )  # the largest that is tuned; more tokens are more of the same blocks
-    return TUNED.get(
-        (tokens, s.top_k, s.experts, s.loras, s.k, s.n, s.slices, s.rank, s.weighted), ()
-    )
+    key = (tokens, s.top_k, s.experts, s.loras, s.k, s.n, s.slices, s.rank, s.weighted)
+    scales = (s.weight_scales, s.x_scales)
+    return TUNED.get((*key, s.adds, *scales)) or TUNED.get((*key, True, *scales), ())
 
 
 def _serves(schedule: str, has_ids: bool, s: _Shape) -> bool:
@@ -515,14 +521,28 @@ def _in_group(s: _Shape, block_k: int) -> int:
 
 
 def _accumulators(s: _Shape) -> int:
-    """Numbers that a program of the shrink holds: its sums, and what widening FP8 and scaling the sums of groups take."""
-    return s.block_m * _block_r(s.rank) * (s.slices + (2 if s.weight_scales or s.x_scales else 0))
+    """Numbers that a program of the shrink holds: its sums, and what scaling the sums of groups takes."""
+    held = s.slices + (2 if "group" in (s.weight_scales, s.x_scales) else 0)
+    return s.block_m * _block_r(s.rank) * held
+
+
+def rows_of_program(weight_scales: str | None, rank: int, block_m: int) -> int:
+    """Rows of a block that a program of one_shot takes. FP8 that was widened is in registers, from where the matrix unit
+    takes it for a low tile; for a high one it goes through shared memory, which costs more than to widen again.
+    """
+    return min(block_m, 16) if weight_scales and rank <= 16 else block_m
 
 
 def _one_shot(s: _Shape) -> OneShotConfig:
     rank = _block_r(s.rank)
+    # Programs of little work that are alone on their multiprocessors wait for memory: larger tiles have more on the way.
+    alone = rank == 16 and s.block_m <= 32 and _num_blocks(s) < 1.5 * s.num_sms
+    rows = rows_of_program(s.weight_scales, s.rank, s.block_m)
+    cut, s = rows < s.block_m, s._replace(block_m=rows)
     wide = rank == 16 and s.block_m == 16 and s.k >= 4096
-    if s.block_m == 16:
+    if alone:
+        block_k, stages = 256, 4
+    elif s.block_m == 16:
         block_k, stages = (
             (256, 3) if wide else (128, 3) if rank == 16 or rank * s.slices >= 256 else (64, 3)
         )
@@ -532,22 +552,42 @@ def _one_shot(s: _Shape) -> OneShotConfig:
         block_k, stages = 64, 6 if rank == 16 else 4
         if s.x_scales == "group" and rank == 128:
             block_k = 32  # 64 would spill
+    if s.weight_scales and rank < 128 and not alone:
+        block_k, stages = 128, (
+            4 if rank == 16 and s.block_m == 16 else 3
+        )  # as many bytes on the way as of 16 bits
     budget = s.shared_memory - 4096
     shrink_bytes, expand_bytes = 2 * (s.block_m + s.slices * rank), 2 * (
         s.block_m + rank
     )  # of a column
     block_k = _in_group(s, _fitting(_block_k(s.k, block_k), shrink_bytes, budget))
     stages = _stages(stages, shrink_bytes * block_k, budget)
+    wide = not cut and (
+        wide or alone or (s.weight_scales is not None and rank == 16 and s.block_m == 16)
+    )
     block_n = _fitting(
         _block_n(s.n, 256 if wide else 128, 0.03 if rank == 16 else 0.0), expand_bytes, budget
     )
+    accumulators = _accumulators(s)
+    narrow = s.weight_scales is not None and accumulators >= 32 * 256
+    if narrow:
+        block_n = min(
+            block_n, 64
+        )  # widening and scaling a wider tile beside the sums of the shrink would spill
     expand = _stages(3, expand_bytes * block_n, budget)
     # Accumulators of the shrink would spill over 4 warps; sooner without the matrix units of a large card.
-    accumulators = _accumulators(s)
-    heavy = accumulators >= (48 * 256 if budget > 128 * 1024 else 64 * 128)
-    if accumulators >= 64 * 256 and budget < 64 * 1024:
-        block_n = min(block_n, 32)  # seen to spill on gfx942
-    return OneShotConfig(block_n, block_k, stages, expand, 8 if heavy or s.block_m == 128 else 4)
+    heavy = accumulators >= (
+        (80 if narrow and not s.x_scales else 48) * 256 if budget > 128 * 1024 else 64 * 128
+    )
+    if budget < 64 * 1024:  # gfx942, where others were seen to spill
+        if s.weight_scales and rank == 128:
+            return OneShotConfig(min(block_n, 32), min(block_k, 32), 2, 2, 4)
+        if accumulators >= 64 * 256:
+            block_n = min(block_n, 32)
+    warps = (
+        8 if heavy or s.block_m == 128 else 2 if rank == 16 and s.block_m == 16 and not cut else 4
+    )
+    return OneShotConfig(block_n, block_k, stages, expand, warps)
 
 
 def _small_batch(s: _Shape) -> SmallBatchConfig:
@@ -580,6 +620,8 @@ def _two_kernel(s: _Shape) -> TwoKernelConfig:
     shrink_bytes = 2 * (block_m + s.slices * rank)  # of a column
     # Rows of a K that is no multiple of 8 are loaded element by element, which takes registers.
     wanted = 32 if rank == 128 and s.k % 8 else 64 if rank == 128 or block_m > 32 else 128
+    if s.weight_scales and block_m == 16 and s.k % 8 == 0 and budget > 128 * 1024:
+        wanted = 128  # as many bytes on the way as of 16 bits
     block_k = _in_group(s, _fitting(_block_k(s.k, wanted), shrink_bytes, budget))
     blocks = _num_blocks(s)
     split_k = s.k
@@ -600,14 +642,16 @@ def _two_kernel(s: _Shape) -> TwoKernelConfig:
     expand_tiles = max(
         (t for t in (1, 2, 3, 4, 5, 8) if tiles % t == 0 and t <= max(most, 2)), default=1
     )
+    # Rows that are not aligned and numbers that are widened take registers of the shrink.
+    heavy = _accumulators(s) > (48 if s.k % 8 or s.weight_scales else 64) * 256
     return TwoKernelConfig(
         block_k,
         split_k,
         stages,
-        8 if block_m == 128 or _accumulators(s) > (48 if s.k % 8 else 64) * 256 else 4,
+        8 if block_m == 128 or heavy else 4,
         block_n,
         expand_tiles,
-        3 if s.rank > 128 or (expand_tiles > 2 and block_m == 16) else 2,
+        3 if s.rank > 128 or ((expand_tiles > 2 or s.weight_scales) and block_m == 16) else 2,
         8 if block_m >= 64 else 4,
     )
 

@@ -236,6 +236,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r128_a8group(
         max_rank=128,
         topk_weights=None,
         weighted=False,
+        adds=True,
         scales=Scales(None, (), (), "group", x_scale),
     )
     if problem.num_pairs > 0:

@@ -236,6 +236,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r16_a8group(
         max_rank=16,
         topk_weights=None,
         weighted=False,
+        adds=True,
         scales=Scales(None, (), (), "group", x_scale),
     )
     if problem.num_pairs > 0:

@@ -235,6 +235,7 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r128_a8token(
         max_rank=128,
         topk_weights=topk_weights,
         weighted=True,
+        adds=True,
         scales=Scales(None, (), (), "token", x_scale),
     )
     if problem.num_pairs > 0:

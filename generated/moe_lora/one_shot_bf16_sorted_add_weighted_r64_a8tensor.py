@@ -235,6 +235,7 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r64_a8tensor(
         max_rank=64,
         topk_weights=topk_weights,
         weighted=True,
+        adds=True,
         scales=Scales(None, (), (), "tensor", x_scale),
     )
     if problem.num_pairs > 0:

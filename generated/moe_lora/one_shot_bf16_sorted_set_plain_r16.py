@@ -204,6 +204,7 @@ def moe_lora_one_shot_bf16_sorted_set_plain_r16(
         max_rank=16,
         topk_weights=None,
         weighted=False,
+        adds=False,
     )
     if problem.num_pairs > 0:
         call = bind(problem, route, config or choose("one_shot", problem, route))

@@ -206,6 +206,7 @@ def moe_lora_one_shot_f16_sorted_add_plain_r16(
         max_rank=16,
         topk_weights=None,
         weighted=False,
+        adds=True,
     )
     if problem.num_pairs > 0:
         call = bind(problem, route, config or choose("one_shot", problem, route))

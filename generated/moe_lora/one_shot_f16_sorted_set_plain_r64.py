@@ -204,6 +204,7 @@ def moe_lora_one_shot_f16_sorted_set_plain_r64(
         max_rank=64,
         topk_weights=None,
         weighted=False,
+        adds=False,
     )
     if problem.num_pairs > 0:
         call = bind(problem, route, config or choose("one_shot", problem, route))

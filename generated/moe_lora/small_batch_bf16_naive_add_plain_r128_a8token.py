@@ -311,6 +311,7 @@ def moe_lora_small_batch_bf16_naive_add_plain_r128_a8token(
         max_rank=128,
         topk_weights=None,
         weighted=False,
+        adds=True,
         scales=Scales(None, (), (), "token", x_scale),
     )
     if problem.num_pairs > 0:

@@ -329,6 +329,7 @@ def moe_lora_small_batch_bf16_naive_add_plain_r128_w8channel(
         max_rank=128,
         topk_weights=None,
         weighted=False,
+        adds=True,
         scales=Scales("channel", a_scale, b_scale, None, None),
     )
     if problem.num_pairs > 0:

@@ -313,6 +313,7 @@ def moe_lora_small_batch_bf16_naive_add_plain_r16_a8group(
         max_rank=16,
         topk_weights=None,
         weighted=False,
+        adds=True,
         scales=Scales(None, (), (), "group", x_scale),
     )
     if problem.num_pairs > 0:

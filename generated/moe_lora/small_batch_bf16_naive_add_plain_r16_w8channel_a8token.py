@@ -336,6 +336,7 @@ def moe_lora_small_batch_bf16_naive_add_plain_r16_w8channel_a8token(
         max_rank=16,
         topk_weights=None,
         weighted=False,
+        adds=True,
         scales=Scales("channel", a_scale, b_scale, "token", x_scale),
     )
     if problem.num_pairs > 0:

@@ -329,6 +329,7 @@ def moe_lora_small_batch_bf16_naive_add_plain_r16_w8tensor(
         max_rank=16,
         topk_weights=None,
         weighted=False,
+        adds=True,
         scales=Scales("tensor", a_scale, b_scale, None, None),
     )
     if problem.num_pairs > 0:

@@ -302,6 +302,7 @@ def moe_lora_small_batch_bf16_naive_add_plain_r64(
         max_rank=64,
         topk_weights=None,
         weighted=False,
+        adds=True,
     )
     if problem.num_pairs > 0:
         call = bind(problem, route, config or choose("small_batch", problem, route))

@@ -316,6 +316,7 @@ def moe_lora_small_batch_bf16_naive_add_plain_rany_w8tensor(
         max_rank=None,
         topk_weights=None,
         weighted=False,
+        adds=True,
         scales=Scales("tensor", a_scale, b_scale, None, None),
     )
     if problem.num_pairs > 0:

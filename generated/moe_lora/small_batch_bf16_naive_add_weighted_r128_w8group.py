@@ -349,6 +349,7 @@ def moe_lora_small_batch_bf16_naive_add_weighted_r128_w8group(
         max_rank=128,
         topk_weights=topk_weights,
         weighted=True,
+        adds=True,
         scales=Scales("group", a_scale, b_scale, None, None),
     )
     if problem.num_pairs > 0:

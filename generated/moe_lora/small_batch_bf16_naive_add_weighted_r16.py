@@ -308,6 +308,7 @@ def moe_lora_small_batch_bf16_naive_add_weighted_r16(
         max_rank=16,
         topk_weights=topk_weights,
         weighted=True,
+        adds=True,
     )
     if problem.num_pairs > 0:
         call = bind(problem, route, config or choose("small_batch", problem, route))

@@ -319,6 +319,7 @@ def moe_lora_small_batch_bf16_naive_add_weighted_r16_a8group(
         max_rank=16,
         topk_weights=topk_weights,
         weighted=True,
+        adds=True,
         scales=Scales(None, (), (), "group", x_scale),
     )
     if problem.num_pairs > 0:

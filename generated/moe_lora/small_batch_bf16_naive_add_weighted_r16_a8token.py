@@ -317,6 +317,7 @@ def moe_lora_small_batch_bf16_naive_add_weighted_r16_a8token(
         max_rank=16,
         topk_weights=topk_weights,
         weighted=True,
+        adds=True,
         scales=Scales(None, (), (), "token", x_scale),
     )
     if problem.num_pairs > 0:

@@ -359,6 +359,7 @@ def moe_lora_small_batch_bf16_naive_add_weighted_r16_w8group_a8group(
         max_rank=16,
         topk_weights=topk_weights,
         weighted=True,
+        adds=True,
         scales=Scales("group", a_scale, b_scale, "group", x_scale),
     )
     if problem.num_pairs > 0:

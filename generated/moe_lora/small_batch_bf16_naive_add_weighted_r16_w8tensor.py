@@ -335,6 +335,7 @@ def moe_lora_small_batch_bf16_naive_add_weighted_r16_w8tensor(
         max_rank=16,
         topk_weights=topk_weights,
         weighted=True,
+        adds=True,
         scales=Scales("tensor", a_scale, b_scale, None, None),
     )
     if problem.num_pairs > 0:

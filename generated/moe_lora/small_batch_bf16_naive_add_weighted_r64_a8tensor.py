@@ -317,6 +317,7 @@ def moe_lora_small_batch_bf16_naive_add_weighted_r64_a8tensor(
         max_rank=64,
         topk_weights=topk_weights,
         weighted=True,
+        adds=True,
         scales=Scales(None, (), (), "tensor", x_scale),
     )
     if problem.num_pairs > 0:

@@ -295,6 +295,7 @@ def moe_lora_small_batch_bf16_naive_add_weighted_rany(
         max_rank=None,
         topk_weights=topk_weights,
         weighted=True,
+        adds=True,
     )
     if problem.num_pairs > 0:
         call = bind(problem, route, config or choose("small_batch", problem, route))

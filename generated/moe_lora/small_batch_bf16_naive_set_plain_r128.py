@@ -297,6 +297,7 @@ def moe_lora_small_batch_bf16_naive_set_plain_r128(
         max_rank=128,
         topk_weights=None,
         weighted=False,
+        adds=False,
     )
     if problem.num_pairs > 0:
         call = bind(problem, route, config or choose("small_batch", problem, route))

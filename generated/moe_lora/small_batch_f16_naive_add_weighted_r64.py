@@ -308,6 +308,7 @@ def moe_lora_small_batch_f16_naive_add_weighted_r64(
         max_rank=64,
         topk_weights=topk_weights,
         weighted=True,
+        adds=True,
     )
     if problem.num_pairs > 0:
         call = bind(problem, route, config or choose("small_batch", problem, route))

@@ -284,6 +284,7 @@ def moe_lora_small_batch_f16_naive_set_plain_rany(
         max_rank=None,
         topk_weights=None,
         weighted=False,
+        adds=False,
     )
     if problem.num_pairs > 0:
         call = bind(problem, route, config or choose("small_batch", problem, route))

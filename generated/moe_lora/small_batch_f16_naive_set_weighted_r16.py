@@ -303,6 +303,7 @@ def moe_lora_small_batch_f16_naive_set_weighted_r16(
         max_rank=16,
         topk_weights=topk_weights,
         weighted=True,
+        adds=False,
     )
     if problem.num_pairs > 0:
         call = bind(problem, route, config or choose("small_batch", problem, route))

@@ -351,6 +351,7 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_r32_w8group(
         max_rank=32,
         topk_weights=None,
         weighted=False,
+        adds=True,
         scales=Scales("group", a_scale, b_scale, None, None),
     )
     if problem.num_pairs > 0:

@@ -344,6 +344,7 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_r64_w8tensor(
         max_rank=64,
         topk_weights=None,
         weighted=False,
+        adds=True,
         scales=Scales("tensor", a_scale, b_scale, None, None),
     )
     if problem.num_pairs > 0:

@@ -297,6 +297,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r128(
         max_rank=128,
         topk_weights=topk_weights,
         weighted=True,
+        adds=True,
     )
     if problem.num_pairs > 0:
         call = bind(problem, route, config or choose("two_kernel", problem, route))

@@ -352,6 +352,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r128_w8tensor(
         max_rank=128,
         topk_weights=topk_weights,
         weighted=True,
+        adds=True,
         scales=Scales("tensor", a_scale, b_scale, None, None),
     )
     if problem.num_pairs > 0:

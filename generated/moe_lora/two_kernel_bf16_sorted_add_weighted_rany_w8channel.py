@@ -357,6 +357,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_rany_w8channel(
         max_rank=None,
         topk_weights=topk_weights,
         weighted=True,
+        adds=True,
         scales=Scales("channel", a_scale, b_scale, None, None),
     )
     if problem.num_pairs > 0:

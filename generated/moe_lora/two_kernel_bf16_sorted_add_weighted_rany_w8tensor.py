@@ -357,6 +357,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_rany_w8tensor(
         max_rank=None,
         topk_weights=topk_weights,
         weighted=True,
+        adds=True,
         scales=Scales("tensor", a_scale, b_scale, None, None),
     )
     if problem.num_pairs > 0:

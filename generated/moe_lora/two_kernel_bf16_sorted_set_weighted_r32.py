@@ -295,6 +295,7 @@ def moe_lora_two_kernel_bf16_sorted_set_weighted_r32(
         max_rank=32,
         topk_weights=topk_weights,
         weighted=True,
+        adds=False,
     )
     if problem.num_pairs > 0:
         call = bind(problem, route, config or choose("two_kernel", problem, route))

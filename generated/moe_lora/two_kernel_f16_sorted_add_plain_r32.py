@@ -289,6 +289,7 @@ def moe_lora_two_kernel_f16_sorted_add_plain_r32(
         max_rank=32,
         topk_weights=None,
         weighted=False,
+        adds=True,
     )
     if problem.num_pairs > 0:
         call = bind(problem, route, config or choose("two_kernel", problem, route))

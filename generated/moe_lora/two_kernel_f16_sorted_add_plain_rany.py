@@ -294,6 +294,7 @@ def moe_lora_two_kernel_f16_sorted_add_plain_rany(
         max_rank=None,
         topk_weights=None,
         weighted=False,
+        adds=True,
     )
     if problem.num_pairs > 0:
         call = bind(problem, route, config or choose("two_kernel", problem, route))

@@ -292,6 +292,7 @@ def moe_lora_two_kernel_f16_sorted_set_plain_rany(
         max_rank=None,
         topk_weights=None,
         weighted=False,
+        adds=False,
     )
     if problem.num_pairs > 0:
         call = bind(problem, route, config or choose("two_kernel", problem, route))

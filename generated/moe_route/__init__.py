@@ -122,7 +122,7 @@ class MoeRoute(NamedTuple):
 
 
 def moe_route(
-    topk_ids: torch.Tensor,
+    topk_ids: torch.Tensor | None,
     token_lora_mapping: torch.Tensor,
     *,
     num_experts: int,
@@ -138,6 +138,7 @@ def moe_route(
 
     Args:
         topk_ids: [T, top_k] int32 or int64, the experts of each token (global ones where there is an ``expert_map``).
+            None: one expert, top_k 1, as in a dense layer (``lora_route``).
         token_lora_mapping: [T] int32, the adapter of each token, -1: none.
         num_experts: experts in the weights (E, the local ones under expert parallelism).
         max_loras: adapter slots in the weights (L).
@@ -161,17 +162,22 @@ def moe_route(
         if open_m == 0:
             return MoeRoute(*source, None, None, None, parts, *sizes, 0, 0)
         buffer, num_blocks, blocks, pairs, _ = _buffers(
-            "moe_route", workspace, splits, topk_ids.device
+            "moe_route", workspace, splits, token_lora_mapping.device
         )
         _route_op(buffer, *source, num_experts, max_loras, open_m)
         return MoeRoute(*source, pairs, blocks, num_blocks, parts, *sizes, open_m, 0)
-    hint = (topk_ids.shape, adapter_enabled is None, expert_map is None, *request)
+    hint = (
+        None if topk_ids is None else topk_ids.shape,
+        adapter_enabled is None,
+        expert_map is None,
+        *request,
+    )
     tensors = [tensor for tensor in source if tensor is not None]
     plan = _plans.get(hint, tensors) or _plans.put(hint, tensors, _plan(*source, *request))
     if plan.block_m == 0:
         return MoeRoute(*source, None, None, None, parts, *plan.sizes, 0, 0)
     _, num_blocks, blocks, pairs, scratch = _buffers(
-        "moe_route", workspace, plan.splits, topk_ids.device
+        "moe_route", workspace, plan.splits, token_lora_mapping.device
     )
     if plan.num_pairs > 0:
         plan.fill(pairs, blocks, num_blocks, scratch, *source)
@@ -195,7 +201,7 @@ _plans = runtime.Calls()
 
 
 def _check(
-    topk_ids: torch.Tensor,
+    topk_ids: torch.Tensor | None,
     token_lora_mapping: torch.Tensor,
     adapter_enabled: torch.Tensor | None,
     expert_map: torch.Tensor | None,
@@ -207,7 +213,17 @@ def _check(
 ) -> tuple[int, int, int, int, int]:
     """The sizes of a request, once everything about it is known to fit; it does not look at the number of tokens."""
     name = "moe_route"
-    if (
+    if topk_ids is None:
+        if num_experts != 1 or assignment == "naive":
+            got = f"None with num_experts={num_experts}, assignment={assignment!r}"
+            runtime.fail(
+                name,
+                "topk_ids",
+                got,
+                "the experts of each token",
+                "a dense layer has one expert and is sorted",
+            )
+    elif (
         topk_ids.dim() != 2
         or topk_ids.dtype not in (torch.int32, torch.int64)
         or not topk_ids.is_contiguous()
@@ -215,12 +231,12 @@ def _check(
         runtime.fail(
             name, "topk_ids", runtime.describe(topk_ids), "contiguous [T, top_k] int32 or int64"
         )
-    num_tokens, top_k = topk_ids.shape
+    num_tokens, top_k = _tokens(topk_ids, token_lora_mapping)
     if top_k < 1 or num_experts < 1 or max_loras < 1:
         runtime.fail(
             name, "top_k, num_experts, max_loras", (top_k, num_experts, max_loras), "all at least 1"
         )
-    device = topk_ids.device
+    device = (token_lora_mapping if topk_ids is None else topk_ids).device
     _check_vector(name, "token_lora_mapping", token_lora_mapping, num_tokens, device)
     _check_vector(name, "adapter_enabled", adapter_enabled, max_loras, device)
     _check_vector(name, "expert_map", expert_map, 1, device)
@@ -246,8 +262,15 @@ def _check(
     )
 
 
+def _tokens(topk_ids: torch.Tensor | None, token_lora_mapping: torch.Tensor) -> tuple[int, int]:
+    """(T, top_k)"""
+    if topk_ids is None:
+        return token_lora_mapping.numel(), 1
+    return topk_ids.shape[0], topk_ids.shape[1]
+
+
 def _plan(
-    topk_ids: torch.Tensor,
+    topk_ids: torch.Tensor | None,
     token_lora_mapping: torch.Tensor,
     adapter_enabled: torch.Tensor | None,
     expert_map: torch.Tensor | None,
@@ -259,13 +282,18 @@ def _plan(
     sizes = _check(*source, num_experts, max_loras, *request)
     num_tokens, top_k = sizes[:2]
     num_pairs, num_groups = num_tokens * top_k, max_loras * num_experts
-    block_m = settle(_open(*request), num_tokens, top_k, num_groups)
+    block_m = settle(_open(*request), *sizes[:4])
     if block_m == 0:
         return _Plan(sizes, num_pairs, 0, 0, (0, 0, 0, 0, 0), _bind)
     max_blocks = _max_blocks(num_pairs, num_groups, block_m)
     splits = _splits(max_blocks, num_pairs, _scratch_size(num_pairs, num_groups))
     return _Plan(
-        sizes, num_pairs, block_m, max_blocks, splits, _bind(*sizes, block_m, topk_ids.device)
+        sizes,
+        num_pairs,
+        block_m,
+        max_blocks,
+        splits,
+        _bind(*sizes, block_m, token_lora_mapping.device),
     )
 
 
@@ -285,8 +313,9 @@ def _open(assignment: str, rank: int | None, block_m: int | None) -> int:
     )
 
 
-def settle(block_m: int, num_tokens: int, top_k: int, num_groups: int) -> int:
+def settle(block_m: int, num_tokens: int, top_k: int, num_experts: int, max_loras: int) -> int:
     """Rows of a block, 0 for naive, by the number of tokens where ``block_m`` is open."""
+    num_groups = num_experts * max_loras
     if block_m >= 0:
         return block_m
     asked, how = divmod(-block_m, 4)
@@ -294,7 +323,7 @@ def settle(block_m: int, num_tokens: int, top_k: int, num_groups: int) -> int:
         num_tokens, top_k, num_groups, 16 if how == _AUTO_RANK_16 else None
     ):
         return 0
-    return asked or default_block_m(num_tokens, top_k, num_groups)
+    return asked or default_block_m(num_tokens, top_k, num_groups, dense=num_experts == 1)
 
 
 def settled(route: MoeRoute) -> MoeRoute:
@@ -302,7 +331,9 @@ def settled(route: MoeRoute) -> MoeRoute:
     if route.block_m >= 0:
         return route
     num_groups = route.num_experts * route.max_loras
-    block_m = settle(route.block_m, route.num_tokens, route.top_k, num_groups)
+    block_m = settle(
+        route.block_m, route.num_tokens, route.top_k, route.num_experts, route.max_loras
+    )
     if block_m == 0:
         return route._replace(pairs=None, blocks=None, num_blocks=None, block_m=0)
     num_pairs = route.num_tokens * route.top_k
@@ -358,8 +389,7 @@ def moe_workspace(
     """
     num_pairs = max_tokens * top_k
     num_groups = max_loras * num_experts
-    scratch = _scratch_size(num_pairs, num_groups)
-    tables = sum(_splits(_max_blocks(num_pairs, num_groups, 16), num_pairs, scratch))
+    tables = sum(_open_splits(max_tokens, top_k, num_experts, max_loras))
     rank = (
         runtime.cdiv(max_rank, 128) * 128
         if max_rank > 128
@@ -374,11 +404,11 @@ def moe_workspace(
     )
 
 
-def default_block_m(num_tokens: int, top_k: int, num_groups: int) -> int:
+def default_block_m(num_tokens: int, top_k: int, num_groups: int, dense: bool = False) -> int:
     """Rows of a block: near the mean number of pairs of a group that is hit, if pairs were spread evenly."""
     num_pairs = runtime.next_power_of_2(num_tokens) * top_k
     mean = num_pairs / expected_groups(num_pairs, num_groups)
-    return 16 if mean < 12 else 32 if mean < 24 else 64
+    return 16 if mean < (20 if dense else 12) else 32 if mean < (40 if dense else 24) else 64
 
 
 def expected_groups(num_pairs: int, num_groups: int) -> float:
@@ -569,7 +599,7 @@ def _bind_tables(
 
 def _route(
     buffer: torch.Tensor,
-    topk_ids: torch.Tensor,
+    topk_ids: torch.Tensor | None,
     token_lora_mapping: torch.Tensor,
     adapter_enabled: torch.Tensor | None,
     expert_map: torch.Tensor | None,
@@ -579,11 +609,12 @@ def _route(
 ) -> None:
     source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map)
     global_experts = 0 if expert_map is None else expert_map.numel()
-    sizes = (*topk_ids.shape, num_experts, max_loras)
-    block_m = settle(open_m, *topk_ids.shape, max_loras * num_experts)
-    if block_m > 0 and topk_ids.numel() > 0:
+    num_tokens, top_k = _tokens(topk_ids, token_lora_mapping)
+    sizes = (num_tokens, top_k, num_experts, max_loras)
+    block_m = settle(open_m, *sizes)
+    if block_m > 0 and num_tokens > 0:
         _, num_blocks, blocks, pairs, scratch = _views(buffer, _open_splits(*sizes))
-        fill = _bind(*sizes, global_experts, block_m, topk_ids.device)
+        fill = _bind(*sizes, global_experts, block_m, token_lora_mapping.device)
         fill(pairs, blocks, num_blocks, scratch, *source)
 
 
@@ -613,7 +644,7 @@ def _from_tables(
 
 _route_op = runtime.op(
     __name__,
-    "moe_route(Tensor(a!) buffer, Tensor topk_ids, Tensor token_lora_mapping, Tensor? adapter_enabled, "
+    "moe_route(Tensor(a!) buffer, Tensor? topk_ids, Tensor token_lora_mapping, Tensor? adapter_enabled, "
     "Tensor? expert_map, int num_experts, int max_loras, int open_m) -> ()",
     _route,
 )

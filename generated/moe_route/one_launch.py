@@ -58,8 +58,12 @@ def moe_route_one_launch_kernel(
     pair = i
     live = pair < num_pairs
     adapter = tl.load(token_lora_mapping_ptr + pair // TOP_K, mask=live, other=-1)
-    expert = tl.load(topk_ids_ptr + pair, mask=live, other=-1).to(tl.int32)
-    live = (adapter >= 0) & (adapter < MAX_LORAS) & (expert >= 0)
+    live = (adapter >= 0) & (adapter < MAX_LORAS)
+    if topk_ids_ptr is None:
+        expert = tl.where(live, 0, -1)  # one expert: the layer is dense
+    else:
+        expert = tl.load(topk_ids_ptr + pair, mask=live, other=-1).to(tl.int32)
+    live &= expert >= 0
     if adapter_enabled_ptr is not None:
         live &= tl.load(adapter_enabled_ptr + adapter, mask=live, other=0) != 0
     if expert_map_ptr is not None:
@@ -122,7 +126,7 @@ def bind(
         blocks: torch.Tensor,
         num_blocks: torch.Tensor,
         scratch: torch.Tensor,
-        topk_ids: torch.Tensor,
+        topk_ids: torch.Tensor | None,
         token_lora_mapping: torch.Tensor,
         adapter_enabled: torch.Tensor | None,
         expert_map: torch.Tensor | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Sequence
@@ -105,6 +106,18 @@ class Words(ParamType):
     default="bf16",
     help="Of activations and weights.",
 )
+@click.option(
+    "--quant",
+    type=Words(workloads.QUANTS),
+    default=("none",),
+    help="FP8 weights with a scale a tensor, channel or group; none: of --dtype.",
+)
+@click.option(
+    "--act",
+    type=Words(workloads.ACTS),
+    default=("none",),
+    help="FP8 activations with a scale a tensor, token or group; none: of --dtype.",
+)
 @click.option("--quick", is_flag=True, help="Two models, two ranks, four batch sizes.")
 @click.option(
     "--against",
@@ -183,6 +196,8 @@ def select(
     routing: tuple[workloads.Routing, ...],
     add: bool | None,
     dtype: Any,
+    quant: tuple[workloads.Quant, ...],
+    act: tuple[workloads.Act, ...],
     quick: bool,
     **_: Any,
 ) -> list[Cell]:
@@ -208,6 +223,7 @@ def select(
         routings=routing,
         adds=(True, False) if add is None else (add,),
         dtype=dtype,
+        quants=tuple(itertools.product(quant, act)),
     )
     return list(selection.cells())
 
@@ -251,6 +267,10 @@ def _bench(cells: Sequence[Cell], names: Sequence[str], options: dict[str, Any])
     if not gpu and not check_only:
         return _stop("there is no GPU here; --check-only with TRITON_INTERPRET=1 runs on the CPU")
     device = torch.device("cuda" if gpu else "cpu")
+    if not gpu:
+        from kernelgen import interpreter
+
+        interpreter.install()  # bfloat16 and FP8 as on a GPU
     load = functools.partial(registry.load, package=options["package"])
     try:
         implementations = [load(name) for name in names]

@@ -78,6 +78,9 @@ class Document:
         os.replace(staged, path)
 
 
+# Columns that came later, with what rows from before stand for.
+_LATER = {"quant": "none", "act": "none"}
+
 _KEY = (
     *("model", "hidden", "intermediate", "experts", "top_k"),
     *(field.name for field in dataclasses.fields(Cell) if field.name != "model"),
@@ -96,7 +99,8 @@ def load(path: Path) -> Document:
         version = data["schema_version"]
         if version != SCHEMA_VERSION:
             raise DocumentError(f"{path}: schema_version {version}, wanted {SCHEMA_VERSION}")
-        return Document(data["machine"], data["versions"], data["ceilings"], data["rows"])
+        rows = [{**_LATER, **row} for row in data["rows"]]
+        return Document(data["machine"], data["versions"], data["ceilings"], rows)
     except OSError as error:
         raise DocumentError(f"{path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -6,10 +6,21 @@ import dataclasses
 from typing import Any, Callable, Protocol
 
 from kernelgen.bench.inputs import Case
+from kernelgen.bench.workloads import Cell
 
 
 class Unsupported(Exception):
     """An implementation does not do this cell's work; the message says why. No row comes of it."""
+
+
+def refuse_fp8(cell: Cell) -> None:
+    """What peers do about FP8 operands: none of them applies the scales of LoRA weights right.
+
+    Raises:
+        Unsupported: the cell has such operands.
+    """
+    if cell.is_fp8:
+        raise Unsupported("16-bit operands only")
 
 
 class Unavailable(Exception):

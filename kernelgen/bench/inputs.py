@@ -13,13 +13,17 @@ from kernelgen.bench.workloads import (
     PROJECTIONS,
     Cell,
     Projection,
+    Quant,
     Site,
     Work,
     expected_groups,
+    scale_shape,
     work,
 )
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
+FP8 = torch.float8_e4m3fn
+_FP8_SIZE = 48.0  # of a code: far from both ends of e4m3
 TOUCHED_BYTES = (
     200e6  # by one replay, three times the L2 of an H200: every weight comes from memory
 )
@@ -31,10 +35,12 @@ _HOT_SHARE, _HOT_PAIRS = 0.25, 0.9  # skewed routing
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """One copy of the adapters of a projection: S tensors [L, E, rank, K] and S of [L, E, N, rank]."""
+    """One copy of the adapters of a projection: S tensors [L, E, rank, K] and S of [L, E, N, rank]; of FP8, with scales."""
 
     lora_a: tuple[torch.Tensor, ...]
     lora_b: tuple[torch.Tensor, ...]
+    a_scale: tuple[torch.Tensor, ...] = ()
+    b_scale: tuple[torch.Tensor, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +51,7 @@ class Operands:
     x: torch.Tensor
     out: torch.Tensor
     weights: Weights
+    x_scale: torch.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +85,7 @@ class WeightPool:
         self._bytes = pool_bytes
         self._on_release = on_release
         self._owner: tuple[object, ...] | None = None
-        self._copies: dict[Site, tuple[Weights, ...]] = {}
+        self._copies: dict[tuple[Site, Quant], tuple[Weights, ...]] = {}
 
     def copies(self, cell: Cell, site: Site) -> tuple[Weights, ...]:
         """As many copies as make up the pool's size, at least one."""
@@ -86,13 +93,14 @@ class WeightPool:
         if owner != self._owner:
             self.release()
             self._owner = owner
-        if site not in self._copies:
+        key = site, cell.quant
+        if key not in self._copies:
             p = cell.model.projection(site)
-            one = 2.0 * p.slices * cell.slots * cell.model.experts * cell.rank * (p.k + p.n)
+            one = (2.0 if cell.quant == "none" else 1.0) * p.slices * cell.slots * cell.model.experts * cell.rank * (p.k + p.n)
             count = max(1, math.ceil(self._bytes / one))
             torch.manual_seed(cell.rank * cell.model.experts + p.k)
-            self._copies[site] = tuple(self._draw(cell, p) for _ in range(count))
-        return self._copies[site]
+            self._copies[key] = tuple(self._draw(cell, p) for _ in range(count))
+        return self._copies[key]
 
     def release(self) -> None:
         """Free all weights, and whatever implementations derived from them."""
@@ -103,11 +111,22 @@ class WeightPool:
             torch.cuda.empty_cache()
 
     def _draw(self, cell: Cell, p: Projection) -> Weights:
-        def draw(rows: int, columns: int) -> tuple[torch.Tensor, ...]:
-            shape = (cell.slots, cell.model.experts, rows, columns)
-            return tuple(_normal(shape, columns**-0.5, cell, self._device) for _ in range(p.slices))
+        batch = cell.slots, cell.model.experts
 
-        return Weights(draw(cell.rank, p.k), draw(p.n, cell.rank))
+        def draw(rows: int, columns: int) -> tuple[torch.Tensor, ...]:
+            size = columns**-0.5 if cell.quant == "none" else _FP8_SIZE
+            shape = (*batch, rows, columns)
+            drawn = (_normal(shape, size, cell, self._device) for _ in range(p.slices))
+            return tuple(w if cell.quant == "none" else _to_fp8(w) for w in drawn)
+
+        def scales(rows: int, columns: int) -> tuple[torch.Tensor, ...]:
+            if cell.quant == "none":
+                return ()
+            shape = (*batch, *scale_shape(cell.quant, rows, columns))
+            return tuple(_scales(shape, columns**-0.5, self._device) for _ in range(p.slices))
+
+        sizes = (cell.rank, p.k), (p.n, cell.rank)
+        return Weights(*(draw(*size) for size in sizes), *(scales(*size) for size in sizes))
 
 
 def make_case(cell: Cell, pool: WeightPool, device: torch.device, sets: int | None = None) -> Case:
@@ -128,8 +147,9 @@ def make_case(cell: Cell, pool: WeightPool, device: torch.device, sets: int | No
             mapping[i],
             topk_weights[i],
             tuple(
-                Operands(p, *ring[i % len(ring)], weights[i % len(weights)])
+                Operands(p, x, out, weights[i % len(weights)], x_scale)
                 for p, ring, weights in zip(cell.projections, activations, copies, strict=True)
+                for x, x_scale, out in ring[i % len(ring) : i % len(ring) + 1]
             ),
         )
         for i in range(sets)
@@ -145,18 +165,35 @@ def _normal(shape: tuple[int, ...], scale: float, cell: Cell, device: torch.devi
     return torch.empty(shape, dtype=DTYPES[cell.dtype], device=device).normal_(0.0, scale)
 
 
+def _to_fp8(numbers: torch.Tensor) -> torch.Tensor:
+    largest = torch.finfo(FP8).max
+    return numbers.clamp_(-largest, largest).to(FP8)
+
+
+def _scales(shape: tuple[int, ...], size: float, device: torch.device) -> torch.Tensor:
+    """Scales that make codes stand for numbers of about ``size``, and that differ: one from a wrong place shows."""
+    spread = torch.empty(shape, dtype=torch.float32, device=device).uniform_(0.25, 1.75)
+    return spread.mul_(size / _FP8_SIZE)
+
+
 def _activations(
     cell: Cell, p: Projection, sets: int, device: torch.device
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+) -> list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
+    """(x, its scales where it is FP8, out), of which batches take turns."""
     pairs = cell.tokens * cell.model.top_k
     rows = pairs if p.weighted else cell.tokens
-    one = 2.0 * (rows * p.k + pairs * p.slices * p.n)
+    one = (2.0 if cell.act == "none" else 1.0) * rows * p.k + 2.0 * pairs * p.slices * p.n
     count = min(sets, _MAX_ACTIVATIONS, max(2, math.ceil(TOUCHED_BYTES / one)))
     shape = (cell.tokens, cell.model.top_k, p.slices * p.n)
-    return [
-        (_normal((rows, p.k), 1.0, cell, device), _normal(shape, 0.5, cell, device))
-        for _ in range(count)
-    ]
+
+    def draw() -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        out = _normal(shape, 0.5, cell, device)
+        if cell.act == "none":
+            return _normal((rows, p.k), 1.0, cell, device), None, out
+        x = _to_fp8(_normal((rows, p.k), _FP8_SIZE, cell, device))
+        return x, _scales(scale_shape(cell.act, rows, p.k, 1) or (1,), 1.0, device), out
+
+    return [draw() for _ in range(count)]
 
 
 def _assignments(cell: Cell, sets: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,6 +17,7 @@ from kernelgen.bench.workloads import Cell
 from kernelgen.names import variant_name
 
 NAIVE_SCHEDULES = ("small_batch",)
+_SCHEDULES = (*NAIVE_SCHEDULES, "one_shot", "two_kernel")
 _TILES = (
     "BLOCK_",
     "SPLIT_",
@@ -55,6 +56,11 @@ class Ours:
         cell = case.cell
         if self.forced is not None and not cell.projections:
             raise Unsupported("a schedule is forced on projections only")
+        if not all(
+            any(self.serves(cell, p.weighted, schedule) for schedule in _SCHEDULES)
+            for p in cell.projections
+        ):
+            raise Unsupported("the spec leaves this case out")
         calls: list[Callable[[], None]]
         workspace = self._workspace(case)
         if cell.site in ("route", "layer"):
@@ -100,16 +106,22 @@ class Ours:
         batch = case.batches[0]
         operands = batch.operands[0]
         weighted = operands.projection.weighted
+        weights = operands.weights
+        scales = (weights.a_scale or None, weights.b_scale or None, operands.x_scale)
         module = self.variant(case.cell, weighted, forced.schedule)
         problem = sizes.check(
             forced.schedule,
             *_tensors(operands),
             routes[0],
-            dtype=operands.x.dtype,
+            dtype=operands.out.dtype,
             naive=forced.schedule in NAIVE_SCHEDULES,
             max_rank=None,
             topk_weights=batch.topk_weights,
             weighted=weighted,
+            adds=case.cell.add,
+            scales=sizes.find_scales(
+                forced.schedule, operands.x, weights.lora_a, weights.lora_b, *scales
+            ),
         )
         if forced.config is None:
             config = sizes.choose(forced.schedule, problem, routes[0])
@@ -122,6 +134,7 @@ class Ours:
                 *_tensors(batch.operands[0]),
                 route,
                 batch.topk_weights if weighted else None,
+                *_scales(batch.operands[0]).values(),
             )
             for batch, route in zip(case.batches, routes, strict=True)
         ]
@@ -169,23 +182,39 @@ class Ours:
             topk_weights=batch.topk_weights if weighted else None,
             add_inputs=cell.add,
             mul_routed_weight=weighted,
+            **_scales(operands),
         )
 
     def variant(self, cell: Cell, weighted: bool, schedule: str) -> Any:
         """The module of the variant of ``schedule`` that serves ``cell``."""
-        bucket = next((r for r in (16, 32, 64, 128) if cell.rank <= r), None)
+        names = self._names(cell, weighted, schedule)
+        known = self._kg.variants()
+        name = next((name for name in names if name in known), None)
+        if name is None:
+            raise Unsupported(f"there is no variant {names[0]}")
+        return importlib.import_module(f"{self.package}.moe_lora.{name.removeprefix('moe_lora_')}")
+
+    def serves(self, cell: Cell, weighted: bool, schedule: str) -> bool:
+        """Whether ``schedule`` has a variant for ``cell``."""
+        return not set(self._kg.variants()).isdisjoint(self._names(cell, weighted, schedule))
+
+    def _names(self, cell: Cell, weighted: bool, schedule: str) -> list[str]:
+        """What the variants are called that could serve ``cell``, by rising rank."""
+        buckets = [f"r{r}" for r in (16, 32, 64, 128) if cell.rank <= r]
+        return [self._name(cell, weighted, schedule, rank) for rank in (*buckets, "rany")]
+
+    def _name(self, cell: Cell, weighted: bool, schedule: str, rank: str) -> str:
         tags = (
             schedule,
             cell.dtype,
             "naive" if schedule in NAIVE_SCHEDULES else "sorted",
             "add" if cell.add else "set",
             "weighted" if weighted else "plain",
-            "rany" if bucket is None else f"r{bucket}",
+            rank,
+            cell.quant if cell.quant == "none" else f"w8{cell.quant}",
+            cell.act if cell.act == "none" else f"a8{cell.act}",
         )
-        name = variant_name("moe_lora", tags)
-        if name not in self._kg.variants():
-            raise Unsupported(f"there is no variant {name}")
-        return importlib.import_module(f"{self.package}.moe_lora.{name.removeprefix('moe_lora_')}")
+        return variant_name("moe_lora", tags)
 
     def _observe(self, call: Callable[[], None]) -> tuple[str, dict[str, Any]]:
         """(variants, tiles by kernel) of what ``call`` launches, without running it."""
@@ -210,6 +239,13 @@ class Ours:
     def _check_route(self, cell: Cell, batch: Batch, workspace: Any) -> None:
         route = self._route(cell, batch, workspace)
         verify_blocks(batch, route.pairs, route.blocks, route.num_blocks)
+
+
+def _scales(operands: Operands) -> dict[str, Any]:
+    """The scales that ``operands`` have, in the order of the arguments."""
+    weights = operands.weights
+    found = {"a_scale": weights.a_scale, "b_scale": weights.b_scale, "x_scale": operands.x_scale}
+    return {name: scales for name, scales in found.items() if scales is not None and scales != ()}
 
 
 def _tensors(operands: Operands) -> tuple[Any, ...]:

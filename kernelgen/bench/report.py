@@ -9,8 +9,16 @@ from typing import Any, Sequence
 
 import click
 
-from kernelgen.bench.document import Document, DocumentError, load
-from kernelgen.bench.summary import OURS, Row, counts, geomean, speedups
+from kernelgen.bench.document import Document, DocumentError, load, row_key
+from kernelgen.bench.summary import (
+    OURS,
+    Row,
+    counts,
+    geomean,
+    over_16_bit,
+    quantised,
+    speedups,
+)
 
 _COLOURS = 2.0  # the colour scale ends at 4 x faster and 4 x slower
 
@@ -59,11 +67,26 @@ def markdown_tables(document: Document) -> str:
                     f"- {peer}, {_mode(add)}: **{geomean(times):.2f} ×** geomean, "
                     f"{min(times):.2f} to {max(times):.2f} over {len(times)} cells"
                 )
+    lines += _fp8_lines(document)
     for add in (True, False):
         rows = [r for r in document.rows if r["add"] == add and r["impl"] == OURS and counts(r)]
         if rows:
             lines += ["", *_table(document, rows, add)]
     return "\n".join(lines) + "\n"
+
+
+def _fp8_lines(document: Document) -> list[str]:
+    """How FP8 compares with 16-bit operands, a line for each kind of scales."""
+    faster = over_16_bit(document.rows)
+    kinds: dict[str, list[float]] = {}
+    for row in document.rows:
+        if row_key(row) in faster:
+            kinds.setdefault(" ".join(quantised(row)), []).append(faster[row_key(row)])
+    return [
+        f"- {kind} against 16-bit operands: **{geomean(times):.2f} ×** geomean, "
+        f"{min(times):.2f} to {max(times):.2f} over {len(times)} cells"
+        for kind, times in kinds.items()
+    ]
 
 
 def draw(document: Document, folder: Path, stem: str) -> list[Path]:
@@ -126,12 +149,13 @@ def _line(row: Row) -> tuple[Any, ...]:
         row["slots"],
         row["base"],
         row["routing"],
+        *quantised(row),
     )
 
 
 def _label(line: tuple[Any, ...]) -> str:
-    model, site, rank, active, slots, base, routing = line
-    label = f"{model} {site} r{rank}"
+    model, site, rank, active, slots, base, routing, *fp8 = line
+    label = " ".join([f"{model} {site} r{rank}", *fp8])
     if (active, slots) != (4, 4):
         label += f", {active} of {slots} adapters"
     if base:
@@ -149,6 +173,8 @@ def _table(document: Document, rows: Sequence[Row], add: bool) -> list[str]:
     }
     shown = [peer for peer, times in against.items() if times]
     legend = "µs (fraction of the floor)" + "".join(f", × {peer}" for peer in shown)
+    faster = over_16_bit(rows)
+    legend += ", × our 16-bit operands" if faster else ""
     found = {(*_line(row), row["tokens"]): row for row in rows}
     lines = [
         f"{_mode(add)}: {legend}",
@@ -169,6 +195,8 @@ def _table(document: Document, rows: Sequence[Row], add: bool) -> list[str]:
                 cell += (
                     "" if times is None else f" ×{times:.2g}" if times < 10 else f" ×{times:.0f}"
                 )
+            if row_key(row) in faster:
+                cell += f" ×{faster[row_key(row)]:.2f}"
             cells.append(cell)
         lines.append(f"| {_label(line)} | " + " | ".join(cells) + " |")
     return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Sequence
 
-from kernelgen.bench.document import row_key
+from kernelgen.bench.document import Key, row_key
 
 OURS = "kernelgen"
 Row = dict[str, Any]
@@ -34,6 +34,23 @@ def speedups(rows: Sequence[Row], peer: str) -> list[tuple[Row, float]]:
         if row["impl"] == OURS and other is not None:
             pairs.append((row, float(other["us"] / row["us"])))
     return pairs
+
+
+def quantised(row: Row) -> list[str]:
+    """What is FP8 in ``row``: w8 and a8 with the kind of their scales."""
+    named = (("w8", row["quant"]), ("a8", row["act"]))
+    return [f"{what}{scales}" for what, scales in named if scales != "none"]
+
+
+def over_16_bit(rows: Sequence[Row]) -> dict[Key, float]:
+    """How many times as fast each FP8 row of ours is as the same cell of 16-bit operands, by the key of the row."""
+    ours = {row_key(row): row for row in rows if row["impl"] == OURS and counts(row)}
+    faster = {}
+    for key, row in ours.items():
+        plain = ours.get(row_key({**row, "quant": "none", "act": "none"}))
+        if plain is not None and plain is not row:
+            faster[key] = float(plain["us"] / row["us"])
+    return faster
 
 
 def geomean(values: Sequence[float]) -> float:

@@ -7,7 +7,7 @@ from typing import Any, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from kernelgen.bench.summary import geomean, speedup, speedups
+from kernelgen.bench.summary import geomean, quantised, speedup, speedups
 
 
 def results(rows: Sequence[dict[str, Any]], peers: Sequence[str]) -> Table:
@@ -47,6 +47,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     batch = [f"{row['active']}/{row['slots']}", "add" if row["add"] else "set"]
     if row["base"]:
         batch.append(f"{row['base']:.0%} base")
+    batch += quantised(row)
     if row["routing"] != "uniform":
         batch.append(row["routing"])
     head = [

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from kernelgen.bench.inputs import DTYPES, Batch, Case, Operands
+from kernelgen.bench.workloads import GROUP
 
 _SAMPLED_PAIRS = 128
 _CHUNK = 16  # pairs whose weights are gathered in fp64 at a time
@@ -31,14 +32,49 @@ def delta(batch: Batch, operands: Operands, pairs: torch.Tensor, weighted: bool)
     for at in range(0, len(pairs), _CHUNK):
         part = slice(at, at + _CHUNK)
         who = adapter[part], expert[part]
-        x = operands.x[rows[part]].double()[:, :, None]
-        slices = zip(operands.weights.lora_a, operands.weights.lora_b, strict=True)
-        columns = [b[who].double() @ (a[who].double() @ x) for a, b in slices]
+        x = _activations(operands, rows[part])[:, :, None]
+        weights = operands.weights
+        a_s = _matrices(weights.lora_a, weights.a_scale, who)
+        b_s = _matrices(weights.lora_b, weights.b_scale, who)
+        columns = [b @ (a @ x) for a, b in zip(a_s, b_s, strict=True)]
         chunks.append(torch.cat(columns, 1)[:, :, 0])
     result = torch.cat(chunks)
     if weighted and operands.projection.weighted:
         result *= batch.topk_weights.reshape(-1)[pairs].double()[:, None]
     return result
+
+
+def _activations(operands: Operands, rows: torch.Tensor) -> torch.Tensor:
+    """Rows of x [n, K] in fp64."""
+    x = operands.x[rows].double()
+    scale = operands.x_scale
+    if scale is None:
+        return x
+    if scale.dim() == 1:
+        return x * scale.double()
+    return x * _spread(scale[rows].double(), -1, x.shape[-1])
+
+
+def _matrices(
+    weights: tuple[torch.Tensor, ...],
+    scales: tuple[torch.Tensor, ...],
+    who: tuple[torch.Tensor, torch.Tensor],
+) -> list[torch.Tensor]:
+    """The matrices [n, out, in] of ``who``, (adapters, experts), in fp64."""
+    found = [w[who].double() for w in weights]
+    for i, scale in enumerate(scales):
+        own = scale[who].double()
+        own = own.reshape(*own.shape, *[1] * (3 - own.dim()))
+        own = _spread(_spread(own, -2, found[i].shape[-2]), -1, found[i].shape[-1])
+        found[i] = found[i] * own
+    return found
+
+
+def _spread(scales: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    """One scale for each of ``size`` rows or columns: scales that are so many, one for all, or one a group."""
+    if scales.shape[dim] in (1, size):
+        return scales
+    return scales.repeat_interleave(GROUP, dim).narrow(dim, 0, size)
 
 
 def poison(operands: Operands, adds: bool) -> torch.Tensor:

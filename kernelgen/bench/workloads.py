@@ -12,8 +12,13 @@ from typing import Any, Iterator, Literal, Sequence, get_args
 
 Site = Literal["w13", "w2", "route", "layer"]
 Routing = Literal["uniform", "skewed"]
+Quant = Literal["none", "tensor", "channel", "group"]  # FP8 weights, and of what there is a scale
+Act = Literal["none", "tensor", "token", "group"]  # an FP8 x, and of what there is a scale
 SITES: tuple[Site, ...] = get_args(Site)
 ROUTINGS: tuple[Routing, ...] = get_args(Routing)
+QUANTS: tuple[Quant, ...] = get_args(Quant)
+ACTS: tuple[Act, ...] = get_args(Act)
+GROUP = 128  # rows and columns of a group
 # w13 and w2 alone; the route of a batch; route + w13 + w2, what the adapters add to one layer.
 PROJECTIONS: dict[Site, tuple[Site, ...]] = {
     "w13": ("w13",),
@@ -93,6 +98,8 @@ class Cell:
     routing: Routing = "uniform"  # skewed: a quarter of the experts takes 90 % of the pairs
     add: bool = True
     dtype: Literal["bf16", "f16"] = "bf16"
+    quant: Quant = "none"
+    act: Act = "none"
 
     def __post_init__(self) -> None:
         if min(self.rank, self.tokens, self.active) < 1:
@@ -115,9 +122,15 @@ class Cell:
         return {"model": self.model.name, **sizes, **own}
 
     @property
+    def is_fp8(self) -> bool:
+        """Whether weights or x are FP8."""
+        return (self.quant, self.act) != ("none", "none")
+
+    @property
     def seed(self) -> int:
-        """A seed from the cell alone; add and set, and all implementations, see the same inputs."""
-        columns = {name: value for name, value in self.columns().items() if name != "add"}
+        """A seed from the cell alone; add and set, FP8 or not, and all implementations see the same routing."""
+        free = ("add", "quant", "act")
+        columns = {name: value for name, value in self.columns().items() if name not in free}
         return zlib.crc32(json.dumps(columns, sort_keys=True).encode())
 
 
@@ -134,6 +147,7 @@ class Selection:
     routings: Sequence[Routing] = ("uniform",)
     adds: Sequence[bool] = (True, False)
     dtype: Literal["bf16", "f16"] = "bf16"
+    quants: Sequence[tuple[Quant, Act]] = (("none", "none"),)
 
     def cells(self) -> Iterator[Cell]:
         """All cells, those that share weights next to each other.
@@ -141,7 +155,7 @@ class Selection:
         Raises:
             WorkloadError: a combination that cannot be.
         """
-        for model, (active, slots), rank, site, tokens, base, routing, add in itertools.product(
+        for model, (active, slots), rank, site, tokens, base, routing, add, fp8 in itertools.product(
             self.models,
             self.adapters,
             self.ranks,
@@ -150,12 +164,13 @@ class Selection:
             self.bases,
             self.routings,
             self.adds,
+            self.quants,
         ):
             if site == "route":
-                if add != self.adds[0]:
+                if add != self.adds[0] or fp8 != self.quants[0]:
                     continue
-                add = True
-            yield Cell(model, site, rank, tokens, active, slots, base, routing, add, self.dtype)
+                add, fp8 = True, ("none", "none")
+            yield Cell(model, site, rank, tokens, active, slots, base, routing, add, self.dtype, *fp8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,19 +189,40 @@ def work(cell: Cell, groups: float, live_tokens: float, live_pairs: float) -> Wo
     """What ``cell`` must move and compute.
 
     Each A and B of a group, that is of an (adapter, expert) that is hit, is read once, each live row of x once, and each
-    live row of out is written once and with ``add`` read once. A route reads ids and mapping and writes its tables.
+    live row of out is written once and with ``add`` read once; FP8 numbers have their scales beside them. A route reads
+    ids and mapping and writes its tables.
     """
     if not cell.projections:
         pairs = cell.tokens * cell.model.top_k
         return Work(4.0 * (pairs + cell.tokens + live_pairs) + 16.0 * groups, 0.0)
-    size = 2
+    a_size, x_size = (2 if scales == "none" else 1 for scales in (cell.quant, cell.act))
     total_bytes = total_flops = 0.0
     for p in cell.projections:
         rows = live_pairs if p.weighted else live_tokens
         outputs = live_pairs * p.slices * p.n * (2 if cell.add else 1)
-        total_bytes += size * (groups * p.slices * cell.rank * (p.k + p.n) + rows * p.k + outputs)
+        weights: float = a_size * cell.rank * (p.k + p.n)
+        weights += 4 * _count(cell.quant, cell.rank, p.k) + 4 * _count(cell.quant, p.n, cell.rank)
+        x = x_size * rows * p.k + 4 * _count(cell.act, rows, p.k, 1)
+        total_bytes += groups * p.slices * weights + x + 2 * outputs
         total_flops += 2.0 * live_pairs * p.slices * cell.rank * (p.k + p.n)
     return Work(total_bytes, total_flops)
+
+
+def scale_shape(scales: Quant | Act, rows: int, columns: int, group_rows: int = GROUP) -> tuple[int, ...]:
+    """The shape of the scales of a matrix [rows, columns] of FP8; the groups of x are of one row."""
+    shapes = {
+        "tensor": (),
+        "channel": (rows,),
+        "token": (rows, 1),
+        "group": (-(-rows // group_rows), -(-columns // GROUP)),
+    }
+    return shapes[scales]
+
+
+def _count(scales: Quant | Act, rows: float, columns: int, group_rows: int = GROUP) -> float:
+    if scales == "none":
+        return 0.0
+    return float(math.prod(scale_shape(scales, math.ceil(rows), columns, group_rows)))
 
 
 def expected_groups(cell: Cell) -> float:

@@ -14,7 +14,9 @@ from kernelgen.cases.base import Law, Variant
 from kernelgen.cases.moe_lora_inputs import Call, Case, make, tiles
 from kernelgen.cases.moe_route import engine_tables
 from kernelgen.cases.moe_routing import SPREAD, Routed, Routing
+from kernelgen.cases.quant import GROUP, group_of, scales_of
 from kernelgen.model import QUANT_AXES
+from kernelgen.reference.moe_lora import dequantise
 
 _MIXED = Routing("mixed", disabled=(0,))
 _CASE = Case(
@@ -241,6 +243,53 @@ def two_streams(package: ModuleType, variants: Sequence[Variant], device: str) -
             _about(call.verify, assignment)
 
 
+def fp8_like_torch(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """FP8 agrees with what PyTorch makes of the same operands on the GPU, within the bounds of both."""
+    case = dataclasses.replace(_CASE, rank=64, k=256, n=144, routing=SPREAD)
+    for scales, assignment in itertools.product(_scales(variants), ("naive", "sorted")):
+        tags = {**_tags("bf16", "add", "plain"), **scales}
+        call = make(case, tags, device)
+        old = call.out.view.double()
+        _apply(package, call, route_of(package, call.routed, assignment), tags)
+        for pair, adapter, expert in call.routed.live:
+            at = divmod(pair, case.top_k)
+            parts = [
+                _of_torch(call, scales, at[0], s, (adapter, expert)) for s in range(case.slices)
+            ]
+            delta, slack = (torch.cat(of_slices) for of_slices in zip(*parts, strict=True))
+            apart = (call.out.view[at].double() - (old[at] + delta)).abs()
+            close = (apart <= 2 * call.expected.bound[at] + slack).all()
+            assert close, f"{scales}, {assignment}: {apart.max():.3g} apart"
+
+
+def _of_torch(
+    call: Call, scales: Mapping[str, str], row: int, s: int, who: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x . A^T) . B^T of one row and slice, and how much further than an fp32 sum it may be off: the first product is
+    PyTorch's of FP8 where it has one for such scales; else operands are dequantised."""
+    of_weights, of_x = scales_of(scales)
+    codes, a, b = call.x[row : row + 1], call.lora_a[s][who], call.lora_b[s][who]
+    x = codes.double()
+    if of_x is not None:
+        of_row = call.scales["x_scale"] if of_x == "tensor" else call.scales["x_scale"][row]
+        x = dequantise(codes, of_row, group_of(of_x, codes.shape, (1, GROUP[1])))
+    wide_a, wide_b = a.double(), b.double()
+    if of_weights is not None:
+        a_scale, b_scale = (call.scales[name][s][who] for name in ("a_scale", "b_scale"))
+        wide_a = dequantise(a, a_scale, group_of(of_weights, a.shape, GROUP))
+        wide_b = dequantise(b, b_scale, group_of(of_weights, b.shape, GROUP))
+    v, v_slack = (x.float() @ wide_a.float().t()).bfloat16().double(), torch.zeros_like(wide_a[:, 0])
+    if (of_weights, of_x) == ("channel", "token"):
+        many = codes.expand(128, -1).contiguous()  # as few as one row are not served
+        x_scales = call.scales["x_scale"][row].expand(128, 1).contiguous()
+        v = torch._scaled_mm(
+            many, a.contiguous().t(), x_scales, a_scale.reshape(1, -1), out_dtype=torch.bfloat16
+        )[:1].double()
+        # FP8 tensor cores keep 13 bits of a sum, which can make v round the other way.
+        v_slack = 2.0**-12 * (x.abs() @ wide_a.abs().t())[0] + 2.0**-7 * v.abs()[0]
+    return (v @ wide_b.t())[0], wide_b.abs() @ v_slack
+
+
 LAWS = (
     Law(front_door),
     Law(fp8_front_door),
@@ -253,6 +302,7 @@ LAWS = (
     Law(wrong_arguments_are_named),
     Law(graph_replay, needs_gpu=True),
     Law(two_streams, needs_gpu=True),
+    Law(fp8_like_torch, needs_gpu=True),
 )
 
 

@@ -13,7 +13,7 @@ import triton
 
 import generated as kg
 from generated import _runtime as runtime
-from generated._warmup import FusedMoeShape, MoeShape, requests
+from generated._warmup import FusedMoeShape, LoraShape, MoeShape, ShardedMoeShape, requests
 from kernelgen.stand_in import compiling_for
 from kernelgen.targets import TARGETS
 
@@ -222,3 +222,94 @@ def test_no_number_of_tokens_and_no_hint_makes_another_key_of_a_layer(shape: Fus
             log.clear()
     known = {request.key for request in requests([shape], max_tokens=4097)}
     assert found <= known and len(known) <= 64
+
+
+def linear(shape: LoraShape, num_tokens: int) -> None:
+    """One step of an engine through a linear layer."""
+
+    def empty(*size: int, dtype: torch.dtype = shape.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    route = kg.lora_route(empty(num_tokens, dtype=torch.int32), max_loras=shape.max_loras)
+    a = [empty(shape.max_loras, shape.rank, shape.k) for _ in shape.widths]
+    b = [empty(shape.max_loras, width, shape.rank) for width in shape.widths]
+    out, x = empty(num_tokens, sum(shape.widths)), empty(num_tokens, shape.k)
+    if shape.separate:
+        y = empty(len(a), num_tokens, shape.rank, dtype=torch.float32)
+        kg.lora_shrink(y, x, a, route, scaling=0.5)
+        kg.lora_expand(out, y, b, route)
+    else:
+        kg.lora(out, x, a, b, route, scaling=0.5)
+
+
+@pytest.mark.parametrize("separate", [False, True], ids=["one_op", "two_ops"])
+def test_no_number_of_tokens_makes_another_key_of_a_linear_layer(separate: bool) -> None:
+    shape = LoraShape(k=4096, widths=(4096, 1024, 1024), rank=16, max_loras=4, separate=separate)
+    found = set()
+    with runtime.compile_only() as log:
+        for num_tokens in range(MAX_TOKENS + 1):
+            linear(shape, num_tokens)
+            found.update(request.key for request in log)
+            log.clear()
+    known = {request.key for request in requests([shape], max_tokens=MAX_TOKENS)}
+    assert found == known and len(known) < 40
+
+
+def test_warm_up_knows_fp8_of_a_linear_layer() -> None:
+    shape = LoraShape(k=4096, widths=(4096, 1024), rank=16, max_loras=4)
+    quantised = shape._replace(weight_scales="channel", x_scales="token")
+    known = {request.key for request in requests([shape], max_tokens=64)}
+    keys = {request.key for request in requests([quantised], max_tokens=64)}
+    assert len(keys) == len(known)
+    assert all("route" in key[0].kernel.__name__ for key in keys & known)  # the sort is the same
+
+
+def serve_sharded(sharded: ShardedMoeShape, num_tokens: int, assignment: str) -> None:
+    """One step of an engine through a projection whose adapters are sharded."""
+    shape, parts = sharded.shape, sharded.gathered
+
+    def empty(*size: int, dtype: torch.dtype = shape.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    route = kg.moe_route(
+        empty(num_tokens, shape.top_k, dtype=shape.topk_ids_dtype),
+        empty(num_tokens, dtype=torch.int32),
+        num_experts=shape.num_experts,
+        max_loras=shape.max_loras,
+        assignment=assignment,
+    )
+    weighted, num_pairs = shape.mul_routed_weight, num_tokens * shape.top_k
+    y = empty(shape.slices, num_pairs, shape.rank, dtype=torch.float32)
+    experts = (shape.max_loras, shape.num_experts)
+    a = [empty(*experts, shape.rank, shape.k)] * shape.slices
+    kg.moe_lora_shrink(y, empty(num_pairs if weighted else num_tokens, shape.k), a, route)
+    kg.moe_lora_expand(
+        empty(num_tokens, shape.top_k, sharded.out_width or shape.slices * shape.n),
+        y if parts == 1 else empty(parts, *y.shape, dtype=torch.float32),
+        [empty(*experts, shape.n, shape.rank * parts)] * shape.slices,
+        route,
+        offset=sharded.offset,
+        topk_weights=empty(num_tokens, shape.top_k, dtype=torch.float32) if weighted else None,
+        mul_routed_weight=weighted,
+    )
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        ShardedMoeShape(QWEN3_W13._replace(n=384, rank=8, assignments=ALL), gathered=2),
+        ShardedMoeShape(QWEN3_W2._replace(k=384, n=1024, assignments=ALL), offset=1024, out_width=2048),
+    ],
+    ids=["gathered", "reduced"],
+)
+def test_no_number_of_tokens_makes_another_key_of_sharded_adapters(shape: ShardedMoeShape) -> None:
+    edges = {(1 << i) + step for i in range(14) for step in (-1, 0, 1)}
+    found = set()
+    with runtime.compile_only() as log:
+        for num_tokens in sorted({*range(130), *edges, *range(0, MAX_TOKENS, 97)} & set(range(MAX_TOKENS + 1))):
+            for assignment in ALL:
+                serve_sharded(shape, num_tokens, assignment)
+            found.update(request.key for request in log)
+            log.clear()
+    known = {request.key for request in requests([shape], max_tokens=MAX_TOKENS)}
+    assert found == known and len(known) <= 64

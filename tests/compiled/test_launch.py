@@ -110,8 +110,8 @@ def driver(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reco
     recorder.launches.clear()
     monkeypatch.setattr(triton.runtime.driver, "_active", recorder)
     # CPU tensors stand for those of device 0: what torch would be asked about it.
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
+    monkeypatch.setattr(runtime, "_get_device", lambda: 0)
+    monkeypatch.setattr(runtime, "_get_stream", lambda device: STREAM)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
     _forget_bound_calls()
@@ -286,7 +286,7 @@ def test_another_current_device_takes_the_long_way(
     batch = Batch("sorted", 64)
     batch.serve()
     count = len(slow_launches)
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1)
+    monkeypatch.setattr(runtime, "_get_device", lambda: 1)
     batch.serve()
     assert len(slow_launches) == 2 * count
 

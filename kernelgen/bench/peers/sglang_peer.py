@@ -10,7 +10,7 @@ from typing import Any, Callable
 
 import torch
 
-from kernelgen.bench.implementation import Prepared, Unavailable, Unsupported
+from kernelgen.bench.implementation import Prepared, Unavailable, Unsupported, refuse_fp8
 from kernelgen.bench.inputs import Batch, Case, Operands, Weights
 from kernelgen.bench.peers.installed import version
 from kernelgen.bench.workloads import Cell
@@ -48,6 +48,7 @@ class Peer:
 
     def prepare(self, case: Case) -> Prepared:
         cell = case.cell
+        refuse_fp8(cell)
         if cell.projections and cell.add:
             raise Unsupported("it writes deltas only; compare with --set")
         plan = self._plan(cell)

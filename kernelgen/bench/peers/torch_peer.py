@@ -6,7 +6,7 @@ from typing import Callable
 
 import torch
 
-from kernelgen.bench.implementation import Prepared, Unavailable, Unsupported
+from kernelgen.bench.implementation import Prepared, Unavailable, Unsupported, refuse_fp8
 from kernelgen.bench.inputs import Batch, Case
 
 _MAX_GROUPS = 1023
@@ -31,6 +31,7 @@ class Peer:
 
     def prepare(self, case: Case) -> Prepared:
         cell = case.cell
+        refuse_fp8(cell)
         if cell.site not in ("w13", "w2") or not cell.add:
             raise Unsupported("it is composed for w13 and w2 with --add only")
         if cell.slots * cell.model.experts > _MAX_GROUPS:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kernelgen.bench.implementation import Prepared, Unavailable, Unsupported
+from kernelgen.bench.implementation import Prepared, Unavailable, Unsupported, refuse_fp8
 from kernelgen.bench.inputs import Batch, Case
 from kernelgen.bench.peers.installed import version
 from kernelgen.bench.workloads import Cell
@@ -40,6 +40,7 @@ class Peer:
 
     def prepare(self, case: Case) -> Prepared:
         cell = case.cell
+        refuse_fp8(cell)
         if cell.site == "route":
             raise Unsupported("its routing op is CUDA code outside of the kernels that are timed")
         pairs = cell.tokens * cell.model.top_k

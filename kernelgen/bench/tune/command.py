@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import click
 
 from kernelgen.bench import workloads
 from kernelgen.bench.command import Numbers, ParamType, Words, chosen_models
-from kernelgen.bench.workloads import Cell, Selection, Site, WorkloadError
+from kernelgen.bench.workloads import Act, Cell, Quant, Selection, Site, WorkloadError
 
 SCHEMA_VERSION = 1
 _SITES: tuple[Site, ...] = ("w13", "w2")
@@ -83,6 +84,19 @@ class Devices(ParamType):
     show_default=True,
     help="Adapters in the weights, all used.",
 )
+@click.option("--add/--set", "add", default=True, help="Add to out, or overwrite it.")
+@click.option(
+    "--quant",
+    type=Words(workloads.QUANTS),
+    default=("none",),
+    help="FP8 weights with a scale a tensor, channel or group; none: 16 bits.",
+)
+@click.option(
+    "--act",
+    type=Words(workloads.ACTS),
+    default=("none",),
+    help="FP8 activations with a scale a tensor, token or group; none: 16 bits.",
+)
 @click.option(
     "--budget", type=Duration(), help="Stop after that, such as 5m, with the best so far."
 )
@@ -119,6 +133,9 @@ def tune(
     ranks: tuple[int, ...],
     tokens: tuple[int, ...],
     slots: int,
+    add: bool,
+    quant: tuple[Quant, ...],
+    act: tuple[Act, ...],
     specs: Path | None,
     out: Path | None,
     **options: Any,
@@ -138,7 +155,8 @@ def tune(
             ranks=ranks,
             tokens=tokens,
             adapters=((slots, slots),),
-            adds=(True,),
+            adds=(add,),
+            quants=tuple(itertools.product(quant, act)),
         )
         cells = list(selection.cells())
     except WorkloadError as error:

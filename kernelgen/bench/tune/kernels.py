@@ -12,11 +12,11 @@ import triton
 
 from kernelgen.bench import registry
 from kernelgen.bench.implementation import Unavailable
-from kernelgen.bench.inputs import DTYPES
+from kernelgen.bench.inputs import DTYPES, FP8
 from kernelgen.bench.ours import NAIVE_SCHEDULES, Ours
 from kernelgen.bench.tune.jobs import CompileJob, Sizes, Verdict
 from kernelgen.bench.tune.space import Named
-from kernelgen.bench.workloads import Cell
+from kernelgen.bench.workloads import GROUP, Act, Cell, Quant, scale_shape
 from kernelgen.resources import usage
 from kernelgen.stand_in import compiling_for
 from kernelgen.targets import TARGETS
@@ -51,9 +51,15 @@ class Kernels:
                     problem, route, _ = self._call(cell, _assignment(schedule))
                 except ValueError:  # too many groups to sort
                     continue
+                if not self._ours.serves(cell, problem.weighted, schedule):
+                    continue
                 block_m = max(block_m, route.block_m)
                 rules[schedule] = self._problems.choose(schedule, problem, route)._asdict()
-        return Sizes(block_m, shared_memory, rules, rule)
+        if not rules:
+            case = f"{cell.site} of rank {cell.rank}, weights {cell.quant}, activations {cell.act}"
+            raise Unavailable(f"no variant serves {case}: see the excludes of the spec")
+        # The front door takes another schedule where the rule's has no variant.
+        return Sizes(block_m, shared_memory, rules, rule if rule in rules else next(iter(rules)))
 
     def digests(self, cell: Cell, schedule: str, config: Named) -> list[str]:
         """What names the kernels of a candidate, in the order of its launches; equal ones are one kernel."""
@@ -93,10 +99,25 @@ class Kernels:
         def empty(*shape: int, dtype: torch.dtype = DTYPES[cell.dtype]) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
+        def operand(scales: Quant | Act, *shape: int, group_rows: int = GROUP) -> tuple[Any, Any]:
+            """An operand, and its scales where it is FP8."""
+            if scales == "none":
+                return empty(*shape), None
+            *batch, rows, columns = shape
+            of = scale_shape(scales, rows, columns, group_rows)
+            return empty(*shape, dtype=FP8), empty(*batch, *of, dtype=torch.float32)
+
         out = empty(cell.tokens, top_k, p.slices * p.n)
-        x = empty(cell.tokens * top_k if p.weighted else cell.tokens, p.k)
-        lora_a = (empty(slots, experts, cell.rank, p.k),) * p.slices
-        lora_b = (empty(slots, experts, p.n, cell.rank),) * p.slices
+        rows = cell.tokens * top_k if p.weighted else cell.tokens
+        x, x_scale = operand(cell.act, rows, p.k, group_rows=1)
+        if x_scale is not None and not x_scale.dim():
+            x_scale = x_scale[None]
+        a, a_scale = operand(cell.quant, slots, experts, cell.rank, p.k)
+        b, b_scale = operand(cell.quant, slots, experts, p.n, cell.rank)
+        lora_a, lora_b = (a,) * p.slices, (b,) * p.slices
+        scales = [(s,) * p.slices for s in (a_scale, b_scale) if s is not None]
+        if x_scale is not None:
+            scales.append(x_scale)
         topk_weights = empty(cell.tokens, top_k, dtype=torch.float32) if p.weighted else None
         with self._runtime.compile_only():
             route = self._kg.moe_route(
@@ -114,13 +135,23 @@ class Kernels:
             lora_a,
             lora_b,
             route,
-            dtype=x.dtype,
+            dtype=out.dtype,
             naive=route.block_m == 0,
             max_rank=None,
             topk_weights=topk_weights,
             weighted=p.weighted,
+            adds=cell.add,
+            scales=self._problems.find_scales(
+                "tune",
+                x,
+                lora_a,
+                lora_b,
+                None if a_scale is None else (a_scale,) * p.slices,
+                None if b_scale is None else (b_scale,) * p.slices,
+                x_scale,
+            ),
         )
-        return problem, route, (out, x, lora_a, lora_b, route, topk_weights)
+        return problem, route, (out, x, lora_a, lora_b, route, topk_weights, *scales)
 
 
 def _assignment(schedule: str) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Iterator, Mapping
 
 from kernelgen.bench.tune.space import Candidate, Named, Space, products
-from kernelgen.bench.workloads import Cell
+from kernelgen.bench.workloads import GROUP, Cell
 
 FAMILY = "moe_lora"
 NAIVE = "small_batch"  # needs no sorted tables; the other schedules need them
@@ -16,13 +16,19 @@ _SORTED_PAIRS = (
 )
 _MAX_RANK = {"one_shot": 128}
 
-Problem = dict[str, "int | bool"]
+# Sizes, then tags of the axes that are not at their first one.
+Problem = dict[str, "int | bool | str"]
 
 
 def problem(cell: Cell) -> Problem:
-    """The sizes that a tuned choice is looked up by."""
+    """What a tuned choice is looked up by."""
     (projection,) = cell.projections
-    return {
+    tags = {
+        "add_inputs": "" if cell.add else "set",
+        "weight_quant": "" if cell.quant == "none" else f"w8{cell.quant}",
+        "act_quant": "" if cell.act == "none" else f"a8{cell.act}",
+    }
+    sizes = {
         "num_tokens": cell.tokens,
         "top_k": cell.model.top_k,
         "num_experts": cell.model.experts,
@@ -33,6 +39,7 @@ def problem(cell: Cell) -> Problem:
         "rank": cell.rank,
         "weighted": projection.weighted,
     }
+    return {**sizes, **{axis: tag for axis, tag in tags.items() if tag}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +79,18 @@ class Subject:
             return False
         if c["block_k"] > max(2 * p.k, 32) or c["block_n"] > max(2 * p.n, 64):
             return False
+        groups = "group" in (self.cell.quant, self.cell.act)
+        if groups and candidate.schedule != NAIVE and GROUP % c["block_k"]:
+            return False  # a tile has one scale
         rank = self._block_r
         if candidate.schedule == NAIVE:
             return c["split_k"] % c["block_k"] == 0 and c["shrink_block_r"] <= rank
         if c.get("expand_tiles", 1) > -(-p.n // c["block_n"]):
             return False
-        shrink = 2 * (self.block_m + p.slices * rank) * c["block_k"] * (c["shrink_stages"] - 1)
-        expand = 2 * c["block_n"] * rank * (c["expand_stages"] - 1)
+        of_x, of_weights = (2 if scales == "none" else 1 for scales in (self.cell.act, self.cell.quant))
+        column = of_x * self.block_m + of_weights * p.slices * rank
+        shrink = column * c["block_k"] * (c["shrink_stages"] - 1)
+        expand = of_weights * c["block_n"] * rank * (c["expand_stages"] - 1)
         return max(shrink, expand) <= self.shared_memory
 
     def _splits_well(self, schedule: str, c: Named) -> bool:

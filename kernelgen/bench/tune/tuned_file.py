@@ -17,6 +17,7 @@ from kernelgen.bench.tune.state import Key, key
 from kernelgen.parse import MAX_BYTES, MAX_NODES
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# The sizes of a problem; what else it has are tags.
 _ORDER = ("weighted", "num_experts", "top_k", "k", "n", "slices", "max_loras", "rank", "num_tokens")
 
 
@@ -65,15 +66,20 @@ def text(device: str, versions: Mapping[str, str], entries: Sequence[Entry], spa
     """
     lines = [
         "# Written by kernelgen tune. us: microseconds a call, the median of CUDA-graph replays with weights out of the",
-        "# L2 cache, add_inputs=True; runner_up: for routes that the first choice does not serve.",
+        "# L2 cache, add_inputs=True unless tags say set; runner_up: for routes that the first choice does not serve.",
         f"family: {FAMILY}",
         f"device: {json.dumps(device)}",
         f"versions: {_flow({name: json.dumps(version) for name, version in versions.items()})}",
         "entries:" if entries else "entries: []",
     ]
     nodes = 8 + 2 * len(versions)
-    for one in sorted(entries, key=lambda e: tuple(e.problem[name] for name in _ORDER)):
-        lines.append(f"  - problem: {_flow(one.problem)}")
+    for one in sorted(entries, key=_place):
+        tags = _tags(one.problem)
+        sizes = {name: size for name, size in one.problem.items() if name not in tags}
+        lines.append(f"  - problem: {_flow(sizes)}")
+        if tags:
+            lines.append(f"    tags: {_flow(tags)}")
+            nodes += 2
         lines += [f"    {part}" for part in _choice(one.best, space)]
         nodes += 3 + 2 * len(one.problem) + _nodes(one.best)
         if one.runner_up is not None:
@@ -113,11 +119,20 @@ def read(path: Path, space: Space) -> tuple[str | None, dict[Key, Entry]]:
 
 def _entry(data: dict[str, Any]) -> Entry:
     runner_up = data.get("runner_up")
-    return Entry(data["problem"], _read_choice(data), runner_up and _read_choice(runner_up))
+    problem = {**data["problem"], **data.get("tags", {})}
+    return Entry(problem, _read_choice(data), runner_up and _read_choice(runner_up))
 
 
 def _read_choice(data: dict[str, Any]) -> Choice:
     return Choice(Candidate(data["schedule"], tuple(data["config"].values())), float(data["us"]))
+
+
+def _tags(problem: Problem) -> dict[str, Any]:
+    return {name: tag for name, tag in problem.items() if name not in _ORDER}
+
+
+def _place(one: Entry) -> tuple[Any, ...]:
+    return *(one.problem[name] for name in _ORDER), tuple(_tags(one.problem).items())
 
 
 def _is_allowed(choice: Choice, space: Space) -> bool:

@@ -22,6 +22,7 @@ from kernelgen.bench.workloads import Cell
 
 _FINAL_SECONDS = 0.4  # that the last timing of a problem takes, about
 _MOST_RESERVED = 0.3  # of the budget, for last timings
+_ALIKE = ("site", "rank", "tokens", "add", "quant", "act")  # what is best for one is worth a try for another
 _QUEUED = 4  # compile jobs waiting, for each process
 
 
@@ -226,7 +227,7 @@ class Tuner:
         self._ask(task, next(task.search))
 
     def _neighbours(self, task: _Task) -> Iterable[Candidate]:
-        """What is best for half and twice the tokens, and for other shapes of the same site, rank and tokens."""
+        """What is best for half and twice the tokens, and for other shapes with the same of what matters."""
         tokens = int(task.problem["num_tokens"])
         for near in (tokens // 2, tokens * 2):
             other = self._by_key.get(key({**task.problem, "num_tokens": near}))
@@ -234,7 +235,7 @@ class Tuner:
                 yield from other.found.best(2)
         for other in self.tasks:
             mine, theirs = task.cell, other.cell
-            same = (mine.site, mine.rank, mine.tokens) == (theirs.site, theirs.rank, theirs.tokens)
+            same = all(getattr(mine, size) == getattr(theirs, size) for size in _ALIKE)
             if same and other is not task:
                 yield from other.found.best(1)
 

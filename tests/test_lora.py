@@ -1,0 +1,76 @@
+"""The ops of dense LoRA as torch sees them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import generated as kg
+
+TOKENS, LORAS, K, WIDTHS, RANK = 6, 2, 48, (24, 8), 16
+OPS = torch.ops.generated
+
+
+class Layer:
+    """A linear layer of two slices, and tokens of both adapters and of none."""
+
+    def __init__(self, device: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*size: int) -> torch.Tensor:
+            return torch.randn(size, generator=generator).to(device, torch.bfloat16)
+
+        self.x, self.out = normal(TOKENS, K), normal(TOKENS, sum(WIDTHS))
+        self.a = [normal(LORAS, RANK, K) for _ in WIDTHS]
+        self.b = [normal(LORAS, width, RANK) for width in WIDTHS]
+        self.mapping = torch.tensor([0, 1, -1, 1, 0, 0], dtype=torch.int32, device=device)
+        self.workspace = kg.lora_workspace(
+            max_tokens=64, max_loras=LORAS, max_rank=RANK, num_slices=2, device=device
+        )
+
+
+def one_op(layer: Layer, out: torch.Tensor, x: torch.Tensor, mapping: torch.Tensor, workspace: Any) -> None:
+    route = kg.lora_route(mapping, max_loras=LORAS, workspace=workspace)
+    kg.lora(out, x, layer.a, layer.b, route, scaling=0.5)
+
+
+def two_ops(layer: Layer, out: torch.Tensor, x: torch.Tensor, mapping: torch.Tensor, workspace: Any) -> None:
+    route = kg.lora_route(mapping, max_loras=LORAS, workspace=workspace)
+    y = torch.zeros((2, x.shape[0], RANK), device=x.device)
+    kg.lora_shrink(y, x, layer.a, route, scaling=0.5)
+    kg.lora_expand(out, y, layer.b, route)
+
+
+def test_opcheck(device: str) -> None:
+    layer = Layer(device)
+    route = kg.lora_route(layer.mapping, max_loras=LORAS)
+    y = torch.zeros((2, TOKENS, RANK), device=device)
+    tables, sizes = (route.pairs, route.blocks, route.num_blocks), (TOKENS, LORAS, route.block_m, route.max_blocks)
+    torch.library.opcheck(OPS.lora_shrink.default, (y, layer.x, layer.a, *tables, None, *sizes, 0.5, None, []))
+    torch.library.opcheck(OPS.lora_expand.default, (layer.out, y, layer.b, *tables, *sizes, 0, True, []))
+    whole = (layer.out, layer.x, layer.a, layer.b, *tables, None, *sizes, 0.5, 0, True, None, [], [])
+    torch.library.opcheck(OPS.lora.default, whole)
+
+
+@pytest.mark.parametrize("with_workspace", [False, True], ids=["allocates", "workspace"])
+@pytest.mark.parametrize("apply", [one_op, two_ops])
+def test_a_compiled_graph_serves_any_number_of_tokens(device: str, apply: Any, with_workspace: bool) -> None:
+    """An engine compiles once: no branch of the front doors may look at the number of tokens."""
+    layer = Layer(device)
+    graphs = CompileCounterWithBackend("aot_eager")
+    workspace = layer.workspace if with_workspace else None
+
+    def step(out: torch.Tensor, x: torch.Tensor, mapping: torch.Tensor) -> None:
+        apply(layer, out, x, mapping, workspace)
+
+    compiled = torch.compile(step, fullgraph=True, backend=graphs, dynamic=True)
+    for tokens in (2, 3, 5, 6):
+        expected, found = layer.out[:tokens].clone(), layer.out[:tokens].clone()
+        step(expected, layer.x[:tokens], layer.mapping[:tokens])
+        compiled(found, layer.x[:tokens], layer.mapping[:tokens])
+        assert not torch.equal(expected, layer.out[:tokens])
+        assert torch.equal(found, expected)
+    assert graphs.frame_count <= 2  # the first sizes may be taken as fixed
