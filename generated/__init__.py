@@ -14,7 +14,7 @@ from ._fused_moe import FusedMoeWorkspace, fused_moe, fused_moe_workspace
 from ._lora import lora, lora_route, lora_workspace
 from ._overlap import overlap
 from ._quantize import quantize_activations, quantize_weights
-from ._warmup import FusedMoeShape, LoraShape, MoeShape, warmup
+from ._warmup import FusedMoeShape, LoraShape, MoeShape, ShardedMoeShape, warmup
 from .lora_expand import lora_expand
 from .lora_shrink import lora_shrink
 from .moe_act import moe_act
@@ -36,6 +36,7 @@ __all__ = [
     "MoeShape",
     "MoeTables",
     "MoeWorkspace",
+    "ShardedMoeShape",
     "fused_moe",
     "fused_moe_workspace",
     "lora",

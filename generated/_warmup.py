@@ -11,19 +11,23 @@ powers of two T has the same tiles, and the pairs pass at most one power of two;
 
 from __future__ import annotations
 
-from typing import Iterator, NamedTuple, Sequence
+from typing import Iterator, NamedTuple, Sequence, Union
 
 import torch
 
 from . import _runtime as runtime
+from . import _scales
 from ._fused_moe import fused_moe
 from ._lora import lora, lora_route
 from .lora_expand import lora_expand
 from .lora_shrink import lora_shrink
 from .lora_shrink._problem import scale_shape as dense_scales
 from .lora_shrink._problem import x_scale_shape as dense_x_scales
+from .moe_gemm._problem import QUANT
 from .moe_lora import moe_lora
 from .moe_lora._problem import scale_shape, x_scale_shape
+from .moe_lora_expand import moe_lora_expand
+from .moe_lora_shrink import moe_lora_shrink
 from .moe_route import MoeRoute, moe_route
 
 
@@ -50,6 +54,17 @@ class MoeShape(NamedTuple):
     fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of both
 
 
+class ShardedMoeShape(NamedTuple):
+    """A projection whose adapters are sharded, as ``moe_lora_shrink`` and ``moe_lora_expand`` will be called on it."""
+
+    shape: MoeShape  # of what this GPU has; rank: that of its lora_a
+    gathered: int = (
+        1  # parts of the rank, side by side in front of the expand; 1: what is summed has all of it
+    )
+    offset: int = 0
+    out_width: int | None = None  # columns of out; None: offset and those of the slices
+
+
 class FusedMoeShape(NamedTuple):
     """A base MoE layer, as ``fused_moe`` will be called on it; all tensors are contiguous."""
 
@@ -64,6 +79,9 @@ class FusedMoeShape(NamedTuple):
     local_expert_start: int = 0
     topk_ids_dtype: torch.dtype = torch.int32
     topk_weights_dtype: torch.dtype = torch.float32
+    weight_scales: str | None = None  # of FP8 weights: "tensor", "channel" or "group"
+    x_scales: str | None = None  # of an FP8 ``hidden``: "tensor", "token" or "group"
+    fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of both
 
 
 class LoraShape(NamedTuple):
@@ -80,16 +98,17 @@ class LoraShape(NamedTuple):
     separate: bool = (
         False  # lora_shrink and lora_expand are called instead, with what is done between them
     )
+    gathered: int = 1  # parts of the rank that are joined between them
     weight_scales: str | None = None  # of FP8 adapters: "tensor", "channel" or "group"
     x_scales: str | None = None  # of an FP8 x: "tensor", "token" or "group"
     fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of both
 
 
+Shape = Union[MoeShape, ShardedMoeShape, FusedMoeShape, LoraShape]
+
+
 def requests(
-    shapes: Sequence[MoeShape | FusedMoeShape | LoraShape],
-    *,
-    max_tokens: int = 8192,
-    device: torch.device | None = None,
+    shapes: Sequence[Shape], *, max_tokens: int = 8192, device: torch.device | None = None
 ) -> list[runtime.CompileRequest]:
     """The compile keys that batches of 0 to ``max_tokens`` tokens need, each once; nothing is compiled or run."""
     found: dict[object, runtime.CompileRequest] = {}
@@ -101,9 +120,14 @@ def requests(
                 elif isinstance(shape, LoraShape):
                     _dense(shape, num_tokens)
                 else:
-                    for assignment in shape.assignments:
-                        _call(shape, num_tokens, assignment, None)
-                        _call(shape, num_tokens, assignment, shape.rank)
+                    of_layer = shape.shape if isinstance(shape, ShardedMoeShape) else shape
+                    for assignment in of_layer.assignments:
+                        for rank in (None, of_layer.rank):
+                            route = _route(of_layer, num_tokens, assignment, rank)
+                            if isinstance(shape, ShardedMoeShape):
+                                _apart(shape, route)
+                            else:
+                                _call(shape, route)
             found.update({request.key: request for request in log})
     return list(found.values())
 
@@ -117,10 +141,7 @@ def _ends(max_tokens: int) -> Iterator[int]:
 
 
 def warmup(
-    shapes: Sequence[MoeShape | FusedMoeShape | LoraShape],
-    *,
-    max_tokens: int = 8192,
-    device: torch.device | str = "cuda",
+    shapes: Sequence[Shape], *, max_tokens: int = 8192, device: torch.device | str = "cuda"
 ) -> int:
     """Compile exactly what these shapes need for up to ``max_tokens`` tokens; return how many kernels that is.
 
@@ -144,11 +165,31 @@ def _fused(shape: FusedMoeShape, num_tokens: int) -> None:
         return torch.empty(size, dtype=dtype, device="meta")
 
     width, inter, experts = shape.hidden, shape.intermediate, shape.num_experts
+    w13, w2 = (experts, (2 if shape.activation == "swiglu" else 1) * inter, width), (
+        experts,
+        width,
+        inter,
+    )
+    of_weights = of_x = shape.dtype
+    scales = {}
+    if shape.weight_scales is not None:
+        of_weights = shape.fp8_dtype
+        for name, size in (("w13_scale", w13), ("w2_scale", w2)):
+            scales[name] = empty(
+                *_scales.scale_shape(shape.weight_scales, size, QUANT), dtype=torch.float32
+            )
+    if shape.x_scales is not None:
+        of_x = shape.fp8_dtype
+        scales["x_scale"] = empty(
+            *_scales.x_scale_shape(shape.x_scales, (num_tokens, width), QUANT), dtype=torch.float32
+        )
+    if shape.x_scales == "tensor":
+        scales["h_scale"] = empty(1, dtype=torch.float32)
     for hint in _ends(num_tokens):
         fused_moe(
-            empty(num_tokens, width),
-            empty(experts, (2 if shape.activation == "swiglu" else 1) * inter, width),
-            empty(experts, width, inter),
+            empty(num_tokens, width, dtype=of_x),
+            empty(*w13, dtype=of_weights),
+            empty(*w2, dtype=of_weights),
             empty(num_tokens, shape.top_k, dtype=shape.topk_ids_dtype),
             empty(num_tokens, shape.top_k, dtype=shape.topk_weights_dtype),
             activation=shape.activation,
@@ -158,6 +199,7 @@ def _fused(shape: FusedMoeShape, num_tokens: int) -> None:
             out=(
                 None if shape.out_dtype is None else empty(num_tokens, width, dtype=shape.out_dtype)
             ),
+            **scales,
         )
 
 
@@ -171,7 +213,8 @@ def _dense(shape: LoraShape, num_tokens: int) -> None:
     out = empty(num_tokens, shape.out_width or end)
     x = empty(num_tokens, shape.k, dtype=shape.dtype if shape.x_scales is None else shape.fp8_dtype)
     a = [empty(shape.max_loras, shape.rank, shape.k, dtype=of_weights)] * slices
-    b = [empty(shape.max_loras, width, shape.rank, dtype=of_weights) for width in shape.widths]
+    full_rank = shape.rank * shape.gathered
+    b = [empty(shape.max_loras, width, full_rank, dtype=of_weights) for width in shape.widths]
 
     def scales(weights: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
         if shape.weight_scales is None:
@@ -187,21 +230,19 @@ def _dense(shape: LoraShape, num_tokens: int) -> None:
     if shape.separate:
         y = empty(slices, num_tokens, shape.rank, dtype=torch.float32)
         lora_shrink(y, x, a, route, x_scale=x_scale, a_scale=a_scale)
+        y = empty(slices, num_tokens, full_rank, dtype=torch.float32)
         lora_expand(out, y, b, route, offset_start=at, add_inputs=adds, b_scale=b_scale)
     else:
         quant = {"x_scale": x_scale, "a_scale": a_scale, "b_scale": b_scale}
         lora(out, x, a, b, route, offset_start=at, add_inputs=adds, **quant)
 
 
-def _call(shape: MoeShape, num_tokens: int, assignment: str, rank: int | None) -> None:
-    def empty(*size: int, dtype: torch.dtype = shape.dtype) -> torch.Tensor:
+def _route(shape: MoeShape, num_tokens: int, assignment: str, rank: int | None) -> MoeRoute:
+    def ints(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
 
-    def ints(size: int) -> torch.Tensor:
-        return empty(size, dtype=torch.int32)
-
-    route: MoeRoute = moe_route(
-        empty(num_tokens, shape.top_k, dtype=shape.topk_ids_dtype),
+    return moe_route(
+        ints(num_tokens, shape.top_k, dtype=shape.topk_ids_dtype),
         ints(num_tokens),
         num_experts=shape.num_experts,
         max_loras=shape.max_loras,
@@ -210,6 +251,13 @@ def _call(shape: MoeShape, num_tokens: int, assignment: str, rank: int | None) -
         assignment=assignment,
         rank=rank,
     )
+
+
+def _call(shape: MoeShape, route: MoeRoute) -> None:
+    def empty(*size: int, dtype: torch.dtype = shape.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    num_tokens = route.num_tokens
     rows = num_tokens * shape.top_k if shape.mul_routed_weight else num_tokens
     a_shape = (shape.max_loras, shape.num_experts, shape.rank, shape.k)
     b_shape = (shape.max_loras, shape.num_experts, shape.n, shape.rank)
@@ -236,4 +284,29 @@ def _call(shape: MoeShape, num_tokens: int, assignment: str, rank: int | None) -
         a_scale=a_scale,
         b_scale=b_scale,
         x_scale=x_scale,
+    )
+
+
+def _apart(sharded: ShardedMoeShape, route: MoeRoute) -> None:
+    shape, parts = sharded.shape, sharded.gathered
+
+    def empty(*size: int, dtype: torch.dtype = shape.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    num_tokens, num_pairs = route.num_tokens, route.num_tokens * shape.top_k
+    experts = (shape.max_loras, shape.num_experts)
+    y = empty(shape.slices, num_pairs, shape.rank, dtype=torch.float32)
+    x = empty(num_pairs if shape.mul_routed_weight else num_tokens, shape.k)
+    moe_lora_shrink(y, x, [empty(*experts, shape.rank, shape.k)] * shape.slices, route)
+    moe_lora_expand(
+        empty(
+            num_tokens, shape.top_k, sharded.out_width or sharded.offset + shape.slices * shape.n
+        ),
+        y if parts == 1 else empty(parts, *y.shape, dtype=torch.float32),
+        [empty(*experts, shape.n, shape.rank * parts)] * shape.slices,
+        route,
+        offset=sharded.offset,
+        topk_weights=empty(num_tokens, shape.top_k, dtype=shape.topk_weights_dtype),
+        add_inputs=shape.add_inputs,
+        mul_routed_weight=shape.mul_routed_weight,
     )

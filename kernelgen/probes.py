@@ -442,6 +442,76 @@ def _lora_probe(
     return Probe(f"t{num_tokens}{suffix}", sizes, call, flops=2.0 * products, bytes=float(moved))
 
 
+# Half of an adapter on w13, or on w2, of Qwen3-30B-A3B over two GPUs: of its rank, or of its columns.
+_APART_TOKENS = {"pairs": {4: 0}, "blocks": {64: 16, 4096: 64}}
+
+
+def _moe_lora_shrink(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
+    del family
+    slices, k = 2, 2048
+    for rank in _lora_ranks(variant):
+        for num_tokens, block_m in _APART_TOKENS[variant.schedule].items():
+            num_pairs = num_tokens * _QWEN3["top_k"]
+            x = _meta(num_tokens, k, dtype=getattr(torch, variant.torch_dtype))
+            a = [_meta(5, _QWEN3["num_experts"], rank, k, dtype=x.dtype)] * slices
+            operands = (_meta(slices, num_pairs, rank, dtype=_FP32), x, a)
+            yield _apart_probe(package, variant, rank, num_tokens, block_m, operands, 1, slices * rank * k)
+
+
+def _moe_lora_expand(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
+    del family
+    slices, n = (1, 1024) if variant.weighted else (2, 384)
+    for rank in _lora_ranks(variant):
+        for num_tokens, block_m in _APART_TOKENS[variant.schedule].items():
+            num_pairs = num_tokens * _QWEN3["top_k"]
+            # what is gathered lies in two parts
+            shape = (slices, num_pairs, rank) if variant.weighted or rank % 2 else (2, slices, num_pairs, rank // 2)
+            y = _meta(*shape, dtype=_FP32)
+            out = _meta(num_tokens, _QWEN3["top_k"], 2 * n, dtype=getattr(torch, variant.torch_dtype))
+            b = [_meta(5, _QWEN3["num_experts"], n, rank, dtype=out.dtype)] * slices
+            times = 2 if variant.adds else 1
+            yield _apart_probe(package, variant, rank, num_tokens, block_m, (out, y, b), times, slices * rank * n)
+
+
+def _apart_probe(
+    package: ModuleType,
+    variant: Variant,
+    rank: int,
+    num_tokens: int,
+    block_m: int,
+    operands: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]],
+    times: int,
+    products: int,
+) -> Probe:
+    """As ``_lora_probe``; ``products``: of one pair."""
+    launcher = _launcher(package, variant)
+    top_k, num_experts = _QWEN3["top_k"], _QWEN3["num_experts"]
+    options: dict[str, Any] = {}
+    if getattr(variant.tags, "routed_weight", "plain") == "weighted":
+        options["topk_weights"] = _meta(num_tokens, top_k, dtype=_FP32)
+
+    def call() -> None:
+        with package._runtime.compile_only():
+            route = package.moe_route(
+                _meta(num_tokens, top_k),
+                _meta(num_tokens),
+                num_experts=num_experts,
+                max_loras=5,
+                assignment="sorted" if block_m else "naive",
+                block_m=block_m or None,
+            )
+        launcher(*operands, route, **options)
+
+    written, read, weights = operands
+    groups = 5 * num_experts
+    hit = 1.0 - (1.0 - 1.0 / groups) ** (num_tokens * top_k)  # if pairs are spread evenly
+    moved = times * written.nbytes + read.nbytes + hit * sum(w.nbytes for w in weights)
+    sizes = {"num_tokens": num_tokens, "rank": rank, "block_m": block_m, "max_loras": 5}
+    suffix = f"_r{rank}" if variant.tiled_rank else ""
+    flops = 2.0 * num_tokens * top_k * products
+    return Probe(f"t{num_tokens}{suffix}", sizes, call, flops=flops, bytes=float(moved))
+
+
 def _launcher(package: ModuleType, variant: Variant) -> Callable[..., None]:
     module = importlib.import_module(f"{package.__name__}.{variant.family}.{variant.module}")
     launcher: Callable[..., None] = getattr(module, variant.name)
@@ -470,6 +540,8 @@ _FAMILIES: Mapping[str, _Probes] = {
     "moe_align": _moe_align,
     "moe_gemm": _moe_gemm,
     "moe_lora": _moe_lora,
+    "moe_lora_expand": _moe_lora_expand,
+    "moe_lora_shrink": _moe_lora_shrink,
     "moe_quant": _moe_quant,
     "moe_route": _moe_route,
     "moe_sum": _moe_sum,

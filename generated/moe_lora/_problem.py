@@ -620,7 +620,7 @@ def _two_kernel(s: _Shape) -> TwoKernelConfig:
     shrink_bytes = 2 * (block_m + s.slices * rank)  # of a column
     # Rows of a K that is no multiple of 8 are loaded element by element, which takes registers.
     wanted = 32 if rank == 128 and s.k % 8 else 64 if rank == 128 or block_m > 32 else 128
-    if s.weight_scales and block_m == 16 and s.k % 8 == 0:
+    if s.weight_scales and block_m == 16 and s.k % 8 == 0 and budget > 128 * 1024:
         wanted = 128  # as many bytes on the way as of 16 bits
     block_k = _in_group(s, _fitting(_block_k(s.k, wanted), shrink_bytes, budget))
     blocks = _num_blocks(s)
@@ -642,11 +642,13 @@ def _two_kernel(s: _Shape) -> TwoKernelConfig:
     expand_tiles = max(
         (t for t in (1, 2, 3, 4, 5, 8) if tiles % t == 0 and t <= max(most, 2)), default=1
     )
+    # Rows that are not aligned and numbers that are widened take registers of the shrink.
+    heavy = _accumulators(s) > (48 if s.k % 8 or s.weight_scales else 64) * 256
     return TwoKernelConfig(
         block_k,
         split_k,
         stages,
-        8 if block_m == 128 or _accumulators(s) > (48 if s.k % 8 else 64) * 256 else 4,
+        8 if block_m == 128 or heavy else 4,
         block_n,
         expand_tiles,
         3 if s.rank > 128 or ((expand_tiles > 2 or s.weight_scales) and block_m == 16) else 2,

@@ -253,5 +253,5 @@ def _blocks(
         block_k,
         split_k,
         stages,
-        8 if block_m == 128 or accumulators > (48 if k % 8 else 64) * 256 else 4,
+        8 if block_m == 128 or accumulators >= (48 if k % 8 else 64) * 256 else 4,
     )

@@ -32,7 +32,6 @@ _SIXTEEN_BIT = (
     Case(
         "query_key_value",
         "slices of unequal width, as of grouped-query attention",
-        core=True,
         widths=(128, 64, 64),
     ),
     Case("narrow_first", "a first slice below a tile", widths=(8, 100)),

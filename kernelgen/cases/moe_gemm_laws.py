@@ -150,8 +150,9 @@ def fp8_layer(
 
 def fp8_front_door(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """Layers with FP8 weights, with and without FP8 activations, are within their bound, in a workspace and without."""
-    for i, (tokens, mode) in enumerate(itertools.product((2, 7), _MODES)):
-        call = fp8_layer(package, tokens, Experts(valid=tokens - 1), device, mode)
+    few = [mode for mode in _MODES if mode[1:] in (("tensor", "swiglu"), ("group", "swiglu"))]
+    for i, (tokens, mode) in enumerate([*itertools.product((1,), few), *itertools.product((7,), _MODES)]):
+        call = fp8_layer(package, tokens, Experts(valid=min(tokens, 5)), device, mode)
         sizes = {"max_tokens": 12, "top_k": 2, "num_experts": 4, "hidden": 144, "intermediate": 136}
         workspace = package.fused_moe_workspace(**sizes, fp8_activations=mode[1] is not None, device=device)
         given = call.run(package, workspace=workspace if i % 2 else None)
@@ -263,10 +264,14 @@ def one_graph_serves_every_batch(
     package: ModuleType, variants: Sequence[Variant], device: str
 ) -> None:
     """A graph captured once for the largest batch gives the bits of eager calls, for every routing and valid_tokens."""
-    for tokens, hint in ((4, None), (64, None), (64, 3)):
+
+    def fp8(tokens: int, how: Experts, device: str, seed: int = 0) -> Layer:
+        return fp8_layer(package, tokens, how, device, ("group", "group", "swiglu"), seed=seed, hidden=136, inter=136)
+
+    for make_layer, tokens, hint in ((layer, 4, None), (layer, 64, None), (layer, 64, 3), (fp8, 4, None), (fp8, 64, 3)):
         workspace = _workspace(package, device, tokens)
-        first = layer(tokens, Experts(valid=tokens), device)
-        out = torch.zeros_like(first.hidden)
+        first = make_layer(tokens, Experts(valid=tokens), device)
+        out = torch.zeros(tokens, first.hidden.shape[1], dtype=torch.bfloat16, device=device)
         options = {"num_tokens_hint": hint, "workspace": workspace, "out": out}
         first.run(package, **options)
         torch.cuda.synchronize()
@@ -274,7 +279,7 @@ def one_graph_serves_every_batch(
         with torch.cuda.graph(graph):
             first.run(package, **options)
         for seed, (kind, valid) in enumerate(itertools.product(("spread", "mixed", "skewed"), (0, 1, tokens // 2, tokens))):
-            call = layer(tokens, Experts(kind, valid=valid), device, seed=seed)
+            call = make_layer(tokens, Experts(kind, valid=valid), device, seed=seed)
             for held, new in _tensors(first, call):
                 held.copy_(new)
             out.fill_(torch.nan)
@@ -325,7 +330,7 @@ LAWS = (
 
 def _workspace(package: ModuleType, device: str, tokens: int) -> Any:
     return package.fused_moe_workspace(
-        max_tokens=tokens, top_k=3, num_experts=4, hidden=72, intermediate=40, device=device
+        max_tokens=tokens, top_k=3, num_experts=4, hidden=136, intermediate=136, fp8_activations=True, device=device
     )
 
 
@@ -333,6 +338,7 @@ def _tensors(to: Layer, source: Layer) -> Iterator[tuple[torch.Tensor, torch.Ten
     yield from zip(to[:3], source[:3], strict=True)
     yield to.topk_weights, source.topk_weights
     yield to.routed.topk_ids, source.routed.topk_ids
+    yield from ((to.scales[name], source.scales[name]) for name in to.scales)
     if to.routed.valid_tokens is not None and source.routed.valid_tokens is not None:
         yield to.routed.valid_tokens, source.routed.valid_tokens
 

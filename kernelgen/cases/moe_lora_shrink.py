@@ -100,7 +100,7 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
     route, tables = batch.route(package)
     routing = {name: tensor for name, tensor in batch.routed.tensors.items() if tensor is not None}
     inputs = sealed({"x": x, **{f"lora_a[{s}]": w for s, w in enumerate(a)}, **routing})
-    value, bound = moe_lora_shrink(x, a, batch.routed.live, num_pairs=batch.num_pairs) if batch.live else (0 * y.double(),) * 2
+    value, bound = moe_lora_shrink(x, a, batch.routed.live, num_pairs=batch.num_pairs)
     guarded = seal(y)
     launcher(y, x, a, route, config=None if case.own_tiles else tiles(launcher, case))
     unchanged({**inputs, **tables})

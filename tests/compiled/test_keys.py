@@ -13,7 +13,7 @@ import triton
 
 import generated as kg
 from generated import _runtime as runtime
-from generated._warmup import FusedMoeShape, LoraShape, MoeShape, requests
+from generated._warmup import FusedMoeShape, LoraShape, MoeShape, ShardedMoeShape, requests
 from kernelgen.stand_in import compiling_for
 from kernelgen.targets import TARGETS
 
@@ -179,6 +179,8 @@ LOCAL_LAYER = FusedMoeShape(  # a share of a layer, with widths that no large ti
     topk_ids_dtype=torch.int64,
 )
 
+FP8_LAYER = QWEN3_LAYER._replace(weight_scales="group", x_scales="group")
+
 
 def serve_layer(shape: FusedMoeShape, num_tokens: int, hint: int | None) -> None:
     """One step of an engine on the base experts."""
@@ -187,10 +189,16 @@ def serve_layer(shape: FusedMoeShape, num_tokens: int, hint: int | None) -> None
         return torch.empty(size, dtype=dtype, device="meta")
 
     rows = shape.intermediate * (2 if shape.activation == "swiglu" else 1)
+    kind, scales = shape.dtype, {}
+    if shape.weight_scales is not None:
+        kind, groups = shape.fp8_dtype, shape.hidden // 128
+        scales["w13_scale"] = empty(shape.num_experts, rows // 128, groups, dtype=torch.float32)
+        scales["w2_scale"] = empty(shape.num_experts, groups, shape.intermediate // 128, dtype=torch.float32)
+        scales["x_scale"] = empty(num_tokens, groups, dtype=torch.float32)
     kg.fused_moe(
-        empty(num_tokens, shape.hidden),
-        empty(shape.num_experts, rows, shape.hidden),
-        empty(shape.num_experts, shape.hidden, shape.intermediate),
+        empty(num_tokens, shape.hidden, dtype=kind),
+        empty(shape.num_experts, rows, shape.hidden, dtype=kind),
+        empty(shape.num_experts, shape.hidden, shape.intermediate, dtype=kind),
         empty(num_tokens, shape.top_k, dtype=shape.topk_ids_dtype),
         empty(num_tokens, shape.top_k, dtype=torch.float32),
         activation=shape.activation,
@@ -198,10 +206,11 @@ def serve_layer(shape: FusedMoeShape, num_tokens: int, hint: int | None) -> None
         num_tokens_hint=hint,
         local_expert_start=shape.local_expert_start,
         out=None if shape.out_dtype is None else empty(num_tokens, shape.hidden, dtype=shape.out_dtype),
+        **scales,
     )
 
 
-@pytest.mark.parametrize("shape", [QWEN3_LAYER, LOCAL_LAYER], ids=["qwen3", "share"])
+@pytest.mark.parametrize("shape", [QWEN3_LAYER, LOCAL_LAYER, FP8_LAYER], ids=["qwen3", "share", "fp8"])
 def test_no_number_of_tokens_and_no_hint_makes_another_key_of_a_layer(shape: FusedMoeShape) -> None:
     edges = {(1 << i) + step for i in range(13) for step in (-1, 0, 1)}
     found = set()
@@ -253,3 +262,54 @@ def test_warm_up_knows_fp8_of_a_linear_layer() -> None:
     keys = {request.key for request in requests([quantised], max_tokens=64)}
     assert len(keys) == len(known)
     assert all("route" in key[0].kernel.__name__ for key in keys & known)  # the sort is the same
+
+
+def serve_sharded(sharded: ShardedMoeShape, num_tokens: int, assignment: str) -> None:
+    """One step of an engine through a projection whose adapters are sharded."""
+    shape, parts = sharded.shape, sharded.gathered
+
+    def empty(*size: int, dtype: torch.dtype = shape.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    route = kg.moe_route(
+        empty(num_tokens, shape.top_k, dtype=shape.topk_ids_dtype),
+        empty(num_tokens, dtype=torch.int32),
+        num_experts=shape.num_experts,
+        max_loras=shape.max_loras,
+        assignment=assignment,
+    )
+    weighted, num_pairs = shape.mul_routed_weight, num_tokens * shape.top_k
+    y = empty(shape.slices, num_pairs, shape.rank, dtype=torch.float32)
+    experts = (shape.max_loras, shape.num_experts)
+    a = [empty(*experts, shape.rank, shape.k)] * shape.slices
+    kg.moe_lora_shrink(y, empty(num_pairs if weighted else num_tokens, shape.k), a, route)
+    kg.moe_lora_expand(
+        empty(num_tokens, shape.top_k, sharded.out_width or shape.slices * shape.n),
+        y if parts == 1 else empty(parts, *y.shape, dtype=torch.float32),
+        [empty(*experts, shape.n, shape.rank * parts)] * shape.slices,
+        route,
+        offset=sharded.offset,
+        topk_weights=empty(num_tokens, shape.top_k, dtype=torch.float32) if weighted else None,
+        mul_routed_weight=weighted,
+    )
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        ShardedMoeShape(QWEN3_W13._replace(n=384, rank=8, assignments=ALL), gathered=2),
+        ShardedMoeShape(QWEN3_W2._replace(k=384, n=1024, assignments=ALL), offset=1024, out_width=2048),
+    ],
+    ids=["gathered", "reduced"],
+)
+def test_no_number_of_tokens_makes_another_key_of_sharded_adapters(shape: ShardedMoeShape) -> None:
+    edges = {(1 << i) + step for i in range(14) for step in (-1, 0, 1)}
+    found = set()
+    with runtime.compile_only() as log:
+        for num_tokens in sorted({*range(130), *edges, *range(0, MAX_TOKENS, 97)} & set(range(MAX_TOKENS + 1))):
+            for assignment in ALL:
+                serve_sharded(shape, num_tokens, assignment)
+            found.update(request.key for request in log)
+            log.clear()
+    known = {request.key for request in requests([shape], max_tokens=MAX_TOKENS)}
+    assert found == known and len(known) <= 64
