@@ -484,6 +484,11 @@ def _run() -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         return INTERRUPTED
+    except OSError as error:  # of what is printed, for one; those of the work have a code
+        if os.environ.get("KERNELGEN_TRACEBACK"):
+            raise
+        click.echo(f"kernelgen: {error}", err=True)
+        return 2
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "triton", "numpy"):
             hint = "pip install 'kernelgen[run]'"

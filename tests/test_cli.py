@@ -190,7 +190,7 @@ def test_what_cannot_be_done_is_2(arguments: list[str], work: Path, kernelgen) -
 def test_an_interrupt_is_130_and_an_internal_error_2(
     work: Path, kernelgen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for error, expected in ((KeyboardInterrupt(), 130), (RuntimeError("lost"), 2)):
+    for error, expected in ((KeyboardInterrupt(), 130), (RuntimeError("lost"), 2), (OSError(28, "full"), 2)):
 
         def fail(*_: object, error: BaseException = error) -> None:
             raise error
@@ -198,6 +198,7 @@ def test_an_interrupt_is_130_and_an_internal_error_2(
         monkeypatch.setattr(build, "package", fail)
         code, _, stderr = kernelgen("list")
         assert code == expected and "Traceback" not in stderr
+        assert ("internal error" in stderr) == isinstance(error, RuntimeError)
 
 
 def _imported(*arguments: str) -> set[str]:
