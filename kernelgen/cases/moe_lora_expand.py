@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
-from typing import Any, Callable
+from typing import Any, Callable, Mapping
 
 import torch
 
@@ -18,6 +18,7 @@ from kernelgen.reference.moe_lora_expand import moe_lora_expand
 
 BODY = ("schedule", "rank")
 
+_ANY_RANK: Mapping[str, Any] = {"body": ("schedule",)}  # what has nothing to do with the rank
 _RANY = {"rank": ("rany",)}
 _BLOCKS = {"schedule": ("blocks",)}
 _WEIGHTED = {"routed_weight": ("weighted",)}
@@ -29,18 +30,38 @@ CASES = (
     Case("eq_tile", "one full tile", tokens=16, top_k=1, routing=_ONE_GROUP, n=64),
     Case("gt_tile", "full tiles, then a row and a column", tokens=33, top_k=1, routing=_ONE_GROUP, n=65),
     Case(
-        "ragged", "no size divides", core=True, tokens=5, slices=2, n=70, rank="part", routing=Routing("mixed"), offset=5
+        "ragged",
+        "no size divides",
+        core=True,
+        tokens=5,
+        slices=2,
+        n=70,
+        rank="part",
+        routing=Routing("mixed"),
+        offset=5,
     ),
-    Case("second_shard", "columns in front of the first slice (vLLM ignores its offset)", offset=24, slices=2),
+    Case(
+        "second_shard",
+        "columns in front of the first slice (vLLM ignores its offset)",
+        offset=24,
+        slices=2,
+        **_ANY_RANK,
+    ),
     Case("gathered", "ranks of two GPUs, as an all-gather leaves them", core=True, shards=2, rank=16, slices=2),
     Case("gathered_part", "shards whose ranks are no power of two", shards=3, rank=12, slices=2, tokens=3),
-    Case("gathered_8", "a rank a shard", shards=8, rank=8, tokens=2),
+    Case("gathered_8", "a rank a shard", shards=8, rank=8, tokens=2, **_ANY_RANK),
     Case("gathered_gaps", "shards that are parts of larger buffers (vLLM #42718)", shards=2, rank=16, gap=5, slices=2),
     Case("gathered_many", "shards of a tiled rank", only=_RANY, shards=4, rank=192, tokens=2),
-    Case("part_of_a_buffer", "slices that are further apart than they are large (vLLM #42718)", slices=2, gap=8),
+    Case(
+        "part_of_a_buffer",
+        "slices that are further apart than they are large (vLLM #42718)",
+        slices=2,
+        gap=8,
+        **_ANY_RANK,
+    ),
     Case("slices_3", "the third slice", slices=3),
-    Case("empty", "a launch without programs", tokens=0),
-    Case("nothing_live", "base tokens only, adapters loaded (vLLM #42008)", routing=Routing("none")),
+    Case("empty", "a launch without programs", tokens=0, **_ANY_RANK),
+    Case("nothing_live", "base tokens only, adapters loaded (vLLM #42008)", routing=Routing("none"), **_ANY_RANK),
     Case(
         "mixed",
         "live pairs beside pairs without an adapter, with a disabled one, with experts that are elsewhere",
@@ -50,30 +71,35 @@ CASES = (
         loras=3,
         routing=Routing("mixed", disabled=(0,)),
     ),
-    Case("last_adapter", "the last adapter of a mixed batch (vLLM #32235)", loras=4, routing=Routing("last")),
-    Case("twice_the_expert", "an expert twice in a token", routing=Routing("duplicates"), top_k=3),
+    Case(
+        "last_adapter", "the last adapter of a mixed batch (vLLM #32235)", loras=4, routing=Routing("last"), **_ANY_RANK
+    ),
+    Case("twice_the_expert", "an expert twice in a token", routing=Routing("duplicates"), top_k=3, **_ANY_RANK),
     Case(
         "expert_parallel",
         "global ids, and experts on another GPU (vLLM PR 40867)",
         tokens=8,
         few=8,
         routing=Routing("mixed", expert_map=True),
+        **_ANY_RANK,
     ),
-    Case("ids_int64", "ids as torch.topk gives them", routing=Routing(ids_dtype=torch.int64)),
-    Case("weights_bf16", "weights in another dtype", only=_WEIGHTED, weights_dtype=torch.bfloat16),
-    Case("packed", "nothing between rows", layout="packed", slices=2),
-    Case("shared_experts", "weights stored once for all experts: stride 0", layout="shared"),
-    Case("expert_major", "strides in another order", layout="expert_major", loras=3),
+    Case("ids_int64", "ids as torch.topk gives them", routing=Routing(ids_dtype=torch.int64), **_ANY_RANK),
+    Case("weights_bf16", "weights in another dtype", only=_WEIGHTED, weights_dtype=torch.bfloat16, **_ANY_RANK),
+    Case("packed", "nothing between rows", layout="packed", slices=2, **_ANY_RANK),
+    Case("shared_experts", "weights stored once for all experts: stride 0", layout="shared", **_ANY_RANK),
+    Case("expert_major", "strides in another order", layout="expert_major", loras=3, **_ANY_RANK),
     Case("unaligned", "odd strides, a base that is not 16-byte aligned", layout="odd", n=23, slices=2, offset=1),
-    Case("huge_adapters", "32-bit offsets of adapters wrap", loras=2, layout="huge_adapters"),
-    Case("huge_experts", "32-bit offsets of experts wrap (vLLM #53028)", experts=2, layout="huge_experts"),
-    Case("huge_rows", "32-bit offsets of rows wrap (vLLM #39585)", tokens=3, layout="huge_rows"),
+    Case("huge_adapters", "32-bit offsets of adapters wrap", loras=2, layout="huge_adapters", **_ANY_RANK),
+    Case("huge_experts", "32-bit offsets of experts wrap (vLLM #53028)", experts=2, layout="huge_experts", **_ANY_RANK),
+    Case("huge_rows", "32-bit offsets of rows wrap (vLLM #39585)", tokens=3, layout="huge_rows", **_ANY_RANK),
     Case("rank_one", "a rank far below its bucket", rank="one"),
     Case("rank_24_any", "a small rank in a tiled kernel", only=_RANY, rank=24),
     Case("rank_129", "one rank behind a tile", only=_RANY, rank=129, tokens=2),
     Case("rank_512", "the largest rank (vLLM #55158)", only=_RANY, rank=512, tokens=1),
-    Case("wide_blocks", "64 rows a block", only=_BLOCKS, tokens=66, top_k=1, routing=_ONE_GROUP, block_m=64),
-    Case("nan_row", "a NaN stays with the pairs of its token", nan_token=1, routing=_ONE_GROUP),
+    Case(
+        "wide_blocks", "64 rows a block", only=_BLOCKS, tokens=66, top_k=1, routing=_ONE_GROUP, block_m=64, **_ANY_RANK
+    ),
+    Case("nan_row", "a NaN stays with the pairs of its token", nan_token=1, routing=_ONE_GROUP, **_ANY_RANK),
     Case("own_tiles", "the tiles that the variant chooses", core=True, own_tiles=True, n=200, slices=2),
     Case(
         "model_sized",

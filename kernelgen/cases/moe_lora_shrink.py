@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
-from typing import Any, Callable
+from typing import Any, Callable, Mapping
 
 import torch
 
@@ -17,6 +17,7 @@ from kernelgen.reference.moe_lora_shrink import moe_lora_shrink
 
 BODY = ("schedule", "rank")
 
+_ANY_RANK: Mapping[str, Any] = {"body": ("schedule",)}  # what has nothing to do with the rank
 _RANY = {"rank": ("rany",)}
 _BLOCKS = {"schedule": ("blocks",)}
 _ONE_GROUP = Routing("one_group")
@@ -29,14 +30,24 @@ CASES = (
     Case(
         "ragged", "no size divides", core=True, tokens=5, slices=2, k=150, rank="part", routing=Routing("mixed"), gap=3
     ),
-    Case("in_one", "all of K in one program", core=True, tokens=5, slices=2, k=150, split=192, routing=Routing("mixed")),
-    Case("most_parts", "more parts of K than are common", k=600, tokens=2),
-    Case("a_row_a_pair", "x of the second projection", row_a_pair=True, tokens=5, top_k=3),
+    Case(
+        "in_one", "all of K in one program", core=True, tokens=5, slices=2, k=150, split=192, routing=Routing("mixed")
+    ),
+    Case("most_parts", "more parts of K than are common", k=600, tokens=2, **_ANY_RANK),
+    Case("a_row_a_pair", "x of the second projection", row_a_pair=True, tokens=5, top_k=3, **_ANY_RANK),
     Case("slices_3", "the third slice", slices=3),
-    Case("part_of_a_buffer", "slices that are further apart than they are large (vLLM #42718)", slices=2, gap=8),
-    Case("part_of_a_buffer_in_one", "as it is, without parts", slices=2, gap=8, split=128, rank="part"),
-    Case("empty", "a launch without programs", tokens=0),
-    Case("nothing_live", "base tokens only: y must be 0, not what it was", routing=Routing("none"), slices=2),
+    Case(
+        "part_of_a_buffer",
+        "slices that are further apart than they are large (vLLM #42718)",
+        slices=2,
+        gap=8,
+        **_ANY_RANK,
+    ),
+    Case("part_of_a_buffer_in_one", "as it is, without parts", slices=2, gap=8, split=128, rank="part", **_ANY_RANK),
+    Case("empty", "a launch without programs", tokens=0, **_ANY_RANK),
+    Case(
+        "nothing_live", "base tokens only: y must be 0, not what it was", routing=Routing("none"), slices=2, **_ANY_RANK
+    ),
     Case(
         "mixed",
         "live pairs beside pairs without an adapter, with a disabled one, with experts that are elsewhere",
@@ -46,31 +57,36 @@ CASES = (
         loras=3,
         routing=Routing("mixed", disabled=(0,)),
     ),
-    Case("last_adapter", "the last adapter of a mixed batch (vLLM #32235)", loras=4, routing=Routing("last")),
-    Case("twice_the_expert", "an expert twice in a token", routing=Routing("duplicates"), top_k=3),
+    Case(
+        "last_adapter", "the last adapter of a mixed batch (vLLM #32235)", loras=4, routing=Routing("last"), **_ANY_RANK
+    ),
+    Case("twice_the_expert", "an expert twice in a token", routing=Routing("duplicates"), top_k=3, **_ANY_RANK),
     Case(
         "expert_parallel",
         "global ids, and experts on another GPU (vLLM PR 40867)",
         tokens=8,
         few=8,
         routing=Routing("mixed", expert_map=True),
+        **_ANY_RANK,
     ),
-    Case("ids_int64", "ids as torch.topk gives them", routing=Routing(ids_dtype=torch.int64)),
-    Case("packed", "nothing between rows", layout="packed", slices=2),
-    Case("shared_experts", "weights stored once for all experts: stride 0", layout="shared"),
-    Case("expert_major", "strides in another order", layout="expert_major", loras=3),
+    Case("ids_int64", "ids as torch.topk gives them", routing=Routing(ids_dtype=torch.int64), **_ANY_RANK),
+    Case("packed", "nothing between rows", layout="packed", slices=2, **_ANY_RANK),
+    Case("shared_experts", "weights stored once for all experts: stride 0", layout="shared", **_ANY_RANK),
+    Case("expert_major", "strides in another order", layout="expert_major", loras=3, **_ANY_RANK),
     Case("unaligned", "odd strides, a base that is not 16-byte aligned", layout="odd", k=33, slices=2),
-    Case("huge_adapters", "32-bit offsets of adapters wrap", loras=2, layout="huge_adapters"),
-    Case("huge_experts", "32-bit offsets of experts wrap (vLLM #53028)", experts=2, layout="huge_experts"),
-    Case("huge_rows", "32-bit offsets of rows wrap (vLLM #39585)", tokens=3, layout="huge_rows"),
-    Case("no_workspace", "parts in memory of their own", k=200, workspace=False),
+    Case("huge_adapters", "32-bit offsets of adapters wrap", loras=2, layout="huge_adapters", **_ANY_RANK),
+    Case("huge_experts", "32-bit offsets of experts wrap (vLLM #53028)", experts=2, layout="huge_experts", **_ANY_RANK),
+    Case("huge_rows", "32-bit offsets of rows wrap (vLLM #39585)", tokens=3, layout="huge_rows", **_ANY_RANK),
+    Case("no_workspace", "parts in memory of their own", k=200, workspace=False, **_ANY_RANK),
     Case("rank_one", "a rank far below its bucket", rank="one", slices=2),
     Case("rank_8", "half a rank of 16", rank=8, slices=2),
     Case("rank_24_any", "a small rank in a tiled kernel", only=_RANY, rank=24),
     Case("rank_129", "one rank behind a tile", only=_RANY, rank=129, tokens=2),
-    Case("wide_blocks", "64 rows a block", only=_BLOCKS, tokens=66, top_k=1, routing=_ONE_GROUP, block_m=64),
-    Case("wide_range", "sums in 16 bits", spread=8, k=96),
-    Case("nan_row", "a NaN stays with the pairs of its token", nan_token=1, routing=_ONE_GROUP),
+    Case(
+        "wide_blocks", "64 rows a block", only=_BLOCKS, tokens=66, top_k=1, routing=_ONE_GROUP, block_m=64, **_ANY_RANK
+    ),
+    Case("wide_range", "sums in 16 bits", spread=8, k=96, **_ANY_RANK),
+    Case("nan_row", "a NaN stays with the pairs of its token", nan_token=1, routing=_ONE_GROUP, **_ANY_RANK),
     Case("own_tiles", "the tiles that the variant chooses", core=True, own_tiles=True, k=600),
     Case(
         "model_sized",
