@@ -98,7 +98,7 @@ class LoraShape(NamedTuple):
     separate: bool = (
         False  # lora_shrink and lora_expand are called instead, with what is done between them
     )
-    gathered: int = 1  # parts of the rank that are joined between them
+    gathered: int = 1  # parts of the rank, which are joined between them
     weight_scales: str | None = None  # of FP8 adapters: "tensor", "channel" or "group"
     x_scales: str | None = None  # of an FP8 x: "tensor", "token" or "group"
     fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of both

@@ -131,6 +131,9 @@ def check(
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
+    made_on = route.topk_ids if naive else route.blocks
+    if made_on is not None and made_on.device != x.device:
+        runtime.fail(variant, "route", f"one on {made_on.device}", f"one on {x.device}, as x")
     slices = len(lora_a)
     if slices < 1 or len(lora_b) != slices:
         runtime.fail(
@@ -192,27 +195,26 @@ def check(
     if out.shape != shape or out.dtype != dtype or out.device != x.device:
         runtime.fail(variant, "out", runtime.describe(out), f"{list(shape)} {dtype} on {x.device}")
     out_stride = out.stride(1) if route.top_k > 1 else out.stride(0)
-    if (out.shape[2] > 1 and out.stride(2) != 1) or (
-        route.num_tokens > 1 and out.stride(0) != route.top_k * out_stride
+    if (
+        (out.shape[2] > 1 and out.stride(2) != 1)
+        or (route.num_tokens > 1 and out.stride(0) != route.top_k * out_stride)
+        or (num_pairs > 1 and out_stride < shape[2])
     ):
-        wanted = "last stride 1 and stride(0) == top_k * stride(1)"
+        wanted = "last stride 1 and stride(0) == top_k * stride(1), rows that do not overlap"
         runtime.fail(variant, "out", runtime.describe(out), wanted)
     if weighted:
         if topk_weights is None:
             runtime.fail(
                 variant, "topk_weights", None, "[T, top_k]", "mul_routed_weight needs them"
             )
-        if (
-            topk_weights.shape != shape[:2]
-            or not topk_weights.is_contiguous()
-            or not topk_weights.is_floating_point()
-        ):
-            runtime.fail(
-                variant,
-                "topk_weights",
-                runtime.describe(topk_weights),
-                f"contiguous {list(shape[:2])} float",
-            )
+        fits = (
+            topk_weights.shape == shape[:2]
+            and topk_weights.is_contiguous()
+            and topk_weights.device == x.device
+        )
+        if not fits or not topk_weights.is_floating_point():
+            wanted = f"contiguous {list(shape[:2])} float on {x.device}"
+            runtime.fail(variant, "topk_weights", runtime.describe(topk_weights), wanted)
     a_strides, b_strides = a.stride()[:3], b.stride()[:3]
     if max(a_strides[2] * rank, b_strides[2] * n, slices * n) >= 2**31:
         runtime.fail(
@@ -562,9 +564,9 @@ def _one_shot(s: _Shape) -> OneShotConfig:
     )  # of a column
     block_k = _in_group(s, _fitting(_block_k(s.k, block_k), shrink_bytes, budget))
     stages = _stages(stages, shrink_bytes * block_k, budget)
-    wide = not cut and (
-        wide or alone or (s.weight_scales is not None and rank == 16 and s.block_m == 16)
-    )
+    # FP8 with one scale for all would spill a register in the wide tile.
+    scaled = rank == 16 and s.block_m == 16 and s.weight_scales in ("channel", "group")
+    wide = not cut and (wide or alone or scaled)
     block_n = _fitting(
         _block_n(s.n, 256 if wide else 128, 0.03 if rank == 16 else 0.0), expand_bytes, budget
     )

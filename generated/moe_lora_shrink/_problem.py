@@ -248,10 +248,11 @@ def _blocks(
         if 4 * block_k * column_bytes <= min(112 * 1024, budget)
         else 3 if 3 * block_k * column_bytes <= budget else 2
     )
-    accumulators = block_m * block_r * slices
+    # More would spill over 4 warps; sooner without the matrix units of a large card.
+    most = 32 if shared_memory < 200_000 else 48 if k % 8 else 64
     return BlocksConfig(
         block_k,
         split_k,
         stages,
-        8 if block_m == 128 or accumulators >= (48 if k % 8 else 64) * 256 else 4,
+        8 if block_m == 128 or block_m * block_r * slices >= most * 256 else 4,
     )
