@@ -218,6 +218,7 @@ def test_the_short_way_of_a_variant_passes_the_same(driver: Recorder, schedule: 
         max_rank=64,
         topk_weights=None,
         weighted=False,
+        adds=True,
     )
     call = module.bind(problem, route, _problem.choose(schedule, problem, route))
     driver.launches.clear()
