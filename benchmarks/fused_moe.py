@@ -181,9 +181,9 @@ def with_adapters(model: Model, rank: int) -> Iterator[dict[str, Any]]:
         sizes = {"top_k": model.top_k, "num_experts": model.experts, "max_loras": LORAS}
         workspace = kg.moe_workspace(max_tokens=tokens, max_rank=rank, num_slices=2, device=DEVICE, **sizes)
         out = torch.empty(tokens, model.hidden, device=DEVICE, dtype=BF16)
-        each = [(w, b, lora) for b, w, lora in zip(batches(model, tokens), *map(itertools.cycle, (weights, loras)), strict=False)]
+        each = [(weights[i % 2], batch, loras[i % 2]) for i, batch in enumerate(batches(model, tokens))]
 
-        def layer(mapping: torch.Tensor | None, each: Any = each, out: torch.Tensor = out, workspace: Any = workspace) -> Calls:
+        def layer(mapping: torch.Tensor | None, each: Any = each, out: Any = out, workspace: Any = workspace) -> Calls:
             return [
                 lambda w=w, b=b, lora=lora: MoeLayer(kg, w.w13, w.w2, lora)(
                     b.hidden, b.topk_ids, b.topk_weights, mapping, out=out, workspace=workspace

@@ -47,15 +47,23 @@ def lora_route(
 
 
 def lora_workspace(
-    *, max_tokens: int, max_loras: int, max_rank: int, num_slices: int, device: torch.device | str
+    *,
+    max_tokens: int,
+    max_loras: int,
+    max_rank: int,
+    num_slices: int,
+    device: torch.device | str,
+    fp8: bool = False,
 ) -> MoeWorkspace:
     """Buffers that serve every batch of up to ``max_tokens`` tokens, so that neither a route nor an op on it allocates.
 
-    Use one workspace per stream: an op writes its scratch into it.
+    Use one workspace per stream: an op writes its scratch into it. ``fp8``: operands are FP8, for which K may be shared out in
+    batches of any size.
     """
     sizes = {"num_experts": 1, "max_loras": max_loras, "max_rank": 1, "num_slices": 1}
     tables = moe_workspace(max_tokens=max_tokens, top_k=1, device=device, **sizes).tables
-    in_parts = min(max_tokens, shrink.MAX_TOKENS_IN_PARTS) * shrink.max_parts(num_slices)
+    in_parts = max_tokens if fp8 else min(max_tokens, shrink.MAX_TOKENS_IN_PARTS)
+    in_parts *= shrink.max_parts(num_slices)
     rows = max(max_tokens * num_slices, in_parts)
     parts = torch.empty(rows * max_rank, dtype=torch.float32, device=device)
     return MoeWorkspace(tables, parts, {})

@@ -334,6 +334,14 @@ def fail(variant: str, what: str, got: object, wanted: object, hint: str = "") -
     raise ValueError(f"{variant}: {what}: got {got}, wanted {wanted}" + (f"; {hint}" if hint else ""))
 
 
+def check_types(variant: str, wanted: type | tuple[type, ...], **arguments: object) -> None:
+    """Raise ValueError for the first of ``arguments`` that is not of a wanted type; for where Python has tripped over one."""
+    for label, value in arguments.items():
+        if not isinstance(value, wanted):
+            known = wanted if isinstance(wanted, tuple) else (wanted,)
+            fail(variant, label, f"{type(value).__name__}", " or ".join(kind.__name__ for kind in known))
+
+
 def describe(tensor: torch.Tensor) -> str:
     """Shape, dtype, strides and device of a tensor, for an error message."""
     dtype = str(tensor.dtype).removeprefix("torch.")

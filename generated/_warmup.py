@@ -16,12 +16,14 @@ from typing import Iterator, NamedTuple, Sequence, Union
 import torch
 
 from . import _runtime as runtime
+from . import _scales
 from ._fused_moe import fused_moe
 from ._lora import lora, lora_route
 from .lora_expand import lora_expand
 from .lora_shrink import lora_shrink
 from .lora_shrink._problem import scale_shape as dense_scales
 from .lora_shrink._problem import x_scale_shape as dense_x_scales
+from .moe_gemm._problem import QUANT
 from .moe_lora import moe_lora
 from .moe_lora._problem import scale_shape, x_scale_shape
 from .moe_lora_expand import moe_lora_expand
@@ -77,6 +79,9 @@ class FusedMoeShape(NamedTuple):
     local_expert_start: int = 0
     topk_ids_dtype: torch.dtype = torch.int32
     topk_weights_dtype: torch.dtype = torch.float32
+    weight_scales: str | None = None  # of FP8 weights: "tensor", "channel" or "group"
+    x_scales: str | None = None  # of an FP8 ``hidden``: "tensor", "token" or "group"
+    fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of both
 
 
 class LoraShape(NamedTuple):
@@ -160,11 +165,31 @@ def _fused(shape: FusedMoeShape, num_tokens: int) -> None:
         return torch.empty(size, dtype=dtype, device="meta")
 
     width, inter, experts = shape.hidden, shape.intermediate, shape.num_experts
+    w13, w2 = (experts, (2 if shape.activation == "swiglu" else 1) * inter, width), (
+        experts,
+        width,
+        inter,
+    )
+    of_weights = of_x = shape.dtype
+    scales = {}
+    if shape.weight_scales is not None:
+        of_weights = shape.fp8_dtype
+        for name, size in (("w13_scale", w13), ("w2_scale", w2)):
+            scales[name] = empty(
+                *_scales.scale_shape(shape.weight_scales, size, QUANT), dtype=torch.float32
+            )
+    if shape.x_scales is not None:
+        of_x = shape.fp8_dtype
+        scales["x_scale"] = empty(
+            *_scales.x_scale_shape(shape.x_scales, (num_tokens, width), QUANT), dtype=torch.float32
+        )
+    if shape.x_scales == "tensor":
+        scales["h_scale"] = empty(1, dtype=torch.float32)
     for hint in _ends(num_tokens):
         fused_moe(
-            empty(num_tokens, width),
-            empty(experts, (2 if shape.activation == "swiglu" else 1) * inter, width),
-            empty(experts, width, inter),
+            empty(num_tokens, width, dtype=of_x),
+            empty(*w13, dtype=of_weights),
+            empty(*w2, dtype=of_weights),
             empty(num_tokens, shape.top_k, dtype=shape.topk_ids_dtype),
             empty(num_tokens, shape.top_k, dtype=shape.topk_weights_dtype),
             activation=shape.activation,
@@ -174,6 +199,7 @@ def _fused(shape: FusedMoeShape, num_tokens: int) -> None:
             out=(
                 None if shape.out_dtype is None else empty(num_tokens, width, dtype=shape.out_dtype)
             ),
+            **scales,
         )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import fnmatch
-from typing import Iterable, Iterator
+from typing import Iterable, Iterator, Mapping
 
 from kernelgen import names
 from kernelgen.diagnostics import Diagnostic, Failure, did_you_mean, failure
@@ -43,6 +44,8 @@ def assemble(package: Package, renderer: Renderer, only: str | None = None, jobs
     fault = check(runtime, tree[runtime])
     faults += [fault] if fault else []
     faults += _path_faults(tree)
+    if not faults:
+        faults += _tunable_faults(package, tree)
     if faults:
         raise Failure(faults)
     return Tree(dict(sorted(tree.items())), partial=only is not None)
@@ -118,6 +121,31 @@ def _render(
                 faults.setdefault((fault.location, fault.message), fault)
     texts, found = finish(raw, jobs)
     return texts, [*faults.values(), *found]
+
+
+def _tunable_faults(package: Package, tree: Mapping[str, str]) -> Iterator[Diagnostic]:
+    """Tunables that are not the fields of their class, name by name: tuned values are handed to it in this order."""
+    for family in package.families:
+        module = tree.get(names.family_path(family.name, names.CONFIGS))
+        if module is None:
+            continue
+        classes = {node.name: node for node in ast.parse(module).body if isinstance(node, ast.ClassDef)}
+        for kernel in family.kernels:
+            name = names.config_class(None if kernel.name == family.name else kernel.name)
+            known = _fields(classes[name]) if name in classes else []
+            declared = [tunable.name for tunable in kernel.tunables]
+            if known and known != declared and (declared or family.tuned.entries):
+                message = f"{kernel.name} has the tunables {', '.join(known)}, in this order"
+                hint = f"the spec has {', '.join(declared) or 'none'}"
+                yield Diagnostic("KG027", kernel.tunables_location, message, hint)
+
+
+def _fields(node: ast.ClassDef) -> list[str]:
+    return [
+        line.target.id
+        for line in node.body
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
+    ]
 
 
 def _path_faults(paths: Iterable[str]) -> Iterator[Diagnostic]:

@@ -38,6 +38,7 @@ CATALOGUE: Mapping[str, str] = {
     "KG024": "an output path that is not allowed",
     "KG025": "a tuned choice that does not fit the spec",
     "KG026": "FP8 that no kernel could serve: groups that a tile does not fit, an element that a target lacks",
+    "KG027": "tunables that are not those that the templates know",
     "KG030": "a file in the way that kernelgen did not write",
     "KG031": "a generated file that was edited by hand",
     "KG032": "a manifest or journal that cannot be read",

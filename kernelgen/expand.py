@@ -67,7 +67,6 @@ def _variants(family: Family) -> Iterator[Variant]:
 
 def _facts(family: Family, tags: Record) -> Record:
     facts: dict[Identifier, Fact] = {
-        Identifier("rounds_intermediate"): family.numerics.intermediate == "activation",
         Identifier("group_n"): family.quant.group_n,
         Identifier("group_k"): family.quant.group_k,
         Identifier("chunk_k"): family.numerics.chunk_k,

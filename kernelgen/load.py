@@ -231,8 +231,8 @@ class _Spec(_Checks):
     def _check_tunables(
         self, tunables: Mapping[str, Mapping[str, list[int]]], axes: Mapping[str, list[str]]
     ) -> None:
-        family = self.sections.get("family")
-        kernels = axes.get(SCHEDULE) or ([family] if family else [])
+        family = self.sections.get("family") if "axes" in self.sections else None
+        kernels = axes.get(SCHEDULE) or ([family] if family else [])  # none: they are unknown
         for kernel, parameters in tunables.items():
             if kernels and kernel not in kernels:
                 where = self.root.key_at("tunables", kernel)
@@ -300,7 +300,9 @@ class _Spec(_Checks):
                 Tunable(Identifier(parameter), tuple(values))
                 for parameter, values in tunables.get(name, {}).items()
             )
-            return Kernel(Identifier(name), kernel_template(family, schedule), parameters, where)
+            template = kernel_template(family, schedule)
+            tuned_at = self.root.key_at("tunables", name)
+            return Kernel(Identifier(name), template, parameters, where, tuned_at)
 
         if SCHEDULE not in axes:
             return (kernel(family, None, self.value_at("family")),)

@@ -184,6 +184,7 @@ class Kernel:
     template: str
     tunables: tuple[Tunable, ...]
     location: Location = dataclasses.field(compare=False)
+    tunables_location: Location = dataclasses.field(compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +228,7 @@ class Tuned:
 class Numerics:
     """Decisions on precision that hold for every schedule of a family."""
 
-    intermediate: str = "float32"  # or "activation": rounded once to the activation's dtype
+    intermediate: str = "activation"  # rounded once to the activation's dtype; all that the kernels can do
     strict: bool = False  # all schedules add in one order, so that they agree bit for bit
 
     @property
@@ -319,6 +320,6 @@ class Tree:
 # What an axis cannot be called, because it is another attribute of a variant.
 VARIANT_ATTRIBUTES = frozenset(
     {field.name for field in dataclasses.fields(Variant)}
-    | {"rounds_intermediate", "group_n", "group_k"}
+    | {"group_n", "group_k", "chunk_k"}
     | {fact for tags in VOCABULARY.values() for facts in tags.values() for fact in facts}
 )

@@ -99,6 +99,14 @@ def front_door_template(family: str) -> str:
     return f"{family_template_folder(family)}/__init__{TEMPLATE_SUFFIX}"
 
 
+CONFIGS = "_problem"  # the shared module with the classes of a family's tiles
+
+
+def config_class(schedule: str | None) -> str:
+    """The class that holds the tunables of a schedule, or of a family without schedules."""
+    return "".join(map(str.capitalize, (schedule or "").split("_"))) + "Config"
+
+
 PACKAGE_TEMPLATE_FOLDER = "package"
 TEST_TEMPLATE = f"tests/test_family{TEMPLATE_SUFFIX}"
 

@@ -43,6 +43,12 @@ def _size(value: Any) -> Any:
     raise PydanticCustomError("size", "wanted a whole number from 0, or true or false")
 
 
+def _intermediate(value: Any) -> Any:
+    if value == "float32":
+        raise PydanticCustomError("intermediate", "every kernel rounds the value between two products; wanted activation")
+    return value
+
+
 Size = Annotated[Any, AfterValidator(_size)]
 NameOrNames = Annotated[
     list[Name],
@@ -87,11 +93,10 @@ class NumericsShape(_Shape):
     """Decisions on precision that hold for every schedule of the family."""
 
     intermediate: Annotated[
-        Literal["activation", "float32"],
-        Field(
-            description="Precision of the value between the two products: rounded once to the activation dtype, or kept."
-        ),
-    ] = "float32"
+        Literal["activation"],
+        BeforeValidator(_intermediate),
+        Field(description="Precision of the value between two products: rounded once to the activation dtype."),
+    ] = "activation"
     strict: Annotated[
         bool,
         Field(description="All schedules add in one order, so that they agree bit for bit; slower for few tokens."),
@@ -247,8 +252,12 @@ def _diagnostic(shape: type[_Shape], root: Node, fault: Mapping[str, Any]) -> Di
         ]
         message = f"{fault['input']!r} is not allowed here"
         return Diagnostic("KG011", where, message, did_you_mean(str(fault["input"]), allowed))
-    code = "KG004" if kind == "too_long" else "KG011"
-    return Diagnostic(code, where, fault["msg"].replace("Input should", "the value should"))
+    if kind in ("too_long", "too_short"):
+        limits = fault["ctx"]
+        wanted = "at least 1" if kind == "too_short" else f"at most {limits['max_length']}"
+        code = "KG011" if kind == "too_short" else "KG004"
+        return Diagnostic(code, where, f"{limits['actual_length']} entries; {wanted}")
+    return Diagnostic("KG011", where, fault["msg"].replace("Input should", "the value should"))
 
 
 _NAME_HINT = "a name is a lower-case letter, then up to 39 of a-z, 0-9 and _"

@@ -47,7 +47,7 @@ def test_a_variant_knows_its_tags_and_what_they_stand_for(toy) -> None:
     variant = toy.variants[2]
     assert (variant.dtype, variant.rank, variant.size) == ("bf16", "r32", "small")
     assert (variant.torch_dtype, variant.block_rank, variant.max_rank) == ("bfloat16", 32, 32)
-    assert variant.tiled_rank is False and variant.rounds_intermediate is False
+    assert variant.tiled_rank is False and variant.chunk_k is None
     with pytest.raises(AttributeError, match="weighted"):
         _ = variant.weighted
     with pytest.raises(dataclasses.FrozenInstanceError):

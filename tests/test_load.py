@@ -52,6 +52,7 @@ EDITS = {
     "axis is a keyword": ("  size:", "  lambda:", ["5:3 KG012", "7:24 KG014"]),
     "axis is an attribute": ("  size:", "  name:", ["5:3 KG012", "7:24 KG014"]),
     "axis is a fact": ("  size:", "  block_rank:", ["5:3 KG012", "7:24 KG014"]),
+    "axis is a decision": ("  size:", "  chunk_k:", ["5:3 KG012", "7:24 KG014"]),
     "axis is dunder": ("  size:", "  __class__:", ["5:3 KG012"]),
     "axis without tags": ("[small, large]", "[]", ["5:9 KG011"]),
     "axis is a text": ("[small, large]", "small", ["5:9 KG010"]),
@@ -107,6 +108,7 @@ EDITS = {
     "target twice": ("[sm_90]", "[sm_90, sm_90]", ["9:18 KG016"]),
     "no target": ("[sm_90]", "[]", ["9:10 KG011"]),
     "unknown intermediate": ("targets:", "numerics: {intermediate: bf8}\ntargets:", ["9:26 KG011"]),
+    "intermediate of no kernel": ("targets:", "numerics: {intermediate: float32}\ntargets:", ["9:26 KG011"]),
     "unknown numerics": ("targets:", "numerics: {accumulate: x}\ntargets:", ["9:12 KG008"]),
     "negative spill": ("targets:", "resources: {max_spill_bytes: -1}\ntargets:", ["9:30 KG011"]),
     "fractional spill": ("targets:", "resources: {max_spill_bytes: 1.5}\ntargets:", ["9:30 KG010"]),
@@ -211,6 +213,10 @@ WHOLE_FILES: dict[str, tuple[bytes, list[str]]] = {
         b"family: toy\ntargets: [sm_90]\naxes:\n"
         + b"".join(b"  a%d: [a, b, c, d, e, f, g, h]\n" % i for i in range(10)),
         ["4:3 KG004"],
+    ),
+    "a bad tag hides no schedule": (
+        b"family: toy\ntargets: [sm_90]\naxes: {schedule: [one, NO]}\ntunables: {one: {a: [1]}}\n",
+        ["3:24 KG012"],
     ),
     "tags join to one name": (
         b"family: toy\ntargets: [sm_90]\naxes:\n  a: [x, x_y]\n  b: [z, y_z]\n",

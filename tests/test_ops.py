@@ -152,3 +152,36 @@ def test_a_copy_under_another_name_has_ops_of_its_own(tmp_path: Path) -> None:
         assert copy.variants() == kg.variants()
     finally:
         sys.path.remove(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "wanted"),
+    [
+        ({"out": None}, "out: got NoneType, wanted Tensor"),
+        ({"x": [1.0]}, "x: got list, wanted Tensor"),
+        ({"lora_a": (None, None)}, r"lora_a\[0\]: got NoneType, wanted Tensor"),
+        ({"lora_b": iter(())}, "lora_b: got tuple_iterator, wanted list or tuple"),
+        ({"route": (1, 2)}, "route: got tuple, wanted MoeRoute"),
+    ],
+)
+def test_what_is_no_tensor_is_named(spoiled: dict[str, Any], wanted: str, device: str) -> None:
+    batch = Batch(device)
+    route = batch.route("sorted")
+    right = {"out": batch.out, "x": batch.x, "lora_a": batch.a, "lora_b": batch.b, "route": route}
+    with pytest.raises(ValueError, match=f"^moe_lora: {wanted}"):
+        kg.moe_lora(**{**right, **spoiled})
+
+
+def test_a_workspace_for_tables_of_an_engine(device: str) -> None:
+    """Tables of an engine are padded further than those of ``moe_route``, so their size is asked for."""
+    wide = torch.full((LORAS, 4000), TOKENS * TOP_K, dtype=torch.int32, device=device)
+    tables = (wide, wide[:, :32] * 0 - 1, wide[:, 0] * 0)
+    sizes = {"num_experts": EXPERTS, "max_loras": LORAS, "top_k": TOP_K}
+    buffers = {"max_tokens": TOKENS, "max_rank": 16, "num_slices": 2, "device": device}
+    workspace = kg.moe_workspace(**sizes, **buffers, table_size=wide.numel())
+    given = {"block_size": 128, "num_tokens": TOKENS, **sizes}
+    route = kg.MoeRoute.from_tables(*(t.contiguous() for t in tables), **given, workspace=workspace)
+    assert int(route.num_blocks[0]) == 0
+    with pytest.raises(ValueError, match="table_size"):
+        too_small = kg.moe_workspace(**sizes, **buffers)
+        kg.MoeRoute.from_tables(*(t.contiguous() for t in tables), **given, workspace=too_small)

@@ -154,6 +154,21 @@ def test_a_template_cannot_take_the_place_of_a_variant(tmp_path: Path) -> None:
     assert failed.value.diagnostics[0].code == "KG024"
 
 
+@pytest.mark.parametrize("fields", ["tile", "block_n, tile", ""])
+def test_tunables_are_the_fields_of_their_class(fields: str, tmp_path: Path) -> None:
+    lines = "".join(f"    {field}: int\n" for field in fields.split(", ") if field)
+    template = f'"""Tiles."""\n\n\nclass Config:\n    """Tiles."""\n\n{lines}'
+    folder = project.make(tmp_path, templates={"dispatch/toy/_problem.py.j2": template})
+    if not fields:  # no tunable is known
+        assert build.tree(folder).files
+        return
+    with pytest.raises(Failure) as failed:
+        build.tree(folder)
+    (fault,) = failed.value.diagnostics
+    assert (fault.code, fault.location.line, fault.location.column) == ("KG027", 11, 3)
+    assert fields in fault.message and "block_n" in fault.hint
+
+
 def test_templates_beside_the_specs_go_before_those_that_come_with_kernelgen(
     tmp_path: Path,
 ) -> None:

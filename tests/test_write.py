@@ -635,36 +635,36 @@ def _build(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("KERNELGEN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("PYTHONPATH", str(Path(write.__file__).parent.parent))
     return tmp_path
 
 
-def test_builds_at_the_same_time_end_in_one_tree(workplace: Path) -> None:
-    specs = project.make(workplace / "work")
-    builds = [_build(workplace / "work") for _ in range(6)]
+def test_builds_at_the_same_time_end_in_one_tree(desk: Path) -> None:
+    specs = project.make(desk / "work")
+    builds = [_build(desk / "work") for _ in range(6)]
     for process in builds:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors.decode()
-    assert build.check(specs, workplace / "work").is_clean
+    assert build.check(specs, desk / "work").is_clean
 
 
 def test_a_build_that_is_killed_leaves_the_old_tree_or_the_new_one(
-    workplace: Path, swaps: None
+    desk: Path, swaps: None
 ) -> None:
-    specs = project.make(workplace / "start")
-    assert _build(workplace / "start").wait() == 0
-    shutil.copytree(workplace / "start", workplace / "new")
-    (workplace / "new/specs/toy.yaml").write_text(project.SPEC.replace("large", "medium"))
+    specs = project.make(desk / "start")
+    assert _build(desk / "start").wait() == 0
+    shutil.copytree(desk / "start", desk / "new")
+    (desk / "new/specs/toy.yaml").write_text(project.SPEC.replace("large", "medium"))
     start = time.monotonic()
-    assert _build(workplace / "new").wait() == 0
+    assert _build(desk / "new").wait() == 0
     span = time.monotonic() - start
-    old, new = both(workplace / "start"), both(workplace / "new")
+    old, new = both(desk / "start"), both(desk / "new")
     (specs / "toy.yaml").write_text(project.SPEC.replace("large", "medium"))
     for i in range(2):
-        work = workplace / str(i)
-        shutil.copytree(workplace / "start", work)
+        work = desk / str(i)
+        shutil.copytree(desk / "start", work)
         process = _build(work)
         time.sleep(span * (0.7 + i / 5))
         process.kill()
@@ -713,10 +713,10 @@ def _texts(state: Snapshot) -> set[str]:
 
 
 def test_killed_in_the_middle_of_a_commit_each_folder_is_of_one_tree(
-    workplace: Path, swaps: None
+    desk: Path, swaps: None
 ) -> None:
     rng = random.Random(0)
-    out = workplace / "out"
+    out = desk / "out"
     between = 0
     for _ in range(12):
         process = _commits(out)
@@ -734,8 +734,8 @@ def test_killed_in_the_middle_of_a_commit_each_folder_is_of_one_tree(
     assert not (out / names.STAGING).exists()
 
 
-def test_commits_at_the_same_time_wait_for_each_other(workplace: Path) -> None:
-    out = workplace / "out"
+def test_commits_at_the_same_time_wait_for_each_other(desk: Path) -> None:
+    out = desk / "out"
     processes = [_commits(out) for _ in range(3)]
     time.sleep(1)
     running = [process.poll() is None for process in processes]

@@ -174,7 +174,6 @@ def lora_shrink_bf16_r64_w8channel_total(
     block = tl.program_id(0) // (CHUNKS * SLICES)
     if block >= tl.load(num_blocks_ptr):
         return
-    adapter = tl.load(blocks_ptr + 4 * block).to(tl.int64)
     first = tl.load(blocks_ptr + 4 * block + 2)
     rows = tl.load(blocks_ptr + 4 * block + 3)
     m = tl.arange(0, BLOCK_M)

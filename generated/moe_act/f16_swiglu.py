@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
 from ._problem import Call, Config, Problem, check, choose
@@ -38,7 +39,11 @@ def moe_act_f16_swiglu_kernel(
     H_STRIDE: tl.constexpr,
     X_STRIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     if valid_tokens_ptr is not None:
         num_tokens = tl.minimum(tl.load(valid_tokens_ptr), num_tokens)
@@ -59,7 +64,7 @@ _kernel = runtime.Launcher(moe_act_f16_swiglu_kernel)
 
 def bind(problem: Problem, config: Config) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again."""
-    num_tokens = problem.num_tokens
+    pdl, num_tokens = runtime.traits(problem.device).pdl, problem.num_tokens
     pairs = min(num_tokens, problem.tokens_hint) * problem.top_k
     launch = _kernel.bind(
         pairs * runtime.cdiv(problem.n, config.block_n),
@@ -71,8 +76,9 @@ def bind(problem: Problem, config: Config) -> Call:
             problem.h_stride,
             problem.x_stride,
             config.block_n,
+            pdl,
         ),
-        runtime.Options(config.num_warps),
+        runtime.Options(config.num_warps, pdl=pdl),
     )
 
     def call(

@@ -324,7 +324,32 @@ def moe_lora(
     if torch.compiler.is_compiling():
         _moe_lora_op(out, x, lora_a, lora_b, *route, *flags, a_scale or [], b_scale or [], x_scale)
     else:
-        _apply(out, x, lora_a, lora_b, route, *flags, a_scale, b_scale, x_scale)
+        try:
+            _apply(out, x, lora_a, lora_b, route, *flags, a_scale, b_scale, x_scale)
+        except (AttributeError, TypeError):
+            slices = {"lora_a": lora_a, "lora_b": lora_b, "a_scale": a_scale, "b_scale": b_scale}
+            _check_types(
+                {"out": out, "x": x, "topk_weights": topk_weights, "x_scale": x_scale},
+                slices,
+                route,
+            )
+            raise
+
+
+def _check_types(tensors: dict[str, object], slices: dict[str, Any], route: object) -> None:
+    """Raise ValueError if an argument is of a wrong type."""
+    runtime.check_types("moe_lora", MoeRoute, route=route)
+    required = ("out", "x", "lora_a", "lora_b")
+    for label, value in slices.items():
+        if value is not None or label in required:
+            runtime.check_types("moe_lora", (list, tuple), **{label: value})
+            tensors.update((f"{label}[{i}]", tensor) for i, tensor in enumerate(value))
+    given = {
+        label: value
+        for label, value in tensors.items()
+        if value is not None or label in required or "[" in label
+    }
+    runtime.check_types("moe_lora", torch.Tensor, **given)
 
 
 def _apply(

@@ -131,6 +131,9 @@ def check(
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
+    made_on = route.topk_ids if naive else route.blocks
+    if made_on is not None and made_on.device != x.device:
+        runtime.fail(variant, "route", f"one on {made_on.device}", f"one on {x.device}, as x")
     slices = len(lora_a)
     if slices < 1 or len(lora_b) != slices:
         runtime.fail(
@@ -192,27 +195,26 @@ def check(
     if out.shape != shape or out.dtype != dtype or out.device != x.device:
         runtime.fail(variant, "out", runtime.describe(out), f"{list(shape)} {dtype} on {x.device}")
     out_stride = out.stride(1) if route.top_k > 1 else out.stride(0)
-    if (out.shape[2] > 1 and out.stride(2) != 1) or (
-        route.num_tokens > 1 and out.stride(0) != route.top_k * out_stride
+    if (
+        (out.shape[2] > 1 and out.stride(2) != 1)
+        or (route.num_tokens > 1 and out.stride(0) != route.top_k * out_stride)
+        or (num_pairs > 1 and out_stride < shape[2])
     ):
-        wanted = "last stride 1 and stride(0) == top_k * stride(1)"
+        wanted = "last stride 1 and stride(0) == top_k * stride(1), rows that do not overlap"
         runtime.fail(variant, "out", runtime.describe(out), wanted)
     if weighted:
         if topk_weights is None:
             runtime.fail(
                 variant, "topk_weights", None, "[T, top_k]", "mul_routed_weight needs them"
             )
-        if (
-            topk_weights.shape != shape[:2]
-            or not topk_weights.is_contiguous()
-            or not topk_weights.is_floating_point()
-        ):
-            runtime.fail(
-                variant,
-                "topk_weights",
-                runtime.describe(topk_weights),
-                f"contiguous {list(shape[:2])} float",
-            )
+        fits = (
+            topk_weights.shape == shape[:2]
+            and topk_weights.is_contiguous()
+            and topk_weights.device == x.device
+        )
+        if not fits or not topk_weights.is_floating_point():
+            wanted = f"contiguous {list(shape[:2])} float on {x.device}"
+            runtime.fail(variant, "topk_weights", runtime.describe(topk_weights), wanted)
     a_strides, b_strides = a.stride()[:3], b.stride()[:3]
     if max(a_strides[2] * rank, b_strides[2] * n, slices * n) >= 2**31:
         runtime.fail(
@@ -526,10 +528,19 @@ def _accumulators(s: _Shape) -> int:
     return s.block_m * _block_r(s.rank) * held
 
 
+def rows_of_program(weight_scales: str | None, rank: int, block_m: int) -> int:
+    """Rows of a block that a program of one_shot takes. FP8 that was widened is in registers, from where the matrix unit
+    takes it for a low tile; for a high one it goes through shared memory, which costs more than to widen again.
+    """
+    return min(block_m, 16) if weight_scales and rank <= 16 else block_m
+
+
 def _one_shot(s: _Shape) -> OneShotConfig:
     rank = _block_r(s.rank)
     # Programs of little work that are alone on their multiprocessors wait for memory: larger tiles have more on the way.
     alone = rank == 16 and s.block_m <= 32 and _num_blocks(s) < 1.5 * s.num_sms
+    rows = rows_of_program(s.weight_scales, s.rank, s.block_m)
+    cut, s = rows < s.block_m, s._replace(block_m=rows)
     wide = rank == 16 and s.block_m == 16 and s.k >= 4096
     if alone:
         block_k, stages = 256, 4
@@ -553,7 +564,9 @@ def _one_shot(s: _Shape) -> OneShotConfig:
     )  # of a column
     block_k = _in_group(s, _fitting(_block_k(s.k, block_k), shrink_bytes, budget))
     stages = _stages(stages, shrink_bytes * block_k, budget)
-    wide = wide or alone or (s.weight_scales is not None and rank == 16 and s.block_m == 16)
+    # FP8 with one scale for all would spill a register in the wide tile.
+    scaled = rank == 16 and s.block_m == 16 and s.weight_scales in ("channel", "group")
+    wide = not cut and (wide or alone or scaled)
     block_n = _fitting(
         _block_n(s.n, 256 if wide else 128, 0.03 if rank == 16 else 0.0), expand_bytes, budget
     )
@@ -573,7 +586,9 @@ def _one_shot(s: _Shape) -> OneShotConfig:
             return OneShotConfig(min(block_n, 32), min(block_k, 32), 2, 2, 4)
         if accumulators >= 64 * 256:
             block_n = min(block_n, 32)
-    warps = 8 if heavy or s.block_m == 128 else 2 if rank == 16 and s.block_m == 16 else 4
+    warps = (
+        8 if heavy or s.block_m == 128 else 2 if rank == 16 and s.block_m == 16 and not cut else 4
+    )
     return OneShotConfig(block_n, block_k, stages, expand, warps)
 
 
@@ -607,7 +622,7 @@ def _two_kernel(s: _Shape) -> TwoKernelConfig:
     shrink_bytes = 2 * (block_m + s.slices * rank)  # of a column
     # Rows of a K that is no multiple of 8 are loaded element by element, which takes registers.
     wanted = 32 if rank == 128 and s.k % 8 else 64 if rank == 128 or block_m > 32 else 128
-    if s.weight_scales and block_m == 16 and s.k % 8 == 0:
+    if s.weight_scales and block_m == 16 and s.k % 8 == 0 and budget > 128 * 1024:
         wanted = 128  # as many bytes on the way as of 16 bits
     block_k = _in_group(s, _fitting(_block_k(s.k, wanted), shrink_bytes, budget))
     blocks = _num_blocks(s)
@@ -629,11 +644,13 @@ def _two_kernel(s: _Shape) -> TwoKernelConfig:
     expand_tiles = max(
         (t for t in (1, 2, 3, 4, 5, 8) if tiles % t == 0 and t <= max(most, 2)), default=1
     )
+    # Rows that are not aligned and numbers that are widened take registers of the shrink.
+    heavy = _accumulators(s) > (48 if s.k % 8 or s.weight_scales else 64) * 256
     return TwoKernelConfig(
         block_k,
         split_k,
         stages,
-        8 if block_m == 128 or _accumulators(s) > (48 if s.k % 8 else 64) * 256 else 4,
+        8 if block_m == 128 or heavy else 4,
         block_n,
         expand_tiles,
         3 if s.rank > 128 or ((expand_tiles > 2 or s.weight_scales) and block_m == 16) else 2,

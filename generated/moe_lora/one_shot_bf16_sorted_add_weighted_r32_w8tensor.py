@@ -17,6 +17,7 @@ a_scale_s and b_scale_s [L, E];
 topk_weights [T, top_k] in any float dtype, applied in fp32;
 rank at most 32.
 One program serves one block of the route: at most BLOCK_M pairs of one adapter and one expert.
+A higher block has PARTS programs: FP8 is widened on its way to the matrix unit, and those of high tiles take only memory.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import triton.language as tl
 
 from .. import _runtime as runtime
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose
+from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, rows_of_program
 from ._problem import OneShotConfig as Config
 
 
@@ -68,6 +69,7 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r32_w8tensor_kernel(
     B_SCALE_STRIDE_L: tl.constexpr,
     B_SCALE_STRIDE_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SHRINK_STAGES: tl.constexpr,
@@ -75,14 +77,17 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r32_w8tensor_kernel(
     WEIGHTS: tl.constexpr,
 ):
     BLOCK_R: tl.constexpr = 32
-    block = tl.program_id(0)
+    block = tl.program_id(0) // PARTS
+    part = tl.program_id(0) % PARTS * BLOCK_M
     if block >= tl.load(num_blocks_ptr):
         return
     adapter = tl.load(blocks_ptr + 4 * block).to(tl.int64)
     expert = tl.load(blocks_ptr + 4 * block + 1).to(tl.int64)
     first = tl.load(blocks_ptr + 4 * block + 2)
     rows = tl.load(blocks_ptr + 4 * block + 3)
-    m = tl.arange(0, BLOCK_M)
+    if part >= rows:
+        return
+    m = part + tl.arange(0, BLOCK_M)
     live = m < rows
     pair = tl.load(pairs_ptr + first + m, mask=live, other=0)
 
@@ -197,8 +202,10 @@ _kernel = runtime.Launcher(moe_lora_one_shot_bf16_sorted_add_weighted_r32_w8tens
 def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again."""
     weights = CACHE_POLICIES[config.weight_policy]
+    block_m = rows_of_program(problem.weight_scales, problem.rank, route.block_m)
+    parts = runtime.cdiv(route.block_m, block_m)
     launch = _kernel.bind(
-        route.max_blocks,
+        route.max_blocks * parts,
         (
             problem.k,
             problem.n,
@@ -209,7 +216,8 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             *problem.b_strides,
             *problem.a_scale_strides,
             *problem.b_scale_strides,
-            route.block_m,
+            block_m,
+            parts,
             config.block_n,
             config.block_k,
             config.shrink_stages,

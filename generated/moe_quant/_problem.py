@@ -78,6 +78,10 @@ def check(
         wanted = f"[{num_pairs}, N] {dtype} with last stride 1 on {device}"
         runtime.fail(variant, "x", runtime.describe(x), wanted)
     check_fp8(variant, "codes", codes, mode, QUANT)
+    if not runtime.traits(device).e4m3:
+        runtime.fail(
+            variant, "codes", codes.dtype, "a GPU that makes FP8 numbers", "it needs sm_89 or newer"
+        )
     if codes.shape != x.shape or codes.device != device or (n > 1 and codes.stride(1) != 1):
         wanted = f"{list(x.shape)} with last stride 1 on {device}"
         runtime.fail(variant, "codes", runtime.describe(codes), wanted)

@@ -78,21 +78,43 @@ class MoeRoute(NamedTuple):
             ValueError: a shape, dtype or block size that does not fit; nothing was launched.
         """
         source = (sorted_token_ids, expert_ids, num_tokens_post_padded, lora_ids, adapter_enabled)
+        if num_tokens < 0 or top_k < 1 or num_experts < 1:
+            got = (num_tokens, top_k, num_experts)
+            runtime.fail(
+                "MoeRoute.from_tables", "num_tokens, top_k, num_experts", got, "at least 0, 1 and 1"
+            )
         request = (num_tokens * top_k, num_experts, max_loras, block_size)
         if torch.compiler.is_compiling():
             max_blocks = _check_tables(*source, max_loras, block_size)
         else:
-            hint = (
-                sorted_token_ids.shape,
-                expert_ids.shape,
-                lora_ids is None,
-                adapter_enabled is None,
-                *request,
-            )
-            tensors = [tensor for tensor in source if tensor is not None]
-            plan = _table_plans.get(hint, tensors) or _table_plans.put(
-                hint, tensors, _table_plan(source, *request)
-            )
+            try:
+                hint = (
+                    sorted_token_ids.shape,
+                    expert_ids.shape,
+                    lora_ids is None,
+                    adapter_enabled is None,
+                    *request,
+                )
+                tensors = [tensor for tensor in source if tensor is not None]
+                plan = _table_plans.get(hint, tensors) or _table_plans.put(
+                    hint, tensors, _table_plan(source, *request)
+                )
+            except (AttributeError, TypeError):
+                names = (
+                    "sorted_token_ids",
+                    "expert_ids",
+                    "num_tokens_post_padded",
+                    "lora_ids",
+                    "adapter_enabled",
+                )
+                given = dict(zip(names[:3], source[:3], strict=True))
+                given |= {
+                    name: value
+                    for name, value in zip(names[3:], source[3:], strict=True)
+                    if value is not None
+                }
+                runtime.check_types("MoeRoute.from_tables", torch.Tensor, **given)
+                raise
             max_blocks = plan.max_blocks
         splits = _splits(max_blocks, max_blocks * block_size, 0)
         buffer, num_blocks, blocks, pairs, _ = _buffers(
@@ -155,8 +177,8 @@ def moe_route(
     """
     request = (num_experts, max_loras, assignment, rank, block_m)
     source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map)
-    parts = None if workspace is None else workspace.parts
     if torch.compiler.is_compiling():
+        parts = None if workspace is None else workspace.parts
         sizes = _check(*source, *request)
         open_m, splits = _open(assignment, rank, block_m), _open_splits(*sizes[:4])
         if open_m == 0:
@@ -166,14 +188,26 @@ def moe_route(
         )
         _route_op(buffer, *source, num_experts, max_loras, open_m)
         return MoeRoute(*source, pairs, blocks, num_blocks, parts, *sizes, open_m, 0)
-    hint = (
-        None if topk_ids is None else topk_ids.shape,
-        adapter_enabled is None,
-        expert_map is None,
-        *request,
-    )
-    tensors = [tensor for tensor in source if tensor is not None]
-    plan = _plans.get(hint, tensors) or _plans.put(hint, tensors, _plan(*source, *request))
+    try:
+        parts = None if workspace is None else workspace.parts
+        hint = (
+            None if topk_ids is None else topk_ids.shape,
+            adapter_enabled is None,
+            expert_map is None,
+            *request,
+        )
+        tensors = [tensor for tensor in source if tensor is not None]
+        plan = _plans.get(hint, tensors) or _plans.put(hint, tensors, _plan(*source, *request))
+    except (AttributeError, TypeError):
+        given = {"topk_ids": topk_ids, "adapter_enabled": adapter_enabled, "expert_map": expert_map}
+        tensor_types = {name: value for name, value in given.items() if value is not None}
+        runtime.check_types(
+            "moe_route", torch.Tensor, token_lora_mapping=token_lora_mapping, **tensor_types
+        )
+        runtime.check_types("moe_route", int, num_experts=num_experts, max_loras=max_loras)
+        runtime.check_types("moe_route", (int, type(None)), rank=rank, block_m=block_m)
+        runtime.check_types("moe_route", (MoeWorkspace, type(None)), workspace=workspace)
+        raise
     if plan.block_m == 0:
         return MoeRoute(*source, None, None, None, parts, *plan.sizes, 0, 0)
     _, num_blocks, blocks, pairs, scratch = _buffers(
@@ -253,6 +287,8 @@ def _check(
         )
     if block_m is not None:
         _check_block_m(name, block_m)
+    if rank is not None and rank < 1:
+        runtime.fail(name, "rank", rank, "at least 1")
     return (
         num_tokens,
         top_k,
@@ -382,14 +418,22 @@ def moe_workspace(
     max_rank: int,
     num_slices: int,
     device: torch.device | str,
+    table_size: int = 0,
 ) -> MoeWorkspace:
     """Buffers that serve every batch of up to ``max_tokens`` tokens, whatever its routing.
 
-    Use one workspace per stream: an op writes its scratch into it.
+    Use one workspace per stream: an op writes its scratch into it. ``table_size``: for ``MoeRoute.from_tables``, elements of
+    the largest ``sorted_token_ids``.
     """
     num_pairs = max_tokens * top_k
     num_groups = max_loras * num_experts
-    tables = sum(_open_splits(max_tokens, top_k, num_experts, max_loras))
+    padded = (
+        table_size + 127 * max_loras if table_size else 0
+    )  # each row up to a whole block of 128
+    tables = max(
+        sum(_open_splits(max_tokens, top_k, num_experts, max_loras)),
+        sum(_splits(padded // 16, padded, 0)),
+    )
     rank = (
         runtime.cdiv(max_rank, 128) * 128
         if max_rank > 128
@@ -462,7 +506,7 @@ def _buffers(
     if found is not None and found[0] is tables:
         return found
     if tables.shape[0] < size or tables.device != device:
-        hint = "make it with moe_workspace for the largest batch"
+        hint = "make it with moe_workspace for the largest batch, and table_size for tables of an engine"
         runtime.fail(
             name,
             "workspace.tables",

@@ -32,7 +32,6 @@ _SIXTEEN_BIT = (
     Case(
         "query_key_value",
         "slices of unequal width, as of grouped-query attention",
-        core=True,
         widths=(128, 64, 64),
     ),
     Case("narrow_first", "a first slice below a tile", widths=(8, 100)),
@@ -56,6 +55,7 @@ _SIXTEEN_BIT = (
     Case("wide_blocks", "64 rows a block", tokens=66, adapters="one", block_m=64),
     Case("nan_row", "a NaN stays in the rows of its token", adapters="one", nan_token=1),
     Case("own_tiles", "the tiles that the variant chooses", core=True, own_tiles=True, widths=(200, 70)),
+    Case("lone_tiles", "full tiles, one a program", own_tiles=True, widths=(128, 64)),
     Case(
         "model_sized",
         "long loops, many programs",

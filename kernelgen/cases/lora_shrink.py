@@ -29,7 +29,7 @@ _SIXTEEN_BIT = (
     Case("eq_tile", "one full tile", tokens=16, adapters="one", k=32),
     Case("gt_tile", "full tiles, then a row", tokens=33, adapters="one", k=64),
     Case("ragged", "no size divides", core=True, k=150, widths=(1, 1), rank="part"),
-    Case("all_of_k", "chunks that are added up in the program", core=True, k=150, widths=(1, 1), parts=False),
+    Case("all_of_k", "chunks that are added up in the program", k=150, widths=(1, 1), parts=False),
     Case("whole_chunks", "a last chunk that is full", k=128, parts=False),
     Case("whole_parts", "a last part that is full", k=128),
     Case("a_part_too_many", "programs of K that have no work (vLLM's split of 64)", k=40),

@@ -131,7 +131,7 @@ def fp8_layer(
 ) -> Layer:
     """A layer of FP8 weights, and with FP8 activations where the mode has scales for them."""
     of_weights, of_x, activation = mode
-    call = layer(tokens, how, device, activation=activation, **{"hidden": 144, "inter": 176, **sizes})
+    call = layer(tokens, how, device, activation=activation, **{"hidden": 144, "inter": 136, "top_k": 2, **sizes})
     weights = [package.quantize_weights(w, of_weights) for w in (call.w13, call.w2)]
     scales = {"w13_scale": weights[0][1], "w2_scale": weights[1][1]}
     numbers = [dequantise(codes, scale, quant.group_of(of_weights, codes.shape[1:], quant.GROUP)) for codes, scale in weights]
@@ -150,14 +150,13 @@ def fp8_layer(
 
 def fp8_front_door(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """Layers with FP8 weights, with and without FP8 activations, are within their bound, in a workspace and without."""
-    for tokens, mode in itertools.product((3, 9), _MODES):
-        call = fp8_layer(package, tokens, Experts("mixed", start=1, valid=tokens - 1), device, mode)
-        sizes = {"max_tokens": 12, "top_k": 3, "num_experts": 4, "hidden": 144, "intermediate": 176}
+    few = [mode for mode in _MODES if mode[1:] in (("tensor", "swiglu"), ("group", "swiglu"))]
+    for i, (tokens, mode) in enumerate([*itertools.product((1,), few), *itertools.product((7,), _MODES)]):
+        call = fp8_layer(package, tokens, Experts(valid=min(tokens, 5)), device, mode)
+        sizes = {"max_tokens": 12, "top_k": 2, "num_experts": 4, "hidden": 144, "intermediate": 136}
         workspace = package.fused_moe_workspace(**sizes, fp8_activations=mode[1] is not None, device=device)
-        out = torch.full((tokens, 144), torch.nan, device=device)
-        for options in ({}, {"workspace": workspace, "out": out}):
-            given = call.run(package, **options)
-            _about(lambda call=call, given=given: call.verify(given), f"{tokens} tokens, scales {mode}")  # type: ignore[misc]
+        given = call.run(package, workspace=workspace if i % 2 else None)
+        _about(lambda call=call, given=given: call.verify(given), f"{tokens} tokens, scales {mode}")  # type: ignore[misc]
 
 
 def stale_workspace(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
@@ -265,10 +264,14 @@ def one_graph_serves_every_batch(
     package: ModuleType, variants: Sequence[Variant], device: str
 ) -> None:
     """A graph captured once for the largest batch gives the bits of eager calls, for every routing and valid_tokens."""
-    for tokens, hint in ((4, None), (64, None), (64, 3)):
+
+    def fp8(tokens: int, how: Experts, device: str, seed: int = 0) -> Layer:
+        return fp8_layer(package, tokens, how, device, ("group", "group", "swiglu"), seed=seed, hidden=136, inter=136)
+
+    for make_layer, tokens, hint in ((layer, 4, None), (layer, 64, None), (layer, 64, 3), (fp8, 4, None), (fp8, 64, 3)):
         workspace = _workspace(package, device, tokens)
-        first = layer(tokens, Experts(valid=tokens), device)
-        out = torch.zeros_like(first.hidden)
+        first = make_layer(tokens, Experts(valid=tokens), device)
+        out = torch.zeros(tokens, first.hidden.shape[1], dtype=torch.bfloat16, device=device)
         options = {"num_tokens_hint": hint, "workspace": workspace, "out": out}
         first.run(package, **options)
         torch.cuda.synchronize()
@@ -276,7 +279,7 @@ def one_graph_serves_every_batch(
         with torch.cuda.graph(graph):
             first.run(package, **options)
         for seed, (kind, valid) in enumerate(itertools.product(("spread", "mixed", "skewed"), (0, 1, tokens // 2, tokens))):
-            call = layer(tokens, Experts(kind, valid=valid), device, seed=seed)
+            call = make_layer(tokens, Experts(kind, valid=valid), device, seed=seed)
             for held, new in _tensors(first, call):
                 held.copy_(new)
             out.fill_(torch.nan)
@@ -327,7 +330,7 @@ LAWS = (
 
 def _workspace(package: ModuleType, device: str, tokens: int) -> Any:
     return package.fused_moe_workspace(
-        max_tokens=tokens, top_k=3, num_experts=4, hidden=72, intermediate=40, device=device
+        max_tokens=tokens, top_k=3, num_experts=4, hidden=136, intermediate=136, fp8_activations=True, device=device
     )
 
 
@@ -335,6 +338,7 @@ def _tensors(to: Layer, source: Layer) -> Iterator[tuple[torch.Tensor, torch.Ten
     yield from zip(to[:3], source[:3], strict=True)
     yield to.topk_weights, source.topk_weights
     yield to.routed.topk_ids, source.routed.topk_ids
+    yield from ((to.scales[name], source.scales[name]) for name in to.scales)
     if to.routed.valid_tokens is not None and source.routed.valid_tokens is not None:
         yield to.routed.valid_tokens, source.routed.valid_tokens
 

@@ -483,6 +483,9 @@ _WRONG: Mapping[str, Callable[[_Operands], bool]] = {
         ),
     ),
     "out with columns apart": _set("out", lambda o: o.transpose(1, 2).contiguous().transpose(1, 2)),
+    "out whose rows overlap": _set(
+        "out", lambda o: o.as_strided(o.shape, (8 * o.shape[1], 8, 1), o.storage_offset())
+    ),
     "no slice": _set("lora_a", lambda a: a[:0]),
     "slices that lack a partner": _set("lora_b", lambda b: b[:-1]),
     "slices of two shapes": _set("lora_a", lambda a: (a[0], a[1][:, :, :-1])),

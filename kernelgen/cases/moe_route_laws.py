@@ -166,5 +166,10 @@ _WRONG: Mapping[str, Callable[[_Arguments], _Arguments]] = {
     "no experts": lambda a: {"num_experts": 0},
     "no adapters": lambda a: {"max_loras": 0},
     "an unknown assignment": lambda a: {"assignment": "fastest"},
+    "a rank of nothing": lambda a: {"rank": 0},
+    "ids as a list": lambda a: {"topk_ids": [[0]]},
+    "a mapping left out": lambda a: {"token_lora_mapping": None},
+    "experts as a text": lambda a: {"num_experts": "4"},
+    "a workspace that is a tensor": lambda a: {"workspace": a["topk_ids"]},
     "a block size that is no power of two": lambda a: {"block_m": 24},
 }

@@ -179,6 +179,8 @@ LOCAL_LAYER = FusedMoeShape(  # a share of a layer, with widths that no large ti
     topk_ids_dtype=torch.int64,
 )
 
+FP8_LAYER = QWEN3_LAYER._replace(weight_scales="group", x_scales="group")
+
 
 def serve_layer(shape: FusedMoeShape, num_tokens: int, hint: int | None) -> None:
     """One step of an engine on the base experts."""
@@ -187,10 +189,16 @@ def serve_layer(shape: FusedMoeShape, num_tokens: int, hint: int | None) -> None
         return torch.empty(size, dtype=dtype, device="meta")
 
     rows = shape.intermediate * (2 if shape.activation == "swiglu" else 1)
+    kind, scales = shape.dtype, {}
+    if shape.weight_scales is not None:
+        kind, groups = shape.fp8_dtype, shape.hidden // 128
+        scales["w13_scale"] = empty(shape.num_experts, rows // 128, groups, dtype=torch.float32)
+        scales["w2_scale"] = empty(shape.num_experts, groups, shape.intermediate // 128, dtype=torch.float32)
+        scales["x_scale"] = empty(num_tokens, groups, dtype=torch.float32)
     kg.fused_moe(
-        empty(num_tokens, shape.hidden),
-        empty(shape.num_experts, rows, shape.hidden),
-        empty(shape.num_experts, shape.hidden, shape.intermediate),
+        empty(num_tokens, shape.hidden, dtype=kind),
+        empty(shape.num_experts, rows, shape.hidden, dtype=kind),
+        empty(shape.num_experts, shape.hidden, shape.intermediate, dtype=kind),
         empty(num_tokens, shape.top_k, dtype=shape.topk_ids_dtype),
         empty(num_tokens, shape.top_k, dtype=torch.float32),
         activation=shape.activation,
@@ -198,10 +206,11 @@ def serve_layer(shape: FusedMoeShape, num_tokens: int, hint: int | None) -> None
         num_tokens_hint=hint,
         local_expert_start=shape.local_expert_start,
         out=None if shape.out_dtype is None else empty(num_tokens, shape.hidden, dtype=shape.out_dtype),
+        **scales,
     )
 
 
-@pytest.mark.parametrize("shape", [QWEN3_LAYER, LOCAL_LAYER], ids=["qwen3", "share"])
+@pytest.mark.parametrize("shape", [QWEN3_LAYER, LOCAL_LAYER, FP8_LAYER], ids=["qwen3", "share", "fp8"])
 def test_no_number_of_tokens_and_no_hint_makes_another_key_of_a_layer(shape: FusedMoeShape) -> None:
     edges = {(1 << i) + step for i in range(13) for step in (-1, 0, 1)}
     found = set()
