@@ -92,6 +92,7 @@ CASES = (
     Case("huge_adapters", "32-bit offsets of adapters wrap", loras=2, layout="huge_adapters", **_ANY_RANK),
     Case("huge_experts", "32-bit offsets of experts wrap (vLLM #53028)", experts=2, layout="huge_experts", **_ANY_RANK),
     Case("huge_rows", "32-bit offsets of rows wrap (vLLM #39585)", tokens=3, layout="huge_rows", **_ANY_RANK),
+    Case("far_slices", "32-bit offsets of the slices of y wrap", slices=3, far=True, tokens=2, **_ANY_RANK),
     Case("rank_one", "a rank far below its bucket", rank="one"),
     Case("rank_24_any", "a small rank in a tiled kernel", only=_RANY, rank=24),
     Case("rank_129", "one rank behind a tile", only=_RANY, rank=129, tokens=2),

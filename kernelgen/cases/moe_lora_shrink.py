@@ -33,6 +33,7 @@ CASES = (
     Case(
         "in_one", "all of K in one program", core=True, tokens=5, slices=2, k=150, split=192, routing=Routing("mixed")
     ),
+    Case("short_part", "a last part that is short, of whole tiles", k=192, split=128),
     Case("most_parts", "more parts of K than are common", k=600, tokens=2, **_ANY_RANK),
     Case("a_row_a_pair", "x of the second projection", row_a_pair=True, tokens=5, top_k=3, **_ANY_RANK),
     Case("slices_3", "the third slice", slices=3),
@@ -78,6 +79,7 @@ CASES = (
     Case("huge_experts", "32-bit offsets of experts wrap (vLLM #53028)", experts=2, layout="huge_experts", **_ANY_RANK),
     Case("huge_rows", "32-bit offsets of rows wrap (vLLM #39585)", tokens=3, layout="huge_rows", **_ANY_RANK),
     Case("no_workspace", "parts in memory of their own", k=200, workspace=False, **_ANY_RANK),
+    Case("far_slices", "32-bit offsets of the slices of y wrap", slices=3, far=True, tokens=2, split=128, **_ANY_RANK),
     Case("rank_one", "a rank far below its bucket", rank="one", slices=2),
     Case("rank_8", "half a rank of 16", rank=8, slices=2),
     Case("rank_24_any", "a small rank in a tiled kernel", only=_RANY, rank=24),
@@ -117,7 +119,7 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
     routing = {name: tensor for name, tensor in batch.routed.tensors.items() if tensor is not None}
     inputs = sealed({"x": x, **{f"lora_a[{s}]": w for s, w in enumerate(a)}, **routing})
     value, bound = moe_lora_shrink(x, a, batch.routed.live, num_pairs=batch.num_pairs)
-    guarded = seal(y)
+    guarded = seal(y, sparse=case.far)
     launcher(y, x, a, route, config=None if case.own_tiles else tiles(launcher, case))
     unchanged({**inputs, **tables})
     stray = int((guarded.changed() & ~positions(guarded, torch.ones(y.shape[:2], dtype=torch.bool))).sum())
