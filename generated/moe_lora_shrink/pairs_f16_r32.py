@@ -142,7 +142,7 @@ def moe_lora_shrink_pairs_f16_r32_total(
     for i in tl.static_range(1, PARTS):
         total += tl.load(parts_ptr + i * next_part.to(tl.int64) + cell, mask=kept, other=0.0)
     y_row = (row // num_pairs) * next_slice.to(tl.int64) + (row % num_pairs).to(tl.int64) * Y_STRIDE
-    tl.store(y_ptr + y_row + cell % RANK, total, mask=kept)
+    tl.store(y_ptr + y_row + (cell - row * RANK), total, mask=kept)
 
 
 _product = runtime.Launcher(moe_lora_shrink_pairs_f16_r32_product)
