@@ -21,8 +21,7 @@ from ._fused_moe import fused_moe
 from ._lora import lora, lora_route
 from .lora_expand import lora_expand
 from .lora_shrink import lora_shrink
-from .lora_shrink._problem import scale_shape as dense_scales
-from .lora_shrink._problem import x_scale_shape as dense_x_scales
+from .lora_shrink._problem import QUANT as DENSE_QUANT
 from .moe_gemm._problem import QUANT
 from .moe_lora import moe_lora
 from .moe_lora._problem import scale_shape, x_scale_shape
@@ -219,12 +218,14 @@ def _dense(shape: LoraShape, num_tokens: int) -> None:
     def scales(weights: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
         if shape.weight_scales is None:
             return None
-        shapes = [(w.shape[0], *dense_scales(shape.weight_scales, *w.shape[1:])) for w in weights]
+        shapes = [_scales.scale_shape(shape.weight_scales, w.shape, DENSE_QUANT) for w in weights]
         return [empty(*size, dtype=torch.float32) for size in shapes]
 
     x_scale = None
     if shape.x_scales is not None:
-        x_scale = empty(*dense_x_scales(shape.x_scales, x.shape), dtype=torch.float32)
+        x_scale = empty(
+            *_scales.x_scale_shape(shape.x_scales, x.shape, DENSE_QUANT), dtype=torch.float32
+        )
     a_scale, b_scale = scales(a), scales(b)
     at, adds = shape.offset_start, shape.add_inputs
     if shape.separate:

@@ -380,6 +380,7 @@ def _lora_ranks(variant: Variant) -> tuple[int, ...]:
 
 def _lora_shrink(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
     del family
+    scales_of = importlib.import_module(f"{package.__name__}._scales")
     problem = importlib.import_module(f"{package.__name__}.{variant.family}._problem")
     dtype, slices = getattr(torch, variant.torch_dtype), len(_LORA_WIDTHS)
     for rank, (num_tokens, block_m) in itertools.product(_lora_ranks(variant), _LORA_TOKENS.items()):
@@ -390,17 +391,18 @@ def _lora_shrink(package: ModuleType, family: Family, variant: Variant) -> Itera
         y = _meta(slices, num_tokens, rank, dtype=_FP32)
         scales: dict[str, Any] = {}
         if variant.weight_scales:
-            shape = (5, *problem.scale_shape(variant.weight_scales, rank, _LORA_K))
+            shape = scales_of.scale_shape(variant.weight_scales, (5, rank, _LORA_K), problem.QUANT)
             scales["a_scale"] = [_meta(*shape, dtype=_FP32)] * slices
         if variant.x_scales:
-            scales["x_scale"] = _meta(*problem.x_scale_shape(variant.x_scales, x.shape), dtype=_FP32)
+            scales["x_scale"] = _meta(*scales_of.x_scale_shape(variant.x_scales, x.shape, problem.QUANT), dtype=_FP32)
         products = y.numel() * _LORA_K
         yield _lora_probe(package, variant, rank, num_tokens, block_m, (y, x, a), scales, 1, products)
 
 
 def _lora_expand(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
     del family
-    problem = importlib.import_module(f"{package.__name__}.lora_shrink._problem")
+    scales_of = importlib.import_module(f"{package.__name__}._scales")
+    problem = importlib.import_module(f"{package.__name__}.{variant.family}._problem")
     for rank, (num_tokens, block_m) in itertools.product(_lora_ranks(variant), _LORA_TOKENS.items()):
         if num_tokens > 4096:
             continue  # the same tiles
@@ -410,8 +412,8 @@ def _lora_expand(package: ModuleType, family: Family, variant: Variant) -> Itera
         b = [_meta(5, width, rank, dtype=of_b) for width in _LORA_WIDTHS]
         scales: dict[str, Any] = {}
         if variant.weight_scales:
-            shapes = [problem.scale_shape(variant.weight_scales, width, rank) for width in _LORA_WIDTHS]
-            scales["b_scale"] = [_meta(5, *shape, dtype=_FP32) for shape in shapes]
+            shapes = [scales_of.scale_shape(variant.weight_scales, w.shape, problem.QUANT) for w in b]
+            scales["b_scale"] = [_meta(*shape, dtype=_FP32) for shape in shapes]
         times, products = 2 if variant.adds else 1, out.numel() * rank
         yield _lora_probe(package, variant, rank, num_tokens, block_m, (out, y, b), scales, times, products)
 

@@ -74,3 +74,16 @@ def test_a_compiled_graph_serves_any_number_of_tokens(device: str, apply: Any, w
         assert not torch.equal(expected, layer.out[:tokens])
         assert torch.equal(found, expected)
     assert graphs.frame_count <= 2  # the first sizes may be taken as fixed
+
+
+def test_scales_of_one_group_of_columns_are_not_taken_for_a_scale_a_token(device: str) -> None:
+    from generated.lora_shrink.bf16_r16_w8group_a8group import lora_shrink_bf16_r16_w8group_a8group
+
+    layer = Layer(device)
+    route = kg.lora_route(layer.mapping, max_loras=LORAS)
+    a, a_scale = zip(*(kg.quantize_weights(a, "group") for a in layer.a), strict=True)
+    x, x_scale = kg.quantize_activations(layer.x, "group")
+    served, wanted = (torch.zeros(len(a), TOKENS, RANK, device=device) for _ in range(2))
+    kg.lora_shrink(served, x, a, route, a_scale=a_scale, x_scale=x_scale)
+    lora_shrink_bf16_r16_w8group_a8group(wanted, x, a, route, a_scale=a_scale, x_scale=x_scale)
+    assert wanted.any() and torch.equal(served, wanted)

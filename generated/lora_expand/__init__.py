@@ -16,7 +16,7 @@ from .. import _runtime as runtime
 from ..lora_shrink import dense_route
 from ..lora_shrink._problem import kind_of_scales
 from ..moe_route import MoeRoute
-from ._problem import GROUP, Call, check, choose
+from ._problem import QUANT, Call, check, choose
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 # (largest rank, tag); a rank goes to the first of them that there is a variant for
@@ -146,7 +146,7 @@ def scales_of(
     """Scales with what there is one each of, as ``check`` takes them."""
     if b_scale is None:
         return {}
-    return {"b_scale": (kind_of_scales(op, "b_scale", b_scale, lora_b, GROUP), b_scale)}
+    return {"b_scale": (kind_of_scales(op, "b_scale", b_scale, lora_b, QUANT), b_scale)}
 
 
 def variant_of(

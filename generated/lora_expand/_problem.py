@@ -11,7 +11,8 @@ from typing import Callable, NamedTuple, Sequence
 import torch
 
 from .. import _runtime as runtime
-from ..lora_shrink._problem import check_route, check_weights, fp8, scale_strides
+from .._scales import Quant, check_fp8
+from ..lora_shrink._problem import check_route, check_weights, scale_strides
 from ..moe_route import MoeRoute
 
 
@@ -31,8 +32,12 @@ CACHE_POLICIES = ("", "evict_first")
 # (out, y, lora_b, route, scaling) of sizes that were checked before; then b_scale where weights are FP8
 Call = Callable[..., None]
 
-# Rows and columns of a matrix that share a scale of a group.
-GROUP = (128, 128)
+# What an FP8 tensor may be made of, and the rows and columns of a matrix that share a scale of a group.
+_FP8 = (
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
+QUANT = Quant(_FP8, 128, 128)
 
 
 class Problem(NamedTuple):
@@ -75,7 +80,9 @@ def check(
     if slices < 1:
         runtime.fail(variant, "lora_b", "no slice", "at least one")
     rank, row, widths = lora_b[0].shape[-1], lora_b[0].stride(-2) if lora_b[0].dim() > 2 else 0, []
-    of_b = dtype if b_scale is None else fp8(variant, "lora_b[0]", lora_b[0])
+    of_b = (
+        dtype if b_scale is None else check_fp8(variant, "lora_b[0]", lora_b[0], b_scale[0], QUANT)
+    )
     for i, b in enumerate(lora_b):
         _, width, columns = check_weights(
             variant, f"lora_b[{i}]", b, "[L, N, rank]", route, of_b, out.device
@@ -121,7 +128,7 @@ def check(
         runtime.fail(variant, "size of an adapter's matrix", (row, widths), "below 2**31 elements")
     strides, kind, of_scales = tuple(b.stride(0) for b in lora_b), None, ()
     if b_scale is not None:
-        kind, of_scales = b_scale[0], scale_strides(variant, "b_scale", *b_scale, lora_b, GROUP)
+        kind, of_scales = b_scale[0], scale_strides(variant, "b_scale", *b_scale, lora_b, QUANT)
     sizes = (num_tokens, tuple(widths), rank, offset_start, out.stride(0), strides, row)
     return Problem(*sizes, out.device, kind, of_scales)
 

@@ -13,8 +13,9 @@ from typing import Any, Sequence
 import torch
 
 from .. import _runtime as runtime
+from .._scales import find_x_mode
 from ..moe_route import MoeRoute, settled
-from ._problem import GROUP, Call, check, choose, kind_of_scales, kind_of_x_scale
+from ._problem import QUANT, Call, check, choose, kind_of_scales
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 # (largest rank, tag); a rank goes to the first of them that there is a variant for
@@ -155,9 +156,13 @@ def scales_of(
     """Scales with what there is one each of, as ``check`` takes them."""
     found: dict[str, Any] = {}
     if a_scale is not None:
-        found["a_scale"] = kind_of_scales(op, "a_scale", a_scale, lora_a, GROUP), a_scale
+        found["a_scale"] = kind_of_scales(op, "a_scale", a_scale, lora_a, QUANT), a_scale
     if x_scale is not None:
-        found["x_scale"] = kind_of_x_scale(op, x_scale, x), x_scale
+        if x.dim() != 2:
+            runtime.fail(op, "x", runtime.describe(x), "[T, K]")
+        # Where K is one group, a scale a token has the same shape: groups of weights go with groups of x.
+        first = "group" if "a_scale" in found and found["a_scale"][0] == "group" else None
+        found["x_scale"] = find_x_mode(op, x, x_scale, QUANT, first), x_scale
     return found
 
 

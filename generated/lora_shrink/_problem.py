@@ -11,6 +11,7 @@ from typing import Any, Callable, NamedTuple, Sequence
 import torch
 
 from .. import _runtime as runtime
+from .._scales import Quant, check_fp8, check_x_scale, fits as scale_fits, is_fp32, scale_shape
 from ..moe_route import MoeRoute
 
 
@@ -40,11 +41,11 @@ MAX_TOKENS_IN_PARTS = 4096
 Call = Callable[..., None]
 
 # What an FP8 tensor may be made of, and the rows and columns of a matrix that share a scale of a group.
-FP8 = (
+_FP8 = (
     torch.float8_e4m3fn,
     torch.float8_e5m2,
 )
-GROUP = (128, 128)
+QUANT = Quant(_FP8, 128, 128)
 
 
 class Problem(NamedTuple):
@@ -90,8 +91,8 @@ def check(
     slices, num_tokens = len(lora_a), route.num_tokens
     if slices < 1:
         runtime.fail(variant, "lora_a", "no slice", "at least one")
-    of_a = dtype if a_scale is None else fp8(variant, "lora_a", lora_a[0])
-    of_x = dtype if x_scale is None else fp8(variant, "x", x)
+    of_a = dtype if a_scale is None else check_fp8(variant, "lora_a", lora_a[0], a_scale[0], QUANT)
+    of_x = dtype if x_scale is None else check_fp8(variant, "x", x, x_scale[0], QUANT)
     loras, rank, k = check_weights(
         variant, "lora_a", lora_a[0], "[L, rank, K]", route, of_a, x.device
     )
@@ -136,7 +137,7 @@ def check(
         runtime.fail(variant, "size of an adapter's matrix", strides, "below 2**31 elements")
     scale_stride = 0
     if a_scale is not None:
-        found = scale_strides(variant, "a_scale", *a_scale, lora_a, GROUP)
+        found = scale_strides(variant, "a_scale", *a_scale, lora_a, QUANT)
         scale_stride = found[0]
         if found != (scale_stride,) * slices:
             runtime.fail(
@@ -147,7 +148,7 @@ def check(
                 "slices have one layout",
             )
     if x_scale is not None:
-        check_x_scale(variant, *x_scale, x)
+        check_x_scale(variant, x_scale[0], x, x_scale[1], QUANT)
     kinds = (None if a_scale is None else a_scale[0], None if x_scale is None else x_scale[0])
     return Problem(
         num_tokens, k, slices, rank, x.stride(0), strides, x.device, *kinds, scale_stride
@@ -184,35 +185,12 @@ def check_weights(
     return loras, rows, columns
 
 
-def fp8(variant: str, label: str, tensor: torch.Tensor) -> torch.dtype:
-    """The dtype of an FP8 operand."""
-    if tensor.dtype not in FP8:
-        wanted = " or ".join(str(known) for known in FP8)
-        runtime.fail(variant, label, runtime.describe(tensor), wanted, "there is a scale for it")
-    if tensor.dtype == torch.float8_e4m3fn and not runtime.traits(tensor.device).e4m3:
-        runtime.fail(variant, label, tensor.dtype, torch.float8_e5m2, "this GPU has no e4m3")
-    return tensor.dtype
-
-
-def scale_shape(
-    kind: str, rows: int, columns: int, group: tuple[int, int] = GROUP
-) -> tuple[int, ...]:
-    """The shape of the scales of a matrix [rows, columns] of weights, behind L."""
-    groups = runtime.cdiv(rows, group[0]), runtime.cdiv(columns, group[1])
-    return {"tensor": (), "channel": (rows,), "group": groups}[kind]
-
-
-def x_scale_shape(kind: str, x: Sequence[int]) -> tuple[int, ...]:
-    """The shape of the scales of x [T, K]."""
-    return {"tensor": (1,), "token": (x[0], 1), "group": (x[0], runtime.cdiv(x[1], GROUP[1]))}[kind]
-
-
 def kind_of_scales(
     variant: str,
     label: str,
     scales: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor],
-    group: tuple[int, int],
+    quant: Quant,
 ) -> str:
     """Of what there is a scale each, by the shapes; where several fit they mean the same, and the first is taken."""
     for kind in ("tensor", "channel", "group"):
@@ -220,20 +198,22 @@ def kind_of_scales(
             len(scales) > 0
             and len(weights) > 0
             and weights[0].dim() > 2
-            and _fits(kind, scales[0], weights[0], group)
+            and _fits(kind, scales[0], weights[0], quant)
         ):
             return kind
     got = f"{[list(s.shape) for s in scales[:1]]} for {[list(w.shape) for w in weights[:1]]}"
-    wanted = f"[L] each, or [L, out], or [L, ceil(out / {group[0]}), ceil(in / {group[1]})]"
+    wanted = (
+        f"[L] each, or [L, out], or [L, ceil(out / {quant.group_n}), ceil(in / {quant.group_k})]"
+    )
     runtime.fail(variant, label, got, wanted)
 
 
-def _fits(kind: str, scale: torch.Tensor, weights: torch.Tensor, group: tuple[int, int]) -> bool:
-    loras, inner = weights.shape[0], scale_shape(kind, weights.shape[-2], weights.shape[-1], group)
-    allowed = [(loras, *inner), (loras, 1, *inner)]
-    if kind == "channel":
-        allowed += [(*shape, 1) for shape in allowed]
-    return tuple(scale.shape) in allowed
+def _fits(kind: str, scale: torch.Tensor, weights: torch.Tensor, quant: Quant) -> bool:
+    loras, *_, rows, columns = weights.shape
+    return any(
+        scale_fits(kind, scale.shape, shape, quant)
+        for shape in ((loras, rows, columns), (loras, 1, rows, columns))
+    )
 
 
 def scale_strides(
@@ -242,55 +222,21 @@ def scale_strides(
     kind: str,
     scales: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor],
-    group: tuple[int, int],
+    quant: Quant,
 ) -> tuple[int, ...]:
     """The stride over L of the scales of each slice of weights."""
     if len(scales) != len(weights):
         runtime.fail(variant, label, f"{len(scales)} tensors", f"{len(weights)}, one a slice")
     for i, (scale, matrix) in enumerate(zip(scales, weights)):
-        fits = (
-            scale.dtype == torch.float32
-            and scale.device == matrix.device
-            and _fits(kind, scale, matrix, group)
-        )
-        if not fits or (scale.numel() > 0 and not scale[0].is_contiguous()):
-            shape = [matrix.shape[0], *scale_shape(kind, matrix.shape[-2], matrix.shape[-1], group)]
-            wanted = f"{shape} float32 on {matrix.device}, contiguous behind L"
+        right = is_fp32(scale, matrix.device) and _fits(kind, scale, matrix, quant)
+        if not right or (scale.numel() > 0 and not scale[0].is_contiguous()):
+            loras, *_, rows, columns = matrix.shape
+            shape = scale_shape(kind, (loras, rows, columns), quant)
+            wanted = f"{list(shape)} float32 on {matrix.device}, contiguous behind L"
             runtime.fail(
                 variant, f"{label}[{i}]", runtime.describe(scale), wanted, f"a scale a {kind}"
             )
     return tuple(scale.stride(0) for scale in scales)
-
-
-def kind_of_x_scale(variant: str, x_scale: torch.Tensor, x: torch.Tensor) -> str:
-    """Of what there is a scale each."""
-    for kind in ("tensor", "token", "group"):
-        if x.dim() == 2 and x_scale.shape == x_scale_shape(kind, x.shape):
-            return kind
-    wanted = f"[1], [T, 1] or [T, ceil(K / {GROUP[1]})] for x {list(x.shape)}"
-    runtime.fail(
-        variant,
-        "x_scale",
-        runtime.describe(x_scale),
-        wanted,
-        "a scale for the tensor, a token or a group",
-    )
-
-
-def check_x_scale(variant: str, kind: str, x_scale: torch.Tensor, x: torch.Tensor) -> None:
-    """Raise ValueError where the scales of x do not fit."""
-    shape = x_scale_shape(kind, x.shape)
-    fits = x_scale.shape == shape and x_scale.dtype == torch.float32 and x_scale.device == x.device
-    if not fits or not x_scale.is_contiguous():
-        wanted = f"contiguous {list(shape)} float32 on {x.device}"
-        runtime.fail(variant, "x_scale", runtime.describe(x_scale), wanted, f"a scale a {kind}")
-
-
-def check_tiles(variant: str, **tiles: tuple[int, int]) -> None:
-    """Raise ValueError where a tile, of a config that a caller brought, would need the scales of two groups."""
-    for name, (tile, group) in tiles.items():
-        if group % tile:
-            runtime.fail(variant, name, tile, f"a divisor of {group}, the size of a group")
 
 
 def choose(problem: Problem, route: MoeRoute) -> Config:

@@ -28,8 +28,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
+from .._scales import check_tiles
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Config, Problem, check, choose, check_tiles
+from ._problem import CACHE_POLICIES, Call, Config, Problem, check, choose
 
 
 @triton.jit(
