@@ -63,7 +63,7 @@ def usage(compiled: Any, target: Target) -> Usage:
         raise ValueError(f"{columns} columns of tensor memory; the target has {_TENSOR_COLUMNS}")
     if target.backend == "cuda":
         text, kinds = compiled.asm["ptx"], _PTX
-        dump = _dump(compiled.asm["cubin"])
+        dump = _read(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", compiled.asm["cubin"])
         registers, spill = _largest(r"\bREG:(\d+)", dump), _largest(r"\bSTACK:(\d+)", dump)
     else:
         text, kinds = compiled.asm["amdgcn"], _AMDGCN
@@ -74,14 +74,16 @@ def usage(compiled: Any, target: Target) -> Usage:
     return Usage(registers, spill, compiled.metadata.shared, instructions)
 
 
-def _dump(cubin: bytes) -> str:
+def machine_code(compiled: Any) -> str:
+    """The instructions of Triton's kernel, compiled for an NVIDIA GPU."""
+    return _read(triton.knobs.nvidia.nvdisasm.path, "-c", compiled.asm["cubin"])
+
+
+def _read(tool: str, option: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        done = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        )
+        done = subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True)
     return done.stdout
 
 

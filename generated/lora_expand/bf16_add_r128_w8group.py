@@ -102,14 +102,26 @@ def lora_expand_bf16_add_r128_w8group_product(
         out_tile = out_rows + n[None, :]
         old = tl.load(out_tile, mask=out_mask, other=0.0)
         if EVEN and RANK == BLOCK_R:
-            b = tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]), eviction_policy=WEIGHTS)
+            b = (
+                tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]), eviction_policy=WEIGHTS)
+                .to(tl.float16)
+                .to(tl.float32)
+                .to(tl.bfloat16)
+            )
         else:
             b_mask = (n < width)[:, None] & (r < RANK)[None, :]
-            b = tl.load(
-                b_base + (n[:, None] * B_STRIDE_N + r[None, :]),
-                mask=b_mask,
-                other=0.0,
-                eviction_policy=WEIGHTS,
+            b = tl.where(
+                b_mask,
+                tl.load(
+                    b_base + (n[:, None] * B_STRIDE_N + r[None, :]),
+                    mask=b_mask,
+                    other=0.0,
+                    eviction_policy=WEIGHTS,
+                )
+                .to(tl.float16)
+                .to(tl.float32)
+                .to(tl.bfloat16),
+                0.0,
             )
     if PDL:
         gdc_wait()
@@ -127,18 +139,30 @@ def lora_expand_bf16_add_r128_w8group_product(
             out_tile = out_rows + n[None, :]
             old = tl.load(out_tile, mask=out_mask, other=0.0)
             if EVEN and RANK == BLOCK_R:
-                b = tl.load(
-                    b_base + (n[:, None] * B_STRIDE_N + r[None, :]), eviction_policy=WEIGHTS
+                b = (
+                    tl.load(
+                        b_base + (n[:, None] * B_STRIDE_N + r[None, :]), eviction_policy=WEIGHTS
+                    )
+                    .to(tl.float16)
+                    .to(tl.float32)
+                    .to(tl.bfloat16)
                 )
             else:
                 b_mask = (n < width)[:, None] & (r < RANK)[None, :]
-                b = tl.load(
-                    b_base + (n[:, None] * B_STRIDE_N + r[None, :]),
-                    mask=b_mask,
-                    other=0.0,
-                    eviction_policy=WEIGHTS,
+                b = tl.where(
+                    b_mask,
+                    tl.load(
+                        b_base + (n[:, None] * B_STRIDE_N + r[None, :]),
+                        mask=b_mask,
+                        other=0.0,
+                        eviction_policy=WEIGHTS,
+                    )
+                    .to(tl.float16)
+                    .to(tl.float32)
+                    .to(tl.bfloat16),
+                    0.0,
                 )
-        product = tl.dot(v, b.to(tl.float16).to(tl.float32).to(tl.bfloat16).T)
+        product = tl.dot(v, b.T)
         product *= tl.load(b_scales + n // 128 * R_GROUPS, mask=None if EVEN else n < width)[
             None, :
         ]

@@ -101,14 +101,26 @@ def lora_expand_bf16_add_r32_w8tensor_product(
         out_tile = out_rows + n[None, :]
         old = tl.load(out_tile, mask=out_mask, other=0.0)
         if EVEN and RANK == BLOCK_R:
-            b = tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]), eviction_policy=WEIGHTS)
+            b = (
+                tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]), eviction_policy=WEIGHTS)
+                .to(tl.float16)
+                .to(tl.float32)
+                .to(tl.bfloat16)
+            )
         else:
             b_mask = (n < width)[:, None] & (r < RANK)[None, :]
-            b = tl.load(
-                b_base + (n[:, None] * B_STRIDE_N + r[None, :]),
-                mask=b_mask,
-                other=0.0,
-                eviction_policy=WEIGHTS,
+            b = tl.where(
+                b_mask,
+                tl.load(
+                    b_base + (n[:, None] * B_STRIDE_N + r[None, :]),
+                    mask=b_mask,
+                    other=0.0,
+                    eviction_policy=WEIGHTS,
+                )
+                .to(tl.float16)
+                .to(tl.float32)
+                .to(tl.bfloat16),
+                0.0,
             )
     if PDL:
         gdc_wait()
@@ -126,18 +138,30 @@ def lora_expand_bf16_add_r32_w8tensor_product(
             out_tile = out_rows + n[None, :]
             old = tl.load(out_tile, mask=out_mask, other=0.0)
             if EVEN and RANK == BLOCK_R:
-                b = tl.load(
-                    b_base + (n[:, None] * B_STRIDE_N + r[None, :]), eviction_policy=WEIGHTS
+                b = (
+                    tl.load(
+                        b_base + (n[:, None] * B_STRIDE_N + r[None, :]), eviction_policy=WEIGHTS
+                    )
+                    .to(tl.float16)
+                    .to(tl.float32)
+                    .to(tl.bfloat16)
                 )
             else:
                 b_mask = (n < width)[:, None] & (r < RANK)[None, :]
-                b = tl.load(
-                    b_base + (n[:, None] * B_STRIDE_N + r[None, :]),
-                    mask=b_mask,
-                    other=0.0,
-                    eviction_policy=WEIGHTS,
+                b = tl.where(
+                    b_mask,
+                    tl.load(
+                        b_base + (n[:, None] * B_STRIDE_N + r[None, :]),
+                        mask=b_mask,
+                        other=0.0,
+                        eviction_policy=WEIGHTS,
+                    )
+                    .to(tl.float16)
+                    .to(tl.float32)
+                    .to(tl.bfloat16),
+                    0.0,
                 )
-        product = tl.dot(v, b.to(tl.float16).to(tl.float32).to(tl.bfloat16).T)
+        product = tl.dot(v, b.T)
         product *= tl.load(b_scales)
         product += old.to(tl.float32)
         tl.store(out_tile, product.to(tl.bfloat16), mask=out_mask)

@@ -126,11 +126,13 @@ def lora_expand_bf16_add_rany_w8group_product(
                 )
             else:
                 b_mask = (n < width)[:, None] & (r < RANK - r0)[None, :]
-                b = (
+                b = tl.where(
+                    b_mask,
                     tl.load(b_tile, mask=b_mask, other=0.0, eviction_policy=WEIGHTS)
                     .to(tl.float16)
                     .to(tl.float32)
-                    .to(tl.bfloat16)
+                    .to(tl.bfloat16),
+                    0.0,
                 )
             b_scale = tl.load(
                 b_scales + n // 128 * R_GROUPS + r0 // 128, mask=None if EVEN else n < width

@@ -119,8 +119,12 @@ def lora_shrink_bf16_r128_w8group_a8group_product(
             ]
         else:
             inside = (k < K - k0)[None, :]
-            x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None] & inside, other=0.0).to(
-                tl.float16
+            x = tl.where(
+                inside,
+                tl.load(x_rows + (k + k0)[None, :], mask=live[:, None] & inside, other=0.0).to(
+                    tl.float16
+                ),
+                0.0,
             )
             slices = [
                 (
@@ -128,9 +132,13 @@ def lora_shrink_bf16_r128_w8group_a8group_product(
                     s[1]
                     + tl.dot(
                         x,
-                        tl.load(s[0] + k0, mask=inside, other=0.0, eviction_policy=WEIGHTS)
-                        .to(tl.float16)
-                        .T,
+                        tl.where(
+                            inside,
+                            tl.load(s[0] + k0, mask=inside, other=0.0, eviction_policy=WEIGHTS).to(
+                                tl.float16
+                            ),
+                            0.0,
+                        ).T,
                     )
                     * tl.load(s[3] + k0 // 128)[None, :]
                     * x_scale,

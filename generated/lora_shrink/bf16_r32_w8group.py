@@ -128,11 +128,14 @@ def lora_shrink_bf16_r32_w8group_product(
                     s[1]
                     + tl.dot(
                         x,
-                        tl.load(s[0] + k0, mask=inside, other=0.0, eviction_policy=WEIGHTS)
-                        .to(tl.float16)
-                        .to(tl.float32)
-                        .to(tl.bfloat16)
-                        .T,
+                        tl.where(
+                            inside,
+                            tl.load(s[0] + k0, mask=inside, other=0.0, eviction_policy=WEIGHTS)
+                            .to(tl.float16)
+                            .to(tl.float32)
+                            .to(tl.bfloat16),
+                            0.0,
+                        ).T,
                     )
                     * tl.load(s[3] + k0 // 128)[None, :],
                     s[2],

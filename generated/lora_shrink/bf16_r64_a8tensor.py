@@ -106,11 +106,13 @@ def lora_shrink_bf16_r64_a8tensor_product(
             ]
         else:
             inside = (k < K - k0)[None, :]
-            x = (
+            x = tl.where(
+                inside,
                 tl.load(x_rows + (k + k0)[None, :], mask=live[:, None] & inside, other=0.0)
                 .to(tl.float16)
                 .to(tl.float32)
-                .to(tl.bfloat16)
+                .to(tl.bfloat16),
+                0.0,
             )
             slices = [
                 (

@@ -123,11 +123,14 @@ def lora_shrink_bf16_r64_w8channel_product(
                     s[0],
                     tl.dot(
                         x,
-                        tl.load(s[0] + k0, mask=inside, other=0.0, eviction_policy=WEIGHTS)
-                        .to(tl.float16)
-                        .to(tl.float32)
-                        .to(tl.bfloat16)
-                        .T,
+                        tl.where(
+                            inside,
+                            tl.load(s[0] + k0, mask=inside, other=0.0, eviction_policy=WEIGHTS)
+                            .to(tl.float16)
+                            .to(tl.float32)
+                            .to(tl.bfloat16),
+                            0.0,
+                        ).T,
                         s[1],
                     ),
                     s[2],

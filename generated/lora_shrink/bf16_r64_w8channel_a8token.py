@@ -112,17 +112,25 @@ def lora_shrink_bf16_r64_w8channel_a8token_product(
             ]
         else:
             inside = (k < K - k0)[None, :]
-            x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None] & inside, other=0.0).to(
-                tl.float16
+            x = tl.where(
+                inside,
+                tl.load(x_rows + (k + k0)[None, :], mask=live[:, None] & inside, other=0.0).to(
+                    tl.float16
+                ),
+                0.0,
             )
             slices = [
                 (
                     s[0],
                     tl.dot(
                         x,
-                        tl.load(s[0] + k0, mask=inside, other=0.0, eviction_policy=WEIGHTS)
-                        .to(tl.float16)
-                        .T,
+                        tl.where(
+                            inside,
+                            tl.load(s[0] + k0, mask=inside, other=0.0, eviction_policy=WEIGHTS).to(
+                                tl.float16
+                            ),
+                            0.0,
+                        ).T,
                         s[1],
                     ),
                     s[2],

@@ -72,15 +72,15 @@ def moe_gemm_gemv_bf16_pair_pair_weighted_kernel(
     if PDL:
         gdc_wait()
     for k0 in tl.static_range(0, K, BLOCK_K):
+        w_tile = w_rows + (k0 + k)[None, :]
         if K % BLOCK_K == 0:
             x = tl.load(x_row + (k0 + k)).to(tl.float32)[None, :]
-            w = tl.load(w_rows + (k0 + k)[None, :], eviction_policy=WEIGHTS)
+            w = tl.load(w_tile, eviction_policy=WEIGHTS)
         else:
             k_mask = k < K - k0
             x = tl.load(x_row + (k0 + k), mask=k_mask, other=0.0).to(tl.float32)[None, :]
-            w = tl.load(
-                w_rows + (k0 + k)[None, :], mask=k_mask[None, :], other=0.0, eviction_policy=WEIGHTS
-            )
+            w_mask = k_mask[None, :]
+            w = tl.load(w_tile, mask=w_mask, other=0.0, eviction_policy=WEIGHTS)
         acc += w.to(tl.float32) * x
     acc = tl.sum(acc, 1)
     y = acc * tl.load(topk_weights_ptr + pair).to(tl.float32)

@@ -93,15 +93,17 @@ def moe_gemm_gemv_bf16_pair_token_weighted_w8channel_a8token_kernel(
         weight = tl.where(here, weight, 0.0)
         for k0 in tl.static_range(0, K, BLOCK_K):
             k_mask = here & (k < K - k0)
-            x = (
-                tl.load(x_row + (k0 + k), mask=k_mask, other=0.0)
-                .to(tl.float16)
-                .to(tl.float32)[None, :]
+            w_tile = w_rows + (k0 + k)[None, :]
+            x = tl.where(
+                k_mask, tl.load(x_row + (k0 + k), mask=k_mask, other=0.0).to(tl.float16), 0.0
+            ).to(tl.float32)[None, :]
+            w_mask = k_mask[None, :]
+            w = tl.where(
+                w_mask,
+                tl.load(w_tile, mask=w_mask, other=0.0, eviction_policy=WEIGHTS).to(tl.float16),
+                0.0,
             )
-            w = tl.load(
-                w_rows + (k0 + k)[None, :], mask=k_mask[None, :], other=0.0, eviction_policy=WEIGHTS
-            )
-            acc += w.to(tl.float16).to(tl.float32) * (x * weight)
+            acc += w.to(tl.float32) * (x * weight)
     y = tl.sum(acc, 1)
     if N % BLOCK_N == 0:
         tl.store(out_row + n, y.to(out_ptr.dtype.element_ty))

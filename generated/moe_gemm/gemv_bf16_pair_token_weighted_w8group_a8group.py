@@ -95,16 +95,15 @@ def moe_gemm_gemv_bf16_pair_token_weighted_w8group_a8group_kernel(
         w_scales = w_scale_ptr + tl.where(here, expert, 0) * W_SCALE_STRIDE
         for k0 in tl.static_range(0, K, BLOCK_K):
             k_mask = here & (k < K - k0)
-            x = (
-                tl.load(x_row + (k0 + k), mask=k_mask, other=0.0)
-                .to(tl.float16)
-                .to(tl.float32)[None, :, :]
-            )
-            w = tl.load(
-                w_rows + (k0 + k)[None, :, :],
-                mask=k_mask[None, :, :],
-                other=0.0,
-                eviction_policy=WEIGHTS,
+            w_tile = w_rows + (k0 + k)[None, :, :]
+            x = tl.where(
+                k_mask, tl.load(x_row + (k0 + k), mask=k_mask, other=0.0).to(tl.float16), 0.0
+            ).to(tl.float32)[None, :, :]
+            w_mask = k_mask[None, :, :]
+            w = tl.where(
+                w_mask,
+                tl.load(w_tile, mask=w_mask, other=0.0, eviction_policy=WEIGHTS).to(tl.float16),
+                0.0,
             )
             group = tl.minimum(k0 // 128 + tl.arange(0, PARTS), K_GROUPS - 1)
             if ONE_GROUP:
@@ -115,7 +114,7 @@ def moe_gemm_gemv_bf16_pair_token_weighted_w8group_a8group_kernel(
                 ]
             scale *= tl.load(x_scale_ptr + row * K_GROUPS + group)[None, :, None]
             scale = tl.where(here, weight * scale, 0.0)
-            acc += w.to(tl.float16).to(tl.float32) * (x * scale)
+            acc += w.to(tl.float32) * (x * scale)
     y = tl.sum(tl.sum(acc, 2), 1)
     if N % BLOCK_N == 0:
         tl.store(out_row + n, y.to(out_ptr.dtype.element_ty))

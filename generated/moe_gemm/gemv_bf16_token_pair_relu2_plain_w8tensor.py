@@ -73,16 +73,20 @@ def moe_gemm_gemv_bf16_token_pair_relu2_plain_w8tensor_kernel(
     w_scales = w_scale_ptr + expert * W_SCALE_STRIDE
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for k0 in tl.static_range(0, K, BLOCK_K):
+        w_tile = w_rows + (k0 + k)[None, :]
         if K % BLOCK_K == 0:
             x = tl.load(x_row + (k0 + k)).to(tl.float32)[None, :]
-            w = tl.load(w_rows + (k0 + k)[None, :], eviction_policy=WEIGHTS)
+            w = tl.load(w_tile, eviction_policy=WEIGHTS).to(tl.float16)
         else:
             k_mask = k < K - k0
             x = tl.load(x_row + (k0 + k), mask=k_mask, other=0.0).to(tl.float32)[None, :]
-            w = tl.load(
-                w_rows + (k0 + k)[None, :], mask=k_mask[None, :], other=0.0, eviction_policy=WEIGHTS
+            w_mask = k_mask[None, :]
+            w = tl.where(
+                w_mask,
+                tl.load(w_tile, mask=w_mask, other=0.0, eviction_policy=WEIGHTS).to(tl.float16),
+                0.0,
             )
-        acc += w.to(tl.float16).to(tl.float32) * x
+        acc += w.to(tl.float32) * x
     acc = tl.sum(acc, 1)
     acc *= tl.load(w_scales)
 

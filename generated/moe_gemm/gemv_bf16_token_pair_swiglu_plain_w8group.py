@@ -79,17 +79,18 @@ def moe_gemm_gemv_bf16_token_pair_swiglu_plain_w8group_kernel(
     gate = tl.zeros([BLOCK_N, PARTS, WIDTH], tl.float32)
     up = tl.zeros([BLOCK_N, PARTS, WIDTH], tl.float32)
     for k0 in tl.static_range(0, K, BLOCK_K):
+        w_tile = w_rows + (k0 + k)[None, :, :]
         if K % BLOCK_K == 0:
             x = tl.load(x_row + (k0 + k)).to(tl.float32)[None, :, :]
-            w = tl.load(w_rows + (k0 + k)[None, :, :], eviction_policy=WEIGHTS)
+            w = tl.load(w_tile, eviction_policy=WEIGHTS).to(tl.float16)
         else:
             k_mask = k < K - k0
             x = tl.load(x_row + (k0 + k), mask=k_mask, other=0.0).to(tl.float32)[None, :, :]
-            w = tl.load(
-                w_rows + (k0 + k)[None, :, :],
-                mask=k_mask[None, :, :],
-                other=0.0,
-                eviction_policy=WEIGHTS,
+            w_mask = k_mask[None, :, :]
+            w = tl.where(
+                w_mask,
+                tl.load(w_tile, mask=w_mask, other=0.0, eviction_policy=WEIGHTS).to(tl.float16),
+                0.0,
             )
         group = tl.minimum(k0 // 128 + tl.arange(0, PARTS), K_GROUPS - 1)
         if ONE_GROUP:
@@ -98,15 +99,16 @@ def moe_gemm_gemv_bf16_token_pair_swiglu_plain_w8group_kernel(
             scale = tl.load(w_scales + (w_row // 128 * K_GROUPS)[:, None] + group[None, :])[
                 :, :, None
             ]
-        gate += w.to(tl.float16).to(tl.float32) * (x * scale)
+        gate += w.to(tl.float32) * (x * scale)
         if K % BLOCK_K == 0:
-            w = tl.load(w_rows + (N * W_STRIDE_N + k0 + k)[None, :, :], eviction_policy=WEIGHTS)
+            w = tl.load(w_tile + N * W_STRIDE_N, eviction_policy=WEIGHTS).to(tl.float16)
         else:
-            w = tl.load(
-                w_rows + (N * W_STRIDE_N + k0 + k)[None, :, :],
-                mask=k_mask[None, :, :],
-                other=0.0,
-                eviction_policy=WEIGHTS,
+            w = tl.where(
+                w_mask,
+                tl.load(
+                    w_tile + N * W_STRIDE_N, mask=w_mask, other=0.0, eviction_policy=WEIGHTS
+                ).to(tl.float16),
+                0.0,
             )
         if ONE_GROUP:
             scale = tl.load(w_scales + (N + n0) // 128 * K_GROUPS + group)[None, :, None]
@@ -114,7 +116,7 @@ def moe_gemm_gemv_bf16_token_pair_swiglu_plain_w8group_kernel(
             scale = tl.load(w_scales + ((N + w_row) // 128 * K_GROUPS)[:, None] + group[None, :])[
                 :, :, None
             ]
-        up += w.to(tl.float16).to(tl.float32) * (x * scale)
+        up += w.to(tl.float32) * (x * scale)
     gate, up = tl.sum(tl.sum(gate, 2), 1), tl.sum(tl.sum(up, 2), 1)
 
     y = gate / (1.0 + tl.exp(-gate)) * up

@@ -69,25 +69,20 @@ def moe_gemm_gemv_f16_token_pair_swiglu_plain_kernel(
     gate = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for k0 in tl.static_range(0, K, BLOCK_K):
+        w_tile = w_rows + (k0 + k)[None, :]
         if K % BLOCK_K == 0:
             x = tl.load(x_row + (k0 + k)).to(tl.float32)[None, :]
-            w = tl.load(w_rows + (k0 + k)[None, :], eviction_policy=WEIGHTS)
+            w = tl.load(w_tile, eviction_policy=WEIGHTS)
         else:
             k_mask = k < K - k0
             x = tl.load(x_row + (k0 + k), mask=k_mask, other=0.0).to(tl.float32)[None, :]
-            w = tl.load(
-                w_rows + (k0 + k)[None, :], mask=k_mask[None, :], other=0.0, eviction_policy=WEIGHTS
-            )
+            w_mask = k_mask[None, :]
+            w = tl.load(w_tile, mask=w_mask, other=0.0, eviction_policy=WEIGHTS)
         gate += w.to(tl.float32) * x
         if K % BLOCK_K == 0:
-            w = tl.load(w_rows + (N * W_STRIDE_N + k0 + k)[None, :], eviction_policy=WEIGHTS)
+            w = tl.load(w_tile + N * W_STRIDE_N, eviction_policy=WEIGHTS)
         else:
-            w = tl.load(
-                w_rows + (N * W_STRIDE_N + k0 + k)[None, :],
-                mask=k_mask[None, :],
-                other=0.0,
-                eviction_policy=WEIGHTS,
-            )
+            w = tl.load(w_tile + N * W_STRIDE_N, mask=w_mask, other=0.0, eviction_policy=WEIGHTS)
         up += w.to(tl.float32) * x
     gate, up = tl.sum(gate, 1), tl.sum(up, 1)
     y = gate / (1.0 + tl.exp(-gate)) * up

@@ -74,17 +74,29 @@ def _tile(
     for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         if K % BLOCK_K == 0:
             x = tl.load(x_tile + k0)
-            w = tl.load(w_tile + k0, eviction_policy=WEIGHTS)
+            w = (
+                tl.load(w_tile + k0, eviction_policy=WEIGHTS)
+                .to(tl.float16)
+                .to(tl.float32)
+                .to(tl.bfloat16)
+            )
         else:
             k_mask = (k < K - k0)[None, :]
             x = tl.load(x_tile + k0, mask=k_mask, other=0.0)
-            w = tl.load(w_tile + k0, mask=k_mask, other=0.0, eviction_policy=WEIGHTS)
+            w = tl.where(
+                k_mask,
+                tl.load(w_tile + k0, mask=k_mask, other=0.0, eviction_policy=WEIGHTS)
+                .to(tl.float16)
+                .to(tl.float32)
+                .to(tl.bfloat16),
+                0.0,
+            )
         group = k0 // 128
         if ONE_GROUP:
             scale = tl.load(w_scales + n0 // 128 * K_GROUPS + group)
         else:
             scale = tl.load(w_scales + w_row // 128 * K_GROUPS + group)[None, :]
-        acc = acc + tl.dot(x, w.to(tl.float16).to(tl.float32).to(tl.bfloat16).T) * scale
+        acc = acc + tl.dot(x, w.T) * scale
 
     y = acc
     out_mask = live[:, None] if N % BLOCK_N == 0 else live[:, None] & (n < N)[None, :]

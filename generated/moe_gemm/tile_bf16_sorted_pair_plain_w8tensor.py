@@ -71,12 +71,24 @@ def _tile(
     for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         if K % BLOCK_K == 0:
             x = tl.load(x_tile + k0)
-            w = tl.load(w_tile + k0, eviction_policy=WEIGHTS)
+            w = (
+                tl.load(w_tile + k0, eviction_policy=WEIGHTS)
+                .to(tl.float16)
+                .to(tl.float32)
+                .to(tl.bfloat16)
+            )
         else:
             k_mask = (k < K - k0)[None, :]
             x = tl.load(x_tile + k0, mask=k_mask, other=0.0)
-            w = tl.load(w_tile + k0, mask=k_mask, other=0.0, eviction_policy=WEIGHTS)
-        acc = tl.dot(x, w.to(tl.float16).to(tl.float32).to(tl.bfloat16).T, acc)
+            w = tl.where(
+                k_mask,
+                tl.load(w_tile + k0, mask=k_mask, other=0.0, eviction_policy=WEIGHTS)
+                .to(tl.float16)
+                .to(tl.float32)
+                .to(tl.bfloat16),
+                0.0,
+            )
+        acc = tl.dot(x, w.T, acc)
     scale = tl.load(w_scales)
     acc *= scale
 

@@ -120,12 +120,16 @@ def moe_lora_small_batch_bf16_naive_add_plain_r128_w8group_a8group_shrink(
     acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     for _ in tl.static_range(SPLIT_K // BLOCK_K):
         if K % SPLIT_K == 0:
-            x = tl.load(x_row + k)
-            a = tl.load(a_rows + k[None, :], eviction_policy=WEIGHTS)
+            x = tl.load(x_row + k).to(tl.float16)
+            a = tl.load(a_rows + k[None, :], eviction_policy=WEIGHTS).to(tl.float16)
         else:
-            x = tl.load(x_row + k, mask=k < K, other=0.0)
-            a = tl.load(
-                a_rows + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy=WEIGHTS
+            x = tl.where(k < K, tl.load(x_row + k, mask=k < K, other=0.0).to(tl.float16), 0.0)
+            a = tl.where(
+                (k < K)[None, :],
+                tl.load(
+                    a_rows + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy=WEIGHTS
+                ).to(tl.float16),
+                0.0,
             )
         group = tl.minimum(k, K - 1) // 128
         xs = (
@@ -214,10 +218,16 @@ def moe_lora_small_batch_bf16_naive_add_plain_r128_w8group_a8group_expand(
         old = tl.load(out_tile, mask=n < N, other=0.0)
     r = tl.arange(0, BLOCK_R)
     if N % BLOCK_N == 0 and RANK == BLOCK_R:
-        b = tl.load(b_rows + r[None, :], eviction_policy=WEIGHTS)
+        b = tl.load(b_rows + r[None, :], eviction_policy=WEIGHTS).to(tl.float16)
     else:
         b_mask = (n < N)[:, None] & (r < RANK)[None, :]
-        b = tl.load(b_rows + r[None, :], mask=b_mask, other=0.0, eviction_policy=WEIGHTS)
+        b = tl.where(
+            b_mask,
+            tl.load(b_rows + r[None, :], mask=b_mask, other=0.0, eviction_policy=WEIGHTS).to(
+                tl.float16
+            ),
+            0.0,
+        )
     if PDL:
         gdc_wait()  # nothing above depends on the shrink
     if PARTS > 8:

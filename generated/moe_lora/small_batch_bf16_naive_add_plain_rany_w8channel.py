@@ -110,11 +110,15 @@ def moe_lora_small_batch_bf16_naive_add_plain_rany_w8channel_shrink(
     for _ in tl.static_range(SPLIT_K // BLOCK_K):
         if K % SPLIT_K == 0:
             x = tl.load(x_row + k)
-            a = tl.load(a_rows + k[None, :], eviction_policy=WEIGHTS)
+            a = tl.load(a_rows + k[None, :], eviction_policy=WEIGHTS).to(tl.float16)
         else:
             x = tl.load(x_row + k, mask=k < K, other=0.0)
-            a = tl.load(
-                a_rows + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy=WEIGHTS
+            a = tl.where(
+                (k < K)[None, :],
+                tl.load(
+                    a_rows + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy=WEIGHTS
+                ).to(tl.float16),
+                0.0,
             )
         acc += a.to(tl.float32) * x.to(tl.float32)[None, :]
         k += BLOCK_K
@@ -199,7 +203,13 @@ def moe_lora_small_batch_bf16_naive_add_plain_rany_w8channel_expand(
     for r0 in tl.range(0, RANK, BLOCK_R):
         r = r0 + tl.arange(0, BLOCK_R)
         b_mask = (n < N)[:, None] & (r < RANK)[None, :]
-        b = tl.load(b_rows + r[None, :], mask=b_mask, other=0.0, eviction_policy=WEIGHTS)
+        b = tl.where(
+            b_mask,
+            tl.load(b_rows + r[None, :], mask=b_mask, other=0.0, eviction_policy=WEIGHTS).to(
+                tl.float16
+            ),
+            0.0,
+        )
         v = tl.load(parts + r, mask=r < RANK, other=0.0)
         for i in tl.static_range(1, PARTS):
             v += tl.load(parts + i * next_part + r, mask=r < RANK, other=0.0)

@@ -106,10 +106,10 @@ def moe_lora_small_batch_bf16_naive_add_weighted_r128_a8tensor_shrink(
     acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     for _ in tl.static_range(SPLIT_K // BLOCK_K):
         if K % SPLIT_K == 0:
-            x = tl.load(x_row + k)
+            x = tl.load(x_row + k).to(tl.float16)
             a = tl.load(a_rows + k[None, :], eviction_policy=WEIGHTS)
         else:
-            x = tl.load(x_row + k, mask=k < K, other=0.0)
+            x = tl.where(k < K, tl.load(x_row + k, mask=k < K, other=0.0).to(tl.float16), 0.0)
             a = tl.load(
                 a_rows + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy=WEIGHTS
             )

@@ -111,11 +111,15 @@ def moe_lora_small_batch_bf16_naive_add_weighted_r16_w8channel_shrink(
     for _ in tl.static_range(SPLIT_K // BLOCK_K):
         if K % SPLIT_K == 0:
             x = tl.load(x_row + k)
-            a = tl.load(a_rows + k[None, :], eviction_policy=WEIGHTS)
+            a = tl.load(a_rows + k[None, :], eviction_policy=WEIGHTS).to(tl.float16)
         else:
             x = tl.load(x_row + k, mask=k < K, other=0.0)
-            a = tl.load(
-                a_rows + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy=WEIGHTS
+            a = tl.where(
+                (k < K)[None, :],
+                tl.load(
+                    a_rows + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy=WEIGHTS
+                ).to(tl.float16),
+                0.0,
             )
         acc += a.to(tl.float32) * x.to(tl.float32)[None, :]
         k += BLOCK_K
@@ -200,10 +204,16 @@ def moe_lora_small_batch_bf16_naive_add_weighted_r16_w8channel_expand(
     weight = tl.load(topk_weights_ptr + pair).to(tl.float32)
     r = tl.arange(0, BLOCK_R)
     if N % BLOCK_N == 0 and RANK == BLOCK_R:
-        b = tl.load(b_rows + r[None, :], eviction_policy=WEIGHTS)
+        b = tl.load(b_rows + r[None, :], eviction_policy=WEIGHTS).to(tl.float16)
     else:
         b_mask = (n < N)[:, None] & (r < RANK)[None, :]
-        b = tl.load(b_rows + r[None, :], mask=b_mask, other=0.0, eviction_policy=WEIGHTS)
+        b = tl.where(
+            b_mask,
+            tl.load(b_rows + r[None, :], mask=b_mask, other=0.0, eviction_policy=WEIGHTS).to(
+                tl.float16
+            ),
+            0.0,
+        )
     if PDL:
         gdc_wait()  # nothing above depends on the shrink
     if PARTS > 8:

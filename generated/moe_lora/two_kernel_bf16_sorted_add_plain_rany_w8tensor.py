@@ -125,13 +125,19 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_rany_w8tensor_shrink(
                     s[0],
                     tl.dot(
                         x,
-                        tl.load(
-                            s[0] + (a_tile + k0), mask=k_mask, other=0.0, eviction_policy=WEIGHTS
-                        )
-                        .to(tl.float16)
-                        .to(tl.float32)
-                        .to(tl.bfloat16)
-                        .T,
+                        tl.where(
+                            k_mask,
+                            tl.load(
+                                s[0] + (a_tile + k0),
+                                mask=k_mask,
+                                other=0.0,
+                                eviction_policy=WEIGHTS,
+                            )
+                            .to(tl.float16)
+                            .to(tl.float32)
+                            .to(tl.bfloat16),
+                            0.0,
+                        ).T,
                         s[1],
                     ),
                     s[2],
@@ -236,11 +242,13 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_rany_w8tensor_expand(
                 )
             else:
                 b_mask = (n < N)[:, None] & (r < RANK - r0)[None, :]
-                b = (
+                b = tl.where(
+                    b_mask,
                     tl.load(b_tile, mask=b_mask, other=0.0, eviction_policy=WEIGHTS)
                     .to(tl.float16)
                     .to(tl.float32)
-                    .to(tl.bfloat16)
+                    .to(tl.bfloat16),
+                    0.0,
                 )
             y = tl.dot(v.to(tl.bfloat16), b.T, y)
         y *= tl.load(b_scales)

@@ -123,13 +123,19 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r128_w8tensor_shrink(
                     s[0],
                     tl.dot(
                         x,
-                        tl.load(
-                            s[0] + (a_tile + k0), mask=k_mask, other=0.0, eviction_policy=WEIGHTS
-                        )
-                        .to(tl.float16)
-                        .to(tl.float32)
-                        .to(tl.bfloat16)
-                        .T,
+                        tl.where(
+                            k_mask,
+                            tl.load(
+                                s[0] + (a_tile + k0),
+                                mask=k_mask,
+                                other=0.0,
+                                eviction_policy=WEIGHTS,
+                            )
+                            .to(tl.float16)
+                            .to(tl.float32)
+                            .to(tl.bfloat16),
+                            0.0,
+                        ).T,
                         s[1],
                     ),
                     s[2],
@@ -234,7 +240,8 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r128_w8tensor_expand(
             )
         else:
             b_mask = (n < N)[:, None] & (r < RANK)[None, :]
-            b = (
+            b = tl.where(
+                b_mask,
                 tl.load(
                     b_base + (n[:, None] * B_STRIDE_N + r[None, :]),
                     mask=b_mask,
@@ -243,7 +250,8 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r128_w8tensor_expand(
                 )
                 .to(tl.float16)
                 .to(tl.float32)
-                .to(tl.bfloat16)
+                .to(tl.bfloat16),
+                0.0,
             )
         y = tl.dot(v, b.T)
         y *= tl.load(b_scales)
