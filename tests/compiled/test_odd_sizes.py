@@ -1,4 +1,4 @@
-"""Sizes that no tile divides, rows that are not aligned, ranks of any size and any number of slices: what they become on an H200."""
+"""Sizes that no tile divides, rows that are not aligned, any rank, any number of slices: what they become on an H200."""
 
 from __future__ import annotations
 
