@@ -528,18 +528,22 @@ def _accumulators(s: _Shape) -> int:
     return s.block_m * _block_r(s.rank) * held
 
 
-def rows_of_program(weight_scales: str | None, rank: int, block_m: int) -> int:
+def rows_of_program(weight_scales: str | None, rank: int, block_m: int, slices: int) -> int:
     """Rows of a block that a program of one_shot takes. FP8 that was widened is in registers, from where the matrix unit
-    takes it for a low tile; for a high one it goes through shared memory, which costs more than to widen again.
-    """
-    return min(block_m, 16) if weight_scales and rank <= 16 else block_m
+    takes it for a low tile; for a high one it goes through shared memory, which costs more than to widen again, if not too
+    often."""
+    return (
+        min(block_m, 16)
+        if weight_scales and rank <= 16 and (block_m >= 64 or slices == 1)
+        else block_m
+    )
 
 
 def _one_shot(s: _Shape) -> OneShotConfig:
     rank = _block_r(s.rank)
     # Programs of little work that are alone on their multiprocessors wait for memory: larger tiles have more on the way.
     alone = rank == 16 and s.block_m <= 32 and _num_blocks(s) < 1.5 * s.num_sms
-    rows = rows_of_program(s.weight_scales, s.rank, s.block_m)
+    rows = rows_of_program(s.weight_scales, s.rank, s.block_m, s.slices)
     cut, s = rows < s.block_m, s._replace(block_m=rows)
     wide = rank == 16 and s.block_m == 16 and s.k >= 4096
     if alone:
@@ -555,9 +559,9 @@ def _one_shot(s: _Shape) -> OneShotConfig:
         if s.x_scales == "group" and rank == 128:
             block_k = 32  # 64 would spill
     if s.weight_scales and rank < 128 and not alone:
-        block_k, stages = 128, (
-            4 if rank == 16 and s.block_m == 16 else 3
-        )  # as many bytes on the way as of 16 bits
+        block_k, stages = 128, 4 if rank == 16 else 3  # as many bytes on the way as of 16 bits
+        if cut and s.slices == 1:
+            block_k, stages = 256, 3
     budget = s.shared_memory - 4096
     shrink_bytes, expand_bytes = 2 * (s.block_m + s.slices * rank), 2 * (
         s.block_m + rank
@@ -566,7 +570,7 @@ def _one_shot(s: _Shape) -> OneShotConfig:
     stages = _stages(stages, shrink_bytes * block_k, budget)
     # FP8 with one scale for all would spill a register in the wide tile.
     scaled = rank == 16 and s.block_m == 16 and s.weight_scales in ("channel", "group")
-    wide = not cut and (wide or alone or scaled)
+    wide = s.slices == 1 if cut else wide or alone or scaled
     block_n = _fitting(
         _block_n(s.n, 256 if wide else 128, 0.03 if rank == 16 else 0.0), expand_bytes, budget
     )
@@ -586,8 +590,11 @@ def _one_shot(s: _Shape) -> OneShotConfig:
             return OneShotConfig(min(block_n, 32), min(block_k, 32), 2, 2, 4)
         if accumulators >= 64 * 256:
             block_n = min(block_n, 32)
+    low = s.block_m == 16 or (s.block_m == 32 and s.weight_scales is not None)
     warps = (
-        8 if heavy or s.block_m == 128 else 2 if rank == 16 and s.block_m == 16 and not cut else 4
+        8
+        if heavy or s.block_m == 128
+        else 2 if rank == 16 and low and not (cut and s.slices == 1) else 4
     )
     return OneShotConfig(block_n, block_k, stages, expand, warps)
 

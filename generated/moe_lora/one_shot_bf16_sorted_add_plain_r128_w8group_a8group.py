@@ -217,7 +217,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         block_k=(config.block_k, 128),
     )
     weights = CACHE_POLICIES[config.weight_policy]
-    block_m = rows_of_program(problem.weight_scales, problem.rank, route.block_m)
+    block_m = rows_of_program(problem.weight_scales, problem.rank, route.block_m, problem.slices)
     parts = runtime.cdiv(route.block_m, block_m)
     launch = _kernel.bind(
         route.max_blocks * parts,

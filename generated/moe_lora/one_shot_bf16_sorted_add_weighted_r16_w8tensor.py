@@ -210,7 +210,7 @@ _kernel = runtime.Launcher(moe_lora_one_shot_bf16_sorted_add_weighted_r16_w8tens
 def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again."""
     weights = CACHE_POLICIES[config.weight_policy]
-    block_m = rows_of_program(problem.weight_scales, problem.rank, route.block_m)
+    block_m = rows_of_program(problem.weight_scales, problem.rank, route.block_m, problem.slices)
     parts = runtime.cdiv(route.block_m, block_m)
     launch = _kernel.bind(
         route.max_blocks * parts,
