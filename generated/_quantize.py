@@ -4,6 +4,7 @@
 """From 16 or 32-bit numbers to FP8 with fp32 scales, in plain torch: a number is its FP8 code times its scale.
 
 A scale is the largest magnitude of its numbers over the largest FP8 number, so the code of that number is the largest one.
+A code is the number times 1 / scale, and quotients are exact to the last bit, on a GPU too: kernels make the same codes and scales.
 Numbers are rounded to nearest even. NaN stays NaN, where it is, and leaves its scale alone; an infinity saturates to the
 largest code, of a scale that the finite numbers set. Where all numbers are zero the scale is 1. Nothing waits for the device.
 """
@@ -84,7 +85,10 @@ def _quantize(
     tiles = wide.reshape(*batch, down, height, across, width)
     highest = tiles.abs().where(tiles.isfinite(), 0.0).amax((-3, -1), keepdim=True)
     largest = torch.finfo(dtype).max
-    found = (highest / largest).clamp(min=_SMALLEST).where(highest > 0, 1.0)
-    codes = (tiles / found).clamp(-largest, largest).to(dtype)
+    divisor = torch.full_like(
+        highest, largest
+    )  # by a number of the host a GPU would multiply, with its rounded reciprocal
+    found = (highest / divisor).clamp(min=_SMALLEST).where(highest > 0, 1.0)
+    codes = (tiles * found.reciprocal()).clamp(-largest, largest).to(dtype)
     codes = codes.reshape(*batch, down * height, across * width)[..., :rows, :columns].contiguous()
     return codes, found.squeeze(-1).squeeze(-2)

@@ -18,6 +18,7 @@ with a message rather than with wrong numbers.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, Callable, ClassVar
 
@@ -55,6 +56,7 @@ _PARTS = {
     "_LangPatchScope": (),
     "TensorHandle": (),
     "InterpreterError": (),
+    "interpreter_builder": ("options",),
     "_patch_lang": (),
     "_patch_lang_core": (),
     "_patch_lang_tensor": (),
@@ -81,6 +83,7 @@ def install() -> None:
 
     _require_parts(interpreter)
     _speed_up_dtypes(interpreter)
+    _speed_up_shapes()
     _repair_numbers(interpreter)
     _repair_language(interpreter)
     _watch_integers(interpreter)
@@ -114,6 +117,29 @@ def _speed_up_dtypes(interpreter: Any) -> None:
         return known[scalar.name]
 
     interpreter._get_np_dtype = numpy_dtype
+
+
+def _speed_up_shapes() -> None:
+    """What a type and a tensor derive from their shape is derived once a shape: a fifth of all time."""
+    stock_type, stock_tensor = tl.block_type.__init__, tl.tensor.__init__
+    types: dict[tuple[Any, ...], dict[str, Any]] = {}
+    of_tensors: dict[str, dict[str, Any]] = {}
+
+    def make_type(self: Any, element_ty: Any, shape: Any) -> None:
+        sizes = (getattr(size, "value", size) for size in shape)
+        key = element_ty.name, *((type(size), size) for size in sizes)  # a size must be an int
+        if key not in types:
+            stock_type(self, element_ty, shape)
+            types[key] = dict(vars(self))
+        vars(self).update(types[key], element_ty=element_ty)
+
+    def make_tensor(self: Any, data: Any, kind: Any) -> None:
+        if kind.name not in of_tensors:
+            stock_tensor(self, data, kind)
+            of_tensors[kind.name] = {**vars(self), "handle": None}
+        vars(self).update(of_tensors[kind.name], handle=data, type=kind, dtype=kind.scalar)
+
+    tl.block_type.__init__, tl.tensor.__init__ = make_type, make_tensor
 
 
 # Numbers. Triton holds bfloat16 as uint16 and float8 as uint8: widen to float32, compute, round back.
@@ -287,6 +313,9 @@ def _ignore_dependent_launch() -> None:
 
 def _watch_integers(interpreter: Any) -> None:
     builder = interpreter.InterpreterBuilder
+    # Triton computes what its own check needs at each operation, an eighth of all time, and throws it away.
+    shared = interpreter.interpreter_builder
+    shared.options = dataclasses.replace(shared.options, sanitize_overflow=False)
 
     def watched(stock: Callable[..., Any], operation: np.ufunc) -> Callable[..., Any]:
         def checked(self: Any, left: Any, right: Any) -> Any:

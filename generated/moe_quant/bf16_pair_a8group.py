@@ -4,8 +4,9 @@
 """Rows of an MoE layer as FP8 numbers and fp32 scales, for a product of FP8 with FP8.
 
 For every pair i = t * top_k + j with t below valid_tokens whose expert is local:
-    scale[i, g] = max |x[i, g]| / largest        codes[i, g] = round(x[i, g] / scale[i, g]), for every group g of 128 columns
-``largest`` is the largest number of the FP8 type. What is beyond it saturates, NaN stays NaN. Infinities and NaN leave scales alone;
+    scale[i, g] = max |x[i, g]| / largest        codes[i, g] = round(x[i, g] * (1 / scale[i, g])), for every group g of 128 columns
+``largest`` is the largest number of the FP8 type; every quotient and product is rounded to fp32, as in
+quantize_activations. What is beyond it saturates, NaN stays NaN. Infinities and NaN leave scales alone;
 where all numbers are zero the scale is 1. Other rows keep their bytes.
 
 Shapes: x [T * top_k, N] bfloat16, codes [T * top_k, N] float8_e4m3fn or float8_e5m2,
@@ -77,7 +78,8 @@ def moe_quant_bf16_pair_a8group_kernel(
         scales = scale_ptr + row[:, None] * GROUPS_OF_ROW + group[None, :]
         tl.store(scales, scale, mask=live[:, None] & (group < GROUPS_OF_ROW)[None, :])
         scale = scale[:, :, None]
-        code = tl.div_rn(x, tl.broadcast_to(scale, [ROWS, GROUPS, WIDTH]))
+        # An exact quotient for each number would take longer than moving its bytes.
+        code = x * tl.div_rn(1.0, scale)
         code = tl.where(code > LARGEST, LARGEST, tl.where(code < -LARGEST, -LARGEST, code))
         codes = codes_ptr + row[:, None, None] * CODES_STRIDE + n[None, :, :]
         tl.store(codes, code.to(codes_ptr.dtype.element_ty), mask=mask)

@@ -1,7 +1,7 @@
 """Rows as FP8 numbers and fp32 scales, in plain torch: every number and scale is exact, for there is one rounding at a time.
 
     scale = fp32(max |x| / largest)     of the finite numbers that share it; 1 where all are zero
-    code  = fp8(fp32(x / scale))        to nearest, even in the middle; saturated; NaN stays NaN
+    code  = fp8(fp32(x * fp32(1 / scale)))        to nearest, even in the middle; saturated; NaN stays NaN
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def moe_quant(
         scale = (highest / largest).float().clamp(min=_SMALLEST).where(highest > 0, 1.0)
         if given is not None:
             scale = given.reshape(1, 1).expand(rows, 1)
-        code = (part / scale.double()).float().clamp(-largest, largest)
+        inverse = (1.0 / scale.double()).float()
+        code = (part * inverse.double()).float().clamp(-largest, largest)
         codes.append(code.to(dtype))
         scales.append(scale)
     return torch.cat([code.float() for code in codes], 1).to(dtype), torch.cat(scales, 1)
