@@ -118,10 +118,3 @@ def check_x_scale(
 def is_fp32(scale: torch.Tensor, device: torch.device) -> bool:
     """Whether scales are float32, and where they are needed."""
     return scale.dtype == torch.float32 and scale.device == device
-
-
-def check_tiles(variant: str, **tiles: tuple[int, int]) -> None:
-    """Raise ValueError where a tile, of a config that a caller brought, would need the scales of two groups."""
-    for name, (tile, group) in tiles.items():
-        if group % tile:
-            runtime.fail(variant, name, tile, f"a divisor of {group}, the size of a group")

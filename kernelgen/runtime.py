@@ -331,6 +331,13 @@ def fail(variant: str, what: str, got: object, wanted: object, hint: str = "") -
     raise ValueError(f"{variant}: {what}: got {got}, wanted {wanted}" + (f"; {hint}" if hint else ""))
 
 
+def check_tile(variant: str, name: str, tile: int, **wholes: int) -> None:
+    """Raise ValueError where a tile, of a config that a caller brought, is no part of what it has to end with."""
+    for whole, size in wholes.items():
+        if size % tile:
+            fail(variant, name, tile, f"a divisor of {whole} = {size}", "leave config out for the tiles of the rule")
+
+
 def check_types(variant: str, wanted: type | tuple[type, ...], **arguments: object) -> None:
     """Raise ValueError for the first of ``arguments`` that is not of a wanted type; for where Python has tripped over one."""
     for label, value in arguments.items():

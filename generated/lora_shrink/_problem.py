@@ -34,6 +34,9 @@ class Config(NamedTuple):
 # How the cache treats weights, by weight_policy: as any data, or as data that is read once.
 CACHE_POLICIES = ("", "evict_first")
 
+# Columns of K above which few rows take tiles of 256.
+LONG_K = 8192
+
 # Tokens up to which K may be shared out: their parts are few bytes, and what a workspace is made for.
 MAX_TOKENS_IN_PARTS = 4096
 
@@ -267,10 +270,14 @@ def _choose(
     late = weight_scales in ("tensor", "channel") or x_scales in ("tensor", "token")
     fills = tokens > MAX_TOKENS_IN_PARTS or tokens // block_m * slices >= 0.9 * num_sms
     parts = late or not fills
-    # Few blocks are spread over more programs, slice by slice; many read x once for all slices, if their sums fit.
-    together = slices == 1 or (parts and tokens >= 1024 and block_m * block_r * slices <= 64 * 256)
+    grouped, budget = "group" in (weight_scales, x_scales), shared_memory - 4096
+    # Few blocks are spread over more programs, slice by slice; many read x once for all slices, if it and their sums fit.
+    fits = (
+        block_m * block_r * slices <= 64 * 256
+        and (64 if grouped else 32) * 6 * (block_m + block_r * slices) <= budget
+    )
+    together = slices == 1 or (parts and tokens >= 1024 and fits)
     held = block_m * block_r * (slices if together else 1) * (1 if parts else 2)
-    grouped = "group" in (weight_scales, x_scales)
     num_warps = (
         8
         if held > 64 * 128 or (block_m >= 64 and block_r >= 64) or (grouped and block_r == 128)
@@ -278,25 +285,31 @@ def _choose(
     )
     column_bytes = 2 * (block_m + block_r * (slices if together else 1))
     if block_m <= 32:
-        block_k = 256 if k > 8192 and block_r <= 64 else 128
+        block_k = 256 if k > LONG_K and block_r <= 64 else 128
     else:
         block_k = 64 if slices > 1 and together else 128
-    budget = shared_memory - 4096
-    while block_k > 32 and (3 * block_k * column_bytes > budget or (k % block_k and k % 32 == 0)):
+    chunk = chunk_k(k, slices)
+    while chunk % block_k or (
+        block_k > 32 and (3 * block_k * column_bytes > budget or (k % block_k and k % 32 == 0))
+    ):
         block_k //= 2
     if grouped:
         block_k = 64  # of any batch: sums of a tile are scaled before they are added
-    stages = 4 if 4 * block_k * column_bytes <= min(budget, 112 * 1024) else 3
-    return Config(block_k, chunk_k(k, slices), int(parts), int(together), stages, num_warps)
+    stage_bytes = block_k * column_bytes
+    stages = (
+        4 if 4 * stage_bytes <= min(budget, 112 * 1024) else 3 if 3 * stage_bytes <= budget else 2
+    )
+    return Config(block_k, chunk, int(parts), int(together), stages, num_warps)
 
 
 def chunk_k(k: int, slices: int) -> int:
     """Columns of K that are added up before the sum is added to the others: by the layer alone, for the same bits in every batch.
 
-    There are at most ``max_parts(slices)`` of them.
+    There are at most ``max_parts(slices)`` of them. Where K is long they are of whole tiles of 256 columns.
     """
-    wide = runtime.cdiv(k, 8 * 128) * 128
-    return max(512, wide) if wide <= 1024 or slices > 1 else runtime.cdiv(k, 16 * 128) * 128
+    if k <= LONG_K:
+        return max(512, runtime.cdiv(k, 8 * 128) * 128)
+    return runtime.cdiv(k, (16 if slices == 1 else 8) * 256) * 256
 
 
 def max_parts(slices: int) -> int:

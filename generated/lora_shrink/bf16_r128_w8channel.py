@@ -81,6 +81,7 @@ def lora_shrink_bf16_r128_w8channel_product(
     r = tl.arange(0, BLOCK_R)
     a_row = r if RANK % BLOCK_R == 0 else tl.minimum(r, RANK - 1)
     k = tl.arange(0, BLOCK_K)
+    tl.static_assert(CHUNK_K % BLOCK_K == 0, "a tile lies in one chunk")
     x_rows = x_ptr + token[:, None] * X_STRIDE
     a_tile = adapter * A_STRIDE_L + (a_row[:, None] * A_STRIDE_R + k[None, :])
     zeros = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
@@ -202,6 +203,9 @@ def bind_product(problem: Problem, route: MoeRoute, config: Config, pdl: bool) -
     """The product for checked calls of these sizes; of parts, which are to be added in order and then scaled, where
     there are any: [parts, S, T, rank].
     """
+    runtime.check_tile(
+        "lora_shrink_bf16_r128_w8channel", "block_k", config.block_k, chunk_k=config.chunk_k
+    )
     parts = problem.parts(config)
     together = problem.slices if config.together else 1
     chunks = runtime.cdiv(problem.rank, 128)

@@ -29,7 +29,6 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
-from .._scales import check_tiles
 from ..moe_route import MoeRoute
 from ._problem import CACHE_POLICIES, Call, Config, Problem, check, choose
 
@@ -84,6 +83,7 @@ def lora_shrink_bf16_r16_w8group_a8group_product(
     r = tl.arange(0, BLOCK_R)
     a_row = r if RANK % BLOCK_R == 0 else tl.minimum(r, RANK - 1)
     k = tl.arange(0, BLOCK_K)
+    tl.static_assert(CHUNK_K % BLOCK_K == 0, "a tile lies in one chunk")
     K_GROUPS: tl.constexpr = (K + 128 - 1) // 128
     tl.static_assert(128 % BLOCK_K == 0, "a tile lies in one group")
     x_rows = x_ptr + token[:, None] * X_STRIDE
@@ -210,7 +210,13 @@ def bind_product(problem: Problem, route: MoeRoute, config: Config, pdl: bool) -
     """The product for checked calls of these sizes; of parts, which are to be added in order and then scaled, where
     there are any: [parts, S, T, rank].
     """
-    check_tiles("lora_shrink_bf16_r16_w8group_a8group", block_k=(config.block_k, 128))
+    runtime.check_tile(
+        "lora_shrink_bf16_r16_w8group_a8group",
+        "block_k",
+        config.block_k,
+        chunk_k=config.chunk_k,
+        group_k=128,
+    )
     parts = problem.parts(config)
     together = problem.slices if config.together else 1
     chunks = runtime.cdiv(problem.rank, 16)

@@ -27,7 +27,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 from .. import _runtime as runtime
-from .._scales import check_tiles
 from ..moe_align import MoeTables
 from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, grid
 from ._problem import BoxConfig as Config
@@ -194,8 +193,11 @@ _kernel = runtime.Launcher(moe_gemm_box_bf16_sorted_pair_plain_w8group_a8group_k
 
 def bind(problem: Problem, config: Config) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again."""
-    check_tiles(
-        "moe_gemm_box_bf16_sorted_pair_plain_w8group_a8group", block_k=(config.block_k, 128)
+    runtime.check_tile(
+        "moe_gemm_box_bf16_sorted_pair_plain_w8group_a8group",
+        "block_k",
+        config.block_k,
+        group_k=128,
     )
     pdl = runtime.traits(problem.device).pdl
     k, n, num_experts = problem.k, problem.n, problem.num_experts

@@ -23,7 +23,6 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
-from .._scales import check_tiles
 from ..moe_align import MoeTables
 from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose
 from ._problem import GemvConfig as Config
@@ -127,9 +126,11 @@ _kernel = runtime.Launcher(moe_gemm_gemv_bf16_pair_token_weighted_w8group_a8grou
 
 def bind(problem: Problem, config: Config) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again."""
-    check_tiles(
+    runtime.check_tile(
         "moe_gemm_gemv_bf16_pair_token_weighted_w8group_a8group",
-        block_k=(min(config.block_k, 128), 128),
+        "block_k",
+        min(config.block_k, 128),
+        group_k=128,
     )
     pdl = runtime.traits(problem.device).pdl
     launch = _kernel.bind(

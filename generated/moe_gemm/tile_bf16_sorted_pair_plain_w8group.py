@@ -24,7 +24,6 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
-from .._scales import check_tiles
 from ..moe_align import MoeTables
 from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, grid
 from ._problem import TileConfig as Config
@@ -208,7 +207,9 @@ _kernel = runtime.Launcher(moe_gemm_tile_bf16_sorted_pair_plain_w8group_kernel)
 
 def bind(problem: Problem, config: Config) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again."""
-    check_tiles("moe_gemm_tile_bf16_sorted_pair_plain_w8group", block_k=(config.block_k, 128))
+    runtime.check_tile(
+        "moe_gemm_tile_bf16_sorted_pair_plain_w8group", "block_k", config.block_k, group_k=128
+    )
     pdl = runtime.traits(problem.device).pdl
     launch = _kernel.bind(
         grid(problem, config),

@@ -27,7 +27,6 @@ import triton
 import triton.language as tl
 
 from .. import _runtime as runtime
-from .._scales import check_tiles
 from ..moe_route import MoeRoute
 from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose
 from ._problem import OneShotConfig as Config
@@ -169,8 +168,11 @@ _kernel = runtime.Launcher(moe_lora_one_shot_bf16_sorted_add_plain_r64_a8group_k
 
 def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again."""
-    check_tiles(
-        "moe_lora_one_shot_bf16_sorted_add_plain_r64_a8group", block_k=(config.block_k, 128)
+    runtime.check_tile(
+        "moe_lora_one_shot_bf16_sorted_add_plain_r64_a8group",
+        "block_k",
+        config.block_k,
+        group_k=128,
     )
     weights = CACHE_POLICIES[config.weight_policy]
     launch = _kernel.bind(

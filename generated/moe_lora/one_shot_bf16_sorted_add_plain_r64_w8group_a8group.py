@@ -29,7 +29,6 @@ import triton
 import triton.language as tl
 
 from .. import _runtime as runtime
-from .._scales import check_tiles
 from ..moe_route import MoeRoute
 from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, rows_of_program
 from ._problem import OneShotConfig as Config
@@ -212,8 +211,11 @@ _kernel = runtime.Launcher(moe_lora_one_shot_bf16_sorted_add_plain_r64_w8group_a
 
 def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again."""
-    check_tiles(
-        "moe_lora_one_shot_bf16_sorted_add_plain_r64_w8group_a8group", block_k=(config.block_k, 128)
+    runtime.check_tile(
+        "moe_lora_one_shot_bf16_sorted_add_plain_r64_w8group_a8group",
+        "block_k",
+        config.block_k,
+        group_k=128,
     )
     weights = CACHE_POLICIES[config.weight_policy]
     block_m = rows_of_program(problem.weight_scales, problem.rank, route.block_m, problem.slices)

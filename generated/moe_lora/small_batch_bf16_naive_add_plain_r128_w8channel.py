@@ -101,6 +101,7 @@ def moe_lora_small_batch_bf16_naive_add_plain_r128_w8channel_shrink(
 
     r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
     a_row = r if RANK % BLOCK_R == 0 else tl.minimum(r, RANK - 1)
+    tl.static_assert(SPLIT_K % BLOCK_K == 0, "a part is of whole tiles")
     k = split * SPLIT_K + tl.arange(0, BLOCK_K)
     a_scales = a_scale_ptr + adapter * A_SCALE_STRIDE_L + expert * A_SCALE_STRIDE_E
     a_scale = tl.load(a_scales + a_row)
@@ -244,6 +245,12 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     weights = CACHE_POLICIES[config.weight_policy]
     num_pairs = problem.num_pairs
     split_k, block_r = config.split_k, config.shrink_block_r
+    runtime.check_tile(
+        "moe_lora_small_batch_bf16_naive_add_plain_r128_w8channel",
+        "block_k",
+        config.block_k,
+        split_k=split_k,
+    )
     splits = runtime.cdiv(problem.k, split_k)
     chunks = runtime.cdiv(problem.rank, block_r)
     part_stride = chunks * block_r

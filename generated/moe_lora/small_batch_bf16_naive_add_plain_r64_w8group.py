@@ -31,7 +31,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 from .. import _runtime as runtime
-from .._scales import check_tiles
 from ..moe_route import MoeRoute
 from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, partials
 from ._problem import SmallBatchConfig as Config
@@ -102,6 +101,7 @@ def moe_lora_small_batch_bf16_naive_add_plain_r64_w8group_shrink(
 
     r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
     a_row = r if RANK % BLOCK_R == 0 else tl.minimum(r, RANK - 1)
+    tl.static_assert(SPLIT_K % BLOCK_K == 0, "a part is of whole tiles")
     k = split * SPLIT_K + tl.arange(0, BLOCK_K)
     K_GROUPS: tl.constexpr = (K + 128 - 1) // 128
     tl.static_assert(128 % BLOCK_R == 0, "a tile of ranks lies in one group")
@@ -250,14 +250,22 @@ _expand = runtime.Launcher(moe_lora_small_batch_bf16_naive_add_plain_r64_w8group
 
 def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The two launches for checked calls of these sizes, ready to be made again and again."""
-    check_tiles(
+    runtime.check_tile(
         "moe_lora_small_batch_bf16_naive_add_plain_r64_w8group",
-        shrink_block_r=(config.shrink_block_r, 128),
+        "shrink_block_r",
+        config.shrink_block_r,
+        group_n=128,
     )
     pdl = runtime.traits(problem.device).pdl and config.pdl == 1
     weights = CACHE_POLICIES[config.weight_policy]
     num_pairs = problem.num_pairs
     split_k, block_r = config.split_k, config.shrink_block_r
+    runtime.check_tile(
+        "moe_lora_small_batch_bf16_naive_add_plain_r64_w8group",
+        "block_k",
+        config.block_k,
+        split_k=split_k,
+    )
     splits = runtime.cdiv(problem.k, split_k)
     chunks = runtime.cdiv(problem.rank, block_r)
     part_stride = chunks * block_r

@@ -92,6 +92,7 @@ def moe_lora_small_batch_f16_naive_set_plain_r128_shrink(
 
     r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
     a_row = r if RANK % BLOCK_R == 0 else tl.minimum(r, RANK - 1)
+    tl.static_assert(SPLIT_K % BLOCK_K == 0, "a part is of whole tiles")
     k = split * SPLIT_K + tl.arange(0, BLOCK_K)
     x_row = x_ptr + (pair // TOP_K).to(tl.int64) * X_STRIDE
     a_rows = a_ptr + adapter * A_STRIDE_L + expert * A_STRIDE_E + a_row[:, None] * A_STRIDE_R
@@ -208,6 +209,9 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     weights = CACHE_POLICIES[config.weight_policy]
     num_pairs = problem.num_pairs
     split_k, block_r = config.split_k, config.shrink_block_r
+    runtime.check_tile(
+        "moe_lora_small_batch_f16_naive_set_plain_r128", "block_k", config.block_k, split_k=split_k
+    )
     splits = runtime.cdiv(problem.k, split_k)
     chunks = runtime.cdiv(problem.rank, block_r)
     part_stride = chunks * block_r

@@ -30,7 +30,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 from .. import _runtime as runtime
-from .._scales import check_tiles
 from ..moe_route import MoeRoute
 from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, partials
 from ._problem import TwoKernelConfig as Config
@@ -85,6 +84,7 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_r16_w8group_shrink(
     r = tl.arange(0, BLOCK_R)
     a_row = r if RANK == BLOCK_R else tl.minimum(r, RANK - 1)
     k = tl.arange(0, BLOCK_K)
+    tl.static_assert(SPLITS == 1 or SPLIT_K % BLOCK_K == 0, "a tile lies in one part")
     k_begin = split * SPLIT_K
     k_end = k_begin + SPLIT_K if K % SPLIT_K == 0 else tl.minimum(k_begin + SPLIT_K, K)
     x_rows = x_ptr + (pair // TOP_K).to(tl.int64)[:, None] * X_STRIDE
@@ -262,13 +262,23 @@ _expand = runtime.Launcher(moe_lora_two_kernel_bf16_sorted_add_plain_r16_w8group
 
 def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The two launches for checked calls of these sizes, ready to be made again and again."""
-    check_tiles(
-        "moe_lora_two_kernel_bf16_sorted_add_plain_r16_w8group", block_k=(config.block_k, 128)
+    runtime.check_tile(
+        "moe_lora_two_kernel_bf16_sorted_add_plain_r16_w8group",
+        "block_k",
+        config.block_k,
+        group_k=128,
     )
     pdl = runtime.traits(problem.device).pdl and config.pdl == 1
     weights = CACHE_POLICIES[config.weight_policy]
     split_k = config.split_k
     splits = runtime.cdiv(problem.k, split_k)
+    if splits > 1:
+        runtime.check_tile(
+            "moe_lora_two_kernel_bf16_sorted_add_plain_r16_w8group",
+            "block_k",
+            config.block_k,
+            split_k=split_k,
+        )
     chunks = runtime.cdiv(problem.rank, 16)
     part_dtype = torch.float32 if splits > 1 else torch.bfloat16
     capacity = route.pairs.shape[0]

@@ -86,6 +86,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_rany_w8tensor_shrink(
     r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
     a_row = r if RANK % BLOCK_R == 0 else tl.minimum(r, RANK - 1)
     k = tl.arange(0, BLOCK_K)
+    tl.static_assert(SPLITS == 1 or SPLIT_K % BLOCK_K == 0, "a tile lies in one part")
     k_begin = split * SPLIT_K
     k_end = k_begin + SPLIT_K if K % SPLIT_K == 0 else tl.minimum(k_begin + SPLIT_K, K)
     x_rows = x_ptr + pair.to(tl.int64)[:, None] * X_STRIDE
@@ -274,6 +275,13 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     weights = CACHE_POLICIES[config.weight_policy]
     split_k = config.split_k
     splits = runtime.cdiv(problem.k, split_k)
+    if splits > 1:
+        runtime.check_tile(
+            "moe_lora_two_kernel_bf16_sorted_add_weighted_rany_w8tensor",
+            "block_k",
+            config.block_k,
+            split_k=split_k,
+        )
     chunks = runtime.cdiv(problem.rank, 128)
     part_dtype = torch.float32 if splits > 1 else torch.bfloat16
     capacity = route.pairs.shape[0]

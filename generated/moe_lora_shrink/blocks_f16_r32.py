@@ -79,6 +79,7 @@ def moe_lora_shrink_blocks_f16_r32_product(
     r = tl.arange(0, BLOCK_R)
     a_row = r if RANK % BLOCK_R == 0 else tl.minimum(r, RANK - 1)
     k = tl.arange(0, BLOCK_K)
+    tl.static_assert(SPLITS == 1 or SPLIT_K % BLOCK_K == 0, "a tile lies in one part")
     k_begin = split * SPLIT_K
     k_end = k_begin + SPLIT_K if K % SPLIT_K == 0 else tl.minimum(k_begin + SPLIT_K, K)
     x_rows = x_ptr + (pair // TOP_K).to(tl.int64)[:, None] * X_STRIDE
@@ -170,6 +171,10 @@ _total = runtime.Launcher(moe_lora_shrink_blocks_f16_r32_total)
 def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The launches for checked calls of these sizes, ready to be made again and again."""
     parts = runtime.cdiv(problem.k, config.split_k)
+    if parts > 1:
+        runtime.check_tile(
+            "moe_lora_shrink_blocks_f16_r32", "block_k", config.block_k, split_k=config.split_k
+        )
     pdl = parts > 1 and runtime.traits(problem.device).pdl and config.pdl == 1
     product = _product.bind(
         route.max_blocks * runtime.cdiv(problem.rank, 32) * parts,

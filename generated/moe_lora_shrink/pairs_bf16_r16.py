@@ -102,6 +102,7 @@ def moe_lora_shrink_pairs_bf16_r16_product(
         a_ptr = tl.where(s == i, a_ptrs[i], a_ptr)
 
     a_row = r if RANK % BLOCK_R == 0 else tl.minimum(r, RANK - 1)
+    tl.static_assert(SPLIT_K % BLOCK_K == 0, "a part is of whole tiles")
     k = split * SPLIT_K + tl.arange(0, BLOCK_K)
     x_row = x_ptr + (pair // PAIRS_A_ROW).to(tl.int64) * X_STRIDE
     a_rows = a_ptr + adapter * A_STRIDE_L + expert * A_STRIDE_E + a_row[:, None] * A_STRIDE_R
@@ -152,6 +153,9 @@ _CELLS = 256  # of a program that adds parts
 
 def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The launches for checked calls of these sizes, ready to be made again and again."""
+    runtime.check_tile(
+        "moe_lora_shrink_pairs_bf16_r16", "block_k", config.block_k, split_k=config.split_k
+    )
     parts = runtime.cdiv(problem.k, config.split_k)
     pdl = parts > 1 and runtime.traits(problem.device).pdl and config.pdl == 1
     num_pairs, slice_size = problem.num_pairs, problem.num_pairs * problem.rank

@@ -59,6 +59,15 @@ _SIXTEEN_BIT = (
     Case("nan_row", "a NaN stays in the rows of its token", adapters="one", nan_token=1),
     Case("own_tiles", "the tiles that the variant chooses", core=True, own_tiles=True, k=600),
     Case(
+        "long_k",
+        "tiles that end behind their part, in the columns of the next",
+        own_tiles=True,
+        tokens=2,
+        loras=1,
+        k=9216,
+        layout="packed",
+    ),
+    Case(
         "model_sized",
         "long loops, many programs",
         needs_gpu=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 from types import ModuleType
 from typing import Any, Callable, Iterator, Mapping, Sequence
@@ -14,10 +15,13 @@ from kernelgen.cases import lora_inputs
 from kernelgen.cases.base import Law, Variant, worst_ratio
 from kernelgen.cases.lora_inputs import Batch, Case
 from kernelgen.cases.lora_shrink import tiles
+from kernelgen.cases.tiles import CARDS, KS, on_card, problem_of
+from kernelgen.model import VOCABULARY
 from kernelgen.reference.lora_shrink import lora_shrink
 from kernelgen.reference.moe_route import Live, faults, moe_route
 
 _CASE = Case("law", "the batch of the laws", tokens=9, k=150, widths=(1, 1), adapters="mixed", rank=16)
+_FULL = dataclasses.replace(_CASE, rank="full")
 
 
 def route_is_the_references(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
@@ -87,6 +91,36 @@ def every_rank_has_a_variant(package: ModuleType, variants: Sequence[Variant], d
         assert requests, f"rank {rank}: nothing to launch"
 
 
+def tiles_end_with_what_they_divide(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """A tile ends with its chunk and its group of scales, it fits a card, and chunks fit a workspace; the order of a sum
+    depends on the layer alone. Nothing runs."""
+    for variant, k, slices in itertools.product(variants, KS, (1, 2, 3)):
+        if variant.tags["dtype"] != "bf16":
+            continue
+        rank = lora_inputs.rank_of(_FULL, variant.tags)
+        of_weights = VOCABULARY["weight_quant"][variant.tags["weight_quant"]]["weight_scales"]
+        of_x = VOCABULARY["act_quant"][variant.tags["act_quant"]]["x_scales"]
+        sizes = {"k": k, "slices": slices, "rank": rank, "weight_scales": of_weights, "x_scales": of_x}
+        scaled, grouped = bool(of_weights or of_x), "group" in (of_weights, of_x)
+        orders = set()
+        for card, tokens, block_m in itertools.product(CARDS, (1, 2000, 9000), (16, 64, 128)):
+            rule, problem = problem_of(package, "lora_shrink", num_tokens=tokens, **sizes)
+            with on_card(package, card):
+                config = rule.choose(problem, dense_route(package, tokens, block_m))
+            where = f"{variant}, {card.name}, K {k}, {slices} slices, {tokens} tokens, blocks of {block_m}: {config}"
+            assert config.chunk_k % config.block_k == 0, f"{where}: a tile lies in two chunks"
+            assert not grouped or rule.QUANT.group_k % config.block_k == 0, f"{where}: a tile needs the scales of two groups"
+            parts = problem.parts(config)
+            assert parts * slices <= rule.max_parts(slices), f"{where}: {parts} parts"
+            assert scaled or parts == 1 or tokens <= rule.MAX_TOKENS_IN_PARTS, f"{where}: parts beyond the workspace"
+            rows = min(128, rank) * (slices if config.together else 1)
+            column = (1 if of_x else 2) * block_m + (1 if of_weights else 2) * rows
+            assert config.stages * config.block_k * column <= card.program_shared, f"{where}: {column} bytes a column"
+            # Scales round what they are applied to: tiles, or parts.
+            orders.add((config.chunk_k, config.block_k if grouped else bool(config.parts) if scaled else None))
+        assert len(orders) == 1, f"{variant}, K {k}, {slices} slices: a sum in the order of the batch or the card: {orders}"
+
+
 def wrong_arguments_are_named(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """Arguments that do not fit raise ValueError, with what was given and wanted, before anything is written."""
     variant = variants[0]
@@ -97,6 +131,8 @@ def wrong_arguments_are_named(package: ModuleType, variants: Sequence[Variant], 
     for label, (name, change) in _WRONG.items():
         for op, called in ((variant.name, variant.launcher(package)), ("lora_shrink", package.lora_shrink)):
             refuses(called, {**good, name: change(good[name])}, op, label)
+    two_chunks = tiles(variant.launcher(package), _CASE)._replace(block_k=64, chunk_k=96)
+    refuses(variant.launcher(package), {**good, "config": two_chunks}, variant.name, "a tile in two chunks")
     assert torch.equal(bits(y), before), "y was written"
 
 
@@ -149,6 +185,7 @@ LAWS = (
     Law(front_door),
     Law(any_batch_any_split_same_bits),
     Law(every_rank_has_a_variant),
+    Law(tiles_end_with_what_they_divide),
     Law(wrong_arguments_are_named),
     Law(route_refuses_what_it_cannot_sort),
 )
@@ -161,6 +198,12 @@ def operands(case: Case, tags: Mapping[str, str], device: str) -> tuple[torch.Te
     rank = lora_inputs.rank_of(case, tags)
     a = lora_inputs.make_weights(case, tags, batch, [rank] * len(case.widths), case.k, numbers)
     return x.tensor, lora_inputs.given(case, a), lora_inputs.make_y(case, tags, batch, None), batch
+
+
+def dense_route(package: ModuleType, tokens: int, block_m: int) -> Any:
+    """A route without tables, which is what a rule asks about."""
+    made = importlib.import_module(f"{package.__name__}.lora_shrink").dense_route
+    return made(None, None, None, None, tokens, 4, block_m, 4 + tokens // block_m)
 
 
 def _first_of(variants: Sequence[Variant]) -> Iterator[Variant]:

@@ -1,0 +1,33 @@
+"""For laws about the tiles that a rule chooses: they ask it on host integers alone, for many sizes and cards."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from types import ModuleType
+from typing import Any, Iterator
+from unittest import mock
+
+from kernelgen.targets import TARGETS, Target
+
+# Columns of K, of layers and of none.
+KS = (1, 70, 150, 600, 1000, 2880, 4096, 7168, 8192, 8200, 8448, 9216, 11008, 13824, 14336, 28672, 29568, 53248)
+
+
+# Of each size of shared memory, which is how rules tell cards apart.
+CARDS = tuple({target.program_shared: target for target in TARGETS.values()}.values())
+
+
+@contextlib.contextmanager
+def on_card(package: ModuleType, card: Target) -> Iterator[None]:
+    """Inside, the rules of ``package`` choose for ``card``."""
+    runtime = importlib.import_module(f"{package.__name__}._runtime")
+    traits = runtime.Traits(card.sms, card.program_shared, True, True)
+    with mock.patch.object(runtime, "traits", lambda device: traits):
+        yield
+
+
+def problem_of(package: ModuleType, family: str, **sizes: Any) -> tuple[ModuleType, Any]:
+    """(the module of the rule of a family, its problem of ``sizes``); what is not given is zero."""
+    module = importlib.import_module(f"{package.__name__}.{family}._problem")
+    return module, module.Problem(**{**dict.fromkeys(module.Problem._fields, 0), **sizes})
