@@ -325,6 +325,23 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length() if n > 1 else 1
 
 
+def rank_tile(
+    rank: int, rows: int, columns: int, parts: int, part_bytes: int, stages: int, device: torch.device
+) -> tuple[int, int]:
+    """(ranks at a time, stages of the pipeline over them) of a second product whose rank is above a tile.
+
+    What a program holds must not grow with the rank. A stage is a tile of B and one of each part that the first product
+    left; where two stages do not fit, because parts are many, there is no pipeline.
+    """
+    # Rows of a rank that is no multiple of 8 go through registers, as they are not aligned for copies to shared memory.
+    wanted = 32 if rows == 128 or rank % 8 else 64
+    budget = traits(device).shared_memory - 4096
+    for tile, count in ((wanted, stages), (32, stages), (32, 2)):
+        if count * tile * (2 * columns + part_bytes * rows * parts) <= budget:
+            return tile, count
+    return 32, 1
+
+
 def fail(variant: str, what: str, got: object, wanted: object, hint: str = "") -> NoReturn:
     """Raise the one form of error that launchers use.
 

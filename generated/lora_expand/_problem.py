@@ -179,14 +179,3 @@ def _choose(
     while stages > 2 and stages * stage_bytes > shared_memory - 4096:
         stages -= 1
     return Config(block_n, in_a_row, 3 if rank > 128 else stages, 8 if block_m >= 64 else 4)
-
-
-def rank_tile(problem: Problem, route: MoeRoute, config: Config) -> int:
-    """Ranks that a program takes at a time where the rank is above 128: what it holds must not grow with it."""
-    # Rows of a rank that is no multiple of 8 go through registers, as they are not aligned for copies to shared memory.
-    tile = 32 if route.block_m == 128 or problem.rank % 8 else 64
-    fits = (
-        config.stages * tile * (2 * config.block_n + 4 * route.block_m)
-        <= runtime.traits(problem.device).shared_memory - 4096
-    )
-    return tile if fits else 32

@@ -26,7 +26,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from .. import _runtime as runtime
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Config, Problem, check, choose, rank_tile
+from ._problem import CACHE_POLICIES, Call, Config, Problem, check, choose
 
 
 @triton.jit(
@@ -127,6 +127,9 @@ def bind(
     for width in problem.widths:
         spans.append(spans[-1] + runtime.cdiv(width, wide))
         columns.append(columns[-1] + width)
+    block_r, stages = runtime.rank_tile(
+        problem.rank, route.block_m, config.block_n, parts, 4, config.stages, problem.device
+    )
     launch = _product.bind(
         route.max_blocks * spans[-1],
         (
@@ -141,9 +144,9 @@ def bind(
             parts,
             route.block_m,
             config.block_n,
-            rank_tile(problem, route, config),
+            block_r,
             config.tiles,
-            config.stages,
+            stages,
             CACHE_POLICIES[config.weight_policy],
             pdl,
         ),

@@ -663,12 +663,3 @@ def _two_kernel(s: _Shape) -> TwoKernelConfig:
         3 if s.rank > 128 or ((expand_tiles > 2 or s.weight_scales) and block_m == 16) else 2,
         8 if block_m >= 64 else 4,
     )
-
-
-def rank_tile(problem: Problem, route: MoeRoute, config: TwoKernelConfig) -> int:
-    """Ranks that the expand of two_kernel takes at a time where the rank is above 128: what it holds must not grow with it."""
-    # Rows of a rank that is no multiple of 8 go through registers, as they are not aligned for copies to shared memory.
-    tile = 32 if route.block_m == 128 or problem.rank % 8 else 64
-    stage_bytes = 2 * tile * (config.block_n + route.block_m)
-    fits = config.expand_stages * stage_bytes <= runtime.traits(problem.device).shared_memory - 4096
-    return tile if fits else 32

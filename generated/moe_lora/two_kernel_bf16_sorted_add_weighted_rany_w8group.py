@@ -32,7 +32,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, partials, rank_tile
+from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, partials
 from ._problem import TwoKernelConfig as Config
 
 
@@ -315,6 +315,15 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         ),
         runtime.Options(config.shrink_warps),
     )
+    block_r, stages = runtime.rank_tile(
+        problem.rank,
+        route.block_m,
+        config.block_n,
+        splits,
+        part_dtype.itemsize,
+        config.expand_stages,
+        problem.device,
+    )
     expand = _expand.bind(
         route.max_blocks * problem.slices * spans,
         (
@@ -326,9 +335,9 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             splits,
             route.block_m,
             config.block_n,
-            rank_tile(problem, route, config),
+            block_r,
             config.expand_tiles,
-            config.expand_stages,
+            stages,
             weights,
             pdl,
         ),

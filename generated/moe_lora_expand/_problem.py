@@ -215,14 +215,3 @@ def _blocks(
     taken = max((t for t in (1, 2, 3, 4, 5, 8) if tiles % t == 0 and t <= max(most, 2)), default=1)
     stages = 3 if rank > 128 or (taken > 2 and block_m == 16) else 2
     return BlocksConfig(block_n, taken, stages, 8 if block_m >= 64 else 4)
-
-
-def rank_tile(problem: Problem, route: MoeRoute, config: BlocksConfig) -> int:
-    """Ranks that a program takes at a time where the rank is above 128: what it holds must not grow with it."""
-    # Rows of a rank that is no multiple of 8 go through registers, as they are not aligned for copies to shared memory.
-    tile = 32 if route.block_m == 128 or problem.rank % 8 else 64
-    fits = (
-        config.stages * tile * (2 * config.block_n + 4 * route.block_m)
-        <= runtime.traits(problem.device).shared_memory - 4096
-    )
-    return tile if fits else 32

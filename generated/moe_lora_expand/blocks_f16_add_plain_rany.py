@@ -25,7 +25,7 @@ import triton.language as tl
 from .. import _runtime as runtime
 from ..moe_route import MoeRoute
 from ._problem import BlocksConfig as Config
-from ._problem import CACHE_POLICIES, Call, Problem, check, choose, rank_tile
+from ._problem import CACHE_POLICIES, Call, Problem, check, choose
 
 
 @triton.jit(
@@ -114,6 +114,9 @@ _product = runtime.Launcher(moe_lora_expand_blocks_f16_add_plain_rany_product)
 
 def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again."""
+    block_r, stages = runtime.rank_tile(
+        problem.rank, route.block_m, config.block_n, 1, 4, config.stages, problem.device
+    )
     launch = _product.bind(
         route.max_blocks * problem.slices * runtime.cdiv(problem.n, config.block_n * config.tiles),
         (
@@ -126,9 +129,9 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             *problem.b_strides,
             route.block_m,
             config.block_n,
-            rank_tile(problem, route, config),
+            block_r,
             config.tiles,
-            config.stages,
+            stages,
             CACHE_POLICIES[config.weight_policy],
         ),
         runtime.Options(config.num_warps),
