@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Sequence
 import click
 
 from kernelgen.bench import document as documents
-from kernelgen.bench import workloads
+from kernelgen.bench import session, workloads
 from kernelgen.bench.workloads import Cell, Model, Selection, Site, WorkloadError
 
 PEERS = ("vllm", "sglang", "torch")
@@ -129,27 +129,16 @@ class Words(ParamType):
     "--schedules", type=Words(SCHEDULES), default=(), help="Time these schedules too, each forced."
 )
 @click.option("--no-ours", is_flag=True, help="Time the peers alone.")
-@click.option(
-    "--package",
-    type=click.Path(path_type=Path),
-    default=Path("generated"),
-    help="The generated package.",
-)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Result file; rows that it holds are not measured again.",
-)
+@session.package_option
+@session.out_option
 @click.option(
     "--again",
     type=Words(("kernelgen", *(f"kernelgen:{s}" for s in SCHEDULES), *PEERS)),
     default=(),
     help="Measure the chosen cells again for these, though --out holds them.",
 )
-@click.option("--retry", is_flag=True, help="Try again what failed in --out.")
-@click.option(
-    "--seconds", type=click.FloatRange(0, min_open=True), help="Begin no cell after that."
-)
+@session.retry_option
+@session.seconds_option
 @click.option(
     "--workers",
     type=click.IntRange(0),
@@ -157,12 +146,8 @@ class Words(ParamType):
     help="Processes that compile before anything is timed.",
 )
 @click.option("--compile-only", is_flag=True, help="Stop once everything is compiled.")
-@click.option(
-    "--check-only",
-    is_flag=True,
-    help="Compare with the reference and time nothing; works on the CPU with TRITON_INTERPRET=1.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the document in place of the table.")
+@session.check_only_option
+@session.json_option
 def bench(
     add: bool | None, against: tuple[str, ...], schedules: tuple[str, ...], **options: Any
 ) -> None:
@@ -246,89 +231,47 @@ def chosen_models(
 
 
 def _bench(cells: Sequence[Cell], names: Sequence[str], options: dict[str, Any]) -> int:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
     try:
-        import torch
+        from kernelgen.bench import environment, moe_lora, registry, runner, table
+        from kernelgen.bench.implementation import Unavailable
     except ImportError as error:
         raise click.ClickException(f"bench needs torch and triton: {error}") from error
-    from kernelgen.bench import environment, registry, runner, table
-    from kernelgen.bench.implementation import Unavailable
+    from rich.console import Console
 
-    check_only, out = options["check_only"], options["out"]
-    gpu = torch.cuda.is_available()
-    if not gpu and not check_only:
-        return _stop("there is no GPU here; --check-only with TRITON_INTERPRET=1 runs on the CPU")
-    device = torch.device("cuda" if gpu else "cpu")
-    if not gpu:
-        from kernelgen import interpreter
-
-        interpreter.install()  # bfloat16 and FP8 as on a GPU
+    device = session.find_device(options["check_only"])
+    if device is None:
+        return 2
     load = functools.partial(registry.load, package=options["package"])
     try:
         implementations = [load(name) for name in names]
         machine, versions = environment.machine(device), environment.versions(implementations)
-        if out is None:
-            document = documents.Document(machine, versions)
-        else:
-            document = documents.resume(out, machine, versions)
+        document = documents.resume(options["out"], machine, versions)
     except (Unavailable, documents.DocumentError) as error:
-        return _stop(str(error))
+        return session.stop(error)
     if options["retry"]:
         document.forget(lambda row: row["failed"] is not None)
-    again = {documents.row_key({**c.columns(), "impl": n}) for c in cells for n in options["again"]}
-    document.forget(lambda row: documents.row_key(row) in again)
+    again = {document.key(row) for row in document.of(cells, options["again"])}
+    document.forget(lambda row: document.key(row) in again)
 
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    shown: list[dict[str, Any]] = []
-    complete = True
-    with Progress(*columns, console=console) as progress:
-        if gpu and (options["workers"] or options["compile_only"]):
+    def release() -> None:
+        for implementation in implementations:
+            implementation.release()
+
+    with session.progress() as shown:
+        if device.type == "cuda" and (options["workers"] or options["compile_only"]):
             from kernelgen.bench.warmup import compile_all
 
             todo = [(c, n) for n in names for c in cells if not document.has(c, n)]
-            task = progress.add_task("compiling", total=len(todo))
-            compile_all(todo, load, max(1, options["workers"]), lambda: progress.advance(task))
+            task = shown.add_task("compiling", total=len(todo))
+            compile_all(todo, load, max(1, options["workers"]), lambda: shown.advance(task))
         if options["compile_only"]:
             return 0
-        task = progress.add_task("measuring", total=len(cells))
-
-        def on_cell(cell: Cell, rows: Sequence[dict[str, Any]]) -> None:
-            for row in rows:
-                document.add(row)
-            shown.extend(rows)
-            if out is not None and rows:
-                document.save(out)
-            progress.update(
-                task,
-                advance=1,
-                description=f"{cell.model.name} {cell.site} r{cell.rank} T={cell.tokens}",
-            )
-
-        if not check_only:
-            runner.measure_ceilings(document)
-        how = runner.Run(device, check_only, options["seconds"])
+        workload = moe_lora.MoeLora(device, release, 1 if options["check_only"] else None)
         try:
-            complete = runner.run(cells, implementations, document, how, on_cell)
+            complete = session.measure(shown, workload, cells, implementations, document, options)
         except runner.ContextLost as error:
-            return _stop(
-                f"the GPU context is lost: {error}; run the same command again to go on after it"
-            )
-    wanted = {documents.row_key({**c.columns(), "impl": n}) for c in cells for n in names}
-    rows = [row for row in document.rows if documents.row_key(row) in wanted]
+            return session.lost(error)
+    rows = document.of(cells, names)
     if options["as_json"]:
         click.echo(document.text(), nl=False)
     else:
@@ -336,11 +279,4 @@ def _bench(cells: Sequence[Cell], names: Sequence[str], options: dict[str, Any])
         stdout = Console() if sys.stdout.isatty() else Console(width=_PIPED_WIDTH)
         stdout.print(table.results(rows, peers))
         table.summary(stdout, rows, peers)
-    if not complete:
-        click.echo("out of time: run the same command again to go on", err=True)
-    return 1 if any(row["failed"] for row in rows) else 0
-
-
-def _stop(message: str) -> int:
-    click.echo(f"error: {message}", err=True)
-    return 2
+    return session.finish(rows, complete)

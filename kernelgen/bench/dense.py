@@ -1,4 +1,4 @@
-"""Dense LoRA on this GPU: what is measured, the operands, the peers, and the rows that come of it.
+"""Dense LoRA on this GPU: what is measured, the operands, what is right for them, and the peers.
 
 Times are medians of CUDA-graph replays over operands that rotate past the L2 cache. Routes and the peers' metadata are made
 beforehand, as engines make them once a step for all layers. Every result is compared with fp64 before it is timed.
@@ -11,16 +11,25 @@ import importlib
 import itertools
 import math
 import zlib
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from kernelgen.bench.timing import capture, host_us, replay
+from kernelgen.bench import registry
+from kernelgen.bench.document import Columns
+from kernelgen.bench.implementation import Implementation, Prepared, Unavailable, Unsupported
+from kernelgen.bench.inputs import FP8_SIZE, draw_scales, to_fp8
+from kernelgen.bench.peers.installed import version
+from kernelgen.bench.verify import WrongResult, matrices
+from kernelgen.bench.workloads import Quant, scale_shape
 
 TOUCHED_BYTES = 200e6  # by one replay, four times the L2 of an H200
 _MAX_SETS = 32
+_LEAST_CALLS = 16  # of a graph
 _CHECKED_TOKENS = 16
+_ERROR_LIMIT = 0.01
 PEERS = ("vllm", "torch")
 DEFAULT_RANKS, DEFAULT_TOKENS = (16, 64), (1, 16, 64, 256, 1024, 4096)
 
@@ -77,7 +86,11 @@ class Cell:
     tokens: int
     active: int = 4
     slots: int = 4
-    scales: str | None = None
+    scales: Quant | None = None
+
+    def columns(self) -> dict[str, Any]:
+        """The cell as the columns of a result row that identify it."""
+        return dataclasses.asdict(self)
 
     @property
     def layer(self) -> Layer:
@@ -97,149 +110,190 @@ def cells(
     ranks: Sequence[int] = DEFAULT_RANKS,
     tokens: Sequence[int] = DEFAULT_TOKENS,
     adapters: Sequence[tuple[int, int]] = ((4, 4), (1, 4)),
-    scales: str | None = None,
+    scales: Quant | None = None,
 ) -> Iterator[Cell]:
     """All cells; ``adapters`` are pairs of active and slots."""
     for model, site, rank, (active, slots), count in itertools.product(models, sites, ranks, adapters, tokens):
         yield Cell(model, site, rank, count, active, slots, scales)
 
 
+COLUMNS = Columns(
+    (*(field.name for field in dataclasses.fields(Cell)), "impl"), {"us": None, "host_us": None, "failed": None}
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Operands:
-    """One call: out [T, sum of widths], x [T, K], S tensors [L, rank, K] and S of [L, N_s, rank], and scales of FP8."""
+    """One call: out [T, sum of widths], x [T, K], S tensors [L, rank, K] and S of [L, N_s, rank]; of FP8, with scales."""
 
     out: torch.Tensor
     x: torch.Tensor
     lora_a: tuple[torch.Tensor, ...]
     lora_b: tuple[torch.Tensor, ...]
-    scales: Mapping[str, Any]
+    a_scale: tuple[torch.Tensor, ...] = ()
+    b_scale: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def scales(self) -> dict[str, Any]:
+        """As keywords of the op."""
+        return {"a_scale": self.a_scale, "b_scale": self.b_scale} if self.a_scale else {}
 
 
-_Call = Callable[[], None]
-_Prepare = Callable[[Cell, torch.Tensor, Sequence[Operands]], "list[_Call] | None"]
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A cell with the adapter of each token, and operands of which calls take turns."""
+
+    cell: Cell
+    mapping: torch.Tensor  # int32 [T]
+    sets: tuple[Operands, ...]
+
+    def prepared(self, call: Callable[[Operands], None]) -> Prepared:
+        """``call`` on each operands, and again until a graph holds enough of them."""
+        calls: list[Callable[[], None]] = [lambda o=o: call(o) for o in self.sets]  # type: ignore[misc]
+        return Prepared(tuple(calls * max(1, _LEAST_CALLS // len(calls))))
 
 
-def sweep(
-    wanted: Sequence[Cell],
-    package: str,
-    peers: Sequence[str],
-    device: torch.device,
-    *,
-    check_only: bool = False,
-    copy_gb_s: float = math.inf,
-) -> Iterator[dict[str, Any]]:
-    """A row for each cell and implementation that serves it: us, host_us and floor_us a call; ``error`` is relative."""
-    makers: dict[str, _Prepare] = {"kernelgen": _ours(package)}
-    makers.update({name: {"vllm": _vllm, "torch": _torch}[name]() for name in peers})
-    for cell in wanted:
-        mapping, sets = operands(cell, device, 1 if check_only else None)
-        rows: dict[str, dict[str, Any]] = {}
-        graphs, calls_of = {}, {}
-        for name, prepare in makers.items():
-            calls = prepare(cell, mapping, sets)
-            if calls is None:
-                continue
-            row = {**dataclasses.asdict(cell), "impl": name, "floor_us": round(cell.bytes / (copy_gb_s * 1e3), 3)}
-            row["error"] = check(calls[0], mapping, sets[0])
-            rows[name] = row
-            if not check_only:
-                calls = calls * max(1, 16 // len(calls))
-                graphs[name], calls_of[name] = (capture(calls), len(calls)), calls
-        for name, spread in replay(graphs).items():
-            rows[name]["us"] = round(spread.median, 3)
-            rows[name]["host_us"] = round(host_us(calls_of[name], spread.median), 2)
-        yield from rows.values()
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """The workload of ``kernelgen bench-lora``. ``sets``: of operands, None: as many as pass the L2 cache."""
+
+    device: torch.device
+    sets: int | None = None
+
+    def case(self, cell: Cell) -> Case:
+        """The operands of ``cell``, the same each time."""
+        sets, device = self.sets, self.device
+        torch.manual_seed(zlib.crc32(repr(cell).encode()))
+        k, widths = cell.layer.k, cell.layer.widths
+        if sets is None:
+            sets = min(_MAX_SETS, max(2, math.ceil(TOUCHED_BYTES / cell.bytes)))
+
+        def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0.0, scale)
+
+        def weights(sizes: Sequence[tuple[int, int]]) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+            """(codes, scales) of matrices [L, rows, columns]."""
+            shapes = [(cell.slots, *size) for size in sizes]
+            if cell.scales is None:
+                return tuple(normal(*shape, scale=shape[2] ** -0.5) for shape in shapes), ()
+            codes = tuple(to_fp8(normal(*shape, scale=FP8_SIZE)) for shape in shapes)
+            scales = [(cell.slots, *scale_shape(cell.scales, *size)) for size in sizes]
+            drawn = (draw_scales(of, columns**-0.5, device) for of, (_, columns) in zip(scales, sizes, strict=True))
+            return codes, tuple(drawn)
+
+        made = []
+        for _ in range(sets):
+            a, a_scale = weights([(cell.rank, k)] * len(widths))
+            b, b_scale = weights([(n, cell.rank) for n in widths])
+            made.append(Operands(normal(cell.tokens, sum(widths)), normal(cell.tokens, k), a, b, a_scale, b_scale))
+        mapping = torch.arange(cell.tokens, dtype=torch.int32, device=device) % cell.active
+        return Case(cell, mapping, tuple(made))
+
+    def describe(self, case: Case, ceilings: dict[str, float]) -> dict[str, Any]:
+        """Columns of a row that do not depend on who is measured."""
+        row: dict[str, Any] = {"sets": len(case.sets), "bytes": round(case.cell.bytes)}
+        if ceilings:
+            row["floor_us"] = round(case.cell.bytes / (ceilings["copy_gb_s"] * 1e3), 3)
+        return row
+
+    def check(self, case: Case, prepared: Prepared) -> float:
+        """The relative error of some tokens against fp64, of FP8 weights as they are dequantised.
+
+        Raises:
+            WrongResult: it is above a hundredth.
+        """
+        operand, mapping = case.sets[0], case.mapping
+        chosen = torch.linspace(0, mapping.numel() - 1, min(_CHECKED_TOKENS, mapping.numel())).long().to(mapping.device)
+        before = operand.out[chosen].double()
+        prepared.calls[0]()
+        who, delta = (mapping[chosen].long(),), []
+        for s in range(len(operand.lora_a)):
+            one = slice(s, s + 1)
+            (a,) = matrices(operand.lora_a[one], operand.a_scale[one], who)
+            (b,) = matrices(operand.lora_b[one], operand.b_scale[one], who)
+            delta.append(b @ (a @ operand.x[chosen].double()[:, :, None]))
+        wanted = before + torch.cat(delta, 1)[:, :, 0]
+        error = float((operand.out[chosen].double() - wanted).norm() / wanted.norm())
+        if not error < _ERROR_LIMIT:
+            raise WrongResult(f"a relative error of {error:.2g}")
+        return error
 
 
-def operands(cell: Cell, device: torch.device, sets: int | None = None) -> tuple[torch.Tensor, list[Operands]]:
-    """The adapter of each token, and as many operands as pass the L2 cache, or ``sets``."""
-    torch.manual_seed(zlib.crc32(repr(cell).encode()))
-    k, widths = cell.layer.k, cell.layer.widths
-    if sets is None:
-        sets = min(_MAX_SETS, max(2, math.ceil(TOUCHED_BYTES / cell.bytes)))
+def load(name: str, package: Path) -> Implementation:
+    """``kernelgen``, or the name of a peer; ``package`` is the folder of the generated package.
 
-    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0.0, scale)
-
-    made = []
-    for _ in range(sets):
-        a = tuple(normal(cell.slots, cell.rank, k, scale=k**-0.5) for _ in widths)
-        b = tuple(normal(cell.slots, n, cell.rank, scale=cell.rank**-0.5) for n in widths)
-        scales: dict[str, Any] = {}
-        if cell.scales:
-            quantize = importlib.import_module("generated").quantize_weights
-            a, scales["a_scale"] = zip(*(quantize(w, cell.scales) for w in a), strict=True)
-            b, scales["b_scale"] = zip(*(quantize(w, cell.scales) for w in b), strict=True)
-        made.append(Operands(normal(cell.tokens, sum(widths)), normal(cell.tokens, k), a, b, scales))
-    mapping = torch.arange(cell.tokens, dtype=torch.int32, device=device) % cell.active
-    return mapping, made
+    Raises:
+        Unavailable: it cannot be imported here.
+    """
+    if name == "kernelgen":
+        return Ours(registry.import_package(package))
+    return Vllm() if name == "vllm" else Torch()
 
 
-def check(call: _Call, mapping: torch.Tensor, operand: Operands) -> float | None:
-    """The relative error of some tokens against fp64, for weights in 16 bits; None where they are FP8."""
-    chosen = torch.linspace(0, mapping.numel() - 1, min(_CHECKED_TOKENS, mapping.numel())).long().to(mapping.device)
-    before = operand.out[chosen].double()
-    call()
-    if operand.scales:
-        return None
-    delta = []
-    for a, b in zip(operand.lora_a, operand.lora_b, strict=True):
-        adapter = mapping[chosen].long()
-        v = torch.einsum("trk,tk->tr", a[adapter].double(), operand.x[chosen].double())
-        delta.append(torch.einsum("tnr,tr->tn", b[adapter].double(), v))
-    wanted = before + torch.cat(delta, 1)
-    error = (operand.out[chosen].double() - wanted).norm() / wanted.norm()
-    if not error < 0.01:
-        raise ValueError(f"a relative error of {float(error):.2g}")
-    return float(error)
+class _Stateless:
+    def versions(self) -> dict[str, str]:
+        """None that the environment does not tell."""
+        return {}
+
+    def release(self) -> None:
+        """Nothing hangs on operands."""
 
 
-def _ours(package: str) -> _Prepare:
-    kg = importlib.import_module(package)
+class Ours(_Stateless):
+    """The front door of the generated package."""
 
-    def prepare(cell: Cell, mapping: torch.Tensor, sets: Sequence[Operands]) -> list[_Call]:
-        slices = len(cell.layer.widths)
-        space = kg.lora_workspace(
-            max_tokens=cell.tokens, max_loras=cell.slots, max_rank=cell.rank, num_slices=slices, device=mapping.device
-        )
-        route = kg.lora_route(mapping, max_loras=cell.slots, workspace=space)
+    name = "kernelgen"
 
-        def call(o: Operands) -> None:
-            kg.lora(o.out, o.x, o.lora_a, o.lora_b, route, **o.scales)
+    def __init__(self, package: str) -> None:
+        self._package = importlib.import_module(package)
 
-        return [lambda o=o: call(o) for o in sets]  # type: ignore[misc]
-
-    return prepare
+    def prepare(self, case: Case) -> Prepared:
+        cell, kg = case.cell, self._package
+        sizes = {"max_rank": cell.rank, "num_slices": len(cell.layer.widths), "fp8": cell.scales is not None}
+        space = kg.lora_workspace(max_tokens=cell.tokens, max_loras=cell.slots, device=case.mapping.device, **sizes)
+        route = kg.lora_route(case.mapping, max_loras=cell.slots, workspace=space)
+        return case.prepared(lambda o: kg.lora(o.out, o.x, o.lora_a, o.lora_b, route, **o.scales))
 
 
-def _vllm() -> _Prepare:
+class Vllm(_Stateless):
     """Its shrink and expand with the metadata and the buffer of its Punica wrapper."""
-    ops = importlib.import_module("vllm.lora.ops.triton_ops")
-    metadata = importlib.import_module("vllm.lora.ops.triton_ops.lora_kernel_metadata")
 
-    def prepare(cell: Cell, mapping: torch.Tensor, sets: Sequence[Operands]) -> list[_Call] | None:
-        if cell.scales:
-            return None
-        meta = metadata.LoRAKernelMeta.make(cell.slots, cell.tokens, mapping.device)
-        meta.prepare_tensors(mapping)
+    name = "vllm"
+
+    def __init__(self) -> None:
+        try:
+            self._ops = importlib.import_module("vllm.lora.ops.triton_ops")
+            self._metadata = importlib.import_module("vllm.lora.ops.triton_ops.lora_kernel_metadata")
+        except ImportError as error:
+            raise Unavailable(f"vllm is not importable ({error}): install it, or put its kernels on PYTHONPATH") from error
+
+    def versions(self) -> dict[str, str]:
+        return {"vllm": version("vllm")}
+
+    def prepare(self, case: Case) -> Prepared:
+        cell, device = case.cell, case.mapping.device
+        if cell.scales is not None:
+            raise Unsupported("16-bit operands only")
+        meta = self._metadata.LoRAKernelMeta.make(cell.slots, cell.tokens, device)
+        meta.prepare_tensors(case.mapping)
         arguments = meta.meta_args(cell.tokens, False)
-        y = torch.empty((len(cell.layer.widths), cell.tokens, cell.rank), device=mapping.device)
+        y = torch.empty((len(cell.layer.widths), cell.tokens, cell.rank), device=device)
 
         def call(o: Operands) -> None:
-            ops.lora_shrink(o.x, list(o.lora_a), y, *arguments, 1.0)
-            ops.lora_expand(y, list(o.lora_b), o.out, *arguments, offset_start=0, add_inputs=True)
+            self._ops.lora_shrink(o.x, list(o.lora_a), y, *arguments, 1.0)
+            self._ops.lora_expand(y, list(o.lora_b), o.out, *arguments, offset_start=0, add_inputs=True)
 
-        return [lambda o=o: call(o) for o in sets]  # type: ignore[misc]
-
-    return prepare
+        return case.prepared(call)
 
 
-def _torch() -> _Prepare:
+class Torch(_Stateless):
     """What PyTorch alone does for one adapter."""
 
-    def prepare(cell: Cell, mapping: torch.Tensor, sets: Sequence[Operands]) -> list[_Call] | None:
-        if cell.active > 1 or cell.scales:
-            return None
+    name = "torch"
+
+    def prepare(self, case: Case) -> Prepared:
+        if case.cell.active > 1 or case.cell.scales is not None:
+            raise Unsupported("one adapter in 16 bits only")
 
         def call(o: Operands) -> None:
             begin = 0
@@ -247,6 +301,4 @@ def _torch() -> _Prepare:
                 o.out[:, begin : begin + b.shape[1]].addmm_(o.x @ a[0].T, b[0].T)
                 begin += b.shape[1]
 
-        return [lambda o=o: call(o) for o in sets]  # type: ignore[misc]
-
-    return prepare
+        return case.prepared(call)

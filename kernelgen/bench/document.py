@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterable, Mapping, Protocol
 
 from kernelgen.bench.workloads import Cell
 
@@ -23,9 +24,36 @@ class DocumentError(ValueError):
 Key = tuple[Any, ...]
 
 
-def row_key(row: dict[str, Any]) -> Key:
-    """What identifies a row: the columns of its cell, and who was measured."""
-    return tuple(row[name] for name in _KEY)
+class AnyCell(Protocol):
+    """A point of a sweep."""
+
+    def columns(self) -> dict[str, Any]:
+        """The columns of a result row that identify it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """``key``: what identifies a row, the columns of its cell and who was measured. ``later``: columns that came later, with
+    what rows from before stand for.
+    """
+
+    key: tuple[str, ...]
+    later: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+MOE_LORA = Columns(
+    (
+        *("model", "hidden", "intermediate", "experts", "top_k"),
+        *(field.name for field in dataclasses.fields(Cell) if field.name != "model"),
+        "impl",
+    ),
+    {"quant": "none", "act": "none"},
+)
+
+
+def row_key(row: dict[str, Any], columns: Columns = MOE_LORA) -> Key:
+    """What identifies a row."""
+    return tuple(row[name] for name in columns.key)
 
 
 @dataclasses.dataclass
@@ -40,18 +68,28 @@ class Document:
     versions: dict[str, str]
     ceilings: dict[str, float] = dataclasses.field(default_factory=dict)
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    columns: Columns = MOE_LORA
 
     def __post_init__(self) -> None:
-        self._done = {row_key(row) for row in self.rows}
+        self._done = {self.key(row) for row in self.rows}
 
-    def has(self, cell: Cell, impl: str) -> bool:
+    def key(self, row: dict[str, Any]) -> Key:
+        """What identifies a row here."""
+        return row_key(row, self.columns)
+
+    def has(self, cell: AnyCell, impl: str) -> bool:
         """Whether the row is there, measured or failed."""
-        return row_key({**cell.columns(), "impl": impl}) in self._done
+        return self.key({**cell.columns(), "impl": impl}) in self._done
+
+    def of(self, cells: Iterable[AnyCell], impls: Iterable[str]) -> list[dict[str, Any]]:
+        """The rows of these, in the order of measuring."""
+        wanted = {self.key({**c.columns(), "impl": i}) for c, i in itertools.product(cells, impls)}
+        return [row for row in self.rows if self.key(row) in wanted]
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row."""
         self.rows.append(row)
-        self._done.add(row_key(row))
+        self._done.add(self.key(row))
 
     def forget(self, which: Callable[[dict[str, Any]], bool]) -> None:
         """Drop rows, so that they are measured again."""
@@ -78,17 +116,7 @@ class Document:
         os.replace(staged, path)
 
 
-# Columns that came later, with what rows from before stand for.
-_LATER = {"quant": "none", "act": "none"}
-
-_KEY = (
-    *("model", "hidden", "intermediate", "experts", "top_k"),
-    *(field.name for field in dataclasses.fields(Cell) if field.name != "model"),
-    "impl",
-)
-
-
-def load(path: Path) -> Document:
+def load(path: Path, columns: Columns = MOE_LORA) -> Document:
     """Read a document.
 
     Raises:
@@ -99,25 +127,27 @@ def load(path: Path) -> Document:
         version = data["schema_version"]
         if version != SCHEMA_VERSION:
             raise DocumentError(f"{path}: schema_version {version}, wanted {SCHEMA_VERSION}")
-        rows = [{**_LATER, **row} for row in data["rows"]]
-        return Document(data["machine"], data["versions"], data["ceilings"], rows)
+        rows = [{**columns.later, **row} for row in data["rows"]]
+        return Document(data["machine"], data["versions"], data["ceilings"], rows, columns)
     except OSError as error:
         raise DocumentError(f"{path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, DocumentError):
             raise
-        raise DocumentError(f"{path}: not a result of kernelgen bench: {error!r}") from error
+        raise DocumentError(f"{path}: not a result of this benchmark: {error!r}") from error
 
 
-def resume(path: Path, machine: dict[str, Any], versions: dict[str, str]) -> Document:
-    """The document at ``path`` to go on with, or an empty one.
+def resume(
+    path: Path | None, machine: dict[str, Any], versions: dict[str, str], columns: Columns = MOE_LORA
+) -> Document:
+    """The document at ``path`` to go on with, or an empty one; None: of rows that are not kept.
 
     Raises:
         DocumentError: it was measured on another kind of machine or with other versions.
     """
-    if not path.exists():
-        return Document(machine, versions)
-    document = load(path)
+    if path is None or not path.exists():
+        return Document(machine, versions, columns=columns)
+    document = load(path, columns)
     for names, old, new in (
         (_SAME_MACHINE, document.machine, machine),
         (_SAME_VERSIONS, document.versions, versions),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Callable, Protocol
 
-from kernelgen.bench.inputs import Case
 from kernelgen.bench.workloads import Cell
 
 
@@ -43,6 +42,23 @@ class Prepared:
     )
 
 
+class Workload(Protocol):
+    """What the cells of a benchmark ask for: operands, and what is right."""
+
+    def case(self, cell: Any) -> Any:
+        """The operands of ``cell``."""
+
+    def describe(self, case: Any, ceilings: dict[str, float]) -> dict[str, Any]:
+        """Columns of a row that do not depend on who is measured; ``floor_us`` among them where there are ceilings."""
+
+    def check(self, case: Any, prepared: Prepared) -> float | None:
+        """Make the first call, and compare; the relative error, None for what has no ``out``.
+
+        Raises:
+            WrongResult: it computed something else.
+        """
+
+
 class Implementation(Protocol):
     """Kernels that can be timed; one object lives for the whole run."""
 
@@ -51,8 +67,8 @@ class Implementation(Protocol):
     def versions(self) -> dict[str, str]:
         """Name and version of what is measured."""
 
-    def prepare(self, case: Case) -> Prepared:
-        """Everything outside the timed call.
+    def prepare(self, case: Any) -> Prepared:
+        """Everything outside the timed call, for a case of the workload.
 
         Raises:
             Unsupported: it does not do this work.

@@ -23,7 +23,7 @@ from kernelgen.bench.workloads import (
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 FP8 = torch.float8_e4m3fn
-_FP8_SIZE = 48.0  # of a code: far from both ends of e4m3
+FP8_SIZE = 48.0  # of a code: far from both ends of e4m3
 TOUCHED_BYTES = (
     200e6  # by one replay, three times the L2 of an H200: every weight comes from memory
 )
@@ -114,16 +114,16 @@ class WeightPool:
         batch = cell.slots, cell.model.experts
 
         def draw(rows: int, columns: int) -> tuple[torch.Tensor, ...]:
-            size = columns**-0.5 if cell.quant == "none" else _FP8_SIZE
+            size = columns**-0.5 if cell.quant == "none" else FP8_SIZE
             shape = (*batch, rows, columns)
             drawn = (_normal(shape, size, cell, self._device) for _ in range(p.slices))
-            return tuple(w if cell.quant == "none" else _to_fp8(w) for w in drawn)
+            return tuple(w if cell.quant == "none" else to_fp8(w) for w in drawn)
 
         def scales(rows: int, columns: int) -> tuple[torch.Tensor, ...]:
             if cell.quant == "none":
                 return ()
             shape = (*batch, *scale_shape(cell.quant, rows, columns))
-            return tuple(_scales(shape, columns**-0.5, self._device) for _ in range(p.slices))
+            return tuple(draw_scales(shape, columns**-0.5, self._device) for _ in range(p.slices))
 
         sizes = (cell.rank, p.k), (p.n, cell.rank)
         return Weights(*(draw(*size) for size in sizes), *(scales(*size) for size in sizes))
@@ -165,15 +165,16 @@ def _normal(shape: tuple[int, ...], scale: float, cell: Cell, device: torch.devi
     return torch.empty(shape, dtype=DTYPES[cell.dtype], device=device).normal_(0.0, scale)
 
 
-def _to_fp8(numbers: torch.Tensor) -> torch.Tensor:
+def to_fp8(numbers: torch.Tensor) -> torch.Tensor:
+    """FP8 codes next to ``numbers``, which is overwritten."""
     largest = torch.finfo(FP8).max
     return numbers.clamp_(-largest, largest).to(FP8)
 
 
-def _scales(shape: tuple[int, ...], size: float, device: torch.device) -> torch.Tensor:
+def draw_scales(shape: tuple[int, ...], size: float, device: torch.device) -> torch.Tensor:
     """Scales that make codes stand for numbers of about ``size``, and that differ: one from a wrong place shows."""
     spread = torch.empty(shape, dtype=torch.float32, device=device).uniform_(0.25, 1.75)
-    return spread.mul_(size / _FP8_SIZE)
+    return spread.mul_(size / FP8_SIZE)
 
 
 def _activations(
@@ -190,8 +191,8 @@ def _activations(
         out = _normal(shape, 0.5, cell, device)
         if cell.act == "none":
             return _normal((rows, p.k), 1.0, cell, device), None, out
-        x = _to_fp8(_normal((rows, p.k), _FP8_SIZE, cell, device))
-        return x, _scales(scale_shape(cell.act, rows, p.k, 1) or (1,), 1.0, device), out
+        x = to_fp8(_normal((rows, p.k), FP8_SIZE, cell, device))
+        return x, draw_scales(scale_shape(cell.act, rows, p.k, 1) or (1,), 1.0, device), out
 
     return [draw() for _ in range(count)]
 

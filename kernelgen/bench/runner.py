@@ -9,11 +9,11 @@ from typing import Any, Callable, Sequence
 
 import torch
 
-from kernelgen.bench.document import Document
-from kernelgen.bench.implementation import Implementation, Prepared, Unsupported
-from kernelgen.bench.inputs import WEIGHT_BYTES, Case, WeightPool, make_case
+from kernelgen.bench.document import AnyCell, Document
+from kernelgen.bench.implementation import Implementation, Prepared, Unsupported, Workload
+from kernelgen.bench.inputs import WeightPool, make_case
 from kernelgen.bench.timing import Spread, capture, ceilings, host_us, replay
-from kernelgen.bench.verify import WrongResult, poison, verify
+from kernelgen.bench.verify import WrongResult
 from kernelgen.bench.workloads import Cell
 
 Row = dict[str, Any]
@@ -27,17 +27,17 @@ class ContextLost(Exception):
 class Run:
     """How to go through the cells; ``check_only`` times nothing, which is all that a CPU can do."""
 
-    device: torch.device
     check_only: bool = False
     seconds: float | None = None  # no cell is begun after that
 
 
 def run(
-    cells: Sequence[Cell],
+    workload: Workload,
+    cells: Sequence[AnyCell],
     implementations: Sequence[Implementation],
     document: Document,
     how: Run,
-    on_cell: Callable[[Cell, list[Row]], None],
+    on_cell: Callable[[Any, list[Row]], None],
 ) -> bool:
     """Measure what ``document`` does not hold yet; ``on_cell`` gets the new rows of each cell, in order.
 
@@ -47,25 +47,22 @@ def run(
         ContextLost: after the row of the culprit was handed to ``on_cell``.
     """
     started = time.monotonic()
-
-    def release() -> None:
-        for implementation in implementations:
-            implementation.release()
-
-    pool = WeightPool(how.device, 0.0 if how.check_only else WEIGHT_BYTES, release)
     gc.collect()
     gc.freeze()  # what is imported stays: later collections need not walk it
-    for cell in cells:
-        todo = [i for i in implementations if not document.has(cell, i.name)]
-        if todo and how.seconds is not None and time.monotonic() - started > how.seconds:
-            return False
-        rows: list[Row] = []
-        try:
-            if todo:
-                _measure(cell, todo, pool, document, how, rows)
-        finally:
-            on_cell(cell, rows)
-    return True
+    try:
+        for cell in cells:
+            todo = [i for i in implementations if not document.has(cell, i.name)]
+            if todo and how.seconds is not None and time.monotonic() - started > how.seconds:
+                return False
+            rows: list[Row] = []
+            try:
+                if todo:
+                    _measure(workload, cell, todo, document, how, rows)
+            finally:
+                on_cell(cell, rows)
+        return True
+    finally:
+        gc.unfreeze()
 
 
 def measure_ceilings(document: Document) -> None:
@@ -97,9 +94,9 @@ def warm(
 
 
 def _measure(
-    cell: Cell,
+    workload: Workload,
+    cell: AnyCell,
     implementations: Sequence[Implementation],
-    pool: WeightPool,
     document: Document,
     how: Run,
     rows: list[Row],
@@ -110,11 +107,11 @@ def _measure(
         row = _empty_row(cell, implementation.name)
         try:
             if case is None:
-                case = make_case(cell, pool, how.device, 1 if how.check_only else None)
-            _describe(row, case, document.ceilings)
+                case = workload.case(cell)
+            row.update(workload.describe(case, document.ceilings))
             prepared = implementation.prepare(case)
             row.update(variant=prepared.variant, config=prepared.config, note=prepared.note)
-            row["error"] = _check(case, prepared)
+            row["error"] = workload.check(case, prepared)
             ready.append((implementation, prepared, row))
         except Unsupported:
             continue
@@ -126,29 +123,6 @@ def _measure(
     if case is None or how.check_only:
         return
     _time(ready)
-
-
-def _check(case: Case, prepared: Prepared) -> float | None:
-    """The relative error of the first batch; None for what has no ``out``."""
-    batch = case.batches[0]
-    adds = case.cell.add
-    before = [poison(operands, adds) for operands in batch.operands]
-    prepared.calls[0]()
-    if prepared.check is not None:
-        prepared.check()
-    errors = [
-        verify(
-            case,
-            batch,
-            operands,
-            kept,
-            adds=adds,
-            weighted=prepared.applies_weights,
-            keeps_rows=prepared.keeps_rows,
-        )
-        for operands, kept in zip(batch.operands, before, strict=True)
-    ]
-    return max(errors, default=None)
 
 
 def _time(ready: Sequence[tuple[Implementation, Prepared, Row]]) -> None:
@@ -173,7 +147,7 @@ def _time(ready: Sequence[tuple[Implementation, Prepared, Row]]) -> None:
         )
 
 
-def _empty_row(cell: Cell, impl: str) -> Row:
+def _empty_row(cell: AnyCell, impl: str) -> Row:
     return {
         **cell.columns(),
         "impl": impl,
@@ -183,18 +157,6 @@ def _empty_row(cell: Cell, impl: str) -> Row:
         "note": "",
         "failed": None,
     }
-
-
-def _describe(row: Row, case: Case, ceilings: dict[str, float]) -> None:
-    row.update(
-        sets=len(case.batches),
-        groups=round(case.groups, 1),
-        bytes=round(case.work.bytes),
-        flops=round(case.work.flops),
-    )
-    if ceilings:
-        floor = case.work.floor_us(ceilings["copy_gb_s"], ceilings["bf16_tflop_s"])
-        row["floor_us"] = round(floor, 3)
 
 
 def _fail(row: Row, error: Exception) -> None:

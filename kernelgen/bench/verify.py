@@ -34,8 +34,8 @@ def delta(batch: Batch, operands: Operands, pairs: torch.Tensor, weighted: bool)
         who = adapter[part], expert[part]
         x = _activations(operands, rows[part])[:, :, None]
         weights = operands.weights
-        a_s = _matrices(weights.lora_a, weights.a_scale, who)
-        b_s = _matrices(weights.lora_b, weights.b_scale, who)
+        a_s = matrices(weights.lora_a, weights.a_scale, who)
+        b_s = matrices(weights.lora_b, weights.b_scale, who)
         columns = [b @ (a @ x) for a, b in zip(a_s, b_s, strict=True)]
         chunks.append(torch.cat(columns, 1)[:, :, 0])
     result = torch.cat(chunks)
@@ -55,12 +55,12 @@ def _activations(operands: Operands, rows: torch.Tensor) -> torch.Tensor:
     return x * _spread(scale[rows].double(), -1, x.shape[-1])
 
 
-def _matrices(
+def matrices(
     weights: tuple[torch.Tensor, ...],
     scales: tuple[torch.Tensor, ...],
-    who: tuple[torch.Tensor, torch.Tensor],
+    who: tuple[torch.Tensor, ...],
 ) -> list[torch.Tensor]:
-    """The matrices [n, out, in] of ``who``, (adapters, experts), in fp64."""
+    """The matrices [n, out, in] of ``who``, (adapters, experts) or (adapters,), in fp64; FP8 times its scales."""
     found = [w[who].double() for w in weights]
     for i, scale in enumerate(scales):
         own = scale[who].double()

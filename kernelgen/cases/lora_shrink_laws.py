@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import itertools
 from types import ModuleType
 from typing import Any, Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from kernelgen.cases import lora_inputs
 from kernelgen.cases.base import Law, Variant, worst_ratio
 from kernelgen.cases.lora_inputs import Batch, Case
 from kernelgen.cases.lora_shrink import tiles
-from kernelgen.cases.tiles import CARDS, KS, on_card, problem_of
+from kernelgen.cases.tiles import CARDS, KS, bare_route, on_card, problem_of
 from kernelgen.model import VOCABULARY
 from kernelgen.reference.lora_shrink import lora_shrink
 from kernelgen.reference.moe_route import Live, faults, moe_route
@@ -106,7 +105,7 @@ def tiles_end_with_what_they_divide(package: ModuleType, variants: Sequence[Vari
         for card, tokens, block_m in itertools.product(CARDS, (1, 2000, 9000), (16, 64, 128)):
             rule, problem = problem_of(package, "lora_shrink", num_tokens=tokens, **sizes)
             with on_card(package, card):
-                config = rule.choose(problem, dense_route(package, tokens, block_m))
+                config = rule.choose(problem, bare_route(package, tokens, block_m))
             where = f"{variant}, {card.name}, K {k}, {slices} slices, {tokens} tokens, blocks of {block_m}: {config}"
             assert config.chunk_k % config.block_k == 0, f"{where}: a tile lies in two chunks"
             assert not grouped or rule.QUANT.group_k % config.block_k == 0, f"{where}: a tile needs the scales of two groups"
@@ -198,12 +197,6 @@ def operands(case: Case, tags: Mapping[str, str], device: str) -> tuple[torch.Te
     rank = lora_inputs.rank_of(case, tags)
     a = lora_inputs.make_weights(case, tags, batch, [rank] * len(case.widths), case.k, numbers)
     return x.tensor, lora_inputs.given(case, a), lora_inputs.make_y(case, tags, batch, None), batch
-
-
-def dense_route(package: ModuleType, tokens: int, block_m: int) -> Any:
-    """A route without tables, which is what a rule asks about."""
-    made = importlib.import_module(f"{package.__name__}.lora_shrink").dense_route
-    return made(None, None, None, None, tokens, 4, block_m, 4 + tokens // block_m)
 
 
 def _first_of(variants: Sequence[Variant]) -> Iterator[Variant]:

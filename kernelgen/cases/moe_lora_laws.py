@@ -11,11 +11,13 @@ import torch
 
 from kernelgen.buffers import bits, poison_
 from kernelgen.cases.base import Law, Variant
+from kernelgen.cases.lora_shrink_laws import refuses
 from kernelgen.cases.moe_lora_inputs import Call, Case, make, tiles
 from kernelgen.cases.moe_route import engine_tables
 from kernelgen.cases.moe_routing import SPREAD, Routed, Routing
 from kernelgen.cases.quant import GROUP, group_of, scales_of
-from kernelgen.model import QUANT_AXES
+from kernelgen.cases.tiles import CARDS, KS, bare_route, on_card, parts_of_tiles, problem_of
+from kernelgen.model import QUANT_AXES, VOCABULARY
 from kernelgen.reference.moe_lora import dequantise
 
 _MIXED = Routing("mixed", disabled=(0,))
@@ -168,6 +170,39 @@ def empty_batch(package: ModuleType, variants: Sequence[Variant], device: str) -
         _about(call.verify, assignment)
 
 
+def tiles_end_with_what_they_divide(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """A tile ends with its part of K and its group of scales: of the rules on every card, and of what is tuned. Nothing runs."""
+    kinds = sorted({(v.tags["schedule"], v.tags["weight_quant"], v.tags["act_quant"]) for v in variants})
+    sizes = list(itertools.product(KS, (8, 100), (1, 2), (16, 128), ((1, 2, 8), (60, 8, 128), (2000, 8, 128))))
+    for card, (schedule, weight, act) in itertools.product(CARDS, kinds):
+        of_weights, of_x = VOCABULARY["weight_quant"][weight], VOCABULARY["act_quant"][act]
+        with on_card(package, card):
+            for k, rank, slices, block_m, (tokens, top_k, experts) in sizes:
+                rule, problem = problem_of(
+                    package, "moe_lora", k=k, n=k, rank=rank, slices=slices, **of_weights, **of_x
+                )
+                block_m = 0 if schedule == "small_batch" else block_m
+                route = bare_route(package, tokens, block_m, top_k=top_k, experts=experts)
+                config = rule.choose(schedule, problem, route)
+                where = f"{card.name}, {schedule}, rank {rank}, {slices} slices, {tokens} tokens, blocks of {block_m}"
+                _tiles_end(schedule, k, (weight, act), config, rule, where)
+    rule, _ = problem_of(package, "moe_lora")
+    for (tokens, _, _, _, k, *rest, of_weights, of_x), measured in rule.TUNED.items():
+        for schedule, values in measured:
+            kinds_of = (f"w8{of_weights}", f"a8{of_x}")
+            _tiles_end(schedule, k, kinds_of, rule.CONFIGS[schedule](*values), rule, f"tuned, {tokens} tokens, {rest}")
+
+
+def _tiles_end(schedule: str, k: int, kinds: Sequence[str], config: Any, rule: ModuleType, where: str) -> None:
+    if schedule != "one_shot":
+        parts_of_tiles(k, config, where)
+    if schedule == "small_batch":
+        assert config.split_k % config.block_k == 0, f"{where}, K {k}: a part is not of whole tiles: {config}"
+        assert "w8group" not in kinds or rule.QUANT.group_n % config.shrink_block_r == 0, f"{where}: scales of two groups"
+    elif "w8group" in kinds or "a8group" in kinds:
+        assert rule.QUANT.group_k % config.block_k == 0, f"{where}, K {k}: scales of two groups: {config}"
+
+
 def wrong_arguments_are_named(
     package: ModuleType, variants: Sequence[Variant], device: str
 ) -> None:
@@ -187,6 +222,10 @@ def wrong_arguments_are_named(
                 assert complete, f"{variant.name}, {label}: {error}"
             else:
                 raise AssertionError(f"{variant.name}: {label} is let pass")
+        if variant.tags["schedule"] != "one_shot":
+            config = tiles(variant.launcher(package), 16)._replace(block_k=32, split_k=16)
+            given = {**operands, "route": route, **call.keywords, "config": config}
+            refuses(variant.launcher(package), given, variant.name, "a tile in two parts")
         assert not call.out.changed().any(), f"{variant.name}: out was written"
 
 
@@ -299,6 +338,7 @@ LAWS = (
     Law(any_batch_any_time_same_bits),
     Law(stale_workspace),
     Law(empty_batch),
+    Law(tiles_end_with_what_they_divide),
     Law(wrong_arguments_are_named),
     Law(graph_replay, needs_gpu=True),
     Law(two_streams, needs_gpu=True),

@@ -14,7 +14,9 @@ from kernelgen.cases.base import Law, Variant, worst_ratio
 from kernelgen.cases.lora_shrink_laws import refuses
 from kernelgen.cases.moe_lora_apart import Batch, Case, make
 from kernelgen.cases.moe_lora_laws import route_of
+from kernelgen.cases.moe_lora_shrink import tiles
 from kernelgen.cases.moe_routing import Routing
+from kernelgen.cases.tiles import CARDS, KS, bare_route, on_card, parts_of_tiles, problem_of
 from kernelgen.reference.moe_lora_shrink import moe_lora_shrink
 
 _CASE = Case(
@@ -81,6 +83,26 @@ def every_rank_has_a_variant(package: ModuleType, variants: Sequence[Variant], d
             assert requests, f"rank {rank}: nothing to launch"
 
 
+def tiles_end_with_what_they_divide(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """A tile ends with its part of K, on every card; and a launcher refuses tiles that do not. Nothing runs."""
+    for card, k, rank, slices in itertools.product(CARDS, KS, (8, 100), (1, 2)):
+        for tokens, block_m in itertools.product((1, 60, 2000), (0, 16, 128)):
+            rule, problem = problem_of(package, "moe_lora_shrink", k=k, rank=rank, slices=slices)
+            with on_card(package, card):
+                route = bare_route(package, tokens, block_m, top_k=8, experts=128)
+                config = rule.choose("blocks" if block_m else "pairs", problem, route)
+            where = f"{card.name}, rank {rank}, {slices} slices, {tokens} tokens, blocks of {block_m}"
+            parts_of_tiles(k, config, where)
+            assert block_m or config.split_k % config.block_k == 0, f"{where}: a part is not of whole tiles: {config}"
+    for schedule in ("pairs", "blocks"):
+        variant = next(v for v in variants if v.tags["schedule"] == schedule)
+        batch, x, a, y = _operands(dataclasses.replace(_CASE, rank=1), variant.tags["dtype"], device)
+        launcher, route = variant.launcher(package), route_of(package, batch.routed, "naive" if schedule == "pairs" else "sorted")
+        config = tiles(launcher, _CASE)._replace(block_k=64, split_k=96)
+        given = {"y": y, "x": x, "lora_a": a, "route": route, "config": config}
+        refuses(launcher, given, variant.name, "a tile in two parts")
+
+
 def wrong_arguments_are_named(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """Arguments that do not fit raise ValueError, with what was given and wanted, before anything is written."""
     for schedule in ("pairs", "blocks"):
@@ -121,6 +143,7 @@ LAWS = (
     Law(a_part_of_the_rank_has_the_bits_of_the_whole),
     Law(stale_workspace),
     Law(every_rank_has_a_variant),
+    Law(tiles_end_with_what_they_divide),
     Law(wrong_arguments_are_named),
 )
 

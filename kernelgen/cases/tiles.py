@@ -14,8 +14,8 @@ from kernelgen.targets import TARGETS, Target
 KS = (1, 70, 150, 600, 1000, 2880, 4096, 7168, 8192, 8200, 8448, 9216, 11008, 13824, 14336, 28672, 29568, 53248)
 
 
-# Of each size of shared memory, which is how rules tell cards apart.
-CARDS = tuple({target.program_shared: target for target in TARGETS.values()}.values())
+# Of much, some and little shared memory, which is how rules tell cards apart.
+CARDS = tuple(TARGETS[name] for name in ("sm_90", "sm_89", "gfx942"))
 
 
 @contextlib.contextmanager
@@ -31,3 +31,15 @@ def problem_of(package: ModuleType, family: str, **sizes: Any) -> tuple[ModuleTy
     """(the module of the rule of a family, its problem of ``sizes``); what is not given is zero."""
     module = importlib.import_module(f"{package.__name__}.{family}._problem")
     return module, module.Problem(**{**dict.fromkeys(module.Problem._fields, 0), **sizes})
+
+
+def bare_route(package: ModuleType, tokens: int, block_m: int, *, top_k: int = 1, experts: int = 1, loras: int = 4) -> Any:
+    """A route without tables: what a rule asks of one."""
+    route = importlib.import_module(f"{package.__name__}.moe_route").MoeRoute
+    return route(*(None,) * 8, tokens, top_k, experts, loras, 0, block_m, 1)
+
+
+def parts_of_tiles(k: int, config: Any, where: str) -> None:
+    """Raise AssertionError where a tile of ``block_k`` columns would end in the part behind its own, of ``split_k``."""
+    whole = config.split_k >= k
+    assert whole or config.split_k % config.block_k == 0, f"{where}, K {k}: a tile lies in two parts: {config}"
