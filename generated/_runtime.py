@@ -281,6 +281,8 @@ class Traits(NamedTuple):
     shared_memory: int  # bytes that one program may take
     pdl: bool  # programmatic dependent launch: NVIDIA, from sm_90 on
     e4m3: bool  # Triton has the type there: all but NVIDIA before sm_89
+    full_warps: int  # a program of so many can have all registers of a multiprocessor: 8 on NVIDIA, 4 of twice the lanes on AMD
+    warp_sums: int  # fp32 sums of a product that a warp has room for
 
 
 # Bytes of shared memory by Triton target, for compilation without a GPU.
@@ -294,18 +296,32 @@ def traits(device: torch.device) -> Traits:
     if device.type == "cuda":
         return _traits(device.index if device.index is not None else torch.cuda.current_device())
     if INTERPRETED:
-        return Traits(132, _SHARED_MEMORY[90], False, True)
+        return Traits(132, _SHARED_MEMORY[90], False, True, *_room(90))
     target = triton.runtime.driver.active.get_current_target()
     nvidia = target.arch if target.backend == "cuda" else 0
-    return Traits(132, _SHARED_MEMORY.get(target.arch, 65536), nvidia >= 90, nvidia == 0 or nvidia >= 89)
+    shared_memory, e4m3 = _SHARED_MEMORY.get(target.arch, 65536), nvidia == 0 or nvidia >= 89
+    return Traits(132, shared_memory, nvidia >= 90, e4m3, *_room(nvidia))
 
 
 @functools.cache
 def _traits(index: int) -> Traits:
     properties = triton.runtime.driver.active.utils.get_device_properties(index)
-    capability = (99, 0) if torch.version.hip is not None else torch.cuda.get_device_capability(index)
-    pdl = torch.version.hip is None and capability >= (9, 0)
-    return Traits(properties["multiprocessor_count"], properties["max_shared_mem"], pdl, capability >= (8, 9))
+    shared_memory, sms = properties["max_shared_mem"], properties["multiprocessor_count"]
+    if torch.version.hip is not None:
+        return Traits(sms, shared_memory, False, True, *_room(0))
+    major, minor = torch.cuda.get_device_capability(index)
+    nvidia = 10 * major + minor
+    return Traits(sms, shared_memory, nvidia >= 90, nvidia >= 89, *_room(nvidia))
+
+
+def _room(nvidia: int) -> tuple[int, int]:
+    """full_warps and warp_sums; ``nvidia``: its architecture, 0 for others.
+
+    Matrix units of sm_90 and sm_100 read shared memory; elsewhere what is multiplied takes registers beside the sums.
+    """
+    if nvidia == 0:
+        return 4, 4096
+    return 8, 4096 if 90 <= nvidia < 120 else 2048
 
 
 def describable(tensor: torch.Tensor) -> bool:

@@ -200,10 +200,13 @@ def _compiled(
     progress: Progress = no_progress,
     keep: Callable[[Case, _Result | Fault], None] = lambda case, result: None,
 ) -> list[_Result | Fault]:
-    """``function`` of every case, where Triton keeps what it makes for as long as that takes."""
+    """``function`` of every case, where Triton keeps what it makes for as long as that takes.
+
+    Each target has processes of its own: Triton 3.6 converts FP8 as the first target of a process does, for all others too.
+    """
     with tempfile.TemporaryDirectory(prefix="kernelgen") as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
-        return in_processes(function, wanted, workers, progress, keep)
+        return in_processes(function, wanted, workers, progress, keep, lambda case: case.target.name)
 
 
 def _limits(case: Case, outcome: Outcome) -> Iterator[Diagnostic]:

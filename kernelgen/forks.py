@@ -8,7 +8,7 @@ import dataclasses
 import multiprocessing
 import os
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Callable, Iterable, Iterator, Sequence, TypeVar
+from typing import Any, Callable, Generator, Hashable, Iterable, Iterator, Sequence, TypeVar
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]  # (items as they get done, how many)
 _Item = TypeVar("_Item")
@@ -38,35 +38,48 @@ def in_processes(
     workers: int = 1,
     progress: Progress = no_progress,
     keep: Callable[[_Item, _Result | Fault], None] = lambda item, result: None,
+    apart: Callable[[_Item], Hashable] = lambda item: None,
 ) -> list[_Result | Fault]:
     """``function`` of every item, in order; a ``Fault`` where it raised or ended its process. Results must pickle.
 
-    ``keep`` is given each result as soon as it is there, so that an interrupted run need not lose those it has.
+    ``keep`` is given each result as soon as it is there, so that an interrupted run need not lose those it has. Items that
+    ``apart`` tells from each other never meet in a process.
     """
     global _work
     _work = (function, items)
     results: dict[int, _Result | Fault] = {}
-
-    def take(index: int, result: _Result | Fault) -> None:
-        results[index] = result
-        keep(items[index], result)
-
+    groups: dict[Hashable, list[int]] = {}
+    for index, item in enumerate(items):
+        groups.setdefault(apart(item), []).append(index)
     try:
-        with _pool(workers) as pool:
-            futures = {pool.submit(_one, index): index for index in range(len(items))}
-            for future in progress(concurrent.futures.as_completed(futures), len(items)):
-                with contextlib.suppress(BrokenProcessPool):
-                    take(futures[future], future.result())
-        # A process that ends takes down its pool: what is left is done one by one, to find out which item it was.
-        for index in sorted(set(range(len(items))) - results.keys()):
-            try:
-                with _pool(1) as pool:
-                    take(index, pool.submit(_one, index).result())
-            except BrokenProcessPool:
-                take(index, Fault("it ended its process"))
+        with contextlib.closing(_results(groups.values(), workers)) as done:
+            for index, result in progress(done, len(items)):
+                results[index] = result
+                keep(items[index], result)
     finally:
         _work = (str, ())
     return [results[index] for index in range(len(items))]
+
+
+def _results(groups: Iterable[Sequence[int]], workers: int) -> Generator[tuple[int, Any], None, None]:
+    """Each item's index with its result, as they come; a group has processes of its own."""
+    for group in groups:
+        left = set(group)
+        with _pool(workers) as pool:
+            futures = {pool.submit(_one, index): index for index in group}
+            for future in concurrent.futures.as_completed(futures):
+                with contextlib.suppress(BrokenProcessPool):
+                    result = future.result()
+                    left.remove(futures[future])
+                    yield futures[future], result
+        # A process that ends takes down its pool: what is left is done one by one, to find out which item it was.
+        for index in sorted(left):
+            with _pool(1) as pool:
+                try:
+                    result = pool.submit(_one, index).result()
+                except BrokenProcessPool:
+                    result = Fault("it ended its process")
+            yield index, result
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import triton
 
 from kernelgen.targets import Target
 
-RULES = 1  # of this module; to be raised when it reads something else
+RULES = 2  # to be raised when something else is read, or a kernel is compiled in another way
 _TENSOR_COLUMNS = 512  # of a Blackwell multiprocessor
 
 # What a reader of the machine code would look for: name -> pattern, in PTX or in AMD's assembly.

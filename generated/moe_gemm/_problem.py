@@ -324,9 +324,12 @@ class _Shape(NamedTuple):
     weight_scales: str | None
     x_scales: str | None
     shared_memory: int
+    full_warps: int
+    warp_sums: int
 
 
 def _shape(problem: Problem) -> _Shape:
+    device = runtime.traits(problem.device)
     return _Shape(
         runtime.next_power_of_2(problem.tokens_hint),
         problem.block_m,
@@ -336,7 +339,9 @@ def _shape(problem: Problem) -> _Shape:
         problem.rows == "pair_token",
         problem.weight_scales,
         problem.x_scales,
-        runtime.traits(problem.device).shared_memory,
+        device.shared_memory,
+        device.full_warps,
+        device.warp_sums,
     )
 
 
@@ -384,7 +389,11 @@ _OTHER_W8A8 = {
 def _tile(s: _Shape) -> TileConfig:
     block_n, block_k, stages, warps = _sizes(s)
     return TileConfig(
-        block_n, block_k, stages, 8 if s.block_m == 128 else warps, tail=int(s.block_m == 128)
+        block_n,
+        block_k,
+        stages,
+        s.full_warps if s.block_m == 128 else warps,
+        tail=int(s.block_m == 128),
     )
 
 
@@ -408,6 +417,9 @@ def _sizes(s: _Shape) -> tuple[int, int, int, int]:
         block_n, block_k = 64, 128
     if s.weight_scales is None and s.block_m == 128 and s.slices == 1 and s.k >= 2048:
         block_n, stages, warps = 256, 4, 8
+    warps = min(warps, s.full_warps)
+    while s.block_m * s.slices * block_n > warps * s.warp_sums:
+        block_n, warps = (block_n, 2 * warps) if warps < s.full_warps else (block_n // 2, warps)
     block_k = _in_group(s, _block_k(s.k, block_k))
     while block_n > 16 and block_n >= 2 * s.n:
         block_n //= 2

@@ -60,7 +60,6 @@ def _tile(
     live = m < rows
     position = first + tl.minimum(m, rows - 1)
     pair = tl.load(pairs_ptr + position)
-    out_rows = out_ptr + pair.to(tl.int64)[:, None] * OUT_STRIDE
     n = n0 + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     x_row = position
@@ -73,16 +72,17 @@ def _tile(
     acc = tl.zeros([BLOCK_M, SLICES * BLOCK_N], tl.float32)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         x = x_desc.load([first, k0])
-        w = w_desc.load([expert * SLICES, n0, k0]).reshape(SLICES * BLOCK_N, BLOCK_K)
         group = k0 // 128
         x_scale = tl.load(x_scales + group)
         if ONE_GROUP:
             scale = tl.load(w_scales + n0 // 128 * K_GROUPS + group) * x_scale[:, None]
         else:
             scale = tl.load(w_scales + w_row // 128 * K_GROUPS + group)[None, :] * x_scale[:, None]
+        w = w_desc.load([expert * SLICES, n0, k0]).reshape(SLICES * BLOCK_N, BLOCK_K)
         acc = acc + tl.dot(x, w.T) * scale
 
     y = acc
+    out_rows = out_ptr + pair.to(tl.int64)[:, None] * OUT_STRIDE
     out_mask = live[:, None] if N % BLOCK_N == 0 else live[:, None] & (n < N)[None, :]
     tl.store(out_rows + n[None, :], y.to(tl.bfloat16), mask=out_mask)
 

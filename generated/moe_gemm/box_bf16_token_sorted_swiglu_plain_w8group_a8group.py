@@ -60,7 +60,6 @@ def _tile(
     live = m < rows
     position = first + tl.minimum(m, rows - 1)
     pair = tl.load(pairs_ptr + position)
-    out_rows = out_ptr + position.to(tl.int64)[:, None] * OUT_STRIDE
     n = n0 + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     x_row = pair // TOP_K
@@ -78,18 +77,15 @@ def _tile(
             x = tl.load(x_tile + k0)
         else:
             x = tl.load(x_tile + k0, mask=(k < K - k0)[None, :], other=0.0)
-        w = w_desc.load([expert * SLICES, n0, k0]).reshape(SLICES * BLOCK_N, BLOCK_K)
         group = k0 // 128
         x_scale = tl.load(x_scales + group)
         if ONE_GROUP:
             scale = tl.load(w_scales + n0 // 128 * K_GROUPS + group) * x_scale[:, None]
         else:
             scale = tl.load(w_scales + w_row // 128 * K_GROUPS + group)[None, :] * x_scale[:, None]
-        acc = tl.dot(x, w.T)
-        gate_part, up_part = (
-            acc.reshape(BLOCK_M, SLICES, BLOCK_N).permute(0, 2, 1).split()
-        )  # of registers, not of memory
-        gate += gate_part * scale
+
+        w = w_desc.load([expert * SLICES, n0, k0]).reshape(BLOCK_N, BLOCK_K)
+        gate = gate + tl.dot(x, w.T) * scale
         if ONE_GROUP:
             scale = tl.load(w_scales + (N + n0) // 128 * K_GROUPS + group) * x_scale[:, None]
         else:
@@ -97,9 +93,11 @@ def _tile(
                 tl.load(w_scales + (N + w_row) // 128 * K_GROUPS + group)[None, :]
                 * x_scale[:, None]
             )
-        up += up_part * scale
+        w = w_desc.load([expert * SLICES + 1, n0, k0]).reshape(BLOCK_N, BLOCK_K)
+        up = up + tl.dot(x, w.T) * scale
 
     y = gate / (1.0 + tl.exp(-gate)) * up
+    out_rows = out_ptr + position.to(tl.int64)[:, None] * OUT_STRIDE
     out_mask = live[:, None] if N % BLOCK_N == 0 else live[:, None] & (n < N)[None, :]
     tl.store(out_rows + n[None, :], y.to(tl.bfloat16), mask=out_mask)
 
@@ -220,7 +218,7 @@ def bind(problem: Problem, config: Config) -> Call:
     stride_e, stride_n = problem.w_strides
     w_shape = [num_experts * 2, n, k]
     w_strides = [stride_e // 2, stride_n, 1]
-    w_box = [2, config.block_n, config.block_k]
+    w_box = [1, config.block_n, config.block_k]
     launch = _kernel.bind(
         grid(problem, config),
         (

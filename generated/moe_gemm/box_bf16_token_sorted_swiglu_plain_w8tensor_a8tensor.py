@@ -60,28 +60,29 @@ def _tile(
     live = m < rows
     position = first + tl.minimum(m, rows - 1)
     pair = tl.load(pairs_ptr + position)
-    out_rows = out_ptr + position.to(tl.int64)[:, None] * OUT_STRIDE
     n = n0 + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     x_row = pair // TOP_K
     x_tile = x_ptr + x_row.to(tl.int64)[:, None] * X_STRIDE + k[None, :]
     w_scales = w_scale_ptr + expert.to(tl.int64) * W_SCALE_STRIDE
 
-    acc = tl.zeros([BLOCK_M, SLICES * BLOCK_N], tl.float32)
+    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         if K % BLOCK_K == 0:
             x = tl.load(x_tile + k0)
         else:
             x = tl.load(x_tile + k0, mask=(k < K - k0)[None, :], other=0.0)
-        w = w_desc.load([expert * SLICES, n0, k0]).reshape(SLICES * BLOCK_N, BLOCK_K)
-        acc = tl.dot(x, w.T, acc, max_num_imprecise_acc=min(BLOCK_K, 128))
-    gate, up = (
-        acc.reshape(BLOCK_M, SLICES, BLOCK_N).permute(0, 2, 1).split()
-    )  # of registers, not of memory
+
+        w = w_desc.load([expert * SLICES, n0, k0]).reshape(BLOCK_N, BLOCK_K)
+        gate = tl.dot(x, w.T, gate, max_num_imprecise_acc=min(BLOCK_K, 128))
+        w = w_desc.load([expert * SLICES + 1, n0, k0]).reshape(BLOCK_N, BLOCK_K)
+        up = tl.dot(x, w.T, up, max_num_imprecise_acc=min(BLOCK_K, 128))
     scale = tl.load(w_scales) * tl.load(x_scale_ptr)
     gate, up = gate * scale, up * scale
 
     y = gate / (1.0 + tl.exp(-gate)) * up
+    out_rows = out_ptr + position.to(tl.int64)[:, None] * OUT_STRIDE
     out_mask = live[:, None] if N % BLOCK_N == 0 else live[:, None] & (n < N)[None, :]
     tl.store(out_rows + n[None, :], y.to(tl.bfloat16), mask=out_mask)
 
@@ -196,7 +197,7 @@ def bind(problem: Problem, config: Config) -> Call:
     stride_e, stride_n = problem.w_strides
     w_shape = [num_experts * 2, n, k]
     w_strides = [stride_e // 2, stride_n, 1]
-    w_box = [2, config.block_n, config.block_k]
+    w_box = [1, config.block_n, config.block_k]
     launch = _kernel.bind(
         grid(problem, config),
         (

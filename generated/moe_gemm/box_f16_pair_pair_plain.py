@@ -54,7 +54,6 @@ def _tile(
     live = m < rows
     position = first + tl.minimum(m, rows - 1)
     pair = tl.load(pairs_ptr + position)
-    out_rows = out_ptr + pair.to(tl.int64)[:, None] * OUT_STRIDE
     n = n0 + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     x_row = pair
@@ -68,6 +67,7 @@ def _tile(
         w = w_desc.load([expert * SLICES, n0, k0]).reshape(SLICES * BLOCK_N, BLOCK_K)
         acc = tl.dot(x, w.T, acc)
     y = acc
+    out_rows = out_ptr + pair.to(tl.int64)[:, None] * OUT_STRIDE
     out_mask = live[:, None] if N % BLOCK_N == 0 else live[:, None] & (n < N)[None, :]
     tl.store(out_rows + n[None, :], y.to(tl.float16), mask=out_mask)
 

@@ -56,7 +56,6 @@ def _tile(
     live = m < rows
     position = first + tl.minimum(m, rows - 1)
     pair = tl.load(pairs_ptr + position)
-    out_rows = out_ptr + pair.to(tl.int64)[:, None] * OUT_STRIDE
     weight = tl.load(topk_weights_ptr + pair).to(tl.float32)
     n = n0 + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -71,6 +70,7 @@ def _tile(
         w = w_desc.load([expert * SLICES, n0, k0]).reshape(SLICES * BLOCK_N, BLOCK_K)
         acc = tl.dot(x, w.T, acc)
     y = acc * weight[:, None]
+    out_rows = out_ptr + pair.to(tl.int64)[:, None] * OUT_STRIDE
     out_mask = live[:, None] if N % BLOCK_N == 0 else live[:, None] & (n < N)[None, :]
     tl.store(out_rows + n[None, :], y.to(tl.float16), mask=out_mask)
 

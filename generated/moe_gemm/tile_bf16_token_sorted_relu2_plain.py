@@ -54,7 +54,6 @@ def _tile(
     live = m < rows
     position = first + tl.minimum(m, rows - 1)
     pair = tl.load(pairs_ptr + position)
-    out_rows = out_ptr + position.to(tl.int64)[:, None] * OUT_STRIDE
     n = n0 + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     x_row = pair // TOP_K
@@ -73,6 +72,7 @@ def _tile(
         acc = tl.dot(x, w.T, acc)
     y = tl.where(acc < 0.0, 0.0, acc)
     y *= y
+    out_rows = out_ptr + position.to(tl.int64)[:, None] * OUT_STRIDE
     out_mask = live[:, None] if N % BLOCK_N == 0 else live[:, None] & (n < N)[None, :]
     tl.store(out_rows + n[None, :], y.to(tl.bfloat16), mask=out_mask)
 

@@ -56,7 +56,6 @@ def _tile(
     live = m < rows
     position = first + tl.minimum(m, rows - 1)
     pair = tl.load(pairs_ptr + position)
-    out_rows = out_ptr + pair.to(tl.int64)[:, None] * OUT_STRIDE
     weight = tl.load(topk_weights_ptr + pair).to(tl.float32)
     n = n0 + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -75,6 +74,7 @@ def _tile(
             w = tl.load(w_tile + k0, mask=k_mask, other=0.0, eviction_policy=WEIGHTS)
         acc = tl.dot(x, w.T, acc)
     y = acc * weight[:, None]
+    out_rows = out_ptr + pair.to(tl.int64)[:, None] * OUT_STRIDE
     out_mask = live[:, None] if N % BLOCK_N == 0 else live[:, None] & (n < N)[None, :]
     tl.store(out_rows + n[None, :], y.to(tl.float16), mask=out_mask)
 
