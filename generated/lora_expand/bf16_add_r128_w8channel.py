@@ -108,9 +108,9 @@ def lora_expand_bf16_add_r128_w8channel_product(
                 .to(tl.bfloat16)
             )
         else:
-            b_mask = (n < width)[:, None] & (r < RANK)[None, :]
-            b = tl.where(
-                b_mask,
+            rank = tl.minimum(RANK, rows * RANK)  # opaque: ptxas unpacks known FP8 wrongly
+            b_mask = (n < width)[:, None] & (r < rank)[None, :]
+            b = (
                 tl.load(
                     b_base + (n[:, None] * B_STRIDE_N + r[None, :]),
                     mask=b_mask,
@@ -119,8 +119,7 @@ def lora_expand_bf16_add_r128_w8channel_product(
                 )
                 .to(tl.float16)
                 .to(tl.float32)
-                .to(tl.bfloat16),
-                0.0,
+                .to(tl.bfloat16)
             )
     if PDL:
         gdc_wait()
@@ -147,9 +146,9 @@ def lora_expand_bf16_add_r128_w8channel_product(
                     .to(tl.bfloat16)
                 )
             else:
-                b_mask = (n < width)[:, None] & (r < RANK)[None, :]
-                b = tl.where(
-                    b_mask,
+                rank = tl.minimum(RANK, rows * RANK)  # opaque: ptxas unpacks known FP8 wrongly
+                b_mask = (n < width)[:, None] & (r < rank)[None, :]
+                b = (
                     tl.load(
                         b_base + (n[:, None] * B_STRIDE_N + r[None, :]),
                         mask=b_mask,
@@ -158,8 +157,7 @@ def lora_expand_bf16_add_r128_w8channel_product(
                     )
                     .to(tl.float16)
                     .to(tl.float32)
-                    .to(tl.bfloat16),
-                    0.0,
+                    .to(tl.bfloat16)
                 )
         product = tl.dot(v, b.T)
         product *= tl.load(b_scales + n, mask=None if EVEN else n < width)[None, :]

@@ -125,14 +125,12 @@ def lora_expand_bf16_add_rany_w8group_product(
                     .to(tl.bfloat16)
                 )
             else:
-                b_mask = (n < width)[:, None] & (r < RANK - r0)[None, :]
-                b = tl.where(
-                    b_mask,
+                b_mask = (n < width)[:, None] & (r < r_end - r0)[None, :]
+                b = (
                     tl.load(b_tile, mask=b_mask, other=0.0, eviction_policy=WEIGHTS)
                     .to(tl.float16)
                     .to(tl.float32)
-                    .to(tl.bfloat16),
-                    0.0,
+                    .to(tl.bfloat16)
                 )
             b_scale = tl.load(
                 b_scales + n // 128 * R_GROUPS + r0 // 128, mask=None if EVEN else n < width

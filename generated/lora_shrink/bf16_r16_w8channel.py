@@ -117,21 +117,19 @@ def lora_shrink_bf16_r16_w8channel_product(
                 for s in slices
             ]
         else:
-            inside = (k < K - k0)[None, :]
+            columns = tl.minimum(K, rows * K)  # opaque: ptxas unpacks known FP8 wrongly
+            inside = (k < columns - k0)[None, :]
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None] & inside, other=0.0)
             slices = [
                 (
                     s[0],
                     tl.dot(
                         x,
-                        tl.where(
-                            inside,
-                            tl.load(s[0] + k0, mask=inside, other=0.0, eviction_policy=WEIGHTS)
-                            .to(tl.float16)
-                            .to(tl.float32)
-                            .to(tl.bfloat16),
-                            0.0,
-                        ).T,
+                        tl.load(s[0] + k0, mask=inside, other=0.0, eviction_policy=WEIGHTS)
+                        .to(tl.float16)
+                        .to(tl.float32)
+                        .to(tl.bfloat16)
+                        .T,
                         s[1],
                     ),
                     s[2],

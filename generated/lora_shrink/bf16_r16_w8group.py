@@ -120,7 +120,8 @@ def lora_shrink_bf16_r16_w8group_product(
                 for s in slices
             ]
         else:
-            inside = (k < K - k0)[None, :]
+            columns = tl.minimum(K, rows * K)  # opaque: ptxas unpacks known FP8 wrongly
+            inside = (k < columns - k0)[None, :]
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None] & inside, other=0.0)
             slices = [
                 (
@@ -128,14 +129,11 @@ def lora_shrink_bf16_r16_w8group_product(
                     s[1]
                     + tl.dot(
                         x,
-                        tl.where(
-                            inside,
-                            tl.load(s[0] + k0, mask=inside, other=0.0, eviction_policy=WEIGHTS)
-                            .to(tl.float16)
-                            .to(tl.float32)
-                            .to(tl.bfloat16),
-                            0.0,
-                        ).T,
+                        tl.load(s[0] + k0, mask=inside, other=0.0, eviction_policy=WEIGHTS)
+                        .to(tl.float16)
+                        .to(tl.float32)
+                        .to(tl.bfloat16)
+                        .T,
                     )
                     * tl.load(s[3] + k0 // 128)[None, :],
                     s[2],

@@ -113,14 +113,13 @@ def lora_shrink_bf16_r64_a8group_product(
                 for s in slices
             ]
         else:
-            inside = (k < K - k0)[None, :]
-            x = tl.where(
-                inside,
+            columns = tl.minimum(K, rows * K)  # opaque: ptxas unpacks known FP8 wrongly
+            inside = (k < columns - k0)[None, :]
+            x = (
                 tl.load(x_rows + (k + k0)[None, :], mask=live[:, None] & inside, other=0.0)
                 .to(tl.float16)
                 .to(tl.float32)
-                .to(tl.bfloat16),
-                0.0,
+                .to(tl.bfloat16)
             )
             slices = [
                 (

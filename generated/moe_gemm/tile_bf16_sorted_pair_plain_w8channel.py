@@ -77,15 +77,14 @@ def _tile(
                 .to(tl.bfloat16)
             )
         else:
-            k_mask = (k < K - k0)[None, :]
+            columns = tl.minimum(K, rows * K)  # opaque: ptxas unpacks known FP8 wrongly
+            k_mask = (k < columns - k0)[None, :]
             x = tl.load(x_tile + k0, mask=k_mask, other=0.0)
-            w = tl.where(
-                k_mask,
+            w = (
                 tl.load(w_tile + k0, mask=k_mask, other=0.0, eviction_policy=WEIGHTS)
                 .to(tl.float16)
                 .to(tl.float32)
-                .to(tl.bfloat16),
-                0.0,
+                .to(tl.bfloat16)
             )
         acc = tl.dot(x, w.T, acc)
     acc *= tl.load(w_scales + w_row)[None, :]

@@ -80,15 +80,14 @@ def _tile(
                 .to(tl.bfloat16)
             )
         else:
-            k_mask = (k < K - k0)[None, :]
+            columns = tl.minimum(K, rows * K)  # opaque: ptxas unpacks known FP8 wrongly
+            k_mask = (k < columns - k0)[None, :]
             x = tl.load(x_tile + k0, mask=k_mask, other=0.0)
-            w = tl.where(
-                k_mask,
+            w = (
                 tl.load(w_tile + k0, mask=k_mask, other=0.0, eviction_policy=WEIGHTS)
                 .to(tl.float16)
                 .to(tl.float32)
-                .to(tl.bfloat16),
-                0.0,
+                .to(tl.bfloat16)
             )
         group = k0 // 128
         if ONE_GROUP:
@@ -104,15 +103,13 @@ def _tile(
                 .to(tl.bfloat16)
             )
         else:
-            w = tl.where(
-                k_mask,
+            w = (
                 tl.load(
                     w_tile + (N * W_STRIDE_N + k0), mask=k_mask, other=0.0, eviction_policy=WEIGHTS
                 )
                 .to(tl.float16)
                 .to(tl.float32)
-                .to(tl.bfloat16),
-                0.0,
+                .to(tl.bfloat16)
             )
         if ONE_GROUP:
             scale = tl.load(w_scales + (N + n0) // 128 * K_GROUPS + group)

@@ -74,7 +74,8 @@ def _tile(
             x = tl.load(x_tile + k0)
             w = tl.load(w_tile + k0, eviction_policy=WEIGHTS)
         else:
-            k_mask = (k < K - k0)[None, :]
+            columns = tl.minimum(K, rows * K)  # opaque: ptxas unpacks known FP8 wrongly
+            k_mask = (k < columns - k0)[None, :]
             x = tl.load(x_tile + k0, mask=k_mask, other=0.0)
             w = tl.load(w_tile + k0, mask=k_mask, other=0.0, eviction_policy=WEIGHTS)
         gate = tl.dot(x, w.T, gate, max_num_imprecise_acc=min(BLOCK_K, 128))

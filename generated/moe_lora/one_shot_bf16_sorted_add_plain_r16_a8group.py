@@ -105,14 +105,13 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r16_a8group_kernel(
                 for s in slices
             ]
         else:
-            k_mask = (k < K - k0)[None, :]
-            x = tl.where(
-                k_mask,
+            columns = tl.minimum(K, rows * K)  # opaque: ptxas unpacks known FP8 wrongly
+            k_mask = (k < columns - k0)[None, :]
+            x = (
                 tl.load(x_rows + (k + k0)[None, :], mask=live[:, None] & k_mask, other=0.0)
                 .to(tl.float16)
                 .to(tl.float32)
-                .to(tl.bfloat16),
-                0.0,
+                .to(tl.bfloat16)
             )
             slices = [
                 (

@@ -122,13 +122,10 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r64_w8group_a8group_kernel(
                 for s in slices
             ]
         else:
-            k_mask = (k < K - k0)[None, :]
-            x = tl.where(
-                k_mask,
-                tl.load(x_rows + (k + k0)[None, :], mask=live[:, None] & k_mask, other=0.0).to(
-                    tl.float16
-                ),
-                0.0,
+            columns = tl.minimum(K, rows * K)  # opaque: ptxas unpacks known FP8 wrongly
+            k_mask = (k < columns - k0)[None, :]
+            x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None] & k_mask, other=0.0).to(
+                tl.float16
             )
             slices = [
                 (
@@ -136,16 +133,11 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r64_w8group_a8group_kernel(
                     s[1]
                     + tl.dot(
                         x,
-                        tl.where(
-                            k_mask,
-                            tl.load(
-                                s[0] + (a_tile + k0),
-                                mask=k_mask,
-                                other=0.0,
-                                eviction_policy=WEIGHTS,
-                            ).to(tl.float16),
-                            0.0,
-                        ).T,
+                        tl.load(
+                            s[0] + (a_tile + k0), mask=k_mask, other=0.0, eviction_policy=WEIGHTS
+                        )
+                        .to(tl.float16)
+                        .T,
                     )
                     * s[3][None, :]
                     * x_scale,
@@ -180,9 +172,9 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r64_w8group_a8group_kernel(
                     .to(tl.bfloat16)
                 )
             else:
-                b_mask = (n < N - n0)[:, None] & (r < RANK)[None, :]
-                b = tl.where(
-                    b_mask,
+                rank = tl.minimum(RANK, rows * RANK)  # opaque: ptxas unpacks known FP8 wrongly
+                b_mask = (n < N - n0)[:, None] & (r < rank)[None, :]
+                b = (
                     tl.load(
                         b_ptrs[s] + b_base + (b_tile + n0 * B_STRIDE_N),
                         mask=b_mask,
@@ -191,8 +183,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r64_w8group_a8group_kernel(
                     )
                     .to(tl.float16)
                     .to(tl.float32)
-                    .to(tl.bfloat16),
-                    0.0,
+                    .to(tl.bfloat16)
                 )
             out_mask = live[:, None] if N % BLOCK_N == 0 else live[:, None] & (n < N - n0)[None, :]
             out_tile = out_rows + (s * N + n0 + n)[None, :]

@@ -122,7 +122,8 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_rany_w8group_shrink(
                 for s in slices
             ]
         else:
-            k_mask = (k < K - k0)[None, :]
+            columns = tl.minimum(K, rows * K)  # opaque: ptxas unpacks known FP8 wrongly
+            k_mask = (k < columns - k0)[None, :]
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None] & k_mask, other=0.0)
             slices = [
                 (
@@ -130,19 +131,13 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_rany_w8group_shrink(
                     s[1]
                     + tl.dot(
                         x,
-                        tl.where(
-                            k_mask,
-                            tl.load(
-                                s[0] + (a_tile + k0),
-                                mask=k_mask,
-                                other=0.0,
-                                eviction_policy=WEIGHTS,
-                            )
-                            .to(tl.float16)
-                            .to(tl.float32)
-                            .to(tl.bfloat16),
-                            0.0,
-                        ).T,
+                        tl.load(
+                            s[0] + (a_tile + k0), mask=k_mask, other=0.0, eviction_policy=WEIGHTS
+                        )
+                        .to(tl.float16)
+                        .to(tl.float32)
+                        .to(tl.bfloat16)
+                        .T,
                     )
                     * s[3][None, :],
                     s[2],
@@ -245,14 +240,12 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_rany_w8group_expand(
                     .to(tl.bfloat16)
                 )
             else:
-                b_mask = (n < N)[:, None] & (r < RANK - r0)[None, :]
-                b = tl.where(
-                    b_mask,
+                b_mask = (n < N)[:, None] & (r < r_end - r0)[None, :]
+                b = (
                     tl.load(b_tile, mask=b_mask, other=0.0, eviction_policy=WEIGHTS)
                     .to(tl.float16)
                     .to(tl.float32)
-                    .to(tl.bfloat16),
-                    0.0,
+                    .to(tl.bfloat16)
                 )
             b_scale = tl.load(
                 b_scales + n // 128 * R_GROUPS + r0 // 128, mask=None if N % SPAN == 0 else n < N

@@ -120,7 +120,8 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r16_w8group_shrink(
                 for s in slices
             ]
         else:
-            k_mask = (k < K - k0)[None, :]
+            columns = tl.minimum(K, rows * K)  # opaque: ptxas unpacks known FP8 wrongly
+            k_mask = (k < columns - k0)[None, :]
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None] & k_mask, other=0.0)
             slices = [
                 (
@@ -128,19 +129,13 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r16_w8group_shrink(
                     s[1]
                     + tl.dot(
                         x,
-                        tl.where(
-                            k_mask,
-                            tl.load(
-                                s[0] + (a_tile + k0),
-                                mask=k_mask,
-                                other=0.0,
-                                eviction_policy=WEIGHTS,
-                            )
-                            .to(tl.float16)
-                            .to(tl.float32)
-                            .to(tl.bfloat16),
-                            0.0,
-                        ).T,
+                        tl.load(
+                            s[0] + (a_tile + k0), mask=k_mask, other=0.0, eviction_policy=WEIGHTS
+                        )
+                        .to(tl.float16)
+                        .to(tl.float32)
+                        .to(tl.bfloat16)
+                        .T,
                     )
                     * s[3][None, :],
                     s[2],
@@ -243,9 +238,9 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r16_w8group_expand(
                 .to(tl.bfloat16)
             )
         else:
-            b_mask = (n < N)[:, None] & (r < RANK)[None, :]
-            b = tl.where(
-                b_mask,
+            rank = tl.minimum(RANK, rows * RANK)  # opaque: ptxas unpacks known FP8 wrongly
+            b_mask = (n < N)[:, None] & (r < rank)[None, :]
+            b = (
                 tl.load(
                     b_base + (n[:, None] * B_STRIDE_N + r[None, :]),
                     mask=b_mask,
@@ -254,8 +249,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r16_w8group_expand(
                 )
                 .to(tl.float16)
                 .to(tl.float32)
-                .to(tl.bfloat16),
-                0.0,
+                .to(tl.bfloat16)
             )
         y = tl.dot(v, b.T)
         y *= tl.load(b_scales + n // 128 * R_GROUPS, mask=None if N % SPAN == 0 else n < N)[None, :]

@@ -119,26 +119,21 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_rany_w8channel_shrink(
                 for s in slices
             ]
         else:
-            k_mask = (k < K - k0)[None, :]
+            columns = tl.minimum(K, rows * K)  # opaque: ptxas unpacks known FP8 wrongly
+            k_mask = (k < columns - k0)[None, :]
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None] & k_mask, other=0.0)
             slices = [
                 (
                     s[0],
                     tl.dot(
                         x,
-                        tl.where(
-                            k_mask,
-                            tl.load(
-                                s[0] + (a_tile + k0),
-                                mask=k_mask,
-                                other=0.0,
-                                eviction_policy=WEIGHTS,
-                            )
-                            .to(tl.float16)
-                            .to(tl.float32)
-                            .to(tl.bfloat16),
-                            0.0,
-                        ).T,
+                        tl.load(
+                            s[0] + (a_tile + k0), mask=k_mask, other=0.0, eviction_policy=WEIGHTS
+                        )
+                        .to(tl.float16)
+                        .to(tl.float32)
+                        .to(tl.bfloat16)
+                        .T,
                         s[1],
                     ),
                     s[2],
@@ -249,14 +244,12 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_rany_w8channel_expand(
                     .to(tl.bfloat16)
                 )
             else:
-                b_mask = (n < N)[:, None] & (r < RANK - r0)[None, :]
-                b = tl.where(
-                    b_mask,
+                b_mask = (n < N)[:, None] & (r < r_end - r0)[None, :]
+                b = (
                     tl.load(b_tile, mask=b_mask, other=0.0, eviction_policy=WEIGHTS)
                     .to(tl.float16)
                     .to(tl.float32)
-                    .to(tl.bfloat16),
-                    0.0,
+                    .to(tl.bfloat16)
                 )
             y = tl.dot(v.to(tl.bfloat16), b.T, y)
         y *= tl.load(b_scales + n, mask=None if N % SPAN == 0 else n < N)[None, :]
