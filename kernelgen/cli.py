@@ -88,15 +88,23 @@ def _command(name: str, **settings: Any) -> Callable[[Callable[..., Report]], cl
                 errors = [diagnostic.as_json() for diagnostic in failed.diagnostics]
                 report = Report({"errors": errors}, exit_code=failed.exit_code)
             if as_json:
-                click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **report.document}))
+                _print([json.dumps({"schema_version": SCHEMA_VERSION, **report.document})])
             else:
-                for line in report.lines:
-                    click.echo(line)
+                _print(report.lines)
             return report.exit_code
 
         return run
 
     return register
+
+
+def _print(lines: Iterable[str]) -> None:
+    """Print until there is no more, or nobody reads on: head has what it wanted."""
+    try:
+        for line in lines:
+            click.echo(line)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more
 
 
 def _specs_option(function: Callable[..., Report]) -> Callable[..., Report]:

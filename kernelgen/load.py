@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Iterable, Mapping
+from typing import Any, Iterable, Mapping, Sequence
 
 from kernelgen.diagnostics import Diagnostic, did_you_mean, failure, os_failure
 from kernelgen.model import (
@@ -242,6 +242,16 @@ class _Spec(_Checks):
                 where = self.root.key_at("tunables", kernel, name)
                 self.check_attribute(name, where, Record.__slots__)
                 self.check_unique(values, "tunables", kernel, name)
+                if name == "num_warps":
+                    self._check_warps(values, kernel)
+
+    def _check_warps(self, values: Sequence[int], kernel: str) -> None:
+        legal = [1, 2, 4, 8, 16, 32]  # Triton's; 32 are the most that a program can have
+        for i, value in enumerate(values):
+            if value not in legal:
+                where = self.value_at("tunables", kernel, "num_warps", i)
+                hint = f"legal are {', '.join(map(str, legal))}"
+                self.fault("KG011", where, f"num_warps {value} is not a power of two up to 32", hint)
 
     def _check_quant(self, quant: QuantShape, axes: Mapping[str, list[str]]) -> None:
         """What a kernel cannot do right: one scale for a tile that belongs to two groups, a type that a target lacks."""

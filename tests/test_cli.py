@@ -46,6 +46,18 @@ def document(text: str) -> dict:
     return found
 
 
+@pytest.mark.parametrize("command", [["list"], ["list", "--json"], ["schema"]])
+def test_a_reader_that_stops_reading_is_no_failure(work: Path, command: list[str]) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "kernelgen", *command], env=environment, stdout=writes, stderr=subprocess.PIPE
+    )
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_build_check_and_diff(work: Path, kernelgen) -> None:
     code, stdout, stderr = kernelgen("build", "--check")
     assert (code, stdout) == (1, "") and "generated/toy/__init__.py: error[KG034]" in stderr

@@ -116,6 +116,8 @@ EDITS = {
     "tunable is a text": ("[64, 128]", "[64, wide]", ["12:19 KG010"]),
     "tunable is a boolean": ("[64, 128]", "[64, true]", ["12:19 KG010"]),
     "tunable is huge": ("[64, 128]", "[64, 12800000]", ["12:19 KG011"]),
+    "three warps": ("block_n: [64, 128]", "num_warps: [4, 3]", ["12:20 KG011"]),
+    "too many warps": ("block_n: [64, 128]", "num_warps: [64]", ["12:17 KG011"]),
     "tunable twice": ("[64, 128]", "[64, 64]", ["12:19 KG016"]),
     "tunable without values": ("[64, 128]", "[]", ["12:14 KG011"]),
     "tunable of a reserved name": ("block_n:", "values:", ["12:5 KG012"]),

@@ -204,8 +204,7 @@ def moe_route(
         runtime.check_types(
             "moe_route", torch.Tensor, token_lora_mapping=token_lora_mapping, **tensor_types
         )
-        runtime.check_types("moe_route", int, num_experts=num_experts, max_loras=max_loras)
-        runtime.check_types("moe_route", (int, type(None)), rank=rank, block_m=block_m)
+        _check_integers(num_experts, max_loras, rank, block_m)
         runtime.check_types("moe_route", (MoeWorkspace, type(None)), workspace=workspace)
         raise
     if plan.block_m == 0:
@@ -247,6 +246,7 @@ def _check(
 ) -> tuple[int, int, int, int, int]:
     """The sizes of a request, once everything about it is known to fit; it does not look at the number of tokens."""
     name = "moe_route"
+    _check_integers(num_experts, max_loras, rank, block_m)
     if topk_ids is None:
         if num_experts != 1 or assignment == "naive":
             got = f"None with num_experts={num_experts}, assignment={assignment!r}"
@@ -296,6 +296,11 @@ def _check(
         max_loras,
         0 if expert_map is None else expert_map.shape[0],
     )
+
+
+def _check_integers(num_experts: object, max_loras: object, rank: object, block_m: object) -> None:
+    runtime.check_types("moe_route", int, num_experts=num_experts, max_loras=max_loras)
+    runtime.check_types("moe_route", (int, type(None)), rank=rank, block_m=block_m)
 
 
 def _tokens(topk_ids: torch.Tensor | None, token_lora_mapping: torch.Tensor) -> tuple[int, int]:

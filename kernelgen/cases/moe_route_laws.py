@@ -170,6 +170,7 @@ _WRONG: Mapping[str, Callable[[_Arguments], _Arguments]] = {
     "ids as a list": lambda a: {"topk_ids": [[0]]},
     "a mapping left out": lambda a: {"token_lora_mapping": None},
     "experts as a text": lambda a: {"num_experts": "4"},
+    "a fraction of experts": lambda a: {"num_experts": a["num_experts"] + 1.0},
     "a workspace that is a tensor": lambda a: {"workspace": a["topk_ids"]},
     "a block size that is no power of two": lambda a: {"block_m": 24},
 }
