@@ -711,7 +711,7 @@ print(json.dumps([sizes.block_m, sizes.rule, found]))
 
 @pytest.mark.parametrize("site", ["w13", "w2"])
 def test_gauge_checks_before_it_times(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the interpreter, with a stopwatch that counts: right tiles are timed, and tiles that split K badly are not."""
+    """On the interpreter, with a stopwatch that counts: right tiles are timed; tiles that are refused, or give a wrong result, are not."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") != "1":
@@ -738,14 +738,23 @@ def test_gauge_checks_before_it_times(site: str, monkeypatch: pytest.MonkeyPatch
         ("two_kernel", {**two_kernel, "split_k": 96}),
         ("one_shot", {**RULES["one_shot"], "block_k": 64}),
         ("two_kernel", two_kernel),
+        ("two_kernel", {**two_kernel, "expand_tiles": 2}),
     )
+    bound = gauge.Ours.bound
+
+    def idle(ours: gauge.Ours, case: Any, routes: list[Any], forced: Any) -> list[Callable[[], None]]:
+        calls = bound(ours, case, routes, forced)
+        return [lambda: None for _ in calls] if forced.config == candidates[4][1] else calls
+
+    monkeypatch.setattr(gauge.Ours, "bound", idle)
     instrument = gauge.Gauge(ROOT / "generated", torch.device("cpu"))
     for final in (False, True):
         readings = list(instrument.measure(GaugeJob(cell, candidates, final)))
         by_place = {reading.place: reading for reading in readings}
-        assert sorted(by_place) == [0, 1, 2, 3] and len(readings) == 4
-        assert by_place[1].us is None and not by_place[1].fatal
-        assert re.match("WrongResult|OutOfBounds", by_place[1].failed or "")
+        assert sorted(by_place) == [0, 1, 2, 3, 4] and len(readings) == 5
+        for place, says in ((1, "ValueError: .*block_k"), (4, "WrongResult")):
+            assert by_place[place].us is None and not by_place[place].fatal
+            assert re.match(says, by_place[place].failed or "")
         assert by_place[0].us == 5.0 and all(by_place[i].failed is None for i in (0, 2, 3))
 
 
