@@ -280,6 +280,7 @@ class Traits(NamedTuple):
     e4m3: bool  # Triton has the type there: all but NVIDIA before sm_89
     full_warps: int  # a program of so many can have all registers of a multiprocessor: 8 on NVIDIA, 4 of twice the lanes on AMD
     warp_sums: int  # fp32 sums of a product that a warp has room for
+    max_stages: int  # of a loop of products: on AMD, where loads in flight take registers, fewer
 
 
 # Bytes of shared memory by Triton target, for compilation without a GPU.
@@ -311,14 +312,14 @@ def _traits(index: int) -> Traits:
     return Traits(sms, shared_memory, nvidia >= 90, nvidia >= 89, *_room(nvidia))
 
 
-def _room(nvidia: int) -> tuple[int, int]:
-    """full_warps and warp_sums; ``nvidia``: its architecture, 0 for others.
+def _room(nvidia: int) -> tuple[int, int, int]:
+    """full_warps, warp_sums and max_stages; ``nvidia``: its architecture, 0 for others.
 
     Matrix units of sm_90 and sm_100 read shared memory; elsewhere what is multiplied takes registers beside the sums.
     """
     if nvidia == 0:
-        return 4, 4096
-    return 8, 4096 if 90 <= nvidia < 120 else 2048
+        return 4, 2048, 2
+    return 8, 4096 if 90 <= nvidia < 120 else 2048, 6
 
 
 def describable(tensor: torch.Tensor) -> bool:

@@ -323,9 +323,11 @@ class _Shape(NamedTuple):
     sums: bool
     weight_scales: str | None
     x_scales: str | None
+    accelerator: bool
     shared_memory: int
     full_warps: int
     warp_sums: int
+    max_stages: int
 
 
 def _shape(problem: Problem) -> _Shape:
@@ -339,9 +341,11 @@ def _shape(problem: Problem) -> _Shape:
         problem.rows == "pair_token",
         problem.weight_scales,
         problem.x_scales,
+        _has_accelerator(device),
         device.shared_memory,
         device.full_warps,
         device.warp_sums,
+        device.max_stages,
     )
 
 
@@ -354,8 +358,12 @@ def _schedule(problem: Problem, boxes: bool) -> str:
     boxes = boxes and not (
         problem.weight_scales == "group" and problem.slices == 2 and problem.block_m > 64
     )
-    has_accelerator = runtime.traits(problem.device).pdl or runtime.INTERPRETED
-    return "box" if boxes and problem.block_m >= 64 and has_accelerator else "tile"
+    boxes = boxes and problem.block_m >= 64 and _has_accelerator(runtime.traits(problem.device))
+    return "box" if boxes else "tile"
+
+
+def _has_accelerator(device: runtime.Traits) -> bool:
+    return device.pdl or runtime.INTERPRETED
 
 
 @functools.lru_cache(maxsize=4096)
@@ -399,6 +407,10 @@ def _tile(s: _Shape) -> TileConfig:
 
 def _box(s: _Shape) -> BoxConfig:
     block_n, block_k, stages, warps = _sizes(s)
+    if (
+        not s.accelerator
+    ):  # boxes are copied by pointers to all of their elements, which take registers
+        block_k, warps = min(block_k, 64), s.full_warps
     return BoxConfig(block_n, block_k, stages, warps, tail=int(s.block_m == 128))
 
 
@@ -417,7 +429,7 @@ def _sizes(s: _Shape) -> tuple[int, int, int, int]:
         block_n, block_k = 64, 128
     if s.weight_scales is None and s.block_m == 128 and s.slices == 1 and s.k >= 2048:
         block_n, stages, warps = 256, 4, 8
-    warps = min(warps, s.full_warps)
+    stages, warps = min(stages, s.max_stages), min(warps, s.full_warps)
     while s.block_m * s.slices * block_n > warps * s.warp_sums:
         block_n, warps = (block_n, 2 * warps) if warps < s.full_warps else (block_n // 2, warps)
     block_k = _in_group(s, _block_k(s.k, block_k))
