@@ -711,7 +711,7 @@ print(json.dumps([sizes.block_m, sizes.rule, found]))
 
 @pytest.mark.parametrize("site", ["w13", "w2"])
 def test_gauge_checks_before_it_times(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the interpreter, with a stopwatch that counts: right tiles are timed; tiles that are refused, or give a wrong result, are not."""
+    """On the interpreter, with a stopwatch that counts: right tiles are timed; what is refused or wrong is not."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") != "1":
