@@ -195,15 +195,13 @@ def kind_of_scales(
     weights: Sequence[torch.Tensor],
     quant: Quant,
 ) -> str:
-    """Of what there is a scale each, by the shapes; where several fit they mean the same, and the first is taken."""
-    for kind in ("tensor", "channel", "group"):
-        if (
-            len(scales) > 0
-            and len(weights) > 0
-            and weights[0].dim() > 2
-            and _fits(kind, scales[0], weights[0], quant)
-        ):
-            return kind
+    """Of what there is a scale each, by the shapes; those of the weights' own dimensions before those with one more or less."""
+    if len(scales) > 0 and len(weights) > 0 and weights[0].dim() > 2:
+        own = tuple(weights[0].shape)
+        for shape in (own, *_forms(own)):
+            for kind in ("tensor", "channel", "group"):
+                if scale_fits(kind, scales[0].shape, shape, quant):
+                    return kind
     got = f"{[list(s.shape) for s in scales[:1]]} for {[list(w.shape) for w in weights[:1]]}"
     wanted = (
         f"[L] each, or [L, out], or [L, ceil(out / {quant.group_n}), ceil(in / {quant.group_k})]"
@@ -212,11 +210,13 @@ def kind_of_scales(
 
 
 def _fits(kind: str, scale: torch.Tensor, weights: torch.Tensor, quant: Quant) -> bool:
-    loras, *_, rows, columns = weights.shape
-    return any(
-        scale_fits(kind, scale.shape, shape, quant)
-        for shape in ((loras, rows, columns), (loras, 1, rows, columns))
-    )
+    return any(scale_fits(kind, scale.shape, shape, quant) for shape in _forms(weights.shape))
+
+
+def _forms(shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """How weights of a linear layer may be laid out: [L, out, in], or as of one expert."""
+    loras, *_, rows, columns = shape
+    return (loras, rows, columns), (loras, 1, rows, columns)
 
 
 def scale_strides(

@@ -8,6 +8,8 @@ from types import ModuleType
 from typing import Any, Iterator
 from unittest import mock
 
+import torch
+
 from kernelgen.targets import TARGETS, Target
 
 # Columns of K, of layers and of none.
@@ -22,7 +24,8 @@ CARDS = tuple(TARGETS[name] for name in ("sm_90", "sm_89", "gfx942"))
 def on_card(package: ModuleType, card: Target) -> Iterator[None]:
     """Inside, the rules of ``package`` choose for ``card``."""
     runtime = importlib.import_module(f"{package.__name__}._runtime")
-    traits = runtime.Traits(card.sms, card.program_shared, True, True)
+    known = runtime.traits(torch.device("cpu"))
+    traits = known._replace(num_sms=card.sms, shared_memory=card.program_shared, pdl=True, e4m3=True)
     with mock.patch.object(runtime, "traits", lambda device: traits):
         yield
 
