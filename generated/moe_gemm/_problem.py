@@ -410,7 +410,7 @@ def _box(s: _Shape) -> BoxConfig:
     if (
         not s.accelerator
     ):  # boxes are copied by pointers to all of their elements, which take registers
-        block_k, warps = min(block_k, 64), s.full_warps
+        block_k, warps = min(block_k, 32), s.full_warps
     return BoxConfig(block_n, block_k, stages, warps, tail=int(s.block_m == 128))
 
 
