@@ -86,8 +86,9 @@ def lora(
     """Apply the LoRA adapters of a batch to a linear layer of S slices, in place.
 
     For every token t of an adapter l, and every slice s: out[t, columns of s] (+)= (scaling * (x[t] . A_s[l]^T)) . B_s[l]^T.
-    The same bits as ``lora_shrink`` and ``lora_expand``, and for a token the same in every batch. Rows of other tokens, and
-    columns in front of the first slice and behind the last, keep their bytes.
+    The same bits as ``lora_shrink`` and ``lora_expand``, and for a token the same in every batch; of FP8, in every batch
+    whose blocks have up to 32 rows, and in every one whose have 64. Rows of other tokens, and columns in front of the first
+    slice and behind the last, keep their bytes.
 
     Args:
         out: [T, *] bfloat16 or float16, last stride 1.

@@ -15,7 +15,8 @@ x_scale [T, 1];
 rank at most 128.
 K is added up chunk by chunk, and how wide a chunk is depends on K alone. Few tokens get a program a chunk, whose sums are
 added in order afterwards; many get a program for all of K, which adds in the same order. So a token has the same bits in
-every batch.
+every batch of blocks of up to 32 rows, and in every batch of blocks of 64: the matrix units of the two take FP8 that was
+widened in another order, which can show in the last bit of a sum.
 """
 
 from __future__ import annotations
