@@ -120,6 +120,22 @@ def tiles_end_with_what_they_divide(package: ModuleType, variants: Sequence[Vari
         assert len(orders) == 1, f"{variant}, K {k}, {slices} slices: a sum in the order of the batch or the card: {orders}"
 
 
+def scales_are_told_apart(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """By the shapes, where a matrix has as many groups of columns as ranks too. Nothing runs."""
+    rule, _ = problem_of(package, "lora_shrink")
+    groups, experts = torch.empty(3, 32, 32 * rule.QUANT.group_k), torch.empty(3, 1, 32, 32 * rule.QUANT.group_k)
+    for weights, shape, wanted in (
+        (groups, (3,), "tensor"),
+        (groups, (3, 32), "channel"),
+        (groups, (3, 1, 32), "group"),
+        (experts, (3, 1), "tensor"),
+        (experts, (3, 1, 32), "channel"),
+        (experts, (3, 1, 1, 32), "group"),
+    ):
+        found = rule.kind_of_scales("lora", "a_scale", [torch.empty(shape)], [weights], rule.QUANT)
+        assert found == wanted, f"scales {shape} of weights {tuple(weights.shape)}: {found}, wanted {wanted}"
+
+
 def wrong_arguments_are_named(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """Arguments that do not fit raise ValueError, with what was given and wanted, before anything is written."""
     variant = variants[0]
@@ -185,6 +201,7 @@ LAWS = (
     Law(any_batch_any_split_same_bits),
     Law(every_rank_has_a_variant),
     Law(tiles_end_with_what_they_divide),
+    Law(scales_are_told_apart),
     Law(wrong_arguments_are_named),
     Law(route_refuses_what_it_cannot_sort),
 )
