@@ -90,7 +90,8 @@ def _as_fp8(
         farthest = torch.maximum(a.abs(), b.abs())
         least, most = (_scale(size, info, given) for size in (nearest, farthest))
         if least == most:
-            a, b = ((part / most).float().clamp(info.min, info.max).to(element).double() * most for part in (a, b))
+            inverse = (1.0 / most).float().double()
+            a, b = ((part * inverse).float().clamp(info.min, info.max).to(element).double() * most for part in (a, b))
         else:  # within half a step of numbers that are scaled by at most ``most``
             step = torch.maximum(farthest * (info.eps / 2), most * (info.smallest_normal * info.eps / 2)) * (1 + 2 * _FP32)
             a, b = a - step, b + step
