@@ -14,7 +14,7 @@ from typing import Callable, Hashable, Iterable, Iterator, Sequence, TypeVar
 from kernelgen.requests import Case
 from kernelgen.targets import PRIMARY
 
-_CHECKED = 240  # kernels of a check, where every schedule for every target is not more already
+_CHECKED = 160  # kernels of a check, where every schedule for every target is not more already
 _CHECKED_TUNED = 16  # likewise of the tuned tiles
 _SHARE = 7  # of the kernels for a target that is not the primary one, one in so many is locked
 
