@@ -353,7 +353,7 @@ def _schedule(problem: Problem, boxes: bool) -> str:
     if problem.rows == "pair_token" or problem.block_m == 0:
         return "gemv"
     # Below 64 rows a tile waits for memory, which pointers ask for as well as descriptors; FP8 weights that are widened pass
-    # through registers anyway; and the sums of groups are many numbers, which two halves of a tile need not hold at a time.
+    # through registers anyway; and for gated groups of more rows tile was measured before box took the halves in turn.
     boxes = boxes and (problem.weight_scales is None or problem.x_scales is not None)
     boxes = boxes and not (
         problem.weight_scales == "group" and problem.slices == 2 and problem.block_m > 64
