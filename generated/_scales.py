@@ -74,6 +74,15 @@ def find_x_mode(
     )
 
 
+def product_rows(block_m: int) -> int:
+    """Rows of a block that one program multiplies where an operand is FP8; programs share a higher block.
+
+    What was widened is in registers. mma.sync reads it from there; wgmma, which takes 64 rows and more, through shared memory
+    and in another order, so that a token's last bit would depend on how many others there are.
+    """
+    return min(block_m, 32)
+
+
 def check_fp8(
     variant: str, label: str, tensor: torch.Tensor, mode: str, quant: Quant
 ) -> torch.dtype:

@@ -11,7 +11,7 @@ from typing import Callable, NamedTuple, Sequence
 import torch
 
 from .. import _runtime as runtime
-from .._scales import Quant, check_fp8
+from .._scales import Quant, check_fp8, product_rows
 from ..lora_shrink._problem import check_route, check_weights, scale_strides
 from ..moe_route import MoeRoute
 
@@ -139,9 +139,10 @@ def choose(problem: Problem, route: MoeRoute) -> Config:
     The number of tokens counts as the next power of two, so that the compile keys of a model are a short list.
     """
     tokens = runtime.next_power_of_2(problem.num_tokens)
+    block_m = product_rows(route.block_m) if problem.weight_scales else route.block_m
     return _choose(
         tokens,
-        route.block_m,
+        block_m,
         route.max_loras,
         problem.widths,
         problem.rank,

@@ -14,6 +14,8 @@ Shapes: out [T, *] and B_s [L, N_s, rank] bfloat16, y [S, T, rank] float32 or bf
 of these, B_s is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
 b_scale_s [L, N_s];
 rank at most 32.
+A higher block has SHARES programs: widened FP8 is in registers, from where the matrix unit takes it for up to 32 rows. For
+more it goes through shared memory, which costs more than to widen again, and in another order, which shows in last bits.
 In front of it lora_shrink may have left y in parts [parts, S, T, rank], which are then added in order, and scaled.
 """
 
@@ -27,6 +29,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from .. import _runtime as runtime
+from .._scales import product_rows
 from ..moe_route import MoeRoute
 from ._problem import CACHE_POLICIES, Call, Config, Problem, check, choose
 
@@ -56,6 +59,7 @@ def lora_expand_bf16_add_r32_w8channel_product(
     B_SCALE_STRIDES_L: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    SHARES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILES: tl.constexpr,
     STAGES: tl.constexpr,
@@ -65,13 +69,16 @@ def lora_expand_bf16_add_r32_w8channel_product(
     BLOCK_R: tl.constexpr = 32
     # SPANS[s]: programs of a block in front of those of slice s; the last: all of them. EVEN: no tile has a tail.
     span = tl.program_id(0) % SPANS[len(b_ptrs)]
-    block = tl.program_id(0) // SPANS[len(b_ptrs)]
+    block = tl.program_id(0) // SPANS[len(b_ptrs)] // SHARES
+    m0 = tl.program_id(0) // SPANS[len(b_ptrs)] % SHARES * BLOCK_M
     if block >= tl.load(num_blocks_ptr):
         return
     adapter = tl.load(blocks_ptr + 4 * block).to(tl.int64)
     first = tl.load(blocks_ptr + 4 * block + 2)
     rows = tl.load(blocks_ptr + 4 * block + 3)
-    m = tl.arange(0, BLOCK_M)
+    if m0 >= rows:
+        return
+    m = m0 + tl.arange(0, BLOCK_M)
     live = m < rows
     token = tl.load(tokens_ptr + first + m, mask=live, other=0).to(tl.int64)
 
@@ -177,8 +184,10 @@ def bind(
     for width in problem.widths:
         spans.append(spans[-1] + runtime.cdiv(width, wide))
         columns.append(columns[-1] + width)
+    block_m = product_rows(route.block_m)
+    shares = runtime.cdiv(route.block_m, block_m)
     launch = _product.bind(
-        route.max_blocks * spans[-1],
+        route.max_blocks * spans[-1] * shares,
         (
             problem.widths,
             tuple(columns),
@@ -190,7 +199,8 @@ def bind(
             problem.b_stride_n,
             problem.b_scale_strides_l,
             parts,
-            route.block_m,
+            block_m,
+            shares,
             config.block_n,
             config.tiles,
             config.stages,

@@ -11,7 +11,15 @@ from typing import Any, Callable, NamedTuple, Sequence
 import torch
 
 from .. import _runtime as runtime
-from .._scales import Quant, check_fp8, check_x_scale, fits as scale_fits, is_fp32, scale_shape
+from .._scales import (
+    Quant,
+    check_fp8,
+    check_x_scale,
+    fits as scale_fits,
+    is_fp32,
+    product_rows,
+    scale_shape,
+)
 from ..moe_route import MoeRoute
 
 
@@ -249,7 +257,8 @@ def choose(problem: Problem, route: MoeRoute) -> Config:
     """
     tokens = runtime.next_power_of_2(problem.num_tokens)
     scales = (problem.weight_scales, problem.x_scales)
-    sizes = (tokens, route.block_m, problem.k, problem.slices, problem.rank)
+    block_m = product_rows(route.block_m) if any(scales) else route.block_m
+    sizes = (tokens, block_m, problem.k, problem.slices, problem.rank)
     return _choose(*sizes, *scales, *runtime.traits(problem.device)[:2])
 
 

@@ -9,15 +9,14 @@ For every token t with adapter l, and every slice s, accumulated in fp32:
 
 Rows of y of other tokens keep their bytes.
 Shapes: y [S, T, rank] float32, x [T, K] and A_s [L, rank, K] bfloat16;
-of these, A_s and x FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
-a_scale_s [L, ceil(rank / 128), ceil(K / 128)];
-x_scale [T, ceil(K / 128)];
-
+of these, A_s and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
+a_scale_s [L, ceil(rank / 128), ceil(K / 128)], x_scale [T, ceil(K / 128)];
 rank at most 128.
 K is added up chunk by chunk, and how wide a chunk is depends on K alone. Few tokens get a program a chunk, whose sums are
 added in order afterwards; many get a program for all of K, which adds in the same order. So a token has the same bits in
-every batch of blocks of up to 32 rows, and in every batch of blocks of 64: the matrix units of the two take FP8 that was
-widened in another order, which can show in the last bit of a sum.
+every batch.
+A higher block has SHARES programs: widened FP8 is in registers, from where the matrix unit takes it for up to 32 rows. For
+more it goes through shared memory, which costs more than to widen again, and in another order, which shows in last bits.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
+from .._scales import product_rows
 from ..moe_route import MoeRoute
 from ._problem import CACHE_POLICIES, Call, Config, Problem, check, choose
 
@@ -56,6 +56,7 @@ def lora_shrink_bf16_r128_w8group_a8group_product(
     A_STRIDE_R: tl.constexpr,
     A_SCALE_STRIDE_L: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    SHARES: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CHUNK_K: tl.constexpr,
     PARTS: tl.constexpr,
@@ -70,16 +71,18 @@ def lora_shrink_bf16_r128_w8group_a8group_product(
         gdc_launch_dependents()
     part = tl.program_id(0) % PARTS
     group = tl.program_id(0) // PARTS % GROUPS
-    block = tl.program_id(0) // (PARTS * GROUPS)
+    block = tl.program_id(0) // (PARTS * GROUPS) // SHARES
+    m0 = tl.program_id(0) // (PARTS * GROUPS) % SHARES * BLOCK_M
     if block >= tl.load(num_blocks_ptr):
         return
     adapter = tl.load(blocks_ptr + 4 * block).to(tl.int64)
     first = tl.load(blocks_ptr + 4 * block + 2)
     rows = tl.load(blocks_ptr + 4 * block + 3)
-    m = tl.arange(0, BLOCK_M)
+    if m0 >= rows:
+        return
+    m = m0 + tl.arange(0, BLOCK_M)
     live = m < rows
     token = tl.load(tokens_ptr + first + m, mask=live, other=0).to(tl.int64)
-
     # A rank below the tile reads its last row again and drops it: no mask in the loop.
     r = tl.arange(0, BLOCK_R)
     a_row = r if RANK % BLOCK_R == 0 else tl.minimum(r, RANK - 1)
@@ -214,15 +217,18 @@ def bind_product(problem: Problem, route: MoeRoute, config: Config, pdl: bool) -
     parts = problem.parts(config)
     together = problem.slices if config.together else 1
     chunks = runtime.cdiv(problem.rank, 128)
+    block_m = product_rows(route.block_m)
+    shares = runtime.cdiv(route.block_m, block_m)
     launch = _product.bind(
-        route.max_blocks * chunks * (problem.slices // together) * parts,
+        route.max_blocks * chunks * (problem.slices // together) * parts * shares,
         (
             problem.k,
             problem.rank,
             problem.x_stride,
             *problem.a_strides,
             problem.a_scale_stride,
-            route.block_m,
+            block_m,
+            shares,
             config.block_k,
             config.chunk_k,
             parts,

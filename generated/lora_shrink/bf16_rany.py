@@ -73,7 +73,6 @@ def lora_shrink_bf16_rany_product(
     m = tl.arange(0, BLOCK_M)
     live = m < rows
     token = tl.load(tokens_ptr + first + m, mask=live, other=0).to(tl.int64)
-
     # A rank below the tile reads its last row again and drops it: no mask in the loop.
     r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
     a_row = r if RANK % BLOCK_R == 0 else tl.minimum(r, RANK - 1)

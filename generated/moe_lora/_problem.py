@@ -12,7 +12,7 @@ import torch
 
 from .. import _runtime as runtime
 from .. import _scales
-from .._scales import Quant, check_fp8, check_x_scale, find_x_mode, is_fp32
+from .._scales import Quant, check_fp8, check_x_scale, find_x_mode, is_fp32, product_rows
 from ..moe_route import MoeRoute, default_block_m, expected_groups, few_pairs
 from ._tuned import TUNED
 
@@ -528,14 +528,14 @@ def _accumulators(s: _Shape) -> int:
     return s.block_m * _block_r(s.rank) * held
 
 
-def rows_of_program(weight_scales: str | None, rank: int, block_m: int, slices: int) -> int:
-    """Rows of a block that a program of one_shot takes. FP8 that was widened is in registers, from where the matrix unit
-    takes it for a low tile; for a high one it goes through shared memory, which costs more than to widen again, if not too
-    often."""
+def rows_of_program(
+    weight_scales: str | None, x_scales: str | None, rank: int, block_m: int, slices: int
+) -> int:
+    """Rows of a block that one program takes: of FP8 operands few, however high the block is."""
+    if not (weight_scales or x_scales):
+        return block_m
     return (
-        min(block_m, 16)
-        if weight_scales and rank <= 16 and (block_m >= 64 or slices == 1)
-        else block_m
+        min(block_m, 16) if weight_scales and rank <= 16 and slices == 1 else product_rows(block_m)
     )
 
 
@@ -543,8 +543,8 @@ def _one_shot(s: _Shape) -> OneShotConfig:
     rank = _block_r(s.rank)
     # Programs of little work that are alone on their multiprocessors wait for memory: larger tiles have more on the way.
     alone = rank == 16 and s.block_m <= 32 and _num_blocks(s) < 1.5 * s.num_sms
-    rows = rows_of_program(s.weight_scales, s.rank, s.block_m, s.slices)
-    cut, s = rows < s.block_m, s._replace(block_m=rows)
+    rows = rows_of_program(s.weight_scales, s.x_scales, s.rank, s.block_m, s.slices)
+    cut, s = rows == 16 < s.block_m, s._replace(block_m=rows)
     wide = rank == 16 and s.block_m == 16 and s.k >= 4096
     if alone:
         block_k, stages = 256, 4
@@ -560,7 +560,7 @@ def _one_shot(s: _Shape) -> OneShotConfig:
             block_k = 32  # 64 would spill
     if s.weight_scales and rank < 128 and not alone:
         block_k, stages = 128, 4 if rank == 16 else 3  # as many bytes on the way as of 16 bits
-        if cut and s.slices == 1:
+        if cut:
             block_k, stages = 256, 3
     budget = s.shared_memory - 4096
     shrink_bytes, expand_bytes = 2 * (s.block_m + s.slices * rank), 2 * (
@@ -570,7 +570,7 @@ def _one_shot(s: _Shape) -> OneShotConfig:
     stages = _stages(stages, shrink_bytes * block_k, budget)
     # FP8 with one scale for all would spill a register in the wide tile.
     scaled = rank == 16 and s.block_m == 16 and s.weight_scales in ("channel", "group")
-    wide = s.slices == 1 if cut else wide or alone or scaled
+    wide = cut or wide or alone or scaled
     block_n = _fitting(
         _block_n(s.n, 256 if wide else 128, 0.03 if rank == 16 else 0.0), expand_bytes, budget
     )
@@ -591,11 +591,7 @@ def _one_shot(s: _Shape) -> OneShotConfig:
         if accumulators >= 64 * 256:
             block_n = min(block_n, 32)
     low = s.block_m == 16 or (s.block_m == 32 and s.weight_scales is not None)
-    warps = (
-        8
-        if heavy or s.block_m == 128
-        else 2 if rank == 16 and low and not (cut and s.slices == 1) else 4
-    )
+    warps = 8 if heavy or s.block_m == 128 else 2 if rank == 16 and low and not cut else 4
     return OneShotConfig(block_n, block_k, stages, expand, warps)
 
 
@@ -624,7 +620,9 @@ def _small_batch(s: _Shape) -> SmallBatchConfig:
 
 
 def _two_kernel(s: _Shape) -> TwoKernelConfig:
-    rank, block_m = _block_r(s.rank), s.block_m
+    rank, blocks = _block_r(s.rank), _num_blocks(s)
+    block_m = rows_of_program(s.weight_scales, s.x_scales, s.rank, s.block_m, s.slices)
+    s = s._replace(block_m=block_m)
     budget = s.shared_memory - 4096
     shrink_bytes = 2 * (block_m + s.slices * rank)  # of a column
     # Rows of a K that is no multiple of 8 are loaded element by element, which takes registers.
@@ -632,7 +630,6 @@ def _two_kernel(s: _Shape) -> TwoKernelConfig:
     if s.weight_scales and block_m == 16 and s.k % 8 == 0 and budget > 128 * 1024:
         wanted = 128  # as many bytes on the way as of 16 bits
     block_k = _in_group(s, _fitting(_block_k(s.k, wanted), shrink_bytes, budget))
-    blocks = _num_blocks(s)
     split_k = s.k
     if s.tokens * s.top_k <= 4096:
         for count in range(1, 9):

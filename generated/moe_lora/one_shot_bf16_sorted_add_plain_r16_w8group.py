@@ -13,10 +13,10 @@ Pairs that are not live (no adapter, a disabled one, an expert that is not here)
 Shapes: out [T, top_k, S * N], x [T, K], A_s [L, E, rank, K] and B_s [L, E, N, rank], all bfloat16;
 of these, A_s and B_s are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
 a_scale_s [L, E, ceil(rank / 128), ceil(K / 128)] and b_scale_s [L, E, ceil(N / 128), ceil(rank / 128)];
-
 rank at most 16.
 One program serves one block of the route: at most BLOCK_M pairs of one adapter and one expert.
-A higher block has PARTS programs: FP8 is widened on its way to the matrix unit, and those of high tiles take only memory.
+A higher block has SHARES programs: widened FP8 is in registers, from where the matrix unit takes it for up to 32 rows. For
+more it goes through shared memory, which costs more than to widen again, and in another order, which shows in last bits.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r16_w8group_kernel(
     B_SCALE_STRIDE_L: tl.constexpr,
     B_SCALE_STRIDE_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    PARTS: tl.constexpr,
+    SHARES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SHRINK_STAGES: tl.constexpr,
@@ -71,17 +71,17 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r16_w8group_kernel(
     WEIGHTS: tl.constexpr,
 ):
     BLOCK_R: tl.constexpr = 16
-    block = tl.program_id(0) // PARTS
-    part = tl.program_id(0) % PARTS * BLOCK_M
+    block = tl.program_id(0) // SHARES
+    m0 = tl.program_id(0) % SHARES * BLOCK_M
     if block >= tl.load(num_blocks_ptr):
         return
     adapter = tl.load(blocks_ptr + 4 * block).to(tl.int64)
     expert = tl.load(blocks_ptr + 4 * block + 1).to(tl.int64)
     first = tl.load(blocks_ptr + 4 * block + 2)
     rows = tl.load(blocks_ptr + 4 * block + 3)
-    if part >= rows:
+    if m0 >= rows:
         return
-    m = part + tl.arange(0, BLOCK_M)
+    m = m0 + tl.arange(0, BLOCK_M)
     live = m < rows
     pair = tl.load(pairs_ptr + first + m, mask=live, other=0)
 
@@ -208,10 +208,12 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         group_k=128,
     )
     weights = CACHE_POLICIES[config.weight_policy]
-    block_m = rows_of_program(problem.weight_scales, problem.rank, route.block_m, problem.slices)
-    parts = runtime.cdiv(route.block_m, block_m)
+    block_m = rows_of_program(
+        problem.weight_scales, problem.x_scales, problem.rank, route.block_m, problem.slices
+    )
+    shares = runtime.cdiv(route.block_m, block_m)
     launch = _kernel.bind(
-        route.max_blocks * parts,
+        route.max_blocks * shares,
         (
             route.top_k,
             problem.k,
@@ -224,7 +226,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             *problem.a_scale_strides,
             *problem.b_scale_strides,
             block_m,
-            parts,
+            shares,
             config.block_n,
             config.block_k,
             config.shrink_stages,

@@ -13,10 +13,11 @@ Pairs that are not live (no adapter, a disabled one, an expert that is not here)
 Shapes: out [T, top_k, S * N], x [T * top_k, K], A_s [L, E, rank, K] and B_s [L, E, N, rank], all bfloat16;
 of these, x is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
 x_scale [rows of x, ceil(K / 128)];
-
 topk_weights [T, top_k] in any float dtype, applied in fp32;
 rank at most 128.
 One program serves one block of the route: at most BLOCK_M pairs of one adapter and one expert.
+A higher block has SHARES programs: widened FP8 is in registers, from where the matrix unit takes it for up to 32 rows. For
+more it goes through shared memory, which costs more than to widen again, and in another order, which shows in last bits.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import triton.language as tl
 
 from .. import _runtime as runtime
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose
+from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, rows_of_program
 from ._problem import OneShotConfig as Config
 
 
@@ -64,6 +65,7 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r128_a8group_kernel(
     B_STRIDE_E: tl.constexpr,
     B_STRIDE_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    SHARES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SHRINK_STAGES: tl.constexpr,
@@ -71,14 +73,17 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r128_a8group_kernel(
     WEIGHTS: tl.constexpr,
 ):
     BLOCK_R: tl.constexpr = 128
-    block = tl.program_id(0)
+    block = tl.program_id(0) // SHARES
+    m0 = tl.program_id(0) % SHARES * BLOCK_M
     if block >= tl.load(num_blocks_ptr):
         return
     adapter = tl.load(blocks_ptr + 4 * block).to(tl.int64)
     expert = tl.load(blocks_ptr + 4 * block + 1).to(tl.int64)
     first = tl.load(blocks_ptr + 4 * block + 2)
     rows = tl.load(blocks_ptr + 4 * block + 3)
-    m = tl.arange(0, BLOCK_M)
+    if m0 >= rows:
+        return
+    m = m0 + tl.arange(0, BLOCK_M)
     live = m < rows
     pair = tl.load(pairs_ptr + first + m, mask=live, other=0)
 
@@ -183,8 +188,12 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         group_k=128,
     )
     weights = CACHE_POLICIES[config.weight_policy]
+    block_m = rows_of_program(
+        problem.weight_scales, problem.x_scales, problem.rank, route.block_m, problem.slices
+    )
+    shares = runtime.cdiv(route.block_m, block_m)
     launch = _kernel.bind(
-        route.max_blocks,
+        route.max_blocks * shares,
         (
             problem.k,
             problem.n,
@@ -193,7 +202,8 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             problem.x_stride,
             *problem.a_strides,
             *problem.b_strides,
-            route.block_m,
+            block_m,
+            shares,
             config.block_n,
             config.block_k,
             config.shrink_stages,

@@ -13,10 +13,11 @@ Pairs that are not live (no adapter, a disabled one, an expert that is not here)
 Shapes: out [T, top_k, S * N], x [T, K], A_s [L, E, rank, K] and B_s [L, E, N, rank], all bfloat16;
 of these, A_s and B_s are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
 a_scale_s and b_scale_s [L, E];
-
 any rank, in tiles of 128.
 Two kernels give few blocks enough programs: the shrink can cut K into parts, which the expand adds in a fixed order, and
 the expand cuts the columns. Parts are fp32 [splits, position in the route, S, rank]; a single part is already rounded.
+A higher block has SHARES programs of each: widened FP8 is in registers, from where the matrix unit takes it for up to 32 rows. For
+more it goes through shared memory, which costs more than to widen again, and in another order, which shows in last bits.
 """
 
 from __future__ import annotations
@@ -31,7 +32,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, partials
+from ._problem import (
+    CACHE_POLICIES,
+    Call,
+    Problem,
+    Scales,
+    check,
+    choose,
+    partials,
+    rows_of_program,
+)
 from ._problem import TwoKernelConfig as Config
 
 
@@ -58,6 +68,7 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_rany_w8tensor_shrink(
     A_SCALE_STRIDE_L: tl.constexpr,
     A_SCALE_STRIDE_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    SHARES: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     SHRINK_STAGES: tl.constexpr,
@@ -71,14 +82,17 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_rany_w8tensor_shrink(
     CHUNKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     split = tl.program_id(0) % SPLITS
     chunk = tl.program_id(0) // SPLITS % CHUNKS
-    block = tl.program_id(0) // (SPLITS * CHUNKS)
+    block = tl.program_id(0) // (SPLITS * CHUNKS) // SHARES
+    m0 = tl.program_id(0) // (SPLITS * CHUNKS) % SHARES * BLOCK_M
     if block >= tl.load(num_blocks_ptr):
         return
     adapter = tl.load(blocks_ptr + 4 * block).to(tl.int64)
     expert = tl.load(blocks_ptr + 4 * block + 1).to(tl.int64)
     first = tl.load(blocks_ptr + 4 * block + 2)
     rows = tl.load(blocks_ptr + 4 * block + 3)
-    m = tl.arange(0, BLOCK_M)
+    if m0 >= rows:
+        return
+    m = m0 + tl.arange(0, BLOCK_M)
     live = m < rows
     pair = tl.load(pairs_ptr + first + m, mask=live, other=0)
 
@@ -173,6 +187,7 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_rany_w8tensor_expand(
     B_SCALE_STRIDE_E: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    SHARES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     TILES: tl.constexpr,
@@ -184,14 +199,17 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_rany_w8tensor_expand(
     SPANS: tl.constexpr = (N + SPAN - 1) // SPAN
     n0 = tl.program_id(0) % SPANS * SPAN
     s = tl.program_id(0) // SPANS % len(b_ptrs)
-    block = tl.program_id(0) // (SPANS * len(b_ptrs))
+    block = tl.program_id(0) // (SPANS * len(b_ptrs)) // SHARES
+    m0 = tl.program_id(0) // (SPANS * len(b_ptrs)) % SHARES * BLOCK_M
     if block >= tl.load(num_blocks_ptr):
         return
     adapter = tl.load(blocks_ptr + 4 * block).to(tl.int64)
     expert = tl.load(blocks_ptr + 4 * block + 1).to(tl.int64)
     first = tl.load(blocks_ptr + 4 * block + 2)
     rows = tl.load(blocks_ptr + 4 * block + 3)
-    m = tl.arange(0, BLOCK_M)
+    if m0 >= rows:
+        return
+    m = m0 + tl.arange(0, BLOCK_M)
     live = m < rows
     pair = tl.load(pairs_ptr + first + m, mask=live, other=0)
     b_ptr = b_ptrs[0]
@@ -267,13 +285,17 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             config.block_k,
             split_k=split_k,
         )
+    block_m = rows_of_program(
+        problem.weight_scales, problem.x_scales, problem.rank, route.block_m, problem.slices
+    )
+    shares = runtime.cdiv(route.block_m, block_m)
     chunks = runtime.cdiv(problem.rank, 128)
     part_dtype = torch.float32 if splits > 1 else torch.bfloat16
     capacity = route.pairs.shape[0]
     size = splits * capacity * problem.slices * chunks * 128
     spans = runtime.cdiv(problem.n, config.block_n * config.expand_tiles)
     shrink = _shrink.bind(
-        route.max_blocks * chunks * splits,
+        route.max_blocks * chunks * splits * shares,
         (
             route.top_k,
             problem.k,
@@ -281,7 +303,8 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             problem.x_stride,
             *problem.a_strides,
             *problem.a_scale_strides,
-            route.block_m,
+            block_m,
+            shares,
             config.block_k,
             split_k,
             config.shrink_stages,
@@ -292,7 +315,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     )
     block_r, stages = runtime.rank_tile(
         problem.rank,
-        route.block_m,
+        block_m,
         config.block_n,
         splits,
         part_dtype.itemsize,
@@ -300,7 +323,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         problem.device,
     )
     expand = _expand.bind(
-        route.max_blocks * problem.slices * spans,
+        route.max_blocks * problem.slices * spans * shares,
         (
             problem.n,
             problem.rank,
@@ -308,7 +331,8 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             *problem.b_strides,
             *problem.b_scale_strides,
             splits,
-            route.block_m,
+            block_m,
+            shares,
             config.block_n,
             block_r,
             config.expand_tiles,

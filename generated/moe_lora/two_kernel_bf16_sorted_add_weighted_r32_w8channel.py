@@ -13,11 +13,12 @@ Pairs that are not live (no adapter, a disabled one, an expert that is not here)
 Shapes: out [T, top_k, S * N], x [T * top_k, K], A_s [L, E, rank, K] and B_s [L, E, N, rank], all bfloat16;
 of these, A_s and B_s are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
 a_scale_s [L, E, rank] and b_scale_s [L, E, N];
-
 topk_weights [T, top_k] in any float dtype, applied in fp32;
 rank at most 32.
 Two kernels give few blocks enough programs: the shrink can cut K into parts, which the expand adds in a fixed order, and
 the expand cuts the columns. Parts are fp32 [splits, position in the route, S, rank]; a single part is already rounded.
+A higher block has SHARES programs of each: widened FP8 is in registers, from where the matrix unit takes it for up to 32 rows. For
+more it goes through shared memory, which costs more than to widen again, and in another order, which shows in last bits.
 """
 
 from __future__ import annotations
@@ -32,7 +33,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, partials
+from ._problem import (
+    CACHE_POLICIES,
+    Call,
+    Problem,
+    Scales,
+    check,
+    choose,
+    partials,
+    rows_of_program,
+)
 from ._problem import TwoKernelConfig as Config
 
 
@@ -58,6 +68,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r32_w8channel_shrink(
     A_SCALE_STRIDE_L: tl.constexpr,
     A_SCALE_STRIDE_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    SHARES: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     SHRINK_STAGES: tl.constexpr,
@@ -69,14 +80,17 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r32_w8channel_shrink(
     if PDL:
         gdc_launch_dependents()
     split = tl.program_id(0) % SPLITS
-    block = tl.program_id(0) // SPLITS
+    block = tl.program_id(0) // SPLITS // SHARES
+    m0 = tl.program_id(0) // SPLITS % SHARES * BLOCK_M
     if block >= tl.load(num_blocks_ptr):
         return
     adapter = tl.load(blocks_ptr + 4 * block).to(tl.int64)
     expert = tl.load(blocks_ptr + 4 * block + 1).to(tl.int64)
     first = tl.load(blocks_ptr + 4 * block + 2)
     rows = tl.load(blocks_ptr + 4 * block + 3)
-    m = tl.arange(0, BLOCK_M)
+    if m0 >= rows:
+        return
+    m = m0 + tl.arange(0, BLOCK_M)
     live = m < rows
     pair = tl.load(pairs_ptr + first + m, mask=live, other=0)
 
@@ -177,6 +191,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r32_w8channel_expand(
     B_SCALE_STRIDE_E: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    SHARES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILES: tl.constexpr,
     EXPAND_STAGES: tl.constexpr,
@@ -188,14 +203,17 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r32_w8channel_expand(
     SPANS: tl.constexpr = (N + SPAN - 1) // SPAN
     n0 = tl.program_id(0) % SPANS * SPAN
     s = tl.program_id(0) // SPANS % len(b_ptrs)
-    block = tl.program_id(0) // (SPANS * len(b_ptrs))
+    block = tl.program_id(0) // (SPANS * len(b_ptrs)) // SHARES
+    m0 = tl.program_id(0) // (SPANS * len(b_ptrs)) % SHARES * BLOCK_M
     if block >= tl.load(num_blocks_ptr):
         return
     adapter = tl.load(blocks_ptr + 4 * block).to(tl.int64)
     expert = tl.load(blocks_ptr + 4 * block + 1).to(tl.int64)
     first = tl.load(blocks_ptr + 4 * block + 2)
     rows = tl.load(blocks_ptr + 4 * block + 3)
-    m = tl.arange(0, BLOCK_M)
+    if m0 >= rows:
+        return
+    m = m0 + tl.arange(0, BLOCK_M)
     live = m < rows
     pair = tl.load(pairs_ptr + first + m, mask=live, other=0)
     b_ptr = b_ptrs[0]
@@ -272,20 +290,25 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             config.block_k,
             split_k=split_k,
         )
+    block_m = rows_of_program(
+        problem.weight_scales, problem.x_scales, problem.rank, route.block_m, problem.slices
+    )
+    shares = runtime.cdiv(route.block_m, block_m)
     chunks = runtime.cdiv(problem.rank, 32)
     part_dtype = torch.float32 if splits > 1 else torch.bfloat16
     capacity = route.pairs.shape[0]
     size = splits * capacity * problem.slices * chunks * 32
     spans = runtime.cdiv(problem.n, config.block_n * config.expand_tiles)
     shrink = _shrink.bind(
-        route.max_blocks * chunks * splits,
+        route.max_blocks * chunks * splits * shares,
         (
             problem.k,
             problem.rank,
             problem.x_stride,
             *problem.a_strides,
             *problem.a_scale_strides,
-            route.block_m,
+            block_m,
+            shares,
             config.block_k,
             split_k,
             config.shrink_stages,
@@ -295,7 +318,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         runtime.Options(config.shrink_warps),
     )
     expand = _expand.bind(
-        route.max_blocks * problem.slices * spans,
+        route.max_blocks * problem.slices * spans * shares,
         (
             problem.n,
             problem.rank,
@@ -303,7 +326,8 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             *problem.b_strides,
             *problem.b_scale_strides,
             splits,
-            route.block_m,
+            block_m,
+            shares,
             config.block_n,
             config.expand_tiles,
             config.expand_stages,
