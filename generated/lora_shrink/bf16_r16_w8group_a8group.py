@@ -100,7 +100,7 @@ def lora_shrink_bf16_r16_w8group_a8group_product(
         for other in tl.static_range(1, GROUPS):
             a_ptr = tl.where(group == other, a_ptrs[other * TOGETHER + i], a_ptr)
             a_scale_ptr = tl.where(group == other, a_scale_ptrs[other * TOGETHER + i], a_scale_ptr)
-        a_scale = a_scale_ptr + adapter * A_SCALE_STRIDE_L + a_row // 128 * K_GROUPS
+        a_scale = a_scale_ptr + adapter * A_SCALE_STRIDE_L
         slices += ((a_ptr + a_tile, zeros, zeros, a_scale),)
     k_begin = part * CHUNK_K
     k_end = K if PARTS == 1 else tl.minimum(k_begin + CHUNK_K, K)
@@ -114,7 +114,7 @@ def lora_shrink_bf16_r16_w8group_a8group_product(
                     s[0],
                     s[1]
                     + tl.dot(x, tl.load(s[0] + k0, eviction_policy=WEIGHTS).to(tl.float16).T)
-                    * tl.load(s[3] + k0 // 128)[None, :]
+                    * tl.load(s[3] + k0 // 128)
                     * x_scale,
                     s[2],
                     s[3],
@@ -137,7 +137,7 @@ def lora_shrink_bf16_r16_w8group_a8group_product(
                         .to(tl.float16)
                         .T,
                     )
-                    * tl.load(s[3] + k0 // 128)[None, :]
+                    * tl.load(s[3] + k0 // 128)
                     * x_scale,
                     s[2],
                     s[3],

@@ -99,7 +99,7 @@ def lora_shrink_bf16_r64_w8group_product(
         for other in tl.static_range(1, GROUPS):
             a_ptr = tl.where(group == other, a_ptrs[other * TOGETHER + i], a_ptr)
             a_scale_ptr = tl.where(group == other, a_scale_ptrs[other * TOGETHER + i], a_scale_ptr)
-        a_scale = a_scale_ptr + adapter * A_SCALE_STRIDE_L + a_row // 128 * K_GROUPS
+        a_scale = a_scale_ptr + adapter * A_SCALE_STRIDE_L
         slices += ((a_ptr + a_tile, zeros, zeros, a_scale),)
     k_begin = part * CHUNK_K
     k_end = K if PARTS == 1 else tl.minimum(k_begin + CHUNK_K, K)
@@ -118,7 +118,7 @@ def lora_shrink_bf16_r64_w8group_product(
                         .to(tl.bfloat16)
                         .T,
                     )
-                    * tl.load(s[3] + k0 // 128)[None, :],
+                    * tl.load(s[3] + k0 // 128),
                     s[2],
                     s[3],
                 )
@@ -140,7 +140,7 @@ def lora_shrink_bf16_r64_w8group_product(
                         .to(tl.bfloat16)
                         .T,
                     )
-                    * tl.load(s[3] + k0 // 128)[None, :],
+                    * tl.load(s[3] + k0 // 128),
                     s[2],
                     s[3],
                 )

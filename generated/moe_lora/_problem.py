@@ -395,9 +395,11 @@ class _Shape(NamedTuple):
     x_scales: str | None
     num_sms: int
     shared_memory: int
+    full_warps: int
 
 
 def _shape(problem: Problem, route: MoeRoute) -> _Shape:
+    device = runtime.traits(problem.device)
     return _Shape(
         runtime.next_power_of_2(route.num_tokens),
         route.top_k,
@@ -412,7 +414,9 @@ def _shape(problem: Problem, route: MoeRoute) -> _Shape:
         problem.adds,
         problem.weight_scales,
         problem.x_scales,
-        *runtime.traits(problem.device)[:2],
+        device.num_sms,
+        device.shared_memory,
+        device.full_warps,
     )
 
 
@@ -516,10 +520,37 @@ def _stages(wanted: int, stage_bytes: int, budget: int) -> int:
 
 
 def _in_group(s: _Shape, block_k: int) -> int:
-    """A tile that lies in one group, where groups of columns have scales."""
-    while "group" in (s.weight_scales, s.x_scales) and QUANT.group_k % block_k:
-        block_k //= 2
-    return block_k
+    return (
+        _group_tile(s.shared_memory, s.full_warps)
+        if "group" in (s.weight_scales, s.x_scales)
+        else block_k
+    )
+
+
+def _group_tile(shared_memory: int, full_warps: int) -> int:
+    """Columns of a tile where groups of them have scales: the same in every batch, as the sum of a tile is scaled by itself."""
+    tile = (
+        32 if full_warps < 8 else 128 if shared_memory > 192 * 1024 else 64
+    )  # on AMD what is on the way takes registers
+    while QUANT.group_k % tile:
+        tile //= 2
+    return tile
+
+
+def check_group_tile(
+    variant: str, config: OneShotConfig | TwoKernelConfig, device: torch.device
+) -> None:
+    """Raise ValueError where a config that a caller brought would give other bits than the rule's."""
+    traits = runtime.traits(device)
+    tile = _group_tile(traits.shared_memory, traits.full_warps)
+    if config.block_k != tile:
+        runtime.fail(
+            variant,
+            "block_k",
+            config.block_k,
+            f"{tile}, so that all batches add alike",
+            "leave config out",
+        )
 
 
 def _accumulators(s: _Shape) -> int:
@@ -556,8 +587,6 @@ def _one_shot(s: _Shape) -> OneShotConfig:
         block_k, stages = (128, 3) if rank in (32, 64) else (64, 4)
     else:
         block_k, stages = 64, 6 if rank == 16 else 4
-        if s.x_scales == "group" and rank == 128:
-            block_k = 32  # 64 would spill
     if s.weight_scales and rank < 128 and not alone:
         block_k, stages = 128, 4 if rank == 16 else 3  # as many bytes on the way as of 16 bits
         if cut:
@@ -585,14 +614,9 @@ def _one_shot(s: _Shape) -> OneShotConfig:
     heavy = accumulators >= (
         (80 if narrow and not s.x_scales else 48) * 256 if budget > 128 * 1024 else 64 * 128
     )
-    if budget < 64 * 1024:  # gfx942, where others were seen to spill
-        if s.weight_scales and rank == 128:
-            return OneShotConfig(min(block_n, 32), min(block_k, 32), 2, 2, 4)
-        if accumulators >= 64 * 256:
-            block_n = min(block_n, 32)
     low = s.block_m == 16 or (s.block_m == 32 and s.weight_scales is not None)
     warps = 8 if heavy or s.block_m == 128 else 2 if rank == 16 and low and not cut else 4
-    return OneShotConfig(block_n, block_k, stages, expand, warps)
+    return OneShotConfig(block_n, block_k, stages, expand, min(warps, s.full_warps))
 
 
 def _small_batch(s: _Shape) -> SmallBatchConfig:
@@ -654,7 +678,7 @@ def _two_kernel(s: _Shape) -> TwoKernelConfig:
         block_k,
         split_k,
         stages,
-        8 if block_m == 128 or heavy else 4,
+        min(8 if block_m == 128 or heavy else 4, s.full_warps),
         block_n,
         expand_tiles,
         3 if s.rank > 128 or ((expand_tiles > 2 or s.weight_scales) and block_m == 16) else 2,

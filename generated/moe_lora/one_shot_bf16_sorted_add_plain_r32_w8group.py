@@ -29,7 +29,16 @@ import triton.language as tl
 
 from .. import _runtime as runtime
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, rows_of_program
+from ._problem import (
+    CACHE_POLICIES,
+    Call,
+    Problem,
+    Scales,
+    check,
+    check_group_tile,
+    choose,
+    rows_of_program,
+)
 from ._problem import OneShotConfig as Config
 
 
@@ -97,7 +106,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r32_w8group_kernel(
     a_scale_base = adapter * A_SCALE_STRIDE_L + expert * A_SCALE_STRIDE_E
     slices = ()
     for i in tl.static_range(len(a_ptrs)):
-        a_scale = a_scale_ptrs[i] + a_scale_base + a_row // 128 * K_GROUPS
+        a_scale = a_scale_ptrs[i] + a_scale_base
         slices += ((a_ptrs[i] + a_base, tl.zeros([BLOCK_M, BLOCK_R], tl.float32), a_scale),)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=SHRINK_STAGES):
         group = k0 // 128
@@ -116,7 +125,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r32_w8group_kernel(
                         .to(tl.bfloat16)
                         .T,
                     )
-                    * s[3][None, :],
+                    * s[3],
                     s[2],
                 )
                 for s in slices
@@ -139,7 +148,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r32_w8group_kernel(
                         .to(tl.bfloat16)
                         .T,
                     )
-                    * s[3][None, :],
+                    * s[3],
                     s[2],
                 )
                 for s in slices
@@ -201,12 +210,7 @@ _kernel = runtime.Launcher(moe_lora_one_shot_bf16_sorted_add_plain_r32_w8group_k
 
 def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again."""
-    runtime.check_tile(
-        "moe_lora_one_shot_bf16_sorted_add_plain_r32_w8group",
-        "block_k",
-        config.block_k,
-        group_k=128,
-    )
+    check_group_tile("moe_lora_one_shot_bf16_sorted_add_plain_r32_w8group", config, problem.device)
     weights = CACHE_POLICIES[config.weight_policy]
     block_m = rows_of_program(
         problem.weight_scales, problem.x_scales, problem.rank, route.block_m, problem.slices

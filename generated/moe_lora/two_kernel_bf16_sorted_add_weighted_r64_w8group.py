@@ -39,6 +39,7 @@ from ._problem import (
     Problem,
     Scales,
     check,
+    check_group_tile,
     choose,
     partials,
     rows_of_program,
@@ -109,7 +110,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r64_w8group_shrink(
     a_scale_base = adapter * A_SCALE_STRIDE_L + expert * A_SCALE_STRIDE_E
     slices = ()
     for i in tl.static_range(len(a_ptrs)):
-        a_scale = a_scale_ptrs[i] + a_scale_base + a_row // 128 * K_GROUPS
+        a_scale = a_scale_ptrs[i] + a_scale_base
         slices += ((a_ptrs[i] + a_base, tl.zeros([BLOCK_M, BLOCK_R], tl.float32), a_scale),)
     for k0 in tl.range(k_begin, k_end, BLOCK_K, num_stages=SHRINK_STAGES):
         group = k0 // 128
@@ -128,7 +129,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r64_w8group_shrink(
                         .to(tl.bfloat16)
                         .T,
                     )
-                    * s[3][None, :],
+                    * s[3],
                     s[2],
                 )
                 for s in slices
@@ -151,7 +152,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r64_w8group_shrink(
                         .to(tl.bfloat16)
                         .T,
                     )
-                    * s[3][None, :],
+                    * s[3],
                     s[2],
                 )
                 for s in slices
@@ -282,11 +283,8 @@ _expand = runtime.Launcher(moe_lora_two_kernel_bf16_sorted_add_weighted_r64_w8gr
 
 def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The two launches for checked calls of these sizes, ready to be made again and again."""
-    runtime.check_tile(
-        "moe_lora_two_kernel_bf16_sorted_add_weighted_r64_w8group",
-        "block_k",
-        config.block_k,
-        group_k=128,
+    check_group_tile(
+        "moe_lora_two_kernel_bf16_sorted_add_weighted_r64_w8group", config, problem.device
     )
     pdl = runtime.traits(problem.device).pdl and config.pdl == 1
     weights = CACHE_POLICIES[config.weight_policy]

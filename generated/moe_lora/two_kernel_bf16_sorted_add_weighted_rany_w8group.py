@@ -39,6 +39,7 @@ from ._problem import (
     Problem,
     Scales,
     check,
+    check_group_tile,
     choose,
     partials,
     rows_of_program,
@@ -287,11 +288,8 @@ _expand = runtime.Launcher(moe_lora_two_kernel_bf16_sorted_add_weighted_rany_w8g
 
 def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The two launches for checked calls of these sizes, ready to be made again and again."""
-    runtime.check_tile(
-        "moe_lora_two_kernel_bf16_sorted_add_weighted_rany_w8group",
-        "block_k",
-        config.block_k,
-        group_k=128,
+    check_group_tile(
+        "moe_lora_two_kernel_bf16_sorted_add_weighted_rany_w8group", config, problem.device
     )
     pdl = runtime.traits(problem.device).pdl and config.pdl == 1
     weights = CACHE_POLICIES[config.weight_policy]
