@@ -112,7 +112,7 @@ def _finish(item: tuple[str, str]) -> str | Diagnostic:
     path, raw = item
     mode = black.Mode(line_length=LINE_LENGTH, target_versions={TargetVersion.PY310})
     try:
-        text = black.format_str(raw, mode=mode)
+        text = black._format_str_once(raw, mode=mode)  # format_str does it twice, for rare trailing commas
     except (
         Exception
     ):  # black raises many kinds on what is not Python, and its message names no rule

@@ -17,6 +17,19 @@ newest_python() {
     return 2
 }
 
+# uv takes a third of the time of pip. It is told what pip is told; where it cannot be had, pip does it.
+install() {
+    local pip="$1 -m pip --disable-pip-version-check" setting
+    shift
+    pip_says() { $pip config list | sed -n "s/^[^=]*\.$1='\(.*\)'$/\1/p" | tr -s ' ' '\n' | sort -u | paste -sd "$2"; }
+    if $pip install -qq uv 2>/dev/null; then
+        setting=$(pip_says index-url ' ')
+        UV_FIND_LINKS=$(pip_says find-links ,) UV_INDEX=$(pip_says extra-index-url ' ') UV_INDEX_STRATEGY=unsafe-best-match \
+            ${pip%% *} -m uv pip install -q ${setting:+--default-index "$setting"} "$@" && return
+    fi
+    $pip install -qq "$@"
+}
+
 make_venv() {
     local base wanted
     base=$(newest_python)
@@ -26,7 +39,7 @@ make_venv() {
     fi
     echo "making .venv (once, some minutes)" >&2
     "$base" -m venv --clear .venv
-    .venv/bin/python -m pip install -qq --disable-pip-version-check -e '.[test]'
+    install .venv/bin/python -e '.[test]'
     echo "$wanted" >.venv/made-for
 }
 

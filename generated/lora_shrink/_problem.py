@@ -287,10 +287,9 @@ def _choose(
     )
     together = slices == 1 or (parts and tokens >= 1024 and fits)
     held = block_m * block_r * (slices if together else 1) * (1 if parts else 2)
+    high = block_m >= (32 if x_scales else 64)  # FP8 x is widened by each warp that multiplies it
     num_warps = (
-        8
-        if held > 64 * 128 or (block_m >= 64 and block_r >= 64) or (grouped and block_r == 128)
-        else 4
+        8 if held > 64 * 128 or (high and block_r >= 64) or (grouped and block_r == 128) else 4
     )
     column_bytes = 2 * (block_m + block_r * (slices if together else 1))
     if block_m <= 32:

@@ -612,8 +612,9 @@ def _one_shot(s: _Shape) -> OneShotConfig:
     expand = _stages(3, expand_bytes * block_n, budget)
     # Accumulators of the shrink would spill over 4 warps; sooner without the matrix units of a large card.
     heavy = accumulators >= (
-        (80 if narrow and not s.x_scales else 48) * 256 if budget > 128 * 1024 else 64 * 128
+        (64 if narrow and not s.x_scales else 48) * 256 if budget > 128 * 1024 else 64 * 128
     )
+    heavy |= rank == 32 == s.block_m and s.weight_scales is not None
     low = s.block_m == 16 or (s.block_m == 32 and s.weight_scales is not None)
     warps = 8 if heavy or s.block_m == 128 else 2 if rank == 16 and low and not cut else 4
     return OneShotConfig(block_n, block_k, stages, expand, min(warps, s.full_warps))
@@ -639,7 +640,14 @@ def _small_batch(s: _Shape) -> SmallBatchConfig:
     reread = pairs > 2 * expected_groups(pairs, s.experts * s.loras)
     pdl = 1 if runtime.cdiv(s.k, split_k) <= 8 else 0
     return SmallBatchConfig(
-        16 if s.rank > 8 else 8, block_k, split_k, block_n, 4, warps, 0 if reread else 1, pdl
+        16 if s.rank > 8 and s.rank % 8 == 0 else 8,
+        block_k,
+        split_k,
+        block_n,
+        4,
+        warps,
+        0 if reread else 1,
+        pdl,
     )
 
 
@@ -651,7 +659,7 @@ def _two_kernel(s: _Shape) -> TwoKernelConfig:
     shrink_bytes = 2 * (block_m + s.slices * rank)  # of a column
     # Rows of a K that is no multiple of 8 are loaded element by element, which takes registers.
     wanted = 32 if rank == 128 and s.k % 8 else 64 if rank == 128 or block_m > 32 else 128
-    if s.weight_scales and block_m == 16 and s.k % 8 == 0 and budget > 128 * 1024:
+    if s.weight_scales and block_m == 16 and rank > 16 and s.k % 8 == 0 and budget > 128 * 1024:
         wanted = 128  # as many bytes on the way as of 16 bits
     block_k = _in_group(s, _fitting(_block_k(s.k, wanted), shrink_bytes, budget))
     split_k = s.k
