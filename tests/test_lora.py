@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -87,3 +88,20 @@ def test_scales_of_one_group_of_columns_are_not_taken_for_a_scale_a_token(device
     kg.lora_shrink(served, x, a, route, a_scale=a_scale, x_scale=x_scale)
     lora_shrink_bf16_r16_w8group_a8group(wanted, x, a, route, a_scale=a_scale, x_scale=x_scale)
     assert wanted.any() and torch.equal(served, wanted)
+
+
+def test_parts_that_are_added_up_first_give_the_same_bits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the expand adds them, or a launch in front of it, hangs on the number of tokens."""
+    layer, results = Layer(device), []
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(TOKENS, 1200, generator=generator).to(device, torch.bfloat16)  # three parts
+    a = [torch.randn(LORAS, RANK, 1200, generator=generator).to(device, torch.bfloat16) for _ in WIDTHS]
+    route = kg.lora_route(layer.mapping, max_loras=LORAS)
+    expand = sys.modules["generated.lora_expand._problem"]
+    for many in (0.0, float("inf")):
+        monkeypatch.setattr(expand, "_MANY_BYTES", many)
+        with kg._runtime.compile_only():  # forgets the calls that were seen
+            pass
+        results.append(layer.out.clone())
+        kg.lora(results[-1], x, a, layer.b, route, scaling=0.3)
+    assert torch.equal(*results) and not torch.equal(results[0], layer.out)

@@ -133,6 +133,20 @@ def check(
     return Problem(*sizes, out.device, kind, of_scales)
 
 
+# Bytes of parts from which it is faster to add them up first than to let every program of the expand do it.
+_MANY_BYTES = 16e6
+
+
+def sums_first(problem: Problem, config: Config, parts: int) -> bool:
+    """Whether parts of y are to be added up in front of the expand, as its programs would read them too often."""
+    readers = sum(runtime.cdiv(width, config.block_n * config.tiles) for width in problem.widths)
+    return (
+        parts > 1
+        and 4.0 * runtime.next_power_of_2(problem.num_tokens) * problem.rank * parts * readers
+        > _MANY_BYTES
+    )
+
+
 def choose(problem: Problem, route: MoeRoute) -> Config:
     """The tiles for a call, from host integers alone: the same call always gets the same.
 

@@ -51,6 +51,9 @@ MAX_TOKENS_IN_PARTS = 4096
 # (y, x, lora_a, route, scaling) of sizes that were checked before; then a_scale where weights are FP8, then x_scale where x is
 Call = Callable[..., None]
 
+# (y, its parts, route, scaling) of such sizes
+Total = Callable[[torch.Tensor, torch.Tensor, MoeRoute, float], None]
+
 # What an FP8 tensor may be made of, and the rows and columns of a matrix that share a scale of a group.
 _FP8 = (
     torch.float8_e4m3fn,

@@ -31,7 +31,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .. import _runtime as runtime
 from .._scales import product_rows
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Config, Problem, check, choose
+from ._problem import CACHE_POLICIES, Call, Config, Problem, Total, check, choose
 
 
 @triton.jit(
@@ -181,6 +181,7 @@ def lora_shrink_bf16_r128_a8token_total(
     next_part = num_tokens.to(tl.int64) * (SLICES * RANK)
     if PDL:
         gdc_wait()
+        gdc_launch_dependents()
     total = tl.load(parts_ptr + cells, mask=kept, other=0.0)
     for i in tl.static_range(1, PARTS):
         total += tl.load(parts_ptr + i * next_part + cells, mask=kept, other=0.0)
@@ -238,22 +239,31 @@ def bind_product(problem: Problem, route: MoeRoute, config: Config, pdl: bool) -
     return call
 
 
+def bind_total(problem: Problem, route: MoeRoute, parts: int, pdl: bool) -> Total:
+    """The sum of parts, in order and then scaled; it may take the place of the first of them."""
+    launch = _total.bind(
+        route.max_blocks * problem.slices * runtime.cdiv(problem.rank, 16),
+        (problem.slices, problem.rank, parts, route.block_m, pdl),
+        runtime.Options(4, pdl=pdl),
+    )
+    num_tokens = problem.num_tokens
+
+    def total(y: torch.Tensor, sums: torch.Tensor, route: MoeRoute, scaling: float) -> None:
+        launch((y, sums, scaling, num_tokens, route.pairs, route.blocks, route.num_blocks))
+
+    return total
+
+
 def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The launches for checked calls of these sizes, ready to be made again and again."""
     parts = problem.parts(config)
     if parts == 1:
         return bind_product(problem, route, config, False)
     pdl = runtime.traits(problem.device).pdl
-    product = bind_product(problem, route, config, pdl)
-    total = _total.bind(
-        route.max_blocks * problem.slices * runtime.cdiv(problem.rank, 16),
-        (problem.slices, problem.rank, parts, route.block_m, pdl),
-        runtime.Options(4, pdl=pdl),
+    product, total = bind_product(problem, route, config, pdl), bind_total(
+        problem, route, parts, pdl
     )
-    num_tokens, size = (
-        problem.num_tokens,
-        parts * problem.slices * problem.num_tokens * problem.rank,
-    )
+    size = parts * problem.slices * problem.num_tokens * problem.rank
 
     def call(
         y: torch.Tensor,
@@ -267,7 +277,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         if sums is None or sums.shape[0] < size:
             sums = torch.empty(size, dtype=torch.float32, device=y.device)
         product(sums, x, lora_a, route, 1.0, x_scale)
-        total((y, sums, scaling, num_tokens, route.pairs, route.blocks, route.num_blocks))
+        total(y, sums, route, scaling)
 
     return call
 

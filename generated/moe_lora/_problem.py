@@ -659,8 +659,8 @@ def _two_kernel(s: _Shape) -> TwoKernelConfig:
     shrink_bytes = 2 * (block_m + s.slices * rank)  # of a column
     # Rows of a K that is no multiple of 8 are loaded element by element, which takes registers.
     wanted = 32 if rank == 128 and s.k % 8 else 64 if rank == 128 or block_m > 32 else 128
-    if s.weight_scales and block_m == 16 and rank > 16 and s.k % 8 == 0 and budget > 128 * 1024:
-        wanted = 128  # as many bytes on the way as of 16 bits
+    if s.weight_scales and block_m == 16 and s.k % 8 == 0 and budget > 128 * 1024:
+        wanted = 128 if rank > 16 else 64  # as many bytes on the way as of 16 bits
     block_k = _in_group(s, _fitting(_block_k(s.k, wanted), shrink_bytes, budget))
     split_k = s.k
     if s.tokens * s.top_k <= 4096:
