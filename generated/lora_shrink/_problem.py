@@ -30,6 +30,7 @@ class Config(NamedTuple):
     in front. block_k divides it.
     """
 
+    rows: int  # of a block that a program takes, where it has more: 16, 32, 64 or 128
     block_k: int
     chunk_k: int
     parts: int  # 1: a program a chunk; 0: a program takes all of K
@@ -260,15 +261,16 @@ def choose(problem: Problem, route: MoeRoute) -> Config:
     """
     tokens = runtime.next_power_of_2(problem.num_tokens)
     scales = (problem.weight_scales, problem.x_scales)
-    block_m = product_rows(route.block_m) if any(scales) else route.block_m
-    sizes = (tokens, block_m, problem.k, problem.slices, problem.rank)
-    return _choose(*sizes, *scales, *runtime.traits(problem.device)[:2])
+    rows = product_rows(route.block_m) if any(scales) else route.block_m
+    sizes = (tokens, rows, problem.k, problem.slices, problem.rank)
+    device = runtime.traits(problem.device)
+    return _choose(*sizes, *scales, device.num_sms, device.shared_memory, device.full_warps)
 
 
 @functools.lru_cache(maxsize=4096)
 def _choose(
     tokens: int,
-    block_m: int,
+    rows: int,
     k: int,
     slices: int,
     rank: int,
@@ -276,30 +278,33 @@ def _choose(
     x_scales: str | None,
     num_sms: int,
     shared_memory: int,
+    full_warps: int,
 ) -> Config:
     block_r = min(128, max(16, runtime.next_power_of_2(rank)))
     # Scales that are applied to a whole sum would round it in another place: then K is shared out in every batch.
     late = weight_scales in ("tensor", "channel") or x_scales in ("tensor", "token")
-    fills = tokens > MAX_TOKENS_IN_PARTS or tokens // block_m * slices >= 0.9 * num_sms
+    fills = tokens > MAX_TOKENS_IN_PARTS or tokens // rows * slices >= 0.9 * num_sms
     parts = late or not fills
     grouped, budget = "group" in (weight_scales, x_scales), shared_memory - 4096
+    chunk = chunk_k(k, slices)
+    while parts and rows > 16 and tokens // rows * slices * runtime.cdiv(k, chunk) < 0.9 * num_sms:
+        rows //= 2
     # Few blocks are spread over more programs, slice by slice; many read x once for all slices, if it and their sums fit.
     fits = (
-        block_m * block_r * slices <= 64 * 256
-        and (64 if grouped else 32) * 6 * (block_m + block_r * slices) <= budget
+        rows * block_r * slices <= 64 * 256
+        and (64 if grouped else 32) * 6 * (rows + block_r * slices) <= budget
     )
     together = slices == 1 or (parts and tokens >= 1024 and fits)
-    held = block_m * block_r * (slices if together else 1) * (1 if parts else 2)
-    high = block_m >= (32 if x_scales else 64)  # FP8 x is widened by each warp that multiplies it
+    held = rows * block_r * (slices if together else 1) * (1 if parts else 2)
+    high = rows >= (32 if x_scales else 64)  # FP8 x is widened by each warp that multiplies it
     num_warps = (
         8 if held > 64 * 128 or (high and block_r >= 64) or (grouped and block_r == 128) else 4
     )
-    column_bytes = 2 * (block_m + block_r * (slices if together else 1))
-    if block_m <= 32:
+    column_bytes = 2 * (rows + block_r * (slices if together else 1))
+    if rows <= 32:
         block_k = 256 if k > LONG_K and block_r <= 64 else 128
     else:
         block_k = 64 if slices > 1 and together else 128
-    chunk = chunk_k(k, slices)
     while chunk % block_k or (
         block_k > 32 and (3 * block_k * column_bytes > budget or (k % block_k and k % 32 == 0))
     ):
@@ -310,7 +315,9 @@ def _choose(
     stages = (
         4 if 4 * stage_bytes <= min(budget, 112 * 1024) else 3 if 3 * stage_bytes <= budget else 2
     )
-    return Config(block_k, chunk, int(parts), int(together), stages, num_warps)
+    return Config(
+        rows, block_k, chunk, int(parts), int(together), stages, min(num_warps, full_warps)
+    )
 
 
 def chunk_k(k: int, slices: int) -> int:

@@ -14,8 +14,8 @@ x_scale [T, ceil(K / 128)];
 rank at most 16.
 K is added up chunk by chunk, and how wide a chunk is depends on K alone. Few tokens get a program a chunk, whose sums are
 added in order afterwards; many get a program for all of K, which adds in the same order. So a token has the same bits in
-every batch.
-A higher block has SHARES programs: widened FP8 is in registers, from where the matrix unit takes it for up to 32 rows. For
+every batch. Where blocks are few, SHARES programs share the rows of each.
+So they always do where a block is higher: widened FP8 is in registers, from where the matrix unit takes it for up to 32 rows. For
 more it goes through shared memory, which costs more than to widen again, and in another order, which shows in last bits.
 """
 
@@ -212,8 +212,8 @@ def bind_product(problem: Problem, route: MoeRoute, config: Config, pdl: bool) -
     parts = problem.parts(config)
     together = problem.slices if config.together else 1
     chunks = runtime.cdiv(problem.rank, 16)
-    block_m = product_rows(route.block_m)
-    shares = runtime.cdiv(route.block_m, block_m)
+    block_m = product_rows(min(config.rows, route.block_m))
+    shares = route.block_m // block_m
     launch = _product.bind(
         route.max_blocks * chunks * (problem.slices // together) * parts * shares,
         (

@@ -12,7 +12,7 @@ Shapes: y [S, T, rank] float32, x [T, K] and A_s [L, rank, K] float16;
 rank at most 32.
 K is added up chunk by chunk, and how wide a chunk is depends on K alone. Few tokens get a program a chunk, whose sums are
 added in order afterwards; many get a program for all of K, which adds in the same order. So a token has the same bits in
-every batch.
+every batch. Where blocks are few, SHARES programs share the rows of each.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def lora_shrink_f16_r32_product(
     A_STRIDE_L: tl.constexpr,
     A_STRIDE_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    SHARES: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CHUNK_K: tl.constexpr,
     PARTS: tl.constexpr,
@@ -62,13 +63,16 @@ def lora_shrink_f16_r32_product(
         gdc_launch_dependents()
     part = tl.program_id(0) % PARTS
     group = tl.program_id(0) // PARTS % GROUPS
-    block = tl.program_id(0) // (PARTS * GROUPS)
+    block = tl.program_id(0) // (PARTS * GROUPS) // SHARES
+    m0 = tl.program_id(0) // (PARTS * GROUPS) % SHARES * BLOCK_M
     if block >= tl.load(num_blocks_ptr):
         return
     adapter = tl.load(blocks_ptr + 4 * block).to(tl.int64)
     first = tl.load(blocks_ptr + 4 * block + 2)
     rows = tl.load(blocks_ptr + 4 * block + 3)
-    m = tl.arange(0, BLOCK_M)
+    if m0 >= rows:
+        return
+    m = m0 + tl.arange(0, BLOCK_M)
     live = m < rows
     token = tl.load(tokens_ptr + first + m, mask=live, other=0).to(tl.int64)
     # A rank below the tile reads its last row again and drops it: no mask in the loop.
@@ -177,14 +181,17 @@ def bind_product(problem: Problem, route: MoeRoute, config: Config, pdl: bool) -
     parts = problem.parts(config)
     together = problem.slices if config.together else 1
     chunks = runtime.cdiv(problem.rank, 32)
+    block_m = min(config.rows, route.block_m)
+    shares = route.block_m // block_m
     launch = _product.bind(
-        route.max_blocks * chunks * (problem.slices // together) * parts,
+        route.max_blocks * chunks * (problem.slices // together) * parts * shares,
         (
             problem.k,
             problem.rank,
             problem.x_stride,
             *problem.a_strides,
-            route.block_m,
+            block_m,
+            shares,
             config.block_k,
             config.chunk_k,
             parts,

@@ -353,11 +353,8 @@ def _schedule(problem: Problem, boxes: bool) -> str:
     if problem.rows == "pair_token" or problem.block_m == 0:
         return "gemv"
     # Below 64 rows a tile waits for memory, which pointers ask for as well as descriptors; FP8 weights that are widened pass
-    # through registers anyway; and for gated groups of more rows tile was measured before box took the halves in turn.
+    # through registers anyway.
     boxes = boxes and (problem.weight_scales is None or problem.x_scales is not None)
-    boxes = boxes and not (
-        problem.weight_scales == "group" and problem.slices == 2 and problem.block_m > 64
-    )
     boxes = boxes and problem.block_m >= 64 and _has_accelerator(runtime.traits(problem.device))
     return "box" if boxes else "tile"
 

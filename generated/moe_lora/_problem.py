@@ -520,37 +520,14 @@ def _stages(wanted: int, stage_bytes: int, budget: int) -> int:
 
 
 def _in_group(s: _Shape, block_k: int) -> int:
-    return (
-        _group_tile(s.shared_memory, s.full_warps)
-        if "group" in (s.weight_scales, s.x_scales)
-        else block_k
-    )
-
-
-def _group_tile(shared_memory: int, full_warps: int) -> int:
-    """Columns of a tile where groups of them have scales: the same in every batch, as the sum of a tile is scaled by itself."""
-    tile = (
-        32 if full_warps < 8 else 128 if shared_memory > 192 * 1024 else 64
-    )  # on AMD what is on the way takes registers
+    """Where groups of columns have scales, a tile in one group: the same in every batch, as its sum is scaled by itself."""
+    if "group" not in (s.weight_scales, s.x_scales):
+        return block_k
+    # On AMD what is on its way takes registers.
+    tile = 32 if s.full_warps < 8 else 128 if s.shared_memory > 192 * 1024 else 64
     while QUANT.group_k % tile:
         tile //= 2
     return tile
-
-
-def check_group_tile(
-    variant: str, config: OneShotConfig | TwoKernelConfig, device: torch.device
-) -> None:
-    """Raise ValueError where a config that a caller brought would give other bits than the rule's."""
-    traits = runtime.traits(device)
-    tile = _group_tile(traits.shared_memory, traits.full_warps)
-    if config.block_k != tile:
-        runtime.fail(
-            variant,
-            "block_k",
-            config.block_k,
-            f"{tile}, so that all batches add alike",
-            "leave config out",
-        )
 
 
 def _accumulators(s: _Shape) -> int:
@@ -607,7 +584,7 @@ def _one_shot(s: _Shape) -> OneShotConfig:
     narrow = s.weight_scales is not None and accumulators >= 32 * 256
     if narrow:
         block_n = min(
-            block_n, 64
+            block_n, 8 * s.full_warps
         )  # widening and scaling a wider tile beside the sums of the shrink would spill
     expand = _stages(3, expand_bytes * block_n, budget)
     # Accumulators of the shrink would spill over 4 warps; sooner without the matrix units of a large card.

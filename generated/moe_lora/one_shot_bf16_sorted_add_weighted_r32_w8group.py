@@ -30,16 +30,7 @@ import triton.language as tl
 
 from .. import _runtime as runtime
 from ..moe_route import MoeRoute
-from ._problem import (
-    CACHE_POLICIES,
-    Call,
-    Problem,
-    Scales,
-    check,
-    check_group_tile,
-    choose,
-    rows_of_program,
-)
+from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, rows_of_program
 from ._problem import OneShotConfig as Config
 
 
@@ -218,8 +209,11 @@ _kernel = runtime.Launcher(moe_lora_one_shot_bf16_sorted_add_weighted_r32_w8grou
 
 def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again."""
-    check_group_tile(
-        "moe_lora_one_shot_bf16_sorted_add_weighted_r32_w8group", config, problem.device
+    runtime.check_tile(
+        "moe_lora_one_shot_bf16_sorted_add_weighted_r32_w8group",
+        "block_k",
+        config.block_k,
+        group_k=128,
     )
     weights = CACHE_POLICIES[config.weight_policy]
     block_m = rows_of_program(

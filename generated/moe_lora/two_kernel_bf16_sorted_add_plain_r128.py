@@ -215,8 +215,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         )
     chunks = runtime.cdiv(problem.rank, 128)
     part_dtype = torch.float32 if splits > 1 else torch.bfloat16
-    capacity = route.pairs.shape[0]
-    size = splits * capacity * problem.slices * chunks * 128
+    of_position = splits * problem.slices * chunks * 128
     spans = runtime.cdiv(problem.n, config.block_n * config.expand_tiles)
     shrink = _shrink.bind(
         route.max_blocks * chunks * splits,
@@ -261,7 +260,8 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         route: MoeRoute,
         topk_weights: torch.Tensor | None,
     ) -> None:
-        parts = partials(route, size, part_dtype, out.device)
+        capacity = route.pairs.shape[0]
+        parts = partials(route, of_position * capacity, part_dtype, out.device)
         tables = (route.pairs, route.blocks, route.num_blocks, capacity)
         shrink((parts, x, tuple(lora_a), *tables))
         expand((out, parts, tuple(lora_b), *tables))

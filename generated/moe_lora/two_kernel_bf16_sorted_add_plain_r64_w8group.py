@@ -38,7 +38,6 @@ from ._problem import (
     Problem,
     Scales,
     check,
-    check_group_tile,
     choose,
     partials,
     rows_of_program,
@@ -275,8 +274,11 @@ _expand = runtime.Launcher(moe_lora_two_kernel_bf16_sorted_add_plain_r64_w8group
 
 def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The two launches for checked calls of these sizes, ready to be made again and again."""
-    check_group_tile(
-        "moe_lora_two_kernel_bf16_sorted_add_plain_r64_w8group", config, problem.device
+    runtime.check_tile(
+        "moe_lora_two_kernel_bf16_sorted_add_plain_r64_w8group",
+        "block_k",
+        config.block_k,
+        group_k=128,
     )
     pdl = runtime.traits(problem.device).pdl and config.pdl == 1
     weights = CACHE_POLICIES[config.weight_policy]
@@ -295,8 +297,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     shares = runtime.cdiv(route.block_m, block_m)
     chunks = runtime.cdiv(problem.rank, 64)
     part_dtype = torch.float32 if splits > 1 else torch.bfloat16
-    capacity = route.pairs.shape[0]
-    size = splits * capacity * problem.slices * chunks * 64
+    of_position = splits * problem.slices * chunks * 64
     spans = runtime.cdiv(problem.n, config.block_n * config.expand_tiles)
     shrink = _shrink.bind(
         route.max_blocks * chunks * splits * shares,
@@ -347,7 +348,8 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         a_scale: Sequence[torch.Tensor],
         b_scale: Sequence[torch.Tensor],
     ) -> None:
-        parts = partials(route, size, part_dtype, out.device)
+        capacity = route.pairs.shape[0]
+        parts = partials(route, of_position * capacity, part_dtype, out.device)
         tables = (route.pairs, route.blocks, route.num_blocks, capacity)
         shrink((parts, x, tuple(lora_a), tuple(a_scale), *tables))
         expand((out, parts, tuple(lora_b), tuple(b_scale), *tables))

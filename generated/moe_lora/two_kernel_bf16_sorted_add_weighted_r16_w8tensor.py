@@ -296,8 +296,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     shares = runtime.cdiv(route.block_m, block_m)
     chunks = runtime.cdiv(problem.rank, 16)
     part_dtype = torch.float32 if splits > 1 else torch.bfloat16
-    capacity = route.pairs.shape[0]
-    size = splits * capacity * problem.slices * chunks * 16
+    of_position = splits * problem.slices * chunks * 16
     spans = runtime.cdiv(problem.n, config.block_n * config.expand_tiles)
     shrink = _shrink.bind(
         route.max_blocks * chunks * splits * shares,
@@ -347,7 +346,8 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         a_scale: Sequence[torch.Tensor],
         b_scale: Sequence[torch.Tensor],
     ) -> None:
-        parts = partials(route, size, part_dtype, out.device)
+        capacity = route.pairs.shape[0]
+        parts = partials(route, of_position * capacity, part_dtype, out.device)
         tables = (route.pairs, route.blocks, route.num_blocks, capacity)
         shrink((parts, x, tuple(lora_a), tuple(a_scale), *tables))
         expand((out, parts, tuple(lora_b), tuple(b_scale), topk_weights, *tables))

@@ -166,4 +166,4 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
 def tiles(launcher: Callable[..., None], case: Case) -> Any:
     """Tiles that small shapes can be less than, equal to and greater than."""
     config = sys.modules[launcher.__module__].Config
-    return config(32, 64, int(case.parts), int(case.together), 2, 4)
+    return config(32, 32, 64, int(case.parts), int(case.together), 2, 4)

@@ -112,8 +112,9 @@ def tiles_end_with_what_they_divide(package: ModuleType, variants: Sequence[Vari
             parts = problem.parts(config)
             assert parts * slices <= rule.max_parts(slices), f"{where}: {parts} parts"
             assert scaled or parts == 1 or tokens <= rule.MAX_TOKENS_IN_PARTS, f"{where}: parts beyond the workspace"
-            rows = min(128, rank) * (slices if config.together else 1)
-            column = (1 if of_x else 2) * block_m + (1 if of_weights else 2) * rows
+            ranks = min(128, rank) * (slices if config.together else 1)
+            column = (1 if of_x else 2) * min(config.rows, block_m) + (1 if of_weights else 2) * ranks
+            assert not scaled or config.rows <= 32, f"{where}: more rows add FP8 in another order"
             assert config.stages * config.block_k * column <= card.program_shared, f"{where}: {column} bytes a column"
             # Scales round what they are applied to: tiles, or parts.
             orders.add((config.chunk_k, config.block_k if grouped else bool(config.parts) if scaled else None))

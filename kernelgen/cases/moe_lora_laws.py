@@ -19,6 +19,7 @@ from kernelgen.cases.quant import GROUP, group_of, scales_of
 from kernelgen.cases.tiles import CARDS, KS, bare_route, on_card, parts_of_tiles, problem_of
 from kernelgen.model import QUANT_AXES, VOCABULARY
 from kernelgen.reference.moe_lora import dequantise
+from kernelgen.targets import PRIMARY
 
 _MIXED = Routing("mixed", disabled=(0,))
 _CASE = Case(
@@ -171,9 +172,11 @@ def empty_batch(package: ModuleType, variants: Sequence[Variant], device: str) -
 
 
 def tiles_end_with_what_they_divide(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
-    """A tile ends with its part of K and its group of scales: of the rules on every card, and of what is tuned. Nothing runs."""
+    """A tile ends with its part of K and its group of scales, and those of groups are alike in all batches: of the rules on
+    every card, and of what is tuned. Nothing runs."""
     kinds = sorted({(v.tags["schedule"], v.tags["weight_quant"], v.tags["act_quant"]) for v in variants})
     sizes = list(itertools.product(KS, (8, 100), (1, 2), (16, 128), ((1, 2, 8), (60, 8, 128), (2000, 8, 128))))
+    of_groups: dict[str, set[int]] = {card.name: set() for card in CARDS}
     for card, (schedule, weight, act) in itertools.product(CARDS, kinds):
         of_weights, of_x = VOCABULARY["weight_quant"][weight], VOCABULARY["act_quant"][act]
         with on_card(package, card):
@@ -186,11 +189,18 @@ def tiles_end_with_what_they_divide(package: ModuleType, variants: Sequence[Vari
                 config = rule.choose(schedule, problem, route)
                 where = f"{card.name}, {schedule}, rank {rank}, {slices} slices, {tokens} tokens, blocks of {block_m}"
                 _tiles_end(schedule, k, (weight, act), config, rule, where)
+                if schedule != "small_batch" and "group" in weight + act:
+                    of_groups[card.name].add(config.block_k)
     rule, _ = problem_of(package, "moe_lora")
     for (tokens, _, _, _, k, *rest, of_weights, of_x), measured in rule.TUNED.items():
         for schedule, values in measured:
             kinds_of = (f"w8{of_weights}", f"a8{of_x}")
-            _tiles_end(schedule, k, kinds_of, rule.CONFIGS[schedule](*values), rule, f"tuned, {tokens} tokens, {rest}")
+            config = rule.CONFIGS[schedule](*values)
+            _tiles_end(schedule, k, kinds_of, config, rule, f"tuned, {tokens} tokens, {rest}")
+            if schedule != "small_batch" and "group" in (of_weights, of_x):
+                of_groups[PRIMARY].add(config.block_k)
+    for card_name, tiles in of_groups.items():
+        assert len(tiles) < 2, f"{card_name}: groups in tiles of {sorted(tiles)}: a batch of another size has other bits"
 
 
 def _tiles_end(schedule: str, k: int, kinds: Sequence[str], config: Any, rule: ModuleType, where: str) -> None:

@@ -80,8 +80,8 @@ class Subject:
         if c["block_k"] > max(2 * p.k, 32) or c["block_n"] > max(2 * p.n, 64):
             return False
         groups = "group" in (self.cell.quant, self.cell.act)
-        if groups and candidate.schedule != NAIVE and GROUP % c["block_k"]:
-            return False  # a tile has one scale
+        if groups and candidate.schedule != NAIVE and c["block_k"] != GROUP:
+            return False  # a tile has one scale, and is the same in every batch
         rank = self._block_r
         if candidate.schedule == NAIVE:
             return c["split_k"] % c["block_k"] == 0 and c["shrink_block_r"] <= rank
