@@ -73,24 +73,27 @@ def _moe_lora(package: ModuleType, family: Family, variant: Variant) -> Iterator
             for block_m, num_tokens in _SORTED_TOKENS.items():
                 sizes = _MoeLoraSizes(num_tokens, rank=rank, block_m=block_m, **shape)
                 yield _moe_lora_probe(f"m{block_m}{suffix}", package, variant, sizes)
-    if variant.dtype == next(axis.tags[0] for axis in family.axes if axis.name == "dtype"):
-        yield from _moe_lora_tuned(package, family, variant)
 
 
 def _moe_lora_tuned(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
+    if variant.dtype != next(axis.tags[0] for axis in family.axes if axis.name == "dtype"):
+        return
     fields = {field.name for field in dataclasses.fields(_MoeLoraSizes)}
     for entry in family.tuned.entries:
-        problem = dict(entry.problem)
-        serves = (
-            variant.weighted == problem["weighted"]
-            and _serves_rank(variant, problem["rank"])
-            and all(getattr(variant, axis) == tag for axis, tag in entry.tags)
-        )
+        choices = (("first", entry.best), ("second", entry.runner_up))
+        chosen = [(place, c) for place, c in choices if c is not None and c.schedule == variant.schedule]
+        problem = dict(entry.problem) if chosen else {}
+        if (
+            not chosen
+            or variant.weighted != problem["weighted"]
+            or not _serves_rank(variant, problem["rank"])
+            or not all(getattr(variant, axis) == tag for axis, tag in entry.tags)
+        ):
+            continue
         sizes = _MoeLoraSizes(**{name: problem[name] for name in problem.keys() & fields})
-        for place, choice in (("first", entry.best), ("second", entry.runner_up)):
-            if serves and choice is not None and choice.schedule == variant.schedule:
-                name = "_".join((place, *_labels(sizes)))
-                yield _moe_lora_probe(name, package, variant, sizes, dict(choice.config))
+        for place, choice in chosen:
+            name = "_".join((place, *_labels(sizes)))
+            yield _moe_lora_probe(name, package, variant, sizes, dict(choice.config))
 
 
 def _labels(sizes: _MoeLoraSizes) -> Iterator[str]:
@@ -550,10 +553,17 @@ _FAMILIES: Mapping[str, _Probes] = {
 }
 
 
-def probes(package: ModuleType, family: Family, variant: Variant) -> list[Probe]:
-    """The probes of ``variant``, which launch kernels of the imported generated ``package``.
+_TUNED: Mapping[str, _Probes] = {"moe_lora": _moe_lora_tuned}
+
+
+def probes(package: ModuleType, family: Family, variant: Variant, tuned: bool = False) -> list[Probe]:
+    """The probes of ``variant``, which launch kernels of the imported generated ``package``; ``tuned``: those of measured
+    tiles as well.
 
     Raises:
         KeyError: the family has no probes; they belong in this module.
     """
-    return list(_FAMILIES[family.name](package, family, variant))
+    found = list(_FAMILIES[family.name](package, family, variant))
+    if tuned and family.name in _TUNED:
+        found += _TUNED[family.name](package, family, variant)
+    return found

@@ -101,9 +101,8 @@ def _variant_cases(
     generated: ModuleType, family: Family, variant: Variant, target: Target
 ) -> Iterator[Case]:
     measured = dict(family.tuned.versions).get("triton")
-    for probe in probes(generated, family, variant):
-        if probe.is_tuned and (target.name != PRIMARY or measured != triton.__version__):
-            continue
+    tuned = target.name == PRIMARY and measured == triton.__version__
+    for probe in probes(generated, family, variant, tuned):
         with generated._runtime.compile_only() as requests:
             probe.call()
         for request in requests:

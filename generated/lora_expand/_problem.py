@@ -134,16 +134,21 @@ def check(
 
 
 # Bytes of parts from which it is faster to add them up first than to let every program of the expand do it.
-_MANY_BYTES = 24e6
+_MANY_BYTES = 28e6
 
 
 def sums_first(problem: Problem, config: Config, parts: int) -> bool:
-    """Whether parts of y are to be added up in front of the expand, as its programs would read them too often. More tokens
-    of 16 bits wait for memory, behind which that is hidden."""
+    """Whether parts of y are to be added up in front of the expand, as its programs would read them too often. Few tokens
+    would wait for the launch; many of 16 bits wait for memory anyway."""
     tokens = runtime.next_power_of_2(problem.num_tokens)
     readers = sum(runtime.cdiv(width, config.block_n * config.tiles) for width in problem.widths)
     often = 4.0 * tokens * problem.rank * parts * readers > _MANY_BYTES
-    return parts > 1 and often and (tokens <= 2048 or problem.weight_scales is not None)
+    return (
+        parts > 1
+        and often
+        and tokens >= 512
+        and (tokens <= 2048 or problem.weight_scales is not None)
+    )
 
 
 def choose(problem: Problem, route: MoeRoute) -> Config:

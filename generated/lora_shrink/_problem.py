@@ -287,7 +287,7 @@ def _choose(
     parts = late or not fills
     grouped, budget = "group" in (weight_scales, x_scales), shared_memory - 4096
     chunk = chunk_k(k, slices)
-    while parts and rows > 16 and tokens // rows * slices * runtime.cdiv(k, chunk) < 0.9 * num_sms:
+    while parts and rows > 16 and tokens // rows * slices * runtime.cdiv(k, chunk) < 0.6 * num_sms:
         rows //= 2
     # Few blocks are spread over more programs, slice by slice; many read x once for all slices, if it and their sums fit.
     fits = (

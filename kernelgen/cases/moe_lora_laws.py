@@ -199,8 +199,8 @@ def tiles_end_with_what_they_divide(package: ModuleType, variants: Sequence[Vari
             _tiles_end(schedule, k, kinds_of, config, rule, f"tuned, {tokens} tokens, {rest}")
             if schedule != "small_batch" and "group" in (of_weights, of_x):
                 of_groups[PRIMARY].add(config.block_k)
-    for card_name, tiles in of_groups.items():
-        assert len(tiles) < 2, f"{card_name}: groups in tiles of {sorted(tiles)}: a batch of another size has other bits"
+    for card_name, widths in of_groups.items():
+        assert len(widths) < 2, f"{card_name}: groups in tiles of {sorted(widths)}: a batch of another size has other bits"
 
 
 def _tiles_end(schedule: str, k: int, kinds: Sequence[str], config: Any, rule: ModuleType, where: str) -> None:

@@ -152,6 +152,12 @@ def test_tuned_tiles_are_compiled_for_the_primary_target(specs: Path, tmp_path: 
     assert first.row.variant == "moe_lora_one_shot_bf16_sorted_add_plain_r32"
     assert first.request.options.num_warps == 8
 
+    (tmp_path / "generated").symlink_to(ROOT / "generated")
+    chosen = {"only": first.row.variant, "targets": ["sm_90"]}
+    assert not run(tmp_path / "specs", tmp_path, mode="update", **chosen).findings
+    checked = run(tmp_path / "specs", tmp_path, mode="check", **chosen)  # no line of the lock is about tuned tiles
+    assert not checked.findings and any(case.probe.is_tuned for case, _ in checked.outcomes)
+
 
 def test_update_then_check_is_clean_and_compiles_nothing(small: Small) -> None:
     assert not small("update").findings
