@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Iterator
 
-from kernelgen import assemble, names, write
+from kernelgen import assemble, names, trees, write
 from kernelgen.commit import Change
 from kernelgen.diagnostics import Diagnostic, Failure, did_you_mean, failure
 from kernelgen.expand import expand
@@ -40,14 +40,25 @@ def tree(specs: Path, only: str | None = None, jobs: int = 1) -> Tree:
     return assemble.assemble(package(specs), renderer(specs), only, jobs)
 
 
+def _known_tree(specs: Path, only: str | None, jobs: int) -> Tree:
+    """The tree as an earlier build made it of the same, else a new one."""
+    key = trees.made_of(specs, only)
+    known = trees.get(key)
+    if known is None:
+        known = tree(specs, only, jobs)
+        if trees.made_of(specs, only) == key:  # nothing was edited meanwhile
+            trees.put(key, known)
+    return known
+
+
 def build(specs: Path, out: Path, only: str | None = None, jobs: int = 1) -> write.Plan:
     """Bring ``out`` up to date, and return what was done."""
-    return write.sync(tree(specs, only, jobs), out)
+    return write.sync(_known_tree(specs, only, jobs), out)
 
 
 def check(specs: Path, out: Path, only: str | None = None, jobs: int = 1) -> write.Plan:
     """What ``build`` would do; changes nothing."""
-    return write.plan(tree(specs, only, jobs), out)
+    return write.plan(_known_tree(specs, only, jobs), out)
 
 
 def findings(plan: write.Plan) -> list[Diagnostic]:

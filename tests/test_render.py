@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import project
 import pytest
 
-from kernelgen import build, formatting
+from kernelgen import build, formatting, trees
 from kernelgen.diagnostics import Failure
 from kernelgen.locate import SPECS
 
@@ -225,3 +226,27 @@ def test_every_number_of_processes_gives_the_same_bytes(
         monkeypatch.setenv("KERNELGEN_CACHE_DIR", str(tmp_path / f"cache{jobs}"))
         trees.append(build.tree(folder, jobs=jobs))
     assert trees[0] == trees[1] == trees[2]
+
+
+def test_a_build_takes_the_tree_that_was_made_of_the_same(
+    own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = project.make(tmp_path)
+    made: list[object] = []
+    tree = build.tree
+    monkeypatch.setattr(build, "tree", lambda *given: made.append(given) or tree(*given))
+
+    def builds(times: int) -> bool:
+        made.clear()
+        plans = [build.build(folder, tmp_path) for _ in range(2)]
+        return len(made) == times and not plans[1].changes
+
+    assert builds(1) and builds(0)
+    spec = next(folder.glob("*.yaml"))
+    spec.write_text(spec.read_text() + "# a comment\n")
+    assert builds(1) and builds(0)
+    for kept in (own_cache.parent / "trees").iterdir():
+        kept.write_text(kept.read_text()[:-5])
+    assert builds(1) and builds(0)
+    os.mkfifo(folder / "pipe.yaml")
+    assert trees.made_of(folder, None) is None
