@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import ast
 import concurrent.futures
-import contextlib
 import hashlib
 import importlib.metadata
 import multiprocessing
-import os
 import signal
 import sys
 import threading
-from pathlib import Path
 from typing import Iterator, Mapping, Sequence
 
 from kernelgen.diagnostics import Diagnostic
 from kernelgen.model import Location
 from kernelgen.names import PACKAGE
+from kernelgen.sealed import Sealed
 
 LINE_LENGTH = 100
 _RULES = 1  # to be raised when a check below changes: older cached results are then not taken
@@ -158,42 +156,21 @@ def _fault(path: str, line: int, text: str, message: str, column: int = 1) -> Di
 
 
 class _Cache:
-    """Final texts by what they were made of. Not being able to read or write it costs time, nothing else."""
+    """Final texts by what they were made of."""
 
     def __init__(self) -> None:
-        chosen = os.environ.get("KERNELGEN_CACHE_DIR")
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        self.folder = Path(chosen or os.path.join(home, "kernelgen")) / "format"
+        self.texts = Sealed("format", _CACHED_FILES)
         self.rules = f"black {importlib.metadata.version('black')}, rules {_RULES}"
 
-    def _file(self, path: str, raw: str) -> Path:
+    def _key(self, path: str, raw: str) -> str:
         # The path decides which imports are allowed, so it is part of the key.
-        key = "\0".join((self.rules, path, raw))
-        return self.folder / hashlib.sha256(key.encode()).hexdigest()
+        return hashlib.sha256("\0".join((self.rules, path, raw)).encode()).hexdigest()
 
     def get(self, path: str, raw: str) -> str | None:
-        try:
-            seal, _, text = self._file(path, raw).read_text("utf-8").partition("\n")
-        except (OSError, UnicodeDecodeError):
-            return None
-        return text if seal == _seal(text) else None
+        return self.texts.get(self._key(path, raw))
 
     def put(self, path: str, raw: str, text: str) -> None:
-        file = self._file(path, raw)
-        part = file.with_name(f"{file.name}.{os.getpid()}")
-        with contextlib.suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            part.write_text(f"{_seal(text)}\n{text}", "utf-8")
-            part.replace(file)
+        self.texts.put(self._key(path, raw), text)
 
     def trim(self) -> None:
-        """Drop the older half once there are too many."""
-        with contextlib.suppress(OSError):
-            files = sorted(self.folder.iterdir(), key=lambda file: file.stat().st_mtime)
-            if len(files) > _CACHED_FILES:
-                for file in files[: len(files) // 2]:
-                    file.unlink()
-
-
-def _seal(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+        self.texts.trim()

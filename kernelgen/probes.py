@@ -82,13 +82,10 @@ def _moe_lora_tuned(package: ModuleType, family: Family, variant: Variant) -> It
     for entry in family.tuned.entries:
         choices = (("first", entry.best), ("second", entry.runner_up))
         chosen = [(place, c) for place, c in choices if c is not None and c.schedule == variant.schedule]
-        problem = dict(entry.problem) if chosen else {}
-        if (
-            not chosen
-            or variant.weighted != problem["weighted"]
-            or not _serves_rank(variant, problem["rank"])
-            or not all(getattr(variant, axis) == tag for axis, tag in entry.tags)
-        ):
+        if not chosen or not all(getattr(variant, axis) == tag for axis, tag in entry.tags):
+            continue
+        problem = dict(entry.problem)
+        if variant.weighted != problem["weighted"] or not _serves_rank(variant, problem["rank"]):
             continue
         sizes = _MoeLoraSizes(**{name: problem[name] for name in problem.keys() & fields})
         for place, choice in chosen:

@@ -1,12 +1,7 @@
-"""The trees of earlier builds by what they were made of, in the user's cache folder.
-
-A build that has nothing to do reads the tree there and compares it with the disk. Not being able to read or write it
-costs time, nothing else.
-"""
+"""The trees of earlier builds by what they were made of: a build with nothing to do reads one and compares it with the disk."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -17,8 +12,9 @@ from typing import Iterator
 
 from kernelgen import locate
 from kernelgen.model import Tree
+from kernelgen.sealed import Sealed
 
-_KEPT = 8  # trees
+_KEPT = 8  # trees, at most
 _MOST_BYTES = 8 << 20  # of a file that decides a tree
 _LIBRARIES = ("black", "jinja2", "pydantic", "PyYAML")
 
@@ -50,35 +46,16 @@ def _files(specs: Path) -> Iterator[Path]:
 
 def get(key: str | None) -> Tree | None:
     """The tree that was put under ``key``."""
-    if key is None:
-        return None
-    try:
-        seal, _, text = _file(key).read_text("utf-8").partition("\n")
-        if seal == _seal(text):
-            return Tree(**json.loads(text))
-    except (OSError, ValueError, TypeError):
-        pass
-    return None
+    text = None if key is None else _kept().get(key)
+    return None if text is None else Tree(**json.loads(text))
 
 
 def put(key: str | None, tree: Tree) -> None:
-    """Keep ``tree``, and only so many of the others."""
-    if key is None:
-        return
-    file, text = _file(key), json.dumps({"files": dict(tree.files), "partial": tree.partial})
-    part = file.with_name(f"{file.name}.{os.getpid()}")
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(f"{_seal(text)}\n{text}", "utf-8")
-        part.replace(file)
-        newest = sorted(file.parent.iterdir(), key=lambda known: known.stat().st_mtime, reverse=True)
-        for old in newest[_KEPT:]:
-            old.unlink()
+    """Keep ``tree``."""
+    if key is not None:
+        _kept().put(key, json.dumps({"files": dict(tree.files), "partial": tree.partial}))
+        _kept().trim()
 
 
-def _file(key: str) -> Path:
-    return locate.cache_folder() / "trees" / key
-
-
-def _seal(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _kept() -> Sealed:
+    return Sealed("trees", _KEPT)
