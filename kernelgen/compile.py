@@ -133,7 +133,7 @@ def run(
     if full or not complete:
         wanted = known
     else:
-        wanted = standard if mode == "update" else sample.checked(known)
+        wanted = standard if mode == "update" else sample.checked(known, *_turn(lock))
     results, compiled = compile_cases(wanted, workers, progress)
     outcomes = [(case, results[case.digest]) for case in known if case.digest in results]
 
@@ -187,6 +187,14 @@ def assembly(specs: Path, out: Path, variant: str, kind: str, target: str) -> di
             raise failure("KG050", case.family.spec, f"{case} for {target}: {text.reason}")
         texts[case.row.kernel] = text
     return texts
+
+
+def _turn(lock: Lock) -> tuple[int, int]:
+    """Which of the releases in the lock this Triton is, and how many there are."""
+    releases = sorted(lock.sections)
+    if triton.__version__ not in releases:
+        return 0, 1
+    return releases.index(triton.__version__), len(releases)
 
 
 def _usage(case: Case) -> Usage:

@@ -14,18 +14,22 @@ from typing import Callable, Hashable, Iterable, Iterator, Sequence, TypeVar
 from kernelgen.requests import Case
 from kernelgen.targets import PRIMARY
 
-_CHECKED = 160  # kernels of a check, where every schedule for every target is not more already
+_CHECKED = 120  # kernels of a check, where what has to be in it is not more already
 _CHECKED_TUNED = 16  # likewise of the tuned tiles
 _SHARE = 7  # of the kernels for a target that is not the primary one, one in so many is locked
 
 _Group = TypeVar("_Group", bound=Hashable)
 
 
-def checked(known: Iterable[Case]) -> list[Case]:
-    """What a check compiles: every schedule for every target, then the primary target up to a fixed number."""
+def checked(known: Iterable[Case], turn: int = 0, turns: int = 1) -> list[Case]:
+    """What a check compiles: every schedule for every target, then the primary target up to a fixed number.
+
+    Checks under several releases of Triton, each with its ``turn`` of ``turns``, share the schedules for other targets out.
+    """
     plain, tuned = _by_target(known)
     others = {name: cases for name, cases in plain.items() if name != PRIMARY}
-    chosen = [case for cases in others.values() for case in _first(cases, _count(cases, _schedule))]
+    schedules = [_first(cases, _count(cases, _schedule)) for cases in others.values()]
+    chosen = [case for cases in schedules for case in cases[turn::turns]]
     primary = plain.get(PRIMARY, [])
     count = max(_count(primary, _schedule), _CHECKED - len(chosen))
     return [*_first(primary, count), *chosen, *_first(tuned, _CHECKED_TUNED)]
