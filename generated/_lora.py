@@ -188,7 +188,7 @@ def _bind(
         return _nothing
     config = shrink.choose(first, route)
     parts, pdl = first.parts(config), runtime.traits(first.device).pdl
-    size = parts * first.slices * first.num_tokens * first.rank
+    size = parts.count * first.slices * first.num_tokens * first.rank
     one = shrink_variant("lora", dtype, first.rank, first.weight_scales, first.x_scales)
     other = expand_variant("lora", dtype, add_inputs, last.rank, last.weight_scales)
     shrink_call = one.bind_product(first, route, config, pdl)
@@ -196,7 +196,7 @@ def _bind(
     total = (
         one.bind_total(first, route, parts, pdl) if expand.sums_first(last, tiles, parts) else None
     )
-    expand_call = other.bind(last, route, tiles, parts if total is None else 1, pdl)
+    expand_call = other.bind(last, route, tiles, parts if total is None else shrink.Parts(), pdl)
 
     def call(
         out: torch.Tensor,

@@ -12,7 +12,7 @@ import torch
 
 from .. import _runtime as runtime
 from .._scales import Quant, check_fp8, product_rows
-from ..lora_shrink._problem import check_route, check_weights, scale_strides
+from ..lora_shrink._problem import Parts, check_route, check_weights, scale_strides
 from ..moe_route import MoeRoute
 
 
@@ -133,22 +133,20 @@ def check(
     return Problem(*sizes, out.device, kind, of_scales)
 
 
-# Bytes of parts from which it is faster to add them up first than to let every program of the expand do it.
-_MANY_BYTES = 28e6
+# Bytes of parts from which it is faster to add them up first than to let every program of the expand do it. Few tokens wait
+# for the launch as well.
+_MANY_BYTES, _FEW_TOKENS = 31e6, 512
 
 
-def sums_first(problem: Problem, config: Config, parts: int) -> bool:
-    """Whether parts of y are to be added up in front of the expand, as its programs would read them too often. Few tokens
-    would wait for the launch; many of 16 bits wait for memory anyway."""
+def sums_first(problem: Problem, config: Config, parts: Parts) -> bool:
+    """Whether parts of y are to be added up in front of the expand, as its programs would read them too often; where there are
+    many tokens of 16 bits, they wait for memory anyway."""
     tokens = runtime.next_power_of_2(problem.num_tokens)
     readers = sum(runtime.cdiv(width, config.block_n * config.tiles) for width in problem.widths)
-    often = 4.0 * tokens * problem.rank * parts * readers > _MANY_BYTES
-    return (
-        parts > 1
-        and often
-        and tokens >= 512
-        and (tokens <= 2048 or problem.weight_scales is not None)
+    often = 4.0 * tokens * problem.rank * parts.count * readers > _MANY_BYTES * (
+        1.25 if tokens <= _FEW_TOKENS else 1.0
     )
+    return parts.count > 1 and often and (tokens <= 2048 or problem.weight_scales is not None)
 
 
 def choose(problem: Problem, route: MoeRoute) -> Config:

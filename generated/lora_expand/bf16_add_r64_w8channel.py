@@ -16,7 +16,7 @@ b_scale_s [L, N_s];
 rank at most 64.
 A higher block has SHARES programs: widened FP8 is in registers, from where the matrix unit takes it for up to 32 rows. For
 more it goes through shared memory, which costs more than to widen again, and in another order, which shows in last bits.
-In front of it lora_shrink may have left y in parts [parts, S, T, rank], which are then added in order, and scaled.
+In front of it lora_shrink may have left y in parts [parts, S, T, rank], which are then added in its order, and scaled.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from .. import _runtime as runtime
 from .._scales import product_rows
+from ..lora_shrink._problem import Parts
 from ..moe_route import MoeRoute
 from ._problem import CACHE_POLICIES, Call, Config, Problem, check, choose
 
@@ -58,6 +59,7 @@ def lora_expand_bf16_add_r64_w8channel_product(
     B_STRIDE_N: tl.constexpr,
     B_SCALE_STRIDES_L: tl.constexpr,
     PARTS: tl.constexpr,
+    QUARTER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SHARES: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -132,9 +134,14 @@ def lora_expand_bf16_add_r64_w8channel_product(
         gdc_wait()
     v_mask = live[:, None] if RANK == BLOCK_R else live[:, None] & (r < RANK)[None, :]
     v = tl.load(y_rows, mask=v_mask, other=0.0)
+    for i in tl.static_range(1, QUARTER):
+        v += tl.load(y_rows + i * next_part, mask=v_mask, other=0.0)
+    for begin in tl.static_range(QUARTER, PARTS, QUARTER):
+        quarter = tl.load(y_rows + begin * next_part, mask=v_mask, other=0.0)
+        for i in tl.static_range(begin + 1, min(begin + QUARTER, PARTS)):
+            quarter += tl.load(y_rows + i * next_part, mask=v_mask, other=0.0)
+        v += quarter
     if PARTS > 1:
-        for i in tl.static_range(1, PARTS):
-            v += tl.load(y_rows + i * next_part, mask=v_mask, other=0.0)
         v *= scaling
     v = v.to(tl.bfloat16)
     for t in tl.range(0, TILES, num_stages=STAGES):
@@ -176,7 +183,7 @@ _product = runtime.Launcher(lora_expand_bf16_add_r64_w8channel_product)
 
 
 def bind(
-    problem: Problem, route: MoeRoute, config: Config, parts: int = 1, pdl: bool = False
+    problem: Problem, route: MoeRoute, config: Config, parts: Parts = Parts(), pdl: bool = False
 ) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again; pdl: right behind a lora_shrink."""
     wide = config.block_n * config.tiles
@@ -198,7 +205,7 @@ def bind(
             problem.b_strides_l,
             problem.b_stride_n,
             problem.b_scale_strides_l,
-            parts,
+            *parts,
             block_m,
             shares,
             config.block_n,

@@ -16,7 +16,7 @@ b_scale_s [L, ceil(N_s / 128), ceil(rank / 128)];
 any rank, in tiles of 128.
 A higher block has SHARES programs: widened FP8 is in registers, from where the matrix unit takes it for up to 32 rows. For
 more it goes through shared memory, which costs more than to widen again, and in another order, which shows in last bits.
-In front of it lora_shrink may have left y in parts [parts, S, T, rank], which are then added in order, and scaled.
+In front of it lora_shrink may have left y in parts [parts, S, T, rank], which are then added in its order, and scaled.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from .. import _runtime as runtime
 from .._scales import product_rows
+from ..lora_shrink._problem import Parts
 from ..moe_route import MoeRoute
 from ._problem import CACHE_POLICIES, Call, Config, Problem, check, choose
 
@@ -58,6 +59,7 @@ def lora_expand_bf16_add_rany_w8group_product(
     B_STRIDE_N: tl.constexpr,
     B_SCALE_STRIDES_L: tl.constexpr,
     PARTS: tl.constexpr,
+    QUARTER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SHARES: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -119,9 +121,14 @@ def lora_expand_bf16_add_rany_w8group_product(
                 live[:, None] if RANK % BLOCK_R == 0 else live[:, None] & (r < RANK - r0)[None, :]
             )
             v = tl.load(y_rows + r0, mask=v_mask, other=0.0)
+            for i in tl.static_range(1, QUARTER):
+                v += tl.load(y_rows + r0 + i * next_part, mask=v_mask, other=0.0)
+            for begin in tl.static_range(QUARTER, PARTS, QUARTER):
+                quarter = tl.load(y_rows + r0 + begin * next_part, mask=v_mask, other=0.0)
+                for i in tl.static_range(begin + 1, min(begin + QUARTER, PARTS)):
+                    quarter += tl.load(y_rows + r0 + i * next_part, mask=v_mask, other=0.0)
+                v += quarter
             if PARTS > 1:
-                for i in tl.static_range(1, PARTS):
-                    v += tl.load(y_rows + r0 + i * next_part, mask=v_mask, other=0.0)
                 v *= scaling
             b_tile = b_base + (n[:, None] * B_STRIDE_N + (r0 + r)[None, :])
             if EVEN and RANK % BLOCK_R == 0:
@@ -139,10 +146,14 @@ def lora_expand_bf16_add_rany_w8group_product(
                     .to(tl.float32)
                     .to(tl.bfloat16)
                 )
-            b_scale = tl.load(
-                b_scales + n // 128 * R_GROUPS + r0 // 128, mask=None if EVEN else n < width
+            b_scale = (
+                tl.load(b_scales + (n0 + t * BLOCK_N) // 128 * R_GROUPS + r0 // 128)
+                if EVEN and 128 % BLOCK_N == 0
+                else tl.load(
+                    b_scales + n // 128 * R_GROUPS + r0 // 128, mask=None if EVEN else n < width
+                )[None, :]
             )
-            product += tl.dot(v.to(tl.bfloat16), b.T) * b_scale[None, :]
+            product += tl.dot(v.to(tl.bfloat16), b.T) * b_scale
         product += old.to(tl.float32)
         tl.store(out_tile, product.to(tl.bfloat16), mask=out_mask)
 
@@ -151,7 +162,7 @@ _product = runtime.Launcher(lora_expand_bf16_add_rany_w8group_product)
 
 
 def bind(
-    problem: Problem, route: MoeRoute, config: Config, parts: int = 1, pdl: bool = False
+    problem: Problem, route: MoeRoute, config: Config, parts: Parts = Parts(), pdl: bool = False
 ) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again; pdl: right behind a lora_shrink."""
     wide = config.block_n * config.tiles
@@ -162,7 +173,7 @@ def bind(
     block_m = product_rows(route.block_m)
     shares = runtime.cdiv(route.block_m, block_m)
     block_r, stages = runtime.rank_tile(
-        problem.rank, block_m, config.block_n, parts, 4, config.stages, problem.device
+        problem.rank, block_m, config.block_n, parts.count, 4, config.stages, problem.device
     )
     launch = _product.bind(
         route.max_blocks * spans[-1] * shares,
@@ -176,7 +187,7 @@ def bind(
             problem.b_strides_l,
             problem.b_stride_n,
             problem.b_scale_strides_l,
-            parts,
+            *parts,
             block_m,
             shares,
             config.block_n,

@@ -12,7 +12,7 @@ Rows of out of other tokens keep their bytes. The columns of slice s follow thos
 offset_start.
 Shapes: out [T, *] and B_s [L, N_s, rank] bfloat16, y [S, T, rank] float32 or bfloat16;
 rank at most 32.
-In front of it lora_shrink may have left y in parts [parts, S, T, rank], which are then added in order, and scaled.
+In front of it lora_shrink may have left y in parts [parts, S, T, rank], which are then added in its order, and scaled.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from .. import _runtime as runtime
+from ..lora_shrink._problem import Parts
 from ..moe_route import MoeRoute
 from ._problem import CACHE_POLICIES, Call, Config, Problem, check, choose
 
@@ -51,6 +52,7 @@ def lora_expand_bf16_set_r32_product(
     B_STRIDES_L: tl.constexpr,
     B_STRIDE_N: tl.constexpr,
     PARTS: tl.constexpr,
+    QUARTER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILES: tl.constexpr,
@@ -104,9 +106,14 @@ def lora_expand_bf16_set_r32_product(
         gdc_wait()
     v_mask = live[:, None] if RANK == BLOCK_R else live[:, None] & (r < RANK)[None, :]
     v = tl.load(y_rows, mask=v_mask, other=0.0)
+    for i in tl.static_range(1, QUARTER):
+        v += tl.load(y_rows + i * next_part, mask=v_mask, other=0.0)
+    for begin in tl.static_range(QUARTER, PARTS, QUARTER):
+        quarter = tl.load(y_rows + begin * next_part, mask=v_mask, other=0.0)
+        for i in tl.static_range(begin + 1, min(begin + QUARTER, PARTS)):
+            quarter += tl.load(y_rows + i * next_part, mask=v_mask, other=0.0)
+        v += quarter
     if PARTS > 1:
-        for i in tl.static_range(1, PARTS):
-            v += tl.load(y_rows + i * next_part, mask=v_mask, other=0.0)
         v *= scaling
     v = v.to(tl.bfloat16)
     for t in tl.range(0, TILES, num_stages=STAGES):
@@ -134,7 +141,7 @@ _product = runtime.Launcher(lora_expand_bf16_set_r32_product)
 
 
 def bind(
-    problem: Problem, route: MoeRoute, config: Config, parts: int = 1, pdl: bool = False
+    problem: Problem, route: MoeRoute, config: Config, parts: Parts = Parts(), pdl: bool = False
 ) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again; pdl: right behind a lora_shrink."""
     wide = config.block_n * config.tiles
@@ -153,7 +160,7 @@ def bind(
             problem.out_stride,
             problem.b_strides_l,
             problem.b_stride_n,
-            parts,
+            *parts,
             route.block_m,
             config.block_n,
             config.tiles,

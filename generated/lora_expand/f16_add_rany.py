@@ -12,7 +12,7 @@ Rows of out of other tokens keep their bytes. The columns of slice s follow thos
 offset_start.
 Shapes: out [T, *] and B_s [L, N_s, rank] float16, y [S, T, rank] float32 or float16;
 any rank, in tiles of 128.
-In front of it lora_shrink may have left y in parts [parts, S, T, rank], which are then added in order, and scaled.
+In front of it lora_shrink may have left y in parts [parts, S, T, rank], which are then added in its order, and scaled.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from .. import _runtime as runtime
+from ..lora_shrink._problem import Parts
 from ..moe_route import MoeRoute
 from ._problem import CACHE_POLICIES, Call, Config, Problem, check, choose
 
@@ -51,6 +52,7 @@ def lora_expand_f16_add_rany_product(
     B_STRIDES_L: tl.constexpr,
     B_STRIDE_N: tl.constexpr,
     PARTS: tl.constexpr,
+    QUARTER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -102,9 +104,14 @@ def lora_expand_f16_add_rany_product(
                 live[:, None] if RANK % BLOCK_R == 0 else live[:, None] & (r < RANK - r0)[None, :]
             )
             v = tl.load(y_rows + r0, mask=v_mask, other=0.0)
+            for i in tl.static_range(1, QUARTER):
+                v += tl.load(y_rows + r0 + i * next_part, mask=v_mask, other=0.0)
+            for begin in tl.static_range(QUARTER, PARTS, QUARTER):
+                quarter = tl.load(y_rows + r0 + begin * next_part, mask=v_mask, other=0.0)
+                for i in tl.static_range(begin + 1, min(begin + QUARTER, PARTS)):
+                    quarter += tl.load(y_rows + r0 + i * next_part, mask=v_mask, other=0.0)
+                v += quarter
             if PARTS > 1:
-                for i in tl.static_range(1, PARTS):
-                    v += tl.load(y_rows + r0 + i * next_part, mask=v_mask, other=0.0)
                 v *= scaling
             b_tile = b_base + (n[:, None] * B_STRIDE_N + (r0 + r)[None, :])
             if EVEN and RANK % BLOCK_R == 0:
@@ -121,7 +128,7 @@ _product = runtime.Launcher(lora_expand_f16_add_rany_product)
 
 
 def bind(
-    problem: Problem, route: MoeRoute, config: Config, parts: int = 1, pdl: bool = False
+    problem: Problem, route: MoeRoute, config: Config, parts: Parts = Parts(), pdl: bool = False
 ) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again; pdl: right behind a lora_shrink."""
     wide = config.block_n * config.tiles
@@ -130,7 +137,7 @@ def bind(
         spans.append(spans[-1] + runtime.cdiv(width, wide))
         columns.append(columns[-1] + width)
     block_r, stages = runtime.rank_tile(
-        problem.rank, route.block_m, config.block_n, parts, 4, config.stages, problem.device
+        problem.rank, route.block_m, config.block_n, parts.count, 4, config.stages, problem.device
     )
     launch = _product.bind(
         route.max_blocks * spans[-1],
@@ -143,7 +150,7 @@ def bind(
             problem.out_stride,
             problem.b_strides_l,
             problem.b_stride_n,
-            parts,
+            *parts,
             route.block_m,
             config.block_n,
             block_r,

@@ -26,14 +26,15 @@ from ..moe_route import MoeRoute
 class Config(NamedTuple):
     """Tiles of lora_shrink; block_m is the route's.
 
-    chunk_k is part of the numbers: the columns of K that are added up before their sum is added to that of the chunks
-    in front. block_k divides it.
+    chunk_k is part of the numbers: the columns of K that are added up before their sum is added to that of the chunks in front
+    in a quarter of them. block_k divides it.
     """
 
     rows: int  # of a block that a program takes, where it has more: 16, 32, 64 or 128
+    ranks: int  # that a program takes: 16, 32, 64 or 128; of a bucket at most as many as it has
     block_k: int
     chunk_k: int
-    parts: int  # 1: a program a chunk; 0: a program takes all of K
+    parts: int  # 1: a program takes a chunk of K; 2: a quarter of them; 0: all
     together: int  # 1: a program takes all slices, and reads x once for them; 0: one of them
     stages: int
     num_warps: int
@@ -63,6 +64,13 @@ _FP8 = (
 QUANT = Quant(_FP8, 128, 128)
 
 
+class Parts(NamedTuple):
+    """Sums of parts of K, of which ``quarter`` in a row are added up before their sum is added to the others."""
+
+    count: int = 1
+    quarter: int = 1
+
+
 class Problem(NamedTuple):
     """The sizes of one checked call; strides count elements, those of the weights run over (L, rank)."""
 
@@ -79,9 +87,21 @@ class Problem(NamedTuple):
     x_scales: str | None  # likewise of x, "token" for "channel"
     a_scale_stride: int  # over L
 
-    def parts(self, config: Config) -> int:
-        """Programs that share the columns of K."""
-        return runtime.cdiv(self.k, config.chunk_k) if config.parts else 1
+    def quarter(self, config: Config) -> int:
+        """Chunks that are added up by themselves: there are at most four such sums."""
+        return runtime.cdiv(runtime.cdiv(self.k, config.chunk_k), 4)
+
+    def part_k(self, config: Config) -> int:
+        """Columns of K of one program."""
+        chunks = runtime.cdiv(self.k, config.chunk_k)
+        return config.chunk_k * (chunks, 1, self.quarter(config))[config.parts]
+
+    def parts(self, config: Config) -> Parts:
+        """The sums that programs leave."""
+        return Parts(
+            runtime.cdiv(self.k, self.part_k(config)),
+            self.quarter(config) if config.parts == 1 else 1,
+        )
 
 
 def check(
@@ -280,54 +300,70 @@ def _choose(
     shared_memory: int,
     full_warps: int,
 ) -> Config:
-    block_r = min(128, max(16, runtime.next_power_of_2(rank)))
+    block_r = full_r = min(128, max(16, runtime.next_power_of_2(rank)))
     # Scales that are applied to a whole sum would round it in another place: then K is shared out in every batch.
     late = weight_scales in ("tensor", "channel") or x_scales in ("tensor", "token")
     fills = tokens > MAX_TOKENS_IN_PARTS or tokens // rows * slices >= 0.9 * num_sms
-    parts = late or not fills
+    parts = 1 if late else 0 if fills else 2 if 4 * (tokens // 64) * slices >= 0.9 * num_sms else 1
     grouped, budget = "group" in (weight_scales, x_scales), shared_memory - 4096
     chunk = chunk_k(k, slices)
-    while parts and rows > 16 and tokens // rows * slices * runtime.cdiv(k, chunk) < 0.6 * num_sms:
+    chunks = runtime.cdiv(k, chunk)
+    while parts == 1 and rows > 16 and tokens // rows * slices * chunks < 0.9 * num_sms:
         rows //= 2
+    blocks = max(1, tokens // rows)
+    while (
+        parts == 1
+        and block_r > 16
+        and blocks * slices * chunks * (full_r // block_r) < 0.6 * num_sms
+    ):
+        block_r //= 2
     # Few blocks are spread over more programs, slice by slice; many read x once for all slices, if it and their sums fit.
     fits = (
         rows * block_r * slices <= 64 * 256
         and (64 if grouped else 32) * 6 * (rows + block_r * slices) <= budget
     )
-    together = slices == 1 or (parts and tokens >= 1024 and fits)
-    held = rows * block_r * (slices if together else 1) * (1 if parts else 2)
+    together = slices == 1 or (parts == 1 and tokens >= 1024 and fits)
+    held = rows * block_r * (slices if together else 1) * (3, 1, 2)[parts]
     high = rows >= (32 if x_scales else 64)  # FP8 x is widened by each warp that multiplies it
     num_warps = (
         8 if held > 64 * 128 or (high and block_r >= 64) or (grouped and block_r == 128) else 4
     )
     column_bytes = 2 * (rows + block_r * (slices if together else 1))
+    # Programs that are alone on their multiprocessors may take all of its memory, others leave room for a second one or a third.
+    programs = (
+        blocks
+        * (full_r // block_r)
+        * (1 if together else slices)
+        * (1, chunks, min(chunks, 4))[parts]
+    )
+    half = min(budget, 112 * 1024)
+    room = budget if rows <= 32 or programs <= num_sms else half
     if rows <= 32:
         block_k = 256 if k > LONG_K and block_r <= 64 else 128
     else:
-        block_k = 64 if slices > 1 and together else 128
+        block_k = 64 if (slices > 1 and together) or programs > 2 * num_sms else 128
     while chunk % block_k or (
-        block_k > 32 and (3 * block_k * column_bytes > budget or (k % block_k and k % 32 == 0))
+        block_k > 32 and (3 * block_k * column_bytes > room or (k % block_k and k % 32 == 0))
     ):
         block_k //= 2
     if grouped:
         block_k = 64  # of any batch: sums of a tile are scaled before they are added
     stage_bytes = block_k * column_bytes
-    stages = (
-        4 if 4 * stage_bytes <= min(budget, 112 * 1024) else 3 if 3 * stage_bytes <= budget else 2
-    )
+    room = room if rows > 32 and 3 * stage_bytes > half else half
+    stages = 4 if 4 * stage_bytes <= room else 3 if 3 * stage_bytes <= budget else 2
     return Config(
-        rows, block_k, chunk, int(parts), int(together), stages, min(num_warps, full_warps)
+        rows, block_r, block_k, chunk, parts, int(together), stages, min(num_warps, full_warps)
     )
 
 
 def chunk_k(k: int, slices: int) -> int:
     """Columns of K that are added up before the sum is added to the others: by the layer alone, for the same bits in every batch.
 
-    There are at most ``max_parts(slices)`` of them. Where K is long they are of whole tiles of 256 columns.
+    There are at most ``max_parts(slices)`` of them.
     """
     if k <= LONG_K:
         return max(512, runtime.cdiv(k, 8 * 128) * 128)
-    return runtime.cdiv(k, (16 if slices == 1 else 8) * 256) * 256
+    return runtime.cdiv(k, (16 if slices == 1 else 8) * 128) * 128
 
 
 def max_parts(slices: int) -> int:

@@ -10,9 +10,9 @@ For every token t with adapter l, and every slice s, accumulated in fp32:
 Rows of y of other tokens keep their bytes.
 Shapes: y [S, T, rank] float32, x [T, K] and A_s [L, rank, K] bfloat16;
 rank at most 16.
-K is added up chunk by chunk, and how wide a chunk is depends on K alone. Few tokens get a program a chunk, whose sums are
-added in order afterwards; many get a program for all of K, which adds in the same order. So a token has the same bits in
-every batch. Where blocks are few, SHARES programs share the rows of each.
+K is added up chunk by chunk, chunks quarter by quarter, and these in order; how wide a chunk is depends on K alone. Few tokens
+get a program a chunk, more one a quarter, and their sums are added afterwards; many get a program for all of K. All add in the
+same order, so a token has the same bits in every batch. Where blocks are few, SHARES programs share the rows of each, and others its ranks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Config, Problem, Total, check, choose
+from ._problem import CACHE_POLICIES, Call, Config, Parts, Problem, Total, check, choose
 
 
 @triton.jit(
@@ -49,22 +49,26 @@ def lora_shrink_bf16_r16_product(
     A_STRIDE_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SHARES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CHUNK_K: tl.constexpr,
-    PARTS: tl.constexpr,
+    QUARTER_K: tl.constexpr,
+    PART_K: tl.constexpr,
     TOGETHER: tl.constexpr,
     STAGES: tl.constexpr,
     WEIGHTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    BLOCK_R: tl.constexpr = 16
+    PARTS: tl.constexpr = (K + PART_K - 1) // PART_K
     GROUPS: tl.constexpr = len(a_ptrs) // TOGETHER  # of slices
+    TILES: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     if PDL:
         gdc_launch_dependents()
     part = tl.program_id(0) % PARTS
     group = tl.program_id(0) // PARTS % GROUPS
-    block = tl.program_id(0) // (PARTS * GROUPS) // SHARES
-    m0 = tl.program_id(0) // (PARTS * GROUPS) % SHARES * BLOCK_M
+    tile = tl.program_id(0) // (PARTS * GROUPS) % TILES
+    block = tl.program_id(0) // (PARTS * GROUPS * TILES) // SHARES
+    m0 = tl.program_id(0) // (PARTS * GROUPS * TILES) % SHARES * BLOCK_M
     if block >= tl.load(num_blocks_ptr):
         return
     adapter = tl.load(blocks_ptr + 4 * block).to(tl.int64)
@@ -75,27 +79,28 @@ def lora_shrink_bf16_r16_product(
     m = m0 + tl.arange(0, BLOCK_M)
     live = m < rows
     token = tl.load(tokens_ptr + first + m, mask=live, other=0).to(tl.int64)
+
     # A rank below the tile reads its last row again and drops it: no mask in the loop.
-    r = tl.arange(0, BLOCK_R)
+    r = tile * BLOCK_R + tl.arange(0, BLOCK_R)
     a_row = r if RANK % BLOCK_R == 0 else tl.minimum(r, RANK - 1)
     k = tl.arange(0, BLOCK_K)
     tl.static_assert(CHUNK_K % BLOCK_K == 0, "a tile lies in one chunk")
     x_rows = x_ptr + token[:, None] * X_STRIDE
     a_tile = adapter * A_STRIDE_L + (a_row[:, None] * A_STRIDE_R + k[None, :])
     zeros = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    slices = ()  # pointers, sum of this chunk of K, sum of those before it
+    slices = ()  # pointers, sums of this chunk of K, of those before it in its quarter, of the quarters before it
     for i in tl.static_range(TOGETHER):
         a_ptr = a_ptrs[i]
         for other in tl.static_range(1, GROUPS):
             a_ptr = tl.where(group == other, a_ptrs[other * TOGETHER + i], a_ptr)
-        slices += ((a_ptr + a_tile, zeros, zeros),)
-    k_begin = part * CHUNK_K
-    k_end = K if PARTS == 1 else tl.minimum(k_begin + CHUNK_K, K)
+        slices += ((a_ptr + a_tile, zeros, zeros, zeros),)
+    k_begin = part * PART_K
+    k_end = K if PARTS == 1 else tl.minimum(k_begin + PART_K, K)
     for k0 in tl.range(k_begin, k_end, BLOCK_K, num_stages=STAGES):
         if K % BLOCK_K == 0:
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None], other=0.0)
             slices = [
-                (s[0], tl.dot(x, tl.load(s[0] + k0, eviction_policy=WEIGHTS).T, s[1]), s[2])
+                (s[0], tl.dot(x, tl.load(s[0] + k0, eviction_policy=WEIGHTS).T, s[1]), s[2], s[3])
                 for s in slices
             ]
         else:
@@ -110,12 +115,16 @@ def lora_shrink_bf16_r16_product(
                         s[1],
                     ),
                     s[2],
+                    s[3],
                 )
                 for s in slices
             ]
-        if PARTS == 1:
+        if PART_K > CHUNK_K:
             if (k0 + BLOCK_K) % CHUNK_K == 0:
-                slices = [(s[0], zeros, s[2] + s[1]) for s in slices]
+                slices = [(s[0], zeros, s[2] + s[1], s[3]) for s in slices]
+        if PART_K > QUARTER_K:
+            if (k0 + BLOCK_K) % QUARTER_K == 0:
+                slices = [(s[0], s[1], zeros, s[3] + s[2]) for s in slices]
 
     scale = scaling if PARTS == 1 else 1.0  # parts are scaled where they are added up
     kept = live[:, None] if RANK % BLOCK_R == 0 else live[:, None] & (r < RANK)[None, :]
@@ -123,7 +132,8 @@ def lora_shrink_bf16_r16_product(
     y_rows = y_ptr + row[:, None] * RANK + r[None, :]
     next_slice = num_tokens.to(tl.int64) * RANK
     for i in tl.static_range(TOGETHER):
-        tl.store(y_rows + i * next_slice, (slices[i][2] + slices[i][1]) * scale, mask=kept)
+        total = slices[i][3] + (slices[i][2] + slices[i][1])
+        tl.store(y_rows + i * next_slice, total * scale, mask=kept)
 
 
 @triton.jit(
@@ -141,6 +151,7 @@ def lora_shrink_bf16_r16_total(
     SLICES: tl.constexpr,
     RANK: tl.constexpr,
     PARTS: tl.constexpr,
+    QUARTER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -164,8 +175,13 @@ def lora_shrink_bf16_r16_total(
         gdc_wait()
         gdc_launch_dependents()
     total = tl.load(parts_ptr + cells, mask=kept, other=0.0)
-    for i in tl.static_range(1, PARTS):
-        total += tl.load(parts_ptr + i * next_part + cells, mask=kept, other=0.0)
+    for i in tl.static_range(1, QUARTER):
+        total += tl.load(parts_ptr + cells + i * next_part, mask=kept, other=0.0)
+    for begin in tl.static_range(QUARTER, PARTS, QUARTER):
+        quarter = tl.load(parts_ptr + cells + begin * next_part, mask=kept, other=0.0)
+        for i in tl.static_range(begin + 1, min(begin + QUARTER, PARTS)):
+            quarter += tl.load(parts_ptr + cells + i * next_part, mask=kept, other=0.0)
+        total += quarter
     tl.store(y_ptr + cells, total * scaling, mask=kept)
 
 
@@ -174,17 +190,20 @@ _total = runtime.Launcher(lora_shrink_bf16_r16_total)
 
 
 def bind_product(problem: Problem, route: MoeRoute, config: Config, pdl: bool) -> Call:
-    """The product for checked calls of these sizes; of parts, which are to be added in order and then scaled, where
-    there are any: [parts, S, T, rank].
+    """The product for checked calls of these sizes; of parts, which are to be added and then scaled, where there are any:
+    [parts, S, T, rank].
     """
     runtime.check_tile("lora_shrink_bf16_r16", "block_k", config.block_k, chunk_k=config.chunk_k)
-    parts = problem.parts(config)
     together = problem.slices if config.together else 1
-    chunks = runtime.cdiv(problem.rank, 16)
+    block_r = min(config.ranks, 16)
     block_m = min(config.rows, route.block_m)
     shares = route.block_m // block_m
     launch = _product.bind(
-        route.max_blocks * chunks * (problem.slices // together) * parts * shares,
+        route.max_blocks
+        * runtime.cdiv(problem.rank, block_r)
+        * (problem.slices // together)
+        * problem.parts(config).count
+        * shares,
         (
             problem.k,
             problem.rank,
@@ -192,9 +211,11 @@ def bind_product(problem: Problem, route: MoeRoute, config: Config, pdl: bool) -
             *problem.a_strides,
             block_m,
             shares,
+            block_r,
             config.block_k,
             config.chunk_k,
-            parts,
+            config.chunk_k * problem.quarter(config),
+            problem.part_k(config),
             together,
             config.stages,
             CACHE_POLICIES[config.weight_policy],
@@ -217,11 +238,11 @@ def bind_product(problem: Problem, route: MoeRoute, config: Config, pdl: bool) -
     return call
 
 
-def bind_total(problem: Problem, route: MoeRoute, parts: int, pdl: bool) -> Total:
-    """The sum of parts, in order and then scaled; it may take the place of the first of them."""
+def bind_total(problem: Problem, route: MoeRoute, parts: Parts, pdl: bool) -> Total:
+    """The sum of parts, scaled; it may take the place of the first of them."""
     launch = _total.bind(
         route.max_blocks * problem.slices * runtime.cdiv(problem.rank, 16),
-        (problem.slices, problem.rank, parts, route.block_m, pdl),
+        (problem.slices, problem.rank, *parts, route.block_m, pdl),
         runtime.Options(4, pdl=pdl),
     )
     num_tokens = problem.num_tokens
@@ -235,13 +256,13 @@ def bind_total(problem: Problem, route: MoeRoute, parts: int, pdl: bool) -> Tota
 def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The launches for checked calls of these sizes, ready to be made again and again."""
     parts = problem.parts(config)
-    if parts == 1:
+    if parts.count == 1:
         return bind_product(problem, route, config, False)
     pdl = runtime.traits(problem.device).pdl
     product, total = bind_product(problem, route, config, pdl), bind_total(
         problem, route, parts, pdl
     )
-    size = parts * problem.slices * problem.num_tokens * problem.rank
+    size = parts.count * problem.slices * problem.num_tokens * problem.rank
 
     def call(
         y: torch.Tensor,

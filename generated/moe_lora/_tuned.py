@@ -464,6 +464,14 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("small_batch", (16, 256, 512, 512, 4, 4, 1, 1)),
         ("two_kernel", (128, 256, 4, 4, 128, 2, 2, 4, 0, 1)),
     ),
+    (1, 8, 128, 4, 2048, 768, 2, 16, False, True, "channel", None): (
+        ("small_batch", (8, 256, 512, 64, 4, 4, 1, 1)),
+        ("two_kernel", (64, 256, 4, 4, 128, 2, 3, 4, 0, 1)),
+    ),
+    (1, 8, 128, 4, 2048, 768, 2, 16, False, True, "group", None): (
+        ("small_batch", (8, 256, 512, 256, 4, 2, 1, 1)),
+        ("two_kernel", (128, 256, 4, 4, 128, 2, 3, 4, 0, 1)),
+    ),
     (2, 8, 128, 4, 2048, 768, 2, 16, False, True, None, None): (
         ("small_batch", (16, 256, 512, 256, 4, 2, 1, 1)),
         ("two_kernel", (128, 256, 4, 4, 128, 3, 3, 4, 0, 1)),
@@ -471,6 +479,14 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
     (4, 8, 128, 4, 2048, 768, 2, 16, False, True, None, None): (
         ("small_batch", (16, 256, 512, 512, 4, 2, 1, 1)),
         ("two_kernel", (128, 256, 4, 4, 128, 3, 3, 4, 0, 1)),
+    ),
+    (4, 8, 128, 4, 2048, 768, 2, 16, False, True, "channel", None): (
+        ("small_batch", (8, 256, 512, 128, 4, 4, 1, 1)),
+        ("two_kernel", (128, 256, 4, 4, 128, 2, 2, 4, 0, 1)),
+    ),
+    (4, 8, 128, 4, 2048, 768, 2, 16, False, True, "group", None): (
+        ("small_batch", (8, 256, 512, 256, 4, 4, 1, 1)),
+        ("two_kernel", (128, 512, 4, 4, 128, 2, 2, 4, 0, 1)),
     ),
     (8, 8, 128, 4, 2048, 768, 2, 16, False, True, None, None): (
         ("small_batch", (8, 256, 512, 256, 4, 4, 1, 1)),
@@ -608,6 +624,14 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("small_batch", (8, 256, 512, 64, 2, 2, 1, 1)),
         ("two_kernel", (128, 256, 3, 4, 128, 2, 2, 4, 0, 1)),
     ),
+    (1, 8, 128, 4, 2048, 768, 2, 64, False, True, "channel", None): (
+        ("small_batch", (16, 256, 512, 64, 4, 2, 1, 1)),
+        ("two_kernel", (128, 256, 3, 4, 128, 2, 3, 4, 0, 1)),
+    ),
+    (1, 8, 128, 4, 2048, 768, 2, 64, False, True, "group", None): (
+        ("small_batch", (8, 256, 512, 64, 2, 2, 1, 1)),
+        ("two_kernel", (128, 256, 3, 4, 128, 2, 3, 4, 0, 1)),
+    ),
     (2, 8, 128, 4, 2048, 768, 2, 64, False, True, None, None): (
         ("small_batch", (16, 256, 512, 32, 4, 2, 1, 1)),
         ("two_kernel", (128, 256, 3, 4, 128, 2, 2, 4, 0, 1)),
@@ -615,6 +639,14 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
     (4, 8, 128, 4, 2048, 768, 2, 64, False, True, None, None): (
         ("small_batch", (16, 256, 256, 64, 4, 2, 1, 1)),
         ("two_kernel", (128, 512, 3, 4, 128, 3, 3, 4, 0, 1)),
+    ),
+    (4, 8, 128, 4, 2048, 768, 2, 64, False, True, "channel", None): (
+        ("small_batch", (32, 256, 256, 64, 4, 2, 1, 1)),
+        ("two_kernel", (128, 256, 3, 4, 128, 2, 2, 4, 0, 1)),
+    ),
+    (4, 8, 128, 4, 2048, 768, 2, 64, False, True, "group", None): (
+        ("small_batch", (16, 256, 256, 64, 4, 2, 1, 1)),
+        ("two_kernel", (128, 256, 3, 4, 128, 3, 3, 4, 0, 1)),
     ),
     (8, 8, 128, 4, 2048, 768, 2, 64, False, True, None, None): (
         ("small_batch", (32, 256, 256, 64, 4, 2, 1, 1)),
@@ -700,6 +732,14 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("small_batch", (16, 256, 512, 64, 4, 2, 1, 1)),
         ("two_kernel", (64, 256, 3, 4, 128, 2, 2, 4, 0, 1)),
     ),
+    (1, 8, 128, 4, 2048, 768, 2, 128, False, True, "channel", None): (
+        ("small_batch", (16, 256, 512, 32, 4, 2, 1, 1)),
+        ("two_kernel", (128, 256, 2, 4, 128, 2, 3, 4, 0, 1)),
+    ),
+    (1, 8, 128, 4, 2048, 768, 2, 128, False, True, "group", None): (
+        ("small_batch", (16, 256, 512, 32, 4, 2, 1, 1)),
+        ("two_kernel", (128, 256, 2, 4, 128, 2, 3, 4, 0, 1)),
+    ),
     (2, 8, 128, 4, 2048, 768, 2, 128, False, True, None, None): (
         ("small_batch", (32, 256, 256, 32, 4, 4, 1, 1)),
         ("two_kernel", (64, 256, 3, 4, 128, 3, 3, 4, 0, 1)),
@@ -707,6 +747,14 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
     (4, 8, 128, 4, 2048, 768, 2, 128, False, True, None, None): (
         ("small_batch", (8, 256, 512, 32, 4, 4, 1, 1)),
         ("two_kernel", (128, 512, 3, 4, 128, 3, 3, 4, 1, 1)),
+    ),
+    (4, 8, 128, 4, 2048, 768, 2, 128, False, True, "channel", None): (
+        ("small_batch", (16, 256, 512, 32, 4, 2, 1, 1)),
+        ("two_kernel", (128, 256, 2, 4, 128, 2, 3, 4, 0, 1)),
+    ),
+    (4, 8, 128, 4, 2048, 768, 2, 128, False, True, "group", None): (
+        ("small_batch", (32, 256, 256, 32, 4, 2, 1, 1)),
+        ("two_kernel", (128, 256, 2, 4, 128, 2, 3, 4, 0, 1)),
     ),
     (8, 8, 128, 4, 2048, 768, 2, 128, False, True, None, None): (
         ("small_batch", (32, 256, 1024, 32, 4, 2, 1, 1)),
@@ -778,12 +826,28 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("small_batch", (8, 256, 512, 128, 4, 4, 1, 1)),
         ("one_shot", (256, 256, 3, 3, 4, 0)),
     ),
+    (1, 8, 256, 4, 7168, 2048, 2, 16, False, True, "channel", None): (
+        ("small_batch", (8, 256, 512, 128, 4, 4, 1, 1)),
+        ("two_kernel", (64, 960, 4, 4, 128, 2, 3, 4, 0, 1)),
+    ),
+    (1, 8, 256, 4, 7168, 2048, 2, 16, False, True, "group", None): (
+        ("small_batch", (16, 256, 256, 256, 4, 4, 1, 1)),
+        ("one_shot", (256, 128, 4, 3, 2, 0)),
+    ),
     (2, 8, 256, 4, 7168, 2048, 2, 16, False, True, None, None): (
         ("small_batch", (16, 256, 256, 256, 2, 4, 1, 1)),
         ("two_kernel", (128, 512, 4, 4, 128, 2, 2, 4, 0, 1)),
     ),
     (4, 8, 256, 4, 7168, 2048, 2, 16, False, True, None, None): (
         ("small_batch", (16, 256, 256, 512, 2, 4, 1, 1)),
+        ("two_kernel", (128, 1024, 4, 4, 128, 2, 2, 4, 0, 1)),
+    ),
+    (4, 8, 256, 4, 7168, 2048, 2, 16, False, True, "channel", None): (
+        ("small_batch", (8, 256, 512, 256, 4, 4, 1, 1)),
+        ("two_kernel", (128, 1024, 4, 4, 128, 2, 2, 4, 0, 1)),
+    ),
+    (4, 8, 256, 4, 7168, 2048, 2, 16, False, True, "group", None): (
+        ("small_batch", (16, 256, 256, 512, 4, 2, 1, 1)),
         ("two_kernel", (128, 1024, 4, 4, 128, 2, 2, 4, 0, 1)),
     ),
     (8, 8, 256, 4, 7168, 2048, 2, 16, False, True, None, None): (
@@ -922,6 +986,14 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("small_batch", (16, 256, 256, 32, 4, 2, 1, 1)),
         ("one_shot", (128, 64, 3, 3, 4, 0)),
     ),
+    (1, 8, 256, 4, 7168, 2048, 2, 64, False, True, "channel", None): (
+        ("small_batch", (8, 256, 1024, 128, 4, 2, 1, 1)),
+        ("one_shot", (128, 128, 3, 3, 4, 0)),
+    ),
+    (1, 8, 256, 4, 7168, 2048, 2, 64, False, True, "group", None): (
+        ("small_batch", (8, 256, 1024, 256, 4, 2, 1, 1)),
+        ("one_shot", (128, 128, 3, 3, 4, 0)),
+    ),
     (2, 8, 256, 4, 7168, 2048, 2, 64, False, True, None, None): (
         ("small_batch", (8, 256, 256, 32, 4, 2, 1, 0)),
         ("two_kernel", (64, 512, 4, 4, 128, 4, 3, 4, 0, 1)),
@@ -929,6 +1001,14 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
     (4, 8, 256, 4, 7168, 2048, 2, 64, False, True, None, None): (
         ("small_batch", (16, 256, 1024, 64, 2, 2, 1, 1)),
         ("two_kernel", (128, 1792, 4, 8, 128, 2, 2, 8, 1, 1)),
+    ),
+    (4, 8, 256, 4, 7168, 2048, 2, 64, False, True, "channel", None): (
+        ("small_batch", (16, 256, 1024, 64, 4, 2, 1, 1)),
+        ("two_kernel", (128, 1024, 3, 4, 128, 2, 2, 4, 0, 1)),
+    ),
+    (4, 8, 256, 4, 7168, 2048, 2, 64, False, True, "group", None): (
+        ("small_batch", (32, 256, 1024, 64, 2, 2, 1, 1)),
+        ("two_kernel", (128, 1024, 3, 4, 128, 4, 3, 4, 0, 1)),
     ),
     (8, 8, 256, 4, 7168, 2048, 2, 64, False, True, None, None): (
         ("small_batch", (16, 256, 1024, 32, 2, 2, 1, 1)),
@@ -1014,6 +1094,14 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("small_batch", (32, 64, 1024, 32, 4, 4, 1, 1)),
         ("two_kernel", (64, 960, 3, 4, 128, 2, 2, 4, 0, 1)),
     ),
+    (1, 8, 256, 4, 7168, 2048, 2, 128, False, True, "channel", None): (
+        ("small_batch", (16, 256, 1024, 32, 4, 4, 1, 1)),
+        ("one_shot", (128, 128, 3, 3, 4, 0)),
+    ),
+    (1, 8, 256, 4, 7168, 2048, 2, 128, False, True, "group", None): (
+        ("small_batch", (8, 256, 1024, 32, 4, 4, 1, 1)),
+        ("one_shot", (64, 128, 3, 3, 4, 0)),
+    ),
     (2, 8, 256, 4, 7168, 2048, 2, 128, False, True, None, None): (
         ("small_batch", (16, 256, 1024, 64, 2, 4, 1, 1)),
         ("two_kernel", (64, 512, 3, 8, 128, 4, 3, 8, 1, 1)),
@@ -1021,6 +1109,14 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
     (4, 8, 256, 4, 7168, 2048, 2, 128, False, True, None, None): (
         ("small_batch", (16, 256, 1024, 64, 2, 4, 1, 1)),
         ("two_kernel", (128, 1792, 3, 4, 128, 4, 3, 4, 1, 1)),
+    ),
+    (4, 8, 256, 4, 7168, 2048, 2, 128, False, True, "channel", None): (
+        ("small_batch", (16, 256, 1024, 128, 2, 4, 1, 1)),
+        ("two_kernel", (128, 1792, 2, 4, 128, 2, 3, 4, 0, 1)),
+    ),
+    (4, 8, 256, 4, 7168, 2048, 2, 128, False, True, "group", None): (
+        ("small_batch", (32, 256, 1024, 32, 2, 2, 1, 1)),
+        ("two_kernel", (128, 1792, 2, 4, 128, 2, 3, 4, 0, 1)),
     ),
     (8, 8, 256, 4, 7168, 2048, 2, 128, False, True, None, None): (
         ("small_batch", (16, 256, 1024, 64, 2, 4, 1, 1)),
@@ -1569,6 +1665,14 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("small_batch", (16, 256, 512, 64, 4, 2, 1, 1)),
         ("two_kernel", (128, 256, 4, 4, 128, 2, 2, 4, 0, 1)),
     ),
+    (1, 8, 128, 4, 768, 2048, 1, 16, True, True, "channel", None): (
+        ("small_batch", (16, 256, 512, 64, 4, 2, 0, 1)),
+        ("two_kernel", (64, 256, 4, 4, 128, 2, 3, 4, 0, 1)),
+    ),
+    (1, 8, 128, 4, 768, 2048, 1, 16, True, True, "group", None): (
+        ("small_batch", (16, 256, 256, 64, 2, 4, 1, 1)),
+        ("two_kernel", (128, 256, 4, 4, 128, 2, 3, 4, 0, 1)),
+    ),
     (2, 8, 128, 4, 768, 2048, 1, 16, True, True, None, None): (
         ("small_batch", (8, 256, 512, 256, 4, 4, 1, 1)),
         ("two_kernel", (128, 256, 4, 4, 128, 2, 2, 4, 0, 1)),
@@ -1576,6 +1680,14 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
     (4, 8, 128, 4, 768, 2048, 1, 16, True, True, None, None): (
         ("small_batch", (16, 256, 256, 256, 4, 4, 1, 1)),
         ("two_kernel", (128, 256, 4, 4, 128, 2, 2, 4, 0, 1)),
+    ),
+    (4, 8, 128, 4, 768, 2048, 1, 16, True, True, "channel", None): (
+        ("small_batch", (16, 256, 256, 128, 4, 4, 1, 1)),
+        ("two_kernel", (64, 256, 4, 4, 128, 2, 3, 4, 0, 1)),
+    ),
+    (4, 8, 128, 4, 768, 2048, 1, 16, True, True, "group", None): (
+        ("small_batch", (8, 256, 512, 64, 4, 4, 1, 1)),
+        ("two_kernel", (128, 256, 4, 4, 128, 2, 3, 4, 0, 1)),
     ),
     (8, 8, 128, 4, 768, 2048, 1, 16, True, True, None, None): (
         ("small_batch", (8, 256, 512, 256, 4, 4, 1, 1)),
@@ -1713,6 +1825,14 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("small_batch", (16, 256, 256, 64, 4, 2, 1, 1)),
         ("two_kernel", (128, 256, 4, 4, 128, 2, 2, 4, 0, 1)),
     ),
+    (1, 8, 128, 4, 768, 2048, 1, 64, True, True, "channel", None): (
+        ("small_batch", (16, 256, 512, 32, 4, 2, 1, 1)),
+        ("two_kernel", (128, 256, 4, 4, 128, 2, 3, 4, 0, 1)),
+    ),
+    (1, 8, 128, 4, 768, 2048, 1, 64, True, True, "group", None): (
+        ("small_batch", (16, 256, 512, 32, 4, 2, 1, 1)),
+        ("two_kernel", (128, 256, 4, 4, 128, 2, 3, 4, 0, 1)),
+    ),
     (2, 8, 128, 4, 768, 2048, 1, 64, True, True, None, None): (
         ("small_batch", (32, 256, 256, 64, 4, 2, 1, 1)),
         ("two_kernel", (128, 256, 4, 4, 128, 2, 2, 4, 0, 1)),
@@ -1720,6 +1840,14 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
     (4, 8, 128, 4, 768, 2048, 1, 64, True, True, None, None): (
         ("small_batch", (16, 256, 512, 128, 4, 2, 1, 1)),
         ("two_kernel", (128, 256, 4, 4, 128, 2, 2, 4, 0, 1)),
+    ),
+    (4, 8, 128, 4, 768, 2048, 1, 64, True, True, "channel", None): (
+        ("small_batch", (16, 256, 256, 64, 2, 2, 1, 1)),
+        ("two_kernel", (128, 256, 4, 4, 128, 2, 3, 4, 0, 1)),
+    ),
+    (4, 8, 128, 4, 768, 2048, 1, 64, True, True, "group", None): (
+        ("small_batch", (32, 256, 256, 64, 4, 2, 1, 1)),
+        ("two_kernel", (128, 256, 4, 4, 128, 2, 3, 4, 0, 1)),
     ),
     (8, 8, 128, 4, 768, 2048, 1, 64, True, True, None, None): (
         ("small_batch", (8, 256, 512, 128, 4, 4, 1, 1)),
@@ -1805,6 +1933,14 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("small_batch", (16, 256, 256, 32, 2, 2, 1, 1)),
         ("two_kernel", (64, 256, 4, 4, 128, 2, 2, 4, 0, 1)),
     ),
+    (1, 8, 128, 4, 768, 2048, 1, 128, True, True, "channel", None): (
+        ("small_batch", (16, 256, 512, 32, 4, 4, 1, 1)),
+        ("two_kernel", (128, 256, 3, 4, 128, 2, 3, 4, 0, 1)),
+    ),
+    (1, 8, 128, 4, 768, 2048, 1, 128, True, True, "group", None): (
+        ("small_batch", (16, 256, 256, 64, 2, 4, 1, 1)),
+        ("two_kernel", (128, 256, 3, 4, 128, 2, 3, 4, 0, 1)),
+    ),
     (2, 8, 128, 4, 768, 2048, 1, 128, True, True, None, None): (
         ("small_batch", (16, 256, 256, 128, 4, 4, 1, 1)),
         ("two_kernel", (64, 256, 4, 4, 128, 4, 3, 4, 0, 1)),
@@ -1812,6 +1948,14 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
     (4, 8, 128, 4, 768, 2048, 1, 128, True, True, None, None): (
         ("small_batch", (16, 128, 256, 32, 4, 2, 1, 1)),
         ("two_kernel", (64, 256, 4, 4, 64, 4, 3, 4, 0, 1)),
+    ),
+    (4, 8, 128, 4, 768, 2048, 1, 128, True, True, "channel", None): (
+        ("small_batch", (32, 256, 512, 64, 4, 2, 1, 1)),
+        ("two_kernel", (128, 256, 3, 4, 128, 2, 3, 4, 0, 1)),
+    ),
+    (4, 8, 128, 4, 768, 2048, 1, 128, True, True, "group", None): (
+        ("small_batch", (16, 256, 256, 64, 4, 2, 1, 1)),
+        ("two_kernel", (128, 256, 3, 4, 128, 2, 3, 4, 0, 1)),
     ),
     (8, 8, 128, 4, 768, 2048, 1, 128, True, True, None, None): (
         ("small_batch", (32, 256, 512, 32, 4, 4, 1, 1)),
@@ -1885,12 +2029,28 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("small_batch", (16, 256, 512, 256, 4, 4, 1, 1)),
         ("two_kernel", (128, 256, 4, 4, 128, 2, 2, 4, 0, 1)),
     ),
+    (1, 8, 256, 4, 2048, 7168, 1, 16, True, True, "channel", None): (
+        ("small_batch", (8, 256, 512, 128, 4, 4, 1, 1)),
+        ("two_kernel", (64, 256, 4, 4, 128, 2, 3, 4, 0, 1)),
+    ),
+    (1, 8, 256, 4, 2048, 7168, 1, 16, True, True, "group", None): (
+        ("small_batch", (16, 256, 512, 512, 4, 4, 1, 1)),
+        ("two_kernel", (128, 256, 4, 4, 128, 2, 3, 4, 0, 1)),
+    ),
     (2, 8, 256, 4, 2048, 7168, 1, 16, True, True, None, None): (
         ("small_batch", (8, 256, 512, 512, 4, 4, 1, 1)),
         ("two_kernel", (128, 256, 4, 4, 128, 4, 3, 4, 0, 1)),
     ),
     (4, 8, 256, 4, 2048, 7168, 1, 16, True, True, None, None): (
         ("small_batch", (16, 256, 512, 512, 4, 4, 1, 1)),
+        ("two_kernel", (128, 256, 4, 4, 128, 2, 2, 4, 0, 1)),
+    ),
+    (4, 8, 256, 4, 2048, 7168, 1, 16, True, True, "channel", None): (
+        ("small_batch", (16, 256, 512, 256, 4, 4, 1, 1)),
+        ("two_kernel", (128, 256, 4, 4, 128, 2, 2, 4, 0, 1)),
+    ),
+    (4, 8, 256, 4, 2048, 7168, 1, 16, True, True, "group", None): (
+        ("small_batch", (8, 256, 512, 256, 4, 2, 1, 1)),
         ("two_kernel", (128, 256, 4, 4, 128, 2, 2, 4, 0, 1)),
     ),
     (8, 8, 256, 4, 2048, 7168, 1, 16, True, True, None, None): (
@@ -2029,6 +2189,14 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("small_batch", (16, 256, 256, 64, 4, 2, 1, 1)),
         ("two_kernel", (128, 256, 4, 4, 128, 2, 2, 4, 0, 1)),
     ),
+    (1, 8, 256, 4, 2048, 7168, 1, 64, True, True, "channel", None): (
+        ("small_batch", (8, 256, 512, 128, 4, 2, 1, 1)),
+        ("two_kernel", (128, 256, 4, 4, 128, 2, 3, 4, 0, 1)),
+    ),
+    (1, 8, 256, 4, 2048, 7168, 1, 64, True, True, "group", None): (
+        ("small_batch", (8, 256, 512, 128, 4, 2, 1, 1)),
+        ("two_kernel", (128, 256, 4, 4, 128, 2, 3, 4, 0, 1)),
+    ),
     (2, 8, 256, 4, 2048, 7168, 1, 64, True, True, None, None): (
         ("small_batch", (16, 256, 512, 64, 4, 2, 1, 1)),
         ("two_kernel", (128, 256, 4, 4, 128, 4, 3, 4, 0, 1)),
@@ -2036,6 +2204,14 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
     (4, 8, 256, 4, 2048, 7168, 1, 64, True, True, None, None): (
         ("small_batch", (32, 256, 512, 32, 4, 2, 1, 1)),
         ("two_kernel", (64, 256, 4, 4, 128, 5, 3, 4, 1, 1)),
+    ),
+    (4, 8, 256, 4, 2048, 7168, 1, 64, True, True, "channel", None): (
+        ("small_batch", (16, 256, 512, 256, 4, 2, 1, 1)),
+        ("two_kernel", (128, 256, 4, 4, 128, 4, 3, 4, 0, 1)),
+    ),
+    (4, 8, 256, 4, 2048, 7168, 1, 64, True, True, "group", None): (
+        ("small_batch", (16, 256, 512, 64, 4, 2, 1, 1)),
+        ("two_kernel", (128, 512, 4, 4, 128, 4, 3, 4, 0, 1)),
     ),
     (8, 8, 256, 4, 2048, 7168, 1, 64, True, True, None, None): (
         ("small_batch", (32, 256, 1024, 64, 4, 2, 1, 1)),
@@ -2121,6 +2297,14 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("small_batch", (16, 256, 512, 64, 4, 2, 1, 1)),
         ("two_kernel", (64, 256, 4, 4, 128, 2, 2, 4, 0, 1)),
     ),
+    (1, 8, 256, 4, 2048, 7168, 1, 128, True, True, "channel", None): (
+        ("small_batch", (32, 256, 512, 64, 4, 4, 1, 1)),
+        ("two_kernel", (128, 256, 3, 4, 128, 2, 3, 4, 0, 1)),
+    ),
+    (1, 8, 256, 4, 2048, 7168, 1, 128, True, True, "group", None): (
+        ("small_batch", (16, 256, 512, 128, 4, 4, 1, 1)),
+        ("two_kernel", (128, 256, 3, 4, 128, 2, 3, 4, 0, 1)),
+    ),
     (2, 8, 256, 4, 2048, 7168, 1, 128, True, True, None, None): (
         ("small_batch", (32, 256, 512, 32, 4, 2, 1, 1)),
         ("two_kernel", (64, 256, 4, 4, 64, 5, 3, 4, 1, 1)),
@@ -2128,6 +2312,14 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
     (4, 8, 256, 4, 2048, 7168, 1, 128, True, True, None, None): (
         ("small_batch", (32, 256, 1024, 32, 4, 2, 1, 1)),
         ("two_kernel", (64, 512, 4, 8, 128, 8, 3, 4, 1, 1)),
+    ),
+    (4, 8, 256, 4, 2048, 7168, 1, 128, True, True, "channel", None): (
+        ("small_batch", (32, 128, 512, 32, 4, 2, 1, 1)),
+        ("two_kernel", (128, 512, 3, 4, 128, 2, 3, 4, 0, 1)),
+    ),
+    (4, 8, 256, 4, 2048, 7168, 1, 128, True, True, "group", None): (
+        ("small_batch", (16, 256, 1024, 32, 4, 2, 1, 1)),
+        ("two_kernel", (128, 512, 3, 4, 128, 2, 3, 4, 0, 1)),
     ),
     (8, 8, 256, 4, 2048, 7168, 1, 128, True, True, None, None): (
         ("small_batch", (32, 256, 512, 32, 4, 2, 1, 1)),

@@ -187,8 +187,8 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r64_w8channel_kernel(
             b_scale = tl.load(
                 b_scale_ptrs[s] + b_scale_base + (n0 + n),
                 mask=None if N % BLOCK_N == 0 else n < N - n0,
-            )
-            y = tl.dot(v[s], b.T) * b_scale[None, :]
+            )[None, :]
+            y = tl.dot(v[s], b.T) * b_scale
             y += old.to(tl.float32)
             tl.store(out_tile, y.to(tl.bfloat16), mask=out_mask)
 

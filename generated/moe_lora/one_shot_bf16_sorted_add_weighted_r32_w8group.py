@@ -194,11 +194,15 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r32_w8group_kernel(
             out_mask = live[:, None] if N % BLOCK_N == 0 else live[:, None] & (n < N - n0)[None, :]
             out_tile = out_rows + (s * N + n0 + n)[None, :]
             old = tl.load(out_tile, mask=out_mask, other=0.0)
-            b_scale = tl.load(
-                b_scale_ptrs[s] + b_scale_base + (n0 + n) // 128 * R_GROUPS,
-                mask=None if N % BLOCK_N == 0 else n < N - n0,
+            b_scale = (
+                tl.load(b_scale_ptrs[s] + b_scale_base + n0 // 128 * R_GROUPS)
+                if 128 % BLOCK_N == 0
+                else tl.load(
+                    b_scale_ptrs[s] + b_scale_base + (n0 + n) // 128 * R_GROUPS,
+                    mask=None if N % BLOCK_N == 0 else n < N - n0,
+                )[None, :]
             )
-            y = tl.dot(v[s], b.T) * b_scale[None, :]
+            y = tl.dot(v[s], b.T) * b_scale
             y *= weight[:, None]
             y += old.to(tl.float32)
             tl.store(out_tile, y.to(tl.bfloat16), mask=out_mask)

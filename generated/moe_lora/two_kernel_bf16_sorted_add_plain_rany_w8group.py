@@ -265,10 +265,15 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_rany_w8group_expand(
                     .to(tl.float32)
                     .to(tl.bfloat16)
                 )
-            b_scale = tl.load(
-                b_scales + n // 128 * R_GROUPS + r0 // 128, mask=None if N % SPAN == 0 else n < N
+            b_scale = (
+                tl.load(b_scales + (n0 + t * BLOCK_N) // 128 * R_GROUPS + r0 // 128)
+                if N % SPAN == 0 and 128 % BLOCK_N == 0
+                else tl.load(
+                    b_scales + n // 128 * R_GROUPS + r0 // 128,
+                    mask=None if N % SPAN == 0 else n < N,
+                )[None, :]
             )
-            y += tl.dot(v.to(tl.bfloat16), b.T) * b_scale[None, :]
+            y += tl.dot(v.to(tl.bfloat16), b.T) * b_scale
         y += old.to(tl.float32)
         tl.store(out_tile, y.to(tl.bfloat16), mask=out_mask)
 

@@ -270,7 +270,13 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r64_w8group_expand(
                 .to(tl.bfloat16)
             )
         y = tl.dot(v, b.T)
-        y *= tl.load(b_scales + n // 128 * R_GROUPS, mask=None if N % SPAN == 0 else n < N)[None, :]
+        y *= (
+            tl.load(b_scales + (n0 + t * BLOCK_N) // 128 * R_GROUPS)
+            if N % SPAN == 0 and 128 % BLOCK_N == 0
+            else tl.load(b_scales + n // 128 * R_GROUPS, mask=None if N % SPAN == 0 else n < N)[
+                None, :
+            ]
+        )
         y *= weight[:, None]
         y += old.to(tl.float32)
         tl.store(out_tile, y.to(tl.bfloat16), mask=out_mask)

@@ -36,7 +36,7 @@ class Case(BaseCase):
         rank: a number, or by its relation to the bucket: "one", "part" of it, or "full".
         adapters: how the adapter of each token is drawn, a key of ``ADAPTERS``.
         layout: how x, the weights and out lie in memory, a key of ``LAYOUTS``.
-        parts, together: of the tiles of lora_shrink.
+        parts, ranks, together: of the tiles of lora_shrink.
         offset: column of the first slice.
         y_dtype: None: that of the activations.
         four: weights are [L, 1, *, *].
@@ -55,7 +55,8 @@ class Case(BaseCase):
     adapters: str = "spread"
     layout: str = "padded"
     block_m: int = 16
-    parts: bool = True
+    parts: int = 1
+    ranks: int = 128
     together: bool = True
     scaling: float = 0.75
     offset: int = 0

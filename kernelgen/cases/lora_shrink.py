@@ -29,19 +29,22 @@ _SIXTEEN_BIT = (
     Case("eq_tile", "one full tile", tokens=16, adapters="one", k=32),
     Case("gt_tile", "full tiles, then a row", tokens=33, adapters="one", k=64),
     Case("ragged", "no size divides", core=True, k=150, widths=(1, 1), rank="part"),
-    Case("all_of_k", "chunks that are added up in the program", k=150, widths=(1, 1), parts=False),
-    Case("whole_chunks", "a last chunk that is full", k=128, parts=False),
+    Case("all_of_k", "chunks and quarters that are added up in the program", k=330, widths=(1, 1), parts=0),
+    Case("quarters", "chunks that are added up in the program, quarters afterwards", k=330, widths=(1, 1), parts=2),
+    Case("parts_of_quarters", "more parts than quarters of them", k=330, widths=(1, 1)),
+    Case("whole_chunks", "a last chunk that is full", k=128, parts=0),
     Case("whole_parts", "a last part that is full", k=128),
     Case("a_part_too_many", "programs of K that have no work (vLLM's split of 64)", k=40),
     Case("slice_by_slice", "a program a slice", widths=(1, 1, 1), together=False),
-    Case("slice_by_slice_in_one", "a program a slice, for all of K", widths=(1, 1), together=False, parts=False),
+    Case("slice_by_slice_in_one", "a program a slice, for all of K", widths=(1, 1), together=False, parts=0),
     Case("slices_3", "the third slice", widths=(1, 1, 1)),
+    Case("ranks_apart", "programs that share the ranks, the last of them with a part", rank="part", ranks=16),
     Case("empty", "a launch without programs", tokens=0),
     Case("nothing_live", "base tokens only, adapters loaded (vLLM #42008)", adapters="none"),
     Case("mixed", "live rows beside rows without an adapter", core=True, tokens=9, adapters="mixed"),
     Case("last_adapter", "the last adapter of a mixed batch (vLLM #32235)", adapters="last"),
     Case("one_adapter", "a single slot", loras=1),
-    Case("negative_scaling", "the sign of the scaling", scaling=-2.5, parts=False),
+    Case("negative_scaling", "the sign of the scaling", scaling=-2.5, parts=0),
     Case("scaling_once", "a scaling that is applied to each part and to their sum", scaling=8.0, k=300),
     Case("packed", "nothing between rows", layout="packed", widths=(1, 1)),
     Case("shared", "weights stored once for all adapters: stride 0", layout="shared"),
@@ -166,4 +169,4 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
 def tiles(launcher: Callable[..., None], case: Case) -> Any:
     """Tiles that small shapes can be less than, equal to and greater than."""
     config = sys.modules[launcher.__module__].Config
-    return config(32, 32, 64, int(case.parts), int(case.together), 2, 4)
+    return config(32, case.ranks, 32, 64, case.parts, int(case.together), 2, 4)

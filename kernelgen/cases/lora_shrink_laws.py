@@ -19,7 +19,7 @@ from kernelgen.model import VOCABULARY
 from kernelgen.reference.lora_shrink import lora_shrink
 from kernelgen.reference.moe_route import Live, faults, moe_route
 
-_CASE = Case("law", "the batch of the laws", tokens=9, k=150, widths=(1, 1), adapters="mixed", rank=16)
+_CASE = Case("law", "the batch of the laws", tokens=9, k=330, widths=(1, 1), adapters="mixed", rank=16)
 _FULL = dataclasses.replace(_CASE, rank="full")
 
 
@@ -69,8 +69,8 @@ def any_batch_any_split_same_bits(package: ModuleType, variants: Sequence[Varian
         route = package.lora_route(batch.mapping, max_loras=loras, block_m=16)
         part = package.lora_route(batch.mapping[chosen], max_loras=loras, block_m=16)
         made = []
-        for parts, together in ((1, 1), (1, 1), (0, 1), (0, 0), (1, 0)):
-            config = tiles(launcher, dataclasses.replace(_CASE, parts=bool(parts), together=bool(together)))
+        for parts, together in ((1, 1), (1, 1), (0, 1), (0, 0), (1, 0), (2, 1), (2, 0)):
+            config = tiles(launcher, dataclasses.replace(_CASE, parts=parts, together=bool(together)))
             of_all, of_some = y.clone(), y[:, chosen].clone()
             launcher(of_all, x, a, route, scaling=0.3, config=config)
             launcher(of_some, x[chosen], a, part, scaling=0.3, config=config)
@@ -109,15 +109,15 @@ def tiles_end_with_what_they_divide(package: ModuleType, variants: Sequence[Vari
             where = f"{variant}, {card.name}, K {k}, {slices} slices, {tokens} tokens, blocks of {block_m}: {config}"
             assert config.chunk_k % config.block_k == 0, f"{where}: a tile lies in two chunks"
             assert not grouped or rule.QUANT.group_k % config.block_k == 0, f"{where}: a tile needs the scales of two groups"
-            parts = problem.parts(config)
+            parts = problem.parts(config).count
             assert parts * slices <= rule.max_parts(slices), f"{where}: {parts} parts"
             assert scaled or parts == 1 or tokens <= rule.MAX_TOKENS_IN_PARTS, f"{where}: parts beyond the workspace"
-            ranks = min(128, rank) * (slices if config.together else 1)
+            ranks = min(config.ranks, rank) * (slices if config.together else 1)
             column = (1 if of_x else 2) * min(config.rows, block_m) + (1 if of_weights else 2) * ranks
             assert not scaled or config.rows <= 32, f"{where}: more rows add FP8 in another order"
             assert config.stages * config.block_k * column <= card.program_shared, f"{where}: {column} bytes a column"
             # Scales round what they are applied to: tiles, or parts.
-            orders.add((config.chunk_k, config.block_k if grouped else bool(config.parts) if scaled else None))
+            orders.add((config.chunk_k, config.block_k if grouped else config.parts == 1 if scaled else None))
         assert len(orders) == 1, f"{variant}, K {k}, {slices} slices: a sum in the order of the batch or the card: {orders}"
 
 
