@@ -133,9 +133,8 @@ def check(
     return Problem(*sizes, out.device, kind, of_scales)
 
 
-# Bytes of parts from which it is faster to add them up first than to let every program of the expand do it. Few tokens wait
-# for the launch as well.
-_MANY_BYTES, _FEW_TOKENS = 31e6, 512
+# Bytes of parts from which it is faster to add them up first than to let every program of the expand do it.
+_MANY_BYTES = 31e6
 
 
 def sums_first(problem: Problem, config: Config, parts: Parts) -> bool:
@@ -143,9 +142,7 @@ def sums_first(problem: Problem, config: Config, parts: Parts) -> bool:
     many tokens of 16 bits, they wait for memory anyway."""
     tokens = runtime.next_power_of_2(problem.num_tokens)
     readers = sum(runtime.cdiv(width, config.block_n * config.tiles) for width in problem.widths)
-    often = 4.0 * tokens * problem.rank * parts.count * readers > _MANY_BYTES * (
-        1.25 if tokens <= _FEW_TOKENS else 1.0
-    )
+    often = 4.0 * tokens * problem.rank * parts.count * readers > _MANY_BYTES
     return parts.count > 1 and often and (tokens <= 2048 or problem.weight_scales is not None)
 
 

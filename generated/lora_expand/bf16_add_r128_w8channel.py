@@ -109,6 +109,7 @@ def lora_expand_bf16_add_r128_w8channel_product(
         out_mask = live[:, None] if EVEN else live[:, None] & (n < width)[None, :]
         out_tile = out_rows + n[None, :]
         old = tl.load(out_tile, mask=out_mask, other=0.0)
+        b_scale = tl.load(b_scales + n, mask=None if EVEN else n < width)[None, :]
         if EVEN and RANK == BLOCK_R:
             b = (
                 tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]), eviction_policy=WEIGHTS)
@@ -150,6 +151,7 @@ def lora_expand_bf16_add_r128_w8channel_product(
             out_mask = live[:, None] if EVEN else live[:, None] & (n < width)[None, :]
             out_tile = out_rows + n[None, :]
             old = tl.load(out_tile, mask=out_mask, other=0.0)
+            b_scale = tl.load(b_scales + n, mask=None if EVEN else n < width)[None, :]
             if EVEN and RANK == BLOCK_R:
                 b = (
                     tl.load(
@@ -174,7 +176,7 @@ def lora_expand_bf16_add_r128_w8channel_product(
                     .to(tl.bfloat16)
                 )
         product = tl.dot(v, b.T)
-        product *= tl.load(b_scales + n, mask=None if EVEN else n < width)[None, :]
+        product *= b_scale
         product += old.to(tl.float32)
         tl.store(out_tile, product.to(tl.bfloat16), mask=out_mask)
 

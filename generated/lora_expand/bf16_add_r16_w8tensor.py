@@ -99,6 +99,7 @@ def lora_expand_bf16_add_r16_w8tensor_product(
         b_scale_ptr = tl.where(span >= SPANS[i], b_scale_ptrs[i], b_scale_ptr)
         b_scale_stride_l = tl.where(span >= SPANS[i], B_SCALE_STRIDES_L[i], b_scale_stride_l)
     b_scales = b_scale_ptr + adapter * b_scale_stride_l
+    b_scale = tl.load(b_scales)
     n0 = (span - spans) * (BLOCK_N * TILES)
     r = tl.arange(0, BLOCK_R)
     out_rows = out_ptr + token[:, None] * OUT_STRIDE + column
@@ -174,7 +175,7 @@ def lora_expand_bf16_add_r16_w8tensor_product(
                     .to(tl.bfloat16)
                 )
         product = tl.dot(v, b.T)
-        product *= tl.load(b_scales)
+        product *= b_scale
         product += old.to(tl.float32)
         tl.store(out_tile, product.to(tl.bfloat16), mask=out_mask)
 

@@ -110,6 +110,11 @@ def lora_expand_bf16_add_r32_w8group_product(
         out_mask = live[:, None] if EVEN else live[:, None] & (n < width)[None, :]
         out_tile = out_rows + n[None, :]
         old = tl.load(out_tile, mask=out_mask, other=0.0)
+        b_scale = (
+            tl.load(b_scales + n0 // 128 * R_GROUPS)
+            if EVEN and 128 % BLOCK_N == 0
+            else tl.load(b_scales + n // 128 * R_GROUPS, mask=None if EVEN else n < width)[None, :]
+        )
         if EVEN and RANK == BLOCK_R:
             b = (
                 tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]), eviction_policy=WEIGHTS)
@@ -151,6 +156,13 @@ def lora_expand_bf16_add_r32_w8group_product(
             out_mask = live[:, None] if EVEN else live[:, None] & (n < width)[None, :]
             out_tile = out_rows + n[None, :]
             old = tl.load(out_tile, mask=out_mask, other=0.0)
+            b_scale = (
+                tl.load(b_scales + (n0 + t * BLOCK_N) // 128 * R_GROUPS)
+                if EVEN and 128 % BLOCK_N == 0
+                else tl.load(b_scales + n // 128 * R_GROUPS, mask=None if EVEN else n < width)[
+                    None, :
+                ]
+            )
             if EVEN and RANK == BLOCK_R:
                 b = (
                     tl.load(
@@ -175,11 +187,7 @@ def lora_expand_bf16_add_r32_w8group_product(
                     .to(tl.bfloat16)
                 )
         product = tl.dot(v, b.T)
-        product *= (
-            tl.load(b_scales + (n0 + t * BLOCK_N) // 128 * R_GROUPS)
-            if EVEN and 128 % BLOCK_N == 0
-            else tl.load(b_scales + n // 128 * R_GROUPS, mask=None if EVEN else n < width)[None, :]
-        )
+        product *= b_scale
         product += old.to(tl.float32)
         tl.store(out_tile, product.to(tl.bfloat16), mask=out_mask)
 

@@ -146,7 +146,8 @@ def lora_expand_bf16_add_rany_w8channel_product(
                     .to(tl.bfloat16)
                 )
             product = tl.dot(v.to(tl.bfloat16), b.T, product)
-        product *= tl.load(b_scales + n, mask=None if EVEN else n < width)[None, :]
+        b_scale = tl.load(b_scales + n, mask=None if EVEN else n < width)[None, :]
+        product *= b_scale
         product += old.to(tl.float32)
         tl.store(out_tile, product.to(tl.bfloat16), mask=out_mask)
 

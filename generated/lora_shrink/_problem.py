@@ -326,7 +326,11 @@ def _choose(
     held = rows * block_r * (slices if together else 1) * (3, 1, 2)[parts]
     high = rows >= (32 if x_scales else 64)  # FP8 x is widened by each warp that multiplies it
     num_warps = (
-        8 if held > 64 * 128 or (high and block_r >= 64) or (grouped and block_r == 128) else 4
+        8
+        if held > 64 * 128
+        or (high and block_r >= 64)
+        or (grouped and block_r >= (128 if parts else 64))
+        else 4
     )
     column_bytes = 2 * (rows + block_r * (slices if together else 1))
     # Programs that are alone on their multiprocessors may take all of its memory, others leave room for a second one or a third.
@@ -338,10 +342,13 @@ def _choose(
     )
     half = min(budget, 112 * 1024)
     room = budget if rows <= 32 or programs <= num_sms else half
+    crowded = (
+        programs > (num_sms if parts == 1 else 2 * num_sms) and weight_scales is None is x_scales
+    )
     if rows <= 32:
-        block_k = 256 if k > LONG_K and block_r <= 64 else 128
+        block_k = 64 if crowded and block_r >= 64 else 256 if k > LONG_K and block_r <= 64 else 128
     else:
-        block_k = 64 if (slices > 1 and together) or programs > 2 * num_sms else 128
+        block_k = 64 if crowded or (slices > 1 and together) else 128
     while chunk % block_k or (
         block_k > 32 and (3 * block_k * column_bytes > room or (k % block_k and k % 32 == 0))
     ):

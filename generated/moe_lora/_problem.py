@@ -586,6 +586,8 @@ def _one_shot(s: _Shape) -> OneShotConfig:
         block_n = min(
             block_n, 8 * s.full_warps
         )  # widening and scaling a wider tile beside the sums of the shrink would spill
+    if s.weight_scales == "group":
+        block_n = min(block_n, QUANT.group_n)  # one scale a tile
     expand = _stages(3, expand_bytes * block_n, budget)
     # Accumulators of the shrink would spill over 4 warps; sooner without the matrix units of a large card.
     heavy = accumulators >= (

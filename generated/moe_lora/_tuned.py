@@ -501,7 +501,7 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 1024, 4, 4, 128, 2, 2, 4, 0, 1)),
     ),
     (16, 8, 128, 4, 2048, 768, 2, 16, False, True, "group", None): (
-        ("small_batch", (16, 256, 1024, 256, 4, 4, 1, 1)),
+        ("small_batch", (16, 128, 512, 256, 4, 4, 1, 1)),
         ("two_kernel", (128, 1024, 4, 4, 128, 2, 2, 4, 0, 1)),
     ),
     (32, 8, 128, 4, 2048, 768, 2, 16, False, True, None, None): (
@@ -517,8 +517,8 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("one_shot", (256, 128, 3, 3, 2, 0)),
     ),
     (64, 8, 128, 4, 2048, 768, 2, 16, False, True, "group", None): (
-        ("small_batch", (16, 256, 1024, 256, 4, 4, 1, 1)),
-        ("one_shot", (256, 128, 3, 3, 2, 0)),
+        ("small_batch", (16, 128, 2048, 256, 4, 4, 1, 1)),
+        ("one_shot", (128, 128, 3, 3, 2, 0)),
     ),
     (128, 8, 128, 4, 2048, 768, 2, 16, False, True, None, None): (
         ("one_shot", (256, 128, 3, 3, 2, 0)),
@@ -533,7 +533,7 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 2048, 4, 4, 128, 3, 3, 4, 0, 1)),
     ),
     (256, 8, 128, 4, 2048, 768, 2, 16, False, True, "group", None): (
-        ("one_shot", (128, 128, 3, 3, 2, 0)),
+        ("one_shot", (128, 128, 3, 3, 2, 1)),
         ("two_kernel", (128, 1024, 4, 4, 128, 3, 3, 4, 0, 1)),
     ),
     (512, 8, 128, 4, 2048, 768, 2, 16, False, True, None, None): (
@@ -549,8 +549,8 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 2048, 4, 4, 128, 2, 2, 4, 1, 1)),
     ),
     (1024, 8, 128, 4, 2048, 768, 2, 16, False, True, "group", None): (
-        ("one_shot", (128, 128, 4, 4, 2, 1)),
-        ("two_kernel", (128, 1024, 4, 4, 128, 3, 2, 4, 0, 1)),
+        ("one_shot", (128, 128, 3, 3, 2, 0)),
+        ("two_kernel", (128, 1024, 4, 4, 128, 2, 2, 4, 0, 1)),
     ),
     (2048, 8, 128, 4, 2048, 768, 2, 16, False, True, None, None): (
         ("one_shot", (128, 128, 4, 3, 4, 0)),
@@ -661,8 +661,8 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 1024, 3, 4, 128, 2, 2, 4, 0, 1)),
     ),
     (16, 8, 128, 4, 2048, 768, 2, 64, False, True, "group", None): (
-        ("small_batch", (32, 256, 512, 128, 4, 2, 1, 1)),
-        ("two_kernel", (128, 1024, 3, 4, 128, 2, 3, 4, 0, 1)),
+        ("small_batch", (32, 256, 256, 256, 2, 2, 1, 1)),
+        ("two_kernel", (128, 1024, 3, 4, 128, 2, 2, 4, 0, 1)),
     ),
     (32, 8, 128, 4, 2048, 768, 2, 64, False, True, None, None): (
         ("one_shot", (128, 128, 3, 3, 2, 1)),
@@ -678,7 +678,7 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
     ),
     (64, 8, 128, 4, 2048, 768, 2, 64, False, True, "group", None): (
         ("one_shot", (128, 128, 3, 3, 4, 0)),
-        ("small_batch", (32, 256, 1024, 128, 4, 2, 1, 1)),
+        ("small_batch", (32, 256, 512, 64, 4, 2, 1, 1)),
     ),
     (128, 8, 128, 4, 2048, 768, 2, 64, False, True, None, None): (
         ("one_shot", (128, 128, 4, 3, 2, 0)),
@@ -693,7 +693,7 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 2048, 3, 4, 128, 3, 3, 4, 0, 1)),
     ),
     (256, 8, 128, 4, 2048, 768, 2, 64, False, True, "group", None): (
-        ("one_shot", (128, 128, 3, 3, 4, 0)),
+        ("one_shot", (128, 128, 3, 3, 4, 1)),
         ("two_kernel", (128, 2048, 3, 4, 128, 3, 3, 4, 1, 1)),
     ),
     (512, 8, 128, 4, 2048, 768, 2, 64, False, True, None, None): (
@@ -709,7 +709,7 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 1024, 2, 4, 128, 3, 2, 4, 0, 1)),
     ),
     (1024, 8, 128, 4, 2048, 768, 2, 64, False, True, "group", None): (
-        ("one_shot", (128, 128, 4, 4, 4, 0)),
+        ("one_shot", (128, 128, 4, 3, 4, 0)),
         ("two_kernel", (128, 2048, 2, 4, 128, 3, 2, 4, 0, 1)),
     ),
     (2048, 8, 128, 4, 2048, 768, 2, 64, False, True, None, None): (
@@ -725,7 +725,7 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (64, 2048, 4, 4, 128, 3, 3, 8, 0, 1)),
     ),
     (4096, 8, 128, 4, 2048, 768, 2, 64, False, True, "group", None): (
-        ("one_shot", (128, 128, 4, 3, 4, 0)),
+        ("one_shot", (128, 128, 5, 3, 4, 0)),
         ("two_kernel", (128, 2048, 2, 4, 128, 3, 2, 4, 0, 1)),
     ),
     (1, 8, 128, 4, 2048, 768, 2, 128, False, True, None, None): (
@@ -764,6 +764,10 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("one_shot", (128, 128, 3, 3, 4, 0)),
         ("small_batch", (32, 256, 1024, 64, 4, 2, 1, 1)),
     ),
+    (16, 8, 128, 4, 2048, 768, 2, 128, False, True, "group", None): (
+        ("small_batch", (32, 256, 512, 64, 4, 2, 1, 1)),
+        ("one_shot", (64, 128, 4, 3, 4, 0)),
+    ),
     (32, 8, 128, 4, 2048, 768, 2, 128, False, True, None, None): (
         ("one_shot", (128, 128, 2, 3, 8, 0)),
         ("small_batch", (32, 256, 1024, 32, 4, 2, 1, 1)),
@@ -775,6 +779,10 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
     (64, 8, 128, 4, 2048, 768, 2, 128, False, True, "channel", None): (
         ("one_shot", (128, 128, 3, 3, 4, 1)),
         ("small_batch", (32, 256, 512, 64, 4, 2, 1, 1)),
+    ),
+    (64, 8, 128, 4, 2048, 768, 2, 128, False, True, "group", None): (
+        ("one_shot", (128, 128, 3, 3, 4, 1)),
+        ("small_batch", (32, 256, 512, 64, 2, 2, 1, 1)),
     ),
     (128, 8, 128, 4, 2048, 768, 2, 128, False, True, None, None): (
         ("one_shot", (128, 128, 2, 3, 4, 0)),
@@ -789,8 +797,8 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 2048, 2, 4, 128, 3, 3, 4, 0, 1)),
     ),
     (256, 8, 128, 4, 2048, 768, 2, 128, False, True, "group", None): (
-        ("one_shot", (128, 128, 4, 3, 4, 0)),
-        ("two_kernel", (128, 2048, 3, 8, 128, 3, 3, 4, 0, 1)),
+        ("one_shot", (128, 128, 4, 4, 4, 0)),
+        ("two_kernel", (128, 2048, 3, 8, 64, 3, 3, 4, 0, 1)),
     ),
     (512, 8, 128, 4, 2048, 768, 2, 128, False, True, None, None): (
         ("one_shot", (128, 128, 2, 3, 4, 1)),
@@ -805,7 +813,8 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (64, 1024, 3, 4, 128, 3, 2, 4, 0, 1)),
     ),
     (1024, 8, 128, 4, 2048, 768, 2, 128, False, True, "group", None): (
-        ("two_kernel", (128, 2048, 3, 4, 128, 3, 2, 4, 0, 1)),
+        ("two_kernel", (128, 2048, 3, 4, 128, 3, 3, 4, 0, 1)),
+        ("one_shot", (64, 128, 3, 3, 8, 0)),
     ),
     (2048, 8, 128, 4, 2048, 768, 2, 128, False, True, None, None): (
         ("one_shot", (128, 64, 4, 4, 8, 0)),
@@ -821,6 +830,7 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
     ),
     (4096, 8, 128, 4, 2048, 768, 2, 128, False, True, "group", None): (
         ("two_kernel", (128, 2048, 3, 8, 128, 3, 2, 4, 1, 1)),
+        ("one_shot", (64, 128, 3, 3, 8, 0)),
     ),
     (1, 8, 256, 4, 7168, 2048, 2, 16, False, True, None, None): (
         ("small_batch", (8, 256, 512, 128, 4, 4, 1, 1)),
@@ -863,8 +873,8 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 512, 4, 4, 128, 4, 3, 4, 0, 1)),
     ),
     (16, 8, 256, 4, 7168, 2048, 2, 16, False, True, "group", None): (
-        ("small_batch", (16, 256, 512, 256, 4, 4, 1, 1)),
-        ("two_kernel", (128, 1792, 4, 4, 128, 2, 2, 4, 0, 1)),
+        ("small_batch", (16, 256, 512, 512, 2, 2, 1, 1)),
+        ("two_kernel", (128, 1792, 4, 4, 128, 4, 3, 4, 0, 1)),
     ),
     (32, 8, 256, 4, 7168, 2048, 2, 16, False, True, None, None): (
         ("small_batch", (16, 256, 2048, 256, 4, 2, 1, 1)),
@@ -879,8 +889,8 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("one_shot", (256, 128, 4, 3, 2, 0)),
     ),
     (64, 8, 256, 4, 7168, 2048, 2, 16, False, True, "group", None): (
-        ("small_batch", (16, 256, 512, 256, 4, 4, 1, 1)),
-        ("one_shot", (256, 128, 4, 3, 2, 0)),
+        ("small_batch", (16, 256, 512, 512, 2, 2, 1, 1)),
+        ("one_shot", (128, 128, 3, 3, 2, 0)),
     ),
     (128, 8, 256, 4, 7168, 2048, 2, 16, False, True, None, None): (
         ("one_shot", (128, 128, 3, 3, 2, 0)),
@@ -895,7 +905,7 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 7168, 4, 4, 128, 8, 3, 4, 0, 1)),
     ),
     (256, 8, 256, 4, 7168, 2048, 2, 16, False, True, "group", None): (
-        ("one_shot", (128, 128, 3, 4, 2, 1)),
+        ("one_shot", (128, 128, 2, 4, 2, 0)),
         ("two_kernel", (128, 1792, 4, 4, 128, 8, 3, 4, 0, 1)),
     ),
     (512, 8, 256, 4, 7168, 2048, 2, 16, False, True, None, None): (
@@ -911,8 +921,8 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 7168, 4, 4, 128, 4, 3, 4, 0, 1)),
     ),
     (1024, 8, 256, 4, 7168, 2048, 2, 16, False, True, "group", None): (
-        ("one_shot", (128, 128, 3, 4, 2, 1)),
-        ("two_kernel", (128, 3584, 4, 4, 128, 8, 3, 4, 0, 1)),
+        ("one_shot", (128, 128, 4, 4, 2, 0)),
+        ("two_kernel", (128, 3584, 4, 4, 128, 4, 3, 4, 0, 1)),
     ),
     (2048, 8, 256, 4, 7168, 2048, 2, 16, False, True, None, None): (
         ("one_shot", (128, 128, 4, 3, 4, 0)),
@@ -927,7 +937,7 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 7168, 4, 4, 128, 8, 2, 4, 0, 1)),
     ),
     (4096, 8, 256, 4, 7168, 2048, 2, 16, False, True, "group", None): (
-        ("one_shot", (64, 128, 4, 4, 2, 0)),
+        ("one_shot", (64, 128, 4, 4, 2, 1)),
         ("two_kernel", (128, 7168, 4, 4, 128, 8, 3, 4, 0, 1)),
     ),
     (1, 8, 256, 4, 7168, 2048, 2, 32, False, True, None, None): (
@@ -1024,7 +1034,7 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
     ),
     (16, 8, 256, 4, 7168, 2048, 2, 64, False, True, "group", None): (
         ("small_batch", (32, 256, 1024, 128, 2, 2, 1, 1)),
-        ("two_kernel", (128, 1024, 3, 4, 256, 4, 3, 4, 0, 1)),
+        ("two_kernel", (128, 1792, 3, 4, 128, 4, 3, 4, 1, 1)),
     ),
     (32, 8, 256, 4, 7168, 2048, 2, 64, False, True, None, None): (
         ("one_shot", (128, 128, 3, 3, 4, 0)),
@@ -1039,7 +1049,7 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("small_batch", (16, 256, 1024, 128, 4, 2, 1, 1)),
     ),
     (64, 8, 256, 4, 7168, 2048, 2, 64, False, True, "group", None): (
-        ("two_kernel", (128, 1792, 3, 4, 128, 8, 3, 4, 0, 1)),
+        ("two_kernel", (128, 1024, 4, 4, 128, 8, 3, 4, 1, 1)),
         ("small_batch", (32, 256, 1024, 128, 4, 2, 1, 1)),
     ),
     (128, 8, 256, 4, 7168, 2048, 2, 64, False, True, None, None): (
@@ -1055,7 +1065,7 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("one_shot", (128, 128, 3, 3, 4, 0)),
     ),
     (256, 8, 256, 4, 7168, 2048, 2, 64, False, True, "group", None): (
-        ("two_kernel", (128, 1792, 4, 4, 128, 8, 3, 4, 0, 1)),
+        ("two_kernel", (128, 1792, 3, 4, 128, 8, 3, 4, 1, 1)),
         ("one_shot", (128, 128, 3, 4, 4, 0)),
     ),
     (512, 8, 256, 4, 7168, 2048, 2, 64, False, True, None, None): (
@@ -1071,8 +1081,8 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("one_shot", (256, 256, 3, 3, 4, 0)),
     ),
     (1024, 8, 256, 4, 7168, 2048, 2, 64, False, True, "group", None): (
-        ("one_shot", (128, 128, 3, 3, 4, 1)),
-        ("two_kernel", (128, 7168, 3, 4, 128, 8, 3, 4, 1, 1)),
+        ("one_shot", (128, 128, 3, 3, 2, 0)),
+        ("two_kernel", (128, 7168, 3, 4, 128, 4, 3, 4, 0, 1)),
     ),
     (2048, 8, 256, 4, 7168, 2048, 2, 64, False, True, None, None): (
         ("two_kernel", (256, 7168, 2, 4, 128, 8, 3, 4, 0, 1)),
@@ -1087,7 +1097,7 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 7168, 4, 4, 128, 8, 3, 4, 0, 1)),
     ),
     (4096, 8, 256, 4, 7168, 2048, 2, 64, False, True, "group", None): (
-        ("one_shot", (128, 128, 4, 3, 4, 0)),
+        ("one_shot", (128, 128, 4, 3, 4, 1)),
         ("two_kernel", (128, 7168, 2, 4, 128, 8, 2, 4, 0, 1)),
     ),
     (1, 8, 256, 4, 7168, 2048, 2, 128, False, True, None, None): (
@@ -1126,6 +1136,10 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("small_batch", (16, 256, 1024, 64, 2, 4, 1, 1)),
         ("one_shot", (128, 128, 3, 3, 4, 0)),
     ),
+    (16, 8, 256, 4, 7168, 2048, 2, 128, False, True, "group", None): (
+        ("small_batch", (32, 256, 1024, 64, 2, 2, 1, 1)),
+        ("two_kernel", (128, 3584, 3, 4, 128, 2, 2, 4, 0, 1)),
+    ),
     (32, 8, 256, 4, 7168, 2048, 2, 128, False, True, None, None): (
         ("one_shot", (128, 128, 3, 4, 4, 0)),
         ("small_batch", (16, 256, 1024, 128, 4, 4, 1, 1)),
@@ -1137,6 +1151,10 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
     (64, 8, 256, 4, 7168, 2048, 2, 128, False, True, "channel", None): (
         ("two_kernel", (128, 3584, 3, 4, 64, 8, 3, 4, 0, 1)),
         ("small_batch", (16, 256, 1024, 128, 4, 2, 1, 1)),
+    ),
+    (64, 8, 256, 4, 7168, 2048, 2, 128, False, True, "group", None): (
+        ("two_kernel", (128, 3584, 3, 4, 64, 8, 3, 4, 0, 1)),
+        ("small_batch", (32, 256, 1024, 64, 2, 2, 1, 1)),
     ),
     (128, 8, 256, 4, 7168, 2048, 2, 128, False, True, None, None): (
         ("one_shot", (256, 128, 3, 3, 4, 0)),
@@ -1151,8 +1169,8 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("one_shot", (128, 128, 4, 4, 4, 1)),
     ),
     (256, 8, 256, 4, 7168, 2048, 2, 128, False, True, "group", None): (
-        ("two_kernel", (128, 3584, 3, 4, 128, 8, 3, 4, 1, 1)),
-        ("one_shot", (128, 128, 4, 4, 4, 0)),
+        ("two_kernel", (128, 3584, 4, 4, 128, 8, 3, 4, 1, 1)),
+        ("one_shot", (128, 128, 4, 4, 8, 0)),
     ),
     (512, 8, 256, 4, 7168, 2048, 2, 128, False, True, None, None): (
         ("two_kernel", (128, 3584, 3, 4, 128, 2, 2, 4, 0, 1)),
@@ -1167,8 +1185,8 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("one_shot", (256, 128, 3, 3, 4, 0)),
     ),
     (1024, 8, 256, 4, 7168, 2048, 2, 128, False, True, "group", None): (
-        ("one_shot", (256, 128, 3, 3, 8, 0)),
         ("two_kernel", (128, 7168, 3, 8, 64, 8, 3, 4, 0, 1)),
+        ("one_shot", (128, 128, 3, 3, 8, 0)),
     ),
     (2048, 8, 256, 4, 7168, 2048, 2, 128, False, True, None, None): (
         ("one_shot", (128, 128, 2, 3, 4, 0)),
@@ -1183,7 +1201,8 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 7168, 3, 4, 128, 8, 2, 4, 1, 1)),
     ),
     (4096, 8, 256, 4, 7168, 2048, 2, 128, False, True, "group", None): (
-        ("two_kernel", (128, 7168, 4, 8, 128, 8, 2, 4, 0, 1)),
+        ("two_kernel", (128, 7168, 4, 8, 128, 8, 2, 4, 0, 0)),
+        ("one_shot", (64, 128, 3, 3, 8, 0)),
     ),
     (1, 2, 8, 4, 14336, 4096, 1, 16, True, True, None, None): (
         ("small_batch", (16, 256, 512, 64, 4, 4, 1, 1)),
@@ -1666,7 +1685,7 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 256, 4, 4, 128, 2, 2, 4, 0, 1)),
     ),
     (1, 8, 128, 4, 768, 2048, 1, 16, True, True, "channel", None): (
-        ("small_batch", (16, 256, 512, 64, 4, 2, 0, 1)),
+        ("small_batch", (8, 256, 256, 64, 4, 4, 1, 1)),
         ("two_kernel", (64, 256, 4, 4, 128, 2, 3, 4, 0, 1)),
     ),
     (1, 8, 128, 4, 768, 2048, 1, 16, True, True, "group", None): (
@@ -1682,7 +1701,7 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 256, 4, 4, 128, 2, 2, 4, 0, 1)),
     ),
     (4, 8, 128, 4, 768, 2048, 1, 16, True, True, "channel", None): (
-        ("small_batch", (16, 256, 256, 128, 4, 4, 1, 1)),
+        ("small_batch", (16, 256, 256, 64, 4, 4, 1, 1)),
         ("two_kernel", (64, 256, 4, 4, 128, 2, 3, 4, 0, 1)),
     ),
     (4, 8, 128, 4, 768, 2048, 1, 16, True, True, "group", None): (
@@ -1702,8 +1721,8 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 384, 4, 4, 128, 2, 2, 4, 0, 1)),
     ),
     (16, 8, 128, 4, 768, 2048, 1, 16, True, True, "group", None): (
-        ("small_batch", (8, 256, 512, 256, 4, 4, 1, 1)),
-        ("two_kernel", (128, 384, 4, 4, 128, 2, 2, 4, 0, 1)),
+        ("small_batch", (8, 256, 512, 512, 4, 4, 1, 1)),
+        ("two_kernel", (128, 256, 4, 4, 128, 2, 2, 4, 0, 1)),
     ),
     (32, 8, 128, 4, 768, 2048, 1, 16, True, True, None, None): (
         ("small_batch", (8, 256, 512, 512, 4, 4, 1, 1)),
@@ -1718,8 +1737,8 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("one_shot", (256, 256, 3, 3, 2, 0)),
     ),
     (64, 8, 128, 4, 768, 2048, 1, 16, True, True, "group", None): (
-        ("small_batch", (16, 256, 512, 512, 4, 4, 1, 1)),
-        ("one_shot", (256, 128, 4, 3, 2, 0)),
+        ("small_batch", (16, 256, 1024, 512, 4, 4, 1, 1)),
+        ("two_kernel", (128, 768, 4, 4, 128, 4, 3, 4, 0, 1)),
     ),
     (128, 8, 128, 4, 768, 2048, 1, 16, True, True, None, None): (
         ("one_shot", (128, 128, 4, 4, 2, 0)),
@@ -1734,8 +1753,8 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 768, 4, 4, 128, 4, 3, 4, 0, 1)),
     ),
     (256, 8, 128, 4, 768, 2048, 1, 16, True, True, "group", None): (
-        ("one_shot", (128, 128, 4, 3, 2, 0)),
-        ("two_kernel", (128, 768, 4, 4, 256, 4, 3, 4, 0, 1)),
+        ("one_shot", (128, 128, 4, 4, 2, 0)),
+        ("two_kernel", (128, 768, 4, 4, 128, 4, 3, 4, 1, 1)),
     ),
     (512, 8, 128, 4, 768, 2048, 1, 16, True, True, None, None): (
         ("one_shot", (128, 128, 4, 3, 2, 1)),
@@ -1750,8 +1769,8 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 768, 4, 4, 128, 4, 2, 4, 0, 1)),
     ),
     (1024, 8, 128, 4, 768, 2048, 1, 16, True, True, "group", None): (
-        ("one_shot", (256, 128, 3, 3, 4, 1)),
-        ("two_kernel", (128, 768, 4, 4, 128, 8, 3, 4, 0, 1)),
+        ("one_shot", (256, 128, 3, 3, 4, 0)),
+        ("two_kernel", (128, 384, 4, 4, 128, 4, 3, 4, 0, 1)),
     ),
     (2048, 8, 128, 4, 768, 2048, 1, 16, True, True, None, None): (
         ("one_shot", (128, 128, 4, 4, 4, 0)),
@@ -1766,8 +1785,8 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 768, 3, 4, 128, 8, 3, 4, 0, 1)),
     ),
     (4096, 8, 128, 4, 768, 2048, 1, 16, True, True, "group", None): (
-        ("one_shot", (256, 128, 3, 3, 4, 1)),
-        ("two_kernel", (128, 768, 3, 4, 128, 8, 3, 4, 0, 1)),
+        ("one_shot", (128, 128, 3, 3, 4, 0)),
+        ("two_kernel", (128, 768, 3, 4, 128, 8, 3, 4, 1, 1)),
     ),
     (1, 8, 128, 4, 768, 2048, 1, 32, True, True, None, None): (
         ("small_batch", (16, 256, 512, 32, 4, 2, 1, 1)),
@@ -1862,7 +1881,7 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 384, 4, 4, 128, 4, 3, 4, 0, 1)),
     ),
     (16, 8, 128, 4, 768, 2048, 1, 64, True, True, "group", None): (
-        ("small_batch", (16, 256, 256, 128, 4, 2, 1, 1)),
+        ("small_batch", (32, 256, 256, 256, 4, 2, 1, 1)),
         ("two_kernel", (128, 384, 4, 4, 128, 4, 3, 4, 0, 1)),
     ),
     (32, 8, 128, 4, 768, 2048, 1, 64, True, True, None, None): (
@@ -1878,8 +1897,8 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("small_batch", (32, 256, 512, 128, 4, 2, 1, 1)),
     ),
     (64, 8, 128, 4, 768, 2048, 1, 64, True, True, "group", None): (
-        ("small_batch", (32, 256, 256, 128, 4, 2, 1, 1)),
-        ("one_shot", (128, 128, 4, 3, 4, 0)),
+        ("small_batch", (32, 256, 256, 64, 2, 2, 1, 1)),
+        ("one_shot", (128, 128, 4, 4, 4, 0)),
     ),
     (128, 8, 128, 4, 768, 2048, 1, 64, True, True, None, None): (
         ("one_shot", (64, 64, 3, 3, 2, 0)),
@@ -1894,8 +1913,8 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 768, 4, 4, 128, 4, 3, 4, 0, 1)),
     ),
     (256, 8, 128, 4, 768, 2048, 1, 64, True, True, "group", None): (
-        ("one_shot", (128, 128, 4, 4, 4, 0)),
-        ("two_kernel", (128, 768, 3, 4, 128, 4, 3, 4, 0, 1)),
+        ("one_shot", (128, 128, 3, 3, 4, 1)),
+        ("two_kernel", (128, 768, 3, 4, 128, 4, 3, 4, 1, 1)),
     ),
     (512, 8, 128, 4, 768, 2048, 1, 64, True, True, None, None): (
         ("one_shot", (128, 64, 3, 2, 2, 0)),
@@ -1910,7 +1929,7 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 768, 4, 4, 128, 8, 2, 4, 0, 1)),
     ),
     (1024, 8, 128, 4, 768, 2048, 1, 64, True, True, "group", None): (
-        ("one_shot", (128, 128, 3, 3, 2, 1)),
+        ("one_shot", (128, 128, 3, 3, 2, 0)),
         ("two_kernel", (128, 768, 4, 4, 128, 8, 2, 4, 0, 1)),
     ),
     (2048, 8, 128, 4, 768, 2048, 1, 64, True, True, None, None): (
@@ -1927,7 +1946,7 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
     ),
     (4096, 8, 128, 4, 768, 2048, 1, 64, True, True, "group", None): (
         ("one_shot", (128, 128, 4, 4, 4, 0)),
-        ("two_kernel", (128, 768, 4, 4, 128, 8, 3, 4, 0, 1)),
+        ("two_kernel", (128, 768, 4, 4, 128, 8, 3, 4, 0, 0)),
     ),
     (1, 8, 128, 4, 768, 2048, 1, 128, True, True, None, None): (
         ("small_batch", (16, 256, 256, 32, 2, 2, 1, 1)),
@@ -1965,6 +1984,10 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("small_batch", (32, 256, 256, 64, 4, 4, 1, 1)),
         ("one_shot", (128, 128, 4, 3, 4, 0)),
     ),
+    (16, 8, 128, 4, 768, 2048, 1, 128, True, True, "group", None): (
+        ("small_batch", (32, 256, 256, 64, 2, 2, 1, 1)),
+        ("two_kernel", (128, 384, 3, 4, 128, 2, 3, 4, 0, 1)),
+    ),
     (32, 8, 128, 4, 768, 2048, 1, 128, True, True, None, None): (
         ("one_shot", (64, 128, 3, 3, 4, 0)),
         ("small_batch", (32, 256, 256, 64, 4, 4, 1, 1)),
@@ -1975,6 +1998,10 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
     ),
     (64, 8, 128, 4, 768, 2048, 1, 128, True, True, "channel", None): (
         ("one_shot", (128, 128, 3, 3, 4, 1)),
+        ("small_batch", (32, 256, 256, 64, 4, 2, 1, 1)),
+    ),
+    (64, 8, 128, 4, 768, 2048, 1, 128, True, True, "group", None): (
+        ("one_shot", (128, 128, 3, 3, 4, 0)),
         ("small_batch", (32, 256, 256, 64, 4, 2, 1, 1)),
     ),
     (128, 8, 128, 4, 768, 2048, 1, 128, True, True, None, None): (
@@ -1991,7 +2018,7 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
     ),
     (256, 8, 128, 4, 768, 2048, 1, 128, True, True, "group", None): (
         ("one_shot", (128, 128, 3, 3, 4, 1)),
-        ("two_kernel", (128, 768, 3, 4, 128, 8, 3, 4, 0, 1)),
+        ("two_kernel", (128, 768, 3, 4, 128, 8, 3, 4, 1, 1)),
     ),
     (512, 8, 128, 4, 768, 2048, 1, 128, True, True, None, None): (
         ("one_shot", (128, 128, 3, 3, 4, 1)),
@@ -2006,8 +2033,8 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 768, 2, 4, 128, 8, 2, 4, 0, 1)),
     ),
     (1024, 8, 128, 4, 768, 2048, 1, 128, True, True, "group", None): (
-        ("one_shot", (128, 128, 3, 4, 4, 0)),
-        ("two_kernel", (128, 768, 3, 8, 128, 8, 3, 4, 1, 1)),
+        ("one_shot", (128, 128, 3, 3, 4, 0)),
+        ("two_kernel", (128, 768, 3, 8, 128, 8, 2, 4, 1, 1)),
     ),
     (2048, 8, 128, 4, 768, 2048, 1, 128, True, True, None, None): (
         ("one_shot", (128, 64, 6, 3, 4, 1)),
@@ -2022,15 +2049,15 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (64, 768, 4, 4, 128, 8, 3, 4, 0, 1)),
     ),
     (4096, 8, 128, 4, 768, 2048, 1, 128, True, True, "group", None): (
-        ("two_kernel", (128, 768, 3, 4, 128, 8, 3, 4, 1, 1)),
-        ("one_shot", (128, 128, 2, 3, 4, 0)),
+        ("two_kernel", (128, 768, 3, 4, 128, 8, 3, 4, 0, 1)),
+        ("one_shot", (128, 128, 2, 3, 4, 1)),
     ),
     (1, 8, 256, 4, 2048, 7168, 1, 16, True, True, None, None): (
         ("small_batch", (16, 256, 512, 256, 4, 4, 1, 1)),
         ("two_kernel", (128, 256, 4, 4, 128, 2, 2, 4, 0, 1)),
     ),
     (1, 8, 256, 4, 2048, 7168, 1, 16, True, True, "channel", None): (
-        ("small_batch", (8, 256, 512, 128, 4, 4, 1, 1)),
+        ("small_batch", (8, 256, 512, 128, 4, 2, 1, 1)),
         ("two_kernel", (64, 256, 4, 4, 128, 2, 3, 4, 0, 1)),
     ),
     (1, 8, 256, 4, 2048, 7168, 1, 16, True, True, "group", None): (
@@ -2046,7 +2073,7 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 256, 4, 4, 128, 2, 2, 4, 0, 1)),
     ),
     (4, 8, 256, 4, 2048, 7168, 1, 16, True, True, "channel", None): (
-        ("small_batch", (16, 256, 512, 256, 4, 4, 1, 1)),
+        ("small_batch", (8, 256, 1024, 256, 2, 4, 1, 1)),
         ("two_kernel", (128, 256, 4, 4, 128, 2, 2, 4, 0, 1)),
     ),
     (4, 8, 256, 4, 2048, 7168, 1, 16, True, True, "group", None): (
@@ -2066,7 +2093,7 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 1024, 4, 4, 128, 8, 3, 4, 0, 1)),
     ),
     (16, 8, 256, 4, 2048, 7168, 1, 16, True, True, "group", None): (
-        ("small_batch", (8, 256, 1024, 256, 4, 4, 1, 1)),
+        ("small_batch", (16, 256, 1024, 256, 4, 2, 1, 1)),
         ("two_kernel", (128, 1024, 4, 4, 128, 8, 3, 4, 0, 1)),
     ),
     (32, 8, 256, 4, 2048, 7168, 1, 16, True, True, None, None): (
@@ -2082,7 +2109,7 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 1024, 4, 4, 128, 8, 3, 4, 0, 1)),
     ),
     (64, 8, 256, 4, 2048, 7168, 1, 16, True, True, "group", None): (
-        ("small_batch", (16, 256, 512, 512, 4, 4, 1, 1)),
+        ("small_batch", (16, 64, 1024, 512, 4, 2, 0, 1)),
         ("two_kernel", (128, 1024, 4, 4, 128, 8, 3, 4, 0, 1)),
     ),
     (128, 8, 256, 4, 2048, 7168, 1, 16, True, True, None, None): (
@@ -2098,8 +2125,8 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 1024, 4, 4, 128, 8, 3, 4, 0, 1)),
     ),
     (256, 8, 256, 4, 2048, 7168, 1, 16, True, True, "group", None): (
-        ("one_shot", (256, 128, 3, 3, 2, 1)),
-        ("two_kernel", (128, 1024, 3, 4, 128, 8, 3, 4, 0, 1)),
+        ("one_shot", (128, 128, 3, 4, 2, 0)),
+        ("two_kernel", (128, 1024, 3, 4, 128, 8, 3, 4, 1, 1)),
     ),
     (512, 8, 256, 4, 2048, 7168, 1, 16, True, True, None, None): (
         ("one_shot", (128, 64, 4, 3, 2, 1)),
@@ -2114,8 +2141,8 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("one_shot", (256, 256, 3, 3, 4, 0)),
     ),
     (1024, 8, 256, 4, 2048, 7168, 1, 16, True, True, "group", None): (
-        ("one_shot", (256, 128, 3, 2, 2, 1)),
-        ("two_kernel", (128, 1024, 3, 4, 128, 8, 3, 4, 1, 1)),
+        ("one_shot", (128, 128, 3, 3, 4, 0)),
+        ("two_kernel", (128, 1024, 3, 4, 128, 8, 3, 4, 0, 1)),
     ),
     (2048, 8, 256, 4, 2048, 7168, 1, 16, True, True, None, None): (
         ("one_shot", (128, 256, 3, 3, 2, 0)),
@@ -2130,8 +2157,8 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (256, 2048, 4, 4, 128, 8, 3, 4, 0, 1)),
     ),
     (4096, 8, 256, 4, 2048, 7168, 1, 16, True, True, "group", None): (
-        ("one_shot", (256, 128, 5, 4, 4, 0)),
-        ("two_kernel", (128, 2048, 4, 4, 128, 8, 3, 4, 0, 1)),
+        ("two_kernel", (128, 2048, 4, 4, 128, 8, 3, 4, 1, 1)),
+        ("one_shot", (256, 128, 5, 4, 4, 1)),
     ),
     (1, 8, 256, 4, 2048, 7168, 1, 32, True, True, None, None): (
         ("small_batch", (16, 256, 512, 128, 4, 2, 1, 1)),
@@ -2226,7 +2253,7 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 1024, 4, 4, 128, 4, 3, 4, 0, 1)),
     ),
     (16, 8, 256, 4, 2048, 7168, 1, 64, True, True, "group", None): (
-        ("small_batch", (16, 256, 512, 64, 4, 2, 1, 1)),
+        ("small_batch", (32, 128, 512, 64, 4, 2, 1, 1)),
         ("two_kernel", (128, 512, 4, 4, 128, 8, 3, 4, 0, 1)),
     ),
     (32, 8, 256, 4, 2048, 7168, 1, 64, True, True, None, None): (
@@ -2242,8 +2269,8 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("small_batch", (32, 256, 512, 128, 4, 2, 1, 1)),
     ),
     (64, 8, 256, 4, 2048, 7168, 1, 64, True, True, "group", None): (
-        ("small_batch", (32, 256, 512, 128, 4, 2, 1, 1)),
-        ("two_kernel", (128, 2048, 4, 4, 128, 8, 3, 4, 0, 1)),
+        ("two_kernel", (128, 2048, 4, 4, 128, 8, 3, 4, 1, 1)),
+        ("small_batch", (32, 256, 512, 128, 4, 2, 0, 1)),
     ),
     (128, 8, 256, 4, 2048, 7168, 1, 64, True, True, None, None): (
         ("two_kernel", (128, 1024, 3, 4, 128, 2, 2, 4, 0, 1)),
@@ -2258,8 +2285,8 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 1024, 4, 4, 128, 8, 3, 4, 0, 1)),
     ),
     (256, 8, 256, 4, 2048, 7168, 1, 64, True, True, "group", None): (
-        ("one_shot", (256, 128, 4, 3, 4, 0)),
         ("two_kernel", (128, 1024, 3, 4, 128, 8, 3, 4, 0, 1)),
+        ("one_shot", (256, 128, 4, 3, 4, 0)),
     ),
     (512, 8, 256, 4, 2048, 7168, 1, 64, True, True, None, None): (
         ("two_kernel", (128, 2048, 4, 4, 128, 2, 2, 4, 0, 1)),
@@ -2274,8 +2301,8 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("one_shot", (128, 128, 4, 3, 4, 0)),
     ),
     (1024, 8, 256, 4, 2048, 7168, 1, 64, True, True, "group", None): (
-        ("one_shot", (128, 128, 5, 3, 2, 0)),
-        ("two_kernel", (128, 1024, 4, 4, 128, 8, 3, 4, 0, 1)),
+        ("one_shot", (128, 128, 5, 3, 4, 0)),
+        ("two_kernel", (128, 512, 3, 4, 128, 4, 3, 4, 0, 1)),
     ),
     (2048, 8, 256, 4, 2048, 7168, 1, 64, True, True, None, None): (
         ("one_shot", (128, 128, 5, 3, 4, 0)),
@@ -2290,8 +2317,8 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("one_shot", (128, 256, 3, 3, 4, 0)),
     ),
     (4096, 8, 256, 4, 2048, 7168, 1, 64, True, True, "group", None): (
-        ("two_kernel", (128, 2048, 3, 4, 128, 8, 3, 4, 1, 0)),
-        ("one_shot", (128, 128, 4, 4, 4, 1)),
+        ("two_kernel", (128, 2048, 3, 4, 128, 8, 3, 4, 1, 1)),
+        ("one_shot", (128, 128, 4, 3, 4, 0)),
     ),
     (1, 8, 256, 4, 2048, 7168, 1, 128, True, True, None, None): (
         ("small_batch", (16, 256, 512, 64, 4, 2, 1, 1)),
@@ -2329,6 +2356,10 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("small_batch", (32, 256, 1024, 32, 4, 2, 1, 1)),
         ("one_shot", (128, 128, 4, 3, 4, 1)),
     ),
+    (16, 8, 256, 4, 2048, 7168, 1, 128, True, True, "group", None): (
+        ("small_batch", (32, 256, 1024, 64, 2, 2, 1, 1)),
+        ("two_kernel", (128, 1024, 3, 4, 128, 4, 3, 4, 0, 1)),
+    ),
     (32, 8, 256, 4, 2048, 7168, 1, 128, True, True, None, None): (
         ("one_shot", (128, 128, 3, 3, 4, 0)),
         ("small_batch", (16, 256, 512, 128, 4, 4, 1, 1)),
@@ -2339,6 +2370,10 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
     ),
     (64, 8, 256, 4, 2048, 7168, 1, 128, True, True, "channel", None): (
         ("one_shot", (128, 128, 3, 3, 2, 0)),
+        ("small_batch", (32, 256, 512, 64, 4, 2, 0, 1)),
+    ),
+    (64, 8, 256, 4, 2048, 7168, 1, 128, True, True, "group", None): (
+        ("two_kernel", (128, 2048, 3, 4, 128, 8, 3, 4, 0, 1)),
         ("small_batch", (32, 256, 512, 64, 4, 2, 0, 1)),
     ),
     (128, 8, 256, 4, 2048, 7168, 1, 128, True, True, None, None): (
@@ -2354,7 +2389,7 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("one_shot", (128, 128, 3, 3, 2, 1)),
     ),
     (256, 8, 256, 4, 2048, 7168, 1, 128, True, True, "group", None): (
-        ("two_kernel", (128, 2048, 3, 8, 128, 8, 3, 4, 0, 0)),
+        ("two_kernel", (128, 2048, 3, 8, 128, 8, 3, 4, 0, 1)),
         ("one_shot", (128, 128, 3, 3, 4, 0)),
     ),
     (512, 8, 256, 4, 2048, 7168, 1, 128, True, True, None, None): (
@@ -2370,8 +2405,8 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (128, 2048, 3, 8, 128, 8, 3, 4, 0, 1)),
     ),
     (1024, 8, 256, 4, 2048, 7168, 1, 128, True, True, "group", None): (
-        ("one_shot", (128, 128, 3, 3, 2, 0)),
-        ("two_kernel", (128, 2048, 3, 4, 128, 8, 3, 4, 0, 1)),
+        ("one_shot", (256, 128, 4, 3, 4, 0)),
+        ("two_kernel", (128, 2048, 3, 8, 128, 8, 3, 4, 0, 1)),
     ),
     (2048, 8, 256, 4, 2048, 7168, 1, 128, True, True, None, None): (
         ("one_shot", (128, 128, 2, 3, 4, 0)),
@@ -2386,7 +2421,7 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("one_shot", (128, 64, 4, 3, 4, 0)),
     ),
     (4096, 8, 256, 4, 2048, 7168, 1, 128, True, True, "group", None): (
-        ("two_kernel", (128, 2048, 3, 4, 128, 8, 3, 4, 0, 0)),
-        ("one_shot", (64, 128, 4, 3, 4, 0)),
+        ("two_kernel", (128, 2048, 3, 8, 128, 8, 3, 4, 0, 0)),
+        ("one_shot", (64, 128, 3, 3, 4, 0)),
     ),
 }

@@ -238,6 +238,7 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_r16_w8channel_expand(
         out_mask = live[:, None] if N % SPAN == 0 else live[:, None] & (n < N)[None, :]
         out_tile = out_rows + n[None, :]
         old = tl.load(out_tile, mask=out_mask, other=0.0)
+        b_scale = tl.load(b_scales + n, mask=None if N % SPAN == 0 else n < N)[None, :]
         if N % SPAN == 0 and RANK == BLOCK_R:
             b = (
                 tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]), eviction_policy=WEIGHTS)
@@ -260,7 +261,7 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_r16_w8channel_expand(
                 .to(tl.bfloat16)
             )
         y = tl.dot(v, b.T)
-        y *= tl.load(b_scales + n, mask=None if N % SPAN == 0 else n < N)[None, :]
+        y *= b_scale
         y += old.to(tl.float32)
         tl.store(out_tile, y.to(tl.bfloat16), mask=out_mask)
 

@@ -263,7 +263,8 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_rany_w8channel_expand(
                     .to(tl.bfloat16)
                 )
             y = tl.dot(v.to(tl.bfloat16), b.T, y)
-        y *= tl.load(b_scales + n, mask=None if N % SPAN == 0 else n < N)[None, :]
+        b_scale = tl.load(b_scales + n, mask=None if N % SPAN == 0 else n < N)[None, :]
+        y *= b_scale
         y += old.to(tl.float32)
         tl.store(out_tile, y.to(tl.bfloat16), mask=out_mask)
 

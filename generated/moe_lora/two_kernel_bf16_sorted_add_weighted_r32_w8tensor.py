@@ -223,6 +223,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r32_w8tensor_expand(
     for i in tl.static_range(1, len(b_scale_ptrs)):
         b_scale_ptr = tl.where(s == i, b_scale_ptrs[i], b_scale_ptr)
     b_scales = b_scale_ptr + adapter * B_SCALE_STRIDE_L + expert * B_SCALE_STRIDE_E
+    b_scale = tl.load(b_scales)
 
     r = tl.arange(0, BLOCK_R)
     out_rows = out_ptr + pair.to(tl.int64)[:, None] * OUT_STRIDE + s * N
@@ -267,7 +268,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r32_w8tensor_expand(
                 .to(tl.bfloat16)
             )
         y = tl.dot(v, b.T)
-        y *= tl.load(b_scales)
+        y *= b_scale
         y *= weight[:, None]
         y += old.to(tl.float32)
         tl.store(out_tile, y.to(tl.bfloat16), mask=out_mask)
