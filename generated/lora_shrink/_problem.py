@@ -333,15 +333,15 @@ def _choose(
         else 4
     )
     column_bytes = 2 * (rows + block_r * (slices if together else 1))
-    # Programs that are alone on their multiprocessors may take all of its memory, others leave room for a second one or a third.
     programs = (
         blocks
         * (full_r // block_r)
         * (1 if together else slices)
         * (1, chunks, min(chunks, 4))[parts]
     )
-    half = min(budget, 112 * 1024)
-    room = budget if rows <= 32 or programs <= num_sms else half
+    # High programs that are alone on their multiprocessors may take all of its memory, others leave room for a second or a third.
+    alone, half = rows > 32 and programs <= num_sms, min(budget, 112 * 1024)
+    room = budget if alone or rows <= 32 else half
     crowded = (
         programs > (num_sms if parts == 1 else 2 * num_sms) and weight_scales is None is x_scales
     )
@@ -356,8 +356,12 @@ def _choose(
     if grouped:
         block_k = 64  # of any batch: sums of a tile are scaled before they are added
     stage_bytes = block_k * column_bytes
-    room = room if rows > 32 and 3 * stage_bytes > half else half
-    stages = 4 if 4 * stage_bytes <= room else 3 if 3 * stage_bytes <= budget else 2
+    deep = alone and 3 * stage_bytes > half
+    stages = (
+        4
+        if 4 * stage_bytes <= (budget if deep else half)
+        else 3 if 3 * stage_bytes <= budget else 2
+    )
     return Config(
         rows, block_r, block_k, chunk, parts, int(together), stages, min(num_warps, full_warps)
     )
