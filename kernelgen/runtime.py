@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from typing import Any, Callable, Iterator, NamedTuple, NoReturn, Sequence
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Sequence
 
 import torch
 import triton
@@ -205,51 +205,79 @@ class Launcher:
 class Bound:
     """See ``Launcher.bind``."""
 
-    __slots__ = ("_launcher", "_grid", "_constants", "_options", "_num_aligned", "_device", "_run", "_fixed", "_handle")
+    __slots__ = ("_launcher", "_grid", "_constants", "_options", "_launch", "_handle")
 
     def __init__(self, launcher: Launcher, grid: int, constants: tuple[Any, ...], options: Options) -> None:
         self._launcher = launcher
         self._grid = grid
         self._constants = constants
         self._options = options
-        self._num_aligned = launcher.num_aligned
-        self._device = -1
+        self._launch: Callable[[tuple[Any, ...]], None] = self._through_triton
         self._handle: Any = None
 
     def __call__(self, arguments: tuple[Any, ...]) -> None:
         """Launch with ``arguments``: tensors, tuples of tensors, descriptors, numbers or None; the first is a tensor."""
-        device = self._device
-        if device < 0 or _recorder is not None or _launch_hooks.calls or device != _get_device():
-            self._slow(arguments)
-            return
-        bits = 0
-        raw: list[Any] = []
-        for argument in arguments[: self._num_aligned]:
-            kind = type(argument)
-            if kind is int or kind is float or argument is None or kind is TensorDescriptor:  # which are of aligned memory
-                raw.append(argument)
-            elif kind is tuple:
-                pointers = tuple([tensor.data_ptr() for tensor in argument])
-                for pointer in pointers:
-                    bits |= pointer
-                raw.append(pointers)
-            else:
-                pointer = argument.data_ptr()
-                bits |= pointer
-                raw.append(pointer)
-        if bits & 15:  # Triton vectorises on 16-byte alignment
-            self._slow(arguments)
-            return
-        for argument in arguments[self._num_aligned :]:
-            raw.append(argument if type(argument) is int or argument is None else argument.data_ptr())
-        self._run(self._grid, 1, 1, _get_stream(device), *self._fixed, *raw, *self._constants)
+        self._launch(arguments)
 
-    def _slow(self, arguments: tuple[Any, ...]) -> None:
+    def _through_triton(self, arguments: tuple[Any, ...]) -> None:
         handle = self._launcher.launch(self._grid, arguments, self._constants, self._options)
         if handle is not None:
             self._handle = handle  # kept whole: Triton unloads the module when it dies
-            self._run, self._fixed = _entry(handle)
-            self._device = arguments[0].get_device()
+            run, fixed = _entry(handle)
+            aligned = self._launcher.num_aligned
+            kinds = tuple(_kind(argument, i < aligned) for i, argument in enumerate(arguments))
+            make = _straight_line(kinds, len(fixed), len(self._constants))
+            device = arguments[0].get_device()
+            self._launch = make(self._through_triton, run, self._grid, device, *fixed, *self._constants)
+
+
+def _kind(argument: Any, aligned: bool) -> str | int:
+    """What a launch does with an argument: how many tensors of a tuple, or one, or that it is passed as it is."""
+    if isinstance(argument, tuple):
+        return len(argument)
+    if isinstance(argument, torch.Tensor):
+        return "aligned" if aligned else "pointer"
+    return "value"  # a number, None, or a descriptor, which is of aligned memory
+
+
+@functools.cache
+def _straight_line(kinds: tuple[str | int, ...], num_fixed: int, num_constants: int) -> Callable[..., Any]:
+    """Makes launches of such arguments, written out: loops over them would take as long again as all the rest.
+
+    What it makes is called with the arguments, and gives them to ``slow`` where a launch is not what the compiled kernel was
+    made for: Triton vectorises on 16-byte alignment.
+    """
+    names, aligned, passed = [], [], []
+    for i, kind in enumerate(kinds):
+        if isinstance(kind, int):
+            tensors = [f"a{i}_{j}" for j in range(kind)]
+            names.append(_listed(tensors))
+            aligned += tensors
+            passed.append(_listed(f"{tensor}_ptr" for tensor in tensors))
+        else:
+            names.append(f"a{i}")
+            aligned += [f"a{i}"] if kind == "aligned" else []
+            passed.append({"aligned": f"a{i}_ptr", "pointer": f"a{i}.data_ptr()", "value": f"a{i}"}[kind])
+    fixed, constants = ([f"{letter}{i}" for i in range(count)] for letter, count in (("f", num_fixed), ("c", num_constants)))
+    source = f"""
+def make(slow, run, grid, device, {", ".join(fixed + constants)}):
+    def launch(arguments):
+        if _recorder is not None or _launch_hooks.calls or device != _get_device():
+            return slow(arguments)
+        {_listed(names)} = arguments
+        {"; ".join(f"{name}_ptr = {name}.data_ptr()" for name in aligned)}
+        if ({" | ".join(f"{name}_ptr" for name in aligned) or "0"}) & 15:
+            return slow(arguments)
+        run(grid, 1, 1, _get_stream(device), {", ".join(fixed + passed + constants)})
+    return launch
+"""
+    made: dict[str, Any] = {}
+    exec(source, globals(), made)
+    return made["make"]  # type: ignore[no-any-return]
+
+
+def _listed(names: Iterable[str]) -> str:
+    return f"({''.join(f'{name}, ' for name in names)})"
 
 
 def _entry(handle: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:

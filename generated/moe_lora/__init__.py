@@ -368,7 +368,6 @@ def _apply(
     ids = route.topk_ids
     hint = (
         out.shape,
-        x.shape,
         len(lora_a),
         None if ids is None else ids.dtype,
         route.adapter_enabled is None,

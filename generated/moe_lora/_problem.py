@@ -358,7 +358,7 @@ def _fit(
 def partials(route: MoeRoute, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Scratch for ``size`` elements of at most 4 bytes: the workspace's where it is large enough."""
     parts = route.parts
-    if parts is None or parts.shape[0] < size:
+    if parts is None or parts.numel() < size:
         return torch.empty(size, dtype=dtype, device=device)
     return parts if dtype == torch.float32 else parts.view(dtype)
 

@@ -172,7 +172,7 @@ def check_weights(
 def scratch(route: MoeRoute, size: int, device: torch.device) -> torch.Tensor:
     """float32 memory of a call: the workspace's where it is large enough."""
     parts = route.parts
-    if parts is None or parts.shape[0] < size:
+    if parts is None or parts.numel() < size:
         return torch.empty(size, dtype=torch.float32, device=device)
     return parts
 
