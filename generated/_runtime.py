@@ -6,12 +6,13 @@
 Depends on torch and triton alone, so that a copy of it makes the generated package self-contained.
 
 How a launch is made cheap. ``kernel[grid](...)`` binds, specialises and hashes every argument on each call (about 10 us).
-A ``Launcher`` does that once per compile key and then calls the compiled kernel with raw pointers (about 2 us). This is
-sound because a key is everything that Triton specialises on: the constants, the options, the device, the dtype of each
-pointer, which optional pointers are absent, and that pointers are 16-byte aligned (but for the trailing ones, small index
-tables, that a kernel declares ``do_not_specialize_on_alignment``). A call with an unaligned pointer, and any call while a
-profiler hooks launches, takes Triton's own path. Integers that change from step to step are declared
-``do_not_specialize`` in the kernels, so no number of tokens and no routing can make another key.
+A ``Launcher`` does that once per compile key and then calls the compiled kernel with raw pointers, through a function that
+is written for the kinds of its arguments (about 1 us beside the driver). This is sound because a key is everything that
+Triton specialises on: the constants, the options, the device, the dtype of each pointer, which optional pointers are absent,
+and that pointers are 16-byte aligned (but for the trailing ones, small index tables, that a kernel declares
+``do_not_specialize_on_alignment``). A call with an unaligned pointer, and any call while a profiler hooks launches, takes
+Triton's own path. Integers that change from step to step are declared ``do_not_specialize`` in the kernels, so no number of
+tokens and no routing can make another key.
 """
 
 from __future__ import annotations
@@ -206,23 +207,22 @@ class Launcher:
 
 
 class Bound:
-    """See ``Launcher.bind``."""
+    """See ``Launcher.bind``.
 
-    __slots__ = ("_launcher", "_grid", "_constants", "_options", "_launch", "_handle")
+    ``run`` launches with tensors, tuples of tensors, descriptors, numbers or None; the first is a tensor.
+    """
+
+    __slots__ = ("run", "_launcher", "_grid", "_constants", "_options", "_handle")
 
     def __init__(self, launcher: Launcher, grid: int, constants: tuple[Any, ...], options: Options) -> None:
+        self.run: Callable[..., None] = self._through_triton
         self._launcher = launcher
         self._grid = grid
         self._constants = constants
         self._options = options
-        self._launch: Callable[[tuple[Any, ...]], None] = self._through_triton
         self._handle: Any = None
 
-    def __call__(self, arguments: tuple[Any, ...]) -> None:
-        """Launch with ``arguments``: tensors, tuples of tensors, descriptors, numbers or None; the first is a tensor."""
-        self._launch(arguments)
-
-    def _through_triton(self, arguments: tuple[Any, ...]) -> None:
+    def _through_triton(self, *arguments: Any) -> None:
         handle = self._launcher.launch(self._grid, arguments, self._constants, self._options)
         if handle is not None:
             self._handle = handle  # kept whole: Triton unloads the module when it dies
@@ -231,7 +231,7 @@ class Bound:
             kinds = tuple(_kind(argument, i < aligned) for i, argument in enumerate(arguments))
             make = _straight_line(kinds, len(fixed), len(self._constants))
             device = arguments[0].get_device()
-            self._launch = make(self._through_triton, run, self._grid, device, *fixed, *self._constants)
+            self.run = make(self._through_triton, run, self._grid, device, *fixed, *self._constants)
 
 
 def _kind(argument: Any, aligned: bool) -> str | int:
@@ -250,27 +250,27 @@ def _straight_line(kinds: tuple[str | int, ...], num_fixed: int, num_constants: 
     What it makes is called with the arguments, and gives them to ``slow`` where a launch is not what the compiled kernel was
     made for: Triton vectorises on 16-byte alignment.
     """
-    names, aligned, passed = [], [], []
-    for i, kind in enumerate(kinds):
+    names = [f"a{i}" for i in range(len(kinds))]
+    unpacked, aligned, passed = [], [], []
+    for name, kind in zip(names, kinds, strict=True):
         if isinstance(kind, int):
-            tensors = [f"a{i}_{j}" for j in range(kind)]
-            names.append(_listed(tensors))
+            tensors = [f"{name}_{i}" for i in range(kind)]
+            unpacked.append(f"{_listed(tensors)} = {name}")
             aligned += tensors
             passed.append(_listed(f"{tensor}_ptr" for tensor in tensors))
         else:
-            names.append(f"a{i}")
-            aligned += [f"a{i}"] if kind == "aligned" else []
-            passed.append({"aligned": f"a{i}_ptr", "pointer": f"a{i}.data_ptr()", "value": f"a{i}"}[kind])
+            aligned += [name] if kind == "aligned" else []
+            passed.append({"aligned": f"{name}_ptr", "pointer": f"{name}.data_ptr()", "value": name}[kind])
+    unpacked += [f"{name}_ptr = {name}.data_ptr()" for name in aligned]
     fixed, constants = ([f"{letter}{i}" for i in range(count)] for letter, count in (("f", num_fixed), ("c", num_constants)))
     source = f"""
 def make(slow, run, grid, device, {", ".join(fixed + constants)}):
-    def launch(arguments):
+    def launch({", ".join(names)}):
         if _recorder is not None or _launch_hooks.calls or device != _get_device():
-            return slow(arguments)
-        {_listed(names)} = arguments
-        {"; ".join(f"{name}_ptr = {name}.data_ptr()" for name in aligned)}
+            return slow({", ".join(names)})
+        {"; ".join(unpacked)}
         if ({" | ".join(f"{name}_ptr" for name in aligned) or "0"}) & 15:
-            return slow(arguments)
+            return slow({", ".join(names)})
         run(grid, 1, 1, _get_stream(device), {", ".join(fixed + passed + constants)})
     return launch
 """
@@ -312,6 +312,7 @@ class Traits(NamedTuple):
     full_warps: int  # a program of so many can have all registers of a multiprocessor: 8 on NVIDIA, 4 of twice the lanes on AMD
     warp_sums: int  # fp32 sums of a product that a warp has room for
     max_stages: int  # of a loop of products: on AMD, where loads in flight take registers, fewer
+    mixed_pointers: bool  # whether a tile may be of pointers into several tensors: not on AMD (Triton 3.6 and 3.9)
 
 
 # Bytes of shared memory by Triton target, for compilation without a GPU.
@@ -343,14 +344,14 @@ def _traits(index: int) -> Traits:
     return Traits(sms, shared_memory, nvidia >= 90, nvidia >= 89, *_room(nvidia))
 
 
-def _room(nvidia: int) -> tuple[int, int, int]:
-    """full_warps, warp_sums and max_stages; ``nvidia``: its architecture, 0 for others.
+def _room(nvidia: int) -> tuple[int, int, int, bool]:
+    """full_warps, warp_sums, max_stages and mixed_pointers; ``nvidia``: its architecture, 0 for others.
 
     Matrix units of sm_90 and sm_100 read shared memory; elsewhere what is multiplied takes registers beside the sums.
     """
     if nvidia == 0:
-        return 4, 2048, 2
-    return 8, 4096 if 90 <= nvidia < 120 else 2048, 6
+        return 4, 2048, 2, False
+    return 8, 4096 if 90 <= nvidia < 120 else 2048, 6, True
 
 
 def describable(tensor: torch.Tensor) -> bool:

@@ -240,7 +240,7 @@ def bind(
         b_scale: Sequence[torch.Tensor],
     ) -> None:
         tables = (route.pairs, route.blocks, route.num_blocks)
-        launch((out, y, tuple(lora_b), tuple(b_scale), scaling, num_tokens, *tables))
+        launch.run(out, y, tuple(lora_b), tuple(b_scale), scaling, num_tokens, *tables)
 
     return call
 

@@ -180,7 +180,7 @@ def bind(
         scaling: float,
     ) -> None:
         tables = (route.pairs, route.blocks, route.num_blocks)
-        launch((out, y, tuple(lora_b), scaling, num_tokens, *tables))
+        launch.run(out, y, tuple(lora_b), scaling, num_tokens, *tables)
 
     return call
 

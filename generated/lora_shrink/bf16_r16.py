@@ -233,7 +233,7 @@ def bind_product(problem: Problem, route: MoeRoute, config: Config, pdl: bool) -
         scaling: float,
     ) -> None:
         tables = (route.pairs, route.blocks, route.num_blocks)
-        launch((y, x, tuple(lora_a), scaling, num_tokens, *tables))
+        launch.run(y, x, tuple(lora_a), scaling, num_tokens, *tables)
 
     return call
 
@@ -248,7 +248,7 @@ def bind_total(problem: Problem, route: MoeRoute, parts: Parts, pdl: bool) -> To
     num_tokens = problem.num_tokens
 
     def total(y: torch.Tensor, sums: torch.Tensor, route: MoeRoute, scaling: float) -> None:
-        launch((y, sums, scaling, num_tokens, route.pairs, route.blocks, route.num_blocks))
+        launch.run(y, sums, scaling, num_tokens, route.pairs, route.blocks, route.num_blocks)
 
     return total
 

@@ -84,7 +84,7 @@ def bind(problem: Problem, config: Config) -> Call:
     def call(
         h: torch.Tensor, x: torch.Tensor, topk_ids: torch.Tensor, valid_tokens: torch.Tensor | None
     ) -> None:
-        launch((h, x, topk_ids, valid_tokens, num_tokens))
+        launch.run(h, x, topk_ids, valid_tokens, num_tokens)
 
     return call
 

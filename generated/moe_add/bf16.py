@@ -97,7 +97,7 @@ def bind(problem: Problem, config: Config) -> Call:
 
     def call(out: torch.Tensor, delta: torch.Tensor, route: MoeRoute) -> None:
         source = (route.topk_ids, route.token_lora_mapping, route.adapter_enabled, route.expert_map)
-        launch((out, delta, *source, num_pairs))
+        launch.run(out, delta, *source, num_pairs)
 
     return call
 

@@ -149,7 +149,7 @@ def bind(
         topk_ids: torch.Tensor,
         valid_tokens: torch.Tensor | None,
     ) -> None:
-        align((pairs, blocks, num_blocks, topk_ids, valid_tokens, num_pairs))
+        align.run(pairs, blocks, num_blocks, topk_ids, valid_tokens, num_pairs)
 
     return call
 

@@ -202,7 +202,7 @@ def bind(problem: Problem, config: Config) -> Call:
     ) -> None:
         w_desc = TensorDescriptor(w, w_shape, w_strides, w_box)
         operands = (x, w_desc)
-        launch((out, *operands, topk_weights, tables.pairs, tables.blocks, tables.num_blocks))
+        launch.run(out, *operands, topk_weights, tables.pairs, tables.blocks, tables.num_blocks)
 
     return call
 

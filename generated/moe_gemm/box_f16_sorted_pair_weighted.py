@@ -203,7 +203,7 @@ def bind(problem: Problem, config: Config) -> Call:
         x_desc = TensorDescriptor(x, x_shape, x_strides, x_box)
         half_desc = TensorDescriptor(x, x_shape, x_strides, half_box)
         operands = (x_desc, half_desc, w_desc)
-        launch((out, *operands, topk_weights, tables.pairs, tables.blocks, tables.num_blocks))
+        launch.run(out, *operands, topk_weights, tables.pairs, tables.blocks, tables.num_blocks)
 
     return call
 

@@ -147,7 +147,7 @@ def bind(problem: Problem, config: Config) -> Call:
         w_scale: torch.Tensor,
         x_scale: torch.Tensor,
     ) -> None:
-        launch((out, x, w, topk_weights, w_scale, x_scale, tables.topk_ids, tables.valid_tokens))
+        launch.run(out, x, w, topk_weights, w_scale, x_scale, tables.topk_ids, tables.valid_tokens)
 
     return call
 

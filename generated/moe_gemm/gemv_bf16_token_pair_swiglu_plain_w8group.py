@@ -165,7 +165,7 @@ def bind(problem: Problem, config: Config) -> Call:
         topk_weights: torch.Tensor | None,
         w_scale: torch.Tensor,
     ) -> None:
-        launch((out, x, w, w_scale, tables.topk_ids, tables.valid_tokens))
+        launch.run(out, x, w, w_scale, tables.topk_ids, tables.valid_tokens)
 
     return call
 

@@ -118,7 +118,7 @@ def bind(problem: Problem, config: Config) -> Call:
         tables: MoeTables,
         topk_weights: torch.Tensor | None,
     ) -> None:
-        launch((out, x, w, tables.topk_ids, tables.valid_tokens))
+        launch.run(out, x, w, tables.topk_ids, tables.valid_tokens)
 
     return call
 

@@ -231,7 +231,7 @@ def bind(problem: Problem, config: Config) -> Call:
         topk_weights: torch.Tensor | None,
         w_scale: torch.Tensor,
     ) -> None:
-        launch((out, x, w, w_scale, tables.pairs, tables.blocks, tables.num_blocks))
+        launch.run(out, x, w, w_scale, tables.pairs, tables.blocks, tables.num_blocks)
 
     return call
 

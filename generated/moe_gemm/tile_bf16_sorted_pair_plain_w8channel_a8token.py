@@ -233,7 +233,7 @@ def bind(problem: Problem, config: Config) -> Call:
         w_scale: torch.Tensor,
         x_scale: torch.Tensor,
     ) -> None:
-        launch((out, x, w, w_scale, x_scale, tables.pairs, tables.blocks, tables.num_blocks))
+        launch.run(out, x, w, w_scale, x_scale, tables.pairs, tables.blocks, tables.num_blocks)
 
     return call
 

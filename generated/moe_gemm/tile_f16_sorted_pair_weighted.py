@@ -210,7 +210,7 @@ def bind(problem: Problem, config: Config) -> Call:
         tables: MoeTables,
         topk_weights: torch.Tensor | None,
     ) -> None:
-        launch((out, x, w, topk_weights, tables.pairs, tables.blocks, tables.num_blocks))
+        launch.run(out, x, w, topk_weights, tables.pairs, tables.blocks, tables.num_blocks)
 
     return call
 

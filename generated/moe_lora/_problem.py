@@ -355,11 +355,11 @@ def _fit(
     return fits and (not rest or _fit(mode, *rest))
 
 
-def partials(route: MoeRoute, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Scratch for ``size`` elements of at most 4 bytes: the workspace's where it is large enough."""
+def partials(route: MoeRoute, size: int, dtype: torch.dtype, out: torch.Tensor) -> torch.Tensor:
+    """Scratch for ``size`` elements of at most 4 bytes, where ``out`` is: the workspace's if it is large enough."""
     parts = route.parts
     if parts is None or parts.numel() < size:
-        return torch.empty(size, dtype=dtype, device=device)
+        return torch.empty(size, dtype=dtype, device=out.device)
     return parts if dtype == torch.float32 else parts.view(dtype)
 
 

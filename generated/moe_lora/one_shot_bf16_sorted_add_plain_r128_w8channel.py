@@ -28,6 +28,8 @@ import triton
 import triton.language as tl
 
 from .. import _runtime as runtime
+from .._slices import joined_slices, split_slices
+
 from ..moe_route import MoeRoute
 from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, rows_of_program
 from ._problem import OneShotConfig as Config
@@ -64,6 +66,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r128_w8channel_kernel(
     B_SCALE_STRIDE_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SHARES: tl.constexpr,
+    JOINED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SHRINK_STAGES: tl.constexpr,
@@ -85,20 +88,27 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r128_w8channel_kernel(
     live = m < rows
     pair = tl.load(pairs_ptr + first + m, mask=live, other=0)
 
-    # Shrink. A rank below the bucket reads its last row again and drops it afterwards: no mask in the loop.
+    # Shrink.
     r = tl.arange(0, BLOCK_R)
-    a_row = r if RANK == BLOCK_R else tl.minimum(r, RANK - 1)
     k = tl.arange(0, BLOCK_K)
     x_rows = x_ptr + (pair // TOP_K).to(tl.int64)[:, None] * X_STRIDE
     a_base = adapter * A_STRIDE_L + expert * A_STRIDE_E
-    a_tile = a_row[:, None] * A_STRIDE_R + k[None, :]
+    # A rank below the tile reads its last row again, which is dropped afterwards: no mask in the loop.
+    # A product is of JOINED slices, BLOCK_R columns each: wide enough for its warps to lie side by side, with weights of their own.
+    WIDTH: tl.constexpr = triton.next_power_of_2(JOINED) * BLOCK_R
+    column = tl.arange(0, WIDTH)
+    a_row = tl.minimum(column % BLOCK_R, RANK - 1)
     a_scale_base = adapter * A_SCALE_STRIDE_L + expert * A_SCALE_STRIDE_E
+    zeros = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     slices = ()
-    for i in tl.static_range(len(a_ptrs)):
-        a_scale = a_scale_ptrs[i] + a_scale_base + a_row
-        slices += (
-            (a_ptrs[i] + a_base, tl.zeros([BLOCK_M, BLOCK_R], tl.float32), tl.load(a_scale)),
-        )
+    for i in tl.static_range(0, len(a_ptrs), JOINED):
+        a_ptr, a_scale_ptr = a_ptrs[i], a_scale_ptrs[i]
+        for j in tl.static_range(1, JOINED):
+            a_ptr = tl.where(column >= j * BLOCK_R, a_ptrs[i + j], a_ptr)
+            a_scale_ptr = tl.where(column >= j * BLOCK_R, a_scale_ptrs[i + j], a_scale_ptr)
+        a_rows = a_ptr + a_base + a_row * A_STRIDE_R
+        a_scale = a_scale_ptr + a_scale_base + a_row
+        slices += ((a_rows[:, None] + k[None, :], zeros, tl.load(a_scale)),)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=SHRINK_STAGES):
         if K % BLOCK_K == 0:
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None], other=0.0)
@@ -107,7 +117,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r128_w8channel_kernel(
                     s[0],
                     tl.dot(
                         x,
-                        tl.load(s[0] + (a_tile + k0), eviction_policy=WEIGHTS)
+                        tl.load(s[0] + k0, eviction_policy=WEIGHTS)
                         .to(tl.float16)
                         .to(tl.float32)
                         .to(tl.bfloat16)
@@ -127,9 +137,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r128_w8channel_kernel(
                     s[0],
                     tl.dot(
                         x,
-                        tl.load(
-                            s[0] + (a_tile + k0), mask=k_mask, other=0.0, eviction_policy=WEIGHTS
-                        )
+                        tl.load(s[0] + k0, mask=k_mask, other=0.0, eviction_policy=WEIGHTS)
                         .to(tl.float16)
                         .to(tl.float32)
                         .to(tl.bfloat16)
@@ -140,12 +148,14 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r128_w8channel_kernel(
                 )
                 for s in slices
             ]
+    sums = ()
+    for i in tl.static_range(len(slices)):
+        sums += split_slices(slices[i][1] * slices[i][2], WIDTH // BLOCK_R)
 
-    slices = [(s[0], s[1] * s[2][None, :]) for s in slices]
     if RANK == BLOCK_R:
-        v = [s[1].to(tl.bfloat16) for s in slices]
+        v = [v_s.to(tl.bfloat16) for v_s in sums]
     else:
-        v = [tl.where((r < RANK)[None, :], s[1], 0.0).to(tl.bfloat16) for s in slices]
+        v = [tl.where((r < RANK)[None, :], v_s, 0.0).to(tl.bfloat16) for v_s in sums]
 
     # Expand.
     n = tl.arange(0, BLOCK_N)
@@ -218,6 +228,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             *problem.b_scale_strides,
             block_m,
             shares,
+            joined_slices(problem.slices, 128, problem.device),
             config.block_n,
             config.block_k,
             config.shrink_stages,
@@ -238,7 +249,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         b_scale: Sequence[torch.Tensor],
     ) -> None:
         tables = (route.pairs, route.blocks, route.num_blocks)
-        launch((out, x, tuple(lora_a), tuple(lora_b), tuple(a_scale), tuple(b_scale), *tables))
+        launch.run(out, x, tuple(lora_a), tuple(lora_b), tuple(a_scale), tuple(b_scale), *tables)
 
     return call
 

@@ -77,14 +77,16 @@ def moe_lora_one_shot_f16_sorted_set_weighted_r32_kernel(
     live = m < rows
     pair = tl.load(pairs_ptr + first + m, mask=live, other=0)
 
-    # Shrink. A rank below the bucket reads its last row again and drops it afterwards: no mask in the loop.
+    # Shrink.
     r = tl.arange(0, BLOCK_R)
-    a_row = r if RANK == BLOCK_R else tl.minimum(r, RANK - 1)
     k = tl.arange(0, BLOCK_K)
     x_rows = x_ptr + pair.to(tl.int64)[:, None] * X_STRIDE
     a_base = adapter * A_STRIDE_L + expert * A_STRIDE_E
+    # A rank below the tile reads its last row again, which is dropped afterwards: no mask in the loop.
+    a_row = r if RANK % BLOCK_R == 0 else tl.minimum(r, RANK - 1)
     a_tile = a_row[:, None] * A_STRIDE_R + k[None, :]
-    slices = [(a_ptr + a_base, tl.zeros([BLOCK_M, BLOCK_R], tl.float32)) for a_ptr in a_ptrs]
+    zeros = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    slices = [(a_ptr + a_base, zeros) for a_ptr in a_ptrs]
     for k0 in tl.range(0, K, BLOCK_K, num_stages=SHRINK_STAGES):
         if K % BLOCK_K == 0:
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None], other=0.0)
@@ -108,10 +110,12 @@ def moe_lora_one_shot_f16_sorted_set_weighted_r32_kernel(
                 )
                 for s in slices
             ]
+    sums = [s[1] for s in slices]
+
     if RANK == BLOCK_R:
-        v = [s[1].to(tl.float16) for s in slices]
+        v = [v_s.to(tl.float16) for v_s in sums]
     else:
-        v = [tl.where((r < RANK)[None, :], s[1], 0.0).to(tl.float16) for s in slices]
+        v = [tl.where((r < RANK)[None, :], v_s, 0.0).to(tl.float16) for v_s in sums]
 
     # Expand.
     n = tl.arange(0, BLOCK_N)
@@ -178,7 +182,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         topk_weights: torch.Tensor | None,
     ) -> None:
         tables = (route.pairs, route.blocks, route.num_blocks)
-        launch((out, x, tuple(lora_a), tuple(lora_b), topk_weights, *tables))
+        launch.run(out, x, tuple(lora_a), tuple(lora_b), topk_weights, *tables)
 
     return call
 

@@ -316,7 +316,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         a_scale: Sequence[torch.Tensor],
         b_scale: Sequence[torch.Tensor],
     ) -> None:
-        parts = partials(route, size, torch.float32, out.device)
+        parts = partials(route, size, torch.float32, out)
         pairs = (
             route.topk_ids,
             route.token_lora_mapping,
@@ -324,8 +324,8 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             route.expert_map,
             num_pairs,
         )
-        shrink((parts, x, tuple(lora_a), tuple(a_scale), *pairs))
-        expand((out, parts, tuple(lora_b), tuple(b_scale), *pairs))
+        shrink.run(parts, x, tuple(lora_a), tuple(a_scale), *pairs)
+        expand.run(out, parts, tuple(lora_b), tuple(b_scale), *pairs)
 
     return call
 

@@ -276,7 +276,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         topk_weights: torch.Tensor | None,
         x_scale: torch.Tensor,
     ) -> None:
-        parts = partials(route, size, torch.float32, out.device)
+        parts = partials(route, size, torch.float32, out)
         pairs = (
             route.topk_ids,
             route.token_lora_mapping,
@@ -284,8 +284,8 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             route.expert_map,
             num_pairs,
         )
-        shrink((parts, x, tuple(lora_a), x_scale, *pairs))
-        expand((out, parts, tuple(lora_b), *pairs))
+        shrink.run(parts, x, tuple(lora_a), x_scale, *pairs)
+        expand.run(out, parts, tuple(lora_b), *pairs)
 
     return call
 

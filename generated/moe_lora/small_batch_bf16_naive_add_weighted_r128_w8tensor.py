@@ -306,7 +306,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         a_scale: Sequence[torch.Tensor],
         b_scale: Sequence[torch.Tensor],
     ) -> None:
-        parts = partials(route, size, torch.float32, out.device)
+        parts = partials(route, size, torch.float32, out)
         pairs = (
             route.topk_ids,
             route.token_lora_mapping,
@@ -314,8 +314,8 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             route.expert_map,
             num_pairs,
         )
-        shrink((parts, x, tuple(lora_a), tuple(a_scale), *pairs))
-        expand((out, parts, tuple(lora_b), tuple(b_scale), topk_weights, *pairs))
+        shrink.run(parts, x, tuple(lora_a), tuple(a_scale), *pairs)
+        expand.run(out, parts, tuple(lora_b), tuple(b_scale), topk_weights, *pairs)
 
     return call
 

@@ -279,7 +279,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         topk_weights: torch.Tensor | None,
         x_scale: torch.Tensor,
     ) -> None:
-        parts = partials(route, size, torch.float32, out.device)
+        parts = partials(route, size, torch.float32, out)
         pairs = (
             route.topk_ids,
             route.token_lora_mapping,
@@ -287,8 +287,8 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             route.expert_map,
             num_pairs,
         )
-        shrink((parts, x, tuple(lora_a), x_scale, *pairs))
-        expand((out, parts, tuple(lora_b), topk_weights, *pairs))
+        shrink.run(parts, x, tuple(lora_a), x_scale, *pairs)
+        expand.run(out, parts, tuple(lora_b), topk_weights, *pairs)
 
     return call
 

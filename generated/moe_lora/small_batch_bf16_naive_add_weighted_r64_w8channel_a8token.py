@@ -315,7 +315,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         b_scale: Sequence[torch.Tensor],
         x_scale: torch.Tensor,
     ) -> None:
-        parts = partials(route, size, torch.float32, out.device)
+        parts = partials(route, size, torch.float32, out)
         pairs = (
             route.topk_ids,
             route.token_lora_mapping,
@@ -323,8 +323,8 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             route.expert_map,
             num_pairs,
         )
-        shrink((parts, x, tuple(lora_a), tuple(a_scale), x_scale, *pairs))
-        expand((out, parts, tuple(lora_b), tuple(b_scale), topk_weights, *pairs))
+        shrink.run(parts, x, tuple(lora_a), tuple(a_scale), x_scale, *pairs)
+        expand.run(out, parts, tuple(lora_b), tuple(b_scale), topk_weights, *pairs)
 
     return call
 

@@ -31,6 +31,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 from .. import _runtime as runtime
+from .._slices import joined_slices, split_slices
+
 from ..moe_route import MoeRoute
 from ._problem import (
     CACHE_POLICIES,
@@ -69,6 +71,7 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_r32_w8group_shrink(
     A_SCALE_STRIDE_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SHARES: tl.constexpr,
+    JOINED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     SHRINK_STAGES: tl.constexpr,
@@ -94,23 +97,31 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_r32_w8group_shrink(
     live = m < rows
     pair = tl.load(pairs_ptr + first + m, mask=live, other=0)
 
-    # A rank below the tile reads its last row again; the expand drops it: no mask in the loop.
     r = tl.arange(0, BLOCK_R)
-    a_row = r if RANK == BLOCK_R else tl.minimum(r, RANK - 1)
     k = tl.arange(0, BLOCK_K)
     tl.static_assert(SPLITS == 1 or SPLIT_K % BLOCK_K == 0, "a tile lies in one part")
     k_begin = split * SPLIT_K
     k_end = k_begin + SPLIT_K if K % SPLIT_K == 0 else tl.minimum(k_begin + SPLIT_K, K)
     x_rows = x_ptr + (pair // TOP_K).to(tl.int64)[:, None] * X_STRIDE
     a_base = adapter * A_STRIDE_L + expert * A_STRIDE_E
-    a_tile = a_row[:, None] * A_STRIDE_R + k[None, :]
     K_GROUPS: tl.constexpr = (K + 128 - 1) // 128
     tl.static_assert(128 % BLOCK_K == 0, "a tile lies in one group")
+    # A rank below the tile reads its last row again, which is dropped afterwards: no mask in the loop.
+    # A product is of JOINED slices, BLOCK_R columns each: wide enough for its warps to lie side by side, with weights of their own.
+    WIDTH: tl.constexpr = triton.next_power_of_2(JOINED) * BLOCK_R
+    column = tl.arange(0, WIDTH)
+    a_row = tl.minimum(column % BLOCK_R, RANK - 1)
     a_scale_base = adapter * A_SCALE_STRIDE_L + expert * A_SCALE_STRIDE_E
+    zeros = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     slices = ()
-    for i in tl.static_range(len(a_ptrs)):
-        a_scale = a_scale_ptrs[i] + a_scale_base
-        slices += ((a_ptrs[i] + a_base, tl.zeros([BLOCK_M, BLOCK_R], tl.float32), a_scale),)
+    for i in tl.static_range(0, len(a_ptrs), JOINED):
+        a_ptr, a_scale_ptr = a_ptrs[i], a_scale_ptrs[i]
+        for j in tl.static_range(1, JOINED):
+            a_ptr = tl.where(column >= j * BLOCK_R, a_ptrs[i + j], a_ptr)
+            a_scale_ptr = tl.where(column >= j * BLOCK_R, a_scale_ptrs[i + j], a_scale_ptr)
+        a_rows = a_ptr + a_base + a_row * A_STRIDE_R
+        a_scale = a_scale_ptr + a_scale_base
+        slices += ((a_rows[:, None] + k[None, :], zeros, a_scale),)
     for k0 in tl.range(k_begin, k_end, BLOCK_K, num_stages=SHRINK_STAGES):
         group = k0 // 128
         slices = [(s[0], s[1], s[2], tl.load(s[2] + group)) for s in slices]
@@ -122,7 +133,7 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_r32_w8group_shrink(
                     s[1]
                     + tl.dot(
                         x,
-                        tl.load(s[0] + (a_tile + k0), eviction_policy=WEIGHTS)
+                        tl.load(s[0] + k0, eviction_policy=WEIGHTS)
                         .to(tl.float16)
                         .to(tl.float32)
                         .to(tl.bfloat16)
@@ -143,9 +154,7 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_r32_w8group_shrink(
                     s[1]
                     + tl.dot(
                         x,
-                        tl.load(
-                            s[0] + (a_tile + k0), mask=k_mask, other=0.0, eviction_policy=WEIGHTS
-                        )
+                        tl.load(s[0] + k0, mask=k_mask, other=0.0, eviction_policy=WEIGHTS)
                         .to(tl.float16)
                         .to(tl.float32)
                         .to(tl.bfloat16)
@@ -156,11 +165,15 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_r32_w8group_shrink(
                 )
                 for s in slices
             ]
+    sums = ()
+    for i in tl.static_range(len(slices)):
+        sums += split_slices(slices[i][1], WIDTH // BLOCK_R)
+
     PART_STRIDE: tl.constexpr = BLOCK_R
     position = split.to(tl.int64) * capacity + first + m
     part_rows = parts_ptr + position[:, None] * (len(a_ptrs) * PART_STRIDE) + r[None, :]
     for s in tl.static_range(len(a_ptrs)):
-        v = slices[s][1].to(parts_ptr.dtype.element_ty)
+        v = sums[s].to(parts_ptr.dtype.element_ty)
         tl.store(part_rows + s * PART_STRIDE, v, mask=live[:, None])
 
 
@@ -317,6 +330,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             *problem.a_scale_strides,
             block_m,
             shares,
+            joined_slices(problem.slices, 32, problem.device),
             config.block_k,
             split_k,
             config.shrink_stages,
@@ -356,10 +370,10 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         b_scale: Sequence[torch.Tensor],
     ) -> None:
         capacity = route.pairs.shape[0]
-        parts = partials(route, of_position * capacity, part_dtype, out.device)
+        parts = partials(route, of_position * capacity, part_dtype, out)
         tables = (route.pairs, route.blocks, route.num_blocks, capacity)
-        shrink((parts, x, tuple(lora_a), tuple(a_scale), *tables))
-        expand((out, parts, tuple(lora_b), tuple(b_scale), *tables))
+        shrink.run(parts, x, tuple(lora_a), tuple(a_scale), *tables)
+        expand.run(out, parts, tuple(lora_b), tuple(b_scale), *tables)
 
     return call
 

@@ -74,17 +74,18 @@ def moe_lora_two_kernel_f16_sorted_add_plain_r64_shrink(
     live = m < rows
     pair = tl.load(pairs_ptr + first + m, mask=live, other=0)
 
-    # A rank below the tile reads its last row again; the expand drops it: no mask in the loop.
     r = tl.arange(0, BLOCK_R)
-    a_row = r if RANK == BLOCK_R else tl.minimum(r, RANK - 1)
     k = tl.arange(0, BLOCK_K)
     tl.static_assert(SPLITS == 1 or SPLIT_K % BLOCK_K == 0, "a tile lies in one part")
     k_begin = split * SPLIT_K
     k_end = k_begin + SPLIT_K if K % SPLIT_K == 0 else tl.minimum(k_begin + SPLIT_K, K)
     x_rows = x_ptr + (pair // TOP_K).to(tl.int64)[:, None] * X_STRIDE
     a_base = adapter * A_STRIDE_L + expert * A_STRIDE_E
+    # A rank below the tile reads its last row again, which is dropped afterwards: no mask in the loop.
+    a_row = r if RANK % BLOCK_R == 0 else tl.minimum(r, RANK - 1)
     a_tile = a_row[:, None] * A_STRIDE_R + k[None, :]
-    slices = [(a_ptr + a_base, tl.zeros([BLOCK_M, BLOCK_R], tl.float32)) for a_ptr in a_ptrs]
+    zeros = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    slices = [(a_ptr + a_base, zeros) for a_ptr in a_ptrs]
     for k0 in tl.range(k_begin, k_end, BLOCK_K, num_stages=SHRINK_STAGES):
         if K % BLOCK_K == 0:
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None], other=0.0)
@@ -108,11 +109,13 @@ def moe_lora_two_kernel_f16_sorted_add_plain_r64_shrink(
                 )
                 for s in slices
             ]
+    sums = [s[1] for s in slices]
+
     PART_STRIDE: tl.constexpr = BLOCK_R
     position = split.to(tl.int64) * capacity + first + m
     part_rows = parts_ptr + position[:, None] * (len(a_ptrs) * PART_STRIDE) + r[None, :]
     for s in tl.static_range(len(a_ptrs)):
-        v = slices[s][1].to(parts_ptr.dtype.element_ty)
+        v = sums[s].to(parts_ptr.dtype.element_ty)
         tl.store(part_rows + s * PART_STRIDE, v, mask=live[:, None])
 
 
@@ -261,10 +264,10 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         topk_weights: torch.Tensor | None,
     ) -> None:
         capacity = route.pairs.shape[0]
-        parts = partials(route, of_position * capacity, part_dtype, out.device)
+        parts = partials(route, of_position * capacity, part_dtype, out)
         tables = (route.pairs, route.blocks, route.num_blocks, capacity)
-        shrink((parts, x, tuple(lora_a), *tables))
-        expand((out, parts, tuple(lora_b), *tables))
+        shrink.run(parts, x, tuple(lora_a), *tables)
+        expand.run(out, parts, tuple(lora_b), *tables)
 
     return call
 

@@ -136,7 +136,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     ) -> None:
         tables = (route.pairs, route.blocks, route.num_blocks)
         next_shard = y.stride(0) if y.dim() == 4 else 0
-        launch((out, y, tuple(lora_b), y.stride(-3), next_shard, *tables))
+        launch.run(out, y, tuple(lora_b), y.stride(-3), next_shard, *tables)
 
     return call
 

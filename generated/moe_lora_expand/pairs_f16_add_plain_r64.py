@@ -137,7 +137,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     ) -> None:
         source = (route.topk_ids, route.token_lora_mapping, route.adapter_enabled, route.expert_map)
         next_shard = y.stride(0) if y.dim() == 4 else 0
-        launch((out, y, tuple(lora_b), y.stride(-3), next_shard, *source))
+        launch.run(out, y, tuple(lora_b), y.stride(-3), next_shard, *source)
 
     return call
 

@@ -75,17 +75,18 @@ def moe_lora_shrink_blocks_bf16_r64_product(
     live = m < rows
     pair = tl.load(pairs_ptr + first + m, mask=live, other=0)
 
-    # A rank below the tile reads its last row again and drops it: no mask in the loop. TOP_K: pairs that share a row of x.
     r = tl.arange(0, BLOCK_R)
-    a_row = r if RANK % BLOCK_R == 0 else tl.minimum(r, RANK - 1)
     k = tl.arange(0, BLOCK_K)
     tl.static_assert(SPLITS == 1 or SPLIT_K % BLOCK_K == 0, "a tile lies in one part")
     k_begin = split * SPLIT_K
     k_end = k_begin + SPLIT_K if K % SPLIT_K == 0 else tl.minimum(k_begin + SPLIT_K, K)
     x_rows = x_ptr + (pair // TOP_K).to(tl.int64)[:, None] * X_STRIDE
     a_base = adapter * A_STRIDE_L + expert * A_STRIDE_E
+    # A rank below the tile reads its last row again, which is dropped afterwards: no mask in the loop.
+    a_row = r if RANK % BLOCK_R == 0 else tl.minimum(r, RANK - 1)
     a_tile = a_row[:, None] * A_STRIDE_R + k[None, :]
-    slices = [(a_ptr + a_base, tl.zeros([BLOCK_M, BLOCK_R], tl.float32)) for a_ptr in a_ptrs]
+    zeros = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    slices = [(a_ptr + a_base, zeros) for a_ptr in a_ptrs]
     for k0 in tl.range(k_begin, k_end, BLOCK_K, num_stages=SHRINK_STAGES):
         if K % BLOCK_K == 0:
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None], other=0.0)
@@ -109,6 +110,8 @@ def moe_lora_shrink_blocks_bf16_r64_product(
                 )
                 for s in slices
             ]
+    sums = [s[1] for s in slices]
+
     kept = live[:, None] if RANK % BLOCK_R == 0 else live[:, None] & (r < RANK)[None, :]
     y_rows = (
         y_ptr
@@ -116,7 +119,7 @@ def moe_lora_shrink_blocks_bf16_r64_product(
         + (pair.to(tl.int64)[:, None] * Y_STRIDE + r[None, :])
     )
     for s in tl.static_range(len(a_ptrs)):
-        tl.store(y_rows + s * next_slice.to(tl.int64), slices[s][1], mask=kept)
+        tl.store(y_rows + s * next_slice.to(tl.int64), sums[s], mask=kept)
 
 
 @triton.jit(
@@ -209,11 +212,11 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         y.zero_()
         next_slice, tables = y.stride(0), (route.pairs, route.blocks, route.num_blocks)
         if parts == 1:
-            product((y, x, tuple(lora_a), next_slice, 0, *tables))
+            product.run(y, x, tuple(lora_a), next_slice, 0, *tables)
         else:
             sums = scratch(route, parts * part_size, y.device)
-            product((sums, x, tuple(lora_a), slice_size, part_size, *tables))
-            total((y, sums, next_slice, part_size, *tables))
+            product.run(sums, x, tuple(lora_a), slice_size, part_size, *tables)
+            total.run(y, sums, next_slice, part_size, *tables)
 
     return call
 

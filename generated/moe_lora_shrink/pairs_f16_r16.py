@@ -190,11 +190,11 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         next_slice = y.stride(0)
         source = (route.topk_ids, route.token_lora_mapping, route.adapter_enabled, route.expert_map)
         if parts == 1:
-            product((y, x, tuple(lora_a), next_slice, 0, *source))
+            product.run(y, x, tuple(lora_a), next_slice, 0, *source)
         else:
             sums = scratch(route, parts * part_size, y.device)
-            product((sums, x, tuple(lora_a), slice_size, part_size, *source))
-            total((y, sums, num_pairs, next_slice, part_size))
+            product.run(sums, x, tuple(lora_a), slice_size, part_size, *source)
+            total.run(y, sums, num_pairs, next_slice, part_size)
 
     return call
 

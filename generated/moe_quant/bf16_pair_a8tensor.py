@@ -101,7 +101,7 @@ def bind(problem: Problem, config: Config) -> Call:
     )
 
     def call(codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, tables: MoeTables) -> None:
-        launch((codes, x, scale, tables.topk_ids, tables.valid_tokens, num_pairs))
+        launch.run(codes, x, scale, tables.topk_ids, tables.valid_tokens, num_pairs)
 
     return call
 

@@ -99,7 +99,7 @@ def bind(problem: Problem, config: Config) -> Call:
     )
 
     def call(codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, tables: MoeTables) -> None:
-        launch((codes, x, scale, tables.blocks, tables.num_blocks))
+        launch.run(codes, x, scale, tables.blocks, tables.num_blocks)
 
     return call
 

@@ -149,18 +149,16 @@ def bind(
         lora_ids: torch.Tensor | None,
         adapter_enabled: torch.Tensor | None,
     ) -> None:
-        list_blocks(
-            (
-                blocks,
-                num_blocks,
-                expert_ids,
-                num_tokens_post_padded,
-                lora_ids,
-                adapter_enabled,
-                *columns,
-            )
+        list_blocks.run(
+            blocks,
+            num_blocks,
+            expert_ids,
+            num_tokens_post_padded,
+            lora_ids,
+            adapter_enabled,
+            *columns,
         )
-        pack_pairs((pairs, blocks, num_blocks, sorted_token_ids, *sizes))
+        pack_pairs.run(pairs, blocks, num_blocks, sorted_token_ids, *sizes)
 
     return call
 

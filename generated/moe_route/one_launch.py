@@ -132,7 +132,7 @@ def bind(
         expert_map: torch.Tensor | None,
     ) -> None:
         source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map, num_pairs)
-        sort((pairs, blocks, num_blocks, *source))
+        sort.run(pairs, blocks, num_blocks, *source)
 
     return call
 

@@ -241,9 +241,9 @@ def bind(
     ) -> None:
         source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map, num_pairs)
         counts, starts = scratch[counts_at:], scratch[starts_at:]
-        count((counts, *source))
-        prefix((counts, scratch, num_chunks))
-        place((pairs, blocks, num_blocks, counts, scratch, starts, *source))
+        count.run(counts, *source)
+        prefix.run(counts, scratch, num_chunks)
+        place.run(pairs, blocks, num_blocks, counts, scratch, starts, *source)
 
     return call
 

@@ -96,7 +96,7 @@ def bind(problem: Problem, config: Config) -> Call:
         topk_weights: torch.Tensor | None,
         valid_tokens: torch.Tensor | None,
     ) -> None:
-        launch((out, y, topk_ids, valid_tokens, num_tokens))
+        launch.run(out, y, topk_ids, valid_tokens, num_tokens)
 
     return call
 
