@@ -574,9 +574,9 @@ def _one_shot(s: _Shape) -> OneShotConfig:
     )  # of a column
     block_k = _in_group(s, _fitting(_block_k(s.k, block_k), shrink_bytes, budget))
     stages = _stages(stages, shrink_bytes * block_k, budget)
-    # FP8 with one scale for all would spill a register in the wide tile.
+    # FP8 with one scale for all would spill a register in the wide tile, as would a share of a block with a scale a token.
     scaled = rank == 16 and s.block_m == 16 and s.weight_scales in ("channel", "group")
-    wide = cut or wide or alone or scaled
+    wide = (cut or wide or alone or scaled) and not (cut and s.x_scales == "token")
     block_n = _fitting(
         _block_n(s.n, 256 if wide else 128, 0.03 if rank == 16 else 0.0), expand_bytes, budget
     )
