@@ -282,88 +282,135 @@ def choose(problem: Problem, route: MoeRoute) -> Config:
     tokens = runtime.next_power_of_2(problem.num_tokens)
     scales = (problem.weight_scales, problem.x_scales)
     rows = product_rows(route.block_m) if any(scales) else route.block_m
-    sizes = (tokens, rows, problem.k, problem.slices, problem.rank)
     device = runtime.traits(problem.device)
-    return _choose(*sizes, *scales, device.num_sms, device.shared_memory, device.full_warps)
+    sizes = (tokens, rows, problem.k, problem.slices, problem.rank)
+    return _choose(_Shape(*sizes, *scales, device.num_sms, device.shared_memory, device.full_warps))
+
+
+class _Shape(NamedTuple):
+    """What tiles depend on."""
+
+    tokens: int  # a power of two
+    rows: int  # of a block
+    k: int
+    slices: int
+    rank: int
+    weight_scales: str | None
+    x_scales: str | None
+    num_sms: int
+    shared_memory: int
+    full_warps: int
+
+    @property
+    def grouped(self) -> bool:
+        return "group" in (self.weight_scales, self.x_scales)
+
+    @property
+    def budget(self) -> int:
+        """Bytes of shared memory for what is on its way."""
+        return self.shared_memory - 4096
+
+
+class _Share(NamedTuple):
+    """What one of ``programs`` takes; see Config."""
+
+    rows: int
+    ranks: int
+    parts: int
+    together: bool
+    columns: int  # of the product: ranks, of each slice
+    programs: int
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(
-    tokens: int,
-    rows: int,
-    k: int,
-    slices: int,
-    rank: int,
-    weight_scales: str | None,
-    x_scales: str | None,
-    num_sms: int,
-    shared_memory: int,
-    full_warps: int,
-) -> Config:
-    block_r = full_r = min(128, max(16, runtime.next_power_of_2(rank)))
+def _choose(s: _Shape) -> Config:
+    share = _share(s)
+    held = share.rows * share.columns * (3, 1, 2)[share.parts]
+    high = share.rows >= (
+        32 if s.x_scales else 64
+    )  # FP8 x is widened by each warp that multiplies it
+    wide = s.grouped and share.ranks >= (128 if share.parts else 64)
+    num_warps = 8 if held > 64 * 128 or (high and share.ranks >= 64) or wide else 4
+    block_k, stages = _pipeline(s, share)
+    together, chunk = int(share.together), chunk_k(s.k, s.slices)
+    return Config(
+        share.rows,
+        share.ranks,
+        block_k,
+        chunk,
+        share.parts,
+        together,
+        stages,
+        min(num_warps, s.full_warps),
+    )
+
+
+def _share(s: _Shape) -> _Share:
+    """How the work is shared out: over all multiprocessors where tokens are few, and with few loads of x where they are many."""
+    rows, full_r = s.rows, min(128, max(16, runtime.next_power_of_2(s.rank)))
+    ranks = full_r
     # Scales that are applied to a whole sum would round it in another place: then K is shared out in every batch.
-    late = weight_scales in ("tensor", "channel") or x_scales in ("tensor", "token")
-    fills = tokens > MAX_TOKENS_IN_PARTS or tokens // rows * slices >= 0.9 * num_sms
-    parts = 1 if late else 0 if fills else 2 if 4 * (tokens // 64) * slices >= 0.9 * num_sms else 1
-    grouped, budget = "group" in (weight_scales, x_scales), shared_memory - 4096
-    chunk = chunk_k(k, slices)
-    chunks = runtime.cdiv(k, chunk)
-    while parts == 1 and rows > 16 and tokens // rows * slices * chunks < 0.9 * num_sms:
+    late = s.weight_scales in ("tensor", "channel") or s.x_scales in ("tensor", "token")
+    fills = s.tokens > MAX_TOKENS_IN_PARTS or s.tokens // rows * s.slices >= 0.9 * s.num_sms
+    parts = (
+        1
+        if late
+        else 0 if fills else 2 if 4 * (s.tokens // 64) * s.slices >= 0.9 * s.num_sms else 1
+    )
+    chunks = runtime.cdiv(s.k, chunk_k(s.k, s.slices))
+    while parts == 1 and rows > 16 and s.tokens // rows * s.slices * chunks < 0.9 * s.num_sms:
         rows //= 2
-    blocks = max(1, tokens // rows)
+    blocks = max(1, s.tokens // rows)
     while (
         parts == 1
-        and block_r > 16
-        and blocks * slices * chunks * (full_r // block_r) < 0.6 * num_sms
+        and ranks > 16
+        and blocks * s.slices * chunks * (full_r // ranks) < 0.6 * s.num_sms
     ):
-        block_r //= 2
+        ranks //= 2
     # Few blocks are spread over more programs, slice by slice; many read x once for all slices, if it and their sums fit.
+    columns = ranks * s.slices
     fits = (
-        rows * block_r * slices <= 64 * 256
-        and (64 if grouped else 32) * 6 * (rows + block_r * slices) <= budget
+        rows * columns <= 64 * 256 and (64 if s.grouped else 32) * 6 * (rows + columns) <= s.budget
     )
-    together = slices == 1 or (parts == 1 and tokens >= 1024 and fits)
-    held = rows * block_r * (slices if together else 1) * (3, 1, 2)[parts]
-    high = rows >= (32 if x_scales else 64)  # FP8 x is widened by each warp that multiplies it
-    num_warps = (
-        8
-        if held > 64 * 128
-        or (high and block_r >= 64)
-        or (grouped and block_r >= (128 if parts else 64))
-        else 4
-    )
-    column_bytes = 2 * (rows + block_r * (slices if together else 1))
+    together = s.slices == 1 or (parts == 1 and s.tokens >= 1024 and fits)
     programs = (
         blocks
-        * (full_r // block_r)
-        * (1 if together else slices)
+        * (full_r // ranks)
+        * (1 if together else s.slices)
         * (1, chunks, min(chunks, 4))[parts]
     )
+    return _Share(rows, ranks, parts, together, columns if together else ranks, programs)
+
+
+def _pipeline(s: _Shape, share: _Share) -> tuple[int, int]:
+    """block_k and the stages of the loop over K."""
+    rows, column_bytes = share.rows, 2 * (share.rows + share.columns)
     # High programs that are alone on their multiprocessors may take all of its memory, others leave room for a second or a third.
-    alone, half = rows > 32 and programs <= num_sms, min(budget, 112 * 1024)
-    room = budget if alone or rows <= 32 else half
-    crowded = (
-        programs > (num_sms if parts == 1 else 2 * num_sms) and weight_scales is None is x_scales
-    )
+    alone, half = rows > 32 and share.programs <= s.num_sms, min(s.budget, 112 * 1024)
+    room = s.budget if alone or rows <= 32 else half
+    full = share.programs > (s.num_sms if share.parts == 1 else 2 * s.num_sms)
+    crowded = full and s.weight_scales is None is s.x_scales
     if rows <= 32:
-        block_k = 64 if crowded and block_r >= 64 else 256 if k > LONG_K and block_r <= 64 else 128
+        block_k = (
+            64
+            if crowded and share.ranks >= 64
+            else 256 if s.k > LONG_K and share.ranks <= 64 else 128
+        )
     else:
-        block_k = 64 if crowded or (slices > 1 and together) else 128
+        block_k = 64 if crowded or (s.slices > 1 and share.together) else 128
+    chunk = chunk_k(s.k, s.slices)
     while chunk % block_k or (
-        block_k > 32 and (3 * block_k * column_bytes > room or (k % block_k and k % 32 == 0))
+        block_k > 32 and (3 * block_k * column_bytes > room or (s.k % block_k and s.k % 32 == 0))
     ):
         block_k //= 2
-    if grouped:
+    if s.grouped:
         block_k = 64  # of any batch: sums of a tile are scaled before they are added
     stage_bytes = block_k * column_bytes
     deep = alone and 3 * stage_bytes > half
-    stages = (
+    return block_k, (
         4
-        if 4 * stage_bytes <= (budget if deep else half)
-        else 3 if 3 * stage_bytes <= budget else 2
-    )
-    return Config(
-        rows, block_r, block_k, chunk, parts, int(together), stages, min(num_warps, full_warps)
+        if 4 * stage_bytes <= (s.budget if deep else half)
+        else 3 if 3 * stage_bytes <= s.budget else 2
     )
 
 
