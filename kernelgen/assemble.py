@@ -41,7 +41,7 @@ def assemble(package: Package, renderer: Renderer, only: str | None = None, jobs
     tree, faults = _render(_outputs(package, variants, renderer), renderer, jobs)
     runtime = names.package_path("_runtime")
     tree[runtime] = header(names.spec_label(), names.RUNTIME_SOURCE) + RUNTIME.read_text("utf-8")
-    fault = check(runtime, tree[runtime])
+    fault = check(runtime, tree[runtime], rendered=False)
     faults += [fault] if fault else []
     faults += _path_faults(tree)
     if not faults:

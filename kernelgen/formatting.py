@@ -47,7 +47,6 @@ _STANDARD = frozenset(
 )
 _PACKAGE_IMPORTS = _STANDARD | {"torch", "triton"}
 _TEST_IMPORTS = _PACKAGE_IMPORTS | {"kernelgen", "pytest", PACKAGE}
-_COPIED = f"{PACKAGE}/_runtime.py"  # word for word; no template and no spec has a say in it
 _FORBIDDEN_NAMES = frozenset(
     [
         "__builtins__",
@@ -119,8 +118,11 @@ def _finish(item: tuple[str, str]) -> str | Diagnostic:
     return check(path, text) or text
 
 
-def check(path: str, text: str) -> Diagnostic | None:
-    """The first reason why ``text`` is not acceptable as the generated file ``path``, or None."""
+def check(path: str, text: str, rendered: bool = True) -> Diagnostic | None:
+    """The first reason why ``text`` is not acceptable as the generated file ``path``, or None.
+
+    ``rendered``: a template and a spec had a say in it; False for a copy, which may use any name.
+    """
     lines = text.split("\n")
     for number, line in enumerate(lines, 1):
         if not line.isprintable():
@@ -137,7 +139,7 @@ def check(path: str, text: str) -> Diagnostic | None:
             if module.split(".")[0] not in allowed:
                 message = f"import of {module}, which generated files do without"
                 return _fault(path, node.lineno, lines[node.lineno - 1], message)  # type: ignore[attr-defined]
-        if isinstance(node, ast.Name) and node.id in _FORBIDDEN_NAMES and path != _COPIED:
+        if rendered and isinstance(node, ast.Name) and node.id in _FORBIDDEN_NAMES:
             message = f"use of {node.id}, which generated files do without"
             return _fault(path, node.lineno, lines[node.lineno - 1], message, node.col_offset + 1)
     return None

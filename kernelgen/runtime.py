@@ -309,7 +309,7 @@ class Traits(NamedTuple):
     full_warps: int  # a program of so many can have all registers of a multiprocessor: 8 on NVIDIA, 4 of twice the lanes on AMD
     warp_sums: int  # fp32 sums of a product that a warp has room for
     max_stages: int  # of a loop of products: on AMD, where loads in flight take registers, fewer
-    mixed_pointers: bool  # whether a tile may be of pointers into several tensors: not on AMD, which Triton 3.6 does not compile
+    mixed_pointers: bool  # a tile may be of pointers into several tensors: not on AMD, where Triton 3.6 fails to compile it
 
 
 # Bytes of shared memory by Triton target, for compilation without a GPU.

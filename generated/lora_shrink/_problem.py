@@ -306,6 +306,10 @@ class _Shape(NamedTuple):
         return "group" in (self.weight_scales, self.x_scales)
 
     @property
+    def chunk(self) -> int:
+        return chunk_k(self.k, self.slices)
+
+    @property
     def budget(self) -> int:
         """Bytes of shared memory for what is on its way."""
         return self.shared_memory - 4096
@@ -332,16 +336,16 @@ def _choose(s: _Shape) -> Config:
     wide = s.grouped and share.ranks >= (128 if share.parts else 64)
     num_warps = 8 if held > 64 * 128 or (high and share.ranks >= 64) or wide else 4
     block_k, stages = _pipeline(s, share)
-    together, chunk = int(share.together), chunk_k(s.k, s.slices)
+    num_warps = min(num_warps, s.full_warps)
     return Config(
         share.rows,
         share.ranks,
         block_k,
-        chunk,
+        s.chunk,
         share.parts,
-        together,
+        int(share.together),
         stages,
-        min(num_warps, s.full_warps),
+        num_warps,
     )
 
 
@@ -357,7 +361,7 @@ def _share(s: _Shape) -> _Share:
         if late
         else 0 if fills else 2 if 4 * (s.tokens // 64) * s.slices >= 0.9 * s.num_sms else 1
     )
-    chunks = runtime.cdiv(s.k, chunk_k(s.k, s.slices))
+    chunks = runtime.cdiv(s.k, s.chunk)
     while parts == 1 and rows > 16 and s.tokens // rows * s.slices * chunks < 0.9 * s.num_sms:
         rows //= 2
     blocks = max(1, s.tokens // rows)
@@ -398,8 +402,7 @@ def _pipeline(s: _Shape, share: _Share) -> tuple[int, int]:
         )
     else:
         block_k = 64 if crowded or (s.slices > 1 and share.together) else 128
-    chunk = chunk_k(s.k, s.slices)
-    while chunk % block_k or (
+    while s.chunk % block_k or (
         block_k > 32 and (3 * block_k * column_bytes > room or (s.k % block_k and s.k % 32 == 0))
     ):
         block_k //= 2

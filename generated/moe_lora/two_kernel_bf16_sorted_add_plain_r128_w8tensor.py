@@ -105,7 +105,7 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_r128_w8tensor_shrink(
     x_rows = x_ptr + (pair // TOP_K).to(tl.int64)[:, None] * X_STRIDE
     a_base = adapter * A_STRIDE_L + expert * A_STRIDE_E
     # A rank below the tile reads its last row again, which is dropped afterwards: no mask in the loop.
-    # A product is of JOINED slices, BLOCK_R columns each: wide enough for its warps to lie side by side, with weights of their own.
+    # A product is of JOINED slices, BLOCK_R columns each: so wide that its warps lie side by side, with weights of their own.
     WIDTH: tl.constexpr = triton.next_power_of_2(JOINED) * BLOCK_R
     column = tl.arange(0, WIDTH)
     a_row = tl.minimum(column % BLOCK_R, RANK - 1)

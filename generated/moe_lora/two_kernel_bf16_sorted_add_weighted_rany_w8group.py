@@ -109,7 +109,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_rany_w8group_shrink(
     K_GROUPS: tl.constexpr = (K + 128 - 1) // 128
     tl.static_assert(128 % BLOCK_K == 0, "a tile lies in one group")
     # A rank below the tile reads its last row again, which is dropped afterwards: no mask in the loop.
-    # A product is of JOINED slices, BLOCK_R columns each: wide enough for its warps to lie side by side, with weights of their own.
+    # A product is of JOINED slices, BLOCK_R columns each: so wide that its warps lie side by side, with weights of their own.
     WIDTH: tl.constexpr = triton.next_power_of_2(JOINED) * BLOCK_R
     column = tl.arange(0, WIDTH)
     a_row = tl.minimum(chunk * BLOCK_R + column, RANK - 1)
