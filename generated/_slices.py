@@ -13,9 +13,9 @@ from . import _runtime as runtime
 
 
 def joined_slices(slices: int, block_rank: int, device: torch.device) -> int:
-    """Slices of FP8 weights that share a product: all, where one by itself would be narrow.
+    """Slices that share a product of the shrink: all, where one by itself would be narrow.
 
-    The warps of a narrow product lie one below the other as well, and each of them widens the same weights.
+    The warps of a narrow product lie one below the other as well, and each of them reads, and of FP8 widens, the same weights.
     """
     return slices if block_rank < 128 and runtime.traits(device).mixed_pointers else 1
 

@@ -97,7 +97,7 @@ _TWO = "moe_lora_two_kernel_bf16_sorted_add_plain_r16"
 _AS_E4M3 = ".to(tl.uint8, bitcast=True).to(tl.float8e4nv, bitcast=True)"
 BUGS = {
     "vLLM fused_moe_lora_fp8 never reads the scales": Bug(
-        f"{_ONE}_w8channel", "slices[i][1] * slices[i][2]", "slices[i][1]", "w8_slices"
+        f"{_ONE}_w8channel", "products[i][1] * products[i][2]", "products[i][1]", "w8_slices"
     ),
     "vLLM dense FP8 shrink below 128 tokens: one scale covers two groups": Bug(
         f"{_ONE}_w8group", "group = k0 // 128", "group = k0 // 256 * 2", "w8_groups"
@@ -128,8 +128,8 @@ BUGS = {
     ),
     "scales in 16 bits": Bug(
         f"{_TWO}_w8channel",
-        "slices[i][1] * slices[i][2]",
-        "slices[i][1] * slices[i][2].to(tl.bfloat16).to(tl.float32)",
+        "products[i][1] * products[i][2]",
+        "products[i][1] * products[i][2].to(tl.bfloat16).to(tl.float32)",
         "w8_slices",
     ),
 }

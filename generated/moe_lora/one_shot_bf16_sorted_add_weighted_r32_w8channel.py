@@ -30,7 +30,6 @@ import triton.language as tl
 
 from .. import _runtime as runtime
 from .._slices import joined_slices, split_slices
-
 from ..moe_route import MoeRoute
 from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, rows_of_program
 from ._problem import OneShotConfig as Config
@@ -99,65 +98,49 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r32_w8channel_kernel(
     k = tl.arange(0, BLOCK_K)
     x_rows = x_ptr + pair.to(tl.int64)[:, None] * X_STRIDE
     a_base = adapter * A_STRIDE_L + expert * A_STRIDE_E
-    # A rank below the tile reads its last row again, which is dropped afterwards: no mask in the loop.
     # A product is of JOINED slices, BLOCK_R columns each: so wide that its warps lie side by side, with weights of their own.
+    # A rank below the tile reads its last row again, which is dropped afterwards: no mask in the loop.
     WIDTH: tl.constexpr = triton.next_power_of_2(JOINED) * BLOCK_R
     column = tl.arange(0, WIDTH)
     a_row = tl.minimum(column % BLOCK_R, RANK - 1)
+    a_tile = a_row[:, None] * A_STRIDE_R + k[None, :]
     a_scale_base = adapter * A_SCALE_STRIDE_L + expert * A_SCALE_STRIDE_E
     zeros = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-    slices = ()
+    products = ()
     for i in tl.static_range(0, len(a_ptrs), JOINED):
         a_ptr, a_scale_ptr = a_ptrs[i], a_scale_ptrs[i]
         for j in tl.static_range(1, JOINED):
-            a_ptr = tl.where(column >= j * BLOCK_R, a_ptrs[i + j], a_ptr)
+            a_ptr = tl.where(column[:, None] >= j * BLOCK_R, a_ptrs[i + j], a_ptr)
             a_scale_ptr = tl.where(column >= j * BLOCK_R, a_scale_ptrs[i + j], a_scale_ptr)
-        a_rows = a_ptr + a_base + a_row * A_STRIDE_R
         a_scale = a_scale_ptr + a_scale_base + a_row
-        slices += ((a_rows[:, None] + k[None, :], zeros, tl.load(a_scale)),)
+        products += ((a_ptr + a_base, zeros, tl.load(a_scale)),)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=SHRINK_STAGES):
         if K % BLOCK_K == 0:
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None], other=0.0)
-            slices = [
-                (
-                    s[0],
-                    tl.dot(
-                        x,
-                        tl.load(s[0] + k0, eviction_policy=WEIGHTS)
-                        .to(tl.float16)
-                        .to(tl.float32)
-                        .to(tl.bfloat16)
-                        .T,
-                        s[1],
-                    ),
-                    s[2],
-                )
-                for s in slices
+            products = [
+                (p[0], p[1], p[2], tl.load(p[0] + (a_tile + k0), eviction_policy=WEIGHTS))
+                for p in products
             ]
         else:
             columns = tl.minimum(K, rows * K)  # opaque: ptxas unpacks known FP8 wrongly
             k_mask = (k < columns - k0)[None, :]
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None] & k_mask, other=0.0)
-            slices = [
+            products = [
                 (
-                    s[0],
-                    tl.dot(
-                        x,
-                        tl.load(s[0] + k0, mask=k_mask, other=0.0, eviction_policy=WEIGHTS)
-                        .to(tl.float16)
-                        .to(tl.float32)
-                        .to(tl.bfloat16)
-                        .T,
-                        s[1],
-                    ),
-                    s[2],
+                    p[0],
+                    p[1],
+                    p[2],
+                    tl.load(p[0] + (a_tile + k0), mask=k_mask, other=0.0, eviction_policy=WEIGHTS),
                 )
-                for s in slices
+                for p in products
             ]
+        products = [
+            (p[0], tl.dot(x, p[3].to(tl.float16).to(tl.float32).to(tl.bfloat16).T, p[1]), p[2])
+            for p in products
+        ]
     sums = ()
-    for i in tl.static_range(len(slices)):
-        sums += split_slices(slices[i][1] * slices[i][2], WIDTH // BLOCK_R)
-
+    for i in tl.static_range(len(products)):
+        sums += split_slices(products[i][1] * products[i][2], WIDTH // BLOCK_R)
     if RANK == BLOCK_R:
         v = [v_s.to(tl.bfloat16) for v_s in sums]
     else:

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from .. import _runtime as runtime
+from .._slices import joined_slices, split_slices
 from ..moe_route import MoeRoute
 from ._problem import CACHE_POLICIES, Call, Problem, check, choose
 from ._problem import OneShotConfig as Config
@@ -59,6 +60,7 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r64_kernel(
     B_STRIDE_E: tl.constexpr,
     B_STRIDE_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    JOINED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SHRINK_STAGES: tl.constexpr,
@@ -82,36 +84,41 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r64_kernel(
     k = tl.arange(0, BLOCK_K)
     x_rows = x_ptr + pair.to(tl.int64)[:, None] * X_STRIDE
     a_base = adapter * A_STRIDE_L + expert * A_STRIDE_E
+    # A product is of JOINED slices, BLOCK_R columns each: so wide that its warps lie side by side, with weights of their own.
     # A rank below the tile reads its last row again, which is dropped afterwards: no mask in the loop.
-    a_row = r if RANK % BLOCK_R == 0 else tl.minimum(r, RANK - 1)
+    WIDTH: tl.constexpr = triton.next_power_of_2(JOINED) * BLOCK_R
+    column = tl.arange(0, WIDTH)
+    a_row = tl.minimum(column % BLOCK_R, RANK - 1)
     a_tile = a_row[:, None] * A_STRIDE_R + k[None, :]
-    zeros = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    slices = [(a_ptr + a_base, zeros) for a_ptr in a_ptrs]
+    zeros = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+    products = ()
+    for i in tl.static_range(0, len(a_ptrs), JOINED):
+        a_ptr = a_ptrs[i]
+        for j in tl.static_range(1, JOINED):
+            a_ptr = tl.where(column[:, None] >= j * BLOCK_R, a_ptrs[i + j], a_ptr)
+        products += ((a_ptr + a_base, zeros),)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=SHRINK_STAGES):
         if K % BLOCK_K == 0:
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None], other=0.0)
-            slices = [
-                (s[0], tl.dot(x, tl.load(s[0] + (a_tile + k0), eviction_policy=WEIGHTS).T, s[1]))
-                for s in slices
+            products = [
+                (p[0], p[1], tl.load(p[0] + (a_tile + k0), eviction_policy=WEIGHTS))
+                for p in products
             ]
         else:
             k_mask = (k < K - k0)[None, :]
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None] & k_mask, other=0.0)
-            slices = [
+            products = [
                 (
-                    s[0],
-                    tl.dot(
-                        x,
-                        tl.load(
-                            s[0] + (a_tile + k0), mask=k_mask, other=0.0, eviction_policy=WEIGHTS
-                        ).T,
-                        s[1],
-                    ),
+                    p[0],
+                    p[1],
+                    tl.load(p[0] + (a_tile + k0), mask=k_mask, other=0.0, eviction_policy=WEIGHTS),
                 )
-                for s in slices
+                for p in products
             ]
-    sums = [s[1] for s in slices]
-
+        products = [(p[0], tl.dot(x, p[2].T, p[1])) for p in products]
+    sums = ()
+    for i in tl.static_range(len(products)):
+        sums += split_slices(products[i][1], WIDTH // BLOCK_R)
     if RANK == BLOCK_R:
         v = [v_s.to(tl.bfloat16) for v_s in sums]
     else:
@@ -166,6 +173,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             *problem.a_strides,
             *problem.b_strides,
             route.block_m,
+            joined_slices(problem.slices, 64, problem.device),
             config.block_n,
             config.block_k,
             config.shrink_stages,

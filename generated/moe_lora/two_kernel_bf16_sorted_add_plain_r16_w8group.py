@@ -32,7 +32,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
 from .._slices import joined_slices, split_slices
-
 from ..moe_route import MoeRoute
 from ._problem import (
     CACHE_POLICIES,
@@ -106,69 +105,61 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_r16_w8group_shrink(
     a_base = adapter * A_STRIDE_L + expert * A_STRIDE_E
     K_GROUPS: tl.constexpr = (K + 128 - 1) // 128
     tl.static_assert(128 % BLOCK_K == 0, "a tile lies in one group")
-    # A rank below the tile reads its last row again, which is dropped afterwards: no mask in the loop.
     # A product is of JOINED slices, BLOCK_R columns each: so wide that its warps lie side by side, with weights of their own.
+    # A rank below the tile reads its last row again, which is dropped afterwards: no mask in the loop.
     WIDTH: tl.constexpr = triton.next_power_of_2(JOINED) * BLOCK_R
     column = tl.arange(0, WIDTH)
     a_row = tl.minimum(column % BLOCK_R, RANK - 1)
+    a_tile = a_row[:, None] * A_STRIDE_R + k[None, :]
     a_scale_base = adapter * A_SCALE_STRIDE_L + expert * A_SCALE_STRIDE_E
     zeros = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-    slices = ()
+    products = ()
     for i in tl.static_range(0, len(a_ptrs), JOINED):
         a_ptr, a_scale_ptr = a_ptrs[i], a_scale_ptrs[i]
         for j in tl.static_range(1, JOINED):
-            a_ptr = tl.where(column >= j * BLOCK_R, a_ptrs[i + j], a_ptr)
+            a_ptr = tl.where(column[:, None] >= j * BLOCK_R, a_ptrs[i + j], a_ptr)
             a_scale_ptr = tl.where(column >= j * BLOCK_R, a_scale_ptrs[i + j], a_scale_ptr)
-        a_rows = a_ptr + a_base + a_row * A_STRIDE_R
         a_scale = a_scale_ptr + a_scale_base
-        slices += ((a_rows[:, None] + k[None, :], zeros, a_scale),)
+        products += ((a_ptr + a_base, zeros, a_scale),)
     for k0 in tl.range(k_begin, k_end, BLOCK_K, num_stages=SHRINK_STAGES):
         group = k0 // 128
-        slices = [(s[0], s[1], s[2], tl.load(s[2] + group)) for s in slices]
         if K % BLOCK_K == 0:
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None], other=0.0)
-            slices = [
+            products = [
                 (
-                    s[0],
-                    s[1]
-                    + tl.dot(
-                        x,
-                        tl.load(s[0] + k0, eviction_policy=WEIGHTS)
-                        .to(tl.float16)
-                        .to(tl.float32)
-                        .to(tl.bfloat16)
-                        .T,
-                    )
-                    * s[3],
-                    s[2],
+                    p[0],
+                    p[1],
+                    p[2],
+                    tl.load(p[0] + (a_tile + k0), eviction_policy=WEIGHTS),
+                    tl.load(p[2] + group),
                 )
-                for s in slices
+                for p in products
             ]
         else:
             columns = tl.minimum(K, rows * K)  # opaque: ptxas unpacks known FP8 wrongly
             k_mask = (k < columns - k0)[None, :]
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None] & k_mask, other=0.0)
-            slices = [
+            products = [
                 (
-                    s[0],
-                    s[1]
-                    + tl.dot(
-                        x,
-                        tl.load(s[0] + k0, mask=k_mask, other=0.0, eviction_policy=WEIGHTS)
-                        .to(tl.float16)
-                        .to(tl.float32)
-                        .to(tl.bfloat16)
-                        .T,
-                    )
-                    * s[3],
-                    s[2],
+                    p[0],
+                    p[1],
+                    p[2],
+                    tl.load(p[0] + (a_tile + k0), mask=k_mask, other=0.0, eviction_policy=WEIGHTS),
+                    tl.load(p[2] + group),
                 )
-                for s in slices
+                for p in products
             ]
+        products = [
+            (
+                p[0],
+                p[1] + tl.dot(x, p[3].to(tl.float16).to(tl.float32).to(tl.bfloat16).T) * p[4],
+                p[2],
+            )
+            for p in products
+        ]
     sums = ()
-    for i in tl.static_range(len(slices)):
-        sums += split_slices(slices[i][1], WIDTH // BLOCK_R)
-
+    for i in tl.static_range(len(products)):
+        sums += split_slices(products[i][1], WIDTH // BLOCK_R)
     PART_STRIDE: tl.constexpr = BLOCK_R
     position = split.to(tl.int64) * capacity + first + m
     part_rows = parts_ptr + position[:, None] * (len(a_ptrs) * PART_STRIDE) + r[None, :]
