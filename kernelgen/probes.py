@@ -371,7 +371,7 @@ def _moe_add(package: ModuleType, family: Family, variant: Variant) -> Iterator[
 
 # The query, key and value of Llama-3-8B: slices of two widths. Tokens so that K is shared out or not, and every block_m.
 _LORA_K, _LORA_WIDTHS = 4096, (4096, 1024, 1024)
-_LORA_TOKENS = {16: 16, 4096: 64, 16384: 64}
+_LORA_TOKENS = {16: 16, 4096: 128, 16384: 128}
 
 
 def _lora_ranks(variant: Variant) -> tuple[int, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from strict_package import build_strict
 
-from kernelgen import build, verify
+from kernelgen import verify
 
-ROOT = Path(__file__).resolve().parent.parent
 TOKENS, TOP_K, EXPERTS, LORAS, K, N = (
     37,
     3,
@@ -24,46 +23,11 @@ TOKENS, TOP_K, EXPERTS, LORAS, K, N = (
     200,
 )  # two whole chunks of K and a ragged one
 BUCKETS = {24: "r64", 200: "rany"}
-NARROW = {
-    "weight_quant": "none, w8channel, w8group",
-    "act_quant": "none, a8token, a8group",
-    "dtype": "bf16",
-    "add_inputs": "add",
-    "routed_weight": "weighted",
-    "rank": "r64, rany",
-}
-# Of what the narrowed tags can be combined to.
-EXCLUDES = """\
-exclude:
-  - when: {act_quant: [a8token, a8group], rank: rany}
-    why: left out
-  - when: {act_quant: [a8token, a8group], schedule: two_kernel}
-    why: left out
-  - when: {act_quant: [a8token, a8group], weight_quant: none}
-    why: left out
-  - when: {weight_quant: w8channel, act_quant: a8group}
-    why: left out
-  - when: {weight_quant: w8group, act_quant: a8token}
-    why: left out
-"""
 
 
 @pytest.fixture(scope="module")
 def strict(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a package of fewer, strict variants."""
-    out = tmp_path_factory.mktemp("strict")
-    shutil.copytree(ROOT / "specs", out / "specs")
-    spec = out / "specs/moe_lora.yaml"
-    text = spec.read_text("utf-8").replace("numerics:\n", "numerics:\n  strict: true\n")
-    text = re.sub(
-        r"^  - when: .*_quant: .*\n.*\n", "", text, flags=re.MULTILINE
-    )  # it narrows tags away
-    text = text.replace("exclude:\n", EXCLUDES)
-    for axis, tags in NARROW.items():
-        text = re.sub(rf"^  {axis}: .*$", f"  {axis}: [{tags}]", text, flags=re.MULTILINE)
-    spec.write_text(text, "utf-8")
-    build.build(out / "specs", out)
-    return out
+    return build_strict(tmp_path_factory.mktemp("strict"))
 
 
 @pytest.mark.parametrize("variants", ["r64", "r64_w8channel", "r64_w8group_a8group", "rany_w8group"])

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Callable, NamedTuple, Sequence
 
 import torch
@@ -17,8 +18,9 @@ from ..moe_route import MoeRoute
 
 
 class Config(NamedTuple):
-    """Tiles of lora_expand; block_m is the route's, tiles: column tiles that one program takes."""
+    """Tiles of lora_expand; rows: of a block that one program takes, tiles: of columns."""
 
+    rows: int
     block_n: int
     tiles: int
     stages: int
@@ -143,7 +145,12 @@ def sums_first(problem: Problem, config: Config, parts: Parts) -> bool:
     tokens = runtime.next_power_of_2(problem.num_tokens)
     readers = sum(runtime.cdiv(width, config.block_n * config.tiles) for width in problem.widths)
     often = 4.0 * tokens * problem.rank * parts.count * readers > _MANY_BYTES
-    return parts.count > 1 and often and (tokens <= 2048 or problem.weight_scales is not None)
+    many = problem.rank > 128 and parts.count > 8
+    return (
+        parts.count > 1
+        and (many or often)
+        and (tokens <= 2048 or problem.weight_scales is not None)
+    )
 
 
 def choose(problem: Problem, route: MoeRoute) -> Config:
@@ -152,44 +159,107 @@ def choose(problem: Problem, route: MoeRoute) -> Config:
     The number of tokens counts as the next power of two, so that the compile keys of a model are a short list.
     """
     tokens = runtime.next_power_of_2(problem.num_tokens)
-    block_m = product_rows(route.block_m) if problem.weight_scales else route.block_m
-    return _choose(
-        tokens,
-        block_m,
-        route.max_loras,
-        problem.widths,
-        problem.rank,
-        *runtime.traits(problem.device)[:2],
-    )
+    scaled, device = problem.weight_scales is not None, runtime.traits(problem.device)
+    sizes = (tokens, route.block_m, route.max_loras, problem.widths, problem.rank, scaled)
+    return _choose(_Shape(*sizes, device.num_sms, device.shared_memory))
+
+
+class _Shape(NamedTuple):
+    """What tiles depend on."""
+
+    tokens: int  # a power of two
+    block_m: int
+    loras: int
+    widths: tuple[int, ...]
+    rank: int
+    scaled: bool  # FP8 weights
+    num_sms: int
+    shared_memory: int
+
+    @property
+    def ranks(self) -> int:
+        """Of the tiles of B and of the rank vectors, together."""
+        return (
+            max(16, runtime.next_power_of_2(self.rank))
+            if self.rank <= 128
+            else runtime.cdiv(self.rank, 128) * 128
+        )
+
+    @property
+    def aligned(self) -> bool:
+        """Whether rows of B are; others go through registers."""
+        return self.rank % 8 == 0
+
+    @property
+    def many_columns(self) -> bool:
+        return sum(self.widths) >= 16384
+
+    def bytes(self, stages: int, rows: int, block_n: int) -> int:
+        """Of shared memory: tiles of B and of out on their way, and the rank vectors."""
+        return 2 * (stages * block_n * (self.ranks + rows) + rows * self.ranks)
+
+    def columns(self, block_n: int) -> int:
+        """Column tiles of a block."""
+        return sum(runtime.cdiv(width, block_n) for width in self.widths)
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(
-    tokens: int,
-    block_m: int,
-    loras: int,
-    widths: tuple[int, ...],
-    rank: int,
-    num_sms: int,
-    shared_memory: int,
-) -> Config:
-    narrow, total = min(widths), sum(widths)
+def _choose(s: _Shape) -> Config:
+    rows, block_n = _tile(s)
+    tiles, in_a_row = _in_a_row(s, rows, block_n)
     if (
-        block_m == 16
-    ):  # few tokens: many programs, each with its weights on the way before rank vectors are there
-        block_n = 256 if total >= 16384 and narrow % 256 == 0 else 64 if narrow > 32 else 32
-    else:
-        block_n = 128 if narrow % 128 == 0 else 64 if narrow > 32 else 32
-    # As many column tiles in a row as leave each multiprocessor a program.
-    tiles = (min(tokens, loras) + tokens // block_m) * sum(
-        runtime.cdiv(width, block_n) for width in widths
-    )
-    share = {16: 1.0, 32: min(2.0, tiles / num_sms)}.get(block_m, tiles / num_sms)
-    in_a_row = max(
-        t for t in (1, 2, 4, 8) if t <= max(share, 1.0) and (t == 1 or narrow % (t * block_n) == 0)
-    )
-    stages = 2 if in_a_row == 1 or (rank > 64 and tiles >= 64 * num_sms) else 3
-    stage_bytes = 2 * block_n * (min(128, max(16, runtime.next_power_of_2(rank))) + block_m)
-    while stages > 2 and stages * stage_bytes > shared_memory - 4096:
+        s.aligned
+        and not s.scaled
+        and s.block_m == 128
+        and 64 < s.rank <= 256
+        and s.bytes(2, 128, block_n) <= s.shared_memory
+    ):
+        # B is read less often, if that leaves no wave of few programs.
+        higher = _in_a_row(s, 128, block_n)
+        waves = s.tokens // 128 * s.columns(higher[1] * block_n) / s.num_sms
+        if higher[0] >= 4 * s.num_sms and (waves <= 1.0 or waves >= 0.8 * math.ceil(waves)):
+            rows, (tiles, in_a_row) = 128, higher
+    crowded = s.rank > 64 and tiles >= 64 * s.num_sms and (s.rank <= 128 or s.scaled)
+    stages = 2 if in_a_row == 1 or crowded else 3
+    while stages > 2 and s.bytes(stages, rows, block_n) > s.shared_memory:
         stages -= 1
-    return Config(block_n, in_a_row, 3 if rank > 128 else stages, 8 if block_m >= 64 else 4)
+    large = rows == 64 or (rows == 16 and block_n * s.ranks >= 256 * 128 and not s.scaled)
+    return Config(
+        rows,
+        block_n,
+        in_a_row,
+        stages,
+        8 if rows == 128 or (large and (s.rank <= 128 or not s.aligned)) else 4,
+    )
+
+
+def _tile(s: _Shape) -> tuple[int, int]:
+    """(rows, columns) of a tile: two of B, and the rank vectors, fit a program."""
+    rows, narrow = product_rows(s.block_m) if s.scaled else min(64, s.block_m), min(s.widths)
+    if (
+        rows == 16
+    ):  # few tokens: many programs, each with its weights on the way before rank vectors are there
+        wanted = (
+            256 if s.many_columns and s.rank <= 128 else 128 if s.rank > 64 and not s.scaled else 64
+        )
+    else:
+        wanted = 128 if s.rank <= 128 else 64 if s.aligned else 32
+    block_n = wanted if narrow % wanted == 0 else min(wanted, 64 if narrow > 32 else 32)
+    while s.rank > 128 and max(rows, block_n) > 16 and s.bytes(2, rows, block_n) > s.shared_memory:
+        rows, block_n = (rows // 2, block_n) if rows > block_n else (rows, block_n // 2)
+    return rows, block_n
+
+
+def _in_a_row(s: _Shape, rows: int, block_n: int) -> tuple[int, int]:
+    """(all column tiles, how many a program takes: as many as leave each multiprocessor a program)."""
+    tiles, narrow = (min(s.tokens, s.loras) + s.tokens // rows) * s.columns(block_n), min(s.widths)
+    if s.rank > 128 and s.bytes(2, rows, block_n) > s.shared_memory:
+        return tiles, 1
+    if rows == 16:
+        large = 128 < s.rank <= 1024 and s.many_columns and (s.tokens >= 64 or s.rank > 256)
+        return tiles, 8 if large and narrow % (8 * block_n) == 0 else 1
+    most, least = tiles / s.num_sms, max(1, s.tokens // rows) * s.columns(block_n) / s.num_sms
+    fits = (
+        t for t in (2, 4, 8) if t <= (2.0 if rows == 32 else 8.0) and narrow % (t * block_n) == 0
+    )
+    return tiles, max((t for t in fits if t <= most and least >= 0.8 * t), default=1)

@@ -131,6 +131,7 @@ def lora_expand_bf16_add_r32_w8channel_product(
                 .to(tl.float32)
                 .to(tl.bfloat16)
             )
+
     if PDL:
         gdc_wait()
     v_mask = live[:, None] if RANK == BLOCK_R else live[:, None] & (r < RANK)[None, :]
@@ -175,6 +176,7 @@ def lora_expand_bf16_add_r32_w8channel_product(
                     .to(tl.float32)
                     .to(tl.bfloat16)
                 )
+
         product = tl.dot(v, b.T)
         product *= b_scale
         product += old.to(tl.float32)
@@ -193,8 +195,8 @@ def bind(
     for width in problem.widths:
         spans.append(spans[-1] + runtime.cdiv(width, wide))
         columns.append(columns[-1] + width)
-    block_m = product_rows(route.block_m)
-    shares = runtime.cdiv(route.block_m, block_m)
+    block_m = product_rows(min(config.rows, route.block_m))
+    shares = route.block_m // block_m
     launch = _product.bind(
         route.max_blocks * spans[-1] * shares,
         (

@@ -63,12 +63,13 @@ def lora_expand_bf16_add_rany_w8group_product(
     BLOCK_M: tl.constexpr,
     SHARES: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     TILES: tl.constexpr,
     STAGES: tl.constexpr,
     WEIGHTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    BLOCK_R: tl.constexpr = 128
+    CHUNKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     # SPANS[s]: programs of a block in front of those of slice s; the last: all of them. EVEN: no tile has a tail.
     span = tl.program_id(0) % SPANS[len(b_ptrs)]
     block = tl.program_id(0) // SPANS[len(b_ptrs)] // SHARES
@@ -105,55 +106,104 @@ def lora_expand_bf16_add_rany_w8group_product(
     out_rows = out_ptr + token[:, None] * OUT_STRIDE + column
     y_rows = y_ptr + (s * num_tokens.to(tl.int64) + token)[:, None] * RANK + r[None, :]
     next_part = num_tokens.to(tl.int64) * (len(b_ptrs) * RANK)
-    r_end = tl.minimum(
-        RANK, rows * RANK
-    )  # RANK, but opaque: LLVM would unroll a short loop and undo its pipeline
-    if PDL:
-        gdc_wait()
-    for t in tl.range(0, TILES, num_stages=STAGES):
-        n = n0 + t * BLOCK_N + tl.arange(0, BLOCK_N)
+    if TILES == 1:  # on its way while the shrink runs
+        n = n0 + tl.arange(0, BLOCK_N)
         out_mask = live[:, None] if EVEN else live[:, None] & (n < width)[None, :]
         out_tile = out_rows + n[None, :]
         old = tl.load(out_tile, mask=out_mask, other=0.0)
-        product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for r0 in tl.range(0, r_end, BLOCK_R, num_stages=STAGES):
-            v_mask = (
-                live[:, None] if RANK % BLOCK_R == 0 else live[:, None] & (r < RANK - r0)[None, :]
-            )
-            v = tl.load(y_rows + r0, mask=v_mask, other=0.0)
-            for i in tl.static_range(1, QUARTER):
-                v += tl.load(y_rows + r0 + i * next_part, mask=v_mask, other=0.0)
-            for begin in tl.static_range(QUARTER, PARTS, QUARTER):
-                quarter = tl.load(y_rows + r0 + begin * next_part, mask=v_mask, other=0.0)
-                for i in tl.static_range(begin + 1, min(begin + QUARTER, PARTS)):
-                    quarter += tl.load(y_rows + r0 + i * next_part, mask=v_mask, other=0.0)
-                v += quarter
-            if PARTS > 1:
-                v *= scaling
-            b_tile = b_base + (n[:, None] * B_STRIDE_N + (r0 + r)[None, :])
+        b_chunks = ()
+        b_scale_chunks = ()
+        for c in tl.static_range(CHUNKS):
+            b_tile = b_base + (n[:, None] * B_STRIDE_N + (c * BLOCK_R + r)[None, :])
             if EVEN and RANK % BLOCK_R == 0:
-                b = (
+                b_chunks += (
                     tl.load(b_tile, eviction_policy=WEIGHTS)
                     .to(tl.float16)
                     .to(tl.float32)
-                    .to(tl.bfloat16)
+                    .to(tl.bfloat16),
                 )
             else:
-                b_mask = (n < width)[:, None] & (r < r_end - r0)[None, :]
-                b = (
+                rank = tl.minimum(RANK, rows * RANK)  # opaque: ptxas unpacks known FP8 wrongly
+                b_mask = (n < width)[:, None] & (r < rank - c * BLOCK_R)[None, :]
+                b_chunks += (
                     tl.load(b_tile, mask=b_mask, other=0.0, eviction_policy=WEIGHTS)
                     .to(tl.float16)
                     .to(tl.float32)
-                    .to(tl.bfloat16)
+                    .to(tl.bfloat16),
                 )
-            b_scale = (
-                tl.load(b_scales + (n0 + t * BLOCK_N) // 128 * R_GROUPS + r0 // 128)
-                if EVEN and 128 % BLOCK_N == 0
-                else tl.load(
-                    b_scales + n // 128 * R_GROUPS + r0 // 128, mask=None if EVEN else n < width
-                )[None, :]
+            b_scale_chunks += (
+                (
+                    tl.load(b_scales + n0 // 128 * R_GROUPS + c * BLOCK_R // 128)
+                    if EVEN and 128 % BLOCK_N == 0
+                    else tl.load(
+                        b_scales + n // 128 * R_GROUPS + c * BLOCK_R // 128,
+                        mask=None if EVEN else n < width,
+                    )[None, :]
+                ),
             )
-            product += tl.dot(v.to(tl.bfloat16), b.T) * b_scale
+
+    if PDL:
+        gdc_wait()
+    v_chunks = ()  # held, so that the loop below loads each tile of B once and nothing else twice
+    for c in tl.static_range(CHUNKS):
+        v_mask = (
+            live[:, None]
+            if RANK % BLOCK_R == 0
+            else live[:, None] & (r < RANK - c * BLOCK_R)[None, :]
+        )
+        v = tl.load(y_rows + c * BLOCK_R, mask=v_mask, other=0.0)
+        for i in tl.static_range(1, QUARTER):
+            v += tl.load(y_rows + c * BLOCK_R + i * next_part, mask=v_mask, other=0.0)
+        for begin in tl.static_range(QUARTER, PARTS, QUARTER):
+            quarter = tl.load(y_rows + c * BLOCK_R + begin * next_part, mask=v_mask, other=0.0)
+            for i in tl.static_range(begin + 1, min(begin + QUARTER, PARTS)):
+                quarter += tl.load(y_rows + c * BLOCK_R + i * next_part, mask=v_mask, other=0.0)
+            v += quarter
+        if PARTS > 1:
+            v *= scaling
+        v_chunks += (v.to(tl.bfloat16),)
+    for t in tl.range(0, TILES, num_stages=STAGES):
+        if TILES > 1:
+            n = n0 + t * BLOCK_N + tl.arange(0, BLOCK_N)
+            out_mask = live[:, None] if EVEN else live[:, None] & (n < width)[None, :]
+            out_tile = out_rows + n[None, :]
+            old = tl.load(out_tile, mask=out_mask, other=0.0)
+            b_chunks = ()
+            b_scale_chunks = ()
+            for c in tl.static_range(CHUNKS):
+                b_tile = b_base + (n[:, None] * B_STRIDE_N + (c * BLOCK_R + r)[None, :])
+                if EVEN and RANK % BLOCK_R == 0:
+                    b_chunks += (
+                        tl.load(b_tile, eviction_policy=WEIGHTS)
+                        .to(tl.float16)
+                        .to(tl.float32)
+                        .to(tl.bfloat16),
+                    )
+                else:
+                    rank = tl.minimum(RANK, rows * RANK)  # opaque: ptxas unpacks known FP8 wrongly
+                    b_mask = (n < width)[:, None] & (r < rank - c * BLOCK_R)[None, :]
+                    b_chunks += (
+                        tl.load(b_tile, mask=b_mask, other=0.0, eviction_policy=WEIGHTS)
+                        .to(tl.float16)
+                        .to(tl.float32)
+                        .to(tl.bfloat16),
+                    )
+                b_scale_chunks += (
+                    (
+                        tl.load(
+                            b_scales + (n0 + t * BLOCK_N) // 128 * R_GROUPS + c * BLOCK_R // 128
+                        )
+                        if EVEN and 128 % BLOCK_N == 0
+                        else tl.load(
+                            b_scales + n // 128 * R_GROUPS + c * BLOCK_R // 128,
+                            mask=None if EVEN else n < width,
+                        )[None, :]
+                    ),
+                )
+
+        product = tl.dot(v_chunks[0], b_chunks[0].T) * b_scale_chunks[0]
+        for c in tl.static_range(1, CHUNKS):
+            product += tl.dot(v_chunks[c], b_chunks[c].T) * b_scale_chunks[c]
         product += old.to(tl.float32)
         tl.store(out_tile, product.to(tl.bfloat16), mask=out_mask)
 
@@ -170,11 +220,8 @@ def bind(
     for width in problem.widths:
         spans.append(spans[-1] + runtime.cdiv(width, wide))
         columns.append(columns[-1] + width)
-    block_m = product_rows(route.block_m)
-    shares = runtime.cdiv(route.block_m, block_m)
-    block_r, stages = runtime.rank_tile(
-        problem.rank, block_m, config.block_n, parts.count, 4, config.stages, problem.device
-    )
+    block_m = product_rows(min(config.rows, route.block_m))
+    shares = route.block_m // block_m
     launch = _product.bind(
         route.max_blocks * spans[-1] * shares,
         (
@@ -191,9 +238,8 @@ def bind(
             block_m,
             shares,
             config.block_n,
-            block_r,
             config.tiles,
-            stages,
+            config.stages,
             CACHE_POLICIES[config.weight_policy],
             pdl,
         ),

@@ -54,6 +54,7 @@ def lora_expand_f16_set_r16_product(
     PARTS: tl.constexpr,
     QUARTER: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    SHARES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILES: tl.constexpr,
     STAGES: tl.constexpr,
@@ -63,13 +64,16 @@ def lora_expand_f16_set_r16_product(
     BLOCK_R: tl.constexpr = 16
     # SPANS[s]: programs of a block in front of those of slice s; the last: all of them. EVEN: no tile has a tail.
     span = tl.program_id(0) % SPANS[len(b_ptrs)]
-    block = tl.program_id(0) // SPANS[len(b_ptrs)]
+    block = tl.program_id(0) // SPANS[len(b_ptrs)] // SHARES
+    m0 = tl.program_id(0) // SPANS[len(b_ptrs)] % SHARES * BLOCK_M
     if block >= tl.load(num_blocks_ptr):
         return
     adapter = tl.load(blocks_ptr + 4 * block).to(tl.int64)
     first = tl.load(blocks_ptr + 4 * block + 2)
     rows = tl.load(blocks_ptr + 4 * block + 3)
-    m = tl.arange(0, BLOCK_M)
+    if m0 >= rows:
+        return
+    m = m0 + tl.arange(0, BLOCK_M)
     live = m < rows
     token = tl.load(tokens_ptr + first + m, mask=live, other=0).to(tl.int64)
 
@@ -102,6 +106,7 @@ def lora_expand_f16_set_r16_product(
                 other=0.0,
                 eviction_policy=WEIGHTS,
             )
+
     if PDL:
         gdc_wait()
     v_mask = live[:, None] if RANK == BLOCK_R else live[:, None] & (r < RANK)[None, :]
@@ -133,6 +138,7 @@ def lora_expand_f16_set_r16_product(
                     other=0.0,
                     eviction_policy=WEIGHTS,
                 )
+
         product = tl.dot(v, b.T)
         tl.store(out_tile, product.to(tl.float16), mask=out_mask)
 
@@ -149,8 +155,10 @@ def bind(
     for width in problem.widths:
         spans.append(spans[-1] + runtime.cdiv(width, wide))
         columns.append(columns[-1] + width)
+    block_m = min(config.rows, route.block_m)
+    shares = route.block_m // block_m
     launch = _product.bind(
-        route.max_blocks * spans[-1],
+        route.max_blocks * spans[-1] * shares,
         (
             problem.widths,
             tuple(columns),
@@ -161,7 +169,8 @@ def bind(
             problem.b_strides_l,
             problem.b_stride_n,
             *parts,
-            route.block_m,
+            block_m,
+            shares,
             config.block_n,
             config.tiles,
             config.stages,

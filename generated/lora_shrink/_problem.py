@@ -281,7 +281,7 @@ def choose(problem: Problem, route: MoeRoute) -> Config:
     """
     tokens = runtime.next_power_of_2(problem.num_tokens)
     scales = (problem.weight_scales, problem.x_scales)
-    rows = product_rows(route.block_m) if any(scales) else route.block_m
+    rows = product_rows(route.block_m) if any(scales) else min(64, route.block_m)
     device = runtime.traits(problem.device)
     sizes = (tokens, rows, problem.k, problem.slices, problem.rank)
     return _choose(_Shape(*sizes, *scales, device.num_sms, device.shared_memory, device.full_warps))
@@ -304,6 +304,15 @@ class _Shape(NamedTuple):
     @property
     def grouped(self) -> bool:
         return "group" in (self.weight_scales, self.x_scales)
+
+    @property
+    def plain(self) -> bool:
+        """Whether operands have 16 bits."""
+        return self.weight_scales is None is self.x_scales
+
+    @property
+    def wide(self) -> bool:
+        return self.plain and self.rank > 64
 
     @property
     def chunk(self) -> int:
@@ -330,11 +339,16 @@ class _Share(NamedTuple):
 def _choose(s: _Shape) -> Config:
     share = _share(s)
     held = share.rows * share.columns * (3, 1, 2)[share.parts]
-    high = share.rows >= (
-        32 if s.x_scales else 64
-    )  # FP8 x is widened by each warp that multiplies it
-    wide = s.grouped and share.ranks >= (128 if share.parts else 64)
-    num_warps = 8 if held > 64 * 128 or (high and share.ranks >= 64) or wide else 4
+    if s.wide:  # one program of 8 warps on a multiprocessor, or two of 4
+        alone = share.programs <= s.num_sms and share.rows >= 64 and share.ranks >= 64
+        many = alone or held > 2 * 64 * 128
+    else:
+        high = share.rows >= (
+            32 if s.x_scales else 64
+        )  # FP8 x is widened by each warp that multiplies it
+        grouped = s.grouped and share.ranks >= (128 if share.parts else 64)
+        many = held > 64 * 128 or (high and share.ranks >= 64) or grouped
+    num_warps = 8 if many else 4
     block_k, stages = _pipeline(s, share)
     num_warps = min(num_warps, s.full_warps)
     return Config(
@@ -351,25 +365,35 @@ def _choose(s: _Shape) -> Config:
 
 def _share(s: _Shape) -> _Share:
     """How the work is shared out: over all multiprocessors where tokens are few, and with few loads of x where they are many."""
-    rows, full_r = s.rows, min(128, max(16, runtime.next_power_of_2(s.rank)))
-    ranks = full_r
+    rows, ranks = s.rows, min(128, max(16, runtime.next_power_of_2(s.rank)))
+    all_ranks = runtime.cdiv(s.rank, ranks) * ranks
+    chunks, by_rank = runtime.cdiv(s.k, s.chunk), s.plain and s.rank > 32
+    enough = (0.7 if by_rank else 0.9) * s.num_sms
     # Scales that are applied to a whole sum would round it in another place: then K is shared out in every batch.
     late = s.weight_scales in ("tensor", "channel") or s.x_scales in ("tensor", "token")
-    fills = s.tokens > MAX_TOKENS_IN_PARTS or s.tokens // rows * s.slices >= 0.9 * s.num_sms
+    fills = s.tokens // rows * s.slices * (all_ranks // ranks if by_rank else 1) >= 0.9 * s.num_sms
+    quarters = 4 * (s.tokens // 64) * s.slices * (runtime.cdiv(s.rank, 64) if by_rank else 1)
     parts = (
         1
         if late
-        else 0 if fills else 2 if 4 * (s.tokens // 64) * s.slices >= 0.9 * s.num_sms else 1
+        else 0 if fills or s.tokens > MAX_TOKENS_IN_PARTS else 2 if quarters >= enough else 1
     )
-    chunks = runtime.cdiv(s.k, s.chunk)
-    while parts == 1 and rows > 16 and s.tokens // rows * s.slices * chunks < 0.9 * s.num_sms:
-        rows //= 2
-    blocks = max(1, s.tokens // rows)
+
+    def programs(rows: int, ranks: int) -> int:
+        of_k = (1, chunks, min(chunks, 4))[parts]
+        return max(1, s.tokens // rows) * s.slices * (all_ranks // ranks) * of_k
+
+    # The matrix unit is at its best with 64 rows: of 16 bits ranks are shared out first, where that is enough.
+    if by_rank and rows == 64 and programs(rows, 32) >= enough:
+        while ranks > 32 and programs(rows, ranks) <= 0.5 * s.num_sms:
+            ranks //= 2
     while (
         parts == 1
-        and ranks > 16
-        and blocks * s.slices * chunks * (full_r // ranks) < 0.6 * s.num_sms
+        and rows > 16
+        and programs(rows, ranks) < (enough if rows == 64 else 0.9 * s.num_sms)
     ):
+        rows //= 2
+    while parts == 1 and ranks > 16 and programs(rows, ranks) < 0.6 * s.num_sms:
         ranks //= 2
     # Few blocks are spread over more programs, slice by slice; many read x once for all slices, if it and their sums fit.
     columns = ranks * s.slices
@@ -377,13 +401,8 @@ def _share(s: _Shape) -> _Share:
         rows * columns <= 64 * 256 and (64 if s.grouped else 32) * 6 * (rows + columns) <= s.budget
     )
     together = s.slices == 1 or (parts == 1 and s.tokens >= 1024 and fits)
-    programs = (
-        blocks
-        * (full_r // ranks)
-        * (1 if together else s.slices)
-        * (1, chunks, min(chunks, 4))[parts]
-    )
-    return _Share(rows, ranks, parts, together, columns if together else ranks, programs)
+    count = programs(rows, ranks) // (s.slices if together else 1)
+    return _Share(rows, ranks, parts, together, columns if together else ranks, count)
 
 
 def _pipeline(s: _Shape, share: _Share) -> tuple[int, int]:
@@ -393,7 +412,7 @@ def _pipeline(s: _Shape, share: _Share) -> tuple[int, int]:
     alone, half = rows > 32 and share.programs <= s.num_sms, min(s.budget, 112 * 1024)
     room = s.budget if alone or rows <= 32 else half
     full = share.programs > (s.num_sms if share.parts == 1 else 2 * s.num_sms)
-    crowded = full and s.weight_scales is None is s.x_scales
+    crowded = full and s.plain
     if rows <= 32:
         block_k = (
             64
@@ -409,7 +428,7 @@ def _pipeline(s: _Shape, share: _Share) -> tuple[int, int]:
     if s.grouped:
         block_k = 64  # of any batch: sums of a tile are scaled before they are added
     stage_bytes = block_k * column_bytes
-    deep = alone and 3 * stage_bytes > half
+    deep = alone and (3 * stage_bytes > half or share.parts != 1 or s.wide)
     return block_k, (
         4
         if 4 * stage_bytes <= (s.budget if deep else half)

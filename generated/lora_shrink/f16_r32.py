@@ -82,7 +82,7 @@ def lora_shrink_f16_r32_product(
 
     # A rank below the tile reads its last row again and drops it: no mask in the loop.
     r = tile * BLOCK_R + tl.arange(0, BLOCK_R)
-    a_row = r if RANK % BLOCK_R == 0 else tl.minimum(r, RANK - 1)
+    a_row = r % RANK
     k = tl.arange(0, BLOCK_K)
     tl.static_assert(CHUNK_K % BLOCK_K == 0, "a tile lies in one chunk")
     x_rows = x_ptr + token[:, None] * X_STRIDE

@@ -365,7 +365,7 @@ TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...
         ("two_kernel", (64, 768, 4, 4, 64, 1, 2, 4, 0, 1)),
     ),
     (4, 4, 128, 4, 2880, 2880, 2, 64, False, True, None, None): (
-        ("small_batch", (32, 256, 256, 64, 4, 2, 1, 1)),
+        ("small_batch", (8, 256, 512, 64, 4, 2, 1, 1)),
         ("two_kernel", (64, 960, 4, 4, 64, 5, 3, 4, 0, 1)),
     ),
     (8, 4, 128, 4, 2880, 2880, 2, 64, False, True, None, None): (

@@ -457,6 +457,8 @@ def default_block_m(num_tokens: int, top_k: int, num_groups: int, dense: bool = 
     """Rows of a block: near the mean number of pairs of a group that is hit, if pairs were spread evenly."""
     num_pairs = runtime.next_power_of_2(num_tokens) * top_k
     mean = num_pairs / expected_groups(num_pairs, num_groups)
+    if dense and mean >= 512:
+        return 128
     return 16 if mean < (20 if dense else 12) else 32 if mean < (40 if dense else 24) else 64
 
 

@@ -136,4 +136,4 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
 
 def tiles(launcher: Callable[..., None]) -> Any:
     """Tiles that small shapes can be less than, equal to and greater than."""
-    return sys.modules[launcher.__module__].Config(32, 2, 2, 4)
+    return sys.modules[launcher.__module__].Config(16, 32, 2, 2, 4)
