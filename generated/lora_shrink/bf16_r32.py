@@ -80,7 +80,8 @@ def lora_shrink_bf16_r32_product(
     live = m < rows
     token = tl.load(tokens_ptr + first + m, mask=live, other=0).to(tl.int64)
 
-    # A rank below the tile reads its last row again and drops it: no mask in the loop.
+    # A rank below the tile reads rows again and drops them: no mask in the loop. Not the last row alone, which would be one
+    # line of memory that all programs ask for.
     r = tile * BLOCK_R + tl.arange(0, BLOCK_R)
     a_row = r % RANK
     k = tl.arange(0, BLOCK_K)

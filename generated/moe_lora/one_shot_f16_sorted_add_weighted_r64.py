@@ -93,16 +93,19 @@ def moe_lora_one_shot_f16_sorted_add_weighted_r64_kernel(
     zeros = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     products = ()
     for i in tl.static_range(0, len(a_ptrs), JOINED):
-        a_ptr = a_ptrs[i]
-        for j in tl.static_range(1, JOINED):
-            a_ptr = tl.where(column[:, None] >= j * BLOCK_R, a_ptrs[i + j], a_ptr)
-        products += ((a_ptr + a_base, zeros),)
+        a = a_ptrs[i] + a_base
+        if JOINED > 1:
+            # Whole tiles are chosen from: of a choice of rows Triton 3.9 does not know that it is aligned, and copies nothing ahead.
+            a += a_tile
+            for j in tl.static_range(1, JOINED):
+                a = tl.where(column[:, None] >= j * BLOCK_R, a_ptrs[i + j] + a_base + a_tile, a)
+        products += ((a, zeros),)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=SHRINK_STAGES):
+        a_offsets = k0 if JOINED > 1 else a_tile + k0
         if K % BLOCK_K == 0:
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None], other=0.0)
             products = [
-                (p[0], p[1], tl.load(p[0] + (a_tile + k0), eviction_policy=WEIGHTS))
-                for p in products
+                (p[0], p[1], tl.load(p[0] + a_offsets, eviction_policy=WEIGHTS)) for p in products
             ]
         else:
             k_mask = (k < K - k0)[None, :]
@@ -111,7 +114,7 @@ def moe_lora_one_shot_f16_sorted_add_weighted_r64_kernel(
                 (
                     p[0],
                     p[1],
-                    tl.load(p[0] + (a_tile + k0), mask=k_mask, other=0.0, eviction_policy=WEIGHTS),
+                    tl.load(p[0] + a_offsets, mask=k_mask, other=0.0, eviction_policy=WEIGHTS),
                 )
                 for p in products
             ]

@@ -113,17 +113,22 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_r32_w8tensor_shrink(
     zeros = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     products = ()
     for i in tl.static_range(0, len(a_ptrs), JOINED):
-        a_ptr, a_scale_ptr = a_ptrs[i], a_scale_ptrs[i]
-        for j in tl.static_range(1, JOINED):
-            a_ptr = tl.where(column[:, None] >= j * BLOCK_R, a_ptrs[i + j], a_ptr)
-            a_scale_ptr = tl.where(column >= j * BLOCK_R, a_scale_ptrs[i + j], a_scale_ptr)
+        a = a_ptrs[i] + a_base
+        a_scale_ptr = a_scale_ptrs[i]
+        if JOINED > 1:
+            # Whole tiles are chosen from: of a choice of rows Triton 3.9 does not know that it is aligned, and copies nothing ahead.
+            a += a_tile
+            for j in tl.static_range(1, JOINED):
+                a = tl.where(column[:, None] >= j * BLOCK_R, a_ptrs[i + j] + a_base + a_tile, a)
+                a_scale_ptr = tl.where(column >= j * BLOCK_R, a_scale_ptrs[i + j], a_scale_ptr)
         a_scale = a_scale_ptr + a_scale_base
-        products += ((a_ptr + a_base, zeros, tl.load(a_scale)),)
+        products += ((a, zeros, tl.load(a_scale)),)
     for k0 in tl.range(k_begin, k_end, BLOCK_K, num_stages=SHRINK_STAGES):
+        a_offsets = k0 if JOINED > 1 else a_tile + k0
         if K % BLOCK_K == 0:
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None], other=0.0)
             products = [
-                (p[0], p[1], p[2], tl.load(p[0] + (a_tile + k0), eviction_policy=WEIGHTS))
+                (p[0], p[1], p[2], tl.load(p[0] + a_offsets, eviction_policy=WEIGHTS))
                 for p in products
             ]
         else:
@@ -135,7 +140,7 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_r32_w8tensor_shrink(
                     p[0],
                     p[1],
                     p[2],
-                    tl.load(p[0] + (a_tile + k0), mask=k_mask, other=0.0, eviction_policy=WEIGHTS),
+                    tl.load(p[0] + a_offsets, mask=k_mask, other=0.0, eviction_policy=WEIGHTS),
                 )
                 for p in products
             ]

@@ -117,14 +117,19 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_rany_w8group_shrink(
     zeros = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     products = ()
     for i in tl.static_range(0, len(a_ptrs), JOINED):
-        a_ptr, a_scale_ptr = a_ptrs[i], a_scale_ptrs[i]
-        for j in tl.static_range(1, JOINED):
-            a_ptr = tl.where(column[:, None] >= j * BLOCK_R, a_ptrs[i + j], a_ptr)
-            a_scale_ptr = tl.where(column >= j * BLOCK_R, a_scale_ptrs[i + j], a_scale_ptr)
+        a = a_ptrs[i] + a_base
+        a_scale_ptr = a_scale_ptrs[i]
+        if JOINED > 1:
+            # Whole tiles are chosen from: of a choice of rows Triton 3.9 does not know that it is aligned, and copies nothing ahead.
+            a += a_tile
+            for j in tl.static_range(1, JOINED):
+                a = tl.where(column[:, None] >= j * BLOCK_R, a_ptrs[i + j] + a_base + a_tile, a)
+                a_scale_ptr = tl.where(column >= j * BLOCK_R, a_scale_ptrs[i + j], a_scale_ptr)
         a_scale = a_scale_ptr + a_scale_base + a_row // 128 * K_GROUPS
-        products += ((a_ptr + a_base, zeros, a_scale),)
+        products += ((a, zeros, a_scale),)
     for k0 in tl.range(k_begin, k_end, BLOCK_K, num_stages=SHRINK_STAGES):
         group = k0 // 128
+        a_offsets = k0 if JOINED > 1 else a_tile + k0
         if K % BLOCK_K == 0:
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None], other=0.0)
             products = [
@@ -132,7 +137,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_rany_w8group_shrink(
                     p[0],
                     p[1],
                     p[2],
-                    tl.load(p[0] + (a_tile + k0), eviction_policy=WEIGHTS),
+                    tl.load(p[0] + a_offsets, eviction_policy=WEIGHTS),
                     tl.load(p[2] + group),
                 )
                 for p in products
@@ -146,7 +151,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_rany_w8group_shrink(
                     p[0],
                     p[1],
                     p[2],
-                    tl.load(p[0] + (a_tile + k0), mask=k_mask, other=0.0, eviction_policy=WEIGHTS),
+                    tl.load(p[0] + a_offsets, mask=k_mask, other=0.0, eviction_policy=WEIGHTS),
                     tl.load(p[2] + group),
                 )
                 for p in products

@@ -16,6 +16,7 @@ SORTED = [
     "moe_lora_one_shot_bf16_sorted_set_weighted_r128",
     "moe_lora_two_kernel_bf16_sorted_add_plain_r64",
     "moe_lora_two_kernel_bf16_sorted_add_weighted_rany",
+    "moe_lora_one_shot_bf16_sorted_add_plain_r64_w8channel",
 ]
 NAIVE = [
     "moe_lora_small_batch_bf16_naive_add_plain_r16",
