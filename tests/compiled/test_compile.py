@@ -13,7 +13,6 @@ from typing import Any, Callable
 
 import pytest
 import triton
-from strict_package import build_strict
 
 from kernelgen import compile as compiler
 from kernelgen import model, sample
@@ -158,14 +157,6 @@ def test_tuned_tiles_are_compiled_for_the_primary_target(specs: Path, tmp_path: 
     assert not run(tmp_path / "specs", tmp_path, mode="update", **chosen).findings
     checked = run(tmp_path / "specs", tmp_path, mode="check", **chosen)  # no line of the lock is about tuned tiles
     assert not checked.findings and any(case.probe.is_tuned for case, _ in checked.outcomes)
-
-
-def test_strict_kernels_compile(tmp_path: Path) -> None:
-    """The lock has none of them, and the interpreter takes what the compiler refuses."""
-    strict = build_strict(tmp_path)
-    for variant in ("one_shot*_r64_w8channel_a8token", "two_kernel*_rany"):
-        found = run(strict / "specs", strict, only=f"moe_lora_{variant}", targets=["sm_90"])
-        assert found.outcomes and not found.findings
 
 
 def test_update_then_check_is_clean_and_compiles_nothing(small: Small) -> None:

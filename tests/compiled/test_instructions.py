@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
+from strict_package import build_strict
 
+from kernelgen.compile import run
 from kernelgen.requests import Case, cases_of
 
 ROOT = Path(__file__).parent.parent.parent
@@ -80,3 +82,11 @@ def test_weights_of_few_pairs_are_loaded_16_bytes_at_a_time(variant: str) -> Non
         lanes = 32 * case.request.options.num_warps
         wide = len(re.findall(r"\bld\.global\.\S*v4\.b32", kernel.asm["ptx"]))
         assert wide >= elements * 2 / (lanes * 16), case
+
+
+def test_strict_kernels_compile(tmp_path: Path) -> None:
+    """The lock has none of them, and the interpreter takes what the compiler refuses."""
+    strict = build_strict(tmp_path)
+    for variant in ("one_shot*_r64_w8channel_a8token", "two_kernel*_rany"):
+        found = run(strict / "specs", strict, only=f"moe_lora_{variant}", targets=["sm_90"])
+        assert found.outcomes and not found.findings
