@@ -369,7 +369,7 @@ def _moe_add(package: ModuleType, family: Family, variant: Variant) -> Iterator[
     yield Probe(f"t{num_tokens}", {"num_tokens": num_tokens, "n": width}, call, flops=0.0, bytes=moved)
 
 
-# The query, key and value of Llama-3-8B: slices of two widths. Tokens so that K is shared out or not, and every block_m.
+# The query, key and value of Llama-3-8B: slices of two widths. Tokens so that K is shared out or not, and the ends of block_m.
 _LORA_K, _LORA_WIDTHS = 4096, (4096, 1024, 1024)
 _LORA_TOKENS = {16: 16, 4096: 128, 16384: 128}
 

@@ -61,14 +61,14 @@ def test_dense_lora_of_any_rank_fits(rank: int, tokens: int, scale: str | None) 
     def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
 
-    fp8 = torch.bfloat16 if scale is None else torch.float8_e4m3fn
+    dtype = torch.bfloat16 if scale is None else torch.float8_e4m3fn
     scales = {} if scale is None else {
         "a_scale": [empty(LORAS, rank, dtype=torch.float32)],
         "b_scale": [empty(LORAS, 2048, dtype=torch.float32)],
     }
     with runtime.compile_only() as requests:
         route = kg.lora_route(empty(tokens, dtype=torch.int32), max_loras=LORAS)
-        weights = ([empty(LORAS, rank, 1024, dtype=fp8)], [empty(LORAS, 2048, rank, dtype=fp8)])
+        weights = ([empty(LORAS, rank, 1024, dtype=dtype)], [empty(LORAS, 2048, rank, dtype=dtype)])
         kg.lora(empty(tokens, 2048), empty(tokens, 1024), *weights, route, **scales)
     for request in requests:
         used, name = usage(request.compile(), TARGET), request.launcher.kernel.fn.__name__
