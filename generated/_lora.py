@@ -169,12 +169,33 @@ def _bind(
     a_scale: Sequence[torch.Tensor] | None,
     b_scale: Sequence[torch.Tensor] | None,
 ) -> Callable[..., None]:
-    dtype = out.dtype
+    first, last = problems(out, x, lora_a, lora_b, x_scale, a_scale, b_scale, route, offset_start)
+    if first.num_tokens == 0:
+        return _nothing
+    return bind(first, last, route, out.dtype, add_inputs)
+
+
+def problems(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    lora_b: Sequence[torch.Tensor],
+    x_scale: torch.Tensor | None,
+    a_scale: Sequence[torch.Tensor] | None,
+    b_scale: Sequence[torch.Tensor] | None,
+    route: MoeRoute,
+    offset_start: int = 0,
+) -> tuple[shrink.Problem, expand.Problem]:
+    """The sizes of both products, once everything about a call is known to fit.
+
+    Raises:
+        ValueError: says which argument does not fit, what it is and what was wanted.
+    """
     of_a = shrink_scales("lora", x, lora_a, x_scale, a_scale)
     of_b = expand_scales("lora", lora_b, b_scale)
-    first = shrink.check("lora", None, x, lora_a, route, dtype=dtype, max_rank=None, **of_a)
+    first = shrink.check("lora", None, x, lora_a, route, dtype=out.dtype, max_rank=None, **of_a)
     last = expand.check(
-        "lora", out, None, lora_b, route, offset_start, dtype=dtype, max_rank=None, **of_b
+        "lora", out, None, lora_b, route, offset_start, dtype=out.dtype, max_rank=None, **of_b
     )
     if len(last.widths) != first.slices or last.rank != first.rank or first.device != last.device:
         got = f"{len(last.widths)} of rank {last.rank} on {last.device}"
@@ -184,15 +205,26 @@ def _bind(
             got,
             f"as lora_a, {first.slices} of rank {first.rank} on {first.device}",
         )
-    if first.num_tokens == 0:
-        return _nothing
-    config = shrink.choose(first, route)
+    return first, last
+
+
+def bind(
+    first: shrink.Problem,
+    last: expand.Problem,
+    route: MoeRoute,
+    dtype: torch.dtype,
+    add_inputs: bool = True,
+    lora_shrink: shrink.Config | None = None,
+    lora_expand: expand.Config | None = None,
+) -> Callable[..., None]:
+    """The launches for checked calls of these sizes, ready to be made again and again; tiles of None: those that are chosen."""
+    config = lora_shrink or shrink.choose(first, route)
+    tiles = lora_expand or expand.choose(last, route, first.k)
     parts, pdl = first.parts(config), runtime.traits(first.device).pdl
     size = parts.count * first.slices * first.num_tokens * first.rank
     one = shrink_variant("lora", dtype, first.rank, first.weight_scales, first.x_scales)
     other = expand_variant("lora", dtype, add_inputs, last.rank, last.weight_scales)
     shrink_call = one.bind_product(first, route, config, pdl)
-    tiles = expand.choose(last, route)
     total = (
         one.bind_total(first, route, parts, pdl) if expand.sums_first(last, tiles, parts) else None
     )

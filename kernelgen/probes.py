@@ -369,79 +369,109 @@ def _moe_add(package: ModuleType, family: Family, variant: Variant) -> Iterator[
     yield Probe(f"t{num_tokens}", {"num_tokens": num_tokens, "n": width}, call, flops=0.0, bytes=moved)
 
 
-# The query, key and value of Llama-3-8B: slices of two widths. Tokens so that K is shared out or not, and the ends of block_m.
-_LORA_K, _LORA_WIDTHS = 4096, (4096, 1024, 1024)
-_LORA_TOKENS = {16: 16, 4096: 128, 16384: 128}
+@dataclasses.dataclass(frozen=True)
+class _LoraSizes:
+    """A linear layer with adapters, and a batch: the query, key and value of Llama-3-8B; block_m None: as the route picks it."""
+
+    num_tokens: int
+    rank: int
+    block_m: int | None = None
+    k: int = 4096
+    widths: tuple[int, ...] = (4096, 1024, 1024)  # slices of two widths
+    max_loras: int = 5  # as for MoE-LoRA above
+
+    def describe(self) -> dict[str, int]:
+        """What a row of the lock says."""
+        sizes = {"num_tokens": self.num_tokens, "k": self.k, "rank": self.rank, "max_loras": self.max_loras}
+        return sizes if self.block_m is None else {**sizes, "block_m": self.block_m}
+
+
+_LORA_TOKENS = {16: 16, 4096: 128, 16384: 128}  # so that K is shared out or not, and the ends of block_m
 
 
 def _lora_ranks(variant: Variant) -> tuple[int, ...]:
     return _TILED_RANKS if variant.tiled_rank else (variant.max_rank,)
 
 
-def _lora_shrink(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
+def _lora(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
     del family
-    scales_of = importlib.import_module(f"{package.__name__}._scales")
-    problem = importlib.import_module(f"{package.__name__}.{variant.family}._problem")
-    dtype, slices = getattr(torch, variant.torch_dtype), len(_LORA_WIDTHS)
     for rank, (num_tokens, block_m) in itertools.product(_lora_ranks(variant), _LORA_TOKENS.items()):
-        of_a = _fp8(package) if variant.weight_scales else dtype
-        of_x = _fp8(package) if variant.x_scales else dtype
-        a = [_meta(5, rank, _LORA_K, dtype=of_a)] * slices
-        x = _meta(num_tokens, _LORA_K, dtype=of_x)
-        y = _meta(slices, num_tokens, rank, dtype=_FP32)
-        scales: dict[str, Any] = {}
-        if variant.weight_scales:
-            shape = scales_of.scale_shape(variant.weight_scales, (5, rank, _LORA_K), problem.QUANT)
-            scales["a_scale"] = [_meta(*shape, dtype=_FP32)] * slices
-        if variant.x_scales:
-            scales["x_scale"] = _meta(*scales_of.x_scale_shape(variant.x_scales, x.shape, problem.QUANT), dtype=_FP32)
-        products = y.numel() * _LORA_K
-        yield _lora_probe(package, variant, rank, num_tokens, block_m, (y, x, a), scales, 1, products)
-
-
-def _lora_expand(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
-    del family
-    scales_of = importlib.import_module(f"{package.__name__}._scales")
-    problem = importlib.import_module(f"{package.__name__}.{variant.family}._problem")
-    for rank, (num_tokens, block_m) in itertools.product(_lora_ranks(variant), _LORA_TOKENS.items()):
-        if num_tokens > 4096:
+        if variant.family == "lora_expand" and num_tokens > 4096:
             continue  # the same tiles
-        out = _meta(num_tokens, sum(_LORA_WIDTHS), dtype=getattr(torch, variant.torch_dtype))
-        y = _meta(len(_LORA_WIDTHS), num_tokens, rank, dtype=_FP32)
-        of_b = _fp8(package) if variant.weight_scales else out.dtype
-        b = [_meta(5, width, rank, dtype=of_b) for width in _LORA_WIDTHS]
-        scales: dict[str, Any] = {}
-        if variant.weight_scales:
-            shapes = [scales_of.scale_shape(variant.weight_scales, w.shape, problem.QUANT) for w in b]
-            scales["b_scale"] = [_meta(*shape, dtype=_FP32) for shape in shapes]
-        times, products = 2 if variant.adds else 1, out.numel() * rank
-        yield _lora_probe(package, variant, rank, num_tokens, block_m, (out, y, b), scales, times, products)
+        suffix = f"_r{rank}" if variant.tiled_rank else ""
+        yield _lora_probe(f"t{num_tokens}{suffix}", package, variant, _LoraSizes(num_tokens, rank, block_m))
+
+
+def _lora_tuned(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
+    if variant.dtype != "bf16":
+        return
+    for entry in family.tuned.entries:
+        problem = dict(entry.problem)
+        tags = all(getattr(variant, axis) == tag for axis, tag in entry.tags)
+        if not tags or not _serves_rank(variant, problem["rank"]):
+            continue
+        narrow, others = problem.get("n_min", 1), problem["slices"] - 1  # the first product does not see widths
+        widths = (problem.get("n", 1 + others) - others * narrow, *[narrow] * others)
+        layer = {"k": problem["k"], "widths": widths, "max_loras": problem["max_loras"]}
+        sizes = _LoraSizes(problem["num_tokens"], problem["rank"], **layer)
+        name = "_".join(f"{size}{value}" for size, value in problem.items())
+        yield _lora_probe(f"first_{name}", package, variant, sizes, dict(entry.config))
 
 
 def _lora_probe(
-    package: ModuleType,
-    variant: Variant,
-    rank: int,
-    num_tokens: int,
-    block_m: int,
-    operands: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]],
-    scales: Mapping[str, Any],
-    times: int,
-    products: int,
+    name: str, package: ModuleType, variant: Variant, sizes: _LoraSizes, config: Mapping[str, int] | None = None
 ) -> Probe:
-    """``operands``: what is written (``times`` it moves), what is read, and weights of five adapters."""
+    of_operands = _lora_shrink_operands if variant.family == "lora_shrink" else _lora_expand_operands
+    operands, options, times, products = of_operands(package, variant, sizes)
     launcher = _launcher(package, variant)
+    if config is not None:
+        options["config"] = importlib.import_module(launcher.__module__).Config(**config)
 
     def call() -> None:
         with package._runtime.compile_only():
-            route = package.lora_route(_meta(num_tokens), max_loras=5, block_m=block_m)
-        launcher(*operands, route, **scales)
+            route = package.lora_route(_meta(sizes.num_tokens), max_loras=sizes.max_loras, block_m=sizes.block_m)
+        launcher(*operands, route, **options)
 
     written, read, weights = operands
     moved = times * written.nbytes + read.nbytes + sum(w.nbytes for w in weights)
-    sizes = {"num_tokens": num_tokens, "k": _LORA_K, "rank": rank, "block_m": block_m, "max_loras": 5}
-    suffix = f"_r{rank}" if variant.tiled_rank else ""
-    return Probe(f"t{num_tokens}{suffix}", sizes, call, flops=2.0 * products, bytes=float(moved))
+    is_tuned = config is not None
+    return Probe(name, sizes.describe(), call, flops=2.0 * products, bytes=float(moved), is_tuned=is_tuned)
+
+
+# (what is written, what is read, weights), scales, how often what is written moves, and products
+_LoraOperands = tuple[tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]], dict[str, Any], int, int]
+
+
+def _lora_shrink_operands(package: ModuleType, variant: Variant, sizes: _LoraSizes) -> _LoraOperands:
+    scales_of = importlib.import_module(f"{package.__name__}._scales")
+    problem = importlib.import_module(f"{package.__name__}.{variant.family}._problem")
+    dtype, slices = getattr(torch, variant.torch_dtype), len(sizes.widths)
+    of_a = _fp8(package) if variant.weight_scales else dtype
+    of_x = _fp8(package) if variant.x_scales else dtype
+    a = [_meta(sizes.max_loras, sizes.rank, sizes.k, dtype=of_a)] * slices
+    x = _meta(sizes.num_tokens, sizes.k, dtype=of_x)
+    y = _meta(slices, sizes.num_tokens, sizes.rank, dtype=_FP32)
+    scales: dict[str, Any] = {}
+    if variant.weight_scales:
+        shape = scales_of.scale_shape(variant.weight_scales, a[0].shape, problem.QUANT)
+        scales["a_scale"] = [_meta(*shape, dtype=_FP32)] * slices
+    if variant.x_scales:
+        scales["x_scale"] = _meta(*scales_of.x_scale_shape(variant.x_scales, x.shape, problem.QUANT), dtype=_FP32)
+    return (y, x, a), scales, 1, y.numel() * sizes.k
+
+
+def _lora_expand_operands(package: ModuleType, variant: Variant, sizes: _LoraSizes) -> _LoraOperands:
+    scales_of = importlib.import_module(f"{package.__name__}._scales")
+    problem = importlib.import_module(f"{package.__name__}.{variant.family}._problem")
+    out = _meta(sizes.num_tokens, sum(sizes.widths), dtype=getattr(torch, variant.torch_dtype))
+    y = _meta(len(sizes.widths), sizes.num_tokens, sizes.rank, dtype=_FP32)
+    of_b = _fp8(package) if variant.weight_scales else out.dtype
+    b = [_meta(sizes.max_loras, width, sizes.rank, dtype=of_b) for width in sizes.widths]
+    scales: dict[str, Any] = {}
+    if variant.weight_scales:
+        shapes = [scales_of.scale_shape(variant.weight_scales, w.shape, problem.QUANT) for w in b]
+        scales["b_scale"] = [_meta(*shape, dtype=_FP32) for shape in shapes]
+    return (out, y, b), scales, 2 if variant.adds else 1, out.numel() * sizes.rank
 
 
 # Half of an adapter on w13, or on w2, of Qwen3-30B-A3B over two GPUs: of its rank, or of its columns.
@@ -485,7 +515,7 @@ def _apart_probe(
     times: int,
     products: int,
 ) -> Probe:
-    """As ``_lora_probe``; ``products``: of one pair."""
+    """``operands``: what is written (``times`` it moves), what is read, and weights; ``products``: of one pair."""
     launcher = _launcher(package, variant)
     top_k, num_experts = _QWEN3["top_k"], _QWEN3["num_experts"]
     options: dict[str, Any] = {}
@@ -535,8 +565,8 @@ def _meta(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 
 _Probes = Callable[[ModuleType, Family, Variant], Iterator[Probe]]
 _FAMILIES: Mapping[str, _Probes] = {
-    "lora_expand": _lora_expand,
-    "lora_shrink": _lora_shrink,
+    "lora_expand": _lora,
+    "lora_shrink": _lora,
     "moe_act": _moe_act,
     "moe_add": _moe_add,
     "moe_align": _moe_align,
@@ -550,7 +580,11 @@ _FAMILIES: Mapping[str, _Probes] = {
 }
 
 
-_TUNED: Mapping[str, _Probes] = {"moe_lora": _moe_lora_tuned}
+_TUNED: Mapping[str, _Probes] = {
+    "lora_expand": _lora_tuned,
+    "lora_shrink": _lora_tuned,
+    "moe_lora": _moe_lora_tuned,
+}
 
 
 def probes(package: ModuleType, family: Family, variant: Variant, tuned: bool = False) -> list[Probe]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from kernelgen.bench import dense, lora_command
+from kernelgen.bench import dense, layers
 from kernelgen.bench.implementation import Prepared
 from kernelgen.bench.verify import WrongResult
 from kernelgen.cli import commands
@@ -23,17 +23,15 @@ def _run(*options: str) -> Result:
     return CliRunner().invoke(commands, ["bench-lora", *_TINY, *options])
 
 
-def test_the_command_knows_what_can_be_measured() -> None:
-    assert tuple(dense.MODELS) == lora_command._MODELS
-    assert lora_command._SITES == dense.SITES
-    assert all(tuple(layers) == dense.SITES for layers in dense.MODELS.values())
+def test_every_model_has_every_site() -> None:
+    assert all(tuple(sites) == layers.SITES for sites in layers.MODELS.values())
 
 
 def test_the_floor_counts_what_must_move() -> None:
-    cell = dense.Cell("tiny", "qkv", rank=16, tokens=3, active=2)
+    cell = layers.Cell("tiny", "qkv", rank=16, tokens=3, active=2)
     weights, outputs = 2 * 16 * (3 * 128 + 256), 2 * 256
     assert cell.bytes == 2 * (weights + 3 * (128 + outputs))
-    quantised = dense.Cell("tiny", "qkv", rank=16, tokens=3, active=2, scales="channel")
+    quantised = layers.Cell("tiny", "qkv", rank=16, tokens=3, active=2, scales="channel")
     assert cell.bytes - quantised.bytes == weights
 
 
@@ -41,7 +39,7 @@ def test_the_floor_counts_what_must_move() -> None:
 def test_fp8_is_compared_with_what_it_stands_for(device: str, scales: Any) -> None:
     """As for 16-bit weights that are dequantised by hand; a scale from a wrong place, and no scale, is a wrong result."""
     workload = dense.Dense(torch.device(device), 1)
-    case = workload.case(dense.Cell("tiny", "qkv", 160, 5, 2, 4, scales))
+    case = workload.case(layers.Cell("tiny", "qkv", 160, 5, 2, 4, scales))
     (operand,) = case.sets
     assert operand.lora_a[0].dtype == torch.float8_e4m3fn
 
@@ -69,7 +67,7 @@ def test_fp8_is_compared_with_what_it_stands_for(device: str, scales: Any) -> No
 
 def test_a_wrong_result_is_no_time(device: str) -> None:
     workload = dense.Dense(torch.device(device), 1)
-    case = workload.case(dense.Cell("tiny", "o", 16, 5))
+    case = workload.case(layers.Cell("tiny", "o", 16, 5))
     with pytest.raises(WrongResult, match="a relative error of"):
         workload.check(case, Prepared((lambda: None,)))
 

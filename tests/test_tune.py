@@ -16,10 +16,12 @@ from typing import Any, Callable, Iterator
 
 import pytest
 
+from kernelgen.bench import layers
 from kernelgen.bench.tune import moe_lora, space, tuned_file
 from kernelgen.bench.tune.command import Duration, tune
 from kernelgen.bench.tune.crew import CrewError, Event, Processes
 from kernelgen.bench.tune.jobs import CompileJob, GaugeJob, Reading, Sizes, Verdict
+from kernelgen.bench.tune.known import FAMILIES
 from kernelgen.bench.tune.search import FINAL, Found, search
 from kernelgen.bench.tune.space import Candidate
 from kernelgen.bench.tune.state import State, StateError
@@ -29,6 +31,7 @@ from kernelgen.bench.workloads import MODELS, Cell, Model
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = ROOT / "specs" / "moe_lora.yaml"
 SPACE = space.read(SPEC, "moe_lora")
+FAMILY = moe_lora.MoeLora()
 QWEN = MODELS["qwen3-30b-a3b"]
 RULES = {
     "one_shot": {
@@ -175,6 +178,7 @@ class Bench:
         device, earlier = tuned_file.read(self.out, SPACE)
         assert device in (None, HEAD["device"])
         self.tuner = Tuner(
+            FAMILY,
             cells,
             SPACE,
             kernels,
@@ -190,7 +194,7 @@ class Bench:
 
     def save(self, entries: list[tuned_file.Entry]) -> None:
         versions = {name: HEAD[name] for name in ("torch", "triton", "cuda")}
-        tuned_file.write(self.out, tuned_file.text(HEAD["device"], versions, entries, SPACE))
+        tuned_file.write(self.out, tuned_file.text(FAMILY, HEAD["device"], versions, entries, SPACE))
 
     def run(self) -> bool:
         complete = self.tuner.run()
@@ -210,7 +214,7 @@ def load_family(folder: Path, tuned: Path) -> Any:
 
     specs = folder / "specs"
     (specs / "tuned").mkdir(parents=True, exist_ok=True)
-    shutil.copy(SPEC, specs / SPEC.name)
+    shutil.copy(SPEC.with_name(tuned.name), specs)
     shutil.copy(tuned, specs / "tuned" / tuned.name)
     families, faults = load(specs)
     assert not faults, faults[0]
@@ -321,7 +325,7 @@ def run_search(
         one.starts(RULES),
         sensible=one.accepts,
         neighbours=lambda: (),
-        kinds=one.kinds(),
+        kinds=FAMILY.kinds,
         hurry=hurry,
     )
     ask = next(coroutine)
@@ -453,7 +457,7 @@ def test_problems_of_the_file_stay(tmp_path: Path) -> None:
     then.run()
     after = {tuple(e.problem.items()): e for e in then.entries}
     assert len(after) == 3 and before.keys() <= after.keys()
-    known = before[tuple(moe_lora.problem(CELLS[1]).items())].best.candidate
+    known = before[tuple(FAMILY.problem(CELLS[1]).items())].best.candidate
     start = next((s, c) for cell, s, c, _ in then.timed if cell == CELLS[1])
     assert start == (known.schedule, SPACE.named(known))  # where the search begins
 
@@ -530,7 +534,7 @@ def test_neighbours_are_tried(tmp_path: Path) -> None:
     first = Bench(tmp_path, [Cell(QWEN, "w13", 64, 256)])
     first.run()
     best = Candidate("one_shot", tuple(hidden.values()))
-    entry = tuned_file.Entry(moe_lora.problem(Cell(QWEN, "w13", 64, 256)), tuned_file.Choice(best, 1.0), None)  # fmt: skip
+    entry = tuned_file.Entry(FAMILY.problem(Cell(QWEN, "w13", 64, 256)), tuned_file.Choice(best, 1.0), None)  # fmt: skip
     first.save([entry])
     first.out.with_suffix(".state.jsonl").unlink()
     bench = Bench(tmp_path, [Cell(QWEN, "w13", 64, t) for t in (256, 512)], read=read)
@@ -544,14 +548,14 @@ def test_as_many_problems_as_a_file_may_hold(tmp_path: Path) -> None:
 
     def entries(count: int) -> list[tuned_file.Entry]:
         cells = [Cell(QWEN, "w13", 1 + i % 128, 1 + i // 128) for i in range(count)]
-        return [tuned_file.Entry(moe_lora.problem(cell), big, small) for cell in cells]
+        return [tuned_file.Entry(FAMILY.problem(cell), big, small) for cell in cells]
 
-    text = tuned_file.text("d", {"torch": "1"}, entries(700), SPACE)
+    text = tuned_file.text(FAMILY, "d", {"torch": "1"}, entries(700), SPACE)
     path = tmp_path / "moe_lora.yaml"
     tuned_file.write(path, text)
     assert len(load_family(tmp_path, path).tuned.entries) == 700
     with pytest.raises(tuned_file.TunedFileError, match="too many"):
-        tuned_file.text("d", {"torch": "1"}, entries(1000), SPACE)
+        tuned_file.text(FAMILY, "d", {"torch": "1"}, entries(1000), SPACE)
 
 
 def test_add_and_set_and_fp8_are_problems_of_their_own(tmp_path: Path) -> None:
@@ -660,6 +664,88 @@ def test_crew_that_cannot_start() -> None:
         crew.stop()
 
 
+# --- dense LoRA -----------------------------------------------------------------------------------------------------
+
+
+def _product(name: str, cell: layers.Cell, rule: dict[str, int], block_m: int = 64) -> Any:
+    sizes = Sizes(block_m, 232448, {name: rule}, name)
+    return FAMILIES[name].subject(cell, space.read(SPEC.with_name(f"{name}.yaml"), name), sizes)
+
+
+SHRINK_RULE = {
+    "rows": 32,
+    "ranks": 64,
+    "block_k": 64,
+    "chunk_k": 896,
+    "parts": 1,
+    "together": 1,
+    "stages": 4,
+    "num_warps": 4,
+    "weight_policy": 0,
+}
+EXPAND_RULE = {"rows": 32, "block_n": 128, "tiles": 2, "stages": 3, "num_warps": 4, "weight_policy": 0}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "scales", "change", "wanted"),
+    [
+        ("lora_shrink", None, {}, True),
+        ("lora_shrink", None, {"parts": 2}, True),
+        ("lora_shrink", None, {"chunk_k": 1024}, False),  # part of the numbers
+        ("lora_shrink", None, {"block_k": 256}, False),  # a tile in two chunks
+        ("lora_shrink", None, {"together": 0}, False),  # of one slice there is nothing to tell
+        ("lora_shrink", None, {"ranks": 128}, False),  # of 64
+        ("lora_shrink", None, {"rows": 128}, False),
+        ("lora_shrink", "channel", {"parts": 0}, False),  # scales round a part
+        ("lora_shrink", "channel", {"rows": 64}, False),
+        ("lora_shrink", "group", {"block_k": 32}, False),  # the order of groups
+        ("lora_expand", None, {}, True),
+        ("lora_expand", None, {"rows": 64}, True),
+        ("lora_expand", "channel", {"rows": 64}, False),
+        ("lora_expand", None, {"rows": 128}, False),  # a block has 64
+        ("lora_expand", None, {"tiles": 1}, False),  # as with two stages
+        ("lora_expand", None, {"tiles": 1, "stages": 2}, True),
+    ],
+)
+def test_tiles_of_dense_lora(name: str, scales: Any, change: dict[str, int], wanted: bool) -> None:
+    rule = SHRINK_RULE if name == "lora_shrink" else EXPAND_RULE
+    subject = _product(name, layers.Cell("llama-3-8b", "down", 64, 256, scales=scales), rule)
+    assert subject.accepts(subject.space.near(name, {**rule, **change})) is wanted
+    starts = subject.starts({name: rule})
+    assert subject.space.named(starts[0]) == rule and len(starts) > 3
+    assert all(map(subject.accepts, starts))
+
+
+def test_a_chunk_that_the_spec_does_not_have_is_not_searched_around() -> None:
+    """Another chunk would give other bits."""
+    rule = {**SHRINK_RULE, "chunk_k": 100}
+    subject = _product("lora_shrink", layers.Cell("llama-3-8b", "down", 64, 256), rule)
+    assert subject.starts({"lora_shrink": rule}) == []
+
+
+def test_problems_of_dense_lora() -> None:
+    """A layer is known by what the product sees of it."""
+    cell = layers.Cell("llama-3-8b", "qkv", 64, 256, scales="group")
+    shrink, expand = (FAMILIES[name].problem(cell) for name in ("lora_shrink", "lora_expand"))
+    batch, rest = {"num_tokens": 256, "max_loras": 4}, {"slices": 3, "rank": 64, "weight_quant": "w8group"}
+    assert shrink == {**batch, "k": 4096, **rest}
+    assert expand == {**batch, "k": 4096, "n": 6144, "n_min": 1024, **rest}
+
+
+def test_a_tuned_file_of_dense_lora(tmp_path: Path) -> None:
+    """It is read again, by the search and by the build, as it was written."""
+    searched = space.read(SPEC.with_name("lora_shrink.yaml"), "lora_shrink")
+    cells = [layers.Cell("llama-3-8b", "qkv", rank, 256, scales="group") for rank in (64, 16)]
+    best = tuned_file.Choice(searched.near("lora_shrink", {**SHRINK_RULE, "chunk_k": 512}), 5.0)
+    family = FAMILIES["lora_shrink"]
+    entries = [tuned_file.Entry(family.problem(cell), best, None) for cell in cells]
+    path = tmp_path / "tuned" / "lora_shrink.yaml"
+    tuned_file.write(path, tuned_file.text(family, "d", {"torch": "1"}, entries, searched))
+    assert list(tuned_file.read(path, searched)[1].values()) == entries[::-1]
+    read = load_family(tmp_path, path).tuned.entries
+    assert [dict(e.problem)["rank"] for e in read] == [16, 64] and read[0].facts.weight_scales == "group"
+
+
 # --- the real parts -------------------------------------------------------------------------------------------------
 
 
@@ -669,13 +755,14 @@ def test_kernels_are_compiled_and_judged(tmp_path: Path) -> None:
     code = """
 import json, sys
 from pathlib import Path
+from kernelgen.bench import layers
 from kernelgen.bench.tune import moe_lora, space
 from kernelgen.bench.tune.jobs import CompileJob
 from kernelgen.bench.tune.kernels import Kernels
 from kernelgen.bench.workloads import MODELS, Cell
 
 searched = space.read(Path("specs/moe_lora.yaml"), "moe_lora")
-kernels = Kernels(Path("generated"), "sm_90")
+kernels = Kernels("moe_lora", Path("generated"), "sm_90")
 cell = Cell(MODELS["qwen3-30b-a3b"], "w13", 128, 64)
 sizes = kernels.sizes(cell, searched.schedules)
 rules = {s: searched.near(s, sizes.rules[s]) for s in sizes.rules}
@@ -688,6 +775,11 @@ for schedule, rule in rules.items():
 eight = Cell(cell.model, "w13", 128, 64, quant="channel", act="token")
 assert "two_kernel" not in kernels.sizes(eight, searched.schedules).rules  # there is no such variant
 assert kernels.digests(eight, "one_shot", searched.named(rules["one_shot"]))[0] not in digests
+for name in ("lora_shrink", "lora_expand"):
+    dense, layer = Kernels(name, Path("generated"), "sm_90"), layers.Cell("llama-3-8b", "qkv", 64, 4096)
+    rule = dense.sizes(layer, (name,)).rules[name]
+    own, other = (dense.digests(layer, name, {**rule, "num_warps": warps}) for warps in (4, 8))
+    assert len(own) > 1 and len(set(own) - set(other)) == 1  # the tiles of one product
 found = []
 huge = {**searched.named(rules["one_shot"]), "block_k": 256, "shrink_stages": 6, "block_n": 256}
 for config in (searched.named(rules["one_shot"]), huge):
@@ -712,12 +804,12 @@ print(json.dumps([sizes.block_m, sizes.rule, found]))
 @pytest.mark.parametrize("site", ["w13", "w2"])
 def test_gauge_checks_before_it_times(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the interpreter, with a stopwatch that counts: right tiles are timed; what is refused or wrong is not."""
-    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch")
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("kernels compile here")
     from kernelgen.bench.timing import Spread
-    from kernelgen.bench.tune import gauge
+    from kernelgen.bench.tune import gauge, moe_lora_calls
 
     def capture(calls: list[Callable[[], None]]) -> str:
         calls[-1]()
@@ -728,7 +820,7 @@ def test_gauge_checks_before_it_times(site: str, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(gauge, "capture", capture)
     monkeypatch.setattr(gauge, "replay", replay)
-    monkeypatch.setattr(gauge, "WEIGHT_BYTES", 0.0)
+    monkeypatch.setattr(moe_lora_calls, "WEIGHT_BYTES", 0.0)
     monkeypatch.setattr("kernelgen.bench.inputs.TOUCHED_BYTES", 1.0)
     cell = Cell(MODELS["tiny"], site, 16, 12, dtype="f16")  # type: ignore[arg-type]
     k = cell.projections[0].k
@@ -740,14 +832,14 @@ def test_gauge_checks_before_it_times(site: str, monkeypatch: pytest.MonkeyPatch
         ("two_kernel", two_kernel),
         ("two_kernel", {**two_kernel, "expand_tiles": 2}),
     )
-    bound = gauge.Ours.bound
+    bound = moe_lora_calls.Ours.bound
 
-    def idle(ours: gauge.Ours, case: Any, routes: list[Any], forced: Any) -> list[Callable[[], None]]:
+    def idle(ours: moe_lora_calls.Ours, case: Any, routes: list[Any], forced: Any) -> list[Callable[[], None]]:
         calls = bound(ours, case, routes, forced)
         return [lambda: None for _ in calls] if forced.config == candidates[4][1] else calls
 
-    monkeypatch.setattr(gauge.Ours, "bound", idle)
-    instrument = gauge.Gauge(ROOT / "generated", torch.device("cpu"))
+    monkeypatch.setattr(moe_lora_calls.Ours, "bound", idle)
+    instrument = gauge.Gauge("moe_lora", ROOT / "generated")
     for final in (False, True):
         readings = list(instrument.measure(GaugeJob(cell, candidates, final)))
         by_place = {reading.place: reading for reading in readings}
@@ -756,6 +848,40 @@ def test_gauge_checks_before_it_times(site: str, monkeypatch: pytest.MonkeyPatch
             assert by_place[place].us is None and not by_place[place].fatal
             assert re.match(says, by_place[place].failed or "")
         assert by_place[0].us == 5.0 and all(by_place[i].failed is None for i in (0, 2, 3))
+
+
+@pytest.mark.parametrize("name", ["lora_shrink", "lora_expand"])
+def test_gauge_of_dense_lora(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above: right tiles of one product are timed in the whole op; what is refused or wrong is not."""
+    pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("kernels compile here")
+    from kernelgen.bench.timing import Spread
+    from kernelgen.bench.tune import gauge, lora_calls
+
+    monkeypatch.setattr(gauge, "capture", lambda calls: calls[-1]())
+    monkeypatch.setattr(gauge, "replay", lambda graphs, *_: {place: Spread(5.0, 5.0, 5.0, 1) for place in graphs})
+    monkeypatch.setattr("kernelgen.bench.dense.TOUCHED_BYTES", 1.0)
+    monkeypatch.setattr("kernelgen.bench.dense._LEAST_CALLS", 2)
+    right, bad = {
+        "lora_shrink": ({**SHRINK_RULE, "ranks": 16, "chunk_k": 512, "together": 0}, {"block_k": 96}),
+        "lora_expand": ({**EXPAND_RULE, "block_n": 64, "tiles": 1}, {"block_n": 48}),
+    }[name]
+    candidates = ((name, right), (name, {**right, **bad}), (name, {**right, "weight_policy": 1}))
+    bound = lora_calls.LoraCalls._call
+
+    def idle(calls: Any, operands: Any, route: Any, config: Any) -> Any:
+        return (lambda o: None) if config["weight_policy"] else bound(calls, operands, route, config)
+
+    monkeypatch.setattr(lora_calls.LoraCalls, "_call", idle)
+    instrument = gauge.Gauge(name, ROOT / "generated")
+    for final in (False, True):
+        job = GaugeJob(layers.Cell("tiny", "qkv", 16, 5), candidates, final)
+        by_place = {reading.place: reading for reading in instrument.measure(job)}
+        assert by_place[0] == Reading(0, 5.0)
+        for place, says in ((1, "(Value|Interpreter)Error"), (2, "WrongResult")):
+            assert re.match(says, by_place[place].failed or "")
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -778,6 +904,13 @@ def test_durations(text: str, seconds: float) -> None:
         ["--devices", "a"],
         ["--tp", "2"],
         ["--slots", "0"],
+        ["--tokens", "300"],
+        ["--models", "llama-3-8b"],
+        ["--sites", "qkv"],
+        ["--family", "lora_shrink", "--models", "mixtral-8x7b"],
+        ["--family", "lora_expand", "--sites", "w13"],
+        ["--family", "lora_expand", "--set"],
+        ["--family", "lora_gather"],
     ],
 )
 def test_bad_options(arguments: list[str]) -> None:
@@ -828,7 +961,7 @@ def test_the_command_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
         yield from (Verdict(digests[place], None) for place in job.wanted)
 
     monkeypatch.setattr(crew, "Processes", Crew)
-    monkeypatch.setattr(kernels, "Kernels", lambda package, target: FakeKernels())
+    monkeypatch.setattr(kernels, "Kernels", lambda family, package, target: FakeKernels())
     out = tmp_path / "tuned" / "moe_lora.yaml"
     arguments = ["--specs", str(SPEC.parent), "--out", str(out), "--budget", "10m"]
     arguments += ["--models", "qwen3-30b-a3b", "--ranks", "64", "--tokens", "1,64"]

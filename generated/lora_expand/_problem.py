@@ -13,8 +13,9 @@ import torch
 
 from .. import _runtime as runtime
 from .._scales import Quant, check_fp8, product_rows
-from ..lora_shrink._problem import Parts, check_route, check_weights, scale_strides
+from ..lora_shrink._problem import Parts, check_route, check_weights, is_as_measured, scale_strides
 from ..moe_route import MoeRoute
+from ._tuned import TUNED
 
 
 class Config(NamedTuple):
@@ -153,19 +154,26 @@ def sums_first(problem: Problem, config: Config, parts: Parts) -> bool:
     )
 
 
-def choose(problem: Problem, route: MoeRoute) -> Config:
-    """The tiles for a call, from host integers alone: the same call always gets the same.
+def choose(problem: Problem, route: MoeRoute, k: int | None = None) -> Config:
+    """The tiles for a call, from host integers alone: the same call always gets the same; ``k``: of the lora_shrink in front.
 
-    The number of tokens counts as the next power of two, so that the compile keys of a model are a short list.
+    With it those that were measured, as parts of K are what is read then; else the rule's. The number of tokens counts as the
+    next power of two, so that the compile keys of a model are a short list.
     """
-    tokens = runtime.next_power_of_2(problem.num_tokens)
-    scaled, device = problem.weight_scales is not None, runtime.traits(problem.device)
+    tokens, device = runtime.next_power_of_2(problem.num_tokens), runtime.traits(problem.device)
+    layer = (k, sum(problem.widths), min(problem.widths), len(problem.widths), problem.rank)
+    tiles = TUNED.get(
+        (tokens, route.max_loras, *layer, True, problem.weight_scales)
+    )  # adding was measured, for both
+    if tiles is not None and is_as_measured(route, tokens, device):
+        return Config(*tiles)
+    scaled = problem.weight_scales is not None
     sizes = (tokens, route.block_m, route.max_loras, problem.widths, problem.rank, scaled)
     return _choose(_Shape(*sizes, device.num_sms, device.shared_memory))
 
 
 class _Shape(NamedTuple):
-    """What tiles depend on."""
+    """What tiles depend on where nothing was measured."""
 
     tokens: int  # a power of two
     block_m: int

@@ -20,7 +20,8 @@ from .._scales import (
     product_rows,
     scale_shape,
 )
-from ..moe_route import MoeRoute
+from ..moe_route import MoeRoute, default_block_m
+from ._tuned import SHARED_MEMORY, TUNED
 
 
 class Config(NamedTuple):
@@ -275,20 +276,28 @@ def scale_strides(
 
 
 def choose(problem: Problem, route: MoeRoute) -> Config:
-    """The tiles for a call, from host integers alone: the same call always gets the same.
+    """The tiles for a call, from host integers alone: those that were measured, else the rule's; the same call always gets the same.
 
     The number of tokens counts as the next power of two, so that the compile keys of a model are a short list.
     """
-    tokens = runtime.next_power_of_2(problem.num_tokens)
+    tokens, device = runtime.next_power_of_2(problem.num_tokens), runtime.traits(problem.device)
     scales = (problem.weight_scales, problem.x_scales)
+    tiles = TUNED.get((tokens, route.max_loras, problem.k, problem.slices, problem.rank, *scales))
+    if tiles is not None and is_as_measured(route, tokens, device):
+        return Config(*tiles)
     rows = product_rows(route.block_m) if any(scales) else min(64, route.block_m)
-    device = runtime.traits(problem.device)
     sizes = (tokens, rows, problem.k, problem.slices, problem.rank)
     return _choose(_Shape(*sizes, *scales, device.num_sms, device.shared_memory, device.full_warps))
 
 
+def is_as_measured(route: MoeRoute, tokens: int, device: runtime.Traits) -> bool:
+    """Whether tiles that were measured fit the device, and the blocks of the route are those that lora_route makes."""
+    own = default_block_m(tokens, 1, route.max_loras, dense=True)
+    return device.shared_memory >= SHARED_MEMORY and route.block_m == own
+
+
 class _Shape(NamedTuple):
-    """What tiles depend on."""
+    """What tiles depend on where nothing was measured."""
 
     tokens: int  # a power of two
     rows: int  # of a block

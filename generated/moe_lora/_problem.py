@@ -14,7 +14,7 @@ from .. import _runtime as runtime
 from .. import _scales
 from .._scales import Quant, check_fp8, check_x_scale, find_x_mode, is_fp32, product_rows
 from ..moe_route import MoeRoute, default_block_m, expected_groups, few_pairs
-from ._tuned import TUNED
+from ._tuned import SHARED_MEMORY, TUNED
 
 
 class OneShotConfig(NamedTuple):
@@ -397,6 +397,11 @@ class _Shape(NamedTuple):
     shared_memory: int
     full_warps: int
 
+    @property
+    def plain(self) -> bool:
+        """Whether operands have 16 bits."""
+        return self.weight_scales is None is self.x_scales
+
 
 def _shape(problem: Problem, route: MoeRoute) -> _Shape:
     device = runtime.traits(problem.device)
@@ -430,12 +435,8 @@ def _plan(has_ids: bool, *sizes: Any) -> tuple[str, Config]:
     return schedule, _rule(schedule, *shape)
 
 
-# Bytes of shared memory of a program on the card that was measured: its tiles may not fit a smaller one.
-_TUNED_SHARED_MEMORY = 232448
-
-
 def _tuned(s: _Shape) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    if s.shared_memory < _TUNED_SHARED_MEMORY:
+    if s.shared_memory < SHARED_MEMORY:
         return ()
     tokens = min(
         s.tokens, 4096
@@ -461,9 +462,11 @@ def _schedule(has_ids: bool, s: _Shape) -> str:
         return "two_kernel"
     # One program walks a whole block in one_shot. Cut it where there are fewer blocks than programs that the GPU holds,
     # and where long rows of few pairs keep a program busy for so long that the last ones run alone.
-    few_blocks = _num_blocks(s) < 0.9 * s.num_sms
-    long_rows = max(s.k, s.n) >= (2560 if s.block_m == 16 and s.rank > 16 else 8192)
-    return "two_kernel" if few_blocks or long_rows else "one_shot"
+    if s.plain:
+        few, long = 1.5 if s.rank <= 32 else 1.0, 4608 if s.block_m == 16 and s.rank > 32 else 8192
+    else:
+        few, long = 0.9, 2560 if s.block_m == 16 and s.rank > 16 else 8192
+    return "two_kernel" if _num_blocks(s) < few * s.num_sms or max(s.k, s.n) >= long else "one_shot"
 
 
 def _num_blocks(s: _Shape) -> float:
@@ -480,10 +483,11 @@ def _rule(schedule: str, *sizes: Any) -> Config:
     ](s)
 
 
-def _block_k(k: int, wanted: int) -> int:
-    """The largest tile of at most ``wanted`` columns that divides K; where only small ones do, ``wanted``: what is masked is not read."""
+def _block_k(k: int, wanted: int, waste: float = 0.0) -> int:
+    """The largest tile of at most ``wanted`` columns that divides K, or that masks no more than a share ``waste`` of them; where
+    only small ones do, ``wanted``: what is masked is not read."""
     tile = wanted
-    while tile > 64 and k % tile:
+    while tile > 64 and _padded(k, tile) > k * (1.0 + waste):
         tile //= 2
     return tile if k % tile == 0 else min(wanted, max(32, runtime.next_power_of_2(k)))
 
@@ -547,6 +551,23 @@ def rows_of_program(
     )
 
 
+# (rows of a block, rank): (block_k, stages) of one slice, and of more; of 16 bits, measured on an H200
+_SHRINK_TILES = {
+    (16, 16): ((128, 4), (128, 3)),
+    (16, 32): ((128, 4), (128, 3)),
+    (16, 64): ((64, 4), (128, 4)),
+    (16, 128): ((128, 3), (128, 3)),
+    (32, 16): ((256, 3), (128, 4)),
+    (32, 32): ((128, 3), (128, 3)),
+    (32, 64): ((128, 3), (128, 3)),
+    (32, 128): ((128, 3), (128, 2)),
+    (64, 16): ((128, 3), (128, 4)),
+    (64, 32): ((64, 4), (64, 4)),
+    (64, 64): ((128, 3), (64, 4)),
+    (64, 128): ((64, 4), (64, 4)),
+}
+
+
 def _one_shot(s: _Shape) -> OneShotConfig:
     rank = _block_r(s.rank)
     # Programs of little work that are alone on their multiprocessors wait for memory: larger tiles have more on the way.
@@ -556,6 +577,8 @@ def _one_shot(s: _Shape) -> OneShotConfig:
     wide = rank == 16 and s.block_m == 16 and s.k >= 4096
     if alone:
         block_k, stages = 256, 4
+    elif s.plain:
+        block_k, stages = _SHRINK_TILES[min(s.block_m, 64), rank][s.slices > 1]
     elif s.block_m == 16:
         block_k, stages = (
             (256, 3) if wide else (128, 3) if rank == 16 or rank * s.slices >= 256 else (64, 3)
@@ -572,14 +595,15 @@ def _one_shot(s: _Shape) -> OneShotConfig:
     shrink_bytes, expand_bytes = 2 * (s.block_m + s.slices * rank), 2 * (
         s.block_m + rank
     )  # of a column
-    block_k = _in_group(s, _fitting(_block_k(s.k, block_k), shrink_bytes, budget))
+    block_k = _in_group(
+        s, _fitting(_block_k(s.k, block_k, 0.07 if s.plain else 0.0), shrink_bytes, budget)
+    )
     stages = _stages(stages, shrink_bytes * block_k, budget)
     # FP8 with one scale for all would spill a register in the wide tile, as would a share of a block with a scale a token.
     scaled = rank == 16 and s.block_m == 16 and s.weight_scales in ("channel", "group")
     wide = (cut or wide or alone or scaled) and not (cut and s.x_scales == "token")
-    block_n = _fitting(
-        _block_n(s.n, 256 if wide else 128, 0.03 if rank == 16 else 0.0), expand_bytes, budget
-    )
+    waste = 0.05 if s.plain else 0.03 if rank == 16 else 0.0
+    block_n = _fitting(_block_n(s.n, 256 if wide else 128, waste), expand_bytes, budget)
     accumulators = _accumulators(s)
     narrow = s.weight_scales is not None and accumulators >= 32 * 256
     if narrow:
@@ -595,7 +619,8 @@ def _one_shot(s: _Shape) -> OneShotConfig:
     )
     heavy |= rank == 32 == s.block_m and s.weight_scales is not None
     low = s.block_m == 16 or (s.block_m == 32 and s.weight_scales is not None)
-    warps = 8 if heavy or s.block_m == 128 else 2 if rank == 16 and low and not cut else 4
+    few_warps = rank == 16 or (s.plain and rank == 64 and s.slices > 1)
+    warps = 8 if heavy or s.block_m == 128 else 2 if few_warps and low and not cut else 4
     return OneShotConfig(block_n, block_k, stages, expand, min(warps, s.full_warps))
 
 
@@ -647,7 +672,10 @@ def _two_kernel(s: _Shape) -> TwoKernelConfig:
             if s.k % block_k == 0 and s.k % (count * block_k):
                 continue  # equal parts, where there can be any
             split_k = _padded(runtime.cdiv(s.k, count), block_k)
-            if blocks * count >= 0.95 * s.num_sms and split_k <= 4096:
+            if (
+                blocks * count >= (1.8 if s.plain and rank <= 32 else 0.95) * s.num_sms
+                and split_k <= 4096
+            ):
                 break
     stages = _stages(4, shrink_bytes * block_k, min(112 * 1024, budget))
     block_n = _block_n(s.n, 128)
@@ -659,6 +687,10 @@ def _two_kernel(s: _Shape) -> TwoKernelConfig:
     expand_tiles = max(
         (t for t in (1, 2, 3, 4, 5, 8) if tiles % t == 0 and t <= max(most, 2)), default=1
     )
+    if s.plain:
+        deep = expand_tiles > (1 if rank == 16 else 2)
+    else:
+        deep = block_m == 16 and (expand_tiles > 2 or s.weight_scales is not None)
     # Rows that are not aligned and numbers that are widened take registers of the shrink.
     heavy = _accumulators(s) > (48 if s.k % 8 or s.weight_scales else 64) * 256
     return TwoKernelConfig(
@@ -668,6 +700,6 @@ def _two_kernel(s: _Shape) -> TwoKernelConfig:
         min(8 if block_m == 128 or heavy else 4, s.full_warps),
         block_n,
         expand_tiles,
-        3 if s.rank > 128 or ((expand_tiles > 2 or s.weight_scales) and block_m == 16) else 2,
-        8 if block_m >= 64 else 4,
+        3 if s.rank > 128 or deep else 2,
+        8 if block_m >= 64 and (block_n > 64 or not s.plain) else 4,
     )

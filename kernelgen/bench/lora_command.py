@@ -8,19 +8,17 @@ from typing import Any
 import click
 
 from kernelgen.bench import document as documents
-from kernelgen.bench import session
+from kernelgen.bench import layers, session
 from kernelgen.bench.command import Numbers, Words
 
-# As in kernelgen.bench.dense, which needs torch.
-_MODELS = ("llama-3-8b", "llama-3-70b", "llama-3-70b-tp8", "tiny")
-_SITES = ("qkv", "o", "gate_up", "down")
+_MODELS = tuple(layers.MODELS)
 
 
 @click.command("bench-lora")
 @click.option("--models", type=Words(_MODELS), default=_MODELS[:1], help="Model shapes.")
-@click.option("--sites", type=Words(_SITES), default=_SITES, help="qkv, o, gate_up, down.")
-@click.option("--ranks", type=Numbers(), default=(16, 64), help="LoRA ranks.")
-@click.option("--tokens", type=Numbers(), default=(1, 16, 64, 256, 1024, 4096), help="Tokens of a batch.")
+@click.option("--sites", type=Words(layers.SITES), default=layers.SITES, help="qkv, o, gate_up, down.")
+@click.option("--ranks", type=Numbers(), default=layers.DEFAULT_RANKS, help="LoRA ranks.")
+@click.option("--tokens", type=Numbers(), default=layers.DEFAULT_TOKENS, help="Tokens of a batch.")
 @click.option("--active", type=Numbers(), default=(4, 1), help="Adapters that the batch uses.")
 @click.option("--slots", type=click.IntRange(1), default=4, help="Adapters in the weights.")
 @click.option("--scales", type=click.Choice(["tensor", "channel", "group"]), help="FP8 weights with a scale each.")
@@ -53,7 +51,7 @@ def _bench(options: dict[str, Any]) -> int:
         return 2
     adapters = [(active, options["slots"]) for active in options["active"]]
     sizes = (options["models"], options["sites"], options["ranks"], options["tokens"])
-    cells = list(dense.cells(*sizes, adapters, options["scales"]))
+    cells = list(layers.cells(*sizes, adapters, options["scales"]))
     names = ["kernelgen", *options["against"]]
     try:
         implementations = [dense.load(name, options["package"]) for name in names]

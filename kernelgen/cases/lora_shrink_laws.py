@@ -121,6 +121,25 @@ def tiles_end_with_what_they_divide(package: ModuleType, variants: Sequence[Vari
         assert len(orders) == 1, f"{variant}, K {k}, {slices} slices: a sum in the order of the batch or the card: {orders}"
 
 
+def measured_tiles_keep_the_order(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """Tiles that were measured are found, and add up a sum in the order that the rule has for the layer. Nothing runs."""
+    for key, tiles_of in problem_of(package, "lora_shrink")[0].TUNED.items():
+        tokens, loras, k, slices, rank, of_weights, of_x = key
+        sizes = {"k": k, "slices": slices, "rank": rank, "weight_scales": of_weights, "x_scales": of_x}
+        rule, problem = problem_of(package, "lora_shrink", num_tokens=tokens, **sizes)
+        with on_card(package, CARDS[0]):
+            found = [rule.choose(problem, bare_route(package, tokens, rows, loras=loras)) for rows in (16, 32, 64, 128)]
+        measured = rule.Config(*tiles_of)
+        assert measured in found, f"{key}: {measured} is not what is chosen"
+        scaled, grouped = bool(of_weights or of_x), "group" in (of_weights, of_x)
+        for other in found:
+            assert measured.chunk_k == other.chunk_k, f"{key}: chunks of {measured.chunk_k}, by the rule of {other.chunk_k}"
+            assert not grouped or measured.block_k == other.block_k, f"{key}: groups in tiles of {measured.block_k}"
+            assert grouped or not scaled or measured.parts == other.parts == 1, f"{key}: a sum is scaled elsewhere"
+        assert measured.chunk_k % measured.block_k == 0, f"{key}: a tile lies in two chunks"
+        assert not scaled or measured.rows <= 32, f"{key}: more rows add FP8 in another order"
+
+
 def scales_are_told_apart(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """By the shapes, where a matrix has as many groups of columns as ranks too. Nothing runs."""
     rule, _ = problem_of(package, "lora_shrink")
@@ -202,6 +221,7 @@ LAWS = (
     Law(any_batch_any_split_same_bits),
     Law(every_rank_has_a_variant),
     Law(tiles_end_with_what_they_divide),
+    Law(measured_tiles_keep_the_order),
     Law(scales_are_told_apart),
     Law(wrong_arguments_are_named),
     Law(route_refuses_what_it_cannot_sort),

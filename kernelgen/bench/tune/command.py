@@ -10,18 +10,21 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterable, NamedTuple
 
 import click
 
-from kernelgen.bench import workloads
+from kernelgen.bench import layers, workloads
 from kernelgen.bench.command import Numbers, ParamType, Words, chosen_models
-from kernelgen.bench.workloads import Act, Cell, Quant, Selection, Site, WorkloadError
+from kernelgen.bench.tune.family import Family
+from kernelgen.bench.tune.known import FAMILIES
+from kernelgen.bench.workloads import Selection, Site, WorkloadError
 
 SCHEMA_VERSION = 1
-_SITES: tuple[Site, ...] = ("w13", "w2")
+_MOE_SITES: tuple[Site, ...] = ("w13", "w2")
+_LORA_MODELS = ("llama-3-8b",)
 _RANKS = (16, 32, 64, 128)
-_TOKENS = tuple(1 << i for i in range(13))
+_TOKENS = tuple(1 << i for i in range(13))  # what a choice is looked up by: all others go to the next of them
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 _STATUS_SECONDS = 15.0
 
@@ -55,19 +58,30 @@ class Devices(ParamType):
 
 @click.command("tune")
 @click.option(
+    "--family",
+    type=click.Choice(tuple(FAMILIES)),
+    default="moe_lora",
+    show_default=True,
+    help="Whose tiles; of the two products of dense LoRA either is timed with the other.",
+)
+@click.option(
     "--models",
-    type=Words(tuple(workloads.MODELS)),
-    help="Model shapes; four large ones unless told.",
+    type=Words((*workloads.MODELS, *layers.MODELS)),
+    help="Model shapes; four large ones, or llama-3-8b, unless told.",
 )
 @click.option(
     "--model-config",
     type=click.Path(path_type=Path),
-    help="A model's config.json, in place of --models.",
+    help="An MoE model's config.json, in place of --models.",
 )
 @click.option(
     "--tp", type=click.IntRange(1), default=1, help="With --model-config: tensor-parallel ranks."
 )
-@click.option("--sites", type=Words(_SITES), default=_SITES, help="w13, w2.")
+@click.option(
+    "--sites",
+    type=Words((*_MOE_SITES, *layers.SITES)),
+    help="w13, w2; of dense LoRA qkv, o, gate_up, down.  [default: all]",
+)
 @click.option(
     "--ranks", type=Numbers(), default=_RANKS, help="LoRA ranks; 16,32,64,128 unless told."
 )
@@ -114,7 +128,7 @@ class Devices(ParamType):
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="The tuned file.  [default: tuned/moe_lora.yaml in the specs]",
+    help="The tuned file.  [default: tuned/FAMILY.yaml in the specs]",
 )
 @click.option(
     "--package",
@@ -126,48 +140,78 @@ class Devices(ParamType):
     "--json", "as_json", is_flag=True, help="Print a JSON document in place of the summary."
 )
 def tune(
-    models: tuple[str, ...] | None,
-    model_config: Path | None,
-    tp: int,
-    sites: tuple[Site, ...],
-    ranks: tuple[int, ...],
-    tokens: tuple[int, ...],
-    slots: int,
-    add: bool,
-    quant: tuple[Quant, ...],
-    act: tuple[Act, ...],
-    specs: Path | None,
-    out: Path | None,
-    **options: Any,
+    family: str, specs: Path | None, out: Path | None, budget: float | None, workers: int | None,
+    devices: tuple[int, ...] | None, package: Path, as_json: bool, **workload: Any,
 ) -> None:
-    """Search the tiles of MoE-LoRA on the GPUs of this machine and write the best for kernelgen build.
+    """Search the tiles of a family on the GPUs of this machine and write the best for kernelgen build.
 
     Every measurement is kept beside --out, so that the same command goes on where an earlier one stopped; problems
     of --out that are not searched now stay as they are. Only results that agree with the formula in fp64 can win.
     """  # fmt: skip
-    from kernelgen.bench.tune.moe_lora import FAMILY
     from kernelgen.locate import find_specs
 
     try:
-        selection = Selection(
-            models=chosen_models(models, model_config, tp, workloads.DEFAULT_MODELS),
-            sites=sites,
-            ranks=ranks,
-            tokens=tokens,
-            adapters=((slots, slots),),
-            adds=(add,),
-            quants=tuple(itertools.product(quant, act)),
-        )
-        cells = list(selection.cells())
+        cells = (_moe_cells if family == "moe_lora" else _lora_cells)(_Workload(**workload))
     except WorkloadError as error:
         raise click.UsageError(str(error)) from error
     folder = specs or find_specs()
-    out = out or folder / "tuned" / f"{FAMILY}.yaml"
-    sys.exit(_tune(cells, folder / f"{FAMILY}.yaml", out, **options))
+    out = out or folder / "tuned" / f"{family}.yaml"
+    options = (package, budget, workers, devices, as_json)
+    sys.exit(_tune(FAMILIES[family], cells, folder / f"{family}.yaml", out, *options))
+
+
+class _Workload(NamedTuple):
+    """What the options say; None: all that the family has."""
+
+    models: tuple[str, ...] | None
+    model_config: Path | None
+    tp: int
+    sites: tuple[Any, ...] | None
+    ranks: tuple[int, ...]
+    tokens: tuple[int, ...]
+    slots: int
+    add: bool
+    quant: tuple[Any, ...]
+    act: tuple[Any, ...]
+
+
+def _moe_cells(w: _Workload) -> list[Any]:
+    _check(w, workloads.MODELS, _MOE_SITES)
+    selection = Selection(
+        models=chosen_models(w.models, w.model_config, w.tp, workloads.DEFAULT_MODELS),
+        sites=w.sites or _MOE_SITES,
+        ranks=w.ranks,
+        tokens=w.tokens,
+        adapters=((w.slots, w.slots),),
+        adds=(w.add,),
+        quants=tuple(itertools.product(w.quant, w.act)),
+    )
+    return list(selection.cells())
+
+
+def _lora_cells(w: _Workload) -> list[Any]:
+    if w.model_config is not None or w.tp != 1 or not w.add or w.act != ("none",):
+        raise WorkloadError("--model-config, --tp, --set and --act are for moe_lora")
+    _check(w, layers.MODELS, layers.SITES)
+    found: list[Any] = []
+    for scales in w.quant:
+        sizes = (w.models or _LORA_MODELS, w.sites or layers.SITES, w.ranks, w.tokens, ((w.slots, w.slots),))
+        found += layers.cells(*sizes, None if scales == "none" else scales)
+    return found
+
+
+def _check(w: _Workload, models: Iterable[str], sites: Iterable[str]) -> None:
+    """Raise WorkloadError for what this family has not, or what no choice is looked up by."""
+    for label, words, known in (("models", w.models, models), ("sites", w.sites, sites)):
+        if other := [word for word in words or () if word not in known]:
+            raise WorkloadError(f"--{label} {other[0]}: this family has {', '.join(known)}")
+    if odd := [count for count in w.tokens if count not in _TOKENS]:
+        raise WorkloadError(f"--tokens {odd[0]}: choices are looked up by powers of two up to {_TOKENS[-1]}")
 
 
 def _tune(
-    cells: list[Cell],
+    family: Family,
+    cells: list[Any],
     spec: Path,
     out: Path,
     package: Path,
@@ -197,11 +241,11 @@ def _tune(
     try:
         searched = space.read(spec, spec.stem)
         device, earlier = tuned_file.read(out, searched)
-        gauges = Processes(gauge, (package,), [_visible(number) for number in chosen])
+        gauges = Processes(gauge, (family.name, package), [_visible(number) for number in chosen])
         crews.append(gauges)
         left = max(1, _cores() - len(chosen) - 1)
         hidden = [{"CUDA_VISIBLE_DEVICES": ""}] * (workers or left)
-        crews.append(Processes(compiler, (package,), hidden, background=True))
+        crews.append(Processes(compiler, (family.name, package), hidden, background=True))
         hello, *others = gauges.started()
         if any(other.device != hello.device for other in others):
             return _stop("the GPUs differ: choose those of one kind with --devices")
@@ -213,16 +257,17 @@ def _tune(
             out.with_suffix(".state.jsonl"), searched, {"device": hello.device, **hello.versions}
         )
         tuner = Tuner(
+            family,
             cells,
             searched,
-            Kernels(package, hello.target),
+            Kernels(family.name, package, hello.target),
             hello.target,
             compilers=crews[1],
             gauges=gauges,
             state=state,
             earlier=earlier,
             save=lambda entries: tuned_file.write(
-                out, tuned_file.text(hello.device, hello.versions, entries, searched)
+                out, tuned_file.text(family, hello.device, hello.versions, entries, searched)
             ),
             budget=None if budget is None else budget - (time.monotonic() - started),
             on_status=_reporter(started),

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-from kernelgen.bench.workloads import Cell
+from typing import Any, NamedTuple
 
 
 class CompileJob(NamedTuple):
     """Kernels of one candidate to compile for ``target``: ``wanted`` are their places among its launches."""
 
     target: str
-    cell: Cell
+    cell: Any  # of the family's workload
     schedule: str
     config: dict[str, int]
     wanted: tuple[int, ...]
@@ -27,7 +25,7 @@ class Verdict(NamedTuple):
 class GaugeJob(NamedTuple):
     """Candidates of one cell, as (schedule, tiles); with ``final`` they are timed in turns, for longer."""
 
-    cell: Cell
+    cell: Any
     candidates: tuple[tuple[str, dict[str, int]], ...]
     final: bool
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Iterator, Mapping
+from typing import Hashable, Iterator, Mapping
 
+from kernelgen.bench.tune.family import Problem
+from kernelgen.bench.tune.jobs import Sizes
 from kernelgen.bench.tune.space import Candidate, Named, Space, products
 from kernelgen.bench.workloads import GROUP, Cell
 
-FAMILY = "moe_lora"
 NAIVE = "small_batch"  # needs no sorted tables; the other schedules need them
 _NAIVE_PAIRS = 1024  # above, streaming the weights pair by pair cannot win
 _SORTED_PAIRS = (
@@ -16,30 +17,43 @@ _SORTED_PAIRS = (
 )
 _MAX_RANK = {"one_shot": 128}
 
-# Sizes, then tags of the axes that are not at their first one.
-Problem = dict[str, "int | bool | str"]
 
+class MoeLora:
+    """Both projections of an MoE layer; see ``Family``."""
 
-def problem(cell: Cell) -> Problem:
-    """What a tuned choice is looked up by."""
-    (projection,) = cell.projections
-    tags = {
-        "add_inputs": "" if cell.add else "set",
-        "weight_quant": "" if cell.quant == "none" else f"w8{cell.quant}",
-        "act_quant": "" if cell.act == "none" else f"a8{cell.act}",
-    }
-    sizes = {
-        "num_tokens": cell.tokens,
-        "top_k": cell.model.top_k,
-        "num_experts": cell.model.experts,
-        "max_loras": cell.slots,
-        "k": projection.k,
-        "n": projection.n,
-        "slices": projection.slices,
-        "rank": cell.rank,
-        "weighted": projection.weighted,
-    }
-    return {**sizes, **{axis: tag for axis, tag in tags.items() if tag}}
+    name = "moe_lora"
+    order = ("weighted", "num_experts", "top_k", "k", "n", "slices", "max_loras", "rank", "num_tokens")
+    kinds = ((NAIVE,), ("one_shot", "two_kernel"))
+    alike = ("site", "rank", "tokens", "add", "quant", "act")
+
+    def problem(self, cell: Cell) -> Problem:
+        """What a tuned choice is looked up by."""
+        (projection,) = cell.projections
+        tags = {
+            "add_inputs": "" if cell.add else "set",
+            "weight_quant": "" if cell.quant == "none" else f"w8{cell.quant}",
+            "act_quant": "" if cell.act == "none" else f"a8{cell.act}",
+        }
+        sizes = {
+            "num_tokens": cell.tokens,
+            "top_k": cell.model.top_k,
+            "num_experts": cell.model.experts,
+            "max_loras": cell.slots,
+            "k": projection.k,
+            "n": projection.n,
+            "slices": projection.slices,
+            "rank": cell.rank,
+            "weighted": projection.weighted,
+        }
+        return {**sizes, **{axis: tag for axis, tag in tags.items() if tag}}
+
+    def subject(self, cell: Cell, space: Space, sizes: Sizes) -> Subject:
+        """The cell under search in ``space``."""
+        return Subject(cell, space, sizes.block_m, sizes.shared_memory)
+
+    def owner(self, cell: Cell) -> Hashable:
+        """Cells of one owner share weights."""
+        return cell.model, cell.rank, cell.slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +77,6 @@ class Subject:
             if self.cell.rank <= _MAX_RANK.get(schedule, self.cell.rank)
             and (schedule != NAIVE or self.pairs <= _NAIVE_PAIRS)
         ]
-
-    def kinds(self) -> list[list[str]]:
-        """Schedules by the kind of route that they take."""
-        known = self.space.schedules
-        return [[s for s in known if s == NAIVE], [s for s in known if s != NAIVE]]
 
     def accepts(self, candidate: Candidate) -> bool:
         """Whether the tiles can be right, can win and are not the same as others: known without compiling."""

@@ -7,8 +7,6 @@ import itertools
 from pathlib import Path
 from typing import Iterable, Iterator, Mapping, NamedTuple, Sequence
 
-import yaml
-
 Named = Mapping[str, int]  # tunable -> value
 
 
@@ -97,6 +95,8 @@ def read(spec: Path, family: str) -> Space:
     Raises:
         SpaceError: it cannot be read, is of another family, or has no tunables.
     """
+    import yaml  # not for --help
+
     try:
         data = yaml.safe_load(spec.read_text(encoding="utf-8"))
         found = data["family"]

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple
 
-from kernelgen.bench.tune.moe_lora import Problem
+from kernelgen.bench.tune.family import Problem
 from kernelgen.bench.tune.search import Found
 from kernelgen.bench.tune.space import Candidate, Space
 

@@ -10,15 +10,13 @@ from typing import Any, Mapping, Sequence
 
 import yaml
 
-from kernelgen.bench.tune.moe_lora import FAMILY, NAIVE, Problem
+from kernelgen.bench.tune.family import Family, Problem
 from kernelgen.bench.tune.search import Found
 from kernelgen.bench.tune.space import Candidate, Space
 from kernelgen.bench.tune.state import Key, key
 from kernelgen.parse import MAX_BYTES, MAX_NODES
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-# The sizes of a problem; what else it has are tags.
-_ORDER = ("weighted", "num_experts", "top_k", "k", "n", "slices", "max_loras", "rank", "num_tokens")
 
 
 class TunedFileError(ValueError):
@@ -42,23 +40,25 @@ class Entry:
     runner_up: Choice | None
 
 
-def entry(problem: Problem, found: Found) -> Entry | None:
+def entry(problem: Problem, found: Found, kinds: Sequence[Sequence[str]]) -> Entry | None:
     """What follows from the measurements of a problem; None where nothing worked.
 
-    The runner-up serves the calls that the best cannot: it needs no sorted tables where the best needs them, and the
-    other way round. Where no such schedule was measured it is the best of any other.
+    The runner-up serves the calls that the best cannot: it is of another of ``kinds``, which go by the route that they take.
+    Where no such schedule was measured it is the best of any other.
     """
     ranking = [Choice(candidate, us) for us, candidate in found.ranking()]
     if not ranking:
         return None
     best = ranking[0]
     others = [c for c in ranking if c.candidate.schedule != best.candidate.schedule]
-    naive = best.candidate.schedule == NAIVE
-    other_kind = [c for c in others if (c.candidate.schedule == NAIVE) != naive]
+    of_its_kind = next((kind for kind in kinds if best.candidate.schedule in kind), ())
+    other_kind = [c for c in others if c.candidate.schedule not in of_its_kind]
     return Entry(problem, best, next(iter(other_kind or others), None))
 
 
-def text(device: str, versions: Mapping[str, str], entries: Sequence[Entry], space: Space) -> str:
+def text(
+    family: Family, device: str, versions: Mapping[str, str], entries: Sequence[Entry], space: Space
+) -> str:
     """The file; the same entries always give the same bytes.
 
     Raises:
@@ -67,13 +67,13 @@ def text(device: str, versions: Mapping[str, str], entries: Sequence[Entry], spa
     lines = [
         "# Written by kernelgen tune. us: microseconds a call, the median of CUDA-graph replays with weights out of the",
         "# L2 cache, add_inputs=True unless tags say set; runner_up: for routes that the first choice does not serve.",
-        f"family: {FAMILY}",
+        f"family: {family.name}",
         f"device: {json.dumps(device)}",
         f"versions: {_flow({name: json.dumps(version) for name, version in versions.items()})}",
         "entries:" if entries else "entries: []",
     ]
     nodes = 8 + 2 * len(versions)
-    for one in sorted(entries, key=_place):
+    for one in sorted(entries, key=lambda one: _place(one, family.order)):
         tags = _tags(one.problem)
         sizes = {name: size for name, size in one.problem.items() if name not in tags}
         lines.append(f"  - problem: {_flow(sizes)}")
@@ -128,11 +128,11 @@ def _read_choice(data: dict[str, Any]) -> Choice:
 
 
 def _tags(problem: Problem) -> dict[str, Any]:
-    return {name: tag for name, tag in problem.items() if name not in _ORDER}
+    return {name: tag for name, tag in problem.items() if isinstance(tag, str)}
 
 
-def _place(one: Entry) -> tuple[Any, ...]:
-    return *(one.problem[name] for name in _ORDER), tuple(_tags(one.problem).items())
+def _place(one: Entry, order: Sequence[str]) -> tuple[Any, ...]:
+    return *(one.problem[name] for name in order), tuple(_tags(one.problem).items())
 
 
 def _is_allowed(choice: Choice, space: Space) -> bool:

@@ -10,29 +10,28 @@ import heapq
 import multiprocessing.connection
 import time
 from collections import deque
-from typing import Any, Callable, Iterable, Mapping, NamedTuple, Protocol, Sequence
+from typing import Any, Callable, Hashable, Iterable, Mapping, NamedTuple, Protocol, Sequence
 
-from kernelgen.bench.tune import moe_lora, tuned_file
+from kernelgen.bench.tune import tuned_file
 from kernelgen.bench.tune.crew import Crew, Event
+from kernelgen.bench.tune.family import Family, Problem
 from kernelgen.bench.tune.jobs import CompileJob, GaugeJob, Sizes
 from kernelgen.bench.tune.search import FINAL, Ask, Found, Search, search
 from kernelgen.bench.tune.space import Candidate, Named, Space
 from kernelgen.bench.tune.state import Key, Measured, State, key
-from kernelgen.bench.workloads import Cell
 
 _FINAL_SECONDS = 0.4  # that the last timing of a problem takes, about
 _MOST_RESERVED = 0.3  # of the budget, for last timings
-_ALIKE = ("site", "rank", "tokens", "add", "quant", "act")  # what is best for one is worth a try for another
 _QUEUED = 4  # compile jobs waiting, for each process
 
 
 class Kernels(Protocol):
     """See ``kernels.Kernels``."""
 
-    def sizes(self, cell: Cell, schedules: tuple[str, ...]) -> Sizes:
+    def sizes(self, cell: Any, schedules: tuple[str, ...]) -> Sizes:
         """The block size of a cell's route, the shared memory, and the rule's tiles."""
 
-    def digests(self, cell: Cell, schedule: str, config: Named) -> list[str]:
+    def digests(self, cell: Any, schedule: str, config: Named) -> list[str]:
         """What names the kernels of a candidate."""
 
 
@@ -51,7 +50,7 @@ class Status(NamedTuple):
 class Loss(NamedTuple):
     """Microseconds of a problem with the rule's choice, and with the best."""
 
-    problem: moe_lora.Problem
+    problem: Problem
     rule_us: float
     best_us: float
 
@@ -69,10 +68,11 @@ class _Queued(NamedTuple):
 class _Task:
     """The search for one problem, between two asks."""
 
-    def __init__(self, index: int, cell: Cell) -> None:
+    def __init__(self, index: int, cell: Any, family: Family) -> None:
         self.index = index
         self.cell = cell
-        self.problem = moe_lora.problem(cell)
+        self.problem = family.problem(cell)
+        self.owner = family.owner(cell)
         self.found = Found()
         self.rule: Candidate | None = None  # what the package takes without tuned data
         self.search: Search
@@ -84,11 +84,6 @@ class _Task:
         self.blame = 0  # place in the job of what a dying process was at; -1: known already
 
     @property
-    def owner(self) -> tuple[Any, ...]:
-        """Cells of one owner share weights."""
-        return self.cell.model, self.cell.rank, self.cell.slots
-
-    @property
     def round(self) -> int:
         return self.ask.round if self.ask is not None else 0
 
@@ -98,7 +93,8 @@ class Tuner:
 
     def __init__(
         self,
-        cells: Sequence[Cell],
+        family: Family,
+        cells: Sequence[Any],
         space: Space,
         kernels: Kernels,
         target: str,
@@ -111,6 +107,7 @@ class Tuner:
         on_status: Callable[[Status], None] = lambda status: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._family = family
         self._space = space
         self._kernels = kernels
         self._target = target
@@ -123,10 +120,10 @@ class Tuner:
         self._clock = clock
         self._started = clock()
         self._budget = budget
-        distinct: dict[Key, Cell] = {}
+        distinct: dict[Key, Any] = {}
         for cell in cells:
-            distinct.setdefault(key(moe_lora.problem(cell)), cell)
-        self.tasks = [_Task(i, cell) for i, cell in enumerate(distinct.values())]
+            distinct.setdefault(key(family.problem(cell)), cell)
+        self.tasks = [_Task(i, cell, family) for i, cell in enumerate(distinct.values())]
         self._by_key = {key(task.problem): task for task in self.tasks}
         self._unopened = deque(self.tasks)
         self._open: set[_Task] = set()
@@ -136,7 +133,7 @@ class Tuner:
         self._queue: list[_Queued] = []
         self._compiling: dict[int, tuple[str, ...]] = {}
         self._measuring: dict[int, _Task] = {}
-        self._loaded: dict[int, tuple[Any, ...]] = {}
+        self._loaded: dict[int, Hashable] = {}
         self._entries = dict(earlier)
         self._timed: set[int] = set()
         self._count = self._measured = self._dropped = 0
@@ -209,7 +206,7 @@ class Tuner:
         schedules = self._space.schedules
         sizes = self._kernels.sizes(task.cell, schedules)
         space = Space({name: self._space.tunables[name] for name in schedules if name in sizes.rules})  # fmt: skip
-        subject = moe_lora.Subject(task.cell, space, sizes.block_m, sizes.shared_memory)
+        subject = self._family.subject(task.cell, space, sizes)
         known = self._earlier.get(key(task.problem))
         choices = [known.best, known.runner_up] if known is not None else []
         own = [choice.candidate for choice in choices if choice is not None]
@@ -221,7 +218,7 @@ class Tuner:
             list(starts),
             sensible=subject.accepts,
             neighbours=lambda: self._neighbours(task),
-            kinds=subject.kinds(),
+            kinds=self._family.kinds,
             hurry=lambda: self._hurry,
         )
         self._ask(task, next(task.search))
@@ -235,7 +232,7 @@ class Tuner:
                 yield from other.found.best(2)
         for other in self.tasks:
             mine, theirs = task.cell, other.cell
-            same = all(getattr(mine, size) == getattr(theirs, size) for size in _ALIKE)
+            same = all(getattr(mine, size) == getattr(theirs, size) for size in self._family.alike)
             if same and other is not task:
                 yield from other.found.best(1)
 
@@ -409,8 +406,8 @@ class Tuner:
             self._timed.add(task.index)
         self._state.add([Measured(task.problem, candidate, us, task.ask.final, failed)])
 
-    def _note(self, name: Key, problem: moe_lora.Problem) -> None:
-        entry = tuned_file.entry(problem, self._state.found(problem))
+    def _note(self, name: Key, problem: Problem) -> None:
+        entry = tuned_file.entry(problem, self._state.found(problem), self._family.kinds)
         if entry is not None:
             self._entries[name] = entry
 
