@@ -801,13 +801,13 @@ print(json.dumps([sizes.block_m, sizes.rule, found]))
     assert fit is None and "shared memory" in fault
 
 
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels compile here")
+
+
+@interpreted
 @pytest.mark.parametrize("site", ["w13", "w2"])
 def test_gauge_checks_before_it_times(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the interpreter, with a stopwatch that counts: right tiles are timed; what is refused or wrong is not."""
-    pytest.importorskip("torch")
-    pytest.importorskip("triton")
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("kernels compile here")
     from kernelgen.bench.timing import Spread
     from kernelgen.bench.tune import gauge, moe_lora_calls
 
@@ -850,13 +850,10 @@ def test_gauge_checks_before_it_times(site: str, monkeypatch: pytest.MonkeyPatch
         assert by_place[0].us == 5.0 and all(by_place[i].failed is None for i in (0, 2, 3))
 
 
+@interpreted
 @pytest.mark.parametrize("name", ["lora_shrink", "lora_expand"])
 def test_gauge_of_dense_lora(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As above: right tiles of one product are timed in the whole op; what is refused or wrong is not."""
-    pytest.importorskip("torch")
-    pytest.importorskip("triton")
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("kernels compile here")
     from kernelgen.bench.timing import Spread
     from kernelgen.bench.tune import gauge, lora_calls
 
