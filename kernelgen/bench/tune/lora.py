@@ -8,7 +8,7 @@ does not know.
 from __future__ import annotations
 
 import dataclasses
-from typing import Callable, Hashable, Iterator, Mapping
+from typing import Hashable, Iterator, Mapping
 
 from kernelgen.bench.layers import Cell
 from kernelgen.bench.tune.family import Problem, Subject
@@ -48,7 +48,7 @@ class LoraProduct:
 
     def subject(self, cell: Cell, space: Space, sizes: Sizes) -> Subject:
         """The cell under search in ``space``."""
-        return _Product(cell, space, sizes, self.name)
+        return (_Shrink if self.name == SHRINK else _Expand)(cell, space, sizes, self.name)
 
     def owner(self, cell: Cell) -> Hashable:
         """Cells of one owner share operands: none but the cell itself does."""
@@ -71,15 +71,13 @@ class _Product:
         c, scaled = self.space.named(candidate), self.cell.scales is not None
         if c["rows"] > min(self.sizes.block_m, _MOST_ROWS[self.name, scaled]):
             return False
-        fits: Callable[[Named], bool] = self._shrinks if self.name == SHRINK else self._expands
-        return fits(c)
+        return self._fits(c)
 
     def starts(self, rules: Mapping[str, Named]) -> list[Candidate]:
         """The package's own choice, and what is worth a look around it; best guesses first."""
         own = self.space.near(self.name, rules[self.name])
         base = self.space.named(own)
-        changes = self._around_shrink(base) if self.name == SHRINK else self._around_expand(base)
-        around = self.space.grid(self.name, base, list(changes))
+        around = self.space.grid(self.name, base, list(self._around(base)))
         found = [own] if base == rules[self.name] else []
         return list(dict.fromkeys([*found, *filter(self.accepts, [own, *around])]))
 
@@ -89,7 +87,17 @@ class _Product:
         rank = self.cell.rank
         return max(16, 1 << (rank - 1).bit_length()) if rank <= 128 else -(-rank // 128) * 128
 
-    def _shrinks(self, c: Named) -> bool:
+    def _fits(self, c: Named) -> bool:
+        """Whether the tiles make sense for this product."""
+        raise NotImplementedError
+
+    def _around(self, base: Named) -> Iterator[dict[str, int]]:
+        """What is worth a look around the rule's tiles."""
+        raise NotImplementedError
+
+
+class _Shrink(_Product):
+    def _fits(self, c: Named) -> bool:
         rule, layer = self.sizes.rules[SHRINK], self.cell.layer
         if c["chunk_k"] != rule["chunk_k"] or c["chunk_k"] % c["block_k"]:
             return False  # the chunk is part of the numbers
@@ -107,7 +115,17 @@ class _Product:
         stage = c["block_k"] * (2 * c["rows"] + (2 if self.cell.scales is None else 1) * columns)
         return c["block_k"] <= max(2 * layer.k, 32) and (c["stages"] - 1) * stage <= self.sizes.shared_memory
 
-    def _expands(self, c: Named) -> bool:
+    def _around(self, base: Named) -> Iterator[dict[str, int]]:
+        def near(name: str) -> list[dict[str, int]]:
+            return [{name: value} for value in (base[name], base[name] // 2, 2 * base[name])]
+
+        parts = [{"parts": parts} for parts in dict.fromkeys((base["parts"], 1, 2, 0))]
+        together = [{"together": base["together"]}, {"together": 1 - base["together"]}]
+        yield from products(parts, together, near("rows"), near("ranks"))
+
+
+class _Expand(_Product):
+    def _fits(self, c: Named) -> bool:
         narrow = min(self.cell.layer.widths)
         if c["block_n"] > max(narrow, 32) or c["tiles"] > -(-narrow // c["block_n"]):
             return False
@@ -117,15 +135,7 @@ class _Product:
         held = 2 * c["rows"] * self._ranks
         return (c["stages"] - 1) * c["block_n"] * (of_b * self._ranks + 2 * c["rows"]) + held <= self.sizes.shared_memory
 
-    def _around_shrink(self, base: Named) -> Iterator[dict[str, int]]:
-        def near(name: str) -> list[dict[str, int]]:
-            return [{name: value} for value in (base[name], base[name] // 2, 2 * base[name])]
-
-        parts = [{"parts": parts} for parts in dict.fromkeys((base["parts"], 1, 2, 0))]
-        together = [{"together": base["together"]}, {"together": 1 - base["together"]}]
-        yield from products(parts, together, near("rows"), near("ranks"))
-
-    def _around_expand(self, base: Named) -> Iterator[dict[str, int]]:
+    def _around(self, base: Named) -> Iterator[dict[str, int]]:
         tiles = [{"tiles": 1, "stages": 2}, {"tiles": 2, "stages": 3}, {"tiles": 4, "stages": 3}, {"tiles": 8, "stages": 3}]
         yield from products(
             [{"rows": base["rows"]}, {"rows": 2 * base["rows"]}],
