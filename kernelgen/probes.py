@@ -14,7 +14,7 @@ from typing import Any, Callable, Iterator, Mapping
 
 import torch
 
-from kernelgen.model import Family, Variant
+from kernelgen.model import Family, TunedEntry, Variant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +76,12 @@ def _moe_lora(package: ModuleType, family: Family, variant: Variant) -> Iterator
 
 
 def _moe_lora_tuned(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
-    if variant.dtype != next(axis.tags[0] for axis in family.axes if axis.name == "dtype"):
-        return
     fields = {field.name for field in dataclasses.fields(_MoeLoraSizes)}
-    for entry in family.tuned.entries:
+    for entry in _measured(family, variant):
         choices = (("first", entry.best), ("second", entry.runner_up))
         chosen = [(place, c) for place, c in choices if c is not None and c.schedule == variant.schedule]
-        if not chosen or not all(getattr(variant, axis) == tag for axis, tag in entry.tags):
-            continue
         problem = dict(entry.problem)
-        if variant.weighted != problem["weighted"] or not _serves_rank(variant, problem["rank"]):
+        if variant.weighted != problem["weighted"]:
             continue
         sizes = _MoeLoraSizes(**{name: problem[name] for name in problem.keys() & fields})
         for place, choice in chosen:
@@ -102,6 +98,15 @@ def _labels(sizes: _MoeLoraSizes) -> Iterator[str]:
     yield f"e{sizes.num_experts}"
     yield f"top{sizes.top_k}"
     yield f"l{sizes.max_loras}"
+
+
+def _measured(family: Family, variant: Variant) -> Iterator[TunedEntry]:
+    """The measurements that are of the tags and the rank of ``variant``; of dtypes the first stands for all."""
+    if variant.dtype != next(axis.tags[0] for axis in family.axes if axis.name == "dtype"):
+        return
+    for entry in family.tuned.entries:
+        if all(getattr(variant, axis) == tag for axis, tag in entry.tags) and _serves_rank(variant, entry.problem.rank):
+            yield entry
 
 
 def _serves_rank(variant: Variant, rank: int) -> bool:
@@ -403,13 +408,8 @@ def _lora(package: ModuleType, family: Family, variant: Variant) -> Iterator[Pro
 
 
 def _lora_tuned(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
-    if variant.dtype != "bf16":
-        return
-    for entry in family.tuned.entries:
+    for entry in _measured(family, variant):
         problem = dict(entry.problem)
-        tags = all(getattr(variant, axis) == tag for axis, tag in entry.tags)
-        if not tags or not _serves_rank(variant, problem["rank"]):
-            continue
         narrow, others = problem.get("n_min", 1), problem["slices"] - 1  # the first product does not see widths
         widths = (problem.get("n", 1 + others) - others * narrow, *[narrow] * others)
         layer = {"k": problem["k"], "widths": widths, "max_loras": problem["max_loras"]}

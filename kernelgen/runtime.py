@@ -314,6 +314,7 @@ class Traits(NamedTuple):
 
 # Bytes of shared memory by Triton target, for compilation without a GPU.
 _SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376, "gfx942": 65536, "gfx950": 163840}
+MEASURED_SHARED_MEMORY = _SHARED_MEMORY[90]  # of the card that tiles were measured on: they may not fit a smaller one
 
 
 def traits(device: torch.device) -> Traits:

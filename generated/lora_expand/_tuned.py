@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-# Bytes of shared memory of a program on the card that was measured: its tiles may not fit a smaller one.
-SHARED_MEMORY = 232448
-
 # (tokens, adapters, K in front, N of all slices, least N, slices, rank, adds, scales of weights): tiles
 TUNED: dict[tuple[int | str | None, ...], tuple[int, ...]] = {
     (1, 4, 4096, 4096, 4096, 1, 16, True, None): (16, 128, 1, 2, 8, 1),

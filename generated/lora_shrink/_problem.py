@@ -21,7 +21,7 @@ from .._scales import (
     scale_shape,
 )
 from ..moe_route import MoeRoute, default_block_m
-from ._tuned import SHARED_MEMORY, TUNED
+from ._tuned import TUNED
 
 
 class Config(NamedTuple):
@@ -293,7 +293,7 @@ def choose(problem: Problem, route: MoeRoute) -> Config:
 def is_as_measured(route: MoeRoute, tokens: int, device: runtime.Traits) -> bool:
     """Whether tiles that were measured fit the device, and the blocks of the route are those that lora_route makes."""
     own = default_block_m(tokens, 1, route.max_loras, dense=True)
-    return device.shared_memory >= SHARED_MEMORY and route.block_m == own
+    return device.shared_memory >= runtime.MEASURED_SHARED_MEMORY and route.block_m == own
 
 
 class _Shape(NamedTuple):

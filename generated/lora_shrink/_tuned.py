@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-# Bytes of shared memory of a program on the card that was measured: its tiles may not fit a smaller one.
-SHARED_MEMORY = 232448
-
 # (tokens, adapters, K, slices, rank, scales of weights, scales of x): tiles
 TUNED: dict[tuple[int | str | None, ...], tuple[int, ...]] = {
     (1, 4, 4096, 1, 16, None, None): (16, 16, 128, 512, 1, 1, 5, 4, 0),

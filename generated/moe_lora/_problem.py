@@ -14,7 +14,7 @@ from .. import _runtime as runtime
 from .. import _scales
 from .._scales import Quant, check_fp8, check_x_scale, find_x_mode, is_fp32, product_rows
 from ..moe_route import MoeRoute, default_block_m, expected_groups, few_pairs
-from ._tuned import SHARED_MEMORY, TUNED
+from ._tuned import TUNED
 
 
 class OneShotConfig(NamedTuple):
@@ -436,7 +436,7 @@ def _plan(has_ids: bool, *sizes: Any) -> tuple[str, Config]:
 
 
 def _tuned(s: _Shape) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    if s.shared_memory < SHARED_MEMORY:
+    if s.shared_memory < runtime.MEASURED_SHARED_MEMORY:
         return ()
     tokens = min(
         s.tokens, 4096

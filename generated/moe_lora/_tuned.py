@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-# Bytes of shared memory of a program on the card that was measured: its tiles may not fit a smaller one.
-SHARED_MEMORY = 232448
-
 # (tokens, top_k, experts, adapters, K, N, slices, rank, weighted, adds, scales of weights, scales of x):
 # (schedule, tiles), the best of each schedule first
 TUNED: dict[tuple[int | str | None, ...], tuple[tuple[str, tuple[int, ...]], ...]] = {

@@ -144,6 +144,14 @@ def load(name: str, package: Path) -> Implementation:
     return Vllm() if name == "vllm" else Torch()
 
 
+def route_of(package: Any, case: Case) -> Any:
+    """The route of a case, in a workspace of its own."""
+    cell, device = case.cell, case.mapping.device
+    sizes = {"max_rank": cell.rank, "num_slices": len(cell.layer.widths), "fp8": cell.scales is not None}
+    space = package.lora_workspace(max_tokens=cell.tokens, max_loras=cell.slots, device=device, **sizes)
+    return package.lora_route(case.mapping, max_loras=cell.slots, workspace=space)
+
+
 class _Stateless:
     def versions(self) -> dict[str, str]:
         """None that the environment does not tell."""
@@ -162,10 +170,7 @@ class Ours(_Stateless):
         self._package = importlib.import_module(package)
 
     def prepare(self, case: Case) -> Prepared:
-        cell, kg = case.cell, self._package
-        sizes = {"max_rank": cell.rank, "num_slices": len(cell.layer.widths), "fp8": cell.scales is not None}
-        space = kg.lora_workspace(max_tokens=cell.tokens, max_loras=cell.slots, device=case.mapping.device, **sizes)
-        route = kg.lora_route(case.mapping, max_loras=cell.slots, workspace=space)
+        kg, route = self._package, route_of(self._package, case)
         return case.prepared(lambda o: kg.lora(o.out, o.x, o.lora_a, o.lora_b, route, **o.scales))
 
 

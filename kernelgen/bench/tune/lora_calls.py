@@ -9,7 +9,7 @@ from typing import Any, Callable
 
 import torch
 
-from kernelgen.bench.dense import Case, Dense, Operands
+from kernelgen.bench.dense import Case, Dense, Operands, route_of
 from kernelgen.bench.implementation import Unavailable
 from kernelgen.bench.layers import Cell
 from kernelgen.bench.tune.calls import Prepare
@@ -79,12 +79,8 @@ class _Preparation:
         self._call = call
         self._dense = Dense(device)
         case = self._dense.case(cell)
-        sizes = {"max_rank": cell.rank, "num_slices": len(cell.layer.widths), "fp8": cell.scales is not None}
-        self._batches = []
-        for mapping in (case.mapping, torch.zeros_like(case.mapping)):
-            space = kg.lora_workspace(max_tokens=cell.tokens, max_loras=cell.slots, device=device, **sizes)
-            route = kg.lora_route(mapping, max_loras=cell.slots, workspace=space)
-            self._batches.append((dataclasses.replace(case, mapping=mapping), route))
+        of_one = dataclasses.replace(case, mapping=torch.zeros_like(case.mapping))
+        self._batches = [(batch, route_of(kg, batch)) for batch in (case, of_one)]
         self._before = case.sets[0].out.clone()
 
     def __call__(self, schedule: str, config: Named) -> list[Callable[[], None]]:
