@@ -354,7 +354,7 @@ def main() -> int:
             print(f"{name}: {verdict}")
     same, differ = (sum(verdict == word for _, verdict in found) for word in ("same", "differs"))
     print(
-        f"{len(found)} calls: {same} give the same bits, {differ} others, {len(found) - same - differ} not served by one of them or by neither"
+        f"{len(found)} calls: {same} give the same bits, {differ} others, {len(found) - same - differ} not served"
     )
     if arguments.device == "cuda" and not arguments.only:
         for name, (before, after) in host(folders).items():
