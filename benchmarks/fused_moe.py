@@ -21,9 +21,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import generated as kg
-from kernelgen.bench import environment, timing
 from kernelgen.integrations.moe_layer import MoeLayer
 from kernelgen.integrations.peft import LayerBuffers, SliceBuffers
+from kernelgen.measure import environment, timing
 
 DEVICE, BF16, LORAS = "cuda", torch.bfloat16, 4
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)

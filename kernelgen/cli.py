@@ -41,10 +41,10 @@ class Report:
 
 # Commands of other modules, which also run without this one.
 _ELSEWHERE = {
-    "bench": "kernelgen.bench.command",
-    "bench-lora": "kernelgen.bench.lora_command",
-    "report": "kernelgen.bench.report",
-    "tune": "kernelgen.bench.tune.command",
+    "bench": "kernelgen.measure.command",
+    "bench-lora": "kernelgen.measure.lora_command",
+    "report": "kernelgen.measure.report",
+    "tune": "kernelgen.measure.tune.command",
 }
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from kernelgen.bench import document as documents
-from kernelgen.bench import workloads
-from kernelgen.bench.command import bench
-from kernelgen.bench.report import markdown_tables, report
-from kernelgen.bench.summary import geomean, speedups
-from kernelgen.bench.workloads import MODELS, Cell, Model, Selection, WorkloadError
+from kernelgen.measure import document as documents
+from kernelgen.measure import workloads
+from kernelgen.measure.command import bench
+from kernelgen.measure.report import markdown_tables, report
+from kernelgen.measure.summary import geomean, speedups
+from kernelgen.measure.workloads import MODELS, Cell, Model, Selection, WorkloadError
 
 ROOT = Path(__file__).resolve().parent.parent
 MACHINE = {"gpu": "GPU", "sms": 132}
@@ -106,7 +106,7 @@ def test_work_by_hand() -> None:
 
 def test_help_imports_no_torch() -> None:
     code = (
-        "import sys, kernelgen.bench.command, kernelgen.bench.report\n"
+        "import sys, kernelgen.measure.command, kernelgen.measure.report\n"
         "print([m for m in ('torch', 'triton', 'pydantic', 'black') if m in sys.modules])"
     )
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -226,7 +226,7 @@ class TestTensors:
     def _case(self, **options: object):  # type: ignore[no-untyped-def]
         import torch
 
-        from kernelgen.bench.inputs import WeightPool, make_case
+        from kernelgen.measure.inputs import WeightPool, make_case
 
         fields = {"site": "w13", "rank": 16, "tokens": 12, "base": 0.25, "dtype": "f16", **options}
         cell = Cell(MODELS["tiny"], **fields)  # type: ignore[arg-type]
@@ -258,7 +258,7 @@ class TestTensors:
     def test_verify(self, site: str, add: bool, fault: str | None) -> None:
         import torch
 
-        from kernelgen.bench.verify import WrongResult, delta, poison, verify
+        from kernelgen.measure.verify import WrongResult, delta, poison, verify
 
         case = self._case(site=site, add=add)
         batch = case.batches[0]
@@ -296,8 +296,8 @@ class TestTensors:
     def test_delta_of_fp8(self, quant: str, act: str) -> None:
         import torch
 
-        from kernelgen.bench.inputs import Operands, Weights
-        from kernelgen.bench.verify import delta
+        from kernelgen.measure.inputs import Operands, Weights
+        from kernelgen.measure.verify import delta
 
         case = self._case(site="w2", rank=160, dtype="bf16", quant=quant, act=act)
         batch = case.batches[0]
@@ -328,7 +328,7 @@ class TestTensors:
     def test_verify_blocks(self) -> None:
         import torch
 
-        from kernelgen.bench.verify import WrongResult, verify_blocks
+        from kernelgen.measure.verify import WrongResult, verify_blocks
 
         batch = self._case().batches[0]
         owner = [
@@ -343,7 +343,7 @@ class TestTensors:
             verify_blocks(batch, pairs, blocks, torch.tensor([len(live)]))
 
     def test_vllm_tables(self) -> None:
-        from kernelgen.bench.peers.vllm_peer import align
+        from kernelgen.measure.peers.vllm_peer import align
 
         case = self._case(tokens=33)
         batch, block = case.batches[0], 16
@@ -369,7 +369,7 @@ def test_check_only_runs_and_resumes(tmp_path: Path) -> None:
         command = [
             sys.executable,
             "-m",
-            "kernelgen.bench",
+            "kernelgen.measure",
             "--models",
             "tiny",
             "--ranks",

@@ -11,10 +11,10 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from kernelgen.bench import dense, layers
-from kernelgen.bench.implementation import Prepared
-from kernelgen.bench.verify import WrongResult
 from kernelgen.cli import commands
+from kernelgen.measure import dense, layers
+from kernelgen.measure.implementation import Prepared
+from kernelgen.measure.verify import WrongResult
 
 _TINY = ["--check-only", "--models", "tiny", "--sites", "o", "--ranks", "16"]
 

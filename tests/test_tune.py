@@ -16,17 +16,17 @@ from typing import Any, Callable, Iterator
 
 import pytest
 
-from kernelgen.bench import layers
-from kernelgen.bench.tune import moe_lora, space, tuned_file
-from kernelgen.bench.tune.command import Duration, tune
-from kernelgen.bench.tune.crew import CrewError, Event, Processes
-from kernelgen.bench.tune.jobs import CompileJob, GaugeJob, Reading, Sizes, Verdict
-from kernelgen.bench.tune.known import FAMILIES
-from kernelgen.bench.tune.search import FINAL, Found, search
-from kernelgen.bench.tune.space import Candidate
-from kernelgen.bench.tune.state import State, StateError
-from kernelgen.bench.tune.tuner import Tuner
-from kernelgen.bench.workloads import MODELS, Cell, Model
+from kernelgen.measure import layers
+from kernelgen.measure.tune import moe_lora, space, tuned_file
+from kernelgen.measure.tune.command import Duration, tune
+from kernelgen.measure.tune.crew import CrewError, Event, Processes
+from kernelgen.measure.tune.jobs import CompileJob, GaugeJob, Reading, Sizes, Verdict
+from kernelgen.measure.tune.known import FAMILIES
+from kernelgen.measure.tune.search import FINAL, Found, search
+from kernelgen.measure.tune.space import Candidate
+from kernelgen.measure.tune.state import State, StateError
+from kernelgen.measure.tune.tuner import Tuner
+from kernelgen.measure.workloads import MODELS, Cell, Model
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = ROOT / "specs" / "moe_lora.yaml"
@@ -755,11 +755,11 @@ def test_kernels_are_compiled_and_judged(tmp_path: Path) -> None:
     code = """
 import json, sys
 from pathlib import Path
-from kernelgen.bench import layers
-from kernelgen.bench.tune import moe_lora, space
-from kernelgen.bench.tune.jobs import CompileJob
-from kernelgen.bench.tune.kernels import Kernels
-from kernelgen.bench.workloads import MODELS, Cell
+from kernelgen.measure import layers
+from kernelgen.measure.tune import moe_lora, space
+from kernelgen.measure.tune.jobs import CompileJob
+from kernelgen.measure.tune.kernels import Kernels
+from kernelgen.measure.workloads import MODELS, Cell
 
 searched = space.read(Path("specs/moe_lora.yaml"), "moe_lora")
 kernels = Kernels("moe_lora", Path("generated"), "sm_90")
@@ -808,8 +808,8 @@ interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reas
 @pytest.mark.parametrize("site", ["w13", "w2"])
 def test_gauge_checks_before_it_times(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the interpreter, with a stopwatch that counts: right tiles are timed; what is refused or wrong is not."""
-    from kernelgen.bench.timing import Spread
-    from kernelgen.bench.tune import gauge, moe_lora_calls
+    from kernelgen.measure.timing import Spread
+    from kernelgen.measure.tune import gauge, moe_lora_calls
 
     def capture(calls: list[Callable[[], None]]) -> str:
         calls[-1]()
@@ -821,7 +821,7 @@ def test_gauge_checks_before_it_times(site: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(gauge, "capture", capture)
     monkeypatch.setattr(gauge, "replay", replay)
     monkeypatch.setattr(moe_lora_calls, "WEIGHT_BYTES", 0.0)
-    monkeypatch.setattr("kernelgen.bench.inputs.TOUCHED_BYTES", 1.0)
+    monkeypatch.setattr("kernelgen.measure.inputs.TOUCHED_BYTES", 1.0)
     cell = Cell(MODELS["tiny"], site, 16, 12, dtype="f16")  # type: ignore[arg-type]
     k = cell.projections[0].k
     two_kernel = {**RULES["two_kernel"], "block_k": 64, "split_k": k, "expand_tiles": 1}
@@ -854,13 +854,13 @@ def test_gauge_checks_before_it_times(site: str, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("name", ["lora_shrink", "lora_expand"])
 def test_gauge_of_dense_lora(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As above: right tiles of one product are timed in the whole op; what is refused or wrong is not."""
-    from kernelgen.bench.timing import Spread
-    from kernelgen.bench.tune import gauge, lora_calls
+    from kernelgen.measure.timing import Spread
+    from kernelgen.measure.tune import gauge, lora_calls
 
     monkeypatch.setattr(gauge, "capture", lambda calls: calls[-1]())
     monkeypatch.setattr(gauge, "replay", lambda graphs, *_: {place: Spread(5.0, 5.0, 5.0, 1) for place in graphs})
-    monkeypatch.setattr("kernelgen.bench.dense.TOUCHED_BYTES", 1.0)
-    monkeypatch.setattr("kernelgen.bench.dense._LEAST_CALLS", 2)
+    monkeypatch.setattr("kernelgen.measure.dense.TOUCHED_BYTES", 1.0)
+    monkeypatch.setattr("kernelgen.measure.dense._LEAST_CALLS", 2)
     right, bad = {
         "lora_shrink": ({**SHRINK_RULE, "ranks": 16, "chunk_k": 512, "together": 0}, {"block_k": 96}),
         "lora_expand": ({**EXPAND_RULE, "block_n": 64, "tiles": 1}, {"block_n": 48}),
@@ -930,8 +930,8 @@ def test_the_command_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """With fakes for the processes and the kernels."""
     from click.testing import CliRunner
 
-    from kernelgen.bench.tune import crew, gauge, kernels
-    from kernelgen.bench.tune.jobs import Hello
+    from kernelgen.measure.tune import crew, gauge, kernels
+    from kernelgen.measure.tune.jobs import Hello
 
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -981,7 +981,7 @@ def test_the_command_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_help_imports_no_torch() -> None:
     code = (
-        "import sys, kernelgen.bench.tune.command, kernelgen.bench.tune.tuner, kernelgen.bench.tune.tuned_file\n"
+        "import sys, kernelgen.measure.tune.command, kernelgen.measure.tune.tuner, kernelgen.measure.tune.tuned_file\n"
         "print([m for m in ('torch', 'triton', 'pydantic', 'black') if m in sys.modules])"
     )
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -1,0 +1,161 @@
+"""The result of a run: one JSON document that grows row by row and that a later run goes on with."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any, Callable, Iterable, Mapping, Protocol
+
+from kernelgen.measure.workloads import Cell
+
+SCHEMA_VERSION = 1
+# What has to agree for rows of two runs to stand in one document.
+_SAME_MACHINE = ("gpu", "sms")
+_SAME_VERSIONS = ("torch", "triton", "vllm", "sglang")
+
+
+class DocumentError(ValueError):
+    """A result file that this run cannot go on with."""
+
+
+Key = tuple[Any, ...]
+
+
+class AnyCell(Protocol):
+    """A point of a sweep."""
+
+    def columns(self) -> dict[str, Any]:
+        """The columns of a result row that identify it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """``key``: what identifies a row, the columns of its cell and who was measured. ``later``: columns that came later, with
+    what rows from before stand for.
+    """
+
+    key: tuple[str, ...]
+    later: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+MOE_LORA = Columns(
+    (
+        *("model", "hidden", "intermediate", "experts", "top_k"),
+        *(field.name for field in dataclasses.fields(Cell) if field.name != "model"),
+        "impl",
+    ),
+    {"quant": "none", "act": "none"},
+)
+
+
+def row_key(row: dict[str, Any], columns: Columns = MOE_LORA) -> Key:
+    """What identifies a row."""
+    return tuple(row[name] for name in columns.key)
+
+
+@dataclasses.dataclass
+class Document:
+    """``rows`` in the order of measuring; a row with ``failed`` set has no time and counts nowhere.
+
+    Units: us, us_p10, us_p90 (over replays), floor_us and host_us in microseconds a call; ``error`` relative;
+    ``bytes`` and ``flops`` a call; ceilings in GB/s (read + written) and TFLOP/s.
+    """
+
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    ceilings: dict[str, float] = dataclasses.field(default_factory=dict)
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    columns: Columns = MOE_LORA
+
+    def __post_init__(self) -> None:
+        self._done = {self.key(row) for row in self.rows}
+
+    def key(self, row: dict[str, Any]) -> Key:
+        """What identifies a row here."""
+        return row_key(row, self.columns)
+
+    def has(self, cell: AnyCell, impl: str) -> bool:
+        """Whether the row is there, measured or failed."""
+        return self.key({**cell.columns(), "impl": impl}) in self._done
+
+    def of(self, cells: Iterable[AnyCell], impls: Iterable[str]) -> list[dict[str, Any]]:
+        """The rows of these, in the order of measuring."""
+        wanted = {self.key({**c.columns(), "impl": i}) for c, i in itertools.product(cells, impls)}
+        return [row for row in self.rows if self.key(row) in wanted]
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row."""
+        self.rows.append(row)
+        self._done.add(self.key(row))
+
+    def forget(self, which: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop rows, so that they are measured again."""
+        self.rows = [row for row in self.rows if not which(row)]
+        self.__post_init__()
+
+    def text(self) -> str:
+        """The document as JSON, one row a line."""
+        head = {
+            "schema_version": SCHEMA_VERSION,
+            "machine": self.machine,
+            "versions": self.versions,
+            "ceilings": self.ceilings,
+        }
+        rows = ",\n".join("  " + json.dumps(row, allow_nan=False) for row in self.rows)
+        body = json.dumps(head, indent=1)[:-2]
+        return f'{body},\n "rows": [\n{rows}\n ]\n}}\n'
+
+    def save(self, path: Path) -> None:
+        """Write the document in one step: a reader or a kill never sees half of it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = path.with_name(path.name + ".part")
+        staged.write_text(self.text(), encoding="utf-8")
+        os.replace(staged, path)
+
+
+def load(path: Path, columns: Columns = MOE_LORA) -> Document:
+    """Read a document.
+
+    Raises:
+        DocumentError: the file is no document of this version.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        version = data["schema_version"]
+        if version != SCHEMA_VERSION:
+            raise DocumentError(f"{path}: schema_version {version}, wanted {SCHEMA_VERSION}")
+        rows = [{**columns.later, **row} for row in data["rows"]]
+        return Document(data["machine"], data["versions"], data["ceilings"], rows, columns)
+    except OSError as error:
+        raise DocumentError(f"{path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, DocumentError):
+            raise
+        raise DocumentError(f"{path}: not a result of this benchmark: {error!r}") from error
+
+
+def resume(
+    path: Path | None, machine: dict[str, Any], versions: dict[str, str], columns: Columns = MOE_LORA
+) -> Document:
+    """The document at ``path`` to go on with, or an empty one; None: of rows that are not kept.
+
+    Raises:
+        DocumentError: it was measured on another kind of machine or with other versions.
+    """
+    if path is None or not path.exists():
+        return Document(machine, versions, columns=columns)
+    document = load(path, columns)
+    for names, old, new in (
+        (_SAME_MACHINE, document.machine, machine),
+        (_SAME_VERSIONS, document.versions, versions),
+    ):
+        for name in names:
+            if name in old and name in new and old[name] != new[name]:
+                raise DocumentError(
+                    f"{path}: measured with {name} {old[name]}, here it is {new[name]}; use another --out"
+                )
+        old.update(new)
+    return document

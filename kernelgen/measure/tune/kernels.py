@@ -1,0 +1,76 @@
+"""The kernels behind a candidate: which the generated package would launch, and what they cost, without a GPU."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import triton
+
+from kernelgen.measure.implementation import Unavailable
+from kernelgen.measure.tune.jobs import CompileJob, Sizes, Verdict
+from kernelgen.measure.tune.known import calls_of
+from kernelgen.measure.tune.space import Named
+from kernelgen.resources import usage
+from kernelgen.stand_in import compiling_for
+from kernelgen.targets import TARGETS
+
+
+class Kernels:
+    """The kernels of ``family`` in the generated package in the folder ``package``, compiled for ``target``."""
+
+    def __init__(self, family: str, package: Path, target: str) -> None:
+        if triton.knobs.runtime.interpret:
+            raise Unavailable("kernels are interpreted: unset TRITON_INTERPRET")
+        if target not in TARGETS:
+            raise Unavailable(f"no target {target}; known are {', '.join(TARGETS)}")
+        self._target = TARGETS[target]
+        self._calls = calls_of(family, package)
+        self._calls.forget_tuned()
+
+    def sizes(self, cell: Any, schedules: tuple[str, ...]) -> Sizes:
+        """The block size of the cell's route, and the tiles of each schedule that can serve it."""
+        with compiling_for(self._target):
+            return self._calls.sizes(cell, schedules)
+
+    def digests(self, cell: Any, schedule: str, config: Named) -> list[str]:
+        """What names the kernels of a candidate, in the order of its launches; equal ones are one kernel."""
+        return [_digest(request) for request in self._requests(cell, schedule, config)]
+
+    def compile(self, job: CompileJob) -> Iterator[Verdict]:
+        """Compile into Triton's cache on disk, and judge."""
+        requests = self._requests(job.cell, job.schedule, job.config)
+        for place in job.wanted:
+            yield Verdict(_digest(requests[place]), self._fault(requests[place]))
+
+    def _fault(self, request: Any) -> str | None:
+        try:
+            with compiling_for(self._target):
+                used = usage(request.compile(), self._target)
+        except Exception as error:  # of many kinds, from every pass of the compiler
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if used.spill_bytes:
+            return f"spills {used.spill_bytes} bytes"
+        if used.shared_bytes > self._target.program_shared:
+            return f"takes {used.shared_bytes} bytes of shared memory"
+        return None
+
+    def _requests(self, cell: Any, schedule: str, config: Named) -> list[Any]:
+        with compiling_for(self._target):
+            return self._calls.requests(cell, schedule, config)
+
+
+def _digest(request: Any) -> str:
+    _, *rest = request.key
+    return f"{request.launcher.kernel.fn.__name__} {rest}"
+
+
+def compiler(family: str, package: Path) -> tuple[None, Callable[[CompileJob], Iterator[Verdict]]]:
+    """What a process of the crew that compiles runs: CompileJob -> Verdict for each kernel."""
+    kernels = functools.cache(lambda target: Kernels(family, package, target))
+
+    def serve(job: CompileJob) -> Iterator[Verdict]:
+        yield from kernels(job.target).compile(job)
+
+    return None, serve

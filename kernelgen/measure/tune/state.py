@@ -1,0 +1,125 @@
+"""Every measurement of a search, one JSON line each, beside the file that comes of them: what resuming reads."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Mapping, NamedTuple
+
+from kernelgen.measure.tune.family import Problem
+from kernelgen.measure.tune.search import Found
+from kernelgen.measure.tune.space import Candidate, Space
+
+SCHEMA_VERSION = 1
+_SAME = ("device", "torch", "triton")  # what has to agree for times to be compared
+
+
+class StateError(ValueError):
+    """A state file that this run cannot go on with."""
+
+
+class Measured(NamedTuple):
+    """One result; ``failed`` says why there is no time."""
+
+    problem: Problem
+    candidate: Candidate
+    us: float | None
+    final: bool
+    failed: str | None = None
+
+
+Key = tuple[Any, ...]
+
+
+def key(problem: Mapping[str, Any]) -> Key:
+    """What identifies a problem."""
+    return tuple(problem.values())
+
+
+class State:
+    """The measurements so far; an empty ``path`` keeps them in memory alone."""
+
+    def __init__(self, path: Path, space: Space, head: Mapping[str, str]) -> None:
+        """Go on with the file at ``path``, or begin it.
+
+        Raises:
+            StateError: it was measured on another device or with other versions, or cannot be read or written.
+        """
+        self.problems: dict[Key, Problem] = {}
+        self._found: dict[Key, Found] = {}
+        self._space = space
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            kept = [json.dumps({"schema_version": SCHEMA_VERSION, **head})]
+            kept += self._read(path, lines, head)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Written anew: a kill may have left half a line.
+            staged = path.with_name(path.name + ".part")
+            staged.write_text("\n".join(kept) + "\n", encoding="utf-8")
+            os.replace(staged, path)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise StateError(f"{path}: {error.strerror}") from error
+
+    def found(self, problem: Problem) -> Found:
+        """What is known of ``problem``."""
+        return self._found.get(key(problem), Found())
+
+    def add(self, results: list[Measured]) -> None:
+        """Take in results; they are on disk when this returns."""
+        for result in results:
+            self._take(result)
+            named = self._space.named(result.candidate)
+            line: dict[str, Any] = {
+                "problem": result.problem,
+                "schedule": result.candidate.schedule,
+            }
+            line |= {"config": named, "us": result.us, "final": result.final}
+            if result.failed is not None:
+                line["failed"] = result.failed
+            self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _read(self, path: Path, lines: list[str], head: Mapping[str, str]) -> list[str]:
+        """The lines that hold, but for the first."""
+        if not lines:
+            return []
+        try:
+            first = json.loads(lines[0])
+            if first["schema_version"] != SCHEMA_VERSION:
+                raise StateError(f"{path}: schema_version {first['schema_version']}")
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, StateError):
+                raise
+            raise StateError(f"{path}: not a state of kernelgen tune: {error!r}") from error
+        for name in _SAME:
+            if first.get(name) != head.get(name):
+                was, now = first.get(name), head.get(name)
+                hint = "use another --out, or delete the file"
+                raise StateError(f"{path}: measured with {name} {was}, here it is {now}; {hint}")
+        kept = []
+        for text in lines[1:]:
+            try:
+                line = json.loads(text)
+                candidate = Candidate(line["schedule"], tuple(line["config"].values()))
+                result = Measured(line["problem"], candidate, line["us"], line["final"])
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue  # half a line
+            # What the spec does not declare any more is measured no more.
+            names = self._space.tunables.get(candidate.schedule, {})
+            if tuple(line["config"]) == tuple(names) and self._space.declares(candidate):
+                self._take(result)
+                kept.append(text)
+        return kept
+
+    def _take(self, result: Measured) -> None:
+        self.problems[key(result.problem)] = result.problem
+        found = self._found.setdefault(key(result.problem), Found())
+        if not result.final:
+            found.rough[result.candidate] = result.us
+        elif result.us is not None:
+            found.final[result.candidate] = result.us

@@ -1,0 +1,165 @@
+"""``specs/tuned/<family>.yaml``: written here, read by ``kernelgen.load``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+import yaml
+
+from kernelgen.measure.tune.family import Family, Problem
+from kernelgen.measure.tune.search import Found
+from kernelgen.measure.tune.space import Candidate, Space
+from kernelgen.measure.tune.state import Key, key
+from kernelgen.parse import MAX_BYTES, MAX_NODES
+
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class TunedFileError(ValueError):
+    """A file that cannot be gone on with, or that would be too large to be read again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A candidate and its microseconds."""
+
+    candidate: Candidate
+    us: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """The best choice for a problem, and the best of the schedules that take another kind of route."""
+
+    problem: Problem
+    best: Choice
+    runner_up: Choice | None
+
+
+def entry(problem: Problem, found: Found, kinds: Sequence[Sequence[str]]) -> Entry | None:
+    """What follows from the measurements of a problem; None where nothing worked.
+
+    The runner-up serves the calls that the best cannot: it is of another of ``kinds``, which go by the route that they take.
+    Where no such schedule was measured it is the best of any other.
+    """
+    ranking = [Choice(candidate, us) for us, candidate in found.ranking()]
+    if not ranking:
+        return None
+    best = ranking[0]
+    others = [c for c in ranking if c.candidate.schedule != best.candidate.schedule]
+    of_its_kind = next((kind for kind in kinds if best.candidate.schedule in kind), ())
+    other_kind = [c for c in others if c.candidate.schedule not in of_its_kind]
+    return Entry(problem, best, next(iter(other_kind or others), None))
+
+
+def text(
+    family: Family, device: str, versions: Mapping[str, str], entries: Sequence[Entry], space: Space
+) -> str:
+    """The file; the same entries always give the same bytes.
+
+    Raises:
+        TunedFileError: ``kernelgen build`` would not read so large a file.
+    """
+    lines = [
+        "# Written by kernelgen tune. us: microseconds a call, the median of CUDA-graph replays with weights out of the",
+        "# L2 cache, add_inputs=True unless tags say set; runner_up: for routes that the first choice does not serve.",
+        f"family: {family.name}",
+        f"device: {json.dumps(device)}",
+        f"versions: {_flow({name: json.dumps(version) for name, version in versions.items()})}",
+        "entries:" if entries else "entries: []",
+    ]
+    nodes = 8 + 2 * len(versions)
+    for one in sorted(entries, key=lambda one: _place(one, family.order)):
+        tags = _tags(one.problem)
+        sizes = {name: size for name, size in one.problem.items() if name not in tags}
+        lines.append(f"  - problem: {_flow(sizes)}")
+        if tags:
+            lines.append(f"    tags: {_flow(tags)}")
+            nodes += 2
+        lines += [f"    {part}" for part in _choice(one.best, space)]
+        nodes += 3 + 2 * len(one.problem) + _nodes(one.best)
+        if one.runner_up is not None:
+            lines.append(f"    runner_up: {{{', '.join(_choice(one.runner_up, space))}}}")
+            nodes += 2 + _nodes(one.runner_up)
+    result = "\n".join(lines) + "\n"
+    if nodes > MAX_NODES or len(result) > MAX_BYTES:
+        limit = f"at most {MAX_NODES} values and {MAX_BYTES} bytes are read"
+        raise TunedFileError(f"{len(entries)} problems are too many for one file: {limit}")
+    return result
+
+
+def write(path: Path, content: str) -> None:
+    """Put ``content`` at ``path`` in one step: a reader or a kill never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(path.name + ".part")
+    staged.write_text(content, encoding="utf-8")
+    os.replace(staged, path)
+
+
+def read(path: Path, space: Space) -> tuple[str | None, dict[Key, Entry]]:
+    """(device, entries by problem) of an earlier run; entries that the spec does not allow any more are left out.
+
+    Raises:
+        TunedFileError: it is not such a file.
+    """
+    if not path.exists():
+        return None, {}
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)
+        found = [_entry(one) for one in data["entries"]]
+        allowed = [e for e in found if _is_allowed(e.best, space)]
+        return data["device"], {key(e.problem): _without_stale(e, space) for e in allowed}
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise TunedFileError(f"{path}: not a file of kernelgen tune: {error!r}") from error
+
+
+def _entry(data: dict[str, Any]) -> Entry:
+    runner_up = data.get("runner_up")
+    problem = {**data["problem"], **data.get("tags", {})}
+    return Entry(problem, _read_choice(data), runner_up and _read_choice(runner_up))
+
+
+def _read_choice(data: dict[str, Any]) -> Choice:
+    return Choice(Candidate(data["schedule"], tuple(data["config"].values())), float(data["us"]))
+
+
+def _tags(problem: Problem) -> dict[str, Any]:
+    return {name: tag for name, tag in problem.items() if isinstance(tag, str)}
+
+
+def _place(one: Entry, order: Sequence[str]) -> tuple[Any, ...]:
+    return *(one.problem[name] for name in order), tuple(_tags(one.problem).items())
+
+
+def _is_allowed(choice: Choice, space: Space) -> bool:
+    return space.declares(choice.candidate)
+
+
+def _without_stale(one: Entry, space: Space) -> Entry:
+    if one.runner_up is None or _is_allowed(one.runner_up, space):
+        return one
+    return dataclasses.replace(one, runner_up=None)
+
+
+def _choice(choice: Choice, space: Space) -> list[str]:
+    return [
+        f"schedule: {choice.candidate.schedule}",
+        f"config: {_flow(space.named(choice.candidate))}",
+        f"us: {choice.us:.2f}",
+    ]
+
+
+def _nodes(choice: Choice) -> int:
+    return 6 + 2 * len(choice.candidate.values)
+
+
+def _flow(mapping: Mapping[str, Any]) -> str:
+    return "{" + ", ".join(f"{name}: {_scalar(value)}" for name, value in mapping.items()) + "}"
+
+
+def _scalar(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
