@@ -6,7 +6,6 @@ imported inside the commands, so that ``--help`` stays quick and nothing loads t
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 import itertools
@@ -14,32 +13,16 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, Callable, Iterable, Mapping, Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 import click
 
 from kernelgen import __version__
+from kernelgen.command import Report, command
 
-SCHEMA_VERSION = 1  # of every document that --json prints
 INTERRUPTED = 130
 
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What a command found out.
-
-    Attributes:
-        document: the fields of the JSON document.
-        lines: what a person reads instead, on stdout.
-        exit_code: 0 clean, 1 findings, 2 the job could not be done.
-    """
-
-    document: Mapping[str, Any]
-    lines: Iterable[str] = ()
-    exit_code: int = 0
-
-
-# Commands of other modules, which also run without this one.
+# Commands of other modules, which are imported when they are called.
 _ELSEWHERE = {
     "bench": "kernelgen.measure.command",
     "bench-lora": "kernelgen.measure.lora_command",
@@ -71,40 +54,14 @@ def commands() -> None:
 
 
 def _command(name: str, **settings: Any) -> Callable[[Callable[..., Report]], click.Command]:
-    """Register a command that gives a ``Report``, with ``--json`` and the one way to fail."""
+    """Register a command that gives a ``Report``."""
 
     def register(function: Callable[..., Report]) -> click.Command:
-        @commands.command(name, **settings)
-        @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-        @functools.wraps(function)
-        def run(as_json: bool, **arguments: Any) -> int:
-            from kernelgen.diagnostics import Failure
-
-            try:
-                report = function(**arguments)
-            except Failure as failed:
-                if not as_json:
-                    raise
-                errors = [diagnostic.as_json() for diagnostic in failed.diagnostics]
-                report = Report({"errors": errors}, exit_code=failed.exit_code)
-            if as_json:
-                _print([json.dumps({"schema_version": SCHEMA_VERSION, **report.document})])
-            else:
-                _print(report.lines)
-            return report.exit_code
-
-        return run
+        made = command(name, **settings)(function)
+        commands.add_command(made)
+        return made
 
     return register
-
-
-def _print(lines: Iterable[str]) -> None:
-    """Print until there is no more, or nobody reads on: head has what it wanted."""
-    try:
-        for line in lines:
-            click.echo(line)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more
 
 
 def _specs_option(function: Callable[..., Report]) -> Callable[..., Report]:
@@ -498,10 +455,6 @@ def _run() -> int:
         click.echo(f"kernelgen: {error}", err=True)
         return 2
     except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "triton", "numpy"):
-            hint = "pip install 'kernelgen[run]'"
-            click.echo(f"this command needs {error.name}\n  hint: {hint}", err=True)
-            return 2
         if os.environ.get("KERNELGEN_TRACEBACK"):
             raise
         kind = type(error).__name__

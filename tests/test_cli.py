@@ -13,6 +13,7 @@ import project
 import pytest
 
 from kernelgen import build, cli, names, schema
+from kernelgen.command import SCHEMA_VERSION
 from kernelgen.locate import SPECS
 from kernelgen.parse import parse
 
@@ -42,7 +43,7 @@ def kernelgen(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
 
 def document(text: str) -> dict:
     found = json.loads(text)
-    assert found.pop("schema_version") == cli.SCHEMA_VERSION
+    assert found.pop("schema_version") == SCHEMA_VERSION
     return found
 
 
