@@ -36,7 +36,6 @@ def command(name: str, **settings: Any) -> Callable[[Callable[..., Report]], cli
     """
 
     def register(function: Callable[..., Report]) -> click.Command:
-        @click.command(name, **settings)
         @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
         @functools.wraps(function)
         def run(as_json: bool, **arguments: Any) -> int:
@@ -55,7 +54,8 @@ def command(name: str, **settings: Any) -> Callable[[Callable[..., Report]], cli
                 _print(report.lines)
             return report.exit_code
 
-        return run
+        made: click.Command = click.command(name, **settings)(run)
+        return made
 
     return register
 
