@@ -54,8 +54,7 @@ def command(name: str, **settings: Any) -> Callable[[Callable[..., Report]], cli
                 _print(report.lines)
             return report.exit_code
 
-        made: click.Command = click.command(name, **settings)(run)
-        return made
+        return click.command(name, click.Command, **settings)(run)
 
     return register
 
