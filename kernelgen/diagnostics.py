@@ -54,6 +54,11 @@ CATALOGUE: Mapping[str, str] = {
     "KG055": "a lock that does not cover the kernels",
     "KG060": "a variant that differs from its reference",
     "KG061": "kernels cannot run here",
+    "KG070": "a workload that cannot be made, or a family that has nothing to tune",
+    "KG071": "a peer that cannot be used here",
+    "KG072": "a file of results, of tiles or of a search that this run cannot go on with",
+    "KG073": "a result that is wrong, or that could not be timed",
+    "KG074": "a process, or its context on the GPU, that was lost on the way",
 }
 _WIDTH = 120  # columns of an excerpt
 _MOST = 200  # faults that are shown

@@ -33,3 +33,18 @@ def device() -> str:
     if not torch.cuda.is_available():
         pytest.skip("no GPU, and TRITON_INTERPRET=0")
     return "cuda"
+
+
+@pytest.fixture
+def kernelgen(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Runs the command line in this process: (exit code, stdout, stderr)."""
+    from kernelgen import cli
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["kernelgen", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    return run

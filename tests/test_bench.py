@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from kernelgen.diagnostics import Failure
 from kernelgen.measure import document as documents
 from kernelgen.measure import workloads
-from kernelgen.measure.command import bench
-from kernelgen.measure.report import markdown_tables, report
+from kernelgen.measure.report import markdown_tables
 from kernelgen.measure.summary import geomean, speedups
-from kernelgen.measure.workloads import MODELS, Cell, Model, Selection, WorkloadError
+from kernelgen.measure.workloads import MODELS, Cell, Model, Selection
 
 ROOT = Path(__file__).resolve().parent.parent
 MACHINE = {"gpu": "GPU", "sms": 132}
@@ -62,7 +62,7 @@ def test_model_config(tmp_path: Path, config: dict[str, object], tp: int, expect
 def test_bad_model_config(tmp_path: Path, text: str, tp: int, says: str) -> None:
     path = tmp_path / "config.json"
     path.write_text(text)
-    with pytest.raises(WorkloadError, match=says):
+    with pytest.raises(Failure, match=says):
         workloads.model_from_config(path, tp)
 
 
@@ -86,7 +86,7 @@ def test_cells_span_the_selection() -> None:
         ("route", True, "none"),
     ]
     assert len({c.seed for c in cells if c.site == "w13"}) == 1
-    with pytest.raises(WorkloadError, match="slots"):
+    with pytest.raises(Failure, match="slots"):
         Cell(MODELS["tiny"], "w13", 16, 1, active=5, slots=4)
 
 
@@ -147,7 +147,7 @@ def test_document_round_trip_and_resume(tmp_path: Path) -> None:
     assert again.has(cell, "kernelgen") and not again.has(cell, "torch")
     again.forget(lambda row: row["failed"] is not None)
     assert not again.has(cell, "vllm")
-    with pytest.raises(documents.DocumentError, match="torch"):
+    with pytest.raises(Failure, match="torch"):
         documents.resume(path, dict(MACHINE), {**VERSIONS, "torch": "9"})
 
 
@@ -157,7 +157,7 @@ def test_document_round_trip_and_resume(tmp_path: Path) -> None:
 def test_bad_document(tmp_path: Path, text: str) -> None:
     path = tmp_path / "r.json"
     path.write_text(text)
-    with pytest.raises(documents.DocumentError, match=r"r\.json"):
+    with pytest.raises(Failure, match=r"r\.json"):
         documents.load(path)
 
 
@@ -174,15 +174,13 @@ def test_failed_rows_do_not_count() -> None:
     assert "| tiny w13 r64 w8channel a8token | – | 2.5 (0.80) ×1.60 | – |" in text
 
 
-def test_report_draws_the_same_bytes_again(tmp_path: Path) -> None:
+def test_report_draws_the_same_bytes_again(tmp_path: Path, kernelgen) -> None:
     pytest.importorskip("matplotlib")
-    from click.testing import CliRunner
-
     result = tmp_path / "moe_lora.json"
     _document().save(result)
     for folder in ("a", "b"):
-        done = CliRunner().invoke(report, [str(result), "--out", str(tmp_path / folder)])
-        assert done.exit_code == 0, done.output
+        code, stdout, stderr = kernelgen("report", str(result), "--out", str(tmp_path / folder))
+        assert (code, stderr) == (0, "") and stdout.count(".svg") == 4
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == [
         "moe_lora_floor_add.svg",
@@ -207,11 +205,22 @@ def test_report_draws_the_same_bytes_again(tmp_path: Path) -> None:
         ["--model-config", "nowhere.json"],
     ],
 )
-def test_bad_options(arguments: list[str]) -> None:
-    from click.testing import CliRunner
+def test_bad_options(arguments: list[str], kernelgen) -> None:
+    code, stdout, stderr = kernelgen("bench", *arguments)
+    assert (code, stdout) == (2, "") and ("error[KG070]" in stderr or "Usage:" in stderr)
 
-    done = CliRunner().invoke(bench, arguments)
-    assert done.exit_code == 2 and "Traceback" not in done.output
+
+@pytest.mark.parametrize("command", ["bench", "bench-lora", "tune"])
+def test_without_torch(command: str) -> None:
+    """What is missing is said as every failure is."""
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['triton'] = None\n"
+        f"sys.argv = ['kernelgen', '{command}', '--json']\n"
+        "from kernelgen.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    (error,) = json.loads(done.stdout)["errors"]
+    assert (done.returncode, error["code"], error["path"]) == (2, "KG061", "torch"), done.stderr
 
 
 class TestTensors:
@@ -369,7 +378,8 @@ def test_check_only_runs_and_resumes(tmp_path: Path) -> None:
         command = [
             sys.executable,
             "-m",
-            "kernelgen.measure",
+            "kernelgen",
+            "bench",
             "--models",
             "tiny",
             "--ranks",
@@ -388,7 +398,8 @@ def test_check_only_runs_and_resumes(tmp_path: Path) -> None:
             str(out),
             "--json",
         ]
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment.pop("TRITON_INTERPRET")
         return subprocess.run(
             [*command, *more], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
         )  # fmt: skip

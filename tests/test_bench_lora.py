@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 
-from kernelgen.cli import commands
 from kernelgen.measure import dense, layers
 from kernelgen.measure.implementation import Prepared
 from kernelgen.measure.verify import WrongResult
@@ -19,8 +17,9 @@ from kernelgen.measure.verify import WrongResult
 _TINY = ["--check-only", "--models", "tiny", "--sites", "o", "--ranks", "16"]
 
 
-def _run(*options: str) -> Result:
-    return CliRunner().invoke(commands, ["bench-lora", *_TINY, *options])
+@pytest.fixture
+def bench(kernelgen):
+    return lambda *options: kernelgen("bench-lora", *_TINY, *options)
 
 
 def test_every_model_has_every_site() -> None:
@@ -73,27 +72,28 @@ def test_a_wrong_result_is_no_time(device: str) -> None:
 
 
 @pytest.mark.parametrize("scales", [None, "tensor", "channel", "group"])
-def test_command(device: str, scales: str | None) -> None:
+def test_command(bench, device: str, scales: str | None) -> None:
     options = ["--tokens", "3", "--active", "2,1", "--against", "torch", *(["--scales", scales] if scales else [])]
-    result = _run(*options, "--json")
-    assert result.exit_code == 0, result.output
-    rows = json.loads(result.stdout)["rows"]
+    code, stdout, stderr = bench(*options, "--json")
+    assert code == 0, stderr
+    rows = json.loads(stdout)["rows"]
     expected = [(2, "kernelgen"), (1, "kernelgen")] + ([] if scales else [(1, "torch")])
     assert [(row["active"], row["impl"]) for row in rows] == expected
     assert all((row["site"], row["tokens"], row["scales"], row["us"]) == ("o", 3, scales, None) for row in rows)
     assert all(0.0 < row["error"] < 0.01 for row in rows)
 
 
-def test_refused(tmp_path: Path) -> None:
-    refused = CliRunner().invoke(commands, ["bench-lora", "--active", "5"])
-    assert refused.exit_code == 2 and "do not fit" in refused.output
+def test_refused(bench, kernelgen, tmp_path: Path) -> None:
+    code, _, stderr = kernelgen("bench-lora", "--active", "5")
+    assert code == 2 and "workload: error[KG070]: 5 active adapters do not fit 4 slots" in stderr
     other = tmp_path / "r.json"
     other.write_text('{"schema_version": 1, "machine": {}, "versions": {}, "ceilings": {}, "rows": [{"model": "tiny"}]}')
-    done = _run("--tokens", "1", "--out", str(other))
-    assert done.exit_code == 2 and "not a result" in done.output
+    code, stdout, _ = bench("--tokens", "1", "--out", str(other), "--json")
+    (error,) = json.loads(stdout)["errors"]
+    assert code == 2 and (error["code"], error["path"]) == ("KG072", str(other))
 
 
-def test_a_run_goes_on_where_it_ended(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_where_it_ended(bench, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are saved as they come; what failed is noted, counts in the exit code, and is tried again when told."""
     out = tmp_path / "deep" / "r.json"
 
@@ -116,17 +116,18 @@ def test_a_run_goes_on_where_it_ended(device: str, tmp_path: Path, monkeypatch: 
     options = ["--active", "1", "--out", str(out)]
     with monkeypatch.context() as patch:
         patch.setattr(dense.Ours, "prepare", breaks)
-        stopped = _run("--tokens", "1,2,3,4", *options)
-    assert stopped.exit_code != 0 and [row["tokens"] for row in rows()] == [1, 2, 3]
+        stopped = bench("--tokens", "1,2,3,4", *options)
+    assert stopped[0] == 130 and [row["tokens"] for row in rows()] == [1, 2, 3]
     wrong = [row["failed"] for row in rows()]
     assert wrong[0] is None and wrong[1].startswith("a relative error of")
     assert wrong[2] == "RuntimeError: this kernel does not compile"
-    late = _run("--tokens", "1,4", *options, "--seconds", "1e-9")
-    assert late.exit_code == 0 and "out of time" in late.output and len(rows()) == 3
-    done = _run("--tokens", "1,2,3,4", *options)
-    assert done.exit_code == 1 and [row["tokens"] for row in rows()] == [1, 2, 3, 4]
-    assert "T=2 1/4: kernelgen failed: a relative error of" in done.stdout
+    code, _, stderr = bench("--tokens", "1,4", *options, "--seconds", "1e-9")
+    assert code == 0 and "out of time" in stderr and len(rows()) == 3
+    code, stdout, stderr = bench("--tokens", "1,2,3,4", *options)
+    assert code == 1 and [row["tokens"] for row in rows()] == [1, 2, 3, 4]
+    assert "T=2 1/4: kernelgen failed: a relative error of" in stdout
+    assert "kernelgen: error[KG073]: tiny o r16 T=2: a relative error of" in stderr
     stamp = out.stat().st_mtime_ns
-    assert _run("--tokens", "1,4", *options).exit_code == 0 and out.stat().st_mtime_ns == stamp
-    again = _run("--tokens", "1,2,3,4", *options, "--retry")
-    assert again.exit_code == 0 and [row["failed"] for row in rows()] == [None] * 4
+    assert bench("--tokens", "1,4", *options)[0] == 0 and out.stat().st_mtime_ns == stamp
+    again = bench("--tokens", "1,2,3,4", *options, "--retry")
+    assert again[0] == 0 and [row["failed"] for row in rows()] == [None] * 4

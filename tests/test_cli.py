@@ -12,7 +12,7 @@ import jsonschema
 import project
 import pytest
 
-from kernelgen import build, cli, names, schema
+from kernelgen import build, names, schema
 from kernelgen.command import SCHEMA_VERSION
 from kernelgen.locate import SPECS
 from kernelgen.parse import parse
@@ -27,18 +27,6 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     project.make(tmp_path / "work", specs)
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path / "work"
-
-
-@pytest.fixture
-def kernelgen(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["kernelgen", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
-
-    return run
 
 
 def document(text: str) -> dict:

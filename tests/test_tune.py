@@ -16,15 +16,16 @@ from typing import Any, Callable, Iterator
 
 import pytest
 
+from kernelgen.diagnostics import Failure
 from kernelgen.measure import layers
 from kernelgen.measure.tune import moe_lora, space, tuned_file
-from kernelgen.measure.tune.command import Duration, tune
-from kernelgen.measure.tune.crew import CrewError, Event, Processes
+from kernelgen.measure.tune.command import Duration
+from kernelgen.measure.tune.crew import Event, Processes
 from kernelgen.measure.tune.jobs import CompileJob, GaugeJob, Reading, Sizes, Verdict
 from kernelgen.measure.tune.known import FAMILIES
 from kernelgen.measure.tune.search import FINAL, Found, search
 from kernelgen.measure.tune.space import Candidate
-from kernelgen.measure.tune.state import State, StateError
+from kernelgen.measure.tune.state import State
 from kernelgen.measure.tune.tuner import Tuner
 from kernelgen.measure.workloads import MODELS, Cell, Model
 
@@ -260,9 +261,9 @@ def test_near_takes_declared_values() -> None:
 def test_bad_spec(tmp_path: Path, text: str, says: str) -> None:
     path = tmp_path / "moe_lora.yaml"
     path.write_text(text)
-    with pytest.raises(space.SpaceError, match=says):
+    with pytest.raises(Failure, match=says):
         space.read(path, "moe_lora")
-    with pytest.raises(space.SpaceError, match="nowhere"):
+    with pytest.raises(Failure, match="nowhere"):
         space.read(tmp_path / "nowhere.yaml", "moe_lora")
 
 
@@ -440,11 +441,11 @@ def test_resume_measures_nothing_again(tmp_path: Path) -> None:
 
 def test_resume_on_another_device(tmp_path: Path) -> None:
     Bench(tmp_path, CELLS[:1]).run()
-    with pytest.raises(StateError, match="NVIDIA Other"):
+    with pytest.raises(Failure, match="NVIDIA Other"):
         Bench(tmp_path, CELLS, head={**HEAD, "device": "NVIDIA Other"})
     state = tmp_path / "tuned" / "moe_lora.state.jsonl"
     state.write_text("nonsense\n")
-    with pytest.raises(StateError, match="not a state"):
+    with pytest.raises(Failure, match="not a state"):
         Bench(tmp_path, CELLS)
 
 
@@ -554,7 +555,7 @@ def test_as_many_problems_as_a_file_may_hold(tmp_path: Path) -> None:
     path = tmp_path / "moe_lora.yaml"
     tuned_file.write(path, text)
     assert len(load_family(tmp_path, path).tuned.entries) == 700
-    with pytest.raises(tuned_file.TunedFileError, match="too many"):
+    with pytest.raises(Failure, match="too many"):
         tuned_file.text(FAMILY, "d", {"torch": "1"}, entries(1000), SPACE)
 
 
@@ -600,7 +601,7 @@ def test_stale_entries_are_left_out(tmp_path: Path) -> None:
     path.write_text(re.sub("shrink_block_r: [0-9]+", "shrink_block_r: 4", text))
     assert len(tuned_file.read(path, SPACE)[1]) < 2
     path.write_text("entries: 3")
-    with pytest.raises(tuned_file.TunedFileError, match=r"moe_lora\.yaml"):
+    with pytest.raises(Failure, match=r"moe_lora\.yaml"):
         tuned_file.read(path, SPACE)
 
 
@@ -648,7 +649,7 @@ def test_crew() -> None:
         crew.give(0, "work")
         assert Event(0, "reply", "work 0") in collect(crew, "done")
         crew.give(0, "raise")
-        with pytest.raises(CrewError, match="of this"):
+        with pytest.raises(Failure, match="of this"):
             collect(crew, "done")
     finally:
         crew.stop()
@@ -658,7 +659,7 @@ def test_crew() -> None:
 def test_crew_that_cannot_start() -> None:
     crew = Processes(broken, (), [{}])
     try:
-        with pytest.raises(CrewError, match="no GPU"):
+        with pytest.raises(Failure, match="no GPU"):
             crew.started()
     finally:
         crew.stop()
@@ -755,6 +756,7 @@ def test_kernels_are_compiled_and_judged(tmp_path: Path) -> None:
     code = """
 import json, sys
 from pathlib import Path
+from kernelgen.diagnostics import Failure
 from kernelgen.measure import layers
 from kernelgen.measure.tune import moe_lora, space
 from kernelgen.measure.tune.jobs import CompileJob
@@ -910,26 +912,20 @@ def test_durations(text: str, seconds: float) -> None:
         ["--family", "lora_gather"],
     ],
 )
-def test_bad_options(arguments: list[str]) -> None:
-    from click.testing import CliRunner
-
-    done = CliRunner().invoke(tune, arguments)
-    assert done.exit_code == 2 and "Traceback" not in done.output
+def test_bad_options(arguments: list[str], kernelgen) -> None:
+    code, stdout, stderr = kernelgen("tune", *arguments)
+    assert (code, stdout) == (2, "") and ("error[KG070]" in stderr or "Usage:" in stderr)
 
 
-def test_no_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    from click.testing import CliRunner
-
+def test_no_gpu_is_said(monkeypatch: pytest.MonkeyPatch, kernelgen) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    done = CliRunner().invoke(tune, ["--budget", "1m"])
-    assert done.exit_code == 2 and "0 GPUs" in done.output
+    code, stdout, stderr = kernelgen("tune", "--budget", "1m")
+    assert (code, stdout) == (2, "") and stderr.startswith("cuda: error[KG061]: there are 0 GPUs here")
 
 
-def test_the_command_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernelgen) -> None:
     """With fakes for the processes and the kernels."""
-    from click.testing import CliRunner
-
     from kernelgen.measure.tune import crew, gauge, kernels
     from kernelgen.measure.tune.jobs import Hello
 
@@ -963,19 +959,19 @@ def test_the_command_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
     arguments = ["--specs", str(SPEC.parent), "--out", str(out), "--budget", "10m"]
     arguments += ["--models", "qwen3-30b-a3b", "--ranks", "64", "--tokens", "1,64"]
     arguments += ["--devices", "1,3", "--workers", "3", "--json"]
-    done = CliRunner().invoke(tune, arguments)
-    assert done.exit_code == 0, done.output
+    code, stdout, stderr = kernelgen("tune", *arguments)
+    assert code == 0, stderr
     assert environments == [["7", "5"], ["", "", ""]]
-    document = json.loads(done.stdout)
+    document = json.loads(stdout)
     assert document["complete"] and document["problems"] == document["timed"] == 4
     assert len(document["rule"]) == 4 and document["rule"][0]["rule_us"] > 0
     assert len(load_family(tmp_path, out).tuned.entries) == 4
-    shown = CliRunner().invoke(tune, arguments[:-1])
-    assert shown.exit_code == 0 and "the rule for what is not tuned takes" in shown.output
+    code, stdout, _ = kernelgen("tune", *arguments[:-1])
+    assert code == 0 and "the rule for what is not tuned takes" in stdout
     other = out.read_text().replace(HEAD["device"], "NVIDIA Other")
     out.write_text(other)
-    refused = CliRunner().invoke(tune, arguments)
-    assert refused.exit_code == 2 and "name another --out" in refused.output
+    code, stdout, _ = kernelgen("tune", *arguments)
+    assert code == 2 and json.loads(stdout)["errors"][0]["hint"] == "name another --out"
     assert out.read_text() == other
 
 

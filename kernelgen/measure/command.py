@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import itertools
 import sys
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING, Any, Sequence
 
 import click
 
+from kernelgen.command import Report, command
+from kernelgen.diagnostics import failure
 from kernelgen.measure import document as documents
 from kernelgen.measure import session, workloads
-from kernelgen.measure.workloads import Cell, Model, Selection, Site, WorkloadError
+from kernelgen.measure.workloads import Cell, Model, Selection, Site
 
 PEERS = ("vllm", "sglang", "torch")
 _PIPED_WIDTH = 180
@@ -60,7 +63,7 @@ class Words(ParamType):
         return words
 
 
-@click.command("bench")
+@command("bench")
 @click.option(
     "--models",
     type=Words(tuple(workloads.MODELS)),
@@ -147,24 +150,21 @@ class Words(ParamType):
 )
 @click.option("--compile-only", is_flag=True, help="Stop once everything is compiled.")
 @session.check_only_option
-@session.json_option
 def bench(
     add: bool | None, against: tuple[str, ...], schedules: tuple[str, ...], **options: Any
-) -> None:
+) -> Report:
     """Time MoE-LoRA kernels on this GPU, next to a floor and to the peers.
 
     Every result is compared with the formula in fp64 before it is timed. The exit code is 1 if one was wrong or failed.
     """
-    try:
-        cells = select(add=add, **options)
-    except WorkloadError as error:
-        raise click.UsageError(str(error)) from error
+    cells = select(add=add, **options)
     names = [] if options["no_ours"] else ["kernelgen"]
     names += [f"kernelgen:{schedule}" for schedule in schedules]
     names += against
     if not names:
-        raise click.UsageError("--no-ours leaves nothing to time without --against or --schedules")
-    sys.exit(_bench(cells, names, options))
+        message = "--no-ours leaves nothing to time"
+        raise failure("KG070", "workload", message, "name peers with --against, or schedules with --schedules")
+    return _bench(cells, names, options)
 
 
 def select(
@@ -189,7 +189,7 @@ def select(
     """The cells that the options ask for.
 
     Raises:
-        WorkloadError: options that do not go together.
+        Failure: options that do not go together.
     """
     default = workloads.QUICK_MODELS if quick else workloads.DEFAULT_MODELS
     chosen = chosen_models(models, model_config, tp, default)
@@ -197,7 +197,7 @@ def select(
     if len(slots) == 1:
         slots = slots * len(active)
     if len(slots) != len(active):
-        raise WorkloadError("--slots wants one number, or one for each of --active")
+        raise failure("KG070", "workload", "--slots wants one number, or one for each of --active")
     selection = Selection(
         models=chosen,
         sites=sites,
@@ -219,35 +219,27 @@ def chosen_models(
     """What --models, --model-config and --tp stand for.
 
     Raises:
-        WorkloadError: they do not go together, or the config is not one of a mixture of experts.
+        Failure: they do not go together, or the config is not one of a mixture of experts.
     """
     if model_config is not None:
         if models is not None:
-            raise WorkloadError("--models and --model-config exclude each other")
+            raise failure("KG070", "workload", "--models and --model-config exclude each other")
         return [workloads.model_from_config(model_config, tp)]
     if tp != 1:
-        raise WorkloadError("--tp goes with --model-config")
+        raise failure("KG070", "workload", "--tp goes with --model-config")
     return [workloads.MODELS[name] for name in models or default]
 
 
-def _bench(cells: Sequence[Cell], names: Sequence[str], options: dict[str, Any]) -> int:
-    try:
-        from kernelgen.measure import environment, moe_lora, registry, runner, table
-        from kernelgen.measure.implementation import Unavailable
-    except ImportError as error:
-        raise click.ClickException(f"bench needs torch and triton: {error}") from error
+def _bench(cells: Sequence[Cell], names: Sequence[str], options: dict[str, Any]) -> Report:
     from rich.console import Console
 
     device = session.find_device(options["check_only"])
-    if device is None:
-        return 2
+    from kernelgen.measure import environment, moe_lora, registry, table
+
     load = functools.partial(registry.load, package=options["package"])
-    try:
-        implementations = [load(name) for name in names]
-        machine, versions = environment.machine(device), environment.versions(implementations)
-        document = documents.resume(options["out"], machine, versions)
-    except (Unavailable, documents.DocumentError) as error:
-        return session.stop(error)
+    implementations = [load(name) for name in names]
+    machine, versions = environment.machine(device), environment.versions(implementations)
+    document = documents.resume(options["out"], machine, versions)
     if options["retry"]:
         document.forget(lambda row: row["failed"] is not None)
     again = {document.key(row) for row in document.of(cells, options["again"])}
@@ -265,18 +257,13 @@ def _bench(cells: Sequence[Cell], names: Sequence[str], options: dict[str, Any])
             task = shown.add_task("compiling", total=len(todo))
             compile_all(todo, load, max(1, options["workers"]), lambda: shown.advance(task))
         if options["compile_only"]:
-            return 0
+            return Report(document.as_json())
         workload = moe_lora.MoeLora(device, release, 1 if options["check_only"] else None)
-        try:
-            complete = session.measure(shown, workload, cells, implementations, document, options)
-        except runner.ContextLost as error:
-            return session.lost(error)
+        complete = session.measure(shown, workload, cells, implementations, document, options)
     rows = document.of(cells, names)
-    if options["as_json"]:
-        click.echo(document.text(), nl=False)
-    else:
-        peers = [name for name in names if name in PEERS]
-        stdout = Console() if sys.stdout.isatty() else Console(width=_PIPED_WIDTH)
-        stdout.print(table.results(rows, peers))
-        table.summary(stdout, rows, peers)
-    return session.finish(rows, complete)
+    peers = [name for name in names if name in PEERS]
+    console = Console(file=io.StringIO(), width=None if sys.stdout.isatty() else _PIPED_WIDTH)
+    with console.capture() as printed:
+        console.print(table.results(rows, peers))
+        table.summary(console, rows, peers)
+    return session.finish(document, rows, complete, [printed.get().rstrip("\n")])

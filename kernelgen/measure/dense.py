@@ -17,10 +17,10 @@ import torch
 
 from kernelgen.measure import registry
 from kernelgen.measure.document import Columns
-from kernelgen.measure.implementation import Implementation, Prepared, Unavailable, Unsupported
+from kernelgen.measure.implementation import Implementation, Prepared, Unsupported
 from kernelgen.measure.inputs import FP8_SIZE, draw_scales, to_fp8
 from kernelgen.measure.layers import Cell
-from kernelgen.measure.peers.installed import version
+from kernelgen.measure.peers.installed import unavailable, version
 from kernelgen.measure.verify import WrongResult, matrices
 from kernelgen.measure.workloads import scale_shape
 
@@ -137,7 +137,7 @@ def load(name: str, package: Path) -> Implementation:
     """``kernelgen``, or the name of a peer; ``package`` is the folder of the generated package.
 
     Raises:
-        Unavailable: it cannot be imported here.
+        Failure: it cannot be imported here.
     """
     if name == "kernelgen":
         return Ours(registry.import_package(package))
@@ -184,7 +184,7 @@ class Vllm(_Stateless):
             self._ops = importlib.import_module("vllm.lora.ops.triton_ops")
             self._metadata = importlib.import_module("vllm.lora.ops.triton_ops.lora_kernel_metadata")
         except ImportError as error:
-            raise Unavailable(f"vllm is not importable ({error}): install it, or put its kernels on PYTHONPATH") from error
+            raise unavailable("vllm", error) from error
 
     def versions(self) -> dict[str, str]:
         return {"vllm": version("vllm")}

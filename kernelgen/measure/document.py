@@ -9,16 +9,13 @@ import os
 from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping, Protocol
 
+from kernelgen.diagnostics import failure, os_failure
 from kernelgen.measure.workloads import Cell
 
 SCHEMA_VERSION = 1
 # What has to agree for rows of two runs to stand in one document.
 _SAME_MACHINE = ("gpu", "sms")
 _SAME_VERSIONS = ("torch", "triton", "vllm", "sglang")
-
-
-class DocumentError(ValueError):
-    """A result file that this run cannot go on with."""
 
 
 Key = tuple[Any, ...]
@@ -96,15 +93,15 @@ class Document:
         self.rows = [row for row in self.rows if not which(row)]
         self.__post_init__()
 
+    def as_json(self) -> dict[str, Any]:
+        """The fields of the file."""
+        head = {"schema_version": SCHEMA_VERSION, "machine": self.machine, "versions": self.versions}
+        return {**head, "ceilings": self.ceilings, "rows": self.rows}
+
     def text(self) -> str:
         """The document as JSON, one row a line."""
-        head = {
-            "schema_version": SCHEMA_VERSION,
-            "machine": self.machine,
-            "versions": self.versions,
-            "ceilings": self.ceilings,
-        }
-        rows = ",\n".join("  " + json.dumps(row, allow_nan=False) for row in self.rows)
+        head = self.as_json()
+        rows = ",\n".join("  " + json.dumps(row, allow_nan=False) for row in head.pop("rows"))
         body = json.dumps(head, indent=1)[:-2]
         return f'{body},\n "rows": [\n{rows}\n ]\n}}\n'
 
@@ -120,21 +117,19 @@ def load(path: Path, columns: Columns = MOE_LORA) -> Document:
     """Read a document.
 
     Raises:
-        DocumentError: the file is no document of this version.
+        Failure: the file cannot be read, or is no document of this version.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        version = data["schema_version"]
-        if version != SCHEMA_VERSION:
-            raise DocumentError(f"{path}: schema_version {version}, wanted {SCHEMA_VERSION}")
+        if data["schema_version"] != SCHEMA_VERSION:
+            message = f"schema_version {data['schema_version']}, wanted {SCHEMA_VERSION}"
+            raise failure("KG072", str(path), message)
         rows = [{**columns.later, **row} for row in data["rows"]]
         return Document(data["machine"], data["versions"], data["ceilings"], rows, columns)
     except OSError as error:
-        raise DocumentError(f"{path}: {error.strerror}") from error
+        raise os_failure(error, path) from error
     except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, DocumentError):
-            raise
-        raise DocumentError(f"{path}: not a result of this benchmark: {error!r}") from error
+        raise failure("KG072", str(path), f"not a result of this benchmark: {error!r}") from error
 
 
 def resume(
@@ -143,7 +138,7 @@ def resume(
     """The document at ``path`` to go on with, or an empty one; None: of rows that are not kept.
 
     Raises:
-        DocumentError: it was measured on another kind of machine or with other versions.
+        Failure: it was measured on another kind of machine or with other versions.
     """
     if path is None or not path.exists():
         return Document(machine, versions, columns=columns)
@@ -154,8 +149,7 @@ def resume(
     ):
         for name in names:
             if name in old and name in new and old[name] != new[name]:
-                raise DocumentError(
-                    f"{path}: measured with {name} {old[name]}, here it is {new[name]}; use another --out"
-                )
+                message = f"measured with {name} {old[name]}, here it is {new[name]}"
+                raise failure("KG072", str(path), message, "use another --out")
         old.update(new)
     return document

@@ -22,10 +22,6 @@ def refuse_fp8(cell: Cell) -> None:
         raise Unsupported("16-bit operands only")
 
 
-class Unavailable(Exception):
-    """An implementation cannot be used on this machine; the message says what is missing."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Prepared:
     """One implementation, ready to be called on each batch of a case."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import click
 
+from kernelgen.command import Report, command
+from kernelgen.diagnostics import failure
 from kernelgen.measure import document as documents
 from kernelgen.measure import layers, session
 from kernelgen.measure.command import Numbers, Words
@@ -14,7 +15,7 @@ from kernelgen.measure.command import Numbers, Words
 _MODELS = tuple(layers.MODELS)
 
 
-@click.command("bench-lora")
+@command("bench-lora")
 @click.option("--models", type=Words(_MODELS), default=_MODELS[:1], help="Model shapes.")
 @click.option("--sites", type=Words(layers.SITES), default=layers.SITES, help="qkv, o, gate_up, down.")
 @click.option("--ranks", type=Numbers(), default=layers.DEFAULT_RANKS, help="LoRA ranks.")
@@ -28,52 +29,31 @@ _MODELS = tuple(layers.MODELS)
 @session.retry_option
 @session.seconds_option
 @session.check_only_option
-@session.json_option
-def bench_lora(**options: Any) -> None:
+def bench_lora(**options: Any) -> Report:
     """Time dense LoRA (route made beforehand) on this GPU, next to a floor and to the peers.
 
     Every result is compared with the formula in fp64 before it is timed. The exit code is 1 if one was wrong or failed.
     """
     if max(options["active"]) > options["slots"]:
-        raise click.UsageError(f"{max(options['active'])} active adapters do not fit {options['slots']} slots")
-    sys.exit(_bench(options))
-
-
-def _bench(options: dict[str, Any]) -> int:
-    try:
-        from kernelgen.measure import dense, environment, runner
-        from kernelgen.measure.implementation import Unavailable
-    except ImportError as error:
-        raise click.ClickException(f"bench-lora needs torch and triton: {error}") from error
-
+        message = f"{max(options['active'])} active adapters do not fit {options['slots']} slots"
+        raise failure("KG070", "workload", message)
     device = session.find_device(options["check_only"])
-    if device is None:
-        return 2
+    from kernelgen.measure import dense, environment
+
     adapters = [(active, options["slots"]) for active in options["active"]]
     sizes = (options["models"], options["sites"], options["ranks"], options["tokens"])
     cells = list(layers.cells(*sizes, adapters, options["scales"]))
     names = ["kernelgen", *options["against"]]
-    try:
-        implementations = [dense.load(name, options["package"]) for name in names]
-        machine, versions = environment.machine(device), environment.versions(implementations)
-        document = documents.resume(options["out"], machine, versions, dense.COLUMNS)
-    except (Unavailable, documents.DocumentError) as error:
-        return session.stop(error)
+    implementations = [dense.load(name, options["package"]) for name in names]
+    machine, versions = environment.machine(device), environment.versions(implementations)
+    document = documents.resume(options["out"], machine, versions, dense.COLUMNS)
     if options["retry"]:
         document.forget(lambda row: row["failed"] is not None)
     workload = dense.Dense(device, 1 if options["check_only"] else None)
     with session.progress() as shown:
-        try:
-            complete = session.measure(shown, workload, cells, implementations, document, options)
-        except runner.ContextLost as error:
-            return session.lost(error)
+        complete = session.measure(shown, workload, cells, implementations, document, options)
     rows = document.of(cells, names)
-    if options["as_json"]:
-        click.echo(document.text(), nl=False)
-    else:
-        for row in rows:
-            click.echo(_line(row))
-    return session.finish(rows, complete)
+    return session.finish(document, rows, complete, map(_line, rows))
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -6,8 +6,9 @@ import importlib
 import sys
 from pathlib import Path
 
+from kernelgen.diagnostics import failure
 from kernelgen.measure import peers
-from kernelgen.measure.implementation import Implementation, Unavailable
+from kernelgen.measure.implementation import Implementation
 from kernelgen.measure.ours import Forced, Ours
 
 
@@ -15,7 +16,7 @@ def load(name: str, package: Path) -> Implementation:
     """``kernelgen``, ``kernelgen:SCHEDULE``, or the name of a peer; ``package`` is the folder of the generated package.
 
     Raises:
-        Unavailable: it cannot be imported here.
+        Failure: it cannot be imported here.
     """
     if name in peers.NAMES:
         return peers.load(name)
@@ -30,11 +31,11 @@ def import_package(package: Path) -> str:
     Triton's cache on disk goes by the names of modules, among others.
 
     Raises:
-        Unavailable: there is none.
+        Failure: there is none.
     """
     folder = package.resolve()
     if not (folder / "__init__.py").is_file():
-        raise Unavailable(f"{package} is not a generated package: run kernelgen build")
+        raise failure("KG001", str(package), "not a generated package", "run kernelgen build")
     if str(folder.parent) not in sys.path:
         sys.path.insert(0, str(folder.parent))
     importlib.import_module(folder.name)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Any, Sequence
 
 import click
 
-from kernelgen.measure.document import Document, DocumentError, load, row_key
+from kernelgen.command import Report, command
+from kernelgen.measure.document import Document, load, row_key
 from kernelgen.measure.summary import (
     OURS,
     Row,
@@ -23,7 +23,7 @@ from kernelgen.measure.summary import (
 _COLOURS = 2.0  # the colour scale ends at 4 x faster and 4 x slower
 
 
-@click.command("report")
+@command("report")
 @click.argument("result", type=click.Path(path_type=Path, dir_okay=False))
 @click.option(
     "--out",
@@ -31,23 +31,14 @@ _COLOURS = 2.0  # the colour scale ends at 4 x faster and 4 x slower
     help="Folder for the plots; beside RESULT unless told.",
 )
 @click.option("--markdown", is_flag=True, help="Print the table of times, and draw nothing.")
-def report(result: Path, out: Path | None, markdown: bool) -> None:
+def report(result: Path, out: Path | None, markdown: bool) -> Report:
     """Draw the speed-ups and the fractions of the floor that RESULT, a file of kernelgen bench, holds."""
-    try:
-        document = load(result)
-    except DocumentError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
+    document = load(result)
     if markdown:
-        click.echo(markdown_tables(document), nl=False)
-        return
-    try:
-        written = draw(document, out or result.parent, result.stem)
-    except ImportError as error:
-        click.echo(f"error: the plots need matplotlib: {error}", err=True)
-        sys.exit(2)
-    for path in written:
-        click.echo(path)
+        text = markdown_tables(document)
+        return Report({"markdown": text}, text.splitlines())
+    written = [str(path) for path in draw(document, out or result.parent, result.stem)]
+    return Report({"written": written}, written)
 
 
 def peers_of(document: Document) -> list[str]:
@@ -90,11 +81,7 @@ def _fp8_lines(document: Document) -> list[str]:
 
 
 def draw(document: Document, folder: Path, stem: str) -> list[Path]:
-    """Write a heat map of speed-ups for each peer and mode, and the fraction of the floor; return the files.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
+    """Write a heat map of speed-ups for each peer and mode, and the fraction of the floor; return the files."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -261,7 +248,3 @@ def _fractions(rows: Sequence[Row], mode: str) -> Any:
 
 def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, format="svg", metadata={"Date": None})
-
-
-if __name__ == "__main__":
-    report(prog_name="kernelgen report")

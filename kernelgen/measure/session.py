@@ -5,12 +5,16 @@ Imports torch only when it runs.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import TYPE_CHECKING, Any, Iterable, Sequence
 
 import click
 
+from kernelgen.command import Report
+from kernelgen.diagnostics import Diagnostic, failure
 from kernelgen.measure.document import AnyCell, Document
+from kernelgen.model import Location
 
 if TYPE_CHECKING:
     import torch
@@ -36,26 +40,25 @@ seconds_option = click.option(
 check_only_option = click.option(
     "--check-only",
     is_flag=True,
-    help="Compare with the reference and time nothing; works on the CPU with TRITON_INTERPRET=1.",
+    help="Compare with the reference and time nothing; without a GPU kernels are interpreted.",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the document in place of the table.")
 
 
-def stop(message: object) -> int:
-    """The exit code of what could not be done."""
-    click.echo(f"error: {message}", err=True)
-    return 2
+def find_device(check_only: bool) -> torch.device:
+    """The GPU; to check results, where there is none or TRITON_INTERPRET is 1, the CPU with the interpreter repaired.
 
-
-def find_device(check_only: bool) -> torch.device | None:
-    """The GPU, or the CPU with its interpreter repaired; None: there is no GPU to time on."""
+    Raises:
+        Failure: times are wanted, and no GPU is there to run compiled kernels.
+    """
     import torch
 
-    if torch.cuda.is_available():
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if torch.cuda.is_available() and not interpreted:
         return torch.device("cuda")
     if not check_only:
-        stop("there is no GPU here; --check-only with TRITON_INTERPRET=1 runs on the CPU")
-        return None
+        found = "TRITON_INTERPRET is set" if interpreted else "torch sees no GPU here"
+        raise failure("KG061", "cuda", f"{found}: there are no times to take", "--check-only compares results on the CPU")
+    os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are decorated
     from kernelgen import interpreter
 
     interpreter.install()  # bfloat16 and FP8 as on a GPU
@@ -88,7 +91,7 @@ def measure(
     """Measure what ``document`` lacks, and save it cell by cell where there is --out; whether all was reached in time.
 
     Raises:
-        ContextLost: nothing more can be measured in this process.
+        Failure: the GPU context is lost, and nothing more can be measured in this process.
     """
     from kernelgen.measure import runner
 
@@ -106,16 +109,24 @@ def measure(
     if not options["check_only"]:
         runner.measure_ceilings(document)
     how = runner.Run(options["check_only"], options["seconds"])
-    return runner.run(workload, cells, implementations, document, how, on_cell)
+    try:
+        return runner.run(workload, cells, implementations, document, how, on_cell)
+    except runner.ContextLost as error:
+        message = f"the GPU context is lost: {error}"
+        raise failure("KG074", "cuda", message, "run the same command again to go on after it") from error
 
 
-def finish(rows: Sequence[dict[str, Any]], complete: bool) -> int:
-    """Say what is left; the exit code."""
+def finish(document: Document, rows: Sequence[dict[str, Any]], complete: bool, lines: Iterable[str]) -> Report:
+    """What there is to report of ``rows``; what is left to do, and what failed, goes to stderr."""
     if not complete:
         click.echo("out of time: run the same command again to go on", err=True)
-    return 1 if any(row["failed"] for row in rows) else 0
+    findings = [_finding(row) for row in rows if row["failed"]]
+    for finding in findings:
+        click.echo(str(finding), err=True)
+    report = {**document.as_json(), "findings": [finding.as_json() for finding in findings]}
+    return Report(report, lines, exit_code=1 if findings else 0)
 
 
-def lost(error: Exception) -> int:
-    """The exit code where the GPU context was lost on the way."""
-    return stop(f"the GPU context is lost: {error}; run the same command again to go on after it")
+def _finding(row: dict[str, Any]) -> Diagnostic:
+    where = f"{row['model']} {row['site']} r{row['rank']} T={row['tokens']}"
+    return Diagnostic("KG073", Location(row["impl"]), f"{where}: {row['failed']}")

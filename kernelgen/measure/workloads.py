@@ -10,6 +10,8 @@ import zlib
 from pathlib import Path
 from typing import Any, Iterator, Literal, Sequence, get_args
 
+from kernelgen.diagnostics import failure
+
 Site = Literal["w13", "w2", "route", "layer"]
 Routing = Literal["uniform", "skewed"]
 Quant = Literal["none", "tensor", "channel", "group"]  # FP8 weights, and of what there is a scale
@@ -26,10 +28,6 @@ PROJECTIONS: dict[Site, tuple[Site, ...]] = {
     "route": (),
     "layer": ("w13", "w2"),
 }
-
-
-class WorkloadError(ValueError):
-    """A workload that cannot be made; the message says what to change."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +101,11 @@ class Cell:
 
     def __post_init__(self) -> None:
         if min(self.rank, self.tokens, self.active) < 1:
-            raise WorkloadError("rank, tokens and active adapters are at least 1")
+            raise failure("KG070", "workload", "rank, tokens and active adapters are at least 1")
         if self.active > self.slots:
-            raise WorkloadError(f"{self.active} active adapters do not fit {self.slots} slots")
+            raise failure("KG070", "workload", f"{self.active} active adapters do not fit {self.slots} slots")
         if not 0.0 <= self.base < 1.0:
-            raise WorkloadError(f"the share of base tokens is {self.base}, wanted 0 to below 1")
+            raise failure("KG070", "workload", f"the share of base tokens is {self.base}, wanted 0 to below 1")
 
     @property
     def projections(self) -> tuple[Projection, ...]:
@@ -153,7 +151,7 @@ class Selection:
         """All cells, those that share weights next to each other.
 
         Raises:
-            WorkloadError: a combination that cannot be.
+            Failure: a combination that cannot be.
         """
         for model, (active, slots), rank, site, tokens, base, routing, add, fp8 in itertools.product(
             self.models,
@@ -256,14 +254,14 @@ def model_from_config(path: Path, tp: int = 1) -> Model:
     """The shapes in a model's ``config.json``, for one of ``tp`` tensor-parallel ranks.
 
     Raises:
-        WorkloadError: not a config, not of a mixture of experts, or not divisible by ``tp``.
+        Failure: not a config, not of a mixture of experts, or not divisible by ``tp``.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise WorkloadError(f"{path}: cannot be read as JSON: {error}") from error
+        raise failure("KG070", str(path), f"cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
-        raise WorkloadError(f"{path}: wanted an object, as in a model's config.json")
+        raise failure("KG070", str(path), "wanted an object, as in a model's config.json")
     # Multimodal models keep the language model's sizes one level down.
     nested = [
         config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), dict)
@@ -278,12 +276,12 @@ def model_from_config(path: Path, tp: int = 1) -> Model:
                     value = max(value)
                 if isinstance(value, int) and value > 0:
                     return value
-        raise WorkloadError(f"{path}: none of {', '.join(names)}; is it a mixture of experts?")
+        raise failure("KG070", str(path), f"none of {', '.join(names)}; is it a mixture of experts?")
 
     hidden, experts, top_k = size(_HIDDEN), size(_EXPERTS), size(_TOP_K)
     intermediate = size(_INTERMEDIATE)
     if tp < 1 or intermediate % tp:
-        raise WorkloadError(f"{path}: {intermediate} columns of an expert do not divide by tp {tp}")
+        raise failure("KG070", str(path), f"{intermediate} columns of an expert do not divide by tp {tp}")
     activation = next((s[n] for s in sources for n in _ACTIVATION if isinstance(s.get(n), str)), "")
     name = str(
         config.get("_name_or_path") or config.get("model_type") or path.parent.name or path.stem

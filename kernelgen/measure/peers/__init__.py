@@ -16,7 +16,7 @@ def load(name: str) -> Implementation:
     """The peer ``name``.
 
     Raises:
-        Unavailable: it is not importable here.
+        Failure: it is not importable here.
     """
     module = importlib.import_module(f"kernelgen.measure.peers.{name}_peer")
     peer: Implementation = module.Peer()

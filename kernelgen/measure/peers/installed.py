@@ -1,8 +1,10 @@
-"""Which version of a package is on the path."""
+"""Which version of a peer is on the path, and what to say where there is none."""
 
 from __future__ import annotations
 
 import importlib.metadata
+
+from kernelgen.diagnostics import Failure, failure
 
 
 def version(package: str) -> str:
@@ -11,3 +13,8 @@ def version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "laid out"
+
+
+def unavailable(peer: str, error: ImportError) -> Failure:
+    """What is raised where ``peer`` cannot be imported."""
+    return failure("KG071", peer, f"it cannot be imported: {error}", "install it, or put its kernels on PYTHONPATH")

@@ -10,9 +10,9 @@ from typing import Any, Callable
 
 import torch
 
-from kernelgen.measure.implementation import Prepared, Unavailable, Unsupported, refuse_fp8
+from kernelgen.measure.implementation import Prepared, Unsupported, refuse_fp8
 from kernelgen.measure.inputs import Batch, Case, Operands, Weights
-from kernelgen.measure.peers.installed import version
+from kernelgen.measure.peers.installed import unavailable, version
 from kernelgen.measure.workloads import Cell
 
 _DECODE_TOKENS = 64  # its decode plan up to here, its prefill plan above
@@ -33,9 +33,7 @@ class Peer:
             self._build_route = importlib.import_module(f"{common}.routing").build_route
             self._workspace = importlib.import_module("sglang.srt.lora.workspace").LoraWorkspace
         except ImportError as error:
-            raise Unavailable(
-                f"sglang is not importable ({error}): install it, or put its kernels on PYTHONPATH"
-            ) from error
+            raise unavailable("sglang", error) from error
         root = Path(importlib.import_module("sglang").__path__[0])
         self._plans = json.loads((root / "srt/lora/moe/configs/sm90.plans.json").read_text())
         self._merged: dict[int, tuple[Weights, torch.Tensor, torch.Tensor]] = {}

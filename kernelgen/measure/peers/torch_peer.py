@@ -6,7 +6,8 @@ from typing import Callable
 
 import torch
 
-from kernelgen.measure.implementation import Prepared, Unavailable, Unsupported, refuse_fp8
+from kernelgen.diagnostics import failure
+from kernelgen.measure.implementation import Prepared, Unsupported, refuse_fp8
 from kernelgen.measure.inputs import Batch, Case
 
 _MAX_GROUPS = 1023
@@ -20,7 +21,7 @@ class Peer:
             torch, "_grouped_mm", None
         )
         if product is None:
-            raise Unavailable(f"torch {torch.__version__} has no grouped_mm")
+            raise failure("KG071", "torch", f"{torch.__version__} has no grouped_mm")
         self._product = product
 
     def versions(self) -> dict[str, str]:

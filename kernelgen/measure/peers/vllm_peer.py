@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from kernelgen.measure.implementation import Prepared, Unavailable, Unsupported, refuse_fp8
+from kernelgen.measure.implementation import Prepared, Unsupported, refuse_fp8
 from kernelgen.measure.inputs import Batch, Case
-from kernelgen.measure.peers.installed import version
+from kernelgen.measure.peers.installed import unavailable, version
 from kernelgen.measure.workloads import Cell
 
 _SPARSITY = 8  # naive while pairs * 8 <= experts * adapters
@@ -26,9 +26,7 @@ class Peer:
         try:
             self._ops = importlib.import_module("vllm.lora.ops.triton_ops")
         except ImportError as error:
-            raise Unavailable(
-                f"vllm is not importable ({error}): install it, or put its kernels on PYTHONPATH"
-            ) from error
+            raise unavailable("vllm", error) from error
         self._root = Path(importlib.import_module("vllm").__path__[0])
 
     def versions(self) -> dict[str, str]:

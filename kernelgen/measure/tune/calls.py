@@ -21,7 +21,7 @@ class Calls(Protocol):
         """What the package makes of a cell, where launches are compiled for a target.
 
         Raises:
-            Unavailable: no variant serves it.
+            Failure: no variant serves it.
         """
 
     def requests(self, cell: Any, schedule: str, config: Named) -> list[Any]:

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any, Callable, Iterable, NamedTuple
 
 import click
 
+from kernelgen.command import Report, command
+from kernelgen.diagnostics import failure
 from kernelgen.measure import layers, workloads
 from kernelgen.measure.command import Numbers, ParamType, Words, chosen_models
 from kernelgen.measure.tune.family import Family
 from kernelgen.measure.tune.known import FAMILIES
-from kernelgen.measure.workloads import Selection, Site, WorkloadError
+from kernelgen.measure.workloads import Selection, Site
 
-SCHEMA_VERSION = 1
 _MOE_SITES: tuple[Site, ...] = ("w13", "w2")
 _LORA_MODELS = ("llama-3-8b",)
 _RANKS = (16, 32, 64, 128)
@@ -56,7 +55,7 @@ class Devices(ParamType):
         return tuple(dict.fromkeys(map(int, value.split(","))))
 
 
-@click.command("tune")
+@command("tune")
 @click.option(
     "--family",
     type=click.Choice(tuple(FAMILIES)),
@@ -136,13 +135,10 @@ class Devices(ParamType):
     default=Path("generated"),
     help="The generated package.",
 )
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print a JSON document in place of the summary."
-)
 def tune(
     family: str, specs: Path | None, out: Path | None, budget: float | None, workers: int | None,
-    devices: tuple[int, ...] | None, package: Path, as_json: bool, **workload: Any,
-) -> None:
+    devices: tuple[int, ...] | None, package: Path, **workload: Any,
+) -> Report:
     """Search the tiles of a family on the GPUs of this machine and write the best for kernelgen build.
 
     Every measurement is kept beside --out, so that the same command goes on where an earlier one stopped; problems
@@ -150,14 +146,11 @@ def tune(
     """  # fmt: skip
     from kernelgen.locate import find_specs
 
-    try:
-        cells = (_moe_cells if family == "moe_lora" else _lora_cells)(_Workload(**workload))
-    except WorkloadError as error:
-        raise click.UsageError(str(error)) from error
+    cells = (_moe_cells if family == "moe_lora" else _lora_cells)(_Workload(**workload))
     folder = specs or find_specs()
     out = out or folder / "tuned" / f"{family}.yaml"
-    options = (package, budget, workers, devices, as_json)
-    sys.exit(_tune(FAMILIES[family], cells, folder / f"{family}.yaml", out, *options))
+    options = (package, budget, workers, devices)
+    return _tune(FAMILIES[family], cells, folder / f"{family}.yaml", out, *options)
 
 
 class _Workload(NamedTuple):
@@ -191,7 +184,7 @@ def _moe_cells(w: _Workload) -> list[Any]:
 
 def _lora_cells(w: _Workload) -> list[Any]:
     if w.model_config is not None or w.tp != 1 or not w.add or w.act != ("none",):
-        raise WorkloadError("--model-config, --tp, --set and --act are for moe_lora")
+        raise failure("KG070", "workload", "--model-config, --tp, --set and --act are for moe_lora")
     _check(w, layers.MODELS, layers.SITES)
     found: list[Any] = []
     for scales in w.quant:
@@ -201,12 +194,12 @@ def _lora_cells(w: _Workload) -> list[Any]:
 
 
 def _check(w: _Workload, models: Iterable[str], sites: Iterable[str]) -> None:
-    """Raise WorkloadError for what this family has not, or what no choice is looked up by."""
+    """Raise Failure for what this family has not, or what no choice is looked up by."""
     for label, words, known in (("models", w.models, models), ("sites", w.sites, sites)):
         if other := [word for word in words or () if word not in known]:
-            raise WorkloadError(f"--{label} {other[0]}: this family has {', '.join(known)}")
+            raise failure("KG070", "workload", f"--{label} {other[0]}: this family has {', '.join(known)}")
     if odd := [count for count in w.tokens if count not in _TOKENS]:
-        raise WorkloadError(f"--tokens {odd[0]}: choices are looked up by powers of two up to {_TOKENS[-1]}")
+        raise failure("KG070", "workload", f"--tokens {odd[0]}: choices are looked up by powers of two up to {_TOKENS[-1]}")
 
 
 def _tune(
@@ -218,25 +211,22 @@ def _tune(
     budget: float | None,
     workers: int | None,
     devices: tuple[int, ...] | None,
-    as_json: bool,
-) -> int:
+) -> Report:
     started = time.monotonic()
-    try:
-        import torch
-    except ImportError as error:
-        raise click.ClickException(f"tune needs torch and triton: {error}") from error
-    from kernelgen.measure.implementation import Unavailable
+    import torch
+
     from kernelgen.measure.tune import space, tuned_file
-    from kernelgen.measure.tune.crew import CrewError, Processes
+    from kernelgen.measure.tune.crew import Processes
     from kernelgen.measure.tune.gauge import gauge
     from kernelgen.measure.tune.kernels import Kernels, compiler
-    from kernelgen.measure.tune.state import State, StateError
+    from kernelgen.measure.tune.state import State
     from kernelgen.measure.tune.tuner import Tuner
 
     count = torch.cuda.device_count()
     chosen = devices if devices is not None else tuple(range(count))
     if not chosen or max(chosen) >= count:
-        return _stop(f"there are {count} GPUs here, and tune measures on one at least")
+        wanted = f"there are {count} GPUs here, and tune measures on one at least"
+        raise failure("KG061", "cuda", wanted, "" if devices is None else "choose others with --devices")
     crews: list[Processes] = []
     try:
         searched = space.read(spec, spec.stem)
@@ -248,11 +238,10 @@ def _tune(
         crews.append(Processes(compiler, (family.name, package), hidden, background=True))
         hello, *others = gauges.started()
         if any(other.device != hello.device for other in others):
-            return _stop("the GPUs differ: choose those of one kind with --devices")
+            raise failure("KG061", "cuda", "the GPUs differ", "choose those of one kind with --devices")
         if device not in (None, hello.device):
-            return _stop(
-                f"{out} holds times of {device}, this is {hello.device}: name another --out"
-            )
+            message = f"it holds times of {device}, this is {hello.device}"
+            raise failure("KG072", str(out), message, "name another --out")
         state = State(
             out.with_suffix(".state.jsonl"), searched, {"device": hello.device, **hello.versions}
         )
@@ -273,45 +262,33 @@ def _tune(
             on_status=_reporter(started),
         )
         complete = tuner.run()
-    except (
-        Unavailable,
-        CrewError,
-        StateError,
-        space.SpaceError,
-        tuned_file.TunedFileError,
-    ) as error:
-        return _stop(str(error))
     finally:
         for crew in crews:
             crew.stop()
     status, losses = tuner.status(), tuner.losses()
-    if as_json:
-        document = {
-            "schema_version": SCHEMA_VERSION,
-            "out": str(out),
-            "device": hello.device,
-            "versions": hello.versions,
-            "complete": complete,
-            "seconds": round(time.monotonic() - started, 1),
-            **status._asdict(),
-            "rule": [loss._asdict() for loss in losses],
-        }
-        click.echo(json.dumps(document))
-    else:
-        click.echo(
-            f"{out}: {status.timed} of {status.problems} problems; {status.measured} timings and "
-            f"{status.compiled} kernels in {time.monotonic() - started:.0f} s"
+    document = {
+        "out": str(out),
+        "device": hello.device,
+        "versions": hello.versions,
+        "complete": complete,
+        "seconds": round(time.monotonic() - started, 1),
+        **status._asdict(),
+        "rule": [loss._asdict() for loss in losses],
+    }
+    lines = [
+        f"{out}: {status.timed} of {status.problems} problems; {status.measured} timings and "
+        f"{status.compiled} kernels in {time.monotonic() - started:.0f} s"
+    ]
+    if losses:
+        ratios = [loss.rule_us / loss.best_us for loss in losses]
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        lines.append(
+            f"the rule for what is not tuned takes {mean:.3f} times as long as the best in the geometric mean, "
+            f"{max(ratios):.2f} times at worst"
         )
-        if losses:
-            ratios = [loss.rule_us / loss.best_us for loss in losses]
-            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-            click.echo(
-                f"the rule for what is not tuned takes {mean:.3f} times as long as the best in the geometric mean, "
-                f"{max(ratios):.2f} times at worst"
-            )
     if not complete:
         click.echo("out of time: run the same command again to go on", err=True)
-    return 0 if status.timed == status.problems else 1
+    return Report(document, lines, exit_code=0 if status.timed == status.problems else 1)
 
 
 def _cores() -> int:
@@ -343,8 +320,3 @@ def _reporter(started: float) -> Callable[[Any], None]:
             )
 
     return report
-
-
-def _stop(message: str) -> int:
-    click.echo(f"error: {message}", err=True)
-    return 2

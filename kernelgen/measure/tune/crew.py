@@ -9,14 +9,12 @@ import os
 import signal
 from typing import Any, Callable, Iterator, Literal, Mapping, NamedTuple, Protocol, Sequence
 
+from kernelgen.diagnostics import Failure, failure
+
 # Runs in the process: gives (what the process says of itself, job -> replies).
 Make = Callable[..., "tuple[Any, Callable[[Any], Iterator[Any]]]"]
 _RESTARTS = 5  # of one member
 _NICE = 10
-
-
-class CrewError(Exception):
-    """A process that cannot start, or that raised; the message says why."""
 
 
 class Event(NamedTuple):
@@ -97,7 +95,7 @@ class Processes:
         """Wait until all members have started, and return what they said of themselves.
 
         Raises:
-            CrewError: one cannot start.
+            Failure: one cannot start.
         """
         while len(self.hellos) < len(self._members):
             multiprocessing.connection.wait(self.waitables())
@@ -124,7 +122,7 @@ class Processes:
     def _receive(self, number: int, member: _Member) -> Event:
         kind, content = member.connection.recv()
         if kind == "failed":
-            raise CrewError(content)
+            raise failure(*content)
         if kind == "ready":
             member.hello = content
         if kind in ("ready", "done"):
@@ -135,7 +133,7 @@ class Processes:
         member.process.join()
         member.restarts += 1
         if member.state == "starting" or member.restarts > _RESTARTS:
-            raise CrewError(f"a process ended {member.restarts} times: exit code {member.process.exitcode}")  # fmt: skip
+            raise failure("KG074", "tune", f"a process ended {member.restarts} times: exit code {member.process.exitcode}")
         member.connection.close()
         self._start(member)
         return Event(number, "died")
@@ -175,5 +173,8 @@ def _serve(connection: Any, make: Make, arguments: tuple[Any, ...], nice: int) -
             connection.send(("done", None))
     except (EOFError, BrokenPipeError):
         return  # the parent is gone
+    except Failure as failed:
+        told = failed.diagnostics[0]
+        connection.send(("failed", (told.code, told.location.path, told.message, told.hint)))
     except Exception as error:
-        connection.send(("failed", f"{type(error).__name__}: {error}"))
+        connection.send(("failed", ("KG074", "tune", f"{type(error).__name__}: {error}")))

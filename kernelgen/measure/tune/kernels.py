@@ -8,7 +8,7 @@ from typing import Any, Callable, Iterator
 
 import triton
 
-from kernelgen.measure.implementation import Unavailable
+from kernelgen.diagnostics import did_you_mean, failure
 from kernelgen.measure.tune.jobs import CompileJob, Sizes, Verdict
 from kernelgen.measure.tune.known import calls_of
 from kernelgen.measure.tune.space import Named
@@ -22,9 +22,9 @@ class Kernels:
 
     def __init__(self, family: str, package: Path, target: str) -> None:
         if triton.knobs.runtime.interpret:
-            raise Unavailable("kernels are interpreted: unset TRITON_INTERPRET")
+            raise failure("KG061", "cuda", "TRITON_INTERPRET is set, and interpreted kernels cannot be timed", "unset it")
         if target not in TARGETS:
-            raise Unavailable(f"no target {target}; known are {', '.join(TARGETS)}")
+            raise failure("KG061", target, "no such target", did_you_mean(target, list(TARGETS)))
         self._target = TARGETS[target]
         self._calls = calls_of(family, package)
         self._calls.forget_tuned()

@@ -22,7 +22,7 @@ def calls_of(family: str, package: Path) -> Calls:
     """The calls of candidates of ``family`` in the generated package in the folder ``package``.
 
     Raises:
-        Unavailable: there is no such package.
+        Failure: there is no such package.
     """
     from kernelgen.measure import registry
     from kernelgen.measure.tune.lora_calls import LoraCalls

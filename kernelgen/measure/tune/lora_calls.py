@@ -9,8 +9,8 @@ from typing import Any, Callable
 
 import torch
 
+from kernelgen.diagnostics import failure
 from kernelgen.measure.dense import Case, Dense, Operands, route_of
-from kernelgen.measure.implementation import Unavailable
 from kernelgen.measure.layers import Cell
 from kernelgen.measure.tune.calls import Prepare
 from kernelgen.measure.tune.jobs import Sizes
@@ -37,7 +37,7 @@ class LoraCalls:
         try:
             shrink, expand = self._lora.problems(*_operands(case.sets[0]), route)
         except ValueError as error:
-            raise Unavailable(str(error)) from error
+            raise failure("KG041", self._family, str(error)) from error
         rule = self._own.choose(shrink, route) if self._family == SHRINK else self._own.choose(expand, route, shrink.k)
         shared_memory = self._runtime.traits(torch.device("meta")).shared_memory
         return Sizes(route.block_m, shared_memory, {self._family: rule._asdict()}, self._family)

@@ -8,7 +8,7 @@ from typing import Any, Callable
 
 import torch
 
-from kernelgen.measure.implementation import Unavailable
+from kernelgen.diagnostics import failure
 from kernelgen.measure.inputs import DTYPES, FP8, WEIGHT_BYTES, Case, WeightPool, make_case
 from kernelgen.measure.ours import NAIVE_SCHEDULES, Forced, Ours
 from kernelgen.measure.tune.calls import Prepare
@@ -49,7 +49,7 @@ class MoeLoraCalls:
             rules[schedule] = self._problems.choose(schedule, problem, route)._asdict()
         if not rules:
             case = f"{cell.site} of rank {cell.rank}, weights {cell.quant}, activations {cell.act}"
-            raise Unavailable(f"no variant serves {case}: see the excludes of the spec")
+            raise failure("KG041", "moe_lora", f"no variant serves {case}", "see the excludes of the spec")
         # The front door takes another schedule where the rule's has no variant.
         return Sizes(block_m, shared_memory, rules, rule if rule in rules else next(iter(rules)))
 

@@ -7,11 +7,9 @@ import itertools
 from pathlib import Path
 from typing import Iterable, Iterator, Mapping, NamedTuple, Sequence
 
+from kernelgen.diagnostics import failure, os_failure
+
 Named = Mapping[str, int]  # tunable -> value
-
-
-class SpaceError(ValueError):
-    """A spec that gives nothing to search; the message says why."""
 
 
 class Candidate(NamedTuple):
@@ -93,7 +91,7 @@ def read(spec: Path, family: str) -> Space:
     ``kernelgen build`` judges a spec in full; this reads what a search needs, with PyYAML alone.
 
     Raises:
-        SpaceError: it cannot be read, is of another family, or has no tunables.
+        Failure: it cannot be read, is of another family, or has no tunables.
     """
     import yaml  # not for --help
 
@@ -105,9 +103,9 @@ def read(spec: Path, family: str) -> Space:
             for schedule, names in data["tunables"].items()
         }
     except OSError as error:
-        raise SpaceError(f"{spec}: {error.strerror}") from error
+        raise os_failure(error, spec) from error
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise SpaceError(f"{spec}: not a spec with tunables: {error!r}") from error
+        raise failure("KG070", str(spec), f"not a spec with tunables: {error!r}", "kernelgen build says more") from error
     if found != family:
-        raise SpaceError(f"{spec}: the spec of {found}, wanted {family}")
+        raise failure("KG013", str(spec), f"the spec of {found}, wanted {family}")
     return Space(tunables)

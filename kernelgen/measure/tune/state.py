@@ -7,16 +7,14 @@ import os
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple
 
+from kernelgen.diagnostics import failure, os_failure
 from kernelgen.measure.tune.family import Problem
 from kernelgen.measure.tune.search import Found
 from kernelgen.measure.tune.space import Candidate, Space
 
 SCHEMA_VERSION = 1
+_ANEW = "use another --out, or delete the file"
 _SAME = ("device", "torch", "triton")  # what has to agree for times to be compared
-
-
-class StateError(ValueError):
-    """A state file that this run cannot go on with."""
 
 
 class Measured(NamedTuple):
@@ -44,7 +42,7 @@ class State:
         """Go on with the file at ``path``, or begin it.
 
         Raises:
-            StateError: it was measured on another device or with other versions, or cannot be read or written.
+            Failure: it was measured on another device or with other versions, or cannot be read or written.
         """
         self.problems: dict[Key, Problem] = {}
         self._found: dict[Key, Found] = {}
@@ -60,7 +58,7 @@ class State:
             os.replace(staged, path)
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
-            raise StateError(f"{path}: {error.strerror}") from error
+            raise os_failure(error, path) from error
 
     def found(self, problem: Problem) -> Found:
         """What is known of ``problem``."""
@@ -91,16 +89,14 @@ class State:
         try:
             first = json.loads(lines[0])
             if first["schema_version"] != SCHEMA_VERSION:
-                raise StateError(f"{path}: schema_version {first['schema_version']}")
+                message = f"schema_version {first['schema_version']}, wanted {SCHEMA_VERSION}"
+                raise failure("KG072", str(path), message, _ANEW)
         except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, StateError):
-                raise
-            raise StateError(f"{path}: not a state of kernelgen tune: {error!r}") from error
+            raise failure("KG072", str(path), f"not a state of kernelgen tune: {error!r}", _ANEW) from error
         for name in _SAME:
             if first.get(name) != head.get(name):
                 was, now = first.get(name), head.get(name)
-                hint = "use another --out, or delete the file"
-                raise StateError(f"{path}: measured with {name} {was}, here it is {now}; {hint}")
+                raise failure("KG072", str(path), f"measured with {name} {was}, here it is {now}", _ANEW)
         kept = []
         for text in lines[1:]:
             try:

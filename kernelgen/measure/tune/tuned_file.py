@@ -10,6 +10,7 @@ from typing import Any, Mapping, Sequence
 
 import yaml
 
+from kernelgen.diagnostics import failure, os_failure
 from kernelgen.measure.tune.family import Family, Problem
 from kernelgen.measure.tune.search import Found
 from kernelgen.measure.tune.space import Candidate, Space
@@ -17,10 +18,6 @@ from kernelgen.measure.tune.state import Key, key
 from kernelgen.parse import MAX_BYTES, MAX_NODES
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
-class TunedFileError(ValueError):
-    """A file that cannot be gone on with, or that would be too large to be read again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +59,7 @@ def text(
     """The file; the same entries always give the same bytes.
 
     Raises:
-        TunedFileError: ``kernelgen build`` would not read so large a file.
+        Failure: ``kernelgen build`` would not read so large a file.
     """
     lines = [
         "# Written by kernelgen tune. us: microseconds a call, the median of CUDA-graph replays with weights out of the",
@@ -88,7 +85,7 @@ def text(
     result = "\n".join(lines) + "\n"
     if nodes > MAX_NODES or len(result) > MAX_BYTES:
         limit = f"at most {MAX_NODES} values and {MAX_BYTES} bytes are read"
-        raise TunedFileError(f"{len(entries)} problems are too many for one file: {limit}")
+        raise failure("KG004", family.name, f"{len(entries)} problems are too many for one file", limit)
     return result
 
 
@@ -104,7 +101,7 @@ def read(path: Path, space: Space) -> tuple[str | None, dict[Key, Entry]]:
     """(device, entries by problem) of an earlier run; entries that the spec does not allow any more are left out.
 
     Raises:
-        TunedFileError: it is not such a file.
+        Failure: it is not such a file.
     """
     if not path.exists():
         return None, {}
@@ -113,8 +110,10 @@ def read(path: Path, space: Space) -> tuple[str | None, dict[Key, Entry]]:
         found = [_entry(one) for one in data["entries"]]
         allowed = [e for e in found if _is_allowed(e.best, space)]
         return data["device"], {key(e.problem): _without_stale(e, space) for e in allowed}
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise TunedFileError(f"{path}: not a file of kernelgen tune: {error!r}") from error
+    except OSError as error:
+        raise os_failure(error, path) from error
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise failure("KG072", str(path), f"not a file of kernelgen tune: {error!r}") from error
 
 
 def _entry(data: dict[str, Any]) -> Entry:
