@@ -7,7 +7,7 @@ from typing import Iterator
 
 from kernelgen import assemble, names, trees, write
 from kernelgen.commit import Change
-from kernelgen.diagnostics import Diagnostic, Failure, did_you_mean, failure
+from kernelgen.diagnostics import Diagnostic, Failure, did_you_mean, failure, os_failure
 from kernelgen.expand import expand
 from kernelgen.load import load
 from kernelgen.locate import template_folders
@@ -31,8 +31,15 @@ def package(specs: Path) -> Package:
 
 
 def renderer(specs: Path) -> Renderer:
-    """The templates that serve the folder ``specs``."""
-    return Renderer(template_folders(specs))
+    """The templates that serve the folder ``specs``.
+
+    Raises:
+        Failure: they cannot be read; exit code 2.
+    """
+    try:
+        return Renderer(template_folders(specs))
+    except OSError as error:
+        raise os_failure(error, specs.parent / "templates") from None
 
 
 def tree(specs: Path, only: str | None = None, jobs: int = 1) -> Tree:

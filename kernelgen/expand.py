@@ -9,15 +9,17 @@ from typing import Iterator, Sequence
 
 from kernelgen.diagnostics import Diagnostic
 from kernelgen.model import (
+    QUANT_AXES,
     SCHEDULE,
     VOCABULARY,
+    WITHOUT_E4M3,
     Fact,
     Family,
     Package,
     Record,
     Variant,
 )
-from kernelgen.names import Identifier, module_name, variant_name
+from kernelgen.names import UNNAMED, Identifier, module_name, variant_name
 
 MAX_COMBINATIONS = 10_000
 MAX_VARIANTS = 2_000
@@ -39,6 +41,7 @@ def expand(families: Sequence[Family]) -> tuple[Package, list[Diagnostic]]:
             continue
         variants = tuple(_variants(family))
         faults += _coverage_faults(family, variants)
+        faults += _fp8_faults(family, variants)
         expanded.append(dataclasses.replace(family, variants=variants))
     package = Package(tuple(expanded))
     return package, faults + list(_name_faults(package))
@@ -100,6 +103,43 @@ def _coverage_faults(family: Family, variants: Sequence[Variant]) -> Iterator[Di
             if tag not in used:
                 message = f"every combination with {axis.name} {tag} is excluded"
                 yield Diagnostic("KG018", where, message, "remove the tag, or narrow an exclude")
+
+
+def _fp8_faults(family: Family, variants: Sequence[Variant]) -> Iterator[Diagnostic]:
+    """What no kernel can do right: one scale for a tile that belongs to two groups, a type that a target lacks."""
+    places = {axis.name: dict(zip(axis.tags, axis.tag_locations, strict=True)) for axis in family.axes}
+    fp8 = [(v, axis, tag) for v in variants for axis, tag in v.tags if axis in QUANT_AXES and tag != UNNAMED]
+    if fp8 and family.quant.elements == ("e4m3",):
+        for target, where in zip(family.targets, family.target_locations, strict=True):
+            if target in WITHOUT_E4M3:
+                message = f"{target} has no e4m3, and it is the only element of quant:"
+                yield Diagnostic("KG026", where, message, "drop the target, or add e5m2 to elements:")
+    told = set()
+    for variant, axis, tag in fp8:
+        if "group" in VOCABULARY[axis][tag].values():
+            for message, hint in _group_faults(family, variant):
+                if (axis, message) not in told:
+                    told.add((axis, message))
+                    yield Diagnostic("KG026", places[axis][tag], f"{tag}: {message}", hint)
+
+
+def _group_faults(family: Family, variant: Variant) -> Iterator[tuple[str, str]]:
+    """Why ``variant`` could not have scales of groups: what, and what to do about it."""
+    tags, quant = dict(variant.tags), family.quant
+    rank = tags.get(Identifier("rank"))
+    if rank is not None and quant.group_k % variant.block_rank:
+        message = f"group_k {quant.group_k} is no multiple of {variant.block_rank}, the tile of rank {rank}"
+        yield message, "a tile would need two scales: take another group_k, drop the rank, or exclude it for this tag"
+    kernel = family.kernel(variant.kernel)
+    tunables = {tunable.name: tunable.values for tunable in kernel.tunables}
+    # a tile of rows belongs to one group, and so does at least one tile of columns
+    for size in tunables.get(Identifier("shrink_block_r"), ()):
+        if quant.group_n % size:
+            message = f"group_n {quant.group_n} is no multiple of shrink_block_r {size} of {kernel.name}"
+            yield message, "a tile would need two scales"
+    sizes = tunables.get(Identifier("block_k"), ())
+    if sizes and all(quant.group_k % size for size in sizes):
+        yield f"no block_k of {kernel.name} divides group_k {quant.group_k}", "add one that does"
 
 
 def _name_faults(package: Package) -> Iterator[Diagnostic]:

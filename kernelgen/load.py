@@ -8,13 +8,11 @@ from typing import Any, Iterable, Mapping, Sequence
 
 from kernelgen.diagnostics import Diagnostic, did_you_mean, failure, os_failure
 from kernelgen.model import (
-    QUANT_AXES,
     SCHEDULE,
     TAG_HINTS,
     TUNED_AXES,
     VARIANT_ATTRIBUTES,
     VOCABULARY,
-    WITHOUT_E4M3,
     Axis,
     Choice,
     Exclude,
@@ -29,13 +27,12 @@ from kernelgen.model import (
     Tuned,
     TunedEntry,
 )
-from kernelgen.names import UNNAMED, Identifier, identifier_fault, kernel_template
+from kernelgen.names import Identifier, identifier_fault, kernel_template
 from kernelgen.parse import MAX_BYTES, Node, Step, parse
 from kernelgen.schema import (
     ChoiceShape,
     EntryShape,
     ExcludeShape,
-    QuantShape,
     SpecShape,
     TunedShape,
     validate,
@@ -178,8 +175,8 @@ class _Spec(_Checks):
             for i, exclude in enumerate(sections.get("exclude", [])):
                 self._check_exclude(i, exclude, axes)
         self._check_tunables(sections.get("tunables", {}), axes)
-        if not self.faults:
-            self._check_quant(sections["quant"], axes)
+        if "quant" in sections:
+            self.check_unique(sections["quant"].elements, "quant", "elements")
         if self.faults:
             return None, self.faults
         name = Identifier(sections["family"])
@@ -196,6 +193,7 @@ class _Spec(_Checks):
                     sections["quant"].group_k,
                 ),
                 targets=tuple(sections["targets"]),
+                target_locations=tuple(self.value_at("targets", i) for i in range(len(sections["targets"]))),
                 resources=Resources(**sections["resources"].model_dump()),
                 tuned=Tuned(),
                 location=self.value_at("family"),
@@ -252,42 +250,6 @@ class _Spec(_Checks):
                 where = self.value_at("tunables", kernel, "num_warps", i)
                 hint = f"legal are {', '.join(map(str, legal))}"
                 self.fault("KG011", where, f"num_warps {value} is not a power of two up to 32", hint)
-
-    def _check_quant(self, quant: QuantShape, axes: Mapping[str, list[str]]) -> None:
-        """What a kernel cannot do right: one scale for a tile that belongs to two groups, a type that a target lacks."""
-        tags = {axis: [tag for tag in axes.get(axis, ()) if tag != UNNAMED] for axis in QUANT_AXES}
-        self.check_unique(quant.elements, "quant", "elements")
-        if any(tags.values()) and quant.elements == ["e4m3"]:
-            for i, target in enumerate(self.sections["targets"]):
-                if target in WITHOUT_E4M3:
-                    message = f"{target} has no e4m3, and it is the only element of quant:"
-                    hint = "drop the target, or add e5m2 to elements:"
-                    self.fault("KG026", self.value_at("targets", i), message, hint)
-        for axis in QUANT_AXES:
-            grouped = [tag for tag in tags[axis] if "group" in VOCABULARY[axis][tag].values()]
-            if grouped:
-                where = self.value_at("axes", axis, axes[axis].index(grouped[0]))
-                self._check_groups(grouped[0], quant, axes.get("rank", []), where)
-
-    def _check_groups(
-        self, tag: str, quant: QuantShape, ranks: Iterable[str], where: Location
-    ) -> None:
-        for rank in ranks:
-            tile = VOCABULARY["rank"][rank]["block_rank"]
-            if isinstance(tile, int) and quant.group_k % tile:
-                message = f"{tag}: group_k {quant.group_k} is no multiple of {tile}, the tile of rank {rank}"
-                hint = "a tile would need two scales: take another group_k, or drop the rank"
-                self.fault("KG026", where, message, hint)
-        for kernel, parameters in self.sections["tunables"].items():
-            # a tile of rows belongs to one group, and so does at least one tile of columns
-            for size in parameters.get("shrink_block_r", ()):
-                if quant.group_n % size:
-                    message = f"{tag}: group_n {quant.group_n} is no multiple of shrink_block_r {size} of {kernel}"
-                    self.fault("KG026", where, message, "a tile would need two scales")
-            sizes = parameters.get("block_k", ())
-            if sizes and all(quant.group_k % size for size in sizes):
-                message = f"{tag}: no block_k of {kernel} divides group_k {quant.group_k}"
-                self.fault("KG026", where, message, "add one that does")
 
     def _axis(self, name: str, tags: list[str]) -> Axis:
         return Axis(

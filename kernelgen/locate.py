@@ -26,8 +26,15 @@ def default_output(specs: Path) -> Path:
 
 
 def template_folders(specs: Path) -> tuple[Path, ...]:
-    """Where templates are looked up: beside the specs first, then those that come with kernelgen."""
-    return tuple(dict.fromkeys([(specs.parent / "templates").resolve(), TEMPLATES]))
+    """Where templates are looked up, file by file: beside the specs first, then those that come with kernelgen.
+
+    Raises:
+        OSError: ``templates`` is there, but is no folder that can be read.
+    """
+    beside = specs.parent / "templates"
+    if os.path.lexists(beside):
+        os.scandir(beside).close()
+    return tuple(dict.fromkeys([Path(os.path.realpath(beside)), TEMPLATES]))
 
 
 def cache_folder() -> Path:

@@ -287,6 +287,7 @@ class Family:
     resources: Resources
     tuned: Tuned
     location: Location = dataclasses.field(compare=False)
+    target_locations: tuple[Location, ...] = dataclasses.field(compare=False)
     variants: tuple[Variant, ...] = ()
 
     @property

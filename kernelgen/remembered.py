@@ -29,9 +29,9 @@ class Remembered:
         with contextlib.suppress(OSError, UnicodeDecodeError):
             lines = self.file.read_text("utf-8").splitlines(keepends=True)
         for line in lines:
-            with contextlib.suppress(ValueError, TypeError):
+            with contextlib.suppress(ValueError, TypeError, RecursionError):
                 digest, fields = json.loads(line)
-                self.usages[digest] = Usage(**fields)
+                self.usages[digest] = _usage(**fields)
         if len(lines) > _MOST:
             self._replace(lines[-_MOST // 2 :])
 
@@ -49,3 +49,10 @@ class Remembered:
         with contextlib.suppress(OSError):
             part.write_text("".join(lines), "utf-8")
             part.replace(self.file)
+
+
+def _usage(registers: int, spill_bytes: int, shared_bytes: int, instructions: dict[str, int]) -> Usage:
+    counts = {"registers": registers, "spill_bytes": spill_bytes, "shared_bytes": shared_bytes, **instructions}
+    if not all(type(count) is int and count >= 0 for count in counts.values()):
+        raise ValueError("not a usage")
+    return Usage(registers, spill_bytes, shared_bytes, instructions)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Iterator
 
-from kernelgen import locate
+from kernelgen import locate, names
 from kernelgen.model import Tree
 from kernelgen.sealed import Sealed
 
@@ -21,7 +21,7 @@ _LIBRARIES = ("black", "jinja2", "pydantic", "PyYAML")
 
 def made_of(specs: Path, only: str | None) -> str | None:
     """A digest of all that decides a tree: specs, templates, kernelgen and what it builds on; None where it cannot be told."""
-    digest = hashlib.sha256(f"{sys.version}\0{only}\0".encode())
+    digest = hashlib.sha256(f"{sys.version}\0{only!r}\0".encode())
     try:
         for library in _LIBRARIES:
             digest.update(f"{library} {importlib.metadata.version(library)}\0".encode())
@@ -47,7 +47,15 @@ def _files(specs: Path) -> Iterator[Path]:
 def get(key: str | None) -> Tree | None:
     """The tree that was put under ``key``."""
     text = None if key is None else _kept().get(key)
-    return None if text is None else Tree(**json.loads(text))
+    if text is None:
+        return None
+    try:
+        document = json.loads(text)
+        files, partial = document["files"], document["partial"]
+        sound = all(names.path_fault(path) is None and isinstance(content, str) for path, content in files.items())
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return None
+    return Tree(files, partial) if sound and isinstance(partial, bool) else None
 
 
 def put(key: str | None, tree: Tree) -> None:

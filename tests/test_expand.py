@@ -6,13 +6,14 @@ import copy
 import dataclasses
 import itertools
 import pickle
+import re
 from pathlib import Path
 
 import project
 import pytest
 
 from kernelgen import build, names
-from kernelgen.diagnostics import Failure
+from kernelgen.diagnostics import CATALOGUE, Failure
 from kernelgen.model import VARIANT_ATTRIBUTES, VOCABULARY, Record, Variant
 from kernelgen.names import Identifier
 from kernelgen.which import which
@@ -79,6 +80,26 @@ def test_a_problem_is_measured_once_for_the_same_tags(tmp_path: Path) -> None:
     read = build.package(project.make(tmp_path, specs)).families[0].tuned.entries
     assert [one.tags.add_inputs for one in read] == ["add", "add", "set"]
     assert [one.facts.adds for one in read] == [True, True, False]
+
+
+GROUPS = "  weight_quant: [none, w8group]\nquant: {group_k: 16, elements: [e4m3]}\nexclude:"
+
+
+@pytest.mark.parametrize(
+    ("excluded", "codes"),
+    [
+        ("{rank: r16, weight_quant: none}", ["KG026", "KG026"]),
+        ("{rank: r32, weight_quant: w8group}", ["KG026"]),
+        ("{rank: r32, weight_quant: [w8group, none]}", ["KG018", "KG026"]),
+        ("{weight_quant: w8group}", ["KG018"]),
+    ],
+)
+def test_fp8_is_judged_by_the_variants_that_there_are(excluded: str, codes: list[str], tmp_path: Path) -> None:
+    spec = project.SPEC.replace("exclude:", f"{GROUPS}\n  - when: {excluded}\n    why: nobody asked")
+    spec = spec.replace("[sm_90]", "[sm_90, sm_80]")
+    with pytest.raises(Failure) as failed:
+        build.package(project.make(tmp_path, {"toy.yaml": spec}))
+    assert sorted(fault.code for fault in failed.value.diagnostics) == codes
 
 
 def test_all_tags_of_an_axis_have_the_same_facts() -> None:
@@ -174,3 +195,17 @@ def test_every_case_has_a_variant(package) -> None:
         for variants in buckets.values():
             served = [v for v in variants if all(getattr(v, a) == t for a, t in case.items())]
             assert served, case
+
+
+README = (SPECS / "README.md").read_text()
+
+
+def test_the_readme_of_specs_has_every_code_and_every_axis() -> None:
+    """And no other; a code that nothing gives is not in the catalogue."""
+    rows = re.findall(r"^\| `(KG\d+)` \| (.*) \|$", README, re.MULTILINE)
+    assert dict(rows) == dict(CATALOGUE) and len(rows) == len(CATALOGUE)
+    source = "".join(file.read_text() for file in (SPECS.parent / "kernelgen").rglob("*.py") if file.name != "diagnostics.py")
+    assert set(re.findall(r"\bKG\d+\b", source)) == set(CATALOGUE)
+    axes = dict(re.findall(r"^\| `(\w+)` \| (`[^|]*) \|", README, re.MULTILINE))
+    for axis, tags in VOCABULARY.items():
+        assert re.findall(r"\w+", axes[axis]) == list(tags), axis

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import json
 import os
+import shutil
+import stat
 from pathlib import Path
+from typing import Callable
 
 import project
 import pytest
 
-from kernelgen import build, formatting, trees
+from kernelgen import build, formatting, sealed, trees
 from kernelgen.diagnostics import Failure
 from kernelgen.locate import SPECS
 
@@ -250,3 +256,78 @@ def test_a_build_takes_the_tree_that_was_made_of_the_same(
     assert builds(1) and builds(0)
     os.mkfifo(folder / "pipe.yaml")
     assert trees.made_of(folder, None) is None
+
+
+def _seal_of_a_hash(text: str) -> str:
+    return f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
+
+
+def _seal_of_a_stranger(text: str) -> str:
+    return f"{hmac.new(bytes(32), text.encode(), hashlib.sha256).hexdigest()}\n{text}"
+
+
+@pytest.mark.parametrize("seal", [_seal_of_a_hash, _seal_of_a_stranger, str])
+@pytest.mark.parametrize("path", ["generated/__init__.py", "generated/../../outside.py", "generated"])
+def test_a_forged_entry_of_the_cache_is_not_taken(
+    path: str, seal: Callable[[str], str], own_cache: Path, tmp_path: Path
+) -> None:
+    folder = project.make(tmp_path)
+    build.build(folder, tmp_path)
+    before = project.files(tmp_path)
+    entries = list((own_cache.parent / "trees").iterdir())
+    forged = json.dumps({"files": {path: "raise SystemExit\n"}, "partial": False})
+    for entry in (*entries, *own_cache.iterdir()):
+        entry.write_text(seal(forged))
+    assert not build.build(folder, tmp_path).changes and project.files(tmp_path) == before
+    assert not (tmp_path.parent / "outside.py").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[" * 100_000, "[]", "{}", '{"files": {"generated/../x.py": ""}, "partial": false}', '{"files": {"x": 1}}'],
+)
+def test_an_entry_that_is_no_tree_is_not_taken(text: str, tmp_path: Path) -> None:
+    folder = project.make(tmp_path)
+    key = trees.made_of(folder, None)
+    trees._kept().put(key, text)
+    assert trees._kept().get(key) == text and trees.get(key) is None
+    assert not build.build(folder, tmp_path).is_clean and build.build(folder, tmp_path).is_clean
+
+
+def _readable(key: Path) -> None:
+    key.chmod(0o644)
+
+
+def _linked(key: Path) -> None:
+    key.rename(key.with_name("other"))
+    key.symlink_to("other")
+
+
+def _short(key: Path) -> None:
+    key.write_bytes(b"short")
+
+
+@pytest.mark.parametrize("spoil", [_readable, _linked, _short])
+def test_a_key_that_others_may_know_seals_nothing(spoil: Callable[[Path], None], own_cache: Path, tmp_path: Path) -> None:
+    folder = project.make(tmp_path)
+    tree = build.tree(folder)
+    key = own_cache.parent / "key"
+    before = key.read_bytes()
+    spoil(key)
+    sealed._secret.cache_clear()
+    assert build.tree(folder) == tree and key.read_bytes() != before
+    assert stat.S_IMODE(key.lstat().st_mode) == 0o600 and not key.is_symlink()
+
+
+def test_templates_that_are_no_folder_are_told(tmp_path: Path) -> None:
+    folder = project.make(tmp_path)
+    shutil.rmtree(tmp_path / "templates")
+    (tmp_path / "templates").symlink_to("templates")
+    with pytest.raises(Failure, match="KG001") as failed:
+        build.tree(folder)
+    assert failed.value.exit_code == 2
+
+
+def test_a_glob_that_is_no_text_matches_nothing(tmp_path: Path) -> None:
+    with pytest.raises(Failure, match="KG040"):
+        build.build(project.make(tmp_path), tmp_path, only=os.fsdecode(b"\xff*"))

@@ -339,6 +339,12 @@ def test_a_damaged_memory_is_not_believed(
     Remembered().file.write_text("\n".join(damaged) + "\n")
     assert small("report", only=ADD, targets=["sm_90"]).compiled == 2
     assert small("report", only=ADD, targets=["sm_90"]).compiled == 0
+    memory = Remembered()
+    (digest, usage), *others = memory.usages.items()
+    fields = dataclasses.asdict(usage)
+    damaged = [[digest, {**fields, name: value}] for name, value in (("registers", "many"), ("spill_bytes", -1), ("x", 1))]
+    memory.file.write_text("\n".join(map(json.dumps, damaged)) + "\n" + "[" * 100_000 + "\n")
+    assert not Remembered().usages and len(others) == 1
 
 
 def test_an_interrupted_run_goes_on_where_it_was(
