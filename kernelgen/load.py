@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Iterable, Mapping, Sequence
 
 from kernelgen.diagnostics import Diagnostic, did_you_mean, failure, os_failure
+from kernelgen.limits import MAX_BYTES
 from kernelgen.model import (
     SCHEDULE,
     TAG_HINTS,
@@ -28,7 +29,7 @@ from kernelgen.model import (
     TunedEntry,
 )
 from kernelgen.names import Identifier, identifier_fault, kernel_template
-from kernelgen.parse import MAX_BYTES, Node, Step, parse
+from kernelgen.parse import Node, Step, parse
 from kernelgen.schema import (
     ChoiceShape,
     EntryShape,

@@ -1,7 +1,7 @@
 """YAML text to a tree of values that know their place.
 
-Built on PyYAML's events, so that no depth, alias or tag can do harm: nesting is counted, not recursed into, aliases, anchors
-and tags are refused, duplicate keys are seen. Scalars follow the core schema of YAML 1.2 (``on`` and ``012`` are not
+Built on PyYAML's events, which it makes of a text within the limits only: aliases, anchors and tags are refused, duplicate
+keys are seen, nothing is recursed into. Scalars follow the core schema of YAML 1.2 (``on`` and ``012`` are not
 a boolean and an octal number).
 """
 
@@ -15,13 +15,8 @@ from typing import Any, Iterator, Mapping, TypeAlias
 import yaml
 
 from kernelgen.diagnostics import Diagnostic
+from kernelgen.limits import MAX_BYTES, excess
 from kernelgen.model import Location
-
-MAX_BYTES = 1 << 20
-MAX_DEPTH = 16
-MAX_SCALAR = 2000  # characters
-MAX_NODES = 60_000
-MAX_DIGITS = 18
 
 _INVISIBLE = re.compile(
     "[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"  # not printable in YAML
@@ -87,6 +82,7 @@ class Node:
 class _Parser:
     def __init__(self, path: str, text: str) -> None:
         self.path = path
+        self.text = text
         self.lines = [line.rstrip("\r") for line in text.split("\n")]
         self.faults: list[Diagnostic] = []
         self.usable = True  # whether the tree stands for what was written
@@ -99,6 +95,13 @@ class _Parser:
         text = self.lines[mark.line]
         length = end.column - mark.column if end and end.line == mark.line else 1
         return Location(self.path, mark.line + 1, mark.column + 1, max(1, length), text)
+
+    def span(self, start: int, end: int) -> Location:
+        """The place of the characters from ``start`` to ``end``; of the first one where they are in several lines."""
+        line = self.text.count("\n", 0, start)
+        column = start - self.text.rfind("\n", 0, start)
+        length = 1 if "\n" in self.text[start:end] else end - start
+        return Location(self.path, line + 1, column, length, self.lines[line])
 
     def fault(self, code: str, where: Location, message: str, hint: str = "") -> None:
         self.faults.append(Diagnostic(code, where, message, hint))
@@ -129,6 +132,9 @@ def parse(path: str, data: bytes) -> tuple[Node | None, list[Diagnostic]]:
         ]
     parser = _Parser(path, text)
     parser.faults += _invisible(parser, text)
+    passed = excess(text)
+    if passed and not parser.faults:
+        parser.fault("KG004", parser.span(passed.start, passed.end), passed.message)
     if parser.faults:
         return None, parser.faults
     try:
@@ -191,7 +197,7 @@ def _build(parser: _Parser, text: str) -> Node | None:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     stack: list[_Open] = []
     root: Node | None = None
-    nodes = documents = 0
+    documents = 0
     for event in yaml.parse(text, Loader=loader):
         where = parser.location(event.start_mark, event.end_mark)
         if isinstance(event, yaml.DocumentStartEvent):
@@ -202,19 +208,12 @@ def _build(parser: _Parser, text: str) -> Node | None:
         if isinstance(event, yaml.CollectionEndEvent):
             node = stack.pop().node
         elif isinstance(event, yaml.NodeEvent):
-            nodes += 1
-            if nodes > MAX_NODES:
-                parser.fault("KG004", where, f"more than {MAX_NODES} values")
-                return None
             parser.usable &= _is_bare(parser, event, where)
             if isinstance(event, yaml.ScalarEvent):
                 node = Node(where, _scalar(parser, event, where))
             elif isinstance(event, yaml.AliasEvent):
                 node = Node(where, None)
             else:
-                if len(stack) == MAX_DEPTH:
-                    parser.fault("KG004", where, f"nested deeper than {MAX_DEPTH}")
-                    return None
                 here = parser.location(event.start_mark)
                 empty: Any = [] if isinstance(event, yaml.SequenceStartEvent) else {}
                 stack.append(_Open(Node(here, empty)))
@@ -245,17 +244,11 @@ def _is_bare(parser: _Parser, event: Any, where: Location) -> bool:
 
 def _scalar(parser: _Parser, event: yaml.ScalarEvent, where: Location) -> Scalar:
     text: str = event.value
-    if len(text) > MAX_SCALAR:
-        parser.fault("KG004", where, f"a text of {len(text)} characters; at most {MAX_SCALAR}")
-        return ""
     if event.style:  # quoted, or a block
         return text
     if text in _WORDS:
         return _WORDS[text]
     if _INT.fullmatch(text):
-        if len(text) > MAX_DIGITS:
-            parser.fault("KG004", where, f"a number of more than {MAX_DIGITS} digits")
-            return 0
         return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
     if _FLOAT.fullmatch(text):
         number = float(text)

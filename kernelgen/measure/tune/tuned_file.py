@@ -11,11 +11,11 @@ from typing import Any, Mapping, Sequence
 import yaml
 
 from kernelgen.diagnostics import failure, os_failure
+from kernelgen.limits import MAX_BYTES, MAX_VALUES, excess
 from kernelgen.measure.tune.family import Family, Problem
 from kernelgen.measure.tune.search import Found
 from kernelgen.measure.tune.space import Candidate, Space
 from kernelgen.measure.tune.state import Key, key
-from kernelgen.parse import MAX_BYTES, MAX_NODES
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -69,22 +69,18 @@ def text(
         f"versions: {_flow({name: json.dumps(version) for name, version in versions.items()})}",
         "entries:" if entries else "entries: []",
     ]
-    nodes = 8 + 2 * len(versions)
     for one in sorted(entries, key=lambda one: _place(one, family.order)):
         tags = _tags(one.problem)
         sizes = {name: size for name, size in one.problem.items() if name not in tags}
         lines.append(f"  - problem: {_flow(sizes)}")
         if tags:
             lines.append(f"    tags: {_flow(tags)}")
-            nodes += 2
         lines += [f"    {part}" for part in _choice(one.best, space)]
-        nodes += 3 + 2 * len(one.problem) + _nodes(one.best)
         if one.runner_up is not None:
             lines.append(f"    runner_up: {{{', '.join(_choice(one.runner_up, space))}}}")
-            nodes += 2 + _nodes(one.runner_up)
     result = "\n".join(lines) + "\n"
-    if nodes > MAX_NODES or len(result) > MAX_BYTES:
-        limit = f"at most {MAX_NODES} values and {MAX_BYTES} bytes are read"
+    if len(result) > MAX_BYTES or excess(result):
+        limit = f"at most {MAX_VALUES} values and {MAX_BYTES} bytes are read"
         raise failure("KG004", family.name, f"{len(entries)} problems are too many for one file", limit)
     return result
 
@@ -150,10 +146,6 @@ def _choice(choice: Choice, space: Space) -> list[str]:
         f"config: {_flow(space.named(choice.candidate))}",
         f"us: {choice.us:.2f}",
     ]
-
-
-def _nodes(choice: Choice) -> int:
-    return 6 + 2 * len(choice.candidate.values)
 
 
 def _flow(mapping: Mapping[str, Any]) -> str:
