@@ -72,8 +72,7 @@ def select(package: Package, only: str) -> tuple[Variant, ...]:
     """
     chosen = tuple(v for v in package.variants if fnmatch.fnmatchcase(v.name, only))
     if not chosen:
-        hint = did_you_mean(only, [v.name for v in package.variants])
-        hint = hint if hint.startswith("did") else "kernelgen list shows the names"
+        hint = did_you_mean(only, [v.name for v in package.variants], "kernelgen list shows the names")
         raise failure("KG040", only, "no variant has a name like this", hint)
     return chosen
 

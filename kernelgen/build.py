@@ -99,6 +99,5 @@ def find(package: Package, name: str) -> tuple[Family, Variant]:
         for variant in family.variants:
             if variant.name == name:
                 return family, variant
-    hint = did_you_mean(name, [variant.name for variant in package.variants])
-    hint = hint if hint.startswith("did") else "kernelgen list shows the names"
+    hint = did_you_mean(name, [variant.name for variant in package.variants], "kernelgen list shows the names")
     raise failure("KG040", name, "no such variant", hint)

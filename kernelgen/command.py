@@ -46,8 +46,7 @@ def command(name: str, **settings: Any) -> Callable[[Callable[..., Report]], cli
             except Failure as failed:
                 if not as_json:
                     raise
-                errors = [diagnostic.as_json() for diagnostic in failed.diagnostics]
-                report = Report({"errors": errors}, exit_code=failed.exit_code)
+                report = Report(failed.as_json(), exit_code=failed.exit_code)
             if as_json:
                 _print([json.dumps({"schema_version": SCHEMA_VERSION, **report.document})])
             else:

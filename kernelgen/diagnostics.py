@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Any, Iterable, Mapping, Sequence
+from typing import Any, Iterable, Mapping
 
 from kernelgen.model import Location
 
@@ -65,13 +65,29 @@ _MOST = 200  # faults that are shown
 
 
 @dataclasses.dataclass(frozen=True)
+class Nearest:
+    """A hint that names the known word nearest to ``word``, or what is said where none is near.
+
+    It is looked for when the hint is shown: a file can have more faults than anybody is shown, and each look takes a while.
+    """
+
+    word: str
+    known: tuple[str, ...]
+    otherwise: str
+
+    def __str__(self) -> str:
+        near = difflib.get_close_matches(self.word[:80], self.known, n=1, cutoff=0.6)
+        return f"did you mean {near[0]}?" if near else self.otherwise
+
+
+@dataclasses.dataclass(frozen=True)
 class Diagnostic:
     """One fault: a code of the catalogue, where, what, and what to do about it."""
 
     code: str
     location: Location
     message: str
-    hint: str = ""
+    hint: str | Nearest = ""
 
     def __post_init__(self) -> None:
         assert self.code in CATALOGUE, self.code
@@ -84,15 +100,16 @@ class Diagnostic:
             "line": self.location.line,
             "column": self.location.column,
             "message": self.message,
-            "hint": self.hint,
+            "hint": str(self.hint),
         }
 
     def __str__(self) -> str:
         lines = [f"{printable(str(self.location))}: error[{self.code}]: {printable(self.message)}"]
         if self.location.text:
             lines += _excerpt(self.location)
-        if self.hint:
-            lines.append(f"  hint: {printable(self.hint)}")
+        hint = printable(str(self.hint))
+        if hint:
+            lines.append(f"  hint: {hint}")
         return "\n".join(lines)
 
 
@@ -109,6 +126,11 @@ class Failure(Exception):
         self.exit_code = exit_code
         super().__init__(f"{len(self.diagnostics)} errors")
 
+    def as_json(self) -> dict[str, Any]:
+        """The fields of a report: the errors that are shown, and how many are not."""
+        shown = [diagnostic.as_json() for diagnostic in self.diagnostics[:_MOST]]
+        return {"errors": shown, "more_errors": len(self.diagnostics) - len(shown)}
+
     def __str__(self) -> str:
         shown = [str(diagnostic) for diagnostic in self.diagnostics[:_MOST]]
         if len(self.diagnostics) > _MOST:
@@ -116,7 +138,7 @@ class Failure(Exception):
         return "\n".join(shown)
 
 
-def failure(code: str, where: str, message: str, hint: str = "", exit_code: int = 2) -> Failure:
+def failure(code: str, where: str, message: str, hint: str | Nearest = "", exit_code: int = 2) -> Failure:
     """A ``Failure`` with one fault that concerns a whole file, or the command."""
     return Failure([Diagnostic(code, Location(where), message, hint)], exit_code)
 
@@ -126,12 +148,12 @@ def os_failure(error: OSError, path: object) -> Failure:
     return failure("KG001", str(path), error.strerror or type(error).__name__)
 
 
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """A hint that names the nearest known word, or all of them."""
-    near = difflib.get_close_matches(word[:80], known, n=1, cutoff=0.6)
-    if near:
-        return f"did you mean {near[0]}?"
-    return f"known: {', '.join(known)}" if known else ""
+def did_you_mean(word: str, known: Iterable[str], otherwise: str | None = None) -> Nearest:
+    """A hint that names the nearest known word; where none is near ``otherwise``, by default all of them."""
+    words = tuple(known)
+    if otherwise is None:
+        otherwise = f"known: {', '.join(words)}" if words else ""
+    return Nearest(word, words, otherwise)
 
 
 def printable(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from typing import Iterator, Sequence
+from typing import Container, Iterator, Sequence
 
 from kernelgen.diagnostics import Diagnostic
 from kernelgen.model import (
@@ -39,33 +39,39 @@ def expand(families: Sequence[Family]) -> tuple[Package, list[Diagnostic]]:
             message = f"{combinations} combinations of tags; at most {MAX_COMBINATIONS}"
             faults.append(Diagnostic("KG004", family.axes[0].location, message))
             continue
-        variants = tuple(_variants(family))
-        faults += _coverage_faults(family, variants)
+        left, useful = _left(family)
+        variants = tuple(_variant(family, tags) for tags in left)
+        faults += _coverage_faults(family, variants, useful)
         faults += _fp8_faults(family, variants)
         expanded.append(dataclasses.replace(family, variants=variants))
     package = Package(tuple(expanded))
     return package, faults + list(_name_faults(package))
 
 
-def _combinations(family: Family) -> Iterator[Record]:
+def _left(family: Family) -> tuple[list[Record], set[int]]:
+    """The combinations that no exclude takes, and the numbers of the excludes that take one which none above takes."""
     names = [axis.name for axis in family.axes]
-    for tags in itertools.product(*(axis.tags for axis in family.axes)):
-        yield Record(dict(zip(names, tags, strict=True)))
-
-
-def _variants(family: Family) -> Iterator[Variant]:
-    for tags in _combinations(family):
+    left, useful = [], set()
+    for values in itertools.product(*(axis.tags for axis in family.axes)):
+        tags = Record(dict(zip(names, values, strict=True)))
         chosen: dict[str, str] = dict(tags)
-        if any(exclude.matches(chosen) for exclude in family.excludes):
-            continue
-        yield Variant(
-            family.name,
-            variant_name(family.name, tags.values),
-            module_name(tags.values),
-            Identifier(chosen.get(SCHEDULE, family.name)),
-            tags,
-            _facts(family, tags),
-        )
+        first = next((i for i, exclude in enumerate(family.excludes) if exclude.matches(chosen)), None)
+        if first is None:
+            left.append(tags)
+        else:
+            useful.add(first)
+    return left, useful
+
+
+def _variant(family: Family, tags: Record) -> Variant:
+    return Variant(
+        family.name,
+        variant_name(family.name, tags.values),
+        module_name(tags.values),
+        Identifier(dict(tags).get(SCHEDULE, family.name)),
+        tags,
+        _facts(family, tags),
+    )
 
 
 def _facts(family: Family, tags: Record) -> Record:
@@ -80,7 +86,9 @@ def _facts(family: Family, tags: Record) -> Record:
     return Record(facts)
 
 
-def _coverage_faults(family: Family, variants: Sequence[Variant]) -> Iterator[Diagnostic]:
+def _coverage_faults(
+    family: Family, variants: Sequence[Variant], useful: Container[int]
+) -> Iterator[Diagnostic]:
     if len(variants) > MAX_VARIANTS:
         message = f"{len(variants)} variants; at most {MAX_VARIANTS}"
         yield Diagnostic("KG004", family.axes[0].location, message)
@@ -88,13 +96,8 @@ def _coverage_faults(family: Family, variants: Sequence[Variant]) -> Iterator[Di
         message = "every combination is excluded"
         yield Diagnostic("KG018", family.axes[0].location, message)
         return
-    combinations = [dict(tags) for tags in _combinations(family)]
     for i, exclude in enumerate(family.excludes):
-        others = family.excludes[:i]
-        if not any(
-            exclude.matches(tags) and not any(other.matches(tags) for other in others)
-            for tags in combinations
-        ):
+        if i not in useful:
             message = "this exclude leaves nothing out that is not left out above"
             yield Diagnostic("KG017", exclude.location, message)
     for axis in family.axes:

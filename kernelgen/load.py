@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Iterable, Mapping, Sequence
 
-from kernelgen.diagnostics import Diagnostic, did_you_mean, failure, os_failure
+from kernelgen.diagnostics import Diagnostic, Nearest, did_you_mean, failure, os_failure
 from kernelgen.limits import MAX_BYTES
 from kernelgen.model import (
     SCHEDULE,
@@ -128,7 +128,7 @@ class _Checks:
         self.root = root
         self.sections, self.faults = validate(shape, root)
 
-    def fault(self, code: str, where: Location, message: str, hint: str = "") -> None:
+    def fault(self, code: str, where: Location, message: str, hint: str | Nearest = "") -> None:
         self.faults.append(Diagnostic(code, where, message, hint))
 
     def value_at(self, *path: Step) -> Location:
@@ -375,10 +375,9 @@ class _TunedFile(_Checks):
                 declared = ", ".join(map(str, tunables[Identifier(name)]))
                 message = f"{name} {value} is not a declared value"
                 self.fault("KG025", where, message, f"{self.of.spec} declares {declared}")
-        for name in tunables:
-            if name not in choice.config:
-                where = self.root.key_at(*path, "config")
-                self.fault("KG025", where, f"tunable {name!r} is missing")
+        missing = ", ".join(name for name in tunables if name not in choice.config)
+        if missing:
+            self.fault("KG025", self.root.key_at(*path, "config"), f"without a value: {missing}")
 
     def _choice(self, shape: ChoiceShape) -> Choice:
         tunables = self.of.kernel(shape.schedule).tunables

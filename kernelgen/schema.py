@@ -30,11 +30,14 @@ from kernelgen.parse import Node, Step
 MAX_AXES = 16
 MAX_TAGS = 64
 MAX_EXCLUDES = 64
+MAX_TUNABLES = 64  # of a schedule, and values of each
+MAX_SIZES = 32  # of a problem
 MAX_TUNABLE = 1 << 20
 
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 Names = Annotated[list[Name], Field(min_length=1, max_length=MAX_TAGS)]
 TunableValue = Annotated[int, Field(ge=0, le=MAX_TUNABLE)]
+TunableValues = Annotated[list[TunableValue], Field(min_length=1, max_length=MAX_TUNABLES)]
 
 
 def _size(value: Any) -> Any:
@@ -157,8 +160,9 @@ class SpecShape(_Shape):
     ]
     resources: ResourcesShape = ResourcesShape()
     tunables: Annotated[
-        dict[Name, dict[Name, Annotated[list[TunableValue], Field(min_length=1, max_length=64)]]],
+        dict[Name, Annotated[dict[Name, TunableValues], Field(max_length=MAX_TUNABLES)]],
         Field(
+            max_length=MAX_TAGS,
             description="Schedule (without such an axis: the family) to its constexpr parameters and their legal values."
         ),
     ] = {}
@@ -168,15 +172,15 @@ class ChoiceShape(_Shape):
     """A schedule, its tunables, and its time."""
 
     schedule: Name
-    config: dict[Name, int]
+    config: Annotated[dict[Name, int], Field(max_length=MAX_TUNABLES)]
     us: Annotated[float, Field(gt=0)]
 
 
 class EntryShape(ChoiceShape):
     """The best choice for a problem."""
 
-    problem: Annotated[dict[Name, Size], Field(min_length=1)]
-    tags: dict[Name, Name] = {}
+    problem: Annotated[dict[Name, Size], Field(min_length=1, max_length=MAX_SIZES)]
+    tags: Annotated[dict[Name, Name], Field(max_length=MAX_AXES)] = {}
     runner_up: ChoiceShape | None = None
 
 

@@ -126,8 +126,8 @@ def run(
     _require(device)
     tasks = list(_tasks(suites(out), only))
     if not tasks:
-        hint = did_you_mean(only or "", [v.name for s in suites(out).values() for v in s.variants])
-        hint = hint if hint.startswith("did") else "kernelgen list shows the names"
+        names = [v.name for s in suites(out).values() for v in s.variants]
+        hint = did_you_mean(only or "", names, "kernelgen list shows the names")
         raise failure("KG040", only or "", "no variant has a name like this", hint)
     pool = concurrent.futures.ProcessPoolExecutor(
         max(1, min(workers, len(tasks))),
