@@ -1,6 +1,12 @@
-"""``python -m kernelgen``."""
+"""``python -m kernelgen``, and the ``kernelgen`` command."""
 
-from kernelgen.cli import main
+from kernelgen import entry
+
+
+def main() -> None:
+    """Run the command line."""
+    entry.run("kernelgen.cli", "commands")
+
 
 if __name__ == "__main__":
     main()

@@ -20,8 +20,6 @@ import click
 from kernelgen import __version__
 from kernelgen.command import Report, command
 
-INTERRUPTED = 130
-
 # Commands of other modules, which are imported when they are called.
 _ELSEWHERE = {
     "bench": "kernelgen.measure.command",
@@ -428,36 +426,3 @@ def _inline(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(map(str, value))
     return str(value)
-
-
-def main() -> None:
-    """Run the command line; the one place that turns failures into exit codes."""
-    sys.exit(_run())
-
-
-def _run() -> int:
-    from kernelgen.diagnostics import Failure
-
-    try:
-        return commands.main(standalone_mode=False) or 0
-    except Failure as failed:
-        click.echo(str(failed), err=True)
-        return failed.exit_code
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        return INTERRUPTED
-    except OSError as error:  # of what is printed, for one; those of the work have a code
-        if os.environ.get("KERNELGEN_TRACEBACK"):
-            raise
-        click.echo(f"kernelgen: {error}", err=True)
-        return 2
-    except Exception as error:
-        if os.environ.get("KERNELGEN_TRACEBACK"):
-            raise
-        kind = type(error).__name__
-        hint = "set KERNELGEN_TRACEBACK=1 to see where"
-        click.echo(f"kernelgen: internal error: {kind}: {error}\n  hint: {hint}", err=True)
-        return 2

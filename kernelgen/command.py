@@ -1,4 +1,4 @@
-"""How every command ends: with a report, which a person or a program reads, or with a failure, told in the same two forms."""
+"""What every command gives: a report, which a person or a program reads."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any, Callable, Iterable, Mapping
 
 import click
 
-SCHEMA_VERSION = 1  # of every document that --json prints, but for those that are files too
-_BROUGHT_BY = {"torch": "run", "triton": "run", "numpy": "run", "matplotlib": "report"}  # package: the extra that it comes with
+from kernelgen.entry import SCHEMA_VERSION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,22 +30,13 @@ class Report:
 
 
 def command(name: str, **settings: Any) -> Callable[[Callable[..., Report]], click.Command]:
-    """A command of a function that gives a ``Report``, with ``--json`` and the one way to fail: ``Failure``, or a package
-    that is not installed.
-    """
+    """A command of a function that gives a ``Report``, with ``--json``; ``kernelgen.entry`` tells what it raises."""
 
     def register(function: Callable[..., Report]) -> click.Command:
         @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
         @functools.wraps(function)
         def run(as_json: bool, **arguments: Any) -> int:
-            from kernelgen.diagnostics import Failure
-
-            try:
-                report = _report(function, arguments)
-            except Failure as failed:
-                if not as_json:
-                    raise
-                report = Report(failed.as_json(), exit_code=failed.exit_code)
+            report = function(**arguments)
             if as_json:
                 _print([json.dumps({"schema_version": SCHEMA_VERSION, **report.document})])
             else:
@@ -56,19 +46,6 @@ def command(name: str, **settings: Any) -> Callable[[Callable[..., Report]], cli
         return click.command(name, click.Command, **settings)(run)
 
     return register
-
-
-def _report(function: Callable[..., Report], arguments: Mapping[str, Any]) -> Report:
-    from kernelgen.diagnostics import failure
-
-    try:
-        return function(**arguments)
-    except ModuleNotFoundError as error:
-        extra = _BROUGHT_BY.get((error.name or "").partition(".")[0])
-        if extra is None:
-            raise
-        hint = f"pip install 'kernelgen[{extra}]'"
-        raise failure("KG061", str(error.name), "this command needs it, and it is not installed", hint) from error
 
 
 def _print(lines: Iterable[str]) -> None:

@@ -59,6 +59,9 @@ CATALOGUE: Mapping[str, str] = {
     "KG072": "a file of results, of tiles or of a search that this run cannot go on with",
     "KG073": "a result that is wrong, or that could not be timed",
     "KG074": "a process, or its context on the GPU, that was lost on the way",
+    "KG080": "a command line that is not understood",
+    "KG081": "a package that is not installed",
+    "KG082": "an error of kernelgen itself",
 }
 _WIDTH = 120  # columns of an excerpt
 _MOST = 200  # faults that are shown

@@ -6,16 +6,14 @@ Formatting costs about a millisecond a line, so results are kept in the user's c
 from __future__ import annotations
 
 import ast
-import concurrent.futures
 import hashlib
 import importlib.metadata
-import multiprocessing
-import signal
 import sys
 import threading
-from typing import Iterator, Mapping, Sequence
+from typing import Mapping, Sequence
 
 from kernelgen.diagnostics import Diagnostic
+from kernelgen.forks import Fault, in_processes
 from kernelgen.model import Location
 from kernelgen.names import PACKAGE
 from kernelgen.sealed import Sealed
@@ -77,6 +75,8 @@ def finish(texts: Mapping[str, str], jobs: int) -> tuple[dict[str, str], list[Di
     for (path, raw), result in zip(new, _map(new, jobs), strict=True):
         if isinstance(result, Diagnostic):
             faults.append(result)
+        elif isinstance(result, Fault):
+            faults.append(Diagnostic("KG023", Location(path), f"it cannot be formatted: {result.reason}"))
         else:
             results[path] = result
             cache.put(path, raw, result)
@@ -85,22 +85,14 @@ def finish(texts: Mapping[str, str], jobs: int) -> tuple[dict[str, str], list[Di
     return {path: text for path, text in results.items() if text is not None}, faults
 
 
-def _map(new: Sequence[tuple[str, str]], jobs: int) -> Iterator[str | Diagnostic]:
+def _map(new: Sequence[tuple[str, str]], jobs: int) -> list[str | Diagnostic | Fault]:
     # A fork is cheap and needs no importable main module, but is only sound in a process of one thread.
     can_fork = sys.platform == "linux" and threading.active_count() == 1
     if jobs < 2 or len(new) < _PARALLEL_FROM or not can_fork:
-        yield from map(_finish, new)
-        return
+        return list(map(_finish, new))
     import black  # noqa: F401  (before the fork, so that it is loaded once)
 
-    context = multiprocessing.get_context("fork")
-    on_interrupt = (signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    with concurrent.futures.ProcessPoolExecutor(jobs, context, signal.signal, on_interrupt) as pool:
-        try:
-            yield from pool.map(_finish, new, chunksize=4)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    return in_processes(_finish, new, jobs)
 
 
 def _finish(item: tuple[str, str]) -> str | Diagnostic:

@@ -8,12 +8,12 @@ over its variants, and a fault in a template is in all of them. It is killed whe
 from __future__ import annotations
 
 import ast
-import concurrent.futures
 import copy
 import dataclasses
 import fnmatch
+import functools
 import importlib
-import multiprocessing
+import itertools
 import re
 import shutil
 import sys
@@ -23,8 +23,9 @@ from typing import Iterator, Mapping, Sequence
 
 import click
 
-from kernelgen import names
+from kernelgen import entry, names
 from kernelgen.cases.base import Case, Variant
+from kernelgen.forks import Fault, in_processes
 from kernelgen.testing import Suite
 from kernelgen.verify import start_worker, suites
 
@@ -325,7 +326,9 @@ def excused(mutant: Mutant) -> bool:
     )
 
 
-def _try(out: Path, name: str, part: int, parts: int) -> list[Fate]:
+def _try(out: Path, parts: int, task: tuple[str, int]) -> list[Fate]:
+    start_worker(out, "cpu")
+    name, part = task
     with Bench(out) as bench:
         suite, variant = next(found for found in bench.variants() if found[1].name == name)
         chosen = mutants(bench.source(variant), name)[part::parts]
@@ -350,29 +353,30 @@ def main(out: Path, only: Sequence[str], jobs: int) -> None:
     chosen = [name for name in found if any(fnmatch.fnmatchcase(name, glob) for glob in only)]
     if not chosen:
         raise click.UsageError(f"no variant has a name like {' or '.join(only)}")
-    pool = concurrent.futures.ProcessPoolExecutor(
-        jobs,
-        multiprocessing.get_context("spawn"),
-        initializer=start_worker,
-        initargs=(out.resolve(), "cpu"),
-    )
-    living = tried = 0
-    with pool:
-        futures = [
-            (name, [pool.submit(_try, out.resolve(), name, part, jobs) for part in range(jobs)])
-            for name in chosen
-        ]
-        for name, parts in futures:
-            fates = [fate for part in parts for fate in part.result()]
-            lives = [fate.mutant for fate in fates if not fate.killer]
-            living += len(lives)
-            tried += len(fates)
-            click.echo(f"{name}: {len(fates) - len(lives)} of {len(fates)} killed")
-            for mutant in sorted(lives, key=lambda m: m.line):
-                click.echo(f"  lives: {mutant}")
-    click.echo(f"{tried - living} of {tried} killed")
+    fates: dict[str, list[list[Fate]]] = {name: [] for name in chosen}
+
+    def keep(task: tuple[str, int], part: list[Fate] | Fault) -> None:
+        name, _ = task
+        if isinstance(part, Fault):
+            raise RuntimeError(f"{name}: {part.reason}")
+        fates[name].append(part)
+        if len(fates[name]) == jobs:
+            _tell(name, list(itertools.chain(*fates[name])))
+
+    tasks = [(name, part) for name in chosen for part in range(jobs)]
+    in_processes(functools.partial(_try, out.resolve(), jobs), tasks, jobs, keep=keep, method="spawn")
+    every = list(itertools.chain(*itertools.chain(*fates.values())))
+    living = sum(not fate.killer for fate in every)
+    click.echo(f"{len(every) - living} of {len(every)} killed")
     raise SystemExit(1 if living else 0)
 
 
+def _tell(name: str, fates: Sequence[Fate]) -> None:
+    lives = [fate.mutant for fate in fates if not fate.killer]
+    click.echo(f"{name}: {len(fates) - len(lives)} of {len(fates)} killed")
+    for mutant in sorted(lives, key=lambda m: m.line):
+        click.echo(f"  lives: {mutant}")
+
+
 if __name__ == "__main__":
-    main()
+    entry.run("kernelgen.mutate", "main")

@@ -5,27 +5,26 @@ What is run is what ``tests/generated`` holds, in processes of their own: Triton
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import fnmatch
 import functools
 import importlib.util
-import multiprocessing
 import os
 import sys
 import time
 import unittest
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 from kernelgen import names
 from kernelgen.diagnostics import Diagnostic, did_you_mean, failure
+from kernelgen.forks import Fault, Progress, in_processes, no_progress
 from kernelgen.model import Location
 from kernelgen.testing import Suite
 
-Progress = Callable[[Iterable[Any], int], Iterable[Any]]  # (items as they get done, how many)
 DEVICES = ("cpu", "cuda")
 _LAW = "law"
+_Task = tuple[str, str]  # family, and the name of a variant or "law"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +108,7 @@ def run(
     only: str | None = None,
     device: str = "cpu",
     workers: int = 1,
-    progress: Progress = lambda items, total: items,
+    progress: Progress = no_progress,
 ) -> Result:
     """Run the generated tests of the package in ``out``.
 
@@ -129,22 +128,9 @@ def run(
         names = [v.name for s in suites(out).values() for v in s.variants]
         hint = did_you_mean(only or "", names, "kernelgen list shows the names")
         raise failure("KG040", only or "", "no variant has a name like this", hint)
-    pool = concurrent.futures.ProcessPoolExecutor(
-        max(1, min(workers, len(tasks))),
-        multiprocessing.get_context("spawn"),
-        initializer=start_worker,
-        initargs=(out.resolve(), device),
-    )
-    with pool:
-        futures = {pool.submit(_run, *task, out, device): i for i, task in enumerate(tasks)}
-        done: dict[int, list[Outcome]] = {}
-        try:
-            for future in progress(concurrent.futures.as_completed(futures), len(tasks)):
-                done[futures[future]] = future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    outcomes = [outcome for i in range(len(tasks)) for outcome in done[i]]
+    work = functools.partial(_run, out.resolve(), device)
+    done = in_processes(work, tasks, workers, progress, method="spawn")
+    outcomes = [outcome for task, found in zip(tasks, done, strict=True) for outcome in _told(task, found)]
     return Result(device, outcomes, time.monotonic() - start)
 
 
@@ -179,8 +165,7 @@ def _require(device: str) -> None:
             raise failure("KG061", device, "torch sees no GPU here", hint)
 
 
-def _tasks(found: dict[str, Suite], only: str | None) -> Iterator[tuple[str, str]]:
-    """(family, name of a variant or "law")."""
+def _tasks(found: dict[str, Suite], only: str | None) -> Iterator[_Task]:
     for family, suite in found.items():
         for variant in suite.variants:
             if only is None or fnmatch.fnmatchcase(variant.name, only):
@@ -189,8 +174,9 @@ def _tasks(found: dict[str, Suite], only: str | None) -> Iterator[tuple[str, str
             yield family, _LAW
 
 
+@functools.cache
 def start_worker(out: Path, device: str) -> None:
-    """Make this process one that runs kernels on ``device``."""
+    """Make this process one that runs kernels on ``device``; further calls do nothing."""
     os.environ["TRITON_INTERPRET"] = "1" if device == "cpu" else "0"
     sys.path.insert(0, str(out))
     import torch
@@ -202,7 +188,9 @@ def start_worker(out: Path, device: str) -> None:
         interpreter.install()
 
 
-def _run(family: str, subject: str, out: Path, device: str) -> list[Outcome]:
+def _run(out: Path, device: str, task: _Task) -> list[Outcome]:
+    start_worker(out, device)
+    family, subject = task
     suite = suites(out)[family]
     if subject == _LAW:
         laws = [(law.name, functools.partial(suite.uphold, law, device)) for law in suite.laws]
@@ -213,6 +201,11 @@ def _run(family: str, subject: str, out: Path, device: str) -> list[Outcome]:
         if variant.name == subject
     ]
     return [_outcome(family, subject, name, check) for name, check in cases]
+
+
+def _told(task: _Task, found: list[Outcome] | Fault) -> list[Outcome]:
+    """The outcomes of a task; of one that ended its process, that it did."""
+    return [Outcome(*task, "any", error=found.reason)] if isinstance(found, Fault) else found
 
 
 def _outcome(family: str, subject: str, case: str, check: Callable[[], float | None]) -> Outcome:

@@ -38,13 +38,12 @@ def device() -> str:
 @pytest.fixture
 def kernelgen(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     """Runs the command line in this process: (exit code, stdout, stderr)."""
-    from kernelgen import cli
+    from kernelgen import cli, entry
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["kernelgen", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
+        code = entry.exit_code(cli.commands)
         printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
+        return code, printed.out, printed.err
 
     return run

@@ -216,11 +216,11 @@ def test_without_torch(command: str) -> None:
     code = (
         "import sys; sys.modules['torch'] = sys.modules['triton'] = None\n"
         f"sys.argv = ['kernelgen', '{command}', '--json']\n"
-        "from kernelgen.cli import main; main()"
+        "from kernelgen.__main__ import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     (error,) = json.loads(done.stdout)["errors"]
-    assert (done.returncode, error["code"], error["path"]) == (2, "KG061", "torch"), done.stderr
+    assert (done.returncode, error["code"], error["path"]) == (2, "KG081", "torch"), done.stderr
 
 
 class TestTensors:

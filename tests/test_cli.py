@@ -13,7 +13,7 @@ import project
 import pytest
 
 from kernelgen import build, names, schema
-from kernelgen.command import SCHEMA_VERSION
+from kernelgen.entry import SCHEMA_VERSION
 from kernelgen.locate import SPECS
 from kernelgen.parse import parse
 
@@ -199,15 +199,15 @@ def test_an_interrupt_is_130_and_an_internal_error_2(
         monkeypatch.setattr(build, "package", fail)
         code, _, stderr = kernelgen("list")
         assert code == expected and "Traceback" not in stderr
-        assert ("internal error" in stderr) == isinstance(error, RuntimeError)
+        assert ("KG082" in stderr) == isinstance(error, RuntimeError)
 
 
 def _imported(*arguments: str) -> set[str]:
     """The modules that a command loads, in a process of its own."""
     program = (
-        "import sys; from kernelgen import cli;"
+        "import sys; from kernelgen import cli, entry;"
         f"sys.argv = ['kernelgen', *{arguments}];"
-        "assert cli._run() == 0; print(*sys.modules)"
+        "assert entry.exit_code(cli.commands) == 0; print(*sys.modules)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

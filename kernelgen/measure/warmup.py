@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-import multiprocessing
-import queue
+import os
 from typing import Any, Callable, Sequence
 
+from kernelgen.forks import in_processes
 from kernelgen.measure.workloads import Cell
 
 Load = Callable[[str], Any]
+_Group = tuple[str, Sequence[Cell]]  # an implementation, and cells of one problem
 
 
 def compile_all(
@@ -22,26 +24,14 @@ def compile_all(
 
     A worker that dies leaves its cells to be compiled when they are timed. ``on_done`` is called once for each.
     """
-    context = multiprocessing.get_context("spawn")
-    groups: Any = context.Queue()
-    done: Any = context.Queue()
     # What shares weights stays together.
-    for (name, *_), group in itertools.groupby(todo, _shared):
-        groups.put((name, [cell for cell, _ in group]))
-    for _ in range(workers):
-        groups.put(None)
-    processes = [
-        context.Process(target=_worker, args=(groups, load, done), daemon=True)
-        for _ in range(workers)
-    ]
-    for process in processes:
-        process.start()
-    while any(process.is_alive() for process in processes) or not done.empty():
-        try:
-            done.get(timeout=0.2)
-        except queue.Empty:
-            continue
-        on_done()
+    groups = [(name, [cell for cell, _ in cells]) for (name, *_), cells in itertools.groupby(todo, _shared)]
+
+    def keep(group: _Group, _: object) -> None:
+        for _cell in group[1]:
+            on_done()
+
+    in_processes(functools.partial(_compile, load), groups, workers, keep=keep, method="spawn")
 
 
 def _shared(item: tuple[Cell, str]) -> tuple[Any, ...]:
@@ -49,17 +39,18 @@ def _shared(item: tuple[Cell, str]) -> tuple[Any, ...]:
     return name, cell.model, cell.slots, cell.rank, cell.site
 
 
-def _worker(groups: Any, load: Load, done: Any) -> None:
+def _compile(load: Load, group: _Group) -> None:
     import torch
 
     from kernelgen.measure.runner import ContextLost, warm
 
-    loaded: dict[str, Any] = {}
-    while (group := groups.get()) is not None:
-        name, cells = group
-        if name not in loaded:
-            loaded[name] = load(name)
-        try:
-            warm(cells, loaded[name], torch.device("cuda"), lambda: done.put(None))
-        except ContextLost:
-            return
+    name, cells = group
+    try:
+        warm(cells, _loaded(load, name), torch.device("cuda"), lambda: None)
+    except ContextLost:
+        os._exit(1)  # the next group gets a new process
+
+
+@functools.cache
+def _loaded(load: Load, name: str) -> Any:
+    return load(name)

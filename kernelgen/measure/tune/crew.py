@@ -6,9 +6,9 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
-import signal
 from typing import Any, Callable, Iterator, Literal, Mapping, NamedTuple, Protocol, Sequence
 
+from kernelgen import forks
 from kernelgen.diagnostics import Failure, failure
 
 # Runs in the process: gives (what the process says of itself, job -> replies).
@@ -104,19 +104,14 @@ class Processes:
 
     def stop(self) -> None:
         for member in self._members:
-            member.process.kill()
-        for member in self._members:
-            member.process.join()
+            forks.end(member.process)
             member.connection.close()
 
     def _start(self, member: _Member) -> None:
-        context = multiprocessing.get_context("spawn")
-        member.connection, theirs = context.Pipe()
-        arguments = (theirs, self._make, self._arguments, self._nice)
-        member.process = context.Process(target=_serve, args=arguments, daemon=True)
+        member.connection, theirs = multiprocessing.Pipe()
         member.state = "starting"
         with _environment(member.environment):
-            member.process.start()
+            member.process = forks.start("spawn", _serve, theirs, self._make, self._arguments, self._nice)
         theirs.close()
 
     def _receive(self, number: int, member: _Member) -> Event:
@@ -161,7 +156,6 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
 
 
 def _serve(connection: Any, make: Make, arguments: tuple[Any, ...], nice: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     os.nice(nice)
     try:
         hello, work = make(*arguments)
