@@ -1,0 +1,122 @@
+"""The two files of an adapter's folder, opened so that nothing in it can hang or mislead."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import stat
+from pathlib import Path
+from typing import Any, Iterator
+
+import torch
+
+from .adapter import AdapterError
+
+_CONFIG = "adapter_config.json"
+_TENSORS = "adapter_model.safetensors"
+_LARGEST_CONFIG = 16 << 20  # bytes; a rank for each of 100 000 modules is less
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``adapter_config.json``: an object, no key twice.
+
+    Raises:
+        AdapterError: it is something else.
+        FileNotFoundError: it is not there.
+    """
+    size = _size(folder / _CONFIG)
+    if not 0 < size <= _LARGEST_CONFIG:
+        raise AdapterError(f"{_CONFIG}: got {size} bytes, wanted 1 to {_LARGEST_CONFIG}")
+    try:
+        text = (folder / _CONFIG).read_bytes().decode("utf-8")
+        config = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{_CONFIG}: {error}, wanted an object of JSON") from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"{_CONFIG}: got {type(config).__name__}, wanted an object")
+    return config
+
+
+class Tensors:
+    """What ``adapter_model.safetensors`` holds; a tensor is read when it is asked for."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        slices = {name: file.get_slice(name) for name in sorted(file.keys())}
+        self.shapes: dict[str, tuple[int, ...]] = {
+            name: tuple(part.get_shape()) for name, part in slices.items()
+        }
+        self._dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
+
+    def check_dtype(self, name: str) -> None:
+        """Raises AdapterError unless its numbers are plain floating-point ones."""
+        if (dtype := self._dtypes[name]) not in _FLOATS:
+            why = ", without the scales that it needs" if dtype.startswith("F8") else ""
+            raise AdapterError(f"{name}: got {dtype}{why}, wanted one of {', '.join(_FLOATS)}")
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor as float32; raises AdapterError if a number of it is not finite in float32."""
+        tensor: torch.Tensor = self._file.get_tensor(name).to(torch.float32)
+        if not tensor.isfinite().all():
+            raise AdapterError(f"{name}: got NaN or infinity (in float32), wanted finite numbers")
+        return tensor
+
+
+@contextlib.contextmanager
+def open_tensors(folder: Path) -> Iterator[Tensors]:
+    """``adapter_model.safetensors``.
+
+    Raises:
+        AdapterError: it is no such file, or not the whole of it, or the folder has another kind of file.
+        FileNotFoundError: there is none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if (folder / f"{_TENSORS}.index.json").exists():
+        raise AdapterError(
+            f"got {_TENSORS}.index.json, an adapter in shards, wanted one {_TENSORS}\n"
+            "  hint: load it with PEFT and save it again"
+        )
+    if (folder / "adapter_model.bin").exists() and not (folder / _TENSORS).exists():
+        raise AdapterError(
+            f"got adapter_model.bin, a pickle, which runs code when it is read; wanted {_TENSORS}\n"
+            "  hint: where you trust it, load it with PEFT and save it again"
+        )
+    if not _size(folder / _TENSORS):
+        raise AdapterError(f"{_TENSORS}: got an empty file, wanted tensors")
+    try:
+        with safe_open(str(folder / _TENSORS), framework="pt", device="cpu") as file:
+            yield Tensors(file)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(
+            f"{_TENSORS}: {error}, wanted a whole file of safetensors\n  hint: copy it again"
+        ) from None
+
+
+def _size(path: Path) -> int:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            errno.ENOENT, "not there, wanted what save_pretrained of PEFT writes", str(path)
+        ) from None
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path.name}: {error}, wanted a file") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise AdapterError(f"{path.name}: got a folder, pipe or device, wanted a regular file")
+    return status.st_size
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"got {twice!r} twice in one object")
+    return result
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"got {text}")

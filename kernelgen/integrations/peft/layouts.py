@@ -1,0 +1,217 @@
+"""From the tensors of one decoder layer to the factors of gate, up and down. The forms are those of ``keys``.
+
+Which parameter a fused pair belongs to is told by its widths, (columns of ``lora_A``, rows of ``lora_B``):
+
+| parameter | "in_out" | "out_in", as PEFT wrote it before 0.19.1 |
+| --- | --- | --- |
+| ``gate_up_proj`` | (H, 2I) | (2I, H) |
+| ``down_proj`` | (I, H) | (H, I) |
+
+No width of one parameter is one of the other, whatever H and I are, but where 2I = H or I = H a parameter has the same widths in
+both orientations. It then has that of its sibling in the layer, whose widths differ. The version in the configuration says
+nothing: a file that was loaded and saved again keeps the version that first wrote it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Sequence
+
+import torch
+
+from .adapter import AdapterError, ExpertShape, Factors
+from .files import Tensors
+from .keys import Pair, Place
+from .settings import Settings
+
+ORIENTATIONS = ("in_out", "out_in")
+
+
+class Found(NamedTuple):
+    """The two factors of one module or parameter of routed experts."""
+
+    target: str  # its name in the base model
+    pair: Pair
+    place: Place
+
+
+class Reader(NamedTuple):
+    """What the experts of every layer of one file are read with; ``orientation`` and ``layout`` as in ``read_adapter``."""
+
+    tensors: Tensors
+    settings: Settings
+    shape: ExpertShape
+    orientation: str | None
+    layout: str | None
+
+    def layer(self, found: Sequence[Found]) -> dict[str, Factors]:
+        """The factors of "gate", "up" and "down" of one layer, where it has any.
+
+        Args:
+            found: all that the file has for the routed experts of this layer.
+
+        Raises:
+            AdapterError: they do not fit together, or the experts.
+        """
+        first = found[0].place
+        for one in found:
+            if one.place.where != first.where:
+                raise AdapterError(
+                    f"layer {first.layer}: got experts in {first.where} and in {one.place.where}, wanted one of them\n"
+                    f"  hint: prefix={first.where!r} reads the former, and names the latter in `other`"
+                )
+            if (one.place.form, one.place.naming) != (first.form, first.naming):
+                raise AdapterError(
+                    f"layer {first.layer}: got {found[0].target} beside {one.target}, two ways to write experts, wanted one"
+                )
+        read = {"fused": self._fused, "stacked": self._stacked}.get(first.form, self._single)
+        parts = read(found)
+        if "gate_up" not in parts:
+            return parts
+        if both := sorted(parts.keys() & {"gate", "up"}):
+            raise AdapterError(
+                f"layer {first.layer}: got gate and up as one, and {both[0]} alone, wanted one way"
+            )
+        a, b = parts.pop("gate_up")
+        how = self.settings.gate_up_layout(self.layout, self.shape, in_lists=first.form == "listed")
+        gate, up = b.chunk(2, dim=1) if how == "halves" else (b[:, ::2], b[:, 1::2])
+        return {"gate": Factors(a, gate), "up": Factors(a, up), **parts}
+
+    def _fused(self, found: Sequence[Found]) -> dict[str, Factors]:
+        parts: dict[str, Found] = {}
+        fits: dict[str, list[str]] = {}
+        for one in found:
+            part, orientations = self._fit(one)
+            if part in parts:
+                raise AdapterError(
+                    f"{one.pair.a}: got factors of {part}_proj twice, beside {parts[part].pair.a}, wanted one pair of them"
+                )
+            named = self.settings.target_parameters & {
+                "gate_up_proj",
+                "gate_proj",
+                "up_proj",
+                "down_proj",
+            }
+            if named and f"{part}_proj" not in named:
+                raise AdapterError(
+                    f"{one.pair.a}: got the widths of {part}_proj, wanted those of {', '.join(sorted(named))} "
+                    "(target_parameters); experts without a gate are not served"
+                )
+            parts[part], fits[part] = one, orientations
+        orientation = self._orientation(found, fits)
+        return {part: self._fused_factors(part, one, orientation) for part, one in parts.items()}
+
+    def _fit(self, one: Found) -> tuple[str, list[str]]:
+        """The parameter that a fused pair fits, and the orientations in which it does."""
+        a, b = self.tensors.shapes[one.pair.a], self.tensors.shapes[one.pair.b]
+        if len(a) == len(b) == 2 and a[0] == b[1] and a[0] % self.shape.num_experts == 0:
+            for part in ("gate_up", "down"):
+                wide, tall = self.shape.widths(part)
+                sides = {"in_out": (wide, tall), "out_in": (tall, wide)}
+                if fits := [name for name in ORIENTATIONS if sides[name] == (a[1], b[0])]:
+                    return part, fits
+        raise self._misfit(one, "gate_up_proj or down_proj, [E * r, in] and [out, r * E]")
+
+    def _orientation(self, found: Sequence[Found], fits: dict[str, list[str]]) -> str:
+        sure = {part: names[0] for part, names in fits.items() if len(names) == 1}
+        if len({*sure.values(), self.orientation} - {None}) > 1:
+            raise AdapterError(
+                f"layer {found[0].place.layer}: got "
+                f"{' and '.join(f'{part}_proj of orientation {name}' for part, name in sure.items())}, "
+                f"wanted {self.orientation or 'one for both'}"
+            )
+        if sure:
+            return next(iter(sure.values()))
+        if self.orientation is None:
+            raise AdapterError(
+                f"{found[0].pair.a}: got widths that fit both orientations, and no other parameter in the layer that tells, "
+                'wanted orientation="in_out" (lora_A has the columns of the input) or "out_in" (before PEFT 0.19.1)'
+            )
+        return self.orientation
+
+    def _fused_factors(self, part: str, one: Found, orientation: str) -> Factors:
+        """One parameter; the expert is the slowest index of ``lora_A``, and the fastest of ``lora_B``."""
+        parameter = f"{one.target.partition('.base_layer')[0]}.{part}_proj"
+        a, b = (self.tensors.read(name) for name in one.pair)
+        rank = a.shape[0] // self.shape.num_experts
+        scaling = self._scaling(one, parameter, rank)
+        a = a.view(self.shape.num_experts, rank, a.shape[1])
+        b = expert_fastest(b, self.shape.num_experts)
+        if orientation == "out_in":
+            a, b = b.transpose(1, 2), a.transpose(1, 2)
+        return Factors(a, self._scaled(one, b, scaling))
+
+    def _stacked(self, found: Sequence[Found]) -> dict[str, Factors]:
+        return {str(one.place.part): self._stack(one) for one in found}
+
+    def _stack(self, one: Found) -> Factors:
+        experts, part = self.shape.num_experts, str(one.place.part)
+        wide, tall = self.shape.widths(part)
+        sizes = [self.tensors.shapes[name] for name in one.pair]
+        if all(0 in size for size in sizes):
+            raise AdapterError(
+                f"{one.pair.a}: got an empty tensor, which stands for a projection that the experts do not have; wanted "
+                "experts with gate, up and down"
+            )
+        if not all(len(size) == 3 and size[0] in (1, experts) for size in sizes):
+            raise self._misfit(one, f"[E, r, {wide}] and [E, {tall}, r], or 1 for E")
+        (_, rank, width), (_, height, columns) = sizes
+        if (width, height, columns) != (wide, tall, rank):
+            raise self._misfit(one, f"[E, r, {wide}] and [E, {tall}, r], or 1 for E")
+        scaling = self._scaling(one, one.target, rank)
+        a, b = (self.tensors.read(name) for name in one.pair)
+        b = self._scaled(one, b, scaling)
+        return Factors(a.expand(experts, -1, -1), b.expand(experts, -1, -1))
+
+    def _single(self, found: Sequence[Found]) -> dict[str, Factors]:
+        """Experts that an adapter leaves out, and ranks below the largest, are zeros."""
+        parts: dict[str, list[Found]] = {}
+        for one in found:
+            parts.setdefault(str(one.place.part), []).append(one)
+        return {part: self._join(part, experts) for part, experts in parts.items()}
+
+    def _join(self, part: str, found: Sequence[Found]) -> Factors:
+        wide, tall = self.shape.widths(part)
+        for one in found:
+            size_a, size_b = (self.tensors.shapes[name] for name in one.pair)
+            if len(size_a) != 2 or (size_a[1], size_b) != (wide, (tall, size_a[0])):
+                raise self._misfit(one, f"[r, {wide}] and [{tall}, r]")
+            if one.place.expert not in range(self.shape.num_experts):
+                raise AdapterError(
+                    f"{one.pair.a}: got expert {one.place.expert}, wanted one of {self.shape.num_experts}"
+                )
+        rank = max(self.tensors.shapes[one.pair.a][0] for one in found)
+        a_all = torch.zeros(self.shape.num_experts, rank, wide)
+        b_all = torch.zeros(self.shape.num_experts, tall, rank)
+        for one in found:
+            r = self.tensors.shapes[one.pair.a][0]
+            scaling = self._scaling(one, one.target, r)
+            a, b = (self.tensors.read(name) for name in one.pair)
+            a_all[one.place.expert, :r] = a
+            b_all[one.place.expert, :, :r] = self._scaled(one, b, scaling)
+        return Factors(a_all, b_all)
+
+    def _scaling(self, one: Found, target: str, rank: int) -> float:
+        if rank != (wanted := self.settings.rank_of(target)):
+            raise AdapterError(
+                f"{one.pair.a}: got rank {rank}, wanted {wanted}, that of the configuration (r, rank_pattern)"
+            )
+        return self.settings.scaling_of(target)
+
+    def _scaled(self, one: Found, b: torch.Tensor, scaling: float) -> torch.Tensor:
+        scaled = b * scaling
+        if not scaled.isfinite().all() or (scaling and b.any() and not scaled.any()):
+            raise AdapterError(
+                f"{one.pair.b}: got a scaling of {scaling:g}, wanted one that float32 can hold times lora_B"
+            )
+        return scaled
+
+    def _misfit(self, one: Found, wanted: str) -> AdapterError:
+        a, b = (list(self.tensors.shapes[name]) for name in one.pair)
+        return AdapterError(
+            f"{one.pair.a}: got lora_A {a} and lora_B {b}, wanted {wanted}, of {self.shape}"
+        )
+
+
+def expert_fastest(b: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """[out, r * E] -> [E, out, r]."""
+    return b.view(b.shape[0], -1, num_experts).permute(2, 0, 1)

@@ -1,0 +1,104 @@
+"""One adapter's folder, read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .adapter import Adapter, AdapterError, ExpertShape
+from .files import open_tensors, read_config
+from .keys import Pair, in_prefix, looks_routed, pairs, place
+from .layouts import ORIENTATIONS, Found, Reader
+from .settings import read_settings
+
+
+def read_adapter(
+    folder: str | os.PathLike[str],
+    shape: ExpertShape,
+    *,
+    orientation: str | None = None,
+    layout: str | None = None,
+    prefix: str | None = None,
+    allow_empty: bool = False,
+) -> Adapter:
+    """Read ``adapter_config.json`` and ``adapter_model.safetensors`` of a LoRA adapter.
+
+    Ranks may differ from one projection to another (``rank_pattern``); the scaling is alpha / r, or alpha / sqrt(r) with
+    ``use_rslora``, alpha from ``alpha_pattern`` where a pattern matches. Nothing that belongs to routed experts is left out.
+
+    Args:
+        orientation: which side of a fused parameter ``lora_A`` is of, "in_out": the input, or "out_in": the output, as in files
+            from before PEFT 0.19.1. Needed only where 2 * I or I equals H and no other parameter of the layer tells.
+        layout: how gate and up share a tensor, "halves", or "interleaved": gate is rows ``::2``. None: as transformers has them
+            in the base model, interleaved in gpt-oss and halves in all others. Needed where a file may be of gpt-oss and does
+            not name the published model or its class.
+        prefix: where the experts are, up to a dot: "model.layers", or "mtp.layers". Experts elsewhere are named in ``other``.
+            None: all, which must be of one decoder.
+        allow_empty: whether an adapter may have nothing for the routed experts.
+
+    Raises:
+        AdapterError: the adapter is of a kind that the kernels do not compute, it is damaged, its tensors do not fit ``shape``
+            or an argument, or it leaves open what they mean. It is a ValueError.
+        FileNotFoundError: the folder lacks one of the two files.
+        ValueError: an argument is none of those named here.
+    """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise ValueError(f"folder: got {folder!r}, wanted a path")
+    if len(shape) != 3 or not all(type(size) is int and size > 0 for size in shape):
+        raise ValueError(f"shape: got {shape!r}, wanted an ExpertShape of sizes above 0")
+    if orientation not in (None, *ORIENTATIONS):
+        raise ValueError(
+            f"orientation: got {orientation!r}, wanted one of {', '.join(ORIENTATIONS)}, or None"
+        )
+    if layout not in (None, "halves", "interleaved"):
+        raise ValueError(f"layout: got {layout!r}, wanted halves, interleaved, or None")
+    if not isinstance(prefix, (str, type(None))):
+        raise ValueError(f"prefix: got {prefix!r}, wanted a name, or None")
+    path = Path(folder)
+    try:
+        settings = read_settings(read_config(path))
+        with open_tensors(path) as tensors:
+            reader = Reader(tensors, settings, ExpertShape(*shape), orientation, layout)
+            adapter = _read(path.name, reader, prefix)
+        if not (adapter.layers or allow_empty):
+            raise AdapterError(
+                f"got nothing for the routed experts{f' of {prefix}' if prefix else ''} among {len(adapter.other)} modules, "
+                "wanted some, or allow_empty=True"
+            )
+        return adapter
+    except AdapterError as error:
+        raise AdapterError(f"{folder}: {error}") from None
+
+
+def _read(name: str, reader: Reader, prefix: str | None) -> Adapter:
+    layers: dict[int, list[Found]] = {}
+    stacks: dict[str, str] = {}
+    other = []
+    for target, pair in pairs(reader.tensors.shapes).items():
+        for factor in pair:
+            reader.tensors.check_dtype(factor)
+        found = Found(target, pair, place(target)) if looks_routed(target) else None
+        if found is not None and in_prefix(found.place, prefix):
+            layers.setdefault(found.place.layer, []).append(found)
+            stacks.setdefault(found.place.stack, target)
+        else:
+            if found is None:
+                _check_not_fused(target, pair, reader)
+            other.append(target)
+    if len(stacks) > 1:
+        raise AdapterError(
+            f"got experts of several decoders, {' and '.join(stacks.values())}, wanted those of one\n"
+            f"  hint: prefix={next(iter(stacks))!r} reads one, and names the rest in `other`"
+        )
+    return Adapter(name, {i: reader.layer(layers[i]) for i in sorted(layers)}, tuple(sorted(other)))
+
+
+def _check_not_fused(target: str, pair: Pair, reader: Reader) -> None:
+    """What is not named as experts must not look like the factors of all of them either."""
+    (rows, *_), (_, *columns) = (reader.tensors.shapes[factor] or (0,) for factor in pair)
+    all_ranks = reader.shape.num_experts * reader.settings.rank_of(target)
+    if reader.shape.num_experts > 1 and rows == all_ranks and columns == [all_ranks]:
+        raise AdapterError(
+            f"{pair.a}: got {rows} rows, {reader.shape.num_experts} times the rank, as of all experts, under a name that is "
+            "not known to be of experts; wanted the rank"
+        )

@@ -1,0 +1,234 @@
+"""``adapter_config.json``: which settings are understood, and what they say of a module's rank and scaling.
+
+Every setting that is not null, false or empty must be known here: it is one that changes no number of a trained adapter, or one
+that is computed with, or it is refused by name. So a setting of a later PEFT is refused until someone has read what it does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import re
+from typing import Any, Callable, Iterable, Mapping, TypeVar
+
+from .adapter import AdapterError, ExpertShape
+from .patterns import Pattern
+
+# They say what was adapted (the tensors say it again), how it was trained, or how it was initialised.
+_CHANGE_NOTHING = {
+    "peft_version",
+    "revision",
+    "task_type",
+    "inference_mode",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "lora_dropout",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "velora_config",
+    "qalora_group_size",
+    "megatron_core",
+    "runtime_config",
+    "ensure_weight_tying",
+}
+_READ = {
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "bias",
+    "init_lora_weights",
+    "base_model_name_or_path",
+    "auto_mapping",
+    "model_type",
+    "target_parameters",
+}
+# Settings under which an adapter is more than x . A^T . B^T * scaling on top of an unchanged base model.
+_REFUSED = {
+    "use_dora": "its magnitudes rescale the base weight",
+    "lora_bias": "the kernels add no bias",
+    "fan_in_fan_out": "the factors are transposed",
+    "modules_to_save": "it replaces modules of the base model",
+    "trainable_token_indices": "it replaces embeddings of the base model",
+    "layer_replication": "it changes the layers of the base model",
+    "alora_invocation_tokens": "it switches on in the middle of a sequence",
+    "use_qalora": "it pools its input",
+    "use_bdlora": "its factors are block-diagonal shards",
+    "arrow_config": "it routes between adapters",
+    "kasa_config": "its factors have singular values between them",
+    "monteclora_config": "its factors are sampled",
+    "megatron_config": "its factors may be shards",
+}
+# Initialisations that leave the base weights alone; the others (pissa, olora, corda, loftq, ...) subtract from them.
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
+
+# Base models whose gate_up_proj has gate and up in turns, as transformers keeps it: published checkpoints, and classes.
+_INTERLEAVED = re.compile(
+    r"(openai|unsloth|lmsys)/gpt-oss-(safeguard-)?(20b|120b)(-[\w-]+)?|gpt_oss|GptOss\w*",
+    re.IGNORECASE,
+)
+_LIKE_GPT_OSS = re.compile(r"gpt[-_. ]?oss", re.IGNORECASE)
+_WIDTH_OF_GPT_OSS = 2880  # of its hidden states and of its experts; no other model's
+
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What an adapter's configuration says."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    ranks: tuple[tuple[Pattern, int], ...]
+    alphas: tuple[tuple[Pattern, float], ...]
+    target_parameters: frozenset[str]  # the last part of each name
+    base_model: tuple[str, ...]  # names of it and of its class
+
+    def rank_of(self, target: str) -> int:
+        """The rank of a module or parameter, by its name in the base model."""
+        return _first(self.ranks, target, self.rank)
+
+    def scaling_of(self, target: str) -> float:
+        """alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        rank = self.rank_of(target)
+        return _first(self.alphas, target, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+    def gate_up_layout(self, given: str | None, shape: ExpertShape, *, in_lists: bool) -> str:
+        """ "halves" or "interleaved": what was given, else what is known of the base model.
+
+        Args:
+            in_lists: the file names projections as Unsloth's gpt-oss does (``gate_up_projs.0``).
+
+        Raises:
+            AdapterError: it may be gpt-oss, and it is not known whether its tensors are as transformers has them.
+        """
+        if given is not None:
+            return given
+        if any(_INTERLEAVED.fullmatch(name) for name in self.base_model):
+            return "interleaved"
+        clues = [name for name in self.base_model if _LIKE_GPT_OSS.search(name)]
+        clues += ["gate_up_projs"] * in_lists
+        clues += [str(shape)] * (shape.hidden == shape.intermediate == _WIDTH_OF_GPT_OSS)
+        if clues:
+            raise AdapterError(
+                f'gate and up in one tensor, and signs of gpt-oss ({clues[0]}): got no layout, wanted layout="interleaved" '
+                '(gate is rows ::2, as in transformers) or layout="halves"'
+            )
+        return "halves"
+
+
+def read_settings(config: Mapping[str, Any]) -> Settings:
+    """Check a configuration, and take what is computed with.
+
+    Raises:
+        AdapterError: a setting is not understood, or its value is not.
+    """
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"peft_type: got {_short(config.get('peft_type'))}, wanted 'LORA'")
+    for setting, value in config.items():
+        # To PEFT an empty list of invocation tokens is an aLoRA, too.
+        neutral = value is None if setting == "alora_invocation_tokens" else _neutral(value)
+        if setting in _REFUSED and not neutral:
+            raise AdapterError(f"{setting}={_short(value)} cannot be served: {_REFUSED[setting]}")
+        if not (setting in _CHANGE_NOTHING or setting in _READ or neutral):
+            raise AdapterError(
+                f"{_short(setting)}={_short(value)}: got a setting that is not known here, wanted none, or null\n"
+                "  hint: if it changes no number of a trained adapter, take it out of the configuration"
+            )
+    if config.get("bias") not in ("none", None):
+        raise AdapterError(f"bias: got {_short(config['bias'])}, wanted 'none'")
+    init = config.get("init_lora_weights")
+    if not (init is None or isinstance(init, bool) or init in _PLAIN_INITS):
+        raise AdapterError(
+            f"init_lora_weights={_short(init)} changed the base weights; save the adapter with PEFT's "
+            "path_initial_model_for_weight_conversion"
+        )
+    rslora = config.get("use_rslora")
+    if rslora not in (True, False, None):
+        raise AdapterError(f"use_rslora: got {_short(rslora)}, wanted true or false")
+    return Settings(
+        rank=_rank("r", config.get("r")),
+        alpha=_alpha("lora_alpha", config.get("lora_alpha")),
+        rslora=bool(rslora),
+        ranks=_patterns("rank_pattern", config, _rank),
+        alphas=_patterns("alpha_pattern", config, _alpha),
+        target_parameters=_last_parts(config.get("target_parameters")),
+        base_model=_base_model(config),
+    )
+
+
+def _neutral(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
+
+
+def _rank(name: str, value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise AdapterError(f"{name}: got {_short(value)}, wanted a whole number above 0")
+    return value
+
+
+def _alpha(name: str, value: Any) -> float:
+    if type(value) in (int, float):
+        with contextlib.suppress(OverflowError):
+            if math.isfinite(alpha := float(value)):
+                return alpha
+    raise AdapterError(f"{name}: got {_short(value)}, wanted a finite number")
+
+
+def _patterns(
+    setting: str, config: Mapping[str, Any], check: Callable[[str, Any], _T]
+) -> tuple[tuple[Pattern, _T], ...]:
+    value = config.get(setting)
+    if value is None:
+        return ()
+    if not isinstance(value, dict):
+        raise AdapterError(f"{setting}: got {_short(value)}, wanted an object")
+    result = []
+    for key, number in value.items():
+        try:
+            pattern = Pattern(key)
+        except AdapterError as error:
+            raise AdapterError(f"{setting}: {_short(key)}: {error}") from None
+        result.append((pattern, check(f"{setting}: {_short(key)}", number)))
+    return tuple(result)
+
+
+def _first(patterns: Iterable[tuple[Pattern, _T]], target: str, default: _T) -> _T:
+    """That of the first pattern that matches, as PEFT takes it."""
+    return next((value for pattern, value in patterns if pattern.matches(target)), default)
+
+
+def _last_parts(names: Any) -> frozenset[str]:
+    if names is None:
+        return frozenset()
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise AdapterError(f"target_parameters: got {_short(names)}, wanted a list of names")
+    return frozenset(name.rpartition(".")[2] for name in names)
+
+
+def _base_model(config: Mapping[str, Any]) -> tuple[str, ...]:
+    mapping = config.get("auto_mapping") or {}
+    if not isinstance(mapping, dict):
+        raise AdapterError(f"auto_mapping: got {_short(mapping)}, wanted an object or null")
+    names = {
+        "base_model_name_or_path": config.get("base_model_name_or_path"),
+        "model_type": config.get("model_type"),
+        "auto_mapping.base_model_class": mapping.get("base_model_class"),
+    }
+    for setting, name in names.items():
+        if not isinstance(name, (str, type(None))):
+            raise AdapterError(f"{setting}: got {_short(name)}, wanted a name or null")
+    return tuple(name for name in names.values() if name)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

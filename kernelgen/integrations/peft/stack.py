@@ -1,0 +1,105 @@
+"""Several adapters, side by side."""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+import torch
+
+from .adapter import Adapter, AdapterError, ExpertShape, LayerBuffers, SliceBuffers
+
+
+def stack_adapters(
+    adapters: Sequence[Adapter],
+    shape: ExpertShape,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    rank: int | None = None,
+    max_loras: int | None = None,
+) -> dict[int, LayerBuffers]:
+    """The buffers of every layer that some adapter changes; adapter l of ``adapters`` is slot l.
+
+    Smaller ranks are padded with zeros. Where no adapter has an ``a`` of its own for gate and for up (the fused layout),
+    both slices share one tensor; where in every adapter all experts share a factor, its buffer has a stride of 0 over E.
+
+    Args:
+        dtype: bfloat16 or float16, that of the activations; or float32, float64.
+        rank: rank of the buffers; None: the largest of the adapters, rounded up to 8 so that rows stay 16-byte aligned.
+        max_loras: slots L; None: as many as adapters. Slots without an adapter are zero and disabled.
+
+    Raises:
+        AdapterError: an adapter has a larger rank than the buffers, or there are more adapters than slots, or an adapter is of
+            other experts than ``shape``, or its numbers are too large or too small for ``dtype``.
+        ValueError: an argument is none of those named here.
+    """
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise ValueError(f"dtype: got {dtype}, wanted bfloat16, float16, float32 or float64")
+    for name, number in (("rank", rank), ("max_loras", max_loras)):
+        if number is not None and (type(number) is not int or number < 1):
+            raise ValueError(f"{name}: got {number!r}, wanted a whole number above 0, or None")
+    widest = max((adapter.rank for adapter in adapters), default=0)
+    rank = max(8, -(-widest // 8) * 8) if rank is None else rank
+    slots = len(adapters) if max_loras is None else max_loras
+    if len(adapters) > slots or widest > rank:
+        raise AdapterError(
+            f"got {len(adapters)} adapters of rank up to {widest}, wanted at most {slots} of rank up to {rank}"
+        )
+    for adapter in adapters:
+        _check_shape(adapter, shape)
+
+    def stack(layer: int, name: str, side: str) -> torch.Tensor:
+        wide, tall = shape.widths(name)
+        size = (rank, wide) if side == "a" else (tall, rank)
+        sources = {
+            slot: getattr(adapter.layers[layer][name], side)
+            for slot, adapter in enumerate(adapters)
+            if name in adapter.layers.get(layer, {})
+        }
+        shared = bool(sources) and all(source.stride(0) == 0 for source in sources.values())
+        buffer = torch.zeros(
+            slots, 1 if shared else shape.num_experts, *size, dtype=dtype, device=device
+        )
+        for slot, source in sources.items():
+            source = source[:1] if shared else source
+            stored = source.to(device, dtype)
+            if not stored.isfinite().all() or (source.any() and not stored.any()):
+                raise AdapterError(
+                    f"{adapters[slot].name}: layer {layer}, {name}, {side}: got numbers up to {source.abs().max():g}, scaling "
+                    f"included, wanted numbers that {dtype} can hold\n  hint: torch.bfloat16 has the range of float32"
+                )
+            buffer[slot, :, : source.shape[1], : source.shape[2]] = stored
+        return buffer.expand(-1, shape.num_experts, -1, -1)
+
+    def buffers(layer: int) -> LayerBuffers:
+        parts = [adapter.layers.get(layer, {}) for adapter in adapters]
+        shared = all(
+            p["gate"].a is p["up"].a if "gate" in p and "up" in p else not p.keys() & {"gate", "up"}
+            for p in parts
+        )
+        gate_a = stack(layer, "gate", "a")
+        up_a = gate_a if shared else stack(layer, "up", "a")
+        enabled = torch.zeros(slots, dtype=torch.int32)
+        enabled[: len(parts)] = torch.tensor([bool(p) for p in parts], dtype=torch.int32)
+        return LayerBuffers(
+            SliceBuffers((gate_a, up_a), (stack(layer, "gate", "b"), stack(layer, "up", "b"))),
+            SliceBuffers((stack(layer, "down", "a"),), (stack(layer, "down", "b"),)),
+            enabled.to(device),
+        )
+
+    return {
+        layer: buffers(layer)
+        for layer in sorted({i for adapter in adapters for i in adapter.layers})
+    }
+
+
+def _check_shape(adapter: Adapter, shape: ExpertShape) -> None:
+    for layer, parts in adapter.layers.items():
+        for name, (a, b) in parts.items():
+            wide, tall = shape.widths(name)
+            r = a.shape[1]
+            if (*a.shape, *b.shape) != (shape.num_experts, r, wide, shape.num_experts, tall, r):
+                raise AdapterError(
+                    f"{adapter.name}: layer {layer}, {name}: got factors {list(a.shape)} and {list(b.shape)}, "
+                    f"wanted those of {shape}"
+                )
