@@ -49,9 +49,11 @@ def moe_act_f16_swiglu_kernel(
         num_tokens = tl.minimum(tl.load(valid_tokens_ptr), num_tokens)
     for tile in tl.range(tl.program_id(0), num_tokens * TOP_K * TILES, tl.num_programs(0)):
         pair = tile // TILES
-        expert = tl.load(topk_ids_ptr + pair).to(tl.int32) - LOCAL_EXPERT_START
+        expert = tl.load(topk_ids_ptr + pair)
         n = tile % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
-        here = (expert >= 0) & (expert < NUM_EXPERTS) & (n < N)
+        here = (
+            (expert >= LOCAL_EXPERT_START) & (expert < LOCAL_EXPERT_START + NUM_EXPERTS) & (n < N)
+        )
         x_row = x_ptr + pair.to(tl.int64) * X_STRIDE
         x = tl.load(x_row + n, mask=here, other=0.0).to(tl.float32)
         up = tl.load(x_row + (N + n), mask=here, other=0.0).to(tl.float32)

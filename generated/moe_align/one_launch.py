@@ -29,11 +29,13 @@ from . import is_dense
 
 
 @triton.jit
-def _local(topk_ids_ptr, pair, num_pairs, LOCAL_EXPERT_START: tl.constexpr):
-    """The local number of the expert of each pair; below zero or too large where it is elsewhere."""
-    inside = pair < num_pairs
-    expert = tl.load(topk_ids_ptr + pair, mask=inside, other=-1).to(tl.int32)
-    return tl.where(inside, expert - LOCAL_EXPERT_START, -1)
+def _local(
+    topk_ids_ptr, pair, num_pairs, NUM_EXPERTS: tl.constexpr, LOCAL_EXPERT_START: tl.constexpr
+):
+    """The local number of the expert of each pair, -1 where it is elsewhere; ids of any width, whatever they hold."""
+    expert = tl.load(topk_ids_ptr + pair, mask=pair < num_pairs, other=-1)
+    here = (expert >= LOCAL_EXPERT_START) & (expert < LOCAL_EXPERT_START + NUM_EXPERTS)
+    return tl.where(here, expert, LOCAL_EXPERT_START - 1).to(tl.int32) - LOCAL_EXPERT_START
 
 
 @triton.jit(do_not_specialize=["num_pairs"], do_not_specialize_on_alignment=["valid_tokens_ptr"])
@@ -57,7 +59,7 @@ def moe_align_one_launch_kernel(
         gdc_launch_dependents()
     own = tl.program_id(0)
     if valid_tokens_ptr is not None:
-        num_pairs = tl.minimum(tl.load(valid_tokens_ptr) * TOP_K, num_pairs)
+        num_pairs = tl.minimum(tl.load(valid_tokens_ptr), num_pairs // TOP_K) * TOP_K
     COLUMNS: tl.constexpr = 8  # neighbours in one lane or two, so that sums along them are cheap
     CHUNK: tl.constexpr = ROWS * COLUMNS
     i = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -65,9 +67,9 @@ def moe_align_one_launch_kernel(
     same = tl.zeros([ROWS, COLUMNS], tl.int32)
     counts = tl.zeros([SIZE], tl.int32)
     for first_pair in tl.range(0, num_pairs, CHUNK):
-        local = _local(topk_ids_ptr, first_pair + i, num_pairs, LOCAL_EXPERT_START)
+        local = _local(topk_ids_ptr, first_pair + i, num_pairs, NUM_EXPERTS, LOCAL_EXPERT_START)
         if DENSE:
-            here = tl.ravel((local >= 0) & (local < NUM_EXPERTS))
+            here = tl.ravel(local >= 0)
             counts += tl.histogram(tl.where(here, tl.ravel(local), 0), SIZE, mask=here)
         else:
             before += ((local >= 0) & (local < own)).to(tl.int32)
@@ -100,7 +102,7 @@ def moe_align_one_launch_kernel(
     for first_pair in tl.range(0, num_pairs, CHUNK):
         if first < last:
             pair = first_pair + i
-            mine = _local(topk_ids_ptr, pair, num_pairs, LOCAL_EXPERT_START) == own
+            mine = _local(topk_ids_ptr, pair, num_pairs, NUM_EXPERTS, LOCAL_EXPERT_START) == own
             in_row = tl.cumsum(mine.to(tl.int32), 1)
             of_row = tl.sum(mine.to(tl.int32), 1)
             before_row = tl.cumsum(of_row, 0) - of_row

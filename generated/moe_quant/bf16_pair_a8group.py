@@ -54,14 +54,11 @@ def moe_quant_bf16_pair_a8group_kernel(
     group = tl.arange(0, GROUPS)
     n = group[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     if valid_tokens_ptr is not None:
-        num_pairs = tl.minimum(tl.load(valid_tokens_ptr) * TOP_K, num_pairs)
+        num_pairs = tl.minimum(tl.load(valid_tokens_ptr), num_pairs // TOP_K) * TOP_K
     for first in tl.range(tl.program_id(0) * ROWS, num_pairs, tl.num_programs(0) * ROWS):
         pair = first + tl.arange(0, ROWS)
-        expert = (
-            tl.load(topk_ids_ptr + pair, mask=pair < num_pairs, other=-1).to(tl.int32)
-            - LOCAL_EXPERT_START
-        )
-        live = (pair < num_pairs) & (expert >= 0) & (expert < NUM_EXPERTS)
+        expert = tl.load(topk_ids_ptr + pair, mask=pair < num_pairs, other=-1)
+        live = (expert >= LOCAL_EXPERT_START) & (expert < LOCAL_EXPERT_START + NUM_EXPERTS)
         row = pair.to(tl.int64)
         mask = live[:, None, None] & (n < N)[None, :, :]
         x = tl.load(x_ptr + row[:, None, None] * X_STRIDE + n[None, :, :], mask=mask, other=0.0).to(

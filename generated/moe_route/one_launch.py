@@ -62,15 +62,17 @@ def moe_route_one_launch_kernel(
     if topk_ids_ptr is None:
         expert = tl.where(live, 0, -1)  # one expert: the layer is dense
     else:
-        expert = tl.load(topk_ids_ptr + pair, mask=live, other=-1).to(tl.int32)
+        expert = tl.load(topk_ids_ptr + pair, mask=live, other=-1)
     live &= expert >= 0
     if adapter_enabled_ptr is not None:
         live &= tl.load(adapter_enabled_ptr + adapter, mask=live, other=0) != 0
     if expert_map_ptr is not None:
         live &= expert < GLOBAL_EXPERTS
-        expert = tl.load(expert_map_ptr + expert, mask=live, other=-1).to(tl.int32)
+        expert = tl.load(expert_map_ptr + expert, mask=live, other=-1)
     live &= (expert >= 0) & (expert < NUM_EXPERTS)
-    group = tl.where(live, adapter * NUM_EXPERTS + expert, MAX_LORAS * NUM_EXPERTS)
+    # Ids have been compared in the width that they come in; here they are known to be small.
+    adapter, expert = tl.where(live, adapter, MAX_LORAS), tl.where(live, expert, 0).to(tl.int32)
+    group = adapter * NUM_EXPERTS + expert
 
     # A key carries the pair in its low digits, so that sorting keys sorts pairs and ties cannot occur.
     order = tl.sort(group * SIZE + i)

@@ -57,8 +57,8 @@ def moe_sum_f16_weighted_keep_kernel(
         total = tl.zeros([BLOCK_N], tl.float32)
         for j in tl.static_range(TOP_K):
             pair = token * TOP_K + j
-            expert = tl.load(topk_ids_ptr + pair).to(tl.int32) - LOCAL_EXPERT_START
-            here = (expert >= 0) & (expert < NUM_EXPERTS)
+            expert = tl.load(topk_ids_ptr + pair)
+            here = (expert >= LOCAL_EXPERT_START) & (expert < LOCAL_EXPERT_START + NUM_EXPERTS)
             rows = y_ptr + pair.to(tl.int64) * Y_STRIDE
             y = tl.load(rows + n, mask=here & inside, other=0.0)
             weight = tl.where(here, tl.load(topk_weights_ptr + pair).to(tl.float32), 0.0)

@@ -112,8 +112,9 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
     b = lora_inputs.make_weights(case, tags, batch, case.widths, rank, numbers)
     out = LAYOUTS[case.layout].matrix((case.tokens, case.offset + width + 3), dtype, device)
     columns = out[:, case.offset : case.offset + width]
-    for token in batch.live if adds else ():
-        columns[token] = (4 * torch.randn(width, generator=numbers)).to(out)
+    for token, adapter in enumerate(batch.adapters):
+        if adds or adapter is None:  # a NaN that something is added to may keep its bits
+            columns[token] = (4 * torch.randn(width, generator=numbers)).to(out)
     route, tables = lora_inputs.route_of(package, case, batch, device)
     inputs = lora_inputs.sealed({"y": y, **lora_inputs.tensors_of("b", b)})
     options: dict[str, Any] = dict(lora_inputs.scales_of("b_scale", b))

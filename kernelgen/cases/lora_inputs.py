@@ -137,8 +137,8 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
 
 
 def _mixed(tokens: int, loras: int, rng: random.Random) -> list[int]:
-    """Every kind of token without an adapter next to those with one; adapters just out of range among them."""
-    away = {0: -1, 2: loras, 5: loras + 5, 6: -1}
+    """Every kind of token without an adapter next to those with one; adapters just out of range, and far, among them."""
+    away = {0: -1, 2: loras, 5: 2**31 - 1, 6: -(2**31)}
     return [away.get(t % 8, rng.randrange(loras)) for t in range(tokens)]
 
 

@@ -54,7 +54,7 @@ CASES = (
     Case("nothing_local", "no row at all", routing=Experts("away")),
     Case("some_valid", "rows behind the valid tokens", core=True, tokens=7, routing=Experts("mixed", valid=3)),
     Case("no_valid_token", "a step of padding alone", routing=Experts(valid=0)),
-    Case("more_than_there_are", "a count beyond the batch", routing=Experts(valid=99)),
+    Case("more_than_there_are", "a count beyond the batch", routing=Experts(valid=2**31 - 1)),
     Case("hint_too_low", "programs that take many rows", tokens=9, hint=1),
     Case("ids_int64", "ids as torch.topk gives them", routing=Experts("mixed", ids_dtype=torch.int64)),
     Case("large", "gates in the tails of exp", scale=60.0),

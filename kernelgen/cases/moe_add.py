@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from types import ModuleType
 from typing import Callable
@@ -58,7 +59,7 @@ CASES = (
         routing=Routing("mixed", disabled=(0,)),
     ),
     Case("expert_parallel", "global ids", core=True, tokens=16, routing=Routing("mixed", expert_map=True)),
-    Case("ids_int64", "ids as torch.topk gives them", routing=Routing("mixed", ids_dtype=torch.int64)),
+    Case("ids_int64", "ids as torch.topk gives them", tokens=8, routing=Routing("mixed", ids_dtype=torch.int64)),
     Case("unaligned", "odd strides, a base that is not 16-byte aligned", gap=1, offset=1, n=33),
     Case("own_tiles", "the tiles that the rule takes", own_tiles=True, n=300),
     Case("huge_rows", "32-bit offsets of rows wrap", row_stride=_HUGE // 4, tokens=4),
@@ -86,10 +87,11 @@ def check(
     else:
         delta = allocate(shape, strides, dtype, device, offset=case.offset)
     written = torch.zeros(shape[:2], dtype=torch.bool)
+    for place in itertools.product(range(case.tokens), range(case.top_k)):  # a NaN that something is added to may keep its bits
+        out[place] = torch.randn(case.n, generator=numbers).to(out)
     for pair, _, _ in routed.live:
         place = divmod(pair, case.top_k)
         written[place] = True
-        out[place] = torch.randn(case.n, generator=numbers).to(out)
         delta[place] = torch.randn(case.n, generator=numbers).to(delta)
     expected = moe_add(out, delta, routed.live)
     guarded = seal(out)

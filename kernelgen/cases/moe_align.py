@@ -42,7 +42,7 @@ CASES = (
     Case("no_valid_token", "a step of padding alone", routing=Experts(valid=0)),
     Case("one_valid_token", "a graph for many tokens, replayed for one", routing=Experts(valid=1)),
     Case("some_valid", "pairs of tokens that are not valid are absent", tokens=30, routing=Experts("mixed", valid=13)),
-    Case("more_than_there_are", "a count beyond the batch", routing=Experts(valid=99)),
+    Case("more_than_there_are", "a count beyond the batch", routing=Experts(valid=2**31 - 1)),
     Case("expert_parallel", "the second rank: ids on both sides are elsewhere", tokens=40, routing=Experts("mixed", start=3)),
     Case("ids_int64", "ids as torch.topk gives them", routing=Experts("mixed", ids_dtype=torch.int64)),
     Case("twice_the_expert", "an expert twice in a token", top_k=4, experts=2),

@@ -2,7 +2,8 @@
 
 Everything that a kernel must not read is poison (NaN): rows of x, weights and routing weights of pairs that are not live, what
 lies between and around rows, table entries behind the last block, the workspace. Everything that it must not write is
-compared bit for bit. Live rows of ``out`` are NaN where a variant overwrites them.
+compared bit for bit. Rows of ``out`` are numbers, as a NaN that something is added to may keep its bits; but NaN where a variant
+overwrites them.
 """
 
 from __future__ import annotations
@@ -290,12 +291,13 @@ def make(case: Case, tags: Tags, device: str) -> Call:
     if weighted:
         weights_shape = (tokens, top_k)
         topk_weights = allocate(weights_shape, (top_k, 1), case.weights_dtype, device)
-    for pair, _, _ in routed.live:
+    live = {pair for pair, _, _ in routed.live}
+    for pair in range(tokens * top_k):
         t, j = divmod(pair, top_k)
         old, weight = normal(out_shape[2]), normal(1)
-        if adds:
+        if adds or pair not in live:
             out[t, j] = old.to(out)
-        if topk_weights is not None:
+        if topk_weights is not None and pair in live:
             topk_weights[t, j] = weight.to(topk_weights)[0]
 
     operands = {"x": x, **{f"lora_a[{s}]": a for s, a in enumerate(lora_a)}}

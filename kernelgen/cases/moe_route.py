@@ -12,6 +12,7 @@ import torch
 from kernelgen.buffers import allocate, allocate_sparse, positions, seal
 from kernelgen.cases.base import Case as BaseCase
 from kernelgen.cases.base import Tags
+from kernelgen.cases.moe_experts import far_ids
 from kernelgen.cases.moe_routing import SPREAD, Routed, Routing, Sizes, draw
 from kernelgen.reference.moe_route import (
     PaddedTables,
@@ -216,7 +217,7 @@ def engine_tables(
     they can be, those without as long as an engine must fear.
     """
     tokens, top_k, experts, loras = routed.sizes
-    num_pairs = tokens * top_k
+    num_pairs, far = tokens * top_k, far_ids(torch.int32)
     groups: dict[tuple[int, int], list[int]] = {}
     loaded = live_pairs(
         routed.topk_ids,
@@ -230,7 +231,7 @@ def engine_tables(
     for pair in sorted(set(range(num_pairs)) - {item.pair for item in loaded}):
         adapter = int(routed.token_lora_mapping[pair // top_k])
         if 0 <= adapter < loras:
-            groups.setdefault((adapter, (-1, experts)[pair % 2]), []).append(pair)
+            groups.setdefault((adapter, (-1, experts, *far)[pair % 4]), []).append(pair)
     rows = [(*group, pairs) for group, pairs in sorted(groups.items())]
     row_size = num_pairs + min(experts, num_pairs) * (block_size - 1)
     if names_adapters:
@@ -238,10 +239,12 @@ def engine_tables(
     tables = padded_tables(
         rows, num_pairs=num_pairs, max_loras=loras, row_size=row_size, block_size=block_size
     )
+    padding = (tables.sorted_token_ids == num_pairs).nonzero().T
+    tables.sorted_token_ids[tuple(padding[:, ::2])] = far[0]
     if not names_adapters:
         return tables, None
     active = sorted(set(routed.token_lora_mapping.clamp(min=-1, max=loras).tolist()) - {loras})
-    lora_ids = torch.tensor([*active, *[-1] * (loras + 1 - len(active))], dtype=torch.int32)
+    lora_ids = torch.tensor([*active, *far, *[-1] * (loras + 1 - len(active))], dtype=torch.int32)
     for adapter in set(range(loras)) - set(active):
         tables.num_tokens_post_padded[adapter] = row_size
     return tables, lora_ids

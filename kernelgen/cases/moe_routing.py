@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from typing import Callable, Mapping, NamedTuple
 
 import torch
 
+from kernelgen.cases.moe_experts import far_ids
 from kernelgen.reference.moe_route import Live, live_pairs
 
 
@@ -69,32 +71,35 @@ class Routed(NamedTuple):
         }
 
 
-_Draw = tuple[list[list[int]], list[int]]  # experts and adapter of each token
+_Ids = list[list[int | None]]  # None: one of far_ids
+_Draw = tuple[_Ids, list[int]]  # experts and adapter of each token
 
 
 def _spread(sizes: Sizes, rng: random.Random) -> _Draw:
-    experts = [
+    experts: _Ids = [
         [rng.randrange(sizes.experts) for _ in range(sizes.top_k)] for _ in range(sizes.tokens)
     ]
     return experts, [rng.randrange(sizes.loras) for _ in experts]
 
 
 def _mixed(sizes: Sizes, rng: random.Random) -> _Draw:
-    """Every kind of row that is not live, next to live ones; adapters and experts just out of range among them."""
+    """Every kind of row that is not live, next to live ones; adapters and experts just out of range, and far, among them."""
     experts, adapters = _spread(sizes, rng)
     for token, row in enumerate(experts):
         turn, place = divmod(token, 8)
-        away = {1: -1, 4: sizes.experts, 7: sizes.experts + 7}.get(place)
-        if away is not None:
-            row[rng.randrange(sizes.top_k)] = away
+        away = {1: -1, 4: sizes.experts, 7: None}
+        if place in away:
+            row[rng.randrange(sizes.top_k)] = away[place]
             # not the last adapter for the first id out of range: it must not land on the next one's expert 0
             adapters[token] = (turn + sizes.loras - (2 if place == 4 else 1)) % sizes.loras
-        adapters[token] = {0: -1, 2: sizes.loras, 6: sizes.loras + 5}.get(place, adapters[token])
+        if place == 7:
+            row[:] = [None] * sizes.top_k
+        adapters[token] = {0: -1, 2: sizes.loras, 5: -(2**31), 6: 2**31 - 1}.get(place, adapters[token])
     return experts, adapters
 
 
 def _one_group(sizes: Sizes, rng: random.Random) -> _Draw:
-    row = [sizes.experts - 1] * sizes.top_k
+    row: list[int | None] = [sizes.experts - 1] * sizes.top_k
     return [list(row) for _ in range(sizes.tokens)], [sizes.loras - 1] * sizes.tokens
 
 
@@ -124,21 +129,19 @@ KINDS: Mapping[str, Callable[[Sizes, random.Random], _Draw]] = {
 
 def draw(routing: Routing, sizes: Sizes, rng: random.Random, device: str) -> Routed:
     """A batch with the routing that was asked for."""
-    experts, adapters = KINDS[routing.kind](sizes, rng)
-    expert_map = None
+    drawn, adapters = KINDS[routing.kind](sizes, rng)
+    far, expert_map = itertools.cycle(far_ids(routing.ids_dtype)), None
+    experts = [[next(far) if expert is None else expert for expert in row] for row in drawn]
     if routing.expert_map:
         expert_map = _some_experts(sizes.experts, rng)
-        places = {local: i for i, local in enumerate(expert_map.tolist()) if local >= 0}
-        places |= {
-            sizes.experts + i: len(expert_map) + i for i in range(8)
-        }  # out of range stays so
-        elsewhere = [i for i, local in enumerate(expert_map.tolist()) if local < 0]
+        here, known = range(sizes.experts), expert_map.tolist()
+        places = {local: i for i, local in enumerate(known) if local in here}
+        places[sizes.experts] = len(known)  # out of range stays so
+        elsewhere = [i for i, local in enumerate(known) if local not in here]
         for t, row in enumerate(experts):
             for j, expert in enumerate(row):
-                on_another_rank = 0 <= expert < sizes.experts and (t + j) % 3 == 0
-                row[j] = (
-                    elsewhere[t % len(elsewhere)] if on_another_rank else places.get(expert, -1)
-                )
+                on_another_rank = expert in here and (t + j) % 3 == 0
+                row[j] = elsewhere[t % len(elsewhere)] if on_another_rank else places.get(expert, expert)
     enabled = None
     if routing.disabled:
         enabled = torch.ones(sizes.loras, dtype=torch.int32)
@@ -159,6 +162,7 @@ def draw(routing: Routing, sizes: Sizes, rng: random.Random, device: str) -> Rou
 
 def _some_experts(experts: int, rng: random.Random) -> torch.Tensor:
     """A map of twice as many global experts, and one, of which ``experts`` are here, in another order."""
-    table = [*range(experts), *[-1] * (experts + 1)]
+    away = itertools.cycle((-1, experts, *far_ids(torch.int32)))
+    table = [*range(experts), *itertools.islice(away, experts + 1)]
     rng.shuffle(table)
     return torch.tensor(table, dtype=torch.int32)
