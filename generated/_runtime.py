@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Sequence
+from typing import Any, Callable, Generic, Iterable, Iterator, Mapping, NamedTuple, NoReturn, Sequence, TypeVar
 
 import torch
 import triton
@@ -313,11 +313,12 @@ class Traits(NamedTuple):
     warp_sums: int  # fp32 sums of a product that a warp has room for
     max_stages: int  # of a loop of products: on AMD, where loads in flight take registers, fewer
     mixed_pointers: bool  # a tile may be of pointers into several tensors: not on AMD, where Triton 3.6 fails to compile it
+    target: str  # "sm_90", "gfx942"
+    label: str  # what the device is called where tiles were measured on it; nothing off the GPU
 
 
 # Bytes of shared memory by Triton target, for compilation without a GPU.
 _SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376, "gfx942": 65536, "gfx950": 163840}
-MEASURED_SHARED_MEMORY = _SHARED_MEMORY[90]  # of the card that tiles were measured on: they may not fit a smaller one
 
 
 def traits(device: torch.device) -> Traits:
@@ -327,22 +328,25 @@ def traits(device: torch.device) -> Traits:
     if device.type == "cuda":
         return _traits(device.index if device.index is not None else torch.cuda.current_device())
     if INTERPRETED:
-        return Traits(132, _SHARED_MEMORY[90], False, True, *_room(90))
+        return Traits(132, _SHARED_MEMORY[90], False, True, *_room(90), "sm_90", "")
     target = triton.runtime.driver.active.get_current_target()
     nvidia = target.arch if target.backend == "cuda" else 0
     shared_memory, e4m3 = _SHARED_MEMORY.get(target.arch, 65536), nvidia == 0 or nvidia >= 89
-    return Traits(132, shared_memory, nvidia >= 90, e4m3, *_room(nvidia))
+    arch = f"sm_{nvidia}" if nvidia else target.arch
+    return Traits(132, shared_memory, nvidia >= 90, e4m3, *_room(nvidia), arch, "")
 
 
 @functools.cache
 def _traits(index: int) -> Traits:
     properties = triton.runtime.driver.active.utils.get_device_properties(index)
     shared_memory, sms = properties["max_shared_mem"], properties["multiprocessor_count"]
+    label = device_label(torch.cuda.get_device_name(index))
     if torch.version.hip is not None:
-        return Traits(sms, shared_memory, False, True, *_room(0))
+        target = torch.cuda.get_device_properties(index).gcnArchName.partition(":")[0]
+        return Traits(sms, shared_memory, False, True, *_room(0), target, label)
     major, minor = torch.cuda.get_device_capability(index)
     nvidia = 10 * major + minor
-    return Traits(sms, shared_memory, nvidia >= 90, nvidia >= 89, *_room(nvidia))
+    return Traits(sms, shared_memory, nvidia >= 90, nvidia >= 89, *_room(nvidia), f"sm_{nvidia}", label)
 
 
 def _room(nvidia: int) -> tuple[int, int, int, bool]:
@@ -353,6 +357,45 @@ def _room(nvidia: int) -> tuple[int, int, int, bool]:
     if nvidia == 0:
         return 4, 2048, 2, False
     return 8, 4096 if 90 <= nvidia < 120 else 2048, 6, True
+
+
+def device_label(name: str) -> str:
+    """What a device is called where tiles were measured on it: "h200" for "NVIDIA H200"."""
+    words = "_".join("".join(c if c.isascii() and c.isalnum() else " " for c in name.lower()).split())
+    return words.removeprefix("nvidia_").removeprefix("amd_")[:40]
+
+
+Tiles = TypeVar("Tiles")
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured(Generic[Tiles]):
+    """What was fastest on one device, by problem."""
+
+    label: str
+    target: str
+    num_sms: int
+    shared_memory: int
+    tiles: Mapping[tuple[Any, ...], Tiles]
+
+    def distance(self, device: Traits) -> float | None:
+        """How far ``device`` is from this one, 0 for itself; None: its tiles are not for it.
+
+        Another device of the same architecture may take them if it has at most half as many multiprocessors again, or the
+        other way round, as tiles share work out over them. No device takes tiles from one with more shared memory.
+        """
+        if self.shared_memory > device.shared_memory or self.target != device.target:
+            return None
+        if self.label == device.label:
+            return 0.0
+        ratio = max(self.num_sms, device.num_sms) / min(self.num_sms, device.num_sms)
+        return ratio if ratio <= 1.5 else None
+
+
+def measured(tables: Sequence[Measured[Tiles]], key: tuple[Any, ...], device: Traits) -> Tiles | None:
+    """What is known to be fastest for a problem: on the device itself, else on the nearest that it was measured on."""
+    near = [(away, table.label, table.tiles) for table in tables if (away := table.distance(device)) is not None]
+    return next((tiles[key] for *_, tiles in sorted(near, key=lambda found: found[:2]) if key in tiles), None)
 
 
 def describable(tensor: torch.Tensor) -> bool:

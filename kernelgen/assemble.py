@@ -133,7 +133,7 @@ def _tunable_faults(package: Package, tree: Mapping[str, str]) -> Iterator[Diagn
             name = names.config_class(None if kernel.name == family.name else kernel.name)
             known = _fields(classes[name]) if name in classes else []
             declared = [tunable.name for tunable in kernel.tunables]
-            if known and known != declared and (declared or family.tuned.entries):
+            if known and known != declared and (declared or family.tuned):
                 message = f"{kernel.name} has the tunables {', '.join(known)}, in this order"
                 hint = f"the spec has {', '.join(declared) or 'none'}"
                 yield Diagnostic("KG027", kernel.tunables_location, message, hint)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Iterable, Mapping, Sequence
+from typing import Any, Collection, Iterable, Mapping, Sequence
 
 from kernelgen.diagnostics import Diagnostic, Nearest, did_you_mean, failure, os_failure
 from kernelgen.limits import MAX_BYTES
@@ -16,6 +16,7 @@ from kernelgen.model import (
     VOCABULARY,
     Axis,
     Choice,
+    Device,
     Exclude,
     Family,
     Kernel,
@@ -28,10 +29,11 @@ from kernelgen.model import (
     Tuned,
     TunedEntry,
 )
-from kernelgen.names import Identifier, identifier_fault, kernel_template
+from kernelgen.names import TUNED, Identifier, identifier_fault, kernel_template
 from kernelgen.parse import Node, Step, parse
 from kernelgen.schema import (
     ChoiceShape,
+    DeviceShape,
     EntryShape,
     ExcludeShape,
     SpecShape,
@@ -54,16 +56,42 @@ def load(specs: Path) -> tuple[list[Family], list[Diagnostic]]:
         raise failure("KG001", str(specs), message, "name the folder with --specs")
     families: list[Family] = []
     faults: list[Diagnostic] = []
+    devices = _devices(specs)
     for file in files:
-        family, found = _load_family(file, specs / "tuned" / file.name)
+        family, found = _load_family(file, [folder / file.name for folder in devices])
         families += [family] if family else []
         faults += found
-    names = {file.name for file in files}
-    for file in _spec_files(specs / "tuned", missing_ok=True):
-        if file.name not in names:
-            message = f"there is no spec {file.name} that this could tune"
-            faults.append(Diagnostic("KG013", Location(str(file)), message))
-    return families, faults
+    return families, faults + _strays(specs, devices, {file.name for file in files})
+
+
+def _strays(specs: Path, devices: Sequence[Path], names: Collection[str]) -> list[Diagnostic]:
+    """Tuned files that belong to no device, or to no family."""
+    faults = []
+    for file in _spec_files(specs / TUNED, missing_ok=True):
+        hint = f"put it into a folder of its device: {TUNED}/h200/{file.name}"
+        faults.append(Diagnostic("KG013", Location(str(file)), "tiles of no device", hint))
+    for folder in devices:
+        if reason := identifier_fault(folder.name):
+            faults.append(Diagnostic("KG012", Location(str(folder)), f"{folder.name!r} {reason}"))
+        for file in _spec_files(folder):
+            if file.name not in names:
+                message = f"there is no spec {file.name} that this could tune"
+                faults.append(Diagnostic("KG013", Location(str(file)), message))
+    return faults
+
+
+def _devices(specs: Path) -> list[Path]:
+    """The folders of devices that tiles were measured on."""
+    folder = specs / TUNED
+    try:
+        found = sorted(path for path in folder.iterdir() if path.is_dir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise os_failure(error, folder) from None
+    if len(found) > MAX_FILES:
+        raise failure("KG004", str(folder), f"{len(found)} folders; at most {MAX_FILES} are read")
+    return found
 
 
 def _spec_files(folder: Path, missing_ok: bool = False) -> list[Path]:
@@ -95,7 +123,7 @@ def _read(file: Path) -> tuple[Node | None, list[Diagnostic]]:
     return parse(label, data)
 
 
-def _load_family(file: Path, tuned_file: Path) -> tuple[Family | None, list[Diagnostic]]:
+def _load_family(file: Path, tuned_files: Sequence[Path]) -> tuple[Family | None, list[Diagnostic]]:
     root, faults = _read(file)
     if file.suffix != ".yaml":
         faults.append(Diagnostic("KG013", Location(str(file)), "a spec is called <family>.yaml"))
@@ -103,16 +131,17 @@ def _load_family(file: Path, tuned_file: Path) -> tuple[Family | None, list[Diag
         return None, faults
     family, found = _Spec(root, file.stem).family()
     faults = _joined(faults, found)
-    if family is None or not tuned_file.exists():
-        return family, faults
-    tuned_root, found = _read(tuned_file)
-    faults += found
-    if tuned_root is not None:
-        tuned, found_in_tree = _TunedFile(tuned_root, family).tuned()
-        faults = _joined(faults, found_in_tree)
-        if tuned is not None:
-            return dataclasses.replace(family, tuned=tuned), faults
-    return family, faults
+    if family is None:
+        return None, faults
+    measured = []
+    for tuned_file in filter(Path.exists, tuned_files):
+        root, found = _read(tuned_file)
+        faults += found
+        if root is not None and not identifier_fault(tuned_file.parent.name):
+            tuned, found = _TunedFile(root, family, Identifier(tuned_file.parent.name)).tuned()
+            faults = _joined(faults, found)
+            measured += [tuned] if tuned else []
+    return dataclasses.replace(family, tuned=tuple(measured)), faults
 
 
 def _joined(first: list[Diagnostic], then: list[Diagnostic]) -> list[Diagnostic]:
@@ -196,7 +225,7 @@ class _Spec(_Checks):
                 targets=tuple(sections["targets"]),
                 target_locations=tuple(self.value_at("targets", i) for i in range(len(sections["targets"]))),
                 resources=Resources(**sections["resources"].model_dump()),
-                tuned=Tuned(),
+                tuned=(),
                 location=self.value_at("family"),
             ),
             [],
@@ -286,9 +315,10 @@ class _Spec(_Checks):
 
 
 class _TunedFile(_Checks):
-    def __init__(self, root: Node, family: Family) -> None:
+    def __init__(self, root: Node, family: Family, label: Identifier) -> None:
         super().__init__(root, TunedShape)
         self.of = family
+        self.label = label
 
     def tuned(self) -> tuple[Tuned | None, list[Diagnostic]]:
         self.check_family(self.of.name)
@@ -316,12 +346,17 @@ class _TunedFile(_Checks):
             return None, self.faults
         return (
             Tuned(
-                self.sections["device"],
+                self._device(),
                 tuple(self.sections["versions"].items()),
                 tuple(self._entry(entry) for entry in entries),
             ),
             [],
         )
+
+    def _device(self) -> Device:
+        shape: DeviceShape = self.sections["device"]
+        target = Identifier(shape.target)
+        return Device(self.label, shape.name, target, shape.multiprocessors, shape.shared_memory)
 
     def _tags(self, entry: EntryShape) -> dict[Identifier, str]:
         """A tag for each axis that measurements tell apart: the first one that there is, unless the entry names another."""

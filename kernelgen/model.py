@@ -216,12 +216,23 @@ class TunedEntry:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tuned:
-    """The measurements of a family on one device; empty where there are none."""
+class Device:
+    """What was measured on: ``label`` names its folder in specs/tuned; the rest decides which other devices take its tiles."""
 
-    device: str = ""
-    versions: tuple[tuple[str, str], ...] = ()
-    entries: tuple[TunedEntry, ...] = ()
+    label: Identifier
+    name: str  # as torch calls it
+    target: Identifier
+    multiprocessors: int
+    shared_memory: int  # bytes that one program may take
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """The measurements of a family on one device."""
+
+    device: Device
+    versions: tuple[tuple[str, str], ...]
+    entries: tuple[TunedEntry, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,7 +296,7 @@ class Family:
     quant: Quant
     targets: tuple[str, ...]
     resources: Resources
-    tuned: Tuned
+    tuned: tuple[Tuned, ...]  # a device each, by label
     location: Location = dataclasses.field(compare=False)
     target_locations: tuple[Location, ...] = dataclasses.field(compare=False)
     variants: tuple[Variant, ...] = ()

@@ -18,6 +18,7 @@ _DEVICES = frozenset(
 PACKAGE = "generated"
 TESTS = "tests/generated"
 MANIFEST = f"{PACKAGE}/.manifest.json"
+TUNED = "tuned"  # below the specs: a folder a device that tiles were measured on
 STAGING = ".kernelgen-staging"  # beside what it replaces, on the same file system
 RUNTIME_SOURCE = "kernelgen/runtime.py"
 TEMPLATE_SUFFIX = ".py.j2"

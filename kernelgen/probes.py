@@ -10,11 +10,11 @@ import dataclasses
 import importlib
 import itertools
 from types import ModuleType
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from kernelgen.model import Family, TunedEntry, Variant
+from kernelgen.model import Family, Tuned, TunedEntry, Variant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +75,9 @@ def _moe_lora(package: ModuleType, family: Family, variant: Variant) -> Iterator
                 yield _moe_lora_probe(f"m{block_m}{suffix}", package, variant, sizes)
 
 
-def _moe_lora_tuned(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
+def _moe_lora_tuned(package: ModuleType, family: Family, variant: Variant, tuned: Tuned) -> Iterator[Probe]:
     fields = {field.name for field in dataclasses.fields(_MoeLoraSizes)}
-    for entry in _measured(family, variant):
+    for entry in _measured(family, variant, tuned):
         choices = (("first", entry.best), ("second", entry.runner_up))
         chosen = [(place, c) for place, c in choices if c is not None and c.schedule == variant.schedule]
         problem = dict(entry.problem)
@@ -100,11 +100,11 @@ def _labels(sizes: _MoeLoraSizes) -> Iterator[str]:
     yield f"l{sizes.max_loras}"
 
 
-def _measured(family: Family, variant: Variant) -> Iterator[TunedEntry]:
+def _measured(family: Family, variant: Variant, tuned: Tuned) -> Iterator[TunedEntry]:
     """The measurements that are of the tags and the rank of ``variant``; of dtypes the first stands for all."""
     if variant.dtype != next(axis.tags[0] for axis in family.axes if axis.name == "dtype"):
         return
-    for entry in family.tuned.entries:
+    for entry in tuned.entries:
         if all(getattr(variant, axis) == tag for axis, tag in entry.tags) and _serves_rank(variant, entry.problem.rank):
             yield entry
 
@@ -407,8 +407,8 @@ def _lora(package: ModuleType, family: Family, variant: Variant) -> Iterator[Pro
         yield _lora_probe(f"t{num_tokens}{suffix}", package, variant, _LoraSizes(num_tokens, rank, block_m))
 
 
-def _lora_tuned(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
-    for entry in _measured(family, variant):
+def _lora_tuned(package: ModuleType, family: Family, variant: Variant, tuned: Tuned) -> Iterator[Probe]:
+    for entry in _measured(family, variant, tuned):
         problem = dict(entry.problem)
         narrow, others = problem.get("n_min", 1), problem["slices"] - 1  # the first product does not see widths
         widths = (problem.get("n", 1 + others) - others * narrow, *[narrow] * others)
@@ -580,21 +580,22 @@ _FAMILIES: Mapping[str, _Probes] = {
 }
 
 
-_TUNED: Mapping[str, _Probes] = {
+_TUNED: Mapping[str, Callable[[ModuleType, Family, Variant, Tuned], Iterator[Probe]]] = {
     "lora_expand": _lora_tuned,
     "lora_shrink": _lora_tuned,
     "moe_lora": _moe_lora_tuned,
 }
 
 
-def probes(package: ModuleType, family: Family, variant: Variant, tuned: bool = False) -> list[Probe]:
-    """The probes of ``variant``, which launch kernels of the imported generated ``package``; ``tuned``: those of measured
-    tiles as well.
+def probes(package: ModuleType, family: Family, variant: Variant, tuned: Sequence[Tuned] = ()) -> list[Probe]:
+    """The probes of ``variant``, which launch kernels of the imported generated ``package``; ``tuned``: those of
+    these measured tiles as well.
 
     Raises:
         KeyError: the family has no probes; they belong in this module.
     """
     found = list(_FAMILIES[family.name](package, family, variant))
-    if tuned and family.name in _TUNED:
-        found += _TUNED[family.name](package, family, variant)
+    if family.name in _TUNED:
+        for measured in tuned:
+            found += _TUNED[family.name](package, family, variant, measured)
     return found

@@ -100,8 +100,11 @@ def _cases(
 def _variant_cases(
     generated: ModuleType, family: Family, variant: Variant, target: Target
 ) -> Iterator[Case]:
-    measured = dict(family.tuned.versions).get("triton")
-    tuned = target.name == PRIMARY and measured == triton.__version__
+    tuned = [
+        measured
+        for measured in family.tuned
+        if measured.device.target == target.name == PRIMARY and dict(measured.versions).get("triton") == triton.__version__
+    ]
     for probe in probes(generated, family, variant, tuned):
         with generated._runtime.compile_only() as requests:
             probe.call()

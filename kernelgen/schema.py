@@ -184,11 +184,20 @@ class EntryShape(ChoiceShape):
     runner_up: ChoiceShape | None = None
 
 
+class DeviceShape(_Shape):
+    """What was measured on; see ``model.Device``."""
+
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    target: Literal[TARGETS]  # type: ignore[valid-type]
+    multiprocessors: Annotated[int, Field(ge=1, le=MAX_TUNABLE)]
+    shared_memory: Annotated[int, Field(ge=1, le=MAX_TUNABLE)]
+
+
 class TunedShape(_Shape):
     """Measurements of a family on one device; written by ``kernelgen tune``."""
 
     family: Name
-    device: Annotated[str, Field(min_length=1, max_length=200)]
+    device: DeviceShape
     versions: dict[Name, Annotated[str, Field(max_length=100)]]
     entries: list[EntryShape]
 
@@ -279,6 +288,7 @@ def _keys(shape: type[BaseModel], path: tuple[Step, ...]) -> list[str]:
         ("numerics",): NumericsShape,
         ("quant",): QuantShape,
         ("resources",): ResourcesShape,
+        ("device",): DeviceShape,
         ("entries",): EntryShape,
         ("entries", "runner_up"): ChoiceShape,
     }

@@ -37,8 +37,8 @@ def made_of(specs: Path, only: str | None) -> str | None:
 
 
 def _files(specs: Path) -> Iterator[Path]:
-    for folder in (specs, specs / "tuned"):
-        yield from sorted(folder.glob("*.y*ml"))
+    for pattern in ("*.y*ml", "tuned/*.y*ml", "tuned/*/*.y*ml"):
+        yield from sorted(specs.glob(pattern))
     for folder in locate.template_folders(specs):
         yield from sorted(file for file in folder.rglob("*") if not file.is_dir())
     yield from sorted(Path(__file__).parent.rglob("*.py"))

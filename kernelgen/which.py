@@ -68,7 +68,8 @@ def which(package: Package, name: str | None, case: Mapping[str, str]) -> Answer
             reasons[axis.name] = _open_reason(axis, list(left))
     measured = tuple(
         entry
-        for entry in family.tuned.entries
+        for tuned in family.tuned
+        for entry in tuned.entries
         if any(variant.kernel == entry.schedule for variant in served)
         and all(
             str(value).lower() == case[size].lower()
@@ -95,7 +96,7 @@ def _family(package: Package, name: str | None, case: Mapping[str, str]) -> Fami
 
 
 def _sizes(family: Family) -> set[str]:
-    return {size for entry in family.tuned.entries for size in entry.problem.names}
+    return {size for tuned in family.tuned for entry in tuned.entries for size in entry.problem.names}
 
 
 def _words(family: Family) -> list[str]:

@@ -21,7 +21,7 @@ tunables:
 """
 TUNED = """\
 family: toy
-device: H200
+device: {name: NVIDIA H200, target: sm_90, multiprocessors: 132, shared_memory: 232448}
 versions: {torch: 2.11.0, triton: 3.6.0}
 entries:
   - problem: {k: 64, weighted: true}
@@ -58,8 +58,10 @@ NAMES = (
 #% endfor
 )
 TUNED = {
-#% for entry in family.tuned.entries
+#% for tuned in family.tuned
+#% for entry in tuned.entries
     {{ entry.problem.k }}: ("{{ entry.schedule }}", {{ entry.config.block_n }}),
+#% endfor
 #% endfor
 }
 '''

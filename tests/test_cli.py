@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("KERNELGEN_CACHE_DIR", str(tmp_path / "cache"))
-    specs = {"toy.yaml": project.SPEC, "tuned/toy.yaml": project.TUNED}
+    specs = {"toy.yaml": project.SPEC, "tuned/h200/toy.yaml": project.TUNED}
     project.make(tmp_path / "work", specs)
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path / "work"

@@ -23,7 +23,7 @@ SPECS = Path(__file__).parent.parent / "specs"
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    specs = {"toy.yaml": project.SPEC, "tuned/toy.yaml": project.TUNED}
+    specs = {"toy.yaml": project.SPEC, "tuned/h200/toy.yaml": project.TUNED}
     return build.package(project.make(tmp_path_factory.mktemp("toy"), specs)).families[0]
 
 
@@ -63,11 +63,11 @@ def test_values_can_be_copied_compared_and_used_as_keys(toy) -> None:
 
 
 def test_tuned_data_is_read_in_the_order_of_the_tunables(toy) -> None:
-    first = toy.tuned.entries[0]
+    first = toy.tuned[0].entries[0]
     assert (first.problem.k, first.problem.weighted) == (64, True)
     assert (first.schedule, first.config, first.best.us) == ("toy", Record({"block_n": 64}), 1.5)
     assert first.runner_up.config.block_n == 128
-    assert toy.tuned.entries[1].runner_up is None
+    assert toy.tuned[0].entries[1].runner_up is None
 
 
 def test_a_problem_is_measured_once_for_the_same_tags(tmp_path: Path) -> None:
@@ -76,8 +76,8 @@ def test_a_problem_is_measured_once_for_the_same_tags(tmp_path: Path) -> None:
     second = project.TUNED.index("  - problem", first + 1)
     entry = project.TUNED[first:second]
     other = entry.replace("    schedule", "    tags: {add_inputs: set}\n    schedule", 1)
-    specs = {"toy.yaml": spec, "tuned/toy.yaml": project.TUNED + other}
-    read = build.package(project.make(tmp_path, specs)).families[0].tuned.entries
+    specs = {"toy.yaml": spec, "tuned/h200/toy.yaml": project.TUNED + other}
+    read = build.package(project.make(tmp_path, specs)).families[0].tuned[0].entries
     assert [one.tags.add_inputs for one in read] == ["add", "add", "set"]
     assert [one.facts.adds for one in read] == [True, True, False]
 

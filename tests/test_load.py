@@ -20,7 +20,7 @@ def faults(tmp_path: Path, *, tuned: str | None = None, **specs: str | bytes) ->
     """``path:line:column code`` of each fault of a project with these specs."""
     texts: dict[str, str | bytes] = {f"{name}.yaml": text for name, text in specs.items()}
     if tuned is not None:
-        texts["tuned/toy.yaml"] = tuned
+        texts["tuned/h200/toy.yaml"] = tuned
     folder = project.make(tmp_path, texts)
     with pytest.raises(Failure) as failed:
         build.package(folder)
@@ -256,6 +256,8 @@ TUNED_EDITS = {
     "time of zero": ("us: 1.5", "us: 0", ["8:9 KG011"]),
     "another family": ("family: toy", "family: boy", ["1:9 KG013"]),
     "unknown key": ("device:", "gpu:", ["1:1 KG009", "2:1 KG008"]),
+    "unknown target": ("target: sm_90", "target: sm_91", ["2:37 KG011"]),
+    "no memory": (", shared_memory: 232448", "", ["2:1 KG009"]),
 }
 
 
@@ -263,7 +265,7 @@ TUNED_EDITS = {
 def test_a_fault_of_tuned_data(name: str, tmp_path: Path) -> None:
     old, new, expected = TUNED_EDITS[name]
     found = faults(tmp_path, toy=project.SPEC, tuned=edited(old, new, project.TUNED))
-    assert sorted(found) == sorted(f"tuned/toy.yaml:{where}" for where in expected)
+    assert sorted(found) == sorted(f"tuned/h200/toy.yaml:{where}" for where in expected)
 
 
 ADDS = edited("  rank: [r16, r32]\n", "  rank: [r16, r32]\n  add_inputs: [add, set]\n")
@@ -285,7 +287,7 @@ def test_a_fault_of_the_tags_of_tuned_data(name: str, tmp_path: Path) -> None:
     if name.startswith("the tag"):
         tuned = edited("{k: 128, weighted", "{k: 64, weighted", tuned)
     found = faults(tmp_path, toy=ADDS, tuned=tuned)
-    assert found == [f"tuned/toy.yaml:{where}" for where in expected]
+    assert found == [f"tuned/h200/toy.yaml:{where}" for where in expected]
 
 
 def test_all_faults_of_all_specs_are_told_at_once(tmp_path: Path) -> None:
@@ -337,10 +339,12 @@ def test_a_long_line_is_shown_in_part(tmp_path: Path) -> None:
 
 
 def test_tuned_data_without_a_spec(tmp_path: Path) -> None:
-    folder = project.make(tmp_path, {"toy.yaml": project.SPEC, "tuned/boy.yaml": project.TUNED})
+    strays = ("tuned/toy.yaml", "tuned/h200/boy.yaml", "tuned/H200/toy.yaml")
+    folder = project.make(tmp_path, {"toy.yaml": project.SPEC, **dict.fromkeys(strays, project.TUNED)})
     with pytest.raises(Failure) as failed:
         build.package(folder)
-    assert [fault.code for fault in failed.value.diagnostics] == ["KG013"]
+    found = {(fault.location.path.removeprefix(f"{folder}/"), fault.code) for fault in failed.value.diagnostics}
+    assert found == {("tuned/H200", "KG012"), ("tuned/h200/boy.yaml", "KG013"), ("tuned/toy.yaml", "KG013")}
 
 
 @pytest.mark.parametrize(

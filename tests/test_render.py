@@ -126,7 +126,7 @@ def test_a_raw_text_of_a_spec_cannot_be_printed(tmp_path: Path) -> None:
         "family.excludes[0].why",
         "family.targets",
         "family.spec",
-        "family.tuned.device",
+        "family.tuned",
     ):
         text = f"{{{{ {printed} }}}}\n".replace("[0]", "")
         folder = project.make(tmp_path, templates={"dispatch/toy/__init__.py.j2": text})

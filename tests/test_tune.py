@@ -21,7 +21,7 @@ from kernelgen.measure import layers
 from kernelgen.measure.tune import moe_lora, space, tuned_file
 from kernelgen.measure.tune.command import Duration
 from kernelgen.measure.tune.crew import Event, Processes
-from kernelgen.measure.tune.jobs import CompileJob, GaugeJob, Reading, Sizes, Verdict
+from kernelgen.measure.tune.jobs import CompileJob, Device, GaugeJob, Reading, Sizes, Verdict
 from kernelgen.measure.tune.known import FAMILIES
 from kernelgen.measure.tune.search import FINAL, Found, search
 from kernelgen.measure.tune.space import Candidate
@@ -66,6 +66,7 @@ RULES = {
         "pdl": 1,
     },
 }
+DEVICE = Device("fake", "NVIDIA Fake", "sm_90", 132, 232448)
 HEAD = {"device": "NVIDIA Fake", "torch": "2.11.0", "triton": "3.6.0", "cuda": "13.0"}
 
 
@@ -195,7 +196,7 @@ class Bench:
 
     def save(self, entries: list[tuned_file.Entry]) -> None:
         versions = {name: HEAD[name] for name in ("torch", "triton", "cuda")}
-        tuned_file.write(self.out, tuned_file.text(FAMILY, HEAD["device"], versions, entries, SPACE))
+        tuned_file.write(self.out, tuned_file.text(FAMILY, DEVICE, versions, entries, SPACE))
 
     def run(self) -> bool:
         complete = self.tuner.run()
@@ -214,9 +215,9 @@ def load_family(folder: Path, tuned: Path) -> Any:
     from kernelgen.load import load
 
     specs = folder / "specs"
-    (specs / "tuned").mkdir(parents=True, exist_ok=True)
+    (specs / "tuned/h200").mkdir(parents=True, exist_ok=True)
     shutil.copy(SPEC.with_name(tuned.name), specs)
-    shutil.copy(tuned, specs / "tuned" / tuned.name)
+    shutil.copy(tuned, specs / "tuned/h200" / tuned.name)
     families, faults = load(specs)
     assert not faults, faults[0]
     return families[0]
@@ -386,11 +387,11 @@ def test_file_comes_back_through_the_loader(tmp_path: Path) -> None:
     bench = Bench(tmp_path, CELLS)
     assert bench.run()
     family = load_family(tmp_path, bench.out)
-    assert family.tuned.device == HEAD["device"]
-    assert dict(family.tuned.versions)["cuda"] == "13.0"  # a text, though it looks like a number
-    assert len(family.tuned.entries) == len(CELLS)
+    assert family.tuned[0].device.name == HEAD["device"]
+    assert dict(family.tuned[0].versions)["cuda"] == "13.0"  # a text, though it looks like a number
+    assert len(family.tuned[0].entries) == len(CELLS)
     by_problem = {tuple(e.problem.items()): e for e in bench.entries}
-    for read in family.tuned.entries:
+    for read in family.tuned[0].entries:
         entry = by_problem[tuple(read.problem)]
         assert (read.schedule, read.config.values) == entry.best.candidate
         assert read.best.us == round(entry.best.us, 2)
@@ -398,7 +399,7 @@ def test_file_comes_back_through_the_loader(tmp_path: Path) -> None:
         assert read.runner_up is not None and read.runner_up.schedule != read.schedule
         if dict(read.problem)["num_tokens"] < 256:
             assert (read.runner_up.schedule == moe_lora.NAIVE) != naive
-    schedules = {dict(e.problem)["num_tokens"]: e.schedule for e in family.tuned.entries}
+    schedules = {dict(e.problem)["num_tokens"]: e.schedule for e in family.tuned[0].entries}
     assert schedules[1] == "small_batch" and schedules[256] in ("one_shot", "two_kernel")
     losses = bench.tuner.losses()
     assert len(losses) == len(CELLS) and all(loss.rule_us >= loss.best_us for loss in losses)
@@ -551,12 +552,12 @@ def test_as_many_problems_as_a_file_may_hold(tmp_path: Path) -> None:
         cells = [Cell(QWEN, "w13", 1 + i % 128, 1 + i // 128) for i in range(count)]
         return [tuned_file.Entry(FAMILY.problem(cell), big, small) for cell in cells]
 
-    text = tuned_file.text(FAMILY, "d", {"torch": "1"}, entries(700), SPACE)
+    text = tuned_file.text(FAMILY, DEVICE, {"torch": "1"}, entries(700), SPACE)
     path = tmp_path / "moe_lora.yaml"
     tuned_file.write(path, text)
-    assert len(load_family(tmp_path, path).tuned.entries) == 700
+    assert len(load_family(tmp_path, path).tuned[0].entries) == 700
     with pytest.raises(Failure, match="too many"):
-        tuned_file.text(FAMILY, "d", {"torch": "1"}, entries(1000), SPACE)
+        tuned_file.text(FAMILY, DEVICE, {"torch": "1"}, entries(1000), SPACE)
 
 
 def test_add_and_set_and_fp8_are_problems_of_their_own(tmp_path: Path) -> None:
@@ -570,7 +571,7 @@ def test_add_and_set_and_fp8_are_problems_of_their_own(tmp_path: Path) -> None:
     bench = Bench(tmp_path, [dataclasses.replace(cell, **kind) for kind in kinds])
     bench.run()
     again = load_family(tmp_path, bench.out)
-    tags = {tuple(map(str, entry.tags.values)) for entry in again.tuned.entries}
+    tags = {tuple(map(str, entry.tags.values)) for entry in again.tuned[0].entries}
     assert tags == {
         ("add", "none", "none"),
         ("set", "none", "none"),
@@ -741,9 +742,9 @@ def test_a_tuned_file_of_dense_lora(tmp_path: Path) -> None:
     family = FAMILIES["lora_shrink"]
     entries = [tuned_file.Entry(family.problem(cell), best, None) for cell in cells]
     path = tmp_path / "tuned" / "lora_shrink.yaml"
-    tuned_file.write(path, tuned_file.text(family, "d", {"torch": "1"}, entries, searched))
+    tuned_file.write(path, tuned_file.text(family, DEVICE, {"torch": "1"}, entries, searched))
     assert list(tuned_file.read(path, searched)[1].values()) == entries[::-1]
-    read = load_family(tmp_path, path).tuned.entries
+    read = load_family(tmp_path, path).tuned[0].entries
     assert [dict(e.problem)["rank"] for e in read] == [16, 64] and read[0].facts.weight_scales == "group"
 
 
@@ -883,6 +884,54 @@ def test_gauge_of_dense_lora(name: str, monkeypatch: pytest.MonkeyPatch) -> None
             assert re.match(says, by_place[place].failed or "")
 
 
+# --- which devices take what was measured on one --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "found"),
+    [
+        (("h200", "sm_90", 132, 232448), "h200"),
+        (("gh200_480gb", "sm_90", 132, 232448), "h200"),  # no tiles of its own: the nearest of its architecture
+        (("h100_pcie", "sm_90", 114, 232448), "h100_pcie"),
+        (("h20", "sm_90", 78, 232448), "h100_pcie"),  # the H200 has more than half as many multiprocessors again
+        (("h200_mig_1g_18gb", "sm_90", 16, 232448), None),
+        (("b200", "sm_100", 148, 232448), None),  # as much shared memory is no kinship
+        (("h200", "sm_90", 132, 101376), None),  # they would not fit
+        (("", "sm_90", 132, 232448), "h200"),  # compiled for without a GPU
+    ],
+)
+def test_who_takes_tiles_of_whom(device: tuple[Any, ...], found: str | None) -> None:
+    from kernelgen import runtime
+
+    label, target, sms, shared_memory = device
+    known = dict.fromkeys(runtime.Traits._fields, 0)
+    traits = runtime.Traits(**{**known, "label": label, "target": target, "num_sms": sms, "shared_memory": shared_memory})
+    tables = [
+        runtime.Measured("h200", "sm_90", 132, 232448, {(1,): "h200", (2,): "h200 too"}),
+        runtime.Measured("h100_pcie", "sm_90", 114, 232448, {(1,): "h100_pcie"}),
+    ]
+    assert runtime.measured(tables, (1,), traits) == found
+    further = found and "h200 too" if label != "h20" else None  # what one has not measured, another has
+    assert runtime.measured(tables, (2,), traits) == further
+    assert runtime.measured(tables, (3,), traits) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100_80gb_hbm3"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "rtx_pro_6000_blackwell_server_edition"),
+        ("AMD Instinct MI300X", "instinct_mi300x"),
+    ],
+)
+def test_the_folder_of_a_device(name: str, label: str) -> None:
+    from kernelgen import runtime
+    from kernelgen.names import identifier_fault
+
+    assert runtime.device_label(name) == label and identifier_fault(label) is None
+
+
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -943,7 +992,7 @@ def test_the_command_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
             super().__init__(serve, Clock(), 0.0, size=len(members))
 
         def started(self) -> list[Hello]:
-            return [Hello(HEAD["device"], "sm_90", {"torch": "2.11.0"})] * len(self.hellos)
+            return [Hello(DEVICE, {"torch": "2.11.0"})] * len(self.hellos)
 
     def measure(job: GaugeJob) -> Iterator[Reading]:
         for place, (schedule, config) in enumerate(job.candidates):
@@ -955,8 +1004,11 @@ def test_the_command_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(crew, "Processes", Crew)
     monkeypatch.setattr(kernels, "Kernels", lambda family, package, target: FakeKernels())
-    out = tmp_path / "tuned" / "moe_lora.yaml"
-    arguments = ["--specs", str(SPEC.parent), "--out", str(out), "--budget", "10m"]
+    specs = tmp_path / "specs"
+    specs.mkdir()
+    shutil.copy(SPEC, specs)
+    out = specs / "tuned/fake/moe_lora.yaml"  # of the device that it runs on
+    arguments = ["--specs", str(specs), "--budget", "10m"]
     arguments += ["--models", "qwen3-30b-a3b", "--ranks", "64", "--tokens", "1,64"]
     arguments += ["--devices", "1,3", "--workers", "3", "--json"]
     code, stdout, stderr = kernelgen("tune", *arguments)
@@ -965,7 +1017,7 @@ def test_the_command_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
     document = json.loads(stdout)
     assert document["complete"] and document["problems"] == document["timed"] == 4
     assert len(document["rule"]) == 4 and document["rule"][0]["rule_us"] > 0
-    assert len(load_family(tmp_path, out).tuned.entries) == 4
+    assert len(load_family(tmp_path, out).tuned[0].entries) == 4
     code, stdout, _ = kernelgen("tune", *arguments[:-1])
     assert code == 0 and "the rule for what is not tuned takes" in stdout
     other = out.read_text().replace(HEAD["device"], "NVIDIA Other")

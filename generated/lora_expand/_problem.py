@@ -162,10 +162,15 @@ def choose(problem: Problem, route: MoeRoute, k: int | None = None) -> Config:
     """
     tokens, device = runtime.next_power_of_2(problem.num_tokens), runtime.traits(problem.device)
     layer = (k, sum(problem.widths), min(problem.widths), len(problem.widths), problem.rank)
-    tiles = TUNED.get(
-        (tokens, route.max_loras, *layer, True, problem.weight_scales)
+    key = (
+        tokens,
+        route.max_loras,
+        *layer,
+        True,
+        problem.weight_scales,
     )  # adding was measured, for both
-    if tiles is not None and is_as_measured(route, tokens, device):
+    tiles = runtime.measured(TUNED, key, device)
+    if tiles is not None and is_as_measured(route, tokens):
         return Config(*tiles)
     scaled = problem.weight_scales is not None
     sizes = (tokens, route.block_m, route.max_loras, problem.widths, problem.rank, scaled)

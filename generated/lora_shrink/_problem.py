@@ -282,18 +282,19 @@ def choose(problem: Problem, route: MoeRoute) -> Config:
     """
     tokens, device = runtime.next_power_of_2(problem.num_tokens), runtime.traits(problem.device)
     scales = (problem.weight_scales, problem.x_scales)
-    tiles = TUNED.get((tokens, route.max_loras, problem.k, problem.slices, problem.rank, *scales))
-    if tiles is not None and is_as_measured(route, tokens, device):
+    tiles = runtime.measured(
+        TUNED, (tokens, route.max_loras, problem.k, problem.slices, problem.rank, *scales), device
+    )
+    if tiles is not None and is_as_measured(route, tokens):
         return Config(*tiles)
     rows = product_rows(route.block_m) if any(scales) else min(64, route.block_m)
     sizes = (tokens, rows, problem.k, problem.slices, problem.rank)
     return _choose(_Shape(*sizes, *scales, device.num_sms, device.shared_memory, device.full_warps))
 
 
-def is_as_measured(route: MoeRoute, tokens: int, device: runtime.Traits) -> bool:
-    """Whether tiles that were measured fit the device, and the blocks of the route are those that lora_route makes."""
-    own = default_block_m(tokens, 1, route.max_loras, dense=True)
-    return device.shared_memory >= runtime.MEASURED_SHARED_MEMORY and route.block_m == own
+def is_as_measured(route: MoeRoute, tokens: int) -> bool:
+    """Whether the blocks of the route are those that lora_route makes, which tiles were measured with."""
+    return route.block_m == default_block_m(tokens, 1, route.max_loras, dense=True)
 
 
 class _Shape(NamedTuple):

@@ -14,7 +14,7 @@ from .. import _runtime as runtime
 from .. import _scales
 from .._scales import Quant, check_fp8, check_x_scale, find_x_mode, is_fp32, product_rows
 from ..moe_route import MoeRoute, default_block_m, expected_groups, few_pairs
-from ._tuned import TUNED
+from ._tuned import TUNED, Tiles
 
 
 class OneShotConfig(NamedTuple):
@@ -376,7 +376,12 @@ def plan(problem: Problem, route: MoeRoute) -> tuple[str, Config]:
 
     The number of tokens counts as the next power of two, so that the compile keys of a model are a short list.
     """
-    return _plan(route.topk_ids is not None, *_shape(problem, route))
+    shape, has_ids = _shape(problem, route), route.topk_ids is not None
+    for schedule, tiles in _tuned(shape, runtime.traits(problem.device)):
+        if _serves(schedule, has_ids, shape):
+            return schedule, CONFIGS[schedule](*tiles)
+    schedule = _schedule(has_ids, shape)
+    return schedule, _rule(schedule, *shape)
 
 
 class _Shape(NamedTuple):
@@ -425,25 +430,14 @@ def _shape(problem: Problem, route: MoeRoute) -> _Shape:
     )
 
 
-@functools.lru_cache(maxsize=4096)
-def _plan(has_ids: bool, *sizes: Any) -> tuple[str, Config]:
-    shape = _Shape(*sizes)
-    for schedule, tiles in _tuned(shape):
-        if _serves(schedule, has_ids, shape):
-            return schedule, CONFIGS[schedule](*tiles)
-    schedule = _schedule(has_ids, shape)
-    return schedule, _rule(schedule, *shape)
-
-
-def _tuned(s: _Shape) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    if s.shared_memory < runtime.MEASURED_SHARED_MEMORY:
-        return ()
+def _tuned(s: _Shape, device: runtime.Traits) -> Tiles:
     tokens = min(
         s.tokens, 4096
     )  # the largest that is tuned; more tokens are more of the same blocks
     key = (tokens, s.top_k, s.experts, s.loras, s.k, s.n, s.slices, s.rank, s.weighted)
     scales = (s.weight_scales, s.x_scales)
-    return TUNED.get((*key, s.adds, *scales)) or TUNED.get((*key, True, *scales), ())
+    known = runtime.measured(TUNED, (*key, s.adds, *scales), device)
+    return known or runtime.measured(TUNED, (*key, True, *scales), device) or ()
 
 
 def _serves(schedule: str, has_ids: bool, s: _Shape) -> bool:

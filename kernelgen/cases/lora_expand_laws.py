@@ -15,7 +15,7 @@ from kernelgen.cases.base import Law, Variant, worst_ratio
 from kernelgen.cases.lora_inputs import Batch, Case
 from kernelgen.cases.lora_shrink_laws import operands as operands_of_shrink
 from kernelgen.cases.lora_shrink_laws import refuses
-from kernelgen.cases.tiles import CARDS, bare_route, on_card, problem_of
+from kernelgen.cases.tiles import bare_route, measured_tiles, problem_of
 from kernelgen.reference.lora_expand import lora_expand
 from kernelgen.reference.lora_shrink import lora_shrink
 
@@ -57,13 +57,12 @@ class _Layer:
 
 def measured_tiles_are_found(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """Tiles that were measured are chosen, for set too, and multiply FP8 in the rows that keep its order. Nothing runs."""
-    for key, tiles in problem_of(package, "lora_expand")[0].TUNED.items():
+    for _, key, tiles in measured_tiles(package, "lora_expand"):
         tokens, loras, k, n, narrow, slices, rank, _, of_weights = key
         widths = (n - (slices - 1) * narrow, *[narrow] * (slices - 1))
         sizes = {"widths": widths, "rank": rank, "weight_scales": of_weights}
         rule, problem = problem_of(package, "lora_expand", num_tokens=tokens, **sizes)
-        with on_card(package, CARDS[0]):
-            found = [rule.choose(problem, bare_route(package, tokens, rows, loras=loras), k) for rows in (16, 32, 64, 128)]
+        found = [rule.choose(problem, bare_route(package, tokens, rows, loras=loras), k) for rows in (16, 32, 64, 128)]
         measured = rule.Config(*tiles)
         assert measured in found, f"{key}: {measured} is not what is chosen"
         assert of_weights is None or measured.rows <= 32, f"{key}: more rows add FP8 in another order"

@@ -14,7 +14,7 @@ from kernelgen.cases import lora_inputs
 from kernelgen.cases.base import Law, Variant, worst_ratio
 from kernelgen.cases.lora_inputs import Batch, Case
 from kernelgen.cases.lora_shrink import tiles
-from kernelgen.cases.tiles import CARDS, KS, bare_route, on_card, problem_of
+from kernelgen.cases.tiles import CARDS, KS, bare_route, measured_tiles, on_card, problem_of
 from kernelgen.model import VOCABULARY
 from kernelgen.reference.lora_shrink import lora_shrink
 from kernelgen.reference.moe_route import Live, faults, moe_route
@@ -123,12 +123,11 @@ def tiles_end_with_what_they_divide(package: ModuleType, variants: Sequence[Vari
 
 def measured_tiles_keep_the_order(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """Tiles that were measured are found, and add up a sum in the order that the rule has for the layer. Nothing runs."""
-    for key, tiles_of in problem_of(package, "lora_shrink")[0].TUNED.items():
+    for _, key, tiles_of in measured_tiles(package, "lora_shrink"):
         tokens, loras, k, slices, rank, of_weights, of_x = key
         sizes = {"k": k, "slices": slices, "rank": rank, "weight_scales": of_weights, "x_scales": of_x}
         rule, problem = problem_of(package, "lora_shrink", num_tokens=tokens, **sizes)
-        with on_card(package, CARDS[0]):
-            found = [rule.choose(problem, bare_route(package, tokens, rows, loras=loras)) for rows in (16, 32, 64, 128)]
+        found = [rule.choose(problem, bare_route(package, tokens, rows, loras=loras)) for rows in (16, 32, 64, 128)]
         measured = rule.Config(*tiles_of)
         assert measured in found, f"{key}: {measured} is not what is chosen"
         scaled, grouped = bool(of_weights or of_x), "group" in (of_weights, of_x)

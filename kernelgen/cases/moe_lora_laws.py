@@ -16,10 +16,9 @@ from kernelgen.cases.moe_lora_inputs import Call, Case, make, tiles
 from kernelgen.cases.moe_route import engine_tables
 from kernelgen.cases.moe_routing import SPREAD, Routed, Routing
 from kernelgen.cases.quant import GROUP, group_of, scales_of
-from kernelgen.cases.tiles import CARDS, KS, bare_route, on_card, parts_of_tiles, problem_of
+from kernelgen.cases.tiles import CARDS, KS, bare_route, measured_tiles, on_card, parts_of_tiles, problem_of
 from kernelgen.model import QUANT_AXES, VOCABULARY
 from kernelgen.reference.moe_lora import dequantise
-from kernelgen.targets import PRIMARY
 
 _MIXED = Routing("mixed", disabled=(0,))
 _CASE = Case(
@@ -192,13 +191,13 @@ def tiles_end_with_what_they_divide(package: ModuleType, variants: Sequence[Vari
                 if schedule != "small_batch" and "group" in weight + act:
                     of_groups[card.name].add(config.block_k)
     rule, _ = problem_of(package, "moe_lora")
-    for (tokens, _, _, _, k, *rest, of_weights, of_x), measured in rule.TUNED.items():
+    for target, (tokens, _, _, _, k, *rest, of_weights, of_x), measured in measured_tiles(package, "moe_lora"):
         for schedule, values in measured:
             kinds_of = (f"w8{of_weights}", f"a8{of_x}")
             config = rule.CONFIGS[schedule](*values)
             _tiles_end(schedule, k, kinds_of, config, rule, f"tuned, {tokens} tokens, {rest}")
             if schedule != "small_batch" and "group" in (of_weights, of_x):
-                of_groups[PRIMARY].add(config.block_k)
+                of_groups.setdefault(target, set()).add(config.block_k)
     for card_name, widths in of_groups.items():
         assert len(widths) < 2, f"{card_name}: groups in tiles of {sorted(widths)}: a batch of another size has other bits"
 

@@ -118,7 +118,7 @@ def test_kernels_that_differ_by_name_alone_are_compiled_once(specs: Path) -> Non
 
 TUNED = """\
 family: moe_lora
-device: H200
+device: {name: NVIDIA H200, target: sm_90, multiprocessors: 132, shared_memory: 232448}
 versions: {triton: VERSION}
 entries:
   - problem: {k: 512, n: 256, slices: 2, rank: 24, num_experts: 8, top_k: 2, max_loras: 3, num_tokens: 64, weighted: false}
@@ -135,8 +135,8 @@ entries:
 def test_tuned_tiles_are_compiled_for_the_primary_target(specs: Path, tmp_path: Path) -> None:
     shutil.copytree(specs, tmp_path / "specs")
     (tmp_path / "templates").symlink_to(ROOT / "templates")
-    (tmp_path / "specs/tuned").mkdir(exist_ok=True)
-    file = tmp_path / "specs/tuned/moe_lora.yaml"
+    (tmp_path / "specs/tuned/h200").mkdir(parents=True, exist_ok=True)
+    file = tmp_path / "specs/tuned/h200/moe_lora.yaml"
 
     def found() -> dict[tuple[str, str], Case]:
         known = cases(tmp_path / "specs", ROOT, "moe_lora_*_bf16_*_plain_r32", ["sm_90", "sm_80"])

@@ -17,8 +17,10 @@ from kernelgen.diagnostics import failure
 from kernelgen.measure import layers, workloads
 from kernelgen.measure.command import Numbers, ParamType, Words, chosen_models
 from kernelgen.measure.tune.family import Family
+from kernelgen.measure.tune.jobs import Device
 from kernelgen.measure.tune.known import FAMILIES
 from kernelgen.measure.workloads import Selection, Site
+from kernelgen.names import TUNED
 
 _MOE_SITES: tuple[Site, ...] = ("w13", "w2")
 _LORA_MODELS = ("llama-3-8b",)
@@ -127,7 +129,7 @@ class Devices(ParamType):
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="The tuned file.  [default: tuned/FAMILY.yaml in the specs]",
+    help="The tuned file.  [default: tuned/DEVICE/FAMILY.yaml in the specs]",
 )
 @click.option(
     "--package",
@@ -147,10 +149,7 @@ def tune(
     from kernelgen.locate import find_specs
 
     cells = (_moe_cells if family == "moe_lora" else _lora_cells)(_Workload(**workload))
-    folder = specs or find_specs()
-    out = out or folder / "tuned" / f"{family}.yaml"
-    options = (package, budget, workers, devices)
-    return _tune(FAMILIES[family], cells, folder / f"{family}.yaml", out, *options)
+    return _tune(FAMILIES[family], cells, specs or find_specs(), out, package, budget, workers, devices)
 
 
 class _Workload(NamedTuple):
@@ -205,8 +204,8 @@ def _check(w: _Workload, models: Iterable[str], sites: Iterable[str]) -> None:
 def _tune(
     family: Family,
     cells: list[Any],
-    spec: Path,
-    out: Path,
+    specs: Path,
+    out: Path | None,
     package: Path,
     budget: float | None,
     workers: int | None,
@@ -229,8 +228,7 @@ def _tune(
         raise failure("KG061", "cuda", wanted, "" if devices is None else "choose others with --devices")
     crews: list[Processes] = []
     try:
-        searched = space.read(spec, spec.stem)
-        device, earlier = tuned_file.read(out, searched)
+        searched = space.read(specs / f"{family.name}.yaml", family.name)
         gauges = Processes(gauge, (family.name, package), [_visible(number) for number in chosen])
         crews.append(gauges)
         left = max(1, _cores() - len(chosen) - 1)
@@ -239,24 +237,27 @@ def _tune(
         hello, *others = gauges.started()
         if any(other.device != hello.device for other in others):
             raise failure("KG061", "cuda", "the GPUs differ", "choose those of one kind with --devices")
-        if device not in (None, hello.device):
-            message = f"it holds times of {device}, this is {hello.device}"
+        device: Device = hello.device
+        out = out or specs / TUNED / device.label / f"{family.name}.yaml"
+        known, earlier = tuned_file.read(out, searched)
+        if known not in (None, device.name):
+            message = f"it holds times of {known}, this is {device.name}"
             raise failure("KG072", str(out), message, "name another --out")
         state = State(
-            out.with_suffix(".state.jsonl"), searched, {"device": hello.device, **hello.versions}
+            out.with_suffix(".state.jsonl"), searched, {"device": device.name, **hello.versions}
         )
         tuner = Tuner(
             family,
             cells,
             searched,
-            Kernels(family.name, package, hello.target),
-            hello.target,
+            Kernels(family.name, package, device.target),
+            device.target,
             compilers=crews[1],
             gauges=gauges,
             state=state,
             earlier=earlier,
             save=lambda entries: tuned_file.write(
-                out, tuned_file.text(family, hello.device, hello.versions, entries, searched)
+                out, tuned_file.text(family, device, hello.versions, entries, searched)
             ),
             budget=None if budget is None else budget - (time.monotonic() - started),
             on_status=_reporter(started),
@@ -268,7 +269,7 @@ def _tune(
     status, losses = tuner.status(), tuner.losses()
     document = {
         "out": str(out),
-        "device": hello.device,
+        "device": device.name,
         "versions": hello.versions,
         "complete": complete,
         "seconds": round(time.monotonic() - started, 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -12,7 +13,7 @@ from kernelgen.measure.ours import Ours
 from kernelgen.measure.runner import context_is_lost
 from kernelgen.measure.timing import capture, replay
 from kernelgen.measure.tune.calls import Prepare
-from kernelgen.measure.tune.jobs import GaugeJob, Hello, Reading
+from kernelgen.measure.tune.jobs import Device, GaugeJob, Hello, Reading
 from kernelgen.measure.tune.known import calls_of
 
 _ROUGH = (0.01, 5)  # seconds of replays, and how many there are at least
@@ -24,18 +25,17 @@ class Gauge:
 
     def __init__(self, family: str, package: Path) -> None:
         self._calls = calls_of(family, package)
-        self._ours = Ours(registry.import_package(package))
+        name = registry.import_package(package)
+        self._ours, self._runtime = Ours(name), importlib.import_module(f"{name}._runtime")
 
     def hello(self) -> Hello:
         """The GPU and what runs on it."""
-        major, minor = torch.cuda.get_device_capability()
+        traits = self._runtime.traits(torch.device("cuda", 0))
+        sizes = traits.num_sms, traits.shared_memory
+        device = Device(traits.label, torch.cuda.get_device_name(0), traits.target, *sizes)
         versions = environment.versions([self._ours])
         kept = ("kernelgen", "torch", "triton", "cuda", "driver")
-        return Hello(
-            torch.cuda.get_device_name(),
-            f"sm_{major}{minor}",
-            {name: versions[name] for name in kept if name in versions},
-        )
+        return Hello(device, {name: versions[name] for name in kept if name in versions})
 
     def measure(self, job: GaugeJob) -> Iterator[Reading]:
         """A reading of each candidate."""

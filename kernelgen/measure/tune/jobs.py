@@ -39,11 +39,20 @@ class Reading(NamedTuple):
     fatal: bool = False  # nothing runs on the GPU of this process any more
 
 
+class Device(NamedTuple):
+    """A GPU as a tuned file describes it; ``label`` names the folder of its files."""
+
+    label: str
+    name: str
+    target: str
+    multiprocessors: int
+    shared_memory: int
+
+
 class Hello(NamedTuple):
     """What a gauge measures with."""
 
-    device: str
-    target: str
+    device: Device
     versions: dict[str, str]
 
 

@@ -30,7 +30,7 @@ class LoraCalls:
         self._recorded = functools.lru_cache(maxsize=64)(self._uncached_case)
 
     def forget_tuned(self) -> None:
-        self._own.TUNED.clear()
+        vars(self._own)["TUNED"] = ()
 
     def sizes(self, cell: Cell, schedules: tuple[str, ...]) -> Sizes:
         case, route = self._recorded(cell)

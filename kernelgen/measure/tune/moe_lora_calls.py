@@ -30,7 +30,7 @@ class MoeLoraCalls:
         self._pool: WeightPool | None = None
 
     def forget_tuned(self) -> None:
-        self._problems.TUNED.clear()
+        vars(self._problems)["TUNED"] = ()
 
     def sizes(self, cell: Cell, schedules: tuple[str, ...]) -> Sizes:
         rules = {}

@@ -1,4 +1,4 @@
-"""``specs/tuned/<family>.yaml``: written here, read by ``kernelgen.load``."""
+"""``specs/tuned/<device>/<family>.yaml``: written here, read by ``kernelgen.load``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import yaml
 from kernelgen.diagnostics import failure, os_failure
 from kernelgen.limits import MAX_BYTES, MAX_VALUES, excess
 from kernelgen.measure.tune.family import Family, Problem
+from kernelgen.measure.tune.jobs import Device
 from kernelgen.measure.tune.search import Found
 from kernelgen.measure.tune.space import Candidate, Space
 from kernelgen.measure.tune.state import Key, key
@@ -54,18 +55,20 @@ def entry(problem: Problem, found: Found, kinds: Sequence[Sequence[str]]) -> Ent
 
 
 def text(
-    family: Family, device: str, versions: Mapping[str, str], entries: Sequence[Entry], space: Space
+    family: Family, device: Device, versions: Mapping[str, str], entries: Sequence[Entry], space: Space
 ) -> str:
     """The file; the same entries always give the same bytes.
 
     Raises:
         Failure: ``kernelgen build`` would not read so large a file.
     """
+    about = device._asdict() | {"name": json.dumps(device.name)}
+    del about["label"]
     lines = [
         "# Written by kernelgen tune. us: microseconds a call, the median of CUDA-graph replays with weights out of the",
         "# L2 cache, add_inputs=True unless tags say set; runner_up: for routes that the first choice does not serve.",
         f"family: {family.name}",
-        f"device: {json.dumps(device)}",
+        f"device: {_flow(about)}",
         f"versions: {_flow({name: json.dumps(version) for name, version in versions.items()})}",
         "entries:" if entries else "entries: []",
     ]
@@ -94,7 +97,7 @@ def write(path: Path, content: str) -> None:
 
 
 def read(path: Path, space: Space) -> tuple[str | None, dict[Key, Entry]]:
-    """(device, entries by problem) of an earlier run; entries that the spec does not allow any more are left out.
+    """(the name of the device, entries by problem) of an earlier run; entries that the spec does not allow any more are left out.
 
     Raises:
         Failure: it is not such a file.
@@ -105,7 +108,7 @@ def read(path: Path, space: Space) -> tuple[str | None, dict[Key, Entry]]:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)
         found = [_entry(one) for one in data["entries"]]
         allowed = [e for e in found if _is_allowed(e.best, space)]
-        return data["device"], {key(e.problem): _without_stale(e, space) for e in allowed}
+        return data["device"]["name"], {key(e.problem): _without_stale(e, space) for e in allowed}
     except OSError as error:
         raise os_failure(error, path) from error
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
