@@ -10,13 +10,13 @@ activations there is one more, which makes FP8 of the rows between the two produ
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple, Union
+from typing import Any, Callable, NamedTuple, Union
 
 import torch
 
+from . import _operands as operands
 from . import _runtime as runtime
-from .moe_align import MoeTables, default_block_m, max_blocks
-from .moe_align import check as check_routing
+from .moe_align import ROUTING, MoeTables, default_block_m, max_blocks
 from .moe_align.one_launch import bind as bind_align
 from .moe_gemm import bind as bind_gemm
 from .moe_gemm import find_scales
@@ -27,6 +27,7 @@ from .moe_sum import bind as bind_sum
 _FEW_TOKENS = 4  # that stream weights pair by pair
 
 
+@operands.bundle
 class FusedMoeWorkspace(NamedTuple):
     """Buffers for the worst case, so that ``fused_moe`` does not allocate; one per stream."""
 
@@ -121,67 +122,69 @@ def fused_moe(
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
-    zeroes = out is None
-    if out is None:
-        out = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
-    hint = -1 if num_tokens_hint is None else num_tokens_hint
-    buffers = (None,) * len(FusedMoeWorkspace._fields) if workspace is None else workspace
-    sizes = (activation, local_expert_start, hint, zeroes)
+    zeroes, layer = out is None, (hidden, w13, w2, topk_ids, topk_weights, valid_tokens)
+    sizes = (activation, local_expert_start, num_tokens_hint, zeroes)
     scales = (w13_scale, w2_scale, x_scale, h_scale)
-    arguments = (
-        out,
-        hidden,
-        w13,
-        w2,
-        topk_ids,
-        topk_weights,
-        valid_tokens,
-        *sizes,
-        *scales,
-        *buffers,
-    )
-    (_fused_moe_op if torch.compiler.is_compiling() else _fused_moe)(*arguments)
+    if out is None:
+        try:
+            out = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
+        except AttributeError as error:
+            OP.refuse(OP.named(out, *layer, *sizes, *scales, workspace), error)
+    if torch.compiler.is_compiling():
+        buffers = (None,) * len(FusedMoeWorkspace._fields) if workspace is None else workspace
+        _fused_moe_op(out, *layer, *sizes, *scales, *buffers)
+    else:
+        _apply(out, *layer, *sizes, *scales, workspace)
     return out
 
 
+def _buffer(name: str, dtype: torch.dtype | str, optional: bool = False) -> operands.Tensor:
+    return operands.Tensor(name, "*", dtype, operands.CONTIGUOUS, optional=optional, written=True)
+
+
+def _scale(name: str) -> operands.Tensor:
+    return operands.Tensor(name, None, None, operands.FREE, optional=True)
+
+
+OP = operands.Op(
+    "fused_moe",
+    (
+        operands.Tensor("out", "T, H", operands.FLOATS, made=True, written=True),
+        operands.Tensor("hidden", "T, H", "D", scaled_by="x_scale"),
+        operands.Tensor("w13", "E, G*I, H", "D", scaled_by="w13_scale"),
+        operands.Tensor("w2", "E, H, I", "D", scaled_by="w2_scale"),
+        ROUTING[0],
+        operands.Tensor("topk_weights", "T, top_k", operands.FLOATS, operands.CONTIGUOUS),
+        ROUTING[1],
+        operands.Choice("activation", {"swiglu": 2, "relu2": 1}, size="G"),
+        *ROUTING[3:],
+        operands.Flag("zeroes", public=False),
+        *map(_scale, ("w13_scale", "w2_scale", "x_scale", "h_scale")),
+        operands.Bundle(
+            "workspace",
+            FusedMoeWorkspace,
+            (
+                *(_buffer(name, torch.int32) for name in ("pairs", "blocks", "num_blocks")),
+                *(_buffer(name, "D") for name in ("inter", "outputs")),
+                _buffer("codes", torch.uint8, optional=True),
+                _buffer("scales", torch.float32, optional=True),
+            ),
+            maker="fused_moe_workspace",
+            optional=True,
+        ),
+    ),
+    dtypes={"D": (torch.bfloat16, torch.float16)},
+    fp8=QUANT.elements,
+    first=("w2", "w13", "topk_ids"),
+    tells=("hidden", "w13"),
+    apart=("out", "hidden"),
+    aligned=("hidden", "w13", "w2"),
+)
+
 _Buffers = tuple[Union[torch.Tensor, None], ...]  # of a FusedMoeWorkspace
 _Scales = tuple[Union[torch.Tensor, None], ...]  # w13_scale, w2_scale, x_scale, h_scale
-# (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens, scales, buffers) of sizes that were checked before
+# (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens, *scales, workspace) of sizes that were checked before
 _Call = Callable[..., None]
-_calls = runtime.Calls()
-
-
-def _fused_moe(
-    out: torch.Tensor,
-    hidden: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    valid_tokens: torch.Tensor | None,
-    activation: str,
-    local_expert_start: int,
-    num_tokens_hint: int,
-    zeroes: bool,
-    *rest: torch.Tensor | None,
-) -> None:
-    scales, buffers = rest[:4], rest[4:]
-    operands = (out, hidden, w13, w2, topk_ids, topk_weights)
-    unaligned = (hidden.data_ptr() | w13.data_ptr() | w2.data_ptr()) & 15 != 0
-    sizes = (activation, local_expert_start, num_tokens_hint, zeroes)
-    hint = (
-        hidden.shape,
-        w13.shape,
-        valid_tokens is None,
-        *sizes,
-        unaligned,
-        *[tensor is None for tensor in rest],
-    )
-    tensors = [*operands, *[tensor for tensor in rest if tensor is not None]]
-    call = _calls.get(hint, tensors)
-    if call is None:
-        call = _calls.put(hint, tensors, _bind(*operands, valid_tokens, *sizes, scales, buffers))
-    call(*operands, valid_tokens, scales, buffers)
 
 
 def _bind(
@@ -194,28 +197,19 @@ def _bind(
     valid_tokens: torch.Tensor | None,
     activation: str,
     local_expert_start: int,
-    num_tokens_hint: int,
+    num_tokens_hint: int | None,
     zeroes: bool,
-    scales: _Scales,
-    buffers: _Buffers,
+    *rest: Any,
 ) -> _Call:
-    asked = None if num_tokens_hint < 0 else num_tokens_hint
-    _check(
+    layer, (*scales, workspace) = (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens), rest
+    OP.check(
         "fused_moe",
-        hidden,
-        w13,
-        w2,
-        topk_ids,
-        topk_weights,
-        valid_tokens,
-        activation,
-        local_expert_start,
-        asked,
+        OP.named(*layer, activation, local_expert_start, num_tokens_hint, zeroes, *rest),
     )
     x_mode = _check_scales("fused_moe", hidden, w13, w2, scales)
     (num_tokens, top_k), (num_experts, width, inter) = topk_ids.shape, w2.shape
     num_pairs, few = num_tokens * top_k, num_tokens <= _FEW_TOKENS
-    expected = num_tokens if asked is None else min(asked, num_tokens)
+    expected = num_tokens if num_tokens_hint is None else min(num_tokens_hint, num_tokens)
     block_m = 0 if few else default_block_m(expected, top_k, num_experts)
     blocks = 0 if few else 3 * max_blocks(num_tokens, top_k, num_experts, block_m)
     row_scales = 1 if x_mode != "group" else runtime.cdiv(inter, QUANT.group_k)
@@ -232,15 +226,15 @@ def _bind(
     kinds = (torch.int32, torch.int32, torch.int32, dtype, dtype, torch.uint8, torch.float32)
     routing = (num_tokens, top_k, num_experts, local_expert_start, expected, block_m)
 
-    def use(given: _Buffers, like: torch.Tensor) -> _Buffers:
-        if given[0] is not None:
+    def use(given: FusedMoeWorkspace | None, like: torch.Tensor) -> _Buffers:
+        if given is not None:
             return given
         return tuple(
             torch.empty(n, dtype=kind, device=like.device) for n, kind in zip(sizes, kinds)
         )
 
-    _check_workspace("fused_moe", buffers, sizes, kinds, hidden)
-    *ints, h, y, codes, found = use(buffers, hidden)
+    _check_workspace("fused_moe", workspace, sizes, kinds)
+    *ints, h, y, codes, found = use(workspace, hidden)
     tables = MoeTables(topk_ids, valid_tokens, *ints, *routing)
     inner = h[: sizes[3]].view(num_pairs, inter)
     w13_scale, w2_scale, x_scale, h_scale = scales
@@ -282,10 +276,9 @@ def _bind(
             topk_ids: torch.Tensor,
             topk_weights: torch.Tensor,
             valid_tokens: torch.Tensor | None,
-            scales: _Scales,
-            buffers: _Buffers,
+            *rest: Any,
         ) -> None:
-            buffers = use(buffers, hidden)
+            scales, buffers = rest[:4], use(rest[4], hidden)
             tables = MoeTables(topk_ids, valid_tokens, *buffers[:3], *routing)
             first(buffers[3], hidden, w13, tables, None, *[scales[i] for i in given])
             rows, of_rows = between(hidden, tables, scales, buffers)
@@ -304,7 +297,6 @@ def _bind(
     outputs = y[: sizes[4]].view(num_tokens, top_k, width)
     first = bind_gemm(inner, hidden, w13, tables, None, "token_sorted", activation, **of_first)
     second = bind_gemm(outputs, rows, w2, tables, None, "sorted_pair", "none", **of_second)
-    hint = -1 if asked is None else asked
     total = bind_sum(
         out,
         outputs,
@@ -313,7 +305,7 @@ def _bind(
         valid_tokens,
         num_experts,
         local_expert_start,
-        hint,
+        num_tokens_hint,
         zeroes,
     )
 
@@ -325,10 +317,9 @@ def _bind(
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
         valid_tokens: torch.Tensor | None,
-        scales: _Scales,
-        buffers: _Buffers,
+        *rest: Any,
     ) -> None:
-        buffers = use(buffers, hidden)
+        scales, buffers = rest[:4], use(rest[4], hidden)
         ints, h, y = buffers[:3], buffers[3], buffers[4]
         tables = MoeTables(topk_ids, valid_tokens, *ints, *routing)
         align(*ints, topk_ids, valid_tokens)
@@ -338,39 +329,6 @@ def _bind(
         total(out, y, topk_ids, topk_weights, valid_tokens)
 
     return group
-
-
-def _check(
-    name: str,
-    hidden: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    valid_tokens: torch.Tensor | None,
-    activation: str,
-    local_expert_start: int,
-    num_tokens_hint: int | None,
-) -> None:
-    if activation not in ("swiglu", "relu2"):
-        runtime.fail(name, "activation", repr(activation), '"swiglu" or "relu2"')
-    if hidden.dim() != 2 or w13.dim() != 3 or w2.dim() != 3:
-        got = f"{runtime.describe(hidden)}, {runtime.describe(w13)}, {runtime.describe(w2)}"
-        runtime.fail(name, "hidden, w13, w2", got, "[T, H], [E, 2 * I or I, H], [E, H, I]")
-    num_experts, width, inter = w2.shape
-    check_routing(
-        name, topk_ids, valid_tokens, num_experts, local_expert_start, num_tokens_hint, None
-    )
-    rows = (2 if activation == "swiglu" else 1) * inter
-    if hidden.shape != (topk_ids.shape[0], width):
-        runtime.fail(name, "hidden", runtime.describe(hidden), f"[{topk_ids.shape[0]}, {width}]")
-    if w13.shape != (num_experts, rows, width) or w13.dtype != w2.dtype:
-        runtime.fail(
-            name, "w13", runtime.describe(w13), f"[{num_experts}, {rows}, {width}] {w2.dtype}"
-        )
-    if topk_weights.device != hidden.device or topk_ids.device != hidden.device:
-        got = f"{topk_weights.device} and {topk_ids.device}"
-        runtime.fail(name, "topk_weights, topk_ids", got, f"both on {hidden.device}")
 
 
 def _check_scales(
@@ -396,33 +354,30 @@ def _check_scales(
 
 def _check_workspace(
     name: str,
-    buffers: _Buffers,
+    workspace: FusedMoeWorkspace | None,
     sizes: tuple[int, ...],
     kinds: tuple[torch.dtype, ...],
-    like: torch.Tensor,
 ) -> None:
-    if buffers[0] is None:
-        return
-    for label, buffer, size, kind in zip(FusedMoeWorkspace._fields, buffers, sizes, kinds):
-        if size == 0:
-            continue
-        if (
-            buffer is None
-            or buffer.numel() < size
-            or buffer.dtype != kind
-            or buffer.device != like.device
-        ):
+    for label, buffer, size, kind in zip(FusedMoeWorkspace._fields, workspace or (), sizes, kinds):
+        if size > 0 and (buffer is None or buffer.numel() < size or buffer.dtype != kind):
             got = None if buffer is None else runtime.describe(buffer)
             hint = "make it with fused_moe_workspace for the largest batch"
-            runtime.fail(
-                name, f"workspace.{label}", got, f"[>= {size}] {kind} on {like.device}", hint
-            )
+            runtime.fail(name, f"workspace.{label}", got, f"[>= {size}] {kind}", hint)
+
+
+_apply = OP.caller(_bind)
+
+
+def _fused_moe(*arguments: Any) -> None:
+    *rest, pairs, blocks, num_blocks, inter, outputs, codes, scales = arguments
+    buffers = (pairs, blocks, num_blocks, inter, outputs, codes, scales)
+    _apply(*rest, None if pairs is None else FusedMoeWorkspace(*buffers))
 
 
 _fused_moe_op = runtime.op(
     __name__,
     "fused_moe(Tensor(a!) out, Tensor hidden, Tensor w13, Tensor w2, Tensor topk_ids, Tensor topk_weights, "
-    "Tensor? valid_tokens, str activation, int local_expert_start, SymInt num_tokens_hint, bool zeroes, "
+    "Tensor? valid_tokens, str activation, int local_expert_start, SymInt? num_tokens_hint, bool zeroes, "
     "Tensor? w13_scale, Tensor? w2_scale, Tensor? x_scale, Tensor? h_scale, "
     "Tensor(b!)? pairs, Tensor(c!)? blocks, Tensor(d!)? num_blocks, Tensor(e!)? inter, Tensor(f!)? outputs, "
     "Tensor(g!)? codes, Tensor(h!)? scales) -> ()",

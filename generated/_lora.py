@@ -17,7 +17,7 @@ from .lora_shrink import _problem as shrink
 from .lora_shrink import dense_route
 from .lora_shrink import scales_of as shrink_scales
 from .lora_shrink import variant_of as shrink_variant
-from .moe_route import MoeRoute, MoeWorkspace, moe_route, moe_workspace
+from .moe_route import MoeRoute, MoeWorkspace, dense_plan, in_graph, made, moe_workspace
 
 
 def lora_route(
@@ -40,10 +40,10 @@ def lora_route(
     Raises:
         ValueError: a shape, dtype, device or option that does not fit; nothing was launched.
     """
-    sizes = {"num_experts": 1, "max_loras": max_loras}
-    return moe_route(
-        None, token_lora_mapping, assignment="sorted", workspace=workspace, block_m=block_m, **sizes
-    )
+    source = (None, token_lora_mapping, None, None)
+    if torch.compiler.is_compiling():
+        return in_graph(source, 1, max_loras, "sorted", None, block_m, workspace)
+    return made(dense_plan(token_lora_mapping, max_loras, block_m, workspace), source, workspace)
 
 
 def lora_workspace(

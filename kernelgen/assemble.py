@@ -10,7 +10,7 @@ from typing import Iterable, Iterator, Mapping
 from kernelgen import names
 from kernelgen.diagnostics import Diagnostic, Failure, did_you_mean, failure
 from kernelgen.formatting import check, finish
-from kernelgen.locate import RUNTIME
+from kernelgen.locate import COPIED
 from kernelgen.model import Family, Location, Package, Tree, Variant
 from kernelgen.render import Renderer, header
 
@@ -39,10 +39,11 @@ def assemble(package: Package, renderer: Renderer, only: str | None = None, jobs
     """
     variants = package.variants if only is None else select(package, only)
     tree, faults = _render(_outputs(package, variants, renderer), renderer, jobs)
-    runtime = names.package_path("_runtime")
-    tree[runtime] = header(names.spec_label(), names.RUNTIME_SOURCE) + RUNTIME.read_text("utf-8")
-    fault = check(runtime, tree[runtime], rendered=False)
-    faults += [fault] if fault else []
+    for file in sorted(COPIED.glob("_[!_]*.py")):
+        path = names.package_path(file.stem)
+        tree[path] = header(names.spec_label(), names.copied_source(file.stem)) + file.read_text("utf-8")
+        fault = check(path, tree[path], rendered=False)
+        faults += [fault] if fault else []
     faults += _path_faults(tree)
     if not faults:
         faults += _tunable_faults(package, tree)

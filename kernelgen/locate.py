@@ -12,7 +12,7 @@ _DATA = _CHECKOUT if IS_CHECKOUT else _HERE / "_data"
 
 SPECS = _DATA / "specs"
 TEMPLATES = _DATA / "templates"
-RUNTIME = _HERE / "runtime.py"
+COPIED = _HERE / "package"  # modules that are part of every generated package
 
 
 def find_specs() -> Path:

@@ -20,7 +20,6 @@ TESTS = "tests/generated"
 MANIFEST = f"{PACKAGE}/.manifest.json"
 TUNED = "tuned"  # below the specs: a folder a device that tiles were measured on
 STAGING = ".kernelgen-staging"  # beside what it replaces, on the same file system
-RUNTIME_SOURCE = "kernelgen/runtime.py"
 TEMPLATE_SUFFIX = ".py.j2"
 
 
@@ -115,6 +114,11 @@ TEST_TEMPLATE = f"tests/test_family{TEMPLATE_SUFFIX}"
 def package_path(stem: str) -> str:
     """A module at the top of the generated package."""
     return f"{PACKAGE}/{stem}.py"
+
+
+def copied_source(stem: str) -> str:
+    """Where a module is from that is copied to the top of the generated package."""
+    return f"kernelgen/package/{stem}.py"
 
 
 def family_path(family: str, stem: str) -> str:

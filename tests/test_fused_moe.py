@@ -61,7 +61,7 @@ def test_opcheck_of_a_layer(device: str, tokens: int) -> None:
         max_tokens=tokens, top_k=TOP_K, num_experts=EXPERTS, hidden=WIDTH, intermediate=INTER, device=device
     )
     for buffers in ((None,) * 7, workspace):
-        arguments = (*operands, "swiglu", 0, -1, True, *(None,) * 4, *buffers)
+        arguments = (*operands, "swiglu", 0, None, True, *(None,) * 4, *buffers)
         torch.library.opcheck(OPS.fused_moe.default, arguments, test_utils=_UTILS)
 
 
@@ -77,14 +77,14 @@ def test_opcheck_of_the_steps(device: str) -> None:
     product = (rows, layer.hidden, layer.w13, *tables, None, "token_pair", "none", None, None)
     torch.library.opcheck(OPS.moe_gemm.default, product)
     h = torch.zeros(tokens * TOP_K, INTER, dtype=torch.bfloat16, device=device)
-    torch.library.opcheck(OPS.moe_act.default, (h, rows, layer.ids, None, "swiglu", EXPERTS, 0, -1))
+    torch.library.opcheck(OPS.moe_act.default, (h, rows, layer.ids, None, "swiglu", EXPERTS, 0, None))
     out = torch.zeros(tokens, 2 * INTER, device=device)
-    total = (out, rows, layer.ids, layer.weights, layer.valid, EXPERTS, 0, -1, True)
+    total = (out, rows, layer.ids, layer.weights, layer.valid, EXPERTS, 0, None, True)
     torch.library.opcheck(OPS.moe_sum.default, total)
     added = (rows, layer.delta, layer.ids, layer.adapters, None, None, tokens, TOP_K, EXPERTS, LORAS, 0)
     torch.library.opcheck(OPS.moe_add.default, added)
     buffer = torch.zeros(256, dtype=torch.int32, device=device)
-    table = (buffer, layer.ids, layer.valid, EXPERTS, 0, -1, -1)
+    table = (buffer, layer.ids, layer.valid, EXPERTS, 0, None, None)
     torch.library.opcheck(OPS.moe_align.default, table)
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from kernelgen import build, formatting, sealed, trees
 from kernelgen.diagnostics import Failure
-from kernelgen.locate import SPECS
+from kernelgen.locate import COPIED, SPECS
 
 KERNEL = "kernels/toy.py.j2"
 
@@ -56,6 +56,7 @@ def test_the_output_of_a_variant(tmp_path: Path) -> None:
     )
     assert sorted(tree.files) == [
         "generated/__init__.py",
+        "generated/_operands.py",
         "generated/_runtime.py",
         "generated/toy/__init__.py",
         "generated/toy/bf16_r16_large.py",
@@ -70,11 +71,11 @@ def test_the_output_of_a_variant(tmp_path: Path) -> None:
     assert tree.files["generated/__init__.py"].splitlines()[1] == "# Spec: specs/*.yaml"
 
 
-def test_the_runtime_is_copied_verbatim(tmp_path: Path) -> None:
-    from kernelgen.locate import RUNTIME
-
-    text = build.tree(project.make(tmp_path)).files["generated/_runtime.py"]
-    assert "".join(text.splitlines(keepends=True)[3:]) == RUNTIME.read_text()
+def test_modules_that_depend_on_no_variant_are_copied_verbatim(tmp_path: Path) -> None:
+    files = build.tree(project.make(tmp_path)).files
+    for module in ("_operands", "_runtime"):
+        text = files[f"generated/{module}.py"]
+        assert "".join(text.splitlines(keepends=True)[3:]) == (COPIED / f"{module}.py").read_text()
 
 
 @pytest.mark.parametrize(
@@ -191,7 +192,7 @@ def test_formatting_again_takes_the_cached_text_unless_it_is_broken(
     folder = project.make(tmp_path)
     tree = build.tree(folder)
     entries = sorted(own_cache.iterdir())
-    assert len(entries) == len(tree.files) - 1
+    assert len(entries) == len(tree.files) - len(list(COPIED.glob("_[!_]*.py")))
     formatted: list[str] = []
     finish = formatting._finish
     monkeypatch.setattr(

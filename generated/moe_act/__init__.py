@@ -10,7 +10,7 @@ import importlib
 import torch
 
 from .. import _runtime as runtime
-from ._problem import Call, check, choose
+from ._problem import OP, Call, check, choose
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -21,8 +21,6 @@ _MODULES = {
     ("f16", "relu2"): "f16_relu2",
     ("f16", "swiglu"): "f16_swiglu",
 }
-
-_calls = runtime.Calls()
 
 
 def moe_act(
@@ -53,27 +51,17 @@ def moe_act(
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
-    hint = -1 if num_tokens_hint is None else num_tokens_hint
-    arguments = (h, x, topk_ids, valid_tokens, activation, num_experts, local_expert_start, hint)
+    arguments = (
+        h,
+        x,
+        topk_ids,
+        valid_tokens,
+        activation,
+        num_experts,
+        local_expert_start,
+        num_tokens_hint,
+    )
     (_moe_act_op if torch.compiler.is_compiling() else _apply)(*arguments)
-
-
-def _apply(
-    h: torch.Tensor,
-    x: torch.Tensor,
-    topk_ids: torch.Tensor,
-    valid_tokens: torch.Tensor | None,
-    activation: str,
-    num_experts: int,
-    local_expert_start: int,
-    num_tokens_hint: int,
-) -> None:
-    sizes = (activation, num_experts, local_expert_start, num_tokens_hint)
-    hint, tensors = (x.shape, valid_tokens is None, *sizes), [h, x, topk_ids]
-    call = _calls.get(hint, tensors)
-    if call is None:
-        call = _calls.put(hint, tensors, _bind(h, x, topk_ids, valid_tokens, *sizes))
-    call(h, x, topk_ids, valid_tokens)
 
 
 def _bind(
@@ -84,25 +72,24 @@ def _bind(
     activation: str,
     num_experts: int,
     local_expert_start: int,
-    num_tokens_hint: int,
+    num_tokens_hint: int | None,
 ) -> Call:
-    module = _MODULES.get((_DTYPES.get(x.dtype, ""), activation))
-    if module is None:
-        wanted = ", ".join(f"{dtype} {name}" for dtype, name in _MODULES)
-        hint = "add a tag to specs/moe_act.yaml"
-        runtime.fail("moe_act", "dtype, activation", (x.dtype, activation), wanted, hint)
     problem = check(
         "moe_act",
         h,
         x,
         topk_ids,
         valid_tokens,
-        slices=2 if activation == "swiglu" else 1,
+        activation=activation,
         num_experts=num_experts,
         local_expert_start=local_expert_start,
-        num_tokens_hint=None if num_tokens_hint < 0 else num_tokens_hint,
-        dtype=x.dtype,
+        num_tokens_hint=num_tokens_hint,
     )
+    module = _MODULES.get((_DTYPES[x.dtype], activation))
+    if module is None:
+        wanted = ", ".join(f"{dtype} {name}" for dtype, name in _MODULES)
+        hint = "add a tag to specs/moe_act.yaml"
+        runtime.fail("moe_act", "dtype of x, activation", (x.dtype, activation), wanted, hint)
     if problem.num_tokens == 0:
         return _nothing
     call: Call = importlib.import_module(f".{module}", __name__).bind(problem, choose(problem))
@@ -113,9 +100,10 @@ def _nothing(*arguments: object) -> None:
     """The call of an empty batch."""
 
 
+_apply = OP.caller(_bind)
 _moe_act_op = runtime.op(
     __name__,
     "moe_act(Tensor(a!) h, Tensor x, Tensor topk_ids, Tensor? valid_tokens, str activation, int num_experts, "
-    "int local_expert_start, SymInt num_tokens_hint) -> ()",
+    "int local_expert_start, SymInt? num_tokens_hint) -> ()",
     _apply,
 )

@@ -9,8 +9,9 @@ from typing import Callable, NamedTuple, Union
 
 import torch
 
+from .. import _operands as operands
 from .. import _runtime as runtime
-from ..moe_align import check as check_routing
+from ..moe_align import ROUTING
 
 
 class Config(NamedTuple):
@@ -19,6 +20,22 @@ class Config(NamedTuple):
     block_n: int
     num_warps: int
 
+
+OP = operands.Op(
+    "moe_act",
+    (
+        operands.Tensor("h", "T*top_k, N", "D", written=True),
+        operands.Tensor("x", "T, top_k, S*N", "D", operands.PAIRS),
+        *ROUTING[:2],
+        operands.Choice("activation", {"swiglu": 2, "relu2": 1}, size="S"),
+        *ROUTING[2:],
+    ),
+    spec="specs/moe_act.yaml",
+    dtypes={"D": (torch.bfloat16, torch.float16)},
+    first=("topk_ids",),
+    tells=("x",),
+    apart=("h", "x"),
+)
 
 # (h, x, topk_ids, valid_tokens) of sizes that were checked before
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Union[torch.Tensor, None]], None]
@@ -45,50 +62,38 @@ def check(
     topk_ids: torch.Tensor,
     valid_tokens: torch.Tensor | None,
     *,
-    slices: int,
+    activation: str,
     num_experts: int,
     local_expert_start: int,
     num_tokens_hint: int | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
 ) -> Problem:
     """The sizes of a call, once everything about it is known to fit.
 
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
-    check_routing(
-        variant, topk_ids, valid_tokens, num_experts, local_expert_start, num_tokens_hint, None
+    given = (
+        h,
+        x,
+        topk_ids,
+        valid_tokens,
+        activation,
+        num_experts,
+        local_expert_start,
+        num_tokens_hint,
     )
-    num_tokens, top_k = topk_ids.shape
-    n = h.shape[-1]
-    row = 1 if top_k > 1 else 0
-    if (
-        n < 1
-        or h.shape != (num_tokens * top_k, n)
-        or h.dtype != dtype
-        or h.device != topk_ids.device
-        or (n > 1 and h.stride(1) != 1)
-    ):
-        wanted = f"[{num_tokens * top_k}, N] {dtype} with last stride 1 on {topk_ids.device}"
-        runtime.fail(variant, "h", runtime.describe(h), wanted)
-    if x.shape != (num_tokens, top_k, slices * n) or x.dtype != dtype or x.device != h.device:
-        wanted = f"[{num_tokens}, {top_k}, {slices * n}] {dtype} on {h.device}"
-        runtime.fail(variant, "x", runtime.describe(x), wanted)
-    if (slices * n > 1 and x.stride(2) != 1) or (
-        num_tokens > 1 and x.stride(0) != top_k * x.stride(row)
-    ):
-        runtime.fail(
-            variant, "x", runtime.describe(x), "last stride 1 and stride(0) == top_k * stride(1)"
-        )
+    sizes = OP.check(variant, OP.named(*given), D=dtype)
+    num_tokens, top_k = sizes["T"], sizes["top_k"]
     return Problem(
         num_tokens,
         top_k,
         num_experts,
         local_expert_start,
         num_tokens if num_tokens_hint is None else num_tokens_hint,
-        n,
+        sizes["N"],
         h.stride(0),
-        x.stride(row),
+        x.stride(1 if top_k > 1 else 0),
         h.device,
     )
 

@@ -115,7 +115,7 @@ def moe_act_bf16_swiglu(
         x,
         topk_ids,
         valid_tokens,
-        slices=2,
+        activation="swiglu",
         num_experts=num_experts,
         local_expert_start=local_expert_start,
         num_tokens_hint=num_tokens_hint,

@@ -115,7 +115,7 @@ def moe_act_f16_relu2(
         x,
         topk_ids,
         valid_tokens,
-        slices=1,
+        activation="relu2",
         num_experts=num_experts,
         local_expert_start=local_expert_start,
         num_tokens_hint=num_tokens_hint,

@@ -12,7 +12,7 @@ import torch
 
 from .. import _runtime as runtime
 from ..moe_route import MoeRoute
-from ._problem import Call, check, choose
+from ._problem import OP, Call, check, choose
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -21,8 +21,6 @@ _MODULES = {
     "bf16": "bf16",
     "f16": "f16",
 }
-
-_calls = runtime.Calls()
 
 
 def moe_add(out: torch.Tensor, delta: torch.Tensor, route: MoeRoute) -> None:
@@ -44,28 +42,14 @@ def moe_add(out: torch.Tensor, delta: torch.Tensor, route: MoeRoute) -> None:
         _apply(out, delta, route)
 
 
-def _apply(out: torch.Tensor, delta: torch.Tensor, route: MoeRoute) -> None:
-    ids = route.topk_ids
-    kinds = (
-        None if ids is None else ids.dtype,
-        route.adapter_enabled is None,
-        route.expert_map is None,
-    )
-    hint, tensors = (out.shape, *kinds, *route[8:13]), [out, delta]
-    call = _calls.get(hint, tensors)
-    if call is None:
-        call = _calls.put(hint, tensors, _bind(out, delta, route))
-    call(out, delta, route)
-
-
 def _bind(out: torch.Tensor, delta: torch.Tensor, route: MoeRoute) -> Call:
-    module = _MODULES.get(_DTYPES.get(out.dtype, ""))
+    problem = check("moe_add", out, delta, route)
+    module = _MODULES.get(_DTYPES[out.dtype])
     if module is None:
-        wanted = " or ".join(str(known) for known in _DTYPES)
+        wanted = " or ".join(_MODULES)
         runtime.fail(
             "moe_add", "out", out.dtype, wanted, "add a tag to dtype: in specs/moe_add.yaml"
         )
-    problem = check("moe_add", out, delta, route, dtype=out.dtype)
     if problem.num_pairs == 0:
         return _nothing
     call: Call = importlib.import_module(f".{module}", __name__).bind(problem, choose(problem))
@@ -74,6 +58,9 @@ def _bind(out: torch.Tensor, delta: torch.Tensor, route: MoeRoute) -> Call:
 
 def _nothing(*arguments: object) -> None:
     """The call of an empty batch."""
+
+
+_apply = OP.caller(_bind)
 
 
 def _moe_add(out: torch.Tensor, delta: torch.Tensor, *rest: Any) -> None:

@@ -9,8 +9,9 @@ from typing import Callable, NamedTuple
 
 import torch
 
+from .. import _operands as operands
 from .. import _runtime as runtime
-from ..moe_route import MoeRoute
+from ..moe_route import ROUTE, MoeRoute
 
 
 class Config(NamedTuple):
@@ -19,6 +20,19 @@ class Config(NamedTuple):
     block_n: int
     num_warps: int
 
+
+OP = operands.Op(
+    "moe_add",
+    (
+        operands.Tensor("out", "T, top_k, N", "D", operands.PAIRS, written=True),
+        operands.Tensor("delta", "T, top_k, N", "D", operands.PAIRS),
+        ROUTE,
+    ),
+    spec="specs/moe_add.yaml",
+    dtypes={"D": (torch.bfloat16, torch.float16)},
+    tells=("out",),
+    apart=("out", "delta"),
+)
 
 # (out, delta, route) of sizes that were checked before
 Call = Callable[[torch.Tensor, torch.Tensor, MoeRoute], None]
@@ -38,39 +52,29 @@ class Problem(NamedTuple):
 
 
 def check(
-    variant: str, out: torch.Tensor, delta: torch.Tensor, route: MoeRoute, *, dtype: torch.dtype
+    variant: str,
+    out: torch.Tensor,
+    delta: torch.Tensor,
+    route: MoeRoute,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Problem:
     """The sizes of a call, once everything about it is known to fit.
 
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
+    sizes = OP.check(variant, OP.named(out, delta, route), D=dtype)
     if route.topk_ids is None or route.token_lora_mapping is None:
         runtime.fail(variant, "route", "tables only", "a route from moe_route")
-    num_tokens, top_k = route.num_tokens, route.top_k
-    n = out.shape[-1]
-    row = 1 if top_k > 1 else 0
-    for label, tensor in (("out", out), ("delta", delta)):
-        if (
-            n < 1
-            or tensor.shape != (num_tokens, top_k, n)
-            or tensor.dtype != dtype
-            or tensor.device != out.device
-        ):
-            wanted = f"[{num_tokens}, {top_k}, {n}] {dtype} on {out.device}"
-            runtime.fail(variant, label, runtime.describe(tensor), wanted)
-        if (n > 1 and tensor.stride(2) != 1) or (
-            num_tokens > 1 and tensor.stride(0) != top_k * tensor.stride(row)
-        ):
-            wanted = "last stride 1 and stride(0) == top_k * stride(1)"
-            runtime.fail(variant, label, runtime.describe(tensor), wanted)
+    row = 1 if route.top_k > 1 else 0
     return Problem(
-        num_tokens * top_k,
-        top_k,
+        route.num_tokens * route.top_k,
+        route.top_k,
         route.num_experts,
         route.max_loras,
         route.global_experts,
-        n,
+        sizes["N"],
         out.stride(row),
         delta.stride(row),
     )

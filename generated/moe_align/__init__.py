@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import torch
 
+from .. import _operands as operands
 from .. import _runtime as runtime
 
 
+@operands.bundle
 class MoeTables(NamedTuple):
     """The routing of T tokens with top_k experts each, and its tables. Pair p = t * top_k + j; E = num_experts.
 
@@ -61,54 +63,35 @@ def moe_align(
     Raises:
         ValueError: a shape, dtype, device or option that does not fit; nothing was launched.
     """
-    valid_tokens = check(
-        "moe_align",
+    request = (
         topk_ids,
         valid_tokens,
         num_experts,
         local_expert_start,
         num_tokens_hint,
         block_m,
+        workspace,
     )
-    num_tokens, top_k = topk_ids.shape
     if torch.compiler.is_compiling():
-        size = table_size(num_tokens, top_k, num_experts)
+        num_tokens, top_k = topk_ids.shape
+        size, block_m = table_size(num_tokens, top_k, num_experts), (
+            -1 if block_m is None else block_m
+        )
+        splits = (1, 3, num_tokens * top_k, size - 4 - num_tokens * top_k)
     else:
-        block_m = block_m or default_block_m(num_tokens_hint or num_tokens, top_k, num_experts)
-        size = _table_size(num_tokens, top_k, num_experts, block_m)
+        num_tokens, top_k, block_m, size, splits, fill = _plan(*request)
     if workspace is None:
         workspace = torch.empty(size, dtype=torch.int32, device=topk_ids.device)
-    elif (
-        workspace.shape[0] < size
-        or workspace.dtype != torch.int32
-        or workspace.device != topk_ids.device
-    ):
-        wanted = f"[>= {size}] int32 on {topk_ids.device}"
-        runtime.fail(
-            "moe_align",
-            "workspace",
-            runtime.describe(workspace),
-            wanted,
-            "ask table_size of this module",
-        )
-    block_m = -1 if block_m is None else block_m
-    hint = -1 if num_tokens_hint is None else num_tokens_hint
-    arguments = (workspace, topk_ids, valid_tokens, num_experts, local_expert_start, hint, block_m)
-    (_align_op if torch.compiler.is_compiling() else _align)(*arguments)
-    num_blocks, pairs, blocks = _views(workspace, num_tokens * top_k)
-    return MoeTables(
-        topk_ids,
-        valid_tokens,
-        pairs,
-        blocks,
-        num_blocks,
-        num_tokens,
-        top_k,
-        num_experts,
-        local_expert_start,
-        num_tokens if num_tokens_hint is None else num_tokens_hint,
-        block_m,
+    num_blocks, _, pairs, blocks, *_ = workspace.split_with_sizes(
+        (*splits, workspace.shape[0] - size)
     )
+    if torch.compiler.is_compiling():
+        _align_op(workspace, *request[:-1])
+    else:
+        fill(pairs, blocks, num_blocks, topk_ids, valid_tokens)
+    expected = num_tokens if num_tokens_hint is None else num_tokens_hint
+    sizes = (num_tokens, top_k, num_experts, local_expert_start, expected, block_m)
+    return MoeTables(topk_ids, valid_tokens, pairs, blocks, num_blocks, *sizes)
 
 
 def no_tables(
@@ -123,69 +106,75 @@ def no_tables(
     Raises:
         ValueError: as ``moe_align``.
     """
-    valid_tokens = check(
-        "no_tables", topk_ids, valid_tokens, num_experts, local_expert_start, None, None
-    )
+    if not torch.compiler.is_compiling():
+        _routing(topk_ids, valid_tokens, num_experts, local_expert_start)
     num_tokens, top_k = topk_ids.shape
-    return MoeTables(
-        topk_ids,
-        valid_tokens,
-        None,
-        None,
-        None,
-        num_tokens,
-        top_k,
-        num_experts,
-        local_expert_start,
-        num_tokens,
-        0,
-    )
+    sizes = (num_tokens, top_k, num_experts, local_expert_start, num_tokens, 0)
+    return MoeTables(topk_ids, valid_tokens, None, None, None, *sizes)
 
 
-def check(
-    name: str,
-    topk_ids: torch.Tensor,
-    valid_tokens: torch.Tensor | None,
-    num_experts: int,
-    local_expert_start: int,
-    num_tokens_hint: int | None,
-    block_m: int | None,
-) -> torch.Tensor | None:
-    """``valid_tokens`` as [1], once everything about a routing is known to fit.
+_BLOCK_MS = (16, 32, 64, 128)
+_TABLE = {"dtype": torch.int32, "strides": operands.CONTIGUOUS}
 
-    Raises:
-        ValueError: says which argument does not fit, what it is and what was wanted.
-    """
-    if (
-        topk_ids.dim() != 2
-        or topk_ids.dtype not in (torch.int32, torch.int64)
-        or not topk_ids.is_contiguous()
-    ):
+# What every op on the routing of a base layer takes of it. At most 4096 experts: a program counts them.
+ROUTING = (
+    operands.Tensor("topk_ids", "T, top_k", operands.IDS, operands.CONTIGUOUS),
+    operands.Tensor("valid_tokens", ("1", ""), **_TABLE, optional=True),
+    operands.Int("num_experts", 1, 4096, size="E"),
+    operands.Int("local_expert_start"),
+    operands.Int("num_tokens_hint", 1, optional=True),
+)
+OP = operands.Op(
+    "moe_align",
+    (
+        *ROUTING,
+        operands.Int("block_m", optional=True, one_of=_BLOCK_MS),
+        operands.Tensor("workspace", "*", **_TABLE, optional=True, written=True),
+    ),
+)
+_NO_TABLES = operands.Op("no_tables", ROUTING[:4])
+
+
+def _check_tables(op: str, name: str, tables: MoeTables) -> None:
+    """Raise ValueError where tables are not all there, or too small."""
+    given = [
+        table for table in (tables.pairs, tables.blocks, tables.num_blocks) if table is not None
+    ]
+    if tables.block_m != 0 and len(given) < 3:
         runtime.fail(
-            name, "topk_ids", runtime.describe(topk_ids), "contiguous [T, top_k] int32 or int64"
+            op,
+            name,
+            f"{len(given)} of pairs, blocks and num_blocks",
+            "all three",
+            "make it with moe_align",
         )
-    if topk_ids.shape[1] < 1 or num_experts < 1 or local_expert_start < 0:
-        got = (topk_ids.shape[1], num_experts, local_expert_start)
-        runtime.fail(name, "top_k, num_experts, local_expert_start", got, "at least 1, 1 and 0")
-    if num_experts > _MAX_EXPERTS:
-        runtime.fail(name, "num_experts", num_experts, f"at most {_MAX_EXPERTS}")
-    if num_tokens_hint is not None and num_tokens_hint < 1:
-        runtime.fail(name, "num_tokens_hint", num_tokens_hint, "at least 1, or None")
-    if block_m is not None and block_m not in (16, 32, 64, 128):
-        runtime.fail(name, "block_m", block_m, "16, 32, 64 or 128")
-    if valid_tokens is None:
-        return None
-    if (
-        valid_tokens.numel() != 1
-        or valid_tokens.dtype != torch.int32
-        or valid_tokens.device != topk_ids.device
-    ):
-        wanted = f"one int32 on {topk_ids.device}"
-        runtime.fail(name, "valid_tokens", runtime.describe(valid_tokens), wanted)
-    return valid_tokens.view(1)
+    if tables.block_m > 0:
+        size = 3 * max_blocks(tables.num_tokens, tables.top_k, tables.num_experts, tables.block_m)
+        if tables.blocks.numel() < size:
+            runtime.fail(
+                op, f"{name}.blocks", runtime.describe(tables.blocks), f"at least {size} elements"
+            )
 
 
-_MAX_EXPERTS = 4096  # that a program counts
+TABLES = operands.Bundle(
+    "tables",
+    MoeTables,
+    (
+        *ROUTING[:2],
+        operands.Tensor("pairs", ">=T*top_k", **_TABLE, optional=True),
+        operands.Tensor("blocks", "*", **_TABLE, optional=True),
+        operands.Tensor("num_blocks", "1", **_TABLE, optional=True),
+        operands.Int("num_tokens", size="T"),
+        operands.Int("top_k", 1, size="top_k"),
+        *ROUTING[2:4],
+        operands.Int("tokens_hint"),
+        operands.Int(
+            "block_m", -1, one_of=(0, *_BLOCK_MS, -1)
+        ),  # -1: left open by a graph of torch.compile
+    ),
+    maker="moe_align",
+    whole=_check_tables,
+)
 
 
 def default_block_m(num_tokens: int, top_k: int, num_experts: int) -> int:
@@ -215,71 +204,92 @@ def table_size(num_tokens: int, top_k: int, num_experts: int) -> int:
     return 4 + num_tokens * top_k + 3 * (num_experts + num_tokens * top_k // 16)
 
 
-def _table_size(num_tokens: int, top_k: int, num_experts: int, block_m: int) -> int:
-    return 4 + num_tokens * top_k + 3 * max_blocks(num_tokens, top_k, num_experts, block_m)
+class _Plan(NamedTuple):
+    """A checked request: what moe_align works out once for inputs of the same looks."""
 
-
-def _views(buffer: torch.Tensor, num_pairs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """num_blocks, pairs and blocks in a buffer."""
-    return buffer[:1], buffer[4 : 4 + num_pairs], buffer[4 + num_pairs :]
-
-
-_calls = runtime.Calls()
-
-
-def _align(
-    buffer: torch.Tensor,
-    topk_ids: torch.Tensor,
-    valid_tokens: torch.Tensor | None,
-    num_experts: int,
-    local_expert_start: int,
-    num_tokens_hint: int,
-    block_m: int,
-) -> None:
-    num_pairs = topk_ids.numel()
-    if num_pairs == 0:
-        buffer[:1].zero_()
-        return
-    key = (
-        topk_ids.shape,
-        valid_tokens is None,
-        num_experts,
-        local_expert_start,
-        num_tokens_hint,
-        block_m,
-    )
-    fill = _calls.get(key, [topk_ids])
-    if fill is None:
-        fill = _bind(topk_ids, num_experts, local_expert_start, num_tokens_hint, block_m)
-        _calls.put(key, [topk_ids], fill)
-    num_blocks, pairs, blocks = _views(buffer, num_pairs)
-    fill(pairs, blocks, num_blocks, topk_ids, valid_tokens)
+    num_tokens: int
+    top_k: int
+    block_m: int
+    size: int  # of the buffer
+    splits: tuple[int, int, int, int]  # elements of num_blocks, a gap, pairs, blocks
+    fill: Callable[..., None]
 
 
 def _bind(
     topk_ids: torch.Tensor,
+    valid_tokens: torch.Tensor | None,
     num_experts: int,
     local_expert_start: int,
-    num_tokens_hint: int,
-    block_m: int,
-) -> Callable[..., None]:
+    num_tokens_hint: int | None,
+    block_m: int | None,
+    workspace: torch.Tensor | None,
+) -> _Plan:
     from . import one_launch
 
-    num_tokens, top_k = topk_ids.shape
-    expected = num_tokens if num_tokens_hint < 0 else num_tokens_hint
-    return one_launch.bind(
-        num_pairs=num_tokens * top_k,
-        top_k=top_k,
-        num_experts=num_experts,
-        local_expert_start=local_expert_start,
-        block_m=block_m if block_m > 0 else default_block_m(expected, top_k, num_experts),
-        device=topk_ids.device,
+    request = (
+        topk_ids,
+        valid_tokens,
+        num_experts,
+        local_expert_start,
+        num_tokens_hint,
+        block_m,
+        workspace,
     )
+    sizes = OP.check("moe_align", OP.named(*request))
+    num_tokens, top_k = sizes["T"], sizes["top_k"]
+    block_m = block_m or default_block_m(num_tokens_hint or num_tokens, top_k, num_experts)
+    num_pairs = num_tokens * top_k
+    splits = (1, 3, num_pairs, 3 * max_blocks(num_tokens, top_k, num_experts, block_m))
+    size = sum(splits)
+    if workspace is not None and workspace.shape[0] < size:
+        wanted = f"[>= {size}] int32 on {topk_ids.device}"
+        runtime.fail(
+            "moe_align",
+            "workspace",
+            runtime.describe(workspace),
+            wanted,
+            "ask table_size of this module",
+        )
+    fill = _no_pairs
+    if num_pairs > 0:
+        fill = one_launch.bind(
+            num_pairs=num_pairs,
+            top_k=top_k,
+            num_experts=num_experts,
+            local_expert_start=local_expert_start,
+            block_m=block_m,
+            device=topk_ids.device,
+        )
+    return _Plan(num_tokens, top_k, block_m, size, splits, fill)
+
+
+def _no_pairs(
+    pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, *routing: object
+) -> None:
+    num_blocks.zero_()
+
+
+def _no_plan(*request: object) -> bool:
+    _NO_TABLES.check("no_tables", _NO_TABLES.named(*request))
+    return True
+
+
+_plan, _routing = OP.finder(_bind), _NO_TABLES.finder(_no_plan)
+
+
+def _align(
+    buffer: torch.Tensor, topk_ids: torch.Tensor, valid_tokens: torch.Tensor | None, *request: Any
+) -> None:
+    plan = _plan(topk_ids, valid_tokens, *request, buffer)
+    num_blocks, _, pairs, blocks, _ = buffer.split_with_sizes(
+        (*plan.splits, buffer.shape[0] - plan.size)
+    )
+    plan.fill(pairs, blocks, num_blocks, topk_ids, valid_tokens)
 
 
 _align_op = runtime.op(
     __name__,
     "moe_align(Tensor(a!) buffer, Tensor topk_ids, Tensor? valid_tokens, int num_experts, int local_expert_start, "
-    "SymInt num_tokens_hint, int block_m) -> ()",
+    "SymInt? num_tokens_hint, int? block_m) -> ()",
     _align,
 )

@@ -5,16 +5,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import ModuleType
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Union
 
 import torch
 
+from .. import _operands as operands
 from .. import _runtime as runtime
 
 _MAX_GROUPS = 16384  # adapters * experts that the sorting kernels count in one program
 
 
+@operands.bundle
 class MoeWorkspace(NamedTuple):
     """Buffers for the worst case, so that neither a route nor an op on it allocates; one per stream."""
 
@@ -25,6 +28,7 @@ class MoeWorkspace(NamedTuple):
     ]  # of tables, by their sizes: making them costs 4 us of host time
 
 
+@operands.bundle
 class MoeRoute(NamedTuple):
     """The route of T tokens with top_k experts each. Pair p = t * top_k + j; L = max_loras, E = num_experts.
 
@@ -78,52 +82,20 @@ class MoeRoute(NamedTuple):
             ValueError: a shape, dtype or block size that does not fit; nothing was launched.
         """
         source = (sorted_token_ids, expert_ids, num_tokens_post_padded, lora_ids, adapter_enabled)
-        if num_tokens < 0 or top_k < 1 or num_experts < 1:
-            got = (num_tokens, top_k, num_experts)
-            runtime.fail(
-                "MoeRoute.from_tables", "num_tokens, top_k, num_experts", got, "at least 0, 1 and 1"
-            )
-        request = (num_tokens * top_k, num_experts, max_loras, block_size)
+        sizes = (num_tokens, top_k, num_experts, max_loras)
         if torch.compiler.is_compiling():
-            max_blocks = _check_tables(*source, max_loras, block_size)
+            max_blocks = max_loras * _rows(expert_ids, max_loras).shape[1]
         else:
-            try:
-                hint = (
-                    sorted_token_ids.shape,
-                    expert_ids.shape,
-                    lora_ids is None,
-                    adapter_enabled is None,
-                    *request,
-                )
-                tensors = [tensor for tensor in source if tensor is not None]
-                plan = _table_plans.get(hint, tensors) or _table_plans.put(
-                    hint, tensors, _table_plan(source, *request)
-                )
-            except (AttributeError, TypeError):
-                names = (
-                    "sorted_token_ids",
-                    "expert_ids",
-                    "num_tokens_post_padded",
-                    "lora_ids",
-                    "adapter_enabled",
-                )
-                given = dict(zip(names[:3], source[:3], strict=True))
-                given |= {
-                    name: value
-                    for name, value in zip(names[3:], source[3:], strict=True)
-                    if value is not None
-                }
-                runtime.check_types("MoeRoute.from_tables", torch.Tensor, **given)
-                raise
-            max_blocks = plan.max_blocks
+            max_blocks, fill = _table_plan(*source, block_size, *sizes, workspace)
         splits = _splits(max_blocks, max_blocks * block_size, 0)
-        buffer, num_blocks, blocks, pairs, _ = _buffers(
-            "MoeRoute.from_tables", workspace, splits, sorted_token_ids.device
-        )
         if torch.compiler.is_compiling():
-            _from_tables_op(buffer, *source, *request)
-        elif max_blocks > 0:
-            plan.fill(pairs, blocks, num_blocks, *source)
+            _check_size("MoeRoute.from_tables", workspace, splits)
+        buffer, num_blocks, blocks, pairs, _ = _buffers(workspace, splits, sorted_token_ids.device)
+        if torch.compiler.is_compiling():
+            _from_tables_op(buffer, *source, block_size, *sizes)
+        else:
+            fill(pairs, blocks, num_blocks, *source)
+        parts = None if workspace is None else workspace.parts
         return MoeRoute(
             None,
             None,
@@ -132,11 +104,8 @@ class MoeRoute(NamedTuple):
             pairs,
             blocks,
             num_blocks,
-            None if workspace is None else workspace.parts,
-            num_tokens,
-            top_k,
-            num_experts,
-            max_loras,
+            parts,
+            *sizes,
             0,
             block_size,
             max_blocks,
@@ -175,43 +144,24 @@ def moe_route(
     Raises:
         ValueError: a shape, dtype, device or option that does not fit; nothing was launched.
     """
-    request = (num_experts, max_loras, assignment, rank, block_m)
     source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map)
+    request = (num_experts, max_loras, assignment, rank, block_m)
     if torch.compiler.is_compiling():
-        parts = None if workspace is None else workspace.parts
-        sizes = _check(*source, *request)
-        open_m, splits = _open(assignment, rank, block_m), _open_splits(*sizes[:4])
-        if open_m == 0:
-            return MoeRoute(*source, None, None, None, parts, *sizes, 0, 0)
-        buffer, num_blocks, blocks, pairs, _ = _buffers(
-            "moe_route", workspace, splits, token_lora_mapping.device
-        )
-        _route_op(buffer, *source, num_experts, max_loras, open_m)
-        return MoeRoute(*source, pairs, blocks, num_blocks, parts, *sizes, open_m, 0)
-    try:
-        parts = None if workspace is None else workspace.parts
-        hint = (
-            None if topk_ids is None else topk_ids.shape,
-            adapter_enabled is None,
-            expert_map is None,
-            *request,
-        )
-        tensors = [tensor for tensor in source if tensor is not None]
-        plan = _plans.get(hint, tensors) or _plans.put(hint, tensors, _plan(*source, *request))
-    except (AttributeError, TypeError):
-        given = {"topk_ids": topk_ids, "adapter_enabled": adapter_enabled, "expert_map": expert_map}
-        tensor_types = {name: value for name, value in given.items() if value is not None}
-        runtime.check_types(
-            "moe_route", torch.Tensor, token_lora_mapping=token_lora_mapping, **tensor_types
-        )
-        _check_integers(num_experts, max_loras, rank, block_m)
-        runtime.check_types("moe_route", (MoeWorkspace, type(None)), workspace=workspace)
-        raise
+        return in_graph(source, *request, workspace)
+    return made(_plan(*source, *request, workspace), source, workspace)
+
+
+_Source = tuple[
+    Union[torch.Tensor, None], ...
+]  # topk_ids, token_lora_mapping, adapter_enabled, expert_map
+
+
+def made(plan: Plan, source: _Source, workspace: MoeWorkspace | None) -> MoeRoute:
+    """The route of a plan: its launches, made."""
+    parts = None if workspace is None else workspace.parts
     if plan.block_m == 0:
         return MoeRoute(*source, None, None, None, parts, *plan.sizes, 0, 0)
-    _, num_blocks, blocks, pairs, scratch = _buffers(
-        "moe_route", workspace, plan.splits, token_lora_mapping.device
-    )
+    _, num_blocks, blocks, pairs, scratch = _buffers(workspace, plan.splits, source[1].device)
     if plan.num_pairs > 0:
         plan.fill(pairs, blocks, num_blocks, scratch, *source)
     return MoeRoute(
@@ -219,8 +169,31 @@ def moe_route(
     )
 
 
-class _Plan(NamedTuple):
-    """A checked request: what moe_route works out once for inputs of the same shapes."""
+def in_graph(
+    source: _Source,
+    num_experts: int,
+    max_loras: int,
+    assignment: str,
+    rank: int | None,
+    block_m: int | None,
+    workspace: MoeWorkspace | None,
+) -> MoeRoute:
+    """The route as a graph of torch.compile makes it; arguments are checked when it runs."""
+    parts = None if workspace is None else workspace.parts
+    sizes = (*_tokens(*source[:2]), num_experts, max_loras)
+    global_experts = 0 if source[3] is None else source[3].shape[0]
+    open_m = _open(assignment, rank, block_m)
+    if open_m == 0:
+        return MoeRoute(*source, None, None, None, parts, *sizes, global_experts, 0, 0)
+    splits = _open_splits(*sizes)
+    _check_size("moe_route", workspace, splits)
+    buffer, num_blocks, blocks, pairs, _ = _buffers(workspace, splits, source[1].device)
+    _route_op(buffer, *source, num_experts, max_loras, open_m)
+    return MoeRoute(*source, pairs, blocks, num_blocks, parts, *sizes, global_experts, open_m, 0)
+
+
+class Plan(NamedTuple):
+    """A checked request: what moe_route works out once for inputs of the same looks."""
 
     sizes: tuple[int, int, int, int, int]  # tokens, top_k, experts, adapters, entries of expert_map
     num_pairs: int
@@ -230,77 +203,108 @@ class _Plan(NamedTuple):
     fill: Callable[..., None]
 
 
-_plans = runtime.Calls()
+_INT32 = {"dtype": torch.int32, "strides": operands.CONTIGUOUS}
+_BLOCK_MS = (16, 32, 64, 128)
+_TABLES = operands.Tensor("tables", "*", **_INT32, written=True)
+_PARTS = operands.Tensor("parts", "*", torch.float32, operands.CONTIGUOUS, written=True)
 
 
-def _check(
-    topk_ids: torch.Tensor | None,
-    token_lora_mapping: torch.Tensor,
-    adapter_enabled: torch.Tensor | None,
-    expert_map: torch.Tensor | None,
-    num_experts: int,
-    max_loras: int,
-    assignment: str,
-    rank: int | None,
-    block_m: int | None,
-) -> tuple[int, int, int, int, int]:
-    """The sizes of a request, once everything about it is known to fit; it does not look at the number of tokens."""
-    name = "moe_route"
-    _check_integers(num_experts, max_loras, rank, block_m)
-    if topk_ids is None:
-        if num_experts != 1 or assignment == "naive":
-            got = f"None with num_experts={num_experts}, assignment={assignment!r}"
-            runtime.fail(
-                name,
-                "topk_ids",
-                got,
-                "the experts of each token",
-                "a dense layer has one expert and is sorted",
-            )
-    elif (
-        topk_ids.dim() != 2
-        or topk_ids.dtype not in (torch.int32, torch.int64)
-        or not topk_ids.is_contiguous()
-    ):
+def _check_workspace(op: str, name: str, workspace: MoeWorkspace) -> None:
+    if not isinstance(workspace.views, dict):
         runtime.fail(
-            name, "topk_ids", runtime.describe(topk_ids), "contiguous [T, top_k] int32 or int64"
+            op,
+            f"{name}.views",
+            type(workspace.views).__name__,
+            "a dict",
+            "make it with moe_workspace",
         )
-    num_tokens, top_k = _tokens(topk_ids, token_lora_mapping)
-    if top_k < 1 or num_experts < 1 or max_loras < 1:
+
+
+WORKSPACE = operands.Bundle(
+    "workspace",
+    MoeWorkspace,
+    (_TABLES, _PARTS),
+    maker="moe_workspace",
+    optional=True,
+    whole=_check_workspace,
+)
+_ENABLED = operands.Tensor("adapter_enabled", ">=L", **_INT32, optional=True)
+_MAPPING = operands.Tensor("token_lora_mapping", "T", **_INT32)
+_LORAS = operands.Int("max_loras", 1, size="L")
+_EXPERTS = operands.Int("num_experts", 1, size="E")
+_BLOCK_M = operands.Int("block_m", optional=True, one_of=_BLOCK_MS)
+_IDS = operands.Tensor("topk_ids", "T, top_k", operands.IDS, operands.CONTIGUOUS, optional=True)
+
+OP = operands.Op(
+    "moe_route",
+    (
+        _IDS,
+        _MAPPING,
+        _ENABLED,
+        operands.Tensor("expert_map", ">=1", **_INT32, optional=True),
+        _EXPERTS,
+        _LORAS,
+        operands.Choice("assignment", {"auto": 0, "naive": 0, "sorted": 0}),
+        operands.Int("rank", 1, optional=True),
+        _BLOCK_M,
+        WORKSPACE,
+    ),
+)
+DENSE = operands.Op("lora_route", (_MAPPING, _LORAS, _BLOCK_M, WORKSPACE))
+
+
+def _check_route(op: str, name: str, route: MoeRoute) -> None:
+    """Raise ValueError where a route has not all that its kind needs."""
+    tables = [table for table in (route.pairs, route.blocks, route.num_blocks) if table is not None]
+    if route.block_m > 0 and len(tables) < 3:
         runtime.fail(
-            name, "top_k, num_experts, max_loras", (top_k, num_experts, max_loras), "all at least 1"
-        )
-    device = (token_lora_mapping if topk_ids is None else topk_ids).device
-    _check_vector(name, "token_lora_mapping", token_lora_mapping, num_tokens, device)
-    _check_vector(name, "adapter_enabled", adapter_enabled, max_loras, device)
-    _check_vector(name, "expert_map", expert_map, 1, device)
-    if assignment not in ("auto", "naive", "sorted"):
-        runtime.fail(name, "assignment", repr(assignment), '"auto", "naive" or "sorted"')
-    num_groups = max_loras * num_experts
-    if assignment == "sorted" and num_groups > _MAX_GROUPS:
-        runtime.fail(
+            op,
             name,
-            "max_loras * num_experts",
-            num_groups,
-            f"at most {_MAX_GROUPS}",
-            'use assignment="naive"',
+            f"{len(tables)} of pairs, blocks and num_blocks",
+            "all three",
+            "make it with moe_route",
         )
-    if block_m is not None:
-        _check_block_m(name, block_m)
-    if rank is not None and rank < 1:
-        runtime.fail(name, "rank", rank, "at least 1")
-    return (
-        num_tokens,
-        top_k,
-        num_experts,
-        max_loras,
-        0 if expert_map is None else expert_map.shape[0],
-    )
+    if route.block_m == 0 and (route.topk_ids is None or route.token_lora_mapping is None):
+        runtime.fail(
+            op,
+            name,
+            "tables only",
+            "a route from moe_route",
+            "naive ones need topk_ids and token_lora_mapping",
+        )
+    if (route.expert_map is None) != (route.global_experts == 0):
+        runtime.fail(
+            op,
+            f"{name}.global_experts",
+            route.global_experts,
+            "the entries of expert_map, 0 without one",
+        )
 
 
-def _check_integers(num_experts: object, max_loras: object, rank: object, block_m: object) -> None:
-    runtime.check_types("moe_route", int, num_experts=num_experts, max_loras=max_loras)
-    runtime.check_types("moe_route", (int, type(None)), rank=rank, block_m=block_m)
+# What an op on a route takes of it.
+ROUTE = operands.Bundle(
+    "route",
+    MoeRoute,
+    (
+        _IDS,
+        dataclasses.replace(_MAPPING, optional=True),
+        _ENABLED,
+        operands.Tensor("expert_map", "G", **_INT32, optional=True),
+        operands.Tensor("pairs", "*", **_INT32, optional=True),
+        operands.Tensor("blocks", ">=max_blocks, 4", **_INT32, optional=True),
+        operands.Tensor("num_blocks", "1", **_INT32, optional=True),
+        dataclasses.replace(_PARTS, optional=True),
+        operands.Int("num_tokens", size="T"),
+        operands.Int("top_k", 1, size="top_k"),
+        _EXPERTS,
+        _LORAS,
+        operands.Int("global_experts", size="G"),
+        operands.Int("block_m", one_of=(0, *_BLOCK_MS)),
+        operands.Int("max_blocks", size="max_blocks"),
+    ),
+    maker="moe_route",
+    whole=_check_route,
+)
 
 
 def _tokens(topk_ids: torch.Tensor | None, token_lora_mapping: torch.Tensor) -> tuple[int, int]:
@@ -310,32 +314,98 @@ def _tokens(topk_ids: torch.Tensor | None, token_lora_mapping: torch.Tensor) -> 
     return topk_ids.shape[0], topk_ids.shape[1]
 
 
-def _plan(
+def _bind(
     topk_ids: torch.Tensor | None,
     token_lora_mapping: torch.Tensor,
     adapter_enabled: torch.Tensor | None,
     expert_map: torch.Tensor | None,
     num_experts: int,
     max_loras: int,
-    *request: Any,
-) -> _Plan:
-    source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map)
-    sizes = _check(*source, num_experts, max_loras, *request)
-    num_tokens, top_k = sizes[:2]
-    num_pairs, num_groups = num_tokens * top_k, max_loras * num_experts
-    block_m = settle(_open(*request), *sizes[:4])
+    assignment: str,
+    rank: int | None,
+    block_m: int | None,
+    workspace: MoeWorkspace | None,
+) -> Plan:
+    name, source = "moe_route", (topk_ids, token_lora_mapping, adapter_enabled, expert_map)
+    request = (num_experts, max_loras, assignment, rank, block_m)
+    OP.check(name, OP.named(*source, *request, workspace))
+    if topk_ids is None and (num_experts != 1 or assignment == "naive"):
+        got = f"None with num_experts={num_experts}, assignment={assignment!r}"
+        runtime.fail(
+            name,
+            "topk_ids",
+            got,
+            "the experts of each token",
+            "a dense layer has one expert and is sorted",
+        )
+    if assignment == "naive" and block_m is not None:
+        runtime.fail(name, "block_m", block_m, None, 'assignment="naive" has no blocks')
+    return _planned(name, source, *request, workspace)
+
+
+def _bind_dense(
+    token_lora_mapping: torch.Tensor,
+    max_loras: int,
+    block_m: int | None,
+    workspace: MoeWorkspace | None,
+) -> Plan:
+    DENSE.check("lora_route", DENSE.named(token_lora_mapping, max_loras, block_m, workspace))
+    source = (None, token_lora_mapping, None, None)
+    return _planned("lora_route", source, 1, max_loras, "sorted", None, block_m, workspace)
+
+
+def _planned(
+    name: str,
+    source: _Source,
+    num_experts: int,
+    max_loras: int,
+    assignment: str,
+    rank: int | None,
+    block_m: int | None,
+    workspace: MoeWorkspace | None,
+) -> Plan:
+    num_groups = max_loras * num_experts
+    if assignment == "sorted" and num_groups > _MAX_GROUPS:
+        runtime.fail(
+            name,
+            "max_loras * num_experts",
+            num_groups,
+            f"at most {_MAX_GROUPS}",
+            'use assignment="naive"',
+        )
+    (num_tokens, top_k), expert_map = _tokens(*source[:2]), source[3]
+    sizes = (
+        num_tokens,
+        top_k,
+        num_experts,
+        max_loras,
+        0 if expert_map is None else expert_map.shape[0],
+    )
+    num_pairs = num_tokens * top_k
+    block_m = settle(_open(assignment, rank, block_m), *sizes[:4])
     if block_m == 0:
-        return _Plan(sizes, num_pairs, 0, 0, (0, 0, 0, 0, 0), _bind)
+        return Plan(sizes, num_pairs, 0, 0, (0, 0, 0, 0, 0), _launches)
     max_blocks = _max_blocks(num_pairs, num_groups, block_m)
     splits = _splits(max_blocks, num_pairs, _scratch_size(num_pairs, num_groups))
-    return _Plan(
-        sizes,
-        num_pairs,
-        block_m,
-        max_blocks,
-        splits,
-        _bind(*sizes, block_m, token_lora_mapping.device),
+    _check_size(name, workspace, splits)
+    return Plan(
+        sizes, num_pairs, block_m, max_blocks, splits, _launches(*sizes, block_m, source[1].device)
     )
+
+
+def _check_size(name: str, workspace: MoeWorkspace | None, splits: tuple[int, ...]) -> None:
+    if workspace is not None and workspace.tables.shape[0] < sum(splits):
+        hint = "make it with moe_workspace for the largest batch, and table_size for tables of an engine"
+        runtime.fail(
+            name,
+            "workspace.tables",
+            runtime.describe(workspace.tables),
+            f"[>= {sum(splits)}] int32",
+            hint,
+        )
+
+
+_plan, dense_plan = OP.finder(_bind), DENSE.finder(_bind_dense)
 
 
 # A graph of torch.compile serves any number of tokens, so what depends on it is left open there and settled by the ops,
@@ -351,6 +421,16 @@ def _open(assignment: str, rank: int | None, block_m: int | None) -> int:
     return -(
         4 * (block_m or 0)
         + (_SORTED if assignment == "sorted" else _AUTO_RANK_16 if small else _AUTO)
+    )
+
+
+def _asked(open_m: int) -> tuple[str, int | None, int | None]:
+    """assignment, rank and block_m of such a request."""
+    asked, how = divmod(-open_m, 4)
+    return (
+        "sorted" if how == _SORTED else "auto",
+        16 if how == _AUTO_RANK_16 else None,
+        asked or None,
     )
 
 
@@ -393,7 +473,7 @@ def _open_splits(
     )
 
 
-def _bind(
+def _launches(
     num_tokens: int,
     top_k: int,
     num_experts: int,
@@ -499,32 +579,18 @@ def _splits(max_blocks: int, num_pairs: int, scratch: int) -> tuple[int, int, in
 
 
 def _buffers(
-    name: str,
-    workspace: MoeWorkspace | None,
-    splits: tuple[int, int, int, int, int],
-    device: torch.device,
+    workspace: MoeWorkspace | None, splits: tuple[int, int, int, int, int], device: torch.device
 ) -> tuple[torch.Tensor, ...]:
     """A buffer for the tables, and num_blocks, blocks, pairs, scratch in it."""
-    size = sum(splits)
     if workspace is None:
-        return _views(torch.empty(size, dtype=torch.int32, device=device), splits)
+        return _views(torch.empty(sum(splits), dtype=torch.int32, device=device), splits)
     tables = workspace.tables
-    found = None if torch.compiler.is_compiling() else workspace.views.get(splits)
-    if found is not None and found[0] is tables:
-        return found
-    if tables.shape[0] < size or tables.device != device:
-        hint = "make it with moe_workspace for the largest batch, and table_size for tables of an engine"
-        runtime.fail(
-            name,
-            "workspace.tables",
-            runtime.describe(tables),
-            f"[>= {size}] int32 on {device}",
-            hint,
-        )
-    views = _views(tables, splits)
-    if not torch.compiler.is_compiling():
-        workspace.views[splits] = views
-    return views
+    if torch.compiler.is_compiling():
+        return _views(tables, splits)
+    found = workspace.views.get(splits)
+    if found is None or found[0] is not tables:
+        workspace.views[splits] = found = _views(tables, splits)
+    return found
 
 
 def _views(
@@ -536,23 +602,6 @@ def _views(
     return buffer, num_blocks, blocks.view(-1, 4), pairs, scratch
 
 
-def _check_block_m(name: str, block_m: int) -> None:
-    if block_m not in (16, 32, 64, 128):
-        runtime.fail(name, "block size", block_m, "16, 32, 64 or 128")
-
-
-def _check_vector(
-    name: str, label: str, vector: torch.Tensor | None, size: int, device: torch.device
-) -> None:
-    if vector is None:
-        return
-    fits = vector.dim() == 1 and vector.shape[0] >= size and vector.device == device
-    if not fits or vector.dtype != torch.int32 or not vector.is_contiguous():
-        runtime.fail(
-            name, label, runtime.describe(vector), f"contiguous [>= {size}] int32 on {device}"
-        )
-
-
 def _rows(table: torch.Tensor, max_loras: int) -> torch.Tensor:
     """A table of an engine as [L, *], where it is flat."""
     return (
@@ -560,137 +609,105 @@ def _rows(table: torch.Tensor, max_loras: int) -> torch.Tensor:
     )
 
 
-def _check_tables(
-    sorted_token_ids: torch.Tensor,
-    expert_ids: torch.Tensor,
-    num_tokens_post_padded: torch.Tensor,
-    lora_ids: torch.Tensor | None,
-    adapter_enabled: torch.Tensor | None,
-    max_loras: int,
-    block_m: int,
-) -> int:
-    """The most blocks that there can be, once everything about the tables is known to fit."""
-    name = "MoeRoute.from_tables"
-    _check_block_m(name, block_m)
-    if max_loras < 1:
-        runtime.fail(name, "max_loras", max_loras, "at least 1")
-    device = sorted_token_ids.device
-    tables = {
-        "sorted_token_ids": _rows(sorted_token_ids, max_loras),
-        "expert_ids": _rows(expert_ids, max_loras),
-    }
-    for label, table in tables.items():
-        if (
-            table.dim() != 2
-            or table.shape[0] < max_loras
-            or table.dtype != torch.int32
-            or table.stride(1) != 1
-        ):
-            runtime.fail(
-                name,
-                label,
-                runtime.describe(table),
-                f"[>= {max_loras}, *] int32 with last stride 1",
-            )
-    row_blocks = runtime.cdiv(tables["sorted_token_ids"].shape[1], block_m)
-    columns = tables["expert_ids"].shape[1]
-    if columns > row_blocks or expert_ids.device != device:
-        wanted = f"at most {row_blocks} columns on {device}"
-        runtime.fail(name, "expert_ids", runtime.describe(expert_ids), wanted)
-    _check_vector(name, "num_tokens_post_padded", num_tokens_post_padded, max_loras, device)
-    _check_vector(name, "lora_ids", lora_ids, 1, device)
-    _check_vector(name, "adapter_enabled", adapter_enabled, max_loras, device)
-    return max_loras * columns
+_OF_TABLES = operands.Op(
+    "MoeRoute.from_tables",
+    (
+        operands.Tensor("sorted_token_ids", (">=L, *", "*"), torch.int32),
+        operands.Tensor("expert_ids", (">=L, *", "*"), torch.int32),
+        operands.Tensor("num_tokens_post_padded", ">=L", **_INT32),
+        operands.Tensor("lora_ids", ">=1", **_INT32, optional=True),
+        _ENABLED,
+        operands.Int("block_size", one_of=_BLOCK_MS),
+        operands.Int("num_tokens"),
+        operands.Int("top_k", 1),
+        _EXPERTS,
+        _LORAS,
+        WORKSPACE,
+    ),
+)
 
 
 class _TablePlan(NamedTuple):
-    """Checked tables: what from_tables works out once for tables of the same shapes."""
+    """Checked tables: what from_tables works out once for tables of the same looks."""
 
     max_blocks: int
     fill: Callable[..., None]
 
 
-_table_plans = runtime.Calls()
-
-
-def _table_plan(
-    source: tuple[torch.Tensor | None, ...],
-    num_pairs: int,
-    num_experts: int,
-    max_loras: int,
-    block_m: int,
-) -> _TablePlan:
-    max_blocks = _check_tables(*source, max_loras, block_m)
-    return _TablePlan(
-        max_blocks, _bind_tables(*source[:2], source[3], num_pairs, num_experts, max_loras, block_m)
-    )
-
-
 def _bind_tables(
-    sorted_token_ids: torch.Tensor,
-    expert_ids: torch.Tensor,
-    lora_ids: torch.Tensor | None,
-    num_pairs: int,
-    num_experts: int,
-    max_loras: int,
-    block_m: int,
-) -> Callable[..., None]:
-    from . import from_tables
-
-    return from_tables.bind(
-        _rows(sorted_token_ids, max_loras),
-        _rows(expert_ids, max_loras),
-        lora_ids,
-        num_pairs=num_pairs,
-        num_experts=num_experts,
-        max_loras=max_loras,
-        block_m=block_m,
-    )
-
-
-def _route(
-    buffer: torch.Tensor,
-    topk_ids: torch.Tensor | None,
-    token_lora_mapping: torch.Tensor,
-    adapter_enabled: torch.Tensor | None,
-    expert_map: torch.Tensor | None,
-    num_experts: int,
-    max_loras: int,
-    open_m: int,
-) -> None:
-    source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map)
-    global_experts = 0 if expert_map is None else expert_map.numel()
-    num_tokens, top_k = _tokens(topk_ids, token_lora_mapping)
-    sizes = (num_tokens, top_k, num_experts, max_loras)
-    block_m = settle(open_m, *sizes)
-    if block_m > 0 and num_tokens > 0:
-        _, num_blocks, blocks, pairs, scratch = _views(buffer, _open_splits(*sizes))
-        fill = _bind(*sizes, global_experts, block_m, token_lora_mapping.device)
-        fill(pairs, blocks, num_blocks, scratch, *source)
-
-
-def _from_tables(
-    buffer: torch.Tensor,
     sorted_token_ids: torch.Tensor,
     expert_ids: torch.Tensor,
     num_tokens_post_padded: torch.Tensor,
     lora_ids: torch.Tensor | None,
     adapter_enabled: torch.Tensor | None,
-    num_pairs: int,
+    block_size: int,
+    num_tokens: int,
+    top_k: int,
     num_experts: int,
     max_loras: int,
-    block_m: int,
-) -> None:
-    max_blocks = max_loras * _rows(expert_ids, max_loras).shape[1]
-    if max_blocks > 0:
-        _, num_blocks, blocks, pairs, _ = _views(
-            buffer, _splits(max_blocks, max_blocks * block_m, 0)
-        )
-        fill = _bind_tables(
-            sorted_token_ids, expert_ids, lora_ids, num_pairs, num_experts, max_loras, block_m
-        )
-        source = (sorted_token_ids, expert_ids, num_tokens_post_padded, lora_ids, adapter_enabled)
-        fill(pairs, blocks, num_blocks, *source)
+    workspace: MoeWorkspace | None,
+) -> _TablePlan:
+    from . import from_tables
+
+    name, source = "MoeRoute.from_tables", (
+        sorted_token_ids,
+        expert_ids,
+        num_tokens_post_padded,
+        lora_ids,
+        adapter_enabled,
+    )
+    sizes = (num_tokens, top_k, num_experts, max_loras)
+    _OF_TABLES.check(name, _OF_TABLES.named(*source, block_size, *sizes, workspace))
+    ids, experts = _rows(sorted_token_ids, max_loras), _rows(expert_ids, max_loras)
+    for label, table in (("sorted_token_ids", ids), ("expert_ids", experts)):
+        if table.dim() != 2:
+            runtime.fail(
+                name,
+                label,
+                runtime.describe(table),
+                f"[>= {max_loras}, *], or flat, of {max_loras} rows",
+            )
+    row_blocks = runtime.cdiv(ids.shape[1], block_size)
+    if experts.shape[1] > row_blocks:
+        wanted = f"at most {row_blocks} columns, one a block of sorted_token_ids"
+        runtime.fail(name, "expert_ids", runtime.describe(expert_ids), wanted)
+    max_blocks = max_loras * experts.shape[1]
+    _check_size(name, workspace, _splits(max_blocks, max_blocks * block_size, 0))
+    if max_blocks == 0:
+        return _TablePlan(0, _nothing)
+    fill = from_tables.bind(
+        ids,
+        experts,
+        lora_ids,
+        num_pairs=num_tokens * top_k,
+        num_experts=num_experts,
+        max_loras=max_loras,
+        block_m=block_size,
+    )
+    return _TablePlan(max_blocks, fill)
+
+
+def _nothing(*arguments: Any) -> None:
+    """The tables of no block."""
+
+
+_table_plan = _OF_TABLES.finder(_bind_tables)
+
+
+def _route(buffer: torch.Tensor, *arguments: Any) -> None:
+    *source, num_experts, max_loras, open_m = arguments
+    plan = _plan(*source, num_experts, max_loras, *_asked(open_m), None)
+    if plan.block_m > 0 and plan.num_pairs > 0:
+        _, num_blocks, blocks, pairs, scratch = _views(buffer, _open_splits(*plan.sizes[:4]))
+        plan.fill(pairs, blocks, num_blocks, scratch, *source)
+
+
+def _from_tables(buffer: torch.Tensor, *arguments: Any) -> None:
+    plan = _table_plan(*arguments, None)
+    _, num_blocks, blocks, pairs, _ = _views(
+        buffer, _splits(plan.max_blocks, plan.max_blocks * arguments[5], 0)
+    )
+    plan.fill(pairs, blocks, num_blocks, *arguments[:5])
 
 
 _route_op = runtime.op(
@@ -702,7 +719,7 @@ _route_op = runtime.op(
 _from_tables_op = runtime.op(
     __name__,
     "moe_route_from_tables(Tensor(a!) buffer, Tensor sorted_token_ids, Tensor expert_ids, "
-    "Tensor num_tokens_post_padded, Tensor? lora_ids, Tensor? adapter_enabled, SymInt num_pairs, int num_experts, "
-    "int max_loras, int block_m) -> ()",
+    "Tensor num_tokens_post_padded, Tensor? lora_ids, Tensor? adapter_enabled, int block_size, SymInt num_tokens, "
+    "int top_k, int num_experts, int max_loras) -> ()",
     _from_tables,
 )

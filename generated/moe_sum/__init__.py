@@ -10,7 +10,7 @@ import importlib
 import torch
 
 from .. import _runtime as runtime
-from ._problem import Call, check, choose
+from ._problem import OP, Call, check, choose
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -25,8 +25,6 @@ _MODULES = {
     ("f16", True, False): "f16_weighted_keep",
     ("f16", True, True): "f16_weighted_zero",
 }
-
-_calls = runtime.Calls()
 
 
 def moe_sum(
@@ -57,8 +55,18 @@ def moe_sum(
     """
     zeroes = out is None
     if out is None:
-        out = torch.empty((y.shape[0], y.shape[-1]), dtype=torch.float32, device=y.device)
-    hint = -1 if num_tokens_hint is None else num_tokens_hint
+        try:
+            out = torch.empty((y.shape[0], y.shape[-1]), dtype=torch.float32, device=y.device)
+        except (AttributeError, IndexError) as error:
+            routing = (
+                topk_ids,
+                topk_weights,
+                valid_tokens,
+                num_experts,
+                local_expert_start,
+                num_tokens_hint,
+            )
+            OP.refuse(OP.named(out, y, *routing, zeroes), error)
     arguments = (
         out,
         y,
@@ -67,33 +75,11 @@ def moe_sum(
         valid_tokens,
         num_experts,
         local_expert_start,
-        hint,
+        num_tokens_hint,
         zeroes,
     )
     (_moe_sum_op if torch.compiler.is_compiling() else _apply)(*arguments)
     return out
-
-
-def _apply(
-    out: torch.Tensor,
-    y: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor | None,
-    valid_tokens: torch.Tensor | None,
-    num_experts: int,
-    local_expert_start: int,
-    num_tokens_hint: int,
-    zeroes: bool,
-) -> None:
-    sizes = (num_experts, local_expert_start, num_tokens_hint)
-    hint = (y.shape, topk_weights is None, valid_tokens is None, *sizes, zeroes)
-    tensors = [out, y, topk_ids] if topk_weights is None else [out, y, topk_ids, topk_weights]
-    call = _calls.get(hint, tensors)
-    if call is None:
-        call = _calls.put(
-            hint, tensors, bind(out, y, topk_ids, topk_weights, valid_tokens, *sizes, zeroes)
-        )
-    call(out, y, topk_ids, topk_weights, valid_tokens)
 
 
 def bind(
@@ -104,7 +90,7 @@ def bind(
     valid_tokens: torch.Tensor | None,
     num_experts: int,
     local_expert_start: int,
-    num_tokens_hint: int,
+    num_tokens_hint: int | None,
     zeroes: bool,
 ) -> Call:
     """The launch for calls that look like this one.
@@ -121,10 +107,9 @@ def bind(
         valid_tokens,
         num_experts=num_experts,
         local_expert_start=local_expert_start,
-        num_tokens_hint=None if num_tokens_hint < 0 else num_tokens_hint,
-        dtype=y.dtype,
+        num_tokens_hint=num_tokens_hint,
     )
-    module = _MODULES.get((_DTYPES.get(y.dtype, ""), topk_weights is not None, zeroes))
+    module = _MODULES.get((_DTYPES[y.dtype], topk_weights is not None, zeroes))
     if module is None:
         wanted = " or ".join(str(known) for known in _DTYPES)
         runtime.fail("moe_sum", "y", y.dtype, wanted, "add a tag to dtype: in specs/moe_sum.yaml")
@@ -138,9 +123,10 @@ def _nothing(*arguments: object) -> None:
     """The call of an empty batch."""
 
 
+_apply = OP.caller(bind)
 _moe_sum_op = runtime.op(
     __name__,
     "moe_sum(Tensor(a!) out, Tensor y, Tensor topk_ids, Tensor? topk_weights, Tensor? valid_tokens, int num_experts, "
-    "int local_expert_start, SymInt num_tokens_hint, bool zeroes) -> ()",
+    "int local_expert_start, SymInt? num_tokens_hint, bool zeroes) -> ()",
     _apply,
 )

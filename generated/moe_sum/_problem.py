@@ -9,8 +9,9 @@ from typing import Callable, NamedTuple, Union
 
 import torch
 
+from .. import _operands as operands
 from .. import _runtime as runtime
-from ..moe_align import check as check_routing
+from ..moe_align import ROUTING
 
 
 class Config(NamedTuple):
@@ -19,6 +20,25 @@ class Config(NamedTuple):
     block_n: int
     num_warps: int
 
+
+OP = operands.Op(
+    "moe_sum",
+    (
+        operands.Tensor("out", "T, N", operands.FLOATS, made=True, written=True),
+        operands.Tensor("y", "T, top_k, N", "D", operands.PAIRS),
+        ROUTING[0],
+        operands.Tensor(
+            "topk_weights", "T, top_k", operands.FLOATS, operands.CONTIGUOUS, optional=True
+        ),
+        *ROUTING[1:],
+        operands.Flag("zeroes", public=False),
+    ),
+    spec="specs/moe_sum.yaml",
+    dtypes={"D": (torch.bfloat16, torch.float16)},
+    first=("topk_ids", "y"),
+    tells=("out",),
+    apart=("out", "y"),
+)
 
 # (out, y, topk_ids, topk_weights, valid_tokens) of sizes that were checked before
 Call = Callable[
@@ -58,59 +78,41 @@ def check(
     num_experts: int,
     local_expert_start: int,
     num_tokens_hint: int | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
+    weighted: bool = False,
 ) -> Problem:
-    """The sizes of a call, once everything about it is known to fit.
+    """The sizes of a call, once everything about it is known to fit; ``weighted``: with ``topk_weights``, whatever comes.
 
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
-    check_routing(
-        variant, topk_ids, valid_tokens, num_experts, local_expert_start, num_tokens_hint, None
+    routing = (
+        topk_ids,
+        topk_weights,
+        valid_tokens,
+        num_experts,
+        local_expert_start,
+        num_tokens_hint,
     )
-    num_tokens, top_k = topk_ids.shape
-    n = y.shape[-1]
-    row = 1 if top_k > 1 else 0
-    if (
-        y.dim() != 3
-        or y.shape[:2] != topk_ids.shape
-        or y.dtype != dtype
-        or y.device != topk_ids.device
-    ):
-        wanted = f"[{num_tokens}, {top_k}, N] {dtype} on {topk_ids.device}"
-        runtime.fail(variant, "y", runtime.describe(y), wanted)
-    if (
-        n < 1
-        or (n > 1 and y.stride(2) != 1)
-        or (num_tokens > 1 and y.stride(0) != top_k * y.stride(row))
-    ):
+    sizes = OP.check(variant, OP.named(out, y, *routing, False), D=dtype)
+    if weighted and topk_weights is None:
         runtime.fail(
-            variant, "y", runtime.describe(y), "last stride 1 and stride(0) == top_k * stride(1)"
+            variant,
+            "topk_weights",
+            None,
+            f"[{sizes['T']}, {sizes['top_k']}]",
+            "a variant without them sums as they are",
         )
-    if (
-        out.shape != (num_tokens, n)
-        or not out.is_floating_point()
-        or out.device != y.device
-        or (n > 1 and out.stride(1) != 1)
-    ):
-        wanted = f"[{num_tokens}, {n}] float with last stride 1 on {y.device}"
-        runtime.fail(variant, "out", runtime.describe(out), wanted)
-    if topk_weights is not None and (
-        topk_weights.shape != topk_ids.shape
-        or not topk_weights.is_contiguous()
-        or not topk_weights.is_floating_point()
-    ):
-        wanted = f"contiguous {list(topk_ids.shape)} float"
-        runtime.fail(variant, "topk_weights", runtime.describe(topk_weights), wanted)
+    num_tokens, top_k = sizes["T"], sizes["top_k"]
     return Problem(
         num_tokens,
         top_k,
         num_experts,
         local_expert_start,
         num_tokens if num_tokens_hint is None else num_tokens_hint,
-        n,
+        sizes["N"],
         out.stride(0),
-        y.stride(row),
+        y.stride(1 if top_k > 1 else 0),
         y.device,
     )
 

@@ -139,6 +139,7 @@ def moe_sum_bf16_weighted_zero(
         local_expert_start=local_expert_start,
         num_tokens_hint=num_tokens_hint,
         dtype=torch.bfloat16,
+        weighted=True,
     )
     if problem.num_tokens > 0:
         bind(problem, config or choose(problem))(out, y, topk_ids, weights, valid_tokens)

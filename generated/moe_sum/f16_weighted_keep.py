@@ -135,6 +135,7 @@ def moe_sum_f16_weighted_keep(
         local_expert_start=local_expert_start,
         num_tokens_hint=num_tokens_hint,
         dtype=torch.float16,
+        weighted=True,
     )
     if problem.num_tokens > 0:
         bind(problem, config or choose(problem))(out, y, topk_ids, weights, valid_tokens)

@@ -211,7 +211,7 @@ def route_refuses_what_it_cannot_sort(package: ModuleType, variants: Sequence[Va
         "no adapter": {"token_lora_mapping": mapping, "max_loras": 0},
         "another block": {"token_lora_mapping": mapping, "max_loras": 3, "block_m": 24},
     }.items():
-        refuses(package.lora_route, arguments, "moe_route", label)
+        refuses(package.lora_route, arguments, "lora_route", label)
 
 
 LAWS = (

@@ -106,23 +106,33 @@ class Calls:
 
     def __init__(self) -> None:
         self._known = _cache()
-        self._last = _cache()  # by hint: (whether tensors look like those of the call, the call)
+        self.recent = _cache()  # by hint: (whether tensors look like those of the call, what was put for it)
+
+    def find(self, hint: tuple[Any, ...], tensors: Sequence[torch.Tensor]) -> Any:
+        """What ``recent`` is to hold for such tensors, or None.
+
+        ``hint`` holds all that matters beside them, and fixes their number.
+        """
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return None  # as the guards have it; autograd is no part of the key
+        known = self._known.get((hint, *map(_looks, tensors)))
+        if known is None:
+            return None
+        self.recent[hint] = found = (_guard(tensors), known)
+        return found
 
     def get(self, hint: tuple[Any, ...], tensors: Sequence[torch.Tensor]) -> Any:
-        """The call for such tensors, or None. ``hint`` holds all that matters beside them, and fixes their number."""
-        last = self._last.get(hint)
-        if last is not None and last[0](*tensors):
-            return last[1]
-        call = self._known.get((hint, *map(_looks, tensors)))
-        if call is not None:
-            self._last[hint] = (_guard(tensors), call)
-        return call
+        """What was put for such tensors, or None."""
+        last = self.recent.get(hint)
+        if last is None or not last[0](*tensors):
+            last = self.find(hint, tensors)
+        return None if last is None else last[1]
 
     def put(self, hint: tuple[Any, ...], tensors: Sequence[torch.Tensor], call: Any) -> Any:
         """Keep ``call`` for such tensors, and return it."""
         if len(self._known) >= self._LIMIT:
             self._known.clear()
-            self._last.clear()
+            self.recent.clear()
         key = (hint, *map(_looks, tensors))
         self._known[key] = call
         return call
@@ -318,6 +328,11 @@ class Traits(NamedTuple):
 _SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376, "gfx942": 65536, "gfx950": 163840}
 
 
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels can be launched on tensors of a device; where launches are only noted, on any."""
+    return device.type == "cuda" or _recorder is not None or (INTERPRETED and device.type == "cpu")
+
+
 def traits(device: torch.device) -> Traits:
     """The traits of a device; off the GPU, those of the target that is compiled for, with the multiprocessors of an H200."""
     if device.type != "cuda" and _stand_in is not None:
@@ -456,6 +471,8 @@ def check_types(variant: str, wanted: type | tuple[type, ...], **arguments: obje
 def describe(tensor: torch.Tensor) -> str:
     """Shape, dtype, strides and device of a tensor, for an error message."""
     dtype = str(tensor.dtype).removeprefix("torch.")
+    if tensor.layout != torch.strided:
+        return f"{list(tensor.shape)} {dtype} of layout {tensor.layout} on {tensor.device}"
     return f"{list(tensor.shape)} {dtype} with strides {list(tensor.stride())} on {tensor.device}"
 
 

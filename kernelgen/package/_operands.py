@@ -1,0 +1,672 @@
+"""What an op takes, declared once: its checks follow from it, and what a call that is remembered hangs on.
+
+An ``Op`` stands beside each front door. What it declares is checked where a call is not known yet: at the first call of a kind,
+and where Python trips over an argument. A later call of the same kind is found by what its arguments look like, all of them,
+and costs one comparison in C; so no argument can be left out of either.
+
+Shapes are written as text: ``"T, top_k, S*N"``. A name is a size, which is that of the first operand that has it, or of an
+integer that is given, and at least 1, but for that of a batch, T; ``*`` is any size; ``>=L`` at least so many.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Callable, Iterator, Mapping, NoReturn, Sequence, TypeVar, cast
+
+import torch
+
+from . import _runtime as runtime
+from ._runtime import describe, fail
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+IDS = (torch.int32, torch.int64)
+ROWS, PAIRS, CONTIGUOUS, FREE = "rows", "pairs", "contiguous", "free"  # how a tensor may lie in memory, see Tensor
+
+OPS: dict[str, Op] = {}  # every front door of the package, by name
+
+Dtype = torch.dtype | tuple[torch.dtype, ...] | str
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor, or a sequence of tensors, one a slice.
+
+    Attributes:
+        shape: of one, or of several forms. None: any; the op itself says more about it.
+        dtype: one, any of several, or the name of one that operands share. None: as with shapes.
+        strides: ROWS: the last is 1, the others are free; PAIRS: and so is that of pairs, [T, top_k, *]; CONTIGUOUS; FREE.
+        optional: may be None.
+        made: may be None, and is then made by the front door.
+        written: by the kernels; no element is another, or one of another operand.
+        slices: "alike": a sequence of tensors of one layout; "any": of tensors that fit one by one; "": no sequence.
+        only_with: the flag that asks for it; it is needed with it and refused without.
+        scaled_by: the operand that holds its scales: with them it is FP8.
+        left_out: not passed to a bound call where it is None.
+    """
+
+    name: str
+    shape: str | tuple[str, ...] | None
+    dtype: Dtype | None
+    strides: str = ROWS
+    optional: bool = False
+    made: bool = False
+    written: bool = False
+    slices: str = ""
+    only_with: str = ""
+    scaled_by: str = ""
+    left_out: bool = False
+
+    @property
+    def forms(self) -> tuple[tuple[_Dim, ...], ...]:
+        texts = (self.shape,) if isinstance(self.shape, str) else self.shape or ()
+        return tuple(tuple(_Dim.read(part) for part in text.split(",") if part.strip()) for text in texts)
+
+    def admit(self, op: str, value: object, values: Mapping[str, Any], label: str = "") -> None:
+        """Raise ValueError unless ``value`` is of the right type, and there where it is needed."""
+        label = label or self.name
+        wanted = "a sequence of tensors, one a slice" if self.slices else "a tensor"
+        if self.only_with and value is None and values[self.only_with]:
+            fail(op, label, None, wanted, f"{self.only_with} needs it")
+        if self.only_with and value is not None and not values[self.only_with]:
+            fail(op, label, _say(value), None, f"it is used with {self.only_with} alone")
+        if value is None and (self.optional or self.made or self.only_with):
+            return
+        if not self.slices:
+            if not isinstance(value, torch.Tensor):
+                fail(op, label, _say(value), wanted)
+            return
+        if not isinstance(value, (list, tuple)):
+            fail(op, label, _say(value), wanted, "[tensor] is one slice" if isinstance(value, torch.Tensor) else "")
+        if not value:
+            fail(op, label, "no slice", "at least one")
+        for i, item in enumerate(value):
+            if not isinstance(item, torch.Tensor):
+                absent = "a slice that is absent takes weights of zeros, or a call for the slices that are there"
+                fail(op, f"{label}[{i}]", _say(item), "a tensor", absent if item is None else "")
+
+    def tensors(self, value: Any, label: str = "") -> Iterator[tuple[str, Tensor, torch.Tensor]]:
+        """(what an error calls it, its declaration, it) of each tensor that was given."""
+        label = label or self.name
+        if self.slices:
+            yield from ((f"{label}[{i}]", self, tensor) for i, tensor in enumerate(value or ()))
+        elif value is not None:
+            yield label, self, value
+
+
+@dataclasses.dataclass(frozen=True)
+class Int:
+    """A whole number from ``low`` to ``high``; ``size``: the name that it has in shapes."""
+
+    name: str
+    low: int = 0
+    high: int = 2**31 - 1
+    optional: bool = False
+    size: str = ""
+    one_of: tuple[int, ...] = ()
+
+    def admit(self, op: str, value: object, values: Mapping[str, Any], label: str = "") -> None:
+        """Raise ValueError unless ``value`` is such a number."""
+        if value is None and self.optional:
+            return
+        wanted = " or ".join(map(str, self.one_of)) or f"a whole number from {self.low} to {self.high}"
+        right = isinstance(value, int) and not isinstance(value, bool) and self.low <= value <= self.high
+        if not right or (self.one_of and value not in self.one_of):
+            fail(op, label or self.name, _say(value), wanted + (", or None" if self.optional else ""))
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """True or False. ``public``: the caller gives it; else the front door finds it out."""
+
+    name: str
+    public: bool = True
+
+    def admit(self, op: str, value: object, values: Mapping[str, Any], label: str = "") -> None:
+        """Raise ValueError unless ``value`` is one of both."""
+        if not isinstance(value, bool):
+            fail(op, label or self.name, _say(value), "True or False")
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """A finite number that may differ from call to call: it is passed to a bound call, which does not hang on it."""
+
+    name: str
+    public: bool = True
+
+    def admit(self, op: str, value: object, values: Mapping[str, Any], label: str = "") -> None:
+        """Raise ValueError unless ``value`` is such a number."""
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            fail(op, label or self.name, _say(value), "a finite number")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One of several words; ``size``: the name in shapes of what each stands for."""
+
+    name: str
+    words: Mapping[str | None, int]
+    size: str = ""
+
+    def admit(self, op: str, value: object, values: Mapping[str, Any], label: str = "") -> None:
+        """Raise ValueError unless ``value`` is one of them."""
+        if not isinstance(value, (str, type(None))) or value not in self.words:
+            wanted = " or ".join("None" if word is None else f'"{word}"' for word in self.words)
+            fail(op, label or self.name, _say(value), wanted)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """Operands that come together, as a named tuple of the class ``of``, which is a ``bundle``.
+
+    ``whole``: called with the op's name, the bundle's and the bundle, raises ValueError where its parts do not go together.
+    """
+
+    name: str
+    of: type
+    parts: tuple[Tensor | Int, ...]
+    maker: str  # which front door makes it, for the hint of an error
+    optional: bool = False
+    whole: Callable[[str, str, Any], None] | None = None
+
+    def admit(self, op: str, value: Any, values: Mapping[str, Any], label: str = "") -> None:
+        """Raise ValueError unless ``value`` is such a bundle, of parts of the right types."""
+        label = label or self.name
+        if value is None and self.optional:
+            return
+        if not isinstance(value, self.of):
+            fail(op, label, _say(value), f"a {self.of.__name__}", f"make it with {self.maker}")
+        for part in self.parts:
+            part.admit(op, getattr(value, part.name), {}, f"{label}.{part.name}")
+        if self.whole is not None:
+            self.whole(op, label, value)
+
+    def tensors(self, value: Any, label: str = "") -> Iterator[tuple[str, Tensor, torch.Tensor]]:
+        """As of a Tensor."""
+        label = label or self.name
+        for part in self.parts if value is not None else ():
+            if isinstance(part, Tensor):
+                yield from part.tensors(getattr(value, part.name), f"{label}.{part.name}")
+
+
+Operand = Tensor | Int | Flag | Number | Choice | Bundle
+
+
+class _Looks:
+    """What a named tuple of tensors and numbers looks like: one object for all that look the same.
+
+    A call that depends on the tuple is remembered by it. It is worked out when it is first asked for.
+    """
+
+    def __init__(self) -> None:
+        self._known = runtime.Calls()
+
+    def __get__(self, bundle: Any, owner: type) -> object:
+        tensors = [part for part in bundle if isinstance(part, torch.Tensor)]
+        hint = tuple(map(_kind, bundle))
+        looks = self._known.get(hint, tensors) or self._known.put(hint, tensors, object())
+        bundle.__dict__["looks"] = looks  # where Python finds it first, from now on
+        return looks
+
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def bundle(cls: _Class) -> _Class:
+    """A named tuple with ``looks``, see _Looks."""
+    body = {"__doc__": cls.__doc__, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "looks": _Looks()}
+    return cast(_Class, type(cls.__name__, (cls,), body))
+
+
+def _kind(part: object) -> object:
+    return (part.__class__, part) if isinstance(part, (int, str, type(None))) else part.__class__
+
+
+class Sizes:
+    """The sizes and dtypes of a call by name, and which operand each of them is of."""
+
+    def __init__(self, known: Mapping[str, Any]) -> None:
+        self._values = {name: value for name, value in known.items() if value is not None}
+        self._sources: dict[str, str] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def get(self, name: str) -> Any:
+        return self._values.get(name)
+
+    def set(self, name: str, value: Any, source: str) -> None:
+        if name not in self._values:
+            self._values[name] = value
+            self._sources[name] = source
+
+    def come_from(self, names: Sequence[str], operand: str) -> str:
+        """A hint: which sizes are those of which other operand."""
+        found: dict[str, list[str]] = {}
+        for name in dict.fromkeys(names):
+            source = self._sources.get(name, operand)
+            if source != operand:
+                found.setdefault(source, []).append(f"{name} = {self._values[name]}".replace("torch.", ""))
+        return "; ".join(f"{', '.join(sizes)} as in {source}" for source, sizes in found.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dim:
+    """A size in a shape: a product of names and a number, or at least that; no names and no number: any."""
+
+    text: str
+    names: tuple[str, ...]
+    number: int
+    least: bool
+
+    @staticmethod
+    def read(text: str) -> _Dim:
+        text = text.strip()
+        factors = [] if text == "*" else text.removeprefix(">=").split("*")
+        numbers = [int(factor) for factor in factors if factor.strip().isdigit()]
+        names = tuple(factor.strip() for factor in factors if not factor.strip().isdigit())
+        return _Dim(text, names, math.prod(numbers), text.startswith(">="))
+
+    def fits(self, size: int, sizes: Sizes, new: dict[str, int]) -> bool:
+        """Whether ``size`` can be this; what follows for the one name that is not known yet goes to ``new``."""
+        if self.text == "*":
+            return True
+        known = {name: new[name] if name in new else sizes.get(name) for name in self.names}
+        product = self.number * math.prod(value for value in known.values() if value is not None)
+        unknown = [name for name, value in known.items() if value is None]
+        if not unknown:
+            return size >= product if self.least else size == product
+        if self.least or len(unknown) > 1 or product == 0:
+            return size >= 1
+        new[unknown[0]] = size // product
+        return size % product == 0 and (size > 0 or unknown[0] == "T")  # a batch may be empty, nothing else
+
+    def say(self, sizes: Sizes) -> str:
+        values = [sizes.get(name) for name in self.names]
+        if self.text == "*" or None in values:
+            return self.text.replace("*", " * ") if self.names else self.text
+        return (">= " if self.least else "") + str(self.number * math.prod(values))
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """A front door and what it takes.
+
+    Attributes:
+        name: as the user calls it.
+        operands: in the order in which its remembered calls take them; tensors and bundles come before the numbers that they
+            are bound with, but for those that are left out.
+        spec: where a variant is added.
+        dtypes: by name, what a dtype that operands share may be.
+        fp8: what an operand with scales may be made of.
+        first: operands whose sizes the others are to fit; then the order of the operands decides.
+        tells: operands whose shapes tell the layers of a model apart.
+        apart: a written operand and the rows it is made of: that they share no memory is checked at every call.
+        aligned: operands of which it matters whether they begin at a 16-byte boundary.
+        sizes: further sizes, from all arguments, once their types are right.
+    """
+
+    name: str
+    operands: tuple[Operand, ...]
+    spec: str = ""
+    dtypes: Mapping[str, tuple[torch.dtype, ...]] = dataclasses.field(default_factory=dict)
+    fp8: tuple[torch.dtype, ...] = ()
+    first: tuple[str, ...] = ()
+    tells: tuple[str, ...] = ()
+    apart: tuple[str, str] | tuple[()] = ()
+    aligned: tuple[str, ...] = ()
+    sizes: Callable[[Mapping[str, Any]], Mapping[str, int]] | None = None
+
+    def __post_init__(self) -> None:
+        OPS[self.name] = self
+
+    def named(self, *values: Any) -> dict[str, Any]:
+        """All arguments by name, from their order."""
+        return dict(zip((operand.name for operand in self.operands), values, strict=True))
+
+    def check(self, op: str, values: Mapping[str, Any], **known: Any) -> Sizes:
+        """The sizes of a call, once all that is declared here holds.
+
+        Args:
+            op: what the caller called: this op, or a variant of it.
+            values: all arguments by name.
+            known: sizes and dtypes that are fixed; None: those that are not.
+
+        Raises:
+            ValueError: says which argument does not fit, what it is and what was wanted.
+        """
+        for operand in self.operands:
+            operand.admit(op, values[operand.name], values)
+        tensors = [
+            found
+            for operand in self.operands
+            if isinstance(operand, (Tensor, Bundle))
+            for found in operand.tensors(values[operand.name])
+        ]
+        _check_places(op, tensors)
+        sizes = Sizes(known)
+        for operand in self.operands:
+            _numbers(op, operand, values[operand.name], sizes)
+        for name, value in (self.sizes(values) if self.sizes is not None else {}).items():
+            sizes.set(name, value, self.name)
+        waiting = sorted(tensors, key=lambda found: found[1].name not in self.first)
+        for label, operand, tensor in _in_order(waiting, sizes):
+            self._check_tensor(op, label, operand, tensor, values, sizes)
+        for operand in self.operands:
+            if isinstance(operand, Tensor) and operand.slices == "alike" and values[operand.name]:
+                _check_alike(op, operand.name, values[operand.name])
+        _check_memory(op, tensors)
+        return sizes
+
+    def _check_tensor(
+        self, op: str, label: str, operand: Tensor, tensor: torch.Tensor, values: Mapping[str, Any], sizes: Sizes
+    ) -> None:
+        dtypes = self._dtypes(operand, values, sizes)
+        new = next((new for form in operand.forms if (new := _bindings(form, tensor, sizes)) is not None), None)
+        fits = (not operand.forms or new is not None) and (dtypes is None or tensor.dtype in dtypes)
+        if not fits or not _lies_right(operand, tensor):
+            names = [name for form in operand.forms for dim in form for name in dim.names]
+            shared = isinstance(operand.dtype, str) and sizes.get(operand.dtype) is not None
+            origin = sizes.come_from([*names, *([operand.dtype] if shared else [])], label)  # type: ignore[list-item]
+            hint = "; ".join(filter(None, (origin, self._of_dtype(operand, tensor, dtypes, values))))
+            fail(op, label, describe(tensor), _wanted(operand, dtypes, sizes, tensor), hint)
+        for name, size in (new or {}).items():
+            sizes.set(name, size, label)
+        if isinstance(operand.dtype, str) and not self._is_scaled(operand, values):
+            sizes.set(operand.dtype, tensor.dtype, label)
+
+    def _is_scaled(self, operand: Tensor, values: Mapping[str, Any]) -> bool:
+        return bool(operand.scaled_by) and values.get(operand.scaled_by) is not None
+
+    def _dtypes(self, operand: Tensor, values: Mapping[str, Any], sizes: Sizes) -> tuple[torch.dtype, ...] | None:
+        if self._is_scaled(operand, values):
+            return self.fp8
+        if not isinstance(operand.dtype, str):
+            return operand.dtype if operand.dtype is None or isinstance(operand.dtype, tuple) else (operand.dtype,)
+        known = sizes.get(operand.dtype)
+        return self.dtypes[operand.dtype] if known is None else (known,)
+
+    def _of_dtype(
+        self, operand: Tensor, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...] | None, values: Mapping[str, Any]
+    ) -> str:
+        """What to do about a dtype."""
+        if dtypes is None or tensor.dtype in dtypes:
+            return ""
+        if self._is_scaled(operand, values):
+            return f"{operand.scaled_by} is given, so it is FP8; quantize_weights and quantize_activations make such tensors"
+        if operand.scaled_by and tensor.dtype in self.fp8:
+            return f"FP8 numbers need {operand.scaled_by}"
+        return f"another dtype takes a tag of dtype: in {self.spec}" if self.spec and isinstance(operand.dtype, str) else ""
+
+    def refuse(self, values: Mapping[str, Any], error: Exception) -> NoReturn:
+        """Say which argument Python tripped over with ``error``; if none is wrong, it was something else.
+
+        Raises:
+            ValueError: of the argument.
+        """
+        self.check(self.name, values)
+        raise error
+
+    def caller(self, bind: Callable[..., Any]) -> Callable[..., None]:
+        """The function of the front door behind its defaults: the bound call for such arguments, called.
+
+        Args:
+            bind: makes it from all arguments; it checks them.
+        """
+        passed = [
+            operand.name
+            for operand in self.operands
+            if isinstance(operand, (Tensor, Bundle, Number)) and not getattr(operand, "left_out", False)
+        ]
+        end = _CALL.format(passed=", ".join(passed))
+        some = any(getattr(operand, "left_out", False) for operand in self.operands)
+        return self._remember(bind, _CALL_WITH.format(passed=", ".join(passed)) + end if some else end)
+
+    def finder(self, bind: Callable[..., Any]) -> Callable[..., Any]:
+        """As ``caller``, but what was bound is returned instead."""
+        return self._remember(bind, "    return call\n")
+
+    def _remember(self, bind: Callable[..., Any], end: str) -> Callable[..., Any]:
+        """Written out, as a loop over declarations would take longer than all the rest of a call."""
+        names = ", ".join(operand.name for operand in self.operands)
+        hint, tensors, optional, numbers = [], [], [], []
+        for operand in self.operands:
+            name = operand.name
+            if name in self.tells:
+                hint.append(f"{name}.shape")
+            if isinstance(operand, Bundle):
+                hint.append(f"{name} and {name}.looks" if operand.optional else f"{name}.looks")
+            elif isinstance(operand, Number):
+                numbers.append(f"        if {name}.__class__ is not float or not isfinite({name}):\n")
+                numbers.append(f"            {name} = number({name!r}, {name})\n")
+            elif isinstance(operand, Tensor):
+                given, many = (f"*{name}", f"{name}.__class__, len({name}), ") if operand.slices else (name, "")
+                if not operand.optional and not operand.only_with:
+                    tensors.append(given)
+                    hint += [many.removesuffix(", ")] if many else []
+                elif operand.left_out:
+                    more = f"tensors += ({given},); left += ({name},); hint += ({name!r}, {many})"
+                    optional.append(f"        if {name} is not None:\n            {more}\n")
+                else:
+                    hint.append(f"None if {name} is None else ({many})" if many else f"{name} is None")
+                    optional.append(f"        if {name} is not None:\n            tensors += ({given},)\n")
+            else:
+                hint.append(name)
+                if isinstance(operand, Int) or (isinstance(operand, Flag) and operand.public):
+                    hint.append(f"{name}.__class__")  # True == 1 == 1.0
+        if self.aligned:
+            hint.append(f"({' | '.join(f'{name}.data_ptr()' for name in self.aligned)}) & 15 != 0")
+        written, read = self.apart or ("", "")
+        left = "        left = ()\n" if any(getattr(operand, "left_out", False) for operand in self.operands) else ""
+        source = _REMEMBERED.format(
+            names=names,
+            hint="".join(f"{part}, " for part in hint),
+            tensors="".join(f"{part}, " for part in tensors),
+            optional=left + "".join(optional),
+            numbers="".join(numbers),
+            kept=_KEPT.format(written=written, read=read) if self.apart else "",
+            found=(_FOUND_APART if self.apart else _FOUND).format(written=written, read=read),
+            end=end,
+        )
+        calls = runtime.Calls()
+        made: dict[str, Any] = {
+            "recent": calls.recent,
+            "find": calls.find,
+            "put": calls.put,
+            "bind": bind,
+            "isfinite": math.isfinite,
+            "number": self._number,
+            "refuse": lambda error, *values: self.refuse(self.named(*values), error),
+            "check_apart": lambda one, other: check_apart(self.name, written, one, read, other),
+            "reach": _reach,
+        }
+        exec(compile(source, f"<{self.name}>", "exec"), made)
+        function: Callable[..., Any] = made["function"]
+        return function
+
+    def _number(self, name: str, value: Any) -> float:
+        Number(name).admit(self.name, value, {})
+        return float(value)
+
+
+_REMEMBERED = """
+def function({names}):
+    try:
+        hint = ({hint})
+        tensors = ({tensors})
+{optional}        last = recent.get(hint)
+        if last is None or not last[0](*tensors):
+            last = find(hint, tensors)
+{numbers}    except Exception as error:
+        refuse(error, {names})
+    if last is None:
+        call = bind({names})
+        put(hint, tensors, (call,{kept}))
+    else:
+{found}{end}"""
+_KEPT = " -reach({written}), reach({read})"
+_FOUND = "        call = last[1][0]\n"
+_FOUND_APART = """        call, low, high = last[1]
+        if low < {written}.data_ptr() - {read}.data_ptr() < high:
+            check_apart({written}, {read})
+"""
+_CALL = "    call({passed})\n"
+_CALL_WITH = "    if left:\n        return call({passed}, *left)\n"
+
+
+def _numbers(op: str, operand: Operand, value: Any, sizes: Sizes) -> None:
+    """Note the sizes that are numbers, and that of slices, S, which is one for all sequences."""
+    if isinstance(operand, Int) and operand.size and value is not None:
+        sizes.set(operand.size, value, operand.name)
+    elif isinstance(operand, Choice) and operand.size:
+        sizes.set(operand.size, operand.words[value], operand.name)
+    elif isinstance(operand, Tensor) and operand.slices and value is not None:
+        sizes.set("S", len(value), operand.name)
+        if len(value) != sizes["S"]:
+            fail(op, operand.name, f"{len(value)} tensors", f"{sizes['S']}, one a slice", sizes.come_from("S", operand.name))
+    elif isinstance(operand, Bundle) and value is not None:
+        for part in operand.parts:
+            if isinstance(part, Int) and part.size:
+                sizes.set(part.size, getattr(value, part.name), operand.name)
+
+
+_Found = tuple[str, Tensor, torch.Tensor]
+
+
+def _check_places(op: str, tensors: Sequence[_Found]) -> None:
+    """Raise ValueError unless all tensors are on one device that kernels run on, plain, and outside of autograd."""
+    recording = torch.is_grad_enabled()
+    for label, _, tensor in tensors:
+        if tensor.layout != torch.strided:
+            fail(op, label, describe(tensor), "a strided tensor")
+        if tensor.device != tensors[0][2].device:
+            fail(op, label, describe(tensor), f"one on {tensors[0][2].device}, as {tensors[0][0]}")
+        if recording and tensor.requires_grad:
+            hint = "there is no backward: call it under torch.no_grad() or torch.inference_mode(), or on tensor.detach()"
+            fail(op, label, "a tensor that requires grad", "one that does not", hint)
+    for label, _, tensor in tensors[:1]:
+        if not runtime.runs_on(tensor.device):
+            hint = "with TRITON_INTERPRET=1, set before triton is imported, kernels run on CPU tensors"
+            fail(op, label, f"one on {tensor.device}", "one on a GPU", hint)
+
+
+def _in_order(waiting: list[_Found], sizes: Sizes) -> Iterator[_Found]:
+    """Each tensor when its sizes can be told: one at most is new in each dimension."""
+    while waiting:
+        clear = (found for found in waiting if all(_is_clear(dim, sizes) for form in found[1].forms for dim in form))
+        chosen = next(clear, waiting[0])
+        waiting = [found for found in waiting if found is not chosen]
+        yield chosen
+
+
+def _is_clear(dim: _Dim, sizes: Sizes) -> bool:
+    return sum(sizes.get(name) is None for name in dim.names) < 2
+
+
+def _bindings(form: Sequence[_Dim], tensor: torch.Tensor, sizes: Sizes) -> dict[str, int] | None:
+    """What sizes are new if a tensor has this form; None: it has not."""
+    new: dict[str, int] = {}
+    fits = len(form) == tensor.dim() and all(d.fits(size, sizes, new) for d, size in zip(form, tensor.shape, strict=True))
+    return new if fits else None
+
+
+def _lies_right(operand: Tensor, tensor: torch.Tensor) -> bool:
+    if tensor.numel() == 0 or operand.strides == FREE:
+        return True
+    if operand.strides == CONTIGUOUS:
+        return tensor.is_contiguous()
+    if tensor.dim() > 0 and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        return False
+    if operand.written and overlaps_itself(tensor):
+        return False
+    if operand.strides != PAIRS or tensor.dim() != 3 or min(tensor.shape[:2]) < 2:
+        return True
+    return tensor.stride(0) == tensor.shape[1] * tensor.stride(1)
+
+
+_LIES = {
+    ROWS: " with last stride 1",
+    PAIRS: " with last stride 1 and stride(0) == top_k * stride(1)",
+    CONTIGUOUS: "",
+    FREE: "",
+}
+
+
+def _wanted(operand: Tensor, dtypes: tuple[torch.dtype, ...] | None, sizes: Sizes, tensor: torch.Tensor) -> str:
+    shapes = " or ".join(f"[{', '.join(dim.say(sizes) for dim in form)}]" for form in operand.forms)
+    kinds = "" if dtypes is None else " " + " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    contiguous = "contiguous " if operand.strides == CONTIGUOUS else ""
+    rows = ", rows that do not overlap" if operand.written and operand.strides in (ROWS, PAIRS) else ""
+    return f"{contiguous}{shapes}{kinds}{_LIES[operand.strides]}{rows} on {tensor.device}"
+
+
+def _check_alike(op: str, name: str, slices: Sequence[torch.Tensor]) -> None:
+    first = slices[0]
+    for i, other in enumerate(slices):
+        if other.shape != first.shape or other.stride() != first.stride() or other.dtype != first.dtype:
+            fail(op, f"{name}[{i}]", describe(other), describe(first), "slices have one layout")
+
+
+def _check_memory(op: str, tensors: Sequence[_Found]) -> None:
+    """Raise ValueError where a tensor that is written shares memory with another."""
+    for label, operand, tensor in tensors:
+        if operand.written:
+            for other_label, _, other in tensors:
+                if other_label != label:
+                    check_apart(op, label, tensor, other_label, other)
+
+
+def check_apart(op: str, label: str, written: torch.Tensor, other_label: str, other: torch.Tensor) -> None:
+    """Raise ValueError if a tensor that is written and another share memory."""
+    if share_memory(written, other):
+        hint = f"it is written while {other_label} is in use"
+        fail(op, label, f"memory that {other_label} lies in", "memory of its own", hint)
+
+
+def overlaps_itself(tensor: torch.Tensor) -> bool:
+    """Whether two elements may be one in memory; True too for layouts that no op takes."""
+    reach = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1):
+        if stride < reach:
+            return True
+        reach += (size - 1) * stride
+    return False
+
+
+def _reach(tensor: torch.Tensor) -> int:
+    """Bytes from the first element of a tensor to behind its last one."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size() if tensor.numel() else 0
+
+
+def share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have bytes in common; columns of one buffer side by side have none."""
+    if one.device.type == "meta" or one.numel() == 0 or other.numel() == 0:
+        return False
+    apart = other.data_ptr() - one.data_ptr()
+    if not -_reach(other) < apart < _reach(one):
+        return False
+    pitches = {_pitch(one), _pitch(other)} - {0}
+    if len(pitches) != 1:
+        return True
+    pitch = pitches.pop()
+    return apart % pitch < _width(one) or apart % pitch + _width(other) > pitch
+
+
+def _pitch(tensor: torch.Tensor) -> int:
+    """Bytes between rows, of which all are the same number apart; 0: there is one row."""
+    strides = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride(), strict=False) if size > 1]
+    return math.gcd(*strides) * tensor.element_size() if strides else 0
+
+
+def _width(tensor: torch.Tensor) -> int:
+    return _reach(tensor[(0,) * (tensor.dim() - 1)]) if tensor.dim() > 0 else tensor.element_size()
+
+
+def _say(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return describe(value)
+    if value is None or isinstance(value, bool):
+        return str(value)
+    return f"{type(value).__name__} {value!r}" if isinstance(value, (int, float, str)) else type(value).__name__
