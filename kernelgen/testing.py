@@ -2,10 +2,13 @@
 
 Every variant meets the core cases of its family. Every other case meets each combination of the tags of the body axes (for
 MoE-LoRA: schedule and rank bucket) in one variant, the one with the fewest cases so far, so that dtypes and flags take turns.
+
+``Suite.quick`` is a part of that for a person who waits: each template still meets each kind of case, and each body some case.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import importlib
@@ -17,6 +20,7 @@ import torch
 
 from kernelgen import names
 from kernelgen.cases.base import Case, Law, Variant
+from kernelgen.model import SCHEDULE
 
 if TYPE_CHECKING:
     from kernelgen.model import Family
@@ -61,6 +65,35 @@ class Suite:
     def pairs(self) -> tuple[tuple[Variant, Case], ...]:
         """Which variant meets which case."""
         return tuple((variant, case) for variant, cases in self._plan().items() for case in cases)
+
+    @functools.cached_property
+    def quick(self) -> frozenset[tuple[str, str]]:
+        """Names of variants and cases: a part of the pairs in which each template meets each kind of case that it meets at all.
+
+        Variants are chosen such that each body, and each tag with each template, is among those that meet a case.
+        """
+        kinds: dict[tuple[str | None, Case], list[Variant]] = {}
+        for variant, case in self.pairs:
+            kinds.setdefault((variant.tags.get(SCHEDULE), case), []).append(variant)
+        met: collections.Counter[tuple[tuple[str, str], ...]] = collections.Counter()
+        chosen = set()
+
+        def choose(variant: Variant, case: Case) -> None:
+            chosen.add((variant.name, case.name))
+            met.update(() if case.needs_gpu else self.marks(variant))
+
+        for (_, case), variants in sorted(kinds.items(), key=lambda item: len(item[1])):
+            choose(max(variants, key=lambda v: sum(1 / (1 + met[mark]) ** 2 for mark in self.marks(v))), case)
+        for variant, case in self.pairs:
+            if not case.needs_gpu and not self.marks(variant) <= met.keys():
+                choose(variant, case)
+        return frozenset(chosen)
+
+    def marks(self, variant: Variant) -> frozenset[tuple[tuple[str, str], ...]]:
+        """What of a variant ``quick`` is to meet: its bodies and its tags, each with the template, as pairs of axis and tag."""
+        bodies = {tuple(case.body or self._cases.BODY) for case in self._cases.CASES}
+        sets = [*bodies, *((SCHEDULE, axis) for axis in variant.tags)]
+        return frozenset(tuple((axis, variant.tags[axis]) for axis in axes if axis in variant.tags) for axes in sets)
 
     @property
     def laws(self) -> Sequence[Law]:

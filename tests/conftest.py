@@ -1,6 +1,7 @@
 """How kernels run in the tests: compiled where there is a GPU, else interpreted, with the interpreter repaired.
 
 TRITON_INTERPRET=1 interprets on a machine with a GPU too; TRITON_INTERPRET=0 keeps it off without one, for tests that compile.
+With --quick tests that are marked slow are left out, and of the generated tests what ``Suite.quick`` leaves out.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,3 +49,40 @@ def kernelgen(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         return code, printed.out, printed.err
 
     return run
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="each kernel text and each kind of case once, and no slow test")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--quick"):
+        kept = [item for item in items if is_quick(item)]
+        left = len(items) - len(kept)
+        items[:] = kept
+        # a process of pytest-xdist tells the one that reports
+        getattr(config, "workeroutput", config.stash.setdefault(_OUTPUT, {}))["left"] = left
+
+
+_OUTPUT = pytest.StashKey[dict[str, Any]]()
+
+
+def is_quick(item: pytest.Item) -> bool:
+    """Whether --quick keeps a test."""
+    if item.get_closest_marker("slow"):
+        return False
+    given = getattr(item, "callspec", None)
+    if given is None or not {"variant", "case"} <= given.params.keys():
+        return True
+    return (given.params["variant"].name, given.params["case"].name) in item.module.SUITE.quick
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash.setdefault(_OUTPUT, {}).update(node.workeroutput)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    left = config.stash.get(_OUTPUT, {}).get("left")
+    if left:
+        terminalreporter.write_line(f"{left} tests are left to tools/test --all")

@@ -17,8 +17,9 @@ FILES = sorted(file.name for file in FOLDER.glob("test_*.py"))
     os.environ.get("TRITON_INTERPRET") != "1", reason="kernels compile here: pytest takes them in"
 )
 @pytest.mark.parametrize("file", FILES)
-def test_compiled(file: str) -> None:
+def test_compiled(file: str, pytestconfig: pytest.Config) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)]
+    command += ["--quick"] if pytestconfig.getoption("--quick") else []
     done = subprocess.run(
         command,
         env={**os.environ, "TRITON_INTERPRET": "0"},

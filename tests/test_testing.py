@@ -9,17 +9,20 @@ import itertools
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterable
 
+import conftest
 import pytest
 import torch
 
 import generated
+from kernelgen import build, testing
 from kernelgen.buffers import allocate, allocate_sparse, bits, poison_, positions, row_major, seal
 from kernelgen.cases import moe_lora, moe_lora_inputs, moe_route
 from kernelgen.cases.moe_lora_inputs import Case, Layout
-from kernelgen.testing import Suite
+from kernelgen.testing import Suite, Variant
 
 ROOT = Path(__file__).resolve().parent.parent
 AXES = "schedule dtype assignment add_inputs routed_weight rank"
@@ -102,6 +105,39 @@ def test_core_cases_meet_every_variant_and_the_others_are_spread() -> None:
     ):  # each turn takes each tag for about half of the cases
         with_tag = sum(tag in v.tags.values() for v, case in suite().pairs if not case.core)
         assert 0.4 < with_tag / sum(not case.core for _, case in suite().pairs) < 0.6
+
+
+@functools.cache
+def suites() -> dict[str, Suite]:
+    return {family.name: Suite.of("generated", family) for family in build.package(ROOT / "specs").families}
+
+
+@pytest.mark.parametrize("family", sorted(file.stem for file in (ROOT / "specs").glob("*.yaml")))
+def test_quick_tests_meet_every_template_body_and_kind_of_case(family: str) -> None:
+    found = suites()[family]
+    quick = [pair for pair in found.pairs if (pair[0].name, pair[1].name) in found.quick]
+    assert len(quick) == len(found.quick)
+
+    def kinds(pairs: Iterable[tuple[Variant, testing.Case]]) -> set[tuple[str | None, str]]:
+        return {(variant.tags.get("schedule"), case.name) for variant, case in pairs}
+
+    assert kinds(quick) == kinds(found.pairs)
+    met = {mark for variant, case in quick if not case.needs_gpu for mark in found.marks(variant)}
+    assert met == {mark for variant in found.variants for mark in found.marks(variant)}
+    assert any((axis, tag) in mark for mark in met for axis, tag in found.variants[0].tags.items())
+
+
+def test_only_what_is_not_quick_is_left_out() -> None:
+    found = suites()["moe_act"]
+    module = types.SimpleNamespace(SUITE=found)
+
+    def item(slow: bool = False, **params: Any) -> Any:
+        given = {"callspec": types.SimpleNamespace(params=params)} if params else {}
+        return types.SimpleNamespace(get_closest_marker=lambda name: slow and name == "slow", module=module, **given)
+
+    kept = [(v.name, c.name) for v, c in found.pairs if conftest.is_quick(item(variant=v, case=c))]
+    assert len(kept) < len(found.pairs) and set(kept) == found.quick
+    assert conftest.is_quick(item()) and conftest.is_quick(item(law=found.laws[0])) and not conftest.is_quick(item(slow=True))
 
 
 def test_names_of_cases_are_unique() -> None:
