@@ -31,6 +31,10 @@ with contextlib.suppress(ImportError):
     from torch._C._dynamo.guards import TensorGuards
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
+if INTERPRETED:  # on CPU tensors; Triton's interpreter alone is wrong in bfloat16 and FP8
+    from . import _repairs
+
+    _repairs.install()
 
 
 class Options(NamedTuple):

@@ -145,9 +145,18 @@ def warmup(
     """Compile exactly what these shapes need for up to ``max_tokens`` tokens; return how many kernels that is.
 
     Afterwards no number of tokens and no routing compiles anything, if tensors are 16-byte aligned and weights
-    contiguous. Run it before capturing CUDA graphs.
+    contiguous. Run it before capturing CUDA graphs. Interpreted kernels are not compiled: then it is 0.
+
+    Raises:
+        ValueError: ``device`` is not a GPU.
     """
+    if runtime.INTERPRETED:
+        return 0
     device = torch.device(device)
+    if device.type != "cuda":
+        raise ValueError(
+            f"warmup: device: got {device}, wanted a GPU: kernels are compiled for no other device"
+        )
     if device.index is None:
         device = torch.device(device.type, torch.cuda.current_device())
     wanted = requests(shapes, max_tokens=max_tokens, device=device)

@@ -1,46 +1,33 @@
-"""Repairs of Triton's interpreter, so that a kernel that passes under it is right on a GPU.
+"""Triton's interpreter, repaired, and watched: a kernel that passes under it is right on a GPU.
 
-The stock interpreter computes bfloat16 and float8 on their bit patterns, reads and writes outside of tensors without a word,
-lets 32-bit offsets wrap, and patches ``triton.language`` anew at each call of a helper. ``install()`` mends this for the
-process. With it:
+``install()`` does for the process what ``_repairs`` does, which the generated package does by itself, and adds what tests
+want to know, which the stock interpreter lets pass without a word. With it:
 
-* bfloat16 and float8 arithmetic, reductions and casts round to nearest even, and casts to float8 saturate, as on the GPU.
 * a load, store or atomic outside of the tensors that were passed to the launch raises ``OutOfBounds``, as does a gather
   outside of its source; lanes that a mask turns off and that name no ``other`` hold values that show up (NaN, a large
   integer) instead of zero.
 * two programs of a launch that store to one address, or one that loads what another stores, raise ``Race``.
 * 32-bit signed integer arithmetic that wraps raises ``IntegerOverflow``.
-* programmatic dependent launch is a no-op, as programs run one after the other.
-
-It reaches into private parts of Triton, known for 3.6 to 3.9; each is looked up first, so that a version without it fails
-with a message rather than with wrong numbers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Callable, ClassVar
+from typing import Any, Callable
 
 import numpy as np
-import torch
-import triton
 import triton.language as tl
 from numpy.typing import NDArray
 
 from kernelgen.memory import Launch, MemoryFault, OutOfBounds, Race, tensors
+from kernelgen.package import _repairs
+from kernelgen.package._repairs import is_narrow, narrowed
 
 __all__ = ["IntegerOverflow", "MemoryFault", "OutOfBounds", "Race", "install"]
 
-_KNOWN = "3.6 to 3.9"
 _PARTS = {
     "InterpreterBuilder": (
-        "cast_impl",
-        "create_fp_to_fp",
-        "create_dot",
-        "binary_op",
-        "unary_op",
-        "create_fma",
         "create_add",
         "create_sub",
         "create_mul",
@@ -50,17 +37,9 @@ _PARTS = {
         "create_atomic_rmw",
         "create_atomic_cas",
     ),
-    "ReduceOps": ("apply_impl",),
-    "ScanOps": ("apply_impl",),
     "GridExecutor": ("__call__", "_init_args_hst", "_restore_args_dev"),
-    "_LangPatchScope": (),
-    "TensorHandle": (),
     "InterpreterError": (),
     "interpreter_builder": ("options",),
-    "_patch_lang": (),
-    "_patch_lang_core": (),
-    "_patch_lang_tensor": (),
-    "_get_np_dtype": (),
 }
 
 
@@ -70,245 +49,17 @@ class IntegerOverflow(MemoryFault):
 
 @functools.cache
 def install() -> None:
-    """Repair the interpreter of this process; further calls do nothing.
+    """Repair and watch the interpreter of this process; further calls do nothing.
 
     Raises:
-        RuntimeError: Triton was imported without TRITON_INTERPRET=1, or lacks a part that the repairs replace.
+        RuntimeError: Triton was imported without TRITON_INTERPRET=1, or lacks a part that is replaced.
     """
-    if not triton.knobs.runtime.interpret:
-        raise RuntimeError(
-            "kernels are not interpreted: set TRITON_INTERPRET=1 before triton is imported"
-        )
+    _repairs.install()
     from triton.runtime import interpreter
 
-    _require_parts(interpreter)
-    _speed_up_dtypes(interpreter)
-    _speed_up_shapes()
-    _repair_numbers(interpreter)
-    _repair_language(interpreter)
+    _repairs.require_parts(interpreter, _PARTS)
     _watch_integers(interpreter)
     _watch_memory(interpreter)
-    _ignore_dependent_launch()
-
-
-def _require_parts(interpreter: Any) -> None:
-    for owner, names in _PARTS.items():
-        found = getattr(interpreter, owner, None)
-        missing = [name for name in names if not hasattr(found, name)]
-        if found is None or missing:
-            part = owner if found is None else f"{owner}.{missing[0]}"
-            raise RuntimeError(
-                f"triton {triton.__version__}: triton.runtime.interpreter has no {part}, which the repairs of "
-                f"kernelgen/interpreter.py replace; they are known to fit triton {_KNOWN}"
-            )
-
-
-def _speed_up_dtypes(interpreter: Any) -> None:
-    # The stock function makes its table anew at each call: a tenth of all time.
-    stock = interpreter._get_np_dtype
-    known: dict[str, np.dtype[Any]] = {}
-
-    def numpy_dtype(dtype: Any) -> np.dtype[Any]:
-        scalar = dtype.scalar
-        if scalar.is_ptr():
-            return np.dtype(np.uint64)
-        if scalar.name not in known:
-            known[scalar.name] = stock(scalar)
-        return known[scalar.name]
-
-    interpreter._get_np_dtype = numpy_dtype
-
-
-def _speed_up_shapes() -> None:
-    """What a type and a tensor derive from their shape is derived once a shape: a fifth of all time."""
-    stock_type, stock_tensor = tl.block_type.__init__, tl.tensor.__init__
-    types: dict[tuple[Any, ...], dict[str, Any]] = {}
-    of_tensors: dict[str, dict[str, Any]] = {}
-
-    def make_type(self: Any, element_ty: Any, shape: Any) -> None:
-        sizes = (getattr(size, "value", size) for size in shape)
-        key = element_ty.name, *((type(size), size) for size in sizes)  # a size must be an int
-        if key not in types:
-            stock_type(self, element_ty, shape)
-            types[key] = dict(vars(self))
-        vars(self).update(types[key], element_ty=element_ty)
-
-    def make_tensor(self: Any, data: Any, kind: Any) -> None:
-        if kind.name not in of_tensors:
-            stock_tensor(self, data, kind)
-            of_tensors[kind.name] = {**vars(self), "handle": None}
-        vars(self).update(of_tensors[kind.name], handle=data, type=kind, dtype=kind.scalar)
-
-    tl.block_type.__init__, tl.tensor.__init__ = make_type, make_tensor
-
-
-# Numbers. Triton holds bfloat16 as uint16 and float8 as uint8: widen to float32, compute, round back.
-
-_FLOAT8 = {
-    tl.float8e4nv: torch.float8_e4m3fn,
-    tl.float8e5: torch.float8_e5m2,
-    tl.float8e4b8: torch.float8_e4m3fnuz,
-    tl.float8e5b16: torch.float8_e5m2fnuz,
-}
-
-
-@functools.cache
-def _float8_values(dtype: tl.dtype) -> NDArray[np.float32]:
-    values: NDArray[np.float32] = (
-        torch.arange(256, dtype=torch.uint8).view(_FLOAT8[dtype]).float().numpy()
-    )
-    return values
-
-
-def _is_narrow(dtype: tl.dtype) -> bool:
-    return dtype == tl.bfloat16 or dtype in _FLOAT8
-
-
-def _widen(data: NDArray[Any], dtype: tl.dtype) -> NDArray[Any]:
-    if dtype == tl.bfloat16:
-        return (data.astype(np.uint32) << 16).view(np.float32)
-    if dtype in _FLOAT8:
-        data = _float8_values(dtype)[data]
-    return data
-
-
-def _narrow(data: NDArray[Any], dtype: tl.dtype, toward_zero: bool = False) -> NDArray[Any]:
-    data = np.ascontiguousarray(data, dtype=np.float32)
-    if dtype == tl.bfloat16:
-        bits = data.view(np.uint32)
-        half = 0 if toward_zero else 0x7FFF + ((bits >> 16) & 1)
-        return np.where(np.isnan(data), np.uint16(0x7FC0), ((bits + half) >> 16).astype(np.uint16))
-    if toward_zero:
-        raise NotImplementedError(f"casts to {dtype} that round toward zero")
-    largest = torch.finfo(_FLOAT8[dtype]).max  # cvt.rn.satfinite: saturates, NaN stays NaN
-    clamped = torch.from_numpy(np.clip(data, -largest, largest))
-    return clamped.to(_FLOAT8[dtype]).view(torch.uint8).numpy()
-
-
-def _repair_numbers(interpreter: Any) -> None:
-    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
-    numpy_dtype = interpreter._get_np_dtype
-    stock_cast, stock_fp_to_fp = builder.cast_impl, builder.create_fp_to_fp
-    toward_zero = interpreter._ir.ROUNDING_MODE.RTZ
-
-    def cast(self: Any, source: Any, to: Any, rounding: Any = None) -> Any:
-        old, new = source.dtype.scalar, to.scalar
-        if not (_is_narrow(old) or _is_narrow(new)):
-            if rounding == toward_zero:
-                return stock_fp_to_fp(self, source, to, rounding)
-            return stock_cast(self, source, to)
-        values = _widen(source.data, old)
-        if _is_narrow(new):
-            return handle(_narrow(values, new, rounding == toward_zero), new)
-        return handle(values.astype(numpy_dtype(new)), new)
-
-    def dot(self: Any, a: Any, b: Any, acc: Any, *options: Any) -> Any:
-        # The sum of a tile is rounded to fp32 once, so that a row's bits do not depend on its place in the tile.
-        x = _widen(a.data, a.dtype.scalar).astype(np.float64)
-        y = _widen(b.data, b.dtype.scalar).astype(np.float64)
-        return handle(np.matmul(x, y).astype(acc.data.dtype) + acc.data, acc.dtype.scalar)
-
-    def in_float32(stock: Callable[..., Any]) -> Callable[..., Any]:
-        def repaired(self: Any, *arguments: Any) -> Any:
-            dtypes = [a.dtype.scalar for a in arguments if isinstance(a, handle)]
-            narrow = next((d for d in dtypes if _is_narrow(d)), None)
-            if narrow is None:
-                return stock(self, *arguments)
-            wide = [
-                handle(_widen(a.data, a.dtype.scalar), tl.float32) if isinstance(a, handle) else a
-                for a in arguments
-            ]
-            result = stock(self, *wide).data
-            return handle(_narrow(result, narrow) if result.dtype == np.float32 else result, narrow)
-
-        return repaired
-
-    def of_tensors_in_float32(stock: Callable[..., Any]) -> Callable[..., Any]:
-        def retype(tensor: Any, data: NDArray[Any], dtype: tl.dtype) -> Any:
-            kind = tl.block_type(dtype, tensor.shape) if tensor.type.is_block() else dtype
-            return tl.tensor(handle(data, dtype), kind)
-
-        def repaired(self: Any, inputs: Any) -> Any:
-            narrow = next((t.dtype for t in inputs if _is_narrow(t.dtype)), None)
-            if narrow is None:
-                return stock(self, inputs)
-            wide = tuple(
-                retype(t, _widen(t.handle.data, t.dtype), tl.float32) if t.dtype == narrow else t
-                for t in inputs
-            )
-            results = stock(self, wide)
-            results = results if isinstance(results, (list, tuple)) else (results,)
-            return tuple(
-                retype(t, _narrow(t.handle.data, narrow), narrow) if t.dtype == tl.float32 else t
-                for t in results
-            )
-
-        return repaired
-
-    builder.cast_impl = cast
-    builder.create_fp_to_fp = cast
-    builder.create_dot = dot
-    for name in ("binary_op", "unary_op", "create_fma"):
-        setattr(builder, name, in_float32(getattr(builder, name)))
-    for owner in (interpreter.ReduceOps, interpreter.ScanOps):
-        owner.apply_impl = of_tensors_in_float32(owner.apply_impl)
-
-
-def _repair_language(interpreter: Any) -> None:
-    """Patch triton.language once and for good; add what 3.6 lacks."""
-    stock_patch, stock_core = interpreter._patch_lang, interpreter._patch_lang_core
-    stock_tensor, builder = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder
-    float8 = {"fp8e4b8": tl.float8e4b8, "fp8e5b16": tl.float8e5b16}
-
-    def patch_tensor(tensor: Any, scope: Any) -> None:
-        stock_tensor(tensor, scope)
-        # 3.6 calls int() on an array of one element, which numpy 2.4 refuses
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    def patch_core(language: Any, scope: Any) -> None:
-        stock_core(language, scope)
-        stock_to_ir = language.dtype.to_ir
-        scope.set_attr(
-            language.dtype, "to_ir", lambda self, b: float8.get(self.name) or stock_to_ir(self, b)
-        )
-
-    done = False
-
-    def patch_once(function: Any) -> Any:
-        nonlocal done
-        if not done:
-            stock_patch(_SeesLanguage)
-            done = True
-        return interpreter._LangPatchScope()  # nothing to restore
-
-    stock_splat = builder.create_splat
-
-    def splat(self: Any, kind: Any, value: Any) -> Any:
-        result = stock_splat(self, kind, value)
-        if value.data.dtype == np.bool_:  # stock takes the type of what was compared, which no mask may be
-            return interpreter.TensorHandle(result.data.astype(np.bool_), tl.int1)
-        return result
-
-    builder.create_splat = splat
-    for name, dtype in float8.items():
-        if not hasattr(builder, f"get_{name}_ty"):
-            setattr(builder, f"get_{name}_ty", lambda self, dtype=dtype: dtype)
-    interpreter._patch_lang_tensor = patch_tensor
-    interpreter._patch_lang_core = patch_core
-    interpreter._patch_lang = patch_once
-
-
-class _SeesLanguage:
-    """What ``_patch_lang`` asks of a kernel: the modules that it can name."""
-
-    __globals__: ClassVar = {"tl": tl, "core": tl.core}
-
-
-def _ignore_dependent_launch() -> None:
-    import triton.language.extra.cuda as cuda
-
-    for name in ("gdc_wait", "gdc_launch_dependents"):
-        setattr(cuda, name, lambda **options: None)
 
 
 def _watch_integers(interpreter: Any) -> None:
@@ -342,8 +93,8 @@ _UNDEFINED = 1_000_003  # what an undefined integer reads as: out of any bounds,
 
 
 def _undefined(shape: tuple[int, ...], dtype: tl.dtype, numpy_dtype: np.dtype[Any]) -> NDArray[Any]:
-    if _is_narrow(dtype):
-        return np.broadcast_to(_narrow(np.array([np.nan]), dtype), shape)
+    if is_narrow(dtype):
+        return np.broadcast_to(narrowed(np.array([np.nan]), dtype), shape)
     if np.issubdtype(numpy_dtype, np.floating):
         return np.full(shape, np.nan, numpy_dtype)
     if numpy_dtype == np.bool_:

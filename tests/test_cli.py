@@ -53,14 +53,14 @@ def test_build_check_and_diff(work: Path, kernelgen) -> None:
     assert not (work / "generated").exists()
 
     code, stdout, stderr = kernelgen("build")
-    assert (code, stdout, stderr) == (0, "", "10 written, 0 removed, 0 unchanged\n")
-    assert kernelgen("build", "--check") == (0, "", "0 to write, 0 to remove, 10 unchanged\n")
+    assert (code, stdout, stderr) == (0, "", "12 written, 0 removed, 0 unchanged\n")
+    assert kernelgen("build", "--check") == (0, "", "0 to write, 0 to remove, 12 unchanged\n")
     assert kernelgen("build", "--diff")[:2] == (0, "")
 
     (work / "specs/toy.yaml").write_text(project.SPEC.replace("large", "medium"))
     code, stdout, stderr = kernelgen("build", "--diff")
     assert code == 1 and "+    return tl.bfloat16, 16\n" in stdout
-    assert stderr.endswith("3 to write, 2 to remove, 7 unchanged; run kernelgen build\n")
+    assert stderr.endswith("3 to write, 2 to remove, 9 unchanged; run kernelgen build\n")
     code, stdout, stderr = kernelgen("build", "--json")
     changed = document(stdout)
     assert code == 0 and changed["removed"] == [
@@ -273,7 +273,7 @@ def test_the_same_bytes_everywhere(work: Path, tmp_path: Path) -> None:
             capture_output=True,
         )
         trees.append(project.files(out))
-    assert len(trees[0]) == 11 and trees[0] == trees[1] == trees[2]
+    assert len(trees[0]) == 13 and trees[0] == trees[1] == trees[2]
 
 
 def test_the_schema_is_that_of_the_specs(work: Path, kernelgen) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,9 @@ from triton.runtime import interpreter as stock
 
 from kernelgen import interpreter
 from kernelgen.interpreter import IntegerOverflow, OutOfBounds, Race
+from kernelgen.package import _repairs
 
+ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="kernels are compiled, not interpreted"
 )
@@ -271,7 +275,49 @@ def test_a_triton_without_the_parts_is_named() -> None:
             return getattr(stock, name)
 
     with pytest.raises(RuntimeError, match=r"has no ScanOps, .* known to fit triton 3\.6 to 3\.9"):
-        interpreter._require_parts(Changed())  # type: ignore[arg-type]
+        _repairs.require_parts(Changed(), _repairs._PARTS)
+
+
+def test_a_copy_of_the_package_repairs_it_by_itself(tmp_path: Path) -> None:
+    """The README's program, where there is no kernelgen; FP8 and the masks of float16 too; and no kernel is compiled."""
+    section = (ROOT / "README.md").read_text().partition("### On a CPU\n")[2]
+    block = section.partition("```python\n")[2].partition("```")[0]
+    more = """
+        assert not [name for name in sys.modules if name.startswith("kernelgen")]
+        (a8, a_scale), (b8, b_scale) = kg.quantize_weights(a), kg.quantize_weights(b)
+        again = torch.zeros_like(out)
+        kg.lora(again, x, [a8], [b8], kg.lora_route(adapter, max_loras=L), a_scale=[a_scale], b_scale=[b_scale])
+        torch.testing.assert_close(again, out, rtol=0.2, atol=4.0)
+
+        w13, w2, half = new(4, 2 * N, H).half() / 16, new(4, H, N).half() / 16, x.half()
+        ids = torch.tensor([[e] for e in (0, 1, 2, 3, 0, 1)])
+        y = kg.fused_moe(half, w13, w2, ids, torch.ones(T, 1), activation="swiglu")
+        gate, up = (w13[ids[:, 0]].double() @ half.double()[:, :, None])[..., 0].chunk(2, 1)
+        wanted = w2[ids[:, 0]].double() @ (torch.nn.functional.silu(gate) * up)[:, :, None]
+        torch.testing.assert_close(y.double(), wanted[..., 0], rtol=0.01, atol=0.01)
+        assert kg.warmup([kg.LoraShape(k=H, widths=(N,), rank=rank, max_loras=L)]) == 0
+    """
+    (tmp_path / "program.py").write_text("import sys\n" + block + textwrap.dedent(more))
+    (tmp_path / "generated").symlink_to(ROOT / "generated")
+    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
+    done = subprocess.run(
+        [sys.executable, "program.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_tensors_on_a_cpu_are_refused_where_kernels_are_compiled() -> None:
+    program = """
+        import pytest, torch
+        import generated as kg
+        with pytest.raises(ValueError, match="device: got cpu, wanted a GPU"):
+            kg.warmup([], device="cpu")
+        with pytest.raises(ValueError, match="(?s)cpu.*TRITON_INTERPRET=1"):
+            kg.lora_route(torch.zeros(2, dtype=torch.int32), max_loras=1)
+    """
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], env=environment, check=False)
+    assert done.returncode == 0
 
 
 def test_install_needs_the_interpreter_and_can_be_repeated() -> None:

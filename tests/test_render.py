@@ -57,6 +57,7 @@ def test_the_output_of_a_variant(tmp_path: Path) -> None:
     assert sorted(tree.files) == [
         "generated/__init__.py",
         "generated/_operands.py",
+        "generated/_repairs.py",
         "generated/_runtime.py",
         "generated/toy/__init__.py",
         "generated/toy/bf16_r16_large.py",
@@ -73,7 +74,7 @@ def test_the_output_of_a_variant(tmp_path: Path) -> None:
 
 def test_modules_that_depend_on_no_variant_are_copied_verbatim(tmp_path: Path) -> None:
     files = build.tree(project.make(tmp_path)).files
-    for module in ("_operands", "_runtime"):
+    for module in ("_operands", "_repairs", "_runtime"):
         text = files[f"generated/{module}.py"]
         assert "".join(text.splitlines(keepends=True)[3:]) == (COPIED / f"{module}.py").read_text()
 
