@@ -124,7 +124,7 @@ def _render(
 
 
 def _tunable_faults(package: Package, tree: Mapping[str, str]) -> Iterator[Diagnostic]:
-    """Tunables that are not the fields of their class, name by name: tuned values are handed to it in this order."""
+    """What is measured and is not as the fields of its class, name by name: values are handed to it in this order."""
     for family in package.families:
         module = tree.get(names.family_path(family.name, names.CONFIGS))
         if module is None:
@@ -138,6 +138,12 @@ def _tunable_faults(package: Package, tree: Mapping[str, str]) -> Iterator[Diagn
                 message = f"{kernel.name} has the tunables {', '.join(known)}, in this order"
                 hint = f"the spec has {', '.join(declared) or 'none'}"
                 yield Diagnostic("KG027", kernel.tunables_location, message, hint)
+        key = _fields(classes[names.KEY]) if names.KEY in classes else []
+        for tuned in family.tuned:
+            sizes = [] if not tuned.entries else [*tuned.entries[0].problem.names, *tuned.entries[0].facts.names]
+            if sizes and sizes != key:
+                message = f"problems of {', '.join(sizes)}; {family.name} looks them up by {', '.join(key) or 'nothing'}"
+                yield Diagnostic("KG025", tuned.location, message, "measure again: kernelgen tune writes what it looks up")
 
 
 def _fields(node: ast.ClassDef) -> list[str]:

@@ -349,6 +349,7 @@ class _TunedFile(_Checks):
                 self._device(),
                 tuple(self.sections["versions"].items()),
                 tuple(self._entry(entry) for entry in entries),
+                self.value_at("entries"),
             ),
             [],
         )

@@ -233,6 +233,7 @@ class Tuned:
     device: Device
     versions: tuple[tuple[str, str], ...]
     entries: tuple[TunedEntry, ...]
+    location: Location = dataclasses.field(compare=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -100,6 +100,7 @@ def front_door_template(family: str) -> str:
 
 
 CONFIGS = "_problem"  # the shared module with the classes of a family's tiles
+KEY = "Key"  # its class of what measured tiles are looked up by
 
 
 def config_class(schedule: str | None) -> str:

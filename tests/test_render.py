@@ -178,6 +178,21 @@ def test_tunables_are_the_fields_of_their_class(fields: str, tmp_path: Path) -> 
     assert fields in fault.message and "block_n" in fault.hint
 
 
+@pytest.mark.parametrize(("fields", "fits"), [("k, weighted", True), ("weighted, k", False), ("", False)])
+def test_measured_problems_are_what_tiles_are_looked_up_by(fields: str, fits: bool, tmp_path: Path) -> None:
+    key = "".join(f"    {field}: int\n" for field in fields.split(", ") if field) or "    pass\n"
+    template = f'"""Keys."""\n\n\nclass Key:\n    """Key."""\n\n{key}'
+    specs = {"toy.yaml": project.SPEC, "tuned/h200/toy.yaml": project.TUNED}
+    folder = project.make(tmp_path, specs, {"dispatch/toy/_problem.py.j2": template})
+    if fits:
+        assert build.tree(folder).files
+        return
+    with pytest.raises(Failure) as failed:
+        build.tree(folder)
+    (fault,) = failed.value.diagnostics
+    assert (fault.code, fault.location.line) == ("KG025", 5)
+
+
 def test_templates_beside_the_specs_go_before_those_that_come_with_kernelgen(
     tmp_path: Path,
 ) -> None:

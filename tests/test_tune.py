@@ -901,19 +901,18 @@ def test_gauge_of_dense_lora(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     ],
 )
 def test_who_takes_tiles_of_whom(device: tuple[Any, ...], found: str | None) -> None:
-    from kernelgen import runtime
+    from kernelgen.package import _runtime as runtime
 
     label, target, sms, shared_memory = device
     known = dict.fromkeys(runtime.Traits._fields, 0)
     traits = runtime.Traits(**{**known, "label": label, "target": target, "num_sms": sms, "shared_memory": shared_memory})
     tables = [
-        runtime.Measured("h200", "sm_90", 132, 232448, {(1,): "h200", (2,): "h200 too"}),
-        runtime.Measured("h100_pcie", "sm_90", 114, 232448, {(1,): "h100_pcie"}),
+        runtime.Measured("h200", "sm_90", 132, 232448, {(1,): (("h200", ()),), (2,): (("h200 too", ()),)}),
+        runtime.Measured("h100_pcie", "sm_90", 114, 232448, {(1,): (("h100_pcie", ()),)}),
     ]
-    assert runtime.measured(tables, (1,), traits) == found
     further = found and "h200 too" if label != "h20" else None  # what one has not measured, another has
-    assert runtime.measured(tables, (2,), traits) == further
-    assert runtime.measured(tables, (3,), traits) is None
+    for problem, schedule in (((1,), found), ((2,), further), ((3,), None)):
+        assert runtime.measured(tables, problem, traits) == (() if schedule is None else ((schedule, ()),))
 
 
 @pytest.mark.parametrize(
@@ -926,7 +925,7 @@ def test_who_takes_tiles_of_whom(device: tuple[Any, ...], found: str | None) -> 
     ],
 )
 def test_the_folder_of_a_device(name: str, label: str) -> None:
-    from kernelgen import runtime
+    from kernelgen.package import _runtime as runtime
     from kernelgen.names import identifier_fault
 
     assert runtime.device_label(name) == label and identifier_fault(label) is None

@@ -29,6 +29,8 @@ class Config(NamedTuple):
     weight_policy: int = 0
 
 
+CONFIGS = {"lora_expand": Config}
+
 # How the cache treats weights, by weight_policy: as any data, or as data that is read once.
 CACHE_POLICIES = ("", "evict_first")
 
@@ -162,19 +164,39 @@ def choose(problem: Problem, route: MoeRoute, k: int | None = None) -> Config:
     """
     tokens, device = runtime.next_power_of_2(problem.num_tokens), runtime.traits(problem.device)
     layer = (k, sum(problem.widths), min(problem.widths), len(problem.widths), problem.rank)
-    key = (
-        tokens,
-        route.max_loras,
-        *layer,
-        True,
-        problem.weight_scales,
-    )  # adding was measured, for both
-    tiles = runtime.measured(TUNED, key, device)
-    if tiles is not None and is_as_measured(route, tokens):
-        return Config(*tiles)
-    scaled = problem.weight_scales is not None
-    sizes = (tokens, route.block_m, route.max_loras, problem.widths, problem.rank, scaled)
-    return _choose(_Shape(*sizes, device.num_sms, device.shared_memory))
+    key = Key(
+        tokens, route.max_loras, *layer, True, problem.weight_scales
+    )  # adding is measured, for both
+
+    def rule(schedule: str | None) -> tuple[str, Config]:
+        del schedule  # there is one
+        sizes = (
+            tokens,
+            route.block_m,
+            route.max_loras,
+            problem.widths,
+            problem.rank,
+            problem.weight_scales is not None,
+        )
+        return "lora_expand", _choose(_Shape(*sizes, device.num_sms, device.shared_memory))
+
+    return runtime.choose(
+        TUNED, key, device, CONFIGS, rule, lambda schedule: is_as_measured(route, tokens)
+    )[1]
+
+
+class Key(NamedTuple):
+    """What measured tiles are looked up by: the sizes of specs/tuned, and what its tags stand for."""
+
+    num_tokens: int  # the next power of two
+    max_loras: int
+    k: int | None  # of the lora_shrink in front; None: of none
+    n: int  # of all slices
+    n_min: int  # of the narrowest
+    slices: int
+    rank: int
+    adds: bool
+    weight_scales: str | None
 
 
 class _Shape(NamedTuple):

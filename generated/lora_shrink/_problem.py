@@ -42,6 +42,8 @@ class Config(NamedTuple):
     weight_policy: int = 0
 
 
+CONFIGS = {"lora_shrink": Config}
+
 # How the cache treats weights, by weight_policy: as any data, or as data that is read once.
 CACHE_POLICIES = ("", "evict_first")
 
@@ -282,19 +284,36 @@ def choose(problem: Problem, route: MoeRoute) -> Config:
     """
     tokens, device = runtime.next_power_of_2(problem.num_tokens), runtime.traits(problem.device)
     scales = (problem.weight_scales, problem.x_scales)
-    tiles = runtime.measured(
-        TUNED, (tokens, route.max_loras, problem.k, problem.slices, problem.rank, *scales), device
-    )
-    if tiles is not None and is_as_measured(route, tokens):
-        return Config(*tiles)
-    rows = product_rows(route.block_m) if any(scales) else min(64, route.block_m)
-    sizes = (tokens, rows, problem.k, problem.slices, problem.rank)
-    return _choose(_Shape(*sizes, *scales, device.num_sms, device.shared_memory, device.full_warps))
+    key = Key(tokens, route.max_loras, problem.k, problem.slices, problem.rank, *scales)
+
+    def rule(schedule: str | None) -> tuple[str, Config]:
+        del schedule  # there is one
+        rows = product_rows(route.block_m) if any(scales) else min(64, route.block_m)
+        sizes = (tokens, rows, problem.k, problem.slices, problem.rank)
+        return "lora_shrink", _choose(
+            _Shape(*sizes, *scales, device.num_sms, device.shared_memory, device.full_warps)
+        )
+
+    return runtime.choose(
+        TUNED, key, device, CONFIGS, rule, lambda schedule: is_as_measured(route, tokens)
+    )[1]
 
 
 def is_as_measured(route: MoeRoute, tokens: int) -> bool:
     """Whether the blocks of the route are those that lora_route makes, which tiles were measured with."""
     return route.block_m == default_block_m(tokens, 1, route.max_loras, dense=True)
+
+
+class Key(NamedTuple):
+    """What measured tiles are looked up by: the sizes of specs/tuned, and what its tags stand for."""
+
+    num_tokens: int  # the next power of two
+    max_loras: int
+    k: int
+    slices: int
+    rank: int
+    weight_scales: str | None
+    x_scales: str | None
 
 
 class _Shape(NamedTuple):

@@ -14,7 +14,7 @@ from .. import _runtime as runtime
 from .. import _scales
 from .._scales import Quant, check_fp8, check_x_scale, find_x_mode, is_fp32, product_rows
 from ..moe_route import MoeRoute, default_block_m, expected_groups, few_pairs
-from ._tuned import TUNED, Tiles
+from ._tuned import TUNED
 
 
 class OneShotConfig(NamedTuple):
@@ -376,12 +376,42 @@ def plan(problem: Problem, route: MoeRoute) -> tuple[str, Config]:
 
     The number of tokens counts as the next power of two, so that the compile keys of a model are a short list.
     """
-    shape, has_ids = _shape(problem, route), route.topk_ids is not None
-    for schedule, tiles in _tuned(shape, runtime.traits(problem.device)):
-        if _serves(schedule, has_ids, shape):
-            return schedule, CONFIGS[schedule](*tiles)
-    schedule = _schedule(has_ids, shape)
-    return schedule, _rule(schedule, *shape)
+    s, has_ids, device = (
+        _shape(problem, route),
+        route.topk_ids is not None,
+        runtime.traits(problem.device),
+    )
+    tokens = min(
+        s.tokens, 4096
+    )  # the largest that is tuned; more tokens are more of the same blocks
+    sizes = (tokens, s.top_k, s.experts, s.loras, s.k, s.n, s.slices, s.rank, s.weighted)
+    key = Key(*sizes, s.adds, s.weight_scales, s.x_scales)
+
+    def rule(schedule: str | None) -> tuple[str, Config]:
+        schedule = schedule or _schedule(has_ids, s)
+        return schedule, _rule(schedule, *s)
+
+    def serves(schedule: str) -> bool:
+        return _serves(schedule, has_ids, s)
+
+    return runtime.choose(TUNED, key, device, CONFIGS, rule, serves, key._replace(adds=True))
+
+
+class Key(NamedTuple):
+    """What measured tiles are looked up by: the sizes of specs/tuned, and what its tags stand for."""
+
+    num_tokens: int  # the next power of two
+    top_k: int
+    num_experts: int
+    max_loras: int
+    k: int
+    n: int
+    slices: int
+    rank: int
+    weighted: bool
+    adds: bool
+    weight_scales: str | None
+    x_scales: str | None
 
 
 class _Shape(NamedTuple):
@@ -428,16 +458,6 @@ def _shape(problem: Problem, route: MoeRoute) -> _Shape:
         device.shared_memory,
         device.full_warps,
     )
-
-
-def _tuned(s: _Shape, device: runtime.Traits) -> Tiles:
-    tokens = min(
-        s.tokens, 4096
-    )  # the largest that is tuned; more tokens are more of the same blocks
-    key = (tokens, s.top_k, s.experts, s.loras, s.k, s.n, s.slices, s.rank, s.weighted)
-    scales = (s.weight_scales, s.x_scales)
-    known = runtime.measured(TUNED, (*key, s.adds, *scales), device)
-    return known or runtime.measured(TUNED, (*key, True, *scales), device) or ()
 
 
 def _serves(schedule: str, has_ids: bool, s: _Shape) -> bool:

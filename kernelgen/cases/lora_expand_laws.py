@@ -57,7 +57,7 @@ class _Layer:
 
 def measured_tiles_are_found(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """Tiles that were measured are chosen, for set too, and multiply FP8 in the rows that keep its order. Nothing runs."""
-    for _, key, tiles in measured_tiles(package, "lora_expand"):
+    for _, key, ((_, tiles), *_) in measured_tiles(package, "lora_expand"):
         tokens, loras, k, n, narrow, slices, rank, _, of_weights = key
         widths = (n - (slices - 1) * narrow, *[narrow] * (slices - 1))
         sizes = {"widths": widths, "rank": rank, "weight_scales": of_weights}

@@ -123,7 +123,7 @@ def tiles_end_with_what_they_divide(package: ModuleType, variants: Sequence[Vari
 
 def measured_tiles_keep_the_order(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """Tiles that were measured are found, and add up a sum in the order that the rule has for the layer. Nothing runs."""
-    for _, key, tiles_of in measured_tiles(package, "lora_shrink"):
+    for _, key, ((_, tiles_of), *_) in measured_tiles(package, "lora_shrink"):
         tokens, loras, k, slices, rank, of_weights, of_x = key
         sizes = {"k": k, "slices": slices, "rank": rank, "weight_scales": of_weights, "x_scales": of_x}
         rule, problem = problem_of(package, "lora_shrink", num_tokens=tokens, **sizes)

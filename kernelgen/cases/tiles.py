@@ -33,15 +33,15 @@ def on_card(package: ModuleType, card: Target) -> Iterator[None]:
 
 
 def measured_tiles(package: ModuleType, family: str) -> Iterator[tuple[str, tuple[Any, ...], Any]]:
-    """(target, key, tiles) of all that was measured for a family; meanwhile its rules choose for the device that it was on."""
+    """(target, key, (schedule, tiles) of the fastest) of all that was measured for a family; meanwhile its rules choose for the device that it was on."""
     runtime = importlib.import_module(f"{package.__name__}._runtime")
     known = runtime.traits(torch.device("cpu"))
     for table in problem_of(package, family)[0].TUNED:
         device = {name: getattr(table, name) for name in ("num_sms", "shared_memory", "target", "label")}
         traits = known._replace(**device)
         with mock.patch.object(runtime, "traits", lambda _, traits=traits: traits):
-            for key, tiles in table.tiles.items():
-                yield table.target, key, tiles
+            for key, fastest in table.fastest.items():
+                yield table.target, key, fastest
 
 
 def problem_of(package: ModuleType, family: str, **sizes: Any) -> tuple[ModuleType, Any]:

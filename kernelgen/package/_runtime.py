@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from typing import Any, Callable, Generic, Iterable, Iterator, Mapping, NamedTuple, NoReturn, Sequence, TypeVar
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, NoReturn, Sequence, TypeVar, Union
 
 import torch
 import triton
@@ -103,7 +103,7 @@ class Calls:
 
     The tensors of a call nearly always look like those of the last one with its ``hint``. torch compares them in C
     (0.1 us a tensor); only where they do not, or where torch has no such guards, a key is made of them (0.5 us a tensor).
-    ``compile_only`` starts and ends with all of this empty.
+    ``compile_only`` and ``choosing`` start and end with all of this empty.
     """
 
     _LIMIT = 16384
@@ -165,14 +165,17 @@ def compile_only(device: torch.device | None = None) -> Iterator[list[CompileReq
     global _recorder, _stand_in
     previous = _recorder, _stand_in
     _recorder, _stand_in = [], device
-    for known in _caches:
-        known.clear()
+    _forget()
     try:
         yield _recorder
     finally:
         _recorder, _stand_in = previous
-        for known in _caches:
-            known.clear()
+        _forget()
+
+
+def _forget() -> None:
+    for known in _caches:
+        known.clear()
 
 
 def _triton_options(options: Options) -> dict[str, Any]:
@@ -381,18 +384,18 @@ def device_label(name: str) -> str:
     return words.removeprefix("nvidia_").removeprefix("amd_")[:40]
 
 
-Tiles = TypeVar("Tiles")
+# (schedule, tiles), the best of each kind of schedule first; tiles of None: those of the rule
+Fastest = tuple[tuple[str, Union[tuple[int, ...], None]], ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Measured(Generic[Tiles]):
+class Measured(NamedTuple):
     """What was fastest on one device, by problem."""
 
     label: str
     target: str
     num_sms: int
     shared_memory: int
-    tiles: Mapping[tuple[Any, ...], Tiles]
+    fastest: Mapping[tuple[Any, ...], Fastest]
 
     def distance(self, device: Traits) -> float | None:
         """How far ``device`` is from this one, 0 for itself; None: its tiles are not for it.
@@ -408,10 +411,65 @@ class Measured(Generic[Tiles]):
         return ratio if ratio <= 1.5 else None
 
 
-def measured(tables: Sequence[Measured[Tiles]], key: tuple[Any, ...], device: Traits) -> Tiles | None:
+def measured(tables: Sequence[Measured], key: tuple[Any, ...], device: Traits) -> Fastest:
     """What is known to be fastest for a problem: on the device itself, else on the nearest that it was measured on."""
-    near = [(away, table.label, table.tiles) for table in tables if (away := table.distance(device)) is not None]
-    return next((tiles[key] for *_, tiles in sorted(near, key=lambda found: found[:2]) if key in tiles), None)
+    near = [(away, table.label, table.fastest) for table in tables if (away := table.distance(device)) is not None]
+    return next((known[key] for *_, known in sorted(near, key=lambda found: found[:2]) if key in known), ())
+
+
+class Choice(NamedTuple):
+    """What a call took, of the tiles that there are for a problem."""
+
+    key: Any  # a NamedTuple of its family
+    schedule: str
+    config: Any
+
+
+_choices: list[Choice] | None = None
+_forced: Mapping[tuple[type, Any], Fastest] = {}
+
+
+@contextlib.contextmanager
+def choosing(forced: Mapping[tuple[type, Any], Fastest]) -> Iterator[list[Choice]]:
+    """Inside, calls are bound anew, and what they choose is noted in the list that is yielded. ``forced``: by the class of a
+    key and the key, what is taken for it in place of what was measured; nothing leaves it to the rule. Tuning is built on this.
+    """
+    global _choices, _forced
+    previous = _choices, _forced
+    _choices, _forced = [], forced
+    _forget()
+    try:
+        yield _choices
+    finally:
+        _choices, _forced = previous
+        _forget()
+
+
+Config = TypeVar("Config")
+
+
+def choose(
+    tables: Sequence[Measured],
+    key: Any,
+    device: Traits,
+    configs: Mapping[str, Callable[..., Config]],
+    rule: Callable[[str | None], tuple[str, Config]],
+    serves: Callable[[str], bool] = lambda schedule: True,
+    other: Any = None,
+) -> tuple[str, Config]:
+    """(schedule, tiles) for a problem: the fastest that is known for it, or else for an ``other`` one, and that serves the
+    call; where there is none, what the rule says, of its own or for a schedule.
+    """
+    known = measured(tables, key, device) or measured(tables, other, device)
+    for schedule, tiles in _forced.get((type(key), key), known):
+        if serves(schedule):
+            taken = rule(schedule) if tiles is None else (schedule, configs[schedule](*tiles))
+            break
+    else:
+        taken = rule(None)
+    if _choices is not None:
+        _choices.append(Choice(key, *taken))
+    return taken
 
 
 def describable(tensor: torch.Tensor) -> bool:
