@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, NoReturn, Sequence, TypeVar, Union
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, NoReturn, Sequence, TypeVar
 
 import torch
 import triton
@@ -388,7 +388,7 @@ def device_label(name: str) -> str:
 
 
 # (schedule, tiles), the best of each kind of schedule first; tiles of None: those of the rule
-Fastest = tuple[tuple[str, Union[tuple[int, ...], None]], ...]
+Fastest = tuple[tuple[str, tuple[int, ...] | None], ...]
 
 
 class Measured(NamedTuple):

@@ -925,8 +925,8 @@ def test_who_takes_tiles_of_whom(device: tuple[Any, ...], found: str | None) -> 
     ],
 )
 def test_the_folder_of_a_device(name: str, label: str) -> None:
-    from kernelgen.package import _runtime as runtime
     from kernelgen.names import identifier_fault
+    from kernelgen.package import _runtime as runtime
 
     assert runtime.device_label(name) == label and identifier_fault(label) is None
 

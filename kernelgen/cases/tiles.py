@@ -33,7 +33,7 @@ def on_card(package: ModuleType, card: Target) -> Iterator[None]:
 
 
 def measured_tiles(package: ModuleType, family: str) -> Iterator[tuple[str, tuple[Any, ...], Any]]:
-    """(target, key, (schedule, tiles) of the fastest) of all that was measured for a family; meanwhile its rules choose for the device that it was on."""
+    """(target, key, what was fastest for it) of all that was measured; meanwhile rules choose for the device that it was on."""
     runtime = importlib.import_module(f"{package.__name__}._runtime")
     known = runtime.traits(torch.device("cpu"))
     for table in problem_of(package, family)[0].TUNED:
