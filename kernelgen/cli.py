@@ -139,8 +139,8 @@ def build(
         "unchanged": done.unchanged,
         "findings": [finding.as_json() for finding in findings],
     }
-    lines = pipeline.differences(done, target) if diff else ()
-    return Report(document, lines, exit_code=1 if findings else 0)
+    lines = list(pipeline.differences(done, target)) if diff else []
+    return Report({**document, "diff": lines} if diff else document, lines, exit_code=1 if findings else 0)
 
 
 @_command("list")
@@ -159,7 +159,7 @@ def list_variants(glob: str, specs: Path) -> Report:
             for v in variants
         ]
     }
-    return Report(document, _columns(rows))
+    return Report(document, _table(rows))
 
 
 @_command("show")
@@ -168,13 +168,17 @@ def list_variants(glob: str, specs: Path) -> Report:
 @click.option("--ptx", "assembly", flag_value="ptx", help="Print what its kernels compile to.")
 @click.option("--sass", "assembly", flag_value="sass", help="The same, as NVIDIA's machine code.")
 @click.option("--amdgcn", "assembly", flag_value="amdgcn", help="The same, for a target of AMD.")
-@click.option("--arch", metavar="TARGET", default="sm_90", show_default=True, help="For what.")
+@click.option("--arch", metavar="TARGET", help="Compiled for what.  [default: sm_90]")
 @_specs_option
 @_out_option
 def show(
-    variant: str, source: bool, assembly: str | None, arch: str, specs: Path, out: Path
+    variant: str, source: bool, assembly: str | None, arch: str | None, specs: Path, out: Path
 ) -> Report:
     """Show what VARIANT is: its axes, its tunables, its source, or its kernels compiled."""
+    if source and assembly:
+        raise click.UsageError(f"--source and --{assembly} exclude each other")
+    if arch and not assembly:
+        raise click.UsageError("--arch goes with --ptx, --sass or --amdgcn")
     from kernelgen import build as pipeline
     from kernelgen import names
     from kernelgen.assemble import source as text_of
@@ -197,12 +201,13 @@ def show(
         return Report({**document, "source": text}, text.splitlines())
     if assembly:
         from kernelgen.compile import assembly as compiled
+        from kernelgen.targets import PRIMARY
 
-        texts = compiled(specs, out, variant, assembly, arch)
+        texts = compiled(specs, out, variant, assembly, arch or PRIMARY)
         lines = itertools.chain.from_iterable(code.splitlines() for code in texts.values())
-        return Report({**document, "arch": arch, assembly: texts}, lines)
+        return Report({**document, "arch": arch or PRIMARY, assembly: texts}, lines)
     rows = [(key, _inline(value)) for key, value in document.items()]
-    return Report(document, _columns(rows))
+    return Report(document, _table(rows))
 
 
 @_command("which", context_settings={"ignore_unknown_options": True})
@@ -239,7 +244,7 @@ def which(words: Sequence[str], specs: Path) -> Report:
         for axis in found.reasons
     }
     lines: list[str] = [variant.name for variant in found.variants]
-    lines += ["", *_columns([(axis, tags[axis], why) for axis, why in found.reasons.items()])]
+    lines += ["", *_table([(axis, tags[axis], why) for axis, why in found.reasons.items()])]
     lines += [
         f"measured: {_inline(dict((*entry.problem, *entry.tags)))}: {entry.schedule}, {entry.best.us} us"
         for entry in found.measured
@@ -275,7 +280,7 @@ def verify(only: str | None, device: str, jobs: int | None, specs: Path, out: Pa
     for finding in result.findings:
         click.echo(str(finding), err=True)
     click.echo(result.summary(), err=True)
-    return Report(result.as_json(), _columns(list(result.rows())), 1 if result.findings else 0)
+    return Report(result.as_json(), _table(*result.table()), 1 if result.findings else 0)
 
 
 @_command("compile")
@@ -327,7 +332,7 @@ def compile_kernels(
     for finding in result.findings:
         click.echo(str(finding), err=True)
     click.echo(result.summary(), err=True)
-    lines = [] if check or update else _columns(list(result.rows()))
+    lines = [] if check or update else _table(*result.table())
     return Report(result.as_json(), lines, exit_code=1 if result.findings else 0)
 
 
@@ -356,7 +361,7 @@ def doctor(specs: Path, out: Path) -> Report:
 
     checks = examination.examine(specs, out, _cores())
     faults = any(check.status == "fault" for check in checks)
-    lines = _columns(list(examination.rows(checks)))
+    lines = _table(examination.rows(checks))
     return Report(examination.as_json(checks), lines, exit_code=1 if faults else 0)
 
 
@@ -391,7 +396,10 @@ def _case(words: Sequence[str]) -> tuple[str | None, dict[str, str]]:
             if not rest:
                 raise click.UsageError(f"option {word!r} needs a value")
             value = rest.pop(0)
-        case[option.replace("-", "_")] = value
+        name = option.replace("-", "_")
+        if name in case:
+            raise click.UsageError(f"--{option} is given twice")
+        case[name] = value
     return family, case
 
 
@@ -414,10 +422,10 @@ def _progress(label: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
     return watch
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    columns = itertools.zip_longest(*rows, fillvalue="")
-    widths = [max(map(len, column)) for column in columns]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+def _table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> list[str]:
+    from kernelgen.table import table, terminal_width
+
+    return table(list(rows), head, terminal_width())
 
 
 def _inline(value: object) -> str:

@@ -43,9 +43,33 @@ def command(name: str, **settings: Any) -> Callable[[Callable[..., Report]], cli
                 _print(report.lines)
             return report.exit_code
 
-        return click.command(name, click.Command, **settings)(run)
+        return click.command(name, _Command, **settings)(run)
 
     return register
+
+
+class _Command(click.Command):
+    """A command that drops nothing it is given: what cannot be heeded is an error."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        values, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        options: dict[str | None, click.Parameter] = {}
+        for parameter in given:
+            if not isinstance(parameter, click.Option) or parameter.multiple:
+                continue
+            first = options.setdefault(parameter.name, parameter)
+            if first is not parameter:
+                raise click.UsageError(f"{_spelling(first)} and {_spelling(parameter)} exclude each other", ctx)
+            if given.count(parameter) > 1:
+                raise click.UsageError(f"{_spelling(parameter)} is given twice", ctx)
+        for parameter in given:
+            if isinstance(parameter.type, click.Path) and values.get(parameter.name or "") == "":
+                raise click.UsageError(f"{_spelling(parameter)}: got an empty path", ctx)
+        return super().parse_args(ctx, args)
+
+
+def _spelling(parameter: click.Parameter) -> str:
+    return "/".join([*parameter.opts[-1:], *parameter.secondary_opts])
 
 
 def _print(lines: Iterable[str]) -> None:

@@ -91,9 +91,12 @@ class Result:
             f" {len(self.findings)} findings{detail}"
         )
 
-    def rows(self) -> Iterator[tuple[str, ...]]:
-        """A table for a reader, its head first."""
-        yield "variant", "kernel", "probe", "target", *COLUMNS, "instructions"
+    def table(self) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+        """For a reader: rows, and what their columns are called."""
+        return list(self._rows()), ("variant", "kernel", "probe", "target", *COLUMNS, "instructions")
+
+    def _rows(self) -> Iterator[tuple[str, ...]]:
+        """A line a kernel."""
         for case, outcome in self.outcomes:
             if isinstance(outcome, Usage):
                 kinds = " ".join(f"{name}={n}" for name, n in outcome.instructions.items())

@@ -7,6 +7,7 @@ swallows the exception, and at once on a second ^C; processes of ``kernelgen.for
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import signal
@@ -30,6 +31,11 @@ _BROUGHT_BY = {"torch": "run", "triton": "run", "numpy": "run", "matplotlib": "r
 def run(module: str, name: str) -> NoReturn:
     """Load the command ``name`` of ``module``, run it with the arguments of this process, and exit."""
     signal.signal(signal.SIGINT, _leave)  # while modules are imported there is nothing to undo
+    for name_of, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
+        if stream is None:  # closed by who started this
+            setattr(sys, name_of, open(os.devnull, "w"))
+        elif isinstance(stream, io.TextIOWrapper):  # a name may hold what the encoding has not
+            stream.reconfigure(errors="backslashreplace")
     command: click.Command = getattr(importlib.import_module(module), name)
     signal.signal(signal.SIGINT, _interrupt)
     code = exit_code(command)

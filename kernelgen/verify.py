@@ -86,9 +86,12 @@ class Result:
             f"{len(self.outcomes) - len(ran)} skipped; the largest error is {worst:.3f} of its bound"
         )
 
-    def rows(self) -> Iterator[tuple[str, ...]]:
-        """A table for a reader, its head first: a line a variant, and one for the laws of a family."""
-        yield "variant", "checks", "wrong", "worst error / bound", "in case", "seconds"
+    def table(self) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+        """For a reader: rows, and what their columns are called."""
+        return list(self._rows()), ("variant", "checks", "wrong", "worst error / bound", "in case", "seconds")
+
+    def _rows(self) -> Iterator[tuple[str, ...]]:
+        """A line a variant, and one for the laws of a family."""
         subjects: dict[tuple[str, str], list[Outcome]] = {}
         for outcome in self.outcomes:
             if not outcome.skipped:

@@ -181,11 +181,23 @@ def test_which_knows_what_was_measured(work: Path, kernelgen) -> None:
         ["which", "--rank"],
         ["which", "a", "b"],
         ["build", "--specs", "nowhere"],
+        ["build", "--specs", ""],
+        ["build", "--only", "a", "--only", "b"],
+        ["build", "-j", "1", "--jobs", "2"],
+        ["which", "--rank", "16", "--rank", "32"],
+        ["which", "--specs", "specs", "--rank=16", "--specs=specs"],
+        ["show", "toy_f16_r16_small", "--source", "--ptx"],
+        ["show", "toy_f16_r16_small", "--ptx", "--sass"],
+        ["show", "toy_f16_r16_small", "--arch", "sm_90"],
+        ["compile", "--check", "--update"],
+        ["bench", "--add", "--set"],
     ],
 )
 def test_what_cannot_be_done_is_2(arguments: list[str], work: Path, kernelgen) -> None:
     code, stdout, stderr = kernelgen(*arguments)
     assert (code, stdout) == (2, "") and stderr
+    code, stdout, stderr = kernelgen(*arguments, "--json")
+    assert code == 2 and document(stdout)["errors"] and not stderr
 
 
 def test_an_interrupt_is_130_and_an_internal_error_2(

@@ -325,4 +325,4 @@ def test_a_wrong_variant_is_a_finding(tmp_path: Path, monkeypatch: pytest.Monkey
         "tests/generated/test_moe_lora.py: error[KG060]: "
         "moe_lora_x, ragged: AssertionError: 3 of 4 elements are off"
     )
-    assert list(result.rows())[1][:3] == ("moe_lora_x", "1", "1")
+    assert result.table()[0][0][:3] == ("moe_lora_x", "1", "1")
