@@ -33,7 +33,7 @@ def run(module: str, name: str) -> NoReturn:
     signal.signal(signal.SIGINT, _leave)  # while modules are imported there is nothing to undo
     for name_of, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
         if stream is None:  # closed by who started this
-            setattr(sys, name_of, open(os.devnull, "w"))
+            setattr(sys, name_of, open(os.devnull, "w"))  # noqa: SIM115  (for as long as the process lasts)
         elif isinstance(stream, io.TextIOWrapper):  # a name may hold what the encoding has not
             stream.reconfigure(errors="backslashreplace")
     command: click.Command = getattr(importlib.import_module(module), name)
