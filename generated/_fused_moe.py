@@ -113,8 +113,9 @@ def fused_moe(
             tensor, in which they are zero.
         workspace: from ``fused_moe_workspace``; None allocates.
         w13_scale, w2_scale: float32, for FP8 weights (float8_e4m3fn or float8_e5m2), each of which stands for its number times
-            its scale: [E]; or a scale a row, [E, rows]; or a scale a group, [E, ceil(rows / 128), ceil(columns / 128)].
-            ``hidden`` is bfloat16 then.
+            its scale: [E]; or a scale a row, [E, rows]; or a scale a group, [E, ceil(rows / 128), ceil(columns / 128)]. Gate and up
+            are quantised apart: w13_scale may be [E, 2], and its groups of rows begin anew with up, whatever I is:
+            [E, 2 * ceil(I / 128), ceil(H / 128)]. ``hidden`` is bfloat16 then.
         x_scale: float32, for an FP8 ``hidden``: [1], [T, 1] or [T, ceil(H / 128)], as the scales of the weights. The activations
             between the two products are rounded to bfloat16 and then become FP8 too, by ``moe_quant``, with scales alike.
         h_scale: [1], their scale where x_scale is [1]; other scales are found.
@@ -345,7 +346,7 @@ def _check_scales(
         runtime.fail(
             name, "scales", got, "w13_scale and w2_scale, or neither; x_scale with them alone"
         )
-    mode = find_scales(name, hidden, w13, w13_scale, x_scale).of_x
+    mode = find_scales(name, hidden, w13, w13_scale, x_scale, w13.shape[1] // w2.shape[2]).of_x
     if (h_scale is None) == (mode == "tensor"):
         got = None if h_scale is None else runtime.describe(h_scale)
         runtime.fail(name, "h_scale", got, "[1] float32 where x_scale is [1], else None")

@@ -22,6 +22,7 @@ def quantize_weights(
     *,
     dtype: torch.dtype = torch.float8_e4m3fn,
     group: tuple[int, int] = (128, 128),
+    slices: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """FP8 codes and scales of weights [..., out, in], as the ops take them.
 
@@ -31,16 +32,21 @@ def quantize_weights(
             [..., ceil(out / group[0]), ceil(in / group[1])].
         dtype: float8_e4m3fn or float8_e5m2.
         group: rows and columns that share a scale.
+        slices: matrices that are stacked in out and quantised apart: 2 for the gate and up of an expert. "tensor" then makes a
+            scale for each, [..., slices], and groups begin anew with each: [..., slices * ceil(out / slices / group[0]), ...].
 
     Raises:
-        ValueError: there is no such kind of scales.
+        ValueError: there is no such kind of scales, or out is not of so many slices.
     """
     rows, columns = weights.shape[-2:]
-    sizes = {"tensor": (rows, columns), "channel": (1, columns), "group": group}
-    codes, found = _quantize(weights, scales, sizes, dtype)
-    if scales == "group":
-        return codes, found
-    return codes, found[..., 0, 0] if scales == "tensor" else found[..., 0]
+    if slices < 1 or rows % slices:
+        raise ValueError(f"slices: got {slices}, wanted a number that divides the {rows} rows")
+    sizes = {"tensor": (rows // slices, columns), "channel": (1, columns), "group": group}
+    codes, found = _quantize(weights.unflatten(-2, (slices, rows // slices)), scales, sizes, dtype)
+    codes, found = codes.flatten(-3, -2), found.flatten(-3, -2)
+    if scales == "tensor":
+        return codes, found[..., 0] if slices > 1 else found[..., 0, 0]
+    return codes, found if scales == "group" else found[..., 0]
 
 
 def quantize_activations(

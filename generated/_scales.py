@@ -5,6 +5,9 @@
 
 There is a scale for a matrix of weights ("tensor"), for each of its rows ("channel") or for each group of rows and columns
 ("group"); of activations for all of them ("tensor"), for each row ("token") or for each group of columns ("group").
+
+Slices that are stacked in one matrix, as gate over up, are quantised apart, and so is what the shapes mean: groups of rows begin
+anew with each slice, and "tensor" may be a scale for each.
 """
 
 from __future__ import annotations
@@ -24,14 +27,20 @@ class Quant(NamedTuple):
     group_k: int
 
 
-def scale_shape(mode: str, weights: Sequence[int], quant: Quant) -> tuple[int, ...]:
-    """The shape of the scales of weights [..., out, in]."""
+def scale_shape(
+    mode: str, weights: Sequence[int], quant: Quant, slices: int = 1
+) -> tuple[int, ...]:
+    """The shape of the scales of weights [..., out, in], of which so many ``slices`` are stacked in out."""
     *batch, rows, columns = weights
     if mode == "tensor":
         return (*batch,)
     if mode == "channel":
         return (*batch, rows)
-    return (*batch, runtime.cdiv(rows, quant.group_n), runtime.cdiv(columns, quant.group_k))
+    return (
+        *batch,
+        slices * runtime.cdiv(rows // slices, quant.group_n),
+        runtime.cdiv(columns, quant.group_k),
+    )
 
 
 def x_scale_shape(mode: str, x: Sequence[int], quant: Quant) -> tuple[int, ...]:
@@ -41,16 +50,24 @@ def x_scale_shape(mode: str, x: Sequence[int], quant: Quant) -> tuple[int, ...]:
     return x[0], 1 if mode == "token" else runtime.cdiv(x[1], quant.group_k)
 
 
-def fits(mode: str, scale: Sequence[int], weights: Sequence[int], quant: Quant) -> bool:
-    """Whether scales of a shape are those of weights; a scale a channel may have a last dimension of 1."""
-    wanted = scale_shape(mode, weights, quant)
-    return tuple(scale) == wanted or (mode == "channel" and tuple(scale) == (*wanted, 1))
+def fits(
+    mode: str, scale: Sequence[int], weights: Sequence[int], quant: Quant, slices: int = 1
+) -> bool:
+    """Whether scales of a shape are those of weights; a scale a channel may have a last dimension of 1, a scale a matrix one
+    of its ``slices``, if they are stacked in it."""
+    wanted = scale_shape(mode, weights, quant, slices)
+    last = {"tensor": slices if slices > 1 else None, "channel": 1}.get(mode)
+    return tuple(scale) == wanted or (last is not None and tuple(scale) == (*wanted, last))
 
 
-def find_mode(scale: torch.Tensor, weights: torch.Tensor, quant: Quant) -> str | None:
+def find_mode(
+    scale: torch.Tensor, weights: torch.Tensor, quant: Quant, slices: int = 1
+) -> str | None:
     """Of what weights have a scale each, by the shape; where several fit they mean the same, and the first is taken."""
     modes = ("tensor", "channel", "group")
-    return next((mode for mode in modes if fits(mode, scale.shape, weights.shape, quant)), None)
+    return next(
+        (mode for mode in modes if fits(mode, scale.shape, weights.shape, quant, slices)), None
+    )
 
 
 def find_x_mode(

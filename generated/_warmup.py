@@ -78,7 +78,9 @@ class FusedMoeShape(NamedTuple):
     local_expert_start: int = 0
     topk_ids_dtype: torch.dtype = torch.int32
     topk_weights_dtype: torch.dtype = torch.float32
-    weight_scales: str | None = None  # of FP8 weights: "tensor", "channel" or "group"
+    weight_scales: str | None = (
+        None  # of FP8 weights: "tensor", "slice" (w13_scale is [E, 2]), "channel" or "group"
+    )
     x_scales: str | None = None  # of an FP8 ``hidden``: "tensor", "token" or "group"
     fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of both
 
@@ -182,9 +184,12 @@ def _fused(shape: FusedMoeShape, num_tokens: int) -> None:
     scales = {}
     if shape.weight_scales is not None:
         of_weights = shape.fp8_dtype
-        for name, size in (("w13_scale", w13), ("w2_scale", w2)):
+        by_slice = shape.weight_scales == "slice"
+        mode = "tensor" if by_slice else shape.weight_scales
+        for name, size, slices in (("w13_scale", w13, w13[1] // inter), ("w2_scale", w2, 1)):
+            last = (slices,) if by_slice and slices > 1 else ()
             scales[name] = empty(
-                *_scales.scale_shape(shape.weight_scales, size, QUANT), dtype=torch.float32
+                *_scales.scale_shape(mode, size, QUANT, slices), *last, dtype=torch.float32
             )
     if shape.x_scales is not None:
         of_x = shape.fp8_dtype

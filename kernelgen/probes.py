@@ -261,7 +261,7 @@ def _moe_gemm_probe(package: ModuleType, variant: Variant, num_tokens: int) -> P
         of_weights, of_x, x_shape, w_shape = dtype, dtype, (rows, k), (num_experts, height, k)
         if variant.weight_scales:
             of_weights = _fp8(package)
-            shape = scales.scale_shape(variant.weight_scales, w_shape, problem.QUANT)
+            shape = scales.scale_shape(variant.weight_scales, w_shape, problem.QUANT, variant.slices)
             options["w_scale"] = _meta(*shape, dtype=_FP32)
         if variant.x_scales:
             of_x = _fp8(package)

@@ -50,6 +50,21 @@ def test_weights(scales: str, dtype: torch.dtype) -> None:
     check(codes, found, exact, WEIGHTS[scales])
 
 
+@pytest.mark.parametrize("scales", WEIGHTS)
+def test_stacked_weights(scales: str) -> None:
+    """Slices of a matrix are quantised as if each were one, and their scales follow each other."""
+    exact = numbers(3, 160, 300)
+    codes, found = kg.quantize_weights(exact, scales, slices=2)
+    shapes = {"tensor": (3, 2), "channel": (3, 160), "group": (3, 2, 3)}
+    apart = [kg.quantize_weights(part, scales) for part in exact.chunk(2, 1)]
+    assert found.shape == shapes[scales] and codes.is_contiguous() and found.is_contiguous()
+    assert torch.equal(codes.float(), torch.cat([part.float() for part, _ in apart], 1))
+    joined = [each[:, None] if scales == "tensor" else each for _, each in apart]
+    assert torch.equal(found, torch.cat(joined, 1))
+    with pytest.raises(ValueError, match="slices: got 3, wanted a number that divides the 160 rows"):
+        kg.quantize_weights(exact, scales, slices=3)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scales", ACTIVATIONS)
 def test_activations(scales: str, dtype: torch.dtype) -> None:

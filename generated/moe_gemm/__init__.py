@@ -138,7 +138,8 @@ def moe_gemm(
         topk_weights: [T, top_k] float, w[p], applied in fp32; for the second projection.
         w_scale: float32, for FP8 weights (float8_e4m3fn or float8_e5m2), each of which stands for its number times its scale:
             [E]; or a scale a row, [E, rows of W[e]], with a last dimension of 1 or without; or a scale a group,
-            [E, ceil(rows / 128), ceil(K / 128)]. ``out`` is bfloat16 then.
+            [E, ceil(N / 128), ceil(K / 128)]. Gate and up are quantised apart: [E] may be [E, 2], and groups of rows begin anew
+            with up, [E, 2 * ceil(N / 128), ...]. ``out`` is bfloat16 then.
         x_scale: float32, for an FP8 x: [1], [rows of x, 1] or [rows of x, ceil(K / 128)], as the scales of the weights.
 
     Raises:
@@ -218,7 +219,7 @@ def bind(
         rows=rows,
         epilogue=epilogue,
         zero_rest=zero_rest,
-        scales=find_scales("moe_gemm", x, w, w_scale, x_scale),
+        scales=find_scales("moe_gemm", x, w, w_scale, x_scale, 2 if epilogue == "swiglu" else 1),
     )
     if problem.num_pairs == 0:
         return _nothing
@@ -239,21 +240,38 @@ def find_scales(
     w: torch.Tensor,
     w_scale: torch.Tensor | None,
     x_scale: torch.Tensor | None,
+    slices: int,
 ) -> Scales:
-    """Of what there is a scale each, by the shapes.
+    """Of what there is a scale each, by the shapes; w is of so many ``slices``: 2 for gate and up.
 
     Raises:
         ValueError: no mode has scales of such shapes.
     """
     of_weights = of_x = None
     if w_scale is not None:
-        of_weights = find_mode(w_scale, w, QUANT)
+        of_weights = find_mode(w_scale, w, QUANT, slices)
         if of_weights is None:
-            wanted = f"[E], [E, rows] or [E, ceil(rows / {QUANT.group_n}), ceil(K / {QUANT.group_k})] of w {runtime.describe(w)}"
-            runtime.fail(name, "w_scale", runtime.describe(w_scale), wanted)
+            groups = f"ceil(N / {QUANT.group_n}), ceil(K / {QUANT.group_k})"
+            if slices > 1:
+                wanted, hint = (
+                    f"[E], [E, {slices}], [E, {slices} * N] or [E, {slices} * {groups}]",
+                    _APART,
+                )
+            else:
+                wanted, hint = f"[E], [E, N] or [E, {groups}]", ""
+            runtime.fail(
+                name,
+                "w_scale",
+                runtime.describe(w_scale),
+                f"{wanted} of w {runtime.describe(w)}",
+                hint,
+            )
     if x_scale is not None:
         of_x = find_x_mode(name, x, x_scale, QUANT, "group" if of_weights == "group" else None)
     return Scales(of_weights, w_scale, of_x, x_scale)
+
+
+_APART = "gate and up are quantised apart, so that groups of rows begin anew with up: quantize_weights(..., slices=2)"
 
 
 def _nothing(*arguments: Any) -> None:

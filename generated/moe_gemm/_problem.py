@@ -104,6 +104,7 @@ class Problem(NamedTuple):
     weight_scales: str | None
     x_scales: str | None
     w_scale_stride: int  # over E
+    w_scale_next: int  # from the scales of gate to those of up
 
 
 def check(
@@ -193,9 +194,9 @@ def check(
         )
     if w.stride(1) * w.shape[1] >= 2**31:
         runtime.fail(variant, "size of an expert's matrix", w.stride(), "below 2**31 elements")
-    w_scale_stride = (
-        0 if scales.of_weights is None else _check_w_scale(variant, scales.of_weights, scales.w, w)
-    )
+    w_scale_strides = (0, 0)
+    if scales.of_weights is not None:
+        w_scale_strides = _check_w_scale(variant, scales.of_weights, scales.w, w, slices)
     if scales.of_x is not None:
         check_x_scale(variant, scales.of_x, x, scales.x, QUANT)
     hint, block_m = min(tables.tokens_hint, num_tokens), tables.block_m
@@ -222,7 +223,7 @@ def check(
         x.device,
         scales.of_weights,
         scales.of_x,
-        w_scale_stride,
+        *w_scale_strides,
     )
     if schedule == "box" and not has_boxes(problem, x, w):
         got = f"x {runtime.describe(x)}, w {runtime.describe(w)}"
@@ -236,19 +237,17 @@ def check(
     return problem
 
 
-def _check_w_scale(variant: str, mode: str, scale: torch.Tensor | None, w: torch.Tensor) -> int:
-    """The stride over E of the scales of weights."""
-    shape = scale_shape(mode, w.shape, QUANT)
-    if (
-        scale is None
-        or not fits(mode, scale.shape, w.shape, QUANT)
-        or not is_fp32(scale, w.device)
-        or not scale[0].is_contiguous()
-    ):
+def _check_w_scale(
+    variant: str, mode: str, scale: torch.Tensor | None, w: torch.Tensor, slices: int
+) -> tuple[int, int]:
+    """The strides of the scales of weights: over E, and from those of one slice to those of the next."""
+    shape = scale_shape(mode, w.shape, QUANT, slices)
+    fitting = scale is not None and fits(mode, scale.shape, w.shape, QUANT, slices)
+    if scale is None or not fitting or not is_fp32(scale, w.device) or not scale[0].is_contiguous():
         got = None if scale is None else runtime.describe(scale)
         wanted = f"{list(shape)} float32 on {w.device}, contiguous behind E"
         runtime.fail(variant, "w_scale", got, wanted, f"a scale a {mode}")
-    return scale.stride(0)
+    return scale.stride(0), 0 if scale.shape == w.shape[:1] else scale[0].numel() // slices
 
 
 def _check_out(

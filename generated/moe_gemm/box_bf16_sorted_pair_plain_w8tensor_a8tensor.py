@@ -70,8 +70,8 @@ def _tile(
         x = x_desc.load([first, k0])
         w = w_desc.load([expert * SLICES, n0, k0]).reshape(SLICES * BLOCK_N, BLOCK_K)
         acc = tl.dot(x, w.T, acc, max_num_imprecise_acc=min(BLOCK_K, 128))
-    scale = tl.load(w_scales) * tl.load(x_scale_ptr)
-    acc *= scale
+    x_scale = tl.load(x_scale_ptr)
+    acc *= tl.load(w_scales) * x_scale
 
     y = acc
     out_rows = out_ptr + pair.to(tl.int64)[:, None] * OUT_STRIDE

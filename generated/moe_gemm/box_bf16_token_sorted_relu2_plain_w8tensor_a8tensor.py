@@ -74,8 +74,8 @@ def _tile(
             x = tl.load(x_tile + k0, mask=(k < K - k0)[None, :], other=0.0)
         w = w_desc.load([expert * SLICES, n0, k0]).reshape(SLICES * BLOCK_N, BLOCK_K)
         acc = tl.dot(x, w.T, acc, max_num_imprecise_acc=min(BLOCK_K, 128))
-    scale = tl.load(w_scales) * tl.load(x_scale_ptr)
-    acc *= scale
+    x_scale = tl.load(x_scale_ptr)
+    acc *= tl.load(w_scales) * x_scale
 
     y = tl.where(acc < 0.0, 0.0, acc)
     y *= y

@@ -50,6 +50,7 @@ def _tile(
     OUT_STRIDE: tl.constexpr,
     X_STRIDE: tl.constexpr,
     W_SCALE_STRIDE: tl.constexpr,
+    W_SCALE_NEXT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -81,7 +82,7 @@ def _tile(
         up = tl.dot(x, w.T, up, max_num_imprecise_acc=min(BLOCK_K, 128))
     x_scale = tl.load(x_scale_ptr + x_row)[:, None]
     gate *= tl.load(w_scales + w_row)[None, :] * x_scale
-    up *= tl.load(w_scales + N + w_row)[None, :] * x_scale
+    up *= tl.load(w_scales + W_SCALE_NEXT + w_row)[None, :] * x_scale
 
     y = gate / (1.0 + tl.exp(-gate)) * up
     out_rows = out_ptr + position.to(tl.int64)[:, None] * OUT_STRIDE
@@ -113,6 +114,7 @@ def moe_gemm_box_bf16_token_sorted_swiglu_plain_w8channel_a8token_kernel(
     OUT_STRIDE: tl.constexpr,
     X_STRIDE: tl.constexpr,
     W_SCALE_STRIDE: tl.constexpr,
+    W_SCALE_NEXT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -158,6 +160,7 @@ def moe_gemm_box_bf16_token_sorted_swiglu_plain_w8channel_a8token_kernel(
                 OUT_STRIDE,
                 X_STRIDE,
                 W_SCALE_STRIDE,
+                W_SCALE_NEXT,
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_K,
@@ -182,6 +185,7 @@ def moe_gemm_box_bf16_token_sorted_swiglu_plain_w8channel_a8token_kernel(
                     OUT_STRIDE,
                     X_STRIDE,
                     W_SCALE_STRIDE,
+                    W_SCALE_NEXT,
                     HALF_M,
                     BLOCK_N,
                     BLOCK_K,
@@ -209,6 +213,7 @@ def bind(problem: Problem, config: Config) -> Call:
             problem.out_stride,
             problem.x_stride,
             problem.w_scale_stride,
+            problem.w_scale_next,
             problem.block_m,
             config.block_n,
             config.block_k,

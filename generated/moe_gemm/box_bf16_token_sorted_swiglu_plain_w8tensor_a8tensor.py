@@ -10,7 +10,7 @@ For every local pair p = t * top_k + j of expert e:
 Shapes: x [T, K], W [E, 2 * N, K] and out [T * top_k, N], all bfloat16;
 i is the position of p in the tables;
 W and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
-w_scale [E], x_scale [1];
+w_scale [E] or [E, 2], x_scale [1];
 the sum over K, and what follows it, is fp32 and is rounded once.
 The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs
 stride over them. Where TAIL is set, a block of few rows takes a tile of half the height. Rows of all operands start at
@@ -50,6 +50,7 @@ def _tile(
     OUT_STRIDE: tl.constexpr,
     X_STRIDE: tl.constexpr,
     W_SCALE_STRIDE: tl.constexpr,
+    W_SCALE_NEXT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -78,8 +79,9 @@ def _tile(
         gate = tl.dot(x, w.T, gate, max_num_imprecise_acc=min(BLOCK_K, 128))
         w = w_desc.load([expert * SLICES + 1, n0, k0]).reshape(BLOCK_N, BLOCK_K)
         up = tl.dot(x, w.T, up, max_num_imprecise_acc=min(BLOCK_K, 128))
-    scale = tl.load(w_scales) * tl.load(x_scale_ptr)
-    gate, up = gate * scale, up * scale
+    x_scale = tl.load(x_scale_ptr)
+    gate *= tl.load(w_scales) * x_scale
+    up *= tl.load(w_scales + W_SCALE_NEXT) * x_scale
 
     y = gate / (1.0 + tl.exp(-gate)) * up
     out_rows = out_ptr + position.to(tl.int64)[:, None] * OUT_STRIDE
@@ -111,6 +113,7 @@ def moe_gemm_box_bf16_token_sorted_swiglu_plain_w8tensor_a8tensor_kernel(
     OUT_STRIDE: tl.constexpr,
     X_STRIDE: tl.constexpr,
     W_SCALE_STRIDE: tl.constexpr,
+    W_SCALE_NEXT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -156,6 +159,7 @@ def moe_gemm_box_bf16_token_sorted_swiglu_plain_w8tensor_a8tensor_kernel(
                 OUT_STRIDE,
                 X_STRIDE,
                 W_SCALE_STRIDE,
+                W_SCALE_NEXT,
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_K,
@@ -180,6 +184,7 @@ def moe_gemm_box_bf16_token_sorted_swiglu_plain_w8tensor_a8tensor_kernel(
                     OUT_STRIDE,
                     X_STRIDE,
                     W_SCALE_STRIDE,
+                    W_SCALE_NEXT,
                     HALF_M,
                     BLOCK_N,
                     BLOCK_K,
@@ -207,6 +212,7 @@ def bind(problem: Problem, config: Config) -> Call:
             problem.out_stride,
             problem.x_stride,
             problem.w_scale_stride,
+            problem.w_scale_next,
             problem.block_m,
             config.block_n,
             config.block_k,

@@ -72,7 +72,7 @@ def moe_gemm_gemv_bf16_pair_token_weighted_w8group_a8group_kernel(
     k = tl.arange(0, PARTS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     w_row = n if N % BLOCK_N == 0 else tl.minimum(n, N - 1)
     K_GROUPS: tl.constexpr = (K + 128 - 1) // 128
-    ONE_GROUP: tl.constexpr = N % 128 == 0 and 128 % BLOCK_N == 0  # of the columns of a program
+    ONE_GROUP: tl.constexpr = 128 % BLOCK_N == 0  # of the columns of a program
     token = tl.program_id(0) // TILES
     out_row = out_ptr + token.to(tl.int64) * OUT_STRIDE
     if valid_tokens_ptr is not None:

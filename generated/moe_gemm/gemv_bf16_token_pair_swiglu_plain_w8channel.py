@@ -45,6 +45,7 @@ def moe_gemm_gemv_bf16_token_pair_swiglu_plain_w8channel_kernel(
     W_STRIDE_E: tl.constexpr,
     W_STRIDE_N: tl.constexpr,
     W_SCALE_STRIDE: tl.constexpr,
+    W_SCALE_NEXT: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     LOCAL_EXPERT_START: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -101,7 +102,7 @@ def moe_gemm_gemv_bf16_token_pair_swiglu_plain_w8channel_kernel(
         up += w.to(tl.float32) * x
     gate, up = tl.sum(gate, 1), tl.sum(up, 1)
     gate *= tl.load(w_scales + w_row)
-    up *= tl.load(w_scales + N + w_row)
+    up *= tl.load(w_scales + W_SCALE_NEXT + w_row)
 
     y = gate / (1.0 + tl.exp(-gate)) * up
     if N % BLOCK_N == 0:
@@ -126,6 +127,7 @@ def bind(problem: Problem, config: Config) -> Call:
             problem.x_stride,
             *problem.w_strides,
             problem.w_scale_stride,
+            problem.w_scale_next,
             problem.num_experts,
             problem.local_expert_start,
             config.block_n,

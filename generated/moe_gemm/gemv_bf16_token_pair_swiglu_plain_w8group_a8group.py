@@ -9,7 +9,7 @@ For every local pair p = t * top_k + j of expert e:
 
 Shapes: x [T, K], W [E, 2 * N, K] and out [T * top_k, N], all bfloat16;
 W and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
-w_scale [E, ceil(2 * N / 128), ceil(K / 128)], x_scale [rows of x, ceil(K / 128)];
+w_scale [E, 2 * ceil(N / 128), ceil(K / 128)], x_scale [rows of x, ceil(K / 128)];
 the sum over K, and what follows it, is fp32 and is rounded once.
 A program makes BLOCK_N columns of a pair.
 """
@@ -51,6 +51,7 @@ def moe_gemm_gemv_bf16_token_pair_swiglu_plain_w8group_a8group_kernel(
     W_STRIDE_E: tl.constexpr,
     W_STRIDE_N: tl.constexpr,
     W_SCALE_STRIDE: tl.constexpr,
+    W_SCALE_NEXT: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     LOCAL_EXPERT_START: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -68,7 +69,7 @@ def moe_gemm_gemv_bf16_token_pair_swiglu_plain_w8group_a8group_kernel(
     k = tl.arange(0, PARTS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     w_row = n if N % BLOCK_N == 0 else tl.minimum(n, N - 1)
     K_GROUPS: tl.constexpr = (K + 128 - 1) // 128
-    ONE_GROUP: tl.constexpr = N % 128 == 0 and 128 % BLOCK_N == 0  # of the columns of a program
+    ONE_GROUP: tl.constexpr = 128 % BLOCK_N == 0  # of the columns of a program
     pair = tl.program_id(0) // TILES
     if valid_tokens_ptr is not None:
         if pair // TOP_K >= tl.load(valid_tokens_ptr):
@@ -119,11 +120,11 @@ def moe_gemm_gemv_bf16_token_pair_swiglu_plain_w8group_a8group_kernel(
                 0.0,
             )
         if ONE_GROUP:
-            scale = tl.load(w_scales + (N + n0) // 128 * K_GROUPS + group)[None, :, None]
+            scale = tl.load(w_scales + W_SCALE_NEXT + n0 // 128 * K_GROUPS + group)[None, :, None]
         else:
-            scale = tl.load(w_scales + ((N + w_row) // 128 * K_GROUPS)[:, None] + group[None, :])[
-                :, :, None
-            ]
+            scale = tl.load(
+                w_scales + (W_SCALE_NEXT + w_row // 128 * K_GROUPS)[:, None] + group[None, :]
+            )[:, :, None]
         up += w.to(tl.float32) * (x * scale)
     gate, up = tl.sum(tl.sum(gate, 2), 1), tl.sum(tl.sum(up, 2), 1)
 
@@ -156,6 +157,7 @@ def bind(problem: Problem, config: Config) -> Call:
             problem.x_stride,
             *problem.w_strides,
             problem.w_scale_stride,
+            problem.w_scale_next,
             problem.num_experts,
             problem.local_expert_start,
             config.block_n,

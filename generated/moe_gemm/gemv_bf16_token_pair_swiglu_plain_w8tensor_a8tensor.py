@@ -9,7 +9,7 @@ For every local pair p = t * top_k + j of expert e:
 
 Shapes: x [T, K], W [E, 2 * N, K] and out [T * top_k, N], all bfloat16;
 W and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
-w_scale [E], x_scale [1];
+w_scale [E] or [E, 2], x_scale [1];
 the sum over K, and what follows it, is fp32 and is rounded once.
 A program makes BLOCK_N columns of a pair.
 """
@@ -51,6 +51,7 @@ def moe_gemm_gemv_bf16_token_pair_swiglu_plain_w8tensor_a8tensor_kernel(
     W_STRIDE_E: tl.constexpr,
     W_STRIDE_N: tl.constexpr,
     W_SCALE_STRIDE: tl.constexpr,
+    W_SCALE_NEXT: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     LOCAL_EXPERT_START: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -110,7 +111,7 @@ def moe_gemm_gemv_bf16_token_pair_swiglu_plain_w8tensor_a8tensor_kernel(
     gate, up = tl.sum(gate, 1), tl.sum(up, 1)
     x_scale = tl.load(x_scale_ptr)
     gate *= tl.load(w_scales) * x_scale
-    up *= tl.load(w_scales) * x_scale
+    up *= tl.load(w_scales + W_SCALE_NEXT) * x_scale
 
     y = gate / (1.0 + tl.exp(-gate)) * up
     if N % BLOCK_N == 0:
@@ -135,6 +136,7 @@ def bind(problem: Problem, config: Config) -> Call:
             problem.x_stride,
             *problem.w_strides,
             problem.w_scale_stride,
+            problem.w_scale_next,
             problem.num_experts,
             problem.local_expert_start,
             config.block_n,

@@ -66,7 +66,7 @@ def _tile(
     w_tile = w_ptr + expert.to(tl.int64) * W_STRIDE_E + (w_row[:, None] * W_STRIDE_N + k[None, :])
     w_scales = w_scale_ptr + expert.to(tl.int64) * W_SCALE_STRIDE
     K_GROUPS: tl.constexpr = (K + 128 - 1) // 128
-    ONE_GROUP: tl.constexpr = N % 128 == 0 and 128 % BLOCK_N == 0  # of the columns of a tile
+    ONE_GROUP: tl.constexpr = 128 % BLOCK_N == 0  # of the columns of a tile
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):

@@ -78,8 +78,8 @@ def _tile(
             x = tl.load(x_tile + k0, mask=k_mask, other=0.0)
             w = tl.load(w_tile + k0, mask=k_mask, other=0.0, eviction_policy=WEIGHTS)
         acc = tl.dot(x, w.T, acc, max_num_imprecise_acc=min(BLOCK_K, 128))
-    scale = tl.load(w_scales) * tl.load(x_scale_ptr)
-    acc *= scale
+    x_scale = tl.load(x_scale_ptr)
+    acc *= tl.load(w_scales) * x_scale
 
     y = acc
     out_rows = out_ptr + pair.to(tl.int64)[:, None] * OUT_STRIDE

@@ -87,8 +87,7 @@ def _tile(
                 .to(tl.bfloat16)
             )
         acc = tl.dot(x, w.T, acc)
-    scale = tl.load(w_scales)
-    acc *= scale
+    acc *= tl.load(w_scales)
 
     y = tl.where(acc < 0.0, 0.0, acc)
     y *= y

@@ -78,8 +78,8 @@ def _tile(
             x = tl.load(x_tile + k0, mask=k_mask, other=0.0)
             w = tl.load(w_tile + k0, mask=k_mask, other=0.0, eviction_policy=WEIGHTS)
         acc = tl.dot(x, w.T, acc, max_num_imprecise_acc=min(BLOCK_K, 128))
-    scale = tl.load(w_scales) * tl.load(x_scale_ptr)
-    acc *= scale
+    x_scale = tl.load(x_scale_ptr)
+    acc *= tl.load(w_scales) * x_scale
 
     y = tl.where(acc < 0.0, 0.0, acc)
     y *= y

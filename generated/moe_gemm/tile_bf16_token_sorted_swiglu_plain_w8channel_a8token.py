@@ -49,6 +49,7 @@ def _tile(
     W_STRIDE_E: tl.constexpr,
     W_STRIDE_N: tl.constexpr,
     W_SCALE_STRIDE: tl.constexpr,
+    W_SCALE_NEXT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -88,7 +89,7 @@ def _tile(
         up = tl.dot(x, w.T, up, max_num_imprecise_acc=min(BLOCK_K, 128))
     x_scale = tl.load(x_scale_ptr + x_row)[:, None]
     gate *= tl.load(w_scales + w_row)[None, :] * x_scale
-    up *= tl.load(w_scales + N + w_row)[None, :] * x_scale
+    up *= tl.load(w_scales + W_SCALE_NEXT + w_row)[None, :] * x_scale
 
     y = gate / (1.0 + tl.exp(-gate)) * up
     out_rows = out_ptr + position.to(tl.int64)[:, None] * OUT_STRIDE
@@ -122,6 +123,7 @@ def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8channel_a8token_kernel(
     W_STRIDE_E: tl.constexpr,
     W_STRIDE_N: tl.constexpr,
     W_SCALE_STRIDE: tl.constexpr,
+    W_SCALE_NEXT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -170,6 +172,7 @@ def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8channel_a8token_kernel(
                 W_STRIDE_E,
                 W_STRIDE_N,
                 W_SCALE_STRIDE,
+                W_SCALE_NEXT,
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_K,
@@ -197,6 +200,7 @@ def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8channel_a8token_kernel(
                     W_STRIDE_E,
                     W_STRIDE_N,
                     W_SCALE_STRIDE,
+                    W_SCALE_NEXT,
                     HALF_M,
                     BLOCK_N,
                     BLOCK_K,
@@ -221,6 +225,7 @@ def bind(problem: Problem, config: Config) -> Call:
             problem.x_stride,
             *problem.w_strides,
             problem.w_scale_stride,
+            problem.w_scale_next,
             problem.block_m,
             config.block_n,
             config.block_k,

@@ -10,7 +10,7 @@ For every local pair p = t * top_k + j of expert e:
 Shapes: x [T, K], W [E, 2 * N, K] and out [T * top_k, N], all bfloat16;
 i is the position of p in the tables;
 W is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
-w_scale [E, ceil(2 * N / 128), ceil(K / 128)];
+w_scale [E, 2 * ceil(N / 128), ceil(K / 128)];
 the sum over K, and what follows it, is fp32 and is rounded once.
 The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs
 stride over them. Where TAIL is set, a block of few rows takes a tile of half the height.
@@ -48,6 +48,7 @@ def _tile(
     W_STRIDE_E: tl.constexpr,
     W_STRIDE_N: tl.constexpr,
     W_SCALE_STRIDE: tl.constexpr,
+    W_SCALE_NEXT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -66,7 +67,7 @@ def _tile(
     w_tile = w_ptr + expert.to(tl.int64) * W_STRIDE_E + (w_row[:, None] * W_STRIDE_N + k[None, :])
     w_scales = w_scale_ptr + expert.to(tl.int64) * W_SCALE_STRIDE
     K_GROUPS: tl.constexpr = (K + 128 - 1) // 128
-    ONE_GROUP: tl.constexpr = N % 128 == 0 and 128 % BLOCK_N == 0  # of the columns of a tile
+    ONE_GROUP: tl.constexpr = 128 % BLOCK_N == 0  # of the columns of a tile
 
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -112,9 +113,9 @@ def _tile(
                 .to(tl.bfloat16)
             )
         if ONE_GROUP:
-            scale = tl.load(w_scales + (N + n0) // 128 * K_GROUPS + group)
+            scale = tl.load(w_scales + W_SCALE_NEXT + n0 // 128 * K_GROUPS + group)
         else:
-            scale = tl.load(w_scales + (N + w_row) // 128 * K_GROUPS + group)[None, :]
+            scale = tl.load(w_scales + W_SCALE_NEXT + w_row // 128 * K_GROUPS + group)[None, :]
         up = up + tl.dot(x, w.T) * scale
 
     y = gate / (1.0 + tl.exp(-gate)) * up
@@ -142,6 +143,7 @@ def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8group_kernel(
     W_STRIDE_E: tl.constexpr,
     W_STRIDE_N: tl.constexpr,
     W_SCALE_STRIDE: tl.constexpr,
+    W_SCALE_NEXT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -189,6 +191,7 @@ def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8group_kernel(
                 W_STRIDE_E,
                 W_STRIDE_N,
                 W_SCALE_STRIDE,
+                W_SCALE_NEXT,
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_K,
@@ -215,6 +218,7 @@ def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8group_kernel(
                     W_STRIDE_E,
                     W_STRIDE_N,
                     W_SCALE_STRIDE,
+                    W_SCALE_NEXT,
                     HALF_M,
                     BLOCK_N,
                     BLOCK_K,
@@ -245,6 +249,7 @@ def bind(problem: Problem, config: Config) -> Call:
             problem.x_stride,
             *problem.w_strides,
             problem.w_scale_stride,
+            problem.w_scale_next,
             problem.block_m,
             config.block_n,
             config.block_k,

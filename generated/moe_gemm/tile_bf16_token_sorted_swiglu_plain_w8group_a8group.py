@@ -10,7 +10,7 @@ For every local pair p = t * top_k + j of expert e:
 Shapes: x [T, K], W [E, 2 * N, K] and out [T * top_k, N], all bfloat16;
 i is the position of p in the tables;
 W and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
-w_scale [E, ceil(2 * N / 128), ceil(K / 128)], x_scale [rows of x, ceil(K / 128)];
+w_scale [E, 2 * ceil(N / 128), ceil(K / 128)], x_scale [rows of x, ceil(K / 128)];
 the sum over K, and what follows it, is fp32 and is rounded once.
 The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs
 stride over them. Where TAIL is set, a block of few rows takes a tile of half the height.
@@ -49,6 +49,7 @@ def _tile(
     W_STRIDE_E: tl.constexpr,
     W_STRIDE_N: tl.constexpr,
     W_SCALE_STRIDE: tl.constexpr,
+    W_SCALE_NEXT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -67,7 +68,7 @@ def _tile(
     w_tile = w_ptr + expert.to(tl.int64) * W_STRIDE_E + (w_row[:, None] * W_STRIDE_N + k[None, :])
     w_scales = w_scale_ptr + expert.to(tl.int64) * W_SCALE_STRIDE
     K_GROUPS: tl.constexpr = (K + 128 - 1) // 128
-    ONE_GROUP: tl.constexpr = N % 128 == 0 and 128 % BLOCK_N == 0  # of the columns of a tile
+    ONE_GROUP: tl.constexpr = 128 % BLOCK_N == 0  # of the columns of a tile
     x_scales = x_scale_ptr + x_row.to(tl.int64) * K_GROUPS
 
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -95,10 +96,12 @@ def _tile(
                 w_tile + (N * W_STRIDE_N + k0), mask=k_mask, other=0.0, eviction_policy=WEIGHTS
             )
         if ONE_GROUP:
-            scale = tl.load(w_scales + (N + n0) // 128 * K_GROUPS + group) * x_scale[:, None]
+            scale = (
+                tl.load(w_scales + W_SCALE_NEXT + n0 // 128 * K_GROUPS + group) * x_scale[:, None]
+            )
         else:
             scale = (
-                tl.load(w_scales + (N + w_row) // 128 * K_GROUPS + group)[None, :]
+                tl.load(w_scales + W_SCALE_NEXT + w_row // 128 * K_GROUPS + group)[None, :]
                 * x_scale[:, None]
             )
         up = up + tl.dot(x, w.T) * scale
@@ -135,6 +138,7 @@ def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8group_a8group_kernel(
     W_STRIDE_E: tl.constexpr,
     W_STRIDE_N: tl.constexpr,
     W_SCALE_STRIDE: tl.constexpr,
+    W_SCALE_NEXT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -183,6 +187,7 @@ def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8group_a8group_kernel(
                 W_STRIDE_E,
                 W_STRIDE_N,
                 W_SCALE_STRIDE,
+                W_SCALE_NEXT,
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_K,
@@ -210,6 +215,7 @@ def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8group_a8group_kernel(
                     W_STRIDE_E,
                     W_STRIDE_N,
                     W_SCALE_STRIDE,
+                    W_SCALE_NEXT,
                     HALF_M,
                     BLOCK_N,
                     BLOCK_K,
@@ -240,6 +246,7 @@ def bind(problem: Problem, config: Config) -> Call:
             problem.x_stride,
             *problem.w_strides,
             problem.w_scale_stride,
+            problem.w_scale_next,
             problem.block_m,
             config.block_n,
             config.block_k,

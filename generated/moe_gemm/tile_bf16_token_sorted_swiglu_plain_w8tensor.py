@@ -10,7 +10,7 @@ For every local pair p = t * top_k + j of expert e:
 Shapes: x [T, K], W [E, 2 * N, K] and out [T * top_k, N], all bfloat16;
 i is the position of p in the tables;
 W is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
-w_scale [E];
+w_scale [E] or [E, 2];
 the sum over K, and what follows it, is fp32 and is rounded once.
 The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs
 stride over them. Where TAIL is set, a block of few rows takes a tile of half the height.
@@ -48,6 +48,7 @@ def _tile(
     W_STRIDE_E: tl.constexpr,
     W_STRIDE_N: tl.constexpr,
     W_SCALE_STRIDE: tl.constexpr,
+    W_SCALE_NEXT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -105,8 +106,8 @@ def _tile(
                 .to(tl.bfloat16)
             )
         up = tl.dot(x, w.T, up)
-    scale = tl.load(w_scales)
-    gate, up = gate * scale, up * scale
+    gate *= tl.load(w_scales)
+    up *= tl.load(w_scales + W_SCALE_NEXT)
 
     y = gate / (1.0 + tl.exp(-gate)) * up
     out_rows = out_ptr + position.to(tl.int64)[:, None] * OUT_STRIDE
@@ -133,6 +134,7 @@ def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8tensor_kernel(
     W_STRIDE_E: tl.constexpr,
     W_STRIDE_N: tl.constexpr,
     W_SCALE_STRIDE: tl.constexpr,
+    W_SCALE_NEXT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -180,6 +182,7 @@ def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8tensor_kernel(
                 W_STRIDE_E,
                 W_STRIDE_N,
                 W_SCALE_STRIDE,
+                W_SCALE_NEXT,
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_K,
@@ -206,6 +209,7 @@ def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8tensor_kernel(
                     W_STRIDE_E,
                     W_STRIDE_N,
                     W_SCALE_STRIDE,
+                    W_SCALE_NEXT,
                     HALF_M,
                     BLOCK_N,
                     BLOCK_K,
@@ -230,6 +234,7 @@ def bind(problem: Problem, config: Config) -> Call:
             problem.x_stride,
             *problem.w_strides,
             problem.w_scale_stride,
+            problem.w_scale_next,
             problem.block_m,
             config.block_n,
             config.block_k,

@@ -10,7 +10,7 @@ For every local pair p = t * top_k + j of expert e:
 Shapes: x [T, K], W [E, 2 * N, K] and out [T * top_k, N], all bfloat16;
 i is the position of p in the tables;
 W and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
-w_scale [E], x_scale [1];
+w_scale [E] or [E, 2], x_scale [1];
 the sum over K, and what follows it, is fp32 and is rounded once.
 The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs
 stride over them. Where TAIL is set, a block of few rows takes a tile of half the height.
@@ -49,6 +49,7 @@ def _tile(
     W_STRIDE_E: tl.constexpr,
     W_STRIDE_N: tl.constexpr,
     W_SCALE_STRIDE: tl.constexpr,
+    W_SCALE_NEXT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -86,8 +87,9 @@ def _tile(
                 w_tile + (N * W_STRIDE_N + k0), mask=k_mask, other=0.0, eviction_policy=WEIGHTS
             )
         up = tl.dot(x, w.T, up, max_num_imprecise_acc=min(BLOCK_K, 128))
-    scale = tl.load(w_scales) * tl.load(x_scale_ptr)
-    gate, up = gate * scale, up * scale
+    x_scale = tl.load(x_scale_ptr)
+    gate *= tl.load(w_scales) * x_scale
+    up *= tl.load(w_scales + W_SCALE_NEXT) * x_scale
 
     y = gate / (1.0 + tl.exp(-gate)) * up
     out_rows = out_ptr + position.to(tl.int64)[:, None] * OUT_STRIDE
@@ -121,6 +123,7 @@ def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8tensor_a8tensor_kernel(
     W_STRIDE_E: tl.constexpr,
     W_STRIDE_N: tl.constexpr,
     W_SCALE_STRIDE: tl.constexpr,
+    W_SCALE_NEXT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -169,6 +172,7 @@ def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8tensor_a8tensor_kernel(
                 W_STRIDE_E,
                 W_STRIDE_N,
                 W_SCALE_STRIDE,
+                W_SCALE_NEXT,
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_K,
@@ -196,6 +200,7 @@ def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8tensor_a8tensor_kernel(
                     W_STRIDE_E,
                     W_STRIDE_N,
                     W_SCALE_STRIDE,
+                    W_SCALE_NEXT,
                     HALF_M,
                     BLOCK_N,
                     BLOCK_K,
@@ -220,6 +225,7 @@ def bind(problem: Problem, config: Config) -> Call:
             problem.x_stride,
             *problem.w_strides,
             problem.w_scale_stride,
+            problem.w_scale_next,
             problem.block_m,
             config.block_n,
             config.block_k,

@@ -50,6 +50,7 @@ class Case(BaseCase):
         expert_stride, row_stride: of the weights, and of x and out, where they are given.
         element: of FP8 operands.
         scales_end_in_1: scales a channel have a last dimension of one.
+        scale_a_slice: a scale a matrix is one of each of its slices.
     """
 
     tokens: int = 5
@@ -73,6 +74,7 @@ class Case(BaseCase):
     row_stride: int | None = None
     element: str = "e4m3"
     scales_end_in_1: bool = False
+    scale_a_slice: bool = False
 
 
 def _only(**axes: str) -> Mapping[str, Sequence[str]]:
@@ -167,6 +169,24 @@ CASES = (
         routing=Experts("mixed", start=1),
     ),
     Case("fp8_whole", "whole groups, so that a tile of columns has one scale", only=_FP8, body=_QUANTS, few=2, k=256, n=128),
+    Case(
+        "fp8_restart",
+        "groups that begin anew with up, where as many would go on (vLLM #54178)",
+        only=_only(weight_quant="w8group", epilogue="swiglu"),
+        body=_QUANTS,
+        tokens=5,
+        few=1,
+        k=160,
+        n=80,
+    ),
+    Case(
+        "fp8_scale_a_slice",
+        "scales [E, 2], of gate and of up (vLLM #8588)",
+        only=_only(weight_quant="w8tensor", epilogue="swiglu"),
+        body=_QUANTS,
+        few=1,
+        scale_a_slice=True,
+    ),
     Case("fp8_e5m2", "the other FP8 type", only=_FP8, k=144, n=48, element="e5m2", scales_end_in_1=True),
     Case("fp8_own_tiles", "the tiles that the rule takes", only=_FP8, body=_QUANTS, own_tiles=True, few=2, k=256, n=128, gap=0),
     Case(
@@ -266,14 +286,17 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
             each.copy_(quant.draw_scales(each, 1.0, numbers))
     if x_scale is not None and sources:
         x_numbers = dequantise(x, x_scale, quant.group_of(of_x, x_shape, (1, quant.GROUP[1])))
-    height = case.n * int(VOCABULARY["epilogue"][tags["epilogue"]]["slices"] or 1)
+    slices = int(VOCABULARY["epilogue"][tags["epilogue"]]["slices"] or 1)
+    height = case.n * slices
     w_shape, size = (case.experts, height, case.k), case.scale * case.k**-0.5
     w = memory(w_shape, (case.expert_stride or height * pad, pad, 1), element if of_weights else dtype)
     w_scale, w_numbers = None, w
     if of_weights:
-        shape = (case.experts, *quant.scale_shape(of_weights, w_shape[1:], quant.GROUP))
+        shape = (case.experts, *quant.scale_shape(of_weights, w_shape[1:], quant.GROUP, slices))
         if case.scales_end_in_1 and of_weights == "channel":
             shape = (*shape, 1)
+        if case.scale_a_slice:
+            shape = (*shape, slices)
         w_scale = allocate(shape, row_major(shape), torch.float32, device)
     for expert in sorted({item.expert for item in routed.local}):
         drawn = torch.randn(height, case.k, generator=numbers)
@@ -281,7 +304,7 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
         if w_scale is not None:
             w_scale[expert] = quant.draw_scales(w_scale[expert], size, numbers)
     if w_scale is not None:
-        w_numbers = dequantise(w, w_scale, quant.group_of(of_weights, w_shape[1:], quant.GROUP))
+        w_numbers = quant.dequantise_slices(w, w_scale, of_weights, slices)
     weights = None
     if tags["routed_weight"] == "weighted":
         weights = allocate((tokens, case.top_k), (case.top_k, 1), case.weights_dtype, device)

@@ -132,9 +132,10 @@ def fp8_layer(
     """A layer of FP8 weights, and with FP8 activations where the mode has scales for them."""
     of_weights, of_x, activation = mode
     call = layer(tokens, how, device, activation=activation, **{"hidden": 144, "inter": 136, "top_k": 2, **sizes})
-    weights = [package.quantize_weights(w, of_weights) for w in (call.w13, call.w2)]
+    slices = (call.w13.shape[1] // call.w2.shape[2], 1)
+    weights = [package.quantize_weights(w, of_weights, slices=n) for w, n in zip((call.w13, call.w2), slices, strict=True)]
     scales = {"w13_scale": weights[0][1], "w2_scale": weights[1][1]}
-    numbers = [dequantise(codes, scale, quant.group_of(of_weights, codes.shape[1:], quant.GROUP)) for codes, scale in weights]
+    numbers = [quant.dequantise_slices(w, scale, of_weights, n) for (w, scale), n in zip(weights, slices, strict=True)]
     hidden, x, inner = call.hidden, call.hidden, Inner(torch.bfloat16)
     if of_x is not None:
         hidden, scales["x_scale"] = package.quantize_activations(call.hidden, of_x)
@@ -152,7 +153,8 @@ def fp8_front_door(package: ModuleType, variants: Sequence[Variant], device: str
     """Layers with FP8 weights, with and without FP8 activations, are within their bound, in a workspace and without."""
     few = [mode for mode in _MODES if mode[1:] in (("tensor", "swiglu"), ("group", "swiglu"))]
     for i, (tokens, mode) in enumerate([*itertools.product((1,), few), *itertools.product((7,), _MODES)]):
-        call = fp8_layer(package, tokens, Experts(valid=min(tokens, 5)), device, mode)
+        inter = 96 if i % 2 else 136  # as many groups of gate and up as if they were one, or more
+        call = fp8_layer(package, tokens, Experts(valid=min(tokens, 5)), device, mode, inter=inter)
         sizes = {"max_tokens": 12, "top_k": 2, "num_experts": 4, "hidden": 144, "intermediate": 136}
         workspace = package.fused_moe_workspace(**sizes, fp8_activations=mode[1] is not None, device=device)
         given = call.run(package, workspace=workspace if i % 2 else None)
@@ -415,6 +417,13 @@ _WRONG: Mapping[str, Callable[[_Operands], bool]] = {
     "scales of x in another dtype": _set("x_scale", lambda scale: scale.half()),
     "scales of x of another shape": _set("x_scale", lambda scale: scale[None]),
 }
+
+def _joined_groups(a: _Operands) -> _Operands:
+    codes = {name: a[name].to(torch.float8_e4m3fn) for name in ("w13", "w2")}
+    shapes = {name: (w.shape[0], *(-(-size // 128) for size in w.shape[1:])) for name, w in codes.items()}
+    return {**codes, **{f"{name}_scale": a["topk_weights"].new_ones(shape) for name, shape in shapes.items()}}
+
+
 _WRONG_LAYER: Mapping[str, Callable[[_Operands], _Operands]] = {
     "an unknown activation": lambda a: {"activation": "gelu"},
     "hidden in fp32": lambda a: {"hidden": a["hidden"].float()},
@@ -427,6 +436,7 @@ _WRONG_LAYER: Mapping[str, Callable[[_Operands], _Operands]] = {
     "scales of one product alone": lambda a: {"w13_scale": a["topk_weights"].new_ones(4)},
     "scales of x alone": lambda a: {"x_scale": a["topk_weights"].new_ones(1)},
     "a scale of h that nothing needs": lambda a: {"h_scale": a["topk_weights"].new_ones(1)},
+    "groups of gate and up as if they were one": lambda a: _joined_groups(a),
     "scales of weights that are no FP8": lambda a: dict.fromkeys(("w13_scale", "w2_scale"), a["topk_weights"].new_ones(4)),
     "a hint of nothing": lambda a: {"num_tokens_hint": 0},
     "out of another shape": lambda a: {"out": a["out"][:-1]},

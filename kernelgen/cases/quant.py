@@ -10,6 +10,7 @@ import torch
 
 from kernelgen.cases.base import Tags
 from kernelgen.model import VOCABULARY
+from kernelgen.reference.moe_lora import dequantise
 
 ELEMENTS: Mapping[str, torch.dtype] = MappingProxyType(
     {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -40,11 +41,11 @@ def group_of(scales: str | None, shape: Sequence[int], group: tuple[int, int]) -
 
 
 def scale_shape(
-    scales: str | None, shape: Sequence[int], group: tuple[int, int]
+    scales: str | None, shape: Sequence[int], group: tuple[int, int], slices: int = 1
 ) -> tuple[int, ...]:
-    """The shape of the scales of a matrix; behind (L, E), for weights."""
+    """The shape of the scales of a matrix; behind (L, E), for weights. Slices that are stacked in it are quantised apart."""
     rows, columns = shape
-    parts = -(-rows // group[0]), -(-columns // group[1])
+    parts = slices * -(-rows // slices // group[0]), -(-columns // group[1])
     return {"tensor": (), "channel": (rows,), "group": parts}[str(scales)]
 
 
@@ -54,6 +55,16 @@ def x_scale_shape(scales: str | None, shape: Sequence[int], group_k: int) -> tup
     return {"tensor": (1,), "token": (rows, 1), "group": (rows, -(-columns // group_k))}[
         str(scales)
     ]
+
+
+def dequantise_slices(
+    codes: torch.Tensor, scales: torch.Tensor, kind: str | None, slices: int
+) -> torch.Tensor:
+    """What FP8 weights [E, slices * N, K] stand for, in fp64; a scale a matrix is one of all slices, or of each."""
+    apart = codes.reshape(codes.shape[0], slices, -1, codes.shape[2])
+    if scales.dim() == 1:
+        scales = scales[:, None].expand(-1, slices)
+    return dequantise(apart, scales, group_of(kind, apart.shape[2:], GROUP)).flatten(1, 2)
 
 
 _LARGE = 48.0  # what a number of size 1 is stored as: far from the ends of e4m3
