@@ -11,10 +11,14 @@ CPU tensors; ``_repairs`` then mends Triton's interpreter for the process, which
 from __future__ import annotations
 
 from ._fused_moe import FusedMoeWorkspace, fused_moe, fused_moe_workspace
+from ._fused_moe_shape import FusedMoeShape
 from ._lora import lora, lora_route, lora_workspace
+from ._lora_shape import LoraShape
+from ._moe_shape import MoeShape
 from ._overlap import overlap
 from ._quantize import quantize_activations, quantize_weights
-from ._warmup import FusedMoeShape, LoraShape, MoeShape, ShardedMoeShape, warmup
+from ._sharded_moe_shape import ShardedMoeShape
+from ._warmup import warmup
 from .lora_expand import lora_expand
 from .lora_shrink import lora_shrink
 from .moe_act import moe_act
@@ -59,8 +63,8 @@ __all__ = [
     "overlap",
     "quantize_activations",
     "quantize_weights",
-    "variants",
     "warmup",
+    "variants",
 ]
 
 

@@ -24,6 +24,8 @@ from .moe_quant import bind as bind_quant
 from .moe_quant._problem import QUANT
 from .moe_sum import bind as bind_sum
 
+__all__ = ["FusedMoeWorkspace", "fused_moe", "fused_moe_workspace"]
+
 _FEW_TOKENS = 4  # that stream weights pair by pair
 
 

@@ -19,6 +19,8 @@ from .lora_shrink import scales_of as shrink_scales
 from .lora_shrink import variant_of as shrink_variant
 from .moe_route import MoeRoute, MoeWorkspace, dense_plan, in_graph, made, moe_workspace
 
+__all__ = ["lora", "lora_route", "lora_workspace"]
+
 
 def lora_route(
     token_lora_mapping: torch.Tensor,

@@ -9,6 +9,8 @@ from typing import Callable
 
 import torch
 
+__all__ = ["overlap"]
+
 
 def overlap(
     base_fn: Callable[[], None],

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import torch
 
+__all__ = ["quantize_activations", "quantize_weights"]
+
 _SMALLEST = torch.finfo(torch.float32).tiny  # of a scale, so that codes are never divided by zero
 
 

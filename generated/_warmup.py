@@ -11,101 +11,20 @@ powers of two T has the same tiles, and the pairs pass at most one power of two;
 
 from __future__ import annotations
 
-from typing import Iterator, NamedTuple, Sequence, Union
+from typing import Iterator, Protocol, Sequence
 
 import torch
 
 from . import _runtime as runtime
-from . import _scales
-from ._fused_moe import fused_moe
-from ._lora import lora, lora_route
-from .lora_expand import lora_expand
-from .lora_shrink import lora_shrink
-from .lora_shrink._problem import QUANT as DENSE_QUANT
-from .moe_gemm._problem import QUANT
-from .moe_lora import moe_lora
-from .moe_lora._problem import scale_shape, x_scale_shape
-from .moe_lora_expand import moe_lora_expand
-from .moe_lora_shrink import moe_lora_shrink
-from .moe_route import MoeRoute, moe_route
+
+__all__ = ["warmup"]
 
 
-class MoeShape(NamedTuple):
-    """One projection of an MoE layer with its adapters, as ``moe_lora`` will be called on it; weights are contiguous."""
+class Shape(Protocol):
+    """What a model fixes of a layer: ``MoeShape``, ``ShardedMoeShape``, ``FusedMoeShape`` or ``LoraShape``."""
 
-    k: int  # input width
-    n: int  # output width of one slice
-    slices: int
-    rank: int
-    top_k: int
-    num_experts: int
-    max_loras: int
-    dtype: torch.dtype = torch.bfloat16
-    mul_routed_weight: bool = False
-    add_inputs: bool = True
-    adapter_enabled: bool = False  # whether moe_route is given one
-    global_experts: int = 0  # entries of expert_map, 0 without one
-    assignments: tuple[str, ...] = ("auto",)  # as moe_route is called
-    topk_ids_dtype: torch.dtype = torch.int32
-    topk_weights_dtype: torch.dtype = torch.float32
-    weight_scales: str | None = None  # of FP8 adapters: "tensor", "channel" or "group"
-    x_scales: str | None = None  # of an FP8 x: "tensor", "token" or "group"
-    fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of both
-
-
-class ShardedMoeShape(NamedTuple):
-    """A projection whose adapters are sharded, as ``moe_lora_shrink`` and ``moe_lora_expand`` will be called on it."""
-
-    shape: MoeShape  # of what this GPU has; rank: that of its lora_a
-    gathered: int = (
-        1  # parts of the rank, side by side in front of the expand; 1: what is summed has all of it
-    )
-    offset: int = 0
-    out_width: int | None = None  # columns of out; None: offset and those of the slices
-
-
-class FusedMoeShape(NamedTuple):
-    """A base MoE layer, as ``fused_moe`` will be called on it; all tensors are contiguous."""
-
-    hidden: int
-    intermediate: int
-    num_experts: int  # in the weights
-    top_k: int
-    activation: str = "swiglu"
-    dtype: torch.dtype = torch.bfloat16
-    out_dtype: torch.dtype | None = None  # of the caller's out; None: none is given
-    valid_tokens: bool = False  # whether it is given
-    local_expert_start: int = 0
-    topk_ids_dtype: torch.dtype = torch.int32
-    topk_weights_dtype: torch.dtype = torch.float32
-    weight_scales: str | None = (
-        None  # of FP8 weights: "tensor", "slice" (w13_scale is [E, 2]), "channel" or "group"
-    )
-    x_scales: str | None = None  # of an FP8 ``hidden``: "tensor", "token" or "group"
-    fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of both
-
-
-class LoraShape(NamedTuple):
-    """A linear layer with its adapters, as ``lora`` will be called on it; all tensors are contiguous."""
-
-    k: int  # input width
-    widths: tuple[int, ...]  # output width of each slice
-    rank: int
-    max_loras: int
-    dtype: torch.dtype = torch.bfloat16
-    out_width: int | None = None  # columns of out; None: offset_start and those of the slices
-    offset_start: int = 0
-    add_inputs: bool = True
-    separate: bool = (
-        False  # lora_shrink and lora_expand are called instead, with what is done between them
-    )
-    gathered: int = 1  # parts of the rank, which are joined between them
-    weight_scales: str | None = None  # of FP8 adapters: "tensor", "channel" or "group"
-    x_scales: str | None = None  # of an FP8 x: "tensor", "token" or "group"
-    fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of both
-
-
-Shape = Union[MoeShape, ShardedMoeShape, FusedMoeShape, LoraShape]
+    def call(self, num_tokens: int) -> None:
+        """Make every call that a batch of ``num_tokens`` can make, on the meta device."""
 
 
 def requests(
@@ -114,26 +33,14 @@ def requests(
     """The compile keys that batches of 0 to ``max_tokens`` tokens need, each once; nothing is compiled or run."""
     found: dict[object, runtime.CompileRequest] = {}
     for shape in shapes:
-        for num_tokens in _ends(max_tokens):
+        for num_tokens in ends(max_tokens):
             with runtime.compile_only(device) as log:
-                if isinstance(shape, FusedMoeShape):
-                    _fused(shape, num_tokens)
-                elif isinstance(shape, LoraShape):
-                    _dense(shape, num_tokens)
-                else:
-                    of_layer = shape.shape if isinstance(shape, ShardedMoeShape) else shape
-                    for assignment in of_layer.assignments:
-                        for rank in (None, of_layer.rank):
-                            route = _route(of_layer, num_tokens, assignment, rank)
-                            if isinstance(shape, ShardedMoeShape):
-                                _apart(shape, route)
-                            else:
-                                _call(shape, route)
+                shape.call(num_tokens)
             found.update({request.key: request for request in log})
     return list(found.values())
 
 
-def _ends(max_tokens: int) -> Iterator[int]:
+def ends(max_tokens: int) -> Iterator[int]:
     """The smallest and the largest number of tokens that round up to each power of two."""
     first = last = 1
     while first <= max_tokens:
@@ -166,162 +73,3 @@ def warmup(
         for request in wanted:
             request.compile().run  # loads the module
     return len(wanted)
-
-
-def _fused(shape: FusedMoeShape, num_tokens: int) -> None:
-    """A batch of ``num_tokens``, whatever number of them is expected."""
-
-    def empty(*size: int, dtype: torch.dtype = shape.dtype) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
-
-    width, inter, experts = shape.hidden, shape.intermediate, shape.num_experts
-    w13, w2 = (experts, (2 if shape.activation == "swiglu" else 1) * inter, width), (
-        experts,
-        width,
-        inter,
-    )
-    of_weights = of_x = shape.dtype
-    scales = {}
-    if shape.weight_scales is not None:
-        of_weights = shape.fp8_dtype
-        by_slice = shape.weight_scales == "slice"
-        mode = "tensor" if by_slice else shape.weight_scales
-        for name, size, slices in (("w13_scale", w13, w13[1] // inter), ("w2_scale", w2, 1)):
-            last = (slices,) if by_slice and slices > 1 else ()
-            scales[name] = empty(
-                *_scales.scale_shape(mode, size, QUANT, slices), *last, dtype=torch.float32
-            )
-    if shape.x_scales is not None:
-        of_x = shape.fp8_dtype
-        scales["x_scale"] = empty(
-            *_scales.x_scale_shape(shape.x_scales, (num_tokens, width), QUANT), dtype=torch.float32
-        )
-    if shape.x_scales == "tensor":
-        scales["h_scale"] = empty(1, dtype=torch.float32)
-    for hint in _ends(num_tokens):
-        fused_moe(
-            empty(num_tokens, width, dtype=of_x),
-            empty(*w13, dtype=of_weights),
-            empty(*w2, dtype=of_weights),
-            empty(num_tokens, shape.top_k, dtype=shape.topk_ids_dtype),
-            empty(num_tokens, shape.top_k, dtype=shape.topk_weights_dtype),
-            activation=shape.activation,
-            valid_tokens=empty(1, dtype=torch.int32) if shape.valid_tokens else None,
-            num_tokens_hint=hint,
-            local_expert_start=shape.local_expert_start,
-            out=(
-                None if shape.out_dtype is None else empty(num_tokens, width, dtype=shape.out_dtype)
-            ),
-            **scales,
-        )
-
-
-def _dense(shape: LoraShape, num_tokens: int) -> None:
-    def empty(*size: int, dtype: torch.dtype = shape.dtype) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
-
-    route = lora_route(empty(num_tokens, dtype=torch.int32), max_loras=shape.max_loras)
-    slices, end = len(shape.widths), shape.offset_start + sum(shape.widths)
-    of_weights = shape.dtype if shape.weight_scales is None else shape.fp8_dtype
-    out = empty(num_tokens, shape.out_width or end)
-    x = empty(num_tokens, shape.k, dtype=shape.dtype if shape.x_scales is None else shape.fp8_dtype)
-    a = [empty(shape.max_loras, shape.rank, shape.k, dtype=of_weights)] * slices
-    full_rank = shape.rank * shape.gathered
-    b = [empty(shape.max_loras, width, full_rank, dtype=of_weights) for width in shape.widths]
-
-    def scales(weights: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
-        if shape.weight_scales is None:
-            return None
-        shapes = [_scales.scale_shape(shape.weight_scales, w.shape, DENSE_QUANT) for w in weights]
-        return [empty(*size, dtype=torch.float32) for size in shapes]
-
-    x_scale = None
-    if shape.x_scales is not None:
-        x_scale = empty(
-            *_scales.x_scale_shape(shape.x_scales, x.shape, DENSE_QUANT), dtype=torch.float32
-        )
-    a_scale, b_scale = scales(a), scales(b)
-    at, adds = shape.offset_start, shape.add_inputs
-    if shape.separate:
-        y = empty(slices, num_tokens, shape.rank, dtype=torch.float32)
-        lora_shrink(y, x, a, route, x_scale=x_scale, a_scale=a_scale)
-        y = empty(slices, num_tokens, full_rank, dtype=torch.float32)
-        lora_expand(out, y, b, route, offset_start=at, add_inputs=adds, b_scale=b_scale)
-    else:
-        quant = {"x_scale": x_scale, "a_scale": a_scale, "b_scale": b_scale}
-        lora(out, x, a, b, route, offset_start=at, add_inputs=adds, **quant)
-
-
-def _route(shape: MoeShape, num_tokens: int, assignment: str, rank: int | None) -> MoeRoute:
-    def ints(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
-
-    return moe_route(
-        ints(num_tokens, shape.top_k, dtype=shape.topk_ids_dtype),
-        ints(num_tokens),
-        num_experts=shape.num_experts,
-        max_loras=shape.max_loras,
-        adapter_enabled=ints(shape.max_loras + 1) if shape.adapter_enabled else None,
-        expert_map=ints(shape.global_experts) if shape.global_experts else None,
-        assignment=assignment,
-        rank=rank,
-    )
-
-
-def _call(shape: MoeShape, route: MoeRoute) -> None:
-    def empty(*size: int, dtype: torch.dtype = shape.dtype) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
-
-    num_tokens = route.num_tokens
-    rows = num_tokens * shape.top_k if shape.mul_routed_weight else num_tokens
-    a_shape = (shape.max_loras, shape.num_experts, shape.rank, shape.k)
-    b_shape = (shape.max_loras, shape.num_experts, shape.n, shape.rank)
-    of_weights = of_x = shape.dtype
-    a_scale = b_scale = x_scale = None
-    if shape.weight_scales is not None:
-        of_weights = shape.fp8_dtype
-        a_scale, b_scale = (
-            [empty(*scale_shape(shape.weight_scales, size), dtype=torch.float32)] * shape.slices
-            for size in (a_shape, b_shape)
-        )
-    if shape.x_scales is not None:
-        of_x = shape.fp8_dtype
-        x_scale = empty(*x_scale_shape(shape.x_scales, (rows, shape.k)), dtype=torch.float32)
-    moe_lora(
-        empty(num_tokens, shape.top_k, shape.slices * shape.n),
-        empty(rows, shape.k, dtype=of_x),
-        [empty(*a_shape, dtype=of_weights)] * shape.slices,
-        [empty(*b_shape, dtype=of_weights)] * shape.slices,
-        route,
-        topk_weights=empty(num_tokens, shape.top_k, dtype=shape.topk_weights_dtype),
-        add_inputs=shape.add_inputs,
-        mul_routed_weight=shape.mul_routed_weight,
-        a_scale=a_scale,
-        b_scale=b_scale,
-        x_scale=x_scale,
-    )
-
-
-def _apart(sharded: ShardedMoeShape, route: MoeRoute) -> None:
-    shape, parts = sharded.shape, sharded.gathered
-
-    def empty(*size: int, dtype: torch.dtype = shape.dtype) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
-
-    num_tokens, num_pairs = route.num_tokens, route.num_tokens * shape.top_k
-    experts = (shape.max_loras, shape.num_experts)
-    y = empty(shape.slices, num_pairs, shape.rank, dtype=torch.float32)
-    x = empty(num_pairs if shape.mul_routed_weight else num_tokens, shape.k)
-    moe_lora_shrink(y, x, [empty(*experts, shape.rank, shape.k)] * shape.slices, route)
-    moe_lora_expand(
-        empty(
-            num_tokens, shape.top_k, sharded.out_width or sharded.offset + shape.slices * shape.n
-        ),
-        y if parts == 1 else empty(parts, *y.shape, dtype=torch.float32),
-        [empty(*experts, shape.n, shape.rank * parts)] * shape.slices,
-        route,
-        offset=sharded.offset,
-        topk_weights=empty(num_tokens, shape.top_k, dtype=shape.topk_weights_dtype),
-        add_inputs=shape.add_inputs,
-        mul_routed_weight=shape.mul_routed_weight,
-    )

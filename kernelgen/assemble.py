@@ -5,51 +5,39 @@ from __future__ import annotations
 import ast
 import dataclasses
 import fnmatch
-from typing import Iterable, Iterator, Mapping
+from typing import Container, Iterable, Iterator, Mapping
 
 from kernelgen import names
+from kernelgen.compose import compose
 from kernelgen.diagnostics import Diagnostic, Failure, did_you_mean, failure
-from kernelgen.formatting import check, finish
-from kernelgen.locate import COPIED
-from kernelgen.model import Family, Location, Package, Tree, Variant
-from kernelgen.render import Renderer, header
+from kernelgen.model import Family, Package, Tree, Variant
+from kernelgen.outputs import Output, Outputs
+from kernelgen.render import Renderer
 
 
-@dataclasses.dataclass(frozen=True)
-class _Output:
-    """A file to be rendered: where it goes, from what, and the one value that its template sees."""
-
-    path: str
-    template: str
-    spec: str
-    value: Variant | Family | Package
-
-
-def assemble(package: Package, renderer: Renderer, only: str | None = None, jobs: int = 1) -> Tree:
+def assemble(
+    package: Package, renderer: Renderer, only: str | None = None, jobs: int = 1, present: Container[str] = ()
+) -> Tree:
     """The output of ``package``, formatted and checked.
 
     Args:
         package: the families with their variants.
         renderer: renders them.
-        only: a glob on the names of variants. The tree then holds those, and what is shared, and is partial.
+        only: a glob on the names of variants. The tree then holds those, those that are there, and the families that they need.
         jobs: processes to format with.
+        present: the paths of the files that are there, for ``only``.
 
     Raises:
         Failure: templates or what they made are at fault (exit code 1), or ``only`` matches nothing (2).
     """
-    variants = package.variants if only is None else select(package, only)
-    tree, faults = _render(_outputs(package, variants, renderer), renderer, jobs)
-    for file in sorted(COPIED.glob("_[!_]*.py")):
-        path = names.package_path(file.stem)
-        tree[path] = header(names.spec_label(), names.copied_source(file.stem)) + file.read_text("utf-8")
-        fault = check(path, tree[path], rendered=False)
-        faults += [fault] if fault else []
-    faults += _path_faults(tree)
-    if not faults:
-        faults += _tunable_faults(package, tree)
+    outputs = Outputs(renderer)
+    families = _families(package, _chosen(package, only, present), outputs)
+    compose(families, outputs)
+    texts = outputs.finish(jobs)
+    faults = list(_tunable_faults(families, texts))
     if faults:
         raise Failure(faults)
-    return Tree(dict(sorted(tree.items())), partial=only is not None)
+    return Tree(dict(sorted(texts.items())))
 
 
 def source(variant: Variant, family: Family, renderer: Renderer) -> str:
@@ -59,10 +47,9 @@ def source(variant: Variant, family: Family, renderer: Renderer) -> str:
         Failure: its template, or what it made, is at fault.
     """
     output = _variant_output(variant, family)
-    texts, faults = _render([output], renderer, jobs=1)
-    if faults:
-        raise Failure(faults)
-    return texts[output.path]
+    outputs = Outputs(renderer)
+    outputs.render([output])
+    return outputs.finish()[output.path]
 
 
 def select(package: Package, only: str) -> tuple[Variant, ...]:
@@ -78,55 +65,67 @@ def select(package: Package, only: str) -> tuple[Variant, ...]:
     return chosen
 
 
-def _outputs(
-    package: Package, variants: Iterable[Variant], renderer: Renderer
-) -> Iterator[_Output]:
-    families = {family.name: family for family in package.families}
-    chosen = set()
-    for variant in variants:
-        chosen.add(variant.family)
-        yield _variant_output(variant, families[variant.family])
-    for family in package.families:
-        if family.name not in chosen:
-            continue
-        for stem, template in renderer.templates_in(names.family_template_folder(family.name)):
-            yield _Output(names.family_path(family.name, stem), template, family.spec, family)
-        if renderer.has(names.TEST_TEMPLATE):
-            test = names.test_path(family.name)
-            yield _Output(test, names.TEST_TEMPLATE, family.spec, family)
-    for stem, template in renderer.templates_in(names.PACKAGE_TEMPLATE_FOLDER):
-        yield _Output(names.package_path(stem), template, names.spec_label(), package)
+def _chosen(package: Package, only: str | None, present: Container[str]) -> set[Variant]:
+    """The variants that are asked for."""
+    if only is None:
+        return set(package.variants)
+    there = {v for v in package.variants if names.family_path(v.family, v.module) in present}
+    return {*select(package, only), *there}
 
 
-def _variant_output(variant: Variant, family: Family) -> _Output:
+def _families(package: Package, chosen: set[Variant], outputs: Outputs) -> tuple[Family, ...]:
+    """Render the ``chosen`` variants, and what they need of their families and of others; return the families as rendered."""
+    while True:
+        families = tuple(
+            dataclasses.replace(family, variants=variants)
+            for family in package.families
+            if (variants := tuple(v for v in family.variants if v in chosen))
+        )
+        outputs.render(output for family in families for output in _outputs(family, outputs.renderer))
+        needed = {variant for family in families for variant in _needed(family, package, outputs)}
+        if needed <= chosen:
+            return families
+        chosen = chosen | needed
+
+
+def _needed(family: Family, package: Package, outputs: Outputs) -> Iterator[Variant]:
+    """The variants of what the modules of ``family`` import: of the same family those by name, of another family all."""
+    others: dict[str, Family] = {other.name: other for other in package.families}
+    missing: dict[str, str] = {}
+    for module, outline in outputs.modules_of(family.name):
+        for wanted in outline.imports:
+            if wanted.top == family.name:
+                own = others[family.name].variants
+                yield from (v for v in own if v.module in (*wanted.module[1:2], wanted.name))
+            elif wanted.top in others:
+                yield from others[wanted.top].variants
+            elif outputs.renderer.has(names.front_door_template(wanted.top)):
+                missing.setdefault(wanted.top, f"{'.'.join(module)} imports {wanted.name} from it")
+    for name, why in missing.items():
+        message = f"{family.name} needs {name}, of which there is no spec: {why}"
+        hint = f"add {names.spec_label(name)}, or take {family.spec} away"
+        outputs.add_fault(Diagnostic("KG028", family.location, message, hint))
+
+
+def _outputs(family: Family, renderer: Renderer) -> Iterator[Output]:
+    for variant in family.variants:
+        yield _variant_output(variant, family)
+    for stem, template in renderer.templates_in(names.family_template_folder(family.name)):
+        yield Output(names.family_path(family.name, stem), template, family.spec, family)
+    if renderer.has(names.TEST_TEMPLATE):
+        yield Output(names.test_path(family.name), names.TEST_TEMPLATE, family.spec, family)
+
+
+def _variant_output(variant: Variant, family: Family) -> Output:
     path = names.family_path(variant.family, variant.module)
     template = family.kernel(variant.kernel).template
-    return _Output(path, template, f"{family.spec}, variant {variant.name}", variant)
+    return Output(path, template, f"{family.spec}, variant {variant.name}", variant)
 
 
-def _render(
-    outputs: Iterable[_Output], renderer: Renderer, jobs: int
-) -> tuple[dict[str, str], list[Diagnostic]]:
-    """Final texts by path, and the faults; a fault that many variants share is told once."""
-    raw: dict[str, str] = {}
-    faults: dict[tuple[object, ...], Diagnostic] = {}
-    for output in outputs:
-        if output.path in raw:
-            fault = Diagnostic("KG024", Location(output.path), "two templates write this file")
-            faults[output.path,] = fault
-        try:
-            raw[output.path] = renderer.render(output.template, output.spec, output.value)
-        except Failure as failed:
-            for fault in failed.diagnostics:
-                faults.setdefault((fault.location, fault.message), fault)
-    texts, found = finish(raw, jobs)
-    return texts, [*faults.values(), *found]
-
-
-def _tunable_faults(package: Package, tree: Mapping[str, str]) -> Iterator[Diagnostic]:
+def _tunable_faults(families: Iterable[Family], texts: Mapping[str, str]) -> Iterator[Diagnostic]:
     """What is measured and is not as the fields of its class, name by name: values are handed to it in this order."""
-    for family in package.families:
-        module = tree.get(names.family_path(family.name, names.CONFIGS))
+    for family in families:
+        module = texts.get(names.family_path(family.name, names.CONFIGS))
         if module is None:
             continue
         classes = {node.name: node for node in ast.parse(module).body if isinstance(node, ast.ClassDef)}
@@ -152,14 +151,3 @@ def _fields(node: ast.ClassDef) -> list[str]:
         for line in node.body
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
     ]
-
-
-def _path_faults(paths: Iterable[str]) -> Iterator[Diagnostic]:
-    seen: dict[str, str] = {}
-    for path in paths:
-        reason = names.path_fault(path)
-        if reason:
-            yield Diagnostic("KG024", Location(path), reason)
-        other = seen.setdefault(path.lower(), path)
-        if other != path:
-            yield Diagnostic("KG024", Location(path), f"differs from {other} by case alone")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Iterator
+from typing import Collection, Iterator
 
 from kernelgen import assemble, names, trees, write
 from kernelgen.commit import Change
@@ -42,30 +42,38 @@ def renderer(specs: Path) -> Renderer:
         raise os_failure(error, specs.parent / "templates") from None
 
 
-def tree(specs: Path, only: str | None = None, jobs: int = 1) -> Tree:
-    """The output of ``specs``, in memory; ``only`` is a glob on the names of variants."""
-    return assemble.assemble(package(specs), renderer(specs), only, jobs)
+def tree(specs: Path, only: str | None = None, jobs: int = 1, present: Collection[str] = ()) -> Tree:
+    """The output of ``specs``, in memory.
+
+    Args:
+        specs: the folder.
+        only: a glob on the names of variants; the tree then has those, those that are there, and what they need.
+        jobs: processes to format with.
+        present: the paths of the files that are there.
+    """
+    return assemble.assemble(package(specs), renderer(specs), only, jobs, present)
 
 
-def _known_tree(specs: Path, only: str | None, jobs: int) -> Tree:
+def _known_tree(specs: Path, out: Path, only: str | None, jobs: int) -> Tree:
     """The tree as an earlier build made it of the same, else a new one."""
-    key = trees.made_of(specs, only)
+    present = () if only is None else sorted(write.present(out))
+    key = trees.made_of(specs, only, present)
     known = trees.get(key)
     if known is None:
-        known = tree(specs, only, jobs)
-        if trees.made_of(specs, only) == key:  # nothing was edited meanwhile
+        known = tree(specs, only, jobs, present)
+        if trees.made_of(specs, only, present) == key:  # nothing was edited meanwhile
             trees.put(key, known)
     return known
 
 
 def build(specs: Path, out: Path, only: str | None = None, jobs: int = 1) -> write.Plan:
     """Bring ``out`` up to date, and return what was done."""
-    return write.sync(_known_tree(specs, only, jobs), out)
+    return write.sync(_known_tree(specs, out, only, jobs), out)
 
 
 def check(specs: Path, out: Path, only: str | None = None, jobs: int = 1) -> write.Plan:
     """What ``build`` would do; changes nothing."""
-    return write.plan(_known_tree(specs, only, jobs), out)
+    return write.plan(_known_tree(specs, out, only, jobs), out)
 
 
 def findings(plan: write.Plan) -> list[Diagnostic]:

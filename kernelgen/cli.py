@@ -95,7 +95,7 @@ def _out_option(function: Callable[..., Report]) -> Callable[..., Report]:
 @_command("build")
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 when something would change.")
 @click.option("--diff", is_flag=True, help="As --check, and print what would change.")
-@click.option("--only", metavar="GLOB", help="Build only the variants of such a name.")
+@click.option("--only", metavar="GLOB", help="Build only the variants of such a name, those that are there, and what they need.")
 @_specs_option
 @click.option(
     "--out",

@@ -39,6 +39,7 @@ CATALOGUE: Mapping[str, str] = {
     "KG025": "a tuned choice that does not fit the spec",
     "KG026": "FP8 that no kernel could serve: groups that a tile does not fit, an element that a target lacks",
     "KG027": "tunables that are not those that the templates know",
+    "KG028": "a family that needs another, of which there is no spec",
     "KG030": "a file in the way that kernelgen did not write",
     "KG031": "a generated file that was edited by hand",
     "KG032": "a manifest or journal that cannot be read",

@@ -10,7 +10,7 @@ import dataclasses
 from types import MappingProxyType
 from typing import Any, Iterator, Mapping, NamedTuple, TypeAlias
 
-from kernelgen.names import Identifier, spec_label
+from kernelgen.names import Identifier, Symbol, spec_label
 
 Fact: TypeAlias = "bool | int | Identifier | None"  # what a template may ask of a variant
 
@@ -311,23 +311,37 @@ class Family:
         return next(kernel for kernel in self.kernels if kernel.name == name)
 
 
+@dataclasses.dataclass(frozen=True, order=True)
+class Module:
+    """A module at the top of a package, or a family, by what it exports; ``needs``: the specs without which it is left out."""
+
+    name: Symbol
+    exports: tuple[Symbol, ...]
+    needs: tuple[Identifier, ...] = ()
+
+
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """All families, by name."""
+    """All families, by name; for its face also the modules that there are, and those that are left out."""
 
     families: tuple[Family, ...]
+    modules: tuple[Module, ...] = ()
+    left_out: tuple[Module, ...] = ()
 
     @property
     def variants(self) -> tuple[Variant, ...]:
         return tuple(variant for family in self.families for variant in family.variants)
 
+    @property
+    def exports(self) -> tuple[Symbol, ...]:
+        return tuple(sorted(name for module in self.modules for name in module.exports))
+
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """The output in memory: path below the output folder -> text. Partial trees leave other files alone."""
+    """The output in memory: path below the output folder -> text."""
 
     files: Mapping[str, str]
-    partial: bool = False
 
 
 # What an axis cannot be called, because it is another attribute of a variant.

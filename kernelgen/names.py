@@ -23,7 +23,18 @@ STAGING = ".kernelgen-staging"  # beside what it replaces, on the same file syst
 TEMPLATE_SUFFIX = ".py.j2"
 
 
-class Identifier(str):
+class Symbol(str):
+    """A checked name of Python: what a generated module exports."""
+
+    __slots__ = ()
+
+    def __new__(cls, text: str) -> Symbol:
+        if not (text.isascii() and text.isidentifier()) or keyword.iskeyword(text):
+            raise ValueError(f"{text!r} is not a name of Python")
+        return super().__new__(cls, text)
+
+
+class Identifier(Symbol):
     """A checked lower-case Python identifier: the only text of a spec that a template can print."""
 
     __slots__ = ()
@@ -32,7 +43,7 @@ class Identifier(str):
         fault = identifier_fault(text)
         if fault:
             raise ValueError(f"{text!r} {fault}")
-        return super().__new__(cls, text)
+        return str.__new__(cls, text)
 
 
 def identifier_fault(text: str) -> str | None:

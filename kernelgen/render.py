@@ -19,7 +19,7 @@ from markupsafe import Markup
 from kernelgen import names
 from kernelgen.diagnostics import Diagnostic, Failure
 from kernelgen.model import Family, Location, Package, Variant
-from kernelgen.names import Identifier
+from kernelgen.names import Symbol
 
 _ROOT = "templates/"
 _NAMES = {Variant: "v", Family: "family", Package: "package"}
@@ -68,9 +68,8 @@ class _Loader(jinja2.BaseLoader):
         return next((f / template for f in self.folders if (f / template).is_file()), None)
 
     def list_folder(self, folder: str) -> list[str]:
-        roots = [root for root in self.folders if (root / folder).is_dir()]
-        files = (roots[0] / folder).glob(f"*{names.TEMPLATE_SUFFIX}") if roots else ()
-        return sorted(f"{folder}/{file.name}" for file in files)
+        """What any of the folders has in ``folder``: templates of one name are one."""
+        return sorted({file.name for root in self.folders for file in (root / folder).glob("*")})
 
 
 class _Environment(jinja2.Environment):
@@ -135,7 +134,7 @@ def _marked(value: Any) -> Any:
 
 
 def _checked(value: object) -> object:
-    if value is None or isinstance(value, (int, Identifier, Markup)):
+    if value is None or isinstance(value, (int, Symbol, Markup)):
         return value
     if isinstance(value, jinja2.Undefined):
         value._fail_with_undefined_error()
@@ -182,10 +181,12 @@ class Renderer:
 
     def templates_in(self, folder: str) -> list[tuple[str, str]]:
         """(stem, template) of the templates of a folder, in the order of their names."""
-        return [
-            (template[len(folder) + 1 :].removesuffix(names.TEMPLATE_SUFFIX), template)
-            for template in self._loader.list_folder(folder)
-        ]
+        files = [name for name in self._loader.list_folder(folder) if name.endswith(names.TEMPLATE_SUFFIX)]
+        return [(name.removesuffix(names.TEMPLATE_SUFFIX), f"{folder}/{name}") for name in files]
+
+    def families(self) -> list[str]:
+        """The names of the families that have a front door."""
+        return [name for name in self._loader.list_folder("dispatch") if self.has(names.front_door_template(name))]
 
     def render(self, template: str, spec: str, value: Variant | Family | Package) -> str:
         """The text that ``template`` makes of ``value``, with its header.

@@ -19,9 +19,12 @@ _MOST_BYTES = 8 << 20  # of a file that decides a tree
 _LIBRARIES = ("black", "jinja2", "pydantic", "PyYAML")
 
 
-def made_of(specs: Path, only: str | None) -> str | None:
-    """A digest of all that decides a tree: specs, templates, kernelgen and what it builds on; None where it cannot be told."""
-    digest = hashlib.sha256(f"{sys.version}\0{only!r}\0".encode())
+def made_of(specs: Path, *chosen: object) -> str | None:
+    """A digest of all that decides a tree: what is ``chosen``, specs, templates, kernelgen and what it builds on.
+
+    None where it cannot be told.
+    """
+    digest = hashlib.sha256(f"{sys.version}\0{chosen!r}\0".encode())
     try:
         for library in _LIBRARIES:
             digest.update(f"{library} {importlib.metadata.version(library)}\0".encode())
@@ -50,18 +53,17 @@ def get(key: str | None) -> Tree | None:
     if text is None:
         return None
     try:
-        document = json.loads(text)
-        files, partial = document["files"], document["partial"]
+        files = json.loads(text)
         sound = all(names.path_fault(path) is None and isinstance(content, str) for path, content in files.items())
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+    except (ValueError, AttributeError, RecursionError):
         return None
-    return Tree(files, partial) if sound and isinstance(partial, bool) else None
+    return Tree(files) if files and sound else None
 
 
 def put(key: str | None, tree: Tree) -> None:
     """Keep ``tree``."""
     if key is not None:
-        _kept().put(key, json.dumps({"files": dict(tree.files), "partial": tree.partial}))
+        _kept().put(key, json.dumps(dict(tree.files)))
         _kept().trim()
 
 

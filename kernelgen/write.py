@@ -79,9 +79,19 @@ def plan(tree: Tree, out: Path) -> Plan:
         return _plan(tree, out)
 
 
+def present(out: Path) -> frozenset[str]:
+    """The paths below ``out`` that earlier builds made.
+
+    Raises:
+        Failure: the manifest cannot be read, or is broken; exit code 2.
+    """
+    with _system_errors(out):
+        return frozenset(_read_manifest(out))
+
+
 def _plan(tree: Tree, out: Path) -> Plan:
     ours = {**_read_manifest(out), **leftovers(out)}
-    orphans = [] if tree.partial else [path for path in ours if path not in tree.files]
+    orphans = [path for path in ours if path not in tree.files]
     wanted: dict[str, str | None] = {**tree.files, **dict.fromkeys(orphans)}
     folders = _Folders(out)
     changes: list[Change] = []
@@ -95,8 +105,7 @@ def _plan(tree: Tree, out: Path) -> Plan:
             blocked.append(Diagnostic(reason.code, Location(path), reason.message, reason.hint))
     changes = [change for change in changes if change.old != hash_text(change.text)]
     unchanged = len(tree.files) - sum(change.text is not None for change in changes)
-    kept = ours if tree.partial else {}
-    hashes = {**kept, **{path: hash_text(text) for path, text in tree.files.items()}}
+    hashes = {path: hash_text(text) for path, text in tree.files.items()}
     manifest = Change(names.MANIFEST, _manifest_text(hashes), hash_file(out / names.MANIFEST))
     if manifest.old != hash_text(manifest.text):
         changes.append(manifest)

@@ -56,9 +56,6 @@ def test_the_output_of_a_variant(tmp_path: Path) -> None:
     )
     assert sorted(tree.files) == [
         "generated/__init__.py",
-        "generated/_operands.py",
-        "generated/_repairs.py",
-        "generated/_runtime.py",
         "generated/toy/__init__.py",
         "generated/toy/bf16_r16_large.py",
         "generated/toy/bf16_r16_small.py",
@@ -73,7 +70,8 @@ def test_the_output_of_a_variant(tmp_path: Path) -> None:
 
 
 def test_modules_that_depend_on_no_variant_are_copied_verbatim(tmp_path: Path) -> None:
-    files = build.tree(project.make(tmp_path)).files
+    kernel = project.KERNEL.replace("import triton", "from .. import _operands\nimport triton")
+    files = build.tree(project.make(tmp_path, templates={KERNEL: kernel})).files
     for module in ("_operands", "_repairs", "_runtime"):
         text = files[f"generated/{module}.py"]
         assert "".join(text.splitlines(keepends=True)[3:]) == (COPIED / f"{module}.py").read_text()
@@ -197,9 +195,17 @@ def test_templates_beside_the_specs_go_before_those_that_come_with_kernelgen(
     tmp_path: Path,
 ) -> None:
     folder = project.make(tmp_path, {"moe_route.yaml": (SPECS / "moe_route.yaml").read_text()})
-    tree = build.tree(folder, only="*from_tables")
-    assert "generated/moe_route/from_tables.py" in tree.files
+    own = tmp_path / "templates/dispatch/moe_route"
+    own.mkdir()
+    (own / "own.py.j2").write_text('"""Beside the modules that come with kernelgen."""\n')
+    tree = build.tree(folder)
+    assert {"generated/moe_route/own.py", "generated/moe_route/from_tables.py"} <= tree.files.keys()
+    assert "def moe_route(" in tree.files["generated/moe_route/__init__.py"]
     assert "All families" in tree.files["generated/__init__.py"]
+    (own / "__init__.py.j2").write_text('"""In the place of the front door."""\n')
+    assert "def moe_route(" not in build.tree(folder).files["generated/moe_route/__init__.py"]
+    shutil.rmtree(own)
+    assert "def moe_route(" in build.tree(folder).files["generated/moe_route/__init__.py"]
 
 
 def test_formatting_again_takes_the_cached_text_unless_it_is_broken(
@@ -208,7 +214,7 @@ def test_formatting_again_takes_the_cached_text_unless_it_is_broken(
     folder = project.make(tmp_path)
     tree = build.tree(folder)
     entries = sorted(own_cache.iterdir())
-    assert len(entries) == len(tree.files) - len(list(COPIED.glob("_[!_]*.py")))
+    assert len(entries) == len(tree.files)
     formatted: list[str] = []
     finish = formatting._finish
     monkeypatch.setattr(
@@ -292,7 +298,7 @@ def test_a_forged_entry_of_the_cache_is_not_taken(
     build.build(folder, tmp_path)
     before = project.files(tmp_path)
     entries = list((own_cache.parent / "trees").iterdir())
-    forged = json.dumps({"files": {path: "raise SystemExit\n"}, "partial": False})
+    forged = json.dumps({path: "raise SystemExit\n"})
     for entry in (*entries, *own_cache.iterdir()):
         entry.write_text(seal(forged))
     assert not build.build(folder, tmp_path).changes and project.files(tmp_path) == before
@@ -301,7 +307,7 @@ def test_a_forged_entry_of_the_cache_is_not_taken(
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[" * 100_000, "[]", "{}", '{"files": {"generated/../x.py": ""}, "partial": false}', '{"files": {"x": 1}}'],
+    ["", "{", "[" * 100_000, "[]", "{}", "7", '{"generated/../x.py": ""}', '{"generated/x.py": 1}'],
 )
 def test_an_entry_that_is_no_tree_is_not_taken(text: str, tmp_path: Path) -> None:
     folder = project.make(tmp_path)

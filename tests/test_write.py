@@ -292,9 +292,9 @@ def test_stopped_at_any_step_each_folder_is_old_or_new(
         seen.append(finished.index(both(out)))
         plan = write.plan(NEW, out)
         assert not plan.blocked and (not plan.is_clean or after == len(counting.steps) - 1)
-        # the next build may be of either tree, or of a part
+        # the next build may be of either tree, or of a third
         if after % 3 == 0:
-            write.sync(Tree({"generated/a/added.py": "added\n"}, partial=True), out)
+            write.sync(Tree({"generated/a/added.py": "added\n"}), out)
         again = OLD if after % 2 else NEW
         write.sync(again, out)
         assert both(out) == (old if after % 2 else new)
@@ -535,15 +535,6 @@ def test_foreign_files_and_folders_of_removed_files_stay(out: Path) -> None:
     write.sync(NEW, out)
     assert (out / "generated/b/notes.txt").exists() and (out / "generated/__pycache__").exists()
     assert [file.name for file in cache.iterdir()] == ["gone_not.cpython-311.pyc"]
-
-
-def test_a_partial_tree_leaves_the_rest_alone(out: Path) -> None:
-    part = Tree({"generated/a/added.py": "added\n"}, partial=True)
-    plan = write.sync(part, out)
-    assert (plan.written, plan.removed) == (("generated/a/added.py",), ())
-    assert on_disk(out) == {**OLD.files, **part.files}
-    write.sync(NEW, out)
-    assert on_disk(out) == NEW.files
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ import torch
 from .. import _operands as operands
 from .. import _runtime as runtime
 
+__all__ = ["MoeTables", "moe_align", "no_tables"]
+
 
 @operands.bundle
 class MoeTables(NamedTuple):

@@ -14,6 +14,8 @@ import torch
 from .. import _operands as operands
 from .. import _runtime as runtime
 
+__all__ = ["MoeRoute", "MoeWorkspace", "moe_route", "moe_workspace"]
+
 _MAX_GROUPS = 16384  # adapters * experts that the sorting kernels count in one program
 
 

@@ -12,8 +12,9 @@ import torch
 import triton
 
 import generated as kg
+from generated import FusedMoeShape, LoraShape, MoeShape, ShardedMoeShape
 from generated import _runtime as runtime
-from generated._warmup import FusedMoeShape, LoraShape, MoeShape, ShardedMoeShape, requests
+from generated._warmup import requests
 from kernelgen.stand_in import compiling_for
 from kernelgen.targets import TARGETS
 

@@ -1,0 +1,154 @@
+"""Packages of some families: they import and work, and what they lack is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Callable, Iterable, Iterator
+
+import pytest
+import torch
+
+from kernelgen import build, names
+from kernelgen.assemble import assemble
+from kernelgen.diagnostics import Failure
+from kernelgen.locate import SPECS, template_folders
+from kernelgen.model import Package, Tree
+from kernelgen.render import Renderer
+
+EVERY = build.package(SPECS)
+RENDERER = Renderer(template_folders(SPECS))
+FAMILIES = sorted(family.name for family in EVERY.families)
+NEEDS = {  # of a front door
+    "lora_expand": {"lora_shrink", "moe_route"},
+    "lora_shrink": {"moe_route"},
+    "moe_act": {"moe_align"},
+    "moe_add": {"moe_route"},
+    "moe_gemm": {"moe_align"},
+    "moe_lora": {"moe_route"},
+    "moe_lora_expand": {"moe_lora_shrink", "moe_route"},
+    "moe_lora_shrink": {"moe_route"},
+    "moe_quant": {"moe_align"},
+    "moe_sum": {"moe_align"},
+}
+COMPOSITES = {
+    "fused_moe": {"moe_align", "moe_gemm", "moe_quant", "moe_sum"},
+    "FusedMoeShape": {"moe_align", "moe_gemm", "moe_quant", "moe_sum"},
+    "lora": {"lora_expand", "lora_shrink", "moe_route"},
+    "LoraShape": {"lora_expand", "lora_shrink", "moe_route"},
+    "MoeShape": {"moe_lora", "moe_route"},
+    "ShardedMoeShape": {"moe_lora", "moe_lora_expand", "moe_lora_shrink", "moe_route"},
+    "overlap": set(),
+    "quantize_weights": set(),
+    "warmup": set(),
+}
+
+
+def tree_of(families: Iterable[str]) -> Tree:
+    """The tree of these families, with one variant of each kernel, as fewer are quicker to make."""
+    chosen = []
+    for family in EVERY.families:
+        if family.name in families:
+            first = {variant.kernel: variant for variant in reversed(family.variants)}
+            chosen.append(dataclasses.replace(family, variants=tuple(first.values())))
+    return assemble(Package(tuple(chosen)), RENDERER)
+
+
+@pytest.fixture
+def imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Tree], ModuleType]]:
+    """Imports the package of a tree, under a name of its own."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    count = itertools.count()
+
+    def load(tree: Tree) -> ModuleType:
+        name = f"subset_{tmp_path.name}_{next(count)}"
+        for path, text in tree.files.items():
+            if path.startswith(f"{names.PACKAGE}/"):
+                file = tmp_path / path.replace(names.PACKAGE, name, 1)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(text)
+        importlib.invalidate_caches()
+        return importlib.import_module(name)
+
+    yield load
+    for module in [module for module in sys.modules if module.startswith(f"subset_{tmp_path.name}_")]:
+        del sys.modules[module]
+
+
+def closed(*families: str) -> set[str]:
+    """These families, and those that they need."""
+    return {*families, *(other for name in families for other in NEEDS.get(name, ()))}
+
+
+SUBSETS = {frozenset(closed(name)) for name in FAMILIES}
+SUBSETS |= {frozenset(name for name in FAMILIES if gone not in closed(name)) for gone in FAMILIES}
+
+
+@pytest.mark.parametrize("subset", sorted(SUBSETS, key=sorted), ids=lambda subset: f"{len(subset)} from {min(subset)}")
+def test_a_package_of_some_families_has_what_they_make(
+    subset: frozenset[str], imported: Callable[[Tree], ModuleType]
+) -> None:
+    """Each family alone, with what it needs, and all without each of them."""
+    package = imported(tree_of(subset))
+    there = {name for name, needs in COMPOSITES.items() if needs <= subset} | subset
+    for name in {*FAMILIES, *COMPOSITES}:
+        assert hasattr(package, name) == (name in there) == (name in package.__all__), name
+    for name in package.__all__:
+        getattr(package, name)
+    for name in COMPOSITES.keys() - there:
+        with pytest.raises(AttributeError) as raised:
+            getattr(package, name)
+        assert all(f"specs/{need}.yaml" in str(raised.value) for need in COMPOSITES[name] - subset)
+    for name in subset:
+        importlib.import_module(f"{package.__name__}.{name}")
+    with pytest.raises(AttributeError, match="is no part of this package"):
+        _ = package.nothing
+
+
+def test_a_family_without_what_it_needs_is_refused_by_name() -> None:
+    for name, needs in NEEDS.items():
+        for missing in needs:
+            with pytest.raises(Failure) as failed:
+                tree_of(closed(name) - {missing})
+            (fault,) = (one for one in failed.value.diagnostics if one.location.path.endswith(f"/{name}.yaml"))
+            assert fault.code == "KG028" and f"{name} needs {missing}" in fault.message
+            assert f"specs/{missing}.yaml" in str(fault.hint)
+
+
+def test_only_brings_what_is_needed_and_the_front_door_names_what_is_not_there(
+    imported: Callable[[Tree], ModuleType], device: str
+) -> None:
+    package = imported(build.tree(SPECS, only="moe_lora_*_sorted_add_plain_r64"))
+    assert {name for name in package.variants() if not name.startswith("moe_lora_")} == {
+        "moe_route_from_tables",
+        "moe_route_one_launch",
+        "moe_route_three_launch",
+    }
+    _call_moe_lora(package, device, rank=64)
+    with pytest.raises(ValueError, match="a variant that serves it"):
+        _call_moe_lora(package, device, rank=129)
+
+
+def _call_moe_lora(package: ModuleType, device: str, rank: int) -> None:
+    """A delta of moe_lora on whole numbers so small that every sum is exact, and the result rounded once."""
+    tokens, top_k, experts, adapters, k, n = 6, 2, 4, 3, 32, 16
+    generator = torch.Generator().manual_seed(0)
+
+    def whole(*size: int) -> torch.Tensor:
+        return torch.randint(-1, 2, size, generator=generator).to(device, torch.bfloat16)
+
+    ids = torch.randint(experts, (tokens, top_k), generator=generator, dtype=torch.int32)
+    adapter = torch.randint(-1, adapters, (tokens,), generator=generator, dtype=torch.int32)
+    x, a, b = whole(tokens, k), whole(adapters, experts, rank, k), whole(adapters, experts, n, rank)
+    out, exact = (torch.zeros(tokens, top_k, n, dtype=dtype, device=device) for dtype in (torch.bfloat16, torch.float64))
+    for t, j in itertools.product(range(tokens), range(top_k)):
+        if adapter[t] >= 0:
+            where = int(adapter[t]), int(ids[t, j])
+            exact[t, j] = b[where].double() @ (a[where].double() @ x[t].double())
+    routing = {"num_experts": experts, "max_loras": adapters, "assignment": "sorted"}
+    package.moe_lora(out, x, [a], [b], package.moe_route(ids.to(device), adapter.to(device), **routing))
+    assert torch.equal(out, exact.to(torch.bfloat16))
