@@ -2,14 +2,16 @@
 
 A commit
 
-1. stages the new texts, and a copy of each folder that is to change: hard links of what is there, the changes carried out;
+1. stages the new texts, and a copy of each folder that is to change: hard links of what is there, or copies where there can be
+   no links, and the changes carried out;
 2. writes a journal of what may be at each place from here on;
 3. swaps each copy with its folder, by one system call each;
 4. takes along what others put into the old folder since it was copied.
 
 ``finish`` then removes the journal and the old folders. Killed anywhere, each folder is the old or the new one, and the
-journal tells the next build which texts are ours. Where files cannot be linked or folders not swapped, step 3 carries the
-changes out in the folder itself, file by file.
+journal tells the next build which texts are ours. Where folders cannot be swapped (a mount, a file system that cannot), step 3
+carries the changes out in the folder itself, file by file, and back again if one fails. A folder that this user may not change
+is found in step 1, where nothing has happened yet.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from kernelgen.disk import (
 _FOLDERS = (names.PACKAGE, names.TESTS)
 _TEXTS = f"{names.STAGING}/texts"
 _COPIES = f"{names.STAGING}/copies"
+_REPLACED = f"{names.STAGING}/replaced"  # what was changed in the folder itself, as it was
 _JOURNAL = f"{names.STAGING}/journal.json"
 _NEXT_JOURNAL = f"{names.STAGING}/journal.next"
 
@@ -107,7 +110,8 @@ def commit(changes: Sequence[Change], out: Path, disk: Disk) -> None:
     parts = {folder: part for folder, part in parts.items() if part}
     try:
         _stage(changes, out, disk)
-        copied = [folder for folder, part in parts.items() if _copy(folder, part, out, disk)]
+        for folder, part in parts.items():
+            _copy(folder, part, out, disk)
         for change in changes:
             if hash_file(out / change.path) != change.old:
                 message = "this file was changed while its successor was made"
@@ -115,8 +119,7 @@ def commit(changes: Sequence[Change], out: Path, disk: Disk) -> None:
         files = {path: list(hashes) for path, hashes in _read_journal(out).files.items()}
         for change in changes:
             files.setdefault(change.path, []).extend((change.old, hash_text(change.text)))
-        last = {folder: parts[folder][-1] for folder in copied}
-        swaps = {folder: (change.path, hash_text(change.text)) for folder, change in last.items()}
+        swaps = {folder: (part[-1].path, hash_text(part[-1].text)) for folder, part in parts.items()}
         journal = _Journal(files, swaps)
         _write_journal(journal, out, disk)
     except BaseException:
@@ -146,28 +149,27 @@ def _stage(changes: Sequence[Change], out: Path, disk: Disk) -> None:
             disk.write(out / _TEXTS / change.path, change.text.encode())
 
 
-def _copy(folder: str, changes: Sequence[Change], out: Path, disk: Disk) -> bool:
-    """Make the folder as it is to be beside the one that is there; False: it cannot be done here."""
+def _copy(folder: str, changes: Sequence[Change], out: Path, disk: Disk) -> None:
+    """Make the folder as it is to be beside the one that is there."""
     copies = out / _COPIES
     _make_parents(f"{_COPIES}/{folder}", out, disk)
     _make_parents(folder, out, disk)
-    try:
-        if (out / folder).exists():
-            _link(out / folder, copies / folder, disk)
-    except OSError as error:
-        if is_unsupported(error):
-            return False
-        raise
+    if (out / folder).exists():
+        _link(out / folder, copies / folder, disk)
     _apply(changes, out / _TEXTS, copies, disk)
     for place, _, _ in os.walk(copies / folder):
         disk.sync_folder(Path(place))
-    return True
 
 
 def _link(folder: Path, copy: Path, disk: Disk) -> None:
-    """Make ``copy`` a folder of the very same files."""
+    """Make ``copy`` a folder of the very same files.
+
+    Raises:
+        Failure: a folder is not this user's to change, so that it could be neither replaced nor removed; exit code 2.
+    """
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise OSError(errno.EPERM, "a folder that cannot be removed", str(folder))
+        hint = "make it yours, or remove it: a __pycache__ is made again when it is needed"
+        raise failure("KG001", str(folder), "this folder cannot be changed by this user, nor what it is in be replaced", hint)
     disk.make_folder(copy)
     for name in sorted(os.listdir(folder)):
         place = folder / name
@@ -175,8 +177,17 @@ def _link(folder: Path, copy: Path, disk: Disk) -> None:
             if place.is_dir() and not place.is_symlink():
                 _link(place, copy / name, disk)
             else:
-                disk.link(place, copy / name)
+                _link_file(place, copy / name, disk)
     disk.copy_attributes(folder, copy)
+
+
+def _link_file(old: Path, new: Path, disk: Disk) -> None:
+    try:
+        disk.link(old, new)
+    except OSError as error:
+        if not is_unsupported(error):
+            raise
+        disk.copy(old, new)
 
 
 def _carry_out(
@@ -184,26 +195,52 @@ def _carry_out(
 ) -> None:
     """From the old folders to the new ones; a failure leaves the old ones."""
     swapped: list[str] = []
+    changed: list[str] = []
     try:
         for folder, changes in parts.items():
-            source = _TEXTS
-            if folder in journal.swaps:
-                if _swap(folder, out, disk):
-                    swapped.append(folder)
-                    disk.sync_folder((out / folder).parent)
-                    continue
-                source = _COPIES
-                left = {name: swap for name, swap in journal.swaps.items() if name != folder}
-                journal = dataclasses.replace(journal, swaps=left)
-                _write_journal(journal, out, disk)
-            _apply(changes, out / source, out, disk)
+            if _swap(folder, out, disk):
+                swapped.append(folder)
+                disk.sync_folder((out / folder).parent)
+                continue
+            left = {name: swap for name, swap in journal.swaps.items() if name != folder}
+            journal = dataclasses.replace(journal, swaps=left)
+            _write_journal(journal, out, disk)
+            _keep(changes, out, disk)
+            changed.append(folder)
+            _apply(changes, out / _COPIES, out, disk)
     except BaseException:
+        for folder in reversed(changed):
+            _put_back(parts[folder], out, disk)
         for folder in reversed(swapped):
             _swap(folder, out, disk)
             _take_along(folder, out, journal, disk)
         raise
     for folder in swapped:
         _take_along(folder, out, journal, disk)
+
+
+def _keep(changes: Sequence[Change], out: Path, disk: Disk) -> None:
+    """Put the files that are to be changed aside, under second names."""
+    for change in changes:
+        if change.old:
+            _make_parents(f"{_REPLACED}/{change.path}", out, disk)
+            _link_file(out / change.path, out / _REPLACED / change.path, disk)
+
+
+def _put_back(changes: Sequence[Change], out: Path, disk: Disk) -> None:
+    """Undo ``changes`` as far as they came; what cannot be undone is for the next build, which has the journal."""
+    for change in reversed(changes):
+        place = out / change.path
+        with contextlib.suppress(OSError, InTheWay):
+            if _part(place).exists():
+                disk.remove(_part(place))
+            if change.old and hash_file(place) != change.old:
+                _make_parents(change.path, out, disk)
+                _move(out / _REPLACED / change.path, place, disk)
+            elif not change.old:
+                if place.exists():
+                    disk.remove(place)
+                _remove_empty(out, change.path, disk)
 
 
 def _swap(folder: str, out: Path, disk: Disk) -> bool:
@@ -262,19 +299,27 @@ def _take_along(path: str, out: Path, journal: _Journal, disk: Disk) -> None:
         place = out / _COPIES / inner
         if place.is_dir() and not place.is_symlink():
             _take_along(inner, out, journal, disk)
-        elif inner not in journal.files and _is_newer(place, out / inner):
+        elif inner not in journal.files and _is_to_stay(place, out / inner):
             _make_parents(inner, out, disk)
             disk.rename(place, out / inner)
 
 
-def _is_newer(one: Path, other: Path) -> bool:
-    """Whether ``one`` is not the file ``other``, and came later."""
+def _is_to_stay(one: Path, other: Path) -> bool:
+    """Whether ``one`` is not the file ``other``, and came later, or is what that is a copy of."""
     try:
         there = other.lstat()
     except FileNotFoundError:
         return True
     here = one.lstat()
-    return not os.path.samestat(here, there) and here.st_ctime_ns >= there.st_ctime_ns
+    if os.path.samestat(here, there):
+        return False
+    return here.st_ctime_ns >= there.st_ctime_ns or _is_copy(one, other)
+
+
+def _is_copy(one: Path, other: Path) -> bool:
+    if one.is_symlink() or other.is_symlink():
+        return one.is_symlink() and other.is_symlink() and os.readlink(one) == os.readlink(other)
+    return hash_file(one) == hash_file(other)
 
 
 def _make_parents(path: str, root: Path, disk: Disk) -> None:
@@ -295,7 +340,7 @@ def _remove_empty(root: Path, path: str, disk: Disk) -> None:
 
 def _clean(out: Path, disk: Disk) -> None:
     """Remove everything but the journal, and with it the staging folder if there is none."""
-    for part in (_TEXTS, _COPIES):
+    for part in (_TEXTS, _COPIES, _REPLACED):
         if (out / part).exists():
             disk.remove_tree(out / part)
     if (out / _NEXT_JOURNAL).exists():

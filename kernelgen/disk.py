@@ -99,6 +99,16 @@ class Disk:
             raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP), str(old))
         os.link(old, new, follow_symlinks=False)
 
+    def copy(self, old: Path, new: Path) -> None:
+        """Make a file, or a symbolic link, that is as another one; its content is durable."""
+        if old.is_symlink():
+            os.symlink(os.readlink(old), new)
+        elif old.is_file():
+            self.write(new, old.read_bytes())
+            shutil.copystat(old, new)
+        else:
+            raise OSError(errno.ENOTSUP, "neither a file nor a symbolic link", str(old))
+
     def copy_attributes(self, old: Path, new: Path) -> None:
         """Give a folder of ours the owner, mode, times and extended attributes of another."""
         wanted, found = old.stat(), new.stat()

@@ -154,7 +154,7 @@ class NoLinks(Counting):
         raise OSError(errno.EPERM, "no hard links")
 
 
-class Mounted(Counting):
+class Mounted(NoSwap):
     """The output folders are mounts."""
 
     def link(self, old: Path, new: Path) -> None:
@@ -303,7 +303,49 @@ def test_stopped_at_any_step_each_folder_is_old_or_new(
     assert seen == sorted(seen) and set(seen) == {0, 1, 2}
 
 
-@pytest.mark.parametrize("disk", [NoSwap, NoLinks, Mounted])
+IN_PLACE = [NoSwap, Mounted]
+
+
+def test_where_files_cannot_be_linked_they_are_copied(memory: Path, swaps: None, states: tuple[Path, Any, Any]) -> None:
+    start, old, new = states
+    shutil.copytree(start, memory / "all", symlinks=True)
+    foreign = {path: path.lstat().st_ino for path in (memory / "all").rglob("*.txt")}
+    counting = NoLinks()
+    write.sync(NEW, memory / "all", counting)
+    assert both(memory / "all") == new and counting.steps.count("swap") == 2
+    assert {path: path.lstat().st_ino for path in foreign} == foreign
+    for after in range(0, len(counting.steps), 3):
+        out = memory / str(after)
+        shutil.copytree(start, out, symlinks=True)
+        with pytest.raises(Stop):
+            write.sync(NEW, out, NoLinks(after))
+        assert both(out) in (old, (new[0], old[1]), new)
+        write.sync(OLD, out, NoLinks())
+        assert both(out) == old and write.plan(OLD, out).is_clean
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("disk", IN_PLACE)
+def test_where_folders_cannot_be_swapped_a_failure_is_undone(
+    disk: type[Counting], memory: Path, states: tuple[Path, Any, Any]
+) -> None:
+    start, old, new = states
+    counting = disk()
+    shutil.copytree(start, memory / "all", symlinks=True)
+    write.sync(NEW, memory / "all", counting)
+    for after in range(IN_PLACE.index(disk), len(counting.steps), 2):
+        out = memory / str(after)
+        shutil.copytree(start, out, symlinks=True)
+        with pytest.raises(Failure) as failed:
+            write.sync(NEW, out, disk(after, OSError(errno.EACCES, "not allowed"), once=True))
+        assert codes(failed) == ["KG001"]
+        assert both(out) in (old, new), counting.steps[after]
+        write.sync(NEW, out, disk())
+        assert both(out) == new and not (out / names.STAGING).exists()
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("disk", IN_PLACE)
 def test_where_folders_cannot_be_swapped_the_next_build_repairs(
     disk: type[Counting], memory: Path, states: tuple[Path, Any, Any]
 ) -> None:
@@ -428,6 +470,76 @@ def test_a_file_that_is_edited_while_its_successor_is_made_stays(out: Path) -> N
     assert codes(failed) == ["KG031"]
     assert on_disk(out) == {**OLD.files, "generated/a/gone.py": "edited"}
     assert not (out / names.STAGING).exists()
+
+
+def as_nobody(work: Callable[[], list[str]]) -> list[str]:
+    """What ``work`` returns in a process of a user who is not root."""
+    reads, writes = os.pipe()
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException), open(writes, "w") as stream:
+            if os.getuid() == 0:
+                os.setgid(65534)
+                os.setuid(65534)
+            json.dump(work(), stream)
+            stream.flush()
+        os._exit(0)
+    os.close(writes)
+    with open(reads) as stream:
+        found: list[str] = json.load(stream)
+    os.waitpid(child, 0)
+    return found
+
+
+def _give(path: Path, uid: int) -> None:
+    if os.getuid() == 0:
+        os.chown(path, uid, uid)
+
+
+def locked_folder(out: Path) -> None:
+    (out / "generated/b").chmod(0o555)
+
+
+def locked_package(out: Path) -> None:
+    (out / "generated").chmod(0o555)
+
+
+def bytecode_of_root(out: Path) -> None:
+    (out / "generated/__pycache__").chmod(0o755)
+    for path in (out / "generated/__pycache__/x.pyc", out / "generated/__pycache__"):
+        _give(path, 0)
+    if os.getuid():
+        (out / "generated/__pycache__").chmod(0o555)
+
+
+@pytest.mark.parametrize("disk", [Counting, NoSwap, NoLinks, Mounted])
+@pytest.mark.parametrize("lock", [locked_folder, locked_package, bytecode_of_root])
+def test_a_folder_that_this_user_may_not_change_is_told_before_anything_is_done(
+    lock: Callable[[Path], None], disk: type[Counting], states: tuple[Path, Any, Any]
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        out = Path(folder) / "out"
+        shutil.copytree(states[0], out, symlinks=True)
+        for path in (Path(folder), out, *out.rglob("*")):
+            if not path.is_symlink():
+                _give(path, 65534)
+        lock(out)
+        before = both(out)
+
+        def work() -> list[str]:
+            try:
+                write.sync(NEW, out, disk())
+            except Failure as failed:
+                return [fault.code for fault in failed.diagnostics] + [str(failed.exit_code), str(failed)]
+            return []
+
+        code, exit_code, text = as_nobody(work)
+        assert (code, exit_code) == ("KG001", "2") and "hint:" in text and str(out / "generated") in text
+        assert both(out) == before and not (out / names.STAGING).exists()
+        for path in (out / "generated", *(out / "generated").iterdir()):
+            if path.is_dir() and not path.is_symlink():
+                path.chmod(0o755)
 
 
 # ---- what is not ours
@@ -601,7 +713,7 @@ def test_what_others_made_after_an_interruption_stays(out: Path) -> None:
     class Stopping(NoSwap):
         def rename(self, old: Path, new: Path) -> None:
             if new == out / names.MANIFEST:
-                raise Stop
+                self.after = len(self.steps)
             super().rename(old, new)
 
     with pytest.raises(Stop):
@@ -709,7 +821,7 @@ def test_killed_in_the_middle_of_a_commit_each_folder_is_of_one_tree(
     rng = random.Random(0)
     out = desk / "out"
     between = 0
-    for _ in range(12):
+    for _ in range(24):
         process = _commits(out)
         time.sleep(rng.random() * 0.06)
         process.kill()
