@@ -6,7 +6,7 @@ through the very steps that are served. A constant occurs only where a format or
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Callable, Mapping, NamedTuple
 
 import torch
 
@@ -59,10 +59,18 @@ def total(x: Approx, y: Approx) -> Approx:
     return rounded(Approx(x.value + y.value, x.error + y.error), torch.float32)
 
 
-def silu(x: Approx, dtype: torch.dtype) -> Approx:
-    """silu(x), faithfully rounded in ``dtype``: to one of the two neighbours, so twice the error of the nearest."""
-    exact_of_approximate = Approx(torch.nn.functional.silu(x.value), _SILU_SLOPE * x.error)
+def activation(
+    x: Approx, function: Callable[[torch.Tensor], torch.Tensor], slope: float, dtype: torch.dtype
+) -> Approx:
+    """function(x), whose slope is at most ``slope``, faithfully rounded: to a neighbour, so twice the error of the nearest."""
+    exact_of_approximate = Approx(function(x.value), slope * x.error)
     return rounded(rounded(exact_of_approximate, dtype), dtype)
+
+
+def swiglu(gate: Approx, up: Approx, dtype: torch.dtype) -> Approx:
+    """silu(gate) * up, each step rounded to ``dtype``."""
+    silu = activation(gate, torch.nn.functional.silu, _SILU_SLOPE, dtype)
+    return rounded(product(silu, up), dtype)
 
 
 def lora(x: Approx, factors: Factors, dtype: torch.dtype) -> Approx:
@@ -73,7 +81,11 @@ def lora(x: Approx, factors: Factors, dtype: torch.dtype) -> Approx:
 
 
 def moe_layer(
-    call: MoeCall, gate_up: torch.Tensor, down: torch.Tensor, factors: dict[str, Factors]
+    call: MoeCall,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    factors: Mapping[str, Factors],
+    gate: Callable[[Approx, Approx, torch.dtype], Approx] = swiglu,
 ) -> Approx:
     """The output [T, H] of one MoE layer, all tokens under one adapter.
 
@@ -81,6 +93,7 @@ def moe_layer(
         call: what went in; its activations have the dtype that is served.
         gate_up: [E, 2 * I, H], the base weight; down: [E, H, I].
         factors: "gate", "up" and "down" of the adapter, those it has; empty: the base model.
+        gate: what is between the two products.
     """
     dtype, (num_tokens, top_k) = call.hidden.dtype, call.topk_ids.shape
     shape = (num_tokens * top_k, down.shape[1])
@@ -98,7 +111,7 @@ def moe_layer(
             halves[name] = rounded(linear(x, exact(base)), dtype)
             if name in own:
                 halves[name] = rounded(total(halves[name], lora(x, own[name], dtype)), dtype)
-        inter = rounded(product(silu(halves["gate"], dtype), halves["up"]), dtype)
+        inter = gate(halves["gate"], halves["up"], dtype)
         y = rounded(product(rounded(linear(inter, exact(down[expert])), dtype), weight), dtype)
         if "down" in own:
             y = rounded(total(y, product(lora(inter, own["down"], dtype), weight)), dtype)

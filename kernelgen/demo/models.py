@@ -85,7 +85,7 @@ def save_adapter(model: torch.nn.Module, spec: AdapterSpec, folder: Path) -> Pat
         lora_alpha=spec.alpha,
         use_rslora=spec.rslora,
         target_modules=[],
-        target_parameters=[f"mlp.experts.{target}" for target in spec.targets],
+        target_parameters=[f"experts.{target}" for target in spec.targets],
     )
     adapted = get_peft_model(copy.deepcopy(model), config)
     with torch.no_grad():

@@ -9,7 +9,7 @@ from typing import Any, Callable, Iterator, Sequence
 
 import torch
 
-from kernelgen.integrations.transformers import MoeCall
+from kernelgen.integrations.transformers import MoeCall, expert_layers
 
 
 class PeftModels:
@@ -21,6 +21,8 @@ class PeftModels:
 
     def __init__(self, model: Any, folders: Sequence[Path], dtype: torch.dtype) -> None:
         from peft import PeftModel
+
+        self._names = expert_layers(model)
 
         def load(folder: Path | None) -> Any:
             bare = copy.deepcopy(model).to(dtype)
@@ -45,7 +47,7 @@ class PeftModels:
     @torch.no_grad()
     def moe_layer(self, adapter: int, call: MoeCall) -> torch.Tensor:
         """The output [T, H] of the experts of one layer for the input that was served."""
-        experts = _layers(self._model(adapter))[call.layer].mlp.experts
+        experts = _base(self._model(adapter)).get_submodule(self._names[call.layer])
         dtype = next(experts.parameters()).dtype
         out: torch.Tensor = experts(
             call.hidden.to(dtype), call.topk_ids, call.topk_weights.to(dtype)
@@ -56,9 +58,8 @@ class PeftModels:
         return self._bare if adapter < 0 else self._models[adapter]
 
 
-def _layers(model: Any) -> Any:
-    bare = model.base_model.model if hasattr(model, "peft_config") else model
-    return bare.model.layers
+def _base(model: Any) -> Any:
+    return model.base_model.model if hasattr(model, "peft_config") else model
 
 
 @contextlib.contextmanager
@@ -80,7 +81,7 @@ def _routed(model: Any, routing: Sequence[torch.Tensor]) -> Iterator[None]:
 
     hooks = [
         layer.mlp.gate.register_forward_hook(choice(ids))
-        for layer, ids in zip(_layers(model), routing, strict=True)
+        for layer, ids in zip(_base(model).model.layers, routing, strict=True)
     ]
     try:
         yield

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .peft import LayerBuffers
+from .peft import ExpertShape, LayerBuffers
 
 _FEW_TOKENS = 4  # that stream weights pair by pair, as fused_moe does
 
@@ -33,12 +33,24 @@ class MoeLayer:
         w13: [E, 2 * I, H], the gate, then the linear half.
         w2: [E, H, I].
         lora: the adapters, from ``stack_adapters``; None: this layer has none.
+
+    Raises:
+        ValueError: weights and adapters are not of the same experts, dtype and device.
     """
 
     kernels: ModuleType
     w13: torch.Tensor
     w2: torch.Tensor
     lora: LayerBuffers | None
+
+    def __post_init__(self) -> None:
+        sizes = list(self.w13.shape), list(self.w2.shape)
+        if self.w2.dim() != 3 or sizes[0] != [sizes[1][0], 2 * sizes[1][2], sizes[1][1]]:
+            raise ValueError(
+                f"w13, w2: got {sizes[0]} and {sizes[1]}, wanted [E, 2 * I, H] and [E, H, I]"
+            )
+        if self.lora is not None:
+            check_adapters("lora", self.lora, self.w2)
 
     def __call__(
         self,
@@ -61,7 +73,7 @@ class MoeLayer:
             out: [T, H] in the dtype of ``hidden``; None makes it.
 
         Raises:
-            ValueError: something does not fit; nothing was launched.
+            ValueError: something does not fit; ``out`` is as it was.
         """
         kg, lora = self.kernels, self.lora
         out = torch.empty_like(hidden) if out is None else out
@@ -93,3 +105,25 @@ class MoeLayer:
         kg.moe_lora(y, h, *lora.down, route, topk_weights=topk_weights, mul_routed_weight=True)
         kg.moe_sum(y, topk_ids, num_experts=num_experts, out=out)
         return out
+
+
+def check_adapters(name: str, lora: LayerBuffers, w2: torch.Tensor) -> None:
+    """Find out before anything runs what would stop a layer in the middle.
+
+    Raises:
+        ValueError: ``lora`` is not of the experts, the dtype or the device of ``w2`` [E, H, I]; the message begins with ``name``.
+    """
+    num_experts, hidden, intermediate = w2.shape
+    shape = ExpertShape(num_experts, hidden, intermediate)
+    for names, slices in ((("gate", "up"), lora.gate_up), (("down",), lora.down)):
+        for part, a, b in zip(names, *slices, strict=True):
+            wide, tall = shape.widths(part)
+            if (a.shape[1], a.shape[3], *b.shape[1:3]) != (num_experts, wide, num_experts, tall):
+                raise ValueError(
+                    f"{name}: {part}: got {list(a.shape)} and {list(b.shape)}, wanted adapters of {shape}"
+                )
+            for factor in (a, b):
+                if (factor.dtype, factor.device) != (w2.dtype, w2.device):
+                    raise ValueError(
+                        f"{name}: {part}: got {factor.dtype} on {factor.device}, wanted {w2.dtype} on {w2.device}, as the weights"
+                    )

@@ -2,11 +2,12 @@
 
 ``transformers`` lets an implementation of the experts be registered under a name; ours runs the base experts of each layer and
 adds the adapters of the batch with the generated kernels. It serves every model whose experts are fused parameters
-``gate_up_proj`` [E, 2 * I, H] and ``down_proj`` [E, H, I] without biases: Qwen3-MoE, Mixtral, OLMoE, DeepSeek and others.
+``gate_up_proj`` [E, 2 * I, H] and ``down_proj`` [E, H, I], gate over up, without biases: Qwen3-MoE, Mixtral, OLMoE, DeepSeek and
+others, whatever their gate computes. Every other model is refused before anything runs.
 
 The base experts are plain matrix products, one expert after the other, for checking and for small models: an engine that
 has its own adds two calls of ``moe_lora`` and one of ``moe_route`` as ``MoeLora.experts`` does. With ``base="generated"`` they
-are generated kernels too: see ``MoeLayer``.
+are generated kernels too (see ``MoeLayer``), which compute silu(gate) * up: models with another gate are refused.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, Iterator, Mapping, NamedTuple
 
 import torch
 
-from .moe_layer import MoeLayer
+from .moe_layer import MoeLayer, check_adapters
 from .peft import ExpertShape, LayerBuffers
 
 _NAME = "kernelgen_moe_lora"
@@ -35,18 +36,51 @@ class MoeCall(NamedTuple):
     out: torch.Tensor  # [T, H]
 
 
-def expert_shape(model: Any) -> ExpertShape:
-    """The experts of a model, from the first of its layers that has any.
+def expert_layers(model: Any) -> dict[int, str]:
+    """Decoder layer -> the name of its experts, for the experts that are fused parameters.
 
     Raises:
-        ValueError: it has no experts that can be served.
+        ValueError: some of them are not as this glue runs them.
     """
-    for _, experts in _experts(model):
-        num_experts, hidden, intermediate = experts.down_proj.shape
-        return ExpertShape(num_experts, hidden, intermediate)
-    raise ValueError(
-        f"{type(model).__name__}: got no fused experts, wanted gate_up_proj and down_proj parameters"
-    )
+    names: dict[int, str] = {}
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            f"{type(model).__name__}: got a model with adapters of PEFT on it, which would be added too; wanted the base model"
+        )
+    for name, module in model.named_modules():
+        if not isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter):
+            continue
+        match = re.search(r"\blayers\.(\d+)\.", name)
+        found = "no layers.<i> in its name" if match is None else _unlike_ours(module)
+        if found or match is None:
+            raise ValueError(
+                f"{type(model).__name__}: {name}: {type(module).__name__}: got {found}, wanted experts with gate_up_proj "
+                "[E, 2 * I, H], gate over up, and down_proj [E, H, I], behind transformers' interface of experts\n"
+                "  hint: call moe_route and moe_lora between the model's own products, as MoeLora.experts does"
+            )
+        if names.setdefault(int(match[1]), name) != name:
+            raise ValueError(
+                f"{type(model).__name__}: got {names[int(match[1])]} and {name} in one layer, wanted one decoder\n"
+                "  hint: give the part of the model that has one"
+            )
+    return names
+
+
+def expert_shape(model: Any) -> ExpertShape:
+    """The experts of a model, which must be alike in all of its layers that have any.
+
+    Raises:
+        ValueError: it has no experts that can be served, or several kinds of them.
+    """
+    names = expert_layers(model)
+    shapes = {_shape(model.get_submodule(name)): index for index, name in names.items()}
+    if len(shapes) != 1:
+        found = ", ".join(f"{shape} in layer {index}" for shape, index in shapes.items())
+        raise ValueError(
+            f"{type(model).__name__}: got {found or 'no fused experts'}, wanted gate_up_proj [E, 2 * I, H] and down_proj "
+            "[E, H, I], the same in all layers"
+        )
+    return next(iter(shapes))
 
 
 class MoeLora:
@@ -57,10 +91,12 @@ class MoeLora:
         layers: from ``stack_adapters``, on the model's device.
         kernels: the generated package, under whatever name it was imported.
         assignment: as in ``moe_route``.
-        base: how the base experts run: "torch", or "generated".
+        base: how the base experts run: "torch", with the model's own gate, or "generated", for models whose gate is
+            silu(gate) * up.
 
     Raises:
-        ValueError: the model's experts are of a kind that this glue does not run, or ``layers`` names one without experts.
+        ValueError: the model's experts are of a kind that this glue does not run, or not with this ``base``, or ``layers``
+            does not fit them.
     """
 
     def __init__(
@@ -81,17 +117,27 @@ class MoeLora:
         self._base = base
         self._mapping: torch.Tensor | None = None
         self._calls: list[MoeCall] | None = None
-        self._experts = dict(_experts(model))
+        if base not in ("torch", "generated"):
+            raise ValueError(f'base: got {base!r}, wanted "torch" or "generated"')
+        self._experts = {i: model.get_submodule(name) for i, name in expert_layers(model).items()}
         if missing := sorted(layers.keys() - self._experts.keys()):
             raise ValueError(
                 f"layers: got adapters for layers {missing}, wanted some of {sorted(self._experts)}"
             )
-        if base not in ("torch", "generated"):
-            raise ValueError(f'base: got {base!r}, wanted "torch" or "generated"')
-        for index, experts in self._experts.items() if base == "generated" else ():
-            found = type(experts.act_fn).__name__
-            if found not in ("SiLU", "SiLUActivation"):
-                raise ValueError(f"layer {index}: got the activation {found}, wanted SiLU")
+        for index, experts in self._experts.items():
+            if base == "generated" and (gate := _unlike_swiglu(experts)):
+                raise ValueError(
+                    f"{type(model).__name__}: layer {index}: {type(experts).__name__}: got {gate}, wanted silu(gate) * up, which "
+                    'the generated kernels compute\n  hint: base="torch" runs the model\'s own gate'
+                )
+            dtypes = {experts.gate_up_proj.dtype, experts.down_proj.dtype}
+            if dtypes not in ({torch.bfloat16}, {torch.float16}):
+                raise ValueError(
+                    f"{type(model).__name__}: layer {index}: got weights in {', '.join(map(str, dtypes))}, wanted all in "
+                    "bfloat16 or all in float16"
+                )
+            if index in layers:
+                check_adapters(f"layers: layer {index}", layers[index], experts.down_proj)
         ALL_EXPERTS_FUNCTIONS.register(_NAME, _experts_forward)
 
     @contextlib.contextmanager
@@ -138,11 +184,11 @@ class MoeLora:
                 f"token_lora_mapping: got {list(self._mapping.shape)}, wanted [{num_tokens}]"
             )
         lora = self._layers.get(index)
-        topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.contiguous()
+        x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
         if self._base == "generated":
             layer = MoeLayer(self._kernels, base.gate_up_proj, base.down_proj, lora)
             mapping, how = self._mapping, self._assignment
-            result = layer(x.contiguous(), topk_ids, topk_weights, mapping, assignment=how)
+            result = layer(x, topk_ids, topk_weights, mapping, assignment=how)
             return self._note(index, x, topk_ids, topk_weights, result)
         expert_of_pair = topk_ids.flatten()
         gate_up = _expert_linear(x.repeat_interleave(top_k, 0), base.gate_up_proj, expert_of_pair)
@@ -179,23 +225,49 @@ def _experts_forward(
     return out
 
 
-def _experts(model: Any) -> Iterator[tuple[int, Any]]:
-    """(decoder layer, its experts), for the experts that are fused parameters."""
-    for name, module in model.named_modules():
-        if not isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter):
-            continue
-        match = re.search(r"\blayers\.(\d+)\.", name)
-        plain = getattr(module, "is_concatenated", False) and getattr(module, "has_gate", False)
-        special = [
-            f
-            for f in ("has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
-            if getattr(module, f, False)
-        ]
-        if match is None or not plain or special:
-            raise ValueError(
-                f"{name}: got experts with {', '.join(special) or 'another layout'}, wanted plain gated ones"
-            )
-        yield int(match[1]), module
+def _unlike_ours(experts: Any) -> str:
+    """What makes experts other ones than those that this glue runs; "" if nothing does."""
+    if not hasattr(experts, "is_concatenated"):
+        return "experts with a forward of their own, which cannot be exchanged"
+    what = {
+        "gate and up in turns": not experts.is_concatenated,
+        "no gate": not experts.has_gate,
+        "biases": experts.has_bias,
+        "transposed weights, [E, H, 2 * I]": experts.is_transposed,
+        "a norm behind the experts": getattr(experts, "has_post_expert_norm", False),
+        "experts that are sharded over GPUs": getattr(experts, "_is_expert_parallel", False),
+    }
+    if not any(what.values()):
+        sizes = [tuple(getattr(w, "shape", ())) for w in (experts.gate_up_proj, experts.down_proj)]
+        fits = len(sizes[1]) == 3 and sizes[0] == (
+            sizes[1][0],
+            *reversed(_shape(experts).widths("gate_up")),
+        )
+        what[f"weights of {list(sizes[0])} and {list(sizes[1])}"] = not fits
+    return ", ".join(name for name, holds in what.items() if holds)
+
+
+def _unlike_swiglu(experts: Any) -> str:
+    """What makes a gate another one than silu(gate) * up; "" if nothing does."""
+    from transformers.activations import SiLUActivation
+    from transformers.integrations import moe
+
+    gate = type(experts)._apply_gate
+    if gate is not getattr(moe, "_default_apply_gate", None) or "_apply_gate" in vars(experts):
+        return f"a gate of its own ({gate.__qualname__})"
+    act = getattr(experts, "act_fn", None)
+    if type(act) in (torch.nn.SiLU, SiLUActivation) or act is torch.nn.functional.silu:
+        return ""
+    return (
+        "no act_fn"
+        if act is None
+        else f"the activation {getattr(act, '__name__', type(act).__name__)}"
+    )
+
+
+def _shape(experts: Any) -> ExpertShape:
+    num_experts, hidden, intermediate = experts.down_proj.shape
+    return ExpertShape(num_experts, hidden, intermediate)
 
 
 def _expert_linear(

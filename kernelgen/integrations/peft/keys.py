@@ -26,14 +26,14 @@ _FACTOR = re.compile(
     re.ASCII,
 )
 _NUMBER = r"(?:0|[1-9][0-9]{0,5})"
-_NAMES = r"(?:[A-Za-z_][\w-]*\.)*?"
+_NAMES = r"(?:(?![\w-]*expert)[A-Za-z_][\w-]*\.)*?"  # experts in experts are not known
 _LAYER = rf"(?P<stack>{_NAMES}(?:layers|layer|blocks|block|h))\.(?P<layer>{_NUMBER})\.(?P<block>{_NAMES})"
 _CONTAINER = r"(?:experts|(?:experts\.)?(?:deepspeed_experts|local_experts))"
 _FORMS = {
     form: re.compile(rf"{_LAYER}{name}", re.ASCII)
     for form, name in {
         "fused": r"experts(?:\.base_layer)*",
-        "single": rf"{_CONTAINER}\.(?P<expert>{_NUMBER})\.(?P<projection>\w+)",
+        "single": rf"(?P<container>{_CONTAINER})\.(?P<expert>{_NUMBER})\.(?P<projection>\w+)",
         "listed": rf"experts\.(?P<projection>\w+_proj)s\.(?P<expert>{_NUMBER})",
         "stacked": r"experts\.(?P<projection>\w+)",
     }.items()
@@ -92,7 +92,7 @@ class Place(NamedTuple):
     stack: str  # what the layer is one of: model.layers
     where: str  # the path to the experts, * for the layer: model.layers.*.mlp
     form: str  # "fused", "stacked", "single" or "listed"
-    naming: str  # of the projections: "_proj" or "w", "" if fused
+    naming: str  # of experts and projections: experts.*_proj
     part: str | None  # "gate", "up", "gate_up" or "down"; None if fused: the shapes tell
     expert: int | None  # None: all
 
@@ -134,12 +134,14 @@ def pairs(names: Iterable[str]) -> Mapping[str, Pair]:
 
 
 def looks_routed(name: str) -> bool:
-    """Whether a name is of experts, or of an MoE block, and neither of its router nor of what is shared."""
+    """Whether a name is of experts, or of an MoE block in a layer, and neither of its router nor of what is shared."""
     parts = name.lower().split(".")
+    if any("expert" in part and "shared" not in part for part in parts):
+        return True
+    in_layer = re.sub(rf"^.*\b(?:layers?|blocks?|h)\.{_NUMBER}\.", "", name.lower()).split(".")
     return any(
-        ("expert" in part and "shared" not in part)
-        or (re.search(r"(^|_)moe(_|$)", part) and not _ROUTER.fullmatch(behind))
-        for part, behind in zip(parts, [*parts[1:], ""], strict=True)
+        re.search(r"(^|_)moe(_|$)", part) and not _ROUTER.fullmatch(behind)
+        for part, behind in zip(in_layer, [*in_layer[1:], ""], strict=True)
     )
 
 
@@ -162,7 +164,7 @@ def place(target: str) -> Place:
             stack=match["stack"],
             where=f"{match['stack']}.*.{match['block']}".rstrip("."),
             form=form,
-            naming="" if projection is None else "w" if projection[0] == "w" else "_proj",
+            naming=f"{named.get('container') or 'experts'}.{'w*' if (projection or '')[:1] == 'w' else '*_proj'}",
             part=None if projection is None else _PARTS[projection],
             expert=None if expert is None else int(expert),
         )

@@ -1,0 +1,217 @@
+"""Models of ``transformers``, tiny and random: each is served and equals PEFT, or is refused before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Callable, Mapping, NamedTuple
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+import transformers
+
+from kernelgen.demo import bounds, models
+from kernelgen.demo.oracle import PeftModels
+from kernelgen.integrations.peft import Factors, SliceBuffers, read_adapter, stack_adapters
+from kernelgen.integrations.transformers import MoeCall, MoeLora, expert_layers, expert_shape
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers, of itself
+
+SIZES = {
+    **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 24, "num_hidden_layers": 1},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0},
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk"), 2),
+}
+MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+JAMBA = {
+    "num_hidden_layers": 2,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 2,
+    "mamba_d_state": 4,
+    "mamba_dt_rank": 4,
+}
+GROUPS = {"num_hidden_layers": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+CLAMPED = {"swiglu_limit": 1.0}
+
+
+def clamped(gate: bounds.Approx, up: bounds.Approx, dtype: torch.dtype) -> bounds.Approx:
+    limit = CLAMPED["swiglu_limit"]
+    gate = gate._replace(value=gate.value.clamp(max=limit))
+    return bounds.swiglu(gate, up._replace(value=up.value.clamp(-limit, limit)), dtype)
+
+
+def geglu(gate: bounds.Approx, up: bounds.Approx, dtype: torch.dtype) -> bounds.Approx:
+    act = bounds.activation(gate, torch.nn.functional.gelu, 1.13, dtype)  # d gelu(x) / dx is 1.1289 at most
+    return bounds.rounded(bounds.product(act, up), dtype)
+
+
+class Row(NamedTuple):
+    """A model, and what is said where it is refused, by the base that is asked for."""
+
+    name: str  # of its classes
+    config: Mapping[str, Any] = {}
+    torch: str | None = None
+    generated: str | None = None
+    gate: Callable[..., bounds.Approx] = bounds.swiglu
+
+
+ROWS = {
+    "Mixtral": Row("Mixtral"),
+    "Qwen2Moe": Row("Qwen2Moe", {"shared_expert_intermediate_size": 16}),
+    "Qwen3Moe": Row("Qwen3Moe"),
+    "Olmoe": Row("Olmoe"),
+    "DeepseekV3": Row("DeepseekV3", {**MLA, **GROUPS, "num_key_value_heads": 4}),
+    "Glm4Moe": Row("Glm4Moe", GROUPS),
+    "Phimoe": Row("Phimoe"),
+    "GraniteMoe": Row("GraniteMoe"),
+    "Jamba": Row("Jamba", JAMBA),
+    "Lfm2Moe": Row("Lfm2Moe", {"layer_types": ["full_attention"], "num_dense_layers": 0}),
+    "MiniMaxM2": Row("MiniMaxM2"),
+    "Mixtral, GELU": Row("Mixtral", {"hidden_act": "gelu"}, generated="the activation GELUActivation", gate=geglu),
+    "DeepseekV4": Row("DeepseekV4", CLAMPED, generated="own .DeepseekV4Experts._apply_gate.", gate=clamped),
+    "HYV4": Row("HYV4", {**CLAMPED, "num_hidden_layers": 2}, generated="own .HYV4Experts._apply_gate.", gate=clamped),
+    "GptOss": Row("GptOss", torch="GptOssExperts: got gate and up in turns, biases, transposed weights"),
+    "AriaText": Row("AriaText", torch="AriaExperts: got transposed weights"),
+    "Llama4": Row("Llama4", {"intermediate_size_mlp": 24}, torch="Llama4TextExperts: got experts with a forward of their own"),
+    "LongcatFlash": Row(
+        "LongcatFlash", {"num_hidden_layers": 2}, torch="LongcatFlashExperts: got experts with a forward of their own"
+    ),
+    "NemotronH": Row("NemotronH", torch="got no fused experts"),
+}
+
+
+def make(row: Row) -> Any:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{row.name}TextConfig", None) or getattr(transformers, f"{row.name}Config", None)
+    if config is None:
+        pytest.skip(f"transformers {transformers.__version__} has no {row.name}")
+    model = getattr(transformers, f"{row.name}ForCausalLM")(config(**{**SIZES, **row.config}))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+SERVED = [(name, base) for name, row in ROWS.items() for base in ("torch", "generated") if not (row.torch or getattr(row, base))]
+REFUSED = [(name, base) for name, row in ROWS.items() for base in ("torch", "generated") if row.torch or getattr(row, base)]
+
+
+@pytest.mark.parametrize("name, base", SERVED)
+def test_served_equals_peft(name: str, base: str, device: str, tmp_path: Path) -> None:
+    """One layer of experts after the other, for what went into it: tokens with the adapter, and without."""
+    import generated as kernels
+
+    original = make(ROWS[name])
+    folder = models.save_adapter(original, models.AdapterSpec("a", rank=4, alpha=8), tmp_path)
+    model = original.to(device, torch.bfloat16)
+    adapter = read_adapter(folder, expert_shape(model))
+    layers = stack_adapters([adapter], expert_shape(model), dtype=torch.bfloat16, device=device)
+    server = MoeLora(model, layers, kernels, base=base)
+    mapping = torch.tensor([0, -1, 0, 0, -1, 0], dtype=torch.int32, device=device)
+    calls: list[MoeCall] = []
+    with torch.no_grad(), server.batch(mapping, calls):
+        model(torch.randint(64, (2, 3), device=device))
+    assert [call.layer for call in calls] == list(expert_layers(model))
+    truth = PeftModels(model, [folder], torch.float64)
+    for call in calls:
+        experts = model.get_submodule(expert_layers(model)[call.layer])
+        for slot in (-1, 0):
+            mine = MoeCall(call.layer, *(tensor[mapping == slot] for tensor in call[1:]))
+            wanted = truth.moe_layer(slot, mine)
+            factors = {} if slot < 0 else {n: Factors(*(t.to(device) for t in f)) for n, f in adapter.layers[call.layer].items()}
+            bound = bounds.moe_layer(mine, experts.gate_up_proj, experts.down_proj, factors, ROWS[name].gate).error
+            assert ((mine.out - wanted).abs() <= bound).all()
+        effect = (wanted - truth.moe_layer(-1, mine)).abs()
+        assert (effect > 2 * bound).any()  # without its adapter a token would be seen
+
+
+@pytest.mark.parametrize("name, base", REFUSED)
+def test_refused(name: str, base: str) -> None:
+    row = ROWS[name]
+    model = make(row).to(torch.bfloat16)
+    with pytest.raises(ValueError, match=row.torch or row.generated) as error:
+        if row.torch:
+            expert_shape(model)
+        MoeLora(model, {}, None, base=base)
+    assert type(model).__name__ in str(error.value)
+    assert row.torch or 'base="torch"' in str(error.value)
+
+
+class Clamped(torch.nn.SiLU):
+    """A SiLU that is none."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).clamp(max=0.5)
+
+
+def set_to(**attributes: Any) -> Callable[[Any], None]:
+    return lambda experts: vars(experts).update(attributes)
+
+
+def swap(experts: Any) -> None:
+    experts.gate_up_proj = torch.nn.Parameter(experts.gate_up_proj.transpose(1, 2).contiguous())
+
+
+CHANGED: dict[str, tuple[Callable[[Any], object], str, str]] = {
+    "another activation": (lambda e: setattr(e, "act_fn", torch.nn.GELU()), "generated", "the activation GELU"),
+    "a subclass": (lambda e: setattr(e, "act_fn", Clamped()), "generated", "the activation Clamped"),
+    "no activation": (lambda e: delattr(e, "act_fn"), "generated", "no act_fn"),
+    "a gate": (set_to(_apply_gate=lambda x: x), "generated", "a gate of its own"),
+    "a norm": (set_to(has_post_expert_norm=True), "torch", "a norm behind the experts"),
+    "experts elsewhere": (set_to(_is_expert_parallel=True), "torch", "sharded over GPUs"),
+    "float32": (lambda e: e.float(), "torch", "weights in torch.float32"),
+    "two dtypes": (lambda e: setattr(e, "down_proj", torch.nn.Parameter(e.down_proj.half())), "torch", "weights in torch"),
+    "other sizes": (swap, "torch", r"weights of \[4, 32, 48\] and \[4, 32, 24\]"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_refused_when_changed(name: str) -> None:
+    change, base, words = CHANGED[name]
+    model = make(ROWS["Mixtral"]).to(torch.bfloat16)
+    change(model.model.layers[0].mlp.experts)
+    with pytest.raises(ValueError, match=words) as error:
+        MoeLora(model, {}, None, base=base)
+    assert "MixtralForCausalLM" in str(error.value)
+    if base == "generated":
+        MoeLora(model, {}, None, base="torch")
+
+
+def test_refused_around_the_experts(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    model = make(ROWS["Mixtral"])
+    folder = models.save_adapter(model, models.AdapterSpec("a", rank=4, alpha=8), tmp_path)
+    shape = expert_shape(model)
+    model = model.to(torch.bfloat16)
+    buffers = {
+        dtype: stack_adapters([read_adapter(folder, shape)], shape, dtype=dtype) for dtype in (torch.bfloat16, torch.float16)
+    }
+    other = shape._replace(intermediate=16)
+    zeros = torch.zeros(1, 4, 8, 32, dtype=torch.bfloat16), torch.zeros(1, 4, 16, 8, dtype=torch.bfloat16)
+    wrong = buffers[torch.bfloat16][0]._replace(gate_up=SliceBuffers((zeros[0],) * 2, (zeros[1],) * 2))
+    for layers, words in (
+        ({7: None}, r"adapters for layers \[7\], wanted some of \[0\]"),
+        (buffers[torch.float16], "gate: got torch.float16 on cpu, wanted torch.bfloat16"),
+        ({0: wrong}, rf"gate: got \[1, 4, 8, 32\] and \[1, 4, {other.intermediate}, 8\], wanted adapters of"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            MoeLora(model, layers, None)
+    with pytest.raises(ValueError, match=r'base: got .*, wanted "torch" or "generated"'):
+        MoeLora(model, {}, None, base="mine")
+    model.model.layers.append(make(ROWS["Mixtral"]).model.layers[0])
+    model.model.layers[1].mlp.experts.gate_up_proj = torch.nn.Parameter(torch.zeros(4, 32, 32))
+    model.model.layers[1].mlp.experts.down_proj = torch.nn.Parameter(torch.zeros(4, 32, 16))
+    with pytest.raises(ValueError, match=r"intermediate=24.* in layer 0, .*intermediate=16.* in layer 1, wanted .* the same"):
+        expert_shape(model)
+    model.model.layers[0].second = make(ROWS["Mixtral"]).model.layers[0].mlp
+    with pytest.raises(
+        ValueError, match=r"got model\.layers\.0\.mlp\.experts and model\.layers\.0\.second\.experts in one layer"
+    ):
+        expert_layers(model)
+    with pytest.raises(ValueError, match="adapters of PEFT on it"):
+        MoeLora(PeftModel.from_pretrained(make(ROWS["Mixtral"]), str(folder)), {}, None)
