@@ -10,7 +10,7 @@ from kernelgen.commit import Change
 from kernelgen.diagnostics import Diagnostic, Failure, did_you_mean, failure, os_failure
 from kernelgen.expand import expand
 from kernelgen.load import load
-from kernelgen.locate import template_folders
+from kernelgen.locate import default_output, find_specs, template_folders
 from kernelgen.model import Family, Location, Package, Tree, Variant
 from kernelgen.render import Renderer
 
@@ -74,6 +74,31 @@ def build(specs: Path, out: Path, only: str | None = None, jobs: int = 1) -> wri
 def check(specs: Path, out: Path, only: str | None = None, jobs: int = 1) -> write.Plan:
     """What ``build`` would do; changes nothing."""
     return write.plan(_known_tree(specs, out, only, jobs), out)
+
+
+def require_current(specs: Path, out: Path, only: str | None = None, jobs: int = 1) -> None:
+    """Nothing is judged that is not what specs and templates say: a verdict on older text would be taken for one on theirs.
+
+    Args:
+        specs: the folder.
+        out: what is below it.
+        only: a glob on the names of variants: others need not be there.
+        jobs: processes to format with.
+
+    Raises:
+        Failure: a file differs, or is missing; exit code 2.
+    """
+    plan = check(specs, out, None, jobs)
+    if only is not None and not plan.is_clean:
+        plan = check(specs, out, only, jobs)
+    if plan.blocked:
+        raise Failure(plan.blocked, exit_code=2)
+    found = findings(plan)
+    if found:
+        more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+        options = "" if out == default_output(specs) and specs == find_specs() else f" --specs {specs} --out {out}"
+        message = f"{found[0].message}{more}: nothing is judged that specs and templates do not say"
+        raise failure(found[0].code, found[0].location.path, message, f"run kernelgen build{options}")
 
 
 def findings(plan: write.Plan) -> list[Diagnostic]:

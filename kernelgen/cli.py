@@ -11,7 +11,6 @@ import importlib
 import itertools
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
@@ -203,6 +202,7 @@ def show(
         from kernelgen.compile import assembly as compiled
         from kernelgen.targets import PRIMARY
 
+        pipeline.require_current(specs, out, variant, _cores())
         texts = compiled(specs, out, variant, assembly, arch or PRIMARY)
         lines = itertools.chain.from_iterable(code.splitlines() for code in texts.values())
         return Report({**document, "arch": arch or PRIMARY, assembly: texts}, lines)
@@ -229,6 +229,7 @@ def which(words: Sequence[str], specs: Path) -> Report:
         "family": found.family.name,
         "variants": [variant.name for variant in found.variants],
         "reasons": found.reasons,
+        "missing": found.missing,
         "measured": [
             {
                 "problem": dict(entry.problem),
@@ -249,6 +250,8 @@ def which(words: Sequence[str], specs: Path) -> Report:
         f"measured: {_inline(dict((*entry.problem, *entry.tags)))}: {entry.schedule}, {entry.best.us} us"
         for entry in found.measured
     ]
+    if found.missing and len(found.variants) > 1:
+        lines.append(f"which of them runs depends on {', '.join(f'--{name}'.replace('_', '-') for name in found.missing)}")
     return Report(document, lines)
 
 
@@ -271,11 +274,14 @@ def which(words: Sequence[str], specs: Path) -> Report:
 @_out_option
 def verify(only: str | None, device: str, jobs: int | None, specs: Path, out: Path) -> Report:
     """Run every variant on its cases against the fp64 reference, and show the worst error over its bound."""
+    from kernelgen import build as pipeline
     from kernelgen import verify as proof
+    from kernelgen.progress import progress
 
     workers = jobs or min(_cores(), 12)
+    pipeline.require_current(specs, out, only, workers)
     result = proof.run(
-        out, only=only, device=device, workers=workers, progress=_progress("verifying")
+        out, only=only, device=device, workers=workers, progress=progress("verifying")
     )
     for finding in result.findings:
         click.echo(str(finding), err=True)
@@ -315,10 +321,13 @@ def compile_kernels(
     What was compiled is remembered, line by line, in usage-*.jsonl of ~/.cache/kernelgen (KERNELGEN_CACHE_DIR), so an
     interrupted run goes on where it was. To use what another machine compiled, append its file to yours.
     """
+    from kernelgen import build as pipeline
     from kernelgen import compile as compiler
+    from kernelgen.progress import progress
 
     if check and update:
         raise click.UsageError("--check and --update exclude each other")
+    pipeline.require_current(specs, out, only, jobs or _cores())
     result = compiler.run(
         specs,
         out,
@@ -327,7 +336,7 @@ def compile_kernels(
         mode="check" if check else "update" if update else "report",
         full=full,
         workers=jobs or _cores(),
-        progress=_progress("compiling"),
+        progress=progress("compiling"),
     )
     for finding in result.findings:
         click.echo(str(finding), err=True)
@@ -343,8 +352,11 @@ def compile_kernels(
 @_out_option
 def explain(variant: str, arch: str, specs: Path, out: Path) -> Report:
     """Say what limits VARIANT on a target: resources, occupancy, arithmetic intensity, roofline. Needs no GPU."""
+    from kernelgen import build as pipeline
     from kernelgen.explain import explain as answer
 
+    pipeline.find(pipeline.package(specs), variant)
+    pipeline.require_current(specs, out, variant, _cores())
     explanation = answer(specs, out, variant, arch)
     return Report(explanation.as_json(), explanation.lines())
 
@@ -406,20 +418,6 @@ def _case(words: Sequence[str]) -> tuple[str | None, dict[str, str]]:
 def _cores() -> int:
     affinity = getattr(os, "sched_getaffinity", None)  # Linux; knows of containers and taskset
     return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def _progress(label: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
-    """Shows on a terminal how far the work on some items is."""
-
-    def watch(items: Iterable[Any], total: int) -> Iterable[Any]:
-        from rich.console import Console
-        from rich.progress import track
-
-        quiet = not sys.stderr.isatty()
-        console = Console(stderr=True)
-        return track(items, label, total, console=console, transient=True, disable=quiet)
-
-    return watch
 
 
 def _table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> list[str]:

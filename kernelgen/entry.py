@@ -31,11 +31,6 @@ _BROUGHT_BY = {"torch": "run", "triton": "run", "numpy": "run", "matplotlib": "r
 def run(module: str, name: str) -> NoReturn:
     """Load the command ``name`` of ``module``, run it with the arguments of this process, and exit."""
     signal.signal(signal.SIGINT, _leave)  # while modules are imported there is nothing to undo
-    for name_of, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
-        if stream is None:  # closed by who started this
-            setattr(sys, name_of, open(os.devnull, "w"))  # noqa: SIM115  (for as long as the process lasts)
-        elif isinstance(stream, io.TextIOWrapper):  # a name may hold what the encoding has not
-            stream.reconfigure(errors="backslashreplace")
     command: click.Command = getattr(importlib.import_module(module), name)
     signal.signal(signal.SIGINT, _interrupt)
     code = exit_code(command)
@@ -49,6 +44,7 @@ def exit_code(command: click.Command) -> int:
     """Run a command with the arguments of this process: 0 clean, 1 findings, 2 it could not be done, 130 interrupted."""
     import click
 
+    _open_streams()
     try:
         return command.main(standalone_mode=False) or 0
     except (click.Abort, KeyboardInterrupt):
@@ -64,6 +60,14 @@ def exit_code(command: click.Command) -> int:
         else:
             click.echo(str(failed), err=True)
         return failed.exit_code
+
+
+def _open_streams() -> None:
+    for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
+        if stream is None:  # closed by who started this
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (for as long as the process lasts)
+        elif isinstance(stream, io.TextIOWrapper):  # a name may hold what the encoding has not
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _wants_json() -> bool:
@@ -122,4 +126,6 @@ def _unraisable(unraisable: Any) -> None:
 
 
 def _leave(*_: Any) -> None:
+    if os.isatty(2):
+        os.write(2, b"\x1b[?25h")  # the cursor, which bars hide
     os._exit(INTERRUPTED)

@@ -14,6 +14,7 @@ from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
 
+from kernelgen.diagnostics import failure
 from kernelgen.model import Family, Tuned, TunedEntry, Variant
 
 
@@ -592,8 +593,11 @@ def probes(package: ModuleType, family: Family, variant: Variant, tuned: Sequenc
     these measured tiles as well.
 
     Raises:
-        KeyError: the family has no probes; they belong in this module.
+        Failure: the family has no probes; they belong in this module.
     """
+    if family.name not in _FAMILIES:
+        message = f"{family.name} has no probes, which its kernels are compiled for"
+        raise failure("KG050", family.spec, message, "write them in kernelgen/probes.py for the new family")
     found = list(_FAMILIES[family.name](package, family, variant))
     if family.name in _TUNED:
         for measured in tuned:

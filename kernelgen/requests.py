@@ -107,7 +107,11 @@ def _variant_cases(
     ]
     for probe in probes(generated, family, variant, tuned):
         with generated._runtime.compile_only() as requests:
-            probe.call()
+            try:
+                probe.call()
+            except Exception as error:  # a template can be wrong in any way
+                message = f"{variant.name} on probe {probe.name}: {type(error).__name__}: {error}"
+                raise failure("KG050", family.spec, message, exit_code=1) from error
         for request in requests:
             function = request.launcher.kernel.fn.__name__
             if function.startswith(f"{variant.name}_"):

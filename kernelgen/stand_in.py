@@ -52,7 +52,7 @@ def import_package(out: Path) -> ModuleType:
     """The generated package below the folder ``out``, under a name that cannot meet another copy of it.
 
     Raises:
-        Failure: it is not there, or kernels are interpreted in this process; exit code 2.
+        Failure: it is not there or cannot be imported, or kernels are interpreted in this process; exit code 2.
     """
     if triton.knobs.runtime.interpret:
         message = "kernels are interpreted, so there is nothing to compile"
@@ -71,7 +71,10 @@ def import_package(out: Path) -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[name]
-        raise
+        if not isinstance(error, Exception):
+            raise
+        message = f"it cannot be imported: {type(error).__name__}: {error}"  # a template can be wrong in any way
+        raise failure("KG061", str(file), message) from error
     return module

@@ -142,7 +142,7 @@ def suites(out: Path) -> dict[str, Suite]:
     """The suites of ``out``/tests/generated, by family.
 
     Raises:
-        Failure: there are none; exit code 2.
+        Failure: there are none, or they cannot be imported; exit code 2.
     """
     folder = out / names.TESTS
     found = {}
@@ -150,8 +150,11 @@ def suites(out: Path) -> dict[str, Suite]:
         spec = importlib.util.spec_from_file_location(f"_verify_{file.stem}", file)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        found[module.SUITE.family] = module.SUITE
+        try:
+            spec.loader.exec_module(module)
+            found[module.SUITE.family] = module.SUITE
+        except Exception as error:  # a template can be wrong in any way
+            raise failure("KG061", str(file), f"no suite of tests: {type(error).__name__}: {error}") from error
     if not found:
         raise failure("KG001", str(folder), "there are no generated tests", "run kernelgen build")
     return found

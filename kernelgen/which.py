@@ -1,4 +1,8 @@
-"""Which variants serve a case, and why."""
+"""Which variant serves a case, and why.
+
+A case that says all that a call of its family fixes has one answer: that of the generated package itself (``served``), which is
+asked for it. Of any other case the variants that may serve it are listed, with what is missing to tell.
+"""
 
 from __future__ import annotations
 
@@ -18,25 +22,61 @@ from kernelgen.model import (
     Variant,
 )
 
+# What a call means that does not say otherwise.
+PLAIN = {"add_inputs": "add", "routed_weight": "plain", "weight_quant": "none", "act_quant": "none"}
+BY_SIZES = (SCHEDULE, "assignment")  # axes that the front doors decide
+
+_BATCH = ("num_tokens", "top_k", "num_experts")
+_LAYER = (*_BATCH, "hidden", "intermediate")
+# The sizes that decide, beside the rank where a family has that axis.
+SIZES: Mapping[str, tuple[str, ...]] = {
+    "lora_expand": ("num_tokens", "n", "slices", "max_loras"),
+    "lora_shrink": ("num_tokens", "k", "slices", "max_loras"),
+    "moe_act": _LAYER,
+    "moe_align": _BATCH,
+    "moe_gemm": _LAYER,
+    "moe_lora": (*_BATCH, "max_loras", "k", "n", "slices"),
+    "moe_lora_expand": (*_BATCH, "max_loras", "n", "slices"),
+    "moe_lora_shrink": (*_BATCH, "max_loras", "k", "slices"),
+    "moe_quant": _LAYER,
+    "moe_route": (*_BATCH, "max_loras"),
+    "moe_sum": _LAYER,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """The variants that serve a case; for every axis, why; and what was measured for such a case."""
+    """The variants that may serve a case.
+
+    Attributes:
+        family: theirs.
+        variants: one, if the tags decide.
+        reasons: for every axis, why its tags.
+        sizes: those of the case, among them the rank.
+        missing: axes and sizes that a call fixes and the case does not say.
+        measured: what was measured for such a case.
+    """
 
     family: Family
     variants: tuple[Variant, ...]
     reasons: Mapping[str, str]
+    sizes: Mapping[str, int]
+    missing: tuple[str, ...]
     measured: tuple[TunedEntry, ...]
+
+    def tags(self, axis: str) -> list[str]:
+        """Those of the variants on an axis."""
+        return list(dict.fromkeys(getattr(variant, axis) for variant in self.variants))
 
 
 def which(package: Package, name: str | None, case: Mapping[str, str]) -> Answer:
-    """The variants of a family that serve ``case``.
+    """The variants of a family that may serve ``case``.
 
     Args:
         package: all families.
         name: the family; None: the only one whose words ``case`` uses.
-        case: axis to a tag, or to what a tag stands for (``rank: 24``, ``dtype: bfloat16``); size to a number, which
-            selects among the measurements. What it leaves out may be anything.
+        case: axis to a tag, or to what a tag stands for (``rank: 24``, ``dtype: bfloat16``); size to a number. What it
+            leaves out is as in a call that does not say it, or else may be anything.
 
     Raises:
         Failure: a word is unknown (exit code 2), or no variant serves the case (1).
@@ -50,23 +90,42 @@ def which(package: Package, name: str | None, case: Mapping[str, str]) -> Answer
     tags: dict[str, tuple[str, ...]] = {}
     reasons: dict[str, str] = {}
     for axis in family.axes:
+        plain = PLAIN.get(axis.name)
         if axis.name in case:
             tags[axis.name], reasons[axis.name] = _tags(axis, case[axis.name])
+        elif plain in axis.tags:
+            tags[axis.name], reasons[axis.name] = (str(plain),), "as a call that does not say otherwise"
         else:
             tags[axis.name] = axis.tags
-    fitting = (
+    fitting = [
         variant
         for variant in family.variants
         if all(getattr(variant, axis) in allowed for axis, allowed in tags.items())
-    )
+    ]
     served = _nearest(fitting, {axis: tags[axis] for axis in case if len(tags.get(axis, ())) > 1})
     if not served:
         raise Failure(_why_not(family, tags))
     for axis in family.axes:
-        if axis.name not in case:
+        if axis.name not in reasons:
             left = dict.fromkeys(getattr(variant, axis.name) for variant in served)
             reasons[axis.name] = _open_reason(axis, list(left))
-    measured = tuple(
+    sizes = _sizes_of(family, case)
+    missing = tuple(size for size in _needed(family) if size not in sizes)
+    answer = Answer(family, served, reasons, sizes, (), _measured(family, served, tags, case))
+    left_open = (
+        axis.name
+        for axis in family.axes
+        if axis.name not in (*BY_SIZES, *sizes) and len(answer.tags(axis.name)) > 1
+    )
+    return dataclasses.replace(answer, missing=tuple(dict.fromkeys([*left_open, *missing])))
+
+
+def _measured(
+    family: Family, served: Sequence[Variant], tags: Mapping[str, Sequence[str]], case: Mapping[str, str]
+) -> tuple[TunedEntry, ...]:
+    if not _measured_sizes(family) & set(case):
+        return ()
+    return tuple(
         entry
         for tuned in family.tuned
         for entry in tuned.entries
@@ -78,7 +137,26 @@ def which(package: Package, name: str | None, case: Mapping[str, str]) -> Answer
         )
         and all(tag in tags[axis] for axis, tag in entry.tags)
     )
-    return Answer(family, served, reasons, measured if _sizes(family) & set(case) else ())
+
+
+def _needed(family: Family) -> list[str]:
+    """The sizes that a call of the family fixes."""
+    sizes = SIZES.get(family.name, ())
+    has_rank = sizes and any(axis.name == "rank" for axis in family.axes)
+    return ["rank", *sizes] if has_rank else list(sizes)
+
+
+def _sizes_of(family: Family, case: Mapping[str, str]) -> dict[str, int]:
+    """The sizes that a case gives; a bucket stands for the largest rank that it holds."""
+    sizes: dict[str, int] = {}
+    for word, value in case.items():
+        if value.isascii() and value.isdecimal() and 1 <= int(value) < 2**31:
+            sizes[word] = int(value)
+        elif word == "rank" and (largest := VOCABULARY["rank"].get(value, {}).get("max_rank")):
+            sizes[word] = int(largest)
+        elif word in SIZES.get(family.name, ()):
+            raise failure("KG015", word, f"got {value!r}, wanted a whole number of at least 1")
+    return sizes
 
 
 def _family(package: Package, name: str | None, case: Mapping[str, str]) -> Family:
@@ -95,13 +173,13 @@ def _family(package: Package, name: str | None, case: Mapping[str, str]) -> Fami
     raise failure("KG040", name, "no such family", did_you_mean(name, known))
 
 
-def _sizes(family: Family) -> set[str]:
+def _measured_sizes(family: Family) -> set[str]:
     return {size for tuned in family.tuned for entry in tuned.entries for size in entry.problem.names}
 
 
 def _words(family: Family) -> list[str]:
     axes = [axis.name for axis in family.axes]
-    return [*axes, *sorted(_sizes(family) - set(axes))]
+    return list(dict.fromkeys([*axes, *_needed(family), *sorted(_measured_sizes(family))]))
 
 
 def _tags(axis: Axis, value: str) -> tuple[tuple[str, ...], str]:
@@ -159,7 +237,7 @@ def _places(variant: Variant, buckets: Mapping[str, Sequence[str]]) -> list[int]
 
 
 def _open_reason(axis: Axis, left: list[str]) -> str:
-    if axis.name == SCHEDULE and len(left) > 1:
+    if axis.name in BY_SIZES and len(left) > 1:
         return "chosen by the sizes of a call"
     return "not given" if len(left) > 1 else "the only one that is left"
 

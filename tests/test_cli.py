@@ -176,6 +176,17 @@ def test_which_knows_what_was_measured(work: Path, kernelgen) -> None:
     assert "measured: k=64, weighted=True: toy, 1.5 us" in kernelgen("which", "--k", "64")[1]
 
 
+def test_what_is_not_as_the_specs_say_is_not_judged(work: Path, kernelgen) -> None:
+    kernelgen("build")
+    template = work / "templates/kernels/toy.py.j2"
+    template.write_text(template.read_text() + "EDITED = 1\n")
+    for words in (["verify"], ["compile"], ["explain", "toy_f16_r16_small"], ["show", "toy_f16_r16_small", "--ptx"]):
+        code, stdout, stderr = kernelgen(*words)
+        assert (code, stdout) == (2, "") and "error[KG034]: differs" in stderr and "hint: run kernelgen build\n" in stderr
+        code, _, stderr = kernelgen(*words, "--specs", "specs", "--out", "elsewhere")
+        assert code == 2 and "run kernelgen build --specs specs --out elsewhere" in stderr
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

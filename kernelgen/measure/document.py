@@ -128,7 +128,7 @@ def load(path: Path, columns: Columns = MOE_LORA) -> Document:
         return Document(data["machine"], data["versions"], data["ceilings"], rows, columns)
     except OSError as error:
         raise os_failure(error, path) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise failure("KG072", str(path), f"not a result of this benchmark: {error!r}") from error
 
 

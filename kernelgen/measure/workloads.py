@@ -258,7 +258,7 @@ def model_from_config(path: Path, tp: int = 1) -> Model:
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise failure("KG070", str(path), f"cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
         raise failure("KG070", str(path), "wanted an object, as in a model's config.json")

@@ -1,0 +1,114 @@
+"""Command lines that nobody means: each ends with a code of its own, says why, and is a document under --json."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import project
+import pytest
+import torch
+
+from kernelgen import cli, doctor
+
+ROOT = Path(__file__).parent.parent
+LINES = 1000
+WORDS = [
+    "", " ", "-", "--", "-1", "0", "1", "07", "1e3", "nan", "1_000", "99999999999999999999999", "²", "٣",
+    "\udcff\udcfe", "é\u0301", "\N{RIGHT-TO-LEFT OVERRIDE}", "\x1b[2J", "\N{PILE OF POO}" * 99, "x" * 20_000,
+    "*", "[", "[!", "{a,b}", "toy_f16_r16_small", "toy", "cpu", "cuda", "sm_90", "gfx950", "bf16", "16,64", ",", "5m", "-h",
+    "nowhere/at/all", "../..", "~", "$HOME", "%s", "\\", "--rank", "--rank=", "--=", "--json=1",
+]  # fmt: skip
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KERNELGEN_CACHE_DIR", str(tmp_path / "cache"))
+    project.make(tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+def places(work: Path) -> list[str]:
+    """Files and folders in the way of whoever takes them for something else."""
+    for name, content in {"text": b"text", "deep.json": b"[" * 9_999, "bytes": b"\xff\xfe\0", "list.json": b"[]"}.items():
+        (work / name).write_bytes(content)
+    (work / "folder").mkdir()
+    (work / "sealed").mkdir(mode=0)
+    (work / "loop").symlink_to("loop")
+    (work / "dangling").symlink_to("nothing")
+    (work / "twice").symlink_to("specs")
+    inside = ["text", "deep.json", "bytes", "list.json", "folder", "sealed", "loop", "dangling", "twice", "specs", "templates"]
+    return [*inside, "specs/toy.yaml", "text/below", "x" * 300, "new/folder", "/dev/null", "/proc/self/mem", "\udcff"]
+
+
+def line(rng: random.Random, paths: list[str]) -> list[str]:
+    """A command with some of its options and arguments, right and wrong."""
+    name = rng.choice(cli.commands.list_commands(click.Context(cli.commands)))
+    command = cli.commands.get_command(click.Context(cli.commands), name)
+    assert command is not None
+    words = [name]
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            if rng.random() < 0.7 or parameter.name == "check_only":  # which would run kernels, for minutes
+                continue
+            words.append(rng.choice([*parameter.opts, *parameter.secondary_opts]))
+            if parameter.is_flag:
+                continue
+        for _ in range(rng.randrange(5) if parameter.nargs == -1 else rng.random() < 0.9):
+            words.append(value(rng, parameter, paths))
+    if rng.random() < 0.2:
+        words.insert(rng.randrange(len(words) + 1), rng.choice(WORDS))
+    return [*words, "--json"] if rng.random() < 0.5 else words
+
+
+def value(rng: random.Random, parameter: click.Parameter, paths: list[str]) -> str:
+    right = {"specs": "specs", "jobs": "1", "variant": "toy_f16_r16_small", "only": "toy_*", "arch": "sm_90"}
+    if rng.random() < 0.5 and parameter.name in right:
+        return right[parameter.name]
+    if rng.random() < 0.5 and isinstance(parameter.type, click.Choice):
+        return str(rng.choice(list(parameter.type.choices)))
+    return rng.choice(paths if isinstance(parameter.type, click.Path) and rng.random() < 0.8 else WORDS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="some of them would measure")
+def test_any_command_line_ends_well(work: Path, kernelgen, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = subprocess.CompletedProcess([], 1, "", "ModuleNotFoundError: No module named 'torch'")
+    monkeypatch.setattr(doctor, "_run", lambda program: absent)  # it takes seconds
+    paths, rng = places(work), random.Random(0)
+    for _ in range(LINES):
+        words = line(rng, paths)
+        code, stdout, stderr = kernelgen(*words)
+        said = f"{words}: {code}\n{stdout[-500:]}\n{stderr[-2000:]}"
+        assert code in (0, 1, 2), said
+        assert "Traceback" not in stderr and "KG082" not in stderr + stdout, said
+        if code == 2 and "--json" in words:
+            assert json.loads(stdout)["errors"], said
+        elif code == 2:
+            assert stderr, said
+
+
+def test_without_what_runs_kernels(work: Path) -> None:
+    """What is missing is named, by every command that needs it; the others do without."""
+    needs = [["verify"], ["compile"], ["explain", "toy_f16_r16_small"], ["show", "toy_f16_r16_small", "--ptx"], ["tune"]]
+    does_without = [["list"], ["show", "toy_f16_r16_small"], ["which", "--rank", "16"], ["doctor"]]
+    program = f"""
+import sys
+sys.modules["torch"] = sys.modules["triton"] = sys.modules["numpy"] = None
+from kernelgen import cli, entry
+for words in {needs + does_without}:
+    sys.argv = ["kernelgen", *words, "--json"]
+    print(entry.exit_code(cli.commands))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-m", "kernelgen", "build"], env=environment, check=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    said = done.stdout.splitlines()
+    documents = [json.loads(text) for text in said[::2]]
+    assert [document.get("errors", [{}])[0].get("code") for document in documents] == ["KG081"] * len(needs) + [None] * 4
+    assert said[1::2] == ["2"] * len(needs) + ["0", "0", "0", "0"]
