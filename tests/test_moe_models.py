@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 import transformers
+from safetensors.torch import save_file
 
 from kernelgen.demo import bounds, models
 from kernelgen.demo.oracle import PeftModels
@@ -127,6 +128,35 @@ def test_served_equals_peft(name: str, base: str, device: str, tmp_path: Path) -
             assert ((mine.out - wanted).abs() <= bound).all()
         effect = (wanted - truth.moe_layer(-1, mine)).abs()
         assert (effect > 2 * bound).any()  # without its adapter a token would be seen
+
+
+@pytest.mark.parametrize("base", ["torch", "generated"])
+def test_shared_factors_are_served(base: str, device: str, tmp_path: Path) -> None:
+    """Factors that all experts share are read with a stride of 0 over the experts, by the kernels too."""
+    import generated as kernels
+
+    model = make(ROWS["Mixtral"]).to(device, torch.bfloat16)
+    experts, path = model.model.layers[0].mlp.experts, "base_model.model.model.layers.0.mlp.experts"
+    sizes = {"gate_up_proj": ((1, 4, 32), (4, 48, 4)), "down_proj": ((4, 4, 24), (1, 32, 4))}
+    factors = {
+        f"{path}.{name}.lora_{side}.weight": torch.randn(*size)
+        for name, ab in sizes.items()
+        for side, size in zip("AB", ab, strict=True)
+    }
+    save_file(factors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 1}')
+    adapter = read_adapter(tmp_path, expert_shape(model))
+    layers = stack_adapters([adapter], expert_shape(model), dtype=torch.bfloat16, device=device)
+    assert (layers[0].gate_up.a[0].stride(1), layers[0].down.b[0].stride(1)) == (0, 0)
+    calls: list[MoeCall] = []
+    mapping = torch.zeros(6, dtype=torch.int32, device=device)
+    with torch.no_grad(), MoeLora(model, layers, kernels, base=base).batch(mapping, calls):
+        model(torch.randint(64, (2, 3), device=device))
+    moved = {name: Factors(*(t.to(device) for t in f)) for name, f in adapter.layers[0].items()}
+    wanted = bounds.moe_layer(calls[0], experts.gate_up_proj, experts.down_proj, moved)
+    assert ((calls[0].out - wanted.value).abs() <= wanted.error).all()
+    bare = bounds.moe_layer(calls[0], experts.gate_up_proj, experts.down_proj, {})
+    assert ((wanted.value - bare.value).abs() > 2 * wanted.error).any()
 
 
 @pytest.mark.parametrize("name, base", REFUSED)

@@ -195,7 +195,7 @@ class Reader(NamedTuple):
             raise AdapterError(
                 f"{one.pair.a}: got rank {rank}, wanted {wanted}, that of the configuration (r, rank_pattern)"
             )
-        return self.settings.scaling_of(target)
+        return self.settings.scaling_of(target, rank)
 
     def _scaled(self, one: Found, b: torch.Tensor, scaling: float) -> torch.Tensor:
         scaled = b * scaling

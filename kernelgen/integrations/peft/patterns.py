@@ -88,6 +88,8 @@ class Pattern:
 
         def run(at: int, masks: Mapping[str, int], n: int) -> int:
             for step in steps:
+                if not at:
+                    break
                 at = step(at, masks, n)
             return at
 

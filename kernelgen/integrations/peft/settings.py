@@ -96,9 +96,8 @@ class Settings:
         """The rank of a module or parameter, by its name in the base model."""
         return _first(self.ranks, target, self.rank)
 
-    def scaling_of(self, target: str) -> float:
-        """alpha / r, or alpha / sqrt(r) with rsLoRA."""
-        rank = self.rank_of(target)
+    def scaling_of(self, target: str, rank: int) -> float:
+        """alpha / r, or alpha / sqrt(r) with rsLoRA, of a module or parameter of that rank."""
         return _first(self.alphas, target, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
     def gate_up_layout(self, given: str | None, shape: ExpertShape, *, in_lists: bool) -> str:
