@@ -66,7 +66,9 @@ print("up", flush=True)
 entry.run("kernelgen.cli", "commands")
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"KERNELGEN_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    environment |= {"MARK": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    if not command.startswith("verify"):  # what is cached leaves the others little to do
+        environment["KERNELGEN_CACHE_DIR"] = str(tmp_path / "cache")
     process = subprocess.Popen(
         [sys.executable, "-c", program, *command.split()],
         cwd=ROOT,
@@ -85,12 +87,12 @@ entry.run("kernelgen.cli", "commands")
     wanted = 130 if number == signal.SIGINT else -number
     assert (process.returncode, b"Traceback" in stderr) == (wanted, False), (delay, stderr.decode())
     deadline = time.monotonic() + 30  # processes that are killed take a moment to be gone
-    while left := _of_cache(tmp_path):
+    while left := _marked(tmp_path):
         assert time.monotonic() < deadline, (delay, left)
         time.sleep(0.05)
 
 
-def _of_cache(folder: Path) -> list[str]:
+def _marked(folder: Path) -> list[str]:
     """The processes whose environment names the folder."""
     found = []
     for process in Path("/proc").iterdir():

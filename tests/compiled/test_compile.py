@@ -488,8 +488,9 @@ def command(specs: Path, *words: str) -> int:
 
 
 def test_commands_print_one_document(
-    specs: Path, out: Path, capsys: pytest.CaptureFixture[str]
+    specs: Path, out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("kernelgen.build.require_current", lambda *_: None)  # tuned data would be in what is there
     found = {}
     into = "--out", str(out)
     for words, key in (
