@@ -108,6 +108,7 @@ class Problem(NamedTuple):
     x_scales: str | None
     a_scale_strides: tuple[int, ...]  # over (L, E)
     b_scale_strides: tuple[int, ...]
+    block_r: int = 0  # ranks of a tile of the variant that serves it; 0: as many as the rank needs
 
 
 def check(
@@ -125,6 +126,7 @@ def check(
     weighted: bool,
     adds: bool,
     scales: Scales = UNSCALED,
+    block_r: int = 0,
 ) -> Problem:
     """The sizes of a call, once everything about it is known to fit.
 
@@ -243,6 +245,7 @@ def check(
         scales.of_x,
         a_scale_strides,
         b_scale_strides,
+        block_r,
     )
 
 
@@ -424,6 +427,7 @@ class _Shape(NamedTuple):
     n: int
     slices: int
     rank: int
+    block_r: int  # ranks of a tile
     weighted: bool
     adds: bool
     weight_scales: str | None
@@ -450,6 +454,7 @@ def _shape(problem: Problem, route: MoeRoute) -> _Shape:
         problem.n,
         problem.slices,
         problem.rank,
+        max(problem.block_r, min(128, max(16, runtime.next_power_of_2(problem.rank)))),
         problem.weighted,
         problem.adds,
         problem.weight_scales,
@@ -520,10 +525,6 @@ def _padded(size: int, tile: int) -> int:
     return runtime.cdiv(size, tile) * tile
 
 
-def _block_r(rank: int) -> int:
-    return min(128, max(16, runtime.next_power_of_2(rank)))
-
-
 def _fitting(tile: int, column_bytes: int, budget: int) -> int:
     """``tile``, or the largest part of it of which two stages fit."""
     while tile > 16 and 2 * tile * column_bytes > budget:
@@ -551,7 +552,7 @@ def _in_group(s: _Shape, block_k: int) -> int:
 def _accumulators(s: _Shape) -> int:
     """Numbers that a program of the shrink holds: its sums, and what scaling the sums of groups takes."""
     held = s.slices + (2 if "group" in (s.weight_scales, s.x_scales) else 0)
-    return s.block_m * _block_r(s.rank) * held
+    return s.block_m * s.block_r * held
 
 
 def rows_of_program(
@@ -583,7 +584,7 @@ _SHRINK_TILES = {
 
 
 def _one_shot(s: _Shape) -> OneShotConfig:
-    rank = _block_r(s.rank)
+    rank = s.block_r
     # Programs of little work that are alone on their multiprocessors wait for memory: larger tiles have more on the way.
     alone = rank == 16 and s.block_m <= 32 and _num_blocks(s) < 1.5 * s.num_sms
     rows = rows_of_program(s.weight_scales, s.x_scales, s.rank, s.block_m, s.slices)
@@ -650,7 +651,7 @@ def _small_batch(s: _Shape) -> SmallBatchConfig:
         32: (128, 4),
         64: (128 if wide else 64, 2),
         128: (64 if wide else 32, 2),
-    }[_block_r(s.rank)]
+    }[s.block_r]
     block_n = min(block_n, max(16, runtime.next_power_of_2(s.n)))
     if s.rank % 8:
         warps = 4  # rows that are not aligned are loaded element by element
@@ -670,7 +671,7 @@ def _small_batch(s: _Shape) -> SmallBatchConfig:
 
 
 def _two_kernel(s: _Shape) -> TwoKernelConfig:
-    rank, blocks = _block_r(s.rank), _num_blocks(s)
+    rank, blocks = s.block_r, _num_blocks(s)
     block_m = rows_of_program(s.weight_scales, s.x_scales, s.rank, s.block_m, s.slices)
     s = s._replace(block_m=block_m)
     budget = s.shared_memory - 4096
@@ -706,7 +707,7 @@ def _two_kernel(s: _Shape) -> TwoKernelConfig:
     else:
         deep = block_m == 16 and (expand_tiles > 2 or s.weight_scales is not None)
     # Rows that are not aligned and numbers that are widened take registers of the shrink.
-    heavy = _accumulators(s) > (48 if s.k % 8 or s.weight_scales else 64) * 256
+    heavy = _accumulators(s) > (64 if s.plain and s.k % 8 == 0 else 48) * 256
     return TwoKernelConfig(
         block_k,
         split_k,

@@ -248,6 +248,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r128_a8group(
         dtype=torch.bfloat16,
         naive=False,
         max_rank=128,
+        block_r=128,
         topk_weights=None,
         weighted=False,
         adds=True,

@@ -270,6 +270,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r32_w8channel(
         dtype=torch.bfloat16,
         naive=False,
         max_rank=32,
+        block_r=32,
         topk_weights=None,
         weighted=False,
         adds=True,

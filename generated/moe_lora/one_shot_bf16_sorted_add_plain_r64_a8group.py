@@ -248,6 +248,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r64_a8group(
         dtype=torch.bfloat16,
         naive=False,
         max_rank=64,
+        block_r=64,
         topk_weights=None,
         weighted=False,
         adds=True,

@@ -275,6 +275,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r64_w8channel_a8token(
         dtype=torch.bfloat16,
         naive=False,
         max_rank=64,
+        block_r=64,
         topk_weights=None,
         weighted=False,
         adds=True,

@@ -287,6 +287,7 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r32_w8channel(
         dtype=torch.bfloat16,
         naive=False,
         max_rank=32,
+        block_r=32,
         topk_weights=topk_weights,
         weighted=True,
         adds=True,

@@ -312,6 +312,7 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r64_w8group(
         dtype=torch.bfloat16,
         naive=False,
         max_rank=64,
+        block_r=64,
         topk_weights=topk_weights,
         weighted=True,
         adds=True,

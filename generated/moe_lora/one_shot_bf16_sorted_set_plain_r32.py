@@ -217,6 +217,7 @@ def moe_lora_one_shot_bf16_sorted_set_plain_r32(
         dtype=torch.bfloat16,
         naive=False,
         max_rank=32,
+        block_r=32,
         topk_weights=None,
         weighted=False,
         adds=False,

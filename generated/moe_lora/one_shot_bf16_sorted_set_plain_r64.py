@@ -217,6 +217,7 @@ def moe_lora_one_shot_bf16_sorted_set_plain_r64(
         dtype=torch.bfloat16,
         naive=False,
         max_rank=64,
+        block_r=64,
         topk_weights=None,
         weighted=False,
         adds=False,

@@ -225,6 +225,7 @@ def moe_lora_one_shot_bf16_sorted_set_weighted_r128(
         dtype=torch.bfloat16,
         naive=False,
         max_rank=128,
+        block_r=128,
         topk_weights=topk_weights,
         weighted=True,
         adds=False,

@@ -225,6 +225,7 @@ def moe_lora_one_shot_bf16_sorted_set_weighted_r16(
         dtype=torch.bfloat16,
         naive=False,
         max_rank=16,
+        block_r=16,
         topk_weights=topk_weights,
         weighted=True,
         adds=False,

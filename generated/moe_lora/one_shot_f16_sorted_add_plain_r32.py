@@ -219,6 +219,7 @@ def moe_lora_one_shot_f16_sorted_add_plain_r32(
         dtype=torch.float16,
         naive=False,
         max_rank=32,
+        block_r=32,
         topk_weights=None,
         weighted=False,
         adds=True,

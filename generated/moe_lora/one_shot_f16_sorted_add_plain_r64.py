@@ -219,6 +219,7 @@ def moe_lora_one_shot_f16_sorted_add_plain_r64(
         dtype=torch.float16,
         naive=False,
         max_rank=64,
+        block_r=64,
         topk_weights=None,
         weighted=False,
         adds=True,

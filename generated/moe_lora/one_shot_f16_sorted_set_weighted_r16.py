@@ -225,6 +225,7 @@ def moe_lora_one_shot_f16_sorted_set_weighted_r16(
         dtype=torch.float16,
         naive=False,
         max_rank=16,
+        block_r=16,
         topk_weights=topk_weights,
         weighted=True,
         adds=False,

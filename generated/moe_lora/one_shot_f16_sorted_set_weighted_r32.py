@@ -225,6 +225,7 @@ def moe_lora_one_shot_f16_sorted_set_weighted_r32(
         dtype=torch.float16,
         naive=False,
         max_rank=32,
+        block_r=32,
         topk_weights=topk_weights,
         weighted=True,
         adds=False,

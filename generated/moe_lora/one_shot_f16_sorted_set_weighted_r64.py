@@ -225,6 +225,7 @@ def moe_lora_one_shot_f16_sorted_set_weighted_r64(
         dtype=torch.float16,
         naive=False,
         max_rank=64,
+        block_r=64,
         topk_weights=topk_weights,
         weighted=True,
         adds=False,

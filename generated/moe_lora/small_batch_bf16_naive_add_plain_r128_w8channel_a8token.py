@@ -349,6 +349,7 @@ def moe_lora_small_batch_bf16_naive_add_plain_r128_w8channel_a8token(
         dtype=torch.bfloat16,
         naive=True,
         max_rank=128,
+        block_r=128,
         topk_weights=None,
         weighted=False,
         adds=True,

@@ -304,6 +304,7 @@ def moe_lora_small_batch_bf16_naive_add_plain_r16(
         dtype=torch.bfloat16,
         naive=True,
         max_rank=16,
+        block_r=16,
         topk_weights=None,
         weighted=False,
         adds=True,

@@ -315,6 +315,7 @@ def moe_lora_small_batch_bf16_naive_add_plain_r16_a8token(
         dtype=torch.bfloat16,
         naive=True,
         max_rank=16,
+        block_r=16,
         topk_weights=None,
         weighted=False,
         adds=True,

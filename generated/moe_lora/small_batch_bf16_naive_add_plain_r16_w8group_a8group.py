@@ -367,6 +367,7 @@ def moe_lora_small_batch_bf16_naive_add_plain_r16_w8group_a8group(
         dtype=torch.bfloat16,
         naive=True,
         max_rank=16,
+        block_r=16,
         topk_weights=None,
         weighted=False,
         adds=True,

@@ -343,6 +343,7 @@ def moe_lora_small_batch_bf16_naive_add_plain_r32_w8tensor(
         dtype=torch.bfloat16,
         naive=True,
         max_rank=32,
+        block_r=32,
         topk_weights=None,
         weighted=False,
         adds=True,

@@ -315,6 +315,7 @@ def moe_lora_small_batch_bf16_naive_add_plain_r64_a8token(
         dtype=torch.bfloat16,
         naive=True,
         max_rank=64,
+        block_r=64,
         topk_weights=None,
         weighted=False,
         adds=True,

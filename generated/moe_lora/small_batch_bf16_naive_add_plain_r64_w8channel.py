@@ -343,6 +343,7 @@ def moe_lora_small_batch_bf16_naive_add_plain_r64_w8channel(
         dtype=torch.bfloat16,
         naive=True,
         max_rank=64,
+        block_r=64,
         topk_weights=None,
         weighted=False,
         adds=True,

@@ -367,6 +367,7 @@ def moe_lora_small_batch_bf16_naive_add_plain_r64_w8group_a8group(
         dtype=torch.bfloat16,
         naive=True,
         max_rank=64,
+        block_r=64,
         topk_weights=None,
         weighted=False,
         adds=True,

@@ -321,6 +321,7 @@ def moe_lora_small_batch_bf16_naive_add_weighted_r128_a8tensor(
         dtype=torch.bfloat16,
         naive=True,
         max_rank=128,
+        block_r=128,
         topk_weights=topk_weights,
         weighted=True,
         adds=True,

@@ -373,6 +373,7 @@ def moe_lora_small_batch_bf16_naive_add_weighted_r128_w8group_a8group(
         dtype=torch.bfloat16,
         naive=True,
         max_rank=128,
+        block_r=128,
         topk_weights=topk_weights,
         weighted=True,
         adds=True,

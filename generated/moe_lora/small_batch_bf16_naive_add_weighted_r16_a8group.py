@@ -323,6 +323,7 @@ def moe_lora_small_batch_bf16_naive_add_weighted_r16_a8group(
         dtype=torch.bfloat16,
         naive=True,
         max_rank=16,
+        block_r=16,
         topk_weights=topk_weights,
         weighted=True,
         adds=True,

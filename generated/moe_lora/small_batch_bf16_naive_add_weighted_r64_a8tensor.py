@@ -321,6 +321,7 @@ def moe_lora_small_batch_bf16_naive_add_weighted_r64_a8tensor(
         dtype=torch.bfloat16,
         naive=True,
         max_rank=64,
+        block_r=64,
         topk_weights=topk_weights,
         weighted=True,
         adds=True,

@@ -359,6 +359,7 @@ def moe_lora_small_batch_bf16_naive_add_weighted_r64_w8channel_a8token(
         dtype=torch.bfloat16,
         naive=True,
         max_rank=64,
+        block_r=64,
         topk_weights=topk_weights,
         weighted=True,
         adds=True,

@@ -351,6 +351,7 @@ def moe_lora_small_batch_bf16_naive_add_weighted_rany_w8group(
         dtype=torch.bfloat16,
         naive=True,
         max_rank=None,
+        block_r=128,
         topk_weights=topk_weights,
         weighted=True,
         adds=True,

@@ -299,6 +299,7 @@ def moe_lora_small_batch_bf16_naive_set_plain_r32(
         dtype=torch.bfloat16,
         naive=True,
         max_rank=32,
+        block_r=32,
         topk_weights=None,
         weighted=False,
         adds=False,

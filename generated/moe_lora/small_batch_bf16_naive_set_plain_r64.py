@@ -299,6 +299,7 @@ def moe_lora_small_batch_bf16_naive_set_plain_r64(
         dtype=torch.bfloat16,
         naive=True,
         max_rank=64,
+        block_r=64,
         topk_weights=None,
         weighted=False,
         adds=False,

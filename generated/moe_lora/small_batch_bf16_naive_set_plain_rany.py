@@ -286,6 +286,7 @@ def moe_lora_small_batch_bf16_naive_set_plain_rany(
         dtype=torch.bfloat16,
         naive=True,
         max_rank=None,
+        block_r=128,
         topk_weights=None,
         weighted=False,
         adds=False,

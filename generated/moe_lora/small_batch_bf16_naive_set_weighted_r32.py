@@ -308,6 +308,7 @@ def moe_lora_small_batch_bf16_naive_set_weighted_r32(
         dtype=torch.bfloat16,
         naive=True,
         max_rank=32,
+        block_r=32,
         topk_weights=topk_weights,
         weighted=True,
         adds=False,

@@ -304,6 +304,7 @@ def moe_lora_small_batch_f16_naive_add_plain_r16(
         dtype=torch.float16,
         naive=True,
         max_rank=16,
+        block_r=16,
         topk_weights=None,
         weighted=False,
         adds=True,

@@ -313,6 +313,7 @@ def moe_lora_small_batch_f16_naive_add_weighted_r128(
         dtype=torch.float16,
         naive=True,
         max_rank=128,
+        block_r=128,
         topk_weights=topk_weights,
         weighted=True,
         adds=True,

@@ -313,6 +313,7 @@ def moe_lora_small_batch_f16_naive_add_weighted_r32(
         dtype=torch.float16,
         naive=True,
         max_rank=32,
+        block_r=32,
         topk_weights=topk_weights,
         weighted=True,
         adds=True,

@@ -313,6 +313,7 @@ def moe_lora_small_batch_f16_naive_add_weighted_r64(
         dtype=torch.float16,
         naive=True,
         max_rank=64,
+        block_r=64,
         topk_weights=topk_weights,
         weighted=True,
         adds=True,

@@ -300,6 +300,7 @@ def moe_lora_small_batch_f16_naive_add_weighted_rany(
         dtype=torch.float16,
         naive=True,
         max_rank=None,
+        block_r=128,
         topk_weights=topk_weights,
         weighted=True,
         adds=True,

@@ -299,6 +299,7 @@ def moe_lora_small_batch_f16_naive_set_plain_r16(
         dtype=torch.float16,
         naive=True,
         max_rank=16,
+        block_r=16,
         topk_weights=None,
         weighted=False,
         adds=False,

@@ -299,6 +299,7 @@ def moe_lora_small_batch_f16_naive_set_plain_r64(
         dtype=torch.float16,
         naive=True,
         max_rank=64,
+        block_r=64,
         topk_weights=None,
         weighted=False,
         adds=False,

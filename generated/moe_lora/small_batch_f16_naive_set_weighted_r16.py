@@ -308,6 +308,7 @@ def moe_lora_small_batch_f16_naive_set_weighted_r16(
         dtype=torch.float16,
         naive=True,
         max_rank=16,
+        block_r=16,
         topk_weights=topk_weights,
         weighted=True,
         adds=False,

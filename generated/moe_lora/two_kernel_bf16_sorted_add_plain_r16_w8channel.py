@@ -375,6 +375,7 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_r16_w8channel(
         dtype=torch.bfloat16,
         naive=False,
         max_rank=16,
+        block_r=16,
         topk_weights=None,
         weighted=False,
         adds=True,

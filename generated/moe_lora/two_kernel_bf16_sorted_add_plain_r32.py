@@ -309,6 +309,7 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_r32(
         dtype=torch.bfloat16,
         naive=False,
         max_rank=32,
+        block_r=32,
         topk_weights=None,
         weighted=False,
         adds=True,

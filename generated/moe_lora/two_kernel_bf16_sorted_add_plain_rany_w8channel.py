@@ -388,6 +388,7 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_rany_w8channel(
         dtype=torch.bfloat16,
         naive=False,
         max_rank=None,
+        block_r=128,
         topk_weights=None,
         weighted=False,
         adds=True,

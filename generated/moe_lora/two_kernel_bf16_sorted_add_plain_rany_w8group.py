@@ -415,6 +415,7 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_rany_w8group(
         dtype=torch.bfloat16,
         naive=False,
         max_rank=None,
+        block_r=128,
         topk_weights=None,
         weighted=False,
         adds=True,

@@ -383,6 +383,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r128_w8channel(
         dtype=torch.bfloat16,
         naive=False,
         max_rank=128,
+        block_r=128,
         topk_weights=topk_weights,
         weighted=True,
         adds=True,

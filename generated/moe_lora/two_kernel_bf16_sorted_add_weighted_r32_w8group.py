@@ -410,6 +410,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r32_w8group(
         dtype=torch.bfloat16,
         naive=False,
         max_rank=32,
+        block_r=32,
         topk_weights=topk_weights,
         weighted=True,
         adds=True,

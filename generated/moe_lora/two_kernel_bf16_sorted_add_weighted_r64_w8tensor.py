@@ -383,6 +383,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r64_w8tensor(
         dtype=torch.bfloat16,
         naive=False,
         max_rank=64,
+        block_r=64,
         topk_weights=topk_weights,
         weighted=True,
         adds=True,

@@ -423,6 +423,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_rany_w8group(
         dtype=torch.bfloat16,
         naive=False,
         max_rank=None,
+        block_r=128,
         topk_weights=topk_weights,
         weighted=True,
         adds=True,

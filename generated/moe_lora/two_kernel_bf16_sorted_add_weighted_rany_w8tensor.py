@@ -396,6 +396,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_rany_w8tensor(
         dtype=torch.bfloat16,
         naive=False,
         max_rank=None,
+        block_r=128,
         topk_weights=topk_weights,
         weighted=True,
         adds=True,

@@ -307,6 +307,7 @@ def moe_lora_two_kernel_bf16_sorted_set_plain_r16(
         dtype=torch.bfloat16,
         naive=False,
         max_rank=16,
+        block_r=16,
         topk_weights=None,
         weighted=False,
         adds=False,

@@ -321,6 +321,7 @@ def moe_lora_two_kernel_bf16_sorted_set_plain_rany(
         dtype=torch.bfloat16,
         naive=False,
         max_rank=None,
+        block_r=128,
         topk_weights=None,
         weighted=False,
         adds=False,

@@ -315,6 +315,7 @@ def moe_lora_two_kernel_bf16_sorted_set_weighted_r32(
         dtype=torch.bfloat16,
         naive=False,
         max_rank=32,
+        block_r=32,
         topk_weights=topk_weights,
         weighted=True,
         adds=False,

@@ -309,6 +309,7 @@ def moe_lora_two_kernel_f16_sorted_add_plain_r16(
         dtype=torch.float16,
         naive=False,
         max_rank=16,
+        block_r=16,
         topk_weights=None,
         weighted=False,
         adds=True,

@@ -317,6 +317,7 @@ def moe_lora_two_kernel_f16_sorted_add_weighted_r32(
         dtype=torch.float16,
         naive=False,
         max_rank=32,
+        block_r=32,
         topk_weights=topk_weights,
         weighted=True,
         adds=True,

@@ -317,6 +317,7 @@ def moe_lora_two_kernel_f16_sorted_add_weighted_r64(
         dtype=torch.float16,
         naive=False,
         max_rank=64,
+        block_r=64,
         topk_weights=topk_weights,
         weighted=True,
         adds=True,

@@ -331,6 +331,7 @@ def moe_lora_two_kernel_f16_sorted_add_weighted_rany(
         dtype=torch.float16,
         naive=False,
         max_rank=None,
+        block_r=128,
         topk_weights=topk_weights,
         weighted=True,
         adds=True,

@@ -307,6 +307,7 @@ def moe_lora_two_kernel_f16_sorted_set_plain_r64(
         dtype=torch.float16,
         naive=False,
         max_rank=64,
+        block_r=64,
         topk_weights=None,
         weighted=False,
         adds=False,

@@ -315,6 +315,7 @@ def moe_lora_two_kernel_f16_sorted_set_weighted_r128(
         dtype=torch.float16,
         naive=False,
         max_rank=128,
+        block_r=128,
         topk_weights=topk_weights,
         weighted=True,
         adds=False,

@@ -93,12 +93,11 @@ def both_products_give_the_same_bits(package: ModuleType, variants: Sequence[Var
 
 def fp8_front_doors(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """The front doors find the kind of scales by their shapes; lora gives the bits of the two products, which are right."""
-    for weights, x_kind in _SCALES:
-        case = dataclasses.replace(_CASE, k=140, rank=24 if weights == "w8group" else 16)
+    for weights, x_kind, rank, adds in _SCALES:
+        case = dataclasses.replace(_CASE, k=140, rank=rank)
         tags = {"dtype": "bf16", "weight_quant": weights, "act_quant": x_kind}
         batch, numbers = lora_inputs.draw(case, device), case.generator()
         x = lora_inputs.make_x(case, tags, batch, numbers)
-        rank = lora_inputs.rank_of(case, tags)
         a = lora_inputs.make_weights(case, tags, batch, [rank] * 2, case.k, numbers)
         b = lora_inputs.make_weights(case, tags, batch, case.widths, rank, numbers)
         a_scale, b_scale = lora_inputs.scales_of("a_scale", a), lora_inputs.scales_of("b_scale", b)
@@ -111,13 +110,13 @@ def fp8_front_doors(package: ModuleType, variants: Sequence[Variant], device: st
         wanted = lora_shrink(y, x.numbers, live, batch.adapters, scaling=0.3, scaled=True)
         of_rows = rows.expand(y.shape[:2])
         worst_ratio(y[of_rows], wanted.value[of_rows], wanted.bound[of_rows])
-        out = torch.zeros((case.tokens, sum(case.widths)), dtype=torch.bfloat16, device=device)
+        out = torch.ones((case.tokens, sum(case.widths)), dtype=torch.bfloat16, device=device)
         one = out.clone()
-        flags: dict[str, Any] = {"offset_start": 0, "add_inputs": True, "scaled": True}
-        exact = lora_expand(out, y, [w.numbers for w in b], batch.adapters, **flags)
-        package.lora_expand(out, y, given_b, route, **b_scale)
+        flags: dict[str, Any] = {"offset_start": 0, "add_inputs": adds}
+        exact = lora_expand(out, y, [w.numbers for w in b], batch.adapters, **flags, scaled=True)
+        package.lora_expand(out, y, given_b, route, **b_scale, **flags)
         worst_ratio(out[rows], exact.value[rows], exact.bound[rows])
-        package.lora(one, x.tensor, given_a, given_b, route, scaling=0.3, **a_scale, **b_scale, **x_scale)
+        package.lora(one, x.tensor, given_a, given_b, route, scaling=0.3, **a_scale, **b_scale, **x_scale, **flags)
         assert torch.equal(bits(one), bits(out)), f"{weights}, {x_kind}: lora has other bits"
         for name in {**a_scale, **b_scale, **x_scale}:
             lacking = {**a_scale, **b_scale, **x_scale}
@@ -126,11 +125,13 @@ def fp8_front_doors(package: ModuleType, variants: Sequence[Variant], device: st
             refuses(package.lora, {**operands, **lacking}, "lora", f"{weights}, {x_kind} without {name}")
 
 
+# Of weights and of x, a rank, and whether is added.
 _SCALES = (
-    ("w8tensor", "none"),
-    ("w8channel", "a8token"),
-    ("w8group", "a8group"),
-    ("none", "a8tensor"),
+    ("w8tensor", "none", 16, False),
+    ("w8tensor", "a8tensor", 16, True),
+    ("w8channel", "a8token", 200, True),
+    ("w8group", "a8group", 24, True),
+    ("none", "a8tensor", 16, True),
 )
 
 

@@ -169,7 +169,7 @@ _SIXTEEN_BIT = (
     ),
     Case("wide_range", "sums in 16 bits", spread=8, k=96),
     Case("nan_row", "a NaN stays in the rows of its token", nan_token=1, routing=_ONE_GROUP),
-    Case("own_tiles", "the tiles that the variant chooses", core=True, own_tiles=True, k=64, n=48),
+    Case("own_tiles", "the tiles that the variant chooses", core=True, own_tiles=True, naive_tokens=1, k=64, n=48),
     Case(
         "model_sized",
         "long loops, many programs",

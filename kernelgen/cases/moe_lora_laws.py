@@ -44,12 +44,13 @@ def front_door(package: ModuleType, variants: Sequence[Variant], device: str) ->
 
 def fp8_front_door(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """moe_lora finds the kind of scales by their shapes, and serves ranks of any bucket with every kind of route."""
-    for scales, weight in zip(_scales(variants), itertools.cycle(("plain", "weighted"))):
-        for assignment, rank in zip(_ASSIGNMENTS, (1, 24, 96, 64), strict=True):
-            tags = {**_tags("bf16", "add", weight), **scales}
+    flags = itertools.cycle((("plain", "add"), ("weighted", "add"), ("plain", "set"), ("weighted", "add"), ("weighted", "set")))
+    for scales in _scales(variants):
+        for assignment, rank, (weight, adds) in zip(_ASSIGNMENTS, (1, 24, 96, 200), flags, strict=False):
+            tags = {**_tags("bf16", adds, weight), **scales}
             call = make(dataclasses.replace(_CASE, rank=rank, k=140), tags, device)
             _apply(package, call, route_of(package, call.routed, assignment), tags)
-            _about(call.verify, f"{scales}, rank {rank}, {assignment}")
+            _about(call.verify, f"{scales}, rank {rank}, {assignment}, {weight}, {adds}")
 
 
 def fp8_and_scales_belong_together(
@@ -86,7 +87,15 @@ def _scales(variants: Sequence[Variant]) -> Iterator[Mapping[str, str]]:
 def every_point_has_a_variant(
     package: ModuleType, variants: Sequence[Variant], device: str
 ) -> None:
-    """Each rank from 1 to 512, with each dtype, flag and kind of route, finds a variant; nothing runs."""
+    """Each rank from 1 to 512, with each dtype, flag, kind of route and of scales, finds a variant; nothing runs."""
+    compile_only = package.moe_lora.__globals__["runtime"].compile_only
+    for scales, adds, weight in itertools.product(_scales(variants), ("add", "set"), ("plain", "weighted")):
+        for rank, assignment in itertools.product((17, 129), ("naive", "sorted")):
+            of_case = {**_tags("bf16", adds, weight), **scales}
+            call = make(dataclasses.replace(_CASE, slices=1, tokens=1, rank=rank), of_case, device)
+            with compile_only() as requests:
+                _apply(package, call, route_of(package, call.routed, assignment), of_case)
+            assert requests, f"{scales}, rank {rank}, {assignment}: nothing to launch"
     near = {edge + step for edge in (16, 32, 64, 128, 256, 512) for step in (-1, 0, 1)}
     ranks = sorted({1, 8, 200, 320, *near} - {513})
     dtypes = sorted({v.tags["dtype"] for v in variants})
@@ -99,7 +108,7 @@ def every_point_has_a_variant(
             for rank in ranks:
                 fits = [t.new_empty((*t.shape[:2], rank, t.shape[3])) for t in a]
                 fitting = [t.new_empty((*t.shape[:3], rank)) for t in b]
-                with package.moe_lora.__globals__["runtime"].compile_only() as requests:
+                with compile_only() as requests:
                     _apply_to(package, (out, x, fits, fitting), route, call, tags)
                 assert requests, f"rank {rank}, {assignment}: nothing to launch"
 

@@ -22,6 +22,7 @@ bf16 r16 none a8tensor
 bf16 r16 none a8token
 bf16 r16 none a8group
 bf16 r16 w8tensor none
+bf16 r16 w8tensor a8tensor
 bf16 r16 w8channel none
 bf16 r16 w8channel a8token
 bf16 r16 w8group none
@@ -35,6 +36,7 @@ bf16 r64 none a8tensor
 bf16 r64 none a8token
 bf16 r64 none a8group
 bf16 r64 w8tensor none
+bf16 r64 w8tensor a8tensor
 bf16 r64 w8channel none
 bf16 r64 w8channel a8token
 bf16 r64 w8group none
@@ -44,14 +46,21 @@ bf16 r128 none a8tensor
 bf16 r128 none a8token
 bf16 r128 none a8group
 bf16 r128 w8tensor none
+bf16 r128 w8tensor a8tensor
 bf16 r128 w8channel none
 bf16 r128 w8channel a8token
 bf16 r128 w8group none
 bf16 r128 w8group a8group
 bf16 rany none none
+bf16 rany none a8tensor
+bf16 rany none a8token
+bf16 rany none a8group
 bf16 rany w8tensor none
+bf16 rany w8tensor a8tensor
 bf16 rany w8channel none
+bf16 rany w8channel a8token
 bf16 rany w8group none
+bf16 rany w8group a8group
 f16 r16 none none
 f16 r32 none none
 f16 r64 none none

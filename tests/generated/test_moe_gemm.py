@@ -21,6 +21,10 @@ gemv bf16 token_pair none plain none none
 gemv bf16 token_pair relu2 plain none none
 gemv bf16 token_pair relu2 plain w8tensor none
 gemv bf16 token_pair relu2 plain w8tensor a8tensor
+gemv bf16 token_pair relu2 plain w8channel none
+gemv bf16 token_pair relu2 plain w8channel a8token
+gemv bf16 token_pair relu2 plain w8group none
+gemv bf16 token_pair relu2 plain w8group a8group
 gemv bf16 token_pair swiglu plain none none
 gemv bf16 token_pair swiglu plain w8tensor none
 gemv bf16 token_pair swiglu plain w8tensor a8tensor
@@ -46,6 +50,10 @@ gemv f16 pair_token none weighted none none
 tile bf16 token_sorted relu2 plain none none
 tile bf16 token_sorted relu2 plain w8tensor none
 tile bf16 token_sorted relu2 plain w8tensor a8tensor
+tile bf16 token_sorted relu2 plain w8channel none
+tile bf16 token_sorted relu2 plain w8channel a8token
+tile bf16 token_sorted relu2 plain w8group none
+tile bf16 token_sorted relu2 plain w8group a8group
 tile bf16 token_sorted swiglu plain none none
 tile bf16 token_sorted swiglu plain w8tensor none
 tile bf16 token_sorted swiglu plain w8tensor a8tensor
@@ -77,6 +85,8 @@ tile f16 pair_pair none plain none none
 tile f16 pair_pair none weighted none none
 box bf16 token_sorted relu2 plain none none
 box bf16 token_sorted relu2 plain w8tensor a8tensor
+box bf16 token_sorted relu2 plain w8channel a8token
+box bf16 token_sorted relu2 plain w8group a8group
 box bf16 token_sorted swiglu plain none none
 box bf16 token_sorted swiglu plain w8tensor a8tensor
 box bf16 token_sorted swiglu plain w8channel a8token
