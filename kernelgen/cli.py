@@ -22,7 +22,7 @@ from kernelgen.command import Report, command
 # Commands of other modules, which are imported when they are called.
 _ELSEWHERE = {
     "bench": "kernelgen.measure.command",
-    "bench-lora": "kernelgen.measure.lora_command",
+    "bench-lora": "kernelgen.measure.command",
     "report": "kernelgen.measure.report",
     "tune": "kernelgen.measure.tune.command",
 }

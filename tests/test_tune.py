@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -17,22 +18,25 @@ from typing import Any, Callable, Iterator
 import pytest
 
 from kernelgen.diagnostics import Failure
-from kernelgen.measure import layers
-from kernelgen.measure.tune import moe_lora, space, tuned_file
-from kernelgen.measure.tune.command import Duration
+from kernelgen.measure.models import MODELS, Model
+from kernelgen.measure.options import Duration
+from kernelgen.measure.suites import lora
+from kernelgen.measure.suites.moe_lora import Cell as MoeCell
+from kernelgen.measure.tune import hints, space, tuned_file
+from kernelgen.measure.tune import problem as problems
+from kernelgen.measure.tune.command import cells_of, families
 from kernelgen.measure.tune.crew import Event, Processes
 from kernelgen.measure.tune.jobs import CompileJob, Device, GaugeJob, Reading, Sizes, Verdict
-from kernelgen.measure.tune.known import FAMILIES
 from kernelgen.measure.tune.search import FINAL, Found, search
 from kernelgen.measure.tune.space import Candidate
 from kernelgen.measure.tune.state import State
 from kernelgen.measure.tune.tuner import Tuner
-from kernelgen.measure.workloads import MODELS, Cell, Model
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = ROOT / "specs" / "moe_lora.yaml"
 SPACE = space.read(SPEC, "moe_lora")
-FAMILY = moe_lora.MoeLora()
+HINTS = hints.of("moe_lora")
+NAIVE = "small_batch"
 QWEN = MODELS["qwen3-30b-a3b"]
 RULES = {
     "one_shot": {
@@ -70,11 +74,29 @@ DEVICE = Device("fake", "NVIDIA Fake", "sm_90", 132, 232448)
 HEAD = {"device": "NVIDIA Fake", "torch": "2.11.0", "triton": "3.6.0", "cuda": "13.0"}
 
 
-def subject(cell: Cell) -> moe_lora.Subject:
-    return moe_lora.Subject(cell, SPACE, 16, 232448)
+def Cell(model: Model, site: Any, rank: int, tokens: int, **options: Any) -> MoeCell:
+    return MoeCell(model=model, site=site, rank=rank, tokens=tokens, **options)
 
 
-def model_us(cell: Cell, schedule: str, config: dict[str, int]) -> float:
+def problem_of(cell: MoeCell) -> problems.Problem:
+    """As the package looks tiles up."""
+    (p,) = cell.projections
+    sizes = {"num_tokens": cell.tokens, "top_k": cell.model.top_k, "num_experts": cell.model.experts, "max_loras": cell.slots}
+    layer = {"k": p.k, "n": p.n, "slices": p.slices, "rank": cell.rank, "weighted": p.weighted}
+    scales = {"weight_scales": cell.quant, "x_scales": cell.act}
+    facts = {"adds": cell.add, **{name: None if kind == "none" else kind for name, kind in scales.items()}}
+    return problems.of_key({**sizes, **layer, **facts})
+
+
+def sizes_of(block_m: int = 16) -> Sizes:
+    return Sizes(232448, RULES, "one_shot", {"block_m": block_m})
+
+
+def subject(cell: MoeCell) -> hints.Hints:
+    return HINTS(problem_of(cell), SPACE, sizes_of())
+
+
+def model_us(cell: MoeCell, schedule: str, config: dict[str, int]) -> float:
     """A smooth time with one optimum, at the first value of every second tunable and at the last of the others."""
     us = {"small_batch": 4.0, "one_shot": 12.0, "two_kernel": 14.0}[schedule]
     us += cell.tokens * {"small_batch": 0.9, "one_shot": 0.1, "two_kernel": 0.09}[schedule]
@@ -88,10 +110,13 @@ def model_us(cell: Cell, schedule: str, config: dict[str, int]) -> float:
 class FakeKernels:
     """A kernel is its schedule and tiles."""
 
-    def sizes(self, cell: Cell, schedules: tuple[str, ...]) -> Sizes:
-        return Sizes(16, 232448, {name: RULES[name] for name in schedules}, "one_shot")
+    def problems(self, cell: MoeCell) -> list[problems.Problem]:
+        return [problem_of(cell)]
 
-    def digests(self, cell: Cell, schedule: str, config: dict[str, int]) -> list[str]:
+    def sizes(self, cell: MoeCell, problem: problems.Problem, schedules: tuple[str, ...]) -> Sizes:
+        return sizes_of()
+
+    def digests(self, cell: MoeCell, problem: problems.Problem, schedule: str, config: dict[str, int]) -> list[str]:
         whole = f"{schedule} {sorted(config.items())}"
         return [f"{whole} shrink", f"{whole} expand"] if schedule != "one_shot" else [whole]
 
@@ -150,29 +175,30 @@ class Bench:
     def __init__(
         self,
         folder: Path,
-        cells: list[Cell],
+        cells: list[MoeCell],
         *,
         budget: float | None = None,
         fault: Callable[[CompileJob], str | None] = lambda job: None,
-        read: Callable[[Cell, str, dict[str, int], int], Reading] | None = None,
+        read: Callable[[MoeCell, str, dict[str, int], int], Reading] | None = None,
         head: dict[str, str] = HEAD,
     ) -> None:
         self.out = folder / "tuned" / "moe_lora.yaml"
         self.clock = Clock()
-        self.timed: list[tuple[Cell, str, dict[str, int], bool]] = []
+        self.timed: list[tuple[MoeCell, str, dict[str, int], bool]] = []
         kernels = FakeKernels()
 
         def compile_job(job: CompileJob) -> Iterator[Verdict]:
-            digests = kernels.digests(job.cell, job.schedule, job.config)
+            digests = kernels.digests(job.cell, job.problem, job.schedule, job.config)
             yield from (Verdict(digests[place], fault(job)) for place in job.wanted)
 
         def measure(job: GaugeJob) -> Iterator[Reading]:
             for place, (schedule, config) in enumerate(job.candidates):
-                self.timed.append((job.cell, schedule, config, job.final))
+                (cell,) = job.cells
+                self.timed.append((cell, schedule, config, job.final))
                 if read is not None:
-                    yield read(job.cell, schedule, config, place)
+                    yield read(cell, schedule, config, place)
                 else:
-                    yield Reading(place, model_us(job.cell, schedule, config))
+                    yield Reading(place, model_us(cell, schedule, config))
 
         self.compilers = FakeCrew(compile_job, self.clock, 0.0, size=64)
         self.gauges = FakeCrew(measure, self.clock, 0.02)
@@ -180,7 +206,7 @@ class Bench:
         device, earlier = tuned_file.read(self.out, SPACE)
         assert device in (None, HEAD["device"])
         self.tuner = Tuner(
-            FAMILY,
+            HINTS,
             cells,
             SPACE,
             kernels,
@@ -196,7 +222,7 @@ class Bench:
 
     def save(self, entries: list[tuned_file.Entry]) -> None:
         versions = {name: HEAD[name] for name in ("torch", "triton", "cuda")}
-        tuned_file.write(self.out, tuned_file.text(FAMILY, DEVICE, versions, entries, SPACE))
+        tuned_file.write(self.out, tuned_file.text("moe_lora", DEVICE, versions, entries, SPACE))
 
     def run(self) -> bool:
         complete = self.tuner.run()
@@ -208,7 +234,7 @@ class Bench:
         return list(tuned_file.read(self.out, SPACE)[1].values())
 
 
-CELLS = [Cell(QWEN, site, 64, tokens) for site in ("w13", "w2") for tokens in (1, 32, 256)]  # type: ignore[arg-type]
+CELLS = [Cell(QWEN, site, 64, tokens) for site in ("w13", "w2") for tokens in (1, 32, 256)]
 
 
 def load_family(folder: Path, tuned: Path) -> Any:
@@ -304,7 +330,7 @@ def test_what_makes_sense(
 def test_every_cell_has_starts(model: Model, rank: int) -> None:
     for site in ("w13", "w2"):
         for tokens in (1, 16, 64, 4096):
-            one = subject(Cell(model, site, rank, tokens))  # type: ignore[arg-type]
+            one = subject(Cell(model, site, rank, tokens))
             rules = {name: dict(RULES[name]) for name in SPACE.schedules}
             starts = one.starts(rules)
             assert starts and len(starts) < 40 and len(set(starts)) == len(starts)
@@ -327,7 +353,7 @@ def run_search(
         one.starts(RULES),
         sensible=one.accepts,
         neighbours=lambda: (),
-        kinds=FAMILY.kinds,
+        kinds=HINTS.KINDS,
         hurry=hurry,
     )
     ask = next(coroutine)
@@ -363,7 +389,7 @@ def test_search_in_a_hurry_goes_to_the_end() -> None:
     cell = Cell(QWEN, "w13", 64, 32)
     found, asks = run_search(cell, lambda s, c: model_us(cell, s, c), lambda: True)
     assert [ask.round for ask in asks] == [1, FINAL]
-    kinds = {c.schedule == moe_lora.NAIVE for c in found.final}
+    kinds = {c.schedule == NAIVE for c in found.final}
     assert kinds == {True, False}  # the best of each kind is timed in the end
 
 
@@ -395,10 +421,10 @@ def test_file_comes_back_through_the_loader(tmp_path: Path) -> None:
         entry = by_problem[tuple(read.problem)]
         assert (read.schedule, read.config.values) == entry.best.candidate
         assert read.best.us == round(entry.best.us, 2)
-        naive = read.schedule == moe_lora.NAIVE
+        naive = read.schedule == NAIVE
         assert read.runner_up is not None and read.runner_up.schedule != read.schedule
         if dict(read.problem)["num_tokens"] < 256:
-            assert (read.runner_up.schedule == moe_lora.NAIVE) != naive
+            assert (read.runner_up.schedule == NAIVE) != naive
     schedules = {dict(e.problem)["num_tokens"]: e.schedule for e in family.tuned[0].entries}
     assert schedules[1] == "small_batch" and schedules[256] in ("one_shot", "two_kernel")
     losses = bench.tuner.losses()
@@ -459,7 +485,7 @@ def test_problems_of_the_file_stay(tmp_path: Path) -> None:
     then.run()
     after = {tuple(e.problem.items()): e for e in then.entries}
     assert len(after) == 3 and before.keys() <= after.keys()
-    known = before[tuple(FAMILY.problem(CELLS[1]).items())].best.candidate
+    known = before[tuple(problem_of(CELLS[1]).items())].best.candidate
     start = next((s, c) for cell, s, c, _ in then.timed if cell == CELLS[1])
     assert start == (known.schedule, SPACE.named(known))  # where the search begins
 
@@ -486,7 +512,7 @@ def test_wrong_and_spilling_candidates_never_win(tmp_path: Path) -> None:
     def fault(job: CompileJob) -> str | None:
         return "spills 8 bytes" if job.config.get("num_warps") == 2 else None
 
-    def read(cell: Cell, schedule: str, config: dict[str, int], place: int) -> Reading:
+    def read(cell: MoeCell, schedule: str, config: dict[str, int], place: int) -> Reading:
         if config["block_n"] == 64:
             return Reading(place, None, "WrongResult: relative error 1")
         return Reading(place, 1.0 + zlib.crc32(repr(config).encode()) % 1000 / 100)
@@ -511,7 +537,7 @@ def test_wrong_and_spilling_candidates_never_win(tmp_path: Path) -> None:
 def test_a_dying_gauge_loses_one_candidate(tmp_path: Path) -> None:
     killer: list[str] = []
 
-    def read(cell: Cell, schedule: str, config: dict[str, int], place: int) -> Reading:
+    def read(cell: MoeCell, schedule: str, config: dict[str, int], place: int) -> Reading:
         if place == 3 and not killer:
             killer.append(repr((cell, schedule, config)))
             raise RuntimeError("the process is gone")
@@ -528,7 +554,7 @@ def test_neighbours_are_tried(tmp_path: Path) -> None:
     target = SPACE.near("one_shot", {**RULES["one_shot"], "block_k": 32, "expand_stages": 2})
     hidden = dict(SPACE.named(target), num_warps=8, shrink_stages=2)
 
-    def read(cell: Cell, schedule: str, config: dict[str, int], place: int) -> Reading:
+    def read(cell: MoeCell, schedule: str, config: dict[str, int], place: int) -> Reading:
         if schedule == "one_shot" and config == hidden:
             return Reading(place, 1.0)
         return Reading(place, 10.0 if cell.tokens == 512 else model_us(cell, schedule, config))
@@ -536,7 +562,7 @@ def test_neighbours_are_tried(tmp_path: Path) -> None:
     first = Bench(tmp_path, [Cell(QWEN, "w13", 64, 256)])
     first.run()
     best = Candidate("one_shot", tuple(hidden.values()))
-    entry = tuned_file.Entry(FAMILY.problem(Cell(QWEN, "w13", 64, 256)), tuned_file.Choice(best, 1.0), None)  # fmt: skip
+    entry = tuned_file.Entry(problem_of(Cell(QWEN, "w13", 64, 256)), tuned_file.Choice(best, 1.0), None)  # fmt: skip
     first.save([entry])
     first.out.with_suffix(".state.jsonl").unlink()
     bench = Bench(tmp_path, [Cell(QWEN, "w13", 64, t) for t in (256, 512)], read=read)
@@ -550,14 +576,14 @@ def test_as_many_problems_as_a_file_may_hold(tmp_path: Path) -> None:
 
     def entries(count: int) -> list[tuned_file.Entry]:
         cells = [Cell(QWEN, "w13", 1 + i % 128, 1 + i // 128) for i in range(count)]
-        return [tuned_file.Entry(FAMILY.problem(cell), big, small) for cell in cells]
+        return [tuned_file.Entry(problem_of(cell), big, small) for cell in cells]
 
-    text = tuned_file.text(FAMILY, DEVICE, {"torch": "1"}, entries(700), SPACE)
+    text = tuned_file.text("moe_lora", DEVICE, {"torch": "1"}, entries(700), SPACE)
     path = tmp_path / "moe_lora.yaml"
     tuned_file.write(path, text)
     assert len(load_family(tmp_path, path).tuned[0].entries) == 700
     with pytest.raises(Failure, match="too many"):
-        tuned_file.text(FAMILY, DEVICE, {"torch": "1"}, entries(1000), SPACE)
+        tuned_file.text("moe_lora", DEVICE, {"torch": "1"}, entries(1000), SPACE)
 
 
 def test_add_and_set_and_fp8_are_problems_of_their_own(tmp_path: Path) -> None:
@@ -585,14 +611,11 @@ def test_add_and_set_and_fp8_are_problems_of_their_own(tmp_path: Path) -> None:
 
 
 def test_tiles_of_groups_lie_in_one_group() -> None:
-    cell = Cell(QWEN, "w13", 64, 256, quant="group")
-    subject = moe_lora.Subject(cell, SPACE, 16, 232448)
+    groups = subject(Cell(QWEN, "w13", 64, 256, quant="group"))
     wide = SPACE.near("one_shot", {**RULES["one_shot"], "block_k": 256, "shrink_stages": 2})
-    assert not subject.accepts(wide)
-    assert dataclasses.replace(subject, cell=Cell(QWEN, "w13", 64, 256, quant="channel")).accepts(
-        wide
-    )
-    assert subject.accepts(SPACE.near("one_shot", {**RULES["one_shot"], "block_k": 128}))
+    assert not groups.accepts(wide)
+    assert subject(Cell(QWEN, "w13", 64, 256, quant="channel")).accepts(wide)
+    assert groups.accepts(SPACE.near("one_shot", {**RULES["one_shot"], "block_k": 128}))
 
 
 def test_stale_entries_are_left_out(tmp_path: Path) -> None:
@@ -669,9 +692,24 @@ def test_crew_that_cannot_start() -> None:
 # --- dense LoRA -----------------------------------------------------------------------------------------------------
 
 
-def _product(name: str, cell: layers.Cell, rule: dict[str, int], block_m: int = 64) -> Any:
-    sizes = Sizes(block_m, 232448, {name: rule}, name)
-    return FAMILIES[name].subject(cell, space.read(SPEC.with_name(f"{name}.yaml"), name), sizes)
+def _dense(site: str, rank: int, tokens: int, quant: Any = "none") -> lora.Cell:
+    return lora.Cell(model="llama-3-8b", site=site, rank=rank, tokens=tokens, quant=quant)
+
+
+def _dense_problem(name: str, cell: lora.Cell) -> problems.Problem:
+    widths, scales = cell.layer.widths, None if cell.quant == "none" else cell.quant
+    key: dict[str, Any] = {"num_tokens": cell.tokens, "max_loras": cell.slots, "k": cell.layer.k}
+    if name == "lora_expand":
+        key |= {"n": sum(widths), "n_min": min(widths)}
+    key |= {"slices": len(widths), "rank": cell.rank}
+    key |= {"adds": True} if name == "lora_expand" else {}
+    key["weight_scales"] = scales
+    return problems.of_key(key if name == "lora_expand" else {**key, "x_scales": None})
+
+
+def _product(name: str, cell: lora.Cell, rule: dict[str, int], block_m: int = 64) -> hints.Hints:
+    sizes = Sizes(232448, {name: rule}, name, {"block_m": block_m})
+    return hints.of(name)(_dense_problem(name, cell), space.read(SPEC.with_name(f"{name}.yaml"), name), sizes)
 
 
 SHRINK_RULE = {
@@ -711,7 +749,7 @@ EXPAND_RULE = {"rows": 32, "block_n": 128, "tiles": 2, "stages": 3, "num_warps":
 )
 def test_tiles_of_dense_lora(name: str, scales: Any, change: dict[str, int], wanted: bool) -> None:
     rule = SHRINK_RULE if name == "lora_shrink" else EXPAND_RULE
-    subject = _product(name, layers.Cell("llama-3-8b", "down", 64, 256, scales=scales), rule)
+    subject = _product(name, _dense("down", 64, 256, scales or "none"), rule)
     assert subject.accepts(subject.space.near(name, {**rule, **change})) is wanted
     starts = subject.starts({name: rule})
     assert subject.space.named(starts[0]) == rule and len(starts) > 3
@@ -721,28 +759,27 @@ def test_tiles_of_dense_lora(name: str, scales: Any, change: dict[str, int], wan
 def test_a_chunk_that_the_spec_does_not_have_is_not_searched_around() -> None:
     """Another chunk would give other bits."""
     rule = {**SHRINK_RULE, "chunk_k": 100}
-    subject = _product("lora_shrink", layers.Cell("llama-3-8b", "down", 64, 256), rule)
+    subject = _product("lora_shrink", _dense("down", 64, 256), rule)
     assert subject.starts({"lora_shrink": rule}) == []
 
 
-def test_problems_of_dense_lora() -> None:
-    """A layer is known by what the product sees of it."""
-    cell = layers.Cell("llama-3-8b", "qkv", 64, 256, scales="group")
-    shrink, expand = (FAMILIES[name].problem(cell) for name in ("lora_shrink", "lora_expand"))
+def test_keys_become_problems_and_tags() -> None:
+    """What stands for the first tag of an axis is left out, and sizes keep their order."""
+    cell = _dense("qkv", 64, 256, "group")
     batch, rest = {"num_tokens": 256, "max_loras": 4}, {"slices": 3, "rank": 64, "weight_quant": "w8group"}
-    assert shrink == {**batch, "k": 4096, **rest}
-    assert expand == {**batch, "k": 4096, "n": 6144, "n_min": 1024, **rest}
+    assert _dense_problem("lora_shrink", cell) == {**batch, "k": 4096, **rest}
+    assert _dense_problem("lora_expand", cell) == {**batch, "k": 4096, "n": 6144, "n_min": 1024, **rest}
+    assert list(problem_of(Cell(QWEN, "w13", 64, 2, add=False)))[-2:] == ["weighted", "add_inputs"]
 
 
 def test_a_tuned_file_of_dense_lora(tmp_path: Path) -> None:
     """It is read again, by the search and by the build, as it was written."""
     searched = space.read(SPEC.with_name("lora_shrink.yaml"), "lora_shrink")
-    cells = [layers.Cell("llama-3-8b", "qkv", rank, 256, scales="group") for rank in (64, 16)]
+    cells = [_dense("qkv", rank, 256, "group") for rank in (64, 16)]
     best = tuned_file.Choice(searched.near("lora_shrink", {**SHRINK_RULE, "chunk_k": 512}), 5.0)
-    family = FAMILIES["lora_shrink"]
-    entries = [tuned_file.Entry(family.problem(cell), best, None) for cell in cells]
+    entries = [tuned_file.Entry(_dense_problem("lora_shrink", cell), best, None) for cell in cells]
     path = tmp_path / "tuned" / "lora_shrink.yaml"
-    tuned_file.write(path, tuned_file.text(family, DEVICE, {"torch": "1"}, entries, searched))
+    tuned_file.write(path, tuned_file.text("lora_shrink", DEVICE, {"torch": "1"}, entries, searched))
     assert list(tuned_file.read(path, searched)[1].values()) == entries[::-1]
     read = load_family(tmp_path, path).tuned[0].entries
     assert [dict(e.problem)["rank"] for e in read] == [16, 64] and read[0].facts.weight_scales == "group"
@@ -757,38 +794,48 @@ def test_kernels_are_compiled_and_judged(tmp_path: Path) -> None:
     code = """
 import json, sys
 from pathlib import Path
-from kernelgen.diagnostics import Failure
-from kernelgen.measure import layers
-from kernelgen.measure.tune import moe_lora, space
+from kernelgen.measure.models import MODELS
+from kernelgen.measure.suites import lora, moe_lora
+from kernelgen.measure.tune import space
 from kernelgen.measure.tune.jobs import CompileJob
 from kernelgen.measure.tune.kernels import Kernels
-from kernelgen.measure.workloads import MODELS, Cell
 
 searched = space.read(Path("specs/moe_lora.yaml"), "moe_lora")
-kernels = Kernels("moe_lora", Path("generated"), "sm_90")
-cell = Cell(MODELS["qwen3-30b-a3b"], "w13", 128, 64)
-sizes = kernels.sizes(cell, searched.schedules)
+kernels = Kernels("moe_lora", "moe_lora", Path("generated"), "sm_90")
+
+def cell(tokens, **options):
+    return moe_lora.Cell(model=MODELS["qwen3-30b-a3b"], site="w13", rank=128, tokens=tokens, **options)
+
+def digests(cell, schedule, tiles):
+    (problem,) = kernels.problems(cell)
+    return kernels.digests(cell, problem, schedule, tiles)
+
+(problem,) = kernels.problems(cell(64))
+sizes = kernels.sizes(cell(64), problem, searched.schedules)
 rules = {s: searched.near(s, sizes.rules[s]) for s in sizes.rules}
 for schedule, rule in rules.items():
     named = searched.named(rule)
-    digests = kernels.digests(cell, schedule, named)
-    assert len(digests) == (1 if schedule == "one_shot" else 2)
-    other = kernels.digests(Cell(cell.model, "w13", 128, 32), schedule, named)
-    assert other == digests  # the same block size: the number of tokens is no part of a kernel
-eight = Cell(cell.model, "w13", 128, 64, quant="channel", act="token")
-assert "two_kernel" not in kernels.sizes(eight, searched.schedules).rules  # there is no such variant
-assert kernels.digests(eight, "one_shot", searched.named(rules["one_shot"]))[0] not in digests
+    own = digests(cell(64), schedule, named)
+    assert len(own) == (1 if schedule == "one_shot" else 2)
+    assert digests(cell(32), schedule, named) == own  # the same block size: the number of tokens is no part of a kernel
+eight = cell(64, quant="channel", act="token")
+(of_eight,) = kernels.problems(eight)
+assert of_eight == {**problem, "weight_quant": "w8channel", "act_quant": "a8token"}
+assert "two_kernel" not in kernels.sizes(eight, of_eight, searched.schedules).rules  # there is no such variant
+assert digests(eight, "one_shot", searched.named(rules["one_shot"]))[0] not in own
+layer = lora.Cell(model="llama-3-8b", site="qkv", rank=64, tokens=4096)
 for name in ("lora_shrink", "lora_expand"):
-    dense, layer = Kernels(name, Path("generated"), "sm_90"), layers.Cell("llama-3-8b", "qkv", 64, 4096)
-    rule = dense.sizes(layer, (name,)).rules[name]
-    own, other = (dense.digests(layer, name, {**rule, "num_warps": warps}) for warps in (4, 8))
+    dense = Kernels("lora", name, Path("generated"), "sm_90")
+    (of_layer,) = dense.problems(layer)
+    rule = dense.sizes(layer, of_layer, (name,)).rules[name]
+    own, other = (dense.digests(layer, of_layer, name, {**rule, "num_warps": warps}) for warps in (4, 8))
     assert len(own) > 1 and len(set(own) - set(other)) == 1  # the tiles of one product
 found = []
 huge = {**searched.named(rules["one_shot"]), "block_k": 256, "shrink_stages": 6, "block_n": 256}
 for config in (searched.named(rules["one_shot"]), huge):
-    job = CompileJob("sm_90", cell, "one_shot", config, (0,))
+    job = CompileJob("sm_90", cell(64), problem, "one_shot", config, (0,))
     found += [verdict.fault for verdict in kernels.compile(job)]
-print(json.dumps([sizes.block_m, sizes.rule, found]))
+print(json.dumps([sizes.facts, sizes.rule, found]))
 """
     shown = subprocess.run(
         [sys.executable, "-c", code],
@@ -799,89 +846,99 @@ print(json.dumps([sizes.block_m, sizes.rule, found]))
         timeout=300,
     )
     assert shown.returncode == 0, shown.stderr
-    block_m, rule, (fit, fault) = json.loads(shown.stdout)
-    assert block_m == 16 and rule in SPACE.schedules
+    facts, rule, (fit, fault) = json.loads(shown.stdout)
+    assert facts == {"block_m": 16} and rule in SPACE.schedules
     assert fit is None and "shared memory" in fault
 
 
-interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels compile here")
+_TWO_KERNEL = {**RULES["two_kernel"], "block_k": 64, "expand_tiles": 1}
+_SHRINK = {**SHRINK_RULE, "ranks": 16, "chunk_k": 512, "together": 0}
+_EXPAND = {**EXPAND_RULE, "block_n": 64, "tiles": 1}
+# family -> (cells that have one problem, right candidates, one that is refused, how, and right tiles of what then does nothing)
+GAUGED: dict[str, tuple[Any, ...]] = {
+    "moe_lora": (
+        [Cell(MODELS["tiny"], "w13", 16, 16, dtype="f16")],
+        [
+            ("small_batch", {**RULES["small_batch"], "block_k": 64, "split_k": 128}),
+            ("one_shot", {**RULES["one_shot"], "block_k": 64}),
+            ("two_kernel", {**_TWO_KERNEL, "split_k": 256}),
+        ],
+        ("two_kernel", {**_TWO_KERNEL, "split_k": 96}),
+        "ValueError: .*block_k",
+        ("two_kernel", {**_TWO_KERNEL, "split_k": 256, "expand_tiles": 2}),
+    ),
+    "lora_shrink": (
+        [lora.Cell(model="tiny", site="qkv", rank=16, tokens=4, active=active) for active in (4, 1)],
+        [("lora_shrink", _SHRINK)],
+        ("lora_shrink", {**_SHRINK, "block_k": 96}),
+        "(Value|Interpreter)Error",
+        ("lora_shrink", {**_SHRINK, "weight_policy": 1}),
+    ),
+    "lora_expand": (
+        [lora.Cell(model="tiny", site="qkv", rank=16, tokens=4, active=active) for active in (4, 1)],
+        [("lora_expand", _EXPAND)],
+        ("lora_expand", {**_EXPAND, "block_n": 48}),
+        "(Value|Interpreter)Error",
+        ("lora_expand", {**_EXPAND, "weight_policy": 1}),
+    ),
+}
 
 
-@interpreted
-@pytest.mark.parametrize("site", ["w13", "w2"])
-def test_gauge_checks_before_it_times(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels compile here")
+@pytest.mark.parametrize("family", GAUGED)
+def test_gauge_checks_before_it_times(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the interpreter, with a stopwatch that counts: right tiles are timed; what is refused or wrong is not."""
     from kernelgen.measure.timing import Spread
-    from kernelgen.measure.tune import gauge, moe_lora_calls
+    from kernelgen.measure.tune import calls, gauge
 
-    def capture(calls: list[Callable[[], None]]) -> str:
-        calls[-1]()
+    cells, right, refused, says, idle = GAUGED[family]
+    tiles_now: list[dict[str, int]] = [{}]
+    choosing, ops = calls.Preparation.choosing, calls.Calls.ops
+
+    def chosen(prepared: calls.Preparation, schedule: str, tiles: dict[str, int]) -> Any:
+        tiles_now[0] = tiles
+        return choosing(prepared, schedule, tiles)
+
+    def lazy(of: calls.Calls, schedule: str, case: Any) -> Any:
+        def run(call: Callable[[], None]) -> None:
+            if tiles_now[0] != idle[1]:
+                call()
+
+        return [dataclasses.replace(op, call=functools.partial(run, op.call)) for op in ops(of, schedule, case)]
+
+    def capture(made: list[Callable[[], None]]) -> str:
+        made[-1]()
         return "graph"
 
     def replay(graphs: dict[int, Any], seconds: float, least: int) -> dict[int, Spread]:
         return {place: Spread(5.0 + place, 5.0, 5.0, least) for place in graphs}
 
+    monkeypatch.setattr(calls.Preparation, "choosing", chosen)
+    monkeypatch.setattr(calls.Calls, "ops", lazy)
     monkeypatch.setattr(gauge, "capture", capture)
     monkeypatch.setattr(gauge, "replay", replay)
-    monkeypatch.setattr(moe_lora_calls, "WEIGHT_BYTES", 0.0)
-    monkeypatch.setattr("kernelgen.measure.inputs.TOUCHED_BYTES", 1.0)
-    cell = Cell(MODELS["tiny"], site, 16, 12, dtype="f16")  # type: ignore[arg-type]
-    k = cell.projections[0].k
-    two_kernel = {**RULES["two_kernel"], "block_k": 64, "split_k": k, "expand_tiles": 1}
-    candidates = (
-        ("small_batch", {**RULES["small_batch"], "block_k": 64, "split_k": 128}),
-        ("two_kernel", {**two_kernel, "split_k": 96}),
-        ("one_shot", {**RULES["one_shot"], "block_k": 64}),
-        ("two_kernel", two_kernel),
-        ("two_kernel", {**two_kernel, "expand_tiles": 2}),
-    )
-    bound = moe_lora_calls.Ours.bound
-
-    def idle(ours: moe_lora_calls.Ours, case: Any, routes: list[Any], forced: Any) -> list[Callable[[], None]]:
-        calls = bound(ours, case, routes, forced)
-        return [lambda: None for _ in calls] if forced.config == candidates[4][1] else calls
-
-    monkeypatch.setattr(moe_lora_calls.Ours, "bound", idle)
-    instrument = gauge.Gauge("moe_lora", ROOT / "generated")
+    for module in ("moe_lora", "fused_moe", "layer"):
+        monkeypatch.setattr(f"kernelgen.measure.workloads.{module}.WEIGHT_BYTES", 0.0)
+    monkeypatch.setattr("kernelgen.measure.operands.TOUCHED_BYTES", 1.0)
+    instrument = gauge.Gauge(families()[family].name, family, ROOT / "generated")
+    (problem,) = {tuple(p.items()) for cell in cells for p in instrument._calls.problems(cell)}
+    candidates = (*right, refused, idle)
     for final in (False, True):
-        readings = list(instrument.measure(GaugeJob(cell, candidates, final)))
-        by_place = {reading.place: reading for reading in readings}
-        assert sorted(by_place) == [0, 1, 2, 3, 4] and len(readings) == 5
-        for place, says in ((1, "ValueError: .*block_k"), (4, "WrongResult")):
-            assert by_place[place].us is None and not by_place[place].fatal
-            assert re.match(says, by_place[place].failed or "")
-        assert by_place[0].us == 5.0 and all(by_place[i].failed is None for i in (0, 2, 3))
-
-
-@interpreted
-@pytest.mark.parametrize("name", ["lora_shrink", "lora_expand"])
-def test_gauge_of_dense_lora(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As above: right tiles of one product are timed in the whole op; what is refused or wrong is not."""
-    from kernelgen.measure.timing import Spread
-    from kernelgen.measure.tune import gauge, lora_calls
-
-    monkeypatch.setattr(gauge, "capture", lambda calls: calls[-1]())
-    monkeypatch.setattr(gauge, "replay", lambda graphs, *_: {place: Spread(5.0, 5.0, 5.0, 1) for place in graphs})
-    monkeypatch.setattr("kernelgen.measure.dense.TOUCHED_BYTES", 1.0)
-    monkeypatch.setattr("kernelgen.measure.dense._LEAST_CALLS", 2)
-    right, bad = {
-        "lora_shrink": ({**SHRINK_RULE, "ranks": 16, "chunk_k": 512, "together": 0}, {"block_k": 96}),
-        "lora_expand": ({**EXPAND_RULE, "block_n": 64, "tiles": 1}, {"block_n": 48}),
-    }[name]
-    candidates = ((name, right), (name, {**right, **bad}), (name, {**right, "weight_policy": 1}))
-    bound = lora_calls.LoraCalls._call
-
-    def idle(calls: Any, operands: Any, route: Any, config: Any) -> Any:
-        return (lambda o: None) if config["weight_policy"] else bound(calls, operands, route, config)
-
-    monkeypatch.setattr(lora_calls.LoraCalls, "_call", idle)
-    instrument = gauge.Gauge(name, ROOT / "generated")
-    for final in (False, True):
-        job = GaugeJob(layers.Cell("tiny", "qkv", 16, 5), candidates, final)
+        job = GaugeJob(tuple(cells), dict(problem), candidates, final)
         by_place = {reading.place: reading for reading in instrument.measure(job)}
-        assert by_place[0] == Reading(0, 5.0)
-        for place, says in ((1, "(Value|Interpreter)Error"), (2, "WrongResult")):
-            assert re.match(says, by_place[place].failed or "")
+        assert sorted(by_place) == list(range(len(candidates)))
+        assert [by_place[i].us for i in range(len(right))] == [5.0 + i for i in range(len(right))]
+        for place, words in ((len(right), says), (len(right) + 1, "WrongResult")):
+            assert by_place[place].us is None and not by_place[place].fatal
+            assert re.match(words, by_place[place].failed or ""), by_place[place].failed
+
+
+def test_every_family_that_can_be_tuned_has_cells() -> None:
+    """They are of its spec, and of powers of two of tokens."""
+    for family, suite in families().items():
+        assert SPEC.with_name(f"{family}.yaml").exists()
+        cells = cells_of(suite, family, {})
+        assert len(cells) > 10 and {cell.tokens for cell in cells} == {1 << i for i in range(13)}
 
 
 # --- which devices take what was measured on one --------------------------------------------------------------------
@@ -944,20 +1001,21 @@ def test_durations(text: str, seconds: float) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--budget", "soon"],
-        ["--budget", "0"],
-        ["--models", "nobody"],
-        ["--sites", "route"],
-        ["--devices", "a"],
-        ["--tp", "2"],
-        ["--slots", "0"],
-        ["--tokens", "300"],
-        ["--models", "llama-3-8b"],
-        ["--sites", "qkv"],
-        ["--family", "lora_shrink", "--models", "mixtral-8x7b"],
-        ["--family", "lora_expand", "--sites", "w13"],
-        ["--family", "lora_expand", "--set"],
+        ["nothing"],
+        ["moe_lora", "--budget", "soon"],
+        ["moe_lora", "--budget", "0"],
+        ["moe_lora", "--models", "nobody"],
+        ["moe_lora", "--sites", "root"],
+        ["moe_lora", "--devices", "a"],
+        ["moe_lora", "--tp", "2"],
+        ["moe_lora", "--slots", "0"],
+        ["moe_lora", "--tokens", "300"],
+        ["moe_lora", "--models", "llama-3-8b"],
+        ["lora_shrink", "--models", "mixtral-8x7b"],
+        ["lora_expand", "--sites", "w13"],
+        ["lora_expand", "--set"],
         ["--family", "lora_gather"],
+        ["--tp", "2"],
     ],
 )
 def test_bad_options(arguments: list[str], kernelgen) -> None:
@@ -968,7 +1026,7 @@ def test_bad_options(arguments: list[str], kernelgen) -> None:
 def test_no_gpu_is_said(monkeypatch: pytest.MonkeyPatch, kernelgen) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    code, stdout, stderr = kernelgen("tune", "--budget", "1m")
+    code, stdout, stderr = kernelgen("tune", "moe_lora", "--budget", "1m")
     assert (code, stdout) == (2, "") and stderr.startswith("cuda: error[KG061]: there are 0 GPUs here")
 
 
@@ -995,19 +1053,19 @@ def test_the_command_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def measure(job: GaugeJob) -> Iterator[Reading]:
         for place, (schedule, config) in enumerate(job.candidates):
-            yield Reading(place, model_us(job.cell, schedule, config))
+            yield Reading(place, model_us(job.cells[0], schedule, config))
 
     def compile_job(job: CompileJob) -> Iterator[Verdict]:
-        digests = FakeKernels().digests(job.cell, job.schedule, job.config)
+        digests = FakeKernels().digests(job.cell, job.problem, job.schedule, job.config)
         yield from (Verdict(digests[place], None) for place in job.wanted)
 
     monkeypatch.setattr(crew, "Processes", Crew)
-    monkeypatch.setattr(kernels, "Kernels", lambda family, package, target: FakeKernels())
+    monkeypatch.setattr(kernels, "Kernels", lambda suite, family, package, target: FakeKernels())
     specs = tmp_path / "specs"
     specs.mkdir()
     shutil.copy(SPEC, specs)
     out = specs / "tuned/fake/moe_lora.yaml"  # of the device that it runs on
-    arguments = ["--specs", str(specs), "--budget", "10m"]
+    arguments = ["moe_lora", "--specs", str(specs), "--budget", "10m"]
     arguments += ["--models", "qwen3-30b-a3b", "--ranks", "64", "--tokens", "1,64"]
     arguments += ["--devices", "1,3", "--workers", "3", "--json"]
     code, stdout, stderr = kernelgen("tune", *arguments)

@@ -1,269 +1,275 @@
-"""``kernelgen bench``. Imports torch only when it runs."""
+"""``kernelgen bench SUITE``: one command a suite, of its axes. Imports torch only when one runs."""
 
 from __future__ import annotations
 
 import functools
-import io
-import itertools
+import inspect
+import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Sequence
 
 import click
 
 from kernelgen.command import Report, command
-from kernelgen.diagnostics import failure
+from kernelgen.diagnostics import Diagnostic, failure
 from kernelgen.measure import document as documents
-from kernelgen.measure import session, workloads
-from kernelgen.measure.workloads import Cell, Model, Selection, Site
-
-PEERS = ("vllm", "sglang", "torch")
-_PIPED_WIDTH = 180
-SCHEDULES = ("one_shot", "small_batch", "two_kernel")
-
+from kernelgen.measure import suites
+from kernelgen.measure.document import Document
+from kernelgen.measure.options import Words
+from kernelgen.measure.suite import OURS, Axis, Cell, Row, Size, Suite, misfit
+from kernelgen.model import Location
 
 if TYPE_CHECKING:
-    ParamType = click.ParamType[Any]
-else:
-    ParamType = click.ParamType  # generic in some versions only
+    import torch
+    from rich.progress import Progress
+
+    from kernelgen.measure.workload import Implementation, Workload
+
+_PIPED_WIDTH = 180
 
 
-class Numbers(ParamType):
-    """Integers with commas between them."""
+class _Suites(click.Group):
+    """A command a suite; without the name of one, options are those of the first, as they once were."""
 
-    name = "N,N,..."
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(suites.NAMES)
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        if not isinstance(value, str):
-            return tuple(value)
-        try:
-            numbers = tuple(int(part) for part in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r}: wanted whole numbers with commas between them", param, ctx)
-        if min(numbers) < 1:
-            self.fail(f"{value!r}: each is at least 1", param, ctx)
-        return numbers
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return of_suite(cmd_name) if cmd_name in suites.NAMES else None
 
-
-class Words(ParamType):
-    """Words out of a list, with commas between them."""
-
-    name = "A,B,..."
-
-    def __init__(self, known: Sequence[str]) -> None:
-        self.known = known
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, ...]:
-        if not isinstance(value, str):
-            return tuple(value)
-        words = tuple(word.strip() for word in value.split(","))
-        for word in words:
-            if word not in self.known:
-                self.fail(f"{word!r} is none of {', '.join(self.known)}", param, ctx)
-        return words
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0].startswith("-") and args[0] not in ("-h", "--help"):
+            click.echo(f"kernelgen bench {suites.NAMES[0]} is meant: name the suite, as this will end", err=True)
+            args = [suites.NAMES[0], *args]
+        return super().parse_args(ctx, args)
 
 
-@command("bench")
-@click.option(
-    "--models",
-    type=Words(tuple(workloads.MODELS)),
-    help="Model shapes; four large ones unless told.",
-)
-@click.option(
-    "--model-config",
-    type=click.Path(path_type=Path),
-    help="A model's config.json, in place of --models.",
-)
-@click.option(
-    "--tp", type=click.IntRange(1), default=1, help="With --model-config: tensor-parallel ranks."
-)
-@click.option(
-    "--sites",
-    type=Words(workloads.SITES),
-    default=workloads.DEFAULT_SITES,
-    help="w13, w2, route, layer.",
-)
-@click.option("--ranks", type=Numbers(), help="LoRA ranks, such as 16,64,128.")
-@click.option("--tokens", type=Numbers(), help="Tokens of a batch, such as 1,64,4096.")
-@click.option("--active", type=Numbers(), default=(4,), help="Adapters that the batch uses.")
-@click.option(
-    "--slots",
-    type=Numbers(),
-    help="Adapters in the weights, one number for each --active; the same unless told.",
-)
-@click.option(
-    "--base",
-    type=click.FloatRange(0, 1, max_open=True),
-    default=0.0,
-    help="Share of tokens without an adapter.",
-)
-@click.option(
-    "--routing", type=Words(workloads.ROUTINGS), default=("uniform",), help="uniform, skewed."
-)
-@click.option(
-    "--add/--set", "add", default=None, help="Add to out, or overwrite it; both unless told."
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["bf16", "f16"]),
-    default="bf16",
-    help="Of activations and weights.",
-)
-@click.option(
-    "--quant",
-    type=Words(workloads.QUANTS),
-    default=("none",),
-    help="FP8 weights with a scale a tensor, channel or group; none: of --dtype.",
-)
-@click.option(
-    "--act",
-    type=Words(workloads.ACTS),
-    default=("none",),
-    help="FP8 activations with a scale a tensor, token or group; none: of --dtype.",
-)
-@click.option("--quick", is_flag=True, help="Two models, two ranks, four batch sizes.")
-@click.option(
-    "--against",
-    type=Words(PEERS),
-    default=(),
-    help="Peers to time in the same run: vllm, sglang, torch.",
-)
-@click.option(
-    "--schedules", type=Words(SCHEDULES), default=(), help="Time these schedules too, each forced."
-)
-@click.option("--no-ours", is_flag=True, help="Time the peers alone.")
-@session.package_option
-@session.out_option
-@click.option(
-    "--again",
-    type=Words(("kernelgen", *(f"kernelgen:{s}" for s in SCHEDULES), *PEERS)),
-    default=(),
-    help="Measure the chosen cells again for these, though --out holds them.",
-)
-@session.retry_option
-@session.seconds_option
-@click.option(
-    "--workers",
-    type=click.IntRange(0),
-    default=0,
-    help="Processes that compile before anything is timed.",
-)
-@click.option("--compile-only", is_flag=True, help="Stop once everything is compiled.")
-@session.check_only_option
-def bench(
-    add: bool | None, against: tuple[str, ...], schedules: tuple[str, ...], **options: Any
-) -> Report:
-    """Time MoE-LoRA kernels on this GPU, next to a floor and to the peers.
+@click.group("bench", cls=_Suites)
+def bench() -> None:
+    """Time generated kernels on this GPU, next to a floor and to the peers.
 
     Every result is compared with the formula in fp64 before it is timed. The exit code is 1 if one was wrong or failed.
     """
-    cells = select(add=add, **options)
-    names = [] if options["no_ours"] else ["kernelgen"]
-    names += [f"kernelgen:{schedule}" for schedule in schedules]
-    names += against
+
+
+@functools.cache
+def of_suite(name: str) -> click.Command:
+    """``kernelgen bench NAME``."""
+    suite = suites.find(name)
+
+    def run(**options: Any) -> Report:
+        return _bench(suite, options)
+
+    run.__doc__ = f"{suite.title}\n\n{inspect.cleandoc(bench.help or '')}"
+    for option in reversed([*map(option_of, suite.axes), *_options(suite)]):
+        run = option(run)
+    return command(name)(run)
+
+
+def option_of(axis: Axis) -> Callable[[Any], Any]:
+    """The option that an axis is; unless told, it is as the size of the sweep says."""
+    usual = axis.full
+    told = "" if usual is None else ",".join(map(str, usual)) if isinstance(usual, tuple) else str(usual)
+    text = f"{axis.help}  [default: {told}]" if told else axis.help
+    if axis.flag:
+        return click.option(axis.flag, axis.name, default=None, help=text)
+    return click.option(f"--{axis.name.replace('_', '-')}", axis.name, type=axis.kind, help=text)
+
+
+def package_option(function: Any) -> Any:
+    """Where the generated package is."""
+    kind, usual = click.Path(path_type=Path), Path("generated")
+    return click.option("--package", type=kind, default=usual, show_default=True, help="The generated package.")(function)
+
+
+def _options(suite: Suite) -> list[Callable[[Any], Any]]:
+    """What every suite has."""
+    implementations = (OURS, *(f"{OURS}:{form}" for form in suite.forms), *suite.peers)
+    own = []
+    if suite.peers:
+        text = "Peers to time in the same run."
+        own.append(click.option("--against", type=Words(suite.peers), default=(), help=f"{text}  [{','.join(suite.peers)}]"))
+        own.append(click.option("--no-ours", is_flag=True, help="Time the peers alone."))
+    if suite.forms:
+        text = "Other ways of ours to time too, each forced."
+        own.append(click.option("--forms", type=Words(suite.forms), default=(), help=f"{text}  [{','.join(suite.forms)}]"))
+    return [
+        click.option("--quick", is_flag=True, help="A part of the sweep, which takes about a minute on a GPU."),
+        click.option(
+            "--check-only",
+            is_flag=True,
+            help="Compare tiny problems, or what is told, with fp64, and time nothing; without a GPU kernels are interpreted.",
+        ),
+        *own,
+        package_option,
+        click.option(
+            "--out",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="Result file; rows that it holds are not measured again.",
+        ),
+        click.option("--retry", is_flag=True, help="Try again what failed in --out."),
+        click.option(
+            "--again",
+            type=Words(implementations),
+            default=(),
+            help="Measure the chosen cells again for these, though --out holds them.",
+        ),
+        click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Begin no cell after that."),
+        click.option("--workers", type=click.IntRange(0), default=0, help="Processes that compile before anything is timed."),
+        click.option("--compile-only", is_flag=True, help="Stop once everything is compiled."),
+    ]
+
+
+def _bench(suite: Suite, options: dict[str, Any]) -> Report:
+    size: Size = "tiny" if options["check_only"] else "quick" if options["quick"] else "full"
+    cells = suite.cells(options, size)
+    names = [] if options.get("no_ours") else [OURS]
+    names += [f"{OURS}:{form}" for form in options.get("forms", ())]
+    names += options.get("against", ())
     if not names:
-        message = "--no-ours leaves nothing to time"
-        raise failure("KG070", "workload", message, "name peers with --against, or schedules with --schedules")
-    return _bench(cells, names, options)
+        raise misfit("--no-ours leaves nothing to time", "name peers with --against, or other ways of ours with --forms")
+    if not cells:
+        raise misfit("the options leave no cell")
+    device = find_device(options["check_only"])
+    from kernelgen.measure import environment, implementations, timing
 
-
-def select(
-    *,
-    models: tuple[str, ...] | None,
-    model_config: Path | None,
-    tp: int,
-    sites: tuple[Site, ...],
-    ranks: tuple[int, ...] | None,
-    tokens: tuple[int, ...] | None,
-    active: tuple[int, ...],
-    slots: tuple[int, ...] | None,
-    base: float,
-    routing: tuple[workloads.Routing, ...],
-    add: bool | None,
-    dtype: Any,
-    quant: tuple[workloads.Quant, ...],
-    act: tuple[workloads.Act, ...],
-    quick: bool,
-    **_: Any,
-) -> list[Cell]:
-    """The cells that the options ask for.
-
-    Raises:
-        Failure: options that do not go together.
-    """
-    default = workloads.QUICK_MODELS if quick else workloads.DEFAULT_MODELS
-    chosen = chosen_models(models, model_config, tp, default)
-    slots = slots or active
-    if len(slots) == 1:
-        slots = slots * len(active)
-    if len(slots) != len(active):
-        raise failure("KG070", "workload", "--slots wants one number, or one for each of --active")
-    selection = Selection(
-        models=chosen,
-        sites=sites,
-        ranks=ranks or (workloads.QUICK_RANKS if quick else workloads.DEFAULT_RANKS),
-        tokens=tokens or (workloads.QUICK_TOKENS if quick else workloads.DEFAULT_TOKENS),
-        adapters=tuple(zip(active, slots, strict=True)),
-        bases=(base,),
-        routings=routing,
-        adds=(True, False) if add is None else (add,),
-        dtype=dtype,
-        quants=tuple(itertools.product(quant, act)),
-    )
-    return list(selection.cells())
-
-
-def chosen_models(
-    models: tuple[str, ...] | None, model_config: Path | None, tp: int, default: Sequence[str]
-) -> list[Model]:
-    """What --models, --model-config and --tp stand for.
-
-    Raises:
-        Failure: they do not go together, or the config is not one of a mixture of experts.
-    """
-    if model_config is not None:
-        if models is not None:
-            raise failure("KG070", "workload", "--models and --model-config exclude each other")
-        return [workloads.model_from_config(model_config, tp)]
-    if tp != 1:
-        raise failure("KG070", "workload", "--tp goes with --model-config")
-    return [workloads.MODELS[name] for name in models or default]
-
-
-def _bench(cells: Sequence[Cell], names: Sequence[str], options: dict[str, Any]) -> Report:
-    from rich.console import Console
-
-    device = session.find_device(options["check_only"])
-    from kernelgen.measure import environment, moe_lora, registry, table
-
-    load = functools.partial(registry.load, package=options["package"])
-    implementations = [load(name) for name in names]
-    machine, versions = environment.machine(device), environment.versions(implementations)
-    document = documents.resume(options["out"], machine, versions)
+    load = functools.partial(implementations.load, suite.name, package=options["package"])
+    loaded = [load(name) for name in names]
+    document = documents.resume(options["out"], suite, environment.machine(device), environment.versions(loaded))
     if options["retry"]:
         document.forget(lambda row: row["failed"] is not None)
     again = {document.key(row) for row in document.of(cells, options["again"])}
     document.forget(lambda row: document.key(row) in again)
-
-    def release() -> None:
-        for implementation in implementations:
-            implementation.release()
-
-    with session.progress() as shown:
+    with progress() as shown:
         if device.type == "cuda" and (options["workers"] or options["compile_only"]):
             from kernelgen.measure.warmup import compile_all
 
             todo = [(c, n) for n in names for c in cells if not document.has(c, n)]
             task = shown.add_task("compiling", total=len(todo))
-            compile_all(todo, load, max(1, options["workers"]), lambda: shown.advance(task))
+            compile_all(suite.name, todo, load, max(1, options["workers"]), lambda: shown.advance(task))
         if options["compile_only"]:
             return Report(document.as_json())
-        workload = moe_lora.MoeLora(device, release, 1 if options["check_only"] else None)
-        complete = session.measure(shown, workload, cells, implementations, document, options)
+        if not options["check_only"]:
+            document.ceilings = timing.ceilings()
+
+        def release() -> None:
+            for implementation in loaded:
+                implementation.release()
+
+        workload = implementations.workload(suite.name, device, 1 if options["check_only"] else None, release)
+        complete = _measure(shown, workload, cells, loaded, document, options)
     rows = document.of(cells, names)
-    peers = [name for name in names if name in PEERS]
-    console = Console(file=io.StringIO(), width=None if sys.stdout.isatty() else _PIPED_WIDTH)
+    return _finish(document, rows, complete, _table(suite, rows, options.get("against", ())))
+
+
+def find_device(check_only: bool) -> torch.device:
+    """The GPU; to check results, where there is none or TRITON_INTERPRET is 1, the CPU with the interpreter repaired.
+
+    Raises:
+        Failure: times are wanted, and no GPU is there to run compiled kernels.
+    """
+    import torch
+
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if torch.cuda.is_available() and not interpreted:
+        return torch.device("cuda")
+    if not check_only:
+        found = "TRITON_INTERPRET is set" if interpreted else "torch sees no GPU here"
+        raise failure("KG061", "cuda", f"{found}: there are no times to take", "--check-only compares results on the CPU")
+    os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are decorated
+    from kernelgen import interpreter
+
+    interpreter.install()  # bfloat16 and FP8 as on a GPU
+    return torch.device("cpu")
+
+
+def progress() -> Progress:
+    """A bar on stderr."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def _measure(
+    shown: Progress,
+    workload: Workload,
+    cells: Sequence[Cell],
+    implementations: Sequence[Implementation],
+    document: Document,
+    options: dict[str, Any],
+) -> bool:
+    """Measure what ``document`` lacks, and save it cell by cell where there is --out; whether all was reached in time.
+
+    Raises:
+        Failure: the GPU context is lost, and nothing more can be measured in this process.
+    """
+    from kernelgen.measure import runner
+
+    task = shown.add_task("measuring", total=len(cells))
+
+    def on_cell(cell: Cell, rows: Sequence[Row]) -> None:
+        for row in rows:
+            document.add(row)
+        if options["out"] is not None and rows:
+            document.save(options["out"])
+        shown.update(task, advance=1, description=where(document.suite, cell.columns()))
+
+    how = runner.Run(options["check_only"], options["seconds"])
+    try:
+        return runner.run(workload, cells, implementations, document, how, on_cell)
+    except runner.ContextLost as error:
+        message = f"the GPU context is lost: {error}"
+        raise failure("KG074", "cuda", message, "run the same command again to go on after it") from error
+
+
+def where(suite: Suite, row: Row) -> str:
+    """A cell in words."""
+    return " ".join(filter(None, [suite.label(row), suite.part(row), f"T={row['tokens']}"]))
+
+
+def _table(suite: Suite, rows: Sequence[Row], peers: Sequence[str]) -> Iterable[str]:
+    from rich.console import Console
+
+    from kernelgen.measure import table
+
+    console = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
     with console.capture() as printed:
-        console.print(table.results(rows, peers))
-        table.summary(console, rows, peers)
-    return session.finish(document, rows, complete, [printed.get().rstrip("\n")])
+        console.print(table.results(suite, rows, peers))
+        for line in table.summary(suite, rows, peers):
+            console.print(line, markup=False)
+    return printed.get().splitlines()
+
+
+def _finish(document: Document, rows: Sequence[Row], complete: bool, lines: Iterable[str]) -> Report:
+    """What there is to report of ``rows``; what is left to do, and what failed, goes to stderr."""
+    if not complete:
+        click.echo("out of time: run the same command again to go on", err=True)
+    findings = [
+        Diagnostic("KG073", Location(row["impl"]), f"{where(document.suite, row)}: {row['failed']}")
+        for row in rows
+        if row["failed"]
+    ]
+    for finding in findings:
+        click.echo(str(finding), err=True)
+    report = {**document.as_json(), "findings": [finding.as_json() for finding in findings]}
+    return Report(report, lines, exit_code=1 if findings else 0)
+
+
+# ``kernelgen bench-lora``, as it was once called.
+bench_lora = click.Command(
+    "bench-lora",
+    callback=of_suite("lora").callback,
+    params=[*of_suite("lora").params],
+    help=of_suite("lora").help,
+    hidden=True,
+    deprecated=True,
+)

@@ -7,50 +7,18 @@ import itertools
 import json
 import os
 from pathlib import Path
-from typing import Any, Callable, Iterable, Mapping, Protocol
+from typing import Any, Callable, Iterable
 
 from kernelgen.diagnostics import failure, os_failure
-from kernelgen.measure.workloads import Cell
+from kernelgen.measure import suites
+from kernelgen.measure.suite import Cell, Row, Suite
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # What has to agree for rows of two runs to stand in one document.
 _SAME_MACHINE = ("gpu", "sms")
 _SAME_VERSIONS = ("torch", "triton", "vllm", "sglang")
 
-
 Key = tuple[Any, ...]
-
-
-class AnyCell(Protocol):
-    """A point of a sweep."""
-
-    def columns(self) -> dict[str, Any]:
-        """The columns of a result row that identify it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Columns:
-    """``key``: what identifies a row, the columns of its cell and who was measured. ``later``: columns that came later, with
-    what rows from before stand for.
-    """
-
-    key: tuple[str, ...]
-    later: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-MOE_LORA = Columns(
-    (
-        *("model", "hidden", "intermediate", "experts", "top_k"),
-        *(field.name for field in dataclasses.fields(Cell) if field.name != "model"),
-        "impl",
-    ),
-    {"quant": "none", "act": "none"},
-)
-
-
-def row_key(row: dict[str, Any], columns: Columns = MOE_LORA) -> Key:
-    """What identifies a row."""
-    return tuple(row[name] for name in columns.key)
 
 
 @dataclasses.dataclass
@@ -61,41 +29,41 @@ class Document:
     ``bytes`` and ``flops`` a call; ceilings in GB/s (read + written) and TFLOP/s.
     """
 
+    suite: Suite
     machine: dict[str, Any]
     versions: dict[str, str]
     ceilings: dict[str, float] = dataclasses.field(default_factory=dict)
-    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    columns: Columns = MOE_LORA
+    rows: list[Row] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._done = {self.key(row) for row in self.rows}
 
-    def key(self, row: dict[str, Any]) -> Key:
-        """What identifies a row here."""
-        return row_key(row, self.columns)
+    def key(self, row: Row) -> Key:
+        """What identifies a row."""
+        return (*(row[name] for name in self.suite.columns), row["impl"])
 
-    def has(self, cell: AnyCell, impl: str) -> bool:
+    def has(self, cell: Cell, impl: str) -> bool:
         """Whether the row is there, measured or failed."""
         return self.key({**cell.columns(), "impl": impl}) in self._done
 
-    def of(self, cells: Iterable[AnyCell], impls: Iterable[str]) -> list[dict[str, Any]]:
+    def of(self, cells: Iterable[Cell], impls: Iterable[str]) -> list[Row]:
         """The rows of these, in the order of measuring."""
         wanted = {self.key({**c.columns(), "impl": i}) for c, i in itertools.product(cells, impls)}
         return [row for row in self.rows if self.key(row) in wanted]
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, row: Row) -> None:
         """Append a row."""
         self.rows.append(row)
         self._done.add(self.key(row))
 
-    def forget(self, which: Callable[[dict[str, Any]], bool]) -> None:
+    def forget(self, which: Callable[[Row], bool]) -> None:
         """Drop rows, so that they are measured again."""
         self.rows = [row for row in self.rows if not which(row)]
         self.__post_init__()
 
     def as_json(self) -> dict[str, Any]:
         """The fields of the file."""
-        head = {"schema_version": SCHEMA_VERSION, "machine": self.machine, "versions": self.versions}
+        head = {"schema_version": SCHEMA_VERSION, "suite": self.suite.name, "machine": self.machine, "versions": self.versions}
         return {**head, "ceilings": self.ceilings, "rows": self.rows}
 
     def text(self) -> str:
@@ -106,14 +74,21 @@ class Document:
         return f'{body},\n "rows": [\n{rows}\n ]\n}}\n'
 
     def save(self, path: Path) -> None:
-        """Write the document in one step: a reader or a kill never sees half of it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Write the document in one step: a reader or a kill never sees half of it.
+
+        Raises:
+            Failure: it cannot be written.
+        """
         staged = path.with_name(path.name + ".part")
-        staged.write_text(self.text(), encoding="utf-8")
-        os.replace(staged, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            staged.write_text(self.text(), encoding="utf-8")
+            os.replace(staged, path)
+        except OSError as error:
+            raise os_failure(error, path) from error
 
 
-def load(path: Path, columns: Columns = MOE_LORA) -> Document:
+def load(path: Path) -> Document:
     """Read a document.
 
     Raises:
@@ -123,30 +98,29 @@ def load(path: Path, columns: Columns = MOE_LORA) -> Document:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["schema_version"] != SCHEMA_VERSION:
             message = f"schema_version {data['schema_version']}, wanted {SCHEMA_VERSION}"
-            raise failure("KG072", str(path), message)
-        rows = [{**columns.later, **row} for row in data["rows"]]
-        return Document(data["machine"], data["versions"], data["ceilings"], rows, columns)
+            raise failure("KG072", str(path), message, "measure again, or use the kernelgen that wrote it")
+        if data["suite"] not in suites.NAMES:
+            raise failure("KG072", str(path), f"no such suite: {data['suite']}", f"known: {', '.join(suites.NAMES)}")
+        suite = suites.find(data["suite"])
+        return Document(suite, dict(data["machine"]), dict(data["versions"]), dict(data["ceilings"]), list(data["rows"]))
     except OSError as error:
         raise os_failure(error, path) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise failure("KG072", str(path), f"not a result of this benchmark: {error!r}") from error
 
 
-def resume(
-    path: Path | None, machine: dict[str, Any], versions: dict[str, str], columns: Columns = MOE_LORA
-) -> Document:
+def resume(path: Path | None, suite: Suite, machine: dict[str, Any], versions: dict[str, str]) -> Document:
     """The document at ``path`` to go on with, or an empty one; None: of rows that are not kept.
 
     Raises:
-        Failure: it was measured on another kind of machine or with other versions.
+        Failure: it is of another suite, or was measured on another kind of machine or with other versions.
     """
     if path is None or not path.exists():
-        return Document(machine, versions, columns=columns)
-    document = load(path, columns)
-    for names, old, new in (
-        (_SAME_MACHINE, document.machine, machine),
-        (_SAME_VERSIONS, document.versions, versions),
-    ):
+        return Document(suite, machine, versions)
+    document = load(path)
+    if document.suite.name != suite.name:
+        raise failure("KG072", str(path), f"results of {document.suite.name}, not of {suite.name}", "use another --out")
+    for names, old, new in ((_SAME_MACHINE, document.machine, machine), (_SAME_VERSIONS, document.versions, versions)):
         for name in names:
             if name in old and name in new and old[name] != new[name]:
                 message = f"measured with {name} {old[name]}, here it is {new[name]}"

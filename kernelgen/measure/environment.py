@@ -11,7 +11,7 @@ from typing import Any, Sequence
 import torch
 import triton
 
-from kernelgen.measure.implementation import Implementation
+from kernelgen.measure.workload import Implementation
 
 
 def machine(device: torch.device) -> dict[str, Any]:

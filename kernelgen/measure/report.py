@@ -9,18 +9,12 @@ from typing import Any, Sequence
 import click
 
 from kernelgen.command import Report, command
-from kernelgen.measure.document import Document, load, row_key
-from kernelgen.measure.summary import (
-    OURS,
-    Row,
-    counts,
-    geomean,
-    over_16_bit,
-    quantised,
-    speedups,
-)
+from kernelgen.measure.document import Document, load
+from kernelgen.measure.suite import OURS, Row, Suite
+from kernelgen.measure.summary import beside, counts, findings, geomean, key, parts, speedups
 
 _COLOURS = 2.0  # the colour scale ends at 4 x faster and 4 x slower
+_NAMED = ("torch", "triton", "vllm", "sglang", "triton_kernels", "deep_gemm")
 
 
 @command("report")
@@ -42,165 +36,107 @@ def report(result: Path, out: Path | None, markdown: bool) -> Report:
 
 
 def peers_of(document: Document) -> list[str]:
-    """The implementations beside ours, in the order of their first rows; forced schedules are no peers."""
+    """The implementations beside ours, in the order of their first rows; other ways of ours are no peers."""
     names = dict.fromkeys(row["impl"] for row in document.rows)
     return [name for name in names if not name.startswith(OURS)]
 
 
 def markdown_tables(document: Document) -> str:
-    """A summary, and for add and for set a table of µs: a line a (model, site, rank), a column a batch size."""
-    lines = [_headline(document), ""]
-    for peer in peers_of(document):
-        for add in (True, False):
-            times = [t for row, t in speedups(document.rows, peer) if row["add"] == add]
-            if times:
-                lines.append(
-                    f"- {peer}, {_mode(add)}: **{geomean(times):.2f} ×** geomean, "
-                    f"{min(times):.2f} to {max(times):.2f} over {len(times)} cells"
-                )
-    lines += _fp8_lines(document)
-    for add in (True, False):
-        rows = [r for r in document.rows if r["add"] == add and r["impl"] == OURS and counts(r)]
+    """A summary, and a table of µs for each part: a line a cell without its tokens, a column a batch size."""
+    suite = document.suite
+    lines = [_headline(document), "", *(f"- {line}" for line in findings(suite, document.rows, peers_of(document)))]
+    for part in parts(suite):
+        rows = [r for r in document.rows if suite.part(r) == part and r["impl"].startswith(OURS) and counts(r)]
         if rows:
-            lines += ["", *_table(document, rows, add)]
+            lines += ["", *_table(document, rows, part)]
     return "\n".join(lines) + "\n"
 
 
-def _fp8_lines(document: Document) -> list[str]:
-    """How FP8 compares with 16-bit operands, a line for each kind of scales."""
-    faster = over_16_bit(document.rows)
-    kinds: dict[str, list[float]] = {}
-    for row in document.rows:
-        if row_key(row) in faster:
-            kinds.setdefault(" ".join(quantised(row)), []).append(faster[row_key(row)])
-    return [
-        f"- {kind} against 16-bit operands: **{geomean(times):.2f} ×** geomean, "
-        f"{min(times):.2f} to {max(times):.2f} over {len(times)} cells"
-        for kind, times in kinds.items()
-    ]
-
-
 def draw(document: Document, folder: Path, stem: str) -> list[Path]:
-    """Write a heat map of speed-ups for each peer and mode, and the fraction of the floor; return the files."""
+    """Write a heat map of speed-ups for each peer and part, and the fraction of the floor; return the files."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "kernelgen"  # the same rows draw the same bytes
     matplotlib.rcParams["font.size"] = 9
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    written, suite = [], document.suite
     for peer in peers_of(document):
-        for add in (True, False):
-            pairs = [(r, t) for r, t in speedups(document.rows, peer) if r["add"] == add]
+        for part in parts(suite):
+            pairs = [(r, t) for r, t in speedups(suite, document.rows, peer) if suite.part(r) == part]
             if pairs:
-                path = folder / f"{stem}_speedup_{peer}_{_mode(add)}.svg"
-                _save(_heat_map(pairs, f"times as fast as {peer}, {_mode(add)}"), path)
+                path = folder / f"{_name(stem, 'speedup', peer, part)}.svg"
+                _save(_heat_map(suite, pairs, ", ".join(filter(None, [f"times as fast as {peer}", part]))), path)
                 written.append(path)
-    for add in (True, False):
-        rows = [
-            r
-            for r in document.rows
-            if r["add"] == add and r["site"] in ("w13", "w2") and counts(r) and r["impl"] == OURS
-        ]
+    for part in parts(suite):
+        rows = [r for r in document.rows if suite.part(r) == part and counts(r) and r["impl"] == OURS and r["site"] != "route"]
         if rows:
-            path = folder / f"{stem}_floor_{_mode(add)}.svg"
-            _save(_fractions(rows, _mode(add)), path)
+            path = folder / f"{_name(stem, 'floor', part)}.svg"
+            _save(_fractions(suite, rows, ", ".join(filter(None, ["fraction of the floor", part]))), path)
             written.append(path)
     return written
 
 
+def _name(*parts: str) -> str:
+    return "_".join(filter(None, parts))
+
+
 def _headline(document: Document) -> str:
     versions = document.versions
-    parts = [str(document.machine.get("gpu", "CPU"))]
-    parts += [
-        f"{name} {versions[name]}"
-        for name in ("torch", "triton", "vllm", "sglang")
-        if name in versions
-    ]
-    if document.ceilings:
-        parts.append(f"copy {document.ceilings['copy_gb_s']:.0f} GB/s")
-        parts.append(f"bf16 {document.ceilings['bf16_tflop_s']:.0f} TFLOP/s")
-    return ", ".join(parts)
+    said = [str(document.machine.get("gpu", "CPU"))]
+    said += [f"{name} {versions[name]}" for name in _NAMED if name in versions]
+    units = {"copy_gb_s": "copy {:.0f} GB/s", "bf16_tflop_s": "bf16 {:.0f} TFLOP/s", "fp8_tflop_s": "FP8 {:.0f} TFLOP/s"}
+    said += [text.format(document.ceilings[name]) for name, text in units.items() if name in document.ceilings]
+    return ", ".join(said)
 
 
-def _mode(add: bool) -> str:
-    return "add" if add else "set"
+def _line(suite: Suite, row: Row) -> str:
+    form = row["impl"].removeprefix(OURS)
+    return suite.label(row) + (f", {form[1:]}" if form else "")
 
 
-def _line(row: Row) -> tuple[Any, ...]:
-    return (
-        row["model"],
-        row["site"],
-        row["rank"],
-        row["active"],
-        row["slots"],
-        row["base"],
-        row["routing"],
-        *quantised(row),
-    )
-
-
-def _label(line: tuple[Any, ...]) -> str:
-    model, site, rank, active, slots, base, routing, *fp8 = line
-    label = " ".join([f"{model} {site} r{rank}", *fp8])
-    if (active, slots) != (4, 4):
-        label += f", {active} of {slots} adapters"
-    if base:
-        label += f", {base:.0%} base tokens"
-    return label + (f", {routing}" if routing != "uniform" else "")
-
-
-def _table(document: Document, rows: Sequence[Row], add: bool) -> list[str]:
+def _table(document: Document, rows: Sequence[Row], part: str) -> list[str]:
+    suite = document.suite
     tokens = sorted({row["tokens"] for row in rows})
-    against: dict[str, dict[tuple[Any, ...], float]] = {
-        peer: {
-            (*_line(r), r["tokens"]): t for r, t in speedups(document.rows, peer) if r["add"] == add
-        }
-        for peer in peers_of(document)
+    against = {
+        peer: {key(suite, row): t for row, t in speedups(suite, document.rows, peer)} for peer in peers_of(document)
     }
-    shown = [peer for peer, times in against.items() if times]
-    legend = "µs (fraction of the floor)" + "".join(f", × {peer}" for peer in shown)
-    faster = over_16_bit(rows)
-    legend += ", × our 16-bit operands" if faster else ""
-    found = {(*_line(row), row["tokens"]): row for row in rows}
+    near = {key(suite, row): t for row, t in beside(suite, rows)}
+    legend = "µs (fraction of the floor)"
+    legend += "".join(f", × {peer}" for peer, times in against.items() if any(key(suite, row) in times for row in rows))
+    legend += f", × {suite.beside[0]}" if near and suite.beside else ""
+    found = {(_line(suite, row), row["tokens"]): row for row in rows}
     lines = [
-        f"{_mode(add)}: {legend}",
+        f"{part}: {legend}" if part else legend,
         "",
         "| | " + " | ".join(f"T={t}" for t in tokens) + " |",
         "|---" * (len(tokens) + 1) + "|",
     ]
-    for line in dict.fromkeys(_line(row) for row in rows):
+    for line in dict.fromkeys(_line(suite, row) for row in rows):
         cells = []
         for t in tokens:
-            row = found.get((*line, t))
+            row = found.get((line, t))
             if row is None:
                 cells.append("–")
                 continue
-            cell = f"{row['us']:.3g} ({row['floor_us'] / row['us']:.2f})"
-            for peer in shown:
-                times = against[peer].get((*line, t))
-                cell += (
-                    "" if times is None else f" ×{times:.2g}" if times < 10 else f" ×{times:.0f}"
-                )
-            if row_key(row) in faster:
-                cell += f" ×{faster[row_key(row)]:.2f}"
-            cells.append(cell)
-        lines.append(f"| {_label(line)} | " + " | ".join(cells) + " |")
+            cell, own = f"{row['us']:.3g} ({row['floor_us'] / row['us']:.2f})", key(suite, row)
+            for times in (times[own] for times in against.values() if own in times):
+                cell += f" ×{times:.2g}" if times < 10 else f" ×{times:.0f}"
+            cells.append(cell + (f" ×{near[own]:.2f}" if own in near else ""))
+        lines.append(f"| {line} | " + " | ".join(cells) + " |")
     return lines
 
 
-def _heat_map(pairs: Sequence[tuple[Row, float]], title: str) -> Any:
+def _heat_map(suite: Suite, pairs: Sequence[tuple[Row, float]], title: str) -> Any:
     import numpy
     from matplotlib.figure import Figure
 
-    lines = list(dict.fromkeys(_line(row) for row, _ in pairs))
+    lines = list(dict.fromkeys(suite.label(row) for row, _ in pairs))
     tokens = sorted({row["tokens"] for row, _ in pairs})
     grid = numpy.full((len(lines), len(tokens)), numpy.nan)
     for row, times in pairs:
-        grid[lines.index(_line(row)), tokens.index(row["tokens"])] = times
-    figure = Figure(
-        figsize=(3.2 + 0.62 * len(tokens), 0.9 + 0.24 * len(lines)), layout="constrained"
-    )
+        grid[lines.index(suite.label(row)), tokens.index(row["tokens"])] = times
+    figure = Figure(figsize=(3.2 + 0.62 * len(tokens), 0.9 + 0.24 * len(lines)), layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(numpy.log2(grid), cmap="RdYlGn", vmin=-_COLOURS, vmax=_COLOURS, aspect="auto")
     for y, x in zip(*numpy.nonzero(~numpy.isnan(grid)), strict=True):
@@ -209,14 +145,14 @@ def _heat_map(pairs: Sequence[tuple[Row, float]], title: str) -> Any:
         dark = abs(math.log2(times)) > 0.7 * _COLOURS
         axes.text(x, y, text, ha="center", va="center", color="white" if dark else "black")
     axes.set_xticks(range(len(tokens)), [str(t) for t in tokens])
-    axes.set_yticks(range(len(lines)), [_label(line) for line in lines])
+    axes.set_yticks(range(len(lines)), lines)
     axes.set_xlabel("tokens")
     mean = geomean([times for _, times in pairs])
     axes.set_title(f"{title}: geomean {mean:.2f}")
     return figure
 
 
-def _fractions(rows: Sequence[Row], mode: str) -> Any:
+def _fractions(suite: Suite, rows: Sequence[Row], title: str) -> Any:
     from matplotlib.figure import Figure
 
     panels = list(dict.fromkeys((row["model"], row["site"]) for row in rows))
@@ -226,11 +162,10 @@ def _fractions(rows: Sequence[Row], mode: str) -> Any:
     grid = list(figure.subplots(high, wide, squeeze=False, sharex=True, sharey=True).flat)
     for axes, (model, site) in zip(grid[: len(panels)], panels, strict=True):
         here = [row for row in rows if (row["model"], row["site"]) == (model, site)]
-        for line in dict.fromkeys(_line(row) for row in here):
-            points = sorted(
-                (row["tokens"], row["floor_us"] / row["us"]) for row in here if _line(row) == line
-            )
-            axes.plot(*zip(*points, strict=True), marker=".", label=_label(line).split(" ", 2)[2])
+        for line in dict.fromkeys(suite.label(row) for row in here):
+            points = sorted((row["tokens"], row["floor_us"] / row["us"]) for row in here if suite.label(row) == line)
+            words = line.removeprefix(f"{model} {site}").strip() or "16 bits"
+            axes.plot(*zip(*points, strict=True), marker=".", label=words)
         axes.axhline(1.0, color="grey", linewidth=0.6)
         tokens = sorted({row["tokens"] for row in rows})
         axes.set_xscale("log", base=2)
@@ -242,7 +177,7 @@ def _fractions(rows: Sequence[Row], mode: str) -> Any:
         axes.set_axis_off()
     figure.supxlabel("tokens")
     figure.supylabel("floor / time")
-    figure.suptitle(f"fraction of the floor, {mode}")
+    figure.suptitle(title)
     return figure
 
 

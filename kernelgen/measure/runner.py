@@ -9,14 +9,11 @@ from typing import Any, Callable, Sequence
 
 import torch
 
-from kernelgen.measure.document import AnyCell, Document
-from kernelgen.measure.implementation import Implementation, Prepared, Unsupported, Workload
-from kernelgen.measure.inputs import WeightPool, make_case
-from kernelgen.measure.timing import Spread, capture, ceilings, host_us, replay
-from kernelgen.measure.verify import WrongResult
-from kernelgen.measure.workloads import Cell
-
-Row = dict[str, Any]
+from kernelgen.measure.document import Document
+from kernelgen.measure.suite import Cell, Row
+from kernelgen.measure.timing import Spread, capture, host_us, replay
+from kernelgen.measure.truth import WrongResult
+from kernelgen.measure.workload import Case, Implementation, Prepared, Unsupported, Workload, check
 
 
 class ContextLost(Exception):
@@ -33,11 +30,11 @@ class Run:
 
 def run(
     workload: Workload,
-    cells: Sequence[AnyCell],
+    cells: Sequence[Cell],
     implementations: Sequence[Implementation],
     document: Document,
     how: Run,
-    on_cell: Callable[[Any, list[Row]], None],
+    on_cell: Callable[[Cell, list[Row]], None],
 ) -> bool:
     """Measure what ``document`` does not hold yet; ``on_cell`` gets the new rows of each cell, in order.
 
@@ -57,7 +54,7 @@ def run(
             rows: list[Row] = []
             try:
                 if todo:
-                    _measure(workload, cell, todo, document, how, rows)
+                    _measure(workload, cell, todo, document.ceilings, how, rows)
             finally:
                 on_cell(cell, rows)
         return True
@@ -65,54 +62,43 @@ def run(
         gc.unfreeze()
 
 
-def measure_ceilings(document: Document) -> None:
-    """Measure the ceilings of this run into ``document``."""
-    document.ceilings = ceilings()
-
-
-def warm(
-    cells: Sequence[Cell],
-    implementation: Implementation,
-    device: torch.device,
-    on_cell: Callable[[], None],
-) -> None:
+def warm(cells: Sequence[Cell], workload: Workload, implementation: Implementation) -> None:
     """Compile what ``cells`` need into Triton's cache on disk, by one call each; what fails shows when it is timed.
 
     Raises:
         ContextLost: nothing more can be compiled in this process.
     """
-    pool = WeightPool(device, 0.0, implementation.release)
     for cell in cells:
         try:
-            prepared = implementation.prepare(make_case(cell, pool, device, sets=1))
-            prepared.calls[0]()
+            prepared = implementation.prepare(workload.case(cell))
+            with prepared.within():
+                prepared.calls[0]()
             torch.cuda.synchronize()
         except Exception as error:
             if context_is_lost():
                 raise ContextLost(str(error)) from error
-        on_cell()
 
 
 def _measure(
     workload: Workload,
-    cell: AnyCell,
+    cell: Cell,
     implementations: Sequence[Implementation],
-    document: Document,
+    ceilings: dict[str, float],
     how: Run,
     rows: list[Row],
 ) -> None:
-    case = None
-    ready: list[tuple[Implementation, Prepared, Row]] = []
+    case: Case[Any] | None = None
+    ready: list[tuple[Prepared, Row]] = []
     for implementation in implementations:
         row = _empty_row(cell, implementation.name)
         try:
             if case is None:
                 case = workload.case(cell)
-            row.update(workload.describe(case, document.ceilings))
+            row.update(_facts(case, ceilings))
             prepared = implementation.prepare(case)
             row.update(variant=prepared.variant, config=prepared.config, note=prepared.note)
-            row["error"] = workload.check(case, prepared)
-            ready.append((implementation, prepared, row))
+            row["error"] = check(workload, case, prepared)
+            ready.append((prepared, row))
         except Unsupported:
             continue
         except Exception as error:
@@ -120,34 +106,45 @@ def _measure(
             _fail(row, error)
             continue
         rows.append(row)
-    if case is None or how.check_only:
-        return
-    _time(ready)
+    if not how.check_only:
+        _time(ready)
 
 
-def _time(ready: Sequence[tuple[Implementation, Prepared, Row]]) -> None:
+def _facts(case: Case[Any], ceilings: dict[str, float]) -> Row:
+    """Columns that do not depend on who is measured."""
+    work = case.work()
+    facts: Row = {"sets": len(case.batches), **case.counts(), "bytes": round(work.bytes), "flops": round(work.flops)}
+    if ceilings:
+        facts["floor_us"] = round(work.floor_us(ceilings), 3)
+    return facts
+
+
+def _time(ready: Sequence[tuple[Prepared, Row]]) -> None:
     graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
-    for _, prepared, row in ready:
+    for prepared, row in ready:
         try:
             if prepared.launches:
-                graphs[row["impl"]] = (capture(prepared.calls), len(prepared.calls))
+                with prepared.within():
+                    graphs[row["impl"]] = (capture(prepared.calls), len(prepared.calls))
         except Exception as error:
             _fail(row, error)
     spreads = replay(graphs)
-    for _, prepared, row in ready:
+    for prepared, row in ready:
         if row["failed"]:
             continue
         spread = spreads.get(row["impl"], Spread(0.0, 0.0, 0.0, 0))
+        with prepared.within():
+            host = host_us(prepared.calls, spread.median)
         row.update(
             us=round(spread.median, 3),
             us_p10=round(spread.p10, 3),
             us_p90=round(spread.p90, 3),
             replays=spread.replays,
-            host_us=round(host_us(prepared.calls, spread.median), 2),
+            host_us=round(host, 2),
         )
 
 
-def _empty_row(cell: AnyCell, impl: str) -> Row:
+def _empty_row(cell: Cell, impl: str) -> Row:
     return {
         **cell.columns(),
         "impl": impl,

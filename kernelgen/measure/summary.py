@@ -1,14 +1,12 @@
-"""Figures over the rows of a document: speed-ups over a peer, and their mean."""
+"""Figures over the rows of a document: speed-ups over a peer, what rows are beside others of ours, and means."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Sequence
+from typing import Iterator, Sequence
 
-from kernelgen.measure.document import Key, row_key
-
-OURS = "kernelgen"
-Row = dict[str, Any]
+from kernelgen.measure.document import Key
+from kernelgen.measure.suite import OURS, Row, Suite
 
 
 def counts(row: Row) -> bool:
@@ -16,43 +14,63 @@ def counts(row: Row) -> bool:
     return row["failed"] is None and bool(row["us"])
 
 
-def speedup(rows: Sequence[Row], row: Row, peer: str) -> float | None:
-    """How many times as long ``peer`` takes for the cell of ``row``; None where it was not measured."""
-    if not counts(row):
-        return None
-    wanted = row_key({**row, "impl": peer})
-    other = next((r for r in rows if row_key(r) == wanted and counts(r)), None)
-    return None if other is None else float(other["us"] / row["us"])
+def by_key(suite: Suite, rows: Sequence[Row]) -> dict[Key, Row]:
+    """The rows that count, by what identifies them."""
+    return {key(suite, row): row for row in rows if counts(row)}
 
 
-def speedups(rows: Sequence[Row], peer: str) -> list[tuple[Row, float]]:
-    """(our row, speed-up) of every cell that both were measured on."""
-    by_key = {row_key(r): r for r in rows if counts(r)}
-    pairs = []
-    for row in by_key.values():
-        other = by_key.get(row_key({**row, "impl": peer}))
+def key(suite: Suite, row: Row, **changes: object) -> Key:
+    """What identifies a row, or the one that differs from it in ``changes``."""
+    changed = {**row, **changes}
+    return (*(changed[name] for name in suite.columns), changed["impl"])
+
+
+def speedups(suite: Suite, rows: Sequence[Row], peer: str) -> Iterator[tuple[Row, float]]:
+    """(our row, how many times as long ``peer`` takes) of every cell that both were measured on."""
+    known = by_key(suite, rows)
+    for row in known.values():
+        other = known.get(key(suite, row, impl=peer))
         if row["impl"] == OURS and other is not None:
-            pairs.append((row, float(other["us"] / row["us"])))
-    return pairs
+            yield row, float(other["us"] / row["us"])
 
 
-def quantised(row: Row) -> list[str]:
-    """What is FP8 in ``row``: w8 and a8 with the kind of their scales."""
-    named = (("w8", row["quant"]), ("a8", row["act"]))
-    return [f"{what}{scales}" for what, scales in named if scales != "none"]
+def beside(suite: Suite, rows: Sequence[Row]) -> Iterator[tuple[Row, float]]:
+    """(our row, how many times as long the one takes that it is compared with) of every row that has such a one."""
+    if suite.beside is None:
+        return
+    known = by_key(suite, rows)
+    for row in known.values():
+        other = known.get(key(suite, row, **suite.beside[1]))
+        if row["impl"] == OURS and other is not None and other is not row:
+            yield row, float(other["us"] / row["us"])
 
 
-def over_16_bit(rows: Sequence[Row]) -> dict[Key, float]:
-    """How many times as fast each FP8 row of ours is as the same cell of 16-bit operands, by the key of the row."""
-    ours = {row_key(row): row for row in rows if row["impl"] == OURS and counts(row)}
-    faster = {}
-    for key, row in ours.items():
-        plain = ours.get(row_key({**row, "quant": "none", "act": "none"}))
-        if plain is not None and plain is not row:
-            faster[key] = float(plain["us"] / row["us"])
-    return faster
+def parts(suite: Suite) -> list[str]:
+    """What tables are apart by."""
+    return [""] if suite.split is None else list(suite.split[1].values())
+
+
+def spread(label: str, times: Sequence[float]) -> str:
+    """How many times as fast, in words."""
+    cells = f"over {len(times)} cell" + ("s" if len(times) > 1 else "")
+    return f"{label}: **{geomean(times):.2f} ×** geomean, {min(times):.2f} to {max(times):.2f} {cells}"
 
 
 def geomean(values: Sequence[float]) -> float:
     """The geometric mean of positive values."""
     return math.exp(sum(math.log(v) for v in values) / len(values))
+
+
+def findings(suite: Suite, rows: Sequence[Row], peers: Sequence[str]) -> Iterator[str]:
+    """A line for each peer and part of the tables, and for what rows are beside others of ours."""
+    for peer in peers:
+        for part in parts(suite):
+            times = [t for row, t in speedups(suite, rows, peer) if suite.part(row) == part]
+            if times:
+                yield spread(", ".join(filter(None, [peer, part])), times)
+    kinds: dict[str, list[float]] = {}
+    for row, times_of in beside(suite, rows):
+        kinds.setdefault(suite.kind(row), []).append(times_of)
+    for kind, times in kinds.items():
+        assert suite.beside is not None
+        yield spread(f"{kind} against {suite.beside[0]}", times)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import statistics
 import time
@@ -95,17 +96,24 @@ def host_us(calls: Sequence[Call], gpu_us: float) -> float:
 
 
 def ceilings() -> dict[str, float]:
-    """What this GPU reaches now: copy_gb_s, bytes read + written by a large copy, and bf16_tflop_s of a large product."""
+    """What this GPU reaches now: copy_gb_s, bytes read + written by a large copy, and bf16_tflop_s of a large product; where it
+    multiplies FP8, fp8_tflop_s too.
+    """
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
     copy = _median_us(lambda: target.copy_(source), 10)
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product = torch.empty_like(a)
-    matmul = _median_us(lambda: torch.mm(a, b, out=product), 20)
-    return {
+    flops = 2e-6 * 8192**3
+    found = {
         "copy_gb_s": round(2 * source.numel() / copy * 1e-3, 1),
-        "bf16_tflop_s": round(2 * 8192**3 / matmul * 1e-6, 1),
+        "bf16_tflop_s": round(flops / _median_us(lambda: torch.mm(a, b, out=product), 20), 1),
     }
+    if torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 9):
+        one, x, w = torch.ones((), device="cuda"), a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
+        fp8 = functools.partial(torch._scaled_mm, x, w, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
+        found["fp8_tflop_s"] = round(flops / _median_us(fp8, 20), 1)
+    return found
 
 
 def _timed(run: Callable[[], object]) -> tuple[torch.cuda.Event, torch.cuda.Event]:

@@ -8,18 +8,13 @@ import os
 from typing import Any, Callable, Sequence
 
 from kernelgen.forks import in_processes
-from kernelgen.measure.workloads import Cell
+from kernelgen.measure.suite import Cell
 
 Load = Callable[[str], Any]
-_Group = tuple[str, Sequence[Cell]]  # an implementation, and cells of one problem
+_Group = tuple[str, Sequence[Cell]]  # an implementation, and cells of one model
 
 
-def compile_all(
-    todo: Sequence[tuple[Cell, str]],
-    load: Load,
-    workers: int,
-    on_done: Callable[[], None],
-) -> None:
+def compile_all(suite: str, todo: Sequence[tuple[Cell, str]], load: Load, workers: int, on_done: Callable[[], None]) -> None:
     """Compile what each (cell, implementation) needs; ``load`` makes an implementation from its name, in a worker.
 
     A worker that dies leaves its cells to be compiled when they are timed. ``on_done`` is called once for each.
@@ -31,22 +26,24 @@ def compile_all(
         for _cell in group[1]:
             on_done()
 
-    in_processes(functools.partial(_compile, load), groups, workers, keep=keep, method="spawn")
+    in_processes(functools.partial(_compile, suite, load), groups, workers, keep=keep, method="spawn")
 
 
 def _shared(item: tuple[Cell, str]) -> tuple[Any, ...]:
     cell, name = item
-    return name, cell.model, cell.slots, cell.rank, cell.site
+    return name, cell.model, cell.site, getattr(cell, "rank", None), getattr(cell, "slots", None)
 
 
-def _compile(load: Load, group: _Group) -> None:
+def _compile(suite: str, load: Load, group: _Group) -> None:
     import torch
 
+    from kernelgen.measure import implementations
     from kernelgen.measure.runner import ContextLost, warm
 
     name, cells = group
     try:
-        warm(cells, _loaded(load, name), torch.device("cuda"), lambda: None)
+        loaded = _loaded(load, name)
+        warm(cells, implementations.workload(suite, torch.device("cuda"), 1, loaded.release), loaded)
     except ContextLost:
         os._exit(1)  # the next group gets a new process
 

@@ -1,4 +1,4 @@
-"""The systems to compare with, each called as it calls itself; one module each, named like the peer.
+"""The systems to compare with, each called as it calls itself: a module each, of its name, with a class for each suite.
 
 A peer is what is importable under its own name: an installation, or its kernels laid out in a folder on PYTHONPATH.
 """
@@ -6,18 +6,16 @@ A peer is what is importable under its own name: an installation, or its kernels
 from __future__ import annotations
 
 import importlib
+from typing import Mapping
 
-from kernelgen.measure.implementation import Implementation
-
-NAMES = ("vllm", "sglang", "torch")
+from kernelgen.measure.workload import Implementation
 
 
-def load(name: str) -> Implementation:
-    """The peer ``name``.
+def load(name: str, suite: str) -> Implementation:
+    """The peer ``name`` for the cells of ``suite``, which counts it among its peers.
 
     Raises:
         Failure: it is not importable here.
     """
-    module = importlib.import_module(f"kernelgen.measure.peers.{name}_peer")
-    peer: Implementation = module.Peer()
-    return peer
+    classes: Mapping[str, type[Implementation]] = importlib.import_module(f"{__name__}.{name}").PEERS
+    return classes[suite]()

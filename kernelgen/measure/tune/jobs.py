@@ -9,7 +9,8 @@ class CompileJob(NamedTuple):
     """Kernels of one candidate to compile for ``target``: ``wanted`` are their places among its launches."""
 
     target: str
-    cell: Any  # of the family's workload
+    cell: Any  # of the suite
+    problem: dict[str, Any]  # of the cell, that the tiles are for
     schedule: str
     config: dict[str, int]
     wanted: tuple[int, ...]
@@ -23,9 +24,10 @@ class Verdict(NamedTuple):
 
 
 class GaugeJob(NamedTuple):
-    """Candidates of one cell, as (schedule, tiles); with ``final`` they are timed in turns, for longer."""
+    """Candidates for a problem, as (schedule, tiles), in all its cells; with ``final`` they are timed in turns, longer."""
 
-    cell: Any
+    cells: tuple[Any, ...]
+    problem: dict[str, Any]
     candidates: tuple[tuple[str, dict[str, int]], ...]
     final: bool
 
@@ -57,9 +59,9 @@ class Hello(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What the package makes of a cell."""
+    """What the package makes of a problem."""
 
-    block_m: int  # of its sorted route; 0: too many groups to sort
     shared_memory: int  # bytes that one program may take
-    rules: dict[str, dict[str, int]]  # schedule -> the tiles that it takes where nothing was tuned
+    rules: dict[str, dict[str, int]]  # schedule -> the tiles that it takes where nothing was measured, of those that serve
     rule: str  # the schedule that is taken then
+    facts: dict[str, int]  # what the hints of the family ask

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
-from typing import Iterable, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
-from kernelgen.diagnostics import failure, os_failure
+from kernelgen.diagnostics import Failure, failure, os_failure
 
 Named = Mapping[str, int]  # tunable -> value
 
@@ -86,26 +86,37 @@ def products(*choices: Sequence[Named]) -> list[dict[str, int]]:
 
 
 def read(spec: Path, family: str) -> Space:
-    """The space that ``spec`` declares for ``family``.
-
-    ``kernelgen build`` judges a spec in full; this reads what a search needs, with PyYAML alone.
+    """The space that ``spec`` declares for ``family``; ``kernelgen build`` judges a spec in full.
 
     Raises:
         Failure: it cannot be read, is of another family, or has no tunables.
     """
-    import yaml  # not for --help
-
+    data = content(spec)
     try:
-        data = yaml.safe_load(spec.read_text(encoding="utf-8"))
         found = data["family"]
         tunables = {
             str(schedule): {str(name): tuple(sorted(values)) for name, values in names.items()}
             for schedule, names in data["tunables"].items()
         }
-    except OSError as error:
-        raise os_failure(error, spec) from error
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise failure("KG070", str(spec), f"not a spec with tunables: {error!r}", "kernelgen build says more") from error
     if found != family:
         raise failure("KG013", str(spec), f"the spec of {found}, wanted {family}")
     return Space(tunables)
+
+
+def content(file: Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        Failure: it cannot be read, or is not well-formed.
+    """
+    from kernelgen.parse import parse  # not for --help
+
+    try:
+        root, faults = parse(str(file), file.read_bytes())
+    except OSError as error:
+        raise os_failure(error, file) from error
+    if root is None or faults:
+        raise Failure(faults, exit_code=2)
+    return root.plain()

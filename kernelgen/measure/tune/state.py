@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Mapping, NamedTuple
 
 from kernelgen.diagnostics import failure, os_failure
-from kernelgen.measure.tune.family import Problem
+from kernelgen.measure.tune.problem import Problem
 from kernelgen.measure.tune.search import Found
 from kernelgen.measure.tune.space import Candidate, Space
 

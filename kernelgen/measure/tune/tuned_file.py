@@ -8,17 +8,13 @@ import os
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-import yaml
-
 from kernelgen.diagnostics import failure, os_failure
 from kernelgen.limits import MAX_BYTES, MAX_VALUES, excess
-from kernelgen.measure.tune.family import Family, Problem
 from kernelgen.measure.tune.jobs import Device
+from kernelgen.measure.tune.problem import Problem, order, tags
 from kernelgen.measure.tune.search import Found
-from kernelgen.measure.tune.space import Candidate, Space
+from kernelgen.measure.tune.space import Candidate, Space, content
 from kernelgen.measure.tune.state import Key, key
-
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +51,7 @@ def entry(problem: Problem, found: Found, kinds: Sequence[Sequence[str]]) -> Ent
 
 
 def text(
-    family: Family, device: Device, versions: Mapping[str, str], entries: Sequence[Entry], space: Space
+    family: str, device: Device, versions: Mapping[str, str], entries: Sequence[Entry], space: Space
 ) -> str:
     """The file; the same entries always give the same bytes.
 
@@ -67,33 +63,40 @@ def text(
     lines = [
         "# Written by kernelgen tune. us: microseconds a call, the median of CUDA-graph replays with weights out of the",
         "# L2 cache, add_inputs=True unless tags say set; runner_up: for routes that the first choice does not serve.",
-        f"family: {family.name}",
+        f"family: {family}",
         f"device: {_flow(about)}",
         f"versions: {_flow({name: json.dumps(version) for name, version in versions.items()})}",
         "entries:" if entries else "entries: []",
     ]
-    for one in sorted(entries, key=lambda one: _place(one, family.order)):
-        tags = _tags(one.problem)
-        sizes = {name: size for name, size in one.problem.items() if name not in tags}
+    for one in sorted(entries, key=lambda one: order(one.problem)):
+        own = tags(one.problem)
+        sizes = {name: size for name, size in one.problem.items() if name not in own}
         lines.append(f"  - problem: {_flow(sizes)}")
-        if tags:
-            lines.append(f"    tags: {_flow(tags)}")
+        if own:
+            lines.append(f"    tags: {_flow(own)}")
         lines += [f"    {part}" for part in _choice(one.best, space)]
         if one.runner_up is not None:
             lines.append(f"    runner_up: {{{', '.join(_choice(one.runner_up, space))}}}")
     result = "\n".join(lines) + "\n"
     if len(result) > MAX_BYTES or excess(result):
         limit = f"at most {MAX_VALUES} values and {MAX_BYTES} bytes are read"
-        raise failure("KG004", family.name, f"{len(entries)} problems are too many for one file", limit)
+        raise failure("KG004", family, f"{len(entries)} problems are too many for one file", limit)
     return result
 
 
-def write(path: Path, content: str) -> None:
-    """Put ``content`` at ``path`` in one step: a reader or a kill never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write(path: Path, text: str) -> None:
+    """Put ``text`` at ``path`` in one step: a reader or a kill never sees half of it.
+
+    Raises:
+        Failure: it cannot be written.
+    """
     staged = path.with_name(path.name + ".part")
-    staged.write_text(content, encoding="utf-8")
-    os.replace(staged, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_text(text, encoding="utf-8")
+        os.replace(staged, path)
+    except OSError as error:
+        raise os_failure(error, path) from error
 
 
 def read(path: Path, space: Space) -> tuple[str | None, dict[Key, Entry]]:
@@ -104,14 +107,12 @@ def read(path: Path, space: Space) -> tuple[str | None, dict[Key, Entry]]:
     """
     if not path.exists():
         return None, {}
+    data = content(path)
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)
         found = [_entry(one) for one in data["entries"]]
         allowed = [e for e in found if _is_allowed(e.best, space)]
         return data["device"]["name"], {key(e.problem): _without_stale(e, space) for e in allowed}
-    except OSError as error:
-        raise os_failure(error, path) from error
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise failure("KG072", str(path), f"not a file of kernelgen tune: {error!r}") from error
 
 
@@ -123,14 +124,6 @@ def _entry(data: dict[str, Any]) -> Entry:
 
 def _read_choice(data: dict[str, Any]) -> Choice:
     return Choice(Candidate(data["schedule"], tuple(data["config"].values())), float(data["us"]))
-
-
-def _tags(problem: Problem) -> dict[str, Any]:
-    return {name: tag for name, tag in problem.items() if isinstance(tag, str)}
-
-
-def _place(one: Entry, order: Sequence[str]) -> tuple[Any, ...]:
-    return *(one.problem[name] for name in order), tuple(_tags(one.problem).items())
 
 
 def _is_allowed(choice: Choice, space: Space) -> bool:

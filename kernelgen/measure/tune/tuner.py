@@ -14,8 +14,9 @@ from typing import Any, Callable, Hashable, Iterable, Mapping, NamedTuple, Proto
 
 from kernelgen.measure.tune import tuned_file
 from kernelgen.measure.tune.crew import Crew, Event
-from kernelgen.measure.tune.family import Family, Problem
+from kernelgen.measure.tune.hints import Hints
 from kernelgen.measure.tune.jobs import CompileJob, GaugeJob, Sizes
+from kernelgen.measure.tune.problem import Problem, alike
 from kernelgen.measure.tune.search import FINAL, Ask, Found, Search, search
 from kernelgen.measure.tune.space import Candidate, Named, Space
 from kernelgen.measure.tune.state import Key, Measured, State, key
@@ -28,10 +29,13 @@ _QUEUED = 4  # compile jobs waiting, for each process
 class Kernels(Protocol):
     """See ``kernels.Kernels``."""
 
-    def sizes(self, cell: Any, schedules: tuple[str, ...]) -> Sizes:
-        """The block size of a cell's route, the shared memory, and the rule's tiles."""
+    def problems(self, cell: Any) -> list[Problem]:
+        """What tiles are looked up by in a cell."""
 
-    def digests(self, cell: Any, schedule: str, config: Named) -> list[str]:
+    def sizes(self, cell: Any, problem: Problem, schedules: Sequence[str]) -> Sizes:
+        """What the package makes of a problem, and the rule's tiles."""
+
+    def digests(self, cell: Any, problem: Problem, schedule: str, tiles: Named) -> list[str]:
         """What names the kernels of a candidate."""
 
 
@@ -68,11 +72,11 @@ class _Queued(NamedTuple):
 class _Task:
     """The search for one problem, between two asks."""
 
-    def __init__(self, index: int, cell: Any, family: Family) -> None:
+    def __init__(self, index: int, cell: Any, problem: Problem) -> None:
         self.index = index
-        self.cell = cell
-        self.problem = family.problem(cell)
-        self.owner = family.owner(cell)
+        self.cells = [cell]  # that have the problem
+        self.problem = problem
+        self.owner = tuple(getattr(cell, name, None) for name in ("model", "rank", "slots"))  # of weights, which cells share
         self.found = Found()
         self.rule: Candidate | None = None  # what the package takes without tuned data
         self.search: Search
@@ -93,7 +97,7 @@ class Tuner:
 
     def __init__(
         self,
-        family: Family,
+        hints: type[Hints],
         cells: Sequence[Any],
         space: Space,
         kernels: Kernels,
@@ -107,7 +111,7 @@ class Tuner:
         on_status: Callable[[Status], None] = lambda status: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._family = family
+        self._hints = hints
         self._space = space
         self._kernels = kernels
         self._target = target
@@ -120,11 +124,15 @@ class Tuner:
         self._clock = clock
         self._started = clock()
         self._budget = budget
-        distinct: dict[Key, Any] = {}
+        self._by_key: dict[Key, _Task] = {}
         for cell in cells:
-            distinct.setdefault(key(family.problem(cell)), cell)
-        self.tasks = [_Task(i, cell, family) for i, cell in enumerate(distinct.values())]
-        self._by_key = {key(task.problem): task for task in self.tasks}
+            for problem in kernels.problems(cell):
+                known = self._by_key.get(key(problem))
+                if known is None:
+                    self._by_key[key(problem)] = _Task(len(self._by_key), cell, problem)
+                else:
+                    known.cells.append(cell)
+        self.tasks = list(self._by_key.values())
         self._unopened = deque(self.tasks)
         self._open: set[_Task] = set()
         self._ready: set[_Task] = set()
@@ -204,9 +212,9 @@ class Tuner:
 
     def _begin(self, task: _Task) -> None:
         schedules = self._space.schedules
-        sizes = self._kernels.sizes(task.cell, schedules)
-        space = Space({name: self._space.tunables[name] for name in schedules if name in sizes.rules})  # fmt: skip
-        subject = self._family.subject(task.cell, space, sizes)
+        sizes = self._kernels.sizes(task.cells[0], task.problem, schedules)
+        space = Space({name: self._space.tunables[name] for name in schedules if name in sizes.rules})
+        subject = self._hints(task.problem, space, sizes)
         known = self._earlier.get(key(task.problem))
         choices = [known.best, known.runner_up] if known is not None else []
         own = [choice.candidate for choice in choices if choice is not None]
@@ -218,7 +226,7 @@ class Tuner:
             list(starts),
             sensible=subject.accepts,
             neighbours=lambda: self._neighbours(task),
-            kinds=self._family.kinds,
+            kinds=self._hints.KINDS,
             hurry=lambda: self._hurry,
         )
         self._ask(task, next(task.search))
@@ -231,9 +239,7 @@ class Tuner:
             if other is not None:
                 yield from other.found.best(2)
         for other in self.tasks:
-            mine, theirs = task.cell, other.cell
-            same = all(getattr(mine, size) == getattr(theirs, size) for size in self._family.alike)
-            if same and other is not task:
+            if other is not task and alike(other.problem) == alike(task.problem):
                 yield from other.found.best(1)
 
     def _ask(self, task: _Task, ask: Ask) -> None:
@@ -250,7 +256,7 @@ class Tuner:
             if candidate in task.times:
                 continue
             named = self._space.named(candidate)
-            digests = self._kernels.digests(task.cell, candidate.schedule, named)
+            digests = self._kernels.digests(task.cells[0], task.problem, candidate.schedule, named)
             task.digests[candidate] = digests
             unknown = [d for d in digests if d not in self._verdicts]
             new = [(i, d) for i, d in enumerate(digests) if d in unknown and d not in self._waiting]
@@ -260,7 +266,7 @@ class Tuner:
             if new:
                 self._count += 1
                 places, names = zip(*new, strict=True)
-                job = CompileJob(self._target, task.cell, candidate.schedule, named, places)
+                job = CompileJob(self._target, task.cells[0], task.problem, candidate.schedule, named, places)
                 heapq.heappush(self._queue, _Queued(ask.round, task.index, self._count, job, names))
         if not task.missing:
             self._sift(task)
@@ -342,7 +348,7 @@ class Tuner:
             assert task.ask is not None
             task.job, task.blame = list(task.digests), 0
             named = tuple((c.schedule, self._space.named(c)) for c in task.job)
-            self._gauges.give(member, GaugeJob(task.cell, named, task.ask.final))
+            self._gauges.give(member, GaugeJob(tuple(task.cells), task.problem, named, task.ask.final))
 
     def _wait(self) -> None:
         crews = (self._compilers, self._gauges)
@@ -407,7 +413,7 @@ class Tuner:
         self._state.add([Measured(task.problem, candidate, us, task.ask.final, failed)])
 
     def _note(self, name: Key, problem: Problem) -> None:
-        entry = tuned_file.entry(problem, self._state.found(problem), self._family.kinds)
+        entry = tuned_file.entry(problem, self._state.found(problem), self._hints.KINDS)
         if entry is not None:
             self._entries[name] = entry
 

@@ -1,47 +1,49 @@
-"""vLLM's fused MoE-LoRA op, with the tables, tiles and arguments that its Punica wrapper gives it."""
+"""vLLM, with the tables, tiles, buffers and arguments that it gives its kernels itself."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton.language as tl
 
-from kernelgen.measure.implementation import Prepared, Unsupported, refuse_fp8
-from kernelgen.measure.inputs import Batch, Case
-from kernelgen.measure.peers.installed import unavailable, version
-from kernelgen.measure.workloads import Cell
+from kernelgen.measure.peers.installed import Peer, layer_only, operator, refuse_fp8
+from kernelgen.measure.suites import fused_moe as of_fused_moe
+from kernelgen.measure.suites import lora as of_lora
+from kernelgen.measure.suites.moe_lora import Cell
+from kernelgen.measure.workload import Case, Prepared, Unsupported
+from kernelgen.measure.workloads import fused_moe, lora
+from kernelgen.measure.workloads.moe_lora import Batch
 
 _SPARSITY = 8  # naive while pairs * 8 <= experts * adapters
 
 
-class Peer:
+class _Vllm(Peer):
     name = "vllm"
 
-    def __init__(self) -> None:
-        try:
-            self._ops = importlib.import_module("vllm.lora.ops.triton_ops")
-        except ImportError as error:
-            raise unavailable("vllm", error) from error
-        self._root = Path(importlib.import_module("vllm").__path__[0])
 
-    def versions(self) -> dict[str, str]:
-        return {"vllm": version("vllm")}
+class MoeLora(_Vllm):
+    """Its fused MoE-LoRA op."""
+
+    def __init__(self) -> None:
+        self._ops = self.module("vllm.lora.ops.triton_ops")
+        self._root = Path(self.module("vllm").__path__[0])
 
     def release(self) -> None:
+        """Its table of pointers is keyed by address, and never invalidated."""
         module = sys.modules.get("vllm.lora.ops.triton_ops.fused_moe_lora_op")
-        getattr(module, "_LORA_PTR_DICT", {}).clear()  # keyed by address, and never invalidated
+        getattr(module, "_LORA_PTR_DICT", {}).clear()
 
-    def prepare(self, case: Case) -> Prepared:
-        cell = case.cell
-        refuse_fp8(cell)
+    def prepare(self, case: Case[Batch]) -> Prepared:
+        cell: Cell = case.cell
+        refuse_fp8(cell.quant, cell.act)
         if cell.site == "route":
             raise Unsupported("its routing op is CUDA code outside of the kernels that are timed")
-        pairs = cell.tokens * cell.model.top_k
+        pairs = cell.pairs
         naive = pairs * _SPARSITY <= cell.model.experts * cell.slots
         tiles = _moe_tiles(self._root, cell.model, cell.tokens, case.device)
         shrink, expand = _lora_tiles(tiles, cell.rank)
@@ -58,8 +60,8 @@ class Peer:
                 (
                     operands.out,
                     operands.x,
-                    operands.weights.lora_a,
-                    operands.weights.lora_b,
+                    operands.weights.a,
+                    operands.weights.b,
                     batch.topk_weights,
                     *tables,
                     batch.mapping,
@@ -155,3 +157,73 @@ def align(batch: Batch, cell: Cell, block: int) -> tuple[torch.Tensor, torch.Ten
     owner = torch.searchsorted(ends, first, right=True)
     expert_ids = torch.where(first < ends[:, -1:], owner, -1).to(torch.int32)
     return sorted_ids, expert_ids.contiguous(), ends[:, -1].to(torch.int32).contiguous()
+
+
+class Lora(_Vllm):
+    """Its shrink and expand with the metadata and the buffer of its Punica wrapper."""
+
+    def __init__(self) -> None:
+        self._ops = self.module("vllm.lora.ops.triton_ops")
+        self._metadata = self.module("vllm.lora.ops.triton_ops.lora_kernel_metadata")
+
+    def prepare(self, case: Case[lora.Batch]) -> Prepared:
+        cell: of_lora.Cell = case.cell
+        refuse_fp8(cell.quant)
+        meta = self._metadata.LoRAKernelMeta.make(cell.slots, cell.tokens, case.device)
+        meta.prepare_tensors(case.batches[0].mapping)
+        arguments = meta.meta_args(cell.tokens, False)
+        y = torch.empty((len(cell.layer.widths), cell.tokens, cell.rank), device=case.device)
+
+        def call(b: lora.Batch) -> None:
+            self._ops.lora_shrink(b.x, list(b.a), y, *arguments, 1.0)
+            self._ops.lora_expand(y, list(b.b), b.out, *arguments, offset_start=0, add_inputs=True)
+
+        return Prepared(tuple(functools.partial(call, batch) for batch in case.batches))
+
+
+GROUPS = ("group", "group")
+
+
+class FusedMoe(_Vllm):
+    """The kernels of its Triton experts as ``fused_experts`` calls them, with its tuned tiles where it has a file of them."""
+
+    def __init__(self) -> None:
+        self._moe = self.module("vllm.model_executor.layers.fused_moe.fused_moe")
+
+    def prepare(self, case: Case[fused_moe.Batch]) -> Prepared:
+        cell: of_fused_moe.Cell = case.cell
+        fp8 = layer_only(cell, GROUPS)
+        w, block = case.batches[0].experts, [128, 128] if fp8 else None
+        dtype = "fp8_w8a8" if fp8 else None
+        tiles = self._moe.try_get_optimal_moe_config(w.w13.shape, w.w2.shape, cell.model.top_k, dtype, cell.tokens, block)
+        flags = {"use_fp8_w8a8": fp8, **dict.fromkeys(("use_int8_w8a8", "use_int8_w8a16", "use_int4_w4a16"), False)}
+        product = functools.partial(
+            self._moe.invoke_fused_moe_triton_kernel,
+            compute_type=tl.bfloat16,
+            per_channel_quant=False,
+            block_shape=block,
+            **flags,
+        )
+        total = operator("_moe_C.moe_sum")
+        between = operator("_C.silu_and_mul_per_block_quant" if fp8 else "_C.silu_and_mul")
+
+        def call(b: fused_moe.Batch) -> None:
+            (num_tokens, top_k), (experts, width, inter) = b.topk_ids.shape, b.experts.w2.shape
+            shape = (tiles, num_tokens, top_k, experts, None)
+            tables = self._moe._prepare_expert_assignment(b.topk_ids, *shape, block_shape=block)
+            rows = b.out.new_empty(num_tokens, top_k, 2 * inter)
+            product(b.x, b.experts.w13, rows, b.x_scale, b.experts.w13_scale, None, *tables, False, top_k, tiles)
+            h, h_scale = b.x.new_empty(num_tokens * top_k, inter), None
+            if fp8:
+                h_scale = torch.empty(num_tokens * top_k, inter // 128, device=h.device)
+                between(h, rows.flatten(0, 1), h_scale, 128, None, False)
+            else:
+                between(h, rows.flatten(0, 1))
+            y = b.out.new_empty(num_tokens, top_k, width)
+            product(h, b.experts.w2, y, h_scale, b.experts.w2_scale, b.topk_weights, *tables, True, 1, tiles)
+            total(y, b.out)
+
+        return Prepared(tuple(functools.partial(call, batch) for batch in case.batches), config=dict(tiles))
+
+
+PEERS: dict[str, Any] = {"moe_lora": MoeLora, "lora": Lora, "fused_moe": FusedMoe}

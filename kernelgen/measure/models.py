@@ -1,0 +1,154 @@
+"""Shapes of models, as far as their adapters and experts go: the mixtures of experts and the linear layers that suites span."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal, Mapping, Sequence
+
+from kernelgen.diagnostics import failure
+
+Projections = Literal["w13", "w2"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """Sizes of one LoRA pair of an expert: K inputs, N outputs for each of S slices."""
+
+    k: int
+    n: int
+    slices: int
+    weighted: bool  # a row of x per pair, times the routing weight
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The experts of a layer."""
+
+    name: str
+    hidden: int
+    intermediate: int  # of one expert, on one GPU
+    experts: int
+    top_k: int
+    gated: bool = True  # two slices, gate and up
+
+    def projection(self, site: Projections) -> Projection:
+        """The sizes at ``site``, which is w13 or w2."""
+        if site == "w13":
+            return Projection(self.hidden, self.intermediate, 2 if self.gated else 1, False)
+        return Projection(self.intermediate, self.hidden, 1, True)
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        Model("qwen3-30b-a3b", 2048, 768, 128, 8),
+        Model("qwen3-235b-a22b", 4096, 1536, 128, 8),
+        Model("qwen3.5-35b-a3b", 2048, 512, 256, 8),
+        Model("deepseek-v3", 7168, 2048, 256, 8),
+        Model("gpt-oss-20b", 2880, 2880, 32, 4),
+        Model("gpt-oss-120b", 2880, 2880, 128, 4),
+        Model("mixtral-8x7b", 4096, 14336, 8, 2),
+        Model("olmoe-1b-7b", 2048, 1024, 64, 8),
+        Model("nemotron-3-nano", 2688, 1856, 128, 6, gated=False),
+        Model("tiny", 256, 128, 8, 2),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A linear layer: K inputs, and the outputs of each of its slices."""
+
+    k: int
+    widths: tuple[int, ...]
+
+
+def _layers(hidden: int, keys: int, intermediate: int) -> Mapping[str, Layer]:
+    return MappingProxyType(
+        {
+            "qkv": Layer(hidden, (hidden, keys, keys)),
+            "o": Layer(hidden, (hidden,)),
+            "gate_up": Layer(hidden, (intermediate, intermediate)),
+            "down": Layer(intermediate, (hidden,)),
+        }
+    )
+
+
+LAYERS: Mapping[str, Mapping[str, Layer]] = MappingProxyType(
+    {
+        "llama-3-8b": _layers(4096, 1024, 14336),
+        "llama-3-70b": _layers(8192, 1024, 28672),
+        "llama-3-70b-tp8": MappingProxyType(
+            {
+                "qkv": Layer(8192, (1024, 128, 128)),
+                "o": Layer(1024, (8192,)),
+                "gate_up": Layer(8192, (3584, 3584)),
+                "down": Layer(3584, (8192,)),
+            }
+        ),
+        "tiny": _layers(128, 64, 192),
+    }
+)
+
+
+_HIDDEN = ("hidden_size", "d_model", "n_embd")
+_INTERMEDIATE = (
+    "moe_intermediate_size",
+    "moe_ffn_hidden_size",
+    "expert_ffn_hidden_size",
+    "intermediate_size",
+    "ffn_hidden_size",
+)
+_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+_TOP_K = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "moe_top_k",
+    "moe_topk",
+    "top_k_experts",
+)
+_ACTIVATION = ("mlp_hidden_act", "hidden_act", "hidden_activation")
+
+
+def model_from_config(path: Path, tp: int = 1) -> Model:
+    """The shapes in a model's ``config.json``, for one of ``tp`` tensor-parallel ranks.
+
+    Raises:
+        Failure: not a config, not of a mixture of experts, or not divisible by ``tp``.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise failure("KG070", str(path), f"cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise failure("KG070", str(path), "wanted an object, as in a model's config.json")
+    # Multimodal models keep the language model's sizes one level down.
+    nested = [
+        config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), dict)
+    ]
+    sources = [*nested, config]
+
+    def size(names: Sequence[str]) -> int:
+        for name in names:
+            for source in sources:
+                value = source.get(name)
+                if isinstance(value, list) and value:
+                    value = max(value)
+                if isinstance(value, int) and value > 0:
+                    return value
+        raise failure("KG070", str(path), f"none of {', '.join(names)}; is it a mixture of experts?")
+
+    hidden, experts, top_k = size(_HIDDEN), size(_EXPERTS), size(_TOP_K)
+    intermediate = size(_INTERMEDIATE)
+    if tp < 1 or intermediate % tp:
+        raise failure("KG070", str(path), f"{intermediate} columns of an expert do not divide by tp {tp}")
+    activation = next((s[n] for s in sources for n in _ACTIVATION if isinstance(s.get(n), str)), "")
+    name = str(
+        config.get("_name_or_path") or config.get("model_type") or path.parent.name or path.stem
+    )
+    name = name.rstrip("/").split("/")[-1] + (f"-tp{tp}" if tp > 1 else "")
+    return Model(name, hidden, intermediate // tp, experts, top_k, gated="relu2" not in activation)

@@ -1,0 +1,5 @@
+"""See ``lora``."""
+
+from kernelgen.measure.tune.hints.lora import Expand
+
+FAMILY = Expand

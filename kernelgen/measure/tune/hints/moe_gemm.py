@@ -1,0 +1,38 @@
+"""Grouped products of a base MoE layer: which tiles make sense."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from kernelgen.measure.suite import GROUP
+from kernelgen.measure.tune.hints import Hints
+from kernelgen.measure.tune.space import Candidate
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeGemm(Hints):
+    """One product. Operands that descriptors cannot read leave box out, so the best tile is kept beside it."""
+
+    KINDS: ClassVar[tuple[tuple[str, ...], ...]] = (("gemv",), ("tile",), ("box",))
+
+    def accepts(self, candidate: Candidate) -> bool:
+        """Whether the tiles can be right, can win and are not the same as others: known without compiling."""
+        if not super().accepts(candidate):
+            return False
+        c, p = self.space.named(candidate), self.problem
+        k, n, slices, rows = map(self.size, ("k", "n", "slices", "block_m"))
+        if c["block_k"] > max(2 * k, 64) or c["block_n"] > max(2 * n, 16):
+            return False
+        if p.get("weight_quant") == "w8group" and GROUP % c["block_k"]:
+            return False  # a tile has one scale
+        if candidate.schedule == "gemv":
+            return True
+        if c["tail"] and rows < 128:
+            return False  # only such blocks have a half
+        of_x, of_w = (1 if axis in p else 2 for axis in ("act_quant", "weight_quant"))
+        stage = c["block_k"] * (of_x * rows + of_w * slices * c["block_n"])
+        return c["num_stages"] * stage <= self.sizes.shared_memory
+
+
+FAMILY = MoeGemm

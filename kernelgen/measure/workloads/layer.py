@@ -1,0 +1,179 @@
+"""Whole MoE layers with adapters: their operands, what is right for them, and ``MoeLayer``."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Callable
+
+import torch
+
+from kernelgen.integrations.moe_layer import MoeLayer
+from kernelgen.integrations.peft import LayerBuffers, SliceBuffers
+from kernelgen.measure.operands import WEIGHT_BYTES, experts, groups_hit, mappings, normal, sets
+from kernelgen.measure.suites.layer import Cell
+from kernelgen.measure.suites.moe_lora import PROJECTIONS
+from kernelgen.measure.truth import Truth, matrices, sample
+from kernelgen.measure.workload import Case, Prepared, Unsupported, Weights
+from kernelgen.measure.workloads import fused_moe
+from kernelgen.measure.workloads.fused_moe import CHECKED, Experts, activate, poisoned
+from kernelgen.measure.workloads.ours import Op, Package
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One call: who goes where, the rows of tokens, and the output: [T, H] of a layer, [T, top_k, 2 * I] of the first product."""
+
+    topk_ids: torch.Tensor  # [T, top_k] int32
+    topk_weights: torch.Tensor  # [T, top_k] float32
+    mapping: torch.Tensor  # [T] int32, -1: no adapter
+    weights: Experts
+    lora: LayerBuffers | None
+    x: torch.Tensor
+    out: torch.Tensor
+
+
+class Workload:
+    """Weights and adapters are shared by the cells of a model."""
+
+    def __init__(self, device: torch.device, count: int | None = None, on_free: Callable[[], None] = lambda: None) -> None:
+        self._device, self._count = device, count
+        self._weights = Weights(device, WEIGHT_BYTES if count is None else 0.0, on_free)
+
+    def case(self, cell: Cell) -> Case[Batch]:
+        """The operands of ``cell``."""
+        model, device = cell.model, self._device
+        torch.manual_seed(model.experts + model.hidden)
+        draw = functools.partial(fused_moe.draw_experts, model, "none", device)
+        weights = self._weights.copies(model, "experts", fused_moe.experts_bytes(model, "none"), draw)
+        loras: tuple[LayerBuffers | None, ...] = (None,)
+        if cell.rank:
+            size = 2.0 * cell.slots * model.experts * cell.rank * (3 * model.hidden + 3 * model.intermediate)
+            loras = self._weights.copies(model, (cell.rank, cell.slots), size, functools.partial(_adapters, cell, device))
+        torch.manual_seed(cell.seed)
+        count = self._count or sets(cell.work(min(model.experts, cell.pairs), 0.0).bytes)
+        topk_ids = experts(cell, count, device)
+        topk_weights = torch.rand(topk_ids.shape, device=device).softmax(-1)
+        mapping = mappings(cell.tokens, count, cell.active, cell.slots, cell.base, device)
+        shape = (cell.tokens, model.hidden) if cell.site == "layer" else (cell.tokens, model.top_k, 2 * model.intermediate)
+        out = normal(*shape, device=device)  # which is written whole, and read by nobody
+        batches = tuple(
+            Batch(
+                topk_ids[i],
+                topk_weights[i],
+                mapping[i],
+                weights[i % len(weights)],
+                loras[i % len(loras)],
+                normal(cell.tokens, model.hidden, device=device),
+                out,
+            )
+            for i in range(count)
+        )
+
+        def work() -> Any:
+            group = torch.where(mapping[:, :, None] >= 0, mapping[:, :, None].long() * model.experts + topk_ids, -1)
+            return cell.work(groups_hit(topk_ids, model.experts), groups_hit(group, max(1, cell.slots) * model.experts))
+
+        return Case(cell, batches, work)
+
+    def truths(self, case: Case[Batch], prepared: Prepared) -> list[Truth]:
+        """Of a sample of rows, what the first batch has to leave in ``out``."""
+        del prepared
+        batch, top_k = case.batches[0], case.cell.model.top_k
+        out = batch.out.flatten(0, -2)
+        rows = sample(torch.ones(len(out), dtype=torch.bool, device=out.device), CHECKED)
+        if case.cell.site == "w13":
+            return [poisoned(out, rows, torch.stack([_pair(batch, int(pair), False) for pair in rows]))]
+        tokens = [
+            sum(batch.topk_weights[t, j].double() * _pair(batch, int(t) * top_k + j, True) for j in range(top_k)) for t in rows
+        ]
+        return [poisoned(out, rows, torch.stack(tokens))]  # type: ignore[arg-type]
+
+
+def _adapters(cell: Cell, device: torch.device) -> LayerBuffers:
+    found = []
+    for site in PROJECTIONS["layer"]:
+        p = cell.model.projection(site)
+        batch = (cell.slots, cell.model.experts)
+        a = tuple(normal(*batch, cell.rank, p.k, size=p.k**-0.5, device=device) for _ in range(p.slices))
+        b = tuple(normal(*batch, p.n, cell.rank, size=cell.rank**-0.5, device=device) for _ in range(p.slices))
+        found.append(SliceBuffers(a, b))
+    return LayerBuffers(found[0], found[1], torch.ones(cell.slots, dtype=torch.int32, device=device))
+
+
+def _pair(batch: Batch, pair: int, whole: bool) -> torch.Tensor:
+    """What the expert and the adapter of a pair make of its token, in fp64: all of it, or the first product."""
+    token, expert = pair // batch.topk_ids.shape[1], batch.topk_ids.reshape(-1)[pair].long()
+    adapter = int(batch.mapping[token])
+
+    def product(w: torch.Tensor, x: torch.Tensor, lora: SliceBuffers | None) -> torch.Tensor:
+        y = matrices(w, None, (expert,)) @ x
+        if lora is None or adapter < 0:
+            return y
+        slices = zip(lora.a, lora.b, strict=True)
+        return y + torch.cat([b[adapter, expert].double() @ (a[adapter, expert].double() @ x) for a, b in slices])
+
+    lora = batch.lora
+    rows = product(batch.weights.w13, batch.x[token].double(), lora and lora.gate_up)
+    return product(batch.weights.w2, activate(rows, True), lora and lora.down) if whole else rows
+
+
+class Ours(Package):
+    """``MoeLayer``; of the first product ``moe_gemm`` and ``moe_lora``, and with the form "overlap" both at once."""
+
+    def ops(self, case: Case[Batch]) -> list[Op]:
+        cell: Cell = case.cell
+        if not cell.model.gated:
+            raise Unsupported("MoeLayer has a gate")
+        if self.form and cell.site != "w13":
+            raise Unsupported("overlap is asked for on w13 only")
+        make = self._layer if cell.site == "layer" else self._first
+        return [Op(make(case, batch)) for batch in case.batches]
+
+    def _layer(self, case: Case[Batch], batch: Batch) -> Callable[[], Any]:
+        layer = MoeLayer(self.kg, batch.weights.w13, batch.weights.w2, batch.lora)
+        mapping, space = (batch.mapping, self._space(case)) if case.cell.rank else (None, None)
+        return functools.partial(layer, batch.x, batch.topk_ids, batch.topk_weights, mapping, out=batch.out, workspace=space)
+
+    def _first(self, case: Case[Batch], batch: Batch) -> Callable[[], None]:
+        cell, kg, lora = case.cell, self.kg, batch.lora
+        assert lora is not None
+        sizes = {"num_experts": cell.model.experts}
+        few = cell.tokens <= 4  # as MoeLayer does
+        tables = (kg.no_tables if few else kg.moe_align)(batch.topk_ids, **sizes)
+        space = self._space(case)
+        route = kg.moe_route(batch.topk_ids, batch.mapping, max_loras=cell.slots, rank=cell.rank, workspace=space, **sizes)
+        delta = torch.empty_like(batch.out)
+
+        def base() -> None:
+            kg.moe_gemm(batch.out, batch.x, batch.weights.w13, tables, x_rows="token")
+
+        def in_sequence() -> None:
+            base()
+            kg.moe_lora(batch.out, batch.x, *lora.gate_up, route)
+
+        if not self.form:
+            return in_sequence
+        stream, events = None, None
+        if case.device.type == "cuda":
+            stream, events = _side_stream(), (_event(), _event())
+
+        def beside() -> None:
+            kg.overlap(base, lambda: kg.moe_lora(delta, batch.x, *lora.gate_up, route, add_inputs=False), stream, events)
+            kg.moe_add(batch.out, delta, route)
+
+        return beside
+
+    def _space(self, case: Case[Batch]) -> Any:
+        model, cell = case.cell.model, case.cell
+        sizes = {"top_k": model.top_k, "num_experts": model.experts, "max_loras": cell.slots}
+        return self.kg.moe_workspace(max_tokens=cell.tokens, max_rank=cell.rank, num_slices=2, device=case.device, **sizes)
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def _side_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
