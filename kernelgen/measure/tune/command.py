@@ -18,7 +18,7 @@ import click
 from kernelgen.command import Report, command
 from kernelgen.diagnostics import failure
 from kernelgen.measure import suites
-from kernelgen.measure.command import option_of, package_option
+from kernelgen.measure.command import option_of, package_option, say_meant
 from kernelgen.measure.options import Duration, Kind
 from kernelgen.measure.suite import Cell, Suite, misfit
 from kernelgen.measure.tune import hints
@@ -61,7 +61,7 @@ class _Families(click.Group):
         if args and args[0].startswith("-") and args[0] not in ("-h", "--help"):
             at = args.index("--family") if "--family" in args[:-1] else None
             family = _USUAL if at is None else args[at + 1]
-            click.echo(f"kernelgen tune {family} is meant: name the family, as this will end", err=True)
+            say_meant(f"kernelgen tune {family}", args)
             args = [family, *(args if at is None else args[:at] + args[at + 2 :])]
         return super().parse_args(ctx, args)
 
@@ -179,6 +179,8 @@ def _tune(suite: Suite, family: str, options: dict[str, Any]) -> Report:
             budget=None if budget is None else budget - (time.monotonic() - started),
             on_status=_reporter(started),
         )
+        if not tuner.tasks:
+            raise misfit(f"no call of these cells looks up tiles of {family}", "see the excludes of the spec")
         complete = tuner.run()
     finally:
         for crew in crews:
