@@ -20,7 +20,7 @@ import pytest
 from kernelgen.diagnostics import Failure
 from kernelgen.measure.models import MODELS, Model
 from kernelgen.measure.options import Duration
-from kernelgen.measure.suites import lora
+from kernelgen.measure.suites import fused_moe, layer, lora
 from kernelgen.measure.suites.moe_lora import Cell as MoeCell
 from kernelgen.measure.tune import hints, space, tuned_file
 from kernelgen.measure.tune import problem as problems
@@ -855,7 +855,37 @@ _TWO_KERNEL = {**RULES["two_kernel"], "block_k": 64, "expand_tiles": 1}
 _SHRINK = {**SHRINK_RULE, "ranks": 16, "chunk_k": 512, "together": 0}
 _EXPAND = {**EXPAND_RULE, "block_n": 64, "tiles": 1}
 # family -> (cells that have one problem, right candidates, one that is refused, how, and right tiles of what then does nothing)
+_LAYER = {"model": MODELS["tiny"], "tokens": 16}
+_GEMM = {"block_n": 32, "block_k": 64, "num_stages": 2, "num_warps": 4, "group_m": 1, "tail": 0}
 GAUGED: dict[str, tuple[Any, ...]] = {
+    "moe_gemm": (
+        [fused_moe.Cell(site="w13", **_LAYER)],
+        [("tile", _GEMM), ("tile", {**_GEMM, "group_m": 4})],
+        ("tile", {**_GEMM, "block_k": 96}),
+        "(Value|Interpreter)Error",
+        ("tile", {**_GEMM, "block_n": 64}),
+    ),
+    "moe_sum": (
+        [fused_moe.Cell(site="sum", **_LAYER)],
+        [("moe_sum", {"block_n": 128, "num_warps": 2})],
+        ("moe_sum", {"block_n": 100, "num_warps": 2}),
+        "(Value|Interpreter)Error",
+        ("moe_sum", {"block_n": 256, "num_warps": 2}),
+    ),
+    "moe_add": (
+        [layer.Cell(site="w13", rank=16, **_LAYER)],
+        [("moe_add", {"block_n": 128, "num_warps": 2})],
+        ("moe_add", {"block_n": 100, "num_warps": 2}),
+        "(Value|Interpreter)Error",
+        ("moe_add", {"block_n": 256, "num_warps": 2}),
+    ),
+    "moe_lora_expand": (
+        [Cell(MODELS["tiny"], "w2", 16, 1)],
+        [("pairs", {"block_n": 64, "num_warps": 2, "weight_policy": 0})],
+        ("pairs", {"block_n": 48, "num_warps": 2, "weight_policy": 0}),
+        "(Value|Interpreter)Error",
+        ("pairs", {"block_n": 32, "num_warps": 2, "weight_policy": 1}),
+    ),
     "moe_lora": (
         [Cell(MODELS["tiny"], "w13", 16, 16, dtype="f16")],
         [
@@ -933,10 +963,15 @@ def test_gauge_checks_before_it_times(family: str, monkeypatch: pytest.MonkeyPat
             assert re.match(words, by_place[place].failed or ""), by_place[place].failed
 
 
-def test_every_family_that_can_be_tuned_has_cells() -> None:
-    """They are of its spec, and of powers of two of tokens."""
+def test_every_family_with_tunables_can_be_tuned() -> None:
+    """Its cells are of powers of two of tokens."""
+    from kernelgen.load import load
+
+    specs, faults = load(SPEC.parent)
+    assert not faults
+    tunable = {family.name for family in specs if any(kernel.tunables for kernel in family.kernels)}
+    assert tunable == set(families())
     for family, suite in families().items():
-        assert SPEC.with_name(f"{family}.yaml").exists()
         cells = cells_of(suite, family, {})
         assert len(cells) > 10 and {cell.tokens for cell in cells} == {1 << i for i in range(13)}
 

@@ -12,6 +12,7 @@ import torch
 from .. import _operands as operands
 from .. import _runtime as runtime
 from ..moe_align import ROUTING
+from ._tuned import TUNED
 
 
 class Config(NamedTuple):
@@ -20,6 +21,8 @@ class Config(NamedTuple):
     block_n: int
     num_warps: int
 
+
+CONFIGS = {"moe_act": Config}
 
 OP = operands.Op(
     "moe_act",
@@ -98,8 +101,23 @@ def check(
     )
 
 
+class Key(NamedTuple):
+    """What measured tiles are looked up by: the sizes of specs/tuned, and what its tags stand for."""
+
+    num_tokens: int  # the next power of two
+    top_k: int
+    n: int
+
+
 def choose(problem: Problem) -> Config:
-    """The tiles for a call: 8 elements a lane, in the largest tile that leaves little of it masked."""
+    """The tiles for a call: those that were measured, else the rule's."""
+    tokens = min(runtime.next_power_of_2(problem.tokens_hint), 4096)  # the largest that is measured
+    key, device = Key(tokens, problem.top_k, problem.n), runtime.traits(problem.device)
+    return runtime.choose(TUNED, key, device, CONFIGS, lambda _: ("moe_act", _rule(problem)))[1]
+
+
+def _rule(problem: Problem) -> Config:
+    """8 elements a lane, in the largest tile that leaves little of it masked."""
     n = problem.n
     block_n = 1024
     while block_n > 64 and runtime.cdiv(n, block_n) * block_n > n * 1.03:

@@ -13,6 +13,7 @@ import torch
 from .. import _runtime as runtime
 from .._scales import Quant, check_fp8, check_x_scale, fits, is_fp32, scale_shape
 from ..moe_align import MoeTables, default_block_m, max_blocks
+from ._tuned import TUNED
 
 
 class GemvConfig(NamedTuple):
@@ -49,6 +50,7 @@ class BoxConfig(NamedTuple):
 
 # How the cache treats weights, by weight_policy: as any data, or as data that is read once.
 CACHE_POLICIES = ("", "evict_first")
+CONFIGS = {"gemv": GemvConfig, "tile": TileConfig, "box": BoxConfig}
 Config = Union[GemvConfig, TileConfig, BoxConfig]
 
 # (out, x, w, tables, topk_weights) of sizes that were checked before; then w_scale where weights are FP8, x_scale where x is
@@ -304,13 +306,43 @@ def choose(schedule: str, problem: Problem) -> Config:
     return _rule(schedule, *_shape(problem))
 
 
+class Key(NamedTuple):
+    """What measured tiles are looked up by: the sizes of specs/tuned, and what its tags stand for."""
+
+    num_tokens: int  # the next power of two
+    top_k: int
+    num_experts: int
+    block_m: int  # of the tables, 0: there are none
+    k: int
+    n: int
+    slices: int
+    reads_token: bool  # a row of x a token, as the first projection has; else one a pair
+    sums: bool  # over the experts of a token
+    weight_scales: str | None
+    x_scales: str | None
+
+
 def plan(problem: Problem, boxes: bool) -> tuple[str, Config]:
     """(schedule, tiles) for a call, from host integers alone: the same call always gets the same.
 
     The number of tokens counts as the next power of two, so that the compile keys of a model are a short list.
     """
-    schedule = _schedule(problem, boxes)
-    return schedule, choose(schedule, problem)
+    s, device = _shape(problem), runtime.traits(problem.device)
+    tokens = min(
+        s.tokens, 4096
+    )  # the largest that is measured; more tokens are more of the same blocks
+    rows = (s.block_m, s.k, s.n, s.slices, problem.rows.startswith("token"), s.sums)
+    key = Key(tokens, problem.top_k, problem.num_experts, *rows, s.weight_scales, s.x_scales)
+    own = _schedule(problem, boxes)
+
+    def rule(schedule: str | None) -> tuple[str, Config]:
+        return schedule or own, _rule(schedule or own, *s)
+
+    def serves(schedule: str) -> bool:
+        """Whether operands and rows are such that it can; what box can do, tile can."""
+        return schedule == own or (schedule == "tile" and own == "box")
+
+    return runtime.choose(TUNED, key, device, CONFIGS, rule, serves)
 
 
 class _Shape(NamedTuple):

@@ -12,6 +12,7 @@ import torch
 
 from .. import _runtime as runtime
 from ..moe_route import MoeRoute, expected_groups
+from ._tuned import TUNED
 
 
 class PairsConfig(NamedTuple):
@@ -36,6 +37,7 @@ class BlocksConfig(NamedTuple):
     pdl: int = 1  # where the target has it
 
 
+CONFIGS = {"pairs": PairsConfig, "blocks": BlocksConfig}
 Config = Union[PairsConfig, BlocksConfig]
 
 # How the cache treats weights, by weight_policy: as any data, or as data that is read once.
@@ -177,6 +179,21 @@ def scratch(route: MoeRoute, size: int, device: torch.device) -> torch.Tensor:
     return parts
 
 
+class Key(NamedTuple):
+    """What measured tiles are looked up by: the sizes of specs/tuned, and what its tags stand for."""
+
+    num_tokens: int  # the next power of two
+    top_k: int
+    num_experts: int
+    max_loras: int
+    block_m: int  # of the route, 0: pairs come one by one
+    k: int
+    slices: int
+    rank: int
+    weight_scales: str | None
+    x_scales: str | None
+
+
 def choose(schedule: str, problem: Problem, route: MoeRoute) -> Config:
     """The tiles for a call, from host integers alone: the same call always gets the same.
 
@@ -184,10 +201,17 @@ def choose(schedule: str, problem: Problem, route: MoeRoute) -> Config:
     the ranks makes the same bits of them as one that holds all. The number of tokens counts as the next power of two, so
     that the compile keys of a model are a short list.
     """
-    pairs = runtime.next_power_of_2(route.num_tokens) * route.top_k
-    groups = route.num_experts * route.max_loras
-    sizes = (pairs, groups, route.block_m, problem.k, problem.slices, problem.rank)
-    return _choose(schedule, *sizes, *runtime.traits(problem.device)[:2])
+    tokens, device = runtime.next_power_of_2(route.num_tokens), runtime.traits(problem.device)
+    layer = (route.block_m, problem.k, problem.slices, problem.rank)
+    key = Key(
+        min(tokens, 4096), route.top_k, route.num_experts, route.max_loras, *layer, None, None
+    )
+
+    def rule(_: str | None) -> tuple[str, Config]:
+        sizes = (tokens * route.top_k, route.num_experts * route.max_loras, *layer)
+        return schedule, _choose(schedule, *sizes, device.num_sms, device.shared_memory)
+
+    return runtime.choose(TUNED, key, device, CONFIGS, rule, lambda other: other == schedule)[1]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -12,6 +12,7 @@ import torch
 from .. import _runtime as runtime
 from .._scales import Quant, check_fp8, is_fp32, x_scale_shape
 from ..moe_align import MoeTables, max_blocks
+from ._tuned import TUNED
 
 
 class Config(NamedTuple):
@@ -19,6 +20,9 @@ class Config(NamedTuple):
 
     rows: int
     num_warps: int
+
+
+CONFIGS = {"moe_quant": Config}
 
 
 # (codes, scale, x, tables) of sizes that were checked before
@@ -45,6 +49,7 @@ class Problem(NamedTuple):
     x_stride: int
     largest: float  # number of the type of the codes
     device: torch.device
+    x_scales: str  # of what there is a scale each
 
 
 def check(
@@ -105,6 +110,7 @@ def check(
         x.stride(0),
         torch.finfo(codes.dtype).max,
         device,
+        mode,
     )
 
 
@@ -114,8 +120,27 @@ def max_rows(problem: Problem) -> int:
     return max_blocks(*sizes) * problem.block_m
 
 
+class Key(NamedTuple):
+    """What measured tiles are looked up by: the sizes of specs/tuned, and what its tags stand for."""
+
+    num_tokens: int  # the next power of two
+    top_k: int
+    block_m: int  # of the tables, 0: there are none
+    n: int
+    x_scales: str
+
+
 def choose(problem: Problem) -> Config:
-    """The tiles for a call: a few thousand numbers a program, 16 or more a lane."""
+    """The tiles for a call: those that were measured, else the rule's."""
+    tokens = min(runtime.next_power_of_2(problem.tokens_hint), 4096)  # the largest that is measured
+    key, device = Key(
+        tokens, problem.top_k, problem.block_m, problem.n, problem.x_scales
+    ), runtime.traits(problem.device)
+    return runtime.choose(TUNED, key, device, CONFIGS, lambda _: ("moe_quant", _rule(problem)))[1]
+
+
+def _rule(problem: Problem) -> Config:
+    """A few thousand numbers a program, 16 or more a lane."""
     size = runtime.next_power_of_2(problem.n)
     rows = max(1, min(8, 4096 // size)) if problem.block_m >= 32 else 1
     return Config(rows, max(1, min(8, rows * size // 512)))

@@ -12,6 +12,7 @@ import torch
 from .. import _operands as operands
 from .. import _runtime as runtime
 from ..moe_align import ROUTING
+from ._tuned import TUNED
 
 
 class Config(NamedTuple):
@@ -20,6 +21,8 @@ class Config(NamedTuple):
     block_n: int
     num_warps: int
 
+
+CONFIGS = {"moe_sum": Config}
 
 OP = operands.Op(
     "moe_sum",
@@ -117,8 +120,23 @@ def check(
     )
 
 
+class Key(NamedTuple):
+    """What measured tiles are looked up by: the sizes of specs/tuned, and what its tags stand for."""
+
+    num_tokens: int  # the next power of two
+    top_k: int
+    n: int
+
+
 def choose(problem: Problem) -> Config:
-    """The tiles for a call: enough programs for few tokens, 16 bytes a lane for many."""
+    """The tiles for a call: those that were measured, else the rule's."""
+    tokens = min(runtime.next_power_of_2(problem.tokens_hint), 4096)  # the largest that is measured
+    key, device = Key(tokens, problem.top_k, problem.n), runtime.traits(problem.device)
+    return runtime.choose(TUNED, key, device, CONFIGS, lambda _: ("moe_sum", _rule(problem)))[1]
+
+
+def _rule(problem: Problem) -> Config:
+    """Enough programs for few tokens, 16 bytes a lane for many."""
     n = problem.n
     wanted = 512 if problem.tokens_hint <= 64 else 1024
     while wanted > 128 and n % wanted:

@@ -21,7 +21,7 @@ from kernelgen.measure.operands import (
     sets,
 )
 from kernelgen.measure.suite import matrix_bytes
-from kernelgen.measure.suites.moe_lora import PROJECTIONS, SUITE, Cell
+from kernelgen.measure.suites.moe_lora import PROJECTIONS, SCHEDULES, Cell
 from kernelgen.measure.truth import Truth, WrongResult, chunks, error_limit, matrices, rows_of, sample
 from kernelgen.measure.workload import Case, Prepared, Unsupported, Weights
 from kernelgen.measure.workloads.ours import Op, Package
@@ -186,7 +186,7 @@ def delta(batch: Batch, operands: Operands, pairs: torch.Tensor, weighted: bool)
 class Ours(Package):
     """``moe_lora`` and ``moe_route``; ``form``: a schedule."""
 
-    SCHEDULES = SUITE.forms
+    SCHEDULES = SCHEDULES
 
     def ops(self, case: Case[Batch]) -> list[Op]:
         cell: Cell = case.cell
@@ -206,12 +206,12 @@ class Ours(Package):
             pairs = zip(case.batches, routes, strict=True)
             return [Op(self._projection(cell, batch, batch.operands[0], route)) for batch, route in pairs]
         if self.form:
-            raise Unsupported("a schedule is asked for on w13 and w2 only")
+            raise Unsupported(f"{self.form} is asked for on w13 and w2 only")
         check = functools.partial(self._check_route, cell, case.batches[0], space) if cell.site == "route" else None
         return [Op(functools.partial(self._layer, cell, batch, space), check=check) for batch in case.batches]
 
     def _route(self, cell: Cell, batch: Batch, space: Any) -> Any:
-        options = {"assignment": "naive" if self.form in NAIVE else "sorted"} if self.form else {}
+        options = {"assignment": "naive" if self.form in NAIVE else "sorted"} if self.form in SCHEDULES else {}
         sizes = {"num_experts": cell.model.experts, "max_loras": cell.slots, "rank": cell.rank}
         return self.kg.moe_route(batch.topk_ids, batch.mapping, workspace=space, **sizes, **options)
 
@@ -222,6 +222,8 @@ class Ours(Package):
 
     def _projection(self, cell: Cell, batch: Batch, operands: Operands, route: Any) -> Callable[[], None]:
         weighted = operands.projection.weighted
+        if self.form == "apart":
+            return self._apart(cell, batch, operands, route)
         return functools.partial(
             self.kg.moe_lora,
             *operands.tensors,
@@ -231,6 +233,20 @@ class Ours(Package):
             mul_routed_weight=weighted,
             **operands.scales,
         )
+
+    def _apart(self, cell: Cell, batch: Batch, operands: Operands, route: Any) -> Callable[[], None]:
+        """Its two products as ops."""
+        if not cell.add or (cell.quant, cell.act) != ("none", "none"):
+            raise Unsupported("the two products add, and are of 16 bits")
+        p, w = operands.projection, operands.weights
+        y = torch.empty(p.slices, cell.pairs, cell.rank, dtype=torch.float32, device=operands.x.device)
+        options = {"topk_weights": batch.topk_weights, "mul_routed_weight": True} if p.weighted else {}
+
+        def call() -> None:
+            self.kg.moe_lora_shrink(y, operands.x, w.a, route)
+            self.kg.moe_lora_expand(operands.out, y, w.b, route, **options)
+
+        return call
 
     def _check_route(self, cell: Cell, batch: Batch, space: Any) -> None:
         route = self._route(cell, batch, space)
