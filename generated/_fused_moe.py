@@ -19,6 +19,7 @@ from . import _runtime as runtime
 from .moe_align import ROUTING, MoeTables, default_block_m, max_blocks
 from .moe_align.one_launch import bind as bind_align
 from .moe_gemm import bind as bind_gemm
+from ._scales import check_x_scale
 from .moe_gemm import find_scales
 from .moe_quant import bind as bind_quant
 from .moe_quant._problem import QUANT
@@ -114,13 +115,14 @@ def fused_moe(
         out: [T, H] in any float dtype, of which rows from ``valid_tokens`` on keep their bytes; None: a new float32
             tensor, in which they are zero.
         workspace: from ``fused_moe_workspace``; None allocates.
-        w13_scale, w2_scale: float32, for FP8 weights (float8_e4m3fn or float8_e5m2), each of which stands for its number times
-            its scale: [E]; or a scale a row, [E, rows]; or a scale a group, [E, ceil(rows / 128), ceil(columns / 128)]. Gate and up
+        w13_scale, w2_scale: float32 or float8_e8m0fnu (powers of two), for FP8 weights (float8_e4m3fn or float8_e5m2), each of
+            which stands for its number times its scale: [E]; or a scale a row, [E, rows]; or a scale a group, [E, ceil(rows / 128), ceil(columns / 128)]. Gate and up
             are quantised apart: w13_scale may be [E, 2], and its groups of rows begin anew with up, whatever I is:
             [E, 2 * ceil(I / 128), ceil(H / 128)]. ``hidden`` is bfloat16 then.
-        x_scale: float32, for an FP8 ``hidden``: [1], [T, 1] or [T, ceil(H / 128)], as the scales of the weights. The activations
-            between the two products are rounded to bfloat16 and then become FP8 too, by ``moe_quant``, with scales alike.
-        h_scale: [1], their scale where x_scale is [1]; other scales are found.
+        x_scale: likewise, for an FP8 ``hidden``: [1], [T, 1] or [T, ceil(H / 128)], as the scales of the weights; the last may lie
+            column by column. A token is made FP8 once for all its experts: of input scales of experts take the largest. The
+            activations between the two products are rounded to bfloat16 and then become FP8 too, by ``moe_quant``, with scales alike.
+        h_scale: their scale where x_scale is [1]: [1], or [>= E], the input scale of ``w2`` of each expert; other scales are found.
 
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
@@ -348,10 +350,15 @@ def _check_scales(
         runtime.fail(
             name, "scales", got, "w13_scale and w2_scale, or neither; x_scale with them alone"
         )
-    mode = find_scales(name, hidden, w13, w13_scale, x_scale, w13.shape[1] // w2.shape[2]).of_x
+    mode = find_scales(
+        name, hidden, w13, w13_scale, x_scale, slices=w13.shape[1] // w2.shape[2], label="w13_scale"
+    ).of_x
+    find_scales(name, hidden, w2, w2_scale, None, slices=1, label="w2_scale")
     if (h_scale is None) == (mode == "tensor"):
         got = None if h_scale is None else runtime.describe(h_scale)
-        runtime.fail(name, "h_scale", got, "[1] float32 where x_scale is [1], else None")
+        runtime.fail(name, "h_scale", got, "[1] or [E] where x_scale is [1], else None")
+    if h_scale is not None:
+        check_x_scale(name, "tensor", hidden, h_scale, QUANT, w2.shape[0], "h_scale")
     return mode
 
 

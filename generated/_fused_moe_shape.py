@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -34,8 +35,11 @@ class FusedMoeShape(NamedTuple):
     weight_scales: str | None = (
         None  # of FP8 weights: "tensor", "slice" (w13_scale is [E, 2]), "channel" or "group"
     )
-    x_scales: str | None = None  # of an FP8 ``hidden``: "tensor", "token" or "group"
+    x_scales: str | None = (
+        None  # of an FP8 ``hidden``: "tensor", "expert" (h_scale is [E]), "token", "group", "group_by_column"
+    )
     fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of both
+    scales_dtype: torch.dtype = torch.float32  # of all that are given
 
     def call(self, num_tokens: int) -> None:
         """Make every call that a batch of ``num_tokens`` can make, whatever number of them is expected."""
@@ -58,17 +62,17 @@ class FusedMoeShape(NamedTuple):
             for name, size, slices in (("w13_scale", w13, w13[1] // inter), ("w2_scale", w2, 1)):
                 last = (slices,) if by_slice and slices > 1 else ()
                 scales[name] = empty(
-                    *_scales.scale_shape(mode, size, QUANT, slices), *last, dtype=torch.float32
+                    *_scales.scale_shape(mode, size, QUANT, slices), *last, dtype=self.scales_dtype
                 )
         if self.x_scales is not None:
             of_x = self.fp8_dtype
-            scales["x_scale"] = empty(
-                *_scales.x_scale_shape(self.x_scales, (num_tokens, width), QUANT),
-                dtype=torch.float32,
+        if self.x_scales in ("tensor", "expert"):
+            scales["h_scale"] = empty(
+                experts if self.x_scales == "expert" else 1, dtype=self.scales_dtype
             )
-        if self.x_scales == "tensor":
-            scales["h_scale"] = empty(1, dtype=torch.float32)
-        for hint in ends(num_tokens):
+        kind = "tensor" if self.x_scales == "expert" else self.x_scales
+        x_scales = _scales.meta_x_scales(kind, (num_tokens, width), QUANT, self.scales_dtype)
+        for x_scale, hint in itertools.product(x_scales, ends(num_tokens)):
             fused_moe(
                 empty(num_tokens, width, dtype=of_x),
                 empty(*w13, dtype=of_weights),
@@ -84,5 +88,6 @@ class FusedMoeShape(NamedTuple):
                     if self.out_dtype is None
                     else empty(num_tokens, width, dtype=self.out_dtype)
                 ),
+                x_scale=x_scale,
                 **scales,
             )

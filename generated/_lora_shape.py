@@ -34,8 +34,9 @@ class LoraShape(NamedTuple):
     )
     gathered: int = 1  # parts of the rank, which are joined between them
     weight_scales: str | None = None  # of FP8 adapters: "tensor", "channel" or "group"
-    x_scales: str | None = None  # of an FP8 x: "tensor", "token" or "group"
+    x_scales: str | None = None  # of an FP8 x: "tensor", "token", "group" or "group_by_column"
     fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of both
+    x_scales_dtype: torch.dtype = torch.float32
 
     def call(self, num_tokens: int) -> None:
         """Make the call of a batch of ``num_tokens``."""
@@ -58,18 +59,15 @@ class LoraShape(NamedTuple):
             shapes = [_scales.scale_shape(self.weight_scales, w.shape, QUANT) for w in weights]
             return [empty(*size, dtype=torch.float32) for size in shapes]
 
-        x_scale = None
-        if self.x_scales is not None:
-            x_scale = empty(
-                *_scales.x_scale_shape(self.x_scales, x.shape, QUANT), dtype=torch.float32
-            )
         a_scale, b_scale = scales(a), scales(b)
         at, adds = self.offset_start, self.add_inputs
+        for x_scale in _scales.meta_x_scales(self.x_scales, x.shape, QUANT, self.x_scales_dtype):
+            if self.separate:
+                y = empty(slices, num_tokens, self.rank, dtype=torch.float32)
+                lora_shrink(y, x, a, route, x_scale=x_scale, a_scale=a_scale)
+            else:
+                quant = {"x_scale": x_scale, "a_scale": a_scale, "b_scale": b_scale}
+                lora(out, x, a, b, route, offset_start=at, add_inputs=adds, **quant)
         if self.separate:
-            y = empty(slices, num_tokens, self.rank, dtype=torch.float32)
-            lora_shrink(y, x, a, route, x_scale=x_scale, a_scale=a_scale)
             y = empty(slices, num_tokens, full_rank, dtype=torch.float32)
             lora_expand(out, y, b, route, offset_start=at, add_inputs=adds, b_scale=b_scale)
-        else:
-            quant = {"x_scale": x_scale, "a_scale": a_scale, "b_scale": b_scale}
-            lora(out, x, a, b, route, offset_start=at, add_inputs=adds, **quant)

@@ -9,8 +9,9 @@ from typing import Iterator, NamedTuple
 
 import torch
 
+from ._scales import meta_x_scales
 from .moe_lora import moe_lora
-from .moe_lora._problem import scale_shape, x_scale_shape
+from .moe_lora._problem import QUANT, scale_shape
 from .moe_route import MoeRoute, moe_route
 
 __all__ = ["MoeShape"]
@@ -35,8 +36,11 @@ class MoeShape(NamedTuple):
     topk_ids_dtype: torch.dtype = torch.int32
     topk_weights_dtype: torch.dtype = torch.float32
     weight_scales: str | None = None  # of FP8 adapters: "tensor", "channel" or "group"
-    x_scales: str | None = None  # of an FP8 x: "tensor", "token" or "group"
+    x_scales: str | None = (
+        None  # of an FP8 x: "tensor", "expert", "token", "group" or "group_by_column"
+    )
     fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of both
+    x_scales_dtype: torch.dtype = torch.float32
 
     def call(self, num_tokens: int) -> None:
         """Make every call that a batch of ``num_tokens`` can make."""
@@ -73,7 +77,7 @@ class MoeShape(NamedTuple):
         a_shape = (self.max_loras, self.num_experts, self.rank, self.k)
         b_shape = (self.max_loras, self.num_experts, self.n, self.rank)
         of_weights = of_x = self.dtype
-        a_scale = b_scale = x_scale = None
+        a_scale = b_scale = None
         if self.weight_scales is not None:
             of_weights = self.fp8_dtype
             a_scale, b_scale = (
@@ -82,17 +86,19 @@ class MoeShape(NamedTuple):
             )
         if self.x_scales is not None:
             of_x = self.fp8_dtype
-            x_scale = empty(*x_scale_shape(self.x_scales, (rows, self.k)), dtype=torch.float32)
-        moe_lora(
-            empty(num_tokens, self.top_k, self.slices * self.n),
-            empty(rows, self.k, dtype=of_x),
-            [empty(*a_shape, dtype=of_weights)] * self.slices,
-            [empty(*b_shape, dtype=of_weights)] * self.slices,
-            route,
-            topk_weights=empty(num_tokens, self.top_k, dtype=self.topk_weights_dtype),
-            add_inputs=self.add_inputs,
-            mul_routed_weight=self.mul_routed_weight,
-            a_scale=a_scale,
-            b_scale=b_scale,
-            x_scale=x_scale,
-        )
+        for x_scale in meta_x_scales(
+            self.x_scales, (rows, self.k), QUANT, self.x_scales_dtype, self.num_experts
+        ):
+            moe_lora(
+                empty(num_tokens, self.top_k, self.slices * self.n),
+                empty(rows, self.k, dtype=of_x),
+                [empty(*a_shape, dtype=of_weights)] * self.slices,
+                [empty(*b_shape, dtype=of_weights)] * self.slices,
+                route,
+                topk_weights=empty(num_tokens, self.top_k, dtype=self.topk_weights_dtype),
+                add_inputs=self.add_inputs,
+                mul_routed_weight=self.mul_routed_weight,
+                a_scale=a_scale,
+                b_scale=b_scale,
+                x_scale=x_scale,
+            )

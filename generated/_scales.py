@@ -8,13 +8,17 @@ There is a scale for a matrix of weights ("tensor"), for each of its rows ("chan
 
 Slices that are stacked in one matrix, as gate over up, are quantised apart, and so is what the shapes mean: groups of rows begin
 anew with each slice, and "tensor" may be a scale for each.
+
+Scales are float32, or of float8_e8m0fnu: powers of two, a byte each, which kernels widen as they load them.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Sequence
+from typing import Iterator, NamedTuple, Sequence
 
 import torch
+import triton
+import triton.language as tl
 
 from . import _runtime as runtime
 
@@ -50,6 +54,23 @@ def x_scale_shape(mode: str, x: Sequence[int], quant: Quant) -> tuple[int, ...]:
     return x[0], 1 if mode == "token" else runtime.cdiv(x[1], quant.group_k)
 
 
+def meta_x_scales(
+    kind: str | None, x: Sequence[int], quant: Quant, dtype: torch.dtype, experts: int = 1
+) -> Iterator[torch.Tensor | None]:
+    """Scales of activations [rows, K] without memory, for warm-up, in every layout that they may have. ``kind``: a mode; or
+    "expert", or "group_by_column"; None: there are none."""
+    by_column = kind == "group_by_column"
+    mode = "group" if by_column else kind
+    if mode is None:
+        yield None
+        return
+    shape = (experts,) if mode == "expert" else x_scale_shape(mode, x, quant)
+    if by_column:
+        yield torch.empty(shape[::-1], dtype=dtype, device="meta").t()
+    if not by_column or shape[0] == 1:  # of one row torch may say either
+        yield torch.empty(shape, dtype=dtype, device="meta")
+
+
 def fits(
     mode: str, scale: Sequence[int], weights: Sequence[int], quant: Quant, slices: int = 1
 ) -> bool:
@@ -71,24 +92,35 @@ def find_mode(
 
 
 def find_x_mode(
-    variant: str, x: torch.Tensor, x_scale: torch.Tensor, quant: Quant, first: str | None = None
+    variant: str,
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    quant: Quant,
+    first: str | None = None,
+    experts: int = 1,
+    label: str = "x_scale",
 ) -> str:
-    """The same of activations; ``first`` is taken where it fits.
+    """The same of activations; ``first`` is taken where it fits. ``experts``: where rows are of one each, "tensor" may be one an
+    expert.
 
     Raises:
         ValueError: no mode has scales of such a shape.
     """
     for mode in (first or "tensor", "tensor", "token", "group"):
-        if x_scale.shape == x_scale_shape(mode, x.shape, quant):
+        if _fits_x(mode, x_scale.shape, x.shape, quant, experts):
             return mode
     wanted = f"[1], {list(x_scale_shape('token', x.shape, quant))} or {list(x_scale_shape('group', x.shape, quant))}"
-    runtime.fail(
-        variant,
-        "x_scale",
-        runtime.describe(x_scale),
-        wanted,
-        "a scale for the tensor, a token or a group",
-    )
+    hint = "a scale for the tensor, a token or a group"
+    if experts > 1:
+        wanted, hint = f"[>= {experts}], {wanted}", f"{hint}, or an expert"
+    elif x_scale.dim() == 1:
+        hint += "; of one an expert take the largest, with which a row that several experts read is made FP8"
+    runtime.fail(variant, label, runtime.describe(x_scale), wanted, hint)
+
+
+def _fits_x(mode: str, scale: Sequence[int], x: Sequence[int], quant: Quant, experts: int) -> bool:
+    of_experts = mode == "tensor" and experts > 1 and len(scale) == 1 and scale[0] >= experts
+    return of_experts or tuple(scale) == x_scale_shape(mode, x, quant)
 
 
 def product_rows(block_m: int) -> int:
@@ -127,20 +159,66 @@ def check_fp8(
 
 
 def check_x_scale(
-    variant: str, mode: str, x: torch.Tensor, x_scale: torch.Tensor | None, quant: Quant
-) -> None:
-    """Raise ValueError unless these are the scales of x."""
+    variant: str,
+    mode: str,
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    quant: Quant,
+    experts: int = 1,
+    label: str = "x_scale",
+) -> tuple[int, int | None]:
+    """The strides of the scales of x: over rows, or over experts where each has one, and over groups; that is None where it is 1.
+
+    Scales of groups may lie row by row, or column by column, as some quantisation kernels write them: strides (1, >= rows).
+
+    Raises:
+        ValueError: these are not the scales of x.
+    """
     shape = x_scale_shape(mode, x.shape, quant)
-    if (
-        x_scale is None
-        or not is_fp32(x_scale, x.device)
-        or x_scale.shape != shape
-        or not x_scale.is_contiguous()
-    ):
-        got = None if x_scale is None else runtime.describe(x_scale)
-        runtime.fail(variant, "x_scale", got, f"contiguous {list(shape)} float32 on {x.device}")
+    right = (
+        x_scale is not None
+        and is_scale(x_scale, x.device)
+        and _fits_x(mode, x_scale.shape, x.shape, quant, experts)
+    )
+    if x_scale is not None and right and mode == "group" and shape[1] > 1:
+        row, group = x_scale.stride()
+        if (
+            row == 1 and shape[0] <= group < 2**31 // shape[1]
+        ):  # so may a single row lie, that it has one key
+            return 1, group
+        if group == 1 and row >= shape[1]:
+            return row, None
+    elif x_scale is not None and right and x_scale.is_contiguous():
+        return int(mode != "tensor" or x_scale.numel() > 1), None
+    got = None if x_scale is None else runtime.describe(x_scale)
+    of_experts = f" or [>= {experts}]" if mode == "tensor" and experts > 1 else ""
+    wanted = f"contiguous {list(shape)}{of_experts} float32 or float8_e8m0fnu on {x.device}"
+    runtime.fail(
+        variant,
+        label,
+        got,
+        wanted,
+        "or column by column, strides (1, >= rows)" if mode == "group" else "",
+    )
+
+
+def is_scale(scale: torch.Tensor, device: torch.device) -> bool:
+    """Whether scales are of a dtype that kernels take, and where they are needed."""
+    return scale.dtype in (torch.float32, torch.float8_e8m0fnu) and scale.device == device
 
 
 def is_fp32(scale: torch.Tensor, device: torch.device) -> bool:
-    """Whether scales are float32, and where they are needed."""
+    """Whether scales are float32, and where they are needed: those of adapters, which nobody keeps in another dtype."""
     return scale.dtype == torch.float32 and scale.device == device
+
+
+@triton.jit
+def as_fp32(scale):
+    """Scales that were loaded, in fp32. A byte b is float8_e8m0fnu: 2 ** (b - 127), and NaN for 255."""
+    if scale.dtype == tl.uint8:
+        bits = tl.where(
+            scale == 0, 1 << 22, scale.to(tl.int32) << 23
+        )  # 2 ** -127 is below the normal numbers
+        return tl.where(scale == 255, float("nan"), bits.to(tl.float32, bitcast=True))
+    else:
+        return scale

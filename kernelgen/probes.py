@@ -291,6 +291,7 @@ def _moe_gemm_probe(package: ModuleType, variant: Variant, num_tokens: int) -> P
 def _moe_quant(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
     del family
     launcher = _launcher(package, variant)
+    scales = importlib.import_module(f"{package.__name__}._scales")
     problem = importlib.import_module(f"{package.__name__}.{variant.family}._problem")
     top_k, num_experts, n = _QWEN3["top_k"], _QWEN3["num_experts"], _QWEN3["inter"]
     for num_tokens in (4, 4096):
@@ -299,7 +300,7 @@ def _moe_quant(package: ModuleType, family: Family, variant: Variant) -> Iterato
         def call(num_tokens: int = num_tokens, shape: tuple[int, int] = shape) -> None:
             with package._runtime.compile_only():
                 tables = package.moe_align(_meta(num_tokens, top_k), num_experts=num_experts, valid_tokens=_meta(1))
-            scale = problem.x_scale_shape(variant.x_scales, shape, problem.QUANT)
+            scale = scales.x_scale_shape(variant.x_scales, shape, problem.QUANT)
             codes = _meta(*shape, dtype=_fp8(package))
             launcher(codes, _meta(*scale, dtype=_FP32), _meta(*shape, dtype=torch.bfloat16), tables)
 

@@ -8,8 +8,10 @@ from typing import NamedTuple
 import pytest
 import torch
 import triton
+import triton.language as tl
 
 import generated as kg
+from generated._scales import as_fp32
 from kernelgen.mutate import Bench, Mutant
 from kernelgen.reference.moe_lora import dequantise
 
@@ -95,6 +97,20 @@ def test_a_kind_of_scales_that_there_is_not() -> None:
     for quantize in (kg.quantize_weights, kg.quantize_activations):
         with pytest.raises(ValueError, match="scales: got 'row', wanted one of tensor"):
             quantize(numbers(4, 4), "row")
+
+
+@triton.jit
+def _widen(out_ptr, codes_ptr):
+    i = tl.arange(0, 256)
+    tl.store(out_ptr + i, as_fp32(tl.load(codes_ptr + i)))
+
+
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="interpreted")
+def test_every_power_of_two() -> None:
+    codes, out = torch.arange(256, dtype=torch.uint8), torch.empty(256)
+    _widen[(1,)](out, codes)
+    exact = codes.view(torch.float8_e8m0fnu).float()
+    assert torch.equal(out[:255], exact[:255]) and out[255].isnan() and exact[255].isnan()
 
 
 class Bug(NamedTuple):

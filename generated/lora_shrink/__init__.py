@@ -99,7 +99,8 @@ def lora_shrink(
         lora_a: S tensors [L, rank, K] (or [L, 1, rank, K]) of one layout, in the dtype of ``x``; the stride over L is free.
         route: from ``lora_route``.
         scaling: applied in float32, once, here and not in ``lora_expand``.
-        x_scale: float32, for an FP8 x: [1]; or [T, 1]; or [T, ceil(K / 128)].
+        x_scale: float32 or float8_e8m0fnu, for an FP8 x: [1]; or [T, 1]; or [T, ceil(K / 128)], row by row or column by
+            column.
         a_scale: S tensors float32, for FP8 weights (float8_e4m3fn or float8_e5m2): [L]; or [L, rank], with a last dimension of
             1 or without; or [L, ceil(rank / 128), ceil(K / 128)].
 

@@ -89,6 +89,8 @@ class Problem(NamedTuple):
     )  # of what there is a scale each: "tensor", "channel" or "group"; None: 16-bit weights
     x_scales: str | None  # likewise of x, "token" for "channel"
     a_scale_stride: int  # over L
+    x_scale_stride: int  # over rows
+    x_scale_next: int | None  # over groups, None: 1
 
     def quarter(self, config: Config) -> int:
         """Chunks that are added up by themselves: there are at most four such sums."""
@@ -185,11 +187,21 @@ def check(
                 "one for all slices",
                 "slices have one layout",
             )
+    x_scale_strides: tuple[int, int | None] = (0, None)
     if x_scale is not None:
-        check_x_scale(variant, x_scale[0], x, x_scale[1], QUANT)
+        x_scale_strides = check_x_scale(variant, x_scale[0], x, x_scale[1], QUANT)
     kinds = (None if a_scale is None else a_scale[0], None if x_scale is None else x_scale[0])
     return Problem(
-        num_tokens, k, slices, rank, x.stride(0), strides, x.device, *kinds, scale_stride
+        num_tokens,
+        k,
+        slices,
+        rank,
+        x.stride(0),
+        strides,
+        x.device,
+        *kinds,
+        scale_stride,
+        *x_scale_strides,
     )
 
 
@@ -272,7 +284,11 @@ def scale_strides(
             shape = scale_shape(kind, (loras, rows, columns), quant)
             wanted = f"{list(shape)} float32 on {matrix.device}, contiguous behind L"
             runtime.fail(
-                variant, f"{label}[{i}]", runtime.describe(scale), wanted, f"a scale a {kind}"
+                variant,
+                f"{label}[{i}]",
+                runtime.describe(scale),
+                wanted,
+                f"a scale a {kind}; of another dtype, .float() makes such, once",
             )
     return tuple(scale.stride(0) for scale in scales)
 

@@ -9,7 +9,7 @@ For every token t with adapter l, and every slice s, accumulated in fp32:
 
 Rows of y of other tokens keep their bytes.
 Shapes: y [S, T, rank] float32, x [T, K] and A_s [L, rank, K] bfloat16;
-of these, A_s and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
+of these, A_s and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32, those of x also float8_e8m0fnu:
 a_scale_s [L, ceil(rank / 128), ceil(K / 128)], x_scale [T, ceil(K / 128)];
 rank at most 64.
 K is added up chunk by chunk, chunks quarter by quarter, and these in order; how wide a chunk is depends on K alone. Few tokens
@@ -29,13 +29,13 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
-from .._scales import product_rows
+from .._scales import as_fp32, product_rows
 from ..moe_route import MoeRoute
 from ._problem import CACHE_POLICIES, Call, Config, Parts, Problem, Total, check, choose
 
 
 @triton.jit(
-    do_not_specialize=["scaling", "num_tokens"],
+    do_not_specialize=["scaling", "num_tokens", "x_scale_next"],
     do_not_specialize_on_alignment=["x_scale_ptr", "tokens_ptr", "blocks_ptr", "num_blocks_ptr"],
 )
 def lora_shrink_bf16_r64_w8group_a8group_product(
@@ -46,6 +46,7 @@ def lora_shrink_bf16_r64_w8group_a8group_product(
     scaling,
     num_tokens,
     x_scale_ptr,
+    x_scale_next,
     tokens_ptr,
     blocks_ptr,
     num_blocks_ptr,
@@ -55,6 +56,7 @@ def lora_shrink_bf16_r64_w8group_a8group_product(
     A_STRIDE_L: tl.constexpr,
     A_STRIDE_R: tl.constexpr,
     A_SCALE_STRIDE_L: tl.constexpr,
+    X_SCALE_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SHARES: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -112,7 +114,13 @@ def lora_shrink_bf16_r64_w8group_a8group_product(
     k_end = K if PARTS == 1 else tl.minimum(k_begin + PART_K, K)
     for k0 in tl.range(k_begin, k_end, BLOCK_K, num_stages=STAGES):
         group_of_k = k0 // 128
-        x_scale = tl.load(x_scale_ptr + token[:, None] * K_GROUPS + group_of_k)
+        x_scale = as_fp32(
+            tl.load(
+                x_scale_ptr
+                + token[:, None] * X_SCALE_STRIDE
+                + (group_of_k if x_scale_next is None else group_of_k * x_scale_next)
+            )
+        )
         if K % BLOCK_K == 0:
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None], other=0.0).to(tl.float16)
             slices = [
@@ -249,6 +257,7 @@ def bind_product(problem: Problem, route: MoeRoute, config: Config, pdl: bool) -
             problem.x_stride,
             *problem.a_strides,
             problem.a_scale_stride,
+            problem.x_scale_stride,
             block_m,
             shares,
             block_r,
@@ -264,6 +273,7 @@ def bind_product(problem: Problem, route: MoeRoute, config: Config, pdl: bool) -
         runtime.Options(config.num_warps),
     )
     num_tokens = problem.num_tokens
+    x_scale_next = problem.x_scale_next
 
     def call(
         y: torch.Tensor,
@@ -275,7 +285,9 @@ def bind_product(problem: Problem, route: MoeRoute, config: Config, pdl: bool) -
         x_scale: torch.Tensor,
     ) -> None:
         tables = (route.pairs, route.blocks, route.num_blocks)
-        launch.run(y, x, tuple(lora_a), tuple(a_scale), scaling, num_tokens, x_scale, *tables)
+        launch.run(
+            y, x, tuple(lora_a), tuple(a_scale), scaling, num_tokens, x_scale, x_scale_next, *tables
+        )
 
     return call
 

@@ -9,7 +9,7 @@ For every token t with adapter l, and every slice s, accumulated in fp32:
 
 Rows of y of other tokens keep their bytes.
 Shapes: y [S, T, rank] float32, x [T, K] and A_s [L, rank, K] bfloat16;
-of these, A_s and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
+of these, A_s and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32, those of x also float8_e8m0fnu:
 a_scale_s [L], x_scale [1];
 any rank, in tiles of 128.
 K is added up chunk by chunk, chunks quarter by quarter, and these in order; how wide a chunk is depends on K alone. Few tokens
@@ -29,7 +29,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
-from .._scales import product_rows
+from .._scales import as_fp32, product_rows
 from ..moe_route import MoeRoute
 from ._problem import CACHE_POLICIES, Call, Config, Parts, Problem, Total, check, choose
 
@@ -95,7 +95,7 @@ def lora_shrink_bf16_rany_w8tensor_a8tensor_product(
     k = tl.arange(0, BLOCK_K)
     tl.static_assert(CHUNK_K % BLOCK_K == 0, "a tile lies in one chunk")
     x_rows = x_ptr + token[:, None] * X_STRIDE
-    x_scale = tl.load(x_scale_ptr)
+    x_scale = as_fp32(tl.load(x_scale_ptr))
     a_tile = adapter * A_STRIDE_L + (a_row[:, None] * A_STRIDE_R + k[None, :])
     zeros = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     slices = ()  # pointers, sums of this chunk of K, of those before it in its quarter, of the quarters before it, scales

@@ -146,11 +146,12 @@ def moe_gemm(
         out_rows: "pair", "sorted", or "token": the sum over the experts of a token, of few pairs.
         activation: None, "swiglu" or "relu2", of the fp32 sum; for ``x_rows="token"``.
         topk_weights: [T, top_k] float, w[p], applied in fp32; for the second projection.
-        w_scale: float32, for FP8 weights (float8_e4m3fn or float8_e5m2), each of which stands for its number times its scale:
+        w_scale: float32 or float8_e8m0fnu, for FP8 weights (float8_e4m3fn or float8_e5m2), each of which stands for its number times its scale:
             [E]; or a scale a row, [E, rows of W[e]], with a last dimension of 1 or without; or a scale a group,
             [E, ceil(N / 128), ceil(K / 128)]. Gate and up are quantised apart: [E] may be [E, 2], and groups of rows begin anew
             with up, [E, 2 * ceil(N / 128), ...]. ``out`` is bfloat16 then.
-        x_scale: float32, for an FP8 x: [1], [rows of x, 1] or [rows of x, ceil(K / 128)], as the scales of the weights.
+        x_scale: likewise, for an FP8 x: [1], [rows of x, 1] or [rows of x, ceil(K / 128)], as the scales of the weights. [1] may be
+            [>= E] where rows are of pairs: the input scale of each expert. Groups may lie column by column.
 
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
@@ -229,7 +230,15 @@ def bind(
         rows=rows,
         epilogue=epilogue,
         zero_rest=zero_rest,
-        scales=find_scales("moe_gemm", x, w, w_scale, x_scale, 2 if epilogue == "swiglu" else 1),
+        scales=find_scales(
+            "moe_gemm",
+            x,
+            w,
+            w_scale,
+            x_scale,
+            slices=2 if epilogue == "swiglu" else 1,
+            experts=1 if rows.startswith("token") else tables.num_experts,
+        ),
     )
     if problem.num_pairs == 0:
         return _nothing
@@ -250,9 +259,13 @@ def find_scales(
     w: torch.Tensor,
     w_scale: torch.Tensor | None,
     x_scale: torch.Tensor | None,
+    *,
     slices: int,
+    experts: int = 1,
+    label: str = "w_scale",
 ) -> Scales:
-    """Of what there is a scale each, by the shapes; w is of so many ``slices``: 2 for gate and up.
+    """Of what there is a scale each, by the shapes; w is of so many ``slices``: 2 for gate and up; rows of x of one of so many
+    ``experts`` each, or 1: a row is read by several.
 
     Raises:
         ValueError: no mode has scales of such shapes.
@@ -270,14 +283,12 @@ def find_scales(
             else:
                 wanted, hint = f"[E], [E, N] or [E, {groups}]", ""
             runtime.fail(
-                name,
-                "w_scale",
-                runtime.describe(w_scale),
-                f"{wanted} of w {runtime.describe(w)}",
-                hint,
+                name, label, runtime.describe(w_scale), f"{wanted} of w {runtime.describe(w)}", hint
             )
     if x_scale is not None:
-        of_x = find_x_mode(name, x, x_scale, QUANT, "group" if of_weights == "group" else None)
+        of_x = find_x_mode(
+            name, x, x_scale, QUANT, "group" if of_weights == "group" else None, experts
+        )
     return Scales(of_weights, w_scale, of_x, x_scale)
 
 

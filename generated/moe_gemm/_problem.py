@@ -11,7 +11,7 @@ from typing import Any, Callable, NamedTuple, Union
 import torch
 
 from .. import _runtime as runtime
-from .._scales import Quant, check_fp8, check_x_scale, fits, is_fp32, scale_shape
+from .._scales import Quant, check_fp8, check_x_scale, fits, is_scale, scale_shape
 from ..moe_align import MoeTables, default_block_m, max_blocks
 from ._tuned import TUNED
 
@@ -107,6 +107,8 @@ class Problem(NamedTuple):
     x_scales: str | None
     w_scale_stride: int  # over E
     w_scale_next: int  # from the scales of gate to those of up
+    x_scale_stride: int  # over rows, or over experts
+    x_scale_next: int | None  # over groups, None: 1
 
 
 def check(
@@ -199,8 +201,10 @@ def check(
     w_scale_strides = (0, 0)
     if scales.of_weights is not None:
         w_scale_strides = _check_w_scale(variant, scales.of_weights, scales.w, w, slices)
+    x_scale_strides: tuple[int, int | None] = (0, None)
     if scales.of_x is not None:
-        check_x_scale(variant, scales.of_x, x, scales.x, QUANT)
+        of_rows = tables.num_experts if x_by_pair else 1
+        x_scale_strides = check_x_scale(variant, scales.of_x, x, scales.x, QUANT, of_rows)
     hint, block_m = min(tables.tokens_hint, num_tokens), tables.block_m
     if tables.tokens_hint < 0:
         hint = num_tokens
@@ -226,6 +230,7 @@ def check(
         scales.of_weights,
         scales.of_x,
         *w_scale_strides,
+        *x_scale_strides,
     )
     if schedule == "box" and not has_boxes(problem, x, w):
         got = f"x {runtime.describe(x)}, w {runtime.describe(w)}"
@@ -245,9 +250,14 @@ def _check_w_scale(
     """The strides of the scales of weights: over E, and from those of one slice to those of the next."""
     shape = scale_shape(mode, w.shape, QUANT, slices)
     fitting = scale is not None and fits(mode, scale.shape, w.shape, QUANT, slices)
-    if scale is None or not fitting or not is_fp32(scale, w.device) or not scale[0].is_contiguous():
+    if (
+        scale is None
+        or not fitting
+        or not is_scale(scale, w.device)
+        or not scale[0].is_contiguous()
+    ):
         got = None if scale is None else runtime.describe(scale)
-        wanted = f"{list(shape)} float32 on {w.device}, contiguous behind E"
+        wanted = f"{list(shape)} float32 or float8_e8m0fnu on {w.device}, contiguous behind E"
         runtime.fail(variant, "w_scale", got, wanted, f"a scale a {mode}")
     return scale.stride(0), 0 if scale.shape == w.shape[:1] else scale[0].numel() // slices
 

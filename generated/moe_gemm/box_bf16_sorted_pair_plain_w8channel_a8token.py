@@ -9,7 +9,7 @@ For every local pair p = t * top_k + j of expert e:
 
 Shapes: x [T * top_k, K], W [E, N, K] and out [T * top_k, N], all bfloat16;
 i is the position of p in the tables;
-W and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
+W and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32 or float8_e8m0fnu:
 w_scale [E, N], x_scale [rows of x, 1];
 the sum over K, and what follows it, is fp32 and is rounded once.
 The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs
@@ -27,6 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 from .. import _runtime as runtime
+from .._scales import as_fp32
 from ..moe_align import MoeTables
 from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, grid
 from ._problem import BoxConfig as Config
@@ -71,8 +72,8 @@ def _tile(
         x = x_desc.load([first, k0])
         w = w_desc.load([expert * SLICES, n0, k0]).reshape(SLICES * BLOCK_N, BLOCK_K)
         acc = tl.dot(x, w.T, acc, max_num_imprecise_acc=min(BLOCK_K, 128))
-    x_scale = tl.load(x_scale_ptr + x_row)[:, None]
-    acc *= tl.load(w_scales + w_row)[None, :] * x_scale
+    x_scale = as_fp32(tl.load(x_scale_ptr + x_row))[:, None]
+    acc *= as_fp32(tl.load(w_scales + w_row))[None, :] * x_scale
 
     y = acc
     out_rows = out_ptr + pair.to(tl.int64)[:, None] * OUT_STRIDE

@@ -9,7 +9,7 @@ For every local pair p = t * top_k + j of expert e:
 
 Shapes: x [T * top_k, K], W [E, N, K] and out [T * top_k, N], all bfloat16;
 i is the position of p in the tables;
-W and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
+W and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32 or float8_e8m0fnu:
 w_scale [E, ceil(N / 128), ceil(K / 128)], x_scale [rows of x, ceil(K / 128)];
 the sum over K, and what follows it, is fp32 and is rounded once.
 The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs
@@ -27,6 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 from .. import _runtime as runtime
+from .._scales import as_fp32
 from ..moe_align import MoeTables
 from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, grid
 from ._problem import BoxConfig as Config
@@ -39,6 +40,7 @@ def _tile(
     w_desc,
     w_scale_ptr,
     x_scale_ptr,
+    x_scale_next,
     pairs_ptr,
     expert,
     first,
@@ -50,6 +52,7 @@ def _tile(
     OUT_STRIDE: tl.constexpr,
     X_STRIDE: tl.constexpr,
     W_SCALE_STRIDE: tl.constexpr,
+    X_SCALE_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -67,17 +70,22 @@ def _tile(
     w_scales = w_scale_ptr + expert.to(tl.int64) * W_SCALE_STRIDE
     K_GROUPS: tl.constexpr = (K + 128 - 1) // 128
     ONE_GROUP: tl.constexpr = 128 % BLOCK_N == 0  # of the columns of a tile
-    x_scales = x_scale_ptr + x_row.to(tl.int64) * K_GROUPS
+    x_scales = x_scale_ptr + x_row.to(tl.int64) * X_SCALE_STRIDE
 
     acc = tl.zeros([BLOCK_M, SLICES * BLOCK_N], tl.float32)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         x = x_desc.load([first, k0])
         group = k0 // 128
-        x_scale = tl.load(x_scales + group)
+        x_scale = as_fp32(
+            tl.load(x_scales + (group if x_scale_next is None else group * x_scale_next))
+        )
         if ONE_GROUP:
-            scale = tl.load(w_scales + n0 // 128 * K_GROUPS + group) * x_scale[:, None]
+            scale = as_fp32(tl.load(w_scales + n0 // 128 * K_GROUPS + group)) * x_scale[:, None]
         else:
-            scale = tl.load(w_scales + w_row // 128 * K_GROUPS + group)[None, :] * x_scale[:, None]
+            scale = (
+                as_fp32(tl.load(w_scales + w_row // 128 * K_GROUPS + group))[None, :]
+                * x_scale[:, None]
+            )
         w = w_desc.load([expert * SLICES, n0, k0]).reshape(SLICES * BLOCK_N, BLOCK_K)
         acc = acc + tl.dot(x, w.T) * scale
 
@@ -88,13 +96,14 @@ def _tile(
 
 
 @triton.jit(
+    do_not_specialize=["x_scale_next"],
     do_not_specialize_on_alignment=[
         "w_scale_ptr",
         "x_scale_ptr",
         "pairs_ptr",
         "blocks_ptr",
         "num_blocks_ptr",
-    ]
+    ],
 )
 def moe_gemm_box_bf16_sorted_pair_plain_w8group_a8group_kernel(
     out_ptr,
@@ -103,6 +112,7 @@ def moe_gemm_box_bf16_sorted_pair_plain_w8group_a8group_kernel(
     w_desc,
     w_scale_ptr,
     x_scale_ptr,
+    x_scale_next,
     pairs_ptr,
     blocks_ptr,
     num_blocks_ptr,
@@ -112,6 +122,7 @@ def moe_gemm_box_bf16_sorted_pair_plain_w8group_a8group_kernel(
     OUT_STRIDE: tl.constexpr,
     X_STRIDE: tl.constexpr,
     W_SCALE_STRIDE: tl.constexpr,
+    X_SCALE_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -146,6 +157,7 @@ def moe_gemm_box_bf16_sorted_pair_plain_w8group_a8group_kernel(
                 w_desc,
                 w_scale_ptr,
                 x_scale_ptr,
+                x_scale_next,
                 pairs_ptr,
                 expert,
                 first,
@@ -157,6 +169,7 @@ def moe_gemm_box_bf16_sorted_pair_plain_w8group_a8group_kernel(
                 OUT_STRIDE,
                 X_STRIDE,
                 W_SCALE_STRIDE,
+                X_SCALE_STRIDE,
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_K,
@@ -170,6 +183,7 @@ def moe_gemm_box_bf16_sorted_pair_plain_w8group_a8group_kernel(
                     w_desc,
                     w_scale_ptr,
                     x_scale_ptr,
+                    x_scale_next,
                     pairs_ptr,
                     expert,
                     first,
@@ -181,6 +195,7 @@ def moe_gemm_box_bf16_sorted_pair_plain_w8group_a8group_kernel(
                     OUT_STRIDE,
                     X_STRIDE,
                     W_SCALE_STRIDE,
+                    X_SCALE_STRIDE,
                     HALF_M,
                     BLOCK_N,
                     BLOCK_K,
@@ -200,6 +215,7 @@ def bind(problem: Problem, config: Config) -> Call:
         group_k=128,
     )
     pdl = runtime.traits(problem.device).pdl
+    x_scale_next = problem.x_scale_next
     k, n, num_experts = problem.k, problem.n, problem.num_experts
     stride_e, stride_n = problem.w_strides
     w_shape = [num_experts * 1, n, k]
@@ -216,6 +232,7 @@ def bind(problem: Problem, config: Config) -> Call:
             problem.out_stride,
             problem.x_stride,
             problem.w_scale_stride,
+            problem.x_scale_stride,
             problem.block_m,
             config.block_n,
             config.block_k,
@@ -240,7 +257,16 @@ def bind(problem: Problem, config: Config) -> Call:
         x_desc = TensorDescriptor(x, x_shape, x_strides, x_box)
         half_desc = TensorDescriptor(x, x_shape, x_strides, half_box)
         operands = (x_desc, half_desc, w_desc)
-        launch.run(out, *operands, w_scale, x_scale, tables.pairs, tables.blocks, tables.num_blocks)
+        launch.run(
+            out,
+            *operands,
+            w_scale,
+            x_scale,
+            x_scale_next,
+            tables.pairs,
+            tables.blocks,
+            tables.num_blocks,
+        )
 
     return call
 

@@ -9,8 +9,8 @@ For every local pair p = t * top_k + j of expert e:
 
 Shapes: x [T * top_k, K], W [E, N, K] and out [T * top_k, N], all bfloat16;
 i is the position of p in the tables;
-W and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
-w_scale [E], x_scale [1];
+W and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32 or float8_e8m0fnu:
+w_scale [E], x_scale [1] or [>= E];
 the sum over K, and what follows it, is fp32 and is rounded once.
 The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs
 stride over them. Where TAIL is set, a block of few rows takes a tile of half the height. Rows of all operands start at
@@ -27,6 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 from .. import _runtime as runtime
+from .._scales import as_fp32
 from ..moe_align import MoeTables
 from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, grid
 from ._problem import BoxConfig as Config
@@ -50,6 +51,7 @@ def _tile(
     OUT_STRIDE: tl.constexpr,
     X_STRIDE: tl.constexpr,
     W_SCALE_STRIDE: tl.constexpr,
+    X_SCALE_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -70,8 +72,8 @@ def _tile(
         x = x_desc.load([first, k0])
         w = w_desc.load([expert * SLICES, n0, k0]).reshape(SLICES * BLOCK_N, BLOCK_K)
         acc = tl.dot(x, w.T, acc, max_num_imprecise_acc=min(BLOCK_K, 128))
-    x_scale = tl.load(x_scale_ptr)
-    acc *= tl.load(w_scales) * x_scale
+    x_scale = as_fp32(tl.load(x_scale_ptr + expert * X_SCALE_STRIDE))
+    acc *= as_fp32(tl.load(w_scales)) * x_scale
 
     y = acc
     out_rows = out_ptr + pair.to(tl.int64)[:, None] * OUT_STRIDE
@@ -104,6 +106,7 @@ def moe_gemm_box_bf16_sorted_pair_plain_w8tensor_a8tensor_kernel(
     OUT_STRIDE: tl.constexpr,
     X_STRIDE: tl.constexpr,
     W_SCALE_STRIDE: tl.constexpr,
+    X_SCALE_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -149,6 +152,7 @@ def moe_gemm_box_bf16_sorted_pair_plain_w8tensor_a8tensor_kernel(
                 OUT_STRIDE,
                 X_STRIDE,
                 W_SCALE_STRIDE,
+                X_SCALE_STRIDE,
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_K,
@@ -173,6 +177,7 @@ def moe_gemm_box_bf16_sorted_pair_plain_w8tensor_a8tensor_kernel(
                     OUT_STRIDE,
                     X_STRIDE,
                     W_SCALE_STRIDE,
+                    X_SCALE_STRIDE,
                     HALF_M,
                     BLOCK_N,
                     BLOCK_K,
@@ -202,6 +207,7 @@ def bind(problem: Problem, config: Config) -> Call:
             problem.out_stride,
             problem.x_stride,
             problem.w_scale_stride,
+            problem.x_scale_stride,
             problem.block_m,
             config.block_n,
             config.block_k,

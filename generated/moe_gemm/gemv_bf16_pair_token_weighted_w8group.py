@@ -9,7 +9,7 @@ For every local pair p = t * top_k + j of expert e, and the tokens t below valid
 
 Shapes: x [T * top_k, K], W [E, N, K] and out [T, N], x and W bfloat16, out in any float dtype;
 topk_weights [T, top_k] in any float dtype, applied in fp32;
-W is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
+W is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32 or float8_e8m0fnu:
 w_scale [E, ceil(N / 128), ceil(K / 128)];
 the sum over K, and what follows it, is fp32 and is rounded once.
 A program makes BLOCK_N columns of a token, one expert after the other, so that the sum never leaves the chip.
@@ -23,6 +23,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
+from .._scales import as_fp32
 from ..moe_align import MoeTables
 from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose
 from ._problem import GemvConfig as Config
@@ -89,7 +90,8 @@ def moe_gemm_gemv_bf16_pair_token_weighted_w8group_kernel(
         x_row = x_ptr + row * X_STRIDE
         w_rows = w_ptr + expert * W_STRIDE_E + w_row[:, None, None] * W_STRIDE_N
         weight = tl.load(topk_weights_ptr + pair).to(tl.float32)
-        w_scales = w_scale_ptr + tl.where(here, expert, 0) * W_SCALE_STRIDE
+        of_expert = tl.where(here, expert, 0)
+        w_scales = w_scale_ptr + of_expert * W_SCALE_STRIDE
         for k0 in tl.static_range(0, K, BLOCK_K):
             k_mask = here & (k < K - k0)
             w_tile = w_rows + (k0 + k)[None, :, :]
@@ -102,11 +104,11 @@ def moe_gemm_gemv_bf16_pair_token_weighted_w8group_kernel(
             )
             group = tl.minimum(k0 // 128 + tl.arange(0, PARTS), K_GROUPS - 1)
             if ONE_GROUP:
-                scale = tl.load(w_scales + n0 // 128 * K_GROUPS + group)[None, :, None]
+                scale = as_fp32(tl.load(w_scales + n0 // 128 * K_GROUPS + group))[None, :, None]
             else:
-                scale = tl.load(w_scales + (w_row // 128 * K_GROUPS)[:, None] + group[None, :])[
-                    :, :, None
-                ]
+                scale = as_fp32(
+                    tl.load(w_scales + (w_row // 128 * K_GROUPS)[:, None] + group[None, :])
+                )[:, :, None]
             scale = tl.where(here, weight * scale, 0.0)
             acc += w.to(tl.float32) * (x * scale)
     y = tl.sum(tl.sum(acc, 2), 1)

@@ -8,7 +8,7 @@ For every local pair p = t * top_k + j of expert e:
     out[p] = relu(x[t] . W[e]^T) ** 2
 
 Shapes: x [T, K], W [E, N, K] and out [T * top_k, N], all bfloat16;
-W is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
+W is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32 or float8_e8m0fnu:
 w_scale [E, N];
 the sum over K, and what follows it, is fp32 and is rounded once.
 A program makes BLOCK_N columns of a pair.
@@ -22,6 +22,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
+from .._scales import as_fp32
 from ..moe_align import MoeTables
 from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose
 from ._problem import GemvConfig as Config
@@ -88,7 +89,7 @@ def moe_gemm_gemv_bf16_token_pair_relu2_plain_w8channel_kernel(
             )
         acc += w.to(tl.float32) * x
     acc = tl.sum(acc, 1)
-    acc *= tl.load(w_scales + w_row)
+    acc *= as_fp32(tl.load(w_scales + w_row))
 
     y = tl.where(acc < 0.0, 0.0, acc)
     y *= y

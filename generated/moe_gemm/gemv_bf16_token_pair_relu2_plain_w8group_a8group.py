@@ -8,7 +8,7 @@ For every local pair p = t * top_k + j of expert e:
     out[p] = relu(x[t] . W[e]^T) ** 2
 
 Shapes: x [T, K], W [E, N, K] and out [T * top_k, N], all bfloat16;
-W and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
+W and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32 or float8_e8m0fnu:
 w_scale [E, ceil(N / 128), ceil(K / 128)], x_scale [rows of x, ceil(K / 128)];
 the sum over K, and what follows it, is fp32 and is rounded once.
 A program makes BLOCK_N columns of a pair.
@@ -22,12 +22,14 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
+from .._scales import as_fp32
 from ..moe_align import MoeTables
 from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose
 from ._problem import GemvConfig as Config
 
 
 @triton.jit(
+    do_not_specialize=["x_scale_next"],
     do_not_specialize_on_alignment=[
         "w_scale_ptr",
         "x_scale_ptr",
@@ -41,6 +43,7 @@ def moe_gemm_gemv_bf16_token_pair_relu2_plain_w8group_a8group_kernel(
     w_ptr,
     w_scale_ptr,
     x_scale_ptr,
+    x_scale_next,
     topk_ids_ptr,
     valid_tokens_ptr,
     TOP_K: tl.constexpr,
@@ -51,6 +54,7 @@ def moe_gemm_gemv_bf16_token_pair_relu2_plain_w8group_a8group_kernel(
     W_STRIDE_E: tl.constexpr,
     W_STRIDE_N: tl.constexpr,
     W_SCALE_STRIDE: tl.constexpr,
+    X_SCALE_STRIDE: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     LOCAL_EXPERT_START: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -99,13 +103,19 @@ def moe_gemm_gemv_bf16_token_pair_relu2_plain_w8group_a8group_kernel(
                 0.0,
             )
         group = tl.minimum(k0 // 128 + tl.arange(0, PARTS), K_GROUPS - 1)
-        x *= tl.load(x_scale_ptr + row * K_GROUPS + group)[None, :, None]
+        x *= as_fp32(
+            tl.load(
+                x_scale_ptr
+                + row * X_SCALE_STRIDE
+                + (group if x_scale_next is None else group * x_scale_next)
+            )
+        )[None, :, None]
         if ONE_GROUP:
-            scale = tl.load(w_scales + n0 // 128 * K_GROUPS + group)[None, :, None]
+            scale = as_fp32(tl.load(w_scales + n0 // 128 * K_GROUPS + group))[None, :, None]
         else:
-            scale = tl.load(w_scales + (w_row // 128 * K_GROUPS)[:, None] + group[None, :])[
-                :, :, None
-            ]
+            scale = as_fp32(
+                tl.load(w_scales + (w_row // 128 * K_GROUPS)[:, None] + group[None, :])
+            )[:, :, None]
         acc += w.to(tl.float32) * (x * scale)
     acc = tl.sum(tl.sum(acc, 2), 1)
 
@@ -129,6 +139,7 @@ def bind(problem: Problem, config: Config) -> Call:
         group_k=128,
     )
     pdl = runtime.traits(problem.device).pdl
+    x_scale_next = problem.x_scale_next
     launch = _kernel.bind(
         problem.num_pairs * runtime.cdiv(problem.n, config.block_n),
         (
@@ -139,6 +150,7 @@ def bind(problem: Problem, config: Config) -> Call:
             problem.x_stride,
             *problem.w_strides,
             problem.w_scale_stride,
+            problem.x_scale_stride,
             problem.num_experts,
             problem.local_expert_start,
             config.block_n,
@@ -158,7 +170,7 @@ def bind(problem: Problem, config: Config) -> Call:
         w_scale: torch.Tensor,
         x_scale: torch.Tensor,
     ) -> None:
-        launch.run(out, x, w, w_scale, x_scale, tables.topk_ids, tables.valid_tokens)
+        launch.run(out, x, w, w_scale, x_scale, x_scale_next, tables.topk_ids, tables.valid_tokens)
 
     return call
 

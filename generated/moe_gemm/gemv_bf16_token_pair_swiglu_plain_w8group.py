@@ -8,7 +8,7 @@ For every local pair p = t * top_k + j of expert e:
     out[p] = silu(x[t] . W[e, :N]^T) * (x[t] . W[e, N:]^T)
 
 Shapes: x [T, K], W [E, 2 * N, K] and out [T * top_k, N], all bfloat16;
-W is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
+W is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32 or float8_e8m0fnu:
 w_scale [E, 2 * ceil(N / 128), ceil(K / 128)];
 the sum over K, and what follows it, is fp32 and is rounded once.
 A program makes BLOCK_N columns of a pair.
@@ -22,6 +22,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
+from .._scales import as_fp32
 from ..moe_align import MoeTables
 from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose
 from ._problem import GemvConfig as Config
@@ -94,11 +95,11 @@ def moe_gemm_gemv_bf16_token_pair_swiglu_plain_w8group_kernel(
             )
         group = tl.minimum(k0 // 128 + tl.arange(0, PARTS), K_GROUPS - 1)
         if ONE_GROUP:
-            scale = tl.load(w_scales + n0 // 128 * K_GROUPS + group)[None, :, None]
+            scale = as_fp32(tl.load(w_scales + n0 // 128 * K_GROUPS + group))[None, :, None]
         else:
-            scale = tl.load(w_scales + (w_row // 128 * K_GROUPS)[:, None] + group[None, :])[
-                :, :, None
-            ]
+            scale = as_fp32(
+                tl.load(w_scales + (w_row // 128 * K_GROUPS)[:, None] + group[None, :])
+            )[:, :, None]
         gate += w.to(tl.float32) * (x * scale)
         if K % BLOCK_K == 0:
             w = tl.load(w_tile + N * W_STRIDE_N, eviction_policy=WEIGHTS).to(tl.float16)
@@ -111,10 +112,14 @@ def moe_gemm_gemv_bf16_token_pair_swiglu_plain_w8group_kernel(
                 0.0,
             )
         if ONE_GROUP:
-            scale = tl.load(w_scales + W_SCALE_NEXT + n0 // 128 * K_GROUPS + group)[None, :, None]
+            scale = as_fp32(tl.load(w_scales + W_SCALE_NEXT + n0 // 128 * K_GROUPS + group))[
+                None, :, None
+            ]
         else:
-            scale = tl.load(
-                w_scales + (W_SCALE_NEXT + w_row // 128 * K_GROUPS)[:, None] + group[None, :]
+            scale = as_fp32(
+                tl.load(
+                    w_scales + (W_SCALE_NEXT + w_row // 128 * K_GROUPS)[:, None] + group[None, :]
+                )
             )[:, :, None]
         up += w.to(tl.float32) * (x * scale)
     gate, up = tl.sum(tl.sum(gate, 2), 1), tl.sum(tl.sum(up, 2), 1)

@@ -9,7 +9,7 @@ For every local pair p = t * top_k + j of expert e:
 
 Shapes: x [T * top_k, K], W [E, N, K] and out [T * top_k, N], all bfloat16;
 i is the position of p in the tables;
-W and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
+W and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32 or float8_e8m0fnu:
 w_scale [E, ceil(N / 128), ceil(K / 128)], x_scale [rows of x, ceil(K / 128)];
 the sum over K, and what follows it, is fp32 and is rounded once.
 The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs
@@ -24,6 +24,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
+from .._scales import as_fp32
 from ..moe_align import MoeTables
 from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, grid
 from ._problem import TileConfig as Config
@@ -36,6 +37,7 @@ def _tile(
     w_ptr,
     w_scale_ptr,
     x_scale_ptr,
+    x_scale_next,
     pairs_ptr,
     expert,
     first,
@@ -49,6 +51,7 @@ def _tile(
     W_STRIDE_E: tl.constexpr,
     W_STRIDE_N: tl.constexpr,
     W_SCALE_STRIDE: tl.constexpr,
+    X_SCALE_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -68,7 +71,7 @@ def _tile(
     w_scales = w_scale_ptr + expert.to(tl.int64) * W_SCALE_STRIDE
     K_GROUPS: tl.constexpr = (K + 128 - 1) // 128
     ONE_GROUP: tl.constexpr = 128 % BLOCK_N == 0  # of the columns of a tile
-    x_scales = x_scale_ptr + x_row.to(tl.int64) * K_GROUPS
+    x_scales = x_scale_ptr + x_row.to(tl.int64) * X_SCALE_STRIDE
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
@@ -81,11 +84,16 @@ def _tile(
             x = tl.load(x_tile + k0, mask=k_mask, other=0.0)
             w = tl.load(w_tile + k0, mask=k_mask, other=0.0, eviction_policy=WEIGHTS)
         group = k0 // 128
-        x_scale = tl.load(x_scales + group)
+        x_scale = as_fp32(
+            tl.load(x_scales + (group if x_scale_next is None else group * x_scale_next))
+        )
         if ONE_GROUP:
-            scale = tl.load(w_scales + n0 // 128 * K_GROUPS + group) * x_scale[:, None]
+            scale = as_fp32(tl.load(w_scales + n0 // 128 * K_GROUPS + group)) * x_scale[:, None]
         else:
-            scale = tl.load(w_scales + w_row // 128 * K_GROUPS + group)[None, :] * x_scale[:, None]
+            scale = (
+                as_fp32(tl.load(w_scales + w_row // 128 * K_GROUPS + group))[None, :]
+                * x_scale[:, None]
+            )
         acc = acc + tl.dot(x, w.T) * scale
 
     y = acc
@@ -95,13 +103,14 @@ def _tile(
 
 
 @triton.jit(
+    do_not_specialize=["x_scale_next"],
     do_not_specialize_on_alignment=[
         "w_scale_ptr",
         "x_scale_ptr",
         "pairs_ptr",
         "blocks_ptr",
         "num_blocks_ptr",
-    ]
+    ],
 )
 def moe_gemm_tile_bf16_sorted_pair_plain_w8group_a8group_kernel(
     out_ptr,
@@ -109,6 +118,7 @@ def moe_gemm_tile_bf16_sorted_pair_plain_w8group_a8group_kernel(
     w_ptr,
     w_scale_ptr,
     x_scale_ptr,
+    x_scale_next,
     pairs_ptr,
     blocks_ptr,
     num_blocks_ptr,
@@ -120,6 +130,7 @@ def moe_gemm_tile_bf16_sorted_pair_plain_w8group_a8group_kernel(
     W_STRIDE_E: tl.constexpr,
     W_STRIDE_N: tl.constexpr,
     W_SCALE_STRIDE: tl.constexpr,
+    X_SCALE_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -155,6 +166,7 @@ def moe_gemm_tile_bf16_sorted_pair_plain_w8group_a8group_kernel(
                 w_ptr,
                 w_scale_ptr,
                 x_scale_ptr,
+                x_scale_next,
                 pairs_ptr,
                 expert,
                 first,
@@ -168,6 +180,7 @@ def moe_gemm_tile_bf16_sorted_pair_plain_w8group_a8group_kernel(
                 W_STRIDE_E,
                 W_STRIDE_N,
                 W_SCALE_STRIDE,
+                X_SCALE_STRIDE,
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_K,
@@ -182,6 +195,7 @@ def moe_gemm_tile_bf16_sorted_pair_plain_w8group_a8group_kernel(
                     w_ptr,
                     w_scale_ptr,
                     x_scale_ptr,
+                    x_scale_next,
                     pairs_ptr,
                     expert,
                     first,
@@ -195,6 +209,7 @@ def moe_gemm_tile_bf16_sorted_pair_plain_w8group_a8group_kernel(
                     W_STRIDE_E,
                     W_STRIDE_N,
                     W_SCALE_STRIDE,
+                    X_SCALE_STRIDE,
                     HALF_M,
                     BLOCK_N,
                     BLOCK_K,
@@ -215,6 +230,7 @@ def bind(problem: Problem, config: Config) -> Call:
         group_k=128,
     )
     pdl = runtime.traits(problem.device).pdl
+    x_scale_next = problem.x_scale_next
     launch = _kernel.bind(
         grid(problem, config),
         (
@@ -225,6 +241,7 @@ def bind(problem: Problem, config: Config) -> Call:
             problem.x_stride,
             *problem.w_strides,
             problem.w_scale_stride,
+            problem.x_scale_stride,
             problem.block_m,
             config.block_n,
             config.block_k,
@@ -246,7 +263,17 @@ def bind(problem: Problem, config: Config) -> Call:
         w_scale: torch.Tensor,
         x_scale: torch.Tensor,
     ) -> None:
-        launch.run(out, x, w, w_scale, x_scale, tables.pairs, tables.blocks, tables.num_blocks)
+        launch.run(
+            out,
+            x,
+            w,
+            w_scale,
+            x_scale,
+            x_scale_next,
+            tables.pairs,
+            tables.blocks,
+            tables.num_blocks,
+        )
 
     return call
 

@@ -9,7 +9,7 @@ For every local pair p = t * top_k + j of expert e:
 
 Shapes: x [T, K], W [E, N, K] and out [T * top_k, N], all bfloat16;
 i is the position of p in the tables;
-W is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
+W is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32 or float8_e8m0fnu:
 w_scale [E, N];
 the sum over K, and what follows it, is fp32 and is rounded once.
 The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs
@@ -24,6 +24,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
+from .._scales import as_fp32
 from ..moe_align import MoeTables
 from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, grid
 from ._problem import TileConfig as Config
@@ -87,7 +88,7 @@ def _tile(
                 .to(tl.bfloat16)
             )
         acc = tl.dot(x, w.T, acc)
-    acc *= tl.load(w_scales + w_row)[None, :]
+    acc *= as_fp32(tl.load(w_scales + w_row))[None, :]
 
     y = tl.where(acc < 0.0, 0.0, acc)
     y *= y

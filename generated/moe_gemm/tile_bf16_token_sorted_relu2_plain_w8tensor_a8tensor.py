@@ -9,7 +9,7 @@ For every local pair p = t * top_k + j of expert e:
 
 Shapes: x [T, K], W [E, N, K] and out [T * top_k, N], all bfloat16;
 i is the position of p in the tables;
-W and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
+W and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32 or float8_e8m0fnu:
 w_scale [E], x_scale [1];
 the sum over K, and what follows it, is fp32 and is rounded once.
 The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs
@@ -24,6 +24,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
+from .._scales import as_fp32
 from ..moe_align import MoeTables
 from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, grid
 from ._problem import TileConfig as Config
@@ -78,8 +79,8 @@ def _tile(
             x = tl.load(x_tile + k0, mask=k_mask, other=0.0)
             w = tl.load(w_tile + k0, mask=k_mask, other=0.0, eviction_policy=WEIGHTS)
         acc = tl.dot(x, w.T, acc, max_num_imprecise_acc=min(BLOCK_K, 128))
-    x_scale = tl.load(x_scale_ptr)
-    acc *= tl.load(w_scales) * x_scale
+    x_scale = as_fp32(tl.load(x_scale_ptr))
+    acc *= as_fp32(tl.load(w_scales)) * x_scale
 
     y = tl.where(acc < 0.0, 0.0, acc)
     y *= y

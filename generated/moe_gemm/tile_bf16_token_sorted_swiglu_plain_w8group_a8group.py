@@ -9,7 +9,7 @@ For every local pair p = t * top_k + j of expert e:
 
 Shapes: x [T, K], W [E, 2 * N, K] and out [T * top_k, N], all bfloat16;
 i is the position of p in the tables;
-W and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
+W and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32 or float8_e8m0fnu:
 w_scale [E, 2 * ceil(N / 128), ceil(K / 128)], x_scale [rows of x, ceil(K / 128)];
 the sum over K, and what follows it, is fp32 and is rounded once.
 The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs
@@ -24,6 +24,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
+from .._scales import as_fp32
 from ..moe_align import MoeTables
 from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, grid
 from ._problem import TileConfig as Config
@@ -36,6 +37,7 @@ def _tile(
     w_ptr,
     w_scale_ptr,
     x_scale_ptr,
+    x_scale_next,
     pairs_ptr,
     expert,
     first,
@@ -50,6 +52,7 @@ def _tile(
     W_STRIDE_N: tl.constexpr,
     W_SCALE_STRIDE: tl.constexpr,
     W_SCALE_NEXT: tl.constexpr,
+    X_SCALE_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -69,7 +72,7 @@ def _tile(
     w_scales = w_scale_ptr + expert.to(tl.int64) * W_SCALE_STRIDE
     K_GROUPS: tl.constexpr = (K + 128 - 1) // 128
     ONE_GROUP: tl.constexpr = 128 % BLOCK_N == 0  # of the columns of a tile
-    x_scales = x_scale_ptr + x_row.to(tl.int64) * K_GROUPS
+    x_scales = x_scale_ptr + x_row.to(tl.int64) * X_SCALE_STRIDE
 
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -83,11 +86,16 @@ def _tile(
             x = tl.load(x_tile + k0, mask=k_mask, other=0.0)
             w = tl.load(w_tile + k0, mask=k_mask, other=0.0, eviction_policy=WEIGHTS)
         group = k0 // 128
-        x_scale = tl.load(x_scales + group)
+        x_scale = as_fp32(
+            tl.load(x_scales + (group if x_scale_next is None else group * x_scale_next))
+        )
         if ONE_GROUP:
-            scale = tl.load(w_scales + n0 // 128 * K_GROUPS + group) * x_scale[:, None]
+            scale = as_fp32(tl.load(w_scales + n0 // 128 * K_GROUPS + group)) * x_scale[:, None]
         else:
-            scale = tl.load(w_scales + w_row // 128 * K_GROUPS + group)[None, :] * x_scale[:, None]
+            scale = (
+                as_fp32(tl.load(w_scales + w_row // 128 * K_GROUPS + group))[None, :]
+                * x_scale[:, None]
+            )
         gate = gate + tl.dot(x, w.T) * scale
         if K % BLOCK_K == 0:
             w = tl.load(w_tile + (N * W_STRIDE_N + k0), eviction_policy=WEIGHTS)
@@ -97,11 +105,12 @@ def _tile(
             )
         if ONE_GROUP:
             scale = (
-                tl.load(w_scales + W_SCALE_NEXT + n0 // 128 * K_GROUPS + group) * x_scale[:, None]
+                as_fp32(tl.load(w_scales + W_SCALE_NEXT + n0 // 128 * K_GROUPS + group))
+                * x_scale[:, None]
             )
         else:
             scale = (
-                tl.load(w_scales + W_SCALE_NEXT + w_row // 128 * K_GROUPS + group)[None, :]
+                as_fp32(tl.load(w_scales + W_SCALE_NEXT + w_row // 128 * K_GROUPS + group))[None, :]
                 * x_scale[:, None]
             )
         up = up + tl.dot(x, w.T) * scale
@@ -113,13 +122,14 @@ def _tile(
 
 
 @triton.jit(
+    do_not_specialize=["x_scale_next"],
     do_not_specialize_on_alignment=[
         "w_scale_ptr",
         "x_scale_ptr",
         "pairs_ptr",
         "blocks_ptr",
         "num_blocks_ptr",
-    ]
+    ],
 )
 def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8group_a8group_kernel(
     out_ptr,
@@ -127,6 +137,7 @@ def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8group_a8group_kernel(
     w_ptr,
     w_scale_ptr,
     x_scale_ptr,
+    x_scale_next,
     pairs_ptr,
     blocks_ptr,
     num_blocks_ptr,
@@ -139,6 +150,7 @@ def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8group_a8group_kernel(
     W_STRIDE_N: tl.constexpr,
     W_SCALE_STRIDE: tl.constexpr,
     W_SCALE_NEXT: tl.constexpr,
+    X_SCALE_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -174,6 +186,7 @@ def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8group_a8group_kernel(
                 w_ptr,
                 w_scale_ptr,
                 x_scale_ptr,
+                x_scale_next,
                 pairs_ptr,
                 expert,
                 first,
@@ -188,6 +201,7 @@ def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8group_a8group_kernel(
                 W_STRIDE_N,
                 W_SCALE_STRIDE,
                 W_SCALE_NEXT,
+                X_SCALE_STRIDE,
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_K,
@@ -202,6 +216,7 @@ def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8group_a8group_kernel(
                     w_ptr,
                     w_scale_ptr,
                     x_scale_ptr,
+                    x_scale_next,
                     pairs_ptr,
                     expert,
                     first,
@@ -216,6 +231,7 @@ def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8group_a8group_kernel(
                     W_STRIDE_N,
                     W_SCALE_STRIDE,
                     W_SCALE_NEXT,
+                    X_SCALE_STRIDE,
                     HALF_M,
                     BLOCK_N,
                     BLOCK_K,
@@ -236,6 +252,7 @@ def bind(problem: Problem, config: Config) -> Call:
         group_k=128,
     )
     pdl = runtime.traits(problem.device).pdl
+    x_scale_next = problem.x_scale_next
     launch = _kernel.bind(
         grid(problem, config),
         (
@@ -247,6 +264,7 @@ def bind(problem: Problem, config: Config) -> Call:
             *problem.w_strides,
             problem.w_scale_stride,
             problem.w_scale_next,
+            problem.x_scale_stride,
             problem.block_m,
             config.block_n,
             config.block_k,
@@ -268,7 +286,17 @@ def bind(problem: Problem, config: Config) -> Call:
         w_scale: torch.Tensor,
         x_scale: torch.Tensor,
     ) -> None:
-        launch.run(out, x, w, w_scale, x_scale, tables.pairs, tables.blocks, tables.num_blocks)
+        launch.run(
+            out,
+            x,
+            w,
+            w_scale,
+            x_scale,
+            x_scale_next,
+            tables.pairs,
+            tables.blocks,
+            tables.num_blocks,
+        )
 
     return call
 

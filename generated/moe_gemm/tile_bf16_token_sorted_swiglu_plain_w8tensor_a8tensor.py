@@ -9,7 +9,7 @@ For every local pair p = t * top_k + j of expert e:
 
 Shapes: x [T, K], W [E, 2 * N, K] and out [T * top_k, N], all bfloat16;
 i is the position of p in the tables;
-W and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
+W and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32 or float8_e8m0fnu:
 w_scale [E] or [E, 2], x_scale [1];
 the sum over K, and what follows it, is fp32 and is rounded once.
 The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs
@@ -24,6 +24,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
+from .._scales import as_fp32
 from ..moe_align import MoeTables
 from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, grid
 from ._problem import TileConfig as Config
@@ -87,9 +88,9 @@ def _tile(
                 w_tile + (N * W_STRIDE_N + k0), mask=k_mask, other=0.0, eviction_policy=WEIGHTS
             )
         up = tl.dot(x, w.T, up, max_num_imprecise_acc=min(BLOCK_K, 128))
-    x_scale = tl.load(x_scale_ptr)
-    gate *= tl.load(w_scales) * x_scale
-    up *= tl.load(w_scales + W_SCALE_NEXT) * x_scale
+    x_scale = as_fp32(tl.load(x_scale_ptr))
+    gate *= as_fp32(tl.load(w_scales)) * x_scale
+    up *= as_fp32(tl.load(w_scales + W_SCALE_NEXT)) * x_scale
 
     y = gate / (1.0 + tl.exp(-gate)) * up
     out_rows = out_ptr + position.to(tl.int64)[:, None] * OUT_STRIDE

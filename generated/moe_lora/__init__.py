@@ -387,7 +387,8 @@ def moe_lora(
         a_scale, b_scale: S tensors float32 each, for FP8 weights (float8_e4m3fn or float8_e5m2): [L, E]; or [L, E, rank] and
             [L, E, N], with a last dimension of 1 or without; or, a scale a group,
             [L, E, ceil(out / 128), ceil(in / 128)] of each matrix [out, in]. A weight stands for its number times its scale.
-        x_scale: float32, for an FP8 x: [1]; or [rows, 1]; or [rows, ceil(K / 128)].
+        x_scale: float32 or float8_e8m0fnu, for an FP8 x: [1], or [>= E] of experts with ``mul_routed_weight``; or [rows, 1]; or
+            [rows, ceil(K / 128)], row by row or column by column.
 
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
@@ -488,7 +489,8 @@ def _bind(
         )
     scales = UNSCALED
     if a_scale is not None or b_scale is not None or x_scale is not None:
-        scales = find_scales("moe_lora", x, lora_a, lora_b, a_scale, b_scale, x_scale)
+        of_rows = route.num_experts if mul_routed_weight else 1
+        scales = find_scales("moe_lora", x, lora_a, lora_b, a_scale, b_scale, x_scale, of_rows)
     problem = check(
         "moe_lora",
         out,

@@ -108,6 +108,8 @@ class Problem(NamedTuple):
     x_scales: str | None
     a_scale_strides: tuple[int, ...]  # over (L, E)
     b_scale_strides: tuple[int, ...]
+    x_scale_stride: int  # over rows, or over experts
+    x_scale_next: int | None  # over groups, None: 1
     block_r: int = 0  # ranks of a tile of the variant that serves it; 0: as many as the rank needs
 
 
@@ -226,8 +228,10 @@ def check(
     if scales.of_weights is not None:
         a_scale_strides = _scale_strides(variant, "a_scale", scales.of_weights, scales.a, lora_a)
         b_scale_strides = _scale_strides(variant, "b_scale", scales.of_weights, scales.b, lora_b)
+    x_scale_strides: tuple[int, int | None] = (0, None)
     if scales.of_x is not None:
-        check_x_scale(variant, scales.of_x, x, scales.x, QUANT)
+        of_rows = route.num_experts if weighted else 1
+        x_scale_strides = check_x_scale(variant, scales.of_x, x, scales.x, QUANT, of_rows)
     return Problem(
         num_pairs,
         k,
@@ -245,6 +249,7 @@ def check(
         scales.of_x,
         a_scale_strides,
         b_scale_strides,
+        *x_scale_strides,
         block_r,
     )
 
@@ -304,7 +309,11 @@ def _scale_strides(
             also = f" or {[*shape, 1]}" if mode == "channel" else ""
             wanted = f"{list(shape)}{also} float32 on {weights[0].device}, contiguous behind (L, E), strides as slice 0"
             runtime.fail(
-                variant, f"{label}[{i}]", runtime.describe(scale), wanted, f"a scale a {mode}"
+                variant,
+                f"{label}[{i}]",
+                runtime.describe(scale),
+                wanted,
+                f"a scale a {mode}; of another dtype, .float() makes such, once",
             )
     return strides
 
@@ -317,8 +326,10 @@ def find_scales(
     a_scale: Sequence[torch.Tensor] | None,
     b_scale: Sequence[torch.Tensor] | None,
     x_scale: torch.Tensor | None,
+    experts: int = 1,
 ) -> Scales:
     """Of what there is a scale each, by the shapes; where several fit they mean the same, and the first of them is taken.
+    ``experts``: where rows of x are of one each; 1: a row is read by several.
 
     Raises:
         ValueError: there are scales without FP8 operands, FP8 operands without scales, or no mode has such shapes.
@@ -343,7 +354,9 @@ def find_scales(
         runtime.fail(variant, "a_scale, b_scale", "one of them", "both, or none")
     if x_scale is not None:
         # Where K is one group, a scale a token has the same shape: groups of weights go with groups of x.
-        of_x = find_x_mode(variant, x, x_scale, QUANT, "group" if of_weights == "group" else None)
+        of_x = find_x_mode(
+            variant, x, x_scale, QUANT, "group" if of_weights == "group" else None, experts
+        )
     return Scales(of_weights, a_scale or (), b_scale or (), of_x, x_scale)
 
 

@@ -11,7 +11,7 @@ For every live pair p = t * top_k + j with adapter l and expert e, and every sli
 Pairs that are not live (no adapter, a disabled one, an expert that is not here) keep their rows of out as they are.
 
 Shapes: out [T, top_k, S * N], x [T, K], A_s [L, E, rank, K] and B_s [L, E, N, rank], all bfloat16;
-of these, A_s and B_s, and x, are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
+of these, A_s and B_s, and x, are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32, those of x also float8_e8m0fnu:
 a_scale_s [L, E, rank] and b_scale_s [L, E, N], x_scale [rows of x, 1];
 rank at most 64.
 One program serves one block of the route: at most BLOCK_M pairs of one adapter and one expert.
@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 
 from .. import _runtime as runtime
+from .._scales import as_fp32
 from .._slices import joined_slices, split_slices
 from ..moe_route import MoeRoute
 from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, rows_of_program
@@ -94,7 +95,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r64_w8channel_a8token_kernel(
     x_row = (pair // TOP_K).to(tl.int64)[:, None]
     x_rows = x_ptr + x_row * X_STRIDE
     a_base = adapter * A_STRIDE_L + expert * A_STRIDE_E
-    x_scale = tl.load(x_scale_ptr + x_row)
+    x_scale = as_fp32(tl.load(x_scale_ptr + x_row))
     # A product is of JOINED slices, BLOCK_R columns each: so wide that its warps lie side by side, with weights of their own.
     # A rank below the tile reads its last row again, which is dropped afterwards: no mask in the loop.
     WIDTH: tl.constexpr = triton.next_power_of_2(JOINED) * BLOCK_R

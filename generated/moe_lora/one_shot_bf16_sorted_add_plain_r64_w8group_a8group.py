@@ -11,7 +11,7 @@ For every live pair p = t * top_k + j with adapter l and expert e, and every sli
 Pairs that are not live (no adapter, a disabled one, an expert that is not here) keep their rows of out as they are.
 
 Shapes: out [T, top_k, S * N], x [T, K], A_s [L, E, rank, K] and B_s [L, E, N, rank], all bfloat16;
-of these, A_s and B_s, and x, are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
+of these, A_s and B_s, and x, are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32, those of x also float8_e8m0fnu:
 a_scale_s [L, E, ceil(rank / 128), ceil(K / 128)] and b_scale_s [L, E, ceil(N / 128), ceil(rank / 128)], x_scale [rows of x, ceil(K / 128)];
 rank at most 64.
 One program serves one block of the route: at most BLOCK_M pairs of one adapter and one expert.
@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 
 from .. import _runtime as runtime
+from .._scales import as_fp32
 from .._slices import joined_slices, split_slices
 from ..moe_route import MoeRoute
 from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, rows_of_program
@@ -35,6 +36,7 @@ from ._problem import OneShotConfig as Config
 
 
 @triton.jit(
+    do_not_specialize=["x_scale_next"],
     do_not_specialize_on_alignment=["x_scale_ptr", "pairs_ptr", "blocks_ptr", "num_blocks_ptr"],
 )
 def moe_lora_one_shot_bf16_sorted_add_plain_r64_w8group_a8group_kernel(
@@ -45,6 +47,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r64_w8group_a8group_kernel(
     a_scale_ptrs,
     b_scale_ptrs,
     x_scale_ptr,
+    x_scale_next,
     pairs_ptr,
     blocks_ptr,
     num_blocks_ptr,
@@ -64,6 +67,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r64_w8group_a8group_kernel(
     A_SCALE_STRIDE_E: tl.constexpr,
     B_SCALE_STRIDE_L: tl.constexpr,
     B_SCALE_STRIDE_E: tl.constexpr,
+    X_SCALE_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SHARES: tl.constexpr,
     JOINED: tl.constexpr,
@@ -118,7 +122,13 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r64_w8group_a8group_kernel(
         products += ((a, zeros, a_scale),)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=SHRINK_STAGES):
         group = k0 // 128
-        x_scale = tl.load(x_scale_ptr + x_row * K_GROUPS + group)
+        x_scale = as_fp32(
+            tl.load(
+                x_scale_ptr
+                + x_row * X_SCALE_STRIDE
+                + (group if x_scale_next is None else group * x_scale_next)
+            )
+        )
         a_offsets = k0 if JOINED > 1 else a_tile + k0
         if K % BLOCK_K == 0:
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None], other=0.0)
@@ -238,6 +248,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             *problem.b_strides,
             *problem.a_scale_strides,
             *problem.b_scale_strides,
+            problem.x_scale_stride,
             block_m,
             shares,
             joined_slices(problem.slices, 64, problem.device),
@@ -249,6 +260,8 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         ),
         runtime.Options(config.num_warps),
     )
+
+    x_scale_next = problem.x_scale_next
 
     def call(
         out: torch.Tensor,
@@ -263,7 +276,15 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     ) -> None:
         tables = (route.pairs, route.blocks, route.num_blocks)
         launch.run(
-            out, x, tuple(lora_a), tuple(lora_b), tuple(a_scale), tuple(b_scale), x_scale, *tables
+            out,
+            x,
+            tuple(lora_a),
+            tuple(lora_b),
+            tuple(a_scale),
+            tuple(b_scale),
+            x_scale,
+            x_scale_next,
+            *tables,
         )
 
     return call

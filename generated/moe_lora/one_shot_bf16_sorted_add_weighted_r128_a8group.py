@@ -11,7 +11,7 @@ For every live pair p = t * top_k + j with adapter l and expert e, and every sli
 Pairs that are not live (no adapter, a disabled one, an expert that is not here) keep their rows of out as they are.
 
 Shapes: out [T, top_k, S * N], x [T * top_k, K], A_s [L, E, rank, K] and B_s [L, E, N, rank], all bfloat16;
-of these, x is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
+of these, x is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32, those of x also float8_e8m0fnu:
 x_scale [rows of x, ceil(K / 128)];
 topk_weights [T, top_k] in any float dtype, applied in fp32;
 rank at most 128.
@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 
 from .. import _runtime as runtime
+from .._scales import as_fp32
 from .._slices import joined_slices, split_slices
 from ..moe_route import MoeRoute
 from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, rows_of_program
@@ -36,6 +37,7 @@ from ._problem import OneShotConfig as Config
 
 
 @triton.jit(
+    do_not_specialize=["x_scale_next"],
     do_not_specialize_on_alignment=[
         "x_scale_ptr",
         "topk_weights_ptr",
@@ -50,6 +52,7 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r128_a8group_kernel(
     a_ptrs,
     b_ptrs,
     x_scale_ptr,
+    x_scale_next,
     topk_weights_ptr,
     pairs_ptr,
     blocks_ptr,
@@ -65,6 +68,7 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r128_a8group_kernel(
     B_STRIDE_L: tl.constexpr,
     B_STRIDE_E: tl.constexpr,
     B_STRIDE_N: tl.constexpr,
+    X_SCALE_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SHARES: tl.constexpr,
     JOINED: tl.constexpr,
@@ -95,7 +99,6 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r128_a8group_kernel(
     x_row = pair.to(tl.int64)[:, None]
     x_rows = x_ptr + x_row * X_STRIDE
     a_base = adapter * A_STRIDE_L + expert * A_STRIDE_E
-    K_GROUPS: tl.constexpr = (K + 128 - 1) // 128
     tl.static_assert(128 % BLOCK_K == 0, "a tile lies in one group")
     # A product is of JOINED slices, BLOCK_R columns each: so wide that its warps lie side by side, with weights of their own.
     # A rank below the tile reads its last row again, which is dropped afterwards: no mask in the loop.
@@ -115,7 +118,13 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r128_a8group_kernel(
         products += ((a, zeros),)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=SHRINK_STAGES):
         group = k0 // 128
-        x_scale = tl.load(x_scale_ptr + x_row * K_GROUPS + group)
+        x_scale = as_fp32(
+            tl.load(
+                x_scale_ptr
+                + x_row * X_SCALE_STRIDE
+                + (group if x_scale_next is None else group * x_scale_next)
+            )
+        )
         a_offsets = k0 if JOINED > 1 else a_tile + k0
         if K % BLOCK_K == 0:
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None], other=0.0)
@@ -202,6 +211,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             problem.x_stride,
             *problem.a_strides,
             *problem.b_strides,
+            problem.x_scale_stride,
             block_m,
             shares,
             joined_slices(problem.slices, 128, problem.device),
@@ -214,6 +224,8 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         runtime.Options(config.num_warps),
     )
 
+    x_scale_next = problem.x_scale_next
+
     def call(
         out: torch.Tensor,
         x: torch.Tensor,
@@ -224,7 +236,9 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         x_scale: torch.Tensor,
     ) -> None:
         tables = (route.pairs, route.blocks, route.num_blocks)
-        launch.run(out, x, tuple(lora_a), tuple(lora_b), x_scale, topk_weights, *tables)
+        launch.run(
+            out, x, tuple(lora_a), tuple(lora_b), x_scale, x_scale_next, topk_weights, *tables
+        )
 
     return call
 

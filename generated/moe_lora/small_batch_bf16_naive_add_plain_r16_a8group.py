@@ -11,7 +11,7 @@ For every live pair p = t * top_k + j with adapter l and expert e, and every sli
 Pairs that are not live (no adapter, a disabled one, an expert that is not here) keep their rows of out as they are.
 
 Shapes: out [T, top_k, S * N], x [T, K], A_s [L, E, rank, K] and B_s [L, E, N, rank], all bfloat16;
-of these, x is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
+of these, x is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32, those of x also float8_e8m0fnu:
 x_scale [rows of x, ceil(K / 128)];
 rank at most 16.
 The shrink cuts K into SPLITS parts over programs, so that a single token fills the GPU; the expand adds the parts in a
@@ -30,13 +30,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 from .. import _runtime as runtime
+from .._scales import as_fp32
 from ..moe_route import MoeRoute
 from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, partials
 from ._problem import SmallBatchConfig as Config
 
 
 @triton.jit(
-    do_not_specialize=["num_pairs"],
+    do_not_specialize=["x_scale_next", "num_pairs"],
     do_not_specialize_on_alignment=[
         "x_scale_ptr",
         "topk_ids_ptr",
@@ -50,6 +51,7 @@ def moe_lora_small_batch_bf16_naive_add_plain_r16_a8group_shrink(
     x_ptr,
     a_ptrs,
     x_scale_ptr,
+    x_scale_next,
     topk_ids_ptr,
     token_lora_mapping_ptr,
     adapter_enabled_ptr,
@@ -65,6 +67,7 @@ def moe_lora_small_batch_bf16_naive_add_plain_r16_a8group_shrink(
     A_STRIDE_L: tl.constexpr,
     A_STRIDE_E: tl.constexpr,
     A_STRIDE_R: tl.constexpr,
+    X_SCALE_STRIDE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
@@ -98,7 +101,6 @@ def moe_lora_small_batch_bf16_naive_add_plain_r16_a8group_shrink(
     a_row = r if RANK % BLOCK_R == 0 else tl.minimum(r, RANK - 1)
     tl.static_assert(SPLIT_K % BLOCK_K == 0, "a part is of whole tiles")
     k = split * SPLIT_K + tl.arange(0, BLOCK_K)
-    K_GROUPS: tl.constexpr = (K + 128 - 1) // 128
     row = (pair // TOP_K).to(tl.int64)
     x_row = x_ptr + (pair // TOP_K).to(tl.int64) * X_STRIDE
     a_rows = a_ptr + adapter * A_STRIDE_L + expert * A_STRIDE_E + a_row[:, None] * A_STRIDE_R
@@ -113,7 +115,13 @@ def moe_lora_small_batch_bf16_naive_add_plain_r16_a8group_shrink(
                 a_rows + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy=WEIGHTS
             )
         group = tl.minimum(k, K - 1) // 128
-        xs = x.to(tl.float32) * tl.load(x_scale_ptr + row * K_GROUPS + group)
+        xs = x.to(tl.float32) * as_fp32(
+            tl.load(
+                x_scale_ptr
+                + row * X_SCALE_STRIDE
+                + (group if x_scale_next is None else group * x_scale_next)
+            )
+        )
         acc += a.to(tl.float32) * xs[None, :]
         k += BLOCK_K
     part = (split.to(tl.int64) * num_pairs + pair) * len(a_ptrs) + s
@@ -241,6 +249,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             problem.rank,
             problem.x_stride,
             *problem.a_strides,
+            problem.x_scale_stride,
             block_r,
             config.block_k,
             split_k,
@@ -267,6 +276,8 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         runtime.Options(config.expand_warps, pdl=pdl),
     )
 
+    x_scale_next = problem.x_scale_next
+
     def call(
         out: torch.Tensor,
         x: torch.Tensor,
@@ -284,7 +295,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             route.expert_map,
             num_pairs,
         )
-        shrink.run(parts, x, tuple(lora_a), x_scale, *pairs)
+        shrink.run(parts, x, tuple(lora_a), x_scale, x_scale_next, *pairs)
         expand.run(out, parts, tuple(lora_b), *pairs)
 
     return call

@@ -11,7 +11,7 @@ For every live pair p = t * top_k + j with adapter l and expert e, and every sli
 Pairs that are not live (no adapter, a disabled one, an expert that is not here) keep their rows of out as they are.
 
 Shapes: out [T, top_k, S * N], x [T, K], A_s [L, E, rank, K] and B_s [L, E, N, rank], all bfloat16;
-of these, x is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
+of these, x is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32, those of x also float8_e8m0fnu:
 x_scale [1];
 rank at most 16.
 The shrink cuts K into SPLITS parts over programs, so that a single token fills the GPU; the expand adds the parts in a
@@ -30,6 +30,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 from .. import _runtime as runtime
+from .._scales import as_fp32
 from ..moe_route import MoeRoute
 from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, partials
 from ._problem import SmallBatchConfig as Config
@@ -99,7 +100,7 @@ def moe_lora_small_batch_bf16_naive_add_plain_r16_a8tensor_shrink(
     tl.static_assert(SPLIT_K % BLOCK_K == 0, "a part is of whole tiles")
     k = split * SPLIT_K + tl.arange(0, BLOCK_K)
     row = (pair // TOP_K).to(tl.int64)
-    x_scale = tl.load(x_scale_ptr)
+    x_scale = as_fp32(tl.load(x_scale_ptr))
     x_row = x_ptr + (pair // TOP_K).to(tl.int64) * X_STRIDE
     a_rows = a_ptr + adapter * A_STRIDE_L + expert * A_STRIDE_E + a_row[:, None] * A_STRIDE_R
     acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)

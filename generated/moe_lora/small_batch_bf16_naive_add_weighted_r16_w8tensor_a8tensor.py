@@ -11,8 +11,8 @@ For every live pair p = t * top_k + j with adapter l and expert e, and every sli
 Pairs that are not live (no adapter, a disabled one, an expert that is not here) keep their rows of out as they are.
 
 Shapes: out [T, top_k, S * N], x [T * top_k, K], A_s [L, E, rank, K] and B_s [L, E, N, rank], all bfloat16;
-of these, A_s and B_s, and x, are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
-a_scale_s and b_scale_s [L, E], x_scale [1];
+of these, A_s and B_s, and x, are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32, those of x also float8_e8m0fnu:
+a_scale_s and b_scale_s [L, E], x_scale [1] or [>= E];
 topk_weights [T, top_k] in any float dtype, applied in fp32;
 rank at most 16.
 The shrink cuts K into SPLITS parts over programs, so that a single token fills the GPU; the expand adds the parts in a
@@ -31,6 +31,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 from .. import _runtime as runtime
+from .._scales import as_fp32
 from ..moe_route import MoeRoute
 from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, partials
 from ._problem import SmallBatchConfig as Config
@@ -69,6 +70,7 @@ def moe_lora_small_batch_bf16_naive_add_weighted_r16_w8tensor_a8tensor_shrink(
     A_STRIDE_R: tl.constexpr,
     A_SCALE_STRIDE_L: tl.constexpr,
     A_SCALE_STRIDE_E: tl.constexpr,
+    X_SCALE_STRIDE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
@@ -108,7 +110,7 @@ def moe_lora_small_batch_bf16_naive_add_weighted_r16_w8tensor_a8tensor_shrink(
     a_scales = a_scale_ptr + adapter * A_SCALE_STRIDE_L + expert * A_SCALE_STRIDE_E
     a_scale = tl.load(a_scales)
     row = pair.to(tl.int64)
-    x_scale = tl.load(x_scale_ptr)
+    x_scale = as_fp32(tl.load(x_scale_ptr + expert * X_SCALE_STRIDE))
     x_row = x_ptr + pair.to(tl.int64) * X_STRIDE
     a_rows = a_ptr + adapter * A_STRIDE_L + expert * A_STRIDE_E + a_row[:, None] * A_STRIDE_R
     acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
@@ -277,6 +279,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             problem.x_stride,
             *problem.a_strides,
             *problem.a_scale_strides,
+            problem.x_scale_stride,
             block_r,
             config.block_k,
             split_k,

@@ -11,7 +11,7 @@ For every live pair p = t * top_k + j with adapter l and expert e, and every sli
 Pairs that are not live (no adapter, a disabled one, an expert that is not here) keep their rows of out as they are.
 
 Shapes: out [T, top_k, S * N], x [T * top_k, K], A_s [L, E, rank, K] and B_s [L, E, N, rank], all bfloat16;
-of these, A_s and B_s, and x, are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
+of these, A_s and B_s, and x, are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32, those of x also float8_e8m0fnu:
 a_scale_s [L, E, ceil(rank / 128), ceil(K / 128)] and b_scale_s [L, E, ceil(N / 128), ceil(rank / 128)], x_scale [rows of x, ceil(K / 128)];
 topk_weights [T, top_k] in any float dtype, applied in fp32;
 any rank, in tiles of 128.
@@ -31,13 +31,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 from .. import _runtime as runtime
+from .._scales import as_fp32
 from ..moe_route import MoeRoute
 from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, partials
 from ._problem import SmallBatchConfig as Config
 
 
 @triton.jit(
-    do_not_specialize=["num_pairs"],
+    do_not_specialize=["x_scale_next", "num_pairs"],
     do_not_specialize_on_alignment=[
         "x_scale_ptr",
         "topk_ids_ptr",
@@ -52,6 +53,7 @@ def moe_lora_small_batch_bf16_naive_set_weighted_rany_w8group_a8group_shrink(
     a_ptrs,
     a_scale_ptrs,
     x_scale_ptr,
+    x_scale_next,
     topk_ids_ptr,
     token_lora_mapping_ptr,
     adapter_enabled_ptr,
@@ -69,6 +71,7 @@ def moe_lora_small_batch_bf16_naive_set_weighted_rany_w8group_a8group_shrink(
     A_STRIDE_R: tl.constexpr,
     A_SCALE_STRIDE_L: tl.constexpr,
     A_SCALE_STRIDE_E: tl.constexpr,
+    X_SCALE_STRIDE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
@@ -134,7 +137,13 @@ def moe_lora_small_batch_bf16_naive_set_weighted_rany_w8group_a8group_shrink(
         xs = (
             x.to(tl.float32)
             * tl.load(a_scales + group)
-            * tl.load(x_scale_ptr + row * K_GROUPS + group)
+            * as_fp32(
+                tl.load(
+                    x_scale_ptr
+                    + row * X_SCALE_STRIDE
+                    + (group if x_scale_next is None else group * x_scale_next)
+                )
+            )
         )
         acc += a.to(tl.float32) * xs[None, :]
         k += BLOCK_K
@@ -274,6 +283,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             problem.x_stride,
             *problem.a_strides,
             *problem.a_scale_strides,
+            problem.x_scale_stride,
             block_r,
             config.block_k,
             split_k,
@@ -300,6 +310,8 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         runtime.Options(config.expand_warps, pdl=pdl),
     )
 
+    x_scale_next = problem.x_scale_next
+
     def call(
         out: torch.Tensor,
         x: torch.Tensor,
@@ -319,7 +331,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             route.expert_map,
             num_pairs,
         )
-        shrink.run(parts, x, tuple(lora_a), tuple(a_scale), x_scale, *pairs)
+        shrink.run(parts, x, tuple(lora_a), tuple(a_scale), x_scale, x_scale_next, *pairs)
         expand.run(out, parts, tuple(lora_b), tuple(b_scale), topk_weights, *pairs)
 
     return call

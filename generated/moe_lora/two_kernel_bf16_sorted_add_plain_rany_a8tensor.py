@@ -11,7 +11,7 @@ For every live pair p = t * top_k + j with adapter l and expert e, and every sli
 Pairs that are not live (no adapter, a disabled one, an expert that is not here) keep their rows of out as they are.
 
 Shapes: out [T, top_k, S * N], x [T, K], A_s [L, E, rank, K] and B_s [L, E, N, rank], all bfloat16;
-of these, x is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
+of these, x is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32, those of x also float8_e8m0fnu:
 x_scale [1];
 any rank, in tiles of 128.
 Two kernels give few blocks enough programs: the shrink can cut K into parts, which the expand adds in a fixed order, and
@@ -31,6 +31,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 from .. import _runtime as runtime
+from .._scales import as_fp32
 from .._slices import joined_slices, split_slices
 from ..moe_route import MoeRoute
 from ._problem import (
@@ -104,7 +105,7 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_rany_a8tensor_shrink(
     x_row = (pair // TOP_K).to(tl.int64)[:, None]
     x_rows = x_ptr + x_row * X_STRIDE
     a_base = adapter * A_STRIDE_L + expert * A_STRIDE_E
-    x_scale = tl.load(x_scale_ptr)
+    x_scale = as_fp32(tl.load(x_scale_ptr))
     # A product is of JOINED slices, BLOCK_R columns each: so wide that its warps lie side by side, with weights of their own.
     # A rank below the tile reads its last row again, which is dropped afterwards: no mask in the loop.
     WIDTH: tl.constexpr = triton.next_power_of_2(JOINED) * BLOCK_R

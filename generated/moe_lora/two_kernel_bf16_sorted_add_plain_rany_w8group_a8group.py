@@ -11,7 +11,7 @@ For every live pair p = t * top_k + j with adapter l and expert e, and every sli
 Pairs that are not live (no adapter, a disabled one, an expert that is not here) keep their rows of out as they are.
 
 Shapes: out [T, top_k, S * N], x [T, K], A_s [L, E, rank, K] and B_s [L, E, N, rank], all bfloat16;
-of these, A_s and B_s, and x, are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
+of these, A_s and B_s, and x, are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32, those of x also float8_e8m0fnu:
 a_scale_s [L, E, ceil(rank / 128), ceil(K / 128)] and b_scale_s [L, E, ceil(N / 128), ceil(rank / 128)], x_scale [rows of x, ceil(K / 128)];
 any rank, in tiles of 128.
 Two kernels give few blocks enough programs: the shrink can cut K into parts, which the expand adds in a fixed order, and
@@ -31,6 +31,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 from .. import _runtime as runtime
+from .._scales import as_fp32
 from .._slices import joined_slices, split_slices
 from ..moe_route import MoeRoute
 from ._problem import (
@@ -47,7 +48,7 @@ from ._problem import TwoKernelConfig as Config
 
 
 @triton.jit(
-    do_not_specialize=["capacity"],
+    do_not_specialize=["x_scale_next", "capacity"],
     do_not_specialize_on_alignment=["x_scale_ptr", "pairs_ptr", "blocks_ptr", "num_blocks_ptr"],
 )
 def moe_lora_two_kernel_bf16_sorted_add_plain_rany_w8group_a8group_shrink(
@@ -56,6 +57,7 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_rany_w8group_a8group_shrink(
     a_ptrs,
     a_scale_ptrs,
     x_scale_ptr,
+    x_scale_next,
     pairs_ptr,
     blocks_ptr,
     num_blocks_ptr,
@@ -69,6 +71,7 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_rany_w8group_a8group_shrink(
     A_STRIDE_R: tl.constexpr,
     A_SCALE_STRIDE_L: tl.constexpr,
     A_SCALE_STRIDE_E: tl.constexpr,
+    X_SCALE_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SHARES: tl.constexpr,
     JOINED: tl.constexpr,
@@ -131,7 +134,13 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_rany_w8group_a8group_shrink(
         products += ((a, zeros, a_scale),)
     for k0 in tl.range(k_begin, k_end, BLOCK_K, num_stages=SHRINK_STAGES):
         group = k0 // 128
-        x_scale = tl.load(x_scale_ptr + x_row * K_GROUPS + group)
+        x_scale = as_fp32(
+            tl.load(
+                x_scale_ptr
+                + x_row * X_SCALE_STRIDE
+                + (group if x_scale_next is None else group * x_scale_next)
+            )
+        )
         a_offsets = k0 if JOINED > 1 else a_tile + k0
         if K % BLOCK_K == 0:
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None], other=0.0)
@@ -326,6 +335,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             problem.x_stride,
             *problem.a_strides,
             *problem.a_scale_strides,
+            problem.x_scale_stride,
             block_m,
             shares,
             joined_slices(problem.slices, 128, problem.device),
@@ -367,6 +377,8 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         runtime.Options(config.expand_warps, pdl=pdl),
     )
 
+    x_scale_next = problem.x_scale_next
+
     def call(
         out: torch.Tensor,
         x: torch.Tensor,
@@ -381,7 +393,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         capacity = route.pairs.shape[0]
         parts = partials(route, of_position * capacity, part_dtype, out)
         tables = (route.pairs, route.blocks, route.num_blocks, capacity)
-        shrink.run(parts, x, tuple(lora_a), tuple(a_scale), x_scale, *tables)
+        shrink.run(parts, x, tuple(lora_a), tuple(a_scale), x_scale, x_scale_next, *tables)
         expand.run(out, parts, tuple(lora_b), tuple(b_scale), *tables)
 
     return call

@@ -11,7 +11,7 @@ For every live pair p = t * top_k + j with adapter l and expert e, and every sli
 Pairs that are not live (no adapter, a disabled one, an expert that is not here) keep their rows of out as they are.
 
 Shapes: out [T, top_k, S * N], x [T * top_k, K], A_s [L, E, rank, K] and B_s [L, E, N, rank], all bfloat16;
-of these, x is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
+of these, x is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32, those of x also float8_e8m0fnu:
 x_scale [rows of x, ceil(K / 128)];
 topk_weights [T, top_k] in any float dtype, applied in fp32;
 any rank, in tiles of 128.
@@ -32,6 +32,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 from .. import _runtime as runtime
+from .._scales import as_fp32
 from .._slices import joined_slices, split_slices
 from ..moe_route import MoeRoute
 from ._problem import (
@@ -48,7 +49,7 @@ from ._problem import TwoKernelConfig as Config
 
 
 @triton.jit(
-    do_not_specialize=["capacity"],
+    do_not_specialize=["x_scale_next", "capacity"],
     do_not_specialize_on_alignment=["x_scale_ptr", "pairs_ptr", "blocks_ptr", "num_blocks_ptr"],
 )
 def moe_lora_two_kernel_bf16_sorted_set_weighted_rany_a8group_shrink(
@@ -56,6 +57,7 @@ def moe_lora_two_kernel_bf16_sorted_set_weighted_rany_a8group_shrink(
     x_ptr,
     a_ptrs,
     x_scale_ptr,
+    x_scale_next,
     pairs_ptr,
     blocks_ptr,
     num_blocks_ptr,
@@ -66,6 +68,7 @@ def moe_lora_two_kernel_bf16_sorted_set_weighted_rany_a8group_shrink(
     A_STRIDE_L: tl.constexpr,
     A_STRIDE_E: tl.constexpr,
     A_STRIDE_R: tl.constexpr,
+    X_SCALE_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SHARES: tl.constexpr,
     JOINED: tl.constexpr,
@@ -104,7 +107,6 @@ def moe_lora_two_kernel_bf16_sorted_set_weighted_rany_a8group_shrink(
     x_row = pair.to(tl.int64)[:, None]
     x_rows = x_ptr + x_row * X_STRIDE
     a_base = adapter * A_STRIDE_L + expert * A_STRIDE_E
-    K_GROUPS: tl.constexpr = (K + 128 - 1) // 128
     tl.static_assert(128 % BLOCK_K == 0, "a tile lies in one group")
     # A product is of JOINED slices, BLOCK_R columns each: so wide that its warps lie side by side, with weights of their own.
     # A rank below the tile reads its last row again, which is dropped afterwards: no mask in the loop.
@@ -124,7 +126,13 @@ def moe_lora_two_kernel_bf16_sorted_set_weighted_rany_a8group_shrink(
         products += ((a, zeros),)
     for k0 in tl.range(k_begin, k_end, BLOCK_K, num_stages=SHRINK_STAGES):
         group = k0 // 128
-        x_scale = tl.load(x_scale_ptr + x_row * K_GROUPS + group)
+        x_scale = as_fp32(
+            tl.load(
+                x_scale_ptr
+                + x_row * X_SCALE_STRIDE
+                + (group if x_scale_next is None else group * x_scale_next)
+            )
+        )
         a_offsets = k0 if JOINED > 1 else a_tile + k0
         if K % BLOCK_K == 0:
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None], other=0.0)
@@ -286,6 +294,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
             problem.rank,
             problem.x_stride,
             *problem.a_strides,
+            problem.x_scale_stride,
             block_m,
             shares,
             joined_slices(problem.slices, 128, problem.device),
@@ -326,6 +335,8 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         runtime.Options(config.expand_warps, pdl=pdl),
     )
 
+    x_scale_next = problem.x_scale_next
+
     def call(
         out: torch.Tensor,
         x: torch.Tensor,
@@ -338,7 +349,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         capacity = route.pairs.shape[0]
         parts = partials(route, of_position * capacity, part_dtype, out)
         tables = (route.pairs, route.blocks, route.num_blocks, capacity)
-        shrink.run(parts, x, tuple(lora_a), x_scale, *tables)
+        shrink.run(parts, x, tuple(lora_a), x_scale, x_scale_next, *tables)
         expand.run(out, parts, tuple(lora_b), topk_weights, *tables)
 
     return call

@@ -43,8 +43,8 @@ def moe_quant(
 
     Args:
         codes: [T * top_k, N] float8_e4m3fn or float8_e5m2, last stride 1.
-        scale: float32, contiguous: [T * top_k, 1] or [T * top_k, ceil(N / 128)], which are written; or [1], which is read:
-            what is beyond the largest FP8 number times it saturates.
+        scale: float32, contiguous: [T * top_k, 1] or [T * top_k, ceil(N / 128)], which are written; or [1], or [>= E] of the
+            expert of each row, which is read: what is beyond the largest FP8 number times it saturates.
         x: [T * top_k, N] bfloat16, last stride 1.
         tables: from ``moe_align``; with ``order="pair"`` also from ``no_tables``.
         order: where the row of a pair stands: at its place in the tables ("sorted") or at the "pair" itself.
@@ -83,7 +83,7 @@ def bind(
     """
     if x.dim() != 2:
         runtime.fail("moe_quant", "x", runtime.describe(x), "[T * top_k, N]")
-    mode = find_x_mode("moe_quant", x, scale, QUANT)
+    mode = find_x_mode("moe_quant", x, scale, QUANT, experts=tables.num_experts, label="scale")
     module = _MODULES.get((_DTYPES.get(x.dtype, ""), order, mode))
     if module is None:
         wanted = ", ".join(f"{dtype} {rows}" for dtype, rows, mode in _MODULES if mode == "tensor")

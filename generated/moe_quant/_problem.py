@@ -10,7 +10,7 @@ from typing import Callable, NamedTuple
 import torch
 
 from .. import _runtime as runtime
-from .._scales import Quant, check_fp8, is_fp32, x_scale_shape
+from .._scales import Quant, check_fp8, check_x_scale, is_fp32
 from ..moe_align import MoeTables, max_blocks
 from ._tuned import TUNED
 
@@ -47,6 +47,7 @@ class Problem(NamedTuple):
     n: int
     codes_stride: int
     x_stride: int
+    scale_stride: int  # over experts, 0: one for all
     largest: float  # number of the type of the codes
     device: torch.device
     x_scales: str  # of what there is a scale each
@@ -90,13 +91,10 @@ def check(
     if codes.shape != x.shape or codes.device != device or (n > 1 and codes.stride(1) != 1):
         wanted = f"{list(x.shape)} with last stride 1 on {device}"
         runtime.fail(variant, "codes", runtime.describe(codes), wanted)
-    shape = x_scale_shape(mode, x.shape, QUANT)
-    if scale.shape != shape or not is_fp32(scale, device) or not scale.is_contiguous():
+    stride, _ = check_x_scale(variant, mode, x, scale, QUANT, tables.num_experts, "scale")
+    if mode != "tensor" and not (is_fp32(scale, device) and scale.is_contiguous()):
         runtime.fail(
-            variant,
-            "scale",
-            runtime.describe(scale),
-            f"contiguous {list(shape)} float32 on {device}",
+            variant, "scale", runtime.describe(scale), "contiguous float32", "it is written"
         )
     return Problem(
         num_pairs,
@@ -108,6 +106,7 @@ def check(
         n,
         codes.stride(0),
         x.stride(0),
+        stride,
         torch.finfo(codes.dtype).max,
         device,
         mode,

@@ -4,12 +4,12 @@
 """Rows of an MoE layer as FP8 numbers and fp32 scales, for a product of FP8 with FP8.
 
 For every place i of a local pair in the tables:
-    codes[i] = round(x[i] * (1 / scale))
+    codes[i] = round(x[i] * (1 / scale)), or with scale[e] of the expert of i
 ``largest`` is the largest number of the FP8 type; every quotient and product is rounded to fp32, as in
 quantize_activations. What is beyond it saturates, NaN stays NaN. Other rows keep their bytes.
 
 Shapes: x [T * top_k, N] bfloat16, codes [T * top_k, N] float8_e4m3fn or float8_e5m2,
-scale [1], which is read, float32.
+scale [1] or [>= E], which is read, float32.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
+from .._scales import as_fp32
 from ..moe_align import MoeTables
 from ._problem import Call, Config, Problem, check, choose, max_rows
 
@@ -34,6 +35,7 @@ def moe_quant_bf16_sorted_a8tensor_kernel(
     N: tl.constexpr,
     CODES_STRIDE: tl.constexpr,
     X_STRIDE: tl.constexpr,
+    SCALE_STRIDE: tl.constexpr,
     LARGEST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     ROWS: tl.constexpr,
@@ -56,7 +58,10 @@ def moe_quant_bf16_sorted_a8tensor_kernel(
         x = tl.load(x_ptr + row[:, None, None] * X_STRIDE + n[None, :, :], mask=mask, other=0.0).to(
             tl.float32
         )
-        scale = tl.load(scale_ptr)
+        expert = tl.where(
+            tl.load(entry + 2) > 0, tl.load(entry), 0
+        )  # that of an entry without rows is any
+        scale = as_fp32(tl.load(scale_ptr + expert * SCALE_STRIDE))
         # An exact quotient for each number would take longer than moving its bytes.
         code = x * tl.div_rn(1.0, scale)
         code = tl.where(code > LARGEST, LARGEST, tl.where(code < -LARGEST, -LARGEST, code))
@@ -77,6 +82,7 @@ def bind(problem: Problem, config: Config) -> Call:
             problem.n,
             problem.codes_stride,
             problem.x_stride,
+            problem.scale_stride,
             problem.largest,
             problem.block_m,
             config.rows,

@@ -45,6 +45,8 @@ class Case(BaseCase):
         own_tiles: the variant chooses its tiles itself.
         element: of FP8 operands.
         scales_end_in_1: the scales of channels end in a dimension of 1.
+        x_scale_dtype: of the scales of x.
+        by_column: the scales of x lie column by column.
     """
 
     tokens: int = 5
@@ -68,6 +70,8 @@ class Case(BaseCase):
     own_tiles: bool = False
     element: str = "e4m3"
     scales_end_in_1: bool = False
+    x_scale_dtype: torch.dtype = torch.float32
+    by_column: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +240,7 @@ def make_x(case: Case, tags: Tags, batch: Batch, numbers: torch.Generator) -> Op
     x, scales = LAYOUTS[case.layout].matrix(shape, dtype, device), None
     if kind:
         size = quant.x_scale_shape(kind, shape, quant.GROUP[1])
-        scales = allocate(size, row_major(size), torch.float32, device)
+        scales = quant.allocate_x_scale(size, device, case.x_scale_dtype, case.by_column)
     for token in batch.live:
         powers = torch.randint(-case.spread, case.spread + 1, (case.k,), generator=numbers)
         x[token] = quant.as_dtype(torch.randn(case.k, generator=numbers) * 2.0**powers, x)

@@ -7,6 +7,8 @@ import sys
 from types import ModuleType
 from typing import Any, Callable, Mapping
 
+import torch
+
 from kernelgen.buffers import positions, seal
 from kernelgen.cases import lora_inputs
 from kernelgen.cases.base import Tags, worst_ratio
@@ -108,6 +110,8 @@ _FP8 = (
     Case("a8_rows", "a scale for each row, where vLLM takes that of row 0 for all", **_A8, tokens=7, adapters="mixed"),
     Case("a8_groups", "a scale for each group, and a short last one", **_A8_GROUP, k=300),
     Case("a8_e5m2", "e5m2 that is read as e4m3", **_A8, element="e5m2", widths=(1, 1), k=100),
+    Case("a8_e8m0", "scales of x that are powers of two, a byte each (vLLM #54435)", **_A8, x_scale_dtype=torch.float8_e8m0fnu),
+    Case("a8_by_column", "scales of x column by column (tokenspeed #189)", **_A8_GROUP, k=300, by_column=True),
     Case("a8_unaligned", "odd strides and base", **_A8, layout="odd", k=33),
     Case("a8_nan_row", "a NaN stays in the rows of its token", **_A8, nan_token=1, adapters="one"),
     Case("a8_empty", "a launch without programs", **_A8, tokens=0),

@@ -51,6 +51,9 @@ class Case(BaseCase):
         element: of FP8 operands.
         scales_end_in_1: scales a channel have a last dimension of one.
         scale_a_slice: a scale a matrix is one of each of its slices.
+        scale_an_expert: a scale for all of x is one of the rows of each expert.
+        scales_dtype: of all scales.
+        by_column: the scales of x lie column by column.
     """
 
     tokens: int = 5
@@ -75,6 +78,9 @@ class Case(BaseCase):
     element: str = "e4m3"
     scales_end_in_1: bool = False
     scale_a_slice: bool = False
+    scale_an_expert: bool = False
+    scales_dtype: torch.dtype = torch.float32
+    by_column: bool = False
 
 
 def _only(**axes: str) -> Mapping[str, Sequence[str]]:
@@ -86,6 +92,7 @@ _POINTERS = _only(schedule="gemv tile")
 _WEIGHTED = _only(routed_weight="weighted")
 _ONE = Experts("one")
 _FP8 = _only(weight_quant="w8tensor w8channel w8group")
+_E8M0 = torch.float8_e8m0fnu
 _FP8_TILED = MappingProxyType({**_FP8, **_TILED})
 
 CASES = (
@@ -187,6 +194,24 @@ CASES = (
         few=1,
         scale_a_slice=True,
     ),
+    Case(
+        "fp8_scale_an_expert",
+        "the input scale of each expert, of rows that have one expert (TensorRT-LLM #10778)",
+        only=_only(act_quant="a8tensor", rows="sorted_pair pair_token"),
+        body=_QUANTS,
+        routing=Experts("mixed", start=1),
+        scale_an_expert=True,
+    ),
+    Case("fp8_e8m0", "scales that are powers of two, bytes (vLLM #54435)", only=_FP8, body=_QUANTS, few=1, scales_dtype=_E8M0),
+    Case(
+        "fp8_by_column",
+        "scales of x column by column (tokenspeed #189)",
+        only=_only(act_quant="a8group"),
+        body=_QUANTS,
+        few=2,
+        k=160,
+        by_column=True,
+    ),
     Case("fp8_e5m2", "the other FP8 type", only=_FP8, k=144, n=48, element="e5m2", scales_end_in_1=True),
     Case("fp8_own_tiles", "the tiles that the rule takes", only=_FP8, body=_QUANTS, own_tiles=True, few=2, k=256, n=128, gap=0),
     Case(
@@ -277,14 +302,21 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
     x = memory(x_shape, (case.row_stride or pad, 1), element if of_x else dtype)
     x_scale, x_numbers = None, x
     if of_x:
-        shape = quant.x_scale_shape(of_x, x_shape, quant.GROUP[1])
-        x_scale = allocate(shape, row_major(shape), torch.float32, device)
+        shape = (case.experts,) if case.scale_an_expert else quant.x_scale_shape(of_x, x_shape, quant.GROUP[1])
+        x_scale = quant.allocate_x_scale(shape, device, case.scales_dtype, case.by_column)
+    expert_of = dict(zip(sources, [expert for _, expert in (order if reads == "sorted" else routed.local)], strict=True))
     for row in sorted(set(sources)):
         x[row] = quant.as_dtype(torch.randn(case.k, generator=numbers), x)
-        if x_scale is not None:
+        if x_scale is not None and not case.scale_an_expert:
             each = x_scale[row] if x_scale.dim() > 1 else x_scale
             each.copy_(quant.draw_scales(each, 1.0, numbers))
-    if x_scale is not None and sources:
+    if x_scale is not None and case.scale_an_expert:
+        for expert in sorted(set(expert_of.values())):
+            x_scale[expert] = quant.draw_scales(x_scale[expert], 1.0, numbers)
+        x_numbers = x.double()
+        for row, expert in expert_of.items():
+            x_numbers[row] *= x_scale[expert].double()
+    elif x_scale is not None and sources:
         x_numbers = dequantise(x, x_scale, quant.group_of(of_x, x_shape, (1, quant.GROUP[1])))
     slices = int(VOCABULARY["epilogue"][tags["epilogue"]]["slices"] or 1)
     height = case.n * slices
@@ -297,7 +329,7 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
             shape = (*shape, 1)
         if case.scale_a_slice:
             shape = (*shape, slices)
-        w_scale = allocate(shape, row_major(shape), torch.float32, device)
+        w_scale = allocate(shape, row_major(shape), case.scales_dtype, device)
     for expert in sorted({item.expert for item in routed.local}):
         drawn = torch.randn(height, case.k, generator=numbers)
         w[expert] = quant.as_dtype(drawn if of_weights else drawn * size, w)

@@ -127,22 +127,35 @@ _MODES = (
 
 
 def fp8_layer(
-    package: ModuleType, tokens: int, how: Experts, device: str, mode: tuple[str, str | None, str], **sizes: Any
+    package: ModuleType,
+    tokens: int,
+    how: Experts,
+    device: str,
+    mode: tuple[str, str | None, str],
+    served: bool = False,
+    **sizes: Any,
 ) -> Layer:
-    """A layer of FP8 weights, and with FP8 activations where the mode has scales for them."""
+    """A layer of FP8 weights, and with FP8 activations where the mode has scales for them; ``served``: which are as engines
+    have them, powers of two in a byte each, those of tokens column by column, and a scale of h an expert."""
     of_weights, of_x, activation = mode
     call = layer(tokens, how, device, activation=activation, **{"hidden": 144, "inter": 136, "top_k": 2, **sizes})
     slices = (call.w13.shape[1] // call.w2.shape[2], 1)
     weights = [package.quantize_weights(w, of_weights, slices=n) for w, n in zip((call.w13, call.w2), slices, strict=True)]
+    if served:
+        weights = [(w, scale.to(torch.float8_e8m0fnu)) for w, scale in weights]
     scales = {"w13_scale": weights[0][1], "w2_scale": weights[1][1]}
     numbers = [quant.dequantise_slices(w, scale, of_weights, n) for (w, scale), n in zip(weights, slices, strict=True)]
     hidden, x, inner = call.hidden, call.hidden, Inner(torch.bfloat16)
     if of_x is not None:
         hidden, scales["x_scale"] = package.quantize_activations(call.hidden, of_x)
+        if served:
+            scales["x_scale"] = scales["x_scale"].to(torch.float8_e8m0fnu)
+            scales["x_scale"] = scales["x_scale"].t().contiguous().t() if of_x == "group" else scales["x_scale"]
         x = dequantise(hidden, scales["x_scale"], quant.group_of(of_x, hidden.shape, (1, quant.GROUP[1])))
         given = None
         if of_x == "tensor":
-            scales["h_scale"], given = torch.full((1,), 2.0**-7, device=device), 2.0**-7
+            given = [2.0 ** (e - 8) for e in range(call.w2.shape[0])] if served else [2.0**-7]
+            scales["h_scale"] = torch.tensor(given, device=device)
         width = quant.GROUP[1] if of_x == "group" else call.w2.shape[2]
         inner = Inner(torch.bfloat16, hidden.dtype, width, given, short=device != "cpu")
     codes = (hidden, weights[0][0], weights[1][0])
@@ -154,7 +167,7 @@ def fp8_front_door(package: ModuleType, variants: Sequence[Variant], device: str
     few = [mode for mode in _MODES if mode[1:] in (("tensor", "swiglu"), ("group", "swiglu"))]
     for i, (tokens, mode) in enumerate([*itertools.product((1,), few), *itertools.product((7,), _MODES)]):
         inter = 96 if i % 2 else 136  # as many groups of gate and up as if they were one, or more
-        call = fp8_layer(package, tokens, Experts(valid=min(tokens, 5)), device, mode, inter=inter)
+        call = fp8_layer(package, tokens, Experts(valid=min(tokens, 5)), device, mode, served=i % 3 == 0, inter=inter)
         sizes = {"max_tokens": 12, "top_k": 2, "num_experts": 4, "hidden": 144, "intermediate": 136}
         workspace = package.fused_moe_workspace(**sizes, fp8_activations=mode[1] is not None, device=device)
         given = call.run(package, workspace=workspace if i % 2 else None)

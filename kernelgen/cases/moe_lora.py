@@ -248,6 +248,15 @@ _FP8 = (
     ),
     Case("a8_groups", "a scale for each group, and a short last one", **_A8_GROUP, k=300, tokens=5),
     Case("a8_e5m2", "e5m2 that is read as e4m3", **_A8, element="e5m2", slices=2, k=100),
+    Case("a8_e8m0", "scales of x that are powers of two, a byte each (vLLM #54435)", **_A8, x_scale_dtype=torch.float8_e8m0fnu),
+    Case("a8_by_column", "scales of x column by column (tokenspeed #189)", **_A8_GROUP, k=300, by_column=True),
+    Case(
+        "a8_scale_an_expert",
+        "the input scale of each expert, of rows that have one expert (TensorRT-LLM #10778)",
+        body=_SCALES,
+        only=_only(act_quant="a8tensor", routed_weight="weighted"),
+        x_scale_an_expert=True,
+    ),
     Case("a8_unaligned", "odd strides and base", **_A8, layout="odd", k=33, n=23, slices=2),
     Case(
         "a8_nan_row", "a NaN stays in the rows of its token", **_A8, nan_token=1, routing=_ONE_GROUP

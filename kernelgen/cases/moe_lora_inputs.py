@@ -66,6 +66,9 @@ class Case(BaseCase):
         own_tiles: the variant chooses its tiles itself.
         element: of FP8 operands.
         scales_end_in_1: the scales of channels are [L, E, out, 1].
+        x_scale_an_expert: a scale for all of x is one of the rows of each expert.
+        x_scale_dtype: of the scales of x.
+        by_column: the scales of x lie column by column.
         special: the first FP8 number of A of the first live pair, if any.
         far_parts: the tables are so long, and in use at their end, that parts lie out of reach of 32-bit offsets.
     """
@@ -90,6 +93,9 @@ class Case(BaseCase):
     far_parts: bool = False
     element: str = "e4m3"
     scales_end_in_1: bool = False
+    x_scale_an_expert: bool = False
+    x_scale_dtype: torch.dtype = torch.float32
+    by_column: bool = False
     special: float | None = None
 
 
@@ -228,17 +234,22 @@ def make(case: Case, tags: Tags, device: str) -> Call:
     x = memory(x_shape, layout.of_x(x_shape), element if of_x else dtype)
     x_scale, x_numbers = None, x
     if of_x:
-        shape = quant.x_scale_shape(of_x, x_shape, quant.GROUP[1])
-        x_scale = allocate(shape, row_major(shape), torch.float32, device)
+        shape = (case.experts,) if case.x_scale_an_expert else quant.x_scale_shape(of_x, x_shape, quant.GROUP[1])
+        x_scale = quant.allocate_x_scale(shape, device, case.x_scale_dtype, case.by_column)
     for row in rows:
         powers = torch.randint(-case.spread, case.spread + 1, (case.k,), generator=numbers)
         x[row] = quant.as_dtype(normal(case.k) * 2.0**powers, x)
         if case.nan_token == (row // top_k if weighted else row):
             x[row] = math.nan
-        if x_scale is not None:
+        if x_scale is not None and not case.x_scale_an_expert:
             each = x_scale[row] if x_scale.dim() > 1 else x_scale
             each.copy_(quant.draw_scales(each, 1.0, numbers))
-    if x_scale is not None and rows:
+    if x_scale is not None and case.x_scale_an_expert:
+        x_scale.copy_(quant.draw_scales(x_scale, 1.0, numbers))
+        x_numbers = x.double()
+        for pair, _, expert in routed.live:
+            x_numbers[pair] *= x_scale[expert].double()
+    elif x_scale is not None and rows:
         x_numbers = dequantise(x, x_scale, quant.group_of(of_x, x_shape, (1, quant.GROUP[1])))
 
     lora_a: list[torch.Tensor] = []

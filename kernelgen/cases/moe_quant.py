@@ -30,6 +30,7 @@ class Case(BaseCase):
         gap, offset: elements between rows, and before the first behind a 16-byte boundary.
         element: of the codes.
         special: a number in the first row of each expert.
+        scales: how many there are where they are given, 1 or one an expert; and of which dtype.
     """
 
     tokens: int = 5
@@ -44,10 +45,13 @@ class Case(BaseCase):
     element: str = "e4m3"
     special: float | None = None
     scale: float = 1.0
+    scales: int = 1
+    scales_dtype: torch.dtype = torch.float32
     own_tiles: bool = False
 
 
 _SORTED = MappingProxyType({"order": ("sorted",)})
+_GIVEN = MappingProxyType({"act_quant": ("a8tensor",)})
 
 CASES = (
     Case("one", "every size is one", tokens=1, top_k=1, experts=1, n=1),
@@ -64,6 +68,15 @@ CASES = (
     Case("blocks_of_64", "blocks that are not full", only=_SORTED, tokens=70, experts=2, block_m=64),
     Case("unaligned", "odd strides, a base that is not 16-byte aligned", gap=1, offset=1, n=33),
     Case("e5m2", "the other FP8 type", n=200, element="e5m2"),
+    Case(
+        "scale_an_expert",
+        "the input scale of each expert of a checkpoint (TensorRT-LLM #10778)",
+        only=_GIVEN,
+        routing=Experts("mixed", start=2, ids_dtype=torch.int64),
+        tokens=9,
+        scales=3,
+    ),
+    Case("e8m0", "a scale that is a power of two, a byte", only=_GIVEN, scales_dtype=torch.float8_e8m0fnu),
     Case("zeros", "a scale that must not be zero", special=0.0, scale=0.0),
     Case("tiny", "a scale that would underflow", scale=2.0**-130),
     Case("infinity", "an infinity saturates and leaves the scale alone", special=float("inf")),
@@ -98,22 +111,21 @@ class Call:
     routed: Routed
     rows: torch.Tensor
     width: int
-    given: bool
+    given: torch.Tensor | None  # the scales of these rows
 
     def verify(self) -> None:
         """Raise AssertionError unless the rows are right to the bit, and nothing else was written."""
-        given = self.scale.view if self.given else None
         x, rows = self.x.cpu()[self.rows], self.rows.to(self.x.device)
-        codes, scale = moe_quant(x, self.width, self.codes.view.dtype, None if given is None else given.cpu())
+        codes, scale = moe_quant(x, self.width, self.codes.view.dtype, self.given)
         found = self.codes.view[rows].cpu()
         same = (found.float() == codes.float()) | (found.float().isnan() & codes.float().isnan())
         assert same.all(), f"{int((~same).sum())} of {same.numel()} codes are off"
-        if not self.given:
+        if self.given is None:
             wrong = int((self.scale.view[rows].cpu() != scale).sum())
             assert not wrong, f"{wrong} of {scale.numel()} scales are off"
         for guarded in (self.codes, self.scale):
             written = torch.zeros(guarded.view.shape[0], dtype=torch.bool)
-            if guarded is self.codes or not self.given:
+            if guarded is self.codes or self.given is None:
                 written[self.rows] = True
             stray = int((guarded.changed() & ~positions(guarded, written.to(self.x.device))).sum())
             assert not stray, f"{stray} elements changed outside of the rows of local pairs"
@@ -126,19 +138,20 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
     _, of_x = quant.scales_of(tags)
     pairs = case.tokens * case.top_k
     shape, strides = (pairs, case.n), (case.n + case.gap, 1)
-    local = [pair for pair, _ in routed.local]
-    rows = torch.tensor(local if by_pair else list(range(len(local))), dtype=torch.int64)
+    local = routed.local if by_pair else sorted(routed.local, key=lambda item: (item.expert, item.pair))
+    rows = torch.tensor([pair if by_pair else i for i, (pair, _) in enumerate(local)], dtype=torch.int64)
     x = allocate(shape, strides, torch.bfloat16, device, offset=case.offset)
     for row in rows.tolist():
         x[row] = (case.scale * torch.randn(case.n, generator=numbers)).to(x)
         if case.special is not None and row % 2 == 0:
             x[row, case.n // 2] = case.special
     codes = allocate(shape, strides, quant.ELEMENTS[case.element], device, offset=case.offset)
-    scale_shape = quant.x_scale_shape(of_x, shape, quant.GROUP[1])
-    scale = allocate(scale_shape, row_major(scale_shape), torch.float32, device)
+    scale_shape = (case.scales,) if of_x == "tensor" else quant.x_scale_shape(of_x, shape, quant.GROUP[1])
+    scale, of_rows = allocate(scale_shape, row_major(scale_shape), case.scales_dtype, device), None
     if of_x == "tensor":
-        scale.fill_(0.01)  # so that the largest of a hundred numbers saturates
+        scale.copy_(0.01 * 3.0 ** torch.arange(case.scales))  # so that the largest of a hundred numbers saturates
+        of_rows = scale.float().cpu()[[expert % case.scales for _, expert in local]]
     given = GemmCase("tables", "", block_m=case.block_m, hint=case.hint)
     tables, _ = tables_of(package, given, routed, False, device)
     width = quant.GROUP[1] if of_x == "group" else case.n
-    return Call(seal(codes), seal(scale), x, tables, routed, rows, width, of_x == "tensor")
+    return Call(seal(codes), seal(scale), x, tables, routed, rows, width, of_rows)

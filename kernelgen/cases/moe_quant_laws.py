@@ -27,7 +27,7 @@ def as_in_plain_torch(package: ModuleType, variants: Sequence[Variant], device: 
     case = Case("plain", "", tokens=16, top_k=1, n=256)
     for variant in variants:
         call = make(package, case, variant.tags, device)
-        if not call.given:
+        if call.given is None:
             package.moe_quant(call.codes.view, call.scale.view, call.x, call.tables, order=variant.tags["order"])
             scales = "group" if call.width < 256 else "token"
             codes, scale = package.quantize_activations(call.x, scales)

@@ -8,6 +8,7 @@ from typing import Mapping, Sequence
 
 import torch
 
+from kernelgen.buffers import allocate, row_major
 from kernelgen.cases.base import Tags
 from kernelgen.model import VOCABULARY
 from kernelgen.reference.moe_lora import dequantise
@@ -65,6 +66,14 @@ def dequantise_slices(
     if scales.dim() == 1:
         scales = scales[:, None].expand(-1, slices)
     return dequantise(apart, scales, group_of(kind, apart.shape[2:], GROUP)).flatten(1, 2)
+
+
+def allocate_x_scale(
+    shape: Sequence[int], device: str, dtype: torch.dtype = torch.float32, by_column: bool = False
+) -> torch.Tensor:
+    """Scales of activations, all poison: row by row, or column by column with one row more than there are."""
+    strides = (1, shape[0] + 1) if by_column else row_major(shape)
+    return allocate(shape, strides, dtype, device)
 
 
 _LARGE = 48.0  # what a number of size 1 is stored as: far from the ends of e4m3

@@ -73,7 +73,7 @@ class CompileRequest:
 
         def mock(argument: Any) -> Any:
             if isinstance(argument, torch.Tensor):
-                return MockTensor(argument.dtype)
+                return MockTensor(_BYTES.get(argument.dtype, argument.dtype))
             if isinstance(argument, tuple):
                 return tuple(mock(item) for item in argument)
             if isinstance(argument, TensorDescriptor):
@@ -86,6 +86,15 @@ class CompileRequest:
             grid=(1,),
             **_triton_options(self.options),
         )
+
+
+_BYTES = {torch.float8_e8m0fnu: torch.uint8}  # what Triton has no type for, kernels read as bytes
+
+
+def _as_bytes(argument: Any) -> Any:
+    if isinstance(argument, torch.Tensor) and argument.dtype in _BYTES:
+        return argument.view(_BYTES[argument.dtype])
+    return argument
 
 
 _recorder: list[CompileRequest] | None = None
@@ -211,6 +220,7 @@ class Launcher:
         if _recorder is not None:
             _recorder.append(CompileRequest(self, arguments, constants, options))
             return None
+        arguments = tuple(map(_as_bytes, arguments))
         if INTERPRETED:
             self.kernel[(grid,)](*arguments, *constants, **_triton_options(options))
             return None

@@ -30,14 +30,14 @@ class Inner(NamedTuple):
         dtype: what they are rounded to first.
         element: the FP8 type of their codes; None: they stay as they are.
         width: columns that share a scale.
-        given: the scale of all, where it is given.
+        given: the scales of all, or of each expert, where they are given.
         short: both products are of FP8 with FP8, on tensor cores.
     """
 
     dtype: torch.dtype
     element: torch.dtype | None = None
     width: int = 0
-    given: float | None = None
+    given: Sequence[float] | None = None
     short: bool = False
 
 
@@ -67,7 +67,8 @@ def fused_moe(
         h, error = activate(*dot(w13[expert], hidden[token], **flags), activation)
         low, high = ((h + e).to(inner.dtype).double() for e in (-error, error))
         if inner.element is not None:
-            low, high = _as_fp8(low, high, inner.element, inner.width, inner.given)
+            given = None if inner.given is None else inner.given[expert if len(inner.given) > 1 else 0]
+            low, high = _as_fp8(low, high, inner.element, inner.width, given)
         y, error = dot(w2[expert], (low + high) / 2, **flags)
         error = error + w2[expert].double().abs() @ ((high - low) / 2) * (1 + w2.shape[2] * _FP32)
         error = error + cast_error(y.abs() + error, inner.dtype)

@@ -19,9 +19,9 @@ def moe_quant(
     Args:
         width: columns that share a scale.
         dtype: float8_e4m3fn or float8_e5m2.
-        given: a scale for all, [1]; None: they are found.
+        given: a scale for each row, [rows]; None: they are found.
     """
-    rows, columns = x.shape
+    columns = x.shape[1]
     largest = torch.finfo(dtype).max
     codes, scales = [], []
     for start in range(0, columns, width):
@@ -29,7 +29,7 @@ def moe_quant(
         highest = part.abs().where(part.isfinite(), 0.0).amax(1, keepdim=True)
         scale = (highest / largest).float().clamp(min=_SMALLEST).where(highest > 0, 1.0)
         if given is not None:
-            scale = given.reshape(1, 1).expand(rows, 1)
+            scale = given[:, None]
         inverse = (1.0 / scale.double()).float()
         code = (part * inverse.double()).float().clamp(-largest, largest)
         codes.append(code.to(dtype))

@@ -181,6 +181,7 @@ LOCAL_LAYER = FusedMoeShape(  # a share of a layer, with widths that no large ti
 )
 
 FP8_LAYER = QWEN3_LAYER._replace(weight_scales="group", x_scales="group")
+BYTES_LAYER = FP8_LAYER._replace(x_scales="group_by_column", scales_dtype=torch.float8_e8m0fnu)
 
 
 def serve_layer(shape: FusedMoeShape, num_tokens: int, hint: int | None) -> None:
@@ -193,9 +194,11 @@ def serve_layer(shape: FusedMoeShape, num_tokens: int, hint: int | None) -> None
     kind, scales = shape.dtype, {}
     if shape.weight_scales is not None:
         kind, groups = shape.fp8_dtype, shape.hidden // 128
-        scales["w13_scale"] = empty(shape.num_experts, rows // 128, groups, dtype=torch.float32)
-        scales["w2_scale"] = empty(shape.num_experts, groups, shape.intermediate // 128, dtype=torch.float32)
-        scales["x_scale"] = empty(num_tokens, groups, dtype=torch.float32)
+        scales["w13_scale"] = empty(shape.num_experts, rows // 128, groups, dtype=shape.scales_dtype)
+        scales["w2_scale"] = empty(shape.num_experts, groups, shape.intermediate // 128, dtype=shape.scales_dtype)
+        scales["x_scale"] = empty(num_tokens, groups, dtype=shape.scales_dtype)
+        if shape.x_scales == "group_by_column":  # as a kernel pads it, or not
+            scales["x_scale"] = empty(groups, num_tokens + num_tokens % 4, dtype=shape.scales_dtype)[:, :num_tokens].t()
     kg.fused_moe(
         empty(num_tokens, shape.hidden, dtype=kind),
         empty(shape.num_experts, rows, shape.hidden, dtype=kind),
@@ -211,7 +214,7 @@ def serve_layer(shape: FusedMoeShape, num_tokens: int, hint: int | None) -> None
     )
 
 
-@pytest.mark.parametrize("shape", [QWEN3_LAYER, LOCAL_LAYER, FP8_LAYER], ids=["qwen3", "share", "fp8"])
+@pytest.mark.parametrize("shape", [QWEN3_LAYER, LOCAL_LAYER, FP8_LAYER, BYTES_LAYER], ids=["qwen3", "share", "fp8", "bytes"])
 def test_no_number_of_tokens_and_no_hint_makes_another_key_of_a_layer(shape: FusedMoeShape) -> None:
     edges = {(1 << i) + step for i in range(13) for step in (-1, 0, 1)}
     found = set()
@@ -223,6 +226,24 @@ def test_no_number_of_tokens_and_no_hint_makes_another_key_of_a_layer(shape: Fus
             log.clear()
     known = {request.key for request in requests([shape], max_tokens=4097)}
     assert found <= known and len(known) <= 64
+
+
+def test_warm_up_knows_how_scales_are_served() -> None:
+    layers = [
+        QWEN3_LAYER._replace(weight_scales=weights, x_scales=x)
+        for weights, x in (("tensor", "tensor"), ("slice", "tensor"), ("tensor", "expert"))
+    ]
+    one, by_slice, by_expert = ({request.key for request in requests([layer], max_tokens=64)} for layer in layers)
+    assert len(one) == len(by_slice) == len(by_expert)
+    first, second = (one - others for others in (by_slice, by_expert))
+    assert first and second and not first & second  # scales of w13, and those of what is between the products
+    w13 = MoeShape(k=2048, n=768, slices=2, rank=16, top_k=8, num_experts=128, max_loras=5, x_scales="group")
+    linear = LoraShape(k=4096, widths=(4096,), rank=16, max_loras=5, x_scales="group")
+    for shape in (w13, linear):
+        known = {request.key for request in requests([shape], max_tokens=64)}
+        for served in ({"x_scales": "group_by_column"}, {"x_scales_dtype": torch.float8_e8m0fnu}):
+            keys = {request.key for request in requests([shape._replace(**served)], max_tokens=64)}
+            assert len(known) <= len(keys) <= len(known) + 1 and keys != known  # one row may lie either way
 
 
 def linear(shape: LoraShape, num_tokens: int) -> None:
