@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import json
+import os
+import re
+import signal
 import time
 from pathlib import Path
+from random import Random
 
 import project
 import pytest
@@ -485,3 +490,66 @@ def test_whatever_the_bytes_there_is_a_family_or_a_failure(tmp_path_factory, dat
         assert failed.exit_code == 1 and failed.diagnostics
         assert all(fault.code in CATALOGUE for fault in failed.diagnostics)
         str(failed)
+
+
+VALUES = ("x", "7", "1e999", "~", "true", "''", "[]", "{}", "[[[[", "{a: {b: 1}}", "9" * 30)
+WORDS = (*VALUES, "&a", "*a", "!!str x", "nul", "import", "r16", "bf16")
+SIGNS = (*"[]{},:-?|>'\"#&*!%@`\t ", "- ", ": ", "? ", "\n", "\n  ", "---\n", "\\", "\u00e9", "\u202e", "\0", "\r")
+
+
+def spoilt(text: str, random: Random) -> str:
+    """``text`` with a few changes: of a sign, a word, a line, the indentation, or an end that is missing."""
+    for _ in range(random.randint(1, 4)):
+        lines = text.split("\n")
+        at, line = random.randrange(len(text)), random.randrange(len(lines))
+        kind = random.randrange(7)
+        if kind < 2:
+            text = text[:at] + random.choice(SIGNS) + text[at + random.randint(0, 3) :]
+        elif kind == 2:
+            words = list(re.finditer(r"[\w.]+", text))
+            word = random.choice(words)
+            text = text[: word.start()] + random.choice((*WORDS, random.choice(words)[0])) + text[word.end() :]
+        elif kind == 3:
+            lines[line] = " " * random.randint(0, 8) + lines[line].lstrip()
+        elif kind == 4:
+            lines.insert(random.randrange(len(lines)), lines.pop(line))
+        elif kind == 5:
+            lines[line:line] = [lines[line]] * random.randint(1, 3)
+        else:
+            text = text[:at] if random.random() < 0.1 else text[:at] + text[at : at + 40] * 2 + text[at + 40 :]
+        text = "\n".join(lines) if kind in (3, 4, 5) else text
+    return text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_spoilt_specs_are_told_in_their_places_and_in_time(seed: int, tmp_path: Path) -> None:
+    random = Random(seed)
+    whole = {"toy.yaml": project.SPEC, "tuned/h200/toy.yaml": project.TUNED}
+    folder = project.make(tmp_path, whole)
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"a spec takes a minute: {texts}")
+
+    old = signal.signal(signal.SIGALRM, late)
+    told = collections.Counter[str]()
+    try:
+        for _ in range(500):
+            name = random.choice(list(whole))
+            texts = {**whole, name: spoilt(whole[name], random)}
+            (folder / name).write_text(texts[name], "utf-8")
+            signal.alarm(60)
+            try:
+                build.package(folder)
+            except Failure as failed:
+                told.update({fault.code for fault in failed.diagnostics})
+                for fault in failed.diagnostics:
+                    lines = texts.get(os.path.relpath(fault.location.path, folder), "").split("\n")
+                    assert fault.location.line <= len(lines), (fault, texts)
+                    assert fault.location.column <= len(lines[fault.location.line - 1]) + 1, (fault, texts)
+                assert all(line.isprintable() for line in str(failed).splitlines()), texts
+            (folder / name).write_text(whole[name], "utf-8")
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+    assert len(told) > 8 and sum(told.values()) > 300, told
