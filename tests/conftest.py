@@ -6,6 +6,7 @@ With --quick tests that are marked slow are left out, and of the generated tests
 
 from __future__ import annotations
 
+import collections
 import os
 import sys
 from pathlib import Path
@@ -57,7 +58,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--quick"):
-        kept = [item for item in items if is_quick(item)]
+        numbers: collections.Counter[str] = collections.Counter()
+        kept = []
+        for item in items:
+            test = item.nodeid.split("[")[0]
+            kept += [item] if is_quick(item, numbers[test]) else []
+            numbers[test] += 1
         left = len(items) - len(kept)
         items[:] = kept
         # a process of pytest-xdist tells the one that reports
@@ -67,10 +73,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 _OUTPUT = pytest.StashKey[dict[str, Any]]()
 
 
-def is_quick(item: pytest.Item) -> bool:
-    """Whether --quick keeps a test."""
-    if item.get_closest_marker("slow"):
-        return False
+def is_quick(item: pytest.Item, number: int = 0) -> bool:
+    """Whether --quick keeps a test, with the parameters of this ``number``."""
+    slow = item.get_closest_marker("slow")
+    if slow:
+        return number < slow.kwargs.get("keep", 0)
     given = getattr(item, "callspec", None)
     if given is None or not {"variant", "case"} <= given.params.keys():
         return True

@@ -56,6 +56,7 @@ def test_opcheck(device: str) -> None:
     torch.library.opcheck(OPS.lora.default, whole)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("with_workspace", [False, True], ids=["allocates", "workspace"])
 @pytest.mark.parametrize("apply", [one_op, two_ops])
 def test_a_compiled_graph_serves_any_number_of_tokens(device: str, apply: Any, with_workspace: bool) -> None:

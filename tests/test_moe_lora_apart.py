@@ -42,6 +42,7 @@ def test_opcheck(device: str, assignment: str) -> None:
     torch.library.opcheck(OPS.moe_lora_expand.default, (layer.out, y, layer.b, *route, None, 0, True, False))
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("with_workspace", [False, True], ids=["allocates", "workspace"])
 @pytest.mark.parametrize("assignment", ["auto", "sorted"])
 def test_a_compiled_graph_serves_any_number_of_tokens(device: str, assignment: str, with_workspace: bool) -> None:

@@ -50,6 +50,7 @@ def sample(found: list[Mutant]) -> Iterator[Mutant]:
         yield members[len(members) // 2]
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="mutants are interpreted")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_cases_kill_mutants(name: str) -> None:

@@ -116,6 +116,7 @@ def test_a_compiled_graph_gives_the_same_bits(device: str, assignment: str) -> N
     assert torch.equal(compiled(assignment), expected)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("assignment", ["naive", "sorted", "auto"])
 def test_a_compiled_graph_serves_any_number_of_tokens(device: str, assignment: str) -> None:
     """An engine compiles once: no branch of the front doors may look at the number of tokens."""

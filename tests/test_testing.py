@@ -131,13 +131,15 @@ def test_only_what_is_not_quick_is_left_out() -> None:
     found = suites()["moe_act"]
     module = types.SimpleNamespace(SUITE=found)
 
-    def item(slow: bool = False, **params: Any) -> Any:
+    def item(slow: pytest.Mark | None = None, **params: Any) -> Any:
         given = {"callspec": types.SimpleNamespace(params=params)} if params else {}
-        return types.SimpleNamespace(get_closest_marker=lambda name: slow and name == "slow", module=module, **given)
+        return types.SimpleNamespace(get_closest_marker={"slow": slow}.get, module=module, **given)
 
     kept = [(v.name, c.name) for v, c in found.pairs if conftest.is_quick(item(variant=v, case=c))]
     assert len(kept) < len(found.pairs) and set(kept) == found.quick
-    assert conftest.is_quick(item()) and conftest.is_quick(item(law=found.laws[0])) and not conftest.is_quick(item(slow=True))
+    assert conftest.is_quick(item()) and conftest.is_quick(item(law=found.laws[0]))
+    assert not conftest.is_quick(item(pytest.mark.slow.mark))
+    assert [conftest.is_quick(item(pytest.mark.slow(keep=2).mark), number) for number in range(3)] == [True, True, False]
 
 
 def test_names_of_cases_are_unique() -> None:

@@ -132,6 +132,7 @@ entries:
 """
 
 
+@pytest.mark.slow
 def test_tuned_tiles_are_compiled_for_the_primary_target(specs: Path, tmp_path: Path) -> None:
     shutil.copytree(specs, tmp_path / "specs")
     (tmp_path / "templates").symlink_to(ROOT / "templates")
@@ -456,6 +457,7 @@ def test_kernels_that_are_one_are_chosen_once_and_some_tuned_ones_are() -> None:
     assert len(sample.checked(tuned)) == 16 and not sample.locked(tuned)
 
 
+@pytest.mark.slow
 def test_assembly(specs: Path) -> None:
     ptx = assembly(specs, ROOT, ADD, "ptx", "sm_90")
     assert set(ptx) == {"shrink", "expand"} and ".target sm_90" in ptx["shrink"]

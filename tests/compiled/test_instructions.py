@@ -58,6 +58,7 @@ def constants(case: Case) -> dict[str, Any]:
     return dict(zip(names, case.request.constants, strict=True))
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("variant", SORTED)
 def test_loops_over_products_copy_ahead(variant: str) -> None:
     for case, kernel in compiled(variant):
@@ -71,6 +72,7 @@ def test_loops_over_products_copy_ahead(variant: str) -> None:
         assert "cp.async.cg.shared.global" in kernel.asm["ptx"], f"{case}: no copy is 16 bytes wide"
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("variant", NAIVE)
 def test_weights_of_few_pairs_are_loaded_16_bytes_at_a_time(variant: str) -> None:
     for case, kernel in compiled(variant):
@@ -84,6 +86,7 @@ def test_weights_of_few_pairs_are_loaded_16_bytes_at_a_time(variant: str) -> Non
         assert wide >= elements * 2 / (lanes * 16), case
 
 
+@pytest.mark.slow
 def test_strict_kernels_compile(tmp_path: Path) -> None:
     """The lock has none of them, and the interpreter takes what the compiler refuses."""
     strict = build_strict(tmp_path)

@@ -214,6 +214,7 @@ def serve_layer(shape: FusedMoeShape, num_tokens: int, hint: int | None) -> None
     )
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("shape", [QWEN3_LAYER, LOCAL_LAYER, FP8_LAYER, BYTES_LAYER], ids=["qwen3", "share", "fp8", "bytes"])
 def test_no_number_of_tokens_and_no_hint_makes_another_key_of_a_layer(shape: FusedMoeShape) -> None:
     edges = {(1 << i) + step for i in range(13) for step in (-1, 0, 1)}
@@ -264,6 +265,7 @@ def linear(shape: LoraShape, num_tokens: int) -> None:
         kg.lora(out, x, a, b, route, scaling=0.5)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("separate", [False, True], ids=["one_op", "two_ops"])
 def test_no_number_of_tokens_makes_another_key_of_a_linear_layer(separate: bool) -> None:
     shape = LoraShape(k=4096, widths=(4096, 1024, 1024), rank=16, max_loras=4, separate=separate)

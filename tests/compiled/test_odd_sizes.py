@@ -25,23 +25,24 @@ def hopper() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow(keep=3)
 @pytest.mark.parametrize(
     "variant, k, n, slices, rank, block_m",
     [
         ("one_shot_bf16_sorted_add_plain_r16", 1001, 701, 2, 9, 64),
+        ("two_kernel_bf16_sorted_add_plain_rany", 1001, 701, 3, 129, 64),
+        ("small_batch_bf16_naive_add_plain_r16", 77, 33, 2, 5, 0),
         ("one_shot_bf16_sorted_add_plain_r64", 2048, 768, 3, 64, 64),
         ("one_shot_bf16_sorted_add_plain_r128", 1001, 701, 2, 101, 64),
         ("one_shot_bf16_sorted_set_weighted_r128", 2880, 2880, 3, 128, 32),
         ("one_shot_bf16_sorted_add_weighted_r32", 7168, 2050, 1, 24, 128),
         ("two_kernel_bf16_sorted_add_plain_r128", 1001, 701, 2, 128, 64),
         ("two_kernel_bf16_sorted_add_plain_r64", 2880, 2880, 3, 48, 16),
-        ("two_kernel_bf16_sorted_add_plain_rany", 1001, 701, 3, 129, 64),
         ("two_kernel_bf16_sorted_add_weighted_rany", 2048, 768, 1, 300, 128),
         ("two_kernel_bf16_sorted_set_plain_rany", 2048, 768, 2, 512, 64),
         ("two_kernel_bf16_sorted_set_weighted_rany", 2048, 2048, 1, 4096, 16),
         ("small_batch_bf16_naive_add_plain_rany", 1001, 701, 3, 129, 0),
         ("small_batch_bf16_naive_set_weighted_rany", 2048, 768, 1, 4096, 0),
-        ("small_batch_bf16_naive_add_plain_r16", 77, 33, 2, 5, 0),
     ],
 )
 def test_it_fits_and_spills_nothing(variant: str, k: int, n: int, slices: int, rank: int, block_m: int) -> None:
@@ -54,6 +55,7 @@ def test_it_fits_and_spills_nothing(variant: str, k: int, n: int, slices: int, r
         assert used.shared_bytes <= TARGET.program_shared, name
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("scale", [None, "channel"])
 @pytest.mark.parametrize("tokens", [16, 300, 4096])
 @pytest.mark.parametrize("rank", [129, 512, 1000])
@@ -76,6 +78,7 @@ def test_dense_lora_of_any_rank_fits(rank: int, tokens: int, scale: str | None) 
         assert used.spill_bytes == 0 or rank > 512, f"{name} spills {used.spill_bytes} bytes"
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(
     "variant, block_m",
     [
