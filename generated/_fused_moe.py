@@ -57,7 +57,12 @@ def fused_moe_workspace(
     """Buffers that serve every batch of up to ``max_tokens`` rows, whatever its routing.
 
     num_experts: those in the weights. dtype: of ``hidden``; with FP8 activations that of the rows in between, bfloat16.
+
+    Raises:
+        ValueError: an argument that does not fit.
     """
+    layer = (max_tokens, top_k, num_experts, hidden, intermediate)
+    _SPACE.check("fused_moe_workspace", _SPACE.named(*layer, dtype, fp8_activations, device))
     num_pairs = max_tokens * top_k
 
     def empty(size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -143,6 +148,19 @@ def fused_moe(
     return out
 
 
+_SPACE = operands.Op(
+    "fused_moe_workspace",
+    (
+        operands.Int("max_tokens"),
+        *(operands.Int(name, 1) for name in ("top_k", "num_experts", "hidden", "intermediate")),
+        operands.Choice("dtype", (torch.bfloat16, torch.float16)),
+        operands.Flag("fp8_activations"),
+        operands.Device("device"),
+    ),
+    launches=False,
+)
+
+
 def _buffer(name: str, dtype: torch.dtype | str, optional: bool = False) -> operands.Tensor:
     return operands.Tensor(name, "*", dtype, operands.CONTIGUOUS, optional=optional, written=True)
 
@@ -161,7 +179,7 @@ OP = operands.Op(
         ROUTING[0],
         operands.Tensor("topk_weights", "T, top_k", operands.FLOATS, operands.CONTIGUOUS),
         ROUTING[1],
-        operands.Choice("activation", {"swiglu": 2, "relu2": 1}, size="G"),
+        operands.Choice("activation", ("swiglu", "relu2"), "G", (2, 1)),
         *ROUTING[3:],
         operands.Flag("zeroes", public=False),
         *map(_scale, ("w13_scale", "w2_scale", "x_scale", "h_scale")),
@@ -184,6 +202,18 @@ OP = operands.Op(
     tells=("hidden", "w13"),
     apart=("out", "hidden"),
     aligned=("hidden", "w13", "w2"),
+)
+
+# What the two products call their operands here.
+_FIRST = runtime.Caller("fused_moe", x="hidden", w="w13", w_scale="w13_scale")
+_SECOND = runtime.Caller(
+    "fused_moe",
+    x="hidden",
+    codes="hidden",
+    w="w2",
+    w_scale="w2_scale",
+    x_scale="h_scale",
+    scale="h_scale",
 )
 
 _Buffers = tuple[Union[torch.Tensor, None], ...]  # of a FusedMoeWorkspace
@@ -211,7 +241,7 @@ def _bind(
         "fused_moe",
         OP.named(*layer, activation, local_expert_start, num_tokens_hint, zeroes, *rest),
     )
-    x_mode = _check_scales("fused_moe", hidden, w13, w2, scales)
+    x_mode = _check_scales(_FIRST, hidden, w13, w2, scales)
     (num_tokens, top_k), (num_experts, width, inter) = topk_ids.shape, w2.shape
     num_pairs, few = num_tokens * top_k, num_tokens <= _FEW_TOKENS
     expected = num_tokens if num_tokens_hint is None else min(num_tokens_hint, num_tokens)
@@ -249,11 +279,9 @@ def _bind(
         rows_scale = (
             h_scale if x_mode == "tensor" else found[: sizes[6]].view(num_pairs, row_scales)
         )
-        shrink = bind_quant(rows, rows_scale, inner, tables, "pair" if few else "sorted")
-    of_first, of_second = {"w_scale": w13_scale, "x_scale": x_scale}, {
-        "w_scale": w2_scale,
-        "x_scale": rows_scale,
-    }
+        shrink = bind_quant(rows, rows_scale, inner, tables, "pair" if few else "sorted", _SECOND)
+    of_first = {"w_scale": w13_scale, "x_scale": x_scale, "op": _FIRST}
+    of_second = {"w_scale": w2_scale, "x_scale": rows_scale, "op": _SECOND}
 
     def between(
         hidden: torch.Tensor, tables: MoeTables, scales: _Scales, buffers: _Buffers
@@ -268,9 +296,18 @@ def _bind(
 
     w2_is_fp8, given = w2_scale is not None, [i for i in (0, 2) if scales[i] is not None]
     if few:
-        first = bind_gemm(inner, hidden, w13, tables, None, "token_pair", activation, **of_first)
+        first = bind_gemm(inner, hidden, w13, tables, None, "token", "pair", activation, **of_first)
         last = bind_gemm(
-            out, rows, w2, tables, topk_weights, "pair_token", "none", zeroes, **of_second
+            out,
+            rows,
+            w2,
+            tables,
+            topk_weights,
+            "pair",
+            "token",
+            None,
+            zero_rest=zeroes,
+            **of_second,
         )
 
         def stream(
@@ -300,8 +337,8 @@ def _bind(
         device=hidden.device,
     )
     outputs = y[: sizes[4]].view(num_tokens, top_k, width)
-    first = bind_gemm(inner, hidden, w13, tables, None, "token_sorted", activation, **of_first)
-    second = bind_gemm(outputs, rows, w2, tables, None, "sorted_pair", "none", **of_second)
+    first = bind_gemm(inner, hidden, w13, tables, None, "token", "sorted", activation, **of_first)
+    second = bind_gemm(outputs, rows, w2, tables, None, "sorted", "pair", None, **of_second)
     total = bind_sum(
         out,
         outputs,

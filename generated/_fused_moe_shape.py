@@ -10,12 +10,25 @@ from typing import NamedTuple
 
 import torch
 
+from . import _operands as operands
 from . import _scales
 from ._fused_moe import fused_moe
-from ._warmup import ends
+from ._warmup import DTYPE, FP8, ROUTING, ends
 from .moe_gemm._problem import QUANT
 
 __all__ = ["FusedMoeShape"]
+
+_FIELDS = (
+    *(operands.Int(name, 1) for name in ("hidden", "intermediate", "num_experts", "top_k")),
+    operands.Choice("activation", ("swiglu", "relu2")),
+    operands.Choice("out_dtype", (None, *operands.FLOATS)),
+    operands.Flag("valid_tokens"),
+    operands.Int("local_expert_start"),
+    operands.Choice("weight_scales", (None, "tensor", "slice", "channel", "group")),
+    DTYPE,
+    *ROUTING,
+    *FP8[1:],
+)
 
 
 class FusedMoeShape(NamedTuple):
@@ -40,6 +53,10 @@ class FusedMoeShape(NamedTuple):
     )
     fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of both
     scales_dtype: torch.dtype = torch.float32  # of all that are given
+
+    def check(self, label: str) -> None:
+        """Raise ValueError where a field, of a shape called ``label``, is no such thing."""
+        operands.check_fields("warmup", label, self, _FIELDS)
 
     def call(self, num_tokens: int) -> None:
         """Make every call that a batch of ``num_tokens`` can make, whatever number of them is expected."""

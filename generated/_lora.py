@@ -9,6 +9,7 @@ from typing import Any, Callable, Sequence
 
 import torch
 
+from . import _operands as operands
 from . import _runtime as runtime
 from .lora_expand import _problem as expand
 from .lora_expand import scales_of as expand_scales
@@ -17,7 +18,7 @@ from .lora_shrink import _problem as shrink
 from .lora_shrink import dense_route
 from .lora_shrink import scales_of as shrink_scales
 from .lora_shrink import variant_of as shrink_variant
-from .moe_route import MoeRoute, MoeWorkspace, dense_plan, in_graph, made, moe_workspace
+from .moe_route import ROUTE, MoeRoute, MoeWorkspace, dense_plan, in_graph, made, moe_workspace
 
 __all__ = ["lora", "lora_route", "lora_workspace"]
 
@@ -61,7 +62,13 @@ def lora_workspace(
 
     Use one workspace per stream: an op writes its scratch into it. ``fp8``: operands are FP8, for which K may be shared out in
     batches of any size.
+
+    Raises:
+        ValueError: an argument that does not fit.
     """
+    _SPACE.check(
+        "lora_workspace", _SPACE.named(max_tokens, max_loras, max_rank, num_slices, device, fp8)
+    )
     sizes = {"num_experts": 1, "max_loras": max_loras, "max_rank": 1, "num_slices": 1}
     tables = moe_workspace(max_tokens=max_tokens, top_k=1, device=device, **sizes).tables
     in_parts = max_tokens if fp8 else min(max_tokens, shrink.MAX_TOKENS_IN_PARTS)
@@ -129,34 +136,52 @@ def lora(
         )
 
 
-_calls = runtime.Calls()
+_SPACE = operands.Op(
+    "lora_workspace",
+    (
+        operands.Int("max_tokens"),
+        *(operands.Int(name, 1) for name in ("max_loras", "max_rank", "num_slices")),
+        operands.Device("device"),
+        operands.Flag("fp8"),
+    ),
+    launches=False,
+)
 
 
-def _apply(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    lora_b: Sequence[torch.Tensor],
-    route: MoeRoute,
-    scaling: float,
-    offset_start: int,
-    add_inputs: bool,
-    x_scale: torch.Tensor | None,
-    a_scale: Sequence[torch.Tensor] | None,
-    b_scale: Sequence[torch.Tensor] | None,
-) -> None:
-    hint: tuple[Any, ...] = (out.shape, x.shape, len(lora_a), route[8:], offset_start, add_inputs)
-    tensors = [out, x, *lora_a, *lora_b]
-    if x_scale is not None or a_scale is not None or b_scale is not None:
-        tensors += [*(a_scale or ()), *(b_scale or ()), *(() if x_scale is None else (x_scale,))]
-        hint += (x_scale is None, a_scale is None, b_scale is None)
-    call = _calls.get(hint, tensors)
-    if call is None:
-        scales = (x_scale, a_scale, b_scale)
-        call = _calls.put(
-            hint, tensors, _bind(out, x, lora_a, lora_b, route, offset_start, add_inputs, *scales)
-        )
-    call(out, x, lora_a, lora_b, route, float(scaling), x_scale, a_scale, b_scale)
+def _scale(name: str, slices: str = "") -> operands.Tensor:
+    return operands.Tensor(name, None, None, operands.FREE, optional=True, slices=slices)
+
+
+OP = operands.Op(
+    "lora",
+    (
+        operands.Tensor("out", "T, *", "D", written=True),
+        operands.Tensor("x", "T, K", "D", scaled_by="x_scale"),
+        operands.Tensor(
+            "lora_a", (">=L, rank, K", ">=L, 1, rank, K"), "D", slices="alike", scaled_by="a_scale"
+        ),
+        operands.Tensor(
+            "lora_b",
+            (">=L, >=1, rank", ">=L, 1, >=1, rank"),
+            "D",
+            slices="any",
+            scaled_by="b_scale",
+        ),
+        ROUTE,
+        operands.Number("scaling"),
+        operands.Int("offset_start"),
+        operands.Flag("add_inputs"),
+        _scale("x_scale"),
+        _scale("a_scale", slices="any"),
+        _scale("b_scale", slices="any"),
+    ),
+    spec="specs/lora_shrink.yaml and specs/lora_expand.yaml",
+    dtypes={"D": (torch.bfloat16, torch.float16)},
+    fp8=shrink.QUANT.elements,
+    first=("lora_a", "lora_b"),
+    tells=("out", "x"),
+    apart=("out", "x"),
+)
 
 
 def _bind(
@@ -165,13 +190,14 @@ def _bind(
     lora_a: Sequence[torch.Tensor],
     lora_b: Sequence[torch.Tensor],
     route: MoeRoute,
+    scaling: float,
     offset_start: int,
     add_inputs: bool,
-    x_scale: torch.Tensor | None,
-    a_scale: Sequence[torch.Tensor] | None,
-    b_scale: Sequence[torch.Tensor] | None,
+    *scales: Any,
 ) -> Callable[..., None]:
-    first, last = problems(out, x, lora_a, lora_b, x_scale, a_scale, b_scale, route, offset_start)
+    first, last = problems(
+        out, x, lora_a, lora_b, *scales, route, offset_start, add_inputs, scaling
+    )
     if first.num_tokens == 0:
         return _nothing
     return bind(first, last, route, out.dtype, add_inputs)
@@ -187,27 +213,20 @@ def problems(
     b_scale: Sequence[torch.Tensor] | None,
     route: MoeRoute,
     offset_start: int = 0,
+    add_inputs: bool = True,
+    scaling: float = 1.0,
 ) -> tuple[shrink.Problem, expand.Problem]:
     """The sizes of both products, once everything about a call is known to fit.
 
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
+    flags, scales = (scaling, offset_start, add_inputs), (x_scale, a_scale, b_scale)
+    sizes = OP.check("lora", OP.named(out, x, lora_a, lora_b, route, *flags, *scales))
     of_a = shrink_scales("lora", x, lora_a, x_scale, a_scale)
     of_b = expand_scales("lora", lora_b, b_scale)
-    first = shrink.check("lora", None, x, lora_a, route, dtype=out.dtype, max_rank=None, **of_a)
-    last = expand.check(
-        "lora", out, None, lora_b, route, offset_start, dtype=out.dtype, max_rank=None, **of_b
-    )
-    if len(last.widths) != first.slices or last.rank != first.rank or first.device != last.device:
-        got = f"{len(last.widths)} of rank {last.rank} on {last.device}"
-        runtime.fail(
-            "lora",
-            "lora_b",
-            got,
-            f"as lora_a, {first.slices} of rank {first.rank} on {first.device}",
-        )
-    return first, last
+    first = shrink.problem_of("lora", sizes, x, lora_a, route, **of_a)
+    return first, expand.problem_of("lora", sizes, out, lora_b, route, offset_start, **of_b)
 
 
 def bind(
@@ -269,6 +288,9 @@ def bind(
 
 def _nothing(*arguments: Any) -> None:
     """The call of an empty batch."""
+
+
+_apply = OP.caller(_bind)
 
 
 def _lora(

@@ -9,13 +9,25 @@ from typing import NamedTuple, Sequence
 
 import torch
 
+from . import _operands as operands
 from . import _scales
 from ._lora import lora, lora_route
+from ._warmup import DTYPE, FP8
 from .lora_expand import lora_expand
 from .lora_shrink import lora_shrink
 from .lora_shrink._problem import QUANT
 
 __all__ = ["LoraShape"]
+
+_FIELDS = (
+    *(operands.Int(name, 1) for name in ("k", "rank", "max_loras", "gathered")),
+    operands.Several("widths", operands.Int("width", 1)),
+    operands.Int("out_width", 1, optional=True),
+    operands.Int("offset_start"),
+    *(operands.Flag(name) for name in ("add_inputs", "separate")),
+    DTYPE,
+    *FP8,
+)
 
 
 class LoraShape(NamedTuple):
@@ -37,6 +49,10 @@ class LoraShape(NamedTuple):
     x_scales: str | None = None  # of an FP8 x: "tensor", "token", "group" or "group_by_column"
     fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of both
     x_scales_dtype: torch.dtype = torch.float32
+
+    def check(self, label: str) -> None:
+        """Raise ValueError where a field, of a shape called ``label``, is no such thing."""
+        operands.check_fields("warmup", label, self, _FIELDS)
 
     def call(self, num_tokens: int) -> None:
         """Make the call of a batch of ``num_tokens``."""

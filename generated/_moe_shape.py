@@ -9,12 +9,27 @@ from typing import Iterator, NamedTuple
 
 import torch
 
+from . import _operands as operands
 from ._scales import meta_x_scales
+from ._warmup import DTYPE, FP8, ROUTING
 from .moe_lora import moe_lora
 from .moe_lora._problem import QUANT, scale_shape
 from .moe_route import MoeRoute, moe_route
 
 __all__ = ["MoeShape"]
+
+_FIELDS = (
+    *(
+        operands.Int(name, 1)
+        for name in ("k", "n", "slices", "rank", "top_k", "num_experts", "max_loras")
+    ),
+    *(operands.Flag(name) for name in ("mul_routed_weight", "add_inputs", "adapter_enabled")),
+    operands.Int("global_experts"),
+    operands.Several("assignments", operands.Choice("assignment", ("auto", "naive", "sorted"))),
+    DTYPE,
+    *ROUTING,
+    *FP8,
+)
 
 
 class MoeShape(NamedTuple):
@@ -41,6 +56,10 @@ class MoeShape(NamedTuple):
     )
     fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of both
     x_scales_dtype: torch.dtype = torch.float32
+
+    def check(self, label: str) -> None:
+        """Raise ValueError where a field, of a shape called ``label``, is no such thing."""
+        operands.check_fields("warmup", label, self, _FIELDS)
 
     def call(self, num_tokens: int) -> None:
         """Make every call that a batch of ``num_tokens`` can make."""
@@ -86,6 +105,11 @@ class MoeShape(NamedTuple):
             )
         if self.x_scales is not None:
             of_x = self.fp8_dtype
+        weights = (
+            empty(num_tokens, self.top_k, dtype=self.topk_weights_dtype)
+            if self.mul_routed_weight
+            else None
+        )
         for x_scale in meta_x_scales(
             self.x_scales, (rows, self.k), QUANT, self.x_scales_dtype, self.num_experts
         ):
@@ -95,7 +119,7 @@ class MoeShape(NamedTuple):
                 [empty(*a_shape, dtype=of_weights)] * self.slices,
                 [empty(*b_shape, dtype=of_weights)] * self.slices,
                 route,
-                topk_weights=empty(num_tokens, self.top_k, dtype=self.topk_weights_dtype),
+                topk_weights=weights,
                 add_inputs=self.add_inputs,
                 mul_routed_weight=self.mul_routed_weight,
                 a_scale=a_scale,

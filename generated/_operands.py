@@ -14,6 +14,7 @@ integer that is given, and at least 1, but for that of a batch, T; ``*`` is any 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, Callable, Iterator, Mapping, NoReturn, Sequence, TypeVar, cast
 
@@ -61,6 +62,10 @@ class Tensor:
     left_out: bool = False
 
     @property
+    def is_optional(self) -> bool:
+        return self.optional or bool(self.only_with)
+
+    @functools.cached_property
     def forms(self) -> tuple[tuple[_Dim, ...], ...]:
         texts = (self.shape,) if isinstance(self.shape, str) else self.shape or ()
         return tuple(tuple(_Dim.read(part) for part in text.split(",") if part.strip()) for text in texts)
@@ -73,7 +78,7 @@ class Tensor:
             fail(op, label, None, wanted, f"{self.only_with} needs it")
         if self.only_with and value is not None and not values[self.only_with]:
             fail(op, label, _say(value), None, f"it is used with {self.only_with} alone")
-        if value is None and (self.optional or self.made or self.only_with):
+        if value is None and (self.is_optional or self.made):
             return
         if not self.slices:
             if not isinstance(value, torch.Tensor):
@@ -146,17 +151,50 @@ class Number:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One of several words; ``size``: the name in shapes of what each stands for."""
+    """One of several words, dtypes or None; ``sizes``: what each stands for in shapes, under the name ``size``."""
 
     name: str
-    words: Mapping[str | None, int]
+    words: tuple[str | torch.dtype | None, ...]
     size: str = ""
+    sizes: tuple[int, ...] = ()
 
     def admit(self, op: str, value: object, values: Mapping[str, Any], label: str = "") -> None:
         """Raise ValueError unless ``value`` is one of them."""
-        if not isinstance(value, (str, type(None))) or value not in self.words:
-            wanted = " or ".join("None" if word is None else f'"{word}"' for word in self.words)
+        if not isinstance(value, (str, torch.dtype, type(None))) or value not in self.words:
+            wanted = " or ".join(f'"{word}"' if isinstance(word, str) else str(word) for word in self.words)
             fail(op, label or self.name, _say(value), wanted)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """A device, or its name."""
+
+    name: str
+
+    def admit(self, op: str, value: object, values: Mapping[str, Any], label: str = "") -> None:
+        """Raise ValueError unless ``value`` is one."""
+        try:
+            right = isinstance(value, (str, torch.device)) and torch.device(value) is not None
+        except RuntimeError:
+            right = False
+        if not right:
+            fail(op, label or self.name, _say(value), "a device, or its name")
+
+
+@dataclasses.dataclass(frozen=True)
+class Several:
+    """A tuple of at least one ``item``."""
+
+    name: str
+    item: Int | Choice
+
+    def admit(self, op: str, value: object, values: Mapping[str, Any], label: str = "") -> None:
+        """Raise ValueError unless ``value`` is such a tuple."""
+        label = label or self.name
+        if not isinstance(value, tuple) or not value:
+            fail(op, label, _say(value) if value != () else "none", "a tuple of at least one")
+        for i, item in enumerate(value):
+            self.item.admit(op, item, values, f"{label}[{i}]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +231,7 @@ class Bundle:
                 yield from part.tensors(getattr(value, part.name), f"{label}.{part.name}")
 
 
-Operand = Tensor | Int | Flag | Number | Choice | Bundle
+Operand = Tensor | Int | Flag | Number | Choice | Device | Several | Bundle
 
 
 class _Looks:
@@ -222,8 +260,23 @@ def bundle(cls: _Class) -> _Class:
     return cast(_Class, type(cls.__name__, (cls,), body))
 
 
+def alike(bundle: Any, kept: list[object]) -> Any:
+    """``bundle`` itself, of whose like the looks are ``kept``, once they are known."""
+    if kept:
+        bundle.looks = kept[0]
+    else:
+        kept.append(bundle.looks)
+    return bundle
+
+
 def _kind(part: object) -> object:
     return (part.__class__, part) if isinstance(part, (int, str, type(None))) else part.__class__
+
+
+def check_fields(op: str, label: str, given: object, fields: Sequence[Operand]) -> None:
+    """Raise ValueError where an attribute of ``given``, which errors call ``label``, is not what it is declared."""
+    for field in fields:
+        field.admit(op, getattr(given, field.name), {}, f"{label}.{field.name}")
 
 
 class Sizes:
@@ -249,7 +302,7 @@ class Sizes:
         found: dict[str, list[str]] = {}
         for name in dict.fromkeys(names):
             source = self._sources.get(name, operand)
-            if source != operand:
+            if source and source != operand:
                 found.setdefault(source, []).append(f"{name} = {self._values[name]}".replace("torch.", ""))
         return "; ".join(f"{', '.join(sizes)} as in {source}" for source, sizes in found.items())
 
@@ -308,6 +361,7 @@ class Op:
         apart: a written operand and the rows it is made of: that they share no memory is checked at every call.
         aligned: operands of which it matters whether they begin at a 16-byte boundary.
         sizes: further sizes, from all arguments, once their types are right.
+        launches: kernels, so that tensors are where those run; False: it is plain torch.
     """
 
     name: str
@@ -320,6 +374,7 @@ class Op:
     apart: tuple[str, str] | tuple[()] = ()
     aligned: tuple[str, ...] = ()
     sizes: Callable[[Mapping[str, Any]], Mapping[str, int]] | None = None
+    launches: bool = True
 
     def __post_init__(self) -> None:
         OPS[self.name] = self
@@ -347,19 +402,22 @@ class Op:
             if isinstance(operand, (Tensor, Bundle))
             for found in operand.tensors(values[operand.name])
         ]
-        _check_places(op, tensors)
+        if self.launches:
+            _check_places(op, tensors)
         sizes = Sizes(known)
         for operand in self.operands:
             _numbers(op, operand, values[operand.name], sizes)
         for name, value in (self.sizes(values) if self.sizes is not None else {}).items():
-            sizes.set(name, value, self.name)
-        waiting = sorted(tensors, key=lambda found: found[1].name not in self.first)
+            sizes.set(name, value, "")
+        order = {name: place for place, name in enumerate(self.first)}
+        waiting = sorted(tensors, key=lambda found: order.get(found[1].name, len(order)))
         for label, operand, tensor in _in_order(waiting, sizes):
             self._check_tensor(op, label, operand, tensor, values, sizes)
         for operand in self.operands:
             if isinstance(operand, Tensor) and operand.slices == "alike" and values[operand.name]:
                 _check_alike(op, operand.name, values[operand.name])
-        _check_memory(op, tensors)
+        if tensors:
+            _check_memory(op, tensors)
         return sizes
 
     def _check_tensor(
@@ -372,8 +430,8 @@ class Op:
             names = [name for form in operand.forms for dim in form for name in dim.names]
             shared = isinstance(operand.dtype, str) and sizes.get(operand.dtype) is not None
             origin = sizes.come_from([*names, *([operand.dtype] if shared else [])], label)  # type: ignore[list-item]
-            hint = "; ".join(filter(None, (origin, self._of_dtype(operand, tensor, dtypes, values))))
-            fail(op, label, describe(tensor), _wanted(operand, dtypes, sizes, tensor), hint)
+            hints = (origin, _empty(operand, tensor, sizes), self._of_dtype(operand, tensor, dtypes, values))
+            fail(op, label, describe(tensor), _wanted(operand, dtypes, sizes, tensor), "; ".join(filter(None, hints)))
         for name, size in (new or {}).items():
             sizes.set(name, size, label)
         if isinstance(operand.dtype, str) and not self._is_scaled(operand, values):
@@ -433,7 +491,7 @@ class Op:
     def _remember(self, bind: Callable[..., Any], end: str) -> Callable[..., Any]:
         """Written out, as a loop over declarations would take longer than all the rest of a call."""
         names = ", ".join(operand.name for operand in self.operands)
-        hint, tensors, optional, numbers = [], [], [], []
+        hint, tensors, numbers = [], [], []
         for operand in self.operands:
             name = operand.name
             if name in self.tells:
@@ -443,30 +501,21 @@ class Op:
             elif isinstance(operand, Number):
                 numbers.append(f"        if {name}.__class__ is not float or not isfinite({name}):\n")
                 numbers.append(f"            {name} = number({name!r}, {name})\n")
-            elif isinstance(operand, Tensor):
-                given, many = (f"*{name}", f"{name}.__class__, len({name}), ") if operand.slices else (name, "")
-                if not operand.optional and not operand.only_with:
-                    tensors.append(given)
-                    hint += [many.removesuffix(", ")] if many else []
-                elif operand.left_out:
-                    more = f"tensors += ({given},); left += ({name},); hint += ({name!r}, {many})"
-                    optional.append(f"        if {name} is not None:\n            {more}\n")
-                else:
-                    hint.append(f"None if {name} is None else ({many})" if many else f"{name} is None")
-                    optional.append(f"        if {name} is not None:\n            tensors += ({given},)\n")
-            else:
+            elif not isinstance(operand, Tensor):
                 hint.append(name)
                 if isinstance(operand, Int) or (isinstance(operand, Flag) and operand.public):
                     hint.append(f"{name}.__class__")  # True == 1 == 1.0
+            elif not operand.is_optional:
+                tensors.append(f"*{name}" if operand.slices else name)
+                hint += [f"{name}.__class__", f"len({name})"] if operand.slices else []
         if self.aligned:
             hint.append(f"({' | '.join(f'{name}.data_ptr()' for name in self.aligned)}) & 15 != 0")
         written, read = self.apart or ("", "")
-        left = "        left = ()\n" if any(getattr(operand, "left_out", False) for operand in self.operands) else ""
         source = _REMEMBERED.format(
             names=names,
             hint="".join(f"{part}, " for part in hint),
             tensors="".join(f"{part}, " for part in tensors),
-            optional=left + "".join(optional),
+            optional="".join(self._optional()),
             numbers="".join(numbers),
             kept=_KEPT.format(written=written, read=read) if self.apart else "",
             found=(_FOUND_APART if self.apart else _FOUND).format(written=written, read=read),
@@ -487,6 +536,23 @@ class Op:
         exec(compile(source, f"<{self.name}>", "exec"), made)
         function: Callable[..., Any] = made["function"]
         return function
+
+    def _optional(self) -> Iterator[str]:
+        """Lines that add the optional tensors that are given, behind one test where all are rare."""
+        optional = [operand for operand in self.operands if isinstance(operand, Tensor) and operand.is_optional]
+        left_out = any(operand.left_out for operand in optional)
+        indent = "        "
+        if left_out:
+            yield f"{indent}left = ()\n"
+        if len(optional) > 2:
+            yield f"{indent}if not ({' is '.join(operand.name for operand in optional)} is None):\n"
+            indent += "    "
+        for operand in optional:
+            name = operand.name
+            given, kind = (f"*{name}", f", {name}.__class__, len({name})") if operand.slices else (name, "")
+            left = f"; left += ({name},)" if operand.left_out else ""
+            yield f"{indent}if {name} is not None:\n"
+            yield f"{indent}    tensors += ({given},); hint += ({name!r}{kind},){left}\n"
 
     def _number(self, name: str, value: Any) -> float:
         Number(name).admit(self.name, value, {})
@@ -523,7 +589,7 @@ def _numbers(op: str, operand: Operand, value: Any, sizes: Sizes) -> None:
     if isinstance(operand, Int) and operand.size and value is not None:
         sizes.set(operand.size, value, operand.name)
     elif isinstance(operand, Choice) and operand.size:
-        sizes.set(operand.size, operand.words[value], operand.name)
+        sizes.set(operand.size, operand.sizes[operand.words.index(value)], operand.name)
     elif isinstance(operand, Tensor) and operand.slices and value is not None:
         sizes.set("S", len(value), operand.name)
         if len(value) != sizes["S"]:
@@ -574,6 +640,15 @@ def _bindings(form: Sequence[_Dim], tensor: torch.Tensor, sizes: Sizes) -> dict[
     return new if fits else None
 
 
+def _empty(operand: Tensor, tensor: torch.Tensor, sizes: Sizes) -> str:
+    """A hint: which sizes must not be 0."""
+    for form in operand.forms:
+        if len(form) == tensor.dim():
+            none = [dim.say(sizes) for dim, size in zip(form, tensor.shape, strict=True) if size == 0 and "T" not in dim.names]
+            return f"{', '.join(none)}: at least 1" if none else ""
+    return ""
+
+
 def _lies_right(operand: Tensor, tensor: torch.Tensor) -> bool:
     if tensor.numel() == 0 or operand.strides == FREE:
         return True
@@ -613,10 +688,13 @@ def _check_alike(op: str, name: str, slices: Sequence[torch.Tensor]) -> None:
 
 def _check_memory(op: str, tensors: Sequence[_Found]) -> None:
     """Raise ValueError where a tensor that is written shares memory with another."""
-    for label, operand, tensor in tensors:
+    if tensors[0][2].device.type == "meta":
+        return
+    spans = [(label, tensor, tensor.data_ptr(), tensor.data_ptr() + _reach(tensor)) for label, _, tensor in tensors]
+    for (_, operand, _), (label, tensor, begin, end) in zip(tensors, spans, strict=True):
         if operand.written:
-            for other_label, _, other in tensors:
-                if other_label != label:
+            for other_label, other, other_begin, other_end in spans:
+                if begin < other_end and other_begin < end and other_label != label:
                     check_apart(op, label, tensor, other_label, other)
 
 
@@ -639,8 +717,10 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
 
 def _reach(tensor: torch.Tensor) -> int:
     """Bytes from the first element of a tensor to behind its last one."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size() if tensor.numel() else 0
+    if tensor.numel() == 0:
+        return 0
+    last = sum([(size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)])
+    return (last + 1) * tensor.element_size()
 
 
 def share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -670,6 +750,6 @@ def _width(tensor: torch.Tensor) -> int:
 def _say(value: object) -> str:
     if isinstance(value, torch.Tensor):
         return describe(value)
-    if value is None or isinstance(value, bool):
+    if value is None or isinstance(value, (bool, torch.dtype)):
         return str(value)
     return f"{type(value).__name__} {value!r}" if isinstance(value, (int, float, str)) else type(value).__name__

@@ -9,6 +9,8 @@ from typing import Callable
 
 import torch
 
+from . import _runtime as runtime
+
 __all__ = ["overlap"]
 
 
@@ -27,8 +29,24 @@ def overlap(
 
     Args:
         stream: not the current one. None: one after the other, on the current stream.
-        events: two events that nobody else uses meanwhile, made once: they cost nothing to record again.
+        events: two events that nobody else uses meanwhile, made once: they cost nothing to record again. None with no stream.
+
+    Raises:
+        ValueError: an argument of another type, or a stream without events; nothing was run.
     """
+    for label, function in (("base_fn", base_fn), ("lora_fn", lora_fn)):
+        if not callable(function):
+            runtime.fail("overlap", label, type(function).__name__, "a function of no arguments")
+    if stream is not None and not isinstance(stream, torch.cuda.Stream):
+        runtime.fail("overlap", "stream", type(stream).__name__, "a torch.cuda.Stream, or None")
+    right = isinstance(events, (tuple, list)) and [
+        isinstance(event, torch.cuda.Event) for event in events
+    ] == [True, True]
+    if (events is not None and not right) or (events is None) != (stream is None):
+        got = type(events).__name__ if isinstance(events, (tuple, list)) else events
+        runtime.fail(
+            "overlap", "events", got, "two torch.cuda.Events with a stream, None without one"
+        )
     if stream is None or events is None:
         base_fn()
         lora_fn()

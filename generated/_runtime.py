@@ -155,7 +155,7 @@ class Calls:
 
 
 def _looks(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def _guard(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
@@ -519,12 +519,25 @@ def rank_tile(
     return 32, 1
 
 
+class Caller(str):
+    """The name of what the user called, with what its arguments are called there: for an op that is made of others."""
+
+    labels: dict[str, str]
+
+    def __new__(cls, name: str, **labels: str) -> Caller:
+        caller = super().__new__(cls, name)
+        caller.labels = labels
+        return caller
+
+
 def fail(variant: str, what: str, got: object, wanted: object, hint: str = "") -> NoReturn:
     """Raise the one form of error that launchers use.
 
     Raises:
         ValueError: always; the message names the variant, what was given, what was wanted and what to do.
     """
+    if isinstance(variant, Caller):
+        what = variant.labels.get(what, what)
     raise ValueError(f"{variant}: {what}: got {got}, wanted {wanted}" + (f"; {hint}" if hint else ""))
 
 
@@ -535,12 +548,15 @@ def check_tile(variant: str, name: str, tile: int, **wholes: int) -> None:
             fail(variant, name, tile, f"a divisor of {whole} = {size}", "leave config out for the tiles of the rule")
 
 
-def check_types(variant: str, wanted: type | tuple[type, ...], **arguments: object) -> None:
-    """Raise ValueError for the first of ``arguments`` that is not of a wanted type; for where Python has tripped over one."""
-    for label, value in arguments.items():
-        if not isinstance(value, wanted):
-            known = wanted if isinstance(wanted, tuple) else (wanted,)
-            fail(variant, label, f"{type(value).__name__}", " or ".join(kind.__name__ for kind in known))
+def given(variant: str, config: Any, of: type) -> Any:
+    """Tiles that a caller brought, or None.
+
+    Raises:
+        ValueError: they are of another kernel.
+    """
+    if config is not None and not isinstance(config, of):
+        fail(variant, "config", type(config).__name__, f"a {of.__name__} of this module, or None")
+    return config
 
 
 def describe(tensor: torch.Tensor) -> str:

@@ -112,14 +112,14 @@ def find_x_mode(
     wanted = f"[1], {list(x_scale_shape('token', x.shape, quant))} or {list(x_scale_shape('group', x.shape, quant))}"
     hint = "a scale for the tensor, a token or a group"
     if experts > 1:
-        wanted, hint = f"[>= {experts}], {wanted}", f"{hint}, or an expert"
+        wanted, hint = f"[{experts}], {wanted}", f"{hint}, or an expert"
     elif x_scale.dim() == 1:
         hint += "; of one an expert take the largest, with which a row that several experts read is made FP8"
     runtime.fail(variant, label, runtime.describe(x_scale), wanted, hint)
 
 
 def _fits_x(mode: str, scale: Sequence[int], x: Sequence[int], quant: Quant, experts: int) -> bool:
-    of_experts = mode == "tensor" and experts > 1 and len(scale) == 1 and scale[0] >= experts
+    of_experts = mode == "tensor" and experts > 1 and len(scale) == 1 and scale[0] == experts
     return of_experts or tuple(scale) == x_scale_shape(mode, x, quant)
 
 
@@ -191,7 +191,7 @@ def check_x_scale(
     elif x_scale is not None and right and x_scale.is_contiguous():
         return int(mode != "tensor" or x_scale.numel() > 1), None
     got = None if x_scale is None else runtime.describe(x_scale)
-    of_experts = f" or [>= {experts}]" if mode == "tensor" and experts > 1 else ""
+    of_experts = f" or [{experts}]" if mode == "tensor" and experts > 1 else ""
     wanted = f"contiguous {list(shape)}{of_experts} float32 or float8_e8m0fnu on {x.device}"
     runtime.fail(
         variant,

@@ -15,13 +15,32 @@ from typing import Iterator, Protocol, Sequence
 
 import torch
 
+from . import _operands as operands
 from . import _runtime as runtime
 
 __all__ = ["warmup"]
 
+# Fields that shapes have in common.
+DTYPE = operands.Choice("dtype", (torch.bfloat16, torch.float16))
+ROUTING = (
+    operands.Choice("topk_ids_dtype", operands.IDS),
+    operands.Choice("topk_weights_dtype", operands.FLOATS),
+)
+FP8 = (
+    operands.Choice("weight_scales", (None, "tensor", "channel", "group")),
+    operands.Choice("x_scales", (None, "tensor", "token", "group")),
+    operands.Choice("fp8_dtype", (torch.float8_e4m3fn, torch.float8_e5m2)),
+)
+_WARMUP = operands.Op(
+    "warmup", (operands.Int("max_tokens", 1), operands.Device("device")), launches=False
+)
+
 
 class Shape(Protocol):
     """What a model fixes of a layer: ``MoeShape``, ``ShardedMoeShape``, ``FusedMoeShape`` or ``LoraShape``."""
+
+    def check(self, label: str) -> None:
+        """Raise ValueError where a field, of a shape called ``label``, is no such thing."""
 
     def call(self, num_tokens: int) -> None:
         """Make every call that a batch of ``num_tokens`` can make, on the meta device."""
@@ -57,14 +76,26 @@ def warmup(
     contiguous. Run it before capturing CUDA graphs. Interpreted kernels are not compiled: then it is 0.
 
     Raises:
-        ValueError: ``device`` is not a GPU.
+        ValueError: a field of a shape that does not fit, or a device that is no GPU.
     """
+    if not isinstance(shapes, (list, tuple)) or hasattr(shapes, "check"):
+        runtime.fail("warmup", "shapes", type(shapes).__name__, "a list of shapes")
+    for i, shape in enumerate(shapes):
+        if not hasattr(shape, "check"):
+            runtime.fail(
+                "warmup",
+                f"shapes[{i}]",
+                type(shape).__name__,
+                "MoeShape, ShardedMoeShape, FusedMoeShape or LoraShape",
+            )
+        shape.check(f"shapes[{i}]")
+    _WARMUP.check("warmup", _WARMUP.named(max_tokens, device))
     if runtime.INTERPRETED:
         return 0
     device = torch.device(device)
-    if device.type != "cuda":
-        raise ValueError(
-            f"warmup: device: got {device}, wanted a GPU: kernels are compiled for no other device"
+    if device.type != "cuda" or not torch.cuda.is_available():
+        runtime.fail(
+            "warmup", "device", device, "a GPU", "kernels are compiled for no other device"
         )
     if device.index is None:
         device = torch.device(device.type, torch.cuda.current_device())

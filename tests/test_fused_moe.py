@@ -74,7 +74,7 @@ def test_opcheck_of_the_steps(device: str) -> None:
     tokens = layer.ids.shape[0]
     tables = kg.moe_align(layer.ids, num_experts=EXPERTS)
     rows = torch.zeros(tokens, TOP_K, 2 * INTER, dtype=torch.bfloat16, device=device)
-    product = (rows, layer.hidden, layer.w13, *tables, None, "token_pair", "none", None, None)
+    product = (rows, layer.hidden, layer.w13, *tables, None, "token", "pair", None, None, None)
     torch.library.opcheck(OPS.moe_gemm.default, product)
     h = torch.zeros(tokens * TOP_K, INTER, dtype=torch.bfloat16, device=device)
     torch.library.opcheck(OPS.moe_act.default, (h, rows, layer.ids, None, "swiglu", EXPERTS, 0, None))

@@ -155,24 +155,6 @@ def test_a_copy_under_another_name_has_ops_of_its_own(tmp_path: Path) -> None:
         sys.path.remove(str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("spoiled", "wanted"),
-    [
-        ({"out": None}, "out: got NoneType, wanted Tensor"),
-        ({"x": [1.0]}, "x: got list, wanted Tensor"),
-        ({"lora_a": (None, None)}, r"lora_a\[0\]: got NoneType, wanted Tensor"),
-        ({"lora_b": iter(())}, "lora_b: got tuple_iterator, wanted list or tuple"),
-        ({"route": (1, 2)}, "route: got tuple, wanted MoeRoute"),
-    ],
-)
-def test_what_is_no_tensor_is_named(spoiled: dict[str, Any], wanted: str, device: str) -> None:
-    batch = Batch(device)
-    route = batch.route("sorted")
-    right = {"out": batch.out, "x": batch.x, "lora_a": batch.a, "lora_b": batch.b, "route": route}
-    with pytest.raises(ValueError, match=f"^moe_lora: {wanted}"):
-        kg.moe_lora(**{**right, **spoiled})
-
-
 def test_a_workspace_for_tables_of_an_engine(device: str) -> None:
     """Tables of an engine are padded further than those of ``moe_route``, so their size is asked for."""
     wide = torch.full((LORAS, 4000), TOKENS * TOP_K, dtype=torch.int32, device=device)

@@ -16,7 +16,7 @@ from .. import _runtime as runtime
 from ..lora_shrink import dense_route
 from ..lora_shrink._problem import kind_of_scales
 from ..moe_route import MoeRoute
-from ._problem import QUANT, Call, check, choose
+from ._problem import OP, QUANT, Call, check_y, choose, problem_of
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 # (largest rank, tag); a rank goes to the first of them that there is a variant for
@@ -76,8 +76,6 @@ _MODULES = {
     ("f16", False, "rany", None): "f16_set_rany",
 }
 
-_calls = runtime.Calls()
-
 
 def lora_expand(
     out: torch.Tensor,
@@ -112,27 +110,7 @@ def lora_expand(
         sizes = (route.num_tokens, route.max_loras, route.block_m, route.max_blocks)
         _lora_expand_op(out, y, lora_b, *tables, *sizes, offset_start, add_inputs, b_scale or [])
     else:
-        _apply(out, y, lora_b, route, offset_start, add_inputs, b_scale)
-
-
-def _apply(
-    out: torch.Tensor,
-    y: torch.Tensor,
-    lora_b: Sequence[torch.Tensor],
-    route: MoeRoute,
-    offset_start: int,
-    add_inputs: bool,
-    b_scale: Sequence[torch.Tensor] | None,
-) -> None:
-    hint = (out.shape, len(lora_b), route[8:], offset_start, add_inputs, b_scale is None)
-    scales = () if b_scale is None else (b_scale,)
-    tensors = [out, y, *lora_b, *(b_scale or ())]
-    call = _calls.get(hint, tensors)
-    if call is None:
-        call = _calls.put(
-            hint, tensors, _bind(out, y, lora_b, route, offset_start, add_inputs, b_scale)
-        )
-    call(out, y, lora_b, route, 1.0, *scales)
+        _apply(out, y, lora_b, route, 1.0, offset_start, add_inputs, b_scale)
 
 
 def _bind(
@@ -140,13 +118,23 @@ def _bind(
     y: torch.Tensor,
     lora_b: Sequence[torch.Tensor],
     route: MoeRoute,
+    scaling: float,
     offset_start: int,
     add_inputs: bool,
     b_scale: Sequence[torch.Tensor] | None,
 ) -> Call:
-    scales = scales_of("lora_expand", lora_b, b_scale)
-    problem = check(
-        "lora_expand", out, y, lora_b, route, offset_start, dtype=out.dtype, max_rank=None, **scales
+    sizes = OP.check(
+        "lora_expand", OP.named(out, y, lora_b, route, scaling, offset_start, add_inputs, b_scale)
+    )
+    check_y("lora_expand", out, y)
+    problem = problem_of(
+        "lora_expand",
+        sizes,
+        out,
+        lora_b,
+        route,
+        offset_start,
+        **scales_of("lora_expand", lora_b, b_scale),
     )
     variant = variant_of("lora_expand", out.dtype, add_inputs, problem.rank, problem.weight_scales)
     if problem.num_tokens == 0:
@@ -158,7 +146,7 @@ def _bind(
 def scales_of(
     op: str, lora_b: Sequence[torch.Tensor], b_scale: Sequence[torch.Tensor] | None
 ) -> dict[str, Any]:
-    """Scales with what there is one each of, as ``check`` takes them."""
+    """Scales with what there is one each of, as ``problem_of`` takes them."""
     if b_scale is None:
         return {}
     return {"b_scale": (kind_of_scales(op, "b_scale", b_scale, lora_b, QUANT), b_scale)}
@@ -169,7 +157,7 @@ def variant_of(
 ) -> ModuleType:
     """The variant of the smallest rank bucket that holds the rank."""
     for largest, tag in _BUCKETS:
-        module = _MODULES.get((_DTYPES.get(dtype, ""), add_inputs, tag, weight_scales))
+        module = _MODULES.get((_DTYPES[dtype], add_inputs, tag, weight_scales))
         if rank <= largest and module is not None:
             return importlib.import_module(f".{module}", __name__)
     got = f"{dtype}, add_inputs={add_inputs}, rank {rank}, scales of weights: {weight_scales}"
@@ -186,12 +174,15 @@ def _nothing(*arguments: Any) -> None:
     """The call of an empty batch."""
 
 
+_apply = OP.caller(_bind)
+
+
 def _lora_expand(
     out: torch.Tensor, y: torch.Tensor, lora_b: Sequence[torch.Tensor], *rest: Any
 ) -> None:
     pairs, blocks, num_blocks, *sizes, offset_start, add_inputs, b_scale = rest
     route = dense_route(pairs, blocks, num_blocks, None, *sizes)
-    _apply(out, y, lora_b, route, offset_start, add_inputs, b_scale or None)
+    _apply(out, y, lora_b, route, 1.0, offset_start, add_inputs, b_scale or None)
 
 
 _lora_expand_op = runtime.op(

@@ -11,10 +11,11 @@ from typing import Callable, NamedTuple, Sequence
 
 import torch
 
+from .. import _operands as operands
 from .. import _runtime as runtime
 from .._scales import Quant, check_fp8, product_rows
-from ..lora_shrink._problem import Parts, check_route, check_weights, is_as_measured, scale_strides
-from ..moe_route import MoeRoute
+from ..lora_shrink._problem import Parts, check_route, is_as_measured, scale_strides
+from ..moe_route import ROUTE, MoeRoute, check_rank
 from ._tuned import TUNED
 
 
@@ -44,6 +45,36 @@ _FP8 = (
 )
 QUANT = Quant(_FP8, 128, 128)
 
+OP = operands.Op(
+    "lora_expand",
+    (
+        operands.Tensor("out", "T, *", "D", written=True),
+        operands.Tensor(
+            "y", "S, T, rank", (torch.float32, torch.bfloat16, torch.float16), operands.CONTIGUOUS
+        ),
+        operands.Tensor(
+            "lora_b",
+            (">=L, >=1, rank", ">=L, 1, >=1, rank"),
+            "D",
+            slices="any",
+            scaled_by="b_scale",
+        ),
+        ROUTE,
+        operands.Number("scaling", public=False),
+        operands.Int("offset_start"),
+        operands.Flag("add_inputs"),
+        operands.Tensor(
+            "b_scale", None, None, operands.FREE, optional=True, slices="any", left_out=True
+        ),
+    ),
+    spec="specs/lora_expand.yaml",
+    dtypes={"D": (torch.bfloat16, torch.float16)},
+    fp8=QUANT.elements,
+    first=("lora_b",),
+    tells=("out",),
+    apart=("out", "y"),
+)
+
 
 class Problem(NamedTuple):
     """The sizes of one checked call; strides count elements."""
@@ -65,7 +96,7 @@ class Problem(NamedTuple):
 def check(
     variant: str,
     out: torch.Tensor,
-    y: torch.Tensor | None,
+    y: torch.Tensor,
     lora_b: Sequence[torch.Tensor],
     route: MoeRoute,
     offset_start: int,
@@ -74,68 +105,64 @@ def check(
     max_rank: int | None,
     b_scale: tuple[str, Sequence[torch.Tensor]] | None = None,
 ) -> Problem:
-    """The sizes of a call, once everything about it is known to fit; y is None where it is not the caller's. Scales come
-    with what there is one each of.
+    """The sizes of a call, once everything about it is known to fit; scales come with what there is one each of.
 
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
-    check_route(variant, route)
-    slices, num_tokens = len(lora_b), route.num_tokens
-    if slices < 1:
-        runtime.fail(variant, "lora_b", "no slice", "at least one")
-    rank, row, widths = lora_b[0].shape[-1], lora_b[0].stride(-2) if lora_b[0].dim() > 2 else 0, []
-    of_b = (
-        dtype if b_scale is None else check_fp8(variant, "lora_b[0]", lora_b[0], b_scale[0], QUANT)
+    scales = None if b_scale is None else b_scale[1]
+    sizes = OP.check(
+        variant, OP.named(out, y, lora_b, route, 1.0, offset_start, True, scales), D=dtype
     )
+    check_y(variant, out, y)
+    return problem_of(
+        variant, sizes, out, lora_b, route, offset_start, max_rank=max_rank, b_scale=b_scale
+    )
+
+
+def check_y(variant: str, out: torch.Tensor, y: torch.Tensor) -> None:
+    """Raise ValueError where rank vectors are of another dtype than those that are taken."""
+    if y.dtype not in (torch.float32, out.dtype):
+        runtime.fail(variant, "y", runtime.describe(y), f"float32 or {out.dtype}, as out")
+
+
+def problem_of(
+    variant: str,
+    sizes: operands.Sizes,
+    out: torch.Tensor,
+    lora_b: Sequence[torch.Tensor],
+    route: MoeRoute,
+    offset_start: int,
+    *,
+    max_rank: int | None = None,
+    b_scale: tuple[str, Sequence[torch.Tensor]] | None = None,
+) -> Problem:
+    """The sizes of a product whose operands are checked, once the rest is too.
+
+    Raises:
+        ValueError: as ``check``.
+    """
+    check_route(variant, route)
+    first, rank, widths = lora_b[0], sizes["rank"], tuple(b.shape[-2] for b in lora_b)
+    row, end = first.stride(-2), offset_start + sum(widths)
     for i, b in enumerate(lora_b):
-        _, width, columns = check_weights(
-            variant, f"lora_b[{i}]", b, "[L, N, rank]", route, of_b, out.device
-        )
-        if width < 1 or columns != rank or b.stride(-2) != row:
-            wanted = f"[L, N >= 1, {rank}] with rows {row} apart"
+        if b.stride(-2) != row or b.dtype != first.dtype:
+            wanted = f"[L, N >= 1, {rank}] {first.dtype} with rows {row} apart"
             runtime.fail(
                 variant, f"lora_b[{i}]", runtime.describe(b), wanted, "slices differ in N alone"
             )
-        widths.append(width)
-    if rank < 1 or (max_rank is not None and rank > max_rank):
-        runtime.fail(
-            variant,
-            "rank",
-            rank,
-            f"1 to {max_rank}",
-            "lora_expand picks the variant that serves a rank",
-        )
-    end = offset_start + sum(widths)
-    if offset_start < 0:
-        runtime.fail(variant, "offset_start", offset_start, "at least 0")
-    fits = (
-        out.dim() == 2 and out.shape[0] == num_tokens and out.shape[1] >= end and out.dtype == dtype
-    )
-    if not fits or (out.shape[1] > 1 and out.stride(1) != 1):
-        runtime.fail(
-            variant,
-            "out",
-            runtime.describe(out),
-            f"[{num_tokens}, >= {end}] {dtype} with last stride 1",
-        )
-    if y is not None:
-        shape = (slices, num_tokens, rank)
-        if (
-            y.shape != shape
-            or y.dtype not in (torch.float32, dtype)
-            or not y.is_contiguous()
-            or y.device != out.device
-        ):
-            wanted = f"contiguous {list(shape)} torch.float32 or {dtype} on {out.device}"
-            runtime.fail(variant, "y", runtime.describe(y), wanted, "S slices of T tokens")
-    if max(row * max(widths), end) >= 2**31:
-        runtime.fail(variant, "size of an adapter's matrix", (row, widths), "below 2**31 elements")
+    check_rank(variant, "lora_b", rank, max_rank, row, max(widths))
+    if end >= 2**31:
+        runtime.fail(variant, "offset_start", offset_start, f"0 to {2**31 - 1 - sum(widths)}")
+    if out.shape[1] < end:
+        hint = f"slices of {', '.join(map(str, widths))} columns, as in lora_b, from offset_start = {offset_start} on"
+        runtime.fail(variant, "out", runtime.describe(out), f"[{route.num_tokens}, >= {end}]", hint)
     strides, kind, of_scales = tuple(b.stride(0) for b in lora_b), None, ()
     if b_scale is not None:
+        check_fp8(variant, "lora_b[0]", first, b_scale[0], QUANT)
         kind, of_scales = b_scale[0], scale_strides(variant, "b_scale", *b_scale, lora_b, QUANT)
-    sizes = (num_tokens, tuple(widths), rank, offset_start, out.stride(0), strides, row)
-    return Problem(*sizes, out.device, kind, of_scales)
+    dims = (route.num_tokens, widths, rank, offset_start, out.stride(0), strides, row)
+    return Problem(*dims, out.device, kind, of_scales)
 
 
 # Bytes of parts from which it is faster to add them up first than to let every program of the expand do it.

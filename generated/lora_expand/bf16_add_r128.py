@@ -224,5 +224,9 @@ def lora_expand_bf16_add_r128(
         max_rank=128,
     )
     if problem.num_tokens > 0:
-        call = bind(problem, route, config or choose(problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given("lora_expand_bf16_add_r128", config, Config) or choose(problem, route),
+        )
         call(out, y, lora_b, route, 1.0)

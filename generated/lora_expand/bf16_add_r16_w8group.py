@@ -276,5 +276,10 @@ def lora_expand_bf16_add_r16_w8group(
         b_scale=("group", b_scale),
     )
     if problem.num_tokens > 0:
-        call = bind(problem, route, config or choose(problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given("lora_expand_bf16_add_r16_w8group", config, Config)
+            or choose(problem, route),
+        )
         call(out, y, lora_b, route, 1.0, b_scale)

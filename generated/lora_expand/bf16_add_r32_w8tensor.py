@@ -264,5 +264,10 @@ def lora_expand_bf16_add_r32_w8tensor(
         b_scale=("tensor", b_scale),
     )
     if problem.num_tokens > 0:
-        call = bind(problem, route, config or choose(problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given("lora_expand_bf16_add_r32_w8tensor", config, Config)
+            or choose(problem, route),
+        )
         call(out, y, lora_b, route, 1.0, b_scale)

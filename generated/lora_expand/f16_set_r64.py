@@ -221,5 +221,9 @@ def lora_expand_f16_set_r64(
         max_rank=64,
     )
     if problem.num_tokens > 0:
-        call = bind(problem, route, config or choose(problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given("lora_expand_f16_set_r64", config, Config) or choose(problem, route),
+        )
         call(out, y, lora_b, route, 1.0)

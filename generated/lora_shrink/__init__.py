@@ -15,7 +15,7 @@ import torch
 from .. import _runtime as runtime
 from .._scales import find_x_mode
 from ..moe_route import MoeRoute, settled
-from ._problem import QUANT, Call, check, choose, kind_of_scales
+from ._problem import OP, QUANT, Call, choose, kind_of_scales, problem_of
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 # (largest rank, tag); a rank goes to the first of them that there is a variant for
@@ -76,8 +76,6 @@ _MODULES = {
 }
 # fmt: on
 
-_calls = runtime.Calls()
-
 
 def lora_shrink(
     y: torch.Tensor,
@@ -112,28 +110,7 @@ def lora_shrink(
         sizes = (route.num_tokens, route.max_loras, route.block_m, route.max_blocks)
         _lora_shrink_op(y, x, lora_a, *tables, *sizes, scaling, x_scale, a_scale or [])
     else:
-        _apply(y, x, lora_a, route, scaling, x_scale, a_scale)
-
-
-def _apply(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    route: MoeRoute,
-    scaling: float,
-    x_scale: torch.Tensor | None,
-    a_scale: Sequence[torch.Tensor] | None,
-) -> None:
-    hint: tuple[Any, ...] = (x.shape, len(lora_a), route[8:])
-    tensors, scales = [y, x, *lora_a], []
-    if x_scale is not None or a_scale is not None:
-        scales = [scale for scale in (a_scale, x_scale) if scale is not None]
-        tensors += [*(a_scale or ()), *(() if x_scale is None else (x_scale,))]
-        hint += (x_scale is None, a_scale is None)
-    call = _calls.get(hint, tensors)
-    if call is None:
-        call = _calls.put(hint, tensors, _bind(y, x, lora_a, route, x_scale, a_scale))
-    call(y, x, lora_a, route, float(scaling), *scales)
+        _apply(y, x, lora_a, route, scaling, a_scale, x_scale)
 
 
 def _bind(
@@ -141,12 +118,14 @@ def _bind(
     x: torch.Tensor,
     lora_a: Sequence[torch.Tensor],
     route: MoeRoute,
-    x_scale: torch.Tensor | None,
+    scaling: float,
     a_scale: Sequence[torch.Tensor] | None,
+    x_scale: torch.Tensor | None,
 ) -> Call:
-    dtype = x.dtype if x_scale is None else torch.bfloat16
+    sizes = OP.check("lora_shrink", OP.named(y, x, lora_a, route, scaling, a_scale, x_scale))
     scales = scales_of("lora_shrink", x, lora_a, x_scale, a_scale)
-    problem = check("lora_shrink", y, x, lora_a, route, dtype=dtype, max_rank=None, **scales)
+    problem = problem_of("lora_shrink", sizes, x, lora_a, route, **scales)
+    dtype = sizes.get("D") or torch.bfloat16  # of a product of FP8 with FP8
     variant = variant_of(
         "lora_shrink", dtype, problem.rank, problem.weight_scales, problem.x_scales
     )
@@ -163,13 +142,11 @@ def scales_of(
     x_scale: torch.Tensor | None,
     a_scale: Sequence[torch.Tensor] | None,
 ) -> dict[str, Any]:
-    """Scales with what there is one each of, as ``check`` takes them."""
+    """Scales with what there is one each of, as ``problem_of`` takes them."""
     found: dict[str, Any] = {}
     if a_scale is not None:
         found["a_scale"] = kind_of_scales(op, "a_scale", a_scale, lora_a, QUANT), a_scale
     if x_scale is not None:
-        if x.dim() != 2:
-            runtime.fail(op, "x", runtime.describe(x), "[T, K]")
         # Where K is one group, a scale a token has the same shape: groups of weights go with groups of x.
         first = "group" if "a_scale" in found and found["a_scale"][0] == "group" else None
         found["x_scale"] = find_x_mode(op, x, x_scale, QUANT, first), x_scale
@@ -181,7 +158,7 @@ def variant_of(
 ) -> ModuleType:
     """The variant of the smallest rank bucket that holds the rank."""
     for largest, tag in _BUCKETS:
-        module = _MODULES.get((_DTYPES.get(dtype, ""), tag, weight_scales, x_scales))
+        module = _MODULES.get((_DTYPES[dtype], tag, weight_scales, x_scales))
         if rank <= largest and module is not None:
             return importlib.import_module(f".{module}", __name__)
     got = f"{dtype}, rank {rank}, scales of weights: {weight_scales}, of x: {x_scales}"
@@ -217,11 +194,14 @@ def dense_route(
     )
 
 
+_apply = OP.caller(_bind)
+
+
 def _lora_shrink(
     y: torch.Tensor, x: torch.Tensor, lora_a: Sequence[torch.Tensor], *rest: Any
 ) -> None:
     *tables, scaling, x_scale, a_scale = rest
-    _apply(y, x, lora_a, dense_route(*tables), scaling, x_scale, a_scale or None)
+    _apply(y, x, lora_a, dense_route(*tables), scaling, a_scale or None, x_scale)
 
 
 _lora_shrink_op = runtime.op(

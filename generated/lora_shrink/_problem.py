@@ -10,6 +10,7 @@ from typing import Any, Callable, NamedTuple, Sequence
 
 import torch
 
+from .. import _operands as operands
 from .. import _runtime as runtime
 from .._scales import (
     Quant,
@@ -20,7 +21,7 @@ from .._scales import (
     product_rows,
     scale_shape,
 )
-from ..moe_route import MoeRoute, default_block_m
+from ..moe_route import ROUTE, MoeRoute, check_rank, default_block_m
 from ._tuned import TUNED
 
 
@@ -65,6 +66,29 @@ _FP8 = (
     torch.float8_e5m2,
 )
 QUANT = Quant(_FP8, 128, 128)
+
+OP = operands.Op(
+    "lora_shrink",
+    (
+        operands.Tensor("y", "S, T, rank", torch.float32, operands.CONTIGUOUS, written=True),
+        operands.Tensor("x", "T, K", "D", scaled_by="x_scale"),
+        operands.Tensor(
+            "lora_a", (">=L, rank, K", ">=L, 1, rank, K"), "D", slices="alike", scaled_by="a_scale"
+        ),
+        ROUTE,
+        operands.Number("scaling"),
+        operands.Tensor(
+            "a_scale", None, None, operands.FREE, optional=True, slices="any", left_out=True
+        ),
+        operands.Tensor("x_scale", None, None, operands.FREE, optional=True, left_out=True),
+    ),
+    spec="specs/lora_shrink.yaml",
+    dtypes={"D": (torch.bfloat16, torch.float16)},
+    fp8=QUANT.elements,
+    first=("lora_a",),
+    tells=("x",),
+    apart=("y", "x"),
+)
 
 
 class Parts(NamedTuple):
@@ -111,7 +135,7 @@ class Problem(NamedTuple):
 
 def check(
     variant: str,
-    y: torch.Tensor | None,
+    y: torch.Tensor,
     x: torch.Tensor,
     lora_a: Sequence[torch.Tensor],
     route: MoeRoute,
@@ -120,61 +144,44 @@ def check(
     max_rank: int | None,
     a_scale: tuple[str, Sequence[torch.Tensor]] | None = None,
     x_scale: tuple[str, torch.Tensor] | None = None,
+    scaling: float = 1.0,
 ) -> Problem:
-    """The sizes of a call, once everything about it is known to fit; y is None where it is not the caller's. Scales come
-    with what there is one each of.
+    """The sizes of a call, once everything about it is known to fit; scales come with what there is one each of.
 
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
-    check_route(variant, route)
-    slices, num_tokens = len(lora_a), route.num_tokens
-    if slices < 1:
-        runtime.fail(variant, "lora_a", "no slice", "at least one")
-    of_a = dtype if a_scale is None else check_fp8(variant, "lora_a", lora_a[0], a_scale[0], QUANT)
-    of_x = dtype if x_scale is None else check_fp8(variant, "x", x, x_scale[0], QUANT)
-    loras, rank, k = check_weights(
-        variant, "lora_a", lora_a[0], "[L, rank, K]", route, of_a, x.device
+    scales = (None if found is None else found[1] for found in (a_scale, x_scale))
+    sizes = OP.check(variant, OP.named(y, x, lora_a, route, scaling, *scales), D=dtype)
+    return problem_of(
+        variant, sizes, x, lora_a, route, max_rank=max_rank, a_scale=a_scale, x_scale=x_scale
     )
-    if rank < 1 or (max_rank is not None and rank > max_rank):
-        runtime.fail(
-            variant,
-            "rank",
-            rank,
-            f"1 to {max_rank}",
-            "lora_shrink picks the variant that serves a rank",
-        )
-    if k < 1:
-        runtime.fail(variant, "K", k, "at least 1")
-    a = lora_a[0]
-    for i, other in enumerate(lora_a):
-        if (
-            other.shape != a.shape
-            or other.stride() != a.stride()
-            or other.dtype != of_a
-            or other.device != x.device
-        ):
-            wanted = f"{list(a.shape)} {of_a} with strides {list(a.stride())} on {x.device}"
-            runtime.fail(
-                variant, f"lora_a[{i}]", runtime.describe(other), wanted, "slices have one layout"
-            )
-    if x.shape != (num_tokens, k) or x.dtype != of_x or (k > 1 and x.stride(1) != 1):
-        runtime.fail(
-            variant, "x", runtime.describe(x), f"[{num_tokens}, {k}] {of_x} with last stride 1"
-        )
-    if y is not None:
-        shape = (slices, num_tokens, rank)
-        if (
-            y.shape != shape
-            or y.dtype != torch.float32
-            or not y.is_contiguous()
-            or y.device != x.device
-        ):
-            wanted = f"contiguous {list(shape)} torch.float32 on {x.device}"
-            runtime.fail(variant, "y", runtime.describe(y), wanted, "S slices of T tokens")
+
+
+def problem_of(
+    variant: str,
+    sizes: operands.Sizes,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    route: MoeRoute,
+    *,
+    max_rank: int | None = None,
+    a_scale: tuple[str, Sequence[torch.Tensor]] | None = None,
+    x_scale: tuple[str, torch.Tensor] | None = None,
+) -> Problem:
+    """The sizes of a product whose operands are checked, once the rest is too.
+
+    Raises:
+        ValueError: as ``check``.
+    """
+    check_route(variant, route)
+    a, device, slices, rank = lora_a[0], x.device, sizes["S"], sizes["rank"]
+    if a_scale is not None:
+        check_fp8(variant, "lora_a", a, a_scale[0], QUANT)
+    if x_scale is not None:
+        check_fp8(variant, "x", x, x_scale[0], QUANT)
     strides = (a.stride(0), a.stride(-2))
-    if strides[1] * rank >= 2**31:
-        runtime.fail(variant, "size of an adapter's matrix", strides, "below 2**31 elements")
+    check_rank(variant, "lora_a", rank, max_rank, strides[1])
     scale_stride = 0
     if a_scale is not None:
         found = scale_strides(variant, "a_scale", *a_scale, lora_a, QUANT)
@@ -192,13 +199,13 @@ def check(
         x_scale_strides = check_x_scale(variant, x_scale[0], x, x_scale[1], QUANT)
     kinds = (None if a_scale is None else a_scale[0], None if x_scale is None else x_scale[0])
     return Problem(
-        num_tokens,
-        k,
+        route.num_tokens,
+        sizes["K"],
         slices,
         rank,
         x.stride(0),
         strides,
-        x.device,
+        device,
         *kinds,
         scale_stride,
         *x_scale_strides,
@@ -212,27 +219,6 @@ def check_route(variant: str, route: MoeRoute) -> None:
         runtime.fail(
             variant, "route", got, "one expert, top_k 1, sorted", "make it with lora_route"
         )
-
-
-def check_weights(
-    variant: str,
-    label: str,
-    weights: torch.Tensor,
-    wanted: str,
-    route: MoeRoute,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[int, int, int]:
-    """(L, rows, columns) of the weights of one slice, [L, rows, columns] or [L, 1, rows, columns]."""
-    fits = weights.dim() == 3 or (weights.dim() == 4 and weights.shape[1] == 1)
-    if not fits or weights.dtype != dtype or weights.device != device:
-        runtime.fail(variant, label, runtime.describe(weights), f"{wanted} {dtype} on {device}")
-    loras, rows, columns = weights.shape[0], weights.shape[-2], weights.shape[-1]
-    if loras < route.max_loras:
-        runtime.fail(variant, label, f"{loras} adapters", f"at least the route's {route.max_loras}")
-    if columns > 1 and weights.stride(-1) != 1:
-        runtime.fail(variant, label, runtime.describe(weights), "last stride 1")
-    return loras, rows, columns
 
 
 def kind_of_scales(
@@ -275,8 +261,6 @@ def scale_strides(
     quant: Quant,
 ) -> tuple[int, ...]:
     """The stride over L of the scales of each slice of weights."""
-    if len(scales) != len(weights):
-        runtime.fail(variant, label, f"{len(scales)} tensors", f"{len(weights)}, one a slice")
     for i, (scale, matrix) in enumerate(zip(scales, weights)):
         right = is_fp32(scale, matrix.device) and _fits(kind, scale, matrix, quant)
         if not right or (scale.numel() > 0 and not scale[0].is_contiguous()):

@@ -329,7 +329,13 @@ def lora_shrink_bf16_r128_a8token(
         dtype=torch.bfloat16,
         max_rank=128,
         x_scale=("token", x_scale),
+        scaling=scaling,
     )
     if problem.num_tokens > 0:
-        call = bind(problem, route, config or choose(problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given("lora_shrink_bf16_r128_a8token", config, Config)
+            or choose(problem, route),
+        )
         call(y, x, lora_a, route, float(scaling), x_scale)

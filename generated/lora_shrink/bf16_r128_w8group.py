@@ -350,7 +350,13 @@ def lora_shrink_bf16_r128_w8group(
         dtype=torch.bfloat16,
         max_rank=128,
         a_scale=("group", a_scale),
+        scaling=scaling,
     )
     if problem.num_tokens > 0:
-        call = bind(problem, route, config or choose(problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given("lora_shrink_bf16_r128_w8group", config, Config)
+            or choose(problem, route),
+        )
         call(y, x, lora_a, route, float(scaling), a_scale)

@@ -305,7 +305,12 @@ def lora_shrink_bf16_r16(
         route,
         dtype=torch.bfloat16,
         max_rank=16,
+        scaling=scaling,
     )
     if problem.num_tokens > 0:
-        call = bind(problem, route, config or choose(problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given("lora_shrink_bf16_r16", config, Config) or choose(problem, route),
+        )
         call(y, x, lora_a, route, float(scaling))

@@ -342,7 +342,13 @@ def lora_shrink_bf16_r16_w8channel(
         dtype=torch.bfloat16,
         max_rank=16,
         a_scale=("channel", a_scale),
+        scaling=scaling,
     )
     if problem.num_tokens > 0:
-        call = bind(problem, route, config or choose(problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given("lora_shrink_bf16_r16_w8channel", config, Config)
+            or choose(problem, route),
+        )
         call(y, x, lora_a, route, float(scaling), a_scale)

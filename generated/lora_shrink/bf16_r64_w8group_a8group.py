@@ -364,7 +364,13 @@ def lora_shrink_bf16_r64_w8group_a8group(
         max_rank=64,
         a_scale=("group", a_scale),
         x_scale=("group", x_scale),
+        scaling=scaling,
     )
     if problem.num_tokens > 0:
-        call = bind(problem, route, config or choose(problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given("lora_shrink_bf16_r64_w8group_a8group", config, Config)
+            or choose(problem, route),
+        )
         call(y, x, lora_a, route, float(scaling), a_scale, x_scale)

@@ -305,7 +305,12 @@ def lora_shrink_f16_rany(
         route,
         dtype=torch.float16,
         max_rank=None,
+        scaling=scaling,
     )
     if problem.num_tokens > 0:
-        call = bind(problem, route, config or choose(problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given("lora_shrink_f16_rany", config, Config) or choose(problem, route),
+        )
         call(y, x, lora_a, route, float(scaling))

@@ -30,7 +30,7 @@ OP = operands.Op(
         operands.Tensor("h", "T*top_k, N", "D", written=True),
         operands.Tensor("x", "T, top_k, S*N", "D", operands.PAIRS),
         *ROUTING[:2],
-        operands.Choice("activation", {"swiglu": 2, "relu2": 1}, size="S"),
+        operands.Choice("activation", ("swiglu", "relu2"), "S", (2, 1)),
         *ROUTING[2:],
     ),
     spec="specs/moe_act.yaml",

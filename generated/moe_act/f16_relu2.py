@@ -122,4 +122,6 @@ def moe_act_f16_relu2(
         dtype=torch.float16,
     )
     if problem.num_tokens > 0:
-        bind(problem, config or choose(problem))(h, x, topk_ids, valid_tokens)
+        bind(problem, runtime.given("moe_act_f16_relu2", config, Config) or choose(problem))(
+            h, x, topk_ids, valid_tokens
+        )

@@ -114,4 +114,6 @@ def moe_add_bf16(
     """
     problem = check("moe_add_bf16", out, delta, route, dtype=torch.bfloat16)
     if problem.num_pairs > 0:
-        bind(problem, config or choose(problem))(out, delta, route)
+        bind(problem, runtime.given("moe_add_bf16", config, Config) or choose(problem))(
+            out, delta, route
+        )

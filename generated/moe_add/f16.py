@@ -114,4 +114,6 @@ def moe_add_f16(
     """
     problem = check("moe_add_f16", out, delta, route, dtype=torch.float16)
     if problem.num_pairs > 0:
-        bind(problem, config or choose(problem))(out, delta, route)
+        bind(problem, runtime.given("moe_add_f16", config, Config) or choose(problem))(
+            out, delta, route
+        )

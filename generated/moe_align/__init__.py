@@ -81,19 +81,20 @@ def moe_align(
         )
         splits = (1, 3, num_tokens * top_k, size - 4 - num_tokens * top_k)
     else:
-        num_tokens, top_k, block_m, size, splits, fill = _plan(*request)
+        num_tokens, top_k, block_m, size, splits, fill, looks = _plan(*request)
     if workspace is None:
         workspace = torch.empty(size, dtype=torch.int32, device=topk_ids.device)
     num_blocks, _, pairs, blocks, *_ = workspace.split_with_sizes(
         (*splits, workspace.shape[0] - size)
     )
-    if torch.compiler.is_compiling():
-        _align_op(workspace, *request[:-1])
-    else:
-        fill(pairs, blocks, num_blocks, topk_ids, valid_tokens)
     expected = num_tokens if num_tokens_hint is None else num_tokens_hint
     sizes = (num_tokens, top_k, num_experts, local_expert_start, expected, block_m)
-    return MoeTables(topk_ids, valid_tokens, pairs, blocks, num_blocks, *sizes)
+    tables = MoeTables(topk_ids, valid_tokens, pairs, blocks, num_blocks, *sizes)
+    if torch.compiler.is_compiling():
+        _align_op(workspace, *request[:-1])
+        return tables
+    fill(pairs, blocks, num_blocks, topk_ids, valid_tokens)
+    return operands.alike(tables, looks)
 
 
 def no_tables(
@@ -108,11 +109,15 @@ def no_tables(
     Raises:
         ValueError: as ``moe_align``.
     """
-    if not torch.compiler.is_compiling():
-        _routing(topk_ids, valid_tokens, num_experts, local_expert_start)
+    looks = (
+        None
+        if torch.compiler.is_compiling()
+        else _routing(topk_ids, valid_tokens, num_experts, local_expert_start)
+    )
     num_tokens, top_k = topk_ids.shape
     sizes = (num_tokens, top_k, num_experts, local_expert_start, num_tokens, 0)
-    return MoeTables(topk_ids, valid_tokens, None, None, None, *sizes)
+    tables = MoeTables(topk_ids, valid_tokens, None, None, None, *sizes)
+    return tables if looks is None else operands.alike(tables, looks)
 
 
 _BLOCK_MS = (16, 32, 64, 128)
@@ -135,6 +140,28 @@ OP = operands.Op(
     ),
 )
 _NO_TABLES = operands.Op("no_tables", ROUTING[:4])
+
+
+# What the launcher of the single variant takes; moe_align makes the buffers.
+_FILL = operands.Op(
+    "moe_align_fill",
+    (
+        operands.Tensor("pairs", ">=T*top_k", **_TABLE, written=True),
+        operands.Tensor("blocks", ("*, 3", "*"), **_TABLE, written=True),
+        operands.Tensor("num_blocks", "1", **_TABLE, written=True),
+        *ROUTING[:4],
+        operands.Int("block_m", one_of=_BLOCK_MS),
+    ),
+)
+
+
+def check_fill(variant: str, *arguments: Any) -> None:
+    """Raise ValueError where the arguments of the launcher do not fit."""
+    given = _FILL.named(*arguments)
+    sizes, blocks = _FILL.check(variant, given), given["blocks"]
+    size = 3 * max_blocks(sizes["T"], sizes["top_k"], sizes["E"], given["block_m"])
+    if blocks.numel() < size:
+        runtime.fail(variant, "blocks", runtime.describe(blocks), f"at least {size} elements")
 
 
 def _check_tables(op: str, name: str, tables: MoeTables) -> None:
@@ -164,7 +191,7 @@ TABLES = operands.Bundle(
     (
         *ROUTING[:2],
         operands.Tensor("pairs", ">=T*top_k", **_TABLE, optional=True),
-        operands.Tensor("blocks", "*", **_TABLE, optional=True),
+        operands.Tensor("blocks", ("*, 3", "*"), **_TABLE, optional=True),
         operands.Tensor("num_blocks", "1", **_TABLE, optional=True),
         operands.Int("num_tokens", size="T"),
         operands.Int("top_k", 1, size="top_k"),
@@ -215,6 +242,7 @@ class _Plan(NamedTuple):
     size: int  # of the buffer
     splits: tuple[int, int, int, int]  # elements of num_blocks, a gap, pairs, blocks
     fill: Callable[..., None]
+    looks: list[object]  # of its tables
 
 
 def _bind(
@@ -262,7 +290,7 @@ def _bind(
             block_m=block_m,
             device=topk_ids.device,
         )
-    return _Plan(num_tokens, top_k, block_m, size, splits, fill)
+    return _Plan(num_tokens, top_k, block_m, size, splits, fill, [])
 
 
 def _no_pairs(
@@ -271,9 +299,9 @@ def _no_pairs(
     num_blocks.zero_()
 
 
-def _no_plan(*request: object) -> bool:
+def _no_plan(*request: object) -> list[object]:
     _NO_TABLES.check("no_tables", _NO_TABLES.named(*request))
-    return True
+    return []
 
 
 _plan, _routing = OP.finder(_bind), _NO_TABLES.finder(_no_plan)

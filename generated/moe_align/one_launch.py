@@ -25,7 +25,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from .. import _runtime as runtime
-from . import is_dense
+from . import check_fill, is_dense
 
 
 @triton.jit
@@ -167,11 +167,16 @@ def moe_align_one_launch(
     local_expert_start: int,
     block_m: int,
 ) -> None:
-    """Fill the tables from the routing; ``moe_align`` checks the arguments and makes the buffers.
+    """Fill the tables from the routing; ``moe_align`` makes the buffers.
 
     pairs [>= T * top_k], blocks [max_blocks, 3] and num_blocks [1] int32 are written. topk_ids [T, top_k] int32 or int64
     are global expert ids; valid_tokens [1] int32, or None: all T tokens.
+
+    Raises:
+        ValueError: an argument that does not fit; nothing was launched.
     """
+    routing = (topk_ids, valid_tokens, num_experts, local_expert_start)
+    check_fill("moe_align_one_launch", pairs, blocks, num_blocks, *routing, block_m)
     call = bind(
         num_pairs=topk_ids.numel(),
         top_k=topk_ids.shape[1],

@@ -13,7 +13,7 @@ import torch
 from .. import _runtime as runtime
 from .._scales import find_mode, find_x_mode
 from ..moe_align import MoeTables
-from ._problem import QUANT, Call, Scales, check, has_boxes, plan
+from ._problem import OP, QUANT, Call, Scales, has_boxes, plan, problem_of
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -116,8 +116,6 @@ _MODULES = {
 }
 # fmt: on
 
-_calls = runtime.Calls()
-
 
 def moe_gemm(
     out: torch.Tensor,
@@ -156,44 +154,11 @@ def moe_gemm(
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
-    rows, epilogue = f"{x_rows}_{out_rows}", activation or "none"
+    request = (topk_weights, x_rows, out_rows, activation, w_scale, x_scale)
     if torch.compiler.is_compiling():
-        _moe_gemm_op(out, x, w, *tables, topk_weights, rows, epilogue, w_scale, x_scale)
+        _moe_gemm_op(out, x, w, *tables, *request)
     else:
-        _apply(out, x, w, tables, topk_weights, rows, epilogue, w_scale, x_scale)
-
-
-def _apply(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    w: torch.Tensor,
-    tables: MoeTables,
-    topk_weights: torch.Tensor | None,
-    rows: str,
-    epilogue: str,
-    w_scale: torch.Tensor | None,
-    x_scale: torch.Tensor | None,
-) -> None:
-    ids = tables.topk_ids
-    unaligned = (x.data_ptr() | w.data_ptr()) & 15 != 0
-    flags = (
-        tables.valid_tokens is None,
-        w_scale is None,
-        x_scale is None,
-        rows,
-        epilogue,
-        unaligned,
-    )
-    hint = (out.shape, x.shape, ids.dtype, tables[5:], flags)
-    scales = [scale for scale in (w_scale, x_scale) if scale is not None]
-    tensors = [out, x, w, *scales] if topk_weights is None else [out, x, w, *scales, topk_weights]
-    call = _calls.get(hint, tensors)
-    if call is None:
-        bound = bind(
-            out, x, w, tables, topk_weights, rows, epilogue, w_scale=w_scale, x_scale=x_scale
-        )
-        call = _calls.put(hint, tensors, bound)
-    call(out, x, w, tables, topk_weights, *scales)
+        _apply(out, x, w, tables, *request)
 
 
 def bind(
@@ -202,54 +167,45 @@ def bind(
     w: torch.Tensor,
     tables: MoeTables,
     topk_weights: torch.Tensor | None,
-    rows: str,
-    epilogue: str,
-    zero_rest: bool = False,
+    x_rows: str,
+    out_rows: str,
+    activation: str | None,
     w_scale: torch.Tensor | None = None,
     x_scale: torch.Tensor | None = None,
+    zero_rest: bool = False,
+    op: str = "moe_gemm",
 ) -> Call:
-    """The launch for calls that look like this one.
+    """The launch for calls that look like this one, of ``op``.
 
     Raises:
         ValueError: as ``moe_gemm``.
     """
-    kind = x.dtype if x_scale is None else torch.bfloat16
-    dtype = _DTYPES.get(kind)
-    if dtype is None:
-        wanted = " or ".join(str(known) for known in _DTYPES)
-        hint = "an FP8 x needs x_scale; another dtype a tag of dtype: in specs/moe_gemm.yaml"
-        runtime.fail("moe_gemm", "x", x.dtype, wanted, hint)
-    problem = check(
-        "moe_gemm",
-        out,
-        x,
-        w,
-        tables,
-        topk_weights,
-        dtype=kind,
-        rows=rows,
-        epilogue=epilogue,
-        zero_rest=zero_rest,
-        scales=find_scales(
-            "moe_gemm",
-            x,
-            w,
-            w_scale,
-            x_scale,
-            slices=2 if epilogue == "swiglu" else 1,
-            experts=1 if rows.startswith("token") else tables.num_experts,
-        ),
-    )
+    request = (topk_weights, x_rows, out_rows, activation, w_scale, x_scale)
+    sizes = OP.check(op, OP.named(out, x, w, tables, *request))
+    kind = sizes.get("D") or torch.bfloat16  # of a product of FP8 with FP8
+    rows, epilogue = f"{x_rows}_{out_rows}", activation or "none"
+    of_rows = 1 if x_rows == "token" else tables.num_experts
+    scales = find_scales(op, x, w, w_scale, x_scale, slices=sizes["S"], experts=of_rows)
+    kinds = {
+        "dtype": kind,
+        "rows": rows,
+        "epilogue": epilogue,
+        "zero_rest": zero_rest,
+        "scales": scales,
+    }
+    problem = problem_of(op, sizes, out, x, w, tables, topk_weights, **kinds)
     if problem.num_pairs == 0:
         return _nothing
     schedule, config = plan(problem, has_boxes(problem, x, w))
     scales = (problem.weight_scales, problem.x_scales)
-    module = _MODULES.get((schedule, dtype, rows, epilogue, topk_weights is not None, *scales))
+    module = _MODULES.get(
+        (schedule, _DTYPES[kind], rows, epilogue, topk_weights is not None, *scales)
+    )
     if module is None:
         case = f"{schedule}, rows {rows}, activation {epilogue}, {'with' if topk_weights is not None else 'without'} topk_weights"
         case += f", scales of w {scales[0]}, of x {scales[1]}"
         hint = "drop the exclude that takes it out of specs/moe_gemm.yaml"
-        runtime.fail("moe_gemm", "case", case, "a variant that serves it", hint)
+        runtime.fail(op, "case", case, "a variant that serves it", hint)
     return importlib.import_module(f".{module}", __name__).bind(problem, config)
 
 
@@ -299,14 +255,17 @@ def _nothing(*arguments: Any) -> None:
     """The call of an empty batch."""
 
 
+_apply = OP.caller(bind)
+
+
 def _moe_gemm(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor, *rest: Any) -> None:
-    _apply(out, x, w, MoeTables(*rest[:-5]), *rest[-5:])
+    _apply(out, x, w, MoeTables(*rest[:-6]), *rest[-6:])
 
 
 _moe_gemm_op = runtime.op(
     __name__,
     "moe_gemm(Tensor(a!) out, Tensor x, Tensor w, Tensor topk_ids, Tensor? valid_tokens, Tensor? pairs, "
     "Tensor? blocks, Tensor? num_blocks, SymInt num_tokens, int top_k, int num_experts, int local_expert_start, "
-    "SymInt tokens_hint, int block_m, Tensor? topk_weights, str rows, str epilogue, Tensor? w_scale, Tensor? x_scale) -> ()",
+    "SymInt tokens_hint, int block_m, Tensor? topk_weights, str x_rows, str out_rows, str? activation, Tensor? w_scale, Tensor? x_scale) -> ()",
     _moe_gemm,
 )

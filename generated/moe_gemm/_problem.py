@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, NamedTuple, Union
+from typing import Any, Callable, Mapping, NamedTuple, Union
 
 import torch
 
+from .. import _operands as operands
 from .. import _runtime as runtime
 from .._scales import Quant, check_fp8, check_x_scale, fits, is_scale, scale_shape
-from ..moe_align import MoeTables, default_block_m, max_blocks
+from ..moe_align import TABLES, MoeTables, default_block_m, max_blocks
 from ._tuned import TUNED
 
 
@@ -74,14 +75,57 @@ class Scales(NamedTuple):
 
 UNSCALED = Scales(None, None, None, None)
 
-# rows -> (x has a row a pair, out has a row a pair, tables are needed)
+# rows of x and of out -> whether tables are needed
 _ROWS = {
-    "token_sorted": (False, True, True),
-    "sorted_pair": (True, True, True),
-    "token_pair": (False, True, False),
-    "pair_pair": (True, True, False),
-    "pair_token": (True, False, False),
+    "token_sorted": True,
+    "sorted_pair": True,
+    "token_pair": False,
+    "pair_pair": False,
+    "pair_token": False,
 }
+
+
+def _rows(values: Mapping[str, Any]) -> dict[str, int]:
+    """Rows of x, R, and of out, P."""
+    tables = values["tables"]
+    num_pairs = tables.num_tokens * tables.top_k
+    return {
+        "R": tables.num_tokens if values["x_rows"] == "token" else num_pairs,
+        "P": tables.num_tokens if values["out_rows"] == "token" else num_pairs,
+    }
+
+
+def _scale(name: str) -> operands.Tensor:
+    return operands.Tensor(name, None, None, operands.FREE, optional=True, left_out=True)
+
+
+OP = operands.Op(
+    "moe_gemm",
+    (
+        operands.Tensor(
+            "out", ("P, N", "T, top_k, N"), operands.FLOATS, operands.PAIRS, written=True
+        ),
+        operands.Tensor("x", "R, K", "D", scaled_by="x_scale"),
+        operands.Tensor("w", ">=E, S*N, K", "D", scaled_by="w_scale"),
+        TABLES,
+        operands.Tensor(
+            "topk_weights", "T, top_k", operands.FLOATS, operands.CONTIGUOUS, optional=True
+        ),
+        operands.Choice("x_rows", ("token", "pair", "sorted")),
+        operands.Choice("out_rows", ("pair", "sorted", "token")),
+        operands.Choice("activation", (None, "relu2", "swiglu"), "S", (1, 1, 2)),
+        _scale("w_scale"),
+        _scale("x_scale"),
+    ),
+    spec="specs/moe_gemm.yaml",
+    dtypes={"D": (torch.bfloat16, torch.float16)},
+    fp8=QUANT.elements,
+    first=("w",),
+    tells=("out", "x"),
+    apart=("out", "x"),
+    aligned=("x", "w"),
+    sizes=_rows,
+)
 
 
 class Problem(NamedTuple):
@@ -131,85 +175,88 @@ def check(
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
-    if rows not in _ROWS or epilogue not in ("none", "relu2", "swiglu"):
-        wanted = f"rows {', '.join(_ROWS)}; activation None, relu2 or swiglu"
-        runtime.fail(variant, "rows, activation", (rows, epilogue), wanted)
-    x_by_pair, out_by_pair, by_table = _ROWS[rows]
+    request = (*rows.split("_"), None if epilogue == "none" else epilogue)
+    sizes = OP.check(
+        variant, OP.named(out, x, w, tables, topk_weights, *request, scales.w, scales.x), D=dtype
+    )
+    kinds = {
+        "rows": rows,
+        "epilogue": epilogue,
+        "schedule": schedule,
+        "zero_rest": zero_rest,
+        "scales": scales,
+    }
+    return problem_of(variant, sizes, out, x, w, tables, topk_weights, dtype=dtype, **kinds)
+
+
+def problem_of(
+    variant: str,
+    sizes: operands.Sizes,
+    out: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    tables: MoeTables,
+    topk_weights: torch.Tensor | None,
+    *,
+    dtype: torch.dtype,
+    rows: str,
+    epilogue: str,
+    schedule: str | None = None,
+    zero_rest: bool = False,
+    scales: Scales = UNSCALED,
+) -> Problem:
+    """The sizes of a product whose operands are checked, once the rest is too.
+
+    Raises:
+        ValueError: as ``check``.
+    """
+    if rows not in _ROWS:
+        runtime.fail(
+            variant, "x_rows, out_rows", rows.split("_"), " or ".join(_ROWS).replace("_", ", ")
+        )
     num_tokens, top_k = tables.num_tokens, tables.top_k
     num_pairs = num_tokens * top_k
-    wants_tables = by_table if schedule is None else schedule != "gemv"
-    if wants_tables and tables.pairs is None:
+    if (_ROWS[rows] if schedule is None else schedule != "gemv") and tables.pairs is None:
         runtime.fail(variant, "tables", "none", "tables", "make them with moe_align")
-    if tables.topk_ids.device != x.device:
-        runtime.fail(variant, "tables", tables.topk_ids.device, x.device)
-    slices = 2 if epilogue == "swiglu" else 1
-    of_w = (
-        dtype if scales.of_weights is None else check_fp8(variant, "w", w, scales.of_weights, QUANT)
-    )
-    of_x = dtype if scales.of_x is None else check_fp8(variant, "x", x, scales.of_x, QUANT)
-    if w.dim() != 3 or w.dtype != of_w or w.device != x.device or w.shape[0] < tables.num_experts:
-        wanted = f"[E >= {tables.num_experts}, {slices} * N, K] {of_w} on {x.device}"
-        runtime.fail(variant, "w", runtime.describe(w), wanted)
-    n, k = w.shape[1] // slices, w.shape[2]
-    if n < 1 or k < 1 or n * slices != w.shape[1] or (k > 1 and w.stride(2) != 1):
+    if scales.of_weights is not None:
+        check_fp8(variant, "w", w, scales.of_weights, QUANT)
+    if scales.of_x is not None:
+        check_fp8(variant, "x", x, scales.of_x, QUANT)
+    slices = sizes["S"]
+    n, k = sizes["N"], sizes["K"]
+    if rows == "pair_token":
+        if topk_weights is None:
+            hint = "the sum over the experts of a token is weighted"
+            runtime.fail(variant, "topk_weights", None, f"[{num_tokens}, {top_k}]", hint)
+        out_fits = out.dim() == 2
+    else:
+        out_fits = out.dtype == dtype
+    if not out_fits:
+        wanted = f"[{num_tokens}, {n}]" if rows == "pair_token" else f"{dtype}"
+        runtime.fail(
+            variant,
+            "out",
+            runtime.describe(out),
+            wanted,
+            f"as of x_rows, out_rows {rows.replace('_', ', ')}",
+        )
+    if w.stride(1) * w.shape[1] >= 2**31:
         runtime.fail(
             variant,
             "w",
-            runtime.describe(w),
-            f"[E, {slices} * N, K] with last stride 1, N and K at least 1",
+            f"rows {w.stride(1)} elements apart",
+            "an expert's matrix below 2**31 elements",
         )
-    x_rows = num_pairs if x_by_pair else num_tokens
-    if (
-        x.dim() != 2
-        or x.shape[0] != x_rows
-        or x.shape[1] != k
-        or x.dtype != of_x
-        or (k > 1 and x.stride(1) != 1)
-    ):
-        runtime.fail(
-            variant, "x", runtime.describe(x), f"[{x_rows}, {k}] {of_x} with last stride 1"
-        )
-    out_stride = _check_out(
-        variant,
-        out,
-        num_tokens,
-        top_k,
-        n,
-        None if rows == "pair_token" else dtype,
-        out_by_pair,
-        x.device,
-    )
-    if topk_weights is not None:
-        shape = tables.topk_ids.shape
-        if (
-            topk_weights.shape != shape
-            or not topk_weights.is_contiguous()
-            or not topk_weights.is_floating_point()
-        ):
-            wanted = f"contiguous {list(shape)} float"
-            runtime.fail(variant, "topk_weights", runtime.describe(topk_weights), wanted)
-    elif rows == "pair_token":
-        runtime.fail(
-            variant,
-            "topk_weights",
-            None,
-            "[T, top_k]",
-            "the sum over the experts of a token is weighted",
-        )
-    if w.stride(1) * w.shape[1] >= 2**31:
-        runtime.fail(variant, "size of an expert's matrix", w.stride(), "below 2**31 elements")
     w_scale_strides = (0, 0)
     if scales.of_weights is not None:
         w_scale_strides = _check_w_scale(variant, scales.of_weights, scales.w, w, slices)
     x_scale_strides: tuple[int, int | None] = (0, None)
     if scales.of_x is not None:
-        of_rows = tables.num_experts if x_by_pair else 1
+        of_rows = 1 if rows.startswith("token") else tables.num_experts
         x_scale_strides = check_x_scale(variant, scales.of_x, x, scales.x, QUANT, of_rows)
     hint, block_m = min(tables.tokens_hint, num_tokens), tables.block_m
-    if tables.tokens_hint < 0:
-        hint = num_tokens
-    if block_m < 0:  # left open by a graph of torch.compile
-        block_m = default_block_m(max(hint, 1), top_k, tables.num_experts)
+    if block_m < 0:  # left open by a graph of torch.compile, and settled as moe_align does
+        block_m = default_block_m(max(tables.tokens_hint, 1), top_k, tables.num_experts)
     problem = Problem(
         num_tokens,
         num_pairs,
@@ -222,7 +269,7 @@ def check(
         n,
         slices,
         rows,
-        out_stride,
+        out.stride(1 if out.dim() == 3 and top_k > 1 else 0),
         x.stride(0),
         (w.stride(0), w.stride(1)),
         zero_rest,
@@ -260,37 +307,6 @@ def _check_w_scale(
         wanted = f"{list(shape)} float32 or float8_e8m0fnu on {w.device}, contiguous behind E"
         runtime.fail(variant, "w_scale", got, wanted, f"a scale a {mode}")
     return scale.stride(0), 0 if scale.shape == w.shape[:1] else scale[0].numel() // slices
-
-
-def _check_out(
-    variant: str,
-    out: torch.Tensor,
-    num_tokens: int,
-    top_k: int,
-    n: int,
-    dtype: torch.dtype | None,
-    by_pair: bool,
-    device: torch.device,
-) -> int:
-    """The stride between rows of ``out``; dtype None: any float."""
-    if not by_pair:
-        fits, row = out.shape == (num_tokens, n), 0
-    elif out.dim() == 3:
-        row = 1 if top_k > 1 else 0
-        fits = out.shape == (num_tokens, top_k, n)
-        fits &= num_tokens < 2 or out.stride(0) == top_k * out.stride(row)
-    else:
-        fits, row = out.shape == (num_tokens * top_k, n), 0
-    fits &= out.is_floating_point() if dtype is None else out.dtype == dtype
-    if not fits or out.device != device or (n > 1 and out.stride(-1) != 1):
-        shape = (
-            f"[{num_tokens * top_k}, {n}] or [{num_tokens}, {top_k}, {n}]"
-            if by_pair
-            else f"[{num_tokens}, {n}]"
-        )
-        wanted = f"{shape} {dtype or 'float'} with last stride 1 on {device}"
-        runtime.fail(variant, "out", runtime.describe(out), wanted)
-    return out.stride(row)
 
 
 def has_boxes(problem: Problem, x: torch.Tensor, w: torch.Tensor) -> bool:

@@ -269,6 +269,8 @@ def moe_gemm_box_bf16_sorted_pair_plain_w8tensor_a8tensor(
         scales=Scales("tensor", w_scale, "tensor", x_scale),
     )
     if problem.num_pairs > 0:
-        bind(problem, config or choose("box", problem))(
-            out, x, w, tables, weights, w_scale, x_scale
-        )
+        bind(
+            problem,
+            runtime.given("moe_gemm_box_bf16_sorted_pair_plain_w8tensor_a8tensor", config, Config)
+            or choose("box", problem),
+        )(out, x, w, tables, weights, w_scale, x_scale)

@@ -238,4 +238,8 @@ def moe_gemm_box_bf16_sorted_pair_weighted(
         schedule="box",
     )
     if problem.num_pairs > 0:
-        bind(problem, config or choose("box", problem))(out, x, w, tables, weights)
+        bind(
+            problem,
+            runtime.given("moe_gemm_box_bf16_sorted_pair_weighted", config, Config)
+            or choose("box", problem),
+        )(out, x, w, tables, weights)

@@ -230,4 +230,8 @@ def moe_gemm_box_f16_token_sorted_relu2_plain(
         schedule="box",
     )
     if problem.num_pairs > 0:
-        bind(problem, config or choose("box", problem))(out, x, w, tables, weights)
+        bind(
+            problem,
+            runtime.given("moe_gemm_box_f16_token_sorted_relu2_plain", config, Config)
+            or choose("box", problem),
+        )(out, x, w, tables, weights)

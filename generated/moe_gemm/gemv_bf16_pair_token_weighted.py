@@ -159,4 +159,8 @@ def moe_gemm_gemv_bf16_pair_token_weighted(
         schedule="gemv",
     )
     if problem.num_pairs > 0:
-        bind(problem, config or choose("gemv", problem))(out, x, w, tables, weights)
+        bind(
+            problem,
+            runtime.given("moe_gemm_gemv_bf16_pair_token_weighted", config, Config)
+            or choose("gemv", problem),
+        )(out, x, w, tables, weights)

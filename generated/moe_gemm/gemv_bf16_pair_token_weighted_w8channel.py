@@ -180,4 +180,8 @@ def moe_gemm_gemv_bf16_pair_token_weighted_w8channel(
         scales=Scales("channel", w_scale, None, None),
     )
     if problem.num_pairs > 0:
-        bind(problem, config or choose("gemv", problem))(out, x, w, tables, weights, w_scale)
+        bind(
+            problem,
+            runtime.given("moe_gemm_gemv_bf16_pair_token_weighted_w8channel", config, Config)
+            or choose("gemv", problem),
+        )(out, x, w, tables, weights, w_scale)

@@ -207,6 +207,10 @@ def moe_gemm_gemv_bf16_token_pair_relu2_plain_w8group_a8group(
         scales=Scales("group", w_scale, "group", x_scale),
     )
     if problem.num_pairs > 0:
-        bind(problem, config or choose("gemv", problem))(
-            out, x, w, tables, weights, w_scale, x_scale
-        )
+        bind(
+            problem,
+            runtime.given(
+                "moe_gemm_gemv_bf16_token_pair_relu2_plain_w8group_a8group", config, Config
+            )
+            or choose("gemv", problem),
+        )(out, x, w, tables, weights, w_scale, x_scale)

@@ -158,4 +158,8 @@ def moe_gemm_gemv_bf16_token_pair_swiglu_plain(
         schedule="gemv",
     )
     if problem.num_pairs > 0:
-        bind(problem, config or choose("gemv", problem))(out, x, w, tables, weights)
+        bind(
+            problem,
+            runtime.given("moe_gemm_gemv_bf16_token_pair_swiglu_plain", config, Config)
+            or choose("gemv", problem),
+        )(out, x, w, tables, weights)

@@ -194,6 +194,10 @@ def moe_gemm_gemv_bf16_token_pair_swiglu_plain_w8tensor_a8tensor(
         scales=Scales("tensor", w_scale, "tensor", x_scale),
     )
     if problem.num_pairs > 0:
-        bind(problem, config or choose("gemv", problem))(
-            out, x, w, tables, weights, w_scale, x_scale
-        )
+        bind(
+            problem,
+            runtime.given(
+                "moe_gemm_gemv_bf16_token_pair_swiglu_plain_w8tensor_a8tensor", config, Config
+            )
+            or choose("gemv", problem),
+        )(out, x, w, tables, weights, w_scale, x_scale)

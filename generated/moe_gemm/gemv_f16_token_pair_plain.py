@@ -152,4 +152,8 @@ def moe_gemm_gemv_f16_token_pair_plain(
         schedule="gemv",
     )
     if problem.num_pairs > 0:
-        bind(problem, config or choose("gemv", problem))(out, x, w, tables, weights)
+        bind(
+            problem,
+            runtime.given("moe_gemm_gemv_f16_token_pair_plain", config, Config)
+            or choose("gemv", problem),
+        )(out, x, w, tables, weights)

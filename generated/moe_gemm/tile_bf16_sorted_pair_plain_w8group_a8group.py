@@ -310,6 +310,8 @@ def moe_gemm_tile_bf16_sorted_pair_plain_w8group_a8group(
         scales=Scales("group", w_scale, "group", x_scale),
     )
     if problem.num_pairs > 0:
-        bind(problem, config or choose("tile", problem))(
-            out, x, w, tables, weights, w_scale, x_scale
-        )
+        bind(
+            problem,
+            runtime.given("moe_gemm_tile_bf16_sorted_pair_plain_w8group_a8group", config, Config)
+            or choose("tile", problem),
+        )(out, x, w, tables, weights, w_scale, x_scale)

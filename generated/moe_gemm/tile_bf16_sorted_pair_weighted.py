@@ -245,4 +245,8 @@ def moe_gemm_tile_bf16_sorted_pair_weighted(
         schedule="tile",
     )
     if problem.num_pairs > 0:
-        bind(problem, config or choose("tile", problem))(out, x, w, tables, weights)
+        bind(
+            problem,
+            runtime.given("moe_gemm_tile_bf16_sorted_pair_weighted", config, Config)
+            or choose("tile", problem),
+        )(out, x, w, tables, weights)

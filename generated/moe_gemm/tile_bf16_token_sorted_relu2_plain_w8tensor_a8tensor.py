@@ -272,6 +272,10 @@ def moe_gemm_tile_bf16_token_sorted_relu2_plain_w8tensor_a8tensor(
         scales=Scales("tensor", w_scale, "tensor", x_scale),
     )
     if problem.num_pairs > 0:
-        bind(problem, config or choose("tile", problem))(
-            out, x, w, tables, weights, w_scale, x_scale
-        )
+        bind(
+            problem,
+            runtime.given(
+                "moe_gemm_tile_bf16_token_sorted_relu2_plain_w8tensor_a8tensor", config, Config
+            )
+            or choose("tile", problem),
+        )(out, x, w, tables, weights, w_scale, x_scale)

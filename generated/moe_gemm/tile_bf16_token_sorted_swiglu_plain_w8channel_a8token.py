@@ -285,6 +285,10 @@ def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8channel_a8token(
         scales=Scales("channel", w_scale, "token", x_scale),
     )
     if problem.num_pairs > 0:
-        bind(problem, config or choose("tile", problem))(
-            out, x, w, tables, weights, w_scale, x_scale
-        )
+        bind(
+            problem,
+            runtime.given(
+                "moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8channel_a8token", config, Config
+            )
+            or choose("tile", problem),
+        )(out, x, w, tables, weights, w_scale, x_scale)

@@ -292,4 +292,8 @@ def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8tensor(
         scales=Scales("tensor", w_scale, None, None),
     )
     if problem.num_pairs > 0:
-        bind(problem, config or choose("tile", problem))(out, x, w, tables, weights, w_scale)
+        bind(
+            problem,
+            runtime.given("moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8tensor", config, Config)
+            or choose("tile", problem),
+        )(out, x, w, tables, weights, w_scale)

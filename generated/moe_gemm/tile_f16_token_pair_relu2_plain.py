@@ -236,4 +236,8 @@ def moe_gemm_tile_f16_token_pair_relu2_plain(
         schedule="tile",
     )
     if problem.num_pairs > 0:
-        bind(problem, config or choose("tile", problem))(out, x, w, tables, weights)
+        bind(
+            problem,
+            runtime.given("moe_gemm_tile_f16_token_pair_relu2_plain", config, Config)
+            or choose("tile", problem),
+        )(out, x, w, tables, weights)

@@ -13,7 +13,7 @@ import torch
 
 from .. import _runtime as runtime
 from ..moe_route import MoeRoute, settled
-from ._problem import CONFIGS, UNSCALED, Call, Problem, check, choose, find_scales, plan
+from ._problem import CONFIGS, OP, Call, Problem, Scales, check, choose, plan
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 # (largest rank, tag); a rank goes to the first of them that there is a variant for
@@ -353,8 +353,6 @@ _MODULES = {
 }
 # fmt: on
 
-_calls = runtime.Calls()
-
 
 def moe_lora(
     out: torch.Tensor,
@@ -397,75 +395,7 @@ def moe_lora(
     if torch.compiler.is_compiling():
         _moe_lora_op(out, x, lora_a, lora_b, *route, *flags, a_scale or [], b_scale or [], x_scale)
     else:
-        try:
-            _apply(out, x, lora_a, lora_b, route, *flags, a_scale, b_scale, x_scale)
-        except (AttributeError, TypeError):
-            slices = {"lora_a": lora_a, "lora_b": lora_b, "a_scale": a_scale, "b_scale": b_scale}
-            _check_types(
-                {"out": out, "x": x, "topk_weights": topk_weights, "x_scale": x_scale},
-                slices,
-                route,
-            )
-            raise
-
-
-def _check_types(tensors: dict[str, object], slices: dict[str, Any], route: object) -> None:
-    """Raise ValueError if an argument is of a wrong type."""
-    runtime.check_types("moe_lora", MoeRoute, route=route)
-    required = ("out", "x", "lora_a", "lora_b")
-    for label, value in slices.items():
-        if value is not None or label in required:
-            runtime.check_types("moe_lora", (list, tuple), **{label: value})
-            tensors.update((f"{label}[{i}]", tensor) for i, tensor in enumerate(value))
-    given = {
-        label: value
-        for label, value in tensors.items()
-        if value is not None or label in required or "[" in label
-    }
-    runtime.check_types("moe_lora", torch.Tensor, **given)
-
-
-def _apply(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    lora_b: Sequence[torch.Tensor],
-    route: MoeRoute,
-    topk_weights: torch.Tensor | None,
-    add_inputs: bool,
-    mul_routed_weight: bool,
-    a_scale: Sequence[torch.Tensor] | None,
-    b_scale: Sequence[torch.Tensor] | None,
-    x_scale: torch.Tensor | None,
-) -> None:
-    ids = route.topk_ids
-    hint = (
-        out.shape,
-        len(lora_a),
-        None if ids is None else ids.dtype,
-        route.adapter_enabled is None,
-        route[8:],
-        topk_weights is None,
-        add_inputs,
-        mul_routed_weight,
-    )
-    tensors = [out, x, *lora_a, *lora_b]
-    if mul_routed_weight and topk_weights is not None:
-        tensors.append(topk_weights)
-    scales: list[Any] = []
-    if a_scale is not None or b_scale is not None or x_scale is not None:
-        hint += (a_scale is None, b_scale is None, x_scale is None)
-        scales = [scale for scale in (a_scale, b_scale) if scale is not None]
-        tensors += [scale for slices in scales for scale in slices]
-        if x_scale is not None:
-            scales.append(x_scale)
-            tensors.append(x_scale)
-    call = _calls.get(hint, tensors)
-    if call is None:
-        flags = (topk_weights, add_inputs, mul_routed_weight)
-        call = _bind(out, x, lora_a, lora_b, route, *flags, a_scale, b_scale, x_scale)
-        _calls.put(hint, tensors, call)
-    call(out, x, lora_a, lora_b, route, topk_weights, *scales)
+        _apply(out, x, lora_a, lora_b, route, *flags, a_scale, b_scale, x_scale)
 
 
 def _bind(
@@ -481,16 +411,6 @@ def _bind(
     b_scale: Sequence[torch.Tensor] | None,
     x_scale: torch.Tensor | None,
 ) -> Call:
-    dtype = _DTYPES.get(out.dtype)
-    if dtype is None:
-        wanted = " or ".join(str(known) for known in _DTYPES)
-        runtime.fail(
-            "moe_lora", "out", out.dtype, wanted, "add a tag to dtype: in specs/moe_lora.yaml"
-        )
-    scales = UNSCALED
-    if a_scale is not None or b_scale is not None or x_scale is not None:
-        of_rows = route.num_experts if mul_routed_weight else 1
-        scales = find_scales("moe_lora", x, lora_a, lora_b, a_scale, b_scale, x_scale, of_rows)
     problem = check(
         "moe_lora",
         out,
@@ -498,16 +418,17 @@ def _bind(
         lora_a,
         lora_b,
         route,
-        dtype=out.dtype,
-        naive=route.block_m == 0,
+        dtype=None,
+        naive=None,
         max_rank=None,
         topk_weights=topk_weights,
         weighted=mul_routed_weight,
         adds=add_inputs,
-        scales=scales,
+        scales=Scales(None, a_scale, b_scale, None, x_scale),
     )
     if problem.num_pairs == 0:
         return _nothing
+    dtype = _DTYPES[out.dtype]
     flags = (dtype, add_inputs, mul_routed_weight)
     found = {schedule: _variant(schedule, problem, *flags) for schedule in CONFIGS}
     least = min((variant[1] for variant in found.values() if variant is not None), default=0)
@@ -541,6 +462,9 @@ def _variant(
 
 def _nothing(*arguments: Any) -> None:
     """The call of an empty batch."""
+
+
+_apply = OP.caller(_bind)
 
 
 def _moe_lora(

@@ -6,14 +6,24 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, NamedTuple, Sequence, Union
+from typing import Any, Callable, Mapping, NamedTuple, Sequence, Union
 
 import torch
 
+from .. import _operands as operands
 from .. import _runtime as runtime
 from .. import _scales
 from .._scales import Quant, check_fp8, check_x_scale, find_x_mode, is_fp32, product_rows
-from ..moe_route import MoeRoute, default_block_m, expected_groups, few_pairs
+from ..moe_route import (
+    ROUTE,
+    MoeRoute,
+    check_kind,
+    check_rank,
+    default_block_m,
+    expected_groups,
+    experts_in_weights,
+    few_pairs,
+)
 from ._tuned import TUNED
 
 
@@ -80,13 +90,57 @@ class Scales(NamedTuple):
     """The scales of a call, and of what there is one each: "tensor", "channel" or "group"; of x, "token" for "channel"."""
 
     of_weights: str | None
-    a: Sequence[torch.Tensor]
-    b: Sequence[torch.Tensor]
+    a: Sequence[torch.Tensor] | None
+    b: Sequence[torch.Tensor] | None
     of_x: str | None
     x: torch.Tensor | None
 
 
-UNSCALED = Scales(None, (), (), None, None)
+UNSCALED = Scales(None, None, None, None, None)
+
+
+def _sizes(values: Mapping[str, Any]) -> dict[str, int]:
+    """Rows of x, R, and the experts of weights."""
+    route = values["route"]
+    rows = route.num_tokens * (route.top_k if values["mul_routed_weight"] else 1)
+    return {"R": rows, **experts_in_weights(values)}
+
+
+def _scale(name: str, slices: str = "") -> operands.Tensor:
+    return operands.Tensor(
+        name, None, None, operands.FREE, optional=True, slices=slices, left_out=True
+    )
+
+
+OP = operands.Op(
+    "moe_lora",
+    (
+        operands.Tensor("out", "T, top_k, S*N", "D", operands.PAIRS, written=True),
+        operands.Tensor("x", "R, K", "D", scaled_by="x_scale"),
+        operands.Tensor("lora_a", ">=L, >=X, rank, K", "D", slices="alike", scaled_by="a_scale"),
+        operands.Tensor("lora_b", ">=L, >=X, N, rank", "D", slices="alike", scaled_by="b_scale"),
+        ROUTE,
+        operands.Tensor(
+            "topk_weights",
+            "T, top_k",
+            operands.FLOATS,
+            operands.CONTIGUOUS,
+            only_with="mul_routed_weight",
+        ),
+        operands.Flag("add_inputs"),
+        operands.Flag("mul_routed_weight"),
+        _scale("a_scale", slices="any"),
+        _scale("b_scale", slices="any"),
+        _scale("x_scale"),
+    ),
+    spec="specs/moe_lora.yaml",
+    dtypes={"D": (torch.bfloat16, torch.float16)},
+    fp8=QUANT.elements,
+    first=("lora_a", "lora_b"),
+    tells=("out",),
+    apart=("out", "x"),
+    sizes=_sizes,
+)
 
 
 class Problem(NamedTuple):
@@ -121,8 +175,8 @@ def check(
     lora_b: Sequence[torch.Tensor],
     route: MoeRoute,
     *,
-    dtype: torch.dtype,
-    naive: bool,
+    dtype: torch.dtype | None,
+    naive: bool | None,
     max_rank: int | None,
     topk_weights: torch.Tensor | None,
     weighted: bool,
@@ -130,107 +184,40 @@ def check(
     scales: Scales = UNSCALED,
     block_r: int = 0,
 ) -> Problem:
-    """The sizes of a call, once everything about it is known to fit.
+    """The sizes of a call, once everything about it is known to fit; dtype, naive and kinds of scales of None: any.
 
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
-    made_on = route.topk_ids if naive else route.blocks
-    if made_on is not None and made_on.device != x.device:
-        runtime.fail(variant, "route", f"one on {made_on.device}", f"one on {x.device}, as x")
-    slices = len(lora_a)
-    if slices < 1 or len(lora_b) != slices:
-        runtime.fail(
-            variant,
-            "slices",
-            f"{slices} of lora_a, {len(lora_b)} of lora_b",
-            "as many of both, at least one",
-        )
-    a, b = lora_a[0], lora_b[0]
-    if a.dim() != 4 or b.dim() != 4:
-        got = f"{runtime.describe(a)} and {runtime.describe(b)}"
-        runtime.fail(variant, "lora_a, lora_b", got, "[L, E, rank, K] and [L, E, N, rank]")
-    loras, experts, rank, k = a.shape
-    n = b.shape[2]
-    num_pairs = route.num_tokens * route.top_k
-    if rank < 1 or (max_rank is not None and rank > max_rank):
-        runtime.fail(
-            variant,
-            "rank",
-            rank,
-            f"1 to {max_rank}",
-            "moe_lora picks the variant that serves a rank",
-        )
-    if loras < route.max_loras or (experts < route.num_experts and not route.global_experts):
-        got = f"{loras} adapters, {experts} experts"
-        runtime.fail(
-            variant,
-            "lora_a",
-            got,
-            f"at least the route's {route.max_loras} and {route.num_experts}",
-        )
-    if n < 1 or k < 1:
-        runtime.fail(variant, "K, N", (k, n), "at least 1")
-    if naive and route.topk_ids is None:
-        runtime.fail(
-            variant, "route", "tables only", "a route from moe_route", "use a sorted variant"
-        )
-    if not naive and route.block_m == 0:
-        runtime.fail(variant, "route", "naive", "sorted", 'make it with assignment="sorted"')
-    of_a = of_b = dtype
+    given = (scales.a, scales.b, scales.x)
+    sizes = OP.check(
+        variant,
+        OP.named(out, x, lora_a, lora_b, route, topk_weights, adds, weighted, *given),
+        D=dtype,
+    )
+    check_kind(variant, route, naive)
+    of_rows = route.num_experts if weighted else 1
+    if scales.of_weights is None and scales.of_x is None and given != (None, None, None):
+        scales = find_scales(variant, x, lora_a, lora_b, *given, of_rows)
+    num_pairs, a, b = route.num_tokens * route.top_k, lora_a[0], lora_b[0]
+    n, k, rank, slices = sizes["N"], sizes["K"], sizes["rank"], sizes["S"]
+    check_rank(variant, "lora_a", rank, max_rank, a.stride(2))
+    check_rank(variant, "lora_b", rank, max_rank, b.stride(2), n)
     if scales.of_weights is not None:
-        of_a, of_b = (
-            check_fp8(variant, name, w, scales.of_weights, QUANT)
-            for name, w in (("lora_a", a), ("lora_b", b))
-        )
-    _check_slices(variant, "lora_a", lora_a, (loras, experts, rank, k), of_a, x.device)
-    _check_slices(variant, "lora_b", lora_b, (loras, experts, n, rank), of_b, x.device)
-    rows = num_pairs if weighted else route.num_tokens
-    of_x = dtype if scales.of_x is None else check_fp8(variant, "x", x, scales.of_x, QUANT)
-    if (
-        x.dim() != 2
-        or x.shape[0] != rows
-        or x.shape[1] != k
-        or x.dtype != of_x
-        or (k > 1 and x.stride(1) != 1)
-    ):
-        runtime.fail(variant, "x", runtime.describe(x), f"[{rows}, {k}] {of_x} with last stride 1")
-    shape = (route.num_tokens, route.top_k, slices * n)
-    if out.shape != shape or out.dtype != dtype or out.device != x.device:
-        runtime.fail(variant, "out", runtime.describe(out), f"{list(shape)} {dtype} on {x.device}")
+        check_fp8(variant, "lora_a", a, scales.of_weights, QUANT)
+        check_fp8(variant, "lora_b", b, scales.of_weights, QUANT)
+    if scales.of_x is not None:
+        check_fp8(variant, "x", x, scales.of_x, QUANT)
     out_stride = out.stride(1) if route.top_k > 1 else out.stride(0)
-    if (
-        (out.shape[2] > 1 and out.stride(2) != 1)
-        or (route.num_tokens > 1 and out.stride(0) != route.top_k * out_stride)
-        or (num_pairs > 1 and out_stride < shape[2])
-    ):
-        wanted = "last stride 1 and stride(0) == top_k * stride(1), rows that do not overlap"
-        runtime.fail(variant, "out", runtime.describe(out), wanted)
-    if weighted:
-        if topk_weights is None:
-            runtime.fail(
-                variant, "topk_weights", None, "[T, top_k]", "mul_routed_weight needs them"
-            )
-        fits = (
-            topk_weights.shape == shape[:2]
-            and topk_weights.is_contiguous()
-            and topk_weights.device == x.device
-        )
-        if not fits or not topk_weights.is_floating_point():
-            wanted = f"contiguous {list(shape[:2])} float on {x.device}"
-            runtime.fail(variant, "topk_weights", runtime.describe(topk_weights), wanted)
     a_strides, b_strides = a.stride()[:3], b.stride()[:3]
-    if max(a_strides[2] * rank, b_strides[2] * n, slices * n) >= 2**31:
-        runtime.fail(
-            variant, "size of an expert's matrix", (a_strides, b_strides), "below 2**31 elements"
-        )
+    if slices * n >= 2**31:
+        runtime.fail(variant, "out", runtime.describe(out), "below 2**31 columns")
     a_scale_strides = b_scale_strides = ()
     if scales.of_weights is not None:
         a_scale_strides = _scale_strides(variant, "a_scale", scales.of_weights, scales.a, lora_a)
         b_scale_strides = _scale_strides(variant, "b_scale", scales.of_weights, scales.b, lora_b)
     x_scale_strides: tuple[int, int | None] = (0, None)
     if scales.of_x is not None:
-        of_rows = route.num_experts if weighted else 1
         x_scale_strides = check_x_scale(variant, scales.of_x, x, scales.x, QUANT, of_rows)
     return Problem(
         num_pairs,
@@ -254,29 +241,6 @@ def check(
     )
 
 
-def _check_slices(
-    variant: str,
-    label: str,
-    tensors: Sequence[torch.Tensor],
-    shape: tuple[int, int, int, int],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    strides = tensors[0].stride()
-    for i, tensor in enumerate(tensors):
-        if (
-            tensor.shape != shape
-            or tensor.stride() != strides
-            or tensor.dtype != dtype
-            or tensor.device != device
-            or (shape[3] > 1 and strides[3] != 1)
-        ):
-            wanted = (
-                f"{list(shape)} {dtype} with strides {[*strides[:3], 1]} on {device}, as slice 0"
-            )
-            runtime.fail(variant, f"{label}[{i}]", runtime.describe(tensor), wanted)
-
-
 def scale_shape(mode: str, weights: Sequence[int]) -> tuple[int, ...]:
     """The shape of the scales of weights [L, E, out, in]."""
     return _scales.scale_shape(mode, weights, QUANT)
@@ -291,13 +255,15 @@ def _scale_strides(
     variant: str,
     label: str,
     mode: str,
-    scales: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor] | None,
     weights: Sequence[torch.Tensor],
 ) -> tuple[int, ...]:
-    """The strides over (L, E) of the scales of weights, which are as many tensors of one layout."""
+    """The strides over (L, E) of the scales of weights, which are tensors of one layout."""
     shape = scale_shape(mode, weights[0].shape)
-    if len(scales) != len(weights):
-        runtime.fail(variant, label, f"{len(scales)} tensors", f"{len(weights)}, one a slice")
+    if scales is None:
+        runtime.fail(
+            variant, label, None, f"{len(weights)} tensors, one a slice", f"a scale a {mode}"
+        )
     strides = scales[0].stride()[:2]
     for i, scale in enumerate(scales):
         if (
@@ -357,7 +323,7 @@ def find_scales(
         of_x = find_x_mode(
             variant, x, x_scale, QUANT, "group" if of_weights == "group" else None, experts
         )
-    return Scales(of_weights, a_scale or (), b_scale or (), of_x, x_scale)
+    return Scales(of_weights, a_scale, b_scale, of_x, x_scale)
 
 
 def _fit(

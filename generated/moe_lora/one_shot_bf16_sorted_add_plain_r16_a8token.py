@@ -244,8 +244,13 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r16_a8token(
         topk_weights=None,
         weighted=False,
         adds=True,
-        scales=Scales(None, (), (), "token", x_scale),
+        scales=Scales(None, None, None, "token", x_scale),
     )
     if problem.num_pairs > 0:
-        call = bind(problem, route, config or choose("one_shot", problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given("moe_lora_one_shot_bf16_sorted_add_plain_r16_a8token", config, Config)
+            or choose("one_shot", problem, route),
+        )
         call(out, x, lora_a, lora_b, route, None, x_scale)

@@ -277,5 +277,10 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r16_w8channel(
         scales=Scales("channel", a_scale, b_scale, None, None),
     )
     if problem.num_pairs > 0:
-        call = bind(problem, route, config or choose("one_shot", problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given("moe_lora_one_shot_bf16_sorted_add_plain_r16_w8channel", config, Config)
+            or choose("one_shot", problem, route),
+        )
         call(out, x, lora_a, lora_b, route, None, a_scale, b_scale)

@@ -264,8 +264,13 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r64_a8group(
         topk_weights=None,
         weighted=False,
         adds=True,
-        scales=Scales(None, (), (), "group", x_scale),
+        scales=Scales(None, None, None, "group", x_scale),
     )
     if problem.num_pairs > 0:
-        call = bind(problem, route, config or choose("one_shot", problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given("moe_lora_one_shot_bf16_sorted_add_plain_r64_a8group", config, Config)
+            or choose("one_shot", problem, route),
+        )
         call(out, x, lora_a, lora_b, route, None, x_scale)

@@ -280,5 +280,12 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r64_w8tensor_a8tensor(
         scales=Scales("tensor", a_scale, b_scale, "tensor", x_scale),
     )
     if problem.num_pairs > 0:
-        call = bind(problem, route, config or choose("one_shot", problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given(
+                "moe_lora_one_shot_bf16_sorted_add_plain_r64_w8tensor_a8tensor", config, Config
+            )
+            or choose("one_shot", problem, route),
+        )
         call(out, x, lora_a, lora_b, route, None, a_scale, b_scale, x_scale)

@@ -294,5 +294,12 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r16_w8channel(
         scales=Scales("channel", a_scale, b_scale, None, None),
     )
     if problem.num_pairs > 0:
-        call = bind(problem, route, config or choose("one_shot", problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given(
+                "moe_lora_one_shot_bf16_sorted_add_weighted_r16_w8channel", config, Config
+            )
+            or choose("one_shot", problem, route),
+        )
         call(out, x, lora_a, lora_b, route, topk_weights, a_scale, b_scale)

@@ -336,5 +336,12 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r64_w8group_a8group(
         scales=Scales("group", a_scale, b_scale, "group", x_scale),
     )
     if problem.num_pairs > 0:
-        call = bind(problem, route, config or choose("one_shot", problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given(
+                "moe_lora_one_shot_bf16_sorted_add_weighted_r64_w8group_a8group", config, Config
+            )
+            or choose("one_shot", problem, route),
+        )
         call(out, x, lora_a, lora_b, route, topk_weights, a_scale, b_scale, x_scale)

@@ -223,5 +223,10 @@ def moe_lora_one_shot_bf16_sorted_set_plain_r16(
         adds=False,
     )
     if problem.num_pairs > 0:
-        call = bind(problem, route, config or choose("one_shot", problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given("moe_lora_one_shot_bf16_sorted_set_plain_r16", config, Config)
+            or choose("one_shot", problem, route),
+        )
         call(out, x, lora_a, lora_b, route, None)

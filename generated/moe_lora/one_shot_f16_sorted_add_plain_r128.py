@@ -225,5 +225,10 @@ def moe_lora_one_shot_f16_sorted_add_plain_r128(
         adds=True,
     )
     if problem.num_pairs > 0:
-        call = bind(problem, route, config or choose("one_shot", problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given("moe_lora_one_shot_f16_sorted_add_plain_r128", config, Config)
+            or choose("one_shot", problem, route),
+        )
         call(out, x, lora_a, lora_b, route, None)

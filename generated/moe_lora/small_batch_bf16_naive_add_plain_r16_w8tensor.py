@@ -350,5 +350,10 @@ def moe_lora_small_batch_bf16_naive_add_plain_r16_w8tensor(
         scales=Scales("tensor", a_scale, b_scale, None, None),
     )
     if problem.num_pairs > 0:
-        call = bind(problem, route, config or choose("small_batch", problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given("moe_lora_small_batch_bf16_naive_add_plain_r16_w8tensor", config, Config)
+            or choose("small_batch", problem, route),
+        )
         call(out, x, lora_a, lora_b, route, None, a_scale, b_scale)

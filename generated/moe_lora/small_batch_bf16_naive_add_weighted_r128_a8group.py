@@ -338,8 +338,15 @@ def moe_lora_small_batch_bf16_naive_add_weighted_r128_a8group(
         topk_weights=topk_weights,
         weighted=True,
         adds=True,
-        scales=Scales(None, (), (), "group", x_scale),
+        scales=Scales(None, None, None, "group", x_scale),
     )
     if problem.num_pairs > 0:
-        call = bind(problem, route, config or choose("small_batch", problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given(
+                "moe_lora_small_batch_bf16_naive_add_weighted_r128_a8group", config, Config
+            )
+            or choose("small_batch", problem, route),
+        )
         call(out, x, lora_a, lora_b, route, topk_weights, x_scale)

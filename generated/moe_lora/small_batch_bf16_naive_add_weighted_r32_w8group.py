@@ -371,5 +371,12 @@ def moe_lora_small_batch_bf16_naive_add_weighted_r32_w8group(
         scales=Scales("group", a_scale, b_scale, None, None),
     )
     if problem.num_pairs > 0:
-        call = bind(problem, route, config or choose("small_batch", problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given(
+                "moe_lora_small_batch_bf16_naive_add_weighted_r32_w8group", config, Config
+            )
+            or choose("small_batch", problem, route),
+        )
         call(out, x, lora_a, lora_b, route, topk_weights, a_scale, b_scale)

@@ -367,5 +367,12 @@ def moe_lora_small_batch_bf16_naive_add_weighted_r64_w8channel_a8token(
         scales=Scales("channel", a_scale, b_scale, "token", x_scale),
     )
     if problem.num_pairs > 0:
-        call = bind(problem, route, config or choose("small_batch", problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given(
+                "moe_lora_small_batch_bf16_naive_add_weighted_r64_w8channel_a8token", config, Config
+            )
+            or choose("small_batch", problem, route),
+        )
         call(out, x, lora_a, lora_b, route, topk_weights, a_scale, b_scale, x_scale)

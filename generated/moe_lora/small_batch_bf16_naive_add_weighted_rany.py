@@ -306,5 +306,10 @@ def moe_lora_small_batch_bf16_naive_add_weighted_rany(
         adds=True,
     )
     if problem.num_pairs > 0:
-        call = bind(problem, route, config or choose("small_batch", problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given("moe_lora_small_batch_bf16_naive_add_weighted_rany", config, Config)
+            or choose("small_batch", problem, route),
+        )
         call(out, x, lora_a, lora_b, route, topk_weights)

@@ -302,8 +302,13 @@ def moe_lora_small_batch_bf16_naive_set_plain_rany_a8token(
         topk_weights=None,
         weighted=False,
         adds=False,
-        scales=Scales(None, (), (), "token", x_scale),
+        scales=Scales(None, None, None, "token", x_scale),
     )
     if problem.num_pairs > 0:
-        call = bind(problem, route, config or choose("small_batch", problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given("moe_lora_small_batch_bf16_naive_set_plain_rany_a8token", config, Config)
+            or choose("small_batch", problem, route),
+        )
         call(out, x, lora_a, lora_b, route, None, x_scale)

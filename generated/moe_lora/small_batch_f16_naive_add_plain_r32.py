@@ -310,5 +310,10 @@ def moe_lora_small_batch_f16_naive_add_plain_r32(
         adds=True,
     )
     if problem.num_pairs > 0:
-        call = bind(problem, route, config or choose("small_batch", problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given("moe_lora_small_batch_f16_naive_add_plain_r32", config, Config)
+            or choose("small_batch", problem, route),
+        )
         call(out, x, lora_a, lora_b, route, None)

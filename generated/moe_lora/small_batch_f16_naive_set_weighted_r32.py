@@ -314,5 +314,10 @@ def moe_lora_small_batch_f16_naive_set_weighted_r32(
         adds=False,
     )
     if problem.num_pairs > 0:
-        call = bind(problem, route, config or choose("small_batch", problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given("moe_lora_small_batch_f16_naive_set_weighted_r32", config, Config)
+            or choose("small_batch", problem, route),
+        )
         call(out, x, lora_a, lora_b, route, topk_weights)

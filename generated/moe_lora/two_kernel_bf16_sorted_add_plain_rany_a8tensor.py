@@ -362,8 +362,13 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_rany_a8tensor(
         topk_weights=None,
         weighted=False,
         adds=True,
-        scales=Scales(None, (), (), "tensor", x_scale),
+        scales=Scales(None, None, None, "tensor", x_scale),
     )
     if problem.num_pairs > 0:
-        call = bind(problem, route, config or choose("two_kernel", problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given("moe_lora_two_kernel_bf16_sorted_add_plain_rany_a8tensor", config, Config)
+            or choose("two_kernel", problem, route),
+        )
         call(out, x, lora_a, lora_b, route, None, x_scale)

@@ -399,5 +399,12 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_rany_w8channel_a8token(
         scales=Scales("channel", a_scale, b_scale, "token", x_scale),
     )
     if problem.num_pairs > 0:
-        call = bind(problem, route, config or choose("two_kernel", problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given(
+                "moe_lora_two_kernel_bf16_sorted_add_plain_rany_w8channel_a8token", config, Config
+            )
+            or choose("two_kernel", problem, route),
+        )
         call(out, x, lora_a, lora_b, route, None, a_scale, b_scale, x_scale)

@@ -390,5 +390,12 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r128_w8tensor(
         scales=Scales("tensor", a_scale, b_scale, None, None),
     )
     if problem.num_pairs > 0:
-        call = bind(problem, route, config or choose("two_kernel", problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given(
+                "moe_lora_two_kernel_bf16_sorted_add_weighted_r128_w8tensor", config, Config
+            )
+            or choose("two_kernel", problem, route),
+        )
         call(out, x, lora_a, lora_b, route, topk_weights, a_scale, b_scale)

@@ -379,8 +379,13 @@ def moe_lora_two_kernel_bf16_sorted_set_plain_rany_a8group(
         topk_weights=None,
         weighted=False,
         adds=False,
-        scales=Scales(None, (), (), "group", x_scale),
+        scales=Scales(None, None, None, "group", x_scale),
     )
     if problem.num_pairs > 0:
-        call = bind(problem, route, config or choose("two_kernel", problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given("moe_lora_two_kernel_bf16_sorted_set_plain_rany_a8group", config, Config)
+            or choose("two_kernel", problem, route),
+        )
         call(out, x, lora_a, lora_b, route, None, x_scale)

@@ -393,5 +393,12 @@ def moe_lora_two_kernel_bf16_sorted_set_plain_rany_w8channel(
         scales=Scales("channel", a_scale, b_scale, None, None),
     )
     if problem.num_pairs > 0:
-        call = bind(problem, route, config or choose("two_kernel", problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given(
+                "moe_lora_two_kernel_bf16_sorted_set_plain_rany_w8channel", config, Config
+            )
+            or choose("two_kernel", problem, route),
+        )
         call(out, x, lora_a, lora_b, route, None, a_scale, b_scale)

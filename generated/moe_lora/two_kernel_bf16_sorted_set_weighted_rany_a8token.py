@@ -368,8 +368,15 @@ def moe_lora_two_kernel_bf16_sorted_set_weighted_rany_a8token(
         topk_weights=topk_weights,
         weighted=True,
         adds=False,
-        scales=Scales(None, (), (), "token", x_scale),
+        scales=Scales(None, None, None, "token", x_scale),
     )
     if problem.num_pairs > 0:
-        call = bind(problem, route, config or choose("two_kernel", problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given(
+                "moe_lora_two_kernel_bf16_sorted_set_weighted_rany_a8token", config, Config
+            )
+            or choose("two_kernel", problem, route),
+        )
         call(out, x, lora_a, lora_b, route, topk_weights, x_scale)

@@ -409,5 +409,14 @@ def moe_lora_two_kernel_bf16_sorted_set_weighted_rany_w8channel_a8token(
         scales=Scales("channel", a_scale, b_scale, "token", x_scale),
     )
     if problem.num_pairs > 0:
-        call = bind(problem, route, config or choose("two_kernel", problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given(
+                "moe_lora_two_kernel_bf16_sorted_set_weighted_rany_w8channel_a8token",
+                config,
+                Config,
+            )
+            or choose("two_kernel", problem, route),
+        )
         call(out, x, lora_a, lora_b, route, topk_weights, a_scale, b_scale, x_scale)

@@ -323,5 +323,10 @@ def moe_lora_two_kernel_f16_sorted_add_weighted_r16(
         adds=True,
     )
     if problem.num_pairs > 0:
-        call = bind(problem, route, config or choose("two_kernel", problem, route))
+        call = bind(
+            problem,
+            route,
+            runtime.given("moe_lora_two_kernel_f16_sorted_add_weighted_r16", config, Config)
+            or choose("two_kernel", problem, route),
+        )
         call(out, x, lora_a, lora_b, route, topk_weights)

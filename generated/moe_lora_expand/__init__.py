@@ -13,7 +13,7 @@ import torch
 
 from .. import _runtime as runtime
 from ..moe_route import MoeRoute, settled
-from ._problem import Call, check, choose
+from ._problem import OP, Call, check, choose
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 # (largest rank, tag); a rank goes to the first of them that there is a variant for
@@ -63,8 +63,6 @@ _MODULES = {
     ("blocks", "f16", True, True, "rany"): "blocks_f16_add_weighted_rany",
 }
 
-_calls = runtime.Calls()
-
 
 def moe_lora_expand(
     out: torch.Tensor,
@@ -104,28 +102,6 @@ def moe_lora_expand(
         _apply(out, y, lora_b, route, *flags)
 
 
-def _apply(
-    out: torch.Tensor,
-    y: torch.Tensor,
-    lora_b: Sequence[torch.Tensor],
-    route: MoeRoute,
-    topk_weights: torch.Tensor | None,
-    offset: int,
-    add_inputs: bool,
-    mul_routed_weight: bool,
-) -> None:
-    ids, flags = route.topk_ids, (offset, add_inputs, mul_routed_weight)
-    kind = (None if ids is None else ids.dtype, route.adapter_enabled is None, topk_weights is None)
-    hint = (out.shape, y.shape, len(lora_b), kind, route[8:], flags)
-    tensors = [out, y, *lora_b]
-    if mul_routed_weight and topk_weights is not None:
-        tensors.append(topk_weights)
-    call = _calls.get(hint, tensors)
-    if call is None:
-        call = _calls.put(hint, tensors, _bind(out, y, lora_b, route, topk_weights, *flags))
-    call(out, y, lora_b, route, topk_weights)
-
-
 def _bind(
     out: torch.Tensor,
     y: torch.Tensor,
@@ -136,7 +112,6 @@ def _bind(
     add_inputs: bool,
     mul_routed_weight: bool,
 ) -> Call:
-    naive = route.block_m == 0
     problem = check(
         "moe_lora_expand",
         out,
@@ -144,17 +119,16 @@ def _bind(
         lora_b,
         route,
         offset,
-        dtype=out.dtype,
-        naive=naive,
+        dtype=None,
+        naive=None,
         max_rank=None,
         topk_weights=topk_weights,
         weighted=mul_routed_weight,
+        adds=add_inputs,
     )
-    schedule = "pairs" if naive else "blocks"
+    schedule = "pairs" if route.block_m == 0 else "blocks"
     for largest, tag in _BUCKETS:
-        module = _MODULES.get(
-            (schedule, _DTYPES.get(out.dtype, ""), add_inputs, mul_routed_weight, tag)
-        )
+        module = _MODULES.get((schedule, _DTYPES[out.dtype], add_inputs, mul_routed_weight, tag))
         if problem.rank > largest or module is None:
             continue
         if problem.num_pairs == 0:
@@ -169,6 +143,9 @@ def _bind(
 
 def _nothing(*arguments: Any) -> None:
     """The call of an empty batch."""
+
+
+_apply = OP.caller(_bind)
 
 
 def _moe_lora_expand(

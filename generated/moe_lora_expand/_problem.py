@@ -10,9 +10,9 @@ from typing import Any, Callable, NamedTuple, Sequence, Union
 
 import torch
 
+from .. import _operands as operands
 from .. import _runtime as runtime
-from ..moe_lora_shrink._problem import check_route, check_weights
-from ..moe_route import MoeRoute, expected_groups
+from ..moe_route import ROUTE, MoeRoute, check_kind, check_rank, expected_groups, experts_in_weights
 from ._tuned import TUNED
 
 
@@ -39,6 +39,32 @@ Config = Union[PairsConfig, BlocksConfig]
 
 # How the cache treats weights, by weight_policy: as any data, or as data that is read once.
 CACHE_POLICIES = ("", "evict_first")
+
+OP = operands.Op(
+    "moe_lora_expand",
+    (
+        operands.Tensor("out", "T, top_k, *", "D", operands.PAIRS, written=True),
+        operands.Tensor("y", ("S, T*top_k, rank", "shards, S, T*top_k, shard"), torch.float32),
+        operands.Tensor("lora_b", ">=L, >=X, N, rank", "D", slices="alike"),
+        ROUTE,
+        operands.Tensor(
+            "topk_weights",
+            "T, top_k",
+            operands.FLOATS,
+            operands.CONTIGUOUS,
+            only_with="mul_routed_weight",
+        ),
+        operands.Int("offset"),
+        operands.Flag("add_inputs"),
+        operands.Flag("mul_routed_weight"),
+    ),
+    spec="specs/moe_lora_expand.yaml",
+    dtypes={"D": (torch.bfloat16, torch.float16)},
+    first=("lora_b",),
+    tells=("out", "y"),
+    apart=("out", "y"),
+    sizes=experts_in_weights,
+)
 
 # (out, y, lora_b, route, topk_weights) of sizes that were checked before
 Call = Callable[..., None]
@@ -67,85 +93,66 @@ def check(
     route: MoeRoute,
     offset: int,
     *,
-    dtype: torch.dtype,
-    naive: bool,
+    dtype: torch.dtype | None,
+    naive: bool | None,
     max_rank: int | None,
     topk_weights: torch.Tensor | None,
     weighted: bool,
+    adds: bool = True,
 ) -> Problem:
-    """The sizes of a call, once everything about it is known to fit.
+    """The sizes of a call, once everything about it is known to fit; dtype and naive of None: any.
 
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
-    check_route(variant, route, naive)
-    n, rank = check_weights(variant, "lora_b", lora_b, "[L, E, N, rank]", route, dtype, out.device)
-    num_pairs, slices = route.num_tokens * route.top_k, len(lora_b)
-    if max_rank is not None and rank > max_rank:
-        runtime.fail(
-            variant,
-            "rank",
-            rank,
-            f"1 to {max_rank}",
-            "moe_lora_expand picks the variant that serves a rank",
-        )
-    end = offset + slices * n
-    if offset < 0 or end >= 2**31:
-        runtime.fail(variant, "offset", offset, f"0 to {2**31 - slices * n - 1}")
-    fits = (
-        out.dim() == 3 and out.shape[:2] == (route.num_tokens, route.top_k) and out.shape[2] >= end
+    sizes = OP.check(
+        variant, OP.named(out, y, lora_b, route, topk_weights, offset, adds, weighted), D=dtype
     )
-    if not fits or out.dtype != dtype:
-        wanted = f"[{route.num_tokens}, {route.top_k}, >= {end}] {dtype}"
+    check_kind(variant, route, naive)
+    n, rank, slices, num_pairs = (
+        sizes["N"],
+        sizes["rank"],
+        sizes["S"],
+        route.num_tokens * route.top_k,
+    )
+    strides, end = lora_b[0].stride()[:3], offset + slices * n
+    check_rank(variant, "lora_b", rank, max_rank, strides[2], n)
+    if end >= 2**31:
+        runtime.fail(variant, "offset", offset, f"0 to {2**31 - slices * n - 1}")
+    if out.shape[2] < end:
+        hint = f"{slices} slices of {n} columns from offset = {offset} on, N as in lora_b"
         runtime.fail(
             variant,
             "out",
             runtime.describe(out),
-            wanted,
-            f"{slices} slices of {n} columns from {offset} on",
+            f"[{route.num_tokens}, {route.top_k}, >= {end}]",
+            hint,
         )
-    out_stride = out.stride(1) if route.top_k > 1 else out.stride(0)
-    if (out.shape[2] > 1 and out.stride(2) != 1) or (
-        route.num_tokens > 1 and out.stride(0) != route.top_k * out_stride
-    ):
-        wanted = "last stride 1 and stride(0) == top_k * stride(1)"
-        runtime.fail(variant, "out", runtime.describe(out), wanted)
     shards = y.shape[0] if y.dim() == 4 else 1
-    shard = rank // max(shards, 1)
-    shape = (shards, slices, num_pairs, shard) if y.dim() == 4 else (slices, num_pairs, rank)
-    fits = y.shape == shape and shards * shard == rank and (shard == 1 or y.stride(-1) == 1)
-    if not fits or y.dtype != torch.float32 or y.device != out.device:
-        wanted = f"{[slices, num_pairs, rank]}, or [shards, {slices}, {num_pairs}, {rank} / shards], torch.float32 on {out.device}"
+    if y.shape[-1] * shards != rank:
+        wanted = f"{[slices, num_pairs, rank]}, or [shards, {slices}, {num_pairs}, {rank} / shards]"
         runtime.fail(
             variant,
             "y",
             runtime.describe(y),
-            f"{wanted} with last stride 1",
-            "as moe_lora_shrink leaves it",
+            wanted,
+            "as moe_lora_shrink leaves it; rank as in lora_b",
         )
     if max(y.stride()[:-2]) >= 2**31:
         wanted = "slices and shards that are less than 2**31 elements apart"
         runtime.fail(variant, "y", runtime.describe(y), wanted, "send fewer tokens")
-    if weighted:
-        if topk_weights is None:
-            runtime.fail(
-                variant, "topk_weights", None, "[T, top_k]", "mul_routed_weight needs them"
-            )
-        shape = (route.num_tokens, route.top_k)
-        if (
-            topk_weights.shape != shape
-            or not topk_weights.is_contiguous()
-            or not topk_weights.is_floating_point()
-        ):
-            runtime.fail(
-                variant,
-                "topk_weights",
-                runtime.describe(topk_weights),
-                f"contiguous {list(shape)} float",
-            )
-    strides = lora_b[0].stride()[:3]
+    out_stride = out.stride(1) if route.top_k > 1 else out.stride(0)
     return Problem(
-        num_pairs, n, slices, rank, shard, offset, out_stride, y.stride(-2), strides, out.device
+        num_pairs,
+        n,
+        slices,
+        rank,
+        y.shape[-1],
+        offset,
+        out_stride,
+        y.stride(-2),
+        strides,
+        out.device,
     )
 
 

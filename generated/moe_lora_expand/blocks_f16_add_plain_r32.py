@@ -172,6 +172,9 @@ def moe_lora_expand_blocks_f16_add_plain_r32(
         weighted=False,
     )
     if problem.num_pairs > 0:
-        bind(problem, route, config or choose("blocks", problem, route))(
-            out, y, lora_b, route, weights
-        )
+        bind(
+            problem,
+            route,
+            runtime.given("moe_lora_expand_blocks_f16_add_plain_r32", config, Config)
+            or choose("blocks", problem, route),
+        )(out, y, lora_b, route, weights)

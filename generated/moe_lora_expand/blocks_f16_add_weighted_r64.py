@@ -182,6 +182,9 @@ def moe_lora_expand_blocks_f16_add_weighted_r64(
         weighted=True,
     )
     if problem.num_pairs > 0:
-        bind(problem, route, config or choose("blocks", problem, route))(
-            out, y, lora_b, route, weights
-        )
+        bind(
+            problem,
+            route,
+            runtime.given("moe_lora_expand_blocks_f16_add_weighted_r64", config, Config)
+            or choose("blocks", problem, route),
+        )(out, y, lora_b, route, weights)

@@ -173,6 +173,9 @@ def moe_lora_expand_pairs_bf16_add_plain_r16(
         weighted=False,
     )
     if problem.num_pairs > 0:
-        bind(problem, route, config or choose("pairs", problem, route))(
-            out, y, lora_b, route, weights
-        )
+        bind(
+            problem,
+            route,
+            runtime.given("moe_lora_expand_pairs_bf16_add_plain_r16", config, Config)
+            or choose("pairs", problem, route),
+        )(out, y, lora_b, route, weights)

@@ -177,6 +177,9 @@ def moe_lora_expand_pairs_bf16_add_weighted_rany(
         weighted=True,
     )
     if problem.num_pairs > 0:
-        bind(problem, route, config or choose("pairs", problem, route))(
-            out, y, lora_b, route, weights
-        )
+        bind(
+            problem,
+            route,
+            runtime.given("moe_lora_expand_pairs_bf16_add_weighted_rany", config, Config)
+            or choose("pairs", problem, route),
+        )(out, y, lora_b, route, weights)

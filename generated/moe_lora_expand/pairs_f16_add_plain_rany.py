@@ -171,6 +171,9 @@ def moe_lora_expand_pairs_f16_add_plain_rany(
         weighted=False,
     )
     if problem.num_pairs > 0:
-        bind(problem, route, config or choose("pairs", problem, route))(
-            out, y, lora_b, route, weights
-        )
+        bind(
+            problem,
+            route,
+            runtime.given("moe_lora_expand_pairs_f16_add_plain_rany", config, Config)
+            or choose("pairs", problem, route),
+        )(out, y, lora_b, route, weights)

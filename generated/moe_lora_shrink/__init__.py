@@ -13,7 +13,7 @@ import torch
 
 from .. import _runtime as runtime
 from ..moe_route import MoeRoute, settled
-from ._problem import Call, check, choose
+from ._problem import OP, Call, check, choose
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 # (largest rank, tag); a rank goes to the first of them that there is a variant for
@@ -43,8 +43,6 @@ _MODULES = {
     ("blocks", "f16", "rany"): "blocks_f16_rany",
 }
 
-_calls = runtime.Calls()
-
 
 def moe_lora_shrink(
     y: torch.Tensor,
@@ -72,35 +70,13 @@ def moe_lora_shrink(
         _apply(y, x, lora_a, route)
 
 
-def _apply(
-    y: torch.Tensor, x: torch.Tensor, lora_a: Sequence[torch.Tensor], route: MoeRoute
-) -> None:
-    ids = route.topk_ids
-    hint = (
-        y.shape,
-        x.shape,
-        len(lora_a),
-        None if ids is None else ids.dtype,
-        route.adapter_enabled is None,
-        route[8:],
-    )
-    tensors = [y, x, *lora_a]
-    call = _calls.get(hint, tensors)
-    if call is None:
-        call = _calls.put(hint, tensors, _bind(y, x, lora_a, route))
-    call(y, x, lora_a, route)
-
-
 def _bind(
     y: torch.Tensor, x: torch.Tensor, lora_a: Sequence[torch.Tensor], route: MoeRoute
 ) -> Call:
-    naive = route.block_m == 0
-    problem = check(
-        "moe_lora_shrink", y, x, lora_a, route, dtype=x.dtype, naive=naive, max_rank=None
-    )
-    schedule = "pairs" if naive else "blocks"
+    problem = check("moe_lora_shrink", y, x, lora_a, route, dtype=None, naive=None, max_rank=None)
+    schedule = "pairs" if route.block_m == 0 else "blocks"
     for largest, tag in _BUCKETS:
-        module = _MODULES.get((schedule, _DTYPES.get(x.dtype, ""), tag))
+        module = _MODULES.get((schedule, _DTYPES[x.dtype], tag))
         if problem.rank > largest or module is None:
             continue
         if problem.num_pairs == 0:
@@ -120,6 +96,9 @@ def _bind(
 
 def _nothing(*arguments: Any) -> None:
     """The call of an empty batch."""
+
+
+_apply = OP.caller(_bind)
 
 
 def _moe_lora_shrink(

@@ -10,8 +10,9 @@ from typing import Any, Callable, NamedTuple, Sequence, Union
 
 import torch
 
+from .. import _operands as operands
 from .. import _runtime as runtime
-from ..moe_route import MoeRoute, expected_groups
+from ..moe_route import ROUTE, MoeRoute, check_kind, check_rank, expected_groups, experts_in_weights
 from ._tuned import TUNED
 
 
@@ -43,6 +44,22 @@ Config = Union[PairsConfig, BlocksConfig]
 # How the cache treats weights, by weight_policy: as any data, or as data that is read once.
 CACHE_POLICIES = ("", "evict_first")
 
+OP = operands.Op(
+    "moe_lora_shrink",
+    (
+        operands.Tensor("y", "S, T*top_k, rank", torch.float32, written=True),
+        operands.Tensor("x", ("T, K", "T*top_k, K"), "D"),
+        operands.Tensor("lora_a", ">=L, >=X, rank, K", "D", slices="alike"),
+        ROUTE,
+    ),
+    spec="specs/moe_lora_shrink.yaml",
+    dtypes={"D": (torch.bfloat16, torch.float16)},
+    first=("lora_a",),
+    tells=("y", "x"),
+    apart=("y", "x"),
+    sizes=experts_in_weights,
+)
+
 # (y, x, lora_a, route) of sizes that were checked before
 Call = Callable[[torch.Tensor, torch.Tensor, Sequence[torch.Tensor], MoeRoute], None]
 
@@ -68,107 +85,39 @@ def check(
     lora_a: Sequence[torch.Tensor],
     route: MoeRoute,
     *,
-    dtype: torch.dtype,
-    naive: bool,
+    dtype: torch.dtype | None,
+    naive: bool | None,
     max_rank: int | None,
 ) -> Problem:
-    """The sizes of a call, once everything about it is known to fit.
+    """The sizes of a call, once everything about it is known to fit; dtype and naive of None: any.
 
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
-    check_route(variant, route, naive)
-    rank, k = check_weights(variant, "lora_a", lora_a, "[L, E, rank, K]", route, dtype, x.device)
-    num_pairs, slices = route.num_tokens * route.top_k, len(lora_a)
-    if rank < 1 or (max_rank is not None and rank > max_rank):
-        runtime.fail(
-            variant,
-            "rank",
-            rank,
-            f"1 to {max_rank}",
-            "moe_lora_shrink picks the variant that serves a rank",
-        )
-    rows = x.shape[0] if x.dim() == 2 else -1
-    fits = rows in (route.num_tokens, num_pairs) and x.shape[1] == k
-    if not fits or x.dtype != dtype or (k > 1 and x.stride(1) != 1):
-        wanted = f"[{route.num_tokens} or {num_pairs}, {k}] {dtype} with last stride 1"
-        runtime.fail(variant, "x", runtime.describe(x), wanted, "a row a token, or a row a pair")
-    shape = (slices, num_pairs, rank)
-    if (
-        y.shape != shape
-        or y.dtype != torch.float32
-        or y.device != x.device
-        or (rank > 1 and y.stride(2) != 1)
-    ):
-        wanted = f"{list(shape)} torch.float32 on {x.device} with last stride 1"
-        runtime.fail(variant, "y", runtime.describe(y), wanted, "S slices of T * top_k pairs")
+    sizes = OP.check(variant, OP.named(y, x, lora_a, route), D=dtype)
+    check_kind(variant, route, naive)
+    rank, num_pairs, strides = sizes["rank"], route.num_tokens * route.top_k, lora_a[0].stride()[:3]
+    check_rank(variant, "lora_a", rank, max_rank, strides[2])
     if max(y.stride(0), y.numel()) >= 2**31:
         runtime.fail(
             variant,
-            "size of y",
+            "y",
             runtime.describe(y),
             "below 2**31 elements, and a slice of them",
             "send fewer tokens",
         )
-    pairs_a_row = 1 if rows == num_pairs else route.top_k
-    strides = lora_a[0].stride()[:3]
+    pairs_a_row = 1 if x.shape[0] == num_pairs else route.top_k
     return Problem(
-        num_pairs, k, slices, rank, pairs_a_row, x.stride(0), y.stride(1), strides, x.device
+        num_pairs,
+        sizes["K"],
+        sizes["S"],
+        rank,
+        pairs_a_row,
+        x.stride(0),
+        y.stride(1),
+        strides,
+        x.device,
     )
-
-
-def check_route(variant: str, route: MoeRoute, naive: bool) -> None:
-    """Raise ValueError where a route is not of the kind that a schedule takes."""
-    if naive and route.topk_ids is None:
-        runtime.fail(
-            variant, "route", "tables only", "a route from moe_route", "use a variant over blocks"
-        )
-    if not naive and route.block_m == 0:
-        runtime.fail(variant, "route", "naive", "sorted", 'make it with assignment="sorted"')
-
-
-def check_weights(
-    variant: str,
-    label: str,
-    weights: Sequence[torch.Tensor],
-    wanted: str,
-    route: MoeRoute,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[int, int]:
-    """(rows, columns) of weights [L, E, rows, columns], which are tensors of one layout, one a slice."""
-    if len(weights) < 1:
-        runtime.fail(variant, label, "no slice", "at least one")
-    first = weights[0]
-    if first.dim() != 4 or min(first.shape[2:]) < 1:
-        runtime.fail(variant, label, runtime.describe(first), wanted)
-    loras, experts, rows, columns = first.shape
-    if loras < route.max_loras or (experts < route.num_experts and not route.global_experts):
-        got = f"{loras} adapters, {experts} experts"
-        runtime.fail(
-            variant, label, got, f"at least the route's {route.max_loras} and {route.num_experts}"
-        )
-    for i, other in enumerate(weights):
-        alike = other.shape == first.shape and other.stride() == first.stride()
-        if (
-            not alike
-            or other.dtype != dtype
-            or other.device != device
-            or (columns > 1 and other.stride(3) != 1)
-        ):
-            got, wanted = (
-                runtime.describe(other),
-                f"{list(first.shape)} {dtype} on {device}, last stride 1, strides as slice 0",
-            )
-            runtime.fail(variant, f"{label}[{i}]", got, wanted, "slices have one layout")
-    if first.stride(2) * rows >= 2**31:
-        runtime.fail(
-            variant,
-            f"size of an expert's matrix in {label}",
-            first.stride(2) * rows,
-            "below 2**31 elements",
-        )
-    return rows, columns
 
 
 def scratch(route: MoeRoute, size: int, device: torch.device) -> torch.Tensor:

@@ -258,4 +258,9 @@ def moe_lora_shrink_blocks_bf16_r16(
         max_rank=16,
     )
     if problem.num_pairs > 0:
-        bind(problem, route, config or choose("blocks", problem, route))(y, x, lora_a, route)
+        bind(
+            problem,
+            route,
+            runtime.given("moe_lora_shrink_blocks_bf16_r16", config, Config)
+            or choose("blocks", problem, route),
+        )(y, x, lora_a, route)

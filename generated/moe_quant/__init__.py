@@ -10,9 +10,8 @@ import importlib
 import torch
 
 from .. import _runtime as runtime
-from .._scales import find_x_mode
 from ..moe_align import MoeTables
-from ._problem import QUANT, Call, check, choose
+from ._problem import OP, Call, check, choose
 
 _DTYPES = {torch.bfloat16: "bf16"}
 
@@ -25,8 +24,6 @@ _MODULES = {
     ("bf16", "sorted", "token"): "bf16_sorted_a8token",
     ("bf16", "sorted", "group"): "bf16_sorted_a8group",
 }
-
-_calls = runtime.Calls()
 
 
 def moe_quant(
@@ -58,43 +55,27 @@ def moe_quant(
         _apply(codes, scale, x, tables, order)
 
 
-def _apply(
-    codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, tables: MoeTables, order: str
-) -> None:
-    ids = tables.topk_ids
-    hint, tensors = (x.shape, ids.dtype, tables.valid_tokens is None, tables[5:], order), [
-        codes,
-        scale,
-        x,
-    ]
-    call = _calls.get(hint, tensors)
-    if call is None:
-        call = _calls.put(hint, tensors, bind(codes, scale, x, tables, order))
-    call(codes, scale, x, tables)
-
-
 def bind(
-    codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, tables: MoeTables, order: str
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    x: torch.Tensor,
+    tables: MoeTables,
+    order: str,
+    op: str = "moe_quant",
 ) -> Call:
-    """The launch for calls that look like this one.
+    """The launch for calls that look like this one, of ``op``.
 
     Raises:
         ValueError: as ``moe_quant``.
     """
-    if x.dim() != 2:
-        runtime.fail("moe_quant", "x", runtime.describe(x), "[T * top_k, N]")
-    mode = find_x_mode("moe_quant", x, scale, QUANT, experts=tables.num_experts, label="scale")
-    module = _MODULES.get((_DTYPES.get(x.dtype, ""), order, mode))
+    problem = check(op, codes, scale, x, tables, order=order)
+    module = _MODULES.get((_DTYPES[x.dtype], order, problem.x_scales))
     if module is None:
-        wanted = ", ".join(f"{dtype} {rows}" for dtype, rows, mode in _MODULES if mode == "tensor")
+        wanted = ", ".join(f"{dtype} {rows} {scales}" for dtype, rows, scales in _MODULES)
+        hint = "add a tag to specs/moe_quant.yaml"
         runtime.fail(
-            "moe_quant",
-            "dtype of x, order",
-            (x.dtype, order),
-            wanted,
-            "add a tag to specs/moe_quant.yaml",
+            op, "dtype of x, order, scales", (x.dtype, order, problem.x_scales), wanted, hint
         )
-    problem = check("moe_quant", codes, scale, x, tables, order=order, mode=mode, dtype=x.dtype)
     if problem.num_pairs == 0:
         return _nothing
     call: Call = importlib.import_module(f".{module}", __name__).bind(problem, choose(problem))
@@ -103,6 +84,9 @@ def bind(
 
 def _nothing(*arguments: object) -> None:
     """The call of an empty batch."""
+
+
+_apply = OP.caller(bind)
 
 
 def _moe_quant(codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, *rest: object) -> None:

@@ -9,9 +9,10 @@ from typing import Callable, NamedTuple
 
 import torch
 
+from .. import _operands as operands
 from .. import _runtime as runtime
-from .._scales import Quant, check_fp8, check_x_scale, is_fp32
-from ..moe_align import MoeTables, max_blocks
+from .._scales import Quant, check_fp8, check_x_scale, find_x_mode, is_fp32
+from ..moe_align import TABLES, MoeTables, max_blocks
 from ._tuned import TUNED
 
 
@@ -33,6 +34,24 @@ _FP8 = (
     torch.float8_e5m2,
 )
 QUANT = Quant(_FP8, 128, 128)
+
+OP = operands.Op(
+    "moe_quant",
+    (
+        operands.Tensor("codes", "T*top_k, N", QUANT.elements, written=True),
+        operands.Tensor(
+            "scale", None, (torch.float32, torch.float8_e8m0fnu), operands.CONTIGUOUS, written=True
+        ),
+        operands.Tensor("x", "T*top_k, N", "D"),
+        TABLES,
+        operands.Choice("order", ("sorted", "pair")),
+    ),
+    spec="specs/moe_quant.yaml",
+    dtypes={"D": (torch.bfloat16,)},
+    first=("x",),
+    tells=("x",),
+    apart=("codes", "x"),
+)
 
 
 class Problem(NamedTuple):
@@ -61,55 +80,44 @@ def check(
     tables: MoeTables,
     *,
     order: str,
-    mode: str,
-    dtype: torch.dtype,
+    mode: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Problem:
-    """The sizes of a call, once everything about it is known to fit.
+    """The sizes of a call, once everything about it is known to fit; mode and dtype of None: any.
 
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
-    num_pairs = tables.num_tokens * tables.top_k
+    sizes = OP.check(variant, OP.named(codes, scale, x, tables, order), D=dtype)
     if order == "sorted" and tables.pairs is None:
         runtime.fail(variant, "tables", "none", "tables", "make them with moe_align")
-    device = tables.topk_ids.device
-    n = x.shape[-1]
-    if (
-        n < 1
-        or x.shape != (num_pairs, n)
-        or x.dtype != dtype
-        or x.device != device
-        or (n > 1 and x.stride(1) != 1)
-    ):
-        wanted = f"[{num_pairs}, N] {dtype} with last stride 1 on {device}"
-        runtime.fail(variant, "x", runtime.describe(x), wanted)
-    check_fp8(variant, "codes", codes, mode, QUANT)
-    if not runtime.traits(device).e4m3:
+    found = find_x_mode(variant, x, scale, QUANT, mode, tables.num_experts, "scale")
+    if mode not in (None, found):
+        runtime.fail(variant, "scale", runtime.describe(scale), f"a scale a {mode}")
+    check_fp8(variant, "codes", codes, found, QUANT)
+    if not runtime.traits(codes.device).e4m3:
         runtime.fail(
             variant, "codes", codes.dtype, "a GPU that makes FP8 numbers", "it needs sm_89 or newer"
         )
-    if codes.shape != x.shape or codes.device != device or (n > 1 and codes.stride(1) != 1):
-        wanted = f"{list(x.shape)} with last stride 1 on {device}"
-        runtime.fail(variant, "codes", runtime.describe(codes), wanted)
-    stride, _ = check_x_scale(variant, mode, x, scale, QUANT, tables.num_experts, "scale")
-    if mode != "tensor" and not (is_fp32(scale, device) and scale.is_contiguous()):
+    stride, _ = check_x_scale(variant, found, x, scale, QUANT, tables.num_experts, "scale")
+    if found != "tensor" and not (is_fp32(scale, codes.device) and scale.is_contiguous()):
         runtime.fail(
             variant, "scale", runtime.describe(scale), "contiguous float32", "it is written"
         )
     return Problem(
-        num_pairs,
+        tables.num_tokens * tables.top_k,
         tables.top_k,
         tables.num_experts,
         tables.local_expert_start,
         min(tables.tokens_hint, tables.num_tokens),
         tables.block_m,
-        n,
+        sizes["N"],
         codes.stride(0),
         x.stride(0),
         stride,
         torch.finfo(codes.dtype).max,
-        device,
-        mode,
+        codes.device,
+        found,
     )
 
 

@@ -140,4 +140,6 @@ def moe_quant_bf16_pair_a8token(
         dtype=torch.bfloat16,
     )
     if problem.num_pairs > 0:
-        bind(problem, config or choose(problem))(codes, scale, x, tables)
+        bind(
+            problem, runtime.given("moe_quant_bf16_pair_a8token", config, Config) or choose(problem)
+        )(codes, scale, x, tables)

@@ -130,4 +130,7 @@ def moe_quant_bf16_sorted_a8group(
         dtype=torch.bfloat16,
     )
     if problem.num_pairs > 0:
-        bind(problem, config or choose(problem))(codes, scale, x, tables)
+        bind(
+            problem,
+            runtime.given("moe_quant_bf16_sorted_a8group", config, Config) or choose(problem),
+        )(codes, scale, x, tables)

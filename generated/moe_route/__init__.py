@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from types import ModuleType
-from typing import Any, Callable, NamedTuple, Union
+from typing import Any, Callable, Mapping, NamedTuple, Union
 
 import torch
 
@@ -88,7 +88,7 @@ class MoeRoute(NamedTuple):
         if torch.compiler.is_compiling():
             max_blocks = max_loras * _rows(expert_ids, max_loras).shape[1]
         else:
-            max_blocks, fill = _table_plan(*source, block_size, *sizes, workspace)
+            max_blocks, fill, looks = _table_plan(*source, block_size, *sizes, workspace)
         splits = _splits(max_blocks, max_blocks * block_size, 0)
         if torch.compiler.is_compiling():
             _check_size("MoeRoute.from_tables", workspace, splits)
@@ -98,7 +98,7 @@ class MoeRoute(NamedTuple):
         else:
             fill(pairs, blocks, num_blocks, *source)
         parts = None if workspace is None else workspace.parts
-        return MoeRoute(
+        route = MoeRoute(
             None,
             None,
             None,
@@ -112,6 +112,7 @@ class MoeRoute(NamedTuple):
             block_size,
             max_blocks,
         )
+        return route if torch.compiler.is_compiling() else operands.alike(route, looks)
 
 
 def moe_route(
@@ -162,13 +163,17 @@ def made(plan: Plan, source: _Source, workspace: MoeWorkspace | None) -> MoeRout
     """The route of a plan: its launches, made."""
     parts = None if workspace is None else workspace.parts
     if plan.block_m == 0:
-        return MoeRoute(*source, None, None, None, parts, *plan.sizes, 0, 0)
+        return operands.alike(
+            MoeRoute(*source, None, None, None, parts, *plan.sizes, 0, 0), plan.looks
+        )
     _, num_blocks, blocks, pairs, scratch = _buffers(workspace, plan.splits, source[1].device)
     if plan.num_pairs > 0:
         plan.fill(pairs, blocks, num_blocks, scratch, *source)
-    return MoeRoute(
-        *source, pairs, blocks, num_blocks, parts, *plan.sizes, plan.block_m, plan.max_blocks
-    )
+    tables = (pairs, blocks, num_blocks, parts)
+    route = MoeRoute._make(
+        (*source, *tables, *plan.sizes, plan.block_m, plan.max_blocks)
+    )  # quicker than MoeRoute(...)
+    return operands.alike(route, plan.looks)
 
 
 def in_graph(
@@ -203,6 +208,7 @@ class Plan(NamedTuple):
     max_blocks: int
     splits: tuple[int, int, int, int, int]  # elements of num_blocks, blocks, pairs, scratch
     fill: Callable[..., None]
+    looks: list[object]  # of its routes
 
 
 _INT32 = {"dtype": torch.int32, "strides": operands.CONTIGUOUS}
@@ -246,13 +252,102 @@ OP = operands.Op(
         operands.Tensor("expert_map", ">=1", **_INT32, optional=True),
         _EXPERTS,
         _LORAS,
-        operands.Choice("assignment", {"auto": 0, "naive": 0, "sorted": 0}),
+        operands.Choice("assignment", ("auto", "naive", "sorted")),
         operands.Int("rank", 1, optional=True),
         _BLOCK_M,
         WORKSPACE,
     ),
 )
 DENSE = operands.Op("lora_route", (_MAPPING, _LORAS, _BLOCK_M, WORKSPACE))
+
+
+_SPACE = operands.Op(
+    "moe_workspace",
+    (
+        operands.Int("max_tokens"),
+        operands.Int("top_k", 1),
+        _EXPERTS,
+        _LORAS,
+        operands.Int("max_rank", 1),
+        operands.Int("num_slices", 1),
+        operands.Device("device"),
+        operands.Int("table_size"),
+    ),
+    launches=False,
+)
+
+
+# What the launchers of single variants take; front doors make the buffers.
+_FILLED = (
+    operands.Tensor("pairs", "*", **_INT32, written=True),
+    operands.Tensor("blocks", "*, 4", **_INT32, written=True),
+    operands.Tensor("num_blocks", "1", **_INT32, written=True),
+)
+_SORT = operands.Op(
+    "moe_route_sort",
+    (
+        *_FILLED,
+        operands.Tensor("scratch", "*", **_INT32, written=True),
+        dataclasses.replace(_IDS, optional=False),
+        _MAPPING,
+        _ENABLED,
+        operands.Tensor("expert_map", ">=1", **_INT32, optional=True),
+        _EXPERTS,
+        _LORAS,
+        operands.Int("block_m", one_of=_BLOCK_MS),
+    ),
+)
+_PACK = operands.Op(
+    "moe_route_pack",
+    (
+        *_FILLED,
+        operands.Tensor("sorted_token_ids", ">=L, EM", torch.int32),
+        operands.Tensor("expert_ids", ">=L, B", torch.int32),
+        operands.Tensor("num_tokens_post_padded", ">=L", **_INT32),
+        operands.Tensor("lora_ids", ">=1", **_INT32, optional=True),
+        _ENABLED,
+        operands.Int("num_pairs"),
+        _EXPERTS,
+        _LORAS,
+        operands.Int("block_m", one_of=_BLOCK_MS),
+    ),
+)
+
+
+def check_sort(variant: str, scratch_size: Callable[[int, int], int], *arguments: Any) -> None:
+    """Raise ValueError where the arguments of a launcher that sorts do not fit."""
+    given = _SORT.named(*arguments)
+    sizes = _SORT.check(variant, given)
+    num_pairs, num_groups = sizes["T"] * sizes["top_k"], sizes["L"] * sizes["E"]
+    if num_groups > _MAX_GROUPS:
+        runtime.fail(variant, "max_loras * num_experts", num_groups, f"at most {_MAX_GROUPS}")
+    wanted = {"pairs": num_pairs, "blocks": _max_blocks(num_pairs, num_groups, given["block_m"])}
+    wanted["scratch"] = scratch_size(num_pairs, num_groups)
+    _check_filled(variant, given, wanted)
+
+
+def check_pack(variant: str, *arguments: Any) -> None:
+    """Raise ValueError where the arguments of the launcher for tables of an engine do not fit."""
+    given = _PACK.named(*arguments)
+    sizes, block_m = _PACK.check(variant, given), given["block_m"]
+    if sizes["B"] > runtime.cdiv(sizes["EM"], block_m):
+        wanted = (
+            f"at most {runtime.cdiv(sizes['EM'], block_m)} columns, one a block of sorted_token_ids"
+        )
+        runtime.fail(variant, "expert_ids", runtime.describe(given["expert_ids"]), wanted)
+    blocks = sizes["L"] * sizes["B"]
+    _check_filled(variant, given, {"pairs": blocks * block_m, "blocks": blocks})
+
+
+def _check_filled(variant: str, given: Mapping[str, Any], wanted: Mapping[str, int]) -> None:
+    for name, size in wanted.items():
+        if given[name].shape[0] < size:
+            runtime.fail(
+                variant,
+                name,
+                runtime.describe(given[name]),
+                f"at least {size} {'rows' if name == 'blocks' else 'elements'}",
+            )
 
 
 def _check_route(op: str, name: str, route: MoeRoute) -> None:
@@ -307,6 +402,38 @@ ROUTE = operands.Bundle(
     maker="moe_route",
     whole=_check_route,
 )
+
+
+def experts_in_weights(values: Mapping[str, Any]) -> dict[str, int]:
+    """X, the experts that weights have at least: all that the route may name, unless an expert_map says which those are."""
+    route = values["route"]
+    return {"X": 1 if route.global_experts else route.num_experts}
+
+
+def check_kind(variant: str, route: MoeRoute, naive: bool | None) -> None:
+    """Raise ValueError where a route is not of the kind that a schedule takes; None: any."""
+    if naive and (route.topk_ids is None or route.token_lora_mapping is None):
+        runtime.fail(
+            variant, "route", "tables only", "a route from moe_route", "use a variant over blocks"
+        )
+    if naive is False and route.block_m == 0:
+        runtime.fail(variant, "route", "naive", "sorted", 'make it with assignment="sorted"')
+
+
+def check_rank(
+    variant: str, label: str, rank: int, max_rank: int | None, row: int, rows: int | None = None
+) -> None:
+    """Raise ValueError where a variant does not serve a rank, or the matrix of ``rows`` or rank is too large for it."""
+    if max_rank is not None and rank > max_rank:
+        runtime.fail(
+            variant,
+            f"rank of {label}",
+            rank,
+            f"1 to {max_rank}",
+            "the front door picks the variant that serves a rank",
+        )
+    if row * (rows or rank) >= 2**31:
+        runtime.fail(variant, label, f"rows {row} elements apart", "a matrix below 2**31 elements")
 
 
 def _tokens(topk_ids: torch.Tensor | None, token_lora_mapping: torch.Tensor) -> tuple[int, int]:
@@ -386,13 +513,12 @@ def _planned(
     num_pairs = num_tokens * top_k
     block_m = settle(_open(assignment, rank, block_m), *sizes[:4])
     if block_m == 0:
-        return Plan(sizes, num_pairs, 0, 0, (0, 0, 0, 0, 0), _launches)
+        return Plan(sizes, num_pairs, 0, 0, (0, 0, 0, 0, 0), _launches, [])
     max_blocks = _max_blocks(num_pairs, num_groups, block_m)
     splits = _splits(max_blocks, num_pairs, _scratch_size(num_pairs, num_groups))
     _check_size(name, workspace, splits)
-    return Plan(
-        sizes, num_pairs, block_m, max_blocks, splits, _launches(*sizes, block_m, source[1].device)
-    )
+    fill = _launches(*sizes, block_m, source[1].device)
+    return Plan(sizes, num_pairs, block_m, max_blocks, splits, fill, [])
 
 
 def _check_size(name: str, workspace: MoeWorkspace | None, splits: tuple[int, ...]) -> None:
@@ -511,7 +637,12 @@ def moe_workspace(
 
     Use one workspace per stream: an op writes its scratch into it. ``table_size``: for ``MoeRoute.from_tables``, elements of
     the largest ``sorted_token_ids``.
+
+    Raises:
+        ValueError: an argument that does not fit.
     """
+    sizes = (max_tokens, top_k, num_experts, max_loras, max_rank, num_slices)
+    _SPACE.check("moe_workspace", _SPACE.named(*sizes, device, table_size))
     num_pairs = max_tokens * top_k
     num_groups = max_loras * num_experts
     padded = (
@@ -634,6 +765,7 @@ class _TablePlan(NamedTuple):
 
     max_blocks: int
     fill: Callable[..., None]
+    looks: list[object]  # of its routes
 
 
 def _bind_tables(
@@ -676,7 +808,7 @@ def _bind_tables(
     max_blocks = max_loras * experts.shape[1]
     _check_size(name, workspace, _splits(max_blocks, max_blocks * block_size, 0))
     if max_blocks == 0:
-        return _TablePlan(0, _nothing)
+        return _TablePlan(0, _nothing, [])
     fill = from_tables.bind(
         ids,
         experts,
@@ -686,7 +818,7 @@ def _bind_tables(
         max_loras=max_loras,
         block_m=block_size,
     )
-    return _TablePlan(max_blocks, fill)
+    return _TablePlan(max_blocks, fill, [])
 
 
 def _nothing(*arguments: Any) -> None:

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from .. import _runtime as runtime
+from . import check_pack
 
 ENTRIES = 1024
 
@@ -181,9 +182,23 @@ def moe_route_from_tables(
     """Fill ``pairs`` [max_loras * row blocks * block_m], ``blocks`` [max_loras * row blocks, 4] and ``num_blocks`` [1].
 
     sorted_token_ids [L, EM] and expert_ids [L, ceil(EM / block_m)] int32, num_tokens_post_padded [L] int32,
-    lora_ids [*] int32 or None, adapter_enabled [>= max_loras] int32 or None. ``MoeRoute.from_tables`` checks them.
+    lora_ids [*] int32 or None, adapter_enabled [>= max_loras] int32 or None.
+
+    Raises:
+        ValueError: an argument that does not fit; nothing was launched.
     """
     source = (sorted_token_ids, expert_ids, num_tokens_post_padded, lora_ids, adapter_enabled)
+    check_pack(
+        "moe_route_from_tables",
+        pairs,
+        blocks,
+        num_blocks,
+        *source,
+        num_pairs,
+        num_experts,
+        max_loras,
+        block_m,
+    )
     sizes = {
         "num_pairs": num_pairs,
         "num_experts": num_experts,

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from .. import _runtime as runtime
+from . import check_sort
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 CHUNK = 256  # pairs of one program
@@ -266,12 +267,28 @@ def moe_route_three_launch(
     max_loras: int,
     block_m: int,
 ) -> None:
-    """Fill the tables from the routing; ``moe_route`` checks the arguments and makes the buffers.
+    """Fill the tables from the routing; ``moe_route`` makes the buffers.
 
     pairs [>= T * top_k], blocks [max_blocks, 4], num_blocks [1] and scratch [>= scratch_size(...)] int32 are written.
     topk_ids [T, top_k] int32 or int64, token_lora_mapping [T] int32, adapter_enabled [>= max_loras] int32 or None,
     expert_map [global experts] int32 or None (global expert to local one, -1: not here).
+
+    Raises:
+        ValueError: an argument that does not fit; nothing was launched.
     """
+    source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map)
+    check_sort(
+        "moe_route_three_launch",
+        scratch_size,
+        pairs,
+        blocks,
+        num_blocks,
+        scratch,
+        *source,
+        num_experts,
+        max_loras,
+        block_m,
+    )
     call = bind(
         num_pairs=topk_ids.numel(),
         top_k=topk_ids.shape[1],
@@ -281,13 +298,4 @@ def moe_route_three_launch(
         block_m=block_m,
         device=topk_ids.device,
     )
-    call(
-        pairs,
-        blocks,
-        num_blocks,
-        scratch,
-        topk_ids,
-        token_lora_mapping,
-        adapter_enabled,
-        expert_map,
-    )
+    call(pairs, blocks, num_blocks, scratch, *source)

@@ -134,4 +134,6 @@ def moe_sum_bf16_plain_keep(
         weighted=False,
     )
     if problem.num_tokens > 0:
-        bind(problem, config or choose(problem))(out, y, topk_ids, weights, valid_tokens)
+        bind(problem, runtime.given("moe_sum_bf16_plain_keep", config, Config) or choose(problem))(
+            out, y, topk_ids, weights, valid_tokens
+        )

@@ -138,4 +138,6 @@ def moe_sum_f16_plain_zero(
         weighted=False,
     )
     if problem.num_tokens > 0:
-        bind(problem, config or choose(problem))(out, y, topk_ids, weights, valid_tokens)
+        bind(problem, runtime.given("moe_sum_f16_plain_zero", config, Config) or choose(problem))(
+            out, y, topk_ids, weights, valid_tokens
+        )

@@ -115,7 +115,7 @@ def every_point_has_a_variant(
 
 def schedules_agree(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """All schedules give the same result, within the bound of one and of the other."""
-    case = dataclasses.replace(_CASE, k=100, spread=6, tokens=3, slices=1, routing=SPREAD)
+    case = dataclasses.replace(_CASE, rank=16, k=100, spread=6, tokens=3, slices=1, routing=SPREAD)
     found: dict[tuple[str, ...], list[tuple[str, Call]]] = {}
     for variant in _one_a_schedule(variants):
         call = make(case, variant.tags, device)

@@ -1,0 +1,636 @@
+"""Every front door, argument by argument: what does not fit is a ValueError that names both, before anything is launched.
+
+What is tried follows from what each op declares of its arguments; what is written by hand is one good call of each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import math
+from typing import Any, Callable, Iterator
+
+import pytest
+import torch
+
+import generated as kg
+from generated import _operands as operands
+from generated import _runtime as runtime
+from generated._operands import OPS, Bundle, Choice, Device, Flag, Int, Number, Op, Tensor
+
+T, TOP_K, EXPERTS, LORAS, K, N, RANK = 6, 2, 4, 3, 32, 24, 16
+FP8, INT32, BF16 = torch.float8_e4m3fn, torch.int32, torch.bfloat16
+Arguments = dict[str, Any]
+
+
+class Batch:
+    """Inputs of a layer, each drawn once; a token in two has an adapter."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.generator = torch.Generator().manual_seed(0)
+        self.ids = self.ints(0, 1, 2, -1, 3, 0, 1, 1, 2, 3, 0, 2).view(T, TOP_K)
+        self.mapping = self.ints(0, 1, -1, 1, 2, 0)
+        self.weights = torch.rand(T, TOP_K, generator=self.generator).to(device)
+        self.valid, self.enabled = self.ints(T - 1), self.ints(1, 0, 1)
+        self.expert_map = self.ints(2, -1, 0, 1)
+        self.routing = {"topk_ids": self.ids, "num_experts": EXPERTS, "local_expert_start": 0, "num_tokens_hint": T}
+        self.routing["valid_tokens"] = self.valid
+
+    def ints(self, *values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=INT32, device=self.device)
+
+    def normal(self, *size: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+        return torch.randn(size, generator=self.generator).to(self.device, dtype)
+
+    def factors(self, *batch: int) -> Arguments:
+        """lora_a and lora_b of two slices."""
+        a, b = ([self.normal(*batch, *matrix) for _ in range(2)] for matrix in ((RANK, K), (N, RANK)))
+        return {"lora_a": a, "lora_b": b}
+
+    def fp8_factors(self, *batch: int) -> Arguments:
+        found: Arguments = {}
+        for name, slices in self.factors(*batch).items():
+            pairs = [kg.quantize_weights(tensor, "channel") for tensor in slices]
+            found[name], found[f"{name[-1]}_scale"] = ([pair[i] for pair in pairs] for i in range(2))
+        return found
+
+    def route(self, assignment: str = "sorted", workspace: bool = True) -> Any:
+        space = kg.moe_workspace(**_SPACE, max_rank=RANK, num_slices=2, device=self.device) if workspace else None
+        given = {"adapter_enabled": self.enabled, "expert_map": self.expert_map, "workspace": space}
+        sizes = {"num_experts": EXPERTS, "max_loras": LORAS, "assignment": assignment}
+        return kg.moe_route(self.ids, self.mapping, **given, **sizes)
+
+    def dense_route(self) -> Any:
+        space = kg.lora_workspace(max_tokens=T, max_loras=LORAS, max_rank=RANK, num_slices=2, device=self.device)
+        return kg.lora_route(self.mapping, max_loras=LORAS, workspace=space)
+
+    def tables(self) -> Any:
+        return kg.moe_align(self.ids, num_experts=EXPERTS, valid_tokens=self.valid)
+
+    def layer(self, fp8: bool) -> Arguments:
+        """A base layer, with all that it can be given."""
+        hidden, w13, w2 = self.normal(T, K), self.normal(EXPERTS, 2 * N, K), self.normal(EXPERTS, K, N)
+        sizes = {"max_tokens": T, "top_k": TOP_K, "num_experts": EXPERTS, "hidden": K, "intermediate": N}
+        given = {**self.routing, "topk_weights": self.weights, "activation": "swiglu", "out": self.normal(T, K)}
+        given["workspace"] = kg.fused_moe_workspace(**sizes, fp8_activations=fp8, device=self.device)
+        del given["num_experts"]
+        given |= {"hidden": hidden, "w13": w13, "w2": w2}
+        for name, quantize, kind in (
+            ("w13", kg.quantize_weights, "channel"),
+            ("w2", kg.quantize_weights, "channel"),
+            ("hidden", kg.quantize_activations, "token"),
+        ):
+            scale = "x_scale" if name == "hidden" else f"{name}_scale"
+            given[name], given[scale] = quantize(given[name], kind) if fp8 else (given[name], None)
+        return {**given, "h_scale": None}
+
+
+_SPACE = {"max_tokens": T, "top_k": TOP_K, "num_experts": EXPERTS, "max_loras": LORAS}
+
+
+def _engine_tables(b: Batch) -> Arguments:
+    """Each adapter's row: one block of expert 0, with the pairs of its tokens."""
+    rows = [[p for p in range(T * TOP_K) if int(b.mapping[p // TOP_K]) == a] for a in range(LORAS)]
+    padded = [row + [T * TOP_K] * (16 - len(row)) for row in rows]
+    tables = {"sorted_token_ids": torch.tensor(padded), "expert_ids": torch.zeros(LORAS, 1)}
+    tables |= {"num_tokens_post_padded": torch.full((LORAS,), 16), "lora_ids": torch.tensor([2, 1, -1])}
+    found = {name: table.to(b.device, INT32) for name, table in tables.items()}
+    return {**found, "adapter_enabled": b.enabled, "num_experts": EXPERTS, "max_loras": LORAS}
+
+
+def _moe_lora(b: Batch, fp8: bool = False, assignment: str = "sorted") -> Arguments:
+    given = b.fp8_factors(LORAS, EXPERTS) if fp8 else {**b.factors(LORAS, EXPERTS), "a_scale": None, "b_scale": None}
+    given["x"], given["x_scale"] = kg.quantize_activations(b.normal(T * TOP_K, K)) if fp8 else (b.normal(T * TOP_K, K), None)
+    given |= {"out": b.normal(T, TOP_K, 2 * N), "route": b.route(assignment)}
+    return {**given, "topk_weights": b.weights, "add_inputs": True, "mul_routed_weight": True}
+
+
+def _lora(b: Batch, fp8: bool = False) -> Arguments:
+    given = b.fp8_factors(LORAS) if fp8 else {**b.factors(LORAS), "a_scale": None, "b_scale": None}
+    given["x"], given["x_scale"] = kg.quantize_activations(b.normal(T, K)) if fp8 else (b.normal(T, K), None)
+    given |= {"out": b.normal(T, 2 * N + 1), "route": b.dense_route(), "y": b.normal(2, T, RANK, dtype=torch.float32)}
+    return {**given, "scaling": 0.5, "offset_start": 1, "add_inputs": True}
+
+
+def _moe_gemm(b: Batch, fp8: bool = False) -> Arguments:
+    x, w = b.normal(T * TOP_K, K), b.normal(EXPERTS, N, K)
+    given: Arguments = {"x": x, "w": w, "x_scale": None, "w_scale": None}
+    if fp8:
+        given["x"], given["x_scale"] = kg.quantize_activations(x)
+        given["w"], given["w_scale"] = kg.quantize_weights(w)
+    given |= {"out": b.normal(T, TOP_K, N), "tables": b.tables(), "topk_weights": None if fp8 else b.weights}
+    return {**given, "x_rows": "sorted" if fp8 else "pair", "out_rows": "pair", "activation": None}
+
+
+def _filled(b: Batch, *names: str) -> Arguments:
+    sizes = {"pairs": (48,), "blocks": (64, 4), "num_blocks": (1,), "scratch": (4096,)}
+    return {name: torch.zeros(sizes[name], dtype=INT32, device=b.device) for name in names}
+
+
+def _sort(b: Batch) -> Arguments:
+    given = {"topk_ids": b.ids, "token_lora_mapping": b.mapping, "adapter_enabled": b.enabled, "expert_map": b.expert_map}
+    given |= {"num_experts": EXPERTS, "max_loras": LORAS, "block_m": 16}
+    return {**given, **_filled(b, "pairs", "blocks", "num_blocks", "scratch")}
+
+
+def _route(b: Batch) -> Arguments:
+    space = kg.moe_workspace(**_SPACE, max_rank=RANK, num_slices=2, device=b.device)
+    given = {name: value for name, value in _sort(b).items() if name not in ("pairs", "blocks", "num_blocks", "scratch")}
+    return {**given, "assignment": "sorted", "rank": RANK, "workspace": space}
+
+
+def _from_tables(b: Batch) -> Arguments:
+    space = kg.moe_workspace(**_SPACE, max_rank=RANK, num_slices=2, device=b.device, table_size=16 * LORAS)
+    return {**_engine_tables(b), "block_size": 16, "num_tokens": T, "top_k": TOP_K, "workspace": space}
+
+
+def _moe_sum(b: Batch) -> Arguments:
+    return {**b.routing, "y": b.normal(T, TOP_K, N), "topk_weights": b.weights, "out": b.normal(T, N, dtype=torch.float32)}
+
+
+def _moe_quant(b: Batch) -> Arguments:
+    scale, x = torch.ones(T * TOP_K, 1, device=b.device), b.normal(T * TOP_K, N)
+    return {"codes": x.to(FP8), "scale": scale, "x": x, "tables": b.tables(), "order": "pair"}
+
+
+def _apart(b: Batch, assignment: str) -> Arguments:
+    given = {**_moe_lora(b, assignment=assignment), "offset": 1, "out": b.normal(T, TOP_K, 2 * N + 1)}
+    return {**given, "y": b.normal(2, T * TOP_K, RANK, dtype=torch.float32)}
+
+
+# A good call of each front door, with all that it can be given; some in more than one way.
+GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
+    "moe_act": (
+        "moe_act",
+        lambda b: {**b.routing, "h": b.normal(T * TOP_K, N), "x": b.normal(T, TOP_K, 2 * N), "activation": "swiglu"},
+    ),
+    "moe_add": (
+        "moe_add",
+        lambda b: {"out": b.normal(T, TOP_K, N), "delta": b.normal(T, TOP_K, N), "route": b.route("naive")},
+    ),
+    "moe_sum": ("moe_sum", _moe_sum),
+    "moe_quant": ("moe_quant", _moe_quant),
+    "moe_align": (
+        "moe_align",
+        lambda b: {**b.routing, "block_m": 16, "workspace": torch.zeros(64, dtype=INT32, device=b.device)},
+    ),
+    "no_tables": (
+        "no_tables",
+        lambda b: {name: value for name, value in b.routing.items() if name != "num_tokens_hint"},
+    ),
+    "moe_gemm": ("moe_gemm", _moe_gemm),
+    "moe_gemm fp8": ("moe_gemm", lambda b: _moe_gemm(b, fp8=True)),
+    "moe_route": ("moe_route", _route),
+    "lora_route": (
+        "lora_route",
+        lambda b: {
+            "token_lora_mapping": b.mapping,
+            "max_loras": LORAS,
+            "block_m": 16,
+            "workspace": kg.lora_workspace(max_tokens=T, max_loras=LORAS, max_rank=RANK, num_slices=2, device=b.device),
+        },
+    ),
+    "from_tables": ("MoeRoute.from_tables", _from_tables),
+    "moe_lora sorted": ("moe_lora", _moe_lora),
+    "moe_lora naive": ("moe_lora", lambda b: _moe_lora(b, assignment="naive")),
+    "moe_lora fp8": ("moe_lora", lambda b: _moe_lora(b, fp8=True)),
+    "moe_lora_shrink": ("moe_lora_shrink", lambda b: _apart(b, "naive")),
+    "moe_lora_expand": ("moe_lora_expand", lambda b: _apart(b, "sorted")),
+    "lora": ("lora", _lora),
+    "lora fp8": ("lora", lambda b: _lora(b, fp8=True)),
+    "lora_shrink": ("lora_shrink", _lora),
+    "lora_shrink fp8": ("lora_shrink", lambda b: _lora(b, fp8=True)),
+    "lora_expand": ("lora_expand", _lora),
+    "lora_expand fp8": ("lora_expand", lambda b: _lora(b, fp8=True)),
+    "fused_moe": ("fused_moe", lambda b: b.layer(fp8=False)),
+    "fused_moe fp8": ("fused_moe", lambda b: b.layer(fp8=True)),
+    "quantize_weights": (
+        "quantize_weights",
+        lambda b: {"weights": b.normal(2, N, K), "scales": "channel", "dtype": FP8, "slices": 2},
+    ),
+    "quantize_activations": (
+        "quantize_activations",
+        lambda b: {"x": b.normal(T, K), "scales": "group", "dtype": FP8, "group_k": 16},
+    ),
+    "moe_workspace": (
+        "moe_workspace",
+        lambda b: {**_SPACE, "max_rank": RANK, "num_slices": 2, "device": b.device, "table_size": 64},
+    ),
+    "lora_workspace": (
+        "lora_workspace",
+        lambda b: {"max_tokens": T, "max_loras": LORAS, "max_rank": RANK, "num_slices": 2, "device": b.device, "fp8": False},
+    ),
+    "fused_moe_workspace": (
+        "fused_moe_workspace",
+        lambda b: {
+            **{"max_tokens": T, "top_k": TOP_K, "num_experts": EXPERTS, "hidden": K, "intermediate": N},
+            **{"dtype": BF16, "fp8_activations": True, "device": b.device},
+        },
+    ),
+    "warmup": ("warmup", lambda b: {"shapes": [kg.MoeShape(K, N, 2, RANK, TOP_K, EXPERTS, LORAS)], "max_tokens": 4}),
+    "moe_route_one_launch": ("moe_route_sort", _sort),
+    "moe_route_three_launch": ("moe_route_sort", _sort),
+    "moe_route_from_tables": (
+        "moe_route_pack",
+        lambda b: {**_engine_tables(b), **_filled(b, "pairs", "blocks", "num_blocks"), "num_pairs": T * TOP_K, "block_m": 16},
+    ),
+    "moe_align_one_launch": (
+        "moe_align_fill",
+        lambda b: {
+            **{name: value for name, value in b.routing.items() if name != "num_tokens_hint"},
+            **_filled(b, "num_blocks"),
+            **{"pairs": torch.zeros(T * TOP_K, dtype=INT32, device=b.device)},
+            **{"blocks": torch.zeros(64, dtype=INT32, device=b.device), "block_m": 16},
+        },
+    ),
+}
+
+
+def _function(name: str, op: str) -> tuple[Callable[..., Any], str]:
+    """What is called, and what it calls itself in errors."""
+    if name in kg.variants():
+        family, module = next((f, name.removeprefix(f"{f}_")) for f in ("moe_route", "moe_align") if name.startswith(f))
+        return getattr(importlib.import_module(f"generated.{family}.{module}"), name), name
+    return (kg.MoeRoute.from_tables if op == "MoeRoute.from_tables" else getattr(kg, op)), op
+
+
+@dataclasses.dataclass
+class Door:
+    """A front door, what it declares, and the arguments of a good call."""
+
+    function: Callable[..., Any]
+    name: str
+    op: Op
+    good: Arguments
+
+    @staticmethod
+    def of(name: str, device: str) -> Door:
+        """What the call is made of may have launched something."""
+        op, make = GOOD[name]
+        function, called = _function(name, op)
+        given, known = make(Batch(device)), inspect.signature(function).parameters
+        return Door(function, called, OPS[op], {name: value for name, value in given.items() if name in known})
+
+    def __call__(self, **changed: Any) -> Any:
+        return self.function(**{**self.good, **changed})
+
+    @property
+    def operands(self) -> Iterator[operands.Operand]:
+        """Those that the caller gives; and gives here."""
+        return (operand for operand in self.op.operands if operand.name in self.good)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What would have been launched; nothing is."""
+    log: list[Any] = []
+    monkeypatch.setattr(runtime.Launcher, "launch", lambda self, *call: log.append((self, *call)))
+    forget()
+    yield log
+    forget()
+
+
+def forget() -> None:
+    """As if nothing had been called yet."""
+    with runtime.compile_only():
+        pass
+
+
+def test_every_front_door_is_here() -> None:
+    functions = {name for name in kg.__all__ if inspect.isfunction(getattr(kg, name))}
+    assert functions - {"variants", "overlap"} <= {op for op, _ in GOOD.values()} <= set(OPS) | functions
+    assert set(OPS) == {op for op, _ in GOOD.values()}
+
+
+# What is no argument of a kind, whatever else it is: a label and a value that is made of a good one.
+_NO_NUMBER = {"a text": "3", "a tensor": torch.ones(1), "a list": [3], "not a number": math.nan}
+
+
+def _wrong(operand: operands.Operand, good: Any, op: Op) -> Iterator[tuple[str, Any]]:
+    """(what is wrong, a value) for an operand, by what it declares."""
+    if isinstance(operand, Int):
+        yield from {**_NO_NUMBER, "a truth": True, "a float": float(good), "too little": operand.low - 1}.items()
+        yield from [] if operand.optional else [("nothing", None)]
+        yield "too much", operand.high + 1
+        yield from [("none of those", 17)] if operand.one_of else []
+    elif isinstance(operand, Flag):
+        yield from {**_NO_NUMBER, "nothing": None, "a number": 1, "a float": 1.0}.items()
+    elif isinstance(operand, Number):
+        yield from {**_NO_NUMBER, "nothing": None, "a truth": True, "infinite": math.inf}.items()
+    elif isinstance(operand, Choice):
+        yield from {"a number": 3, "another word": "nonsense", "a list": [good], "a dtype": torch.int64}.items()
+        yield from [] if None in operand.words else [("nothing", None)]
+    elif isinstance(operand, Device):
+        yield from {"nothing": None, "a number": 3, "no device": "nowhere"}.items()
+    elif isinstance(operand, Bundle):
+        yield from {"a number": 3, "a plain tuple": tuple(good)}.items()
+        yield from [] if operand.optional else [("nothing", None)]
+        for part in operand.parts:
+            old = getattr(good, part.name)
+            for label, value in _wrong(part, old, op) if old is not None else ():
+                yield f"{part.name}: {label}", good._replace(**{part.name: value})
+    elif operand.slices:
+        yield from {"a number": 3, "a tensor": torch.stack(list(good)), "no slice": [], "a text": "ab"}.items()
+        yield "an absent slice", [good[0], None]
+        yield "a slice less", good[:1]
+        for label, value in _wrong_tensor(operand, good[-1], op):
+            yield f"a slice: {label}", [*good[:-1], value]
+    else:
+        yield from {"a number": 3, "a text": "x", "a list": [good]}.items()
+        yield from [] if operand.optional or operand.made else [("nothing", None)]
+        yield from _wrong_tensor(operand, good, op)
+
+
+def _wrong_tensor(operand: Tensor, good: torch.Tensor, op: Op) -> Iterator[tuple[str, torch.Tensor]]:
+    yield "of 16-bit integers", torch.zeros(good.shape, dtype=torch.int16, device=good.device)
+    yield "complex", torch.zeros(good.shape, dtype=torch.complex64, device=good.device)
+    if op.launches:
+        yield "elsewhere", good.to("meta")
+    if good.is_floating_point() and op.launches:
+        yield "that requires grad", good.clone().requires_grad_()
+    dims = {len(form) for form in operand.forms}
+    if dims and good.dim() + 1 not in dims:
+        yield "of one dimension more", good[None]
+    if good.dim() > 1 and 1 not in dims:
+        yield "flat", good.flatten()
+    for d in range(good.dim()):
+        names = _names(operand, good, d)
+        if names is None or any(_is_shared(name, operand, op) for name in names):
+            yield f"one less in dimension {d}", good.narrow(d, 0, good.shape[d] - 1).clone()
+        if names and any(_is_shared(name, operand, op) or name != "T" for name in names):
+            yield f"nothing in dimension {d}", good.narrow(d, 0, 0).clone()
+    yield from _wrong_strides(operand, good)
+
+
+def _names(operand: Tensor, good: torch.Tensor, d: int) -> tuple[str, ...] | None:
+    """The sizes in a dimension; (): it is free, None: it is a number."""
+    form = next((form for form in operand.forms if len(form) == good.dim()), None)
+    if form is None or form[d].text == "*" or form[d].least:
+        return () if form is None or not form[d].names else form[d].names
+    return form[d].names or None
+
+
+def _is_shared(size: str, operand: Tensor, op: Op) -> bool:
+    """Whether something else has a size, so that it cannot be another."""
+    others = [other for other in _parts(op.operands) if other.name != operand.name]
+    tensors = [dim for other in others if isinstance(other, Tensor) for form in other.forms for dim in form]
+    return any(size in dim.names and not dim.least for dim in tensors) or any(getattr(o, "size", "") == size for o in others)
+
+
+def _parts(of: tuple[operands.Operand, ...]) -> Iterator[operands.Operand]:
+    for operand in of:
+        yield from operand.parts if isinstance(operand, Bundle) else (operand,)
+
+
+def _wrong_strides(operand: Tensor, good: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    if operand.strides == operands.FREE or good.numel() < 2:
+        return
+    if good.shape[-1] > 1:
+        yield "with columns apart", good.repeat_interleave(2, -1)[..., ::2]
+    rows = good.shape[:-1]
+    if operand.strides == operands.CONTIGUOUS and math.prod(rows) > 1:
+        yield "with rows apart", torch.cat((good, good), -1)[..., : good.shape[-1]]
+    if operand.strides == operands.PAIRS and good.dim() == 3:
+        yield "with tokens apart", torch.cat((good, good), 1)[:, : good.shape[1]]
+    if operand.written and good.dim() > 1:
+        row = 1 if good.shape[-1] > 1 else 0
+        strides = [good[0].numel() // good[0, ..., 0].numel() for _ in rows]
+        for pitch in (0, max(1, strides[0] - 1)) if row else (0,):
+            collapsed = [pitch * math.prod(good.shape[d + 1 : -1]) for d in range(len(rows))]
+            yield f"with rows {pitch} apart", good.as_strided(good.shape, (*collapsed, 1))
+
+
+def _tensors(door: Door) -> list[tuple[str, Tensor, torch.Tensor]]:
+    """(what an error calls it, its declaration, it) of every tensor of a good call."""
+    given = [operand for operand in door.operands if isinstance(operand, (Tensor, Bundle))]
+    return [found for operand in given for found in operand.tensors(door.good[operand.name])]
+
+
+def _written(door: Door) -> list[torch.Tensor]:
+    return [tensor for _, operand, tensor in _tensors(door) if operand.written]
+
+
+def _refused(door: Door, changed: Arguments, label: str, *names: str) -> None:
+    try:
+        door(**changed)
+    except ValueError as error:
+        text = str(error)
+        named = text.startswith(f"{door.name}: ") and any(name in text for name in names)
+        assert named and "got " in text and "wanted " in text, f"{door.name}, {label}: {error}"
+    except Exception as error:
+        raise AssertionError(f"{door.name}, {label}: {type(error).__name__}: {error}") from error
+    else:
+        raise AssertionError(f"{door.name}, {label}: it is let pass")
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["at first", "behind good calls"])
+@pytest.mark.parametrize("name", GOOD)
+def test_what_does_not_fit_is_named(name: str, known: bool, device: str, launches: list[Any]) -> None:
+    door = Door.of(name, device)
+    for _ in range(3 if known else 0):
+        door()
+    before, number = [tensor.clone() for tensor in _written(door)], len(launches)
+    for operand in door.operands:
+        good = door.good[operand.name]
+        for label, value in _wrong(operand, good, door.op) if good is not None else ():
+            _refused(door, {operand.name: value}, f"{operand.name}: {label}", operand.name)
+    assert len(launches) == number, "something was launched"
+    same = [torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(before, _written(door), strict=True)]
+    assert all(same), "something was written"
+
+
+def _with(good: Arguments, label: str, tensor: torch.Tensor) -> Arguments:
+    """The arguments with another tensor: of a slice (``lora_a[0]``), of a bundle (``route.parts``) or by itself."""
+    name, _, rest = label.replace("[", ".").partition(".")
+    if not rest:
+        return {**good, name: tensor}
+    if rest[:-1].isdigit():
+        return {**good, name: [tensor if f"{i}]" == rest else old for i, old in enumerate(good[name])]}
+    return {**good, name: good[name]._replace(**{rest: tensor})}
+
+
+def _in_one_place(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Copies of tensors, of the same bytes where they begin."""
+    buffer = torch.zeros(max(t.numel() * t.element_size() for t in tensors), dtype=torch.uint8, device=tensors[0].device)
+    for tensor in tensors:
+        yield buffer[: tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_memory_that_is_written_is_not_shared(name: str, device: str, launches: list[Any]) -> None:
+    """At the first call with any operand; at each later one, behind good calls of the same looks, with the rows it is made of."""
+    door = Door.of(name, device)
+    found = [item for item in _tensors(door) if item[2].numel() > 0]
+    pairs = [(one, other) for one in found for other in found if one[1].written and one is not other]
+    for known in (False, True):
+        for (label, operand, tensor), (other_label, other_operand, other) in pairs:
+            if known and (operand.name, other_operand.name) != door.op.apart:
+                continue
+            forget()
+            for _ in range(3 if known else 0):
+                door()
+            number, (one, two) = len(launches), _in_one_place(tensor, other)
+            changed = _with(_with(door.good, label, one), other_label, two)
+            _refused(door, changed, f"{label} in {other_label}, known: {known}", label, other_label)
+            assert len(launches) == number
+
+
+def test_columns_of_one_buffer_are_memory_of_their_own(device: str, launches: list[Any]) -> None:
+    door = Door.of("lora", device)
+    both = torch.zeros(T, K + 2 * N + 1, dtype=BF16, device=device)
+    for _ in range(4):
+        door(x=both[:, :K], out=both[:, K:])
+    with pytest.raises(ValueError, match=r"^lora: out: got memory that x lies in"):
+        door(x=both[:, :K], out=both[:, K - 1 : -1])
+
+
+# Arguments that would be ignored, or that lack another: what is changed of a good call, and what the error names.
+MISMATCHED: list[tuple[str, Arguments, str]] = [
+    ("moe_lora sorted", {"mul_routed_weight": False}, "topk_weights"),
+    ("moe_lora sorted", {"topk_weights": None}, "topk_weights"),
+    ("moe_lora_expand", {"mul_routed_weight": False}, "topk_weights"),
+    ("moe_lora_expand", {"topk_weights": None}, "topk_weights"),
+    ("moe_lora fp8", {"a_scale": None}, "a_scale"),
+    ("moe_lora fp8", {"a_scale": None, "b_scale": None}, "a_scale"),
+    ("moe_lora fp8", {"x_scale": None}, "x_scale"),
+    ("lora fp8", {"a_scale": None}, "a_scale"),
+    ("lora fp8", {"b_scale": None}, "b_scale"),
+    ("lora_shrink fp8", {"x_scale": None}, "x_scale"),
+    ("lora_expand fp8", {"b_scale": None}, "b_scale"),
+    ("moe_gemm fp8", {"w_scale": None}, "w_scale"),
+    ("moe_gemm fp8", {"x_scale": None}, "x_scale"),
+    ("fused_moe fp8", {"w13_scale": None}, "w13_scale"),
+    ("fused_moe fp8", {"w2_scale": None}, "w2_scale"),
+    ("fused_moe fp8", {"x_scale": None}, "x_scale"),
+    ("fused_moe fp8", {"h_scale": torch.ones(1)}, "h_scale"),
+    ("moe_route", {"assignment": "naive"}, "block_m"),
+    ("quantize_weights", {"group": (16, 16)}, "group"),
+    ("quantize_activations", {"scales": "token"}, "group_k"),
+    ("moe_route", {"topk_ids": None}, "topk_ids"),
+    ("moe_gemm", {"x_rows": "sorted", "out_rows": "token"}, "x_rows"),
+]
+
+
+@pytest.mark.parametrize(("name", "changed", "named"), MISMATCHED)
+def test_what_would_be_ignored_is_refused(
+    name: str, changed: Arguments, named: str, device: str, launches: list[Any]
+) -> None:
+    door, number = Door.of(name, device), len(launches)
+    _refused(door, {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in changed.items()}, str(changed), named)
+    assert len(launches) == number
+
+
+@pytest.mark.parametrize("name", [name for name in GOOD if name.partition(" ")[2] == "fp8"])
+def test_scales_of_what_is_no_fp8_are_refused(name: str, device: str, launches: list[Any]) -> None:
+    door, number = Door.of(name, device), len(launches)
+    for operand in door.operands:
+        if isinstance(operand, Tensor) and operand.scaled_by:
+            good = door.good[operand.name]
+            plain = [t.to(BF16) for t in good] if operand.slices else good.to(BF16)
+            _refused(door, {operand.name: plain}, f"{operand.name} in 16 bits", operand.scaled_by)
+    assert len(launches) == number
+
+
+def test_overlap_names_what_does_not_fit(device: str) -> None:
+    def nothing() -> None: ...
+
+    for arguments, named in (
+        ((None, nothing, None, None), "base_fn"),
+        ((nothing, 3, None, None), "lora_fn"),
+        ((nothing, nothing, "a stream", None), "stream"),
+        ((nothing, nothing, None, (1, 2)), "events"),
+    ):
+        with pytest.raises(ValueError, match=f"^overlap: {named}: got .*, wanted "):
+            kg.overlap(*arguments)
+
+
+def test_shapes_to_warm_up_are_checked(device: str) -> None:
+    moe, dense = kg.MoeShape(K, N, 2, RANK, TOP_K, EXPERTS, LORAS), kg.LoraShape(K, (N,), RANK, LORAS)
+    for shape in (None, moe._replace(k=0), moe._replace(dtype=torch.int8), moe._replace(assignments=("best",)),
+                  dense._replace(widths=()), dense._replace(weight_scales="row"), kg.ShardedMoeShape(dense)):  # fmt: skip
+        with pytest.raises(ValueError, match=r"^warmup: shapes\[0\].*: got .*, wanted "):
+            kg.warmup([shape])
+
+
+@pytest.mark.parametrize("name", [name for name in GOOD if name not in kg.variants()])
+def test_launchers_of_variants_name_what_does_not_fit(name: str, device: str, launches: list[Any]) -> None:
+    """Of the variants that a good call of the front door launches."""
+    door = Door.of(name, device)
+    door()
+    kernels = [call[0].kernel.fn.__name__ for call in launches]
+    variants = [[v for v in kg.variants() if kernel.startswith(f"{v}_")] for kernel in kernels]
+    for variant in {max(found, key=len) for found in variants}:
+        family = next(f for f in sorted(OPS, key=len, reverse=True) if variant.startswith(f"{f}_"))
+        if family != door.op.name or variant in GOOD:
+            continue
+        module = importlib.import_module(f"generated.{family}.{variant.removeprefix(f'{family}_')}")
+        function = getattr(module, variant)
+        known = inspect.signature(function).parameters
+        launcher = Door(function, variant, door.op, {n: v for n, v in door.good.items() if n in known})
+        number = len(launches)
+        launcher()
+        assert len(launches) > number
+        number = len(launches)
+        for operand in launcher.operands:
+            good = launcher.good[operand.name]
+            for label, value in _wrong(operand, good, door.op) if good is not None else ():
+                _refused(launcher, {operand.name: value}, f"{operand.name}: {label}", operand.name)
+        _refused(launcher, {"config": (16, 16)}, "another config", "config")
+        assert len(launches) == number
+
+
+def _outcome(door: Door, fresh: list[torch.Tensor], changed: Arguments) -> list[torch.Tensor]:
+    """What a call writes and returns, from the same bytes each time."""
+    for tensor, before in zip(_written(door), fresh, strict=True):
+        tensor.copy_(before)
+    result = door(**changed)
+    given = result if isinstance(result, tuple) else (result,)
+    numbers = torch.tensor([n for n in given if isinstance(n, int)])
+    return [t.clone() for t in (*_written(door), *given, numbers) if isinstance(t, torch.Tensor)]
+
+
+# What may change between two calls whose tensors look alike, and whether the outcome does too.
+ALTERNATIVES: dict[str, Callable[[Batch], Arguments]] = {
+    "moe_act": lambda b: {"local_expert_start": 1, "num_experts": 2, "valid_tokens": None, "num_tokens_hint": 1},
+    "moe_add": lambda b: {"route": b.route("naive")._replace(adapter_enabled=None)},
+    "moe_sum": lambda b: {"local_expert_start": 1, "num_experts": 2, "topk_weights": None, "valid_tokens": None, "out": None},
+    "moe_quant": lambda b: {"order": "sorted"},
+    "moe_align": lambda b: {"local_expert_start": 1, "num_experts": 2, "block_m": 32, "valid_tokens": None},
+    "moe_gemm": lambda b: {"topk_weights": None, "x_rows": "sorted"},
+    "moe_route": lambda b: {"block_m": 32, "adapter_enabled": None, "expert_map": None, "max_loras": 2, "num_experts": 2},
+    "lora_route": lambda b: {"max_loras": 2, "block_m": 32},
+    "from_tables": lambda b: {"lora_ids": None, "adapter_enabled": None, "num_tokens": 3, "max_loras": 2},
+    "moe_lora sorted": lambda b: {
+        "add_inputs": False,
+        "route": b.route()._replace(max_loras=1),
+        "lora_b": [b.normal(LORAS, EXPERTS, N, RANK) * 2, b.normal(1, EXPERTS, N, RANK).expand(LORAS, -1, -1, -1).clone()],
+    },
+    "moe_lora naive": lambda b: {"add_inputs": False, "route": b.route("naive")._replace(adapter_enabled=None)},
+    "moe_lora_shrink": lambda b: {"route": b.route("naive")._replace(expert_map=None, global_experts=0)},
+    "moe_lora_expand": lambda b: {"offset": 0, "route": b.route("naive")},
+    "lora": lambda b: {"offset_start": 0, "add_inputs": False, "scaling": 1.0},
+    "lora_shrink": lambda b: {"scaling": 1.0},
+    "lora_expand": lambda b: {"offset_start": 0, "add_inputs": False},
+    "fused_moe": lambda b: {"local_expert_start": 1, "valid_tokens": None, "num_tokens_hint": 1, "out": None},
+}
+_SAME = ("num_tokens_hint", "route")  # an outcome may stay the same
+
+
+@pytest.mark.parametrize("name", ALTERNATIVES)
+def test_calls_that_look_alike_are_told_apart(name: str, device: str) -> None:
+    door = Door.of(name, device)
+    for tensor in _written(door):
+        tensor.zero_() if tensor.dtype == INT32 else None
+    fresh = [tensor.clone() for tensor in _written(door)]
+    for argument, value in ALTERNATIVES[name](Batch(device)).items():
+        for _ in range(2):
+            usual = _outcome(door, fresh, {})
+        found = _outcome(door, fresh, {argument: value})
+        forget()
+        wanted = _outcome(door, fresh, {argument: value})
+        pairs = list(zip(found, wanted, strict=True))
+        assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs), argument
+        other = len(found) != len(usual) or not all(map(torch.equal, found, usual))
+        assert other or argument in _SAME, f"{argument} changes nothing"
