@@ -30,7 +30,7 @@ NEEDS = {  # of a front door
     "moe_add": {"moe_route"},
     "moe_gemm": {"moe_align"},
     "moe_lora": {"moe_route"},
-    "moe_lora_expand": {"moe_lora_shrink", "moe_route"},
+    "moe_lora_expand": {"moe_route"},
     "moe_lora_shrink": {"moe_route"},
     "moe_quant": {"moe_align"},
     "moe_sum": {"moe_align"},
