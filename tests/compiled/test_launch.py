@@ -110,6 +110,7 @@ def driver(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reco
     recorder.launches.clear()
     monkeypatch.setattr(triton.runtime.driver, "_active", recorder)
     # CPU tensors stand for those of device 0: what torch would be asked about it.
+    monkeypatch.setattr(runtime, "runs_on", lambda device: True)
     monkeypatch.setattr(runtime, "_get_device", lambda: 0)
     monkeypatch.setattr(runtime, "_get_stream", lambda device: STREAM)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
