@@ -28,15 +28,17 @@ def assemble(
         present: the paths of the files that are there, for ``only``.
 
     Raises:
-        Failure: templates or what they made are at fault (exit code 1), or ``only`` matches nothing (2).
+        Failure: templates or what they made are at fault, or ``only`` matches nothing; exit code 2.
     """
     outputs = Outputs(renderer)
+    for fault in renderer.faults(package):
+        outputs.add_fault(fault)
     families = _families(package, _chosen(package, only, present), outputs)
     compose(families, outputs)
     texts = outputs.finish(jobs)
     faults = list(_tunable_faults(families, texts))
     if faults:
-        raise Failure(faults)
+        raise Failure(faults, exit_code=2)
     return Tree(dict(sorted(texts.items())))
 
 
@@ -44,7 +46,7 @@ def source(variant: Variant, family: Family, renderer: Renderer) -> str:
     """The final text of one variant's module.
 
     Raises:
-        Failure: its template, or what it made, is at fault.
+        Failure: its template, or what it made, is at fault; exit code 2.
     """
     output = _variant_output(variant, family)
     outputs = Outputs(renderer)

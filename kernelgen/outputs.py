@@ -75,14 +75,14 @@ class Outputs:
         """The final text of every file, by path.
 
         Raises:
-            Failure: with every fault of the templates, and of what they made.
+            Failure: with every fault of the templates, and of what they made; exit code 2.
         """
         texts, faults = finish(self._rendered, jobs)
         copied = (check(path, text, rendered=False) for path, text in self._copied.items())
         texts.update(self._copied)
         faults += [*self.faults, *(fault for fault in copied if fault), *_path_faults(texts)]
         if faults:
-            raise Failure(faults)
+            raise Failure(faults, exit_code=2)
         return texts
 
     def _add(self, path: str, text: str, texts: dict[str, str]) -> None:

@@ -2,52 +2,28 @@
 
 Templates are Jinja with line statements (``#%``) and line comments (``##``). What they may do is a short list: attribute
 access, ``if``, ``for``, ``import``, macros and ``length``; everything computed belongs on the model. What they may print is
-typed: whole numbers, booleans, None, checked identifiers, and text that stands in a template. Any other string raises, so no
+typed: whole numbers, booleans, None, checked identifiers, and text that stands in a template. Any other string is a fault, so no
 text of a spec reaches a generated file unchecked.
 """
 
 from __future__ import annotations
 
-import traceback
+import filecmp
+import os
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Iterator, Sequence
 
 import jinja2
-from jinja2 import nodes
-from markupsafe import Markup
 
 from kernelgen import names
-from kernelgen.diagnostics import Diagnostic, Failure
+from kernelgen.diagnostics import Diagnostic, Failure, did_you_mean
 from kernelgen.model import Family, Location, Package, Variant
-from kernelgen.names import Symbol
+from kernelgen.template import MAX_CHARACTERS, TAGS, Environment, Refused, TooMuch
 
 _ROOT = "templates/"
+_SUFFIX = ".j2"
 _NAMES = {Variant: "v", Family: "family", Package: "package"}
-_STATEMENTS = (
-    nodes.Template,
-    nodes.Output,
-    nodes.TemplateData,
-    nodes.If,
-    nodes.For,
-    nodes.Macro,
-    nodes.Import,
-)
-_EXPRESSIONS = (
-    nodes.Name,
-    nodes.Getattr,
-    nodes.Const,
-    nodes.MarkSafe,
-    nodes.Tuple,
-    nodes.Call,
-    nodes.Keyword,
-    nodes.Filter,
-    nodes.CondExpr,
-    nodes.Compare,
-    nodes.Operand,
-    nodes.And,
-    nodes.Or,
-    nodes.Not,
-)
+_MAX_IMPORTS = 16  # of templates, one by way of the other
 
 
 class _Loader(jinja2.BaseLoader):
@@ -60,7 +36,15 @@ class _Loader(jinja2.BaseLoader):
         file = self.find(template)
         if file is None:
             raise jinja2.TemplateNotFound(template)
-        return file.read_text("utf-8"), _ROOT + template, None
+        label = _ROOT + template
+        try:
+            with file.open("rb") as opened:  # no more of it than a template may be: characters have 4 bytes at most
+                return opened.read(4 * MAX_CHARACTERS + 1).decode("utf-8"), label, None
+        except OSError as error:
+            raise Refused([Diagnostic("KG001", Location(label), error.strerror or type(error).__name__)]) from None
+        except UnicodeDecodeError as error:
+            line = error.object.count(b"\n", 0, error.start) + 1
+            raise Refused([Diagnostic("KG021", Location(label, line, 1), "this line is not UTF-8")]) from None
 
     def find(self, template: str) -> Path | None:
         if any(part in ("", ".", "..") for part in template.split("/")):
@@ -71,96 +55,25 @@ class _Loader(jinja2.BaseLoader):
         """What any of the folders has in ``folder``: templates of one name are one."""
         return sorted({file.name for root in self.folders for file in (root / folder).glob("*")})
 
-
-class _Environment(jinja2.Environment):
-    """Refuses, when a template is read, whatever is not on the list."""
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = super()._parse(source, name, filename)
-        callable_names = {"range"} | {macro.name for macro in tree.find_all(nodes.Macro)}
-        modules = {node.target for node in tree.find_all(nodes.Import)}
-        for node in _walk(tree):
-            reason = _refusal(node, callable_names, modules)
-            if reason:
-                raise jinja2.TemplateSyntaxError(reason, node.lineno, name, filename)
-        _mark_literals(tree)
-        return tree
-
-
-def _walk(node: nodes.Node) -> Iterator[nodes.Node]:
-    yield node
-    for child in node.iter_child_nodes():
-        yield from _walk(child)
-
-
-def _refusal(node: nodes.Node, callable_names: set[str], modules: set[str]) -> str | None:
-    if not isinstance(node, (*_STATEMENTS, *_EXPRESSIONS)):
-        return f"templates do without {type(node).__name__}; compute it in the model"
-    if isinstance(node, nodes.Getattr) and node.attr.startswith("_"):
-        return f"private attribute {node.attr}"
-    if isinstance(node, nodes.Filter) and node.name != "length":
-        return f"templates do without the filter {node.name}; compute it in the model"
-    if isinstance(node, nodes.Call):
-        callee = node.node
-        is_macro = isinstance(callee, nodes.Name) and callee.name in callable_names
-        is_imported = (
-            isinstance(callee, nodes.Getattr)
-            and isinstance(callee.node, nodes.Name)
-            and callee.node.name in modules
-        )
-        if not (is_macro or is_imported):
-            return "only macros can be called; compute it in the model"
-    return None
-
-
-def _mark_literals(node: nodes.Node) -> None:
-    """Mark the string literals of a template as its own text, which may be printed."""
-    for field, value in node.iter_fields():
-        if isinstance(node, nodes.Import) and field == "template":
-            continue
-        if isinstance(value, list):
-            setattr(node, field, [_marked(item) for item in value])
-        else:
-            setattr(node, field, _marked(value))
-    for child in node.iter_child_nodes():
-        if not isinstance(child, nodes.MarkSafe):
-            _mark_literals(child)
-
-
-def _marked(value: Any) -> Any:
-    if isinstance(value, nodes.Const) and isinstance(value.value, str):
-        return nodes.MarkSafe(value, lineno=value.lineno)
-    return value
-
-
-def _checked(value: object) -> object:
-    if value is None or isinstance(value, (int, Symbol, Markup)):
-        return value
-    if isinstance(value, jinja2.Undefined):
-        value._fail_with_undefined_error()
-    kind = type(value).__name__
-    raise TypeError(
-        f"a template may print whole numbers, booleans, None and identifiers, not {kind} {value!r:.60}"
-    )
+    def own(self) -> Iterator[str]:
+        """The templates that lie over those of the last folder, and are not the same."""
+        *own, last = self.folders
+        for root in own:
+            for folder, _, files in os.walk(root):
+                for file in (Path(folder, name) for name in files if name.endswith(_SUFFIX)):
+                    template = file.relative_to(root).as_posix()
+                    other = last / template
+                    if not (other.is_file() and filecmp.cmp(file, other, shallow=False)):
+                        yield template
 
 
 class Renderer:
-    """Renders the templates found in ``folders``; the first folder that has a template wins."""
+    """Renders the templates found in ``folders``, file by file the first that has it."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self._loader = _Loader(folders)
-        self._environment = _Environment(
-            loader=self._loader,
-            undefined=jinja2.StrictUndefined,
-            line_statement_prefix="#%",
-            line_comment_prefix="##",
-            trim_blocks=True,
-            lstrip_blocks=True,
-            keep_trailing_newline=True,
-            autoescape=True,  # tells text of templates (Markup) from other strings
-            finalize=_checked,
-        )
-        self._environment.globals = {"range": range}
+        self._environment = Environment(self._loader)
+        self._faults: dict[str, list[Diagnostic]] = {}
 
     def missing_templates(self, package: Package) -> Iterator[Diagnostic]:
         """The kernels and families without a template; a fault of the spec that names them."""
@@ -174,6 +87,21 @@ class Renderer:
                 message = f"there is no template {_ROOT}{front}"
                 hint = "write the front door of the family"
                 yield Diagnostic("KG020", family.location, message, hint)
+
+    def faults(self, package: Package) -> Iterator[Diagnostic]:
+        """What is wrong with the texts of the templates that ``package`` needs, and those that nothing needs."""
+        used = [kernel.template for family in package.families for kernel in family.kernels]
+        folders = [names.family_template_folder(family.name) for family in package.families]
+        for folder in (*folders, names.PACKAGE_TEMPLATE_FOLDER):
+            used += [template for _, template in self.templates_in(folder)]
+        used.append(names.TEST_TEMPLATE)
+        for template in used:
+            if self.has(template):
+                yield from self._check(template)
+        imported = (template for imports in self._environment.imports.values() for template, _ in imports)
+        for template in sorted(set(self._loader.own()) - {*used, *imported}):
+            yield Diagnostic("KG020", Location(_ROOT + template), "no spec and no template makes use of this template",
+                             self._use_of(template, package))
 
     def has(self, template: str) -> bool:
         """Whether there is such a template."""
@@ -196,26 +124,60 @@ class Renderer:
         Raises:
             Failure: the template is not well-formed, or failed on this value.
         """
-        name = _NAMES[type(value)]
+        faults = self._check(template)
+        if faults:
+            raise Failure(faults)
         try:
-            body = self._environment.get_template(template).render({name: value})
-        except jinja2.TemplateSyntaxError as error:
-            where = Location(error.filename or _ROOT + template, error.lineno)
-            raise Failure([Diagnostic("KG021", where, error.message or "syntax error")]) from None
-        except jinja2.TemplateNotFound as error:
-            where = Location(_ROOT + template)
-            raise Failure([Diagnostic("KG020", where, f"no template {error.name}")]) from None
-        except (jinja2.TemplateError, AttributeError, TypeError, ValueError) as error:
-            raise Failure([self._fault(template, spec, error)]) from None
+            body = self._environment.run(template, {_NAMES[type(value)]: value})
+        except Exception as error:
+            where = self._environment.place_of(error) or Location(_ROOT + template)
+            fault = Diagnostic("KG022", where, str(error) or type(error).__name__, f"while rendering {spec}")
+            if isinstance(error, (TooMuch, RecursionError)):  # once is enough
+                self._faults[template] = [fault]
+            raise Failure([*self._environment.faults, fault]) from None
+        if self._environment.faults:
+            raise Failure(self._environment.faults)
         return header(spec, _ROOT + template) + body
 
-    def _fault(self, template: str, spec: str, error: Exception) -> Diagnostic:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame for frame in frames if frame.filename.startswith(_ROOT)]
-        where = Location(_ROOT + template)
-        if lines:
-            where = Location(lines[-1].filename, lines[-1].lineno or 0)
-        return Diagnostic("KG022", where, str(error), f"while rendering {spec}")
+    def _check(self, template: str, chain: Sequence[str] = ()) -> list[Diagnostic]:
+        """The faults of the text of ``template``, and of those that it imports; each is read once."""
+        if template not in self._faults:
+            faults = self._faults[template] = self._read(template)
+            for other, line in self._environment.imports.get(template, []):
+                where = self._environment.location(_ROOT + template, line)
+                if other in (*chain, template):
+                    faults.append(Diagnostic("KG021", where, "this import leads back to this template", "drop it"))
+                elif len(chain) > _MAX_IMPORTS:
+                    faults.append(Diagnostic("KG021", where, f"more than {_MAX_IMPORTS} imports, one by way of the other"))
+                elif not self.has(other):
+                    known = [f"macros/{name}" for name in self._loader.list_folder("macros")]
+                    faults.append(Diagnostic("KG020", where, f"no template {other}", did_you_mean(other, known)))
+                else:
+                    faults += self._check(other, (*chain, template))
+        return self._faults[template]
+
+    def _read(self, template: str) -> list[Diagnostic]:
+        label = _ROOT + template
+        try:
+            self._environment.get_template(template)
+        except Refused as refused:
+            return list(refused.faults)
+        except jinja2.TemplateSyntaxError as error:
+            message = error.message or "syntax error"
+            *_, word = ("", *message.partition(". ")[0].split("'")[1::2])
+            hint = did_you_mean(word, TAGS) if "unknown tag" in message and word not in TAGS else ""
+            return [Diagnostic("KG021", self._environment.location(label, error.lineno, word), message, hint)]
+        except (SyntaxError, RecursionError, MemoryError, ValueError, OverflowError) as error:
+            message = f"this cannot be read: {type(error).__name__}"
+            return [Diagnostic("KG021", Location(label), message, "it may be nested too deep")]
+        return []
+
+    def _use_of(self, template: str, package: Package) -> str:
+        _, _, name = template.removesuffix(names.TEMPLATE_SUFFIX).partition("/")
+        family = name.split("/")[0]
+        if family in {family.name for family in package.families}:
+            return f"{names.spec_label(family)} has no such schedule; add it, or remove the template"
+        return f"remove it, or add what it is for, as {names.spec_label(family)}"
 
 
 def header(spec: str, template: str) -> str:
