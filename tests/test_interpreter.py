@@ -279,8 +279,8 @@ def test_a_triton_without_the_parts_is_named() -> None:
 
 
 def test_a_copy_of_the_package_repairs_it_by_itself(tmp_path: Path) -> None:
-    """The README's program, where there is no kernelgen; FP8 and the masks of float16 too; and no kernel is compiled."""
-    section = (ROOT / "README.md").read_text().partition("### On a CPU\n")[2]
+    """The program of the docs, where there is no kernelgen; FP8 and the masks of float16 too; and no kernel is compiled."""
+    section = (ROOT / "docs" / "kernels.md").read_text().partition("## On a CPU\n")[2]
     block = section.partition("```python\n")[2].partition("```")[0]
     more = """
         assert not [name for name in sys.modules if name.startswith("kernelgen")]
