@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import fnmatch
-from typing import Container, Iterable, Iterator, Mapping
+from typing import Container, Iterator
 
-from kernelgen import names
+from kernelgen import names, wiring
 from kernelgen.compose import compose
-from kernelgen.diagnostics import Diagnostic, Failure, did_you_mean, failure
+from kernelgen.diagnostics import Diagnostic, did_you_mean, failure
 from kernelgen.model import Family, Package, Tree, Variant
 from kernelgen.outputs import Output, Outputs
 from kernelgen.render import Renderer
@@ -35,11 +34,9 @@ def assemble(
         outputs.add_fault(fault)
     families = _families(package, _chosen(package, only, present), outputs)
     compose(families, outputs)
-    texts = outputs.finish(jobs)
-    faults = list(_tunable_faults(families, texts))
-    if faults:
-        raise Failure(faults, exit_code=2)
-    return Tree(dict(sorted(texts.items())))
+    for fault in wiring.faults(package, families, outputs):
+        outputs.add_fault(fault)
+    return Tree(dict(sorted(outputs.finish(jobs).items())))
 
 
 def source(variant: Variant, family: Family, renderer: Renderer) -> str:
@@ -122,34 +119,3 @@ def _variant_output(variant: Variant, family: Family) -> Output:
     path = names.family_path(variant.family, variant.module)
     template = family.kernel(variant.kernel).template
     return Output(path, template, f"{family.spec}, variant {variant.name}", variant)
-
-
-def _tunable_faults(families: Iterable[Family], texts: Mapping[str, str]) -> Iterator[Diagnostic]:
-    """What is measured and is not as the fields of its class, name by name: values are handed to it in this order."""
-    for family in families:
-        module = texts.get(names.family_path(family.name, names.CONFIGS))
-        if module is None:
-            continue
-        classes = {node.name: node for node in ast.parse(module).body if isinstance(node, ast.ClassDef)}
-        for kernel in family.kernels:
-            name = names.config_class(None if kernel.name == family.name else kernel.name)
-            known = _fields(classes[name]) if name in classes else []
-            declared = [tunable.name for tunable in kernel.tunables]
-            if known and known != declared and (declared or family.tuned):
-                message = f"{kernel.name} has the tunables {', '.join(known)}, in this order"
-                hint = f"the spec has {', '.join(declared) or 'none'}"
-                yield Diagnostic("KG027", kernel.tunables_location, message, hint)
-        key = _fields(classes[names.KEY]) if names.KEY in classes else []
-        for tuned in family.tuned:
-            sizes = [] if not tuned.entries else [*tuned.entries[0].problem.names, *tuned.entries[0].facts.names]
-            if sizes and sizes != key:
-                message = f"problems of {', '.join(sizes)}; {family.name} looks them up by {', '.join(key) or 'nothing'}"
-                yield Diagnostic("KG025", tuned.location, message, "measure again: kernelgen tune writes what it looks up")
-
-
-def _fields(node: ast.ClassDef) -> list[str]:
-    return [
-        line.target.id
-        for line in node.body
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
-    ]

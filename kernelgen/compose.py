@@ -7,6 +7,7 @@ others: where none of them imports it, it is left out too.
 
 from __future__ import annotations
 
+import keyword
 from typing import Iterable, Iterator, Mapping, Sequence
 
 from kernelgen import names
@@ -41,7 +42,7 @@ def compose(families: Sequence[Family], outputs: Outputs) -> None:
         parts = [Module(family.name, _exports(family, outputs)) for family in families]
         left_out = [Module(name, (name,), (name,)) for name in map(Identifier, absent)]
         for stem, outline in modules.items():
-            exports = tuple(map(Symbol, outline.exports or ()))
+            exports = _symbols(outline)
             if needs[stem]:
                 left_out.append(Module(Symbol(stem), exports, tuple(sorted(needs[stem]))))
             elif exports:
@@ -75,8 +76,13 @@ def _needs(
 
 def _exports(family: Family, outputs: Outputs) -> tuple[Symbol, ...]:
     """What a front door exports: unless it says so itself, the function that is named as the family."""
-    outline = outputs.modules[(family.name,)]
-    return (family.name,) if outline.exports is None else tuple(map(Symbol, outline.exports))
+    outline = outputs.modules.get((family.name,))
+    return (family.name,) if outline is None or outline.exports is None else _symbols(outline)
+
+
+def _symbols(outline: Outline) -> tuple[Symbol, ...]:
+    """What a module exports; a text that is no name is told when the module is checked."""
+    return tuple(Symbol(name) for name in outline.exports or () if name.isidentifier() and not keyword.iskeyword(name))
 
 
 def _export_faults(modules: Iterable[Module]) -> Iterator[Diagnostic]:

@@ -40,6 +40,7 @@ CATALOGUE: Mapping[str, str] = {
     "KG026": "FP8 that no kernel could serve: groups that a tile does not fit, an element that a target lacks",
     "KG027": "tunables that are not those that the templates know",
     "KG028": "a family that needs another, of which there is no spec",
+    "KG029": "variants that make no difference, or that nothing can choose",
     "KG030": "a file in the way that kernelgen did not write",
     "KG031": "a generated file that was edited by hand",
     "KG032": "a manifest or journal that cannot be read",
@@ -79,9 +80,14 @@ class Nearest:
     known: tuple[str, ...]
     otherwise: str
 
+    @property
+    def nearest(self) -> str | None:
+        """The known word that is near, if any."""
+        return next(iter(difflib.get_close_matches(self.word[:80], self.known, n=1, cutoff=0.6)), None)
+
     def __str__(self) -> str:
-        near = difflib.get_close_matches(self.word[:80], self.known, n=1, cutoff=0.6)
-        return f"did you mean {near[0]}?" if near else self.otherwise
+        near = self.nearest
+        return f"did you mean {near}?" if near else self.otherwise
 
 
 @dataclasses.dataclass(frozen=True)

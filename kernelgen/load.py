@@ -299,7 +299,7 @@ class _Spec(_Checks):
 
         def kernel(name: str, schedule: str | None, where: Location) -> Kernel:
             parameters = tuple(
-                Tunable(Identifier(parameter), tuple(values))
+                Tunable(Identifier(parameter), tuple(values), self.root.key_at("tunables", name, parameter))
                 for parameter, values in tunables.get(name, {}).items()
             )
             template = kernel_template(family, schedule)

@@ -174,6 +174,7 @@ class Tunable:
 
     name: Identifier
     values: tuple[int, ...]
+    location: Location = dataclasses.field(compare=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from typing import Iterator, NamedTuple, Sequence
+from typing import Iterator, Mapping, NamedTuple, Sequence
 
 from kernelgen.names import PACKAGE
+
+MAX_WORD = 400  # characters: longer than the names of modules
 
 
 class Import(NamedTuple):
@@ -22,19 +24,33 @@ class Import(NamedTuple):
         return self.module[0] if self.module else self.name
 
 
+class Twice(NamedTuple):
+    """A key that stands twice in one dictionary, and the texts of its two values where they are texts."""
+
+    key: str
+    values: tuple[str | None, str | None]
+    line: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Outline:
     """Of one module.
 
     Attributes:
         imports: what it imports from the package, wherever in the text.
-        defined: the names that it binds at its top level.
+        defined: the names that it binds at its top level, and the lines where it does.
         exports: ``__all__``; None: it has none.
+        words: names, attributes, parameters and short texts, wherever.
+        twice: keys of dictionaries.
+        fields: of the classes at its top level, by name: what they declare, in this order.
     """
 
     imports: tuple[Import, ...]
-    defined: frozenset[str]
+    defined: Mapping[str, int]
     exports: tuple[str, ...] | None
+    words: frozenset[str]
+    twice: tuple[Twice, ...]
+    fields: Mapping[str, tuple[str, ...]]
 
 
 def module_of(path: str) -> tuple[str, ...]:
@@ -43,42 +59,80 @@ def module_of(path: str) -> tuple[str, ...]:
     return tuple(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def outline(path: str, text: str) -> Outline:
-    """The outline of the module in the file ``path`` of a package; of a ``text`` that is not Python: an empty one."""
+def outline(path: str, text: str) -> Outline | None:
+    """The outline of the module in the file ``path`` of a package; of a ``text`` that is not Python: None."""
     try:
         tree = ast.parse(text)
-    except SyntaxError:
-        return Outline((), frozenset(), None)
-    return Outline(tuple(_imports(path, tree)), frozenset(_defined(tree.body)), _exports(tree))
-
-
-def _imports(path: str, tree: ast.Module) -> Iterator[Import]:
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
     folder = path.removeprefix(f"{PACKAGE}/").split("/")[:-1]
+    imports: list[Import] = []
+    words: set[str] = set()
+    twice: list[Twice] = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level > 0:
+        if isinstance(node, ast.Name):
+            words.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            words.add(node.attr)
+        elif isinstance(node, (ast.arg, ast.keyword)):
+            words.add(node.arg or "")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            words.add(node.value[:MAX_WORD])
+        elif isinstance(node, ast.Dict):
+            twice += _twice(node)
+        elif isinstance(node, ast.ImportFrom) and node.level > 0:
             base = tuple(folder[: len(folder) + 1 - node.level])
-            for alias in node.names:
-                yield Import((*base, *(node.module.split(".") if node.module else ())), alias.name, node.lineno)
+            module = (*base, *(node.module.split(".") if node.module else ()))
+            imports += (Import(module, alias.name, node.lineno) for alias in node.names)
+    fields = {node.name: _fields(node) for node in tree.body if isinstance(node, ast.ClassDef)}
+    return Outline(tuple(imports), dict(_defined(tree.body)), exports(tree), frozenset(words), tuple(twice), fields)
 
 
-def _defined(body: Sequence[ast.stmt]) -> Iterator[str]:
-    """The names that statements bind, but for those inside of functions and classes."""
-    for node in body:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            yield node.name
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            yield from (alias.asname or alias.name.partition(".")[0] for alias in node.names)
-        else:
-            for inner in ast.walk(node):
-                if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
-                    yield inner.id
-                elif isinstance(inner, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)):
-                    yield from _defined([inner])
-
-
-def _exports(tree: ast.Module) -> tuple[str, ...] | None:
+def exports(tree: ast.Module) -> tuple[str, ...] | None:
+    """The names of ``__all__``, where a module has one."""
     for node in tree.body:
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
             found = [item.value for item in getattr(node.value, "elts", ()) if isinstance(item, ast.Constant)]
             return tuple(name for name in found if isinstance(name, str))
     return None
+
+
+def _defined(body: Sequence[ast.stmt]) -> Iterator[tuple[str, int]]:
+    """The names that statements bind, but for those inside of functions and classes."""
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.name, node.lineno
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from ((alias.asname or alias.name.partition(".")[0], node.lineno) for alias in node.names)
+        else:
+            for inner in ast.walk(node):
+                if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
+                    yield inner.id, inner.lineno
+                elif isinstance(inner, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)):
+                    yield from _defined([inner])
+
+
+def _twice(node: ast.Dict) -> Iterator[Twice]:
+    """The keys of constants that stand there again with another value."""
+    seen: dict[str, ast.expr] = {}
+    for key, value in zip(node.keys, node.values, strict=True):
+        if key is None:  # of ** in it
+            continue
+        parts = key.elts if isinstance(key, ast.Tuple) else [key]
+        if all(isinstance(part, ast.Constant) for part in parts):
+            text = ast.unparse(key)
+            other = seen.setdefault(text, value)
+            if other is not value:
+                yield Twice(text, (_text(other), _text(value)), key.lineno)
+
+
+def _text(node: ast.expr) -> str | None:
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
+
+
+def _fields(node: ast.ClassDef) -> tuple[str, ...]:
+    return tuple(
+        line.target.id
+        for line in node.body
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
+    )

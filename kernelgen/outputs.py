@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Iterable, Iterator
+from typing import Callable, Iterable, Iterator
 
-from kernelgen.diagnostics import Diagnostic, Failure
-from kernelgen.formatting import check, finish
+from kernelgen.diagnostics import Diagnostic, Failure, Nearest
+from kernelgen.formatting import finish
+from kernelgen.lint import faults as faults_of
 from kernelgen.model import Family, Location, Package, Variant
 from kernelgen.names import PACKAGE, path_fault, spec_label
 from kernelgen.outline import Outline, module_of, outline
@@ -27,7 +28,7 @@ class Outputs:
     """What was made so far.
 
     Attributes:
-        modules: place in the package -> outline, of the files that are modules of it.
+        modules: place in the package -> outline, of the files that are modules of it, where they are Python.
         faults: of the templates; one that many variants share is there once.
     """
 
@@ -35,15 +36,19 @@ class Outputs:
         self.renderer = renderer
         self.modules: dict[tuple[str, ...], Outline] = {}
         self.faults: list[Diagnostic] = []
-        self._made_by: dict[str, str] = {}  # path -> template
+        self._made_by: dict[str, Output] = {}
+        self._paths: dict[tuple[str, ...], str] = {}
+        self._places: dict[str, Callable[[int, int, str], Location]] = {}
         self._rendered: dict[str, str] = {}
         self._copied: dict[str, str] = {}
 
     def render(self, outputs: Iterable[Output]) -> None:
         """Make these files, or make them anew."""
         for output in outputs:
-            if self._made_by.setdefault(output.path, output.template) != output.template:
+            if self._made_by.get(output.path, output).template != output.template:
                 self.add_fault(Diagnostic("KG024", Location(output.path), "two templates write this file"))
+            self._made_by[output.path] = output
+            self._places.pop(output.path, None)
             try:
                 text = self.renderer.render(output.template, output.spec, output.value)
             except Failure as failed:
@@ -51,6 +56,18 @@ class Outputs:
                     self.add_fault(fault)
             else:
                 self._add(output.path, text, self._rendered)
+
+    def place(self, path: str, line: int = 0, column: int = 1, word: str = "") -> Location:
+        """Where in a template the place ``line``, ``column`` of a rendered file is from; without a line: the template."""
+        output = self._made_by[path]
+        if path not in self._places:
+            self._places[path] = self.renderer.trace(output.template, output.value, self._rendered[path])
+        return self._places[path](line, column, word)
+
+    def place_in(self, module: tuple[str, ...], line: int, word: str = "") -> Location:
+        """As ``place``, of a module by its place in the package; that of a copy is in the copy."""
+        path = self._paths[module]
+        return self.place(path, line, 1, word) if path in self._made_by else Location(path, line, 1)
 
     def add_fault(self, fault: Diagnostic) -> None:
         """Note a fault, unless one of this place and these words is known."""
@@ -77,18 +94,36 @@ class Outputs:
         Raises:
             Failure: with every fault of the templates, and of what they made; exit code 2.
         """
-        texts, faults = finish(self._rendered, jobs)
-        copied = (check(path, text, rendered=False) for path, text in self._copied.items())
-        texts.update(self._copied)
-        faults += [*self.faults, *(fault for fault in copied if fault), *_path_faults(texts)]
-        if faults:
-            raise Failure(faults, exit_code=2)
-        return texts
+        for fault in _path_faults([*self._rendered, *self._copied]):
+            self.add_fault(fault)
+        for path, text in self._copied.items():
+            for fault in faults_of(path, text, rendered=False):
+                self.add_fault(fault)
+        texts, faults = finish(self._rendered, jobs, only_check=bool(self.faults))
+        for fault in faults:
+            self._add_traced(fault)
+        if self.faults:
+            raise Failure(self.faults, exit_code=2)
+        return {**texts, **self._copied}
+
+    def _add_traced(self, fault: Diagnostic) -> None:
+        """Note a fault of a rendered file as one of the template that made the place."""
+        path, line, column, length, text = fault.location
+        word = text[column - 1 : column - 1 + length].strip()
+        where = self.place(path, line, column, word)
+        if word not in where.text and any((known.location, known.code) == (where, fault.code) for known in self.faults):
+            return  # of another variant, in other words
+        made = f"in {path} it is: {text.strip()}" if text.strip() else f"in {path}"
+        hint = dataclasses.replace(fault.hint, otherwise=made) if isinstance(fault.hint, Nearest) else fault.hint or made
+        self.add_fault(dataclasses.replace(fault, location=where, hint=hint))
 
     def _add(self, path: str, text: str, texts: dict[str, str]) -> None:
         texts[path] = text
         if path.startswith(f"{PACKAGE}/"):
-            self.modules[module_of(path)] = outline(path, text)
+            made = outline(path, text)
+            if made is not None:
+                self.modules[module_of(path)] = made
+                self._paths[module_of(path)] = path
 
 
 def _path_faults(paths: Iterable[str]) -> Iterator[Diagnostic]:

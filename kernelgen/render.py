@@ -8,17 +8,18 @@ text of a spec reaches a generated file unchecked.
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
 import os
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Callable, Iterator, Sequence
 
 import jinja2
 
 from kernelgen import names
 from kernelgen.diagnostics import Diagnostic, Failure, did_you_mean
 from kernelgen.model import Family, Location, Package, Variant
-from kernelgen.template import MAX_CHARACTERS, TAGS, Environment, Refused, TooMuch
+from kernelgen.template import MAX_CHARACTERS, TAGS, Environment, Refused, TooMuch, Trace
 
 _ROOT = "templates/"
 _SUFFIX = ".j2"
@@ -73,6 +74,7 @@ class Renderer:
     def __init__(self, folders: Sequence[Path]) -> None:
         self._loader = _Loader(folders)
         self._environment = Environment(self._loader)
+        self._traces = Environment(self._loader, traces=True)
         self._faults: dict[str, list[Diagnostic]] = {}
 
     def missing_templates(self, package: Package) -> Iterator[Diagnostic]:
@@ -139,6 +141,27 @@ class Renderer:
             raise Failure(self._environment.faults)
         return header(spec, _ROOT + template) + body
 
+    def asks(self, template: str) -> set[str]:
+        """The attributes that ``template`` reads, and the templates that it imports."""
+        self._check(template)
+        asked = set(self._environment.asks.get(template, ()))
+        for other, _ in self._environment.imports.get(template, []):
+            asked |= self.asks(other)
+        return asked
+
+    def trace(self, template: str, value: Variant | Family | Package, text: str) -> Callable[[int, int, str], Location]:
+        """Where in templates a place (line, column, word) of ``text`` is from, which ``template`` made of ``value``."""
+        trace = Trace("")
+        with contextlib.suppress(Exception):  # marks can make a template too long, or go other ways
+            trace = Trace(self._traces.run(template, {_NAMES[type(value)]: value}))
+        body = text.split("\n", _HEADER)[-1]
+
+        def place(line: int, column: int = 1, word: str = "") -> Location:
+            found = trace.of(line - _HEADER, column) if trace.text == body else None
+            return self._environment.location(*found, word) if found else Location(_ROOT + template)
+
+        return place
+
     def _check(self, template: str, chain: Sequence[str] = ()) -> list[Diagnostic]:
         """The faults of the text of ``template``, and of those that it imports; each is read once."""
         if template not in self._faults:
@@ -163,7 +186,7 @@ class Renderer:
         except Refused as refused:
             return list(refused.faults)
         except jinja2.TemplateSyntaxError as error:
-            message = error.message or "syntax error"
+            message = (error.message or "syntax error").partition(" at ")[0]  # a number of characters
             *_, word = ("", *message.partition(". ")[0].split("'")[1::2])
             hint = did_you_mean(word, TAGS) if "unknown tag" in message and word not in TAGS else ""
             return [Diagnostic("KG021", self._environment.location(label, error.lineno, word), message, hint)]
@@ -178,6 +201,9 @@ class Renderer:
         if family in {family.name for family in package.families}:
             return f"{names.spec_label(family)} has no such schedule; add it, or remove the template"
         return f"remove it, or add what it is for, as {names.spec_label(family)}"
+
+
+_HEADER = 3  # lines
 
 
 def header(spec: str, template: str) -> str:

@@ -80,12 +80,14 @@ class Environment(jinja2.Environment):
     """Jinja with the policy of this module.
 
     Attributes:
+        traces: whether marks in the output say which line of a template made what follows.
         lines: of each template that was read, by its label: its name as places have it.
         imports: of each template, by its name: what it imports, and in which line.
+        asks: of each template, by its name: the attributes that it reads.
         faults: what the last run did wrong.
     """
 
-    def __init__(self, loader: jinja2.BaseLoader) -> None:
+    def __init__(self, loader: jinja2.BaseLoader, traces: bool = False) -> None:
         super().__init__(
             loader=loader,
             undefined=type("_Missing", (_Nothing,), {"of": self}),
@@ -102,8 +104,10 @@ class Environment(jinja2.Environment):
         self.context_class = _Context
         self.globals = {"range": self._range}
         self.filters = {"length": self._length, "_each": self._each}
+        self.traces = traces
         self.lines: dict[str, list[str]] = {}
         self.imports: dict[str, list[tuple[str, int]]] = {}
+        self.asks: dict[str, frozenset[str]] = {}
         self.faults: list[Diagnostic] = []
         self._left = self._depth = 0
 
@@ -130,7 +134,7 @@ class Environment(jinja2.Environment):
         """The place of ``word`` in a line of a template; without one, or where it is not there, the line."""
         lines = self.lines.get(label, [])
         text = lines[line - 1] if 0 < line <= len(lines) else ""
-        found = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) if word else None
+        found = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) if 0 < len(word) <= len(text) else None
         if found:
             return Location(label, line, found.start() + 1, len(word), text)
         start = len(text) - len(text.lstrip())
@@ -240,15 +244,25 @@ class Environment(jinja2.Environment):
             for node in _walk(tree)
             for reason, word in _refusals(node, callable_names, modules)
         ]
+        macros: dict[str, int] = {}
+        for macro in tree.find_all(nodes.Macro):
+            if macros.setdefault(macro.name, macro.lineno) != macro.lineno:
+                where = self.location(filename, macro.lineno, macro.name)
+                first = f"the other is in line {macros[macro.name]}"
+                faults.append(Diagnostic("KG021", where, f"two macros are called {macro.name}", first))
         if not source.strip():
             faults.append(Diagnostic("KG021", Location(filename), "this template is empty", "write it, or remove it"))
         if faults:
             raise Refused(faults)
         self.imports[name] = [(node.template.value, node.lineno) for node in tree.find_all(nodes.Import)]  # type: ignore[attr-defined]
+        self.asks[name] = frozenset(node.attr for node in tree.find_all(nodes.Getattr))
         _mark_literals(tree)
         for loop in list(tree.find_all(nodes.For)):
             cost = nodes.Const(_STEP + sum(len(data.data) for part in loop.body for data in _texts(part)))
             loop.iter = nodes.Filter(loop.iter, "_each", [cost], [], None, None, lineno=loop.lineno)
+        if self.traces:
+            for output in list(tree.find_all(nodes.Output)):
+                output.nodes = [piece for node in output.nodes for piece in _traced(node, filename)]
         tree.set_environment(self)
         return tree
 
@@ -348,6 +362,49 @@ def _walk(node: nodes.Node) -> Iterator[nodes.Node]:
 
 def _texts(node: nodes.Node) -> Iterator[nodes.TemplateData]:
     return (inner for inner in _walk(node) if isinstance(inner, nodes.TemplateData))
+
+
+def _traced(node: nodes.Expr, label: str) -> Iterator[nodes.Expr]:
+    """What prints ``node``, with a mark in front of each line of it."""
+    if isinstance(node, nodes.TemplateData):
+        lines = node.data.split("\n")
+        node.data = "\n".join(_mark(label, node.lineno + i) + line for i, line in enumerate(lines))
+    else:
+        yield nodes.TemplateData(_mark(label, node.lineno), lineno=node.lineno)
+    yield node
+
+
+def _mark(label: str, line: int) -> str:
+    return f"\0{label}\0{line}\0"
+
+
+class Trace:
+    """Which line of which template made a place of an output.
+
+    Attributes:
+        text: the output, without marks.
+    """
+
+    def __init__(self, marked: str) -> None:
+        self._lines: list[list[tuple[int, str, int]]] = []  # of each line: (start, template, its line)
+        label, made_by, plain = "", 0, []
+        for line in marked.split("\n"):
+            text, *rest = re.split("\0(.*?)\0(.*?)\0", line)
+            starts = [(0, label, made_by)]
+            for name, number, piece in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+                label, made_by = name, int(number)
+                starts.append((len(text), label, made_by))
+                text += piece
+            self._lines.append(starts)
+            plain.append(text)
+        self.text = "\n".join(plain)
+
+    def of(self, line: int, column: int) -> tuple[str, int] | None:
+        """The template, by its label, and its line; None where there is no such place."""
+        if not 0 < line <= len(self._lines):
+            return None
+        label, made_by = [(label, by) for start, label, by in self._lines[line - 1] if start < column or not start][-1]
+        return (label, made_by) if made_by else None
 
 
 def _refusals(node: nodes.Node, callable_names: set[str], modules: set[str]) -> Iterator[tuple[str, str]]:

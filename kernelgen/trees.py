@@ -44,7 +44,8 @@ def _files(specs: Path) -> Iterator[Path]:
         yield from sorted(specs.glob(pattern))
     for folder in locate.template_folders(specs):
         yield from sorted(file for file in folder.rglob("*") if not file.is_dir())
-    yield from sorted(Path(__file__).parent.rglob("*.py"))
+    for pattern in ("*.py", "*.ini"):
+        yield from sorted(Path(__file__).parent.rglob(pattern))
 
 
 def get(key: str | None) -> Tree | None:

@@ -46,7 +46,7 @@ RANK = {{ v.max_rank }}
 #% endif
 
 
-def {{ v.name }}():
+def {{ v.name }}(block_n):
     return tl.{{ v.torch_dtype }}, {{ v.block_rank }}
 '''
 FRONT = '''\
@@ -64,6 +64,11 @@ TUNED = {
 #% endfor
 #% endfor
 }
+
+
+def {{ family.name }}(dtype):
+    """The variants of a dtype."""
+    return [name for name in NAMES if dtype in name]
 '''
 PACKAGE = '''\
 """All families."""

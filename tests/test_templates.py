@@ -1,0 +1,298 @@
+"""Faults of templates are told like those of specs: where, what and what to do; each once, and nothing is written."""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import project
+import pytest
+
+from kernelgen import build
+from kernelgen.diagnostics import Diagnostic, Failure
+from kernelgen.locate import SPECS, TEMPLATES
+from kernelgen.members import installed, members
+
+KERNEL = "kernels/toy.py.j2"
+FRONT = "dispatch/toy/__init__.py.j2"
+FACE = "package/__init__.py.j2"
+SPEC = "specs/toy.yaml"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KERNELGEN_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def told(tmp_path: Path, templates: dict[str, str], path: str = f"templates/{KERNEL}") -> list[str]:
+    """``line:column code message; hint`` of the faults in ``path``, which are all that there are."""
+    with pytest.raises(Failure) as failed:
+        build.tree(project.make(tmp_path, templates=templates))
+    assert {fault.location.path for fault in failed.value.diagnostics} == {path}
+    return [line(fault) for fault in failed.value.diagnostics]
+
+
+def line(fault: Diagnostic) -> str:
+    """The fault in one line, with what its caret is under."""
+    where = fault.location
+    caret = where.text[where.column - 1 : where.column - 1 + where.length]
+    return f"{where.line}:{where.column} {fault.code} {fault.message} [{caret}] {fault.hint}".strip()
+
+
+def test_a_fault_of_a_template_is_told_as_one_of_a_spec(tmp_path: Path) -> None:
+    """Its place, the line with a caret, a hint; all of a template at once, and each once for all variants."""
+    text = "x = {{ v.rnak }}\n#% if v.sise != small\n#% endif\ny = {{ v.name }}, {{ v.facts }}\nz = {{ w.rank }}\n"
+    assert told(tmp_path, {KERNEL: text}) == [
+        "1:10 KG022 a variant of toy has no 'rnak' [rnak] did you mean rank?",
+        "2:9 KG022 a variant of toy has no 'sise' [sise] did you mean size?",
+        "2:17 KG022 'small' is undefined [small]",
+        "4:1 KG022 a template may print whole numbers, booleans, None and identifiers, not a Record "
+        "[y = {{ v.name }}, {{ v.facts }}]",
+        "5:8 KG022 'w' is undefined [w]",
+    ]
+    shown = str(Failure(build_faults(tmp_path)))
+    assert "    1 | x = {{ v.rnak }}\n      |          ^^^^\n  hint: did you mean rank?\n" in shown
+
+
+def build_faults(tmp_path: Path) -> tuple[Diagnostic, ...]:
+    with pytest.raises(Failure) as failed:
+        build.tree(tmp_path / "specs")
+    return failed.value.diagnostics
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("#% fro x in v.tags\n#% endfor\n", ["1:4 KG021 Encountered unknown tag 'fro'. [fro] did you mean for?"]),
+        ("#% if v.rank\n#% endfor\n", ["2:4 KG021 Encountered unknown tag 'endfor'."]),
+        (
+            "{{ v._x }}\n{{ v.name.upper() }}{{ v.rank | upper }}\n",
+            [
+                "1:6 KG021 private attribute _x [_x]",
+                "2:11 KG021 only macros can be called; compute it in the model [upper]",
+                "2:11 KG021 templates do without the filter upper; compute it in the model [upper]",
+            ],
+        ),
+        ("", ["0:0 KG021 this template is empty [] write it, or remove it"]),
+        (" \n\n", ["0:0 KG021 this template is empty [] write it, or remove it"]),
+        ("{{ v.name.upper }}\n", ["1:11 KG022 an Identifier has no 'upper' [upper]"]),
+        ("{{ v.tags.count }}\n", ["1:11 KG022 a Record has no 'count' [count] known: dtype, rank, size"]),
+        ("{{ v.block_rank | length }}\n", ["1:19 KG022 an int has no length [length]"]),
+        ("#% for x in v.block_rank\n#% endfor\n", ["1:1 KG022 an int cannot be looped over"]),
+        ("#% import v.name as m\n", ["1:1 KG021 an import names its template"]),
+        ("#% for x in v.tags recursive\n{{ loop(x) }}\n#% endfor\n", ["1:20 KG021 templates do without loops that", "2:4 KG021"]),
+        ("\xff".join("x" * 3) + "\n{{ 1" + "1" * 5000 + " }}\n", ["2:4 KG021 a number of more than 18 digits"]),
+    ],
+)
+def test_what_is_told_of_a_template(text: str, expected: list[str], tmp_path: Path) -> None:
+    found = told(tmp_path, {KERNEL: text})
+    assert len(found) == len(expected) and all(map(str.startswith, found, expected)), found
+
+
+def test_a_template_that_is_no_text_is_told(tmp_path: Path) -> None:
+    folder = project.make(tmp_path)
+    (tmp_path / "templates" / KERNEL).write_bytes(b"x = 1\ny = '\xff'\n")
+    with pytest.raises(Failure) as failed:
+        build.tree(folder)
+    (fault,) = failed.value.diagnostics
+    assert (fault.code, str(fault.location)) == ("KG021", f"templates/{KERNEL}:2:1")
+
+
+FOREVER = "#% macro f(v)\n{{ g(v) }}\n#% endmacro\n#% macro g(v)\n{{ f(v) }}{{ f(v) }}\n#% endmacro\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("#% macro f(v)\nx{{ f(v) }}\n#% endmacro\n{{ f(v) }}\n", "2:1 KG022 more than 32 macros call each other"),
+        (FOREVER + "{{ f(v) }}\n", "5:1 KG022 more than 32 macros call each other"),
+        (f"#% import '{KERNEL}' as own\n", "1:1 KG021 this import leads back to this template"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}\n", "1:1 KG021 more than 16 brackets"),
+        ("{{ " + "(" * 5000 + "\n", "1:1 KG021 more than 16 brackets"),
+        ("{{ " + "not " * 5000 + "1 }}\n", "1:1 KG021 more than 200 words and signs"),
+        ("{{ v" + ".x" * 5000 + " }}\n", "1:1 KG021 more than 200 words and signs"),
+        ("{{ 1" + " if 1 else 1" * 5000 + " }}\n", "1:1 KG021 more than 200 words and signs"),
+        ("#% if v.rank\n" * 300 + "#% endif\n" * 300, "17:1 KG021 more than 16 blocks"),
+        ("#% for x in range(9)\n" * 300, "17:1 KG021 more than 16 blocks"),
+        ("x" * 200_001, "0:0 KG021 more than 200000 characters"),
+        ("#% for i in range(1000000000)\nx\n#% endfor\n", "1:13 KG022 a range of 1000000000; at most 10000"),
+        ("#% for i in range(10000000000)\nx\n#% endfor\n", "1:13 KG022 a range of 10000000000; at most 10000"),
+        ("#% if 'x' in range(10000000000)\n#% endif\n", "1:14 KG022 a range of 10000000000; at most 10000"),
+        ("#% for i in range('x')\nx\n#% endfor\n", "1:13 KG022 range wants one to three whole numbers"),
+        ("#% for i in range(9999)\n" * 8 + "#% endfor\n" * 8, "8:1 KG022 it takes more steps, or writes more"),
+        ("#% for i in range(9999)\n" + "x" * 9999 + "\n#% endfor\n", "1:1 KG022 it takes more steps, or writes more"),
+        (
+            "".join(f"#% macro f{i}(v)\n{f'{{{{ f{i - 1}(v) }}}}' * 9 if i else 'x'}\n#% endmacro\n" for i in range(12))
+            + "{{ f11(v) }}\n",
+            "5:1 KG022 it takes more steps, or writes more",
+        ),
+    ],
+)
+def test_a_template_without_end_is_stopped(text: str, expected: str, tmp_path: Path) -> None:
+    (found,) = told(tmp_path, {KERNEL: text})
+    assert found.startswith(expected)
+
+
+def test_templates_that_import_each_other_are_told(tmp_path: Path) -> None:
+    macros = {f"macros/{a}.j2": f"#% import 'macros/{b}.j2' as m\n" for a, b in ("xy", "yx")}
+    kernel = "#% import 'macros/x.j2' as x\n" + project.KERNEL
+    (found,) = told(tmp_path, {**macros, KERNEL: kernel}, "templates/macros/y.j2")
+    assert found.startswith("1:1 KG021 this import leads back to this template")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "#% if false\n#% import 'macros/m.j2' as x\n#% endif\n#% for x in v.tags.values\n{{ x.format(v) }}\n#% endfor\n",
+        "#% if false\n#% macro x()\n#% endmacro\n#% endif\n#% for x in v.tags.values\n{{ x(v) }}\n#% endfor\n",
+        "#% macro m(x)\n{{ x.format(v) }}\n#% endmacro\n#% if false\n#% import 'macros/m.j2' as x\n#% endif\n{{ m('{0._x}') }}\n",
+    ],
+)
+def test_what_is_called_is_a_macro_whatever_its_name(text: str, tmp_path: Path) -> None:
+    front = "#% import 'macros/m.j2' as m\n" + project.FRONT
+    templates = {"macros/m.j2": "#% macro format(v)\n1\n#% endmacro\n", "dispatch/toy/__init__.py.j2": front}
+    found = told(tmp_path, {KERNEL: text, **templates})
+    assert found and all(" KG022 a" in fault for fault in found), found
+
+
+@pytest.mark.parametrize(
+    ("template", "hint"),
+    [
+        ("kernels/toys.py.j2", "specs/toys.yaml"),
+        ("kernels/toy/large.py.j2", "specs/toy.yaml has no such schedule"),
+        ("dispatch/toys/__init__.py.j2", "specs/toys.yaml"),
+        ("dispatch/toy/_problem.j2", "specs/toy.yaml"),
+        ("macros/toy.j2", "remove it"),
+    ],
+)
+def test_a_template_that_nothing_uses_is_told(template: str, hint: str, tmp_path: Path) -> None:
+    (found,) = told(tmp_path, {template: "x = 1\n"}, f"templates/{template}")
+    assert found.startswith("0:0 KG020 no spec and no template makes use of this template") and hint in found
+
+
+IMPORT = "import triton.language as tl\n"
+KEYS = 'KEYS = {\n#% for v in family.variants\n    ("{{ v.dtype }}", {{ v.block_rank }}): "{{ v.module }}",\n#% endfor\n}\n'
+
+
+@pytest.mark.parametrize(
+    ("template", "old", "new", "expected"),
+    [  # of the Python that a template makes
+        (KERNEL, IMPORT, IMPORT + "X = tl.zeross\n", "4:8 KG023 triton.language has no 'zeross' [zeross] did you mean zeros?"),
+        (KERNEL, IMPORT, IMPORT + "{{ 'X = tl.zeross' }}\n", "4:12 KG023 triton.language has no 'zeross' [zeross] did you"),
+        (KERNEL, IMPORT, "import triton.languag as tl\n", "3:15 KG023 triton has no 'languag' [languag] did you mean language?"),
+        (KERNEL, IMPORT, IMPORT + "from math import flor\n", "4:18 KG023 math has no 'flor' [flor] did you mean floor?"),
+        (KERNEL, IMPORT, IMPORT + "import torch\nX = torch.cuda.sream\n", "5:16 KG023 torch.cuda has no 'sream' [sream] did you"),
+        (KERNEL, IMPORT, IMPORT + "from math import *\n", "4:1 KG023 import of *"),
+        (KERNEL, IMPORT, IMPORT + "from ._problm import X\n", "4:7 KG023 there is no module toy._problm [_problm]"),
+        (KERNEL, IMPORT, IMPORT + "from .._runtime import fial\n", "4:24 KG023 _runtime has no 'fial' [fial] did you mean fail?"),
+        (KERNEL, "return tl", "return block_m, tl", "13:12 KG023 undefined name 'block_m' [block_m] did you mean block_n?"),
+        (KERNEL, "(block_n)", "(block_n: Tensor)", "12:27 KG023 undefined name 'Tensor' [Tensor]"),
+        (KERNEL, IMPORT, IMPORT + "#% if v.dtype == 'bf16'\nX = 1\n#% endif\nY = X\n", "7:5 KG023 undefined name 'X' [X]"),
+        (KERNEL, IMPORT, IMPORT + "{{ v.name }}{{ v.name }}\n", "4:1 KG023 undefined name 'toy_bf16"),
+        (KERNEL, IMPORT, IMPORT + "def f(:\n", "4:7 KG023 not Python"),
+        (KERNEL, IMPORT, IMPORT + "X = " + "(" * 5000 + ")" * 5000 + "\n", "4:5 KG023 not Python"),
+        (KERNEL, IMPORT, IMPORT + "X = " + "-" * 50_000 + "1\n", "0:0 KG023 not Python"),
+        (KERNEL, IMPORT, IMPORT + "import requests\n", "4:1 KG023 import of requests"),
+        (KERNEL, IMPORT, IMPORT + "from os.path import join\nimport subprocess\n", "5:1 KG023 import of subprocess"),
+        (KERNEL, IMPORT, IMPORT + "import kernelgen\n", "4:1 KG023 import of kernelgen"),
+        (KERNEL, IMPORT, IMPORT + "X = eval('1')\n", "4:5 KG023 use of eval"),
+        (KERNEL, IMPORT, IMPORT + "X = __import__('os')\n", "4:5 KG023 use of __import__"),
+        (KERNEL, IMPORT, IMPORT + "with open('x') as f:\n    pass\n", "4:6 KG023 use of open"),
+        (KERNEL, IMPORT, IMPORT + "X = '\u202e'\n", "4:1 KG023 a character that cannot be seen"),
+        (KERNEL, IMPORT, IMPORT + "X = {1: 2, 1: 3}\n", "4:1 KG023 the key 1 stands twice"),
+        (KERNEL, "def {{ v.name }}(", "def launch(", "0:0 KG023 no launcher"),
+        (KERNEL, project.KERNEL, "#% if false\n" + project.KERNEL + "#% endif\n", "0:0 KG023 no launcher"),
+        (FRONT, "def {{ family.name }}(", "def toyy(", "17:5 KG023 the front door of toy defines no toy [toyy]"),
+        (FRONT, "NAMES", "__all__ = ['tyo']\nNAMES", "3:1 KG023 __all__ has 'tyo', which is not defined"),
+        (FRONT, "NAMES", "__all__ = ['a b']\nNAMES", "3:1 KG023 __all__ has 'a b', which is not defined"),
+        (FRONT, "#% for v in family.variants\n", "#% for v in family.tuned\n", "0:0 KG029 no module of toy names toy_"),
+        (FACE, "from . import {{ family.name }}", "from .toi import toy", "4:7 KG023 there is no module toi [toi]"),
+        (FACE, "from . import {{ family.name }}", "from .toy import tooy", "4:18 KG023 toy has no 'tooy'"),
+        (SPEC, "axes:\n", "axes:\n  flavour: [sweet, sour]\n", "3:3 KG029 no template of toy reads the axis flavour"),
+        (SPEC, "    block_n:", "    block_k: [1, 2]\n    block_n:", "12:5 KG027 toy does not use the tunable block_k"),
+        # of the template
+        (KERNEL, IMPORT, "{{ v.name\n" + IMPORT, "6:1 KG021 unexpected char '#'"),
+        (KERNEL, IMPORT, "{{ 'a' * 1000000000 }}\n", "3:1 KG021 templates do without Mul"),
+        (KERNEL, IMPORT, "{{ 9 ** 9 ** 9 ** 9 }}\n", "3:1 KG021 templates do without Pow"),
+        (KERNEL, IMPORT, "#% for i in range(10**10)\n#% endfor\n", "3:1 KG021 templates do without Pow"),
+        (KERNEL, IMPORT, "{{ '{0.__class__}'.format(v) }}\n", "3:20 KG021 only macros can be called"),
+        (KERNEL, IMPORT, "{{ '%s'.format_map(v) }}\n", "3:9 KG021 only macros can be called"),
+        (KERNEL, IMPORT, "#% macro m()\n#% endmacro\n#% macro m()\n#% endmacro\n", "5:10 KG021 two macros are called m [m]"),
+        (KERNEL, IMPORT, "#% macro m(a)\n{{ a }}\n#% endmacro\n{{ m() }}\n", "3:12 KG022 parameter 'a' was not provided [a]"),
+        (KERNEL, IMPORT, "#% if v.rank < 3\n#% endif\n" + IMPORT, "3:1 KG022 '<' not supported"),
+        (KERNEL, project.KERNEL, "## nothing\n", None),
+    ],
+)  # fmt: skip
+def test_hostile_templates(template: str, old: str, new: str, expected: str | None, tmp_path: Path) -> None:
+    """Each in one fault, in the template, or in the spec where that asks for what the templates do not do."""
+    texts = {SPEC: project.SPEC, **project.TEMPLATES}
+    assert old in texts[template]
+    texts[template] = texts[template].replace(old, new, 1)
+    folder = project.make(tmp_path, {"toy.yaml": texts.pop(SPEC)}, texts)
+    with pytest.raises(Failure) as failed:
+        build.build(folder, tmp_path)
+    assert failed.value.exit_code == 2 and not project.files(tmp_path)
+    faults = failed.value.diagnostics
+    paths = {fault.location.path.removeprefix(f"{tmp_path}/").removeprefix("templates/") for fault in faults}
+    if expected is not None:
+        assert paths == {template} and [line(fault)[: len(expected)] for fault in faults] == [expected]
+    else:
+        assert template in paths
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_mutated_copies_of_real_templates(seed: int, tmp_path: Path) -> None:
+    """A slip of the pen in a template that comes with kernelgen: its fault is told in a template, and nothing is written."""
+    rng = random.Random(seed)
+    template = rng.choice(["kernels/moe_add.py.j2", "dispatch/moe_add/__init__.py.j2", "dispatch/moe_add/_problem.py.j2"])
+    text = (TEMPLATES / template).read_text()
+    pattern, slip = SLIPS[seed % len(SLIPS)]
+    found = rng.choice(list(re.finditer(pattern, text)) or list(re.finditer(r"\bdef (?=\w)", text)))
+    text = text[: found.start()] + slip + text[found.end() :]
+    specs = {f"{name}.yaml": (SPECS / f"{name}.yaml").read_text() for name in ("moe_add", "moe_route")}
+    for name, content in {**{f"specs/{name}": content for name, content in specs.items()}, f"templates/{template}": text}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    with pytest.raises(Failure) as failed:
+        build.build(tmp_path / "specs", tmp_path)
+    assert failed.value.exit_code == 2 and not project.files(tmp_path)
+    assert all((TEMPLATES / fault.location.path.removeprefix("templates/")).is_file() for fault in failed.value.diagnostics)
+    assert f"templates/{template}" in {fault.location.path for fault in failed.value.diagnostics}
+
+
+SLIPS = [
+    (r"(?<=\bdef )\w+(?=\()", "1"),
+    (r"(?<=\bv\.)\w+|(?<=\bfamily\.)\w+", "nothing"),
+    (r"(?<=\btl\.)\w+|(?<=\btorch\.)\w+", "nothing"),
+    (r"\}\}", ""),
+    (r"\)\n", "\n"),
+    (r"(?m)^ +(?=return )", ""),
+]
+
+
+def test_variants_of_one_key_are_a_fault_of_their_axis(tmp_path: Path) -> None:
+    (found,) = told(tmp_path, {FRONT: project.FRONT + KEYS}, str(tmp_path / SPEC))
+    assert found.startswith("5:3 KG029 toy_bf16_r16_small and toy_bf16_r16_large have one key in the front door, ('bf16', 16)")
+
+
+def test_members_are_those_of_the_installed_releases() -> None:
+    for module in ("torch", "torch.cuda", "triton", "triton.language", "triton.language.extra.cuda"):
+        public = {name for name in installed(module) if not isinstance(vars(sys.modules[module]).get(name), ModuleType)}
+        assert public <= (members(module) or set()), module
+
+
+def test_a_folder_of_templates_that_is_a_circle_is_told(tmp_path: Path) -> None:
+    folder = project.make(tmp_path)
+    (tmp_path / "templates/kernels/again").symlink_to(tmp_path / "templates")
+    assert build.tree(folder).files
+    own = tmp_path / "own"
+    (own / "specs").mkdir(parents=True)
+    (own / "specs/toy.yaml").write_text(project.SPEC)
+    (own / "templates").symlink_to(own / "templates")
+    with pytest.raises(Failure) as failed:
+        build.build(own / "specs", own)
+    (fault,) = failed.value.diagnostics
+    assert (failed.value.exit_code, fault.code, fault.location.path) == (2, "KG001", str(own / "templates"))
