@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import symtable
+import warnings
 from typing import Iterable, Iterator
 
 from kernelgen.diagnostics import Diagnostic, Nearest, did_you_mean
@@ -76,6 +77,9 @@ class _Lint:
         try:
             tree = ast.parse(self.text)
             table = symtable.symtable(self.text, self.path, "exec")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", SyntaxWarning)
+                compile(self.text, self.path, "exec", dont_inherit=True)  # what a grammar allows: a return outside of a function
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             at = (error.lineno or 0, error.offset or 1) if isinstance(error, SyntaxError) else (0, 1)
             reason = error.msg if isinstance(error, SyntaxError) else "it is nested too deep"

@@ -196,6 +196,8 @@ class Renderer:
         return []
 
     def _use_of(self, template: str, package: Package) -> str:
+        if not template.startswith(("kernels/", "dispatch/")):
+            return "import it, or remove it"
         _, _, name = template.removesuffix(names.TEMPLATE_SUFFIX).partition("/")
         family = name.split("/")[0]
         if family in {family.name for family in package.families}:

@@ -150,9 +150,10 @@ def _import_faults(outputs: Outputs) -> Iterator[Diagnostic]:
                 known = [".".join(other) for other in outputs.modules if other]
                 where = outputs.place_in(place, wanted.line, (wanted.module or ("",))[-1])
                 yield Diagnostic("KG023", where, f"there is no module {name}", did_you_mean(name, known, ""))
-            elif wanted.name != "*" and wanted.name not in of.defined:
+            elif wanted.module == place or wanted.name not in of.defined:  # of itself: a module below it
                 where = outputs.place_in(place, wanted.line, wanted.name)
-                yield Diagnostic("KG023", where, f"{name} has no {wanted.name!r}", did_you_mean(wanted.name, of.defined, ""))
+                known = [*of.defined.keys() - {wanted.name}, *(m[-1] for m in outputs.modules if m and m[:-1] == wanted.module)]
+                yield Diagnostic("KG023", where, f"{name} has no {wanted.name!r}", did_you_mean(wanted.name, known, ""))
 
 
 def _nearest(name: str, made: Outline) -> tuple[int, str]:

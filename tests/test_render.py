@@ -195,7 +195,7 @@ def test_templates_beside_the_specs_go_before_those_that_come_with_kernelgen(
     assert "def moe_route(" in tree.files["generated/moe_route/__init__.py"]
     assert "All families" in tree.files["generated/__init__.py"]
     front = own / "__init__.py.j2"
-    front.write_text('"""In the place of it."""\n' + (TEMPLATES / "dispatch/moe_route/__init__.py.j2").read_text())
+    front.write_text((TEMPLATES / "dispatch/moe_route/__init__.py.j2").read_text() + "\n# In the place of it.\n")
     assert "In the place of it" in build.tree(folder).files["generated/moe_route/__init__.py"]
     shutil.rmtree(own)
     assert "def moe_route(" in build.tree(folder).files["generated/moe_route/__init__.py"]
