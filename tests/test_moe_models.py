@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from kernelgen.demo import bounds, models
 from kernelgen.demo.oracle import PeftModels
+from kernelgen.integrations.moe_layer import MoeLayer
 from kernelgen.integrations.peft import Factors, SliceBuffers, read_adapter, stack_adapters
 from kernelgen.integrations.transformers import MoeCall, MoeLora, expert_layers, expert_shape
 
@@ -231,6 +232,18 @@ def test_refused_around_the_experts(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=words):
             MoeLora(model, layers, None)
+    good = buffers[torch.bfloat16][0]
+    for bad in (None, "x", good._replace(gate_up=None), good._replace(down=good.gate_up)):
+        with pytest.raises(ValueError, match=r"layers: layer 0: got .*, wanted (what stack_adapters returns|SliceBuffers)"):
+            MoeLora(model, {0: bad}, None)
+    for a in (good.down.a[0][0], good.down.a[0][:, :, :4], good.down.a[0].repeat(2, 1, 1, 1)):
+        with pytest.raises(ValueError, match=r"layers: layer 0: (gate|down): got .*, wanted adapters of"):
+            MoeLora(model, {0: good._replace(down=SliceBuffers((a,), good.down.b))}, None)
+    for layers in (None, [good]):
+        with pytest.raises(ValueError, match=r"layers: got .*, wanted what stack_adapters returns"):
+            MoeLora(model, layers, None)
+    with pytest.raises(ValueError, match="model: got NoneType, wanted"):
+        MoeLora(None, {}, None)
     with pytest.raises(ValueError, match=r'base: got .*, wanted "torch" or "generated"'):
         MoeLora(model, {}, None, base="mine")
     model.model.layers.append(make(ROWS["Mixtral"]).model.layers[0])
@@ -243,5 +256,50 @@ def test_refused_around_the_experts(tmp_path: Path) -> None:
         ValueError, match=r"got model\.layers\.0\.mlp\.experts and model\.layers\.0\.second\.experts in one layer"
     ):
         expert_layers(model)
+    tied = make(ROWS["Mixtral"]._replace(config={"num_hidden_layers": 2}))
+    tied.model.layers[1].mlp = tied.model.layers[0].mlp
+    with pytest.raises(ValueError, match=r"the same experts as model\.layers\.0\.mlp\.experts and model\.layers\.1\.mlp"):
+        expert_layers(tied)
     with pytest.raises(ValueError, match="adapters of PEFT on it"):
         MoeLora(PeftModel.from_pretrained(make(ROWS["Mixtral"]), str(folder)), {}, None)
+
+
+def test_one_batch_at_a_time(device: str) -> None:
+    """A batch inside of another is refused, and the outer one and the model go on as before."""
+    import generated as kernels
+
+    model = make(ROWS["Mixtral"]).to(device, torch.bfloat16)
+    ids, mapping = torch.zeros(2, 3, dtype=torch.int64, device=device), torch.zeros(6, dtype=torch.int32, device=device)
+    server, other = MoeLora(model, {}, kernels), MoeLora(model, {}, kernels)
+    with torch.no_grad():
+        with server.batch(mapping):
+            for inner in (server, other):
+                with pytest.raises(ValueError, match="inside of a batch"), inner.batch(mapping):
+                    pass
+            model(ids)
+        model(ids)
+    for bad in (None, [0] * 6):
+        with pytest.raises(ValueError, match=r"token_lora_mapping: got .*, wanted a tensor"), server.batch(bad):
+            pass
+
+
+LAYER = {"w13": (4, 48, 32), "w2": (4, 32, 24)}
+CALL = {"hidden": (5, 32), "topk_ids": (5, 2), "topk_weights": (5, 2)}
+
+
+@pytest.mark.parametrize("name", [*LAYER, *CALL, "kernels", "dtype", "topk_ids of 1"])
+def test_layer_names_what_is_wrong(name: str) -> None:
+    import generated as kernels
+
+    layer: dict[str, Any] = {key: torch.zeros(size, dtype=torch.bfloat16) for key, size in LAYER.items()}
+    layer |= {"kernels": kernels, "lora": None}
+    call: dict[str, Any] = {key: torch.zeros(size) for key, size in CALL.items()} | {"token_lora_mapping": None}
+    if name == "dtype":
+        layer["w13"] = layer["w13"].half()
+    elif name == "topk_ids of 1":
+        call["topk_ids"] = torch.zeros(5)
+    else:
+        (call if name in call else layer)[name] = None
+    words = {"dtype": "w13, w2: got torch.float16"}.get(name, f"{name.split()[0]}: got")
+    with pytest.raises(ValueError, match=f"{words}.*, wanted"):
+        MoeLayer(**layer)(**call)

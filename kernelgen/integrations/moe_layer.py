@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .peft import ExpertShape, LayerBuffers
+from .peft import ExpertShape, LayerBuffers, SliceBuffers
 
 _FEW_TOKENS = 4  # that stream weights pair by pair, as fused_moe does
 
@@ -44,11 +44,21 @@ class MoeLayer:
     lora: LayerBuffers | None
 
     def __post_init__(self) -> None:
+        for name, weight in (("w13", self.w13), ("w2", self.w2)):
+            _check_tensor(name, weight)
+        if not hasattr(self.kernels, "moe_lora"):
+            raise ValueError(
+                f"kernels: got {type(self.kernels).__name__}, wanted the generated package"
+            )
         sizes = list(self.w13.shape), list(self.w2.shape)
         if self.w2.dim() != 3 or sizes[0] != [sizes[1][0], 2 * sizes[1][2], sizes[1][1]]:
             raise ValueError(
                 f"w13, w2: got {sizes[0]} and {sizes[1]}, wanted [E, 2 * I, H] and [E, H, I]"
             )
+        kinds = [(weight.dtype, weight.device) for weight in (self.w13, self.w2)]
+        if kinds[0] != kinds[1]:
+            found = " and ".join(f"{dtype} on {device}" for dtype, device in kinds)
+            raise ValueError(f"w13, w2: got {found}, wanted one dtype and device for both")
         if self.lora is not None:
             check_adapters("lora", self.lora, self.w2)
 
@@ -76,6 +86,11 @@ class MoeLayer:
             ValueError: something does not fit; ``out`` is as it was.
         """
         kg, lora = self.kernels, self.lora
+        tensors = {"hidden": hidden, "topk_ids": topk_ids, "topk_weights": topk_weights}
+        for name, tensor in tensors.items():
+            _check_tensor(name, tensor)
+        if topk_ids.dim() != 2:
+            raise ValueError(f"topk_ids: got {list(topk_ids.shape)}, wanted [T, top_k]")
         out = torch.empty_like(hidden) if out is None else out
         if lora is None or token_lora_mapping is None:
             layer = (hidden, self.w13, self.w2, topk_ids, topk_weights)
@@ -113,17 +128,35 @@ def check_adapters(name: str, lora: LayerBuffers, w2: torch.Tensor) -> None:
     Raises:
         ValueError: ``lora`` is not of the experts, the dtype or the device of ``w2`` [E, H, I]; the message begins with ``name``.
     """
-    num_experts, hidden, intermediate = w2.shape
-    shape = ExpertShape(num_experts, hidden, intermediate)
+    if not isinstance(lora, LayerBuffers):
+        raise ValueError(
+            f"{name}: got {type(lora).__name__}, wanted what stack_adapters returns for a layer"
+        )
+    shape = ExpertShape(*w2.shape)
+    slots = lora.adapter_enabled.shape[0]
     for names, slices in ((("gate", "up"), lora.gate_up), (("down",), lora.down)):
+        counts = [len(side) for side in slices] if isinstance(slices, SliceBuffers) else []
+        if counts != [len(names)] * 2:
+            raise ValueError(
+                f"{name}: got {type(slices).__name__} of {counts}, wanted SliceBuffers of {' and '.join(names)}"
+            )
         for part, a, b in zip(names, *slices, strict=True):
+            for factor in (a, b):
+                _check_tensor(f"{name}: {part}", factor)
             wide, tall = shape.widths(part)
-            if (a.shape[1], a.shape[3], *b.shape[1:3]) != (num_experts, wide, num_experts, tall):
+            rank = a.shape[2] if a.dim() == 4 else None
+            sizes = (slots, shape.num_experts, rank, wide), (slots, shape.num_experts, tall, rank)
+            if (tuple(a.shape), tuple(b.shape)) != sizes:
                 raise ValueError(
-                    f"{name}: {part}: got {list(a.shape)} and {list(b.shape)}, wanted adapters of {shape}"
+                    f"{name}: {part}: got {list(a.shape)} and {list(b.shape)}, wanted adapters of {shape}, {slots} of one rank"
                 )
             for factor in (a, b):
                 if (factor.dtype, factor.device) != (w2.dtype, w2.device):
                     raise ValueError(
                         f"{name}: {part}: got {factor.dtype} on {factor.device}, wanted {w2.dtype} on {w2.device}, as the weights"
                     )
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name}: got {type(value).__name__}, wanted a tensor")

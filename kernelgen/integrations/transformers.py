@@ -42,12 +42,15 @@ def expert_layers(model: Any) -> dict[int, str]:
     Raises:
         ValueError: some of them are not as this glue runs them.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"model: got {type(model).__name__}, wanted a model of transformers")
     names: dict[int, str] = {}
+    seen: dict[int, str] = {}
     if getattr(model, "peft_config", None):
         raise ValueError(
             f"{type(model).__name__}: got a model with adapters of PEFT on it, which would be added too; wanted the base model"
         )
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if not isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter):
             continue
         match = re.search(r"\blayers\.(\d+)\.", name)
@@ -57,6 +60,10 @@ def expert_layers(model: Any) -> dict[int, str]:
                 f"{type(model).__name__}: {name}: {type(module).__name__}: got {found}, wanted experts with gate_up_proj "
                 "[E, 2 * I, H], gate over up, and down_proj [E, H, I], behind transformers' interface of experts\n"
                 "  hint: call moe_route and moe_lora between the model's own products, as MoeLora.experts does"
+            )
+        if (twin := seen.setdefault(id(module), name)) != name:
+            raise ValueError(
+                f"{type(model).__name__}: got the same experts as {twin} and {name}, wanted experts of their own in each layer"
             )
         if names.setdefault(int(match[1]), name) != name:
             raise ValueError(
@@ -119,6 +126,10 @@ class MoeLora:
         self._calls: list[MoeCall] | None = None
         if base not in ("torch", "generated"):
             raise ValueError(f'base: got {base!r}, wanted "torch" or "generated"')
+        if not isinstance(layers, Mapping):
+            raise ValueError(
+                f"layers: got {type(layers).__name__}, wanted what stack_adapters returns"
+            )
         self._experts = {i: model.get_submodule(name) for i, name in expert_layers(model).items()}
         if missing := sorted(layers.keys() - self._experts.keys()):
             raise ValueError(
@@ -149,7 +160,18 @@ class MoeLora:
         Args:
             token_lora_mapping: [T] int32, the adapter of each token of the flattened batch, -1: none (padding, too).
             calls: gets what each MoE layer did, in order; None keeps nothing.
+
+        Raises:
+            ValueError: the mapping is no tensor, or the model serves a batch already.
         """
+        if not isinstance(token_lora_mapping, torch.Tensor):
+            raise ValueError(
+                f"token_lora_mapping: got {type(token_lora_mapping).__name__}, wanted a tensor [T] int32"
+            )
+        if any(hasattr(experts, "moe_lora") for experts in self._experts.values()):
+            raise ValueError(
+                "got batch() inside of a batch() of the same model, wanted one after the other"
+            )
         before = self._model.get_experts_implementation()
         self._model.set_experts_implementation(_NAME)
         self._mapping, self._calls = token_lora_mapping, calls
