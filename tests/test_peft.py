@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
 import re
 from pathlib import Path
 from typing import Any, Callable, Mapping, NamedTuple
@@ -24,10 +25,11 @@ from kernelgen.integrations.peft import (
     AdapterError,
     ExpertShape,
     layouts,
+    patterns,
     read_adapter,
     stack_adapters,
 )
-from kernelgen.integrations.peft.patterns import Pattern
+from kernelgen.integrations.peft.patterns import Patterns
 from kernelgen.integrations.transformers import MoeLora, expert_shape
 
 pytestmark = [
@@ -385,6 +387,18 @@ REFUSED_TENSORS = {
         "input_linear: got",
     ),
     "hidden experts": (pair(f"{DECODER}.ffn.all_in", torch.ones(6, 10), torch.ones(12, 6)), "got 6 rows, 3 times the rank"),
+    "3-D elsewhere": (
+        {**GOOD, **pair(f"{DECODER}.mlp.switch_mlp.up_proj", torch.ones(3, 2, 10), torch.ones(3, 6, 2))},
+        r"switch_mlp.up_proj.lora_A.weight: got lora_A \[3, 2, 10\] .*, as of all experts",
+    ),
+    "3-D elsewhere, shared": (
+        {**GOOD, **pair(f"{DECODER}.ffn.w1", torch.ones(1, 2, 10), torch.ones(3, 6, 2))},
+        r"ffn.w1.lora_A.weight: got lora_A \[1, 2, 10\] .*, as of all experts",
+    ),
+    "numbers elsewhere": (
+        {**GOOD, **pair(f"{DECODER}.mlp.mlps.1.down_proj", torch.ones(2, 6), torch.ones(10, 2))},
+        "mlps.1.down_proj.lora_A.weight: got the widths of one expert's projection and a number",
+    ),
     "no .weight": ({f"{MLP}.0.up_proj.lora_A": torch.ones(2, 10)}, "got a name of routed experts that is not known"),
     "no layer": (pair("base_model.model.experts.0.up_proj", torch.ones(2, 10), torch.ones(6, 2)), "experts.0.up_proj: got"),
     "layer of a layer": (pair(f"{DECODER}.x.layers.1.experts", torch.ones(6, 6), torch.ones(10, 6)), "experts: got a name"),
@@ -462,6 +476,9 @@ REFUSED_SETTINGS = [
     ({"rank_pattern": {"down_proj": 4}}, "got rank 2, wanted 4"),
     ({"alpha_pattern": {"(": 4}}, r"alpha_pattern: '\(': got"),
     ({"alpha_pattern": {"(?=x)a": 4}}, "alpha_pattern"),
+    ({"target_parameters": ["mlp.experts.w1"]}, "got the widths of gate_up_proj, wanted those of w1"),
+    ({"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "router.weight"]}, None),
+    ({"base_model_name_or_path": "\ud800gpt-oss" * 99}, r"signs of gpt-oss \('.{76}\.\.\.\): got no layout"),
     ({"alpha_pattern": {"a": "x"}}, "alpha_pattern: 'a': got 'x'"),
     ({"base_model_name_or_path": 3}, "base_model_name_or_path: got 3"),
     ({"base_model_name_or_path": "/data/my-GPT-OSS-merge"}, "signs of gpt-oss.*layout=.interleaved"),
@@ -534,6 +551,17 @@ def pickled(folder: Path) -> None:
     torch.save(dict(GOOD), folder / "adapter_model.bin")
 
 
+def twice(folder: Path) -> None:
+    """One name for two tensors over the same bytes, of which safetensors takes the last."""
+    saved = folder / SAVED
+    data = saved.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    name = next(iter(header))
+    text = f'{json.dumps(header)[:-1]}, "{name}": {json.dumps(header[name])}}}'.encode()
+    saved.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
 SAVED = "adapter_model.safetensors"
 BROKEN: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "a list": (break_config("[]"), AdapterError, "got list, wanted an object"),
@@ -555,6 +583,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "no tensors": (replace(SAVED, lambda p: None), FileNotFoundError, SAVED),
     "empty tensors": (replace(SAVED, Path.touch), AdapterError, "got an empty file"),
     "cut tensors": (cut, AdapterError, "not fully covered, wanted a whole file"),
+    "a tensor twice": (twice, AdapterError, "twice in one object, wanted each tensor once"),
     "a pipe of tensors": (replace(SAVED, os.mkfifo), AdapterError, "got a folder, pipe or device"),
     "a loop of tensors": (replace(SAVED, lambda p: p.symlink_to(p)), AdapterError, "wanted a file"),
     "a pickle": (pickled, AdapterError, "adapter_model.bin, a pickle"),
@@ -584,6 +613,9 @@ def test_arguments(tmp_path: Path) -> None:
         {"layout": "x"},
         {"shape": (3, 10)},
         {"shape": (3, 10, 0)},
+        {"shape": None},
+        {"shape": torch.tensor([3, 10, 6])},
+        {"shape": (1 << 40, 10, 6)},
         {"folder": None},
         {"prefix": 1},
     ):
@@ -628,7 +660,7 @@ NAMES = [f"model.layers.{i}.mlp.experts.{e}.{name}" for i in (0, 10) for e in (1
 
 def test_patterns_are_those_of_re() -> None:
     for pattern in PATTERNS:
-        found = [Pattern(pattern).matches(name) for name in NAMES]
+        found = [Patterns([pattern]).first(name) is not None for name in NAMES]
         assert found == [bool(re.match(rf"(.*\.)?({pattern})$", name)) for name in NAMES], pattern
     for pattern in (
         "(a",
@@ -644,18 +676,53 @@ def test_patterns_are_those_of_re() -> None:
         "[",
         "[z-a]",
         "(" * 99,
-        "a" * 9999,
+        "a*" * 99_999,
     ):
         with pytest.raises(AdapterError, match="got"):
-            Pattern(pattern)
+            Patterns([pattern])
+
+
+def test_patterns_beside_each_other() -> None:
+    """The first that matches, whether it is a name or more than that."""
+    rng = random.Random(0)
+    for _ in range(300):
+        some = rng.sample([*PATTERNS, *NAMES], 6)
+        several = Patterns(some)
+        for name in NAMES:
+            wanted = [i for i, pattern in enumerate(some) if re.match(rf"(.*\.)?({pattern})$", name)]
+            assert several.first(name) == min(wanted, default=None), (some, name)
+
+
+def test_patterns_of_every_module() -> None:
+    """A rank for each module of a large model, by its name and by layer: looked up, not tried."""
+    names = [f"model.layers.{i}.mlp.experts.{e}.{p}_proj" for i in range(16) for e in range(128) for p in ("gate", "up", "down")]
+    for texts, wanted in (
+        (names, list(range(len(names)))),
+        ([rf"layers\.{i}\..*\.(gate|up|down)_proj" for i in range(16)], [n // 384 for n in range(len(names))]),
+    ):
+        every = Patterns(texts)
+        assert [every.first(name) for name in names] == wanted
 
 
 @pytest.mark.parametrize(
-    "pattern", ["(a|a)*b", "(a+)+b", "(.*)*x", "(a?){30}a{30}b", "(.*.*.*.*.*)*=", "(" * 19 + "a*" + ")*" * 19 + "b"]
+    "pattern",
+    [
+        *["(a|a)*b", "(a+)+b", "(.*)*x", "(a?){30}a{30}b", "(.*.*.*.*.*)*=", "(" * 19 + "a*" + ")*" * 19 + "b"],
+        *["(((a?){9}){9}){9}b", "((.?){90}){90}=", "((){999999}){999999}b", "(" * 9 + "a*" + "){1,2}" * 9 + "b"],
+    ],
 )
 def test_patterns_that_backtrack(pattern: str) -> None:
-    assert not Pattern(pattern).matches("a" * 200)
-    assert Pattern(pattern + "|a*").matches("a" * 200)
+    assert Patterns([pattern]).first("a" * 200) is None
+    assert Patterns([pattern + "|a*"]).first("a" * 200) == 0
+
+
+def test_patterns_that_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be looked up is counted."""
+    monkeypatch.setattr(patterns, "_MOST_STEPS", 10_000)
+    many = Patterns([rf"(\w+\.?)+{n}" for n in range(99)])
+    with pytest.raises(AdapterError, match="got patterns of ranks or alphas that take more than"):
+        for name in NAMES:
+            many.first(name)
 
 
 # Side by side.
@@ -699,6 +766,14 @@ def test_shared_factors_keep_one_copy(tmp_path: Path) -> None:
                     assert torch.equal(buffer[slot], factor.to(torch.bfloat16))
 
 
+WRONG: list[dict[str, Any]] = [
+    *({"adapters": value} for value in (None, "x", [None], {})),
+    *({"device": value} for value in ("nonsense", "meta", [])),
+    *({"shape": value} for value in (None, (3, 10), ExpertShape(3, 0, 6))),
+    *[{"rank": 1 << 40}, {"max_loras": 1 << 40}],
+]
+
+
 def test_numbers_that_do_not_fit(tmp_path: Path) -> None:
     large = read(tmp_path / "large", DOWN, lora_alpha=2e5)
     small = read(tmp_path / "small", DOWN, lora_alpha=2e-9)
@@ -709,9 +784,17 @@ def test_numbers_that_do_not_fit(tmp_path: Path) -> None:
     other = ExpertShape(3, 12, 6)
     with pytest.raises(AdapterError, match=r"large: layer 0, down: got factors \[3, 2, 6\] and \[3, 10, 2\]"):
         stack_adapters([large], other, dtype=torch.bfloat16)
-    for arguments in ({"dtype": torch.int32}, {"dtype": FP8}, {"rank": 0}, {"rank": 8.0}, {"max_loras": 0}, {"max_loras": True}):
+    for arguments in (
+        {"dtype": torch.int32},
+        {"dtype": FP8},
+        {"rank": 0},
+        {"rank": 8.0},
+        {"max_loras": 0},
+        {"max_loras": True},
+        *WRONG,
+    ):
         with pytest.raises(ValueError, match=f"{next(iter(arguments))}: got .*, wanted"):
-            stack_adapters([small], SHAPE, **{"dtype": torch.bfloat16, **arguments})
+            stack_adapters(**{"adapters": [small], "shape": SHAPE, "dtype": torch.bfloat16, **arguments})
 
 
 # Served.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Mapping, NamedTuple
+from typing import Any, Mapping, NamedTuple
 
 import torch
 
@@ -24,6 +24,22 @@ class ExpertShape(NamedTuple):
         if part == "down":
             return self.intermediate, self.hidden
         return self.hidden, self.intermediate * (2 if part == "gate_up" else 1)
+
+    def all_widths(self) -> set[tuple[int, int]]:
+        """Those of every projection."""
+        return {self.widths(part) for part in ("gate", "gate_up", "down")}
+
+
+def checked_shape(shape: Any) -> ExpertShape:
+    """Three sizes as an ExpertShape.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    sizes = tuple(shape) if isinstance(shape, (tuple, list)) else ()
+    if len(sizes) != 3 or not all(type(size) is int and 0 < size < 1 << 31 for size in sizes):
+        raise ValueError(f"shape: got {shape!r}, wanted an ExpertShape of sizes from 1 to 2^31 - 1")
+    return ExpertShape(*sizes)
 
 
 class Factors(NamedTuple):

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -16,6 +17,7 @@ from .adapter import AdapterError
 _CONFIG = "adapter_config.json"
 _TENSORS = "adapter_model.safetensors"
 _LARGEST_CONFIG = 16 << 20  # bytes; a rank for each of 100 000 modules is less
+_LARGEST_HEADER = 100_000_000  # bytes, that of safetensors
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -37,6 +39,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise AdapterError(f"{_CONFIG}: got {type(config).__name__}, wanted an object")
     return config
+
+
+class _TwiceError(ValueError):
+    """A key twice in one object."""
 
 
 class Tensors:
@@ -87,12 +93,26 @@ def open_tensors(folder: Path) -> Iterator[Tensors]:
     if not _size(folder / _TENSORS):
         raise AdapterError(f"{_TENSORS}: got an empty file, wanted tensors")
     try:
+        _check_header(folder / _TENSORS)
         with safe_open(str(folder / _TENSORS), framework="pt", device="cpu") as file:
             yield Tensors(file)
     except (SafetensorError, OSError) as error:
         raise AdapterError(
             f"{_TENSORS}: {error}, wanted a whole file of safetensors\n  hint: copy it again"
         ) from None
+
+
+def _check_header(path: Path) -> None:
+    """Of tensors that are named twice safetensors takes the last; all else it checks itself."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(length) if length <= _LARGEST_HEADER else b""
+    try:
+        json.loads(text, object_pairs_hook=_unique)
+    except _TwiceError as error:
+        raise AdapterError(f"{_TENSORS}: {error}, wanted each tensor once") from None
+    except (ValueError, RecursionError):
+        return
 
 
 def _size(path: Path) -> int:
@@ -113,8 +133,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"got {twice!r} twice in one object")
+        twice = next(key for key, count in Counter(keys).items() if count > 1)
+        raise _TwiceError(f"got {twice!r} twice in one object")
     return result
 
 

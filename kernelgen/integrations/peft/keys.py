@@ -38,7 +38,7 @@ _FORMS = {
         "stacked": r"experts\.(?P<projection>\w+)",
     }.items()
 }
-_PARTS = {
+PARTS = {
     "gate_proj": "gate",
     "w1": "gate",
     "up_proj": "up",
@@ -47,10 +47,10 @@ _PARTS = {
     "w2": "down",
     "gate_up_proj": "gate_up",
 }
-_KNOWN = (
+KNOWN = (
     "layers.<i>.<...>.experts or experts.base_layer (all experts), experts.<projection> (3-D, all experts), "
     "experts.<e>.<projection> or experts.<projection>s.<e> (one expert), with projections "
-    + ", ".join(_PARTS)
+    + ", ".join(PARTS)
 )
 # The decoder, in front of its layers; what has other names (mtp, vision_tower, draft) counts its layers from 0 again.
 _DECODER = {
@@ -145,6 +145,18 @@ def looks_routed(name: str) -> bool:
     )
 
 
+def looks_numbered(target: str) -> bool:
+    """Whether a name is of one of several projections in a block of a layer, and not of what is shared."""
+    name = target.lower()
+    match = re.search(rf"\b(?:layers?|blocks?|h)\.{_NUMBER}\.(.+)", name)
+    parts = match[1].split(".") if match else []
+    return (
+        "shared" not in name
+        and any(part.isdigit() for part in parts)
+        and any(p in PARTS for p in parts)
+    )
+
+
 def place(target: str) -> Place:
     """Where a module or parameter belongs whose name looks routed.
 
@@ -157,7 +169,7 @@ def place(target: str) -> Place:
             continue
         named = match.groupdict()
         projection, expert = named.get("projection"), named.get("expert")
-        if projection is not None and projection not in _PARTS:
+        if projection is not None and projection not in PARTS:
             break
         return Place(
             layer=int(match["layer"]),
@@ -165,7 +177,7 @@ def place(target: str) -> Place:
             where=f"{match['stack']}.*.{match['block']}".rstrip("."),
             form=form,
             naming=f"{named.get('container') or 'experts'}.{'w*' if (projection or '')[:1] == 'w' else '*_proj'}",
-            part=None if projection is None else _PARTS[projection],
+            part=None if projection is None else PARTS[projection],
             expert=None if expert is None else int(expert),
         )
     raise _unknown(target)
@@ -190,4 +202,4 @@ def in_prefix(place: Place, prefix: str | None) -> bool:
 
 
 def _unknown(name: str) -> AdapterError:
-    return AdapterError(f"{name}: got a name of routed experts that is not known, wanted {_KNOWN}")
+    return AdapterError(f"{name}: got a name of routed experts that is not known, wanted {KNOWN}")

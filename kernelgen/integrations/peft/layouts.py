@@ -85,12 +85,7 @@ class Reader(NamedTuple):
                 raise AdapterError(
                     f"{one.pair.a}: got factors of {part}_proj twice, beside {parts[part].pair.a}, wanted one pair of them"
                 )
-            named = self.settings.target_parameters & {
-                "gate_up_proj",
-                "gate_proj",
-                "up_proj",
-                "down_proj",
-            }
+            named = self.settings.target_parameters
             if named and f"{part}_proj" not in named:
                 raise AdapterError(
                     f"{one.pair.a}: got the widths of {part}_proj, wanted those of {', '.join(sorted(named))} "

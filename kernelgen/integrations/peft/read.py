@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .adapter import Adapter, AdapterError, ExpertShape
+from .adapter import Adapter, AdapterError, ExpertShape, checked_shape
 from .files import open_tensors, read_config
-from .keys import Pair, in_prefix, looks_routed, pairs, place
+from .keys import KNOWN, Pair, in_prefix, looks_numbered, looks_routed, pairs, place
 from .layouts import ORIENTATIONS, Found, Reader
 from .settings import read_settings
 
@@ -44,8 +44,7 @@ def read_adapter(
     """
     if not isinstance(folder, (str, os.PathLike)):
         raise ValueError(f"folder: got {folder!r}, wanted a path")
-    if len(shape) != 3 or not all(type(size) is int and size > 0 for size in shape):
-        raise ValueError(f"shape: got {shape!r}, wanted an ExpertShape of sizes above 0")
+    shape = checked_shape(shape)
     if orientation not in (None, *ORIENTATIONS):
         raise ValueError(
             f"orientation: got {orientation!r}, wanted one of {', '.join(ORIENTATIONS)}, or None"
@@ -58,7 +57,7 @@ def read_adapter(
     try:
         settings = read_settings(read_config(path))
         with open_tensors(path) as tensors:
-            reader = Reader(tensors, settings, ExpertShape(*shape), orientation, layout)
+            reader = Reader(tensors, settings, shape, orientation, layout)
             adapter = _read(path.name, reader, prefix)
         if not (adapter.layers or allow_empty):
             raise AdapterError(
@@ -95,7 +94,23 @@ def _read(name: str, reader: Reader, prefix: str | None) -> Adapter:
 
 def _check_not_fused(target: str, pair: Pair, reader: Reader) -> None:
     """What is not named as experts must not look like the factors of all of them either."""
-    (rows, *_), (_, *columns) = (reader.tensors.shapes[factor] or (0,) for factor in pair)
+    a, b = (reader.tensors.shapes[factor] for factor in pair)
+    experts = {1, reader.shape.num_experts}
+    if len(a) == len(b) == 3 and a[1] == b[2] and {a[0], b[0]} <= experts:
+        raise AdapterError(
+            f"{pair.a}: got lora_A {list(a)} and lora_B {list(b)}, as of all experts, under a name that is not known to be of "
+            f"experts; wanted {KNOWN}"
+        )
+    if (
+        looks_numbered(target)
+        and len(a) == len(b) == 2
+        and (a[1], b[0]) in reader.shape.all_widths()
+    ):
+        raise AdapterError(
+            f"{pair.a}: got the widths of one expert's projection and a number in its name, which is not known to be of "
+            f"experts; wanted {KNOWN}, or `shared` in the name"
+        )
+    (rows, *_), (_, *columns) = a or (0,), b or (0,)
     all_ranks = reader.shape.num_experts * reader.settings.rank_of(target)
     if reader.shape.num_experts > 1 and rows == all_ranks and columns == [all_ranks]:
         raise AdapterError(

@@ -10,10 +10,11 @@ import contextlib
 import dataclasses
 import math
 import re
-from typing import Any, Callable, Iterable, Mapping, TypeVar
+from typing import Any, Callable, Generic, Mapping, TypeVar
 
 from .adapter import AdapterError, ExpertShape
-from .patterns import Pattern
+from .keys import PARTS
+from .patterns import Patterns
 
 # They say what was adapted (the tensors say it again), how it was trained, or how it was initialised.
 _CHANGE_NOTHING = {
@@ -81,24 +82,37 @@ _T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
+class _Own(Generic[_T]):
+    """What ``rank_pattern`` or ``alpha_pattern`` says of some modules."""
+
+    patterns: Patterns
+    values: tuple[_T, ...]
+
+    def of(self, target: str, default: _T) -> _T:
+        """That of the first pattern that matches, as PEFT takes it."""
+        first = self.patterns.first(target)
+        return default if first is None else self.values[first]
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """What an adapter's configuration says."""
 
     rank: int
     alpha: float
     rslora: bool
-    ranks: tuple[tuple[Pattern, int], ...]
-    alphas: tuple[tuple[Pattern, float], ...]
-    target_parameters: frozenset[str]  # the last part of each name
+    ranks: _Own[int]
+    alphas: _Own[float]
+    target_parameters: frozenset[str]  # the last parts of the names of those of experts
     base_model: tuple[str, ...]  # names of it and of its class
 
     def rank_of(self, target: str) -> int:
         """The rank of a module or parameter, by its name in the base model."""
-        return _first(self.ranks, target, self.rank)
+        return self.ranks.of(target, self.rank)
 
     def scaling_of(self, target: str, rank: int) -> float:
         """alpha / r, or alpha / sqrt(r) with rsLoRA, of a module or parameter of that rank."""
-        return _first(self.alphas, target, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+        return self.alphas.of(target, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
     def gate_up_layout(self, given: str | None, shape: ExpertShape, *, in_lists: bool) -> str:
         """ "halves" or "interleaved": what was given, else what is known of the base model.
@@ -113,7 +127,7 @@ class Settings:
             return given
         if any(_INTERLEAVED.fullmatch(name) for name in self.base_model):
             return "interleaved"
-        clues = [name for name in self.base_model if _LIKE_GPT_OSS.search(name)]
+        clues = [_short(name) for name in self.base_model if _LIKE_GPT_OSS.search(name)]
         clues += ["gate_up_projs"] * in_lists
         clues += [str(shape)] * (shape.hidden == shape.intermediate == _WIDTH_OF_GPT_OSS)
         if clues:
@@ -182,27 +196,16 @@ def _alpha(name: str, value: Any) -> float:
     raise AdapterError(f"{name}: got {_short(value)}, wanted a finite number")
 
 
-def _patterns(
-    setting: str, config: Mapping[str, Any], check: Callable[[str, Any], _T]
-) -> tuple[tuple[Pattern, _T], ...]:
+def _patterns(setting: str, config: Mapping[str, Any], check: Callable[[str, Any], _T]) -> _Own[_T]:
     value = config.get(setting)
-    if value is None:
-        return ()
-    if not isinstance(value, dict):
+    if not isinstance(value, (dict, type(None))):
         raise AdapterError(f"{setting}: got {_short(value)}, wanted an object")
-    result = []
-    for key, number in value.items():
-        try:
-            pattern = Pattern(key)
-        except AdapterError as error:
-            raise AdapterError(f"{setting}: {_short(key)}: {error}") from None
-        result.append((pattern, check(f"{setting}: {_short(key)}", number)))
-    return tuple(result)
-
-
-def _first(patterns: Iterable[tuple[Pattern, _T]], target: str, default: _T) -> _T:
-    """That of the first pattern that matches, as PEFT takes it."""
-    return next((value for pattern, value in patterns if pattern.matches(target)), default)
+    own = value or {}
+    try:
+        patterns = Patterns(own)
+    except AdapterError as error:
+        raise AdapterError(f"{setting}: {error}") from None
+    return _Own(patterns, tuple(check(f"{setting}: {_short(key)}", own[key]) for key in own))
 
 
 def _last_parts(names: Any) -> frozenset[str]:
@@ -210,7 +213,8 @@ def _last_parts(names: Any) -> frozenset[str]:
         return frozenset()
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise AdapterError(f"target_parameters: got {_short(names)}, wanted a list of names")
-    return frozenset(name.rpartition(".")[2] for name in names)
+    last = {name: name.rpartition(".")[2] for name in names}
+    return frozenset(part for name, part in last.items() if part in PARTS or "expert" in name)
 
 
 def _base_model(config: Mapping[str, Any]) -> tuple[str, ...]:

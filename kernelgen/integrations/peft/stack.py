@@ -6,7 +6,9 @@ from typing import Sequence
 
 import torch
 
-from .adapter import Adapter, AdapterError, ExpertShape, LayerBuffers, SliceBuffers
+from .adapter import Adapter, AdapterError, ExpertShape, LayerBuffers, SliceBuffers, checked_shape
+
+_MOST = 1 << 20  # adapters, or their rank
 
 
 def stack_adapters(
@@ -36,8 +38,24 @@ def stack_adapters(
     if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise ValueError(f"dtype: got {dtype}, wanted bfloat16, float16, float32 or float64")
     for name, number in (("rank", rank), ("max_loras", max_loras)):
-        if number is not None and (type(number) is not int or number < 1):
-            raise ValueError(f"{name}: got {number!r}, wanted a whole number above 0, or None")
+        if number is not None and (type(number) is not int or not 0 < number <= _MOST):
+            raise ValueError(
+                f"{name}: got {number!r}, wanted a whole number from 1 to {_MOST}, or None"
+            )
+    shape = checked_shape(shape)
+    if not isinstance(adapters, (list, tuple)) or not all(isinstance(a, Adapter) for a in adapters):
+        raise ValueError(
+            f"adapters: got {_kinds(adapters)}, wanted a list of what read_adapter returns"
+        )
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device: got {device!r}, wanted one that torch can use here ({reason})"
+        ) from None
+    if torch.empty(0, device=device).is_meta:
+        raise ValueError("device: got meta, wanted one that holds numbers")
     widest = max((adapter.rank for adapter in adapters), default=0)
     rank = max(8, -(-widest // 8) * 8) if rank is None else rank
     slots = len(adapters) if max_loras is None else max_loras
@@ -91,6 +109,11 @@ def stack_adapters(
         layer: buffers(layer)
         for layer in sorted({i for adapter in adapters for i in adapter.layers})
     }
+
+
+def _kinds(adapters: object) -> str:
+    kinds = [adapters] if not isinstance(adapters, (list, tuple)) else adapters
+    return ", ".join(dict.fromkeys(type(one).__name__ for one in kinds))
 
 
 def _check_shape(adapter: Adapter, shape: ExpertShape) -> None:
