@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kernelgen.diagnostics import failure
+from kernelgen.read import MAX_DOCUMENT, read_file
 
 SCHEMA_VERSION = 1
 ABSENT = ""  # stands for the hash of a file that is not there
@@ -47,14 +48,16 @@ def hash_file(path: Path) -> str:
     """The hash of what is at ``path``.
 
     Raises:
-        InTheWay: it is not a regular file.
+        InTheWay: it is not a regular file, or larger than any that a build makes.
     """
     try:
-        mode = path.lstat().st_mode
+        found = path.lstat()
     except FileNotFoundError:
         return ABSENT
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(found.st_mode):
         raise InTheWay("KG030", "not a regular file", "move it away")
+    if found.st_size > MAX_DOCUMENT:
+        raise InTheWay("KG030", f"{found.st_size} bytes, which no build wrote", "move it away")
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -65,7 +68,7 @@ def read_document(file: Path, label: str, hint: str) -> dict[str, Any] | None:
         Failure: it is something else; exit code 2.
     """
     try:
-        document = json.loads(file.read_bytes())
+        document = json.loads(read_file(file))
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError):

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Collection, Iterable, Mapping, Sequence
 
-from kernelgen.diagnostics import Diagnostic, Nearest, did_you_mean, failure, os_failure
+from kernelgen.diagnostics import Diagnostic, Failure, Nearest, did_you_mean, failure, os_failure
 from kernelgen.limits import MAX_BYTES
 from kernelgen.model import (
     SCHEDULE,
@@ -31,6 +31,7 @@ from kernelgen.model import (
 )
 from kernelgen.names import TUNED, Identifier, identifier_fault, kernel_template
 from kernelgen.parse import Node, Step, parse
+from kernelgen.read import read_file
 from kernelgen.schema import (
     ChoiceShape,
     DeviceShape,
@@ -112,15 +113,12 @@ def _spec_files(folder: Path, missing_ok: bool = False) -> list[Path]:
 
 
 def _read(file: Path) -> tuple[Node | None, list[Diagnostic]]:
-    label = str(file)
-    if not file.is_file():
-        return None, [Diagnostic("KG001", Location(label), "not a file")]
     try:
-        with file.open("rb") as stream:
-            data = stream.read(MAX_BYTES + 1)
+        return parse(str(file), read_file(file, MAX_BYTES))
     except OSError as error:
         raise os_failure(error, file) from None
-    return parse(label, data)
+    except Failure as failed:
+        return None, list(failed.diagnostics)
 
 
 def _load_family(file: Path, tuned_files: Sequence[Path]) -> tuple[Family | None, list[Diagnostic]]:

@@ -13,6 +13,7 @@ from typing import Any, Collection, Iterable, Iterator, Mapping, NamedTuple, Seq
 
 from kernelgen.diagnostics import Diagnostic, Failure, failure, os_failure
 from kernelgen.model import Location
+from kernelgen.read import read_file
 from kernelgen.targets import TARGETS
 
 FILE = "kernels.lock"  # beside the folder generated
@@ -47,7 +48,7 @@ class Lock:
         self.sections: dict[str, Section] = {}
         self._text = ""
         try:
-            self._text = file.read_text("utf-8")
+            self._text = read_file(file).decode()
             self.sections = _parse(json.loads(self._text))
         except FileNotFoundError:
             pass

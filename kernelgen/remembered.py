@@ -14,6 +14,8 @@ import os
 import triton
 
 from kernelgen import locate
+from kernelgen.diagnostics import Failure
+from kernelgen.read import read_file
 from kernelgen.resources import RULES, Usage
 
 _MOST = 50_000  # lines
@@ -26,8 +28,8 @@ class Remembered:
         self.file = locate.cache_folder() / f"usage-{triton.__version__}-{RULES}.jsonl"
         self.usages: dict[str, Usage] = {}
         lines: list[str] = []
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            lines = self.file.read_text("utf-8").splitlines(keepends=True)
+        with contextlib.suppress(OSError, UnicodeDecodeError, Failure):
+            lines = read_file(self.file).decode().splitlines(keepends=True)
         for line in lines:
             with contextlib.suppress(ValueError, TypeError, RecursionError):
                 digest, fields = json.loads(line)

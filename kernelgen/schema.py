@@ -23,9 +23,11 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from kernelgen.diagnostics import Diagnostic, did_you_mean, failure
+from kernelgen.limits import MAX_BYTES
 from kernelgen.model import SCHEDULE, TARGETS, VOCABULARY
 from kernelgen.names import NAME_PATTERN
 from kernelgen.parse import Node, Step
+from kernelgen.read import read_file
 
 MAX_AXES = 16
 MAX_TAGS = 64
@@ -343,7 +345,7 @@ def check_schema(specs: Path) -> None:
     """
     file = specs / SCHEMA_FILE
     try:
-        current = json.loads(file.read_bytes())
+        current = json.loads(read_file(file, MAX_BYTES))
     except (OSError, ValueError):
         current = None
     if current != json_schema():

@@ -16,6 +16,8 @@ import stat
 from pathlib import Path
 
 from kernelgen import locate
+from kernelgen.diagnostics import Failure
+from kernelgen.read import read_file
 
 _KEY_FILE = "key"
 _KEY_BYTES = 32
@@ -31,8 +33,8 @@ class Sealed:
     def get(self, key: str) -> str | None:
         """The text that was put under ``key``, if it is whole and was put there by this user."""
         try:
-            seal, _, text = (self.folder / key).read_text("utf-8").partition("\n")
-        except (OSError, UnicodeDecodeError):
+            seal, _, text = read_file(self.folder / key).decode().partition("\n")
+        except (OSError, UnicodeDecodeError, Failure):
             return None
         wanted = self._seal(key, text)
         return text if wanted is not None and hmac.compare_digest(seal.encode(), wanted.encode()) else None

@@ -15,6 +15,10 @@ import pytest
 import torch
 
 from kernelgen import cli, doctor
+from kernelgen.diagnostics import Failure
+from kernelgen.measure import document as documents
+from kernelgen.measure import suites
+from kernelgen.measure.tune import space
 
 ROOT = Path(__file__).parent.parent
 LINES = 1000
@@ -43,8 +47,40 @@ def places(work: Path) -> list[str]:
     (work / "loop").symlink_to("loop")
     (work / "dangling").symlink_to("nothing")
     (work / "twice").symlink_to("specs")
-    inside = ["text", "deep.json", "bytes", "list.json", "folder", "sealed", "loop", "dangling", "twice", "specs", "templates"]
-    return [*inside, "specs/toy.yaml", "text/below", "x" * 300, "new/folder", "/dev/null", "/proc/self/mem", "\udcff"]
+    os.mkfifo(work / "pipe")
+    with open(work / "huge", "wb") as huge:
+        huge.truncate(1 << 40)
+    inside = ["text", "deep.json", "bytes", "list.json", "folder", "sealed", "loop", "dangling", "twice", "pipe", "huge"]
+    outside = ["x" * 300, "new/folder", "/dev/null", "/dev/zero", "/proc/self/mem", "\udcff"]
+    return [*inside, "specs", "templates", "specs/toy.yaml", "text/below", *outside]
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "pipe", "huge", "folder"])
+def test_what_has_no_end_is_not_read(name: str, work: Path, kernelgen, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = subprocess.CompletedProcess([], 1, "", "ModuleNotFoundError: No module named 'torch'")
+    monkeypatch.setattr(doctor, "_run", lambda program: absent)
+    places(work)
+    lines = [["report", name], ["report", name, "--markdown"], ["bench", "moe_lora", "--check-only", "--model-config", name]]
+    for words in lines:
+        code, _, stderr = kernelgen(*words)
+        assert code == 2 and name in stderr and ("hint: " in stderr or "is a directory" in stderr), f"{words}: {stderr}"
+    with pytest.raises(Failure, match=name):
+        documents.resume(Path(name), suites.find("moe_lora"), {}, {})
+    with pytest.raises(Failure, match=name):
+        space.content(Path(name))
+    read = {"kernels.lock": "doctor", "specs/kernelgen.schema.json": "schema --check", "generated/.manifest.json": "build"}
+    read |= {"specs/toy.yaml": "list", "specs/tuned/h200/toy.yaml": "build --check"}
+    for file, command in read.items():
+        place = work / file
+        place.parent.mkdir(parents=True, exist_ok=True)
+        kept = place.read_bytes() if place.exists() else None
+        place.unlink(missing_ok=True)
+        place.symlink_to(name if name.startswith("/") else work / name)
+        code, stdout, stderr = kernelgen(*command.split())
+        assert code and "KG0" in stdout + stderr, f"{file}: {code} {stdout}{stderr}"
+        place.unlink()
+        if kept is not None:
+            place.write_bytes(kept)
 
 
 def line(rng: random.Random, paths: list[str]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any, Callable, Iterable
 from kernelgen.diagnostics import failure, os_failure
 from kernelgen.measure import suites
 from kernelgen.measure.suite import Cell, Row, Suite
+from kernelgen.read import read_file
 
 SCHEMA_VERSION = 2
 # What has to agree for rows of two runs to stand in one document.
@@ -95,7 +96,7 @@ def load(path: Path) -> Document:
         Failure: the file cannot be read, or is no document of this version.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_file(path))
         if data["schema_version"] != SCHEMA_VERSION:
             message = f"schema_version {data['schema_version']}, wanted {SCHEMA_VERSION}"
             raise failure("KG072", str(path), message, "measure again, or use the kernelgen that wrote it")

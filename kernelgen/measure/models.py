@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Literal, Mapping, Sequence
 
 from kernelgen.diagnostics import failure
+from kernelgen.read import read_file
 
 Projections = Literal["w13", "w2"]
 
@@ -121,7 +122,7 @@ def model_from_config(path: Path, tp: int = 1) -> Model:
         Failure: not a config, not of a mixture of experts, or not divisible by ``tp``.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_file(path))
     except (OSError, ValueError, RecursionError) as error:
         raise failure("KG070", str(path), f"cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):

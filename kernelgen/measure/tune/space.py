@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 from kernelgen.diagnostics import Failure, failure, os_failure
+from kernelgen.limits import MAX_BYTES
+from kernelgen.read import read_file
 
 Named = Mapping[str, int]  # tunable -> value
 
@@ -114,7 +116,7 @@ def content(file: Path) -> Any:
     from kernelgen.parse import parse  # not for --help
 
     try:
-        root, faults = parse(str(file), file.read_bytes())
+        root, faults = parse(str(file), read_file(file, MAX_BYTES))
     except OSError as error:
         raise os_failure(error, file) from error
     if root is None or faults:

@@ -11,6 +11,7 @@ from kernelgen.diagnostics import failure, os_failure
 from kernelgen.measure.tune.problem import Problem
 from kernelgen.measure.tune.search import Found
 from kernelgen.measure.tune.space import Candidate, Space
+from kernelgen.read import read_file
 
 SCHEMA_VERSION = 1
 _ANEW = "use another --out, or delete the file"
@@ -48,7 +49,7 @@ class State:
         self._found: dict[Key, Found] = {}
         self._space = space
         try:
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            lines = read_file(path).decode(errors="replace").splitlines() if path.exists() else []
             kept = [json.dumps({"schema_version": SCHEMA_VERSION, **head})]
             kept += self._read(path, lines, head)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +92,7 @@ class State:
             if first["schema_version"] != SCHEMA_VERSION:
                 message = f"schema_version {first['schema_version']}, wanted {SCHEMA_VERSION}"
                 raise failure("KG072", str(path), message, _ANEW)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise failure("KG072", str(path), f"not a state of kernelgen tune: {error!r}", _ANEW) from error
         for name in _SAME:
             if first.get(name) != head.get(name):
@@ -103,7 +104,7 @@ class State:
                 line = json.loads(text)
                 candidate = Candidate(line["schedule"], tuple(line["config"].values()))
                 result = Measured(line["problem"], candidate, line["us"], line["final"])
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue  # half a line
             # What the spec does not declare any more is measured no more.
             names = self._space.tunables.get(candidate.schedule, {})
