@@ -63,8 +63,8 @@ __all__ = [
     "overlap",
     "quantize_activations",
     "quantize_weights",
-    "warmup",
     "variants",
+    "warmup",
 ]
 
 

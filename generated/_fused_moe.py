@@ -10,16 +10,17 @@ activations there is one more, which makes FP8 of the rows between the two produ
 
 from __future__ import annotations
 
-from typing import Any, Callable, NamedTuple, Union
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
 from . import _operands as operands
 from . import _runtime as runtime
+from ._scales import check_x_scale
 from .moe_align import ROUTING, MoeTables, default_block_m, max_blocks
 from .moe_align.one_launch import bind as bind_align
 from .moe_gemm import bind as bind_gemm
-from ._scales import check_x_scale
 from .moe_gemm import find_scales
 from .moe_quant import bind as bind_quant
 from .moe_quant._problem import QUANT
@@ -216,8 +217,9 @@ _SECOND = runtime.Caller(
     scale="h_scale",
 )
 
-_Buffers = tuple[Union[torch.Tensor, None], ...]  # of a FusedMoeWorkspace
-_Scales = tuple[Union[torch.Tensor, None], ...]  # w13_scale, w2_scale, x_scale, h_scale
+# Of a FusedMoeWorkspace; the last two are there with FP8 activations.
+_Buffers = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Any, Any]
+_Scales = tuple[torch.Tensor | None, ...]  # w13_scale, w2_scale, x_scale, h_scale
 # (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens, *scales, workspace) of sizes that were checked before
 _Call = Callable[..., None]
 
@@ -236,7 +238,11 @@ def _bind(
     zeroes: bool,
     *rest: Any,
 ) -> _Call:
-    layer, (*scales, workspace) = (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens), rest
+    layer, scales, workspace = (
+        (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens),
+        rest[:4],
+        rest[4],
+    )
     OP.check(
         "fused_moe",
         OP.named(*layer, activation, local_expert_start, num_tokens_hint, zeroes, *rest),
@@ -264,13 +270,15 @@ def _bind(
     def use(given: FusedMoeWorkspace | None, like: torch.Tensor) -> _Buffers:
         if given is not None:
             return given
-        return tuple(
+        made: Any = tuple(
             torch.empty(n, dtype=kind, device=like.device) for n, kind in zip(sizes, kinds)
         )
+        return made
 
     _check_workspace("fused_moe", workspace, sizes, kinds)
-    *ints, h, y, codes, found = use(workspace, hidden)
-    tables = MoeTables(topk_ids, valid_tokens, *ints, *routing)
+    buffers = use(workspace, hidden)
+    h, y, codes, found = buffers[3:]
+    tables = MoeTables(topk_ids, valid_tokens, *buffers[:3], *routing)
     inner = h[: sizes[3]].view(num_pairs, inter)
     w13_scale, w2_scale, x_scale, h_scale = scales
     rows, rows_scale, shrink = inner, None, None
@@ -290,7 +298,8 @@ def _bind(
         h, codes, found = buffers[3], buffers[5], buffers[6]
         if shrink is None:
             return h, scales[1:2] if w2_is_fp8 else ()
-        rows, rows_scale = codes.view(hidden.dtype), scales[3] if x_mode == "tensor" else found
+        rows = codes.view(hidden.dtype)
+        rows_scale: Any = scales[3] if x_mode == "tensor" else found
         shrink(rows, rows_scale, h, tables)
         return rows, (scales[1], rows_scale)
 
@@ -379,13 +388,13 @@ def _check_scales(
     """Of what ``hidden`` has a scale each; None: it is no FP8."""
     w13_scale, w2_scale, x_scale, h_scale = scales
     if (w13_scale is None) != (w2_scale is None) or (x_scale is not None and w13_scale is None):
-        got = [
+        given = [
             label
             for label, scale in zip(("w13_scale", "w2_scale", "x_scale"), scales)
             if scale is not None
         ]
         runtime.fail(
-            name, "scales", got, "w13_scale and w2_scale, or neither; x_scale with them alone"
+            name, "scales", given, "w13_scale and w2_scale, or neither; x_scale with them alone"
         )
     mode = find_scales(
         name, hidden, w13, w13_scale, x_scale, slices=w13.shape[1] // w2.shape[2], label="w13_scale"

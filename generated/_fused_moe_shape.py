@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,7 +18,7 @@ from .moe_gemm._problem import QUANT
 
 __all__ = ["FusedMoeShape"]
 
-_FIELDS = (
+_FIELDS: tuple[operands.Operand, ...] = (
     *(operands.Int(name, 1) for name in ("hidden", "intermediate", "num_experts", "top_k")),
     operands.Choice("activation", ("swiglu", "relu2")),
     operands.Choice("out_dtype", (None, *operands.FLOATS)),
@@ -71,7 +71,7 @@ class FusedMoeShape(NamedTuple):
             inter,
         )
         of_weights = of_x = self.dtype
-        scales = {}
+        scales: dict[str, Any] = {}
         if self.weight_scales is not None:
             of_weights = self.fp8_dtype
             by_slice = self.weight_scales == "slice"

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -18,7 +19,15 @@ from .lora_shrink import _problem as shrink
 from .lora_shrink import dense_route
 from .lora_shrink import scales_of as shrink_scales
 from .lora_shrink import variant_of as shrink_variant
-from .moe_route import ROUTE, MoeRoute, MoeWorkspace, dense_plan, in_graph, made, moe_workspace
+from .moe_route import (
+    ROUTE,
+    MoeRoute,
+    MoeWorkspace,
+    dense_plan,
+    in_graph,
+    made,
+    moe_workspace,
+)
 
 __all__ = ["lora", "lora_route", "lora_workspace"]
 
@@ -195,8 +204,9 @@ def _bind(
     add_inputs: bool,
     *scales: Any,
 ) -> Callable[..., None]:
+    x_scale, a_scale, b_scale = scales
     first, last = problems(
-        out, x, lora_a, lora_b, *scales, route, offset_start, add_inputs, scaling
+        out, x, lora_a, lora_b, x_scale, a_scale, b_scale, route, offset_start, add_inputs, scaling
     )
     if first.num_tokens == 0:
         return _nothing
@@ -242,14 +252,14 @@ def bind(
     config = lora_shrink or shrink.choose(first, route)
     tiles = lora_expand or expand.choose(last, route, first.k)
     parts, pdl = first.parts(config), runtime.traits(first.device).pdl
-    size = parts.count * first.slices * first.num_tokens * first.rank
+    size = parts.number * first.slices * first.num_tokens * first.rank
     one = shrink_variant("lora", dtype, first.rank, first.weight_scales, first.x_scales)
     other = expand_variant("lora", dtype, add_inputs, last.rank, last.weight_scales)
     shrink_call = one.bind_product(first, route, config, pdl)
     total = (
         one.bind_total(first, route, parts, pdl) if expand.sums_first(last, tiles, parts) else None
     )
-    expand_call = other.bind(last, route, tiles, parts if total is None else shrink.Parts(), pdl)
+    expand_call = other.bind(last, route, tiles, parts if total is None else shrink.ONE_PART, pdl)
 
     def call(
         out: torch.Tensor,

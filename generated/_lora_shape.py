@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -19,7 +20,7 @@ from .lora_shrink._problem import QUANT
 
 __all__ = ["LoraShape"]
 
-_FIELDS = (
+_FIELDS: tuple[operands.Operand, ...] = (
     *(operands.Int(name, 1) for name in ("k", "rank", "max_loras", "gathered")),
     operands.Several("widths", operands.Int("width", 1)),
     operands.Int("out_width", 1, optional=True),
@@ -82,8 +83,18 @@ class LoraShape(NamedTuple):
                 y = empty(slices, num_tokens, self.rank, dtype=torch.float32)
                 lora_shrink(y, x, a, route, x_scale=x_scale, a_scale=a_scale)
             else:
-                quant = {"x_scale": x_scale, "a_scale": a_scale, "b_scale": b_scale}
-                lora(out, x, a, b, route, offset_start=at, add_inputs=adds, **quant)
+                lora(
+                    out,
+                    x,
+                    a,
+                    b,
+                    route,
+                    offset_start=at,
+                    add_inputs=adds,
+                    x_scale=x_scale,
+                    a_scale=a_scale,
+                    b_scale=b_scale,
+                )
         if self.separate:
             y = empty(slices, num_tokens, full_rank, dtype=torch.float32)
             lora_expand(out, y, b, route, offset_start=at, add_inputs=adds, b_scale=b_scale)

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from typing import Iterator, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -18,7 +19,7 @@ from .moe_route import MoeRoute, moe_route
 
 __all__ = ["MoeShape"]
 
-_FIELDS = (
+_FIELDS: tuple[operands.Operand, ...] = (
     *(
         operands.Int(name, 1)
         for name in ("k", "n", "slices", "rank", "top_k", "num_experts", "max_loras")

@@ -16,7 +16,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, Callable, Iterator, Mapping, NoReturn, Sequence, TypeVar, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 
@@ -533,7 +534,7 @@ class Op:
             "check_apart": lambda one, other: check_apart(self.name, written, one, read, other),
             "reach": _reach,
         }
-        exec(compile(source, f"<{self.name}>", "exec"), made)
+        exec(compile(source, f"<{self.name}>", "exec"), made)  # noqa: S102  (of declarations alone)
         function: Callable[..., Any] = made["function"]
         return function
 

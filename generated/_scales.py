@@ -14,7 +14,8 @@ Scales are float32, or of float8_e8m0fnu: powers of two, a byte each, which kern
 
 from __future__ import annotations
 
-from typing import Iterator, NamedTuple, Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import triton

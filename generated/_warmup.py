@@ -11,7 +11,8 @@ powers of two T has the same tiles, and the pairs pass at most one power of two;
 
 from __future__ import annotations
 
-from typing import Iterator, Protocol, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 
@@ -102,5 +103,5 @@ def warmup(
     wanted = requests(shapes, max_tokens=max_tokens, device=device)
     with torch.cuda.device(device):
         for request in wanted:
-            request.compile().run  # loads the module
+            request.compile().run  # noqa: B018  (this property loads the module)
     return len(wanted)

@@ -36,7 +36,7 @@ def assemble(
     compose(families, outputs)
     for fault in wiring.faults(package, families, outputs):
         outputs.add_fault(fault)
-    return Tree(dict(sorted(outputs.finish(jobs).items())))
+    return Tree(dict(sorted({**outputs.finish(jobs), names.TYPED: ""}.items())))
 
 
 def source(variant: Variant, family: Family, renderer: Renderer) -> str:

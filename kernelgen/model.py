@@ -335,7 +335,8 @@ class Package:
 
     @property
     def exports(self) -> tuple[Symbol, ...]:
-        return tuple(sorted(name for module in self.modules for name in module.exports))
+        """What the face exports: what its modules do, and ``variants``, which is its own."""
+        return tuple(sorted([Symbol("variants"), *(name for module in self.modules for name in module.exports)]))
 
 
 @dataclasses.dataclass(frozen=True)

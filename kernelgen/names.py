@@ -18,6 +18,7 @@ _DEVICES = frozenset(
 PACKAGE = "generated"
 TESTS = "tests/generated"
 MANIFEST = f"{PACKAGE}/.manifest.json"
+TYPED = f"{PACKAGE}/py.typed"  # says that the package has annotations, see PEP 561
 TUNED = "tuned"  # below the specs: a folder a device that tiles were measured on
 STAGING = ".kernelgen-staging"  # beside what it replaces, on the same file system
 TEMPLATE_SUFFIX = ".py.j2"

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Callable, NamedTuple, Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -157,7 +158,8 @@ def problem_of(
     if out.shape[1] < end:
         hint = f"slices of {', '.join(map(str, widths))} columns, as in lora_b, from offset_start = {offset_start} on"
         runtime.fail(variant, "out", runtime.describe(out), f"[{route.num_tokens}, >= {end}]", hint)
-    strides, kind, of_scales = tuple(b.stride(0) for b in lora_b), None, ()
+    strides, kind = tuple(b.stride(0) for b in lora_b), None
+    of_scales: tuple[int, ...] = ()
     if b_scale is not None:
         check_fp8(variant, "lora_b[0]", first, b_scale[0], QUANT)
         kind, of_scales = b_scale[0], scale_strides(variant, "b_scale", *b_scale, lora_b, QUANT)
@@ -174,10 +176,10 @@ def sums_first(problem: Problem, config: Config, parts: Parts) -> bool:
     many tokens of 16 bits, they wait for memory anyway."""
     tokens = runtime.next_power_of_2(problem.num_tokens)
     readers = sum(runtime.cdiv(width, config.block_n * config.tiles) for width in problem.widths)
-    often = 4.0 * tokens * problem.rank * parts.count * readers > _MANY_BYTES
-    many = problem.rank > 128 and parts.count > 8
+    often = 4.0 * tokens * problem.rank * parts.number * readers > _MANY_BYTES
+    many = problem.rank > 128 and parts.number > 8
     return (
-        parts.count > 1
+        parts.number > 1
         and (many or often)
         and (tokens <= 2048 or problem.weight_scales is not None)
     )

@@ -21,7 +21,7 @@ In front of it lora_shrink may have left y in parts [parts, S, T, rank], which a
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -30,7 +30,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from .. import _runtime as runtime
 from .._scales import product_rows
-from ..lora_shrink._problem import Parts
+from ..lora_shrink._problem import ONE_PART, Parts
 from ..moe_route import MoeRoute
 from ._problem import CACHE_POLICIES, Call, Config, Problem, check, choose
 
@@ -111,7 +111,7 @@ def lora_expand_bf16_add_rany_w8channel_product(
         out_tile = out_rows + n[None, :]
         old = tl.load(out_tile, mask=out_mask, other=0.0)
         b_scale = tl.load(b_scales + n, mask=None if EVEN else n < width)[None, :]
-        b_chunks = ()
+        b_chunks: tl.tuple = ()
         for c in tl.static_range(CHUNKS):
             b_tile = b_base + (n[:, None] * B_STRIDE_N + (c * BLOCK_R + r)[None, :])
             if EVEN and RANK % BLOCK_R == 0:
@@ -133,7 +133,9 @@ def lora_expand_bf16_add_rany_w8channel_product(
 
     if PDL:
         gdc_wait()
-    v_chunks = ()  # held, so that the loop below loads each tile of B once and nothing else twice
+    v_chunks: (
+        tl.tuple
+    ) = ()  # held, so that the loop below loads each tile of B once and nothing else twice
     for c in tl.static_range(CHUNKS):
         v_mask = (
             live[:, None]
@@ -190,7 +192,7 @@ _product = runtime.Launcher(lora_expand_bf16_add_rany_w8channel_product)
 
 
 def bind(
-    problem: Problem, route: MoeRoute, config: Config, parts: Parts = Parts(), pdl: bool = False
+    problem: Problem, route: MoeRoute, config: Config, parts: Parts = ONE_PART, pdl: bool = False
 ) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again; pdl: right behind a lora_shrink."""
     wide = config.block_n * config.tiles

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, NamedTuple, Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -16,10 +17,12 @@ from .._scales import (
     Quant,
     check_fp8,
     check_x_scale,
-    fits as scale_fits,
     is_fp32,
     product_rows,
     scale_shape,
+)
+from .._scales import (
+    fits as scale_fits,
 )
 from ..moe_route import ROUTE, MoeRoute, check_rank, default_block_m
 from ._tuned import TUNED
@@ -94,8 +97,11 @@ OP = operands.Op(
 class Parts(NamedTuple):
     """Sums of parts of K, of which ``quarter`` in a row are added up before their sum is added to the others."""
 
-    count: int = 1
+    number: int = 1
     quarter: int = 1
+
+
+ONE_PART = Parts()
 
 
 class Problem(NamedTuple):

@@ -17,7 +17,7 @@ same order, so a token has the same bits in every batch. Where blocks are few, S
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -89,7 +89,8 @@ def lora_shrink_bf16_r16_product(
     x_rows = x_ptr + token[:, None] * X_STRIDE
     a_tile = adapter * A_STRIDE_L + (a_row[:, None] * A_STRIDE_R + k[None, :])
     zeros = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    slices = ()  # pointers, sums of this chunk of K, of those before it in its quarter, of the quarters before it
+    # Of each: pointers, sums of this chunk of K, of those before it in its quarter, of the quarters before it
+    slices: tl.tuple = ()
     for i in tl.static_range(TOGETHER):
         a_ptr = a_ptrs[i]
         for other in tl.static_range(1, GROUPS):
@@ -120,12 +121,10 @@ def lora_shrink_bf16_r16_product(
                 )
                 for s in slices
             ]
-        if PART_K > CHUNK_K:
-            if (k0 + BLOCK_K) % CHUNK_K == 0:
-                slices = [(s[0], zeros, s[2] + s[1], s[3]) for s in slices]
-        if PART_K > QUARTER_K:
-            if (k0 + BLOCK_K) % QUARTER_K == 0:
-                slices = [(s[0], s[1], zeros, s[3] + s[2]) for s in slices]
+        if PART_K > CHUNK_K and (k0 + BLOCK_K) % CHUNK_K == 0:
+            slices = [(s[0], zeros, s[2] + s[1], s[3]) for s in slices]
+        if PART_K > QUARTER_K and (k0 + BLOCK_K) % QUARTER_K == 0:
+            slices = [(s[0], s[1], zeros, s[3] + s[2]) for s in slices]
 
     scale = scaling if PARTS == 1 else 1.0  # parts are scaled where they are added up
     kept = live[:, None] if RANK % BLOCK_R == 0 else live[:, None] & (r < RANK)[None, :]
@@ -203,7 +202,7 @@ def bind_product(problem: Problem, route: MoeRoute, config: Config, pdl: bool) -
         route.max_blocks
         * runtime.cdiv(problem.rank, block_r)
         * (problem.slices // together)
-        * problem.parts(config).count
+        * problem.parts(config).number
         * shares,
         (
             problem.k,
@@ -257,13 +256,13 @@ def bind_total(problem: Problem, route: MoeRoute, parts: Parts, pdl: bool) -> To
 def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The launches for checked calls of these sizes, ready to be made again and again."""
     parts = problem.parts(config)
-    if parts.count == 1:
+    if parts.number == 1:
         return bind_product(problem, route, config, False)
     pdl = runtime.traits(problem.device).pdl
     product, total = bind_product(problem, route, config, pdl), bind_total(
         problem, route, parts, pdl
     )
-    size = parts.count * problem.slices * problem.num_tokens * problem.rank
+    size = parts.number * problem.slices * problem.num_tokens * problem.rank
 
     def call(
         y: torch.Tensor,

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple, Union
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -41,7 +42,7 @@ OP = operands.Op(
 )
 
 # (h, x, topk_ids, valid_tokens) of sizes that were checked before
-Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Union[torch.Tensor, None]], None]
+Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 
 
 class Problem(NamedTuple):

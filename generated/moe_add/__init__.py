@@ -64,7 +64,7 @@ _apply = OP.caller(_bind)
 
 
 def _moe_add(out: torch.Tensor, delta: torch.Tensor, *rest: Any) -> None:
-    _apply(out, delta, MoeRoute(*rest[:4], None, None, None, None, *rest[4:], 0, 0))
+    _apply(out, delta, MoeRoute._make((*rest[:4], None, None, None, None, *rest[4:], 0, 0)))
 
 
 _moe_add_op = runtime.op(

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -121,12 +122,12 @@ def no_tables(
 
 
 _BLOCK_MS = (16, 32, 64, 128)
-_TABLE = {"dtype": torch.int32, "strides": operands.CONTIGUOUS}
+_TABLE = (torch.int32, operands.CONTIGUOUS)
 
 # What every op on the routing of a base layer takes of it. At most 4096 experts: a program counts them.
 ROUTING = (
     operands.Tensor("topk_ids", "T, top_k", operands.IDS, operands.CONTIGUOUS),
-    operands.Tensor("valid_tokens", ("1", ""), **_TABLE, optional=True),
+    operands.Tensor("valid_tokens", ("1", ""), *_TABLE, optional=True),
     operands.Int("num_experts", 1, 4096, size="E"),
     operands.Int("local_expert_start"),
     operands.Int("num_tokens_hint", 1, optional=True),
@@ -136,7 +137,7 @@ OP = operands.Op(
     (
         *ROUTING,
         operands.Int("block_m", optional=True, one_of=_BLOCK_MS),
-        operands.Tensor("workspace", "*", **_TABLE, optional=True, written=True),
+        operands.Tensor("workspace", "*", *_TABLE, optional=True, written=True),
     ),
 )
 _NO_TABLES = operands.Op("no_tables", ROUTING[:4])
@@ -146,9 +147,9 @@ _NO_TABLES = operands.Op("no_tables", ROUTING[:4])
 _FILL = operands.Op(
     "moe_align_fill",
     (
-        operands.Tensor("pairs", ">=T*top_k", **_TABLE, written=True),
-        operands.Tensor("blocks", ("*, 3", "*"), **_TABLE, written=True),
-        operands.Tensor("num_blocks", "1", **_TABLE, written=True),
+        operands.Tensor("pairs", ">=T*top_k", *_TABLE, written=True),
+        operands.Tensor("blocks", ("*, 3", "*"), *_TABLE, written=True),
+        operands.Tensor("num_blocks", "1", *_TABLE, written=True),
         *ROUTING[:4],
         operands.Int("block_m", one_of=_BLOCK_MS),
     ),
@@ -179,9 +180,9 @@ def _check_tables(op: str, name: str, tables: MoeTables) -> None:
         )
     if tables.block_m > 0:
         size = 3 * max_blocks(tables.num_tokens, tables.top_k, tables.num_experts, tables.block_m)
-        if tables.blocks.numel() < size:
+        if given[1].numel() < size:
             runtime.fail(
-                op, f"{name}.blocks", runtime.describe(tables.blocks), f"at least {size} elements"
+                op, f"{name}.blocks", runtime.describe(given[1]), f"at least {size} elements"
             )
 
 
@@ -190,9 +191,9 @@ TABLES = operands.Bundle(
     MoeTables,
     (
         *ROUTING[:2],
-        operands.Tensor("pairs", ">=T*top_k", **_TABLE, optional=True),
-        operands.Tensor("blocks", ("*, 3", "*"), **_TABLE, optional=True),
-        operands.Tensor("num_blocks", "1", **_TABLE, optional=True),
+        operands.Tensor("pairs", ">=T*top_k", *_TABLE, optional=True),
+        operands.Tensor("blocks", ("*, 3", "*"), *_TABLE, optional=True),
+        operands.Tensor("num_blocks", "1", *_TABLE, optional=True),
         operands.Int("num_tokens", size="T"),
         operands.Int("top_k", 1, size="top_k"),
         *ROUTING[2:4],

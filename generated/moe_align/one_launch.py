@@ -17,7 +17,7 @@ before it: then entries with no rows lie between the others.
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 import triton

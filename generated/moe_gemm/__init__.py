@@ -186,24 +186,30 @@ def bind(
     rows, epilogue = f"{x_rows}_{out_rows}", activation or "none"
     of_rows = 1 if x_rows == "token" else tables.num_experts
     scales = find_scales(op, x, w, w_scale, x_scale, slices=sizes["S"], experts=of_rows)
-    kinds = {
-        "dtype": kind,
-        "rows": rows,
-        "epilogue": epilogue,
-        "zero_rest": zero_rest,
-        "scales": scales,
-    }
-    problem = problem_of(op, sizes, out, x, w, tables, topk_weights, **kinds)
+    problem = problem_of(
+        op,
+        sizes,
+        out,
+        x,
+        w,
+        tables,
+        topk_weights,
+        dtype=kind,
+        rows=rows,
+        epilogue=epilogue,
+        zero_rest=zero_rest,
+        scales=scales,
+    )
     if problem.num_pairs == 0:
         return _nothing
     schedule, config = plan(problem, has_boxes(problem, x, w))
-    scales = (problem.weight_scales, problem.x_scales)
+    modes = (problem.weight_scales, problem.x_scales)
     module = _MODULES.get(
-        (schedule, _DTYPES[kind], rows, epilogue, topk_weights is not None, *scales)
+        (schedule, _DTYPES[kind], rows, epilogue, topk_weights is not None, *modes)
     )
     if module is None:
         case = f"{schedule}, rows {rows}, activation {epilogue}, {'with' if topk_weights is not None else 'without'} topk_weights"
-        case += f", scales of w {scales[0]}, of x {scales[1]}"
+        case += f", scales of w {modes[0]}, of x {modes[1]}"
         hint = "drop the exclude that takes it out of specs/moe_gemm.yaml"
         runtime.fail(op, "case", case, "a variant that serves it", hint)
     return importlib.import_module(f".{module}", __name__).bind(problem, config)

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, Mapping, NamedTuple, Union
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
@@ -52,7 +53,7 @@ class BoxConfig(NamedTuple):
 # How the cache treats weights, by weight_policy: as any data, or as data that is read once.
 CACHE_POLICIES = ("", "evict_first")
 CONFIGS = {"gemv": GemvConfig, "tile": TileConfig, "box": BoxConfig}
-Config = Union[GemvConfig, TileConfig, BoxConfig]
+Config = GemvConfig | TileConfig | BoxConfig
 
 # (out, x, w, tables, topk_weights) of sizes that were checked before; then w_scale where weights are FP8, x_scale where x is
 Call = Callable[..., None]
@@ -179,14 +180,21 @@ def check(
     sizes = OP.check(
         variant, OP.named(out, x, w, tables, topk_weights, *request, scales.w, scales.x), D=dtype
     )
-    kinds = {
-        "rows": rows,
-        "epilogue": epilogue,
-        "schedule": schedule,
-        "zero_rest": zero_rest,
-        "scales": scales,
-    }
-    return problem_of(variant, sizes, out, x, w, tables, topk_weights, dtype=dtype, **kinds)
+    return problem_of(
+        variant,
+        sizes,
+        out,
+        x,
+        w,
+        tables,
+        topk_weights,
+        dtype=dtype,
+        rows=rows,
+        epilogue=epilogue,
+        schedule=schedule,
+        zero_rest=zero_rest,
+        scales=scales,
+    )
 
 
 def problem_of(
@@ -254,7 +262,7 @@ def problem_of(
     if scales.of_x is not None:
         of_rows = 1 if rows.startswith("token") else tables.num_experts
         x_scale_strides = check_x_scale(variant, scales.of_x, x, scales.x, QUANT, of_rows)
-    hint, block_m = min(tables.tokens_hint, num_tokens), tables.block_m
+    expected, block_m = min(tables.tokens_hint, num_tokens), tables.block_m
     if block_m < 0:  # left open by a graph of torch.compile, and settled as moe_align does
         block_m = default_block_m(max(tables.tokens_hint, 1), top_k, tables.num_experts)
     problem = Problem(
@@ -263,7 +271,7 @@ def problem_of(
         top_k,
         tables.num_experts,
         tables.local_expert_start,
-        hint,
+        expected,
         block_m,
         k,
         n,
@@ -327,8 +335,8 @@ def grid(problem: Problem, config: TileConfig | BoxConfig) -> int:
     return blocks * runtime.cdiv(problem.n, config.block_n)
 
 
-def choose(schedule: str, problem: Problem) -> Config:
-    """The tiles of ``schedule`` for a call."""
+def choose(schedule: str, problem: Problem) -> Any:
+    """The tiles of ``schedule`` for a call, of its class."""
     return _rule(schedule, *_shape(problem))
 
 
@@ -423,7 +431,8 @@ def _has_accelerator(device: runtime.Traits) -> bool:
 @functools.lru_cache(maxsize=4096)
 def _rule(schedule: str, *sizes: Any) -> Config:
     s = _Shape(*sizes)
-    return {"gemv": _gemv, "tile": _tile, "box": _box}[schedule](s)
+    rules: dict[str, Callable[[_Shape], Config]] = {"gemv": _gemv, "tile": _tile, "box": _box}
+    return rules[schedule](s)
 
 
 def _gemv(s: _Shape) -> GemvConfig:

@@ -23,11 +23,10 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-
 from .. import _runtime as runtime
 from ..moe_align import MoeTables
-from ._problem import CACHE_POLICIES, Call, Problem, check, choose, grid
 from ._problem import BoxConfig as Config
+from ._problem import Call, Problem, check, choose, grid
 
 
 @triton.jit
@@ -56,7 +55,7 @@ def _tile(
     position = first + tl.minimum(m, rows - 1)
     pair = tl.load(pairs_ptr + position)
     n = n0 + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
+
     acc = tl.zeros([BLOCK_M, SLICES * BLOCK_N], tl.float32)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         x = x_desc.load([first, k0])
@@ -129,27 +128,26 @@ def moe_gemm_box_bf16_sorted_pair_plain_kernel(
                 BLOCK_K,
                 STAGES,
             )
-        elif TAIL:
-            if rows > 0:
-                _tile(
-                    out_ptr,
-                    half_desc,
-                    w_desc,
-                    pairs_ptr,
-                    expert,
-                    first,
-                    rows,
-                    n0,
-                    TOP_K,
-                    K,
-                    N,
-                    OUT_STRIDE,
-                    X_STRIDE,
-                    HALF_M,
-                    BLOCK_N,
-                    BLOCK_K,
-                    STAGES,
-                )
+        elif TAIL and rows > 0:
+            _tile(
+                out_ptr,
+                half_desc,
+                w_desc,
+                pairs_ptr,
+                expert,
+                first,
+                rows,
+                n0,
+                TOP_K,
+                K,
+                N,
+                OUT_STRIDE,
+                X_STRIDE,
+                HALF_M,
+                BLOCK_N,
+                BLOCK_K,
+                STAGES,
+            )
 
 
 _kernel = runtime.Launcher(moe_gemm_box_bf16_sorted_pair_plain_kernel)

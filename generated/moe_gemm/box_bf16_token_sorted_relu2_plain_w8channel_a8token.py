@@ -25,12 +25,11 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-
 from .. import _runtime as runtime
 from .._scales import as_fp32
 from ..moe_align import MoeTables
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, grid
 from ._problem import BoxConfig as Config
+from ._problem import Call, Problem, Scales, check, choose, grid
 
 
 @triton.jit
@@ -63,6 +62,7 @@ def _tile(
     pair = tl.load(pairs_ptr + position)
     n = n0 + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
+
     x_row = pair // TOP_K
     x_tile = x_ptr + x_row.to(tl.int64)[:, None] * X_STRIDE + k[None, :]
     w_row = n if N % BLOCK_N == 0 else tl.minimum(n, N - 1)
@@ -160,30 +160,29 @@ def moe_gemm_box_bf16_token_sorted_relu2_plain_w8channel_a8token_kernel(
                 BLOCK_K,
                 STAGES,
             )
-        elif TAIL:
-            if rows > 0:
-                _tile(
-                    out_ptr,
-                    x_ptr,
-                    w_desc,
-                    w_scale_ptr,
-                    x_scale_ptr,
-                    pairs_ptr,
-                    expert,
-                    first,
-                    rows,
-                    n0,
-                    TOP_K,
-                    K,
-                    N,
-                    OUT_STRIDE,
-                    X_STRIDE,
-                    W_SCALE_STRIDE,
-                    HALF_M,
-                    BLOCK_N,
-                    BLOCK_K,
-                    STAGES,
-                )
+        elif TAIL and rows > 0:
+            _tile(
+                out_ptr,
+                x_ptr,
+                w_desc,
+                w_scale_ptr,
+                x_scale_ptr,
+                pairs_ptr,
+                expert,
+                first,
+                rows,
+                n0,
+                TOP_K,
+                K,
+                N,
+                OUT_STRIDE,
+                X_STRIDE,
+                W_SCALE_STRIDE,
+                HALF_M,
+                BLOCK_N,
+                BLOCK_K,
+                STAGES,
+            )
 
 
 _kernel = runtime.Launcher(moe_gemm_box_bf16_token_sorted_relu2_plain_w8channel_a8token_kernel)

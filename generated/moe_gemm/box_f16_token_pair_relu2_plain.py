@@ -22,11 +22,10 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-
 from .. import _runtime as runtime
 from ..moe_align import MoeTables
-from ._problem import CACHE_POLICIES, Call, Problem, check, choose, grid
 from ._problem import BoxConfig as Config
+from ._problem import Call, Problem, check, choose, grid
 
 
 @triton.jit
@@ -56,6 +55,7 @@ def _tile(
     pair = tl.load(pairs_ptr + position)
     n = n0 + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
+
     x_row = pair // TOP_K
     x_tile = x_ptr + x_row.to(tl.int64)[:, None] * X_STRIDE + k[None, :]
     acc = tl.zeros([BLOCK_M, SLICES * BLOCK_N], tl.float32)
@@ -133,27 +133,26 @@ def moe_gemm_box_f16_token_pair_relu2_plain_kernel(
                 BLOCK_K,
                 STAGES,
             )
-        elif TAIL:
-            if rows > 0:
-                _tile(
-                    out_ptr,
-                    x_ptr,
-                    w_desc,
-                    pairs_ptr,
-                    expert,
-                    first,
-                    rows,
-                    n0,
-                    TOP_K,
-                    K,
-                    N,
-                    OUT_STRIDE,
-                    X_STRIDE,
-                    HALF_M,
-                    BLOCK_N,
-                    BLOCK_K,
-                    STAGES,
-                )
+        elif TAIL and rows > 0:
+            _tile(
+                out_ptr,
+                x_ptr,
+                w_desc,
+                pairs_ptr,
+                expert,
+                first,
+                rows,
+                n0,
+                TOP_K,
+                K,
+                N,
+                OUT_STRIDE,
+                X_STRIDE,
+                HALF_M,
+                BLOCK_N,
+                BLOCK_K,
+                STAGES,
+            )
 
 
 _kernel = runtime.Launcher(moe_gemm_box_f16_token_pair_relu2_plain_kernel)

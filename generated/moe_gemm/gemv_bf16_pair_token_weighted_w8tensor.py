@@ -70,11 +70,10 @@ def moe_gemm_gemv_bf16_pair_token_weighted_w8tensor_kernel(
     w_row = n if N % BLOCK_N == 0 else tl.minimum(n, N - 1)
     token = tl.program_id(0) // TILES
     out_row = out_ptr + token.to(tl.int64) * OUT_STRIDE
-    if valid_tokens_ptr is not None:
-        if token >= tl.load(valid_tokens_ptr):
-            if ZERO_REST:
-                tl.store(out_row + n, tl.zeros([BLOCK_N], out_ptr.dtype.element_ty), mask=n < N)
-            return
+    if valid_tokens_ptr is not None and token >= tl.load(valid_tokens_ptr):
+        if ZERO_REST:
+            tl.store(out_row + n, tl.zeros([BLOCK_N], out_ptr.dtype.element_ty), mask=n < N)
+        return
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     if PDL:
         gdc_wait()

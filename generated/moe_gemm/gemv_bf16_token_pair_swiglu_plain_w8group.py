@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from .. import _runtime as runtime
 from .._scales import as_fp32
@@ -66,9 +66,8 @@ def moe_gemm_gemv_bf16_token_pair_swiglu_plain_w8group_kernel(
     K_GROUPS: tl.constexpr = (K + 128 - 1) // 128
     ONE_GROUP: tl.constexpr = 128 % BLOCK_N == 0  # of the columns of a program
     pair = tl.program_id(0) // TILES
-    if valid_tokens_ptr is not None:
-        if pair // TOP_K >= tl.load(valid_tokens_ptr):
-            return
+    if valid_tokens_ptr is not None and pair // TOP_K >= tl.load(valid_tokens_ptr):
+        return
     expert = tl.load(topk_ids_ptr + pair).to(tl.int64) - LOCAL_EXPERT_START
     if (expert < 0) | (expert >= NUM_EXPERTS):
         return

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from .. import _runtime as runtime
 from ..moe_align import MoeTables
@@ -56,9 +56,8 @@ def moe_gemm_gemv_f16_token_pair_swiglu_plain_kernel(
     k = tl.arange(0, BLOCK_K)
     w_row = n if N % BLOCK_N == 0 else tl.minimum(n, N - 1)
     pair = tl.program_id(0) // TILES
-    if valid_tokens_ptr is not None:
-        if pair // TOP_K >= tl.load(valid_tokens_ptr):
-            return
+    if valid_tokens_ptr is not None and pair // TOP_K >= tl.load(valid_tokens_ptr):
+        return
     expert = tl.load(topk_ids_ptr + pair).to(tl.int64) - LOCAL_EXPERT_START
     if (expert < 0) | (expert >= NUM_EXPERTS):
         return

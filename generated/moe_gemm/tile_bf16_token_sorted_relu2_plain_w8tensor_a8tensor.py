@@ -62,6 +62,7 @@ def _tile(
     pair = tl.load(pairs_ptr + position)
     n = n0 + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
+
     x_row = pair // TOP_K
     x_tile = x_ptr + x_row.to(tl.int64)[:, None] * X_STRIDE + k[None, :]
     w_row = n if N % BLOCK_N == 0 else tl.minimum(n, N - 1)
@@ -169,33 +170,32 @@ def moe_gemm_tile_bf16_token_sorted_relu2_plain_w8tensor_a8tensor_kernel(
                 STAGES,
                 WEIGHTS,
             )
-        elif TAIL:
-            if rows > 0:
-                _tile(
-                    out_ptr,
-                    x_ptr,
-                    w_ptr,
-                    w_scale_ptr,
-                    x_scale_ptr,
-                    pairs_ptr,
-                    expert,
-                    first,
-                    rows,
-                    n0,
-                    TOP_K,
-                    K,
-                    N,
-                    OUT_STRIDE,
-                    X_STRIDE,
-                    W_STRIDE_E,
-                    W_STRIDE_N,
-                    W_SCALE_STRIDE,
-                    HALF_M,
-                    BLOCK_N,
-                    BLOCK_K,
-                    STAGES,
-                    WEIGHTS,
-                )
+        elif TAIL and rows > 0:
+            _tile(
+                out_ptr,
+                x_ptr,
+                w_ptr,
+                w_scale_ptr,
+                x_scale_ptr,
+                pairs_ptr,
+                expert,
+                first,
+                rows,
+                n0,
+                TOP_K,
+                K,
+                N,
+                OUT_STRIDE,
+                X_STRIDE,
+                W_STRIDE_E,
+                W_STRIDE_N,
+                W_SCALE_STRIDE,
+                HALF_M,
+                BLOCK_N,
+                BLOCK_K,
+                STAGES,
+                WEIGHTS,
+            )
 
 
 _kernel = runtime.Launcher(moe_gemm_tile_bf16_token_sorted_relu2_plain_w8tensor_a8tensor_kernel)

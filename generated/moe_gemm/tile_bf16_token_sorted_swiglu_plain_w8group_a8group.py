@@ -65,6 +65,7 @@ def _tile(
     pair = tl.load(pairs_ptr + position)
     n = n0 + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
+
     x_row = pair // TOP_K
     x_tile = x_ptr + x_row.to(tl.int64)[:, None] * X_STRIDE + k[None, :]
     w_row = n if N % BLOCK_N == 0 else tl.minimum(n, N - 1)
@@ -208,36 +209,35 @@ def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8group_a8group_kernel(
                 STAGES,
                 WEIGHTS,
             )
-        elif TAIL:
-            if rows > 0:
-                _tile(
-                    out_ptr,
-                    x_ptr,
-                    w_ptr,
-                    w_scale_ptr,
-                    x_scale_ptr,
-                    x_scale_next,
-                    pairs_ptr,
-                    expert,
-                    first,
-                    rows,
-                    n0,
-                    TOP_K,
-                    K,
-                    N,
-                    OUT_STRIDE,
-                    X_STRIDE,
-                    W_STRIDE_E,
-                    W_STRIDE_N,
-                    W_SCALE_STRIDE,
-                    W_SCALE_NEXT,
-                    X_SCALE_STRIDE,
-                    HALF_M,
-                    BLOCK_N,
-                    BLOCK_K,
-                    STAGES,
-                    WEIGHTS,
-                )
+        elif TAIL and rows > 0:
+            _tile(
+                out_ptr,
+                x_ptr,
+                w_ptr,
+                w_scale_ptr,
+                x_scale_ptr,
+                x_scale_next,
+                pairs_ptr,
+                expert,
+                first,
+                rows,
+                n0,
+                TOP_K,
+                K,
+                N,
+                OUT_STRIDE,
+                X_STRIDE,
+                W_STRIDE_E,
+                W_STRIDE_N,
+                W_SCALE_STRIDE,
+                W_SCALE_NEXT,
+                X_SCALE_STRIDE,
+                HALF_M,
+                BLOCK_N,
+                BLOCK_K,
+                STAGES,
+                WEIGHTS,
+            )
 
 
 _kernel = runtime.Launcher(moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8group_a8group_kernel)

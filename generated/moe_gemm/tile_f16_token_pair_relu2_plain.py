@@ -55,6 +55,7 @@ def _tile(
     pair = tl.load(pairs_ptr + position)
     n = n0 + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
+
     x_row = pair // TOP_K
     x_tile = x_ptr + x_row.to(tl.int64)[:, None] * X_STRIDE + k[None, :]
     w_row = n if N % BLOCK_N == 0 else tl.minimum(n, N - 1)
@@ -142,30 +143,29 @@ def moe_gemm_tile_f16_token_pair_relu2_plain_kernel(
                 STAGES,
                 WEIGHTS,
             )
-        elif TAIL:
-            if rows > 0:
-                _tile(
-                    out_ptr,
-                    x_ptr,
-                    w_ptr,
-                    pairs_ptr,
-                    expert,
-                    first,
-                    rows,
-                    n0,
-                    TOP_K,
-                    K,
-                    N,
-                    OUT_STRIDE,
-                    X_STRIDE,
-                    W_STRIDE_E,
-                    W_STRIDE_N,
-                    HALF_M,
-                    BLOCK_N,
-                    BLOCK_K,
-                    STAGES,
-                    WEIGHTS,
-                )
+        elif TAIL and rows > 0:
+            _tile(
+                out_ptr,
+                x_ptr,
+                w_ptr,
+                pairs_ptr,
+                expert,
+                first,
+                rows,
+                n0,
+                TOP_K,
+                K,
+                N,
+                OUT_STRIDE,
+                X_STRIDE,
+                W_STRIDE_E,
+                W_STRIDE_N,
+                HALF_M,
+                BLOCK_N,
+                BLOCK_K,
+                STAGES,
+                WEIGHTS,
+            )
 
 
 _kernel = runtime.Launcher(moe_gemm_tile_f16_token_pair_relu2_plain_kernel)

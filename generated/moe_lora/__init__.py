@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -456,7 +457,7 @@ def _variant(
     for largest, tag in _BUCKETS:
         key = (schedule, dtype, add_inputs, weighted, tag, problem.weight_scales, problem.x_scales)
         if problem.rank <= largest and key in _MODULES:
-            return _MODULES[key], min(128, largest)
+            return _MODULES[key], int(min(128, largest))
     return None
 
 

@@ -6,14 +6,22 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, Mapping, NamedTuple, Sequence, Union
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
 from .. import _scales
-from .._scales import Quant, check_fp8, check_x_scale, find_x_mode, is_fp32, product_rows
+from .._scales import (
+    Quant,
+    check_fp8,
+    check_x_scale,
+    find_x_mode,
+    is_fp32,
+    product_rows,
+)
 from ..moe_route import (
     ROUTE,
     MoeRoute,
@@ -73,7 +81,7 @@ CONFIGS = {
     "small_batch": SmallBatchConfig,
     "two_kernel": TwoKernelConfig,
 }
-Config = Union[OneShotConfig, SmallBatchConfig, TwoKernelConfig]
+Config = OneShotConfig | SmallBatchConfig | TwoKernelConfig
 
 # (out, x, lora_a, lora_b, route, topk_weights) of sizes that were checked before; then a_scale and b_scale where weights
 # are FP8, then x_scale where x is
@@ -153,8 +161,8 @@ class Problem(NamedTuple):
     rank: int
     x_stride: int
     out_stride: int
-    a_strides: tuple[int, int, int]
-    b_strides: tuple[int, int, int]
+    a_strides: tuple[int, ...]
+    b_strides: tuple[int, ...]
     weighted: bool
     adds: bool
     device: torch.device
@@ -212,7 +220,8 @@ def check(
     a_strides, b_strides = a.stride()[:3], b.stride()[:3]
     if slices * n >= 2**31:
         runtime.fail(variant, "out", runtime.describe(out), "below 2**31 columns")
-    a_scale_strides = b_scale_strides = ()
+    a_scale_strides: tuple[int, ...] = ()
+    b_scale_strides: tuple[int, ...] = ()
     if scales.of_weights is not None:
         a_scale_strides = _scale_strides(variant, "a_scale", scales.of_weights, scales.a, lora_a)
         b_scale_strides = _scale_strides(variant, "b_scale", scales.of_weights, scales.b, lora_b)
@@ -345,8 +354,8 @@ def partials(route: MoeRoute, size: int, dtype: torch.dtype, out: torch.Tensor) 
     return parts if dtype == torch.float32 else parts.view(dtype)
 
 
-def choose(schedule: str, problem: Problem, route: MoeRoute) -> Config:
-    """The tiles of ``schedule`` for a call: the tuned ones where the schedule was tuned for it, else the rule's."""
+def choose(schedule: str, problem: Problem, route: MoeRoute) -> Any:
+    """The tiles of ``schedule`` for a call, of its class: the tuned ones where the schedule was tuned for it, else the rule's."""
     chosen, config = plan(problem, route)
     if chosen == schedule:
         return config
@@ -476,9 +485,12 @@ def _num_blocks(s: _Shape) -> float:
 @functools.lru_cache(maxsize=4096)
 def _rule(schedule: str, *sizes: Any) -> Config:
     s = _Shape(*sizes)
-    return {"one_shot": _one_shot, "small_batch": _small_batch, "two_kernel": _two_kernel}[
-        schedule
-    ](s)
+    rules: dict[str, Callable[[_Shape], Config]] = {
+        "one_shot": _one_shot,
+        "small_batch": _small_batch,
+        "two_kernel": _two_kernel,
+    }
+    return rules[schedule](s)
 
 
 def _block_k(k: int, wanted: int, waste: float = 0.0) -> int:

@@ -21,7 +21,7 @@ more it goes through shared memory, which costs more than to widen again, and in
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -31,7 +31,15 @@ from .. import _runtime as runtime
 from .._scales import as_fp32
 from .._slices import joined_slices, split_slices
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, rows_of_program
+from ._problem import (
+    CACHE_POLICIES,
+    Call,
+    Problem,
+    Scales,
+    check,
+    choose,
+    rows_of_program,
+)
 from ._problem import OneShotConfig as Config
 
 
@@ -97,7 +105,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r128_a8token_kernel(
     a_row = tl.minimum(column % BLOCK_R, RANK - 1)
     a_tile = a_row[:, None] * A_STRIDE_R + k[None, :]
     zeros = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-    products = ()
+    products: tl.tuple = ()
     for i in tl.static_range(0, len(a_ptrs), JOINED):
         a = a_ptrs[i] + a_base
         if JOINED > 1:
@@ -127,7 +135,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r128_a8token_kernel(
             ]
         x = x.to(tl.float16).to(tl.float32).to(tl.bfloat16)
         products = [(p[0], tl.dot(x, p[2].T, p[1])) for p in products]
-    sums = ()
+    sums: tl.tuple = ()
     for i in tl.static_range(len(products)):
         sums += split_slices(products[i][1] * x_scale, WIDTH // BLOCK_R)
     if RANK == BLOCK_R:

@@ -17,7 +17,7 @@ One program serves one block of the route: at most BLOCK_M pairs of one adapter 
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -26,7 +26,13 @@ import triton.language as tl
 from .. import _runtime as runtime
 from .._slices import joined_slices, split_slices
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Problem, check, choose
+from ._problem import (
+    CACHE_POLICIES,
+    Call,
+    Problem,
+    check,
+    choose,
+)
 from ._problem import OneShotConfig as Config
 
 
@@ -85,7 +91,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r16_kernel(
     a_row = tl.minimum(column % BLOCK_R, RANK - 1)
     a_tile = a_row[:, None] * A_STRIDE_R + k[None, :]
     zeros = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-    products = ()
+    products: tl.tuple = ()
     for i in tl.static_range(0, len(a_ptrs), JOINED):
         a = a_ptrs[i] + a_base
         if JOINED > 1:
@@ -113,7 +119,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r16_kernel(
                 for p in products
             ]
         products = [(p[0], tl.dot(x, p[2].T, p[1])) for p in products]
-    sums = ()
+    sums: tl.tuple = ()
     for i in tl.static_range(len(products)):
         sums += split_slices(products[i][1], WIDTH // BLOCK_R)
     if RANK == BLOCK_R:

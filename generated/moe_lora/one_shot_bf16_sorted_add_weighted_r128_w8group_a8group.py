@@ -22,7 +22,7 @@ more it goes through shared memory, which costs more than to widen again, and in
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -32,7 +32,15 @@ from .. import _runtime as runtime
 from .._scales import as_fp32
 from .._slices import joined_slices, split_slices
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, rows_of_program
+from ._problem import (
+    CACHE_POLICIES,
+    Call,
+    Problem,
+    Scales,
+    check,
+    choose,
+    rows_of_program,
+)
 from ._problem import OneShotConfig as Config
 
 
@@ -105,7 +113,6 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r128_w8group_a8group_kernel(
     x_row = pair.to(tl.int64)[:, None]
     x_rows = x_ptr + x_row * X_STRIDE
     a_base = adapter * A_STRIDE_L + expert * A_STRIDE_E
-    K_GROUPS: tl.constexpr = (K + 128 - 1) // 128
     tl.static_assert(128 % BLOCK_K == 0, "a tile lies in one group")
     # A product is of JOINED slices, BLOCK_R columns each: so wide that its warps lie side by side, with weights of their own.
     # A rank below the tile reads its last row again, which is dropped afterwards: no mask in the loop.
@@ -115,7 +122,7 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r128_w8group_a8group_kernel(
     a_tile = a_row[:, None] * A_STRIDE_R + k[None, :]
     a_scale_base = adapter * A_SCALE_STRIDE_L + expert * A_SCALE_STRIDE_E
     zeros = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-    products = ()
+    products: tl.tuple = ()
     for i in tl.static_range(0, len(a_ptrs), JOINED):
         a = a_ptrs[i] + a_base
         a_scale_ptr = a_scale_ptrs[i]
@@ -167,7 +174,7 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r128_w8group_a8group_kernel(
         products = [
             (p[0], p[1] + tl.dot(x, p[3].to(tl.float16).T) * p[4] * x_scale, p[2]) for p in products
         ]
-    sums = ()
+    sums: tl.tuple = ()
     for i in tl.static_range(len(products)):
         sums += split_slices(products[i][1], WIDTH // BLOCK_R)
     if RANK == BLOCK_R:

@@ -22,7 +22,7 @@ more it goes through shared memory, which costs more than to widen again, and in
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -31,7 +31,15 @@ import triton.language as tl
 from .. import _runtime as runtime
 from .._slices import joined_slices, split_slices
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, rows_of_program
+from ._problem import (
+    CACHE_POLICIES,
+    Call,
+    Problem,
+    Scales,
+    check,
+    choose,
+    rows_of_program,
+)
 from ._problem import OneShotConfig as Config
 
 
@@ -106,7 +114,7 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r16_w8channel_kernel(
     a_tile = a_row[:, None] * A_STRIDE_R + k[None, :]
     a_scale_base = adapter * A_SCALE_STRIDE_L + expert * A_SCALE_STRIDE_E
     zeros = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-    products = ()
+    products: tl.tuple = ()
     for i in tl.static_range(0, len(a_ptrs), JOINED):
         a = a_ptrs[i] + a_base
         a_scale_ptr = a_scale_ptrs[i]
@@ -143,7 +151,7 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r16_w8channel_kernel(
             (p[0], tl.dot(x, p[3].to(tl.float16).to(tl.float32).to(tl.bfloat16).T, p[1]), p[2])
             for p in products
         ]
-    sums = ()
+    sums: tl.tuple = ()
     for i in tl.static_range(len(products)):
         sums += split_slices(products[i][1] * products[i][2], WIDTH // BLOCK_R)
     if RANK == BLOCK_R:

@@ -22,7 +22,7 @@ more it goes through shared memory, which costs more than to widen again, and in
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -31,7 +31,15 @@ import triton.language as tl
 from .. import _runtime as runtime
 from .._slices import joined_slices, split_slices
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, rows_of_program
+from ._problem import (
+    CACHE_POLICIES,
+    Call,
+    Problem,
+    Scales,
+    check,
+    choose,
+    rows_of_program,
+)
 from ._problem import OneShotConfig as Config
 
 
@@ -98,7 +106,6 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r16_w8group_kernel(
     k = tl.arange(0, BLOCK_K)
     x_rows = x_ptr + pair.to(tl.int64)[:, None] * X_STRIDE
     a_base = adapter * A_STRIDE_L + expert * A_STRIDE_E
-    K_GROUPS: tl.constexpr = (K + 128 - 1) // 128
     tl.static_assert(128 % BLOCK_K == 0, "a tile lies in one group")
     # A product is of JOINED slices, BLOCK_R columns each: so wide that its warps lie side by side, with weights of their own.
     # A rank below the tile reads its last row again, which is dropped afterwards: no mask in the loop.
@@ -108,7 +115,7 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r16_w8group_kernel(
     a_tile = a_row[:, None] * A_STRIDE_R + k[None, :]
     a_scale_base = adapter * A_SCALE_STRIDE_L + expert * A_SCALE_STRIDE_E
     zeros = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-    products = ()
+    products: tl.tuple = ()
     for i in tl.static_range(0, len(a_ptrs), JOINED):
         a = a_ptrs[i] + a_base
         a_scale_ptr = a_scale_ptrs[i]
@@ -157,7 +164,7 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r16_w8group_kernel(
             )
             for p in products
         ]
-    sums = ()
+    sums: tl.tuple = ()
     for i in tl.static_range(len(products)):
         sums += split_slices(products[i][1], WIDTH // BLOCK_R)
     if RANK == BLOCK_R:

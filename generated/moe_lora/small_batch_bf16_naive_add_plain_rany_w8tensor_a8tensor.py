@@ -21,18 +21,25 @@ early and has its weights on the way before it waits for the parts.
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-
 from .. import _runtime as runtime
 from .._scales import as_fp32
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, partials
+from ._problem import (
+    CACHE_POLICIES,
+    Call,
+    Problem,
+    Scales,
+    check,
+    choose,
+    partials,
+)
 from ._problem import SmallBatchConfig as Config
 
 
@@ -107,7 +114,6 @@ def moe_lora_small_batch_bf16_naive_add_plain_rany_w8tensor_a8tensor_shrink(
     k = split * SPLIT_K + tl.arange(0, BLOCK_K)
     a_scales = a_scale_ptr + adapter * A_SCALE_STRIDE_L + expert * A_SCALE_STRIDE_E
     a_scale = tl.load(a_scales)
-    row = (pair // TOP_K).to(tl.int64)
     x_scale = as_fp32(tl.load(x_scale_ptr))
     x_row = x_ptr + (pair // TOP_K).to(tl.int64) * X_STRIDE
     a_rows = a_ptr + adapter * A_STRIDE_L + expert * A_STRIDE_E + a_row[:, None] * A_STRIDE_R
@@ -195,7 +201,6 @@ def moe_lora_small_batch_bf16_naive_add_plain_rany_w8tensor_a8tensor_expand(
     b_rows = b_ptr + adapter * B_STRIDE_L + expert * B_STRIDE_E + n[:, None] * B_STRIDE_N
     parts = parts_ptr + (pair.to(tl.int64) * len(b_ptrs) + s) * PART_STRIDE
     next_part = num_pairs.to(tl.int64) * (len(b_ptrs) * PART_STRIDE)
-    n_mask = None if N % BLOCK_N == 0 else n < N
     b_scales = b_scale_ptr + adapter * B_SCALE_STRIDE_L + expert * B_SCALE_STRIDE_E
     b_scale = tl.load(b_scales)
     if N % BLOCK_N == 0:

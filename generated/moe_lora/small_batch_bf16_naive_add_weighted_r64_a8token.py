@@ -22,18 +22,25 @@ early and has its weights on the way before it waits for the parts.
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-
 from .. import _runtime as runtime
 from .._scales import as_fp32
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, partials
+from ._problem import (
+    CACHE_POLICIES,
+    Call,
+    Problem,
+    Scales,
+    check,
+    choose,
+    partials,
+)
 from ._problem import SmallBatchConfig as Config
 
 

@@ -22,18 +22,25 @@ early and has its weights on the way before it waits for the parts.
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-
 from .. import _runtime as runtime
 from .._scales import as_fp32
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, partials
+from ._problem import (
+    CACHE_POLICIES,
+    Call,
+    Problem,
+    Scales,
+    check,
+    choose,
+    partials,
+)
 from ._problem import SmallBatchConfig as Config
 
 
@@ -101,7 +108,6 @@ def moe_lora_small_batch_bf16_naive_add_weighted_rany_a8tensor_shrink(
     a_row = r if RANK % BLOCK_R == 0 else tl.minimum(r, RANK - 1)
     tl.static_assert(SPLIT_K % BLOCK_K == 0, "a part is of whole tiles")
     k = split * SPLIT_K + tl.arange(0, BLOCK_K)
-    row = pair.to(tl.int64)
     x_scale = as_fp32(tl.load(x_scale_ptr + expert * X_SCALE_STRIDE))
     x_row = x_ptr + pair.to(tl.int64) * X_STRIDE
     a_rows = a_ptr + adapter * A_STRIDE_L + expert * A_STRIDE_E + a_row[:, None] * A_STRIDE_R

@@ -22,13 +22,13 @@ more it goes through shared memory, which costs more than to widen again, and in
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
 
 from .. import _runtime as runtime
 from .._scales import as_fp32
@@ -117,7 +117,7 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_rany_w8channel_a8token_shrink(
     a_tile = a_row[:, None] * A_STRIDE_R + k[None, :]
     a_scale_base = adapter * A_SCALE_STRIDE_L + expert * A_SCALE_STRIDE_E
     zeros = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-    products = ()
+    products: tl.tuple = ()
     for i in tl.static_range(0, len(a_ptrs), JOINED):
         a = a_ptrs[i] + a_base
         a_scale_ptr = a_scale_ptrs[i]
@@ -152,7 +152,7 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_rany_w8channel_a8token_shrink(
             ]
         x = x.to(tl.float16)
         products = [(p[0], tl.dot(x, p[3].to(tl.float16).T, p[1]), p[2]) for p in products]
-    sums = ()
+    sums: tl.tuple = ()
     for i in tl.static_range(len(products)):
         sums += split_slices(products[i][1] * products[i][2] * x_scale, WIDTH // BLOCK_R)
     PART_STRIDE: tl.constexpr = CHUNKS * BLOCK_R
@@ -354,9 +354,10 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         b_scale: Sequence[torch.Tensor],
         x_scale: torch.Tensor,
     ) -> None:
-        capacity = route.pairs.shape[0]
+        pairs: Any = route.pairs  # there are, as blocks are
+        capacity = pairs.shape[0]
         parts = partials(route, of_position * capacity, part_dtype, out)
-        tables = (route.pairs, route.blocks, route.num_blocks, capacity)
+        tables = (pairs, route.blocks, route.num_blocks, capacity)
         shrink.run(parts, x, tuple(lora_a), tuple(a_scale), x_scale, *tables)
         expand.run(out, parts, tuple(lora_b), tuple(b_scale), *tables)
 

@@ -23,13 +23,13 @@ more it goes through shared memory, which costs more than to widen again, and in
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
 
 from .. import _runtime as runtime
 from .._slices import joined_slices, split_slices
@@ -103,7 +103,6 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r32_w8group_shrink(
     k_end = k_begin + SPLIT_K if K % SPLIT_K == 0 else tl.minimum(k_begin + SPLIT_K, K)
     x_rows = x_ptr + pair.to(tl.int64)[:, None] * X_STRIDE
     a_base = adapter * A_STRIDE_L + expert * A_STRIDE_E
-    K_GROUPS: tl.constexpr = (K + 128 - 1) // 128
     tl.static_assert(128 % BLOCK_K == 0, "a tile lies in one group")
     # A product is of JOINED slices, BLOCK_R columns each: so wide that its warps lie side by side, with weights of their own.
     # A rank below the tile reads its last row again, which is dropped afterwards: no mask in the loop.
@@ -113,7 +112,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r32_w8group_shrink(
     a_tile = a_row[:, None] * A_STRIDE_R + k[None, :]
     a_scale_base = adapter * A_SCALE_STRIDE_L + expert * A_SCALE_STRIDE_E
     zeros = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-    products = ()
+    products: tl.tuple = ()
     for i in tl.static_range(0, len(a_ptrs), JOINED):
         a = a_ptrs[i] + a_base
         a_scale_ptr = a_scale_ptrs[i]
@@ -162,7 +161,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r32_w8group_shrink(
             )
             for p in products
         ]
-    sums = ()
+    sums: tl.tuple = ()
     for i in tl.static_range(len(products)):
         sums += split_slices(products[i][1], WIDTH // BLOCK_R)
     PART_STRIDE: tl.constexpr = BLOCK_R
@@ -372,9 +371,10 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         a_scale: Sequence[torch.Tensor],
         b_scale: Sequence[torch.Tensor],
     ) -> None:
-        capacity = route.pairs.shape[0]
+        pairs: Any = route.pairs  # there are, as blocks are
+        capacity = pairs.shape[0]
         parts = partials(route, of_position * capacity, part_dtype, out)
-        tables = (route.pairs, route.blocks, route.num_blocks, capacity)
+        tables = (pairs, route.blocks, route.num_blocks, capacity)
         shrink.run(parts, x, tuple(lora_a), tuple(a_scale), *tables)
         expand.run(out, parts, tuple(lora_b), tuple(b_scale), topk_weights, *tables)
 

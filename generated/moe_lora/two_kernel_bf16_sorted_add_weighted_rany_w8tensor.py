@@ -23,13 +23,13 @@ more it goes through shared memory, which costs more than to widen again, and in
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
 
 from .. import _runtime as runtime
 from .._slices import joined_slices, split_slices
@@ -113,7 +113,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_rany_w8tensor_shrink(
     a_tile = a_row[:, None] * A_STRIDE_R + k[None, :]
     a_scale_base = adapter * A_SCALE_STRIDE_L + expert * A_SCALE_STRIDE_E
     zeros = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-    products = ()
+    products: tl.tuple = ()
     for i in tl.static_range(0, len(a_ptrs), JOINED):
         a = a_ptrs[i] + a_base
         a_scale_ptr = a_scale_ptrs[i]
@@ -150,7 +150,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_rany_w8tensor_shrink(
             (p[0], tl.dot(x, p[3].to(tl.float16).to(tl.float32).to(tl.bfloat16).T, p[1]), p[2])
             for p in products
         ]
-    sums = ()
+    sums: tl.tuple = ()
     for i in tl.static_range(len(products)):
         sums += split_slices(products[i][1] * products[i][2], WIDTH // BLOCK_R)
     PART_STRIDE: tl.constexpr = CHUNKS * BLOCK_R
@@ -358,9 +358,10 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         a_scale: Sequence[torch.Tensor],
         b_scale: Sequence[torch.Tensor],
     ) -> None:
-        capacity = route.pairs.shape[0]
+        pairs: Any = route.pairs  # there are, as blocks are
+        capacity = pairs.shape[0]
         parts = partials(route, of_position * capacity, part_dtype, out)
-        tables = (route.pairs, route.blocks, route.num_blocks, capacity)
+        tables = (pairs, route.blocks, route.num_blocks, capacity)
         shrink.run(parts, x, tuple(lora_a), tuple(a_scale), *tables)
         expand.run(out, parts, tuple(lora_b), tuple(b_scale), topk_weights, *tables)
 

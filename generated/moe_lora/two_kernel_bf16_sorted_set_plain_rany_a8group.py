@@ -22,13 +22,13 @@ more it goes through shared memory, which costs more than to widen again, and in
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
 
 from .. import _runtime as runtime
 from .._scales import as_fp32
@@ -115,7 +115,7 @@ def moe_lora_two_kernel_bf16_sorted_set_plain_rany_a8group_shrink(
     a_row = tl.minimum(chunk * BLOCK_R + column, RANK - 1)
     a_tile = a_row[:, None] * A_STRIDE_R + k[None, :]
     zeros = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-    products = ()
+    products: tl.tuple = ()
     for i in tl.static_range(0, len(a_ptrs), JOINED):
         a = a_ptrs[i] + a_base
         if JOINED > 1:
@@ -153,7 +153,7 @@ def moe_lora_two_kernel_bf16_sorted_set_plain_rany_a8group_shrink(
             ]
         x = x.to(tl.float16).to(tl.float32).to(tl.bfloat16)
         products = [(p[0], p[1] + tl.dot(x, p[2].T) * x_scale) for p in products]
-    sums = ()
+    sums: tl.tuple = ()
     for i in tl.static_range(len(products)):
         sums += split_slices(products[i][1], WIDTH // BLOCK_R)
     PART_STRIDE: tl.constexpr = CHUNKS * BLOCK_R
@@ -339,9 +339,10 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         topk_weights: torch.Tensor | None,
         x_scale: torch.Tensor,
     ) -> None:
-        capacity = route.pairs.shape[0]
+        pairs: Any = route.pairs  # there are, as blocks are
+        capacity = pairs.shape[0]
         parts = partials(route, of_position * capacity, part_dtype, out)
-        tables = (route.pairs, route.blocks, route.num_blocks, capacity)
+        tables = (pairs, route.blocks, route.num_blocks, capacity)
         shrink.run(parts, x, tuple(lora_a), x_scale, x_scale_next, *tables)
         expand.run(out, parts, tuple(lora_b), *tables)
 

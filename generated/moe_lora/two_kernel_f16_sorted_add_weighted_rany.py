@@ -19,18 +19,25 @@ the expand cuts the columns. Parts are fp32 [splits, position in the route, S, r
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-
 from .. import _runtime as runtime
 from .._slices import joined_slices, split_slices
 from ..moe_route import MoeRoute
-from ._problem import CACHE_POLICIES, Call, Problem, check, choose, partials
+from ._problem import (
+    CACHE_POLICIES,
+    Call,
+    Problem,
+    check,
+    choose,
+    partials,
+)
 from ._problem import TwoKernelConfig as Config
 
 
@@ -92,7 +99,7 @@ def moe_lora_two_kernel_f16_sorted_add_weighted_rany_shrink(
     a_row = tl.minimum(chunk * BLOCK_R + column, RANK - 1)
     a_tile = a_row[:, None] * A_STRIDE_R + k[None, :]
     zeros = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-    products = ()
+    products: tl.tuple = ()
     for i in tl.static_range(0, len(a_ptrs), JOINED):
         a = a_ptrs[i] + a_base
         if JOINED > 1:
@@ -120,7 +127,7 @@ def moe_lora_two_kernel_f16_sorted_add_weighted_rany_shrink(
                 for p in products
             ]
         products = [(p[0], tl.dot(x, p[2].T, p[1])) for p in products]
-    sums = ()
+    sums: tl.tuple = ()
     for i in tl.static_range(len(products)):
         sums += split_slices(products[i][1], WIDTH // BLOCK_R)
     PART_STRIDE: tl.constexpr = CHUNKS * BLOCK_R
@@ -295,9 +302,10 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         route: MoeRoute,
         topk_weights: torch.Tensor | None,
     ) -> None:
-        capacity = route.pairs.shape[0]
+        pairs: Any = route.pairs  # there are, as blocks are
+        capacity = pairs.shape[0]
         parts = partials(route, of_position * capacity, part_dtype, out)
-        tables = (route.pairs, route.blocks, route.num_blocks, capacity)
+        tables = (pairs, route.blocks, route.num_blocks, capacity)
         shrink.run(parts, x, tuple(lora_a), *tables)
         expand.run(out, parts, tuple(lora_b), topk_weights, *tables)
 

@@ -6,13 +6,21 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, NamedTuple, Sequence, Union
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
-from ..moe_route import ROUTE, MoeRoute, check_kind, check_rank, expected_groups, experts_in_weights
+from ..moe_route import (
+    ROUTE,
+    MoeRoute,
+    check_kind,
+    check_rank,
+    expected_groups,
+    experts_in_weights,
+)
 from ._tuned import TUNED
 
 
@@ -35,7 +43,7 @@ class BlocksConfig(NamedTuple):
 
 
 CONFIGS = {"pairs": PairsConfig, "blocks": BlocksConfig}
-Config = Union[PairsConfig, BlocksConfig]
+Config = PairsConfig | BlocksConfig
 
 # How the cache treats weights, by weight_policy: as any data, or as data that is read once.
 CACHE_POLICIES = ("", "evict_first")
@@ -81,7 +89,7 @@ class Problem(NamedTuple):
     offset: int  # column of out where the first slice begins
     out_stride: int
     y_stride: int  # between pairs; those between slices and shards may depend on their number, so they are read at each call
-    b_strides: tuple[int, int, int]
+    b_strides: tuple[int, ...]
     device: torch.device
 
 
@@ -171,8 +179,8 @@ class Key(NamedTuple):
     weight_scales: str | None
 
 
-def choose(schedule: str, problem: Problem, route: MoeRoute) -> Config:
-    """The tiles for a call, from host integers alone: the same call always gets the same.
+def choose(schedule: str, problem: Problem, route: MoeRoute) -> Any:
+    """The tiles of ``schedule`` for a call, of its class, from host integers alone: the same call always gets the same.
 
     The number of tokens counts as the next power of two, so that the compile keys of a model are a short list.
     """

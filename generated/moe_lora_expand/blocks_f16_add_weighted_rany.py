@@ -17,7 +17,7 @@ any rank, in tiles of 128.
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -25,8 +25,8 @@ import triton.language as tl
 
 from .. import _runtime as runtime
 from ..moe_route import MoeRoute
-from ._problem import BlocksConfig as Config
 from ._problem import CACHE_POLICIES, Call, Problem, check, choose
+from ._problem import BlocksConfig as Config
 
 
 @triton.jit(

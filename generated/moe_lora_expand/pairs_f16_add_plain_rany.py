@@ -16,7 +16,7 @@ any rank, in tiles of 128.
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import triton

@@ -17,7 +17,7 @@ rank at most 16.
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import triton

@@ -6,13 +6,21 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, NamedTuple, Sequence, Union
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
-from ..moe_route import ROUTE, MoeRoute, check_kind, check_rank, expected_groups, experts_in_weights
+from ..moe_route import (
+    ROUTE,
+    MoeRoute,
+    check_kind,
+    check_rank,
+    expected_groups,
+    experts_in_weights,
+)
 from ._tuned import TUNED
 
 
@@ -39,7 +47,7 @@ class BlocksConfig(NamedTuple):
 
 
 CONFIGS = {"pairs": PairsConfig, "blocks": BlocksConfig}
-Config = Union[PairsConfig, BlocksConfig]
+Config = PairsConfig | BlocksConfig
 
 # How the cache treats weights, by weight_policy: as any data, or as data that is read once.
 CACHE_POLICIES = ("", "evict_first")
@@ -74,7 +82,7 @@ class Problem(NamedTuple):
     pairs_a_row: int  # of x: top_k, or 1 where every pair has its own
     x_stride: int
     y_stride: int  # between pairs; that between slices may depend on their number, so it is read at each call
-    a_strides: tuple[int, int, int]
+    a_strides: tuple[int, ...]
     device: torch.device
 
 
@@ -143,8 +151,8 @@ class Key(NamedTuple):
     x_scales: str | None
 
 
-def choose(schedule: str, problem: Problem, route: MoeRoute) -> Config:
-    """The tiles for a call, from host integers alone: the same call always gets the same.
+def choose(schedule: str, problem: Problem, route: MoeRoute) -> Any:
+    """The tiles of ``schedule`` for a call, of its class, from host integers alone: the same call always gets the same.
 
     How K is shared out, and with it the order of a sum, depends on everything but the rank: so a GPU that holds a part of
     the ranks makes the same bits of them as one that holds all. The number of tokens counts as the next power of two, so

@@ -17,19 +17,18 @@ added in order afterwards.
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-
 from .. import _runtime as runtime
 from .._slices import joined_slices, split_slices
 from ..moe_route import MoeRoute
-from ._problem import BlocksConfig as Config
 from ._problem import CACHE_POLICIES, Call, Problem, check, choose, scratch
+from ._problem import BlocksConfig as Config
 
 
 @triton.jit(
@@ -91,7 +90,7 @@ def moe_lora_shrink_blocks_f16_r128_product(
     a_row = tl.minimum(column % BLOCK_R, RANK - 1)
     a_tile = a_row[:, None] * A_STRIDE_R + k[None, :]
     zeros = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-    products = ()
+    products: tl.tuple = ()
     for i in tl.static_range(0, len(a_ptrs), JOINED):
         a = a_ptrs[i] + a_base
         if JOINED > 1:
@@ -119,7 +118,7 @@ def moe_lora_shrink_blocks_f16_r128_product(
                 for p in products
             ]
         products = [(p[0], tl.dot(x, p[2].T, p[1])) for p in products]
-    sums = ()
+    sums: tl.tuple = ()
     for i in tl.static_range(len(products)):
         sums += split_slices(products[i][1], WIDTH // BLOCK_R)
     kept = live[:, None] if RANK % BLOCK_R == 0 else live[:, None] & (r < RANK)[None, :]

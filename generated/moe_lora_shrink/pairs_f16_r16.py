@@ -17,13 +17,12 @@ that a pair has the same bits in every batch.
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
 
 from .. import _runtime as runtime
 from ..moe_route import MoeRoute

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 
@@ -89,8 +90,8 @@ def _nothing(*arguments: object) -> None:
 _apply = OP.caller(bind)
 
 
-def _moe_quant(codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, *rest: object) -> None:
-    _apply(codes, scale, x, MoeTables(*rest[:-1]), str(rest[-1]))
+def _moe_quant(codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, *rest: Any) -> None:
+    _apply(codes, scale, x, MoeTables(*rest[:-1]), rest[-1])
 
 
 _moe_quant_op = runtime.op(

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, Callable, Mapping, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import torch
 
@@ -69,7 +70,7 @@ class MoeRoute(NamedTuple):
         lora_ids: torch.Tensor | None = None,
         adapter_enabled: torch.Tensor | None = None,
         workspace: MoeWorkspace | None = None,
-    ) -> "MoeRoute":
+    ) -> MoeRoute:
         """A route from the padded per-adapter tables that an engine already has; on the device only.
 
         Args:
@@ -154,9 +155,8 @@ def moe_route(
     return made(_plan(*source, *request, workspace), source, workspace)
 
 
-_Source = tuple[
-    Union[torch.Tensor, None], ...
-]  # topk_ids, token_lora_mapping, adapter_enabled, expert_map
+# topk_ids, token_lora_mapping, adapter_enabled, expert_map
+_Source = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 def made(plan: Plan, source: _Source, workspace: MoeWorkspace | None) -> MoeRoute:
@@ -211,9 +211,9 @@ class Plan(NamedTuple):
     looks: list[object]  # of its routes
 
 
-_INT32 = {"dtype": torch.int32, "strides": operands.CONTIGUOUS}
+_INT32 = (torch.int32, operands.CONTIGUOUS)
 _BLOCK_MS = (16, 32, 64, 128)
-_TABLES = operands.Tensor("tables", "*", **_INT32, written=True)
+_TABLES = operands.Tensor("tables", "*", *_INT32, written=True)
 _PARTS = operands.Tensor("parts", "*", torch.float32, operands.CONTIGUOUS, written=True)
 
 
@@ -236,8 +236,8 @@ WORKSPACE = operands.Bundle(
     optional=True,
     whole=_check_workspace,
 )
-_ENABLED = operands.Tensor("adapter_enabled", ">=L", **_INT32, optional=True)
-_MAPPING = operands.Tensor("token_lora_mapping", "T", **_INT32)
+_ENABLED = operands.Tensor("adapter_enabled", ">=L", *_INT32, optional=True)
+_MAPPING = operands.Tensor("token_lora_mapping", "T", *_INT32)
 _LORAS = operands.Int("max_loras", 1, size="L")
 _EXPERTS = operands.Int("num_experts", 1, size="E")
 _BLOCK_M = operands.Int("block_m", optional=True, one_of=_BLOCK_MS)
@@ -249,7 +249,7 @@ OP = operands.Op(
         _IDS,
         _MAPPING,
         _ENABLED,
-        operands.Tensor("expert_map", ">=1", **_INT32, optional=True),
+        operands.Tensor("expert_map", ">=1", *_INT32, optional=True),
         _EXPERTS,
         _LORAS,
         operands.Choice("assignment", ("auto", "naive", "sorted")),
@@ -279,19 +279,19 @@ _SPACE = operands.Op(
 
 # What the launchers of single variants take; front doors make the buffers.
 _FILLED = (
-    operands.Tensor("pairs", "*", **_INT32, written=True),
-    operands.Tensor("blocks", "*, 4", **_INT32, written=True),
-    operands.Tensor("num_blocks", "1", **_INT32, written=True),
+    operands.Tensor("pairs", "*", *_INT32, written=True),
+    operands.Tensor("blocks", "*, 4", *_INT32, written=True),
+    operands.Tensor("num_blocks", "1", *_INT32, written=True),
 )
 _SORT = operands.Op(
     "moe_route_sort",
     (
         *_FILLED,
-        operands.Tensor("scratch", "*", **_INT32, written=True),
+        operands.Tensor("scratch", "*", *_INT32, written=True),
         dataclasses.replace(_IDS, optional=False),
         _MAPPING,
         _ENABLED,
-        operands.Tensor("expert_map", ">=1", **_INT32, optional=True),
+        operands.Tensor("expert_map", ">=1", *_INT32, optional=True),
         _EXPERTS,
         _LORAS,
         operands.Int("block_m", one_of=_BLOCK_MS),
@@ -303,8 +303,8 @@ _PACK = operands.Op(
         *_FILLED,
         operands.Tensor("sorted_token_ids", ">=L, EM", torch.int32),
         operands.Tensor("expert_ids", ">=L, B", torch.int32),
-        operands.Tensor("num_tokens_post_padded", ">=L", **_INT32),
-        operands.Tensor("lora_ids", ">=1", **_INT32, optional=True),
+        operands.Tensor("num_tokens_post_padded", ">=L", *_INT32),
+        operands.Tensor("lora_ids", ">=1", *_INT32, optional=True),
         _ENABLED,
         operands.Int("num_pairs"),
         _EXPERTS,
@@ -386,10 +386,10 @@ ROUTE = operands.Bundle(
         _IDS,
         dataclasses.replace(_MAPPING, optional=True),
         _ENABLED,
-        operands.Tensor("expert_map", "G", **_INT32, optional=True),
-        operands.Tensor("pairs", "*", **_INT32, optional=True),
-        operands.Tensor("blocks", ">=max_blocks, 4", **_INT32, optional=True),
-        operands.Tensor("num_blocks", "1", **_INT32, optional=True),
+        operands.Tensor("expert_map", "G", *_INT32, optional=True),
+        operands.Tensor("pairs", "*", *_INT32, optional=True),
+        operands.Tensor("blocks", ">=max_blocks, 4", *_INT32, optional=True),
+        operands.Tensor("num_blocks", "1", *_INT32, optional=True),
         dataclasses.replace(_PARTS, optional=True),
         operands.Int("num_tokens", size="T"),
         operands.Int("top_k", 1, size="top_k"),
@@ -513,7 +513,7 @@ def _planned(
     num_pairs = num_tokens * top_k
     block_m = settle(_open(assignment, rank, block_m), *sizes[:4])
     if block_m == 0:
-        return Plan(sizes, num_pairs, 0, 0, (0, 0, 0, 0, 0), _launches, [])
+        return Plan(sizes, num_pairs, 0, 0, (0, 0, 0, 0, 0), _nothing, [])
     max_blocks = _max_blocks(num_pairs, num_groups, block_m)
     splits = _splits(max_blocks, num_pairs, _scratch_size(num_pairs, num_groups))
     _check_size(name, workspace, splits)
@@ -644,7 +644,6 @@ def moe_workspace(
     sizes = (max_tokens, top_k, num_experts, max_loras, max_rank, num_slices)
     _SPACE.check("moe_workspace", _SPACE.named(*sizes, device, table_size))
     num_pairs = max_tokens * top_k
-    num_groups = max_loras * num_experts
     padded = (
         table_size + 127 * max_loras if table_size else 0
     )  # each row up to a whole block of 128
@@ -747,8 +746,8 @@ _OF_TABLES = operands.Op(
     (
         operands.Tensor("sorted_token_ids", (">=L, *", "*"), torch.int32),
         operands.Tensor("expert_ids", (">=L, *", "*"), torch.int32),
-        operands.Tensor("num_tokens_post_padded", ">=L", **_INT32),
-        operands.Tensor("lora_ids", ">=1", **_INT32, optional=True),
+        operands.Tensor("num_tokens_post_padded", ">=L", *_INT32),
+        operands.Tensor("lora_ids", ">=1", *_INT32, optional=True),
         _ENABLED,
         operands.Int("block_size", one_of=_BLOCK_MS),
         operands.Int("num_tokens"),
@@ -822,7 +821,7 @@ def _bind_tables(
 
 
 def _nothing(*arguments: Any) -> None:
-    """The tables of no block."""
+    """Tables that there are none of."""
 
 
 _table_plan = _OF_TABLES.finder(_bind_tables)

@@ -14,7 +14,7 @@ first num_tokens_post_padded[l] entries count, and only rows that lora_ids names
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 import triton

@@ -13,7 +13,7 @@ A pair p = t * top_k + j is live when its adapter is loaded and enabled and its 
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 import triton

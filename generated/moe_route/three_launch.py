@@ -17,15 +17,15 @@ and writes its pairs; the pair that opens a block writes that block.
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
 from . import check_sort
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 CHUNK = 256  # pairs of one program
 GROUPS_PER_PROGRAM = 32

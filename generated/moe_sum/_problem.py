@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple, Union
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -45,13 +46,7 @@ OP = operands.Op(
 
 # (out, y, topk_ids, topk_weights, valid_tokens) of sizes that were checked before
 Call = Callable[
-    [
-        torch.Tensor,
-        torch.Tensor,
-        torch.Tensor,
-        Union[torch.Tensor, None],
-        Union[torch.Tensor, None],
-    ],
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None],
     None,
 ]
 

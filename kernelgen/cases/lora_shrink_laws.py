@@ -109,7 +109,7 @@ def tiles_end_with_what_they_divide(package: ModuleType, variants: Sequence[Vari
             where = f"{variant}, {card.name}, K {k}, {slices} slices, {tokens} tokens, blocks of {block_m}: {config}"
             assert config.chunk_k % config.block_k == 0, f"{where}: a tile lies in two chunks"
             assert not grouped or rule.QUANT.group_k % config.block_k == 0, f"{where}: a tile needs the scales of two groups"
-            parts = problem.parts(config).count
+            parts = problem.parts(config).number
             assert parts * slices <= rule.max_parts(slices), f"{where}: {parts} parts"
             assert scaled or parts == 1 or tokens <= rule.MAX_TOKENS_IN_PARTS, f"{where}: parts beyond the workspace"
             ranks = min(config.ranks, rank) * (slices if config.together else 1)

@@ -16,7 +16,8 @@ are interpreted; the first copy of a process serves all.
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, ClassVar, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -283,7 +284,7 @@ class _SeesLanguage:
 
 
 def _ignore_dependent_launch() -> None:
-    import triton.language.extra.cuda as cuda
+    from triton.language.extra import cuda
 
     for name in ("gdc_wait", "gdc_launch_dependents"):
         setattr(cuda, name, lambda **options: None)

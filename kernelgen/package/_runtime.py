@@ -17,7 +17,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, NoReturn, Sequence, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn, TypeVar, final
 
 import torch
 import triton
@@ -236,7 +237,7 @@ class Bound:
     ``run`` launches with tensors, tuples of tensors, descriptors, numbers or None; the first is a tensor.
     """
 
-    __slots__ = ("run", "_launcher", "_grid", "_constants", "_options", "_handle")
+    __slots__ = ("_constants", "_grid", "_handle", "_launcher", "_options", "run")
 
     def __init__(self, launcher: Launcher, grid: int, constants: tuple[Any, ...], options: Options) -> None:
         self.run: Callable[..., None] = self._through_triton
@@ -299,7 +300,7 @@ def make(slow, run, grid, device, {", ".join(fixed + constants)}):
     return launch
 """
     made: dict[str, Any] = {}
-    exec(source, globals(), made)
+    exec(source, globals(), made)  # noqa: S102  (of numbers and names of its own)
     return made["make"]  # type: ignore[no-any-return]
 
 
@@ -516,6 +517,7 @@ def rank_tile(
     return 32, 1
 
 
+@final
 class Caller(str):
     """The name of what the user called, with what its arguments are called there: for an op that is made of others."""
 
