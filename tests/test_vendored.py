@@ -1,0 +1,47 @@
+"""A copy of the package in another project's tree, under another name: what the checkers of such projects say of it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernelgen import names
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def copy_of(folder: Path, sampled: bool = False) -> Path:
+    """The copy; ``sampled``: of the variants one of each template and combination of scales, which their texts go by."""
+    copy = folder / "vendored"
+    shutil.copytree(ROOT / names.PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    seen = set()
+    for file in sorted(copy.glob("*/[!_]*.py")) if sampled else ():
+        template = file.read_text("utf-8").split("\n", 3)[2]
+        tags = file.stem.split("_")
+        kind = (template, "rany" in tags, *(tag for tag in tags if tag[:2] in ("w8", "a8")))
+        if kind in seen:
+            file.unlink()
+        seen.add(kind)
+    return copy
+
+
+def check(copy: Path, *command: str) -> None:
+    arguments = [sys.executable, "-m", *command, copy.name]
+    found = subprocess.run(arguments, cwd=copy.parent, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_annotations_are_told_and_hold(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    copy = copy_of(tmp_path, sampled=True)
+    assert (copy / "py.typed").is_file()
+    assert pytestconfig.cache is not None
+    known = pytestconfig.cache.mkdir("mypy")  # what mypy knows of torch takes most of the time
+    check(copy, "mypy", "--config-file=", "--ignore-missing-imports", f"--cache-dir={known}")
+
+
+def test_ruff_finds_nothing(tmp_path: Path) -> None:
+    check(copy_of(tmp_path), "ruff", "check", "--isolated", "--no-cache")
