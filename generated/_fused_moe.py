@@ -10,7 +10,7 @@ activations there is one more, which makes FP8 of the rows between the two produ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -265,17 +265,17 @@ def _bind(
         0 if x_mode in (None, "tensor") else num_pairs * row_scales,
     )
     kinds = (torch.int32, torch.int32, torch.int32, dtype, dtype, torch.uint8, torch.float32)
+    space = tuple(zip(sizes, kinds, strict=True))
     routing = (num_tokens, top_k, num_experts, local_expert_start, expected, block_m)
 
     def use(given: FusedMoeWorkspace | None, like: torch.Tensor) -> _Buffers:
         if given is not None:
             return given
-        made: Any = tuple(
-            torch.empty(n, dtype=kind, device=like.device) for n, kind in zip(sizes, kinds)
-        )
+        made: Any = tuple(torch.empty(n, dtype=kind, device=like.device) for n, kind in space)
         return made
 
-    _check_workspace("fused_moe", workspace, sizes, kinds)
+    if workspace is not None:
+        _check_workspace("fused_moe", workspace, space)
     buffers = use(workspace, hidden)
     h, y, codes, found = buffers[3:]
     tables = MoeTables(topk_ids, valid_tokens, *buffers[:3], *routing)
@@ -388,11 +388,8 @@ def _check_scales(
     """Of what ``hidden`` has a scale each; None: it is no FP8."""
     w13_scale, w2_scale, x_scale, h_scale = scales
     if (w13_scale is None) != (w2_scale is None) or (x_scale is not None and w13_scale is None):
-        given = [
-            label
-            for label, scale in zip(("w13_scale", "w2_scale", "x_scale"), scales)
-            if scale is not None
-        ]
+        named = {"w13_scale": w13_scale, "w2_scale": w2_scale, "x_scale": x_scale}
+        given = [label for label, scale in named.items() if scale is not None]
         runtime.fail(
             name, "scales", given, "w13_scale and w2_scale, or neither; x_scale with them alone"
         )
@@ -409,12 +406,11 @@ def _check_scales(
 
 
 def _check_workspace(
-    name: str,
-    workspace: FusedMoeWorkspace | None,
-    sizes: tuple[int, ...],
-    kinds: tuple[torch.dtype, ...],
+    name: str, workspace: FusedMoeWorkspace, space: Sequence[tuple[int, torch.dtype]]
 ) -> None:
-    for label, buffer, size, kind in zip(FusedMoeWorkspace._fields, workspace or (), sizes, kinds):
+    for label, buffer, (size, kind) in zip(
+        FusedMoeWorkspace._fields, workspace, space, strict=True
+    ):
         if size > 0 and (buffer is None or buffer.numel() < size or buffer.dtype != kind):
             got = None if buffer is None else runtime.describe(buffer)
             hint = "make it with fused_moe_workspace for the largest batch"

@@ -267,7 +267,7 @@ def scale_strides(
     quant: Quant,
 ) -> tuple[int, ...]:
     """The stride over L of the scales of each slice of weights."""
-    for i, (scale, matrix) in enumerate(zip(scales, weights)):
+    for i, (scale, matrix) in enumerate(zip(scales, weights, strict=True)):
         right = is_fp32(scale, matrix.device) and _fits(kind, scale, matrix, quant)
         if not right or (scale.numel() > 0 and not scale[0].is_contiguous()):
             loras, *_, rows, columns = matrix.shape
