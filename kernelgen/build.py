@@ -10,7 +10,7 @@ from kernelgen.commit import Change
 from kernelgen.diagnostics import Diagnostic, Failure, did_you_mean, failure, os_failure
 from kernelgen.expand import expand
 from kernelgen.load import load
-from kernelgen.locate import default_output, find_specs, template_folders
+from kernelgen.locate import beside, default_output, find_specs, template_folders
 from kernelgen.model import Family, Location, Package, Tree, Variant
 from kernelgen.render import Renderer
 
@@ -39,7 +39,7 @@ def renderer(specs: Path) -> Renderer:
     try:
         return Renderer(template_folders(specs))
     except OSError as error:
-        raise os_failure(error, specs.parent / "templates") from None
+        raise os_failure(error, beside(specs) / "templates") from None
 
 
 def tree(specs: Path, only: str | None = None, jobs: int = 1, present: Collection[str] = ()) -> Tree:
@@ -71,9 +71,9 @@ def build(specs: Path, out: Path, only: str | None = None, jobs: int = 1) -> wri
     return write.sync(_known_tree(specs, out, only, jobs), out)
 
 
-def check(specs: Path, out: Path, only: str | None = None, jobs: int = 1) -> write.Plan:
-    """What ``build`` would do; changes nothing."""
-    return write.plan(_known_tree(specs, out, only, jobs), out)
+def check(specs: Path, out: Path, only: str | None = None, jobs: int = 1, through_links: bool = False) -> write.Plan:
+    """What ``build`` would do; changes nothing. ``through_links``: folders and files may be links, which no build goes through."""
+    return write.plan(_known_tree(specs, out, only, jobs), out, through_links)
 
 
 def require_current(specs: Path, out: Path, only: str | None = None, jobs: int = 1) -> None:
@@ -88,9 +88,9 @@ def require_current(specs: Path, out: Path, only: str | None = None, jobs: int =
     Raises:
         Failure: a file differs, or is missing; exit code 2.
     """
-    plan = check(specs, out, None, jobs)
+    plan = check(specs, out, None, jobs, through_links=True)
     if only is not None and not plan.is_clean:
-        plan = check(specs, out, only, jobs)
+        plan = check(specs, out, only, jobs, through_links=True)
     if plan.blocked:
         raise Failure(plan.blocked, exit_code=2)
     found = findings(plan)

@@ -44,14 +44,14 @@ def hash_text(text: str | None) -> str:
     return ABSENT if text is None else hashlib.sha256(text.encode()).hexdigest()
 
 
-def hash_file(path: Path) -> str:
-    """The hash of what is at ``path``.
+def hash_file(path: Path, through_links: bool = False) -> str:
+    """The hash of what is at ``path``, or where a link there leads.
 
     Raises:
         InTheWay: it is not a regular file, or larger than any that a build makes.
     """
     try:
-        found = path.lstat()
+        found = path.stat() if through_links else path.lstat()
     except FileNotFoundError:
         return ABSENT
     if not stat.S_ISREG(found.st_mode):

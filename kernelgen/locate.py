@@ -22,7 +22,12 @@ def find_specs() -> Path:
 
 def default_output(specs: Path) -> Path:
     """The folder that ``generated`` goes to: beside the specs, but never into an installed kernelgen."""
-    return Path(".") if specs == SPECS and not IS_CHECKOUT else specs.parent
+    return Path(".") if specs == SPECS and not IS_CHECKOUT else beside(specs)
+
+
+def beside(folder: Path) -> Path:
+    """The folder that ``folder`` is in, of ``.`` and ``..`` too, which have no parent by their names."""
+    return folder / ".." if folder.name in ("", "..") else folder.parent
 
 
 def template_folders(specs: Path) -> tuple[Path, ...]:
@@ -31,10 +36,10 @@ def template_folders(specs: Path) -> tuple[Path, ...]:
     Raises:
         OSError: ``templates`` is there, but is no folder that can be read.
     """
-    beside = specs.parent / "templates"
-    if os.path.lexists(beside):
-        os.scandir(beside).close()
-    return tuple(dict.fromkeys([Path(os.path.realpath(beside)), TEMPLATES]))
+    own = beside(specs) / "templates"
+    if os.path.lexists(own):
+        os.scandir(own).close()
+    return tuple(dict.fromkeys([Path(os.path.realpath(own)), TEMPLATES]))
 
 
 def cache_folder() -> Path:

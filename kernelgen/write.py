@@ -69,14 +69,19 @@ class Plan:
         return not (self.changes or self.blocked or self.interrupted)
 
 
-def plan(tree: Tree, out: Path) -> Plan:
+def plan(tree: Tree, out: Path, through_links: bool = False) -> Plan:
     """Compare ``tree`` with what is below ``out``; changes nothing, and waits for a build that is changing it.
+
+    Args:
+        tree: what is to be there.
+        out: where.
+        through_links: whether what links lead to counts; else they are in the way, as they are of ``sync``.
 
     Raises:
         Failure: something cannot be read, or the manifest is broken; exit code 2.
     """
     with _system_errors(out), _lock(out, shared=True):
-        return _plan(tree, out)
+        return _plan(tree, out, through_links)
 
 
 def present(out: Path) -> frozenset[str]:
@@ -89,24 +94,24 @@ def present(out: Path) -> frozenset[str]:
         return frozenset(_read_manifest(out))
 
 
-def _plan(tree: Tree, out: Path) -> Plan:
+def _plan(tree: Tree, out: Path, through_links: bool = False) -> Plan:
     ours = {**_read_manifest(out), **leftovers(out)}
     orphans = [path for path in ours if path not in tree.files]
     wanted: dict[str, str | None] = {**tree.files, **dict.fromkeys(orphans)}
-    folders = _Folders(out)
+    folders = _Folders(out, through_links)
     changes: list[Change] = []
     blocked: list[Diagnostic] = []
     for path, text in wanted.items():
         try:
             folders.check(path)
-            changes.append(Change(path, text, hash_file(out / path)))
+            changes.append(Change(path, text, hash_file(out / path, through_links)))
             _check_ours(changes[-1], ours.get(path))
         except InTheWay as reason:
             blocked.append(Diagnostic(reason.code, Location(path), reason.message, reason.hint))
     changes = [change for change in changes if change.old != hash_text(change.text)]
     unchanged = len(tree.files) - sum(change.text is not None for change in changes)
     hashes = {path: hash_text(text) for path, text in tree.files.items()}
-    manifest = Change(names.MANIFEST, _manifest_text(hashes), hash_file(out / names.MANIFEST))
+    manifest = Change(names.MANIFEST, _manifest_text(hashes), hash_file(out / names.MANIFEST, through_links))
     if manifest.old != hash_text(manifest.text):
         changes.append(manifest)
     return Plan(tuple(changes), unchanged, tuple(blocked), (out / names.STAGING).exists())
@@ -161,8 +166,9 @@ def _check_ours(change: Change, listed: str | None) -> None:
 class _Folders:
     """Checks the way to a file: real folders, and no other name that differs by case alone."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, through_links: bool) -> None:
         self.out = out
+        self.through_links = through_links
         self.listings: dict[str, dict[str, str]] = {}
 
     def check(self, path: str) -> None:
@@ -183,7 +189,7 @@ class _Folders:
 
     def _list(self, folder: str) -> dict[str, str]:
         place = self.out / folder
-        if folder and place.is_symlink():
+        if folder and place.is_symlink() and not self.through_links:
             message = f"{folder} is a symbolic link; generated files go to real folders"
             raise InTheWay("KG030", message, "remove the link")
         if not place.exists():

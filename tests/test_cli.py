@@ -13,6 +13,7 @@ import project
 import pytest
 
 from kernelgen import build, names, schema
+from kernelgen.diagnostics import Failure
 from kernelgen.entry import SCHEMA_VERSION
 from kernelgen.locate import SPECS
 from kernelgen.parse import parse
@@ -185,6 +186,30 @@ def test_what_is_not_as_the_specs_say_is_not_judged(work: Path, kernelgen) -> No
         assert (code, stdout) == (2, "") and "error[KG034]: differs" in stderr and "hint: run kernelgen build\n" in stderr
         code, _, stderr = kernelgen(*words, "--specs", "specs", "--out", "elsewhere")
         assert code == 2 and "run kernelgen build --specs specs --out elsewhere" in stderr
+
+
+@pytest.mark.parametrize(("folder", "specs"), [("specs", "."), ("specs/tuned", ".."), ("specs/tuned", "../../specs/tuned/..")])
+def test_specs_by_any_name_have_what_is_beside_them(
+    folder: str, specs: str, work: Path, kernelgen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    assert kernelgen("build", "--specs", specs)[0] == 0
+    assert (work / "generated/toy/bf16_r16_small.py").is_file() and not [*(work / "specs").rglob("generated")]
+    monkeypatch.chdir(work)
+    assert kernelgen("build", "--check") == (0, "", "0 to write, 0 to remove, 9 unchanged\n")
+
+
+def test_what_is_judged_may_be_linked_to(work: Path, kernelgen) -> None:
+    kernelgen("build")
+    for place, target in (("generated", "kept"), ("kept/toy/__init__.py", "front.py")):
+        (work / place).rename(work / target)
+        (work / place).symlink_to(work / target)
+    build.require_current(Path("specs"), Path("."))
+    assert "generated is a symbolic link" in kernelgen("build")[2], "which would not write there"
+    for text in ("edited", None):
+        (work / "front.py").write_text(text) if text else (work / "front.py").unlink()
+        with pytest.raises(Failure, match="generated/toy/__init__.py"):
+            build.require_current(Path("specs"), Path("."))
 
 
 @pytest.mark.parametrize(
