@@ -72,7 +72,7 @@ def build(specs: Path, out: Path, only: str | None = None, jobs: int = 1) -> wri
 
 
 def check(specs: Path, out: Path, only: str | None = None, jobs: int = 1, through_links: bool = False) -> write.Plan:
-    """What ``build`` would do; changes nothing. ``through_links``: folders and files may be links, which no build goes through."""
+    """What ``build`` would do; changes nothing. ``through_links``: what links lead to counts, though no build writes there."""
     return write.plan(_known_tree(specs, out, only, jobs), out, through_links)
 
 

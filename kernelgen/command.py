@@ -30,12 +30,14 @@ class Report:
 
 
 def command(name: str, **settings: Any) -> Callable[[Callable[..., Report]], click.Command]:
-    """A command of a function that gives a ``Report``, with ``--json``; ``kernelgen.entry`` tells what it raises."""
+    """A command of a function that gives a ``Report``, with --json and --quiet; ``kernelgen.entry`` tells what it raises."""
 
     def register(function: Callable[..., Report]) -> click.Command:
         @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+        @click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
         @functools.wraps(function)
-        def run(as_json: bool, **arguments: Any) -> int:
+        def run(as_json: bool, quiet: bool, **arguments: Any) -> int:
+            del quiet  # kernelgen.progress looks it up
             report = function(**arguments)
             if as_json:
                 _print([json.dumps({"schema_version": SCHEMA_VERSION, **report.document})])
@@ -43,12 +45,12 @@ def command(name: str, **settings: Any) -> Callable[[Callable[..., Report]], cli
                 _print(report.lines)
             return report.exit_code
 
-        return click.command(name, _Command, **settings)(run)
+        return click.command(name, Strict, **settings)(run)
 
     return register
 
 
-class _Command(click.Command):
+class Strict(click.Command):
     """A command that drops nothing it is given: what cannot be heeded is an error."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ from kernelgen import lint
 from kernelgen.diagnostics import Diagnostic
 from kernelgen.forks import Fault, in_processes
 from kernelgen.model import Location
+from kernelgen.progress import progress
 from kernelgen.sealed import Sealed
 
 LINE_LENGTH = 100
@@ -52,13 +53,14 @@ def finish(texts: Mapping[str, str], jobs: int, only_check: bool = False) -> tup
 
 
 def _map(new: Sequence[tuple[str, str]], jobs: int) -> list[str | list[Diagnostic] | Fault]:
+    shown = progress("formatting", lines=False)
     # A fork is cheap and needs no importable main module, but is only sound in a process of one thread.
     can_fork = sys.platform == "linux" and threading.active_count() == 1
     if jobs < 2 or len(new) < _PARALLEL_FROM or not can_fork:
-        return list(map(_finish, new))
+        return list(shown(map(_finish, new), len(new)))
     import black  # noqa: F401  (before the fork, so that it is loaded once)
 
-    return in_processes(_finish, new, jobs)
+    return in_processes(_finish, new, jobs, shown)
 
 
 def _check(item: tuple[str, str]) -> list[Diagnostic]:

@@ -11,6 +11,7 @@ from kernelgen.lint import faults as faults_of
 from kernelgen.model import Family, Location, Package, Variant
 from kernelgen.names import PACKAGE, path_fault, spec_label
 from kernelgen.outline import Outline, module_of, outline
+from kernelgen.progress import progress
 from kernelgen.render import Renderer, header
 
 
@@ -44,7 +45,8 @@ class Outputs:
 
     def render(self, outputs: Iterable[Output]) -> None:
         """Make these files, or make them anew."""
-        for output in outputs:
+        wanted = list(outputs)
+        for output in progress("rendering", lines=False)(wanted, len(wanted)):
             if self._made_by.get(output.path, output).template != output.template:
                 self.add_fault(Diagnostic("KG024", Location(output.path), "two templates write this file"))
             self._made_by[output.path] = output

@@ -1,4 +1,6 @@
-"""How far the work on many items is, on stderr: a bar on a terminal, else a line now and then; nothing of what is short."""
+"""How far the work on many items is, on stderr: a bar on a terminal, else a line now and then; nothing of what is short, and
+nothing at all with ``--quiet`` or ``--json``.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +11,30 @@ from typing import Any, Callable, Iterable, Iterator
 
 import click
 
-from kernelgen.forks import Progress
+from kernelgen.forks import Progress, no_progress
 
 _SHORT = 0.5  # seconds: what takes less is not shown
 _BAR, _LINE = 0.1, 15.0  # seconds from one sign to the next
 
 
-def progress(label: str) -> Progress:
-    """Shows ``label`` and how many of the items are done."""
+def has_bars() -> bool:
+    """Whether the command that runs shows bars."""
+    return is_wanted() and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def is_wanted() -> bool:
+    """Whether the command that runs says how far it is."""
+    context = click.get_current_context(silent=True)
+    return context is None or not (context.params.get("quiet") or context.params.get("as_json"))
+
+
+def progress(label: str, lines: bool = True) -> Progress:
+    """Shows ``label`` and how many of the items are done; ``lines``: where there are no bars, too."""
 
     def watch(items: Iterable[Any], total: int) -> Iterable[Any]:
-        if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        if not has_bars():
+            if not (lines and is_wanted()):
+                return no_progress(items, total)
             return _watch(items, _LINE, _LINE, lambda done: click.echo(f"{label}: {done} of {total}", err=True))
         return _with_bar(items, label, total)
 

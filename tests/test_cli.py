@@ -12,7 +12,7 @@ import jsonschema
 import project
 import pytest
 
-from kernelgen import build, names, schema
+from kernelgen import build, names, progress, schema
 from kernelgen.diagnostics import Failure
 from kernelgen.entry import SCHEMA_VERSION
 from kernelgen.locate import SPECS
@@ -68,6 +68,18 @@ def test_build_check_and_diff(work: Path, kernelgen) -> None:
         "generated/toy/bf16_r16_large.py",
         "generated/toy/bf16_r32_large.py",
     ]
+
+
+@pytest.mark.parametrize(("words", "is_terminal", "shows"), [("", 1, 1), ("", 0, 0), ("--json", 1, 0), ("-q", 1, 0)])
+def test_a_terminal_sees_how_far_a_cold_build_is(
+    words: str, is_terminal: int, shows: int, work: Path, kernelgen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_SHORT", 0)
+    monkeypatch.setattr(progress, "_BAR", 0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: bool(is_terminal))
+    monkeypatch.setenv("TERM", "xterm")
+    code, _, stderr = kernelgen("build", *words.split())
+    assert code == 0 and all((what in stderr) == shows for what in ("rendering", "formatting")), stderr
 
 
 def test_a_file_in_the_way_is_2_for_build_and_1_for_check(work: Path, kernelgen) -> None:
@@ -208,7 +220,7 @@ def test_what_is_judged_may_be_linked_to(work: Path, kernelgen) -> None:
     assert "generated is a symbolic link" in kernelgen("build")[2], "which would not write there"
     for text in ("edited", None):
         (work / "front.py").write_text(text) if text else (work / "front.py").unlink()
-        with pytest.raises(Failure, match="generated/toy/__init__.py"):
+        with pytest.raises(Failure, match="generated/toy/__init__"):
             build.require_current(Path("specs"), Path("."))
 
 

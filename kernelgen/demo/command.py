@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from kernelgen.command import Strict
+
 if TYPE_CHECKING:
     from .compare import Result
     from .models import AdapterSpec
@@ -33,7 +35,7 @@ top: tokens with PEFT's likeliest successor; ties: another, within that error
 """
 
 
-@click.command()
+@click.command(cls=Strict)
 @click.option(
     "--model",
     "model_name",
@@ -54,7 +56,7 @@ top: tokens with PEFT's likeliest successor; ties: another, within that error
 @click.option(
     "--package", default="generated", show_default=True, help="The generated package to serve with."
 )
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 def main(model_name: str, dtype_name: str, device: str, package: str, seed: int) -> None:
     """Make a small mixture-of-experts model and three LoRA adapters, serve a batch that mixes them, and compare with PEFT.
 

@@ -201,8 +201,10 @@ def progress() -> Progress:
         TimeRemainingColumn,
     )
 
+    from kernelgen.progress import has_bars
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
+    return Progress(*columns, console=Console(stderr=True), disable=not has_bars())
 
 
 def _measure(

@@ -23,6 +23,7 @@ from kernelgen.measure.options import Duration, Kind
 from kernelgen.measure.suite import Cell, Suite, misfit
 from kernelgen.measure.tune import hints
 from kernelgen.names import TUNED
+from kernelgen.progress import is_wanted
 
 _TOKENS = tuple(1 << i for i in range(13))  # what a choice is looked up by: all others go to the next of them
 _STATUS_SECONDS = 15.0
@@ -234,7 +235,7 @@ def _reporter(started: float) -> Callable[[Any], None]:
     def report(status: Any) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last >= _STATUS_SECONDS:
+        if now - last >= _STATUS_SECONDS and is_wanted():
             last = now
             click.echo(
                 f"{now - started:.0f} s: {status.timed} of {status.problems} problems timed, {status.finished} finished; "
