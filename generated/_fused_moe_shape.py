@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _operands as operands
+from . import _runtime as runtime
 from . import _scales
-from ._fused_moe import fused_moe
+from ._fused_moe import FusedMoeLora, fused_moe
 from ._warmup import DTYPE, FP8, ROUTING, ends
 from .moe_gemm._problem import QUANT
 
@@ -28,11 +29,14 @@ _FIELDS: tuple[operands.Operand, ...] = (
     DTYPE,
     *ROUTING,
     *FP8[1:],
+    operands.Int("rank"),
+    operands.Int("max_loras"),
+    operands.Flag("adapter_enabled"),
 )
 
 
 class FusedMoeShape(NamedTuple):
-    """A base MoE layer, as ``fused_moe`` will be called on it; all tensors are contiguous."""
+    """A base MoE layer, with or without adapters, as ``fused_moe`` will be called on it; all tensors are contiguous."""
 
     hidden: int
     intermediate: int
@@ -53,10 +57,20 @@ class FusedMoeShape(NamedTuple):
     )
     fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of both
     scales_dtype: torch.dtype = torch.float32  # of all that are given
+    rank: int = 0  # of adapters, 0: none are given
+    max_loras: int = 0  # adapters in their factors
+    adapter_enabled: bool = False  # whether it is given
 
     def check(self, label: str) -> None:
         """Raise ValueError where a field, of a shape called ``label``, is no such thing."""
         operands.check_fields("warmup", label, self, _FIELDS)
+        if (self.rank > 0) != (self.max_loras > 0):
+            runtime.fail(
+                "warmup",
+                f"{label}.rank, max_loras",
+                (self.rank, self.max_loras),
+                "both, or neither",
+            )
 
     def call(self, num_tokens: int) -> None:
         """Make every call that a batch of ``num_tokens`` can make, whatever number of them is expected."""
@@ -88,6 +102,20 @@ class FusedMoeShape(NamedTuple):
                 experts if self.x_scales == "expert" else 1, dtype=self.scales_dtype
             )
         kind = "tensor" if self.x_scales == "expert" else self.x_scales
+        lora = None
+        if self.rank > 0:
+            loras, slices = self.max_loras, w13[1] // inter
+            (a13, b13), (a2, b2) = (
+                (
+                    [empty(loras, experts, self.rank, k)] * count,
+                    [empty(loras, experts, n, self.rank)] * count,
+                )
+                for n, k, count in ((inter, width, slices), (width, inter, 1))
+            )
+            mapping, enabled = (empty(size, dtype=torch.int32) for size in (num_tokens, loras))
+            lora = FusedMoeLora(
+                mapping, a13, b13, a2, b2, enabled if self.adapter_enabled else None
+            )
         x_scales = _scales.meta_x_scales(kind, (num_tokens, width), QUANT, self.scales_dtype)
         for x_scale, hint in itertools.product(x_scales, ends(num_tokens)):
             fused_moe(
@@ -106,5 +134,6 @@ class FusedMoeShape(NamedTuple):
                     else empty(num_tokens, width, dtype=self.out_dtype)
                 ),
                 x_scale=x_scale,
+                lora=lora,
                 **scales,
             )

@@ -45,6 +45,7 @@ class Tensor:
         made: may be None, and is then made by the front door.
         written: by the kernels; no element is another, or one of another operand.
         slices: "alike": a sequence of tensors of one layout; "any": of tensors that fit one by one; "": no sequence.
+        count: how many tensors a sequence has, as a size of a shape.
         only_with: the flag that asks for it; it is needed with it and refused without.
         scaled_by: the operand that holds its scales: with them it is FP8.
         left_out: not passed to a bound call where it is None.
@@ -58,6 +59,7 @@ class Tensor:
     made: bool = False
     written: bool = False
     slices: str = ""
+    count: str = "S"
     only_with: str = ""
     scaled_by: str = ""
     left_out: bool = False
@@ -203,6 +205,7 @@ class Bundle:
     """Operands that come together, as a named tuple of the class ``of``, which is a ``bundle``.
 
     ``whole``: called with the op's name, the bundle's and the bundle, raises ValueError where its parts do not go together.
+    ``left_out``: not passed to a bound call where it is None.
     """
 
     name: str
@@ -211,6 +214,7 @@ class Bundle:
     maker: str  # which front door makes it, for the hint of an error
     optional: bool = False
     whole: Callable[[str, str, Any], None] | None = None
+    left_out: bool = False
 
     def admit(self, op: str, value: Any, values: Mapping[str, Any], label: str = "") -> None:
         """Raise ValueError unless ``value`` is such a bundle, of parts of the right types."""
@@ -245,10 +249,17 @@ class _Looks:
         self._known = runtime.Calls()
 
     def __get__(self, bundle: Any, owner: type) -> object:
-        tensors = [part for part in bundle if isinstance(part, torch.Tensor)]
+        tensors, changing = [], False
+        for part in bundle:
+            if isinstance(part, torch.Tensor):
+                tensors.append(part)
+            elif isinstance(part, (list, tuple)):
+                tensors += part
+                changing |= isinstance(part, list)
         hint = tuple(map(_kind, bundle))
         looks = self._known.get(hint, tensors) or self._known.put(hint, tensors, object())
-        bundle.__dict__["looks"] = looks  # where Python finds it first, from now on
+        if not changing:
+            bundle.__dict__["looks"] = looks  # where Python finds it first, from now on
         return looks
 
 
@@ -271,6 +282,8 @@ def alike(bundle: Any, kept: list[object]) -> Any:
 
 
 def _kind(part: object) -> object:
+    if isinstance(part, (list, tuple)):
+        return part.__class__, len(part)
     return (part.__class__, part) if isinstance(part, (int, str, type(None))) else part.__class__
 
 
@@ -406,17 +419,17 @@ class Op:
         if self.launches:
             _check_places(op, tensors)
         sizes = Sizes(known)
-        for operand in self.operands:
-            _numbers(op, operand, values[operand.name], sizes)
+        for label, operand, value in _flat(self.operands, values):
+            _numbers(op, label, operand, value, sizes)
         for name, value in (self.sizes(values) if self.sizes is not None else {}).items():
             sizes.set(name, value, "")
         order = {name: place for place, name in enumerate(self.first)}
         waiting = sorted(tensors, key=lambda found: order.get(found[1].name, len(order)))
         for label, operand, tensor in _in_order(waiting, sizes):
             self._check_tensor(op, label, operand, tensor, values, sizes)
-        for operand in self.operands:
-            if isinstance(operand, Tensor) and operand.slices == "alike" and values[operand.name]:
-                _check_alike(op, operand.name, values[operand.name])
+        for label, operand, value in _flat(self.operands, values):
+            if isinstance(operand, Tensor) and operand.slices == "alike" and value:
+                _check_alike(op, label, value)
         if tensors:
             _check_memory(op, tensors)
         return sizes
@@ -540,7 +553,11 @@ class Op:
 
     def _optional(self) -> Iterator[str]:
         """Lines that add the optional tensors that are given, behind one test where all are rare."""
-        optional = [operand for operand in self.operands if isinstance(operand, Tensor) and operand.is_optional]
+        optional = [
+            operand
+            for operand in self.operands
+            if (isinstance(operand, Tensor) and operand.is_optional) or (isinstance(operand, Bundle) and operand.left_out)
+        ]
         left_out = any(operand.left_out for operand in optional)
         indent = "        "
         if left_out:
@@ -550,6 +567,9 @@ class Op:
             indent += "    "
         for operand in optional:
             name = operand.name
+            if isinstance(operand, Bundle):  # it looks as it does beside them
+                yield f"{indent}if {name} is not None:\n{indent}    left += ({name},)\n"
+                continue
             given, kind = (f"*{name}", f", {name}.__class__, len({name})") if operand.slices else (name, "")
             left = f"; left += ({name},)" if operand.left_out else ""
             yield f"{indent}if {name} is not None:\n"
@@ -585,20 +605,29 @@ _CALL = "    call({passed})\n"
 _CALL_WITH = "    if left:\n        return call({passed}, *left)\n"
 
 
-def _numbers(op: str, operand: Operand, value: Any, sizes: Sizes) -> None:
-    """Note the sizes that are numbers, and that of slices, S, which is one for all sequences."""
+def _flat(operands: Sequence[Operand], values: Mapping[str, Any]) -> Iterator[tuple[str, Operand, Any]]:
+    """(what an error calls it, its declaration, it) of all operands, parts of bundles one by one."""
+    for operand in operands:
+        value = values[operand.name]
+        if not isinstance(operand, Bundle):
+            yield operand.name, operand, value
+        elif value is not None:
+            yield from ((f"{operand.name}.{part.name}", part, getattr(value, part.name)) for part in operand.parts)
+
+
+def _numbers(op: str, label: str, operand: Operand, value: Any, sizes: Sizes) -> None:
+    """Note the sizes that are numbers, and those that tell how many slices there are."""
     if isinstance(operand, Int) and operand.size and value is not None:
-        sizes.set(operand.size, value, operand.name)
+        sizes.set(operand.size, value, label)
     elif isinstance(operand, Choice) and operand.size:
-        sizes.set(operand.size, operand.sizes[operand.words.index(value)], operand.name)
+        sizes.set(operand.size, operand.sizes[operand.words.index(value)], label)
     elif isinstance(operand, Tensor) and operand.slices and value is not None:
-        sizes.set("S", len(value), operand.name)
-        if len(value) != sizes["S"]:
-            fail(op, operand.name, f"{len(value)} tensors", f"{sizes['S']}, one a slice", sizes.come_from("S", operand.name))
-    elif isinstance(operand, Bundle) and value is not None:
-        for part in operand.parts:
-            if isinstance(part, Int) and part.size:
-                sizes.set(part.size, getattr(value, part.name), operand.name)
+        count, new = _Dim.read(operand.count), dict[str, int]()
+        if not count.fits(len(value), sizes, new):
+            origin = sizes.come_from(count.names, label)
+            fail(op, label, f"{len(value)} tensors", f"{count.say(sizes)}, one a slice", origin)
+        for name, size in new.items():
+            sizes.set(name, size, label)
 
 
 _Found = tuple[str, Tensor, torch.Tensor]

@@ -96,6 +96,7 @@ VOCABULARY: Mapping[str, Mapping[str, Mapping[str, Fact]]] = MappingProxyType(
         "rows": {  # of a grouped product: which one is read, and where the result goes
             "token_sorted": _rows(reads_token=True, writes_sorted=True),
             "sorted_pair": _rows(reads_sorted=True),
+            "sorted_sorted": _rows(reads_sorted=True, writes_sorted=True),
             "token_pair": _rows(reads_token=True),
             "pair_pair": _rows(),
             "pair_token": _rows(sums=True),
@@ -106,6 +107,7 @@ VOCABULARY: Mapping[str, Mapping[str, Mapping[str, Fact]]] = MappingProxyType(
             "swiglu": _facts(gated=True, squared=False, slices=2),
         },
         "order": {"pair": _facts(by_table=False), "sorted": _facts(by_table=True)},
+        "delta": {"none": _facts(adapted=False), "lora": _facts(adapted=True)},
         "rest": {"keep": _facts(zeroes=False), "zero": _facts(zeroes=True)},
         "rank": {
             "r16": _bucket(16),

@@ -227,18 +227,18 @@ def _route_call(
     return convert if variant.schedule == "from_tables" else sort
 
 
-# One call of each kind of tile: tokens of Qwen3-30B-A3B whose mean expert makes blocks of that height.
-_GEMM_TOKENS = {"gemv": (1, 4), "tile": (64, 256, 4096), "box": (1024, 4096)}
+# One call of each kind of tile: tokens of Qwen3-30B-A3B whose mean expert makes blocks of that height, and a rank of adapters.
+_GEMM_TOKENS = {"gemv": {1: 16, 4: 64}, "tile": {64: 64, 256: 16, 4096: 64}, "box": {1024: 16, 4096: 64}}
 _QWEN3 = {"hidden": 2048, "inter": 768, "top_k": 8, "num_experts": 128}
 
 
 def _moe_gemm(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
     del family
-    for num_tokens in _GEMM_TOKENS[variant.schedule]:
-        yield _moe_gemm_probe(package, variant, num_tokens)
+    for num_tokens, rank in _GEMM_TOKENS[variant.schedule].items():
+        yield _moe_gemm_probe(package, variant, num_tokens, rank if variant.adapted else 0)
 
 
-def _moe_gemm_probe(package: ModuleType, variant: Variant, num_tokens: int) -> Probe:
+def _moe_gemm_probe(package: ModuleType, variant: Variant, num_tokens: int, rank: int) -> Probe:
     launcher = _launcher(package, variant)
     problem = importlib.import_module(f"{package.__name__}.{variant.family}._problem")
     scales = importlib.import_module(f"{package.__name__}._scales")
@@ -256,7 +256,7 @@ def _moe_gemm_probe(package: ModuleType, variant: Variant, num_tokens: int) -> P
         with package._runtime.compile_only():
             make = package.no_tables if variant.schedule == "gemv" else package.moe_align
             tables = make(_meta(num_tokens, top_k), num_experts=num_experts, valid_tokens=_meta(1))
-        options = {}
+        options: dict[str, Any] = {}
         if variant.weighted:
             options["topk_weights"] = _meta(num_tokens, top_k, dtype=_FP32)
         of_weights, of_x, x_shape, w_shape = dtype, dtype, (rows, k), (num_experts, height, k)
@@ -268,6 +268,13 @@ def _moe_gemm_probe(package: ModuleType, variant: Variant, num_tokens: int) -> P
             of_x = _fp8(package)
             shape = scales.x_scale_shape(variant.x_scales, x_shape, problem.QUANT)
             options["x_scale"] = _meta(*shape, dtype=_FP32)
+        if variant.adapted:
+            with package._runtime.compile_only():
+                tables, options["runs"] = package.moe_runs(tables, _meta(num_tokens), max_loras=5)
+                a = [_meta(5, num_experts, rank, k, dtype=dtype)] * variant.slices
+                x_rows = "token" if variant.reads_token else "pair" if variant.schedule == "gemv" else "sorted"
+                options["v"] = package.moe_shrink(_meta(*x_shape, dtype=dtype), a, tables, options["runs"], x_rows=x_rows)
+            options["lora_b"] = [_meta(5, num_experts, n, rank, dtype=dtype)] * variant.slices
         launcher(
             _meta(outputs, n, dtype=dtype),
             _meta(*x_shape, dtype=of_x),
@@ -277,11 +284,12 @@ def _moe_gemm_probe(package: ModuleType, variant: Variant, num_tokens: int) -> P
         )
 
     hit = num_experts * (1.0 - (1.0 - 1.0 / num_experts) ** num_pairs)  # if pairs are spread evenly
+    sizes = {"num_tokens": num_tokens, "k": k, "n": n, "top_k": top_k, "num_experts": num_experts}
     return Probe(
         f"t{num_tokens}",
-        {"num_tokens": num_tokens, "k": k, "n": n, "top_k": top_k, "num_experts": num_experts},
+        {**sizes, "rank": rank} if rank else sizes,
         call,
-        flops=2.0 * num_pairs * height * k,
+        flops=2.0 * num_pairs * height * (k + rank),
         bytes=hit * height * k * (1 if variant.weight_scales else dtype.itemsize)
         + rows * k * (1 if variant.x_scales else dtype.itemsize)
         + outputs * n * dtype.itemsize,
@@ -319,6 +327,50 @@ def _moe_align(package: ModuleType, family: Family, variant: Variant) -> Iterato
 
         sizes = {"num_tokens": num_tokens, "top_k": top_k, "num_experts": num_experts}
         yield Probe(f"t{num_tokens}", sizes, call, flops=0.0, bytes=8.0 * ids.numel())
+
+
+def _moe_runs(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
+    del family, variant
+    top_k, num_experts = _QWEN3["top_k"], _QWEN3["num_experts"]
+    for num_tokens in (16, 4096):
+        ids = _meta(num_tokens, top_k)
+
+        def call(ids: torch.Tensor = ids) -> None:
+            with package._runtime.compile_only():
+                tables = package.moe_align(ids, num_experts=num_experts)
+            package.moe_runs(tables, _meta(ids.shape[0]), max_loras=5, adapter_enabled=_meta(5))
+
+        sizes = {"num_tokens": num_tokens, "top_k": top_k, "num_experts": num_experts, "max_loras": 5}
+        yield Probe(f"t{num_tokens}", sizes, call, flops=0.0, bytes=20.0 * ids.numel())
+
+
+def _moe_shrink(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
+    del family
+    launcher = _launcher(package, variant)
+    dtype, top_k, num_experts = getattr(torch, variant.torch_dtype), _QWEN3["top_k"], _QWEN3["num_experts"]
+    slices, k = (2, _QWEN3["hidden"]) if variant.reads_token else (1, _QWEN3["inter"])
+    parts = importlib.import_module(f"{package.__name__}.moe_shrink._problem").part_count(k)
+    few = variant.schedule == "pairs"
+    for num_tokens, rank in {1: 16, 4: 64}.items() if few else {64: 64, 1024: 16, 4096: 64}.items():
+        num_pairs = num_tokens * top_k
+        x = _meta(num_tokens if variant.reads_token else num_pairs, k, dtype=dtype)
+        v = _meta(num_pairs, slices, rank, dtype=dtype)
+        if few:
+            v = _meta(parts, num_pairs, slices, rank, dtype=_FP32)
+        a = [_meta(5, num_experts, rank, k, dtype=dtype)] * slices
+
+        def call(operands: Any = (v, x, a), num_tokens: int = num_tokens) -> None:
+            with package._runtime.compile_only():
+                make = package.no_tables if few else package.moe_align
+                tables = make(_meta(num_tokens, top_k), num_experts=num_experts)
+                tables, runs = package.moe_runs(tables, _meta(num_tokens), max_loras=5)
+            launcher(*operands, tables, runs)
+
+        hit = 1.0 - (1.0 - 1.0 / (5 * num_experts)) ** num_pairs  # if pairs are spread evenly
+        moved = x.nbytes + v.nbytes + hit * slices * a[0].nbytes
+        sizes = {"num_tokens": num_tokens, "k": k, "rank": rank, "slices": slices, "max_loras": 5}
+        flops = 2.0 * num_pairs * slices * rank * k
+        yield Probe(f"t{num_tokens}", sizes, call, flops=flops, bytes=moved)
 
 
 def _moe_sum(package: ModuleType, family: Family, variant: Variant) -> Iterator[Probe]:
@@ -578,6 +630,8 @@ _FAMILIES: Mapping[str, _Probes] = {
     "moe_lora_shrink": _moe_lora_shrink,
     "moe_quant": _moe_quant,
     "moe_route": _moe_route,
+    "moe_runs": _moe_runs,
+    "moe_shrink": _moe_shrink,
     "moe_sum": _moe_sum,
 }
 

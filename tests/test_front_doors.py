@@ -74,7 +74,7 @@ class Batch:
         hidden, w13, w2 = self.normal(T, K), self.normal(EXPERTS, 2 * N, K), self.normal(EXPERTS, K, N)
         sizes = {"max_tokens": T, "top_k": TOP_K, "num_experts": EXPERTS, "hidden": K, "intermediate": N}
         given = {**self.routing, "topk_weights": self.weights, "activation": "swiglu", "out": self.normal(T, K)}
-        given["workspace"] = kg.fused_moe_workspace(**sizes, fp8_activations=fp8, device=self.device)
+        given["workspace"] = kg.fused_moe_workspace(**sizes, fp8_activations=fp8, max_rank=RANK, device=self.device)
         del given["num_experts"]
         given |= {"hidden": hidden, "w13": w13, "w2": w2}
         for name, quantize, kind in (
@@ -84,7 +84,18 @@ class Batch:
         ):
             scale = "x_scale" if name == "hidden" else f"{name}_scale"
             given[name], given[scale] = quantize(given[name], kind) if fp8 else (given[name], None)
-        return {**given, "h_scale": None}
+        return {**given, "h_scale": None, "lora": None if fp8 else self.lora()}
+
+    def lora(self) -> Any:
+        """Adapters of a layer, of two ranks."""
+        first = self.factors(LORAS, EXPERTS)
+        last = [self.normal(LORAS, EXPERTS, *size) for size in ((RANK - 1, N), (K, RANK - 1))]
+        factors = (*map(tuple, first.values()), *((factor,) for factor in last))
+        return kg.FusedMoeLora(self.mapping, *factors, self.enabled)
+
+    def runs(self) -> tuple[Any, Any]:
+        """Tables by expert and adapter, and the runs in them."""
+        return kg.moe_runs(self.tables(), self.mapping, max_loras=LORAS, adapter_enabled=self.enabled)
 
 
 _SPACE = {"max_tokens": T, "top_k": TOP_K, "num_experts": EXPERTS, "max_loras": LORAS}
@@ -122,6 +133,30 @@ def _moe_gemm(b: Batch, fp8: bool = False) -> Arguments:
         given["w"], given["w_scale"] = kg.quantize_weights(w)
     given |= {"out": b.normal(T, TOP_K, N), "tables": b.tables(), "topk_weights": None if fp8 else b.weights}
     return {**given, "x_rows": "sorted" if fp8 else "pair", "out_rows": "pair", "activation": None}
+
+
+def _moe_shrink(b: Batch) -> Arguments:
+    (tables, runs), a = b.runs(), b.factors(LORAS, EXPERTS)["lora_a"]
+    x, v = b.normal(T, K), b.normal(T * TOP_K, len(a), RANK)
+    return {"x": x, "lora_a": a, "tables": tables, "runs": runs, "x_rows": "token", "v": v}
+
+
+def _adapted_gemm(b: Batch) -> Arguments:
+    (tables, runs), factors = b.runs(), b.factors(LORAS, EXPERTS)
+    given = {"x": b.normal(T, K), "w": b.normal(EXPERTS, 2 * N, K), "out": b.normal(T * TOP_K, N), "tables": tables, "runs": runs}
+    given |= {"v": b.normal(T * TOP_K, 2, RANK), "lora_b": factors["lora_b"], "activation": "swiglu"}
+    return {**given, "x_rows": "token", "out_rows": "sorted"}
+
+
+def _fill_runs(b: Batch) -> Arguments:
+    tables = b.tables()
+    blocks = tables.blocks[: tables.blocks.numel() // 3 * 3].view(-1, 3)
+    given = {"order": tables.pairs, "blocks": blocks, "num_blocks": tables.num_blocks, "block_m": tables.block_m}
+    given |= {name: torch.zeros(size, dtype=INT32, device=b.device) for name, size in _RUN_TABLES.items()}
+    return {**given, "token_lora_mapping": b.mapping, "adapter_enabled": b.enabled, "top_k": TOP_K, "max_loras": LORAS}
+
+
+_RUN_TABLES = {"pairs": (T * TOP_K,), "run_of_row": (T * TOP_K,), "runs": (T * TOP_K, 2)}
 
 
 def _filled(b: Batch, *names: str) -> Arguments:
@@ -182,6 +217,15 @@ GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
     ),
     "moe_gemm": ("moe_gemm", _moe_gemm),
     "moe_gemm fp8": ("moe_gemm", lambda b: _moe_gemm(b, fp8=True)),
+    "moe_gemm adapted": ("moe_gemm", _adapted_gemm),
+    "moe_runs": (
+        "moe_runs",
+        lambda b: {
+            **{"tables": b.tables(), "token_lora_mapping": b.mapping, "adapter_enabled": b.enabled, "max_loras": LORAS},
+            **{"workspace": torch.zeros(4 * T * TOP_K, dtype=INT32, device=b.device)},
+        },
+    ),
+    "moe_shrink": ("moe_shrink", _moe_shrink),
     "moe_route": ("moe_route", _route),
     "lora_route": (
         "lora_route",
@@ -226,7 +270,7 @@ GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
         "fused_moe_workspace",
         lambda b: {
             **{"max_tokens": T, "top_k": TOP_K, "num_experts": EXPERTS, "hidden": K, "intermediate": N},
-            **{"dtype": BF16, "fp8_activations": True, "device": b.device},
+            **{"dtype": BF16, "fp8_activations": True, "max_rank": RANK, "device": b.device},
         },
     ),
     "warmup": ("warmup", lambda b: {"shapes": [kg.MoeShape(K, N, 2, RANK, TOP_K, EXPERTS, LORAS)], "max_tokens": 4}),
@@ -236,6 +280,7 @@ GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
         "moe_route_pack",
         lambda b: {**_engine_tables(b), **_filled(b, "pairs", "blocks", "num_blocks"), "num_pairs": T * TOP_K, "block_m": 16},
     ),
+    "moe_runs_one_launch": ("moe_runs_fill", _fill_runs),
     "moe_align_one_launch": (
         "moe_align_fill",
         lambda b: {
@@ -251,7 +296,8 @@ GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
 def _function(name: str, op: str) -> tuple[Callable[..., Any], str]:
     """What is called, and what it calls itself in errors."""
     if name in kg.variants():
-        family, module = next((f, name.removeprefix(f"{f}_")) for f in ("moe_route", "moe_align") if name.startswith(f))
+        families = ("moe_route", "moe_align", "moe_runs")
+        family, module = next((f, name.removeprefix(f"{f}_")) for f in families if name.startswith(f))
         return getattr(importlib.import_module(f"generated.{family}.{module}"), name), name
     return (kg.MoeRoute.from_tables if op == "MoeRoute.from_tables" else getattr(kg, op)), op
 
@@ -334,7 +380,7 @@ def _wrong(operand: operands.Operand, good: Any, op: Op) -> Iterator[tuple[str, 
     elif operand.slices:
         yield from {"a number": 3, "a tensor": torch.stack(list(good)), "no slice": [], "a text": "ab"}.items()
         yield "an absent slice", [good[0], None]
-        yield "a slice less", good[:1]
+        yield from [("a slice less", good[:1])] if len(good) > 1 else []
         for label, value in _wrong_tensor(operand, good[-1], op):
             yield f"a slice: {label}", [*good[:-1], value]
     else:
@@ -448,7 +494,7 @@ def _with(good: Arguments, label: str, tensor: torch.Tensor) -> Arguments:
         return {**good, name: tensor}
     if rest[:-1].isdigit():
         return {**good, name: [tensor if f"{i}]" == rest else old for i, old in enumerate(good[name])]}
-    return {**good, name: good[name]._replace(**{rest: tensor})}
+    return {**good, name: good[name]._replace(**_with(good[name]._asdict(), label[len(name) + 1 :], tensor))}
 
 
 def _in_one_place(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -501,6 +547,10 @@ MISMATCHED: list[tuple[str, Arguments, str]] = [
     ("lora_expand fp8", {"b_scale": None}, "b_scale"),
     ("moe_gemm fp8", {"w_scale": None}, "w_scale"),
     ("moe_gemm fp8", {"x_scale": None}, "x_scale"),
+    ("moe_gemm adapted", {"v": None}, "v"),
+    ("moe_gemm adapted", {"lora_b": None}, "lora_b"),
+    ("moe_gemm adapted", {"runs": None}, "runs"),
+    ("moe_gemm adapted", {"out_rows": "pair"}, "case"),
     ("fused_moe fp8", {"w13_scale": None}, "w13_scale"),
     ("fused_moe fp8", {"w2_scale": None}, "w2_scale"),
     ("fused_moe fp8", {"x_scale": None}, "x_scale"),
@@ -599,6 +649,8 @@ ALTERNATIVES: dict[str, Callable[[Batch], Arguments]] = {
     "moe_quant": lambda b: {"order": "sorted"},
     "moe_align": lambda b: {"local_expert_start": 1, "num_experts": 2, "block_m": 32, "valid_tokens": None},
     "moe_gemm": lambda b: {"topk_weights": None, "x_rows": "sorted"},
+    "moe_runs": lambda b: {"adapter_enabled": None, "max_loras": 1},
+    "moe_shrink": lambda b: {"runs": b.runs()[1]._replace(max_loras=1)},
     "moe_route": lambda b: {"block_m": 32, "adapter_enabled": None, "expert_map": None, "max_loras": 2, "num_experts": 2},
     "lora_route": lambda b: {"max_loras": 2, "block_m": 32},
     "from_tables": lambda b: {"lora_ids": None, "adapter_enabled": None, "num_tokens": 3, "max_loras": 2},
@@ -613,9 +665,9 @@ ALTERNATIVES: dict[str, Callable[[Batch], Arguments]] = {
     "lora": lambda b: {"offset_start": 0, "add_inputs": False, "scaling": 1.0},
     "lora_shrink": lambda b: {"scaling": 1.0},
     "lora_expand": lambda b: {"offset_start": 0, "add_inputs": False},
-    "fused_moe": lambda b: {"local_expert_start": 1, "valid_tokens": None, "num_tokens_hint": 1, "out": None},
+    "fused_moe": lambda b: {"local_expert_start": 1, "valid_tokens": None, "num_tokens_hint": 1, "out": None, "lora": None},
 }
-_SAME = ("num_tokens_hint", "route")  # an outcome may stay the same
+_SAME = ("num_tokens_hint", "route", "runs")  # an outcome may stay the same
 
 
 @pytest.mark.parametrize("name", ALTERNATIVES)

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import generated as kg
 
-TOP_K, EXPERTS, WIDTH, INTER, LORAS = 2, 4, 32, 24, 2
+TOP_K, EXPERTS, WIDTH, INTER, LORAS, RANK = 2, 4, 32, 24, 2, 8
 OPS = torch.ops.generated
 
 
@@ -31,11 +31,36 @@ class Layer:
         self.valid = torch.tensor(tokens - 1, dtype=torch.int32, device=device)
         self.adapters = (torch.arange(tokens) % 3 - 1).to(device, torch.int32)
         self.delta = normal(tokens, TOP_K, 2 * INTER)
+        first = [normal(LORAS, EXPERTS, RANK, WIDTH) for _ in "gu"], [normal(LORAS, EXPERTS, INTER, RANK) for _ in "gu"]
+        last = [normal(LORAS, EXPERTS, RANK, INTER)], [normal(LORAS, EXPERTS, WIDTH, RANK)]
+        enabled = torch.tensor([1, 0], dtype=torch.int32, device=device)
+        self.lora = kg.FusedMoeLora(self.adapters, *first, *last, enabled)
 
     def fused(self, *inputs: torch.Tensor) -> torch.Tensor:
         hidden, ids, weights = inputs or (self.hidden, self.ids, self.weights)
         options = {"activation": "swiglu", "valid_tokens": self.valid}
         return kg.fused_moe(hidden, self.w13, self.w2, ids, weights, **options)
+
+    def adapted(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """The fused layer with adapters."""
+        hidden, ids, weights, adapters = inputs or (self.hidden, self.ids, self.weights, self.adapters)
+        options = {"activation": "swiglu", "valid_tokens": self.valid}
+        lora = kg.FusedMoeLora(adapters, *self.lora[1:])
+        return kg.fused_moe(hidden, self.w13, self.w2, ids, weights, lora=lora, **options)
+
+    def adapted_steps(self) -> torch.Tensor:
+        """The same op by op."""
+        tokens, lora = self.ids.shape[0], self.lora
+        tables = kg.moe_align(self.ids, num_experts=EXPERTS, valid_tokens=self.valid)
+        tables, runs = kg.moe_runs(tables, self.adapters, max_loras=LORAS, adapter_enabled=lora.adapter_enabled)
+        v = kg.moe_shrink(self.hidden, lora.a13, tables, runs, x_rows="token")
+        h = self.hidden.new_zeros(tokens * TOP_K, INTER)
+        first = {"v": v, "lora_b": lora.b13, "runs": runs, "activation": "swiglu"}
+        kg.moe_gemm(h, self.hidden, self.w13, tables, x_rows="token", out_rows="sorted", **first)
+        v = kg.moe_shrink(h, lora.a2, tables, runs, x_rows="sorted")
+        y = self.hidden.new_zeros(tokens, TOP_K, WIDTH)
+        kg.moe_gemm(y, h, self.w2, tables, x_rows="sorted", v=v, lora_b=lora.b2, runs=runs)
+        return kg.moe_sum(y, self.ids, num_experts=EXPERTS, valid_tokens=self.valid, topk_weights=self.weights)
 
     def steps(self) -> torch.Tensor:
         """The layer op by op, as one with adapters runs it."""
@@ -58,10 +83,10 @@ def test_opcheck_of_a_layer(device: str, tokens: int) -> None:
     out = torch.empty(tokens, WIDTH, device=device)
     operands = (out, layer.hidden, layer.w13, layer.w2, layer.ids, layer.weights, layer.valid)
     workspace = kg.fused_moe_workspace(
-        max_tokens=tokens, top_k=TOP_K, num_experts=EXPERTS, hidden=WIDTH, intermediate=INTER, device=device
+        max_tokens=tokens, top_k=TOP_K, num_experts=EXPERTS, hidden=WIDTH, intermediate=INTER, max_rank=RANK, device=device
     )
-    for buffers in ((None,) * 7, workspace):
-        arguments = (*operands, "swiglu", 0, None, True, *(None,) * 4, *buffers)
+    for buffers, lora in (((None,) * 9, layer.lora), (workspace, (None, [], [], [], [], None)), (workspace, layer.lora)):
+        arguments = (*operands, "swiglu", 0, None, True, *(None,) * 4, *buffers, *lora)
         torch.library.opcheck(OPS.fused_moe.default, arguments, test_utils=_UTILS)
 
 
@@ -75,7 +100,13 @@ def test_opcheck_of_the_steps(device: str) -> None:
     tables = kg.moe_align(layer.ids, num_experts=EXPERTS)
     rows = torch.zeros(tokens, TOP_K, 2 * INTER, dtype=torch.bfloat16, device=device)
     product = (rows, layer.hidden, layer.w13, *tables, None, "token", "pair", None, None, None)
-    torch.library.opcheck(OPS.moe_gemm.default, product)
+    torch.library.opcheck(OPS.moe_gemm.default, (*product, *(None,) * 6, 0))
+    tables, runs = kg.moe_runs(tables, layer.adapters, max_loras=LORAS)
+    v = kg.moe_shrink(layer.hidden, layer.lora.a13, tables, runs, x_rows="token")
+    torch.library.opcheck(OPS.moe_shrink.default, (v, layer.hidden, layer.lora.a13, *tables, *runs, "token"))
+    inner = torch.zeros(tokens * TOP_K, INTER, dtype=torch.bfloat16, device=device)
+    product = (inner, layer.hidden, layer.w13, *tables, None, "token", "sorted", "swiglu", None, None)
+    torch.library.opcheck(OPS.moe_gemm.default, (*product, v, layer.lora.b13, *runs))
     h = torch.zeros(tokens * TOP_K, INTER, dtype=torch.bfloat16, device=device)
     torch.library.opcheck(OPS.moe_act.default, (h, rows, layer.ids, None, "swiglu", EXPERTS, 0, None))
     out = torch.zeros(tokens, 2 * INTER, device=device)
@@ -86,9 +117,10 @@ def test_opcheck_of_the_steps(device: str) -> None:
     buffer = torch.zeros(256, dtype=torch.int32, device=device)
     table = (buffer, layer.ids, layer.valid, EXPERTS, 0, None, None)
     torch.library.opcheck(OPS.moe_align.default, table)
+    torch.library.opcheck(OPS.moe_runs.default, (buffer, *tables, layer.adapters, None, LORAS))
 
 
-@pytest.mark.parametrize("way", ["fused", "steps"])
+@pytest.mark.parametrize("way", ["fused", "steps", "adapted", "adapted_steps"])
 def test_a_compiled_graph_gives_the_same_bits(device: str, way: str) -> None:
     layer = Layer(device)
     run: Any = getattr(layer, way)
@@ -98,12 +130,15 @@ def test_a_compiled_graph_gives_the_same_bits(device: str, way: str) -> None:
     assert torch.equal(compiled(), expected)
 
 
-def test_a_compiled_graph_serves_any_number_of_tokens(device: str) -> None:
+@pytest.mark.parametrize("way", ["fused", "adapted"])
+def test_a_compiled_graph_serves_any_number_of_tokens(device: str, way: str) -> None:
     """An engine compiles once: no branch of the front door may look at the number of tokens."""
     layer = Layer(device, 9)
     graphs = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(layer.fused, fullgraph=True, backend=graphs, dynamic=True)
+    run = getattr(layer, way)
+    compiled = torch.compile(run, fullgraph=True, backend=graphs, dynamic=True)
     for tokens in (2, 3, 4, 5, 9):
-        inputs = layer.hidden[:tokens], layer.ids[:tokens], layer.weights[:tokens]
-        assert torch.equal(compiled(*inputs), layer.fused(*inputs))
+        inputs = [t[:tokens] for t in (layer.hidden, layer.ids, layer.weights, layer.adapters)]
+        inputs = inputs if way == "adapted" else inputs[:3]
+        assert torch.equal(compiled(*inputs), run(*inputs))
     assert graphs.frame_count <= 2  # the first sizes may be taken as fixed

@@ -28,16 +28,19 @@ NEEDS = {  # of a front door
     "lora_shrink": {"moe_route"},
     "moe_act": {"moe_align"},
     "moe_add": {"moe_route"},
-    "moe_gemm": {"moe_align"},
+    "moe_gemm": {"moe_align", "moe_runs"},
     "moe_lora": {"moe_route"},
     "moe_lora_expand": {"moe_route"},
     "moe_lora_shrink": {"moe_route"},
     "moe_quant": {"moe_align"},
+    "moe_runs": {"moe_align"},
+    "moe_shrink": {"moe_align", "moe_runs"},
     "moe_sum": {"moe_align"},
 }
+LAYER = {"moe_align", "moe_gemm", "moe_quant", "moe_runs", "moe_shrink", "moe_sum"}
 COMPOSITES = {
-    "fused_moe": {"moe_align", "moe_gemm", "moe_quant", "moe_sum"},
-    "FusedMoeShape": {"moe_align", "moe_gemm", "moe_quant", "moe_sum"},
+    "fused_moe": LAYER,
+    "FusedMoeShape": LAYER,
     "lora": {"lora_expand", "lora_shrink", "moe_route"},
     "LoraShape": {"lora_expand", "lora_shrink", "moe_route"},
     "MoeShape": {"moe_lora", "moe_route"},

@@ -121,7 +121,7 @@ def no_tables(
     return tables if looks is None else operands.alike(tables, looks)
 
 
-_BLOCK_MS = (16, 32, 64, 128)
+BLOCK_MS = (16, 32, 64, 128)
 _TABLE = (torch.int32, operands.CONTIGUOUS)
 
 # What every op on the routing of a base layer takes of it. At most 4096 experts: a program counts them.
@@ -136,7 +136,7 @@ OP = operands.Op(
     "moe_align",
     (
         *ROUTING,
-        operands.Int("block_m", optional=True, one_of=_BLOCK_MS),
+        operands.Int("block_m", optional=True, one_of=BLOCK_MS),
         operands.Tensor("workspace", "*", *_TABLE, optional=True, written=True),
     ),
 )
@@ -151,7 +151,7 @@ _FILL = operands.Op(
         operands.Tensor("blocks", ("*, 3", "*"), *_TABLE, written=True),
         operands.Tensor("num_blocks", "1", *_TABLE, written=True),
         *ROUTING[:4],
-        operands.Int("block_m", one_of=_BLOCK_MS),
+        operands.Int("block_m", one_of=BLOCK_MS),
     ),
 )
 
@@ -199,7 +199,7 @@ TABLES = operands.Bundle(
         *ROUTING[2:4],
         operands.Int("tokens_hint"),
         operands.Int(
-            "block_m", -1, one_of=(0, *_BLOCK_MS, -1)
+            "block_m", -1, one_of=(0, *BLOCK_MS, -1)
         ),  # -1: left open by a graph of torch.compile
     ),
     maker="moe_align",

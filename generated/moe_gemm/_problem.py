@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from .. import _operands as operands
 from .. import _runtime as runtime
 from .._scales import Quant, check_fp8, check_x_scale, fits, is_scale, scale_shape
 from ..moe_align import TABLES, MoeTables, default_block_m, max_blocks
+from ..moe_runs import RUNS, MoeRuns
 from ._tuned import TUNED
 
 
@@ -55,7 +57,8 @@ CACHE_POLICIES = ("", "evict_first")
 CONFIGS = {"gemv": GemvConfig, "tile": TileConfig, "box": BoxConfig}
 Config = GemvConfig | TileConfig | BoxConfig
 
-# (out, x, w, tables, topk_weights) of sizes that were checked before; then w_scale where weights are FP8, x_scale where x is
+# (out, x, w, tables, topk_weights) of sizes that were checked before; then w_scale where weights are FP8, x_scale where x is;
+# then v, lora_b and runs where there are adapters
 Call = Callable[..., None]
 
 _FP8 = (
@@ -75,6 +78,17 @@ class Scales(NamedTuple):
 
 
 UNSCALED = Scales(None, None, None, None)
+
+
+class Delta(NamedTuple):
+    """What adapters add to a product: rank vectors, the second factors, and which rows are of which adapter."""
+
+    v: torch.Tensor | None
+    lora_b: Sequence[torch.Tensor] | None
+    runs: MoeRuns | None
+
+
+UNADAPTED = Delta(None, None, None)
 
 # rows of x and of out -> whether tables are needed
 _ROWS = {
@@ -117,6 +131,18 @@ OP = operands.Op(
         operands.Choice("activation", (None, "relu2", "swiglu"), "S", (1, 1, 2)),
         _scale("w_scale"),
         _scale("x_scale"),
+        operands.Tensor(
+            "v",
+            ("T*top_k, S, rank", "*, T*top_k, S, rank"),
+            None,
+            operands.CONTIGUOUS,
+            optional=True,
+            left_out=True,
+        ),
+        operands.Tensor(
+            "lora_b", ">=L, >=E, N, rank", "D", slices="alike", optional=True, left_out=True
+        ),
+        dataclasses.replace(RUNS, optional=True, left_out=True),
     ),
     spec="specs/moe_gemm.yaml",
     dtypes={"D": (torch.bfloat16, torch.float16)},
@@ -154,6 +180,15 @@ class Problem(NamedTuple):
     w_scale_next: int  # from the scales of gate to those of up
     x_scale_stride: int  # over rows, or over experts
     x_scale_next: int | None  # over groups, None: 1
+    max_loras: int
+    rank: int  # of adapters, 0: there are none
+    parts: int  # of v, where there are no tables
+    b_strides: tuple[int, int, int]  # over (L, E, N)
+
+    @property
+    def delta_tiles(self) -> tuple[int, int]:
+        """(ranks of a step over the adapters of a tile, stages); few rows leave registers for more ranks at a time."""
+        return 128 if self.block_m <= 32 and self.rank > 32 else 64, 2
 
 
 def check(
@@ -170,6 +205,7 @@ def check(
     schedule: str | None = None,
     zero_rest: bool = False,
     scales: Scales = UNSCALED,
+    delta: Delta = UNADAPTED,
 ) -> Problem:
     """The sizes of a call, once everything about it is known to fit.
 
@@ -178,7 +214,9 @@ def check(
     """
     request = (*rows.split("_"), None if epilogue == "none" else epilogue)
     sizes = OP.check(
-        variant, OP.named(out, x, w, tables, topk_weights, *request, scales.w, scales.x), D=dtype
+        variant,
+        OP.named(out, x, w, tables, topk_weights, *request, scales.w, scales.x, *delta),
+        D=dtype,
     )
     return problem_of(
         variant,
@@ -194,6 +232,7 @@ def check(
         schedule=schedule,
         zero_rest=zero_rest,
         scales=scales,
+        delta=delta,
     )
 
 
@@ -212,6 +251,7 @@ def problem_of(
     schedule: str | None = None,
     zero_rest: bool = False,
     scales: Scales = UNSCALED,
+    delta: Delta = UNADAPTED,
 ) -> Problem:
     """The sizes of a product whose operands are checked, once the rest is too.
 
@@ -265,6 +305,7 @@ def problem_of(
     expected, block_m = min(tables.tokens_hint, num_tokens), tables.block_m
     if block_m < 0:  # left open by a graph of torch.compile, and settled as moe_align does
         block_m = default_block_m(max(tables.tokens_hint, 1), top_k, tables.num_experts)
+    rank, parts, b_strides = _check_delta(variant, delta, tables, sizes, dtype)
     problem = Problem(
         num_tokens,
         num_pairs,
@@ -286,6 +327,10 @@ def problem_of(
         scales.of_x,
         *w_scale_strides,
         *x_scale_strides,
+        0 if delta.runs is None else delta.runs.max_loras,
+        rank,
+        parts,
+        b_strides,
     )
     if schedule == "box" and not has_boxes(problem, x, w):
         got = f"x {runtime.describe(x)}, w {runtime.describe(w)}"
@@ -297,6 +342,36 @@ def problem_of(
             "use tile",
         )
     return problem
+
+
+def _check_delta(
+    variant: str, delta: Delta, tables: MoeTables, sizes: operands.Sizes, dtype: torch.dtype
+) -> tuple[int, int, tuple[int, int, int]]:
+    """rank, parts and the strides of the second factors."""
+    v, lora_b, runs = delta
+    if v is None and lora_b is None and runs is None:
+        return 0, 0, (0, 0, 0)
+    if v is None or lora_b is None or runs is None:
+        given = [name for name, value in zip(("v", "lora_b", "runs"), delta) if value is not None]
+        runtime.fail(variant, "v, lora_b, runs", given, "all three, or none")
+    by_table = tables.block_m != 0
+    if by_table != (runs.runs is not None):
+        got, wanted = ("without", "with") if by_table else ("with", "without")
+        hint = "moe_runs returns the tables that they go with"
+        runtime.fail(variant, "runs", f"runs {got} tables", f"runs {wanted} tables", hint)
+    kind, dims = (dtype, 3) if by_table else (torch.float32, 4)
+    if v.dtype != kind or v.dim() != dims:
+        wanted = f"[{'' if by_table else 'parts, '}{tables.num_tokens * tables.top_k}, {sizes['S']}, {sizes['rank']}] {kind}"
+        runtime.fail(variant, "v", runtime.describe(v), wanted, "make it with moe_shrink")
+    over_l, over_e, over_n, _ = lora_b[0].stride()
+    if over_n * sizes["N"] >= 2**31:
+        runtime.fail(
+            variant,
+            "lora_b",
+            f"rows {over_n} elements apart",
+            "an expert's matrix below 2**31 elements",
+        )
+    return sizes["rank"], 0 if by_table else v.shape[0], (over_l, over_e, over_n)
 
 
 def _check_w_scale(
@@ -352,6 +427,7 @@ class Key(NamedTuple):
     slices: int
     reads_token: bool  # a row of x a token, as the first projection has; else one a pair
     sums: bool  # over the experts of a token
+    rank: int  # of adapters, 0: there are none
     weight_scales: str | None
     x_scales: str | None
 
@@ -365,7 +441,7 @@ def plan(problem: Problem, boxes: bool) -> tuple[str, Config]:
     tokens = min(
         s.tokens, 4096
     )  # the largest that is measured; more tokens are more of the same blocks
-    rows = (s.block_m, s.k, s.n, s.slices, problem.rows.startswith("token"), s.sums)
+    rows = (s.block_m, s.k, s.n, s.slices, problem.rows.startswith("token"), s.sums, problem.rank)
     key = Key(tokens, problem.top_k, problem.num_experts, *rows, s.weight_scales, s.x_scales)
     own = _schedule(problem, boxes)
 

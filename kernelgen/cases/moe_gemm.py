@@ -18,11 +18,13 @@ from kernelgen.buffers import Guarded, allocate, allocate_sparse, positions, row
 from kernelgen.cases import quant
 from kernelgen.cases.base import Case as BaseCase
 from kernelgen.cases.base import Tags, worst_ratio
+from kernelgen.cases.moe_adapters import MIXED, Adapters, Drawn, factors, live_of
+from kernelgen.cases.moe_adapters import draw as draw_adapters
 from kernelgen.cases.moe_experts import SPREAD, Experts, Routed, draw
 from kernelgen.model import QUANT_AXES, VOCABULARY
-from kernelgen.reference.moe_align import moe_align
-from kernelgen.reference.moe_gemm import Expected, moe_gemm, moe_gemm_sum
+from kernelgen.reference.moe_gemm import Delta, Expected, moe_gemm, moe_gemm_sum
 from kernelgen.reference.moe_lora import dequantise
+from kernelgen.reference.moe_runs import moe_runs
 
 BODY = ("schedule", "rows", "epilogue")
 _QUANTS = ("schedule", "rows", *QUANT_AXES)  # what FP8 operands and their scales pass through
@@ -54,6 +56,9 @@ class Case(BaseCase):
         scale_an_expert: a scale for all of x is one of the rows of each expert.
         scales_dtype: of all scales.
         by_column: the scales of x lie column by column.
+        adapters, rank: of a variant with adapters.
+        parts: of its rank vectors, where there are no tables.
+        b_layout: of its second factors, a key of ``LAYOUTS`` of moe_adapters.
     """
 
     tokens: int = 5
@@ -81,6 +86,10 @@ class Case(BaseCase):
     scale_an_expert: bool = False
     scales_dtype: torch.dtype = torch.float32
     by_column: bool = False
+    adapters: Adapters = MIXED
+    rank: int = 12
+    parts: int = 2
+    b_layout: str = "packed"
 
 
 def _only(**axes: str) -> Mapping[str, Sequence[str]]:
@@ -93,9 +102,26 @@ _WEIGHTED = _only(routed_weight="weighted")
 _ONE = Experts("one")
 _FP8 = _only(weight_quant="w8tensor w8channel w8group")
 _E8M0 = torch.float8_e8m0fnu
+_LORA = _only(delta="lora")
+_MANY = Adapters("spread", 60)
 _FP8_TILED = MappingProxyType({**_FP8, **_TILED})
 
+_OF_LORA = (
+    Case("rank_1", "a rank of one, and one part", only=_LORA, rank=1, parts=1),
+    Case("rank_64", "runs that end with a step", only=_LORA, tokens=20, few=1, top_k=1, experts=2, rank=64),
+    Case("rank_40", "steps of several runs, and runs of several steps", only=_LORA, tokens=20, top_k=1, experts=2, rank=40),
+    Case("rank_130", "more ranks than a program takes at a time", only=_LORA, tokens=3, few=2, rank=130, own_tiles=True),
+    Case("no_adapter", "a graph for adapters, replayed without one", only=_LORA, adapters=Adapters("none")),
+    Case("one_adapter", "a run as high as its blocks", only=_LORA, tokens=33, top_k=1, routing=_ONE, adapters=Adapters("one")),
+    Case("disabled", "adapters that are loaded but disabled", only=_LORA, tokens=9, adapters=Adapters("spread", 4, (0, 2))),
+    Case("a_run_a_row", "every row a run of its own", only=_LORA, tokens=16, top_k=1, routing=_ONE, adapters=_MANY),
+    Case("shared_b", "factors stored once for all experts: stride 0", only=_LORA, b_layout="shared"),
+    Case("huge_adapters", "32-bit offsets of adapters wrap", only=_LORA, b_layout="huge_adapters"),
+    Case("huge_b", "32-bit offsets of the experts of factors wrap", only=_LORA, b_layout="huge_experts", experts=2),
+)
+
 CASES = (
+    *_OF_LORA,
     Case("one", "every size is one", only=_POINTERS, tokens=1, top_k=1, experts=1, k=1, n=1),
     Case("lt_tile", "a tile that is not full", k=24, n=16),
     Case("eq_tile", "one full tile", tokens=16, top_k=1, routing=_ONE, k=32, n=32),
@@ -244,6 +270,7 @@ class Call:
     routed: Routed
     expected: Expected
     inputs: Mapping[str, Guarded]
+    adapted: Mapping[str, Any]  # v, lora_b and runs, of a variant with adapters
 
     @property
     def operands(self) -> tuple[Any, ...]:
@@ -291,7 +318,11 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
             return allocate_sparse(shape, strides, kind, device)
         return allocate(shape, strides, kind, device, offset=case.offset)
 
-    order = sorted(routed.local, key=lambda item: (item.expert, item.pair))
+    adapters = None
+    if tags.get("delta", "none") != "none":
+        adapters = draw_adapters(case.adapters, tokens, case.random(), device)
+    of_token = [None] * tokens if adapters is None else adapters.of_token
+    order = moe_runs(routed.local, of_token, top_k=case.top_k, block_m=case.block_m).order
     sources = {
         "token": [pair // case.top_k for pair, _ in routed.local],
         "sorted": range(len(order)),
@@ -343,6 +374,11 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
         for pair, _ in routed.local:
             weights.view(-1)[pair] = torch.rand((), generator=numbers).to(weights)
 
+    slots: dict[str, Any] = {}
+    delta = None
+    if adapters is not None:
+        slots, delta = _make_delta(case, slices, order, adapters, by_one, numbers, dtype, device)
+
     out_rows = tokens if writes == "token" else num_pairs
     out_row = case.row_stride or -(-case.n // case.align) * case.align + case.gap
     out = memory((out_rows, case.n), (out_row, 1), case.out_dtype or dtype)
@@ -356,6 +392,7 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
             topk_weights=weights,
             dtype=out.dtype,
             scaled=w_scale is not None,
+            delta=delta,
         )
     else:
         expected = moe_gemm(
@@ -369,40 +406,88 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
             dtype=dtype,
             scaled=w_scale is not None,
             short=of_x is not None and not by_one and device != "cpu",
+            order=order,
+            delta=delta,
         )
-    tables, ints = tables_of(package, case, routed, by_one, device)
+    tables, runs, ints = tables_of(package, case, routed, by_one, device, adapters)
+    if adapters is not None:
+        slots["runs"] = runs
+        ints |= {"v": slots["v"], **{f"lora_b[{s}]": b for s, b in enumerate(slots["lora_b"])}}
     given = {"x": x, "w": w, "topk_weights": weights, "topk_ids": routed.topk_ids, **ints}
     given |= {"w_scale": w_scale, "x_scale": x_scale}
     inputs = {name: _seal(tensor) for name, tensor in given.items() if tensor is not None}
-    return Call(_seal(out), x, w, tables, weights, w_scale, x_scale, routed, expected, inputs)
+    return Call(_seal(out), x, w, tables, weights, w_scale, x_scale, routed, expected, inputs, slots)
 
 
 def _seal(tensor: torch.Tensor) -> Guarded:
     return seal(tensor, sparse=tensor.untyped_storage().nbytes() >= _HUGE)
 
 
+def _make_delta(
+    case: Case,
+    slices: int,
+    order: Sequence[Any],
+    adapters: Drawn,
+    by_one: bool,
+    numbers: torch.Generator,
+    dtype: torch.dtype,
+    device: str,
+) -> tuple[dict[str, Any], Delta]:
+    """v and lora_b as a variant takes them, NaN where nothing may be read; and what they are.
+
+    Parts are such that every order of adding them up is exact.
+    """
+    num_pairs = len(adapters.of_token) * case.top_k
+    of_pair = (num_pairs, slices, case.rank)
+    shape = (case.parts, *of_pair) if by_one else of_pair
+    v = allocate(shape, row_major(shape), torch.float32 if by_one else dtype, device)
+    by_pair = torch.full(of_pair, torch.nan, dtype=torch.float64, device=device)
+    for place, (pair, _) in enumerate(order):
+        if adapters.of_token[pair // case.top_k] is not None:
+            parts = torch.randint(-50, 51, (case.parts, slices, case.rank), generator=numbers) / 64
+            by_pair[pair] = parts.sum(0).to(by_pair)
+            if by_one:
+                v[:, pair] = parts.to(v)
+            else:
+                v[place] = parts.sum(0).to(v)
+    live = live_of(order, adapters.of_token, case.top_k)
+    b = factors((adapters.loras, case.experts, case.n, case.rank), slices, case.b_layout, live, numbers, dtype, device)
+    return {"v": v, "lora_b": b}, Delta(by_pair, b, adapters.of_token)
+
+
 def tables_of(
-    package: ModuleType, case: Case, routed: Routed, by_one: bool, device: str
-) -> tuple[Any, dict[str, torch.Tensor]]:
-    """The tables of the reference as a variant takes them, poison behind what counts."""
+    package: ModuleType, case: Any, routed: Routed, by_one: bool, device: str, adapters: Drawn | None = None
+) -> tuple[Any, Any, dict[str, torch.Tensor]]:
+    """The tables of the reference as a variant takes them, and the runs of adapters in them, poison behind what counts."""
     tables = package.no_tables(
         routed.topk_ids,
         num_experts=routed.num_experts,
         valid_tokens=routed.valid_tokens,
         local_expert_start=routed.start,
     )
+    given = () if adapters is None else (adapters.token_lora_mapping, adapters.adapter_enabled)
     if by_one:
-        return tables, {}
-    wanted = moe_align(routed.local, block_m=case.block_m)
-    pairs = allocate((routed.topk_ids.numel(),), (1,), torch.int32, device)
-    pairs[: len(wanted.pairs)] = wanted.pairs.to(device)
+        return tables, None if adapters is None else package.MoeRuns(*given, None, None, adapters.loras), {}
+    num_pairs, (tokens, top_k) = routed.topk_ids.numel(), routed.topk_ids.shape
+    of_token = [None] * tokens if adapters is None else adapters.of_token
+    wanted = moe_runs(routed.local, of_token, top_k=top_k, block_m=case.block_m)
+    pairs = allocate((num_pairs,), (1,), torch.int32, device)
+    pairs[: len(wanted.order)] = torch.tensor([item.pair for item in wanted.order], dtype=torch.int32).to(device)
     entries = [_NO_ROWS, *(entry for block in wanted.blocks.tolist() for entry in (block, _NO_ROWS))]
     blocks = allocate((len(entries) + 2, 3), (3, 1), torch.int32, device)
     blocks[: len(entries)] = torch.tensor(entries, dtype=torch.int32).to(device)
     count = torch.tensor([len(entries)], dtype=torch.int32, device=device)
     hint = routed.topk_ids.shape[0] if case.hint is None else case.hint
     made = {"pairs": pairs, "blocks": blocks, "num_blocks": count}
-    return tables._replace(**made, block_m=case.block_m, tokens_hint=hint), made
+    tables = tables._replace(**made, block_m=case.block_m, tokens_hint=hint)
+    if adapters is None:
+        return tables, None, made
+    run_of_row, runs = allocate((num_pairs,), (1,), torch.int32, device), allocate((num_pairs, 2), (2, 1), torch.int32, device)
+    run_of_row[: len(wanted.order)] = wanted.run_of_row.to(device)
+    written = torch.nonzero(wanted.runs[:, 0] >= 0).flatten()
+    runs[written.to(device)] = wanted.runs[written].to(device)
+    made |= {"run_of_row": run_of_row, "runs": runs}
+    return tables, package.MoeRuns(*given, run_of_row, runs, adapters.loras), made
 
 
 def check(
@@ -416,7 +501,7 @@ def check(
     call = make(package, case, tags, device)
     keywords = {} if call.topk_weights is None else {"topk_weights": call.topk_weights}
     config = None if case.own_tiles else tiles(launcher, case.tiles)
-    launcher(*call.operands, config=config, **keywords, **call.scales)
+    launcher(*call.operands, config=config, **keywords, **call.scales, **call.adapted)
     return call.verify()
 
 

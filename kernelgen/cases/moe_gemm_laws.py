@@ -15,7 +15,7 @@ from kernelgen.cases.base import Law, Variant, worst_ratio
 from kernelgen.cases.moe_experts import Experts, Routed, draw
 from kernelgen.cases.moe_gemm import Case, make
 from kernelgen.model import QUANT_AXES
-from kernelgen.reference.fused_moe import Inner, fused_moe
+from kernelgen.reference.fused_moe import Inner, Lora, fused_moe
 from kernelgen.reference.moe_lora import dequantise
 
 
@@ -31,6 +31,8 @@ class Layer(NamedTuple):
     scales: Mapping[str, torch.Tensor] = MappingProxyType({})
     numbers: tuple[torch.Tensor, ...] = ()  # what FP8 hidden, w13 and w2 stand for
     inner: Inner | None = None
+    lora: Any = None  # a FusedMoeLora
+    adapters: tuple[int | None, ...] = ()  # of tokens, with it
 
     def run(self, package: ModuleType, **options: Any) -> torch.Tensor:
         out: torch.Tensor = package.fused_moe(
@@ -43,7 +45,7 @@ class Layer(NamedTuple):
             valid_tokens=self.routed.valid_tokens,
             local_expert_start=self.routed.start,
             **self.scales,
-            **options,
+            **{"lora": self.lora, **options},
         )
         return out
 
@@ -53,6 +55,8 @@ class Layer(NamedTuple):
         numbers = self.numbers or (self.hidden, self.w13, self.w2)
         operands: tuple[Any, ...] = (*numbers, self.routed.local, self.topk_weights)
         sizes: dict[str, Any] = {"num_tokens": count, "dtype": out.dtype, "inner": self.inner}
+        if self.lora is not None:
+            sizes["lora"] = Lora(self.adapters, *self.lora[1:5])
         exact = fused_moe(*operands, activation=self.activation, **sizes)
         worst_ratio(out[:count].cpu(), exact.out.cpu(), exact.bound.cpu())
 
@@ -108,7 +112,7 @@ def fused_front_door(package: ModuleType, variants: Sequence[Variant], device: s
         out = None if own else torch.full_like(call.hidden, torch.nan)
         given = call.run(package, num_tokens_hint=hint, out=out)
         what = f"{tokens} tokens, {how}, hint {hint}, own buffer {own}"
-        _about(lambda call=call, given=given: call.verify(given), what)  # type: ignore[misc]
+        about(lambda call=call, given=given: call.verify(given), what)  # type: ignore[misc]
         rest = given[call.routed.num_valid :]
         right = not rest.any() if own else bool(rest.isnan().all())
         assert right and given.dtype == (torch.float32 if own else call.hidden.dtype), what
@@ -171,7 +175,7 @@ def fp8_front_door(package: ModuleType, variants: Sequence[Variant], device: str
         sizes = {"max_tokens": 12, "top_k": 2, "num_experts": 4, "hidden": 144, "intermediate": 136}
         workspace = package.fused_moe_workspace(**sizes, fp8_activations=mode[1] is not None, device=device)
         given = call.run(package, workspace=workspace if i % 2 else None)
-        _about(lambda call=call, given=given: call.verify(given), f"{tokens} tokens, scales {mode}")  # type: ignore[misc]
+        about(lambda call=call, given=given: call.verify(given), f"{tokens} tokens, scales {mode}")  # type: ignore[misc]
 
 
 def stale_workspace(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
@@ -183,7 +187,7 @@ def stale_workspace(package: ModuleType, variants: Sequence[Variant], device: st
         call = layer(tokens, how, device)
         out = torch.zeros_like(call.hidden)
         assert call.run(package, workspace=workspace, out=out) is out
-        _about(lambda call=call, out=out: call.verify(out), f"{tokens} tokens, {how}")  # type: ignore[misc]
+        about(lambda call=call, out=out: call.verify(out), f"{tokens} tokens, {how}")  # type: ignore[misc]
 
 
 def same_bits(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
@@ -295,12 +299,12 @@ def one_graph_serves_every_batch(
             first.run(package, **options)
         for seed, (kind, valid) in enumerate(itertools.product(("spread", "mixed", "skewed"), (0, 1, tokens // 2, tokens))):
             call = make_layer(tokens, Experts(kind, valid=valid), device, seed=seed)
-            for held, new in _tensors(first, call):
+            for held, new in tensors(first, call):
                 held.copy_(new)
             out.fill_(torch.nan)
             graph.replay()
             torch.cuda.synchronize()
-            _about(lambda call=call, out=out: call.verify(out), f"{tokens} tokens, {kind}, {valid} valid")  # type: ignore[misc]
+            about(lambda call=call, out=out: call.verify(out), f"{tokens} tokens, {kind}, {valid} valid")  # type: ignore[misc]
             assert out[valid:].isnan().all(), "rows of padding were written"
             eager = call.run(package, **{**options, "out": torch.full_like(out, torch.nan)})
             assert torch.equal(bits(eager), bits(out)), f"{tokens} tokens, {kind}, {valid} valid"
@@ -349,7 +353,8 @@ def _workspace(package: ModuleType, device: str, tokens: int) -> Any:
     )
 
 
-def _tensors(to: Layer, source: Layer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def tensors(to: Layer, source: Layer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What a graph holds of a layer, and the same of another."""
     yield from zip(to[:3], source[:3], strict=True)
     yield to.topk_weights, source.topk_weights
     yield to.routed.topk_ids, source.routed.topk_ids
@@ -370,7 +375,8 @@ def _launch(package: ModuleType, call: Any, tags: Mapping[str, str]) -> None:
     )
 
 
-def _about(verify: Callable[[], object], what: str) -> None:
+def about(verify: Callable[[], object], what: str) -> None:
+    """Verify; an error tells ``what``."""
     try:
         verify()
     except AssertionError as error:

@@ -152,6 +152,6 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
         scale.copy_(0.01 * 3.0 ** torch.arange(case.scales))  # so that the largest of a hundred numbers saturates
         of_rows = scale.float().cpu()[[expert % case.scales for _, expert in local]]
     given = GemmCase("tables", "", block_m=case.block_m, hint=case.hint)
-    tables, _ = tables_of(package, given, routed, False, device)
+    tables, _, _ = tables_of(package, given, routed, False, device)
     width = quant.GROUP[1] if of_x == "group" else case.n
     return Call(seal(codes), seal(scale), x, tables, routed, rows, width, of_rows)

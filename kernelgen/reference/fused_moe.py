@@ -9,6 +9,9 @@ that some value within the error of the exact one rounds to, which for nearly al
 
 FP8 operands stand for their numbers times their scales: ``dequantise`` them first. With FP8 activations h becomes FP8 as
 ``moe_quant`` makes it of the rounded h: another step function, whose scale is known to the bit wherever the largest h is.
+
+With an adapter l each product of a row r has B[l, e] . round(A[l, e] . r) added, whose rank vectors are rounded to the dtype
+between the products: a step function of its own.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import torch
 
 from kernelgen.reference.moe_align import Local
 from kernelgen.reference.moe_gemm import Expected, activate, cast_error, dot
+from kernelgen.reference.moe_runs import Adapters
 
 _FP32 = 2.0**-23
 
@@ -41,6 +45,16 @@ class Inner(NamedTuple):
     short: bool = False
 
 
+class Lora(NamedTuple):
+    """The adapters of a layer: those of tokens, and factors as of the op."""
+
+    adapters: Adapters
+    a13: Sequence[torch.Tensor]
+    b13: Sequence[torch.Tensor]
+    a2: Sequence[torch.Tensor]
+    b2: Sequence[torch.Tensor]
+
+
 def fused_moe(
     hidden: torch.Tensor,
     w13: torch.Tensor,
@@ -52,10 +66,12 @@ def fused_moe(
     num_tokens: int,
     dtype: torch.dtype,
     inner: Inner | None = None,
+    lora: Lora | None = None,
 ) -> Expected:
     """The rows of the first ``num_tokens`` tokens, ``dtype`` being that of out; other arguments as of the op.
 
-    ``inner`` goes with operands that were dequantised; None: there is no FP8.
+    ``inner`` goes with operands that were dequantised; None: there is no FP8. ``lora``: None: there are
+    no adapters.
     """
     scaled, inner = inner is not None, inner or Inner(hidden.dtype)
     flags = {"scaled": scaled, "short": inner.short}
@@ -64,12 +80,23 @@ def fused_moe(
     bounds = torch.zeros_like(values)
     for pair, expert in local:
         token, j = divmod(pair, top_k)
-        h, error = activate(*dot(w13[expert], hidden[token], **flags), activation)
-        low, high = ((h + e).to(inner.dtype).double() for e in (-error, error))
+        adapter = None if lora is None else lora.adapters[token]
+        factors = ((), ()) if lora is None or adapter is None else ((lora.a13, lora.b13), (lora.a2, lora.b2))
+        of_first, of_last = (
+            [(a[adapter, expert], b[adapter, expert]) for a, b in zip(*each, strict=True)] for each in factors
+        )
+        rank = 0 if lora is None else max(lora.a13[0].shape[2], lora.a2[0].shape[2]) + 2
+        x = hidden[token].double()
+        sums, error = dot(w13[expert], x, x.shape[0] + rank, **flags)
+        more, its = _delta(of_first, x, torch.zeros_like(x), sums, x.shape[0] + rank, inner.dtype)
+        h, error = activate(sums + more, error + its, activation)
+        low, high = h_low, h_high = tuple((h + e).to(inner.dtype).double() for e in (-error, error))
         if inner.element is not None:
             given = None if inner.given is None else inner.given[expert if len(inner.given) > 1 else 0]
             low, high = _as_fp8(low, high, inner.element, inner.width, given)
-        y, error = dot(w2[expert], (low + high) / 2, **flags)
+        y, error = dot(w2[expert], (low + high) / 2, w2.shape[2] + rank, **flags)
+        more, its = _delta(of_last, (h_low + h_high) / 2, (h_high - h_low) / 2, y, w2.shape[2] + rank, inner.dtype)
+        y, error = y + more, error + its
         error = error + w2[expert].double().abs() @ ((high - low) / 2) * (1 + w2.shape[2] * _FP32)
         error = error + cast_error(y.abs() + error, inner.dtype)
         weight = topk_weights[token, j].float().double()
@@ -77,6 +104,28 @@ def fused_moe(
         bounds[token] += weight.abs() * (error + (top_k + 1) * _FP32 * (y.abs() + error))
     bounds += cast_error(values.abs() + bounds, dtype)
     return Expected(torch.arange(num_tokens), values, bounds)
+
+
+def _delta(
+    factors: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    row: torch.Tensor,
+    radius: torch.Tensor,
+    like: torch.Tensor,
+    terms: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """B . round(A . row) of each slice behind the other, and its error, for a row within ``radius``; 0 without factors."""
+    if not factors:
+        return torch.zeros_like(like), torch.zeros_like(like)
+    found = []
+    for a, b in factors:
+        v, error = dot(a, row)
+        error = error + a.double().abs() @ radius * (1 + row.shape[0] * _FP32)
+        low, high = ((v + e).to(dtype).double() for e in (-error, error))
+        value, error = dot(b, (low + high) / 2, terms)
+        found.append((value, error + b.double().abs() @ ((high - low) / 2) * (1 + terms * _FP32)))
+    values, errors = zip(*found, strict=True)
+    return torch.cat(values), torch.cat(errors)
 
 
 def _as_fp8(

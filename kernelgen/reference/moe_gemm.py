@@ -6,6 +6,8 @@ pair's place in the tables:
     out[to(p)] = round(w[p] * f(x[from(p)] . W[e]^T))          f: nothing, relu(a) ** 2, or silu(gate) * up
     out[t]     = round(sum over j of w[p] * (x[p] . W[e]^T))   where the experts of a token are summed
 
+With an adapter l, v[p] . B[l, e]^T is added to the product: it is one of K + rank columns.
+
 ``round`` is to the dtype of out. All other rows keep their bytes.
 
 The bound. A kernel forms sums in fp32, in any order and with any tree, on units that may truncate: a sum of n products is
@@ -25,6 +27,7 @@ from typing import NamedTuple, Sequence
 import torch
 
 from kernelgen.reference.moe_align import Local
+from kernelgen.reference.moe_runs import Adapters
 
 _FP32 = 2.0**-23  # relative error of an fp32 operation that truncates
 _FP32_TINY = 2.0**-149  # and its absolute error where it underflows
@@ -32,6 +35,14 @@ _SHORT = 132 * 2.0**-13  # of the magnitudes of FP8 products, what tensor cores 
 _SCALINGS = 4  # roundings
 _SILU_SLOPE = 1.1  # the largest there is
 _SILU_TINY = 2.0**-118  # what is left of it where exp overflows
+
+
+class Delta(NamedTuple):
+    """What adapters add."""
+
+    v: torch.Tensor  # [T * top_k, S, rank], by pair
+    lora_b: Sequence[torch.Tensor]  # S tensors [L, E, N, rank]
+    adapters: Adapters  # of each token
 
 
 class Expected(NamedTuple):
@@ -54,6 +65,8 @@ def moe_gemm(
     dtype: torch.dtype,
     scaled: bool = False,
     short: bool = False,
+    order: Sequence[Local] | None = None,
+    delta: Delta | None = None,
 ) -> Expected:
     """The exact rows for operands as they are, and the bound on a kernel's error.
 
@@ -67,13 +80,15 @@ def moe_gemm(
         dtype: of out.
         scaled: operands were dequantised; a kernel applies their scales, which are below 2^24, in fp32.
         short: products of FP8 with FP8 are formed on tensor cores.
+        order: local pairs in the order of the tables, None: by (expert, pair).
+        delta: None: there are no adapters.
     """
-    order = sorted(local, key=lambda item: (item.expert, item.pair))
+    order = order or sorted(local, key=lambda item: (item.expert, item.pair))
     place = {item.pair: position for position, item in enumerate(order)}
     targets, values, bounds = [], [], []
     for pair, expert in local:
         source = {"token": pair // top_k, "sorted": place[pair], "pair": pair}[rows.split("_")[0]]
-        value, error = dot(w[expert], x[source], scaled=scaled, short=short)
+        value, error = _product(w, x[source], pair // top_k, pair, expert, delta, scaled=scaled, short=short)
         value, error = activate(value, error, epilogue)
         if topk_weights is not None:
             weight = topk_weights.flatten()[pair].float().double()
@@ -94,6 +109,7 @@ def moe_gemm_sum(
     topk_weights: torch.Tensor,
     dtype: torch.dtype,
     scaled: bool = False,
+    delta: Delta | None = None,
 ) -> Expected:
     """The sums over the experts of the first ``num_tokens`` tokens; arguments as of ``moe_gemm``."""
     top_k = topk_weights.shape[1]
@@ -101,7 +117,7 @@ def moe_gemm_sum(
     bounds = torch.zeros_like(values)
     for pair, expert in local:
         weight = topk_weights.flatten()[pair].float().double()
-        value, error = dot(w[expert], x[pair], top_k * x.shape[1] + 2, scaled=scaled)
+        value, error = _product(w, x[pair], pair // top_k, pair, expert, delta, top_k, scaled=scaled)
         values[pair // top_k] += weight * value
         bounds[pair // top_k] += weight.abs() * error + _FP32_TINY
     bounds += cast_error(values.abs() + bounds, dtype)
@@ -128,6 +144,20 @@ def moe_sum(
         bounds[token] += (top_k + 1) * (_FP32 * part.abs() + _FP32_TINY)
     bounds += cast_error(values.abs() + bounds, dtype)
     return Expected(torch.arange(num_tokens), values, bounds)
+
+
+def _product(
+    w: torch.Tensor, x: torch.Tensor, token: int, pair: int, expert: int, delta: Delta | None, times: int = 1, **flags: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sums of a pair and their error; ``times`` as many products end in one sum."""
+    rank = 0 if delta is None else delta.v.shape[2]
+    terms = times * (x.shape[0] + rank) + (0 if times == 1 and delta is None else 2)
+    value, error = dot(w[expert], x, terms, **flags)
+    adapter = None if delta is None else delta.adapters[token]
+    if delta is not None and adapter is not None:
+        more = [dot(b[adapter, expert], v, terms) for b, v in zip(delta.lora_b, delta.v[pair], strict=True)]
+        value, error = (part + torch.cat(added) for part, added in zip((value, error), zip(*more, strict=True), strict=True))
+    return value, error
 
 
 def _expected(

@@ -181,6 +181,7 @@ LOCAL_LAYER = FusedMoeShape(  # a share of a layer, with widths that no large ti
 )
 
 FP8_LAYER = QWEN3_LAYER._replace(weight_scales="group", x_scales="group")
+ADAPTED_LAYER = QWEN3_LAYER._replace(rank=24, max_loras=5, adapter_enabled=True, valid_tokens=True)
 BYTES_LAYER = FP8_LAYER._replace(x_scales="group_by_column", scales_dtype=torch.float8_e8m0fnu)
 
 
@@ -199,6 +200,12 @@ def serve_layer(shape: FusedMoeShape, num_tokens: int, hint: int | None) -> None
         scales["x_scale"] = empty(num_tokens, groups, dtype=shape.scales_dtype)
         if shape.x_scales == "group_by_column":  # as a kernel pads it, or not
             scales["x_scale"] = empty(groups, num_tokens + num_tokens % 4, dtype=shape.scales_dtype)[:, :num_tokens].t()
+    lora, loras = None, (shape.max_loras, shape.num_experts)
+    if shape.rank:
+        mapping, enabled = (empty(size, dtype=torch.int32) for size in (num_tokens, shape.max_loras + 1))
+        a13, a2 = (empty(*loras, shape.rank, k) for k in (shape.hidden, shape.intermediate))
+        b13, b2 = (empty(*loras, n, shape.rank) for n in (shape.intermediate, shape.hidden))
+        lora = kg.FusedMoeLora(mapping, [a13] * 2, [b13] * 2, [a2], [b2], enabled)
     kg.fused_moe(
         empty(num_tokens, shape.hidden, dtype=kind),
         empty(shape.num_experts, rows, shape.hidden, dtype=kind),
@@ -210,12 +217,16 @@ def serve_layer(shape: FusedMoeShape, num_tokens: int, hint: int | None) -> None
         num_tokens_hint=hint,
         local_expert_start=shape.local_expert_start,
         out=None if shape.out_dtype is None else empty(num_tokens, shape.hidden, dtype=shape.out_dtype),
+        lora=lora,
         **scales,
     )
 
 
+LAYERS = {"qwen3": QWEN3_LAYER, "share": LOCAL_LAYER, "fp8": FP8_LAYER, "bytes": BYTES_LAYER, "adapters": ADAPTED_LAYER}
+
+
 @pytest.mark.slow(keep=1)
-@pytest.mark.parametrize("shape", [QWEN3_LAYER, LOCAL_LAYER, FP8_LAYER, BYTES_LAYER], ids=["qwen3", "share", "fp8", "bytes"])
+@pytest.mark.parametrize("shape", LAYERS.values(), ids=LAYERS)
 def test_no_number_of_tokens_and_no_hint_makes_another_key_of_a_layer(shape: FusedMoeShape) -> None:
     edges = {(1 << i) + step for i in range(13) for step in (-1, 0, 1)}
     found = set()

@@ -15,101 +15,119 @@ from kernelgen.testing import Case, Law, Suite, Variant
 SUITE = Suite(
     package="generated",
     family="moe_gemm",
-    axes="schedule dtype rows epilogue routed_weight weight_quant act_quant",
+    axes="schedule dtype rows epilogue routed_weight weight_quant act_quant delta",
     rows="""
-gemv bf16 token_pair none plain none none
-gemv bf16 token_pair relu2 plain none none
-gemv bf16 token_pair relu2 plain w8tensor none
-gemv bf16 token_pair relu2 plain w8tensor a8tensor
-gemv bf16 token_pair relu2 plain w8channel none
-gemv bf16 token_pair relu2 plain w8channel a8token
-gemv bf16 token_pair relu2 plain w8group none
-gemv bf16 token_pair relu2 plain w8group a8group
-gemv bf16 token_pair swiglu plain none none
-gemv bf16 token_pair swiglu plain w8tensor none
-gemv bf16 token_pair swiglu plain w8tensor a8tensor
-gemv bf16 token_pair swiglu plain w8channel none
-gemv bf16 token_pair swiglu plain w8channel a8token
-gemv bf16 token_pair swiglu plain w8group none
-gemv bf16 token_pair swiglu plain w8group a8group
-gemv bf16 pair_pair none plain none none
-gemv bf16 pair_pair none weighted none none
-gemv bf16 pair_token none weighted none none
-gemv bf16 pair_token none weighted w8tensor none
-gemv bf16 pair_token none weighted w8tensor a8tensor
-gemv bf16 pair_token none weighted w8channel none
-gemv bf16 pair_token none weighted w8channel a8token
-gemv bf16 pair_token none weighted w8group none
-gemv bf16 pair_token none weighted w8group a8group
-gemv f16 token_pair none plain none none
-gemv f16 token_pair relu2 plain none none
-gemv f16 token_pair swiglu plain none none
-gemv f16 pair_pair none plain none none
-gemv f16 pair_pair none weighted none none
-gemv f16 pair_token none weighted none none
-tile bf16 token_sorted relu2 plain none none
-tile bf16 token_sorted relu2 plain w8tensor none
-tile bf16 token_sorted relu2 plain w8tensor a8tensor
-tile bf16 token_sorted relu2 plain w8channel none
-tile bf16 token_sorted relu2 plain w8channel a8token
-tile bf16 token_sorted relu2 plain w8group none
-tile bf16 token_sorted relu2 plain w8group a8group
-tile bf16 token_sorted swiglu plain none none
-tile bf16 token_sorted swiglu plain w8tensor none
-tile bf16 token_sorted swiglu plain w8tensor a8tensor
-tile bf16 token_sorted swiglu plain w8channel none
-tile bf16 token_sorted swiglu plain w8channel a8token
-tile bf16 token_sorted swiglu plain w8group none
-tile bf16 token_sorted swiglu plain w8group a8group
-tile bf16 sorted_pair none plain none none
-tile bf16 sorted_pair none plain w8tensor none
-tile bf16 sorted_pair none plain w8tensor a8tensor
-tile bf16 sorted_pair none plain w8channel none
-tile bf16 sorted_pair none plain w8channel a8token
-tile bf16 sorted_pair none plain w8group none
-tile bf16 sorted_pair none plain w8group a8group
-tile bf16 sorted_pair none weighted none none
-tile bf16 token_pair none plain none none
-tile bf16 token_pair relu2 plain none none
-tile bf16 token_pair swiglu plain none none
-tile bf16 pair_pair none plain none none
-tile bf16 pair_pair none weighted none none
-tile f16 token_sorted relu2 plain none none
-tile f16 token_sorted swiglu plain none none
-tile f16 sorted_pair none plain none none
-tile f16 sorted_pair none weighted none none
-tile f16 token_pair none plain none none
-tile f16 token_pair relu2 plain none none
-tile f16 token_pair swiglu plain none none
-tile f16 pair_pair none plain none none
-tile f16 pair_pair none weighted none none
-box bf16 token_sorted relu2 plain none none
-box bf16 token_sorted relu2 plain w8tensor a8tensor
-box bf16 token_sorted relu2 plain w8channel a8token
-box bf16 token_sorted relu2 plain w8group a8group
-box bf16 token_sorted swiglu plain none none
-box bf16 token_sorted swiglu plain w8tensor a8tensor
-box bf16 token_sorted swiglu plain w8channel a8token
-box bf16 token_sorted swiglu plain w8group a8group
-box bf16 sorted_pair none plain none none
-box bf16 sorted_pair none plain w8tensor a8tensor
-box bf16 sorted_pair none plain w8channel a8token
-box bf16 sorted_pair none plain w8group a8group
-box bf16 sorted_pair none weighted none none
-box bf16 token_pair none plain none none
-box bf16 token_pair relu2 plain none none
-box bf16 token_pair swiglu plain none none
-box bf16 pair_pair none plain none none
-box bf16 pair_pair none weighted none none
-box f16 token_sorted relu2 plain none none
-box f16 token_sorted swiglu plain none none
-box f16 sorted_pair none plain none none
-box f16 sorted_pair none weighted none none
-box f16 token_pair none plain none none
-box f16 token_pair relu2 plain none none
-box f16 token_pair swiglu plain none none
-box f16 pair_pair none plain none none
-box f16 pair_pair none weighted none none
+gemv bf16 token_pair none plain none none none
+gemv bf16 token_pair relu2 plain none none none
+gemv bf16 token_pair relu2 plain none none lora
+gemv bf16 token_pair relu2 plain w8tensor none none
+gemv bf16 token_pair relu2 plain w8tensor a8tensor none
+gemv bf16 token_pair relu2 plain w8channel none none
+gemv bf16 token_pair relu2 plain w8channel a8token none
+gemv bf16 token_pair relu2 plain w8group none none
+gemv bf16 token_pair relu2 plain w8group a8group none
+gemv bf16 token_pair swiglu plain none none none
+gemv bf16 token_pair swiglu plain none none lora
+gemv bf16 token_pair swiglu plain w8tensor none none
+gemv bf16 token_pair swiglu plain w8tensor a8tensor none
+gemv bf16 token_pair swiglu plain w8channel none none
+gemv bf16 token_pair swiglu plain w8channel a8token none
+gemv bf16 token_pair swiglu plain w8group none none
+gemv bf16 token_pair swiglu plain w8group a8group none
+gemv bf16 pair_pair none plain none none none
+gemv bf16 pair_pair none weighted none none none
+gemv bf16 pair_token none weighted none none none
+gemv bf16 pair_token none weighted none none lora
+gemv bf16 pair_token none weighted w8tensor none none
+gemv bf16 pair_token none weighted w8tensor a8tensor none
+gemv bf16 pair_token none weighted w8channel none none
+gemv bf16 pair_token none weighted w8channel a8token none
+gemv bf16 pair_token none weighted w8group none none
+gemv bf16 pair_token none weighted w8group a8group none
+gemv f16 token_pair none plain none none none
+gemv f16 token_pair relu2 plain none none none
+gemv f16 token_pair relu2 plain none none lora
+gemv f16 token_pair swiglu plain none none none
+gemv f16 token_pair swiglu plain none none lora
+gemv f16 pair_pair none plain none none none
+gemv f16 pair_pair none weighted none none none
+gemv f16 pair_token none weighted none none none
+gemv f16 pair_token none weighted none none lora
+tile bf16 token_sorted relu2 plain none none none
+tile bf16 token_sorted relu2 plain none none lora
+tile bf16 token_sorted relu2 plain w8tensor none none
+tile bf16 token_sorted relu2 plain w8tensor a8tensor none
+tile bf16 token_sorted relu2 plain w8channel none none
+tile bf16 token_sorted relu2 plain w8channel a8token none
+tile bf16 token_sorted relu2 plain w8group none none
+tile bf16 token_sorted relu2 plain w8group a8group none
+tile bf16 token_sorted swiglu plain none none none
+tile bf16 token_sorted swiglu plain none none lora
+tile bf16 token_sorted swiglu plain w8tensor none none
+tile bf16 token_sorted swiglu plain w8tensor a8tensor none
+tile bf16 token_sorted swiglu plain w8channel none none
+tile bf16 token_sorted swiglu plain w8channel a8token none
+tile bf16 token_sorted swiglu plain w8group none none
+tile bf16 token_sorted swiglu plain w8group a8group none
+tile bf16 sorted_pair none plain none none none
+tile bf16 sorted_pair none plain none none lora
+tile bf16 sorted_pair none plain w8tensor none none
+tile bf16 sorted_pair none plain w8tensor a8tensor none
+tile bf16 sorted_pair none plain w8channel none none
+tile bf16 sorted_pair none plain w8channel a8token none
+tile bf16 sorted_pair none plain w8group none none
+tile bf16 sorted_pair none plain w8group a8group none
+tile bf16 sorted_pair none weighted none none none
+tile bf16 token_pair none plain none none none
+tile bf16 token_pair relu2 plain none none none
+tile bf16 token_pair swiglu plain none none none
+tile bf16 pair_pair none plain none none none
+tile bf16 pair_pair none weighted none none none
+tile f16 token_sorted relu2 plain none none none
+tile f16 token_sorted relu2 plain none none lora
+tile f16 token_sorted swiglu plain none none none
+tile f16 token_sorted swiglu plain none none lora
+tile f16 sorted_pair none plain none none none
+tile f16 sorted_pair none plain none none lora
+tile f16 sorted_pair none weighted none none none
+tile f16 token_pair none plain none none none
+tile f16 token_pair relu2 plain none none none
+tile f16 token_pair swiglu plain none none none
+tile f16 pair_pair none plain none none none
+tile f16 pair_pair none weighted none none none
+box bf16 token_sorted relu2 plain none none none
+box bf16 token_sorted relu2 plain none none lora
+box bf16 token_sorted relu2 plain w8tensor a8tensor none
+box bf16 token_sorted relu2 plain w8channel a8token none
+box bf16 token_sorted relu2 plain w8group a8group none
+box bf16 token_sorted swiglu plain none none none
+box bf16 token_sorted swiglu plain none none lora
+box bf16 token_sorted swiglu plain w8tensor a8tensor none
+box bf16 token_sorted swiglu plain w8channel a8token none
+box bf16 token_sorted swiglu plain w8group a8group none
+box bf16 sorted_pair none plain none none none
+box bf16 sorted_pair none plain none none lora
+box bf16 sorted_pair none plain w8tensor a8tensor none
+box bf16 sorted_pair none plain w8channel a8token none
+box bf16 sorted_pair none plain w8group a8group none
+box bf16 sorted_pair none weighted none none none
+box bf16 token_pair none plain none none none
+box bf16 token_pair relu2 plain none none none
+box bf16 token_pair swiglu plain none none none
+box bf16 pair_pair none plain none none none
+box bf16 pair_pair none weighted none none none
+box f16 token_sorted relu2 plain none none none
+box f16 token_sorted relu2 plain none none lora
+box f16 token_sorted swiglu plain none none none
+box f16 token_sorted swiglu plain none none lora
+box f16 sorted_pair none plain none none none
+box f16 sorted_pair none plain none none lora
+box f16 sorted_pair none weighted none none none
+box f16 token_pair none plain none none none
+box f16 token_pair relu2 plain none none none
+box f16 token_pair swiglu plain none none none
+box f16 pair_pair none plain none none none
+box f16 pair_pair none weighted none none none
 """,
 )
 

@@ -84,10 +84,11 @@ SUITE = Suite(
         ROUTING,
     ),
     span=_span,
-    forms=("overlap",),
+    forms=("overlap", "fused"),
     beside=("the layer without adapters", BARE),
     tuned={
         "moe_act": ("", {"sites": ("layer",), "ranks": (16,), "base": (0.0,)}),
+        "moe_shrink": ("fused", {"sites": ("layer",), "ranks": (16,), "base": (0.0,)}),
         "moe_add": ("overlap", {"sites": ("w13",), "ranks": (16,), "base": (0.0,)}),
     },
 )

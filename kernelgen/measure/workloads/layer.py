@@ -119,21 +119,36 @@ def _pair(batch: Batch, pair: int, whole: bool) -> torch.Tensor:
 
 
 class Ours(Package):
-    """``MoeLayer``; of the first product ``moe_gemm`` and ``moe_lora``, and with the form "overlap" both at once."""
+    """``MoeLayer``, or with the form "fused" ``fused_moe`` with adapters; of the first product ``moe_gemm`` and ``moe_lora``, and
+    with the form "overlap" both at once.
+    """
 
     def ops(self, case: Case[Batch]) -> list[Op]:
         cell: Cell = case.cell
         if not cell.model.gated:
             raise Unsupported("MoeLayer has a gate")
-        if self.form and cell.site != "w13":
-            raise Unsupported("overlap is asked for on w13 only")
-        make = self._layer if cell.site == "layer" else self._first
+        asked = {"overlap": cell.site == "w13", "fused": cell.site == "layer" and cell.rank > 0}
+        if not asked.get(self.form, True):
+            raise Unsupported("overlap is asked for on w13, and fused on layers with adapters")
+        make = self._first if cell.site == "w13" else self._fused if self.form else self._layer
         return [Op(make(case, batch)) for batch in case.batches]
 
     def _layer(self, case: Case[Batch], batch: Batch) -> Callable[[], Any]:
         layer = MoeLayer(self.kg, batch.weights.w13, batch.weights.w2, batch.lora)
         mapping, space = (batch.mapping, self._space(case)) if case.cell.rank else (None, None)
         return functools.partial(layer, batch.x, batch.topk_ids, batch.topk_weights, mapping, out=batch.out, workspace=space)
+
+    def _fused(self, case: Case[Batch], batch: Batch) -> Callable[[], Any]:
+        model, lora, w = case.cell.model, batch.lora, batch.weights
+        assert lora is not None
+        sizes = {"top_k": model.top_k, "num_experts": model.experts, "hidden": model.hidden, "intermediate": model.intermediate}
+        adapters = self.kg.FusedMoeLora(batch.mapping, *lora.gate_up, *lora.down, lora.adapter_enabled)
+        space = self.kg.fused_moe_workspace(
+            max_tokens=case.cell.tokens, **sizes, max_rank=case.cell.rank, dtype=batch.x.dtype, device=case.device
+        )
+        options = {"activation": "swiglu", "lora": adapters, "workspace": space, "out": batch.out}
+        operands = (batch.x, w.w13, w.w2, batch.topk_ids, batch.topk_weights)
+        return functools.partial(self.kg.fused_moe, *operands, **options)
 
     def _first(self, case: Case[Batch], batch: Batch) -> Callable[[], None]:
         cell, kg, lora = case.cell, self.kg, batch.lora
