@@ -6,10 +6,15 @@
 Few tokens take two launches, which stream the weights of their experts. More take four: the tables, a product with the
 activation in its epilogue, whose rows stay in the order of the tables, a product that puts them back, and the sum. With FP8
 activations there is one more, which makes FP8 of the rows between the two products.
+
+With LoRA adapters the layer keeps its products: each takes, behind its own K loop, a few further steps over the ranks of the
+adapters in a tile, so that no row is written twice. Their rank vectors are made by a launch in front of it, which runs beside
+its K loop; one more orders the rows of each expert by adapter, where there are tables.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,11 +29,35 @@ from .moe_gemm import bind as bind_gemm
 from .moe_gemm import find_scales
 from .moe_quant import bind as bind_quant
 from .moe_quant._problem import QUANT
+from .moe_runs import ADAPTERS, MoeRuns, run_size, split
+from .moe_runs import bind as bind_runs
+from .moe_shrink import bind as bind_shrink
+from .moe_shrink import part_count, vector_shape
 from .moe_sum import bind as bind_sum
 
-__all__ = ["FusedMoeWorkspace", "fused_moe", "fused_moe_workspace"]
+__all__ = ["FusedMoeLora", "FusedMoeWorkspace", "fused_moe", "fused_moe_workspace"]
 
 _FEW_TOKENS = 4  # that stream weights pair by pair
+
+
+@operands.bundle
+class FusedMoeLora(NamedTuple):
+    """The adapters on the experts of a layer, and which token has which; scalings are folded into the second factors.
+
+    Factors are in the dtype of ``hidden``, of any rank, those of gate and up of one layout; the strides over L and E are free,
+    0 shares. They are finite: what is not reaches rows of other adapters.
+    """
+
+    token_lora_mapping: (
+        torch.Tensor
+    )  # [T] int32, the adapter of each token; -1, or what is not in [0, L): none
+    a13: Sequence[torch.Tensor]  # of gate and up, or of the single half of "relu2": [L, E, rank, H]
+    b13: Sequence[torch.Tensor]  # likewise: [L, E, I, rank]
+    a2: Sequence[torch.Tensor]  # one: [L, E, rank, I]
+    b2: Sequence[torch.Tensor]  # one: [L, E, H, rank]
+    adapter_enabled: torch.Tensor | None = (
+        None  # [>= L] int32, 0: tokens with this adapter have none; None: all are enabled
+    )
 
 
 @operands.bundle
@@ -42,6 +71,8 @@ class FusedMoeWorkspace(NamedTuple):
     outputs: torch.Tensor  # [max_tokens * top_k * H], likewise
     codes: torch.Tensor | None = None  # [max_tokens * top_k * I] uint8, for FP8 activations
     scales: torch.Tensor | None = None  # [*] float32, likewise
+    runs: torch.Tensor | None = None  # [*] int32, for adapters
+    vectors: torch.Tensor | None = None  # [*] float32, likewise
 
 
 def fused_moe_workspace(
@@ -53,18 +84,26 @@ def fused_moe_workspace(
     intermediate: int,
     dtype: torch.dtype = torch.bfloat16,
     fp8_activations: bool = False,
+    max_rank: int = 0,
     device: torch.device | str,
 ) -> FusedMoeWorkspace:
     """Buffers that serve every batch of up to ``max_tokens`` rows, whatever its routing.
 
     num_experts: those in the weights. dtype: of ``hidden``; with FP8 activations that of the rows in between, bfloat16.
+    max_rank: of the adapters; 0: there are none.
 
     Raises:
         ValueError: an argument that does not fit.
     """
     layer = (max_tokens, top_k, num_experts, hidden, intermediate)
-    _SPACE.check("fused_moe_workspace", _SPACE.named(*layer, dtype, fp8_activations, device))
+    _SPACE.check(
+        "fused_moe_workspace", _SPACE.named(*layer, dtype, fp8_activations, max_rank, device)
+    )
     num_pairs = max_tokens * top_k
+    # Rank vectors of a pair: of few tokens in parts of float32, else in 16 bits.
+    few = (
+        max(2 * part_count(hidden), part_count(intermediate)) * min(max_tokens, _FEW_TOKENS) * top_k
+    )
 
     def empty(size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device=device)
@@ -81,6 +120,8 @@ def fused_moe_workspace(
             if fp8_activations
             else None
         ),
+        empty(run_size(max_tokens, top_k)) if max_rank else None,
+        empty(max(few, num_pairs) * max_rank, torch.float32) if max_rank else None,
     )
 
 
@@ -101,6 +142,7 @@ def fused_moe(
     w2_scale: torch.Tensor | None = None,
     x_scale: torch.Tensor | None = None,
     h_scale: torch.Tensor | None = None,
+    lora: FusedMoeLora | None = None,
 ) -> torch.Tensor:
     """The experts of an MoE layer for T tokens of top_k experts each, on the device only.
 
@@ -129,6 +171,9 @@ def fused_moe(
             column by column. A token is made FP8 once for all its experts: of input scales of experts take the largest. The
             activations between the two products are rounded to bfloat16 and then become FP8 too, by ``moe_quant``, with scales alike.
         h_scale: their scale where x_scale is [1]: [1], or [>= E], the input scale of ``w2`` of each expert; other scales are found.
+        lora: adapters, which add B . round(A . x) to the sums of each product, in fp32: before the activation, and before the
+            rounding of the second product. Tokens without an adapter get the bits of a call without adapters that uses the
+            same tiles.
 
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
@@ -140,12 +185,12 @@ def fused_moe(
         try:
             out = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
         except AttributeError as error:
-            OP.refuse(OP.named(out, *layer, *sizes, *scales, workspace), error)
+            OP.refuse(OP.named(out, *layer, *sizes, *scales, workspace, lora), error)
     if torch.compiler.is_compiling():
         buffers = (None,) * len(FusedMoeWorkspace._fields) if workspace is None else workspace
-        _fused_moe_op(out, *layer, *sizes, *scales, *buffers)
+        _fused_moe_op(out, *layer, *sizes, *scales, *buffers, *(_NO_LORA if lora is None else lora))
     else:
-        _apply(out, *layer, *sizes, *scales, workspace)
+        _apply(out, *layer, *sizes, *scales, workspace, lora)
     return out
 
 
@@ -156,6 +201,7 @@ _SPACE = operands.Op(
         *(operands.Int(name, 1) for name in ("top_k", "num_experts", "hidden", "intermediate")),
         operands.Choice("dtype", (torch.bfloat16, torch.float16)),
         operands.Flag("fp8_activations"),
+        operands.Int("max_rank"),
         operands.Device("device"),
     ),
     launches=False,
@@ -168,6 +214,10 @@ def _buffer(name: str, dtype: torch.dtype | str, optional: bool = False) -> oper
 
 def _scale(name: str) -> operands.Tensor:
     return operands.Tensor(name, None, None, operands.FREE, optional=True)
+
+
+def _factor(name: str, shape: str, count: str) -> operands.Tensor:
+    return operands.Tensor(name, shape, "D", slices="alike", count=count)
 
 
 OP = operands.Op(
@@ -192,8 +242,24 @@ OP = operands.Op(
                 *(_buffer(name, "D") for name in ("inter", "outputs")),
                 _buffer("codes", torch.uint8, optional=True),
                 _buffer("scales", torch.float32, optional=True),
+                _buffer("runs", torch.int32, optional=True),
+                _buffer("vectors", torch.float32, optional=True),
             ),
             maker="fused_moe_workspace",
+            optional=True,
+        ),
+        operands.Bundle(
+            "lora",
+            FusedMoeLora,
+            (
+                ADAPTERS[0],
+                _factor("a13", "L, E, rank13, H", "G"),
+                _factor("b13", "L, E, I, rank13", "G"),
+                _factor("a2", "L, E, rank2, I", "1"),
+                _factor("b2", "L, E, H, rank2", "1"),
+                ADAPTERS[1],
+            ),
+            maker="FusedMoeLora",
             optional=True,
         ),
     ),
@@ -206,7 +272,7 @@ OP = operands.Op(
 )
 
 # What the two products call their operands here.
-_FIRST = runtime.Caller("fused_moe", x="hidden", w="w13", w_scale="w13_scale")
+_FIRST = runtime.Caller("fused_moe", x="hidden", w="w13", w_scale="w13_scale", lora_b="lora.b13")
 _SECOND = runtime.Caller(
     "fused_moe",
     x="hidden",
@@ -215,12 +281,18 @@ _SECOND = runtime.Caller(
     w_scale="w2_scale",
     x_scale="h_scale",
     scale="h_scale",
+    lora_b="lora.b2",
 )
 
-# Of a FusedMoeWorkspace; the last two are there with FP8 activations.
-_Buffers = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Any, Any]
+_SHRINK_X = runtime.Caller("fused_moe", x="hidden", lora_a="lora.a13")
+_SHRINK_H = runtime.Caller("fused_moe", lora_a="lora.a2")
+
+# Of a FusedMoeWorkspace; the last four are there with FP8 activations, and with adapters.
+_Buffers = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Any, Any, Any, Any
+]
 _Scales = tuple[torch.Tensor | None, ...]  # w13_scale, w2_scale, x_scale, h_scale
-# (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens, *scales, workspace) of sizes that were checked before
+# (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens, *scales, workspace, lora) of sizes that were checked before
 _Call = Callable[..., None]
 
 
@@ -243,6 +315,7 @@ def _bind(
         rest[:4],
         rest[4],
     )
+    lora: FusedMoeLora | None = rest[5]
     OP.check(
         "fused_moe",
         OP.named(*layer, activation, local_expert_start, num_tokens_hint, zeroes, *rest),
@@ -263,8 +336,18 @@ def _bind(
         0 if few else num_pairs * width,
         0 if x_mode is None else num_pairs * inter,
         0 if x_mode in (None, "tensor") else num_pairs * row_scales,
+        0 if few or lora is None else run_size(num_tokens, top_k),
+        0 if lora is None else max(_vector_size(a, num_pairs, few) for a in (lora.a13, lora.a2)),
     )
-    kinds = (torch.int32, torch.int32, torch.int32, dtype, dtype, torch.uint8, torch.float32)
+    kinds = (
+        *(torch.int32,) * 3,
+        dtype,
+        dtype,
+        torch.uint8,
+        torch.float32,
+        torch.int32,
+        torch.float32,
+    )
     space = tuple(zip(sizes, kinds, strict=True))
     routing = (num_tokens, top_k, num_experts, local_expert_start, expected, block_m)
 
@@ -277,7 +360,7 @@ def _bind(
     if workspace is not None:
         _check_workspace("fused_moe", workspace, space)
     buffers = use(workspace, hidden)
-    h, y, codes, found = buffers[3:]
+    h, y, codes, found = buffers[3:7]
     tables = MoeTables(topk_ids, valid_tokens, *buffers[:3], *routing)
     inner = h[: sizes[3]].view(num_pairs, inter)
     w13_scale, w2_scale, x_scale, h_scale = scales
@@ -291,6 +374,15 @@ def _bind(
     of_first = {"w_scale": w13_scale, "x_scale": x_scale, "op": _FIRST}
     of_second = {"w_scale": w2_scale, "x_scale": rows_scale, "op": _SECOND}
 
+    adapters = None
+    if lora is not None:
+        adapters, (of_first["v"], of_second["v"]) = _bind_lora(
+            lora, hidden, inner, tables, buffers, few
+        )
+        for options, lora_b in ((of_first, lora.b13), (of_second, lora.b2)):
+            options |= {"lora_b": lora_b, "runs": adapters.runs}
+        tables = adapters.tables
+
     def between(
         hidden: torch.Tensor, tables: MoeTables, scales: _Scales, buffers: _Buffers
     ) -> tuple[torch.Tensor, _Scales]:
@@ -303,7 +395,7 @@ def _bind(
         shrink(rows, rows_scale, h, tables)
         return rows, (scales[1], rows_scale)
 
-    w2_is_fp8, given = w2_scale is not None, [i for i in (0, 2) if scales[i] is not None]
+    w2_is_fp8, scaled = w2_scale is not None, [i for i in (0, 2) if scales[i] is not None]
     if few:
         first = bind_gemm(inner, hidden, w13, tables, None, "token", "pair", activation, **of_first)
         last = bind_gemm(
@@ -329,11 +421,22 @@ def _bind(
             valid_tokens: torch.Tensor | None,
             *rest: Any,
         ) -> None:
-            scales, buffers = rest[:4], use(rest[4], hidden)
+            scales, buffers, lora = rest[:4], use(rest[4], hidden), rest[5]
             tables = MoeTables(topk_ids, valid_tokens, *buffers[:3], *routing)
-            first(buffers[3], hidden, w13, tables, None, *[scales[i] for i in given])
+            of_first: tuple[Any, ...] = ()
+            of_last: tuple[Any, ...] = ()
+            if adapters is not None:
+                runs = MoeRuns(
+                    lora.token_lora_mapping, lora.adapter_enabled, None, None, adapters.max_loras
+                )
+                v = buffers[8]
+                adapters.shrink_x(v, hidden, lora.a13, tables, runs)
+                of_first, of_last = (v, lora.b13, runs), (v, lora.b2, runs)
+            first(buffers[3], hidden, w13, tables, None, *[scales[i] for i in scaled], *of_first)
             rows, of_rows = between(hidden, tables, scales, buffers)
-            last(out, rows, w2, tables, topk_weights, *of_rows)
+            if adapters is not None:
+                adapters.shrink_h(v, buffers[3], lora.a2, tables, runs)
+            last(out, rows, w2, tables, topk_weights, *of_rows, *of_last)
 
         return stream
 
@@ -370,16 +473,74 @@ def _bind(
         valid_tokens: torch.Tensor | None,
         *rest: Any,
     ) -> None:
-        scales, buffers = rest[:4], use(rest[4], hidden)
+        scales, buffers, lora = rest[:4], use(rest[4], hidden), rest[5]
         ints, h, y = buffers[:3], buffers[3], buffers[4]
         tables = MoeTables(topk_ids, valid_tokens, *ints, *routing)
         align(*ints, topk_ids, valid_tokens)
-        first(h, hidden, w13, tables, None, *[scales[i] for i in given])
+        of_first: tuple[Any, ...] = ()
+        of_second: tuple[Any, ...] = ()
+        if adapters is not None:
+            order, of_adapters = split(buffers[7], num_pairs), (
+                lora.token_lora_mapping,
+                lora.adapter_enabled,
+            )
+            adapters.order(*order, *ints, *of_adapters)
+            tables, v = MoeTables(topk_ids, valid_tokens, order[0], *ints[1:], *routing), buffers[
+                8
+            ].view(dtype)
+            runs = MoeRuns(*of_adapters, *order[1:], adapters.max_loras)
+            adapters.shrink_x(v, hidden, lora.a13, tables, runs)
+            of_first, of_second = (v, lora.b13, runs), (v, lora.b2, runs)
+        first(h, hidden, w13, tables, None, *[scales[i] for i in scaled], *of_first)
         rows, of_rows = between(hidden, tables, scales, buffers)
-        second(y, rows, w2, tables, None, *of_rows)
+        if adapters is not None:
+            adapters.shrink_h(v, h, lora.a2, tables, runs)
+        second(y, rows, w2, tables, None, *of_rows, *of_second)
         total(out, y, topk_ids, topk_weights, valid_tokens)
 
     return group
+
+
+class _Adapters(NamedTuple):
+    """The launches of the adapters of a layer, and what its products are bound with."""
+
+    max_loras: int
+    tables: MoeTables
+    runs: MoeRuns
+    order: Callable[..., None]  # to be called where there are tables
+    shrink_x: Callable[..., None]
+    shrink_h: Callable[..., None]
+
+
+def _bind_lora(
+    lora: FusedMoeLora,
+    hidden: torch.Tensor,
+    inner: torch.Tensor,
+    tables: MoeTables,
+    buffers: _Buffers,
+    few: bool,
+) -> tuple[_Adapters, list[torch.Tensor]]:
+    """The launches, and the rank vectors of both products: those of the first are read when the others are written."""
+    num_pairs, max_loras = inner.shape[0], lora.a13[0].shape[0]
+    order, runs = bind_runs(tables, max_loras), MoeRuns(
+        lora.token_lora_mapping, lora.adapter_enabled, None, None, max_loras
+    )
+    if not few:
+        pairs, run_of_row, of_blocks = split(buffers[7], num_pairs)
+        tables = tables._replace(pairs=pairs)
+        runs = runs._replace(run_of_row=run_of_row, runs=of_blocks.view(num_pairs, 2))
+    vectors = buffers[8] if few else buffers[8].view(inner.dtype)
+    shapes = [vector_shape(a, num_pairs, not few) for a in (lora.a13, lora.a2)]
+    v13, v2 = made = [vectors[: math.prod(shape)].view(shape) for shape in shapes]
+    shrink_x = bind_shrink(v13, hidden, lora.a13, tables, runs, "token", _SHRINK_X)
+    shrink_h = bind_shrink(v2, inner, lora.a2, tables, runs, "pair" if few else "sorted", _SHRINK_H)
+    return _Adapters(max_loras, tables, runs, order, shrink_x, shrink_h), made
+
+
+def _vector_size(lora_a: Sequence[torch.Tensor], num_pairs: int, few: bool) -> int:
+    """float32 elements of rank vectors, of which two numbers of 16 bits take one."""
+    size = math.prod(vector_shape(lora_a, num_pairs, not few))
+    return size if few else runtime.cdiv(size, 2)
 
 
 def _check_scales(
@@ -420,10 +581,13 @@ def _check_workspace(
 _apply = OP.caller(_bind)
 
 
+_NO_LORA: tuple[Any, ...] = (None, [], [], [], [], None)
+
+
 def _fused_moe(*arguments: Any) -> None:
-    *rest, pairs, blocks, num_blocks, inter, outputs, codes, scales = arguments
-    buffers = (pairs, blocks, num_blocks, inter, outputs, codes, scales)
-    _apply(*rest, None if pairs is None else FusedMoeWorkspace(*buffers))
+    rest, buffers, lora = arguments[:-15], arguments[-15:-6], arguments[-6:]
+    workspace = None if buffers[0] is None else FusedMoeWorkspace(*buffers)
+    _apply(*rest, workspace, None if lora[0] is None else FusedMoeLora(*lora))
 
 
 _fused_moe_op = runtime.op(
@@ -432,6 +596,7 @@ _fused_moe_op = runtime.op(
     "Tensor? valid_tokens, str activation, int local_expert_start, SymInt? num_tokens_hint, bool zeroes, "
     "Tensor? w13_scale, Tensor? w2_scale, Tensor? x_scale, Tensor? h_scale, "
     "Tensor(b!)? pairs, Tensor(c!)? blocks, Tensor(d!)? num_blocks, Tensor(e!)? inter, Tensor(f!)? outputs, "
-    "Tensor(g!)? codes, Tensor(h!)? scales) -> ()",
+    "Tensor(g!)? codes, Tensor(h!)? scales, Tensor(i!)? runs, Tensor(j!)? vectors, "
+    "Tensor? token_lora_mapping, Tensor[] a13, Tensor[] b13, Tensor[] a2, Tensor[] b2, Tensor? adapter_enabled) -> ()",
     _fused_moe,
 )

@@ -352,7 +352,7 @@ def _check_delta(
     if v is None and lora_b is None and runs is None:
         return 0, 0, (0, 0, 0)
     if v is None or lora_b is None or runs is None:
-        given = [name for name, value in zip(("v", "lora_b", "runs"), delta) if value is not None]
+        given = [name for name, value in delta._asdict().items() if value is not None]
         runtime.fail(variant, "v, lora_b, runs", given, "all three, or none")
     by_table = tables.block_m != 0
     if by_table != (runs.runs is not None):
