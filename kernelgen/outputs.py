@@ -46,6 +46,7 @@ class Outputs:
     def render(self, outputs: Iterable[Output]) -> None:
         """Make these files, or make them anew."""
         wanted = list(outputs)
+        output: Output
         for output in progress("rendering", lines=False)(wanted, len(wanted)):
             if self._made_by.get(output.path, output).template != output.template:
                 self.add_fault(Diagnostic("KG024", Location(output.path), "two templates write this file"))
