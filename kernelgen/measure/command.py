@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Sequence
 
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from kernelgen.measure.workload import Implementation, Workload
-
-_PIPED_WIDTH = 180
 
 
 class _Suites(click.Group):
@@ -244,17 +241,11 @@ def where(suite: Suite, row: Row) -> str:
     return " ".join(filter(None, [suite.label(row), suite.part(row), f"T={row['tokens']}"]))
 
 
-def _table(suite: Suite, rows: Sequence[Row], peers: Sequence[str]) -> Iterable[str]:
-    from rich.console import Console
-
+def _table(suite: Suite, rows: Sequence[Row], peers: Sequence[str]) -> list[str]:
     from kernelgen.measure import table
+    from kernelgen.table import terminal_width
 
-    console = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
-    with console.capture() as printed:
-        console.print(table.results(suite, rows, peers))
-        for line in table.summary(suite, rows, peers):
-            console.print(line, markup=False)
-    return printed.get().splitlines()
+    return [*table.results(suite, rows, peers, terminal_width()), *table.summary(suite, rows, peers)]
 
 
 def _finish(document: Document, rows: Sequence[Row], complete: bool, lines: Iterable[str]) -> Report:

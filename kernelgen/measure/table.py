@@ -4,28 +4,21 @@ from __future__ import annotations
 
 from typing import Iterator, Sequence
 
-from rich.table import Table
-
 from kernelgen.measure.suite import Row, Suite
 from kernelgen.measure.summary import findings, speedups
+from kernelgen.table import table
 
 
-def results(suite: Suite, rows: Sequence[Row], peers: Sequence[str]) -> Table:
-    """One line a row; times of peers as a multiple of ours are in the last columns of our rows."""
-    table = Table(title="µs a call, by CUDA-graph replay", title_justify="left")
-    table.add_column("cell", no_wrap=True, max_width=56)
-    table.add_column("T", no_wrap=True, justify="right")
-    table.add_column("impl", no_wrap=True)
-    table.add_column("variant", no_wrap=True, max_width=24)
-    for name in ("µs", "p10-p90", "floor/µs", "host µs", "error"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for peer in peers:
-        table.add_column(f"× {peer}", justify="right", no_wrap=True)
+def results(suite: Suite, rows: Sequence[Row], peers: Sequence[str], width: int | None) -> list[str]:
+    """One line a row where ``width`` allows; times of peers as a multiple of ours are in the last columns of our rows."""
+    numbers = ("T", "µs", "p10-p90", "floor/µs", "host µs", "error", *(f"× {peer}" for peer in peers))
     against = {peer: {id(row): times for row, times in speedups(suite, rows, peer)} for peer in peers}
+    lines = []
     for row in rows:
         times = [against[peer].get(id(row)) for peer in peers]
-        table.add_row(*_cells(suite, row), *("" if t is None else f"{t:.2f}" for t in times))
-    return table
+        lines.append([*_cells(suite, row), *("" if t is None else f"{t:.2f}" for t in times)])
+    head = ("cell", "T", "impl", "variant", *numbers[1:])
+    return ["µs a call, by CUDA-graph replay", *table(lines, head, width, numbers)]
 
 
 def summary(suite: Suite, rows: Sequence[Row], peers: Sequence[str]) -> Iterator[str]:
