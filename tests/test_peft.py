@@ -24,6 +24,7 @@ from kernelgen.integrations.peft import (
     Adapter,
     AdapterError,
     ExpertShape,
+    Factors,
     layouts,
     patterns,
     read_adapter,
@@ -386,18 +387,27 @@ REFUSED_TENSORS = {
         pair(f"{DECODER}.block_sparse_moe.input_linear", torch.ones(6, 10), torch.ones(12, 6)),
         "input_linear: got",
     ),
-    "hidden experts": (pair(f"{DECODER}.ffn.all_in", torch.ones(6, 10), torch.ones(12, 6)), "got 6 rows, 3 times the rank"),
-    "3-D elsewhere": (
-        {**GOOD, **pair(f"{DECODER}.mlp.switch_mlp.up_proj", torch.ones(3, 2, 10), torch.ones(3, 6, 2))},
-        r"switch_mlp.up_proj.lora_A.weight: got lora_A \[3, 2, 10\] .*, as of all experts",
+    "hidden experts": (
+        pair(f"{DECODER}.ffn.all_in", torch.ones(6, 10), torch.ones(12, 6)),
+        r"ffn.all_in.lora_A.weight: got lora_A \[6, 10\] .*, as of all experts, whose ranks together are 6",
     ),
-    "3-D elsewhere, shared": (
-        {**GOOD, **pair(f"{DECODER}.ffn.w1", torch.ones(1, 2, 10), torch.ones(3, 6, 2))},
-        r"ffn.w1.lora_A.weight: got lora_A \[1, 2, 10\] .*, as of all experts",
-    ),
-    "numbers elsewhere": (
-        {**GOOD, **pair(f"{DECODER}.mlp.mlps.1.down_proj", torch.ones(2, 6), torch.ones(10, 2))},
-        "mlps.1.down_proj.lora_A.weight: got the widths of one expert's projection and a number",
+    **{
+        f"hidden experts, {name}": (
+            {**GOOD, **pair(f"{DECODER}.{name}", torch.ones(a), torch.ones(b))},
+            rf"{name}.lora_A.weight: got lora_A .*, as of {of} .*not known to be of experts; wanted",
+        )
+        for name, a, b, of in (
+            ("mlp.switch_mlp.up_proj", (3, 2, 10), (3, 6, 2), "several"),
+            ("ffn.w1", (1, 2, 10), (3, 6, 2), "several"),
+            ("ffn.w1", (5, 10, 2), (5, 2, 6), "several"),
+            ("mlp.mlps.1.down_proj", (2, 6), (10, 2), "one"),
+            ("mlp.gate_up_projs.0", (2, 10), (12, 2), "one"),
+            ("mlp.mlp_0.linear_fc1", (2, 10), (6, 2), "one"),
+        )
+    },
+    "a wrapper": (
+        {key.replace("mlp.experts", "_checkpoint_wrapped_module.mlp.experts"): t for key, t in GOOD.items()},
+        "_checkpoint_wrapped_module.mlp.experts.*: got a name of routed experts that is not known",
     ),
     "no .weight": ({f"{MLP}.0.up_proj.lora_A": torch.ones(2, 10)}, "got a name of routed experts that is not known"),
     "no layer": (pair("base_model.model.experts.0.up_proj", torch.ones(2, 10), torch.ones(6, 2)), "experts.0.up_proj: got"),
@@ -795,6 +805,27 @@ def test_numbers_that_do_not_fit(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=f"{next(iter(arguments))}: got .*, wanted"):
             stack_adapters(**{"adapters": [small], "shape": SHAPE, "dtype": torch.bfloat16, **arguments})
+
+
+MADE: dict[str, tuple[Any, str]] = {
+    "a part": ({0: {"gate_up": Factors(torch.ones(3, 2, 10), torch.ones(3, 12, 2))}}, "gate_up: got a part that is not known"),
+    "no factors": ({0: {"down": "ab"}}, "down: got str, wanted Factors"),
+    "whole numbers": (
+        {0: {"down": Factors(*torch.ones(2, 3, 2, 6).int())}},
+        r"down: got torch.int32, torch.int32, wanted Factors",
+    ),
+    "no dimensions": ({0: {"down": Factors(*torch.ones(2))}}, r"down: got factors \[\] and \[\], wanted those of"),
+    "no numbers": ({0: {"down": Factors(torch.ones(3, 2, 6, device="meta"), torch.ones(3, 10, 2))}}, "down: got factors on meta"),
+    "no layer": ({"0": {}}, "layers: got '0': dict, wanted the number of a layer"),
+    "no layers": (None, "layers: got None: NoneType, wanted"),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_made_by_hand(name: str) -> None:
+    layers, words = MADE[name]
+    with pytest.raises(AdapterError, match=f"mine: {words}|mine: layer 0, {words}"):
+        stack_adapters([Adapter("mine", layers, ())], SHAPE, dtype=torch.bfloat16)
 
 
 # Served.

@@ -26,7 +26,8 @@ _FACTOR = re.compile(
     re.ASCII,
 )
 _NUMBER = r"(?:0|[1-9][0-9]{0,5})"
-_NAMES = r"(?:(?![\w-]*expert)[A-Za-z_][\w-]*\.)*?"  # experts in experts are not known
+# Experts in experts are not known; names like _orig_mod are of wrappers, which patterns of ranks and alphas do not name.
+_NAMES = r"(?:(?![\w-]*expert)[A-Za-z][\w-]*\.)*?"
 _LAYER = rf"(?P<stack>{_NAMES}(?:layers|layer|blocks|block|h))\.(?P<layer>{_NUMBER})\.(?P<block>{_NAMES})"
 _CONTAINER = r"(?:experts|(?:experts\.)?(?:deepspeed_experts|local_experts))"
 _FORMS = {
@@ -146,14 +147,11 @@ def looks_routed(name: str) -> bool:
 
 
 def looks_numbered(target: str) -> bool:
-    """Whether a name is of one of several projections in a block of a layer, and not of what is shared."""
-    name = target.lower()
-    match = re.search(rf"\b(?:layers?|blocks?|h)\.{_NUMBER}\.(.+)", name)
-    parts = match[1].split(".") if match else []
-    return (
-        "shared" not in name
-        and any(part.isdigit() for part in parts)
-        and any(p in PARTS for p in parts)
+    """Whether a name is of one of several blocks or projections in a layer, and neither of attention nor of what is shared."""
+    match = re.search(rf"\b(?:layers?|blocks?|h)\.{_NUMBER}\.(.+)", target.lower())
+    inner = match[1] if match else ""
+    return re.search("shared|att", inner) is None and bool(
+        re.search(r"(^|\.)\d+(\.|$)|_\d+\.", inner)
     )
 
 

@@ -93,27 +93,21 @@ def _read(name: str, reader: Reader, prefix: str | None) -> Adapter:
 
 
 def _check_not_fused(target: str, pair: Pair, reader: Reader) -> None:
-    """What is not named as experts must not look like the factors of all of them either."""
+    """What is not named as experts must not look like the factors of one or of all of them either."""
     a, b = (reader.tensors.shapes[factor] for factor in pair)
-    experts = {1, reader.shape.num_experts}
-    if len(a) == len(b) == 3 and a[1] == b[2] and {a[0], b[0]} <= experts:
+    experts = reader.shape.num_experts
+    as_of = None
+    if len(a) == len(b) == 3:
+        convolution = b[1:] == (a[0], 1) and not (a[1] == 1 and {a[0], b[0]} <= {1, experts})
+        as_of = None if convolution else "of several experts"
+    elif len(a) == len(b) == 2:
+        all_ranks = experts * reader.settings.rank_of(target)
+        if experts > 1 and a[0] == b[1] == all_ranks:
+            as_of = f"of all experts, whose ranks together are {all_ranks}"
+        elif looks_numbered(target) and (a[1], b[0]) in reader.shape.all_widths():
+            as_of = "of one expert's projection, with a number in its name"
+    if as_of is not None:
         raise AdapterError(
-            f"{pair.a}: got lora_A {list(a)} and lora_B {list(b)}, as of all experts, under a name that is not known to be of "
-            f"experts; wanted {KNOWN}"
-        )
-    if (
-        looks_numbered(target)
-        and len(a) == len(b) == 2
-        and (a[1], b[0]) in reader.shape.all_widths()
-    ):
-        raise AdapterError(
-            f"{pair.a}: got the widths of one expert's projection and a number in its name, which is not known to be of "
-            f"experts; wanted {KNOWN}, or `shared` in the name"
-        )
-    (rows, *_), (_, *columns) = a or (0,), b or (0,)
-    all_ranks = reader.shape.num_experts * reader.settings.rank_of(target)
-    if reader.shape.num_experts > 1 and rows == all_ranks and columns == [all_ranks]:
-        raise AdapterError(
-            f"{pair.a}: got {rows} rows, {reader.shape.num_experts} times the rank, as of all experts, under a name that is "
-            "not known to be of experts; wanted the rank"
+            f"{pair.a}: got lora_A {list(a)} and lora_B {list(b)}, as {as_of}, under a name that is not known to be of experts; "
+            f"wanted {KNOWN}"
         )

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import Mapping, Sequence
 
 import torch
 
-from .adapter import Adapter, AdapterError, ExpertShape, LayerBuffers, SliceBuffers, checked_shape
+from .adapter import (
+    Adapter,
+    AdapterError,
+    ExpertShape,
+    Factors,
+    LayerBuffers,
+    SliceBuffers,
+    checked_shape,
+)
 
 _MOST = 1 << 20  # adapters, or their rank
 
@@ -56,6 +64,8 @@ def stack_adapters(
         ) from None
     if torch.empty(0, device=device).is_meta:
         raise ValueError("device: got meta, wanted one that holds numbers")
+    for adapter in adapters:
+        _check(adapter, shape)
     widest = max((adapter.rank for adapter in adapters), default=0)
     rank = max(8, -(-widest // 8) * 8) if rank is None else rank
     slots = len(adapters) if max_loras is None else max_loras
@@ -63,8 +73,6 @@ def stack_adapters(
         raise AdapterError(
             f"got {len(adapters)} adapters of rank up to {widest}, wanted at most {slots} of rank up to {rank}"
         )
-    for adapter in adapters:
-        _check_shape(adapter, shape)
 
     def stack(layer: int, name: str, side: str) -> torch.Tensor:
         wide, tall = shape.widths(name)
@@ -80,7 +88,7 @@ def stack_adapters(
         )
         for slot, source in sources.items():
             source = source[:1] if shared else source
-            stored = source.to(device, dtype)
+            stored = source.detach().to(device, dtype)
             if not stored.isfinite().all() or (source.any() and not stored.any()):
                 raise AdapterError(
                     f"{adapters[slot].name}: layer {layer}, {name}, {side}: got numbers up to {source.abs().max():g}, scaling "
@@ -116,13 +124,29 @@ def _kinds(adapters: object) -> str:
     return ", ".join(dict.fromkeys(type(one).__name__ for one in kinds))
 
 
-def _check_shape(adapter: Adapter, shape: ExpertShape) -> None:
-    for layer, parts in adapter.layers.items():
-        for name, (a, b) in parts.items():
-            wide, tall = shape.widths(name)
-            r = a.shape[1]
+def _check(adapter: Adapter, shape: ExpertShape) -> None:
+    """Adapters may be made by hand, too."""
+    layers = adapter.layers if isinstance(adapter.layers, Mapping) else {None: adapter.layers}
+    for layer, parts in layers.items():
+        if type(layer) is not int or not isinstance(parts, Mapping):
+            raise AdapterError(
+                f"{adapter.name}: layers: got {layer!r}: {type(parts).__name__}, wanted the number of a layer and its parts"
+            )
+        for name, factors in parts.items():
+            where = f"{adapter.name}: layer {layer}, {name}: got"
+            if name not in ("gate", "up", "down"):
+                raise AdapterError(f"{where} a part that is not known, wanted gate, up or down")
+            found = factors if isinstance(factors, Factors) else (factors,)
+            if len(found) != 2 or not all(
+                isinstance(factor, torch.Tensor) and factor.is_floating_point() for factor in found
+            ):
+                kinds = ", ".join(str(getattr(f, "dtype", type(f).__name__)) for f in found)
+                raise AdapterError(f"{where} {kinds}, wanted Factors of floating-point numbers")
+            (a, b), (wide, tall) = factors, shape.widths(name)
+            r = b.shape[-1] if b.dim() else None
             if (*a.shape, *b.shape) != (shape.num_experts, r, wide, shape.num_experts, tall, r):
                 raise AdapterError(
-                    f"{adapter.name}: layer {layer}, {name}: got factors {list(a.shape)} and {list(b.shape)}, "
-                    f"wanted those of {shape}"
+                    f"{where} factors {list(a.shape)} and {list(b.shape)}, wanted those of {shape}"
                 )
+            if a.is_meta or b.is_meta:
+                raise AdapterError(f"{where} factors on meta, wanted numbers")
