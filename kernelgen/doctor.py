@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, Literal, Sequence
 
 from kernelgen import locate
+from kernelgen.read import read_file
 
 Status = Literal["ok", "note", "fault"]
 _PYTHON = (3, 10)
@@ -23,6 +24,8 @@ _TORCH, _TRITON = ((2, 11), None), ((3, 6), (3, 10))  # from, and before which v
 _RUN = "pip install 'kernelgen[run]'"
 _SECONDS = 120  # for a child process
 _ROOT = Path(__file__).resolve().parent.parent
+_PINNED = _ROOT / "tools" / "requirements"  # of a checkout: what was tested together
+_SHOWN = 6  # packages that are named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +53,8 @@ def examine(specs: Path, out: Path, jobs: int = 1) -> list[Check]:
 def _checks(specs: Path, out: Path, jobs: int) -> Iterator[Check]:
     yield _python()
     yield _packages()
+    if (_PINNED / "base.txt").is_file():
+        yield _attempt("pinned", _pinned)
     torch, triton = _version("torch", *_TORCH), _version("triton", *_TRITON)
     yield from (torch, triton)
     if torch.status == "ok":
@@ -92,6 +97,30 @@ def _requirements() -> list[str]:
         text = (_ROOT / "pyproject.toml").read_text("utf-8")
         block = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.DOTALL | re.MULTILINE)
         return re.findall(r'"([^"]+)"', block[1]) if block else []
+
+
+def _pinned() -> Check:
+    """What is installed, against what was tested together; torch and triton as for this build of torch."""
+    from packaging.requirements import Requirement
+
+    files = ["base.txt"]
+    if torch := _installed("torch"):
+        files.append("cpu.txt" if torch.endswith("+cpu") else "gpu.txt")
+    texts = [read_file(_PINNED / file).decode() for file in files]
+    lines = [line.rstrip("\\ ") for text in texts for line in text.splitlines() if line[:1].isalnum()]
+    pinned = [one for one in map(Requirement, lines) if one.marker is None or one.marker.evaluate()]
+    others = []
+    for one in pinned:
+        version, wanted = _installed(one.name), str(one.specifier).removeprefix("==")
+        if version != wanted:
+            others.append(f"{one.name} {version or 'missing'}, pinned {wanted}")
+    found = f"{len(pinned) - len(others)} of {len(pinned)} packages are as in {_PINNED}"
+    if not others:
+        return Check("pinned", "ok", found)
+    more = [f"{len(others) - _SHOWN} more"] if len(others) > _SHOWN else []
+    install = " && ".join(f"pip install --no-deps -r {_PINNED / file}" for file in files)
+    hint = f"what was tested is in the .venv that tools/test makes, or: {install}"
+    return Check("pinned", "note", "; ".join([found, *others[:_SHOWN], *more]), hint)
 
 
 def _installed(name: str) -> str | None:
@@ -178,6 +207,8 @@ def _attempt(name: str, look: Callable[[], Check]) -> Check:
         return Check(name, "fault", first, f"kernelgen build shows all {count}" if count > 1 else "")
     except ImportError as error:
         return Check(name, "fault", str(error), "install what kernelgen needs: pip install -e .")
+    except (OSError, ValueError) as error:
+        return Check(name, "fault", f"{type(error).__name__}: {error}")
 
 
 def _specs(specs: Path) -> Check:

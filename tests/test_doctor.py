@@ -24,6 +24,7 @@ ANSWERS = {
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project that is well, where no child process is run."""
     monkeypatch.setenv("KERNELGEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(doctor, "_PINNED", tmp_path)
     specs = project.make(tmp_path / "work")
     build.build(specs, specs.parent)
     answer(monkeypatch)
@@ -108,6 +109,24 @@ def test_packages_are_those_that_kernelgen_requires(
     check = found(work)["packages"]
     assert check.status == "fault" and check.hint.startswith("pip install 'black==")
     assert "'jinja2>=3.1'" in check.hint and "click" not in check.hint
+
+
+def test_what_is_installed_is_told_against_what_was_tested(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"torch": "2.13.0+cpu", "triton": "3.9.0", "black": "1.0", "click": "8.1"}
+    monkeypatch.setattr(doctor, "_installed", versions.get)
+    other_python = "old==1 ; python_full_version < '3.10' \\\n    --hash=sha256:0\n"
+    for build_of_torch, torch in (("cpu", "2.13.0+cpu"), ("gpu", "2.12.0")):
+        (tmp_path / f"{build_of_torch}.txt").write_text(f"# pinned\ntorch=={torch}\ntriton==3.9.0\n{other_python}")
+    (tmp_path / "base.txt").write_text(f"click==8.1 \\\n    --hash=sha256:0\n{other_python}")
+    assert (found(work)["pinned"].status, found(work)["pinned"].found.split(" packages")[0]) == ("ok", "3 of 3")
+    (tmp_path / "base.txt").write_text("black==26.10.1\nclick==8.1\nrich==13.0\n")
+    versions["torch"] = "2.13.0"
+    check = found(work)["pinned"]
+    told = ["2 of 5", "black 1.0, pinned 26.10.1", "rich missing, pinned 13.0", "torch 2.13.0, pinned 2.12.0"]
+    assert check.status == "note" and all(text in check.found for text in told)
+    assert f"-r {tmp_path}/base.txt" in check.hint and "gpu.txt" in check.hint and "cpu.txt" not in check.hint
+    (tmp_path / "gpu.txt").write_text("torch 2.12\n")
+    assert found(work)["pinned"].status == "fault"
 
 
 def test_children_really_run() -> None:
