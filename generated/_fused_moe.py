@@ -171,7 +171,7 @@ def fused_moe(
             column by column. A token is made FP8 once for all its experts: of input scales of experts take the largest. The
             activations between the two products are rounded to bfloat16 and then become FP8 too, by ``moe_quant``, with scales alike.
         h_scale: their scale where x_scale is [1]: [1], or [>= E], the input scale of ``w2`` of each expert; other scales are found.
-        lora: adapters, which add B . round(A . x) to the sums of each product, in fp32: before the activation, and before the
+        lora: adapters, under a ``hidden`` of 16 bits, which add B . round(A . x) to the sums of each product, in fp32: before the activation, and before the
             rounding of the second product. Tokens without an adapter get the bits of a call without adapters that uses the
             same tiles.
 

@@ -14,7 +14,7 @@ from kernelgen.cases.base import Law, Variant, worst_ratio
 from kernelgen.cases.moe_adapters import Adapters, factors, live_of
 from kernelgen.cases.moe_adapters import draw as draw_adapters
 from kernelgen.cases.moe_experts import Experts
-from kernelgen.cases.moe_gemm_laws import Layer, about, layer, tensors
+from kernelgen.cases.moe_gemm_laws import Layer, about, fp8_layer, layer, tensors
 from kernelgen.reference.fused_moe import Lora, fused_moe
 
 
@@ -64,6 +64,17 @@ def layers_with_adapters(package: ModuleType, variants: Sequence[Variant], devic
         alone = [token for token, adapter in enumerate(call.adapters) if adapter is None]
         plain = base.run(package, num_tokens_hint=hint)
         assert torch.equal(bits(out[alone]), bits(plain[alone])), f"{what}: tokens without an adapter differ"
+
+
+def fp8_weights_with_adapters(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """Layers with FP8 weights and adapters in 16 bits are within their bound, and without an adapter as they were."""
+    for tokens, scales in ((2, "group"), (7, "tensor"), (7, "channel"), (7, "group")):
+        base = fp8_layer(package, tokens, Experts("mixed"), device, (scales, None, "swiglu"), experts=3)
+        call = with_adapters(package, base, Adapters("mixed"), (24, 16))
+        out = call.run(package)
+        about(lambda call=call, out=out: call.verify(out), f"{tokens} tokens, scales {scales}")  # type: ignore[misc]
+        alone = [token for token, adapter in enumerate(call.adapters) if adapter is None]
+        assert torch.equal(bits(out[alone]), bits(base.run(package)[alone])), f"{tokens} tokens, scales {scales}"
 
 
 def a_row_does_not_know_its_batch(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
@@ -163,6 +174,7 @@ def real_sizes(package: ModuleType, variants: Sequence[Variant], device: str) ->
 
 LAWS = (
     Law(layers_with_adapters),
+    Law(fp8_weights_with_adapters),
     Law(a_row_does_not_know_its_batch),
     Law(the_ops_one_by_one),
     Law(one_graph_serves_every_batch, needs_gpu=True),
