@@ -233,9 +233,13 @@ def test_refused_around_the_experts(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=words):
             MoeLora(model, layers, None)
     good = buffers[torch.bfloat16][0]
-    for bad in (None, "x", good._replace(gate_up=None), good._replace(down=good.gate_up)):
+    none = good.down._replace(a=None)
+    for bad in (None, "x", good._replace(gate_up=None), good._replace(down=good.gate_up), good._replace(down=none)):
         with pytest.raises(ValueError, match=r"layers: layer 0: got .*, wanted (what stack_adapters returns|SliceBuffers)"):
             MoeLora(model, {0: bad}, None)
+    for enabled in (None, torch.tensor(1)):
+        with pytest.raises(ValueError, match=r"layers: layer 0: adapter_enabled: got .*, wanted"):
+            MoeLora(model, {0: good._replace(adapter_enabled=enabled)}, None)
     for a in (good.down.a[0][0], good.down.a[0][:, :, :4], good.down.a[0].repeat(2, 1, 1, 1)):
         with pytest.raises(ValueError, match=r"layers: layer 0: (gate|down): got .*, wanted adapters of"):
             MoeLora(model, {0: good._replace(down=SliceBuffers((a,), good.down.b))}, None)

@@ -316,6 +316,25 @@ def assert_reads(adapter: Adapter, parts: Parts) -> None:
     assert_same_update(adapter, 0, "down_proj", wanted["down"])
 
 
+@pytest.mark.parametrize("anchored", [False, True])
+def test_rank_and_alpha_of_each_module(anchored: bool, tmp_path: Path) -> None:
+    """As initialisations that hand out ranks leave it: every module by its name, plain or escaped."""
+    torch.manual_seed(0)
+    parts, tensors, ranks, wanted = random_parts(), {}, {}, {}
+    for part, (a, b) in parts.items():
+        for e in range(SHAPE.num_experts):
+            name = f"model.layers.0.mlp.experts.{e}.{PROJ[part]}"
+            rank = ranks[f"^{re.escape(name)}$" if anchored else name] = 1 + (e + len(part)) % RANK
+            tensors |= pair(f"base_model.model.{name}", a[e, :rank], b[e, :, :rank])
+            wanted[part, e] = 5 * (b[e, :, :rank].double() @ a[e, :rank].double())
+    alphas = {key: 5.0 * rank for key, rank in ranks.items()}
+    config = {"rank_pattern": ranks, "alpha_pattern": alphas, "init_lora_weights": "eva"}
+    adapter = read_adapter(write(tmp_path / "x", tensors, **config), SHAPE)
+    for names in (("gate", "up"), ("down",)):
+        updates = torch.cat([torch.stack([wanted[name, e] for e in range(3)]) for name in names], dim=1)
+        assert_same_update(adapter, 0, "down_proj" if names == ("down",) else "gate_up_proj", updates)
+
+
 @pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize("shape", [ExpertShape(3, 12, 6), ExpertShape(3, 6, 6)], ids=["2I=H", "I=H"])
 def test_ambiguous_widths(shape: ExpertShape, swapped: bool, tmp_path: Path) -> None:
@@ -562,13 +581,13 @@ def pickled(folder: Path) -> None:
 
 
 def twice(folder: Path) -> None:
-    """One name for two tensors over the same bytes, of which safetensors takes the last."""
+    """One name, written in two ways, for two tensors over the same bytes, of which safetensors takes the last."""
     saved = folder / SAVED
     data = saved.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     name = next(iter(header))
-    text = f'{json.dumps(header)[:-1]}, "{name}": {json.dumps(header[name])}}}'.encode()
+    text = f'{json.dumps(header)[:-1]}, "\\u{ord(name[0]):04x}{name[1:]}": {json.dumps(header[name])}}}'.encode()
     saved.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
 
 

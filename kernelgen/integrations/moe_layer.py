@@ -133,12 +133,18 @@ def check_adapters(name: str, lora: LayerBuffers, w2: torch.Tensor) -> None:
             f"{name}: got {type(lora).__name__}, wanted what stack_adapters returns for a layer"
         )
     shape = ExpertShape(*w2.shape)
+    _check_tensor(f"{name}: adapter_enabled", lora.adapter_enabled)
+    if lora.adapter_enabled.dim() != 1:
+        raise ValueError(
+            f"{name}: adapter_enabled: got {list(lora.adapter_enabled.shape)}, wanted [L]"
+        )
     slots = lora.adapter_enabled.shape[0]
     for names, slices in ((("gate", "up"), lora.gate_up), (("down",), lora.down)):
-        counts = [len(side) for side in slices] if isinstance(slices, SliceBuffers) else []
-        if counts != [len(names)] * 2:
+        if not isinstance(slices, SliceBuffers) or not all(
+            isinstance(side, (tuple, list)) and len(side) == len(names) for side in slices
+        ):
             raise ValueError(
-                f"{name}: got {type(slices).__name__} of {counts}, wanted SliceBuffers of {' and '.join(names)}"
+                f"{name}: got {slices!r:.60}, wanted SliceBuffers with a tensor each of {' and '.join(names)}"
             )
         for part, a, b in zip(names, *slices, strict=True):
             for factor in (a, b):
