@@ -464,6 +464,7 @@ class _Shape(NamedTuple):
     sums: bool
     weight_scales: str | None
     x_scales: str | None
+    adapted: bool
     accelerator: bool
     shared_memory: int
     full_warps: int
@@ -482,6 +483,7 @@ def _shape(problem: Problem) -> _Shape:
         problem.rows == "pair_token",
         problem.weight_scales,
         problem.x_scales,
+        problem.rank > 0,
         _has_accelerator(device),
         device.shared_memory,
         device.full_warps,
@@ -515,6 +517,10 @@ def _gemv(s: _Shape) -> GemvConfig:
     block_k = _block_k(s.k, 256 if s.k <= 8192 else 512)
     if s.sums or (s.tokens == 1 and s.k <= 1024):
         return GemvConfig(2, block_k, 1, 1)
+    if s.adapted and s.slices == 2 and s.weight_scales == "group":
+        return GemvConfig(
+            4, block_k, 2, 1
+        )  # one warp has no registers for scales of parts and for factors
     return GemvConfig(4, block_k, 1 if s.slices == 2 or s.k > 1024 else 2, 1)
 
 
