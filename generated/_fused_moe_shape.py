@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -72,8 +73,8 @@ class FusedMoeShape(NamedTuple):
                 "both, or neither",
             )
 
-    def call(self, num_tokens: int) -> None:
-        """Make every call that a batch of ``num_tokens`` can make, whatever number of them is expected."""
+    def call(self, num_tokens: int, hints: Sequence[int] | None = None) -> None:
+        """Make every call that a batch of ``num_tokens`` can make, whatever number of them is expected, or with these ``hints``."""
 
         def empty(*size: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
             return torch.empty(size, dtype=dtype, device="meta")
@@ -117,7 +118,7 @@ class FusedMoeShape(NamedTuple):
                 mapping, a13, b13, a2, b2, enabled if self.adapter_enabled else None
             )
         x_scales = _scales.meta_x_scales(kind, (num_tokens, width), QUANT, self.scales_dtype)
-        for x_scale, hint in itertools.product(x_scales, ends(num_tokens)):
+        for x_scale, hint in itertools.product(x_scales, hints or ends(num_tokens)):
             fused_moe(
                 empty(num_tokens, width, dtype=of_x),
                 empty(*w13, dtype=of_weights),

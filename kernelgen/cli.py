@@ -12,12 +12,16 @@ import itertools
 import json
 import os
 from pathlib import Path
-from typing import Any, Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Sequence
 
 import click
 
 from kernelgen import __version__
 from kernelgen.command import Report, command
+
+if TYPE_CHECKING:
+    from kernelgen.served import Served
+
 
 # Commands of other modules, which are imported when they are called.
 _ELSEWHERE = {
@@ -212,24 +216,45 @@ def show(
 
 @_command("which", context_settings={"ignore_unknown_options": True})
 @click.argument("words", nargs=-1, metavar="[FAMILY] [--AXIS VALUE]...", type=click.UNPROCESSED)
+@click.option("--arch", metavar="TARGET", default="sm_90", show_default=True, help="For what.")
 @_specs_option
-def which(words: Sequence[str], specs: Path) -> Report:
-    """Say which variant serves a case, and why.
+@_out_option
+def which(words: Sequence[str], arch: str, specs: Path, out: Path) -> Report:
+    """Say which variant a call gets, with which tiles, and why.
 
-    Any axis of the family is an option, and so is any size that was tuned for:
+    Any axis of the family is an option, and so is any size of a call. What is not given is assumed, and told:
 
-        kernelgen which moe_lora --dtype bf16 --rank 24 --assignment sorted
+        kernelgen which moe_lora --dtype bf16 --rank 24 --num-tokens 4096
     """
     from kernelgen import build as pipeline
+    from kernelgen.diagnostics import Failure
     from kernelgen.which import which as answer
 
     family, case = _case(words)
     found = answer(pipeline.package(specs), family, case)
+    taken: Sequence[Served] | None = None
+    others: list[str] = []
+    note = f"no call of {found.family.name} is known, so which of them it gets is not"
+    if found.sizes and found.assumed.keys() | case.keys() >= found.sizes.keys():
+        try:
+            from kernelgen.served import ask
+
+            pipeline.require_current(specs, out, None, _cores())
+            served = ask(out, found, arch)
+            taken = [one for one in served if one.variant in found.variants]
+            others = [one.variant.name for one in served if one.variant not in found.variants]
+        except ImportError as error:
+            note = f"which of them a call gets, and with which tiles, the generated package says: it needs {error.name}"
+        except Failure as fault:
+            if fault.diagnostics[0].code in ("KG040", "KG041"):
+                raise
+            note = f"which of them a call gets, and with which tiles, the generated package says: {fault.diagnostics[0].message}"
     document = {
         "family": found.family.name,
         "variants": [variant.name for variant in found.variants],
         "reasons": found.reasons,
-        "missing": found.missing,
+        "assumed": found.assumed,
+        "served": None if taken is None else [one.as_json() for one in taken],
         "measured": [
             {
                 "problem": dict(entry.problem),
@@ -240,18 +265,27 @@ def which(words: Sequence[str], specs: Path) -> Report:
             for entry in found.measured
         ],
     }
+    shown = found.variants if taken is None else [one.variant for one in taken]
+    lines = [str(variant.name) for variant in shown]
+    if not lines:
+        lines = [f"none: a call of these sizes takes {', '.join(others) or 'none of its family'}"]
+    for one in taken or ():
+        lines += ["", *_table(one.rows())]
     tags = {
-        axis: ", ".join(dict.fromkeys(getattr(variant, axis) for variant in found.variants))
+        axis: ", ".join(dict.fromkeys(getattr(variant, axis) for variant in shown or found.variants))
         for axis in found.reasons
     }
-    lines: list[str] = [variant.name for variant in found.variants]
     lines += ["", *_table([(axis, tags[axis], why) for axis, why in found.reasons.items()])]
-    lines += [
-        f"measured: {_inline(dict((*entry.problem, *entry.tags)))}: {entry.schedule}, {entry.best.us} us"
-        for entry in found.measured
-    ]
-    if found.missing and len(found.variants) > 1:
-        lines.append(f"which of them runs depends on {', '.join(f'--{name}'.replace('_', '-') for name in found.missing)}")
+    if found.assumed:
+        decided = {name for one in taken or () for name, tag in one.variant.tags if found.assumed.get(name, tag) != tag}
+        words = [f"--{name} {value}" for name, value in found.assumed.items() if name not in decided]
+        lines += ["", f"assumed: {', '.join(words)}"]
+    if taken is None:
+        lines += ["", note]
+        lines += [
+            f"measured: {_inline(dict((*entry.problem, *entry.tags)))}: {entry.schedule}, {entry.best.us} us"
+            for entry in found.measured
+        ]
     return Report(document, lines)
 
 

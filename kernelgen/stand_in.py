@@ -48,13 +48,17 @@ def compiling_for(target: Target) -> Iterator[None]:
         config._active = before
 
 
-def import_package(out: Path) -> ModuleType:
+def import_package(out: Path, interpreted: bool = False) -> ModuleType:
     """The generated package below the folder ``out``, under a name that cannot meet another copy of it.
+
+    Args:
+        out: the folder.
+        interpreted: whether its kernels may be interpreted, as for those who only ask what would be launched.
 
     Raises:
         Failure: it is not there or cannot be imported, or kernels are interpreted in this process; exit code 2.
     """
-    if triton.knobs.runtime.interpret:
+    if triton.knobs.runtime.interpret and not interpreted:
         message = "kernels are interpreted, so there is nothing to compile"
         raise failure("KG050", "TRITON_INTERPRET", message, "unset TRITON_INTERPRET")
     folder = (out / names.PACKAGE).resolve()

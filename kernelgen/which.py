@@ -1,7 +1,7 @@
 """Which variant serves a case, and why.
 
-A case that says all that a call of its family fixes has one answer: that of the generated package itself (``served``), which is
-asked for it. Of any other case the variants that may serve it are listed, with what is missing to tell.
+Which of the variants that may serve a case a call gets, and with which tiles, the generated package itself is asked
+(``served``). What a call fixes and a case does not say is assumed, and told.
 """
 
 from __future__ import annotations
@@ -26,22 +26,27 @@ from kernelgen.model import (
 PLAIN = {"add_inputs": "add", "routed_weight": "plain", "weight_quant": "none", "act_quant": "none"}
 BY_SIZES = (SCHEDULE, "assignment")  # axes that the front doors decide
 
-_BATCH = ("num_tokens", "top_k", "num_experts")
-_LAYER = (*_BATCH, "hidden", "intermediate")
-# The sizes that decide, beside the rank where a family has that axis.
-SIZES: Mapping[str, tuple[str, ...]] = {
-    "lora_expand": ("num_tokens", "n", "slices", "max_loras"),
-    "lora_shrink": ("num_tokens", "k", "slices", "max_loras"),
+_BATCH = {"num_tokens": 256, "top_k": 8, "num_experts": 128}
+_LAYER = {**_BATCH, "hidden": 2048, "intermediate": 768}
+_PRODUCT = {**_BATCH, "rank": 16, "max_loras": 4, "k": 2048, "n": 768, "slices": 2}
+_LINEAR = {"num_tokens": 256, "rank": 16, "max_loras": 4, "k": 4096, "n": 4096, "slices": 1}
+# The sizes of a call, and what is assumed of them: a layer of Qwen3-30B-A3B with
+# its gate and up, or of Llama-3-8B, and four adapters.
+SIZES: Mapping[str, Mapping[str, int]] = {
+    "lora_expand": _LINEAR,
+    "lora_shrink": _LINEAR,
     "moe_act": _LAYER,
-    "moe_align": _BATCH,
+    "moe_add": _PRODUCT,
+    "moe_align": _LAYER,
     "moe_gemm": _LAYER,
-    "moe_lora": (*_BATCH, "max_loras", "k", "n", "slices"),
-    "moe_lora_expand": (*_BATCH, "max_loras", "n", "slices"),
-    "moe_lora_shrink": (*_BATCH, "max_loras", "k", "slices"),
+    "moe_lora": _PRODUCT,
+    "moe_lora_expand": _PRODUCT,
+    "moe_lora_shrink": _PRODUCT,
     "moe_quant": _LAYER,
-    "moe_route": (*_BATCH, "max_loras"),
+    "moe_route": _PRODUCT,
     "moe_sum": _LAYER,
 }
+_WEIGHTED = {"k": 768, "n": 2048, "slices": 1}  # its down, which has the routed weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +57,8 @@ class Answer:
         family: theirs.
         variants: one, if the tags decide.
         reasons: for every axis, why its tags.
-        sizes: those of the case, among them the rank.
-        missing: axes and sizes that a call fixes and the case does not say.
+        sizes: those of a call, among them the rank; none of a family of which no call is known.
+        assumed: what of it the case does not say, axes and sizes.
         measured: what was measured for such a case.
     """
 
@@ -61,12 +66,26 @@ class Answer:
     variants: tuple[Variant, ...]
     reasons: Mapping[str, str]
     sizes: Mapping[str, int]
-    missing: tuple[str, ...]
+    assumed: Mapping[str, str | int]
     measured: tuple[TunedEntry, ...]
 
     def tags(self, axis: str) -> list[str]:
         """Those of the variants on an axis."""
         return list(dict.fromkeys(getattr(variant, axis) for variant in self.variants))
+
+    def tag(self, axis: str) -> str | None:
+        """The tag of a call on an axis; None: there is no such axis, or the sizes decide."""
+        assumed = self.assumed.get(axis)
+        tags = self.tags(axis) if any(known.name == axis for known in self.family.axes) else []
+        return str(assumed) if assumed is not None else tags[0] if len(tags) == 1 else None
+
+    def fact(self, name: str, default: object = None) -> object:
+        """What the tags of a call stand for under a name."""
+        for axis in self.family.axes:
+            facts = VOCABULARY.get(axis.name, {}).get(self.tag(axis.name) or "", {})
+            if name in facts:
+                return facts[name]
+        return default
 
 
 def which(package: Package, name: str | None, case: Mapping[str, str]) -> Answer:
@@ -90,7 +109,8 @@ def which(package: Package, name: str | None, case: Mapping[str, str]) -> Answer
     tags: dict[str, tuple[str, ...]] = {}
     reasons: dict[str, str] = {}
     for axis in family.axes:
-        plain = PLAIN.get(axis.name)
+        by_layer = axis.name == "routed_weight" and "hidden" in SIZES.get(family.name, ())  # which has both kinds of products
+        plain = None if by_layer else PLAIN.get(axis.name)
         if axis.name in case:
             tags[axis.name], reasons[axis.name] = _tags(axis, case[axis.name])
         elif plain in axis.tags:
@@ -109,15 +129,15 @@ def which(package: Package, name: str | None, case: Mapping[str, str]) -> Answer
         if axis.name not in reasons:
             left = dict.fromkeys(getattr(variant, axis.name) for variant in served)
             reasons[axis.name] = _open_reason(axis, list(left))
-    sizes = _sizes_of(family, case)
-    missing = tuple(size for size in _needed(family) if size not in sizes)
-    answer = Answer(family, served, reasons, sizes, (), _measured(family, served, tags, case))
-    left_open = (
-        axis.name
+    given = _sizes_of(family, case)
+    assumed = {size: value for size, value in _usual(family, tags).items() if size not in given}
+    sizes = {**assumed, **given} if family.name in SIZES else given
+    left_open: dict[str, str | int] = {
+        axis.name: next(tag for tag in axis.tags if any(getattr(variant, axis.name) == tag for variant in served))
         for axis in family.axes
-        if axis.name not in (*BY_SIZES, *sizes) and len(answer.tags(axis.name)) > 1
-    )
-    return dataclasses.replace(answer, missing=tuple(dict.fromkeys([*left_open, *missing])))
+        if axis.name not in (*BY_SIZES, *sizes) and len({getattr(variant, axis.name) for variant in served}) > 1
+    }
+    return Answer(family, served, reasons, sizes, {**left_open, **assumed}, _measured(family, served, tags, case))
 
 
 def _measured(
@@ -139,11 +159,12 @@ def _measured(
     )
 
 
-def _needed(family: Family) -> list[str]:
-    """The sizes that a call of the family fixes."""
-    sizes = SIZES.get(family.name, ())
-    has_rank = sizes and any(axis.name == "rank" for axis in family.axes)
-    return ["rank", *sizes] if has_rank else list(sizes)
+def _usual(family: Family, tags: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """The sizes of a call of the family, as they are assumed."""
+    usual = dict(SIZES.get(family.name, {}))
+    if "k" in usual and tags.get("routed_weight") == ("weighted",):
+        usual |= _WEIGHTED
+    return usual
 
 
 def _sizes_of(family: Family, case: Mapping[str, str]) -> dict[str, int]:
@@ -179,7 +200,7 @@ def _measured_sizes(family: Family) -> set[str]:
 
 def _words(family: Family) -> list[str]:
     axes = [axis.name for axis in family.axes]
-    return list(dict.fromkeys([*axes, *_needed(family), *sorted(_measured_sizes(family))]))
+    return list(dict.fromkeys([*axes, *_usual(family, {}), *sorted(_measured_sizes(family))]))
 
 
 def _tags(axis: Axis, value: str) -> tuple[tuple[str, ...], str]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import project
 import pytest
+import torch
 
+import generated as kg
 from kernelgen import build
 from kernelgen.diagnostics import Failure
 from kernelgen.which import which
@@ -54,3 +58,74 @@ def test_buckets_of_other_variants_do_not_count(package) -> None:
         which(package, "toy", {"rank": "20", "dtype": "f16"})
     (fault,) = failed.value.diagnostics
     assert (fault.code, fault.hint) == ("KG041", "nobody asked")
+
+
+ROOT = Path(__file__).parent.parent
+# A case, and what is called: of tiny sizes, as kernels are interpreted.
+T, TOP_K, E, L, K, N, RANK = 3, 2, 4, 2, 64, 48, 8
+
+
+def _new(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(size, dtype=dtype)
+
+
+def _moe_lora(tokens: int, weighted: bool = False, dtype: torch.dtype = torch.bfloat16) -> None:
+    ids, adapters = torch.zeros(tokens, TOP_K, dtype=torch.int32), torch.zeros(tokens, dtype=torch.int32)
+    route = kg.moe_route(ids, adapters, num_experts=E, max_loras=L, rank=RANK)
+    x = _new(tokens * (TOP_K if weighted else 1), K, dtype=dtype)
+    options = {"topk_weights": torch.zeros(tokens, TOP_K), "mul_routed_weight": True} if weighted else {}
+    a, b = _new(L, E, RANK, K, dtype=dtype), _new(L, E, N, RANK, dtype=dtype)
+    kg.moe_lora(_new(tokens, TOP_K, N, dtype=dtype), x, [a], [b], route, **options)
+
+
+def _lora() -> None:
+    route = kg.lora_route(torch.zeros(T, dtype=torch.int32), max_loras=L)
+    kg.lora(_new(T, N), _new(T, K), [_new(L, RANK, K)], [_new(L, N, RANK)], route)
+
+
+def _fused_moe(tokens: int, activation: str = "swiglu") -> None:
+    w13, w2 = _new(E, (2 if activation == "swiglu" else 1) * N, K), _new(E, K, N)
+    ids, weights = torch.zeros(tokens, TOP_K, dtype=torch.int32), torch.zeros(tokens, TOP_K)
+    kg.fused_moe(_new(tokens, K), w13, w2, ids, weights, activation=activation)
+
+
+_SIZES = f"--top_k {TOP_K} --num_experts {E}"
+_PRODUCT = f"{_SIZES} --max_loras {L} --k {K} --n {N} --slices 1 --rank {RANK}"
+_LINEAR = f"--num_tokens {T} --max_loras {L} --k {K} --n {N} --rank {RANK}"
+_LAYER = f"{_SIZES} --hidden {K} --intermediate {N}"
+
+
+@pytest.mark.parametrize(
+    ("case", "call"),
+    [
+        (f"moe_lora --num_tokens 1 {_PRODUCT}", lambda: _moe_lora(1)),
+        (f"moe_lora --num_tokens 70 {_PRODUCT}", lambda: _moe_lora(70)),
+        (f"moe_lora --num_tokens 70 {_PRODUCT} --routed-weight weighted", lambda: _moe_lora(70, True)),
+        (f"moe_lora --num_tokens 3 {_PRODUCT} --dtype float16", lambda: _moe_lora(3, dtype=torch.float16)),
+        (f"moe_route --num_tokens 70 {_PRODUCT}", lambda: _moe_lora(70)),
+        (f"lora_shrink {_LINEAR}", _lora),
+        (f"lora_expand {_LINEAR}", _lora),
+        (f"moe_gemm --num_tokens 1 {_LAYER}", lambda: _fused_moe(1)),
+        (f"moe_gemm --num_tokens 70 {_LAYER} --epilogue relu2", lambda: _fused_moe(70, "relu2")),
+    ],
+)
+def test_a_call_gets_what_which_says(case: str, call, kernelgen, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = case.split()[0]
+    launched: list[str] = []
+    launch = kg._runtime.Launcher.launch
+
+    def noted(self: Any, *arguments: Any) -> Any:
+        launched.append(self.kernel.fn.__name__)
+        return launch(self, *arguments)
+
+    monkeypatch.setattr(kg._runtime.Launcher, "launch", noted)
+    with kg._runtime.choosing({}):
+        call()
+    monkeypatch.undo()
+    code, stdout, _ = kernelgen("which", *case.split(), "--specs", str(ROOT / "specs"), "--json")
+    served = json.loads(stdout)["served"]
+    said = [kernel["kernel"] for one in served for kernel in one["launches"]]
+    assert code == 0 and said
+    if "relu2" in case:  # which asks for the first product alone
+        launched = [name for name in launched if "relu2" in name]
+    assert said == [name for name in launched if name.startswith(f"{family}_")]

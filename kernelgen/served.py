@@ -1,0 +1,162 @@
+"""Which variant a call gets, with which tiles: the generated package is asked, whose front doors are called and launch nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Mapping, NamedTuple
+
+import torch
+
+from kernelgen.diagnostics import did_you_mean, failure
+from kernelgen.model import Variant
+from kernelgen.stand_in import compiling_for, import_package
+from kernelgen.targets import TARGETS
+from kernelgen.which import Answer
+
+
+class Launch(NamedTuple):
+    """One kernel that the call launches."""
+
+    kernel: str
+    num_warps: int
+    num_stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """What a call gets.
+
+    Attributes:
+        variant: what runs.
+        tiles: what was chosen for it; empty: it has none to choose.
+        problem: what the tiles were looked up by.
+        measured: whether they were measured for it; else they are the rule's.
+        launches: its kernels, in their order.
+    """
+
+    variant: Variant
+    tiles: Mapping[str, int]
+    problem: Mapping[str, Any]
+    measured: bool
+    launches: tuple[Launch, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        launches = [launch._asdict() for launch in self.launches]
+        return {
+            "variant": self.variant.name,
+            "tiles": dict(self.tiles),
+            "problem": {name: str(value) if isinstance(value, torch.dtype) else value for name, value in self.problem.items()},
+            "measured": self.measured,
+            "launches": launches,
+        }
+
+    def rows(self) -> list[tuple[str, str]]:
+        """For a reader."""
+        rows = [("variant", str(self.variant.name))]
+        if self.tiles:
+            source = "measured for" if self.measured else "by the rule, as nothing was measured for"
+            rows.append(("tiles", _pairs(self.tiles)))
+            rows.append(("why", f"{source} {_pairs(self.problem)}"))
+        return rows + [("kernel", f"{k.kernel}: {k.num_warps} warps, {k.num_stages} stages") for k in self.launches]
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())
+
+
+def ask(out: Path, answer: Answer, target: str) -> tuple[Served, ...]:
+    """What a call of the case of ``answer`` gets of its family on ``target``, of the package in ``out``: a variant, or those of a
+    layer that calls the family several times, in their order.
+
+    Raises:
+        Failure: there is no package, or no such target (exit code 2), or no call like this (1).
+    """
+    if target not in TARGETS:
+        raise failure("KG040", target, "no such target", did_you_mean(target, list(TARGETS)))
+    generated = import_package(out, interpreted=True)
+    runtime, inside = generated._runtime, f"{generated.__name__}.{answer.family.name}"
+    with compiling_for(TARGETS[target]), runtime.choosing({}) as choices, runtime.compile_only() as requests:
+        try:
+            _call(generated, answer)
+        except (ValueError, RuntimeError) as error:  # of torch: sizes that no tensor has
+            raise failure("KG041", answer.family.spec, f"a call like this is refused: {error}", exit_code=1) from error
+        traits = runtime.traits(torch.device("meta"))
+    launches: dict[str, list[Any]] = {}
+    for request in requests:
+        folder, _, module = request.launcher.kernel.fn.__module__.rpartition(".")
+        if folder == inside:
+            launches.setdefault(module, []).append(request)
+    chosen: dict[str, list[Any]] = {}
+    for choice in choices:
+        if type(choice.key).__module__.startswith(inside + "."):
+            chosen.setdefault(choice.schedule, []).append(choice)
+    found = []
+    for module, made in launches.items():
+        (variant,) = (variant for variant in answer.family.variants if variant.module == module)
+        kernels = tuple(dict.fromkeys(map(_launch, made)))
+        if not chosen.get(variant.kernel):
+            found.append(Served(variant, {}, {}, False, kernels))
+            continue
+        choice = chosen[variant.kernel].pop(0)
+        tables = importlib.import_module(f"{inside}._tuned").TUNED
+        known = dict(runtime.measured(tables, choice.key, traits)).get(choice.schedule)
+        is_known = known == tuple(choice.config)
+        found.append(Served(variant, choice.config._asdict(), choice.key._asdict(), is_known, kernels))
+    return tuple(found)
+
+
+def _launch(request: Any) -> Launch:
+    return Launch(request.launcher.kernel.fn.__name__, request.options.num_warps, request.options.num_stages)
+
+
+def _call(generated: ModuleType, answer: Answer) -> Any:
+    """Make the call of the case on tensors of the meta device, those of a layer as warm-up makes them."""
+    family, sizes, fact = answer.family.name, answer.sizes, answer.fact
+    num_tokens, dtype = sizes["num_tokens"], getattr(torch, str(fact("torch_dtype", "bfloat16")))
+    quant: dict[str, Any] = {"weight_scales": fact("weight_scales"), "x_scales": fact("x_scales")}
+
+    def empty(*size: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=of, device="meta")
+
+    def sized(*names: str) -> list[int]:
+        return [sizes[name] for name in names]
+
+    if family in ("lora_shrink", "lora_expand"):
+        widths, adds = (sizes["n"],) * sizes["slices"], bool(fact("adds", True))
+        layer = generated.LoraShape(sizes["k"], widths, *sized("rank", "max_loras"), dtype, add_inputs=adds, **quant)
+        return layer.call(num_tokens)
+    if family in ("moe_act", "moe_sum"):
+        pairs, local = (num_tokens, sizes["top_k"]), {"num_experts": sizes["num_experts"]}
+        ids = empty(*pairs, of=torch.int32)
+        if family == "moe_sum":
+            weights = empty(*pairs, of=torch.float32) if fact("weighted") else None
+            out = None if fact("zeroes") else empty(num_tokens, sizes["hidden"])
+            return generated.moe_sum(empty(*pairs, sizes["hidden"]), ids, topk_weights=weights, out=out, **local)
+        width = sizes["intermediate"]
+        x = empty(*pairs, (2 if fact("gated") else 1) * width)
+        return generated.moe_act(empty(ids.numel(), width), x, ids, activation=answer.tag("epilogue"), **local)
+    if family in ("moe_align", "moe_gemm", "moe_quant"):
+        activation = "relu2" if fact("squared") else "swiglu"
+        layer = sized("hidden", "intermediate", "num_experts", "top_k")
+        if family == "moe_quant":
+            quant["weight_scales"] = {"token": "channel"}.get(quant["x_scales"], quant["x_scales"])
+        return generated.FusedMoeShape(*layer, activation, dtype, **quant).call(num_tokens, [num_tokens])
+    layer = generated.MoeShape(
+        *sized("k", "n", "slices", "rank", "top_k", "num_experts", "max_loras"),
+        dtype=dtype,
+        mul_routed_weight=bool(fact("weighted")),
+        add_inputs=bool(fact("adds", True)),
+        assignments=(answer.tag("assignment") or "auto",),
+        **quant,
+    )
+    if family in ("moe_lora_shrink", "moe_lora_expand"):
+        return generated.ShardedMoeShape(layer).call(num_tokens)
+    *_, route = layer.routes(num_tokens)  # as it is made for this rank
+    if family == "moe_add":
+        width = sizes["slices"] * sizes["n"]
+        return generated.moe_add(empty(num_tokens, sizes["top_k"], width), empty(num_tokens, sizes["top_k"], width), route)
+    if family == "moe_lora":
+        return layer._call(route)
