@@ -1,4 +1,4 @@
-"""Which variant a call gets, with which tiles: the generated package is asked, whose front doors are called and launch nothing."""
+"""Which variant a call gets, with which tiles: the generated package is asked, whose front doors launch nothing then."""
 
 from __future__ import annotations
 

@@ -54,8 +54,8 @@ def test_build_check_and_diff(work: Path, kernelgen) -> None:
     assert not (work / "generated").exists()
 
     code, stdout, stderr = kernelgen("build")
-    assert (code, stdout, stderr) == (0, "", "9 written, 0 removed, 0 unchanged\n")
-    assert kernelgen("build", "--check") == (0, "", "0 to write, 0 to remove, 9 unchanged\n")
+    assert (code, stdout, stderr) == (0, "", "10 written, 0 removed, 0 unchanged\n")
+    assert kernelgen("build", "--check") == (0, "", "0 to write, 0 to remove, 10 unchanged\n")
     assert kernelgen("build", "--diff")[:2] == (0, "")
 
     (work / "specs/toy.yaml").write_text(project.SPEC.replace("large", "medium"))
@@ -108,7 +108,7 @@ def test_only_builds_what_matches_beside_what_is_there(work: Path, kernelgen) ->
     front = (work / "generated/toy/__init__.py").read_text()
     assert "f16_r16_small" in front and "bf16_r16_large" not in front
     code, _, stderr = kernelgen("build", "--only", "*_large")
-    assert code == 0 and stderr.startswith("4 written, 0 removed, 2 unchanged")
+    assert code == 0 and stderr.startswith("4 written, 0 removed, 3 unchanged")
     front = (work / "generated/toy/__init__.py").read_text()
     assert "f16_r16_small" in front and "bf16_r16_large" in front and "bf16_r16_small" not in front
     assert kernelgen("build", "--only", "*_large", "--check")[0] == 0
@@ -338,7 +338,7 @@ def test_the_same_bytes_everywhere(work: Path, tmp_path: Path) -> None:
             capture_output=True,
         )
         trees.append(project.files(out))
-    assert len(trees[0]) == 10 and trees[0] == trees[1] == trees[2]
+    assert len(trees[0]) == 11 and trees[0] == trees[1] == trees[2]
 
 
 def test_the_schema_is_that_of_the_specs(work: Path, kernelgen) -> None:
