@@ -61,7 +61,7 @@ def test_build_check_and_diff(work: Path, kernelgen) -> None:
     (work / "specs/toy.yaml").write_text(project.SPEC.replace("large", "medium"))
     code, stdout, stderr = kernelgen("build", "--diff")
     assert code == 1 and "+    return tl.bfloat16, 16\n" in stdout
-    assert stderr.endswith("3 to write, 2 to remove, 6 unchanged; run kernelgen build\n")
+    assert stderr.endswith("3 to write, 2 to remove, 7 unchanged; run kernelgen build\n")
     code, stdout, stderr = kernelgen("build", "--json")
     changed = document(stdout)
     assert code == 0 and changed["removed"] == [
@@ -208,7 +208,7 @@ def test_specs_by_any_name_have_what_is_beside_them(
     assert kernelgen("build", "--specs", specs)[0] == 0
     assert (work / "generated/toy/bf16_r16_small.py").is_file() and not [*(work / "specs").rglob("generated")]
     monkeypatch.chdir(work)
-    assert kernelgen("build", "--check") == (0, "", "0 to write, 0 to remove, 9 unchanged\n")
+    assert kernelgen("build", "--check") == (0, "", "0 to write, 0 to remove, 10 unchanged\n")
 
 
 def test_what_is_judged_may_be_linked_to(work: Path, kernelgen) -> None:
