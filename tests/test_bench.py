@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -214,6 +215,27 @@ def test_bad_document(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(Failure, match=r"r\.json: error\[KG072\]"):
         documents.load(path)
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [{"us": "fast"}, {"us": math.nan}, {"us": True}, {"floor_us": None}, {"tokens": "1"}, {"impl": None}, {"failed": 3}],
+)
+def test_a_row_that_no_bench_wrote_is_named(tmp_path: Path, spoilt: dict[str, object]) -> None:
+    path = tmp_path / "r.json"
+    document = _document()
+    document.save(path)
+    data = json.loads(path.read_text())
+    data["rows"][1] |= spoilt
+    path.write_text(json.dumps(data))
+    with pytest.raises(Failure, match=r"r\.json: error\[KG072\].*row 2"):
+        documents.load(path)
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(Failure, match="KG001"):
+        documents.resume(tmp_path / "file/r.json", moe_lora.SUITE, {}, {})
 
 
 def test_failed_rows_do_not_count() -> None:

@@ -244,6 +244,7 @@ def test_what_is_judged_may_be_linked_to(work: Path, kernelgen) -> None:
         ["show", "toy_f16_r16_small", "--arch", "sm_90"],
         ["compile", "--check", "--update"],
         ["bench", "--add", "--set"],
+        ["bench", "lora", "--check-only", "--seconds", "nan"],
     ],
 )
 def test_what_cannot_be_done_is_2(arguments: list[str], work: Path, kernelgen) -> None:
@@ -281,10 +282,9 @@ def _imported(*arguments: str) -> set[str]:
     return set(done.stdout.decode().split())
 
 
-def test_commands_load_what_they_need() -> None:
-    assert not {"torch", "triton", "pydantic", "jinja2", "black", "yaml", "rich"} & _imported(
-        "--help"
-    )
+@pytest.mark.parametrize("words", ["--help", "--version", "explain --help", "bench moe_lora --help", "tune moe_lora --help"])
+def test_help_loads_what_it_needs(words: str) -> None:
+    assert not {"torch", "triton", "pydantic", "jinja2", "black", "yaml", "rich"} & _imported(*words.split())
 
 
 def test_building_needs_neither_torch_nor_triton(work: Path) -> None:

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from kernelgen.command import Strict
+from kernelgen.diagnostics import failure
 
 if TYPE_CHECKING:
     from .compare import Result
@@ -74,7 +75,11 @@ def main(model_name: str, dtype_name: str, device: str, package: str, seed: int)
     else:
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    kernels = importlib.import_module(package)
+    try:
+        kernels = importlib.import_module(package)
+        kernels.moe_lora  # noqa: B018
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise failure("KG001", package, f"no generated package: {error}", "run kernelgen build") from error
 
     from kernelgen.integrations.peft import read_adapter, stack_adapters
     from kernelgen.integrations.transformers import MoeLora, expert_shape

@@ -15,7 +15,7 @@ from kernelgen.diagnostics import Diagnostic, failure
 from kernelgen.measure import document as documents
 from kernelgen.measure import suites
 from kernelgen.measure.document import Document
-from kernelgen.measure.options import Words
+from kernelgen.measure.options import Seconds, Words
 from kernelgen.measure.suite import OURS, Axis, Cell, Row, Size, Suite, misfit
 from kernelgen.model import Location
 
@@ -118,7 +118,7 @@ def _options(suite: Suite) -> list[Callable[[Any], Any]]:
             default=(),
             help="Measure the chosen cells again for these, though --out holds them.",
         ),
-        click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Begin no cell after that."),
+        click.option("--seconds", type=Seconds(0, min_open=True), help="Begin no cell after that."),
         click.option("--workers", type=click.IntRange(0), default=0, help="Processes that compile before anything is timed."),
         click.option("--compile-only", is_flag=True, help="Stop once everything is compiled."),
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, Callable, Iterable
@@ -20,6 +21,12 @@ _SAME_MACHINE = ("gpu", "sms")
 _SAME_VERSIONS = ("torch", "triton", "vllm", "sglang")
 
 Key = tuple[Any, ...]
+
+_TEXT, _NUMBER, _NONE = (str,), (int, float), (type(None),)
+# What the fields of a row are.
+_TIMES = ("us", "us_p10", "us_p90", "floor_us", "host_us")
+_KINDS: dict[str, tuple[type, ...]] = {"model": _TEXT, "site": _TEXT, "tokens": (int,), "impl": _TEXT, "variant": _TEXT}
+_KINDS |= {"failed": _TEXT + _NONE, "error": _NUMBER + _NONE, **dict.fromkeys(_TIMES, _NUMBER + _NONE)}
 
 
 @dataclasses.dataclass
@@ -103,20 +110,40 @@ def load(path: Path) -> Document:
         if data["suite"] not in suites.NAMES:
             raise failure("KG072", str(path), f"no such suite: {data['suite']}", f"known: {', '.join(suites.NAMES)}")
         suite = suites.find(data["suite"])
+        for number, row in enumerate(data["rows"], 1):
+            _check(row, f"row {number}")
+        if not all(type(value) in _NUMBER for value in data["ceilings"].values()):
+            raise ValueError("a ceiling that is no number")
         return Document(suite, dict(data["machine"]), dict(data["versions"]), dict(data["ceilings"]), list(data["rows"]))
     except OSError as error:
         raise os_failure(error, path) from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise failure("KG072", str(path), f"not a result of this benchmark: {error!r}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        hint = "name a file that kernelgen bench --out wrote"
+        raise failure("KG072", str(path), f"not a result of this benchmark: {error!r}", hint) from error
+
+
+def _check(row: Row, what: str) -> None:
+    """Raises ValueError or KeyError where a field is not what it is in every row."""
+    for name, kinds in _KINDS.items():
+        if type(row[name]) not in kinds:
+            raise ValueError(f"{what}: {name} is {row[name]!r}")
+    if row["us"] is not None and not (math.isfinite(row["us"]) and row["us"] >= 0 and row["floor_us"] is not None):
+        raise ValueError(f"{what}: {row['us']} us, floor_us {row['floor_us']}")
 
 
 def resume(path: Path | None, suite: Suite, machine: dict[str, Any], versions: dict[str, str]) -> Document:
     """The document at ``path`` to go on with, or an empty one; None: of rows that are not kept.
 
     Raises:
-        Failure: it is of another suite, or was measured on another kind of machine or with other versions.
+        Failure: it cannot be read or made, or is of another suite, kind of machine or versions.
     """
-    if path is None or not path.exists():
+    if path is None:
+        return Document(suite, machine, versions)
+    if not path.exists():
+        try:  # better now than when the first row is there
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise os_failure(error, path) from error
         return Document(suite, machine, versions)
     document = load(path)
     if document.suite.name != suite.name:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, Any, Sequence
 
@@ -68,6 +69,16 @@ class Words(Kind):
             if word not in self.known:
                 self.fail(f"{word!r} is none of {', '.join(self.known)}", param, ctx)
         return words
+
+
+class Seconds(click.FloatRange):
+    """A number in a range; nan is in none."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        number: float = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is no number", param, ctx)
+        return number
 
 
 class Duration(Kind):
