@@ -216,18 +216,18 @@ def show(
 
 @_command("which", context_settings={"ignore_unknown_options": True})
 @click.argument("words", nargs=-1, metavar="[FAMILY] [--AXIS VALUE]...", type=click.UNPROCESSED)
-@click.option("--arch", metavar="TARGET", default="sm_90", show_default=True, help="For what.")
 @_specs_option
 @_out_option
-def which(words: Sequence[str], arch: str, specs: Path, out: Path) -> Report:
-    """Say which variant a call gets, with which tiles, and why.
+def which(words: Sequence[str], specs: Path, out: Path) -> Report:
+    """Say which variant a call gets on an H200, with which tiles, and why.
 
     Any axis of the family is an option, and so is any size of a call. What is not given is assumed, and told:
 
         kernelgen which moe_lora --dtype bf16 --rank 24 --num-tokens 4096
     """
     from kernelgen import build as pipeline
-    from kernelgen.diagnostics import Failure
+    from kernelgen import names
+    from kernelgen.diagnostics import failure
     from kernelgen.which import which as answer
 
     family, case = _case(words)
@@ -235,20 +235,18 @@ def which(words: Sequence[str], arch: str, specs: Path, out: Path) -> Report:
     taken: Sequence[Served] | None = None
     others: list[str] = []
     note = f"no call of {found.family.name} is known, so which of them it gets is not"
-    if found.sizes and found.assumed.keys() | case.keys() >= found.sizes.keys():
+    if found.sizes and not (out / names.PACKAGE).exists():
+        note = "which of them a call gets, and with which tiles, the generated package says: run kernelgen build"
+    elif found.sizes:
         try:
             from kernelgen.served import ask
 
             pipeline.require_current(specs, out, None, _cores())
-            served = ask(out, found, arch)
+            served = ask(out, found)
             taken = [one for one in served if one.variant in found.variants]
             others = [one.variant.name for one in served if one.variant not in found.variants]
         except ImportError as error:
             note = f"which of them a call gets, and with which tiles, the generated package says: it needs {error.name}"
-        except Failure as fault:
-            if fault.diagnostics[0].code in ("KG040", "KG041"):
-                raise
-            note = f"which of them a call gets, and with which tiles, the generated package says: {fault.diagnostics[0].message}"
     document = {
         "family": found.family.name,
         "variants": [variant.name for variant in found.variants],
@@ -268,7 +266,9 @@ def which(words: Sequence[str], arch: str, specs: Path, out: Path) -> Report:
     shown = found.variants if taken is None else [one.variant for one in taken]
     lines = [str(variant.name) for variant in shown]
     if not lines:
-        lines = [f"none: a call of these sizes takes {', '.join(others) or 'none of its family'}"]
+        message = f"a call of these sizes takes {', '.join(others) or 'none of its family'}"
+        words = ", ".join(f"--{name} {value}" for name, value in found.sizes.items())
+        raise failure("KG041", found.family.spec, message, f"the sizes: {words}", exit_code=1)
     for one in taken or ():
         lines += ["", *_table(one.rows())]
     tags = {

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Mapping, NamedTuple
 
 import torch
 
-from kernelgen.diagnostics import did_you_mean, failure
+from kernelgen.diagnostics import failure
 from kernelgen.model import Variant
 from kernelgen.stand_in import compiling_for, import_package
-from kernelgen.targets import TARGETS
+from kernelgen.targets import PRIMARY, TARGETS
 from kernelgen.which import Answer
 
 
@@ -67,23 +66,20 @@ def _pairs(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in values.items())
 
 
-def ask(out: Path, answer: Answer, target: str) -> tuple[Served, ...]:
-    """What a call of the case of ``answer`` gets of its family on ``target``, of the package in ``out``: a variant, or those of a
-    layer that calls the family several times, in their order.
+def ask(out: Path, answer: Answer) -> tuple[Served, ...]:
+    """What a call of the case of ``answer`` gets of its family, of the package in ``out`` on a card like an H200: a variant, or
+    those of a layer that calls the family several times, in their order.
 
     Raises:
-        Failure: there is no package, or no such target (exit code 2), or no call like this (1).
+        Failure: there is no package (exit code 2), or no call like this (1).
     """
-    if target not in TARGETS:
-        raise failure("KG040", target, "no such target", did_you_mean(target, list(TARGETS)))
     generated = import_package(out, interpreted=True)
     runtime, inside = generated._runtime, f"{generated.__name__}.{answer.family.name}"
-    with compiling_for(TARGETS[target]), runtime.choosing({}) as choices, runtime.compile_only() as requests:
+    with compiling_for(TARGETS[PRIMARY]), runtime.choosing({}) as choices, runtime.compile_only() as requests:
         try:
             _call(generated, answer)
         except (ValueError, RuntimeError) as error:  # of torch: sizes that no tensor has
             raise failure("KG041", answer.family.spec, f"a call like this is refused: {error}", exit_code=1) from error
-        traits = runtime.traits(torch.device("meta"))
     launches: dict[str, list[Any]] = {}
     for request in requests:
         folder, _, module = request.launcher.kernel.fn.__module__.rpartition(".")
@@ -101,10 +97,7 @@ def ask(out: Path, answer: Answer, target: str) -> tuple[Served, ...]:
             found.append(Served(variant, {}, {}, False, kernels))
             continue
         choice = chosen[variant.kernel].pop(0)
-        tables = importlib.import_module(f"{inside}._tuned").TUNED
-        known = dict(runtime.measured(tables, choice.key, traits)).get(choice.schedule)
-        is_known = known == tuple(choice.config)
-        found.append(Served(variant, choice.config._asdict(), choice.key._asdict(), is_known, kernels))
+        found.append(Served(variant, choice.config._asdict(), choice.key._asdict(), choice.measured, kernels))
     return tuple(found)
 
 
@@ -122,7 +115,7 @@ def _call(generated: ModuleType, answer: Answer) -> Any:
         return torch.empty(size, dtype=of, device="meta")
 
     def sized(*names: str) -> list[int]:
-        return [sizes[name] for name in names]
+        return [sizes.get(name, 1) for name in names]  # 1: what the family does not look at
 
     if family in ("lora_shrink", "lora_expand"):
         widths, adds = (sizes["n"],) * sizes["slices"], bool(fact("adds", True))

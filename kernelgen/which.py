@@ -28,23 +28,24 @@ BY_SIZES = (SCHEDULE, "assignment")  # axes that the front doors decide
 
 _BATCH = {"num_tokens": 256, "top_k": 8, "num_experts": 128}
 _LAYER = {**_BATCH, "hidden": 2048, "intermediate": 768}
-_PRODUCT = {**_BATCH, "rank": 16, "max_loras": 4, "k": 2048, "n": 768, "slices": 2}
+_ROUTE = {**_BATCH, "rank": 16, "max_loras": 4}
+_PRODUCT = {**_ROUTE, "k": 2048, "n": 768, "slices": 2}
 _LINEAR = {"num_tokens": 256, "rank": 16, "max_loras": 4, "k": 4096, "n": 4096, "slices": 1}
 # The sizes of a call, and what is assumed of them: a layer of Qwen3-30B-A3B with
 # its gate and up, or of Llama-3-8B, and four adapters.
 SIZES: Mapping[str, Mapping[str, int]] = {
     "lora_expand": _LINEAR,
     "lora_shrink": _LINEAR,
-    "moe_act": _LAYER,
-    "moe_add": _PRODUCT,
-    "moe_align": _LAYER,
+    "moe_act": {**_BATCH, "intermediate": 768},
+    "moe_add": {**_ROUTE, "n": 768, "slices": 2},
+    "moe_align": _BATCH,
     "moe_gemm": _LAYER,
     "moe_lora": _PRODUCT,
     "moe_lora_expand": _PRODUCT,
     "moe_lora_shrink": _PRODUCT,
     "moe_quant": _LAYER,
-    "moe_route": _PRODUCT,
-    "moe_sum": _LAYER,
+    "moe_route": _ROUTE,
+    "moe_sum": {**_BATCH, "hidden": 2048},
 }
 _WEIGHTED = {"k": 768, "n": 2048, "slices": 1}  # its down, which has the routed weight
 
@@ -200,7 +201,7 @@ def _measured_sizes(family: Family) -> set[str]:
 
 def _words(family: Family) -> list[str]:
     axes = [axis.name for axis in family.axes]
-    return list(dict.fromkeys([*axes, *_usual(family, {}), *sorted(_measured_sizes(family))]))
+    return list(dict.fromkeys([*axes, *(_usual(family, {}) or sorted(_measured_sizes(family)))]))
 
 
 def _tags(axis: Axis, value: str) -> tuple[tuple[str, ...], str]:

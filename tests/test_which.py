@@ -102,7 +102,7 @@ _LAYER = f"{_SIZES} --hidden {K} --intermediate {N}"
         (f"moe_lora --num_tokens 70 {_PRODUCT}", lambda: _moe_lora(70)),
         (f"moe_lora --num_tokens 70 {_PRODUCT} --routed-weight weighted", lambda: _moe_lora(70, True)),
         (f"moe_lora --num_tokens 3 {_PRODUCT} --dtype float16", lambda: _moe_lora(3, dtype=torch.float16)),
-        (f"moe_route --num_tokens 70 {_PRODUCT}", lambda: _moe_lora(70)),
+        (f"moe_route --num_tokens 70 {_SIZES} --max_loras {L} --rank {RANK}", lambda: _moe_lora(70)),
         (f"lora_shrink {_LINEAR}", _lora),
         (f"lora_expand {_LINEAR}", _lora),
         (f"moe_gemm --num_tokens 1 {_LAYER}", lambda: _fused_moe(1)),
@@ -129,3 +129,17 @@ def test_a_call_gets_what_which_says(case: str, call, kernelgen, monkeypatch: py
     if "relu2" in case:  # which asks for the first product alone
         launched = [name for name in launched if "relu2" in name]
     assert said == [name for name in launched if name.startswith(f"{family}_")]
+
+
+@pytest.mark.parametrize(
+    ("case", "told"),
+    [
+        ("moe_lora --rank 16 --schedule one_shot --num-tokens 1", "takes moe_lora_small_batch_bf16_naive_add_plain_r16"),
+        ("moe_lora --rank 16 --weighted maybe", "has no axis or size 'weighted'"),
+        ("moe_align --hidden 64", "has no axis or size 'hidden'"),
+        ("moe_lora --rank 16 --num_tokens 2000000000 --k 2000000000", "a call like this is refused"),
+    ],
+)
+def test_what_no_call_gets_is_an_error(case: str, told: str, kernelgen) -> None:
+    code, _, stderr = kernelgen("which", *case.split(), "--specs", str(ROOT / "specs"))
+    assert code in (1, 2) and told in stderr

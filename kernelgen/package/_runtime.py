@@ -434,6 +434,7 @@ class Choice(NamedTuple):
     key: Any  # a NamedTuple of its family
     schedule: str
     config: Any
+    measured: bool  # rather than the rule's
 
 
 _choices: list[Choice] | None = None
@@ -472,14 +473,15 @@ def choose(
     call; where there is none, what the rule says, of its own or for a schedule.
     """
     known = measured(tables, key, device) or measured(tables, other, device)
+    tiles: tuple[int, ...] | None = None
     for schedule, tiles in _forced.get((type(key), key), known):
         if serves(schedule):
             taken = rule(schedule) if tiles is None else (schedule, configs[schedule](*tiles))
             break
     else:
-        taken = rule(None)
+        taken, tiles = rule(None), None
     if _choices is not None:
-        _choices.append(Choice(key, *taken))
+        _choices.append(Choice(key, *taken, tiles is not None))
     return taken
 
 
