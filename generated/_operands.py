@@ -139,17 +139,20 @@ class Flag:
             fail(op, label or self.name, _say(value), "True or False")
 
 
+_LARGEST = torch.finfo(torch.float32).max
+
+
 @dataclasses.dataclass(frozen=True)
 class Number:
-    """A finite number that may differ from call to call: it is passed to a bound call, which does not hang on it."""
+    """A number, finite in float32, that may differ from call to call: a bound call is passed it, and does not hang on it."""
 
     name: str
     public: bool = True
 
     def admit(self, op: str, value: object, values: Mapping[str, Any], label: str = "") -> None:
         """Raise ValueError unless ``value`` is such a number."""
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            fail(op, label or self.name, _say(value), "a finite number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_LARGEST <= value <= _LARGEST:
+            fail(op, label or self.name, _say(value), "a finite number, in float32 too")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -416,6 +419,9 @@ class Op:
             if isinstance(operand, (Tensor, Bundle))
             for found in operand.tensors(values[operand.name])
         ]
+        for label, _, tensor in tensors:
+            if tensor.layout != torch.strided:
+                fail(op, label, describe(tensor), "a strided tensor")
         if self.launches:
             _check_places(op, tensors)
         sizes = Sizes(known)
@@ -513,7 +519,7 @@ class Op:
             if isinstance(operand, Bundle):
                 hint.append(f"{name} and {name}.looks" if operand.optional else f"{name}.looks")
             elif isinstance(operand, Number):
-                numbers.append(f"        if {name}.__class__ is not float or not isfinite({name}):\n")
+                numbers.append(f"        if {name}.__class__ is not float or not -LARGEST <= {name} <= LARGEST:\n")
                 numbers.append(f"            {name} = number({name!r}, {name})\n")
             elif not isinstance(operand, Tensor):
                 hint.append(name)
@@ -541,7 +547,7 @@ class Op:
             "find": calls.find,
             "put": calls.put,
             "bind": bind,
-            "isfinite": math.isfinite,
+            "LARGEST": _LARGEST,
             "number": self._number,
             "refuse": lambda error, *values: self.refuse(self.named(*values), error),
             "check_apart": lambda one, other: check_apart(self.name, written, one, read, other),
@@ -634,11 +640,9 @@ _Found = tuple[str, Tensor, torch.Tensor]
 
 
 def _check_places(op: str, tensors: Sequence[_Found]) -> None:
-    """Raise ValueError unless all tensors are on one device that kernels run on, plain, and outside of autograd."""
+    """Raise ValueError unless all tensors are on one device that kernels run on, and outside of autograd."""
     recording = torch.is_grad_enabled()
     for label, _, tensor in tensors:
-        if tensor.layout != torch.strided:
-            fail(op, label, describe(tensor), "a strided tensor")
         if tensor.device != tensors[0][2].device:
             fail(op, label, describe(tensor), f"one on {tensors[0][2].device}, as {tensors[0][0]}")
         if recording and tensor.requires_grad:

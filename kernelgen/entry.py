@@ -107,10 +107,11 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _unwind(number: int, frame: FrameType | None) -> None:
-    """Raise, but not in an import: a module of C++ may abort the process."""
+    """Raise, but not in an import, as a module of C++ may abort the process, nor while a process is told what it is to do."""
     del number
     while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
+        file, name = frame.f_code.co_filename, frame.f_code.co_name
+        if file.startswith("<frozen importlib") or (name == "start" and os.path.basename(file) == "forks.py"):
             signal.setitimer(signal.ITIMER_REAL, _RETRY)
             return
         frame = frame.f_back
