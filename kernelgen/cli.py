@@ -12,12 +12,13 @@ import itertools
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping, Sequence
 
 import click
 
 from kernelgen import __version__
 from kernelgen.command import Report, command
+from kernelgen.table import inline, table, terminal_width
 
 if TYPE_CHECKING:
     from kernelgen.served import Served
@@ -210,7 +211,7 @@ def show(
         texts = compiled(specs, out, variant, assembly, arch or PRIMARY)
         lines = itertools.chain.from_iterable(code.splitlines() for code in texts.values())
         return Report({**document, "arch": arch or PRIMARY, assembly: texts}, lines)
-    rows = [(key, _inline(value)) for key, value in document.items()]
+    rows = [(key, inline(value)) for key, value in document.items()]
     return Report(document, _table(rows))
 
 
@@ -267,8 +268,7 @@ def which(words: Sequence[str], specs: Path, out: Path) -> Report:
     lines = [str(variant.name) for variant in shown]
     if not lines:
         message = f"a call of these sizes takes {', '.join(others) or 'none of its family'}"
-        words = ", ".join(f"--{name} {value}" for name, value in found.sizes.items())
-        raise failure("KG041", found.family.spec, message, f"the sizes: {words}", exit_code=1)
+        raise failure("KG041", found.family.spec, message, f"the sizes: {_options(found.sizes)}", exit_code=1)
     for one in taken or ():
         lines += ["", *_table(one.rows())]
     tags = {
@@ -278,12 +278,11 @@ def which(words: Sequence[str], specs: Path, out: Path) -> Report:
     lines += ["", *_table([(axis, tags[axis], why) for axis, why in found.reasons.items()])]
     if found.assumed:
         decided = {name for one in taken or () for name, tag in one.variant.tags if found.assumed.get(name, tag) != tag}
-        words = [f"--{name} {value}" for name, value in found.assumed.items() if name not in decided]
-        lines += ["", f"assumed: {', '.join(words)}"]
+        lines += ["", f"assumed: {_options({n: v for n, v in found.assumed.items() if n not in decided})}"]
     if taken is None:
         lines += ["", note]
         lines += [
-            f"measured: {_inline(dict((*entry.problem, *entry.tags)))}: {entry.schedule}, {entry.best.us} us"
+            f"measured: {inline(dict((*entry.problem, *entry.tags)))}: {entry.schedule}, {entry.best.us} us"
             for entry in found.measured
         ]
     return Report(document, lines)
@@ -449,20 +448,14 @@ def _case(words: Sequence[str]) -> tuple[str | None, dict[str, str]]:
     return family, case
 
 
+def _options(values: Mapping[str, object]) -> str:
+    return ", ".join(f"--{name} {value}" for name, value in values.items())
+
+
 def _cores() -> int:
     affinity = getattr(os, "sched_getaffinity", None)  # Linux; knows of containers and taskset
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> list[str]:
-    from kernelgen.table import table, terminal_width
-
     return table(list(rows), head, terminal_width())
-
-
-def _inline(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key}={_inline(item)}" for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(str, value))
-    return str(value)

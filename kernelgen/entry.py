@@ -110,8 +110,8 @@ def _unwind(number: int, frame: FrameType | None) -> None:
     """Raise, but not in an import, as a module of C++ may abort the process, nor while a process is told what it is to do."""
     del number
     while frame is not None:
-        file, name = frame.f_code.co_filename, frame.f_code.co_name
-        if file.startswith("<frozen importlib") or (name == "start" and os.path.basename(file) == "forks.py"):
+        starts = (frame.f_globals.get("__name__"), frame.f_code.co_name) == ("kernelgen.forks", "start")
+        if starts or frame.f_code.co_filename.startswith("<frozen importlib"):
             signal.setitimer(signal.ITIMER_REAL, _RETRY)
             return
         frame = frame.f_back

@@ -12,6 +12,7 @@ import torch
 from kernelgen.diagnostics import failure
 from kernelgen.model import Variant
 from kernelgen.stand_in import compiling_for, import_package
+from kernelgen.table import inline
 from kernelgen.targets import PRIMARY, TARGETS
 from kernelgen.which import Answer
 
@@ -57,13 +58,9 @@ class Served:
         rows = [("variant", str(self.variant.name))]
         if self.tiles:
             source = "measured for" if self.measured else "by the rule, as nothing was measured for"
-            rows.append(("tiles", _pairs(self.tiles)))
-            rows.append(("why", f"{source} {_pairs(self.problem)}"))
+            rows.append(("tiles", inline(self.tiles)))
+            rows.append(("why", f"{source} {inline(self.problem)}"))
         return rows + [("kernel", f"{k.kernel}: {k.num_warps} warps, {k.num_stages} stages") for k in self.launches]
-
-
-def _pairs(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in values.items())
 
 
 def ask(out: Path, answer: Answer) -> tuple[Served, ...]:

@@ -17,6 +17,15 @@ def terminal_width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
+def inline(value: object) -> str:
+    """A value in one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={inline(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    return str(value)
+
+
 def table(
     rows: Sequence[Sequence[str]], head: Sequence[str] = (), width: int | None = None, numbers: Container[str] = ()
 ) -> list[str]:

@@ -31,8 +31,8 @@ _LAYER = {**_BATCH, "hidden": 2048, "intermediate": 768}
 _ROUTE = {**_BATCH, "rank": 16, "max_loras": 4}
 _PRODUCT = {**_ROUTE, "k": 2048, "n": 768, "slices": 2}
 _LINEAR = {"num_tokens": 256, "rank": 16, "max_loras": 4, "k": 4096, "n": 4096, "slices": 1}
-# The sizes of a call, and what is assumed of them: a layer of Qwen3-30B-A3B with
-# its gate and up, or of Llama-3-8B, and four adapters.
+# The sizes of a call, and what is assumed of them: a layer of Qwen3-30B-A3B with its gate and up, or of Llama-3-8B, and four
+# adapters.
 SIZES: Mapping[str, Mapping[str, int]] = {
     "lora_expand": _LINEAR,
     "lora_shrink": _LINEAR,
