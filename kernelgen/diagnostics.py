@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from pathlib import Path
 from typing import Any, Iterable, Mapping
 
 from kernelgen.model import Location
@@ -154,7 +155,12 @@ def failure(code: str, where: str, message: str, hint: str | Nearest = "", exit_
 
 
 def os_failure(error: OSError, path: object) -> Failure:
-    """The ``Failure`` of a system call on ``path``."""
+    """The ``Failure`` of a system call on ``path``, or on the file that stands where the way there needs a folder."""
+    if isinstance(error, NotADirectoryError):
+        place = Path(str(path))
+        for found in (*reversed(place.parents), place):
+            if found.exists() and not found.is_dir():
+                return failure("KG001", str(found), "a file, where a folder is wanted", "name a folder, or move it away")
     return failure("KG001", str(path), error.strerror or type(error).__name__)
 
 

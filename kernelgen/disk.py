@@ -6,16 +6,14 @@ import contextlib
 import ctypes
 import errno
 import hashlib
-import json
 import os
 import shutil
-import stat
 import sys
 from pathlib import Path
 from typing import Any
 
-from kernelgen.diagnostics import failure
-from kernelgen.read import MAX_DOCUMENT, read_file
+from kernelgen.diagnostics import Failure, failure
+from kernelgen.read import parse_json, read_file
 
 SCHEMA_VERSION = 1
 ABSENT = ""  # stands for the hash of a file that is not there
@@ -50,15 +48,14 @@ def hash_file(path: Path, through_links: bool = False) -> str:
     Raises:
         InTheWay: it is not a regular file, or larger than any that a build makes.
     """
+    if path.is_symlink() and not through_links:
+        raise InTheWay("KG030", "not a regular file", "move it away")
     try:
-        found = path.stat() if through_links else path.lstat()
+        return hashlib.sha256(read_file(path)).hexdigest()
     except FileNotFoundError:
         return ABSENT
-    if not stat.S_ISREG(found.st_mode):
-        raise InTheWay("KG030", "not a regular file", "move it away")
-    if found.st_size > MAX_DOCUMENT:
-        raise InTheWay("KG030", f"{found.st_size} bytes, which no build wrote", "move it away")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    except Failure as failed:
+        raise InTheWay("KG030", failed.diagnostics[0].message, "move it away") from None
 
 
 def read_document(file: Path, label: str, hint: str) -> dict[str, Any] | None:
@@ -68,10 +65,10 @@ def read_document(file: Path, label: str, hint: str) -> dict[str, Any] | None:
         Failure: it is something else; exit code 2.
     """
     try:
-        document = json.loads(read_file(file))
+        document = parse_json(read_file(file))
     except FileNotFoundError:
         return None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise failure("KG032", label, "not a JSON document", hint) from None
     if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
         message = f"not a document of schema version {SCHEMA_VERSION}"

@@ -13,7 +13,7 @@ from typing import Any, Collection, Iterable, Iterator, Mapping, NamedTuple, Seq
 
 from kernelgen.diagnostics import Diagnostic, Failure, failure, os_failure
 from kernelgen.model import Location
-from kernelgen.read import read_file
+from kernelgen.read import parse_json, read_file
 from kernelgen.targets import TARGETS
 
 FILE = "kernels.lock"  # beside the folder generated
@@ -49,7 +49,7 @@ class Lock:
         self._text = ""
         try:
             self._text = read_file(file).decode()
-            self.sections = _parse(json.loads(self._text))
+            self.sections = _parse(parse_json(self._text))
         except FileNotFoundError:
             pass
         except OSError as error:

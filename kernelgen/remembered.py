@@ -15,7 +15,7 @@ import triton
 
 from kernelgen import locate
 from kernelgen.diagnostics import Failure
-from kernelgen.read import read_file
+from kernelgen.read import parse_json, read_file
 from kernelgen.resources import RULES, Usage
 
 _MOST = 50_000  # lines
@@ -31,8 +31,8 @@ class Remembered:
         with contextlib.suppress(OSError, UnicodeDecodeError, Failure):
             lines = read_file(self.file).decode().splitlines(keepends=True)
         for line in lines:
-            with contextlib.suppress(ValueError, TypeError, RecursionError):
-                digest, fields = json.loads(line)
+            with contextlib.suppress(ValueError, TypeError):
+                digest, fields = parse_json(line)
                 self.usages[digest] = _usage(**fields)
         if len(lines) > _MOST:
             self._replace(lines[-_MOST // 2 :])

@@ -19,6 +19,7 @@ import jinja2
 from kernelgen import names
 from kernelgen.diagnostics import Diagnostic, Failure, did_you_mean
 from kernelgen.model import Family, Location, Package, Variant
+from kernelgen.read import open_file
 from kernelgen.template import MAX_CHARACTERS, TAGS, Environment, Refused, TooMuch, Trace
 
 _ROOT = "templates/"
@@ -39,7 +40,7 @@ class _Loader(jinja2.BaseLoader):
             raise jinja2.TemplateNotFound(template)
         label = _ROOT + template
         try:
-            with file.open("rb") as opened:  # no more of it than a template may be: characters have 4 bytes at most
+            with open_file(file) as opened:  # no more of it than a template may be: characters have 4 bytes at most
                 return opened.read(4 * MAX_CHARACTERS + 1).decode("utf-8"), label, None
         except OSError as error:
             raise Refused([Diagnostic("KG001", Location(label), error.strerror or type(error).__name__)]) from None

@@ -5,7 +5,6 @@ What needs more than one value to judge (tags of an axis, excludes, tuned choice
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Mapping
 
@@ -27,7 +26,7 @@ from kernelgen.limits import MAX_BYTES
 from kernelgen.model import SCHEDULE, TARGETS, VOCABULARY
 from kernelgen.names import NAME_PATTERN
 from kernelgen.parse import Node, Step
-from kernelgen.read import read_file
+from kernelgen.read import parse_json, read_file
 
 MAX_AXES = 16
 MAX_TAGS = 64
@@ -345,7 +344,7 @@ def check_schema(specs: Path) -> None:
     """
     file = specs / SCHEMA_FILE
     try:
-        current = json.loads(read_file(file, MAX_BYTES))
+        current = parse_json(read_file(file, MAX_BYTES))
     except (OSError, ValueError):
         current = None
     if current != json_schema():

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Iterator
 
 from kernelgen import locate, names
+from kernelgen.diagnostics import Failure
 from kernelgen.model import Tree
+from kernelgen.read import parse_json, read_file
 from kernelgen.sealed import Sealed
 
 _KEPT = 8  # trees, at most
-_MOST_BYTES = 8 << 20  # of a file that decides a tree
 _LIBRARIES = ("black", "jinja2", "pydantic", "PyYAML")
 
 
@@ -29,12 +30,10 @@ def made_of(specs: Path, *chosen: object) -> str | None:
         for library in _LIBRARIES:
             digest.update(f"{library} {importlib.metadata.version(library)}\0".encode())
         for file in _files(specs):
-            if not file.is_file() or file.stat().st_size > _MOST_BYTES:
-                return None
-            content = file.read_bytes()
+            content = read_file(file)
             digest.update(f"{os.fspath(file)!r} {len(content)}\0".encode())
             digest.update(content)
-    except (OSError, ValueError, importlib.metadata.PackageNotFoundError):
+    except (OSError, ValueError, Failure, importlib.metadata.PackageNotFoundError):
         return None
     return digest.hexdigest()
 
@@ -54,9 +53,9 @@ def get(key: str | None) -> Tree | None:
     if text is None:
         return None
     try:
-        files = json.loads(text)
+        files = parse_json(text)
         sound = all(names.path_fault(path) is None and isinstance(content, str) for path, content in files.items())
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError):
         return None
     return Tree(files) if files and sound else None
 

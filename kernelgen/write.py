@@ -27,6 +27,7 @@ from kernelgen.disk import (
     read_document,
 )
 from kernelgen.model import Location, Tree
+from kernelgen.read import read_file
 
 try:
     import fcntl
@@ -143,7 +144,7 @@ def differences(plan: Plan, out: Path) -> Iterator[str]:
     for change in plan.changes:
         if change.path == names.MANIFEST:
             continue
-        old = (out / change.path).read_text("utf-8") if change.old else ""
+        old = read_file(out / change.path).decode() if change.old else ""
         new = change.text or ""
         yield from difflib.unified_diff(
             old.splitlines(keepends=True),

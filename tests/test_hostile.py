@@ -14,7 +14,7 @@ import project
 import pytest
 import torch
 
-from kernelgen import cli, doctor
+from kernelgen import cli, disk, doctor, read
 from kernelgen.diagnostics import Failure
 from kernelgen.measure import document as documents
 from kernelgen.measure import suites
@@ -40,7 +40,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def places(work: Path) -> list[str]:
     """Files and folders in the way of whoever takes them for something else."""
-    for name, content in {"text": b"text", "deep.json": b"[" * 9_999, "bytes": b"\xff\xfe\0", "list.json": b"[]"}.items():
+    for name, content in {"text": b"text", "deep.json": b"[" * 100_000, "bytes": b"\xff\xfe\0", "list.json": b"[]"}.items():
         (work / name).write_bytes(content)
     (work / "folder").mkdir()
     (work / "sealed").mkdir(mode=0)
@@ -55,7 +55,7 @@ def places(work: Path) -> list[str]:
     return [*inside, "specs", "templates", "specs/toy.yaml", "text/below", *outside]
 
 
-@pytest.mark.parametrize("name", ["/dev/zero", "pipe", "huge", "folder"])
+@pytest.mark.parametrize("name", ["/dev/zero", "pipe", "huge", "folder", "deep.json"])
 def test_what_has_no_end_is_not_read(name: str, work: Path, kernelgen, monkeypatch: pytest.MonkeyPatch) -> None:
     absent = subprocess.CompletedProcess([], 1, "", "ModuleNotFoundError: No module named 'torch'")
     monkeypatch.setattr(doctor, "_run", lambda program: absent)
@@ -81,6 +81,26 @@ def test_what_has_no_end_is_not_read(name: str, work: Path, kernelgen, monkeypat
         place.unlink()
         if kept is not None:
             place.write_bytes(kept)
+
+
+def test_a_pipe_that_was_a_file_a_moment_ago_is_not_waited_for(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places(work)
+    is_file = os.stat(work / "text")
+    monkeypatch.setattr(Path, "stat", lambda self, **_: is_file)
+    monkeypatch.setattr(Path, "lstat", lambda self: is_file)
+    with pytest.raises(Failure, match="KG001"):
+        read.read_file(work / "pipe")
+    with pytest.raises(disk.InTheWay):
+        disk.hash_file(work / "pipe")
+
+
+@pytest.mark.parametrize("option", ["--out", "--specs"])
+@pytest.mark.parametrize("place", ["text", "text/below"])
+def test_a_file_where_a_folder_is_wanted_is_named(place: str, option: str, work: Path, kernelgen) -> None:
+    places(work)
+    code, _, stderr = kernelgen("build", option, place)
+    assert code == 2 and stderr.startswith("text: error[KG001]: a file, where a folder is wanted"), stderr
+    assert (work / "text").read_text() == "text"
 
 
 def line(rng: random.Random, paths: list[str]) -> list[str]:

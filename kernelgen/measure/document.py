@@ -13,7 +13,7 @@ from typing import Any, Callable, Iterable
 from kernelgen.diagnostics import failure, os_failure
 from kernelgen.measure import suites
 from kernelgen.measure.suite import Cell, Row, Suite
-from kernelgen.read import read_file
+from kernelgen.read import parse_json, read_file
 
 SCHEMA_VERSION = 2
 # What has to agree for rows of two runs to stand in one document.
@@ -103,7 +103,7 @@ def load(path: Path) -> Document:
         Failure: the file cannot be read, or is no document of this version.
     """
     try:
-        data = json.loads(read_file(path))
+        data = parse_json(read_file(path))
         if data["schema_version"] != SCHEMA_VERSION:
             message = f"schema_version {data['schema_version']}, wanted {SCHEMA_VERSION}"
             raise failure("KG072", str(path), message, "measure again, or use the kernelgen that wrote it")
@@ -117,7 +117,7 @@ def load(path: Path) -> Document:
         return Document(suite, dict(data["machine"]), dict(data["versions"]), dict(data["ceilings"]), list(data["rows"]))
     except OSError as error:
         raise os_failure(error, path) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         hint = "name a file that kernelgen bench --out wrote"
         raise failure("KG072", str(path), f"not a result of this benchmark: {error!r}", hint) from error
 

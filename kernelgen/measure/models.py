@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, Mapping, Sequence
 
 from kernelgen.diagnostics import failure
-from kernelgen.read import read_file
+from kernelgen.read import parse_json, read_file
 
 Projections = Literal["w13", "w2"]
 
@@ -122,9 +121,9 @@ def model_from_config(path: Path, tp: int = 1) -> Model:
         Failure: not a config, not of a mixture of experts, or not divisible by ``tp``.
     """
     try:
-        config = json.loads(read_file(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise failure("KG070", str(path), f"cannot be read as JSON: {error}") from error
+        config = parse_json(read_file(path))
+    except (OSError, ValueError) as error:
+        raise failure("KG070", str(path), f"cannot be read as JSON: {error}", "name a model's config.json") from error
     if not isinstance(config, dict):
         raise failure("KG070", str(path), "wanted an object, as in a model's config.json")
     # Multimodal models keep the language model's sizes one level down.

@@ -11,7 +11,7 @@ from kernelgen.diagnostics import failure, os_failure
 from kernelgen.measure.tune.problem import Problem
 from kernelgen.measure.tune.search import Found
 from kernelgen.measure.tune.space import Candidate, Space
-from kernelgen.read import read_file
+from kernelgen.read import parse_json, read_file
 
 SCHEMA_VERSION = 1
 _ANEW = "use another --out, or delete the file"
@@ -88,11 +88,11 @@ class State:
         if not lines:
             return []
         try:
-            first = json.loads(lines[0])
+            first = parse_json(lines[0])
             if first["schema_version"] != SCHEMA_VERSION:
                 message = f"schema_version {first['schema_version']}, wanted {SCHEMA_VERSION}"
                 raise failure("KG072", str(path), message, _ANEW)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise failure("KG072", str(path), f"not a state of kernelgen tune: {error!r}", _ANEW) from error
         for name in _SAME:
             if first.get(name) != head.get(name):
@@ -101,10 +101,10 @@ class State:
         kept = []
         for text in lines[1:]:
             try:
-                line = json.loads(text)
+                line = parse_json(text)
                 candidate = Candidate(line["schedule"], tuple(line["config"].values()))
                 result = Measured(line["problem"], candidate, line["us"], line["final"])
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 continue  # half a line
             # What the spec does not declare any more is measured no more.
             names = self._space.tunables.get(candidate.schedule, {})
