@@ -1,7 +1,8 @@
 """The lock: what every kernel used when a person last accepted it, for each version of Triton.
 
 A JSON file with one line a kernel and probe, so that a change reads well in a diff and a finding can name its line. Kernels
-that differ by name alone share the line of the first of them. A line has one entry a target, null where there is no figure.
+that differ by name alone share the line of the first of them. A line has the figures of each target that there are some for:
+as many as it takes to the last that is not zero.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Collection, Iterable, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Collection, Iterable, Iterator, Mapping, NamedTuple
 
 from kernelgen.diagnostics import Diagnostic, Failure, failure, os_failure
 from kernelgen.model import Location
@@ -17,8 +18,8 @@ from kernelgen.read import parse_json, read_file
 from kernelgen.targets import TARGETS
 
 FILE = "kernels.lock"  # beside the folder generated
-SCHEMA_VERSION = 2
-COLUMNS = ("registers", "spill_bytes", "shared_bytes")
+SCHEMA_VERSION = 3
+COLUMNS = ("registers", "shared_bytes", "spill_bytes")
 
 
 class Row(NamedTuple):
@@ -132,53 +133,59 @@ def _text(sections: Mapping[str, Section]) -> str:
     blocks = []
     for version in sorted(sections):
         lines = [
-            f"    {json.dumps(str(row))}: {_list([figures.get(target) for target in TARGETS])}"
+            f"    {json.dumps(str(row))}: {_entries(figures)}"
             for row, figures in sorted(sections[version].items())
         ]
         blocks.append(f"  {json.dumps(version)}: {{\n" + ",\n".join(lines) + "\n  }")
     head = [
         f'"schema_version": {SCHEMA_VERSION}',
-        f'"columns": {_list(COLUMNS)}',
-        f'"targets": {_list(list(TARGETS))}',
+        f'"columns": {json.dumps(COLUMNS)}',
         '"triton": ',
     ]
     return "{\n" + ",\n".join(head) + "{\n" + ",\n".join(blocks) + "\n}\n}\n"
 
 
-def _list(values: Sequence[object]) -> str:
-    return json.dumps(values, separators=(",", ":"))
+def _entries(figures: Figures) -> str:
+    """The figures of the targets that there are, without the zeros at the end."""
+    entries = {}
+    for target in (target for target in TARGETS if target in figures):
+        values = list(figures[target])
+        while len(values) > 1 and not values[-1]:
+            values.pop()
+        entries[target] = values
+    return json.dumps(entries)
 
 
 def _parse(document: Any) -> dict[str, Section]:
     if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
-        raise ValueError(f"wanted a document of schema_version {SCHEMA_VERSION}")
+        raise ValueError(f"wanted schema_version {SCHEMA_VERSION}")
     if document.get("columns") != list(COLUMNS):
         raise ValueError(f"wanted the columns {', '.join(COLUMNS)}")
-    targets, sections = document.get("targets"), document.get("triton")
-    if not isinstance(targets, list) or not isinstance(sections, dict):
-        raise ValueError("wanted a list of targets, and the figures of each version of Triton")
-    return {version: _section(lines, targets) for version, lines in sections.items()}
+    sections = document.get("triton")
+    if not isinstance(sections, dict):
+        raise ValueError("wanted the figures of each version of Triton")
+    return {version: _section(lines) for version, lines in sections.items()}
 
 
-def _section(lines: Any, targets: Sequence[str]) -> Section:
+def _section(lines: Any) -> Section:
     if not isinstance(lines, dict):
         raise ValueError("wanted the lines of a version of Triton")
     section: Section = {}
     for line, entries in lines.items():
         parts = line.split(" ")
-        if len(parts) != len(Row._fields) or not _is_sound(entries, len(targets)):
+        if len(parts) != len(Row._fields) or not _is_sound(entries):
             raise ValueError(f"the line {line!r} is not of the form that kernelgen writes")
-        found = zip(targets, entries, strict=True)
-        section[Row(*parts)] = {target: values for target, values in found if values is not None}
+        count = len(COLUMNS)
+        section[Row(*parts)] = {target: [*values, *[0] * count][:count] for target, values in entries.items()}
     return section
 
 
-def _is_sound(entries: Any, count: int) -> bool:
-    if not isinstance(entries, list) or len(entries) != count:
+def _is_sound(entries: Any) -> bool:
+    if not isinstance(entries, dict):
         return False
     return all(
-        values is None or (isinstance(values, list) and list(map(type, values)) == [int] * len(COLUMNS))
-        for values in entries
+        isinstance(values, list) and 0 < len(values) <= len(COLUMNS) and set(map(type, values)) == {int}
+        for values in entries.values()
     )
 
 

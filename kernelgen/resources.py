@@ -49,7 +49,7 @@ class Usage:
     @property
     def locked(self) -> list[int]:
         """The figures that the lock holds."""
-        return [self.registers, self.spill_bytes, self.shared_bytes]
+        return [self.registers, self.shared_bytes, self.spill_bytes]
 
 
 def usage(compiled: Any, target: Target) -> Usage:

@@ -225,8 +225,7 @@ def test_rows_that_no_kernel_has_are_a_finding_of_a_whole_check(out: Path) -> No
 
 
 LOCK = (
-    '{"schema_version": 2, "columns": ["registers", "spill_bytes", "shared_bytes"],'
-    ' "targets": ["sm_90"], "triton": {"3.6.0": %s}}'
+    '{"schema_version": 3, "columns": ["registers", "shared_bytes", "spill_bytes"], "triton": {"3.6.0": %s}}'
 )
 
 
@@ -238,11 +237,14 @@ LOCK = (
         "{}",
         '{"schema_version": 1}',
         "\0",
-        '{"schema_version": 2, "columns": ["registers"]}',
+        '{"schema_version": 3, "columns": ["registers"]}',
+        "[" * 100_000,
         LOCK % "[]",
         LOCK % '{"v k p": [1, 2, 3]}',
-        LOCK % '{"v k p": [[1, 2]]}',
-        LOCK % '{"v p": [[1, 2, 3]]}',
+        LOCK % '{"v k p": {"sm_90": []}}',
+        LOCK % '{"v k p": {"sm_90": [1, 2, 3, 4]}}',
+        LOCK % '{"v k p": {"sm_90": [true]}}',
+        LOCK % '{"v p": {"sm_90": [1, 2, 3]}}',
     ],
 )
 def test_a_lock_that_is_none_is_an_error(small: Small, out: Path, text: str) -> None:
@@ -257,13 +259,21 @@ def test_the_lock_has_one_line_a_kernel_and_probe(small: Small, out: Path) -> No
     small("update")
     text = (out / FILE).read_text()
     document = json.loads(text)
-    assert document["columns"] == ["registers", "spill_bytes", "shared_bytes"]
+    assert document["columns"] == ["registers", "shared_bytes", "spill_bytes"]
     lines = document["triton"][triton.__version__]
     # the two variants differ in their expand alone
     assert set(lines) == {f"{ADD} shrink naive", f"{ADD} expand naive", f"{SET} expand naive"}
     for line, entries in lines.items():
-        has = [name for name, entry in zip(document["targets"], entries, strict=True) if entry]
-        assert has == ["sm_90", "gfx942"] and text.count(f'"{line}": ') == 1
+        assert list(entries) == ["sm_90", "gfx942"] and text.count(f'"{line}": ') == 1
+
+
+def test_what_the_lock_leaves_out_is_zero(out: Path) -> None:
+    lock, row = Lock(out / FILE), Row(ADD, "shrink", "naive")
+    figures = {"sm_80": [16, 0, 0], "sm_90": [16, 8192, 0], "gfx942": [0, 0, 4], "gfx950": [0, 0, 0]}
+    lock.sections = {"3.9.0": {row: figures}}
+    lock.write()
+    assert '{"sm_80": [16], "sm_90": [16, 8192], "gfx942": [0, 0, 4], "gfx950": [0]}' in (out / FILE).read_text()
+    assert Lock(out / FILE).sections == lock.sections
 
 
 def patched_usage(change: Callable[[Case, Usage], Usage]) -> Callable[[Case], Usage]:
