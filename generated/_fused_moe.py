@@ -266,8 +266,7 @@ OP = operands.Op(
     dtypes={"D": (torch.bfloat16, torch.float16)},
     fp8=QUANT.elements,
     first=("w2", "w13", "topk_ids"),
-    tells=("hidden", "w13"),
-    apart=("out", "hidden"),
+    tells=("hidden",),
     aligned=("hidden", "w13", "w2"),
 )
 

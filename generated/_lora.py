@@ -189,7 +189,6 @@ OP = operands.Op(
     fp8=shrink.QUANT.elements,
     first=("lora_a", "lora_b"),
     tells=("out", "x"),
-    apart=("out", "x"),
 )
 
 

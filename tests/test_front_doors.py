@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import itertools
 import math
 from typing import Any, Callable, Iterator
 
@@ -504,22 +505,22 @@ def _in_one_place(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
         yield buffer[: tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
 
 
+@pytest.mark.parametrize("known", [False, True], ids=["at first", "behind good calls"])
 @pytest.mark.parametrize("name", GOOD)
-def test_memory_that_is_written_is_not_shared(name: str, device: str, launches: list[Any]) -> None:
-    """At the first call with any operand; at each later one, behind good calls of the same looks, with the rows it is made of."""
+def test_memory_that_is_written_is_not_shared(name: str, known: bool, device: str, launches: list[Any]) -> None:
+    """With any other tensor, at the first call and at later ones of the same looks."""
     door = Door.of(name, device)
     found = [item for item in _tensors(door) if item[2].numel() > 0]
-    pairs = [(one, other) for one in found for other in found if one[1].written and one is not other]
-    for known in (False, True):
-        for (label, operand, tensor), (other_label, other_operand, other) in pairs:
-            if known and (operand.name, other_operand.name) != door.op.apart:
-                continue
-            forget()
-            for _ in range(3 if known else 0):
-                door()
-            number, (one, two) = len(launches), _in_one_place(tensor, other)
-            changed = _with(_with(door.good, label, one), other_label, two)
-            _refused(door, changed, f"{label} in {other_label}, known: {known}", label, other_label)
+    for _ in range(3 if known else 0):
+        door()
+    for (label, operand, tensor), (other_label, _, other) in itertools.permutations(found, 2):
+        if operand.written:
+            one, two = _in_one_place(tensor, other)
+            changed = _with(door.good, other_label, two)
+            if known:
+                door(**changed)
+            number = len(launches)
+            _refused(door, _with(changed, label, one), f"{label} in {other_label}", label, other_label)
             assert len(launches) == number
 
 

@@ -73,7 +73,6 @@ OP = operands.Op(
     fp8=QUANT.elements,
     first=("lora_b",),
     tells=("out",),
-    apart=("out", "y"),
 )
 
 

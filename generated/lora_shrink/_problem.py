@@ -90,7 +90,6 @@ OP = operands.Op(
     fp8=QUANT.elements,
     first=("lora_a",),
     tells=("x",),
-    apart=("y", "x"),
 )
 
 

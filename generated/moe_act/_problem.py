@@ -38,7 +38,6 @@ OP = operands.Op(
     dtypes={"D": (torch.bfloat16, torch.float16)},
     first=("topk_ids",),
     tells=("x",),
-    apart=("h", "x"),
 )
 
 # (h, x, topk_ids, valid_tokens) of sizes that were checked before

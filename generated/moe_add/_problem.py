@@ -35,7 +35,6 @@ OP = operands.Op(
     spec="specs/moe_add.yaml",
     dtypes={"D": (torch.bfloat16, torch.float16)},
     tells=("out",),
-    apart=("out", "delta"),
 )
 
 # (out, delta, route) of sizes that were checked before

@@ -148,8 +148,7 @@ OP = operands.Op(
     dtypes={"D": (torch.bfloat16, torch.float16)},
     fp8=QUANT.elements,
     first=("w",),
-    tells=("out", "x"),
-    apart=("out", "x"),
+    tells=("x",),
     aligned=("x", "w"),
     sizes=_rows,
 )

@@ -145,8 +145,6 @@ OP = operands.Op(
     dtypes={"D": (torch.bfloat16, torch.float16)},
     fp8=QUANT.elements,
     first=("lora_a", "lora_b"),
-    tells=("out",),
-    apart=("out", "x"),
     sizes=_sizes,
 )
 

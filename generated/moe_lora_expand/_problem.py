@@ -69,8 +69,7 @@ OP = operands.Op(
     spec="specs/moe_lora_expand.yaml",
     dtypes={"D": (torch.bfloat16, torch.float16)},
     first=("lora_b",),
-    tells=("out", "y"),
-    apart=("out", "y"),
+    tells=("out",),
     sizes=experts_in_weights,
 )
 

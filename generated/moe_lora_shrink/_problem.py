@@ -63,8 +63,7 @@ OP = operands.Op(
     spec="specs/moe_lora_shrink.yaml",
     dtypes={"D": (torch.bfloat16, torch.float16)},
     first=("lora_a",),
-    tells=("y", "x"),
-    apart=("y", "x"),
+    tells=("x",),
     sizes=experts_in_weights,
 )
 

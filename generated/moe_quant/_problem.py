@@ -51,7 +51,6 @@ OP = operands.Op(
     dtypes={"D": (torch.bfloat16,)},
     first=("x",),
     tells=("x",),
-    apart=("codes", "x"),
 )
 
 

@@ -74,8 +74,7 @@ OP = operands.Op(
     spec="specs/moe_shrink.yaml",
     dtypes={"D": (torch.bfloat16, torch.float16)},
     first=("lora_a",),
-    tells=("v", "x"),
-    apart=("v", "x"),
+    tells=("x",),
     sizes=_rows,
 )
 

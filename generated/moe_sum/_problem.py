@@ -41,7 +41,6 @@ OP = operands.Op(
     dtypes={"D": (torch.bfloat16, torch.float16)},
     first=("topk_ids", "y"),
     tells=("out",),
-    apart=("out", "y"),
 )
 
 # (out, y, topk_ids, topk_weights, valid_tokens) of sizes that were checked before

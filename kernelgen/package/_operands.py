@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar, cast
 
 import torch
@@ -64,6 +66,10 @@ class Tensor:
     @property
     def is_optional(self) -> bool:
         return self.optional or bool(self.only_with)
+
+    @property
+    def is_written(self) -> bool:
+        return self.written
 
     @functools.cached_property
     def forms(self) -> tuple[tuple[_Dim, ...], ...]:
@@ -216,6 +222,10 @@ class Bundle:
     whole: Callable[[str, str, Any], None] | None = None
     left_out: bool = False
 
+    @property
+    def is_written(self) -> bool:
+        return any(isinstance(part, Tensor) and part.written for part in self.parts)
+
     def admit(self, op: str, value: Any, values: Mapping[str, Any], label: str = "") -> None:
         """Raise ValueError unless ``value`` is such a bundle, of parts of the right types."""
         label = label or self.name
@@ -248,28 +258,55 @@ class _Looks:
     def __init__(self) -> None:
         self._known = runtime.Calls()
 
-    def __get__(self, bundle: Any, owner: type) -> object:
-        tensors, changing = [], False
-        for part in bundle:
-            if isinstance(part, torch.Tensor):
-                tensors.append(part)
-            elif isinstance(part, (list, tuple)):
-                tensors += part
-                changing |= isinstance(part, list)
+    def __get__(self, bundle: Any, owner: type) -> _Look:
+        tensors, changing = _of_bundle(bundle)
         hint = tuple(map(_kind, bundle))
-        looks = self._known.get(hint, tensors) or self._known.put(hint, tensors, object())
+        looks: _Look = self._known.get(hint, tensors) or self._known.put(hint, tensors, _Look(tuple(map(_reach, tensors))))
         if not changing:
             bundle.__dict__["looks"] = looks  # where Python finds it first, from now on
         return looks
+
+
+class _Look:
+    """``reaches``: bytes from the beginning of each tensor to its end."""
+
+    __slots__ = ("reaches",)
+
+    def __init__(self, reaches: tuple[int, ...]) -> None:
+        self.reaches = reaches
+
+
+class _Memory:
+    """Where the tensors of a named tuple begin."""
+
+    def __get__(self, bundle: Any, owner: type) -> tuple[int, ...]:
+        tensors, changing = _of_bundle(bundle)
+        memory = tuple([tensor.data_ptr() for tensor in tensors])
+        if not changing:
+            bundle.__dict__["memory"] = memory
+        return memory
+
+
+def _of_bundle(bundle: Any) -> tuple[list[torch.Tensor], bool]:
+    """The tensors of a named tuple, and whether they may become others."""
+    tensors, changing = [], False
+    for part in bundle:
+        if isinstance(part, torch.Tensor):
+            tensors.append(part)
+        elif isinstance(part, (list, tuple)):
+            tensors += part
+            changing |= isinstance(part, list)
+    return tensors, changing
 
 
 _Class = TypeVar("_Class", bound=type)
 
 
 def bundle(cls: _Class) -> _Class:
-    """A named tuple with ``looks``, see _Looks."""
-    body = {"__doc__": cls.__doc__, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "looks": _Looks()}
-    return cast(_Class, type(cls.__name__, (cls,), body))
+    """A named tuple with ``looks`` and ``memory``, see _Looks and _Memory, which a copy of it does not take over."""
+    body = {"__doc__": cls.__doc__, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    known = {"looks": _Looks(), "memory": _Memory(), "__reduce__": lambda self: (self.__class__, tuple(self))}
+    return cast(_Class, type(cls.__name__, (cls,), {**body, **known}))
 
 
 def alike(bundle: Any, kept: list[object]) -> Any:
@@ -371,8 +408,7 @@ class Op:
         dtypes: by name, what a dtype that operands share may be.
         fp8: what an operand with scales may be made of.
         first: operands whose sizes the others are to fit; then the order of the operands decides.
-        tells: operands whose shapes tell the layers of a model apart.
-        apart: a written operand and the rows it is made of: that they share no memory is checked at every call.
+        tells: operands whose sizes tell the layers of a model apart.
         aligned: operands of which it matters whether they begin at a 16-byte boundary.
         sizes: further sizes, from all arguments, once their types are right.
         launches: kernels, so that tensors are where those run; False: it is plain torch.
@@ -385,7 +421,6 @@ class Op:
     fp8: tuple[torch.dtype, ...] = ()
     first: tuple[str, ...] = ()
     tells: tuple[str, ...] = ()
-    apart: tuple[str, str] | tuple[()] = ()
     aligned: tuple[str, ...] = ()
     sizes: Callable[[Mapping[str, Any]], Mapping[str, int]] | None = None
     launches: bool = True
@@ -410,12 +445,7 @@ class Op:
         """
         for operand in self.operands:
             operand.admit(op, values[operand.name], values)
-        tensors = [
-            found
-            for operand in self.operands
-            if isinstance(operand, (Tensor, Bundle))
-            for found in operand.tensors(values[operand.name])
-        ]
+        tensors = self._tensors(values)
         for label, _, tensor in tensors:
             if tensor.layout != torch.strided:
                 fail(op, label, describe(tensor), "a strided tensor")
@@ -436,6 +466,10 @@ class Op:
         if tensors:
             _check_memory(op, tensors)
         return sizes
+
+    def _tensors(self, values: Mapping[str, Any]) -> list[_Found]:
+        given = [operand for operand in self.operands if isinstance(operand, (Tensor, Bundle))]
+        return [found for operand in given for found in operand.tensors(values[operand.name])]
 
     def _check_tensor(
         self, op: str, label: str, operand: Tensor, tensor: torch.Tensor, values: Mapping[str, Any], sizes: Sizes
@@ -512,7 +546,7 @@ class Op:
         for operand in self.operands:
             name = operand.name
             if name in self.tells:
-                hint.append(f"{name}.shape")
+                hint.append(f"{name}.numel()")
             if isinstance(operand, Bundle):
                 hint.append(f"{name} and {name}.looks" if operand.optional else f"{name}.looks")
             elif isinstance(operand, Number):
@@ -527,15 +561,16 @@ class Op:
                 hint += [f"{name}.__class__", f"len({name})"] if operand.slices else []
         if self.aligned:
             hint.append(f"({' | '.join(f'{name}.data_ptr()' for name in self.aligned)}) & 15 != 0")
-        written, read = self.apart or ("", "")
+        writes = any(operand.is_written for operand in self.operands if isinstance(operand, (Tensor, Bundle)))
+        bundles = [f", {operand.name}" for operand in self.operands if isinstance(operand, Bundle)]
         source = _REMEMBERED.format(
             names=names,
             hint="".join(f"{part}, " for part in hint),
             tensors="".join(f"{part}, " for part in tensors),
             optional="".join(self._optional()),
             numbers="".join(numbers),
-            kept=_KEPT.format(written=written, read=read) if self.apart else "",
-            found=(_FOUND_APART if self.apart else _FOUND).format(written=written, read=read),
+            kept=f" watch({names})" if writes else "",
+            found=_FOUND_APART.format(bundles="".join(bundles)) if writes else _FOUND,
             end=end,
         )
         calls = runtime.Calls()
@@ -547,8 +582,7 @@ class Op:
             "LARGEST": _LARGEST,
             "number": self._number,
             "refuse": lambda error, *values: self.refuse(self.named(*values), error),
-            "check_apart": lambda one, other: check_apart(self.name, written, one, read, other),
-            "reach": _reach,
+            "watch": self._watch,
         }
         exec(compile(source, f"<{self.name}>", "exec"), made)  # noqa: S102  (of declarations alone)
         function: Callable[..., Any] = made["function"]
@@ -578,6 +612,31 @@ class Op:
             yield f"{indent}if {name} is not None:\n"
             yield f"{indent}    tensors += ({given},); hint += ({name!r}{kind},){left}\n"
 
+    def _watch(self, *values: Any) -> Callable[..., None]:
+        """What checks, at later calls that look like this one, that what is written lies apart from all else."""
+        given = self.named(*values)
+        bundles = {o.name: o for o in self.operands if isinstance(o, Bundle)}
+        found = [item for o in self._own for item in o.tensors(given[o.name])]
+        own = [(label, o) for label, o, _ in found]  # tensors are kept alive by nobody here
+        reaches = [_reach(tensor) for *_, tensor in found]
+        reaches += [reach for name in bundles if given[name] is not None for reach in given[name].looks.reaches]
+
+        def precisely(tensors: Sequence[torch.Tensor], *held: Any) -> None:
+            items = [(*known, tensor) for known, tensor in zip(own, tensors, strict=True)]
+            items += [item for o, value in zip(bundles.values(), held, strict=True) for item in o.tensors(value)]
+            _check_memory(self.name, items)
+
+        is_weight = [o.name in self.first and o.dtype is not IDS for _, o in own]
+        anchor = next((i for i, (_, o) in enumerate(own) if is_weight[i] or not (o.written or any(is_weight))), 0)
+        kinds = tuple(tuple(part.written for _, part, _ in o.tensors(given[name])) for name, o in bundles.items())
+        check: Callable[..., None] = _apart(tuple(o.written for _, o in own), kinds, anchor)(precisely, *reaches)
+        return check
+
+    @property
+    def _own(self) -> list[Tensor]:
+        """Tensors in the order of a remembered call: those that are always there first."""
+        return sorted((o for o in self.operands if isinstance(o, Tensor)), key=lambda o: o.is_optional)
+
     def _number(self, name: str, value: Any) -> float:
         Number(name).admit(self.name, value, {})
         return float(value)
@@ -598,14 +657,75 @@ def function({names}):
         put(hint, tensors, (call,{kept}))
     else:
 {found}{end}"""
-_KEPT = " -reach({written}), reach({read})"
 _FOUND = "        call = last[1][0]\n"
-_FOUND_APART = """        call, low, high = last[1]
-        if low < {written}.data_ptr() - {read}.data_ptr() < high:
-            check_apart({written}, {read})
+_FOUND_APART = """        call, check_apart = last[1]
+        check_apart(tensors{bundles})
 """
 _CALL = "    call({passed})\n"
 _CALL_WITH = "    if left:\n        return call({passed}, *left)\n"
+
+
+@functools.cache
+def _apart(written: tuple[bool, ...], bundles: tuple[tuple[bool, ...], ...], anchor: int) -> Callable[..., Any]:
+    """Makes checks that what is written lies apart from all else, written out for tensors of one number and kind.
+
+    What was found apart stays so. It is found again by the ``anchor``, a weight or else what is read: where what is written is
+    in the same place, and all else the same objects or in the same places, nothing is compared. Else all places are, by the
+    bytes from the first to the last of each tensor; where such spans meet, ``precisely`` looks at rows and columns, and raises.
+
+    Args:
+        written: of each tensor, whether it is.
+        bundles: likewise of the tensors in each bundle.
+        anchor: which of the tensors.
+    """
+    own, total = range(len(written)), len(written) + sum(map(len, bundles))
+    flags = [*written, *itertools.chain(*bundles)]
+    if not any(flags):
+        return lambda precisely, *reaches: lambda tensors, *bundles: None
+    asked, others = ([i for i in own if written[i] == is_written] for is_written in (True, False))
+    held = [b for b, parts in enumerate(bundles) if parts]
+    same = [f"place_{i} == last_{i}" for i in asked]
+    same += [f"(last_{i}() is tensor_{i} or tensor_{i}.data_ptr() == places[{i}])" for i in others]
+    same += [f"(memory_{b} is last_memory_{b} or memory_{b} == last_memory_{b})" for b in held]
+    kept = [*(f"place_{i}" if written[i] else f"ref(tensor_{i})" for i in own), *(f"memory_{b}" for b in held), "places"]
+    last = [*(f"last_{i}" for i in own), *(f"last_memory_{b}" for b in held), "places"]
+    homes = [*own, *(b for b, parts in enumerate(bundles) for _ in parts)]
+    meet: dict[str, list[str]] = {}  # pairs, by the bundles of which one must be another
+    for i, j in itertools.combinations(range(total), 2):
+        if flags[i] or flags[j]:
+            changed = " or ".join(f"memory_{b} != last_memory_{b}" for b in {homes[i], homes[j]}) if i not in own else "True"
+            meet.setdefault(changed, []).append(f"-reach_{i} < place_{i} - place_{j} < reach_{j}")
+    given = ", ".join(f"bundle_{b}" for b in range(len(bundles)))
+    near = " or ".join(f"({changed}) and ({' or '.join(pairs)})" for changed, pairs in meet.items())
+    source = f"""
+def make(precisely, {", ".join(f"reach_{i}" for i in range(total))}):
+    known = {{}}
+    def check_apart(tensors, {given}):
+        {_listed(f"tensor_{i}" for i in own)} = tensors
+        {"; ".join(f"place_{i} = tensor_{i}.data_ptr()" for i in asked)}
+        {"; ".join(f"memory_{b} = bundle_{b}.memory" for b in held)}
+        last = known.get(id(tensor_{anchor}), never)
+        {_listed(last)} = last
+        if {" and ".join(same)}:
+            return
+        {"; ".join(f"place_{i} = tensor_{i}.data_ptr()" for i in others)}
+        {_listed(f"place_{i}" for i in range(len(own), total))} = {" + ".join(f"memory_{b}" for b in held) or "()"}
+        if {near}:
+            precisely(tensors, {given})
+        if len(known) >= 4096:
+            known.clear()
+        places = {_listed(f"place_{i}" for i in own)}
+        known[id(tensor_{anchor})] = {_listed(kept)}
+    return check_apart
+"""
+    never = [*(-1 if written[i] else lambda: None for i in own), *(None for _ in held), (-1,) * len(own)]
+    made: dict[str, Any] = {"ref": weakref.ref, "never": never}
+    exec(source, made)  # noqa: S102  (of declarations alone)
+    return made["make"]  # type: ignore[no-any-return]
+
+
+def _listed(names: Iterable[str]) -> str:
+    return f"({''.join(f'{name}, ' for name in names)})"
 
 
 def _flat(operands: Sequence[Operand], values: Mapping[str, Any]) -> Iterator[tuple[str, Operand, Any]]:
@@ -726,10 +846,10 @@ def _check_memory(op: str, tensors: Sequence[_Found]) -> None:
         if operand.written:
             for other_label, other, other_begin, other_end in spans:
                 if begin < other_end and other_begin < end and other_label != label:
-                    check_apart(op, label, tensor, other_label, other)
+                    _check_apart(op, label, tensor, other_label, other)
 
 
-def check_apart(op: str, label: str, written: torch.Tensor, other_label: str, other: torch.Tensor) -> None:
+def _check_apart(op: str, label: str, written: torch.Tensor, other_label: str, other: torch.Tensor) -> None:
     """Raise ValueError if a tensor that is written and another share memory."""
     if share_memory(written, other):
         hint = f"it is written while {other_label} is in use"
