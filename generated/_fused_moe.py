@@ -40,7 +40,7 @@ __all__ = ["FusedMoeLora", "FusedMoeWorkspace", "fused_moe", "fused_moe_workspac
 _FEW_TOKENS = 4  # that stream weights pair by pair
 
 
-@operands.bundle
+@operands.bundle()
 class FusedMoeLora(NamedTuple):
     """The adapters on the experts of a layer, and which token has which; scalings are folded into the second factors.
 
@@ -60,7 +60,7 @@ class FusedMoeLora(NamedTuple):
     )
 
 
-@operands.bundle
+@operands.bundle()
 class FusedMoeWorkspace(NamedTuple):
     """Buffers for the worst case, so that ``fused_moe`` does not allocate; one per stream."""
 
@@ -526,8 +526,8 @@ def _bind_lora(
     )
     if not few:
         pairs, run_of_row, of_blocks = split(buffers[7], num_pairs)
-        tables = tables._replace(pairs=pairs)
-        runs = runs._replace(run_of_row=run_of_row, runs=of_blocks.view(num_pairs, 2))
+        tables = MoeTables._make((*tables[:2], pairs, *tables[3:]))
+        runs = MoeRuns._make((*runs[:2], run_of_row, of_blocks.view(num_pairs, 2), max_loras))
     vectors = buffers[8] if few else buffers[8].view(inner.dtype)
     shapes = [vector_shape(a, num_pairs, not few) for a in (lora.a13, lora.a2)]
     v13, v2 = made = [vectors[: math.prod(shape)].view(shape) for shape in shapes]

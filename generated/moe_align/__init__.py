@@ -16,11 +16,12 @@ from .. import _runtime as runtime
 __all__ = ["MoeTables", "moe_align", "no_tables"]
 
 
-@operands.bundle
+@operands.bundle(tables=("pairs", "blocks", "num_blocks"), free=("tokens_hint",))
 class MoeTables(NamedTuple):
     """The routing of T tokens with top_k experts each, and its tables. Pair p = t * top_k + j; E = num_experts.
 
-    A pair is local when t is below ``valid_tokens`` and topk_ids[t, j] - local_expert_start is in [0, E).
+    A pair is local when t is below ``valid_tokens`` and topk_ids[t, j] - local_expert_start is in [0, E). Tables are of the
+    fields beside them: an op refuses such that were edited so that some of them are of others; ``tokens_hint`` may be any.
     """
 
     topk_ids: torch.Tensor  # [T, top_k] int32 or int64, global ids
@@ -166,24 +167,22 @@ def check_fill(variant: str, *arguments: Any) -> None:
 
 
 def _check_tables(op: str, name: str, tables: MoeTables) -> None:
-    """Raise ValueError where tables are not all there, or too small."""
-    given = [
-        table for table in (tables.pairs, tables.blocks, tables.num_blocks) if table is not None
-    ]
-    if tables.block_m != 0 and len(given) < 3:
-        runtime.fail(
-            op,
-            name,
-            f"{len(given)} of pairs, blocks and num_blocks",
-            "all three",
-            "make it with moe_align",
-        )
-    if tables.block_m > 0:
-        size = 3 * max_blocks(tables.num_tokens, tables.top_k, tables.num_experts, tables.block_m)
-        if given[1].numel() < size:
+    """Raise ValueError where tables are not all there."""
+    for field in ("pairs", "blocks", "num_blocks"):
+        if tables.block_m != 0 and getattr(tables, field) is None:
             runtime.fail(
-                op, f"{name}.blocks", runtime.describe(given[1]), f"at least {size} elements"
+                op,
+                f"{name}.{field}",
+                None,
+                f"a tensor, with blocks of {tables.block_m}",
+                "make it with moe_align",
             )
+
+
+def _table_sizes(tables: MoeTables) -> dict[str, int]:
+    """Blocks that tables have at least; 0 where a graph of torch.compile leaves their rows open."""
+    sizes = (tables.num_tokens, tables.top_k, tables.num_experts, tables.block_m)
+    return {"max_blocks": max_blocks(*sizes) if tables.block_m > 0 else 0}
 
 
 TABLES = operands.Bundle(
@@ -192,7 +191,7 @@ TABLES = operands.Bundle(
     (
         *ROUTING[:2],
         operands.Tensor("pairs", ">=T*top_k", *_TABLE, optional=True),
-        operands.Tensor("blocks", ("*, 3", "*"), *_TABLE, optional=True),
+        operands.Tensor("blocks", (">=max_blocks, 3", ">=3*max_blocks"), *_TABLE, optional=True),
         operands.Tensor("num_blocks", "1", *_TABLE, optional=True),
         operands.Int("num_tokens", size="T"),
         operands.Int("top_k", 1, size="top_k"),
@@ -203,6 +202,7 @@ TABLES = operands.Bundle(
         ),  # -1: left open by a graph of torch.compile
     ),
     maker="moe_align",
+    sizes=_table_sizes,
     whole=_check_tables,
 )
 

@@ -354,10 +354,6 @@ def _check_delta(
         given = [name for name, value in delta._asdict().items() if value is not None]
         runtime.fail(variant, "v, lora_b, runs", given, "all three, or none")
     by_table = tables.block_m != 0
-    if by_table != (runs.runs is not None):
-        got, wanted = ("without", "with") if by_table else ("with", "without")
-        hint = "moe_runs returns the tables that they go with"
-        runtime.fail(variant, "runs", f"runs {got} tables", f"runs {wanted} tables", hint)
     kind, dims = (dtype, 3) if by_table else (torch.float32, 4)
     if v.dtype != kind or v.dim() != dims:
         wanted = f"[{'' if by_table else 'parts, '}{tables.num_tokens * tables.top_k}, {sizes['S']}, {sizes['rank']}] {kind}"

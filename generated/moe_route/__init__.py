@@ -20,7 +20,7 @@ __all__ = ["MoeRoute", "MoeWorkspace", "moe_route", "moe_workspace"]
 _MAX_GROUPS = 16384  # adapters * experts that the sorting kernels count in one program
 
 
-@operands.bundle
+@operands.bundle()
 class MoeWorkspace(NamedTuple):
     """Buffers for the worst case, so that neither a route nor an op on it allocates; one per stream."""
 
@@ -31,11 +31,12 @@ class MoeWorkspace(NamedTuple):
     ]  # of tables, by their sizes: making them costs 4 us of host time
 
 
-@operands.bundle
+@operands.bundle(tables=("pairs", "blocks", "num_blocks"), free=("parts",))
 class MoeRoute(NamedTuple):
     """The route of T tokens with top_k experts each. Pair p = t * top_k + j; L = max_loras, E = num_experts.
 
-    A pair is live when its adapter is in [0, L) and enabled and its expert, after expert_map, is in [0, E).
+    A pair is live when its adapter is in [0, L) and enabled and its expert, after expert_map, is in [0, E). Tables are of the
+    fields beside them: an op refuses a route that was edited so that some of them are of another; ``parts`` may be any.
     """
 
     topk_ids: torch.Tensor | None  # [T, top_k] int32 or int64
@@ -352,23 +353,14 @@ def _check_filled(variant: str, given: Mapping[str, Any], wanted: Mapping[str, i
 
 def _check_route(op: str, name: str, route: MoeRoute) -> None:
     """Raise ValueError where a route has not all that its kind needs."""
-    tables = [table for table in (route.pairs, route.blocks, route.num_blocks) if table is not None]
-    if route.block_m > 0 and len(tables) < 3:
-        runtime.fail(
-            op,
-            name,
-            f"{len(tables)} of pairs, blocks and num_blocks",
-            "all three",
-            "make it with moe_route",
-        )
-    if route.block_m == 0 and (route.topk_ids is None or route.token_lora_mapping is None):
-        runtime.fail(
-            op,
-            name,
-            "tables only",
-            "a route from moe_route",
-            "naive ones need topk_ids and token_lora_mapping",
-        )
+    of, needed = "a naive route", ("topk_ids", "token_lora_mapping")
+    if route.block_m > 0:
+        of, needed = "a sorted route", ("pairs", "blocks", "num_blocks")
+    for field in needed:
+        if getattr(route, field) is None:
+            runtime.fail(
+                op, f"{name}.{field}", None, f"a tensor, in {of}", "make it with moe_route"
+            )
     if (route.expert_map is None) != (route.global_experts == 0):
         runtime.fail(
             op,
@@ -376,6 +368,11 @@ def _check_route(op: str, name: str, route: MoeRoute) -> None:
             route.global_experts,
             "the entries of expert_map, 0 without one",
         )
+
+
+def _table_sizes(route: MoeRoute) -> dict[str, int]:
+    """Pairs that tables hold at most: all, but no more than blocks have rows."""
+    return {"sorted_pairs": min(route.num_tokens * route.top_k, route.max_blocks * route.block_m)}
 
 
 # What an op on a route takes of it.
@@ -387,7 +384,7 @@ ROUTE = operands.Bundle(
         dataclasses.replace(_MAPPING, optional=True),
         _ENABLED,
         operands.Tensor("expert_map", "G", *_INT32, optional=True),
-        operands.Tensor("pairs", "*", *_INT32, optional=True),
+        operands.Tensor("pairs", ">=sorted_pairs", *_INT32, optional=True),
         operands.Tensor("blocks", ">=max_blocks, 4", *_INT32, optional=True),
         operands.Tensor("num_blocks", "1", *_INT32, optional=True),
         dataclasses.replace(_PARTS, optional=True),
@@ -400,6 +397,7 @@ ROUTE = operands.Bundle(
         operands.Int("max_blocks", size="max_blocks"),
     ),
     maker="moe_route",
+    sizes=_table_sizes,
     whole=_check_route,
 )
 
@@ -584,9 +582,9 @@ def settled(route: MoeRoute) -> MoeRoute:
         route.block_m, route.num_tokens, route.top_k, route.num_experts, route.max_loras
     )
     if block_m == 0:
-        return route._replace(pairs=None, blocks=None, num_blocks=None, block_m=0)
-    num_pairs = route.num_tokens * route.top_k
-    return route._replace(block_m=block_m, max_blocks=_max_blocks(num_pairs, num_groups, block_m))
+        return MoeRoute._make((*route[:4], None, None, None, *route[7:13], 0, 0))
+    max_blocks = _max_blocks(route.num_tokens * route.top_k, num_groups, block_m)
+    return MoeRoute._make((*route[:13], block_m, max_blocks))
 
 
 def _open_splits(

@@ -17,22 +17,23 @@ from ..moe_align import BLOCK_MS, TABLES, MoeTables, default_block_m, max_blocks
 __all__ = ["MoeRuns", "moe_runs"]
 
 
-@operands.bundle
+@operands.bundle(tables=("run_of_row", "runs"))
 class MoeRuns(NamedTuple):
     """The adapters of a batch, and what each block of its tables holds of them.
 
     A pair has the adapter of its token where that is in [0, max_loras) and enabled, else none. A run is the rows of a block
-    that have one adapter; they stand side by side.
+    that have one adapter; they stand side by side. They go with the tables that ``moe_runs`` returned beside them, and with the
+    fields beside them: an op refuses others, and runs that were edited so that some of them are of others.
     """
 
     token_lora_mapping: torch.Tensor  # [T] int32
     adapter_enabled: torch.Tensor | None  # [>= max_loras] int32
     run_of_row: (
         torch.Tensor | None
-    )  # [>= T * top_k] int32, the run of each row in its block, -1: no adapter; None: no tables
+    )  # [T * top_k] int32, the run of each row in its block, -1: no adapter; None: no tables
     runs: (
         torch.Tensor | None
-    )  # [>= T * top_k, 2] int32: adapter, first row; those of a block from the place of its rows on
+    )  # [T * top_k, 2] int32: adapter, first row; those of a block from the place of its rows on
     max_loras: int
 
 
@@ -76,11 +77,14 @@ def moe_runs(
         )
     pairs, run_of_row, runs = split(workspace, num_pairs)
     runs = runs.view(num_pairs, 2)
-    ordered, made = tables._replace(pairs=pairs), MoeRuns(*adapters, run_of_row, runs, max_loras)
+    ordered, made = MoeTables._make((*tables[:2], pairs, *tables[3:])), MoeRuns(
+        *adapters, run_of_row, runs, max_loras
+    )
     if plan is None:
         _runs_op(workspace, *tables, *adapters, max_loras)
         return ordered, made
     plan.fill(pairs, run_of_row, runs, tables.pairs, tables.blocks, tables.num_blocks, *adapters)
+    made.__dict__["order"] = pairs
     return operands.alike(ordered, plan.looks_of_tables), operands.alike(made, plan.looks_of_runs)
 
 
@@ -104,10 +108,36 @@ OP = operands.Op(
 
 def _check_runs(op: str, name: str, runs: MoeRuns) -> None:
     """Raise ValueError where one of both tables is missing."""
-    if (runs.run_of_row is None) != (runs.runs is None):
-        got = "run_of_row" if runs.runs is None else "runs"
+    missing = [field for field in ("run_of_row", "runs") if getattr(runs, field) is None]
+    if len(missing) == 1:
         runtime.fail(
-            op, name, f"{got} alone", "run_of_row and runs, or neither", "make it with moe_runs"
+            op,
+            f"{name}.{missing[0]}",
+            None,
+            "run_of_row and runs, or neither",
+            "make it with moe_runs",
+        )
+
+
+def _check_tables(op: str, name: str, runs: MoeRuns, tables: MoeTables) -> None:
+    """Raise ValueError where runs are of other tables than those they come with."""
+    if (tables.block_m == 0) != (runs.runs is None):
+        got, wanted = ("with", "without") if tables.block_m == 0 else ("without", "with")
+        runtime.fail(
+            op,
+            name,
+            f"runs {got} tables",
+            f"runs {wanted} tables",
+            "moe_runs returns the tables that they go with",
+        )
+    order = runs.__dict__.get("order")
+    if order is not None and (tables.pairs is None or order.data_ptr() != tables.pairs.data_ptr()):
+        runtime.fail(
+            op,
+            name,
+            "those of other tables",
+            "those of tables",
+            "moe_runs returns the tables that they go with",
         )
 
 
@@ -116,12 +146,13 @@ RUNS = operands.Bundle(
     MoeRuns,
     (
         *ADAPTERS,
-        operands.Tensor("run_of_row", ">=T*top_k", *_INT32, optional=True),
-        operands.Tensor("runs", ">=T*top_k, 2", *_INT32, optional=True),
+        operands.Tensor("run_of_row", "T*top_k", *_INT32, optional=True),
+        operands.Tensor("runs", "T*top_k, 2", *_INT32, optional=True),
         _MAX_LORAS,
     ),
     maker="moe_runs",
     whole=_check_runs,
+    goes_with=("tables", _check_tables),
 )
 
 

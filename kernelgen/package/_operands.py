@@ -16,7 +16,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -210,8 +210,12 @@ class Several:
 class Bundle:
     """Operands that come together, as a named tuple of the class ``of``, which is a ``bundle``.
 
-    ``whole``: called with the op's name, the bundle's and the bundle, raises ValueError where its parts do not go together.
-    ``left_out``: not passed to a bound call where it is None.
+    Attributes:
+        sizes: further sizes that its numbers tell, by the names that shapes of its parts have for them.
+        whole: called with the op's name, the bundle's and the bundle, raises ValueError where its parts do not go together.
+        goes_with: another bundle, and what is called with the op's name, this one's, both, and raises ValueError where they do
+            not go together; asked at later calls too.
+        left_out: not passed to a bound call where it is None.
     """
 
     name: str
@@ -219,7 +223,9 @@ class Bundle:
     parts: tuple[Tensor | Int, ...]
     maker: str  # which front door makes it, for the hint of an error
     optional: bool = False
+    sizes: Callable[[Any], Mapping[str, int]] | None = None
     whole: Callable[[str, str, Any], None] | None = None
+    goes_with: tuple[str, Callable[[str, str, Any, Any], None]] | None = None
     left_out: bool = False
 
     @property
@@ -235,8 +241,14 @@ class Bundle:
             fail(op, label, _say(value), f"a {self.of.__name__}", f"make it with {self.maker}")
         for part in self.parts:
             part.admit(op, getattr(value, part.name), {}, f"{label}.{part.name}")
+        field = edited(value)
+        if field is not None:
+            old, hint = getattr(value.__dict__["origin"], field), f"its tables are of that; make others with {self.maker}"
+            fail(op, f"{label}.{field}", _say(getattr(value, field)), f"{_say(old)}, as it was", hint)
         if self.whole is not None:
             self.whole(op, label, value)
+        if self.goes_with is not None and values.get(self.goes_with[0]) is not None:
+            self.goes_with[1](op, label, value, values[self.goes_with[0]])
 
     def tensors(self, value: Any, label: str = "") -> Iterator[tuple[str, Tensor, torch.Tensor]]:
         """As of a Tensor."""
@@ -260,7 +272,7 @@ class _Looks:
 
     def __get__(self, bundle: Any, owner: type) -> _Look:
         tensors, changing = _of_bundle(bundle)
-        hint = tuple(map(_kind, bundle))
+        hint = (edited(bundle), *map(_kind, bundle))
         looks: _Look = self._known.get(hint, tensors) or self._known.put(hint, tensors, _Look(tuple(map(_reach, tensors))))
         if not changing:
             bundle.__dict__["looks"] = looks  # where Python finds it first, from now on
@@ -299,14 +311,42 @@ def _of_bundle(bundle: Any) -> tuple[list[torch.Tensor], bool]:
     return tensors, changing
 
 
-_Class = TypeVar("_Class", bound=type)
+_Class = TypeVar("_Class")
 
 
-def bundle(cls: _Class) -> _Class:
-    """A named tuple with ``looks`` and ``memory``, see _Looks and _Memory, which a copy of it does not take over."""
-    body = {"__doc__": cls.__doc__, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    known = {"looks": _Looks(), "memory": _Memory(), "__reduce__": lambda self: (self.__class__, tuple(self))}
-    return cast(_Class, type(cls.__name__, (cls,), {**body, **known}))
+def bundle(tables: Sequence[str] = (), free: Sequence[str] = ()) -> Callable[[_Class], _Class]:
+    """A named tuple with ``looks`` and ``memory``, see _Looks and _Memory, which a copy of it does not take over.
+
+    Args:
+        tables: fields that were worked out of all the others, but for those that are ``free``. One that is edited, by
+            ``_replace``, has all of these as it had them, or none of the tables.
+    """
+
+    def make(cls: Any) -> Any:
+        def replace(self: Any, **changes: Any) -> Any:
+            changed = cls._replace(self, **changes)
+            if tables and not torch.compiler.is_compiling():
+                changed.__dict__["origin"] = self.__dict__.get("origin", self)
+            return changed
+
+        body = {"__doc__": cls.__doc__, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        body |= {"looks": _Looks(), "memory": _Memory(), "__reduce__": lambda self: (self.__class__, tuple(self))}
+        hang = tuple(field for field in cls._fields if field not in free)
+        return type(cls.__name__, (cls,), {**body, "_replace": replace, "_tables": tuple(tables), "_hang": hang})
+
+    return make
+
+
+def edited(bundle: Any) -> str | None:
+    """The field of an edited bundle with which its tables were not made; None: there is none."""
+    origin = bundle.__dict__.get("origin")
+    if origin is None or not any(getattr(bundle, table) is getattr(origin, table) is not None for table in bundle._tables):
+        return None
+    for field in bundle._hang:
+        new, old = getattr(bundle, field), getattr(origin, field)
+        if new is not old and not (isinstance(old, int) and new.__class__ is old.__class__ and new == old):
+            return str(field)
+    return None
 
 
 def alike(bundle: Any, kept: list[object]) -> Any:
@@ -454,7 +494,10 @@ class Op:
         sizes = Sizes(known)
         for label, operand, value in _flat(self.operands, values):
             _numbers(op, label, operand, value, sizes)
-        for name, value in (self.sizes(values) if self.sizes is not None else {}).items():
+        given = [(o, values[o.name]) for o in self.operands if isinstance(o, Bundle) and values[o.name] is not None]
+        further = [o.sizes(value) for o, value in given if o.sizes is not None]
+        further += [self.sizes(values)] if self.sizes is not None else []
+        for name, value in itertools.chain.from_iterable(found.items() for found in further):
             sizes.set(name, value, "")
         order = {name: place for place, name in enumerate(self.first)}
         waiting = sorted(tensors, key=lambda found: order.get(found[1].name, len(order)))
@@ -626,11 +669,18 @@ class Op:
             items += [item for o, value in zip(bundles.values(), held, strict=True) for item in o.tensors(value)]
             _check_memory(self.name, items)
 
+        mate = next((o for o in bundles.values() if o.goes_with is not None and given[o.name] is not None), None)
+        mates: tuple[int, ...] = ()
+        together: Callable[[Any, Any], None] | None = None
+        if mate is not None and mate.goes_with is not None:
+            name, check = mate.goes_with
+            mates, together = tuple(map(list(bundles).index, (mate.name, name))), functools.partial(check, self.name, mate.name)
         is_weight = [o.name in self.first and o.dtype is not IDS for _, o in own]
         anchor = next((i for i, (_, o) in enumerate(own) if is_weight[i] or not (o.written or any(is_weight))), 0)
         kinds = tuple(tuple(part.written for _, part, _ in o.tensors(given[name])) for name, o in bundles.items())
-        check: Callable[..., None] = _apart(tuple(o.written for _, o in own), kinds, anchor)(precisely, *reaches)
-        return check
+        make = _apart(tuple(o.written for _, o in own), kinds, mates, anchor)
+        watch: Callable[..., None] = make(precisely, together, *reaches)
+        return watch
 
     @property
     def _own(self) -> list[Tensor]:
@@ -666,7 +716,9 @@ _CALL_WITH = "    if left:\n        return call({passed}, *left)\n"
 
 
 @functools.cache
-def _apart(written: tuple[bool, ...], bundles: tuple[tuple[bool, ...], ...], anchor: int) -> Callable[..., Any]:
+def _apart(
+    written: tuple[bool, ...], bundles: tuple[tuple[bool, ...], ...], mates: tuple[int, ...], anchor: int
+) -> Callable[..., Any]:
     """Makes checks that what is written lies apart from all else, written out for tensors of one number and kind.
 
     What was found apart stays so. It is found again by the ``anchor``, a weight or else what is read: where what is written is
@@ -676,12 +728,13 @@ def _apart(written: tuple[bool, ...], bundles: tuple[tuple[bool, ...], ...], anc
     Args:
         written: of each tensor, whether it is.
         bundles: likewise of the tensors in each bundle.
+        mates: two bundles of which ``together`` is asked, or none.
         anchor: which of the tensors.
     """
     own, total = range(len(written)), len(written) + sum(map(len, bundles))
     flags = [*written, *itertools.chain(*bundles)]
     if not any(flags):
-        return lambda precisely, *reaches: lambda tensors, *bundles: None
+        return lambda precisely, together, *reaches: lambda tensors, *bundles: None
     asked, others = ([i for i in own if written[i] == is_written] for is_written in (True, False))
     held = [b for b, parts in enumerate(bundles) if parts]
     same = [f"place_{i} == last_{i}" for i in asked]
@@ -698,7 +751,7 @@ def _apart(written: tuple[bool, ...], bundles: tuple[tuple[bool, ...], ...], anc
     given = ", ".join(f"bundle_{b}" for b in range(len(bundles)))
     near = " or ".join(f"({changed}) and ({' or '.join(pairs)})" for changed, pairs in meet.items())
     source = f"""
-def make(precisely, {", ".join(f"reach_{i}" for i in range(total))}):
+def make(precisely, together, {", ".join(f"reach_{i}" for i in range(total))}):
     known = {{}}
     def check_apart(tensors, {given}):
         {_listed(f"tensor_{i}" for i in own)} = tensors
@@ -712,6 +765,7 @@ def make(precisely, {", ".join(f"reach_{i}" for i in range(total))}):
         {_listed(f"place_{i}" for i in range(len(own), total))} = {" + ".join(f"memory_{b}" for b in held) or "()"}
         if {near}:
             precisely(tensors, {given})
+        {f"together({', '.join(f'bundle_{b}' for b in mates)})" if mates else ""}
         if len(known) >= 4096:
             known.clear()
         places = {_listed(f"place_{i}" for i in own)}
