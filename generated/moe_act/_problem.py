@@ -19,6 +19,7 @@ from ._tuned import TUNED
 class Config(NamedTuple):
     """Tiles of moe_act."""
 
+    rows: int
     block_n: int
     num_warps: int
 
@@ -117,9 +118,17 @@ def choose(problem: Problem) -> Config:
 
 
 def _rule(problem: Problem) -> Config:
-    """8 elements a lane, in the largest tile that leaves little of it masked."""
-    n = problem.n
+    """8 elements a lane of each row, in the widest tile that leaves little of it masked; of many pairs several rows at a time, so
+    that a program has enough to ask for.
+    """
+    n, pairs = problem.n, runtime.next_power_of_2(problem.tokens_hint) * problem.top_k
     block_n = 1024
     while block_n > 64 and runtime.cdiv(n, block_n) * block_n > n * 1.03:
         block_n //= 2
-    return Config(block_n, max(1, min(4, block_n // 256)))
+    rows = 8
+    while (
+        rows > 1
+        and pairs // rows * runtime.cdiv(n, block_n) < 8 * runtime.traits(problem.device).num_sms
+    ):
+        rows //= 2
+    return Config(rows, block_n, max(1, min(8, rows * block_n // 256)))

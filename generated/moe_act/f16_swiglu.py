@@ -38,6 +38,7 @@ def moe_act_f16_swiglu_kernel(
     N: tl.constexpr,
     H_STRIDE: tl.constexpr,
     X_STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -47,18 +48,21 @@ def moe_act_f16_swiglu_kernel(
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     if valid_tokens_ptr is not None:
         num_tokens = tl.minimum(tl.load(valid_tokens_ptr), num_tokens)
-    for tile in tl.range(tl.program_id(0), num_tokens * TOP_K * TILES, tl.num_programs(0)):
-        pair = tile // TILES
-        expert = tl.load(topk_ids_ptr + pair)
+    num_pairs = num_tokens * TOP_K
+    for tile in tl.range(
+        tl.program_id(0), (num_pairs + ROWS - 1) // ROWS * TILES, tl.num_programs(0)
+    ):
+        pair = tile // TILES * ROWS + tl.arange(0, ROWS)
+        expert = tl.load(topk_ids_ptr + pair, mask=pair < num_pairs, other=LOCAL_EXPERT_START - 1)
         n = tile % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
-        here = (
-            (expert >= LOCAL_EXPERT_START) & (expert < LOCAL_EXPERT_START + NUM_EXPERTS) & (n < N)
-        )
-        x_row = x_ptr + pair.to(tl.int64) * X_STRIDE
-        x = tl.load(x_row + n, mask=here, other=0.0).to(tl.float32)
-        up = tl.load(x_row + (N + n), mask=here, other=0.0).to(tl.float32)
+        local = (expert >= LOCAL_EXPERT_START) & (expert < LOCAL_EXPERT_START + NUM_EXPERTS)
+        here = local[:, None] & (n < N)[None, :]
+        x_rows = x_ptr + pair.to(tl.int64)[:, None] * X_STRIDE + n[None, :]
+        x = tl.load(x_rows, mask=here, other=0.0).to(tl.float32)
+        up = tl.load(x_rows + N, mask=here, other=0.0).to(tl.float32)
         h = x / (1.0 + tl.exp(-x)) * up
-        tl.store(h_ptr + pair.to(tl.int64) * H_STRIDE + n, h.to(tl.float16), mask=here)
+        h_rows = h_ptr + pair.to(tl.int64)[:, None] * H_STRIDE + n[None, :]
+        tl.store(h_rows, h.to(tl.float16), mask=here)
 
 
 _kernel = runtime.Launcher(moe_act_f16_swiglu_kernel)
@@ -69,7 +73,7 @@ def bind(problem: Problem, config: Config) -> Call:
     pdl, num_tokens = runtime.traits(problem.device).pdl, problem.num_tokens
     pairs = min(num_tokens, problem.tokens_hint) * problem.top_k
     launch = _kernel.bind(
-        pairs * runtime.cdiv(problem.n, config.block_n),
+        runtime.cdiv(pairs, config.rows) * runtime.cdiv(problem.n, config.block_n),
         (
             problem.top_k,
             problem.num_experts,
@@ -77,6 +81,7 @@ def bind(problem: Problem, config: Config) -> Call:
             problem.n,
             problem.h_stride,
             problem.x_stride,
+            config.rows,
             config.block_n,
             pdl,
         ),

@@ -88,7 +88,7 @@ def check(
     h = allocate((rows, case.n), (case.n + case.gap, 1), dtype, device, offset=case.offset)
     guarded = seal(h)
     expected = moe_act(x, routed.local, epilogue=tags["epilogue"])
-    config = None if case.own_tiles else sys.modules[launcher.__module__].Config(64, 2)
+    config = None if case.own_tiles else sys.modules[launcher.__module__].Config(2, 64, 2)
     launcher(
         h,
         x,
