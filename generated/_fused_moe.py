@@ -9,7 +9,7 @@ activations there is one more, which makes FP8 of the rows between the two produ
 
 With LoRA adapters the layer keeps its products: each takes, behind its own K loop, a few further steps over the ranks of the
 adapters in a tile, so that no row is written twice. Their rank vectors are made by a launch in front of it, which runs beside
-its K loop; one more orders the rows of each expert by adapter, where there are tables.
+its K loop; where there are tables, they have the rows of each expert by adapter.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .moe_gemm import bind as bind_gemm
 from .moe_gemm import find_scales
 from .moe_quant import bind as bind_quant
 from .moe_quant._problem import QUANT
-from .moe_runs import ADAPTERS, MoeRuns, run_size, split
+from .moe_runs import ADAPTERS, RUNS_A_PAIR, MoeRuns, split
 from .moe_runs import bind as bind_runs
 from .moe_shrink import bind as bind_shrink
 from .moe_shrink import part_count, vector_shape
@@ -120,7 +120,7 @@ def fused_moe_workspace(
             if fp8_activations
             else None
         ),
-        empty(run_size(max_tokens, top_k)) if max_rank else None,
+        empty(RUNS_A_PAIR * num_pairs) if max_rank else None,
         empty(max(few, num_pairs) * max_rank, torch.float32) if max_rank else None,
     )
 
@@ -323,7 +323,9 @@ def _bind(
     (num_tokens, top_k), (num_experts, width, inter) = topk_ids.shape, w2.shape
     num_pairs, few = num_tokens * top_k, num_tokens <= _FEW_TOKENS
     expected = num_tokens if num_tokens_hint is None else min(num_tokens_hint, num_tokens)
-    block_m = 0 if few else default_block_m(expected, top_k, num_experts)
+    # With adapters in 16 bits tall blocks pay earlier: of fewer blocks fewer runs are cut.
+    tall = {} if lora is None or w13.itemsize == 1 else {"tall": 48.0}
+    block_m = 0 if few else default_block_m(expected, top_k, num_experts, **tall)
     blocks = 0 if few else 3 * max_blocks(num_tokens, top_k, num_experts, block_m)
     row_scales = 1 if x_mode != "group" else runtime.cdiv(inter, QUANT.group_k)
     dtype = hidden.dtype if x_mode is None else torch.bfloat16
@@ -335,7 +337,7 @@ def _bind(
         0 if few else num_pairs * width,
         0 if x_mode is None else num_pairs * inter,
         0 if x_mode in (None, "tensor") else num_pairs * row_scales,
-        0 if few or lora is None else run_size(num_tokens, top_k),
+        0 if few or lora is None else RUNS_A_PAIR * num_pairs,
         0 if lora is None else max(_vector_size(a, num_pairs, few) for a in (lora.a13, lora.a2)),
     )
     kinds = (
@@ -380,7 +382,6 @@ def _bind(
         )
         for options, lora_b in ((of_first, lora.b13), (of_second, lora.b2)):
             options |= {"lora_b": lora_b, "runs": adapters.runs}
-        tables = adapters.tables
 
     def between(
         hidden: torch.Tensor, tables: MoeTables, scales: _Scales, buffers: _Buffers
@@ -439,14 +440,25 @@ def _bind(
 
         return stream
 
-    align = bind_align(
-        num_pairs=num_pairs,
-        top_k=top_k,
-        num_experts=num_experts,
-        local_expert_start=local_expert_start,
-        block_m=block_m,
-        device=hidden.device,
-    )
+    if adapters is None:
+        align = bind_align(
+            num_pairs=num_pairs,
+            top_k=top_k,
+            num_experts=num_experts,
+            local_expert_start=local_expert_start,
+            block_m=block_m,
+            device=hidden.device,
+        )
+    else:
+        align = bind_runs(
+            num_tokens,
+            top_k,
+            num_experts,
+            local_expert_start,
+            adapters.max_loras,
+            block_m,
+            hidden.device,
+        )
     outputs = y[: sizes[4]].view(num_tokens, top_k, width)
     first = bind_gemm(inner, hidden, w13, tables, None, "token", "sorted", activation, **of_first)
     second = bind_gemm(outputs, rows, w2, tables, None, "sorted", "pair", None, **of_second)
@@ -475,19 +487,17 @@ def _bind(
         scales, buffers, lora = rest[:4], use(rest[4], hidden), rest[5]
         ints, h, y = buffers[:3], buffers[3], buffers[4]
         tables = MoeTables(topk_ids, valid_tokens, *ints, *routing)
-        align(*ints, topk_ids, valid_tokens)
         of_first: tuple[Any, ...] = ()
         of_second: tuple[Any, ...] = ()
-        if adapters is not None:
-            order, of_adapters = split(buffers[7], num_pairs), (
+        if adapters is None:
+            align(*ints, topk_ids, valid_tokens)
+        else:
+            made, of_adapters = split(buffers[7], num_pairs), (
                 lora.token_lora_mapping,
                 lora.adapter_enabled,
             )
-            adapters.order(*order, *ints, *of_adapters)
-            tables, v = MoeTables(topk_ids, valid_tokens, order[0], *ints[1:], *routing), buffers[
-                8
-            ].view(dtype)
-            runs = MoeRuns(*of_adapters, *order[1:], adapters.max_loras)
+            align(*ints, *made, topk_ids, valid_tokens, *of_adapters)
+            runs, v = MoeRuns(*of_adapters, *made[:2], adapters.max_loras), buffers[8].view(dtype)
             adapters.shrink_x(v, hidden, lora.a13, tables, runs)
             of_first, of_second = (v, lora.b13, runs), (v, lora.b2, runs)
         first(h, hidden, w13, tables, None, *[scales[i] for i in scaled], *of_first)
@@ -504,9 +514,7 @@ class _Adapters(NamedTuple):
     """The launches of the adapters of a layer, and what its products are bound with."""
 
     max_loras: int
-    tables: MoeTables
     runs: MoeRuns
-    order: Callable[..., None]  # to be called where there are tables
     shrink_x: Callable[..., None]
     shrink_h: Callable[..., None]
 
@@ -521,19 +529,14 @@ def _bind_lora(
 ) -> tuple[_Adapters, list[torch.Tensor]]:
     """The launches, and the rank vectors of both products: those of the first are read when the others are written."""
     num_pairs, max_loras = inner.shape[0], lora.a13[0].shape[0]
-    order, runs = bind_runs(tables, max_loras), MoeRuns(
-        lora.token_lora_mapping, lora.adapter_enabled, None, None, max_loras
-    )
-    if not few:
-        pairs, run_of_row, of_blocks = split(buffers[7], num_pairs)
-        tables = MoeTables._make((*tables[:2], pairs, *tables[3:]))
-        runs = MoeRuns._make((*runs[:2], run_of_row, of_blocks.view(num_pairs, 2), max_loras))
+    made = (None, None) if few else split(buffers[7], num_pairs)[:2]
+    runs = MoeRuns(lora.token_lora_mapping, lora.adapter_enabled, *made, max_loras)
     vectors = buffers[8] if few else buffers[8].view(inner.dtype)
     shapes = [vector_shape(a, num_pairs, not few) for a in (lora.a13, lora.a2)]
-    v13, v2 = made = [vectors[: math.prod(shape)].view(shape) for shape in shapes]
+    v13, v2 = both = [vectors[: math.prod(shape)].view(shape) for shape in shapes]
     shrink_x = bind_shrink(v13, hidden, lora.a13, tables, runs, "token", _SHRINK_X)
     shrink_h = bind_shrink(v2, inner, lora.a2, tables, runs, "pair" if few else "sorted", _SHRINK_H)
-    return _Adapters(max_loras, tables, runs, order, shrink_x, shrink_h), made
+    return _Adapters(max_loras, runs, shrink_x, shrink_h), both
 
 
 def _vector_size(lora_a: Sequence[torch.Tensor], num_pairs: int, few: bool) -> int:

@@ -255,7 +255,8 @@ def _moe_gemm_probe(package: ModuleType, variant: Variant, num_tokens: int, rank
     def call() -> None:
         with package._runtime.compile_only():
             make = package.no_tables if variant.schedule == "gemv" else package.moe_align
-            tables = make(_meta(num_tokens, top_k), num_experts=num_experts, valid_tokens=_meta(1))
+            ids, routing = _meta(num_tokens, top_k), {"num_experts": num_experts, "valid_tokens": _meta(1)}
+            tables = make(ids, **routing)
         options: dict[str, Any] = {}
         if variant.weighted:
             options["topk_weights"] = _meta(num_tokens, top_k, dtype=_FP32)
@@ -270,7 +271,8 @@ def _moe_gemm_probe(package: ModuleType, variant: Variant, num_tokens: int, rank
             options["x_scale"] = _meta(*shape, dtype=_FP32)
         if variant.adapted:
             with package._runtime.compile_only():
-                tables, options["runs"] = package.moe_runs(tables, _meta(num_tokens), max_loras=5)
+                routing["block_m"] = tables.block_m
+                tables, options["runs"] = package.moe_runs(ids, _meta(num_tokens), max_loras=5, **routing)
                 a = [_meta(5, num_experts, rank, k, dtype=dtype)] * variant.slices
                 x_rows = "token" if variant.reads_token else "pair" if variant.schedule == "gemv" else "sorted"
                 options["v"] = package.moe_shrink(_meta(*x_shape, dtype=dtype), a, tables, options["runs"], x_rows=x_rows)
@@ -336,9 +338,8 @@ def _moe_runs(package: ModuleType, family: Family, variant: Variant) -> Iterator
         ids = _meta(num_tokens, top_k)
 
         def call(ids: torch.Tensor = ids) -> None:
-            with package._runtime.compile_only():
-                tables = package.moe_align(ids, num_experts=num_experts)
-            package.moe_runs(tables, _meta(ids.shape[0]), max_loras=5, adapter_enabled=_meta(5))
+            given = {"adapter_enabled": _meta(5), "valid_tokens": _meta(1)}
+            package.moe_runs(ids, _meta(ids.shape[0]), num_experts=num_experts, max_loras=5, **given)
 
         sizes = {"num_tokens": num_tokens, "top_k": top_k, "num_experts": num_experts, "max_loras": 5}
         yield Probe(f"t{num_tokens}", sizes, call, flops=0.0, bytes=20.0 * ids.numel())
@@ -361,9 +362,8 @@ def _moe_shrink(package: ModuleType, family: Family, variant: Variant) -> Iterat
 
         def call(operands: Any = (v, x, a), num_tokens: int = num_tokens) -> None:
             with package._runtime.compile_only():
-                make = package.no_tables if few else package.moe_align
-                tables = make(_meta(num_tokens, top_k), num_experts=num_experts)
-                tables, runs = package.moe_runs(tables, _meta(num_tokens), max_loras=5)
+                sizes = {"num_experts": num_experts, "max_loras": 5, "block_m": 0 if few else None}
+                tables, runs = package.moe_runs(_meta(num_tokens, top_k), _meta(num_tokens), **sizes)
             launcher(*operands, tables, runs)
 
         hit = 1.0 - (1.0 - 1.0 / (5 * num_experts)) ** num_pairs  # if pairs are spread evenly

@@ -96,7 +96,8 @@ class Batch:
 
     def runs(self) -> tuple[Any, Any]:
         """Tables by expert and adapter, and the runs in them."""
-        return kg.moe_runs(self.tables(), self.mapping, max_loras=LORAS, adapter_enabled=self.enabled)
+        given = {"adapter_enabled": self.enabled, "valid_tokens": self.valid}
+        return kg.moe_runs(self.ids, self.mapping, num_experts=EXPERTS, max_loras=LORAS, **given)
 
 
 _SPACE = {"max_tokens": T, "top_k": TOP_K, "num_experts": EXPERTS, "max_loras": LORAS}
@@ -150,14 +151,13 @@ def _adapted_gemm(b: Batch) -> Arguments:
 
 
 def _fill_runs(b: Batch) -> Arguments:
-    tables = b.tables()
-    blocks = tables.blocks[: tables.blocks.numel() // 3 * 3].view(-1, 3)
-    given = {"order": tables.pairs, "blocks": blocks, "num_blocks": tables.num_blocks, "block_m": tables.block_m}
+    given = {name: value for name, value in b.routing.items() if name != "num_tokens_hint"}
     given |= {name: torch.zeros(size, dtype=INT32, device=b.device) for name, size in _RUN_TABLES.items()}
-    return {**given, "token_lora_mapping": b.mapping, "adapter_enabled": b.enabled, "top_k": TOP_K, "max_loras": LORAS}
+    return {**given, "token_lora_mapping": b.mapping, "adapter_enabled": b.enabled, "max_loras": LORAS, "block_m": 16}
 
 
-_RUN_TABLES = {"pairs": (T * TOP_K,), "run_of_row": (T * TOP_K,), "runs": (T * TOP_K, 2)}
+_RUN_TABLES = {"pairs": (T * TOP_K,), "blocks": (64,), "num_blocks": (1,), "run_of_row": (T * TOP_K,)}
+_RUN_TABLES |= dict.fromkeys(("runs", "gathered"), (T * TOP_K, 2))
 
 
 def _filled(b: Batch, *names: str) -> Arguments:
@@ -222,8 +222,9 @@ GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
     "moe_runs": (
         "moe_runs",
         lambda b: {
-            **{"tables": b.tables(), "token_lora_mapping": b.mapping, "adapter_enabled": b.enabled, "max_loras": LORAS},
-            **{"workspace": torch.zeros(4 * T * TOP_K, dtype=INT32, device=b.device)},
+            **b.routing,
+            **{"token_lora_mapping": b.mapping, "adapter_enabled": b.enabled, "max_loras": LORAS},
+            **{"block_m": 16, "workspace": torch.zeros(256, dtype=INT32, device=b.device)},
         },
     ),
     "moe_shrink": ("moe_shrink", _moe_shrink),
@@ -684,7 +685,7 @@ ALTERNATIVES: dict[str, Callable[[Batch], Arguments]] = {
     "moe_quant": lambda b: {"order": "sorted"},
     "moe_align": lambda b: {"local_expert_start": 1, "num_experts": 2, "block_m": 32, "valid_tokens": None},
     "moe_gemm": lambda b: {"topk_weights": None, "x_rows": "sorted"},
-    "moe_runs": lambda b: {"adapter_enabled": None, "max_loras": 1},
+    "moe_runs": lambda b: {"adapter_enabled": None, "max_loras": 1, "local_expert_start": 1, "valid_tokens": None},
     "moe_shrink": lambda b: {"runs": _by_hand(b.runs()[1], max_loras=1)},
     "moe_route": lambda b: {"block_m": 32, "adapter_enabled": None, "expert_map": None, "max_loras": 2, "num_experts": 2},
     "lora_route": lambda b: {"max_loras": 2, "block_m": 32},

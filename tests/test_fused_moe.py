@@ -51,8 +51,8 @@ class Layer:
     def adapted_steps(self) -> torch.Tensor:
         """The same op by op."""
         tokens, lora = self.ids.shape[0], self.lora
-        tables = kg.moe_align(self.ids, num_experts=EXPERTS, valid_tokens=self.valid)
-        tables, runs = kg.moe_runs(tables, self.adapters, max_loras=LORAS, adapter_enabled=lora.adapter_enabled)
+        given = {"valid_tokens": self.valid, "adapter_enabled": lora.adapter_enabled}
+        tables, runs = kg.moe_runs(self.ids, self.adapters, num_experts=EXPERTS, max_loras=LORAS, **given)
         v = kg.moe_shrink(self.hidden, lora.a13, tables, runs, x_rows="token")
         h = self.hidden.new_zeros(tokens * TOP_K, INTER)
         first = {"v": v, "lora_b": lora.b13, "runs": runs, "activation": "swiglu"}
@@ -101,7 +101,7 @@ def test_opcheck_of_the_steps(device: str) -> None:
     rows = torch.zeros(tokens, TOP_K, 2 * INTER, dtype=torch.bfloat16, device=device)
     product = (rows, layer.hidden, layer.w13, *tables, None, "token", "pair", None, None, None)
     torch.library.opcheck(OPS.moe_gemm.default, (*product, *(None,) * 6, 0))
-    tables, runs = kg.moe_runs(tables, layer.adapters, max_loras=LORAS)
+    tables, runs = kg.moe_runs(layer.ids, layer.adapters, num_experts=EXPERTS, max_loras=LORAS)
     v = kg.moe_shrink(layer.hidden, layer.lora.a13, tables, runs, x_rows="token")
     torch.library.opcheck(OPS.moe_shrink.default, (v, layer.hidden, layer.lora.a13, *tables, *runs, "token"))
     inner = torch.zeros(tokens * TOP_K, INTER, dtype=torch.bfloat16, device=device)
@@ -117,7 +117,8 @@ def test_opcheck_of_the_steps(device: str) -> None:
     buffer = torch.zeros(256, dtype=torch.int32, device=device)
     table = (buffer, layer.ids, layer.valid, EXPERTS, 0, None, None)
     torch.library.opcheck(OPS.moe_align.default, table)
-    torch.library.opcheck(OPS.moe_runs.default, (buffer, *tables, layer.adapters, None, LORAS))
+    table = (buffer, layer.ids, layer.valid, layer.adapters, None, EXPERTS, 0, None, None, LORAS)
+    torch.library.opcheck(OPS.moe_runs.default, table)
 
 
 @pytest.mark.parametrize("way", ["fused", "steps", "adapted", "adapted_steps"])

@@ -56,8 +56,10 @@ def tree_of(families: Iterable[str]) -> Tree:
     chosen = []
     for family in EVERY.families:
         if family.name in families:
-            first = {variant.kernel: variant for variant in reversed(family.variants)}
-            chosen.append(dataclasses.replace(family, variants=tuple(first.values())))
+            # Of those with adapters, as they use every tunable.
+            adapted_last = sorted(family.variants, key=lambda variant: getattr(variant, "delta", None) == "lora")
+            one = {variant.kernel: variant for variant in adapted_last}
+            chosen.append(dataclasses.replace(family, variants=tuple(one.values())))
     return assemble(Package(tuple(chosen)), RENDERER)
 
 

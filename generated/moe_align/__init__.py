@@ -160,8 +160,12 @@ _FILL = operands.Op(
 def check_fill(variant: str, *arguments: Any) -> None:
     """Raise ValueError where the arguments of the launcher do not fit."""
     given = _FILL.named(*arguments)
-    sizes, blocks = _FILL.check(variant, given), given["blocks"]
-    size = 3 * max_blocks(sizes["T"], sizes["top_k"], sizes["E"], given["block_m"])
+    check_blocks(variant, given["blocks"], _FILL.check(variant, given), given["block_m"])
+
+
+def check_blocks(variant: str, blocks: torch.Tensor, sizes: operands.Sizes, block_m: int) -> None:
+    """Raise ValueError where there is no room for the blocks of such a batch."""
+    size = 3 * max_blocks(sizes["T"], sizes["top_k"], sizes["E"], block_m)
     if blocks.numel() < size:
         runtime.fail(variant, "blocks", runtime.describe(blocks), f"at least {size} elements")
 
@@ -207,12 +211,12 @@ TABLES = operands.Bundle(
 )
 
 
-def default_block_m(num_tokens: int, top_k: int, num_experts: int) -> int:
-    """Rows of a block: near the mean number of pairs of an expert that is hit, if pairs were spread evenly."""
+def default_block_m(num_tokens: int, top_k: int, num_experts: int, tall: float = 96.0) -> int:
+    """Rows of a block: near the mean number of pairs of an expert that is hit, if pairs were spread evenly; 128 from ``tall`` on."""
     num_pairs = runtime.next_power_of_2(num_tokens) * top_k
     hit = num_experts * (1.0 - (1.0 - 1.0 / num_experts) ** num_pairs)
     mean = num_pairs / hit
-    return 16 if mean < 12 else 32 if mean < 24 else 64 if mean < 96 else 128
+    return 16 if mean < 12 else 32 if mean < 24 else 64 if mean < tall else 128
 
 
 def is_dense(num_tokens: int, top_k: int, num_experts: int) -> bool:
@@ -281,7 +285,7 @@ def _bind(
             wanted,
             "ask table_size of this module",
         )
-    fill = _no_pairs
+    fill = no_pairs
     if num_pairs > 0:
         fill = one_launch.bind(
             num_pairs=num_pairs,
@@ -294,9 +298,10 @@ def _bind(
     return _Plan(num_tokens, top_k, block_m, size, splits, fill, [])
 
 
-def _no_pairs(
-    pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, *routing: object
+def no_pairs(
+    pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, *rest: object
 ) -> None:
+    """The launch of an empty batch."""
     num_blocks.zero_()
 
 

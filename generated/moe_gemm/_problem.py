@@ -39,6 +39,8 @@ class TileConfig(NamedTuple):
     group_m: int = 1  # blocks that share a tile of columns
     tail: int = 0  # 1: blocks of few rows take a tile of half the height
     weight_policy: int = 0
+    block_d: int = 64  # ranks of a step over the adapters of a tile, where there are any
+    delta_stages: int = 2  # of those steps
 
 
 class BoxConfig(NamedTuple):
@@ -50,6 +52,8 @@ class BoxConfig(NamedTuple):
     num_warps: int
     group_m: int = 1
     tail: int = 0
+    block_d: int = 64
+    delta_stages: int = 2
 
 
 # How the cache treats weights, by weight_policy: as any data, or as data that is read once.
@@ -183,11 +187,6 @@ class Problem(NamedTuple):
     rank: int  # of adapters, 0: there are none
     parts: int  # of v, where there are no tables
     b_strides: tuple[int, int, int]  # over (L, E, N)
-
-    @property
-    def delta_tiles(self) -> tuple[int, int]:
-        """(ranks of a step over the adapters of a tile, stages); few rows leave registers for more ranks at a time."""
-        return 128 if self.block_m <= 32 and self.rank > 32 else 64, 2
 
 
 def check(
@@ -459,7 +458,7 @@ class _Shape(NamedTuple):
     sums: bool
     weight_scales: str | None
     x_scales: str | None
-    adapted: bool
+    rank: int  # of adapters, 0: there are none
     accelerator: bool
     shared_memory: int
     full_warps: int
@@ -478,7 +477,7 @@ def _shape(problem: Problem) -> _Shape:
         problem.rows == "pair_token",
         problem.weight_scales,
         problem.x_scales,
-        problem.rank > 0,
+        problem.rank,
         _has_accelerator(device),
         device.shared_memory,
         device.full_warps,
@@ -510,13 +509,19 @@ def _rule(schedule: str, *sizes: Any) -> Config:
 
 def _gemv(s: _Shape) -> GemvConfig:
     block_k = _block_k(s.k, 256 if s.k <= 8192 else 512)
-    if s.sums or (s.tokens == 1 and s.k <= 1024):
+    # Of a layer with adapters others are faster, of tiles in which a lane has the same columns, so that no row has other bits.
+    own = s.rank > 0 and s.weight_scales is None and block_k == 256
+    if s.sums:
+        return GemvConfig(min(s.tokens, 4) if own and s.rank <= 32 else 2, block_k, 1, 1)
+    if s.tokens == 1 and s.k <= 1024:
         return GemvConfig(2, block_k, 1, 1)
-    if s.adapted and s.slices == 2 and s.weight_scales == "group":
+    if s.rank and s.slices == 2 and s.weight_scales == "group":
         return GemvConfig(
             4, block_k, 2, 1
         )  # one warp has no registers for scales of parts and for factors
-    return GemvConfig(4, block_k, 1 if s.slices == 2 or s.k > 1024 else 2, 1)
+    return GemvConfig(
+        2 if own and s.tokens > 2 else 4, block_k, 1 if s.slices == 2 or s.k > 1024 else 2, 1
+    )
 
 
 # block_m -> block_n, block_k, stages, warps of the first projection with its two halves, and of any other product
@@ -536,13 +541,8 @@ _OTHER_W8A8 = {
 
 def _tile(s: _Shape) -> TileConfig:
     block_n, block_k, stages, warps = _sizes(s)
-    return TileConfig(
-        block_n,
-        block_k,
-        stages,
-        s.full_warps if s.block_m == 128 else warps,
-        tail=int(s.block_m == 128),
-    )
+    warps, tail = s.full_warps if s.block_m == 128 else warps, int(s.block_m == 128)
+    return TileConfig(block_n, block_k, stages, warps, 1, tail, 0, *_delta(s))
 
 
 def _box(s: _Shape) -> BoxConfig:
@@ -551,7 +551,16 @@ def _box(s: _Shape) -> BoxConfig:
         not s.accelerator
     ):  # boxes are copied by pointers to all of their elements, which take registers
         block_k, warps = min(block_k, 32), s.full_warps
-    return BoxConfig(block_n, block_k, stages, warps, tail=int(s.block_m == 128))
+    return BoxConfig(block_n, block_k, stages, warps, 1, int(s.block_m == 128), *_delta(s))
+
+
+def _delta(s: _Shape) -> tuple[int, int]:
+    """(ranks of a step over the adapters of a tile, stages): the fewer rows, the more of its registers are left, and the more
+    adapters of low ranks are in it.
+    """
+    if s.rank > 32:
+        return (128, 2) if s.block_m <= 32 else (64, min(3, s.max_stages))
+    return 32 if s.block_m == 128 and 0 < s.rank <= 16 else 64, 2
 
 
 def _sizes(s: _Shape) -> tuple[int, int, int, int]:
@@ -563,10 +572,9 @@ def _sizes(s: _Shape) -> tuple[int, int, int, int]:
         s.weight_scales is None
         and s.block_m == 16
         and s.slices == 2
-        and s.k >= 4096
-        and s.tokens > 64
+        and (s.rank or (s.k >= 4096 and s.tokens > 64))
     ):
-        block_n, block_k = 64, 128
+        block_n, block_k, stages = 64, 128, 4 if s.rank else stages
     if s.weight_scales is None and s.block_m == 128 and s.slices == 1 and s.k >= 2048:
         block_n, stages, warps = 256, 4, 8
     stages, warps = min(stages, s.max_stages), min(warps, s.full_warps)

@@ -72,6 +72,14 @@ def _tile(
     position = first + tl.minimum(m, rows - 1)
     pair = tl.load(pairs_ptr + position)
     num_runs = tl.load(run_of_row_ptr + first + rows - 1) + 1  # rows without an adapter come first
+    run = tl.load(run_of_row_ptr + position)
+    # Of a run: matrix units add 16 columns at a time, so that no sum depends on the runs beside its own.
+    WIDTH: tl.constexpr = (RANK + 15) // 16 * 16
+    d = tl.arange(0, BLOCK_D)
+    step = d // WIDTH  # the run of each column
+    adapter = tl.load(
+        runs_ptr + 2 * (first + step), mask=step < num_runs, other=0
+    )  # asked for early: nothing hides it later
     n = n0 + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
 
@@ -85,22 +93,17 @@ def _tile(
             x = tl.load(x_tile + k0, mask=(k < K - k0)[None, :], other=0.0)
         w = w_desc.load([expert * SLICES, n0, k0]).reshape(SLICES * BLOCK_N, BLOCK_K)
         acc = tl.dot(x, w.T, acc)
-    run = tl.load(run_of_row_ptr + position)
     if PDL:
         gdc_wait()
     # Without an operation in between, ptxas takes the sums of both loops for one and waits for each wgmma of either.
     acc += 0.0
     if num_runs > 0:
-        # Of a run: matrix units add 16 columns at a time, so that no sum depends on the runs beside its own.
-        WIDTH: tl.constexpr = (RANK + 15) // 16 * 16
-        d = tl.arange(0, BLOCK_D)
         v_rows = v_ptr + position.to(tl.int64)[:, None] * (1 * RANK)
         b_row = n if N % BLOCK_N == 0 else tl.minimum(n, N - 1)
         b_rows = expert.to(tl.int64) * B_STRIDE_E + b_row[:, None] * B_STRIDE_N
         for d0 in tl.range(0, num_runs * WIDTH, BLOCK_D, num_stages=DELTA_STAGES):
-            step = (d0 + d) // WIDTH  # the run of each column
+            step = (d0 + d) // WIDTH
             r = d0 + d - step * WIDTH
-            adapter = tl.load(runs_ptr + 2 * (first + step), mask=step < num_runs, other=0)
             adapter = tl.max_constancy(adapter, [min(WIDTH & -WIDTH, BLOCK_D)])
             there = step < num_runs if RANK == WIDTH else (step < num_runs) & (r < RANK)
             own = (run[:, None] == step[None, :]) & there[None, :]
@@ -109,7 +112,8 @@ def _tile(
             v = tl.load(v_rows + r[None, :], mask=own, other=0.0)
             b = tl.load(b_ptrs[0] + b_tile, mask=b_mask, other=0.0)
             acc = tl.dot(v, b.T, acc)
-
+            step = (d0 + BLOCK_D + d) // WIDTH
+            adapter = tl.load(runs_ptr + 2 * (first + step), mask=step < num_runs, other=0)
     y = tl.where(acc < 0.0, 0.0, acc)
     y *= y
     out_rows = out_ptr + position.to(tl.int64)[:, None] * OUT_STRIDE
@@ -265,7 +269,8 @@ def bind(problem: Problem, config: Config) -> Call:
             config.tail == 1,
             problem.rank,
             *problem.b_strides,
-            *problem.delta_tiles,
+            config.block_d,
+            config.delta_stages,
             pdl,
         ),
         runtime.Options(config.num_warps, config.num_stages, pdl),

@@ -215,7 +215,7 @@ def choose(schedule: str, problem: Problem) -> Any:
 
     def rule(_: str | None) -> tuple[str, Config]:
         columns = problem.rank * (problem.slices if device.mixed_pointers else 1)
-        sizes = (problem.block_m, problem.k, problem.rank, columns)
+        sizes = (problem.block_m, problem.k, columns, problem.reads_token)
         return schedule, _choose(schedule, *sizes, device.shared_memory, device.max_stages)
 
     return runtime.choose(TUNED, key, device, CONFIGS, rule, lambda other: other == schedule)[1]
@@ -227,19 +227,31 @@ def _choose(schedule: str, *sizes: Any) -> Config:
 
 
 def _pairs(
-    block_m: int, k: int, rank: int, columns: int, shared_memory: int, max_stages: int
+    block_m: int, k: int, columns: int, reads_token: bool, shared_memory: int, max_stages: int
 ) -> PairsConfig:
-    return PairsConfig(8, min(256, max(64, runtime.next_power_of_2(k))), 4, 1)
+    return PairsConfig(
+        32 if columns >= 32 else 8, min(256, max(64, runtime.next_power_of_2(k))), 4, 1
+    )
 
 
 def _runs(
-    block_m: int, k: int, rank: int, columns: int, shared_memory: int, max_stages: int
+    block_m: int, k: int, columns: int, reads_token: bool, shared_memory: int, max_stages: int
 ) -> RunsConfig:
-    rows, block_r = min(block_m, 64), min(128, max(16, runtime.next_power_of_2(columns)))
-    block_k = 256 if rows == 16 and block_r <= 64 else 128 if rows <= 32 else 64
+    rows, block_r, block_k, stages = (_OF_TOKENS if reads_token else _OF_PAIRS)[block_m]
+    block_r = min(block_r, max(16, runtime.next_power_of_2(columns)))
+    stages = min(stages if block_r < 128 else 3, max_stages)
     while block_k > 32 and k % block_k:
         block_k //= 2
-    stages = min(3, max_stages)
     while block_k > 32 and stages * 2 * block_k * (rows + block_r) > shared_memory - 4096:
         block_k //= 2
     return RunsConfig(rows, block_r, block_k, stages, 4)
+
+
+# block_m -> rows, most columns, block_k and stages: few rows of an adapter ask for much of K at a time.
+_OF_TOKENS = {
+    16: (16, 32, 256, 4),
+    32: (16, 32, 256, 4),
+    64: (32, 64, 128, 3),
+    128: (64, 128, 64, 4),
+}
+_OF_PAIRS = {16: (16, 32, 128, 4), 32: (16, 32, 128, 4), 64: (32, 64, 128, 3), 128: (64, 64, 64, 4)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from types import ModuleType
 from typing import Callable
 
@@ -14,12 +15,9 @@ from kernelgen.cases.base import Tags
 from kernelgen.cases.moe_adapters import MIXED, Adapters
 from kernelgen.cases.moe_adapters import draw as draw_adapters
 from kernelgen.cases.moe_experts import SPREAD, Experts, draw
-from kernelgen.reference.moe_align import moe_align
 from kernelgen.reference.moe_runs import moe_runs
 
 BODY = ("schedule",)
-_NO_ROWS = [2**30, 2**30, 0]  # an entry of the tables without rows, where nothing may be read
-
 
 @dataclasses.dataclass(frozen=True)
 class Case(BaseCase):
@@ -45,11 +43,14 @@ CASES = (
     Case("disabled", "adapters that are loaded but disabled", tokens=40, adapters=Adapters("spread", 4, (0, 3))),
     Case("a_run_a_row", "every row a run of its own", tokens=16, top_k=1, routing=_ONE, adapters=Adapters("spread", 200)),
     Case("blocks_of_128", "the largest block", tokens=300, top_k=1, routing=Experts("skewed"), block_m=128),
+    Case("empty", "no token", tokens=0),
     Case("nothing_local", "no block at all", routing=Experts("away")),
     Case("some_valid", "tokens that are not valid are absent", tokens=30, routing=Experts("mixed", valid=13)),
     Case("expert_parallel", "ids on both sides are elsewhere", tokens=40, routing=Experts("mixed", start=3)),
-    Case("many_experts", "more blocks than a program looks at at a time", tokens=420, top_k=1, experts=420),
-    Case("gt_chunk", "more rows of an expert than a program looks at at a time", tokens=700, top_k=2, experts=2),
+    Case("ids_int64", "ids as torch.topk gives them", routing=Experts("mixed", ids_dtype=torch.int64)),
+    Case("many_experts", "more experts than pairs", tokens=40, top_k=2, experts=420),
+    Case("gt_width", "more rows of an expert than are counted at a time", tokens=700, top_k=2, experts=2),
+    Case("gt_chunk", "more pairs than a program holds at a time", tokens=1030, top_k=8, experts=2, block_m=128),
 )
 
 
@@ -62,37 +63,38 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
     rng = case.random()
     routed = draw(case.routing, case.tokens, case.top_k, case.experts, rng, device)
     adapters = draw_adapters(case.adapters, case.tokens, rng, device)
-    base = moe_align(routed.local, block_m=case.block_m)
     wanted = moe_runs(routed.local, adapters.of_token, top_k=case.top_k, block_m=case.block_m)
-    num_pairs, count = case.tokens * case.top_k, len(base.pairs)
-    order = allocate((num_pairs,), (1,), torch.int32, device)
-    order[:count] = base.pairs.to(device)
-    entries = [_NO_ROWS, *(entry for block in base.blocks.tolist() for entry in (block, _NO_ROWS))]
-    blocks = allocate((len(entries) + 2, 3), (3, 1), torch.int32, device)
-    blocks[: len(entries)] = torch.tensor(entries, dtype=torch.int32).to(device)
-    shapes = {"pairs": (num_pairs,), "run_of_row": (num_pairs,), "runs": (num_pairs, 2)}
-    views = {name: allocate(s, (2, 1)[-len(s) :], torch.int32, device) for name, s in shapes.items()}
+    num_pairs, count = case.tokens * case.top_k, len(wanted.order)
+    align = importlib.import_module(f"{package.__name__}.moe_align")
+    most = align.max_blocks(case.tokens, case.top_k, case.experts, case.block_m)
+    shapes = {"pairs": (num_pairs,), "blocks": (most, 3), "num_blocks": (1,), "run_of_row": (num_pairs,)}
+    shapes |= dict.fromkeys(("runs", "gathered"), (num_pairs, 2))
+    views = {name: allocate(s, (3 if name == "blocks" else 2, 1)[-len(s) :], torch.int32, device) for name, s in shapes.items()}
     sealed = {name: seal(view) for name, view in views.items()}
     launcher(
         *views.values(),
-        order,
-        blocks,
-        torch.tensor([len(entries)], dtype=torch.int32, device=device),
+        routed.topk_ids,
+        routed.valid_tokens,
         adapters.token_lora_mapping,
         adapters.adapter_enabled,
-        top_k=case.top_k,
+        num_experts=case.experts,
+        local_expert_start=case.routing.start,
         max_loras=adapters.loras,
         block_m=case.block_m,
     )
-    exact = {"pairs": torch.tensor([item.pair for item in wanted.order], dtype=torch.int32), "run_of_row": wanted.run_of_row}
-    exact["runs"] = wanted.runs
     for name, guarded in sealed.items():
-        written = exact[name] >= 0 if name == "runs" else torch.ones(count, dtype=torch.bool)
-        rows = torch.zeros(num_pairs, dtype=torch.bool)
-        rows[:count] = written[:, 0] if name == "runs" else written
-        inside = positions(guarded, rows.to(device))
+        shape = views[name].shape
+        rows = torch.arange(shape[0]) < (shape[0] if name in ("blocks", "num_blocks") else count)
+        if name == "runs":
+            rows = wanted.runs[:, 0] >= 0
+            rows = torch.cat((rows, torch.zeros(num_pairs - count, dtype=torch.bool)))
+        inside = positions(guarded, rows.to(device).view(-1, *(1,) * (len(shape) - 1)).expand(shape))
         stray = int((guarded.changed() & ~inside).sum())
         assert not stray, f"{name}: {stray} elements changed around it"
-        found = views[name][:count].cpu()
-        assert torch.equal(found[written], exact[name][written]), f"{name} {found.tolist()}, wanted {exact[name].tolist()}"
+    blocks = views["blocks"][: int(views["num_blocks"])].cpu()
+    exact = {"pairs": torch.tensor([item.pair for item in wanted.order], dtype=torch.int32), "run_of_row": wanted.run_of_row}
+    for name, table in {**exact, "runs": wanted.runs}.items():
+        found, written = views[name][:count].cpu(), table >= 0 if name == "runs" else torch.ones(count, dtype=torch.bool)
+        assert torch.equal(found[written], table[written]), f"{name} {found.tolist()}, wanted {table.tolist()}"
+    assert torch.equal(blocks[blocks[:, 2] != 0], wanted.blocks), f"blocks {blocks.tolist()}, wanted {wanted.blocks.tolist()}"
     return 0.0

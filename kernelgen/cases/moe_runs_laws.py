@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import random
 from types import ModuleType
@@ -22,23 +23,22 @@ _TOKENS, _TOP_K, _EXPERTS = 24, 4, 6
 def any_batch_is_complete(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """For random sizes and kinds of batches, in a workspace that is used again; without tables nothing is made."""
     rng = random.Random(0)
-    workspace = poison_(torch.empty(4 * _TOKENS * _TOP_K, dtype=torch.int32, device=device))
+    size = importlib.import_module(f"{package.__name__}.moe_runs").run_size(_TOKENS, _TOP_K, _EXPERTS)
+    workspace = poison_(torch.empty(size, dtype=torch.int32, device=device))
     for number, (kind, routing) in enumerate(itertools.product(KINDS, ("spread", "mixed", "skewed"))):
         tokens, top_k, experts = (rng.randint(1, most) for most in (_TOKENS, _TOP_K, _EXPERTS))
         how = Experts(routing, rng.choice((0, 5)), rng.choice((None, 0, tokens // 2)))
         routed = draw(how, tokens, top_k, experts, rng, device)
         adapters = draw_adapters(Adapters(kind, 5, (1,) if number % 2 else ()), tokens, rng, device)
-        given = {"adapter_enabled": adapters.adapter_enabled, "workspace": workspace}
-        tables, runs = _runs(package, routed, adapters, given, rng.choice((None, 1, 1000)))
+        tables, runs = _runs(package, routed, adapters, rng.choice((None, 1, 1000)), workspace=workspace)
         wanted = moe_runs(routed.local, adapters.of_token, top_k=top_k, block_m=tables.block_m)
         count, what = len(wanted.order), f"{tokens} tokens, {routing} experts, {kind} adapters"
         assert tables.pairs[:count].tolist() == [item.pair for item in wanted.order], what
         assert torch.equal(runs.run_of_row[:count].cpu(), wanted.run_of_row), what
         written = wanted.runs >= 0
         assert torch.equal(runs.runs[:count].cpu()[written], wanted.runs[written]), what
-    bare = package.no_tables(routed.topk_ids, num_experts=experts)
-    same, runs = package.moe_runs(bare, adapters.token_lora_mapping, max_loras=5)
-    assert same is bare and runs.runs is None and runs.max_loras == 5
+    bare, runs = _runs(package, routed, adapters, None, block_m=0)
+    assert bare.pairs is None and bare.block_m == 0 and runs.runs is None and runs.max_loras == 5
 
 
 def graph_replay(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
@@ -47,12 +47,11 @@ def graph_replay(package: ModuleType, variants: Sequence[Variant], device: str) 
     rng = random.Random(1)
     routed = draw(Experts(valid=tokens), tokens, top_k, experts, rng, device)
     adapters = draw_adapters(Adapters(loras=5, disabled=(1,)), tokens, rng, device)
-    given = {"adapter_enabled": adapters.adapter_enabled}
-    _runs(package, routed, adapters, given, 7)
+    _runs(package, routed, adapters, 7)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        tables, runs = _runs(package, routed, adapters, given, 7)
+        tables, runs = _runs(package, routed, adapters, 7)
     for kind, valid in itertools.product(KINDS, (0, 150, tokens)):
         other = draw(Experts("mixed", valid=valid), tokens, top_k, experts, rng, device)
         drawn = draw_adapters(Adapters(kind, 5, (2,)), tokens, rng, device)
@@ -70,12 +69,15 @@ def graph_replay(package: ModuleType, variants: Sequence[Variant], device: str) 
 LAWS = (Law(any_batch_is_complete), Law(graph_replay, needs_gpu=True))
 
 
-def _runs(package: ModuleType, routed: Routed, adapters: Drawn, given: dict[str, Any], hint: int | None) -> Any:
-    tables = package.moe_align(
+def _runs(package: ModuleType, routed: Routed, adapters: Drawn, hint: int | None, **given: Any) -> Any:
+    return package.moe_runs(
         routed.topk_ids,
+        adapters.token_lora_mapping,
         num_experts=routed.num_experts,
+        max_loras=adapters.loras,
+        adapter_enabled=adapters.adapter_enabled,
         valid_tokens=routed.valid_tokens,
         local_expert_start=routed.start,
         num_tokens_hint=hint,
+        **given,
     )
-    return package.moe_runs(tables, adapters.token_lora_mapping, max_loras=adapters.loras, **given)

@@ -100,8 +100,8 @@ def the_ops_one_by_one(package: ModuleType, variants: Sequence[Variant], device:
         routed, lora = call.routed, call.lora
         few, num_pairs = tokens <= 4, routed.topk_ids.numel()
         routing = {"num_experts": routed.num_experts, "local_expert_start": routed.start}
-        tables = (package.no_tables if few else package.moe_align)(routed.topk_ids, **routing)
-        tables, runs = package.moe_runs(tables, lora.token_lora_mapping, max_loras=lora.a2[0].shape[0])
+        options = {"max_loras": lora.a2[0].shape[0], "block_m": 0 if few else None}
+        tables, runs = package.moe_runs(routed.topk_ids, lora.token_lora_mapping, **routing, **options)
         between = "pair" if few else "sorted"
         h = call.hidden.new_zeros(num_pairs, call.w2.shape[2])
         v = package.moe_shrink(call.hidden, lora.a13, tables, runs, x_rows="token")

@@ -30,6 +30,9 @@ class MoeGemm(Hints):
             return True
         if c["tail"] and rows < 128:
             return False  # only such blocks have a half
+        taken = self.sizes.rules[candidate.schedule]
+        if not self.size("rank") and any(c[name] != taken[name] for name in ("block_d", "delta_stages")):
+            return False  # no kernel without adapters has them
         of_x, of_w = (1 if axis in p else 2 for axis in ("act_quant", "weight_quant"))
         stage = c["block_k"] * (of_x * rows + of_w * slices * c["block_n"])
         return c["num_stages"] * stage <= self.sizes.shared_memory
