@@ -118,4 +118,4 @@ def _outputs(family: Family, renderer: Renderer) -> Iterator[Output]:
 def _variant_output(variant: Variant, family: Family) -> Output:
     path = names.family_path(variant.family, variant.module)
     template = family.kernel(variant.kernel).template
-    return Output(path, template, f"{family.spec}, variant {variant.name}", variant)
+    return Output(path, template, f"{family.spec}, variant {variant.name}", variant, family.axes)

@@ -41,7 +41,7 @@ CATALOGUE: Mapping[str, str] = {
     "KG026": "FP8 that no kernel could serve: groups that a tile does not fit, an element that a target lacks",
     "KG027": "tunables that are not those that the templates know",
     "KG028": "a family that needs another, of which there is no spec",
-    "KG029": "variants that make no difference, or that nothing can choose",
+    "KG029": "a tag or a setting that makes no difference, that a template refuses, or that nothing can choose",
     "KG030": "a file in the way that kernelgen did not write",
     "KG031": "a generated file that was edited by hand",
     "KG032": "a manifest or journal that cannot be read",

@@ -40,7 +40,7 @@ def expand(families: Sequence[Family]) -> tuple[Package, list[Diagnostic]]:
             faults.append(Diagnostic("KG004", family.axes[0].location, message))
             continue
         left, useful = _left(family)
-        variants = tuple(_variant(family, tags) for tags in left)
+        variants = tuple(variant_of(family, tags) for tags in left)
         faults += _coverage_faults(family, variants, useful)
         faults += _fp8_faults(family, variants)
         expanded.append(dataclasses.replace(family, variants=variants))
@@ -63,7 +63,8 @@ def _left(family: Family) -> tuple[list[Record], set[int]]:
     return left, useful
 
 
-def _variant(family: Family, tags: Record) -> Variant:
+def variant_of(family: Family, tags: Record) -> Variant:
+    """The variant of ``family`` that has these ``tags``, whether or not its spec has it."""
     return Variant(
         family.name,
         variant_name(family.name, tags.values),

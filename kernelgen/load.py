@@ -225,9 +225,14 @@ class _Spec(_Checks):
                 resources=Resources(**sections["resources"].model_dump()),
                 tuned=(),
                 location=self.value_at("family"),
+                settings=self._settings("numerics", "quant"),
             ),
             [],
         )
+
+    def _settings(self, *sections: str) -> Mapping[str, Location]:
+        given = ((section, key) for section in sections if section in self.root.keys for key in self.root.at(section).keys)
+        return {f"{section}.{key}": self.root.key_at(section, key) for section, key in given}
 
     def _check_axes(self, axes: Mapping[str, list[str]]) -> None:
         for axis, tags in axes.items():

@@ -303,6 +303,7 @@ class Family:
     tuned: tuple[Tuned, ...]  # a device each, by label
     location: Location = dataclasses.field(compare=False)
     target_locations: tuple[Location, ...] = dataclasses.field(compare=False)
+    settings: Mapping[str, Location] = dataclasses.field(compare=False)  # given of numerics and quant: section.key
     variants: tuple[Variant, ...] = ()
 
     @property

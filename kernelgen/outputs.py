@@ -8,11 +8,12 @@ from typing import Callable, Iterable, Iterator
 from kernelgen.diagnostics import Diagnostic, Failure, Nearest
 from kernelgen.formatting import finish
 from kernelgen.lint import faults as faults_of
-from kernelgen.model import Family, Location, Package, Variant
+from kernelgen.model import Axis, Family, Location, Package, Variant
 from kernelgen.names import PACKAGE, path_fault, spec_label
 from kernelgen.outline import Outline, module_of, outline
 from kernelgen.progress import progress
 from kernelgen.render import Renderer, header
+from kernelgen.template import Unserved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Output:
     template: str
     spec: str
     value: Variant | Family | Package
+    axes: tuple[Axis, ...] = ()  # of a variant
 
 
 class Outputs:
@@ -54,6 +56,8 @@ class Outputs:
             self._places.pop(output.path, None)
             try:
                 text = self.renderer.render(output.template, output.spec, output.value)
+            except Unserved as refused:
+                self.add_fault(_refusal(output, refused))
             except Failure as failed:
                 for fault in failed.diagnostics:
                     self.add_fault(fault)
@@ -127,6 +131,17 @@ class Outputs:
             if made is not None:
                 self.modules[module_of(path)] = made
                 self._paths[module_of(path)] = path
+
+
+def _refusal(output: Output, refused: Unserved) -> Diagnostic:
+    """What a template refuses, as a fault of the tag in the spec."""
+    axis = next((axis for axis in output.axes if axis.name == refused.axis), None)
+    if axis is None:
+        return Diagnostic("KG022", refused.where, f"refuse({refused.axis!r}): the family has no such axis")
+    tag = getattr(output.value, axis.name)
+    where = axis.tag_locations[axis.tags.index(tag)]
+    hint = "drop the tag, leave it out of these by an exclude, or write what it makes"
+    return Diagnostic("KG029", where, f"{refused.where} refuses {axis.name} {tag}", hint)
 
 
 def _path_faults(paths: Iterable[str]) -> Iterator[Diagnostic]:

@@ -1,7 +1,8 @@
 """Models to text, through templates.
 
 Templates are Jinja with line statements (``#%``) and line comments (``##``). What they may do is a short list: attribute
-access, ``if``, ``for``, ``import``, macros and ``length``; everything computed belongs on the model. What they may print is
+access, ``if``, ``for``, ``import``, macros and ``length``; everything computed belongs on the model. What has no arm for a tag
+says ``refuse("axis")``, which is told as a fault of the tag. What templates may print is
 typed: whole numbers, booleans, None, checked identifiers, and text that stands in a template. Any other string is a fault, so no
 text of a spec reaches a generated file unchecked.
 """
@@ -20,7 +21,7 @@ from kernelgen import names
 from kernelgen.diagnostics import Diagnostic, Failure, did_you_mean
 from kernelgen.model import Family, Location, Package, Variant
 from kernelgen.read import open_file
-from kernelgen.template import MAX_CHARACTERS, TAGS, Environment, Refused, TooMuch, Trace
+from kernelgen.template import MAX_CHARACTERS, TAGS, Environment, Refused, TooMuch, Trace, Unserved
 
 _ROOT = "templates/"
 _SUFFIX = ".j2"
@@ -126,12 +127,16 @@ class Renderer:
 
         Raises:
             Failure: the template is not well-formed, or failed on this value.
+            Unserved: it refuses the tag that this variant has on some axis.
         """
         faults = self._check(template)
         if faults:
             raise Failure(faults)
         try:
             body = self._environment.run(template, {_NAMES[type(value)]: value})
+        except Unserved as refused:
+            refused.where = self._environment.place_of(refused) or Location(_ROOT + template)
+            raise
         except Exception as error:
             where = self._environment.place_of(error) or Location(_ROOT + template)
             fault = Diagnostic("KG022", where, str(error) or type(error).__name__, f"while rendering {spec}")

@@ -13,7 +13,7 @@ import inspect
 import re
 import sys
 from types import FrameType
-from typing import Any, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Iterable, Iterator, Mapping, NoReturn, Sequence
 
 import jinja2
 from jinja2 import nodes
@@ -76,6 +76,16 @@ class TooMuch(Exception):
     """A template that would run, or write, without end."""
 
 
+class Unserved(Exception):
+    """A template refuses its variant: it has no arm for the tag of ``axis``. ``where``: the place that says so."""
+
+    where = Location("")
+
+    def __init__(self, axis: str) -> None:
+        self.axis = axis
+        super().__init__(f"a tag of {axis} is refused")
+
+
 class Environment(jinja2.Environment):
     """Jinja with the policy of this module.
 
@@ -102,7 +112,7 @@ class Environment(jinja2.Environment):
             auto_reload=False,
         )
         self.context_class = _Context
-        self.globals = {"range": self._range}
+        self.globals = {"range": self._range, "refuse": self._refuse}
         self.filters = {"length": self._length, "_each": self._each}
         self.traces = traces
         self.lines: dict[str, list[str]] = {}
@@ -162,10 +172,10 @@ class Environment(jinja2.Environment):
         return self.undefined()
 
     def call_of(self, context: Context, callee: Any, arguments: Sequence[Any], named: Mapping[str, Any]) -> Any:
-        """A call of a macro, or of ``range``; nothing else can be called, whatever it is called."""
+        """A call of a macro, of ``range`` or of ``refuse``; nothing else can be called, whatever it is called."""
         if isinstance(callee, Undefined):
             return callee
-        if not isinstance(callee, Macro) and callee != self._range:
+        if not isinstance(callee, Macro) and callee not in (self._range, self._refuse):
             self.report(f"{_called(callee)} cannot be called", hint="only macros can")
             return self.undefined()
         if self._depth == MAX_CALLS:
@@ -209,6 +219,9 @@ class Environment(jinja2.Environment):
                 self.report(f"{_called(value)} has no length", "length")
             return 0
 
+    def _refuse(self, axis: str) -> NoReturn:
+        raise Unserved(str(axis))
+
     def _range(self, *bounds: Any) -> range:
         try:
             numbers = range(*bounds)
@@ -237,7 +250,7 @@ class Environment(jinja2.Environment):
         self.lines[filename] = source.splitlines()
         self._check_size(source, filename)
         tree = super()._parse(source, name, filename)
-        callable_names = {"range"} | {macro.name for macro in tree.find_all(nodes.Macro)}
+        callable_names = {"range", "refuse"} | {macro.name for macro in tree.find_all(nodes.Macro)}
         modules = {node.target for node in tree.find_all(nodes.Import)}
         faults = [
             Diagnostic("KG021", self.location(filename, node.lineno, word), reason)

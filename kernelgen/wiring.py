@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import functools
+import itertools
+import re
 from typing import Iterator, Sequence
 
 from kernelgen import names
-from kernelgen.diagnostics import Diagnostic, did_you_mean
-from kernelgen.model import SCHEDULE, VOCABULARY, Family, Kernel, Package, Variant
+from kernelgen.diagnostics import Diagnostic, Failure, did_you_mean
+from kernelgen.expand import variant_of
+from kernelgen.model import SCHEDULE, VOCABULARY, Axis, Family, Kernel, Package, Record, Variant
+from kernelgen.names import Identifier
 from kernelgen.outline import Outline, module_of
 from kernelgen.outputs import Outputs
 from kernelgen.render import Renderer
+from kernelgen.template import Unserved
 
+_DOCUMENTS = re.compile(r'"""[\s\S]*?"""|#.*')
+_WORDS = re.compile(r'"""[\s\S]*?"""|"[^"\n]*"|#.*')  # in quotes too
 _BIND = "bind"  # what a front door calls of a variant that it chose
 
 
@@ -18,28 +28,134 @@ def faults(package: Package, families: Sequence[Family], outputs: Outputs) -> It
     """What does not fit in the ``outputs`` of ``families``, which are those of ``package`` as far as they are rendered."""
     if outputs.faults:  # what is missing because it failed would be told again
         return
-    idle = [fault for family in package.families for fault in _axis_faults(family, outputs.renderer)]
-    yield from idle
+    missing = [fault for family in families for fault in _launcher_faults(family, outputs)]
+    yield from missing
+    unheeded = [] if missing else [fault for family in package.families for fault in _unheeded(family, outputs.renderer)]
+    yield from unheeded
     for family in families:
-        yield from _launcher_faults(family, outputs)
         yield from _front_faults(family, outputs)
-        yield from (fault for fault in _key_faults(family, outputs) if fault.location not in {f.location for f in idle})
+        yield from (fault for fault in _key_faults(family, outputs) if fault.location not in {f.location for f in unheeded})
         yield from _tunable_faults(family, outputs)
         yield from _tuned_faults(family, outputs)
     yield from _import_faults(outputs)
 
 
-def _axis_faults(family: Family, renderer: Renderer) -> Iterator[Diagnostic]:
-    """Axes that decide nothing: no template of the family reads them, or what their tags stand for."""
-    shared = renderer.templates_in(names.family_template_folder(family.name))
-    templates = {kernel.template for kernel in family.kernels} | {template for _, template in shared}
-    asked = {word for template in templates if renderer.has(template) for word in renderer.asks(template)}
+def _unheeded(family: Family, renderer: Renderer) -> Iterator[Diagnostic]:
+    twins = Twins(family, renderer)
+    yield from setting_faults(twins)
     for axis in family.axes:
-        facts = {fact for meaning in VOCABULARY.get(axis.name, {}).values() for fact in meaning}
-        if axis.name != SCHEDULE and not asked & {axis.name, "tags", *facts}:
-            message = f"no template of {family.name} reads the axis {axis.name}: its tags make no difference"
-            hint = f"drop the axis, or read v.{axis.name} in the kernel and in the front door"
-            yield Diagnostic("KG029", axis.location, message, hint)
+        yield from axis_faults(axis, twins)
+
+
+def setting_faults(twins: Twins) -> Iterator[Diagnostic]:
+    """Keys of ``numerics`` and ``quant`` that do not concern the family, or not all of it."""
+    family = twins.family
+    facts = [VOCABULARY[axis.name][tag] for axis in family.axes if axis.name in VOCABULARY for tag in axis.tags]
+    of_weights = {fact["weight_scales"] for fact in facts if "weight_scales" in fact}
+    scales = {fact["x_scales"] for fact in facts if "x_scales" in fact} | of_weights
+    concerned = {
+        "numerics.strict": not family.numerics.strict or twins.heed_strictness,
+        "quant.elements": bool(scales - {None}),
+        "quant.group_n": "group" in of_weights,
+        "quant.group_k": "group" in scales,
+    }
+    for key, where in family.settings.items():
+        if not concerned.get(key, True):
+            yield Diagnostic("KG029", where, f"{key} makes no difference to kernels of {family.name}", "drop it")
+
+
+def axis_faults(axis: Axis, twins: Twins) -> Iterator[Diagnostic]:
+    """What no template heeds, of templates that make what they are asked for: an axis, or a tag of it."""
+    family = twins.family
+    if axis.name == SCHEDULE:
+        return
+    if twins.are_unread(axis.name):
+        message = f"no template of {family.name} reads the axis {axis.name}: its tags make no difference"
+        hint = f"drop the axis, or read v.{axis.name} in the kernel and in the front door"
+        yield Diagnostic("KG029", axis.location, message, hint)
+        return
+    for kernel in family.kernels if axis.name in VOCABULARY else ():  # of a free axis, a word that is printed is enough
+        used = {getattr(variant, axis.name) for variant in family.variants if variant.kernel == kernel.name}
+        for tag, other in itertools.combinations((tag for tag in axis.tags if tag in used), 2):
+            if twins.are_same(kernel, axis.name, tag, other):
+                message = f"templates/{kernel.template} makes the same of {axis.name} {tag} and {other}"
+                hint = f'read what they stand for, say {{{{ refuse("{axis.name}") }}}} where one has no arm, or drop it'
+                yield Diagnostic("KG029", axis.tag_locations[axis.tags.index(other)], message, hint)
+
+
+class Twins:
+    """The variants of a family, beside those that differ from one of them in one tag, whether or not the spec has them."""
+
+    def __init__(self, family: Family, renderer: Renderer) -> None:
+        self.family = family
+        self._renderer = renderer
+        self._made: dict[tuple[Kernel, Record], str | None] = {}
+
+    def are_same(self, kernel: Kernel, axis: str, one: str, other: str, ignored: re.Pattern[str] = _WORDS) -> bool:
+        """Whether the template of ``kernel`` refuses neither tag, and makes the same of both, whatever the other tags.
+
+        ``ignored`` does not count, outside of kernels: by default words in quotes, as a launcher names its case.
+        """
+        own = [variant.tags for variant in self.family.variants if variant.kernel == kernel.name]
+        bases = [tags for tags in own if getattr(tags, axis) in (one, other)] or own
+        seen = False
+        for tags in bases:
+            pair = (Record({**dict(tags), Identifier(axis): Identifier(tag)}) for tag in (one, other))
+            first, second = (self._text(kernel, tags) for tags in pair)
+            if first is not None and second is not None:
+                if first != second and not _says_the_same(first, second, ignored):
+                    return False
+                seen = True
+        return seen
+
+    def are_unread(self, axis: str) -> bool:
+        """Whether no template refuses a tag of ``axis``, and each makes the same of all that are known."""
+        meaning = VOCABULARY.get(axis, {})
+        first, *others = meaning or [""]
+        if not self._asked & {axis, "tags", *meaning.get(first, ())}:
+            return True
+        return bool(others) and all(
+            self.are_same(kernel, axis, first, other, _DOCUMENTS) for kernel in self.family.kernels for other in others
+        )
+
+    @functools.cached_property
+    def _asked(self) -> set[str]:
+        """What the templates of the family read."""
+        shared = self._renderer.templates_in(names.family_template_folder(self.family.name))
+        templates = {kernel.template for kernel in self.family.kernels} | {template for _, template in shared}
+        return {word for template in templates if self._renderer.has(template) for word in self._renderer.asks(template)}
+
+    @property
+    def heed_strictness(self) -> bool:
+        """Whether ``numerics.strict`` makes a difference to every variant."""
+        numerics = dataclasses.replace(self.family.numerics, strict=not self.family.numerics.strict)
+        others = Twins(dataclasses.replace(self.family, numerics=numerics), self._renderer)
+        keys = ((self.family.kernel(variant.kernel), variant.tags) for variant in self.family.variants)
+        return all(self._text(*key) != others._text(*key) for key in keys)
+
+    def _text(self, kernel: Kernel, tags: Record) -> str | None:
+        """What is made of the variant of ``tags``; None: nothing."""
+        variant = variant_of(self.family, tags)
+        key = kernel, tags
+        if key not in self._made:
+            try:
+                made = self._renderer.render(kernel.template, self.family.spec, variant)
+                self._made[key] = made.replace(variant.name, "_")
+            except (Unserved, Failure):
+                self._made[key] = None
+        return self._made[key]
+
+
+def _says_the_same(text: str, other: str, ignored: re.Pattern[str]) -> bool:
+    return ignored.sub("", text) == ignored.sub("", other) and _kernels(text) == _kernels(other)
+
+
+def _kernels(text: str) -> list[str]:
+    try:
+        nodes = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # told when the file is checked
+        return []
+    return [ast.dump(node) for node in nodes if any("jit" in ast.dump(line) for line in node.decorator_list)]
 
 
 def _launcher_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:

@@ -214,6 +214,9 @@ KEYS = 'KEYS = {\n#% for v in family.variants\n    ("{{ v.dtype }}", {{ v.block_
         (FACE, "from . import {{ family.name }}", "from .toi import toy", "4:7 KG023 there is no module toi [toi]"),
         (FACE, "from . import {{ family.name }}", "from .toy import tooy", "4:18 KG023 toy has no 'tooy'"),
         (SPEC, "axes:\n", "axes:\n  flavour: [sweet, sour]\n", "3:3 KG029 no template of toy reads the axis flavour"),
+        (SPEC, "axes:\n", "axes:\n  epilogue: [relu2]\n", "3:3 KG029 no template of toy reads the axis epilogue"),
+        (SPEC, "targets:", "numerics: {strict: true}\ntargets:", "9:12 KG029 numerics.strict makes no difference"),
+        (SPEC, "targets:", "quant: {group_n: 64}\ntargets:", "9:9 KG029 quant.group_n makes no difference"),
         (SPEC, "    block_n:", "    block_k: [1, 2]\n    block_n:", "12:5 KG027 toy does not use the tunable block_k"),
         # of the template
         (KERNEL, IMPORT, "{{ v.name\n" + IMPORT, "6:1 KG021 unexpected char '#'"),
@@ -243,6 +246,34 @@ def test_hostile_templates(template: str, old: str, new: str, expected: str | No
         assert paths == {template} and [line(fault)[: len(expected)] for fault in faults] == [expected]
     else:
         assert template in paths
+
+
+RANKS, EPILOGUES = "rank: [r16, rany]", "epilogue: [relu2, none]"
+REFUSAL = '#% if v.tiled_rank\n{{ refuse("AXIS") }}\n#% endif\nRANK = {{ v.max_rank }}\n'
+GATED = '#% if v.gated\nGATED = True\n#% endif\nCASE = "{{ v.epilogue }}"\n'
+LAUNCHER = 'DTYPE = {{ v.torch_dtype == "bfloat16" }}\n\n\ndef {{ v.name }}(block_n):\n    return "{{ v.size }}"\n'
+
+
+@pytest.mark.parametrize(
+    ("axis", "kernel", "expected"),
+    [
+        (RANKS, REFUSAL.replace("AXIS", "rank"), "4:15 KG029 templates/kernels/toy.py.j2:2:1 refuses rank rany [rany]"),
+        (RANKS, REFUSAL.replace("AXIS", "rnak"), "2:1 KG022 refuse('rnak'): the family has no such axis"),
+        (RANKS, "{{ refuse() }}\n", "1:"),
+        (EPILOGUES, GATED, "4:21 KG029 templates/kernels/toy.py.j2 makes the same of epilogue relu2 and none [none]"),
+        ("epilogue: [relu2, swiglu]", GATED, None),
+        ("epilogue: [relu2]", "# {{ v.epilogue }}\n", "4:3 KG029 no template of toy reads the axis epilogue"),
+        ("epilogue: [relu2]", 'CASE = "{{ v.epilogue }}"\n', None),
+    ],
+)
+def test_a_tag_without_an_arm_is_told_at_its_line(axis: str, kernel: str, expected: str | None, tmp_path: Path) -> None:
+    spec = project.SPEC.replace("rank: [r16, r32]", axis).partition("tunables")[0]
+    folder = project.make(tmp_path, {"toy.yaml": spec}, {KERNEL: kernel + LAUNCHER})
+    if expected is None:
+        build.tree(folder)
+        return
+    (fault,) = build_faults(tmp_path)
+    assert line(fault).startswith(expected)
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -1,0 +1,96 @@
+"""Every known tag, put into every spec: it works, or the build refuses it at its line. No template ignores one."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+
+from kernelgen import assemble, build, load, wiring
+from kernelgen.diagnostics import Diagnostic
+from kernelgen.expand import expand
+from kernelgen.locate import SPECS
+from kernelgen.model import SCHEDULE, VOCABULARY, Family
+from kernelgen.outputs import Outputs
+
+EVERY = build.package(SPECS).families
+RENDERER = build.renderer(SPECS)
+STRICT = {"moe_lora"}
+SCALED = {"lora_expand", "lora_shrink", "moe_gemm", "moe_lora", "moe_quant"}
+SERVED = {("moe_lora_expand", "add_inputs", "set"), ("moe_quant", "dtype", "f16")}  # by what there is for others
+
+
+def with_tag(family: Family, axis: str, tag: str) -> Iterator[str]:
+    """The spec of ``family`` with one more tag: on an axis that it has, or on one more axis, alone and beside ``none``."""
+    text = (SPECS / f"{family.name}.yaml").read_text()
+    if any(known.name == axis for known in family.axes):
+        yield re.sub(rf"(?m)^(  {axis}: \[.*)\]", rf"\1, {tag}]", text)
+        return
+    yield text.replace("axes:\n", f"axes:\n  {axis}: [{tag}]\n", 1)
+    if "none" in VOCABULARY[axis] and tag != "none":
+        yield text.replace("axes:\n", f"axes:\n  {axis}: [none, {tag}]\n", 1)
+
+
+def refusals(folder: Path, name: str, axis: str) -> list[Diagnostic]:
+    """Why a build refuses the spec of a family, as far as the ``axis`` is concerned."""
+    families, faults = load.load(folder)
+    package, found = expand(families)
+    if faults or found:
+        return [*faults, *found]
+    (family,) = package.families
+    twins = wiring.Twins(family, RENDERER)
+    unheeded = [fault for known in family.axes if known.name == axis for fault in wiring.axis_faults(known, twins)]
+    if unheeded:
+        return unheeded
+    outputs = Outputs(RENDERER)
+    outputs.render(assemble._variant_output(variant, family) for variant in family.variants)
+    return outputs.faults
+
+
+@pytest.mark.parametrize("family", EVERY, ids=lambda family: family.name)
+def test_a_known_tag_is_served_or_refused_at_its_line(family: Family, tmp_path: Path) -> None:
+    file = tmp_path / f"{family.name}.yaml"
+    for axis, tags in VOCABULARY.items():
+        has = next((known.tags for known in family.axes if known.name == axis), ())
+        for tag in tags.keys() - set(has):
+            for text in with_tag(family, axis, tag):
+                file.write_text(text)
+                line = next(number for number, line in enumerate(text.splitlines(), 1) if line.startswith(f"  {axis}: "))
+                places = {(fault.location.path, fault.location.line) for fault in refusals(tmp_path, family.name, axis)}
+                served = (family.name, axis, tag) in SERVED
+                assert places == (set() if served else {(str(file), line)}), f"{axis} {tag}: {places}"
+
+
+@pytest.mark.parametrize("family", EVERY, ids=lambda family: family.name)
+def test_a_template_tells_all_known_tags_apart_or_refuses_them(family: Family) -> None:
+    twins = wiring.Twins(family, RENDERER)
+    for kernel, axis in itertools.product(family.kernels, family.axes):
+        if axis.name != SCHEDULE:
+            pairs = itertools.combinations(VOCABULARY[axis.name], 2)
+            assert not [pair for pair in pairs if twins.are_same(kernel, axis.name, *pair)], f"{kernel.template}, {axis.name}"
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "refused"),
+    [
+        *((family.name, "numerics", "strict: true", family.name not in STRICT) for family in EVERY),
+        *((family.name, "quant", "elements: [e5m2]", family.name not in SCALED) for family in EVERY),
+        ("moe_quant", "quant", "group_n: 128", True),
+        ("moe_sum", "quant", "group_k: 128", True),
+    ],
+)
+def test_a_setting_is_heeded_or_refused_at_its_line(name: str, key: str, value: str, refused: bool, tmp_path: Path) -> None:
+    text = (SPECS / f"{name}.yaml").read_text()
+    if f"\n{key}:\n" not in text:
+        text += f"\n{key}:\n"
+    setting = value.split(":")[0]
+    text = re.sub(rf"(?m)^  {setting}: .*\n", "", text).replace(f"\n{key}:\n", f"\n{key}:\n  {value}\n")
+    (tmp_path / f"{name}.yaml").write_text(text)
+    families, faults = load.load(tmp_path)
+    package, found = expand(families)
+    found = [*faults, *found, *wiring.setting_faults(wiring.Twins(package.families[0], RENDERER))]
+    line = text.splitlines().index(f"  {value}") + 1
+    assert [(fault.code, fault.location.line) for fault in found] == ([("KG029", line)] if refused else [])
