@@ -7,21 +7,23 @@ import fnmatch
 from typing import Container, Iterator
 
 from kernelgen import names, wiring
-from kernelgen.compose import compose
+from kernelgen.compose import compose, exports_of
 from kernelgen.diagnostics import Diagnostic, did_you_mean, failure
 from kernelgen.model import Family, Package, Tree, Variant
 from kernelgen.outputs import Output, Outputs
 from kernelgen.render import Renderer
+from kernelgen.rooms import Rooms
 
 
 def assemble(
-    package: Package, renderer: Renderer, only: str | None = None, jobs: int = 1, present: Container[str] = ()
+    package: Package, renderer: Renderer, rooms: Rooms, only: str | None = None, jobs: int = 1, present: Container[str] = ()
 ) -> Tree:
     """The output of ``package``, formatted and checked.
 
     Args:
         package: the families with their variants.
         renderer: renders them.
+        rooms: have their host code.
         only: a glob on the names of variants. The tree then holds those, those that are there, and the families that they need.
         jobs: processes to format with.
         present: the paths of the files that are there, for ``only``.
@@ -29,7 +31,7 @@ def assemble(
     Raises:
         Failure: templates or what they made are at fault, or ``only`` matches nothing; exit code 2.
     """
-    outputs = Outputs(renderer)
+    outputs = Outputs(renderer, rooms)
     for fault in renderer.faults(package):
         outputs.add_fault(fault)
     families = _families(package, _chosen(package, only, present), outputs)
@@ -46,7 +48,7 @@ def source(variant: Variant, family: Family, renderer: Renderer) -> str:
         Failure: its template, or what it made, is at fault; exit code 2.
     """
     output = _variant_output(variant, family)
-    outputs = Outputs(renderer)
+    outputs = Outputs(renderer, Rooms(()))
     outputs.render([output])
     return outputs.finish()[output.path]
 
@@ -80,7 +82,8 @@ def _families(package: Package, chosen: set[Variant], outputs: Outputs) -> tuple
             for family in package.families
             if (variants := tuple(v for v in family.variants if v in chosen))
         )
-        outputs.render(output for family in families for output in _outputs(family, outputs.renderer))
+        for family in families:
+            _make(family, outputs)
         needed = {variant for family in families for variant in _needed(family, package, outputs)}
         if needed <= chosen:
             return families
@@ -98,7 +101,7 @@ def _needed(family: Family, package: Package, outputs: Outputs) -> Iterator[Vari
                 yield from (v for v in own if v.module in (*wanted.module[1:2], wanted.name))
             elif wanted.top in others:
                 yield from others[wanted.top].variants
-            elif outputs.renderer.has(names.front_door_template(wanted.top)):
+            elif outputs.rooms.has(wanted.top):
                 missing.setdefault(wanted.top, f"{'.'.join(module)} imports {wanted.name} from it")
     for name, why in missing.items():
         message = f"{family.name} needs {name}, of which there is no spec: {why}"
@@ -106,13 +109,22 @@ def _needed(family: Family, package: Package, outputs: Outputs) -> Iterator[Vari
         outputs.add_fault(Diagnostic("KG028", family.location, message, hint))
 
 
-def _outputs(family: Family, renderer: Renderer) -> Iterator[Output]:
-    for variant in family.variants:
-        yield _variant_output(variant, family)
-    for stem, template in renderer.templates_in(names.family_template_folder(family.name)):
-        yield Output(names.family_path(family.name, stem), template, family.spec, family)
-    if renderer.has(names.TEST_TEMPLATE):
-        yield Output(names.test_path(family.name), names.TEST_TEMPLATE, family.spec, family)
+def _make(family: Family, outputs: Outputs) -> None:
+    """The modules of ``family`` and its test: copied from its room, and rendered."""
+    for source in outputs.rooms.modules(family.name):
+        outputs.copy(names.family_path(family.name, source.stem), source)
+    front = outputs.modules.get((family.name, names.FRONT_DOOR))
+    if front is not None:
+        family = dataclasses.replace(family, exports=exports_of(family, front))
+        for fault in wiring.front_faults(family, front, outputs):
+            outputs.add_fault(fault)
+    rendered = [_variant_output(variant, family) for variant in family.variants]
+    for stem, template in outputs.renderer.templates_in(names.FAMILY_TEMPLATE_FOLDER):
+        if (stem != names.TUNED_TABLE or family.has_tunables) and (stem != "__init__" or family.exports):
+            rendered.append(Output(names.family_path(family.name, stem), template, family.spec, family))
+    if outputs.renderer.has(names.TEST_TEMPLATE):
+        rendered.append(Output(names.test_path(family.name), names.TEST_TEMPLATE, family.spec, family))
+    outputs.render(rendered)
 
 
 def _variant_output(variant: Variant, family: Family) -> Output:

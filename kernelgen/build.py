@@ -10,9 +10,10 @@ from kernelgen.commit import Change
 from kernelgen.diagnostics import Diagnostic, Failure, did_you_mean, failure, os_failure
 from kernelgen.expand import expand
 from kernelgen.load import load
-from kernelgen.locate import beside, default_output, find_specs, template_folders
+from kernelgen.locate import beside, default_output, find_specs, room_folders, template_folders
 from kernelgen.model import Family, Location, Package, Tree, Variant
 from kernelgen.render import Renderer
+from kernelgen.rooms import Rooms
 
 
 def package(specs: Path) -> Package:
@@ -25,6 +26,7 @@ def package(specs: Path) -> Package:
     expanded, found = expand(families)
     faults += found
     faults += renderer(specs).missing_templates(expanded)
+    faults += rooms(specs).missing(expanded)
     if faults:
         raise Failure(faults)
     return expanded
@@ -42,6 +44,11 @@ def renderer(specs: Path) -> Renderer:
         raise os_failure(error, beside(specs) / "templates") from None
 
 
+def rooms(specs: Path) -> Rooms:
+    """The host code that serves the folder ``specs``."""
+    return Rooms(room_folders(specs))
+
+
 def tree(specs: Path, only: str | None = None, jobs: int = 1, present: Collection[str] = ()) -> Tree:
     """The output of ``specs``, in memory.
 
@@ -51,7 +58,7 @@ def tree(specs: Path, only: str | None = None, jobs: int = 1, present: Collectio
         jobs: processes to format with.
         present: the paths of the files that are there.
     """
-    return assemble.assemble(package(specs), renderer(specs), only, jobs, present)
+    return assemble.assemble(package(specs), renderer(specs), rooms(specs), only, jobs, present)
 
 
 def _known_tree(specs: Path, out: Path, only: str | None, jobs: int) -> Tree:

@@ -12,7 +12,6 @@ from typing import Iterable, Iterator, Mapping, Sequence
 
 from kernelgen import names
 from kernelgen.diagnostics import Diagnostic
-from kernelgen.locate import COPIED
 from kernelgen.model import Family, Location, Module, Package
 from kernelgen.names import Identifier, Symbol
 from kernelgen.outline import Outline
@@ -27,13 +26,13 @@ def compose(families: Sequence[Family], outputs: Outputs) -> None:
     face = templates.pop(_FACE, None)
     package = Package(tuple(families))
     outputs.render(_output(stem, template, package) for stem, template in templates.items())
-    for file in sorted(COPIED.glob("_[!_]*.py")):
-        outputs.copy(names.package_path(file.stem), names.copied_source(file.stem), file.read_text("utf-8"))
+    for source in outputs.rooms.shared():
+        outputs.copy(names.package_path(source.stem), source)
     if outputs.faults:
         return
     own = {family.name for family in families}
     modules = {stem: outline for (stem, *inner), outline in outputs.modules.items() if not inner and stem not in own}
-    absent = [name for name in outputs.renderer.families() if name not in own]
+    absent = [name for name in outputs.rooms.families() if name not in own]
     needs = _needs(modules, absent, outputs)
     for stem in modules:
         if needs[stem]:
@@ -74,10 +73,14 @@ def _needs(
     return needs
 
 
-def _exports(family: Family, outputs: Outputs) -> tuple[Symbol, ...]:
+def exports_of(family: Family, front: Outline) -> tuple[Symbol, ...]:
     """What a front door exports: unless it says so itself, the function that is named as the family."""
-    outline = outputs.modules.get((family.name,))
-    return (family.name,) if outline is None or outline.exports is None else _symbols(outline)
+    return (family.name,) if front.exports is None else _symbols(front)
+
+
+def _exports(family: Family, outputs: Outputs) -> tuple[Symbol, ...]:
+    front = outputs.modules.get((family.name,))
+    return (family.name,) if front is None else exports_of(family, front)
 
 
 def _symbols(outline: Outline) -> tuple[Symbol, ...]:

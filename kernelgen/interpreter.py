@@ -20,9 +20,9 @@ import numpy as np
 import triton.language as tl
 from numpy.typing import NDArray
 
+from kernelgen.families import _repairs
+from kernelgen.families._repairs import is_narrow, narrowed
 from kernelgen.memory import Launch, MemoryFault, OutOfBounds, Race, tensors
-from kernelgen.package import _repairs
-from kernelgen.package._repairs import is_narrow, narrowed
 
 __all__ = ["IntegerOverflow", "MemoryFault", "OutOfBounds", "Race", "install"]
 

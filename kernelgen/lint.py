@@ -58,7 +58,7 @@ _ALWAYS = frozenset(dir(builtins)) | {"__file__", "__path__"}  # what every modu
 def faults(path: str, text: str, rendered: bool = True) -> list[Diagnostic]:
     """Why ``text`` is not acceptable as the generated file ``path``.
 
-    ``rendered``: a template and a spec had a say in it; False for a copy, which may use any name, and numpy.
+    ``rendered``: a template and a spec had a say in it; False for a copy, which may use any builtin, and numpy.
     """
     return list(_Lint(path, text).faults(rendered))
 
@@ -87,9 +87,9 @@ class _Lint:
             return
         nodes = list(ast.walk(tree))
         yield from self._import_faults(nodes, rendered)
-        if rendered:
-            yield from self._name_faults(nodes, table, exports(tree) or ())
-            yield from self._member_faults(nodes, table)
+        yield from self._key_faults(nodes)
+        yield from self._name_faults(nodes, table, exports(tree) or ())
+        yield from self._member_faults(nodes, table)
 
     def _import_faults(self, nodes: Iterable[ast.AST], rendered: bool) -> Iterator[Diagnostic]:
         allowed = _PACKAGE_IMPORTS if self.path.startswith(f"{PACKAGE}/") else _TEST_IMPORTS
@@ -104,6 +104,18 @@ class _Lint:
                 yield self._fault_at(node, "import of *; name what is imported")
             if rendered and isinstance(node, ast.Name) and node.id in _FORBIDDEN_NAMES:
                 yield self._fault_at(node, f"use of {node.id}, which generated files do without", node.id)
+
+    def _key_faults(self, nodes: Iterable[ast.AST]) -> Iterator[Diagnostic]:
+        """Constants that are a key of a dictionary twice, with another value."""
+        for node in nodes:
+            seen: dict[str, ast.expr] = {}
+            for key, value in zip(node.keys, node.values, strict=True) if isinstance(node, ast.Dict) else ():
+                parts = key.elts if isinstance(key, ast.Tuple) else [key]
+                if key is None or not all(isinstance(part, ast.Constant) for part in parts):
+                    continue
+                text = ast.unparse(key)
+                if seen.setdefault(text, value) is not value:
+                    yield self._fault_at(key, f"the key {text[:_SHOWN]} stands twice in one dictionary, with another value")
 
     def _name_faults(
         self, nodes: Iterable[ast.AST], table: symtable.SymbolTable, exported: Iterable[str]

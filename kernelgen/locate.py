@@ -12,7 +12,7 @@ _DATA = _CHECKOUT if IS_CHECKOUT else _HERE / "_data"
 
 SPECS = _DATA / "specs"
 TEMPLATES = _DATA / "templates"
-COPIED = _HERE / "package"  # modules that are part of every generated package
+FAMILIES = _HERE / "families"  # a room a family; modules with a leading underscore are part of generated packages
 
 
 def find_specs() -> Path:
@@ -40,6 +40,11 @@ def template_folders(specs: Path) -> tuple[Path, ...]:
     if os.path.lexists(own):
         os.scandir(own).close()
     return tuple(dict.fromkeys([Path(os.path.realpath(own)), TEMPLATES]))
+
+
+def room_folders(specs: Path) -> tuple[Path, ...]:
+    """Where the rooms of families are looked up, file by file: beside the specs first, then those that come with kernelgen."""
+    return tuple(dict.fromkeys([Path(os.path.realpath(beside(specs) / "families")), FAMILIES]))
 
 
 def cache_folder() -> Path:

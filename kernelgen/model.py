@@ -147,6 +147,14 @@ TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 WITHOUT_E4M3 = frozenset({"sm_80"})  # Triton knows no such type there
 
 
+def _fact_of(axis: Identifier) -> Identifier:
+    """A fact that tells the tags of an axis apart, else the tag itself."""
+    meaning = VOCABULARY.get(axis, {})
+    facts = next(iter(meaning.values()), {})
+    apart = (name for name in facts if len({tag[name] for tag in meaning.values()}) == len(meaning))
+    return Identifier(next(apart, axis))
+
+
 @dataclasses.dataclass(frozen=True)
 class Axis:
     """One axis of meaning and its tags, in the order of the spec."""
@@ -155,6 +163,11 @@ class Axis:
     tags: tuple[Identifier, ...]
     location: Location = dataclasses.field(compare=False)
     tag_locations: tuple[Location, ...] = dataclasses.field(compare=False)
+
+    @property
+    def fact(self) -> Identifier:
+        """What a call is asked for to choose a tag; see ``_fact_of``."""
+        return _fact_of(self.name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,6 +282,22 @@ class Resources:
 
 
 @dataclasses.dataclass(frozen=True)
+class Cell:
+    """What a variant has of one fact, as a table of Python shows it."""
+
+    fact: Identifier
+    value: Fact
+
+    @property
+    def is_dtype(self) -> bool:
+        return self.fact == "torch_dtype"
+
+    @property
+    def is_text(self) -> bool:
+        return isinstance(self.value, str) and not self.is_dtype
+
+
+@dataclasses.dataclass(frozen=True)
 class Variant:
     """One kernel file: a tag on every axis of a family.
 
@@ -281,6 +310,11 @@ class Variant:
     kernel: Identifier
     tags: Record  # axis -> tag
     facts: Record
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """What it has of the fact of each axis."""
+        return tuple(Cell(fact, getattr(self, fact)) for fact in map(_fact_of, self.tags.names))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -305,10 +339,25 @@ class Family:
     target_locations: tuple[Location, ...] = dataclasses.field(compare=False)
     settings: Mapping[str, Location] = dataclasses.field(compare=False)  # given of numerics and quant: section.key
     variants: tuple[Variant, ...] = ()
+    exports: tuple[Symbol, ...] = ()  # of its front door
 
     @property
     def spec(self) -> str:
         return spec_label(self.name)
+
+    @property
+    def has_dtype(self) -> bool:
+        return any(axis.name == "dtype" for axis in self.axes)
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether some of its operands can be FP8."""
+        return any(axis.name in QUANT_AXES for axis in self.axes)
+
+    @property
+    def has_tunables(self) -> bool:
+        return any(kernel.tunables for kernel in self.kernels)
+
 
     def kernel(self, name: str) -> Kernel:
         """The kernel called ``name``."""

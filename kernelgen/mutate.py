@@ -24,7 +24,7 @@ from typing import Iterator, Mapping, Sequence
 import click
 
 from kernelgen import entry, names
-from kernelgen.cases.base import Case, Variant
+from kernelgen.families.case import Case, Variant
 from kernelgen.forks import Fault, in_processes
 from kernelgen.testing import Suite
 from kernelgen.verify import start_worker, suites

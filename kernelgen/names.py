@@ -101,16 +101,9 @@ def kernel_template(family: str, schedule: str | None) -> str:
     return f"kernels/{family}{'' if schedule is None else '/' + schedule}{TEMPLATE_SUFFIX}"
 
 
-def family_template_folder(family: str) -> str:
-    """Each template in here makes one shared module of the family, ``__init__`` among them."""
-    return f"dispatch/{family}"
-
-
-def front_door_template(family: str) -> str:
-    """The template of the family's ``__init__``."""
-    return f"{family_template_folder(family)}/__init__{TEMPLATE_SUFFIX}"
-
-
+FRONT_DOOR = "_op"  # the module of a room that has what the family exports
+TABLE = "_table"  # the shared module of what a spec decides
+TUNED_TABLE = "_tuned"  # of what was measured
 CONFIGS = "_problem"  # the shared module with the classes of a family's tiles
 KEY = "Key"  # its class of what measured tiles are looked up by
 
@@ -120,6 +113,7 @@ def config_class(schedule: str | None) -> str:
     return "".join(map(str.capitalize, (schedule or "").split("_"))) + "Config"
 
 
+FAMILY_TEMPLATE_FOLDER = "family"  # one for each module that is made of the spec of a family alone
 PACKAGE_TEMPLATE_FOLDER = "package"
 TEST_TEMPLATE = f"tests/test_family{TEMPLATE_SUFFIX}"
 
@@ -127,11 +121,6 @@ TEST_TEMPLATE = f"tests/test_family{TEMPLATE_SUFFIX}"
 def package_path(stem: str) -> str:
     """A module at the top of the generated package."""
     return f"{PACKAGE}/{stem}.py"
-
-
-def copied_source(stem: str) -> str:
-    """Where a module is from that is copied to the top of the generated package."""
-    return f"kernelgen/package/{stem}.py"
 
 
 def family_path(family: str, stem: str) -> str:

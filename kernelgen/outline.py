@@ -24,14 +24,6 @@ class Import(NamedTuple):
         return self.module[0] if self.module else self.name
 
 
-class Twice(NamedTuple):
-    """A key that stands twice in one dictionary, and the texts of its two values where they are texts."""
-
-    key: str
-    values: tuple[str | None, str | None]
-    line: int
-
-
 @dataclasses.dataclass(frozen=True)
 class Outline:
     """Of one module.
@@ -41,7 +33,6 @@ class Outline:
         defined: the names that it binds at its top level, and the lines where it does.
         exports: ``__all__``; None: it has none.
         words: names, attributes, parameters and short texts, wherever.
-        twice: keys of dictionaries.
         fields: of the classes at its top level, by name: what they declare, in this order.
     """
 
@@ -49,7 +40,6 @@ class Outline:
     defined: Mapping[str, int]
     exports: tuple[str, ...] | None
     words: frozenset[str]
-    twice: tuple[Twice, ...]
     fields: Mapping[str, tuple[str, ...]]
 
 
@@ -68,7 +58,6 @@ def outline(path: str, text: str) -> Outline | None:
     folder = path.removeprefix(f"{PACKAGE}/").split("/")[:-1]
     imports: list[Import] = []
     words: set[str] = set()
-    twice: list[Twice] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
             words.add(node.id)
@@ -78,14 +67,12 @@ def outline(path: str, text: str) -> Outline | None:
             words.add(node.arg or "")
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             words.add(node.value[:MAX_WORD])
-        elif isinstance(node, ast.Dict):
-            twice += _twice(node)
         elif isinstance(node, ast.ImportFrom) and node.level > 0:
             base = tuple(folder[: len(folder) + 1 - node.level])
             module = (*base, *(node.module.split(".") if node.module else ()))
             imports += (Import(module, alias.name, node.lineno) for alias in node.names)
     fields = {node.name: _fields(node) for node in tree.body if isinstance(node, ast.ClassDef)}
-    return Outline(tuple(imports), dict(_defined(tree.body)), exports(tree), frozenset(words), tuple(twice), fields)
+    return Outline(tuple(imports), dict(_defined(tree.body)), exports(tree), frozenset(words), fields)
 
 
 def exports(tree: ast.Module) -> tuple[str, ...] | None:
@@ -110,24 +97,6 @@ def _defined(body: Sequence[ast.stmt]) -> Iterator[tuple[str, int]]:
                     yield inner.id, inner.lineno
                 elif isinstance(inner, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)):
                     yield from _defined([inner])
-
-
-def _twice(node: ast.Dict) -> Iterator[Twice]:
-    """The keys of constants that stand there again with another value."""
-    seen: dict[str, ast.expr] = {}
-    for key, value in zip(node.keys, node.values, strict=True):
-        if key is None:  # of ** in it
-            continue
-        parts = key.elts if isinstance(key, ast.Tuple) else [key]
-        if all(isinstance(part, ast.Constant) for part in parts):
-            text = ast.unparse(key)
-            other = seen.setdefault(text, value)
-            if other is not value:
-                yield Twice(text, (_text(other), _text(value)), key.lineno)
-
-
-def _text(node: ast.expr) -> str | None:
-    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
 
 
 def _fields(node: ast.ClassDef) -> tuple[str, ...]:

@@ -12,7 +12,8 @@ from kernelgen.model import Axis, Family, Location, Package, Variant
 from kernelgen.names import PACKAGE, path_fault, spec_label
 from kernelgen.outline import Outline, module_of, outline
 from kernelgen.progress import progress
-from kernelgen.render import Renderer, header
+from kernelgen.render import HEADER, Renderer, header
+from kernelgen.rooms import Rooms, Source
 from kernelgen.template import Unserved
 
 
@@ -35,8 +36,9 @@ class Outputs:
         faults: of the templates; one that many variants share is there once.
     """
 
-    def __init__(self, renderer: Renderer) -> None:
+    def __init__(self, renderer: Renderer, rooms: Rooms) -> None:
         self.renderer = renderer
+        self.rooms = rooms
         self.modules: dict[tuple[str, ...], Outline] = {}
         self.faults: list[Diagnostic] = []
         self._made_by: dict[str, Output] = {}
@@ -44,6 +46,7 @@ class Outputs:
         self._places: dict[str, Callable[[int, int, str], Location]] = {}
         self._rendered: dict[str, str] = {}
         self._copied: dict[str, str] = {}
+        self._sources: dict[str, Source] = {}
 
     def render(self, outputs: Iterable[Output]) -> None:
         """Make these files, or make them anew."""
@@ -72,18 +75,36 @@ class Outputs:
         return self._places[path](line, column, word)
 
     def place_in(self, module: tuple[str, ...], line: int, word: str = "") -> Location:
-        """As ``place``, of a module by its place in the package; that of a copy is in the copy."""
+        """As ``place``, of a module by its place in the package; that of a copy is in what it was copied from."""
         path = self._paths[module]
-        return self.place(path, line, 1, word) if path in self._made_by else Location(path, line, 1)
+        if path not in self._sources:
+            return self.place(path, line, 1, word)
+        if line == 0:
+            return Location(self._sources[path].label)
+        text = self._copied[path].split("\n")[line - 1]
+        return Location(self._sources[path].label, line - HEADER, text.find(word) + 1, max(1, len(word)), text)
 
     def add_fault(self, fault: Diagnostic) -> None:
         """Note a fault, unless one of this place and these words is known."""
         if all((fault.location, fault.message) != (known.location, known.message) for known in self.faults):
             self.faults.append(fault)
 
-    def copy(self, path: str, source: str, text: str) -> None:
-        """Make a file of the text of ``source``, which depends on no spec."""
-        self._add(path, header(spec_label(), source) + text, self._copied)
+    def copy(self, path: str, source: Source) -> None:
+        """Make a file of the text of ``source``, which depends on no spec, unless it is made."""
+        if path in self._copied:
+            return
+        try:
+            text = source.file.read_text("utf-8")
+        except OSError as error:
+            self.add_fault(Diagnostic("KG001", Location(source.label), error.strerror or type(error).__name__))
+        except UnicodeDecodeError:
+            self.add_fault(Diagnostic("KG021", Location(source.label), "this is not UTF-8"))
+        else:
+            self._sources[path] = source
+            self._add(path, header(spec_label(), source.label) + text, self._copied)
+            for fault in faults_of(path, self._copied[path], rendered=False):
+                where = fault.location._replace(path=source.label, line=max(fault.location.line - HEADER, 0))
+                self.add_fault(dataclasses.replace(fault, location=where))
 
     def remove(self, path: str) -> None:
         """Take back a file."""
@@ -103,9 +124,6 @@ class Outputs:
         """
         for fault in _path_faults([*self._rendered, *self._copied]):
             self.add_fault(fault)
-        for path, text in self._copied.items():
-            for fault in faults_of(path, text, rendered=False):
-                self.add_fault(fault)
         texts, faults = finish(self._rendered, jobs, only_check=bool(self.faults))
         for fault in faults:
             self._add_traced(fault)

@@ -80,23 +80,17 @@ class Renderer:
         self._faults: dict[str, list[Diagnostic]] = {}
 
     def missing_templates(self, package: Package) -> Iterator[Diagnostic]:
-        """The kernels and families without a template; a fault of the spec that names them."""
+        """The kernels without a template; a fault of the spec that names them."""
         for family in package.families:
             for kernel in family.kernels:
                 if not self.has(kernel.template):
                     message = f"there is no template {_ROOT}{kernel.template}"
                     yield Diagnostic("KG020", kernel.location, message, "write it, or drop the tag")
-            front = names.front_door_template(family.name)
-            if not self.has(front):
-                message = f"there is no template {_ROOT}{front}"
-                hint = "write the front door of the family"
-                yield Diagnostic("KG020", family.location, message, hint)
 
     def faults(self, package: Package) -> Iterator[Diagnostic]:
         """What is wrong with the texts of the templates that ``package`` needs, and those that nothing needs."""
         used = [kernel.template for family in package.families for kernel in family.kernels]
-        folders = [names.family_template_folder(family.name) for family in package.families]
-        for folder in (*folders, names.PACKAGE_TEMPLATE_FOLDER):
+        for folder in (names.FAMILY_TEMPLATE_FOLDER, names.PACKAGE_TEMPLATE_FOLDER):
             used += [template for _, template in self.templates_in(folder)]
         used.append(names.TEST_TEMPLATE)
         for template in used:
@@ -115,10 +109,6 @@ class Renderer:
         """(stem, template) of the templates of a folder, in the order of their names."""
         files = [name for name in self._loader.list_folder(folder) if name.endswith(names.TEMPLATE_SUFFIX)]
         return [(name.removesuffix(names.TEMPLATE_SUFFIX), f"{folder}/{name}") for name in files]
-
-    def families(self) -> list[str]:
-        """The names of the families that have a front door."""
-        return [name for name in self._loader.list_folder("dispatch") if self.has(names.front_door_template(name))]
 
     def render(self, template: str, spec: str, value: Variant | Family | Package) -> str:
         """The text that ``template`` makes of ``value``, with its header.
@@ -160,10 +150,10 @@ class Renderer:
         trace = Trace("")
         with contextlib.suppress(Exception):  # marks can make a template too long, or go other ways
             trace = Trace(self._traces.run(template, {_NAMES[type(value)]: value}))
-        body = text.split("\n", _HEADER)[-1]
+        body = text.split("\n", HEADER)[-1]
 
         def place(line: int, column: int = 1, word: str = "") -> Location:
-            found = trace.of(line - _HEADER, column) if trace.text == body else None
+            found = trace.of(line - HEADER, column) if trace.text == body else None
             return self._environment.location(*found, word) if found else Location(_ROOT + template)
 
         return place
@@ -202,7 +192,7 @@ class Renderer:
         return []
 
     def _use_of(self, template: str, package: Package) -> str:
-        if not template.startswith(("kernels/", "dispatch/")):
+        if not template.startswith("kernels/"):
             return "import it, or remove it"
         _, _, name = template.removesuffix(names.TEMPLATE_SUFFIX).partition("/")
         family = name.split("/")[0]
@@ -211,7 +201,7 @@ class Renderer:
         return f"remove it, or add what it is for, as {names.spec_label(family)}"
 
 
-_HEADER = 3  # lines
+HEADER = 3  # lines
 
 
 def header(spec: str, template: str) -> str:

@@ -12,15 +12,18 @@ import collections
 import dataclasses
 import functools
 import importlib
+import math
 import unittest
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Callable, Sequence
 
 import torch
 
-from kernelgen import names
-from kernelgen.cases.base import Case, Law, Variant
+from kernelgen import families, names
+from kernelgen.families.case import Case, Law, Variant
+from kernelgen.locate import find_specs, room_folders
 from kernelgen.model import SCHEDULE
+from kernelgen.rooms import Rooms
 
 if TYPE_CHECKING:
     from kernelgen.model import Family
@@ -83,7 +86,8 @@ class Suite:
             met.update(() if case.needs_gpu else self.marks(variant))
 
         for (_, case), variants in sorted(kinds.items(), key=lambda item: len(item[1])):
-            choose(max(variants, key=lambda v: sum(1 / (1 + met[mark]) ** 2 for mark in self.marks(v))), case)
+            # the exact sum, which is the same in whatever order a set gives its marks
+            choose(max(variants, key=lambda v: math.fsum(1 / (1 + met[mark]) ** 2 for mark in self.marks(v))), case)
         for variant, case in self.pairs:
             if not case.needs_gpu and not self.marks(variant) <= met.keys():
                 choose(variant, case)
@@ -98,7 +102,7 @@ class Suite:
     @property
     def laws(self) -> Sequence[Law]:
         """What holds between variants, and between calls."""
-        laws: Sequence[Law] = _module(f"{self.family}_laws").LAWS
+        laws: Sequence[Law] = _module(self.family, "laws").LAWS
         return laws
 
     def check(self, variant: Variant, case: Case, device: str) -> float:
@@ -147,7 +151,7 @@ class Suite:
 
     @property
     def _cases(self) -> Any:
-        return _module(self.family)
+        return _module(self.family, "cases")
 
     def _plan(self) -> dict[Variant, list[Case]]:
         plan: dict[str, list[Case]] = {variant.name: [] for variant in self.variants}
@@ -173,11 +177,14 @@ class Suite:
         return list(bodies.values())
 
 
-def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(f"kernelgen.cases.{name}")
-    except ModuleNotFoundError as error:
-        raise LookupError(f"no kernelgen/cases/{name}.py: write it for the new family") from error
+def _module(family: str, name: str) -> Any:
+    """A module of the room of a family, which may be beside the specs."""
+    found = [str(folder) for folder in room_folders(find_specs()) if (folder / family / f"{name}.py").is_file()]
+    if not found:
+        raise LookupError(f"no {Rooms.label(f'{family}/{name}')}: write it for the new family")
+    if found[0] not in families.__path__:
+        families.__path__.append(found[0])
+    return importlib.import_module(f"{families.__name__}.{family}.{name}")
 
 
 def _skip_without_gpu(item: Case | Law, device: str) -> None:

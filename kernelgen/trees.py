@@ -43,6 +43,8 @@ def _files(specs: Path) -> Iterator[Path]:
         yield from sorted(specs.glob(pattern))
     for folder in locate.template_folders(specs):
         yield from sorted(file for file in folder.rglob("*") if not file.is_dir())
+    for folder in locate.room_folders(specs)[:-1]:
+        yield from sorted(folder.rglob("_*.py"))
     for pattern in ("*.py", "*.ini"):
         yield from sorted(Path(__file__).parent.rglob(pattern))
 

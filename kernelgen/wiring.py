@@ -12,7 +12,7 @@ from typing import Iterator, Sequence
 from kernelgen import names
 from kernelgen.diagnostics import Diagnostic, Failure, did_you_mean
 from kernelgen.expand import variant_of
-from kernelgen.model import SCHEDULE, VOCABULARY, Axis, Family, Kernel, Package, Record, Variant
+from kernelgen.model import SCHEDULE, VOCABULARY, Axis, Family, Kernel, Package, Record
 from kernelgen.names import Identifier
 from kernelgen.outline import Outline, module_of
 from kernelgen.outputs import Outputs
@@ -22,6 +22,8 @@ from kernelgen.template import Unserved
 _DOCUMENTS = re.compile(r'"""[\s\S]*?"""|#.*')
 _WORDS = re.compile(r'"""[\s\S]*?"""|"[^"\n]*"|#.*')  # in quotes too
 _BIND = "bind"  # what a front door calls of a variant that it chose
+_TABLE = "VARIANTS"  # what it chooses among
+_ASKED_BY = {"max_rank": "rank"}  # a fact that calls ask for by another name
 
 
 def faults(package: Package, families: Sequence[Family], outputs: Outputs) -> Iterator[Diagnostic]:
@@ -33,8 +35,7 @@ def faults(package: Package, families: Sequence[Family], outputs: Outputs) -> It
     unheeded = [] if missing else [fault for family in package.families for fault in _unheeded(family, outputs.renderer)]
     yield from unheeded
     for family in families:
-        yield from _front_faults(family, outputs)
-        yield from (fault for fault in _key_faults(family, outputs) if fault.location not in {f.location for f in unheeded})
+        yield from (fault for fault in _choice_faults(family, outputs) if fault.location not in {f.location for f in unheeded})
         yield from _tunable_faults(family, outputs)
         yield from _tuned_faults(family, outputs)
     yield from _import_faults(outputs)
@@ -121,8 +122,7 @@ class Twins:
     @functools.cached_property
     def _asked(self) -> set[str]:
         """What the templates of the family read."""
-        shared = self._renderer.templates_in(names.family_template_folder(self.family.name))
-        templates = {kernel.template for kernel in self.family.kernels} | {template for _, template in shared}
+        templates = {kernel.template for kernel in self.family.kernels}
         return {word for template in templates if self._renderer.has(template) for word in self._renderer.asks(template)}
 
     @property
@@ -158,9 +158,27 @@ def _kernels(text: str) -> list[str]:
     return [ast.dump(node) for node in nodes if any("jit" in ast.dump(line) for line in node.decorator_list)]
 
 
+def _choice_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
+    """Axes that the front door does not choose by."""
+    asks = _host_words(family, outputs)
+    for axis in family.axes:
+        asked = _ASKED_BY.get(axis.fact, axis.fact)
+        if axis.name != SCHEDULE and not {asked, _TABLE} <= asks:
+            message = f"the front door of {family.name} does not choose by the axis {axis.name}"
+            hint = f"drop the axis, or ask VARIANTS for {asked} in a module of its room"
+            yield Diagnostic("KG029", axis.location, message, hint)
+
+
+def _host_words(family: Family, outputs: Outputs) -> set[str]:
+    """What the modules of the room of ``family`` mention."""
+    stems = [source.stem for source in outputs.rooms.modules(family.name)]
+    modules = [made for stem in stems if (made := outputs.modules.get((family.name, stem))) is not None]
+    return {word for made in modules for word in (*made.words, *(wanted.name for wanted in made.imports))}
+
+
 def _launcher_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
     """Modules of variants without the functions that others call."""
-    front = outputs.modules.get((family.name,))
+    called = _BIND in _host_words(family, outputs)
     for variant in family.variants:
         path = names.family_path(family.name, variant.module)
         made = outputs.modules.get(module_of(path))
@@ -171,50 +189,26 @@ def _launcher_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
             line, word = _nearest(variant.name, made)
             hint = f"def {{{{ v.name }}}}(...){f', not {word}' if word else ''}; {variant.name} of {path} is missing"
             yield Diagnostic("KG023", outputs.place(path, line, word=word), message, hint)
-        if front is not None and _BIND in front.words and _BIND not in made.defined:
+        if called and _BIND not in made.defined:
             line, word = _nearest(_BIND, made)
             message = f"no function {_BIND}, which the front door of {family.name} calls"
             yield Diagnostic("KG023", outputs.place(path, line, word=word), message, f"define it; {path} has none")
 
 
-def _front_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
-    """Front doors that lack their function, or never name a variant."""
-    path = names.family_path(family.name, "__init__")
-    front = outputs.modules.get((family.name,))
-    if front is None:
-        return
+def front_faults(family: Family, front: Outline, outputs: Outputs) -> Iterator[Diagnostic]:
+    """A front door that lacks its function, or chooses no variant."""
+    place = (family.name, names.FRONT_DOOR)
     if front.exports is None and family.name not in front.defined:
         line, word = _nearest(family.name, front)
         message = f"the front door of {family.name} defines no {family.name}"
         hint = f"name it so{f', not {word}' if word else ''}, or say in __all__ what it exports"
-        yield Diagnostic("KG023", outputs.place(path, line, word=word), message, hint)
-    variants = {variant.module for variant in family.variants}
-    shared = [made for place, made in outputs.modules_of(family.name) if not place[1:] or place[1] not in variants]
-    named = {word for made in shared for word in (*made.words, *(wanted.name for wanted in made.imports))}
-    idle = [variant for variant in family.variants if variant.module not in named]
+        yield Diagnostic("KG023", outputs.place_in(place, line, word), message, hint)
+    words = _host_words(family, outputs)
+    idle = [] if _TABLE in words else [variant for variant in family.variants if variant.module not in words]
     if idle:
         told = f"{idle[0].name} and {len(idle) - 1} more" if len(idle) > 1 else idle[0].name
-        message = f"no module of {family.name} names {told}: nothing can choose it"
-        yield Diagnostic("KG029", outputs.place(path), message, "name the module of every variant in the front door")
-
-
-def _key_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
-    """Keys that stand twice in a dictionary; of two variants, a fault of the first axis on which they differ."""
-    variants: dict[str | None, Variant] = {variant.module: variant for variant in family.variants}
-    told = set()
-    for place, made in outputs.modules_of(family.name):
-        for twice in made.twice:
-            first, second = map(variants.get, twice.values)
-            if first is None or second is None:
-                message = f"the key {twice.key} stands twice in one dictionary, with another value"
-                yield Diagnostic("KG023", outputs.place_in(place, twice.line), message, "drop one of them")
-                continue
-            axis = next(axis for axis in family.axes if getattr(first, axis.name) != getattr(second, axis.name))
-            if axis.name not in told:
-                told.add(axis.name)
-                message = f"{first.name} and {second.name} have one key in the front door, {twice.key}"
-                hint = f"drop the axis {axis.name}, or let the front door read it"
-                yield Diagnostic("KG029", axis.location, message, hint)
+        message = f"no module of the room of {family.name} names {told}: nothing can choose it"
+        yield Diagnostic("KG029", outputs.place_in(place, 0), message, "choose among the VARIANTS of its _table")
 
 
 def _tunable_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:

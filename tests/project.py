@@ -50,25 +50,14 @@ def {{ v.name }}(block_n):
     return tl.{{ v.torch_dtype }}, {{ v.block_rank }}
 '''
 FRONT = '''\
-"""Family {{ family.name }}: {{ family.variants | length }} variants."""
+"""The front door of toy."""
 
-NAMES = (
-#% for v in family.variants
-    "{{ v.module }}",
-#% endfor
-)
-TUNED = {
-#% for tuned in family.tuned
-#% for entry in tuned.entries
-    {{ entry.problem.k }}: ("{{ entry.schedule }}", {{ entry.config.block_n }}),
-#% endfor
-#% endfor
-}
+from ._table import VARIANTS
 
 
-def {{ family.name }}(dtype):
-    """The variants of a dtype."""
-    return [name for name in NAMES if dtype in name]
+def toy(dtype, rank, size):
+    """The variant of these."""
+    return VARIANTS.find(torch_dtype=dtype, rank=rank, size=size)
 '''
 PACKAGE = '''\
 """All families."""
@@ -84,16 +73,17 @@ CASES = {{ family.variants | length }}
 '''
 TEMPLATES = {
     "kernels/toy.py.j2": KERNEL,
-    "dispatch/toy/__init__.py.j2": FRONT,
     "package/__init__.py.j2": PACKAGE,
     "tests/test_family.py.j2": TEST,
 }
+ROOMS = {"toy/_op.py": FRONT}
 
 
 def make(
     root: Path,
     specs: Mapping[str, str | bytes] | None = None,
     templates: Mapping[str, str] | None = None,
+    rooms: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a project below ``root`` and return the folder of its specs.
 
@@ -101,12 +91,15 @@ def make(
         root: the folder.
         specs: file name -> text; by default the toy family.
         templates: what differs from the toy family's templates.
+        rooms: what differs from its host code.
     """
     contents: dict[str, str | bytes] = {
         f"specs/{name}": text for name, text in (specs or {"toy.yaml": SPEC}).items()
     }
     for name, template in {**TEMPLATES, **(templates or {})}.items():
         contents[f"templates/{name}"] = template
+    for name, module in {**ROOMS, **(rooms or {})}.items():
+        contents[f"families/{name}"] = module
     for path, content in contents.items():
         file = root / path
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,8 @@ import triton.language as tl
 from triton.runtime import interpreter as stock
 
 from kernelgen import interpreter
+from kernelgen.families import _repairs
 from kernelgen.interpreter import IntegerOverflow, OutOfBounds, Race
-from kernelgen.package import _repairs
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(

@@ -98,7 +98,7 @@ ROUTE_OPS = {
 def test_opcheck_of_routes(device: str, monkeypatch: pytest.MonkeyPatch, assignment: str) -> None:
     """On the arguments that the front door passes while a graph is compiled."""
     name, op = ROUTE_OPS[assignment]
-    module = sys.modules["generated.moe_route"]  # the package shows the function of that name
+    module = sys.modules["generated.moe_route._op"]  # the package shows the function of that name
     seen: list[tuple[Any, ...]] = []
     with monkeypatch.context() as patch:
         patch.setattr(module, name, lambda *arguments: seen.append(arguments))

@@ -12,8 +12,8 @@ import triton.language as tl
 
 import generated as kg
 from generated._scales import as_fp32
+from kernelgen.families.moe_lora.reference import dequantise
 from kernelgen.mutate import Bench, Mutant
-from kernelgen.reference.moe_lora import dequantise
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = [torch.float8_e4m3fn, torch.float8_e5m2]

@@ -10,11 +10,10 @@ from typing import Any, Callable, Mapping
 import pytest
 import torch
 
-from kernelgen.cases.base import worst_ratio
-from kernelgen.cases.moe_lora_inputs import Call, Case, make
-from kernelgen.cases.moe_routing import SPREAD, Routing
-from kernelgen.reference.moe_lora import moe_lora
-from kernelgen.reference.moe_route import (
+from kernelgen.families.case import worst_ratio
+from kernelgen.families.moe_lora.reference import moe_lora
+from kernelgen.families.moe_lora_inputs import Call, Case, make
+from kernelgen.families.moe_route.reference import (
     Live,
     faults,
     from_padded,
@@ -22,6 +21,7 @@ from kernelgen.reference.moe_route import (
     moe_route,
     padded_tables,
 )
+from kernelgen.families.moe_routing import SPREAD, Routing
 
 CASE = Case("reference", "", tokens=9, slices=2, k=100, n=70, loras=3, routing=Routing("mixed"))
 FORMS = [("add", "plain"), ("set", "plain"), ("add", "weighted"), ("set", "weighted")]

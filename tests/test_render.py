@@ -16,7 +16,7 @@ import pytest
 
 from kernelgen import build, formatting, sealed, trees
 from kernelgen.diagnostics import Failure
-from kernelgen.locate import COPIED, SPECS, TEMPLATES
+from kernelgen.locate import FAMILIES, SPECS
 
 KERNEL = "kernels/toy.py.j2"
 
@@ -56,8 +56,14 @@ def test_the_output_of_a_variant(tmp_path: Path) -> None:
     )
     assert sorted(tree.files) == [
         "generated/__init__.py",
+        "generated/_repairs.py",
+        "generated/_runtime.py",
+        "generated/_variants.py",
         "generated/py.typed",
         "generated/toy/__init__.py",
+        "generated/toy/_op.py",
+        "generated/toy/_table.py",
+        "generated/toy/_tuned.py",
         "generated/toy/bf16_r16_large.py",
         "generated/toy/bf16_r16_small.py",
         "generated/toy/bf16_r32_large.py",
@@ -75,7 +81,7 @@ def test_modules_that_depend_on_no_variant_are_copied_verbatim(tmp_path: Path) -
     files = build.tree(project.make(tmp_path, templates={KERNEL: kernel})).files
     for module in ("_operands", "_repairs", "_runtime"):
         text = files[f"generated/{module}.py"]
-        assert "".join(text.splitlines(keepends=True)[3:]) == (COPIED / f"{module}.py").read_text()
+        assert "".join(text.splitlines(keepends=True)[3:]) == (FAMILIES / f"{module}.py").read_text()
 
 
 @pytest.mark.parametrize(
@@ -122,7 +128,7 @@ def test_a_raw_text_of_a_spec_cannot_be_printed(tmp_path: Path) -> None:
         "family.tuned",
     ):
         text = f"{{{{ {printed} }}}}\n".replace("[0]", "")
-        folder = project.make(tmp_path, templates={"dispatch/toy/__init__.py.j2": text})
+        folder = project.make(tmp_path, templates={"family/__init__.py.j2": text})
         with pytest.raises(Failure) as failed:
             build.tree(folder)
         assert failed.value.diagnostics[0].code == "KG022"
@@ -146,7 +152,7 @@ def test_a_fault_that_all_variants_share_is_told_once(tmp_path: Path) -> None:
 
 
 def test_a_template_cannot_take_the_place_of_a_variant(tmp_path: Path) -> None:
-    templates = {"dispatch/toy/bf16_r16_small.py.j2": '"""Shared."""\n'}
+    templates = {"family/bf16_r16_small.py.j2": '"""Shared."""\n'}
     with pytest.raises(Failure) as failed:
         build.tree(project.make(tmp_path, templates=templates))
     assert failed.value.diagnostics[0].code == "KG024"
@@ -156,7 +162,7 @@ def test_a_template_cannot_take_the_place_of_a_variant(tmp_path: Path) -> None:
 def test_tunables_are_the_fields_of_their_class(fields: str, tmp_path: Path) -> None:
     lines = "".join(f"    {field}: int\n" for field in fields.split(", ") if field)
     template = f'"""Tiles."""\n\n\nclass Config:\n    """Tiles."""\n\n{lines}'
-    folder = project.make(tmp_path, templates={"dispatch/toy/_problem.py.j2": template})
+    folder = project.make(tmp_path, rooms={"toy/_problem.py": template})
     if not fields:  # no tunable is known
         assert build.tree(folder).files
         return
@@ -172,7 +178,7 @@ def test_measured_problems_are_what_tiles_are_looked_up_by(fields: str, fits: bo
     key = "".join(f"    {field}: int\n" for field in fields.split(", ") if field) or "    pass\n"
     template = f'"""Keys."""\n\n\nclass Key:\n    """Key."""\n\n{key}'
     specs = {"toy.yaml": project.SPEC, "tuned/h200/toy.yaml": project.TUNED}
-    folder = project.make(tmp_path, specs, {"dispatch/toy/_problem.py.j2": template})
+    folder = project.make(tmp_path, specs, rooms={"toy/_problem.py": template})
     if fits:
         assert build.tree(folder).files
         return
@@ -182,24 +188,21 @@ def test_measured_problems_are_what_tiles_are_looked_up_by(fields: str, fits: bo
     assert (fault.code, fault.location.line) == ("KG025", 5)
 
 
-def test_templates_beside_the_specs_go_before_those_that_come_with_kernelgen(
-    tmp_path: Path,
-) -> None:
+def test_templates_and_rooms_beside_the_specs_go_before_those_that_come_with_kernelgen(tmp_path: Path) -> None:
     folder = project.make(tmp_path, {"moe_route.yaml": (SPECS / "moe_route.yaml").read_text()})
-    for toy in ("kernels/toy.py.j2", "dispatch/toy/__init__.py.j2"):
-        (tmp_path / "templates" / toy).unlink()
-    own = tmp_path / "templates/dispatch/moe_route"
+    (tmp_path / "templates/kernels/toy.py.j2").unlink()
+    own = tmp_path / "families/moe_route"
     own.mkdir()
-    (own / "own.py.j2").write_text('"""Beside the modules that come with kernelgen."""\n')
+    (own / "_own.py").write_text('"""Beside the modules that come with kernelgen."""\n')
     tree = build.tree(folder)
-    assert {"generated/moe_route/own.py", "generated/moe_route/from_tables.py"} <= tree.files.keys()
-    assert "def moe_route(" in tree.files["generated/moe_route/__init__.py"]
+    assert {"generated/moe_route/_own.py", "generated/moe_route/from_tables.py"} <= tree.files.keys()
+    assert "def moe_route(" in tree.files["generated/moe_route/_op.py"]
     assert "All families" in tree.files["generated/__init__.py"]
-    front = own / "__init__.py.j2"
-    front.write_text((TEMPLATES / "dispatch/moe_route/__init__.py.j2").read_text() + "\n# In the place of it.\n")
-    assert "In the place of it" in build.tree(folder).files["generated/moe_route/__init__.py"]
+    front = own / "_op.py"
+    front.write_text((FAMILIES / "moe_route/_op.py").read_text() + "\n# In the place of it.\n")
+    assert "In the place of it" in build.tree(folder).files["generated/moe_route/_op.py"]
     shutil.rmtree(own)
-    assert "def moe_route(" in build.tree(folder).files["generated/moe_route/__init__.py"]
+    assert "def moe_route(" in build.tree(folder).files["generated/moe_route/_op.py"]
 
 
 def test_formatting_again_takes_the_cached_text_unless_it_is_broken(
@@ -208,7 +211,7 @@ def test_formatting_again_takes_the_cached_text_unless_it_is_broken(
     folder = project.make(tmp_path)
     tree = build.tree(folder)
     entries = sorted(own_cache.iterdir())
-    assert len(entries) == len(tree.files) - 1  # py.typed is empty
+    assert len(entries) == sum("# Template: templates/" in text for text in tree.files.values())
     formatted: list[str] = []
     finish = formatting._finish
     monkeypatch.setattr(

@@ -22,6 +22,7 @@ from kernelgen.render import Renderer
 
 EVERY = build.package(SPECS)
 RENDERER = Renderer(template_folders(SPECS))
+ROOMS = build.rooms(SPECS)
 FAMILIES = sorted(family.name for family in EVERY.families)
 NEEDS = {  # of a front door
     "lora_expand": {"lora_shrink", "moe_route"},
@@ -60,7 +61,7 @@ def tree_of(families: Iterable[str]) -> Tree:
             adapted_last = sorted(family.variants, key=lambda variant: getattr(variant, "delta", None) == "lora")
             one = {variant.kernel: variant for variant in adapted_last}
             chosen.append(dataclasses.replace(family, variants=tuple(one.values())))
-    return assemble(Package(tuple(chosen)), RENDERER)
+    return assemble(Package(tuple(chosen)), RENDERER, ROOMS)
 
 
 @pytest.fixture

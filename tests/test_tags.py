@@ -45,7 +45,7 @@ def refusals(folder: Path, name: str, axis: str) -> list[Diagnostic]:
     unheeded = [fault for known in family.axes if known.name == axis for fault in wiring.axis_faults(known, twins)]
     if unheeded:
         return unheeded
-    outputs = Outputs(RENDERER)
+    outputs = Outputs(RENDERER, build.rooms(SPECS))
     outputs.render(assemble._variant_output(variant, family) for variant in family.variants)
     return outputs.faults
 

@@ -13,11 +13,11 @@ import pytest
 
 from kernelgen import build
 from kernelgen.diagnostics import Diagnostic, Failure
-from kernelgen.locate import SPECS, TEMPLATES
+from kernelgen.locate import FAMILIES, SPECS, TEMPLATES
 from kernelgen.members import installed, members
 
 KERNEL = "kernels/toy.py.j2"
-FRONT = "dispatch/toy/__init__.py.j2"
+FRONT = "families/toy/_op.py"
 FACE = "package/__init__.py.j2"
 SPEC = "specs/toy.yaml"
 
@@ -27,10 +27,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("KERNELGEN_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-def told(tmp_path: Path, templates: dict[str, str], path: str = f"templates/{KERNEL}") -> list[str]:
+def told(
+    tmp_path: Path, templates: dict[str, str], path: str = f"templates/{KERNEL}", rooms: dict[str, str] | None = None
+) -> list[str]:
     """``line:column code message; hint`` of the faults in ``path``, which are all that there are."""
     with pytest.raises(Failure) as failed:
-        build.tree(project.make(tmp_path, templates=templates))
+        build.tree(project.make(tmp_path, templates=templates, rooms=rooms))
     assert {fault.location.path for fault in failed.value.diagnostics} == {path}
     return [line(fault) for fault in failed.value.diagnostics]
 
@@ -152,8 +154,8 @@ def test_templates_that_import_each_other_are_told(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_called_is_a_macro_whatever_its_name(text: str, tmp_path: Path) -> None:
-    front = "#% import 'macros/m.j2' as m\n" + project.FRONT
-    templates = {"macros/m.j2": "#% macro format(v)\n1\n#% endmacro\n", "dispatch/toy/__init__.py.j2": front}
+    face = "#% import 'macros/m.j2' as m\n" + project.PACKAGE
+    templates = {"macros/m.j2": "#% macro format(v)\n1\n#% endmacro\n", FACE: face}
     found = told(tmp_path, {KERNEL: text, **templates})
     assert found and all(" KG022 a" in fault for fault in found), found
 
@@ -163,8 +165,6 @@ def test_what_is_called_is_a_macro_whatever_its_name(text: str, tmp_path: Path) 
     [
         ("kernels/toys.py.j2", "specs/toys.yaml"),
         ("kernels/toy/large.py.j2", "specs/toy.yaml has no such schedule"),
-        ("dispatch/toys/__init__.py.j2", "specs/toys.yaml"),
-        ("dispatch/toy/_problem.j2", "specs/toy.yaml"),
         ("macros/toy.j2", "remove it"),
     ],
 )
@@ -174,7 +174,6 @@ def test_a_template_that_nothing_uses_is_told(template: str, hint: str, tmp_path
 
 
 IMPORT = "import triton.language as tl\n"
-KEYS = 'KEYS = {\n#% for v in family.variants\n    ("{{ v.dtype }}", {{ v.block_rank }}): "{{ v.module }}",\n#% endfor\n}\n'
 
 
 @pytest.mark.parametrize(
@@ -203,14 +202,15 @@ KEYS = 'KEYS = {\n#% for v in family.variants\n    ("{{ v.dtype }}", {{ v.block_
         (KERNEL, IMPORT, IMPORT + "X = __import__('os')\n", "4:5 KG023 use of __import__"),
         (KERNEL, IMPORT, IMPORT + "with open('x') as f:\n    pass\n", "4:6 KG023 use of open"),
         (KERNEL, IMPORT, IMPORT + "X = '\u202e'\n", "4:1 KG023 a character that cannot be seen"),
-        (KERNEL, IMPORT, IMPORT + "X = {1: 2, 1: 3}\n", "4:1 KG023 the key 1 stands twice"),
+        (KERNEL, IMPORT, IMPORT + "X = {1: 2, 1: 3}\n", "4:6 KG023 the key 1 stands twice"),
         (KERNEL, "def {{ v.name }}(", "def launch(", "0:0 KG023 no launcher"),
         (KERNEL, project.KERNEL, "#% if false\n" + project.KERNEL + "#% endif\n", "0:0 KG023 no launcher"),
-        (FRONT, "def {{ family.name }}(", "def toyy(", "17:5 KG023 the front door of toy defines no toy [toyy]"),
-        (FRONT, "NAMES", "__all__ = ['tyo']\nNAMES", "3:1 KG023 __all__ has 'tyo', which is not defined"),
-        (FRONT, "NAMES", "__all__ = ['a b']\nNAMES", "3:1 KG023 __all__ has 'a b', which is not defined"),
-        (FRONT, "NAMES", "from . import bf16_r16_smal\nNAMES", "3:15 KG023 toy has no 'bf16_r16_smal'"),
-        (FRONT, "#% for v in family.variants\n", "#% for v in family.tuned\n", "0:0 KG029 no module of toy names toy_"),
+        (FRONT, "def toy(", "def toyy(", "6:5 KG023 the front door of toy defines no toy [toyy]"),
+        (FRONT, "def", "__all__ = ['tyo']\n\n\ndef", "6:1 KG023 __all__ has 'tyo', which is not defined"),
+        (FRONT, "def", "__all__ = ['a b']\n\n\ndef", "6:1 KG023 __all__ has 'a b', which is not defined"),
+        (FRONT, "def", "from . import bf16_r16_smal\n\n\ndef", "6:15 KG023 toy has no 'bf16_r16_smal'"),
+        (FRONT, "_table import VARIANTS", "_tabel import VARIANTS", "3:7 KG023 there is no module toy._tabel [_tabel]"),
+        (FRONT, "VARIANTS.find", "VARIANT.find", "8:12 KG023 undefined name 'VARIANT' [VARIANT] did you mean VARIANTS?"),
         (FACE, "from . import {{ family.name }}", "from .toi import toy", "4:7 KG023 there is no module toi [toi]"),
         (FACE, "from . import {{ family.name }}", "from .toy import tooy", "4:18 KG023 toy has no 'tooy'"),
         (SPEC, "axes:\n", "axes:\n  flavour: [sweet, sour]\n", "3:3 KG029 no template of toy reads the axis flavour"),
@@ -233,10 +233,10 @@ KEYS = 'KEYS = {\n#% for v in family.variants\n    ("{{ v.dtype }}", {{ v.block_
 )  # fmt: skip
 def test_hostile_templates(template: str, old: str, new: str, expected: str | None, tmp_path: Path) -> None:
     """Each in one fault, in the template, or in the spec where that asks for what the templates do not do."""
-    texts = {SPEC: project.SPEC, **project.TEMPLATES}
+    texts = {SPEC: project.SPEC, FRONT: project.FRONT, **project.TEMPLATES}
     assert old in texts[template]
     texts[template] = texts[template].replace(old, new, 1)
-    folder = project.make(tmp_path, {"toy.yaml": texts.pop(SPEC)}, texts)
+    folder = project.make(tmp_path, {"toy.yaml": texts.pop(SPEC)}, rooms={"toy/_op.py": texts.pop(FRONT)}, templates=texts)
     with pytest.raises(Failure) as failed:
         build.build(folder, tmp_path)
     assert failed.value.exit_code == 2 and not project.files(tmp_path)
@@ -268,7 +268,8 @@ LAUNCHER = 'DTYPE = {{ v.torch_dtype == "bfloat16" }}\n\n\ndef {{ v.name }}(bloc
 )
 def test_a_tag_without_an_arm_is_told_at_its_line(axis: str, kernel: str, expected: str | None, tmp_path: Path) -> None:
     spec = project.SPEC.replace("rank: [r16, r32]", axis).partition("tunables")[0]
-    folder = project.make(tmp_path, {"toy.yaml": spec}, {KERNEL: kernel + LAUNCHER})
+    front = project.FRONT.replace("rank", axis.partition(":")[0])
+    folder = project.make(tmp_path, {"toy.yaml": spec}, {KERNEL: kernel + LAUNCHER}, {"toy/_op.py": front})
     if expected is None:
         build.tree(folder)
         return
@@ -280,20 +281,21 @@ def test_a_tag_without_an_arm_is_told_at_its_line(axis: str, kernel: str, expect
 def test_mutated_copies_of_real_templates(seed: int, tmp_path: Path) -> None:
     """A slip of the pen in a template that comes with kernelgen: its fault is told in a template, and nothing is written."""
     rng = random.Random(seed)
-    template = rng.choice(["kernels/moe_add.py.j2", "dispatch/moe_add/__init__.py.j2", "dispatch/moe_add/_problem.py.j2"])
-    text = (TEMPLATES / template).read_text()
+    sources = {f"families/moe_add/{stem}.py": FAMILIES for stem in ("_op", "_problem")}
+    source = rng.choice(["templates/kernels/moe_add.py.j2", *sources])
+    text = (sources.get(source, TEMPLATES).parent / source).read_text()
     pattern, slip = SLIPS[seed % len(SLIPS)]
     found = rng.choice(list(re.finditer(pattern, text)) or list(re.finditer(r"\bdef (?=\w)", text)))
     text = text[: found.start()] + slip + text[found.end() :]
     specs = {f"{name}.yaml": (SPECS / f"{name}.yaml").read_text() for name in ("moe_add", "moe_route")}
-    for name, content in {**{f"specs/{name}": content for name, content in specs.items()}, f"templates/{template}": text}.items():
+    for name, content in {**{f"specs/{name}": content for name, content in specs.items()}, source: text}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
     with pytest.raises(Failure) as failed:
         build.build(tmp_path / "specs", tmp_path)
     assert failed.value.exit_code == 2 and not project.files(tmp_path)
-    assert all((TEMPLATES / fault.location.path.removeprefix("templates/")).is_file() for fault in failed.value.diagnostics)
-    assert f"templates/{template}" in {fault.location.path for fault in failed.value.diagnostics}
+    paths = {fault.location.path for fault in failed.value.diagnostics}
+    assert source in paths and all((SPECS.parent / path).is_file() or (tmp_path / path).is_file() for path in paths)
 
 
 SLIPS = [
@@ -306,9 +308,10 @@ SLIPS = [
 ]
 
 
-def test_variants_of_one_key_are_a_fault_of_their_axis(tmp_path: Path) -> None:
-    (found,) = told(tmp_path, {FRONT: project.FRONT + KEYS}, str(tmp_path / SPEC))
-    assert found.startswith("5:3 KG029 toy_bf16_r16_small and toy_bf16_r16_large have one key in the front door, ('bf16', 16)")
+def test_an_axis_that_the_front_door_does_not_choose_by_is_a_fault_of_the_axis(tmp_path: Path) -> None:
+    front = project.FRONT.replace("size", "height")
+    (found,) = told(tmp_path, {}, str(tmp_path / SPEC), {"toy/_op.py": front})
+    assert found.startswith("5:3 KG029 the front door of toy does not choose by the axis size")
 
 
 def test_members_are_those_of_the_installed_releases() -> None:

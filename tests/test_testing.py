@@ -20,8 +20,10 @@ import torch
 import generated
 from kernelgen import build, testing
 from kernelgen.buffers import allocate, allocate_sparse, bits, poison_, positions, row_major, seal
-from kernelgen.cases import moe_lora, moe_lora_inputs, moe_route
-from kernelgen.cases.moe_lora_inputs import Case, Layout
+from kernelgen.families import moe_lora_inputs
+from kernelgen.families.moe_lora import cases as moe_lora
+from kernelgen.families.moe_lora_inputs import Case, Layout
+from kernelgen.families.moe_route import cases as moe_route
 from kernelgen.testing import Suite, Variant
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,7 +152,7 @@ def test_names_of_cases_are_unique() -> None:
 
 
 def test_a_family_without_cases_is_told() -> None:
-    with pytest.raises(LookupError, match=r"no kernelgen/cases/toy\.py: write it"):
+    with pytest.raises(LookupError, match=r"no families/toy/cases\.py: write it"):
         Suite("generated", "toy", "dtype", "bf16").pairs  # noqa: B018
 
 

@@ -993,7 +993,7 @@ def test_every_family_with_tunables_can_be_tuned() -> None:
     ],
 )
 def test_who_takes_tiles_of_whom(device: tuple[Any, ...], found: str | None) -> None:
-    from kernelgen.package import _runtime as runtime
+    from kernelgen.families import _runtime as runtime
 
     label, target, sms, shared_memory = device
     known = dict.fromkeys(runtime.Traits._fields, 0)
@@ -1017,8 +1017,8 @@ def test_who_takes_tiles_of_whom(device: tuple[Any, ...], found: str | None) -> 
     ],
 )
 def test_the_folder_of_a_device(name: str, label: str) -> None:
+    from kernelgen.families import _runtime as runtime
     from kernelgen.names import identifier_fault
-    from kernelgen.package import _runtime as runtime
 
     assert runtime.device_label(name) == label and identifier_fault(label) is None
 

@@ -32,7 +32,7 @@ tunables:
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory):
-    templates = {"kernels/toy.py.j2": "#\n", "dispatch/toy/__init__.py.j2": "#\n"}
+    templates = {"kernels/toy.py.j2": "#\n"}
     root: Path = tmp_path_factory.mktemp("which")
     return build.package(project.make(root, {"toy.yaml": SPEC}, templates))
 

@@ -25,7 +25,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from .. import _runtime as runtime
-from . import check_fill, is_dense
+from ._op import check_fill, is_dense
 
 
 @triton.jit

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .. import _runtime as runtime
-from . import check_pack
+from ._op import check_pack
 
 ENTRIES = 1024
 

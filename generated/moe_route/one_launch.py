@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .. import _runtime as runtime
-from . import check_sort
+from ._op import check_sort
 
 MAX_PAIRS = 512
 

@@ -25,7 +25,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
-from . import check_sort
+from ._op import check_sort
 
 CHUNK = 256  # pairs of one program
 GROUPS_PER_PROGRAM = 32

@@ -28,8 +28,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from .. import _runtime as runtime
-from ..moe_align import is_dense
-from . import check_fill
+from ..moe_align._op import is_dense
+from ._op import check_fill
 
 _SUMS = 256  # of rows by adapters, that a warp holds at a time
 

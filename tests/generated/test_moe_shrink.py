@@ -3,7 +3,7 @@
 # Template: templates/tests/test_family.py.j2
 """Every variant of moe_shrink against its reference in fp64, and what holds between them.
 
-Cases and laws are in kernelgen/cases, under the name of the family. On a GPU kernels are compiled, elsewhere interpreted.
+Cases and laws are in the room of the family, kernelgen/families/moe_shrink. On a GPU kernels are compiled, elsewhere interpreted.
 """
 
 from __future__ import annotations

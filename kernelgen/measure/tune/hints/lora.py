@@ -24,7 +24,7 @@ class Product(Hints):
     @staticmethod
     def facts(package: Any, problem: Problem) -> dict[str, int]:
         """The rows of a block of the route."""
-        routes = importlib.import_module(f"{package.__name__}.moe_route")
+        routes = importlib.import_module(f"{package.__name__}.moe_route._op")
         return {"block_m": routes.default_block_m(int(problem["num_tokens"]), 1, int(problem["max_loras"]), dense=True)}
 
     def accepts(self, candidate: Candidate) -> bool:

@@ -26,7 +26,7 @@ class MoeLora(Hints):
     @staticmethod
     def facts(package: Any, problem: Problem) -> dict[str, int]:
         """The rows of a block of its sorted route."""
-        routes = importlib.import_module(f"{package.__name__}.moe_route")
+        routes = importlib.import_module(f"{package.__name__}.moe_route._op")
         tokens, top_k = int(problem["num_tokens"]), int(problem["top_k"])
         return {"block_m": routes.default_block_m(tokens, top_k, int(problem["num_experts"]) * int(problem["max_loras"]))}
 

@@ -1,0 +1,17 @@
+"""The families: a room each, and what several rooms share.
+
+A room, ``families/<family>/``, holds all that is of one family beside its spec and its kernel templates. The modules that begin
+with an underscore become part of every generated package, under the same names:
+
+* ``_op.py``: the front door, and what chooses the variant for a call;
+* ``_problem.py``: the declaration of the operands, the sizes of a call, and its tiles.
+
+They depend on torch and triton alone, and import each other by relative names, which hold here and there. What a spec decides
+is in the modules ``_table`` and ``_tuned`` beside them, which the build makes. The other modules of a room are the laboratory:
+
+* ``reference.py``: what the family computes, in plain torch and fp64, written for reading: the truth for kernels;
+* ``cases.py``: inputs with a name and a reason. ``CASES``: dataclasses that extend ``case.Case``; ``BODY``: the axes that
+  change the body of a kernel most, of whose tags every case meets every combination; ``check(package, launcher, tags, case,
+  device)``: run one, raise ``AssertionError`` or return the worst error over the bound;
+* ``laws.py``: ``LAWS``, what holds between variants and between calls; see ``case.Law``.
+"""

@@ -1,0 +1,509 @@
+"""A whole base MoE layer behind its router: two grouped products, the activation between them, and the weighted sum.
+
+Few tokens take two launches, which stream the weights of their experts. More take four: the tables, a product with the
+activation in its epilogue, whose rows stay in the order of the tables, a product that puts them back, and the sum. With FP8
+activations there is one more, which makes FP8 of the rows between the two products.
+
+With LoRA adapters the layer keeps its products: each takes, behind its own K loop, a few further steps over the ranks of the
+adapters in a tile, so that no row is written twice. Their rank vectors are made by a launch in front of it, which runs beside
+its K loop; where there are tables, they have the rows of each expert by adapter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from . import _operands as operands
+from . import _runtime as runtime
+from ._scales import check_x_scale
+from .moe_align._op import ROUTING, MoeTables, default_block_m, max_blocks
+from .moe_align._op import bind as bind_align
+from .moe_gemm._op import bind as bind_gemm
+from .moe_gemm._op import find_scales
+from .moe_quant._op import bind as bind_quant
+from .moe_quant._table import QUANT
+from .moe_runs._op import ADAPTERS, RUNS_A_PAIR, MoeRuns, split
+from .moe_runs._op import bind as bind_runs
+from .moe_shrink._op import bind as bind_shrink
+from .moe_shrink._op import vector_shape
+from .moe_shrink._problem import part_count
+from .moe_sum._op import bind as bind_sum
+
+__all__ = ["FusedMoeLora", "FusedMoeWorkspace", "fused_moe", "fused_moe_workspace"]
+
+_FEW_TOKENS = 4  # that stream weights pair by pair
+
+
+@operands.bundle()
+class FusedMoeLora(NamedTuple):
+    """The adapters on the experts of a layer, and which token has which; scalings are folded into the second factors.
+
+    Factors are in the dtype of ``hidden``, of any rank, those of gate and up of one layout; the strides over L and E are free,
+    0 shares. They are finite: what is not reaches rows of other adapters.
+    """
+
+    token_lora_mapping: torch.Tensor  # [T] int32, the adapter of each token; -1, or what is not in [0, L): none
+    a13: Sequence[torch.Tensor]  # of gate and up, or of the single half of "relu2": [L, E, rank, H]
+    b13: Sequence[torch.Tensor]  # likewise: [L, E, I, rank]
+    a2: Sequence[torch.Tensor]  # one: [L, E, rank, I]
+    b2: Sequence[torch.Tensor]  # one: [L, E, H, rank]
+    adapter_enabled: torch.Tensor | None = None  # [>= L] int32, 0: tokens with this adapter have none; None: all are enabled
+
+
+@operands.bundle()
+class FusedMoeWorkspace(NamedTuple):
+    """Buffers for the worst case, so that ``fused_moe`` does not allocate; one per stream."""
+
+    pairs: torch.Tensor  # [max_tokens * top_k] int32
+    blocks: torch.Tensor  # [*] int32
+    num_blocks: torch.Tensor  # [1] int32
+    inter: torch.Tensor  # [max_tokens * top_k * I], the dtype of the layer
+    outputs: torch.Tensor  # [max_tokens * top_k * H], likewise
+    codes: torch.Tensor | None = None  # [max_tokens * top_k * I] uint8, for FP8 activations
+    scales: torch.Tensor | None = None  # [*] float32, likewise
+    runs: torch.Tensor | None = None  # [*] int32, for adapters
+    vectors: torch.Tensor | None = None  # [*] float32, likewise
+
+
+def fused_moe_workspace(
+    *,
+    max_tokens: int,
+    top_k: int,
+    num_experts: int,
+    hidden: int,
+    intermediate: int,
+    dtype: torch.dtype = torch.bfloat16,
+    fp8_activations: bool = False,
+    max_rank: int = 0,
+    device: torch.device | str,
+) -> FusedMoeWorkspace:
+    """Buffers that serve every batch of up to ``max_tokens`` rows, whatever its routing.
+
+    num_experts: those in the weights. dtype: of ``hidden``; with FP8 activations that of the rows in between, bfloat16.
+    max_rank: of the adapters; 0: there are none.
+
+    Raises:
+        ValueError: an argument that does not fit.
+    """
+    layer = (max_tokens, top_k, num_experts, hidden, intermediate)
+    _SPACE.check("fused_moe_workspace", _SPACE.named(*layer, dtype, fp8_activations, max_rank, device))
+    num_pairs = max_tokens * top_k
+    # Rank vectors of a pair: of few tokens in parts of float32, else in 16 bits.
+    few = max(2 * part_count(hidden), part_count(intermediate)) * min(max_tokens, _FEW_TOKENS) * top_k
+
+    def empty(size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    return FusedMoeWorkspace(
+        empty(num_pairs),
+        empty(3 * (num_experts + num_pairs // 16)),
+        empty(1),
+        empty(num_pairs * intermediate, dtype),
+        empty(num_pairs * hidden, dtype),
+        empty(num_pairs * intermediate, torch.uint8) if fp8_activations else None,
+        empty(num_pairs * runtime.cdiv(intermediate, QUANT.group_k), torch.float32) if fp8_activations else None,
+        empty(RUNS_A_PAIR * num_pairs) if max_rank else None,
+        empty(max(few, num_pairs) * max_rank, torch.float32) if max_rank else None,
+    )
+
+
+def fused_moe(
+    hidden: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    *,
+    activation: str,
+    valid_tokens: torch.Tensor | None = None,
+    num_tokens_hint: int | None = None,
+    local_expert_start: int = 0,
+    out: torch.Tensor | None = None,
+    workspace: FusedMoeWorkspace | None = None,
+    w13_scale: torch.Tensor | None = None,
+    w2_scale: torch.Tensor | None = None,
+    x_scale: torch.Tensor | None = None,
+    h_scale: torch.Tensor | None = None,
+    lora: FusedMoeLora | None = None,
+) -> torch.Tensor:
+    """The experts of an MoE layer for T tokens of top_k experts each, on the device only.
+
+    out[t] = sum over j of topk_weights[t, j] * W2[e] . act(W13[e] . hidden[t]), for e = topk_ids[t, j] - local_expert_start in
+    [0, E): a share of the layer under expert parallelism. Nothing asks the host, so that one CUDA graph, captured for the
+    largest batch, stays right for every routing and every ``valid_tokens``. The same call gives the same bits.
+
+    Args:
+        hidden: [T, H] bfloat16 or float16, last stride 1.
+        w13: [E, 2 * I, H] with "swiglu" (the gate, then the linear half), [E, I, H] with "relu2"; dtype of ``hidden``.
+        w2: [E, H, I], likewise.
+        topk_ids: [T, top_k] int32 or int64, global ids; an id may occur twice in a token, and -1 is nowhere.
+        topk_weights: [T, top_k] float, applied in fp32 when the experts of a token are summed up.
+        activation: "swiglu": silu(gate) * up; "relu2": relu(x) ** 2; of the fp32 sum, then rounded once.
+        valid_tokens: int32 on the device: how many of the T rows are tokens; None: all.
+        num_tokens_hint: how many tokens to expect; None: T. It sizes tiles and grids; any number is right.
+        local_expert_start: the global id of the first expert of ``w13`` and ``w2``.
+        out: [T, H] in any float dtype, of which rows from ``valid_tokens`` on keep their bytes; None: a new float32
+            tensor, in which they are zero.
+        workspace: from ``fused_moe_workspace``; None allocates.
+        w13_scale, w2_scale: float32 or float8_e8m0fnu (powers of two), for FP8 weights (float8_e4m3fn or float8_e5m2), each of
+            which stands for its number times its scale: [E]; or a scale a row, [E, rows]; or a scale a group, [E, ceil(rows /
+            128), ceil(columns / 128)]. Gate and up are quantised apart: w13_scale may be [E, 2], and its groups of rows begin
+            anew with up, whatever I is: [E, 2 * ceil(I / 128), ceil(H / 128)]. ``hidden`` is bfloat16 then.
+        x_scale: likewise, for an FP8 ``hidden``: [1], [T, 1] or [T, ceil(H / 128)], as the scales of the weights; the last may
+            lie column by column. A token is made FP8 once for all its experts: of input scales of experts take the largest. The
+            activations between the two products are rounded to bfloat16 and then become FP8 too, by ``moe_quant``, with scales
+            alike.
+        h_scale: their scale where x_scale is [1]: [1], or [>= E], the input scale of ``w2`` of each expert; other scales are
+            found.
+        lora: adapters, under a ``hidden`` of 16 bits, which add B . round(A . x) to the sums of each product, in fp32: before
+            the activation, and before the rounding of the second product. Tokens without an adapter get the bits of a call
+            without adapters that uses the same tiles.
+
+    Raises:
+        ValueError: something does not fit, or no variant serves it; nothing was launched.
+    """
+    zeroes, layer = out is None, (hidden, w13, w2, topk_ids, topk_weights, valid_tokens)
+    sizes = (activation, local_expert_start, num_tokens_hint, zeroes)
+    scales = (w13_scale, w2_scale, x_scale, h_scale)
+    if out is None:
+        try:
+            out = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
+        except AttributeError as error:
+            OP.refuse(OP.named(out, *layer, *sizes, *scales, workspace, lora), error)
+    if torch.compiler.is_compiling():
+        buffers = (None,) * len(FusedMoeWorkspace._fields) if workspace is None else workspace
+        _fused_moe_op(out, *layer, *sizes, *scales, *buffers, *(_NO_LORA if lora is None else lora))
+    else:
+        _apply(out, *layer, *sizes, *scales, workspace, lora)
+    return out
+
+
+_SPACE = operands.Op(
+    "fused_moe_workspace",
+    (
+        operands.Int("max_tokens"),
+        *(operands.Int(name, 1) for name in ("top_k", "num_experts", "hidden", "intermediate")),
+        operands.Choice("dtype", (torch.bfloat16, torch.float16)),
+        operands.Flag("fp8_activations"),
+        operands.Int("max_rank"),
+        operands.Device("device"),
+    ),
+    launches=False,
+)
+
+
+def _buffer(name: str, dtype: torch.dtype | str, optional: bool = False) -> operands.Tensor:
+    return operands.Tensor(name, "*", dtype, operands.CONTIGUOUS, optional=optional, written=True)
+
+
+def _scale(name: str) -> operands.Tensor:
+    return operands.Tensor(name, None, None, operands.FREE, optional=True)
+
+
+def _factor(name: str, shape: str, count: str) -> operands.Tensor:
+    return operands.Tensor(name, shape, "D", slices="alike", count=count)
+
+
+OP = operands.Op(
+    "fused_moe",
+    (
+        operands.Tensor("out", "T, H", operands.FLOATS, made=True, written=True),
+        operands.Tensor("hidden", "T, H", "D", scaled_by="x_scale"),
+        operands.Tensor("w13", "E, G*I, H", "D", scaled_by="w13_scale"),
+        operands.Tensor("w2", "E, H, I", "D", scaled_by="w2_scale"),
+        ROUTING[0],
+        operands.Tensor("topk_weights", "T, top_k", operands.FLOATS, operands.CONTIGUOUS),
+        ROUTING[1],
+        operands.Choice("activation", ("swiglu", "relu2"), "G", (2, 1)),
+        *ROUTING[3:],
+        operands.Flag("zeroes", public=False),
+        *map(_scale, ("w13_scale", "w2_scale", "x_scale", "h_scale")),
+        operands.Bundle(
+            "workspace",
+            FusedMoeWorkspace,
+            (
+                *(_buffer(name, torch.int32) for name in ("pairs", "blocks", "num_blocks")),
+                *(_buffer(name, "D") for name in ("inter", "outputs")),
+                _buffer("codes", torch.uint8, optional=True),
+                _buffer("scales", torch.float32, optional=True),
+                _buffer("runs", torch.int32, optional=True),
+                _buffer("vectors", torch.float32, optional=True),
+            ),
+            maker="fused_moe_workspace",
+            optional=True,
+        ),
+        operands.Bundle(
+            "lora",
+            FusedMoeLora,
+            (
+                ADAPTERS[0],
+                _factor("a13", "L, E, rank13, H", "G"),
+                _factor("b13", "L, E, I, rank13", "G"),
+                _factor("a2", "L, E, rank2, I", "1"),
+                _factor("b2", "L, E, H, rank2", "1"),
+                ADAPTERS[1],
+            ),
+            maker="FusedMoeLora",
+            optional=True,
+        ),
+    ),
+    dtypes={"D": (torch.bfloat16, torch.float16)},
+    fp8=QUANT.elements,
+    first=("w2", "w13", "topk_ids"),
+    tells=("hidden",),
+    aligned=("hidden", "w13", "w2"),
+)
+
+# What the two products call their operands here.
+_FIRST = runtime.Caller("fused_moe", x="hidden", w="w13", w_scale="w13_scale", lora_b="lora.b13")
+_SECOND = runtime.Caller(
+    "fused_moe", x="hidden", codes="hidden", w="w2", w_scale="w2_scale", x_scale="h_scale", scale="h_scale", lora_b="lora.b2"
+)
+
+_SHRINK_X = runtime.Caller("fused_moe", x="hidden", lora_a="lora.a13")
+_SHRINK_H = runtime.Caller("fused_moe", lora_a="lora.a2")
+
+# Of a FusedMoeWorkspace; the last four are there with FP8 activations, and with adapters.
+_Buffers = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Any, Any, Any, Any]
+_Scales = tuple[torch.Tensor | None, ...]  # w13_scale, w2_scale, x_scale, h_scale
+# (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens, *scales, workspace, lora) of sizes that were checked before
+_Call = Callable[..., None]
+
+
+def _bind(
+    out: torch.Tensor,
+    hidden: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    valid_tokens: torch.Tensor | None,
+    activation: str,
+    local_expert_start: int,
+    num_tokens_hint: int | None,
+    zeroes: bool,
+    *rest: Any,
+) -> _Call:
+    layer, scales, workspace = (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens), rest[:4], rest[4]
+    lora: FusedMoeLora | None = rest[5]
+    OP.check("fused_moe", OP.named(*layer, activation, local_expert_start, num_tokens_hint, zeroes, *rest))
+    x_mode = _check_scales(_FIRST, hidden, w13, w2, scales)
+    (num_tokens, top_k), (num_experts, width, inter) = topk_ids.shape, w2.shape
+    num_pairs, few = num_tokens * top_k, num_tokens <= _FEW_TOKENS
+    expected = num_tokens if num_tokens_hint is None else min(num_tokens_hint, num_tokens)
+    # With adapters in 16 bits tall blocks pay earlier: of fewer blocks fewer runs are cut.
+    tall = {} if lora is None or w13.itemsize == 1 else {"tall": 48.0}
+    block_m = 0 if few else default_block_m(expected, top_k, num_experts, **tall)
+    blocks = 0 if few else 3 * max_blocks(num_tokens, top_k, num_experts, block_m)
+    row_scales = 1 if x_mode != "group" else runtime.cdiv(inter, QUANT.group_k)
+    dtype = hidden.dtype if x_mode is None else torch.bfloat16
+    sizes = (
+        num_pairs,
+        blocks,
+        1,
+        num_pairs * inter,
+        0 if few else num_pairs * width,
+        0 if x_mode is None else num_pairs * inter,
+        0 if x_mode in (None, "tensor") else num_pairs * row_scales,
+        0 if few or lora is None else RUNS_A_PAIR * num_pairs,
+        0 if lora is None else max(_vector_size(a, num_pairs, few) for a in (lora.a13, lora.a2)),
+    )
+    kinds = (*(torch.int32,) * 3, dtype, dtype, torch.uint8, torch.float32, torch.int32, torch.float32)
+    space = tuple(zip(sizes, kinds, strict=True))
+    routing = (num_tokens, top_k, num_experts, local_expert_start, expected, block_m)
+
+    def use(given: FusedMoeWorkspace | None, like: torch.Tensor) -> _Buffers:
+        if given is not None:
+            return given
+        made: _Buffers = tuple(torch.empty(n, dtype=kind, device=like.device) for n, kind in space)  # type: ignore[assignment]
+        return made
+
+    if workspace is not None:
+        _check_workspace("fused_moe", workspace, space)
+    buffers = use(workspace, hidden)
+    h, y, codes, found = buffers[3:7]
+    tables = MoeTables(topk_ids, valid_tokens, *buffers[:3], *routing)
+    inner = h[: sizes[3]].view(num_pairs, inter)
+    w13_scale, w2_scale, x_scale, h_scale = scales
+    rows, rows_scale, shrink = inner, None, None
+    if x_mode is not None:
+        rows = codes[: sizes[5]].view(hidden.dtype).view(num_pairs, inter)
+        rows_scale = h_scale if x_mode == "tensor" else found[: sizes[6]].view(num_pairs, row_scales)
+        shrink = bind_quant(rows, rows_scale, inner, tables, "pair" if few else "sorted", _SECOND)
+    of_first = {"w_scale": w13_scale, "x_scale": x_scale, "op": _FIRST}
+    of_second = {"w_scale": w2_scale, "x_scale": rows_scale, "op": _SECOND}
+
+    adapters = None
+    if lora is not None:
+        adapters, (of_first["v"], of_second["v"]) = _bind_lora(lora, hidden, inner, tables, buffers, few)
+        for options, lora_b in ((of_first, lora.b13), (of_second, lora.b2)):
+            options |= {"lora_b": lora_b, "runs": adapters.runs}
+
+    def between(hidden: torch.Tensor, tables: MoeTables, scales: _Scales, buffers: _Buffers) -> tuple[torch.Tensor, _Scales]:
+        """Rows for the second product, and its scales."""
+        h, codes, found = buffers[3], buffers[5], buffers[6]
+        if shrink is None:
+            return h, scales[1:2] if w2_is_fp8 else ()
+        rows = codes.view(hidden.dtype)
+        rows_scale: Any = scales[3] if x_mode == "tensor" else found
+        shrink(rows, rows_scale, h, tables)
+        return rows, (scales[1], rows_scale)
+
+    w2_is_fp8, scaled = w2_scale is not None, [i for i in (0, 2) if scales[i] is not None]
+    if few:
+        first = bind_gemm(inner, hidden, w13, tables, None, "token", "pair", activation, **of_first)
+        last = bind_gemm(out, rows, w2, tables, topk_weights, "pair", "token", None, zero_rest=zeroes, **of_second)
+
+        def stream(
+            out: torch.Tensor,
+            hidden: torch.Tensor,
+            w13: torch.Tensor,
+            w2: torch.Tensor,
+            topk_ids: torch.Tensor,
+            topk_weights: torch.Tensor,
+            valid_tokens: torch.Tensor | None,
+            *rest: Any,
+        ) -> None:
+            scales, buffers, lora = rest[:4], use(rest[4], hidden), rest[5]
+            tables = MoeTables(topk_ids, valid_tokens, *buffers[:3], *routing)
+            of_first: tuple[Any, ...] = ()
+            of_last: tuple[Any, ...] = ()
+            if adapters is not None:
+                runs = MoeRuns(lora.token_lora_mapping, lora.adapter_enabled, None, None, adapters.max_loras)
+                v = buffers[8]
+                adapters.shrink_x(v, hidden, lora.a13, tables, runs)
+                of_first, of_last = (v, lora.b13, runs), (v, lora.b2, runs)
+            first(buffers[3], hidden, w13, tables, None, *[scales[i] for i in scaled], *of_first)
+            rows, of_rows = between(hidden, tables, scales, buffers)
+            if adapters is not None:
+                adapters.shrink_h(v, buffers[3], lora.a2, tables, runs)
+            last(out, rows, w2, tables, topk_weights, *of_rows, *of_last)
+
+        return stream
+
+    if adapters is None:
+        align = bind_align(num_pairs, top_k, num_experts, local_expert_start, block_m, hidden.device)
+    else:
+        align = bind_runs(num_tokens, top_k, num_experts, local_expert_start, adapters.max_loras, block_m, hidden.device)
+    outputs = y[: sizes[4]].view(num_tokens, top_k, width)
+    first = bind_gemm(inner, hidden, w13, tables, None, "token", "sorted", activation, **of_first)
+    second = bind_gemm(outputs, rows, w2, tables, None, "sorted", "pair", None, **of_second)
+    total = bind_sum(
+        out, outputs, topk_ids, topk_weights, valid_tokens, num_experts, local_expert_start, num_tokens_hint, zeroes
+    )
+
+    def group(
+        out: torch.Tensor,
+        hidden: torch.Tensor,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        valid_tokens: torch.Tensor | None,
+        *rest: Any,
+    ) -> None:
+        scales, buffers, lora = rest[:4], use(rest[4], hidden), rest[5]
+        ints, h, y = buffers[:3], buffers[3], buffers[4]
+        tables = MoeTables(topk_ids, valid_tokens, *ints, *routing)
+        of_first: tuple[Any, ...] = ()
+        of_second: tuple[Any, ...] = ()
+        if adapters is None:
+            align(*ints, topk_ids, valid_tokens)
+        else:
+            made, of_adapters = split(buffers[7], num_pairs), (lora.token_lora_mapping, lora.adapter_enabled)
+            align(*ints, *made, topk_ids, valid_tokens, *of_adapters)
+            runs, v = MoeRuns(*of_adapters, *made[:2], adapters.max_loras), buffers[8].view(dtype)
+            adapters.shrink_x(v, hidden, lora.a13, tables, runs)
+            of_first, of_second = (v, lora.b13, runs), (v, lora.b2, runs)
+        first(h, hidden, w13, tables, None, *[scales[i] for i in scaled], *of_first)
+        rows, of_rows = between(hidden, tables, scales, buffers)
+        if adapters is not None:
+            adapters.shrink_h(v, h, lora.a2, tables, runs)
+        second(y, rows, w2, tables, None, *of_rows, *of_second)
+        total(out, y, topk_ids, topk_weights, valid_tokens)
+
+    return group
+
+
+class _Adapters(NamedTuple):
+    """The launches of the adapters of a layer, and what its products are bound with."""
+
+    max_loras: int
+    runs: MoeRuns
+    shrink_x: Callable[..., None]
+    shrink_h: Callable[..., None]
+
+
+def _bind_lora(
+    lora: FusedMoeLora, hidden: torch.Tensor, inner: torch.Tensor, tables: MoeTables, buffers: _Buffers, few: bool
+) -> tuple[_Adapters, list[torch.Tensor]]:
+    """The launches, and the rank vectors of both products: those of the first are read when the others are written."""
+    num_pairs, max_loras = inner.shape[0], lora.a13[0].shape[0]
+    run_of_row, of_blocks, _ = (None, None, None) if few else split(buffers[7], num_pairs)
+    runs = MoeRuns(lora.token_lora_mapping, lora.adapter_enabled, run_of_row, of_blocks, max_loras)
+    vectors = buffers[8] if few else buffers[8].view(inner.dtype)
+    shapes = [vector_shape(a, num_pairs, not few) for a in (lora.a13, lora.a2)]
+    v13, v2 = both = [vectors[: math.prod(shape)].view(shape) for shape in shapes]
+    shrink_x = bind_shrink(v13, hidden, lora.a13, tables, runs, "token", _SHRINK_X)
+    shrink_h = bind_shrink(v2, inner, lora.a2, tables, runs, "pair" if few else "sorted", _SHRINK_H)
+    return _Adapters(max_loras, runs, shrink_x, shrink_h), both
+
+
+def _vector_size(lora_a: Sequence[torch.Tensor], num_pairs: int, few: bool) -> int:
+    """float32 elements of rank vectors, of which two numbers of 16 bits take one."""
+    size = math.prod(vector_shape(lora_a, num_pairs, not few))
+    return size if few else runtime.cdiv(size, 2)
+
+
+def _check_scales(name: str, hidden: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, scales: _Scales) -> str | None:
+    """Of what ``hidden`` has a scale each; None: it is no FP8."""
+    w13_scale, w2_scale, x_scale, h_scale = scales
+    if (w13_scale is None) != (w2_scale is None) or (x_scale is not None and w13_scale is None):
+        named = {"w13_scale": w13_scale, "w2_scale": w2_scale, "x_scale": x_scale}
+        given = [label for label, scale in named.items() if scale is not None]
+        runtime.fail(name, "scales", given, "w13_scale and w2_scale, or neither; x_scale with them alone")
+    mode = find_scales(name, hidden, w13, w13_scale, x_scale, slices=w13.shape[1] // w2.shape[2], label="w13_scale").of_x
+    find_scales(name, hidden, w2, w2_scale, None, slices=1, label="w2_scale")
+    if (h_scale is None) == (mode == "tensor"):
+        got = None if h_scale is None else runtime.describe(h_scale)
+        runtime.fail(name, "h_scale", got, "[1] or [E] where x_scale is [1], else None")
+    if h_scale is not None:
+        check_x_scale(name, "tensor", hidden, h_scale, QUANT, w2.shape[0], "h_scale")
+    return mode
+
+
+def _check_workspace(
+    name: str, workspace: FusedMoeWorkspace, space: Sequence[tuple[int, torch.dtype]]
+) -> None:
+    for label, buffer, (size, kind) in zip(FusedMoeWorkspace._fields, workspace, space, strict=True):
+        if size > 0 and (buffer is None or buffer.numel() < size or buffer.dtype != kind):
+            got = None if buffer is None else runtime.describe(buffer)
+            hint = "make it with fused_moe_workspace for the largest batch"
+            runtime.fail(name, f"workspace.{label}", got, f"[>= {size}] {kind}", hint)
+
+
+_apply = OP.caller(_bind)
+
+
+_NO_LORA: tuple[Any, ...] = (None, [], [], [], [], None)
+
+
+def _fused_moe(*arguments: Any) -> None:
+    rest, buffers, lora = arguments[:-15], arguments[-15:-6], arguments[-6:]
+    workspace = None if buffers[0] is None else FusedMoeWorkspace(*buffers)
+    _apply(*rest, workspace, None if lora[0] is None else FusedMoeLora(*lora))
+
+
+_fused_moe_op = runtime.op(
+    "fused_moe(Tensor(a!) out, Tensor hidden, Tensor w13, Tensor w2, Tensor topk_ids, Tensor topk_weights, "
+    "Tensor? valid_tokens, str activation, int local_expert_start, SymInt? num_tokens_hint, bool zeroes, "
+    "Tensor? w13_scale, Tensor? w2_scale, Tensor? x_scale, Tensor? h_scale, "
+    "Tensor(b!)? pairs, Tensor(c!)? blocks, Tensor(d!)? num_blocks, Tensor(e!)? inter, Tensor(f!)? outputs, "
+    "Tensor(g!)? codes, Tensor(h!)? scales, Tensor(i!)? runs, Tensor(j!)? vectors, "
+    "Tensor? token_lora_mapping, Tensor[] a13, Tensor[] b13, Tensor[] a2, Tensor[] b2, Tensor? adapter_enabled) -> ()",
+    _fused_moe,
+)

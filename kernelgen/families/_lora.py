@@ -1,0 +1,285 @@
+"""Dense LoRA (Punica): tokens by adapter, and both products as one op, each launched while the kernel in front of it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from . import _operands as operands
+from . import _runtime as runtime
+from .lora_expand import _problem as expand
+from .lora_expand._op import scales_of as expand_scales
+from .lora_expand._op import variant_of as expand_variant
+from .lora_shrink import _problem as shrink
+from .lora_shrink._op import dense_route
+from .lora_shrink._op import scales_of as shrink_scales
+from .lora_shrink._op import variant_of as shrink_variant
+from .lora_shrink._table import QUANT
+from .moe_route._op import (
+    ROUTE,
+    MoeRoute,
+    MoeWorkspace,
+    dense_plan,
+    in_graph,
+    made,
+    moe_workspace,
+)
+
+__all__ = ["lora", "lora_route", "lora_workspace"]
+
+
+def lora_route(
+    token_lora_mapping: torch.Tensor,
+    *,
+    max_loras: int,
+    workspace: MoeWorkspace | None = None,
+    block_m: int | None = None,
+) -> MoeRoute:
+    """Tokens by adapter, on the device only: no host sync, and a captured CUDA graph stays right when adapters change.
+
+    It is the route of a layer with one expert; all linear layers that see the same tokens share it.
+
+    Args:
+        token_lora_mapping: [T] int32, the adapter of each token; -1, or any that is not in [0, max_loras): none.
+        max_loras: adapter slots in the weights (L).
+        workspace: buffers from ``lora_workspace``; None allocates.
+        block_m: rows of a block (16, 32, 64 or 128), None: from the mean number of tokens of an adapter.
+
+    Raises:
+        ValueError: a shape, dtype, device or option that does not fit; nothing was launched.
+    """
+    source = (None, token_lora_mapping, None, None)
+    if torch.compiler.is_compiling():
+        return in_graph(source, 1, max_loras, "sorted", None, block_m, workspace)
+    return made(dense_plan(token_lora_mapping, max_loras, block_m, workspace), source, workspace)
+
+
+def lora_workspace(
+    *,
+    max_tokens: int,
+    max_loras: int,
+    max_rank: int,
+    num_slices: int,
+    device: torch.device | str,
+    fp8: bool = False,
+) -> MoeWorkspace:
+    """Buffers that serve every batch of up to ``max_tokens`` tokens, so that neither a route nor an op on it allocates.
+
+    Use one workspace per stream: an op writes its scratch into it. ``fp8``: operands are FP8, for which K may be shared out in
+    batches of any size.
+
+    Raises:
+        ValueError: an argument that does not fit.
+    """
+    _SPACE.check("lora_workspace", _SPACE.named(max_tokens, max_loras, max_rank, num_slices, device, fp8))
+    sizes = {"num_experts": 1, "max_loras": max_loras, "max_rank": 1, "num_slices": 1}
+    tables = moe_workspace(max_tokens=max_tokens, top_k=1, device=device, **sizes).tables
+    in_parts = max_tokens if fp8 else min(max_tokens, shrink.MAX_TOKENS_IN_PARTS)
+    in_parts *= shrink.max_parts(num_slices)
+    rows = max(max_tokens * num_slices, in_parts)
+    parts = torch.empty(rows * max_rank, dtype=torch.float32, device=device)
+    return MoeWorkspace(tables, parts, {})
+
+
+def lora(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    lora_b: Sequence[torch.Tensor],
+    route: MoeRoute,
+    *,
+    scaling: float = 1.0,
+    offset_start: int = 0,
+    add_inputs: bool = True,
+    x_scale: torch.Tensor | None = None,
+    a_scale: Sequence[torch.Tensor] | None = None,
+    b_scale: Sequence[torch.Tensor] | None = None,
+) -> None:
+    """Apply the LoRA adapters of a batch to a linear layer of S slices, in place.
+
+    For every token t of an adapter l, and every slice s: out[t, columns of s] (+)= (scaling * (x[t] . A_s[l]^T)) . B_s[l]^T.
+    The same bits as ``lora_shrink`` and ``lora_expand``, and for a token the same in every batch. Rows of other tokens, and
+    columns in front of the first slice and behind the last, keep their bytes.
+
+    Args:
+        out: [T, *] bfloat16 or float16, last stride 1.
+        x: [T, K] in the dtype of ``out``, last stride 1.
+        lora_a: S tensors [L, rank, K] (or [L, 1, rank, K]) of one layout; the stride over L is free.
+        lora_b: S tensors [L, N_s, rank] (or [L, 1, N_s, rank]); widths N_s and strides over L are free.
+        route: from ``lora_route``.
+        scaling: applied in float32, once, to the rank vectors.
+        offset_start: column of ``out`` where the first slice begins; each other begins where the one before it ends.
+        add_inputs: add to ``out``, or overwrite.
+        x_scale, a_scale, b_scale: of FP8 operands, as ``lora_shrink`` and ``lora_expand`` take them; an FP8 x goes with an
+            ``out`` in bfloat16, and with weights in either.
+
+    Raises:
+        ValueError: something does not fit, or no variant serves it; nothing was launched.
+    """
+    if torch.compiler.is_compiling():
+        tables = (route.pairs, route.blocks, route.num_blocks, route.parts)
+        sizes = (route.num_tokens, route.max_loras, route.block_m, route.max_blocks)
+        flags = (scaling, offset_start, add_inputs)
+        _lora_op(out, x, lora_a, lora_b, *tables, *sizes, *flags, x_scale, a_scale or [], b_scale or [])
+    else:
+        _apply(out, x, lora_a, lora_b, route, scaling, offset_start, add_inputs, x_scale, a_scale, b_scale)
+
+
+_SPACE = operands.Op(
+    "lora_workspace",
+    (
+        operands.Int("max_tokens"),
+        *(operands.Int(name, 1) for name in ("max_loras", "max_rank", "num_slices")),
+        operands.Device("device"),
+        operands.Flag("fp8"),
+    ),
+    launches=False,
+)
+
+
+def _scale(name: str, slices: str = "") -> operands.Tensor:
+    return operands.Tensor(name, None, None, operands.FREE, optional=True, slices=slices)
+
+
+OP = operands.Op(
+    "lora",
+    (
+        operands.Tensor("out", "T, *", "D", written=True),
+        operands.Tensor("x", "T, K", "D", scaled_by="x_scale"),
+        operands.Tensor("lora_a", (">=L, rank, K", ">=L, 1, rank, K"), "D", slices="alike", scaled_by="a_scale"),
+        operands.Tensor("lora_b", (">=L, >=1, rank", ">=L, 1, >=1, rank"), "D", slices="any", scaled_by="b_scale"),
+        ROUTE,
+        operands.Number("scaling"),
+        operands.Int("offset_start"),
+        operands.Flag("add_inputs"),
+        _scale("x_scale"),
+        _scale("a_scale", slices="any"),
+        _scale("b_scale", slices="any"),
+    ),
+    spec="specs/lora_shrink.yaml and specs/lora_expand.yaml",
+    dtypes={"D": (torch.bfloat16, torch.float16)},
+    fp8=QUANT.elements,
+    first=("lora_a", "lora_b"),
+    tells=("out", "x"),
+)
+
+
+def _bind(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    lora_b: Sequence[torch.Tensor],
+    route: MoeRoute,
+    scaling: float,
+    offset_start: int,
+    add_inputs: bool,
+    *scales: Any,
+) -> Callable[..., None]:
+    x_scale, a_scale, b_scale = scales
+    first, last = problems(out, x, lora_a, lora_b, x_scale, a_scale, b_scale, route, offset_start, add_inputs, scaling)
+    if first.num_tokens == 0:
+        return _nothing
+    return bind(first, last, route, out.dtype, add_inputs)
+
+
+def problems(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    lora_b: Sequence[torch.Tensor],
+    x_scale: torch.Tensor | None,
+    a_scale: Sequence[torch.Tensor] | None,
+    b_scale: Sequence[torch.Tensor] | None,
+    route: MoeRoute,
+    offset_start: int = 0,
+    add_inputs: bool = True,
+    scaling: float = 1.0,
+) -> tuple[shrink.Problem, expand.Problem]:
+    """The sizes of both products, once everything about a call is known to fit.
+
+    Raises:
+        ValueError: says which argument does not fit, what it is and what was wanted.
+    """
+    flags, scales = (scaling, offset_start, add_inputs), (x_scale, a_scale, b_scale)
+    sizes = OP.check("lora", OP.named(out, x, lora_a, lora_b, route, *flags, *scales))
+    of_a = shrink_scales("lora", x, lora_a, x_scale, a_scale)
+    of_b = expand_scales("lora", lora_b, b_scale)
+    first = shrink.problem_of("lora", sizes, x, lora_a, route, **of_a)
+    return first, expand.problem_of("lora", sizes, out, lora_b, route, offset_start, **of_b)
+
+
+def bind(
+    first: shrink.Problem,
+    last: expand.Problem,
+    route: MoeRoute,
+    dtype: torch.dtype,
+    add_inputs: bool = True,
+    lora_shrink: shrink.Config | None = None,
+    lora_expand: expand.Config | None = None,
+) -> Callable[..., None]:
+    """The launches for checked calls of these sizes, ready to be made again and again; tiles of None: those that are chosen."""
+    config = lora_shrink or shrink.choose(first, route)
+    tiles = lora_expand or expand.choose(last, route, first.k)
+    parts, pdl = first.parts(config), runtime.traits(first.device).pdl
+    size = parts.number * first.slices * first.num_tokens * first.rank
+    one = shrink_variant("lora", dtype, first.rank, first.weight_scales, first.x_scales)
+    other = expand_variant("lora", dtype, add_inputs, last.rank, last.weight_scales)
+    shrink_call = one.bind_product(first, route, config, pdl)
+    total = one.bind_total(first, route, parts, pdl) if expand.sums_first(last, tiles, parts) else None
+    expand_call = other.bind(last, route, tiles, parts if total is None else shrink.ONE_PART, pdl)
+
+    def call(
+        out: torch.Tensor,
+        x: torch.Tensor,
+        lora_a: Sequence[torch.Tensor],
+        lora_b: Sequence[torch.Tensor],
+        route: MoeRoute,
+        scaling: float,
+        x_scale: torch.Tensor | None,
+        a_scale: Sequence[torch.Tensor] | None,
+        b_scale: Sequence[torch.Tensor] | None,
+    ) -> None:
+        y = route.parts
+        if y is None or y.shape[0] < size:
+            y = torch.empty(size, dtype=torch.float32, device=out.device)
+        if x_scale is None and a_scale is None:
+            shrink_call(y, x, lora_a, route, scaling)
+        else:
+            shrink_call(y, x, lora_a, route, scaling, *(scale for scale in (a_scale, x_scale) if scale is not None))
+        if total is not None:
+            total(y, y, route, scaling)
+        if b_scale is None:
+            expand_call(out, y, lora_b, route, scaling)
+        else:
+            expand_call(out, y, lora_b, route, scaling, b_scale)
+
+    return call
+
+
+def _nothing(*arguments: Any) -> None:
+    """The call of an empty batch."""
+
+
+_apply = OP.caller(_bind)
+
+
+def _lora(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    lora_b: Sequence[torch.Tensor],
+    *rest: Any,
+) -> None:
+    *tables, scaling, offset_start, add_inputs, x_scale, a_scale, b_scale = rest
+    scales = (x_scale, a_scale or None, b_scale or None)
+    _apply(out, x, lora_a, lora_b, dense_route(*tables), scaling, offset_start, add_inputs, *scales)
+
+
+_lora_op = runtime.op(
+    "lora(Tensor(a!) out, Tensor x, Tensor[] lora_a, Tensor[] lora_b, Tensor? pairs, Tensor? blocks, Tensor? num_blocks, "
+    "Tensor(b!)? parts, SymInt num_tokens, int max_loras, int block_m, SymInt max_blocks, float scaling, "
+    "int offset_start, bool add_inputs, Tensor? x_scale, Tensor[] a_scale, Tensor[] b_scale) -> ()",
+    _lora,
+)

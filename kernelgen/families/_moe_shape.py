@@ -1,0 +1,116 @@
+"""A projection of an MoE layer with its adapters, for warm-up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from . import _operands as operands
+from ._scales import meta_x_scales
+from ._warmup import DTYPE, FP8, ROUTING
+from .moe_lora._op import moe_lora
+from .moe_lora._problem import scale_shape
+from .moe_lora._table import QUANT
+from .moe_route._op import MoeRoute, moe_route
+
+__all__ = ["MoeShape"]
+
+_FIELDS: tuple[operands.Operand, ...] = (
+    *(operands.Int(name, 1) for name in ("k", "n", "slices", "rank", "top_k", "num_experts", "max_loras")),
+    *(operands.Flag(name) for name in ("mul_routed_weight", "add_inputs", "adapter_enabled")),
+    operands.Int("global_experts"),
+    operands.Several("assignments", operands.Choice("assignment", ("auto", "naive", "sorted"))),
+    DTYPE,
+    *ROUTING,
+    *FP8,
+)
+
+
+class MoeShape(NamedTuple):
+    """One projection of an MoE layer with its adapters, as ``moe_lora`` will be called on it; weights are contiguous."""
+
+    k: int  # input width
+    n: int  # output width of one slice
+    slices: int
+    rank: int
+    top_k: int
+    num_experts: int
+    max_loras: int
+    dtype: torch.dtype = torch.bfloat16
+    mul_routed_weight: bool = False
+    add_inputs: bool = True
+    adapter_enabled: bool = False  # whether moe_route is given one
+    global_experts: int = 0  # entries of expert_map, 0 without one
+    assignments: tuple[str, ...] = ("auto",)  # as moe_route is called
+    topk_ids_dtype: torch.dtype = torch.int32
+    topk_weights_dtype: torch.dtype = torch.float32
+    weight_scales: str | None = None  # of FP8 adapters: "tensor", "channel" or "group"
+    x_scales: str | None = None  # of an FP8 x: "tensor", "expert", "token", "group" or "group_by_column"
+    fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of both
+    x_scales_dtype: torch.dtype = torch.float32
+
+    def check(self, label: str) -> None:
+        """Raise ValueError where a field, of a shape called ``label``, is no such thing."""
+        operands.check_fields("warmup", label, self, _FIELDS)
+
+    def call(self, num_tokens: int) -> None:
+        """Make every call that a batch of ``num_tokens`` can make."""
+        for route in self.routes(num_tokens):
+            self._call(route)
+
+    def routes(self, num_tokens: int) -> Iterator[MoeRoute]:
+        """The routes of a batch: of each assignment, with the rank and without."""
+        for assignment in self.assignments:
+            for rank in (None, self.rank):
+                yield self._route(num_tokens, assignment, rank)
+
+    def _route(self, num_tokens: int, assignment: str, rank: int | None) -> MoeRoute:
+        def ints(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.empty(size, dtype=dtype, device="meta")
+
+        return moe_route(
+            ints(num_tokens, self.top_k, dtype=self.topk_ids_dtype),
+            ints(num_tokens),
+            num_experts=self.num_experts,
+            max_loras=self.max_loras,
+            adapter_enabled=ints(self.max_loras + 1) if self.adapter_enabled else None,
+            expert_map=ints(self.global_experts) if self.global_experts else None,
+            assignment=assignment,
+            rank=rank,
+        )
+
+    def _call(self, route: MoeRoute) -> None:
+        def empty(*size: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
+            return torch.empty(size, dtype=dtype, device="meta")
+
+        num_tokens = route.num_tokens
+        rows = num_tokens * self.top_k if self.mul_routed_weight else num_tokens
+        a_shape = (self.max_loras, self.num_experts, self.rank, self.k)
+        b_shape = (self.max_loras, self.num_experts, self.n, self.rank)
+        of_weights = of_x = self.dtype
+        a_scale = b_scale = None
+        if self.weight_scales is not None:
+            of_weights = self.fp8_dtype
+            a_scale, b_scale = (
+                [empty(*scale_shape(self.weight_scales, size), dtype=torch.float32)] * self.slices
+                for size in (a_shape, b_shape)
+            )
+        if self.x_scales is not None:
+            of_x = self.fp8_dtype
+        weights = empty(num_tokens, self.top_k, dtype=self.topk_weights_dtype) if self.mul_routed_weight else None
+        for x_scale in meta_x_scales(self.x_scales, (rows, self.k), QUANT, self.x_scales_dtype, self.num_experts):
+            moe_lora(
+                empty(num_tokens, self.top_k, self.slices * self.n),
+                empty(rows, self.k, dtype=of_x),
+                [empty(*a_shape, dtype=of_weights)] * self.slices,
+                [empty(*b_shape, dtype=of_weights)] * self.slices,
+                route,
+                topk_weights=weights,
+                add_inputs=self.add_inputs,
+                mul_routed_weight=self.mul_routed_weight,
+                a_scale=a_scale,
+                b_scale=b_scale,
+                x_scale=x_scale,
+            )

@@ -1,0 +1,961 @@
+"""What an op takes, declared once: its checks follow from it, and what a call that is remembered hangs on.
+
+An ``Op`` stands beside each front door. What it declares is checked where a call is not known yet: at the first call of a kind,
+and where Python trips over an argument. A later call of the same kind is found by what its arguments look like, all of them,
+and costs one comparison in C; so no argument can be left out of either.
+
+Shapes are written as text: ``"T, top_k, S*N"``. A name is a size, which is that of the first operand that has it, or of an
+integer that is given, and at least 1, but for that of a batch, T; ``*`` is any size; ``>=L`` at least so many.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import torch
+
+from . import _runtime as runtime
+from ._runtime import describe, fail
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+IDS = (torch.int32, torch.int64)
+ROWS, PAIRS, CONTIGUOUS, FREE = "rows", "pairs", "contiguous", "free"  # how a tensor may lie in memory, see Tensor
+
+OPS: dict[str, Op] = {}  # every front door of the package, by name
+
+Dtype = torch.dtype | tuple[torch.dtype, ...] | str
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor, or a sequence of tensors, one a slice.
+
+    Attributes:
+        shape: of one, or of several forms. None: any; the op itself says more about it.
+        dtype: one, any of several, or the name of one that operands share. None: as with shapes.
+        strides: ROWS: the last is 1, the others are free; PAIRS: and so is that of pairs, [T, top_k, *]; CONTIGUOUS; FREE.
+        optional: may be None.
+        made: may be None, and is then made by the front door.
+        written: by the kernels; no element is another, or one of another operand.
+        slices: "alike": a sequence of tensors of one layout; "any": of tensors that fit one by one; "": no sequence.
+        count: how many tensors a sequence has, as a size of a shape.
+        only_with: the flag that asks for it; it is needed with it and refused without.
+        scaled_by: the operand that holds its scales: with them it is FP8.
+        left_out: not passed to a bound call where it is None.
+    """
+
+    name: str
+    shape: str | tuple[str, ...] | None
+    dtype: Dtype | None
+    strides: str = ROWS
+    optional: bool = False
+    made: bool = False
+    written: bool = False
+    slices: str = ""
+    count: str = "S"
+    only_with: str = ""
+    scaled_by: str = ""
+    left_out: bool = False
+
+    @property
+    def is_optional(self) -> bool:
+        return self.optional or bool(self.only_with)
+
+    @property
+    def is_written(self) -> bool:
+        return self.written
+
+    @functools.cached_property
+    def forms(self) -> tuple[tuple[_Dim, ...], ...]:
+        texts = (self.shape,) if isinstance(self.shape, str) else self.shape or ()
+        return tuple(tuple(_Dim.read(part) for part in text.split(",") if part.strip()) for text in texts)
+
+    def admit(self, op: str, value: object, values: Mapping[str, Any], label: str = "") -> None:
+        """Raise ValueError unless ``value`` is of the right type, and there where it is needed."""
+        label = label or self.name
+        wanted = "a sequence of tensors, one a slice" if self.slices else "a tensor"
+        if self.only_with and value is None and values[self.only_with]:
+            fail(op, label, None, wanted, f"{self.only_with} needs it")
+        if self.only_with and value is not None and not values[self.only_with]:
+            fail(op, label, _say(value), None, f"it is used with {self.only_with} alone")
+        if value is None and (self.is_optional or self.made):
+            return
+        if not self.slices:
+            if not isinstance(value, torch.Tensor):
+                fail(op, label, _say(value), wanted)
+            return
+        if not isinstance(value, (list, tuple)):
+            fail(op, label, _say(value), wanted, "[tensor] is one slice" if isinstance(value, torch.Tensor) else "")
+        if not value:
+            fail(op, label, "no slice", "at least one")
+        for i, item in enumerate(value):
+            if not isinstance(item, torch.Tensor):
+                absent = "a slice that is absent takes weights of zeros, or a call for the slices that are there"
+                fail(op, f"{label}[{i}]", _say(item), "a tensor", absent if item is None else "")
+
+    def tensors(self, value: Any, label: str = "") -> Iterator[tuple[str, Tensor, torch.Tensor]]:
+        """(what an error calls it, its declaration, it) of each tensor that was given."""
+        label = label or self.name
+        if self.slices:
+            yield from ((f"{label}[{i}]", self, tensor) for i, tensor in enumerate(value or ()))
+        elif value is not None:
+            yield label, self, value
+
+
+@dataclasses.dataclass(frozen=True)
+class Int:
+    """A whole number from ``low`` to ``high``; ``size``: the name that it has in shapes."""
+
+    name: str
+    low: int = 0
+    high: int = 2**31 - 1
+    optional: bool = False
+    size: str = ""
+    one_of: tuple[int, ...] = ()
+
+    def admit(self, op: str, value: object, values: Mapping[str, Any], label: str = "") -> None:
+        """Raise ValueError unless ``value`` is such a number."""
+        if value is None and self.optional:
+            return
+        wanted = " or ".join(map(str, self.one_of)) or f"a whole number from {self.low} to {self.high}"
+        right = isinstance(value, int) and not isinstance(value, bool) and self.low <= value <= self.high
+        if not right or (self.one_of and value not in self.one_of):
+            fail(op, label or self.name, _say(value), wanted + (", or None" if self.optional else ""))
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """True or False. ``public``: the caller gives it; else the front door finds it out."""
+
+    name: str
+    public: bool = True
+
+    def admit(self, op: str, value: object, values: Mapping[str, Any], label: str = "") -> None:
+        """Raise ValueError unless ``value`` is one of both."""
+        if not isinstance(value, bool):
+            fail(op, label or self.name, _say(value), "True or False")
+
+
+_LARGEST = torch.finfo(torch.float32).max
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """A number, finite in float32, that may differ from call to call: a bound call is passed it, and does not hang on it."""
+
+    name: str
+    public: bool = True
+
+    def admit(self, op: str, value: object, values: Mapping[str, Any], label: str = "") -> None:
+        """Raise ValueError unless ``value`` is such a number."""
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_LARGEST <= value <= _LARGEST:
+            fail(op, label or self.name, _say(value), "a finite number, in float32 too")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One of several words, dtypes or None; ``sizes``: what each stands for in shapes, under the name ``size``."""
+
+    name: str
+    words: tuple[str | torch.dtype | None, ...]
+    size: str = ""
+    sizes: tuple[int, ...] = ()
+
+    def admit(self, op: str, value: object, values: Mapping[str, Any], label: str = "") -> None:
+        """Raise ValueError unless ``value`` is one of them."""
+        if not isinstance(value, (str, torch.dtype, type(None))) or value not in self.words:
+            wanted = " or ".join(f'"{word}"' if isinstance(word, str) else str(word) for word in self.words)
+            fail(op, label or self.name, _say(value), wanted)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """A device, or its name."""
+
+    name: str
+
+    def admit(self, op: str, value: object, values: Mapping[str, Any], label: str = "") -> None:
+        """Raise ValueError unless ``value`` is one."""
+        try:
+            right = isinstance(value, (str, torch.device)) and torch.device(value) is not None
+        except RuntimeError:
+            right = False
+        if not right:
+            fail(op, label or self.name, _say(value), "a device, or its name")
+
+
+@dataclasses.dataclass(frozen=True)
+class Several:
+    """A tuple of at least one ``item``."""
+
+    name: str
+    item: Int | Choice
+
+    def admit(self, op: str, value: object, values: Mapping[str, Any], label: str = "") -> None:
+        """Raise ValueError unless ``value`` is such a tuple."""
+        label = label or self.name
+        if not isinstance(value, tuple) or not value:
+            fail(op, label, _say(value) if value != () else "none", "a tuple of at least one")
+        for i, item in enumerate(value):
+            self.item.admit(op, item, values, f"{label}[{i}]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """Operands that come together, as a named tuple of the class ``of``, which is a ``bundle``.
+
+    Attributes:
+        sizes: further sizes that its numbers tell, by the names that shapes of its parts have for them.
+        whole: called with the op's name, the bundle's and the bundle, raises ValueError where its parts do not go together.
+        goes_with: another bundle, and what is called with the op's name, this one's, both, and raises ValueError where they do
+            not go together; asked at later calls too.
+        left_out: not passed to a bound call where it is None.
+    """
+
+    name: str
+    of: type
+    parts: tuple[Tensor | Int, ...]
+    maker: str  # which front door makes it, for the hint of an error
+    optional: bool = False
+    sizes: Callable[[Any], Mapping[str, int]] | None = None
+    whole: Callable[[str, str, Any], None] | None = None
+    goes_with: tuple[str, Callable[[str, str, Any, Any], None]] | None = None
+    left_out: bool = False
+
+    @property
+    def is_written(self) -> bool:
+        return any(isinstance(part, Tensor) and part.written for part in self.parts)
+
+    def admit(self, op: str, value: Any, values: Mapping[str, Any], label: str = "") -> None:
+        """Raise ValueError unless ``value`` is such a bundle, of parts of the right types."""
+        label = label or self.name
+        if value is None and self.optional:
+            return
+        if not isinstance(value, self.of):
+            fail(op, label, _say(value), f"a {self.of.__name__}", f"make it with {self.maker}")
+        for part in self.parts:
+            part.admit(op, getattr(value, part.name), {}, f"{label}.{part.name}")
+        field = edited(value)
+        if field is not None:
+            old, hint = getattr(value.__dict__["origin"], field), f"its tables are of that; make others with {self.maker}"
+            fail(op, f"{label}.{field}", _say(getattr(value, field)), f"{_say(old)}, as it was", hint)
+        if self.whole is not None:
+            self.whole(op, label, value)
+        if self.goes_with is not None and values.get(self.goes_with[0]) is not None:
+            self.goes_with[1](op, label, value, values[self.goes_with[0]])
+
+    def tensors(self, value: Any, label: str = "") -> Iterator[tuple[str, Tensor, torch.Tensor]]:
+        """As of a Tensor."""
+        label = label or self.name
+        for part in self.parts if value is not None else ():
+            if isinstance(part, Tensor):
+                yield from part.tensors(getattr(value, part.name), f"{label}.{part.name}")
+
+
+Operand = Tensor | Int | Flag | Number | Choice | Device | Several | Bundle
+
+
+class _Looks:
+    """What a named tuple of tensors and numbers looks like: one object for all that look the same.
+
+    A call that depends on the tuple is remembered by it. It is worked out when it is first asked for.
+    """
+
+    def __init__(self) -> None:
+        self._known = runtime.Calls()
+
+    def __get__(self, bundle: Any, owner: type) -> _Look:
+        tensors, changing = _of_bundle(bundle)
+        hint = (edited(bundle), *map(_kind, bundle))
+        looks: _Look = self._known.get(hint, tensors) or self._known.put(hint, tensors, _Look(tuple(map(_reach, tensors))))
+        if not changing:
+            bundle.__dict__["looks"] = looks  # where Python finds it first, from now on
+        return looks
+
+
+class _Look:
+    """``reaches``: bytes from the beginning of each tensor to its end."""
+
+    __slots__ = ("reaches",)
+
+    def __init__(self, reaches: tuple[int, ...]) -> None:
+        self.reaches = reaches
+
+
+class _Memory:
+    """Where the tensors of a named tuple begin."""
+
+    def __get__(self, bundle: Any, owner: type) -> tuple[int, ...]:
+        tensors, changing = _of_bundle(bundle)
+        memory = tuple([tensor.data_ptr() for tensor in tensors])
+        if not changing:
+            bundle.__dict__["memory"] = memory
+        return memory
+
+
+def _of_bundle(bundle: Any) -> tuple[list[torch.Tensor], bool]:
+    """The tensors of a named tuple, and whether they may become others."""
+    tensors, changing = [], False
+    for part in bundle:
+        if isinstance(part, torch.Tensor):
+            tensors.append(part)
+        elif isinstance(part, (list, tuple)):
+            tensors += part
+            changing |= isinstance(part, list)
+    return tensors, changing
+
+
+_Class = TypeVar("_Class")
+_Parts = TypeVar("_Parts")
+
+
+def bundle(tables: Sequence[str] = (), free: Sequence[str] = ()) -> Callable[[_Class], _Class]:
+    """A named tuple with ``looks`` and ``memory``, see _Looks and _Memory, which a copy of it does not take over.
+
+    Args:
+        tables: fields that were worked out of all the others, but for those that are ``free``. One that is edited, by
+            ``_replace``, has all of these as it had them, or none of the tables.
+    """
+
+    def make(cls: Any) -> Any:
+        def replace(self: Any, **changes: Any) -> Any:
+            changed = cls._replace(self, **changes)
+            if tables and not torch.compiler.is_compiling():
+                changed.__dict__["origin"] = self.__dict__.get("origin", self)
+            return changed
+
+        body = {"__doc__": cls.__doc__, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        body |= {"looks": _Looks(), "memory": _Memory(), "__reduce__": lambda self: (self.__class__, tuple(self))}
+        hang = tuple(field for field in cls._fields if field not in free)
+        return type(cls.__name__, (cls,), {**body, "_replace": replace, "_tables": tuple(tables), "_hang": hang})
+
+    return make
+
+
+def edited(bundle: Any) -> str | None:
+    """The field of an edited bundle with which its tables were not made; None: there is none."""
+    origin = bundle.__dict__.get("origin")
+    if origin is None or not any(getattr(bundle, table) is getattr(origin, table) is not None for table in bundle._tables):
+        return None
+    for field in bundle._hang:
+        new, old = getattr(bundle, field), getattr(origin, field)
+        if new is not old and not (isinstance(old, int) and new.__class__ is old.__class__ and new == old):
+            return str(field)
+    return None
+
+
+def alike(bundle: _Parts, kept: list[object]) -> _Parts:
+    """``bundle`` itself, of whose like the looks are ``kept``, once they are known."""
+    if kept:
+        bundle.looks = kept[0]  # type: ignore[attr-defined]
+    else:
+        kept.append(bundle.looks)  # type: ignore[attr-defined]
+    return bundle
+
+
+def _kind(part: object) -> object:
+    if isinstance(part, (list, tuple)):
+        return part.__class__, len(part)
+    return (part.__class__, part) if isinstance(part, (int, str, type(None))) else part.__class__
+
+
+def check_fields(op: str, label: str, given: object, fields: Sequence[Operand]) -> None:
+    """Raise ValueError where an attribute of ``given``, which errors call ``label``, is not what it is declared."""
+    for field in fields:
+        field.admit(op, getattr(given, field.name), {}, f"{label}.{field.name}")
+
+
+class Sizes:
+    """The sizes and dtypes of a call by name, and which operand each of them is of."""
+
+    def __init__(self, known: Mapping[str, Any]) -> None:
+        self._values = {name: value for name, value in known.items() if value is not None}
+        self._sources: dict[str, str] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def get(self, name: str) -> Any:
+        return self._values.get(name)
+
+    def set(self, name: str, value: Any, source: str) -> None:
+        if name not in self._values:
+            self._values[name] = value
+            self._sources[name] = source
+
+    def come_from(self, names: Sequence[str], operand: str) -> str:
+        """A hint: which sizes are those of which other operand."""
+        found: dict[str, list[str]] = {}
+        for name in dict.fromkeys(names):
+            source = self._sources.get(name, operand)
+            if source and source != operand:
+                found.setdefault(source, []).append(f"{name} = {self._values[name]}".replace("torch.", ""))
+        return "; ".join(f"{', '.join(sizes)} as in {source}" for source, sizes in found.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dim:
+    """A size in a shape: a product of names and a number, or at least that; no names and no number: any."""
+
+    text: str
+    names: tuple[str, ...]
+    number: int
+    least: bool
+
+    @staticmethod
+    def read(text: str) -> _Dim:
+        text = text.strip()
+        factors = [] if text == "*" else text.removeprefix(">=").split("*")
+        numbers = [int(factor) for factor in factors if factor.strip().isdigit()]
+        names = tuple(factor.strip() for factor in factors if not factor.strip().isdigit())
+        return _Dim(text, names, math.prod(numbers), text.startswith(">="))
+
+    def fits(self, size: int, sizes: Sizes, new: dict[str, int]) -> bool:
+        """Whether ``size`` can be this; what follows for the one name that is not known yet goes to ``new``."""
+        if self.text == "*":
+            return True
+        known = {name: new[name] if name in new else sizes.get(name) for name in self.names}
+        product = self.number * math.prod(value for value in known.values() if value is not None)
+        unknown = [name for name, value in known.items() if value is None]
+        if not unknown:
+            return size >= product if self.least else size == product
+        if self.least or len(unknown) > 1 or product == 0:
+            return size >= 1
+        new[unknown[0]] = size // product
+        return size % product == 0 and (size > 0 or unknown[0] == "T")  # a batch may be empty, nothing else
+
+    def say(self, sizes: Sizes) -> str:
+        values = [sizes.get(name) for name in self.names]
+        if self.text == "*" or None in values:
+            return self.text.replace("*", " * ") if self.names else self.text
+        return (">= " if self.least else "") + str(self.number * math.prod(values))
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """A front door and what it takes.
+
+    Attributes:
+        name: as the user calls it.
+        operands: in the order in which its remembered calls take them; tensors and bundles come before the numbers that they
+            are bound with, but for those that are left out.
+        spec: where a variant is added.
+        dtypes: by name, what a dtype that operands share may be.
+        fp8: what an operand with scales may be made of.
+        first: operands whose sizes the others are to fit; then the order of the operands decides.
+        tells: operands whose sizes tell the layers of a model apart.
+        aligned: operands of which it matters whether they begin at a 16-byte boundary.
+        sizes: further sizes, from all arguments, once their types are right.
+        launches: kernels, so that tensors are where those run; False: it is plain torch.
+    """
+
+    name: str
+    operands: tuple[Operand, ...]
+    spec: str = ""
+    dtypes: Mapping[str, tuple[torch.dtype, ...]] = dataclasses.field(default_factory=dict)
+    fp8: tuple[torch.dtype, ...] = ()
+    first: tuple[str, ...] = ()
+    tells: tuple[str, ...] = ()
+    aligned: tuple[str, ...] = ()
+    sizes: Callable[[Mapping[str, Any]], Mapping[str, int]] | None = None
+    launches: bool = True
+
+    def __post_init__(self) -> None:
+        OPS[self.name] = self
+
+    def named(self, *values: Any) -> dict[str, Any]:
+        """All arguments by name, from their order."""
+        return dict(zip((operand.name for operand in self.operands), values, strict=True))
+
+    def check(self, op: str, values: Mapping[str, Any], **known: Any) -> Sizes:
+        """The sizes of a call, once all that is declared here holds.
+
+        Args:
+            op: what the caller called: this op, or a variant of it.
+            values: all arguments by name.
+            known: sizes and dtypes that are fixed; None: those that are not.
+
+        Raises:
+            ValueError: says which argument does not fit, what it is and what was wanted.
+        """
+        for operand in self.operands:
+            operand.admit(op, values[operand.name], values)
+        tensors = self._tensors(values)
+        for label, _, tensor in tensors:
+            if tensor.layout != torch.strided:
+                fail(op, label, describe(tensor), "a strided tensor")
+        if self.launches:
+            _check_places(op, tensors)
+        sizes = Sizes(known)
+        for label, operand, value in _flat(self.operands, values):
+            _numbers(op, label, operand, value, sizes)
+        given = [(o, values[o.name]) for o in self.operands if isinstance(o, Bundle) and values[o.name] is not None]
+        further = [o.sizes(value) for o, value in given if o.sizes is not None]
+        further += [self.sizes(values)] if self.sizes is not None else []
+        for name, value in itertools.chain.from_iterable(found.items() for found in further):
+            sizes.set(name, value, "")
+        order = {name: place for place, name in enumerate(self.first)}
+        waiting = sorted(tensors, key=lambda found: order.get(found[1].name, len(order)))
+        for label, operand, tensor in _in_order(waiting, sizes):
+            self._check_tensor(op, label, operand, tensor, values, sizes)
+        for label, operand, value in _flat(self.operands, values):
+            if isinstance(operand, Tensor) and operand.slices == "alike" and value:
+                _check_alike(op, label, value)
+        if tensors:
+            _check_memory(op, tensors)
+        return sizes
+
+    def _tensors(self, values: Mapping[str, Any]) -> list[_Found]:
+        given = [operand for operand in self.operands if isinstance(operand, (Tensor, Bundle))]
+        return [found for operand in given for found in operand.tensors(values[operand.name])]
+
+    def _check_tensor(
+        self, op: str, label: str, operand: Tensor, tensor: torch.Tensor, values: Mapping[str, Any], sizes: Sizes
+    ) -> None:
+        dtypes = self._dtypes(operand, values, sizes)
+        new = next((new for form in operand.forms if (new := _bindings(form, tensor, sizes)) is not None), None)
+        fits = (not operand.forms or new is not None) and (dtypes is None or tensor.dtype in dtypes)
+        if not fits or not _lies_right(operand, tensor):
+            names = [name for form in operand.forms for dim in form for name in dim.names]
+            shared = isinstance(operand.dtype, str) and sizes.get(operand.dtype) is not None
+            origin = sizes.come_from([*names, *([operand.dtype] if shared else [])], label)  # type: ignore[list-item]
+            hints = (origin, _empty(operand, tensor, sizes), self._of_dtype(operand, tensor, dtypes, values))
+            fail(op, label, describe(tensor), _wanted(operand, dtypes, sizes, tensor), "; ".join(filter(None, hints)))
+        for name, size in (new or {}).items():
+            sizes.set(name, size, label)
+        if isinstance(operand.dtype, str) and not self._is_scaled(operand, values):
+            sizes.set(operand.dtype, tensor.dtype, label)
+
+    def _is_scaled(self, operand: Tensor, values: Mapping[str, Any]) -> bool:
+        return bool(operand.scaled_by) and values.get(operand.scaled_by) is not None
+
+    def _dtypes(self, operand: Tensor, values: Mapping[str, Any], sizes: Sizes) -> tuple[torch.dtype, ...] | None:
+        if self._is_scaled(operand, values):
+            return self.fp8
+        if not isinstance(operand.dtype, str):
+            return operand.dtype if operand.dtype is None or isinstance(operand.dtype, tuple) else (operand.dtype,)
+        known = sizes.get(operand.dtype)
+        return self.dtypes[operand.dtype] if known is None else (known,)
+
+    def _of_dtype(
+        self, operand: Tensor, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...] | None, values: Mapping[str, Any]
+    ) -> str:
+        """What to do about a dtype."""
+        if dtypes is None or tensor.dtype in dtypes:
+            return ""
+        if self._is_scaled(operand, values):
+            return f"{operand.scaled_by} is given, so it is FP8; quantize_weights and quantize_activations make such tensors"
+        if operand.scaled_by and tensor.dtype in self.fp8:
+            return f"FP8 numbers need {operand.scaled_by}"
+        return f"another dtype takes a tag of dtype: in {self.spec}" if self.spec and isinstance(operand.dtype, str) else ""
+
+    def refuse(self, values: Mapping[str, Any], error: Exception) -> NoReturn:
+        """Say which argument Python tripped over with ``error``; if none is wrong, it was something else.
+
+        Raises:
+            ValueError: of the argument.
+        """
+        self.check(self.name, values)
+        raise error
+
+    def caller(self, bind: Callable[..., Any]) -> Callable[..., None]:
+        """The function of the front door behind its defaults: the bound call for such arguments, called.
+
+        Args:
+            bind: makes it from all arguments; it checks them.
+        """
+        passed = [
+            operand.name
+            for operand in self.operands
+            if isinstance(operand, (Tensor, Bundle, Number)) and not getattr(operand, "left_out", False)
+        ]
+        end = _CALL.format(passed=", ".join(passed))
+        some = any(getattr(operand, "left_out", False) for operand in self.operands)
+        return self._remember(bind, _CALL_WITH.format(passed=", ".join(passed)) + end if some else end)
+
+    def finder(self, bind: Callable[..., Any]) -> Callable[..., Any]:
+        """As ``caller``, but what was bound is returned instead."""
+        return self._remember(bind, "    return call\n")
+
+    def _remember(self, bind: Callable[..., Any], end: str) -> Callable[..., Any]:
+        """Written out, as a loop over declarations would take longer than all the rest of a call."""
+        names = ", ".join(operand.name for operand in self.operands)
+        hint, tensors, numbers = [], [], []
+        for operand in self.operands:
+            name = operand.name
+            if name in self.tells:
+                hint.append(f"{name}.numel()")
+            if isinstance(operand, Bundle):
+                hint.append(f"{name} and {name}.looks" if operand.optional else f"{name}.looks")
+            elif isinstance(operand, Number):
+                numbers.append(f"        if {name}.__class__ is not float or not -LARGEST <= {name} <= LARGEST:\n")
+                numbers.append(f"            {name} = number({name!r}, {name})\n")
+            elif not isinstance(operand, Tensor):
+                hint.append(name)
+                if isinstance(operand, Int) or (isinstance(operand, Flag) and operand.public):
+                    hint.append(f"{name}.__class__")  # True == 1 == 1.0
+            elif not operand.is_optional:
+                tensors.append(f"*{name}" if operand.slices else name)
+                hint += [f"{name}.__class__", f"len({name})"] if operand.slices else []
+        if self.aligned:
+            hint.append(f"({' | '.join(f'{name}.data_ptr()' for name in self.aligned)}) & 15 != 0")
+        writes = any(operand.is_written for operand in self.operands if isinstance(operand, (Tensor, Bundle)))
+        bundles = [f", {operand.name}" for operand in self.operands if isinstance(operand, Bundle)]
+        source = _REMEMBERED.format(
+            names=names,
+            hint="".join(f"{part}, " for part in hint),
+            tensors="".join(f"{part}, " for part in tensors),
+            optional="".join(self._optional()),
+            numbers="".join(numbers),
+            kept=f" watch({names})" if writes else "",
+            found=_FOUND_APART.format(bundles="".join(bundles)) if writes else _FOUND,
+            end=end,
+        )
+        calls = runtime.Calls()
+        made: dict[str, Any] = {
+            "recent": calls.recent,
+            "find": calls.find,
+            "put": calls.put,
+            "bind": bind,
+            "LARGEST": _LARGEST,
+            "number": self._number,
+            "refuse": lambda error, *values: self.refuse(self.named(*values), error),
+            "watch": self._watch,
+        }
+        exec(compile(source, f"<{self.name}>", "exec"), made)  # noqa: S102  (of declarations alone)
+        function: Callable[..., Any] = made["function"]
+        return function
+
+    def _optional(self) -> Iterator[str]:
+        """Lines that add the optional tensors that are given, behind one test where all are rare."""
+        optional = [
+            operand
+            for operand in self.operands
+            if (isinstance(operand, Tensor) and operand.is_optional) or (isinstance(operand, Bundle) and operand.left_out)
+        ]
+        left_out = any(operand.left_out for operand in optional)
+        indent = "        "
+        if left_out:
+            yield f"{indent}left = ()\n"
+        if len(optional) > 2:
+            yield f"{indent}if not ({' is '.join(operand.name for operand in optional)} is None):\n"
+            indent += "    "
+        for operand in optional:
+            name = operand.name
+            if isinstance(operand, Bundle):  # it looks as it does beside them
+                yield f"{indent}if {name} is not None:\n{indent}    left += ({name},)\n"
+                continue
+            given, kind = (f"*{name}", f", {name}.__class__, len({name})") if operand.slices else (name, "")
+            left = f"; left += ({name},)" if operand.left_out else ""
+            yield f"{indent}if {name} is not None:\n"
+            yield f"{indent}    tensors += ({given},); hint += ({name!r}{kind},){left}\n"
+
+    def _watch(self, *values: Any) -> Callable[..., None]:
+        """What checks, at later calls that look like this one, that what is written lies apart from all else."""
+        given = self.named(*values)
+        bundles = {o.name: o for o in self.operands if isinstance(o, Bundle)}
+        found = [item for o in self._own for item in o.tensors(given[o.name])]
+        own = [(label, o) for label, o, _ in found]  # tensors are kept alive by nobody here
+        reaches = [_reach(tensor) for *_, tensor in found]
+        reaches += [reach for name in bundles if given[name] is not None for reach in given[name].looks.reaches]
+
+        def precisely(tensors: Sequence[torch.Tensor], *held: Any) -> None:
+            items = [(*known, tensor) for known, tensor in zip(own, tensors, strict=True)]
+            items += [item for o, value in zip(bundles.values(), held, strict=True) for item in o.tensors(value)]
+            _check_memory(self.name, items)
+
+        mate = next((o for o in bundles.values() if o.goes_with is not None and given[o.name] is not None), None)
+        mates: tuple[int, ...] = ()
+        together: Callable[[Any, Any], None] | None = None
+        if mate is not None and mate.goes_with is not None:
+            name, check = mate.goes_with
+            mates, together = tuple(map(list(bundles).index, (mate.name, name))), functools.partial(check, self.name, mate.name)
+        is_weight = [o.name in self.first and o.dtype is not IDS for _, o in own]
+        anchor = next((i for i, (_, o) in enumerate(own) if is_weight[i] or not (o.written or any(is_weight))), 0)
+        kinds = tuple(tuple(part.written for _, part, _ in o.tensors(given[name])) for name, o in bundles.items())
+        make = _apart(tuple(o.written for _, o in own), kinds, mates, anchor)
+        watch: Callable[..., None] = make(precisely, together, *reaches)
+        return watch
+
+    @property
+    def _own(self) -> list[Tensor]:
+        """Tensors in the order of a remembered call: those that are always there first."""
+        return sorted((o for o in self.operands if isinstance(o, Tensor)), key=lambda o: o.is_optional)
+
+    def _number(self, name: str, value: Any) -> float:
+        Number(name).admit(self.name, value, {})
+        return float(value)
+
+
+_REMEMBERED = """
+def function({names}):
+    try:
+        hint = ({hint})
+        tensors = ({tensors})
+{optional}        last = recent.get(hint)
+        if last is None or not last[0](*tensors):
+            last = find(hint, tensors)
+{numbers}    except Exception as error:
+        refuse(error, {names})
+    if last is None:
+        call = bind({names})
+        put(hint, tensors, (call,{kept}))
+    else:
+{found}{end}"""
+_FOUND = "        call = last[1][0]\n"
+_FOUND_APART = """        call, check_apart = last[1]
+        check_apart(tensors{bundles})
+"""
+_CALL = "    call({passed})\n"
+_CALL_WITH = "    if left:\n        return call({passed}, *left)\n"
+
+
+@functools.cache
+def _apart(
+    written: tuple[bool, ...], bundles: tuple[tuple[bool, ...], ...], mates: tuple[int, ...], anchor: int
+) -> Callable[..., Any]:
+    """Makes checks that what is written lies apart from all else, written out for tensors of one number and kind.
+
+    What was found apart stays so. It is found again by the ``anchor``, a weight or else what is read: where what is written is
+    in the same place, and all else the same objects or in the same places, nothing is compared. Else all places are, by the
+    bytes from the first to the last of each tensor; where such spans meet, ``precisely`` looks at rows and columns, and raises.
+
+    Args:
+        written: of each tensor, whether it is.
+        bundles: likewise of the tensors in each bundle.
+        mates: two bundles of which ``together`` is asked, or none.
+        anchor: which of the tensors.
+    """
+    own, total = range(len(written)), len(written) + sum(map(len, bundles))
+    flags = [*written, *itertools.chain(*bundles)]
+    if not any(flags):
+        return lambda precisely, together, *reaches: lambda tensors, *bundles: None
+    asked, others = ([i for i in own if written[i] == is_written] for is_written in (True, False))
+    held = [b for b, parts in enumerate(bundles) if parts]
+    same = [f"place_{i} == last_{i}" for i in asked]
+    same += [f"(last_{i}() is tensor_{i} or tensor_{i}.data_ptr() == places[{i}])" for i in others]
+    same += [f"(memory_{b} is last_memory_{b} or memory_{b} == last_memory_{b})" for b in held]
+    kept = [*(f"place_{i}" if written[i] else f"ref(tensor_{i})" for i in own), *(f"memory_{b}" for b in held), "places"]
+    last = [*(f"last_{i}" for i in own), *(f"last_memory_{b}" for b in held), "places"]
+    homes = [*own, *(b for b, parts in enumerate(bundles) for _ in parts)]
+    meet: dict[str, list[str]] = {}  # pairs, by the bundles of which one must be another
+    for i, j in itertools.combinations(range(total), 2):
+        if flags[i] or flags[j]:
+            changed = " or ".join(f"memory_{b} != last_memory_{b}" for b in {homes[i], homes[j]}) if i not in own else "True"
+            meet.setdefault(changed, []).append(f"-reach_{i} < place_{i} - place_{j} < reach_{j}")
+    given = ", ".join(f"bundle_{b}" for b in range(len(bundles)))
+    near = " or ".join(f"({changed}) and ({' or '.join(pairs)})" for changed, pairs in meet.items())
+    source = f"""
+def make(precisely, together, {", ".join(f"reach_{i}" for i in range(total))}):
+    known = {{}}
+    def check_apart(tensors, {given}):
+        {_listed(f"tensor_{i}" for i in own)} = tensors
+        {"; ".join(f"place_{i} = tensor_{i}.data_ptr()" for i in asked)}
+        {"; ".join(f"memory_{b} = bundle_{b}.memory" for b in held)}
+        last = known.get(id(tensor_{anchor}), never)
+        {_listed(last)} = last
+        if {" and ".join(same)}:
+            return
+        {"; ".join(f"place_{i} = tensor_{i}.data_ptr()" for i in others)}
+        {_listed(f"place_{i}" for i in range(len(own), total))} = {" + ".join(f"memory_{b}" for b in held) or "()"}
+        if {near}:
+            precisely(tensors, {given})
+        {f"together({', '.join(f'bundle_{b}' for b in mates)})" if mates else ""}
+        if len(known) >= 4096:
+            known.clear()
+        places = {_listed(f"place_{i}" for i in own)}
+        known[id(tensor_{anchor})] = {_listed(kept)}
+    return check_apart
+"""
+    never = [*(-1 if written[i] else lambda: None for i in own), *(None for _ in held), (-1,) * len(own)]
+    made: dict[str, Any] = {"ref": weakref.ref, "never": never}
+    exec(source, made)  # noqa: S102  (of declarations alone)
+    return made["make"]  # type: ignore[no-any-return]
+
+
+def _listed(names: Iterable[str]) -> str:
+    return f"({''.join(f'{name}, ' for name in names)})"
+
+
+def _flat(operands: Sequence[Operand], values: Mapping[str, Any]) -> Iterator[tuple[str, Operand, Any]]:
+    """(what an error calls it, its declaration, it) of all operands, parts of bundles one by one."""
+    for operand in operands:
+        value = values[operand.name]
+        if not isinstance(operand, Bundle):
+            yield operand.name, operand, value
+        elif value is not None:
+            yield from ((f"{operand.name}.{part.name}", part, getattr(value, part.name)) for part in operand.parts)
+
+
+def _numbers(op: str, label: str, operand: Operand, value: Any, sizes: Sizes) -> None:
+    """Note the sizes that are numbers, and those that tell how many slices there are."""
+    if isinstance(operand, Int) and operand.size and value is not None:
+        sizes.set(operand.size, value, label)
+    elif isinstance(operand, Choice) and operand.size:
+        sizes.set(operand.size, operand.sizes[operand.words.index(value)], label)
+    elif isinstance(operand, Tensor) and operand.slices and value is not None:
+        count, new = _Dim.read(operand.count), dict[str, int]()
+        if not count.fits(len(value), sizes, new):
+            origin = sizes.come_from(count.names, label)
+            fail(op, label, f"{len(value)} tensors", f"{count.say(sizes)}, one a slice", origin)
+        for name, size in new.items():
+            sizes.set(name, size, label)
+
+
+_Found = tuple[str, Tensor, torch.Tensor]
+
+
+def _check_places(op: str, tensors: Sequence[_Found]) -> None:
+    """Raise ValueError unless all tensors are on one device that kernels run on, and outside of autograd."""
+    recording = torch.is_grad_enabled()
+    for label, _, tensor in tensors:
+        if tensor.device != tensors[0][2].device:
+            fail(op, label, describe(tensor), f"one on {tensors[0][2].device}, as {tensors[0][0]}")
+        if recording and tensor.requires_grad:
+            hint = "there is no backward: call it under torch.no_grad() or torch.inference_mode(), or on tensor.detach()"
+            fail(op, label, "a tensor that requires grad", "one that does not", hint)
+    for label, _, tensor in tensors[:1]:
+        if not runtime.runs_on(tensor.device):
+            hint = "with TRITON_INTERPRET=1, set before triton is imported, kernels run on CPU tensors"
+            fail(op, label, f"one on {tensor.device}", "one on a GPU", hint)
+
+
+def _in_order(waiting: list[_Found], sizes: Sizes) -> Iterator[_Found]:
+    """Each tensor when its sizes can be told: one at most is new in each dimension."""
+    while waiting:
+        clear = (found for found in waiting if all(_is_clear(dim, sizes) for form in found[1].forms for dim in form))
+        chosen = next(clear, waiting[0])
+        waiting = [found for found in waiting if found is not chosen]
+        yield chosen
+
+
+def _is_clear(dim: _Dim, sizes: Sizes) -> bool:
+    return sum(sizes.get(name) is None for name in dim.names) < 2
+
+
+def _bindings(form: Sequence[_Dim], tensor: torch.Tensor, sizes: Sizes) -> dict[str, int] | None:
+    """What sizes are new if a tensor has this form; None: it has not."""
+    new: dict[str, int] = {}
+    fits = len(form) == tensor.dim() and all(d.fits(size, sizes, new) for d, size in zip(form, tensor.shape, strict=True))
+    return new if fits else None
+
+
+def _empty(operand: Tensor, tensor: torch.Tensor, sizes: Sizes) -> str:
+    """A hint: which sizes must not be 0."""
+    for form in operand.forms:
+        if len(form) == tensor.dim():
+            none = [dim.say(sizes) for dim, size in zip(form, tensor.shape, strict=True) if size == 0 and "T" not in dim.names]
+            return f"{', '.join(none)}: at least 1" if none else ""
+    return ""
+
+
+def _lies_right(operand: Tensor, tensor: torch.Tensor) -> bool:
+    if tensor.numel() == 0 or operand.strides == FREE:
+        return True
+    if operand.strides == CONTIGUOUS:
+        return tensor.is_contiguous()
+    if tensor.dim() > 0 and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        return False
+    if operand.written and overlaps_itself(tensor):
+        return False
+    if operand.strides != PAIRS or tensor.dim() != 3 or min(tensor.shape[:2]) < 2:
+        return True
+    return tensor.stride(0) == tensor.shape[1] * tensor.stride(1)
+
+
+_LIES = {
+    ROWS: " with last stride 1",
+    PAIRS: " with last stride 1 and stride(0) == top_k * stride(1)",
+    CONTIGUOUS: "",
+    FREE: "",
+}
+
+
+def _wanted(operand: Tensor, dtypes: tuple[torch.dtype, ...] | None, sizes: Sizes, tensor: torch.Tensor) -> str:
+    shapes = " or ".join(f"[{', '.join(dim.say(sizes) for dim in form)}]" for form in operand.forms)
+    kinds = "" if dtypes is None else " " + " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    contiguous = "contiguous " if operand.strides == CONTIGUOUS else ""
+    rows = ", rows that do not overlap" if operand.written and operand.strides in (ROWS, PAIRS) else ""
+    return f"{contiguous}{shapes}{kinds}{_LIES[operand.strides]}{rows} on {tensor.device}"
+
+
+def _check_alike(op: str, name: str, slices: Sequence[torch.Tensor]) -> None:
+    first = slices[0]
+    for i, other in enumerate(slices):
+        if other.shape != first.shape or other.stride() != first.stride() or other.dtype != first.dtype:
+            fail(op, f"{name}[{i}]", describe(other), describe(first), "slices have one layout")
+
+
+def _check_memory(op: str, tensors: Sequence[_Found]) -> None:
+    """Raise ValueError where a tensor that is written shares memory with another."""
+    if tensors[0][2].device.type == "meta":
+        return
+    spans = [(label, tensor, tensor.data_ptr(), tensor.data_ptr() + _reach(tensor)) for label, _, tensor in tensors]
+    for (_, operand, _), (label, tensor, begin, end) in zip(tensors, spans, strict=True):
+        if operand.written:
+            for other_label, other, other_begin, other_end in spans:
+                if begin < other_end and other_begin < end and other_label != label:
+                    _check_apart(op, label, tensor, other_label, other)
+
+
+def _check_apart(op: str, label: str, written: torch.Tensor, other_label: str, other: torch.Tensor) -> None:
+    """Raise ValueError if a tensor that is written and another share memory."""
+    if share_memory(written, other):
+        hint = f"it is written while {other_label} is in use"
+        fail(op, label, f"memory that {other_label} lies in", "memory of its own", hint)
+
+
+def overlaps_itself(tensor: torch.Tensor) -> bool:
+    """Whether two elements may be one in memory; True too for layouts that no op takes."""
+    reach = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1):
+        if stride < reach:
+            return True
+        reach += (size - 1) * stride
+    return False
+
+
+def _reach(tensor: torch.Tensor) -> int:
+    """Bytes from the first element of a tensor to behind its last one."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum([(size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)])
+    return (last + 1) * tensor.element_size()
+
+
+def share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have bytes in common; columns of one buffer side by side have none."""
+    if one.device.type == "meta" or one.numel() == 0 or other.numel() == 0:
+        return False
+    apart = other.data_ptr() - one.data_ptr()
+    if not -_reach(other) < apart < _reach(one):
+        return False
+    pitches = {_pitch(one), _pitch(other)} - {0}
+    if len(pitches) != 1:
+        return True
+    pitch = pitches.pop()
+    return apart % pitch < _width(one) or apart % pitch + _width(other) > pitch
+
+
+def _pitch(tensor: torch.Tensor) -> int:
+    """Bytes between rows, of which all are the same number apart; 0: there is one row."""
+    strides = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride(), strict=False) if size > 1]
+    return math.gcd(*strides) * tensor.element_size() if strides else 0
+
+
+def _width(tensor: torch.Tensor) -> int:
+    return _reach(tensor[(0,) * (tensor.dim() - 1)]) if tensor.dim() > 0 else tensor.element_size()
+
+
+def _say(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return describe(value)
+    if value is None or isinstance(value, (bool, torch.dtype)):
+        return str(value)
+    return f"{type(value).__name__} {value!r}" if isinstance(value, (int, float, str)) else type(value).__name__

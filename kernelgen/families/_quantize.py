@@ -1,0 +1,136 @@
+"""From 16 or 32-bit numbers to FP8 with fp32 scales, in plain torch: a number is its FP8 code times its scale.
+
+A scale is the largest magnitude of its numbers over the largest FP8 number, so the code of that number is the largest one.
+A code is the number times 1 / scale, and quotients are exact to the last bit, on a GPU too: kernels make the same codes and
+scales. Numbers are rounded to nearest even. NaN stays NaN, where it is, and leaves its scale alone; an infinity saturates to
+the largest code, of a scale that the finite numbers set. Where all numbers are zero the scale is 1. Nothing waits for the
+device. Codes and scales are constants: no gradient goes through them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import _operands as operands
+from . import _runtime as runtime
+
+__all__ = ["quantize_activations", "quantize_weights"]
+
+_SMALLEST = torch.finfo(torch.float32).tiny  # of a scale, so that codes are never divided by zero
+
+
+_GROUP = 128  # rows or columns that share a scale, unless another number is asked for
+_DTYPE = operands.Choice("dtype", (torch.float8_e4m3fn, torch.float8_e5m2))
+
+_WEIGHTS = operands.Op(
+    "quantize_weights",
+    (
+        operands.Tensor("weights", None, operands.FLOATS, operands.FREE),
+        operands.Choice("scales", ("tensor", "channel", "group")),
+        _DTYPE,
+        operands.Int("rows", 1),
+        operands.Int("columns", 1),
+        operands.Int("slices", 1),
+    ),
+    launches=False,
+)
+_ACTIVATIONS = operands.Op(
+    "quantize_activations",
+    (
+        operands.Tensor("x", "T, K", operands.FLOATS, operands.FREE),
+        operands.Choice("scales", ("tensor", "token", "group")),
+        _DTYPE,
+        operands.Int("group_k", 1),
+    ),
+    launches=False,
+)
+
+
+def quantize_weights(
+    weights: torch.Tensor,
+    scales: str = "channel",
+    *,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    group: tuple[int, int] = (_GROUP, _GROUP),
+    slices: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FP8 codes and scales of weights [..., out, in], as the ops take them.
+
+    Args:
+        weights: in any float dtype; the leading dimensions are adapters and experts.
+        scales: "tensor", one for each matrix: [...]; "channel", one for each row: [..., out]; "group", one for each ``group``:
+            [..., ceil(out / group[0]), ceil(in / group[1])].
+        dtype: float8_e4m3fn or float8_e5m2.
+        group: rows and columns that share a scale; for "group" alone.
+        slices: matrices that are stacked in out and quantised apart: 2 for the gate and up of an expert. "tensor" then makes a
+            scale for each, [..., slices], and groups begin anew with each: [..., slices * ceil(out / slices / group[0]), ...].
+
+    Raises:
+        ValueError: an argument that does not fit.
+    """
+    op = "quantize_weights"
+    if not isinstance(group, tuple) or len(group) != 2:
+        runtime.fail(op, "group", group, "(rows, columns)")
+    _WEIGHTS.check(runtime.Caller(op, rows="group", columns="group"), _WEIGHTS.named(weights, scales, dtype, *group, slices))
+    if weights.dim() < 2 or min(weights.shape[-2:]) < 1:
+        runtime.fail(op, "weights", runtime.describe(weights), "[..., out, in], of at least one row and column")
+    if scales != "group" and group != (_GROUP, _GROUP):
+        runtime.fail(op, "group", group, "none", f'scales="{scales}" have no groups')
+    rows, columns = weights.shape[-2:]
+    if rows % slices:
+        runtime.fail(op, "slices", slices, f"a number that divides the {rows} rows of weights")
+    sizes = {"tensor": (rows // slices, columns), "channel": (1, columns), "group": group}
+    codes, found = _quantize(weights.reshape(*weights.shape[:-2], slices, rows // slices, columns), scales, sizes, dtype)
+    codes, found = codes.flatten(-3, -2), found.flatten(-3, -2)
+    if scales == "tensor":
+        return codes, found[..., 0] if slices > 1 else found[..., 0, 0]
+    return codes, found if scales == "group" else found[..., 0]
+
+
+def quantize_activations(
+    x: torch.Tensor,
+    scales: str = "token",
+    *,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    group_k: int = _GROUP,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FP8 codes and scales of activations [rows, K], as the ops take them.
+
+    Args:
+        x: in any float dtype.
+        scales: "tensor", one for all: [1]; "token", one for each row: [rows, 1]; "group", one for each ``group_k`` columns of a
+            row: [rows, ceil(K / group_k)].
+        dtype: float8_e4m3fn or float8_e5m2.
+        group_k: columns that share a scale; for "group" alone.
+
+    Raises:
+        ValueError: an argument that does not fit.
+    """
+    _ACTIVATIONS.check("quantize_activations", _ACTIVATIONS.named(x, scales, dtype, group_k))
+    if scales != "group" and group_k != _GROUP:
+        runtime.fail("quantize_activations", "group_k", group_k, "none", f'scales="{scales}" have no groups')
+    rows, columns = x.shape
+    sizes = {"tensor": (max(rows, 1), columns), "token": (1, columns), "group": (1, group_k)}
+    codes, found = _quantize(x, scales, sizes, dtype)
+    if scales != "tensor":
+        return codes, found
+    return codes, found.reshape(1) if rows > 0 else found.new_ones(1)
+
+
+@torch.no_grad()
+def _quantize(
+    numbers: torch.Tensor, scales: str, sizes: dict[str, tuple[int, int]], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of the shape of ``numbers`` [..., rows, columns], and scales [..., groups of rows, groups of columns]."""
+    height, width = sizes[scales]
+    *batch, rows, columns = numbers.shape
+    down, across = -(-rows // height), -(-columns // width)
+    wide = torch.nn.functional.pad(numbers.float(), (0, across * width - columns, 0, down * height - rows))
+    tiles = wide.reshape(*batch, down, height, across, width)
+    highest = tiles.abs().where(tiles.isfinite(), 0.0).amax((-3, -1), keepdim=True)
+    largest = torch.finfo(dtype).max
+    divisor = torch.full_like(highest, largest)  # by a number of the host a GPU would multiply, with its rounded reciprocal
+    found = (highest / divisor).clamp(min=_SMALLEST).where(highest > 0, 1.0)
+    codes = (tiles * found.reciprocal()).clamp(-largest, largest).to(dtype)
+    codes = codes.reshape(*batch, down * height, across * width)[..., :rows, :columns].contiguous()
+    return codes, found.squeeze(-1).squeeze(-2)

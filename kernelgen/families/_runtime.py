@@ -1,0 +1,588 @@
+"""What every generated launcher shares: launching, compile-only mode, and the words of an error.
+
+Depends on torch and triton alone, so that a copy of it makes the generated package self-contained.
+
+How a launch is made cheap. ``kernel[grid](...)`` binds, specialises and hashes every argument on each call (about 10 us).
+A ``Launcher`` does that once per compile key and then calls the compiled kernel with raw pointers, through a function that
+is written for the kinds of its arguments (about 1 us beside the driver). This is sound because a key is everything that
+Triton specialises on: the constants, the options, the device, the dtype of each pointer, which optional pointers are absent,
+and that pointers are 16-byte aligned (but for the trailing ones, small index tables, that a kernel declares
+``do_not_specialize_on_alignment``). A call with an unaligned pointer, and any call while a profiler hooks launches, takes
+Triton's own path. Integers that change from step to step are declared ``do_not_specialize`` in the kernels, so no number of
+tokens and no routing can make another key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn, TypeVar, final
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+TensorGuards: Any = None
+with contextlib.suppress(ImportError):
+    from torch._C._dynamo.guards import TensorGuards
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+if INTERPRETED:  # on CPU tensors; Triton's interpreter alone is wrong in bfloat16 and FP8
+    from . import _repairs
+
+    _repairs.install()
+
+
+class Options(NamedTuple):
+    """Launch options of one kernel."""
+
+    num_warps: int = 4
+    num_stages: int = 3
+    pdl: bool = False  # launched before the kernel in front of it has finished (programmatic dependent launch)
+    fused: bool = True  # a product and the sum that it is added to may be rounded once
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileRequest:
+    """One compile key, as a launch would make it: enough to compile it without running it."""
+
+    launcher: Launcher
+    arguments: tuple[Any, ...]
+    constants: tuple[Any, ...]
+    options: Options
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What Triton specialises on, for aligned pointers; equal keys share one compiled kernel."""
+
+        def kind(argument: Any) -> Any:
+            if isinstance(argument, torch.Tensor):
+                return argument.dtype
+            if isinstance(argument, tuple):
+                return tuple(kind(item) for item in argument)
+            if isinstance(argument, TensorDescriptor):
+                return argument.base.dtype, tuple(argument.block_shape)
+            return argument is None
+
+        return (self.launcher, self.constants, self.options, *map(kind, self.arguments))
+
+    def compile(self) -> Any:
+        """Compile for the active target and return Triton's compiled kernel; nothing runs."""
+        from triton.runtime.jit import MockTensor
+
+        def mock(argument: Any) -> Any:
+            if isinstance(argument, torch.Tensor):
+                return MockTensor(_BYTES.get(argument.dtype, argument.dtype))
+            if isinstance(argument, tuple):
+                return tuple(mock(item) for item in argument)
+            if isinstance(argument, TensorDescriptor):
+                return dataclasses.replace(argument, base=MockTensor(argument.base.dtype))
+            return argument
+
+        return self.launcher.kernel.warmup(
+            *(mock(argument) for argument in self.arguments),
+            *self.constants,
+            grid=(1,),
+            **_triton_options(self.options),
+        )
+
+
+_BYTES = {torch.float8_e8m0fnu: torch.uint8}  # what Triton has no type for, kernels read as bytes
+
+
+def _as_bytes(argument: Any) -> Any:
+    if isinstance(argument, torch.Tensor) and argument.dtype in _BYTES:
+        return argument.view(_BYTES[argument.dtype])
+    return argument
+
+
+_recorder: list[CompileRequest] | None = None
+_stand_in: torch.device | None = None
+_caches: list[dict[Any, Any]] = []
+
+
+def _cache() -> dict[Any, Any]:
+    _caches.append({})
+    return _caches[-1]
+
+
+class Calls:
+    """What was worked out for calls seen before: found by the shapes, strides, dtypes and devices of their tensors.
+
+    The tensors of a call nearly always look like those of the last one with its ``hint``. torch compares them in C
+    (0.1 us a tensor); only where they do not, or where torch has no such guards, a key is made of them (0.5 us a tensor).
+    ``compile_only`` and ``choosing`` start and end with all of this empty.
+    """
+
+    _LIMIT = 16384
+
+    def __init__(self) -> None:
+        self._known = _cache()
+        self.recent = _cache()  # by hint: (whether tensors look like those of the call, what was put for it)
+
+    def find(self, hint: tuple[Any, ...], tensors: Sequence[torch.Tensor]) -> Any:
+        """What ``recent`` is to hold for such tensors, or None.
+
+        ``hint`` holds all that matters beside them, and fixes their number.
+        """
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return None  # as the guards have it; autograd is no part of the key
+        known = self._known.get((hint, *map(_looks, tensors)))
+        if known is None:
+            return None
+        self.recent[hint] = found = (_guard(tensors), known)
+        return found
+
+    def get(self, hint: tuple[Any, ...], tensors: Sequence[torch.Tensor]) -> Any:
+        """What was put for such tensors, or None."""
+        last = self.recent.get(hint)
+        if last is None or not last[0](*tensors):
+            last = self.find(hint, tensors)
+        return None if last is None else last[1]
+
+    def put(self, hint: tuple[Any, ...], tensors: Sequence[torch.Tensor], call: Any) -> Any:
+        """Keep ``call`` for such tensors, and return it."""
+        if len(self._known) >= self._LIMIT:
+            self._known.clear()
+            self.recent.clear()
+        key = (hint, *map(_looks, tensors))
+        self._known[key] = call
+        return call
+
+
+def _looks(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _guard(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
+    """Whether other tensors look like these, and are of the same classes; it keeps none of them alive."""
+    if TensorGuards is None:
+        return lambda *others: False
+    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    check: Callable[..., bool] = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    return check
+
+
+@contextlib.contextmanager
+def compile_only(device: torch.device | None = None) -> Iterator[list[CompileRequest]]:
+    """Inside, launches run nothing: each is noted as a ``CompileRequest`` in the list that is yielded.
+
+    Tensors may be on the ``meta`` device; choices are then made as for ``device``, or, without one, for the target of
+    Triton's active driver. Warm-up, the resource lock and the proof that keys are closed are built on this.
+    """
+    global _recorder, _stand_in
+    previous = _recorder, _stand_in
+    _recorder, _stand_in = [], device
+    _forget()
+    try:
+        yield _recorder
+    finally:
+        _recorder, _stand_in = previous
+        _forget()
+
+
+def _forget() -> None:
+    for known in _caches:
+        known.clear()
+
+
+def _triton_options(options: Options) -> dict[str, Any]:
+    # enable_fp_fusion: Triton 3.10 turns its default off, which would change numbers under a user.
+    chosen = {"num_warps": options.num_warps, "num_stages": options.num_stages, "enable_fp_fusion": options.fused}
+    if options.pdl:
+        chosen["launch_pdl"] = True
+    return chosen
+
+
+# Without the checks around them in torch.cuda; a build of torch for the CPU has neither.
+_get_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
+_get_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
+
+# The object, not its current value: profilers add themselves to it.
+_launch_hooks = triton.knobs.runtime.launch_enter_hook
+
+
+class Launcher:
+    """Launches one Triton kernel: run-time arguments first, then its constants, both by position."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        loose = [getattr(param, "do_not_specialize_on_alignment", False) for param in getattr(kernel, "params", ())]
+        self.num_aligned = loose.index(True) if True in loose else len(loose)  # leading arguments
+
+    def bind(self, grid: int, constants: tuple[Any, ...], options: Options) -> Bound:
+        """The launches of one compile key over ``grid`` programs; whoever keeps it vouches for the arguments' dtypes."""
+        return Bound(self, grid, constants, options)
+
+    def launch(self, grid: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], options: Options) -> Any:
+        """Launch once; return the compiled kernel if later launches with such arguments may call it directly."""
+        if _recorder is not None:
+            _recorder.append(CompileRequest(self, arguments, constants, options))
+            return None
+        arguments = tuple(map(_as_bytes, arguments))
+        if INTERPRETED:
+            self.kernel[(grid,)](*arguments, *constants, **_triton_options(options))
+            return None
+        with torch.cuda.device(arguments[0].device):
+            handle = self.kernel[(grid,)](*arguments, *constants, **_triton_options(options))
+        aligned = not any(pointer & 15 for pointer in _pointers(arguments[: self.num_aligned]))
+        return handle if aligned and torch.version.hip is None else None
+
+
+class Bound:
+    """See ``Launcher.bind``.
+
+    ``run`` launches with tensors, tuples of tensors, descriptors, numbers or None; the first is a tensor.
+    """
+
+    __slots__ = ("_constants", "_grid", "_handle", "_launcher", "_options", "run")
+
+    def __init__(self, launcher: Launcher, grid: int, constants: tuple[Any, ...], options: Options) -> None:
+        self.run: Callable[..., None] = self._through_triton
+        self._launcher = launcher
+        self._grid = grid
+        self._constants = constants
+        self._options = options
+        self._handle: Any = None
+
+    def _through_triton(self, *arguments: Any) -> None:
+        handle = self._launcher.launch(self._grid, arguments, self._constants, self._options)
+        if handle is not None:
+            self._handle = handle  # kept whole: Triton unloads the module when it dies
+            run, fixed = _entry(handle)
+            aligned = self._launcher.num_aligned
+            kinds = tuple(_kind(argument, i < aligned) for i, argument in enumerate(arguments))
+            make = _straight_line(kinds, len(fixed), len(self._constants))
+            device = arguments[0].get_device()
+            self.run = make(self._through_triton, run, self._grid, device, *fixed, *self._constants)
+
+
+def _kind(argument: Any, aligned: bool) -> str | int:
+    """What a launch does with an argument: how many tensors of a tuple, or one, or that it is passed as it is."""
+    if isinstance(argument, tuple):
+        return len(argument)
+    if isinstance(argument, torch.Tensor):
+        return "aligned" if aligned else "pointer"
+    return "value"  # a number, None, or a descriptor, which is of aligned memory
+
+
+@functools.cache
+def _straight_line(kinds: tuple[str | int, ...], num_fixed: int, num_constants: int) -> Callable[..., Any]:
+    """Makes launches of such arguments, written out: loops over them would take as long again as all the rest.
+
+    What it makes is called with the arguments, and gives them to ``slow`` where a launch is not what the compiled kernel was
+    made for: Triton vectorises on 16-byte alignment.
+    """
+    names = [f"a{i}" for i in range(len(kinds))]
+    unpacked, aligned, passed = [], [], []
+    for name, kind in zip(names, kinds, strict=True):
+        if isinstance(kind, int):
+            tensors = [f"{name}_{i}" for i in range(kind)]
+            unpacked.append(f"{_listed(tensors)} = {name}")
+            aligned += tensors
+            passed.append(_listed(f"{tensor}_ptr" for tensor in tensors))
+        else:
+            aligned += [name] if kind == "aligned" else []
+            passed.append({"aligned": f"{name}_ptr", "pointer": f"{name}.data_ptr()", "value": name}[kind])
+    unpacked += [f"{name}_ptr = {name}.data_ptr()" for name in aligned]
+    fixed, constants = ([f"{letter}{i}" for i in range(count)] for letter, count in (("f", num_fixed), ("c", num_constants)))
+    source = f"""
+def make(slow, run, grid, device, {", ".join(fixed + constants)}):
+    def launch({", ".join(names)}):
+        if _recorder is not None or _launch_hooks.calls or device != _get_device():
+            return slow({", ".join(names)})
+        {"; ".join(unpacked)}
+        if ({" | ".join(f"{name}_ptr" for name in aligned) or "0"}) & 15:
+            return slow({", ".join(names)})
+        run(grid, 1, 1, _get_stream(device), {", ".join(fixed + passed + constants)})
+    return launch
+"""
+    made: dict[str, Any] = {}
+    exec(source, globals(), made)  # noqa: S102  (of numbers and names of its own)
+    return made["make"]  # type: ignore[no-any-return]
+
+
+def _listed(names: Iterable[str]) -> str:
+    return f"({''.join(f'{name}, ' for name in names)})"
+
+
+def _entry(handle: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """What launches a compiled kernel, and its arguments between the stream and those of the kernel."""
+    run, metadata = handle.run, handle.packed_metadata
+    scratch = getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1)
+    if triton.__version__.startswith("3.6.") and scratch == 0:
+        # the C function that run() calls, without run()'s own microsecond
+        flags = (run.launch_cooperative_grid, run.launch_pdl)
+        return run.launch, (handle.function, *flags, None, None, metadata, None, None, None)
+    return run, (handle.function, metadata, None, None, None)
+
+
+def _pointers(arguments: tuple[Any, ...]) -> Iterator[int]:
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument.data_ptr()
+        elif isinstance(argument, tuple):
+            yield from _pointers(argument)
+
+
+class Traits(NamedTuple):
+    """What the choice of a schedule and its tiles asks of a device."""
+
+    num_sms: int
+    shared_memory: int  # bytes that one program may take
+    pdl: bool  # programmatic dependent launch: NVIDIA, from sm_90 on
+    e4m3: bool  # Triton has the type there: all but NVIDIA before sm_89
+    full_warps: int  # a program of so many can have all registers of a multiprocessor: 8 on NVIDIA, 4 of twice the lanes on AMD
+    warp_sums: int  # fp32 sums of a product that a warp has room for
+    max_stages: int  # of a loop of products: on AMD, where loads in flight take registers, fewer
+    mixed_pointers: bool  # a tile may be of pointers into several tensors: not on AMD, where Triton 3.6 fails to compile it
+    target: str  # "sm_90", "gfx942"
+    label: str  # what the device is called where tiles were measured on it; nothing off the GPU
+
+
+# Bytes of shared memory by Triton target, for compilation without a GPU.
+_SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376, "gfx942": 65536, "gfx950": 163840}
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels can be launched on tensors of a device; where launches are only noted, on any."""
+    return device.type == "cuda" or _recorder is not None or (INTERPRETED and device.type == "cpu")
+
+
+def traits(device: torch.device) -> Traits:
+    """The traits of a device; off the GPU, those of the target that is compiled for, with the multiprocessors of an H200."""
+    if device.type != "cuda" and _stand_in is not None:
+        device = _stand_in
+    if device.type == "cuda":
+        return _traits(device.index if device.index is not None else torch.cuda.current_device())
+    if INTERPRETED:
+        return Traits(132, _SHARED_MEMORY[90], False, True, *_room(90), "sm_90", "")
+    target = triton.runtime.driver.active.get_current_target()
+    nvidia = target.arch if target.backend == "cuda" else 0
+    shared_memory, e4m3 = _SHARED_MEMORY.get(target.arch, 65536), nvidia == 0 or nvidia >= 89
+    arch = f"sm_{nvidia}" if nvidia else target.arch
+    return Traits(132, shared_memory, nvidia >= 90, e4m3, *_room(nvidia), arch, "")
+
+
+@functools.cache
+def _traits(index: int) -> Traits:
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    shared_memory, sms = properties["max_shared_mem"], properties["multiprocessor_count"]
+    label = device_label(torch.cuda.get_device_name(index))
+    if torch.version.hip is not None:
+        target = torch.cuda.get_device_properties(index).gcnArchName.partition(":")[0]
+        return Traits(sms, shared_memory, False, True, *_room(0), target, label)
+    major, minor = torch.cuda.get_device_capability(index)
+    nvidia = 10 * major + minor
+    return Traits(sms, shared_memory, nvidia >= 90, nvidia >= 89, *_room(nvidia), f"sm_{nvidia}", label)
+
+
+def _room(nvidia: int) -> tuple[int, int, int, bool]:
+    """full_warps, warp_sums, max_stages and mixed_pointers; ``nvidia``: its architecture, 0 for others.
+
+    Matrix units of sm_90 and sm_100 read shared memory; elsewhere what is multiplied takes registers beside the sums.
+    """
+    if nvidia == 0:
+        return 4, 2048, 2, False
+    return 8, 4096 if 90 <= nvidia < 120 else 2048, 6, True
+
+
+def device_label(name: str) -> str:
+    """What a device is called where tiles were measured on it: "h200" for "NVIDIA H200"."""
+    words = "_".join("".join(c if c.isascii() and c.isalnum() else " " for c in name.lower()).split())
+    return words.removeprefix("nvidia_").removeprefix("amd_")[:40]
+
+
+# (schedule, tiles), the best of each kind of schedule first; tiles of None: those of the rule
+Fastest = tuple[tuple[str, tuple[int, ...] | None], ...]
+
+
+class Measured(NamedTuple):
+    """What was fastest on one device, by problem."""
+
+    label: str
+    target: str
+    num_sms: int
+    shared_memory: int
+    fastest: Mapping[tuple[Any, ...], Fastest]
+
+    def distance(self, device: Traits) -> float | None:
+        """How far ``device`` is from this one, 0 for itself; None: its tiles are not for it.
+
+        Another device of the same architecture may take them if it has at most half as many multiprocessors again, or the
+        other way round, as tiles share work out over them. No device takes tiles from one with more shared memory.
+        """
+        if self.shared_memory > device.shared_memory or self.target != device.target:
+            return None
+        if self.label == device.label:
+            return 0.0
+        ratio = max(self.num_sms, device.num_sms) / min(self.num_sms, device.num_sms)
+        return ratio if ratio <= 1.5 else None
+
+
+def measured(tables: Sequence[Measured], key: tuple[Any, ...], device: Traits) -> Fastest:
+    """What is known to be fastest for a problem: on the device itself, else on the nearest that it was measured on."""
+    near = [(away, table.label, table.fastest) for table in tables if (away := table.distance(device)) is not None]
+    return next((known[key] for *_, known in sorted(near, key=lambda found: found[:2]) if key in known), ())
+
+
+class Choice(NamedTuple):
+    """What a call took, of the tiles that there are for a problem."""
+
+    key: Any  # a NamedTuple of its family
+    schedule: str
+    config: Any
+    measured: bool  # rather than the rule's
+
+
+_choices: list[Choice] | None = None
+_forced: Mapping[tuple[type, Any], Fastest] = {}
+
+
+@contextlib.contextmanager
+def choosing(forced: Mapping[tuple[type, Any], Fastest]) -> Iterator[list[Choice]]:
+    """Inside, calls are bound anew, and what they choose is noted in the list that is yielded. ``forced``: by the class of a
+    key and the key, what is taken for it in place of what was measured; nothing leaves it to the rule. Tuning is built on this.
+    """
+    global _choices, _forced
+    previous = _choices, _forced
+    _choices, _forced = [], forced
+    _forget()
+    try:
+        yield _choices
+    finally:
+        _choices, _forced = previous
+        _forget()
+
+
+Config = TypeVar("Config")
+
+
+def choose(
+    tables: Sequence[Measured],
+    key: Any,
+    device: Traits,
+    configs: Mapping[str, Callable[..., Config]],
+    rule: Callable[[str | None], tuple[str, Config]],
+    serves: Callable[[str], bool] = lambda schedule: True,
+    other: Any = None,
+) -> tuple[str, Config]:
+    """(schedule, tiles) for a problem: the fastest that is known for it, or else for an ``other`` one, and that serves the
+    call; where there is none, what the rule says, of its own or for a schedule.
+    """
+    known = measured(tables, key, device) or measured(tables, other, device)
+    tiles: tuple[int, ...] | None = None
+    for schedule, tiles in _forced.get((type(key), key), known):
+        if serves(schedule):
+            taken = rule(schedule) if tiles is None else (schedule, configs[schedule](*tiles))
+            break
+    else:
+        taken, tiles = rule(None), None
+    if _choices is not None:
+        _choices.append(Choice(key, *taken, tiles is not None))
+    return taken
+
+
+def describable(tensor: torch.Tensor) -> bool:
+    """Whether the tensor memory accelerator can read it: rows of whole 16 bytes, from a 16-byte boundary."""
+    width = tensor.element_size()
+    strides = tensor.stride()
+    return strides[-1] == 1 and not any(s * width & 15 for s in strides[:-1]) and not tensor.data_ptr() & 15
+
+
+def cdiv(a: int, b: int) -> int:
+    """ceil(a / b) for positive integers."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n`` (1 for n <= 1)."""
+    return 1 << (n - 1).bit_length() if n > 1 else 1
+
+
+def rank_tile(
+    rank: int, rows: int, columns: int, parts: int, part_bytes: int, stages: int, device: torch.device
+) -> tuple[int, int]:
+    """(ranks at a time, stages of the pipeline over them) of a second product whose rank is above a tile.
+
+    What a program holds must not grow with the rank. A stage is a tile of B and one of each part that the first product
+    left; where two stages do not fit, because parts are many, there is no pipeline.
+    """
+    # Rows of a rank that is no multiple of 8 go through registers, as they are not aligned for copies to shared memory.
+    wanted = 32 if rows == 128 or rank % 8 else 64
+    budget = traits(device).shared_memory - 4096
+    for tile, count in ((wanted, stages), (32, stages), (32, 2)):
+        if count * tile * (2 * columns + part_bytes * rows * parts) <= budget:
+            return tile, count
+    return 32, 1
+
+
+@final
+class Caller(str):
+    """The name of what the user called, with what its arguments are called there: for an op that is made of others."""
+
+    labels: dict[str, str]
+
+    def __new__(cls, name: str, **labels: str) -> Caller:
+        caller = super().__new__(cls, name)
+        caller.labels = labels
+        return caller
+
+
+def fail(variant: str, what: str, got: object, wanted: object, hint: str = "") -> NoReturn:
+    """Raise the one form of error that launchers use.
+
+    Raises:
+        ValueError: always; the message names the variant, what was given, what was wanted and what to do.
+    """
+    if isinstance(variant, Caller):
+        what = variant.labels.get(what, what)
+    raise ValueError(f"{variant}: {what}: got {got}, wanted {wanted}" + (f"; {hint}" if hint else ""))
+
+
+def check_tile(variant: str, name: str, tile: int, **wholes: int) -> None:
+    """Raise ValueError where a tile, of a config that a caller brought, is no part of what it has to end with."""
+    for whole, size in wholes.items():
+        if size % tile:
+            fail(variant, name, tile, f"a divisor of {whole} = {size}", "leave config out for the tiles of the rule")
+
+
+def given(variant: str, config: Any, of: type) -> Any:
+    """Tiles that a caller brought, or None.
+
+    Raises:
+        ValueError: they are of another kernel.
+    """
+    if config is not None and not isinstance(config, of):
+        fail(variant, "config", type(config).__name__, f"a {of.__name__} of this module, or None")
+    return config
+
+
+def describe(tensor: torch.Tensor) -> str:
+    """Shape, dtype, strides and device of a tensor, for an error message."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if tensor.layout != torch.strided:
+        return f"{list(tensor.shape)} {dtype} of layout {tensor.layout} on {tensor.device}"
+    return f"{list(tensor.shape)} {dtype} with strides {list(tensor.stride())} on {tensor.device}"
+
+
+_libraries: list[torch.library.Library] = []  # a Library undefines its ops when it dies
+
+
+def op(schema: str, function: Callable[..., None]) -> Callable[..., None]:
+    """Register ``function``, which mutates its arguments and returns nothing, as an op; return the op.
+
+    The namespace is the path of the package, so that copies of it under other names live side by side.
+    ``torch.compile`` sees the op as opaque; eager code calls the function itself, which is cheaper. No autograd.
+    """
+    namespace, name = __name__.rpartition(".")[0].replace(".", "_"), schema.split("(")[0]
+    library = torch.library.Library(namespace, "FRAGMENT")
+    library.define(schema)
+    for key in ("CUDA", "CPU"):
+        library.impl(name, function, key)
+    library.impl(name, lambda *arguments: None, "Meta")
+    _libraries.append(library)
+    registered: Callable[..., None] = getattr(getattr(torch.ops, namespace), name).default
+    return registered

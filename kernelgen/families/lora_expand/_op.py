@@ -1,0 +1,110 @@
+"""The second product of dense LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .. import _runtime as runtime
+from ..lora_shrink._op import dense_route
+from ..lora_shrink._problem import kind_of_scales
+from ..moe_route._op import MoeRoute
+from ._problem import OP, Call, check_y, choose, problem_of
+from ._table import QUANT, VARIANTS
+
+
+def lora_expand(
+    out: torch.Tensor,
+    y: torch.Tensor,
+    lora_b: Sequence[torch.Tensor],
+    route: MoeRoute,
+    *,
+    offset_start: int = 0,
+    add_inputs: bool = True,
+    b_scale: Sequence[torch.Tensor] | None = None,
+) -> None:
+    """Columns of a batch from its rank vectors: out[t, columns of s] (+)= y[s, t] . B_s[l]^T, for every token t of an adapter l.
+
+    y is rounded to the dtype of ``out`` in front of the product. Rows of other tokens, and columns in front of the first
+    slice and behind the last, keep their bytes.
+
+    Args:
+        out: [T, *] bfloat16 or float16, last stride 1.
+        y: contiguous [S, T, rank] float32, or in the dtype of ``out``; rows of tokens without an adapter are not read.
+        lora_b: S tensors [L, N_s, rank] (or [L, 1, N_s, rank]) in the dtype of ``out``; widths N_s and strides over L are free.
+        route: from ``lora_route``.
+        offset_start: column of ``out`` where the first slice begins; each other begins where the one before it ends.
+        add_inputs: add to ``out``, or overwrite.
+        b_scale: S tensors float32, for FP8 weights (float8_e4m3fn or float8_e5m2): [L]; or [L, N_s], with a last dimension of 1
+            or without; or [L, ceil(N_s / group_n), ceil(rank / group_k)].
+
+    Raises:
+        ValueError: something does not fit, or no variant serves it; nothing was launched.
+    """
+    if torch.compiler.is_compiling():
+        tables = (route.pairs, route.blocks, route.num_blocks)
+        sizes = (route.num_tokens, route.max_loras, route.block_m, route.max_blocks)
+        _lora_expand_op(out, y, lora_b, *tables, *sizes, offset_start, add_inputs, b_scale or [])
+    else:
+        _apply(out, y, lora_b, route, 1.0, offset_start, add_inputs, b_scale)
+
+
+def _bind(
+    out: torch.Tensor,
+    y: torch.Tensor,
+    lora_b: Sequence[torch.Tensor],
+    route: MoeRoute,
+    scaling: float,
+    offset_start: int,
+    add_inputs: bool,
+    b_scale: Sequence[torch.Tensor] | None,
+) -> Call:
+    sizes = OP.check("lora_expand", OP.named(out, y, lora_b, route, scaling, offset_start, add_inputs, b_scale))
+    check_y("lora_expand", out, y)
+    problem = problem_of("lora_expand", sizes, out, lora_b, route, offset_start, **scales_of("lora_expand", lora_b, b_scale))
+    variant = variant_of("lora_expand", out.dtype, add_inputs, problem.rank, problem.weight_scales)
+    if problem.num_tokens == 0:
+        return _nothing
+    call: Call = variant.bind(problem, route, choose(problem, route))
+    return call
+
+
+def scales_of(
+    op: str, lora_b: Sequence[torch.Tensor], b_scale: Sequence[torch.Tensor] | None
+) -> dict[str, Any]:
+    """Scales with what there is one each of, as ``problem_of`` takes them."""
+    if b_scale is None:
+        return {}
+    return {"b_scale": (kind_of_scales(op, "b_scale", b_scale, lora_b, QUANT), b_scale)}
+
+
+def variant_of(
+    op: str, dtype: torch.dtype, add_inputs: bool, rank: int, weight_scales: str | None
+) -> Any:
+    """The variant of the smallest rank bucket that holds the rank."""
+    return VARIANTS.get(op, torch_dtype=dtype, adds=add_inputs, rank=rank, weight_scales=weight_scales)
+
+
+def _nothing(*arguments: Any) -> None:
+    """The call of an empty batch."""
+
+
+_apply = OP.caller(_bind)
+
+
+def _lora_expand(
+    out: torch.Tensor, y: torch.Tensor, lora_b: Sequence[torch.Tensor], *rest: Any
+) -> None:
+    pairs, blocks, num_blocks, *sizes, offset_start, add_inputs, b_scale = rest
+    route = dense_route(pairs, blocks, num_blocks, None, *sizes)
+    _apply(out, y, lora_b, route, 1.0, offset_start, add_inputs, b_scale or None)
+
+
+_lora_expand_op = runtime.op(
+    "lora_expand(Tensor(a!) out, Tensor y, Tensor[] lora_b, Tensor? pairs, Tensor? blocks, Tensor? num_blocks, "
+    "SymInt num_tokens, int max_loras, int block_m, SymInt max_blocks, int offset_start, bool add_inputs, "
+    "Tensor[] b_scale) -> ()",
+    _lora_expand,
+)

@@ -1,0 +1,266 @@
+"""What the variants of lora_expand share: the sizes of a call, its checks, and which tiles serve it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from .. import _operands as operands
+from .. import _runtime as runtime
+from .._scales import check_fp8, product_rows
+from ..lora_shrink._problem import Parts, check_route, is_as_measured, scale_strides
+from ..moe_route._op import ROUTE, MoeRoute, check_rank
+from ._table import QUANT, VARIANTS
+from ._tuned import TUNED
+
+
+class Config(NamedTuple):
+    """Tiles of lora_expand; rows: of a block that one program takes, tiles: of columns."""
+
+    rows: int
+    block_n: int
+    tiles: int
+    stages: int
+    num_warps: int
+    weight_policy: int = 0
+
+
+CONFIGS = {"lora_expand": Config}
+
+# How the cache treats weights, by weight_policy: as any data, or as data that is read once.
+CACHE_POLICIES = ("", "evict_first")
+
+# (out, y, lora_b, route, scaling) of sizes that were checked before; then b_scale where weights are FP8
+Call = Callable[..., None]
+
+# What an FP8 tensor may be made of, and the rows and columns of a matrix that share a scale of a group.
+
+OP = operands.Op(
+    "lora_expand",
+    (
+        operands.Tensor("out", "T, *", "D", written=True),
+        operands.Tensor("y", "S, T, rank", (torch.float32, torch.bfloat16, torch.float16), operands.CONTIGUOUS),
+        operands.Tensor("lora_b", (">=L, >=1, rank", ">=L, 1, >=1, rank"), "D", slices="any", scaled_by="b_scale"),
+        ROUTE,
+        operands.Number("scaling", public=False),
+        operands.Int("offset_start"),
+        operands.Flag("add_inputs"),
+        operands.Tensor("b_scale", None, None, operands.FREE, optional=True, slices="any", left_out=True),
+    ),
+    spec="specs/lora_expand.yaml",
+    dtypes={"D": VARIANTS.dtypes},
+    fp8=QUANT.elements,
+    first=("lora_b",),
+    tells=("out",),
+)
+
+
+class Problem(NamedTuple):
+    """The sizes of one checked call; strides count elements."""
+
+    num_tokens: int
+    widths: tuple[int, ...]  # of the slices
+    rank: int
+    offset: int  # column of out where the first slice begins
+    out_stride: int
+    b_strides_l: tuple[int, ...]  # of the slices
+    b_stride_n: int
+    device: torch.device
+    weight_scales: str | None  # of what there is a scale each: "tensor", "channel" or "group"; None: 16-bit weights
+    b_scale_strides_l: tuple[int, ...]
+
+
+def check(
+    variant: str,
+    out: torch.Tensor,
+    y: torch.Tensor,
+    lora_b: Sequence[torch.Tensor],
+    route: MoeRoute,
+    offset_start: int,
+    *,
+    dtype: torch.dtype,
+    max_rank: int | None,
+    b_scale: tuple[str, Sequence[torch.Tensor]] | None = None,
+) -> Problem:
+    """The sizes of a call, once everything about it is known to fit; scales come with what there is one each of.
+
+    Raises:
+        ValueError: says which argument does not fit, what it is and what was wanted.
+    """
+    scales = None if b_scale is None else b_scale[1]
+    sizes = OP.check(variant, OP.named(out, y, lora_b, route, 1.0, offset_start, True, scales), D=dtype)
+    check_y(variant, out, y)
+    return problem_of(variant, sizes, out, lora_b, route, offset_start, max_rank=max_rank, b_scale=b_scale)
+
+
+def check_y(variant: str, out: torch.Tensor, y: torch.Tensor) -> None:
+    """Raise ValueError where rank vectors are of another dtype than those that are taken."""
+    if y.dtype not in (torch.float32, out.dtype):
+        runtime.fail(variant, "y", runtime.describe(y), f"float32 or {out.dtype}, as out")
+
+
+def problem_of(
+    variant: str,
+    sizes: operands.Sizes,
+    out: torch.Tensor,
+    lora_b: Sequence[torch.Tensor],
+    route: MoeRoute,
+    offset_start: int,
+    *,
+    max_rank: int | None = None,
+    b_scale: tuple[str, Sequence[torch.Tensor]] | None = None,
+) -> Problem:
+    """The sizes of a product whose operands are checked, once the rest is too.
+
+    Raises:
+        ValueError: as ``check``.
+    """
+    check_route(variant, route)
+    first, rank, widths = lora_b[0], sizes["rank"], tuple(b.shape[-2] for b in lora_b)
+    row, end = first.stride(-2), offset_start + sum(widths)
+    for i, b in enumerate(lora_b):
+        if b.stride(-2) != row or b.dtype != first.dtype:
+            wanted = f"[L, N >= 1, {rank}] {first.dtype} with rows {row} apart"
+            runtime.fail(variant, f"lora_b[{i}]", runtime.describe(b), wanted, "slices differ in N alone")
+    check_rank(variant, "lora_b", rank, max_rank, row, max(widths))
+    if end >= 2**31:
+        runtime.fail(variant, "offset_start", offset_start, f"0 to {2**31 - 1 - sum(widths)}")
+    if out.shape[1] < end:
+        hint = f"slices of {', '.join(map(str, widths))} columns, as in lora_b, from offset_start = {offset_start} on"
+        runtime.fail(variant, "out", runtime.describe(out), f"[{route.num_tokens}, >= {end}]", hint)
+    strides, kind = tuple(b.stride(0) for b in lora_b), None
+    of_scales: tuple[int, ...] = ()
+    if b_scale is not None:
+        check_fp8(variant, "lora_b[0]", first, b_scale[0], QUANT)
+        kind, of_scales = b_scale[0], scale_strides(variant, "b_scale", *b_scale, lora_b, QUANT)
+    dims = (route.num_tokens, widths, rank, offset_start, out.stride(0), strides, row)
+    return Problem(*dims, out.device, kind, of_scales)
+
+
+# Bytes of parts from which it is faster to add them up first than to let every program of the expand do it.
+_MANY_BYTES = 31e6
+
+
+def sums_first(problem: Problem, config: Config, parts: Parts) -> bool:
+    """Whether parts of y are to be added up in front of the expand, as its programs would read them too often; where there are
+    many tokens of 16 bits, they wait for memory anyway."""
+    tokens = runtime.next_power_of_2(problem.num_tokens)
+    readers = sum(runtime.cdiv(width, config.block_n * config.tiles) for width in problem.widths)
+    often = 4.0 * tokens * problem.rank * parts.number * readers > _MANY_BYTES
+    many = problem.rank > 128 and parts.number > 8
+    return parts.number > 1 and (many or often) and (tokens <= 2048 or problem.weight_scales is not None)
+
+
+def choose(problem: Problem, route: MoeRoute, k: int | None = None) -> Config:
+    """The tiles for a call, from host integers alone: the same call always gets the same; ``k``: of the lora_shrink in front.
+
+    With it those that were measured, as parts of K are what is read then; else the rule's. The number of tokens counts as the
+    next power of two, so that the compile keys of a model are a short list.
+    """
+    tokens, device = runtime.next_power_of_2(problem.num_tokens), runtime.traits(problem.device)
+    layer = (k, sum(problem.widths), min(problem.widths), len(problem.widths), problem.rank)
+    key = Key(tokens, route.max_loras, *layer, True, problem.weight_scales)  # adding is measured, for both
+
+    def rule(schedule: str | None) -> tuple[str, Config]:
+        del schedule  # there is one
+        sizes = (tokens, route.block_m, route.max_loras, problem.widths, problem.rank, problem.weight_scales is not None)
+        return "lora_expand", _choose(_Shape(*sizes, device.num_sms, device.shared_memory))
+
+    return runtime.choose(TUNED, key, device, CONFIGS, rule, lambda schedule: is_as_measured(route, tokens))[1]
+
+
+class Key(NamedTuple):
+    """What measured tiles are looked up by: the sizes of specs/tuned, and what its tags stand for."""
+
+    num_tokens: int  # the next power of two
+    max_loras: int
+    k: int | None  # of the lora_shrink in front; None: of none
+    n: int  # of all slices
+    n_min: int  # of the narrowest
+    slices: int
+    rank: int
+    adds: bool
+    weight_scales: str | None
+
+
+class _Shape(NamedTuple):
+    """What tiles depend on where nothing was measured."""
+
+    tokens: int  # a power of two
+    block_m: int
+    loras: int
+    widths: tuple[int, ...]
+    rank: int
+    scaled: bool  # FP8 weights
+    num_sms: int
+    shared_memory: int
+
+    @property
+    def ranks(self) -> int:
+        """Of the tiles of B and of the rank vectors, together."""
+        return max(16, runtime.next_power_of_2(self.rank)) if self.rank <= 128 else runtime.cdiv(self.rank, 128) * 128
+
+    @property
+    def aligned(self) -> bool:
+        """Whether rows of B are; others go through registers."""
+        return self.rank % 8 == 0
+
+    @property
+    def many_columns(self) -> bool:
+        return sum(self.widths) >= 16384
+
+    def bytes(self, stages: int, rows: int, block_n: int) -> int:
+        """Of shared memory: tiles of B and of out on their way, and the rank vectors."""
+        return 2 * (stages * block_n * (self.ranks + rows) + rows * self.ranks)
+
+    def columns(self, block_n: int) -> int:
+        """Column tiles of a block."""
+        return sum(runtime.cdiv(width, block_n) for width in self.widths)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(s: _Shape) -> Config:
+    rows, block_n = _tile(s)
+    tiles, in_a_row = _in_a_row(s, rows, block_n)
+    if s.aligned and not s.scaled and s.block_m == 128 and 64 < s.rank <= 256 and s.bytes(2, 128, block_n) <= s.shared_memory:
+        # B is read less often, if that leaves no wave of few programs.
+        higher = _in_a_row(s, 128, block_n)
+        waves = s.tokens // 128 * s.columns(higher[1] * block_n) / s.num_sms
+        if higher[0] >= 4 * s.num_sms and (waves <= 1.0 or waves >= 0.8 * math.ceil(waves)):
+            rows, (tiles, in_a_row) = 128, higher
+    crowded = s.rank > 64 and tiles >= 64 * s.num_sms and (s.rank <= 128 or s.scaled)
+    stages = 2 if in_a_row == 1 or crowded else 3
+    while stages > 2 and s.bytes(stages, rows, block_n) > s.shared_memory:
+        stages -= 1
+    large = rows == 64 or (rows == 16 and block_n * s.ranks >= 256 * 128 and not s.scaled)
+    return Config(rows, block_n, in_a_row, stages, 8 if rows == 128 or (large and (s.rank <= 128 or not s.aligned)) else 4)
+
+
+def _tile(s: _Shape) -> tuple[int, int]:
+    """(rows, columns) of a tile: two of B, and the rank vectors, fit a program."""
+    rows, narrow = product_rows(s.block_m) if s.scaled else min(64, s.block_m), min(s.widths)
+    if rows == 16:  # few tokens: many programs, each with its weights on the way before rank vectors are there
+        wanted = 256 if s.many_columns and s.rank <= 128 else 128 if s.rank > 64 and not s.scaled else 64
+    else:
+        wanted = 128 if s.rank <= 128 else 64 if s.aligned else 32
+    block_n = wanted if narrow % wanted == 0 else min(wanted, 64 if narrow > 32 else 32)
+    while s.rank > 128 and max(rows, block_n) > 16 and s.bytes(2, rows, block_n) > s.shared_memory:
+        rows, block_n = (rows // 2, block_n) if rows > block_n else (rows, block_n // 2)
+    return rows, block_n
+
+
+def _in_a_row(s: _Shape, rows: int, block_n: int) -> tuple[int, int]:
+    """(all column tiles, how many a program takes: as many as leave each multiprocessor a program)."""
+    tiles, narrow = (min(s.tokens, s.loras) + s.tokens // rows) * s.columns(block_n), min(s.widths)
+    if s.rank > 128 and s.bytes(2, rows, block_n) > s.shared_memory:
+        return tiles, 1
+    if rows == 16:
+        large = 128 < s.rank <= 1024 and s.many_columns and (s.tokens >= 64 or s.rank > 256)
+        return tiles, 8 if large and narrow % (8 * block_n) == 0 else 1
+    most, least = tiles / s.num_sms, max(1, s.tokens // rows) * s.columns(block_n) / s.num_sms
+    fits = (t for t in (2, 4, 8) if t <= (2.0 if rows == 32 else 8.0) and narrow % (t * block_n) == 0)
+    return tiles, max((t for t in fits if t <= most and least >= 0.8 * t), default=1)

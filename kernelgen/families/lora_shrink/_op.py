@@ -1,0 +1,132 @@
+"""The first product of dense LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .. import _runtime as runtime
+from .._scales import find_x_mode
+from ..moe_route._op import MoeRoute, settled
+from ._problem import OP, Call, choose, kind_of_scales, problem_of
+from ._table import QUANT, VARIANTS
+
+
+def lora_shrink(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    route: MoeRoute,
+    *,
+    scaling: float = 1.0,
+    x_scale: torch.Tensor | None = None,
+    a_scale: Sequence[torch.Tensor] | None = None,
+) -> None:
+    """The rank vectors of a batch: y[s, t] = scaling * (x[t] . A_s[l]^T), for every token t of an adapter l.
+
+    Rows of y of tokens without an adapter keep their bytes; ``lora_expand`` does not read them.
+
+    Args:
+        y: contiguous [S, T, rank] float32.
+        x: [T, K] bfloat16 or float16, last stride 1.
+        lora_a: S tensors [L, rank, K] (or [L, 1, rank, K]) of one layout, in the dtype of ``x``; the stride over L is free.
+        route: from ``lora_route``.
+        scaling: applied in float32, once, here and not in ``lora_expand``.
+        x_scale: float32 or float8_e8m0fnu, for an FP8 x: [1]; or [T, 1]; or [T, ceil(K / group_k)], row by row or column by
+            column.
+        a_scale: S tensors float32, for FP8 weights (float8_e4m3fn or float8_e5m2): [L]; or [L, rank], with a last dimension of
+            1 or without; or [L, ceil(rank / group_n), ceil(K / group_k)].
+
+    Raises:
+        ValueError: something does not fit, or no variant serves it; nothing was launched.
+    """
+    if torch.compiler.is_compiling():
+        tables = (route.pairs, route.blocks, route.num_blocks, route.parts)
+        sizes = (route.num_tokens, route.max_loras, route.block_m, route.max_blocks)
+        _lora_shrink_op(y, x, lora_a, *tables, *sizes, scaling, x_scale, a_scale or [])
+    else:
+        _apply(y, x, lora_a, route, scaling, a_scale, x_scale)
+
+
+def _bind(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    route: MoeRoute,
+    scaling: float,
+    a_scale: Sequence[torch.Tensor] | None,
+    x_scale: torch.Tensor | None,
+) -> Call:
+    sizes = OP.check("lora_shrink", OP.named(y, x, lora_a, route, scaling, a_scale, x_scale))
+    scales = scales_of("lora_shrink", x, lora_a, x_scale, a_scale)
+    problem = problem_of("lora_shrink", sizes, x, lora_a, route, **scales)
+    dtype = sizes.get("D") or torch.bfloat16  # of a product of FP8 with FP8
+    variant = variant_of("lora_shrink", dtype, problem.rank, problem.weight_scales, problem.x_scales)
+    if problem.num_tokens == 0:
+        return _nothing
+    call: Call = variant.bind(problem, route, choose(problem, route))
+    return call
+
+
+def scales_of(
+    op: str,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    x_scale: torch.Tensor | None,
+    a_scale: Sequence[torch.Tensor] | None,
+) -> dict[str, Any]:
+    """Scales with what there is one each of, as ``problem_of`` takes them."""
+    found: dict[str, Any] = {}
+    if a_scale is not None:
+        found["a_scale"] = kind_of_scales(op, "a_scale", a_scale, lora_a, QUANT), a_scale
+    if x_scale is not None:
+        # Where K is one group, a scale a token has the same shape: groups of weights go with groups of x.
+        first = "group" if "a_scale" in found and found["a_scale"][0] == "group" else None
+        found["x_scale"] = find_x_mode(op, x, x_scale, QUANT, first), x_scale
+    return found
+
+
+def variant_of(
+    op: str, dtype: torch.dtype, rank: int, weight_scales: str | None, x_scales: str | None
+) -> Any:
+    """The variant of the smallest rank bucket that holds the rank."""
+    return VARIANTS.get(op, torch_dtype=dtype, rank=rank, weight_scales=weight_scales, x_scales=x_scales)
+
+
+def _nothing(*arguments: Any) -> None:
+    """The call of an empty batch."""
+
+
+def dense_route(
+    pairs: torch.Tensor | None,
+    blocks: torch.Tensor | None,
+    num_blocks: torch.Tensor | None,
+    parts: torch.Tensor | None,
+    num_tokens: int,
+    max_loras: int,
+    block_m: int,
+    max_blocks: int,
+) -> MoeRoute:
+    """The route of a dense layer from what an op takes of it, with nothing left open."""
+    tables = (pairs, blocks, num_blocks, parts)
+    return settled(MoeRoute(None, None, None, None, *tables, num_tokens, 1, 1, max_loras, 0, block_m, max_blocks))
+
+
+_apply = OP.caller(_bind)
+
+
+def _lora_shrink(
+    y: torch.Tensor, x: torch.Tensor, lora_a: Sequence[torch.Tensor], *rest: Any
+) -> None:
+    *tables, scaling, x_scale, a_scale = rest
+    _apply(y, x, lora_a, dense_route(*tables), scaling, a_scale or None, x_scale)
+
+
+_lora_shrink_op = runtime.op(
+    "lora_shrink(Tensor(a!) y, Tensor x, Tensor[] lora_a, Tensor? pairs, Tensor? blocks, Tensor? num_blocks, "
+    "Tensor(b!)? parts, SymInt num_tokens, int max_loras, int block_m, SymInt max_blocks, float scaling, "
+    "Tensor? x_scale, Tensor[] a_scale) -> ()",
+    _lora_shrink,
+)

@@ -1,0 +1,403 @@
+"""What the variants of lora_shrink share: the sizes of a call, its checks, and which tiles serve it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from .. import _operands as operands
+from .. import _runtime as runtime
+from .._scales import (
+    Quant,
+    check_fp8,
+    check_x_scale,
+    is_fp32,
+    product_rows,
+    scale_shape,
+)
+from .._scales import (
+    fits as scale_fits,
+)
+from ..moe_route._op import ROUTE, MoeRoute, check_rank, default_block_m
+from ._table import QUANT, VARIANTS
+from ._tuned import TUNED
+
+
+class Config(NamedTuple):
+    """Tiles of lora_shrink; block_m is the route's.
+
+    chunk_k is part of the numbers: the columns of K that are added up before their sum is added to that of the chunks in front
+    in a quarter of them. block_k divides it.
+    """
+
+    rows: int  # of a block that a program takes, where it has more: 16, 32, 64 or 128
+    ranks: int  # that a program takes: 16, 32, 64 or 128; of a bucket at most as many as it has
+    block_k: int
+    chunk_k: int
+    parts: int  # 1: a program takes a chunk of K; 2: a quarter of them; 0: all
+    together: int  # 1: a program takes all slices, and reads x once for them; 0: one of them
+    stages: int
+    num_warps: int
+    weight_policy: int = 0
+
+
+CONFIGS = {"lora_shrink": Config}
+
+# How the cache treats weights, by weight_policy: as any data, or as data that is read once.
+CACHE_POLICIES = ("", "evict_first")
+
+# Columns of K above which few rows take tiles of 256.
+LONG_K = 8192
+
+# Tokens up to which K may be shared out: their parts are few bytes, and what a workspace is made for.
+MAX_TOKENS_IN_PARTS = 4096
+
+# (y, x, lora_a, route, scaling) of sizes that were checked before; then a_scale where weights are FP8, then x_scale where x is
+Call = Callable[..., None]
+
+# (y, its parts, route, scaling) of such sizes
+Total = Callable[[torch.Tensor, torch.Tensor, MoeRoute, float], None]
+
+# What an FP8 tensor may be made of, and the rows and columns of a matrix that share a scale of a group.
+
+OP = operands.Op(
+    "lora_shrink",
+    (
+        operands.Tensor("y", "S, T, rank", torch.float32, operands.CONTIGUOUS, written=True),
+        operands.Tensor("x", "T, K", "D", scaled_by="x_scale"),
+        operands.Tensor("lora_a", (">=L, rank, K", ">=L, 1, rank, K"), "D", slices="alike", scaled_by="a_scale"),
+        ROUTE,
+        operands.Number("scaling"),
+        operands.Tensor("a_scale", None, None, operands.FREE, optional=True, slices="any", left_out=True),
+        operands.Tensor("x_scale", None, None, operands.FREE, optional=True, left_out=True),
+    ),
+    spec="specs/lora_shrink.yaml",
+    dtypes={"D": VARIANTS.dtypes},
+    fp8=QUANT.elements,
+    first=("lora_a",),
+    tells=("x",),
+)
+
+
+class Parts(NamedTuple):
+    """Sums of parts of K, of which ``quarter`` in a row are added up before their sum is added to the others."""
+
+    number: int = 1
+    quarter: int = 1
+
+
+ONE_PART = Parts()
+
+
+class Problem(NamedTuple):
+    """The sizes of one checked call; strides count elements, those of the weights run over (L, rank)."""
+
+    num_tokens: int
+    k: int
+    slices: int
+    rank: int
+    x_stride: int
+    a_strides: tuple[int, int]
+    device: torch.device
+    weight_scales: str | None  # of what there is a scale each: "tensor", "channel" or "group"; None: 16-bit weights
+    x_scales: str | None  # likewise of x, "token" for "channel"
+    a_scale_stride: int  # over L
+    x_scale_stride: int  # over rows
+    x_scale_next: int | None  # over groups, None: 1
+
+    def quarter(self, config: Config) -> int:
+        """Chunks that are added up by themselves: there are at most four such sums."""
+        return runtime.cdiv(runtime.cdiv(self.k, config.chunk_k), 4)
+
+    def part_k(self, config: Config) -> int:
+        """Columns of K of one program."""
+        chunks = runtime.cdiv(self.k, config.chunk_k)
+        return config.chunk_k * (chunks, 1, self.quarter(config))[config.parts]
+
+    def parts(self, config: Config) -> Parts:
+        """The sums that programs leave."""
+        return Parts(runtime.cdiv(self.k, self.part_k(config)), self.quarter(config) if config.parts == 1 else 1)
+
+
+def check(
+    variant: str,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    route: MoeRoute,
+    *,
+    dtype: torch.dtype,
+    max_rank: int | None,
+    a_scale: tuple[str, Sequence[torch.Tensor]] | None = None,
+    x_scale: tuple[str, torch.Tensor] | None = None,
+    scaling: float = 1.0,
+) -> Problem:
+    """The sizes of a call, once everything about it is known to fit; scales come with what there is one each of.
+
+    Raises:
+        ValueError: says which argument does not fit, what it is and what was wanted.
+    """
+    scales = (None if found is None else found[1] for found in (a_scale, x_scale))
+    sizes = OP.check(variant, OP.named(y, x, lora_a, route, scaling, *scales), D=dtype)
+    return problem_of(variant, sizes, x, lora_a, route, max_rank=max_rank, a_scale=a_scale, x_scale=x_scale)
+
+
+def problem_of(
+    variant: str,
+    sizes: operands.Sizes,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    route: MoeRoute,
+    *,
+    max_rank: int | None = None,
+    a_scale: tuple[str, Sequence[torch.Tensor]] | None = None,
+    x_scale: tuple[str, torch.Tensor] | None = None,
+) -> Problem:
+    """The sizes of a product whose operands are checked, once the rest is too.
+
+    Raises:
+        ValueError: as ``check``.
+    """
+    check_route(variant, route)
+    a, device, slices, rank = lora_a[0], x.device, sizes["S"], sizes["rank"]
+    if a_scale is not None:
+        check_fp8(variant, "lora_a", a, a_scale[0], QUANT)
+    if x_scale is not None:
+        check_fp8(variant, "x", x, x_scale[0], QUANT)
+    strides = (a.stride(0), a.stride(-2))
+    check_rank(variant, "lora_a", rank, max_rank, strides[1])
+    scale_stride = 0
+    if a_scale is not None:
+        found = scale_strides(variant, "a_scale", *a_scale, lora_a, QUANT)
+        scale_stride = found[0]
+        if found != (scale_stride,) * slices:
+            runtime.fail(variant, "a_scale", f"strides {found} over L", "one for all slices", "slices have one layout")
+    x_scale_strides: tuple[int, int | None] = (0, None)
+    if x_scale is not None:
+        x_scale_strides = check_x_scale(variant, x_scale[0], x, x_scale[1], QUANT)
+    kinds = (None if a_scale is None else a_scale[0], None if x_scale is None else x_scale[0])
+    dims = (route.num_tokens, sizes["K"], slices, rank, x.stride(0), strides)
+    return Problem(*dims, device, *kinds, scale_stride, *x_scale_strides)
+
+
+def check_route(variant: str, route: MoeRoute) -> None:
+    """Raise ValueError where a route is not that of a dense layer."""
+    if route.num_experts != 1 or route.top_k != 1 or route.block_m == 0:
+        got = f"{route.num_experts} experts, top_k {route.top_k}, blocks of {route.block_m}"
+        runtime.fail(variant, "route", got, "one expert, top_k 1, sorted", "make it with lora_route")
+
+
+def kind_of_scales(
+    variant: str, label: str, scales: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], quant: Quant
+) -> str:
+    """Of what there is a scale each, by the shapes; those of the weights' own dimensions before those with one more or less."""
+    if len(scales) > 0 and len(weights) > 0 and weights[0].dim() > 2:
+        own = tuple(weights[0].shape)
+        for shape in (own, *_forms(own)):
+            for kind in ("tensor", "channel", "group"):
+                if scale_fits(kind, scales[0].shape, shape, quant):
+                    return kind
+    got = f"{[list(s.shape) for s in scales[:1]]} for {[list(w.shape) for w in weights[:1]]}"
+    wanted = f"[L] each, or [L, out], or [L, ceil(out / {quant.group_n}), ceil(in / {quant.group_k})]"
+    runtime.fail(variant, label, got, wanted)
+
+
+def _fits(kind: str, scale: torch.Tensor, weights: torch.Tensor, quant: Quant) -> bool:
+    return any(scale_fits(kind, scale.shape, shape, quant) for shape in _forms(weights.shape))
+
+
+def _forms(shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """How weights of a linear layer may be laid out: [L, out, in], or as of one expert."""
+    loras, *_, rows, columns = shape
+    return (loras, rows, columns), (loras, 1, rows, columns)
+
+
+def scale_strides(
+    variant: str,
+    label: str,
+    kind: str,
+    scales: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    quant: Quant,
+) -> tuple[int, ...]:
+    """The stride over L of the scales of each slice of weights."""
+    for i, (scale, matrix) in enumerate(zip(scales, weights, strict=True)):
+        right = is_fp32(scale, matrix.device) and _fits(kind, scale, matrix, quant)
+        if not right or (scale.numel() > 0 and not scale[0].is_contiguous()):
+            loras, *_, rows, columns = matrix.shape
+            shape = scale_shape(kind, (loras, rows, columns), quant)
+            wanted = f"{list(shape)} float32 on {matrix.device}, contiguous behind L"
+            hint = f"a scale a {kind}; of another dtype, .float() makes such, once"
+            runtime.fail(variant, f"{label}[{i}]", runtime.describe(scale), wanted, hint)
+    return tuple(scale.stride(0) for scale in scales)
+
+
+def choose(problem: Problem, route: MoeRoute) -> Config:
+    """The tiles for a call, from host integers alone: those that were measured, else the rule's; always the same for a call.
+
+    The number of tokens counts as the next power of two, so that the compile keys of a model are a short list.
+    """
+    tokens, device = runtime.next_power_of_2(problem.num_tokens), runtime.traits(problem.device)
+    scales = (problem.weight_scales, problem.x_scales)
+    key = Key(tokens, route.max_loras, problem.k, problem.slices, problem.rank, *scales)
+
+    def rule(schedule: str | None) -> tuple[str, Config]:
+        del schedule  # there is one
+        rows = product_rows(route.block_m) if any(scales) else min(64, route.block_m)
+        sizes = (tokens, rows, problem.k, problem.slices, problem.rank)
+        return "lora_shrink", _choose(_Shape(*sizes, *scales, device.num_sms, device.shared_memory, device.full_warps))
+
+    return runtime.choose(TUNED, key, device, CONFIGS, rule, lambda schedule: is_as_measured(route, tokens))[1]
+
+
+def is_as_measured(route: MoeRoute, tokens: int) -> bool:
+    """Whether the blocks of the route are those that lora_route makes, which tiles were measured with."""
+    return route.block_m == default_block_m(tokens, 1, route.max_loras, dense=True)
+
+
+class Key(NamedTuple):
+    """What measured tiles are looked up by: the sizes of specs/tuned, and what its tags stand for."""
+
+    num_tokens: int  # the next power of two
+    max_loras: int
+    k: int
+    slices: int
+    rank: int
+    weight_scales: str | None
+    x_scales: str | None
+
+
+class _Shape(NamedTuple):
+    """What tiles depend on where nothing was measured."""
+
+    tokens: int  # a power of two
+    rows: int  # of a block
+    k: int
+    slices: int
+    rank: int
+    weight_scales: str | None
+    x_scales: str | None
+    num_sms: int
+    shared_memory: int
+    full_warps: int
+
+    @property
+    def grouped(self) -> bool:
+        return "group" in (self.weight_scales, self.x_scales)
+
+    @property
+    def plain(self) -> bool:
+        """Whether operands have 16 bits."""
+        return self.weight_scales is None is self.x_scales
+
+    @property
+    def wide(self) -> bool:
+        return self.plain and self.rank > 64
+
+    @property
+    def chunk(self) -> int:
+        return chunk_k(self.k, self.slices)
+
+    @property
+    def budget(self) -> int:
+        """Bytes of shared memory for what is on its way."""
+        return self.shared_memory - 4096
+
+
+class _Share(NamedTuple):
+    """What one of ``programs`` takes; see Config."""
+
+    rows: int
+    ranks: int
+    parts: int
+    together: bool
+    columns: int  # of the product: ranks, of each slice
+    programs: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(s: _Shape) -> Config:
+    share = _share(s)
+    held = share.rows * share.columns * (3, 1, 2)[share.parts]
+    if s.wide:  # one program of 8 warps on a multiprocessor, or two of 4
+        alone = share.programs <= s.num_sms and share.rows >= 64 and share.ranks >= 64
+        many = alone or held > 2 * 64 * 128
+    else:
+        high = share.rows >= (32 if s.x_scales else 64)  # FP8 x is widened by each warp that multiplies it
+        grouped = s.grouped and share.ranks >= (128 if share.parts else 64)
+        many = held > 64 * 128 or (high and share.ranks >= 64) or grouped
+    num_warps = 8 if many else 4
+    block_k, stages = _pipeline(s, share)
+    num_warps = min(num_warps, s.full_warps)
+    return Config(share.rows, share.ranks, block_k, s.chunk, share.parts, int(share.together), stages, num_warps)
+
+
+def _share(s: _Shape) -> _Share:
+    """How the work is shared out: over all multiprocessors where tokens are few, and with few loads of x where they are many."""
+    rows, ranks = s.rows, min(128, max(16, runtime.next_power_of_2(s.rank)))
+    all_ranks = runtime.cdiv(s.rank, ranks) * ranks
+    chunks, by_rank = runtime.cdiv(s.k, s.chunk), s.plain and s.rank > 32
+    enough = (0.7 if by_rank else 0.9) * s.num_sms
+    # Scales that are applied to a whole sum would round it in another place: then K is shared out in every batch.
+    late = s.weight_scales in ("tensor", "channel") or s.x_scales in ("tensor", "token")
+    fills = s.tokens // rows * s.slices * (all_ranks // ranks if by_rank else 1) >= 0.9 * s.num_sms
+    quarters = 4 * (s.tokens // 64) * s.slices * (runtime.cdiv(s.rank, 64) if by_rank else 1)
+    parts = 1 if late else 0 if fills or s.tokens > MAX_TOKENS_IN_PARTS else 2 if quarters >= enough else 1
+
+    def programs(rows: int, ranks: int) -> int:
+        of_k = (1, chunks, min(chunks, 4))[parts]
+        return max(1, s.tokens // rows) * s.slices * (all_ranks // ranks) * of_k
+
+    # The matrix unit is at its best with 64 rows: of 16 bits ranks are shared out first, where that is enough.
+    if by_rank and rows == 64 and programs(rows, 32) >= enough:
+        while ranks > 32 and programs(rows, ranks) <= 0.5 * s.num_sms:
+            ranks //= 2
+    while parts == 1 and rows > 16 and programs(rows, ranks) < (enough if rows == 64 else 0.9 * s.num_sms):
+        rows //= 2
+    while parts == 1 and ranks > 16 and programs(rows, ranks) < 0.6 * s.num_sms:
+        ranks //= 2
+    # Few blocks are spread over more programs, slice by slice; many read x once for all slices, if it and their sums fit.
+    columns = ranks * s.slices
+    fits = rows * columns <= 64 * 256 and (64 if s.grouped else 32) * 6 * (rows + columns) <= s.budget
+    together = s.slices == 1 or (parts == 1 and s.tokens >= 1024 and fits)
+    count = programs(rows, ranks) // (s.slices if together else 1)
+    return _Share(rows, ranks, parts, together, columns if together else ranks, count)
+
+
+def _pipeline(s: _Shape, share: _Share) -> tuple[int, int]:
+    """block_k and the stages of the loop over K."""
+    rows, column_bytes = share.rows, 2 * (share.rows + share.columns)
+    # High programs that are alone on their multiprocessors may take all of its memory, others leave room for a second or a third.
+    alone, half = rows > 32 and share.programs <= s.num_sms, min(s.budget, 112 * 1024)
+    room = s.budget if alone or rows <= 32 else half
+    full = share.programs > (s.num_sms if share.parts == 1 else 2 * s.num_sms)
+    crowded = full and s.plain
+    if rows <= 32:
+        block_k = 64 if crowded and share.ranks >= 64 else 256 if s.k > LONG_K and share.ranks <= 64 else 128
+    else:
+        block_k = 64 if crowded or (s.slices > 1 and share.together) else 128
+    while s.chunk % block_k or (block_k > 32 and (3 * block_k * column_bytes > room or (s.k % block_k and s.k % 32 == 0))):
+        block_k //= 2
+    if s.grouped:
+        block_k = 64  # of any batch: sums of a tile are scaled before they are added
+    stage_bytes = block_k * column_bytes
+    deep = alone and (3 * stage_bytes > half or share.parts != 1 or s.wide)
+    return block_k, 4 if 4 * stage_bytes <= (s.budget if deep else half) else 3 if 3 * stage_bytes <= s.budget else 2
+
+
+def chunk_k(k: int, slices: int) -> int:
+    """Columns of K that are added up before the sum is added to the others: by the layer alone, for the same bits in every batch.
+
+    There are at most ``max_parts(slices)`` of them.
+    """
+    if k <= LONG_K:
+        return max(512, runtime.cdiv(k, 8 * 128) * 128)
+    return runtime.cdiv(k, (16 if slices == 1 else 8) * 128) * 128
+
+
+def max_parts(slices: int) -> int:
+    """The most parts of a layer, of all its slices together; or of one with fewer slices."""
+    return max(16, 8 * slices)

@@ -1,0 +1,81 @@
+"""The activation between the two projections of an MoE layer."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import _runtime as runtime
+from ._problem import OP, Call, check, choose
+from ._table import VARIANTS
+
+
+def moe_act(
+    h: torch.Tensor,
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    *,
+    activation: str,
+    num_experts: int,
+    local_expert_start: int = 0,
+    valid_tokens: torch.Tensor | None = None,
+    num_tokens_hint: int | None = None,
+) -> None:
+    """h[p] = act(x[p]) for every local pair p = t * top_k + j, in fp32, rounded once; other rows keep their bytes.
+
+    ``fused_moe`` has its activation inside of its first product. This one is for layers in which LoRA adds to its rows.
+
+    Args:
+        h: [T * top_k, N] bfloat16 or float16, last stride 1.
+        x: [T, top_k, 2 * N] with "swiglu" (the gate, then the linear half), [T, top_k, N] with "relu2"; dtype of ``h``,
+            stride(0) == top_k * stride(1).
+        topk_ids: [T, top_k] int32 or int64, global ids.
+        activation: "swiglu": silu(gate) * up; "relu2": relu(x) ** 2.
+        num_experts, local_expert_start: the global ids that are local.
+        valid_tokens: int32 on the device, how many of the T rows are tokens; None: all.
+        num_tokens_hint: how many tokens to expect, for the size of the grid; None: T. Any number is right.
+
+    Raises:
+        ValueError: something does not fit, or no variant serves it; nothing was launched.
+    """
+    arguments = (h, x, topk_ids, valid_tokens, activation, num_experts, local_expert_start, num_tokens_hint)
+    (_moe_act_op if torch.compiler.is_compiling() else _apply)(*arguments)
+
+
+def _bind(
+    h: torch.Tensor,
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    valid_tokens: torch.Tensor | None,
+    activation: str,
+    num_experts: int,
+    local_expert_start: int,
+    num_tokens_hint: int | None,
+) -> Call:
+    problem = check(
+        "moe_act",
+        h,
+        x,
+        topk_ids,
+        valid_tokens,
+        activation=activation,
+        num_experts=num_experts,
+        local_expert_start=local_expert_start,
+        num_tokens_hint=num_tokens_hint,
+    )
+    variant = VARIANTS.get("moe_act", torch_dtype=x.dtype, epilogue=activation)
+    if problem.num_tokens == 0:
+        return _nothing
+    call: Call = variant.bind(problem, choose(problem))
+    return call
+
+
+def _nothing(*arguments: object) -> None:
+    """The call of an empty batch."""
+
+
+_apply = OP.caller(_bind)
+_moe_act_op = runtime.op(
+    "moe_act(Tensor(a!) h, Tensor x, Tensor topk_ids, Tensor? valid_tokens, str activation, int num_experts, "
+    "int local_expert_start, SymInt? num_tokens_hint) -> ()",
+    _apply,
+)

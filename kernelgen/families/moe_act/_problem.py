@@ -1,0 +1,120 @@
+"""What the variants of moe_act share: the sizes of a call, its checks, and which tiles serve it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from .. import _operands as operands
+from .. import _runtime as runtime
+from ..moe_align._op import ROUTING
+from ._table import VARIANTS
+from ._tuned import TUNED
+
+
+class Config(NamedTuple):
+    """Tiles of moe_act."""
+
+    rows: int
+    block_n: int
+    num_warps: int
+
+
+CONFIGS = {"moe_act": Config}
+
+OP = operands.Op(
+    "moe_act",
+    (
+        operands.Tensor("h", "T*top_k, N", "D", written=True),
+        operands.Tensor("x", "T, top_k, S*N", "D", operands.PAIRS),
+        *ROUTING[:2],
+        operands.Choice("activation", ("swiglu", "relu2"), "S", (2, 1)),
+        *ROUTING[2:],
+    ),
+    spec="specs/moe_act.yaml",
+    dtypes={"D": VARIANTS.dtypes},
+    first=("topk_ids",),
+    tells=("x",),
+)
+
+# (h, x, topk_ids, valid_tokens) of sizes that were checked before
+Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
+
+
+class Problem(NamedTuple):
+    """The sizes of one checked call; strides count elements."""
+
+    num_tokens: int
+    top_k: int
+    num_experts: int
+    local_expert_start: int
+    tokens_hint: int
+    n: int
+    h_stride: int
+    x_stride: int
+    device: torch.device
+
+
+def check(
+    variant: str,
+    h: torch.Tensor,
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    valid_tokens: torch.Tensor | None,
+    *,
+    activation: str,
+    num_experts: int,
+    local_expert_start: int,
+    num_tokens_hint: int | None,
+    dtype: torch.dtype | None = None,
+) -> Problem:
+    """The sizes of a call, once everything about it is known to fit.
+
+    Raises:
+        ValueError: says which argument does not fit, what it is and what was wanted.
+    """
+    given = (h, x, topk_ids, valid_tokens, activation, num_experts, local_expert_start, num_tokens_hint)
+    sizes = OP.check(variant, OP.named(*given), D=dtype)
+    num_tokens, top_k = sizes["T"], sizes["top_k"]
+    return Problem(
+        num_tokens,
+        top_k,
+        num_experts,
+        local_expert_start,
+        num_tokens if num_tokens_hint is None else num_tokens_hint,
+        sizes["N"],
+        h.stride(0),
+        x.stride(1 if top_k > 1 else 0),
+        h.device,
+    )
+
+
+class Key(NamedTuple):
+    """What measured tiles are looked up by: the sizes of specs/tuned, and what its tags stand for."""
+
+    num_tokens: int  # the next power of two
+    top_k: int
+    n: int
+
+
+def choose(problem: Problem) -> Config:
+    """The tiles for a call: those that were measured, else the rule's."""
+    tokens = min(runtime.next_power_of_2(problem.tokens_hint), 4096)  # the largest that is measured
+    key, device = Key(tokens, problem.top_k, problem.n), runtime.traits(problem.device)
+    return runtime.choose(TUNED, key, device, CONFIGS, lambda _: ("moe_act", _rule(problem)))[1]
+
+
+def _rule(problem: Problem) -> Config:
+    """8 elements a lane of each row, in the widest tile that leaves little of it masked; of many pairs several rows at a time, so
+    that a program has enough to ask for.
+    """
+    n, pairs = problem.n, runtime.next_power_of_2(problem.tokens_hint) * problem.top_k
+    block_n = 1024
+    while block_n > 64 and runtime.cdiv(n, block_n) * block_n > n * 1.03:
+        block_n //= 2
+    rows = 8
+    while rows > 1 and pairs // rows * runtime.cdiv(n, block_n) < 8 * runtime.traits(problem.device).num_sms:
+        rows //= 2
+    return Config(rows, block_n, max(1, min(8, rows * block_n // 256)))

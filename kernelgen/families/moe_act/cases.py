@@ -1,0 +1,106 @@
+"""Cases of the activation between the two projections of an MoE layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from types import ModuleType
+from typing import Callable
+
+import torch
+
+from kernelgen.buffers import allocate, allocate_sparse, positions, seal
+from kernelgen.families.case import Case as BaseCase
+from kernelgen.families.case import Tags, worst_ratio
+from kernelgen.families.moe_act.reference import moe_act
+from kernelgen.families.moe_experts import SPREAD, Experts, draw
+from kernelgen.model import VOCABULARY
+
+BODY = ("epilogue",)
+
+_HUGE = 2**31 + 64  # elements: out of reach of a 32-bit offset
+
+
+@dataclasses.dataclass(frozen=True)
+class Case(BaseCase):
+    """Sizes and layout of one call; the memory of what must not be read is NaN.
+
+    Attributes:
+        hint: tokens that the grid is sized for, None: all.
+        gap, offset: elements between rows, and before the first behind a 16-byte boundary.
+        row_stride: of x, where it is given.
+    """
+
+    tokens: int = 5
+    top_k: int = 2
+    experts: int = 3
+    n: int = 80
+    routing: Experts = SPREAD
+    hint: int | None = None
+    scale: float = 1.0
+    gap: int = 8
+    offset: int = 0
+    row_stride: int | None = None
+    own_tiles: bool = False
+
+
+CASES = (
+    Case("one", "every size is one", tokens=1, top_k=1, experts=1, n=1),
+    Case("lt_tile", "a tile that is not full", n=40),
+    Case("eq_tile", "one full tile", n=64),
+    Case("gt_tile", "a full tile, then a column", n=65),
+    Case("ragged", "pairs that are elsewhere", core=True, tokens=9, top_k=3, n=100, routing=Experts("mixed", start=2)),
+    Case("empty", "a launch without programs", tokens=0),
+    Case("nothing_local", "no row at all", routing=Experts("away")),
+    Case("some_valid", "rows behind the valid tokens", core=True, tokens=7, routing=Experts("mixed", valid=3)),
+    Case("no_valid_token", "a step of padding alone", routing=Experts(valid=0)),
+    Case("more_than_there_are", "a count beyond the batch", routing=Experts(valid=2**31 - 1)),
+    Case("hint_too_low", "programs that take many rows", tokens=9, hint=1),
+    Case("ids_int64", "ids as torch.topk gives them", routing=Experts("mixed", ids_dtype=torch.int64)),
+    Case("large", "gates in the tails of exp", scale=60.0),
+    Case("unaligned", "odd strides, a base that is not 16-byte aligned", gap=1, offset=1, n=33),
+    Case("own_tiles", "the tiles that the rule takes", own_tiles=True, n=300),
+    Case("huge_rows", "32-bit offsets of rows wrap", row_stride=_HUGE // 4, tokens=4),
+)
+
+
+def check(
+    package: ModuleType, launcher: Callable[..., None], tags: Tags, case: Case, device: str
+) -> float:
+    """Run ``case`` on a variant's launcher; return the worst error over its bound.
+
+    Raises:
+        AssertionError: the variant is wrong.
+    """
+    dtype = getattr(torch, str(VOCABULARY["dtype"][tags["dtype"]]["torch_dtype"]))
+    width = case.n * int(VOCABULARY["epilogue"][tags["epilogue"]]["slices"] or 1)
+    routed = draw(case.routing, case.tokens, case.top_k, case.experts, case.random(), device)
+    numbers, shape = case.generator(), (case.tokens, case.top_k, width)
+    row = case.row_stride or width + case.gap
+    strides = (case.top_k * row, row, 1)
+    if case.row_stride:
+        x = allocate_sparse(shape, strides, dtype, device)
+    else:
+        x = allocate(shape, strides, dtype, device, offset=case.offset)
+    for pair, _ in routed.local:
+        x[divmod(pair, case.top_k)] = (case.scale * torch.randn(width, generator=numbers)).to(x)
+    rows = case.tokens * case.top_k
+    h = allocate((rows, case.n), (case.n + case.gap, 1), dtype, device, offset=case.offset)
+    guarded = seal(h)
+    expected = moe_act(x, routed.local, epilogue=tags["epilogue"])
+    config = None if case.own_tiles else sys.modules[launcher.__module__].Config(2, 64, 2)
+    launcher(
+        h,
+        x,
+        routed.topk_ids,
+        num_experts=case.experts,
+        local_expert_start=case.routing.start,
+        valid_tokens=routed.valid_tokens,
+        num_tokens_hint=case.hint,
+        config=config,
+    )
+    written = torch.zeros(rows, dtype=torch.bool)
+    written[expected.rows] = True
+    stray = int((guarded.changed() & ~positions(guarded, written.to(device))).sum())
+    assert not stray, f"h: {stray} elements changed outside of the rows of local pairs"
+    return worst_ratio(h[expected.rows].cpu(), expected.out.cpu(), expected.bound.cpu())

@@ -1,0 +1,77 @@
+"""What holds for the activation of an MoE layer, through its front door."""
+
+from __future__ import annotations
+
+import random
+from types import ModuleType
+from typing import Any, Callable, Mapping, Sequence
+
+import torch
+
+from kernelgen.families.case import Law, Variant, worst_ratio
+from kernelgen.families.moe_act.reference import moe_act
+from kernelgen.families.moe_experts import Experts, draw
+
+_TOKENS, _TOP_K, _EXPERTS, _N = 6, 2, 4, 40
+
+
+def front_door(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """Each activation and dtype finds its variant."""
+    for variant in variants:
+        operands, routed = _operands(variant.tags, device)
+        package.moe_act(**operands, num_tokens_hint=1)
+        exact = moe_act(operands["x"], routed.local, epilogue=variant.tags["epilogue"])
+        worst_ratio(operands["h"][exact.rows].cpu(), exact.out.cpu(), exact.bound.cpu())
+        rest = torch.ones(_TOKENS * _TOP_K, dtype=torch.bool)
+        rest[exact.rows] = False
+        assert operands["h"][rest.to(device)].isnan().all(), "rows that are not local were written"
+
+
+def wrong_arguments_are_named(
+    package: ModuleType, variants: Sequence[Variant], device: str
+) -> None:
+    """Arguments that do not fit raise ValueError, with what was given and wanted."""
+    right, _ = _operands({"dtype": "bf16", "epilogue": "swiglu"}, device)
+    for label, change in _WRONG.items():
+        try:
+            package.moe_act(**{**right, **change(right)})
+        except ValueError as error:
+            complete = all(word in str(error) for word in ("moe_act", "got", "wanted"))
+            assert complete, f"{label}: {error}"
+        else:
+            raise AssertionError(f"{label} is let pass")
+    assert right["h"].isnan().all(), "h was written"
+
+
+LAWS = (Law(front_door), Law(wrong_arguments_are_named))
+
+
+def _operands(tags: Mapping[str, str], device: str) -> tuple[dict[str, Any], Any]:
+    dtype = torch.bfloat16 if tags["dtype"] == "bf16" else torch.float16
+    routed = draw(Experts("mixed", start=1, valid=5), _TOKENS, _TOP_K, _EXPERTS, random.Random(0), device)
+    width = _N * (2 if tags["epilogue"] == "swiglu" else 1)
+    x = torch.randn(_TOKENS, _TOP_K, width, generator=torch.Generator().manual_seed(0))
+    operands = {
+        "h": torch.full((_TOKENS * _TOP_K, _N), torch.nan, dtype=dtype, device=device),
+        "x": x.to(device, dtype),
+        "topk_ids": routed.topk_ids,
+        "activation": tags["epilogue"],
+        "num_experts": _EXPERTS,
+        "local_expert_start": routed.start,
+        "valid_tokens": routed.valid_tokens,
+    }
+    return operands, routed
+
+
+_Arguments = dict[str, Any]
+
+_WRONG: Mapping[str, Callable[[_Arguments], _Arguments]] = {
+    "an unknown activation": lambda a: {"activation": "gelu"},
+    "x in fp32": lambda a: {"x": a["x"].float()},
+    "x without its second half": lambda a: {"x": a["x"][..., :_N]},
+    "x with columns apart": lambda a: {"x": a["x"].transpose(1, 2).contiguous().transpose(1, 2)},
+    "h of another dtype": lambda a: {"h": a["h"].float()},
+    "h of too few rows": lambda a: {"h": a["h"][:-1]},
+    "ids as a vector": lambda a: {"topk_ids": a["topk_ids"].flatten()},
+    "valid tokens in 64 bits": lambda a: {"valid_tokens": a["valid_tokens"].long()},
+}

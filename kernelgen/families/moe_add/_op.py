@@ -1,0 +1,58 @@
+"""The sum of a base product and a LoRA delta that was made beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import _runtime as runtime
+from ..moe_route._op import MoeRoute
+from ._problem import OP, Call, check, choose
+from ._table import VARIANTS
+
+
+def moe_add(out: torch.Tensor, delta: torch.Tensor, route: MoeRoute) -> None:
+    """out[t, j] += delta[t, j] for every live pair of a route, in fp32, rounded once; other rows keep their bytes.
+
+    ``delta`` is what ``moe_lora`` wrote with ``add_inputs=False``. Rows that it left alone hold anything, and are not read.
+
+    Args:
+        out: [T, top_k, N] bfloat16 or float16, last stride 1, stride(0) == top_k * stride(1).
+        delta: likewise.
+        route: that of the call of ``moe_lora``, from ``moe_route``.
+
+    Raises:
+        ValueError: something does not fit, or no variant serves it; nothing was launched.
+    """
+    if torch.compiler.is_compiling():
+        _moe_add_op(out, delta, *route[:4], *route[8:13])
+    else:
+        _apply(out, delta, route)
+
+
+def _bind(out: torch.Tensor, delta: torch.Tensor, route: MoeRoute) -> Call:
+    problem = check("moe_add", out, delta, route)
+    variant = VARIANTS.get("moe_add", torch_dtype=out.dtype)
+    if problem.num_pairs == 0:
+        return _nothing
+    call: Call = variant.bind(problem, choose(problem))
+    return call
+
+
+def _nothing(*arguments: object) -> None:
+    """The call of an empty batch."""
+
+
+_apply = OP.caller(_bind)
+
+
+def _moe_add(out: torch.Tensor, delta: torch.Tensor, *rest: Any) -> None:
+    _apply(out, delta, MoeRoute._make((*rest[:4], None, None, None, None, *rest[4:], 0, 0)))
+
+
+_moe_add_op = runtime.op(
+    "moe_add(Tensor(a!) out, Tensor delta, Tensor? topk_ids, Tensor? token_lora_mapping, Tensor? adapter_enabled, "
+    "Tensor? expert_map, SymInt num_tokens, int top_k, int num_experts, int max_loras, int global_experts) -> ()",
+    _moe_add,
+)

@@ -1,0 +1,286 @@
+"""Which pairs of a batch go to which local expert: tables on the device, shared by the products of an MoE layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import _operands as operands
+from .. import _runtime as runtime
+from ._table import VARIANTS
+
+__all__ = ["MoeTables", "moe_align", "no_tables"]
+
+
+@operands.bundle(tables=("pairs", "blocks", "num_blocks"), free=("tokens_hint",))
+class MoeTables(NamedTuple):
+    """The routing of T tokens with top_k experts each, and its tables. Pair p = t * top_k + j; E = num_experts.
+
+    A pair is local when t is below ``valid_tokens`` and topk_ids[t, j] - local_expert_start is in [0, E). Tables are of the
+    fields beside them: an op refuses such that were edited so that some of them are of others; ``tokens_hint`` may be any.
+    """
+
+    topk_ids: torch.Tensor  # [T, top_k] int32 or int64, global ids
+    valid_tokens: torch.Tensor | None  # [1] int32, None: all T
+    pairs: torch.Tensor | None  # [>= T * top_k] int32: local pairs by expert; None: there are no tables
+    blocks: torch.Tensor | None  # [max_blocks, 3] int32: expert, first, rows; no rows: nothing to do
+    num_blocks: torch.Tensor | None  # [1] int32
+    num_tokens: int
+    top_k: int
+    num_experts: int
+    local_expert_start: int
+    tokens_hint: int  # tokens that grids are sized for; any number is right
+    block_m: int  # rows of a block at most, 0: there are no tables
+
+
+def moe_align(
+    topk_ids: torch.Tensor,
+    *,
+    num_experts: int,
+    valid_tokens: torch.Tensor | None = None,
+    num_tokens_hint: int | None = None,
+    local_expert_start: int = 0,
+    block_m: int | None = None,
+    workspace: torch.Tensor | None = None,
+) -> MoeTables:
+    """The tables of a batch in one launch: no host sync, and a captured CUDA graph stays right when routing changes.
+
+    Their order is that of (expert, pair), whatever the GPU does first. Pairs that are not local are absent.
+
+    Args:
+        topk_ids: [T, top_k] int32 or int64, global ids of the experts of each token.
+        num_experts: experts in the weights (E, the local ones under expert parallelism).
+        valid_tokens: int32 on the device, how many of the T rows are tokens; None: all.
+        num_tokens_hint: how many tokens to expect, for the sizes of blocks and grids; None: T. Any number is right.
+        local_expert_start: the global id of the first expert in the weights.
+        block_m: rows of a block, None: from the mean number of pairs of an expert.
+        workspace: int32 memory of at least ``table_size`` elements; None allocates.
+
+    Raises:
+        ValueError: a shape, dtype, device or option that does not fit; nothing was launched.
+    """
+    request = (topk_ids, valid_tokens, num_experts, local_expert_start, num_tokens_hint, block_m, workspace)
+    if torch.compiler.is_compiling():
+        num_tokens, top_k = topk_ids.shape
+        size, block_m = table_size(num_tokens, top_k, num_experts), -1 if block_m is None else block_m
+        splits = (1, 3, num_tokens * top_k, size - 4 - num_tokens * top_k)
+    else:
+        num_tokens, top_k, block_m, size, splits, fill, looks = _plan(*request)
+    if workspace is None:
+        workspace = torch.empty(size, dtype=torch.int32, device=topk_ids.device)
+    num_blocks, _, pairs, blocks, *_ = workspace.split_with_sizes((*splits, workspace.shape[0] - size))
+    expected = num_tokens if num_tokens_hint is None else num_tokens_hint
+    sizes = (num_tokens, top_k, num_experts, local_expert_start, expected, block_m)
+    tables = MoeTables(topk_ids, valid_tokens, pairs, blocks, num_blocks, *sizes)
+    if torch.compiler.is_compiling():
+        _align_op(workspace, *request[:-1])
+        return tables
+    fill(pairs, blocks, num_blocks, topk_ids, valid_tokens)
+    return operands.alike(tables, looks)
+
+
+def no_tables(
+    topk_ids: torch.Tensor,
+    *,
+    num_experts: int,
+    valid_tokens: torch.Tensor | None = None,
+    local_expert_start: int = 0,
+) -> MoeTables:
+    """The routing alone, for products of few pairs, which need no tables; launches nothing.
+
+    Raises:
+        ValueError: as ``moe_align``.
+    """
+    looks = None if torch.compiler.is_compiling() else _routing(topk_ids, valid_tokens, num_experts, local_expert_start)
+    num_tokens, top_k = topk_ids.shape
+    sizes = (num_tokens, top_k, num_experts, local_expert_start, num_tokens, 0)
+    tables = MoeTables(topk_ids, valid_tokens, None, None, None, *sizes)
+    return tables if looks is None else operands.alike(tables, looks)
+
+
+BLOCK_MS = (16, 32, 64, 128)
+_TABLE = (torch.int32, operands.CONTIGUOUS)
+
+# What every op on the routing of a base layer takes of it. At most 4096 experts: a program counts them.
+ROUTING = (
+    operands.Tensor("topk_ids", "T, top_k", operands.IDS, operands.CONTIGUOUS),
+    operands.Tensor("valid_tokens", ("1", ""), *_TABLE, optional=True),
+    operands.Int("num_experts", 1, 4096, size="E"),
+    operands.Int("local_expert_start"),
+    operands.Int("num_tokens_hint", 1, optional=True),
+)
+OP = operands.Op(
+    "moe_align",
+    (
+        *ROUTING,
+        operands.Int("block_m", optional=True, one_of=BLOCK_MS),
+        operands.Tensor("workspace", "*", *_TABLE, optional=True, written=True),
+    ),
+)
+_NO_TABLES = operands.Op("no_tables", ROUTING[:4])
+
+
+# What the launcher of the single variant takes; moe_align makes the buffers.
+_FILL = operands.Op(
+    "moe_align_fill",
+    (
+        operands.Tensor("pairs", ">=T*top_k", *_TABLE, written=True),
+        operands.Tensor("blocks", ("*, 3", "*"), *_TABLE, written=True),
+        operands.Tensor("num_blocks", "1", *_TABLE, written=True),
+        *ROUTING[:4],
+        operands.Int("block_m", one_of=BLOCK_MS),
+    ),
+)
+
+
+def check_fill(variant: str, *arguments: Any) -> None:
+    """Raise ValueError where the arguments of the launcher do not fit."""
+    given = _FILL.named(*arguments)
+    check_blocks(variant, given["blocks"], _FILL.check(variant, given), given["block_m"])
+
+
+def check_blocks(variant: str, blocks: torch.Tensor, sizes: operands.Sizes, block_m: int) -> None:
+    """Raise ValueError where there is no room for the blocks of such a batch."""
+    size = 3 * max_blocks(sizes["T"], sizes["top_k"], sizes["E"], block_m)
+    if blocks.numel() < size:
+        runtime.fail(variant, "blocks", runtime.describe(blocks), f"at least {size} elements")
+
+
+def _check_tables(op: str, name: str, tables: MoeTables) -> None:
+    """Raise ValueError where tables are not all there."""
+    for field in ("pairs", "blocks", "num_blocks"):
+        if tables.block_m != 0 and getattr(tables, field) is None:
+            runtime.fail(op, f"{name}.{field}", None, f"a tensor, with blocks of {tables.block_m}", "make it with moe_align")
+
+
+def _table_sizes(tables: MoeTables) -> dict[str, int]:
+    """Blocks that tables have at least; 0 where a graph of torch.compile leaves their rows open."""
+    sizes = (tables.num_tokens, tables.top_k, tables.num_experts, tables.block_m)
+    return {"max_blocks": max_blocks(*sizes) if tables.block_m > 0 else 0}
+
+
+TABLES = operands.Bundle(
+    "tables",
+    MoeTables,
+    (
+        *ROUTING[:2],
+        operands.Tensor("pairs", ">=T*top_k", *_TABLE, optional=True),
+        operands.Tensor("blocks", (">=max_blocks, 3", ">=3*max_blocks"), *_TABLE, optional=True),
+        operands.Tensor("num_blocks", "1", *_TABLE, optional=True),
+        operands.Int("num_tokens", size="T"),
+        operands.Int("top_k", 1, size="top_k"),
+        *ROUTING[2:4],
+        operands.Int("tokens_hint"),
+        operands.Int("block_m", -1, one_of=(0, *BLOCK_MS, -1)),  # -1: left open by a graph of torch.compile
+    ),
+    maker="moe_align",
+    sizes=_table_sizes,
+    whole=_check_tables,
+)
+
+
+def default_block_m(num_tokens: int, top_k: int, num_experts: int, tall: float = 96.0) -> int:
+    """Rows of a block: near the mean number of pairs of an expert that is hit, if they spread evenly; 128 from ``tall`` on."""
+    num_pairs = runtime.next_power_of_2(num_tokens) * top_k
+    hit = num_experts * (1.0 - (1.0 - 1.0 / num_experts) ** num_pairs)
+    mean = num_pairs / hit
+    return 16 if mean < 12 else 32 if mean < 24 else 64 if mean < tall else 128
+
+
+def is_dense(num_tokens: int, top_k: int, num_experts: int) -> bool:
+    """Whether blocks are counted so that there are no entries without rows: where those would be many."""
+    return runtime.next_power_of_2(num_tokens) * top_k < 4 * num_experts
+
+
+def max_blocks(num_tokens: int, top_k: int, num_experts: int, block_m: int) -> int:
+    """How many entries the blocks of so many tokens can take at most."""
+    num_pairs = num_tokens * top_k
+    if not is_dense(num_tokens, top_k, num_experts):
+        return num_experts + num_pairs // block_m
+    experts = min(num_pairs, num_experts)
+    return experts + (num_pairs - experts) // block_m
+
+
+def table_size(num_tokens: int, top_k: int, num_experts: int) -> int:
+    """int32 elements of a workspace for up to ``num_tokens`` tokens, whatever block size is chosen."""
+    return 4 + num_tokens * top_k + 3 * (num_experts + num_tokens * top_k // 16)
+
+
+class _Plan(NamedTuple):
+    """A checked request: what moe_align works out once for inputs of the same looks."""
+
+    num_tokens: int
+    top_k: int
+    block_m: int
+    size: int  # of the buffer
+    splits: tuple[int, int, int, int]  # elements of num_blocks, a gap, pairs, blocks
+    fill: Callable[..., None]
+    looks: list[object]  # of its tables
+
+
+def _bind(
+    topk_ids: torch.Tensor,
+    valid_tokens: torch.Tensor | None,
+    num_experts: int,
+    local_expert_start: int,
+    num_tokens_hint: int | None,
+    block_m: int | None,
+    workspace: torch.Tensor | None,
+) -> _Plan:
+    request = (topk_ids, valid_tokens, num_experts, local_expert_start, num_tokens_hint, block_m, workspace)
+    sizes = OP.check("moe_align", OP.named(*request))
+    num_tokens, top_k = sizes["T"], sizes["top_k"]
+    block_m = block_m or default_block_m(num_tokens_hint or num_tokens, top_k, num_experts)
+    num_pairs = num_tokens * top_k
+    splits = (1, 3, num_pairs, 3 * max_blocks(num_tokens, top_k, num_experts, block_m))
+    size = sum(splits)
+    if workspace is not None and workspace.shape[0] < size:
+        wanted = f"[>= {size}] int32 on {topk_ids.device}"
+        runtime.fail("moe_align", "workspace", runtime.describe(workspace), wanted, "ask table_size of this module")
+    fill: Callable[..., None] = no_pairs
+    if num_pairs > 0:
+        fill = bind(num_pairs, top_k, num_experts, local_expert_start, block_m, topk_ids.device)
+    return _Plan(num_tokens, top_k, block_m, size, splits, fill, [])
+
+
+def bind(
+    num_pairs: int, top_k: int, num_experts: int, local_expert_start: int, block_m: int, device: torch.device
+) -> Callable[..., None]:
+    """The launch that makes tables of these sizes: (pairs, blocks, num_blocks, topk_ids, valid_tokens)."""
+    call: Callable[..., None] = VARIANTS.get("moe_align", schedule="one_launch").bind(
+        num_pairs=num_pairs,
+        top_k=top_k,
+        num_experts=num_experts,
+        local_expert_start=local_expert_start,
+        block_m=block_m,
+        device=device,
+    )
+    return call
+
+
+def no_pairs(pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, *rest: object) -> None:
+    """The launch of an empty batch."""
+    num_blocks.zero_()
+
+
+def _no_plan(*request: object) -> list[object]:
+    _NO_TABLES.check("no_tables", _NO_TABLES.named(*request))
+    return []
+
+
+_plan, _routing = OP.finder(_bind), _NO_TABLES.finder(_no_plan)
+
+
+def _align(buffer: torch.Tensor, topk_ids: torch.Tensor, valid_tokens: torch.Tensor | None, *request: Any) -> None:
+    plan = _plan(topk_ids, valid_tokens, *request, buffer)
+    num_blocks, _, pairs, blocks, _ = buffer.split_with_sizes((*plan.splits, buffer.shape[0] - plan.size))
+    plan.fill(pairs, blocks, num_blocks, topk_ids, valid_tokens)
+
+
+_align_op = runtime.op(
+    "moe_align(Tensor(a!) buffer, Tensor topk_ids, Tensor? valid_tokens, int num_experts, int local_expert_start, "
+    "SymInt? num_tokens_hint, int? block_m) -> ()",
+    _align,
+)

@@ -1,0 +1,186 @@
+"""Grouped products of a base MoE layer: the schedule and the tiles by the sizes of the call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .. import _runtime as runtime
+from .._scales import find_mode, find_x_mode
+from ..moe_align._op import MoeTables
+from ..moe_runs._op import MoeRuns
+from ._problem import OP, Call, Delta, Scales, has_boxes, plan, problem_of
+from ._table import QUANT, VARIANTS
+
+
+def moe_gemm(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    tables: MoeTables,
+    *,
+    x_rows: str,
+    out_rows: str = "pair",
+    activation: str | None = None,
+    topk_weights: torch.Tensor | None = None,
+    w_scale: torch.Tensor | None = None,
+    x_scale: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    lora_b: Sequence[torch.Tensor] | None = None,
+    runs: MoeRuns | None = None,
+) -> None:
+    """One projection of the experts of an MoE layer: out[to(p)] = w[p] * f(x[from(p)] . W[e]^T) for every local pair p.
+
+    Rows of pairs that are not local keep their bytes. With adapters, a pair of the adapter l adds v[p] . B[l, e]^T to its
+    product before f, in fp32; of "swiglu" to each half its own.
+
+    Args:
+        out: [T * top_k, N] or [T, top_k, N] bfloat16 or float16; with ``out_rows="token"`` [T, N] in any float dtype.
+        x: [T, K] with ``x_rows="token"``, else [T * top_k, K]; the dtype of the weights.
+        w: [E, N, K], or [E, 2 * N, K] with ``activation="swiglu"``: the gate, then the linear half.
+        tables: from ``moe_align``; from ``moe_align.no_tables`` for few pairs, which then stream their weights one by one.
+        x_rows: where the row of a pair stands in x: at its "token", at the "pair" itself, or at its place in the
+            tables ("sorted").
+        out_rows: "pair", "sorted", or "token": the sum over the experts of a token, of few pairs.
+        activation: None, "swiglu" or "relu2", of the fp32 sum; for ``x_rows="token"``.
+        topk_weights: [T, top_k] float, w[p], applied in fp32; for the second projection.
+        w_scale: float32 or float8_e8m0fnu, for FP8 weights (float8_e4m3fn or float8_e5m2), each of which stands for its number
+            times its scale: [E]; or a scale a row, [E, rows of W[e]], with a last dimension of 1 or without; or a scale a
+            group, [E, ceil(N / group_n), ceil(K / group_k)]. Gate and up are quantised apart: [E] may be [E, 2], and groups of
+            rows begin anew with up, [E, 2 * ceil(N / group_n), ...]. ``out`` is bfloat16 then.
+        x_scale: likewise, for an FP8 x: [1], [rows of x, 1] or [rows of x, ceil(K / group_k)], as the scales of the weights.
+            [1] may be [>= E] where rows are of pairs: the input scale of each expert. Groups may lie column by column.
+        v, lora_b, runs: rank vectors from ``moe_shrink``; a tensor [L, E, N, rank] for each half of w, or one, with the scaling
+            folded in, finite, the strides over L and E free, 0 shares; and the runs, with the ``tables`` that ``moe_runs``
+            returned beside them. For rows as a layer has them: "token" to "sorted" to "pair", or of few pairs "token" to "pair"
+            with an activation, and "pair" to "token".
+
+    Raises:
+        ValueError: something does not fit, or no variant serves it; nothing was launched.
+    """
+    request = (topk_weights, x_rows, out_rows, activation, w_scale, x_scale, v, lora_b, runs)
+    if torch.compiler.is_compiling():
+        _moe_gemm_op(out, x, w, *tables, *request[:-1], *(_NO_RUNS if runs is None else runs))
+    else:
+        _apply(out, x, w, tables, *request)
+
+
+def bind(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    tables: MoeTables,
+    topk_weights: torch.Tensor | None,
+    x_rows: str,
+    out_rows: str,
+    activation: str | None,
+    w_scale: torch.Tensor | None = None,
+    x_scale: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    lora_b: Sequence[torch.Tensor] | None = None,
+    runs: MoeRuns | None = None,
+    zero_rest: bool = False,
+    op: str = "moe_gemm",
+) -> Call:
+    """The launch for calls that look like this one, of ``op``.
+
+    Raises:
+        ValueError: as ``moe_gemm``.
+    """
+    request = (topk_weights, x_rows, out_rows, activation, w_scale, x_scale, v, lora_b, runs)
+    sizes = OP.check(op, OP.named(out, x, w, tables, *request))
+    kind = sizes.get("D") or torch.bfloat16  # of a product of FP8 with FP8
+    rows, epilogue = f"{x_rows}_{out_rows}", activation or "none"
+    of_rows = 1 if x_rows == "token" else tables.num_experts
+    scales = find_scales(op, x, w, w_scale, x_scale, slices=sizes["S"], experts=of_rows)
+    problem = problem_of(
+        op,
+        sizes,
+        out,
+        x,
+        w,
+        tables,
+        topk_weights,
+        dtype=kind,
+        rows=rows,
+        epilogue=epilogue,
+        zero_rest=zero_rest,
+        scales=scales,
+        delta=Delta(v, lora_b, runs),
+    )
+    if problem.num_pairs == 0:
+        return _nothing
+    schedule, config = plan(problem, has_boxes(problem, x, w))
+    variant = VARIANTS.get(
+        op,
+        schedule=schedule,
+        torch_dtype=kind,
+        rows=rows,
+        epilogue=epilogue,
+        weighted=topk_weights is not None,
+        weight_scales=problem.weight_scales,
+        x_scales=problem.x_scales,
+        adapted=problem.rank > 0,
+    )
+    call: Call = variant.bind(problem, config)
+    return call
+
+
+def find_scales(
+    name: str,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    w_scale: torch.Tensor | None,
+    x_scale: torch.Tensor | None,
+    *,
+    slices: int,
+    experts: int = 1,
+    label: str = "w_scale",
+) -> Scales:
+    """Of what there is a scale each, by the shapes; w is of so many ``slices``: 2 for gate and up; rows of x of one of so many
+    ``experts`` each, or 1: a row is read by several.
+
+    Raises:
+        ValueError: no mode has scales of such shapes.
+    """
+    of_weights = of_x = None
+    if w_scale is not None:
+        of_weights = find_mode(w_scale, w, QUANT, slices)
+        if of_weights is None:
+            groups = f"ceil(N / {QUANT.group_n}), ceil(K / {QUANT.group_k})"
+            if slices > 1:
+                wanted, hint = f"[E], [E, {slices}], [E, {slices} * N] or [E, {slices} * {groups}]", _APART
+            else:
+                wanted, hint = f"[E], [E, N] or [E, {groups}]", ""
+            runtime.fail(name, label, runtime.describe(w_scale), f"{wanted} of w {runtime.describe(w)}", hint)
+    if x_scale is not None:
+        of_x = find_x_mode(name, x, x_scale, QUANT, "group" if of_weights == "group" else None, experts)
+    return Scales(of_weights, w_scale, of_x, x_scale)
+
+
+_APART = "gate and up are quantised apart, so that groups of rows begin anew with up: quantize_weights(..., slices=2)"
+
+
+def _nothing(*arguments: Any) -> None:
+    """The call of an empty batch."""
+
+
+_apply = OP.caller(bind)
+_NO_RUNS = (None, None, None, None, 0)
+
+
+def _moe_gemm(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor, *rest: Any) -> None:
+    tables, request, runs = MoeTables(*rest[:11]), rest[11:19], rest[19:]
+    _apply(out, x, w, tables, *request, None if runs[0] is None else MoeRuns(*runs))
+
+
+_moe_gemm_op = runtime.op(
+    "moe_gemm(Tensor(a!) out, Tensor x, Tensor w, Tensor topk_ids, Tensor? valid_tokens, Tensor? pairs, "
+    "Tensor? blocks, Tensor? num_blocks, SymInt num_tokens, int top_k, int num_experts, int local_expert_start, "
+    "SymInt tokens_hint, int block_m, Tensor? topk_weights, str x_rows, str out_rows, str? activation, "
+    "Tensor? w_scale, Tensor? x_scale, Tensor? v, Tensor[]? lora_b, Tensor? token_lora_mapping, Tensor? adapter_enabled, "
+    "Tensor? run_of_row, Tensor? runs, int max_loras) -> ()",
+    _moe_gemm,
+)

@@ -1,0 +1,534 @@
+"""What the schedules of moe_gemm share: the sizes of a call, its checks, and which tiles serve it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import _operands as operands
+from .. import _runtime as runtime
+from .._scales import check_fp8, check_x_scale, fits, is_scale, scale_shape
+from ..moe_align._op import TABLES, MoeTables, default_block_m, max_blocks
+from ..moe_runs._op import RUNS, MoeRuns
+from ._table import QUANT, VARIANTS
+from ._tuned import TUNED
+
+
+class GemvConfig(NamedTuple):
+    """Tiles of gemv."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    weight_policy: int = 0
+
+
+class TileConfig(NamedTuple):
+    """Tiles of tile; block_m is that of the tables."""
+
+    block_n: int
+    block_k: int
+    num_stages: int
+    num_warps: int
+    group_m: int = 1  # blocks that share a tile of columns
+    tail: int = 0  # 1: blocks of few rows take a tile of half the height
+    weight_policy: int = 0
+    block_d: int = 64  # ranks of a step over the adapters of a tile, where there are any
+    delta_stages: int = 2  # of those steps
+
+
+class BoxConfig(NamedTuple):
+    """Tiles of box; as those of tile."""
+
+    block_n: int
+    block_k: int
+    num_stages: int
+    num_warps: int
+    group_m: int = 1
+    tail: int = 0
+    block_d: int = 64
+    delta_stages: int = 2
+
+
+# How the cache treats weights, by weight_policy: as any data, or as data that is read once.
+CACHE_POLICIES = ("", "evict_first")
+CONFIGS = {"gemv": GemvConfig, "tile": TileConfig, "box": BoxConfig}
+Config = GemvConfig | TileConfig | BoxConfig
+
+# (out, x, w, tables, topk_weights) of sizes that were checked before; then w_scale where weights are FP8, x_scale where x is;
+# then v, lora_b and runs where there are adapters
+Call = Callable[..., None]
+
+
+
+class Scales(NamedTuple):
+    """The scales of a call, and of what there is one each: of w "tensor", "channel" or "group", of x "token" for "channel"."""
+
+    of_weights: str | None
+    w: torch.Tensor | None
+    of_x: str | None
+    x: torch.Tensor | None
+
+
+UNSCALED = Scales(None, None, None, None)
+
+
+class Delta(NamedTuple):
+    """What adapters add to a product: rank vectors, the second factors, and which rows are of which adapter."""
+
+    v: torch.Tensor | None
+    lora_b: Sequence[torch.Tensor] | None
+    runs: MoeRuns | None
+
+
+UNADAPTED = Delta(None, None, None)
+
+# rows of x and of out -> whether tables are needed
+_ROWS = {
+    "token_sorted": True,
+    "sorted_pair": True,
+    "token_pair": False,
+    "pair_pair": False,
+    "pair_token": False,
+}
+
+
+def _rows(values: Mapping[str, Any]) -> dict[str, int]:
+    """Rows of x, R, and of out, P."""
+    tables = values["tables"]
+    num_pairs = tables.num_tokens * tables.top_k
+    return {
+        "R": tables.num_tokens if values["x_rows"] == "token" else num_pairs,
+        "P": tables.num_tokens if values["out_rows"] == "token" else num_pairs,
+    }
+
+
+def _scale(name: str) -> operands.Tensor:
+    return operands.Tensor(name, None, None, operands.FREE, optional=True, left_out=True)
+
+
+OP = operands.Op(
+    "moe_gemm",
+    (
+        operands.Tensor("out", ("P, N", "T, top_k, N"), operands.FLOATS, operands.PAIRS, written=True),
+        operands.Tensor("x", "R, K", "D", scaled_by="x_scale"),
+        operands.Tensor("w", ">=E, S*N, K", "D", scaled_by="w_scale"),
+        TABLES,
+        operands.Tensor("topk_weights", "T, top_k", operands.FLOATS, operands.CONTIGUOUS, optional=True),
+        operands.Choice("x_rows", ("token", "pair", "sorted")),
+        operands.Choice("out_rows", ("pair", "sorted", "token")),
+        operands.Choice("activation", (None, "relu2", "swiglu"), "S", (1, 1, 2)),
+        _scale("w_scale"),
+        _scale("x_scale"),
+        operands.Tensor(
+            "v", ("T*top_k, S, rank", "*, T*top_k, S, rank"), None, operands.CONTIGUOUS, optional=True, left_out=True
+        ),
+        operands.Tensor("lora_b", ">=L, >=E, N, rank", "D", slices="alike", optional=True, left_out=True),
+        dataclasses.replace(RUNS, optional=True, left_out=True),
+    ),
+    spec="specs/moe_gemm.yaml",
+    dtypes={"D": VARIANTS.dtypes},
+    fp8=QUANT.elements,
+    first=("w",),
+    tells=("x",),
+    aligned=("x", "w"),
+    sizes=_rows,
+)
+
+
+class Problem(NamedTuple):
+    """The sizes of one checked call; strides count elements, those of the weights run over (E, N)."""
+
+    num_tokens: int
+    num_pairs: int
+    top_k: int
+    num_experts: int
+    local_expert_start: int
+    tokens_hint: int
+    block_m: int
+    k: int
+    n: int
+    slices: int  # of the weights: 2 for gate and up
+    rows: str
+    out_stride: int
+    x_stride: int
+    w_strides: tuple[int, int]
+    zero_rest: bool
+    device: torch.device
+    weight_scales: str | None
+    x_scales: str | None
+    w_scale_stride: int  # over E
+    w_scale_next: int  # from the scales of gate to those of up
+    x_scale_stride: int  # over rows, or over experts
+    x_scale_next: int | None  # over groups, None: 1
+    max_loras: int
+    rank: int  # of adapters, 0: there are none
+    parts: int  # of v, where there are no tables
+    b_strides: tuple[int, int, int]  # over (L, E, N)
+
+
+def check(
+    variant: str,
+    out: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    tables: MoeTables,
+    topk_weights: torch.Tensor | None,
+    *,
+    dtype: torch.dtype,
+    rows: str,
+    epilogue: str,
+    schedule: str | None = None,
+    zero_rest: bool = False,
+    scales: Scales = UNSCALED,
+    delta: Delta = UNADAPTED,
+) -> Problem:
+    """The sizes of a call, once everything about it is known to fit.
+
+    Raises:
+        ValueError: says which argument does not fit, what it is and what was wanted.
+    """
+    request = (*rows.split("_"), None if epilogue == "none" else epilogue)
+    sizes = OP.check(variant, OP.named(out, x, w, tables, topk_weights, *request, scales.w, scales.x, *delta), D=dtype)
+    return problem_of(
+        variant,
+        sizes,
+        out,
+        x,
+        w,
+        tables,
+        topk_weights,
+        dtype=dtype,
+        rows=rows,
+        epilogue=epilogue,
+        schedule=schedule,
+        zero_rest=zero_rest,
+        scales=scales,
+        delta=delta,
+    )
+
+
+def problem_of(
+    variant: str,
+    sizes: operands.Sizes,
+    out: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    tables: MoeTables,
+    topk_weights: torch.Tensor | None,
+    *,
+    dtype: torch.dtype,
+    rows: str,
+    epilogue: str,
+    schedule: str | None = None,
+    zero_rest: bool = False,
+    scales: Scales = UNSCALED,
+    delta: Delta = UNADAPTED,
+) -> Problem:
+    """The sizes of a product whose operands are checked, once the rest is too.
+
+    Raises:
+        ValueError: as ``check``.
+    """
+    if rows not in _ROWS:
+        runtime.fail(variant, "x_rows, out_rows", rows.split("_"), " or ".join(_ROWS).replace("_", ", "))
+    num_tokens, top_k = tables.num_tokens, tables.top_k
+    num_pairs = num_tokens * top_k
+    if (_ROWS[rows] if schedule is None else schedule != "gemv") and tables.pairs is None:
+        runtime.fail(variant, "tables", "none", "tables", "make them with moe_align")
+    if scales.of_weights is not None:
+        check_fp8(variant, "w", w, scales.of_weights, QUANT)
+    if scales.of_x is not None:
+        check_fp8(variant, "x", x, scales.of_x, QUANT)
+    slices = sizes["S"]
+    n, k = sizes["N"], sizes["K"]
+    if rows == "pair_token":
+        if topk_weights is None:
+            hint = "the sum over the experts of a token is weighted"
+            runtime.fail(variant, "topk_weights", None, f"[{num_tokens}, {top_k}]", hint)
+        out_fits = out.dim() == 2
+    else:
+        out_fits = out.dtype == dtype
+    if not out_fits:
+        wanted = f"[{num_tokens}, {n}]" if rows == "pair_token" else f"{dtype}"
+        runtime.fail(variant, "out", runtime.describe(out), wanted, f"as of x_rows, out_rows {rows.replace('_', ', ')}")
+    if w.stride(1) * w.shape[1] >= 2**31:
+        runtime.fail(variant, "w", f"rows {w.stride(1)} elements apart", "an expert's matrix below 2**31 elements")
+    w_scale_strides = (0, 0)
+    if scales.of_weights is not None:
+        w_scale_strides = _check_w_scale(variant, scales.of_weights, scales.w, w, slices)
+    x_scale_strides: tuple[int, int | None] = (0, None)
+    if scales.of_x is not None:
+        of_rows = 1 if rows.startswith("token") else tables.num_experts
+        x_scale_strides = check_x_scale(variant, scales.of_x, x, scales.x, QUANT, of_rows)
+    expected, block_m = min(tables.tokens_hint, num_tokens), tables.block_m
+    if block_m < 0:  # left open by a graph of torch.compile, and settled as moe_align does
+        block_m = default_block_m(max(tables.tokens_hint, 1), top_k, tables.num_experts)
+    rank, parts, b_strides = _check_delta(variant, delta, tables, sizes, dtype)
+    problem = Problem(
+        num_tokens,
+        num_pairs,
+        top_k,
+        tables.num_experts,
+        tables.local_expert_start,
+        expected,
+        block_m,
+        k,
+        n,
+        slices,
+        rows,
+        out.stride(1 if out.dim() == 3 and top_k > 1 else 0),
+        x.stride(0),
+        (w.stride(0), w.stride(1)),
+        zero_rest,
+        x.device,
+        scales.of_weights,
+        scales.of_x,
+        *w_scale_strides,
+        *x_scale_strides,
+        0 if delta.runs is None else delta.runs.max_loras,
+        rank,
+        parts,
+        b_strides,
+    )
+    if schedule == "box" and not has_boxes(problem, x, w):
+        got = f"x {runtime.describe(x)}, w {runtime.describe(w)}"
+        runtime.fail(variant, "rows", got, "rows at 16-byte boundaries, gate and up one behind the other", "use tile")
+    return problem
+
+
+def _check_delta(
+    variant: str, delta: Delta, tables: MoeTables, sizes: operands.Sizes, dtype: torch.dtype
+) -> tuple[int, int, tuple[int, int, int]]:
+    """rank, parts and the strides of the second factors."""
+    v, lora_b, runs = delta
+    if v is None and lora_b is None and runs is None:
+        return 0, 0, (0, 0, 0)
+    if v is None or lora_b is None or runs is None:
+        given = [name for name, value in delta._asdict().items() if value is not None]
+        runtime.fail(variant, "v, lora_b, runs", given, "all three, or none")
+    by_table = tables.block_m != 0
+    kind, dims = (dtype, 3) if by_table else (torch.float32, 4)
+    if v.dtype != kind or v.dim() != dims:
+        wanted = f"[{'' if by_table else 'parts, '}{tables.num_tokens * tables.top_k}, {sizes['S']}, {sizes['rank']}] {kind}"
+        runtime.fail(variant, "v", runtime.describe(v), wanted, "make it with moe_shrink")
+    over_l, over_e, over_n, _ = lora_b[0].stride()
+    if over_n * sizes["N"] >= 2**31:
+        runtime.fail(variant, "lora_b", f"rows {over_n} elements apart", "an expert's matrix below 2**31 elements")
+    return sizes["rank"], 0 if by_table else v.shape[0], (over_l, over_e, over_n)
+
+
+def _check_w_scale(
+    variant: str, mode: str, scale: torch.Tensor | None, w: torch.Tensor, slices: int
+) -> tuple[int, int]:
+    """The strides of the scales of weights: over E, and from those of one slice to those of the next."""
+    shape = scale_shape(mode, w.shape, QUANT, slices)
+    fitting = scale is not None and fits(mode, scale.shape, w.shape, QUANT, slices)
+    if scale is None or not fitting or not is_scale(scale, w.device) or not scale[0].is_contiguous():
+        got = None if scale is None else runtime.describe(scale)
+        wanted = f"{list(shape)} float32 or float8_e8m0fnu on {w.device}, contiguous behind E"
+        runtime.fail(variant, "w_scale", got, wanted, f"a scale a {mode}")
+    return scale.stride(0), 0 if scale.shape == w.shape[:1] else scale[0].numel() // slices
+
+
+def has_boxes(problem: Problem, x: torch.Tensor, w: torch.Tensor) -> bool:
+    """Whether the tensor memory accelerator can read the operands."""
+    halves = problem.slices == 1 or problem.w_strides[0] == 2 * problem.n * problem.w_strides[1]
+    return halves and runtime.describable(w) and (problem.rows != "sorted_pair" or runtime.describable(x))
+
+
+def grid(problem: Problem, config: TileConfig | BoxConfig) -> int:
+    """Programs for the tokens that are expected; where there are more, programs stride over the tiles."""
+    blocks = max_blocks(max(problem.tokens_hint, 1), problem.top_k, problem.num_experts, problem.block_m)
+    return blocks * runtime.cdiv(problem.n, config.block_n)
+
+
+def choose(schedule: str, problem: Problem) -> Any:
+    """The tiles of ``schedule`` for a call, of its class."""
+    return _rule(schedule, *_shape(problem))
+
+
+class Key(NamedTuple):
+    """What measured tiles are looked up by: the sizes of specs/tuned, and what its tags stand for."""
+
+    num_tokens: int  # the next power of two
+    top_k: int
+    num_experts: int
+    block_m: int  # of the tables, 0: there are none
+    k: int
+    n: int
+    slices: int
+    reads_token: bool  # a row of x a token, as the first projection has; else one a pair
+    sums: bool  # over the experts of a token
+    rank: int  # of adapters, 0: there are none
+    weight_scales: str | None
+    x_scales: str | None
+
+
+def plan(problem: Problem, boxes: bool) -> tuple[str, Config]:
+    """(schedule, tiles) for a call, from host integers alone: the same call always gets the same.
+
+    The number of tokens counts as the next power of two, so that the compile keys of a model are a short list.
+    """
+    s, device = _shape(problem), runtime.traits(problem.device)
+    tokens = min(s.tokens, 4096)  # the largest that is measured; more tokens are more of the same blocks
+    rows = (s.block_m, s.k, s.n, s.slices, problem.rows.startswith("token"), s.sums, problem.rank)
+    key = Key(tokens, problem.top_k, problem.num_experts, *rows, s.weight_scales, s.x_scales)
+    own = _schedule(problem, boxes)
+
+    def rule(schedule: str | None) -> tuple[str, Config]:
+        return schedule or own, _rule(schedule or own, *s)
+
+    def serves(schedule: str) -> bool:
+        """Whether operands and rows are such that it can; what box can do, tile can."""
+        return schedule == own or (schedule == "tile" and own == "box")
+
+    return runtime.choose(TUNED, key, device, CONFIGS, rule, serves)
+
+
+class _Shape(NamedTuple):
+    tokens: int
+    block_m: int
+    k: int
+    n: int
+    slices: int
+    sums: bool
+    weight_scales: str | None
+    x_scales: str | None
+    rank: int  # of adapters, 0: there are none
+    accelerator: bool
+    shared_memory: int
+    full_warps: int
+    warp_sums: int
+    max_stages: int
+
+
+def _shape(problem: Problem) -> _Shape:
+    device = runtime.traits(problem.device)
+    return _Shape(
+        runtime.next_power_of_2(problem.tokens_hint),
+        problem.block_m,
+        problem.k,
+        problem.n,
+        problem.slices,
+        problem.rows == "pair_token",
+        problem.weight_scales,
+        problem.x_scales,
+        problem.rank,
+        _has_accelerator(device),
+        device.shared_memory,
+        device.full_warps,
+        device.warp_sums,
+        device.max_stages,
+    )
+
+
+def _schedule(problem: Problem, boxes: bool) -> str:
+    if problem.rows == "pair_token" or problem.block_m == 0:
+        return "gemv"
+    # Below 64 rows a tile waits for memory, which pointers ask for as well as descriptors; FP8 weights that are widened pass
+    # through registers anyway.
+    boxes = boxes and (problem.weight_scales is None or problem.x_scales is not None)
+    boxes = boxes and problem.block_m >= 64 and _has_accelerator(runtime.traits(problem.device))
+    return "box" if boxes else "tile"
+
+
+def _has_accelerator(device: runtime.Traits) -> bool:
+    return device.pdl or runtime.INTERPRETED
+
+
+@functools.lru_cache(maxsize=4096)
+def _rule(schedule: str, *sizes: Any) -> Config:
+    s = _Shape(*sizes)
+    rules: dict[str, Callable[[_Shape], Config]] = {"gemv": _gemv, "tile": _tile, "box": _box}
+    return rules[schedule](s)
+
+
+def _gemv(s: _Shape) -> GemvConfig:
+    block_k = _block_k(s.k, 256 if s.k <= 8192 else 512)
+    # Of a layer with adapters others are faster, of tiles in which a lane has the same columns, so that no row has other bits.
+    own = s.rank > 0 and s.weight_scales is None and block_k == 256
+    if s.sums:
+        return GemvConfig(min(s.tokens, 4) if own and s.rank <= 32 else 2, block_k, 1, 1)
+    if s.tokens == 1 and s.k <= 1024:
+        return GemvConfig(2, block_k, 1, 1)
+    if s.rank and s.slices == 2 and s.weight_scales == "group":
+        return GemvConfig(4, block_k, 2, 1)  # one warp has no registers for scales of parts and for factors
+    return GemvConfig(2 if own and s.tokens > 2 else 4, block_k, 1 if s.slices == 2 or s.k > 1024 else 2, 1)
+
+
+# block_m -> block_n, block_k, stages, warps of the first projection with its two halves, and of any other product
+_FIRST = {16: (32, 256, 3, 4), 32: (64, 128, 3, 4), 64: (128, 64, 4, 8), 128: (128, 64, 4, 8)}
+_OTHER = {16: (128, 128, 3, 4), 32: (128, 128, 3, 4), 64: (128, 64, 3, 4), 128: (128, 64, 3, 4)}
+# The same of FP8: weights that are widened, and products of FP8 with FP8.
+_FIRST_W8 = {16: (64, 128, 3, 4), 32: (64, 128, 3, 4), 64: (64, 64, 4, 4), 128: (128, 64, 3, 8)}
+_OTHER_W8 = {16: (128, 128, 3, 4), 32: (128, 128, 3, 4), 64: (128, 64, 3, 4), 128: (128, 128, 3, 8)}
+_FIRST_W8A8 = {16: (64, 128, 3, 4), 32: (64, 128, 4, 4), 64: (64, 128, 4, 4), 128: (128, 128, 3, 8)}
+_OTHER_W8A8 = {16: (128, 128, 3, 4), 32: (128, 128, 3, 4), 64: (128, 128, 4, 8), 128: (128, 128, 4, 8)}
+
+
+def _tile(s: _Shape) -> TileConfig:
+    block_n, block_k, stages, warps = _sizes(s)
+    warps, tail = s.full_warps if s.block_m == 128 else warps, int(s.block_m == 128)
+    return TileConfig(block_n, block_k, stages, warps, 1, tail, 0, *_delta(s))
+
+
+def _box(s: _Shape) -> BoxConfig:
+    block_n, block_k, stages, warps = _sizes(s)
+    if not s.accelerator:  # boxes are copied by pointers to all of their elements, which take registers
+        block_k, warps = min(block_k, 32), s.full_warps
+    return BoxConfig(block_n, block_k, stages, warps, 1, int(s.block_m == 128), *_delta(s))
+
+
+def _delta(s: _Shape) -> tuple[int, int]:
+    """(ranks of a step over the adapters of a tile, stages): the fewer rows, the more of its registers are left, and the more
+    adapters of low ranks are in it.
+    """
+    if s.rank > 32:
+        return (128, 2) if s.block_m <= 32 else (64, min(3, s.max_stages))
+    return 32 if s.block_m == 128 and 0 < s.rank <= 16 else 64, 2
+
+
+def _sizes(s: _Shape) -> tuple[int, int, int, int]:
+    first, other = _FIRST, _OTHER
+    if s.weight_scales is not None:
+        first, other = (_FIRST_W8, _OTHER_W8) if s.x_scales is None else (_FIRST_W8A8, _OTHER_W8A8)
+    block_n, block_k, stages, warps = (first if s.slices == 2 else other)[s.block_m]
+    if s.weight_scales is None and s.block_m == 16 and s.slices == 2 and (s.rank or (s.k >= 4096 and s.tokens > 64)):
+        block_n, block_k, stages = 64, 128, 4 if s.rank else stages
+    if s.weight_scales is None and s.block_m == 128 and s.slices == 1 and s.k >= 2048:
+        block_n, stages, warps = 256, 4, 8
+    stages, warps = min(stages, s.max_stages), min(warps, s.full_warps)
+    while s.block_m * s.slices * block_n > warps * s.warp_sums:
+        block_n, warps = (block_n, 2 * warps) if warps < s.full_warps else (block_n // 2, warps)
+    block_k = _in_group(s, _block_k(s.k, block_k))
+    while block_n > 16 and block_n >= 2 * s.n:
+        block_n //= 2
+    while stages > 2 and stages * _stage_bytes(s, block_n, block_k) > s.shared_memory - 4096:
+        stages -= 1
+    while block_k > 32 and stages * _stage_bytes(s, block_n, block_k) > s.shared_memory - 4096:
+        block_k //= 2
+    return block_n, block_k, stages, warps
+
+
+def _stage_bytes(s: _Shape, block_n: int, block_k: int) -> int:
+    of_x, of_w = (2 if scales is None else 1 for scales in (s.x_scales, s.weight_scales))
+    return block_k * (of_x * s.block_m + of_w * s.slices * block_n)
+
+
+def _in_group(s: _Shape, block_k: int) -> int:
+    """A tile that lies in one group, where groups of columns have scales."""
+    while s.weight_scales == "group" and QUANT.group_k % block_k:
+        block_k //= 2
+    return block_k
+
+
+def _block_k(k: int, wanted: int) -> int:
+    """The largest tile of at most ``wanted`` columns that divides K; a masked one where only small tiles do."""
+    while wanted > 32 and k % wanted:
+        wanted //= 2
+    return wanted if k % wanted == 0 else min(64, max(32, runtime.next_power_of_2(k)))

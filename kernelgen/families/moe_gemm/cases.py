@@ -1,0 +1,514 @@
+"""Cases of the grouped products of a base MoE layer.
+
+Everything that a kernel must not read is poison (NaN): rows of x and routing weights of pairs that are not local, weights of
+experts that nobody asked for, what lies between and around rows, table entries behind the last block. Everything that it
+must not write is compared bit for bit; rows that it must write are NaN before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from types import MappingProxyType, ModuleType
+from typing import Any, Callable, Mapping, Sequence
+
+import torch
+
+from kernelgen.buffers import Guarded, allocate, allocate_sparse, positions, row_major, seal
+from kernelgen.families import quant
+from kernelgen.families.case import Case as BaseCase
+from kernelgen.families.case import Tags, worst_ratio
+from kernelgen.families.moe_adapters import MIXED, Adapters, Drawn, factors, live_of
+from kernelgen.families.moe_adapters import draw as draw_adapters
+from kernelgen.families.moe_experts import SPREAD, Experts, Routed, draw
+from kernelgen.families.moe_gemm.reference import Delta, Expected, moe_gemm, moe_gemm_sum
+from kernelgen.families.moe_lora.reference import dequantise
+from kernelgen.families.moe_runs.reference import moe_runs
+from kernelgen.model import QUANT_AXES, VOCABULARY
+
+BODY = ("schedule", "rows", "epilogue")
+_QUANTS = ("schedule", "rows", *QUANT_AXES)  # what FP8 operands and their scales pass through
+
+# Tiles that small shapes can be less than, equal to and greater than.
+_TILES: Mapping[str, int] = MappingProxyType(
+    {"block_n": 32, "block_k": 32, "num_stages": 2, "num_warps": 4}
+)
+_NO_ROWS = [2**30, 2**30, 0]  # an entry of the tables without rows, where nothing may be read
+_HUGE = 2**31 + 64  # elements: out of reach of a 32-bit offset
+
+
+@dataclasses.dataclass(frozen=True)
+class Case(BaseCase):
+    """Sizes and layout of one call.
+
+    Attributes:
+        few: at most so many tokens for a variant that takes pairs one by one, where more show nothing more.
+        hint: tokens that the grid is sized for, None: all.
+        tiles: tunables that differ from those of the other cases, where a variant has them.
+        own_tiles: the variant chooses its tiles itself.
+        align: rows are padded to a multiple of this many 16-bit elements, or twice as many of 8 bits,
+        gap: and then lie so far apart.
+        offset: elements that memory starts behind a 16-byte boundary.
+        expert_stride, row_stride: of the weights, and of x and out, where they are given.
+        element: of FP8 operands.
+        scales_end_in_1: scales a channel have a last dimension of one.
+        scale_a_slice: a scale a matrix is one of each of its slices.
+        scale_an_expert: a scale for all of x is one of the rows of each expert.
+        scales_dtype: of all scales.
+        by_column: the scales of x lie column by column.
+        adapters, rank: of a variant with adapters.
+        parts: of its rank vectors, where there are no tables.
+        b_layout: of its second factors, a key of ``LAYOUTS`` of moe_adapters.
+    """
+
+    tokens: int = 5
+    few: int = 3
+    top_k: int = 2
+    experts: int = 3
+    k: int = 40
+    n: int = 24
+    block_m: int = 16
+    routing: Experts = SPREAD
+    hint: int | None = None
+    weights_dtype: torch.dtype = torch.float32
+    out_dtype: torch.dtype | None = None
+    scale: float = 1.0
+    tiles: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
+    own_tiles: bool = False
+    align: int = 8
+    gap: int = 8
+    offset: int = 0
+    expert_stride: int | None = None
+    row_stride: int | None = None
+    element: str = "e4m3"
+    scales_end_in_1: bool = False
+    scale_a_slice: bool = False
+    scale_an_expert: bool = False
+    scales_dtype: torch.dtype = torch.float32
+    by_column: bool = False
+    adapters: Adapters = MIXED
+    rank: int = 12
+    parts: int = 2
+    b_layout: str = "packed"
+
+
+def _only(**axes: str) -> Mapping[str, Sequence[str]]:
+    return MappingProxyType({axis: tags.split() for axis, tags in axes.items()})
+
+
+_TILED = _only(schedule="tile box")
+_POINTERS = _only(schedule="gemv tile")
+_WEIGHTED = _only(routed_weight="weighted")
+_ONE = Experts("one")
+_FP8 = _only(weight_quant="w8tensor w8channel w8group")
+_E8M0 = torch.float8_e8m0fnu
+_LORA = _only(delta="lora")
+_MANY = Adapters("spread", 60)
+_FP8_TILED = MappingProxyType({**_FP8, **_TILED})
+
+_OF_LORA = (
+    Case("rank_1", "a rank of one, and one part", only=_LORA, rank=1, parts=1),
+    Case("rank_64", "runs that end with a step", only=_LORA, tokens=20, few=1, top_k=1, experts=2, rank=64),
+    Case("rank_40", "steps of several runs, and runs of several steps", only=_LORA, tokens=20, top_k=1, experts=2, rank=40),
+    Case("rank_130", "more ranks than a program takes at a time", only=_LORA, tokens=3, few=2, rank=130, own_tiles=True),
+    Case("no_adapter", "a graph for adapters, replayed without one", only=_LORA, adapters=Adapters("none")),
+    Case("one_adapter", "a run as high as its blocks", only=_LORA, tokens=33, top_k=1, routing=_ONE, adapters=Adapters("one")),
+    Case("disabled", "adapters that are loaded but disabled", only=_LORA, tokens=9, adapters=Adapters("spread", 4, (0, 2))),
+    Case("a_run_a_row", "every row a run of its own", only=_LORA, tokens=16, top_k=1, routing=_ONE, adapters=_MANY),
+    Case("shared_b", "factors stored once for all experts: stride 0", only=_LORA, b_layout="shared"),
+    Case("huge_adapters", "32-bit offsets of adapters wrap", only=_LORA, b_layout="huge_adapters"),
+    Case("huge_b", "32-bit offsets of the experts of factors wrap", only=_LORA, b_layout="huge_experts", experts=2),
+)
+
+CASES = (
+    *_OF_LORA,
+    Case("one", "every size is one", only=_POINTERS, tokens=1, top_k=1, experts=1, k=1, n=1),
+    Case("lt_tile", "a tile that is not full", k=24, n=16),
+    Case("eq_tile", "one full tile", tokens=16, top_k=1, routing=_ONE, k=32, n=32),
+    Case("gt_tile", "full tiles, then a row", tokens=33, top_k=1, routing=_ONE, k=96, n=64),
+    Case("ragged", "no size divides", core=True, tokens=9, top_k=3, k=72, n=40, routing=Experts("mixed", start=2)),
+    Case("one_more", "one column behind a tile", only=_POINTERS, tokens=17, top_k=1, routing=_ONE, k=65, n=33),
+    Case("empty", "a launch without programs", tokens=0, few=0),
+    Case("nothing_local", "no block at all", routing=Experts("away")),
+    Case("no_valid_token", "a step of padding alone", routing=Experts(valid=0)),
+    Case("some_valid", "a graph for many tokens, replayed for fewer", core=True, tokens=7, routing=Experts("mixed", valid=2)),
+    Case("hint_too_low", "programs that take many tiles", only=_TILED, tokens=40, hint=1, n=64),
+    Case("ids_int64", "ids as torch.topk gives them", routing=Experts("mixed", ids_dtype=torch.int64)),
+    Case("twice_the_expert", "an expert twice in a token", top_k=3, experts=2),
+    Case("top_1", "top_k = 1 folds a dimension away", top_k=1),
+    Case(
+        "half_tiles",
+        "blocks of few rows in tiles of half the height",
+        only=_TILED,
+        tokens=25,
+        top_k=1,
+        experts=2,
+        block_m=32,
+        tiles={"tail": 1},
+        routing=Experts("skewed"),
+    ),
+    Case(
+        "grouped",
+        "blocks that share a tile of columns, the last group lower",
+        only=_TILED,
+        tokens=50,
+        experts=4,
+        n=96,
+        tiles={"group_m": 4},
+    ),
+    Case("block_64", "the blocks of long prompts", only=_TILED, tokens=70, experts=2, block_m=64, tiles={"tail": 1}),
+    Case("own_tiles", "the tiles that the rule takes", own_tiles=True, k=64, n=48, tokens=20),
+    Case(
+        "own_large_tiles",
+        "the tiles of long prompts",
+        only=_TILED,
+        own_tiles=True,
+        k=64,
+        n=48,
+        tokens=130,
+        experts=2,
+        block_m=128,
+    ),
+    Case("weights_bf16", "routing weights in another dtype", only=_WEIGHTED, weights_dtype=torch.bfloat16),
+    Case("out_f32", "tokens in fp32", only=_only(rows="pair_token"), out_dtype=torch.float32),
+    Case("packed", "nothing between rows", gap=0),
+    Case("unaligned", "odd strides, a base that is not 16-byte aligned", only=_POINTERS, align=1, gap=1, offset=1, k=33, n=23),
+    Case("large_sums", "gates in the tails of exp", only=_only(epilogue="swiglu relu2"), scale=40.0),
+    Case(
+        "huge_experts",
+        "32-bit offsets of experts wrap",
+        only=_only(schedule="gemv tile", epilogue="none relu2"),
+        expert_stride=_HUGE,
+        experts=2,
+    ),
+    Case(
+        "huge_rows",
+        "32-bit offsets of rows wrap",
+        only=_only(schedule="gemv tile", act_quant="none a8tensor a8token"),
+        row_stride=_HUGE // 4,
+        tokens=4,
+        few=4,
+        top_k=2,
+    ),
+    Case(
+        "fp8",
+        "several groups on both axes, none of them full at the end",
+        only=_FP8,
+        body=_QUANTS,
+        tokens=9,
+        few=2,
+        k=160,
+        n=136,
+        routing=Experts("mixed", start=1),
+    ),
+    Case("fp8_whole", "whole groups, so that a tile of columns has one scale", only=_FP8, body=_QUANTS, few=2, k=256, n=128),
+    Case(
+        "fp8_restart",
+        "groups that begin anew with up, where as many would go on (vLLM #54178)",
+        only=_only(weight_quant="w8group", epilogue="swiglu"),
+        body=_QUANTS,
+        tokens=5,
+        few=1,
+        k=160,
+        n=80,
+    ),
+    Case(
+        "fp8_scale_a_slice",
+        "scales [E, 2], of gate and of up (vLLM #8588)",
+        only=_only(weight_quant="w8tensor", epilogue="swiglu"),
+        body=_QUANTS,
+        few=1,
+        scale_a_slice=True,
+    ),
+    Case(
+        "fp8_scale_an_expert",
+        "the input scale of each expert, of rows that have one expert (TensorRT-LLM #10778)",
+        only=_only(act_quant="a8tensor", rows="sorted_pair pair_token"),
+        body=_QUANTS,
+        routing=Experts("mixed", start=1),
+        scale_an_expert=True,
+    ),
+    Case("fp8_e8m0", "scales that are powers of two, bytes (vLLM #54435)", only=_FP8, body=_QUANTS, few=1, scales_dtype=_E8M0),
+    Case(
+        "fp8_by_column",
+        "scales of x column by column (tokenspeed #189)",
+        only=_only(act_quant="a8group"),
+        body=_QUANTS,
+        few=2,
+        k=160,
+        by_column=True,
+    ),
+    Case("fp8_e5m2", "the other FP8 type", only=_FP8, k=144, n=48, element="e5m2", scales_end_in_1=True),
+    Case("fp8_own_tiles", "the tiles that the rule takes", only=_FP8, body=_QUANTS, own_tiles=True, few=2, k=256, n=128, gap=0),
+    Case(
+        "fp8_own_large_tiles",
+        "the tiles of long prompts",
+        only=_FP8_TILED,
+        body=_QUANTS,
+        own_tiles=True,
+        k=256,
+        n=128,
+        gap=0,
+        tokens=70,
+        experts=2,
+        block_m=128,
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The operands of one call, and what it should make of them."""
+
+    out: Guarded
+    x: torch.Tensor
+    w: torch.Tensor
+    tables: Any
+    topk_weights: torch.Tensor | None
+    w_scale: torch.Tensor | None
+    x_scale: torch.Tensor | None
+    routed: Routed
+    expected: Expected
+    inputs: Mapping[str, Guarded]
+    adapted: Mapping[str, Any]  # v, lora_b and runs, of a variant with adapters
+
+    @property
+    def operands(self) -> tuple[Any, ...]:
+        """out, x, w and tables, as every launcher takes them."""
+        return self.out.view, self.x, self.w, self.tables
+
+    @property
+    def scales(self) -> dict[str, torch.Tensor]:
+        """Those that there are, by the names of their arguments."""
+        given = {"w_scale": self.w_scale, "x_scale": self.x_scale}
+        return {name: scale for name, scale in given.items() if scale is not None}
+
+    def verify(self) -> float:
+        """The worst error over its bound.
+
+        Raises:
+            AssertionError: a row that is written is off, another one changed, or an input did.
+        """
+        for name, guarded in self.inputs.items():
+            changed = int(guarded.changed().sum())
+            assert not changed, f"{name}: {changed} elements of an input changed"
+        rows = torch.zeros(self.out.view.shape[0], dtype=torch.bool)
+        rows[self.expected.rows] = True
+        stray = int((self.out.changed() & ~positions(self.out, rows.to(self.x.device))).sum())
+        assert not stray, f"out: {stray} elements changed outside of the rows of local pairs"
+        return worst_ratio(
+            self.out.view[self.expected.rows].cpu(), self.expected.out.cpu(), self.expected.bound.cpu()
+        )
+
+
+def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
+    """The operands of ``case`` for a variant, with tables of the reference; the numbers depend on the case alone."""
+    dtype = getattr(torch, str(VOCABULARY["dtype"][tags["dtype"]]["torch_dtype"]))
+    by_one = tags["schedule"] == "gemv"
+    tokens = min(case.tokens, case.few) if by_one else case.tokens
+    reads, writes = tags["rows"].split("_")
+    routed = draw(case.routing, tokens, case.top_k, case.experts, case.random(), device)
+    numbers, num_pairs = case.generator(), tokens * case.top_k
+    of_weights, of_x = quant.scales_of(tags)
+    unit = case.align * (2 if of_weights and case.align > 1 else 1)
+    pad = -(-case.k // unit) * unit + (case.gap if unit == case.align else 2 * case.gap)
+
+    def memory(shape: Sequence[int], strides: Sequence[int], kind: torch.dtype = dtype) -> torch.Tensor:
+        if max(strides) * max(shape[0], 1) >= _HUGE // 2:
+            return allocate_sparse(shape, strides, kind, device)
+        return allocate(shape, strides, kind, device, offset=case.offset)
+
+    adapters = None
+    if tags.get("delta", "none") != "none":
+        adapters = draw_adapters(case.adapters, tokens, case.random(), device)
+    of_token = [None] * tokens if adapters is None else adapters.of_token
+    order = moe_runs(routed.local, of_token, top_k=case.top_k, block_m=case.block_m).order
+    sources = {
+        "token": [pair // case.top_k for pair, _ in routed.local],
+        "sorted": range(len(order)),
+        "pair": [pair for pair, _ in routed.local],
+    }[reads]
+    element = quant.ELEMENTS[case.element]
+    x_shape = (tokens if reads == "token" else num_pairs, case.k)
+    x = memory(x_shape, (case.row_stride or pad, 1), element if of_x else dtype)
+    x_scale, x_numbers = None, x
+    if of_x:
+        shape = (case.experts,) if case.scale_an_expert else quant.x_scale_shape(of_x, x_shape, quant.GROUP[1])
+        x_scale = quant.allocate_x_scale(shape, device, case.scales_dtype, case.by_column)
+    expert_of = dict(zip(sources, [expert for _, expert in (order if reads == "sorted" else routed.local)], strict=True))
+    for row in sorted(set(sources)):
+        x[row] = quant.as_dtype(torch.randn(case.k, generator=numbers), x)
+        if x_scale is not None and not case.scale_an_expert:
+            each = x_scale[row] if x_scale.dim() > 1 else x_scale
+            each.copy_(quant.draw_scales(each, 1.0, numbers))
+    if x_scale is not None and case.scale_an_expert:
+        for expert in sorted(set(expert_of.values())):
+            x_scale[expert] = quant.draw_scales(x_scale[expert], 1.0, numbers)
+        x_numbers = x.double()
+        for row, expert in expert_of.items():
+            x_numbers[row] *= x_scale[expert].double()
+    elif x_scale is not None and sources:
+        x_numbers = dequantise(x, x_scale, quant.group_of(of_x, x_shape, (1, quant.GROUP[1])))
+    slices = int(VOCABULARY["epilogue"][tags["epilogue"]]["slices"] or 1)
+    height = case.n * slices
+    w_shape, size = (case.experts, height, case.k), case.scale * case.k**-0.5
+    w = memory(w_shape, (case.expert_stride or height * pad, pad, 1), element if of_weights else dtype)
+    w_scale, w_numbers = None, w
+    if of_weights:
+        shape = (case.experts, *quant.scale_shape(of_weights, w_shape[1:], quant.GROUP, slices))
+        if case.scales_end_in_1 and of_weights == "channel":
+            shape = (*shape, 1)
+        if case.scale_a_slice:
+            shape = (*shape, slices)
+        w_scale = allocate(shape, row_major(shape), case.scales_dtype, device)
+    for expert in sorted({item.expert for item in routed.local}):
+        drawn = torch.randn(height, case.k, generator=numbers)
+        w[expert] = quant.as_dtype(drawn if of_weights else drawn * size, w)
+        if w_scale is not None:
+            w_scale[expert] = quant.draw_scales(w_scale[expert], size, numbers)
+    if w_scale is not None:
+        w_numbers = quant.dequantise_slices(w, w_scale, of_weights, slices)
+    weights = None
+    if tags["routed_weight"] == "weighted":
+        weights = allocate((tokens, case.top_k), (case.top_k, 1), case.weights_dtype, device)
+        for pair, _ in routed.local:
+            weights.view(-1)[pair] = torch.rand((), generator=numbers).to(weights)
+
+    slots: dict[str, Any] = {}
+    delta = None
+    if adapters is not None:
+        slots, delta = _make_delta(case, slices, order, adapters, by_one, numbers, dtype, device)
+
+    out_rows = tokens if writes == "token" else num_pairs
+    out_row = case.row_stride or -(-case.n // case.align) * case.align + case.gap
+    out = memory((out_rows, case.n), (out_row, 1), case.out_dtype or dtype)
+    if writes == "token" and weights is not None:
+        count = routed.num_valid
+        expected = moe_gemm_sum(
+            x_numbers,
+            w_numbers,
+            routed.local,
+            num_tokens=count,
+            topk_weights=weights,
+            dtype=out.dtype,
+            scaled=w_scale is not None,
+            delta=delta,
+        )
+    else:
+        expected = moe_gemm(
+            x_numbers,
+            w_numbers,
+            routed.local,
+            top_k=case.top_k,
+            rows=tags["rows"],
+            epilogue=tags["epilogue"],
+            topk_weights=weights,
+            dtype=dtype,
+            scaled=w_scale is not None,
+            short=of_x is not None and not by_one and device != "cpu",
+            order=order,
+            delta=delta,
+        )
+    tables, runs, ints = tables_of(package, case, routed, by_one, device, adapters)
+    if adapters is not None:
+        slots["runs"] = runs
+        ints |= {"v": slots["v"], **{f"lora_b[{s}]": b for s, b in enumerate(slots["lora_b"])}}
+    given = {"x": x, "w": w, "topk_weights": weights, "topk_ids": routed.topk_ids, **ints}
+    given |= {"w_scale": w_scale, "x_scale": x_scale}
+    inputs = {name: _seal(tensor) for name, tensor in given.items() if tensor is not None}
+    return Call(_seal(out), x, w, tables, weights, w_scale, x_scale, routed, expected, inputs, slots)
+
+
+def _seal(tensor: torch.Tensor) -> Guarded:
+    return seal(tensor, sparse=tensor.untyped_storage().nbytes() >= _HUGE)
+
+
+def _make_delta(
+    case: Case,
+    slices: int,
+    order: Sequence[Any],
+    adapters: Drawn,
+    by_one: bool,
+    numbers: torch.Generator,
+    dtype: torch.dtype,
+    device: str,
+) -> tuple[dict[str, Any], Delta]:
+    """v and lora_b as a variant takes them, NaN where nothing may be read; and what they are.
+
+    Parts are such that every order of adding them up is exact.
+    """
+    num_pairs = len(adapters.of_token) * case.top_k
+    of_pair = (num_pairs, slices, case.rank)
+    shape = (case.parts, *of_pair) if by_one else of_pair
+    v = allocate(shape, row_major(shape), torch.float32 if by_one else dtype, device)
+    by_pair = torch.full(of_pair, torch.nan, dtype=torch.float64, device=device)
+    for place, (pair, _) in enumerate(order):
+        if adapters.of_token[pair // case.top_k] is not None:
+            parts = torch.randint(-50, 51, (case.parts, slices, case.rank), generator=numbers) / 64
+            by_pair[pair] = parts.sum(0).to(by_pair)
+            if by_one:
+                v[:, pair] = parts.to(v)
+            else:
+                v[place] = parts.sum(0).to(v)
+    live = live_of(order, adapters.of_token, case.top_k)
+    b = factors((adapters.loras, case.experts, case.n, case.rank), slices, case.b_layout, live, numbers, dtype, device)
+    return {"v": v, "lora_b": b}, Delta(by_pair, b, adapters.of_token)
+
+
+def tables_of(
+    package: ModuleType, case: Any, routed: Routed, by_one: bool, device: str, adapters: Drawn | None = None
+) -> tuple[Any, Any, dict[str, torch.Tensor]]:
+    """The tables of the reference as a variant takes them, and the runs of adapters in them, poison behind what counts."""
+    tables = package.no_tables(
+        routed.topk_ids,
+        num_experts=routed.num_experts,
+        valid_tokens=routed.valid_tokens,
+        local_expert_start=routed.start,
+    )
+    given = () if adapters is None else (adapters.token_lora_mapping, adapters.adapter_enabled)
+    if by_one:
+        return tables, None if adapters is None else package.MoeRuns(*given, None, None, adapters.loras), {}
+    num_pairs, (tokens, top_k) = routed.topk_ids.numel(), routed.topk_ids.shape
+    of_token = [None] * tokens if adapters is None else adapters.of_token
+    wanted = moe_runs(routed.local, of_token, top_k=top_k, block_m=case.block_m)
+    pairs = allocate((num_pairs,), (1,), torch.int32, device)
+    pairs[: len(wanted.order)] = torch.tensor([item.pair for item in wanted.order], dtype=torch.int32).to(device)
+    entries = [_NO_ROWS, *(entry for block in wanted.blocks.tolist() for entry in (block, _NO_ROWS))]
+    blocks = allocate((len(entries) + 2, 3), (3, 1), torch.int32, device)
+    blocks[: len(entries)] = torch.tensor(entries, dtype=torch.int32).to(device)
+    count = torch.tensor([len(entries)], dtype=torch.int32, device=device)
+    hint = routed.topk_ids.shape[0] if case.hint is None else case.hint
+    made = {"pairs": pairs, "blocks": blocks, "num_blocks": count}
+    tables = tables._replace(**made, block_m=case.block_m, tokens_hint=hint)
+    if adapters is None:
+        return tables, None, made
+    run_of_row, runs = allocate((num_pairs,), (1,), torch.int32, device), allocate((num_pairs, 2), (2, 1), torch.int32, device)
+    run_of_row[: len(wanted.order)] = wanted.run_of_row.to(device)
+    written = torch.nonzero(wanted.runs[:, 0] >= 0).flatten()
+    runs[written.to(device)] = wanted.runs[written].to(device)
+    made |= {"run_of_row": run_of_row, "runs": runs}
+    return tables, package.MoeRuns(*given, run_of_row, runs, adapters.loras), made
+
+
+def check(
+    package: ModuleType, launcher: Callable[..., None], tags: Tags, case: Case, device: str
+) -> float:
+    """Run ``case`` on a variant's launcher; return the worst error over its bound.
+
+    Raises:
+        AssertionError: the variant is wrong.
+    """
+    call = make(package, case, tags, device)
+    keywords = {} if call.topk_weights is None else {"topk_weights": call.topk_weights}
+    config = None if case.own_tiles else tiles(launcher, case.tiles)
+    launcher(*call.operands, config=config, **keywords, **call.scales, **call.adapted)
+    return call.verify()
+
+
+def tiles(launcher: Callable[..., None], changes: Mapping[str, int] | None = None) -> Any:
+    """The tiles of the cases, as a variant's launcher takes them."""
+    config = sys.modules[launcher.__module__].Config
+    known = {**_TILES, **(changes or {})}
+    if "num_stages" not in config._fields:
+        known["block_n"] = 8
+    return config(**{field: known[field] for field in config._fields if field in known})

@@ -1,0 +1,468 @@
+"""What holds for the products of a base MoE layer through their front door, and for ``fused_moe``, which joins them."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from types import MappingProxyType, ModuleType
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
+
+import torch
+
+from kernelgen.buffers import bits, poison_
+from kernelgen.families import quant
+from kernelgen.families.case import Law, Variant, worst_ratio
+from kernelgen.families.fused_moe import Inner, Lora, fused_moe
+from kernelgen.families.moe_experts import Experts, Routed, draw
+from kernelgen.families.moe_gemm.cases import Case, make
+from kernelgen.families.moe_lora.reference import dequantise
+from kernelgen.model import QUANT_AXES
+
+
+class Layer(NamedTuple):
+    """The operands of one call of fused_moe."""
+
+    hidden: torch.Tensor
+    w13: torch.Tensor
+    w2: torch.Tensor
+    routed: Routed
+    topk_weights: torch.Tensor
+    activation: str
+    scales: Mapping[str, torch.Tensor] = MappingProxyType({})
+    numbers: tuple[torch.Tensor, ...] = ()  # what FP8 hidden, w13 and w2 stand for
+    inner: Inner | None = None
+    lora: Any = None  # a FusedMoeLora
+    adapters: tuple[int | None, ...] = ()  # of tokens, with it
+
+    def run(self, package: ModuleType, **options: Any) -> torch.Tensor:
+        out: torch.Tensor = package.fused_moe(
+            self.hidden,
+            self.w13,
+            self.w2,
+            self.routed.topk_ids,
+            self.topk_weights,
+            activation=self.activation,
+            valid_tokens=self.routed.valid_tokens,
+            local_expert_start=self.routed.start,
+            **self.scales,
+            **{"lora": self.lora, **options},
+        )
+        return out
+
+    def verify(self, out: torch.Tensor) -> None:
+        """Raise AssertionError unless the rows of valid tokens are those of the reference."""
+        count = self.routed.num_valid
+        numbers = self.numbers or (self.hidden, self.w13, self.w2)
+        operands: tuple[Any, ...] = (*numbers, self.routed.local, self.topk_weights)
+        sizes: dict[str, Any] = {"num_tokens": count, "dtype": out.dtype, "inner": self.inner}
+        if self.lora is not None:
+            sizes["lora"] = Lora(self.adapters, *self.lora[1:5])
+        exact = fused_moe(*operands, activation=self.activation, **sizes)
+        worst_ratio(out[:count].cpu(), exact.out.cpu(), exact.bound.cpu())
+
+
+def layer(
+    tokens: int,
+    how: Experts,
+    device: str,
+    *,
+    activation: str = "swiglu",
+    dtype: torch.dtype = torch.bfloat16,
+    hidden: int = 72,
+    inter: int = 40,
+    top_k: int = 3,
+    experts: int = 4,
+    seed: int = 0,
+) -> Layer:
+    """A layer whose memory is NaN where nothing may be read: padding tokens, and routing weights of pairs that are elsewhere."""
+    numbers = torch.Generator().manual_seed(seed)
+    routed = draw(how, tokens, top_k, experts, random.Random(seed), device)
+
+    def normal(*size: int) -> torch.Tensor:
+        drawn = torch.randn(size, generator=numbers)
+        return drawn.mul_(size[-1] ** -0.5)
+
+    x = torch.full((tokens, hidden), torch.nan)
+    weights = torch.full((tokens, top_k), torch.nan)
+    for pair, _ in routed.local:
+        token, j = divmod(pair, top_k)
+        x[token] = torch.randn(hidden, generator=numbers)
+        weights[token, j] = torch.rand((), generator=numbers)
+    rows = (2 if activation == "swiglu" else 1) * inter
+    return Layer(
+        x.to(device, dtype),
+        normal(experts, rows, hidden).to(device, dtype),
+        normal(experts, hidden, inter).to(device, dtype),
+        routed,
+        weights.to(device),
+        activation,
+    )
+
+
+def fused_front_door(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """fused_moe is within its bound for few tokens and many, with and without padding, whatever the hint; and rows of
+    padding are zero in its own buffer, and keep their bytes in the caller's."""
+    activations = itertools.cycle(("swiglu", "relu2"))
+    dtypes = itertools.cycle((torch.bfloat16, torch.bfloat16, torch.float16, torch.float16))
+    routings = (Experts(), Experts("mixed", start=2), Experts("mixed", start=1, valid=2), Experts(valid=0), Experts("away"))
+    hints = itertools.cycle(((None, True), (1, False), (1000, True)))
+    for tokens, how in itertools.product((1, 4, 5, 22), routings):
+        hint, own = next(hints)
+        call = layer(tokens, how, device, activation=next(activations), dtype=next(dtypes))
+        out = None if own else torch.full_like(call.hidden, torch.nan)
+        given = call.run(package, num_tokens_hint=hint, out=out)
+        what = f"{tokens} tokens, {how}, hint {hint}, own buffer {own}"
+        about(lambda call=call, given=given: call.verify(given), what)  # type: ignore[misc]
+        rest = given[call.routed.num_valid :]
+        right = not rest.any() if own else bool(rest.isnan().all())
+        assert right and given.dtype == (torch.float32 if own else call.hidden.dtype), what
+
+
+# Scales of weights, scales of activations; an activation that such layers have.
+_MODES = (
+    ("tensor", None, "relu2"),
+    ("channel", None, "swiglu"),
+    ("group", None, "swiglu"),
+    ("tensor", "tensor", "swiglu"),
+    ("tensor", "tensor", "relu2"),
+    ("channel", "token", "swiglu"),
+    ("group", "group", "swiglu"),
+)
+
+
+def fp8_layer(
+    package: ModuleType,
+    tokens: int,
+    how: Experts,
+    device: str,
+    mode: tuple[str, str | None, str],
+    served: bool = False,
+    **sizes: Any,
+) -> Layer:
+    """A layer of FP8 weights, and with FP8 activations where the mode has scales for them; ``served``: which are as engines
+    have them, powers of two in a byte each, those of tokens column by column, and a scale of h an expert."""
+    of_weights, of_x, activation = mode
+    call = layer(tokens, how, device, activation=activation, **{"hidden": 144, "inter": 136, "top_k": 2, **sizes})
+    slices = (call.w13.shape[1] // call.w2.shape[2], 1)
+    weights = [package.quantize_weights(w, of_weights, slices=n) for w, n in zip((call.w13, call.w2), slices, strict=True)]
+    if served:
+        weights = [(w, scale.to(torch.float8_e8m0fnu)) for w, scale in weights]
+    scales = {"w13_scale": weights[0][1], "w2_scale": weights[1][1]}
+    numbers = [quant.dequantise_slices(w, scale, of_weights, n) for (w, scale), n in zip(weights, slices, strict=True)]
+    hidden, x, inner = call.hidden, call.hidden, Inner(torch.bfloat16)
+    if of_x is not None:
+        hidden, scales["x_scale"] = package.quantize_activations(call.hidden, of_x)
+        if served:
+            scales["x_scale"] = scales["x_scale"].to(torch.float8_e8m0fnu)
+            scales["x_scale"] = scales["x_scale"].t().contiguous().t() if of_x == "group" else scales["x_scale"]
+        x = dequantise(hidden, scales["x_scale"], quant.group_of(of_x, hidden.shape, (1, quant.GROUP[1])))
+        given = None
+        if of_x == "tensor":
+            given = [2.0 ** (e - 8) for e in range(call.w2.shape[0])] if served else [2.0**-7]
+            scales["h_scale"] = torch.tensor(given, device=device)
+        width = quant.GROUP[1] if of_x == "group" else call.w2.shape[2]
+        inner = Inner(torch.bfloat16, hidden.dtype, width, given, short=device != "cpu")
+    codes = (hidden, weights[0][0], weights[1][0])
+    return call._replace(hidden=codes[0], w13=codes[1], w2=codes[2], scales=scales, numbers=(x, *numbers), inner=inner)
+
+
+def fp8_front_door(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """Layers with FP8 weights, with and without FP8 activations, are within their bound, in a workspace and without."""
+    few = [mode for mode in _MODES if mode[1:] in (("tensor", "swiglu"), ("group", "swiglu"))]
+    for i, (tokens, mode) in enumerate([*itertools.product((1,), few), *itertools.product((7,), _MODES)]):
+        inter = 96 if i % 2 else 136  # as many groups of gate and up as if they were one, or more
+        call = fp8_layer(package, tokens, Experts(valid=min(tokens, 5)), device, mode, served=i % 3 == 0, inter=inter)
+        sizes = {"max_tokens": 12, "top_k": 2, "num_experts": 4, "hidden": 144, "intermediate": 136}
+        workspace = package.fused_moe_workspace(**sizes, fp8_activations=mode[1] is not None, device=device)
+        given = call.run(package, workspace=workspace if i % 2 else None)
+        about(lambda call=call, given=given: call.verify(given), f"{tokens} tokens, scales {mode}")  # type: ignore[misc]
+
+
+def stale_workspace(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """What an earlier, larger batch left in a workspace changes nothing, and nothing else is allocated."""
+    workspace = _workspace(package, device, 40)
+    for buffer in workspace[:5]:
+        poison_(buffer)
+    for tokens, how in ((40, Experts()), (6, Experts("mixed", start=1)), (3, Experts(valid=2)), (40, Experts("away"))):
+        call = layer(tokens, how, device)
+        out = torch.zeros_like(call.hidden)
+        assert call.run(package, workspace=workspace, out=out) is out
+        about(lambda call=call, out=out: call.verify(out), f"{tokens} tokens, {how}")  # type: ignore[misc]
+
+
+def same_bits(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """A repeated call gives the same bits, and so does one with padding behind its tokens."""
+    for tokens in (3, 12):
+        call = layer(tokens, Experts("mixed", start=1), device)
+        wanted = call.run(package, num_tokens_hint=8)
+        assert torch.equal(bits(call.run(package, num_tokens_hint=8)), bits(wanted)), f"{tokens} tokens"
+        more = [torch.cat([t, torch.full_like(t, 1)]) for t in (call.hidden, call.routed.topk_ids, call.topk_weights)]
+        if tokens > 4:  # below, a larger batch takes another schedule
+            valid = torch.tensor([tokens], dtype=torch.int32, device=device)
+            routed = call.routed._replace(topk_ids=more[1], valid_tokens=valid)
+            padded = call._replace(hidden=more[0], topk_weights=more[2], routed=routed)
+            found = padded.run(package, num_tokens_hint=8)[:tokens]
+            assert torch.equal(bits(found), bits(wanted)), f"{tokens} tokens with padding"
+
+
+def few_and_many_agree(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """The products on tables and those without give the same rows, within the bound of one and of the other."""
+    for rows, epilogue, weight in (("token_pair", "swiglu", "plain"), ("pair_pair", "none", "weighted")):
+        tags = {"dtype": "bf16", "rows": rows, "epilogue": epilogue, "routed_weight": weight}
+        case = Case("agree", "", tokens=3, routing=Experts("mixed"), k=64, n=48)
+        calls = [make(package, case, {**tags, "schedule": s}, device) for s in ("gemv", "tile")]
+        for call in calls:
+            _launch(package, call, tags)
+            call.verify()
+        one, other = (call.out.view[call.expected.rows].double() for call in calls)
+        limit = 2 * calls[0].expected.bound.to(one)
+        assert ((one - other).abs() <= limit).all(), f"{rows}, {epilogue}"
+
+
+def every_product_has_a_variant(
+    package: ModuleType, variants: Sequence[Variant], device: str
+) -> None:
+    """What moe_gemm offers finds a variant, on tables and without; nothing runs."""
+    runtime = package.fused_moe.__globals__["runtime"]
+    for variant in variants:
+        tags = variant.tags
+        call = make(package, Case("point", "", k=64, n=64), tags, device)
+        with runtime.compile_only() as requests:
+            _launch(package, call, tags)
+        assert len(requests) == 1, f"{variant.name}: {len(requests)} launches"
+
+
+def wrong_arguments_are_named(
+    package: ModuleType, variants: Sequence[Variant], device: str
+) -> None:
+    """Arguments that do not fit raise ValueError, with what was given and wanted, before anything is written."""
+    for variant in _one_a_body(variants):
+        call = make(package, Case("wrong", "", k=40, n=24), variant.tags, device)
+        operands = dict(zip(("out", "x", "w", "tables"), call.operands, strict=True))
+        for label, change in _WRONG.items():
+            wrong = {**operands, **_weights(call)}
+            if not change(wrong):
+                continue
+            try:
+                variant.launcher(package)(**wrong)
+            except ValueError as error:
+                complete = all(word in str(error) for word in (variant.name, "got", "wanted"))
+                assert complete, f"{variant.name}, {label}: {error}"
+            else:
+                raise AssertionError(f"{variant.name}: {label} is let pass")
+        assert not call.out.changed().any(), f"{variant.name}: out was written"
+
+
+def wrong_layers_are_named(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """The same, of fused_moe."""
+    for tokens in (3, 9):
+        call = layer(tokens, Experts(valid=2), device)
+        right = {
+            "hidden": call.hidden,
+            "w13": call.w13,
+            "w2": call.w2,
+            "topk_ids": call.routed.topk_ids,
+            "topk_weights": call.topk_weights,
+            "activation": "swiglu",
+            "valid_tokens": call.routed.valid_tokens,
+            "workspace": _workspace(package, device, tokens),
+            "out": torch.zeros_like(call.hidden),
+        }
+        for label, change in _WRONG_LAYER.items():
+            try:
+                package.fused_moe(**{**right, **change(right)})
+            except ValueError as error:
+                complete = all(word in str(error) for word in ("got", "wanted"))
+                assert complete, f"{label}: {error}"
+            else:
+                raise AssertionError(f"{label} is let pass")
+        assert not right["out"].any(), "out was written"
+
+
+def one_graph_serves_every_batch(
+    package: ModuleType, variants: Sequence[Variant], device: str
+) -> None:
+    """A graph captured once for the largest batch gives the bits of eager calls, for every routing and valid_tokens."""
+
+    def fp8(tokens: int, how: Experts, device: str, seed: int = 0) -> Layer:
+        return fp8_layer(package, tokens, how, device, ("group", "group", "swiglu"), seed=seed, hidden=136, inter=136)
+
+    for make_layer, tokens, hint in ((layer, 4, None), (layer, 64, None), (layer, 64, 3), (fp8, 4, None), (fp8, 64, 3)):
+        workspace = _workspace(package, device, tokens)
+        first = make_layer(tokens, Experts(valid=tokens), device)
+        out = torch.zeros(tokens, first.hidden.shape[1], dtype=torch.bfloat16, device=device)
+        options = {"num_tokens_hint": hint, "workspace": workspace, "out": out}
+        first.run(package, **options)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            first.run(package, **options)
+        for seed, (kind, valid) in enumerate(itertools.product(("spread", "mixed", "skewed"), (0, 1, tokens // 2, tokens))):
+            call = make_layer(tokens, Experts(kind, valid=valid), device, seed=seed)
+            for held, new in tensors(first, call):
+                held.copy_(new)
+            out.fill_(torch.nan)
+            graph.replay()
+            torch.cuda.synchronize()
+            about(lambda call=call, out=out: call.verify(out), f"{tokens} tokens, {kind}, {valid} valid")  # type: ignore[misc]
+            assert out[valid:].isnan().all(), "rows of padding were written"
+            eager = call.run(package, **{**options, "out": torch.full_like(out, torch.nan)})
+            assert torch.equal(bits(eager), bits(out)), f"{tokens} tokens, {kind}, {valid} valid"
+
+
+def real_sizes(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """The tiles of all batch sizes, at widths of real models: a sample of tokens of each."""
+    for tokens in (1, 4, 16, 256, 1024, 4096):
+        call = layer(tokens, Experts(valid=tokens), device, hidden=2048, inter=768, top_k=8, experts=128)
+        out = call.run(package, out=torch.full_like(call.hidden, torch.nan))
+        assert out.isfinite().all()
+        chosen = [0, tokens // 2, tokens - 1]
+        routed = call.routed
+        local = [item for item in routed.local if item.pair // 8 in chosen]
+        part = call._replace(routed=routed._replace(local=local))
+        exact = fused_moe(
+            part.hidden,
+            part.w13,
+            part.w2,
+            local,
+            part.topk_weights,
+            activation="swiglu",
+            num_tokens=tokens,
+            dtype=out.dtype,
+        )
+        worst_ratio(out[chosen].cpu(), exact.out[chosen].cpu(), exact.bound[chosen].cpu())
+
+
+LAWS = (
+    Law(fused_front_door),
+    Law(fp8_front_door),
+    Law(stale_workspace),
+    Law(same_bits),
+    Law(few_and_many_agree),
+    Law(every_product_has_a_variant),
+    Law(wrong_arguments_are_named),
+    Law(wrong_layers_are_named),
+    Law(one_graph_serves_every_batch, needs_gpu=True),
+    Law(real_sizes, needs_gpu=True),
+)
+
+
+def _workspace(package: ModuleType, device: str, tokens: int) -> Any:
+    return package.fused_moe_workspace(
+        max_tokens=tokens, top_k=3, num_experts=4, hidden=136, intermediate=136, fp8_activations=True, device=device
+    )
+
+
+def tensors(to: Layer, source: Layer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What a graph holds of a layer, and the same of another."""
+    yield from zip(to[:3], source[:3], strict=True)
+    yield to.topk_weights, source.topk_weights
+    yield to.routed.topk_ids, source.routed.topk_ids
+    yield from ((to.scales[name], source.scales[name]) for name in to.scales)
+    if to.routed.valid_tokens is not None and source.routed.valid_tokens is not None:
+        yield to.routed.valid_tokens, source.routed.valid_tokens
+
+
+def _launch(package: ModuleType, call: Any, tags: Mapping[str, str]) -> None:
+    reads, writes = tags["rows"].split("_")
+    package.moe_gemm(
+        *call.operands,
+        x_rows=reads,
+        out_rows=writes,
+        activation=None if tags["epilogue"] == "none" else tags["epilogue"],
+        topk_weights=call.topk_weights,
+        **call.scales,
+    )
+
+
+def about(verify: Callable[[], object], what: str) -> None:
+    """Verify; an error tells ``what``."""
+    try:
+        verify()
+    except AssertionError as error:
+        raise AssertionError(f"{what}: {error}") from None
+
+
+def _one_a_body(variants: Sequence[Variant]) -> Iterator[Variant]:
+    """Of each schedule, order of rows and kind of scales, one variant."""
+    seen = set()
+    for variant in variants:
+        body = tuple(variant.tags[axis] for axis in ("schedule", "rows", *QUANT_AXES))
+        if body not in seen:
+            seen.add(body)
+            yield variant
+
+
+def _weights(call: Any) -> dict[str, torch.Tensor]:
+    return call.scales if call.topk_weights is None else {"topk_weights": call.topk_weights, **call.scales}
+
+
+_Operands = dict[str, Any]
+
+
+def _set(name: str, change: Callable[[Any], Any]) -> Callable[[_Operands], bool]:
+    def spoil(operands: _Operands) -> bool:
+        if operands.get(name) is None:
+            return False
+        operands[name] = change(operands[name])
+        return True
+
+    return spoil
+
+
+def _without_tables(operands: _Operands) -> bool:
+    needed = operands["tables"].pairs is not None
+    operands["tables"] = operands["tables"]._replace(pairs=None, blocks=None, num_blocks=None, block_m=0)
+    return needed
+
+
+_WRONG: Mapping[str, Callable[[_Operands], bool]] = {
+    "x of another dtype": _set("x", lambda x: x.float()),
+    "x of another K": _set("x", lambda x: x[:, :-1]),
+    "x of too few rows": _set("x", lambda x: x[:-1]),
+    "x with columns apart": _set("x", lambda x: x.t().contiguous().t()),
+    "out of integers": _set("out", lambda out: out.int()),
+    "out of another N": _set("out", lambda out: out[..., :-1]),
+    "out with columns apart": _set("out", lambda o: o.t().contiguous().t()),
+    "weights of another dtype": _set("w", lambda w: w.double()),
+    "weights of two dimensions": _set("w", lambda w: w[0]),
+    "weights of too few experts": _set("w", lambda w: w[:-1]),
+    "weights with columns apart": _set("w", lambda w: w.transpose(1, 2).contiguous().transpose(1, 2)),
+    "routing weights of another shape": _set("topk_weights", lambda w: w[:, :-1]),
+    "routing weights that are integers": _set("topk_weights", lambda w: w.nan_to_num().int()),
+    "no tables": _without_tables,
+    "scales in another dtype": _set("w_scale", lambda scale: scale.double()),
+    "scales of too few experts": _set("w_scale", lambda scale: scale[:-1]),
+    "scales of x in another dtype": _set("x_scale", lambda scale: scale.half()),
+    "scales of x of another shape": _set("x_scale", lambda scale: scale[None]),
+}
+
+def _joined_groups(a: _Operands) -> _Operands:
+    codes = {name: a[name].to(torch.float8_e4m3fn) for name in ("w13", "w2")}
+    shapes = {name: (w.shape[0], *(-(-size // 128) for size in w.shape[1:])) for name, w in codes.items()}
+    return {**codes, **{f"{name}_scale": a["topk_weights"].new_ones(shape) for name, shape in shapes.items()}}
+
+
+_WRONG_LAYER: Mapping[str, Callable[[_Operands], _Operands]] = {
+    "an unknown activation": lambda a: {"activation": "gelu"},
+    "hidden in fp32": lambda a: {"hidden": a["hidden"].float()},
+    "hidden of another width": lambda a: {"hidden": a["hidden"][:, :-1]},
+    "w13 without its second half": lambda a: {"w13": a["w13"][:, ::2]},
+    "w2 of another dtype": lambda a: {"w2": a["w2"].half()},
+    "ids as a vector": lambda a: {"topk_ids": a["topk_ids"].flatten()},
+    "weights of another shape": lambda a: {"topk_weights": a["topk_weights"][:, :-1]},
+    "valid tokens in 64 bits": lambda a: {"valid_tokens": a["valid_tokens"].long()},
+    "scales of one product alone": lambda a: {"w13_scale": a["topk_weights"].new_ones(4)},
+    "scales of x alone": lambda a: {"x_scale": a["topk_weights"].new_ones(1)},
+    "a scale of h that nothing needs": lambda a: {"h_scale": a["topk_weights"].new_ones(1)},
+    "groups of gate and up as if they were one": lambda a: _joined_groups(a),
+    "scales of weights that are no FP8": lambda a: dict.fromkeys(("w13_scale", "w2_scale"), a["topk_weights"].new_ones(4)),
+    "a hint of nothing": lambda a: {"num_tokens_hint": 0},
+    "out of another shape": lambda a: {"out": a["out"][:-1]},
+    "a workspace that is too small": lambda a: {
+        "workspace": a["workspace"]._replace(inter=a["workspace"].inter[:8])
+    },
+    "a workspace of another dtype": lambda a: {
+        "workspace": a["workspace"]._replace(inter=a["workspace"].inter.half())
+    },
+}

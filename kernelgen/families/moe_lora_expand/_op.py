@@ -1,0 +1,111 @@
+"""The second product of MoE-LoRA by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .. import _runtime as runtime
+from ..moe_route._op import MoeRoute, settled
+from ._problem import OP, Call, check, choose
+from ._table import VARIANTS
+
+
+def moe_lora_expand(
+    out: torch.Tensor,
+    y: torch.Tensor,
+    lora_b: Sequence[torch.Tensor],
+    route: MoeRoute,
+    *,
+    offset: int = 0,
+    topk_weights: torch.Tensor | None = None,
+    add_inputs: bool = True,
+    mul_routed_weight: bool = False,
+) -> None:
+    """Columns of a batch from its rank vectors: out[p, columns of s] (+)= w[p] * (y[s, p] . B_s[l, e]^T) for every live pair p.
+
+    For adapters that are sharded over GPUs: y is what ``moe_lora_shrink`` made, summed or gathered over them. It is rounded
+    to the dtype of ``out`` in front of the product. Rows of other pairs and other columns keep their bytes.
+
+    Args:
+        out: [T, top_k, *] bfloat16 or float16, last stride 1, stride(0) == top_k * stride(1).
+        y: float32, [S, T * top_k, rank]; or, as an all-gather of parts of the rank leaves it,
+            [shards, S, T * top_k, rank / shards]. Last stride 1, the others are free. Rows of other pairs are not read.
+        lora_b: S tensors [L, E, N, rank] of one layout, in the dtype of ``out``, the adapter's scaling folded in; the strides
+            over L and E are free, 0 shares.
+        route: that of the shrink.
+        offset: column of ``out`` where the first slice begins; each other begins where the one before it ends.
+        topk_weights: [T, top_k] float, w; used with ``mul_routed_weight``.
+        add_inputs: add to ``out``, or overwrite.
+        mul_routed_weight: the second projection of an expert (w2); False: w[p] = 1.
+
+    Raises:
+        ValueError: something does not fit, or no variant serves it; nothing was launched.
+    """
+    flags = (topk_weights, offset, add_inputs, mul_routed_weight)
+    if torch.compiler.is_compiling():
+        _moe_lora_expand_op(out, y, lora_b, *route, *flags)
+    else:
+        _apply(out, y, lora_b, route, *flags)
+
+
+def _bind(
+    out: torch.Tensor,
+    y: torch.Tensor,
+    lora_b: Sequence[torch.Tensor],
+    route: MoeRoute,
+    topk_weights: torch.Tensor | None,
+    offset: int,
+    add_inputs: bool,
+    mul_routed_weight: bool,
+) -> Call:
+    problem = check(
+        "moe_lora_expand",
+        out,
+        y,
+        lora_b,
+        route,
+        offset,
+        dtype=None,
+        naive=None,
+        max_rank=None,
+        topk_weights=topk_weights,
+        weighted=mul_routed_weight,
+        adds=add_inputs,
+    )
+    schedule = "pairs" if route.block_m == 0 else "blocks"
+    variant = VARIANTS.get(
+        "moe_lora_expand",
+        schedule=schedule,
+        torch_dtype=out.dtype,
+        adds=add_inputs,
+        weighted=mul_routed_weight,
+        rank=problem.rank,
+        weight_scales=None,
+    )
+    if problem.num_pairs == 0:
+        return _nothing
+    call: Call = variant.bind(problem, route, choose(schedule, problem, route))
+    return call
+
+
+def _nothing(*arguments: Any) -> None:
+    """The call of an empty batch."""
+
+
+_apply = OP.caller(_bind)
+
+
+def _moe_lora_expand(out: torch.Tensor, y: torch.Tensor, lora_b: Sequence[torch.Tensor], *rest: Any) -> None:
+    _apply(out, y, lora_b, settled(MoeRoute(*rest[:-4])), *rest[-4:])
+
+
+_moe_lora_expand_op = runtime.op(
+    "moe_lora_expand(Tensor(a!) out, Tensor y, Tensor[] lora_b, Tensor? topk_ids, Tensor? token_lora_mapping, "
+    "Tensor? adapter_enabled, Tensor? expert_map, Tensor? pairs, Tensor? blocks, Tensor? num_blocks, "
+    "Tensor? parts, SymInt num_tokens, int top_k, int num_experts, int max_loras, int global_experts, "
+    "int block_m, SymInt max_blocks, Tensor? topk_weights, int offset, bool add_inputs, bool mul_routed_weight) -> ()",
+    _moe_lora_expand,
+)

@@ -1,0 +1,192 @@
+"""What the schedules of moe_lora_expand share: the sizes of a call, its checks, and which tiles serve it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import _operands as operands
+from .. import _runtime as runtime
+from ..moe_route._op import (
+    ROUTE,
+    MoeRoute,
+    check_kind,
+    check_rank,
+    expected_groups,
+    experts_in_weights,
+)
+from ._table import VARIANTS
+from ._tuned import TUNED
+
+
+class PairsConfig(NamedTuple):
+    """Tiles of pairs."""
+
+    block_n: int
+    num_warps: int
+    weight_policy: int = 0
+
+
+class BlocksConfig(NamedTuple):
+    """Tiles of blocks; block_m is the route's, tiles: column tiles that one program takes."""
+
+    block_n: int
+    tiles: int
+    stages: int
+    num_warps: int
+    weight_policy: int = 0
+
+
+CONFIGS = {"pairs": PairsConfig, "blocks": BlocksConfig}
+Config = PairsConfig | BlocksConfig
+
+# How the cache treats weights, by weight_policy: as any data, or as data that is read once.
+CACHE_POLICIES = ("", "evict_first")
+
+OP = operands.Op(
+    "moe_lora_expand",
+    (
+        operands.Tensor("out", "T, top_k, *", "D", operands.PAIRS, written=True),
+        operands.Tensor("y", ("S, T*top_k, rank", "shards, S, T*top_k, shard"), torch.float32),
+        operands.Tensor("lora_b", ">=L, >=X, N, rank", "D", slices="alike"),
+        ROUTE,
+        operands.Tensor("topk_weights", "T, top_k", operands.FLOATS, operands.CONTIGUOUS, only_with="mul_routed_weight"),
+        operands.Int("offset"),
+        operands.Flag("add_inputs"),
+        operands.Flag("mul_routed_weight"),
+    ),
+    spec="specs/moe_lora_expand.yaml",
+    dtypes={"D": VARIANTS.dtypes},
+    first=("lora_b",),
+    tells=("out",),
+    sizes=experts_in_weights,
+)
+
+# (out, y, lora_b, route, topk_weights) of sizes that were checked before
+Call = Callable[..., None]
+
+
+class Problem(NamedTuple):
+    """The sizes of one checked call; strides count elements, those of the weights run over (L, E, N)."""
+
+    num_pairs: int
+    n: int
+    slices: int
+    rank: int
+    shard: int  # ranks that lie together in y
+    offset: int  # column of out where the first slice begins
+    out_stride: int
+    y_stride: int  # between pairs; those between slices and shards may depend on their number, so they are read at each call
+    b_strides: tuple[int, ...]
+    device: torch.device
+
+
+def check(
+    variant: str,
+    out: torch.Tensor,
+    y: torch.Tensor,
+    lora_b: Sequence[torch.Tensor],
+    route: MoeRoute,
+    offset: int,
+    *,
+    dtype: torch.dtype | None,
+    naive: bool | None,
+    max_rank: int | None,
+    topk_weights: torch.Tensor | None,
+    weighted: bool,
+    adds: bool = True,
+) -> Problem:
+    """The sizes of a call, once everything about it is known to fit; dtype and naive of None: any.
+
+    Raises:
+        ValueError: says which argument does not fit, what it is and what was wanted.
+    """
+    sizes = OP.check(variant, OP.named(out, y, lora_b, route, topk_weights, offset, adds, weighted), D=dtype)
+    check_kind(variant, route, naive)
+    n, rank, slices, num_pairs = sizes["N"], sizes["rank"], sizes["S"], route.num_tokens * route.top_k
+    strides, end = lora_b[0].stride()[:3], offset + slices * n
+    check_rank(variant, "lora_b", rank, max_rank, strides[2], n)
+    if end >= 2**31:
+        runtime.fail(variant, "offset", offset, f"0 to {2**31 - slices * n - 1}")
+    if out.shape[2] < end:
+        hint = f"{slices} slices of {n} columns from offset = {offset} on, N as in lora_b"
+        runtime.fail(variant, "out", runtime.describe(out), f"[{route.num_tokens}, {route.top_k}, >= {end}]", hint)
+    shards = y.shape[0] if y.dim() == 4 else 1
+    if y.shape[-1] * shards != rank:
+        wanted = f"{[slices, num_pairs, rank]}, or [shards, {slices}, {num_pairs}, {rank} / shards]"
+        runtime.fail(variant, "y", runtime.describe(y), wanted, "as moe_lora_shrink leaves it; rank as in lora_b")
+    if max(y.stride()[:-2]) >= 2**31:
+        wanted = "slices and shards that are less than 2**31 elements apart"
+        runtime.fail(variant, "y", runtime.describe(y), wanted, "send fewer tokens")
+    out_stride = out.stride(1) if route.top_k > 1 else out.stride(0)
+    return Problem(num_pairs, n, slices, rank, y.shape[-1], offset, out_stride, y.stride(-2), strides, out.device)
+
+
+class Key(NamedTuple):
+    """What measured tiles are looked up by: the sizes of specs/tuned, and what its tags stand for."""
+
+    num_tokens: int  # the next power of two
+    top_k: int
+    num_experts: int
+    max_loras: int
+    block_m: int  # of the route, 0: pairs come one by one
+    n: int
+    slices: int
+    rank: int
+    adds: bool
+    weight_scales: str | None
+
+
+def choose(schedule: str, problem: Problem, route: MoeRoute) -> Any:
+    """The tiles of ``schedule`` for a call, of its class, from host integers alone: the same call always gets the same.
+
+    The number of tokens counts as the next power of two, so that the compile keys of a model are a short list.
+    """
+    tokens, device = runtime.next_power_of_2(route.num_tokens), runtime.traits(problem.device)
+    layer = (route.block_m, problem.n, problem.slices, problem.rank)
+    key = Key(min(tokens, 4096), route.top_k, route.num_experts, route.max_loras, *layer, True, None)
+
+    def rule(_: str | None) -> tuple[str, Config]:
+        sizes = (tokens * route.top_k, route.num_experts * route.max_loras, *layer)
+        return schedule, _choose(schedule, *sizes, device.num_sms, device.shared_memory)
+
+    return runtime.choose(TUNED, key, device, CONFIGS, rule, lambda other: other == schedule)[1]
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(schedule: str, *sizes: Any) -> Config:
+    return _pairs(*sizes) if schedule == "pairs" else _blocks(*sizes)
+
+
+def _block_r(rank: int) -> int:
+    return min(128, max(16, runtime.next_power_of_2(rank)))
+
+
+def _pairs(
+    pairs: int, groups: int, block_m: int, n: int, slices: int, rank: int, num_sms: int, shared_memory: int
+) -> PairsConfig:
+    wide = pairs >= 128
+    block_n, warps = {16: (256, 4), 32: (128, 4), 64: (128 if wide else 64, 2), 128: (64 if wide else 32, 2)}[_block_r(rank)]
+    if rank % 8:
+        warps = 4  # rows that are not aligned are loaded element by element
+    reread = pairs > 2 * expected_groups(pairs, groups)
+    return PairsConfig(min(block_n, max(16, runtime.next_power_of_2(n))), warps, 0 if reread else 1)
+
+
+def _blocks(
+    pairs: int, groups: int, block_m: int, n: int, slices: int, rank: int, num_sms: int, shared_memory: int
+) -> BlocksConfig:
+    block_n = max(16, runtime.next_power_of_2(n)) if n <= 64 else 128 if n % 128 == 0 else 64
+    while rank <= 128 and block_n > 16 and 4 * block_n * (block_m + _block_r(rank)) > shared_memory - 4096:
+        block_n //= 2
+    hit = expected_groups(pairs, groups)
+    blocks = hit + (pairs - hit) / max(block_m, 1)
+    tiles = runtime.cdiv(n, block_n)
+    # As many column tiles in a row as leave each multiprocessor several programs.
+    most = blocks * slices * tiles / (8 * num_sms)
+    taken = max((t for t in (1, 2, 3, 4, 5, 8) if tiles % t == 0 and t <= max(most, 2)), default=1)
+    stages = 3 if rank > 128 or (taken > 2 and block_m == 16) else 2
+    return BlocksConfig(block_n, taken, stages, 8 if block_m >= 64 else 4)

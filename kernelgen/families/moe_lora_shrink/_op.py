@@ -1,0 +1,71 @@
+"""The first product of MoE-LoRA by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .. import _runtime as runtime
+from ..moe_route._op import MoeRoute, settled
+from ._problem import OP, Call, check, choose
+from ._table import VARIANTS
+
+
+def moe_lora_shrink(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    route: MoeRoute,
+) -> None:
+    """The rank vectors of a batch: y[s, p] = x[row(p)] . A_s[l, e]^T for every live pair p = t * top_k + j, 0 for every other.
+
+    For adapters that are sharded over GPUs: what is done to y between this and ``moe_lora_expand`` is the caller's. All of y
+    is written, so it can be summed (``lora_a`` holds a part of K) or gathered (a part of the rank) over GPUs as it is.
+
+    Args:
+        y: [S, T * top_k, rank] float32, last stride 1; it may be a part of a larger buffer.
+        x: [T, K], row(p) = t; or [T * top_k, K], row(p) = p; bfloat16 or float16, last stride 1.
+        lora_a: S tensors [L, E, rank, K] of one layout, in the dtype of ``x``; the strides over L and E are free, 0 shares.
+        route: from ``moe_route`` or ``MoeRoute.from_tables``.
+
+    Raises:
+        ValueError: something does not fit, or no variant serves it; nothing was launched.
+    """
+    if torch.compiler.is_compiling():
+        _moe_lora_shrink_op(y, x, lora_a, *route)
+    else:
+        _apply(y, x, lora_a, route)
+
+
+def _bind(y: torch.Tensor, x: torch.Tensor, lora_a: Sequence[torch.Tensor], route: MoeRoute) -> Call:
+    problem = check("moe_lora_shrink", y, x, lora_a, route, dtype=None, naive=None, max_rank=None)
+    schedule = "pairs" if route.block_m == 0 else "blocks"
+    variant = VARIANTS.get(
+        "moe_lora_shrink", schedule=schedule, torch_dtype=x.dtype, rank=problem.rank, weight_scales=None, x_scales=None
+    )
+    if problem.num_pairs == 0:
+        return _nothing
+    call: Call = variant.bind(problem, route, choose(schedule, problem, route))
+    return call
+
+
+def _nothing(*arguments: Any) -> None:
+    """The call of an empty batch."""
+
+
+_apply = OP.caller(_bind)
+
+
+def _moe_lora_shrink(y: torch.Tensor, x: torch.Tensor, lora_a: Sequence[torch.Tensor], *route: Any) -> None:
+    _apply(y, x, lora_a, settled(MoeRoute(*route)))
+
+
+_moe_lora_shrink_op = runtime.op(
+    "moe_lora_shrink(Tensor(a!) y, Tensor x, Tensor[] lora_a, Tensor? topk_ids, Tensor? token_lora_mapping, "
+    "Tensor? adapter_enabled, Tensor? expert_map, Tensor? pairs, Tensor? blocks, Tensor? num_blocks, "
+    "Tensor(b!)? parts, SymInt num_tokens, int top_k, int num_experts, int max_loras, int global_experts, "
+    "int block_m, SymInt max_blocks) -> ()",
+    _moe_lora_shrink,
+)

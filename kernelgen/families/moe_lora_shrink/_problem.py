@@ -1,0 +1,193 @@
+"""What the schedules of moe_lora_shrink share: the sizes of a call, its checks, and which tiles serve it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import _operands as operands
+from .. import _runtime as runtime
+from ..moe_route._op import (
+    ROUTE,
+    MoeRoute,
+    check_kind,
+    check_rank,
+    expected_groups,
+    experts_in_weights,
+)
+from ._table import VARIANTS
+from ._tuned import TUNED
+
+
+class PairsConfig(NamedTuple):
+    """Tiles of pairs; split_k: columns of K that one program takes."""
+
+    block_r: int
+    block_k: int
+    split_k: int
+    num_warps: int
+    weight_policy: int = 0
+    pdl: int = 1  # where the target has it
+
+
+class BlocksConfig(NamedTuple):
+    """Tiles of blocks; block_m is the route's, split_k: columns of K that one program takes."""
+
+    block_k: int
+    split_k: int
+    stages: int
+    num_warps: int
+    weight_policy: int = 0
+    pdl: int = 1  # where the target has it
+
+
+CONFIGS = {"pairs": PairsConfig, "blocks": BlocksConfig}
+Config = PairsConfig | BlocksConfig
+
+# How the cache treats weights, by weight_policy: as any data, or as data that is read once.
+CACHE_POLICIES = ("", "evict_first")
+
+OP = operands.Op(
+    "moe_lora_shrink",
+    (
+        operands.Tensor("y", "S, T*top_k, rank", torch.float32, written=True),
+        operands.Tensor("x", ("T, K", "T*top_k, K"), "D"),
+        operands.Tensor("lora_a", ">=L, >=X, rank, K", "D", slices="alike"),
+        ROUTE,
+    ),
+    spec="specs/moe_lora_shrink.yaml",
+    dtypes={"D": VARIANTS.dtypes},
+    first=("lora_a",),
+    tells=("x",),
+    sizes=experts_in_weights,
+)
+
+# (y, x, lora_a, route) of sizes that were checked before
+Call = Callable[[torch.Tensor, torch.Tensor, Sequence[torch.Tensor], MoeRoute], None]
+
+
+class Problem(NamedTuple):
+    """The sizes of one checked call; strides count elements, those of the weights run over (L, E, rank)."""
+
+    num_pairs: int
+    k: int
+    slices: int
+    rank: int
+    pairs_a_row: int  # of x: top_k, or 1 where every pair has its own
+    x_stride: int
+    y_stride: int  # between pairs; that between slices may depend on their number, so it is read at each call
+    a_strides: tuple[int, ...]
+    device: torch.device
+
+
+def check(
+    variant: str,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    route: MoeRoute,
+    *,
+    dtype: torch.dtype | None,
+    naive: bool | None,
+    max_rank: int | None,
+) -> Problem:
+    """The sizes of a call, once everything about it is known to fit; dtype and naive of None: any.
+
+    Raises:
+        ValueError: says which argument does not fit, what it is and what was wanted.
+    """
+    sizes = OP.check(variant, OP.named(y, x, lora_a, route), D=dtype)
+    check_kind(variant, route, naive)
+    rank, num_pairs, strides = sizes["rank"], route.num_tokens * route.top_k, lora_a[0].stride()[:3]
+    check_rank(variant, "lora_a", rank, max_rank, strides[2])
+    if max(y.stride(0), y.numel()) >= 2**31:
+        runtime.fail(variant, "y", runtime.describe(y), "below 2**31 elements, and a slice of them", "send fewer tokens")
+    pairs_a_row = 1 if x.shape[0] == num_pairs else route.top_k
+    return Problem(num_pairs, sizes["K"], sizes["S"], rank, pairs_a_row, x.stride(0), y.stride(1), strides, x.device)
+
+
+def scratch(route: MoeRoute, size: int, device: torch.device) -> torch.Tensor:
+    """float32 memory of a call: the workspace's where it is large enough."""
+    parts = route.parts
+    if parts is None or parts.numel() < size:
+        return torch.empty(size, dtype=torch.float32, device=device)
+    return parts
+
+
+class Key(NamedTuple):
+    """What measured tiles are looked up by: the sizes of specs/tuned, and what its tags stand for."""
+
+    num_tokens: int  # the next power of two
+    top_k: int
+    num_experts: int
+    max_loras: int
+    block_m: int  # of the route, 0: pairs come one by one
+    k: int
+    slices: int
+    rank: int
+    weight_scales: str | None
+    x_scales: str | None
+
+
+def choose(schedule: str, problem: Problem, route: MoeRoute) -> Any:
+    """The tiles of ``schedule`` for a call, of its class, from host integers alone: the same call always gets the same.
+
+    How K is shared out, and with it the order of a sum, depends on everything but the rank: so a GPU that holds a part of
+    the ranks makes the same bits of them as one that holds all. The number of tokens counts as the next power of two, so
+    that the compile keys of a model are a short list.
+    """
+    tokens, device = runtime.next_power_of_2(route.num_tokens), runtime.traits(problem.device)
+    layer = (route.block_m, problem.k, problem.slices, problem.rank)
+    key = Key(min(tokens, 4096), route.top_k, route.num_experts, route.max_loras, *layer, None, None)
+
+    def rule(_: str | None) -> tuple[str, Config]:
+        sizes = (tokens * route.top_k, route.num_experts * route.max_loras, *layer)
+        return schedule, _choose(schedule, *sizes, device.num_sms, device.shared_memory)
+
+    return runtime.choose(TUNED, key, device, CONFIGS, rule, lambda other: other == schedule)[1]
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(schedule: str, *sizes: Any) -> Config:
+    return _pairs(*sizes) if schedule == "pairs" else _blocks(*sizes)
+
+
+def _pairs(
+    pairs: int, groups: int, block_m: int, k: int, slices: int, rank: int, num_sms: int, shared_memory: int
+) -> PairsConfig:
+    block_k = min(256, max(16, runtime.next_power_of_2(k)))
+    split_k = max(block_k, 1024 if k > 4096 and pairs >= 32 else 512)
+    while runtime.cdiv(k, split_k) > 8:
+        split_k *= 2
+    # Where weights are read once, they need not stay in the cache.
+    reread = pairs > 2 * expected_groups(pairs, groups)
+    return PairsConfig(16 if rank > 8 else 8, block_k, split_k, 4, 0 if reread else 1)
+
+
+def _blocks(
+    pairs: int, groups: int, block_m: int, k: int, slices: int, rank: int, num_sms: int, shared_memory: int
+) -> BlocksConfig:
+    block_r = min(128, max(16, runtime.next_power_of_2(rank)))
+    column_bytes, budget = 2 * (block_m + slices * block_r), shared_memory - 4096
+    block_k = 64
+    if block_r == 128 and k % 8:
+        block_k = 32  # rows that are not aligned are loaded element by element, which takes registers
+    while block_k > 32 and 3 * block_k * column_bytes > budget:
+        block_k //= 2
+    hit = expected_groups(pairs, groups)
+    blocks = hit + (pairs - hit) / max(block_m, 1)
+    split_k = runtime.cdiv(k, 64) * 64
+    if pairs <= 4096:
+        for count in range(1, 9):
+            if k % 64 == 0 and k % (64 * count):
+                continue  # equal parts, where there can be any
+            split_k = runtime.cdiv(k, count * 64) * 64
+            if blocks * count >= 0.95 * num_sms and split_k <= 4096:
+                break
+    stages = 4 if 4 * block_k * column_bytes <= min(112 * 1024, budget) else 3 if 3 * block_k * column_bytes <= budget else 2
+    # More would spill over 4 warps; sooner without the matrix units of a large card.
+    most = 32 if shared_memory < 200_000 else 48 if k % 8 else 64
+    return BlocksConfig(block_k, split_k, stages, 8 if block_m == 128 or block_m * block_r * slices >= most * 256 else 4)

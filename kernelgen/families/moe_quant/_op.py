@@ -1,0 +1,69 @@
+"""Rows between the two products of a base MoE layer to FP8 numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import _runtime as runtime
+from ..moe_align._op import MoeTables
+from ._problem import OP, Call, check, choose
+from ._table import VARIANTS
+
+
+def moe_quant(codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, tables: MoeTables, *, order: str = "sorted") -> None:
+    """Rows of local pairs as FP8 numbers ``codes``, each of which stands for it times its ``scale``; others keep their bytes.
+
+    A scale is the largest magnitude of its numbers over the largest FP8 number, as ``quantize_activations`` makes them.
+
+    Args:
+        codes: [T * top_k, N] float8_e4m3fn or float8_e5m2, last stride 1.
+        scale: float32, contiguous: [T * top_k, 1] or [T * top_k, ceil(N / group_k)], which are written; or [1], or [>= E] of the
+            expert of each row, which is read: what is beyond the largest FP8 number times it saturates.
+        x: [T * top_k, N] bfloat16, last stride 1.
+        tables: from ``moe_align``; with ``order="pair"`` also from ``no_tables``.
+        order: where the row of a pair stands: at its place in the tables ("sorted") or at the "pair" itself.
+
+    Raises:
+        ValueError: something does not fit, or no variant serves it; nothing was launched.
+    """
+    if torch.compiler.is_compiling():
+        _moe_quant_op(codes, scale, x, *tables, order)
+    else:
+        _apply(codes, scale, x, tables, order)
+
+
+def bind(
+    codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, tables: MoeTables, order: str, op: str = "moe_quant"
+) -> Call:
+    """The launch for calls that look like this one, of ``op``.
+
+    Raises:
+        ValueError: as ``moe_quant``.
+    """
+    problem = check(op, codes, scale, x, tables, order=order)
+    variant = VARIANTS.get(op, torch_dtype=x.dtype, by_table=order == "sorted", x_scales=problem.x_scales)
+    if problem.num_pairs == 0:
+        return _nothing
+    call: Call = variant.bind(problem, choose(problem))
+    return call
+
+
+def _nothing(*arguments: object) -> None:
+    """The call of an empty batch."""
+
+
+_apply = OP.caller(bind)
+
+
+def _moe_quant(codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, *rest: Any) -> None:
+    _apply(codes, scale, x, MoeTables(*rest[:-1]), rest[-1])
+
+
+_moe_quant_op = runtime.op(
+    "moe_quant(Tensor(a!) codes, Tensor(b!) scale, Tensor x, Tensor topk_ids, Tensor? valid_tokens, Tensor? pairs, "
+    "Tensor? blocks, Tensor? num_blocks, SymInt num_tokens, int top_k, int num_experts, int local_expert_start, "
+    "SymInt tokens_hint, int block_m, str order) -> ()",
+    _moe_quant,
+)

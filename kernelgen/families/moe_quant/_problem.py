@@ -1,0 +1,138 @@
+"""What the variants of moe_quant share: the sizes of a call, its checks, and which tiles serve it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from .. import _operands as operands
+from .. import _runtime as runtime
+from .._scales import check_fp8, check_x_scale, find_x_mode, is_fp32
+from ..moe_align._op import TABLES, MoeTables, max_blocks
+from ._table import QUANT, VARIANTS
+from ._tuned import TUNED
+
+
+class Config(NamedTuple):
+    """Tiles of moe_quant: whole rows."""
+
+    rows: int
+    num_warps: int
+
+
+CONFIGS = {"moe_quant": Config}
+
+
+# (codes, scale, x, tables) of sizes that were checked before
+Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, MoeTables], None]
+
+
+OP = operands.Op(
+    "moe_quant",
+    (
+        operands.Tensor("codes", "T*top_k, N", QUANT.elements, written=True),
+        operands.Tensor("scale", None, (torch.float32, torch.float8_e8m0fnu), operands.CONTIGUOUS, written=True),
+        operands.Tensor("x", "T*top_k, N", "D"),
+        TABLES,
+        operands.Choice("order", ("sorted", "pair")),
+    ),
+    spec="specs/moe_quant.yaml",
+    dtypes={"D": VARIANTS.dtypes},
+    first=("x",),
+    tells=("x",),
+)
+
+
+class Problem(NamedTuple):
+    """The sizes of one checked call; strides count elements."""
+
+    num_pairs: int
+    top_k: int
+    num_experts: int
+    local_expert_start: int
+    tokens_hint: int
+    block_m: int
+    n: int
+    codes_stride: int
+    x_stride: int
+    scale_stride: int  # over experts, 0: one for all
+    largest: float  # number of the type of the codes
+    device: torch.device
+    x_scales: str  # of what there is a scale each
+
+
+def check(
+    variant: str,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    x: torch.Tensor,
+    tables: MoeTables,
+    *,
+    order: str,
+    mode: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Problem:
+    """The sizes of a call, once everything about it is known to fit; mode and dtype of None: any.
+
+    Raises:
+        ValueError: says which argument does not fit, what it is and what was wanted.
+    """
+    sizes = OP.check(variant, OP.named(codes, scale, x, tables, order), D=dtype)
+    if order == "sorted" and tables.pairs is None:
+        runtime.fail(variant, "tables", "none", "tables", "make them with moe_align")
+    found = find_x_mode(variant, x, scale, QUANT, mode, tables.num_experts, "scale")
+    if mode not in (None, found):
+        runtime.fail(variant, "scale", runtime.describe(scale), f"a scale a {mode}")
+    check_fp8(variant, "codes", codes, found, QUANT)
+    if not runtime.traits(codes.device).e4m3:
+        runtime.fail(variant, "codes", codes.dtype, "a GPU that makes FP8 numbers", "it needs sm_89 or newer")
+    stride, _ = check_x_scale(variant, found, x, scale, QUANT, tables.num_experts, "scale")
+    if found != "tensor" and not (is_fp32(scale, codes.device) and scale.is_contiguous()):
+        runtime.fail(variant, "scale", runtime.describe(scale), "contiguous float32", "it is written")
+    return Problem(
+        tables.num_tokens * tables.top_k,
+        tables.top_k,
+        tables.num_experts,
+        tables.local_expert_start,
+        min(tables.tokens_hint, tables.num_tokens),
+        tables.block_m,
+        sizes["N"],
+        codes.stride(0),
+        x.stride(0),
+        stride,
+        torch.finfo(codes.dtype).max,
+        codes.device,
+        found,
+    )
+
+
+def max_rows(problem: Problem) -> int:
+    """Rows of the blocks for the tokens that are expected; where there are more, programs stride over them."""
+    sizes = (max(problem.tokens_hint, 1), problem.top_k, problem.num_experts, problem.block_m)
+    return max_blocks(*sizes) * problem.block_m
+
+
+class Key(NamedTuple):
+    """What measured tiles are looked up by: the sizes of specs/tuned, and what its tags stand for."""
+
+    num_tokens: int  # the next power of two
+    top_k: int
+    block_m: int  # of the tables, 0: there are none
+    n: int
+    x_scales: str
+
+
+def choose(problem: Problem) -> Config:
+    """The tiles for a call: those that were measured, else the rule's."""
+    tokens = min(runtime.next_power_of_2(problem.tokens_hint), 4096)  # the largest that is measured
+    key, device = Key(tokens, problem.top_k, problem.block_m, problem.n, problem.x_scales), runtime.traits(problem.device)
+    return runtime.choose(TUNED, key, device, CONFIGS, lambda _: ("moe_quant", _rule(problem)))[1]
+
+
+def _rule(problem: Problem) -> Config:
+    """A few thousand numbers a program, 16 or more a lane."""
+    size = runtime.next_power_of_2(problem.n)
+    rows = max(1, min(8, 4096 // size)) if problem.block_m >= 32 else 1
+    return Config(rows, max(1, min(8, rows * size // 512)))

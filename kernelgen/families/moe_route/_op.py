@@ -1,0 +1,723 @@
+"""Which pairs go where: the route of a batch, built on the device and shared by every op of an MoE layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import _operands as operands
+from .. import _runtime as runtime
+from ._table import VARIANTS
+
+__all__ = ["MoeRoute", "MoeWorkspace", "moe_route", "moe_workspace"]
+
+_MAX_GROUPS = 16384  # adapters * experts that the sorting kernels count in one program
+
+
+@operands.bundle()
+class MoeWorkspace(NamedTuple):
+    """Buffers for the worst case, so that neither a route nor an op on it allocates; one per stream."""
+
+    tables: torch.Tensor  # [*] int32
+    parts: torch.Tensor  # [*] float32
+    views: dict[tuple[int, ...], tuple[torch.Tensor, ...]]  # of tables, by their sizes: making them costs 4 us of host time
+
+
+@operands.bundle(tables=("pairs", "blocks", "num_blocks"), free=("parts",))
+class MoeRoute(NamedTuple):
+    """The route of T tokens with top_k experts each. Pair p = t * top_k + j; L = max_loras, E = num_experts.
+
+    A pair is live when its adapter is in [0, L) and enabled and its expert, after expert_map, is in [0, E). Tables are of the
+    fields beside them: an op refuses a route that was edited so that some of them are of another; ``parts`` may be any.
+    """
+
+    topk_ids: torch.Tensor | None  # [T, top_k] int32 or int64
+    token_lora_mapping: torch.Tensor | None  # [T] int32, -1: no adapter
+    adapter_enabled: torch.Tensor | None  # [>= L] int32, 0: disabled
+    expert_map: torch.Tensor | None  # [global experts] int32, -1: not here
+    pairs: torch.Tensor | None  # [*] int32: live pairs by (adapter, expert)
+    blocks: torch.Tensor | None  # [max_blocks, 4] int32: adapter, expert, first, rows
+    num_blocks: torch.Tensor | None  # [1] int32
+    parts: torch.Tensor | None  # [*] float32 scratch of the ops, None: they allocate
+    num_tokens: int
+    top_k: int
+    num_experts: int
+    max_loras: int
+    global_experts: int  # entries of expert_map, 0 without one
+    block_m: int  # rows of a block at most; 0: naive, there are no tables; negative: open, see _open
+    max_blocks: int
+
+    @staticmethod
+    def from_tables(
+        sorted_token_ids: torch.Tensor,
+        expert_ids: torch.Tensor,
+        num_tokens_post_padded: torch.Tensor,
+        *,
+        block_size: int,
+        num_tokens: int,
+        top_k: int,
+        num_experts: int,
+        max_loras: int,
+        lora_ids: torch.Tensor | None = None,
+        adapter_enabled: torch.Tensor | None = None,
+        workspace: MoeWorkspace | None = None,
+    ) -> MoeRoute:
+        """A route from the padded per-adapter tables that an engine already has; on the device only.
+
+        Args:
+            sorted_token_ids: [L, EM] int32, or flat. Row l: pair ids of adapter l, grouped by expert, each group padded to a
+                multiple of ``block_size`` with ids >= num_tokens * top_k. EM need not be a multiple of it.
+            expert_ids: [L, ceil(EM / block_size)] int32, or flat: the (local) expert of each block, -1 where there is none.
+            num_tokens_post_padded: [L] int32, how much of each row counts.
+            lora_ids: [*] int32, the adapters of this batch (-1 is skipped); None: every row of the tables.
+            adapter_enabled: [>= L] int32, 0 drops the adapter; None: all are enabled.
+
+        Raises:
+            ValueError: a shape, dtype or block size that does not fit; nothing was launched.
+        """
+        source = (sorted_token_ids, expert_ids, num_tokens_post_padded, lora_ids, adapter_enabled)
+        sizes = (num_tokens, top_k, num_experts, max_loras)
+        if torch.compiler.is_compiling():
+            max_blocks = max_loras * _rows(expert_ids, max_loras).shape[1]
+        else:
+            max_blocks, fill, looks = _table_plan(*source, block_size, *sizes, workspace)
+        splits = _splits(max_blocks, max_blocks * block_size, 0)
+        if torch.compiler.is_compiling():
+            _check_size("MoeRoute.from_tables", workspace, splits)
+        buffer, num_blocks, blocks, pairs, _ = _buffers(workspace, splits, sorted_token_ids.device)
+        if torch.compiler.is_compiling():
+            _from_tables_op(buffer, *source, block_size, *sizes)
+        else:
+            fill(pairs, blocks, num_blocks, *source)
+        parts = None if workspace is None else workspace.parts
+        route = MoeRoute(None, None, None, None, pairs, blocks, num_blocks, parts, *sizes, 0, block_size, max_blocks)
+        return route if torch.compiler.is_compiling() else operands.alike(route, looks)
+
+
+def moe_route(
+    topk_ids: torch.Tensor | None,
+    token_lora_mapping: torch.Tensor,
+    *,
+    num_experts: int,
+    max_loras: int,
+    adapter_enabled: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+    assignment: str = "auto",
+    workspace: MoeWorkspace | None = None,
+    rank: int | None = None,
+    block_m: int | None = None,
+) -> MoeRoute:
+    """The route of a batch, on the device only: no host sync, and a captured CUDA graph stays right when it changes.
+
+    Args:
+        topk_ids: [T, top_k] int32 or int64, the experts of each token (global ones where there is an ``expert_map``).
+            None: one expert, top_k 1, as in a dense layer (``lora_route``).
+        token_lora_mapping: [T] int32, the adapter of each token, -1: none.
+        num_experts: experts in the weights (E, the local ones under expert parallelism).
+        max_loras: adapter slots in the weights (L).
+        adapter_enabled: [>= L] int32, 0: the adapter is loaded but has no expert weights. None: all enabled.
+        expert_map: [global experts] int32, global to local expert, -1: not on this rank.
+        assignment: "naive" (every pair by itself, nothing is launched here), "sorted" (blocks of one adapter and
+            expert), or "auto": naive for so few pairs that streaming the weights pair by pair is faster.
+        workspace: buffers from ``moe_workspace``; None allocates.
+        rank: the adapters' rank, if known: "auto" then knows how far the naive way carries.
+        block_m: rows of a block, None: from the mean number of pairs of an (adapter, expert).
+
+    Raises:
+        ValueError: a shape, dtype, device or option that does not fit; nothing was launched.
+    """
+    source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map)
+    request = (num_experts, max_loras, assignment, rank, block_m)
+    if torch.compiler.is_compiling():
+        return in_graph(source, *request, workspace)
+    return made(_plan(*source, *request, workspace), source, workspace)
+
+
+# topk_ids, token_lora_mapping, adapter_enabled, expert_map
+_Source = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+
+
+def made(plan: Plan, source: _Source, workspace: MoeWorkspace | None) -> MoeRoute:
+    """The route of a plan: its launches, made."""
+    parts = None if workspace is None else workspace.parts
+    if plan.block_m == 0:
+        return operands.alike(MoeRoute(*source, None, None, None, parts, *plan.sizes, 0, 0), plan.looks)
+    _, num_blocks, blocks, pairs, scratch = _buffers(workspace, plan.splits, source[1].device)
+    if plan.num_pairs > 0:
+        plan.fill(pairs, blocks, num_blocks, scratch, *source)
+    tables = (pairs, blocks, num_blocks, parts)
+    route = MoeRoute._make((*source, *tables, *plan.sizes, plan.block_m, plan.max_blocks))  # quicker than MoeRoute(...)
+    return operands.alike(route, plan.looks)
+
+
+def in_graph(
+    source: _Source,
+    num_experts: int,
+    max_loras: int,
+    assignment: str,
+    rank: int | None,
+    block_m: int | None,
+    workspace: MoeWorkspace | None,
+) -> MoeRoute:
+    """The route as a graph of torch.compile makes it; arguments are checked when it runs."""
+    parts = None if workspace is None else workspace.parts
+    sizes = (*_tokens(*source[:2]), num_experts, max_loras)
+    global_experts = 0 if source[3] is None else source[3].shape[0]
+    open_m = _open(assignment, rank, block_m)
+    if open_m == 0:
+        return MoeRoute(*source, None, None, None, parts, *sizes, global_experts, 0, 0)
+    splits = _open_splits(*sizes)
+    _check_size("moe_route", workspace, splits)
+    buffer, num_blocks, blocks, pairs, _ = _buffers(workspace, splits, source[1].device)
+    _route_op(buffer, *source, num_experts, max_loras, open_m)
+    return MoeRoute(*source, pairs, blocks, num_blocks, parts, *sizes, global_experts, open_m, 0)
+
+
+class Plan(NamedTuple):
+    """A checked request: what moe_route works out once for inputs of the same looks."""
+
+    sizes: tuple[int, int, int, int, int]  # tokens, top_k, experts, adapters, entries of expert_map
+    num_pairs: int
+    block_m: int  # 0: naive
+    max_blocks: int
+    splits: tuple[int, int, int, int, int]  # elements of num_blocks, blocks, pairs, scratch
+    fill: Callable[..., None]
+    looks: list[object]  # of its routes
+
+
+_INT32 = (torch.int32, operands.CONTIGUOUS)
+_BLOCK_MS = (16, 32, 64, 128)
+_TABLES = operands.Tensor("tables", "*", *_INT32, written=True)
+_PARTS = operands.Tensor("parts", "*", torch.float32, operands.CONTIGUOUS, written=True)
+
+
+def _check_workspace(op: str, name: str, workspace: MoeWorkspace) -> None:
+    if not isinstance(workspace.views, dict):
+        runtime.fail(op, f"{name}.views", type(workspace.views).__name__, "a dict", "make it with moe_workspace")
+
+
+WORKSPACE = operands.Bundle(
+    "workspace", MoeWorkspace, (_TABLES, _PARTS), maker="moe_workspace", optional=True, whole=_check_workspace
+)
+_ENABLED = operands.Tensor("adapter_enabled", ">=L", *_INT32, optional=True)
+_MAPPING = operands.Tensor("token_lora_mapping", "T", *_INT32)
+_LORAS = operands.Int("max_loras", 1, size="L")
+_EXPERTS = operands.Int("num_experts", 1, size="E")
+_BLOCK_M = operands.Int("block_m", optional=True, one_of=_BLOCK_MS)
+_IDS = operands.Tensor("topk_ids", "T, top_k", operands.IDS, operands.CONTIGUOUS, optional=True)
+
+OP = operands.Op(
+    "moe_route",
+    (
+        _IDS,
+        _MAPPING,
+        _ENABLED,
+        operands.Tensor("expert_map", ">=1", *_INT32, optional=True),
+        _EXPERTS,
+        _LORAS,
+        operands.Choice("assignment", ("auto", "naive", "sorted")),
+        operands.Int("rank", 1, optional=True),
+        _BLOCK_M,
+        WORKSPACE,
+    ),
+)
+DENSE = operands.Op("lora_route", (_MAPPING, _LORAS, _BLOCK_M, WORKSPACE))
+
+
+_SPACE = operands.Op(
+    "moe_workspace",
+    (
+        operands.Int("max_tokens"),
+        operands.Int("top_k", 1),
+        _EXPERTS,
+        _LORAS,
+        operands.Int("max_rank", 1),
+        operands.Int("num_slices", 1),
+        operands.Device("device"),
+        operands.Int("table_size"),
+    ),
+    launches=False,
+)
+
+
+# What the launchers of single variants take; front doors make the buffers.
+_FILLED = (
+    operands.Tensor("pairs", "*", *_INT32, written=True),
+    operands.Tensor("blocks", "*, 4", *_INT32, written=True),
+    operands.Tensor("num_blocks", "1", *_INT32, written=True),
+)
+_SORT = operands.Op(
+    "moe_route_sort",
+    (
+        *_FILLED,
+        operands.Tensor("scratch", "*", *_INT32, written=True),
+        dataclasses.replace(_IDS, optional=False),
+        _MAPPING,
+        _ENABLED,
+        operands.Tensor("expert_map", ">=1", *_INT32, optional=True),
+        _EXPERTS,
+        _LORAS,
+        operands.Int("block_m", one_of=_BLOCK_MS),
+    ),
+)
+_PACK = operands.Op(
+    "moe_route_pack",
+    (
+        *_FILLED,
+        operands.Tensor("sorted_token_ids", ">=L, EM", torch.int32),
+        operands.Tensor("expert_ids", ">=L, B", torch.int32),
+        operands.Tensor("num_tokens_post_padded", ">=L", *_INT32),
+        operands.Tensor("lora_ids", ">=1", *_INT32, optional=True),
+        _ENABLED,
+        operands.Int("num_pairs"),
+        _EXPERTS,
+        _LORAS,
+        operands.Int("block_m", one_of=_BLOCK_MS),
+    ),
+)
+
+
+def check_sort(variant: str, scratch_size: Callable[[int, int], int], *arguments: Any) -> None:
+    """Raise ValueError where the arguments of a launcher that sorts do not fit."""
+    given = _SORT.named(*arguments)
+    sizes = _SORT.check(variant, given)
+    num_pairs, num_groups = sizes["T"] * sizes["top_k"], sizes["L"] * sizes["E"]
+    if num_groups > _MAX_GROUPS:
+        runtime.fail(variant, "max_loras * num_experts", num_groups, f"at most {_MAX_GROUPS}")
+    wanted = {"pairs": num_pairs, "blocks": _max_blocks(num_pairs, num_groups, given["block_m"])}
+    wanted["scratch"] = scratch_size(num_pairs, num_groups)
+    _check_filled(variant, given, wanted)
+
+
+def check_pack(variant: str, *arguments: Any) -> None:
+    """Raise ValueError where the arguments of the launcher for tables of an engine do not fit."""
+    given = _PACK.named(*arguments)
+    sizes, block_m = _PACK.check(variant, given), given["block_m"]
+    if sizes["B"] > runtime.cdiv(sizes["EM"], block_m):
+        wanted = f"at most {runtime.cdiv(sizes['EM'], block_m)} columns, one a block of sorted_token_ids"
+        runtime.fail(variant, "expert_ids", runtime.describe(given["expert_ids"]), wanted)
+    blocks = sizes["L"] * sizes["B"]
+    _check_filled(variant, given, {"pairs": blocks * block_m, "blocks": blocks})
+
+
+def _check_filled(variant: str, given: Mapping[str, Any], wanted: Mapping[str, int]) -> None:
+    for name, size in wanted.items():
+        if given[name].shape[0] < size:
+            of = "rows" if name == "blocks" else "elements"
+            runtime.fail(variant, name, runtime.describe(given[name]), f"at least {size} {of}")
+
+
+def _check_route(op: str, name: str, route: MoeRoute) -> None:
+    """Raise ValueError where a route has not all that its kind needs."""
+    of = "a sorted route" if route.block_m > 0 else "a naive route"
+    for field in ("pairs", "blocks", "num_blocks") if route.block_m > 0 else ("topk_ids", "token_lora_mapping"):
+        if getattr(route, field) is None:
+            runtime.fail(op, f"{name}.{field}", None, f"a tensor, in {of}", "make it with moe_route")
+    if (route.expert_map is None) != (route.global_experts == 0):
+        runtime.fail(op, f"{name}.global_experts", route.global_experts, "the entries of expert_map, 0 without one")
+
+
+def _table_sizes(route: MoeRoute) -> dict[str, int]:
+    """Pairs that tables hold at most: all, but no more than blocks have rows."""
+    return {"sorted_pairs": min(route.num_tokens * route.top_k, route.max_blocks * route.block_m)}
+
+
+# What an op on a route takes of it.
+ROUTE = operands.Bundle(
+    "route",
+    MoeRoute,
+    (
+        _IDS,
+        dataclasses.replace(_MAPPING, optional=True),
+        _ENABLED,
+        operands.Tensor("expert_map", "G", *_INT32, optional=True),
+        operands.Tensor("pairs", ">=sorted_pairs", *_INT32, optional=True),
+        operands.Tensor("blocks", ">=max_blocks, 4", *_INT32, optional=True),
+        operands.Tensor("num_blocks", "1", *_INT32, optional=True),
+        dataclasses.replace(_PARTS, optional=True),
+        operands.Int("num_tokens", size="T"),
+        operands.Int("top_k", 1, size="top_k"),
+        _EXPERTS,
+        _LORAS,
+        operands.Int("global_experts", size="G"),
+        operands.Int("block_m", one_of=(0, *_BLOCK_MS)),
+        operands.Int("max_blocks", size="max_blocks"),
+    ),
+    maker="moe_route",
+    sizes=_table_sizes,
+    whole=_check_route,
+)
+
+
+def experts_in_weights(values: Mapping[str, Any]) -> dict[str, int]:
+    """X, the experts that weights have at least: all that the route may name, unless an expert_map says which those are."""
+    route = values["route"]
+    return {"X": 1 if route.global_experts else route.num_experts}
+
+
+def check_kind(variant: str, route: MoeRoute, naive: bool | None) -> None:
+    """Raise ValueError where a route is not of the kind that a schedule takes; None: any."""
+    if naive and (route.topk_ids is None or route.token_lora_mapping is None):
+        runtime.fail(variant, "route", "tables only", "a route from moe_route", "use a variant over blocks")
+    if naive is False and route.block_m == 0:
+        runtime.fail(variant, "route", "naive", "sorted", 'make it with assignment="sorted"')
+
+
+def check_rank(variant: str, label: str, rank: int, max_rank: int | None, row: int, rows: int | None = None) -> None:
+    """Raise ValueError where a variant does not serve a rank, or the matrix of ``rows`` or rank is too large for it."""
+    if max_rank is not None and rank > max_rank:
+        runtime.fail(variant, f"rank of {label}", rank, f"1 to {max_rank}", "the front door picks the variant that serves a rank")
+    if row * (rows or rank) >= 2**31:
+        runtime.fail(variant, label, f"rows {row} elements apart", "a matrix below 2**31 elements")
+
+
+def _tokens(topk_ids: torch.Tensor | None, token_lora_mapping: torch.Tensor) -> tuple[int, int]:
+    """(T, top_k)"""
+    if topk_ids is None:
+        return token_lora_mapping.numel(), 1
+    return topk_ids.shape[0], topk_ids.shape[1]
+
+
+def _bind(
+    topk_ids: torch.Tensor | None,
+    token_lora_mapping: torch.Tensor,
+    adapter_enabled: torch.Tensor | None,
+    expert_map: torch.Tensor | None,
+    num_experts: int,
+    max_loras: int,
+    assignment: str,
+    rank: int | None,
+    block_m: int | None,
+    workspace: MoeWorkspace | None,
+) -> Plan:
+    name, source = "moe_route", (topk_ids, token_lora_mapping, adapter_enabled, expert_map)
+    request = (num_experts, max_loras, assignment, rank, block_m)
+    OP.check(name, OP.named(*source, *request, workspace))
+    if topk_ids is None and (num_experts != 1 or assignment == "naive"):
+        got = f"None with num_experts={num_experts}, assignment={assignment!r}"
+        runtime.fail(name, "topk_ids", got, "the experts of each token", "a dense layer has one expert and is sorted")
+    if assignment == "naive" and block_m is not None:
+        runtime.fail(name, "block_m", block_m, None, 'assignment="naive" has no blocks')
+    return _planned(name, source, *request, workspace)
+
+
+def _bind_dense(
+    token_lora_mapping: torch.Tensor, max_loras: int, block_m: int | None, workspace: MoeWorkspace | None
+) -> Plan:
+    DENSE.check("lora_route", DENSE.named(token_lora_mapping, max_loras, block_m, workspace))
+    source = (None, token_lora_mapping, None, None)
+    return _planned("lora_route", source, 1, max_loras, "sorted", None, block_m, workspace)
+
+
+def _planned(
+    name: str,
+    source: _Source,
+    num_experts: int,
+    max_loras: int,
+    assignment: str,
+    rank: int | None,
+    block_m: int | None,
+    workspace: MoeWorkspace | None,
+) -> Plan:
+    num_groups = max_loras * num_experts
+    if assignment == "sorted" and num_groups > _MAX_GROUPS:
+        runtime.fail(name, "max_loras * num_experts", num_groups, f"at most {_MAX_GROUPS}", 'use assignment="naive"')
+    (num_tokens, top_k), expert_map = _tokens(*source[:2]), source[3]
+    sizes = (num_tokens, top_k, num_experts, max_loras, 0 if expert_map is None else expert_map.shape[0])
+    num_pairs = num_tokens * top_k
+    block_m = settle(_open(assignment, rank, block_m), *sizes[:4])
+    if block_m == 0:
+        return Plan(sizes, num_pairs, 0, 0, (0, 0, 0, 0, 0), _nothing, [])
+    max_blocks = _max_blocks(num_pairs, num_groups, block_m)
+    splits = _splits(max_blocks, num_pairs, _scratch_size(num_pairs, num_groups))
+    _check_size(name, workspace, splits)
+    fill = _launches(*sizes, block_m, source[1].device)
+    return Plan(sizes, num_pairs, block_m, max_blocks, splits, fill, [])
+
+
+def _check_size(name: str, workspace: MoeWorkspace | None, splits: tuple[int, ...]) -> None:
+    if workspace is not None and workspace.tables.shape[0] < sum(splits):
+        hint = "make it with moe_workspace for the largest batch, and table_size for tables of an engine"
+        runtime.fail(name, "workspace.tables", runtime.describe(workspace.tables), f"[>= {sum(splits)}] int32", hint)
+
+
+_plan, dense_plan = OP.finder(_bind), DENSE.finder(_bind_dense)
+
+
+# A graph of torch.compile serves any number of tokens, so what depends on it is left open there and settled by the ops,
+# when they run: block_m is then -(4 * the rows asked for or 0 + one of these).
+_SORTED, _AUTO, _AUTO_RANK_16 = 1, 2, 3
+
+
+def _open(assignment: str, rank: int | None, block_m: int | None) -> int:
+    """A request as an open block_m; 0, as ever, for naive."""
+    if assignment == "naive":
+        return 0
+    small = rank is not None and rank <= 16
+    return -(4 * (block_m or 0) + (_SORTED if assignment == "sorted" else _AUTO_RANK_16 if small else _AUTO))
+
+
+def _asked(open_m: int) -> tuple[str, int | None, int | None]:
+    """assignment, rank and block_m of such a request."""
+    asked, how = divmod(-open_m, 4)
+    return "sorted" if how == _SORTED else "auto", 16 if how == _AUTO_RANK_16 else None, asked or None
+
+
+def settle(block_m: int, num_tokens: int, top_k: int, num_experts: int, max_loras: int) -> int:
+    """Rows of a block, 0 for naive, by the number of tokens where ``block_m`` is open."""
+    num_groups = num_experts * max_loras
+    if block_m >= 0:
+        return block_m
+    asked, how = divmod(-block_m, 4)
+    if how != _SORTED and few_pairs(num_tokens, top_k, num_groups, 16 if how == _AUTO_RANK_16 else None):
+        return 0
+    return asked or default_block_m(num_tokens, top_k, num_groups, dense=num_experts == 1)
+
+
+def settled(route: MoeRoute) -> MoeRoute:
+    """``route`` with nothing left open."""
+    if route.block_m >= 0:
+        return route
+    num_groups = route.num_experts * route.max_loras
+    block_m = settle(route.block_m, route.num_tokens, route.top_k, route.num_experts, route.max_loras)
+    if block_m == 0:
+        return MoeRoute._make((*route[:4], None, None, None, *route[7:13], 0, 0))
+    max_blocks = _max_blocks(route.num_tokens * route.top_k, num_groups, block_m)
+    return MoeRoute._make((*route[:13], block_m, max_blocks))
+
+
+def _open_splits(num_tokens: int, top_k: int, num_experts: int, max_loras: int) -> tuple[int, int, int, int, int]:
+    """As ``_splits``, large enough however the request is settled, and without a branch on the number of tokens."""
+    from .three_launch import scratch_size
+
+    num_pairs, num_groups = num_tokens * top_k, max_loras * num_experts
+    return _splits(num_groups + num_pairs // 16, num_pairs, scratch_size(num_pairs, num_groups))
+
+
+def _launches(
+    num_tokens: int,
+    top_k: int,
+    num_experts: int,
+    max_loras: int,
+    global_experts: int,
+    block_m: int,
+    device: torch.device,
+) -> Callable[..., None]:
+    call: Callable[..., None] = _variant(num_tokens * top_k).bind(
+        num_pairs=num_tokens * top_k,
+        top_k=top_k,
+        num_experts=num_experts,
+        max_loras=max_loras,
+        global_experts=global_experts,
+        block_m=block_m,
+        device=device,
+    )
+    return call
+
+
+def moe_workspace(
+    *,
+    max_tokens: int,
+    top_k: int,
+    num_experts: int,
+    max_loras: int,
+    max_rank: int,
+    num_slices: int,
+    device: torch.device | str,
+    table_size: int = 0,
+) -> MoeWorkspace:
+    """Buffers that serve every batch of up to ``max_tokens`` tokens, whatever its routing.
+
+    Use one workspace per stream: an op writes its scratch into it. ``table_size``: for ``MoeRoute.from_tables``, elements of
+    the largest ``sorted_token_ids``.
+
+    Raises:
+        ValueError: an argument that does not fit.
+    """
+    sizes = (max_tokens, top_k, num_experts, max_loras, max_rank, num_slices)
+    _SPACE.check("moe_workspace", _SPACE.named(*sizes, device, table_size))
+    num_pairs = max_tokens * top_k
+    padded = table_size + 127 * max_loras if table_size else 0  # each row up to a whole block of 128
+    tables = max(sum(_open_splits(max_tokens, top_k, num_experts, max_loras)), sum(_splits(padded // 16, padded, 0)))
+    rank = runtime.cdiv(max_rank, 128) * 128 if max_rank > 128 else max(16, runtime.next_power_of_2(max_rank))
+    # A split of K pays for few pairs only: 32 parts up to 256 pairs, 8 up to 4096, then one, in half the bytes.
+    parts = max(min(num_pairs, 256) * 32, min(num_pairs, 4096) * 8, num_pairs) * num_slices * rank
+    return MoeWorkspace(
+        torch.empty(tables, dtype=torch.int32, device=device),
+        torch.empty(parts, dtype=torch.float32, device=device),
+        {},
+    )
+
+
+def default_block_m(num_tokens: int, top_k: int, num_groups: int, dense: bool = False) -> int:
+    """Rows of a block: near the mean number of pairs of a group that is hit, if pairs were spread evenly."""
+    num_pairs = runtime.next_power_of_2(num_tokens) * top_k
+    mean = num_pairs / expected_groups(num_pairs, num_groups)
+    if dense and mean >= 512:
+        return 128
+    return 16 if mean < (20 if dense else 12) else 32 if mean < (40 if dense else 24) else 64
+
+
+def expected_groups(num_pairs: int, num_groups: int) -> float:
+    """How many of ``num_groups`` equally likely groups ``num_pairs`` draws hit."""
+    return num_groups * (1.0 - (1.0 - 1.0 / num_groups) ** num_pairs) if num_groups > 1 else 1.0
+
+
+def few_pairs(num_tokens: int, top_k: int, num_groups: int, rank: int | None) -> bool:
+    """Whether pairs are so few, and share so few weights, that streaming the weights pair by pair is fastest."""
+    num_pairs = runtime.next_power_of_2(num_tokens) * top_k
+    if num_groups > _MAX_GROUPS or num_pairs <= 8:
+        return True
+    shared = num_pairs / expected_groups(num_pairs, num_groups)
+    if rank is not None and rank <= 16:
+        return num_pairs <= 512 and shared < 2.0
+    return num_pairs <= 128 and shared < 1.5
+
+
+def _max_blocks(num_pairs: int, num_groups: int, block_m: int) -> int:
+    groups = min(num_pairs, num_groups)
+    return groups + (num_pairs - groups) // block_m
+
+
+def _scratch_size(num_pairs: int, num_groups: int) -> int:
+    size: int = _variant(num_pairs).scratch_size(num_pairs, num_groups)
+    return size
+
+
+def _variant(num_pairs: int) -> Any:
+    from .one_launch import MAX_PAIRS
+
+    return VARIANTS.get("moe_route", schedule="one_launch" if num_pairs <= MAX_PAIRS else "three_launch")
+
+
+def _splits(max_blocks: int, num_pairs: int, scratch: int) -> tuple[int, int, int, int, int]:
+    """Elements of num_blocks, a gap, blocks, pairs and scratch in one buffer; each starts 16-byte aligned."""
+    return 1, 3, 4 * max_blocks, (num_pairs + 3) // 4 * 4, scratch
+
+
+def _buffers(
+    workspace: MoeWorkspace | None, splits: tuple[int, int, int, int, int], device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    """A buffer for the tables, and num_blocks, blocks, pairs, scratch in it."""
+    if workspace is None:
+        return _views(torch.empty(sum(splits), dtype=torch.int32, device=device), splits)
+    tables = workspace.tables
+    if torch.compiler.is_compiling():
+        return _views(tables, splits)
+    found = workspace.views.get(splits)
+    if found is None or found[0] is not tables:
+        workspace.views[splits] = found = _views(tables, splits)
+    return found
+
+
+def _views(buffer: torch.Tensor, splits: tuple[int, int, int, int, int]) -> tuple[torch.Tensor, ...]:
+    num_blocks, _, blocks, pairs, scratch, _ = buffer.split_with_sizes((*splits, buffer.shape[0] - sum(splits)))
+    return buffer, num_blocks, blocks.view(-1, 4), pairs, scratch
+
+
+def _rows(table: torch.Tensor, max_loras: int) -> torch.Tensor:
+    """A table of an engine as [L, *], where it is flat."""
+    return table.view(max_loras, -1) if table.dim() == 1 and table.numel() % max_loras == 0 else table
+
+
+_OF_TABLES = operands.Op(
+    "MoeRoute.from_tables",
+    (
+        operands.Tensor("sorted_token_ids", (">=L, *", "*"), torch.int32),
+        operands.Tensor("expert_ids", (">=L, *", "*"), torch.int32),
+        operands.Tensor("num_tokens_post_padded", ">=L", *_INT32),
+        operands.Tensor("lora_ids", ">=1", *_INT32, optional=True),
+        _ENABLED,
+        operands.Int("block_size", one_of=_BLOCK_MS),
+        operands.Int("num_tokens"),
+        operands.Int("top_k", 1),
+        _EXPERTS,
+        _LORAS,
+        WORKSPACE,
+    ),
+)
+
+
+class _TablePlan(NamedTuple):
+    """Checked tables: what from_tables works out once for tables of the same looks."""
+
+    max_blocks: int
+    fill: Callable[..., None]
+    looks: list[object]  # of its routes
+
+
+def _bind_tables(
+    sorted_token_ids: torch.Tensor,
+    expert_ids: torch.Tensor,
+    num_tokens_post_padded: torch.Tensor,
+    lora_ids: torch.Tensor | None,
+    adapter_enabled: torch.Tensor | None,
+    block_size: int,
+    num_tokens: int,
+    top_k: int,
+    num_experts: int,
+    max_loras: int,
+    workspace: MoeWorkspace | None,
+) -> _TablePlan:
+    name, source = "MoeRoute.from_tables", (sorted_token_ids, expert_ids, num_tokens_post_padded, lora_ids, adapter_enabled)
+    sizes = (num_tokens, top_k, num_experts, max_loras)
+    _OF_TABLES.check(name, _OF_TABLES.named(*source, block_size, *sizes, workspace))
+    ids, experts = _rows(sorted_token_ids, max_loras), _rows(expert_ids, max_loras)
+    for label, table in (("sorted_token_ids", ids), ("expert_ids", experts)):
+        if table.dim() != 2:
+            runtime.fail(name, label, runtime.describe(table), f"[>= {max_loras}, *], or flat, of {max_loras} rows")
+    row_blocks = runtime.cdiv(ids.shape[1], block_size)
+    if experts.shape[1] > row_blocks:
+        wanted = f"at most {row_blocks} columns, one a block of sorted_token_ids"
+        runtime.fail(name, "expert_ids", runtime.describe(expert_ids), wanted)
+    max_blocks = max_loras * experts.shape[1]
+    _check_size(name, workspace, _splits(max_blocks, max_blocks * block_size, 0))
+    if max_blocks == 0:
+        return _TablePlan(0, _nothing, [])
+    fill = VARIANTS.get("moe_route", schedule="from_tables").bind(
+        ids,
+        experts,
+        lora_ids,
+        num_pairs=num_tokens * top_k,
+        num_experts=num_experts,
+        max_loras=max_loras,
+        block_m=block_size,
+    )
+    return _TablePlan(max_blocks, fill, [])
+
+
+def _nothing(*arguments: Any) -> None:
+    """Tables that there are none of."""
+
+
+_table_plan = _OF_TABLES.finder(_bind_tables)
+
+
+def _route(buffer: torch.Tensor, *arguments: Any) -> None:
+    *source, num_experts, max_loras, open_m = arguments
+    plan = _plan(*source, num_experts, max_loras, *_asked(open_m), None)
+    if plan.block_m > 0 and plan.num_pairs > 0:
+        _, num_blocks, blocks, pairs, scratch = _views(buffer, _open_splits(*plan.sizes[:4]))
+        plan.fill(pairs, blocks, num_blocks, scratch, *source)
+
+
+def _from_tables(buffer: torch.Tensor, *arguments: Any) -> None:
+    plan = _table_plan(*arguments, None)
+    _, num_blocks, blocks, pairs, _ = _views(buffer, _splits(plan.max_blocks, plan.max_blocks * arguments[5], 0))
+    plan.fill(pairs, blocks, num_blocks, *arguments[:5])
+
+
+_route_op = runtime.op(
+    "moe_route(Tensor(a!) buffer, Tensor? topk_ids, Tensor token_lora_mapping, Tensor? adapter_enabled, "
+    "Tensor? expert_map, int num_experts, int max_loras, int open_m) -> ()",
+    _route,
+)
+_from_tables_op = runtime.op(
+    "moe_route_from_tables(Tensor(a!) buffer, Tensor sorted_token_ids, Tensor expert_ids, "
+    "Tensor num_tokens_post_padded, Tensor? lora_ids, Tensor? adapter_enabled, int block_size, SymInt num_tokens, "
+    "int top_k, int num_experts, int max_loras) -> ()",
+    _from_tables,
+)

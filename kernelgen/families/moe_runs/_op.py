@@ -1,0 +1,279 @@
+"""Which pairs of a batch go to which local expert, and which of them have which adapter: tables on the device, for products that
+add their adapters themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import _operands as operands
+from .. import _runtime as runtime
+from ..moe_align._op import BLOCK_MS, ROUTING, MoeTables, check_blocks, default_block_m, no_pairs, table_size
+from ._table import VARIANTS
+
+__all__ = ["MoeRuns", "moe_runs"]
+
+
+@operands.bundle(tables=("run_of_row", "runs"))
+class MoeRuns(NamedTuple):
+    """The adapters of a batch, and what each block of its tables holds of them.
+
+    A pair has the adapter of its token where that is in [0, max_loras) and enabled, else none. A run is the rows of a block
+    that have one adapter; they stand side by side. They go with the tables that ``moe_runs`` returned beside them, and with the
+    fields beside them: an op refuses others, and runs that were edited so that some of them are of others.
+    """
+
+    token_lora_mapping: torch.Tensor  # [T] int32
+    adapter_enabled: torch.Tensor | None  # [>= max_loras] int32
+    run_of_row: torch.Tensor | None  # [T * top_k] int32, the run of each row in its block, -1: no adapter; None: no tables
+    runs: torch.Tensor | None  # [T * top_k, 2] int32: adapter, first row; those of a block from the place of its rows on
+    max_loras: int
+
+
+def moe_runs(
+    topk_ids: torch.Tensor,
+    token_lora_mapping: torch.Tensor,
+    *,
+    num_experts: int,
+    max_loras: int,
+    adapter_enabled: torch.Tensor | None = None,
+    valid_tokens: torch.Tensor | None = None,
+    num_tokens_hint: int | None = None,
+    local_expert_start: int = 0,
+    block_m: int | None = None,
+    workspace: torch.Tensor | None = None,
+) -> tuple[MoeTables, MoeRuns]:
+    """The tables of a batch with adapters in one launch: no host sync, and a captured CUDA graph stays right for every routing.
+
+    Their order is that of (expert, adapter, pair), pairs without an adapter first, whatever the GPU does first. They stand in
+    for those of ``moe_align``.
+
+    Args:
+        topk_ids: [T, top_k] int32 or int64, global ids of the experts of each token.
+        token_lora_mapping: [T] int32, the adapter of each token; -1, or what is not in [0, max_loras): none.
+        num_experts: experts in the weights (E, the local ones under expert parallelism).
+        max_loras: adapters in the weights (L).
+        adapter_enabled: [>= max_loras] int32, 0: tokens with this adapter have none; None: all are enabled.
+        valid_tokens: int32 on the device, how many of the T rows are tokens; None: all.
+        num_tokens_hint: how many tokens to expect, for the sizes of blocks and grids; None: T. Any number is right.
+        local_expert_start: the global id of the first expert in the weights.
+        block_m: rows of a block, None: from the mean number of pairs of an expert; 0: no tables, for products of few pairs, which
+            need none; then nothing is launched.
+        workspace: int32 memory of at least ``run_size`` elements; None allocates.
+
+    Raises:
+        ValueError: a shape, dtype, device or option that does not fit; nothing was launched.
+    """
+    adapters = (token_lora_mapping, adapter_enabled)
+    routing = (num_experts, local_expert_start, num_tokens_hint, block_m)
+    request = (topk_ids, valid_tokens, *adapters, workspace, *routing, max_loras)
+    plan = None if torch.compiler.is_compiling() else _plan(*request)
+    num_tokens, top_k = topk_ids.shape
+    hint = num_tokens if num_tokens_hint is None or block_m == 0 else num_tokens_hint
+    if plan is not None:
+        block_m = plan.block_m
+    sizes = (num_tokens, top_k, num_experts, local_expert_start, hint, -1 if block_m is None else block_m)
+    if block_m == 0:
+        tables = MoeTables(topk_ids, valid_tokens, None, None, None, *sizes)
+        runs = MoeRuns(*adapters, None, None, max_loras)
+    else:
+        if workspace is None:
+            size = run_size(num_tokens, top_k, num_experts)
+            workspace = torch.empty(size, dtype=torch.int32, device=topk_ids.device)
+        made = _split(workspace, num_tokens, top_k, num_experts)
+        pairs, blocks, num_blocks, run_of_row, of_blocks, _ = made
+        tables = MoeTables(topk_ids, valid_tokens, pairs, blocks, num_blocks, *sizes)
+        runs = MoeRuns(*adapters, run_of_row, of_blocks, max_loras)
+    if plan is None:
+        if block_m != 0:
+            _runs_op(workspace, topk_ids, valid_tokens, *adapters, *routing, max_loras)
+        return tables, runs
+    if block_m != 0:
+        plan.fill(*made, topk_ids, valid_tokens, *adapters)
+        runs.__dict__["order"] = tables.pairs
+    return operands.alike(tables, plan.looks_of_tables), operands.alike(runs, plan.looks_of_runs)
+
+
+_INT32 = (torch.int32, operands.CONTIGUOUS)
+# What every op on adapters of tokens takes of them.
+ADAPTERS = (
+    operands.Tensor("token_lora_mapping", "T", *_INT32),
+    operands.Tensor("adapter_enabled", ">=L", *_INT32, optional=True),
+)
+_MAX_LORAS = operands.Int("max_loras", 1, 4095, size="L")  # a program counts them
+OP = operands.Op(
+    "moe_runs",
+    (
+        *ROUTING[:2],
+        *ADAPTERS,
+        operands.Tensor("workspace", "*", *_INT32, optional=True, written=True),
+        *ROUTING[2:],
+        operands.Int("block_m", optional=True, one_of=(0, *BLOCK_MS)),
+        _MAX_LORAS,
+    ),
+    first=("topk_ids",),
+)
+
+
+def _check_runs(op: str, name: str, runs: MoeRuns) -> None:
+    """Raise ValueError where one of both tables is missing."""
+    missing = [field for field in ("run_of_row", "runs") if getattr(runs, field) is None]
+    if len(missing) == 1:
+        runtime.fail(op, f"{name}.{missing[0]}", None, "run_of_row and runs, or neither", "make it with moe_runs")
+
+
+def _check_tables(op: str, name: str, runs: MoeRuns, tables: MoeTables) -> None:
+    """Raise ValueError where runs are of other tables than those they come with."""
+    if (tables.block_m == 0) != (runs.runs is None):
+        got, wanted = ("with", "without") if tables.block_m == 0 else ("without", "with")
+        runtime.fail(op, name, f"runs {got} tables", f"runs {wanted} tables", "moe_runs returns the tables that they go with")
+    order = runs.__dict__.get("order")
+    if order is not None and (tables.pairs is None or order.data_ptr() != tables.pairs.data_ptr()):
+        runtime.fail(op, name, "those of other tables", "those of tables", "moe_runs returns the tables that they go with")
+
+
+RUNS = operands.Bundle(
+    "runs",
+    MoeRuns,
+    (
+        *ADAPTERS,
+        operands.Tensor("run_of_row", "T*top_k", *_INT32, optional=True),
+        operands.Tensor("runs", "T*top_k, 2", *_INT32, optional=True),
+        _MAX_LORAS,
+    ),
+    maker="moe_runs",
+    whole=_check_runs,
+    goes_with=("tables", _check_tables),
+)
+
+
+def run_size(num_tokens: int, top_k: int, num_experts: int) -> int:
+    """int32 elements of a workspace for up to ``num_tokens`` tokens, whatever block size is chosen."""
+    return table_size(num_tokens, top_k, num_experts) + RUNS_A_PAIR * num_tokens * top_k
+
+
+RUNS_A_PAIR = 5  # int32 elements, beside the tables
+
+
+def split(buffer: torch.Tensor, num_pairs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """run_of_row, runs and what is gathered for them, in a buffer."""
+    sizes = (num_pairs, 2 * num_pairs, 2 * num_pairs)
+    run_of_row, *others, _ = buffer.split_with_sizes((*sizes, buffer.shape[0] - RUNS_A_PAIR * num_pairs))
+    runs, gathered = (each.view(num_pairs, 2) for each in others)
+    return run_of_row, runs, gathered
+
+
+_Buffers = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _split(buffer: torch.Tensor, num_tokens: int, top_k: int, num_experts: int) -> _Buffers:
+    """pairs, blocks and num_blocks, then as ``split``, in a workspace."""
+    num_pairs, size = num_tokens * top_k, table_size(num_tokens, top_k, num_experts)
+    sizes = (1, 3, num_pairs, size - 4 - num_pairs)
+    num_blocks, _, pairs, blocks, rest = buffer.split_with_sizes((*sizes, buffer.shape[0] - size))
+    return pairs, blocks, num_blocks, *split(rest, num_pairs)
+
+
+def settled_block_m(tables: MoeTables) -> int:
+    """Rows of a block; a graph of torch.compile leaves them open, and they are settled as moe_align does."""
+    if tables.block_m >= 0:
+        return tables.block_m
+    return default_block_m(max(tables.tokens_hint, 1), tables.top_k, tables.num_experts)
+
+
+# What the launcher of the single variant takes; moe_runs makes the buffers.
+_FILL = operands.Op(
+    "moe_runs_fill",
+    (
+        operands.Tensor("pairs", ">=T*top_k", *_INT32, written=True),
+        operands.Tensor("blocks", ("*, 3", "*"), *_INT32, written=True),
+        operands.Tensor("num_blocks", "1", *_INT32, written=True),
+        operands.Tensor("run_of_row", ">=T*top_k", *_INT32, written=True),
+        operands.Tensor("runs", ">=T*top_k, 2", *_INT32, written=True),
+        operands.Tensor("gathered", ">=T*top_k, 2", *_INT32, written=True),
+        *ROUTING[:2],
+        *ADAPTERS,
+        *ROUTING[2:4],
+        _MAX_LORAS,
+        operands.Int("block_m", one_of=BLOCK_MS),
+    ),
+)
+
+
+def check_fill(variant: str, *arguments: Any) -> None:
+    """Raise ValueError where the arguments of the launcher do not fit."""
+    given = _FILL.named(*arguments)
+    check_blocks(variant, given["blocks"], _FILL.check(variant, given), given["block_m"])
+
+
+class _Plan(NamedTuple):
+    """A checked request: what moe_runs works out once for inputs of the same looks."""
+
+    block_m: int
+    fill: Callable[..., None]
+    looks_of_tables: list[object]
+    looks_of_runs: list[object]
+
+
+def _bind(
+    topk_ids: torch.Tensor,
+    valid_tokens: torch.Tensor | None,
+    token_lora_mapping: torch.Tensor,
+    adapter_enabled: torch.Tensor | None,
+    workspace: torch.Tensor | None,
+    num_experts: int,
+    local_expert_start: int,
+    num_tokens_hint: int | None,
+    block_m: int | None,
+    max_loras: int,
+) -> _Plan:
+    tensors = (topk_ids, valid_tokens, token_lora_mapping, adapter_enabled, workspace)
+    sizes = OP.check("moe_runs", OP.named(*tensors, num_experts, local_expert_start, num_tokens_hint, block_m, max_loras))
+    num_tokens, top_k = sizes["T"], sizes["top_k"]
+    if block_m == 0:
+        return _Plan(0, no_pairs, [], [])
+    size = run_size(num_tokens, top_k, num_experts)
+    if workspace is not None and workspace.shape[0] < size:
+        wanted = f"[>= {size}] int32 on {topk_ids.device}"
+        runtime.fail("moe_runs", "workspace", runtime.describe(workspace), wanted, "ask run_size of this module")
+    block_m = block_m or default_block_m(num_tokens_hint or num_tokens, top_k, num_experts)
+    routing = (num_tokens, top_k, num_experts, local_expert_start)
+    return _Plan(block_m, bind(*routing, max_loras, block_m, topk_ids.device), [], [])
+
+
+def bind(
+    num_tokens: int, top_k: int, num_experts: int, local_expert_start: int, max_loras: int, block_m: int, device: torch.device
+) -> Callable[..., None]:
+    """The launch for batches of these sizes: (*tables, run_of_row, runs, gathered, topk_ids, valid_tokens, *adapters)."""
+    if num_tokens == 0:
+        return no_pairs
+    call: Callable[..., None] = VARIANTS.get("moe_runs", schedule="one_launch").bind(
+        num_pairs=num_tokens * top_k,
+        top_k=top_k,
+        num_experts=num_experts,
+        local_expert_start=local_expert_start,
+        max_loras=max_loras,
+        block_m=block_m,
+        device=device,
+    )
+    return call
+
+
+_plan = OP.finder(_bind)
+
+
+def _runs(buffer: torch.Tensor, topk_ids: torch.Tensor, valid_tokens: torch.Tensor | None, *rest: Any) -> None:
+    adapters, request = rest[:2], rest[2:]
+    num_tokens, top_k = topk_ids.shape
+    plan, made = _plan(topk_ids, valid_tokens, *adapters, buffer, *request), _split(buffer, num_tokens, top_k, request[0])
+    plan.fill(*made, topk_ids, valid_tokens, *adapters)
+
+
+_runs_op = runtime.op(
+    "moe_runs(Tensor(a!) buffer, Tensor topk_ids, Tensor? valid_tokens, Tensor token_lora_mapping, Tensor? adapter_enabled, "
+    "int num_experts, int local_expert_start, SymInt? num_tokens_hint, int? block_m, int max_loras) -> ()",
+    _runs,
+)

@@ -1,0 +1,110 @@
+"""Rank vectors for products that add their adapters themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .. import _runtime as runtime
+from ..moe_align._op import MoeTables
+from ..moe_runs._op import MoeRuns
+from ._problem import OP, Call, check, choose, part_count
+from ._table import VARIANTS
+
+
+def moe_shrink(
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    tables: MoeTables,
+    runs: MoeRuns,
+    *,
+    x_rows: str,
+    v: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The rank vectors of a batch: v[p, s] = x[from(p)] . A_s[l, e]^T for every local pair p that has an adapter l.
+
+    They are for ``moe_gemm``. Those of other pairs keep their bytes, and are not read.
+
+    Args:
+        x: [T, K] with ``x_rows="token"``, else [T * top_k, K]; bfloat16 or float16, last stride 1.
+        lora_a: S tensors [L, E, rank, K] of one layout, in the dtype of ``x``; the strides over L and E are free, 0 shares.
+        tables, runs: from ``moe_runs``.
+        x_rows: where the row of a pair stands in x: at its "token"; with tables at its place there ("sorted"), without
+            them at the "pair" itself.
+        v: [T * top_k, S, rank] in the dtype of ``x`` and the order of the tables; without tables [parts, T * top_k, S, rank]
+            float32, parts of sums; None: a new tensor.
+
+    Returns:
+        v.
+
+    Raises:
+        ValueError: something does not fit, or no variant serves it; nothing was launched.
+    """
+    if v is None:
+        try:
+            v = _vectors(x, lora_a, tables)
+        except (AttributeError, IndexError, TypeError) as error:
+            OP.refuse(OP.named(v, x, lora_a, tables, runs, x_rows), error)
+    if torch.compiler.is_compiling():
+        _moe_shrink_op(v, x, lora_a, *tables, *runs, x_rows)
+    else:
+        _apply(v, x, lora_a, tables, runs, x_rows)
+    return v
+
+
+def _vectors(x: torch.Tensor, lora_a: Sequence[torch.Tensor], tables: MoeTables) -> torch.Tensor:
+    by_table = tables.block_m != 0
+    shape = vector_shape(lora_a, tables.num_tokens * tables.top_k, by_table)
+    return torch.empty(shape, dtype=x.dtype if by_table else torch.float32, device=x.device)
+
+
+def vector_shape(lora_a: Sequence[torch.Tensor], num_pairs: int, by_table: bool) -> tuple[int, ...]:
+    """The shape of v."""
+    rank, k = lora_a[0].shape[2:]
+    of_pairs = (num_pairs, len(lora_a), rank)
+    return of_pairs if by_table else (part_count(k), *of_pairs)
+
+
+def bind(
+    v: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    tables: MoeTables,
+    runs: MoeRuns,
+    x_rows: str,
+    op: str = "moe_shrink",
+) -> Call:
+    """The launch for calls that look like this one, of ``op``.
+
+    Raises:
+        ValueError: as ``moe_shrink``.
+    """
+    schedule, rows = ("pairs", f"{x_rows}_pair") if runs.runs is None else ("runs", f"{x_rows}_sorted")
+    problem = check(op, v, x, lora_a, tables, runs, dtype=None, rows=rows)
+    variant = VARIANTS.get(op, schedule=schedule, torch_dtype=x.dtype, rows=rows)
+    if problem.num_pairs == 0:
+        return _nothing
+    call: Call = variant.bind(problem, choose(schedule, problem))
+    return call
+
+
+def _nothing(*arguments: Any) -> None:
+    """The call of an empty batch."""
+
+
+_apply = OP.caller(bind)
+
+
+def _moe_shrink(v: torch.Tensor, x: torch.Tensor, lora_a: Sequence[torch.Tensor], *rest: Any) -> None:
+    _apply(v, x, lora_a, MoeTables(*rest[:11]), MoeRuns(*rest[11:16]), rest[16])
+
+
+_moe_shrink_op = runtime.op(
+    "moe_shrink(Tensor(a!) v, Tensor x, Tensor[] lora_a, Tensor topk_ids, Tensor? valid_tokens, Tensor? pairs, "
+    "Tensor? blocks, Tensor? num_blocks, SymInt num_tokens, int top_k, int num_experts, int local_expert_start, "
+    "SymInt tokens_hint, int block_m, Tensor token_lora_mapping, Tensor? adapter_enabled, Tensor? run_of_row, "
+    "Tensor? runs, int max_loras, str x_rows) -> ()",
+    _moe_shrink,
+)

@@ -1,0 +1,222 @@
+"""What the schedules of moe_shrink share: the sizes of a call, its checks, and which tiles serve it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import _operands as operands
+from .. import _runtime as runtime
+from ..moe_align._op import TABLES, MoeTables, max_blocks
+from ..moe_runs._op import RUNS, MoeRuns, settled_block_m
+from ._table import VARIANTS
+from ._tuned import TUNED
+
+
+class PairsConfig(NamedTuple):
+    """Tiles of pairs."""
+
+    block_r: int
+    block_k: int
+    num_warps: int
+    weight_policy: int = 0
+
+
+class RunsConfig(NamedTuple):
+    """Tiles of runs; rows: of a tile, block_r: its columns."""
+
+    rows: int
+    block_r: int
+    block_k: int
+    num_stages: int
+    num_warps: int
+    weight_policy: int = 0
+
+
+CONFIGS = {"pairs": PairsConfig, "runs": RunsConfig}
+Config = PairsConfig | RunsConfig
+
+# How the cache treats weights, by weight_policy: as any data, or as data that is read once.
+CACHE_POLICIES = ("", "evict_first")
+
+# (v, x, lora_a, tables, runs) of sizes that were checked before
+Call = Callable[[torch.Tensor, torch.Tensor, Sequence[torch.Tensor], MoeTables, MoeRuns], None]
+
+
+def _rows(values: Mapping[str, Any]) -> dict[str, int]:
+    """Rows of x, R."""
+    tables = values["tables"]
+    return {"R": tables.num_tokens * (1 if values["x_rows"] == "token" else tables.top_k)}
+
+
+OP = operands.Op(
+    "moe_shrink",
+    (
+        operands.Tensor("v", ("T*top_k, S, rank", "*, T*top_k, S, rank"), None, operands.CONTIGUOUS, made=True, written=True),
+        operands.Tensor("x", "R, K", "D"),
+        operands.Tensor("lora_a", ">=L, >=E, rank, K", "D", slices="alike"),
+        TABLES,
+        RUNS,
+        operands.Choice("x_rows", ("token", "pair", "sorted")),
+    ),
+    spec="specs/moe_shrink.yaml",
+    dtypes={"D": VARIANTS.dtypes},
+    first=("lora_a",),
+    tells=("x",),
+    sizes=_rows,
+)
+
+
+class Problem(NamedTuple):
+    """The sizes of one checked call; strides count elements, those of the weights run over (L, E, rank)."""
+
+    num_tokens: int
+    num_pairs: int
+    top_k: int
+    num_experts: int
+    local_expert_start: int
+    max_loras: int
+    tokens_hint: int
+    block_m: int
+    k: int
+    slices: int
+    rank: int
+    parts: int  # of K, that v has; 0: v is in the order of the tables
+    reads_token: bool
+    x_stride: int
+    a_strides: tuple[int, int, int]
+    device: torch.device
+
+
+def check(
+    variant: str,
+    v: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    tables: MoeTables,
+    runs: MoeRuns,
+    *,
+    dtype: torch.dtype | None,
+    rows: str,
+) -> Problem:
+    """The sizes of a call, once everything about it is known to fit; dtype of None: any.
+
+    Raises:
+        ValueError: says which argument does not fit, what it is and what was wanted.
+    """
+    reads, writes = rows.split("_")
+    by_table = writes == "sorted"
+    sizes = OP.check(variant, OP.named(v, x, lora_a, tables, runs, reads), D=dtype)
+    if by_table and (runs.runs is None or tables.block_m == 0):
+        runtime.fail(variant, "runs", "none", "runs", "make them with moe_align and moe_runs")
+    num_pairs, rank, k = tables.num_tokens * tables.top_k, sizes["rank"], sizes["K"]
+    of_pairs = (num_pairs, sizes["S"], rank)
+    shape, kind = (of_pairs, x.dtype) if by_table else ((part_count(k), *of_pairs), torch.float32)
+    if v.shape != shape or v.dtype != kind:
+        runtime.fail(variant, "v", runtime.describe(v), f"{list(shape)} {kind}", "None makes it")
+    over_l, over_e, over_r, _ = lora_a[0].stride()
+    if over_r * rank >= 2**31:
+        runtime.fail(variant, "lora_a", f"rows {over_r} elements apart", "an expert's matrix below 2**31 elements")
+    return Problem(
+        tables.num_tokens,
+        num_pairs,
+        tables.top_k,
+        tables.num_experts,
+        tables.local_expert_start,
+        runs.max_loras,
+        min(tables.tokens_hint, tables.num_tokens),
+        settled_block_m(tables),
+        k,
+        sizes["S"],
+        rank,
+        0 if by_table else part_count(k),
+        reads == "token",
+        x.stride(0),
+        (over_l, over_e, over_r),
+        x.device,
+    )
+
+
+def part_count(k: int) -> int:
+    """How many parts of K the vectors of pairs come in: enough programs for one token, and few numbers to add up."""
+    return runtime.cdiv(k, split_k(k))
+
+
+def split_k(k: int) -> int:
+    """Columns of a part."""
+    columns = 512
+    while runtime.cdiv(k, columns) > 8:
+        columns *= 2
+    return columns
+
+
+def programs(problem: Problem, config: RunsConfig) -> tuple[int, int, int, bool]:
+    """(blocks, programs for the runs of each, chunks of the columns of v, whether a chunk may be of several slices)."""
+    blocks = max_blocks(max(problem.tokens_hint, 1), problem.top_k, problem.num_experts, problem.block_m)
+    joined = runtime.traits(problem.device).mixed_pointers
+    chunks = problem.slices * runtime.cdiv(problem.rank, config.block_r)
+    if joined:
+        chunks = runtime.cdiv(problem.slices * problem.rank, config.block_r)
+    return blocks, min(problem.max_loras, 8), chunks, joined
+
+
+class Key(NamedTuple):
+    """What measured tiles are looked up by: the sizes of specs/tuned, and what its tags stand for."""
+
+    num_tokens: int  # the next power of two
+    top_k: int
+    num_experts: int
+    max_loras: int
+    block_m: int  # of the tables, 0: there are none
+    k: int
+    slices: int
+    rank: int
+    reads_token: bool  # a row of x a token, else one a pair
+    weight_scales: str | None
+    x_scales: str | None
+
+
+def choose(schedule: str, problem: Problem) -> Any:
+    """The tiles for a call, from host integers alone: the same call always gets the same.
+
+    The number of tokens counts by its blocks, so that the compile keys of a model are a short list.
+    """
+    device = runtime.traits(problem.device)
+    tokens = min(runtime.next_power_of_2(problem.tokens_hint), 4096)
+    layer = (problem.top_k, problem.num_experts, problem.max_loras, problem.block_m, problem.k, problem.slices, problem.rank)
+    key = Key(tokens, *layer, problem.reads_token, None, None)
+
+    def rule(_: str | None) -> tuple[str, Config]:
+        columns = problem.rank * (problem.slices if device.mixed_pointers else 1)
+        sizes = (problem.block_m, problem.k, columns, problem.reads_token)
+        return schedule, _choose(schedule, *sizes, device.shared_memory, device.max_stages)
+
+    return runtime.choose(TUNED, key, device, CONFIGS, rule, lambda other: other == schedule)[1]
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(schedule: str, *sizes: Any) -> Config:
+    return _pairs(*sizes) if schedule == "pairs" else _runs(*sizes)
+
+
+def _pairs(block_m: int, k: int, columns: int, reads_token: bool, shared_memory: int, max_stages: int) -> PairsConfig:
+    return PairsConfig(32 if columns >= 32 else 8, min(256, max(64, runtime.next_power_of_2(k))), 4, 1)
+
+
+def _runs(block_m: int, k: int, columns: int, reads_token: bool, shared_memory: int, max_stages: int) -> RunsConfig:
+    rows, block_r, block_k, stages = (_OF_TOKENS if reads_token else _OF_PAIRS)[block_m]
+    block_r = min(block_r, max(16, runtime.next_power_of_2(columns)))
+    stages = min(stages if block_r < 128 else 3, max_stages)
+    while block_k > 32 and k % block_k:
+        block_k //= 2
+    while block_k > 32 and stages * 2 * block_k * (rows + block_r) > shared_memory - 4096:
+        block_k //= 2
+    return RunsConfig(rows, block_r, block_k, stages, 4)
+
+
+# block_m -> rows, most columns, block_k and stages: few rows of an adapter ask for much of K at a time.
+_OF_TOKENS = {16: (16, 32, 256, 4), 32: (16, 32, 256, 4), 64: (32, 64, 128, 3), 128: (64, 128, 64, 4)}
+_OF_PAIRS = {16: (16, 32, 128, 4), 32: (16, 32, 128, 4), 64: (32, 64, 128, 3), 128: (64, 64, 64, 4)}

@@ -1,0 +1,172 @@
+"""Cases of the rank vectors of a layer with adapters.
+
+Everything that a kernel must not read is poison (NaN): rows of x of pairs without an adapter, factors that no pair has, what
+lies between and around rows, entries of tables behind what counts. What is not written keeps its bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from types import ModuleType
+from typing import Any, Callable, Mapping, Sequence
+
+import torch
+
+from kernelgen.buffers import allocate, allocate_sparse, positions, row_major, seal
+from kernelgen.families.case import Case as BaseCase
+from kernelgen.families.case import Tags, worst_ratio
+from kernelgen.families.lora_inputs import dtype_of, sealed, unchanged
+from kernelgen.families.moe_adapters import HUGE, Adapters, factors, live_of
+from kernelgen.families.moe_adapters import draw as draw_adapters
+from kernelgen.families.moe_experts import SPREAD, Experts, draw
+from kernelgen.families.moe_gemm.cases import tables_of
+from kernelgen.families.moe_runs.reference import moe_runs
+from kernelgen.families.moe_shrink.reference import moe_shrink
+
+BODY = ("schedule", "rows")
+_SPREAD = Adapters("spread", 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case(BaseCase):
+    """Sizes and layout of one call.
+
+    Attributes:
+        few: at most so many tokens for a variant that takes pairs one by one, where more show nothing more.
+        hint: tokens that the grid is sized for, None: all.
+        a_layout: of the factors, a key of ``LAYOUTS`` of moe_adapters.
+        x_row: elements from a row of x to the next, None: K and 8 more.
+        offset: elements that x starts behind a 16-byte boundary.
+        nan_token: rows of x of this token are NaN.
+        own_tiles: the variant chooses its tiles itself.
+    """
+
+    tokens: int = 5
+    few: int = 3
+    top_k: int = 2
+    experts: int = 3
+    k: int = 40
+    slices: int = 1
+    rank: int = 12
+    block_m: int = 16
+    hint: int | None = None
+    routing: Experts = SPREAD
+    adapters: Adapters = _SPREAD
+    a_layout: str = "packed"
+    x_row: int | None = None
+    offset: int = 0
+    nan_token: int | None = None
+    own_tiles: bool = False
+
+
+_ONE = Experts("one")
+_RUNS = {"schedule": ("runs",)}
+_LAST = Adapters("one", 2)
+
+CASES = (
+    Case("one", "every size is one", tokens=1, top_k=1, experts=1, k=1, rank=1, adapters=Adapters("one", 1)),
+    Case("eq_tile", "one full tile", tokens=16, top_k=1, routing=_ONE, k=64, rank=16, adapters=_LAST),
+    Case("gt_tile", "full tiles, then a row", tokens=33, top_k=1, routing=_ONE, k=96, rank=32, adapters=_LAST),
+    Case(
+        "ragged",
+        "no size divides; pairs without an adapter, with one that is disabled, with experts that are elsewhere",
+        core=True,
+        tokens=11,
+        few=9,
+        k=72,
+        slices=2,
+        routing=Experts("mixed", start=2, valid=10),
+        adapters=Adapters("mixed", 3, (1,)),
+    ),
+    Case("gt_part", "two parts of K, the last one short", k=600, tokens=3),
+    Case("slices_3", "the third slice, where a tile is of several", slices=3, rank=24),
+    Case("rank_65", "columns behind a tile", tokens=2, slices=2, rank=65),
+    Case("high_blocks", "rows of a block in several tiles", only=_RUNS, tokens=70, experts=2, block_m=64, adapters=_LAST),
+    Case(
+        "many_runs",
+        "more runs of a block than programs",
+        only=_RUNS,
+        tokens=24,
+        top_k=1,
+        routing=_ONE,
+        adapters=Adapters("spread", 12),
+    ),
+    Case("hint_too_low", "programs that take many blocks", only=_RUNS, tokens=40, hint=1),
+    Case("empty", "a launch without programs", tokens=0, few=0),
+    Case("no_adapter", "a graph for adapters, replayed without one", routing=SPREAD, adapters=Adapters("none")),
+    Case("no_valid_token", "a step of padding alone", routing=Experts(valid=0)),
+    Case("shared_experts", "factors stored once for all experts: stride 0", a_layout="shared", slices=2),
+    Case("unaligned", "odd strides, a base that is not 16-byte aligned", k=33, x_row=35, offset=1),
+    Case("huge_adapters", "32-bit offsets of adapters wrap", a_layout="huge_adapters"),
+    Case("huge_experts", "32-bit offsets of experts wrap", a_layout="huge_experts", experts=2),
+    Case("huge_rows", "32-bit offsets of rows wrap", x_row=HUGE // 4, tokens=4, few=4),
+    Case("nan_row", "a NaN stays with the pairs of its token", tokens=8, nan_token=1, routing=_ONE, adapters=_LAST),
+    Case("own_tiles", "the tiles that the rule takes", own_tiles=True, tokens=20, k=600, slices=2),
+)
+
+
+def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: Case, device: str) -> float:
+    """Run ``case`` on a variant's launcher; return the worst error over its bound.
+
+    Raises:
+        AssertionError: the variant is wrong.
+    """
+    few, dtype, reads = tags["schedule"] == "pairs", dtype_of(tags), tags["rows"].split("_")[0]
+    tokens, rng, numbers = min(case.tokens, case.few) if few else case.tokens, case.random(), case.generator()
+    routed = draw(case.routing, tokens, case.top_k, case.experts, rng, device)
+    adapters = draw_adapters(case.adapters, tokens, rng, device)
+    num_pairs = tokens * case.top_k
+    wanted = moe_runs(routed.local, adapters.of_token, top_k=case.top_k, block_m=case.block_m)
+    x = _x(case, reads, num_pairs, wanted.order, adapters.of_token, numbers, dtype, device)
+    shape = (adapters.loras, case.experts, case.rank, case.k)
+    a = factors(shape, case.slices, case.a_layout, live_of(routed.local, adapters.of_token, case.top_k), numbers, dtype, device)
+    tables, runs, ints = tables_of(package, case, routed, few, device, adapters)
+    vectors: tuple[int, ...] = (num_pairs, case.slices, case.rank)
+    if few:
+        vectors = (-(-case.k // 512), *vectors)
+    v = allocate(vectors, row_major(vectors), torch.float32 if few else dtype, device)
+    inputs, guarded = sealed({"x": x, **{f"lora_a[{s}]": w for s, w in enumerate(a)}, **ints}), seal(v)
+    launcher(v, x, a, tables, runs, config=None if case.own_tiles else tiles(launcher))
+    unchanged(inputs)
+    exact = moe_shrink(x, a, wanted.order, adapters.of_token, num_pairs=num_pairs, rows=tags["rows"])
+    rows = exact.written.to(device)
+    stray = int((guarded.changed() & ~positions(guarded, rows[:, None].expand(v.shape[:-1]))).sum())
+    assert not stray, f"v: {stray} elements changed beside pairs with an adapter"
+    found = v.sum(0) if few else v
+    return worst_ratio(found[rows].cpu(), exact.value[rows].cpu(), exact.bound[rows].cpu())
+
+
+def _x(
+    case: Case,
+    reads: str,
+    num_pairs: int,
+    order: Sequence[Any],
+    of_token: Sequence[int | None],
+    numbers: torch.Generator,
+    dtype: torch.dtype,
+    device: str,
+) -> torch.Tensor:
+    """Numbers where a pair that reads the row has an adapter."""
+    row = case.x_row or case.k + 8
+    shape = (len(of_token) if reads == "token" else num_pairs, case.k)
+    if row >= HUGE // 4:
+        x = allocate_sparse(shape, (row, 1), dtype, device)
+    else:
+        x = allocate(shape, (row, 1), dtype, device, offset=case.offset)
+    for place, (pair, _) in enumerate(order):
+        token = pair // case.top_k
+        if of_token[token] is not None:
+            drawn = torch.randn(case.k, generator=numbers).to(x)
+            x[{"token": token, "pair": pair, "sorted": place}[reads]] = math.nan if token == case.nan_token else drawn
+    return x
+
+
+def tiles(launcher: Callable[..., None]) -> Any:
+    """Tiles that small shapes can be less than, equal to and greater than."""
+    config = sys.modules[launcher.__module__].Config
+    known: Mapping[str, int] = {"rows": 16, "block_r": 16, "block_k": 32, "num_stages": 2, "num_warps": 4}
+    if "rows" not in config._fields:
+        known = {"block_r": 8, "block_k": 64, "num_warps": 4}
+    return config(**known)

@@ -1,0 +1,187 @@
+"""What holds for a layer with adapters: of ``fused_moe``, and of the ops that it is made of."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from types import ModuleType
+from typing import Any, Sequence
+
+import torch
+
+from kernelgen.buffers import bits, poison_
+from kernelgen.families.case import Law, Variant, worst_ratio
+from kernelgen.families.fused_moe import Lora, fused_moe
+from kernelgen.families.moe_adapters import Adapters, factors, live_of
+from kernelgen.families.moe_adapters import draw as draw_adapters
+from kernelgen.families.moe_experts import Experts
+from kernelgen.families.moe_gemm.laws import Layer, about, fp8_layer, layer, tensors
+
+
+def with_adapters(
+    package: ModuleType, call: Layer, how: Adapters, ranks: tuple[int, int], *, layout: str = "packed", seed: int = 0
+) -> Layer:
+    """The layer with adapters, whose factors are NaN where no pair has them."""
+    tokens, top_k = call.routed.topk_ids.shape
+    experts, width, inter = call.w2.shape
+    device, slices = str(call.hidden.device), call.w13.shape[1] // inter
+    drawn = draw_adapters(how, tokens, random.Random(seed), device)
+    live = live_of(call.routed.local, drawn.of_token, top_k)
+    numbers = torch.Generator().manual_seed(seed)
+
+    def make(rows: int, columns: int, count: int) -> list[torch.Tensor]:
+        return factors((drawn.loras, experts, rows, columns), count, layout, live, numbers, call.hidden.dtype, device)
+
+    first = make(ranks[0], width, slices), make(inter, ranks[0], slices)
+    last = make(ranks[1], inter, 1), make(width, ranks[1], 1)
+    lora = package.FusedMoeLora(drawn.token_lora_mapping, *first, *last, drawn.adapter_enabled)
+    return call._replace(lora=lora, adapters=tuple(drawn.of_token))
+
+
+_HOW = (Adapters("mixed", 3), Adapters("spread", 4, (0, 2)), Adapters("none"), Adapters("one", 2))
+_ROUTINGS = (Experts(), Experts("mixed", start=2), Experts("mixed", start=1, valid=2))
+
+
+def layers_with_adapters(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """fused_moe with adapters is within its bound, in a workspace that is used again and without, whatever the hint; and
+    tokens without an adapter have the bits of the layer without adapters."""
+    workspace = _workspace(package, device, 22)
+    for buffer in (*workspace[:5], *workspace[7:]):
+        poison_(buffer)
+    routings, hints, layouts = itertools.cycle(_ROUTINGS), itertools.cycle((None, 1, 1000)), itertools.cycle(("packed", "shared"))
+    of_ranks = itertools.cycle(((5, 16), (24, 7), (80, 33)))
+    kinds = itertools.cycle((("swiglu", torch.bfloat16), ("relu2", torch.float16), ("swiglu", torch.float16)))
+    for number, tokens in enumerate((1, 6, 3, 22, 4, 6, 22, 22)):
+        how = _HOW[number % len(_HOW)]
+        routing, hint, ranks, layout = next(routings), next(hints), next(of_ranks), next(layouts)
+        activation, dtype = next(kinds)
+        base = layer(tokens, routing, device, activation=activation, dtype=dtype)
+        call = with_adapters(package, base, how, ranks, layout=layout)
+        space = workspace if number % 2 and dtype == torch.bfloat16 else None
+        out = call.run(package, num_tokens_hint=hint, workspace=space)
+        what = f"{tokens} tokens, {how}, {routing}, ranks {ranks}, {activation}, hint {hint}"
+        about(lambda call=call, out=out: call.verify(out), what)  # type: ignore[misc]
+        alone = [token for token, adapter in enumerate(call.adapters) if adapter is None]
+        plain = base.run(package, num_tokens_hint=hint)
+        assert torch.equal(bits(out[alone]), bits(plain[alone])), f"{what}: tokens without an adapter differ"
+
+
+def fp8_weights_with_adapters(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """Layers with FP8 weights and adapters in 16 bits are within their bound, and without an adapter as they were."""
+    for tokens, scales in ((2, "group"), (7, "tensor"), (7, "channel"), (7, "group")):
+        base = fp8_layer(package, tokens, Experts("mixed"), device, (scales, None, "swiglu"), experts=3)
+        call = with_adapters(package, base, Adapters("mixed"), (24, 16))
+        out = call.run(package)
+        about(lambda call=call, out=out: call.verify(out), f"{tokens} tokens, scales {scales}")  # type: ignore[misc]
+        alone = [token for token, adapter in enumerate(call.adapters) if adapter is None]
+        assert torch.equal(bits(out[alone]), bits(base.run(package)[alone])), f"{tokens} tokens, scales {scales}"
+
+
+def a_row_does_not_know_its_batch(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """In another order, among other adapters and behind padding a token has the same bits, of one schedule and its tiles."""
+    tokens = 12
+    for rank in (24, 40):
+        call = with_adapters(package, layer(tokens, Experts(), device), Adapters("spread", 5), (rank, rank))
+        wanted = call.run(package, num_tokens_hint=tokens)
+        turn = torch.roll(torch.arange(tokens), 5).to(device)
+        others = call.lora.token_lora_mapping[turn].clone()
+        others[::3] = -1
+        routed = call.routed._replace(topk_ids=call.routed.topk_ids[turn].contiguous())
+        turned = call._replace(hidden=call.hidden[turn], topk_weights=call.topk_weights[turn].contiguous(), routed=routed)
+        found = turned._replace(lora=call.lora._replace(token_lora_mapping=others)).run(package, num_tokens_hint=tokens)
+        kept = others.cpu() >= 0
+        assert torch.equal(bits(found[kept]), bits(wanted[turn][kept])), f"rank {rank}"
+
+
+def the_ops_one_by_one(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """moe_runs, moe_shrink, moe_gemm and moe_sum make the bits of fused_moe."""
+    for tokens in (3, 9):
+        call = with_adapters(package, layer(tokens, Experts("mixed", start=1), device), Adapters("mixed"), (12, 20))
+        routed, lora = call.routed, call.lora
+        few, num_pairs = tokens <= 4, routed.topk_ids.numel()
+        routing = {"num_experts": routed.num_experts, "local_expert_start": routed.start}
+        options = {"max_loras": lora.a2[0].shape[0], "block_m": 0 if few else None}
+        tables, runs = package.moe_runs(routed.topk_ids, lora.token_lora_mapping, **routing, **options)
+        between = "pair" if few else "sorted"
+        h = call.hidden.new_zeros(num_pairs, call.w2.shape[2])
+        v = package.moe_shrink(call.hidden, lora.a13, tables, runs, x_rows="token")
+        given = {"v": v, "lora_b": lora.b13, "runs": runs, "activation": "swiglu"}
+        package.moe_gemm(h, call.hidden, call.w13, tables, x_rows="token", out_rows=between, **given)
+        v = package.moe_shrink(h, lora.a2, tables, runs, x_rows=between)
+        out = torch.zeros(call.hidden.shape, device=device)
+        given = {"v": v, "lora_b": lora.b2, "runs": runs, "x_rows": between}
+        if few:
+            package.moe_gemm(out, h, call.w2, tables, out_rows="token", topk_weights=call.topk_weights, **given)
+        else:
+            y = call.hidden.new_zeros(*routed.topk_ids.shape, out.shape[1])
+            package.moe_gemm(y, h, call.w2, tables, **given)
+            package.moe_sum(y, routed.topk_ids, topk_weights=call.topk_weights, out=out, **routing)
+        assert torch.equal(out, call.run(package)), f"{tokens} tokens"
+
+
+def one_graph_serves_every_batch(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """A captured graph gives the bits of eager calls for all routings, numbers of tokens, and adapters of these."""
+    for tokens, hint in ((4, None), (64, None), (64, 3)):
+        first = with_adapters(package, layer(tokens, Experts(valid=tokens), device), Adapters("spread", 4, (1,)), (16, 24))
+        for a in (*first.lora.a13, *first.lora.b13, *first.lora.a2, *first.lora.b2):
+            a.copy_(torch.randn_like(a, dtype=torch.float32) * a.shape[-1] ** -0.5)
+        out = torch.zeros_like(first.hidden)
+        options = {"num_tokens_hint": hint, "workspace": _workspace(package, device, tokens), "out": out}
+        first.run(package, **options)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            first.run(package, **options)
+        for seed, (how, valid) in enumerate(itertools.product(_HOW, (0, 1, tokens))):
+            call = layer(tokens, Experts("mixed", valid=valid), device, seed=seed)
+            drawn = draw_adapters(Adapters(how.kind, 4, (seed % 4,)), tokens, random.Random(seed), device)
+            of_adapters = zip((first.lora[0], first.lora[5]), drawn[:2], strict=True)
+            for held, new in (*tensors(first, call), *of_adapters):
+                held.copy_(new)
+            out.fill_(torch.nan)
+            graph.replay()
+            torch.cuda.synchronize()
+            now = call._replace(lora=first.lora, adapters=tuple(drawn.of_token))
+            about(lambda now=now, out=out: now.verify(out), f"{tokens} tokens, {how}, {valid} valid")  # type: ignore[misc]
+            eager = first.run(package, **{**options, "out": torch.full_like(out, torch.nan)})
+            assert torch.equal(bits(eager), bits(out)), f"{tokens} tokens, {how}, {valid} valid"
+
+
+def real_sizes(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """The tiles of all batch sizes, at widths of real models: a sample of tokens of each."""
+    for tokens, rank in itertools.product((1, 4, 16, 256, 1024, 4096), (16, 24, 64)):
+        base = layer(tokens, Experts(valid=tokens), device, hidden=2048, inter=768, top_k=8, experts=128)
+        call = with_adapters(package, base, Adapters("mixed", 4), (rank, rank))
+        for factor in (*call.lora.a13, *call.lora.b13, *call.lora.a2, *call.lora.b2):
+            factor.nan_to_num_()  # of two adapters in one tile each is read for the rows of both
+        out = call.run(package, out=torch.full_like(call.hidden, torch.nan))
+        chosen = sorted({0, 1, tokens // 2, tokens - 1} & set(range(tokens)))
+        local = [item for item in call.routed.local if item.pair // 8 in chosen]
+        exact = fused_moe(
+            call.hidden,
+            call.w13,
+            call.w2,
+            local,
+            call.topk_weights,
+            activation="swiglu",
+            num_tokens=tokens,
+            dtype=out.dtype,
+            lora=Lora(call.adapters, *call.lora[1:5]),
+        )
+        rows = (each[chosen].cpu() for each in (out, exact.out, exact.bound))
+        about(lambda rows=rows: worst_ratio(*rows), f"{tokens} tokens, rank {rank}")  # type: ignore[misc]
+
+
+LAWS = (
+    Law(layers_with_adapters),
+    Law(fp8_weights_with_adapters),
+    Law(a_row_does_not_know_its_batch),
+    Law(the_ops_one_by_one),
+    Law(one_graph_serves_every_batch, needs_gpu=True),
+    Law(real_sizes, needs_gpu=True),
+)
+
+
+def _workspace(package: ModuleType, device: str, tokens: int) -> Any:
+    sizes = {"max_tokens": tokens, "top_k": 3, "num_experts": 4, "hidden": 72, "intermediate": 40}
+    return package.fused_moe_workspace(**sizes, max_rank=80, device=device)

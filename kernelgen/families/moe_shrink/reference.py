@@ -1,0 +1,63 @@
+"""Rank vectors of a layer with adapters in fp64, and how far a right kernel can be from them.
+
+For every local pair p = t * top_k + j of expert e that has an adapter l, and every slice s:
+
+    v[p, s] = x[from(p)] . A_s[l, e]^T
+
+formed in fp32 as in ``lora_shrink``, and rounded to the dtype of x where v is in the order of the tables.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Sequence
+
+import torch
+
+from kernelgen.families.lora_shrink.reference import dot
+from kernelgen.families.moe_align.reference import Local
+from kernelgen.families.moe_gemm.reference import cast_error
+from kernelgen.families.moe_runs.reference import Adapters
+
+
+class Expected(NamedTuple):
+    """What v should hold, fp64; a right kernel is never further off than ``bound``."""
+
+    value: torch.Tensor  # [num_pairs, S, rank]
+    bound: torch.Tensor
+    written: torch.Tensor  # [num_pairs] bool
+
+
+def moe_shrink(
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    order: Sequence[Local],
+    adapters: Adapters,
+    *,
+    num_pairs: int,
+    rows: str,
+) -> Expected:
+    """The exact vectors for operands as they are, and the bound on a kernel's error.
+
+    Args:
+        x: [T, K] or [num_pairs, K], in the order that ``rows`` names first: "token", "pair" or "sorted".
+        lora_a: S tensors [L, E, rank, K].
+        order: local pairs in the order of the tables.
+        adapters: of each token.
+        rows: "token_sorted", "sorted_sorted", "token_pair" or "pair_pair"; sorted vectors are rounded.
+    """
+    top_k, (reads, writes) = num_pairs // max(len(adapters), 1), rows.split("_")
+    shape = (num_pairs, len(lora_a), lora_a[0].shape[2])
+    value, bound = (torch.zeros(shape, dtype=torch.float64, device=x.device) for _ in range(2))
+    written = torch.zeros(num_pairs, dtype=torch.bool)
+    for place, (pair, expert) in enumerate(order):
+        adapter = adapters[pair // top_k]
+        if adapter is None:
+            continue
+        row, to = {"token": pair // top_k, "pair": pair, "sorted": place}[reads], place if writes == "sorted" else pair
+        written[to] = True
+        for s, a in enumerate(lora_a):
+            total, error = dot(a[adapter, expert], x[row], scaled=False)
+            if writes == "sorted":
+                error = error + cast_error(total.abs() + error, x.dtype)
+            value[to, s], bound[to, s] = total, error
+    return Expected(value, bound, written)

@@ -1,0 +1,103 @@
+"""The sum over the experts of each token."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import _runtime as runtime
+from ._problem import OP, Call, check, choose
+from ._table import VARIANTS
+
+
+def moe_sum(
+    y: torch.Tensor,
+    topk_ids: torch.Tensor,
+    *,
+    num_experts: int,
+    local_expert_start: int = 0,
+    topk_weights: torch.Tensor | None = None,
+    valid_tokens: torch.Tensor | None = None,
+    num_tokens_hint: int | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """out[t] = the sum over the local experts of token t of w[t, j] * y[t, j], in fp32, rounded once.
+
+    Args:
+        y: [T, top_k, N] bfloat16 or float16, stride(0) == top_k * stride(1); rows of pairs that are not local are not read.
+        topk_ids: [T, top_k] int32 or int64, global ids.
+        num_experts, local_expert_start: the global ids that are local.
+        topk_weights: [T, top_k] float, w; None: 1.
+        valid_tokens: int32 on the device, how many of the T rows are tokens; None: all.
+        num_tokens_hint: how many tokens to expect, for the size of the grid; None: T. Any number is right.
+        out: [T, N] in any float dtype, of which rows from ``valid_tokens`` on keep their bytes; None: a new float32
+            tensor, in which they are zero.
+
+    Raises:
+        ValueError: something does not fit, or no variant serves it; nothing was launched.
+    """
+    zeroes = out is None
+    if out is None:
+        try:
+            out = torch.empty((y.shape[0], y.shape[-1]), dtype=torch.float32, device=y.device)
+        except (AttributeError, IndexError) as error:
+            routing = (topk_ids, topk_weights, valid_tokens, num_experts, local_expert_start, num_tokens_hint)
+            OP.refuse(OP.named(out, y, *routing, zeroes), error)
+    arguments = (
+        out,
+        y,
+        topk_ids,
+        topk_weights,
+        valid_tokens,
+        num_experts,
+        local_expert_start,
+        num_tokens_hint,
+        zeroes,
+    )
+    (_moe_sum_op if torch.compiler.is_compiling() else _apply)(*arguments)
+    return out
+
+
+def bind(
+    out: torch.Tensor,
+    y: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    valid_tokens: torch.Tensor | None,
+    num_experts: int,
+    local_expert_start: int,
+    num_tokens_hint: int | None,
+    zeroes: bool,
+) -> Call:
+    """The launch for calls that look like this one.
+
+    Raises:
+        ValueError: as ``moe_sum``.
+    """
+    problem = check(
+        "moe_sum",
+        out,
+        y,
+        topk_ids,
+        topk_weights,
+        valid_tokens,
+        num_experts=num_experts,
+        local_expert_start=local_expert_start,
+        num_tokens_hint=num_tokens_hint,
+    )
+    variant = VARIANTS.get("moe_sum", torch_dtype=y.dtype, weighted=topk_weights is not None, zeroes=zeroes)
+    if problem.num_tokens == 0:
+        return _nothing
+    call: Call = variant.bind(problem, choose(problem))
+    return call
+
+
+def _nothing(*arguments: object) -> None:
+    """The call of an empty batch."""
+
+
+_apply = OP.caller(bind)
+_moe_sum_op = runtime.op(
+    "moe_sum(Tensor(a!) out, Tensor y, Tensor topk_ids, Tensor? topk_weights, Tensor? valid_tokens, int num_experts, "
+    "int local_expert_start, SymInt? num_tokens_hint, bool zeroes) -> ()",
+    _apply,
+)

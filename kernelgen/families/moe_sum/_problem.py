@@ -1,0 +1,123 @@
+"""What the variants of moe_sum share: the sizes of a call, its checks, and which tiles serve it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from .. import _operands as operands
+from .. import _runtime as runtime
+from ..moe_align._op import ROUTING
+from ._table import VARIANTS
+from ._tuned import TUNED
+
+
+class Config(NamedTuple):
+    """Tiles of moe_sum."""
+
+    block_n: int
+    num_warps: int
+
+
+CONFIGS = {"moe_sum": Config}
+
+OP = operands.Op(
+    "moe_sum",
+    (
+        operands.Tensor("out", "T, N", operands.FLOATS, made=True, written=True),
+        operands.Tensor("y", "T, top_k, N", "D", operands.PAIRS),
+        ROUTING[0],
+        operands.Tensor("topk_weights", "T, top_k", operands.FLOATS, operands.CONTIGUOUS, optional=True),
+        *ROUTING[1:],
+        operands.Flag("zeroes", public=False),
+    ),
+    spec="specs/moe_sum.yaml",
+    dtypes={"D": VARIANTS.dtypes},
+    first=("topk_ids", "y"),
+    tells=("out",),
+)
+
+# (out, y, topk_ids, topk_weights, valid_tokens) of sizes that were checked before
+Call = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    None,
+]
+
+
+class Problem(NamedTuple):
+    """The sizes of one checked call; strides count elements."""
+
+    num_tokens: int
+    top_k: int
+    num_experts: int
+    local_expert_start: int
+    tokens_hint: int
+    n: int
+    out_stride: int
+    y_stride: int
+    device: torch.device
+
+
+def check(
+    variant: str,
+    out: torch.Tensor,
+    y: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    valid_tokens: torch.Tensor | None,
+    *,
+    num_experts: int,
+    local_expert_start: int,
+    num_tokens_hint: int | None,
+    dtype: torch.dtype | None = None,
+    weighted: bool = False,
+) -> Problem:
+    """The sizes of a call, once everything about it is known to fit; ``weighted``: with ``topk_weights``, whatever comes.
+
+    Raises:
+        ValueError: says which argument does not fit, what it is and what was wanted.
+    """
+    routing = (topk_ids, topk_weights, valid_tokens, num_experts, local_expert_start, num_tokens_hint)
+    sizes = OP.check(variant, OP.named(out, y, *routing, False), D=dtype)
+    if weighted and topk_weights is None:
+        wanted = f"[{sizes['T']}, {sizes['top_k']}]"
+        runtime.fail(variant, "topk_weights", None, wanted, "a variant without them sums as they are")
+    num_tokens, top_k = sizes["T"], sizes["top_k"]
+    return Problem(
+        num_tokens,
+        top_k,
+        num_experts,
+        local_expert_start,
+        num_tokens if num_tokens_hint is None else num_tokens_hint,
+        sizes["N"],
+        out.stride(0),
+        y.stride(1 if top_k > 1 else 0),
+        y.device,
+    )
+
+
+class Key(NamedTuple):
+    """What measured tiles are looked up by: the sizes of specs/tuned, and what its tags stand for."""
+
+    num_tokens: int  # the next power of two
+    top_k: int
+    n: int
+
+
+def choose(problem: Problem) -> Config:
+    """The tiles for a call: those that were measured, else the rule's."""
+    tokens = min(runtime.next_power_of_2(problem.tokens_hint), 4096)  # the largest that is measured
+    key, device = Key(tokens, problem.top_k, problem.n), runtime.traits(problem.device)
+    return runtime.choose(TUNED, key, device, CONFIGS, lambda _: ("moe_sum", _rule(problem)))[1]
+
+
+def _rule(problem: Problem) -> Config:
+    """Enough programs for few tokens, 16 bytes a lane for many."""
+    n = problem.n
+    wanted = 512 if problem.tokens_hint <= 64 else 1024
+    while wanted > 128 and n % wanted:
+        wanted //= 2
+    block_n = wanted if n % wanted == 0 else min(1024, max(64, runtime.next_power_of_2(n)))
+    return Config(block_n, 4 if block_n > 512 else 2)
