@@ -461,7 +461,8 @@ def _gemv(s: _Shape) -> GemvConfig:
         return GemvConfig(2, block_k, 1, 1)
     if s.rank and s.slices == 2 and s.weight_scales == "group":
         return GemvConfig(4, block_k, 2, 1)  # one warp has no registers for scales of parts and for factors
-    return GemvConfig(2 if own and s.tokens > 2 else 4, block_k, 1 if s.slices == 2 or s.k > 1024 else 2, 1)
+    few_columns = s.rank and s.slices == 2 and s.weight_scales is not None  # or FP8 weights and factors fill the registers
+    return GemvConfig(2 if few_columns or (own and s.tokens > 2) else 4, block_k, 1 if s.slices == 2 or s.k > 1024 else 2, 1)
 
 
 # block_m -> block_n, block_k, stages, warps of the first projection with its two halves, and of any other product
