@@ -1,14 +1,14 @@
-"""A whole MoE layer with LoRA adapters on generated kernels, behind its router: how the ops go together.
+"""A whole MoE layer with the LoRA adapters that were read for it, behind its router: ``fused_moe``, which adds them inside of its
+products. All of it stays on the device and is safe in a CUDA graph.
 
-    rows[p]  = x[t] . W13[e]^T                                      moe_gemm
+An engine whose base products are its own adds adapters to their rows instead, for every pair p = t * top_k + j of expert e:
+
+    rows[p]  = x[t] . W13[e]^T
     rows[p] += adapter's delta, by slices gate and up               moe_lora
     h[p]     = act(rows[p])                                         moe_act
-    y[p]     = w[p] * (h[p] . W2[e]^T)                              moe_gemm
+    y[p]     = w[p] * (h[p] . W2[e]^T)
     y[p]    += w[p] * adapter's delta                               moe_lora
     out[t]   = sum over j of y[t * top_k + j]                       moe_sum
-
-for every pair p = t * top_k + j of expert e. All of it stays on the device and is safe in a CUDA graph. A batch without any
-adapter needs none of the rows: ``fused_moe`` keeps them on the chip, or in the order that suits its kernels.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ import torch
 
 from .peft import ExpertShape, LayerBuffers, SliceBuffers
 
-_FEW_TOKENS = 4  # that stream weights pair by pair, as fused_moe does
-
 
 @dataclasses.dataclass(frozen=True)
 class MoeLayer:
@@ -32,7 +30,7 @@ class MoeLayer:
         kernels: the generated package, under whatever name it was imported.
         w13: [E, 2 * I, H], the gate, then the linear half.
         w2: [E, H, I].
-        lora: the adapters, from ``stack_adapters``; None: this layer has none.
+        lora: the adapters, from ``stack_adapters``, their numbers finite; None: this layer has none.
 
     Raises:
         ValueError: weights and adapters are not of the same experts, dtype and device.
@@ -46,7 +44,7 @@ class MoeLayer:
     def __post_init__(self) -> None:
         for name, weight in (("w13", self.w13), ("w2", self.w2)):
             _check_tensor(name, weight)
-        if not hasattr(self.kernels, "moe_lora"):
+        if not hasattr(self.kernels, "fused_moe"):
             raise ValueError(
                 f"kernels: got {type(self.kernels).__name__}, wanted the generated package"
             )
@@ -69,7 +67,6 @@ class MoeLayer:
         topk_weights: torch.Tensor,
         token_lora_mapping: torch.Tensor | None,
         *,
-        assignment: str = "auto",
         workspace: Any = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -78,8 +75,7 @@ class MoeLayer:
         Args:
             topk_ids, topk_weights: [T, top_k], contiguous.
             token_lora_mapping: [T] int32, the adapter of each token, -1: none; None: no token has one.
-            assignment: as in ``moe_route``.
-            workspace: from the package's ``moe_workspace``, for the adapters; None allocates.
+            workspace: from the package's ``fused_moe_workspace``, with ``max_rank`` for the adapters; None allocates.
             out: [T, H] in the dtype of ``hidden``; None makes it.
 
         Raises:
@@ -92,33 +88,11 @@ class MoeLayer:
         if topk_ids.dim() != 2:
             raise ValueError(f"topk_ids: got {list(topk_ids.shape)}, wanted [T, top_k]")
         out = torch.empty_like(hidden) if out is None else out
-        if lora is None or token_lora_mapping is None:
-            layer = (hidden, self.w13, self.w2, topk_ids, topk_weights)
-            kg.fused_moe(*layer, activation="swiglu", out=out)
-            return out
-
-        (num_tokens, top_k), (num_experts, width, inter) = topk_ids.shape, self.w2.shape
-        route = kg.moe_route(
-            topk_ids,
-            token_lora_mapping,
-            num_experts=num_experts,
-            max_loras=lora.down.a[0].shape[0],
-            adapter_enabled=lora.adapter_enabled,
-            assignment=assignment,
-            workspace=workspace,
-            rank=lora.down.a[0].shape[2],
-        )
-        make = kg.no_tables if num_tokens <= _FEW_TOKENS else kg.moe_align
-        tables = make(topk_ids, num_experts=num_experts)
-        rows = hidden.new_empty(num_tokens, top_k, 2 * inter)
-        kg.moe_gemm(rows, hidden, self.w13, tables, x_rows="token")
-        kg.moe_lora(rows, hidden, *lora.gate_up, route)
-        h = hidden.new_empty(num_tokens * top_k, inter)
-        kg.moe_act(h, rows, topk_ids, activation="swiglu", num_experts=num_experts)
-        y = hidden.new_empty(num_tokens, top_k, width)
-        kg.moe_gemm(y, h, self.w2, tables, x_rows="pair", topk_weights=topk_weights)
-        kg.moe_lora(y, h, *lora.down, route, topk_weights=topk_weights, mul_routed_weight=True)
-        kg.moe_sum(y, topk_ids, num_experts=num_experts, out=out)
+        adapters = None
+        if lora is not None and token_lora_mapping is not None:
+            adapters = kg.FusedMoeLora(token_lora_mapping, *lora.gate_up, *lora.down, lora.adapter_enabled)
+        layer = (hidden, self.w13, self.w2, topk_ids, topk_weights)
+        kg.fused_moe(*layer, activation="swiglu", out=out, workspace=workspace, lora=adapters)
         return out
 
 

@@ -97,7 +97,7 @@ class MoeLora:
         model: a ``transformers`` model, bfloat16 or float16; its weights stay as they are.
         layers: from ``stack_adapters``, on the model's device.
         kernels: the generated package, under whatever name it was imported.
-        assignment: as in ``moe_route``.
+        assignment: as in ``moe_route``, which ``base="torch"`` takes.
         base: how the base experts run: "torch", with the model's own gate, or "generated", for models whose gate is
             silu(gate) * up.
 
@@ -209,8 +209,7 @@ class MoeLora:
         x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
         if self._base == "generated":
             layer = MoeLayer(self._kernels, base.gate_up_proj, base.down_proj, lora)
-            mapping, how = self._mapping, self._assignment
-            result = layer(x, topk_ids, topk_weights, mapping, assignment=how)
+            result = layer(x, topk_ids, topk_weights, self._mapping)
             return self._note(index, x, topk_ids, topk_weights, result)
         expert_of_pair = topk_ids.flatten()
         gate_up = _expert_linear(x.repeat_interleave(top_k, 0), base.gate_up_proj, expert_of_pair)

@@ -96,7 +96,8 @@ def _options(suite: Suite) -> list[Callable[[Any], Any]]:
         own.append(click.option("--no-ours", is_flag=True, help="Time the peers alone."))
     if suite.forms:
         text = "Other ways of ours to time too, each forced."
-        own.append(click.option("--forms", type=Words(suite.forms), default=(), help=f"{text}  [{','.join(suite.forms)}]"))
+        text += f"  [{','.join(suite.forms)}]"
+        own.append(click.option("--forms", type=Words(suite.forms), default=suite.usual, help=text))
     return [
         click.option("--quick", is_flag=True, help="A part of the sweep, which takes about a minute on a GPU."),
         click.option(

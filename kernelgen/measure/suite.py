@@ -109,6 +109,7 @@ class Suite:
         span: the cells of a value for each axis.
         peers: who else can do the work.
         forms: other ways of the generated package to do it, that can be asked for: rows are of ``kernelgen:FORM`` then.
+        usual: of them, those that are timed unless others are asked for.
         split: a column that tables are apart by, with what its values are called.
         beside: what rows are compared with, among our own: words, and the columns in which such a row differs.
         tuned: family -> (form that uses it, values of axes that sweeps of it have).
@@ -121,6 +122,7 @@ class Suite:
     span: Callable[[Mapping[str, Any]], Iterable[Cell]]
     peers: tuple[str, ...] = ()
     forms: tuple[str, ...] = ()
+    usual: tuple[str, ...] = ()
     split: tuple[str, Mapping[Any, str]] | None = None
     beside: tuple[str, Mapping[str, Any]] | None = None
     tuned: Mapping[str, tuple[str, Mapping[str, Any]]] = dataclasses.field(default_factory=dict)

@@ -84,11 +84,12 @@ SUITE = Suite(
         ROUTING,
     ),
     span=_span,
-    forms=("overlap", "fused"),
+    forms=("overlap", "separate"),
+    usual=("separate",),
     beside=("the layer without adapters", BARE),
     tuned={
-        "moe_act": ("", {"sites": ("layer",), "ranks": (16,), "base": (0.0,)}),
-        "moe_shrink": ("fused", {"sites": ("layer",), "ranks": (16,), "base": (0.0,)}),
+        "moe_act": ("separate", {"sites": ("layer",), "ranks": (16,), "base": (0.0,)}),
+        "moe_shrink": ("", {"sites": ("layer",), "ranks": (16,), "base": (0.0,)}),
         "moe_add": ("overlap", {"sites": ("w13",), "ranks": (16,), "base": (0.0,)}),
     },
 )

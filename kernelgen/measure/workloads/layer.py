@@ -19,6 +19,8 @@ from kernelgen.measure.workloads import fused_moe
 from kernelgen.measure.workloads.fused_moe import CHECKED, Experts, activate, poisoned
 from kernelgen.measure.workloads.ours import Op, Package
 
+FEW_TOKENS = 4  # that stream weights pair by pair, as fused_moe does
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
@@ -119,43 +121,56 @@ def _pair(batch: Batch, pair: int, whole: bool) -> torch.Tensor:
 
 
 class Ours(Package):
-    """``MoeLayer``, or with the form "fused" ``fused_moe`` with adapters; of the first product ``moe_gemm`` and ``moe_lora``, and
-    with the form "overlap" both at once.
+    """``MoeLayer``, or with the form "separate" the ops of an engine with products of its own, ours in their place; of the first
+    product ``moe_gemm`` and ``moe_lora``, and with the form "overlap" both at once.
     """
 
     def ops(self, case: Case[Batch]) -> list[Op]:
         cell: Cell = case.cell
         if not cell.model.gated:
             raise Unsupported("MoeLayer has a gate")
-        asked = {"overlap": cell.site == "w13", "fused": cell.site == "layer" and cell.rank > 0}
+        asked = {"overlap": cell.site == "w13", "separate": cell.site == "layer" and cell.rank > 0}
         if not asked.get(self.form, True):
-            raise Unsupported("overlap is asked for on w13, and fused on layers with adapters")
-        make = self._first if cell.site == "w13" else self._fused if self.form else self._layer
+            raise Unsupported("overlap is asked for on w13, and separate on layers with adapters")
+        make = self._first if cell.site == "w13" else self._separate if self.form else self._layer
         return [Op(make(case, batch)) for batch in case.batches]
 
     def _layer(self, case: Case[Batch], batch: Batch) -> Callable[[], Any]:
+        model, cell = case.cell.model, case.cell
         layer = MoeLayer(self.kg, batch.weights.w13, batch.weights.w2, batch.lora)
-        mapping, space = (batch.mapping, self._space(case)) if case.cell.rank else (None, None)
+        sizes = {"top_k": model.top_k, "num_experts": model.experts, "hidden": model.hidden, "intermediate": model.intermediate}
+        options = {"max_tokens": cell.tokens, "max_rank": cell.rank, "dtype": batch.x.dtype, "device": case.device}
+        space = self.kg.fused_moe_workspace(**sizes, **options)
+        mapping = batch.mapping if cell.rank else None
         return functools.partial(layer, batch.x, batch.topk_ids, batch.topk_weights, mapping, out=batch.out, workspace=space)
 
-    def _fused(self, case: Case[Batch], batch: Batch) -> Callable[[], Any]:
-        model, lora, w = case.cell.model, batch.lora, batch.weights
+    def _separate(self, case: Case[Batch], batch: Batch) -> Callable[[], None]:
+        (tokens, top_k), model, kg, lora = batch.topk_ids.shape, case.cell.model, self.kg, batch.lora
         assert lora is not None
-        sizes = {"top_k": model.top_k, "num_experts": model.experts, "hidden": model.hidden, "intermediate": model.intermediate}
-        adapters = self.kg.FusedMoeLora(batch.mapping, *lora.gate_up, *lora.down, lora.adapter_enabled)
-        space = self.kg.fused_moe_workspace(
-            max_tokens=case.cell.tokens, **sizes, max_rank=case.cell.rank, dtype=batch.x.dtype, device=case.device
-        )
-        options = {"activation": "swiglu", "lora": adapters, "workspace": space, "out": batch.out}
-        operands = (batch.x, w.w13, w.w2, batch.topk_ids, batch.topk_weights)
-        return functools.partial(self.kg.fused_moe, *operands, **options)
+        sizes, space = {"num_experts": model.experts}, self._space(case)
+        make_tables = kg.no_tables if tokens <= FEW_TOKENS else kg.moe_align
+        of_route = {"max_loras": case.cell.slots, "adapter_enabled": lora.adapter_enabled, "rank": case.cell.rank, **sizes}
+        rows = batch.x.new_empty(tokens, top_k, 2 * model.intermediate)
+        h, y = batch.x.new_empty(tokens * top_k, model.intermediate), batch.x.new_empty(tokens, top_k, model.hidden)
+        weighted = {"topk_weights": batch.topk_weights}
+
+        def layer() -> None:
+            route = kg.moe_route(batch.topk_ids, batch.mapping, workspace=space, **of_route)
+            tables = make_tables(batch.topk_ids, **sizes)
+            kg.moe_gemm(rows, batch.x, batch.weights.w13, tables, x_rows="token")
+            kg.moe_lora(rows, batch.x, *lora.gate_up, route)
+            kg.moe_act(h, rows, batch.topk_ids, activation="swiglu", **sizes)
+            kg.moe_gemm(y, h, batch.weights.w2, tables, x_rows="pair", **weighted)
+            kg.moe_lora(y, h, *lora.down, route, mul_routed_weight=True, **weighted)
+            kg.moe_sum(y, batch.topk_ids, out=batch.out, **sizes)
+
+        return layer
 
     def _first(self, case: Case[Batch], batch: Batch) -> Callable[[], None]:
         cell, kg, lora = case.cell, self.kg, batch.lora
         assert lora is not None
         sizes = {"num_experts": cell.model.experts}
-        few = cell.tokens <= 4  # as MoeLayer does
-        tables = (kg.no_tables if few else kg.moe_align)(batch.topk_ids, **sizes)
+        tables = (kg.no_tables if cell.tokens <= FEW_TOKENS else kg.moe_align)(batch.topk_ids, **sizes)
         space = self._space(case)
         route = kg.moe_route(batch.topk_ids, batch.mapping, max_loras=cell.slots, rank=cell.rank, workspace=space, **sizes)
         delta = torch.empty_like(batch.out)
