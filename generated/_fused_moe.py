@@ -199,8 +199,8 @@ _SPACE = operands.Op(
 )
 
 
-def _buffer(name: str, dtype: torch.dtype | str, optional: bool = False) -> operands.Tensor:
-    return operands.Tensor(name, "*", dtype, operands.CONTIGUOUS, optional=optional, written=True)
+def _buffer(name: str, dtype: torch.dtype | str, optional: bool = False, shape: str = "*") -> operands.Tensor:
+    return operands.Tensor(name, shape, dtype, operands.CONTIGUOUS, optional=optional, written=True)
 
 
 def _scale(name: str) -> operands.Tensor:
@@ -229,7 +229,8 @@ OP = operands.Op(
             "workspace",
             FusedMoeWorkspace,
             (
-                *(_buffer(name, torch.int32) for name in ("pairs", "blocks", "num_blocks")),
+                *(_buffer(name, torch.int32) for name in ("pairs", "blocks")),
+                _buffer("num_blocks", torch.int32, shape="1"),
                 *(_buffer(name, "D") for name in ("inter", "outputs")),
                 _buffer("codes", torch.uint8, optional=True),
                 _buffer("scales", torch.float32, optional=True),

@@ -110,7 +110,7 @@ def lora(
         out: [T, *] bfloat16 or float16, last stride 1.
         x: [T, K] in the dtype of ``out``, last stride 1.
         lora_a: S tensors [L, rank, K] (or [L, 1, rank, K]) of one layout; the stride over L is free.
-        lora_b: S tensors [L, N_s, rank] (or [L, 1, N_s, rank]); widths N_s and strides over L are free.
+        lora_b: S tensors [L, N_s, rank] (or [L, 1, N_s, rank]), of as many slots L; widths N_s and strides over L are free.
         route: from ``lora_route``.
         scaling: applied in float32, once, to the rank vectors.
         offset_start: column of ``out`` where the first slice begins; each other begins where the one before it ends.
@@ -151,8 +151,8 @@ OP = operands.Op(
     (
         operands.Tensor("out", "T, *", "D", written=True),
         operands.Tensor("x", "T, K", "D", scaled_by="x_scale"),
-        operands.Tensor("lora_a", (">=L, rank, K", ">=L, 1, rank, K"), "D", slices="alike", scaled_by="a_scale"),
-        operands.Tensor("lora_b", (">=L, >=1, rank", ">=L, 1, >=1, rank"), "D", slices="any", scaled_by="b_scale"),
+        operands.Tensor("lora_a", ("slots>=L, rank, K", "slots>=L, 1, rank, K"), "D", slices="alike", scaled_by="a_scale"),
+        operands.Tensor("lora_b", ("slots>=L, >=1, rank", "slots>=L, 1, >=1, rank"), "D", slices="any", scaled_by="b_scale"),
         ROUTE,
         operands.Number("scaling"),
         operands.Int("offset_start"),

@@ -8,7 +8,8 @@ and where Python trips over an argument. A later call of the same kind is found 
 and costs one comparison in C; so no argument can be left out of either.
 
 Shapes are written as text: ``"T, top_k, S*N"``. A name is a size, which is that of the first operand that has it, or of an
-integer that is given, and at least 1, but for that of a batch, T; ``*`` is any size; ``>=L`` at least so many.
+integer that is given, and at least 1, but for that of a batch, T; ``*`` is any size; ``>=L`` at least so many, and
+``slots>=L`` the same number in all operands that say so.
 """
 
 from __future__ import annotations
@@ -392,6 +393,12 @@ class Sizes:
             self._values[name] = value
             self._sources[name] = source
 
+    def source_of(self, name: str, form: Sequence[_Dim], operand: str) -> str:
+        """``operand``, and what else told the size of this name in a shape of it."""
+        beside = [other for dim in form if name in dim.names for other in dim.names if other != name]
+        others = dict.fromkeys(source for other in beside if (source := self._sources.get(other, operand)) not in ("", operand))
+        return " with ".join((operand, *others))
+
     def come_from(self, names: Sequence[str], operand: str) -> str:
         """A hint: which sizes are those of which other operand."""
         found: dict[str, list[str]] = {}
@@ -410,19 +417,23 @@ class _Dim:
     names: tuple[str, ...]
     number: int
     least: bool
+    own: str  # the name of a size that is at least the product; "": it has none
 
     @staticmethod
     def read(text: str) -> _Dim:
         text = text.strip()
-        factors = [] if text == "*" else text.removeprefix(">=").split("*")
+        own, least, product = text.rpartition(">=")
+        factors = [] if text == "*" else product.split("*")
         numbers = [int(factor) for factor in factors if factor.strip().isdigit()]
         names = tuple(factor.strip() for factor in factors if not factor.strip().isdigit())
-        return _Dim(text, names, math.prod(numbers), text.startswith(">="))
+        return _Dim(text, names, math.prod(numbers), bool(least), own)
 
     def fits(self, size: int, sizes: Sizes, new: dict[str, int]) -> bool:
         """Whether ``size`` can be this; what follows for the one name that is not known yet goes to ``new``."""
         if self.text == "*":
             return True
+        if self.own and new.setdefault(self.own, sizes.get(self.own) or size) != size:
+            return False
         known = {name: new[name] if name in new else sizes.get(name) for name in self.names}
         product = self.number * math.prod(value for value in known.values() if value is not None)
         unknown = [name for name, value in known.items() if value is None]
@@ -434,9 +445,12 @@ class _Dim:
         return size % product == 0 and (size > 0 or unknown[0] == "T")  # a batch may be empty, nothing else
 
     def say(self, sizes: Sizes) -> str:
+        if self.own and sizes.get(self.own) is not None:
+            return str(sizes.get(self.own))
         values = [sizes.get(name) for name in self.names]
-        if self.text == "*" or None in values:
-            return self.text.replace("*", " * ") if self.names else self.text
+        text = self.text.removeprefix(self.own)
+        if text == "*" or None in values:
+            return text.replace("*", " * ") if self.names else text
         return (">= " if self.least else "") + str(self.number * math.prod(values))
 
 
@@ -522,16 +536,17 @@ class Op:
         self, op: str, label: str, operand: Tensor, tensor: torch.Tensor, values: Mapping[str, Any], sizes: Sizes
     ) -> None:
         dtypes = self._dtypes(operand, values, sizes)
-        new = next((new for form in operand.forms if (new := _bindings(form, tensor, sizes)) is not None), None)
+        form = next((form for form in operand.forms if _bindings(form, tensor, sizes) is not None), ())
+        new = _bindings(form, tensor, sizes) if form or () in operand.forms else None
         fits = (not operand.forms or new is not None) and (dtypes is None or tensor.dtype in dtypes)
         if not fits or not _lies_right(operand, tensor):
-            names = [name for form in operand.forms for dim in form for name in dim.names]
+            names = [name for form in operand.forms for dim in form for name in (*dim.names, dim.own) if name]
             shared = isinstance(operand.dtype, str) and sizes.get(operand.dtype) is not None
             origin = sizes.come_from([*names, *([operand.dtype] if shared else [])], label)  # type: ignore[list-item]
             hints = (origin, _empty(operand, tensor, sizes), self._of_dtype(operand, tensor, dtypes, values))
             fail(op, label, describe(tensor), _wanted(operand, dtypes, sizes, tensor), "; ".join(filter(None, hints)))
         for name, size in (new or {}).items():
-            sizes.set(name, size, label)
+            sizes.set(name, size, sizes.source_of(name, form, label))
         if isinstance(operand.dtype, str) and not self._is_scaled(operand, values):
             sizes.set(operand.dtype, tensor.dtype, label)
 

@@ -10,6 +10,7 @@ import importlib
 import inspect
 import itertools
 import math
+import re
 from typing import Any, Callable, Iterator
 
 import pytest
@@ -586,7 +587,7 @@ MISMATCHED: list[tuple[str, Arguments, str]] = [
     ("moe_gemm adapted", {"v": None}, "v"),
     ("moe_gemm adapted", {"lora_b": None}, "lora_b"),
     ("moe_gemm adapted", {"runs": None}, "runs"),
-    ("moe_gemm adapted", {"out_rows": "pair"}, "case"),
+    ("moe_gemm adapted", {"out_rows": "pair"}, "out_rows"),
     ("fused_moe fp8", {"w13_scale": None}, "w13_scale"),
     ("fused_moe fp8", {"w2_scale": None}, "w2_scale"),
     ("fused_moe fp8", {"x_scale": None}, "x_scale"),
@@ -605,6 +606,40 @@ def test_what_would_be_ignored_is_refused(
 ) -> None:
     door, number = Door.of(name, device), len(launches)
     _refused(door, {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in changed.items()}, str(changed), named)
+    assert len(launches) == number
+
+
+# What fits by itself, but not with other arguments: what is changed of a good call, and which of them the error names.
+RELATED: list[tuple[str, Callable[[Arguments], Arguments], str]] = [
+    ("lora", lambda good: {"lora_b": [good["lora_b"][0].transpose(0, 1).contiguous(), good["lora_b"][1]]}, r"lora_b\[0\]: "),
+    ("lora", lambda good: _one_more("lora_b", good), r"lora_b\[0\]: .*slots = 3.* as in lora_a"),
+    ("lora fp8", lambda good: _one_more("lora_b", good), r"lora_b\[0\]: "),
+    ("moe_lora sorted", lambda good: _one_more("lora_b", good), r"lora_b\[0\]: "),
+    ("lora_expand", lambda good: {"lora_b": [*_one_more("lora_b", good)["lora_b"][:1], good["lora_b"][1]]}, r"lora_b\[1\]: "),
+    ("lora fp8", lambda good: {"b_scale": [scale[:, :5] for scale in good["b_scale"]]}, "b_scale: .* lora_b "),
+    ("lora fp8", lambda good: {"x_scale": good["x_scale"][0]}, "a_scale, x_scale: .* with x_scales None or token"),
+    ("lora fp8", lambda good: {"out": good["out"].half()}, "out: .* with dtype bfloat16"),
+    ("moe_lora fp8", lambda good: {"x_scale": good["x_scale"][0]}, "a_scale, b_scale, x_scale: .* with x_scales None or token"),
+    ("moe_gemm", lambda good: {"activation": "swiglu"}, "out: .*N = 12 as in w with activation"),
+    ("fused_moe", lambda good: {"workspace": good["workspace"]._replace(num_blocks=good["lora"][-1])}, "workspace.num_blocks: "),
+    ("fused_moe fp8", lambda good: {"w2_scale": good["w2_scale"][:, 0].clone()}, "w2_scale.*: .* with weight_scales channel"),
+    ("fused_moe fp8", lambda good: {"w13_scale": good["w13_scale"][:, 0].clone()}, "w13_scale, x_scale: .* scales channel"),
+    ("from_tables", lambda good: {"block_size": 32, "expert_ids": good["expert_ids"].repeat(1, 2)}, "block_size = 32"),
+]
+
+
+def _one_more(name: str, good: Arguments) -> Arguments:
+    """Slices with a slot for one more adapter."""
+    return {name: [factor[[*range(LORAS), 0]] for factor in good[name]]}
+
+
+@pytest.mark.parametrize(("name", "change", "named"), RELATED)
+def test_what_does_not_go_together_is_named(
+    name: str, change: Callable[[Arguments], Arguments], named: str, device: str, launches: list[Any]
+) -> None:
+    door, number = Door.of(name, device), len(launches)
+    with pytest.raises(ValueError, match=f"^{re.escape(door.name)}: .*{named}"):
+        door(**change(door.good))
     assert len(launches) == number
 
 

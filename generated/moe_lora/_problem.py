@@ -114,8 +114,8 @@ OP = operands.Op(
     (
         operands.Tensor("out", "T, top_k, S*N", "D", operands.PAIRS, written=True),
         operands.Tensor("x", "R, K", "D", scaled_by="x_scale"),
-        operands.Tensor("lora_a", ">=L, >=X, rank, K", "D", slices="alike", scaled_by="a_scale"),
-        operands.Tensor("lora_b", ">=L, >=X, N, rank", "D", slices="alike", scaled_by="b_scale"),
+        operands.Tensor("lora_a", "slots>=L, experts>=X, rank, K", "D", slices="alike", scaled_by="a_scale"),
+        operands.Tensor("lora_b", "slots>=L, experts>=X, N, rank", "D", slices="alike", scaled_by="b_scale"),
         ROUTE,
         operands.Tensor("topk_weights", "T, top_k", operands.FLOATS, operands.CONTIGUOUS, only_with="mul_routed_weight"),
         operands.Flag("add_inputs"),

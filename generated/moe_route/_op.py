@@ -674,7 +674,7 @@ def _bind_tables(
             runtime.fail(name, label, runtime.describe(table), f"[>= {max_loras}, *], or flat, of {max_loras} rows")
     row_blocks = runtime.cdiv(ids.shape[1], block_size)
     if experts.shape[1] > row_blocks:
-        wanted = f"at most {row_blocks} columns, one a block of sorted_token_ids"
+        wanted = f"at most {row_blocks} columns, one for block_size = {block_size} columns of sorted_token_ids"
         runtime.fail(name, "expert_ids", runtime.describe(expert_ids), wanted)
     max_blocks = max_loras * experts.shape[1]
     _check_size(name, workspace, _splits(max_blocks, max_blocks * block_size, 0))

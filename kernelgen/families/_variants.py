@@ -10,8 +10,26 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from . import _runtime as runtime
+from ._operands import OPS
 
 _NONE = (None, False, "none")  # what a call that does without an axis asks of it
+
+# Which arguments of an op ask for a fact.
+_ASKED_BY = {
+    "schedule": ("route", "tables", "runs"),
+    "assignment": ("route",),
+    "torch_dtype": ("x", "out", "y"),
+    "adds": ("add_inputs",),
+    "weighted": ("mul_routed_weight", "topk_weights"),
+    "rank": ("lora_a", "lora_b"),
+    "weight_scales": ("w_scale", "a_scale", "b_scale"),
+    "x_scales": ("x_scale", "scale"),
+    "rows": ("x_rows", "out_rows"),
+    "epilogue": ("activation",),
+    "adapted": ("v", "lora_b", "runs"),
+    "by_table": ("order",),
+    "zeroes": ("out",),
+}
 
 
 class Found(NamedTuple):
@@ -85,16 +103,29 @@ class Variants:
         return importlib.import_module(f".{found.module}", self._package)
 
     def refuse(self, op: str, *, rank: int = 0, **facts: Any) -> NoReturn:
-        """Say what call no variant serves, and which facts of it would have to differ alone.
+        """Say what call no variant serves, and which arguments and facts of it would have to differ alone.
 
         Raises:
             ValueError: always.
         """
         asked = {**facts, "rank": rank} if "max_rank" in self.facts else facts
         got = ", ".join(_say(name, value) for name, value in asked.items() if value not in (None, False))
-        hints = [_say(name, *served) for name, served in self._served(rank, facts) if served]
+        served = {name: values for name, values in self._served(rank, facts) if values}
+        hints = [_say(name, *values) for name, values in served.items()]
         near = f"there are variants with {', or with '.join(hints)}; else " if hints else ""
-        runtime.fail(op, "case", got, "a variant that serves it", f"{near}add a tag in {self.spec}, or drop an exclude")
+        what = dict.fromkeys(label for name in served or asked for label in self._asked_by(op, name, facts))
+        hint = f"{near}add a tag in {self.spec}, or drop an exclude"
+        runtime.fail(op, ", ".join(what) or "case", got, "a variant that serves it", hint)
+
+    def _asked_by(self, op: str, fact: str, facts: Mapping[str, Any]) -> Iterator[str]:
+        """What the caller calls the arguments that ask for a fact."""
+        labels = op.labels if isinstance(op, runtime.Caller) else {}
+        own, caller = ({o.name for o in OPS[name].operands} for name in (str(self._package).rpartition(".")[2], str(op)))
+        for name in _ASKED_BY[fact]:
+            label = labels.get(name, name)
+            is_fp8 = fact == "torch_dtype" and name == "x" and facts.get("x_scales") is not None
+            if (name in own or name == "out") and label.partition(".")[0] in caller and not is_fp8:
+                yield label
 
     def _served(self, rank: int, facts: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:
         """Of each fact the values with which the others are served."""

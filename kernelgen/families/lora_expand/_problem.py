@@ -44,7 +44,7 @@ OP = operands.Op(
     (
         operands.Tensor("out", "T, *", "D", written=True),
         operands.Tensor("y", "S, T, rank", (torch.float32, torch.bfloat16, torch.float16), operands.CONTIGUOUS),
-        operands.Tensor("lora_b", (">=L, >=1, rank", ">=L, 1, >=1, rank"), "D", slices="any", scaled_by="b_scale"),
+        operands.Tensor("lora_b", ("slots>=L, >=1, rank", "slots>=L, 1, >=1, rank"), "D", slices="any", scaled_by="b_scale"),
         ROUTE,
         operands.Number("scaling", public=False),
         operands.Int("offset_start"),

@@ -200,7 +200,7 @@ def kind_of_scales(
             for kind in ("tensor", "channel", "group"):
                 if scale_fits(kind, scales[0].shape, shape, quant):
                     return kind
-    got = f"{[list(s.shape) for s in scales[:1]]} for {[list(w.shape) for w in weights[:1]]}"
+    got = f"{[list(s.shape) for s in scales[:1]]} for lora_{label[0]} {[list(w.shape) for w in weights[:1]]}"
     wanted = f"[L] each, or [L, out], or [L, ceil(out / {quant.group_n}), ceil(in / {quant.group_k})]"
     runtime.fail(variant, label, got, wanted)
 
