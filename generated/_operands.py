@@ -220,6 +220,7 @@ class Bundle:
         goes_with: another bundle, and what is called with the op's name, this one's, both, and raises ValueError where they do
             not go together; asked at later calls too.
         left_out: not passed to a bound call where it is None.
+        settle: what a graph of torch.compile left open in it, worked out when the graph runs.
     """
 
     name: str
@@ -231,6 +232,7 @@ class Bundle:
     whole: Callable[[str, str, Any], None] | None = None
     goes_with: tuple[str, Callable[[str, str, Any, Any], None]] | None = None
     left_out: bool = False
+    settle: Callable[[Any], Any] | None = None
 
     @property
     def is_written(self) -> bool:
@@ -601,6 +603,43 @@ class Op:
         """As ``caller``, but what was bound is returned instead."""
         return self._remember(bind, "    return call\n")
 
+    def in_graphs(self, function: Callable[..., None]) -> Callable[..., None]:
+        """``function`` of all arguments, as an op of torch that a graph of torch.compile calls; see ``runtime.op``.
+
+        What is returned takes the same arguments; the op takes the parts of bundles one by one.
+        """
+        letters = iter("abcdefghijklmnopqrstuvwxyz")
+        schema, given, whole = [], [], []
+        names: dict[str, Any] = {"function": function}
+        for operand in self.operands:
+            name = operand.name
+            if not isinstance(operand, Bundle):
+                schema.append(_in_schema(operand, name, letters))
+                given.append(name)
+                whole.append(name)
+                continue
+            declared = {part.name: part for part in operand.parts}
+            parts = [f"{name}_{field}" for field in operand.of._fields]  # type: ignore[attr-defined]
+            kinds = [declared[part.removeprefix(f"{name}_")] for part in parts]
+            schema += [_in_schema(kind, part, letters, operand.optional) for part, kind in zip(parts, kinds, strict=True)]
+            there = next(part for part, kind in zip(parts, kinds, strict=True) if not getattr(kind, "optional", False))
+            names |= {f"{name}_of": operand.of, f"{name}_settled": operand.settle}
+            made = f"{name}_of({', '.join(parts)})"
+            made = made if operand.settle is None else f"{name}_settled({made})"
+            given.append(f"*({'None, ' * len(parts)}) if {name} is None else {name}" if operand.optional else f"*{name}")
+            whole.append(f"None if {there} is None else {made}" if operand.optional else made)
+        flat = [part.split("=")[0].rpartition(" ")[2] for part in schema]
+        source = _IN_GRAPHS.format(
+            flat=", ".join(flat),
+            whole=", ".join(whole),
+            names=", ".join(operand.name for operand in self.operands),
+            given=", ".join(f"*({part[1:]})" if " if " in part else part for part in given),
+        )
+        exec(compile(source, f"<{self.name}>", "exec"), names)  # noqa: S102  (of declarations alone)
+        names["op"] = runtime.op(f"{self.name}({', '.join(schema)}) -> ()", names["together"])
+        call: Callable[..., None] = names["apart"]
+        return call
+
     def _remember(self, bind: Callable[..., Any], end: str) -> Callable[..., Any]:
         """Written out, as a loop over declarations would take longer than all the rest of a call."""
         names = ", ".join(operand.name for operand in self.operands)
@@ -709,6 +748,27 @@ class Op:
     def _number(self, name: str, value: Any) -> float:
         Number(name).admit(self.name, value, {})
         return float(value)
+
+
+_IN_GRAPHS = """
+def together({flat}):
+    function({whole})
+
+def apart({names}):
+    op({given})
+"""
+
+
+def _in_schema(operand: Operand, name: str, letters: Iterator[str], optional: bool = False) -> str:
+    """An argument of an op of torch, ``name``."""
+    kinds = {Int: "SymInt", Flag: "bool", Number: "float", Choice: "str"}
+    if isinstance(operand, Tensor):
+        kind = f"Tensor({next(letters)}!)" if operand.written else "Tensor[]" if operand.slices else "Tensor"
+        optional |= operand.is_optional
+    else:
+        kind = kinds[type(operand)]
+        optional |= getattr(operand, "optional", False) or (isinstance(operand, Choice) and None in operand.words)
+    return f"{kind}{'?' if optional else ''} {name}"
 
 
 _REMEMBERED = """

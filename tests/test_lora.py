@@ -49,10 +49,9 @@ def test_opcheck(device: str) -> None:
     layer = Layer(device)
     route = kg.lora_route(layer.mapping, max_loras=LORAS)
     y = torch.zeros((2, TOKENS, RANK), device=device)
-    tables, sizes = (route.pairs, route.blocks, route.num_blocks), (TOKENS, LORAS, route.block_m, route.max_blocks)
-    torch.library.opcheck(OPS.lora_shrink.default, (y, layer.x, layer.a, *tables, None, *sizes, 0.5, None, []))
-    torch.library.opcheck(OPS.lora_expand.default, (layer.out, y, layer.b, *tables, *sizes, 0, True, []))
-    whole = (layer.out, layer.x, layer.a, layer.b, *tables, None, *sizes, 0.5, 0, True, None, [], [])
+    torch.library.opcheck(OPS.lora_shrink.default, (y, layer.x, layer.a, *route, 0.5, None, None))
+    torch.library.opcheck(OPS.lora_expand.default, (layer.out, y, layer.b, *route, 1.0, 0, True, None))
+    whole = (layer.out, layer.x, layer.a, layer.b, *route, 0.5, 0, True, None, None, None)
     torch.library.opcheck(OPS.lora.default, whole)
 
 

@@ -84,7 +84,7 @@ def test_opcheck_of_the_op(device: str) -> None:
     batch = Batch(device)
     for assignment in ASSIGNMENTS:
         route = batch.route(assignment)
-        arguments = (batch.out, batch.x, batch.a, batch.b, *route, None, True, False, [], [], None)
+        arguments = (batch.out, batch.x, batch.a, batch.b, *route, None, True, False, None, None, None)
         torch.library.opcheck(OPS.moe_lora.default, arguments)
 
 

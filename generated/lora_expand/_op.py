@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-from .. import _runtime as runtime
-from ..lora_shrink._op import dense_route
 from ..lora_shrink._problem import kind_of_scales
 from ..moe_route._op import MoeRoute
 from ._problem import OP, Call, check_y, choose, problem_of
@@ -46,12 +44,9 @@ def lora_expand(
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
-    if torch.compiler.is_compiling():
-        tables = (route.pairs, route.blocks, route.num_blocks)
-        sizes = (route.num_tokens, route.max_loras, route.block_m, route.max_blocks)
-        _lora_expand_op(out, y, lora_b, *tables, *sizes, offset_start, add_inputs, b_scale or [])
-    else:
-        _apply(out, y, lora_b, route, 1.0, offset_start, add_inputs, b_scale)
+    (_in_graphs if torch.compiler.is_compiling() else _apply)(
+        out, y, lora_b, route, 1.0, offset_start, add_inputs, b_scale
+    )
 
 
 def _bind(
@@ -95,19 +90,4 @@ def _nothing(*arguments: Any) -> None:
 
 
 _apply = OP.caller(_bind)
-
-
-def _lora_expand(
-    out: torch.Tensor, y: torch.Tensor, lora_b: Sequence[torch.Tensor], *rest: Any
-) -> None:
-    pairs, blocks, num_blocks, *sizes, offset_start, add_inputs, b_scale = rest
-    route = dense_route(pairs, blocks, num_blocks, None, *sizes)
-    _apply(out, y, lora_b, route, 1.0, offset_start, add_inputs, b_scale or None)
-
-
-_lora_expand_op = runtime.op(
-    "lora_expand(Tensor(a!) out, Tensor y, Tensor[] lora_b, Tensor? pairs, Tensor? blocks, Tensor? num_blocks, "
-    "SymInt num_tokens, int max_loras, int block_m, SymInt max_blocks, int offset_start, bool add_inputs, "
-    "Tensor[] b_scale) -> ()",
-    _lora_expand,
-)
+_in_graphs = OP.in_graphs(_apply)

@@ -78,7 +78,7 @@ def moe_align(
     sizes = (num_tokens, top_k, num_experts, local_expert_start, expected, block_m)
     tables = MoeTables(topk_ids, valid_tokens, pairs, blocks, num_blocks, *sizes)
     if torch.compiler.is_compiling():
-        _align_op(workspace, *request[:-1])
+        _in_graphs(*request[:-1], workspace)
         return tables
     fill(pairs, blocks, num_blocks, topk_ids, valid_tokens)
     return operands.alike(tables, looks)
@@ -276,14 +276,10 @@ def _no_plan(*request: object) -> list[object]:
 _plan, _routing = OP.finder(_bind), _NO_TABLES.finder(_no_plan)
 
 
-def _align(buffer: torch.Tensor, topk_ids: torch.Tensor, valid_tokens: torch.Tensor | None, *request: Any) -> None:
-    plan = _plan(topk_ids, valid_tokens, *request, buffer)
-    num_blocks, _, pairs, blocks, _ = buffer.split_with_sizes((*plan.splits, buffer.shape[0] - plan.size))
+def _align(topk_ids: torch.Tensor, valid_tokens: torch.Tensor | None, *request: Any) -> None:
+    plan, workspace = _plan(topk_ids, valid_tokens, *request), request[-1]
+    num_blocks, _, pairs, blocks, _ = workspace.split_with_sizes((*plan.splits, workspace.shape[0] - plan.size))
     plan.fill(pairs, blocks, num_blocks, topk_ids, valid_tokens)
 
 
-_align_op = runtime.op(
-    "moe_align(Tensor(a!) buffer, Tensor topk_ids, Tensor? valid_tokens, int num_experts, int local_expert_start, "
-    "SymInt? num_tokens_hint, int? block_m) -> ()",
-    _align,
-)
+_in_graphs = OP.in_graphs(_align)

@@ -63,11 +63,9 @@ def moe_gemm(
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
-    request = (topk_weights, x_rows, out_rows, activation, w_scale, x_scale, v, lora_b, runs)
-    if torch.compiler.is_compiling():
-        _moe_gemm_op(out, x, w, *tables, *request[:-1], *(_NO_RUNS if runs is None else runs))
-    else:
-        _apply(out, x, w, tables, *request)
+    (_in_graphs if torch.compiler.is_compiling() else _apply)(
+        out, x, w, tables, topk_weights, x_rows, out_rows, activation, w_scale, x_scale, v, lora_b, runs
+    )
 
 
 def bind(
@@ -171,19 +169,4 @@ def _nothing(*arguments: Any) -> None:
 
 
 _apply = OP.caller(bind)
-_NO_RUNS = (None, None, None, None, 0)
-
-
-def _moe_gemm(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor, *rest: Any) -> None:
-    tables, request, runs = MoeTables(*rest[:11]), rest[11:19], rest[19:]
-    _apply(out, x, w, tables, *request, None if runs[0] is None else MoeRuns(*runs))
-
-
-_moe_gemm_op = runtime.op(
-    "moe_gemm(Tensor(a!) out, Tensor x, Tensor w, Tensor topk_ids, Tensor? valid_tokens, Tensor? pairs, "
-    "Tensor? blocks, Tensor? num_blocks, SymInt num_tokens, int top_k, int num_experts, int local_expert_start, "
-    "SymInt tokens_hint, int block_m, Tensor? topk_weights, str x_rows, str out_rows, str? activation, "
-    "Tensor? w_scale, Tensor? x_scale, Tensor? v, Tensor[]? lora_b, Tensor? token_lora_mapping, Tensor? adapter_enabled, "
-    "Tensor? run_of_row, Tensor? runs, int max_loras) -> ()",
-    _moe_gemm,
-)
+_in_graphs = OP.in_graphs(_apply)

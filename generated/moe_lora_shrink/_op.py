@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from .. import _runtime as runtime
-from ..moe_route._op import MoeRoute, settled
+from ..moe_route._op import MoeRoute
 from ._problem import OP, Call, check, choose
 from ._table import VARIANTS
 
@@ -36,10 +35,7 @@ def moe_lora_shrink(
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
-    if torch.compiler.is_compiling():
-        _moe_lora_shrink_op(y, x, lora_a, *route)
-    else:
-        _apply(y, x, lora_a, route)
+    (_in_graphs if torch.compiler.is_compiling() else _apply)(y, x, lora_a, route)
 
 
 def _bind(y: torch.Tensor, x: torch.Tensor, lora_a: Sequence[torch.Tensor], route: MoeRoute) -> Call:
@@ -59,16 +55,4 @@ def _nothing(*arguments: Any) -> None:
 
 
 _apply = OP.caller(_bind)
-
-
-def _moe_lora_shrink(y: torch.Tensor, x: torch.Tensor, lora_a: Sequence[torch.Tensor], *route: Any) -> None:
-    _apply(y, x, lora_a, settled(MoeRoute(*route)))
-
-
-_moe_lora_shrink_op = runtime.op(
-    "moe_lora_shrink(Tensor(a!) y, Tensor x, Tensor[] lora_a, Tensor? topk_ids, Tensor? token_lora_mapping, "
-    "Tensor? adapter_enabled, Tensor? expert_map, Tensor? pairs, Tensor? blocks, Tensor? num_blocks, "
-    "Tensor(b!)? parts, SymInt num_tokens, int top_k, int num_experts, int max_loras, int global_experts, "
-    "int block_m, SymInt max_blocks) -> ()",
-    _moe_lora_shrink,
-)
+_in_graphs = OP.in_graphs(_apply)

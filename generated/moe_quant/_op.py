@@ -5,11 +5,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from .. import _runtime as runtime
 from ..moe_align._op import MoeTables
 from ._problem import OP, Call, check, choose
 from ._table import VARIANTS
@@ -31,10 +28,7 @@ def moe_quant(codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, tables:
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
-    if torch.compiler.is_compiling():
-        _moe_quant_op(codes, scale, x, *tables, order)
-    else:
-        _apply(codes, scale, x, tables, order)
+    (_in_graphs if torch.compiler.is_compiling() else _apply)(codes, scale, x, tables, order)
 
 
 def bind(
@@ -58,15 +52,4 @@ def _nothing(*arguments: object) -> None:
 
 
 _apply = OP.caller(bind)
-
-
-def _moe_quant(codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, *rest: Any) -> None:
-    _apply(codes, scale, x, MoeTables(*rest[:-1]), rest[-1])
-
-
-_moe_quant_op = runtime.op(
-    "moe_quant(Tensor(a!) codes, Tensor(b!) scale, Tensor x, Tensor topk_ids, Tensor? valid_tokens, Tensor? pairs, "
-    "Tensor? blocks, Tensor? num_blocks, SymInt num_tokens, int top_k, int num_experts, int local_expert_start, "
-    "SymInt tokens_hint, int block_m, str order) -> ()",
-    _moe_quant,
-)
+_in_graphs = OP.in_graphs(_apply)

@@ -352,6 +352,7 @@ ROUTE = operands.Bundle(
     maker="moe_route",
     sizes=_table_sizes,
     whole=_check_route,
+    settle=lambda route: settled(route),
 )
 
 

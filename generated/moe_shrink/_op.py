@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from .. import _runtime as runtime
 from ..moe_align._op import MoeTables
 from ..moe_runs._op import MoeRuns
 from ._problem import OP, Call, check, choose, part_count
@@ -50,10 +49,7 @@ def moe_shrink(
             v = _vectors(x, lora_a, tables)
         except (AttributeError, IndexError, TypeError) as error:
             OP.refuse(OP.named(v, x, lora_a, tables, runs, x_rows), error)
-    if torch.compiler.is_compiling():
-        _moe_shrink_op(v, x, lora_a, *tables, *runs, x_rows)
-    else:
-        _apply(v, x, lora_a, tables, runs, x_rows)
+    (_in_graphs if torch.compiler.is_compiling() else _apply)(v, x, lora_a, tables, runs, x_rows)
     return v
 
 
@@ -98,16 +94,4 @@ def _nothing(*arguments: Any) -> None:
 
 
 _apply = OP.caller(bind)
-
-
-def _moe_shrink(v: torch.Tensor, x: torch.Tensor, lora_a: Sequence[torch.Tensor], *rest: Any) -> None:
-    _apply(v, x, lora_a, MoeTables(*rest[:11]), MoeRuns(*rest[11:16]), rest[16])
-
-
-_moe_shrink_op = runtime.op(
-    "moe_shrink(Tensor(a!) v, Tensor x, Tensor[] lora_a, Tensor topk_ids, Tensor? valid_tokens, Tensor? pairs, "
-    "Tensor? blocks, Tensor? num_blocks, SymInt num_tokens, int top_k, int num_experts, int local_expert_start, "
-    "SymInt tokens_hint, int block_m, Tensor token_lora_mapping, Tensor? adapter_enabled, Tensor? run_of_row, "
-    "Tensor? runs, int max_loras, str x_rows) -> ()",
-    _moe_shrink,
-)
+_in_graphs = OP.in_graphs(_apply)

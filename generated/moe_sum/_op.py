@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 
-from .. import _runtime as runtime
 from ._problem import OP, Call, check, choose
 from ._table import VARIANTS
 
@@ -56,7 +55,7 @@ def moe_sum(
         num_tokens_hint,
         zeroes,
     )
-    (_moe_sum_op if torch.compiler.is_compiling() else _apply)(*arguments)
+    (_in_graphs if torch.compiler.is_compiling() else _apply)(*arguments)
     return out
 
 
@@ -99,8 +98,4 @@ def _nothing(*arguments: object) -> None:
 
 
 _apply = OP.caller(bind)
-_moe_sum_op = runtime.op(
-    "moe_sum(Tensor(a!) out, Tensor y, Tensor topk_ids, Tensor? topk_weights, Tensor? valid_tokens, int num_experts, "
-    "int local_expert_start, SymInt? num_tokens_hint, bool zeroes) -> ()",
-    _apply,
-)
+_in_graphs = OP.in_graphs(_apply)

@@ -174,11 +174,7 @@ def fused_moe(
             out = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
         except AttributeError as error:
             OP.refuse(OP.named(out, *layer, *sizes, *scales, workspace, lora), error)
-    if torch.compiler.is_compiling():
-        buffers = (None,) * len(FusedMoeWorkspace._fields) if workspace is None else workspace
-        _fused_moe_op(out, *layer, *sizes, *scales, *buffers, *(_NO_LORA if lora is None else lora))
-    else:
-        _apply(out, *layer, *sizes, *scales, workspace, lora)
+    (_in_graphs if torch.compiler.is_compiling() else _apply)(out, *layer, *sizes, *scales, workspace, lora)
     return out
 
 
@@ -488,23 +484,4 @@ def _check_workspace(
 
 
 _apply = OP.caller(_bind)
-
-
-_NO_LORA: tuple[Any, ...] = (None, [], [], [], [], None)
-
-
-def _fused_moe(*arguments: Any) -> None:
-    rest, buffers, lora = arguments[:-15], arguments[-15:-6], arguments[-6:]
-    workspace = None if buffers[0] is None else FusedMoeWorkspace(*buffers)
-    _apply(*rest, workspace, None if lora[0] is None else FusedMoeLora(*lora))
-
-
-_fused_moe_op = runtime.op(
-    "fused_moe(Tensor(a!) out, Tensor hidden, Tensor w13, Tensor w2, Tensor topk_ids, Tensor topk_weights, "
-    "Tensor? valid_tokens, str activation, int local_expert_start, SymInt? num_tokens_hint, bool zeroes, "
-    "Tensor? w13_scale, Tensor? w2_scale, Tensor? x_scale, Tensor? h_scale, "
-    "Tensor(b!)? pairs, Tensor(c!)? blocks, Tensor(d!)? num_blocks, Tensor(e!)? inter, Tensor(f!)? outputs, "
-    "Tensor(g!)? codes, Tensor(h!)? scales, Tensor(i!)? runs, Tensor(j!)? vectors, "
-    "Tensor? token_lora_mapping, Tensor[] a13, Tensor[] b13, Tensor[] a2, Tensor[] b2, Tensor? adapter_enabled) -> ()",
-    _fused_moe,
-)
+_in_graphs = OP.in_graphs(_apply)

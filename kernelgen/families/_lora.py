@@ -13,7 +13,6 @@ from .lora_expand import _problem as expand
 from .lora_expand._op import scales_of as expand_scales
 from .lora_expand._op import variant_of as expand_variant
 from .lora_shrink import _problem as shrink
-from .lora_shrink._op import dense_route
 from .lora_shrink._op import scales_of as shrink_scales
 from .lora_shrink._op import variant_of as shrink_variant
 from .lora_shrink._table import QUANT
@@ -118,13 +117,9 @@ def lora(
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
-    if torch.compiler.is_compiling():
-        tables = (route.pairs, route.blocks, route.num_blocks, route.parts)
-        sizes = (route.num_tokens, route.max_loras, route.block_m, route.max_blocks)
-        flags = (scaling, offset_start, add_inputs)
-        _lora_op(out, x, lora_a, lora_b, *tables, *sizes, *flags, x_scale, a_scale or [], b_scale or [])
-    else:
-        _apply(out, x, lora_a, lora_b, route, scaling, offset_start, add_inputs, x_scale, a_scale, b_scale)
+    (_in_graphs if torch.compiler.is_compiling() else _apply)(
+        out, x, lora_a, lora_b, route, scaling, offset_start, add_inputs, x_scale, a_scale, b_scale
+    )
 
 
 _SPACE = operands.Op(
@@ -263,23 +258,4 @@ def _nothing(*arguments: Any) -> None:
 
 
 _apply = OP.caller(_bind)
-
-
-def _lora(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    lora_b: Sequence[torch.Tensor],
-    *rest: Any,
-) -> None:
-    *tables, scaling, offset_start, add_inputs, x_scale, a_scale, b_scale = rest
-    scales = (x_scale, a_scale or None, b_scale or None)
-    _apply(out, x, lora_a, lora_b, dense_route(*tables), scaling, offset_start, add_inputs, *scales)
-
-
-_lora_op = runtime.op(
-    "lora(Tensor(a!) out, Tensor x, Tensor[] lora_a, Tensor[] lora_b, Tensor? pairs, Tensor? blocks, Tensor? num_blocks, "
-    "Tensor(b!)? parts, SymInt num_tokens, int max_loras, int block_m, SymInt max_blocks, float scaling, "
-    "int offset_start, bool add_inputs, Tensor? x_scale, Tensor[] a_scale, Tensor[] b_scale) -> ()",
-    _lora,
-)
+_in_graphs = OP.in_graphs(_apply)

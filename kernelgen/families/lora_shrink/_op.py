@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from .. import _runtime as runtime
 from .._scales import find_x_mode
-from ..moe_route._op import MoeRoute, settled
+from ..moe_route._op import MoeRoute
 from ._problem import OP, Call, choose, kind_of_scales, problem_of
 from ._table import QUANT, VARIANTS
 
@@ -42,12 +41,7 @@ def lora_shrink(
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
-    if torch.compiler.is_compiling():
-        tables = (route.pairs, route.blocks, route.num_blocks, route.parts)
-        sizes = (route.num_tokens, route.max_loras, route.block_m, route.max_blocks)
-        _lora_shrink_op(y, x, lora_a, *tables, *sizes, scaling, x_scale, a_scale or [])
-    else:
-        _apply(y, x, lora_a, route, scaling, a_scale, x_scale)
+    (_in_graphs if torch.compiler.is_compiling() else _apply)(y, x, lora_a, route, scaling, a_scale, x_scale)
 
 
 def _bind(
@@ -99,34 +93,5 @@ def _nothing(*arguments: Any) -> None:
     """The call of an empty batch."""
 
 
-def dense_route(
-    pairs: torch.Tensor | None,
-    blocks: torch.Tensor | None,
-    num_blocks: torch.Tensor | None,
-    parts: torch.Tensor | None,
-    num_tokens: int,
-    max_loras: int,
-    block_m: int,
-    max_blocks: int,
-) -> MoeRoute:
-    """The route of a dense layer from what an op takes of it, with nothing left open."""
-    tables = (pairs, blocks, num_blocks, parts)
-    return settled(MoeRoute(None, None, None, None, *tables, num_tokens, 1, 1, max_loras, 0, block_m, max_blocks))
-
-
 _apply = OP.caller(_bind)
-
-
-def _lora_shrink(
-    y: torch.Tensor, x: torch.Tensor, lora_a: Sequence[torch.Tensor], *rest: Any
-) -> None:
-    *tables, scaling, x_scale, a_scale = rest
-    _apply(y, x, lora_a, dense_route(*tables), scaling, a_scale or None, x_scale)
-
-
-_lora_shrink_op = runtime.op(
-    "lora_shrink(Tensor(a!) y, Tensor x, Tensor[] lora_a, Tensor? pairs, Tensor? blocks, Tensor? num_blocks, "
-    "Tensor(b!)? parts, SymInt num_tokens, int max_loras, int block_m, SymInt max_blocks, float scaling, "
-    "Tensor? x_scale, Tensor[] a_scale) -> ()",
-    _lora_shrink,
-)
+_in_graphs = OP.in_graphs(_apply)

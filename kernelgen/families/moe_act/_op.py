@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from .. import _runtime as runtime
 from ._problem import OP, Call, check, choose
 from ._table import VARIANTS
 
@@ -38,7 +37,7 @@ def moe_act(
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
     arguments = (h, x, topk_ids, valid_tokens, activation, num_experts, local_expert_start, num_tokens_hint)
-    (_moe_act_op if torch.compiler.is_compiling() else _apply)(*arguments)
+    (_in_graphs if torch.compiler.is_compiling() else _apply)(*arguments)
 
 
 def _bind(
@@ -74,8 +73,4 @@ def _nothing(*arguments: object) -> None:
 
 
 _apply = OP.caller(_bind)
-_moe_act_op = runtime.op(
-    "moe_act(Tensor(a!) h, Tensor x, Tensor topk_ids, Tensor? valid_tokens, str activation, int num_experts, "
-    "int local_expert_start, SymInt? num_tokens_hint) -> ()",
-    _apply,
-)
+_in_graphs = OP.in_graphs(_apply)

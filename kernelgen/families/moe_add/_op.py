@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from .. import _runtime as runtime
 from ..moe_route._op import MoeRoute
 from ._problem import OP, Call, check, choose
 from ._table import VARIANTS
@@ -25,10 +22,7 @@ def moe_add(out: torch.Tensor, delta: torch.Tensor, route: MoeRoute) -> None:
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
-    if torch.compiler.is_compiling():
-        _moe_add_op(out, delta, *route[:4], *route[8:13])
-    else:
-        _apply(out, delta, route)
+    (_in_graphs if torch.compiler.is_compiling() else _apply)(out, delta, route)
 
 
 def _bind(out: torch.Tensor, delta: torch.Tensor, route: MoeRoute) -> Call:
@@ -45,14 +39,4 @@ def _nothing(*arguments: object) -> None:
 
 
 _apply = OP.caller(_bind)
-
-
-def _moe_add(out: torch.Tensor, delta: torch.Tensor, *rest: Any) -> None:
-    _apply(out, delta, MoeRoute._make((*rest[:4], None, None, None, None, *rest[4:], 0, 0)))
-
-
-_moe_add_op = runtime.op(
-    "moe_add(Tensor(a!) out, Tensor delta, Tensor? topk_ids, Tensor? token_lora_mapping, Tensor? adapter_enabled, "
-    "Tensor? expert_map, SymInt num_tokens, int top_k, int num_experts, int max_loras, int global_experts) -> ()",
-    _moe_add,
-)
+_in_graphs = OP.in_graphs(_apply)

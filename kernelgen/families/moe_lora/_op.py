@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from .. import _runtime as runtime
-from ..moe_route._op import MoeRoute, settled
+from ..moe_route._op import MoeRoute
 from ._problem import CONFIGS, OP, Call, Problem, Scales, check, choose, plan
 from ._table import VARIANTS
 
@@ -51,11 +50,9 @@ def moe_lora(
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
-    flags = (topk_weights, add_inputs, mul_routed_weight)
-    if torch.compiler.is_compiling():
-        _moe_lora_op(out, x, lora_a, lora_b, *route, *flags, a_scale or [], b_scale or [], x_scale)
-    else:
-        _apply(out, x, lora_a, lora_b, route, *flags, a_scale, b_scale, x_scale)
+    (_in_graphs if torch.compiler.is_compiling() else _apply)(
+        out, x, lora_a, lora_b, route, topk_weights, add_inputs, mul_routed_weight, a_scale, b_scale, x_scale
+    )
 
 
 def _bind(
@@ -120,25 +117,4 @@ def _nothing(*arguments: Any) -> None:
 
 
 _apply = OP.caller(_bind)
-
-
-def _moe_lora(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    lora_b: Sequence[torch.Tensor],
-    *rest: Any,
-) -> None:
-    *flags, a_scale, b_scale, x_scale = rest[-6:]
-    route = settled(MoeRoute(*rest[:-6]))
-    _apply(out, x, lora_a, lora_b, route, *flags, a_scale or None, b_scale or None, x_scale)
-
-
-_moe_lora_op = runtime.op(
-    "moe_lora(Tensor(a!) out, Tensor x, Tensor[] lora_a, Tensor[] lora_b, Tensor? topk_ids, "
-    "Tensor? token_lora_mapping, Tensor? adapter_enabled, Tensor? expert_map, Tensor? pairs, Tensor? blocks, "
-    "Tensor? num_blocks, Tensor(b!)? parts, SymInt num_tokens, int top_k, int num_experts, int max_loras, "
-    "int global_experts, int block_m, SymInt max_blocks, Tensor? topk_weights, bool add_inputs, "
-    "bool mul_routed_weight, Tensor[] a_scale, Tensor[] b_scale, Tensor? x_scale) -> ()",
-    _moe_lora,
-)
+_in_graphs = OP.in_graphs(_apply)

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from .. import _runtime as runtime
-from ..moe_route._op import MoeRoute, settled
+from ..moe_route._op import MoeRoute
 from ._problem import OP, Call, check, choose
 from ._table import VARIANTS
 
@@ -44,11 +43,9 @@ def moe_lora_expand(
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
-    flags = (topk_weights, offset, add_inputs, mul_routed_weight)
-    if torch.compiler.is_compiling():
-        _moe_lora_expand_op(out, y, lora_b, *route, *flags)
-    else:
-        _apply(out, y, lora_b, route, *flags)
+    (_in_graphs if torch.compiler.is_compiling() else _apply)(
+        out, y, lora_b, route, topk_weights, offset, add_inputs, mul_routed_weight
+    )
 
 
 def _bind(
@@ -96,16 +93,4 @@ def _nothing(*arguments: Any) -> None:
 
 
 _apply = OP.caller(_bind)
-
-
-def _moe_lora_expand(out: torch.Tensor, y: torch.Tensor, lora_b: Sequence[torch.Tensor], *rest: Any) -> None:
-    _apply(out, y, lora_b, settled(MoeRoute(*rest[:-4])), *rest[-4:])
-
-
-_moe_lora_expand_op = runtime.op(
-    "moe_lora_expand(Tensor(a!) out, Tensor y, Tensor[] lora_b, Tensor? topk_ids, Tensor? token_lora_mapping, "
-    "Tensor? adapter_enabled, Tensor? expert_map, Tensor? pairs, Tensor? blocks, Tensor? num_blocks, "
-    "Tensor? parts, SymInt num_tokens, int top_k, int num_experts, int max_loras, int global_experts, "
-    "int block_m, SymInt max_blocks, Tensor? topk_weights, int offset, bool add_inputs, bool mul_routed_weight) -> ()",
-    _moe_lora_expand,
-)
+_in_graphs = OP.in_graphs(_apply)

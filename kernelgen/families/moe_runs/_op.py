@@ -89,7 +89,7 @@ def moe_runs(
         runs = MoeRuns(*adapters, run_of_row, of_blocks, max_loras)
     if plan is None:
         if block_m != 0:
-            _runs_op(workspace, topk_ids, valid_tokens, *adapters, *routing, max_loras)
+            _in_graphs(topk_ids, valid_tokens, *adapters, workspace, *routing, max_loras)
         return tables, runs
     if block_m != 0:
         plan.fill(*made, topk_ids, valid_tokens, *adapters)
@@ -265,15 +265,19 @@ def bind(
 _plan = OP.finder(_bind)
 
 
-def _runs(buffer: torch.Tensor, topk_ids: torch.Tensor, valid_tokens: torch.Tensor | None, *rest: Any) -> None:
-    adapters, request = rest[:2], rest[2:]
+def _runs(
+    topk_ids: torch.Tensor,
+    valid_tokens: torch.Tensor | None,
+    token_lora_mapping: torch.Tensor,
+    adapter_enabled: torch.Tensor | None,
+    workspace: torch.Tensor,
+    num_experts: int,
+    *request: Any,
+) -> None:
+    source, adapters = (topk_ids, valid_tokens), (token_lora_mapping, adapter_enabled)
+    plan = _plan(*source, *adapters, workspace, num_experts, *request)
     num_tokens, top_k = topk_ids.shape
-    plan, made = _plan(topk_ids, valid_tokens, *adapters, buffer, *request), _split(buffer, num_tokens, top_k, request[0])
-    plan.fill(*made, topk_ids, valid_tokens, *adapters)
+    plan.fill(*_split(workspace, num_tokens, top_k, num_experts), *source, *adapters)
 
 
-_runs_op = runtime.op(
-    "moe_runs(Tensor(a!) buffer, Tensor topk_ids, Tensor? valid_tokens, Tensor token_lora_mapping, Tensor? adapter_enabled, "
-    "int num_experts, int local_expert_start, SymInt? num_tokens_hint, int? block_m, int max_loras) -> ()",
-    _runs,
-)
+_in_graphs = OP.in_graphs(_runs)
