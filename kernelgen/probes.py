@@ -312,7 +312,7 @@ def _moe_quant(package: ModuleType, family: Family, variant: Variant) -> Iterato
                 tables = package.moe_align(_meta(num_tokens, top_k), num_experts=num_experts, valid_tokens=_meta(1))
             scale = scales.x_scale_shape(variant.x_scales, shape, problem.QUANT)
             codes = _meta(*shape, dtype=_fp8(package))
-            launcher(codes, _meta(*scale, dtype=_FP32), _meta(*shape, dtype=torch.bfloat16), tables)
+            launcher(codes, _meta(*scale, dtype=_FP32), _meta(*shape, dtype=getattr(torch, variant.torch_dtype)), tables)
 
         sizes = {"num_tokens": num_tokens, "n": n, "top_k": top_k, "num_experts": num_experts}
         yield Probe(f"t{num_tokens}", sizes, call, flops=0.0, bytes=3.0 * shape[0] * shape[1])

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
+import shutil
+import unittest
 from pathlib import Path
-from typing import Iterator
 
 import pytest
 
-from kernelgen import assemble, build, load, wiring
+from kernelgen import assemble, build, formatting, load, wiring, write
 from kernelgen.diagnostics import Diagnostic
 from kernelgen.expand import expand
 from kernelgen.locate import SPECS
 from kernelgen.model import SCHEDULE, VOCABULARY, Family
 from kernelgen.outputs import Outputs
+from kernelgen.stand_in import import_package
+from kernelgen.testing import Suite
 
 EVERY = build.package(SPECS).families
 RENDERER = build.renderer(SPECS)
@@ -23,19 +27,17 @@ SCALED = {"lora_expand", "lora_shrink", "moe_gemm", "moe_lora", "moe_quant"}
 SERVED = {("moe_lora_expand", "add_inputs", "set"), ("moe_quant", "dtype", "f16")}  # by what there is for others
 
 
-def with_tag(family: Family, axis: str, tag: str) -> Iterator[str]:
-    """The spec of ``family`` with one more tag: on an axis that it has, or on one more axis, alone and beside ``none``."""
+def with_tag(family: Family, axis: str, tag: str) -> str:
+    """The spec of ``family`` with one more tag, on an axis that it has, or on one more axis (beside ``none`` where that has it)."""
     text = (SPECS / f"{family.name}.yaml").read_text()
     if any(known.name == axis for known in family.axes):
-        yield re.sub(rf"(?m)^(  {axis}: \[.*)\]", rf"\1, {tag}]", text)
-        return
-    yield text.replace("axes:\n", f"axes:\n  {axis}: [{tag}]\n", 1)
-    if "none" in VOCABULARY[axis] and tag != "none":
-        yield text.replace("axes:\n", f"axes:\n  {axis}: [none, {tag}]\n", 1)
+        return re.sub(rf"(?m)^(  {axis}: \[.*)\]", rf"\1, {tag}]", text)
+    tags = f"none, {tag}" if "none" in VOCABULARY[axis] and tag != "none" else tag
+    return text.replace("axes:\n", f"axes:\n  {axis}: [{tags}]\n", 1)
 
 
-def refusals(folder: Path, name: str, axis: str) -> list[Diagnostic]:
-    """Why a build refuses the spec of a family, as far as the ``axis`` is concerned."""
+def refusals(folder: Path, axis: str) -> list[Diagnostic]:
+    """Why a build refuses the spec in ``folder``, as far as the ``axis`` is concerned."""
     families, faults = load.load(folder)
     package, found = expand(families)
     if faults or found:
@@ -56,12 +58,12 @@ def test_a_known_tag_is_served_or_refused_at_its_line(family: Family, tmp_path: 
     for axis, tags in VOCABULARY.items():
         has = next((known.tags for known in family.axes if known.name == axis), ())
         for tag in tags.keys() - set(has):
-            for text in with_tag(family, axis, tag):
-                file.write_text(text)
-                line = next(number for number, line in enumerate(text.splitlines(), 1) if line.startswith(f"  {axis}: "))
-                places = {(fault.location.path, fault.location.line) for fault in refusals(tmp_path, family.name, axis)}
-                served = (family.name, axis, tag) in SERVED
-                assert places == (set() if served else {(str(file), line)}), f"{axis} {tag}: {places}"
+            text = with_tag(family, axis, tag)
+            file.write_text(text)
+            line = next(number for number, line in enumerate(text.splitlines(), 1) if line.startswith(f"  {axis}: "))
+            places = {(fault.location.path, fault.location.line) for fault in refusals(tmp_path, axis)}
+            served = (family.name, axis, tag) in SERVED
+            assert places == (set() if served else {(str(file), line)}), f"{axis} {tag}: {places}"
 
 
 @pytest.mark.parametrize("family", EVERY, ids=lambda family: family.name)
@@ -94,3 +96,27 @@ def test_a_setting_is_heeded_or_refused_at_its_line(name: str, key: str, value: 
     found = [*faults, *found, *wiring.setting_faults(wiring.Twins(package.families[0], RENDERER))]
     line = text.splitlines().index(f"  {value}") + 1
     assert [(fault.code, fault.location.line) for fault in found] == ([("KG029", line)] if refused else [])
+
+
+@pytest.mark.parametrize(("name", "axis", "tag"), sorted(SERVED))
+def test_a_tag_that_is_served_works(
+    name: str, axis: str, tag: str, tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each new variant has cases, each kernel of them passes one, and the laws hold: front doors find them."""
+    monkeypatch.setattr(formatting, "_finish", lambda item: formatting._check(item) or item[1])  # black takes longest
+    monkeypatch.setenv("KERNELGEN_CACHE_DIR", str(tmp_path / "cache"))
+    specs = tmp_path / "specs"
+    specs.mkdir()
+    for needed in ("moe_align", "moe_route"):
+        shutil.copy(SPECS / f"{needed}.yaml", specs)
+    (specs / f"{name}.yaml").write_text(with_tag(next(family for family in EVERY if family.name == name), axis, tag))
+    write.sync(build.tree(specs), tmp_path)
+    package = import_package(tmp_path, interpreted=True)
+    suite = Suite.of(package.__name__, next(family for family in build.package(specs).families if family.name == name))
+    new = [variant for variant in suite.variants if variant.tags[axis] == tag]
+    assert new and all(suite.cases_for(variant) for variant in new)
+    for variant in {variant.tags.get(SCHEDULE): variant for variant in new}.values():
+        suite.check(variant, suite.cases_for(variant)[0], device)
+    for law in suite.laws:
+        with contextlib.suppress(unittest.SkipTest):  # of a family that is not here
+            suite.uphold(law, device)

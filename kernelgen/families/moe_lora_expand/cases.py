@@ -152,7 +152,8 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
     routing = {name: tensor for name, tensor in batch.routed.tensors.items() if tensor is not None}
     inputs = sealed({"y": y, **{f"lora_b[{s}]": w for s, w in enumerate(b)}, **routing})
     live = batch.routed.live
-    exact, bound = moe_lora_expand(out, together, b, live, offset=case.offset, topk_weights=weights)
+    adds = tags["add_inputs"] == "add"
+    exact, bound = moe_lora_expand(out, together, b, live, offset=case.offset, topk_weights=weights, add_inputs=adds)
     sparse = out.untyped_storage().nbytes() >= HUGE
     guarded = seal(out if sparse else columns, sparse=sparse)
     keywords = {} if weights is None else {"topk_weights": weights}

@@ -4,8 +4,8 @@ For every live pair p = t * top_k + j, of adapter l and expert e, and every slic
 
     out[p, columns of s] = round(out[p, columns of s] + w[p] * (round(y[s, p]) . B_s[l, e]^T))
 
-``round`` is to the dtype of ``out``. All else keeps its bytes. The sum is bounded as in ``lora_shrink``; the routing weight, the
-old value and the last cast each round once more.
+or, where inputs are not added, without the old value. ``round`` is to the dtype of ``out``. All else keeps its bytes. The sum
+is bounded as in ``lora_shrink``; the routing weight, the old value and the last cast each round once more.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def moe_lora_expand(
     *,
     offset: int,
     topk_weights: torch.Tensor | None,
+    add_inputs: bool,
 ) -> Expected:
     """The exact output for operands as they are, and the bound on a kernel's error.
 
@@ -35,6 +36,7 @@ def moe_lora_expand(
         lora_b: S tensors [L, E, N, rank].
         live: from ``live_pairs``.
         topk_weights: [T, top_k]; None: every weight is 1.
+        add_inputs: whether to add to ``out``, else live rows are overwritten.
     """
     exact = out.double().flatten(0, 1)
     bound = torch.zeros_like(exact)
@@ -48,8 +50,9 @@ def moe_lora_expand(
                 weight = topk_weights.flatten()[pair].float().double()
                 value, error = weight * value, weight.abs() * error
                 error = error + FP32 * (value.abs() + error) + FP32_TINY
-            value = value + exact[pair, columns]
-            error = error + FP32 * (value.abs() + error)
+            if add_inputs:
+                value = value + exact[pair, columns]
+                error = error + FP32 * (value.abs() + error)
             cast = (value.abs() + error) * (info.eps / 2) + info.smallest_normal * info.eps / 2
             exact[pair, columns], bound[pair, columns] = value, error + cast
     return Expected(exact.view(out.shape), bound.view(out.shape))

@@ -13,6 +13,7 @@ from kernelgen.buffers import Guarded, allocate, positions, row_major, seal
 from kernelgen.families import quant
 from kernelgen.families.case import Case as BaseCase
 from kernelgen.families.case import Tags
+from kernelgen.families.lora_inputs import dtype_of
 from kernelgen.families.moe_experts import SPREAD, Experts, Routed, draw
 from kernelgen.families.moe_gemm.cases import Case as GemmCase
 from kernelgen.families.moe_gemm.cases import tables_of
@@ -140,7 +141,7 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
     shape, strides = (pairs, case.n), (case.n + case.gap, 1)
     local = routed.local if by_pair else sorted(routed.local, key=lambda item: (item.expert, item.pair))
     rows = torch.tensor([pair if by_pair else i for i, (pair, _) in enumerate(local)], dtype=torch.int64)
-    x = allocate(shape, strides, torch.bfloat16, device, offset=case.offset)
+    x = allocate(shape, strides, dtype_of(tags), device, offset=case.offset)
     for row in rows.tolist():
         x[row] = (case.scale * torch.randn(case.n, generator=numbers)).to(x)
         if case.special is not None and row % 2 == 0:

@@ -39,7 +39,7 @@ def wrong_arguments_are_named(
     package: ModuleType, variants: Sequence[Variant], device: str
 ) -> None:
     """Arguments that do not fit raise ValueError, with what was given and wanted."""
-    call = make(package, _CASE, {"order": "sorted", "act_quant": "a8group"}, device)
+    call = make(package, _CASE, {**variants[0].tags, "order": "sorted", "act_quant": "a8group"}, device)
     right = {"codes": call.codes.view, "scale": call.scale.view, "x": call.x, "tables": call.tables}
     for label, change in _WRONG.items():
         try:
