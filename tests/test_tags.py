@@ -28,7 +28,7 @@ SERVED = {("moe_lora_expand", "add_inputs", "set"), ("moe_quant", "dtype", "f16"
 
 
 def with_tag(family: Family, axis: str, tag: str) -> str:
-    """The spec of ``family`` with one more tag, on an axis that it has, or on one more axis (beside ``none`` where that has it)."""
+    """The spec of ``family`` with one more tag, on an axis that it has or on one more axis, beside ``none`` where that has it."""
     text = (SPECS / f"{family.name}.yaml").read_text()
     if any(known.name == axis for known in family.axes):
         return re.sub(rf"(?m)^(  {axis}: \[.*)\]", rf"\1, {tag}]", text)
