@@ -314,7 +314,7 @@ def verify(only: str | None, device: str, jobs: int | None, specs: Path, out: Pa
     workers = jobs or min(_cores(), 12)
     pipeline.require_current(specs, out, only, workers)
     result = proof.run(
-        out, only=only, device=device, workers=workers, progress=progress("verifying")
+        out, specs=specs, only=only, device=device, workers=workers, progress=progress("verifying")
     )
     for finding in result.findings:
         click.echo(str(finding), err=True)

@@ -57,6 +57,7 @@ CATALOGUE: Mapping[str, str] = {
     "KG055": "a lock that does not cover the kernels",
     "KG060": "a variant that differs from its reference",
     "KG061": "kernels cannot run here",
+    "KG062": "a module of a room that is missing, or cannot be imported",
     "KG070": "a workload that cannot be made, or a family that has nothing to tune",
     "KG071": "a peer that cannot be used here",
     "KG072": "a file of results, of tiles or of a search that this run cannot go on with",

@@ -9,9 +9,9 @@ from typing import Any, Iterator, Sequence
 from kernelgen import build
 from kernelgen.compile import compile_cases
 from kernelgen.diagnostics import failure
+from kernelgen.families.probe import Probe
 from kernelgen.forks import Fault
 from kernelgen.model import Location
-from kernelgen.probes import Probe
 from kernelgen.requests import Case, cases_of
 from kernelgen.resources import Usage
 from kernelgen.targets import TARGETS, Residency, Target

@@ -19,9 +19,10 @@ from triton.runtime.jit import JITFunction
 from kernelgen import build
 from kernelgen.assemble import select
 from kernelgen.diagnostics import did_you_mean, failure
+from kernelgen.families.probe import Probe
 from kernelgen.lock import Row
-from kernelgen.model import Family, Package, Variant
-from kernelgen.probes import Probe, probes
+from kernelgen.model import Family, Package, Tuned, TunedEntry, Variant
+from kernelgen.rooms import laboratory, serve
 from kernelgen.stand_in import compiling_for, import_package
 from kernelgen.targets import PRIMARY, TARGETS, Target
 
@@ -64,6 +65,7 @@ def cases(
         if name not in TARGETS:
             raise failure("KG040", name, "no such target", did_you_mean(name, list(TARGETS)))
     package = build.package(specs)
+    serve(specs)
     chosen = select(package, only) if only is not None else package.variants
     return list(_cases(package, import_package(out), chosen, targets or list(TARGETS)))
 
@@ -75,6 +77,7 @@ def cases_of(specs: Path, out: Path, variant: str, target: str) -> list[Case]:
         Failure: no such variant, or the spec does not declare the target; exit code 2.
     """
     package = build.package(specs)
+    serve(specs)
     family, found = build.find(package, variant)
     if target not in family.targets:
         declared = ", ".join(family.targets)
@@ -105,7 +108,7 @@ def _variant_cases(
         for measured in family.tuned
         if measured.device.target == target.name == PRIMARY and dict(measured.versions).get("triton") == triton.__version__
     ]
-    for probe in probes(generated, family, variant, tuned):
+    for probe in _probes(generated, family, variant, tuned):
         with generated._runtime.compile_only() as requests:
             try:
                 probe.call()
@@ -117,6 +120,30 @@ def _variant_cases(
             if function.startswith(f"{variant.name}_"):
                 row = Row(variant.name, function.removeprefix(f"{variant.name}_"), probe.name)
                 yield Case(family, variant, row, target, probe, request, _digest(request, target))
+
+
+def _probes(generated: ModuleType, family: Family, variant: Variant, tuned: Sequence[Tuned]) -> Iterator[Probe]:
+    """The probes of a variant, as its room has them: with the tiles of the rule, and with those that were measured for it."""
+    room = laboratory(family.name, "probes")
+    yield from room.probes(generated, variant)
+    if hasattr(room, "tuned"):
+        for measured in tuned:
+            for entry in measured.entries:
+                if _serves(family, variant, entry):
+                    yield from room.tuned(generated, variant, entry)
+
+
+def _serves(family: Family, variant: Variant, entry: TunedEntry) -> bool:
+    """Whether a measurement is of the tags and the rank of a variant; of dtypes the first stands for all."""
+    first = [axis.tags[0] for axis in family.axes if axis.name == "dtype"]
+    if any(getattr(variant, axis) != tag for axis, tag in entry.tags) or [variant.dtype] * len(first) != first:
+        return False
+    if "rank" not in variant.tags.names:
+        return True
+    rank, bucket = entry.problem.rank, variant.block_rank
+    if variant.tiled_rank:
+        return bool(rank > bucket)
+    return bool(rank <= bucket and (rank > bucket // 2 or bucket == 16))
 
 
 def _digest(request: Any, target: Target) -> str:

@@ -1,20 +1,30 @@
 """The rooms of families: host code as real Python, of which the modules with a leading underscore become part of a package.
 
 ``families/<family>/_*.py`` are the modules of one family, ``_op.py`` its front door; ``families/_*.py`` are shared. They import
-each other by relative names, which hold where they stand and in the package. Other modules of a room are of the laboratory.
+each other by relative names, which hold where they stand and in the package. Other modules of a room are of the laboratory, and
+are found by their names when something is to be proved, compiled, asked or measured.
 """
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
-from typing import Iterator, NamedTuple, Sequence
+from types import ModuleType
+from typing import Iterator, Mapping, NamedTuple, Sequence
 
-from kernelgen import names
-from kernelgen.diagnostics import Diagnostic
-from kernelgen.locate import FAMILIES
+from kernelgen import families, names
+from kernelgen.diagnostics import Diagnostic, failure
+from kernelgen.locate import FAMILIES, find_specs, room_folders
 from kernelgen.model import Package
 
 _SHIPPED = "_[!_]*.py"
+# The modules of the laboratory that are asked for, and what is to be in them.
+_HOLDS: Mapping[str, str] = {
+    "cases": "CASES, BODY and check, as kernelgen/families/__init__.py says",
+    "laws": "LAWS, which may be empty",
+    "probes": "probes(package, variant), which yields the problems that a variant is compiled for",
+}
 
 
 class Source(NamedTuple):
@@ -66,3 +76,53 @@ class Rooms:
             for file in (folder / below).glob(_SHIPPED):
                 found.setdefault(file.stem, Source(file.stem, file, prefix + self.label(below + file.stem)))
         return [found[stem] for stem in sorted(found)]
+
+
+_served: list[Path] = []  # the folders of rooms, once somebody asked
+
+
+def serve(specs: Path) -> None:
+    """From now on rooms are those that serve the folder ``specs``: beside it first, then those that come with kernelgen."""
+    folders = [folder for folder in room_folders(specs) if folder.is_dir()]
+    if folders == (_served or [FAMILIES]):
+        _served[:] = folders
+        return
+    _served[:] = folders
+    prefix = f"{families.__name__}."
+    for module in [module for module in sys.modules if module.startswith(prefix) and _room_of(module) is not None]:
+        del sys.modules[module]
+    families.__path__ = list(map(str, folders))
+    importlib.invalidate_caches()
+    for room in sorted({place.name for folder in folders[:-1] for place in folder.glob("[a-z]*/")}):
+        package = importlib.import_module(prefix + room)
+        package.__path__ = [str(folder / room) for folder in folders if (folder / room).is_dir()]
+
+
+def _room_of(module: str) -> str | None:
+    """The family whose room a module is of; None: it is shared."""
+    room = ".".join(module.split(".")[:3])
+    return room.rpartition(".")[2] if hasattr(sys.modules.get(room), "__path__") else None
+
+
+def laboratory(family: str, name: str, specs: Path | None = None) -> ModuleType:
+    """A module of the room of a family that is not part of packages.
+
+    Args:
+        family: its family.
+        name: of ``_HOLDS``.
+        specs: the folder whose rooms are meant; None: that which was served last, else the usual one.
+
+    Raises:
+        Failure: there is none, or it cannot be imported; exit code 2.
+    """
+    if specs is not None or not _served:
+        serve(find_specs() if specs is None else specs)
+    module, place = f"{families.__name__}.{family}.{name}", Rooms.label(f"{family}/{name}")
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise failure("KG062", place, f"it cannot be imported: {error}") from error
+        raise failure("KG062", place, "there is no such module", f"write it: {_HOLDS[name]}") from None
+    except Exception as error:  # of somebody's own: it can be wrong in any way
+        raise failure("KG062", place, f"it cannot be imported: {type(error).__name__}: {error}") from error

@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING, Any, Callable, Sequence
 
 import torch
 
-from kernelgen import families, names
+from kernelgen import names
 from kernelgen.families.case import Case, Law, Variant
-from kernelgen.locate import find_specs, room_folders
 from kernelgen.model import SCHEDULE
-from kernelgen.rooms import Rooms
+from kernelgen.rooms import laboratory
 
 if TYPE_CHECKING:
     from kernelgen.model import Family
@@ -102,7 +101,7 @@ class Suite:
     @property
     def laws(self) -> Sequence[Law]:
         """What holds between variants, and between calls."""
-        laws: Sequence[Law] = _module(self.family, "laws").LAWS
+        laws: Sequence[Law] = laboratory(self.family, "laws").LAWS
         return laws
 
     def check(self, variant: Variant, case: Case, device: str) -> float:
@@ -151,7 +150,7 @@ class Suite:
 
     @property
     def _cases(self) -> Any:
-        return _module(self.family, "cases")
+        return laboratory(self.family, "cases")
 
     def _plan(self) -> dict[Variant, list[Case]]:
         plan: dict[str, list[Case]] = {variant.name: [] for variant in self.variants}
@@ -175,16 +174,6 @@ class Suite:
         for variant in self.variants:
             bodies.setdefault(tuple(map(variant.tags.get, axes)), []).append(variant)
         return list(bodies.values())
-
-
-def _module(family: str, name: str) -> Any:
-    """A module of the room of a family, which may be beside the specs."""
-    found = [str(folder) for folder in room_folders(find_specs()) if (folder / family / f"{name}.py").is_file()]
-    if not found:
-        raise LookupError(f"no {Rooms.label(f'{family}/{name}')}: write it for the new family")
-    if found[0] not in families.__path__:
-        families.__path__.append(found[0])
-    return importlib.import_module(f"{families.__name__}.{family}.{name}")
 
 
 def _skip_without_gpu(item: Case | Law, device: str) -> None:

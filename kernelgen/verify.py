@@ -19,7 +19,9 @@ from typing import Any, Callable, Iterator, Sequence
 from kernelgen import names
 from kernelgen.diagnostics import Diagnostic, did_you_mean, failure
 from kernelgen.forks import Fault, Progress, in_processes, no_progress
+from kernelgen.locate import find_specs
 from kernelgen.model import Location
+from kernelgen.rooms import laboratory, serve
 from kernelgen.testing import Suite
 
 DEVICES = ("cpu", "cuda")
@@ -108,6 +110,7 @@ class Result:
 def run(
     out: Path,
     *,
+    specs: Path | None = None,
     only: str | None = None,
     device: str = "cpu",
     workers: int = 1,
@@ -117,12 +120,13 @@ def run(
 
     Args:
         out: the folder that holds generated/ and tests/generated/.
+        specs: the folder of the specs, beside which rooms may be; None: the usual one.
         only: a glob on the names of variants; laws are then left out.
         device: "cpu" interprets, "cuda" compiles and runs on the GPU.
         workers: processes.
 
     Raises:
-        Failure: there is nothing to run, or no such device; exit code 2.
+        Failure: there is nothing to run, no such device, or a room without cases or laws; exit code 2.
     """
     start = time.monotonic()
     _require(device)
@@ -131,7 +135,10 @@ def run(
         names = [v.name for s in suites(out).values() for v in s.variants]
         hint = did_you_mean(only or "", names, "kernelgen list shows the names")
         raise failure("KG040", only or "", "no variant has a name like this", hint)
-    work = functools.partial(_run, out.resolve(), device)
+    specs = specs or find_specs()
+    for family, subject in tasks:
+        laboratory(family, "laws" if subject == _LAW else "cases", specs)
+    work = functools.partial(_run, out.resolve(), specs.resolve(), device)
     done = in_processes(work, tasks, workers, progress, method="spawn")
     outcomes = [outcome for task, found in zip(tasks, done, strict=True) for outcome in _told(task, found)]
     return Result(device, outcomes, time.monotonic() - start)
@@ -194,8 +201,9 @@ def start_worker(out: Path, device: str) -> None:
         interpreter.install()
 
 
-def _run(out: Path, device: str, task: _Task) -> list[Outcome]:
+def _run(out: Path, specs: Path, device: str, task: _Task) -> list[Outcome]:
     start_worker(out, device)
+    serve(specs)
     family, subject = task
     suite = suites(out)[family]
     if subject == _LAW:

@@ -20,6 +20,7 @@ import torch
 import generated
 from kernelgen import build, testing
 from kernelgen.buffers import allocate, allocate_sparse, bits, poison_, positions, row_major, seal
+from kernelgen.diagnostics import Failure
 from kernelgen.families import moe_lora_inputs
 from kernelgen.families.moe_lora import cases as moe_lora
 from kernelgen.families.moe_lora_inputs import Case, Layout
@@ -152,7 +153,7 @@ def test_names_of_cases_are_unique() -> None:
 
 
 def test_a_family_without_cases_is_told() -> None:
-    with pytest.raises(LookupError, match=r"no families/toy/cases\.py: write it"):
+    with pytest.raises(Failure, match=r"families/toy/cases\.py: error\[KG062\]: there is no such module"):
         Suite("generated", "toy", "dtype", "bf16").pairs  # noqa: B018
 
 

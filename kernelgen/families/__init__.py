@@ -13,5 +13,7 @@ is in the modules ``_table`` and ``_tuned`` beside them, which the build makes. 
 * ``cases.py``: inputs with a name and a reason. ``CASES``: dataclasses that extend ``case.Case``; ``BODY``: the axes that
   change the body of a kernel most, of whose tags every case meets every combination; ``check(package, launcher, tags, case,
   device)``: run one, raise ``AssertionError`` or return the worst error over the bound;
-* ``laws.py``: ``LAWS``, what holds between variants and between calls; see ``case.Law``.
+* ``laws.py``: ``LAWS``, what holds between variants and between calls; see ``case.Law``;
+* ``probes.py``: ``probes(package, variant)``, the problems that a variant is compiled for without a GPU; see ``probe.Probe``. And
+  ``tuned(package, variant, entry)``, where tiles are measured: the same with these.
 """

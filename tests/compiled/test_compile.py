@@ -19,8 +19,8 @@ from kernelgen import model, sample
 from kernelgen.compile import Result, assembly, compile_cases, run
 from kernelgen.diagnostics import Failure
 from kernelgen.explain import explain
+from kernelgen.families.probe import Probe
 from kernelgen.lock import FILE, Lock, Row, coverage
-from kernelgen.probes import Probe
 from kernelgen.remembered import Remembered
 from kernelgen.requests import Case, cases, cases_of
 from kernelgen.resources import Usage

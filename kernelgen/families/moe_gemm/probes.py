@@ -1,0 +1,81 @@
+"""What the grouped products of a base MoE layer are compiled for."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any, Iterator
+
+import torch
+
+from kernelgen.families.probe import FP32, QWEN3, Probe, fp8, launcher_of, meta
+from kernelgen.model import Variant
+
+# One call of each kind of tile: tokens of Qwen3-30B-A3B whose mean expert makes blocks of that height, and a rank of adapters.
+_TOKENS = {"gemv": {1: 16, 4: 64}, "tile": {64: 64, 256: 16, 4096: 64}, "box": {1024: 16, 4096: 64}}
+
+
+def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
+    """One call of each kind of tile."""
+    for num_tokens, rank in _TOKENS[variant.schedule].items():
+        yield _probe(package, variant, num_tokens, rank if variant.adapted else 0)
+
+
+def _probe(package: ModuleType, variant: Variant, num_tokens: int, rank: int) -> Probe:
+    launcher = launcher_of(package, variant)
+    problem = importlib.import_module(f"{package.__name__}.{variant.family}._problem")
+    scales = importlib.import_module(f"{package.__name__}._scales")
+    dtype = getattr(torch, variant.torch_dtype)
+    top_k, num_experts = QWEN3["top_k"], QWEN3["num_experts"]
+    num_pairs = num_tokens * top_k
+    k, n = QWEN3["hidden"], QWEN3["inter"]
+    if not variant.reads_token:
+        k, n = n, k
+    rows = num_tokens if variant.reads_token else num_pairs
+    outputs = num_tokens if variant.sums else num_pairs
+    height = variant.slices * n
+
+    def call() -> None:
+        with package._runtime.compile_only():
+            make = package.no_tables if variant.schedule == "gemv" else package.moe_align
+            ids, routing = meta(num_tokens, top_k), {"num_experts": num_experts, "valid_tokens": meta(1)}
+            tables = make(ids, **routing)
+        options: dict[str, Any] = {}
+        if variant.weighted:
+            options["topk_weights"] = meta(num_tokens, top_k, dtype=FP32)
+        of_weights, of_x, x_shape, w_shape = dtype, dtype, (rows, k), (num_experts, height, k)
+        if variant.weight_scales:
+            of_weights = fp8(package)
+            shape = scales.scale_shape(variant.weight_scales, w_shape, problem.QUANT, variant.slices)
+            options["w_scale"] = meta(*shape, dtype=FP32)
+        if variant.x_scales:
+            of_x = fp8(package)
+            shape = scales.x_scale_shape(variant.x_scales, x_shape, problem.QUANT)
+            options["x_scale"] = meta(*shape, dtype=FP32)
+        if variant.adapted:
+            with package._runtime.compile_only():
+                routing["block_m"] = tables.block_m
+                tables, options["runs"] = package.moe_runs(ids, meta(num_tokens), max_loras=5, **routing)
+                a = [meta(5, num_experts, rank, k, dtype=dtype)] * variant.slices
+                x_rows = "token" if variant.reads_token else "pair" if variant.schedule == "gemv" else "sorted"
+                options["v"] = package.moe_shrink(meta(*x_shape, dtype=dtype), a, tables, options["runs"], x_rows=x_rows)
+            options["lora_b"] = [meta(5, num_experts, n, rank, dtype=dtype)] * variant.slices
+        launcher(
+            meta(outputs, n, dtype=dtype),
+            meta(*x_shape, dtype=of_x),
+            meta(*w_shape, dtype=of_weights),
+            tables,
+            **options,
+        )
+
+    hit = num_experts * (1.0 - (1.0 - 1.0 / num_experts) ** num_pairs)  # if pairs are spread evenly
+    sizes = {"num_tokens": num_tokens, "k": k, "n": n, "top_k": top_k, "num_experts": num_experts}
+    return Probe(
+        f"t{num_tokens}",
+        {**sizes, "rank": rank} if rank else sizes,
+        call,
+        flops=2.0 * num_pairs * height * (k + rank),
+        bytes=hit * height * k * (1 if variant.weight_scales else dtype.itemsize)
+        + rows * k * (1 if variant.x_scales else dtype.itemsize)
+        + outputs * n * dtype.itemsize,
+    )

@@ -1,0 +1,140 @@
+"""What the fused products of MoE-LoRA are compiled for."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from types import ModuleType
+from typing import Any, Iterator, Mapping
+
+import torch
+
+from kernelgen.families.probe import FP32, Probe, fp8, meta, ranks
+from kernelgen.model import TunedEntry, Variant
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """One projection of an MoE layer with adapters, and a batch; block_m None: as the route picks it."""
+
+    num_tokens: int
+    k: int
+    n: int
+    slices: int
+    rank: int
+    top_k: int = 8
+    num_experts: int = 128
+    max_loras: int = 5
+    block_m: int | None = None
+
+
+# w13 and w2 of Qwen3-30B-A3B; tokens so that blocks of each size are what a route would pick. With five adapters, which
+# nobody tunes for: so tiles are those of the rule, and tuning changes no line of the lock.
+_W13 = {"k": 2048, "n": 768, "slices": 2}
+_W2 = {"k": 768, "n": 2048, "slices": 1}
+_NAIVE_TOKENS = 4
+_SORTED_TOKENS = {16: 64, 64: 4096}
+
+
+def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
+    """With the tiles of the rule."""
+    shape = _W2 if variant.weighted else _W13
+    for rank in ranks(variant):
+        suffix = f"_r{rank}" if variant.tiled_rank else ""
+        if variant.assignment == "naive":
+            sizes = _Sizes(_NAIVE_TOKENS, rank=rank, **shape)
+            yield _probe(f"naive{suffix}", package, variant, sizes)
+        else:
+            for block_m, num_tokens in _SORTED_TOKENS.items():
+                sizes = _Sizes(num_tokens, rank=rank, block_m=block_m, **shape)
+                yield _probe(f"m{block_m}{suffix}", package, variant, sizes)
+
+
+def tuned(package: ModuleType, variant: Variant, entry: TunedEntry) -> Iterator[Probe]:
+    """With tiles that were measured: the best, and those for other routes."""
+    problem = dict(entry.problem)
+    if variant.weighted != problem["weighted"]:
+        return
+    fields = {field.name for field in dataclasses.fields(_Sizes)}
+    sizes = _Sizes(**{name: problem[name] for name in problem.keys() & fields})
+    for place, choice in (("first", entry.best), ("second", entry.runner_up)):
+        if choice is not None and choice.schedule == variant.schedule:
+            name = "_".join((place, *_labels(sizes)))
+            yield _probe(name, package, variant, sizes, dict(choice.config))
+
+
+def _labels(sizes: _Sizes) -> Iterator[str]:
+    yield f"t{sizes.num_tokens}"
+    yield f"k{sizes.k}"
+    yield f"n{sizes.n}"
+    yield f"s{sizes.slices}"
+    yield f"r{sizes.rank}"
+    yield f"e{sizes.num_experts}"
+    yield f"top{sizes.top_k}"
+    yield f"l{sizes.max_loras}"
+
+
+def _probe(
+    name: str,
+    package: ModuleType,
+    variant: Variant,
+    sizes: _Sizes,
+    config: Mapping[str, int] | None = None,
+) -> Probe:
+    folder = f"{package.__name__}.{variant.family}"
+    module = importlib.import_module(f"{folder}.{variant.module}")
+    problem = importlib.import_module(f"{folder}._problem")
+    num_pairs = sizes.num_tokens * sizes.top_k
+    rows = num_pairs if variant.weighted else sizes.num_tokens
+    dtype = getattr(torch, variant.torch_dtype)
+
+    def call() -> None:
+        with package._runtime.compile_only():
+            route = package.moe_route(
+                meta(sizes.num_tokens, sizes.top_k),
+                meta(sizes.num_tokens),
+                num_experts=sizes.num_experts,
+                max_loras=sizes.max_loras,
+                assignment=variant.assignment,
+                block_m=sizes.block_m,
+            )
+        experts = (sizes.max_loras, sizes.num_experts)
+        options: dict[str, Any] = {}
+        if variant.weighted:
+            options["topk_weights"] = meta(sizes.num_tokens, sizes.top_k, dtype=FP32)
+        if config is not None:
+            options["config"] = module.Config(**config)
+        a_shape, b_shape = (*experts, sizes.rank, sizes.k), (*experts, sizes.n, sizes.rank)
+        of_weights, of_x, x_shape = dtype, dtype, (rows, sizes.k)
+        if variant.weight_scales:
+            of_weights = fp8(package)
+            for name, shape in (("a_scale", a_shape), ("b_scale", b_shape)):
+                scales = meta(*problem.scale_shape(variant.weight_scales, shape), dtype=FP32)
+                options[name] = [scales] * sizes.slices
+        if variant.x_scales:
+            of_x = fp8(package)
+            shape = problem.x_scale_shape(variant.x_scales, x_shape)
+            options["x_scale"] = meta(*shape, dtype=FP32)
+        getattr(module, variant.name)(
+            meta(sizes.num_tokens, sizes.top_k, sizes.slices * sizes.n, dtype=dtype),
+            meta(*x_shape, dtype=of_x),
+            [meta(*a_shape, dtype=of_weights)] * sizes.slices,
+            [meta(*b_shape, dtype=of_weights)] * sizes.slices,
+            route,
+            **options,
+        )
+
+    groups = sizes.max_loras * sizes.num_experts
+    hit = groups * (1.0 - (1.0 - 1.0 / groups) ** num_pairs)  # if pairs are spread evenly
+    weights = sizes.slices * sizes.rank * (sizes.k + sizes.n)
+    outputs = num_pairs * sizes.slices * sizes.n * (2 if variant.adds else 1)
+    return Probe(
+        name,
+        {key: size for key, size in dataclasses.asdict(sizes).items() if size is not None},
+        call,
+        flops=2.0 * num_pairs * weights,
+        bytes=hit * weights * (1 if variant.weight_scales else dtype.itemsize)
+        + rows * sizes.k * (1 if variant.x_scales else dtype.itemsize)
+        + outputs * dtype.itemsize,
+        is_tuned=config is not None,
+    )

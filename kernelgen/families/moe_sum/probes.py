@@ -1,0 +1,31 @@
+"""What the sum of the experts of a token is compiled for."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, Iterator
+
+import torch
+
+from kernelgen.families.probe import QWEN3, Probe, launcher_of, meta
+from kernelgen.model import Variant
+
+
+def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
+    """Of few tokens, and of many."""
+    launcher = launcher_of(package, variant)
+    dtype = getattr(torch, variant.torch_dtype)
+    top_k, width = QWEN3["top_k"], QWEN3["hidden"]
+    for num_tokens in (16, 4096):
+        ids = meta(num_tokens, top_k)
+        out, y = meta(num_tokens, width, dtype=dtype), meta(num_tokens, top_k, width, dtype=dtype)
+        options: dict[str, Any] = {"num_experts": QWEN3["num_experts"], "valid_tokens": meta(1)}
+        if variant.weighted:
+            options["topk_weights"] = meta(num_tokens, top_k, dtype=torch.float32)
+
+        def call(arguments: Any = (out, y, ids), options: Any = options) -> None:
+            launcher(*arguments, **options)
+
+        sizes = {"num_tokens": num_tokens, "top_k": top_k, "n": width}
+        moved = dtype.itemsize * (out.numel() + y.numel())
+        yield Probe(f"t{num_tokens}", sizes, call, flops=2.0 * y.numel(), bytes=float(moved))

@@ -1,0 +1,66 @@
+"""What the probes of all families share.
+
+A probe is a problem that stands for others when a variant is compiled without a GPU. It calls the variant as a user would, on
+tensors of the ``meta`` device, inside ``compile_only``: so the kernels, tiles and options are the ones that the launcher itself
+picks for the target. Rows of the lock are named by it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from types import ModuleType
+from typing import Callable, Mapping
+
+import torch
+
+from kernelgen.model import Variant
+
+FP32 = torch.float32
+# Layers of Qwen3-30B-A3B.
+QWEN3 = {"hidden": 2048, "inter": 768, "top_k": 8, "num_experts": 128}
+_TILED_RANKS = (256, 129)  # a whole number of tiles, and rows that are not aligned
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A problem that a variant is compiled for.
+
+    Attributes:
+        name: short; one of its kind a variant.
+        sizes: what the problem is, for a reader.
+        call: makes the launches; to be called where launches are recorded.
+        flops: of the problem.
+        bytes: that must move between memory and chip, if every tensor moved once.
+        is_tuned: with tiles that were measured: of interest for the primary target and the measured version of Triton only.
+    """
+
+    name: str
+    sizes: Mapping[str, int]
+    call: Callable[[], None]
+    flops: float
+    bytes: float
+    is_tuned: bool = False
+
+
+def launcher_of(package: ModuleType, variant: Variant) -> Callable[..., None]:
+    """The launcher of ``variant`` in the generated ``package``."""
+    module = importlib.import_module(f"{package.__name__}.{variant.family}.{variant.module}")
+    launcher: Callable[..., None] = getattr(module, variant.name)
+    return launcher
+
+
+def ranks(variant: Variant) -> tuple[int, ...]:
+    """The ranks that stand for those of its bucket."""
+    return _TILED_RANKS if variant.tiled_rank else (variant.max_rank,)
+
+
+def fp8(package: ModuleType) -> torch.dtype:
+    """What FP8 operands of a probe are made of: e4m3, where the target that is compiled for has it."""
+    has_e4m3 = package._runtime.traits(torch.device("meta")).e4m3
+    return torch.float8_e4m3fn if has_e4m3 else torch.float8_e5m2
+
+
+def meta(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    """A tensor that is a shape and a dtype alone."""
+    return torch.empty(size, dtype=dtype, device="meta")
