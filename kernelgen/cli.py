@@ -229,6 +229,7 @@ def which(words: Sequence[str], specs: Path, out: Path) -> Report:
     from kernelgen import build as pipeline
     from kernelgen import names
     from kernelgen.diagnostics import failure
+    from kernelgen.targets import PRIMARY, TARGETS
     from kernelgen.which import which as answer
 
     family, case = _case(words)
@@ -253,6 +254,7 @@ def which(words: Sequence[str], specs: Path, out: Path) -> Report:
         "variants": [variant.name for variant in found.variants],
         "reasons": found.reasons,
         "assumed": found.assumed,
+        "card": TARGETS[PRIMARY].card,
         "served": None if taken is None else [one.as_json() for one in taken],
         "measured": [
             {
@@ -279,7 +281,9 @@ def which(words: Sequence[str], specs: Path, out: Path) -> Report:
     if found.assumed:
         decided = {name for one in taken or () for name, tag in one.variant.tags if found.assumed.get(name, tag) != tag}
         lines += ["", f"assumed: {_options({n: v for n, v in found.assumed.items() if n not in decided})}"]
-    if taken is None:
+    if taken is not None:
+        lines += ["", f"on an {TARGETS[PRIMARY].card}; another card has tiles that were measured on it, else those of the rule"]
+    else:
         lines += ["", note]
         lines += [
             f"measured: {inline(dict((*entry.problem, *entry.tags)))}: {entry.schedule}, {entry.best.us} us"

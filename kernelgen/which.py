@@ -45,8 +45,11 @@ SIZES: Mapping[str, Mapping[str, int]] = {
     "moe_lora_shrink": _PRODUCT,
     "moe_quant": _LAYER,
     "moe_route": _ROUTE,
+    "moe_runs": {**_BATCH, "max_loras": 4},
+    "moe_shrink": {**_ROUTE, "k": 2048, "slices": 2},
     "moe_sum": {**_BATCH, "hidden": 2048},
 }
+_ABOVE_BUCKETS = 256  # a rank that no bucket holds but that of any
 _WEIGHTED = {"k": 768, "n": 2048, "slices": 1}  # its down, which has the routed weight
 
 
@@ -165,17 +168,21 @@ def _usual(family: Family, tags: Mapping[str, Sequence[str]]) -> dict[str, int]:
     usual = dict(SIZES.get(family.name, {}))
     if "k" in usual and tags.get("routed_weight") == ("weighted",):
         usual |= _WEIGHTED
+    if "k" in usual and tags.get("rows") in (("pair_pair",), ("sorted_sorted",)):
+        usual |= {size: value for size, value in _WEIGHTED.items() if size in usual}
+    if tags.get("delta") == ("lora",):
+        usual |= {"rank": 16, "max_loras": 4}
     return usual
 
 
 def _sizes_of(family: Family, case: Mapping[str, str]) -> dict[str, int]:
-    """The sizes that a case gives; a bucket stands for the largest rank that it holds."""
+    """The sizes that a case gives; a bucket stands for the largest rank that it holds, that of any rank for one above them."""
     sizes: dict[str, int] = {}
     for word, value in case.items():
         if value.isascii() and value.isdecimal() and 1 <= int(value) < 2**31:
             sizes[word] = int(value)
-        elif word == "rank" and (largest := VOCABULARY["rank"].get(value, {}).get("max_rank")):
-            sizes[word] = int(largest)
+        elif word == "rank" and value in VOCABULARY["rank"]:
+            sizes[word] = int(VOCABULARY["rank"][value]["max_rank"] or _ABOVE_BUCKETS)
         elif word in SIZES.get(family.name, ()):
             raise failure("KG015", word, f"got {value!r}, wanted a whole number of at least 1")
     return sizes
@@ -201,7 +208,8 @@ def _measured_sizes(family: Family) -> set[str]:
 
 def _words(family: Family) -> list[str]:
     axes = [axis.name for axis in family.axes]
-    return list(dict.fromkeys([*axes, *(_usual(family, {}) or sorted(_measured_sizes(family)))]))
+    with_adapters = {str(axis.name): ("lora",) for axis in family.axes if axis.name == "delta"}
+    return list(dict.fromkeys([*axes, *(_usual(family, with_adapters) or sorted(_measured_sizes(family)))]))
 
 
 def _tags(axis: Axis, value: str) -> tuple[tuple[str, ...], str]:

@@ -13,6 +13,7 @@ import torch
 import generated as kg
 from kernelgen import build
 from kernelgen.diagnostics import Failure
+from kernelgen.served import ask
 from kernelgen.which import which
 
 SPEC = """\
@@ -124,6 +125,7 @@ def test_a_call_gets_what_which_says(case: str, call, kernelgen, monkeypatch: py
     monkeypatch.undo()
     code, stdout, _ = kernelgen("which", *case.split(), "--specs", str(ROOT / "specs"), "--json")
     served = json.loads(stdout)["served"]
+    assert json.loads(stdout)["card"] == "H200"
     said = [kernel["kernel"] for one in served for kernel in one["launches"]]
     assert code == 0 and said
     if "relu2" in case:  # which asks for the first product alone
@@ -143,3 +145,27 @@ def test_a_call_gets_what_which_says(case: str, call, kernelgen, monkeypatch: py
 def test_what_no_call_gets_is_an_error(case: str, told: str, kernelgen) -> None:
     code, _, stderr = kernelgen("which", *case.split(), "--specs", str(ROOT / "specs"))
     assert code in (1, 2) and told in stderr
+
+
+@pytest.mark.parametrize(
+    ("case", "variant"),
+    [
+        ("moe_route --schedule from_tables", "moe_route_from_tables"),
+        ("moe_gemm --rows pair_pair", "moe_gemm_tile_bf16_pair_pair_plain"),
+        ("moe_gemm --rows pair_token --delta lora --num_tokens 2", "moe_gemm_gemv_bf16_pair_token_weighted_lora"),
+        ("moe_gemm --rows sorted_pair --weight_quant w8group", "moe_gemm_tile_bf16_sorted_pair_plain_w8group"),
+        ("moe_shrink --rows sorted_sorted", "moe_shrink_runs_bf16_sorted_sorted"),
+        ("moe_shrink --schedule pairs", "moe_shrink_pairs_bf16_token_pair"),
+        ("moe_runs", "moe_runs_one_launch"),
+        ("lora_shrink --rank rany", "lora_shrink_bf16_rany"),
+    ],
+)
+def test_what_one_call_gets_is_one_variant(case: str, variant: str, shipped) -> None:
+    family, *words = case.split()
+    answer = which(shipped, family, dict(zip((word.lstrip("-") for word in words[::2]), words[1::2], strict=True)))
+    assert [one.variant.name for one in ask(ROOT, answer) if one.variant in answer.variants] == [variant]
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return build.package(ROOT / "specs")
