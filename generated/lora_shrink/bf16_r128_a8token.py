@@ -224,24 +224,23 @@ def bind_product(problem: Problem, route: MoeRoute, config: Config, pdl: bool) -
         * (problem.slices // together)
         * problem.parts(config).number
         * shares,
-        (
-            problem.k,
-            problem.rank,
-            problem.x_stride,
-            *problem.a_strides,
-            block_m,
-            shares,
-            block_r,
-            config.block_k,
-            config.chunk_k,
-            config.chunk_k * problem.quarter(config),
-            problem.part_k(config),
-            together,
-            config.stages,
-            CACHE_POLICIES[config.weight_policy],
-            pdl,
-        ),
         runtime.Options(config.num_warps),
+        K=problem.k,
+        RANK=problem.rank,
+        X_STRIDE=problem.x_stride,
+        A_STRIDE_L=problem.a_stride_l,
+        A_STRIDE_R=problem.a_stride_r,
+        BLOCK_M=block_m,
+        SHARES=shares,
+        BLOCK_R=block_r,
+        BLOCK_K=config.block_k,
+        CHUNK_K=config.chunk_k,
+        QUARTER_K=config.chunk_k * problem.quarter(config),
+        PART_K=problem.part_k(config),
+        TOGETHER=together,
+        STAGES=config.stages,
+        WEIGHTS=CACHE_POLICIES[config.weight_policy],
+        PDL=pdl,
     )
     num_tokens = problem.num_tokens
 
@@ -263,8 +262,13 @@ def bind_total(problem: Problem, route: MoeRoute, parts: Parts, pdl: bool) -> To
     """The sum of parts, scaled; it may take the place of the first of them."""
     launch = _total.bind(
         route.max_blocks * problem.slices * runtime.cdiv(problem.rank, 16),
-        (problem.slices, problem.rank, *parts, route.block_m, pdl),
         runtime.Options(4, pdl=pdl),
+        SLICES=problem.slices,
+        RANK=problem.rank,
+        PARTS=parts.number,
+        QUARTER=parts.quarter,
+        BLOCK_M=route.block_m,
+        PDL=pdl,
     )
     num_tokens = problem.num_tokens
 

@@ -74,18 +74,16 @@ def bind(problem: Problem, config: Config) -> Call:
     pairs = min(num_tokens, problem.tokens_hint) * problem.top_k
     launch = _kernel.bind(
         runtime.cdiv(pairs, config.rows) * runtime.cdiv(problem.n, config.block_n),
-        (
-            problem.top_k,
-            problem.num_experts,
-            problem.local_expert_start,
-            problem.n,
-            problem.h_stride,
-            problem.x_stride,
-            config.rows,
-            config.block_n,
-            pdl,
-        ),
         runtime.Options(config.num_warps, pdl=pdl),
+        TOP_K=problem.top_k,
+        NUM_EXPERTS=problem.num_experts,
+        LOCAL_EXPERT_START=problem.local_expert_start,
+        N=problem.n,
+        H_STRIDE=problem.h_stride,
+        X_STRIDE=problem.x_stride,
+        ROWS=config.rows,
+        BLOCK_N=config.block_n,
+        PDL=pdl,
     )
 
     def call(

@@ -82,17 +82,15 @@ def bind(problem: Problem, config: Config) -> Call:
     num_pairs = problem.num_pairs
     launch = _kernel.bind(
         num_pairs * runtime.cdiv(problem.n, config.block_n),
-        (
-            problem.max_loras,
-            problem.num_experts,
-            problem.global_experts,
-            problem.top_k,
-            problem.n,
-            problem.out_stride,
-            problem.delta_stride,
-            config.block_n,
-        ),
         runtime.Options(config.num_warps),
+        MAX_LORAS=problem.max_loras,
+        NUM_EXPERTS=problem.num_experts,
+        GLOBAL_EXPERTS=problem.global_experts,
+        TOP_K=problem.top_k,
+        N=problem.n,
+        OUT_STRIDE=problem.out_stride,
+        D_STRIDE=problem.delta_stride,
+        BLOCK_N=config.block_n,
     )
 
     def call(out: torch.Tensor, delta: torch.Tensor, route: MoeRoute) -> None:

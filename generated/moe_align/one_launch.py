@@ -131,17 +131,15 @@ def bind(
     size = max(32, runtime.next_power_of_2(num_experts)) if dense else 1
     align = _kernel.bind(
         num_experts,
-        (
-            top_k,
-            num_experts,
-            local_expert_start,
-            block_m,
-            dense,
-            size,
-            chunk // 8,
-            runtime.traits(device).pdl,
-        ),
         runtime.Options(4 if chunk <= 512 else 8 if chunk <= 4096 else 16),
+        TOP_K=top_k,
+        NUM_EXPERTS=num_experts,
+        LOCAL_EXPERT_START=local_expert_start,
+        BLOCK_M=block_m,
+        DENSE=dense,
+        SIZE=size,
+        ROWS=chunk // 8,
+        PDL=runtime.traits(device).pdl,
     )
 
     def call(

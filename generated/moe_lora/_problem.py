@@ -133,7 +133,7 @@ OP = operands.Op(
 
 
 class Problem(NamedTuple):
-    """The sizes of one checked call; strides count elements, those of the weights run over (L, E, row)."""
+    """The sizes of one checked call; strides count elements."""
 
     num_pairs: int
     k: int
@@ -142,15 +142,15 @@ class Problem(NamedTuple):
     rank: int
     x_stride: int
     out_stride: int
-    a_strides: tuple[int, ...]
-    b_strides: tuple[int, ...]
+    a_strides: operands.Strides
+    b_strides: operands.Strides
     weighted: bool
     adds: bool
     device: torch.device
     weight_scales: str | None
     x_scales: str | None
-    a_scale_strides: tuple[int, ...]  # over (L, E)
-    b_scale_strides: tuple[int, ...]
+    a_scale_strides: operands.Strides
+    b_scale_strides: operands.Strides
     x_scale_stride: int  # over rows, or over experts
     x_scale_next: int | None  # over groups, None: 1
     block_r: int = 0  # ranks of a tile of the variant that serves it; 0: as many as the rank needs
@@ -194,11 +194,9 @@ def check(
     if scales.of_x is not None:
         check_fp8(variant, "x", x, scales.of_x, QUANT)
     out_stride = out.stride(1) if route.top_k > 1 else out.stride(0)
-    a_strides, b_strides = a.stride()[:3], b.stride()[:3]
     if slices * n >= 2**31:
         runtime.fail(variant, "out", runtime.describe(out), "below 2**31 columns")
-    a_scale_strides: tuple[int, ...] = ()
-    b_scale_strides: tuple[int, ...] = ()
+    a_scale_strides = b_scale_strides = operands.Strides()
     if scales.of_weights is not None:
         a_scale_strides = _scale_strides(variant, "a_scale", scales.of_weights, scales.a, lora_a)
         b_scale_strides = _scale_strides(variant, "b_scale", scales.of_weights, scales.b, lora_b)
@@ -213,8 +211,8 @@ def check(
         rank,
         x.stride(0),
         out_stride,
-        a_strides,
-        b_strides,
+        operands.Strides.of(a),
+        operands.Strides.of(b),
         weighted,
         adds,
         x.device,
@@ -239,17 +237,17 @@ def x_scale_shape(mode: str, x: Sequence[int]) -> tuple[int, ...]:
 
 def _scale_strides(
     variant: str, label: str, mode: str, scales: Sequence[torch.Tensor] | None, weights: Sequence[torch.Tensor]
-) -> tuple[int, ...]:
-    """The strides over (L, E) of the scales of weights, which are tensors of one layout."""
+) -> operands.Strides:
+    """The strides of the scales of weights, which are tensors of one layout."""
     shape = scale_shape(mode, weights[0].shape)
     if scales is None:
         runtime.fail(variant, label, None, f"{len(weights)} tensors, one a slice", f"a scale a {mode}")
-    strides = scales[0].stride()[:2]
+    strides = operands.Strides.of(scales[0])
     for i, scale in enumerate(scales):
         if (
             not _scales.fits(mode, scale.shape, weights[0].shape, QUANT)
             or not is_fp32(scale, weights[0].device)
-            or scale.stride()[:2] != strides
+            or scale.stride()[:2] != strides[:2]
             or (scale.numel() > 0 and not scale[0, 0].is_contiguous())
         ):
             also = f" or {[*shape, 1]}" if mode == "channel" else ""

@@ -223,38 +223,43 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     chunks = runtime.cdiv(problem.rank, block_r)
     part_stride = chunks * block_r
     size = splits * num_pairs * problem.slices * part_stride
-    bounds = (route.max_loras, route.num_experts, route.global_experts, route.top_k)
     shrink = _shrink.bind(
         num_pairs * problem.slices * chunks * splits,
-        (
-            *bounds,
-            problem.k,
-            problem.rank,
-            problem.x_stride,
-            *problem.a_strides,
-            block_r,
-            config.block_k,
-            split_k,
-            weights,
-            pdl,
-        ),
         runtime.Options(config.shrink_warps),
+        MAX_LORAS=route.max_loras,
+        NUM_EXPERTS=route.num_experts,
+        GLOBAL_EXPERTS=route.global_experts,
+        TOP_K=route.top_k,
+        K=problem.k,
+        RANK=problem.rank,
+        X_STRIDE=problem.x_stride,
+        A_STRIDE_L=problem.a_strides.adapter,
+        A_STRIDE_E=problem.a_strides.expert,
+        A_STRIDE_R=problem.a_strides.row,
+        BLOCK_R=block_r,
+        BLOCK_K=config.block_k,
+        SPLIT_K=split_k,
+        WEIGHTS=weights,
+        PDL=pdl,
     )
     expand = _expand.bind(
         num_pairs * problem.slices * runtime.cdiv(problem.n, config.block_n),
-        (
-            *bounds,
-            problem.n,
-            problem.rank,
-            problem.out_stride,
-            *problem.b_strides,
-            splits,
-            part_stride,
-            config.block_n,
-            weights,
-            pdl,
-        ),
         runtime.Options(config.expand_warps, pdl=pdl),
+        MAX_LORAS=route.max_loras,
+        NUM_EXPERTS=route.num_experts,
+        GLOBAL_EXPERTS=route.global_experts,
+        TOP_K=route.top_k,
+        N=problem.n,
+        RANK=problem.rank,
+        OUT_STRIDE=problem.out_stride,
+        B_STRIDE_L=problem.b_strides.adapter,
+        B_STRIDE_E=problem.b_strides.expert,
+        B_STRIDE_N=problem.b_strides.row,
+        PARTS=splits,
+        PART_STRIDE=part_stride,
+        BLOCK_N=config.block_n,
+        WEIGHTS=weights,
+        PDL=pdl,
     )
 
     def call(

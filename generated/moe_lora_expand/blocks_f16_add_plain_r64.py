@@ -110,21 +110,21 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again."""
     launch = _product.bind(
         route.max_blocks * problem.slices * runtime.cdiv(problem.n, config.block_n * config.tiles),
-        (
-            problem.n,
-            problem.offset,
-            problem.rank,
-            problem.shard,
-            problem.out_stride,
-            problem.y_stride,
-            *problem.b_strides,
-            route.block_m,
-            config.block_n,
-            config.tiles,
-            config.stages,
-            CACHE_POLICIES[config.weight_policy],
-        ),
         runtime.Options(config.num_warps),
+        N=problem.n,
+        OFFSET=problem.offset,
+        RANK=problem.rank,
+        SHARD=problem.shard,
+        OUT_STRIDE=problem.out_stride,
+        Y_STRIDE=problem.y_stride,
+        B_STRIDE_L=problem.b_strides.adapter,
+        B_STRIDE_E=problem.b_strides.expert,
+        B_STRIDE_N=problem.b_strides.row,
+        BLOCK_M=route.block_m,
+        BLOCK_N=config.block_n,
+        TILES=config.tiles,
+        STAGES=config.stages,
+        WEIGHTS=CACHE_POLICIES[config.weight_policy],
     )
 
     def call(

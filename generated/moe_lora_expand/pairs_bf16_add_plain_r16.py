@@ -113,19 +113,22 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again."""
     launch = _product.bind(
         problem.num_pairs * problem.slices * runtime.cdiv(problem.n, config.block_n),
-        (
-            *(route.max_loras, route.num_experts, route.global_experts, route.top_k),
-            problem.n,
-            problem.offset,
-            problem.rank,
-            problem.shard,
-            problem.out_stride,
-            problem.y_stride,
-            *problem.b_strides,
-            config.block_n,
-            CACHE_POLICIES[config.weight_policy],
-        ),
         runtime.Options(config.num_warps),
+        MAX_LORAS=route.max_loras,
+        NUM_EXPERTS=route.num_experts,
+        GLOBAL_EXPERTS=route.global_experts,
+        TOP_K=route.top_k,
+        N=problem.n,
+        OFFSET=problem.offset,
+        RANK=problem.rank,
+        SHARD=problem.shard,
+        OUT_STRIDE=problem.out_stride,
+        Y_STRIDE=problem.y_stride,
+        B_STRIDE_L=problem.b_strides.adapter,
+        B_STRIDE_E=problem.b_strides.expert,
+        B_STRIDE_N=problem.b_strides.row,
+        BLOCK_N=config.block_n,
+        WEIGHTS=CACHE_POLICIES[config.weight_policy],
     )
 
     def call(

@@ -190,28 +190,34 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     pdl = parts > 1 and runtime.traits(problem.device).pdl and config.pdl == 1
     product = _product.bind(
         route.max_blocks * runtime.cdiv(problem.rank, 16) * parts,
-        (
-            problem.pairs_a_row,
-            problem.k,
-            problem.rank,
-            problem.rank if parts > 1 else problem.y_stride,
-            problem.x_stride,
-            *problem.a_strides,
-            route.block_m,
-            joined_slices(problem.slices, 16, problem.device),
-            config.block_k,
-            config.split_k,
-            config.stages,
-            CACHE_POLICIES[config.weight_policy],
-            pdl,
-        ),
         runtime.Options(config.num_warps),
+        TOP_K=problem.pairs_a_row,
+        K=problem.k,
+        RANK=problem.rank,
+        Y_STRIDE=problem.rank if parts > 1 else problem.y_stride,
+        X_STRIDE=problem.x_stride,
+        A_STRIDE_L=problem.a_strides.adapter,
+        A_STRIDE_E=problem.a_strides.expert,
+        A_STRIDE_R=problem.a_strides.row,
+        BLOCK_M=route.block_m,
+        JOINED=joined_slices(problem.slices, 16, problem.device),
+        BLOCK_K=config.block_k,
+        SPLIT_K=config.split_k,
+        SHRINK_STAGES=config.stages,
+        WEIGHTS=CACHE_POLICIES[config.weight_policy],
+        PDL=pdl,
     )
     block_r = min(32, 16)
     total = _total.bind(
         route.max_blocks * problem.slices * runtime.cdiv(problem.rank, block_r),
-        (problem.slices, problem.rank, problem.y_stride, parts, route.block_m, block_r, pdl),
         runtime.Options(4, pdl=pdl),
+        SLICES=problem.slices,
+        RANK=problem.rank,
+        Y_STRIDE=problem.y_stride,
+        PARTS=parts,
+        BLOCK_M=route.block_m,
+        BLOCK_R=block_r,
+        PDL=pdl,
     )
     slice_size = problem.num_pairs * problem.rank
     part_size = problem.slices * slice_size

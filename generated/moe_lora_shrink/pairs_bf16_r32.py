@@ -161,26 +161,33 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     part_size = problem.slices * slice_size
     product = _product.bind(
         num_pairs * problem.slices * runtime.cdiv(problem.rank, config.block_r) * parts,
-        (
-            *(route.max_loras, route.num_experts, route.global_experts, route.top_k),
-            problem.pairs_a_row,
-            problem.k,
-            problem.rank,
-            problem.rank if parts > 1 else problem.y_stride,
-            problem.x_stride,
-            *problem.a_strides,
-            config.block_r,
-            config.block_k,
-            config.split_k,
-            CACHE_POLICIES[config.weight_policy],
-            pdl,
-        ),
         runtime.Options(config.num_warps),
+        MAX_LORAS=route.max_loras,
+        NUM_EXPERTS=route.num_experts,
+        GLOBAL_EXPERTS=route.global_experts,
+        TOP_K=route.top_k,
+        PAIRS_A_ROW=problem.pairs_a_row,
+        K=problem.k,
+        RANK=problem.rank,
+        Y_STRIDE=problem.rank if parts > 1 else problem.y_stride,
+        X_STRIDE=problem.x_stride,
+        A_STRIDE_L=problem.a_strides.adapter,
+        A_STRIDE_E=problem.a_strides.expert,
+        A_STRIDE_R=problem.a_strides.row,
+        BLOCK_R=config.block_r,
+        BLOCK_K=config.block_k,
+        SPLIT_K=config.split_k,
+        WEIGHTS=CACHE_POLICIES[config.weight_policy],
+        PDL=pdl,
     )
     total = _total.bind(
         runtime.cdiv(part_size, _CELLS),
-        (problem.rank, problem.y_stride, parts, _CELLS, pdl),
         runtime.Options(4, pdl=pdl),
+        RANK=problem.rank,
+        Y_STRIDE=problem.y_stride,
+        PARTS=parts,
+        BLOCK=_CELLS,
+        PDL=pdl,
     )
 
     def call(

@@ -92,20 +92,18 @@ def bind(problem: Problem, config: Config) -> Call:
     width = runtime.next_power_of_2(problem.n)
     launch = _kernel.bind(
         runtime.cdiv(problem.num_pairs, config.rows),
-        (
-            problem.top_k,
-            problem.num_experts,
-            problem.local_expert_start,
-            problem.n,
-            problem.codes_stride,
-            problem.x_stride,
-            problem.largest,
-            config.rows,
-            runtime.next_power_of_2(runtime.cdiv(problem.n, width)),
-            width,
-            pdl,
-        ),
         runtime.Options(config.num_warps, pdl=pdl),
+        TOP_K=problem.top_k,
+        NUM_EXPERTS=problem.num_experts,
+        LOCAL_EXPERT_START=problem.local_expert_start,
+        N=problem.n,
+        CODES_STRIDE=problem.codes_stride,
+        X_STRIDE=problem.x_stride,
+        LARGEST=problem.largest,
+        ROWS=config.rows,
+        GROUPS=runtime.next_power_of_2(runtime.cdiv(problem.n, width)),
+        WIDTH=width,
+        PDL=pdl,
     )
 
     def call(codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, tables: MoeTables) -> None:

@@ -84,18 +84,16 @@ def bind(problem: Problem, config: Config) -> Call:
     width = runtime.next_power_of_2(problem.n)
     launch = _kernel.bind(
         runtime.cdiv(max_rows(problem), config.rows),
-        (
-            problem.n,
-            problem.codes_stride,
-            problem.x_stride,
-            problem.largest,
-            problem.block_m,
-            config.rows,
-            runtime.next_power_of_2(runtime.cdiv(problem.n, width)),
-            width,
-            pdl,
-        ),
         runtime.Options(config.num_warps, pdl=pdl),
+        N=problem.n,
+        CODES_STRIDE=problem.codes_stride,
+        X_STRIDE=problem.x_stride,
+        LARGEST=problem.largest,
+        BLOCK_M=problem.block_m,
+        ROWS=config.rows,
+        GROUPS=runtime.next_power_of_2(runtime.cdiv(problem.n, width)),
+        WIDTH=width,
+        PDL=pdl,
     )
 
     def call(codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, tables: MoeTables) -> None:

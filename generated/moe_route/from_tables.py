@@ -128,17 +128,15 @@ def bind(
     sizes = (num_pairs, sorted_token_ids.shape[1], sorted_token_ids.stride(0))
     list_blocks = _list.bind(
         1,
-        (
-            max_loras,
-            num_experts,
-            num_lora_ids,
-            runtime.next_power_of_2(num_lora_ids),
-            block_m,
-            ENTRIES,
-        ),
         runtime.Options(4),
+        MAX_LORAS=max_loras,
+        NUM_EXPERTS=num_experts,
+        NUM_LORA_IDS=num_lora_ids,
+        LORA_IDS_SIZE=runtime.next_power_of_2(num_lora_ids),
+        BLOCK_M=block_m,
+        ENTRIES=ENTRIES,
     )
-    pack_pairs = _pack.bind(max_loras * row_blocks, (block_m,), runtime.Options(4))
+    pack_pairs = _pack.bind(max_loras * row_blocks, runtime.Options(4), BLOCK_M=block_m)
 
     def call(
         pairs: torch.Tensor,

@@ -120,8 +120,13 @@ def bind(
     size = max(16, runtime.next_power_of_2(num_pairs))
     sort = _kernel.bind(
         1,
-        (max_loras, num_experts, global_experts, top_k, block_m, size),
         runtime.Options(4 if size < MAX_PAIRS else 8),
+        MAX_LORAS=max_loras,
+        NUM_EXPERTS=num_experts,
+        GLOBAL_EXPERTS=global_experts,
+        TOP_K=top_k,
+        BLOCK_M=block_m,
+        SIZE=size,
     )
 
     def call(

@@ -222,15 +222,36 @@ def bind(
     pdl = runtime.traits(device).pdl
     size = _size(max_loras * num_experts)
     num_chunks = runtime.cdiv(num_pairs, CHUNK)
-    bounds = (max_loras, num_experts, global_experts, top_k)
-    count = _count.bind(num_chunks, (*bounds, size, CHUNK, pdl), runtime.Options(4))
+    count = _count.bind(
+        num_chunks,
+        runtime.Options(4),
+        MAX_LORAS=max_loras,
+        NUM_EXPERTS=num_experts,
+        GLOBAL_EXPERTS=global_experts,
+        TOP_K=top_k,
+        SIZE=size,
+        CHUNK=CHUNK,
+        PDL=pdl,
+    )
     prefix = _prefix.bind(
-        size // GROUPS_PER_PROGRAM, (size, GROUPS_PER_PROGRAM, 64, pdl), runtime.Options(4, pdl=pdl)
+        size // GROUPS_PER_PROGRAM,
+        runtime.Options(4, pdl=pdl),
+        SIZE=size,
+        WIDTH=GROUPS_PER_PROGRAM,
+        STEP=64,
+        PDL=pdl,
     )
     place = _place.bind(
         num_chunks,
-        (*bounds, block_m, size, CHUNK, pdl),
         runtime.Options(4 if size <= 2048 else 8, pdl=pdl),
+        MAX_LORAS=max_loras,
+        NUM_EXPERTS=num_experts,
+        GLOBAL_EXPERTS=global_experts,
+        TOP_K=top_k,
+        BLOCK_M=block_m,
+        SIZE=size,
+        CHUNK=CHUNK,
+        PDL=pdl,
     )
     counts_at, starts_at = size, size * (1 + num_chunks)
 

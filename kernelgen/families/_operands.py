@@ -17,7 +17,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 
@@ -372,6 +372,19 @@ def check_fields(op: str, label: str, given: object, fields: Sequence[Operand]) 
     """Raise ValueError where an attribute of ``given``, which errors call ``label``, is not what it is declared."""
     for field in fields:
         field.admit(op, getattr(given, field.name), {}, f"{label}.{field.name}")
+
+
+class Strides(NamedTuple):
+    """Of weights of adapters, or of their scales, [L, E, rows, *]: elements from one to the next; 0 where there is none."""
+
+    adapter: int = 0
+    expert: int = 0
+    row: int = 0
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Strides:
+        """Those of a tensor [L, E] or more."""
+        return cls(*tensor.stride()[:3])
 
 
 class Sizes:

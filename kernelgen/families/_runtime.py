@@ -205,16 +205,29 @@ _launch_hooks = triton.knobs.runtime.launch_enter_hook
 
 
 class Launcher:
-    """Launches one Triton kernel: run-time arguments first, then its constants, both by position."""
+    """Launches one Triton kernel, whose run-time arguments stand in front of its constants."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
+        # The interpreter's kernels have no params, but annotations too.
+        self.constants = tuple(name for name, kind in kernel.fn.__annotations__.items() if "constexpr" in str(kind))
         loose = [getattr(param, "do_not_specialize_on_alignment", False) for param in getattr(kernel, "params", ())]
         self.num_aligned = loose.index(True) if True in loose else len(loose)  # leading arguments
 
-    def bind(self, grid: int, constants: tuple[Any, ...], options: Options) -> Bound:
-        """The launches of one compile key over ``grid`` programs; whoever keeps it vouches for the arguments' dtypes."""
-        return Bound(self, grid, constants, options)
+    def bind(self, grid: int, first: Any, second: Any = None, /, **constants: Any) -> Bound:
+        """The launches of one compile key over ``grid`` programs; whoever keeps it vouches for the arguments' dtypes.
+
+        Raises:
+            TypeError: ``constants`` are not those of the kernel, by its names for them.
+        """
+        if second is not None:
+            return Bound(self, grid, first, second)
+        options = first
+        missing = [name for name in self.constants if name not in constants]
+        unknown = [name for name in constants if name not in self.constants]
+        if missing or unknown:
+            raise TypeError(f"{self.kernel.fn.__name__}: constants that are missing: {missing}, that it does not have: {unknown}")
+        return Bound(self, grid, tuple(constants[name] for name in self.constants), options)
 
     def launch(self, grid: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], options: Options) -> Any:
         """Launch once; return the compiled kernel if later launches with such arguments may call it directly."""

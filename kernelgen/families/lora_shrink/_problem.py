@@ -93,18 +93,19 @@ ONE_PART = Parts()
 
 
 class Problem(NamedTuple):
-    """The sizes of one checked call; strides count elements, those of the weights run over (L, rank)."""
+    """The sizes of one checked call; strides count elements."""
 
     num_tokens: int
     k: int
     slices: int
     rank: int
     x_stride: int
-    a_strides: tuple[int, int]
+    a_stride_l: int
+    a_stride_r: int
     device: torch.device
     weight_scales: str | None  # of what there is a scale each: "tensor", "channel" or "group"; None: 16-bit weights
     x_scales: str | None  # likewise of x, "token" for "channel"
-    a_scale_stride: int  # over L
+    a_scale_stride_l: int
     x_scale_stride: int  # over rows
     x_scale_next: int | None  # over groups, None: 1
 
@@ -167,8 +168,7 @@ def problem_of(
         check_fp8(variant, "lora_a", a, a_scale[0], QUANT)
     if x_scale is not None:
         check_fp8(variant, "x", x, x_scale[0], QUANT)
-    strides = (a.stride(0), a.stride(-2))
-    check_rank(variant, "lora_a", rank, max_rank, strides[1])
+    check_rank(variant, "lora_a", rank, max_rank, a.stride(-2))
     scale_stride = 0
     if a_scale is not None:
         found = scale_strides(variant, "a_scale", *a_scale, lora_a, QUANT)
@@ -179,7 +179,7 @@ def problem_of(
     if x_scale is not None:
         x_scale_strides = check_x_scale(variant, x_scale[0], x, x_scale[1], QUANT)
     kinds = (None if a_scale is None else a_scale[0], None if x_scale is None else x_scale[0])
-    dims = (route.num_tokens, sizes["K"], slices, rank, x.stride(0), strides)
+    dims = (route.num_tokens, sizes["K"], slices, rank, x.stride(0), a.stride(0), a.stride(-2))
     return Problem(*dims, device, *kinds, scale_stride, *x_scale_strides)
 
 

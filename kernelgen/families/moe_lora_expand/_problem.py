@@ -70,7 +70,7 @@ Call = Callable[..., None]
 
 
 class Problem(NamedTuple):
-    """The sizes of one checked call; strides count elements, those of the weights run over (L, E, N)."""
+    """The sizes of one checked call; strides count elements."""
 
     num_pairs: int
     n: int
@@ -80,7 +80,7 @@ class Problem(NamedTuple):
     offset: int  # column of out where the first slice begins
     out_stride: int
     y_stride: int  # between pairs; those between slices and shards may depend on their number, so they are read at each call
-    b_strides: tuple[int, ...]
+    b_strides: operands.Strides
     device: torch.device
 
 
@@ -107,8 +107,8 @@ def check(
     sizes = OP.check(variant, OP.named(out, y, lora_b, route, topk_weights, offset, adds, weighted), D=dtype)
     check_kind(variant, route, naive)
     n, rank, slices, num_pairs = sizes["N"], sizes["rank"], sizes["S"], route.num_tokens * route.top_k
-    strides, end = lora_b[0].stride()[:3], offset + slices * n
-    check_rank(variant, "lora_b", rank, max_rank, strides[2], n)
+    strides, end = operands.Strides.of(lora_b[0]), offset + slices * n
+    check_rank(variant, "lora_b", rank, max_rank, strides.row, n)
     if end >= 2**31:
         runtime.fail(variant, "offset", offset, f"0 to {2**31 - slices * n - 1}")
     if out.shape[2] < end:

@@ -70,7 +70,7 @@ Call = Callable[[torch.Tensor, torch.Tensor, Sequence[torch.Tensor], MoeRoute], 
 
 
 class Problem(NamedTuple):
-    """The sizes of one checked call; strides count elements, those of the weights run over (L, E, rank)."""
+    """The sizes of one checked call; strides count elements."""
 
     num_pairs: int
     k: int
@@ -79,7 +79,7 @@ class Problem(NamedTuple):
     pairs_a_row: int  # of x: top_k, or 1 where every pair has its own
     x_stride: int
     y_stride: int  # between pairs; that between slices may depend on their number, so it is read at each call
-    a_strides: tuple[int, ...]
+    a_strides: operands.Strides
     device: torch.device
 
 
@@ -101,8 +101,8 @@ def check(
     """
     sizes = OP.check(variant, OP.named(y, x, lora_a, route), D=dtype)
     check_kind(variant, route, naive)
-    rank, num_pairs, strides = sizes["rank"], route.num_tokens * route.top_k, lora_a[0].stride()[:3]
-    check_rank(variant, "lora_a", rank, max_rank, strides[2])
+    rank, num_pairs, strides = sizes["rank"], route.num_tokens * route.top_k, operands.Strides.of(lora_a[0])
+    check_rank(variant, "lora_a", rank, max_rank, strides.row)
     if max(y.stride(0), y.numel()) >= 2**31:
         runtime.fail(variant, "y", runtime.describe(y), "below 2**31 elements, and a slice of them", "send fewer tokens")
     pairs_a_row = 1 if x.shape[0] == num_pairs else route.top_k
