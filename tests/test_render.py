@@ -11,12 +11,14 @@ import stat
 from pathlib import Path
 from typing import Callable
 
+import black
 import project
 import pytest
 
-from kernelgen import build, formatting, sealed, trees
+from kernelgen import assemble, build, formatting, sealed, trees
 from kernelgen.diagnostics import Failure
 from kernelgen.locate import FAMILIES, SPECS
+from kernelgen.outputs import Outputs
 
 KERNEL = "kernels/toy.py.j2"
 
@@ -212,16 +214,64 @@ def test_formatting_again_takes_the_cached_text_unless_it_is_broken(
     tree = build.tree(folder)
     entries = sorted(own_cache.iterdir())
     assert len(entries) == sum("# Template: templates/" in text for text in tree.files.values())
-    formatted: list[str] = []
-    finish = formatting._finish
-    monkeypatch.setattr(
-        formatting, "_finish", lambda item: formatted.append(item[0]) or finish(item)
-    )
-    assert build.tree(folder) == tree and not formatted
+    checked: list[str] = []
+    check = formatting._check
+    monkeypatch.setattr(formatting, "_check", lambda item: checked.append(item[0]) or check(item))
+    assert build.tree(folder) == tree and not checked
     entries[0].write_text(entries[0].read_text()[:-5])
     entries[1].write_bytes(b"\xff")
     entries[2].unlink()
-    assert build.tree(folder) == tree and len(formatted) == 3
+    assert build.tree(folder) == tree and len(checked) == 3
+
+
+AWKWARD = '''# head
+"""What it is about: 1."""
+import os
+# of f
+@cache(1,
+  2)
+def moe_x_bf16(a,b = 16 ,
+        c = [1,22,333,]):
+    """Numbers 1.5 and 016
+    more
+    """
+    x = {  'a':1 }
+
+    # at its end
+
+      # at its very end
+
+# in between
+class A: pass
+class moe_x_bf16_B(object):
+    x : int = 7 if 0 else 1.
+    def f( self ): return 1
+
+
+    def g(self): ...
+@overload
+def h(): ...
+@overload
+def h(a): ...
+if x :
+    def k(): return 10
+TABLE = {NUMBERS}
+X = 1  # as it is
+def last(): return ( yield )
+'''.replace("NUMBERS", ", ".join(map(str, range(100)))).replace("016", "016   ")
+
+
+def test_shapes_come_out_as_black_formats_the_whole_text(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of texts that black has much to do in, alone and beside their like, and of real ones."""
+    outputs = Outputs(build.renderer(SPECS), build.rooms(SPECS))
+    families = [family for family in build.package(SPECS).families if family.name in ("moe_act", "moe_sum")]
+    outputs.render(assemble._variant_output(variant, family) for family in families for variant in family.variants)
+    texts = {**outputs._rendered, "generated/moe_x/bf16.py": AWKWARD, "generated/moe_y/bf16.py": AWKWARD + "# fmt: off\nx=1\n"}
+    texts["generated/moe_x/f16.py"] = AWKWARD.replace("bf16", "f16").replace("16", "86")
+    monkeypatch.setattr(formatting.lint, "faults", lambda *_: [])
+    made, _ = formatting.finish(texts, 1)
+    mode = black.Mode(line_length=formatting.LINE_LENGTH, target_versions={black.TargetVersion.PY310})
+    assert made == {path: black._format_str_once(text, mode=mode) for path, text in texts.items()}
 
 
 def test_without_a_cache_folder_it_only_takes_longer(
