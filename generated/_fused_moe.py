@@ -339,9 +339,9 @@ def _bind(
 
     adapters = None
     if lora is not None:
-        adapters, (of_first["v"], of_second["v"]) = _bind_lora(lora, hidden, inner, tables, buffers, few)
+        adapters, like, (of_first["v"], of_second["v"]) = _bind_lora(lora, hidden, inner, tables, buffers, few)
         for options, lora_b in ((of_first, lora.b13), (of_second, lora.b2)):
-            options |= {"lora_b": lora_b, "runs": adapters.runs}
+            options |= {"lora_b": lora_b, "runs": like}
 
     def between(hidden: torch.Tensor, tables: MoeTables, scales: _Scales, buffers: _Buffers) -> tuple[torch.Tensor, _Scales]:
         """Rows for the second product, and its scales."""
@@ -430,18 +430,19 @@ def _bind(
 
 
 class _Adapters(NamedTuple):
-    """The launches of the adapters of a layer, and what its products are bound with."""
+    """The launches of the adapters of a layer."""
 
     max_loras: int
-    runs: MoeRuns
     shrink_x: Callable[..., None]
     shrink_h: Callable[..., None]
 
 
 def _bind_lora(
     lora: FusedMoeLora, hidden: torch.Tensor, inner: torch.Tensor, tables: MoeTables, buffers: _Buffers, few: bool
-) -> tuple[_Adapters, list[torch.Tensor]]:
-    """The launches, and the rank vectors of both products: those of the first are read when the others are written."""
+) -> tuple[_Adapters, MoeRuns, list[torch.Tensor]]:
+    """The launches, and what the products are bound with: runs, and the rank vectors of both, of which those of the first are
+    read when the others are written.
+    """
     num_pairs, max_loras = inner.shape[0], lora.a13[0].shape[0]
     run_of_row, of_blocks, _ = (None, None, None) if few else split(buffers[7], num_pairs)
     runs = MoeRuns(lora.token_lora_mapping, lora.adapter_enabled, run_of_row, of_blocks, max_loras)
@@ -450,7 +451,7 @@ def _bind_lora(
     v13, v2 = both = [vectors[: math.prod(shape)].view(shape) for shape in shapes]
     shrink_x = bind_shrink(v13, hidden, lora.a13, tables, runs, "token", _SHRINK_X)
     shrink_h = bind_shrink(v2, inner, lora.a2, tables, runs, "pair" if few else "sorted", _SHRINK_H)
-    return _Adapters(max_loras, runs, shrink_x, shrink_h), both
+    return _Adapters(max_loras, shrink_x, shrink_h), runs, both
 
 
 def _vector_size(lora_a: Sequence[torch.Tensor], num_pairs: int, few: bool) -> int:

@@ -6,11 +6,13 @@ What is tried follows from what each op declares of its arguments; what is writt
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
 import inspect
 import itertools
 import math
 import re
+import weakref
 from typing import Any, Callable, Iterator
 
 import pytest
@@ -560,6 +562,18 @@ def test_tables_stay_with_what_they_were_made_of(name: str, known: bool, device:
     assert len(launches) == number
 
 
+@pytest.mark.parametrize("name", GOOD)
+def test_no_call_keeps_tensors_alive(name: str, device: str, launches: list[Any]) -> None:
+    door = Door.of(name, device)
+    for _ in range(3):
+        door()
+    given = [weakref.ref(tensor) for *_, tensor in _tensors(door)]
+    launches.clear()
+    del door
+    gc.collect()
+    assert not [i for i, tensor in enumerate(given) if tensor() is not None]
+
+
 def test_columns_of_one_buffer_are_memory_of_their_own(device: str, launches: list[Any]) -> None:
     door = Door.of("lora", device)
     both = torch.zeros(T, K + 2 * N + 1, dtype=BF16, device=device)
@@ -623,7 +637,7 @@ RELATED: list[tuple[str, Callable[[Arguments], Arguments], str]] = [
     ("moe_gemm", lambda good: {"activation": "swiglu"}, "out: .*N = 12 as in w with activation"),
     ("fused_moe", lambda good: {"workspace": good["workspace"]._replace(num_blocks=good["lora"][-1])}, "workspace.num_blocks: "),
     ("fused_moe fp8", lambda good: {"w2_scale": good["w2_scale"][:, 0].clone()}, "w2_scale.*: .* with weight_scales channel"),
-    ("fused_moe fp8", lambda good: {"w13_scale": good["w13_scale"][:, 0].clone()}, "w13_scale, x_scale: .* scales channel"),
+    ("fused_moe fp8", lambda good: {"w13_scale": good["w13_scale"][:, 0].clone()}, "w13_scale, x_scale: .*scales channel"),
     ("from_tables", lambda good: {"block_size": 32, "expert_ids": good["expert_ids"].repeat(1, 2)}, "block_size = 32"),
 ]
 
