@@ -23,6 +23,9 @@ _SHIPPED = "_[!_]*.py"
 _HOLDS: Mapping[str, str] = {
     "cases": "CASES, BODY and check, as kernelgen/families/__init__.py says",
     "laws": "LAWS, which may be empty",
+    "bench": "SUITE, what there is to measure, and workload.py, its operands; see kernelgen/measure/suite.py",
+    "workload": "Workload and Ours; see kernelgen/measure/workload.py",
+    "tune": "TUNING, how its tiles are searched; see kernelgen/measure/tune/hints.py",
     "probes": "probes(package, variant), which yields the problems that a variant is compiled for",
 }
 
@@ -96,6 +99,13 @@ def serve(specs: Path) -> None:
     for room in sorted({place.name for folder in folders[:-1] for place in folder.glob("[a-z]*/")}):
         package = importlib.import_module(prefix + room)
         package.__path__ = [str(folder / room) for folder in folders if (folder / room).is_dir()]
+
+
+def rooms_with(name: str) -> list[str]:
+    """The families whose rooms have such a module of the laboratory."""
+    if not _served:
+        serve(find_specs())
+    return sorted({file.parent.name for folder in _served for file in folder.glob(f"*/{name}.py")})
 
 
 def _room_of(module: str) -> str | None:

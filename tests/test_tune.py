@@ -18,6 +18,7 @@ from typing import Any, Callable, Iterator
 import pytest
 
 from kernelgen.diagnostics import Failure
+from kernelgen.measure import suites
 from kernelgen.measure.models import MODELS, Model
 from kernelgen.measure.options import Duration
 from kernelgen.measure.suites import fused_moe, layer, lora
@@ -35,7 +36,7 @@ from kernelgen.measure.tune.tuner import Tuner
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = ROOT / "specs" / "moe_lora.yaml"
 SPACE = space.read(SPEC, "moe_lora")
-HINTS = hints.of("moe_lora")
+HINTS = hints.of("moe_lora").hints
 NAIVE = "small_batch"
 QWEN = MODELS["qwen3-30b-a3b"]
 RULES = {
@@ -709,7 +710,7 @@ def _dense_problem(name: str, cell: lora.Cell) -> problems.Problem:
 
 def _product(name: str, cell: lora.Cell, rule: dict[str, int], block_m: int = 64) -> hints.Hints:
     sizes = Sizes(232448, {name: rule}, name, {"block_m": block_m})
-    return hints.of(name)(_dense_problem(name, cell), space.read(SPEC.with_name(f"{name}.yaml"), name), sizes)
+    return hints.of(name).hints(_dense_problem(name, cell), space.read(SPEC.with_name(f"{name}.yaml"), name), sizes)
 
 
 SHRINK_RULE = {
@@ -950,7 +951,7 @@ def test_gauge_checks_before_it_times(family: str, monkeypatch: pytest.MonkeyPat
     for module in ("moe_lora", "fused_moe", "layer"):
         monkeypatch.setattr(f"kernelgen.measure.workloads.{module}.WEIGHT_BYTES", 0.0)
     monkeypatch.setattr("kernelgen.measure.operands.TOUCHED_BYTES", 1.0)
-    instrument = gauge.Gauge(families()[family].name, family, ROOT / "generated")
+    instrument = gauge.Gauge(hints.of(family).suite, family, ROOT / "generated")
     (problem,) = {tuple(p.items()) for cell in cells for p in instrument._calls.problems(cell)}
     candidates = (*right, refused, idle)
     for final in (False, True):
@@ -971,8 +972,8 @@ def test_every_family_with_tunables_can_be_tuned() -> None:
     assert not faults
     tunable = {family.name for family in specs if any(kernel.tunables for kernel in family.kernels)}
     assert tunable == set(families())
-    for family, suite in families().items():
-        cells = cells_of(suite, family, {})
+    for family in families():
+        cells = cells_of(suites.find(hints.of(family).suite), family, {})
         assert len(cells) > 10 and {cell.tokens for cell in cells} == {1 << i for i in range(13)}
 
 

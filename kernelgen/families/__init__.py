@@ -15,5 +15,8 @@ is in the modules ``_table`` and ``_tuned`` beside them, which the build makes. 
   device)``: run one, raise ``AssertionError`` or return the worst error over the bound;
 * ``laws.py``: ``LAWS``, what holds between variants and between calls; see ``case.Law``;
 * ``probes.py``: ``probes(package, variant)``, the problems that a variant is compiled for without a GPU; see ``probe.Probe``. And
-  ``tuned(package, variant, entry)``, where tiles are measured: the same with these.
+  ``tuned(package, variant, entry)``, where tiles are measured: the same with these;
+* ``tune.py``, of a family with tunables: ``TUNING``, in whose calls its tiles are timed; see ``kernelgen/measure/tune/hints.py``;
+* ``bench.py`` and ``workload.py``, of a family that is in no call of the suites: a suite of its own, ``SUITE`` and its operands;
+  see ``kernelgen/measure/suite.py``.
 """

@@ -30,10 +30,10 @@ class _Suites(click.Group):
     """A command a suite; without the name of one, options are those of the first, as they once were."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(suites.NAMES)
+        return suites.names()
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return of_suite(cmd_name) if cmd_name in suites.NAMES else None
+        return of_suite(cmd_name) if cmd_name in suites.names() else None
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0].startswith("-") and args[0] not in ("-h", "--help"):

@@ -107,8 +107,8 @@ def load(path: Path) -> Document:
         if data["schema_version"] != SCHEMA_VERSION:
             message = f"schema_version {data['schema_version']}, wanted {SCHEMA_VERSION}"
             raise failure("KG072", str(path), message, "measure again, or use the kernelgen that wrote it")
-        if data["suite"] not in suites.NAMES:
-            raise failure("KG072", str(path), f"no such suite: {data['suite']}", f"known: {', '.join(suites.NAMES)}")
+        if data["suite"] not in suites.names():
+            raise failure("KG072", str(path), f"no such suite: {data['suite']}", f"known: {', '.join(suites.names())}")
         suite = suites.find(data["suite"])
         for number, row in enumerate(data["rows"], 1):
             _check(row, f"row {number}")

@@ -8,9 +8,10 @@ from typing import Any, Callable
 
 import torch
 
-from kernelgen.measure import peers
+from kernelgen.measure import peers, suites
 from kernelgen.measure.suite import OURS
 from kernelgen.measure.workload import Implementation, Workload
+from kernelgen.rooms import laboratory
 
 
 def workload(
@@ -35,4 +36,6 @@ def load(suite: str, name: str, package: Path) -> Implementation:
 
 
 def _module(suite: str) -> Any:
-    return importlib.import_module(f"kernelgen.measure.workloads.{suite}")
+    if suite in suites.NAMES:
+        return importlib.import_module(f"kernelgen.measure.workloads.{suite}")
+    return laboratory(suite, "workload")

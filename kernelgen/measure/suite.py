@@ -1,7 +1,8 @@
 """What a suite of the benchmark is: the cells that it spans, and who can be measured on them. Imports no torch.
 
 A suite has a module in ``suites``, which says what there is to measure, and one of the same name in ``workloads``, which makes
-operands, knows what is right for them and calls the generated package. Whoever else is measured is in ``peers``.
+operands, knows what is right for them and calls the generated package. Whoever else is measured is in ``peers``. A family that is
+in no call of these has a suite of its own name in its room: ``bench.py`` and ``workload.py``.
 """
 
 from __future__ import annotations
@@ -112,7 +113,6 @@ class Suite:
         usual: of them, those that are timed unless others are asked for.
         split: a column that tables are apart by, with what its values are called.
         beside: what rows are compared with, among our own: words, and the columns in which such a row differs.
-        tuned: family -> (form that uses it, values of axes that sweeps of it have).
     """
 
     name: str
@@ -125,7 +125,6 @@ class Suite:
     usual: tuple[str, ...] = ()
     split: tuple[str, Mapping[Any, str]] | None = None
     beside: tuple[str, Mapping[str, Any]] | None = None
-    tuned: Mapping[str, tuple[str, Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
 
     def cells(self, options: Mapping[str, Any], size: Size = "full") -> list[Cell]:
         """The cells that options ask for, each once; None: as the size says. Those that share weights are next to each other.

@@ -75,9 +75,4 @@ SUITE = Suite(
     span=_span,
     peers=("vllm", "sglang", "triton_kernels", "deep_gemm", "torch"),
     beside=("our 16-bit layer", {"quant": "none", "act": "none"}),
-    tuned={
-        "moe_gemm": ("", {"sites": ("w13", "w2"), "quant": ("none",), "act": ("none",)}),
-        "moe_quant": ("", {"sites": ("quant",), "quant": ("group",), "act": ("group",)}),
-        "moe_sum": ("", {"sites": ("sum",)}),
-    },
 )

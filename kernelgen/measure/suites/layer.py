@@ -87,9 +87,4 @@ SUITE = Suite(
     forms=("overlap", "separate"),
     usual=("separate",),
     beside=("the layer without adapters", BARE),
-    tuned={
-        "moe_act": ("separate", {"sites": ("layer",), "ranks": (16,), "base": (0.0,)}),
-        "moe_shrink": ("", {"sites": ("layer",), "ranks": (16,), "base": (0.0,)}),
-        "moe_add": ("overlap", {"sites": ("w13",), "ranks": (16,), "base": (0.0,)}),
-    },
 )

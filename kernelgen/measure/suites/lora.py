@@ -64,5 +64,4 @@ SUITE = Suite(
     span=_span,
     peers=("vllm", "torch"),
     beside=("our 16-bit weights", {"quant": "none"}),
-    tuned={name: ("", {"ranks": (16, 32, 64, 128)}) for name in ("lora_shrink", "lora_expand")},
 )

@@ -117,7 +117,6 @@ def _span(values: Mapping[str, Any]) -> Iterator[Cell]:
 
 
 SCHEDULES = ("one_shot", "small_batch", "two_kernel")
-_APART = ("apart", {"sites": ("w13", "w2"), "add": True, "ranks": (16, 64)})
 SUITE = Suite(
     name="moe_lora",
     title="MoE-LoRA: what adapters add to an MoE layer.",
@@ -141,9 +140,4 @@ SUITE = Suite(
     forms=(*SCHEDULES, "apart"),
     split=("add", {True: "add", False: "set"}),
     beside=("our 16-bit operands", {"quant": "none", "act": "none"}),
-    tuned={
-        "moe_lora": ("", {"sites": ("w13", "w2"), "add": True, "ranks": (16, 32, 64, 128)}),
-        "moe_lora_shrink": _APART,
-        "moe_lora_expand": _APART,
-    },
 )

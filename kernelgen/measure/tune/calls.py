@@ -29,7 +29,8 @@ class Calls:
 
     def __init__(self, suite: str, family: str, package: Path) -> None:
         self._suite, self._family, self._package = suites.find(suite), family, package
-        self._form, _ = self._suite.tuned[family]
+        self._tuning = hints.of(family)
+        self._form = self._tuning.form
         self._ours = functools.cache(self._load)
         self.runtime = self._ours(self._form).runtime
         self._recorded = functools.lru_cache(maxsize=64)(self._record)
@@ -55,7 +56,7 @@ class Calls:
             raise failure("KG041", self._family, f"no variant serves {problem}", "see the excludes of the spec")
         first = rule.schedule if rule.schedule in rules else next(iter(rules))
         shared_memory = self.runtime.traits(_META).shared_memory
-        return Sizes(shared_memory, rules, first, hints.of(self._family).facts(self._ours(self._form).kg, problem))
+        return Sizes(shared_memory, rules, first, self._tuning.hints.facts(self._ours(self._form).kg, problem))
 
     def requests(self, cell: Cell, problem: Problem, schedule: str, tiles: Named) -> list[Any]:
         """The launches of a candidate, recorded where they are compiled for a target."""

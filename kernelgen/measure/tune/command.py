@@ -17,13 +17,15 @@ import click
 
 from kernelgen.command import Report, command
 from kernelgen.diagnostics import failure
+from kernelgen.locate import find_specs
 from kernelgen.measure import suites
 from kernelgen.measure.command import option_of, package_option, say_meant
 from kernelgen.measure.options import Duration, Kind
 from kernelgen.measure.suite import Cell, Suite, misfit
-from kernelgen.measure.tune import hints
+from kernelgen.measure.tune import hints, space
 from kernelgen.names import TUNED
 from kernelgen.progress import is_wanted
+from kernelgen.rooms import rooms_with
 
 _TOKENS = tuple(1 << i for i in range(13))  # what a choice is looked up by: all others go to the next of them
 _STATUS_SECONDS = 15.0
@@ -43,20 +45,22 @@ class Devices(Kind):
         return tuple(dict.fromkeys(map(int, value.split(","))))
 
 
-@functools.cache
-def families() -> Mapping[str, Suite]:
-    """The suite in whose calls the tiles of a family are timed, by family."""
-    return {family: suite for suite in map(suites.find, suites.NAMES) for family in suite.tuned}
+def families() -> list[str]:
+    """Those whose rooms say how their tiles are searched."""
+    return rooms_with("tune")
 
 
 class _Families(click.Group):
     """A command a family; as an option, a family is still understood."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(families())
+        return families()
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return of_family(cmd_name) if cmd_name in families() else None
+        if cmd_name not in families():
+            _require_room(cmd_name)
+            return None
+        return of_family(cmd_name)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0].startswith("-") and args[0] not in ("-h", "--help"):
@@ -79,8 +83,8 @@ def tune() -> None:
 @functools.cache
 def of_family(family: str) -> click.Command:
     """``kernelgen tune FAMILY``."""
-    suite = families()[family]
-    _, usual = suite.tuned[family]
+    tuning = hints.of(family)
+    suite, usual = suites.find(tuning.suite), tuning.axes
     axes = [axis for axis in suite.axes if axis.name != "routing"]  # tiles serve all
 
     def run(**options: Any) -> Report:
@@ -91,6 +95,18 @@ def of_family(family: str) -> click.Command:
     for option in reversed([*map(option_of, spanned), *_options()]):
         run = option(run)
     return command(family)(run)
+
+
+def _require_room(family: str) -> None:
+    """Say of a family what its room lacks to be tuned; of a word that is none, nothing.
+
+    Raises:
+        Failure: it has tunables and no tune.py (KG062), or nothing to tune (KG070).
+    """
+    spec = find_specs() / f"{family}.yaml"
+    if spec.name in {known.name for known in find_specs().glob("*.yaml")}:
+        space.read(spec, family)
+        hints.of(family)
 
 
 def _options() -> list[Callable[[Any], Any]]:
@@ -119,7 +135,7 @@ def cells_of(suite: Suite, family: str, options: Mapping[str, Any]) -> list[Cell
         Failure: options that do not go together, or tokens that no choice is looked up by.
     """
     told = {name: value for name, value in options.items() if value is not None}
-    cells = suite.cells({"tokens": _TOKENS, **suite.tuned[family][1], **told})
+    cells = suite.cells({"tokens": _TOKENS, **hints.of(family).axes, **told})
     odd = [cell.tokens for cell in cells if cell.tokens not in _TOKENS]
     if odd:
         raise misfit(f"--tokens {odd[0]}: choices are looked up by powers of two up to {_TOKENS[-1]}")
@@ -133,8 +149,7 @@ def _tune(suite: Suite, family: str, options: dict[str, Any]) -> Report:
     cells = cells_of(suite, family, options)
     import torch
 
-    from kernelgen.locate import find_specs
-    from kernelgen.measure.tune import space, tuned_file
+    from kernelgen.measure.tune import tuned_file
     from kernelgen.measure.tune.crew import Processes
     from kernelgen.measure.tune.gauge import gauge
     from kernelgen.measure.tune.kernels import Kernels, compiler
@@ -165,7 +180,7 @@ def _tune(suite: Suite, family: str, options: dict[str, Any]) -> Report:
             raise failure("KG072", str(out), message, "name another --out")
         state = State(out.with_suffix(".state.jsonl"), searched, {"device": device.name, **hello.versions})
         tuner = Tuner(
-            hints.of(family),
+            hints.of(family).hints,
             cells,
             searched,
             Kernels(*what, device.target),

@@ -1,4 +1,4 @@
-"""The two products of dense LoRA: which tiles make sense, and where to begin.
+"""The two products of dense LoRA, in search of tiles: which tiles make sense, and where to begin.
 
 They are timed as ``lora``, with the other product's tiles as the package chooses them: how K is shared out decides what the
 second one reads. Rows of a program are few for FP8, which is widened for mma.sync; and a block has no more.

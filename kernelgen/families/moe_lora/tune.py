@@ -7,7 +7,7 @@ import importlib
 from typing import Any, ClassVar, Iterator, Mapping
 
 from kernelgen.measure.suite import GROUP
-from kernelgen.measure.tune.hints import Hints
+from kernelgen.measure.tune.hints import Hints, Tuning
 from kernelgen.measure.tune.problem import Problem
 from kernelgen.measure.tune.space import Candidate, Named, products
 
@@ -150,4 +150,4 @@ class MoeLora(Hints):
         yield from self.space.grid("two_kernel", base, changes)
 
 
-FAMILY = MoeLora
+TUNING = Tuning("moe_lora", {"sites": ("w13", "w2"), "add": True, "ranks": (16, 32, 64, 128)}, hints=MoeLora)

@@ -1,19 +1,18 @@
-"""What is known of the tiles of families, so that less is searched: a module each, of the family's name, for those that have one.
+"""How the tiles of a family are searched, which ``tune.py`` of its room says. Imports no torch.
 
-A family without does well: its search begins with the rule's tiles and goes on step by step, and what does not compile, spills,
-does not fit or is wrong is dropped anyway. Imports no torch.
+``Hints`` are what is known of the tiles, so that less is searched. A family without does well: its search begins with the
+rule's tiles and goes on step by step, and what does not compile, spills, does not fit or is wrong is dropped anyway.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
 from typing import Any, ClassVar, Mapping
 
 from kernelgen.measure.tune.jobs import Sizes
 from kernelgen.measure.tune.problem import Problem
 from kernelgen.measure.tune.space import Candidate, Named, Space
+from kernelgen.rooms import laboratory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +45,28 @@ class Hints:
         return [self.space.near(schedule, tiles) for schedule, tiles in rules.items()]
 
 
-def of(family: str) -> type[Hints]:
-    """The hints of ``family``."""
-    name = f"{__name__}.{family}"
-    if importlib.util.find_spec(name) is None:
-        return Hints
-    known: type[Hints] = importlib.import_module(name).FAMILY
-    return known
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What ``TUNING`` of a room says.
+
+    Attributes:
+        suite: in whose calls the tiles are timed.
+        axes: values of its axes that the cells of a search have unless told.
+        form: of the generated package, that uses the family; empty: what a call takes by itself.
+        hints: what is known of the tiles.
+    """
+
+    suite: str
+    axes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    form: str = ""
+    hints: type[Hints] = Hints
+
+
+def of(family: str) -> Tuning:
+    """How the tiles of ``family`` are searched.
+
+    Raises:
+        Failure: its room does not say; exit code 2.
+    """
+    found: Tuning = laboratory(family, "tune").TUNING
+    return found

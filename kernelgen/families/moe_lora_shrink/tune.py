@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kernelgen.measure.tune.hints import Hints
+from kernelgen.measure.tune.hints import Hints, Tuning
 from kernelgen.measure.tune.space import Candidate
 
 
@@ -20,4 +20,4 @@ class MoeLoraShrink(Hints):
         return all(c[name] == rule[name] for name in fixed)
 
 
-FAMILY = MoeLoraShrink
+TUNING = Tuning("moe_lora", {"sites": ("w13", "w2"), "add": True, "ranks": (16, 64)}, form="apart", hints=MoeLoraShrink)

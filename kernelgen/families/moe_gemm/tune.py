@@ -6,7 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 from kernelgen.measure.suite import GROUP
-from kernelgen.measure.tune.hints import Hints
+from kernelgen.measure.tune.hints import Hints, Tuning
 from kernelgen.measure.tune.space import Candidate
 
 
@@ -38,4 +38,4 @@ class MoeGemm(Hints):
         return c["num_stages"] * stage <= self.sizes.shared_memory
 
 
-FAMILY = MoeGemm
+TUNING = Tuning("fused_moe", {"sites": ("w13", "w2"), "quant": ("none",), "act": ("none",)}, hints=MoeGemm)

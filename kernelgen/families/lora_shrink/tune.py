@@ -1,0 +1,6 @@
+"""How the tiles of the first product of dense LoRA are searched."""
+
+from kernelgen.families.lora_tune import Shrink
+from kernelgen.measure.tune.hints import Tuning
+
+TUNING = Tuning("lora", {"ranks": (16, 32, 64, 128)}, hints=Shrink)

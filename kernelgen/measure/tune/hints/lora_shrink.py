@@ -1,5 +1,0 @@
-"""See ``lora``."""
-
-from kernelgen.measure.tune.hints.lora import Shrink
-
-FAMILY = Shrink
