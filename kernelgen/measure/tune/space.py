@@ -94,6 +94,8 @@ def read(spec: Path, family: str) -> Space:
         Failure: it cannot be read, is of another family, or has no tunables.
     """
     data = content(spec)
+    if isinstance(data, dict) and data.get("family") == family and not data.get("tunables"):
+        raise failure("KG070", str(spec), f"{family} has no tunables: there is nothing to search", "declare them in the spec")
     try:
         found = data["family"]
         tunables = {
