@@ -84,7 +84,7 @@ def every_rank_has_a_variant(package: ModuleType, variants: Sequence[Variant], d
     for dtype, rank in itertools.product(sorted({v.tags["dtype"] for v in variants}), ranks):
         x, a, y, batch = operands(dataclasses.replace(_CASE, rank=1), {"dtype": dtype}, device)
         route = package.lora_route(batch.mapping, max_loras=_CASE.loras)
-        with package.lora_shrink.__globals__["runtime"].compile_only() as requests:
+        with package._runtime.compile_only() as requests:
             fits = [w.new_empty((w.shape[0], rank, w.shape[2])) for w in a]
             package.lora_shrink(y.new_empty((*y.shape[:2], rank)), x, fits, route)
         assert requests, f"rank {rank}: nothing to launch"

@@ -223,7 +223,7 @@ def every_product_has_a_variant(
     package: ModuleType, variants: Sequence[Variant], device: str
 ) -> None:
     """What moe_gemm offers finds a variant, on tables and without; nothing runs."""
-    runtime = package.fused_moe.__globals__["runtime"]
+    runtime = package._runtime
     for variant in variants:
         tags = variant.tags
         call = make(package, Case("point", "", k=64, n=64), tags, device)

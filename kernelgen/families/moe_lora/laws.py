@@ -88,7 +88,7 @@ def every_point_has_a_variant(
     package: ModuleType, variants: Sequence[Variant], device: str
 ) -> None:
     """Each rank from 1 to 512, with each dtype, flag, kind of route and of scales, finds a variant; nothing runs."""
-    compile_only = package.moe_lora.__globals__["runtime"].compile_only
+    compile_only = package._runtime.compile_only
     for scales, adds, weight in itertools.product(_scales(variants), ("add", "set"), ("plain", "weighted")):
         for rank, assignment in itertools.product((17, 129), ("naive", "sorted")):
             of_case = {**_tags("bf16", adds, weight), **scales}

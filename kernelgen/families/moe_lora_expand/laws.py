@@ -111,7 +111,7 @@ def every_rank_has_a_variant(package: ModuleType, variants: Sequence[Variant], d
         for rank in ranks:
             fits = [w.new_empty((*w.shape[:3], rank)) for w in layer.lora_b]
             y = torch.empty((2, layer.batch.num_pairs, rank), device=device)
-            with package.moe_lora_expand.__globals__["runtime"].compile_only() as requests:
+            with package._runtime.compile_only() as requests:
                 package.moe_lora_expand(layer.out, y, fits, route, **layer.options)
             assert requests, f"rank {rank}: nothing to launch"
 

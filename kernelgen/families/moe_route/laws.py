@@ -60,7 +60,7 @@ def naive_routes_launch_nothing(
 ) -> None:
     """A naive route is the routing itself: no launch, no table."""
     routed = draw(_MIXED, _SIZES, random.Random(1), device)
-    with package.moe_route.__globals__["runtime"].compile_only() as requests:
+    with package._runtime.compile_only() as requests:
         route = _route(package, routed, assignment="naive")
     assert not requests and route.block_m == 0 and route.pairs is None
     assert route.topk_ids is routed.topk_ids
