@@ -33,6 +33,7 @@ _FIELDS: tuple[operands.Operand, ...] = (
     operands.Int("rank"),
     operands.Int("max_loras"),
     operands.Flag("adapter_enabled"),
+    operands.Flag("lora_ranks"),
 )
 
 
@@ -57,6 +58,7 @@ class FusedMoeShape(NamedTuple):
     rank: int = 0  # of adapters, 0: none are given
     max_loras: int = 0  # adapters in their factors
     adapter_enabled: bool = False  # whether it is given
+    lora_ranks: bool = False  # likewise
 
     def check(self, label: str) -> None:
         """Raise ValueError where a field, of a shape called ``label``, is no such thing."""
@@ -93,8 +95,9 @@ class FusedMoeShape(NamedTuple):
                 ([empty(loras, experts, self.rank, k)] * count, [empty(loras, experts, n, self.rank)] * count)
                 for n, k, count in ((inter, width, slices), (width, inter, 1))
             )
-            mapping, enabled = (empty(size, dtype=torch.int32) for size in (num_tokens, loras))
-            lora = FusedMoeLora(mapping, a13, b13, a2, b2, enabled if self.adapter_enabled else None)
+            mapping, each = (empty(size, dtype=torch.int32) for size in (num_tokens, loras))
+            given = [each if is_given else None for is_given in (self.adapter_enabled, self.lora_ranks)]
+            lora = FusedMoeLora(mapping, a13, b13, a2, b2, *given)
         x_scales = _scales.meta_x_scales(kind, (num_tokens, width), QUANT, self.scales_dtype)
         for x_scale, hint in itertools.product(x_scales, hints or ends(num_tokens)):
             fused_moe(

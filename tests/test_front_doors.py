@@ -635,7 +635,7 @@ RELATED: list[tuple[str, Callable[[Arguments], Arguments], str]] = [
     ("lora fp8", lambda good: {"out": good["out"].half()}, "out: .* with dtype bfloat16"),
     ("moe_lora fp8", lambda good: {"x_scale": good["x_scale"][0]}, "a_scale, b_scale, x_scale: .* with x_scales None or token"),
     ("moe_gemm", lambda good: {"activation": "swiglu"}, "out: .*N = 12 as in w with activation"),
-    ("fused_moe", lambda good: {"workspace": good["workspace"]._replace(num_blocks=good["lora"][-1])}, "workspace.num_blocks: "),
+    ("fused_moe", lambda good: {"workspace": good["workspace"]._replace(num_blocks=good["lora"][5])}, "workspace.num_blocks: "),
     ("fused_moe fp8", lambda good: {"w2_scale": good["w2_scale"][:, 0].clone()}, "w2_scale.*: .* with weight_scales channel"),
     ("fused_moe fp8", lambda good: {"w13_scale": good["w13_scale"][:, 0].clone()}, "w13_scale, x_scale: .*scales channel"),
     ("from_tables", lambda good: {"block_size": 32, "expert_ids": good["expert_ids"].repeat(1, 2)}, "block_size = 32"),

@@ -85,7 +85,7 @@ def test_opcheck_of_a_layer(device: str, tokens: int) -> None:
     workspace = kg.fused_moe_workspace(
         max_tokens=tokens, top_k=TOP_K, num_experts=EXPERTS, hidden=WIDTH, intermediate=INTER, max_rank=RANK, device=device
     )
-    for buffers, lora in (((None,) * 9, layer.lora), (workspace, (None,) * 6), (workspace, layer.lora)):
+    for buffers, lora in (((None,) * 9, layer.lora), (workspace, (None,) * 7), (workspace, layer.lora)):
         arguments = (*operands, "swiglu", 0, None, True, *(None,) * 4, *buffers, *lora)
         torch.library.opcheck(OPS.fused_moe.default, arguments, test_utils=_UTILS)
 
@@ -100,7 +100,7 @@ def test_opcheck_of_the_steps(device: str) -> None:
     tables = kg.moe_align(layer.ids, num_experts=EXPERTS)
     rows = torch.zeros(tokens, TOP_K, 2 * INTER, dtype=torch.bfloat16, device=device)
     product = (rows, layer.hidden, layer.w13, *tables, None, "token", "pair", None, None, None)
-    torch.library.opcheck(OPS.moe_gemm.default, (*product, *(None,) * 7))
+    torch.library.opcheck(OPS.moe_gemm.default, (*product, *(None,) * 8))
     tables, runs = kg.moe_runs(layer.ids, layer.adapters, num_experts=EXPERTS, max_loras=LORAS)
     v = kg.moe_shrink(layer.hidden, layer.lora.a13, tables, runs, x_rows="token")
     torch.library.opcheck(OPS.moe_shrink.default, (v, layer.hidden, layer.lora.a13, *tables, *runs, "token"))
@@ -116,7 +116,7 @@ def test_opcheck_of_the_steps(device: str) -> None:
     torch.library.opcheck(OPS.moe_add.default, (rows, layer.delta, *route))
     buffer = torch.zeros(256, dtype=torch.int32, device=device)
     torch.library.opcheck(OPS.moe_align.default, (layer.ids, layer.valid, EXPERTS, 0, None, None, buffer))
-    table = (layer.ids, layer.valid, layer.adapters, None, buffer, EXPERTS, 0, None, None, LORAS)
+    table = (layer.ids, layer.valid, layer.adapters, None, None, buffer, EXPERTS, 0, None, None, LORAS)
     torch.library.opcheck(OPS.moe_runs.default, table)
 
 

@@ -770,7 +770,10 @@ def test_buffers(tmp_path: Path) -> None:
     assert list(layers) == [0, 1]
     assert layers[0].adapter_enabled.tolist() == [1, 1, 0]
     assert layers[1].adapter_enabled.tolist() == [0, 1, 0]
-    gate_up, down_proj, _ = layers[0]
+    gate_up, down_proj, *_ = layers[0]
+    assert layers[0].lora_ranks is None  # of buffers of rank 8
+    (_, *others) = stack_adapters([down, wide], SHAPE, dtype=torch.float16, max_loras=3, rank=64).values()
+    assert [layer.lora_ranks.tolist() for layer in others] == [[0, 3, 0]]
     assert gate_up.a[0] is gate_up.a[1] and gate_up.a[0].shape == (3, 3, 8, 10)
     assert gate_up.b[0].shape == gate_up.b[1].shape == (3, 3, 6, 8)
     assert gate_up.a[0].sum(dim=(1, 2, 3)).tolist() == [0, 90, 0]
@@ -786,7 +789,7 @@ def test_shared_factors_keep_one_copy(tmp_path: Path) -> None:
     outer = read(tmp_path / "outer", stacked_gate_up(MLP, parts, outer=True))
     own = read(tmp_path / "own", stacked_gate_up(MLP, parts))
     for adapters, shared in (([outer], True), ([outer, outer], True), ([outer, own], False)):
-        gate_up, down, _ = stack_adapters(adapters, SHAPE, dtype=torch.bfloat16, rank=RANK)[0]
+        gate_up, down, *_ = stack_adapters(adapters, SHAPE, dtype=torch.bfloat16, rank=RANK)[0]
         assert gate_up.a[0] is gate_up.a[1]
         assert [t.stride(1) == 0 for t in (gate_up.a[0], gate_up.b[0], down.a[0], down.b[0])] == [shared, False, False, shared]
         for slot, adapter in enumerate(adapters):

@@ -45,6 +45,7 @@ def _tile(
     pairs_ptr,
     run_of_row_ptr,
     runs_ptr,
+    lora_ranks_ptr,
     expert,
     first,
     rows,
@@ -109,6 +110,14 @@ def _tile(
             r = d0 + d - step * WIDTH
             adapter = tl.max_constancy(adapter, [min(WIDTH & -WIDTH, BLOCK_D)])
             there = step < num_runs if RANK == WIDTH else (step < num_runs) & (r < RANK)
+            if (
+                lora_ranks_ptr is not None
+            ):  # 16 at a time, so that copies stay wide; what lies behind the rank of an adapter is zero
+                counted = (
+                    tl.load(lora_ranks_ptr + adapter, mask=step < num_runs, other=0) + 15
+                ) // 16
+                counted = tl.max_constancy(counted, [min(WIDTH & -WIDTH, BLOCK_D)])
+                there &= (d0 + d) // 16 - step * (WIDTH // 16) < counted
             own = (run[:, None] == step[None, :]) & there[None, :]
             b_mask = there[None, :]
             b_tile = b_rows + (adapter.to(tl.int64) * B_STRIDE_L + r)[None, :]
@@ -133,6 +142,7 @@ def _tile(
         "num_blocks_ptr",
         "run_of_row_ptr",
         "runs_ptr",
+        "lora_ranks_ptr",
     ]
 )
 def moe_gemm_box_f16_token_sorted_swiglu_plain_lora_kernel(
@@ -146,6 +156,7 @@ def moe_gemm_box_f16_token_sorted_swiglu_plain_lora_kernel(
     num_blocks_ptr,
     run_of_row_ptr,
     runs_ptr,
+    lora_ranks_ptr,
     TOP_K: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
@@ -193,6 +204,7 @@ def moe_gemm_box_f16_token_sorted_swiglu_plain_lora_kernel(
                 pairs_ptr,
                 run_of_row_ptr,
                 runs_ptr,
+                lora_ranks_ptr,
                 expert,
                 first,
                 rows,
@@ -224,6 +236,7 @@ def moe_gemm_box_f16_token_sorted_swiglu_plain_lora_kernel(
                 pairs_ptr,
                 run_of_row_ptr,
                 runs_ptr,
+                lora_ranks_ptr,
                 expert,
                 first,
                 rows,
@@ -303,6 +316,7 @@ def bind(problem: Problem, config: Config) -> Call:
             tables.num_blocks,
             runs.run_of_row,
             runs.runs,
+            runs.lora_ranks,
         )
 
     return call

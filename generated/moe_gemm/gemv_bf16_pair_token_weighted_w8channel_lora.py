@@ -53,6 +53,7 @@ def _rank_vector(v_row, ranks, next_part, PARTS: tl.constexpr):
         "valid_tokens_ptr",
         "token_lora_mapping_ptr",
         "adapter_enabled_ptr",
+        "lora_ranks_ptr",
     ],
 )
 def moe_gemm_gemv_bf16_pair_token_weighted_w8channel_lora_kernel(
@@ -67,6 +68,7 @@ def moe_gemm_gemv_bf16_pair_token_weighted_w8channel_lora_kernel(
     valid_tokens_ptr,
     token_lora_mapping_ptr,
     adapter_enabled_ptr,
+    lora_ranks_ptr,
     num_pairs,
     TOP_K: tl.constexpr,
     K: tl.constexpr,
@@ -108,6 +110,13 @@ def moe_gemm_gemv_bf16_pair_token_weighted_w8channel_lora_kernel(
     has_adapter = (adapter >= 0) & (adapter < MAX_LORAS)
     if adapter_enabled_ptr is not None:
         has_adapter &= tl.load(adapter_enabled_ptr + adapter, mask=has_adapter, other=0) != 0
+    counted = RANK  # of its ranks; what lies behind is zero
+    if lora_ranks_ptr is not None:
+        counted = (
+            (tl.minimum(tl.load(lora_ranks_ptr + adapter, mask=has_adapter, other=0), RANK) + 15)
+            // 16
+            * 16
+        )
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for j in tl.static_range(TOP_K):
         pair = token * TOP_K + j
@@ -149,7 +158,7 @@ def moe_gemm_gemv_bf16_pair_token_weighted_w8channel_lora_kernel(
             adapter * B_STRIDE_L + w_row[:, None] * B_STRIDE_N + (experts * B_STRIDE_E + r)[None, :]
         )
         for r0 in tl.static_range(0, RANK, BLOCK_R):
-            ranks = local & (r < RANK - r0)
+            ranks = local & (r < RANK - r0) & (r < counted - r0)
             b = tl.load(b_ptrs[0] + b_rows + r0, mask=ranks[None, :], other=0.0)
             if PDL:
                 gdc_wait()
@@ -205,7 +214,7 @@ def bind(problem: Problem, config: Config) -> Call:
         lora_b: Sequence[torch.Tensor],
         runs: MoeRuns,
     ) -> None:
-        adapters = (runs.token_lora_mapping, runs.adapter_enabled, num_pairs)
+        adapters = (runs.token_lora_mapping, runs.adapter_enabled, runs.lora_ranks, num_pairs)
         launch.run(
             out,
             x,

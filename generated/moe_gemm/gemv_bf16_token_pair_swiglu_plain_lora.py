@@ -47,6 +47,7 @@ def _rank_vector(v_row, ranks, next_part, PARTS: tl.constexpr):
         "valid_tokens_ptr",
         "token_lora_mapping_ptr",
         "adapter_enabled_ptr",
+        "lora_ranks_ptr",
     ],
 )
 def moe_gemm_gemv_bf16_token_pair_swiglu_plain_lora_kernel(
@@ -59,6 +60,7 @@ def moe_gemm_gemv_bf16_token_pair_swiglu_plain_lora_kernel(
     valid_tokens_ptr,
     token_lora_mapping_ptr,
     adapter_enabled_ptr,
+    lora_ranks_ptr,
     num_pairs,
     TOP_K: tl.constexpr,
     K: tl.constexpr,
@@ -102,6 +104,13 @@ def moe_gemm_gemv_bf16_token_pair_swiglu_plain_lora_kernel(
     has_adapter = (adapter >= 0) & (adapter < MAX_LORAS)
     if adapter_enabled_ptr is not None:
         has_adapter &= tl.load(adapter_enabled_ptr + adapter, mask=has_adapter, other=0) != 0
+    counted = RANK  # of its ranks; what lies behind is zero
+    if lora_ranks_ptr is not None:
+        counted = (
+            (tl.minimum(tl.load(lora_ranks_ptr + adapter, mask=has_adapter, other=0), RANK) + 15)
+            // 16
+            * 16
+        )
     gate = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for k0 in tl.static_range(0, K, BLOCK_K):
@@ -126,7 +135,7 @@ def moe_gemm_gemv_bf16_token_pair_swiglu_plain_lora_kernel(
         v_row = v_ptr + pair.to(tl.int64) * (2 * RANK)
         b_rows = adapter * B_STRIDE_L + expert * B_STRIDE_E + w_row[:, None] * B_STRIDE_N
         for r0 in tl.static_range(0, RANK, BLOCK_R):
-            ranks = r < RANK - r0
+            ranks = (r < RANK - r0) & (r < counted - r0)
             b_tile = b_rows + (r0 + r)[None, :]
             b = tl.load(b_ptrs[0] + b_tile, mask=ranks[None, :], other=0.0)
             b_up = tl.load(b_ptrs[1] + b_tile, mask=ranks[None, :], other=0.0)
@@ -187,7 +196,7 @@ def bind(problem: Problem, config: Config) -> Call:
         lora_b: Sequence[torch.Tensor],
         runs: MoeRuns,
     ) -> None:
-        adapters = (runs.token_lora_mapping, runs.adapter_enabled, num_pairs)
+        adapters = (runs.token_lora_mapping, runs.adapter_enabled, runs.lora_ranks, num_pairs)
         launch.run(out, x, w, v, tuple(lora_b), tables.topk_ids, tables.valid_tokens, *adapters)
 
     return call

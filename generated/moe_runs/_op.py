@@ -20,13 +20,14 @@ from ._table import VARIANTS
 __all__ = ["MoeRuns", "moe_runs"]
 
 
-@operands.bundle(tables=("run_of_row", "runs"))
+@operands.bundle(tables=("run_of_row", "runs"), free=("lora_ranks",))
 class MoeRuns(NamedTuple):
     """The adapters of a batch, and what each block of its tables holds of them.
 
     A pair has the adapter of its token where that is in [0, max_loras) and enabled, else none. A run is the rows of a block
     that have one adapter; they stand side by side. They go with the tables that ``moe_runs`` returned beside them, and with the
-    fields beside them: an op refuses others, and runs that were edited so that some of them are of others.
+    fields beside them: an op refuses others, and runs that were edited so that some of them are of others; ``lora_ranks`` may be
+    any.
     """
 
     token_lora_mapping: torch.Tensor  # [T] int32
@@ -34,6 +35,7 @@ class MoeRuns(NamedTuple):
     run_of_row: torch.Tensor | None  # [T * top_k] int32, the run of each row in its block, -1: no adapter; None: no tables
     runs: torch.Tensor | None  # [T * top_k, 2] int32: adapter, first row; those of a block from the place of its rows on
     max_loras: int
+    lora_ranks: torch.Tensor | None = None  # [>= max_loras] int32, how many ranks of each adapter count; None: all
 
 
 def moe_runs(
@@ -43,6 +45,7 @@ def moe_runs(
     num_experts: int,
     max_loras: int,
     adapter_enabled: torch.Tensor | None = None,
+    lora_ranks: torch.Tensor | None = None,
     valid_tokens: torch.Tensor | None = None,
     num_tokens_hint: int | None = None,
     local_expert_start: int = 0,
@@ -60,6 +63,8 @@ def moe_runs(
         num_experts: experts in the weights (E, the local ones under expert parallelism).
         max_loras: adapters in the weights (L).
         adapter_enabled: [>= max_loras] int32, 0: tokens with this adapter have none; None: all are enabled.
+        lora_ranks: [>= max_loras] int32, how many of the ranks of each adapter count: rows of A and columns of B behind them are
+            zero, and hardly read; None: all.
         valid_tokens: int32 on the device, how many of the T rows are tokens; None: all.
         num_tokens_hint: how many tokens to expect, for the sizes of blocks and grids; None: T. Any number is right.
         local_expert_start: the global id of the first expert in the weights.
@@ -72,7 +77,7 @@ def moe_runs(
     """
     adapters = (token_lora_mapping, adapter_enabled)
     routing = (num_experts, local_expert_start, num_tokens_hint, block_m)
-    request = (topk_ids, valid_tokens, *adapters, workspace, *routing, max_loras)
+    request = (topk_ids, valid_tokens, *adapters, lora_ranks, workspace, *routing, max_loras)
     plan = None if torch.compiler.is_compiling() else _plan(*request)
     num_tokens, top_k = topk_ids.shape
     hint = num_tokens if num_tokens_hint is None or block_m == 0 else num_tokens_hint
@@ -81,7 +86,7 @@ def moe_runs(
     sizes = (num_tokens, top_k, num_experts, local_expert_start, hint, -1 if block_m is None else block_m)
     if block_m == 0:
         tables = MoeTables(topk_ids, valid_tokens, None, None, None, *sizes)
-        runs = MoeRuns(*adapters, None, None, max_loras)
+        runs = MoeRuns(*adapters, None, None, max_loras, lora_ranks)
     else:
         if workspace is None:
             size = run_size(num_tokens, top_k, num_experts)
@@ -89,10 +94,10 @@ def moe_runs(
         made = _split(workspace, num_tokens, top_k, num_experts)
         pairs, blocks, num_blocks, run_of_row, of_blocks, _ = made
         tables = MoeTables(topk_ids, valid_tokens, pairs, blocks, num_blocks, *sizes)
-        runs = MoeRuns(*adapters, run_of_row, of_blocks, max_loras)
+        runs = MoeRuns(*adapters, run_of_row, of_blocks, max_loras, lora_ranks)
     if plan is None:
         if block_m != 0:
-            _in_graphs(topk_ids, valid_tokens, *adapters, workspace, *routing, max_loras)
+            _in_graphs(topk_ids, valid_tokens, *adapters, lora_ranks, workspace, *routing, max_loras)
         return tables, runs
     if block_m != 0:
         plan.fill(*made, topk_ids, valid_tokens, *adapters)
@@ -106,12 +111,14 @@ ADAPTERS = (
     operands.Tensor("token_lora_mapping", "T", *_INT32),
     operands.Tensor("adapter_enabled", ">=L", *_INT32, optional=True),
 )
+LORA_RANKS = operands.Tensor("lora_ranks", ">=L", *_INT32, optional=True)
 _MAX_LORAS = operands.Int("max_loras", 1, 4095, size="L")  # a program counts them
 OP = operands.Op(
     "moe_runs",
     (
         *ROUTING[:2],
         *ADAPTERS,
+        LORA_RANKS,
         operands.Tensor("workspace", "*", *_INT32, optional=True, written=True),
         *ROUTING[2:],
         operands.Int("block_m", optional=True, one_of=(0, *BLOCK_MS)),
@@ -146,6 +153,7 @@ RUNS = operands.Bundle(
         operands.Tensor("run_of_row", "T*top_k", *_INT32, optional=True),
         operands.Tensor("runs", "T*top_k, 2", *_INT32, optional=True),
         _MAX_LORAS,
+        LORA_RANKS,
     ),
     maker="moe_runs",
     whole=_check_runs,
@@ -226,6 +234,7 @@ def _bind(
     valid_tokens: torch.Tensor | None,
     token_lora_mapping: torch.Tensor,
     adapter_enabled: torch.Tensor | None,
+    lora_ranks: torch.Tensor | None,
     workspace: torch.Tensor | None,
     num_experts: int,
     local_expert_start: int,
@@ -233,7 +242,7 @@ def _bind(
     block_m: int | None,
     max_loras: int,
 ) -> _Plan:
-    tensors = (topk_ids, valid_tokens, token_lora_mapping, adapter_enabled, workspace)
+    tensors = (topk_ids, valid_tokens, token_lora_mapping, adapter_enabled, lora_ranks, workspace)
     sizes = OP.check("moe_runs", OP.named(*tensors, num_experts, local_expert_start, num_tokens_hint, block_m, max_loras))
     num_tokens, top_k = sizes["T"], sizes["top_k"]
     if block_m == 0:
@@ -273,12 +282,13 @@ def _runs(
     valid_tokens: torch.Tensor | None,
     token_lora_mapping: torch.Tensor,
     adapter_enabled: torch.Tensor | None,
+    lora_ranks: torch.Tensor | None,
     workspace: torch.Tensor,
     num_experts: int,
     *request: Any,
 ) -> None:
     source, adapters = (topk_ids, valid_tokens), (token_lora_mapping, adapter_enabled)
-    plan = _plan(*source, *adapters, workspace, num_experts, *request)
+    plan = _plan(*source, *adapters, lora_ranks, workspace, num_experts, *request)
     num_tokens, top_k = topk_ids.shape
     plan.fill(*_split(workspace, num_tokens, top_k, num_experts), *source, *adapters)
 

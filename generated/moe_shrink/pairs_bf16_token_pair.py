@@ -35,6 +35,7 @@ from ._problem import PairsConfig as Config
         "valid_tokens_ptr",
         "token_lora_mapping_ptr",
         "adapter_enabled_ptr",
+        "lora_ranks_ptr",
     ],
 )
 def moe_shrink_pairs_bf16_token_pair_kernel(
@@ -46,6 +47,7 @@ def moe_shrink_pairs_bf16_token_pair_kernel(
     valid_tokens_ptr,
     token_lora_mapping_ptr,
     adapter_enabled_ptr,
+    lora_ranks_ptr,
     TOP_K: tl.constexpr,
     K: tl.constexpr,
     RANK: tl.constexpr,
@@ -80,13 +82,22 @@ def moe_shrink_pairs_bf16_token_pair_kernel(
         live &= tl.load(adapter_enabled_ptr + adapter, mask=live, other=0) != 0
     if not live:
         return
+    r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
+    stored = r < RANK
+    WHOLE: tl.constexpr = RANK % BLOCK_R == 0 and lora_ranks_ptr is None
+    if lora_ranks_ptr is not None:
+        counted = (
+            (tl.minimum(tl.load(lora_ranks_ptr + adapter), RANK) + 15) // 16 * 16
+        )  # as the product reads them
+        if chunk * BLOCK_R >= counted:
+            return
+        stored &= r < counted
     a_ptr = a_ptrs[0]
     for i in tl.static_range(1, len(a_ptrs)):
         a_ptr = tl.where(s == i, a_ptrs[i], a_ptr)
 
     tl.static_assert(SPLIT_K % BLOCK_K == 0, "a part is of whole tiles")
-    r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
-    a_row = r if RANK % BLOCK_R == 0 else tl.minimum(r, RANK - 1)
+    a_row = r if WHOLE else tl.where(stored, r, 0)
     k = part * SPLIT_K + tl.arange(0, BLOCK_K)
     x_row = x_ptr + (pair // TOP_K).to(tl.int64) * X_STRIDE
     a_rows = a_ptr + adapter * A_STRIDE_L + expert * A_STRIDE_E + a_row[:, None] * A_STRIDE_R
@@ -103,7 +114,7 @@ def moe_shrink_pairs_bf16_token_pair_kernel(
         acc += a.to(tl.float32) * x.to(tl.float32)[None, :]
         k += BLOCK_K
     v_row = v_ptr + (part.to(tl.int64) * num_pairs + pair) * (len(a_ptrs) * RANK) + s * RANK + r
-    tl.store(v_row, tl.sum(acc, 1), mask=None if RANK % BLOCK_R == 0 else r < RANK)
+    tl.store(v_row, tl.sum(acc, 1), mask=None if WHOLE else stored)
 
 
 _kernel = runtime.Launcher(moe_shrink_pairs_bf16_token_pair_kernel)
@@ -152,6 +163,7 @@ def bind(problem: Problem, config: Config) -> Call:
             tables.valid_tokens,
             runs.token_lora_mapping,
             runs.adapter_enabled,
+            runs.lora_ranks,
         )
         launch.run(v, x, tuple(lora_a), num_pairs, *source)
 

@@ -35,6 +35,7 @@ def _run(
     x_ptr,
     a_ptrs,
     pairs_ptr,
+    lora_ranks_ptr,
     adapter,
     expert,
     begin,
@@ -65,8 +66,9 @@ def _run(
         column = tl.minimum(c, COLUMNS - 1)
         stored = c < COLUMNS
         s = column // RANK
+        r = column - s * RANK
         # Whole tiles are chosen from: of a choice of rows Triton 3.9 does not know that it is aligned.
-        a_offsets = a_base + ((column - s * RANK)[:, None] * A_STRIDE_R + k[None, :])
+        a_offsets = a_base + (r[:, None] * A_STRIDE_R + k[None, :])
         a_tile = a_ptrs[0] + a_offsets
         for i in tl.static_range(1, len(a_ptrs)):
             a_tile = tl.where(s[:, None] >= i, a_ptrs[i] + a_offsets, a_tile)
@@ -79,6 +81,11 @@ def _run(
         for i in tl.static_range(1, len(a_ptrs)):
             a_ptr = tl.where(s == i, a_ptrs[i], a_ptr)
         a_tile = a_ptr + a_base + (tl.minimum(r, RANK - 1)[:, None] * A_STRIDE_R + k[None, :])
+    if lora_ranks_ptr is not None:
+        stored &= (
+            r < (tl.minimum(tl.load(lora_ranks_ptr + adapter), RANK) + 15) // 16 * 16
+        )  # as the product reads them
+        end = tl.where(tl.max(stored.to(tl.int32), 0) > 0, end, begin)
     for row0 in tl.range(begin, end, ROWS):
         row = row0 + tl.arange(0, ROWS)
         live = (row < end)[:, None]
@@ -88,11 +95,18 @@ def _run(
         for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             if K % BLOCK_K == 0:
                 x = tl.load(x_tile + k0, mask=live, other=0.0)
-                a = tl.load(a_tile + k0, eviction_policy=WEIGHTS)
+                if lora_ranks_ptr is None:
+                    a = tl.load(a_tile + k0, eviction_policy=WEIGHTS)
+                else:
+                    a = tl.load(
+                        a_tile + k0, mask=stored[:, None], other=0.0, eviction_policy=WEIGHTS
+                    )
             else:
                 k_mask = (k < K - k0)[None, :]
                 x = tl.load(x_tile + k0, mask=live & k_mask, other=0.0)
-                a = tl.load(a_tile + k0, mask=k_mask, other=0.0, eviction_policy=WEIGHTS)
+                a = tl.load(
+                    a_tile + k0, mask=stored[:, None] & k_mask, other=0.0, eviction_policy=WEIGHTS
+                )
             acc = tl.dot(x, a.T, acc)
         v_tile = v_ptr + position.to(tl.int64)[:, None] * COLUMNS + c[None, :]
         tl.store(v_tile, acc.to(tl.float16), mask=live & stored[None, :])
@@ -105,6 +119,7 @@ def _run(
         "num_blocks_ptr",
         "run_of_row_ptr",
         "runs_ptr",
+        "lora_ranks_ptr",
     ]
 )
 def moe_shrink_runs_f16_sorted_sorted_kernel(
@@ -116,6 +131,7 @@ def moe_shrink_runs_f16_sorted_sorted_kernel(
     num_blocks_ptr,
     run_of_row_ptr,
     runs_ptr,
+    lora_ranks_ptr,
     TOP_K: tl.constexpr,
     K: tl.constexpr,
     RANK: tl.constexpr,
@@ -154,6 +170,7 @@ def moe_shrink_runs_f16_sorted_sorted_kernel(
                 x_ptr,
                 a_ptrs,
                 pairs_ptr,
+                lora_ranks_ptr,
                 tl.load(entry),
                 expert,
                 tl.load(entry + 1),
@@ -210,7 +227,14 @@ def bind(problem: Problem, config: Config) -> Call:
         tables: MoeTables,
         runs: MoeRuns,
     ) -> None:
-        of_tables = (tables.pairs, tables.blocks, tables.num_blocks, runs.run_of_row, runs.runs)
+        of_tables = (
+            tables.pairs,
+            tables.blocks,
+            tables.num_blocks,
+            runs.run_of_row,
+            runs.runs,
+            runs.lora_ranks,
+        )
         launch.run(v, x, tuple(lora_a), *of_tables)
 
     return call

@@ -26,7 +26,7 @@ from .moe_gemm._op import bind as bind_gemm
 from .moe_gemm._op import find_scales
 from .moe_quant._op import bind as bind_quant
 from .moe_quant._table import QUANT
-from .moe_runs._op import ADAPTERS, RUNS_A_PAIR, MoeRuns, split
+from .moe_runs._op import ADAPTERS, LORA_RANKS, RUNS_A_PAIR, MoeRuns, split
 from .moe_runs._op import bind as bind_runs
 from .moe_shrink._op import bind as bind_shrink
 from .moe_shrink._op import vector_shape
@@ -52,6 +52,8 @@ class FusedMoeLora(NamedTuple):
     a2: Sequence[torch.Tensor]  # one: [L, E, rank, I]
     b2: Sequence[torch.Tensor]  # one: [L, E, H, rank]
     adapter_enabled: torch.Tensor | None = None  # [>= L] int32, 0: tokens with this adapter have none; None: all are enabled
+    # [>= L] int32, how many of the ranks of each adapter count: rows of A and columns of B behind them are zero, and hardly read
+    lora_ranks: torch.Tensor | None = None
 
 
 @operands.bundle()
@@ -243,6 +245,7 @@ OP = operands.Op(
                 _factor("a2", "L, E, rank2, I", "1"),
                 _factor("b2", "L, E, H, rank2", "1"),
                 ADAPTERS[1],
+                LORA_RANKS,
             ),
             maker="FusedMoeLora",
             optional=True,
@@ -370,7 +373,7 @@ def _bind(
             of_first: tuple[Any, ...] = ()
             of_last: tuple[Any, ...] = ()
             if adapters is not None:
-                runs = MoeRuns(lora.token_lora_mapping, lora.adapter_enabled, None, None, adapters.max_loras)
+                runs = MoeRuns(lora.token_lora_mapping, lora.adapter_enabled, None, None, adapters.max_loras, lora.lora_ranks)
                 v = buffers[8]
                 adapters.shrink_x(v, hidden, lora.a13, tables, runs)
                 of_first, of_last = (v, lora.b13, runs), (v, lora.b2, runs)
@@ -413,7 +416,8 @@ def _bind(
         else:
             made, of_adapters = split(buffers[7], num_pairs), (lora.token_lora_mapping, lora.adapter_enabled)
             align(*ints, *made, topk_ids, valid_tokens, *of_adapters)
-            runs, v = MoeRuns(*of_adapters, *made[:2], adapters.max_loras), buffers[8].view(dtype)
+            runs = MoeRuns(*of_adapters, *made[:2], adapters.max_loras, lora.lora_ranks)
+            v = buffers[8].view(dtype)
             adapters.shrink_x(v, hidden, lora.a13, tables, runs)
             of_first, of_second = (v, lora.b13, runs), (v, lora.b2, runs)
         first(h, hidden, w13, tables, None, *[scales[i] for i in scaled], *of_first)
@@ -442,7 +446,7 @@ def _bind_lora(
     """
     num_pairs, max_loras = inner.shape[0], lora.a13[0].shape[0]
     run_of_row, of_blocks, _ = (None, None, None) if few else split(buffers[7], num_pairs)
-    runs = MoeRuns(lora.token_lora_mapping, lora.adapter_enabled, run_of_row, of_blocks, max_loras)
+    runs = MoeRuns(lora.token_lora_mapping, lora.adapter_enabled, run_of_row, of_blocks, max_loras, lora.lora_ranks)
     vectors = buffers[8] if few else buffers[8].view(inner.dtype)
     shapes = [vector_shape(a, num_pairs, not few) for a in (lora.a13, lora.a2)]
     v13, v2 = both = [vectors[: math.prod(shape)].view(shape) for shape in shapes]

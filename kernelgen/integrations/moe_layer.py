@@ -90,7 +90,7 @@ class MoeLayer:
         out = torch.empty_like(hidden) if out is None else out
         adapters = None
         if lora is not None and token_lora_mapping is not None:
-            adapters = kg.FusedMoeLora(token_lora_mapping, *lora.gate_up, *lora.down, lora.adapter_enabled)
+            adapters = kg.FusedMoeLora(token_lora_mapping, *lora.gate_up, *lora.down, lora.adapter_enabled, lora.lora_ranks)
         layer = (hidden, self.w13, self.w2, topk_ids, topk_weights)
         kg.fused_moe(*layer, activation="swiglu", out=out, workspace=workspace, lora=adapters)
         return out

@@ -93,6 +93,31 @@ def a_row_does_not_know_its_batch(package: ModuleType, variants: Sequence[Varian
         assert torch.equal(bits(found[kept]), bits(wanted[turn][kept])), f"rank {rank}"
 
 
+def ranks_that_count(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """Adapters of lower ranks than their buffers have the bits of factors with zeros; behind the next 16 nothing is read."""
+    counts = (16, 0, 7, 100)
+
+    def behind(factor: torch.Tensor, axis: int, unit: int, fill: float) -> torch.Tensor:
+        filled = factor.clone()
+        for adapter, count in enumerate(counts):
+            first = min(-(-count // unit) * unit, factor.shape[axis])
+            filled[adapter].narrow(axis - 1, first, factor.shape[axis] - first).fill_(fill)
+        return filled
+
+    for tokens, ranks in ((1, (40, 24)), (4, (24, 70)), (9, (40, 24)), (22, (33, 64))):
+        call = with_adapters(package, layer(tokens, Experts(), device), Adapters("spread", len(counts)), ranks)
+        assert call.lora is not None
+        factors = call.lora._asdict()
+        found = []
+        for unit, fill in ((1, 0.0), (16, torch.nan)):
+            for name in ("a13", "b13", "a2", "b2"):
+                axis = 2 if name.startswith("a") else 3
+                factors[name] = [behind(factor, axis, unit, fill) for factor in factors[name]]
+            given = None if fill == 0.0 else torch.tensor(counts, dtype=torch.int32, device=device)
+            found.append(call._replace(lora=package.FusedMoeLora(**{**factors, "lora_ranks": given})).run(package))
+        assert torch.equal(*map(bits, found)), f"{tokens} tokens, ranks {ranks}"
+
+
 def the_ops_one_by_one(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """moe_runs, moe_shrink, moe_gemm and moe_sum make the bits of fused_moe."""
     for tokens in (3, 9):
@@ -176,6 +201,7 @@ LAWS = (
     Law(layers_with_adapters),
     Law(fp8_weights_with_adapters),
     Law(a_row_does_not_know_its_batch),
+    Law(ranks_that_count),
     Law(the_ops_one_by_one),
     Law(one_graph_serves_every_batch, needs_gpu=True),
     Law(real_sizes, needs_gpu=True),

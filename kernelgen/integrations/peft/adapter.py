@@ -85,3 +85,5 @@ class LayerBuffers(NamedTuple):
     gate_up: SliceBuffers  # two slices, gate and up
     down: SliceBuffers  # one slice
     adapter_enabled: torch.Tensor  # [L] int32, 0: the adapter leaves this layer alone
+    # [L] int32, the largest rank of each adapter in this layer, behind which factors are zero; None: kernels would gain nothing
+    lora_ranks: torch.Tensor | None = None

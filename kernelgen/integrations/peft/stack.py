@@ -105,12 +105,15 @@ def stack_adapters(
         )
         gate_a = stack(layer, "gate", "a")
         up_a = gate_a if shared else stack(layer, "up", "a")
-        enabled = torch.zeros(slots, dtype=torch.int32)
+        enabled, ranks = (torch.zeros(slots, dtype=torch.int32) for _ in range(2))
         enabled[: len(parts)] = torch.tensor([bool(p) for p in parts], dtype=torch.int32)
+        of_adapters = [max((factors.a.shape[1] for factors in p.values()), default=0) for p in parts]
+        ranks[: len(parts)] = torch.tensor(of_adapters, dtype=torch.int32)
         return LayerBuffers(
             SliceBuffers((gate_a, up_a), (stack(layer, "gate", "b"), stack(layer, "up", "b"))),
             SliceBuffers((stack(layer, "down", "a"),), (stack(layer, "down", "b"),)),
             enabled.to(device),
+            ranks.to(device) if any(-(-r // 16) < -(-rank // 16) for r in of_adapters) else None,
         )
 
     return {
