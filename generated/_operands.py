@@ -46,6 +46,7 @@ class Tensor:
         strides: ROWS: the last is 1, the others are free; PAIRS: and so is that of pairs, [T, top_k, *]; CONTIGUOUS; FREE.
         optional: may be None.
         made: may be None, and is then made by the front door.
+        made_if: the flag that is set where it was, so that nothing else lies there.
         written: by the kernels; no element is another, or one of another operand.
         slices: "alike": a sequence of tensors of one layout; "any": of tensors that fit one by one; "": no sequence.
         count: how many tensors a sequence has, as a size of a shape.
@@ -60,6 +61,7 @@ class Tensor:
     strides: str = ROWS
     optional: bool = False
     made: bool = False
+    made_if: str = ""
     written: bool = False
     slices: str = ""
     count: str = "S"
@@ -749,7 +751,8 @@ class Op:
         is_weight = [o.name in self.first and o.dtype is not IDS for _, o in own]
         anchor = next((i for i, (_, o) in enumerate(own) if is_weight[i] or not (o.written or any(is_weight))), 0)
         kinds = tuple(tuple(part.written for _, part, _ in o.tensors(given[name])) for name, o in bundles.items())
-        make = _apart(tuple(o.written for _, o in own), kinds, mates, anchor)
+        new = [bool(o.made_if) and given[o.made_if] for _, o in own]
+        make = _apart(tuple(None if new[i] else o.written for i, (_, o) in enumerate(own)), kinds, mates, anchor)
         watch: Callable[..., None] = make(precisely, together, *reaches)
         return watch
 
@@ -809,21 +812,22 @@ _CALL_WITH = "    if left:\n        return call({passed}, *left)\n"
 
 @functools.cache
 def _apart(
-    written: tuple[bool, ...], bundles: tuple[tuple[bool, ...], ...], mates: tuple[int, ...], anchor: int
+    written: tuple[bool | None, ...], bundles: tuple[tuple[bool, ...], ...], mates: tuple[int, ...], anchor: int
 ) -> Callable[..., Any]:
     """Makes checks that what is written lies apart from all else, written out for tensors of one number and kind.
 
     What was found apart stays so. It is found again by the ``anchor``, a weight or else what is read: where what is written is
-    in the same place, and all else the same objects or in the same places, nothing is compared. Else all places are, by the
-    bytes from the first to the last of each tensor; where such spans meet, ``precisely`` looks at rows and columns, and raises.
+    in the same place, and all else the same objects or in the same places, nothing is compared. Else places are, by the bytes
+    from the first to the last of each tensor; where such spans meet, ``precisely`` looks at rows and columns, and raises.
 
     Args:
-        written: of each tensor, whether it is.
+        written: of each tensor, whether it is; None: it is new, and lies apart.
         bundles: likewise of the tensors in each bundle.
         mates: two bundles of which ``together`` is asked, or none.
         anchor: which of the tensors.
     """
-    own, total = range(len(written)), len(written) + sum(map(len, bundles))
+    first, total = len(written), len(written) + sum(map(len, bundles))
+    own = [i for i, is_written in enumerate(written) if is_written is not None]
     flags = [*written, *itertools.chain(*bundles)]
     if not any(flags):
         return lambda precisely, together, *reaches: lambda tensors, *bundles: None
@@ -832,42 +836,50 @@ def _apart(
     same = [f"place_{i} == last_{i}" for i in asked]
     same += [f"(last_{i}() is tensor_{i} or tensor_{i}.data_ptr() == places[{i}])" for i in others]
     same += [f"(memory_{b} is last_memory_{b} or memory_{b} == last_memory_{b})" for b in held]
-    kept = [*(f"place_{i}" if written[i] else f"ref(tensor_{i})" for i in own), *(f"memory_{b}" for b in held), "places"]
+    kept = [*(f"place_{i}" if written[i] else f"last_{i}" for i in own), *(f"memory_{b}" for b in held), "places"]
     last = [*(f"last_{i}" for i in own), *(f"last_memory_{b}" for b in held), "places"]
-    homes = [*own, *(b for b, parts in enumerate(bundles) for _ in parts)]
-    meet: dict[str, list[str]] = {}  # pairs, by the bundles of which one must be another
-    for i, j in itertools.combinations(range(total), 2):
+    changed = [f"place_{i} != places[{i}]" for i in range(first)]
+    changed += [f"memory_{b} != last_memory_{b}" for b, parts in enumerate(bundles) for _ in parts]
+    meet: dict[str, list[str]] = {}  # pairs, by what must have changed for them to be compared
+    for i, j in itertools.combinations([*own, *range(first, total)], 2):
         if flags[i] or flags[j]:
-            changed = " or ".join(f"memory_{b} != last_memory_{b}" for b in {homes[i], homes[j]}) if i not in own else "True"
-            meet.setdefault(changed, []).append(f"-reach_{i} < place_{i} - place_{j} < reach_{j}")
+            key = "True" if j < first else " or ".join(dict.fromkeys((changed[i], changed[j])))
+            meet.setdefault(key, []).append(f"-reach_{i} < place_{i} - place_{j} < reach_{j}")
     given = ", ".join(f"bundle_{b}" for b in range(len(bundles)))
-    near = " or ".join(f"({changed}) and ({' or '.join(pairs)})" for changed, pairs in meet.items())
+    near = " or ".join(f"({key}) and ({' or '.join(pairs)})" for key, pairs in meet.items())
     source = f"""
 def make(precisely, together, {", ".join(f"reach_{i}" for i in range(total))}):
     known = {{}}
     def check_apart(tensors, {given}):
-        {_listed(f"tensor_{i}" for i in own)} = tensors
+        {_listed(f"tensor_{i}" for i in range(first))} = tensors
         {"; ".join(f"place_{i} = tensor_{i}.data_ptr()" for i in asked)}
         {"; ".join(f"memory_{b} = bundle_{b}.memory" for b in held)}
         last = known.get(id(tensor_{anchor}), never)
         {_listed(last)} = last
         if {" and ".join(same)}:
             return
-        {"; ".join(f"place_{i} = tensor_{i}.data_ptr()" for i in others)}
-        {_listed(f"place_{i}" for i in range(len(own), total))} = {" + ".join(f"memory_{b}" for b in held) or "()"}
+        {" ".join(_AGAIN.format(i=i) for i in others)}
+        {_listed(f"place_{i}" for i in range(first, total))} = {" + ".join(f"memory_{b}" for b in held) or "()"}
         if {near}:
             precisely(tensors, {given})
         {f"together({', '.join(f'bundle_{b}' for b in mates)})" if mates else ""}
         if len(known) >= 4096:
             known.clear()
-        places = {_listed(f"place_{i}" for i in own)}
+        places = {_listed(f"place_{i}" if i in own else "0" for i in range(first))}
         known[id(tensor_{anchor})] = {_listed(kept)}
     return check_apart
 """
-    never = [*(-1 if written[i] else lambda: None for i in own), *(None for _ in held), (-1,) * len(own)]
+    never = [*(-1 if written[i] else lambda: None for i in own), *(None for _ in held), (-1,) * first]
     made: dict[str, Any] = {"ref": weakref.ref, "never": never}
     exec(source, made)  # noqa: S102  (of declarations alone)
     return made["make"]  # type: ignore[no-any-return]
+
+
+_AGAIN = """
+        if last_{i}() is tensor_{i}:
+            place_{i} = places[{i}]
+        else:
+            place_{i}, last_{i} = tensor_{i}.data_ptr(), ref(tensor_{i})"""
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -29,7 +29,7 @@ CONFIGS = {"moe_sum": Config}
 OP = operands.Op(
     "moe_sum",
     (
-        operands.Tensor("out", "T, N", operands.FLOATS, made=True, written=True),
+        operands.Tensor("out", "T, N", operands.FLOATS, made=True, made_if="zeroes", written=True),
         operands.Tensor("y", "T, top_k, N", "D", operands.PAIRS),
         ROUTING[0],
         operands.Tensor("topk_weights", "T, top_k", operands.FLOATS, operands.CONTIGUOUS, optional=True),

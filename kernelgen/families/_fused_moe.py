@@ -209,7 +209,7 @@ def _factor(name: str, shape: str, count: str) -> operands.Tensor:
 OP = operands.Op(
     "fused_moe",
     (
-        operands.Tensor("out", "T, H", operands.FLOATS, made=True, written=True),
+        operands.Tensor("out", "T, H", operands.FLOATS, made=True, made_if="zeroes", written=True),
         operands.Tensor("hidden", "T, H", "D", scaled_by="x_scale"),
         operands.Tensor("w13", "E, G*I, H", "D", scaled_by="w13_scale"),
         operands.Tensor("w2", "E, H, I", "D", scaled_by="w2_scale"),
