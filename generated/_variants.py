@@ -124,7 +124,7 @@ class Variants:
         """What the caller calls the arguments that ask for a fact."""
         labels = op.labels if isinstance(op, runtime.Caller) else {}
         own, caller = ({o.name for o in OPS[name].operands} for name in (str(self._package).rpartition(".")[2], str(op)))
-        for name in _ASKED_BY[fact]:
+        for name in _ASKED_BY.get(fact, (fact,)):
             label = labels.get(name, name)
             is_fp8 = fact == "torch_dtype" and name == "x" and facts.get("x_scales") is not None
             if (name in own or name == "out") and label.partition(".")[0] in caller and not is_fp8:

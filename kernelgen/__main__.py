@@ -1,6 +1,6 @@
 """``python -m kernelgen``, and the ``kernelgen`` command."""
 
-from kernelgen import entry
+from kernelgen.core import entry
 
 
 def main() -> None:

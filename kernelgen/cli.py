@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping, Sequence
 import click
 
 from kernelgen import __version__
-from kernelgen.command import Report, command
-from kernelgen.table import inline, table, terminal_width
+from kernelgen.core.command import Report, command
+from kernelgen.core.table import inline, table, terminal_width
 
 if TYPE_CHECKING:
-    from kernelgen.served import Served
+    from kernelgen.compiled.served import Served
 
 
 # Commands of other modules, which are imported when they are called.
@@ -74,7 +74,7 @@ def _specs_option(function: Callable[..., Report]) -> Callable[..., Report]:
     )
     @functools.wraps(function)
     def run(specs: Path | None, **arguments: Any) -> Report:
-        from kernelgen.locate import find_specs
+        from kernelgen.core.locate import find_specs
 
         return function(specs=specs or find_specs(), **arguments)
 
@@ -89,7 +89,7 @@ def _out_option(function: Callable[..., Report]) -> Callable[..., Report]:
     )
     @functools.wraps(function)
     def run(specs: Path, out: Path | None, **arguments: Any) -> Report:
-        from kernelgen.locate import default_output
+        from kernelgen.core.locate import default_output
 
         return function(specs=specs, out=out or default_output(specs), **arguments)
 
@@ -121,8 +121,8 @@ def build(
     jobs: int | None,
 ) -> Report:
     """Write generated/ and tests/generated/ from the specs."""
-    from kernelgen import build as pipeline
-    from kernelgen.locate import default_output
+    from kernelgen.core.locate import default_output
+    from kernelgen.emit import build as pipeline
 
     dry = check or diff
     target = default_output(specs) if out is None else out
@@ -152,8 +152,8 @@ def build(
 @_specs_option
 def list_variants(glob: str, specs: Path) -> Report:
     """List the variants, or those whose name matches GLOB."""
-    from kernelgen import build as pipeline
-    from kernelgen.assemble import select
+    from kernelgen.emit import build as pipeline
+    from kernelgen.emit.assemble import select
 
     variants = select(pipeline.package(specs), glob)
     rows = [(v.name, *(f"{axis}={tag}" for axis, tag in v.tags)) for v in variants]
@@ -183,9 +183,9 @@ def show(
         raise click.UsageError(f"--source and --{assembly} exclude each other")
     if arch and not assembly:
         raise click.UsageError("--arch goes with --ptx, --sass or --amdgcn")
-    from kernelgen import build as pipeline
-    from kernelgen import names
-    from kernelgen.assemble import source as text_of
+    from kernelgen.core import names
+    from kernelgen.emit import build as pipeline
+    from kernelgen.emit.assemble import source as text_of
 
     family, found = pipeline.find(pipeline.package(specs), variant)
     kernel = family.kernel(found.kernel)
@@ -204,8 +204,8 @@ def show(
         text = text_of(found, family, pipeline.renderer(specs))
         return Report({**document, "source": text}, text.splitlines())
     if assembly:
-        from kernelgen.compile import assembly as compiled
-        from kernelgen.targets import PRIMARY
+        from kernelgen.compiled.compile import assembly as compiled
+        from kernelgen.core.targets import PRIMARY
 
         pipeline.require_current(specs, out, variant, _cores())
         texts = compiled(specs, out, variant, assembly, arch or PRIMARY)
@@ -226,11 +226,11 @@ def which(words: Sequence[str], specs: Path, out: Path) -> Report:
 
         kernelgen which moe_lora --dtype bf16 --rank 24 --num-tokens 4096
     """
-    from kernelgen import build as pipeline
-    from kernelgen import names
-    from kernelgen.diagnostics import failure
-    from kernelgen.targets import PRIMARY, TARGETS
-    from kernelgen.which import which as answer
+    from kernelgen.compiled.which import which as answer
+    from kernelgen.core import names
+    from kernelgen.core.diagnostics import failure
+    from kernelgen.core.targets import PRIMARY, TARGETS
+    from kernelgen.emit import build as pipeline
 
     family, case = _case(words)
     found = answer(pipeline.package(specs), family, case)
@@ -241,7 +241,7 @@ def which(words: Sequence[str], specs: Path, out: Path) -> Report:
         note = "which of them a call gets, and with which tiles, the generated package says: run kernelgen build"
     elif found.sizes:
         try:
-            from kernelgen.served import ask
+            from kernelgen.compiled.served import ask
 
             pipeline.require_current(specs, out, None, _cores())
             served = ask(out, found)
@@ -311,9 +311,9 @@ def which(words: Sequence[str], specs: Path, out: Path) -> Report:
 @_out_option
 def verify(only: str | None, device: str, jobs: int | None, specs: Path, out: Path) -> Report:
     """Run every variant on its cases against the fp64 reference, and show the worst error over its bound."""
-    from kernelgen import build as pipeline
-    from kernelgen import verify as proof
-    from kernelgen.progress import progress
+    from kernelgen.core.progress import progress
+    from kernelgen.emit import build as pipeline
+    from kernelgen.prove import verify as proof
 
     workers = jobs or min(_cores(), 12)
     pipeline.require_current(specs, out, only, workers)
@@ -358,9 +358,9 @@ def compile_kernels(
     What was compiled is remembered, line by line, in usage-*.jsonl of ~/.cache/kernelgen (KERNELGEN_CACHE_DIR), so an
     interrupted run goes on where it was. To use what another machine compiled, append its file to yours.
     """
-    from kernelgen import build as pipeline
-    from kernelgen import compile as compiler
-    from kernelgen.progress import progress
+    from kernelgen.compiled import compile as compiler
+    from kernelgen.core.progress import progress
+    from kernelgen.emit import build as pipeline
 
     if check and update:
         raise click.UsageError("--check and --update exclude each other")
@@ -389,8 +389,8 @@ def compile_kernels(
 @_out_option
 def explain(variant: str, arch: str, specs: Path, out: Path) -> Report:
     """Say what limits VARIANT on a target: resources, occupancy, arithmetic intensity, roofline. Needs no GPU."""
-    from kernelgen import build as pipeline
-    from kernelgen.explain import explain as answer
+    from kernelgen.compiled.explain import explain as answer
+    from kernelgen.emit import build as pipeline
 
     pipeline.find(pipeline.package(specs), variant)
     pipeline.require_current(specs, out, variant, _cores())
@@ -415,11 +415,11 @@ def doctor(specs: Path, out: Path) -> Report:
 
 
 @_command("schema")
-@click.option("--check", is_flag=True, help="Compare with kernelgen.schema.json beside the specs.")
+@click.option("--check", is_flag=True, help="Compare with kernelgen.spec.schema.json beside the specs.")
 @_specs_option
 def schema(check: bool, specs: Path) -> Report:
     """Print the JSON Schema of a spec, for editors."""
-    from kernelgen.schema import check_schema, json_schema
+    from kernelgen.spec.schema import check_schema, json_schema
 
     if check:
         check_schema(specs)

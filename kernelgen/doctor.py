@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, Iterator, Literal, Sequence
 
-from kernelgen import locate
-from kernelgen.read import read_file
+from kernelgen.core import locate
+from kernelgen.core.read import read_file
 
 Status = Literal["ok", "note", "fault"]
 _PYTHON = (3, 10)
@@ -157,7 +157,7 @@ for i in range(torch.cuda.device_count()):
 _INTERPRETER = """
 import os
 os.environ["TRITON_INTERPRET"] = "1"
-from kernelgen import interpreter
+from kernelgen.prove import interpreter
 interpreter.install()
 import numpy
 print(f"Triton's, repaired; numpy {numpy.__version__}")
@@ -198,7 +198,7 @@ def _last(text: str) -> str:
 
 
 def _attempt(name: str, look: Callable[[], Check]) -> Check:
-    from kernelgen.diagnostics import Failure
+    from kernelgen.core.diagnostics import Failure
 
     try:
         return look()
@@ -212,7 +212,7 @@ def _attempt(name: str, look: Callable[[], Check]) -> Check:
 
 
 def _specs(specs: Path) -> Check:
-    from kernelgen import build
+    from kernelgen.emit import build
 
     families = build.package(specs).families
     variants = sum(len(family.variants) for family in families)
@@ -221,7 +221,7 @@ def _specs(specs: Path) -> Check:
 
 
 def _generated(specs: Path, out: Path, jobs: int) -> Check:
-    from kernelgen import build
+    from kernelgen.emit import build
 
     plan = build.check(specs, out, None, jobs)
     findings = build.findings(plan)
@@ -235,7 +235,7 @@ def _generated(specs: Path, out: Path, jobs: int) -> Check:
 
 
 def _lock(out: Path, triton: Check) -> Check:
-    from kernelgen.lock import FILE, Lock
+    from kernelgen.compiled.lock import FILE, Lock
 
     def look() -> Check:
         versions = sorted(Lock(out / FILE).sections)

@@ -26,7 +26,7 @@ collect_ignore_glob = ["compiled/*"] if INTERPRETED else []
 
 torch.set_num_threads(1)  # a process of pytest-xdist is a core
 if INTERPRETED:
-    from kernelgen import interpreter
+    from kernelgen.prove import interpreter
 
     interpreter.install()
 
@@ -44,7 +44,8 @@ def device() -> str:
 @pytest.fixture
 def kernelgen(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     """Runs the command line in this process: (exit code, stdout, stderr)."""
-    from kernelgen import cli, entry
+    from kernelgen import cli
+    from kernelgen.core import entry
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["kernelgen", *arguments])

@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from kernelgen import build
+from kernelgen.emit import build
 
 ROOT = Path(__file__).resolve().parent.parent
 NARROW = {

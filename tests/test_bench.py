@@ -14,7 +14,7 @@ from typing import Any, Callable
 
 import pytest
 
-from kernelgen.diagnostics import Failure
+from kernelgen.core.diagnostics import Failure
 from kernelgen.measure import document as documents
 from kernelgen.measure import models, suites
 from kernelgen.measure.models import LAYERS, MODELS, Model

@@ -12,11 +12,13 @@ import jsonschema
 import project
 import pytest
 
-from kernelgen import build, names, progress, schema
-from kernelgen.diagnostics import Failure
-from kernelgen.entry import SCHEMA_VERSION
-from kernelgen.locate import SPECS
-from kernelgen.parse import parse
+from kernelgen.core import names, progress
+from kernelgen.core.diagnostics import Failure
+from kernelgen.core.entry import SCHEMA_VERSION
+from kernelgen.core.locate import SPECS
+from kernelgen.emit import build
+from kernelgen.spec import schema
+from kernelgen.spec.parse import parse
 
 ROOT = Path(__file__).parent.parent
 
@@ -355,5 +357,5 @@ def test_the_schema_is_that_of_the_specs(work: Path, kernelgen) -> None:
     code, _, stderr = kernelgen("schema", "--check")
     assert code == 1 and "KG034" in stderr
     _, stdout, _ = kernelgen("schema")
-    (work / "specs/kernelgen.schema.json").write_text(stdout)
+    (work / "specs/kernelgen.spec.schema.json").write_text(stdout)
     assert kernelgen("schema", "--check")[0] == 0

@@ -12,11 +12,12 @@ from pathlib import Path
 import project
 import pytest
 
-from kernelgen import build, names
-from kernelgen.diagnostics import CATALOGUE, Failure
-from kernelgen.model import VARIANT_ATTRIBUTES, VOCABULARY, Record, Variant
-from kernelgen.names import Identifier
-from kernelgen.which import which
+from kernelgen.compiled.which import which
+from kernelgen.core import names
+from kernelgen.core.diagnostics import CATALOGUE, Failure
+from kernelgen.core.model import VARIANT_ATTRIBUTES, VOCABULARY, Record, Variant
+from kernelgen.core.names import Identifier
+from kernelgen.emit import build
 
 SPECS = Path(__file__).parent.parent / "specs"
 

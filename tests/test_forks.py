@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kernelgen.forks import Fault, in_processes
+from kernelgen.core.processes import Fault, in_processes
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,7 +61,7 @@ def test_a_command_that_is_stopped_leaves_no_process(command: str, number: signa
     program = """
 import os, signal
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-from kernelgen import entry
+from kernelgen.core import entry
 print("up", flush=True)
 entry.run("kernelgen.cli", "commands")
 """

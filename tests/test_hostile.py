@@ -14,8 +14,10 @@ import project
 import pytest
 import torch
 
-from kernelgen import cli, disk, doctor, read
-from kernelgen.diagnostics import Failure
+from kernelgen import cli, doctor
+from kernelgen.core import read
+from kernelgen.core.diagnostics import Failure
+from kernelgen.emit import disk
 from kernelgen.measure import document as documents
 from kernelgen.measure import suites
 from kernelgen.measure.tune import space
@@ -68,7 +70,7 @@ def test_what_has_no_end_is_not_read(name: str, work: Path, kernelgen, monkeypat
         documents.resume(Path(name), suites.find("moe_lora"), {}, {})
     with pytest.raises(Failure, match=name):
         space.content(Path(name))
-    read = {"kernels.lock": "doctor", "specs/kernelgen.schema.json": "schema --check", "generated/.manifest.json": "build"}
+    read = {"kernels.lock": "doctor", "specs/kernelgen.spec.schema.json": "schema --check", "generated/.manifest.json": "build"}
     read |= {"specs/toy.yaml": "list", "specs/tuned/h200/toy.yaml": "build --check"}
     for file, command in read.items():
         place = work / file
@@ -156,7 +158,8 @@ def test_without_what_runs_kernels(work: Path) -> None:
     program = f"""
 import sys
 sys.modules["torch"] = sys.modules["triton"] = sys.modules["numpy"] = None
-from kernelgen import cli, entry
+from kernelgen import cli
+from kernelgen.core import entry
 for words in {needs + does_without}:
     sys.argv = ["kernelgen", *words, "--json"]
     print(entry.exit_code(cli.commands))

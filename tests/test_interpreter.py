@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter as stock
 
-from kernelgen import interpreter
 from kernelgen.families import _repairs
-from kernelgen.interpreter import IntegerOverflow, OutOfBounds, Race
+from kernelgen.prove import interpreter
+from kernelgen.prove.interpreter import IntegerOverflow, OutOfBounds, Race
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(
@@ -324,7 +324,7 @@ def test_install_needs_the_interpreter_and_can_be_repeated() -> None:
     interpreter.install()
     program = """
         import pytest
-        from kernelgen import interpreter
+        from kernelgen.prove import interpreter
         with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1 before triton is imported"):
             interpreter.install()
     """

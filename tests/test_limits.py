@@ -13,10 +13,10 @@ import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from kernelgen import build
-from kernelgen.diagnostics import Failure
-from kernelgen.limits import values
-from kernelgen.parse import parse
+from kernelgen.core.diagnostics import Failure
+from kernelgen.emit import build
+from kernelgen.spec.limits import values
+from kernelgen.spec.parse import parse
 
 MANY = 1300  # levels; libraries give up at other numbers, or not
 PASSED = {

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kernelgen import build
-from kernelgen.diagnostics import CATALOGUE, Failure
-from kernelgen.parse import parse
+from kernelgen.core.diagnostics import CATALOGUE, Failure
+from kernelgen.emit import build
+from kernelgen.spec.parse import parse
 
 
 def faults(tmp_path: Path, *, tuned: str | None = None, **specs: str | bytes) -> list[str]:

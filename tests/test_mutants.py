@@ -1,4 +1,4 @@
-"""A sample of the mutants of a variant of each schedule: the cases must kill each. ``python -m kernelgen.mutate`` tries all."""
+"""A sample of the mutants of a variant of each schedule: the cases must kill each. ``kernelgen.prove.mutate`` tries all."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Iterator
 import pytest
 import triton
 
-from kernelgen import mutate
-from kernelgen.mutate import Bench, Mutant, mutants
+from kernelgen.prove import mutate
+from kernelgen.prove.mutate import Bench, Mutant, mutants
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = [
@@ -60,7 +60,7 @@ def test_the_cases_kill_mutants(name: str) -> None:
         assert len({mutant.operator for mutant in chosen}) >= 8
         fates = [bench.fate(suite, variant, mutant) for mutant in chosen]
     living = [f"{fate.mutant}" for fate in fates if not fate.killer]
-    hint = "write a case that kills it, or say in kernelgen/mutate.py why it is harmless"
+    hint = "write a case that kills it, or say in kernelgen/prove/mutate.py why it is harmless"
     assert not living, f"{name}: {hint}:\n" + "\n".join(living)
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 import generated as kg
 from generated._scales import as_fp32
 from kernelgen.families.moe_lora.reference import dequantise
-from kernelgen.mutate import Bench, Mutant
+from kernelgen.prove.mutate import Bench, Mutant
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = [torch.float8_e4m3fn, torch.float8_e5m2]

@@ -15,10 +15,11 @@ import black
 import project
 import pytest
 
-from kernelgen import assemble, build, formatting, sealed, trees
-from kernelgen.diagnostics import Failure
-from kernelgen.locate import FAMILIES, SPECS
-from kernelgen.outputs import Outputs
+from kernelgen.core import cache
+from kernelgen.core.diagnostics import Failure
+from kernelgen.core.locate import FAMILIES, SPECS
+from kernelgen.emit import assemble, build, formatting, tree_cache
+from kernelgen.emit.outputs import Outputs
 
 KERNEL = "kernels/toy.py.j2"
 
@@ -58,6 +59,7 @@ def test_the_output_of_a_variant(tmp_path: Path) -> None:
     )
     assert sorted(tree.files) == [
         "generated/__init__.py",
+        "generated/_operands.py",
         "generated/_repairs.py",
         "generated/_runtime.py",
         "generated/_variants.py",
@@ -325,7 +327,7 @@ def test_a_build_takes_the_tree_that_was_made_of_the_same(
         kept.write_text(kept.read_text()[:-5])
     assert builds(1) and builds(0)
     os.mkfifo(folder / "pipe.yaml")
-    assert trees.made_of(folder, None) is None
+    assert tree_cache.made_of(folder, None) is None
 
 
 def _seal_of_a_hash(text: str) -> str:
@@ -358,9 +360,9 @@ def test_a_forged_entry_of_the_cache_is_not_taken(
 )
 def test_an_entry_that_is_no_tree_is_not_taken(text: str, tmp_path: Path) -> None:
     folder = project.make(tmp_path)
-    key = trees.made_of(folder, None)
-    trees._kept().put(key, text)
-    assert trees._kept().get(key) == text and trees.get(key) is None
+    key = tree_cache.made_of(folder, None)
+    tree_cache._kept().put(key, text)
+    assert tree_cache._kept().get(key) == text and tree_cache.get(key) is None
     assert not build.build(folder, tmp_path).is_clean and build.build(folder, tmp_path).is_clean
 
 
@@ -384,7 +386,7 @@ def test_a_key_that_others_may_know_seals_nothing(spoil: Callable[[Path], None],
     key = own_cache.parent / "key"
     before = key.read_bytes()
     spoil(key)
-    sealed._secret.cache_clear()
+    cache._secret.cache_clear()
     assert build.tree(folder) == tree and key.read_bytes() != before
     assert stat.S_IMODE(key.lstat().st_mode) == 0o600 and not key.is_symlink()
 

@@ -16,11 +16,11 @@ import torch.multiprocessing
 
 import generated as kg
 from generated._runtime import INTERPRETED
-from kernelgen import interpreter
 from kernelgen.families.case import worst_ratio
 from kernelgen.families.moe_lora import reference
 from kernelgen.families.moe_route.reference import Live, live_pairs
 from kernelgen.integrations import sharded
+from kernelgen.prove import interpreter
 
 if INTERPRETED:
     interpreter.install()  # the processes of a group read no conftest

@@ -12,7 +12,7 @@ import pytest
 import torch
 from strict_package import build_strict
 
-from kernelgen import verify
+from kernelgen.prove import verify
 
 TOKENS, TOP_K, EXPERTS, LORAS, K, N = (
     37,

@@ -13,12 +13,13 @@ from typing import Callable, Iterable, Iterator
 import pytest
 import torch
 
-from kernelgen import build, names
-from kernelgen.assemble import assemble
-from kernelgen.diagnostics import Failure
-from kernelgen.locate import SPECS, template_folders
-from kernelgen.model import Package, Tree
-from kernelgen.render import Renderer
+from kernelgen.core import names
+from kernelgen.core.diagnostics import Failure
+from kernelgen.core.locate import SPECS, template_folders
+from kernelgen.core.model import Package, Tree
+from kernelgen.emit import build
+from kernelgen.emit.assemble import assemble
+from kernelgen.emit.render import Renderer
 
 EVERY = build.package(SPECS)
 RENDERER = Renderer(template_folders(SPECS))

@@ -11,9 +11,9 @@ import project
 import pytest
 
 from kernelgen import doctor
+from kernelgen.core.table import table
 from kernelgen.measure import document as documents
 from kernelgen.measure.table import results
-from kernelgen.table import table
 
 ROOT = Path(__file__).parent.parent
 

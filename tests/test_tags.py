@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from kernelgen import assemble, build, formatting, load, wiring, write
-from kernelgen.diagnostics import Diagnostic
-from kernelgen.expand import expand
-from kernelgen.locate import SPECS
-from kernelgen.model import SCHEDULE, VOCABULARY, Family
-from kernelgen.outputs import Outputs
-from kernelgen.stand_in import import_package
-from kernelgen.testing import Suite
+from kernelgen.compiled.stand_in import import_package
+from kernelgen.core.diagnostics import Diagnostic
+from kernelgen.core.locate import SPECS
+from kernelgen.core.model import SCHEDULE, VOCABULARY, Family
+from kernelgen.emit import assemble, build, formatting, wiring, write
+from kernelgen.emit.outputs import Outputs
+from kernelgen.prove.testing import Suite
+from kernelgen.spec import load
+from kernelgen.spec.expand import expand
 
 EVERY = build.package(SPECS).families
 RENDERER = build.renderer(SPECS)

@@ -11,10 +11,10 @@ from types import ModuleType
 import project
 import pytest
 
-from kernelgen import build
-from kernelgen.diagnostics import Diagnostic, Failure
-from kernelgen.locate import FAMILIES, SPECS, TEMPLATES
-from kernelgen.members import installed, members
+from kernelgen.core.diagnostics import Diagnostic, Failure
+from kernelgen.core.locate import FAMILIES, SPECS, TEMPLATES
+from kernelgen.emit import build
+from kernelgen.emit.members import installed, members
 
 KERNEL = "kernels/toy.py.j2"
 FRONT = "families/toy/_op.py"

@@ -18,14 +18,15 @@ import pytest
 import torch
 
 import generated
-from kernelgen import build, testing
-from kernelgen.buffers import allocate, allocate_sparse, bits, poison_, positions, row_major, seal
-from kernelgen.diagnostics import Failure
+from kernelgen.core.diagnostics import Failure
+from kernelgen.emit import build
 from kernelgen.families import moe_lora_inputs
+from kernelgen.families.buffers import allocate, allocate_sparse, bits, poison_, positions, row_major, seal
 from kernelgen.families.moe_lora import cases as moe_lora
 from kernelgen.families.moe_lora_inputs import Case, Layout
 from kernelgen.families.moe_route import cases as moe_route
-from kernelgen.testing import Suite, Variant
+from kernelgen.prove import testing
+from kernelgen.prove.testing import Suite, Variant
 
 ROOT = Path(__file__).resolve().parent.parent
 AXES = "schedule dtype assignment add_inputs routed_weight rank"
@@ -319,7 +320,7 @@ def test_verify(tmp_path: Path) -> None:
 
 
 def test_a_wrong_variant_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    verify = importlib.import_module("kernelgen.verify")
+    verify = importlib.import_module("kernelgen.prove.verify")
 
     def wrong() -> float:
         raise AssertionError("3 of 4 elements\nare off")

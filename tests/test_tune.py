@@ -17,7 +17,7 @@ from typing import Any, Callable, Iterator
 
 import pytest
 
-from kernelgen.diagnostics import Failure
+from kernelgen.core.diagnostics import Failure
 from kernelgen.measure import suites
 from kernelgen.measure.models import MODELS, Model
 from kernelgen.measure.options import Duration
@@ -239,7 +239,7 @@ CELLS = [Cell(QWEN, site, 64, tokens) for site in ("w13", "w2") for tokens in (1
 
 
 def load_family(folder: Path, tuned: Path) -> Any:
-    from kernelgen.load import load
+    from kernelgen.spec.load import load
 
     specs = folder / "specs"
     (specs / "tuned/h200").mkdir(parents=True, exist_ok=True)
@@ -966,7 +966,7 @@ def test_gauge_checks_before_it_times(family: str, monkeypatch: pytest.MonkeyPat
 
 def test_every_family_with_tunables_can_be_tuned() -> None:
     """Its cells are of powers of two of tokens."""
-    from kernelgen.load import load
+    from kernelgen.spec.load import load
 
     specs, faults = load(SPEC.parent)
     assert not faults
@@ -1018,8 +1018,8 @@ def test_who_takes_tiles_of_whom(device: tuple[Any, ...], found: str | None) -> 
     ],
 )
 def test_the_folder_of_a_device(name: str, label: str) -> None:
+    from kernelgen.core.names import identifier_fault
     from kernelgen.families import _runtime as runtime
-    from kernelgen.names import identifier_fault
 
     assert runtime.device_label(name) == label and identifier_fault(label) is None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kernelgen import names
+from kernelgen.core import names
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDER = "B,C4,E4,E7,E9,F,I,PLE,RUF,SIM,UP,W"  # than what ruff checks unless told

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import generated as kg
-from kernelgen import build
-from kernelgen.diagnostics import Failure
-from kernelgen.served import ask
-from kernelgen.which import which
+from kernelgen.compiled.served import ask
+from kernelgen.compiled.which import which
+from kernelgen.core.diagnostics import Failure
+from kernelgen.emit import build
 
 SPEC = """\
 family: toy

@@ -19,10 +19,11 @@ from typing import Any, Callable, Iterator
 import project
 import pytest
 
-from kernelgen import build, names, write
-from kernelgen.diagnostics import Failure
-from kernelgen.disk import Disk, hash_text
-from kernelgen.model import Tree
+from kernelgen.core import names
+from kernelgen.core.diagnostics import Failure
+from kernelgen.core.model import Tree
+from kernelgen.emit import build, write
+from kernelgen.emit.disk import Disk, hash_text
 
 OLD = Tree(
     {
@@ -779,8 +780,8 @@ def test_a_build_that_is_killed_leaves_the_old_tree_or_the_new_one(
 
 COMMITS = """
 import itertools, pathlib, sys
-from kernelgen import write
-from kernelgen.model import Tree
+from kernelgen.emit import write
+from kernelgen.core.model import Tree
 
 out, *texts = sys.argv[1:]
 trees = [

@@ -237,7 +237,7 @@ def importable(folder: Path) -> Iterator[ModuleType]:
 def compare(folders: tuple[Path, Path], device: str, only: str, share: tuple[int, int]) -> list[tuple[str, str]]:
     """(call, "same", "differs" or the error) for a share of the calls."""
     if device == "cpu":
-        from kernelgen import interpreter
+        from kernelgen.prove import interpreter
 
         interpreter.install()
     torch.set_num_threads(1)

@@ -1,6 +1,6 @@
 """``python -m kernelgen.demo``."""
 
-from kernelgen import entry
+from kernelgen.core import entry
 
 if __name__ == "__main__":
     entry.run("kernelgen.demo.command", "main")

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kernelgen.command import Strict
-from kernelgen.diagnostics import failure
+from kernelgen.core.command import Strict
+from kernelgen.core.diagnostics import failure
 
 if TYPE_CHECKING:
     from .compare import Result
@@ -163,7 +163,7 @@ def _table(results: Sequence[Result], specs: Sequence[AdapterSpec]) -> Table:
 def _interpret() -> None:
     """Run kernels on CPU tensors; to be called before anything imports triton."""
     os.environ["TRITON_INTERPRET"] = "1"
-    from kernelgen import interpreter
+    from kernelgen.prove import interpreter
 
     interpreter.install()
 

@@ -15,13 +15,13 @@ from typing import Any, Callable, Mapping, Sequence
 
 import torch
 
-from kernelgen.buffers import Guarded, allocate, allocate_sparse, poison_, row_major, seal
+from kernelgen.core.model import VOCABULARY
 from kernelgen.families import quant
+from kernelgen.families.buffers import Guarded, allocate, allocate_sparse, poison_, row_major, seal
 from kernelgen.families.case import Case as BaseCase
 from kernelgen.families.case import Tags
 from kernelgen.families.moe_lora.reference import dequantise
 from kernelgen.families.moe_route.reference import Live, moe_route
-from kernelgen.model import VOCABULARY
 
 HUGE = 2**31 + 64  # elements: out of reach of a 32-bit offset
 _WORKSPACE = 2**16

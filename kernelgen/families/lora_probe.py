@@ -9,8 +9,8 @@ from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 import torch
 
+from kernelgen.core.model import TunedEntry, Variant
 from kernelgen.families.probe import Probe, launcher_of, meta, ranks
-from kernelgen.model import TunedEntry, Variant
 
 _BLOCK_M = {16: 16, 4096: 128, 16384: 128}  # by tokens: so that K is shared out or not, and the ends of block_m
 

@@ -8,7 +8,7 @@ from typing import Callable, Mapping, NamedTuple, Sequence
 
 import torch
 
-from kernelgen.buffers import allocate, allocate_sparse
+from kernelgen.families.buffers import allocate, allocate_sparse
 from kernelgen.families.moe_align.reference import Local
 from kernelgen.families.moe_runs.reference import adapters_of
 

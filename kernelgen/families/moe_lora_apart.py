@@ -14,14 +14,14 @@ from typing import Any, Mapping, Sequence
 
 import torch
 
-from kernelgen.buffers import Guarded, allocate, allocate_sparse, poison_, seal
+from kernelgen.core.model import VOCABULARY
+from kernelgen.families.buffers import Guarded, allocate, allocate_sparse, poison_, seal
 from kernelgen.families.case import Case as BaseCase
 from kernelgen.families.case import Tags
 from kernelgen.families.lora_inputs import dtype_of
 from kernelgen.families.moe_lora_inputs import LAYOUTS
 from kernelgen.families.moe_route.reference import moe_route
 from kernelgen.families.moe_routing import SPREAD, Routed, Routing, Sizes, draw
-from kernelgen.model import VOCABULARY
 
 HUGE = 2**31 + 64  # elements: out of reach of a 32-bit offset
 _WORKSPACE = 2**17

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from kernelgen.core.model import Variant
 from kernelgen.families.probe import FP32, QWEN3, Probe, launcher_of, meta
-from kernelgen.model import Variant
 
 # Half of an adapter on w13, or on w2, of Qwen3-30B-A3B over two GPUs: of its rank, or of its columns.
 TOKENS = {"pairs": {4: 0}, "blocks": {64: 16, 4096: 64}}

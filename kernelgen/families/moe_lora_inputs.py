@@ -16,7 +16,9 @@ from typing import Any, Callable, Mapping, Sequence
 
 import torch
 
-from kernelgen.buffers import (
+from kernelgen.core.model import VOCABULARY
+from kernelgen.families import quant
+from kernelgen.families.buffers import (
     Guarded,
     allocate,
     allocate_sparse,
@@ -25,13 +27,11 @@ from kernelgen.buffers import (
     row_major,
     seal,
 )
-from kernelgen.families import quant
 from kernelgen.families.case import Case as BaseCase
 from kernelgen.families.case import Tags, worst_ratio
 from kernelgen.families.moe_lora.reference import Expected, dequantise, moe_lora
 from kernelgen.families.moe_route.reference import moe_route
 from kernelgen.families.moe_routing import SPREAD, Routed, Routing, Sizes, draw
-from kernelgen.model import VOCABULARY
 
 # Tiles that small shapes can be less than, equal to and greater than.
 _TILES: Mapping[str, int] = MappingProxyType(

@@ -14,7 +14,7 @@ from typing import Callable, Mapping
 
 import torch
 
-from kernelgen.model import Variant
+from kernelgen.core.model import Variant
 
 FP32 = torch.float32
 # Layers of Qwen3-30B-A3B.

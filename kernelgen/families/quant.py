@@ -8,10 +8,10 @@ from typing import Mapping, Sequence
 
 import torch
 
-from kernelgen.buffers import allocate, row_major
+from kernelgen.core.model import VOCABULARY
+from kernelgen.families.buffers import allocate, row_major
 from kernelgen.families.case import Tags
 from kernelgen.families.moe_lora.reference import dequantise
-from kernelgen.model import VOCABULARY
 
 ELEMENTS: Mapping[str, torch.dtype] = MappingProxyType(
     {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}

@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 
-from kernelgen.targets import TARGETS, Target
+from kernelgen.core.targets import TARGETS, Target
 
 # Columns of K, of layers and of none.
 KS = (1, 70, 150, 600, 1000, 2880, 4096, 7168, 8192, 8200, 8448, 9216, 11008, 13824, 14336, 28672, 29568, 53248)

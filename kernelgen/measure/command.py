@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Callable, Iterable, Sequence
 
 import click
 
-from kernelgen.command import Report, command
-from kernelgen.diagnostics import Diagnostic, failure
+from kernelgen.core.command import Report, command
+from kernelgen.core.diagnostics import Diagnostic, failure
+from kernelgen.core.model import Location
 from kernelgen.measure import document as documents
 from kernelgen.measure import suites
 from kernelgen.measure.document import Document
 from kernelgen.measure.options import Seconds, Words
 from kernelgen.measure.suite import OURS, Axis, Cell, Row, Size, Suite, misfit
-from kernelgen.model import Location
 
 if TYPE_CHECKING:
     import torch
@@ -182,7 +182,7 @@ def find_device(check_only: bool) -> torch.device:
         found = "TRITON_INTERPRET is set" if interpreted else "torch sees no GPU here"
         raise failure("KG061", "cuda", f"{found}: there are no times to take", "--check-only compares results on the CPU")
     os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are decorated
-    from kernelgen import interpreter
+    from kernelgen.prove import interpreter
 
     interpreter.install()  # bfloat16 and FP8 as on a GPU
     return torch.device("cpu")
@@ -199,7 +199,7 @@ def progress() -> Progress:
         TimeRemainingColumn,
     )
 
-    from kernelgen.progress import has_bars
+    from kernelgen.core.progress import has_bars
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True), disable=not has_bars())
@@ -243,8 +243,8 @@ def where(suite: Suite, row: Row) -> str:
 
 
 def _table(suite: Suite, rows: Sequence[Row], peers: Sequence[str]) -> list[str]:
+    from kernelgen.core.table import terminal_width
     from kernelgen.measure import table
-    from kernelgen.table import terminal_width
 
     return [*table.results(suite, rows, peers, terminal_width()), *table.summary(suite, rows, peers)]
 

@@ -10,10 +10,10 @@ import os
 from pathlib import Path
 from typing import Any, Callable, Iterable
 
-from kernelgen.diagnostics import failure, os_failure
+from kernelgen.core.diagnostics import failure, os_failure
+from kernelgen.core.read import parse_json, read_file
 from kernelgen.measure import suites
 from kernelgen.measure.suite import Cell, Row, Suite
-from kernelgen.read import parse_json, read_file
 
 SCHEMA_VERSION = 2
 # What has to agree for rows of two runs to stand in one document.

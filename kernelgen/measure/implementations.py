@@ -8,10 +8,10 @@ from typing import Any, Callable
 
 import torch
 
+from kernelgen.emit.rooms import laboratory
 from kernelgen.measure import peers, suites
 from kernelgen.measure.suite import OURS
 from kernelgen.measure.workload import Implementation, Workload
-from kernelgen.rooms import laboratory
 
 
 def workload(

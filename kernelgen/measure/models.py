@@ -7,8 +7,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, Mapping, Sequence
 
-from kernelgen.diagnostics import failure
-from kernelgen.read import parse_json, read_file
+from kernelgen.core.diagnostics import failure
+from kernelgen.core.read import parse_json, read_file
 
 Projections = Literal["w13", "w2"]
 

@@ -8,7 +8,7 @@ from typing import Any, Sequence
 
 import click
 
-from kernelgen.command import Report, command
+from kernelgen.core.command import Report, command
 from kernelgen.measure.document import Document, load
 from kernelgen.measure.suite import OURS, Row, Suite
 from kernelgen.measure.summary import beside, counts, findings, geomean, key, parts, speedups

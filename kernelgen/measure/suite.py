@@ -13,7 +13,7 @@ import math
 import zlib
 from typing import Any, Callable, ClassVar, Iterable, Literal, Mapping, Sequence, get_args
 
-from kernelgen.diagnostics import Failure, failure
+from kernelgen.core.diagnostics import Failure, failure
 from kernelgen.measure.models import Model
 from kernelgen.measure.options import Kind
 

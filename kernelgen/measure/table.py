@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Iterator, Sequence
 
+from kernelgen.core.table import table
 from kernelgen.measure.suite import Row, Suite
 from kernelgen.measure.summary import findings, speedups
-from kernelgen.table import table
 
 
 def results(suite: Suite, rows: Sequence[Row], peers: Sequence[str], width: int | None) -> list[str]:

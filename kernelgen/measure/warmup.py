@@ -7,7 +7,7 @@ import itertools
 import os
 from typing import Any, Callable, Sequence
 
-from kernelgen.forks import in_processes
+from kernelgen.core.processes import in_processes
 from kernelgen.measure.suite import Cell
 
 Load = Callable[[str], Any]

@@ -14,17 +14,18 @@ from typing import Any, Callable
 import pytest
 import triton
 
-from kernelgen import compile as compiler
-from kernelgen import model, sample
-from kernelgen.compile import Result, assembly, compile_cases, run
-from kernelgen.diagnostics import Failure
-from kernelgen.explain import explain
+from kernelgen.compiled import compile as compiler
+from kernelgen.compiled import sampling
+from kernelgen.compiled.compile import Result, assembly, compile_cases, run
+from kernelgen.compiled.compile_cache import Remembered
+from kernelgen.compiled.explain import explain
+from kernelgen.compiled.lock import FILE, Lock, Row, coverage
+from kernelgen.compiled.requests import Case, cases, cases_of
+from kernelgen.compiled.resources import Usage
+from kernelgen.core import model
+from kernelgen.core.diagnostics import Failure
+from kernelgen.core.targets import TARGETS
 from kernelgen.families.probe import Probe
-from kernelgen.lock import FILE, Lock, Row, coverage
-from kernelgen.remembered import Remembered
-from kernelgen.requests import Case, cases, cases_of
-from kernelgen.resources import Usage
-from kernelgen.targets import TARGETS
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = "moe_lora_small_batch_bf16_naive_{}_plain_r16"
@@ -423,7 +424,7 @@ def by_target(chosen: list[Any]) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("count", [1, 9, 60])
 def test_a_check_has_every_schedule_for_every_target_and_does_not_grow(count: int) -> None:
-    chosen = by_target(sample.checked(kernels(count)))
+    chosen = by_target(sampling.checked(kernels(count)))
     primary = chosen.pop("sm_90")
     assert len(primary) == min(8 * count, 120 - 6 * 4)
     for names in chosen.values():
@@ -434,8 +435,8 @@ def test_a_check_has_every_schedule_for_every_target_and_does_not_grow(count: in
 
 
 def test_checks_under_two_releases_share_the_other_targets_out() -> None:
-    whole = by_target(sample.checked(kernels(9)))
-    halves = [by_target(sample.checked(kernels(9), turn, 2)) for turn in (0, 1)]
+    whole = by_target(sampling.checked(kernels(9)))
+    halves = [by_target(sampling.checked(kernels(9), turn, 2)) for turn in (0, 1)]
     for target, names in whole.items():
         parts = [half[target] for half in halves]
         if target == "sm_90":
@@ -446,25 +447,25 @@ def test_checks_under_two_releases_share_the_other_targets_out() -> None:
 
 def test_the_lock_has_all_of_the_primary_target_and_every_form_for_the_others() -> None:
     known = kernels(9)
-    chosen = by_target(sample.locked(known))
+    chosen = by_target(sampling.locked(known))
     assert len(chosen.pop("sm_90")) == 72
     for names in chosen.values():
         assert len({name[:5] for name in names}) == 8 and len(names) == 12
-    locked = {case.digest for case in sample.locked(known)}
-    assert {case.digest for case in sample.checked(known)} <= locked
+    locked = {case.digest for case in sampling.locked(known)}
+    assert {case.digest for case in sampling.checked(known)} <= locked
 
 
 def test_another_family_changes_no_choice_of_a_family() -> None:
-    alone = {case.digest for case in sample.locked(kernels(9, "a"))}
-    assert alone < {case.digest for case in sample.locked(kernels(9, "ab"))}
+    alone = {case.digest for case in sampling.locked(kernels(9, "a"))}
+    assert alone < {case.digest for case in sampling.locked(kernels(9, "ab"))}
 
 
 def test_kernels_that_are_one_are_chosen_once_and_some_tuned_ones_are() -> None:
     known = kernels(3)
     twins = [dataclasses.replace(case, row=Row("twin", "kernel", "probe")) for case in known]
-    assert sample.checked([*known, *twins]) == sample.checked(known)
+    assert sampling.checked([*known, *twins]) == sampling.checked(known)
     tuned = kernels(30, is_tuned=True)
-    assert len(sample.checked(tuned)) == 16 and not sample.locked(tuned)
+    assert len(sampling.checked(tuned)) == 16 and not sampling.locked(tuned)
 
 
 @pytest.mark.slow
@@ -502,7 +503,7 @@ def command(specs: Path, *words: str) -> int:
 def test_commands_print_one_document(
     specs: Path, out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kernelgen.build.require_current", lambda *_: None)  # tuned data would be in what is there
+    monkeypatch.setattr("kernelgen.emit.build.require_current", lambda *_: None)  # tuned data would be in what is there
     found = {}
     into = "--out", str(out)
     for words, key in (

@@ -9,8 +9,8 @@ from typing import Any, Iterator
 import pytest
 from strict_package import build_strict
 
-from kernelgen.compile import run
-from kernelgen.requests import Case, cases_of
+from kernelgen.compiled.compile import run
+from kernelgen.compiled.requests import Case, cases_of
 
 ROOT = Path(__file__).parent.parent.parent
 SORTED = [

@@ -15,8 +15,8 @@ import generated as kg
 from generated import FusedMoeShape, LoraShape, MoeShape, ShardedMoeShape
 from generated import _runtime as runtime
 from generated._warmup import requests
-from kernelgen.stand_in import compiling_for
-from kernelgen.targets import TARGETS
+from kernelgen.compiled.stand_in import compiling_for
+from kernelgen.core.targets import TARGETS
 
 MAX_TOKENS = 8192
 QWEN3_W13 = MoeShape(k=2048, n=768, slices=2, rank=16, top_k=8, num_experts=128, max_loras=4)

@@ -17,8 +17,8 @@ from triton.runtime.errors import OutOfResources
 import generated as kg
 from generated import _runtime as runtime
 from generated.moe_lora import _problem
-from kernelgen.stand_in import Driver
-from kernelgen.targets import TARGETS
+from kernelgen.compiled.stand_in import Driver
+from kernelgen.core.targets import TARGETS
 
 STREAM = 77
 TOKENS, TOP_K, EXPERTS, LORAS, N = 6, 2, 4, 2, 48

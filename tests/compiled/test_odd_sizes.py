@@ -11,9 +11,9 @@ import torch
 
 import generated as kg
 from generated import _runtime as runtime
-from kernelgen.resources import machine_code, usage
-from kernelgen.stand_in import compiling_for
-from kernelgen.targets import TARGETS
+from kernelgen.compiled.resources import machine_code, usage
+from kernelgen.compiled.stand_in import compiling_for
+from kernelgen.core.targets import TARGETS
 
 TARGET = TARGETS["sm_90"]
 LORAS, EXPERTS, TOP_K = 5, 128, 8

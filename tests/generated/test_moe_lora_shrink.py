@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pytest
 
-from kernelgen.testing import Case, Law, Suite, Variant
+from kernelgen.prove.testing import Case, Law, Suite, Variant
 
 SUITE = Suite(
     package="generated",

@@ -9,8 +9,8 @@ from typing import Any, Callable, Mapping
 
 import torch
 
-from kernelgen.buffers import positions, seal
 from kernelgen.families import lora_inputs
+from kernelgen.families.buffers import positions, seal
 from kernelgen.families.case import Tags, worst_ratio
 from kernelgen.families.lora_expand.reference import lora_expand
 from kernelgen.families.lora_inputs import HUGE, LAYOUTS, Case

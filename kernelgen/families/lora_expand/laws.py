@@ -9,8 +9,8 @@ from typing import Any, Callable, Mapping, Sequence
 
 import torch
 
-from kernelgen.buffers import bits, poison_
 from kernelgen.families import lora_inputs
+from kernelgen.families.buffers import bits, poison_
 from kernelgen.families.case import Law, Variant, worst_ratio
 from kernelgen.families.lora_expand.reference import lora_expand
 from kernelgen.families.lora_inputs import Batch, Case

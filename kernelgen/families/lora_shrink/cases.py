@@ -9,8 +9,8 @@ from typing import Any, Callable, Mapping
 
 import torch
 
-from kernelgen.buffers import positions, seal
 from kernelgen.families import lora_inputs
+from kernelgen.families.buffers import positions, seal
 from kernelgen.families.case import Tags, worst_ratio
 from kernelgen.families.lora_inputs import Case
 from kernelgen.families.lora_shrink.reference import lora_shrink

@@ -9,15 +9,15 @@ from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from kernelgen.buffers import bits, poison_
+from kernelgen.core.model import VOCABULARY
 from kernelgen.families import lora_inputs
+from kernelgen.families.buffers import bits, poison_
 from kernelgen.families.case import Law, Variant, worst_ratio
 from kernelgen.families.lora_inputs import Batch, Case
 from kernelgen.families.lora_shrink.cases import tiles
 from kernelgen.families.lora_shrink.reference import lora_shrink
 from kernelgen.families.moe_route.reference import Live, faults, moe_route
 from kernelgen.families.tiles import CARDS, KS, bare_route, measured_tiles, on_card, problem_of
-from kernelgen.model import VOCABULARY
 
 _CASE = Case("law", "the batch of the laws", tokens=9, k=330, widths=(1, 1), adapters="mixed", rank=16)
 _FULL = dataclasses.replace(_CASE, rank="full")

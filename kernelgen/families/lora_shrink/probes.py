@@ -8,9 +8,9 @@ from typing import Any, Iterator
 
 import torch
 
+from kernelgen.core.model import TunedEntry, Variant
 from kernelgen.families.lora_probe import Operands, Sizes, of_measured, of_rule
 from kernelgen.families.probe import FP32, Probe, fp8, meta
-from kernelgen.model import TunedEntry, Variant
 
 _TOKENS = (16, 4096, 16384)
 

@@ -9,12 +9,12 @@ from typing import Callable
 
 import torch
 
-from kernelgen.buffers import allocate, allocate_sparse, positions, seal
+from kernelgen.core.model import VOCABULARY
+from kernelgen.families.buffers import allocate, allocate_sparse, positions, seal
 from kernelgen.families.case import Case as BaseCase
 from kernelgen.families.case import Tags, worst_ratio
 from kernelgen.families.moe_act.reference import moe_act
 from kernelgen.families.moe_experts import SPREAD, Experts, draw
-from kernelgen.model import VOCABULARY
 
 BODY = ("epilogue",)
 

@@ -7,8 +7,8 @@ from typing import Iterator
 
 import torch
 
+from kernelgen.core.model import Variant
 from kernelgen.families.probe import QWEN3, Probe, launcher_of, meta
-from kernelgen.model import Variant
 
 
 def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:

@@ -10,12 +10,12 @@ from typing import Callable
 
 import torch
 
-from kernelgen.buffers import allocate, allocate_sparse, positions, seal
+from kernelgen.core.model import VOCABULARY
+from kernelgen.families.buffers import allocate, allocate_sparse, positions, seal
 from kernelgen.families.case import Case as BaseCase
 from kernelgen.families.case import Tags, worst_ratio
 from kernelgen.families.moe_add.reference import moe_add
 from kernelgen.families.moe_routing import SPREAD, Routing, Sizes, draw
-from kernelgen.model import VOCABULARY
 
 BODY = ("dtype",)
 

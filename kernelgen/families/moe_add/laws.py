@@ -8,7 +8,7 @@ from typing import Any, Callable, Mapping, Sequence
 
 import torch
 
-from kernelgen.buffers import bits, poison_
+from kernelgen.families.buffers import bits, poison_
 from kernelgen.families.case import Law, Variant
 from kernelgen.families.moe_lora_inputs import Call, Case, make
 from kernelgen.families.moe_routing import Routing

@@ -9,7 +9,7 @@ from typing import Any, Callable, Mapping, Sequence
 
 import torch
 
-from kernelgen.buffers import poison_
+from kernelgen.families.buffers import poison_
 from kernelgen.families.case import Law, Variant
 from kernelgen.families.moe_align.reference import faults, local_pairs
 from kernelgen.families.moe_experts import KINDS, Experts, Routed, draw

@@ -14,8 +14,9 @@ from typing import Any, Callable, Mapping, Sequence
 
 import torch
 
-from kernelgen.buffers import Guarded, allocate, allocate_sparse, positions, row_major, seal
+from kernelgen.core.model import QUANT_AXES, VOCABULARY
 from kernelgen.families import quant
+from kernelgen.families.buffers import Guarded, allocate, allocate_sparse, positions, row_major, seal
 from kernelgen.families.case import Case as BaseCase
 from kernelgen.families.case import Tags, worst_ratio
 from kernelgen.families.moe_adapters import MIXED, Adapters, Drawn, factors, live_of
@@ -24,7 +25,6 @@ from kernelgen.families.moe_experts import SPREAD, Experts, Routed, draw
 from kernelgen.families.moe_gemm.reference import Delta, Expected, moe_gemm, moe_gemm_sum
 from kernelgen.families.moe_lora.reference import dequantise
 from kernelgen.families.moe_runs.reference import moe_runs
-from kernelgen.model import QUANT_AXES, VOCABULARY
 
 BODY = ("schedule", "rows", "epilogue")
 _QUANTS = ("schedule", "rows", *QUANT_AXES)  # what FP8 operands and their scales pass through

@@ -9,14 +9,14 @@ from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 import torch
 
-from kernelgen.buffers import bits, poison_
+from kernelgen.core.model import QUANT_AXES
 from kernelgen.families import quant
+from kernelgen.families.buffers import bits, poison_
 from kernelgen.families.case import Law, Variant, worst_ratio
 from kernelgen.families.fused_moe import Inner, Lora, fused_moe
 from kernelgen.families.moe_experts import Experts, Routed, draw
 from kernelgen.families.moe_gemm.cases import Case, make
 from kernelgen.families.moe_lora.reference import dequantise
-from kernelgen.model import QUANT_AXES
 
 
 class Layer(NamedTuple):

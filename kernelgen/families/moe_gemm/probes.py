@@ -8,8 +8,8 @@ from typing import Any, Iterator
 
 import torch
 
+from kernelgen.core.model import Variant
 from kernelgen.families.probe import FP32, QWEN3, Probe, fp8, launcher_of, meta
-from kernelgen.model import Variant
 
 # One call of each kind of tile: tokens of Qwen3-30B-A3B whose mean expert makes blocks of that height, and a rank of adapters.
 _TOKENS = {"gemv": {1: 16, 4: 64}, "tile": {64: 64, 256: 16, 4096: 64}, "box": {1024: 16, 4096: 64}}

@@ -9,7 +9,8 @@ from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from kernelgen.buffers import bits, poison_
+from kernelgen.core.model import QUANT_AXES, VOCABULARY
+from kernelgen.families.buffers import bits, poison_
 from kernelgen.families.case import Law, Variant
 from kernelgen.families.lora_shrink.laws import refuses
 from kernelgen.families.moe_lora.reference import dequantise
@@ -18,7 +19,6 @@ from kernelgen.families.moe_route.cases import engine_tables
 from kernelgen.families.moe_routing import SPREAD, Routed, Routing
 from kernelgen.families.quant import GROUP, group_of, scales_of
 from kernelgen.families.tiles import CARDS, KS, bare_route, measured_tiles, on_card, parts_of_tiles, problem_of
-from kernelgen.model import QUANT_AXES, VOCABULARY
 
 _MIXED = Routing("mixed", disabled=(0,))
 _CASE = Case(

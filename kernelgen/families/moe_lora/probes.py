@@ -9,8 +9,8 @@ from typing import Any, Iterator, Mapping
 
 import torch
 
+from kernelgen.core.model import TunedEntry, Variant
 from kernelgen.families.probe import FP32, Probe, fp8, meta, ranks
-from kernelgen.model import TunedEntry, Variant
 
 
 @dataclasses.dataclass(frozen=True)

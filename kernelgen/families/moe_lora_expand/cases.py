@@ -8,7 +8,7 @@ from typing import Any, Callable, Mapping
 
 import torch
 
-from kernelgen.buffers import allocate, positions, seal
+from kernelgen.families.buffers import allocate, positions, seal
 from kernelgen.families.case import Tags, worst_ratio
 from kernelgen.families.lora_inputs import sealed, unchanged
 from kernelgen.families.moe_lora_apart import HUGE, Case, make

@@ -9,7 +9,7 @@ from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import torch
 
-from kernelgen.buffers import bits
+from kernelgen.families.buffers import bits
 from kernelgen.families.case import Law, Variant, worst_ratio
 from kernelgen.families.lora_inputs import dtype_of
 from kernelgen.families.lora_shrink.laws import refuses

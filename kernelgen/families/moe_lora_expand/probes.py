@@ -7,9 +7,9 @@ from typing import Iterator
 
 import torch
 
+from kernelgen.core.model import Variant
 from kernelgen.families.moe_lora_apart_probe import TOKENS, apart_probe
 from kernelgen.families.probe import FP32, QWEN3, Probe, meta, ranks
-from kernelgen.model import Variant
 
 
 def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:

@@ -9,8 +9,8 @@ from typing import Any, Callable
 
 import torch
 
-from kernelgen.buffers import Guarded, allocate, positions, row_major, seal
 from kernelgen.families import quant
+from kernelgen.families.buffers import Guarded, allocate, positions, row_major, seal
 from kernelgen.families.case import Case as BaseCase
 from kernelgen.families.case import Tags
 from kernelgen.families.lora_inputs import dtype_of

@@ -9,7 +9,7 @@ from typing import Callable, Sequence
 
 import torch
 
-from kernelgen.buffers import allocate, allocate_sparse, positions, seal
+from kernelgen.families.buffers import allocate, allocate_sparse, positions, seal
 from kernelgen.families.case import Case as BaseCase
 from kernelgen.families.case import Tags
 from kernelgen.families.moe_experts import far_ids

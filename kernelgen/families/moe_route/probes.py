@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Callable, Iterator, Mapping
 
+from kernelgen.core.model import Variant
 from kernelgen.families.probe import Probe, meta
-from kernelgen.model import Variant
 
 _TOKENS = {8: 16, 64: 16, 4096: 64}  # both sorts, the first of them small and large; with their block_m
 

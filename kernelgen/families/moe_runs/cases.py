@@ -9,7 +9,7 @@ from typing import Callable
 
 import torch
 
-from kernelgen.buffers import allocate, positions, seal
+from kernelgen.families.buffers import allocate, positions, seal
 from kernelgen.families.case import Case as BaseCase
 from kernelgen.families.case import Tags
 from kernelgen.families.moe_adapters import MIXED, Adapters

@@ -10,7 +10,7 @@ from typing import Any, Sequence
 
 import torch
 
-from kernelgen.buffers import poison_
+from kernelgen.families.buffers import poison_
 from kernelgen.families.case import Law, Variant
 from kernelgen.families.moe_adapters import KINDS, Adapters, Drawn
 from kernelgen.families.moe_adapters import draw as draw_adapters

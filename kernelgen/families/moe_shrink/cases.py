@@ -14,7 +14,7 @@ from typing import Any, Callable, Mapping, Sequence
 
 import torch
 
-from kernelgen.buffers import allocate, allocate_sparse, positions, row_major, seal
+from kernelgen.families.buffers import allocate, allocate_sparse, positions, row_major, seal
 from kernelgen.families.case import Case as BaseCase
 from kernelgen.families.case import Tags, worst_ratio
 from kernelgen.families.lora_inputs import dtype_of, sealed, unchanged

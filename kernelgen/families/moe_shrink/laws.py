@@ -9,7 +9,7 @@ from typing import Any, Sequence
 
 import torch
 
-from kernelgen.buffers import bits, poison_
+from kernelgen.families.buffers import bits, poison_
 from kernelgen.families.case import Law, Variant, worst_ratio
 from kernelgen.families.fused_moe import Lora, fused_moe
 from kernelgen.families.moe_adapters import Adapters, factors, live_of

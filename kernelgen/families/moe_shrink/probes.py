@@ -8,8 +8,8 @@ from typing import Any, Iterator
 
 import torch
 
+from kernelgen.core.model import Variant
 from kernelgen.families.probe import FP32, QWEN3, Probe, launcher_of, meta
-from kernelgen.model import Variant
 
 
 def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:

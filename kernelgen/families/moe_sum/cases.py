@@ -9,12 +9,12 @@ from typing import Callable, Mapping, Sequence
 
 import torch
 
-from kernelgen.buffers import allocate, allocate_sparse, positions, seal
+from kernelgen.core.model import VOCABULARY
+from kernelgen.families.buffers import allocate, allocate_sparse, positions, seal
 from kernelgen.families.case import Case as BaseCase
 from kernelgen.families.case import Tags, worst_ratio
 from kernelgen.families.moe_experts import SPREAD, Experts, draw
 from kernelgen.families.moe_sum.reference import moe_sum
-from kernelgen.model import VOCABULARY
 
 BODY = ("routed_weight", "rest")
 

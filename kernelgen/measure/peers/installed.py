@@ -10,7 +10,7 @@ from typing import Any, Callable
 
 import torch
 
-from kernelgen.diagnostics import failure
+from kernelgen.core.diagnostics import failure
 from kernelgen.measure.suites import fused_moe
 from kernelgen.measure.workload import Unsupported
 

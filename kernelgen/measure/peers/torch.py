@@ -7,7 +7,7 @@ from typing import Any, Callable
 
 import torch
 
-from kernelgen.diagnostics import failure
+from kernelgen.core.diagnostics import failure
 from kernelgen.measure.peers.installed import Peer, refuse_fp8
 from kernelgen.measure.suites import fused_moe as of_fused_moe
 from kernelgen.measure.suites import lora as of_lora

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import importlib
 
+from kernelgen.emit.rooms import laboratory, rooms_with
 from kernelgen.measure.suite import Suite
-from kernelgen.rooms import laboratory, rooms_with
 
 NAMES = ("moe_lora", "lora", "fused_moe", "layer")
 

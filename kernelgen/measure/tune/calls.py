@@ -8,7 +8,7 @@ from typing import Any, Iterator, Mapping, Sequence
 
 import torch
 
-from kernelgen.diagnostics import failure
+from kernelgen.core.diagnostics import failure
 from kernelgen.measure import implementations, suites
 from kernelgen.measure.suite import Cell
 from kernelgen.measure.truth import Truth

@@ -15,17 +15,17 @@ from typing import Any, Callable, Mapping, Sequence
 
 import click
 
-from kernelgen.command import Report, command
-from kernelgen.diagnostics import failure
-from kernelgen.locate import find_specs
+from kernelgen.core.command import Report, command
+from kernelgen.core.diagnostics import failure
+from kernelgen.core.locate import find_specs
+from kernelgen.core.names import TUNED
+from kernelgen.core.progress import is_wanted
+from kernelgen.emit.rooms import rooms_with
 from kernelgen.measure import suites
 from kernelgen.measure.command import option_of, package_option, say_meant
 from kernelgen.measure.options import Duration, Kind
 from kernelgen.measure.suite import Cell, Suite, misfit
 from kernelgen.measure.tune import hints, space
-from kernelgen.names import TUNED
-from kernelgen.progress import is_wanted
-from kernelgen.rooms import rooms_with
 
 _TOKENS = tuple(1 << i for i in range(13))  # what a choice is looked up by: all others go to the next of them
 _STATUS_SECONDS = 15.0

@@ -8,8 +8,8 @@ import multiprocessing.connection
 import os
 from typing import Any, Callable, Iterator, Literal, Mapping, NamedTuple, Protocol, Sequence
 
-from kernelgen import forks
-from kernelgen.diagnostics import Failure, failure
+from kernelgen.core import processes
+from kernelgen.core.diagnostics import Failure, failure
 
 # Runs in the process: gives (what the process says of itself, job -> replies).
 Make = Callable[..., "tuple[Any, Callable[[Any], Iterator[Any]]]"]
@@ -104,14 +104,14 @@ class Processes:
 
     def stop(self) -> None:
         for member in self._members:
-            forks.end(member.process)
+            processes.end(member.process)
             member.connection.close()
 
     def _start(self, member: _Member) -> None:
         member.connection, theirs = multiprocessing.Pipe()
         member.state = "starting"
         with _environment(member.environment):
-            member.process = forks.start("spawn", _serve, theirs, self._make, self._arguments, self._nice)
+            member.process = processes.start("spawn", _serve, theirs, self._make, self._arguments, self._nice)
         theirs.close()
 
     def _receive(self, number: int, member: _Member) -> Event:

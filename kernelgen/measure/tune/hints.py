@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar, Mapping
 
+from kernelgen.emit.rooms import laboratory
 from kernelgen.measure.tune.jobs import Sizes
 from kernelgen.measure.tune.problem import Problem
 from kernelgen.measure.tune.space import Candidate, Named, Space
-from kernelgen.rooms import laboratory
 
 
 @dataclasses.dataclass(frozen=True)

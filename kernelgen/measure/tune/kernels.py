@@ -8,15 +8,15 @@ from typing import Any, Callable, Iterator, Sequence
 
 import triton
 
-from kernelgen.diagnostics import did_you_mean, failure
+from kernelgen.compiled.resources import usage
+from kernelgen.compiled.stand_in import compiling_for
+from kernelgen.core.diagnostics import did_you_mean, failure
+from kernelgen.core.targets import TARGETS
 from kernelgen.measure.suite import Cell
 from kernelgen.measure.tune.calls import Calls
 from kernelgen.measure.tune.jobs import CompileJob, Sizes, Verdict
 from kernelgen.measure.tune.problem import Problem
 from kernelgen.measure.tune.space import Named
-from kernelgen.resources import usage
-from kernelgen.stand_in import compiling_for
-from kernelgen.targets import TARGETS
 
 
 class Kernels:

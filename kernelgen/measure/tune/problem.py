@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Iterator, Mapping
 
-from kernelgen.model import TUNED_AXES, VOCABULARY
+from kernelgen.core.model import TUNED_AXES, VOCABULARY
 
 # Sizes, then tags of the axes that are not at their first one.
 Problem = dict[str, "int | bool | str"]

@@ -7,9 +7,9 @@ import itertools
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
-from kernelgen.diagnostics import Failure, failure, os_failure
-from kernelgen.limits import MAX_BYTES
-from kernelgen.read import read_file
+from kernelgen.core.diagnostics import Failure, failure, os_failure
+from kernelgen.core.read import read_file
+from kernelgen.spec.limits import MAX_BYTES
 
 Named = Mapping[str, int]  # tunable -> value
 
@@ -115,7 +115,7 @@ def content(file: Path) -> Any:
     Raises:
         Failure: it cannot be read, or is not well-formed.
     """
-    from kernelgen.parse import parse  # not for --help
+    from kernelgen.spec.parse import parse  # not for --help
 
     try:
         root, faults = parse(str(file), read_file(file, MAX_BYTES))

@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple
 
-from kernelgen.diagnostics import failure, os_failure
+from kernelgen.core.diagnostics import failure, os_failure
+from kernelgen.core.read import parse_json, read_file
 from kernelgen.measure.tune.problem import Problem
 from kernelgen.measure.tune.search import Found
 from kernelgen.measure.tune.space import Candidate, Space
-from kernelgen.read import parse_json, read_file
 
 SCHEMA_VERSION = 1
 _ANEW = "use another --out, or delete the file"

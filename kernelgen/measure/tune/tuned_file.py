@@ -1,4 +1,4 @@
-"""``specs/tuned/<device>/<family>.yaml``: written here, read by ``kernelgen.load``."""
+"""``specs/tuned/<device>/<family>.yaml``: written here, read by ``kernelgen.spec.load``."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import os
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-from kernelgen.diagnostics import failure, os_failure
-from kernelgen.limits import MAX_BYTES, MAX_VALUES, excess
+from kernelgen.core.diagnostics import failure, os_failure
 from kernelgen.measure.tune.jobs import Device
 from kernelgen.measure.tune.problem import Problem, order, tags
 from kernelgen.measure.tune.search import Found
 from kernelgen.measure.tune.space import Candidate, Space, content
 from kernelgen.measure.tune.state import Key, key
+from kernelgen.spec.limits import MAX_BYTES, MAX_VALUES, excess
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any, Callable, ClassVar, Mapping, Sequence
 import torch
 
 import kernelgen
-from kernelgen.diagnostics import failure
+from kernelgen.core.diagnostics import failure
 from kernelgen.measure.suite import OURS
 from kernelgen.measure.truth import Truth
 from kernelgen.measure.workload import Case, Prepared, Unsupported

@@ -1,0 +1,184 @@
+"""Rendered text to final text: checked to be the Python that generated files may be, and formatted by black.
+
+Black takes a second for four thousand lines, and variants are much alike. So it is each *shape* that is formatted, once: the text
+with the name of the variant and whole numbers blanked, as only their length matters. Shapes are cut at the functions and classes
+at their top level, which more of them have in common; in the rest of a shape short ones stand for these.
+
+Results are kept in the user's cache folder by the hash of their input.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import re
+import sys
+import threading
+from pathlib import PurePosixPath
+from typing import Callable, Iterable, Mapping, NamedTuple, Sequence, TypeVar
+
+from kernelgen.core.cache import Sealed
+from kernelgen.core.diagnostics import Diagnostic
+from kernelgen.core.model import Location
+from kernelgen.core.processes import Fault, in_processes
+from kernelgen.core.progress import progress
+from kernelgen.emit import lint
+
+LINE_LENGTH = 100
+_RULES = 2  # to be raised when a check changes: older cached results are then not taken
+_CACHED_FILES = 4096
+_PARALLEL_FROM = 16  # items; below, starting processes costs more than it saves
+_STAND_IN = re.compile(r"^(?:@x\n)?(?:def|class) _part_(\d+)_(?:\(\))?:\n    pass\n", re.MULTILINE)
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def finish(texts: Mapping[str, str], jobs: int, only_check: bool = False) -> tuple[dict[str, str], list[Diagnostic]]:
+    """Check every text of ``texts`` (output path -> rendered text), and format it, on up to ``jobs`` processes.
+
+    Args:
+        texts: output path -> rendered text.
+        jobs: processes, at most.
+        only_check: there are faults already: nothing is formatted, which takes longer than all else.
+
+    Returns:
+        Output path -> final text, and what is wrong with the others.
+    """
+    cache = _Cache()
+    results = {path: cache.get(path, text) for path, text in texts.items()}
+    shapes = {path: _Shape(path, texts[path]) for path, found in results.items() if found is None}
+    alike: dict[tuple[str, str], list[str]] = {}  # paths by the top folder, which decides what may be imported, and the shape
+    for path, shape in shapes.items():
+        alike.setdefault((path.split("/")[0], shape.text), []).append(path)
+    firsts = [(paths[0], texts[paths[0]]) for paths in alike.values()]
+    clean: list[str] = []
+    faults: list[Diagnostic] = []
+    for paths, found in zip(alike.values(), _map(_check, firsts, 1 if only_check else jobs, "checking"), strict=True):
+        clean += () if found else paths
+        faults += [fault for path in (paths if found else ()) for fault in lint.faults(path, texts[path])]
+    if not (faults or only_check):
+        made = _format({shapes[path].text for path in clean}, jobs)
+        for path in clean:
+            text = shapes[path].filled(made[shapes[path].text]) or _black(texts[path])
+            if isinstance(text, Fault):
+                faults.append(Diagnostic("KG023", Location(path), f"it cannot be formatted: {text.reason}"))
+            else:
+                results[path] = text
+                cache.put(path, texts[path], text)
+    if shapes:
+        cache.trim()
+    return {path: text for path, text in results.items() if text is not None}, faults
+
+
+def _map(function: Callable[[_Item], _Result], items: Sequence[_Item], jobs: int, what: str) -> list[_Result | Fault]:
+    shown = progress(what, lines=False)
+    # A fork is cheap and needs no importable main module, but is only sound in a process of one thread.
+    can_fork = sys.platform == "linux" and threading.active_count() == 1
+    if jobs < 2 or len(items) < _PARALLEL_FROM or not can_fork:
+        return list(shown(map(function, items), len(items)))
+    import black  # noqa: F401  (before the fork, so that it is loaded once)
+
+    return in_processes(function, items, jobs, shown)
+
+
+def _check(item: tuple[str, str]) -> bool:
+    return bool(lint.faults(*item))
+
+
+class _Shape:
+    """A text without what tells it from its like: the name of the variant, and whole numbers."""
+
+    def __init__(self, path: str, text: str) -> None:
+        name = "_".join(PurePosixPath(path).with_suffix("").parts[-2:])
+        words = re.compile(rf"{re.escape(name)}|\b[1-9]\d*\b")
+        self.words: list[str] = words.findall(text)
+        self.text = words.sub(lambda word: ("9" if word[0].isdigit() else "X") * len(word[0]), text)
+        self._blanks = re.compile(rf"X{{{len(name)}}}|\b9+\b")
+
+    def filled(self, shape: str | Fault) -> str | None:
+        """The text of this formatted ``shape``; None where black changed what is blanked."""
+        if isinstance(shape, Fault) or list(map(len, self._blanks.findall(shape))) != list(map(len, self.words)):
+            return None
+        words = iter(self.words)
+        return self._blanks.sub(lambda _: next(words), shape)
+
+
+class _Cut(NamedTuple):
+    """A text with stand-ins for its functions and classes, and what these stand for."""
+
+    rest: str
+    parts: Sequence[str]
+
+    @classmethod
+    def of(cls, text: str) -> _Cut:
+        lines, at = text.split("\n"), 0
+        rest: list[str] = []
+        parts: list[str] = []
+        for node in ast.parse(text).body if "# fmt:" not in text and "_part_" not in text else ():
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or node.end_lineno is None:
+                continue
+            if lines[node.end_lineno - 1].endswith("..."):  # black has rules for what stands next to such a one
+                continue
+            begin = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
+            end = node.end_lineno
+            for number, line in enumerate(lines[end:], end + 1):  # with the comments at its end
+                if line.strip():
+                    if not line[0].isspace():
+                        break
+                    end = number
+            is_class = isinstance(node, ast.ClassDef)
+            head = f"class _part_{len(parts)}_:" if is_class else f"def _part_{len(parts)}_():"
+            rest += [*lines[at:begin], *(["@x"] if node.decorator_list else []), head, "    pass"]
+            parts.append("\n".join(lines[begin:end]) + "\n")
+            at = end
+        return cls("\n".join(rest + lines[at:]), parts)
+
+    def joined(self, made: Mapping[str, str | Fault]) -> str | Fault:
+        """The text, of which rest and parts were ``made`` into others."""
+        pieces = [made[piece] for piece in (self.rest, *self.parts)]
+        texts = [piece for piece in pieces if isinstance(piece, str)]
+        if len(texts) < len(pieces):
+            return next(piece for piece in pieces if isinstance(piece, Fault))
+        return _STAND_IN.sub(lambda stand_in: texts[1 + int(stand_in[1])], texts[0])
+
+
+def _format(shapes: Iterable[str], jobs: int) -> dict[str, str | Fault]:
+    """Each of the ``shapes``, formatted."""
+    cuts = {shape: _Cut.of(shape) for shape in shapes}
+    pieces = list(dict.fromkeys(piece for cut in cuts.values() for piece in (cut.rest, *cut.parts)))
+    made = dict(zip(pieces, _map(_black, pieces, jobs, "formatting"), strict=True))
+    return {shape: cut.joined(made) for shape, cut in cuts.items()}
+
+
+def _black(text: str) -> str | Fault:
+    import black
+    from black.mode import TargetVersion
+
+    mode = black.Mode(line_length=LINE_LENGTH, target_versions={TargetVersion.PY310})
+    try:
+        made: str = black._format_str_once(text, mode=mode)  # format_str does it twice, for rare trailing commas
+    except Exception as error:  # black raises many kinds
+        return Fault(f"{type(error).__name__}: {error}")
+    return made
+
+
+class _Cache:
+    """Final texts by what they were made of."""
+
+    def __init__(self) -> None:
+        self.texts = Sealed("format", _CACHED_FILES)
+        self.rules = f"black {importlib.metadata.version('black')}, rules {_RULES}"
+
+    def _key(self, path: str, raw: str) -> str:
+        # The path decides which imports are allowed, so it is part of the key.
+        return hashlib.sha256("\0".join((self.rules, path, raw)).encode()).hexdigest()
+
+    def get(self, path: str, raw: str) -> str | None:
+        return self.texts.get(self._key(path, raw))
+
+    def put(self, path: str, raw: str, text: str) -> None:
+        self.texts.put(self._key(path, raw), text)
+
+    def trim(self) -> None:
+        self.texts.trim()

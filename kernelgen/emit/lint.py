@@ -1,0 +1,225 @@
+"""What the Python of a generated file must be: plain, of allowed imports, and without names that there are not."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import symtable
+import warnings
+from typing import Iterable, Iterator
+
+from kernelgen.core.diagnostics import Diagnostic, Nearest, did_you_mean
+from kernelgen.core.model import Location
+from kernelgen.core.names import PACKAGE
+from kernelgen.emit.members import members
+from kernelgen.emit.outline import exports
+
+_STANDARD = frozenset(
+    [
+        "__future__",
+        "collections",
+        "contextlib",
+        "dataclasses",
+        "enum",
+        "functools",
+        "importlib",
+        "itertools",
+        "math",
+        "os",
+        "sys",
+        "threading",
+        "types",
+        "typing",
+        "warnings",
+        "weakref",
+    ]
+)
+_PACKAGE_IMPORTS = _STANDARD | {"torch", "triton"}
+_TEST_IMPORTS = _PACKAGE_IMPORTS | {"kernelgen", "pytest", PACKAGE}
+_FORBIDDEN_NAMES = frozenset(
+    [
+        "__builtins__",
+        "__import__",
+        "breakpoint",
+        "compile",
+        "eval",
+        "exec",
+        "globals",
+        "input",
+        "locals",
+        "open",
+        "vars",
+    ]
+)
+_SHOWN = 80  # characters of a name
+_ALWAYS = frozenset(dir(builtins)) | {"__file__", "__path__"}  # what every module can read
+
+
+def faults(path: str, text: str, rendered: bool = True) -> list[Diagnostic]:
+    """Why ``text`` is not acceptable as the generated file ``path``.
+
+    ``rendered``: a template and a spec had a say in it; False for a copy, which may use any builtin, and numpy.
+    """
+    return list(_Lint(path, text).faults(rendered))
+
+
+class _Lint:
+    def __init__(self, path: str, text: str) -> None:
+        self.path = path
+        self.text = text
+        self.lines = text.split("\n")
+
+    def faults(self, rendered: bool) -> Iterator[Diagnostic]:
+        for number, line in enumerate(self.lines, 1):
+            if not line.isprintable() and not line.lstrip("\t").isprintable():
+                yield self._fault(number, 1, "a character that cannot be seen")
+                return
+        try:
+            tree = ast.parse(self.text)
+            table = symtable.symtable(self.text, self.path, "exec")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", SyntaxWarning)
+                compile(self.text, self.path, "exec", dont_inherit=True)  # what a grammar allows: a return outside of a function
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            at = (error.lineno or 0, error.offset or 1) if isinstance(error, SyntaxError) else (0, 1)
+            reason = error.msg if isinstance(error, SyntaxError) else "it is nested too deep"
+            yield self._fault(*at, f"not Python: {reason}")
+            return
+        nodes = list(ast.walk(tree))
+        yield from self._import_faults(nodes, rendered)
+        yield from self._key_faults(nodes)
+        yield from self._name_faults(nodes, table, exports(tree) or ())
+        yield from self._member_faults(nodes, table)
+
+    def _import_faults(self, nodes: Iterable[ast.AST], rendered: bool) -> Iterator[Diagnostic]:
+        allowed = _PACKAGE_IMPORTS if self.path.startswith(f"{PACKAGE}/") else _TEST_IMPORTS
+        if not rendered:
+            allowed |= {"numpy"}  # which Triton's interpreter needs
+        for node in nodes:
+            for module in _imports(node):
+                if module.split(".")[0] not in allowed:
+                    message = f"import of {module}, which generated files do without"
+                    yield self._fault_at(node, message)
+            if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names):
+                yield self._fault_at(node, "import of *; name what is imported")
+            if rendered and isinstance(node, ast.Name) and node.id in _FORBIDDEN_NAMES:
+                yield self._fault_at(node, f"use of {node.id}, which generated files do without", node.id)
+
+    def _key_faults(self, nodes: Iterable[ast.AST]) -> Iterator[Diagnostic]:
+        """Constants that are a key of a dictionary twice, with another value."""
+        for node in nodes:
+            seen: dict[str, ast.expr] = {}
+            for key, value in zip(node.keys, node.values, strict=True) if isinstance(node, ast.Dict) else ():
+                parts = key.elts if isinstance(key, ast.Tuple) else [key]
+                if key is None or not all(isinstance(part, ast.Constant) for part in parts):
+                    continue
+                text = ast.unparse(key)
+                if seen.setdefault(text, value) is not value:
+                    yield self._fault_at(key, f"the key {text[:_SHOWN]} stands twice in one dictionary, with another value")
+
+    def _name_faults(
+        self, nodes: Iterable[ast.AST], table: symtable.SymbolTable, exported: Iterable[str]
+    ) -> Iterator[Diagnostic]:
+        """Names that nothing binds where they are read, and exports that are none."""
+        bound, everywhere, unbound = set(_ALWAYS), set(_ALWAYS), []
+        for scope in _scopes(table):
+            for symbol in scope.get_symbols():
+                name = symbol.get_name()
+                if symbol.is_assigned() or symbol.is_imported() or symbol.is_parameter():
+                    everywhere.add(name)
+                    if scope is table or symbol.is_declared_global():
+                        bound.add(name)
+                elif symbol.is_global() and symbol.is_referenced():
+                    unbound.append((name, scope))
+        missing = [(name, scope) for name, scope in unbound if name not in bound]
+        names = [node for node in nodes if isinstance(node, ast.Name)]
+        for name, scope in missing:
+            read = next((n for n in names if n.id == name and n.lineno >= scope.get_lineno()), None)
+            if read is not None:
+                known = {*bound, *scope.get_identifiers()} - {name}
+                yield self._fault_at(read, f"undefined name {name[:_SHOWN]!r}", name, _near(name, known))
+        told = {name for name, _ in missing}
+        for read in names:  # annotations are in no scope
+            if read.id not in everywhere and read.id not in told:
+                told.add(read.id)
+                yield self._fault_at(read, f"undefined name {read.id[:_SHOWN]!r}", read.id, _near(read.id, everywhere))
+        for name in exported:
+            if name not in bound - _ALWAYS:
+                line = next((i for i, text in enumerate(self.lines, 1) if text.startswith("__all__")), 0)
+                message = f"__all__ has {name!r}, which is not defined"
+                yield self._fault(line, 1, message, name, _near(name, bound - _ALWAYS))
+
+    def _member_faults(self, nodes: Iterable[ast.AST], table: symtable.SymbolTable) -> Iterator[Diagnostic]:
+        """What modules are asked for and do not have."""
+        modules: dict[str, str] = {}  # name in this file -> module
+        imported = set()
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    imported.add(alias.name)
+                    modules[alias.asname or alias.name.split(".")[0]] = alias.name if alias.asname else alias.name.split(".")[0]
+                    *parents, last = alias.name.split(".")
+                    if parents and _lacks(".".join(parents), last):
+                        yield self._missing(node, ".".join(parents), last)
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                for alias in node.names:
+                    if members(f"{node.module}.{alias.name}"):
+                        modules[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                    elif alias.name != "*" and _lacks(node.module, alias.name):
+                        yield self._missing(node, node.module, alias.name)
+        inner = (symbol for scope in _scopes(table) if scope is not table for symbol in scope.get_symbols())
+        for symbol in inner:
+            if symbol.is_local() and not symbol.is_imported():
+                modules.pop(symbol.get_name(), None)
+
+        def module_of(node: ast.expr) -> str | None:
+            if isinstance(node, ast.Name):
+                return modules.get(node.id)
+            parent = module_of(node.value) if isinstance(node, ast.Attribute) else None
+            return f"{parent}.{node.attr}" if parent and isinstance(node, ast.Attribute) else None
+
+        for node in nodes:
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                module = module_of(node.value)
+                if module and f"{module}.{node.attr}" not in imported and _lacks(module, node.attr):
+                    yield self._missing(node, module, node.attr)
+
+    def _missing(self, node: ast.AST, module: str, name: str) -> Diagnostic:
+        return self._fault_at(node, f"{module} has no {name!r}", name, _near(name, members(module) or ()))
+
+    def _fault_at(self, node: ast.AST, message: str, word: str = "", hint: str | Nearest = "") -> Diagnostic:
+        line, column = node.lineno, node.col_offset  # type: ignore[attr-defined]
+        if isinstance(node, ast.Attribute):
+            line, column = node.end_lineno or line, (node.end_col_offset or 0) - len(word)
+        start = len(self.lines[line - 1].encode()[:column].decode(errors="ignore"))
+        if not isinstance(node, (ast.Attribute, ast.Name)):
+            start = max(start, self.lines[line - 1].find(word))
+        return self._fault(line, start + 1, message, word, hint)
+
+    def _fault(self, line: int, column: int, message: str, word: str = "", hint: str | Nearest = "") -> Diagnostic:
+        text = self.lines[line - 1] if 0 < line <= len(self.lines) else ""
+        where = Location(self.path, line, min(column, len(text) + 1), max(1, len(word)), text)
+        return Diagnostic("KG023", where, message, hint)
+
+
+def _scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
+    yield table
+    for child in table.get_children():
+        yield from _scopes(child)
+
+
+def _lacks(module: str, name: str) -> bool:
+    known = members(module)
+    return known is not None and name not in known and not name.startswith("_") and not members(f"{module}.{name}")
+
+
+def _near(word: str, known: Iterable[str]) -> Nearest:
+    return did_you_mean(word, sorted(known), "")
+
+
+def _imports(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and node.level == 0:
+        return [node.module or ""]
+    return []

@@ -1,0 +1,272 @@
+"""Whether the modules of a package fit each other and the specs: each asks only for what there is, and nothing lies idle."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import itertools
+import re
+from typing import Iterator, Sequence
+
+from kernelgen.core import names
+from kernelgen.core.diagnostics import Diagnostic, Failure, did_you_mean
+from kernelgen.core.model import SCHEDULE, VOCABULARY, Axis, Family, Kernel, Package, Record
+from kernelgen.core.names import Identifier
+from kernelgen.emit.outline import Outline, module_of
+from kernelgen.emit.outputs import Outputs
+from kernelgen.emit.render import Renderer
+from kernelgen.emit.template import Unserved
+from kernelgen.spec.expand import variant_of
+
+_DOCUMENTS = re.compile(r'"""[\s\S]*?"""|#.*')
+_WORDS = re.compile(r'"""[\s\S]*?"""|"[^"\n]*"|#.*')  # in quotes too
+_BIND = "bind"  # what a front door calls of a variant that it chose
+_TABLE = "VARIANTS"  # what it chooses among
+_ASKED_BY = {"max_rank": "rank"}  # a fact that calls ask for by another name
+
+
+def faults(package: Package, families: Sequence[Family], outputs: Outputs) -> Iterator[Diagnostic]:
+    """What does not fit in the ``outputs`` of ``families``, which are those of ``package`` as far as they are rendered."""
+    if outputs.faults:  # what is missing because it failed would be told again
+        return
+    missing = [fault for family in families for fault in _launcher_faults(family, outputs)]
+    yield from missing
+    unheeded = [] if missing else [fault for family in package.families for fault in _unheeded(family, outputs.renderer)]
+    yield from unheeded
+    for family in families:
+        yield from (fault for fault in _choice_faults(family, outputs) if fault.location not in {f.location for f in unheeded})
+        yield from _tunable_faults(family, outputs)
+        yield from _tuned_faults(family, outputs)
+    yield from _import_faults(outputs)
+
+
+def _unheeded(family: Family, renderer: Renderer) -> Iterator[Diagnostic]:
+    twins = Twins(family, renderer)
+    yield from setting_faults(twins)
+    for axis in family.axes:
+        yield from axis_faults(axis, twins)
+
+
+def setting_faults(twins: Twins) -> Iterator[Diagnostic]:
+    """Keys of ``numerics`` and ``quant`` that do not concern the family, or not all of it."""
+    family = twins.family
+    facts = [VOCABULARY[axis.name][tag] for axis in family.axes if axis.name in VOCABULARY for tag in axis.tags]
+    of_weights = {fact["weight_scales"] for fact in facts if "weight_scales" in fact}
+    scales = {fact["x_scales"] for fact in facts if "x_scales" in fact} | of_weights
+    concerned = {
+        "numerics.strict": not family.numerics.strict or twins.heed_strictness,
+        "quant.elements": bool(scales - {None}),
+        "quant.group_n": "group" in of_weights,
+        "quant.group_k": "group" in scales,
+    }
+    for key, where in family.settings.items():
+        if not concerned.get(key, True):
+            yield Diagnostic("KG029", where, f"{key} makes no difference to kernels of {family.name}", "drop it")
+
+
+def axis_faults(axis: Axis, twins: Twins) -> Iterator[Diagnostic]:
+    """What no template heeds, of templates that make what they are asked for: an axis, or a tag of it."""
+    family = twins.family
+    if axis.name == SCHEDULE:
+        return
+    if twins.are_unread(axis.name):
+        message = f"no template of {family.name} reads the axis {axis.name}: its tags make no difference"
+        hint = f"drop the axis, or read v.{axis.name} in the kernel and in the front door"
+        yield Diagnostic("KG029", axis.location, message, hint)
+        return
+    for kernel in family.kernels if axis.name in VOCABULARY else ():  # of a free axis, a word that is printed is enough
+        used = {getattr(variant, axis.name) for variant in family.variants if variant.kernel == kernel.name}
+        for tag, other in itertools.combinations((tag for tag in axis.tags if tag in used), 2):
+            if twins.are_same(kernel, axis.name, tag, other):
+                message = f"templates/{kernel.template} makes the same of {axis.name} {tag} and {other}"
+                hint = f'read what they stand for, say {{{{ refuse("{axis.name}") }}}} where one has no arm, or drop it'
+                yield Diagnostic("KG029", axis.tag_locations[axis.tags.index(other)], message, hint)
+
+
+class Twins:
+    """The variants of a family, beside those that differ from one of them in one tag, whether or not the spec has them."""
+
+    def __init__(self, family: Family, renderer: Renderer) -> None:
+        self.family = family
+        self._renderer = renderer
+        self._made: dict[tuple[Kernel, Record], str | None] = {}
+
+    def are_same(self, kernel: Kernel, axis: str, one: str, other: str, ignored: re.Pattern[str] = _WORDS) -> bool:
+        """Whether the template of ``kernel`` refuses neither tag, and makes the same of both, whatever the other tags.
+
+        ``ignored`` does not count, outside of kernels: by default words in quotes, as a launcher names its case.
+        """
+        own = [variant.tags for variant in self.family.variants if variant.kernel == kernel.name]
+        bases = [tags for tags in own if getattr(tags, axis) in (one, other)] or own
+        seen = False
+        for tags in bases:
+            pair = (Record({**dict(tags), Identifier(axis): Identifier(tag)}) for tag in (one, other))
+            first, second = (self._text(kernel, tags) for tags in pair)
+            if first is not None and second is not None:
+                if first != second and not _says_the_same(first, second, ignored):
+                    return False
+                seen = True
+        return seen
+
+    def are_unread(self, axis: str) -> bool:
+        """Whether no template refuses a tag of ``axis``, and each makes the same of all that are known."""
+        meaning = VOCABULARY.get(axis, {})
+        first, *others = meaning or [""]
+        if not self._asked & {axis, "tags", *meaning.get(first, ())}:
+            return True
+        return bool(others) and all(
+            self.are_same(kernel, axis, first, other, _DOCUMENTS) for kernel in self.family.kernels for other in others
+        )
+
+    @functools.cached_property
+    def _asked(self) -> set[str]:
+        """What the templates of the family read."""
+        templates = {kernel.template for kernel in self.family.kernels}
+        return {word for template in templates if self._renderer.has(template) for word in self._renderer.asks(template)}
+
+    @property
+    def heed_strictness(self) -> bool:
+        """Whether ``numerics.strict`` makes a difference to every variant."""
+        numerics = dataclasses.replace(self.family.numerics, strict=not self.family.numerics.strict)
+        others = Twins(dataclasses.replace(self.family, numerics=numerics), self._renderer)
+        keys = ((self.family.kernel(variant.kernel), variant.tags) for variant in self.family.variants)
+        return all(self._text(*key) != others._text(*key) for key in keys)
+
+    def _text(self, kernel: Kernel, tags: Record) -> str | None:
+        """What is made of the variant of ``tags``; None: nothing."""
+        variant = variant_of(self.family, tags)
+        key = kernel, tags
+        if key not in self._made:
+            try:
+                made = self._renderer.render(kernel.template, self.family.spec, variant)
+                self._made[key] = made.replace(variant.name, "_")
+            except (Unserved, Failure):
+                self._made[key] = None
+        return self._made[key]
+
+
+def _says_the_same(text: str, other: str, ignored: re.Pattern[str]) -> bool:
+    return ignored.sub("", text) == ignored.sub("", other) and _kernels(text) == _kernels(other)
+
+
+def _kernels(text: str) -> list[str]:
+    try:
+        nodes = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # told when the file is checked
+        return []
+    return [ast.dump(node) for node in nodes if any("jit" in ast.dump(line) for line in node.decorator_list)]
+
+
+def _choice_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
+    """Axes that the front door does not choose by."""
+    asks = _host_words(family, outputs)
+    for axis in family.axes:
+        asked = _ASKED_BY.get(axis.fact, axis.fact)
+        if axis.name != SCHEDULE and not {asked, _TABLE} <= asks:
+            message = f"the front door of {family.name} does not choose by the axis {axis.name}"
+            hint = f"drop the axis, or ask VARIANTS for {asked} in a module of its room"
+            yield Diagnostic("KG029", axis.location, message, hint)
+
+
+def _host_words(family: Family, outputs: Outputs) -> set[str]:
+    """What the modules of the room of ``family`` mention."""
+    stems = [source.stem for source in outputs.rooms.modules(family.name)]
+    modules = [made for stem in stems if (made := outputs.modules.get((family.name, stem))) is not None]
+    return {word for made in modules for word in (*made.words, *(wanted.name for wanted in made.imports))}
+
+
+def _launcher_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
+    """Modules of variants without the functions that others call."""
+    called = _BIND in _host_words(family, outputs)
+    for variant in family.variants:
+        path = names.family_path(family.name, variant.module)
+        made = outputs.modules.get(module_of(path))
+        if made is None:
+            continue
+        if variant.name not in made.defined:
+            message = "no launcher: the module of a variant defines a function of the name of the variant"
+            line, word = _nearest(variant.name, made)
+            hint = f"def {{{{ v.name }}}}(...){f', not {word}' if word else ''}; {variant.name} of {path} is missing"
+            yield Diagnostic("KG023", outputs.place(path, line, word=word), message, hint)
+        if called and _BIND not in made.defined:
+            line, word = _nearest(_BIND, made)
+            message = f"no function {_BIND}, which the front door of {family.name} calls"
+            yield Diagnostic("KG023", outputs.place(path, line, word=word), message, f"define it; {path} has none")
+
+
+def front_faults(family: Family, front: Outline, outputs: Outputs) -> Iterator[Diagnostic]:
+    """A front door that lacks its function, or chooses no variant."""
+    place = (family.name, names.FRONT_DOOR)
+    if front.exports is None and family.name not in front.defined:
+        line, word = _nearest(family.name, front)
+        message = f"the front door of {family.name} defines no {family.name}"
+        hint = f"name it so{f', not {word}' if word else ''}, or say in __all__ what it exports"
+        yield Diagnostic("KG023", outputs.place_in(place, line, word), message, hint)
+    words = _host_words(family, outputs)
+    idle = [] if _TABLE in words else [variant for variant in family.variants if variant.module not in words]
+    if idle:
+        told = f"{idle[0].name} and {len(idle) - 1} more" if len(idle) > 1 else idle[0].name
+        message = f"no module of the room of {family.name} names {told}: nothing can choose it"
+        yield Diagnostic("KG029", outputs.place_in(place, 0), message, "choose among the VARIANTS of its _table")
+
+
+def _tunable_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
+    """Tunables that no kernel uses, or that are not as the fields of their class: values are handed to it in this order."""
+    configs = outputs.modules.get((family.name, names.CONFIGS))
+    for kernel in family.kernels:
+        declared = tuple(tunable.name for tunable in kernel.tunables)
+        name = names.config_class(None if kernel.name == family.name else kernel.name)
+        known = configs.fields.get(name, ()) if configs is not None else ()
+        if known and known != declared and (declared or family.tuned):
+            message = f"{kernel.name} has the tunables {', '.join(known)}, in this order"
+            yield Diagnostic("KG027", kernel.tunables_location, message, f"the spec has {', '.join(declared) or 'none'}")
+        words = _words(family, kernel, outputs)
+        for tunable in kernel.tunables:
+            if words and tunable.name not in words:
+                message = f"{kernel.name} does not use the tunable {tunable.name}"
+                hint = did_you_mean(tunable.name, sorted(words), f"drop it, or use it in templates/{kernel.template}")
+                yield Diagnostic("KG027", tunable.location, message, hint)
+
+
+def _words(family: Family, kernel: Kernel, outputs: Outputs) -> set[str]:
+    """What the modules of the variants of ``kernel`` mention, in lower case."""
+    modules = (outputs.modules.get((family.name, v.module)) for v in family.variants if v.kernel == kernel.name)
+    return {word.lower() for made in modules if made is not None for word in made.words}
+
+
+def _tuned_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
+    """Measured problems that are not as the key that they are looked up by, name by name."""
+    configs = outputs.modules.get((family.name, names.CONFIGS))
+    if configs is None:
+        return
+    key = configs.fields.get(names.KEY, ())
+    for tuned in family.tuned:
+        sizes = () if not tuned.entries else (*tuned.entries[0].problem.names, *tuned.entries[0].facts.names)
+        if sizes and sizes != key:
+            message = f"problems of {', '.join(sizes)}; {family.name} looks them up by {', '.join(key) or 'nothing'}"
+            yield Diagnostic("KG025", tuned.location, message, "measure again: kernelgen tune writes what it looks up")
+
+
+def _import_faults(outputs: Outputs) -> Iterator[Diagnostic]:
+    """What modules import from each other and is not there."""
+    for place, made in outputs.modules.items():
+        for wanted in made.imports:
+            if (*wanted.module, wanted.name) in outputs.modules:
+                continue
+            of = outputs.modules.get(wanted.module)
+            name = ".".join(wanted.module) or "the package"
+            if of is None:
+                known = [".".join(other) for other in outputs.modules if other]
+                where = outputs.place_in(place, wanted.line, (wanted.module or ("",))[-1])
+                yield Diagnostic("KG023", where, f"there is no module {name}", did_you_mean(name, known, ""))
+            elif wanted.module == place or wanted.name not in of.defined:  # of itself: a module below it
+                where = outputs.place_in(place, wanted.line, wanted.name)
+                known = [*of.defined.keys() - {wanted.name}, *(m[-1] for m in outputs.modules if m and m[:-1] == wanted.module)]
+                yield Diagnostic("KG023", where, f"{name} has no {wanted.name!r}", did_you_mean(wanted.name, known, ""))
+
+
+def _nearest(name: str, made: Outline) -> tuple[int, str]:
+    """Line and name of what ``made`` defines and could be meant; (0, "") without any."""
+    near = did_you_mean(name, made.defined, "").nearest
+    return (made.defined[near], near) if near else (0, "")

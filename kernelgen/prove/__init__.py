@@ -1,0 +1,1 @@
+"""Kernels against the truth: the repaired interpreter, the cases as tests, mutants."""

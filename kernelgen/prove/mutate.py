@@ -1,0 +1,382 @@
+"""Mutants of generated kernels: small faults that the cases must notice. ``python -m kernelgen.prove.mutate`` lists the living.
+
+A mutant is the text of a variant with one expression or statement of a ``@triton.jit`` function changed. It is written beside
+the variant in a copy of the generated package, and meets every case that fits the variant: the cases of a body are spread
+over its variants, and a fault in a template is in all of them. It is killed when a case fails, in any way.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import fnmatch
+import functools
+import importlib
+import itertools
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Iterator, Mapping, Sequence
+
+import click
+
+from kernelgen.core import entry, names
+from kernelgen.core.processes import Fault, in_processes
+from kernelgen.families.case import Case, Variant
+from kernelgen.prove.testing import Suite
+from kernelgen.prove.verify import start_worker, suites
+
+
+@dataclasses.dataclass(frozen=True)
+class Excuse:
+    """Changes that leave a kernel right, so that no case can notice them.
+
+    Attributes:
+        operator: of the mutant.
+        before: a regular expression that its text matches.
+        why: what makes the change harmless.
+        line: a regular expression that is found in the line where it begins.
+        function: the kernel, where it matters.
+    """
+
+    operator: str
+    before: str
+    why: str
+    line: str = ""
+    function: str = ""
+
+
+_IMPLICIT = "Triton converts here anyway"
+_FP32 = "the other operand is fp32"
+_ROWS = "rows of a block do not mix, and one that is not live is not stored"
+_TAIL = "B's mask drops the ranks behind the last one too"
+_WORK = "the expand drops such pairs too; this saves work"
+_RIGHT, _LEFT, _MOVED_BOUND = "right side dropped", "left side dropped", "bound moved"
+_NO_MASK, _NO_CAST = "mask dropped", "cast dropped"
+
+EQUIVALENT: Sequence[Excuse] = (
+    Excuse(
+        _RIGHT, r"(K|N|RANK) % \w+", "the masked path is right everywhere, only slower", r"\bif\b"
+    ),
+    Excuse(_NO_CAST, r"y\.to\(.*\)", _IMPLICIT, r"tl\.store"),
+    Excuse(_NO_CAST, r"slices\[s\]\[1\]\.to\(parts_ptr.*\)", _IMPLICIT),
+    Excuse(_NO_CAST, r"(old|a|b|x)\.to\(tl\.float32\)", _FP32),
+    Excuse(_NO_CAST, r"v\.to\(tl\.\w+\)\.to\(tl\.float32\)", _FP32),
+    Excuse(_NO_CAST, r"tl\.load\(topk_weights_ptr.*\)\.to\(tl\.float32\)", _FP32),
+    Excuse(_NO_CAST, r".*\.to\(tl\.int32\)", "flags add up as int32, ids compare in any width"),
+    Excuse(_NO_CAST, r"tl\.load\(expert_map_ptr.*\.to\(tl\.int64\)", "the ids are 64 bits wide"),
+    Excuse(_NO_CAST, r"\w+\.to\(tl\.int64\)", "naive batches are small", r"^(next_)?parts? = "),
+    Excuse(_NO_MASK, r"tl\.load\( ?(x_rows|topk_weights_ptr).*mask=live(\[:, None\])?,.*", _ROWS),
+    Excuse(_LEFT, r"live\[:, None\] & k_mask", _ROWS, r"^x = tl\.load"),
+    Excuse(_NO_MASK, r"tl\.load\(part_rows( \+ r0)?, mask=v_mask.*", _ROWS),
+    Excuse(_LEFT, r"live\[:, None\] & \(r < .*", _ROWS, "^v_mask = "),
+    Excuse(_RIGHT, r"live\[:, None\] & \(r < .*", _TAIL, r"^v_mask = "),
+    Excuse("condition dropped", r"live\[:, None\] if RANK == BLOCK_R else.*", _TAIL, "^v_mask = "),
+    Excuse(_MOVED_BOUND, r"r < RANK.*", _TAIL, r"^v_mask = |parts|tl\.where"),
+    Excuse(_MOVED_BOUND, r"RANK == BLOCK_R", _TAIL, "^v_mask = "),
+    Excuse(_MOVED_BOUND, r"RANK == BLOCK_R", _TAIL, "^if RANK == BLOCK_R:", "kernel"),
+    Excuse("condition dropped", r"RANK == BLOCK_R", _TAIL, "^if RANK == BLOCK_R:", "kernel"),
+    Excuse(_RIGHT, r"\(part < PARTS\) & \(r < RANK\)\[None, :\]", _TAIL),
+    Excuse(_RIGHT, r"RANK - r0", _TAIL, "^v_mask = "),
+    Excuse("choice dropped", r"tl\.where\(\(r < RANK\).*", _TAIL),
+    Excuse("clamp dropped", r"tl\.minimum\( ?N, rows \* N ?\)", "N in disguise: a block has a row"),
+    Excuse(_LEFT, r"rows \* N", "N in disguise: a block has a row"),
+    Excuse(_MOVED_BOUND, r"PARTS > \d+", "both ways to add parts are right"),
+    Excuse(_LEFT, r"\(pair >= 0\) & \(pair < num_pairs\)", "padding is never negative"),
+    Excuse("update dropped", r"live &= tl\.load\(adapter_enabled.*", _WORK, function="shrink"),
+)
+
+_CONFUSED = {
+    "adapter": "expert",
+    "expert": "adapter",
+    "A_STRIDE_L": "A_STRIDE_E",
+    "A_STRIDE_E": "A_STRIDE_R",
+    "A_STRIDE_R": "A_STRIDE_E",
+    "B_STRIDE_L": "B_STRIDE_E",
+    "B_STRIDE_E": "B_STRIDE_N",
+    "B_STRIDE_N": "B_STRIDE_E",
+    "X_STRIDE": "K",
+    "first": "rows",
+    "MAX_LORAS": "NUM_EXPERTS",
+    "NUM_EXPERTS": "MAX_LORAS",
+}
+_MOVED: Mapping[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+}
+_EXCHANGED: Mapping[type[ast.operator], type[ast.operator]] = {
+    ast.FloorDiv: ast.Mod,
+    ast.Mod: ast.FloorDiv,
+}
+_HALVED = (ast.Add, ast.Sub, ast.Mult, ast.BitAnd, ast.BitOr, ast.FloorDiv, ast.Mod)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """A change of one place in a module.
+
+    Attributes:
+        operator: what kind of change.
+        function: the kernel, without the name of its variant.
+        line: in the module, from 1.
+        statement: the text of that line.
+        before, after: the text of the place.
+        text: the whole module, changed.
+    """
+
+    operator: str
+    function: str
+    line: int
+    statement: str
+    before: str
+    after: str
+    text: str = dataclasses.field(repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.function}:{self.line}: {self.operator}: {self.before}  ->  {self.after}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Fate:
+    """What became of a mutant; ``killer`` is the case that failed, empty if it lives."""
+
+    variant: str
+    mutant: Mutant
+    killer: str
+
+
+def mutants(source: str, variant: str = "") -> list[Mutant]:
+    """All mutants of the kernels in a module, in the order of their places."""
+    lines = source.splitlines(keepends=True)
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line))
+    found = []
+    for function in ast.parse(source).body:
+        if isinstance(function, ast.FunctionDef) and _is_kernel(function):
+            name = function.name.removeprefix(variant).strip("_")
+            for node in _places(function):
+                for operator, place, changed in _changes(node):
+                    begin = starts[place.lineno - 1] + place.col_offset
+                    assert place.end_lineno is not None and place.end_col_offset is not None
+                    end = starts[place.end_lineno - 1] + place.end_col_offset
+                    after = ast.unparse(changed)
+                    if isinstance(place, ast.expr):
+                        after = f"({after})"
+                    found.append(
+                        Mutant(
+                            operator,
+                            name,
+                            place.lineno,
+                            lines[place.lineno - 1].strip(),
+                            " ".join(source[begin:end].split()),
+                            after,
+                            source[:begin] + after + source[end:],
+                        )
+                    )
+    return found
+
+
+def _is_kernel(function: ast.FunctionDef) -> bool:
+    return any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+def _places(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:
+    """The expressions and statements of a body; what only runs under dependent launch is left out."""
+    body = node.body if isinstance(node, ast.FunctionDef) else ast.iter_child_nodes(node)
+    for child in body:
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "PDL":
+            continue
+        if isinstance(child, (ast.expr, ast.stmt)):
+            yield child
+        yield from _places(child)
+
+
+_Change = tuple[str, ast.expr | ast.stmt, ast.AST]  # operator, place, what stands there then
+
+
+def _changes(node: ast.expr | ast.stmt) -> Iterator[_Change]:
+    """The ways to change an expression or a statement."""
+    if isinstance(node, ast.Call):
+        for operator, changed in _changed_calls(node):
+            yield operator, node, changed
+    elif isinstance(node, ast.BinOp):
+        if isinstance(node.op, _HALVED):
+            yield "right side dropped", node, node.left
+        if isinstance(node.op, (ast.Add, ast.Mult, ast.BitAnd)):
+            yield "left side dropped", node, node.right
+        if type(node.op) in _EXCHANGED:
+            yield "division exchanged", node, _with(node, op=_EXCHANGED[type(node.op)]())
+    elif isinstance(node, ast.Compare) and type(node.ops[0]) in _MOVED:
+        yield "bound moved", node, _with(node, ops=[_MOVED[type(node.ops[0])]()])
+    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in _CONFUSED:
+        yield "names confused", node, _with(node, id=_CONFUSED[node.id])
+    elif isinstance(node, ast.IfExp):
+        yield "condition dropped", node, node.body
+    elif isinstance(node, ast.If):
+        yield "condition dropped", node.test, ast.Constant(True)
+    elif isinstance(node, ast.Return) and node.value is None:
+        yield "exit dropped", node, ast.Pass()
+    elif isinstance(node, ast.AugAssign):
+        yield "update dropped", node, ast.Pass()
+
+
+def _changed_calls(node: ast.Call) -> Iterator[tuple[str, ast.AST]]:
+    called = ast.unparse(node.func)
+    if called in ("tl.load", "tl.store") and any(word.arg == "mask" for word in node.keywords):
+        kept = [word for word in node.keywords if word.arg not in ("mask", "other")]
+        yield "mask dropped", _with(node, keywords=kept)
+    if called == "tl.store":
+        yield "store dropped", ast.Constant(None)
+    if called.endswith(".to") and isinstance(node.func, ast.Attribute):
+        yield "cast dropped", node.func.value
+    if called in ("tl.minimum", "tl.maximum"):
+        yield "clamp dropped", node.args[0]
+        yield "only the clamp", node.args[1]
+    if called in ("tl.range", "tl.static_range") and len(node.args) > 1:
+        last = ast.BinOp(node.args[1], ast.Sub(), ast.Constant(1))
+        yield "last turn dropped", _with(node, args=[node.args[0], last, *node.args[2:]])
+    if called == "tl.where":
+        yield "choice dropped", node.args[1]
+        yield "other choice", node.args[2]
+
+
+def _with(node: ast.AST, **changes: object) -> ast.AST:
+    changed = copy.copy(node)
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    return changed
+
+
+class Bench:
+    """A copy of the generated package that mutants are tried in; a context."""
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self._suites = suites(out)
+        self._tried = 0
+        self._cases: dict[str, list[Case]] = {}  # of a variant; the last killer comes first
+
+    def __enter__(self) -> Bench:
+        self._folder = tempfile.TemporaryDirectory(prefix="kernelgen")
+        self._name = f"mutated_{Path(self._folder.name).name}"
+        target = Path(self._folder.name, self._name)
+        shutil.copytree(
+            self._out / names.PACKAGE, target, ignore=shutil.ignore_patterns("__pycache__")
+        )
+        sys.path.insert(0, self._folder.name)
+        self._package = importlib.import_module(self._name)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        sys.path.remove(self._folder.name)
+        self._folder.cleanup()
+
+    def variants(self) -> Iterator[tuple[Suite, Variant]]:
+        """All variants of all families."""
+        for suite in self._suites.values():
+            for variant in suite.variants:
+                yield suite, variant
+
+    def source(self, variant: Variant) -> str:
+        """The text of a variant's module."""
+        path = names.family_path(variant.family, variant.module)
+        return (self._out / path).read_text("utf-8")
+
+    def fate(
+        self, suite: Suite, variant: Variant, mutant: Mutant, only: Sequence[Case] = ()
+    ) -> Fate:
+        """Try a mutant on all cases that fit the variant, or on some."""
+        self._tried += 1
+        module = f"mutant_{self._tried}"
+        folder = Path(self._folder.name, self._name, variant.family)
+        (folder / f"{module}.py").write_text(mutant.text, "utf-8")
+        importlib.invalidate_caches()
+        try:
+            launcher = dataclasses.replace(variant, module=module).launcher(self._package)
+        except Exception:
+            return Fate(variant.name, mutant, "import")
+        if variant.name not in self._cases:
+            self._cases[variant.name] = list(suite.cases_for(variant))
+        cases = list(only) or self._cases[variant.name]
+        for i, case in enumerate(cases):
+            try:
+                suite.check_launcher(self._package, launcher, variant, case, "cpu")
+            except Exception:  # however it fails, it is noticed
+                cases.insert(0, cases.pop(i))
+                return Fate(variant.name, mutant, case.name)
+        return Fate(variant.name, mutant, "")
+
+
+def excused(mutant: Mutant) -> bool:
+    """Whether no case can notice the mutant, as ``EQUIVALENT`` explains."""
+    return any(
+        mutant.operator == excuse.operator
+        and re.fullmatch(excuse.before, mutant.before)
+        and re.search(excuse.line, mutant.statement)
+        and excuse.function in ("", mutant.function)
+        for excuse in EQUIVALENT
+    )
+
+
+def _try(out: Path, parts: int, task: tuple[str, int]) -> list[Fate]:
+    start_worker(out, "cpu")
+    name, part = task
+    with Bench(out) as bench:
+        suite, variant = next(found for found in bench.variants() if found[1].name == name)
+        chosen = mutants(bench.source(variant), name)[part::parts]
+        return [bench.fate(suite, variant, mutant) for mutant in chosen if not excused(mutant)]
+
+
+@click.command()
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("."), help="Where generated/ is."
+)
+@click.option(
+    "--only",
+    multiple=True,
+    default=["*"],
+    metavar="GLOB",
+    help="Only the variants of such a name; repeatable.",
+)
+@click.option("-j", "--jobs", type=click.IntRange(1, 256), default=1, show_default=True)
+def main(out: Path, only: Sequence[str], jobs: int) -> None:
+    """Try all mutants of the variants; list those that live. Exit code 1 if there are any."""
+    found = [v.name for s in suites(out).values() for v in s.variants]
+    chosen = [name for name in found if any(fnmatch.fnmatchcase(name, glob) for glob in only)]
+    if not chosen:
+        raise click.UsageError(f"no variant has a name like {' or '.join(only)}")
+    fates: dict[str, list[list[Fate]]] = {name: [] for name in chosen}
+
+    def keep(task: tuple[str, int], part: list[Fate] | Fault) -> None:
+        name, _ = task
+        if isinstance(part, Fault):
+            raise RuntimeError(f"{name}: {part.reason}")
+        fates[name].append(part)
+        if len(fates[name]) == jobs:
+            _tell(name, list(itertools.chain(*fates[name])))
+
+    tasks = [(name, part) for name in chosen for part in range(jobs)]
+    in_processes(functools.partial(_try, out.resolve(), jobs), tasks, jobs, keep=keep, method="spawn")
+    every = list(itertools.chain(*itertools.chain(*fates.values())))
+    living = sum(not fate.killer for fate in every)
+    click.echo(f"{len(every) - living} of {len(every)} killed")
+    raise SystemExit(1 if living else 0)
+
+
+def _tell(name: str, fates: Sequence[Fate]) -> None:
+    lives = [fate.mutant for fate in fates if not fate.killer]
+    click.echo(f"{name}: {len(fates) - len(lives)} of {len(fates)} killed")
+    for mutant in sorted(lives, key=lambda m: m.line):
+        click.echo(f"  lives: {mutant}")
+
+
+if __name__ == "__main__":
+    entry.run("kernelgen.prove.mutate", "main")

@@ -1,0 +1,181 @@
+"""What the generated tests call: which case meets which variant, and the checks themselves.
+
+Every variant meets the core cases of its family. Every other case meets each combination of the tags of the body axes (for
+MoE-LoRA: schedule and rank bucket) in one variant, the one with the fewest cases so far, so that dtypes and flags take turns.
+
+``Suite.quick`` is a part of that for a person who waits: each template still meets each kind of case, and each body some case.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import importlib
+import math
+import unittest
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Callable, Sequence
+
+import torch
+
+from kernelgen.core import names
+from kernelgen.core.model import SCHEDULE
+from kernelgen.emit.rooms import laboratory
+from kernelgen.families.case import Case, Law, Variant
+
+if TYPE_CHECKING:
+    from kernelgen.core.model import Family
+
+__all__ = ["Case", "Law", "Suite", "Variant"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """The tests of one family of a generated package.
+
+    Attributes:
+        package: the name under which the package is imported.
+        family: its family.
+        axes: the names of the axes, with blanks between.
+        rows: a line a variant, its tags in the order of the axes.
+    """
+
+    package: str
+    family: str
+    axes: str
+    rows: str
+
+    @classmethod
+    def of(cls, package: str, family: Family) -> Suite:
+        """The suite of a family as its spec has it."""
+        rows = "\n".join(" ".join(v.tags.values) for v in family.variants)
+        return cls(package, family.name, " ".join(axis.name for axis in family.axes), rows)
+
+    @functools.cached_property
+    def variants(self) -> tuple[Variant, ...]:
+        axes = self.axes.split()
+        found = []
+        for row in self.rows.strip().splitlines():
+            tags = row.split()
+            name = str(names.variant_name(self.family, tags))
+            module = str(names.module_name(tags))
+            found.append(Variant(self.family, name, module, dict(zip(axes, tags, strict=True))))
+        return tuple(found)
+
+    @functools.cached_property
+    def pairs(self) -> tuple[tuple[Variant, Case], ...]:
+        """Which variant meets which case."""
+        return tuple((variant, case) for variant, cases in self._plan().items() for case in cases)
+
+    @functools.cached_property
+    def quick(self) -> frozenset[tuple[str, str]]:
+        """Names of variants and cases: a part of the pairs in which each template meets each kind of case that it meets at all.
+
+        Variants are chosen such that each body, and each tag with each template, is among those that meet a case.
+        """
+        kinds: dict[tuple[str | None, Case], list[Variant]] = {}
+        for variant, case in self.pairs:
+            kinds.setdefault((variant.tags.get(SCHEDULE), case), []).append(variant)
+        met: collections.Counter[tuple[tuple[str, str], ...]] = collections.Counter()
+        chosen = set()
+
+        def choose(variant: Variant, case: Case) -> None:
+            chosen.add((variant.name, case.name))
+            met.update(() if case.needs_gpu else self.marks(variant))
+
+        for (_, case), variants in sorted(kinds.items(), key=lambda item: len(item[1])):
+            # the exact sum, which is the same in whatever order a set gives its marks
+            choose(max(variants, key=lambda v: math.fsum(1 / (1 + met[mark]) ** 2 for mark in self.marks(v))), case)
+        for variant, case in self.pairs:
+            if not case.needs_gpu and not self.marks(variant) <= met.keys():
+                choose(variant, case)
+        return frozenset(chosen)
+
+    def marks(self, variant: Variant) -> frozenset[tuple[tuple[str, str], ...]]:
+        """What of a variant ``quick`` is to meet: its bodies and its tags, each with the template, as pairs of axis and tag."""
+        bodies = {tuple(case.body or self._cases.BODY) for case in self._cases.CASES}
+        sets = [*bodies, *((SCHEDULE, axis) for axis in variant.tags)]
+        return frozenset(tuple((axis, variant.tags[axis]) for axis in axes if axis in variant.tags) for axes in sets)
+
+    @property
+    def laws(self) -> Sequence[Law]:
+        """What holds between variants, and between calls."""
+        laws: Sequence[Law] = laboratory(self.family, "laws").LAWS
+        return laws
+
+    def check(self, variant: Variant, case: Case, device: str) -> float:
+        """Run a case on a variant; return the worst error over its bound, at most 1.
+
+        Raises:
+            AssertionError: the variant is wrong.
+            SkipTest: the case needs a GPU.
+        """
+        _skip_without_gpu(case, device)
+        package = importlib.import_module(self.package)
+        return self.check_launcher(package, variant.launcher(package), variant, case, device)
+
+    def check_launcher(
+        self,
+        package: ModuleType,
+        launcher: Callable[..., None],
+        variant: Variant,
+        case: Case,
+        device: str,
+    ) -> float:
+        """As ``check``, for any launcher that should do what the variant's does."""
+        try:
+            ratio: float = self._cases.check(package, launcher, variant.tags, case, device)
+        finally:
+            if device != "cpu":
+                torch.cuda.empty_cache()  # some cases take gigabytes, and other processes run too
+        return ratio
+
+    def cases_for(self, variant: Variant) -> Sequence[Case]:
+        """All cases that fit a variant and need no GPU, those that it meets anyway first."""
+        own = [case for met, case in self.pairs if met == variant]
+        others = [case for case in self._cases.CASES if case.fits(variant.tags) and case not in own]
+        return [case for case in own + others if not case.needs_gpu]
+
+    def uphold(self, law: Law, device: str) -> None:
+        """Raise AssertionError if the law is broken, SkipTest if it needs a GPU, or a family that was not generated."""
+        _skip_without_gpu(law, device)
+        package = importlib.import_module(self.package)
+        try:
+            law.run(package, self.variants, device)
+        except AttributeError as error:
+            if error.name not in getattr(package, "LEFT_OUT", {}):
+                raise
+            raise unittest.SkipTest(str(error)) from None
+
+    @property
+    def _cases(self) -> Any:
+        return laboratory(self.family, "cases")
+
+    def _plan(self) -> dict[Variant, list[Case]]:
+        plan: dict[str, list[Case]] = {variant.name: [] for variant in self.variants}
+        cases: dict[tuple[str, ...], list[Case]] = {}
+        for case in self._cases.CASES:
+            cases.setdefault(tuple(case.body or self._cases.BODY), []).append(case)
+        for axes, members in cases.items():
+            for number, body in enumerate(self._bodies(axes)):
+                turn = 3 * number % len(body)
+                for case in members:
+                    fitting = [v for v in body[turn:] + body[:turn] if case.fits(v.tags)]
+                    if fitting and not case.core:
+                        fitting = [min(fitting, key=lambda v: len(plan[v.name]))]
+                    for variant in fitting:
+                        plan[variant.name].append(case)
+        return {variant: plan[variant.name] for variant in self.variants}
+
+    def _bodies(self, axes: Sequence[str]) -> Sequence[list[Variant]]:
+        """The variants, by their tags on ``axes``; an axis that they lack does not tell them apart."""
+        bodies: dict[tuple[str | None, ...], list[Variant]] = {}
+        for variant in self.variants:
+            bodies.setdefault(tuple(map(variant.tags.get, axes)), []).append(variant)
+        return list(bodies.values())
+
+
+def _skip_without_gpu(item: Case | Law, device: str) -> None:
+    if item.needs_gpu and device == "cpu":
+        raise unittest.SkipTest("needs a GPU")
