@@ -174,6 +174,7 @@ def test_a_template_that_nothing_uses_is_told(template: str, hint: str, tmp_path
 
 
 IMPORT = "import triton.language as tl\n"
+LAUNCH = IMPORT + "from .. import _runtime\ndef f(x_ptr, K: tl.constexpr, N: tl.constexpr): ...\n_f = _runtime.Launcher(f)\n"
 
 
 @pytest.mark.parametrize(
@@ -203,6 +204,8 @@ IMPORT = "import triton.language as tl\n"
         (KERNEL, IMPORT, IMPORT + "with open('x') as f:\n    pass\n", "4:6 KG023 use of open"),
         (KERNEL, IMPORT, IMPORT + "X = '\u202e'\n", "4:1 KG023 a character that cannot be seen"),
         (KERNEL, IMPORT, IMPORT + "X = {1: 2, 1: 3}\n", "4:6 KG023 the key 1 stands twice"),
+        (KERNEL, IMPORT, LAUNCH + "_f.bind(1, 0, N=1, K=2, PDL=True)\n", "7:25 KG023 f has no constant 'PDL' [PDL]"),
+        (KERNEL, IMPORT, LAUNCH + "_f.bind(1, 0, N=1)\n", "7:1 KG023 the constant 'K' of f is not given [_f.bind(1, 0, N=1)]"),
         (KERNEL, "def {{ v.name }}(", "def launch(", "0:0 KG023 no launcher"),
         (KERNEL, project.KERNEL, "#% if false\n" + project.KERNEL + "#% endif\n", "0:0 KG023 no launcher"),
         (FRONT, "def toy(", "def toyy(", "6:5 KG023 the front door of toy defines no toy [toyy]"),

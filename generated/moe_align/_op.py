@@ -64,13 +64,13 @@ def moe_align(
     Raises:
         ValueError: a shape, dtype, device or option that does not fit; nothing was launched.
     """
-    request = (topk_ids, valid_tokens, num_experts, local_expert_start, num_tokens_hint, block_m, workspace)
+    request = (topk_ids, valid_tokens, num_experts, local_expert_start, num_tokens_hint, block_m)
     if torch.compiler.is_compiling():
         num_tokens, top_k = topk_ids.shape
         size, block_m = table_size(num_tokens, top_k, num_experts), -1 if block_m is None else block_m
         splits = (1, 3, num_tokens * top_k, size - 4 - num_tokens * top_k)
     else:
-        num_tokens, top_k, block_m, size, splits, fill, looks = _plan(*request)
+        num_tokens, top_k, block_m, size, splits, fill, looks = _plan(*request, workspace)
     if workspace is None:
         workspace = torch.empty(size, dtype=torch.int32, device=topk_ids.device)
     num_blocks, _, pairs, blocks, *_ = workspace.split_with_sizes((*splits, workspace.shape[0] - size))
@@ -78,7 +78,7 @@ def moe_align(
     sizes = (num_tokens, top_k, num_experts, local_expert_start, expected, block_m)
     tables = MoeTables(topk_ids, valid_tokens, pairs, blocks, num_blocks, *sizes)
     if torch.compiler.is_compiling():
-        _in_graphs(*request[:-1], workspace)
+        _in_graphs(*request, workspace)
         return tables
     fill(pairs, blocks, num_blocks, topk_ids, valid_tokens)
     return operands.alike(tables, looks)
@@ -106,23 +106,25 @@ def no_tables(
 BLOCK_MS = (16, 32, 64, 128)
 _TABLE = (torch.int32, operands.CONTIGUOUS)
 
-# What every op on the routing of a base layer takes of it. At most 4096 experts: a program counts them.
-ROUTING = (
-    operands.Tensor("topk_ids", "T, top_k", operands.IDS, operands.CONTIGUOUS),
-    operands.Tensor("valid_tokens", ("1", ""), *_TABLE, optional=True),
-    operands.Int("num_experts", 1, 4096, size="E"),
-    operands.Int("local_expert_start"),
-    operands.Int("num_tokens_hint", 1, optional=True),
-)
+# What ops on the routing of a base layer take of it.
+TOPK_IDS = operands.Tensor("topk_ids", "T, top_k", operands.IDS, operands.CONTIGUOUS)
+VALID_TOKENS = operands.Tensor("valid_tokens", ("1", ""), *_TABLE, optional=True)
+NUM_EXPERTS = operands.Int("num_experts", 1, 4096, size="E")  # a program counts them
+LOCAL_EXPERT_START = operands.Int("local_expert_start")
+NUM_TOKENS_HINT = operands.Int("num_tokens_hint", 1, optional=True)
 OP = operands.Op(
     "moe_align",
     (
-        *ROUTING,
+        TOPK_IDS,
+        VALID_TOKENS,
+        NUM_EXPERTS,
+        LOCAL_EXPERT_START,
+        NUM_TOKENS_HINT,
         operands.Int("block_m", optional=True, one_of=BLOCK_MS),
         operands.Tensor("workspace", "*", *_TABLE, optional=True, written=True),
     ),
 )
-_NO_TABLES = operands.Op("no_tables", ROUTING[:4])
+_NO_TABLES = operands.Op("no_tables", (TOPK_IDS, VALID_TOKENS, NUM_EXPERTS, LOCAL_EXPERT_START))
 
 
 # What the launcher of the single variant takes; moe_align makes the buffers.
@@ -132,7 +134,10 @@ _FILL = operands.Op(
         operands.Tensor("pairs", ">=T*top_k", *_TABLE, written=True),
         operands.Tensor("blocks", ("*, 3", "*"), *_TABLE, written=True),
         operands.Tensor("num_blocks", "1", *_TABLE, written=True),
-        *ROUTING[:4],
+        TOPK_IDS,
+        VALID_TOKENS,
+        NUM_EXPERTS,
+        LOCAL_EXPERT_START,
         operands.Int("block_m", one_of=BLOCK_MS),
     ),
 )
@@ -168,13 +173,15 @@ TABLES = operands.Bundle(
     "tables",
     MoeTables,
     (
-        *ROUTING[:2],
+        TOPK_IDS,
+        VALID_TOKENS,
         operands.Tensor("pairs", ">=T*top_k", *_TABLE, optional=True),
         operands.Tensor("blocks", (">=max_blocks, 3", ">=3*max_blocks"), *_TABLE, optional=True),
         operands.Tensor("num_blocks", "1", *_TABLE, optional=True),
         operands.Int("num_tokens", size="T"),
         operands.Int("top_k", 1, size="top_k"),
-        *ROUTING[2:4],
+        NUM_EXPERTS,
+        LOCAL_EXPERT_START,
         operands.Int("tokens_hint"),
         operands.Int("block_m", -1, one_of=(0, *BLOCK_MS, -1)),  # -1: left open by a graph of torch.compile
     ),
@@ -276,8 +283,16 @@ def _no_plan(*request: object) -> list[object]:
 _plan, _routing = OP.finder(_bind), _NO_TABLES.finder(_no_plan)
 
 
-def _align(topk_ids: torch.Tensor, valid_tokens: torch.Tensor | None, *request: Any) -> None:
-    plan, workspace = _plan(topk_ids, valid_tokens, *request), request[-1]
+def _align(
+    topk_ids: torch.Tensor,
+    valid_tokens: torch.Tensor | None,
+    num_experts: int,
+    local_expert_start: int,
+    num_tokens_hint: int | None,
+    block_m: int | None,
+    workspace: torch.Tensor,
+) -> None:
+    plan = _plan(topk_ids, valid_tokens, num_experts, local_expert_start, num_tokens_hint, block_m, workspace)
     num_blocks, _, pairs, blocks, _ = workspace.split_with_sizes((*plan.splits, workspace.shape[0] - plan.size))
     plan.fill(pairs, blocks, num_blocks, topk_ids, valid_tokens)
 

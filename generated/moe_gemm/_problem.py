@@ -144,7 +144,7 @@ OP = operands.Op(
 
 
 class Problem(NamedTuple):
-    """The sizes of one checked call; strides count elements, those of the weights run over (E, N)."""
+    """The sizes of one checked call; strides count elements."""
 
     num_tokens: int
     num_pairs: int
@@ -159,7 +159,8 @@ class Problem(NamedTuple):
     rows: str
     out_stride: int
     x_stride: int
-    w_strides: tuple[int, int]
+    w_stride_e: int
+    w_stride_n: int
     zero_rest: bool
     device: torch.device
     weight_scales: str | None
@@ -171,7 +172,7 @@ class Problem(NamedTuple):
     max_loras: int
     rank: int  # of adapters, 0: there are none
     parts: int  # of v, where there are no tables
-    b_strides: tuple[int, int, int]  # over (L, E, N)
+    b_strides: operands.Strides
 
 
 def check(
@@ -286,7 +287,8 @@ def problem_of(
         rows,
         out.stride(1 if out.dim() == 3 and top_k > 1 else 0),
         x.stride(0),
-        (w.stride(0), w.stride(1)),
+        w.stride(0),
+        w.stride(1),
         zero_rest,
         x.device,
         scales.of_weights,
@@ -306,11 +308,11 @@ def problem_of(
 
 def _check_delta(
     variant: str, delta: Delta, tables: MoeTables, sizes: operands.Sizes, dtype: torch.dtype
-) -> tuple[int, int, tuple[int, int, int]]:
+) -> tuple[int, int, operands.Strides]:
     """rank, parts and the strides of the second factors."""
     v, lora_b, runs = delta
     if v is None and lora_b is None and runs is None:
-        return 0, 0, (0, 0, 0)
+        return 0, 0, operands.Strides()
     if v is None or lora_b is None or runs is None:
         given = [name for name, value in delta._asdict().items() if value is not None]
         runtime.fail(variant, "v, lora_b, runs", given, "all three, or none")
@@ -319,10 +321,10 @@ def _check_delta(
     if v.dtype != kind or v.dim() != dims:
         wanted = f"[{'' if by_table else 'parts, '}{tables.num_tokens * tables.top_k}, {sizes['S']}, {sizes['rank']}] {kind}"
         runtime.fail(variant, "v", runtime.describe(v), wanted, "make it with moe_shrink")
-    over_l, over_e, over_n, _ = lora_b[0].stride()
-    if over_n * sizes["N"] >= 2**31:
-        runtime.fail(variant, "lora_b", f"rows {over_n} elements apart", "an expert's matrix below 2**31 elements")
-    return sizes["rank"], 0 if by_table else v.shape[0], (over_l, over_e, over_n)
+    strides = operands.Strides.of(lora_b[0])
+    if strides.row * sizes["N"] >= 2**31:
+        runtime.fail(variant, "lora_b", f"rows {strides.row} elements apart", "an expert's matrix below 2**31 elements")
+    return sizes["rank"], 0 if by_table else v.shape[0], strides
 
 
 def _check_w_scale(
@@ -340,7 +342,7 @@ def _check_w_scale(
 
 def has_boxes(problem: Problem, x: torch.Tensor, w: torch.Tensor) -> bool:
     """Whether the tensor memory accelerator can read the operands."""
-    halves = problem.slices == 1 or problem.w_strides[0] == 2 * problem.n * problem.w_strides[1]
+    halves = problem.slices == 1 or problem.w_stride_e == 2 * problem.n * problem.w_stride_n
     return halves and runtime.describable(w) and (problem.rows != "sorted_pair" or runtime.describable(x))
 
 

@@ -164,27 +164,24 @@ def bind(problem: Problem, config: Config) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again."""
     pdl = runtime.traits(problem.device).pdl
     k, n, num_experts = problem.k, problem.n, problem.num_experts
-    stride_e, stride_n = problem.w_strides
     w_shape = [num_experts * 2, n, k]
-    w_strides = [stride_e // 2, stride_n, 1]
+    w_strides = [problem.w_stride_e // 2, problem.w_stride_n, 1]
     w_box = [2, config.block_n, config.block_k]
     launch = _kernel.bind(
         grid(problem, config),
-        (
-            problem.top_k,
-            k,
-            n,
-            problem.out_stride,
-            problem.x_stride,
-            problem.block_m,
-            config.block_n,
-            config.block_k,
-            config.num_stages,
-            config.group_m,
-            config.tail == 1,
-            pdl,
-        ),
         runtime.Options(config.num_warps, config.num_stages, pdl),
+        TOP_K=problem.top_k,
+        K=k,
+        N=n,
+        OUT_STRIDE=problem.out_stride,
+        X_STRIDE=problem.x_stride,
+        BLOCK_M=problem.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        STAGES=config.num_stages,
+        GROUP_M=config.group_m,
+        TAIL=config.tail == 1,
+        PDL=pdl,
     )
 
     def call(

@@ -98,22 +98,21 @@ def bind(problem: Problem, config: Config) -> Call:
     pdl = runtime.traits(problem.device).pdl
     launch = _kernel.bind(
         problem.num_tokens * runtime.cdiv(problem.n, config.block_n),
-        (
-            problem.top_k,
-            problem.k,
-            problem.n,
-            problem.out_stride,
-            problem.x_stride,
-            *problem.w_strides,
-            problem.num_experts,
-            problem.local_expert_start,
-            config.block_n,
-            config.block_k,
-            CACHE_POLICIES[config.weight_policy],
-            problem.zero_rest,
-            pdl,
-        ),
         runtime.Options(config.num_warps, pdl=pdl),
+        TOP_K=problem.top_k,
+        K=problem.k,
+        N=problem.n,
+        OUT_STRIDE=problem.out_stride,
+        X_STRIDE=problem.x_stride,
+        W_STRIDE_E=problem.w_stride_e,
+        W_STRIDE_N=problem.w_stride_n,
+        NUM_EXPERTS=problem.num_experts,
+        LOCAL_EXPERT_START=problem.local_expert_start,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        WEIGHTS=CACHE_POLICIES[config.weight_policy],
+        ZERO_REST=problem.zero_rest,
+        PDL=pdl,
     )
 
     def call(

@@ -176,23 +176,22 @@ def bind(problem: Problem, config: Config) -> Call:
     pdl = runtime.traits(problem.device).pdl
     launch = _kernel.bind(
         grid(problem, config),
-        (
-            problem.top_k,
-            problem.k,
-            problem.n,
-            problem.out_stride,
-            problem.x_stride,
-            *problem.w_strides,
-            problem.block_m,
-            config.block_n,
-            config.block_k,
-            config.num_stages,
-            CACHE_POLICIES[config.weight_policy],
-            config.group_m,
-            config.tail == 1,
-            pdl,
-        ),
         runtime.Options(config.num_warps, config.num_stages, pdl),
+        TOP_K=problem.top_k,
+        K=problem.k,
+        N=problem.n,
+        OUT_STRIDE=problem.out_stride,
+        X_STRIDE=problem.x_stride,
+        W_STRIDE_E=problem.w_stride_e,
+        W_STRIDE_N=problem.w_stride_n,
+        BLOCK_M=problem.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        STAGES=config.num_stages,
+        WEIGHTS=CACHE_POLICIES[config.weight_policy],
+        GROUP_M=config.group_m,
+        TAIL=config.tail == 1,
+        PDL=pdl,
     )
 
     def call(

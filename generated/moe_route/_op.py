@@ -148,7 +148,8 @@ def made(plan: Plan, source: _Source, workspace: MoeWorkspace | None) -> MoeRout
     parts = None if workspace is None else workspace.parts
     if plan.block_m == 0:
         return operands.alike(MoeRoute(*source, None, None, None, parts, *plan.sizes, 0, 0), plan.looks)
-    _, num_blocks, blocks, pairs, scratch = _buffers(workspace, plan.splits, source[1].device)
+    _, token_lora_mapping, _, _ = source
+    _, num_blocks, blocks, pairs, scratch = _buffers(workspace, plan.splits, token_lora_mapping.device)
     if plan.num_pairs > 0:
         plan.fill(pairs, blocks, num_blocks, scratch, *source)
     tables = (pairs, blocks, num_blocks, parts)
@@ -167,14 +168,15 @@ def in_graph(
 ) -> MoeRoute:
     """The route as a graph of torch.compile makes it; arguments are checked when it runs."""
     parts = None if workspace is None else workspace.parts
-    sizes = (*_tokens(*source[:2]), num_experts, max_loras)
-    global_experts = 0 if source[3] is None else source[3].shape[0]
+    topk_ids, token_lora_mapping, _, expert_map = source
+    sizes = (*_tokens(topk_ids, token_lora_mapping), num_experts, max_loras)
+    global_experts = 0 if expert_map is None else expert_map.shape[0]
     open_m = _open(assignment, rank, block_m)
     if open_m == 0:
         return MoeRoute(*source, None, None, None, parts, *sizes, global_experts, 0, 0)
     splits = _open_splits(*sizes)
     _check_size("moe_route", workspace, splits)
-    buffer, num_blocks, blocks, pairs, _ = _buffers(workspace, splits, source[1].device)
+    buffer, num_blocks, blocks, pairs, _ = _buffers(workspace, splits, token_lora_mapping.device)
     _route_op(buffer, *source, num_experts, max_loras, open_m)
     return MoeRoute(*source, pairs, blocks, num_blocks, parts, *sizes, global_experts, open_m, 0)
 
@@ -429,16 +431,17 @@ def _planned(
     num_groups = max_loras * num_experts
     if assignment == "sorted" and num_groups > _MAX_GROUPS:
         runtime.fail(name, "max_loras * num_experts", num_groups, f"at most {_MAX_GROUPS}", 'use assignment="naive"')
-    (num_tokens, top_k), expert_map = _tokens(*source[:2]), source[3]
+    topk_ids, token_lora_mapping, _, expert_map = source
+    num_tokens, top_k = _tokens(topk_ids, token_lora_mapping)
     sizes = (num_tokens, top_k, num_experts, max_loras, 0 if expert_map is None else expert_map.shape[0])
     num_pairs = num_tokens * top_k
-    block_m = settle(_open(assignment, rank, block_m), *sizes[:4])
+    block_m = settle(_open(assignment, rank, block_m), num_tokens, top_k, num_experts, max_loras)
     if block_m == 0:
         return Plan(sizes, num_pairs, 0, 0, (0, 0, 0, 0, 0), _nothing, [])
     max_blocks = _max_blocks(num_pairs, num_groups, block_m)
     splits = _splits(max_blocks, num_pairs, _scratch_size(num_pairs, num_groups))
     _check_size(name, workspace, splits)
-    fill = _launches(*sizes, block_m, source[1].device)
+    fill = _launches(*sizes, block_m, token_lora_mapping.device)
     return Plan(sizes, num_pairs, block_m, max_blocks, splits, fill, [])
 
 
@@ -488,9 +491,9 @@ def settled(route: MoeRoute) -> MoeRoute:
     num_groups = route.num_experts * route.max_loras
     block_m = settle(route.block_m, route.num_tokens, route.top_k, route.num_experts, route.max_loras)
     if block_m == 0:
-        return MoeRoute._make((*route[:4], None, None, None, *route[7:13], 0, 0))
+        return route._replace(pairs=None, blocks=None, num_blocks=None, block_m=0, max_blocks=0)
     max_blocks = _max_blocks(route.num_tokens * route.top_k, num_groups, block_m)
-    return MoeRoute._make((*route[:13], block_m, max_blocks))
+    return route._replace(block_m=block_m, max_blocks=max_blocks)
 
 
 def _open_splits(num_tokens: int, top_k: int, num_experts: int, max_loras: int) -> tuple[int, int, int, int, int]:
@@ -704,14 +707,16 @@ def _route(buffer: torch.Tensor, *arguments: Any) -> None:
     *source, num_experts, max_loras, open_m = arguments
     plan = _plan(*source, num_experts, max_loras, *_asked(open_m), None)
     if plan.block_m > 0 and plan.num_pairs > 0:
-        _, num_blocks, blocks, pairs, scratch = _views(buffer, _open_splits(*plan.sizes[:4]))
+        num_tokens, top_k, _, _, _ = plan.sizes
+        _, num_blocks, blocks, pairs, scratch = _views(buffer, _open_splits(num_tokens, top_k, num_experts, max_loras))
         plan.fill(pairs, blocks, num_blocks, scratch, *source)
 
 
 def _from_tables(buffer: torch.Tensor, *arguments: Any) -> None:
-    plan = _table_plan(*arguments, None)
-    _, num_blocks, blocks, pairs, _ = _views(buffer, _splits(plan.max_blocks, plan.max_blocks * arguments[5], 0))
-    plan.fill(pairs, blocks, num_blocks, *arguments[:5])
+    *source, block_size, num_tokens, top_k, num_experts, max_loras = arguments
+    plan = _table_plan(*source, block_size, num_tokens, top_k, num_experts, max_loras, None)
+    _, num_blocks, blocks, pairs, _ = _views(buffer, _splits(plan.max_blocks, plan.max_blocks * block_size, 0))
+    plan.fill(pairs, blocks, num_blocks, *source)
 
 
 _route_op = runtime.op(

@@ -14,7 +14,19 @@ import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
-from ..moe_align._op import BLOCK_MS, ROUTING, MoeTables, check_blocks, default_block_m, no_pairs, table_size
+from ..moe_align._op import (
+    BLOCK_MS,
+    LOCAL_EXPERT_START,
+    NUM_EXPERTS,
+    NUM_TOKENS_HINT,
+    TOPK_IDS,
+    VALID_TOKENS,
+    MoeTables,
+    check_blocks,
+    default_block_m,
+    no_pairs,
+    table_size,
+)
 from ._table import VARIANTS
 
 __all__ = ["MoeRuns", "moe_runs"]
@@ -116,11 +128,14 @@ _MAX_LORAS = operands.Int("max_loras", 1, 4095, size="L")  # a program counts th
 OP = operands.Op(
     "moe_runs",
     (
-        *ROUTING[:2],
+        TOPK_IDS,
+        VALID_TOKENS,
         *ADAPTERS,
         LORA_RANKS,
         operands.Tensor("workspace", "*", *_INT32, optional=True, written=True),
-        *ROUTING[2:],
+        NUM_EXPERTS,
+        LOCAL_EXPERT_START,
+        NUM_TOKENS_HINT,
         operands.Int("block_m", optional=True, one_of=(0, *BLOCK_MS)),
         _MAX_LORAS,
     ),
@@ -205,9 +220,11 @@ _FILL = operands.Op(
         operands.Tensor("run_of_row", ">=T*top_k", *_INT32, written=True),
         operands.Tensor("runs", ">=T*top_k, 2", *_INT32, written=True),
         operands.Tensor("gathered", ">=T*top_k, 2", *_INT32, written=True),
-        *ROUTING[:2],
+        TOPK_IDS,
+        VALID_TOKENS,
         *ADAPTERS,
-        *ROUTING[2:4],
+        NUM_EXPERTS,
+        LOCAL_EXPERT_START,
         _MAX_LORAS,
         operands.Int("block_m", one_of=BLOCK_MS),
     ),

@@ -213,20 +213,21 @@ def bind(
     warps = 4 if chunk <= 512 else 8 if chunk <= 4096 else 16
     groups = max(32, runtime.next_power_of_2(max_loras + 1))
     width, pdl = max(16, _SUMS * warps // groups), runtime.traits(device).pdl
-    constants = (
-        top_k,
+    launch = _kernel.bind(
         num_experts,
-        local_expert_start,
-        max_loras,
-        block_m,
-        dense,
-        size,
-        chunk // 8,
-        groups,
-        width,
-        pdl,
+        runtime.Options(warps),
+        TOP_K=top_k,
+        NUM_EXPERTS=num_experts,
+        LOCAL_EXPERT_START=local_expert_start,
+        MAX_LORAS=max_loras,
+        BLOCK_M=block_m,
+        DENSE=dense,
+        SIZE=size,
+        ROWS=chunk // 8,
+        GROUPS=groups,
+        WIDTH=width,
+        PDL=pdl,
     )
-    launch = _kernel.bind(num_experts, constants, runtime.Options(warps))
 
     def call(
         pairs: torch.Tensor,

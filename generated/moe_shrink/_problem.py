@@ -74,7 +74,7 @@ OP = operands.Op(
 
 
 class Problem(NamedTuple):
-    """The sizes of one checked call; strides count elements, those of the weights run over (L, E, rank)."""
+    """The sizes of one checked call; strides count elements."""
 
     num_tokens: int
     num_pairs: int
@@ -90,7 +90,7 @@ class Problem(NamedTuple):
     parts: int  # of K, that v has; 0: v is in the order of the tables
     reads_token: bool
     x_stride: int
-    a_strides: tuple[int, int, int]
+    a_strides: operands.Strides
     device: torch.device
 
 
@@ -120,9 +120,9 @@ def check(
     shape, kind = (of_pairs, x.dtype) if by_table else ((part_count(k), *of_pairs), torch.float32)
     if v.shape != shape or v.dtype != kind:
         runtime.fail(variant, "v", runtime.describe(v), f"{list(shape)} {kind}", "None makes it")
-    over_l, over_e, over_r, _ = lora_a[0].stride()
-    if over_r * rank >= 2**31:
-        runtime.fail(variant, "lora_a", f"rows {over_r} elements apart", "an expert's matrix below 2**31 elements")
+    strides = operands.Strides.of(lora_a[0])
+    if strides.row * rank >= 2**31:
+        runtime.fail(variant, "lora_a", f"rows {strides.row} elements apart", "an expert's matrix below 2**31 elements")
     return Problem(
         tables.num_tokens,
         num_pairs,
@@ -138,7 +138,7 @@ def check(
         0 if by_table else part_count(k),
         reads == "token",
         x.stride(0),
-        (over_l, over_e, over_r),
+        strides,
         x.device,
     )
 

@@ -132,22 +132,22 @@ def bind(problem: Problem, config: Config) -> Call:
         * problem.slices
         * runtime.cdiv(problem.rank, config.block_r)
         * problem.parts,
-        (
-            problem.top_k,
-            problem.k,
-            problem.rank,
-            problem.x_stride,
-            *problem.a_strides,
-            problem.num_experts,
-            problem.local_expert_start,
-            problem.max_loras,
-            config.block_r,
-            config.block_k,
-            columns,
-            CACHE_POLICIES[config.weight_policy],
-            pdl,
-        ),
         runtime.Options(config.num_warps),
+        TOP_K=problem.top_k,
+        K=problem.k,
+        RANK=problem.rank,
+        X_STRIDE=problem.x_stride,
+        A_STRIDE_L=problem.a_strides.adapter,
+        A_STRIDE_E=problem.a_strides.expert,
+        A_STRIDE_R=problem.a_strides.row,
+        NUM_EXPERTS=problem.num_experts,
+        LOCAL_EXPERT_START=problem.local_expert_start,
+        MAX_LORAS=problem.max_loras,
+        BLOCK_R=config.block_r,
+        BLOCK_K=config.block_k,
+        SPLIT_K=columns,
+        WEIGHTS=CACHE_POLICIES[config.weight_policy],
+        PDL=pdl,
     )
     num_pairs = problem.num_pairs
 

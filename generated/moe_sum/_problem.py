@@ -12,7 +12,7 @@ import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
-from ..moe_align._op import ROUTING
+from ..moe_align._op import LOCAL_EXPERT_START, NUM_EXPERTS, NUM_TOKENS_HINT, TOPK_IDS, VALID_TOKENS
 from ._table import VARIANTS
 from ._tuned import TUNED
 
@@ -31,9 +31,12 @@ OP = operands.Op(
     (
         operands.Tensor("out", "T, N", operands.FLOATS, made=True, made_if="zeroes", written=True),
         operands.Tensor("y", "T, top_k, N", "D", operands.PAIRS),
-        ROUTING[0],
+        TOPK_IDS,
         operands.Tensor("topk_weights", "T, top_k", operands.FLOATS, operands.CONTIGUOUS, optional=True),
-        *ROUTING[1:],
+        VALID_TOKENS,
+        NUM_EXPERTS,
+        LOCAL_EXPERT_START,
+        NUM_TOKENS_HINT,
         operands.Flag("zeroes", public=False),
     ),
     spec="specs/moe_sum.yaml",

@@ -80,17 +80,15 @@ def bind(problem: Problem, config: Config) -> Call:
     num_tokens = problem.num_tokens
     launch = _kernel.bind(
         num_tokens * runtime.cdiv(problem.n, config.block_n),
-        (
-            problem.top_k,
-            problem.num_experts,
-            problem.local_expert_start,
-            problem.n,
-            problem.out_stride,
-            problem.y_stride,
-            config.block_n,
-            pdl,
-        ),
         runtime.Options(config.num_warps, pdl=pdl),
+        TOP_K=problem.top_k,
+        NUM_EXPERTS=problem.num_experts,
+        LOCAL_EXPERT_START=problem.local_expert_start,
+        N=problem.n,
+        OUT_STRIDE=problem.out_stride,
+        Y_STRIDE=problem.y_stride,
+        BLOCK_N=config.block_n,
+        PDL=pdl,
     )
 
     def call(

@@ -90,6 +90,7 @@ class _Lint:
         yield from self._key_faults(nodes)
         yield from self._name_faults(nodes, table, exports(tree) or ())
         yield from self._member_faults(nodes, table)
+        yield from self._launch_faults(nodes)
 
     def _import_faults(self, nodes: Iterable[ast.AST], rendered: bool) -> Iterator[Diagnostic]:
         allowed = _PACKAGE_IMPORTS if self.path.startswith(f"{PACKAGE}/") else _TEST_IMPORTS
@@ -184,6 +185,27 @@ class _Lint:
                 if module and f"{module}.{node.attr}" not in imported and _lacks(module, node.attr):
                     yield self._missing(node, module, node.attr)
 
+    def _launch_faults(self, nodes: Iterable[ast.AST]) -> Iterator[Diagnostic]:
+        """Launches that are bound with other constants than their kernel has."""
+        kernels = {node.name: _constants(node) for node in nodes if isinstance(node, ast.FunctionDef)}
+        launched: dict[str, str] = {}  # by the name of its launcher
+        for node in nodes:
+            match node:
+                case ast.Assign([ast.Name(name)], ast.Call(ast.Attribute(_, "Launcher"), [ast.Name(kernel)])):
+                    launched[name] = kernel
+        for node in nodes:
+            match node:
+                case ast.Call(ast.Attribute(ast.Name(name), "bind"), _, given) if launched.get(name) in kernels:
+                    kernel = launched[name]
+                    names, wanted = {keyword.arg for keyword in given}, kernels[kernel]
+                    for keyword in given:
+                        if keyword.arg is not None and keyword.arg not in wanted:
+                            message = f"{kernel[:_SHOWN]} has no constant {keyword.arg[:_SHOWN]!r}"
+                            yield self._fault_at(keyword, message, keyword.arg, _near(keyword.arg, wanted))
+                    missing = [constant for constant in wanted if constant not in names]
+                    if missing and None not in names:
+                        yield self._fault_at(node, f"the constant {missing[0][:_SHOWN]!r} of {kernel[:_SHOWN]} is not given")
+
     def _missing(self, node: ast.AST, module: str, name: str) -> Diagnostic:
         return self._fault_at(node, f"{module} has no {name!r}", name, _near(name, members(module) or ()))
 
@@ -200,6 +222,11 @@ class _Lint:
         text = self.lines[line - 1] if 0 < line <= len(self.lines) else ""
         where = Location(self.path, line, min(column, len(text) + 1), max(1, len(word)), text)
         return Diagnostic("KG023", where, message, hint)
+
+
+def _constants(kernel: ast.FunctionDef) -> list[str]:
+    """The parameters that are annotated as constants."""
+    return [each.arg for each in kernel.args.args if each.annotation and ast.unparse(each.annotation).endswith("constexpr")]
 
 
 def _scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:

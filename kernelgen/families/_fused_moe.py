@@ -20,7 +20,15 @@ import torch
 from . import _operands as operands
 from . import _runtime as runtime
 from ._scales import check_x_scale
-from .moe_align._op import ROUTING, MoeTables, default_block_m, max_blocks
+from .moe_align._op import (
+    LOCAL_EXPERT_START,
+    NUM_TOKENS_HINT,
+    TOPK_IDS,
+    VALID_TOKENS,
+    MoeTables,
+    default_block_m,
+    max_blocks,
+)
 from .moe_align._op import bind as bind_align
 from .moe_gemm._op import bind as bind_gemm
 from .moe_gemm._op import find_scales
@@ -213,11 +221,12 @@ OP = operands.Op(
         operands.Tensor("hidden", "T, H", "D", scaled_by="x_scale"),
         operands.Tensor("w13", "E, G*I, H", "D", scaled_by="w13_scale"),
         operands.Tensor("w2", "E, H, I", "D", scaled_by="w2_scale"),
-        ROUTING[0],
+        TOPK_IDS,
         operands.Tensor("topk_weights", "T, top_k", operands.FLOATS, operands.CONTIGUOUS),
-        ROUTING[1],
+        VALID_TOKENS,
         operands.Choice("activation", ("swiglu", "relu2"), "G", (2, 1)),
-        *ROUTING[3:],
+        LOCAL_EXPERT_START,
+        NUM_TOKENS_HINT,
         operands.Flag("zeroes", public=False),
         *map(_scale, ("w13_scale", "w2_scale", "x_scale", "h_scale")),
         operands.Bundle(

@@ -214,15 +214,12 @@ class Launcher:
         loose = [getattr(param, "do_not_specialize_on_alignment", False) for param in getattr(kernel, "params", ())]
         self.num_aligned = loose.index(True) if True in loose else len(loose)  # leading arguments
 
-    def bind(self, grid: int, first: Any, second: Any = None, /, **constants: Any) -> Bound:
+    def bind(self, grid: int, options: Options, /, **constants: Any) -> Bound:
         """The launches of one compile key over ``grid`` programs; whoever keeps it vouches for the arguments' dtypes.
 
         Raises:
             TypeError: ``constants`` are not those of the kernel, by its names for them.
         """
-        if second is not None:
-            return Bound(self, grid, first, second)
-        options = first
         missing = [name for name in self.constants if name not in constants]
         unknown = [name for name in constants if name not in self.constants]
         if missing or unknown:

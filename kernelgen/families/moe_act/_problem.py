@@ -9,7 +9,7 @@ import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
-from ..moe_align._op import ROUTING
+from ..moe_align._op import LOCAL_EXPERT_START, NUM_EXPERTS, NUM_TOKENS_HINT, TOPK_IDS, VALID_TOKENS
 from ._table import VARIANTS
 from ._tuned import TUNED
 
@@ -29,9 +29,12 @@ OP = operands.Op(
     (
         operands.Tensor("h", "T*top_k, N", "D", written=True),
         operands.Tensor("x", "T, top_k, S*N", "D", operands.PAIRS),
-        *ROUTING[:2],
+        TOPK_IDS,
+        VALID_TOKENS,
         operands.Choice("activation", ("swiglu", "relu2"), "S", (2, 1)),
-        *ROUTING[2:],
+        NUM_EXPERTS,
+        LOCAL_EXPERT_START,
+        NUM_TOKENS_HINT,
     ),
     spec="specs/moe_act.yaml",
     dtypes={"D": VARIANTS.dtypes},

@@ -55,8 +55,13 @@ def graph_replay(package: ModuleType, variants: Sequence[Variant], device: str) 
     for kind, valid in itertools.product(KINDS, (0, 150, tokens)):
         other = draw(Experts("mixed", valid=valid), tokens, top_k, experts, rng, device)
         drawn = draw_adapters(Adapters(kind, 5, (2,)), tokens, rng, device)
-        pairs: Any = ((routed.topk_ids, other.topk_ids), (routed.valid_tokens, other.valid_tokens))
-        for held, new in (*pairs, *zip(adapters[:2], drawn[:2], strict=True)):
+        pairs: Any = (
+            (routed.topk_ids, other.topk_ids),
+            (routed.valid_tokens, other.valid_tokens),
+            (adapters.token_lora_mapping, drawn.token_lora_mapping),
+            (adapters.adapter_enabled, drawn.adapter_enabled),
+        )
+        for held, new in pairs:
             held.copy_(new)
         graph.replay()
         torch.cuda.synchronize()
