@@ -11,7 +11,10 @@ import kernelgen
 ROOT = Path(kernelgen.__file__).parent
 ORDER = ("core", "spec", "emit", "families", "prove", "compiled", "integrations", "measure", "demo", "")
 # What a family has for a later room, by the last word of the module: it is found by name from there.
-LATER = {"probes": "compiled", "probe": "compiled", "call": "compiled", "tune": "measure", "suite": "measure"}
+LATER = {
+    **dict.fromkeys(("probes", "probe", "call"), "compiled"),
+    **dict.fromkeys(("tune", "suite", "workload"), "measure"),
+}
 EVERYWHERE = ("kernelgen", "kernelgen.__version__", "kernelgen.families")
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Callable, Mapping, NamedTuple
+from typing import Any, Mapping, NamedTuple
 
 import torch
 
@@ -15,6 +14,7 @@ from kernelgen.core.diagnostics import failure
 from kernelgen.core.model import Variant
 from kernelgen.core.table import inline
 from kernelgen.core.targets import PRIMARY, TARGETS
+from kernelgen.emit.rooms import laboratory
 
 
 class Launch(NamedTuple):
@@ -74,7 +74,7 @@ def ask(out: Path, answer: Answer) -> tuple[Served, ...]:
     runtime, inside = generated._runtime, f"{generated.__name__}.{answer.family.name}"
     with compiling_for(TARGETS[PRIMARY]), runtime.choosing({}) as choices, runtime.compile_only() as requests:
         try:
-            _call(generated, answer)
+            laboratory(answer.family.name, "call").call(generated, answer)
         except (ValueError, RuntimeError) as error:  # of torch: sizes that no tensor has
             raise failure("KG041", answer.family.spec, f"a call like this is refused: {error}", exit_code=1) from error
     launches: dict[str, list[Any]] = {}
@@ -100,125 +100,3 @@ def ask(out: Path, answer: Answer) -> tuple[Served, ...]:
 
 def _launch(request: Any) -> Launch:
     return Launch(request.launcher.kernel.fn.__name__, request.options.num_warps, request.options.num_stages)
-
-
-def _call(generated: ModuleType, answer: Answer) -> Any:
-    """Make the call of the case on tensors of the meta device, those of a layer as warm-up makes them."""
-    family, sizes, fact = answer.family.name, answer.sizes, answer.fact
-    num_tokens, dtype = sizes["num_tokens"], getattr(torch, str(fact("torch_dtype", "bfloat16")))
-    quant: dict[str, Any] = {"weight_scales": fact("weight_scales"), "x_scales": fact("x_scales")}
-
-    def empty(*size: int, of: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(size, dtype=of, device="meta")
-
-    def sized(*names: str) -> list[int]:
-        return [sizes.get(name, 1) for name in names]  # 1: what the family does not look at
-
-    if family in ("lora_shrink", "lora_expand"):
-        widths, adds = (sizes["n"],) * sizes["slices"], bool(fact("adds", True))
-        layer = generated.LoraShape(sizes["k"], widths, *sized("rank", "max_loras"), dtype, add_inputs=adds, **quant)
-        return layer.call(num_tokens)
-    if family in ("moe_act", "moe_sum"):
-        pairs, local = (num_tokens, sizes["top_k"]), {"num_experts": sizes["num_experts"]}
-        ids = empty(*pairs, of=torch.int32)
-        if family == "moe_sum":
-            weights = empty(*pairs, of=torch.float32) if fact("weighted") else None
-            out = None if fact("zeroes") else empty(num_tokens, sizes["hidden"])
-            return generated.moe_sum(empty(*pairs, sizes["hidden"]), ids, topk_weights=weights, out=out, **local)
-        width = sizes["intermediate"]
-        x = empty(*pairs, (2 if fact("gated") else 1) * width)
-        return generated.moe_act(empty(ids.numel(), width), x, ids, activation=answer.tag("epilogue"), **local)
-    if family == "moe_gemm" and len(answer.tags("rows")) == 1 and not any(quant.values()) and not fact("adapted"):
-        return _product(generated, answer, empty)
-    if family in ("moe_runs", "moe_shrink"):
-        return _shrink(generated, answer, empty)
-    if family in ("moe_align", "moe_gemm", "moe_quant"):
-        activation = "relu2" if fact("squared") else "swiglu"
-        layer = sized("hidden", "intermediate", "num_experts", "top_k")
-        if fact("adapted"):
-            quant |= {"rank": sizes["rank"], "max_loras": sizes["max_loras"]}
-        if family == "moe_quant":
-            quant["weight_scales"] = {"token": "channel"}.get(quant["x_scales"], quant["x_scales"])
-        return generated.FusedMoeShape(*layer, activation, dtype, **quant).call(num_tokens, [num_tokens])
-    layer = generated.MoeShape(
-        *sized("k", "n", "slices", "rank", "top_k", "num_experts", "max_loras"),
-        dtype=dtype,
-        mul_routed_weight=bool(fact("weighted")),
-        add_inputs=bool(fact("adds", True)),
-        assignments=(answer.tag("assignment") or "auto",),
-        **quant,
-    )
-    if family in ("moe_lora_shrink", "moe_lora_expand"):
-        return generated.ShardedMoeShape(layer).call(num_tokens)
-    if family == "moe_route" and answer.tag("schedule") == "from_tables":
-        return _engine_route(generated, answer, empty)
-    *_, route = layer.routes(num_tokens)  # as it is made for this rank
-    if family == "moe_add":
-        width = sizes["slices"] * sizes["n"]
-        return generated.moe_add(empty(num_tokens, sizes["top_k"], width), empty(num_tokens, sizes["top_k"], width), route)
-    if family == "moe_lora":
-        return layer._call(route)
-
-
-_Empty = Callable[..., torch.Tensor]
-
-
-def _product(generated: ModuleType, answer: Answer, empty: _Empty) -> None:
-    """One product of a base layer, whose rows the case says."""
-    sizes, fact = answer.sizes, answer.fact
-    num_tokens, top_k, experts = (sizes[name] for name in ("num_tokens", "top_k", "num_experts"))
-    k, n = sizes["hidden"], sizes["intermediate"]
-    x_rows, _, out_rows = answer.tags("rows")[0].partition("_")
-    if x_rows != "token":
-        k, n = n, k
-    ids, pairs, wide = empty(num_tokens, top_k, of=torch.int32), num_tokens * top_k, 2 if fact("gated") else 1
-    by_one = out_rows == "token" or answer.tags("schedule") == ["gemv"]
-    by_one |= "sorted" not in (x_rows, out_rows) and "gemv" in answer.tags("schedule") and num_tokens <= _FEW_TOKENS
-    tables = (generated.no_tables if by_one else generated.moe_align)(ids, num_experts=experts)
-    generated.moe_gemm(
-        empty(num_tokens if out_rows == "token" else pairs, n),
-        empty(num_tokens if x_rows == "token" else pairs, k),
-        empty(experts, wide * n, k),
-        tables,
-        x_rows=x_rows,
-        out_rows=out_rows,
-        activation={"none": None}.get(answer.tag("epilogue") or "none", answer.tag("epilogue")),
-        topk_weights=empty(num_tokens, top_k, of=torch.float32) if fact("weighted") else None,
-    )
-
-
-def _shrink(generated: ModuleType, answer: Answer, empty: _Empty) -> None:
-    """The tables of a batch with adapters, and rank vectors on them."""
-    family, sizes = answer.family.name, answer.sizes
-    num_tokens, top_k, loras = (sizes[name] for name in ("num_tokens", "top_k", "max_loras"))
-    ids, mapping = empty(num_tokens, top_k, of=torch.int32), empty(num_tokens, of=torch.int32)
-    by_one = family == "moe_shrink" and (answer.tags("schedule") == ["pairs"] or num_tokens <= _FEW_TOKENS)
-    options = {"block_m": 0} if by_one else {}
-    tables, runs = generated.moe_runs(ids, mapping, num_experts=sizes["num_experts"], max_loras=loras, **options)
-    if family == "moe_runs":
-        return
-    of_tokens = (answer.tag("rows") or "token").startswith("token")
-    x_rows = "token" if of_tokens else "pair" if by_one else "sorted"
-    x = empty(num_tokens if of_tokens else ids.numel(), sizes["k"])
-    lora_a = [empty(loras, sizes["num_experts"], sizes["rank"], sizes["k"])] * sizes["slices"]
-    generated.moe_shrink(x, lora_a, tables, runs, x_rows=x_rows)
-
-
-def _engine_route(generated: ModuleType, answer: Answer, empty: _Empty) -> None:
-    """A route of the tables that an engine has, each pair in a block of its own at most."""
-    sizes, block = answer.sizes, 16
-    num_tokens, top_k, loras = (sizes[name] for name in ("num_tokens", "top_k", "max_loras"))
-    columns = min(num_tokens * top_k, sizes["num_experts"]) + num_tokens * top_k // block
-    generated.MoeRoute.from_tables(
-        empty(loras, columns * block, of=torch.int32),
-        empty(loras, columns, of=torch.int32),
-        empty(loras, of=torch.int32),
-        block_size=block,
-        num_tokens=num_tokens,
-        top_k=top_k,
-        num_experts=sizes["num_experts"],
-        max_loras=loras,
-    )
-
-
-_FEW_TOKENS = 4  # for which a layer does without tables

@@ -21,36 +21,13 @@ from kernelgen.core.model import (
     TunedEntry,
     Variant,
 )
+from kernelgen.emit.rooms import laboratory, rooms_with
 
 # What a call means that does not say otherwise.
 PLAIN = {"add_inputs": "add", "routed_weight": "plain", "weight_quant": "none", "act_quant": "none"}
 BY_SIZES = (SCHEDULE, "assignment")  # axes that the front doors decide
 
-_BATCH = {"num_tokens": 256, "top_k": 8, "num_experts": 128}
-_LAYER = {**_BATCH, "hidden": 2048, "intermediate": 768}
-_ROUTE = {**_BATCH, "rank": 16, "max_loras": 4}
-_PRODUCT = {**_ROUTE, "k": 2048, "n": 768, "slices": 2}
-_LINEAR = {"num_tokens": 256, "rank": 16, "max_loras": 4, "k": 4096, "n": 4096, "slices": 1}
-# The sizes of a call, and what is assumed of them: a layer of Qwen3-30B-A3B with its gate and up, or of Llama-3-8B, and four
-# adapters.
-SIZES: Mapping[str, Mapping[str, int]] = {
-    "lora_expand": _LINEAR,
-    "lora_shrink": _LINEAR,
-    "moe_act": {**_BATCH, "intermediate": 768},
-    "moe_add": {**_ROUTE, "n": 768, "slices": 2},
-    "moe_align": _BATCH,
-    "moe_gemm": _LAYER,
-    "moe_lora": _PRODUCT,
-    "moe_lora_expand": _PRODUCT,
-    "moe_lora_shrink": _PRODUCT,
-    "moe_quant": _LAYER,
-    "moe_route": _ROUTE,
-    "moe_runs": {**_BATCH, "max_loras": 4},
-    "moe_shrink": {**_ROUTE, "k": 2048, "slices": 2},
-    "moe_sum": {**_BATCH, "hidden": 2048},
-}
 _ABOVE_BUCKETS = 256  # a rank that no bucket holds but that of any
-_WEIGHTED = {"k": 768, "n": 2048, "slices": 1}  # its down, which has the routed weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +69,40 @@ class Answer:
         return default
 
 
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What ``call.py`` of a room says of the calls of its family; nothing where there is none.
+
+    Attributes:
+        sizes: of a call, and what is assumed of them.
+        at: an axis and its tag, of which a case is: what is assumed instead, or beside.
+        open: axes that a call has several tags of, as it makes several launches.
+    """
+
+    sizes: Mapping[str, int]
+    at: Mapping[tuple[str, str], Mapping[str, int]]
+    open: Sequence[str]
+
+    @classmethod
+    def of(cls, family: Family) -> Known:
+        """That of ``family``."""
+        room = laboratory(family.name, "call") if family.name in rooms_with("call") else None
+        return cls(getattr(room, "SIZES", {}), getattr(room, "AT", {}), getattr(room, "OPEN", ()))
+
+    @property
+    def words(self) -> list[str]:
+        """All sizes that a case can say."""
+        return list(dict.fromkeys([*self.sizes, *(size for sizes in self.at.values() for size in sizes)]))
+
+    def usual(self, tags: Mapping[str, Sequence[str]]) -> dict[str, int]:
+        """The sizes of a call of these tags, as they are assumed."""
+        usual = dict(self.sizes)
+        for (axis, tag), sizes in self.at.items():
+            if tags.get(axis) == (tag,):
+                usual |= sizes
+        return usual
+
+
 def which(package: Package, name: str | None, case: Mapping[str, str]) -> Answer:
     """The variants of a family that may serve ``case``.
 
@@ -105,6 +116,7 @@ def which(package: Package, name: str | None, case: Mapping[str, str]) -> Answer
         Failure: a word is unknown (exit code 2), or no variant serves the case (1).
     """
     family = _family(package, name, case)
+    known = Known.of(family)
     words = _words(family)
     for word in case:
         if word not in words:
@@ -113,8 +125,7 @@ def which(package: Package, name: str | None, case: Mapping[str, str]) -> Answer
     tags: dict[str, tuple[str, ...]] = {}
     reasons: dict[str, str] = {}
     for axis in family.axes:
-        by_layer = axis.name == "routed_weight" and "hidden" in SIZES.get(family.name, ())  # which has both kinds of products
-        plain = None if by_layer else PLAIN.get(axis.name)
+        plain = None if axis.name in known.open else PLAIN.get(axis.name)
         if axis.name in case:
             tags[axis.name], reasons[axis.name] = _tags(axis, case[axis.name])
         elif plain in axis.tags:
@@ -133,9 +144,9 @@ def which(package: Package, name: str | None, case: Mapping[str, str]) -> Answer
         if axis.name not in reasons:
             left = dict.fromkeys(getattr(variant, axis.name) for variant in served)
             reasons[axis.name] = _open_reason(axis, list(left))
-    given = _sizes_of(family, case)
-    assumed = {size: value for size, value in _usual(family, tags).items() if size not in given}
-    sizes = {**assumed, **given} if family.name in SIZES else given
+    given = _sizes_of(known, case)
+    assumed = {size: value for size, value in known.usual(tags).items() if size not in given}
+    sizes = {**assumed, **given} if known.sizes else given
     left_open: dict[str, str | int] = {
         axis.name: next(tag for tag in axis.tags if any(getattr(variant, axis.name) == tag for variant in served))
         for axis in family.axes
@@ -163,19 +174,7 @@ def _measured(
     )
 
 
-def _usual(family: Family, tags: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """The sizes of a call of the family, as they are assumed."""
-    usual = dict(SIZES.get(family.name, {}))
-    if "k" in usual and tags.get("routed_weight") == ("weighted",):
-        usual |= _WEIGHTED
-    if "k" in usual and tags.get("rows") in (("pair_pair",), ("sorted_sorted",)):
-        usual |= {size: value for size, value in _WEIGHTED.items() if size in usual}
-    if tags.get("delta") == ("lora",):
-        usual |= {"rank": 16, "max_loras": 4}
-    return usual
-
-
-def _sizes_of(family: Family, case: Mapping[str, str]) -> dict[str, int]:
+def _sizes_of(known: Known, case: Mapping[str, str]) -> dict[str, int]:
     """The sizes that a case gives; a bucket stands for the largest rank that it holds, that of any rank for one above them."""
     sizes: dict[str, int] = {}
     for word, value in case.items():
@@ -183,7 +182,7 @@ def _sizes_of(family: Family, case: Mapping[str, str]) -> dict[str, int]:
             sizes[word] = int(value)
         elif word == "rank" and value in VOCABULARY["rank"]:
             sizes[word] = int(VOCABULARY["rank"][value]["max_rank"] or _ABOVE_BUCKETS)
-        elif word in SIZES.get(family.name, ()):
+        elif word in known.sizes:
             raise failure("KG015", word, f"got {value!r}, wanted a whole number of at least 1")
     return sizes
 
@@ -208,8 +207,7 @@ def _measured_sizes(family: Family) -> set[str]:
 
 def _words(family: Family) -> list[str]:
     axes = [axis.name for axis in family.axes]
-    with_adapters = {str(axis.name): ("lora",) for axis in family.axes if axis.name == "delta"}
-    return list(dict.fromkeys([*axes, *(_usual(family, with_adapters) or sorted(_measured_sizes(family)))]))
+    return list(dict.fromkeys([*axes, *(Known.of(family).words or sorted(_measured_sizes(family)))]))
 
 
 def _tags(axis: Axis, value: str) -> tuple[tuple[str, ...], str]:

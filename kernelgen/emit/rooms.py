@@ -24,7 +24,8 @@ _SHIPPED = "_[!_]*.py"
 _HOLDS: Mapping[str, str] = {
     "cases": "CASES, BODY and check, as kernelgen/families/__init__.py says",
     "laws": "LAWS, which may be empty",
-    "bench": "SUITE, what there is to measure, and workload.py, its operands; see kernelgen/measure/suite.py",
+    "call": "SIZES and call, what a call looks like; see kernelgen/families/call.py",
+    "suite": "SUITE, what there is to measure, and workload.py, its operands; see kernelgen/measure/suite.py",
     "workload": "Workload and Ours; see kernelgen/measure/workload.py",
     "tune": "TUNING, how its tiles are searched; see kernelgen/measure/tune/hints.py",
     "probes": "probes(package, variant), which yields the problems that a variant is compiled for",

@@ -16,7 +16,10 @@ is in the modules ``_table`` and ``_tuned`` beside them, which the build makes. 
 * ``laws.py``: ``LAWS``, what holds between variants and between calls; see ``case.Law``;
 * ``probes.py``: ``probes(package, variant)``, the problems that a variant is compiled for without a GPU; see ``probe.Probe``. And
   ``tuned(package, variant, entry)``, where tiles are measured: the same with these;
+* ``call.py``, for ``kernelgen which``: ``SIZES``, those of a usual call; ``call(package, asked)``, which makes one of the sizes
+  and tags that are asked for; see ``call.Asked``. Where tags change the sizes, ``AT``; axes of which a call has several
+  tags, ``OPEN``;
 * ``tune.py``, of a family with tunables: ``TUNING``, in whose calls its tiles are timed; see ``kernelgen/measure/tune/hints.py``;
-* ``bench.py`` and ``workload.py``, of a family that is in no call of the suites: a suite of its own, ``SUITE`` and its operands;
+* ``suite.py`` and ``workload.py``, of a family that is in no call of the suites: a suite of its own, ``SUITE`` and its operands;
   see ``kernelgen/measure/suite.py``.
 """

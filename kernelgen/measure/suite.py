@@ -2,7 +2,7 @@
 
 A suite has a module in ``suites``, which says what there is to measure, and one of the same name in ``workloads``, which makes
 operands, knows what is right for them and calls the generated package. Whoever else is measured is in ``peers``. A family that is
-in no call of these has a suite of its own name in its room: ``bench.py`` and ``workload.py``.
+in no call of these has a suite of its own name in its room: ``suite.py`` and ``workload.py``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The suites of the benchmark, by name; a module each, which holds its ``SUITE``. Imports no torch.
 
-A family may bring a suite of its own name: ``bench.py`` of its room.
+A family may bring a suite of its own name: ``suite.py`` of its room.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ NAMES = ("moe_lora", "lora", "fused_moe", "layer")
 
 def names() -> list[str]:
     """All suites: of several families, then those of rooms."""
-    return [*NAMES, *rooms_with("bench")]
+    return [*NAMES, *rooms_with("suite")]
 
 
 def find(name: str) -> Suite:
     """The suite ``name``, one of ``names``."""
-    module = importlib.import_module(f"{__name__}.{name}") if name in NAMES else laboratory(name, "bench")
+    module = importlib.import_module(f"{__name__}.{name}") if name in NAMES else laboratory(name, "suite")
     suite: Suite = module.SUITE
     return suite

@@ -1,0 +1,5 @@
+"""A call of lora_expand: see ``lora_call``."""
+
+from kernelgen.families.lora_call import SIZES, call
+
+__all__ = ["SIZES", "call"]

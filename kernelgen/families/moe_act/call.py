@@ -1,0 +1,17 @@
+"""A call of moe_act: a batch of Qwen3-30B-A3B."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from kernelgen.families.call import BATCH, Asked, empty, ints
+
+SIZES = {**BATCH, "intermediate": 768}
+
+
+def call(package: ModuleType, asked: Asked) -> None:
+    """The front door."""
+    num_tokens, top_k, width = (asked.sizes[name] for name in ("num_tokens", "top_k", "intermediate"))
+    x = empty(asked, num_tokens, top_k, (2 if asked.fact("gated") else 1) * width)
+    options = {"activation": asked.tag("epilogue"), "num_experts": asked.sizes["num_experts"]}
+    package.moe_act(empty(asked, num_tokens * top_k, width), x, ints(num_tokens, top_k), **options)
