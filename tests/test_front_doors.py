@@ -771,3 +771,17 @@ def test_calls_that_look_alike_are_told_apart(name: str, device: str) -> None:
         assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs), argument
         other = len(found) != len(usual) or not all(map(torch.equal, found, usual))
         assert other or argument in _SAME, f"{argument} changes nothing"
+
+
+IN_OTHER_WORDS = {"quantize_weights", "warmup"}  # group is rows and columns, shapes are of classes of their own
+
+
+@pytest.mark.parametrize("name", sorted({name for name in OPS if hasattr(kg, name)} - IN_OTHER_WORDS))
+def test_signature_and_docstring_have_what_is_declared(name: str) -> None:
+    function = getattr(kg, name)
+    parameters = set(inspect.signature(function).parameters)
+    assert parameters == {operand.name for operand in OPS[name].operands if getattr(operand, "public", True)}
+    _, args, told = inspect.getdoc(function).partition("Args:")
+    lines = re.findall(r"(?m)^    ([\w, ]+):", told.partition("\nRaises:")[0])
+    names = {word.strip() for line in lines for word in line.split(",")}
+    assert not args or parameters <= names
