@@ -427,7 +427,7 @@ def _bind(
             align(*ints, topk_ids, valid_tokens)
         else:
             made, of_adapters = split(buffers[7], num_pairs), (lora.token_lora_mapping, lora.adapter_enabled)
-            align(*ints, *made, topk_ids, valid_tokens, *of_adapters)
+            align(*ints, *made, topk_ids, valid_tokens, *of_adapters, lora.lora_ranks)
             runs = MoeRuns(*of_adapters, *made[:2], adapters.max_loras, lora.lora_ranks)
             v = buffers[8].view(dtype)
             adapters.shrink_x(v, hidden, lora.a13, tables, runs)

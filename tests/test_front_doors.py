@@ -156,7 +156,8 @@ def _adapted_gemm(b: Batch) -> Arguments:
 def _fill_runs(b: Batch) -> Arguments:
     given = {name: value for name, value in b.routing.items() if name != "num_tokens_hint"}
     given |= {name: torch.zeros(size, dtype=INT32, device=b.device) for name, size in _RUN_TABLES.items()}
-    return {**given, "token_lora_mapping": b.mapping, "adapter_enabled": b.enabled, "max_loras": LORAS, "block_m": 16}
+    given |= {"token_lora_mapping": b.mapping, "adapter_enabled": b.enabled, "lora_ranks": None}
+    return {**given, "max_loras": LORAS, "block_m": 16}
 
 
 _RUN_TABLES = {"pairs": (T * TOP_K,), "blocks": (64,), "num_blocks": (1,), "run_of_row": (T * TOP_K,)}

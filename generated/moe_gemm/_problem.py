@@ -173,6 +173,7 @@ class Problem(NamedTuple):
     rank: int  # of adapters, 0: there are none
     parts: int  # of v, where there are no tables
     b_strides: operands.Strides
+    ranked: bool  # whether adapters say how many of their ranks count
 
 
 def check(
@@ -299,6 +300,7 @@ def problem_of(
         rank,
         parts,
         b_strides,
+        delta.runs is not None and delta.runs.lora_ranks is not None,
     )
     if schedule == "box" and not has_boxes(problem, x, w):
         got = f"x {runtime.describe(x)}, w {runtime.describe(w)}"

@@ -45,7 +45,6 @@ def _tile(
     pairs_ptr,
     run_of_row_ptr,
     runs_ptr,
-    lora_ranks_ptr,
     expert,
     first,
     rows,
@@ -65,6 +64,7 @@ def _tile(
     B_STRIDE_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DELTA_STAGES: tl.constexpr,
+    RANKED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     SLICES: tl.constexpr = 1
@@ -78,7 +78,7 @@ def _tile(
     WIDTH: tl.constexpr = (RANK + 15) // 16 * 16
     d = tl.arange(0, BLOCK_D)
     step = d // WIDTH  # the run of each column
-    adapter = tl.load(
+    entry = tl.load(
         runs_ptr + 2 * (first + step), mask=step < num_runs, other=0
     )  # asked for early: nothing hides it later
     n = n0 + tl.arange(0, BLOCK_N)
@@ -99,16 +99,13 @@ def _tile(
         for d0 in tl.range(0, num_runs * WIDTH, BLOCK_D, num_stages=DELTA_STAGES):
             step = (d0 + d) // WIDTH
             r = d0 + d - step * WIDTH
-            adapter = tl.max_constancy(adapter, [min(WIDTH & -WIDTH, BLOCK_D)])
+            entry = tl.max_constancy(entry, [min(WIDTH & -WIDTH, BLOCK_D)])
+            adapter = entry % 4096 if RANKED else entry
             there = step < num_runs if RANK == WIDTH else (step < num_runs) & (r < RANK)
             if (
-                lora_ranks_ptr is not None
+                RANKED
             ):  # 16 at a time, so that copies stay wide; what lies behind the rank of an adapter is zero
-                counted = (
-                    tl.load(lora_ranks_ptr + adapter, mask=step < num_runs, other=0) + 15
-                ) // 16
-                counted = tl.max_constancy(counted, [min(WIDTH & -WIDTH, BLOCK_D)])
-                there &= (d0 + d) // 16 - step * (WIDTH // 16) < counted
+                there &= (d0 + d) // 16 - step * (WIDTH // 16) < entry // 4096
             own = (run[:, None] == step[None, :]) & there[None, :]
             b_mask = there[None, :]
             b_tile = b_rows + (adapter.to(tl.int64) * B_STRIDE_L + r)[None, :]
@@ -116,7 +113,7 @@ def _tile(
             b = tl.load(b_ptrs[0] + b_tile, mask=b_mask, other=0.0)
             acc = tl.dot(v, b.T, acc)
             step = (d0 + BLOCK_D + d) // WIDTH
-            adapter = tl.load(runs_ptr + 2 * (first + step), mask=step < num_runs, other=0)
+            entry = tl.load(runs_ptr + 2 * (first + step), mask=step < num_runs, other=0)
     y = acc
     out_rows = out_ptr + pair.to(tl.int64)[:, None] * OUT_STRIDE
     out_mask = live[:, None] if N % BLOCK_N == 0 else live[:, None] & (n < N)[None, :]
@@ -130,7 +127,6 @@ def _tile(
         "num_blocks_ptr",
         "run_of_row_ptr",
         "runs_ptr",
-        "lora_ranks_ptr",
     ]
 )
 def moe_gemm_box_f16_sorted_pair_plain_lora_kernel(
@@ -145,7 +141,6 @@ def moe_gemm_box_f16_sorted_pair_plain_lora_kernel(
     num_blocks_ptr,
     run_of_row_ptr,
     runs_ptr,
-    lora_ranks_ptr,
     TOP_K: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
@@ -163,6 +158,7 @@ def moe_gemm_box_f16_sorted_pair_plain_lora_kernel(
     B_STRIDE_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DELTA_STAGES: tl.constexpr,
+    RANKED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     HALF_M: tl.constexpr = BLOCK_M // 2
@@ -193,7 +189,6 @@ def moe_gemm_box_f16_sorted_pair_plain_lora_kernel(
                 pairs_ptr,
                 run_of_row_ptr,
                 runs_ptr,
-                lora_ranks_ptr,
                 expert,
                 first,
                 rows,
@@ -213,6 +208,7 @@ def moe_gemm_box_f16_sorted_pair_plain_lora_kernel(
                 B_STRIDE_N,
                 BLOCK_D,
                 DELTA_STAGES,
+                RANKED,
                 PDL,
             )
         elif TAIL and rows > 0:
@@ -225,7 +221,6 @@ def moe_gemm_box_f16_sorted_pair_plain_lora_kernel(
                 pairs_ptr,
                 run_of_row_ptr,
                 runs_ptr,
-                lora_ranks_ptr,
                 expert,
                 first,
                 rows,
@@ -245,6 +240,7 @@ def moe_gemm_box_f16_sorted_pair_plain_lora_kernel(
                 B_STRIDE_N,
                 BLOCK_D,
                 DELTA_STAGES,
+                RANKED,
                 PDL,
             )
 
@@ -281,6 +277,7 @@ def bind(problem: Problem, config: Config) -> Call:
         B_STRIDE_N=problem.b_strides.row,
         BLOCK_D=config.block_d,
         DELTA_STAGES=config.delta_stages,
+        RANKED=problem.ranked,
         PDL=pdl,
     )
 
@@ -308,7 +305,6 @@ def bind(problem: Problem, config: Config) -> Call:
             tables.num_blocks,
             runs.run_of_row,
             runs.runs,
-            runs.lora_ranks,
         )
 
     return call

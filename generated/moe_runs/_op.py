@@ -32,20 +32,19 @@ from ._table import VARIANTS
 __all__ = ["MoeRuns", "moe_runs"]
 
 
-@operands.bundle(tables=("run_of_row", "runs"), free=("lora_ranks",))
+@operands.bundle(tables=("run_of_row", "runs"))
 class MoeRuns(NamedTuple):
     """The adapters of a batch, and what each block of its tables holds of them.
 
     A pair has the adapter of its token where that is in [0, max_loras) and enabled, else none. A run is the rows of a block
     that have one adapter; they stand side by side. They go with the tables that ``moe_runs`` returned beside them, and with the
-    fields beside them: an op refuses others, and runs that were edited so that some of them are of others; ``lora_ranks`` may be
-    any.
+    fields beside them: an op refuses others, and runs that were edited so that some of them are of others.
     """
 
     token_lora_mapping: torch.Tensor  # [T] int32
     adapter_enabled: torch.Tensor | None  # [>= max_loras] int32
     run_of_row: torch.Tensor | None  # [T * top_k] int32, the run of each row in its block, -1: no adapter; None: no tables
-    runs: torch.Tensor | None  # [T * top_k, 2] int32: adapter, first row; those of a block from the place of its rows on
+    runs: torch.Tensor | None  # [T * top_k, 2] int32, of a block from the place of its rows on: adapter (and ranks), first row
     max_loras: int
     lora_ranks: torch.Tensor | None = None  # [>= max_loras] int32, how many ranks of each adapter count; None: all
 
@@ -112,7 +111,7 @@ def moe_runs(
             _in_graphs(topk_ids, valid_tokens, *adapters, lora_ranks, workspace, *routing, max_loras)
         return tables, runs
     if block_m != 0:
-        plan.fill(*made, topk_ids, valid_tokens, *adapters)
+        plan.fill(*made, topk_ids, valid_tokens, *adapters, lora_ranks)
         runs.__dict__["order"] = tables.pairs
     return operands.alike(tables, plan.looks_of_tables), operands.alike(runs, plan.looks_of_runs)
 
@@ -223,6 +222,7 @@ _FILL = operands.Op(
         TOPK_IDS,
         VALID_TOKENS,
         *ADAPTERS,
+        LORA_RANKS,
         NUM_EXPERTS,
         LOCAL_EXPERT_START,
         _MAX_LORAS,
@@ -276,7 +276,10 @@ def _bind(
 def bind(
     num_tokens: int, top_k: int, num_experts: int, local_expert_start: int, max_loras: int, block_m: int, device: torch.device
 ) -> Callable[..., None]:
-    """The launch for batches of these sizes: (*tables, run_of_row, runs, gathered, topk_ids, valid_tokens, *adapters)."""
+    """The launch for batches of these sizes.
+
+    It takes (*tables, run_of_row, runs, gathered, topk_ids, valid_tokens, *adapters, lora_ranks).
+    """
     if num_tokens == 0:
         return no_pairs
     call: Callable[..., None] = VARIANTS.get("moe_runs", schedule="one_launch").bind(
@@ -307,7 +310,7 @@ def _runs(
     source, adapters = (topk_ids, valid_tokens), (token_lora_mapping, adapter_enabled)
     plan = _plan(*source, *adapters, lora_ranks, workspace, num_experts, *request)
     num_tokens, top_k = topk_ids.shape
-    plan.fill(*_split(workspace, num_tokens, top_k, num_experts), *source, *adapters)
+    plan.fill(*_split(workspace, num_tokens, top_k, num_experts), *source, *adapters, lora_ranks)
 
 
 _in_graphs = OP.in_graphs(_runs)

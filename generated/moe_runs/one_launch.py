@@ -12,7 +12,8 @@ A block is at most BLOCK_M rows of an expert, a run what it holds of one adapter
     blocks [max_blocks, 3]    int32 (local expert, first, rows): block i holds pairs[first : first + rows]; no rows: nothing to do
     num_blocks [1] int32      how many entries count; what lies behind them is undefined
     run_of_row [*] int32      for each pair the number of its run in its block, -1: it has no adapter
-    runs [*, 2] int32         (adapter, first row) of the runs of a block, from the place of its first row on
+    runs [*, 2] int32         (adapter, first row) of the runs of a block, from the place of its first row on; with lora_ranks
+                              how many of its ranks count, in units of 16 rounded up, stands 12 bits above the adapter
 
 First the pairs of the expert are gathered in order, as moe_align has them. How many of them each adapter has then tells where
 its rows begin, and so in which block and run a row will be.
@@ -67,6 +68,7 @@ def _group(
         "valid_tokens_ptr",
         "token_lora_mapping_ptr",
         "adapter_enabled_ptr",
+        "lora_ranks_ptr",
     ],
 )
 def moe_runs_one_launch_kernel(
@@ -80,6 +82,7 @@ def moe_runs_one_launch_kernel(
     valid_tokens_ptr,
     token_lora_mapping_ptr,
     adapter_enabled_ptr,
+    lora_ranks_ptr,
     num_pairs,
     TOP_K: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
@@ -186,7 +189,11 @@ def moe_runs_one_launch_kernel(
         tl.store(run_of_row_ptr + place, run, mask=live)
         opens = live & (group > 0) & ((place == start) | (place == block_row))
         entry = runs_ptr + 2 * (block_row + run)
-        tl.store(entry, group - 1, mask=opens)
+        adapter = group - 1
+        if lora_ranks_ptr is not None:
+            counted = tl.load(lora_ranks_ptr + adapter, mask=opens, other=0)
+            adapter += (tl.minimum(tl.maximum(counted, 0), 65536) + 15) // 16 * 4096
+        tl.store(entry, adapter, mask=opens)
         tl.store(entry + 1, place, mask=opens)
 
 
@@ -240,12 +247,13 @@ def bind(
         valid_tokens: torch.Tensor | None,
         token_lora_mapping: torch.Tensor,
         adapter_enabled: torch.Tensor | None,
+        lora_ranks: torch.Tensor | None,
     ) -> None:
         written, read = (pairs, blocks, num_blocks, run_of_row, runs, gathered), (
             topk_ids,
             valid_tokens,
         )
-        launch.run(*written, *read, token_lora_mapping, adapter_enabled, num_pairs)
+        launch.run(*written, *read, token_lora_mapping, adapter_enabled, lora_ranks, num_pairs)
 
     return call
 
@@ -261,6 +269,7 @@ def moe_runs_one_launch(
     valid_tokens: torch.Tensor | None,
     token_lora_mapping: torch.Tensor,
     adapter_enabled: torch.Tensor | None,
+    lora_ranks: torch.Tensor | None,
     *,
     num_experts: int,
     local_expert_start: int,
@@ -271,13 +280,13 @@ def moe_runs_one_launch(
 
     pairs and run_of_row [>= T * top_k], blocks [max_blocks, 3], num_blocks [1] and runs [>= T * top_k, 2] int32 are written;
     gathered, as runs, is scratch. topk_ids [T, top_k] int32 or int64 are global expert ids; valid_tokens [1] int32, or None: all T tokens; token_lora_mapping
-    [T] int32; adapter_enabled [>= max_loras] int32, or None: all are.
+    [T] int32; adapter_enabled [>= max_loras] int32, or None: all are; lora_ranks [>= max_loras] int32, or None.
 
     Raises:
         ValueError: an argument that does not fit; nothing was launched.
     """
     written = (pairs, blocks, num_blocks, run_of_row, runs, gathered)
-    read = (topk_ids, valid_tokens, token_lora_mapping, adapter_enabled)
+    read = (topk_ids, valid_tokens, token_lora_mapping, adapter_enabled, lora_ranks)
     check_fill(
         "moe_runs_one_launch", *written, *read, num_experts, local_expert_start, max_loras, block_m
     )

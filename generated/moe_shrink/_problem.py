@@ -91,6 +91,7 @@ class Problem(NamedTuple):
     reads_token: bool
     x_stride: int
     a_strides: operands.Strides
+    ranked: bool  # whether adapters say how many of their ranks count
     device: torch.device
 
 
@@ -139,6 +140,7 @@ def check(
         reads == "token",
         x.stride(0),
         strides,
+        runs.lora_ranks is not None,
         x.device,
     )
 
@@ -162,7 +164,8 @@ def programs(problem: Problem, config: RunsConfig) -> tuple[int, int, int, bool]
     joined = runtime.traits(problem.device).mixed_pointers
     chunks = problem.slices * runtime.cdiv(problem.rank, config.block_r)
     if joined:
-        chunks = runtime.cdiv(problem.slices * problem.rank, config.block_r)
+        rank = runtime.cdiv(problem.rank, 16) * 16 if problem.ranked else problem.rank
+        chunks = runtime.cdiv(problem.slices * rank, config.block_r)
     return blocks, min(problem.max_loras, 8), chunks, joined
 
 
@@ -194,6 +197,8 @@ def choose(schedule: str, problem: Problem) -> Any:
 
     def rule(_: str | None) -> tuple[str, Config]:
         columns = problem.rank * (problem.slices if device.mixed_pointers else 1)
+        if problem.ranked:
+            columns = min(columns, 64)  # so that there are chunks in which nothing counts
         sizes = (problem.block_m, problem.k, columns, problem.reads_token)
         return schedule, _choose(schedule, *sizes, device.shared_memory, device.max_stages)
 

@@ -35,8 +35,7 @@ def _run(
     x_ptr,
     a_ptrs,
     pairs_ptr,
-    lora_ranks_ptr,
-    adapter,
+    entry,
     expert,
     begin,
     end,
@@ -50,6 +49,7 @@ def _run(
     A_STRIDE_R: tl.constexpr,
     ROWS: tl.constexpr,
     JOINED: tl.constexpr,
+    RANKED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
@@ -58,15 +58,26 @@ def _run(
     """A chunk of the columns of v, which are the ranks of one slice after the other, of the rows from ``begin`` to ``end``."""
     COLUMNS: tl.constexpr = len(a_ptrs) * RANK
     CHUNKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R  # of a slice by itself
+    adapter = entry % 4096 if RANKED else entry
     k = tl.arange(0, BLOCK_K)
     a_base = adapter.to(tl.int64) * A_STRIDE_L + expert.to(tl.int64) * A_STRIDE_E
-    # A column behind the last one reads that one again, and is not stored: no mask in the K loop.
+    # A column that is not stored reads another one again: no mask in the K loop.
     if JOINED:
         c = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
-        column = tl.minimum(c, COLUMNS - 1)
-        stored = c < COLUMNS
-        s = column // RANK
-        r = column - s * RANK
+        if (
+            RANKED
+        ):  # 16 ranks of each slice after the other, so that those that count stand side by side
+            first_rank = chunk * BLOCK_R // (16 * len(a_ptrs)) * 16
+            s = c // 16 % len(a_ptrs)
+            r = c // (16 * len(a_ptrs)) * 16 + c % 16
+            stored = (r < RANK) & (r < entry // 4096 * 16)
+            c = s * RANK + r
+            r = tl.where(stored, r, 0)
+        else:
+            column = tl.minimum(c, COLUMNS - 1)
+            stored = c < COLUMNS
+            s = column // RANK
+            r = column - s * RANK
         # Whole tiles are chosen from: of a choice of rows Triton 3.9 does not know that it is aligned.
         a_offsets = a_base + (r[:, None] * A_STRIDE_R + k[None, :])
         a_tile = a_ptrs[0] + a_offsets
@@ -74,18 +85,18 @@ def _run(
             a_tile = tl.where(s[:, None] >= i, a_ptrs[i] + a_offsets, a_tile)
     else:
         s = chunk // CHUNKS
-        r = chunk % CHUNKS * BLOCK_R + tl.arange(0, BLOCK_R)
+        first_rank = chunk % CHUNKS * BLOCK_R
+        r = first_rank + tl.arange(0, BLOCK_R)
         c = s * RANK + r
         stored = r < RANK
+        if RANKED:
+            stored &= r < entry // 4096 * 16
         a_ptr = a_ptrs[0]
         for i in tl.static_range(1, len(a_ptrs)):
             a_ptr = tl.where(s == i, a_ptrs[i], a_ptr)
         a_tile = a_ptr + a_base + (tl.minimum(r, RANK - 1)[:, None] * A_STRIDE_R + k[None, :])
-    if lora_ranks_ptr is not None:
-        stored &= (
-            r < (tl.minimum(tl.load(lora_ranks_ptr + adapter), RANK) + 15) // 16 * 16
-        )  # as the product reads them
-        end = tl.where(tl.max(stored.to(tl.int32), 0) > 0, end, begin)
+    if RANKED:
+        end = tl.where(first_rank < entry // 4096 * 16, end, begin)  # nothing to do
     for row0 in tl.range(begin, end, ROWS):
         row = row0 + tl.arange(0, ROWS)
         live = (row < end)[:, None]
@@ -95,18 +106,11 @@ def _run(
         for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             if K % BLOCK_K == 0:
                 x = tl.load(x_tile + k0, mask=live, other=0.0)
-                if lora_ranks_ptr is None:
-                    a = tl.load(a_tile + k0, eviction_policy=WEIGHTS)
-                else:
-                    a = tl.load(
-                        a_tile + k0, mask=stored[:, None], other=0.0, eviction_policy=WEIGHTS
-                    )
+                a = tl.load(a_tile + k0, eviction_policy=WEIGHTS)
             else:
                 k_mask = (k < K - k0)[None, :]
                 x = tl.load(x_tile + k0, mask=live & k_mask, other=0.0)
-                a = tl.load(
-                    a_tile + k0, mask=stored[:, None] & k_mask, other=0.0, eviction_policy=WEIGHTS
-                )
+                a = tl.load(a_tile + k0, mask=k_mask, other=0.0, eviction_policy=WEIGHTS)
             acc = tl.dot(x, a.T, acc)
         v_tile = v_ptr + position.to(tl.int64)[:, None] * COLUMNS + c[None, :]
         tl.store(v_tile, acc.to(tl.float16), mask=live & stored[None, :])
@@ -119,7 +123,6 @@ def _run(
         "num_blocks_ptr",
         "run_of_row_ptr",
         "runs_ptr",
-        "lora_ranks_ptr",
     ]
 )
 def moe_shrink_runs_f16_sorted_sorted_kernel(
@@ -131,7 +134,6 @@ def moe_shrink_runs_f16_sorted_sorted_kernel(
     num_blocks_ptr,
     run_of_row_ptr,
     runs_ptr,
-    lora_ranks_ptr,
     TOP_K: tl.constexpr,
     K: tl.constexpr,
     RANK: tl.constexpr,
@@ -143,6 +145,7 @@ def moe_shrink_runs_f16_sorted_sorted_kernel(
     CHUNKS: tl.constexpr,
     ROWS: tl.constexpr,
     JOINED: tl.constexpr,
+    RANKED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
@@ -170,7 +173,6 @@ def moe_shrink_runs_f16_sorted_sorted_kernel(
                 x_ptr,
                 a_ptrs,
                 pairs_ptr,
-                lora_ranks_ptr,
                 tl.load(entry),
                 expert,
                 tl.load(entry + 1),
@@ -185,6 +187,7 @@ def moe_shrink_runs_f16_sorted_sorted_kernel(
                 A_STRIDE_R,
                 ROWS,
                 JOINED,
+                RANKED,
                 BLOCK_R,
                 BLOCK_K,
                 STAGES,
@@ -213,6 +216,7 @@ def bind(problem: Problem, config: Config) -> Call:
         CHUNKS=chunks,
         ROWS=config.rows,
         JOINED=joined,
+        RANKED=problem.ranked,
         BLOCK_R=config.block_r,
         BLOCK_K=config.block_k,
         STAGES=config.num_stages,
@@ -227,14 +231,7 @@ def bind(problem: Problem, config: Config) -> Call:
         tables: MoeTables,
         runs: MoeRuns,
     ) -> None:
-        of_tables = (
-            tables.pairs,
-            tables.blocks,
-            tables.num_blocks,
-            runs.run_of_row,
-            runs.runs,
-            runs.lora_ranks,
-        )
+        of_tables = (tables.pairs, tables.blocks, tables.num_blocks, runs.run_of_row, runs.runs)
         launch.run(v, x, tuple(lora_a), *of_tables)
 
     return call
