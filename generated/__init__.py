@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from ._fused_moe import FusedMoeLora, FusedMoeWorkspace, fused_moe, fused_moe_workspace
 from ._fused_moe_shape import FusedMoeShape
+from ._launches import launches
 from ._lora import lora, lora_route, lora_workspace
 from ._lora_shape import LoraShape
 from ._moe_shape import MoeShape
@@ -47,6 +48,7 @@ __all__ = [
     "ShardedMoeShape",
     "fused_moe",
     "fused_moe_workspace",
+    "launches",
     "lora",
     "lora_expand",
     "lora_route",

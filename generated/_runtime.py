@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeVar, final
 
@@ -227,6 +228,8 @@ class Launcher:
         unknown = [name for name in constants if name not in self.constants]
         if missing or unknown:
             raise TypeError(f"{self.kernel.fn.__name__}: constants that are missing: {missing}, that it does not have: {unknown}")
+        family, variant = self.kernel.fn.__module__.split(".")[-2:]
+        _note(Launch(family, variant, self.kernel.fn.__name__, grid, constants, options))
         return Bound(self, grid, tuple(constants[name] for name in self.constants), options)
 
     def launch(self, grid: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], options: Options) -> Any:
@@ -441,6 +444,45 @@ def measured(tables: Sequence[Measured], key: tuple[Any, ...], device: Traits) -
     return next((known[key] for *_, known in sorted(near, key=lambda found: found[:2]) if key in known), ())
 
 
+class Launch(NamedTuple):
+    """One launch of a call, as it is made for all calls of its kind."""
+
+    family: str
+    variant: str  # its module in the family
+    kernel: str
+    grid: int  # programs
+    constants: Mapping[str, Any]  # of the kernel by name, tiles among them
+    options: Options
+
+
+# Of the package: at DEBUG it tells the choices and the launches of each kind of call, when the first of the kind is made.
+_log = logging.getLogger(__name__.rpartition(".")[0])
+_launches: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def launches() -> Iterator[list[Launch]]:
+    """Inside, calls are bound anew, and the launches that they are bound to are noted in the list that is yielded, in their
+    order: which variants serve a call, with which tiles. The calls run as ever.
+    """
+    global _launches
+    previous, _launches = _launches, []
+    _forget()
+    try:
+        yield _launches
+    finally:
+        _launches = previous
+        _forget()
+
+
+def _note(launch: Launch) -> None:
+    if _launches is not None:
+        _launches.append(launch)
+    if _log.isEnabledFor(logging.DEBUG):
+        tiles = ", ".join(f"{name}={value}" for name, value in launch.constants.items())
+        _log.debug("%s.%s: %s over %d programs, %s, %s", *launch[:4], tiles, launch.options)
+
+
 class Choice(NamedTuple):
     """What a call took, of the tiles that there are for a problem."""
 
@@ -493,6 +535,7 @@ def choose(
             break
     else:
         taken, tiles = rule(None), None
+    _log.debug("%s: %s %s for %s", "measured" if tiles is not None else "by the rule", *taken, key)
     if _choices is not None:
         _choices.append(Choice(key, *taken, tiles is not None))
     return taken

@@ -82,10 +82,11 @@ def is_quick(item: pytest.Item, number: int = 0) -> bool:
     slow = item.get_closest_marker("slow")
     if slow:
         return number < slow.kwargs.get("keep", 0)
+    suite = getattr(item.module, "SUITE", None)
     given = getattr(item, "callspec", None)
-    if given is None or not {"variant", "case"} <= given.params.keys():
+    if suite is None or given is None or not {"variant", "case"} <= given.params.keys():
         return True
-    return (given.params["variant"].name, given.params["case"].name) in item.module.SUITE.quick
+    return (given.params["variant"].name, given.params["case"].name) in suite.quick
 
 
 @pytest.hookimpl(optionalhook=True)

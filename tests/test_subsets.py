@@ -47,6 +47,7 @@ COMPOSITES = {
     "LoraShape": {"lora_expand", "lora_shrink", "moe_route"},
     "MoeShape": {"moe_lora", "moe_route"},
     "ShardedMoeShape": {"moe_lora", "moe_lora_expand", "moe_lora_shrink", "moe_route"},
+    "launches": set(),
     "overlap": set(),
     "quantize_weights": set(),
     "warmup": set(),

@@ -24,6 +24,7 @@ _STANDARD = frozenset(
         "functools",
         "importlib",
         "itertools",
+        "logging",
         "math",
         "os",
         "sys",
