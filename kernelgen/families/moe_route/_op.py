@@ -488,9 +488,9 @@ def settled(route: MoeRoute) -> MoeRoute:
     num_groups = route.num_experts * route.max_loras
     block_m = settle(route.block_m, route.num_tokens, route.top_k, route.num_experts, route.max_loras)
     if block_m == 0:
-        return route._replace(pairs=None, blocks=None, num_blocks=None, block_m=0, max_blocks=0)
+        return MoeRoute(**route._asdict() | {"pairs": None, "blocks": None, "num_blocks": None, "block_m": 0, "max_blocks": 0})
     max_blocks = _max_blocks(route.num_tokens * route.top_k, num_groups, block_m)
-    return route._replace(block_m=block_m, max_blocks=max_blocks)
+    return MoeRoute(**route._asdict() | {"block_m": block_m, "max_blocks": max_blocks})
 
 
 def _open_splits(num_tokens: int, top_k: int, num_experts: int, max_loras: int) -> tuple[int, int, int, int, int]:
