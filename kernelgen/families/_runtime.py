@@ -631,7 +631,8 @@ def op(schema: str, function: Callable[..., None]) -> Callable[..., None]:
     ``torch.compile`` sees the op as opaque; eager code calls the function itself, which is cheaper. No autograd.
     """
     namespace, name = __name__.rpartition(".")[0].replace(".", "_"), schema.split("(")[0]
-    library = torch.library.Library(namespace, "FRAGMENT")
+    make: Any = torch.library.Library  # which has no annotations
+    library = make(namespace, "FRAGMENT")
     library.define(schema)
     for key in ("CUDA", "CPU"):
         library.impl(name, function, key)

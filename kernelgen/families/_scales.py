@@ -174,8 +174,8 @@ def is_fp32(scale: torch.Tensor, device: torch.device) -> bool:
     return scale.dtype == torch.float32 and scale.device == device
 
 
-@triton.jit
-def as_fp32(scale):
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def as_fp32(scale: tl.tensor) -> tl.tensor:
     """Scales that were loaded, in fp32. A byte b is float8_e8m0fnu: 2 ** (b - 127), and NaN for 255."""
     if scale.dtype == tl.uint8:
         bits = tl.where(scale == 0, 1 << 22, scale.to(tl.int32) << 23)  # 2 ** -127 is below the normal numbers

@@ -17,8 +17,8 @@ def joined_slices(slices: int, block_rank: int, device: torch.device) -> int:
     return slices if block_rank < 128 and runtime.traits(device).mixed_pointers else 1
 
 
-@triton.jit
-def split_slices(tile, SLICES: tl.constexpr):
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def split_slices(tile: tl.tensor, SLICES: tl.constexpr) -> tl.tuple:
     """The tiles of slices that lie side by side in ``tile`` [rows, SLICES * columns of a slice]; SLICES: a power of two."""
     if SLICES == 1:
         return (tile,)
