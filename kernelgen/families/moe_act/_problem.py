@@ -9,7 +9,13 @@ import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
-from ..moe_align._op import LOCAL_EXPERT_START, NUM_EXPERTS, NUM_TOKENS_HINT, TOPK_IDS, VALID_TOKENS
+from ..moe_align._op import (
+    LOCAL_EXPERT_START,
+    NUM_EXPERTS,
+    NUM_TOKENS_HINT,
+    TOPK_IDS,
+    VALID_TOKENS,
+)
 from ._table import VARIANTS
 from ._tuned import TUNED
 
