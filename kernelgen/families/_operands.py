@@ -715,15 +715,20 @@ class Op:
         if len(optional) > 2:
             yield f"{indent}if not ({' is '.join(operand.name for operand in optional)} is None):\n"
             indent += "    "
-        for operand in optional:
-            name = operand.name
-            if isinstance(operand, Bundle):  # it looks as it does beside them
-                yield f"{indent}if {name} is not None:\n{indent}    left += ({name},)\n"
+        scales = {operand.scaled_by for operand in self.operands if isinstance(operand, Tensor)}
+        for together, group in itertools.groupby(optional, lambda operand: operand.name in scales):
+            if together:  # as they nearly always come
+                yield _OPTIONAL_SCALES.format(indent=indent, **_scales_given(list(group)))
                 continue
-            given, kind = (f"*{name}", f", {name}.__class__, len({name})") if operand.slices else (name, "")
-            left = f"; left += ({name},)" if operand.left_out else ""
-            yield f"{indent}if {name} is not None:\n"
-            yield f"{indent}    tensors += ({given},); hint += ({name!r}{kind},){left}\n"
+            for operand in group:
+                name = operand.name
+                if isinstance(operand, Bundle):  # it looks as it does beside them
+                    yield f"{indent}if {name} is not None:\n{indent}    left += ({name},)\n"
+                    continue
+                given, kind = (f"*{name}", f", {name}.__class__, len({name})") if operand.slices else (name, "")
+                left = f"; left += ({name},)" if operand.left_out else ""
+                yield f"{indent}if {name} is not None:\n"
+                yield f"{indent}    tensors += ({given},); hint += ({name!r}{kind},){left}\n"
 
     def _watch(self, *values: Any) -> Callable[..., None]:
         """What checks, at later calls that look like this one, that what is written lies apart from all else."""
@@ -799,12 +804,27 @@ def function({names}):
         put(hint, tensors, (call,{kept}))
     else:
 {found}{end}"""
+_OPTIONAL_SCALES = """{indent}if not ({names} is None):
+{indent}    tensors += ({tensors},); hint += ({kinds},){left}
+"""
 _FOUND = "        call = last[1][0]\n"
 _FOUND_APART = """        call, check_apart = last[1]
         check_apart(tensors{bundles})
 """
 _CALL = "    call({passed})\n"
 _CALL_WITH = "    if left:\n        return call({passed}, *left)\n"
+
+
+def _scales_given(operands: Sequence[Any]) -> dict[str, str]:
+    """Scales that come together, as parts of ``_OPTIONAL_SCALES``."""
+    one = {o.name: f"*(() if {o.name} is None else ({o.name},))" for o in operands}
+    left = ", ".join(one[o.name] for o in operands if o.left_out)
+    return {
+        "names": " is ".join(one),
+        "tensors": ", ".join(f"*({o.name} or ())" if o.slices else one[o.name] for o in operands),
+        "kinds": ", ".join(f"{o.name}.__class__, len({o.name} or ())" if o.slices else f"{o.name} is None" for o in operands),
+        "left": f"; left += ({left},)" if left else "",
+    }
 
 
 @functools.cache
