@@ -15,7 +15,7 @@ from . import _operands as operands
 from . import _runtime as runtime
 from . import _scales
 from ._fused_moe import FusedMoeLora, fused_moe
-from ._warmup import DTYPE, FP8, ROUTING, ends
+from ._warmup import DTYPE, FP8_DTYPE, ROUTING, X_SCALES, ends
 from .moe_gemm._table import QUANT
 
 __all__ = ["FusedMoeShape"]
@@ -29,7 +29,8 @@ _FIELDS: tuple[operands.Operand, ...] = (
     operands.Choice("weight_scales", (None, "tensor", "slice", "channel", "group")),
     DTYPE,
     *ROUTING,
-    *FP8[1:],
+    X_SCALES,
+    FP8_DTYPE,
     operands.Int("rank"),
     operands.Int("max_loras"),
     operands.Flag("adapter_enabled"),

@@ -490,7 +490,7 @@ def settled(route: MoeRoute) -> MoeRoute:
         return route
     num_groups = route.num_experts * route.max_loras
     block_m = settle(route.block_m, route.num_tokens, route.top_k, route.num_experts, route.max_loras)
-    if block_m == 0:
+    if block_m == 0:  # a route anew, which is no edited one
         return MoeRoute(**route._asdict() | {"pairs": None, "blocks": None, "num_blocks": None, "block_m": 0, "max_blocks": 0})
     max_blocks = _max_blocks(route.num_tokens * route.top_k, num_groups, block_m)
     return MoeRoute(**route._asdict() | {"block_m": block_m, "max_blocks": max_blocks})

@@ -117,11 +117,9 @@ def moe_runs(
 
 
 _INT32 = (torch.int32, operands.CONTIGUOUS)
-# What every op on adapters of tokens takes of them.
-ADAPTERS = (
-    operands.Tensor("token_lora_mapping", "T", *_INT32),
-    operands.Tensor("adapter_enabled", ">=L", *_INT32, optional=True),
-)
+# What ops on adapters of tokens take of them.
+TOKEN_LORA_MAPPING = operands.Tensor("token_lora_mapping", "T", *_INT32)
+ADAPTER_ENABLED = operands.Tensor("adapter_enabled", ">=L", *_INT32, optional=True)
 LORA_RANKS = operands.Tensor("lora_ranks", ">=L", *_INT32, optional=True)
 _MAX_LORAS = operands.Int("max_loras", 1, 4095, size="L")  # a program counts them
 OP = operands.Op(
@@ -129,7 +127,8 @@ OP = operands.Op(
     (
         TOPK_IDS,
         VALID_TOKENS,
-        *ADAPTERS,
+        TOKEN_LORA_MAPPING,
+        ADAPTER_ENABLED,
         LORA_RANKS,
         operands.Tensor("workspace", "*", *_INT32, optional=True, written=True),
         NUM_EXPERTS,
@@ -163,7 +162,8 @@ RUNS = operands.Bundle(
     "runs",
     MoeRuns,
     (
-        *ADAPTERS,
+        TOKEN_LORA_MAPPING,
+        ADAPTER_ENABLED,
         operands.Tensor("run_of_row", "T*top_k", *_INT32, optional=True),
         operands.Tensor("runs", "T*top_k, 2", *_INT32, optional=True),
         _MAX_LORAS,
@@ -221,7 +221,8 @@ _FILL = operands.Op(
         operands.Tensor("gathered", ">=T*top_k, 2", *_INT32, written=True),
         TOPK_IDS,
         VALID_TOKENS,
-        *ADAPTERS,
+        TOKEN_LORA_MAPPING,
+        ADAPTER_ENABLED,
         LORA_RANKS,
         NUM_EXPERTS,
         LOCAL_EXPERT_START,

@@ -12,7 +12,7 @@ its K loop; where there are tables, they have the rows of each expert by adapter
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ from .moe_gemm._op import bind as bind_gemm
 from .moe_gemm._op import find_scales
 from .moe_quant._op import bind as bind_quant
 from .moe_quant._table import QUANT
-from .moe_runs._op import ADAPTERS, LORA_RANKS, RUNS_A_PAIR, MoeRuns, split
+from .moe_runs._op import ADAPTER_ENABLED, LORA_RANKS, RUNS_A_PAIR, TOKEN_LORA_MAPPING, MoeRuns, split
 from .moe_runs._op import bind as bind_runs
 from .moe_shrink._op import bind as bind_shrink
 from .moe_shrink._op import vector_shape
@@ -248,12 +248,12 @@ OP = operands.Op(
             "lora",
             FusedMoeLora,
             (
-                ADAPTERS[0],
+                TOKEN_LORA_MAPPING,
                 _factor("a13", "L, E, rank13, H", "G"),
                 _factor("b13", "L, E, I, rank13", "G"),
                 _factor("a2", "L, E, rank2, I", "1"),
                 _factor("b2", "L, E, H, rank2", "1"),
-                ADAPTERS[1],
+                ADAPTER_ENABLED,
                 LORA_RANKS,
             ),
             maker="FusedMoeLora",
@@ -276,10 +276,8 @@ _SECOND = runtime.Caller(
 _SHRINK_X = runtime.Caller("fused_moe", x="hidden", lora_a="lora.a13")
 _SHRINK_H = runtime.Caller("fused_moe", lora_a="lora.a2")
 
-# Of a FusedMoeWorkspace; the last four are there with FP8 activations, and with adapters.
-_Buffers = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Any, Any, Any, Any]
-_Scales = tuple[torch.Tensor | None, ...]  # w13_scale, w2_scale, x_scale, h_scale
-# (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens, *scales, workspace, lora) of sizes that were checked before
+# (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens, w13_scale, w2_scale, x_scale, h_scale, workspace, lora) of sizes
+# that were checked before
 _Call = Callable[..., None]
 
 
@@ -295,12 +293,17 @@ def _bind(
     local_expert_start: int,
     num_tokens_hint: int | None,
     zeroes: bool,
-    *rest: Any,
+    w13_scale: torch.Tensor | None,
+    w2_scale: torch.Tensor | None,
+    x_scale: torch.Tensor | None,
+    h_scale: torch.Tensor | None,
+    workspace: FusedMoeWorkspace | None,
+    lora: FusedMoeLora | None,
 ) -> _Call:
-    layer, scales, workspace = (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens), rest[:4], rest[4]
-    lora: FusedMoeLora | None = rest[5]
-    OP.check("fused_moe", OP.named(*layer, activation, local_expert_start, num_tokens_hint, zeroes, *rest))
-    x_mode = _check_scales(_FIRST, hidden, w13, w2, scales)
+    layer, scales = (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens), (w13_scale, w2_scale, x_scale, h_scale)
+    sizes = (activation, local_expert_start, num_tokens_hint, zeroes)
+    OP.check("fused_moe", OP.named(*layer, *sizes, *scales, workspace, lora))
+    x_mode = _check_scales(_FIRST, hidden, w13, w2, *scales)
     (num_tokens, top_k), (num_experts, width, inter) = topk_ids.shape, w2.shape
     num_pairs, few = num_tokens * top_k, num_tokens <= _FEW_TOKENS
     expected = num_tokens if num_tokens_hint is None else min(num_tokens_hint, num_tokens)
@@ -310,61 +313,60 @@ def _bind(
     blocks = 0 if few else 3 * max_blocks(num_tokens, top_k, num_experts, block_m)
     row_scales = 1 if x_mode != "group" else runtime.cdiv(inter, QUANT.group_k)
     dtype = hidden.dtype if x_mode is None else torch.bfloat16
-    sizes = (
-        num_pairs,
-        blocks,
-        1,
-        num_pairs * inter,
-        0 if few else num_pairs * width,
-        0 if x_mode is None else num_pairs * inter,
-        0 if x_mode in (None, "tensor") else num_pairs * row_scales,
-        0 if few or lora is None else RUNS_A_PAIR * num_pairs,
-        0 if lora is None else max(_vector_size(a, num_pairs, few) for a in (lora.a13, lora.a2)),
-    )
-    kinds = (*(torch.int32,) * 3, dtype, dtype, torch.uint8, torch.float32, torch.int32, torch.float32)
-    space = tuple(zip(sizes, kinds, strict=True))
+    space = {
+        "pairs": (num_pairs, torch.int32),
+        "blocks": (blocks, torch.int32),
+        "num_blocks": (1, torch.int32),
+        "inter": (num_pairs * inter, dtype),
+        "outputs": (0 if few else num_pairs * width, dtype),
+        "codes": (0 if x_mode is None else num_pairs * inter, torch.uint8),
+        "scales": (0 if x_mode in (None, "tensor") else num_pairs * row_scales, torch.float32),
+        "runs": (0 if few or lora is None else RUNS_A_PAIR * num_pairs, torch.int32),
+        "vectors": (0 if lora is None else max(_vector_size(a, num_pairs, few) for a in (lora.a13, lora.a2)), torch.float32),
+    }
     routing = (num_tokens, top_k, num_experts, local_expert_start, expected, block_m)
 
-    def use(given: FusedMoeWorkspace | None, like: torch.Tensor) -> _Buffers:
+    def use(given: FusedMoeWorkspace | None, like: torch.Tensor) -> Any:
+        """A FusedMoeWorkspace with all that the call needs."""
         if given is not None:
             return given
-        made: _Buffers = tuple(torch.empty(n, dtype=kind, device=like.device) for n, kind in space)  # type: ignore[assignment]
-        return made
+        made = {name: torch.empty(n, dtype=kind, device=like.device) for name, (n, kind) in space.items()}
+        return FusedMoeWorkspace(**made)
 
     if workspace is not None:
         _check_workspace("fused_moe", workspace, space)
     buffers = use(workspace, hidden)
-    h, y, codes, found = buffers[3:7]
-    tables = MoeTables(topk_ids, valid_tokens, *buffers[:3], *routing)
-    inner = h[: sizes[3]].view(num_pairs, inter)
-    w13_scale, w2_scale, x_scale, h_scale = scales
-    rows, rows_scale, shrink = inner, None, None
+    tables = MoeTables(topk_ids, valid_tokens, buffers.pairs, buffers.blocks, buffers.num_blocks, *routing)
+    h = buffers.inter[: num_pairs * inter].view(num_pairs, inter)
+    rows, shrink = h, None
+    rows_scale: Any = None
     if x_mode is not None:
-        rows = codes[: sizes[5]].view(hidden.dtype).view(num_pairs, inter)
-        rows_scale = h_scale if x_mode == "tensor" else found[: sizes[6]].view(num_pairs, row_scales)
-        shrink = bind_quant(rows, rows_scale, inner, tables, "pair" if few else "sorted", _SECOND)
-    of_first = {"w_scale": w13_scale, "x_scale": x_scale, "op": _FIRST}
-    of_second = {"w_scale": w2_scale, "x_scale": rows_scale, "op": _SECOND}
+        rows = buffers.codes[: num_pairs * inter].view(hidden.dtype).view(num_pairs, inter)
+        found = buffers.scales
+        rows_scale = h_scale if x_mode == "tensor" else found[: num_pairs * row_scales].view(num_pairs, row_scales)
+        shrink = bind_quant(rows, rows_scale, h, tables, "pair" if few else "sorted", _SECOND)
+    of_first: dict[str, Any] = {"w_scale": w13_scale, "x_scale": x_scale, "op": _FIRST}
+    of_second: dict[str, Any] = {"w_scale": w2_scale, "x_scale": rows_scale, "op": _SECOND}
 
     adapters = None
     if lora is not None:
-        adapters, like, (of_first["v"], of_second["v"]) = _bind_lora(lora, hidden, inner, tables, buffers, few)
+        adapters, like, (of_first["v"], of_second["v"]) = _bind_lora(lora, hidden, h, tables, buffers, few)
         for options, lora_b in ((of_first, lora.b13), (of_second, lora.b2)):
             options |= {"lora_b": lora_b, "runs": like}
 
-    def between(hidden: torch.Tensor, tables: MoeTables, scales: _Scales, buffers: _Buffers) -> tuple[torch.Tensor, _Scales]:
+    def between(
+        hidden: torch.Tensor, tables: MoeTables, w2_scale: torch.Tensor | None, h_scale: torch.Tensor | None, buffers: Any
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
         """Rows for the second product, and its scales."""
-        h, codes, found = buffers[3], buffers[5], buffers[6]
         if shrink is None:
-            return h, scales[1:2] if w2_is_fp8 else ()
-        rows = codes.view(hidden.dtype)
-        rows_scale: Any = scales[3] if x_mode == "tensor" else found
-        shrink(rows, rows_scale, h, tables)
-        return rows, (scales[1], rows_scale)
+            return buffers.inter, () if w2_scale is None else (w2_scale,)
+        rows = buffers.codes.view(hidden.dtype)
+        rows_scale: Any = h_scale if x_mode == "tensor" else buffers.scales
+        shrink(rows, rows_scale, buffers.inter, tables)
+        return rows, (w2_scale, rows_scale)
 
-    w2_is_fp8, scaled = w2_scale is not None, [i for i in (0, 2) if scales[i] is not None]
     if few:
-        first = bind_gemm(inner, hidden, w13, tables, None, "token", "pair", activation, **of_first)
+        first = bind_gemm(h, hidden, w13, tables, None, "token", "pair", activation, **of_first)
         last = bind_gemm(out, rows, w2, tables, topk_weights, "pair", "token", None, zero_rest=zeroes, **of_second)
 
         def stream(
@@ -375,21 +377,27 @@ def _bind(
             topk_ids: torch.Tensor,
             topk_weights: torch.Tensor,
             valid_tokens: torch.Tensor | None,
-            *rest: Any,
+            w13_scale: torch.Tensor | None,
+            w2_scale: torch.Tensor | None,
+            x_scale: torch.Tensor | None,
+            h_scale: torch.Tensor | None,
+            workspace: FusedMoeWorkspace | None,
+            lora: Any,  # a FusedMoeLora where there are adapters
         ) -> None:
-            scales, buffers, lora = rest[:4], use(rest[4], hidden), rest[5]
-            tables = MoeTables(topk_ids, valid_tokens, *buffers[:3], *routing)
+            buffers = use(workspace, hidden)
+            tables = MoeTables(topk_ids, valid_tokens, buffers.pairs, buffers.blocks, buffers.num_blocks, *routing)
+            of_hidden = [scale for scale in (w13_scale, x_scale) if scale is not None]
             of_first: tuple[Any, ...] = ()
             of_last: tuple[Any, ...] = ()
             if adapters is not None:
                 runs = MoeRuns(lora.token_lora_mapping, lora.adapter_enabled, None, None, adapters.max_loras, lora.lora_ranks)
-                v = buffers[8]
+                v = buffers.vectors
                 adapters.shrink_x(v, hidden, lora.a13, tables, runs)
                 of_first, of_last = (v, lora.b13, runs), (v, lora.b2, runs)
-            first(buffers[3], hidden, w13, tables, None, *[scales[i] for i in scaled], *of_first)
-            rows, of_rows = between(hidden, tables, scales, buffers)
+            first(buffers.inter, hidden, w13, tables, None, *of_hidden, *of_first)
+            rows, of_rows = between(hidden, tables, w2_scale, h_scale, buffers)
             if adapters is not None:
-                adapters.shrink_h(v, buffers[3], lora.a2, tables, runs)
+                adapters.shrink_h(v, buffers.inter, lora.a2, tables, runs)
             last(out, rows, w2, tables, topk_weights, *of_rows, *of_last)
 
         return stream
@@ -398,8 +406,8 @@ def _bind(
         align = bind_align(num_pairs, top_k, num_experts, local_expert_start, block_m, hidden.device)
     else:
         align = bind_runs(num_tokens, top_k, num_experts, local_expert_start, adapters.max_loras, block_m, hidden.device)
-    outputs = y[: sizes[4]].view(num_tokens, top_k, width)
-    first = bind_gemm(inner, hidden, w13, tables, None, "token", "sorted", activation, **of_first)
+    outputs = buffers.outputs[: num_pairs * width].view(num_tokens, top_k, width)
+    first = bind_gemm(h, hidden, w13, tables, None, "token", "sorted", activation, **of_first)
     second = bind_gemm(outputs, rows, w2, tables, None, "sorted", "pair", None, **of_second)
     total = bind_sum(
         out, outputs, topk_ids, topk_weights, valid_tokens, num_experts, local_expert_start, num_tokens_hint, zeroes
@@ -413,24 +421,31 @@ def _bind(
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
         valid_tokens: torch.Tensor | None,
-        *rest: Any,
+        w13_scale: torch.Tensor | None,
+        w2_scale: torch.Tensor | None,
+        x_scale: torch.Tensor | None,
+        h_scale: torch.Tensor | None,
+        workspace: FusedMoeWorkspace | None,
+        lora: Any,  # a FusedMoeLora where there are adapters
     ) -> None:
-        scales, buffers, lora = rest[:4], use(rest[4], hidden), rest[5]
-        ints, h, y = buffers[:3], buffers[3], buffers[4]
+        buffers = use(workspace, hidden)
+        ints, h, y = (buffers.pairs, buffers.blocks, buffers.num_blocks), buffers.inter, buffers.outputs
+        of_hidden = [scale for scale in (w13_scale, x_scale) if scale is not None]
         tables = MoeTables(topk_ids, valid_tokens, *ints, *routing)
         of_first: tuple[Any, ...] = ()
         of_second: tuple[Any, ...] = ()
         if adapters is None:
             align(*ints, topk_ids, valid_tokens)
         else:
-            made, of_adapters = split(buffers[7], num_pairs), (lora.token_lora_mapping, lora.adapter_enabled)
-            align(*ints, *made, topk_ids, valid_tokens, *of_adapters, lora.lora_ranks)
-            runs = MoeRuns(*of_adapters, *made[:2], adapters.max_loras, lora.lora_ranks)
-            v = buffers[8].view(dtype)
+            run_of_row, of_blocks, gathered = split(buffers.runs, num_pairs)
+            of_adapters = (lora.token_lora_mapping, lora.adapter_enabled)
+            align(*ints, run_of_row, of_blocks, gathered, topk_ids, valid_tokens, *of_adapters, lora.lora_ranks)
+            runs = MoeRuns(*of_adapters, run_of_row, of_blocks, adapters.max_loras, lora.lora_ranks)
+            v = buffers.vectors.view(dtype)
             adapters.shrink_x(v, hidden, lora.a13, tables, runs)
             of_first, of_second = (v, lora.b13, runs), (v, lora.b2, runs)
-        first(h, hidden, w13, tables, None, *[scales[i] for i in scaled], *of_first)
-        rows, of_rows = between(hidden, tables, scales, buffers)
+        first(h, hidden, w13, tables, None, *of_hidden, *of_first)
+        rows, of_rows = between(hidden, tables, w2_scale, h_scale, buffers)
         if adapters is not None:
             adapters.shrink_h(v, h, lora.a2, tables, runs)
         second(y, rows, w2, tables, None, *of_rows, *of_second)
@@ -448,15 +463,15 @@ class _Adapters(NamedTuple):
 
 
 def _bind_lora(
-    lora: FusedMoeLora, hidden: torch.Tensor, inner: torch.Tensor, tables: MoeTables, buffers: _Buffers, few: bool
+    lora: FusedMoeLora, hidden: torch.Tensor, inner: torch.Tensor, tables: MoeTables, buffers: Any, few: bool
 ) -> tuple[_Adapters, MoeRuns, list[torch.Tensor]]:
     """The launches, and what the products are bound with: runs, and the rank vectors of both, of which those of the first are
     read when the others are written.
     """
     num_pairs, max_loras = inner.shape[0], lora.a13[0].shape[0]
-    run_of_row, of_blocks, _ = (None, None, None) if few else split(buffers[7], num_pairs)
+    run_of_row, of_blocks, _ = (None, None, None) if few else split(buffers.runs, num_pairs)
     runs = MoeRuns(lora.token_lora_mapping, lora.adapter_enabled, run_of_row, of_blocks, max_loras, lora.lora_ranks)
-    vectors = buffers[8] if few else buffers[8].view(inner.dtype)
+    vectors = buffers.vectors if few else buffers.vectors.view(inner.dtype)
     shapes = [vector_shape(a, num_pairs, not few) for a in (lora.a13, lora.a2)]
     v13, v2 = both = [vectors[: math.prod(shape)].view(shape) for shape in shapes]
     shrink_x = bind_shrink(v13, hidden, lora.a13, tables, runs, "token", _SHRINK_X)
@@ -470,9 +485,17 @@ def _vector_size(lora_a: Sequence[torch.Tensor], num_pairs: int, few: bool) -> i
     return size if few else runtime.cdiv(size, 2)
 
 
-def _check_scales(name: str, hidden: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, scales: _Scales) -> str | None:
+def _check_scales(
+    name: str,
+    hidden: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    w13_scale: torch.Tensor | None,
+    w2_scale: torch.Tensor | None,
+    x_scale: torch.Tensor | None,
+    h_scale: torch.Tensor | None,
+) -> str | None:
     """Of what ``hidden`` has a scale each; None: it is no FP8."""
-    w13_scale, w2_scale, x_scale, h_scale = scales
     if (w13_scale is None) != (w2_scale is None) or (x_scale is not None and w13_scale is None):
         named = {"w13_scale": w13_scale, "w2_scale": w2_scale, "x_scale": x_scale}
         given = [label for label, scale in named.items() if scale is not None]
@@ -487,10 +510,9 @@ def _check_scales(name: str, hidden: torch.Tensor, w13: torch.Tensor, w2: torch.
     return mode
 
 
-def _check_workspace(
-    name: str, workspace: FusedMoeWorkspace, space: Sequence[tuple[int, torch.dtype]]
-) -> None:
-    for label, buffer, (size, kind) in zip(FusedMoeWorkspace._fields, workspace, space, strict=True):
+def _check_workspace(name: str, workspace: FusedMoeWorkspace, space: Mapping[str, tuple[int, torch.dtype]]) -> None:
+    for label, (size, kind) in space.items():
+        buffer = getattr(workspace, label)
         if size > 0 and (buffer is None or buffer.numel() < size or buffer.dtype != kind):
             got = None if buffer is None else runtime.describe(buffer)
             hint = "make it with fused_moe_workspace for the largest batch"

@@ -24,11 +24,9 @@ ROUTING = (
     operands.Choice("topk_ids_dtype", operands.IDS),
     operands.Choice("topk_weights_dtype", operands.FLOATS),
 )
-FP8 = (
-    operands.Choice("weight_scales", (None, "tensor", "channel", "group")),
-    operands.Choice("x_scales", (None, "tensor", "token", "group")),
-    operands.Choice("fp8_dtype", (torch.float8_e4m3fn, torch.float8_e5m2)),
-)
+X_SCALES = operands.Choice("x_scales", (None, "tensor", "token", "group"))
+FP8_DTYPE = operands.Choice("fp8_dtype", (torch.float8_e4m3fn, torch.float8_e5m2))
+FP8 = (operands.Choice("weight_scales", (None, "tensor", "channel", "group")), X_SCALES, FP8_DTYPE)
 _WARMUP = operands.Op("warmup", (operands.Int("max_tokens", 1), operands.Device("device")), launches=False)
 
 

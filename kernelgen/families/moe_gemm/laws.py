@@ -56,7 +56,7 @@ class Layer(NamedTuple):
         operands: tuple[Any, ...] = (*numbers, self.routed.local, self.topk_weights)
         sizes: dict[str, Any] = {"num_tokens": count, "dtype": out.dtype, "inner": self.inner}
         if self.lora is not None:
-            sizes["lora"] = Lora(self.adapters, *self.lora[1:5])
+            sizes["lora"] = Lora(self.adapters, self.lora.a13, self.lora.b13, self.lora.a2, self.lora.b2)
         exact = fused_moe(*operands, activation=self.activation, **sizes)
         worst_ratio(out[:count].cpu(), exact.out.cpu(), exact.bound.cpu())
 
@@ -181,7 +181,7 @@ def fp8_front_door(package: ModuleType, variants: Sequence[Variant], device: str
 def stale_workspace(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """What an earlier, larger batch left in a workspace changes nothing, and nothing else is allocated."""
     workspace = _workspace(package, device, 40)
-    for buffer in workspace[:5]:
+    for buffer in (workspace.pairs, workspace.blocks, workspace.num_blocks, workspace.inter, workspace.outputs):
         poison_(buffer)
     for tokens, how in ((40, Experts()), (6, Experts("mixed", start=1)), (3, Experts(valid=2)), (40, Experts("away"))):
         call = layer(tokens, how, device)
@@ -355,7 +355,7 @@ def _workspace(package: ModuleType, device: str, tokens: int) -> Any:
 
 def tensors(to: Layer, source: Layer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """What a graph holds of a layer, and the same of another."""
-    yield from zip(to[:3], source[:3], strict=True)
+    yield from ((to.hidden, source.hidden), (to.w13, source.w13), (to.w2, source.w2))
     yield to.topk_weights, source.topk_weights
     yield to.routed.topk_ids, source.routed.topk_ids
     yield from ((to.scales[name], source.scales[name]) for name in to.scales)

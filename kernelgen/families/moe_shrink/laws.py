@@ -46,7 +46,7 @@ def layers_with_adapters(package: ModuleType, variants: Sequence[Variant], devic
     """fused_moe with adapters is within its bound, in a workspace that is used again and without, whatever the hint; and
     tokens without an adapter have the bits of the layer without adapters."""
     workspace = _workspace(package, device, 22)
-    for buffer in (*workspace[:5], *workspace[7:]):
+    for buffer in (each for each in workspace if each is not None):
         poison_(buffer)
     routings, hints, layouts = itertools.cycle(_ROUTINGS), itertools.cycle((None, 1, 1000)), itertools.cycle(("packed", "shared"))
     of_ranks = itertools.cycle(((5, 16), (24, 7), (80, 33)))
@@ -160,8 +160,9 @@ def one_graph_serves_every_batch(package: ModuleType, variants: Sequence[Variant
         for seed, (how, valid) in enumerate(itertools.product(_HOW, (0, 1, tokens))):
             call = layer(tokens, Experts("mixed", valid=valid), device, seed=seed)
             drawn = draw_adapters(Adapters(how.kind, 4, (seed % 4,)), tokens, random.Random(seed), device)
-            of_adapters = zip((first.lora[0], first.lora[5]), drawn[:2], strict=True)
-            for held, new in (*tensors(first, call), *of_adapters):
+            mapping = (first.lora.token_lora_mapping, drawn.token_lora_mapping)
+            enabled = (first.lora.adapter_enabled, drawn.adapter_enabled)
+            for held, new in (*tensors(first, call), mapping, enabled):
                 held.copy_(new)
             out.fill_(torch.nan)
             graph.replay()
@@ -191,7 +192,7 @@ def real_sizes(package: ModuleType, variants: Sequence[Variant], device: str) ->
             activation="swiglu",
             num_tokens=tokens,
             dtype=out.dtype,
-            lora=Lora(call.adapters, *call.lora[1:5]),
+            lora=Lora(call.adapters, call.lora.a13, call.lora.b13, call.lora.a2, call.lora.b2),
         )
         rows = (each[chosen].cpu() for each in (out, exact.out, exact.bound))
         about(lambda rows=rows: worst_ratio(*rows), f"{tokens} tokens, rank {rank}")  # type: ignore[misc]
