@@ -147,6 +147,21 @@ def build(
     return Report({**document, "diff": lines} if diff else document, lines, exit_code=1 if findings else 0)
 
 
+@_command("new")
+@click.argument("family")
+@click.option("--specs", type=click.Path(path_type=Path), default=Path("specs"), help="Folder of the specs.  [default: ./specs]")
+def new(family: str, specs: Path) -> Report:
+    """Write the spec, the template and the room of a new FAMILY: a small one that builds, is right and compiles.
+
+    Nothing that is there is overwritten.
+    """
+    from kernelgen.emit.new import new as write
+
+    written = [str(path) for path in write(family, specs)]
+    click.echo(f"kernelgen build, then kernelgen verify --only '{family}_*'; each file says what to change", err=True)
+    return Report({"written": written}, written)
+
+
 @_command("list")
 @click.argument("glob", default="*")
 @_specs_option
@@ -418,7 +433,7 @@ def doctor(specs: Path, out: Path) -> Report:
 
 
 @_command("schema")
-@click.option("--check", is_flag=True, help="Compare with kernelgen.spec.schema.json beside the specs.")
+@click.option("--check", is_flag=True, help="Compare with kernelgen.schema.json beside the specs.")
 @_specs_option
 def schema(check: bool, specs: Path) -> Report:
     """Print the JSON Schema of a spec, for editors."""

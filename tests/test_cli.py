@@ -357,5 +357,5 @@ def test_the_schema_is_that_of_the_specs(work: Path, kernelgen) -> None:
     code, _, stderr = kernelgen("schema", "--check")
     assert code == 1 and "KG034" in stderr
     _, stdout, _ = kernelgen("schema")
-    (work / "specs/kernelgen.spec.schema.json").write_text(stdout)
+    (work / "specs/kernelgen.schema.json").write_text(stdout)
     assert kernelgen("schema", "--check")[0] == 0

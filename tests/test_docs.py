@@ -40,12 +40,12 @@ GIVEN = {
 }
 
 
-_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"^```(\w*)( [^\n]*)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
-    """The blocks of code of a page, in their order."""
-    return [block[2] for block in _BLOCK.finditer(page.read_text()) if block[1] in languages]
+    """The blocks of code of a page, in their order; without those that have a title, which are files."""
+    return [block[3] for block in _BLOCK.finditer(page.read_text()) if block[1] in languages and not block[2]]
 
 
 def commands(page: Path) -> Iterator[list[str]]:

@@ -70,7 +70,7 @@ def test_what_has_no_end_is_not_read(name: str, work: Path, kernelgen, monkeypat
         documents.resume(Path(name), suites.find("moe_lora"), {}, {})
     with pytest.raises(Failure, match=name):
         space.content(Path(name))
-    read = {"kernels.lock": "doctor", "specs/kernelgen.spec.schema.json": "schema --check", "generated/.manifest.json": "build"}
+    read = {"kernels.lock": "doctor", "specs/kernelgen.schema.json": "schema --check", "generated/.manifest.json": "build"}
     read |= {"specs/toy.yaml": "list", "specs/tuned/h200/toy.yaml": "build --check"}
     for file, command in read.items():
         place = work / file

@@ -333,7 +333,7 @@ def _draft7(value: Any) -> Any:
     return value.replace("#/$defs/", "#/definitions/") if isinstance(value, str) else value
 
 
-SCHEMA_FILE = "kernelgen.spec.schema.json"
+SCHEMA_FILE = "kernelgen.schema.json"
 
 
 def check_schema(specs: Path) -> None:
