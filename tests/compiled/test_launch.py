@@ -229,6 +229,14 @@ def test_the_short_way_of_a_variant_passes_the_same(driver: Recorder, schedule: 
     assert first and driver.launches == 2 * first
 
 
+def test_a_launch_is_bound_with_the_constants_of_its_kernel(driver: Recorder) -> None:
+    kernel = importlib.import_module("generated.moe_add.bf16")._kernel
+    given = dict.fromkeys(kernel.constants, 16)
+    kernel.bind(1, runtime.Options(), **given)
+    with pytest.raises(TypeError, match=r"_kernel: .*missing: \['N'\], .*not have: \['M'\]"):
+        kernel.bind(1, runtime.Options(), **{"M" if name == "N" else name: 16 for name in given})
+
+
 def test_a_pointer_that_is_not_aligned_takes_another_kernel(
     driver: Recorder, slow_launches: list[Any]
 ) -> None:
