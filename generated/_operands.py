@@ -339,9 +339,9 @@ def bundle(tables: Sequence[str] = (), free: Sequence[str] = ()) -> Callable[[_C
             return changed
 
         body = {"__doc__": cls.__doc__, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-        body |= {"looks": _Looks(), "memory": _Memory(), "__reduce__": lambda self: (self.__class__, tuple(self))}
-        hang = tuple(field for field in cls._fields if field not in free)
-        return type(cls.__name__, (cls,), {**body, "_replace": replace, "_tables": tuple(tables), "_hang": hang})
+        body |= {"looks": _Looks(), "memory": _Memory(), "_tables": tuple(tables), "_replace": replace, "__replace__": replace}
+        body |= {"_hang": tuple(field for field in cls._fields if field not in free)}
+        return type(cls.__name__, (cls,), {**body, "__reduce__": lambda self: (self.__class__, tuple(self))})
 
     return make
 
