@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import builtins
+import collections
 import symtable
 import warnings
-from typing import Iterable, Iterator
+from typing import Any, Iterable, Iterator, Mapping, Sequence
 
 from kernelgen.core.diagnostics import Diagnostic, Nearest, did_you_mean
 from kernelgen.core.model import Location
@@ -52,6 +53,7 @@ _FORBIDDEN_NAMES = frozenset(
         "vars",
     ]
 )
+_Nodes = Mapping[type[ast.AST], Sequence[Any]]  # of a tree, by kind
 _SHOWN = 80  # characters of a name
 _ALWAYS = frozenset(dir(builtins)) | {"__file__", "__path__"}  # what every module can read
 
@@ -86,32 +88,35 @@ class _Lint:
             reason = error.msg if isinstance(error, SyntaxError) else "it is nested too deep"
             yield self._fault(*at, f"not Python: {reason}")
             return
-        nodes = list(ast.walk(tree))
+        nodes: dict[type[ast.AST], list[Any]] = collections.defaultdict(list)  # most are of kinds that nobody judges
+        for node in ast.walk(tree):
+            nodes[type(node)].append(node)
         yield from self._import_faults(nodes, rendered)
         yield from self._key_faults(nodes)
         yield from self._name_faults(nodes, table, exports(tree) or ())
         yield from self._member_faults(nodes, table)
         yield from self._launch_faults(nodes)
 
-    def _import_faults(self, nodes: Iterable[ast.AST], rendered: bool) -> Iterator[Diagnostic]:
+    def _import_faults(self, nodes: _Nodes, rendered: bool) -> Iterator[Diagnostic]:
         allowed = _PACKAGE_IMPORTS if self.path.startswith(f"{PACKAGE}/") else _TEST_IMPORTS
         if not rendered:
             allowed |= {"numpy"}  # which Triton's interpreter needs
-        for node in nodes:
-            for module in _imports(node):
+        for node in _imports(nodes):
+            for module in _modules(node):
                 if module.split(".")[0] not in allowed:
                     message = f"import of {module}, which generated files do without"
                     yield self._fault_at(node, message)
             if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names):
                 yield self._fault_at(node, "import of *; name what is imported")
-            if rendered and isinstance(node, ast.Name) and node.id in _FORBIDDEN_NAMES:
-                yield self._fault_at(node, f"use of {node.id}, which generated files do without", node.id)
+        for name in nodes[ast.Name] if rendered else ():
+            if name.id in _FORBIDDEN_NAMES:
+                yield self._fault_at(name, f"use of {name.id}, which generated files do without", name.id)
 
-    def _key_faults(self, nodes: Iterable[ast.AST]) -> Iterator[Diagnostic]:
+    def _key_faults(self, nodes: _Nodes) -> Iterator[Diagnostic]:
         """Constants that are a key of a dictionary twice, with another value."""
-        for node in nodes:
+        for node in nodes[ast.Dict]:
             seen: dict[str, ast.expr] = {}
-            for key, value in zip(node.keys, node.values, strict=True) if isinstance(node, ast.Dict) else ():
+            for key, value in zip(node.keys, node.values, strict=True):
                 parts = key.elts if isinstance(key, ast.Tuple) else [key]
                 if key is None or not all(isinstance(part, ast.Constant) for part in parts):
                     continue
@@ -120,7 +125,7 @@ class _Lint:
                     yield self._fault_at(key, f"the key {text[:_SHOWN]} stands twice in one dictionary, with another value")
 
     def _name_faults(
-        self, nodes: Iterable[ast.AST], table: symtable.SymbolTable, exported: Iterable[str]
+        self, nodes: _Nodes, table: symtable.SymbolTable, exported: Iterable[str]
     ) -> Iterator[Diagnostic]:
         """Names that nothing binds where they are read, and exports that are none."""
         bound, everywhere, unbound = set(_ALWAYS), set(_ALWAYS), []
@@ -134,7 +139,7 @@ class _Lint:
                 elif symbol.is_global() and symbol.is_referenced():
                     unbound.append((name, scope))
         missing = [(name, scope) for name, scope in unbound if name not in bound]
-        names = [node for node in nodes if isinstance(node, ast.Name)]
+        names: Sequence[ast.Name] = nodes[ast.Name]
         for name, scope in missing:
             read = next((n for n in names if n.id == name and n.lineno >= scope.get_lineno()), None)
             if read is not None:
@@ -151,11 +156,11 @@ class _Lint:
                 message = f"__all__ has {name!r}, which is not defined"
                 yield self._fault(line, 1, message, name, _near(name, bound - _ALWAYS))
 
-    def _member_faults(self, nodes: Iterable[ast.AST], table: symtable.SymbolTable) -> Iterator[Diagnostic]:
+    def _member_faults(self, nodes: _Nodes, table: symtable.SymbolTable) -> Iterator[Diagnostic]:
         """What modules are asked for and do not have."""
         modules: dict[str, str] = {}  # name in this file -> module
         imported = set()
-        for node in nodes:
+        for node in _imports(nodes):
             if isinstance(node, ast.Import):
                 for alias in node.names:
                     imported.add(alias.name)
@@ -163,7 +168,7 @@ class _Lint:
                     *parents, last = alias.name.split(".")
                     if parents and _lacks(".".join(parents), last):
                         yield self._missing(node, ".".join(parents), last)
-            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            elif node.level == 0 and node.module:
                 for alias in node.names:
                     if members(f"{node.module}.{alias.name}"):
                         modules[alias.asname or alias.name] = f"{node.module}.{alias.name}"
@@ -180,21 +185,21 @@ class _Lint:
             parent = module_of(node.value) if isinstance(node, ast.Attribute) else None
             return f"{parent}.{node.attr}" if parent and isinstance(node, ast.Attribute) else None
 
-        for node in nodes:
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                module = module_of(node.value)
-                if module and f"{module}.{node.attr}" not in imported and _lacks(module, node.attr):
-                    yield self._missing(node, module, node.attr)
+        for member in nodes[ast.Attribute]:
+            if isinstance(member.ctx, ast.Load):
+                module = module_of(member.value)
+                if module and f"{module}.{member.attr}" not in imported and _lacks(module, member.attr):
+                    yield self._missing(member, module, member.attr)
 
-    def _launch_faults(self, nodes: Iterable[ast.AST]) -> Iterator[Diagnostic]:
+    def _launch_faults(self, nodes: _Nodes) -> Iterator[Diagnostic]:
         """Launches that are bound with other constants than their kernel has."""
-        kernels = {node.name: _constants(node) for node in nodes if isinstance(node, ast.FunctionDef)}
+        kernels = {node.name: _constants(node) for node in nodes[ast.FunctionDef]}
         launched: dict[str, str] = {}  # by the name of its launcher
-        for node in nodes:
+        for node in nodes[ast.Assign]:
             match node:
                 case ast.Assign([ast.Name(name)], ast.Call(ast.Attribute(_, "Launcher"), [ast.Name(kernel)])):
                     launched[name] = kernel
-        for node in nodes:
+        for node in nodes[ast.Call]:
             match node:
                 case ast.Call(ast.Attribute(ast.Name(name), "bind"), _, given) if launched.get(name) in kernels:
                     kernel = launched[name]
@@ -245,9 +250,11 @@ def _near(word: str, known: Iterable[str]) -> Nearest:
     return did_you_mean(word, sorted(known), "")
 
 
-def _imports(node: ast.AST) -> list[str]:
+def _imports(nodes: _Nodes) -> list[ast.Import | ast.ImportFrom]:
+    return sorted([*nodes[ast.Import], *nodes[ast.ImportFrom]], key=lambda node: node.lineno)
+
+
+def _modules(node: ast.Import | ast.ImportFrom) -> list[str]:
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
-    if isinstance(node, ast.ImportFrom) and node.level == 0:
-        return [node.module or ""]
-    return []
+    return [node.module or ""] if node.level == 0 else []
