@@ -17,7 +17,7 @@ import torch
 from kernelgen import cli, doctor
 from kernelgen.core import read
 from kernelgen.core.diagnostics import Failure
-from kernelgen.emit import disk
+from kernelgen.emit import disk, rooms
 from kernelgen.measure import document as documents
 from kernelgen.measure import suites
 from kernelgen.measure.tune import space
@@ -72,6 +72,7 @@ def test_what_has_no_end_is_not_read(name: str, work: Path, kernelgen, monkeypat
         space.content(Path(name))
     read = {"kernels.lock": "doctor", "specs/kernelgen.schema.json": "schema --check", "generated/.manifest.json": "build"}
     read |= {"specs/toy.yaml": "list", "specs/tuned/h200/toy.yaml": "build --check"}
+    read["families/toy/_op.py"] = "build --check"
     for file, command in read.items():
         place = work / file
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -83,6 +84,24 @@ def test_what_has_no_end_is_not_read(name: str, work: Path, kernelgen, monkeypat
         place.unlink()
         if kept is not None:
             place.write_bytes(kept)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("X = (\n", "call.py:1:5: error[KG062]: it cannot be imported: SyntaxError"),
+        ("X = 1\nraise SystemExit(0)\n", "call.py:2:1: error[KG062]: it cannot be imported: SystemExit: 0"),
+        ("def f():\n    return Y\n\n\nX = f()\n", "call.py:2:1: error[KG062]: it cannot be imported: NameError"),
+        ("X = 1\n", "call.py: error[KG062]: it has no SIZES"),
+    ],
+)
+def test_a_module_of_a_room_that_is_wrong_is_told_with_its_place(text: str, told: str, work: Path, kernelgen) -> None:
+    (work / "families/toy/call.py").write_text(text)
+    try:
+        code, _, stderr = kernelgen("which", "toy")
+    finally:
+        rooms.serve(ROOT / "specs")
+    assert code == 2 and stderr.startswith(f"families/toy/{told}"), stderr
 
 
 def test_a_pipe_that_was_a_file_a_moment_ago_is_not_waited_for(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

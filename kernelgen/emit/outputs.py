@@ -9,12 +9,15 @@ from kernelgen.core.diagnostics import Diagnostic, Failure, Nearest
 from kernelgen.core.model import Axis, Family, Location, Package, Variant
 from kernelgen.core.names import PACKAGE, path_fault, spec_label
 from kernelgen.core.progress import progress
+from kernelgen.core.read import read_file
 from kernelgen.emit.formatting import finish
 from kernelgen.emit.lint import faults as faults_of
 from kernelgen.emit.outline import Outline, module_of, outline
 from kernelgen.emit.render import HEADER, Renderer, header
 from kernelgen.emit.rooms import Rooms, Source
 from kernelgen.emit.template import Unserved
+
+MAX_COPY = 1 << 20  # bytes of a module that is copied
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +97,15 @@ class Outputs:
         if path in self._copied:
             return
         try:
-            text = source.file.read_text("utf-8")
+            text = read_file(source.file, MAX_COPY).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+        except Failure as failed:
+            for fault in failed.diagnostics:
+                self.add_fault(dataclasses.replace(fault, location=Location(source.label)))
         except OSError as error:
             self.add_fault(Diagnostic("KG001", Location(source.label), error.strerror or type(error).__name__))
-        except UnicodeDecodeError:
-            self.add_fault(Diagnostic("KG021", Location(source.label), "this is not UTF-8"))
+        except UnicodeDecodeError as error:
+            line = error.object.count(b"\n", 0, error.start) + 1
+            self.add_fault(Diagnostic("KG021", Location(source.label, line, 1), "this line is not UTF-8"))
         else:
             self._sources[path] = source
             self._add(path, header(spec_label(), source.label) + text, self._copied)

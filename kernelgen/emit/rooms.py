@@ -9,26 +9,27 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Iterator, Mapping, NamedTuple, Sequence
 
 from kernelgen import families
 from kernelgen.core import names
-from kernelgen.core.diagnostics import Diagnostic, failure
+from kernelgen.core.diagnostics import Diagnostic, Failure, failure
 from kernelgen.core.locate import FAMILIES, find_specs, room_folders
-from kernelgen.core.model import Package
+from kernelgen.core.model import Location, Package
 
 _SHIPPED = "_[!_]*.py"
-# The modules of the laboratory that are asked for, and what is to be in them.
-_HOLDS: Mapping[str, str] = {
-    "cases": "CASES, BODY and check, as kernelgen/families/__init__.py says",
-    "laws": "LAWS, which may be empty",
-    "call": "SIZES and call, what a call looks like; see kernelgen/families/call.py",
-    "suite": "SUITE, what there is to measure, and workload.py, its operands; see kernelgen/measure/suite.py",
-    "workload": "Workload and Ours; see kernelgen/measure/workload.py",
-    "tune": "TUNING, how its tiles are searched; see kernelgen/measure/tune/hints.py",
-    "probes": "probes(package, variant), which yields the problems that a variant is compiled for",
+# The modules of the laboratory that are asked for, what is to be in them, and where that is explained.
+_HOLDS: Mapping[str, tuple[Sequence[str], str]] = {
+    "cases": (("CASES", "BODY", "check"), "kernelgen/families/__init__.py"),
+    "laws": (("LAWS",), "kernelgen/families/__init__.py; it may be empty"),
+    "call": (("SIZES", "call"), "kernelgen/families/call.py"),
+    "suite": (("SUITE",), "kernelgen/measure/suite.py, as for workload.py"),
+    "workload": (("Workload", "Ours"), "kernelgen/measure/workload.py"),
+    "tune": (("TUNING",), "kernelgen/measure/tune/hints.py"),
+    "probes": (("probes",), "kernelgen/families/__init__.py"),
 }
 
 
@@ -125,16 +126,31 @@ def laboratory(family: str, name: str, specs: Path | None = None) -> ModuleType:
         specs: the folder whose rooms are meant; None: that which was served last, else the usual one.
 
     Raises:
-        Failure: there is none, or it cannot be imported; exit code 2.
+        Failure: there is none, it cannot be imported, or it lacks what is asked for; exit code 2.
     """
     if specs is not None or not _served:
         serve(find_specs() if specs is None else specs)
     module, place = f"{families.__name__}.{family}.{name}", Rooms.label(f"{family}/{name}")
+    wanted, explained = _HOLDS[name]
     try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if not f"{module}.".startswith(f"{error.name}."):
-            raise failure("KG062", place, f"it cannot be imported: {error}") from error
-        raise failure("KG062", place, "there is no such module", f"write it: {_HOLDS[name]}") from None
-    except Exception as error:  # of somebody's own: it can be wrong in any way
-        raise failure("KG062", place, f"it cannot be imported: {type(error).__name__}: {error}") from error
+        found = importlib.import_module(module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # of somebody's own: it can be wrong in any way, and even exit
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise failure("KG062", place, "there is no such module", f"write it: {', '.join(wanted)}; see {explained}") from None
+        message = error.msg if isinstance(error, SyntaxError) else str(error)
+        fault = Diagnostic("KG062", _place_of(error, place), f"it cannot be imported: {type(error).__name__}: {message}")
+        raise Failure([fault], exit_code=2) from error
+    for attribute in wanted:
+        if not hasattr(found, attribute):
+            raise failure("KG062", place, f"it has no {attribute}", f"see {explained}")
+    return found
+
+
+def _place_of(error: BaseException, label: str) -> Location:
+    """Where in the file that messages call ``label`` an error is from, as far as it tells."""
+    if isinstance(error, SyntaxError) and (error.filename or "").endswith(label):
+        return Location(label, error.lineno or 0, error.offset or 1, 1, (error.text or "").rstrip("\n"))
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(label)]
+    return Location(label, own[-1].lineno or 0, 1, 1, own[-1].line or "") if own else Location(label)

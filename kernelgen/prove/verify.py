@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
 from kernelgen.core import names
-from kernelgen.core.diagnostics import Diagnostic, did_you_mean, failure
+from kernelgen.core.diagnostics import Diagnostic, Failure, did_you_mean, failure
 from kernelgen.core.locate import find_specs
 from kernelgen.core.model import Location
 from kernelgen.core.processes import Fault, Progress, in_processes, no_progress
@@ -160,6 +160,8 @@ def suites(out: Path) -> dict[str, Suite]:
         try:
             spec.loader.exec_module(module)
             found[module.SUITE.family] = module.SUITE
+        except Failure:  # of a room
+            raise
         except Exception as error:  # a template can be wrong in any way
             raise failure("KG061", str(file), f"no suite of tests: {type(error).__name__}: {error}") from error
     if not found:
