@@ -22,6 +22,7 @@ import generated as kg
 from generated import _operands as operands
 from generated import _runtime as runtime
 from generated._operands import OPS, Bundle, Choice, Device, Flag, Int, Number, Op, Tensor
+from kernelgen.emit.rooms import laboratory, rooms_with
 
 T, TOP_K, EXPERTS, LORAS, K, N, RANK = 6, 2, 4, 3, 32, 24, 16
 FP8, INT32, BF16 = torch.float8_e4m3fn, torch.int32, torch.bfloat16
@@ -297,6 +298,15 @@ GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
         },
     ),
 }
+
+
+
+def _of_room(family: str) -> tuple[str, Callable[[Batch], Arguments]]:
+    return family, lambda b: laboratory(family, "laws").good(b.device)
+
+
+# A family that is not above has its good call in its room.
+GOOD |= {name: _of_room(name) for name in sorted(OPS.keys() - {op for op, _ in GOOD.values()}) if name in rooms_with("laws")}
 
 
 def _function(name: str, op: str) -> tuple[Callable[..., Any], str]:
