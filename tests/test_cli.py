@@ -56,14 +56,14 @@ def test_build_check_and_diff(work: Path, kernelgen) -> None:
     assert not (work / "generated").exists()
 
     code, stdout, stderr = kernelgen("build")
-    assert (code, stdout, stderr) == (0, "", "10 written, 0 removed, 0 unchanged\n")
-    assert kernelgen("build", "--check") == (0, "", "0 to write, 0 to remove, 10 unchanged\n")
+    assert (code, stdout, stderr) == (0, "", "17 written, 0 removed, 0 unchanged\n")
+    assert kernelgen("build", "--check") == (0, "", "0 to write, 0 to remove, 17 unchanged\n")
     assert kernelgen("build", "--diff")[:2] == (0, "")
 
     (work / "specs/toy.yaml").write_text(project.SPEC.replace("large", "medium"))
     code, stdout, stderr = kernelgen("build", "--diff")
     assert code == 1 and "+    return tl.bfloat16, 16\n" in stdout
-    assert stderr.endswith("3 to write, 2 to remove, 7 unchanged; run kernelgen build\n")
+    assert stderr.endswith("3 to write, 2 to remove, 14 unchanged; run kernelgen build\n")
     code, stdout, stderr = kernelgen("build", "--json")
     changed = document(stdout)
     assert code == 0 and changed["removed"] == [
@@ -105,18 +105,21 @@ def test_only_builds_what_matches_beside_what_is_there(work: Path, kernelgen) ->
     assert kernelgen("build", "--only", "*_f16_r16_*")[0] == 0
     assert sorted(path.name for path in (work / "generated/toy").iterdir()) == [
         "__init__.py",
+        "_op.py",
+        "_table.py",
+        "_tuned.py",
         "f16_r16_small.py",
     ]
-    front = (work / "generated/toy/__init__.py").read_text()
+    front = (work / "generated/toy/_table.py").read_text()
     assert "f16_r16_small" in front and "bf16_r16_large" not in front
     code, _, stderr = kernelgen("build", "--only", "*_large")
-    assert code == 0 and stderr.startswith("4 written, 0 removed, 3 unchanged")
-    front = (work / "generated/toy/__init__.py").read_text()
+    assert code == 0 and stderr.startswith("5 written, 0 removed, 9 unchanged")
+    front = (work / "generated/toy/_table.py").read_text()
     assert "f16_r16_small" in front and "bf16_r16_large" in front and "bf16_r16_small" not in front
     assert kernelgen("build", "--only", "*_large", "--check")[0] == 0
     (work / "specs/toy.yaml").write_text(project.SPEC.replace("large", "medium"))
     code, _, stderr = kernelgen("build", "--only", "*_r16_medium")
-    assert code == 0 and stderr.startswith("3 written, 2 removed"), stderr
+    assert code == 0 and stderr.startswith("4 written, 2 removed"), stderr
     code, _, stderr = kernelgen("build", "--only", "toy_b16*")
     assert code == 2 and "KG040" in stderr
     assert kernelgen("build")[0] == 0 and (work / "generated/toy/bf16_r32_medium.py").exists()
@@ -210,7 +213,7 @@ def test_specs_by_any_name_have_what_is_beside_them(
     assert kernelgen("build", "--specs", specs)[0] == 0
     assert (work / "generated/toy/bf16_r16_small.py").is_file() and not [*(work / "specs").rglob("generated")]
     monkeypatch.chdir(work)
-    assert kernelgen("build", "--check") == (0, "", "0 to write, 0 to remove, 10 unchanged\n")
+    assert kernelgen("build", "--check") == (0, "", "0 to write, 0 to remove, 17 unchanged\n")
 
 
 def test_what_is_judged_may_be_linked_to(work: Path, kernelgen) -> None:
@@ -273,7 +276,7 @@ def test_an_interrupt_is_130_and_an_internal_error_2(
 def _imported(*arguments: str) -> set[str]:
     """The modules that a command loads, in a process of its own."""
     program = (
-        "import sys; from kernelgen import cli, entry;"
+        "import sys; from kernelgen import cli; from kernelgen.core import entry;"
         f"sys.argv = ['kernelgen', *{arguments}];"
         "assert entry.exit_code(cli.commands) == 0; print(*sys.modules)"
     )
@@ -340,7 +343,7 @@ def test_the_same_bytes_everywhere(work: Path, tmp_path: Path) -> None:
             capture_output=True,
         )
         trees.append(project.files(out))
-    assert len(trees[0]) == 11 and trees[0] == trees[1] == trees[2]
+    assert len(trees[0]) == 18 and trees[0] == trees[1] == trees[2]
 
 
 def test_the_schema_is_that_of_the_specs(work: Path, kernelgen) -> None:
