@@ -34,7 +34,14 @@ from .moe_gemm._op import bind as bind_gemm
 from .moe_gemm._op import find_scales
 from .moe_quant._op import bind as bind_quant
 from .moe_quant._table import QUANT
-from .moe_runs._op import ADAPTER_ENABLED, LORA_RANKS, RUNS_A_PAIR, TOKEN_LORA_MAPPING, MoeRuns, split
+from .moe_runs._op import (
+    ADAPTER_ENABLED,
+    LORA_RANKS,
+    RUNS_A_PAIR,
+    TOKEN_LORA_MAPPING,
+    MoeRuns,
+    split,
+)
 from .moe_runs._op import bind as bind_runs
 from .moe_shrink._op import bind as bind_shrink
 from .moe_shrink._op import vector_shape
