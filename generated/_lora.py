@@ -178,7 +178,7 @@ def _bind(
     x_scale, a_scale, b_scale = scales
     first, last = problems(out, x, lora_a, lora_b, x_scale, a_scale, b_scale, route, offset_start, add_inputs, scaling)
     if first.num_tokens == 0:
-        return _nothing
+        return runtime.nothing
     return bind(first, last, route, out.dtype, add_inputs)
 
 
@@ -254,10 +254,6 @@ def bind(
             expand_call(out, y, lora_b, route, scaling, b_scale)
 
     return call
-
-
-def _nothing(*arguments: Any) -> None:
-    """The call of an empty batch."""
 
 
 _apply = OP.caller(_bind)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .. import _runtime as runtime
 from .._scales import find_x_mode
 from ..moe_route._op import MoeRoute
 from ._problem import OP, Call, choose, kind_of_scales, problem_of
@@ -62,7 +63,7 @@ def _bind(
     dtype = sizes.get("D") or torch.bfloat16  # of a product of FP8 with FP8
     variant = variant_of("lora_shrink", dtype, problem.rank, problem.weight_scales, problem.x_scales)
     if problem.num_tokens == 0:
-        return _nothing
+        return runtime.nothing
     call: Call = variant.bind(problem, route, choose(problem, route))
     return call
 
@@ -90,10 +91,6 @@ def variant_of(
 ) -> Any:
     """The variant of the smallest rank bucket that holds the rank."""
     return VARIANTS.get(op, torch_dtype=dtype, rank=rank, weight_scales=weight_scales, x_scales=x_scales)
-
-
-def _nothing(*arguments: Any) -> None:
-    """The call of an empty batch."""
 
 
 _apply = OP.caller(_bind)

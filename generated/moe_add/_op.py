@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import _runtime as runtime
 from ..moe_route._op import MoeRoute
 from ._problem import OP, Call, check, choose
 from ._table import VARIANTS
@@ -32,13 +33,9 @@ def _bind(out: torch.Tensor, delta: torch.Tensor, route: MoeRoute) -> Call:
     problem = check("moe_add", out, delta, route)
     variant = VARIANTS.get("moe_add", torch_dtype=out.dtype)
     if problem.num_pairs == 0:
-        return _nothing
+        return runtime.nothing
     call: Call = variant.bind(problem, choose(problem))
     return call
-
-
-def _nothing(*arguments: object) -> None:
-    """The call of an empty batch."""
 
 
 _apply = OP.caller(_bind)

@@ -33,7 +33,7 @@ OP = operands.Op(
         operands.Tensor("delta", "T, top_k, N", "D", operands.PAIRS),
         ROUTE,
     ),
-    spec="specs/moe_add.yaml",
+    spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},
     tells=("out",),
 )

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -112,7 +111,7 @@ def bind(
         delta=Delta(v, lora_b, runs),
     )
     if problem.num_pairs == 0:
-        return _nothing
+        return runtime.nothing
     schedule, config = plan(problem, has_boxes(problem, x, w))
     variant = VARIANTS.get(
         op,
@@ -162,10 +161,6 @@ def find_scales(
 
 
 _APART = "gate and up are quantised apart, so that groups of rows begin anew with up: quantize_weights(..., slices=2)"
-
-
-def _nothing(*arguments: Any) -> None:
-    """The call of an empty batch."""
 
 
 _apply = OP.caller(bind)

@@ -133,7 +133,7 @@ OP = operands.Op(
         operands.Tensor("lora_b", ">=L, >=E, N, rank", "D", slices="alike", optional=True, left_out=True),
         dataclasses.replace(RUNS, optional=True, left_out=True),
     ),
-    spec="specs/moe_gemm.yaml",
+    spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},
     fp8=QUANT.elements,
     first=("w",),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .. import _runtime as runtime
 from ..moe_route._op import MoeRoute
 from ._problem import CONFIGS, OP, Call, Problem, Scales, check, choose, plan
 from ._table import VARIANTS
@@ -87,7 +88,7 @@ def _bind(
         scales=Scales(None, a_scale, b_scale, None, x_scale),
     )
     if problem.num_pairs == 0:
-        return _nothing
+        return runtime.nothing
     facts = {schedule: _facts(schedule, problem, out.dtype, add_inputs, mul_routed_weight) for schedule in CONFIGS}
     found = {schedule: VARIANTS.find(**wanted) for schedule, wanted in facts.items()}
     least = min((variant.block_rank for variant in found.values() if variant is not None), default=0)
@@ -113,10 +114,6 @@ def _facts(schedule: str, problem: Problem, dtype: torch.dtype, add_inputs: bool
         "weight_scales": problem.weight_scales,
         "x_scales": problem.x_scales,
     }
-
-
-def _nothing(*arguments: Any) -> None:
-    """The call of an empty batch."""
 
 
 _apply = OP.caller(_bind)

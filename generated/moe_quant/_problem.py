@@ -41,7 +41,7 @@ OP = operands.Op(
         TABLES,
         operands.Choice("order", ("sorted", "pair")),
     ),
-    spec="specs/moe_quant.yaml",
+    spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},
     first=("x",),
     tells=("x",),

@@ -65,7 +65,7 @@ OP = operands.Op(
         RUNS,
         operands.Choice("x_rows", ("token", "pair", "sorted")),
     ),
-    spec="specs/moe_shrink.yaml",
+    spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},
     first=("lora_a",),
     tells=("x",),

@@ -45,7 +45,7 @@ OP = operands.Op(
         NUM_TOKENS_HINT,
         operands.Flag("zeroes", public=False),
     ),
-    spec="specs/moe_sum.yaml",
+    spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},
     first=("topk_ids", "y"),
     tells=("out",),

@@ -538,6 +538,10 @@ def choose(
     return taken
 
 
+def nothing(*arguments: object) -> None:
+    """The call of an empty batch."""
+
+
 def describable(tensor: torch.Tensor) -> bool:
     """Whether the tensor memory accelerator can read it: rows of whole 16 bytes, from a 16-byte boundary."""
     width = tensor.element_size()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .. import _runtime as runtime
 from ..lora_shrink._problem import kind_of_scales
 from ..moe_route._op import MoeRoute
 from ._problem import OP, Call, check_y, choose, problem_of
@@ -61,7 +62,7 @@ def _bind(
     problem = problem_of("lora_expand", sizes, out, lora_b, route, offset_start, **scales_of("lora_expand", lora_b, b_scale))
     variant = variant_of("lora_expand", out.dtype, add_inputs, problem.rank, problem.weight_scales)
     if problem.num_tokens == 0:
-        return _nothing
+        return runtime.nothing
     call: Call = variant.bind(problem, route, choose(problem, route))
     return call
 
@@ -80,10 +81,6 @@ def variant_of(
 ) -> Any:
     """The variant of the smallest rank bucket that holds the rank."""
     return VARIANTS.get(op, torch_dtype=dtype, adds=add_inputs, rank=rank, weight_scales=weight_scales)
-
-
-def _nothing(*arguments: Any) -> None:
-    """The call of an empty batch."""
 
 
 _apply = OP.caller(_bind)

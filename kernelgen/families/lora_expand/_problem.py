@@ -51,7 +51,7 @@ OP = operands.Op(
         operands.Flag("add_inputs"),
         operands.Tensor("b_scale", None, None, operands.FREE, optional=True, slices="any", left_out=True),
     ),
-    spec="specs/lora_expand.yaml",
+    spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},
     fp8=QUANT.elements,
     first=("lora_b",),

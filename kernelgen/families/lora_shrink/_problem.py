@@ -74,7 +74,7 @@ OP = operands.Op(
         operands.Tensor("a_scale", None, None, operands.FREE, optional=True, slices="any", left_out=True),
         operands.Tensor("x_scale", None, None, operands.FREE, optional=True, left_out=True),
     ),
-    spec="specs/lora_shrink.yaml",
+    spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},
     fp8=QUANT.elements,
     first=("lora_a",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import _runtime as runtime
 from ._problem import OP, Call, check, choose
 from ._table import VARIANTS
 
@@ -63,13 +64,9 @@ def _bind(
     )
     variant = VARIANTS.get("moe_act", torch_dtype=x.dtype, epilogue=activation)
     if problem.num_tokens == 0:
-        return _nothing
+        return runtime.nothing
     call: Call = variant.bind(problem, choose(problem))
     return call
-
-
-def _nothing(*arguments: object) -> None:
-    """The call of an empty batch."""
 
 
 _apply = OP.caller(_bind)

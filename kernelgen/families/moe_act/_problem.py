@@ -42,7 +42,7 @@ OP = operands.Op(
         LOCAL_EXPERT_START,
         NUM_TOKENS_HINT,
     ),
-    spec="specs/moe_act.yaml",
+    spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},
     first=("topk_ids",),
     tells=("x",),

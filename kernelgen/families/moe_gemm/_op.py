@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -109,7 +108,7 @@ def bind(
         delta=Delta(v, lora_b, runs),
     )
     if problem.num_pairs == 0:
-        return _nothing
+        return runtime.nothing
     schedule, config = plan(problem, has_boxes(problem, x, w))
     variant = VARIANTS.get(
         op,
@@ -159,10 +158,6 @@ def find_scales(
 
 
 _APART = "gate and up are quantised apart, so that groups of rows begin anew with up: quantize_weights(..., slices=2)"
-
-
-def _nothing(*arguments: Any) -> None:
-    """The call of an empty batch."""
 
 
 _apply = OP.caller(bind)

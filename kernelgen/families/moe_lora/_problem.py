@@ -121,7 +121,7 @@ OP = operands.Op(
         _scale("b_scale", slices="any"),
         _scale("x_scale"),
     ),
-    spec="specs/moe_lora.yaml",
+    spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},
     fp8=QUANT.elements,
     first=("lora_a", "lora_b"),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
+from .. import _runtime as runtime
 from ..moe_route._op import MoeRoute
 from ._problem import OP, Call, check, choose
 from ._table import VARIANTS
@@ -83,13 +83,9 @@ def _bind(
         weight_scales=None,
     )
     if problem.num_pairs == 0:
-        return _nothing
+        return runtime.nothing
     call: Call = variant.bind(problem, route, choose(schedule, problem, route))
     return call
-
-
-def _nothing(*arguments: Any) -> None:
-    """The call of an empty batch."""
 
 
 _apply = OP.caller(_bind)

@@ -58,7 +58,7 @@ OP = operands.Op(
         operands.Flag("add_inputs"),
         operands.Flag("mul_routed_weight"),
     ),
-    spec="specs/moe_lora_expand.yaml",
+    spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},
     first=("lora_b",),
     tells=("out",),

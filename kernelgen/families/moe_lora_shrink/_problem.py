@@ -58,7 +58,7 @@ OP = operands.Op(
         operands.Tensor("lora_a", ">=L, >=X, rank, K", "D", slices="alike"),
         ROUTE,
     ),
-    spec="specs/moe_lora_shrink.yaml",
+    spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},
     first=("lora_a",),
     tells=("x",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import _runtime as runtime
 from ..moe_align._op import MoeTables
 from ._problem import OP, Call, check, choose
 from ._table import VARIANTS
@@ -39,13 +40,9 @@ def bind(
     problem = check(op, codes, scale, x, tables, order=order)
     variant = VARIANTS.get(op, torch_dtype=x.dtype, by_table=order == "sorted", x_scales=problem.x_scales)
     if problem.num_pairs == 0:
-        return _nothing
+        return runtime.nothing
     call: Call = variant.bind(problem, choose(problem))
     return call
-
-
-def _nothing(*arguments: object) -> None:
-    """The call of an empty batch."""
 
 
 _apply = OP.caller(bind)

@@ -434,7 +434,7 @@ def _planned(
     num_pairs = num_tokens * top_k
     block_m = settle(_open(assignment, rank, block_m), num_tokens, top_k, num_experts, max_loras)
     if block_m == 0:
-        return Plan(sizes, num_pairs, 0, 0, (0, 0, 0, 0, 0), _nothing, [])
+        return Plan(sizes, num_pairs, 0, 0, (0, 0, 0, 0, 0), runtime.nothing, [])
     max_blocks = _max_blocks(num_pairs, num_groups, block_m)
     splits = _splits(max_blocks, num_pairs, _scratch_size(num_pairs, num_groups))
     _check_size(name, workspace, splits)
@@ -680,7 +680,7 @@ def _bind_tables(
     max_blocks = max_loras * experts.shape[1]
     _check_size(name, workspace, _splits(max_blocks, max_blocks * block_size, 0))
     if max_blocks == 0:
-        return _TablePlan(0, _nothing, [])
+        return _TablePlan(0, runtime.nothing, [])
     fill = VARIANTS.get("moe_route", schedule="from_tables").bind(
         ids,
         experts,
@@ -691,10 +691,6 @@ def _bind_tables(
         block_m=block_size,
     )
     return _TablePlan(max_blocks, fill, [])
-
-
-def _nothing(*arguments: Any) -> None:
-    """Tables that there are none of."""
 
 
 _table_plan = _OF_TABLES.finder(_bind_tables)

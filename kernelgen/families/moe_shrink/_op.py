@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
+from .. import _runtime as runtime
 from ..moe_align._op import MoeTables
 from ..moe_runs._op import MoeRuns
 from ._problem import OP, Call, check, choose, part_count
@@ -81,13 +81,9 @@ def bind(
     problem = check(op, v, x, lora_a, tables, runs, dtype=None, rows=rows)
     variant = VARIANTS.get(op, schedule=schedule, torch_dtype=x.dtype, rows=rows)
     if problem.num_pairs == 0:
-        return _nothing
+        return runtime.nothing
     call: Call = variant.bind(problem, choose(schedule, problem))
     return call
-
-
-def _nothing(*arguments: Any) -> None:
-    """The call of an empty batch."""
 
 
 _apply = OP.caller(bind)

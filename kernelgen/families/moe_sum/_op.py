@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import _runtime as runtime
 from ._problem import OP, Call, check, choose
 from ._table import VARIANTS
 
@@ -85,13 +86,9 @@ def bind(
     )
     variant = VARIANTS.get("moe_sum", torch_dtype=y.dtype, weighted=topk_weights is not None, zeroes=zeroes)
     if problem.num_tokens == 0:
-        return _nothing
+        return runtime.nothing
     call: Call = variant.bind(problem, choose(problem))
     return call
-
-
-def _nothing(*arguments: object) -> None:
-    """The call of an empty batch."""
 
 
 _apply = OP.caller(bind)
