@@ -89,7 +89,7 @@ class Batch:
         ):
             scale = "x_scale" if name == "hidden" else f"{name}_scale"
             given[name], given[scale] = quantize(given[name], kind) if fp8 else (given[name], None)
-        return {**given, "h_scale": None, "lora": None if fp8 else self.lora()}
+        return {**given, "h_scale": None, "lora": self.lora()}
 
     def lora(self) -> Any:
         """Adapters of a layer, of two ranks."""
@@ -141,10 +141,11 @@ def _moe_gemm(b: Batch, fp8: bool = False) -> Arguments:
     return {**given, "x_rows": "sorted" if fp8 else "pair", "out_rows": "pair", "activation": None}
 
 
-def _moe_shrink(b: Batch) -> Arguments:
+def _moe_shrink(b: Batch, fp8: bool = False) -> Arguments:
     (tables, runs), a = b.runs(), b.factors(LORAS, EXPERTS)["lora_a"]
     x, v = b.normal(T, K), b.normal(T * TOP_K, len(a), RANK)
-    return {"x": x, "lora_a": a, "tables": tables, "runs": runs, "x_rows": "token", "v": v}
+    codes, scale = kg.quantize_activations(x) if fp8 else (x, None)
+    return {"x": codes, "lora_a": a, "tables": tables, "runs": runs, "x_rows": "token", "v": v, "x_scale": scale}
 
 
 def _adapted_gemm(b: Batch) -> Arguments:
@@ -233,6 +234,7 @@ GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
         },
     ),
     "moe_shrink": ("moe_shrink", _moe_shrink),
+    "moe_shrink fp8": ("moe_shrink", lambda b: _moe_shrink(b, fp8=True)),
     "moe_route": ("moe_route", _route),
     "lora_route": (
         "lora_route",
@@ -613,6 +615,7 @@ MISMATCHED: list[tuple[str, Arguments, str]] = [
     ("moe_gemm adapted", {"lora_b": None}, "lora_b"),
     ("moe_gemm adapted", {"runs": None}, "runs"),
     ("moe_gemm adapted", {"out_rows": "pair"}, "out_rows"),
+    ("moe_shrink fp8", {"x_scale": None}, "x_scale"),
     ("fused_moe fp8", {"w13_scale": None}, "w13_scale"),
     ("fused_moe fp8", {"w2_scale": None}, "w2_scale"),
     ("fused_moe fp8", {"x_scale": None}, "x_scale"),

@@ -103,7 +103,7 @@ def test_opcheck_of_the_steps(device: str) -> None:
     torch.library.opcheck(OPS.moe_gemm.default, (*product, *(None,) * 8))
     tables, runs = kg.moe_runs(layer.ids, layer.adapters, num_experts=EXPERTS, max_loras=LORAS)
     v = kg.moe_shrink(layer.hidden, layer.lora.a13, tables, runs, x_rows="token")
-    torch.library.opcheck(OPS.moe_shrink.default, (v, layer.hidden, layer.lora.a13, *tables, *runs, "token"))
+    torch.library.opcheck(OPS.moe_shrink.default, (v, layer.hidden, layer.lora.a13, *tables, *runs, "token", None))
     inner = torch.zeros(tokens * TOP_K, INTER, dtype=torch.bfloat16, device=device)
     product = (inner, layer.hidden, layer.w13, *tables, None, "token", "sorted", "swiglu", None, None)
     torch.library.opcheck(OPS.moe_gemm.default, (*product, v, layer.lora.b13, *runs))

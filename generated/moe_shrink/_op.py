@@ -24,6 +24,7 @@ def moe_shrink(
     *,
     x_rows: str,
     v: torch.Tensor | None = None,
+    x_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The rank vectors of a batch: v[p, s] = x[from(p)] . A_s[l, e]^T for every local pair p that has an adapter l.
 
@@ -31,12 +32,15 @@ def moe_shrink(
 
     Args:
         x: [T, K] with ``x_rows="token"``, else [T * top_k, K]; bfloat16 or float16, last stride 1.
-        lora_a: S tensors [L, E, rank, K] of one layout, in the dtype of ``x``; the strides over L and E are free, 0 shares.
+        lora_a: S tensors [L, E, rank, K] of one layout, in the dtype of ``x``, of an FP8 one in bfloat16; the strides over L and
+            E are free, 0 shares.
         tables, runs: from ``moe_runs``.
         x_rows: where the row of a pair stands in x: at its "token"; with tables at its place there ("sorted"), without
             them at the "pair" itself.
-        v: [T * top_k, S, rank] in the dtype of ``x`` and the order of the tables; without tables [parts, T * top_k, S, rank]
+        v: [T * top_k, S, rank] in the dtype of ``lora_a`` and the order of the tables; without tables [parts, T * top_k, S, rank]
             float32, parts of sums; None: a new tensor.
+        x_scale: float32 or float8_e8m0fnu, for an FP8 x (float8_e4m3fn or float8_e5m2) of tokens, which stands for its numbers
+            times scales: [1]; or [T, 1]; or [T, ceil(K / group_k)], row by row or column by column.
 
     Returns:
         v.
@@ -46,17 +50,17 @@ def moe_shrink(
     """
     if v is None:
         try:
-            v = _vectors(x, lora_a, tables)
+            v = _vectors(lora_a, tables)
         except (AttributeError, IndexError, TypeError) as error:
-            OP.refuse(OP.named(v, x, lora_a, tables, runs, x_rows), error)
-    (_in_graphs if torch.compiler.is_compiling() else _apply)(v, x, lora_a, tables, runs, x_rows)
+            OP.refuse(OP.named(v, x, lora_a, tables, runs, x_rows, x_scale), error)
+    (_in_graphs if torch.compiler.is_compiling() else _apply)(v, x, lora_a, tables, runs, x_rows, x_scale)
     return v
 
 
-def _vectors(x: torch.Tensor, lora_a: Sequence[torch.Tensor], tables: MoeTables) -> torch.Tensor:
+def _vectors(lora_a: Sequence[torch.Tensor], tables: MoeTables) -> torch.Tensor:
     by_table = tables.block_m != 0
     shape = vector_shape(lora_a, tables.num_tokens * tables.top_k, by_table)
-    return torch.empty(shape, dtype=x.dtype if by_table else torch.float32, device=x.device)
+    return torch.empty(shape, dtype=lora_a[0].dtype if by_table else torch.float32, device=lora_a[0].device)
 
 
 def vector_shape(lora_a: Sequence[torch.Tensor], num_pairs: int, by_table: bool) -> tuple[int, ...]:
@@ -73,6 +77,7 @@ def bind(
     tables: MoeTables,
     runs: MoeRuns,
     x_rows: str,
+    x_scale: torch.Tensor | None = None,
     op: str = "moe_shrink",
 ) -> Call:
     """The launch for calls that look like this one, of ``op``.
@@ -81,8 +86,8 @@ def bind(
         ValueError: as ``moe_shrink``.
     """
     schedule, rows = ("pairs", f"{x_rows}_pair") if runs.runs is None else ("runs", f"{x_rows}_sorted")
-    problem = check(op, v, x, lora_a, tables, runs, dtype=None, rows=rows)
-    variant = VARIANTS.get(op, schedule=schedule, torch_dtype=x.dtype, rows=rows)
+    problem = check(op, v, x, lora_a, tables, runs, dtype=None, rows=rows, x_scale=x_scale)
+    variant = VARIANTS.get(op, schedule=schedule, torch_dtype=lora_a[0].dtype, rows=rows, x_scales=problem.x_scales)
     if problem.num_pairs == 0:
         return runtime.nothing
     call: Call = variant.bind(problem, choose(schedule, problem))

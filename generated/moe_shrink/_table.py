@@ -7,22 +7,30 @@ from __future__ import annotations
 
 import torch
 
+from .._scales import Quant
 from .._variants import Variants
 
 # fmt: off
 VARIANTS = Variants(
     __package__,
     "specs/moe_shrink.yaml",
-    ("schedule", "torch_dtype", "rows"),
+    ("schedule", "torch_dtype", "rows", "x_scales"),
     {
-        ("pairs", torch.bfloat16, "token_pair"): "pairs_bf16_token_pair",
-        ("pairs", torch.bfloat16, "pair_pair"): "pairs_bf16_pair_pair",
-        ("pairs", torch.float16, "token_pair"): "pairs_f16_token_pair",
-        ("pairs", torch.float16, "pair_pair"): "pairs_f16_pair_pair",
-        ("runs", torch.bfloat16, "token_sorted"): "runs_bf16_token_sorted",
-        ("runs", torch.bfloat16, "sorted_sorted"): "runs_bf16_sorted_sorted",
-        ("runs", torch.float16, "token_sorted"): "runs_f16_token_sorted",
-        ("runs", torch.float16, "sorted_sorted"): "runs_f16_sorted_sorted",
+        ("pairs", torch.bfloat16, "token_pair", None): "pairs_bf16_token_pair",
+        ("pairs", torch.bfloat16, "token_pair", "tensor"): "pairs_bf16_token_pair_a8tensor",
+        ("pairs", torch.bfloat16, "token_pair", "token"): "pairs_bf16_token_pair_a8token",
+        ("pairs", torch.bfloat16, "token_pair", "group"): "pairs_bf16_token_pair_a8group",
+        ("pairs", torch.bfloat16, "pair_pair", None): "pairs_bf16_pair_pair",
+        ("pairs", torch.float16, "token_pair", None): "pairs_f16_token_pair",
+        ("pairs", torch.float16, "pair_pair", None): "pairs_f16_pair_pair",
+        ("runs", torch.bfloat16, "token_sorted", None): "runs_bf16_token_sorted",
+        ("runs", torch.bfloat16, "token_sorted", "tensor"): "runs_bf16_token_sorted_a8tensor",
+        ("runs", torch.bfloat16, "token_sorted", "token"): "runs_bf16_token_sorted_a8token",
+        ("runs", torch.bfloat16, "token_sorted", "group"): "runs_bf16_token_sorted_a8group",
+        ("runs", torch.bfloat16, "sorted_sorted", None): "runs_bf16_sorted_sorted",
+        ("runs", torch.float16, "token_sorted", None): "runs_f16_token_sorted",
+        ("runs", torch.float16, "sorted_sorted", None): "runs_f16_sorted_sorted",
     },
 )
 # fmt: on
+QUANT = Quant((torch.float8_e4m3fn, torch.float8_e5m2), 128, 128)

@@ -9,6 +9,7 @@ For every local pair p = t * top_k + j of expert e that has an adapter l, and ev
 
 Vectors of other pairs keep their bytes.
 Shapes: v [parts, T * top_k, S, rank] float32, x [T * top_k, K] and A_s [L, E, rank, K] float16.
+
 K is cut into parts over programs, so that a single token fills the GPU; the product that takes the vectors adds them up.
 """
 
@@ -99,22 +100,24 @@ def moe_shrink_pairs_f16_pair_pair_kernel(
     tl.static_assert(SPLIT_K % BLOCK_K == 0, "a part is of whole tiles")
     a_row = r if WHOLE else tl.where(stored, r, 0)
     k = part * SPLIT_K + tl.arange(0, BLOCK_K)
-    x_row = x_ptr + pair.to(tl.int64) * X_STRIDE
+    row = pair.to(tl.int64)
+    x_row = x_ptr + row * X_STRIDE
     a_rows = a_ptr + adapter * A_STRIDE_L + expert * A_STRIDE_E + a_row[:, None] * A_STRIDE_R
     acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     for _ in tl.static_range(SPLIT_K // BLOCK_K):
         if K % SPLIT_K == 0:
-            x = tl.load(x_row + k)
+            x = tl.load(x_row + k).to(tl.float32)
             a = tl.load(a_rows + k[None, :], eviction_policy=WEIGHTS)
         else:
-            x = tl.load(x_row + k, mask=k < K, other=0.0)
+            x = tl.load(x_row + k, mask=k < K, other=0.0).to(tl.float32)
             a = tl.load(
                 a_rows + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy=WEIGHTS
             )
-        acc += a.to(tl.float32) * x.to(tl.float32)[None, :]
+        acc += a.to(tl.float32) * x[None, :]
         k += BLOCK_K
     v_row = v_ptr + (part.to(tl.int64) * num_pairs + pair) * (len(a_ptrs) * RANK) + s * RANK + r
-    tl.store(v_row, tl.sum(acc, 1), mask=None if WHOLE else stored)
+    total = tl.sum(acc, 1)
+    tl.store(v_row, total, mask=None if WHOLE else stored)
 
 
 _kernel = runtime.Launcher(moe_shrink_pairs_f16_pair_pair_kernel)

@@ -9,6 +9,7 @@ For every local pair p = t * top_k + j of expert e that has an adapter l, and ev
 
 i is the place of p in the tables. Rows of other pairs keep their bytes.
 Shapes: v [T * top_k, S, rank], x [T, K] and A_s [L, E, rank, K], all float16.
+
 They stay in the order of the tables, where the product that takes them reads them. The grid is sized on the host for the
 tokens that are expected, with SIDE programs for the runs of a block, which stride over them.
 """
@@ -64,9 +65,8 @@ def _run(
     # A column that is not stored reads another one again: no mask in the K loop.
     if JOINED:
         c = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
-        if (
-            RANKED
-        ):  # 16 ranks of each slice after the other, so that those that count stand side by side
+        # 16 ranks of each slice after the other, so that those that count stand side by side.
+        if RANKED:
             first_rank = chunk * BLOCK_R // (16 * len(a_ptrs)) * 16
             s = c // 16 % len(a_ptrs)
             r = c // (16 * len(a_ptrs)) * 16 + c % 16

@@ -57,8 +57,8 @@ _FEW_TOKENS = 4  # that stream weights pair by pair
 class FusedMoeLora(NamedTuple):
     """The adapters on the experts of a layer, and which token has which; scalings are folded into the second factors.
 
-    Factors are in the dtype of ``hidden``, of any rank, those of gate and up of one layout; the strides over L and E are free,
-    0 shares. They are finite: what is not reaches rows of other adapters.
+    Factors are in the dtype of ``hidden``, under an FP8 one in bfloat16; of any rank, those of gate and up of one layout; the
+    strides over L and E are free, 0 shares. They are finite: what is not reaches rows of other adapters.
     """
 
     token_lora_mapping: torch.Tensor  # [T] int32, the adapter of each token; -1, or what is not in [0, L): none
@@ -176,9 +176,10 @@ def fused_moe(
             alike.
         h_scale: their scale where x_scale is [1]: [1], or [>= E], the input scale of ``w2`` of each expert; other scales are
             found.
-        lora: adapters, under a ``hidden`` of 16 bits, which add B . round(A . x) to the sums of each product, in fp32: before
-            the activation, and before the rounding of the second product. Tokens without an adapter get the bits of a call
-            without adapters that uses the same tiles.
+        lora: adapters, which add B . round(A . x) to the sums of each product, in fp32: before the activation, and before the
+            rounding of the second product. x is what the product has, of an FP8 ``hidden`` the numbers that it stands for; but
+            for the second product the activations as they were rounded, before they become FP8. Tokens without an adapter get
+            the bits of a call without adapters that uses the same tiles.
 
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
@@ -309,10 +310,11 @@ def _bind(
 ) -> _Call:
     layer, scales = (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens), (w13_scale, w2_scale, x_scale, h_scale)
     sizes = (activation, local_expert_start, num_tokens_hint, zeroes)
-    OP.check("fused_moe", OP.named(*layer, *sizes, *scales, workspace, lora))
+    # Beside an FP8 ``hidden`` 16 bits are bfloat16.
+    OP.check("fused_moe", OP.named(*layer, *sizes, *scales, workspace, lora), D=None if x_scale is None else torch.bfloat16)
     x_mode = _check_scales(_FIRST, hidden, w13, w2, *scales)
     (num_tokens, top_k), (num_experts, width, inter) = topk_ids.shape, w2.shape
-    num_pairs, few = num_tokens * top_k, num_tokens <= _FEW_TOKENS
+    num_pairs, few = num_tokens * top_k, num_tokens <= _FEW_TOKENS and (lora is None or x_mode is None)
     expected = num_tokens if num_tokens_hint is None else min(num_tokens_hint, num_tokens)
     # With adapters in 16 bits tall blocks pay earlier: of fewer blocks fewer runs are cut.
     tall = {} if lora is None or w13.itemsize == 1 else {"tall": 48.0}
@@ -357,7 +359,7 @@ def _bind(
 
     adapters = None
     if lora is not None:
-        adapters, like, (of_first["v"], of_second["v"]) = _bind_lora(lora, hidden, h, tables, buffers, few)
+        adapters, like, (of_first["v"], of_second["v"]) = _bind_lora(lora, hidden, x_scale, h, tables, buffers, few)
         for options, lora_b in ((of_first, lora.b13), (of_second, lora.b2)):
             options |= {"lora_b": lora_b, "runs": like}
 
@@ -393,13 +395,14 @@ def _bind(
         ) -> None:
             buffers = use(workspace, hidden)
             tables = MoeTables(topk_ids, valid_tokens, buffers.pairs, buffers.blocks, buffers.num_blocks, *routing)
-            of_hidden = [scale for scale in (w13_scale, x_scale) if scale is not None]
+            of_x = () if x_scale is None else (x_scale,)
+            of_hidden = of_x if w13_scale is None else (w13_scale, *of_x)
             of_first: tuple[Any, ...] = ()
             of_last: tuple[Any, ...] = ()
             if adapters is not None:
                 runs = MoeRuns(lora.token_lora_mapping, lora.adapter_enabled, None, None, adapters.max_loras, lora.lora_ranks)
                 v = buffers.vectors
-                adapters.shrink_x(v, hidden, lora.a13, tables, runs)
+                adapters.shrink_x(v, hidden, lora.a13, tables, runs, *of_x)
                 of_first, of_last = (v, lora.b13, runs), (v, lora.b2, runs)
             first(buffers.inter, hidden, w13, tables, None, *of_hidden, *of_first)
             rows, of_rows = between(hidden, tables, w2_scale, h_scale, buffers)
@@ -437,7 +440,8 @@ def _bind(
     ) -> None:
         buffers = use(workspace, hidden)
         ints, h, y = (buffers.pairs, buffers.blocks, buffers.num_blocks), buffers.inter, buffers.outputs
-        of_hidden = [scale for scale in (w13_scale, x_scale) if scale is not None]
+        of_x = () if x_scale is None else (x_scale,)
+        of_hidden = of_x if w13_scale is None else (w13_scale, *of_x)
         tables = MoeTables(topk_ids, valid_tokens, *ints, *routing)
         of_first: tuple[Any, ...] = ()
         of_second: tuple[Any, ...] = ()
@@ -449,7 +453,7 @@ def _bind(
             align(*ints, run_of_row, of_blocks, gathered, topk_ids, valid_tokens, *of_adapters, lora.lora_ranks)
             runs = MoeRuns(*of_adapters, run_of_row, of_blocks, adapters.max_loras, lora.lora_ranks)
             v = buffers.vectors.view(dtype)
-            adapters.shrink_x(v, hidden, lora.a13, tables, runs)
+            adapters.shrink_x(v, hidden, lora.a13, tables, runs, *of_x)
             of_first, of_second = (v, lora.b13, runs), (v, lora.b2, runs)
         first(h, hidden, w13, tables, None, *of_hidden, *of_first)
         rows, of_rows = between(hidden, tables, w2_scale, h_scale, buffers)
@@ -470,7 +474,13 @@ class _Adapters(NamedTuple):
 
 
 def _bind_lora(
-    lora: FusedMoeLora, hidden: torch.Tensor, inner: torch.Tensor, tables: MoeTables, buffers: Any, few: bool
+    lora: FusedMoeLora,
+    hidden: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    inner: torch.Tensor,
+    tables: MoeTables,
+    buffers: Any,
+    few: bool,
 ) -> tuple[_Adapters, MoeRuns, list[torch.Tensor]]:
     """The launches, and what the products are bound with: runs, and the rank vectors of both, of which those of the first are
     read when the others are written.
@@ -481,8 +491,8 @@ def _bind_lora(
     vectors = buffers.vectors if few else buffers.vectors.view(inner.dtype)
     shapes = [vector_shape(a, num_pairs, not few) for a in (lora.a13, lora.a2)]
     v13, v2 = both = [vectors[: math.prod(shape)].view(shape) for shape in shapes]
-    shrink_x = bind_shrink(v13, hidden, lora.a13, tables, runs, "token", _SHRINK_X)
-    shrink_h = bind_shrink(v2, inner, lora.a2, tables, runs, "pair" if few else "sorted", _SHRINK_H)
+    shrink_x = bind_shrink(v13, hidden, lora.a13, tables, runs, "token", x_scale, _SHRINK_X)
+    shrink_h = bind_shrink(v2, inner, lora.a2, tables, runs, "pair" if few else "sorted", op=_SHRINK_H)
     return _Adapters(max_loras, shrink_x, shrink_h), runs, both
 
 

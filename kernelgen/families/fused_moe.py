@@ -11,7 +11,7 @@ FP8 operands stand for their numbers times their scales: ``dequantise`` them fir
 ``moe_quant`` makes it of the rounded h: another step function, whose scale is known to the bit wherever the largest h is.
 
 With an adapter l each product of a row r has B[l, e] . round(A[l, e] . r) added, whose rank vectors are rounded to the dtype
-between the products: a step function of its own.
+between the products: a step function of its own. r is x, or h as it was rounded, before it becomes FP8.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def fused_moe(
         rank = 0 if lora is None else max(lora.a13[0].shape[2], lora.a2[0].shape[2]) + 2
         x = hidden[token].double()
         sums, error = dot(w13[expert], x, x.shape[0] + rank, **flags)
-        more, its = _delta(of_first, x, torch.zeros_like(x), sums, x.shape[0] + rank, inner.dtype)
+        sizes = (sums, x.shape[0] + rank, inner.dtype)
+        more, its = _delta(of_first, x, torch.zeros_like(x), *sizes, scaled=inner.element is not None)
         h, error = activate(sums + more, error + its, activation)
         low, high = h_low, h_high = tuple((h + e).to(inner.dtype).double() for e in (-error, error))
         if inner.element is not None:
@@ -113,13 +114,16 @@ def _delta(
     like: torch.Tensor,
     terms: int,
     dtype: torch.dtype,
+    *,
+    scaled: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """B . round(A . row) of each slice behind the other, and its error, for a row within ``radius``; 0 without factors."""
+    """B . round(A . row) of each slice behind the other, and its error, for a row within ``radius``, which may have been
+    dequantised; 0 without factors."""
     if not factors:
         return torch.zeros_like(like), torch.zeros_like(like)
     found = []
     for a, b in factors:
-        v, error = dot(a, row)
+        v, error = dot(a, row, scaled=scaled)
         error = error + a.double().abs() @ radius * (1 + row.shape[0] * _FP32)
         low, high = ((v + e).to(dtype).double() for e in (-error, error))
         value, error = dot(b, (low + high) / 2, terms)

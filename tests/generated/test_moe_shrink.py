@@ -15,16 +15,22 @@ from kernelgen.prove.testing import Case, Law, Suite, Variant
 SUITE = Suite(
     package="generated",
     family="moe_shrink",
-    axes="schedule dtype rows",
+    axes="schedule dtype rows act_quant",
     rows="""
-pairs bf16 token_pair
-pairs bf16 pair_pair
-pairs f16 token_pair
-pairs f16 pair_pair
-runs bf16 token_sorted
-runs bf16 sorted_sorted
-runs f16 token_sorted
-runs f16 sorted_sorted
+pairs bf16 token_pair none
+pairs bf16 token_pair a8tensor
+pairs bf16 token_pair a8token
+pairs bf16 token_pair a8group
+pairs bf16 pair_pair none
+pairs f16 token_pair none
+pairs f16 pair_pair none
+runs bf16 token_sorted none
+runs bf16 token_sorted a8tensor
+runs bf16 token_sorted a8token
+runs bf16 token_sorted a8group
+runs bf16 sorted_sorted none
+runs f16 token_sorted none
+runs f16 sorted_sorted none
 """,
 )
 

@@ -116,6 +116,18 @@ _OF_LORA = (
     Case("disabled", "adapters that are loaded but disabled", only=_LORA, tokens=9, adapters=Adapters("spread", 4, (0, 2))),
     Case("a_run_a_row", "every row a run of its own", only=_LORA, tokens=16, top_k=1, routing=_ONE, adapters=_MANY),
     Case("shared_b", "factors stored once for all experts: stride 0", only=_LORA, b_layout="shared"),
+    Case(
+        "fp8_with_adapters",
+        "a delta behind sums that have their scales",
+        only=MappingProxyType({**_FP8, **_LORA}),
+        body=_QUANTS,
+        tokens=20,
+        few=2,
+        experts=2,
+        k=160,
+        n=136,
+        rank=40,
+    ),
     Case("huge_adapters", "32-bit offsets of adapters wrap", only=_LORA, b_layout="huge_adapters"),
     Case("huge_b", "32-bit offsets of the experts of factors wrap", only=_LORA, b_layout="huge_experts", experts=2),
 )

@@ -119,7 +119,7 @@ def fused_front_door(package: ModuleType, variants: Sequence[Variant], device: s
 
 
 # Scales of weights, scales of activations; an activation that such layers have.
-_MODES = (
+MODES = (
     ("tensor", None, "relu2"),
     ("channel", None, "swiglu"),
     ("group", None, "swiglu"),
@@ -168,8 +168,8 @@ def fp8_layer(
 
 def fp8_front_door(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """Layers with FP8 weights, with and without FP8 activations, are within their bound, in a workspace and without."""
-    few = [mode for mode in _MODES if mode[1:] in (("tensor", "swiglu"), ("group", "swiglu"))]
-    for i, (tokens, mode) in enumerate([*itertools.product((1,), few), *itertools.product((7,), _MODES)]):
+    few = [mode for mode in MODES if mode[1:] in (("tensor", "swiglu"), ("group", "swiglu"))]
+    for i, (tokens, mode) in enumerate([*itertools.product((1,), few), *itertools.product((7,), MODES)]):
         inter = 96 if i % 2 else 136  # as many groups of gate and up as if they were one, or more
         call = fp8_layer(package, tokens, Experts(valid=min(tokens, 5)), device, mode, served=i % 3 == 0, inter=inter)
         sizes = {"max_tokens": 12, "top_k": 2, "num_experts": 4, "hidden": 144, "intermediate": 136}

@@ -10,9 +10,10 @@ import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
+from .._scales import check_fp8, check_x_scale, find_x_mode, product_rows
 from ..moe_align._op import TABLES, MoeTables, max_blocks
 from ..moe_runs._op import RUNS, MoeRuns, settled_block_m
-from ._table import VARIANTS
+from ._table import QUANT, VARIANTS
 from ._tuned import TUNED
 
 
@@ -42,8 +43,8 @@ Config = PairsConfig | RunsConfig
 # How the cache treats weights, by weight_policy: as any data, or as data that is read once.
 CACHE_POLICIES = ("", "evict_first")
 
-# (v, x, lora_a, tables, runs) of sizes that were checked before
-Call = Callable[[torch.Tensor, torch.Tensor, Sequence[torch.Tensor], MoeTables, MoeRuns], None]
+# (v, x, lora_a, tables, runs) of sizes that were checked before; then x_scale where x is FP8
+Call = Callable[..., None]
 
 
 def _rows(values: Mapping[str, Any]) -> dict[str, int]:
@@ -56,14 +57,16 @@ OP = operands.Op(
     "moe_shrink",
     (
         operands.Tensor("v", ("T*top_k, S, rank", "*, T*top_k, S, rank"), None, operands.CONTIGUOUS, made=True, written=True),
-        operands.Tensor("x", "R, K", "D"),
+        operands.Tensor("x", "R, K", "D", scaled_by="x_scale"),
         operands.Tensor("lora_a", ">=L, >=E, rank, K", "D", slices="alike"),
         TABLES,
         RUNS,
         operands.Choice("x_rows", ("token", "pair", "sorted")),
+        operands.Tensor("x_scale", None, None, operands.FREE, optional=True, left_out=True),
     ),
     spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},
+    fp8=QUANT.elements,
     first=("lora_a",),
     tells=("x",),
     sizes=_rows,
@@ -90,6 +93,9 @@ class Problem(NamedTuple):
     a_strides: operands.Strides
     ranked: bool  # whether adapters say how many of their ranks count
     device: torch.device
+    x_scales: str | None  # of what an FP8 x has a scale each: "tensor", "token" or "group"
+    x_scale_stride: int  # over rows
+    x_scale_next: int | None  # over groups, None: 1
 
 
 def check(
@@ -102,20 +108,23 @@ def check(
     *,
     dtype: torch.dtype | None,
     rows: str,
+    x_scale: torch.Tensor | None = None,
+    mode: str | None = None,
 ) -> Problem:
-    """The sizes of a call, once everything about it is known to fit; dtype of None: any.
+    """The sizes of a call, once everything about it is known to fit; dtype and mode, of which x has a scale each, of None: any.
 
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
     reads, writes = rows.split("_")
     by_table = writes == "sorted"
-    sizes = OP.check(variant, OP.named(v, x, lora_a, tables, runs, reads), D=dtype)
+    sizes = OP.check(variant, OP.named(v, x, lora_a, tables, runs, reads, x_scale), D=dtype)
     if by_table and (runs.runs is None or tables.block_m == 0):
         runtime.fail(variant, "runs", "none", "runs", "make them with moe_align and moe_runs")
+    x_scales, x_scale_strides = _check_x_scale(variant, x, x_scale, mode)
     num_pairs, rank, k = tables.num_tokens * tables.top_k, sizes["rank"], sizes["K"]
     of_pairs = (num_pairs, sizes["S"], rank)
-    shape, kind = (of_pairs, x.dtype) if by_table else ((part_count(k), *of_pairs), torch.float32)
+    shape, kind = (of_pairs, sizes["D"]) if by_table else ((part_count(k), *of_pairs), torch.float32)
     if v.shape != shape or v.dtype != kind:
         runtime.fail(variant, "v", runtime.describe(v), f"{list(shape)} {kind}", "None makes it")
     strides = operands.Strides.of(lora_a[0])
@@ -139,7 +148,23 @@ def check(
         strides,
         runs.lora_ranks is not None,
         x.device,
+        x_scales,
+        *x_scale_strides,
     )
+
+
+def _check_x_scale(
+    variant: str, x: torch.Tensor, x_scale: torch.Tensor | None, mode: str | None
+) -> tuple[str | None, tuple[int, int | None]]:
+    """Of what an FP8 x has a scale each, and the strides of these."""
+    if x_scale is None and mode is None:
+        return None, (0, None)
+    found = None if x_scale is None else find_x_mode(variant, x, x_scale, QUANT, mode)
+    if found is None or mode not in (None, found):
+        got = None if x_scale is None else runtime.describe(x_scale)
+        runtime.fail(variant, "x_scale", got, f"a scale a {mode}")
+    check_fp8(variant, "x", x, found, QUANT)
+    return found, check_x_scale(variant, found, x, x_scale, QUANT)
 
 
 def part_count(k: int) -> int:
@@ -190,13 +215,13 @@ def choose(schedule: str, problem: Problem) -> Any:
     device = runtime.traits(problem.device)
     tokens = min(runtime.next_power_of_2(problem.tokens_hint), 4096)
     layer = (problem.top_k, problem.num_experts, problem.max_loras, problem.block_m, problem.k, problem.slices, problem.rank)
-    key = Key(tokens, *layer, problem.reads_token, None, None)
+    key = Key(tokens, *layer, problem.reads_token, None, problem.x_scales)
 
     def rule(_: str | None) -> tuple[str, Config]:
         columns = problem.rank * (problem.slices if device.mixed_pointers else 1)
         if problem.ranked:
             columns = min(columns, 64)  # so that there are chunks in which nothing counts
-        sizes = (problem.block_m, problem.k, columns, problem.reads_token)
+        sizes = (problem.block_m, problem.k, columns, problem.reads_token, problem.x_scales)
         return schedule, _choose(schedule, *sizes, device.shared_memory, device.max_stages)
 
     return runtime.choose(TUNED, key, device, CONFIGS, rule, lambda other: other == schedule)[1]
@@ -207,12 +232,20 @@ def _choose(schedule: str, *sizes: Any) -> Config:
     return _pairs(*sizes) if schedule == "pairs" else _runs(*sizes)
 
 
-def _pairs(block_m: int, k: int, columns: int, reads_token: bool, shared_memory: int, max_stages: int) -> PairsConfig:
+def _pairs(
+    block_m: int, k: int, columns: int, reads_token: bool, x_scales: str | None, shared_memory: int, max_stages: int
+) -> PairsConfig:
     return PairsConfig(32 if columns >= 32 else 8, min(256, max(64, runtime.next_power_of_2(k))), 4, 1)
 
 
-def _runs(block_m: int, k: int, columns: int, reads_token: bool, shared_memory: int, max_stages: int) -> RunsConfig:
+def _runs(
+    block_m: int, k: int, columns: int, reads_token: bool, x_scales: str | None, shared_memory: int, max_stages: int
+) -> RunsConfig:
     rows, block_r, block_k, stages = (_OF_TOKENS if reads_token else _OF_PAIRS)[block_m]
+    if x_scales is not None:
+        rows = product_rows(rows)
+    if x_scales == "group":
+        block_k = min(block_k, QUANT.group_k)
     block_r = min(block_r, max(16, runtime.next_power_of_2(columns)))
     stages = min(stages if block_r < 128 else 3, max_stages)
     while block_k > 32 and k % block_k:

@@ -20,6 +20,8 @@ def call(package: ModuleType, asked: Asked) -> None:
     tables, found = runs(package, asked, **({"block_m": 0} if by_one else {}))
     of_tokens = (asked.tag("rows") or "token").startswith("token")
     x_rows = "token" if of_tokens else "pair" if by_one else "sorted"
-    x = empty(asked, sizes["num_tokens"] * (1 if of_tokens else sizes["top_k"]), sizes["k"])
+    x, x_scale = empty(asked, sizes["num_tokens"] * (1 if of_tokens else sizes["top_k"]), sizes["k"]), None
+    if asked.fact("x_scales"):
+        x, x_scale = package.quantize_activations(x, asked.fact("x_scales"))
     lora_a = [empty(asked, sizes["max_loras"], sizes["num_experts"], sizes["rank"], sizes["k"])] * sizes["slices"]
-    package.moe_shrink(x, lora_a, tables, found, x_rows=x_rows)
+    package.moe_shrink(x, lora_a, tables, found, x_rows=x_rows, x_scale=x_scale)

@@ -14,18 +14,21 @@ from typing import Any, Callable, Mapping, Sequence
 
 import torch
 
+from kernelgen.families import quant
 from kernelgen.families.buffers import allocate, allocate_sparse, positions, row_major, seal
 from kernelgen.families.case import Case as BaseCase
 from kernelgen.families.case import Tags, worst_ratio
 from kernelgen.families.lora_inputs import dtype_of, sealed, unchanged
-from kernelgen.families.moe_adapters import HUGE, Adapters, factors, live_of
+from kernelgen.families.moe_adapters import HUGE, MIXED, Adapters, factors, live_of
 from kernelgen.families.moe_adapters import draw as draw_adapters
 from kernelgen.families.moe_experts import SPREAD, Experts, draw
 from kernelgen.families.moe_gemm.cases import tables_of
+from kernelgen.families.moe_lora.reference import dequantise
 from kernelgen.families.moe_runs.reference import moe_runs
 from kernelgen.families.moe_shrink.reference import moe_shrink
 
 BODY = ("schedule", "rows")
+_SCALES = (*BODY, "act_quant")  # what an FP8 x and its scales pass through
 _SPREAD = Adapters("spread", 2)
 
 
@@ -41,6 +44,9 @@ class Case(BaseCase):
         offset: elements that x starts behind a 16-byte boundary.
         nan_token: rows of x of this token are NaN.
         own_tiles: the variant chooses its tiles itself.
+        element: of an FP8 x.
+        scales_dtype: of its scales.
+        by_column: these lie column by column.
     """
 
     tokens: int = 5
@@ -59,11 +65,16 @@ class Case(BaseCase):
     offset: int = 0
     nan_token: int | None = None
     own_tiles: bool = False
+    element: str = "e4m3"
+    scales_dtype: torch.dtype = torch.float32
+    by_column: bool = False
 
 
 _ONE = Experts("one")
 _RUNS = {"schedule": ("runs",)}
 _LAST = Adapters("one", 2)
+_A8: Mapping[str, Any] = {"only": {"act_quant": ("a8tensor", "a8token", "a8group")}, "body": _SCALES}
+_GROUPS: Mapping[str, Any] = {"only": {"act_quant": ("a8group",)}, "body": _SCALES}
 
 CASES = (
     Case("one", "every size is one", tokens=1, top_k=1, experts=1, k=1, rank=1, adapters=Adapters("one", 1)),
@@ -101,9 +112,16 @@ CASES = (
     Case("unaligned", "odd strides, a base that is not 16-byte aligned", k=33, x_row=35, offset=1),
     Case("huge_adapters", "32-bit offsets of adapters wrap", a_layout="huge_adapters"),
     Case("huge_experts", "32-bit offsets of experts wrap", a_layout="huge_experts", experts=2),
-    Case("huge_rows", "32-bit offsets of rows wrap", x_row=HUGE // 4, tokens=4, few=4),
+    Case("huge_rows", "32-bit offsets of rows wrap", x_row=HUGE // 3, tokens=4, few=4),
     Case("nan_row", "a NaN stays with the pairs of its token", tokens=8, nan_token=1, routing=_ONE, adapters=_LAST),
     Case("own_tiles", "the tiles that the rule takes", own_tiles=True, tokens=20, k=600, slices=2),
+    Case("fp8", "two parts and several groups of K, none of them full at the end", **_A8, k=600, slices=2, adapters=MIXED),
+    Case("fp8_whole", "whole groups, no mask", **_A8, k=512, few=2, adapters=MIXED),
+    Case("fp8_e8m0", "scales that are powers of two, bytes (vLLM #54435)", **_A8, few=1, scales_dtype=torch.float8_e8m0fnu),
+    Case("fp8_e5m2", "e5m2 that is read as e4m3", **_A8, few=1, element="e5m2"),
+    Case("fp8_by_column", "scales of x column by column (tokenspeed #189)", **_GROUPS, k=160, by_column=True),
+    Case("fp8_nan_row", "a NaN stays with the pairs of its token", **_A8, tokens=8, nan_token=1, routing=_ONE, adapters=_LAST),
+    Case("fp8_own_tiles", "the tiles that the rule takes", **_A8, own_tiles=True, few=2, tokens=20, k=600, slices=2),
 )
 
 
@@ -119,7 +137,9 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
     adapters = draw_adapters(case.adapters, tokens, rng, device)
     num_pairs = tokens * case.top_k
     wanted = moe_runs(routed.local, adapters.of_token, top_k=case.top_k, block_m=case.block_m)
-    x = _x(case, reads, num_pairs, wanted.order, adapters.of_token, numbers, dtype, device)
+    of_x = quant.scales_of(tags)[1]
+    x, x_scale, stands_for = _x(case, reads, of_x, num_pairs, wanted.order, adapters.of_token, numbers, dtype, device)
+    scales = {} if x_scale is None else {"x_scale": x_scale}
     shape = (adapters.loras, case.experts, case.rank, case.k)
     a = factors(shape, case.slices, case.a_layout, live_of(routed.local, adapters.of_token, case.top_k), numbers, dtype, device)
     tables, runs, ints = tables_of(package, case, routed, few, device, adapters)
@@ -127,10 +147,11 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
     if few:
         vectors = (-(-case.k // 512), *vectors)
     v = allocate(vectors, row_major(vectors), torch.float32 if few else dtype, device)
-    inputs, guarded = sealed({"x": x, **{f"lora_a[{s}]": w for s, w in enumerate(a)}, **ints}), seal(v)
-    launcher(v, x, a, tables, runs, config=None if case.own_tiles else tiles(launcher))
+    inputs, guarded = sealed({"x": x, **{f"lora_a[{s}]": w for s, w in enumerate(a)}, **scales, **ints}), seal(v)
+    launcher(v, x, a, tables, runs, config=None if case.own_tiles else tiles(launcher), **scales)
     unchanged(inputs)
-    exact = moe_shrink(x, a, wanted.order, adapters.of_token, num_pairs=num_pairs, rows=tags["rows"])
+    options: dict[str, Any] = {"num_pairs": num_pairs, "rows": tags["rows"], "scaled": x_scale is not None}
+    exact = moe_shrink(stands_for, a, wanted.order, adapters.of_token, **options)
     rows = exact.written.to(device)
     stray = int((guarded.changed() & ~positions(guarded, rows[:, None].expand(v.shape[:-1]))).sum())
     assert not stray, f"v: {stray} elements changed beside pairs with an adapter"
@@ -141,26 +162,38 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
 def _x(
     case: Case,
     reads: str,
+    of_x: str | None,
     num_pairs: int,
     order: Sequence[Any],
     of_token: Sequence[int | None],
     numbers: torch.Generator,
     dtype: torch.dtype,
     device: str,
-) -> torch.Tensor:
-    """Numbers where a pair that reads the row has an adapter."""
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """x, its scales and what it stands for: numbers where a pair that reads the row has an adapter."""
     row = case.x_row or case.k + 8
     shape = (len(of_token) if reads == "token" else num_pairs, case.k)
+    kind = quant.ELEMENTS[case.element] if of_x else dtype
     if row >= HUGE // 4:
-        x = allocate_sparse(shape, (row, 1), dtype, device)
+        x = allocate_sparse(shape, (row, 1), kind, device)
     else:
-        x = allocate(shape, (row, 1), dtype, device, offset=case.offset)
+        x = allocate(shape, (row, 1), kind, device, offset=case.offset)
+    x_scale = None
+    if of_x:
+        scales_shape = quant.x_scale_shape(of_x, shape, quant.GROUP[1])
+        x_scale = quant.allocate_x_scale(scales_shape, device, case.scales_dtype, case.by_column)
     for place, (pair, _) in enumerate(order):
         token = pair // case.top_k
         if of_token[token] is not None:
-            drawn = torch.randn(case.k, generator=numbers).to(x)
-            x[{"token": token, "pair": pair, "sorted": place}[reads]] = math.nan if token == case.nan_token else drawn
-    return x
+            row = {"token": token, "pair": pair, "sorted": place}[reads]
+            drawn = quant.as_dtype(torch.randn(case.k, generator=numbers), x)
+            x[row] = math.nan if token == case.nan_token else drawn
+            if x_scale is not None:
+                each = x_scale[row] if x_scale.dim() > 1 else x_scale
+                each.copy_(quant.draw_scales(each, 1.0, numbers))
+    if x_scale is None or not of_token:
+        return x, x_scale, x
+    return x, x_scale, dequantise(x, x_scale, quant.group_of(of_x, shape, (1, quant.GROUP[1])))
 
 
 def tiles(launcher: Callable[..., None]) -> Any:

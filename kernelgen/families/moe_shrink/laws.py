@@ -15,7 +15,7 @@ from kernelgen.families.fused_moe import Lora, fused_moe
 from kernelgen.families.moe_adapters import Adapters, factors, live_of
 from kernelgen.families.moe_adapters import draw as draw_adapters
 from kernelgen.families.moe_experts import Experts
-from kernelgen.families.moe_gemm.laws import Layer, about, fp8_layer, layer, tensors
+from kernelgen.families.moe_gemm.laws import MODES, Layer, about, fp8_layer, layer, tensors
 
 
 def with_adapters(
@@ -25,12 +25,13 @@ def with_adapters(
     tokens, top_k = call.routed.topk_ids.shape
     experts, width, inter = call.w2.shape
     device, slices = str(call.hidden.device), call.w13.shape[1] // inter
+    dtype = call.hidden.dtype if call.inner is None else call.inner.dtype
     drawn = draw_adapters(how, tokens, random.Random(seed), device)
     live = live_of(call.routed.local, drawn.of_token, top_k)
     numbers = torch.Generator().manual_seed(seed)
 
     def make(rows: int, columns: int, count: int) -> list[torch.Tensor]:
-        return factors((drawn.loras, experts, rows, columns), count, layout, live, numbers, call.hidden.dtype, device)
+        return factors((drawn.loras, experts, rows, columns), count, layout, live, numbers, dtype, device)
 
     first = make(ranks[0], width, slices), make(inter, ranks[0], slices)
     last = make(ranks[1], inter, 1), make(width, ranks[1], 1)
@@ -66,15 +67,22 @@ def layers_with_adapters(package: ModuleType, variants: Sequence[Variant], devic
         assert torch.equal(bits(out[alone]), bits(plain[alone])), f"{what}: tokens without an adapter differ"
 
 
-def fp8_weights_with_adapters(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
-    """Layers with FP8 weights and adapters in 16 bits are within their bound, and without an adapter as they were."""
-    for tokens, scales in ((2, "group"), (7, "tensor"), (7, "channel"), (7, "group")):
-        base = fp8_layer(package, tokens, Experts("mixed"), device, (scales, None, "swiglu"), experts=3)
+def fp8_layers_with_adapters(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """Layers with FP8 weights, with and without FP8 activations, and adapters in 16 bits are within their bound, in a workspace
+    and without; and tokens without an adapter as they were."""
+    modes: list[Any] = [(2, ("group", None, "swiglu")), (7, ("tensor", None, "relu2")), (7, ("channel", None, "swiglu"))]
+    modes += [(2, ("group", "group", "swiglu")), *((7, mode) for mode in MODES if mode[1] or mode[0] == "group")]
+    sizes = {"max_tokens": 7, "top_k": 2, "num_experts": 3, "hidden": 144, "intermediate": 136}
+    for number, (tokens, mode) in enumerate(modes):
+        base = fp8_layer(package, tokens, Experts("mixed"), device, mode, served=number % 3 == 0, experts=3)
         call = with_adapters(package, base, Adapters("mixed"), (24, 16))
-        out = call.run(package)
-        about(lambda call=call, out=out: call.verify(out), f"{tokens} tokens, scales {scales}")  # type: ignore[misc]
-        alone = [token for token, adapter in enumerate(call.adapters) if adapter is None]
-        assert torch.equal(bits(out[alone]), bits(base.run(package)[alone])), f"{tokens} tokens, scales {scales}"
+        options = {"fp8_activations": mode[1] is not None, "max_rank": 24, "device": device}
+        workspace = package.fused_moe_workspace(**sizes, **options) if number % 2 else None
+        out = call.run(package, workspace=workspace)
+        about(lambda call=call, out=out: call.verify(out), f"{tokens} tokens, scales {mode}")  # type: ignore[misc]
+        if tokens > 4 or mode[1] is None:  # else the layer without adapters has another schedule
+            alone = [token for token, adapter in enumerate(call.adapters) if adapter is None]
+            assert torch.equal(bits(out[alone]), bits(base.run(package)[alone])), f"{tokens} tokens, scales {mode}"
 
 
 def a_row_does_not_know_its_batch(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
@@ -200,7 +208,7 @@ def real_sizes(package: ModuleType, variants: Sequence[Variant], device: str) ->
 
 LAWS = (
     Law(layers_with_adapters),
-    Law(fp8_weights_with_adapters),
+    Law(fp8_layers_with_adapters),
     Law(a_row_does_not_know_its_batch),
     Law(ranks_that_count),
     Law(the_ops_one_by_one),

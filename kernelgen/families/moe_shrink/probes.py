@@ -9,7 +9,7 @@ from typing import Any, Iterator
 import torch
 
 from kernelgen.core.model import Variant
-from kernelgen.families.probe import FP32, QWEN3, Probe, launcher_of, meta
+from kernelgen.families.probe import FP32, QWEN3, Probe, fp8, launcher_of, meta
 
 
 def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
@@ -17,21 +17,26 @@ def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
     launcher = launcher_of(package, variant)
     dtype, top_k, num_experts = getattr(torch, variant.torch_dtype), QWEN3["top_k"], QWEN3["num_experts"]
     slices, k = (2, QWEN3["hidden"]) if variant.reads_token else (1, QWEN3["inter"])
-    parts = importlib.import_module(f"{package.__name__}.moe_shrink._problem").part_count(k)
+    problem = importlib.import_module(f"{package.__name__}.moe_shrink._problem")
+    scales_of = importlib.import_module(f"{package.__name__}._scales")
     few = variant.schedule == "pairs"
     for num_tokens, rank in {1: 16, 4: 64}.items() if few else {64: 64, 1024: 16, 4096: 64}.items():
         num_pairs = num_tokens * top_k
-        x = meta(num_tokens if variant.reads_token else num_pairs, k, dtype=dtype)
+        x_shape = (num_tokens if variant.reads_token else num_pairs, k)
+        x = meta(*x_shape, dtype=fp8(package) if variant.x_scales else dtype)
+        scales: dict[str, Any] = {}
+        if variant.x_scales:
+            scales["x_scale"] = meta(*scales_of.x_scale_shape(variant.x_scales, x_shape, problem.QUANT), dtype=FP32)
         v = meta(num_pairs, slices, rank, dtype=dtype)
         if few:
-            v = meta(parts, num_pairs, slices, rank, dtype=FP32)
+            v = meta(problem.part_count(k), num_pairs, slices, rank, dtype=FP32)
         a = [meta(5, num_experts, rank, k, dtype=dtype)] * slices
 
-        def call(operands: Any = (v, x, a), num_tokens: int = num_tokens) -> None:
+        def call(operands: Any = (v, x, a), scales: Any = scales, num_tokens: int = num_tokens) -> None:
             with package._runtime.compile_only():
                 sizes = {"num_experts": num_experts, "max_loras": 5, "block_m": 0 if few else None}
                 tables, runs = package.moe_runs(meta(num_tokens, top_k), meta(num_tokens), **sizes)
-            launcher(*operands, tables, runs)
+            launcher(*operands, tables, runs, **scales)
 
         hit = 1.0 - (1.0 - 1.0 / (5 * num_experts)) ** num_pairs  # if pairs are spread evenly
         moved = x.nbytes + v.nbytes + hit * slices * a[0].nbytes

@@ -4,7 +4,8 @@ For every local pair p = t * top_k + j of expert e that has an adapter l, and ev
 
     v[p, s] = x[from(p)] . A_s[l, e]^T
 
-formed in fp32 as in ``lora_shrink``, and rounded to the dtype of x where v is in the order of the tables.
+formed in fp32 as in ``lora_shrink``, and rounded to the dtype of A where v is in the order of the tables. An FP8 x stands for its
+numbers times their scales: ``dequantise`` it first.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def moe_shrink(
     *,
     num_pairs: int,
     rows: str,
+    scaled: bool = False,
 ) -> Expected:
     """The exact vectors for operands as they are, and the bound on a kernel's error.
 
@@ -44,6 +46,7 @@ def moe_shrink(
         order: local pairs in the order of the tables.
         adapters: of each token.
         rows: "token_sorted", "sorted_sorted", "token_pair" or "pair_pair"; sorted vectors are rounded.
+        scaled: x was dequantised; a kernel applies its scales, which are below 2^24, in fp32.
     """
     top_k, (reads, writes) = num_pairs // max(len(adapters), 1), rows.split("_")
     shape = (num_pairs, len(lora_a), lora_a[0].shape[2])
@@ -56,8 +59,8 @@ def moe_shrink(
         row, to = {"token": pair // top_k, "pair": pair, "sorted": place}[reads], place if writes == "sorted" else pair
         written[to] = True
         for s, a in enumerate(lora_a):
-            total, error = dot(a[adapter, expert], x[row], scaled=False)
+            total, error = dot(a[adapter, expert], x[row], scaled)
             if writes == "sorted":
-                error = error + cast_error(total.abs() + error, x.dtype)
+                error = error + cast_error(total.abs() + error, a.dtype)
             value[to, s], bound[to, s] = total, error
     return Expected(value, bound, written)
