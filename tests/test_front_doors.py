@@ -22,6 +22,7 @@ import generated as kg
 from generated import _operands as operands
 from generated import _runtime as runtime
 from generated._operands import OPS, Bundle, Choice, Device, Flag, Int, Number, Op, Tensor
+from generated.moe_route._op import OpenRoute
 from kernelgen.emit.rooms import laboratory, rooms_with
 
 T, TOP_K, EXPERTS, LORAS, K, N, RANK = 6, 2, 4, 3, 32, 24, 16
@@ -391,7 +392,7 @@ def _wrong(operand: operands.Operand, good: Any, op: Op) -> Iterator[tuple[str, 
     elif isinstance(operand, Bundle):
         yield from {"a number": 3, "a plain tuple": tuple(good)}.items()
         yield from [] if operand.optional else [("nothing", None)]
-        for part in operand.parts:
+        for part in operand.parts_of(good):
             old = getattr(good, part.name)
             for label, value in _wrong(part, old, op) if old is not None else ():
                 yield f"{part.name}: {label}", good._replace(**{part.name: value})
@@ -648,6 +649,7 @@ RELATED: list[tuple[str, Callable[[Arguments], Arguments], str]] = [
     ("lora fp8", lambda good: {"x_scale": good["x_scale"][0]}, "a_scale, x_scale: .* with x_scales None or token"),
     ("lora fp8", lambda good: {"out": good["out"].half()}, "out: .* with dtype bfloat16"),
     ("moe_lora fp8", lambda good: {"x_scale": good["x_scale"][0]}, "a_scale, b_scale, x_scale: .* with x_scales None or token"),
+    ("moe_lora sorted", lambda good: {"route": OpenRoute(*good["route"][:12], "auto", None, None)}, "route: .* OpenRoute.*"),
     ("moe_gemm", lambda good: {"activation": "swiglu"}, "out: .*N = 12 as in w with activation"),
     ("fused_moe", lambda good: {"workspace": good["workspace"]._replace(num_blocks=good["lora"][5])}, "workspace.num_blocks: "),
     ("fused_moe fp8", lambda good: {"w2_scale": good["w2_scale"][:, 0].clone()}, "w2_scale.*: .* with weight_scales channel"),
@@ -759,7 +761,7 @@ ALTERNATIVES: dict[str, Callable[[Batch], Arguments]] = {
         "lora_b": [b.normal(LORAS, EXPERTS, N, RANK) * 2, b.normal(1, EXPERTS, N, RANK).expand(LORAS, -1, -1, -1).clone()],
     },
     "moe_lora naive": lambda b: {"add_inputs": False, "route": b.route("naive")._replace(adapter_enabled=None)},
-    "moe_lora_shrink": lambda b: {"route": b.route("naive")._replace(expert_map=None, global_experts=0)},
+    "moe_lora_shrink": lambda b: {"route": b.route("naive")._replace(expert_map=None)},
     "moe_lora_expand": lambda b: {"offset": 0, "route": b.route("naive")},
     "lora": lambda b: {"offset_start": 0, "add_inputs": False, "scaling": 1.0},
     "lora_shrink": lambda b: {"scaling": 1.0},

@@ -13,6 +13,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import generated as kg
+from generated.moe_route._op import ROUTE
 
 TOKENS, TOP_K, EXPERTS, LORAS, K, N = 5, 2, 4, 2, 32, 24
 OPS = torch.ops.generated
@@ -84,7 +85,7 @@ def test_opcheck_of_the_op(device: str) -> None:
     batch = Batch(device)
     for assignment in ASSIGNMENTS:
         route = batch.route(assignment)
-        arguments = (batch.out, batch.x, batch.a, batch.b, *route, None, True, False, None, None, None)
+        arguments = (batch.out, batch.x, batch.a, batch.b, *ROUTE.flat(route), None, True, False, None, None, None)
         torch.library.opcheck(OPS.moe_lora.default, arguments)
 
 

@@ -16,7 +16,7 @@ from .. import _operands as operands
 from .. import _runtime as runtime
 from .._scales import check_fp8, product_rows
 from ..lora_shrink._problem import Parts, check_route, is_as_measured, scale_strides
-from ..moe_route._op import ROUTE, MoeRoute, check_rank
+from ..moe_route._op import ROUTE, MoeRoute, check_rank, rows_of_block
 from ._table import QUANT, VARIANTS
 from ._tuned import TUNED
 
@@ -135,13 +135,22 @@ def problem_of(
     if out.shape[1] < end:
         hint = f"slices of {', '.join(map(str, widths))} columns, as in lora_b, from offset_start = {offset_start} on"
         runtime.fail(variant, "out", runtime.describe(out), f"[{route.num_tokens}, >= {end}]", hint)
-    strides, kind = tuple(b.stride(0) for b in lora_b), None
     of_scales: tuple[int, ...] = ()
     if b_scale is not None:
         check_fp8(variant, "lora_b[0]", first, b_scale[0], QUANT)
-        kind, of_scales = b_scale[0], scale_strides(variant, "b_scale", *b_scale, lora_b, QUANT)
-    dims = (route.num_tokens, widths, rank, offset_start, out.stride(0), strides, row)
-    return Problem(*dims, out.device, kind, of_scales)
+        of_scales = scale_strides(variant, "b_scale", *b_scale, lora_b, QUANT)
+    return Problem(
+        num_tokens=route.num_tokens,
+        widths=widths,
+        rank=rank,
+        offset=offset_start,
+        out_stride=out.stride(0),
+        b_strides_l=tuple(b.stride(0) for b in lora_b),
+        b_stride_n=row,
+        device=out.device,
+        weight_scales=None if b_scale is None else b_scale[0],
+        b_scale_strides_l=of_scales,
+    )
 
 
 # Bytes of parts from which it is faster to add them up first than to let every program of the expand do it.
@@ -170,7 +179,7 @@ def choose(problem: Problem, route: MoeRoute, k: int | None = None) -> Config:
 
     def rule(schedule: str | None) -> tuple[str, Config]:
         del schedule  # there is one
-        sizes = (tokens, route.block_m, route.max_loras, problem.widths, problem.rank, problem.weight_scales is not None)
+        sizes = (tokens, rows_of_block(route), route.max_loras, problem.widths, problem.rank, problem.weight_scales is not None)
         return "lora_expand", _choose(_Shape(*sizes, device.num_sms, device.shared_memory))
 
     return runtime.choose(TUNED, key, device, CONFIGS, rule, lambda schedule: is_as_measured(route, tokens))[1]

@@ -31,7 +31,7 @@ from triton.language.extra.cuda import gdc_wait
 from .. import _runtime as runtime
 from .._scales import product_rows
 from ..lora_shrink._problem import ONE_PART, Parts
-from ..moe_route import MoeRoute
+from ..moe_route._op import MoeRoute, SortedRoute
 from ._problem import CACHE_POLICIES, Call, Config, Problem, check, choose
 
 
@@ -198,7 +198,7 @@ _product = runtime.Launcher(lora_expand_bf16_add_r16_w8group_product)
 
 
 def bind(
-    problem: Problem, route: MoeRoute, config: Config, parts: Parts = ONE_PART, pdl: bool = False
+    problem: Problem, route: SortedRoute, config: Config, parts: Parts = ONE_PART, pdl: bool = False
 ) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again; pdl: right behind a lora_shrink."""
     wide = config.block_n * config.tiles
@@ -236,7 +236,7 @@ def bind(
         out: torch.Tensor,
         y: torch.Tensor,
         lora_b: Sequence[torch.Tensor],
-        route: MoeRoute,
+        route: SortedRoute,
         scaling: float,
         b_scale: Sequence[torch.Tensor],
     ) -> None:

@@ -30,7 +30,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
 from .._scales import product_rows
-from ..moe_route import MoeRoute
+from ..moe_route._op import MoeRoute, SortedRoute
 from ._problem import CACHE_POLICIES, Call, Config, Parts, Problem, Total, check, choose
 
 
@@ -219,7 +219,7 @@ _product = runtime.Launcher(lora_shrink_bf16_r32_w8tensor_product)
 _total = runtime.Launcher(lora_shrink_bf16_r32_w8tensor_total)
 
 
-def bind_product(problem: Problem, route: MoeRoute, config: Config, pdl: bool) -> Call:
+def bind_product(problem: Problem, route: SortedRoute, config: Config, pdl: bool) -> Call:
     """The product for checked calls of these sizes; of parts, which are to be added and then scaled, where there are any:
     [parts, S, T, rank].
     """
@@ -261,7 +261,7 @@ def bind_product(problem: Problem, route: MoeRoute, config: Config, pdl: bool) -
         y: torch.Tensor,
         x: torch.Tensor,
         lora_a: Sequence[torch.Tensor],
-        route: MoeRoute,
+        route: SortedRoute,
         scaling: float,
         a_scale: Sequence[torch.Tensor],
     ) -> None:
@@ -271,7 +271,7 @@ def bind_product(problem: Problem, route: MoeRoute, config: Config, pdl: bool) -
     return call
 
 
-def bind_total(problem: Problem, route: MoeRoute, parts: Parts, pdl: bool) -> Total:
+def bind_total(problem: Problem, route: SortedRoute, parts: Parts, pdl: bool) -> Total:
     """The sum of parts, scaled; it may take the place of the first of them."""
     launch = _total.bind(
         route.max_blocks * problem.slices * runtime.cdiv(problem.rank, 16),
@@ -285,13 +285,13 @@ def bind_total(problem: Problem, route: MoeRoute, parts: Parts, pdl: bool) -> To
     )
     num_tokens = problem.num_tokens
 
-    def total(y: torch.Tensor, sums: torch.Tensor, route: MoeRoute, scaling: float) -> None:
+    def total(y: torch.Tensor, sums: torch.Tensor, route: SortedRoute, scaling: float) -> None:
         launch.run(y, sums, scaling, num_tokens, route.pairs, route.blocks, route.num_blocks)
 
     return total
 
 
-def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
+def bind(problem: Problem, route: SortedRoute, config: Config) -> Call:
     """The launches for checked calls of these sizes, ready to be made again and again."""
     parts = problem.parts(config)
     if parts.number == 1:
@@ -306,7 +306,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         y: torch.Tensor,
         x: torch.Tensor,
         lora_a: Sequence[torch.Tensor],
-        route: MoeRoute,
+        route: SortedRoute,
         scaling: float,
         a_scale: Sequence[torch.Tensor],
     ) -> None:

@@ -91,15 +91,15 @@ def check(
     sizes = OP.check(variant, OP.named(*given), D=dtype)
     num_tokens, top_k = sizes["T"], sizes["top_k"]
     return Problem(
-        num_tokens,
-        top_k,
-        num_experts,
-        local_expert_start,
-        num_tokens if num_tokens_hint is None else num_tokens_hint,
-        sizes["N"],
-        h.stride(0),
-        x.stride(1 if top_k > 1 else 0),
-        h.device,
+        num_tokens=num_tokens,
+        top_k=top_k,
+        num_experts=num_experts,
+        local_expert_start=local_expert_start,
+        tokens_hint=num_tokens if num_tokens_hint is None else num_tokens_hint,
+        n=sizes["N"],
+        h_stride=h.stride(0),
+        x_stride=x.stride(1 if top_k > 1 else 0),
+        device=h.device,
     )
 
 

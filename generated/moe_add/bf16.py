@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .. import _runtime as runtime
-from ..moe_route import MoeRoute
+from ..moe_route._op import MoeRoute, PairRoute, TableRoute
 from ._problem import Call, Config, Problem, check, choose
 
 
@@ -93,7 +93,7 @@ def bind(problem: Problem, config: Config) -> Call:
         BLOCK_N=config.block_n,
     )
 
-    def call(out: torch.Tensor, delta: torch.Tensor, route: MoeRoute) -> None:
+    def call(out: torch.Tensor, delta: torch.Tensor, route: PairRoute | TableRoute) -> None:
         source = (route.topk_ids, route.token_lora_mapping, route.adapter_enabled, route.expert_map)
         launch.run(out, delta, *source, num_pairs)
 

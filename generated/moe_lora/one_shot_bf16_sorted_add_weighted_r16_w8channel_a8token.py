@@ -31,7 +31,7 @@ import triton.language as tl
 from .. import _runtime as runtime
 from .._scales import as_fp32
 from .._slices import joined_slices, split_slices
-from ..moe_route import MoeRoute
+from ..moe_route._op import MoeRoute, SortedRoute
 from ._problem import (
     CACHE_POLICIES,
     Call,
@@ -213,7 +213,7 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r16_w8channel_a8token_kernel(
 _kernel = runtime.Launcher(moe_lora_one_shot_bf16_sorted_add_weighted_r16_w8channel_a8token_kernel)
 
 
-def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
+def bind(problem: Problem, route: SortedRoute, config: Config) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again."""
     weights = CACHE_POLICIES[config.weight_policy]
     block_m = rows_of_program(
@@ -253,7 +253,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         x: torch.Tensor,
         lora_a: Sequence[torch.Tensor],
         lora_b: Sequence[torch.Tensor],
-        route: MoeRoute,
+        route: SortedRoute,
         topk_weights: torch.Tensor | None,
         a_scale: Sequence[torch.Tensor],
         b_scale: Sequence[torch.Tensor],

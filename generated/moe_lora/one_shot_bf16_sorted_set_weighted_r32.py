@@ -26,7 +26,7 @@ import triton.language as tl
 
 from .. import _runtime as runtime
 from .._slices import joined_slices, split_slices
-from ..moe_route import MoeRoute
+from ..moe_route._op import MoeRoute, SortedRoute
 from ._problem import (
     CACHE_POLICIES,
     Call,
@@ -166,7 +166,7 @@ def moe_lora_one_shot_bf16_sorted_set_weighted_r32_kernel(
 _kernel = runtime.Launcher(moe_lora_one_shot_bf16_sorted_set_weighted_r32_kernel)
 
 
-def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
+def bind(problem: Problem, route: SortedRoute, config: Config) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again."""
     weights = CACHE_POLICIES[config.weight_policy]
     launch = _kernel.bind(
@@ -197,7 +197,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         x: torch.Tensor,
         lora_a: Sequence[torch.Tensor],
         lora_b: Sequence[torch.Tensor],
-        route: MoeRoute,
+        route: SortedRoute,
         topk_weights: torch.Tensor | None,
     ) -> None:
         tables = (route.pairs, route.blocks, route.num_blocks)

@@ -31,7 +31,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
 from .._scales import as_fp32
-from ..moe_route import MoeRoute
+from ..moe_route._op import MoeRoute, PairRoute, TableRoute
 from ._problem import (
     CACHE_POLICIES,
     Call,
@@ -259,7 +259,7 @@ _expand = runtime.Launcher(
 )
 
 
-def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
+def bind(problem: Problem, route: PairRoute | TableRoute, config: Config) -> Call:
     """The two launches for checked calls of these sizes, ready to be made again and again."""
     pdl = runtime.traits(problem.device).pdl and config.pdl == 1
     weights = CACHE_POLICIES[config.weight_policy]
@@ -324,7 +324,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         x: torch.Tensor,
         lora_a: Sequence[torch.Tensor],
         lora_b: Sequence[torch.Tensor],
-        route: MoeRoute,
+        route: PairRoute | TableRoute,
         topk_weights: torch.Tensor | None,
         a_scale: Sequence[torch.Tensor],
         b_scale: Sequence[torch.Tensor],

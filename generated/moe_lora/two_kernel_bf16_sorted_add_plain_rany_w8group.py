@@ -23,7 +23,6 @@ more it goes through shared memory, which costs more than to widen again, and in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -32,7 +31,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
 from .._slices import joined_slices, split_slices
-from ..moe_route import MoeRoute
+from ..moe_route._op import MoeRoute, SortedRoute
 from ._problem import (
     CACHE_POLICIES,
     Call,
@@ -291,7 +290,7 @@ _shrink = runtime.Launcher(moe_lora_two_kernel_bf16_sorted_add_plain_rany_w8grou
 _expand = runtime.Launcher(moe_lora_two_kernel_bf16_sorted_add_plain_rany_w8group_expand)
 
 
-def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
+def bind(problem: Problem, route: SortedRoute, config: Config) -> Call:
     """The two launches for checked calls of these sizes, ready to be made again and again."""
     runtime.check_tile(
         "moe_lora_two_kernel_bf16_sorted_add_plain_rany_w8group",
@@ -375,15 +374,14 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         x: torch.Tensor,
         lora_a: Sequence[torch.Tensor],
         lora_b: Sequence[torch.Tensor],
-        route: MoeRoute,
+        route: SortedRoute,
         topk_weights: torch.Tensor | None,
         a_scale: Sequence[torch.Tensor],
         b_scale: Sequence[torch.Tensor],
     ) -> None:
-        pairs: Any = route.pairs  # there are, as blocks are
-        capacity = pairs.shape[0]
+        capacity = route.pairs.shape[0]
         parts = partials(route, of_position * capacity, part_dtype, out)
-        tables = (pairs, route.blocks, route.num_blocks, capacity)
+        tables = (route.pairs, route.blocks, route.num_blocks, capacity)
         shrink.run(parts, x, tuple(lora_a), tuple(a_scale), *tables)
         expand.run(out, parts, tuple(lora_b), tuple(b_scale), *tables)
 

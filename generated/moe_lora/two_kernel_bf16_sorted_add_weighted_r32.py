@@ -20,7 +20,6 @@ the expand cuts the columns. Parts are fp32 [splits, position in the route, S, r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -29,7 +28,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
 from .._slices import joined_slices, split_slices
-from ..moe_route import MoeRoute
+from ..moe_route._op import MoeRoute, SortedRoute
 from ._problem import (
     CACHE_POLICIES,
     Call,
@@ -228,7 +227,7 @@ _shrink = runtime.Launcher(moe_lora_two_kernel_bf16_sorted_add_weighted_r32_shri
 _expand = runtime.Launcher(moe_lora_two_kernel_bf16_sorted_add_weighted_r32_expand)
 
 
-def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
+def bind(problem: Problem, route: SortedRoute, config: Config) -> Call:
     """The two launches for checked calls of these sizes, ready to be made again and again."""
     pdl = runtime.traits(problem.device).pdl and config.pdl == 1
     weights = CACHE_POLICIES[config.weight_policy]
@@ -285,13 +284,12 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         x: torch.Tensor,
         lora_a: Sequence[torch.Tensor],
         lora_b: Sequence[torch.Tensor],
-        route: MoeRoute,
+        route: SortedRoute,
         topk_weights: torch.Tensor | None,
     ) -> None:
-        pairs: Any = route.pairs  # there are, as blocks are
-        capacity = pairs.shape[0]
+        capacity = route.pairs.shape[0]
         parts = partials(route, of_position * capacity, part_dtype, out)
-        tables = (pairs, route.blocks, route.num_blocks, capacity)
+        tables = (route.pairs, route.blocks, route.num_blocks, capacity)
         shrink.run(parts, x, tuple(lora_a), *tables)
         expand.run(out, parts, tuple(lora_b), topk_weights, *tables)
 

@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 
 from .. import _runtime as runtime
-from ..moe_route import MoeRoute
+from ..moe_route._op import MoeRoute, SortedRoute
+
 from ._problem import CACHE_POLICIES, Call, Problem, check, choose
 from ._problem import BlocksConfig as Config
 
@@ -106,7 +107,7 @@ def moe_lora_expand_blocks_f16_add_plain_r128_product(
 _product = runtime.Launcher(moe_lora_expand_blocks_f16_add_plain_r128_product)
 
 
-def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
+def bind(problem: Problem, route: SortedRoute, config: Config) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again."""
     launch = _product.bind(
         route.max_blocks * problem.slices * runtime.cdiv(problem.n, config.block_n * config.tiles),
@@ -131,7 +132,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         out: torch.Tensor,
         y: torch.Tensor,
         lora_b: Sequence[torch.Tensor],
-        route: MoeRoute,
+        route: SortedRoute,
         topk_weights: torch.Tensor | None,
     ) -> None:
         tables = (route.pairs, route.blocks, route.num_blocks)

@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 
 from .. import _runtime as runtime
-from ..moe_route import MoeRoute
+from ..moe_route._op import MoeRoute, PairRoute, TableRoute
+
 from ._problem import CACHE_POLICIES, Call, Problem, check, choose
 from ._problem import PairsConfig as Config
 
@@ -109,7 +110,7 @@ def moe_lora_expand_pairs_bf16_add_plain_r64_product(
 _product = runtime.Launcher(moe_lora_expand_pairs_bf16_add_plain_r64_product)
 
 
-def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
+def bind(problem: Problem, route: PairRoute | TableRoute, config: Config) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again."""
     launch = _product.bind(
         problem.num_pairs * problem.slices * runtime.cdiv(problem.n, config.block_n),
@@ -135,7 +136,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
         out: torch.Tensor,
         y: torch.Tensor,
         lora_b: Sequence[torch.Tensor],
-        route: MoeRoute,
+        route: PairRoute | TableRoute,
         topk_weights: torch.Tensor | None,
     ) -> None:
         source = (route.topk_ids, route.token_lora_mapping, route.adapter_enabled, route.expert_map)

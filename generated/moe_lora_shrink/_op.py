@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import _runtime as runtime
-from ..moe_route._op import MoeRoute
+from ..moe_route._op import MoeRoute, PairRoute
 from ._problem import OP, Call, check, choose
 from ._table import VARIANTS
 
@@ -40,7 +40,7 @@ def moe_lora_shrink(
 
 def _bind(y: torch.Tensor, x: torch.Tensor, lora_a: Sequence[torch.Tensor], route: MoeRoute) -> Call:
     problem = check("moe_lora_shrink", y, x, lora_a, route, dtype=None, naive=None, max_rank=None)
-    schedule = "pairs" if route.block_m == 0 else "blocks"
+    schedule = "pairs" if isinstance(route, PairRoute) else "blocks"
     variant = VARIANTS.get(
         "moe_lora_shrink", schedule=schedule, torch_dtype=x.dtype, rank=problem.rank, weight_scales=None, x_scales=None
     )

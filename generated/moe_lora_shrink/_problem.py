@@ -20,6 +20,7 @@ from ..moe_route._op import (
     check_rank,
     expected_groups,
     experts_in_weights,
+    rows_of_block,
 )
 from ._table import VARIANTS
 from ._tuned import TUNED
@@ -109,7 +110,17 @@ def check(
     if max(y.stride(0), y.numel()) >= 2**31:
         runtime.fail(variant, "y", runtime.describe(y), "below 2**31 elements, and a slice of them", "send fewer tokens")
     pairs_a_row = 1 if x.shape[0] == num_pairs else route.top_k
-    return Problem(num_pairs, sizes["K"], sizes["S"], rank, pairs_a_row, x.stride(0), y.stride(1), strides, x.device)
+    return Problem(
+        num_pairs=num_pairs,
+        k=sizes["K"],
+        slices=sizes["S"],
+        rank=rank,
+        pairs_a_row=pairs_a_row,
+        x_stride=x.stride(0),
+        y_stride=y.stride(1),
+        a_strides=strides,
+        device=x.device,
+    )
 
 
 def scratch(route: MoeRoute, size: int, device: torch.device) -> torch.Tensor:
@@ -143,7 +154,7 @@ def choose(schedule: str, problem: Problem, route: MoeRoute) -> Any:
     that the compile keys of a model are a short list.
     """
     tokens, device = runtime.next_power_of_2(route.num_tokens), runtime.traits(problem.device)
-    layer = (route.block_m, problem.k, problem.slices, problem.rank)
+    layer = (rows_of_block(route), problem.k, problem.slices, problem.rank)
     key = Key(min(tokens, 4096), route.top_k, route.num_experts, route.max_loras, *layer, None, None)
 
     def rule(_: str | None) -> tuple[str, Config]:

@@ -26,7 +26,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
 from .._slices import joined_slices, split_slices
-from ..moe_route import MoeRoute
+from ..moe_route._op import MoeRoute, SortedRoute
+
 from ._problem import CACHE_POLICIES, Call, Problem, check, choose, scratch
 from ._problem import BlocksConfig as Config
 
@@ -180,7 +181,7 @@ _product = runtime.Launcher(moe_lora_shrink_blocks_bf16_r16_product)
 _total = runtime.Launcher(moe_lora_shrink_blocks_bf16_r16_total)
 
 
-def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
+def bind(problem: Problem, route: SortedRoute, config: Config) -> Call:
     """The launches for checked calls of these sizes, ready to be made again and again."""
     parts = runtime.cdiv(problem.k, config.split_k)
     if parts > 1:
@@ -223,7 +224,7 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     part_size = problem.slices * slice_size
 
     def call(
-        y: torch.Tensor, x: torch.Tensor, lora_a: Sequence[torch.Tensor], route: MoeRoute
+        y: torch.Tensor, x: torch.Tensor, lora_a: Sequence[torch.Tensor], route: SortedRoute
     ) -> None:
         y.zero_()
         next_slice, tables = y.stride(0), (route.pairs, route.blocks, route.num_blocks)

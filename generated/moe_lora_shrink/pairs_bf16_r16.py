@@ -25,7 +25,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
-from ..moe_route import MoeRoute
+from ..moe_route._op import MoeRoute, PairRoute, TableRoute
+
 from ._problem import CACHE_POLICIES, Call, Problem, check, choose, scratch
 from ._problem import PairsConfig as Config
 
@@ -150,7 +151,7 @@ _total = runtime.Launcher(moe_lora_shrink_pairs_bf16_r16_total)
 _CELLS = 256  # of a program that adds parts
 
 
-def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
+def bind(problem: Problem, route: PairRoute | TableRoute, config: Config) -> Call:
     """The launches for checked calls of these sizes, ready to be made again and again."""
     runtime.check_tile(
         "moe_lora_shrink_pairs_bf16_r16", "block_k", config.block_k, split_k=config.split_k
@@ -191,7 +192,10 @@ def bind(problem: Problem, route: MoeRoute, config: Config) -> Call:
     )
 
     def call(
-        y: torch.Tensor, x: torch.Tensor, lora_a: Sequence[torch.Tensor], route: MoeRoute
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a: Sequence[torch.Tensor],
+        route: PairRoute | TableRoute,
     ) -> None:
         next_slice = y.stride(0)
         source = (route.topk_ids, route.token_lora_mapping, route.adapter_enabled, route.expert_map)

@@ -95,19 +95,19 @@ def check(
     if found != "tensor" and not (is_fp32(scale, codes.device) and scale.is_contiguous()):
         runtime.fail(variant, "scale", runtime.describe(scale), "contiguous float32", "it is written")
     return Problem(
-        tables.num_tokens * tables.top_k,
-        tables.top_k,
-        tables.num_experts,
-        tables.local_expert_start,
-        min(tables.tokens_hint, tables.num_tokens),
-        tables.block_m,
-        sizes["N"],
-        codes.stride(0),
-        x.stride(0),
-        stride,
-        torch.finfo(codes.dtype).max,
-        codes.device,
-        found,
+        num_pairs=tables.num_tokens * tables.top_k,
+        top_k=tables.top_k,
+        num_experts=tables.num_experts,
+        local_expert_start=tables.local_expert_start,
+        tokens_hint=min(tables.tokens_hint, tables.num_tokens),
+        block_m=tables.block_m,
+        n=sizes["N"],
+        codes_stride=codes.stride(0),
+        x_stride=x.stride(0),
+        scale_stride=stride,
+        largest=torch.finfo(codes.dtype).max,
+        device=codes.device,
+        x_scales=found,
     )
 
 

@@ -15,7 +15,7 @@ from .. import _operands as operands
 from .. import _runtime as runtime
 from ._table import VARIANTS
 
-__all__ = ["MoeRoute", "MoeWorkspace", "moe_route", "moe_workspace"]
+__all__ = ["EngineRoute", "MoeRoute", "MoeWorkspace", "PairRoute", "TableRoute", "moe_route", "moe_workspace"]
 
 _MAX_GROUPS = 16384  # adapters * experts that the sorting kernels count in one program
 
@@ -29,29 +29,24 @@ class MoeWorkspace(NamedTuple):
     views: dict[tuple[int, ...], tuple[torch.Tensor, ...]]  # of tables, by their sizes: making them costs 4 us of host time
 
 
-@operands.bundle(tables=("pairs", "blocks", "num_blocks"), free=("parts",))
-class MoeRoute(NamedTuple):
-    """The route of T tokens with top_k experts each. Pair p = t * top_k + j; L = max_loras, E = num_experts.
+class MoeRoute:
+    """The route of T tokens with top_k experts each: a ``PairRoute``, a ``TableRoute`` or an ``EngineRoute``.
 
-    A pair is live when its adapter is in [0, L) and enabled and its expert, after expert_map, is in [0, E). Tables are of the
-    fields beside them: an op refuses a route that was edited so that some of them are of another; ``parts`` may be any.
+    Pair p = t * top_k + j; L = max_loras, E = num_experts. A pair is live when its adapter is in [0, L) and enabled and its
+    expert, after expert_map, is in [0, E).
     """
 
-    topk_ids: torch.Tensor | None  # [T, top_k] int32 or int64
-    token_lora_mapping: torch.Tensor | None  # [T] int32, -1: no adapter
-    adapter_enabled: torch.Tensor | None  # [>= L] int32, 0: disabled
-    expert_map: torch.Tensor | None  # [global experts] int32, -1: not here
-    pairs: torch.Tensor | None  # [*] int32: live pairs by (adapter, expert)
-    blocks: torch.Tensor | None  # [max_blocks, 4] int32: adapter, expert, first, rows
-    num_blocks: torch.Tensor | None  # [1] int32
     parts: torch.Tensor | None  # [*] float32 scratch of the ops, None: they allocate
     num_tokens: int
     top_k: int
     num_experts: int
     max_loras: int
-    global_experts: int  # entries of expert_map, 0 without one
-    block_m: int  # rows of a block at most; 0: naive, there are no tables; negative: open, see _open
-    max_blocks: int
+    expert_map: torch.Tensor | None = None
+
+    @property
+    def global_experts(self) -> int:
+        """Entries of expert_map, 0 without one."""
+        return 0 if self.expert_map is None else self.expert_map.shape[0]
 
     @staticmethod
     def from_tables(
@@ -67,7 +62,7 @@ class MoeRoute(NamedTuple):
         lora_ids: torch.Tensor | None = None,
         adapter_enabled: torch.Tensor | None = None,
         workspace: MoeWorkspace | None = None,
-    ) -> MoeRoute:
+    ) -> EngineRoute:
         """A route from the padded per-adapter tables that an engine already has; on the device only.
 
         Args:
@@ -96,8 +91,106 @@ class MoeRoute(NamedTuple):
         else:
             fill(pairs, blocks, num_blocks, *source)
         parts = None if workspace is None else workspace.parts
-        route = MoeRoute(None, None, None, None, pairs, blocks, num_blocks, parts, *sizes, 0, block_size, max_blocks)
+        route = EngineRoute(pairs, blocks, num_blocks, parts, *sizes, block_size, max_blocks)
         return route if torch.compiler.is_compiling() else operands.alike(route, looks)
+
+
+class _Pairs(NamedTuple):
+    topk_ids: torch.Tensor  # [T, top_k] int32 or int64
+    token_lora_mapping: torch.Tensor  # [T] int32, -1: no adapter
+    adapter_enabled: torch.Tensor | None  # [>= L] int32, 0: disabled
+    expert_map: torch.Tensor | None  # [global experts] int32, -1: not here
+    parts: torch.Tensor | None
+    num_tokens: int
+    top_k: int
+    num_experts: int
+    max_loras: int
+
+
+@operands.bundle()
+class PairRoute(_Pairs, MoeRoute):
+    """The routing alone: pairs come one by one. Its fields are those of the call that made it."""
+
+
+class _Tables(NamedTuple):
+    topk_ids: torch.Tensor | None  # None: of a dense layer, every token has its one expert
+    token_lora_mapping: torch.Tensor
+    adapter_enabled: torch.Tensor | None
+    expert_map: torch.Tensor | None
+    pairs: torch.Tensor  # [*] int32: live pairs by (adapter, expert)
+    blocks: torch.Tensor  # [max_blocks, 4] int32: adapter, expert, first, rows
+    num_blocks: torch.Tensor  # [1] int32
+    parts: torch.Tensor | None
+    num_tokens: int
+    top_k: int
+    num_experts: int
+    max_loras: int
+    block_m: int  # rows of a block at most
+    max_blocks: int
+
+
+@operands.bundle(tables=("pairs", "blocks", "num_blocks"), free=("parts",))
+class TableRoute(_Tables, MoeRoute):
+    """The routing, and its live pairs in blocks of one adapter and expert.
+
+    Tables are of the fields beside them: an op refuses a route that was edited so that some of them are of another; ``parts``
+    may be any.
+    """
+
+
+class _EngineTables(NamedTuple):
+    pairs: torch.Tensor
+    blocks: torch.Tensor
+    num_blocks: torch.Tensor
+    parts: torch.Tensor | None
+    num_tokens: int
+    top_k: int
+    num_experts: int
+    max_loras: int
+    block_m: int
+    max_blocks: int
+
+
+@operands.bundle(tables=("pairs", "blocks", "num_blocks"), free=("parts",))
+class EngineRoute(_EngineTables, MoeRoute):
+    """Blocks as in a ``TableRoute``, of tables that an engine made; the routing that they are of is not known."""
+
+
+SortedRoute = TableRoute | EngineRoute
+
+
+class _Open(NamedTuple):
+    topk_ids: torch.Tensor | None
+    token_lora_mapping: torch.Tensor
+    adapter_enabled: torch.Tensor | None
+    expert_map: torch.Tensor | None
+    pairs: torch.Tensor
+    blocks: torch.Tensor
+    num_blocks: torch.Tensor
+    parts: torch.Tensor | None
+    num_tokens: int
+    top_k: int
+    num_experts: int
+    max_loras: int
+    assignment: str
+    rank: int | None
+    block_m: int | None
+
+
+@operands.bundle()
+class OpenRoute(_Open, MoeRoute):
+    """What a graph of torch.compile has for a route: it serves any number of tokens, so its kind shows when it runs."""
+
+    def settled(self) -> PairRoute | TableRoute:
+        """The route for the number of tokens that there are."""
+        sizes = (self.num_tokens, self.top_k, self.num_experts, self.max_loras)
+        block_m = _rows_of_block(*sizes, self.assignment, self.rank, self.block_m)
+        source = (self.topk_ids, self.token_lora_mapping, self.adapter_enabled, self.expert_map)
+        if block_m is None:
+            return PairRoute._make((*source, self.parts, *sizes))
+        max_blocks = _max_blocks(self.num_tokens * self.top_k, self.num_experts * self.max_loras, block_m)
+        tables = (self.pairs, self.blocks, self.num_blocks, self.parts)
+        return TableRoute._make((*source, *tables, *sizes, block_m, max_blocks))
 
 
 def moe_route(
@@ -143,17 +236,17 @@ def moe_route(
 _Source = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
-def made(plan: Plan, source: _Source, workspace: MoeWorkspace | None) -> MoeRoute:
+def made(plan: Plan, source: _Source, workspace: MoeWorkspace | None) -> PairRoute | TableRoute:
     """The route of a plan: its launches, made."""
     parts = None if workspace is None else workspace.parts
-    if plan.block_m == 0:
-        return operands.alike(MoeRoute(*source, None, None, None, parts, *plan.sizes, 0, 0), plan.looks)
+    if plan.block_m is None:
+        return operands.alike(PairRoute._make((*source, parts, *plan.sizes)), plan.looks)
     _, token_lora_mapping, _, _ = source
     _, num_blocks, blocks, pairs, scratch = _buffers(workspace, plan.splits, token_lora_mapping.device)
     if plan.num_pairs > 0:
         plan.fill(pairs, blocks, num_blocks, scratch, *source)
     tables = (pairs, blocks, num_blocks, parts)
-    route = MoeRoute._make((*source, *tables, *plan.sizes, plan.block_m, plan.max_blocks))  # quicker than MoeRoute(...)
+    route = TableRoute._make((*source, *tables, *plan.sizes, plan.block_m, plan.max_blocks))  # quicker than TableRoute(...)
     return operands.alike(route, plan.looks)
 
 
@@ -168,25 +261,24 @@ def in_graph(
 ) -> MoeRoute:
     """The route as a graph of torch.compile makes it; arguments are checked when it runs."""
     parts = None if workspace is None else workspace.parts
-    topk_ids, token_lora_mapping, _, expert_map = source
+    topk_ids, token_lora_mapping, _, _ = source
     sizes = (*_tokens(topk_ids, token_lora_mapping), num_experts, max_loras)
-    global_experts = 0 if expert_map is None else expert_map.shape[0]
-    open_m = _open(assignment, rank, block_m)
-    if open_m == 0:
-        return MoeRoute(*source, None, None, None, parts, *sizes, global_experts, 0, 0)
+    if assignment == "naive":
+        return PairRoute._make((*source, parts, *sizes))
     splits = _open_splits(*sizes)
     _check_size("moe_route", workspace, splits)
     buffer, num_blocks, blocks, pairs, _ = _buffers(workspace, splits, token_lora_mapping.device)
-    _route_op(buffer, *source, num_experts, max_loras, open_m)
-    return MoeRoute(*source, pairs, blocks, num_blocks, parts, *sizes, global_experts, open_m, 0)
+    request = (assignment, rank, block_m)
+    _route_op(buffer, *source, num_experts, max_loras, *request)
+    return OpenRoute(*source, pairs, blocks, num_blocks, parts, *sizes, *request)
 
 
 class Plan(NamedTuple):
     """A checked request: what moe_route works out once for inputs of the same looks."""
 
-    sizes: tuple[int, int, int, int, int]  # tokens, top_k, experts, adapters, entries of expert_map
+    sizes: tuple[int, int, int, int]  # tokens, top_k, experts, adapters
     num_pairs: int
-    block_m: int  # 0: naive
+    block_m: int | None  # None: pairs come one by one
     max_blocks: int
     splits: tuple[int, int, int, int, int]  # elements of num_blocks, blocks, pairs, scratch
     fill: Callable[..., None]
@@ -211,6 +303,8 @@ _ENABLED = operands.Tensor("adapter_enabled", ">=L", *_INT32, optional=True)
 _MAPPING = operands.Tensor("token_lora_mapping", "T", *_INT32)
 _LORAS = operands.Int("max_loras", 1, size="L")
 _EXPERTS = operands.Int("num_experts", 1, size="E")
+_ASSIGNMENT = operands.Choice("assignment", ("auto", "naive", "sorted"))
+_RANK = operands.Int("rank", 1, optional=True)
 _BLOCK_M = operands.Int("block_m", optional=True, one_of=_BLOCK_MS)
 _IDS = operands.Tensor("topk_ids", "T, top_k", operands.IDS, operands.CONTIGUOUS, optional=True)
 
@@ -223,8 +317,8 @@ OP = operands.Op(
         operands.Tensor("expert_map", ">=1", *_INT32, optional=True),
         _EXPERTS,
         _LORAS,
-        operands.Choice("assignment", ("auto", "naive", "sorted")),
-        operands.Int("rank", 1, optional=True),
+        _ASSIGNMENT,
+        _RANK,
         _BLOCK_M,
         WORKSPACE,
     ),
@@ -316,17 +410,15 @@ def _check_filled(variant: str, given: Mapping[str, Any], wanted: Mapping[str, i
 
 
 def _check_route(op: str, name: str, route: MoeRoute) -> None:
-    """Raise ValueError where a route has not all that its kind needs."""
-    of = "a sorted route" if route.block_m > 0 else "a naive route"
-    for field in ("pairs", "blocks", "num_blocks") if route.block_m > 0 else ("topk_ids", "token_lora_mapping"):
-        if getattr(route, field) is None:
-            runtime.fail(op, f"{name}.{field}", None, f"a tensor, in {of}", "make it with moe_route")
-    if (route.expert_map is None) != (route.global_experts == 0):
-        runtime.fail(op, f"{name}.global_experts", route.global_experts, "the entries of expert_map, 0 without one")
+    """Raise ValueError where pairs have no experts; in a dense layer, which is sorted, they need none."""
+    if isinstance(route, PairRoute) and route.topk_ids is None:
+        runtime.fail(op, f"{name}.topk_ids", None, "a tensor, in a naive route", "make it with moe_route")
 
 
 def _table_sizes(route: MoeRoute) -> dict[str, int]:
     """Pairs that tables hold at most: all, but no more than blocks have rows."""
+    if not isinstance(route, SortedRoute):
+        return {}
     return {"sorted_pairs": min(route.num_tokens * route.top_k, route.max_blocks * route.block_m)}
 
 
@@ -336,40 +428,52 @@ ROUTE = operands.Bundle(
     MoeRoute,
     (
         _IDS,
-        dataclasses.replace(_MAPPING, optional=True),
+        _MAPPING,
         _ENABLED,
-        operands.Tensor("expert_map", "G", *_INT32, optional=True),
-        operands.Tensor("pairs", ">=sorted_pairs", *_INT32, optional=True),
-        operands.Tensor("blocks", ">=max_blocks, 4", *_INT32, optional=True),
-        operands.Tensor("num_blocks", "1", *_INT32, optional=True),
+        operands.Tensor("expert_map", ">=1", *_INT32, optional=True),
+        operands.Tensor("pairs", ">=sorted_pairs", *_INT32),
+        operands.Tensor("blocks", ">=max_blocks, 4", *_INT32),
+        operands.Tensor("num_blocks", "1", *_INT32),
         dataclasses.replace(_PARTS, optional=True),
         operands.Int("num_tokens", size="T"),
         operands.Int("top_k", 1, size="top_k"),
         _EXPERTS,
         _LORAS,
-        operands.Int("global_experts", size="G"),
-        operands.Int("block_m", one_of=(0, *_BLOCK_MS)),
+        _ASSIGNMENT,
+        _RANK,
+        operands.Int("block_m", one_of=_BLOCK_MS),
         operands.Int("max_blocks", size="max_blocks"),
     ),
     maker="moe_route",
+    kinds=(PairRoute, TableRoute, EngineRoute),
+    open=OpenRoute,
     sizes=_table_sizes,
     whole=_check_route,
-    settle=lambda route: settled(route),
 )
 
 
 def experts_in_weights(values: Mapping[str, Any]) -> dict[str, int]:
     """X, the experts that weights have at least: all that the route may name, unless an expert_map says which those are."""
     route = values["route"]
-    return {"X": 1 if route.global_experts else route.num_experts}
+    return {"X": route.num_experts if route.expert_map is None else 1}
 
 
 def check_kind(variant: str, route: MoeRoute, naive: bool | None) -> None:
-    """Raise ValueError where a route is not of the kind that a schedule takes; None: any."""
-    if naive and (route.topk_ids is None or route.token_lora_mapping is None):
+    """Raise ValueError where a route is not of a kind that a schedule takes; ``naive``: pairs one by one; None: any."""
+    if naive and not has_routing(route):
         runtime.fail(variant, "route", "tables only", "a route from moe_route", "use a variant over blocks")
-    if naive is False and route.block_m == 0:
+    if naive is False and not isinstance(route, SortedRoute):
         runtime.fail(variant, "route", "naive", "sorted", 'make it with assignment="sorted"')
+
+
+def has_routing(route: MoeRoute) -> bool:
+    """Whether it says of every pair where it goes, and not in tables alone."""
+    return isinstance(route, PairRoute | TableRoute) and route.topk_ids is not None
+
+
+def rows_of_block(route: MoeRoute) -> int:
+    """What measured tiles know a route by: rows of a block at most, 0: pairs come one by one."""
+    return route.block_m if isinstance(route, SortedRoute) else 0
 
 
 def check_rank(variant: str, label: str, rank: int, max_rank: int | None, row: int, rows: int | None = None) -> None:
@@ -433,15 +537,15 @@ def _planned(
         runtime.fail(name, "max_loras * num_experts", num_groups, f"at most {_MAX_GROUPS}", 'use assignment="naive"')
     topk_ids, token_lora_mapping, _, expert_map = source
     num_tokens, top_k = _tokens(topk_ids, token_lora_mapping)
-    sizes = (num_tokens, top_k, num_experts, max_loras, 0 if expert_map is None else expert_map.shape[0])
+    sizes = (num_tokens, top_k, num_experts, max_loras)
     num_pairs = num_tokens * top_k
-    block_m = settle(_open(assignment, rank, block_m), num_tokens, top_k, num_experts, max_loras)
-    if block_m == 0:
-        return Plan(sizes, num_pairs, 0, 0, (0, 0, 0, 0, 0), runtime.nothing, [])
+    block_m = _rows_of_block(*sizes, assignment, rank, block_m)
+    if block_m is None:
+        return Plan(sizes, num_pairs, None, 0, (0, 0, 0, 0, 0), runtime.nothing, [])
     max_blocks = _max_blocks(num_pairs, num_groups, block_m)
     splits = _splits(max_blocks, num_pairs, _scratch_size(num_pairs, num_groups))
     _check_size(name, workspace, splits)
-    fill = _launches(*sizes, block_m, token_lora_mapping.device)
+    fill = _launches(*sizes, 0 if expert_map is None else expert_map.shape[0], block_m, token_lora_mapping.device)
     return Plan(sizes, num_pairs, block_m, max_blocks, splits, fill, [])
 
 
@@ -454,46 +558,20 @@ def _check_size(name: str, workspace: MoeWorkspace | None, splits: tuple[int, ..
 _plan, dense_plan = OP.finder(_bind), DENSE.finder(_bind_dense)
 
 
-# A graph of torch.compile serves any number of tokens, so what depends on it is left open there and settled by the ops,
-# when they run: block_m is then -(4 * the rows asked for or 0 + one of these).
-_SORTED, _AUTO, _AUTO_RANK_16 = 1, 2, 3
-
-
-def _open(assignment: str, rank: int | None, block_m: int | None) -> int:
-    """A request as an open block_m; 0, as ever, for naive."""
-    if assignment == "naive":
-        return 0
-    small = rank is not None and rank <= 16
-    return -(4 * (block_m or 0) + (_SORTED if assignment == "sorted" else _AUTO_RANK_16 if small else _AUTO))
-
-
-def _asked(open_m: int) -> tuple[str, int | None, int | None]:
-    """assignment, rank and block_m of such a request."""
-    asked, how = divmod(-open_m, 4)
-    return "sorted" if how == _SORTED else "auto", 16 if how == _AUTO_RANK_16 else None, asked or None
-
-
-def settle(block_m: int, num_tokens: int, top_k: int, num_experts: int, max_loras: int) -> int:
-    """Rows of a block, 0 for naive, by the number of tokens where ``block_m`` is open."""
+def _rows_of_block(
+    num_tokens: int,
+    top_k: int,
+    num_experts: int,
+    max_loras: int,
+    assignment: str,
+    rank: int | None,
+    block_m: int | None,
+) -> int | None:
+    """Rows of a block, None: pairs come one by one."""
     num_groups = num_experts * max_loras
-    if block_m >= 0:
-        return block_m
-    asked, how = divmod(-block_m, 4)
-    if how != _SORTED and few_pairs(num_tokens, top_k, num_groups, 16 if how == _AUTO_RANK_16 else None):
-        return 0
-    return asked or default_block_m(num_tokens, top_k, num_groups, dense=num_experts == 1)
-
-
-def settled(route: MoeRoute) -> MoeRoute:
-    """``route`` with nothing left open."""
-    if route.block_m >= 0:
-        return route
-    num_groups = route.num_experts * route.max_loras
-    block_m = settle(route.block_m, route.num_tokens, route.top_k, route.num_experts, route.max_loras)
-    if block_m == 0:  # a route anew, which is no edited one
-        return MoeRoute(**route._asdict() | {"pairs": None, "blocks": None, "num_blocks": None, "block_m": 0, "max_blocks": 0})
-    max_blocks = _max_blocks(route.num_tokens * route.top_k, num_groups, block_m)
-    return MoeRoute(**route._asdict() | {"block_m": block_m, "max_blocks": max_blocks})
+    if assignment == "naive" or (assignment == "auto" and few_pairs(num_tokens, top_k, num_groups, rank)):
+        return None
+    return block_m or default_block_m(num_tokens, top_k, num_groups, dense=num_experts == 1)
 
 
 def _open_splits(num_tokens: int, top_k: int, num_experts: int, max_loras: int) -> tuple[int, int, int, int, int]:
@@ -700,11 +778,10 @@ _table_plan = _OF_TABLES.finder(_bind_tables)
 
 
 def _route(buffer: torch.Tensor, *arguments: Any) -> None:
-    *source, num_experts, max_loras, open_m = arguments
-    plan = _plan(*source, num_experts, max_loras, *_asked(open_m), None)
-    if plan.block_m > 0 and plan.num_pairs > 0:
-        num_tokens, top_k, _, _, _ = plan.sizes
-        _, num_blocks, blocks, pairs, scratch = _views(buffer, _open_splits(num_tokens, top_k, num_experts, max_loras))
+    *source, num_experts, max_loras, assignment, rank, block_m = arguments
+    plan = _plan(*source, num_experts, max_loras, assignment, rank, block_m, None)
+    if plan.block_m is not None and plan.num_pairs > 0:
+        _, num_blocks, blocks, pairs, scratch = _views(buffer, _open_splits(*plan.sizes))
         plan.fill(pairs, blocks, num_blocks, scratch, *source)
 
 
@@ -717,7 +794,7 @@ def _from_tables(buffer: torch.Tensor, *arguments: Any) -> None:
 
 _route_op = runtime.op(
     "moe_route(Tensor(a!) buffer, Tensor? topk_ids, Tensor token_lora_mapping, Tensor? adapter_enabled, "
-    "Tensor? expert_map, int num_experts, int max_loras, int open_m) -> ()",
+    "Tensor? expert_map, int num_experts, int max_loras, str assignment, SymInt? rank, int? block_m) -> ()",
     _route,
 )
 _from_tables_op = runtime.op(

@@ -134,6 +134,7 @@ def check(
     if strides.row * rank >= 2**31:
         runtime.fail(variant, "lora_a", f"rows {strides.row} elements apart", "an expert's matrix below 2**31 elements")
     return Problem(
+<<<<<<< HEAD
         tables.num_tokens,
         num_pairs,
         tables.top_k,
@@ -153,6 +154,25 @@ def check(
         x.device,
         x_scales,
         *x_scale_strides,
+=======
+        num_tokens=tables.num_tokens,
+        num_pairs=num_pairs,
+        top_k=tables.top_k,
+        num_experts=tables.num_experts,
+        local_expert_start=tables.local_expert_start,
+        max_loras=runs.max_loras,
+        tokens_hint=min(tables.tokens_hint, tables.num_tokens),
+        block_m=settled_block_m(tables),
+        k=k,
+        slices=sizes["S"],
+        rank=rank,
+        parts=0 if by_table else part_count(k),
+        reads_token=reads == "token",
+        x_stride=x.stride(0),
+        a_strides=strides,
+        ranked=runs.lora_ranks is not None,
+        device=x.device,
+>>>>>>> 3380c9f (Routes are three types, with the fields that each has: pairs, tables of ours, tables of an engine; sizes of calls are given by name)
     )
 
 

@@ -98,15 +98,15 @@ def check(
         runtime.fail(variant, "topk_weights", None, wanted, "a variant without them sums as they are")
     num_tokens, top_k = sizes["T"], sizes["top_k"]
     return Problem(
-        num_tokens,
-        top_k,
-        num_experts,
-        local_expert_start,
-        num_tokens if num_tokens_hint is None else num_tokens_hint,
-        sizes["N"],
-        out.stride(0),
-        y.stride(1 if top_k > 1 else 0),
-        y.device,
+        num_tokens=num_tokens,
+        top_k=top_k,
+        num_experts=num_experts,
+        local_expert_start=local_expert_start,
+        tokens_hint=num_tokens if num_tokens_hint is None else num_tokens_hint,
+        n=sizes["N"],
+        out_stride=out.stride(0),
+        y_stride=y.stride(1 if top_k > 1 else 0),
+        device=y.device,
     )
 
 

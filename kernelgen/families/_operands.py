@@ -211,40 +211,92 @@ class Several:
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """Operands that come together, as a named tuple of the class ``of``, which is a ``bundle``.
+    """Operands that come together, as a named tuple of the class ``of``, which is a ``bundle``, or of one of its ``kinds``.
 
     Attributes:
+        parts: of every kind; each has those that are fields of it.
+        kinds: classes that go by the name of ``of``; none: it is the only one.
+        open: the class of one whose kind a graph of torch.compile leaves open; its ``settled()``, when the graph runs, is of one.
         sizes: further sizes that its numbers tell, by the names that shapes of its parts have for them.
         whole: called with the op's name, the bundle's and the bundle, raises ValueError where its parts do not go together.
         goes_with: another bundle, and what is called with the op's name, this one's, both, and raises ValueError where they do
             not go together; asked at later calls too.
         left_out: not passed to a bound call where it is None.
-        settle: what a graph of torch.compile left open in it, worked out when the graph runs.
     """
 
     name: str
     of: type
-    parts: tuple[Tensor | Int, ...]
+    parts: tuple[Tensor | Int | Choice, ...]
     maker: str  # which front door makes it, for the hint of an error
     optional: bool = False
+    kinds: tuple[type, ...] = ()
+    open: type | None = None
     sizes: Callable[[Any], Mapping[str, int]] | None = None
     whole: Callable[[str, str, Any], None] | None = None
     goes_with: tuple[str, Callable[[str, str, Any, Any], None]] | None = None
     left_out: bool = False
-    settle: Callable[[Any], Any] | None = None
 
     @property
     def is_written(self) -> bool:
         return any(isinstance(part, Tensor) and part.written for part in self.parts)
+
+    def parts_of(self, kind: Any) -> list[Tensor | Int | Choice]:
+        """What a kind has, in the order of its fields."""
+        declared = {part.name: part for part in self.parts}
+        return [declared[field] for field in kind._fields if field in declared]
+
+    @functools.cached_property
+    def _classes(self) -> dict[str, Any]:
+        """By name, all that there are in a graph of torch.compile."""
+        classes = (*(self.kinds or (self.of,)), *(() if self.open is None else (self.open,)))
+        return {kind.__name__: kind for kind in classes}
+
+    @functools.cached_property
+    def _fields(self) -> tuple[str, ...]:
+        """Those of all of them."""
+        return tuple(dict.fromkeys(itertools.chain.from_iterable(kind._fields for kind in self._classes.values())))
+
+    def in_schema(self, letters: Iterator[str]) -> list[str]:
+        """The arguments of an op of torch that it is: the name of its kind, None where there is none, and all fields."""
+        declared, kinds = {part.name: part for part in self.parts}, self._classes.values()
+        some = {field for field in self._fields if self.optional or not all(field in kind._fields for kind in kinds)}
+        parts = [_in_schema(declared[field], f"{self.name}_{field}", letters, field in some) for field in self._fields]
+        return [f"str{'?' if self.optional else ''} {self.name}", *parts]
+
+    @functools.cached_property
+    def flat(self) -> Callable[[Any], tuple[Any, ...]]:
+        """What makes these arguments of a bundle, in a graph too."""
+        fields = self._fields
+
+        def flat(value: Any) -> tuple[Any, ...]:
+            if value is None:
+                return (None,) * (1 + len(fields))
+            return (type(value).__name__, *[getattr(value, field, None) for field in fields])
+
+        return flat
+
+    @functools.cached_property
+    def whole_again(self) -> Callable[..., Any]:
+        """What makes a bundle of these arguments, with nothing left open."""
+        classes, still_open = self._classes, self.open
+        places = {name: [self._fields.index(field) for field in kind._fields] for name, kind in classes.items()}
+
+        def whole_again(kind: str | None, *parts: Any) -> Any:
+            if kind is None:
+                return None
+            value = classes[kind]._make([parts[place] for place in places[kind]])
+            return value.settled() if classes[kind] is still_open else value
+
+        return whole_again
 
     def admit(self, op: str, value: Any, values: Mapping[str, Any], label: str = "") -> None:
         """Raise ValueError unless ``value`` is such a bundle, of parts of the right types."""
         label = label or self.name
         if value is None and self.optional:
             return
-        if not isinstance(value, self.of):
+        if not isinstance(value, self.kinds or self.of):
             fail(op, label, _say(value), f"a {self.of.__name__}", f"make it with {self.maker}")
-        for part in self.parts:
+        for part in self.parts_of(value):
             part.admit(op, getattr(value, part.name), {}, f"{label}.{part.name}")
         field = edited(value)
         if field is not None:
@@ -258,7 +310,7 @@ class Bundle:
     def tensors(self, value: Any, label: str = "") -> Iterator[tuple[str, Tensor, torch.Tensor]]:
         """As of a Tensor."""
         label = label or self.name
-        for part in self.parts if value is not None else ():
+        for part in self.parts_of(value) if value is not None else ():
             if isinstance(part, Tensor):
                 yield from part.tensors(getattr(value, part.name), f"{label}.{part.name}")
 
@@ -618,7 +670,7 @@ class Op:
     def in_graphs(self, function: Callable[..., None]) -> Callable[..., None]:
         """``function`` of all arguments, as an op of torch that a graph of torch.compile calls; see ``runtime.op``.
 
-        What is returned takes the same arguments; the op takes the parts of bundles one by one.
+        What is returned takes the same arguments; of a bundle the op takes the name of its kind, then the parts one by one.
         """
         letters = iter("abcdefghijklmnopqrstuvwxyz")
         schema, given, whole = [], [], []
@@ -630,22 +682,17 @@ class Op:
                 given.append(name)
                 whole.append(name)
                 continue
-            declared = {part.name: part for part in operand.parts}
-            parts = [f"{name}_{field}" for field in operand.of._fields]  # type: ignore[attr-defined]
-            kinds = [declared[part.removeprefix(f"{name}_")] for part in parts]
-            schema += [_in_schema(kind, part, letters, operand.optional) for part, kind in zip(parts, kinds, strict=True)]
-            there = next(part for part, kind in zip(parts, kinds, strict=True) if not getattr(kind, "optional", False))
-            names |= {f"{name}_of": operand.of, f"{name}_settled": operand.settle}
-            made = f"{name}_of({', '.join(parts)})"
-            made = made if operand.settle is None else f"{name}_settled({made})"
-            given.append(f"*({'None, ' * len(parts)}) if {name} is None else {name}" if operand.optional else f"*{name}")
-            whole.append(f"None if {there} is None else {made}" if operand.optional else made)
-        flat = [part.split("=")[0].rpartition(" ")[2] for part in schema]
+            parts = operand.in_schema(letters)
+            schema += parts
+            given.append(f"*{name}_flat({name})")
+            whole.append(f"{name}_whole({', '.join(part.rpartition(' ')[2] for part in parts)})")
+            names |= {f"{name}_flat": operand.flat, f"{name}_whole": operand.whole_again}
+        flat = [part.rpartition(" ")[2] for part in schema]
         source = _IN_GRAPHS.format(
             flat=", ".join(flat),
             whole=", ".join(whole),
             names=", ".join(operand.name for operand in self.operands),
-            given=", ".join(f"*({part[1:]})" if " if " in part else part for part in given),
+            given=", ".join(given),
         )
         exec(compile(source, f"<{self.name}>", "exec"), names)  # noqa: S102  (of declarations alone)
         names["op"] = runtime.op(f"{self.name}({', '.join(schema)}) -> ()", names["together"])
@@ -910,7 +957,8 @@ def _flat(operands: Sequence[Operand], values: Mapping[str, Any]) -> Iterator[tu
         if not isinstance(operand, Bundle):
             yield operand.name, operand, value
         elif value is not None:
-            yield from ((f"{operand.name}.{part.name}", part, getattr(value, part.name)) for part in operand.parts)
+            parts = operand.parts_of(value)
+            yield from ((f"{operand.name}.{part.name}", part, getattr(value, part.name)) for part in parts)
 
 
 def _numbers(op: str, label: str, operand: Operand, value: Any, sizes: Sizes) -> None:

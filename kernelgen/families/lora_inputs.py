@@ -206,10 +206,7 @@ def route_of(
     blocks[:num_blocks] = tables.blocks.to(device)
     count = torch.tensor([num_blocks], dtype=torch.int32, device=device)
     parts = poison_(torch.empty(_WORKSPACE, device=device)) if case.workspace else None
-    route = package.MoeRoute(
-        *(None, None, None, None, pairs, blocks, count, parts),
-        *(case.tokens, 1, 1, case.loras, 0, case.block_m, num_blocks + 2),
-    )
+    route = package.EngineRoute(pairs, blocks, count, parts, case.tokens, 1, 1, case.loras, case.block_m, num_blocks + 2)
     return route, {
         "pairs": seal(pairs),
         "blocks": seal(blocks),

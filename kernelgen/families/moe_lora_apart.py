@@ -159,7 +159,7 @@ class Batch:
         blocks[:num_blocks] = tables.blocks.to(device)
         count = torch.tensor([num_blocks], dtype=torch.int32, device=device)
         made = {"pairs": pairs, "blocks": blocks, "num_blocks": count}
-        route = route._replace(**made, block_m=block_m, max_blocks=num_blocks + 2)
+        route = package.TableRoute(**route._asdict(), **made, block_m=block_m, max_blocks=num_blocks + 2)
         return route, {name: seal(table) for name, table in made.items()}
 
     def rows(self) -> torch.Tensor:

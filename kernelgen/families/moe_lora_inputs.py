@@ -394,7 +394,7 @@ def route_of(
     blocks[:num_blocks, 2] += first
     count = torch.tensor([num_blocks], dtype=torch.int32, device=device)
     made = {"pairs": pairs, "blocks": blocks, "num_blocks": count}
-    route = route._replace(**made, block_m=case.block_m, max_blocks=num_blocks + 2)
+    route = package.TableRoute(**route._asdict(), **made, block_m=case.block_m, max_blocks=num_blocks + 2)
     kept = {
         name: seal(table)
         for name, table in made.items()

@@ -52,8 +52,8 @@ def problem_of(package: ModuleType, family: str, **sizes: Any) -> tuple[ModuleTy
 
 def bare_route(package: ModuleType, tokens: int, block_m: int, *, top_k: int = 1, experts: int = 1, loras: int = 4) -> Any:
     """A route without tables: what a rule asks of one."""
-    route = importlib.import_module(f"{package.__name__}.moe_route._op").MoeRoute
-    return route(*(None,) * 8, tokens, top_k, experts, loras, 0, block_m, 1)
+    kinds, sizes = importlib.import_module(f"{package.__name__}.moe_route._op"), (tokens, top_k, experts, loras)
+    return kinds.EngineRoute(*(None,) * 4, *sizes, block_m, 1) if block_m else kinds.PairRoute(*(None,) * 5, *sizes)
 
 
 def parts_of_tiles(k: int, config: Any, where: str) -> None:

@@ -21,7 +21,7 @@ from .._scales import (
 from .._scales import (
     fits as scale_fits,
 )
-from ..moe_route._op import ROUTE, MoeRoute, check_rank, default_block_m
+from ..moe_route._op import ROUTE, MoeRoute, PairRoute, check_rank, default_block_m, rows_of_block
 from ._table import QUANT, VARIANTS
 from ._tuned import TUNED
 
@@ -163,30 +163,42 @@ def problem_of(
         ValueError: as ``check``.
     """
     check_route(variant, route)
-    a, device, slices, rank = lora_a[0], x.device, sizes["S"], sizes["rank"]
+    a, slices, rank = lora_a[0], sizes["S"], sizes["rank"]
     if a_scale is not None:
         check_fp8(variant, "lora_a", a, a_scale[0], QUANT)
     if x_scale is not None:
         check_fp8(variant, "x", x, x_scale[0], QUANT)
     check_rank(variant, "lora_a", rank, max_rank, a.stride(-2))
-    scale_stride = 0
+    a_scale_stride = 0
     if a_scale is not None:
         found = scale_strides(variant, "a_scale", *a_scale, lora_a, QUANT)
-        scale_stride = found[0]
-        if found != (scale_stride,) * slices:
+        a_scale_stride = found[0]
+        if found != (a_scale_stride,) * slices:
             runtime.fail(variant, "a_scale", f"strides {found} over L", "one for all slices", "slices have one layout")
-    x_scale_strides: tuple[int, int | None] = (0, None)
+    x_scale_stride, x_scale_next = 0, None
     if x_scale is not None:
-        x_scale_strides = check_x_scale(variant, x_scale[0], x, x_scale[1], QUANT)
-    kinds = (None if a_scale is None else a_scale[0], None if x_scale is None else x_scale[0])
-    dims = (route.num_tokens, sizes["K"], slices, rank, x.stride(0), a.stride(0), a.stride(-2))
-    return Problem(*dims, device, *kinds, scale_stride, *x_scale_strides)
+        x_scale_stride, x_scale_next = check_x_scale(variant, x_scale[0], x, x_scale[1], QUANT)
+    return Problem(
+        num_tokens=route.num_tokens,
+        k=sizes["K"],
+        slices=slices,
+        rank=rank,
+        x_stride=x.stride(0),
+        a_stride_l=a.stride(0),
+        a_stride_r=a.stride(-2),
+        device=x.device,
+        weight_scales=None if a_scale is None else a_scale[0],
+        x_scales=None if x_scale is None else x_scale[0],
+        a_scale_stride_l=a_scale_stride,
+        x_scale_stride=x_scale_stride,
+        x_scale_next=x_scale_next,
+    )
 
 
 def check_route(variant: str, route: MoeRoute) -> None:
     """Raise ValueError where a route is not that of a dense layer."""
-    if route.num_experts != 1 or route.top_k != 1 or route.block_m == 0:
-        got = f"{route.num_experts} experts, top_k {route.top_k}, blocks of {route.block_m}"
+    if route.num_experts != 1 or route.top_k != 1 or isinstance(route, PairRoute):
+        got = f"{route.num_experts} experts, top_k {route.top_k}, {'naive' if isinstance(route, PairRoute) else 'sorted'}"
         runtime.fail(variant, "route", got, "one expert, top_k 1, sorted", "make it with lora_route")
 
 
@@ -246,7 +258,7 @@ def choose(problem: Problem, route: MoeRoute) -> Config:
 
     def rule(schedule: str | None) -> tuple[str, Config]:
         del schedule  # there is one
-        rows = product_rows(route.block_m) if any(scales) else min(64, route.block_m)
+        rows = product_rows(rows_of_block(route)) if any(scales) else min(64, rows_of_block(route))
         sizes = (tokens, rows, problem.k, problem.slices, problem.rank)
         return "lora_shrink", _choose(_Shape(*sizes, *scales, device.num_sms, device.shared_memory, device.full_warps))
 
@@ -255,7 +267,7 @@ def choose(problem: Problem, route: MoeRoute) -> Config:
 
 def is_as_measured(route: MoeRoute, tokens: int) -> bool:
     """Whether the blocks of the route are those that lora_route makes, which tiles were measured with."""
-    return route.block_m == default_block_m(tokens, 1, route.max_loras, dense=True)
+    return rows_of_block(route) == default_block_m(tokens, 1, route.max_loras, dense=True)
 
 
 class Key(NamedTuple):

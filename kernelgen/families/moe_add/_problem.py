@@ -9,7 +9,7 @@ import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
-from ..moe_route._op import ROUTE, MoeRoute
+from ..moe_route._op import ROUTE, MoeRoute, has_routing
 from ._table import VARIANTS
 from ._tuned import TUNED
 
@@ -62,19 +62,19 @@ def check(
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
     sizes = OP.check(variant, OP.named(out, delta, route), D=dtype)
-    if route.topk_ids is None or route.token_lora_mapping is None:
+    if not has_routing(route):
         runtime.fail(variant, "route", "tables only", "a route from moe_route")
     row = 1 if route.top_k > 1 else 0
     return Problem(
-        route.num_tokens * route.top_k,
-        route.top_k,
-        route.num_experts,
-        route.max_loras,
-        route.global_experts,
-        sizes["N"],
-        out.stride(row),
-        delta.stride(row),
-        out.device,
+        num_pairs=route.num_tokens * route.top_k,
+        top_k=route.top_k,
+        num_experts=route.num_experts,
+        max_loras=route.max_loras,
+        global_experts=route.global_experts,
+        n=sizes["N"],
+        out_stride=out.stride(row),
+        delta_stride=delta.stride(row),
+        device=out.device,
     )
 
 

@@ -27,6 +27,8 @@ from ..moe_route._op import (
     expected_groups,
     experts_in_weights,
     few_pairs,
+    has_routing,
+    rows_of_block,
 )
 from ._table import QUANT, VARIANTS
 from ._tuned import TUNED
@@ -197,28 +199,29 @@ def check(
     if scales.of_weights is not None:
         a_scale_strides = _scale_strides(variant, "a_scale", scales.of_weights, scales.a, lora_a)
         b_scale_strides = _scale_strides(variant, "b_scale", scales.of_weights, scales.b, lora_b)
-    x_scale_strides: tuple[int, int | None] = (0, None)
+    x_scale_stride, x_scale_next = 0, None
     if scales.of_x is not None:
-        x_scale_strides = check_x_scale(variant, scales.of_x, x, scales.x, QUANT, of_rows)
+        x_scale_stride, x_scale_next = check_x_scale(variant, scales.of_x, x, scales.x, QUANT, of_rows)
     return Problem(
-        num_pairs,
-        k,
-        n,
-        slices,
-        rank,
-        x.stride(0),
-        out_stride,
-        operands.Strides.of(a),
-        operands.Strides.of(b),
-        weighted,
-        adds,
-        x.device,
-        scales.of_weights,
-        scales.of_x,
-        a_scale_strides,
-        b_scale_strides,
-        *x_scale_strides,
-        block_r,
+        num_pairs=num_pairs,
+        k=k,
+        n=n,
+        slices=slices,
+        rank=rank,
+        x_stride=x.stride(0),
+        out_stride=out_stride,
+        a_strides=operands.Strides.of(a),
+        b_strides=operands.Strides.of(b),
+        weighted=weighted,
+        adds=adds,
+        device=x.device,
+        weight_scales=scales.of_weights,
+        x_scales=scales.of_x,
+        a_scale_strides=a_scale_strides,
+        b_scale_strides=b_scale_strides,
+        x_scale_stride=x_scale_stride,
+        x_scale_next=x_scale_next,
+        block_r=block_r,
     )
 
 
@@ -312,7 +315,7 @@ def plan(problem: Problem, route: MoeRoute) -> tuple[str, Config]:
 
     The number of tokens counts as the next power of two, so that the compile keys of a model are a short list.
     """
-    s, has_ids, device = _shape(problem, route), route.topk_ids is not None, runtime.traits(problem.device)
+    s, has_ids, device = _shape(problem, route), has_routing(route), runtime.traits(problem.device)
     tokens = min(s.tokens, 4096)  # the largest that is tuned; more tokens are more of the same blocks
     sizes = (tokens, s.top_k, s.experts, s.loras, s.k, s.n, s.slices, s.rank, s.weighted)
     key = Key(*sizes, s.adds, s.weight_scales, s.x_scales)
@@ -376,7 +379,7 @@ def _shape(problem: Problem, route: MoeRoute) -> _Shape:
         route.top_k,
         route.num_experts,
         route.max_loras,
-        route.block_m,
+        rows_of_block(route),
         problem.k,
         problem.n,
         problem.slices,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from types import ModuleType
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
@@ -386,6 +387,16 @@ def route_of(package: ModuleType, routed: Routed, assignment: str, workspace: An
     )
 
 
+def other_kind(route: Any) -> Any:
+    """A route of a kind that a variant does not take which takes this one: tables alone for pairs, pairs for tables."""
+    kinds = sys.modules[type(route).__module__]
+    if not isinstance(route, kinds.PairRoute):
+        return kinds.PairRoute(**{field: getattr(route, field) for field in kinds.PairRoute._fields})
+    pairs, blocks, num_blocks = (route.token_lora_mapping.new_zeros(shape) for shape in ((16,), (1, 4), (1,)))
+    sizes = (route.num_tokens, route.top_k, route.num_experts, route.max_loras)
+    return kinds.EngineRoute(pairs, blocks, num_blocks, route.parts, *sizes, block_m=16, max_blocks=1)
+
+
 def _workspace(package: ModuleType, device: str, max_tokens: int) -> Any:
     return package.moe_workspace(
         max_tokens=max_tokens,
@@ -501,9 +512,7 @@ def _set(name: str, change: Callable[[Any], Any]) -> Callable[[_Operands], bool]
 
 
 def _kind_of_route(operands: _Operands) -> bool:
-    route = operands["route"]
-    naive = route.block_m == 0
-    operands["route"] = route._replace(topk_ids=None) if naive else route._replace(block_m=0)
+    operands["route"] = other_kind(operands["route"])
     return True
 
 

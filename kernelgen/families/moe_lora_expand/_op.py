@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import _runtime as runtime
-from ..moe_route._op import MoeRoute
+from ..moe_route._op import MoeRoute, PairRoute
 from ._problem import OP, Call, check, choose
 from ._table import VARIANTS
 
@@ -72,7 +72,7 @@ def _bind(
         weighted=mul_routed_weight,
         adds=add_inputs,
     )
-    schedule = "pairs" if route.block_m == 0 else "blocks"
+    schedule = "pairs" if isinstance(route, PairRoute) else "blocks"
     variant = VARIANTS.get(
         "moe_lora_expand",
         schedule=schedule,

@@ -17,6 +17,7 @@ from ..moe_route._op import (
     check_rank,
     expected_groups,
     experts_in_weights,
+    rows_of_block,
 )
 from ._table import VARIANTS
 from ._tuned import TUNED
@@ -122,7 +123,18 @@ def check(
         wanted = "slices and shards that are less than 2**31 elements apart"
         runtime.fail(variant, "y", runtime.describe(y), wanted, "send fewer tokens")
     out_stride = out.stride(1) if route.top_k > 1 else out.stride(0)
-    return Problem(num_pairs, n, slices, rank, y.shape[-1], offset, out_stride, y.stride(-2), strides, out.device)
+    return Problem(
+        num_pairs=num_pairs,
+        n=n,
+        slices=slices,
+        rank=rank,
+        shard=y.shape[-1],
+        offset=offset,
+        out_stride=out_stride,
+        y_stride=y.stride(-2),
+        b_strides=strides,
+        device=out.device,
+    )
 
 
 class Key(NamedTuple):
@@ -146,7 +158,7 @@ def choose(schedule: str, problem: Problem, route: MoeRoute) -> Any:
     The number of tokens counts as the next power of two, so that the compile keys of a model are a short list.
     """
     tokens, device = runtime.next_power_of_2(route.num_tokens), runtime.traits(problem.device)
-    layer = (route.block_m, problem.n, problem.slices, problem.rank)
+    layer = (rows_of_block(route), problem.n, problem.slices, problem.rank)
     key = Key(min(tokens, 4096), route.top_k, route.num_experts, route.max_loras, *layer, True, None)
 
     def rule(_: str | None) -> tuple[str, Config]:

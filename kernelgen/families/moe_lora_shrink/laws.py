@@ -12,7 +12,7 @@ import torch
 from kernelgen.families.buffers import bits, poison_
 from kernelgen.families.case import Law, Variant, worst_ratio
 from kernelgen.families.lora_shrink.laws import refuses
-from kernelgen.families.moe_lora.laws import route_of
+from kernelgen.families.moe_lora.laws import other_kind, route_of
 from kernelgen.families.moe_lora_apart import Batch, Case, make
 from kernelgen.families.moe_lora_shrink.cases import tiles
 from kernelgen.families.moe_lora_shrink.reference import moe_lora_shrink
@@ -115,7 +115,7 @@ def wrong_arguments_are_named(package: ModuleType, variants: Sequence[Variant], 
             for op, called in ((variant.name, variant.launcher(package)), ("moe_lora_shrink", package.moe_lora_shrink)):
                 refuses(called, {**good, name: change(good[name])}, op, label)
         assert torch.equal(bits(y), before), "y was written"
-    refuses(variant.launcher(package), {**good, "route": route._replace(block_m=0)}, variant.name, "a naive route")
+    refuses(variant.launcher(package), {**good, "route": other_kind(route)}, variant.name, "a naive route")
 
 
 _WRONG: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
