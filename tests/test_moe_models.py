@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from kernelgen.demo import bounds, models
 from kernelgen.demo.oracle import PeftModels
 from kernelgen.integrations.moe_layer import MoeLayer
-from kernelgen.integrations.peft import Factors, SliceBuffers, read_adapter, stack_adapters
+from kernelgen.integrations.peft import Factors, LayerBuffers, SliceBuffers, read_adapter, stack_adapters
 from kernelgen.integrations.transformers import MoeCall, MoeLora, expert_layers, expert_shape
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers, of itself
@@ -289,6 +289,37 @@ def test_one_batch_at_a_time(device: str) -> None:
 
 LAYER = {"w13": (4, 48, 32), "w2": (4, 32, 24)}
 CALL = {"hidden": (5, 32), "topk_ids": (5, 2), "topk_weights": (5, 2)}
+
+
+def test_layer_of_fp8(device: str) -> None:
+    """A layer of FP8 with adapters in bfloat16 is that of the op."""
+    import generated as kg
+
+    numbers = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=numbers).to(device, torch.bfloat16)
+
+    w13, w13_scale = kg.quantize_weights(normal(*LAYER["w13"]), slices=2)
+    w2, w2_scale = kg.quantize_weights(normal(*LAYER["w2"]))
+    hidden, x_scale = kg.quantize_activations(normal(*CALL["hidden"]))
+    gate_up = SliceBuffers((normal(2, 4, 8, 32), normal(2, 4, 8, 32)), (normal(2, 4, 24, 8), normal(2, 4, 24, 8)))
+    down = SliceBuffers((normal(2, 4, 8, 24),), (normal(2, 4, 32, 8),))
+    lora = LayerBuffers(gate_up, down, torch.ones(2, dtype=torch.int32, device=device))
+    ids = torch.tensor([[0, 1], [3, 2], [0, 1], [3, 2], [1, 3]], dtype=torch.int32, device=device)
+    mapping = torch.tensor([0, -1, 1, 1, 0], dtype=torch.int32, device=device)
+    routed = (ids, torch.rand(CALL["topk_weights"], generator=numbers).to(device))
+    scales = {"w13_scale": w13_scale, "w2_scale": w2_scale}
+    layer = MoeLayer(kg, w13, w2, lora, **scales)
+    out = layer(hidden, *routed, mapping, x_scale=x_scale)
+    adapters = kg.FusedMoeLora(mapping, *gate_up, *down, lora.adapter_enabled)
+    options = {"activation": "swiglu", "x_scale": x_scale, "out": torch.empty_like(out), **scales}
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, kg.fused_moe(hidden, w13, w2, *routed, lora=adapters, **options))
+    assert not torch.equal(out, layer(hidden, *routed, None, x_scale=x_scale))
+    of_halves = lora._replace(down=SliceBuffers(*([factor.half() for factor in side] for side in down)))
+    with pytest.raises(ValueError, match=r"down: got torch.float16 .*, wanted torch.bfloat16 .*, beside weights in torch.float8"):
+        MoeLayer(kg, w13, w2, of_halves, **scales)
 
 
 @pytest.mark.parametrize("name", [*LAYER, *CALL, "kernels", "dtype", "topk_ids of 1"])

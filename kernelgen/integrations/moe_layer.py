@@ -30,7 +30,9 @@ class MoeLayer:
         kernels: the generated package, under whatever name it was imported.
         w13: [E, 2 * I, H], the gate, then the linear half.
         w2: [E, H, I].
-        lora: the adapters, from ``stack_adapters``, their numbers finite; None: this layer has none.
+        lora: the adapters, from ``stack_adapters``, their numbers finite; None: this layer has none. On FP8 weights in bfloat16.
+        w13_scale, w2_scale: of FP8 weights, as ``fused_moe`` takes them.
+        h_scale: likewise, of the activations between the two products, where it is given.
 
     Raises:
         ValueError: weights and adapters are not of the same experts, dtype and device.
@@ -40,6 +42,9 @@ class MoeLayer:
     w13: torch.Tensor
     w2: torch.Tensor
     lora: LayerBuffers | None
+    w13_scale: torch.Tensor | None = None
+    w2_scale: torch.Tensor | None = None
+    h_scale: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, weight in (("w13", self.w13), ("w2", self.w2)):
@@ -67,6 +72,7 @@ class MoeLayer:
         topk_weights: torch.Tensor,
         token_lora_mapping: torch.Tensor | None,
         *,
+        x_scale: torch.Tensor | None = None,
         workspace: Any = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -75,8 +81,9 @@ class MoeLayer:
         Args:
             topk_ids, topk_weights: [T, top_k], contiguous.
             token_lora_mapping: [T] int32, the adapter of each token, -1: none; None: no token has one.
+            x_scale: of an FP8 ``hidden``, as ``fused_moe`` takes it.
             workspace: from the package's ``fused_moe_workspace``, with ``max_rank`` for the adapters; None allocates.
-            out: [T, H] in the dtype of ``hidden``; None makes it.
+            out: [T, H] in any float dtype; None makes it, in the dtype of ``hidden``, of an FP8 one in bfloat16.
 
         Raises:
             ValueError: something does not fit; ``out`` is as it was.
@@ -87,12 +94,14 @@ class MoeLayer:
             _check_tensor(name, tensor)
         if topk_ids.dim() != 2:
             raise ValueError(f"topk_ids: got {list(topk_ids.shape)}, wanted [T, top_k]")
-        out = torch.empty_like(hidden) if out is None else out
+        if out is None:
+            out = torch.empty_like(hidden, dtype=_dtype_beside(hidden))
         adapters = None
         if lora is not None and token_lora_mapping is not None:
             adapters = kg.FusedMoeLora(token_lora_mapping, *lora.gate_up, *lora.down, lora.adapter_enabled, lora.lora_ranks)
         layer = (hidden, self.w13, self.w2, topk_ids, topk_weights)
-        kg.fused_moe(*layer, activation="swiglu", out=out, workspace=workspace, lora=adapters)
+        scales = {"w13_scale": self.w13_scale, "w2_scale": self.w2_scale, "x_scale": x_scale, "h_scale": self.h_scale}
+        kg.fused_moe(*layer, activation="swiglu", out=out, workspace=workspace, lora=adapters, **scales)
         return out
 
 
@@ -100,7 +109,8 @@ def check_adapters(name: str, lora: LayerBuffers, w2: torch.Tensor) -> None:
     """Find out before anything runs what would stop a layer in the middle.
 
     Raises:
-        ValueError: ``lora`` is not of the experts, the dtype or the device of ``w2`` [E, H, I]; the message begins with ``name``.
+        ValueError: ``lora`` is not of the experts or the device of ``w2`` [E, H, I], or of another dtype than goes with it; the
+            message begins with ``name``.
     """
     if not isinstance(lora, LayerBuffers):
         raise ValueError(
@@ -131,10 +141,17 @@ def check_adapters(name: str, lora: LayerBuffers, w2: torch.Tensor) -> None:
                     f"{name}: {part}: got {list(a.shape)} and {list(b.shape)}, wanted adapters of {shape}, {slots} of one rank"
                 )
             for factor in (a, b):
-                if (factor.dtype, factor.device) != (w2.dtype, w2.device):
+                wanted = _dtype_beside(w2)
+                if (factor.dtype, factor.device) != (wanted, w2.device):
                     raise ValueError(
-                        f"{name}: {part}: got {factor.dtype} on {factor.device}, wanted {w2.dtype} on {w2.device}, as the weights"
+                        f"{name}: {part}: got {factor.dtype} on {factor.device}, wanted {wanted} on {w2.device}, beside "
+                        f"weights in {w2.dtype}"
                     )
+
+
+def _dtype_beside(tensor: torch.Tensor) -> torch.dtype:
+    """Of numbers of 16 bits beside these."""
+    return torch.bfloat16 if tensor.element_size() == 1 else tensor.dtype
 
 
 def _check_tensor(name: str, value: object) -> None:
