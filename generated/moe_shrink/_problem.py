@@ -124,7 +124,7 @@ def check(
     sizes = OP.check(variant, OP.named(v, x, lora_a, tables, runs, reads, x_scale), D=dtype)
     if by_table and (runs.runs is None or tables.block_m == 0):
         runtime.fail(variant, "runs", "none", "runs", "make them with moe_align and moe_runs")
-    x_scales, x_scale_strides = _check_x_scale(variant, x, x_scale, mode)
+    x_scales, (x_scale_stride, x_scale_next) = _check_x_scale(variant, x, x_scale, mode)
     num_pairs, rank, k = tables.num_tokens * tables.top_k, sizes["rank"], sizes["K"]
     of_pairs = (num_pairs, sizes["S"], rank)
     shape, kind = (of_pairs, sizes["D"]) if by_table else ((part_count(k), *of_pairs), torch.float32)
@@ -134,27 +134,6 @@ def check(
     if strides.row * rank >= 2**31:
         runtime.fail(variant, "lora_a", f"rows {strides.row} elements apart", "an expert's matrix below 2**31 elements")
     return Problem(
-<<<<<<< HEAD
-        tables.num_tokens,
-        num_pairs,
-        tables.top_k,
-        tables.num_experts,
-        tables.local_expert_start,
-        runs.max_loras,
-        min(tables.tokens_hint, tables.num_tokens),
-        settled_block_m(tables),
-        k,
-        sizes["S"],
-        rank,
-        0 if by_table else part_count(k),
-        reads == "token",
-        x.stride(0),
-        strides,
-        runs.lora_ranks is not None,
-        x.device,
-        x_scales,
-        *x_scale_strides,
-=======
         num_tokens=tables.num_tokens,
         num_pairs=num_pairs,
         top_k=tables.top_k,
@@ -172,7 +151,9 @@ def check(
         a_strides=strides,
         ranked=runs.lora_ranks is not None,
         device=x.device,
->>>>>>> 3380c9f (Routes are three types, with the fields that each has: pairs, tables of ours, tables of an engine; sizes of calls are given by name)
+        x_scales=x_scales,
+        x_scale_stride=x_scale_stride,
+        x_scale_next=x_scale_next,
     )
 
 
