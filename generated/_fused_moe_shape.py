@@ -15,8 +15,8 @@ from . import _operands as operands
 from . import _runtime as runtime
 from . import _scales
 from ._fused_moe import FusedMoeLora, fused_moe
-from ._warmup import DTYPE, FP8_DTYPE, ROUTING, X_SCALES, ends
-from .moe_gemm._table import QUANT
+from ._warmup import ROUTING, ends, kinds_of_scales
+from .moe_gemm._table import QUANT, VARIANTS
 
 __all__ = ["FusedMoeShape"]
 
@@ -26,11 +26,12 @@ _FIELDS: tuple[operands.Operand, ...] = (
     operands.Choice("out_dtype", (None, *operands.FLOATS)),
     operands.Flag("valid_tokens"),
     operands.Int("local_expert_start"),
-    operands.Choice("weight_scales", (None, "tensor", "slice", "channel", "group")),
-    DTYPE,
+    operands.Choice("dtype", VARIANTS.dtypes),
     *ROUTING,
-    X_SCALES,
-    FP8_DTYPE,
+    kinds_of_scales(VARIANTS, "weight_scales", slice="tensor"),
+    kinds_of_scales(VARIANTS, "x_scales", expert="tensor", group_by_column="group"),
+    operands.Choice("fp8_dtype", QUANT.elements),
+    operands.Choice("scales_dtype", _scales.SCALES),
     operands.Int("rank"),
     operands.Int("max_loras"),
     operands.Flag("adapter_enabled"),

@@ -13,10 +13,10 @@ import torch
 from . import _operands as operands
 from . import _scales
 from ._lora import lora, lora_route
-from ._warmup import DTYPE, FP8
+from ._warmup import kinds_of_scales
 from .lora_expand._op import lora_expand
 from .lora_shrink._op import lora_shrink
-from .lora_shrink._table import QUANT
+from .lora_shrink._table import QUANT, VARIANTS
 
 __all__ = ["LoraShape"]
 
@@ -26,8 +26,11 @@ _FIELDS: tuple[operands.Operand, ...] = (
     operands.Int("out_width", 1, optional=True),
     operands.Int("offset_start"),
     *(operands.Flag(name) for name in ("add_inputs", "separate")),
-    DTYPE,
-    *FP8,
+    operands.Choice("dtype", VARIANTS.dtypes),
+    kinds_of_scales(VARIANTS, "weight_scales"),
+    kinds_of_scales(VARIANTS, "x_scales", group_by_column="group"),
+    operands.Choice("fp8_dtype", QUANT.elements),
+    operands.Choice("x_scales_dtype", _scales.SCALES),
 )
 
 

@@ -705,6 +705,19 @@ def test_shapes_to_warm_up_are_checked(device: str) -> None:
             kg.warmup([shape])
 
 
+def test_shapes_take_all_kinds_of_scales() -> None:
+    moe, dense = kg.MoeShape(K, N, 2, RANK, TOP_K, EXPERTS, LORAS), kg.LoraShape(K, (N,), RANK, LORAS)
+    base = kg.FusedMoeShape(K, N, EXPERTS, TOP_K, "swiglu")
+    for shape, weights, of_x in (
+        (dense, "tensor channel group", "tensor token group group_by_column"),
+        (moe, "tensor channel group", "tensor expert token group group_by_column"),
+        (base, "tensor slice channel group", "tensor expert token group group_by_column"),
+    ):
+        for field, words in {"weight_scales": weights, "x_scales": of_x}.items():
+            for word in words.split():
+                shape._replace(**{field: word}).check("shape")
+
+
 @pytest.mark.parametrize("name", [name for name in GOOD if name not in kg.variants()])
 def test_launchers_of_variants_name_what_does_not_fit(name: str, device: str, launches: list[Any]) -> None:
     """Of the variants that a good call of the front door launches."""

@@ -14,9 +14,9 @@ import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
-from .._scales import check_fp8, product_rows
+from .._scales import check_fp8, product_rows, scale_operand
 from ..lora_shrink._problem import Parts, check_route, is_as_measured, scale_strides
-from ..moe_route._op import ROUTE, MoeRoute, check_rank, rows_of_block
+from ..moe_route._op import ADD_INPUTS, ROUTE, MoeRoute, check_rank, rows_of_block
 from ._table import QUANT, VARIANTS
 from ._tuned import TUNED
 
@@ -45,14 +45,21 @@ Call = Callable[..., None]
 OP = operands.Op(
     "lora_expand",
     (
-        operands.Tensor("out", "T, *", "D", written=True),
-        operands.Tensor("y", "S, T, rank", (torch.float32, torch.bfloat16, torch.float16), operands.CONTIGUOUS),
-        operands.Tensor("lora_b", ("slots>=L, >=1, rank", "slots>=L, 1, >=1, rank"), "D", slices="any", scaled_by="b_scale"),
+        operands.Tensor("out", "T, *", "D", written=True, asks=("torch_dtype",)),
+        operands.Tensor("y", "S, T, rank", (torch.float32, *VARIANTS.dtypes), operands.CONTIGUOUS),
+        operands.Tensor(
+            "lora_b",
+            ("slots>=L, >=1, rank", "slots>=L, 1, >=1, rank"),
+            "D",
+            slices="any",
+            scaled_by="b_scale",
+            asks=("rank",),
+        ),
         ROUTE,
         operands.Number("scaling", public=False),
         operands.Int("offset_start"),
-        operands.Flag("add_inputs"),
-        operands.Tensor("b_scale", None, None, operands.FREE, optional=True, slices="any", left_out=True),
+        ADD_INPUTS,
+        scale_operand("b_scale", "weight_scales", slices="any"),
     ),
     spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},

@@ -19,6 +19,7 @@ from .._scales import (
     check_x_scale,
     is_fp32,
     product_rows,
+    scale_operand,
     scale_shape,
 )
 from .._scales import (
@@ -70,12 +71,12 @@ OP = operands.Op(
     "lora_shrink",
     (
         operands.Tensor("y", "S, T, rank", torch.float32, operands.CONTIGUOUS, written=True),
-        operands.Tensor("x", "T, K", "D", scaled_by="x_scale"),
-        operands.Tensor("lora_a", (">=L, rank, K", ">=L, 1, rank, K"), "D", slices="alike", scaled_by="a_scale"),
+        operands.Tensor("x", "T, K", "D", scaled_by="x_scale", asks=("torch_dtype",)),
+        operands.Tensor("lora_a", (">=L, rank, K", ">=L, 1, rank, K"), "D", slices="alike", scaled_by="a_scale", asks=("rank", "torch_dtype")),
         ROUTE,
         operands.Number("scaling"),
-        operands.Tensor("a_scale", None, None, operands.FREE, optional=True, slices="any", left_out=True),
-        operands.Tensor("x_scale", None, None, operands.FREE, optional=True, left_out=True),
+        scale_operand("a_scale", "weight_scales", slices="any"),
+        scale_operand("x_scale", "x_scales"),
     ),
     spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},

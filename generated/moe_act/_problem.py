@@ -37,10 +37,10 @@ OP = operands.Op(
     "moe_act",
     (
         operands.Tensor("h", "T*top_k, N", "D", written=True),
-        operands.Tensor("x", "T, top_k, S*N", "D", operands.PAIRS),
+        operands.Tensor("x", "T, top_k, S*N", "D", operands.PAIRS, asks=("torch_dtype",)),
         TOPK_IDS,
         VALID_TOKENS,
-        operands.Choice("activation", ("swiglu", "relu2"), "S", (2, 1)),
+        operands.Choice("activation", ("swiglu", "relu2"), "S", (2, 1), asks=("epilogue",)),
         NUM_EXPERTS,
         LOCAL_EXPERT_START,
         NUM_TOKENS_HINT,

@@ -29,7 +29,7 @@ CONFIGS = {"moe_add": Config}
 OP = operands.Op(
     "moe_add",
     (
-        operands.Tensor("out", "T, top_k, N", "D", operands.PAIRS, written=True),
+        operands.Tensor("out", "T, top_k, N", "D", operands.PAIRS, written=True, asks=("torch_dtype",)),
         operands.Tensor("delta", "T, top_k, N", "D", operands.PAIRS),
         ROUTE,
     ),

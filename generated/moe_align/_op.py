@@ -188,6 +188,7 @@ TABLES = operands.Bundle(
     maker="moe_align",
     sizes=_table_sizes,
     whole=_check_tables,
+    asks=("schedule",),
 )
 
 

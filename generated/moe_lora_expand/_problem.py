@@ -14,7 +14,10 @@ import torch
 from .. import _operands as operands
 from .. import _runtime as runtime
 from ..moe_route._op import (
+    ADD_INPUTS,
+    MUL_ROUTED_WEIGHT,
     ROUTE,
+    ROUTING_WEIGHTS,
     MoeRoute,
     check_kind,
     check_rank,
@@ -53,14 +56,14 @@ CACHE_POLICIES = ("", "evict_first")
 OP = operands.Op(
     "moe_lora_expand",
     (
-        operands.Tensor("out", "T, top_k, *", "D", operands.PAIRS, written=True),
+        operands.Tensor("out", "T, top_k, *", "D", operands.PAIRS, written=True, asks=("torch_dtype",)),
         operands.Tensor("y", ("S, T*top_k, rank", "shards, S, T*top_k, shard"), torch.float32),
-        operands.Tensor("lora_b", ">=L, >=X, N, rank", "D", slices="alike"),
+        operands.Tensor("lora_b", ">=L, >=X, N, rank", "D", slices="alike", asks=("rank",)),
         ROUTE,
-        operands.Tensor("topk_weights", "T, top_k", operands.FLOATS, operands.CONTIGUOUS, only_with="mul_routed_weight"),
+        ROUTING_WEIGHTS,
         operands.Int("offset"),
-        operands.Flag("add_inputs"),
-        operands.Flag("mul_routed_weight"),
+        ADD_INPUTS,
+        MUL_ROUTED_WEIGHT,
     ),
     spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},

@@ -58,8 +58,8 @@ OP = operands.Op(
     "moe_lora_shrink",
     (
         operands.Tensor("y", "S, T*top_k, rank", torch.float32, written=True),
-        operands.Tensor("x", ("T, K", "T*top_k, K"), "D"),
-        operands.Tensor("lora_a", ">=L, >=X, rank, K", "D", slices="alike"),
+        operands.Tensor("x", ("T, K", "T*top_k, K"), "D", asks=("torch_dtype",)),
+        operands.Tensor("lora_a", ">=L, >=X, rank, K", "D", slices="alike", asks=("rank",)),
         ROUTE,
     ),
     spec=VARIANTS.spec,

@@ -12,7 +12,7 @@ import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
-from .._scales import check_fp8, check_x_scale, find_x_mode, is_fp32
+from .._scales import SCALES, check_fp8, check_x_scale, find_x_mode, is_fp32
 from ..moe_align._op import TABLES, MoeTables, max_blocks
 from ._table import QUANT, VARIANTS
 from ._tuned import TUNED
@@ -36,10 +36,10 @@ OP = operands.Op(
     "moe_quant",
     (
         operands.Tensor("codes", "T*top_k, N", QUANT.elements, written=True),
-        operands.Tensor("scale", None, (torch.float32, torch.float8_e8m0fnu), operands.CONTIGUOUS, written=True),
-        operands.Tensor("x", "T*top_k, N", "D"),
+        operands.Tensor("scale", None, SCALES, operands.CONTIGUOUS, written=True, asks=("x_scales",)),
+        operands.Tensor("x", "T*top_k, N", "D", asks=("torch_dtype",)),
         TABLES,
-        operands.Choice("order", ("sorted", "pair")),
+        operands.Choice("order", ("sorted", "pair"), asks=("by_table",)),
     ),
     spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},

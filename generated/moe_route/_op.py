@@ -449,6 +449,13 @@ ROUTE = operands.Bundle(
     open=OpenRoute,
     sizes=_table_sizes,
     whole=_check_route,
+    asks=("schedule", "assignment"),
+)
+# And what says what it does with pairs.
+ADD_INPUTS = operands.Flag("add_inputs", asks=("adds",))
+MUL_ROUTED_WEIGHT = operands.Flag("mul_routed_weight", asks=("weighted",))
+ROUTING_WEIGHTS = operands.Tensor(
+    "topk_weights", "T, top_k", operands.FLOATS, operands.CONTIGUOUS, only_with="mul_routed_weight", asks=("weighted",)
 )
 
 

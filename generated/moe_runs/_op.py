@@ -172,6 +172,7 @@ RUNS = operands.Bundle(
     maker="moe_runs",
     whole=_check_runs,
     goes_with=("tables", _check_tables),
+    asks=("schedule", "adapted"),
 )
 
 

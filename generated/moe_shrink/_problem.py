@@ -13,7 +13,7 @@ import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
-from .._scales import check_fp8, check_x_scale, find_x_mode, product_rows
+from .._scales import check_fp8, check_x_scale, find_x_mode, product_rows, scale_operand
 from ..moe_align._op import TABLES, MoeTables, max_blocks
 from ..moe_runs._op import RUNS, MoeRuns, settled_block_m
 from ._table import QUANT, VARIANTS
@@ -60,12 +60,12 @@ OP = operands.Op(
     "moe_shrink",
     (
         operands.Tensor("v", ("T*top_k, S, rank", "*, T*top_k, S, rank"), None, operands.CONTIGUOUS, made=True, written=True),
-        operands.Tensor("x", "R, K", "D", scaled_by="x_scale"),
-        operands.Tensor("lora_a", ">=L, >=E, rank, K", "D", slices="alike"),
+        operands.Tensor("x", "R, K", "D", scaled_by="x_scale", asks=("torch_dtype",)),
+        operands.Tensor("lora_a", ">=L, >=E, rank, K", "D", slices="alike", asks=("torch_dtype",)),
         TABLES,
         RUNS,
-        operands.Choice("x_rows", ("token", "pair", "sorted")),
-        operands.Tensor("x_scale", None, None, operands.FREE, optional=True, left_out=True),
+        operands.Choice("x_rows", ("token", "pair", "sorted"), asks=("rows",)),
+        scale_operand("x_scale", "x_scales"),
     ),
     spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},

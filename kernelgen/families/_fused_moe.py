@@ -19,7 +19,7 @@ import torch
 
 from . import _operands as operands
 from . import _runtime as runtime
-from ._scales import check_x_scale
+from ._scales import check_x_scale, scale_operand
 from .moe_align._op import (
     LOCAL_EXPERT_START,
     NUM_TOKENS_HINT,
@@ -32,6 +32,7 @@ from .moe_align._op import (
 from .moe_align._op import bind as bind_align
 from .moe_gemm._op import bind as bind_gemm
 from .moe_gemm._op import find_scales
+from .moe_gemm._table import VARIANTS as GEMM
 from .moe_quant._op import bind as bind_quant
 from .moe_quant._table import QUANT
 from .moe_runs._op import (
@@ -201,7 +202,7 @@ _SPACE = operands.Op(
     (
         operands.Int("max_tokens"),
         *(operands.Int(name, 1) for name in ("top_k", "num_experts", "hidden", "intermediate")),
-        operands.Choice("dtype", (torch.bfloat16, torch.float16)),
+        operands.Choice("dtype", GEMM.dtypes),
         operands.Flag("fp8_activations"),
         operands.Int("max_rank"),
         operands.Device("device"),
@@ -214,10 +215,6 @@ def _buffer(name: str, dtype: torch.dtype | str, optional: bool = False, shape: 
     return operands.Tensor(name, shape, dtype, operands.CONTIGUOUS, optional=optional, written=True)
 
 
-def _scale(name: str) -> operands.Tensor:
-    return operands.Tensor(name, None, None, operands.FREE, optional=True)
-
-
 def _factor(name: str, shape: str, count: str) -> operands.Tensor:
     return operands.Tensor(name, shape, "D", slices="alike", count=count)
 
@@ -225,7 +222,7 @@ def _factor(name: str, shape: str, count: str) -> operands.Tensor:
 OP = operands.Op(
     "fused_moe",
     (
-        operands.Tensor("out", "T, H", operands.FLOATS, made=True, made_if="zeroes", written=True),
+        operands.Tensor("out", "T, H", operands.FLOATS, made=True, made_if="zeroes", written=True, asks=("torch_dtype",)),
         operands.Tensor("hidden", "T, H", "D", scaled_by="x_scale"),
         operands.Tensor("w13", "E, G*I, H", "D", scaled_by="w13_scale"),
         operands.Tensor("w2", "E, H, I", "D", scaled_by="w2_scale"),
@@ -236,7 +233,7 @@ OP = operands.Op(
         LOCAL_EXPERT_START,
         NUM_TOKENS_HINT,
         operands.Flag("zeroes", public=False),
-        *map(_scale, ("w13_scale", "w2_scale", "x_scale", "h_scale")),
+        *(scale_operand(name, left_out=False) for name in ("w13_scale", "w2_scale", "x_scale", "h_scale")),
         operands.Bundle(
             "workspace",
             FusedMoeWorkspace,
@@ -268,7 +265,7 @@ OP = operands.Op(
             optional=True,
         ),
     ),
-    dtypes={"D": (torch.bfloat16, torch.float16)},
+    dtypes={"D": GEMM.dtypes},
     fp8=QUANT.elements,
     first=("w2", "w13", "topk_ids"),
     tells=("hidden",),

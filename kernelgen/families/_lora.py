@@ -9,13 +9,16 @@ import torch
 
 from . import _operands as operands
 from . import _runtime as runtime
+from ._scales import scale_operand
 from .lora_expand import _problem as expand
 from .lora_expand._op import scales_of as expand_scales
 from .lora_expand._op import variant_of as expand_variant
+from .lora_expand._table import VARIANTS as EXPAND
 from .lora_shrink import _problem as shrink
 from .lora_shrink._op import scales_of as shrink_scales
 from .lora_shrink._op import variant_of as shrink_variant
 from .lora_shrink._table import QUANT
+from .lora_shrink._table import VARIANTS as SHRINK
 from .moe_route._op import (
     ROUTE,
     MoeRoute,
@@ -134,14 +137,10 @@ _SPACE = operands.Op(
 )
 
 
-def _scale(name: str, slices: str = "") -> operands.Tensor:
-    return operands.Tensor(name, None, None, operands.FREE, optional=True, slices=slices)
-
-
 OP = operands.Op(
     "lora",
     (
-        operands.Tensor("out", "T, *", "D", written=True),
+        operands.Tensor("out", "T, *", "D", written=True, asks=("torch_dtype",)),
         operands.Tensor("x", "T, K", "D", scaled_by="x_scale"),
         operands.Tensor("lora_a", ("slots>=L, rank, K", "slots>=L, 1, rank, K"), "D", slices="alike", scaled_by="a_scale"),
         operands.Tensor("lora_b", ("slots>=L, >=1, rank", "slots>=L, 1, >=1, rank"), "D", slices="any", scaled_by="b_scale"),
@@ -149,12 +148,12 @@ OP = operands.Op(
         operands.Number("scaling"),
         operands.Int("offset_start"),
         operands.Flag("add_inputs"),
-        _scale("x_scale"),
-        _scale("a_scale", slices="any"),
-        _scale("b_scale", slices="any"),
+        scale_operand("x_scale", left_out=False),
+        scale_operand("a_scale", slices="any", left_out=False),
+        scale_operand("b_scale", slices="any", left_out=False),
     ),
     spec="specs/lora_shrink.yaml and specs/lora_expand.yaml",
-    dtypes={"D": (torch.bfloat16, torch.float16)},
+    dtypes={"D": tuple(dtype for dtype in SHRINK.dtypes if dtype in EXPAND.dtypes)},
     fp8=QUANT.elements,
     first=("lora_a", "lora_b"),
     tells=("out", "x"),

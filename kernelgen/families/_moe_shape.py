@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 
 from . import _operands as operands
-from ._scales import meta_x_scales
-from ._warmup import DTYPE, FP8, ROUTING
+from ._scales import SCALES, meta_x_scales
+from ._warmup import ROUTING, kinds_of_scales
 from .moe_lora._op import moe_lora
 from .moe_lora._problem import scale_shape
-from .moe_lora._table import QUANT
+from .moe_lora._table import QUANT, VARIANTS
 from .moe_route._op import MoeRoute, moe_route
 
 __all__ = ["MoeShape"]
@@ -22,9 +22,12 @@ _FIELDS: tuple[operands.Operand, ...] = (
     *(operands.Flag(name) for name in ("mul_routed_weight", "add_inputs", "adapter_enabled")),
     operands.Int("global_experts"),
     operands.Several("assignments", operands.Choice("assignment", ("auto", "naive", "sorted"))),
-    DTYPE,
+    operands.Choice("dtype", VARIANTS.dtypes),
     *ROUTING,
-    *FP8,
+    kinds_of_scales(VARIANTS, "weight_scales"),
+    kinds_of_scales(VARIANTS, "x_scales", expert="tensor", group_by_column="group"),
+    operands.Choice("fp8_dtype", QUANT.elements),
+    operands.Choice("x_scales_dtype", SCALES),
 )
 
 

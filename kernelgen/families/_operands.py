@@ -50,6 +50,7 @@ class Tensor:
         only_with: the flag that asks for it; it is needed with it and refused without.
         scaled_by: the operand that holds its scales: with them it is FP8.
         left_out: not passed to a bound call where it is None.
+        asks: facts of a variant that a call asks for with it; so of other operands.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Tensor:
     only_with: str = ""
     scaled_by: str = ""
     left_out: bool = False
+    asks: tuple[str, ...] = ()
 
     @property
     def is_optional(self) -> bool:
@@ -138,6 +140,7 @@ class Flag:
 
     name: str
     public: bool = True
+    asks: tuple[str, ...] = ()
 
     def admit(self, op: str, value: object, values: Mapping[str, Any], label: str = "") -> None:
         """Raise ValueError unless ``value`` is one of both."""
@@ -169,6 +172,7 @@ class Choice:
     words: tuple[str | torch.dtype | None, ...]
     size: str = ""
     sizes: tuple[int, ...] = ()
+    asks: tuple[str, ...] = ()
 
     def admit(self, op: str, value: object, values: Mapping[str, Any], label: str = "") -> None:
         """Raise ValueError unless ``value`` is one of them."""
@@ -235,6 +239,7 @@ class Bundle:
     whole: Callable[[str, str, Any], None] | None = None
     goes_with: tuple[str, Callable[[str, str, Any, Any], None]] | None = None
     left_out: bool = False
+    asks: tuple[str, ...] = ()
 
     @property
     def is_written(self) -> bool:
@@ -638,6 +643,13 @@ class Op:
         if operand.scaled_by and tensor.dtype in self.fp8:
             return f"FP8 numbers need {operand.scaled_by}"
         return f"another dtype takes a tag of dtype: in {self.spec}" if self.spec and isinstance(operand.dtype, str) else ""
+
+    def asks_for(self, fact: str, facts: Mapping[str, Any]) -> list[str]:
+        """The operands with which a call of these facts asks for one of them; those that are FP8 ask for no dtype."""
+        asks = {o.name: (o.name, *getattr(o, "asks", ())) for o in self.operands}
+        scaled = {o.name: asks[o.scaled_by] for o in self.operands if isinstance(o, Tensor) and o.scaled_by}
+        is_fp8 = {name: any(facts.get(kind) is not None for kind in kinds) for name, kinds in scaled.items()}
+        return [name for name in asks if fact in asks[name] and not (fact == "torch_dtype" and is_fp8.get(name))]
 
     def refuse(self, values: Mapping[str, Any], error: Exception) -> NoReturn:
         """Say which argument Python tripped over with ``error``; if none is wrong, it was something else.

@@ -18,7 +18,21 @@ import torch
 import triton
 import triton.language as tl
 
+from . import _operands as operands
 from . import _runtime as runtime
+
+
+def scale_operand(name: str, asks: str = "", slices: str = "", left_out: bool = True) -> operands.Tensor:
+    """The operand of scales, whose shape and dtype hang on what they are of.
+
+    Args:
+        asks: the fact of a variant that says of what there is one each.
+    """
+    facts = (asks,) if asks else ()
+    return operands.Tensor(name, None, None, operands.FREE, optional=True, slices=slices, left_out=left_out, asks=facts)
+
+
+SCALES = (torch.float32, torch.float8_e8m0fnu)  # what scales are made of
 
 
 class Quant(NamedTuple):
@@ -166,7 +180,7 @@ def check_x_scale(
 
 def is_scale(scale: torch.Tensor, device: torch.device) -> bool:
     """Whether scales are of a dtype that kernels take, and where they are needed."""
-    return scale.dtype in (torch.float32, torch.float8_e8m0fnu) and scale.device == device
+    return scale.dtype in SCALES and scale.device == device
 
 
 def is_fp32(scale: torch.Tensor, device: torch.device) -> bool:

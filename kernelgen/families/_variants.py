@@ -14,24 +14,6 @@ from ._operands import OPS
 
 _NONE = (None, False, "none")  # what a call that does without an axis asks of it
 
-# Which arguments of an op ask for a fact.
-_ASKED_BY = {
-    "schedule": ("route", "tables", "runs"),
-    "assignment": ("route",),
-    "torch_dtype": ("x", "out", "y"),
-    "adds": ("add_inputs",),
-    "weighted": ("mul_routed_weight", "topk_weights"),
-    "rank": ("lora_a", "lora_b"),
-    "weight_scales": ("w_scale", "a_scale", "b_scale"),
-    "x_scales": ("x_scale", "scale"),
-    "rows": ("x_rows", "out_rows"),
-    "epilogue": ("activation",),
-    "adapted": ("v", "lora_b", "runs"),
-    "by_table": ("order",),
-    "zeroes": ("out",),
-}
-
-
 class Found(NamedTuple):
     """The module of a variant, and the largest rank that it takes; None: any."""
 
@@ -66,7 +48,9 @@ class Variants:
         self._ranks = self.values("max_rank") if "max_rank" in facts else (None,)
 
     def values(self, fact: str) -> tuple[Any, ...]:
-        """What there is of a fact: ranks by size, any rank last; else in the order of the spec."""
+        """What there is of a fact: ranks by size, any rank last; else in the order of the spec; None where no axis tells it."""
+        if fact not in self.facts:
+            return (None,)
         place = self.facts.index(fact)
         found = dict.fromkeys(key[place] for key in self.modules)
         return tuple(sorted(found, key=lambda rank: rank or float("inf")) if fact == "max_rank" else found)
@@ -120,12 +104,13 @@ class Variants:
     def _asked_by(self, op: str, fact: str, facts: Mapping[str, Any]) -> Iterator[str]:
         """What the caller calls the arguments that ask for a fact."""
         labels = op.labels if isinstance(op, runtime.Caller) else {}
-        own, caller = ({o.name for o in OPS[name].operands} for name in (str(self._package).rpartition(".")[2], str(op)))
-        for name in _ASKED_BY.get(fact, (fact,)):
+        own, caller = OPS[str(self._package).rpartition(".")[2]], OPS[str(op)]
+        known = {operand.name for operand in caller.operands}
+        for name in own.asks_for(fact, facts):
             label = labels.get(name, name)
-            is_fp8 = fact == "torch_dtype" and name == "x" and facts.get("x_scales") is not None
-            if (name in own or name == "out") and label.partition(".")[0] in caller and not is_fp8:
+            if label.partition(".")[0] in known:
                 yield label
+        yield from caller.asks_for(fact, facts)
 
     def _served(self, rank: int, facts: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:
         """Of each fact the values with which the others are served."""

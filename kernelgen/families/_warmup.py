@@ -15,19 +15,22 @@ import torch
 
 from . import _operands as operands
 from . import _runtime as runtime
+from ._variants import Variants
 
 __all__ = ["warmup"]
 
 # Fields that shapes have in common.
-DTYPE = operands.Choice("dtype", (torch.bfloat16, torch.float16))
 ROUTING = (
     operands.Choice("topk_ids_dtype", operands.IDS),
     operands.Choice("topk_weights_dtype", operands.FLOATS),
 )
-X_SCALES = operands.Choice("x_scales", (None, "tensor", "token", "group"))
-FP8_DTYPE = operands.Choice("fp8_dtype", (torch.float8_e4m3fn, torch.float8_e5m2))
-FP8 = (operands.Choice("weight_scales", (None, "tensor", "channel", "group")), X_SCALES, FP8_DTYPE)
 _WARMUP = operands.Op("warmup", (operands.Int("max_tokens", 1), operands.Device("device")), launches=False)
+
+
+def kinds_of_scales(variants: Variants, fact: str, **layouts: str) -> operands.Choice:
+    """Of what there may be a scale each: what there are variants for, and further ``layouts`` of these."""
+    kinds = variants.values(fact)
+    return operands.Choice(fact, (*kinds, *(layout for layout, kind in layouts.items() if kind in kinds)))
 
 
 class Shape(Protocol):

@@ -185,6 +185,7 @@ TABLES = operands.Bundle(
     maker="moe_align",
     sizes=_table_sizes,
     whole=_check_tables,
+    asks=("schedule",),
 )
 
 

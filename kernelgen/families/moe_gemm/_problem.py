@@ -11,7 +11,7 @@ import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
-from .._scales import check_fp8, check_x_scale, fits, is_scale, scale_shape
+from .._scales import check_fp8, check_x_scale, fits, is_scale, scale_operand, scale_shape
 from ..moe_align._op import TABLES, MoeTables, default_block_m, max_blocks
 from ..moe_runs._op import RUNS, MoeRuns
 from ._table import QUANT, VARIANTS
@@ -107,27 +107,29 @@ def _rows(values: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def _scale(name: str) -> operands.Tensor:
-    return operands.Tensor(name, None, None, operands.FREE, optional=True, left_out=True)
-
-
 OP = operands.Op(
     "moe_gemm",
     (
-        operands.Tensor("out", ("P, N", "T, top_k, N"), operands.FLOATS, operands.PAIRS, written=True),
-        operands.Tensor("x", "R, K", "D", scaled_by="x_scale"),
+        operands.Tensor("out", ("P, N", "T, top_k, N"), operands.FLOATS, operands.PAIRS, written=True, asks=("torch_dtype",)),
+        operands.Tensor("x", "R, K", "D", scaled_by="x_scale", asks=("torch_dtype",)),
         operands.Tensor("w", ">=E, S*N, K", "D", scaled_by="w_scale"),
         TABLES,
-        operands.Tensor("topk_weights", "T, top_k", operands.FLOATS, operands.CONTIGUOUS, optional=True),
-        operands.Choice("x_rows", ("token", "pair", "sorted")),
-        operands.Choice("out_rows", ("pair", "sorted", "token")),
-        operands.Choice("activation", (None, "relu2", "swiglu"), "S", (1, 1, 2)),
-        _scale("w_scale"),
-        _scale("x_scale"),
+        operands.Tensor("topk_weights", "T, top_k", operands.FLOATS, operands.CONTIGUOUS, optional=True, asks=("weighted",)),
+        operands.Choice("x_rows", ("token", "pair", "sorted"), asks=("rows",)),
+        operands.Choice("out_rows", ("pair", "sorted", "token"), asks=("rows",)),
+        operands.Choice("activation", (None, "relu2", "swiglu"), "S", (1, 1, 2), asks=("epilogue",)),
+        scale_operand("w_scale", "weight_scales"),
+        scale_operand("x_scale", "x_scales"),
         operands.Tensor(
-            "v", ("T*top_k, S, rank", "*, T*top_k, S, rank"), None, operands.CONTIGUOUS, optional=True, left_out=True
+            "v",
+            ("T*top_k, S, rank", "*, T*top_k, S, rank"),
+            None,
+            operands.CONTIGUOUS,
+            optional=True,
+            left_out=True,
+            asks=("adapted",),
         ),
-        operands.Tensor("lora_b", ">=L, >=E, N, rank", "D", slices="alike", optional=True, left_out=True),
+        operands.Tensor("lora_b", ">=L, >=E, N, rank", "D", slices="alike", optional=True, left_out=True, asks=("adapted",)),
         dataclasses.replace(RUNS, optional=True, left_out=True),
     ),
     spec=VARIANTS.spec,

@@ -17,9 +17,13 @@ from .._scales import (
     find_x_mode,
     is_fp32,
     product_rows,
+    scale_operand,
 )
 from ..moe_route._op import (
+    ADD_INPUTS,
+    MUL_ROUTED_WEIGHT,
     ROUTE,
+    ROUTING_WEIGHTS,
     MoeRoute,
     check_kind,
     check_rank,
@@ -104,24 +108,20 @@ def _sizes(values: Mapping[str, Any]) -> dict[str, int]:
     return {"R": rows, **experts_in_weights(values)}
 
 
-def _scale(name: str, slices: str = "") -> operands.Tensor:
-    return operands.Tensor(name, None, None, operands.FREE, optional=True, slices=slices, left_out=True)
-
-
 OP = operands.Op(
     "moe_lora",
     (
-        operands.Tensor("out", "T, top_k, S*N", "D", operands.PAIRS, written=True),
-        operands.Tensor("x", "R, K", "D", scaled_by="x_scale"),
-        operands.Tensor("lora_a", "slots>=L, experts>=X, rank, K", "D", slices="alike", scaled_by="a_scale"),
-        operands.Tensor("lora_b", "slots>=L, experts>=X, N, rank", "D", slices="alike", scaled_by="b_scale"),
+        operands.Tensor("out", "T, top_k, S*N", "D", operands.PAIRS, written=True, asks=("torch_dtype",)),
+        operands.Tensor("x", "R, K", "D", scaled_by="x_scale", asks=("torch_dtype",)),
+        operands.Tensor("lora_a", "slots>=L, experts>=X, rank, K", "D", slices="alike", scaled_by="a_scale", asks=("rank",)),
+        operands.Tensor("lora_b", "slots>=L, experts>=X, N, rank", "D", slices="alike", scaled_by="b_scale", asks=("rank",)),
         ROUTE,
-        operands.Tensor("topk_weights", "T, top_k", operands.FLOATS, operands.CONTIGUOUS, only_with="mul_routed_weight"),
-        operands.Flag("add_inputs"),
-        operands.Flag("mul_routed_weight"),
-        _scale("a_scale", slices="any"),
-        _scale("b_scale", slices="any"),
-        _scale("x_scale"),
+        ROUTING_WEIGHTS,
+        ADD_INPUTS,
+        MUL_ROUTED_WEIGHT,
+        scale_operand("a_scale", "weight_scales", slices="any"),
+        scale_operand("b_scale", "weight_scales", slices="any"),
+        scale_operand("x_scale", "x_scales"),
     ),
     spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},

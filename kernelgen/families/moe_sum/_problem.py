@@ -32,10 +32,10 @@ CONFIGS = {"moe_sum": Config}
 OP = operands.Op(
     "moe_sum",
     (
-        operands.Tensor("out", "T, N", operands.FLOATS, made=True, made_if="zeroes", written=True),
-        operands.Tensor("y", "T, top_k, N", "D", operands.PAIRS),
+        operands.Tensor("out", "T, N", operands.FLOATS, made=True, made_if="zeroes", written=True, asks=("zeroes",)),
+        operands.Tensor("y", "T, top_k, N", "D", operands.PAIRS, asks=("torch_dtype",)),
         TOPK_IDS,
-        operands.Tensor("topk_weights", "T, top_k", operands.FLOATS, operands.CONTIGUOUS, optional=True),
+        operands.Tensor("topk_weights", "T, top_k", operands.FLOATS, operands.CONTIGUOUS, optional=True, asks=("weighted",)),
         VALID_TOKENS,
         NUM_EXPERTS,
         LOCAL_EXPERT_START,
