@@ -72,7 +72,14 @@ OP = operands.Op(
     (
         operands.Tensor("y", "S, T, rank", torch.float32, operands.CONTIGUOUS, written=True),
         operands.Tensor("x", "T, K", "D", scaled_by="x_scale", asks=("torch_dtype",)),
-        operands.Tensor("lora_a", (">=L, rank, K", ">=L, 1, rank, K"), "D", slices="alike", scaled_by="a_scale", asks=("rank", "torch_dtype")),
+        operands.Tensor(
+            "lora_a",
+            (">=L, rank, K", ">=L, 1, rank, K"),
+            "D",
+            slices="alike",
+            scaled_by="a_scale",
+            asks=("rank", "torch_dtype"),
+        ),
         ROUTE,
         operands.Number("scaling"),
         scale_operand("a_scale", "weight_scales", slices="any"),

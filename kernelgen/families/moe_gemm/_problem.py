@@ -262,44 +262,46 @@ def problem_of(
         runtime.fail(variant, "out", runtime.describe(out), wanted, f"as of x_rows, out_rows {rows.replace('_', ', ')}")
     if w.stride(1) * w.shape[1] >= 2**31:
         runtime.fail(variant, "w", f"rows {w.stride(1)} elements apart", "an expert's matrix below 2**31 elements")
-    w_scale_strides = (0, 0)
+    w_scale_stride = w_scale_next = 0
     if scales.of_weights is not None:
-        w_scale_strides = _check_w_scale(variant, scales.of_weights, scales.w, w, slices)
-    x_scale_strides: tuple[int, int | None] = (0, None)
+        w_scale_stride, w_scale_next = _check_w_scale(variant, scales.of_weights, scales.w, w, slices)
+    x_scale_stride, x_scale_next = 0, None
     if scales.of_x is not None:
         of_rows = 1 if rows.startswith("token") else tables.num_experts
-        x_scale_strides = check_x_scale(variant, scales.of_x, x, scales.x, QUANT, of_rows)
+        x_scale_stride, x_scale_next = check_x_scale(variant, scales.of_x, x, scales.x, QUANT, of_rows)
     expected, block_m = min(tables.tokens_hint, num_tokens), tables.block_m
     if block_m < 0:  # left open by a graph of torch.compile, and settled as moe_align does
         block_m = default_block_m(max(tables.tokens_hint, 1), top_k, tables.num_experts)
     rank, parts, b_strides = _check_delta(variant, delta, tables, sizes, dtype)
     problem = Problem(
-        num_tokens,
-        num_pairs,
-        top_k,
-        tables.num_experts,
-        tables.local_expert_start,
-        expected,
-        block_m,
-        k,
-        n,
-        slices,
-        rows,
-        out.stride(1 if out.dim() == 3 and top_k > 1 else 0),
-        x.stride(0),
-        w.stride(0),
-        w.stride(1),
-        zero_rest,
-        x.device,
-        scales.of_weights,
-        scales.of_x,
-        *w_scale_strides,
-        *x_scale_strides,
-        0 if delta.runs is None else delta.runs.max_loras,
-        rank,
-        parts,
-        b_strides,
-        delta.runs is not None and delta.runs.lora_ranks is not None,
+        num_tokens=num_tokens,
+        num_pairs=num_pairs,
+        top_k=top_k,
+        num_experts=tables.num_experts,
+        local_expert_start=tables.local_expert_start,
+        tokens_hint=expected,
+        block_m=block_m,
+        k=k,
+        n=n,
+        slices=slices,
+        rows=rows,
+        out_stride=out.stride(1 if out.dim() == 3 and top_k > 1 else 0),
+        x_stride=x.stride(0),
+        w_stride_e=w.stride(0),
+        w_stride_n=w.stride(1),
+        zero_rest=zero_rest,
+        device=x.device,
+        weight_scales=scales.of_weights,
+        x_scales=scales.of_x,
+        w_scale_stride=w_scale_stride,
+        w_scale_next=w_scale_next,
+        x_scale_stride=x_scale_stride,
+        x_scale_next=x_scale_next,
+        max_loras=0 if delta.runs is None else delta.runs.max_loras,
+        rank=rank,
+        parts=parts,
+        b_strides=b_strides,
+        ranked=delta.runs is not None and delta.runs.lora_ranks is not None,
     )
     if schedule == "box" and not has_boxes(problem, x, w):
         got = f"x {runtime.describe(x)}, w {runtime.describe(w)}"
