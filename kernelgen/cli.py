@@ -244,16 +244,17 @@ def which(words: Sequence[str], specs: Path, out: Path) -> Report:
     from kernelgen.compiled.which import which as answer
     from kernelgen.core import names
     from kernelgen.core.diagnostics import failure
+    from kernelgen.core.locate import room_label
     from kernelgen.core.targets import PRIMARY, TARGETS
     from kernelgen.emit import build as pipeline
-    from kernelgen.emit.rooms import Rooms, serve
+    from kernelgen.emit.rooms import serve
 
     family, case = _case(words)
     serve(specs)
     found = answer(pipeline.package(specs), family, case)
     taken: Sequence[Served] | None = None
     others: list[str] = []
-    room = Rooms.label(f"{found.family.name}/call")
+    room = room_label(f"{found.family.name}/call")
     note = f"no call of {found.family.name} is known, so which of them it gets is not: {room} would say"
     if found.sizes and not (out / names.PACKAGE).exists():
         note = "which of them a call gets, and with which tiles, the generated package says: run kernelgen build"

@@ -59,6 +59,24 @@ def toy(dtype, rank, size):
     """The variant of these."""
     return VARIANTS.find(torch_dtype=dtype, rank=rank, size=size)
 '''
+PROBLEM = '''\
+"""What the variants of toy share."""
+
+from typing import NamedTuple
+
+
+class Config(NamedTuple):
+    """Tiles of toy."""
+
+    block_n: int
+
+
+class Key(NamedTuple):
+    """What measured tiles are looked up by."""
+
+    k: int
+    weighted: bool
+'''
 PACKAGE = '''\
 """All families."""
 
@@ -76,7 +94,7 @@ TEMPLATES = {
     "package/__init__.py.j2": PACKAGE,
     "tests/test_family.py.j2": TEST,
 }
-ROOMS = {"toy/_op.py": FRONT}
+ROOMS = {"toy/_op.py": FRONT, "toy/_problem.py": PROBLEM}
 
 
 def make(

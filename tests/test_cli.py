@@ -56,14 +56,14 @@ def test_build_check_and_diff(work: Path, kernelgen) -> None:
     assert not (work / "generated").exists()
 
     code, stdout, stderr = kernelgen("build")
-    assert (code, stdout, stderr) == (0, "", "17 written, 0 removed, 0 unchanged\n")
-    assert kernelgen("build", "--check") == (0, "", "0 to write, 0 to remove, 17 unchanged\n")
+    assert (code, stdout, stderr) == (0, "", "18 written, 0 removed, 0 unchanged\n")
+    assert kernelgen("build", "--check") == (0, "", "0 to write, 0 to remove, 18 unchanged\n")
     assert kernelgen("build", "--diff")[:2] == (0, "")
 
     (work / "specs/toy.yaml").write_text(project.SPEC.replace("large", "medium"))
     code, stdout, stderr = kernelgen("build", "--diff")
     assert code == 1 and "+    return tl.bfloat16, 16\n" in stdout
-    assert stderr.endswith("3 to write, 2 to remove, 14 unchanged; run kernelgen build\n")
+    assert stderr.endswith("3 to write, 2 to remove, 15 unchanged; run kernelgen build\n")
     code, stdout, stderr = kernelgen("build", "--json")
     changed = document(stdout)
     assert code == 0 and changed["removed"] == [
@@ -106,6 +106,7 @@ def test_only_builds_what_matches_beside_what_is_there(work: Path, kernelgen) ->
     assert sorted(path.name for path in (work / "generated/toy").iterdir()) == [
         "__init__.py",
         "_op.py",
+        "_problem.py",
         "_table.py",
         "_tuned.py",
         "f16_r16_small.py",
@@ -113,7 +114,7 @@ def test_only_builds_what_matches_beside_what_is_there(work: Path, kernelgen) ->
     front = (work / "generated/toy/_table.py").read_text()
     assert "f16_r16_small" in front and "bf16_r16_large" not in front
     code, _, stderr = kernelgen("build", "--only", "*_large")
-    assert code == 0 and stderr.startswith("5 written, 0 removed, 9 unchanged")
+    assert code == 0 and stderr.startswith("5 written, 0 removed, 10 unchanged")
     front = (work / "generated/toy/_table.py").read_text()
     assert "f16_r16_small" in front and "bf16_r16_large" in front and "bf16_r16_small" not in front
     assert kernelgen("build", "--only", "*_large", "--check")[0] == 0
@@ -213,7 +214,7 @@ def test_specs_by_any_name_have_what_is_beside_them(
     assert kernelgen("build", "--specs", specs)[0] == 0
     assert (work / "generated/toy/bf16_r16_small.py").is_file() and not [*(work / "specs").rglob("generated")]
     monkeypatch.chdir(work)
-    assert kernelgen("build", "--check") == (0, "", "0 to write, 0 to remove, 17 unchanged\n")
+    assert kernelgen("build", "--check") == (0, "", "0 to write, 0 to remove, 18 unchanged\n")
 
 
 def test_what_is_judged_may_be_linked_to(work: Path, kernelgen) -> None:
@@ -343,7 +344,7 @@ def test_the_same_bytes_everywhere(work: Path, tmp_path: Path) -> None:
             capture_output=True,
         )
         trees.append(project.files(out))
-    assert len(trees[0]) == 18 and trees[0] == trees[1] == trees[2]
+    assert len(trees[0]) == 19 and trees[0] == trees[1] == trees[2]
 
 
 def test_the_schema_is_that_of_the_specs(work: Path, kernelgen) -> None:

@@ -86,19 +86,34 @@ def test_what_has_no_end_is_not_read(name: str, work: Path, kernelgen, monkeypat
             place.write_bytes(kept)
 
 
+CALL = "SIZES = {'n': 1}\n\n\ndef call(package, asked):\n    "
+
+
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("command", "text", "told"),
     [
-        ("X = (\n", "call.py:1:5: error[KG062]: it cannot be imported: SyntaxError"),
-        ("X = 1\nraise SystemExit(0)\n", "call.py:2:1: error[KG062]: it cannot be imported: SystemExit: 0"),
-        ("def f():\n    return Y\n\n\nX = f()\n", "call.py:2:1: error[KG062]: it cannot be imported: NameError"),
-        ("X = 1\n", "call.py: error[KG062]: it has no SIZES"),
+        ("which", "X = (\n", "call.py:1:5: error[KG062]: it cannot be imported: SyntaxError"),
+        ("which", "X = 1\nraise SystemExit(0)\n", "call.py:2:1: error[KG062]: it cannot be imported: SystemExit: 0"),
+        ("which", "def f():\n    return Y\n\n\nX = f()\n", "call.py:2:5: error[KG062]: it cannot be imported: NameError"),
+        ("which", "X = 1\n", "call.py: error[KG062]: it has no SIZES"),
+        ("which", CALL.replace("{'n': 1}", "3") + "...\n", "call.py: error[KG062]: its SIZES is of the wrong type: int"),
+        ("which", CALL + "asked.x.y\n", "call.py:5:5: error[KG062]: it raised AttributeError"),
+        ("which", CALL + "raise SystemExit(0)\n", "call.py:5:5: error[KG062]: it raised SystemExit: 0"),
+        ("tune", "TUNING = 1 / 0\n", "tune.py:1:1: error[KG062]: it cannot be imported: ZeroDivisionError"),
+        ("bench", "def f():\n    return Y\n\n\nSUITE = f()\n", "suite.py:2:5: error[KG062]: it cannot be imported: NameError"),
     ],
 )
-def test_a_module_of_a_room_that_is_wrong_is_told_with_its_place(text: str, told: str, work: Path, kernelgen) -> None:
-    (work / "families/toy/call.py").write_text(text)
+def test_a_module_of_a_room_that_is_wrong_is_told_with_its_place(
+    command: str, text: str, told: str, work: Path, kernelgen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever folder a command runs in: rooms are those beside its specs."""
+    module = {"which": "call", "tune": "tune", "bench": "suite"}[command]
+    (work / f"families/toy/{module}.py").write_text(text)
+    if "it raised" in told:
+        assert kernelgen("build")[0] == 0
+    monkeypatch.chdir(ROOT)
     try:
-        code, _, stderr = kernelgen("which", "toy")
+        code, _, stderr = kernelgen(command, "toy", "--specs", str(work / "specs"))
     finally:
         rooms.serve(ROOT / "specs")
     assert code == 2 and stderr.startswith(f"families/toy/{told}"), stderr

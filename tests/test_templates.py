@@ -209,8 +209,16 @@ LAUNCH = IMPORT + "from .. import _runtime\ndef f(x_ptr, K: tl.constexpr, N: tl.
         (KERNEL, "def {{ v.name }}(", "def launch(", "0:0 KG023 no launcher"),
         (KERNEL, project.KERNEL, "#% if false\n" + project.KERNEL + "#% endif\n", "0:0 KG023 no launcher"),
         (FRONT, "def toy(", "def toyy(", "6:5 KG023 the front door of toy defines no toy [toyy]"),
-        (FRONT, "def", "__all__ = ['tyo']\n\n\ndef", "6:1 KG023 __all__ has 'tyo', which is not defined"),
-        (FRONT, "def", "__all__ = ['a b']\n\n\ndef", "6:1 KG023 __all__ has 'a b', which is not defined"),
+        (FRONT, "def", "__all__ = ['tyo']\n\n\ndef", "6:13 KG023 __all__ has 'tyo', which is not defined [tyo] did"),
+        (FRONT, "def", "__all__ = ['a b']\n\n\ndef", "6:13 KG023 __all__ has 'a b', which is not defined"),
+        (FRONT, "def", "__all__: tuple[str, ...] = ('tyo',)\n\n\ndef", "6:30 KG023 __all__ has 'tyo', which is not defined"),
+        (FRONT, "def", "__all__ = ['toy']\n__all__ += ['tyo']\n\n\ndef", "7:14 KG023 __all__ has 'tyo', which is not defined"),
+        (FRONT, "def", "__all__ = [*'toy']\n\n\ndef", "6:1 KG023 __all__ is not a list of names that are written out"),
+        (FRONT, "def", "__all__ = ['toy']\n__all__.append('x')\n\n\ndef", "7:1 KG023 __all__ is not a list of names that are"),
+        (FRONT, "def", "from . import toy\n\n\ndef", "6:15 KG023 toy has no 'toy' yet: it imports toy._op, and this leads back"),
+        (FRONT, "def", "from .. import toy as t\nfrom ..toy import toy\n\n\ndef", "7:19 KG023 toy has no 'toy' yet: it"),
+        (FRONT, "_table import VARIANTS", "_table import VARIANTZ as VARIANTS", "3:21 KG023 toy._table has no 'VARIANTZ'"),
+        (FRONT, "_table import VARIANTS", "_table import VARIANTZ", "8:12 KG023 undefined name 'VARIANTS' [VARIANTS]"),
         (FRONT, "def", "from . import bf16_r16_smal\n\n\ndef", "6:15 KG023 toy has no 'bf16_r16_smal'"),
         (FRONT, "_table import VARIANTS", "_tabel import VARIANTS", "3:7 KG023 there is no module toy._tabel [_tabel]"),
         (FRONT, "VARIANTS.find", "VARIANT.find", "8:12 KG023 undefined name 'VARIANT' [VARIANT] did you mean VARIANTS?"),
@@ -220,7 +228,7 @@ LAUNCH = IMPORT + "from .. import _runtime\ndef f(x_ptr, K: tl.constexpr, N: tl.
         (SPEC, "axes:\n", "axes:\n  epilogue: [relu2]\n", "3:3 KG029 no template of toy reads the axis epilogue"),
         (SPEC, "targets:", "numerics: {strict: true}\ntargets:", "9:12 KG029 numerics.strict makes no difference"),
         (SPEC, "targets:", "quant: {group_n: 64}\ntargets:", "9:9 KG029 quant.group_n makes no difference"),
-        (SPEC, "    block_n:", "    block_k: [1, 2]\n    block_n:", "12:5 KG027 toy does not use the tunable block_k"),
+        (SPEC, "    block_n:", "    block_k: [1, 2]\n    block_n:", "11:3 KG027 toy has the tunables block_n, in this order"),
         # of the template
         (KERNEL, IMPORT, "{{ v.name\n" + IMPORT, "6:1 KG021 unexpected char '#'"),
         (KERNEL, IMPORT, "{{ 'a' * 1000000000 }}\n", "3:1 KG021 templates do without Mul"),
@@ -309,6 +317,23 @@ SLIPS = [
     (r"\)\n", "\n"),
     (r"(?m)^ +(?=return )", ""),
 ]
+
+
+LITERAL = LAUNCH.replace("N:", "BLOCK_N:") + "_f.bind(1, 0, K=1, BLOCK_N=64)\n"
+LITERAL = project.KERNEL.replace(IMPORT, LITERAL).replace("(block_n)", "()")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "problem", "expected"),
+    [
+        (project.KERNEL.replace("block_n", "x"), project.PROBLEM, "12:5 KG027 toy does not use the tunable block_n [block_n]"),
+        (LITERAL, project.PROBLEM, "12:5 KG027 toy does not use the tunable block_n"),
+        (project.KERNEL, '"""Nothing."""\n', "11:3 KG027 nothing holds the tunables of toy [toy] write a NamedTuple Config"),
+    ],
+)
+def test_a_tunable_that_nothing_takes_is_told_at_its_line(kernel: str, problem: str, expected: str, tmp_path: Path) -> None:
+    (found,) = told(tmp_path, {KERNEL: kernel}, str(tmp_path / SPEC), {"toy/_problem.py": problem})
+    assert found.startswith(expected)
 
 
 def test_an_axis_that_the_front_door_does_not_choose_by_is_a_fault_of_the_axis(tmp_path: Path) -> None:

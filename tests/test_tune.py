@@ -1081,7 +1081,7 @@ def test_the_command_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
             self, make: Any, arguments: Any, members: list[dict[str, str]], background: bool = False
         ) -> None:
             environments.append([member["CUDA_VISIBLE_DEVICES"] for member in members])
-            serve = measure if make is gauge.gauge else compile_job
+            serve = measure if gauge.gauge in make.args else compile_job
             super().__init__(serve, Clock(), 0.0, size=len(members))
 
         def started(self) -> list[Hello]:

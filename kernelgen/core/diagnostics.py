@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from pathlib import Path
 from typing import Any, Iterable, Mapping
 
@@ -57,7 +58,7 @@ CATALOGUE: Mapping[str, str] = {
     "KG055": "a lock that does not cover the kernels",
     "KG060": "a variant that differs from its reference",
     "KG061": "kernels cannot run here",
-    "KG062": "a module of a room that is missing, or cannot be imported",
+    "KG062": "a module of a room that is missing, cannot be imported, or fails",
     "KG070": "a workload that cannot be made, or a family that has nothing to tune",
     "KG071": "a peer that cannot be used here",
     "KG072": "a file of results, of tiles or of a search that this run cannot go on with",
@@ -156,12 +157,14 @@ def failure(code: str, where: str, message: str, hint: str | Nearest = "", exit_
 
 
 def os_failure(error: OSError, path: object) -> Failure:
-    """The ``Failure`` of a system call on ``path``, or on the file that stands where the way there needs a folder."""
+    """The ``Failure`` of a system call on ``path``, or on the file or link that stands in the way there."""
     if isinstance(error, NotADirectoryError):
         place = Path(str(path))
         for found in (*reversed(place.parents), place):
             if found.exists() and not found.is_dir():
                 return failure("KG001", str(found), "a file, where a folder is wanted", "name a folder, or move it away")
+    if isinstance(error, FileNotFoundError) and os.path.islink(str(path)):
+        return failure("KG001", str(path), "a link to what is not there", "mend it, or remove it")
     return failure("KG001", str(path), error.strerror or type(error).__name__)
 
 

@@ -50,7 +50,7 @@ def exit_code(command: click.Command) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         return INTERRUPTED
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # code of a room may exit
         if isinstance(error, click.ClickException) and not _wants_json():
             error.show()
             return FAILED
@@ -75,11 +75,12 @@ def _wants_json() -> bool:
     return "--json" in sys.argv[1:]
 
 
-def _failure(error: Exception) -> Failure:
+def _failure(error: BaseException) -> Failure:
     """Any exception as a failure; those of bugs are raised again where KERNELGEN_TRACEBACK is set."""
     import click
 
-    from kernelgen.core.diagnostics import Failure, failure, os_failure
+    from kernelgen.core.diagnostics import Diagnostic, Failure, failure, os_failure
+    from kernelgen.core.locate import place_in_room
 
     if isinstance(error, Failure):
         return error
@@ -90,9 +91,11 @@ def _failure(error: Exception) -> Failure:
         return failure("KG081", package, "this command needs it", f"pip install 'kernelgen[{_BROUGHT_BY[package]}]'")
     if os.environ.get("KERNELGEN_TRACEBACK"):
         raise error
+    message = f"{type(error).__name__}: {error}"
+    if (place := place_in_room(error)) is not None:
+        return Failure([Diagnostic("KG062", place, f"it raised {message}", "set KERNELGEN_TRACEBACK=1 to see all")], exit_code=2)
     if isinstance(error, OSError):  # of what is printed, for one; those of the work have a code
         return os_failure(error, error.filename or "output")
-    message = f"{type(error).__name__}: {error}"
     return failure("KG082", "kernelgen", message, "set KERNELGEN_TRACEBACK=1 to see where")
 
 

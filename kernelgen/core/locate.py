@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import linecache
 import os
+import re
+import traceback
 from pathlib import Path
+
+from kernelgen.core.model import Location
 
 _HERE = Path(__file__).resolve().parent.parent
 _CHECKOUT = _HERE.parent
@@ -45,6 +50,23 @@ def template_folders(specs: Path) -> tuple[Path, ...]:
 def room_folders(specs: Path) -> tuple[Path, ...]:
     """Where the rooms of families are looked up, file by file: beside the specs first, then those that come with kernelgen."""
     return tuple(dict.fromkeys([Path(os.path.realpath(beside(specs) / "families")), FAMILIES]))
+
+
+def room_label(place: str) -> str:
+    """What messages call a module of a room: ``place`` is its path below the rooms, without the suffix."""
+    return f"families/{place}.py"
+
+
+def place_in_room(error: BaseException) -> Location | None:
+    """The innermost line of the laboratory of a room that an exception passed; None: it passed none."""
+    found = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        module = re.fullmatch(r"kernelgen\.families\.(\w+)\.(\w+)", str(frame.f_globals.get("__name__")))
+        if module is not None:
+            text = linecache.getline(frame.f_code.co_filename, line).rstrip()
+            inner = text.lstrip()
+            found = Location(room_label("/".join(module.groups())), line, len(text) - len(inner) + 1, max(1, len(inner)), text)
+    return found
 
 
 def cache_folder() -> Path:

@@ -13,7 +13,7 @@ from kernelgen.core.diagnostics import Diagnostic, Nearest, did_you_mean
 from kernelgen.core.model import Location
 from kernelgen.core.names import PACKAGE
 from kernelgen.emit.members import members
-from kernelgen.emit.outline import exports
+from kernelgen.emit.outline import export_lists, exports, is_constant
 
 _STANDARD = frozenset(
     [
@@ -93,7 +93,8 @@ class _Lint:
             nodes[type(node)].append(node)
         yield from self._import_faults(nodes, rendered)
         yield from self._key_faults(nodes)
-        yield from self._name_faults(nodes, table, exports(tree) or ())
+        yield from self._name_faults(nodes, table, exports(tree) or {})
+        yield from self._export_faults(nodes, tree)
         yield from self._member_faults(nodes, table)
         yield from self._launch_faults(nodes)
 
@@ -125,7 +126,7 @@ class _Lint:
                     yield self._fault_at(key, f"the key {text[:_SHOWN]} stands twice in one dictionary, with another value")
 
     def _name_faults(
-        self, nodes: _Nodes, table: symtable.SymbolTable, exported: Iterable[str]
+        self, nodes: _Nodes, table: symtable.SymbolTable, exported: Mapping[str, ast.expr]
     ) -> Iterator[Diagnostic]:
         """Names that nothing binds where they are read, and exports that are none."""
         bound, everywhere, unbound = set(_ALWAYS), set(_ALWAYS), []
@@ -150,11 +151,18 @@ class _Lint:
             if read.id not in everywhere and read.id not in told:
                 told.add(read.id)
                 yield self._fault_at(read, f"undefined name {read.id[:_SHOWN]!r}", read.id, _near(read.id, everywhere))
-        for name in exported:
+        for name, where in exported.items():
             if name not in bound - _ALWAYS:
-                line = next((i for i, text in enumerate(self.lines, 1) if text.startswith("__all__")), 0)
-                message = f"__all__ has {name!r}, which is not defined"
-                yield self._fault(line, 1, message, name, _near(name, bound - _ALWAYS))
+                message = f"__all__ has {name[:_SHOWN]!r}, which is not defined"
+                yield self._fault_at(where, message, name, _near(name, bound - _ALWAYS))
+
+    def _export_faults(self, nodes: _Nodes, tree: ast.Module) -> Iterator[Diagnostic]:
+        """What becomes of ``__all__`` and cannot be read off the text."""
+        read = {id(target) for target, _ in export_lists(tree)}
+        for name in nodes[ast.Name]:
+            if name.id == "__all__" and id(name) not in read:
+                message = "__all__ is not a list of names that are written out"
+                yield self._fault_at(name, message, name.id, '__all__ = ["a", "b"], at the top level')
 
     def _member_faults(self, nodes: _Nodes, table: symtable.SymbolTable) -> Iterator[Diagnostic]:
         """What modules are asked for and do not have."""
@@ -232,7 +240,7 @@ class _Lint:
 
 def _constants(kernel: ast.FunctionDef) -> list[str]:
     """The parameters that are annotated as constants."""
-    return [each.arg for each in kernel.args.args if each.annotation and ast.unparse(each.annotation).endswith("constexpr")]
+    return [each.arg for each in kernel.args.args if is_constant(each)]
 
 
 def _scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:

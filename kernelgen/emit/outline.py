@@ -12,11 +12,16 @@ MAX_WORD = 400  # characters: longer than the names of modules
 
 
 class Import(NamedTuple):
-    """One name that is imported from the package: ``name`` of ``module``, which is empty for the package itself."""
+    """One name that is imported from the package: ``name`` of ``module``, which is empty for the package itself.
+
+    ``at_once``: whether that is done while the module itself is imported, so that it fails where the name is not there yet.
+    """
 
     module: tuple[str, ...]
     name: str
-    line: int
+    line: int  # of the statement
+    at: tuple[int, int]  # line and column of the name
+    at_once: bool
 
     @property
     def top(self) -> str:
@@ -30,9 +35,10 @@ class Outline:
 
     Attributes:
         imports: what it imports from the package, wherever in the text.
-        defined: the names that it binds at its top level, and the lines where it does.
+        defined: the names that it binds at its top level, and the lines where it first does.
         exports: ``__all__``; None: it has none.
         words: names, attributes, parameters and short texts, wherever.
+        reads: of these the attributes, names and parameters that are no constants of a kernel.
         fields: of the classes at its top level, by name: what they declare, in this order.
     """
 
@@ -40,6 +46,7 @@ class Outline:
     defined: Mapping[str, int]
     exports: tuple[str, ...] | None
     words: frozenset[str]
+    reads: frozenset[str]
     fields: Mapping[str, tuple[str, ...]]
 
 
@@ -57,31 +64,71 @@ def outline(path: str, text: str) -> Outline | None:
         return None
     folder = path.removeprefix(f"{PACKAGE}/").split("/")[:-1]
     imports: list[Import] = []
-    words: set[str] = set()
+    words, attributes, names, constants = set[str](), set[str](), set[str](), set[str]()
+    at_once = {id(node) for node in _at_once(tree.body)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
-            words.add(node.id)
+            names.add(node.id)
         elif isinstance(node, ast.Attribute):
-            words.add(node.attr)
-        elif isinstance(node, (ast.arg, ast.keyword)):
+            attributes.add(node.attr)
+        elif isinstance(node, ast.arg):
+            (constants if is_constant(node) else names).add(node.arg)
+        elif isinstance(node, ast.keyword):
             words.add(node.arg or "")
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             words.add(node.value[:MAX_WORD])
         elif isinstance(node, ast.ImportFrom) and node.level > 0:
             base = tuple(folder[: len(folder) + 1 - node.level])
             module = (*base, *(node.module.split(".") if node.module else ()))
-            imports += (Import(module, alias.name, node.lineno) for alias in node.names)
+            for alias in node.names:
+                at = alias.lineno, alias.col_offset + 1
+                imports.append(Import(module, alias.name, node.lineno, at, id(node) in at_once))
     fields = {node.name: _fields(node) for node in tree.body if isinstance(node, ast.ClassDef)}
-    return Outline(tuple(imports), dict(_defined(tree.body)), exports(tree), frozenset(words), fields)
+    defined: dict[str, int] = {}
+    for name, line in _defined(tree.body):
+        defined.setdefault(name, line)
+    listed = exports(tree)
+    return Outline(
+        tuple(imports),
+        defined,
+        None if listed is None else tuple(listed),
+        frozenset(words | attributes | names | constants),
+        frozenset(attributes | names - constants),
+        fields,
+    )
 
 
-def exports(tree: ast.Module) -> tuple[str, ...] | None:
-    """The names of ``__all__``, where a module has one."""
+def is_constant(parameter: ast.arg) -> bool:
+    """Whether a parameter is a constant of a kernel."""
+    return parameter.annotation is not None and ast.unparse(parameter.annotation).endswith("constexpr")
+
+
+def exports(tree: ast.Module) -> dict[str, ast.expr] | None:
+    """The names of ``__all__`` and where they stand; None: the module has none."""
+    lists = [listed for _, listed in export_lists(tree)]
+    return {name: where for listed in lists for name, where in listed.items()} if lists else None
+
+
+def export_lists(tree: ast.Module) -> Iterator[tuple[ast.Name, dict[str, ast.expr]]]:
+    """Where a module says what it exports, as far as that can be read: names that are written out, at its top level."""
     for node in tree.body:
-        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
-            found = [item.value for item in getattr(node.value, "elts", ()) if isinstance(item, ast.Constant)]
-            return tuple(name for name in found if isinstance(name, str))
-    return None
+        match node:
+            case (
+                ast.Assign([ast.Name("__all__") as target], (ast.List(names) | ast.Tuple(names)))
+                | ast.AnnAssign(ast.Name("__all__") as target, _, (ast.List(names) | ast.Tuple(names)))
+                | ast.AugAssign(ast.Name("__all__") as target, ast.Add(), (ast.List(names) | ast.Tuple(names)))
+            ):
+                texts = [name.value if isinstance(name, ast.Constant) else None for name in names]
+                if all(isinstance(text, str) for text in texts):
+                    yield target, {str(text): name for text, name in zip(texts, names, strict=True)}
+
+
+def _at_once(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements that run when a module is imported, whatever holds."""
+    for node in body:
+        yield node
+        if isinstance(node, ast.ClassDef):
+            yield from _at_once(node.body)
 
 
 def _defined(body: Sequence[ast.stmt]) -> Iterator[tuple[str, int]]:

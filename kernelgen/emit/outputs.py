@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Callable, Iterable, Iterator
 
-from kernelgen.core.diagnostics import Diagnostic, Failure, Nearest
+from kernelgen.core.diagnostics import Diagnostic, Failure, Nearest, os_failure
 from kernelgen.core.model import Axis, Family, Location, Package, Variant
 from kernelgen.core.names import PACKAGE, path_fault, spec_label
 from kernelgen.core.progress import progress
@@ -77,15 +77,18 @@ class Outputs:
             self._places[path] = self.renderer.trace(output.template, output.value, self._rendered[path])
         return self._places[path](line, column, word)
 
-    def place_in(self, module: tuple[str, ...], line: int, word: str = "") -> Location:
-        """As ``place``, of a module by its place in the package; that of a copy is in what it was copied from."""
+    def place_in(self, module: tuple[str, ...], line: int, word: str = "", column: int = 0) -> Location:
+        """As ``place``, of a module by its place in the package; that of a copy is in what it was copied from.
+
+        Without a column it is that of the word.
+        """
         path = self._paths[module]
         if path not in self._sources:
-            return self.place(path, line, 1, word)
+            return self.place(path, line, max(1, column), word)
         if line == 0:
             return Location(self._sources[path].label)
         text = self._copied[path].split("\n")[line - 1]
-        return Location(self._sources[path].label, line - HEADER, text.find(word) + 1, max(1, len(word)), text)
+        return Location(self._sources[path].label, line - HEADER, column or text.find(word) + 1, max(1, len(word)), text)
 
     def add_fault(self, fault: Diagnostic) -> None:
         """Note a fault, unless one of this place and these words is known."""
@@ -102,7 +105,8 @@ class Outputs:
             for fault in failed.diagnostics:
                 self.add_fault(dataclasses.replace(fault, location=Location(source.label)))
         except OSError as error:
-            self.add_fault(Diagnostic("KG001", Location(source.label), error.strerror or type(error).__name__))
+            (fault,) = os_failure(error, source.file).diagnostics
+            self.add_fault(dataclasses.replace(fault, location=Location(source.label)))
         except UnicodeDecodeError as error:
             line = error.object.count(b"\n", 0, error.start) + 1
             self.add_fault(Diagnostic("KG021", Location(source.label, line, 1), "this line is not UTF-8"))

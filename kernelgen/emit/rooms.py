@@ -9,27 +9,28 @@ from __future__ import annotations
 
 import importlib
 import sys
-import traceback
 from pathlib import Path
 from types import ModuleType
-from typing import Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence, TypeVar
 
 from kernelgen import families
 from kernelgen.core import names
 from kernelgen.core.diagnostics import Diagnostic, Failure, failure
-from kernelgen.core.locate import FAMILIES, find_specs, room_folders
+from kernelgen.core.locate import FAMILIES, find_specs, place_in_room, room_folders, room_label
 from kernelgen.core.model import Location, Package
 
+_Result = TypeVar("_Result")
 _SHIPPED = "_[!_]*.py"
+_LIST, _TABLE, _FUNCTION = (list, tuple), Mapping, Callable
 # The modules of the laboratory that are asked for, what is to be in them, and where that is explained.
-_HOLDS: Mapping[str, tuple[Sequence[str], str]] = {
-    "cases": (("CASES", "BODY", "check"), "kernelgen/families/__init__.py"),
-    "laws": (("LAWS",), "kernelgen/families/__init__.py; it may be empty"),
-    "call": (("SIZES", "call"), "kernelgen/families/call.py"),
-    "suite": (("SUITE",), "kernelgen/measure/suite.py, as for workload.py"),
-    "workload": (("Workload", "Ours"), "kernelgen/measure/workload.py"),
-    "tune": (("TUNING",), "kernelgen/measure/tune/hints.py"),
-    "probes": (("probes",), "kernelgen/families/__init__.py"),
+_HOLDS: Mapping[str, tuple[Mapping[str, Any], str]] = {
+    "cases": ({"CASES": _LIST, "BODY": _LIST, "check": _FUNCTION}, "kernelgen/families/__init__.py"),
+    "laws": ({"LAWS": _LIST}, "kernelgen/families/__init__.py; it may be empty"),
+    "call": ({"SIZES": _TABLE, "call": _FUNCTION}, "kernelgen/families/call.py"),
+    "suite": ({"SUITE": object}, "kernelgen/measure/suite.py, as for workload.py"),
+    "workload": ({"Workload": _FUNCTION, "Ours": _FUNCTION}, "kernelgen/measure/workload.py"),
+    "tune": ({"TUNING": object}, "kernelgen/measure/tune/hints.py"),
+    "probes": ({"probes": _FUNCTION}, "kernelgen/families/__init__.py"),
 }
 
 
@@ -57,7 +58,8 @@ class Rooms:
 
     def families(self) -> list[str]:
         """The names of the families that have a front door."""
-        return sorted({file.parent.name for folder in self.folders for file in folder.glob(f"*/{names.FRONT_DOOR}.py")})
+        files = (file for folder in self.folders for file in folder.glob(f"*/{_SHIPPED}"))  # links that lead nowhere too
+        return sorted({file.parent.name for file in files if file.stem == names.FRONT_DOOR})
 
     def has(self, family: str) -> bool:
         """Whether a family has a front door."""
@@ -67,20 +69,15 @@ class Rooms:
         """The families without a front door."""
         for family in package.families:
             if not self.has(family.name):
-                message = f"there is no {self.label(f'{family.name}/{names.FRONT_DOOR}')}"
+                message = f"there is no {room_label(f'{family.name}/{names.FRONT_DOOR}')}"
                 yield Diagnostic("KG020", family.location, message, "write the front door of the family")
-
-    @staticmethod
-    def label(place: str) -> str:
-        """What messages call a module of a room beside the specs."""
-        return f"families/{place}.py"
 
     def _sources(self, below: str) -> list[Source]:
         found: dict[str, Source] = {}
         for folder in self.folders:
             prefix = "kernelgen/" if folder == FAMILIES else ""
             for file in (folder / below).glob(_SHIPPED):
-                found.setdefault(file.stem, Source(file.stem, file, prefix + self.label(below + file.stem)))
+                found.setdefault(file.stem, Source(file.stem, file, prefix + room_label(below + file.stem)))
         return [found[stem] for stem in sorted(found)]
 
 
@@ -102,6 +99,12 @@ def serve(specs: Path) -> None:
     for room in sorted({place.name for folder in folders[:-1] for place in folder.glob("[a-z]*/")}):
         package = importlib.import_module(prefix + room)
         package.__path__ = [str(folder / room) for folder in folders if (folder / room).is_dir()]
+
+
+def in_rooms(specs: Path, function: Callable[..., _Result], *arguments: Any, **named: Any) -> _Result:
+    """What ``function`` gives, with the rooms that serve ``specs``: for a process that begins."""
+    serve(specs)
+    return function(*arguments, **named)
 
 
 def rooms_with(name: str) -> list[str]:
@@ -130,7 +133,7 @@ def laboratory(family: str, name: str, specs: Path | None = None) -> ModuleType:
     """
     if specs is not None or not _served:
         serve(find_specs() if specs is None else specs)
-    module, place = f"{families.__name__}.{family}.{name}", Rooms.label(f"{family}/{name}")
+    module, place = f"{families.__name__}.{family}.{name}", room_label(f"{family}/{name}")
     wanted, explained = _HOLDS[name]
     try:
         found = importlib.import_module(module)
@@ -142,9 +145,12 @@ def laboratory(family: str, name: str, specs: Path | None = None) -> ModuleType:
         message = error.msg if isinstance(error, SyntaxError) else str(error)
         fault = Diagnostic("KG062", _place_of(error, place), f"it cannot be imported: {type(error).__name__}: {message}")
         raise Failure([fault], exit_code=2) from error
-    for attribute in wanted:
+    for attribute, kind in wanted.items():
         if not hasattr(found, attribute):
             raise failure("KG062", place, f"it has no {attribute}", f"see {explained}")
+        if not isinstance(value := getattr(found, attribute), kind):
+            message = f"its {attribute} is of the wrong type: {type(value).__name__}"
+            raise failure("KG062", place, message, f"see {explained}")
     return found
 
 
@@ -152,5 +158,4 @@ def _place_of(error: BaseException, label: str) -> Location:
     """Where in the file that messages call ``label`` an error is from, as far as it tells."""
     if isinstance(error, SyntaxError) and (error.filename or "").endswith(label):
         return Location(label, error.lineno or 0, error.offset or 1, 1, (error.text or "").rstrip("\n"))
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(label)]
-    return Location(label, own[-1].lineno or 0, 1, 1, own[-1].line or "") if own else Location(label)
+    return place_in_room(error) or Location(label)

@@ -7,10 +7,12 @@ import dataclasses
 import functools
 import itertools
 import re
+import sys
 from typing import Iterator, Sequence
 
 from kernelgen.core import names
 from kernelgen.core.diagnostics import Diagnostic, Failure, did_you_mean
+from kernelgen.core.locate import room_label
 from kernelgen.core.model import SCHEDULE, VOCABULARY, Axis, Family, Kernel, Package, Record
 from kernelgen.core.names import Identifier
 from kernelgen.emit.outline import Outline, module_of
@@ -30,7 +32,8 @@ def faults(package: Package, families: Sequence[Family], outputs: Outputs) -> It
     """What does not fit in the ``outputs`` of ``families``, which are those of ``package`` as far as they are rendered."""
     if outputs.faults:  # what is missing because it failed would be told again
         return
-    missing = [fault for family in families for fault in _launcher_faults(family, outputs)]
+    missing = list(_import_faults(outputs)) or list(_circle_faults(outputs))
+    missing += [fault for family in families for fault in _launcher_faults(family, outputs)]
     yield from missing
     unheeded = [] if missing else [fault for family in package.families for fault in _unheeded(family, outputs.renderer)]
     yield from unheeded
@@ -38,7 +41,6 @@ def faults(package: Package, families: Sequence[Family], outputs: Outputs) -> It
         yield from (fault for fault in _choice_faults(family, outputs) if fault.location not in {f.location for f in unheeded})
         yield from _tunable_faults(family, outputs)
         yield from _tuned_faults(family, outputs)
-    yield from _import_faults(outputs)
 
 
 def _unheeded(family: Family, renderer: Renderer) -> Iterator[Diagnostic]:
@@ -159,8 +161,15 @@ def _kernels(text: str) -> list[str]:
 
 
 def _choice_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
-    """Axes that the front door does not choose by."""
+    """A front door that chooses no variant, or not by every axis."""
     asks = _host_words(family, outputs)
+    idle = [] if _TABLE in asks else [variant for variant in family.variants if variant.module not in asks]
+    if idle:
+        told = f"{idle[0].name} and {len(idle) - 1} more" if len(idle) > 1 else idle[0].name
+        message = f"no module of the room of {family.name} names {told}: nothing can choose it"
+        where = outputs.place_in((family.name, names.FRONT_DOOR), 0)
+        yield Diagnostic("KG029", where, message, "choose among the VARIANTS of its _table")
+        return
     for axis in family.axes:
         asked = _ASKED_BY.get(axis.fact, axis.fact)
         if axis.name != SCHEDULE and not {asked, _TABLE} <= asks:
@@ -196,19 +205,12 @@ def _launcher_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
 
 
 def front_faults(family: Family, front: Outline, outputs: Outputs) -> Iterator[Diagnostic]:
-    """A front door that lacks its function, or chooses no variant."""
-    place = (family.name, names.FRONT_DOOR)
+    """A front door that lacks its function."""
     if front.exports is None and family.name not in front.defined:
         line, word = _nearest(family.name, front)
         message = f"the front door of {family.name} defines no {family.name}"
         hint = f"name it so{f', not {word}' if word else ''}, or say in __all__ what it exports"
-        yield Diagnostic("KG023", outputs.place_in(place, line, word), message, hint)
-    words = _host_words(family, outputs)
-    idle = [] if _TABLE in words else [variant for variant in family.variants if variant.module not in words]
-    if idle:
-        told = f"{idle[0].name} and {len(idle) - 1} more" if len(idle) > 1 else idle[0].name
-        message = f"no module of the room of {family.name} names {told}: nothing can choose it"
-        yield Diagnostic("KG029", outputs.place_in(place, 0), message, "choose among the VARIANTS of its _table")
+        yield Diagnostic("KG023", outputs.place_in((family.name, names.FRONT_DOOR), line, word), message, hint)
 
 
 def _tunable_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
@@ -217,22 +219,27 @@ def _tunable_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
     for kernel in family.kernels:
         declared = tuple(tunable.name for tunable in kernel.tunables)
         name = names.config_class(None if kernel.name == family.name else kernel.name)
-        known = configs.fields.get(name, ()) if configs is not None else ()
-        if known and known != declared and (declared or family.tuned):
-            message = f"{kernel.name} has the tunables {', '.join(known)}, in this order"
+        known = configs.fields.get(name) if configs is not None else None
+        if known is not None and known != declared and (declared or family.tuned):
+            message = f"{kernel.name} has the tunables {', '.join(known) or 'none'}, in this order"
             yield Diagnostic("KG027", kernel.tunables_location, message, f"the spec has {', '.join(declared) or 'none'}")
-        words = _words(family, kernel, outputs)
-        for tunable in kernel.tunables:
-            if words and tunable.name not in words:
-                message = f"{kernel.name} does not use the tunable {tunable.name}"
-                hint = did_you_mean(tunable.name, sorted(words), f"drop it, or use it in templates/{kernel.template}")
-                yield Diagnostic("KG027", tunable.location, message, hint)
+            continue
+        used = _read_by(family, kernel, outputs)
+        idle = [tunable for tunable in kernel.tunables if used and tunable.name not in used]
+        for tunable in idle:
+            message = f"{kernel.name} does not use the tunable {tunable.name}"
+            otherwise = f"drop it, or read config.{tunable.name} in templates/{kernel.template}"
+            yield Diagnostic("KG027", tunable.location, message, did_you_mean(tunable.name, sorted(used), otherwise))
+        if known is None and declared and not idle:
+            message = f"nothing holds the tunables of {kernel.name}"
+            hint = f"write a NamedTuple {name} of {', '.join(declared)} in {room_label(f'{family.name}/{names.CONFIGS}')}"
+            yield Diagnostic("KG027", kernel.tunables_location, message, hint)
 
 
-def _words(family: Family, kernel: Kernel, outputs: Outputs) -> set[str]:
-    """What the modules of the variants of ``kernel`` mention, in lower case."""
+def _read_by(family: Family, kernel: Kernel, outputs: Outputs) -> set[str]:
+    """What the modules of the variants of ``kernel`` read, beside the constants of kernels."""
     modules = (outputs.modules.get((family.name, v.module)) for v in family.variants if v.kernel == kernel.name)
-    return {word.lower() for made in modules if made is not None for word in made.words}
+    return {word for made in modules if made is not None for word in made.reads}
 
 
 def _tuned_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
@@ -255,15 +262,49 @@ def _import_faults(outputs: Outputs) -> Iterator[Diagnostic]:
             if (*wanted.module, wanted.name) in outputs.modules:
                 continue
             of = outputs.modules.get(wanted.module)
-            name = ".".join(wanted.module) or "the package"
+            name = _called(wanted.module)
             if of is None:
                 known = [".".join(other) for other in outputs.modules if other]
                 where = outputs.place_in(place, wanted.line, (wanted.module or ("",))[-1])
                 yield Diagnostic("KG023", where, f"there is no module {name}", did_you_mean(name, known, ""))
             elif wanted.module == place or wanted.name not in of.defined:  # of itself: a module below it
-                where = outputs.place_in(place, wanted.line, wanted.name)
+                where = outputs.place_in(place, wanted.at[0], wanted.name, wanted.at[1])
                 known = [*of.defined.keys() - {wanted.name}, *(m[-1] for m in outputs.modules if m and m[:-1] == wanted.module)]
                 yield Diagnostic("KG023", where, f"{name} has no {wanted.name!r}", did_you_mean(wanted.name, known, ""))
+
+
+def _circle_faults(outputs: Outputs) -> Iterator[Diagnostic]:
+    """Imports that lead back to a module that is being imported, and does not have yet what they want of it."""
+    modules, reached = outputs.modules, dict[tuple[str, ...], int]()  # the line that a module is at
+
+    def load(place: tuple[str, ...]) -> Iterator[Diagnostic]:
+        for depth in range(len(place) + 1):
+            if place[:depth] in modules and place[:depth] not in reached:
+                yield from run(place[:depth])
+
+    def run(place: tuple[str, ...]) -> Iterator[Diagnostic]:
+        reached[place] = 0
+        for wanted in sorted((wanted for wanted in modules[place].imports if wanted.at_once), key=lambda wanted: wanted.line):
+            reached[place] = wanted.line
+            yield from load(wanted.module)
+            of, inner = modules.get(wanted.module), (*wanted.module, wanted.name)
+            if of is not None and of.defined.get(wanted.name, sys.maxsize) < reached[wanted.module]:
+                continue
+            if inner in modules:
+                yield from load(inner)
+            else:
+                back = f"it imports {_called(place)}, and this leads back to it"
+                message = f"{_called(wanted.module)} has no {wanted.name!r} yet: {back}"
+                where = outputs.place_in(place, wanted.at[0], wanted.name, wanted.at[1])
+                yield Diagnostic("KG023", where, message, "import it from where it is defined, or in the function that uses it")
+        reached[place] = sys.maxsize  # it is done
+
+    for place in modules:
+        yield from load(place)
+
+
+def _called(module: tuple[str, ...]) -> str:
+    return ".".join(module) or "the package"
 
 
 def _nearest(name: str, made: Outline) -> tuple[int, str]:

@@ -12,7 +12,9 @@ import click
 
 from kernelgen.core.command import Report, command
 from kernelgen.core.diagnostics import Diagnostic, failure
+from kernelgen.core.locate import find_specs
 from kernelgen.core.model import Location
+from kernelgen.emit.rooms import in_rooms, serve
 from kernelgen.measure import document as documents
 from kernelgen.measure import suites
 from kernelgen.measure.document import Document
@@ -36,10 +38,20 @@ class _Suites(click.Group):
         return of_suite(cmd_name) if cmd_name in suites.names() else None
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        serve(specs_of(args))
         if args and args[0].startswith("-") and args[0] not in ("-h", "--help"):
             say_meant(f"kernelgen bench {suites.NAMES[0]}", args)
             args = [suites.NAMES[0], *args]
         return super().parse_args(ctx, args)
+
+
+def specs_of(args: Sequence[str]) -> Path:
+    """The folder of the specs, which decides what commands there are before they are parsed."""
+    for word, behind in zip(args, [*args, ""][1:], strict=True):
+        option, equals, value = word.partition("=")
+        if option == "--specs":
+            return Path(value if equals else behind)
+    return find_specs()
 
 
 def say_meant(spelling: str, args: Sequence[str]) -> None:
@@ -56,7 +68,6 @@ def bench() -> None:
     """
 
 
-@functools.cache
 def of_suite(name: str) -> click.Command:
     """``kernelgen bench NAME``."""
     suite = suites.find(name)
@@ -78,6 +89,12 @@ def option_of(axis: Axis) -> Callable[[Any], Any]:
     if axis.flag:
         return click.option(axis.flag, axis.name, default=None, help=text)
     return click.option(f"--{axis.name.replace('_', '-')}", axis.name, type=axis.kind, help=text)
+
+
+def specs_option(function: Any) -> Any:
+    """Whose rooms, and whose tunables, are meant."""
+    text = "Folder of the specs.  [default: ./specs, else those that come with kernelgen]"
+    return click.option("--specs", type=click.Path(path_type=Path), help=text)(function)
 
 
 def package_option(function: Any) -> Any:
@@ -106,6 +123,7 @@ def _options(suite: Suite) -> list[Callable[[Any], Any]]:
             help="Compare tiny problems, or what is told, with fp64, and time nothing; without a GPU kernels are interpreted.",
         ),
         *own,
+        specs_option,
         package_option,
         click.option(
             "--out",
@@ -138,7 +156,8 @@ def _bench(suite: Suite, options: dict[str, Any]) -> Report:
     device = find_device(options["check_only"])
     from kernelgen.measure import environment, implementations, timing
 
-    load = functools.partial(implementations.load, suite.name, package=options["package"])
+    specs = options["specs"] or find_specs()
+    load = functools.partial(in_rooms, specs, implementations.load, suite.name, package=options["package"])
     loaded = [load(name) for name in names]
     document = documents.resume(options["out"], suite, environment.machine(device), environment.versions(loaded))
     if options["retry"]:

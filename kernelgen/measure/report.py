@@ -9,6 +9,9 @@ from typing import Any, Sequence
 import click
 
 from kernelgen.core.command import Report, command
+from kernelgen.core.locate import find_specs
+from kernelgen.emit.rooms import serve
+from kernelgen.measure.command import specs_option
 from kernelgen.measure.document import Document, load
 from kernelgen.measure.suite import OURS, Row, Suite
 from kernelgen.measure.summary import beside, counts, findings, geomean, key, parts, speedups
@@ -24,9 +27,11 @@ _NAMED = ("torch", "triton", "vllm", "sglang", "triton_kernels", "deep_gemm")
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder for the plots; beside RESULT unless told.",
 )
+@specs_option
 @click.option("--markdown", is_flag=True, help="Print the table of times, and draw nothing.")
-def report(result: Path, out: Path | None, markdown: bool) -> Report:
+def report(result: Path, out: Path | None, specs: Path | None, markdown: bool) -> Report:
     """Draw the speed-ups and the fractions of the floor that RESULT, a file of kernelgen bench, holds."""
+    serve(specs or find_specs())
     document = load(result)
     if markdown:
         text = markdown_tables(document)

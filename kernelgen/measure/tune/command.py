@@ -20,15 +20,16 @@ from kernelgen.core.diagnostics import failure
 from kernelgen.core.locate import find_specs
 from kernelgen.core.names import TUNED
 from kernelgen.core.progress import is_wanted
-from kernelgen.emit.rooms import rooms_with
+from kernelgen.emit.rooms import in_rooms, rooms_with, serve
 from kernelgen.measure import suites
-from kernelgen.measure.command import option_of, package_option, say_meant
+from kernelgen.measure.command import option_of, package_option, say_meant, specs_of, specs_option
 from kernelgen.measure.options import Duration, Kind
 from kernelgen.measure.suite import Cell, Suite, misfit
 from kernelgen.measure.tune import hints, space
 
 _TOKENS = tuple(1 << i for i in range(13))  # what a choice is looked up by: all others go to the next of them
 _STATUS_SECONDS = 15.0
+_SPECS = "kernelgen.specs"  # of a command line
 _USUAL = "moe_lora"  # what was tuned where no family was named
 
 
@@ -58,11 +59,13 @@ class _Families(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in families():
-            _require_room(cmd_name)
+            _require_room(cmd_name, ctx.meta[_SPECS])
             return None
         return of_family(cmd_name)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[_SPECS] = specs_of(args)
+        serve(ctx.meta[_SPECS])
         if args and args[0].startswith("-") and args[0] not in ("-h", "--help"):
             at = args.index("--family") if "--family" in args[:-1] else None
             family = _USUAL if at is None else args[at + 1]
@@ -80,7 +83,6 @@ def tune() -> None:
     """
 
 
-@functools.cache
 def of_family(family: str) -> click.Command:
     """``kernelgen tune FAMILY``."""
     tuning = hints.of(family)
@@ -97,14 +99,14 @@ def of_family(family: str) -> click.Command:
     return command(family)(run)
 
 
-def _require_room(family: str) -> None:
+def _require_room(family: str, specs: Path) -> None:
     """Say of a family what its room lacks to be tuned; of a word that is none, nothing.
 
     Raises:
         Failure: it has tunables and no tune.py (KG062), or nothing to tune (KG070).
     """
-    spec = find_specs() / f"{family}.yaml"
-    if spec.name in {known.name for known in find_specs().glob("*.yaml")}:
+    spec = specs / f"{family}.yaml"
+    if spec.name in {known.name for known in specs.glob("*.yaml")}:
         space.read(spec, family)
         hints.of(family)
 
@@ -114,11 +116,7 @@ def _options() -> list[Callable[[Any], Any]]:
         click.option("--budget", type=Duration(), help="Stop after that, such as 5m, with the best so far."),
         click.option("--workers", type=click.IntRange(1), help="Processes that compile.  [default: the cores that are left]"),
         click.option("--devices", type=Devices(), help="GPUs to measure on.  [default: all]"),
-        click.option(
-            "--specs",
-            type=click.Path(path_type=Path),
-            help="Folder of the specs.  [default: ./specs, else those that come with kernelgen]",
-        ),
+        specs_option,
         click.option(
             "--out",
             type=click.Path(path_type=Path, dir_okay=False),
@@ -165,10 +163,10 @@ def _tune(suite: Suite, family: str, options: dict[str, Any]) -> Report:
     crews: list[Processes] = []
     try:
         searched = space.read(specs / f"{family}.yaml", family)
-        gauges = Processes(gauge, what, [_visible(number) for number in chosen])
+        gauges = Processes(functools.partial(in_rooms, specs, gauge), what, [_visible(number) for number in chosen])
         crews.append(gauges)
         hidden = [{"CUDA_VISIBLE_DEVICES": ""}] * (options["workers"] or max(1, _cores() - len(chosen) - 1))
-        crews.append(Processes(compiler, what, hidden, background=True))
+        crews.append(Processes(functools.partial(in_rooms, specs, compiler), what, hidden, background=True))
         hello, *others = gauges.started()
         if any(other.device != hello.device for other in others):
             raise failure("KG061", "cuda", "the GPUs differ", "choose those of one kind with --devices")
