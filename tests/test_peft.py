@@ -25,6 +25,7 @@ from kernelgen.integrations.peft import (
     AdapterError,
     ExpertShape,
     Factors,
+    files,
     layouts,
     patterns,
     read_adapter,
@@ -628,6 +629,29 @@ def test_broken_folder(name: str, tmp_path: Path) -> None:
     break_it(folder)
     with pytest.raises(kind, match=re.escape(words)):
         read_adapter(folder, SHAPE)
+
+
+def test_what_is_read_is_what_was_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that another takes the place of is read to its end; one that is written to is refused."""
+    parts = random_parts()
+    folder = write(tmp_path / "x", single(MLP, parts))
+    check = files._check_header
+
+    def then(change: Callable[[Path], object]) -> None:
+        monkeypatch.setattr(files, "_check_header", lambda file: (check(file), change(folder / SAVED)))
+
+    then(replace_by_pipe)
+    assert_reads(read_adapter(folder, SHAPE), parts)
+    folder = write(tmp_path / "y", single(MLP, parts))
+    os.utime(folder / SAVED, ns=(0, 0))  # long ago
+    then(lambda file: file.write_bytes(file.read_bytes()))
+    with pytest.raises(AdapterError, match="changed while it was read"):
+        read_adapter(folder, SHAPE)
+
+
+def replace_by_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
 
 
 def test_arguments(tmp_path: Path) -> None:

@@ -1,14 +1,15 @@
-"""The two files of an adapter's folder, opened so that nothing in it can hang or mislead."""
+"""The two files of an adapter's folder, each opened once, so that nothing in it can hang or mislead, or change meanwhile."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import json
+import os
 import stat
 from collections import Counter
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, BinaryIO, Iterator
 
 import torch
 
@@ -18,6 +19,7 @@ _CONFIG = "adapter_config.json"
 _TENSORS = "adapter_model.safetensors"
 _LARGEST_CONFIG = 16 << 20  # bytes; a rank for each of 100 000 modules is less
 _LARGEST_HEADER = 100_000_000  # bytes, that of safetensors
+_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe is not waited for
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -28,13 +30,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         AdapterError: it is something else.
         FileNotFoundError: it is not there.
     """
-    size = _size(folder / _CONFIG)
-    if not 0 < size <= _LARGEST_CONFIG:
-        raise AdapterError(f"{_CONFIG}: got {size} bytes, wanted 1 to {_LARGEST_CONFIG}")
+    with _opened(folder / _CONFIG) as (file, size):
+        if not 0 < size <= _LARGEST_CONFIG:
+            raise AdapterError(f"{_CONFIG}: got {size} bytes, wanted 1 to {_LARGEST_CONFIG}")
+        text = file.read(size)
     try:
-        text = (folder / _CONFIG).read_bytes().decode("utf-8")
-        config = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
-    except (OSError, ValueError, RecursionError) as error:
+        config = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{_CONFIG}: {error}, wanted an object of JSON") from None
     if not isinstance(config, dict):
         raise AdapterError(f"{_CONFIG}: got {type(config).__name__}, wanted an object")
@@ -90,23 +92,24 @@ def open_tensors(folder: Path) -> Iterator[Tensors]:
             f"got adapter_model.bin, a pickle, which runs code when it is read; wanted {_TENSORS}\n"
             "  hint: where you trust it, load it with PEFT and save it again"
         )
-    if not _size(folder / _TENSORS):
-        raise AdapterError(f"{_TENSORS}: got an empty file, wanted tensors")
-    try:
-        _check_header(folder / _TENSORS)
-        with safe_open(str(folder / _TENSORS), framework="pt", device="cpu") as file:
-            yield Tensors(file)
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(
-            f"{_TENSORS}: {error}, wanted a whole file of safetensors\n  hint: copy it again"
-        ) from None
+    with _opened(folder / _TENSORS) as (file, size):
+        if not size:
+            raise AdapterError(f"{_TENSORS}: got an empty file, wanted tensors")
+        opened = Path(f"/dev/fd/{file.fileno()}")  # another name for this very file, where the system has such
+        try:
+            _check_header(file)
+            with safe_open(str(opened if opened.exists() else folder / _TENSORS), framework="pt", device="cpu") as tensors:
+                yield Tensors(tensors)
+        except (SafetensorError, OSError) as error:
+            raise AdapterError(
+                f"{_TENSORS}: {error}, wanted a whole file of safetensors\n  hint: copy it again"
+            ) from None
 
 
-def _check_header(path: Path) -> None:
+def _check_header(file: BinaryIO) -> None:
     """Of tensors that are named twice safetensors takes the last; all else it checks itself."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(length) if length <= _LARGEST_HEADER else b""
+    length = int.from_bytes(file.read(8), "little")
+    text = file.read(length) if length <= _LARGEST_HEADER else b""
     try:
         json.loads(text, object_pairs_hook=_unique)
     except _TwiceError as error:
@@ -115,18 +118,34 @@ def _check_header(path: Path) -> None:
         return
 
 
-def _size(path: Path) -> int:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """A regular file, and how many bytes it has.
+
+    Raises:
+        AdapterError: it is something else, or it changed while it was open.
+        FileNotFoundError: it is not there.
+    """
     try:
-        status = path.stat()
+        handle = os.open(path, _FLAGS)
     except FileNotFoundError:
         raise FileNotFoundError(
             errno.ENOENT, "not there, wanted what save_pretrained of PEFT writes", str(path)
         ) from None
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path.name}: {error}, wanted a file") from None
-    if not stat.S_ISREG(status.st_mode):
+    before = os.fstat(handle)
+    if not stat.S_ISREG(before.st_mode):
+        os.close(handle)
         raise AdapterError(f"{path.name}: got a folder, pipe or device, wanted a regular file")
-    return status.st_size
+    with os.fdopen(handle, "rb") as file:
+        try:
+            yield file, before.st_size
+        except OSError as error:
+            raise AdapterError(f"{path.name}: {error}, wanted a file") from None
+        after = os.fstat(handle)
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise AdapterError(f"{path.name}: it changed while it was read, wanted a file that is done\n  hint: read it again")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
