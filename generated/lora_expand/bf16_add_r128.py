@@ -26,7 +26,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from .. import _runtime as runtime
 from ..lora_shrink._problem import ONE_PART, Parts
-from ..moe_route._op import MoeRoute, SortedRoute
+from ..moe_route._op import SortedRoute
 from ._problem import CACHE_POLICIES, Call, Config, Problem, check, choose
 
 
@@ -200,7 +200,7 @@ def lora_expand_bf16_add_r128(
     out: torch.Tensor,
     y: torch.Tensor,
     lora_b: Sequence[torch.Tensor],
-    route: MoeRoute,
+    route: SortedRoute,
     *,
     offset_start: int = 0,
     config: Config | None = None,

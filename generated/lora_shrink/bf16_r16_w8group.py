@@ -30,7 +30,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
 from .._scales import product_rows
-from ..moe_route._op import MoeRoute, SortedRoute
+from ..moe_route._op import SortedRoute
 from ._problem import CACHE_POLICIES, Call, Config, Parts, Problem, Total, check, choose
 
 
@@ -330,7 +330,7 @@ def lora_shrink_bf16_r16_w8group(
     y: torch.Tensor,
     x: torch.Tensor,
     lora_a: Sequence[torch.Tensor],
-    route: MoeRoute,
+    route: SortedRoute,
     *,
     scaling: float = 1.0,
     a_scale: Sequence[torch.Tensor],

@@ -25,7 +25,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
-from ..moe_route._op import MoeRoute, SortedRoute
+from ..moe_route._op import SortedRoute
 from ._problem import CACHE_POLICIES, Call, Config, Parts, Problem, Total, check, choose
 
 
@@ -288,7 +288,7 @@ def lora_shrink_bf16_rany(
     y: torch.Tensor,
     x: torch.Tensor,
     lora_a: Sequence[torch.Tensor],
-    route: MoeRoute,
+    route: SortedRoute,
     *,
     scaling: float = 1.0,
     config: Config | None = None,

@@ -12,7 +12,7 @@ import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
-from ..moe_route._op import ROUTE, MoeRoute, has_routing
+from ..moe_route._op import ROUTE, MoeRoute, PairRoute, TableRoute, has_routing
 from ._table import VARIANTS
 from ._tuned import TUNED
 
@@ -39,7 +39,7 @@ OP = operands.Op(
 )
 
 # (out, delta, route) of sizes that were checked before
-Call = Callable[[torch.Tensor, torch.Tensor, MoeRoute], None]
+Call = Callable[[torch.Tensor, torch.Tensor, PairRoute | TableRoute], None]
 
 
 class Problem(NamedTuple):

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .. import _runtime as runtime
-from ..moe_route._op import MoeRoute, PairRoute, TableRoute
+from ..moe_route._op import PairRoute, TableRoute
 from ._problem import Call, Config, Problem, check, choose
 
 
@@ -101,7 +101,11 @@ def bind(problem: Problem, config: Config) -> Call:
 
 
 def moe_add_bf16(
-    out: torch.Tensor, delta: torch.Tensor, route: MoeRoute, *, config: Config | None = None
+    out: torch.Tensor,
+    delta: torch.Tensor,
+    route: PairRoute | TableRoute,
+    *,
+    config: Config | None = None,
 ) -> None:
     """Add the rows of live pairs to ``out``; the formula, shapes and dtypes stand at the top of this file.
 

@@ -30,7 +30,7 @@ import triton.language as tl
 from .. import _runtime as runtime
 from .._scales import as_fp32
 from .._slices import joined_slices, split_slices
-from ..moe_route._op import MoeRoute, SortedRoute
+from ..moe_route._op import SortedRoute
 from ._problem import (
     CACHE_POLICIES,
     Call,
@@ -306,7 +306,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r128_w8group_a8group(
     x: torch.Tensor,
     lora_a: Sequence[torch.Tensor],
     lora_b: Sequence[torch.Tensor],
-    route: MoeRoute,
+    route: SortedRoute,
     *,
     a_scale: Sequence[torch.Tensor],
     b_scale: Sequence[torch.Tensor],

@@ -26,7 +26,7 @@ import triton.language as tl
 
 from .. import _runtime as runtime
 from .._slices import joined_slices, split_slices
-from ..moe_route._op import MoeRoute, SortedRoute
+from ..moe_route._op import SortedRoute
 from ._problem import (
     CACHE_POLICIES,
     Call,
@@ -213,7 +213,7 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r64(
     x: torch.Tensor,
     lora_a: Sequence[torch.Tensor],
     lora_b: Sequence[torch.Tensor],
-    route: MoeRoute,
+    route: SortedRoute,
     *,
     topk_weights: torch.Tensor,
     config: Config | None = None,

@@ -31,7 +31,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
 from .._scales import as_fp32
-from ..moe_route._op import MoeRoute, PairRoute, TableRoute
+from ..moe_route._op import PairRoute, TableRoute
 from ._problem import (
     CACHE_POLICIES,
     Call,
@@ -323,7 +323,7 @@ def moe_lora_small_batch_bf16_naive_add_weighted_r16_a8group(
     x: torch.Tensor,
     lora_a: Sequence[torch.Tensor],
     lora_b: Sequence[torch.Tensor],
-    route: MoeRoute,
+    route: PairRoute | TableRoute,
     *,
     topk_weights: torch.Tensor,
     x_scale: torch.Tensor,

@@ -27,7 +27,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
-from ..moe_route._op import MoeRoute, PairRoute, TableRoute
+from ..moe_route._op import PairRoute, TableRoute
 from ._problem import (
     CACHE_POLICIES,
     Call,
@@ -289,7 +289,7 @@ def moe_lora_small_batch_f16_naive_set_plain_r32(
     x: torch.Tensor,
     lora_a: Sequence[torch.Tensor],
     lora_b: Sequence[torch.Tensor],
-    route: MoeRoute,
+    route: PairRoute | TableRoute,
     *,
     config: Config | None = None,
 ) -> None:

@@ -31,7 +31,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
 from .._slices import joined_slices, split_slices
-from ..moe_route._op import MoeRoute, SortedRoute
+from ..moe_route._op import SortedRoute
 from ._problem import (
     CACHE_POLICIES,
     Call,
@@ -393,7 +393,7 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_rany_w8group(
     x: torch.Tensor,
     lora_a: Sequence[torch.Tensor],
     lora_b: Sequence[torch.Tensor],
-    route: MoeRoute,
+    route: SortedRoute,
     *,
     a_scale: Sequence[torch.Tensor],
     b_scale: Sequence[torch.Tensor],

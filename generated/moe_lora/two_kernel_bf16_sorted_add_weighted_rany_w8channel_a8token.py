@@ -33,7 +33,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .. import _runtime as runtime
 from .._scales import as_fp32
 from .._slices import joined_slices, split_slices
-from ..moe_route._op import MoeRoute, SortedRoute
+from ..moe_route._op import SortedRoute
 from ._problem import (
     CACHE_POLICIES,
     Call,
@@ -380,7 +380,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_rany_w8channel_a8token(
     x: torch.Tensor,
     lora_a: Sequence[torch.Tensor],
     lora_b: Sequence[torch.Tensor],
-    route: MoeRoute,
+    route: SortedRoute,
     *,
     topk_weights: torch.Tensor,
     a_scale: Sequence[torch.Tensor],

@@ -33,7 +33,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .. import _runtime as runtime
 from .._scales import as_fp32
 from .._slices import joined_slices, split_slices
-from ..moe_route._op import MoeRoute, SortedRoute
+from ..moe_route._op import SortedRoute
 from ._problem import (
     CACHE_POLICIES,
     Call,
@@ -410,7 +410,7 @@ def moe_lora_two_kernel_bf16_sorted_set_weighted_rany_w8group_a8group(
     x: torch.Tensor,
     lora_a: Sequence[torch.Tensor],
     lora_b: Sequence[torch.Tensor],
-    route: MoeRoute,
+    route: SortedRoute,
     *,
     topk_weights: torch.Tensor,
     a_scale: Sequence[torch.Tensor],

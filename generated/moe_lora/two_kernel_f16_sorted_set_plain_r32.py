@@ -27,7 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
 from .._slices import joined_slices, split_slices
-from ..moe_route._op import MoeRoute, SortedRoute
+from ..moe_route._op import SortedRoute
 from ._problem import (
     CACHE_POLICIES,
     Call,
@@ -292,7 +292,7 @@ def moe_lora_two_kernel_f16_sorted_set_plain_r32(
     x: torch.Tensor,
     lora_a: Sequence[torch.Tensor],
     lora_b: Sequence[torch.Tensor],
-    route: MoeRoute,
+    route: SortedRoute,
     *,
     config: Config | None = None,
 ) -> None:

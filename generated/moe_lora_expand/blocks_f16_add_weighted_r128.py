@@ -24,8 +24,7 @@ import triton
 import triton.language as tl
 
 from .. import _runtime as runtime
-from ..moe_route._op import MoeRoute, SortedRoute
-
+from ..moe_route._op import SortedRoute
 from ._problem import CACHE_POLICIES, Call, Problem, check, choose
 from ._problem import BlocksConfig as Config
 
@@ -155,7 +154,7 @@ def moe_lora_expand_blocks_f16_add_weighted_r128(
     out: torch.Tensor,
     y: torch.Tensor,
     lora_b: Sequence[torch.Tensor],
-    route: MoeRoute,
+    route: SortedRoute,
     *,
     topk_weights: torch.Tensor,
     offset: int = 0,

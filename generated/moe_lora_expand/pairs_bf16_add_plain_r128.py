@@ -23,8 +23,7 @@ import triton
 import triton.language as tl
 
 from .. import _runtime as runtime
-from ..moe_route._op import MoeRoute, PairRoute, TableRoute
-
+from ..moe_route._op import PairRoute, TableRoute
 from ._problem import CACHE_POLICIES, Call, Problem, check, choose
 from ._problem import PairsConfig as Config
 
@@ -150,7 +149,7 @@ def moe_lora_expand_pairs_bf16_add_plain_r128(
     out: torch.Tensor,
     y: torch.Tensor,
     lora_b: Sequence[torch.Tensor],
-    route: MoeRoute,
+    route: PairRoute | TableRoute,
     *,
     offset: int = 0,
     config: Config | None = None,

@@ -24,8 +24,7 @@ import triton
 import triton.language as tl
 
 from .. import _runtime as runtime
-from ..moe_route._op import MoeRoute, PairRoute, TableRoute
-
+from ..moe_route._op import PairRoute, TableRoute
 from ._problem import CACHE_POLICIES, Call, Problem, check, choose
 from ._problem import PairsConfig as Config
 
@@ -153,7 +152,7 @@ def moe_lora_expand_pairs_f16_add_weighted_rany(
     out: torch.Tensor,
     y: torch.Tensor,
     lora_b: Sequence[torch.Tensor],
-    route: MoeRoute,
+    route: PairRoute | TableRoute,
     *,
     topk_weights: torch.Tensor,
     offset: int = 0,

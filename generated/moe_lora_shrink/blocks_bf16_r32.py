@@ -26,8 +26,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
 from .._slices import joined_slices, split_slices
-from ..moe_route._op import MoeRoute, SortedRoute
-
+from ..moe_route._op import SortedRoute
 from ._problem import CACHE_POLICIES, Call, Problem, check, choose, scratch
 from ._problem import BlocksConfig as Config
 
@@ -242,7 +241,7 @@ def moe_lora_shrink_blocks_bf16_r32(
     y: torch.Tensor,
     x: torch.Tensor,
     lora_a: Sequence[torch.Tensor],
-    route: MoeRoute,
+    route: SortedRoute,
     *,
     config: Config | None = None,
 ) -> None:

@@ -25,8 +25,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import _runtime as runtime
-from ..moe_route._op import MoeRoute, PairRoute, TableRoute
-
+from ..moe_route._op import PairRoute, TableRoute
 from ._problem import CACHE_POLICIES, Call, Problem, check, choose, scratch
 from ._problem import PairsConfig as Config
 
@@ -213,7 +212,7 @@ def moe_lora_shrink_pairs_f16_rany(
     y: torch.Tensor,
     x: torch.Tensor,
     lora_a: Sequence[torch.Tensor],
-    route: MoeRoute,
+    route: PairRoute | TableRoute,
     *,
     config: Config | None = None,
 ) -> None:

@@ -22,7 +22,15 @@ from .._scales import (
 from .._scales import (
     fits as scale_fits,
 )
-from ..moe_route._op import ROUTE, MoeRoute, PairRoute, check_rank, default_block_m, rows_of_block
+from ..moe_route._op import (
+    ROUTE,
+    MoeRoute,
+    PairRoute,
+    SortedRoute,
+    check_rank,
+    default_block_m,
+    rows_of_block,
+)
 from ._table import QUANT, VARIANTS
 from ._tuned import TUNED
 
@@ -60,7 +68,7 @@ MAX_TOKENS_IN_PARTS = 4096
 Call = Callable[..., None]
 
 # (y, its parts, route, scaling) of such sizes
-Total = Callable[[torch.Tensor, torch.Tensor, MoeRoute, float], None]
+Total = Callable[[torch.Tensor, torch.Tensor, SortedRoute, float], None]
 
 # What an FP8 tensor may be made of, and the rows and columns of a matrix that share a scale of a group.
 

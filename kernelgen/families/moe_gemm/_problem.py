@@ -11,7 +11,14 @@ import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
-from .._scales import check_fp8, check_x_scale, fits, is_scale, scale_operand, scale_shape
+from .._scales import (
+    check_fp8,
+    check_x_scale,
+    fits,
+    is_scale,
+    scale_operand,
+    scale_shape,
+)
 from ..moe_align._op import TABLES, MoeTables, default_block_m, max_blocks
 from ..moe_runs._op import RUNS, MoeRuns
 from ._table import QUANT, VARIANTS
