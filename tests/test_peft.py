@@ -423,6 +423,8 @@ REFUSED_TENSORS = {
             ("mlp.mlps.1.down_proj", (2, 6), (10, 2), "one"),
             ("mlp.gate_up_projs.0", (2, 10), (12, 2), "one"),
             ("mlp.mlp_0.linear_fc1", (2, 10), (6, 2), "one"),
+            ("mlp.ffn0.up_proj", (2, 10), (6, 2), "one"),
+            ("mlp.down_proj_0", (2, 6), (10, 2), "one"),
         )
     },
     "a wrapper": (
@@ -833,7 +835,10 @@ WRONG: list[dict[str, Any]] = [
 def test_numbers_that_do_not_fit(tmp_path: Path) -> None:
     large = read(tmp_path / "large", DOWN, lora_alpha=2e5)
     small = read(tmp_path / "small", DOWN, lora_alpha=2e-9)
-    for adapter, number in ((large, "100000"), (small, "1e-09")):
+    rest = torch.ones(10, 6)
+    rest[:, 1::3] = 2.5e-9  # of one expert
+    part = read(tmp_path / "part", {**DOWN, f"{MLP}.lora_B.weight": rest})
+    for adapter, number in ((large, "100000"), (small, "1e-09"), (part, "1e-08")):
         with pytest.raises(AdapterError, match=f"{adapter.name}: layer 0, down, b: got numbers up to {number}.*float16"):
             stack_adapters([adapter], SHAPE, dtype=torch.float16)
         assert stack_adapters([adapter], SHAPE, dtype=torch.bfloat16)[0].down.b[0].isfinite().all()

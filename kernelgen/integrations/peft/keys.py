@@ -65,6 +65,7 @@ _DECODER = {
     "llm",
 }
 _ROUTER = re.compile(r"gate|\w*router\w*|wg|\w*shared\w*")
+_OF_A_LAYER = re.compile(r"w[123]|\w*fc_?[12]")  # projections whose number is no expert's
 # What a tensor is that is no factor.
 _OTHERS = {
     r"\.lora_embedding_[AB]": "the LoRA of an embedding; wanted that of linear layers only",
@@ -149,9 +150,9 @@ def looks_routed(name: str) -> bool:
 def looks_numbered(target: str) -> bool:
     """Whether a name is of one of several blocks or projections in a layer, and neither of attention nor of what is shared."""
     match = re.search(rf"\b(?:layers?|blocks?|h)\.{_NUMBER}\.(.+)", target.lower())
-    inner = match[1] if match else ""
-    return re.search("shared|att", inner) is None and bool(
-        re.search(r"(^|\.)\d+(\.|$)|_\d+\.", inner)
+    inner = match[1].split(".") if match else []
+    return not any(re.search("shared|att", part) for part in inner) and any(
+        part[-1:].isdigit() and not _OF_A_LAYER.fullmatch(part) for part in inner
     )
 
 

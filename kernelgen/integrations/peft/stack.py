@@ -89,9 +89,11 @@ def stack_adapters(
         for slot, source in sources.items():
             source = source[:1] if shared else source
             stored = source.detach().to(device, dtype)
-            if not stored.isfinite().all() or (source.any() and not stored.any()):
+            lost = source.flatten(1).any(1) & ~stored.flatten(1).any(1).cpu()  # of an expert
+            if not stored.isfinite().all() or lost.any():
+                largest = source[lost].abs().max() if lost.any() else source.abs().max()
                 raise AdapterError(
-                    f"{adapters[slot].name}: layer {layer}, {name}, {side}: got numbers up to {source.abs().max():g}, scaling "
+                    f"{adapters[slot].name}: layer {layer}, {name}, {side}: got numbers up to {largest:g}, scaling "
                     f"included, wanted numbers that {dtype} can hold\n  hint: torch.bfloat16 has the range of float32"
                 )
             buffer[slot, :, : source.shape[1], : source.shape[2]] = stored
