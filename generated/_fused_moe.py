@@ -331,7 +331,7 @@ def _bind(
         "codes": (0 if x_mode is None else num_pairs * inter, torch.uint8),
         "scales": (0 if x_mode in (None, "tensor") else num_pairs * row_scales, torch.float32),
         "runs": (0 if few or lora is None else RUNS_A_PAIR * num_pairs, torch.int32),
-        "vectors": (0 if lora is None else max(_vector_size(a, num_pairs, few) for a in (lora.a13, lora.a2)), torch.float32),
+        "vectors": (0 if lora is None else _vector_size(lora, num_tokens, top_k, few), torch.float32),
     }
     routing = (num_tokens, top_k, num_experts, local_expert_start, expected, block_m)
 
@@ -489,16 +489,22 @@ def _bind_lora(
     run_of_row, of_blocks, _ = (None, None, None) if few else split(buffers.runs, num_pairs)
     runs = MoeRuns(lora.token_lora_mapping, lora.adapter_enabled, run_of_row, of_blocks, max_loras, lora.lora_ranks)
     vectors = buffers.vectors if few else buffers.vectors.view(inner.dtype)
-    shapes = [vector_shape(a, num_pairs, not few) for a in (lora.a13, lora.a2)]
+    shapes = _vector_shapes(lora, tables.num_tokens, tables.top_k, few)
     v13, v2 = both = [vectors[: math.prod(shape)].view(shape) for shape in shapes]
     shrink_x = bind_shrink(v13, hidden, lora.a13, tables, runs, "token", x_scale, _SHRINK_X)
     shrink_h = bind_shrink(v2, inner, lora.a2, tables, runs, "pair" if few else "sorted", op=_SHRINK_H)
     return _Adapters(max_loras, shrink_x, shrink_h), runs, both
 
 
-def _vector_size(lora_a: Sequence[torch.Tensor], num_pairs: int, few: bool) -> int:
-    """float32 elements of rank vectors, of which two numbers of 16 bits take one."""
-    size = math.prod(vector_shape(lora_a, num_pairs, not few))
+def _vector_shapes(lora: FusedMoeLora, num_tokens: int, top_k: int, few: bool) -> list[tuple[int, ...]]:
+    """Those of the rank vectors of both products."""
+    factors = ((lora.a13, "token"), (lora.a2, "pair" if few else "sorted"))
+    return [vector_shape(a, num_tokens, top_k, not few, x_rows) for a, x_rows in factors]
+
+
+def _vector_size(lora: FusedMoeLora, num_tokens: int, top_k: int, few: bool) -> int:
+    """float32 elements for either, of which two numbers of 16 bits take one."""
+    size = max(map(math.prod, _vector_shapes(lora, num_tokens, top_k, few)))
     return size if few else runtime.cdiv(size, 2)
 
 

@@ -54,10 +54,10 @@ def moe_gemm(
             rows begin anew with up, [E, 2 * ceil(N / group_n), ...]. ``out`` is bfloat16 then.
         x_scale: likewise, for an FP8 x: [1], [rows of x, 1] or [rows of x, ceil(K / group_k)], as the scales of the weights.
             [1] may be [>= E] where rows are of pairs: the input scale of each expert. Groups may lie column by column.
-        v, lora_b, runs: rank vectors from ``moe_shrink``; a tensor [L, E, N, rank] for each half of w, or one, with the scaling
-            folded in, finite, the strides over L and E free, 0 shares; and the runs, with the ``tables`` that ``moe_runs``
-            returned beside them. For rows as a layer has them: "token" to "sorted" to "pair", or of few pairs "token" to "pair"
-            with an activation, and "pair" to "token".
+        v, lora_b, runs: rank vectors from ``moe_shrink``, with tables of pairs or of tokens; a tensor [L, E, N, rank] for each
+            half of w, or one, with the scaling folded in, finite, the strides over L and E free, 0 shares; and the runs, with the
+            ``tables`` that ``moe_runs`` returned beside them. For rows as a layer has them: "token" to "sorted" to "pair", or of
+            few pairs "token" to "pair" with an activation, and "pair" to "token".
 
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.

@@ -11,7 +11,7 @@ l is the adapter of t; where there is none, B is zero. v are rank vectors of x, 
 
 Shapes: x [T, K], W [E, 2 * N, K] and out [T * top_k, N], all bfloat16;
 i is the position of p in the tables;
-v [T * top_k, 2, rank] bfloat16, B [L, E, N, rank] bfloat16, of any rank;
+v [T * top_k, 2, rank] bfloat16, or [T, 2, rank], of tokens, B [L, E, N, rank] bfloat16, of any rank;
 W and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32 or float8_e8m0fnu:
 w_scale [E, 2 * ceil(N / 128), ceil(K / 128)], x_scale [rows of x, ceil(K / 128)];
 the sum over K, and what follows it, is fp32 and is rounded once.
@@ -68,6 +68,7 @@ def _tile(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     RANK: tl.constexpr,
+    V_BY_TOKEN: tl.constexpr,
     B_STRIDE_L: tl.constexpr,
     B_STRIDE_E: tl.constexpr,
     B_STRIDE_N: tl.constexpr,
@@ -140,7 +141,7 @@ def _tile(
     # Without an operation in between, ptxas takes the sums of both loops for one and waits for each wgmma of either.
     gate, up = gate + 0.0, up + 0.0
     if num_runs > 0:
-        v_rows = v_ptr + position.to(tl.int64)[:, None] * (2 * RANK)
+        v_rows = v_ptr + (x_row if V_BY_TOKEN else position).to(tl.int64)[:, None] * (2 * RANK)
         b_row = n if N % BLOCK_N == 0 else tl.minimum(n, N - 1)
         b_rows = expert.to(tl.int64) * B_STRIDE_E + b_row[:, None] * B_STRIDE_N
         for d0 in tl.range(0, num_runs * WIDTH, BLOCK_D, num_stages=DELTA_STAGES):
@@ -211,6 +212,7 @@ def moe_gemm_box_bf16_token_sorted_swiglu_plain_w8group_a8group_lora_kernel(
     GROUP_M: tl.constexpr,
     TAIL: tl.constexpr,
     RANK: tl.constexpr,
+    V_BY_TOKEN: tl.constexpr,
     B_STRIDE_L: tl.constexpr,
     B_STRIDE_E: tl.constexpr,
     B_STRIDE_N: tl.constexpr,
@@ -267,6 +269,7 @@ def moe_gemm_box_bf16_token_sorted_swiglu_plain_w8group_a8group_lora_kernel(
                 BLOCK_K,
                 STAGES,
                 RANK,
+                V_BY_TOKEN,
                 B_STRIDE_L,
                 B_STRIDE_E,
                 B_STRIDE_N,
@@ -305,6 +308,7 @@ def moe_gemm_box_bf16_token_sorted_swiglu_plain_w8group_a8group_lora_kernel(
                 BLOCK_K,
                 STAGES,
                 RANK,
+                V_BY_TOKEN,
                 B_STRIDE_L,
                 B_STRIDE_E,
                 B_STRIDE_N,
@@ -350,6 +354,7 @@ def bind(problem: Problem, config: Config) -> Call:
         GROUP_M=config.group_m,
         TAIL=config.tail == 1,
         RANK=problem.rank,
+        V_BY_TOKEN=problem.v_by_token,
         B_STRIDE_L=problem.b_strides.adapter,
         B_STRIDE_E=problem.b_strides.expert,
         B_STRIDE_N=problem.b_strides.row,

@@ -11,7 +11,7 @@ l is the adapter of t; where there is none, B is zero. v are rank vectors of x, 
 
 Shapes: x [T, K], W [E, N, K] and out [T * top_k, N], all float16;
 i is the position of p in the tables;
-v [T * top_k, 1, rank] float16, B [L, E, N, rank] float16, of any rank;
+v [T * top_k, 1, rank] float16, or [T, 1, rank], of tokens, B [L, E, N, rank] float16, of any rank;
 the sum over K, and what follows it, is fp32 and is rounded once.
 The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs
 stride over them. Where TAIL is set, a block of few rows takes a tile of half the height. Rows of all operands start at
@@ -59,6 +59,7 @@ def _tile(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     RANK: tl.constexpr,
+    V_BY_TOKEN: tl.constexpr,
     B_STRIDE_L: tl.constexpr,
     B_STRIDE_E: tl.constexpr,
     B_STRIDE_N: tl.constexpr,
@@ -99,7 +100,7 @@ def _tile(
     # Without an operation in between, ptxas takes the sums of both loops for one and waits for each wgmma of either.
     acc += 0.0
     if num_runs > 0:
-        v_rows = v_ptr + position.to(tl.int64)[:, None] * (1 * RANK)
+        v_rows = v_ptr + (x_row if V_BY_TOKEN else position).to(tl.int64)[:, None] * (1 * RANK)
         b_row = n if N % BLOCK_N == 0 else tl.minimum(n, N - 1)
         b_rows = expert.to(tl.int64) * B_STRIDE_E + b_row[:, None] * B_STRIDE_N
         for d0 in tl.range(0, num_runs * WIDTH, BLOCK_D, num_stages=DELTA_STAGES):
@@ -159,6 +160,7 @@ def moe_gemm_box_f16_token_sorted_relu2_plain_lora_kernel(
     GROUP_M: tl.constexpr,
     TAIL: tl.constexpr,
     RANK: tl.constexpr,
+    V_BY_TOKEN: tl.constexpr,
     B_STRIDE_L: tl.constexpr,
     B_STRIDE_E: tl.constexpr,
     B_STRIDE_N: tl.constexpr,
@@ -209,6 +211,7 @@ def moe_gemm_box_f16_token_sorted_relu2_plain_lora_kernel(
                 BLOCK_K,
                 STAGES,
                 RANK,
+                V_BY_TOKEN,
                 B_STRIDE_L,
                 B_STRIDE_E,
                 B_STRIDE_N,
@@ -241,6 +244,7 @@ def moe_gemm_box_f16_token_sorted_relu2_plain_lora_kernel(
                 BLOCK_K,
                 STAGES,
                 RANK,
+                V_BY_TOKEN,
                 B_STRIDE_L,
                 B_STRIDE_E,
                 B_STRIDE_N,
@@ -276,6 +280,7 @@ def bind(problem: Problem, config: Config) -> Call:
         GROUP_M=config.group_m,
         TAIL=config.tail == 1,
         RANK=problem.rank,
+        V_BY_TOKEN=problem.v_by_token,
         B_STRIDE_L=problem.b_strides.adapter,
         B_STRIDE_E=problem.b_strides.expert,
         B_STRIDE_N=problem.b_strides.row,

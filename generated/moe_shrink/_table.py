@@ -30,6 +30,11 @@ VARIANTS = Variants(
         ("runs", torch.bfloat16, "sorted_sorted", None): "runs_bf16_sorted_sorted",
         ("runs", torch.float16, "token_sorted", None): "runs_f16_token_sorted",
         ("runs", torch.float16, "sorted_sorted", None): "runs_f16_sorted_sorted",
+        ("tokens", torch.bfloat16, "token_token", None): "tokens_bf16_token_token",
+        ("tokens", torch.bfloat16, "token_token", "tensor"): "tokens_bf16_token_token_a8tensor",
+        ("tokens", torch.bfloat16, "token_token", "token"): "tokens_bf16_token_token_a8token",
+        ("tokens", torch.bfloat16, "token_token", "group"): "tokens_bf16_token_token_a8group",
+        ("tokens", torch.float16, "token_token", None): "tokens_f16_token_token",
     },
 )
 # fmt: on

@@ -57,11 +57,13 @@ def _run(
     WEIGHTS: tl.constexpr,
 ):
     """A chunk of the columns of v, which are the ranks of one slice after the other, of the rows from ``begin`` to ``end``."""
+    adapter = entry % 4096 if RANKED else entry
+    if RANKED:
+        counted = entry // 4096 * 16
     COLUMNS: tl.constexpr = len(a_ptrs) * RANK
     CHUNKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R  # of a slice by itself
-    adapter = entry % 4096 if RANKED else entry
     k = tl.arange(0, BLOCK_K)
-    a_base = adapter.to(tl.int64) * A_STRIDE_L + expert.to(tl.int64) * A_STRIDE_E
+    a_base = tl.cast(adapter, tl.int64) * A_STRIDE_L + expert.to(tl.int64) * A_STRIDE_E
     # A column that is not stored reads another one again: no mask in the K loop.
     if JOINED:
         c = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -70,7 +72,7 @@ def _run(
             first_rank = chunk * BLOCK_R // (16 * len(a_ptrs)) * 16
             s = c // 16 % len(a_ptrs)
             r = c // (16 * len(a_ptrs)) * 16 + c % 16
-            stored = (r < RANK) & (r < entry // 4096 * 16)
+            stored = (r < RANK) & (r < counted)
             c = s * RANK + r
             r = tl.where(stored, r, 0)
         else:
@@ -90,18 +92,19 @@ def _run(
         c = s * RANK + r
         stored = r < RANK
         if RANKED:
-            stored &= r < entry // 4096 * 16
+            stored &= r < counted
         a_ptr = a_ptrs[0]
         for i in tl.static_range(1, len(a_ptrs)):
             a_ptr = tl.where(s == i, a_ptrs[i], a_ptr)
         a_tile = a_ptr + a_base + (tl.minimum(r, RANK - 1)[:, None] * A_STRIDE_R + k[None, :])
     if RANKED:
-        end = tl.where(first_rank < entry // 4096 * 16, end, begin)  # nothing to do
+        end = tl.where(first_rank < counted, end, begin)  # nothing to do
     for row0 in tl.range(begin, end, ROWS):
         row = row0 + tl.arange(0, ROWS)
         live = (row < end)[:, None]
         position = tl.minimum(row, end - 1)
-        x_tile = x_ptr + position.to(tl.int64)[:, None] * X_STRIDE + k[None, :]
+        x_row = position
+        x_tile = x_ptr + x_row.to(tl.int64)[:, None] * X_STRIDE + k[None, :]
         acc = tl.zeros([ROWS, BLOCK_R], tl.float32)
         for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             if K % BLOCK_K == 0:
@@ -135,14 +138,14 @@ def moe_shrink_runs_f16_sorted_sorted_kernel(
     run_of_row_ptr,
     runs_ptr,
     TOP_K: tl.constexpr,
+    SIDE: tl.constexpr,
+    CHUNKS: tl.constexpr,
     K: tl.constexpr,
     RANK: tl.constexpr,
     X_STRIDE: tl.constexpr,
     A_STRIDE_L: tl.constexpr,
     A_STRIDE_E: tl.constexpr,
     A_STRIDE_R: tl.constexpr,
-    SIDE: tl.constexpr,
-    CHUNKS: tl.constexpr,
     ROWS: tl.constexpr,
     JOINED: tl.constexpr,
     RANKED: tl.constexpr,

@@ -76,10 +76,14 @@ def _bucket(rank: int) -> Mapping[str, Fact]:
 
 
 def _rows(
-    reads_token: bool = False, reads_sorted: bool = False, writes_sorted: bool = False, sums: bool = False
+    reads_token: bool = False,
+    reads_sorted: bool = False,
+    writes_sorted: bool = False,
+    sums: bool = False,
+    by_token: bool = False,
 ) -> Mapping[str, Fact]:
     return _facts(
-        reads_token=reads_token, reads_sorted=reads_sorted, writes_sorted=writes_sorted, sums=sums
+        reads_token=reads_token, reads_sorted=reads_sorted, writes_sorted=writes_sorted, sums=sums, by_token=by_token
     )
 
 
@@ -100,6 +104,7 @@ VOCABULARY: Mapping[str, Mapping[str, Mapping[str, Fact]]] = MappingProxyType(
             "token_pair": _rows(reads_token=True),
             "pair_pair": _rows(),
             "pair_token": _rows(sums=True),
+            "token_token": _rows(reads_token=True, by_token=True),
         },
         "epilogue": {
             "none": _facts(gated=False, squared=False, slices=1),

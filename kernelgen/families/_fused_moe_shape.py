@@ -33,6 +33,7 @@ _FIELDS: tuple[operands.Operand, ...] = (
     operands.Int("max_loras"),
     operands.Flag("adapter_enabled"),
     operands.Flag("lora_ranks"),
+    operands.Flag("shared_outer"),
 )
 
 
@@ -58,6 +59,7 @@ class FusedMoeShape(NamedTuple):
     max_loras: int = 0  # adapters in their factors
     adapter_enabled: bool = False  # whether it is given
     lora_ranks: bool = False  # likewise
+    shared_outer: bool = False  # whether all experts share the first factors of w13 and the second of w2: stride 0
 
     def check(self, label: str) -> None:
         """Raise ValueError where a field, of a shape called ``label``, is no such thing."""
@@ -89,11 +91,13 @@ class FusedMoeShape(NamedTuple):
         kind = "tensor" if self.x_scales == "expert" else self.x_scales
         lora = None
         if self.rank > 0:
-            loras, slices = self.max_loras, w13[1] // inter
-            (a13, b13), (a2, b2) = (
-                ([empty(loras, experts, self.rank, k)] * count, [empty(loras, experts, n, self.rank)] * count)
-                for n, k, count in ((inter, width, slices), (width, inter, 1))
-            )
+            loras, slices, outer = self.max_loras, w13[1] // inter, 1 if self.shared_outer else experts
+
+            def factors(of: int, rows: int, columns: int, count: int) -> list[torch.Tensor]:
+                return [empty(loras, of, rows, columns).expand(-1, experts, -1, -1)] * count
+
+            a13, b13 = factors(outer, self.rank, width, slices), factors(experts, inter, self.rank, slices)
+            a2, b2 = factors(experts, self.rank, inter, 1), factors(outer, width, self.rank, 1)
             mapping, each = (empty(size, dtype=torch.int32) for size in (num_tokens, loras))
             given = [each if is_given else None for is_given in (self.adapter_enabled, self.lora_ranks)]
             lora = FusedMoeLora(mapping, a13, b13, a2, b2, *given)

@@ -75,6 +75,7 @@ LAYOUTS: Mapping[str, Callable[[int, int], tuple[int, int]]] = {
     "shared": lambda size, experts: (size, 0),
     "huge_adapters": lambda size, experts: (HUGE, size),
     "huge_experts": lambda size, experts: (size, HUGE),
+    "huge_shared": lambda size, experts: (HUGE, 0),
 }
 
 

@@ -31,6 +31,11 @@ runs bf16 token_sorted a8group
 runs bf16 sorted_sorted none
 runs f16 token_sorted none
 runs f16 sorted_sorted none
+tokens bf16 token_token none
+tokens bf16 token_token a8tensor
+tokens bf16 token_token a8token
+tokens bf16 token_token a8group
+tokens f16 token_token none
 """,
 )
 

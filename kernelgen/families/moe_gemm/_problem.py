@@ -129,7 +129,7 @@ OP = operands.Op(
         scale_operand("x_scale", "x_scales"),
         operands.Tensor(
             "v",
-            ("T*top_k, S, rank", "*, T*top_k, S, rank"),
+            ("T*top_k, S, rank", "T, S, rank", "*, T*top_k, S, rank"),
             None,
             operands.CONTIGUOUS,
             optional=True,
@@ -178,6 +178,7 @@ class Problem(NamedTuple):
     max_loras: int
     rank: int  # of adapters, 0: there are none
     parts: int  # of v, where there are no tables
+    v_by_token: bool  # v has a row a token
     b_strides: operands.Strides
     ranked: bool  # whether adapters say how many of their ranks count
 
@@ -279,7 +280,7 @@ def problem_of(
     expected, block_m = min(tables.tokens_hint, num_tokens), tables.block_m
     if block_m < 0:  # left open by a graph of torch.compile, and settled as moe_align does
         block_m = default_block_m(max(tables.tokens_hint, 1), top_k, tables.num_experts)
-    rank, parts, b_strides = _check_delta(variant, delta, tables, sizes, dtype)
+    rank, parts, v_by_token, b_strides = _check_delta(variant, delta, tables, sizes, dtype, rows)
     problem = Problem(
         num_tokens=num_tokens,
         num_pairs=num_pairs,
@@ -307,6 +308,7 @@ def problem_of(
         max_loras=0 if delta.runs is None else delta.runs.max_loras,
         rank=rank,
         parts=parts,
+        v_by_token=v_by_token,
         b_strides=b_strides,
         ranked=delta.runs is not None and delta.runs.lora_ranks is not None,
     )
@@ -317,24 +319,26 @@ def problem_of(
 
 
 def _check_delta(
-    variant: str, delta: Delta, tables: MoeTables, sizes: operands.Sizes, dtype: torch.dtype
-) -> tuple[int, int, operands.Strides]:
-    """rank, parts and the strides of the second factors."""
+    variant: str, delta: Delta, tables: MoeTables, sizes: operands.Sizes, dtype: torch.dtype, rows: str
+) -> tuple[int, int, bool, operands.Strides]:
+    """rank, parts, whether v has a row a token, and the strides of the second factors."""
     v, lora_b, runs = delta
     if v is None and lora_b is None and runs is None:
-        return 0, 0, operands.Strides()
+        return 0, 0, False, operands.Strides()
     if v is None or lora_b is None or runs is None:
         given = [name for name, value in delta._asdict().items() if value is not None]
         runtime.fail(variant, "v, lora_b, runs", given, "all three, or none")
     by_table = tables.block_m != 0
     kind, dims = (dtype, 3) if by_table else (torch.float32, 4)
-    if v.dtype != kind or v.dim() != dims:
-        wanted = f"[{'' if by_table else 'parts, '}{tables.num_tokens * tables.top_k}, {sizes['S']}, {sizes['rank']}] {kind}"
+    num_pairs = tables.num_tokens * tables.top_k
+    by_token = by_table and v.shape[0] != num_pairs
+    if v.dtype != kind or v.dim() != dims or (by_token and rows != "token_sorted"):
+        wanted = f"[{'' if by_table else 'parts, '}{num_pairs}, {sizes['S']}, {sizes['rank']}] {kind}"
         runtime.fail(variant, "v", runtime.describe(v), wanted, "make it with moe_shrink")
     strides = operands.Strides.of(lora_b[0])
     if strides.row * sizes["N"] >= 2**31:
         runtime.fail(variant, "lora_b", f"rows {strides.row} elements apart", "an expert's matrix below 2**31 elements")
-    return sizes["rank"], 0 if by_table else v.shape[0], strides
+    return sizes["rank"], 0 if by_table else v.shape[0], by_token, strides
 
 
 def _check_w_scale(

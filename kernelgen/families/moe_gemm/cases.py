@@ -58,6 +58,7 @@ class Case(BaseCase):
         by_column: the scales of x lie column by column.
         adapters, rank: of a variant with adapters.
         parts: of its rank vectors, where there are no tables.
+        v_by_token: these have a row a token, not one a pair.
         b_layout: of its second factors, a key of ``LAYOUTS`` of moe_adapters.
     """
 
@@ -89,6 +90,7 @@ class Case(BaseCase):
     adapters: Adapters = MIXED
     rank: int = 12
     parts: int = 2
+    v_by_token: bool = False
     b_layout: str = "packed"
 
 
@@ -115,6 +117,7 @@ _OF_LORA = (
     Case("one_adapter", "a run as high as its blocks", only=_LORA, tokens=33, top_k=1, routing=_ONE, adapters=Adapters("one")),
     Case("disabled", "adapters that are loaded but disabled", only=_LORA, tokens=9, adapters=Adapters("spread", 4, (0, 2))),
     Case("a_run_a_row", "every row a run of its own", only=_LORA, tokens=16, top_k=1, routing=_ONE, adapters=_MANY),
+    Case("v_by_token", "vectors of tokens", only=_only(delta="lora", rows="token_sorted"), tokens=20, top_k=3, v_by_token=True),
     Case("shared_b", "factors stored once for all experts: stride 0", only=_LORA, b_layout="shared"),
     Case(
         "fp8_with_adapters",
@@ -452,16 +455,23 @@ def _make_delta(
     num_pairs = len(adapters.of_token) * case.top_k
     of_pair = (num_pairs, slices, case.rank)
     shape = (case.parts, *of_pair) if by_one else of_pair
+    if case.v_by_token:
+        shape = (len(adapters.of_token), slices, case.rank)
     v = allocate(shape, row_major(shape), torch.float32 if by_one else dtype, device)
     by_pair = torch.full(of_pair, torch.nan, dtype=torch.float64, device=device)
     for place, (pair, _) in enumerate(order):
-        if adapters.of_token[pair // case.top_k] is not None:
+        token = pair // case.top_k
+        if adapters.of_token[token] is not None:
             parts = torch.randint(-50, 51, (case.parts, slices, case.rank), generator=numbers) / 64
             by_pair[pair] = parts.sum(0).to(by_pair)
             if by_one:
                 v[:, pair] = parts.to(v)
-            else:
+            elif not case.v_by_token:
                 v[place] = parts.sum(0).to(v)
+            elif v[token].isnan().any():
+                v[token] = parts.sum(0).to(v)
+            else:
+                by_pair[pair] = v[token].to(by_pair)
     live = live_of(order, adapters.of_token, case.top_k)
     b = factors((adapters.loras, case.experts, case.n, case.rank), slices, case.b_layout, live, numbers, dtype, device)
     return {"v": v, "lora_b": b}, Delta(by_pair, b, adapters.of_token)

@@ -34,8 +34,9 @@ def moe_shrink(
         tables, runs: from ``moe_runs``.
         x_rows: where the row of a pair stands in x: at its "token"; with tables at its place there ("sorted"), without
             them at the "pair" itself.
-        v: [T * top_k, S, rank] in the dtype of ``lora_a`` and the order of the tables; without tables [parts, T * top_k, S, rank]
-            float32, parts of sums; None: a new tensor.
+        v: [T * top_k, S, rank] in the dtype of ``lora_a`` and the order of the tables; with tables, where x is of tokens and all
+            experts share one ``lora_a``, also [T, S, rank], a row a token and once for all its pairs; without tables [parts,
+            T * top_k, S, rank] float32, parts of sums. None: a new tensor, of tokens where it can be.
         x_scale: float32 or float8_e8m0fnu, for an FP8 x (float8_e4m3fn or float8_e5m2) of tokens, which stands for its numbers
             times scales: [1]; or [T, 1]; or [T, ceil(K / group_k)], row by row or column by column.
 
@@ -47,24 +48,27 @@ def moe_shrink(
     """
     if v is None:
         try:
-            v = _vectors(lora_a, tables)
+            v = _vectors(lora_a, tables, x_rows)
         except (AttributeError, IndexError, TypeError) as error:
             OP.refuse(OP.named(v, x, lora_a, tables, runs, x_rows, x_scale), error)
     (_in_graphs if torch.compiler.is_compiling() else _apply)(v, x, lora_a, tables, runs, x_rows, x_scale)
     return v
 
 
-def _vectors(lora_a: Sequence[torch.Tensor], tables: MoeTables) -> torch.Tensor:
+def _vectors(lora_a: Sequence[torch.Tensor], tables: MoeTables, x_rows: str) -> torch.Tensor:
     by_table = tables.block_m != 0
-    shape = vector_shape(lora_a, tables.num_tokens * tables.top_k, by_table)
+    shape = vector_shape(lora_a, tables.num_tokens, tables.top_k, by_table, x_rows)
     return torch.empty(shape, dtype=lora_a[0].dtype if by_table else torch.float32, device=lora_a[0].device)
 
 
-def vector_shape(lora_a: Sequence[torch.Tensor], num_pairs: int, by_table: bool) -> tuple[int, ...]:
-    """The shape of v."""
+def vector_shape(
+    lora_a: Sequence[torch.Tensor], num_tokens: int, top_k: int, by_table: bool, x_rows: str
+) -> tuple[int, ...]:
+    """The shape of v: of tokens where all experts share one matrix, and tokens can be told from pairs."""
     rank, k = lora_a[0].shape[2:]
-    of_pairs = (num_pairs, len(lora_a), rank)
-    return of_pairs if by_table else (part_count(k), *of_pairs)
+    by_token = by_table and x_rows == "token" and top_k > 1 and lora_a[0].stride(1) == 0
+    of_rows = (num_tokens if by_token else num_tokens * top_k, len(lora_a), rank)
+    return of_rows if by_table else (part_count(k), *of_rows)
 
 
 def bind(
@@ -83,6 +87,8 @@ def bind(
         ValueError: as ``moe_shrink``.
     """
     schedule, rows = ("pairs", f"{x_rows}_pair") if runs.runs is None else ("runs", f"{x_rows}_sorted")
+    if schedule == "runs" and x_rows == "token" and tables.top_k > 1 and v.shape[0] == tables.num_tokens > 0:
+        schedule, rows = "tokens", "token_token"
     problem = check(op, v, x, lora_a, tables, runs, dtype=None, rows=rows, x_scale=x_scale)
     variant = VARIANTS.get(op, schedule=schedule, torch_dtype=lora_a[0].dtype, rows=rows, x_scales=problem.x_scales)
     if problem.num_pairs == 0:

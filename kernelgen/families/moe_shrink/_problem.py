@@ -37,8 +37,19 @@ class RunsConfig(NamedTuple):
     weight_policy: int = 0
 
 
-CONFIGS = {"pairs": PairsConfig, "runs": RunsConfig}
-Config = PairsConfig | RunsConfig
+class TokensConfig(NamedTuple):
+    """Tiles of tokens; as those of runs."""
+
+    rows: int
+    block_r: int
+    block_k: int
+    num_stages: int
+    num_warps: int
+    weight_policy: int = 0
+
+
+CONFIGS = {"pairs": PairsConfig, "runs": RunsConfig, "tokens": TokensConfig}
+Config = PairsConfig | RunsConfig | TokensConfig
 
 # How the cache treats weights, by weight_policy: as any data, or as data that is read once.
 CACHE_POLICIES = ("", "evict_first")
@@ -53,10 +64,12 @@ def _rows(values: Mapping[str, Any]) -> dict[str, int]:
     return {"R": tables.num_tokens * (1 if values["x_rows"] == "token" else tables.top_k)}
 
 
+# What rank vectors are of: pairs, tokens, or pairs in parts.
+VECTORS = ("T*top_k, S, rank", "T, S, rank", "*, T*top_k, S, rank")
 OP = operands.Op(
     "moe_shrink",
     (
-        operands.Tensor("v", ("T*top_k, S, rank", "*, T*top_k, S, rank"), None, operands.CONTIGUOUS, made=True, written=True),
+        operands.Tensor("v", VECTORS, None, operands.CONTIGUOUS, made=True, written=True),
         operands.Tensor("x", "R, K", "D", scaled_by="x_scale", asks=("torch_dtype",)),
         operands.Tensor("lora_a", ">=L, >=E, rank, K", "D", slices="alike", asks=("torch_dtype",)),
         TABLES,
@@ -87,8 +100,9 @@ class Problem(NamedTuple):
     k: int
     slices: int
     rank: int
-    parts: int  # of K, that v has; 0: v is in the order of the tables
+    parts: int  # of K, that v has; 0: v is in the order of the tables, or of tokens
     reads_token: bool
+    by_token: bool  # v has a row a token
     x_stride: int
     a_strides: operands.Strides
     ranked: bool  # whether adapters say how many of their ranks count
@@ -117,17 +131,21 @@ def check(
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
     reads, writes = rows.split("_")
-    by_table = writes == "sorted"
+    by_table, by_token = writes == "sorted", writes == "token"
     sizes = OP.check(variant, OP.named(v, x, lora_a, tables, runs, reads, x_scale), D=dtype)
     if by_table and (runs.runs is None or tables.block_m == 0):
         runtime.fail(variant, "runs", "none", "runs", "make them with moe_align and moe_runs")
     x_scales, (x_scale_stride, x_scale_next) = _check_x_scale(variant, x, x_scale, mode)
     num_pairs, rank, k = tables.num_tokens * tables.top_k, sizes["rank"], sizes["K"]
-    of_pairs = (num_pairs, sizes["S"], rank)
-    shape, kind = (of_pairs, sizes["D"]) if by_table else ((part_count(k), *of_pairs), torch.float32)
+    of_rows = (tables.num_tokens if by_token else num_pairs, sizes["S"], rank)
+    parts = 0 if by_table or by_token else part_count(k)
+    shape, kind = ((parts, *of_rows), torch.float32) if parts else (of_rows, sizes["D"])
     if v.shape != shape or v.dtype != kind:
         runtime.fail(variant, "v", runtime.describe(v), f"{list(shape)} {kind}", "None makes it")
     strides = operands.Strides.of(lora_a[0])
+    if by_token and strides.expert != 0:
+        got = f"experts {strides.expert} elements apart"
+        runtime.fail(variant, "lora_a", got, "0, for a v of tokens", "all experts share one matrix")
     if strides.row * rank >= 2**31:
         runtime.fail(variant, "lora_a", f"rows {strides.row} elements apart", "an expert's matrix below 2**31 elements")
     return Problem(
@@ -142,8 +160,9 @@ def check(
         k=k,
         slices=sizes["S"],
         rank=rank,
-        parts=0 if by_table else part_count(k),
+        parts=parts,
         reads_token=reads == "token",
+        by_token=by_token,
         x_stride=x.stride(0),
         a_strides=strides,
         ranked=runs.lora_ranks is not None,
@@ -181,9 +200,13 @@ def split_k(k: int) -> int:
     return columns
 
 
-def programs(problem: Problem, config: RunsConfig) -> tuple[int, int, int, bool]:
-    """(blocks, programs for the runs of each, chunks of the columns of v, whether a chunk may be of several slices)."""
-    blocks = max_blocks(max(problem.tokens_hint, 1), problem.top_k, problem.num_experts, problem.block_m)
+def programs(problem: Problem, config: RunsConfig | TokensConfig) -> tuple[int, int, int, bool]:
+    """(blocks, programs for runs or adapters of each, chunks of the columns of v, whether a chunk may be of several slices)."""
+    tokens = max(problem.tokens_hint, 1)
+    if problem.by_token:
+        blocks = runtime.cdiv(tokens, config.rows)
+    else:
+        blocks = max_blocks(tokens, problem.top_k, problem.num_experts, problem.block_m)
     joined = runtime.traits(problem.device).mixed_pointers
     chunks = problem.slices * runtime.cdiv(problem.rank, config.block_r)
     if joined:
@@ -222,7 +245,9 @@ def choose(schedule: str, problem: Problem) -> Any:
         columns = problem.rank * (problem.slices if device.mixed_pointers else 1)
         if problem.ranked:
             columns = min(columns, 64)  # so that there are chunks in which nothing counts
-        sizes = (problem.block_m, problem.k, columns, problem.reads_token, problem.x_scales)
+        # Of tokens by themselves as many share a tile as leave programs for all multiprocessors.
+        height = problem.block_m if not problem.by_token else 16 if tokens <= 512 else 64 if tokens <= 2048 else 128
+        sizes = (height, problem.k, columns, problem.reads_token, problem.x_scales)
         return schedule, _choose(schedule, *sizes, device.shared_memory, device.max_stages)
 
     return runtime.choose(TUNED, key, device, CONFIGS, rule, lambda other: other == schedule)[1]
@@ -230,6 +255,8 @@ def choose(schedule: str, problem: Problem) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _choose(schedule: str, *sizes: Any) -> Config:
+    if schedule == "tokens":
+        return TokensConfig(*_runs(*sizes))
     return _pairs(*sizes) if schedule == "pairs" else _runs(*sizes)
 
 

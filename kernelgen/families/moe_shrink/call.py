@@ -23,5 +23,7 @@ def call(package: ModuleType, asked: Asked) -> None:
     x, x_scale = empty(asked, sizes["num_tokens"] * (1 if of_tokens else sizes["top_k"]), sizes["k"]), None
     if asked.fact("x_scales"):
         x, x_scale = package.quantize_activations(x, asked.fact("x_scales"))
-    lora_a = [empty(asked, sizes["max_loras"], sizes["num_experts"], sizes["rank"], sizes["k"])] * sizes["slices"]
+    shared = asked.tag("rows") == "token_token" or asked.tags("schedule") == ["tokens"]
+    a = empty(asked, sizes["max_loras"], 1 if shared else sizes["num_experts"], sizes["rank"], sizes["k"])
+    lora_a = [a.expand(-1, sizes["num_experts"], -1, -1)] * sizes["slices"]
     package.moe_shrink(x, lora_a, tables, found, x_rows=x_rows, x_scale=x_scale)

@@ -21,6 +21,7 @@ from kernelgen.families.case import Tags, worst_ratio
 from kernelgen.families.lora_inputs import dtype_of, sealed, unchanged
 from kernelgen.families.moe_adapters import HUGE, MIXED, Adapters, factors, live_of
 from kernelgen.families.moe_adapters import draw as draw_adapters
+from kernelgen.families.moe_align.reference import Local
 from kernelgen.families.moe_experts import SPREAD, Experts, draw
 from kernelgen.families.moe_gemm.cases import tables_of
 from kernelgen.families.moe_lora.reference import dequantise
@@ -39,7 +40,7 @@ class Case(BaseCase):
     Attributes:
         few: at most so many tokens for a variant that takes pairs one by one, where more show nothing more.
         hint: tokens that the grid is sized for, None: all.
-        a_layout: of the factors, a key of ``LAYOUTS`` of moe_adapters.
+        a_layout: of the factors, a key of ``LAYOUTS`` of moe_adapters; "packed" ones are shared where rows are of tokens.
         x_row: elements from a row of x to the next, None: K and 8 more.
         offset: elements that x starts behind a 16-byte boundary.
         nan_token: rows of x of this token are NaN.
@@ -72,6 +73,9 @@ class Case(BaseCase):
 
 _ONE = Experts("one")
 _RUNS = {"schedule": ("runs",)}
+_TILES = {"schedule": ("runs", "tokens")}
+_TOKENS = {"rows": ("token_token",)}
+_OWN_FACTORS = {"rows": ("token_sorted", "sorted_sorted", "token_pair", "pair_pair")}
 _LAST = Adapters("one", 2)
 _A8: Mapping[str, Any] = {"only": {"act_quant": ("a8tensor", "a8token", "a8group")}, "body": _SCALES}
 _GROUPS: Mapping[str, Any] = {"only": {"act_quant": ("a8group",)}, "body": _SCALES}
@@ -94,7 +98,7 @@ CASES = (
     Case("gt_part", "two parts of K, the last one short", k=600, tokens=3),
     Case("slices_3", "the third slice, where a tile is of several", slices=3, rank=24),
     Case("rank_65", "columns behind a tile", tokens=2, slices=2, rank=65),
-    Case("high_blocks", "rows of a block in several tiles", only=_RUNS, tokens=70, experts=2, block_m=64, adapters=_LAST),
+    Case("high_blocks", "rows of a block in several tiles", only=_TILES, tokens=70, experts=2, block_m=64, adapters=_LAST),
     Case(
         "many_runs",
         "more runs of a block than programs",
@@ -104,14 +108,17 @@ CASES = (
         routing=_ONE,
         adapters=Adapters("spread", 12),
     ),
-    Case("hint_too_low", "programs that take many blocks", only=_RUNS, tokens=40, hint=1),
+    Case("hint_too_low", "programs that take many blocks", only=_TILES, tokens=40, hint=1),
     Case("empty", "a launch without programs", tokens=0, few=0),
     Case("no_adapter", "a graph for adapters, replayed without one", routing=SPREAD, adapters=Adapters("none")),
     Case("no_valid_token", "a step of padding alone", routing=Experts(valid=0)),
     Case("shared_experts", "factors stored once for all experts: stride 0", a_layout="shared", slices=2),
     Case("unaligned", "odd strides, a base that is not 16-byte aligned", k=33, x_row=35, offset=1),
-    Case("huge_adapters", "32-bit offsets of adapters wrap", a_layout="huge_adapters"),
-    Case("huge_experts", "32-bit offsets of experts wrap", a_layout="huge_experts", experts=2),
+    Case("huge_adapters", "32-bit offsets of adapters wrap", only=_OWN_FACTORS, a_layout="huge_adapters"),
+    Case("huge_experts", "32-bit offsets of experts wrap", only=_OWN_FACTORS, a_layout="huge_experts", experts=2),
+    Case("huge_shared", "32-bit offsets of adapters wrap", only=_TOKENS, a_layout="huge_shared"),
+    Case("disabled", "adapters that are loaded but disabled", tokens=9, adapters=Adapters("mixed", 4, (0, 2))),
+    Case("many_adapters", "more adapters than programs of a tile", only=_TOKENS, tokens=20, adapters=Adapters("mixed", 19)),
     Case("huge_rows", "32-bit offsets of rows wrap", x_row=HUGE // 3, tokens=4, few=4),
     Case("nan_row", "a NaN stays with the pairs of its token", tokens=8, nan_token=1, routing=_ONE, adapters=_LAST),
     Case("own_tiles", "the tiles that the rule takes", own_tiles=True, tokens=20, k=600, slices=2),
@@ -136,14 +143,18 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
     routed = draw(case.routing, tokens, case.top_k, case.experts, rng, device)
     adapters = draw_adapters(case.adapters, tokens, rng, device)
     num_pairs = tokens * case.top_k
-    wanted = moe_runs(routed.local, adapters.of_token, top_k=case.top_k, block_m=case.block_m)
+    order = moe_runs(routed.local, adapters.of_token, top_k=case.top_k, block_m=case.block_m).order
+    layout, by_token = case.a_layout, tags["rows"] == "token_token"
+    if by_token:
+        order = [Local(token * case.top_k, 0) for token in range(routed.num_valid)]
+        layout = "shared" if layout == "packed" else layout
     of_x = quant.scales_of(tags)[1]
-    x, x_scale, stands_for = _x(case, reads, of_x, num_pairs, wanted.order, adapters.of_token, numbers, dtype, device)
+    x, x_scale, stands_for = _x(case, reads, of_x, num_pairs, order, adapters.of_token, numbers, dtype, device)
     scales = {} if x_scale is None else {"x_scale": x_scale}
     shape = (adapters.loras, case.experts, case.rank, case.k)
-    a = factors(shape, case.slices, case.a_layout, live_of(routed.local, adapters.of_token, case.top_k), numbers, dtype, device)
+    a = factors(shape, case.slices, layout, live_of(order, adapters.of_token, case.top_k), numbers, dtype, device)
     tables, runs, ints = tables_of(package, case, routed, few, device, adapters)
-    vectors: tuple[int, ...] = (num_pairs, case.slices, case.rank)
+    vectors: tuple[int, ...] = (tokens if by_token else num_pairs, case.slices, case.rank)
     if few:
         vectors = (-(-case.k // 512), *vectors)
     v = allocate(vectors, row_major(vectors), torch.float32 if few else dtype, device)
@@ -151,7 +162,7 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
     launcher(v, x, a, tables, runs, config=None if case.own_tiles else tiles(launcher), **scales)
     unchanged(inputs)
     options: dict[str, Any] = {"num_pairs": num_pairs, "rows": tags["rows"], "scaled": x_scale is not None}
-    exact = moe_shrink(stands_for, a, wanted.order, adapters.of_token, **options)
+    exact = moe_shrink(stands_for, a, order, adapters.of_token, **options)
     rows = exact.written.to(device)
     stray = int((guarded.changed() & ~positions(guarded, rows[:, None].expand(v.shape[:-1]))).sum())
     assert not stray, f"v: {stray} elements changed beside pairs with an adapter"

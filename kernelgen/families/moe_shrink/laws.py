@@ -106,14 +106,16 @@ def ranks_that_count(package: ModuleType, variants: Sequence[Variant], device: s
     counts = (16, 0, 7, 100)
 
     def behind(factor: torch.Tensor, axis: int, unit: int, fill: float) -> torch.Tensor:
-        filled = factor.clone()
+        filled = (factor[:, :1] if factor.stride(1) == 0 else factor).clone()
         for adapter, count in enumerate(counts):
             first = min(-(-count // unit) * unit, factor.shape[axis])
             filled[adapter].narrow(axis - 1, first, factor.shape[axis] - first).fill_(fill)
-        return filled
+        return filled.expand_as(factor)
 
+    layouts = itertools.cycle(("packed", "packed", "shared"))
     for tokens, ranks in ((1, (40, 24)), (4, (24, 70)), (9, (40, 24)), (22, (33, 64))):
-        call = with_adapters(package, layer(tokens, Experts(), device), Adapters("spread", len(counts)), ranks)
+        how, layout = Adapters("spread", len(counts)), next(layouts)
+        call = with_adapters(package, layer(tokens, Experts(), device), how, ranks, layout=layout)
         assert call.lora is not None
         factors = call.lora._asdict()
         found = []

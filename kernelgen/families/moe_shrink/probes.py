@@ -19,7 +19,7 @@ def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
     slices, k = (2, QWEN3["hidden"]) if variant.reads_token else (1, QWEN3["inter"])
     problem = importlib.import_module(f"{package.__name__}.moe_shrink._problem")
     scales_of = importlib.import_module(f"{package.__name__}._scales")
-    few = variant.schedule == "pairs"
+    few, experts = variant.schedule == "pairs", 1 if variant.by_token else num_experts
     for num_tokens, rank in {1: 16, 4: 64}.items() if few else {64: 64, 1024: 16, 4096: 64}.items():
         num_pairs = num_tokens * top_k
         x_shape = (num_tokens if variant.reads_token else num_pairs, k)
@@ -27,10 +27,12 @@ def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
         scales: dict[str, Any] = {}
         if variant.x_scales:
             scales["x_scale"] = meta(*scales_of.x_scale_shape(variant.x_scales, x_shape, problem.QUANT), dtype=FP32)
-        v = meta(num_pairs, slices, rank, dtype=dtype)
+        rows = num_tokens if variant.by_token else num_pairs
+        v = meta(rows, slices, rank, dtype=dtype)
         if few:
             v = meta(problem.part_count(k), num_pairs, slices, rank, dtype=FP32)
-        a = [meta(5, num_experts, rank, k, dtype=dtype)] * slices
+        factors = meta(5, experts, rank, k, dtype=dtype)
+        a = [factors.expand(-1, num_experts, -1, -1)] * slices
 
         def call(operands: Any = (v, x, a), scales: Any = scales, num_tokens: int = num_tokens) -> None:
             with package._runtime.compile_only():
@@ -38,8 +40,8 @@ def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
                 tables, runs = package.moe_runs(meta(num_tokens, top_k), meta(num_tokens), **sizes)
             launcher(*operands, tables, runs, **scales)
 
-        hit = 1.0 - (1.0 - 1.0 / (5 * num_experts)) ** num_pairs  # if pairs are spread evenly
-        moved = x.nbytes + v.nbytes + hit * slices * a[0].nbytes
+        hit = 1.0 - (1.0 - 1.0 / (5 * experts)) ** rows  # if rows are spread evenly
+        moved = x.nbytes + v.nbytes + hit * slices * factors.nbytes
         sizes = {"num_tokens": num_tokens, "k": k, "rank": rank, "slices": slices, "max_loras": 5}
-        flops = 2.0 * num_pairs * slices * rank * k
+        flops = 2.0 * rows * slices * rank * k
         yield Probe(f"t{num_tokens}", sizes, call, flops=flops, bytes=moved)

@@ -23,9 +23,9 @@ from kernelgen.families.moe_runs.reference import Adapters
 class Expected(NamedTuple):
     """What v should hold, fp64; a right kernel is never further off than ``bound``."""
 
-    value: torch.Tensor  # [num_pairs, S, rank]
+    value: torch.Tensor  # [num_pairs, S, rank], of "token_token" [T, S, rank]
     bound: torch.Tensor
-    written: torch.Tensor  # [num_pairs] bool
+    written: torch.Tensor  # of rows, bool
 
 
 def moe_shrink(
@@ -43,24 +43,25 @@ def moe_shrink(
     Args:
         x: [T, K] or [num_pairs, K], in the order that ``rows`` names first: "token", "pair" or "sorted".
         lora_a: S tensors [L, E, rank, K].
-        order: local pairs in the order of the tables.
+        order: local pairs in the order of the tables; of "token_token" a pair of each token.
         adapters: of each token.
-        rows: "token_sorted", "sorted_sorted", "token_pair" or "pair_pair"; sorted vectors are rounded.
+        rows: "token_sorted", "sorted_sorted", "token_pair", "pair_pair" or "token_token"; those of pairs are not rounded.
         scaled: x was dequantised; a kernel applies its scales, which are below 2^24, in fp32.
     """
     top_k, (reads, writes) = num_pairs // max(len(adapters), 1), rows.split("_")
-    shape = (num_pairs, len(lora_a), lora_a[0].shape[2])
+    shape = (len(adapters) if writes == "token" else num_pairs, len(lora_a), lora_a[0].shape[2])
     value, bound = (torch.zeros(shape, dtype=torch.float64, device=x.device) for _ in range(2))
-    written = torch.zeros(num_pairs, dtype=torch.bool)
+    written = torch.zeros(shape[0], dtype=torch.bool)
     for place, (pair, expert) in enumerate(order):
         adapter = adapters[pair // top_k]
         if adapter is None:
             continue
-        row, to = {"token": pair // top_k, "pair": pair, "sorted": place}[reads], place if writes == "sorted" else pair
+        places = {"token": pair // top_k, "pair": pair, "sorted": place}
+        row, to = places[reads], places[writes]
         written[to] = True
         for s, a in enumerate(lora_a):
             total, error = dot(a[adapter, expert], x[row], scaled)
-            if writes == "sorted":
+            if writes != "pair":
                 error = error + cast_error(total.abs() + error, a.dtype)
             value[to, s], bound[to, s] = total, error
     return Expected(value, bound, written)
