@@ -117,6 +117,17 @@ def test_a_compiled_graph_gives_the_same_bits(device: str, assignment: str) -> N
     assert torch.equal(compiled(assignment), expected)
 
 
+@pytest.mark.parametrize("compiling", [False, True])
+def test_rows_of_blocks_that_a_route_does_not_have_are_refused(
+    device: str, compiling: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = Batch(device)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    with pytest.raises(ValueError, match="block_m: got 32, wanted None"):
+        sizes = {"num_experts": EXPERTS, "max_loras": LORAS}
+        kg.moe_route(batch.ids, batch.adapters, assignment="naive", block_m=32, **sizes)
+
+
 @pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("assignment", ["naive", "sorted", "auto"])
 def test_a_compiled_graph_serves_any_number_of_tokens(device: str, assignment: str) -> None:

@@ -261,6 +261,7 @@ def in_graph(
     topk_ids, token_lora_mapping, _, _ = source
     sizes = (*_tokens(topk_ids, token_lora_mapping), num_experts, max_loras)
     if assignment == "naive":
+        _check_without_blocks("moe_route", block_m)
         return PairRoute._make((*source, parts, *sizes))
     splits = _open_splits(*sizes)
     _check_size("moe_route", workspace, splits)
@@ -513,9 +514,14 @@ def _bind(
     if topk_ids is None and (num_experts != 1 or assignment == "naive"):
         got = f"None with num_experts={num_experts}, assignment={assignment!r}"
         runtime.fail(name, "topk_ids", got, "the experts of each token", "a dense layer has one expert and is sorted")
-    if assignment == "naive" and block_m is not None:
-        runtime.fail(name, "block_m", block_m, None, 'assignment="naive" has no blocks')
+    if assignment == "naive":
+        _check_without_blocks(name, block_m)
     return _planned(name, source, *request, workspace)
+
+
+def _check_without_blocks(name: str, block_m: int | None) -> None:
+    if block_m is not None:
+        runtime.fail(name, "block_m", block_m, None, 'assignment="naive" has no blocks')
 
 
 def _bind_dense(
