@@ -91,6 +91,9 @@ def test_a_file_in_the_way_is_2_for_build_and_1_for_check(work: Path, kernelgen)
     assert code == 2 and "generated/__init__.py: error[KG031]" in stderr and "hint: move" in stderr
     assert kernelgen("build", "--check")[0] == 1
     assert (work / "generated/__init__.py").read_text() == "edited"
+    (work / "generated/.manifest.json").unlink()
+    (work / "generated/.manifest.json").symlink_to("nothing")
+    assert "generated/.manifest.json: error[KG030]: not a regular file" in kernelgen("build")[2]
 
 
 def test_an_interrupted_build_is_a_finding(work: Path, kernelgen) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import project
@@ -131,12 +133,37 @@ def test_a_pipe_that_was_a_file_a_moment_ago_is_not_waited_for(work: Path, monke
 
 
 @pytest.mark.parametrize("option", ["--out", "--specs"])
-@pytest.mark.parametrize("place", ["text", "text/below"])
-def test_a_file_where_a_folder_is_wanted_is_named(place: str, option: str, work: Path, kernelgen) -> None:
+@pytest.mark.parametrize("place", ["text", "text/below", "dangling", "dangling/below"])
+def test_what_is_in_the_way_of_a_folder_is_named(place: str, option: str, work: Path, kernelgen) -> None:
     places(work)
     code, _, stderr = kernelgen("build", option, place)
-    assert code == 2 and stderr.startswith("text: error[KG001]: a file, where a folder is wanted"), stderr
-    assert (work / "text").read_text() == "text"
+    told = {"text": "a file, where a folder is wanted", "dangling": "a link to what is not there"}
+    first = place.partition("/")[0]
+    assert code == 2 and stderr.startswith(f"{first}: error[KG001]: {told[first]}"), stderr
+    assert (work / "text").read_text() == "text" and not (work / "nothing").exists()
+
+
+@pytest.mark.parametrize("written", [0, 3])
+def test_a_full_disk_leaves_nothing_of_a_new_family(
+    written: int, work: Path, kernelgen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, replace, left = set(work.rglob("*")), os.replace, [None] * written
+
+    def full(*arguments: Any) -> None:
+        if not left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left.pop()
+        replace(*arguments)
+
+    monkeypatch.setattr(os, "replace", full)
+    code, _, stderr = kernelgen("new", "other")
+    assert code == 2 and "error[KG001]: No space left" in stderr and set(work.rglob("*")) == before
+    (work / "templates").rename(work / "kept")
+    (work / "templates").symlink_to("nothing")
+    monkeypatch.undo()
+    monkeypatch.chdir(work)
+    assert kernelgen("new", "other")[2].startswith("templates: error[KG001]: a link to what is not there")
+    assert not (work / "families/other").exists() and not (work / "nothing").exists()
 
 
 def line(rng: random.Random, paths: list[str]) -> list[str]:

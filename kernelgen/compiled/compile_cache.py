@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 
 import triton
 
@@ -17,6 +16,7 @@ from kernelgen.compiled.resources import RULES, Usage
 from kernelgen.core import locate
 from kernelgen.core.diagnostics import Failure
 from kernelgen.core.read import parse_json, read_file
+from kernelgen.core.write import replace_file
 
 _MOST = 50_000  # lines
 
@@ -47,10 +47,8 @@ class Remembered:
                 file.write(line.encode())
 
     def _replace(self, lines: list[str]) -> None:
-        part = self.file.with_name(f"{self.file.name}.{os.getpid()}")
         with contextlib.suppress(OSError):
-            part.write_text("".join(lines), "utf-8")
-            part.replace(self.file)
+            replace_file(self.file, "".join(lines))
 
 
 def _usage(registers: int, spill_bytes: int, shared_bytes: int, instructions: dict[str, int]) -> Usage:

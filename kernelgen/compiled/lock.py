@@ -8,7 +8,6 @@ as many as it takes to the last that is not zero.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Collection, Iterable, Iterator, Mapping, NamedTuple
 
@@ -16,6 +15,7 @@ from kernelgen.core.diagnostics import Diagnostic, Failure, failure, os_failure
 from kernelgen.core.model import Location
 from kernelgen.core.read import parse_json, read_file
 from kernelgen.core.targets import TARGETS
+from kernelgen.core.write import replace_file
 
 FILE = "kernels.lock"  # beside the folder generated
 SCHEMA_VERSION = 3
@@ -70,12 +70,9 @@ class Lock:
 
     def write(self) -> None:
         """Replace the file as one step."""
-        part = self.file.with_name(f"{self.file.name}.{os.getpid()}")
         try:
-            part.write_text(_text(self.sections), "utf-8")
-            part.replace(self.file)
+            replace_file(self.file, _text(self.sections))
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise os_failure(error, self.file) from None
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from kernelgen.core import locate
 from kernelgen.core.diagnostics import Failure
 from kernelgen.core.read import read_file
+from kernelgen.core.write import replace_file
 
 _KEY_FILE = "key"
 _KEY_BYTES = 32
@@ -41,14 +42,11 @@ class Sealed:
 
     def put(self, key: str, text: str) -> None:
         """Keep ``text``."""
-        file = self.folder / key
-        part = file.with_name(f"{file.name}.{os.getpid()}")
         seal = self._seal(key, text)
         if seal is not None:
             with contextlib.suppress(OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                part.write_text(f"{seal}\n{text}", "utf-8")
-                part.replace(file)
+                replace_file(self.folder / key, f"{seal}\n{text}")
 
     def trim(self) -> None:
         """Drop the older half once there are too many."""
@@ -71,10 +69,8 @@ def _secret(folder: Path) -> bytes | None:
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         if not _read(file):
-            part = file.with_name(f"{file.name}.{os.getpid()}")
-            part.touch(0o600)
-            part.write_bytes(secrets.token_bytes(_KEY_BYTES))
-            part.replace(file)  # of two that do it at the same time, one makes seals that nobody takes
+            # Of two that do it at the same time, one makes seals that nobody takes.
+            replace_file(file, secrets.token_bytes(_KEY_BYTES), 0o600)
         return _read(file)
     return None
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 from pathlib import Path
 from typing import Any, Iterable, Mapping
 
@@ -68,6 +67,7 @@ CATALOGUE: Mapping[str, str] = {
     "KG081": "a package that is not installed",
     "KG082": "an error of kernelgen itself",
 }
+_OF_THE_WAY = (FileNotFoundError, FileExistsError, NotADirectoryError)
 _WIDTH = 120  # columns of an excerpt
 _MOST = 200  # faults that are shown
 
@@ -158,13 +158,12 @@ def failure(code: str, where: str, message: str, hint: str | Nearest = "", exit_
 
 def os_failure(error: OSError, path: object) -> Failure:
     """The ``Failure`` of a system call on ``path``, or on the file or link that stands in the way there."""
-    if isinstance(error, NotADirectoryError):
-        place = Path(str(path))
-        for found in (*reversed(place.parents), place):
-            if found.exists() and not found.is_dir():
-                return failure("KG001", str(found), "a file, where a folder is wanted", "name a folder, or move it away")
-    if isinstance(error, FileNotFoundError) and os.path.islink(str(path)):
-        return failure("KG001", str(path), "a link to what is not there", "mend it, or remove it")
+    place = Path(str(path))
+    for found in (*reversed(place.parents), place) if isinstance(error, _OF_THE_WAY) else ():
+        if found.is_symlink() and not found.exists():
+            return failure("KG001", str(found), "a link to what is not there", "mend it, or remove it")
+        if isinstance(error, NotADirectoryError) and found.exists() and not found.is_dir():
+            return failure("KG001", str(found), "a file, where a folder is wanted", "name a folder, or move it away")
     return failure("KG001", str(path), error.strerror or type(error).__name__)
 
 

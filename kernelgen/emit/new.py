@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Iterator
 
 from kernelgen.core import names
 from kernelgen.core.diagnostics import failure, os_failure
 from kernelgen.core.locate import FAMILIES, IS_CHECKOUT, SPECS, beside
+from kernelgen.core.write import replace_file
 
 _BLANK = Path(__file__).with_name("blank")
 _WORD = "FAMILY"  # stands for the name in the files of that folder
@@ -34,12 +36,21 @@ def new(family: str, specs: Path) -> list[Path]:
     for file in files:
         if file.exists() or file.is_symlink():
             raise failure("KG030", str(file), "it is there already", "choose another name, or move it away")
-    for file, text in files.items():
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise os_failure(error, file) from error
+    made: list[Path] = []
+    try:
+        for file, text in files.items():
+            for folder in reversed([parent for parent in file.parents if not parent.exists()]):
+                folder.mkdir()
+                made.append(folder)
+            replace_file(file, text)
+            made.append(file)
+    except BaseException as error:
+        for path in reversed(made):
+            with contextlib.suppress(OSError):
+                path.rmdir() if path.is_dir() else path.unlink()
+        if not isinstance(error, OSError):
+            raise
+        raise os_failure(error, file) from error
     return list(files)
 
 

@@ -112,9 +112,11 @@ def _plan(tree: Tree, out: Path, through_links: bool = False) -> Plan:
     changes = [change for change in changes if change.old != hash_text(change.text)]
     unchanged = len(tree.files) - sum(change.text is not None for change in changes)
     hashes = {path: hash_text(text) for path, text in tree.files.items()}
-    manifest = Change(names.MANIFEST, _manifest_text(hashes), hash_file(out / names.MANIFEST, through_links))
-    if manifest.old != hash_text(manifest.text):
-        changes.append(manifest)
+    try:
+        manifest = Change(names.MANIFEST, _manifest_text(hashes), hash_file(out / names.MANIFEST, through_links))
+        changes += [manifest] if manifest.old != hash_text(manifest.text) else []
+    except InTheWay as reason:
+        blocked.append(Diagnostic(reason.code, Location(names.MANIFEST), reason.message, reason.hint))
     return Plan(tuple(changes), unchanged, tuple(blocked), (out / names.STAGING).exists())
 
 

@@ -6,12 +6,12 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, Callable, Iterable
 
 from kernelgen.core.diagnostics import failure, os_failure
 from kernelgen.core.read import parse_json, read_file
+from kernelgen.core.write import replace_file
 from kernelgen.measure import suites
 from kernelgen.measure.suite import Cell, Row, Suite
 
@@ -87,11 +87,9 @@ class Document:
         Raises:
             Failure: it cannot be written.
         """
-        staged = path.with_name(path.name + ".part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            staged.write_text(self.text(), encoding="utf-8")
-            os.replace(staged, path)
+            replace_file(path, self.text())
         except OSError as error:
             raise os_failure(error, path) from error
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple
 
 from kernelgen.core.diagnostics import failure, os_failure
 from kernelgen.core.read import parse_json, read_file
+from kernelgen.core.write import replace_file
 from kernelgen.measure.tune.problem import Problem
 from kernelgen.measure.tune.search import Found
 from kernelgen.measure.tune.space import Candidate, Space
@@ -54,9 +54,7 @@ class State:
             kept += self._read(path, lines, head)
             path.parent.mkdir(parents=True, exist_ok=True)
             # Written anew: a kill may have left half a line.
-            staged = path.with_name(path.name + ".part")
-            staged.write_text("\n".join(kept) + "\n", encoding="utf-8")
-            os.replace(staged, path)
+            replace_file(path, "\n".join(kept) + "\n")
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise os_failure(error, path) from error

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 from kernelgen.core.diagnostics import failure, os_failure
+from kernelgen.core.write import replace_file
 from kernelgen.measure.tune.jobs import Device
 from kernelgen.measure.tune.problem import Problem, order, tags
 from kernelgen.measure.tune.search import Found
@@ -90,11 +90,9 @@ def write(path: Path, text: str) -> None:
     Raises:
         Failure: it cannot be written.
     """
-    staged = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_text(text, encoding="utf-8")
-        os.replace(staged, path)
+        replace_file(path, text)
     except OSError as error:
         raise os_failure(error, path) from error
 
