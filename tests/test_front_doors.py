@@ -651,6 +651,7 @@ RELATED: list[tuple[str, Callable[[Arguments], Arguments], str]] = [
     ("moe_lora fp8", lambda good: {"x_scale": good["x_scale"][0]}, "a_scale, b_scale, x_scale: .* with x_scales None or token"),
     ("moe_lora sorted", lambda good: {"route": OpenRoute(*good["route"][:12], "auto", None, None)}, "route: .* OpenRoute.*"),
     ("moe_gemm", lambda good: {"activation": "swiglu"}, "out: .*N = 12 as in w with activation"),
+    ("moe_shrink", lambda good: {"v": good["v"][:T].clone()}, "lora_a: .* elements apart, wanted 0, for a v of tokens"),
     ("fused_moe", lambda good: {"workspace": good["workspace"]._replace(num_blocks=good["lora"][5])}, "workspace.num_blocks: "),
     ("fused_moe fp8", lambda good: {"w2_scale": good["w2_scale"][:, 0].clone()}, "w2_scale.*: .* with weight_scales channel"),
     ("fused_moe fp8", lambda good: {"w13_scale": good["w13_scale"][:, 0].clone()}, "w13_scale, x_scale: .*scales channel"),

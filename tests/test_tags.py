@@ -24,7 +24,7 @@ from kernelgen.spec.expand import expand
 EVERY = build.package(SPECS).families
 RENDERER = build.renderer(SPECS)
 STRICT = {"moe_lora"}
-SCALED = {"lora_expand", "lora_shrink", "moe_gemm", "moe_lora", "moe_quant"}
+SCALED = {"lora_expand", "lora_shrink", "moe_gemm", "moe_lora", "moe_quant", "moe_shrink"}
 SERVED = {("moe_lora_expand", "add_inputs", "set"), ("moe_quant", "dtype", "f16")}  # by what there is for others
 
 

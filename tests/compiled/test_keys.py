@@ -183,6 +183,7 @@ LOCAL_LAYER = FusedMoeShape(  # a share of a layer, with widths that no large ti
 FP8_LAYER = QWEN3_LAYER._replace(weight_scales="group", x_scales="group")
 ADAPTED_LAYER = QWEN3_LAYER._replace(rank=24, max_loras=5, adapter_enabled=True, valid_tokens=True)
 BYTES_LAYER = FP8_LAYER._replace(x_scales="group_by_column", scales_dtype=torch.float8_e8m0fnu)
+SHARED_LAYER = BYTES_LAYER._replace(rank=16, max_loras=5, adapter_enabled=True, shared_outer=True)
 
 
 def serve_layer(shape: FusedMoeShape, num_tokens: int, hint: int | None) -> None:
@@ -200,11 +201,15 @@ def serve_layer(shape: FusedMoeShape, num_tokens: int, hint: int | None) -> None
         scales["x_scale"] = empty(num_tokens, groups, dtype=shape.scales_dtype)
         if shape.x_scales == "group_by_column":  # as a kernel pads it, or not
             scales["x_scale"] = empty(groups, num_tokens + num_tokens % 4, dtype=shape.scales_dtype)[:, :num_tokens].t()
-    lora, loras = None, (shape.max_loras, shape.num_experts)
+    lora, loras, experts = None, shape.max_loras, shape.num_experts
     if shape.rank:
-        mapping, enabled = (empty(size, dtype=torch.int32) for size in (num_tokens, shape.max_loras + 1))
-        a13, a2 = (empty(*loras, shape.rank, k) for k in (shape.hidden, shape.intermediate))
-        b13, b2 = (empty(*loras, n, shape.rank) for n in (shape.intermediate, shape.hidden))
+        mapping, enabled = (empty(size, dtype=torch.int32) for size in (num_tokens, loras + 1))
+        outer = 1 if shape.shared_outer else experts
+        a13, b2 = (
+            empty(loras, outer, *size).expand(-1, experts, -1, -1)
+            for size in ((shape.rank, shape.hidden), (shape.hidden, shape.rank))
+        )
+        a2, b13 = (empty(loras, experts, *size) for size in ((shape.rank, shape.intermediate), (shape.intermediate, shape.rank)))
         lora = kg.FusedMoeLora(mapping, [a13] * 2, [b13] * 2, [a2], [b2], enabled)
     kg.fused_moe(
         empty(num_tokens, shape.hidden, dtype=kind),
@@ -223,6 +228,7 @@ def serve_layer(shape: FusedMoeShape, num_tokens: int, hint: int | None) -> None
 
 
 LAYERS = {"qwen3": QWEN3_LAYER, "share": LOCAL_LAYER, "fp8": FP8_LAYER, "bytes": BYTES_LAYER, "adapters": ADAPTED_LAYER}
+LAYERS |= {"shared": SHARED_LAYER}
 
 
 @pytest.mark.slow(keep=1)

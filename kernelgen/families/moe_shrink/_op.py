@@ -86,11 +86,9 @@ def bind(
     Raises:
         ValueError: as ``moe_shrink``.
     """
-    schedule, rows = ("pairs", f"{x_rows}_pair") if runs.runs is None else ("runs", f"{x_rows}_sorted")
-    if schedule == "runs" and x_rows == "token" and tables.top_k > 1 and v.shape[0] == tables.num_tokens > 0:
-        schedule, rows = "tokens", "token_token"
-    problem = check(op, v, x, lora_a, tables, runs, dtype=None, rows=rows, x_scale=x_scale)
-    variant = VARIANTS.get(op, schedule=schedule, torch_dtype=lora_a[0].dtype, rows=rows, x_scales=problem.x_scales)
+    problem = check(op, v, x, lora_a, tables, runs, dtype=None, x_rows=x_rows, x_scale=x_scale)
+    schedule = "pairs" if problem.parts else "tokens" if problem.by_token else "runs"
+    variant = VARIANTS.get(op, schedule=schedule, torch_dtype=lora_a[0].dtype, rows=problem.rows, x_scales=problem.x_scales)
     if problem.num_pairs == 0:
         return runtime.nothing
     call: Call = variant.bind(problem, choose(schedule, problem))

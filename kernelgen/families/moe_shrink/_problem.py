@@ -101,8 +101,7 @@ class Problem(NamedTuple):
     slices: int
     rank: int
     parts: int  # of K, that v has; 0: v is in the order of the tables, or of tokens
-    reads_token: bool
-    by_token: bool  # v has a row a token
+    rows: str
     x_stride: int
     a_strides: operands.Strides
     ranked: bool  # whether adapters say how many of their ranks count
@@ -110,6 +109,14 @@ class Problem(NamedTuple):
     x_scales: str | None  # of what an FP8 x has a scale each: "tensor", "token" or "group"
     x_scale_stride: int  # over rows
     x_scale_next: int | None  # over groups, None: 1
+
+    @property
+    def reads_token(self) -> bool:
+        return self.rows.startswith("token")
+
+    @property
+    def by_token(self) -> bool:
+        return self.rows == "token_token"
 
 
 def check(
@@ -121,18 +128,24 @@ def check(
     runs: MoeRuns,
     *,
     dtype: torch.dtype | None,
-    rows: str,
+    rows: str | None = None,
+    x_rows: str = "",
     x_scale: torch.Tensor | None = None,
     mode: str | None = None,
 ) -> Problem:
     """The sizes of a call, once everything about it is known to fit; dtype and mode, of which x has a scale each, of None: any.
 
+    rows: where a row of x and one of v stand; None: of x at ``x_rows``, of v as it and the runs say.
+
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
-    reads, writes = rows.split("_")
-    by_table, by_token = writes == "sorted", writes == "token"
+    reads, writes = (x_rows, None) if rows is None else rows.split("_")
     sizes = OP.check(variant, OP.named(v, x, lora_a, tables, runs, reads, x_scale), D=dtype)
+    if writes is None:
+        of_tokens = reads == "token" and tables.top_k > 1 and v.shape[0] == tables.num_tokens > 0
+        writes = "pair" if runs.runs is None else "token" if of_tokens else "sorted"
+    by_table, by_token = writes == "sorted", writes == "token"
     if by_table and (runs.runs is None or tables.block_m == 0):
         runtime.fail(variant, "runs", "none", "runs", "make them with moe_align and moe_runs")
     x_scales, (x_scale_stride, x_scale_next) = _check_x_scale(variant, x, x_scale, mode)
@@ -161,8 +174,7 @@ def check(
         slices=sizes["S"],
         rank=rank,
         parts=parts,
-        reads_token=reads == "token",
-        by_token=by_token,
+        rows=f"{reads}_{writes}",
         x_stride=x.stride(0),
         a_strides=strides,
         ranked=runs.lora_ranks is not None,
