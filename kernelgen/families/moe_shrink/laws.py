@@ -156,11 +156,16 @@ def the_ops_one_by_one(package: ModuleType, variants: Sequence[Variant], device:
 
 def one_graph_serves_every_batch(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """A captured graph gives the bits of eager calls for all routings, numbers of tokens, and adapters of these."""
-    for tokens, hint in ((4, None), (64, None), (64, 3)):
-        first = with_adapters(package, layer(tokens, Experts(valid=tokens), device), Adapters("spread", 4, (1,)), (16, 24))
+    def fp8(tokens: int, how: Experts, device: str, seed: int = 0) -> Layer:
+        sizes: dict[str, Any] = {"hidden": 72, "inter": 40, "top_k": 3, "experts": 4}
+        return fp8_layer(package, tokens, how, device, ("group", "group", "swiglu"), seed=seed, **sizes)
+
+    make_layer: Any
+    for make_layer, tokens, hint in ((layer, 4, None), (layer, 64, None), (layer, 64, 3), (fp8, 4, None), (fp8, 64, 3)):
+        first = with_adapters(package, make_layer(tokens, Experts(valid=tokens), device), Adapters("spread", 4, (1,)), (16, 24))
         for a in (*first.lora.a13, *first.lora.b13, *first.lora.a2, *first.lora.b2):
             a.copy_(torch.randn_like(a, dtype=torch.float32) * a.shape[-1] ** -0.5)
-        out = torch.zeros_like(first.hidden)
+        out = torch.zeros_like(first.hidden, dtype=torch.bfloat16)
         options = {"num_tokens_hint": hint, "workspace": _workspace(package, device, tokens), "out": out}
         first.run(package, **options)
         torch.cuda.synchronize()
@@ -168,7 +173,7 @@ def one_graph_serves_every_batch(package: ModuleType, variants: Sequence[Variant
         with torch.cuda.graph(graph):
             first.run(package, **options)
         for seed, (how, valid) in enumerate(itertools.product(_HOW, (0, 1, tokens))):
-            call = layer(tokens, Experts("mixed", valid=valid), device, seed=seed)
+            call = make_layer(tokens, Experts("mixed", valid=valid), device, seed=seed)
             drawn = draw_adapters(Adapters(how.kind, 4, (seed % 4,)), tokens, random.Random(seed), device)
             mapping = (first.lora.token_lora_mapping, drawn.token_lora_mapping)
             enabled = (first.lora.adapter_enabled, drawn.adapter_enabled)
@@ -185,27 +190,34 @@ def one_graph_serves_every_batch(package: ModuleType, variants: Sequence[Variant
 
 def real_sizes(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """The tiles of all batch sizes, at widths of real models: a sample of tokens of each."""
-    for tokens, rank in itertools.product((1, 4, 16, 256, 1024, 4096), (16, 24, 64)):
-        base = layer(tokens, Experts(valid=tokens), device, hidden=2048, inter=768, top_k=8, experts=128)
-        call = with_adapters(package, base, Adapters("mixed", 4), (rank, rank))
-        for factor in (*call.lora.a13, *call.lora.b13, *call.lora.a2, *call.lora.b2):
-            factor.nan_to_num_()  # of two adapters in one tile each is read for the rows of both
-        out = call.run(package, out=torch.full_like(call.hidden, torch.nan))
-        chosen = sorted({0, 1, tokens // 2, tokens - 1} & set(range(tokens)))
-        local = [item for item in call.routed.local if item.pair // 8 in chosen]
-        exact = fused_moe(
-            call.hidden,
-            call.w13,
-            call.w2,
-            local,
-            call.topk_weights,
-            activation="swiglu",
-            num_tokens=tokens,
-            dtype=out.dtype,
-            lora=Lora(call.adapters, call.lora.a13, call.lora.b13, call.lora.a2, call.lora.b2),
-        )
-        rows = (each[chosen].cpu() for each in (out, exact.out, exact.bound))
-        about(lambda rows=rows: worst_ratio(*rows), f"{tokens} tokens, rank {rank}")  # type: ignore[misc]
+    sizes: dict[str, Any] = {"hidden": 2048, "inter": 768, "top_k": 8, "experts": 128}
+    modes = (None, ("channel", "token", "swiglu"), ("group", "group", "swiglu"))
+    for tokens, mode in itertools.product((1, 4, 16, 256, 1024, 4096), modes):
+        how = Experts(valid=tokens)
+        base = layer(tokens, how, device, **sizes) if mode is None else fp8_layer(package, tokens, how, device, mode, **sizes)
+        for rank, layout in ((16, "packed"), (24, "shared"), (64, "packed")):
+            call = with_adapters(package, base, Adapters("mixed", 4), (rank, rank), layout=layout)
+            for factor in (*call.lora.a13, *call.lora.b13, *call.lora.a2, *call.lora.b2):
+                # Of two adapters in one tile each is read for the rows of both.
+                (factor[:, 0] if layout == "shared" else factor).nan_to_num_()
+            out = call.run(package, out=torch.full_like(call.hidden, torch.nan, dtype=torch.bfloat16))
+            chosen = sorted({0, 1, tokens // 2, tokens - 1} & set(range(tokens)))
+            hidden, w13, w2 = call.numbers or (call.hidden, call.w13, call.w2)
+            local = [item for item in call.routed.local if item.pair // 8 in chosen]
+            exact = fused_moe(
+                hidden,
+                w13,
+                w2,
+                local,
+                call.topk_weights,
+                activation="swiglu",
+                num_tokens=tokens,
+                dtype=out.dtype,
+                inner=call.inner,
+                lora=Lora(call.adapters, call.lora.a13, call.lora.b13, call.lora.a2, call.lora.b2),
+            )
+            rows = (each[chosen].cpu() for each in (out, exact.out, exact.bound))
+            about(lambda rows=rows: worst_ratio(*rows), f"{tokens} tokens, rank {rank}, scales {mode}")  # type: ignore[misc]
 
 
 LAWS = (
@@ -221,4 +233,4 @@ LAWS = (
 
 def _workspace(package: ModuleType, device: str, tokens: int) -> Any:
     sizes = {"max_tokens": tokens, "top_k": 3, "num_experts": 4, "hidden": 72, "intermediate": 40}
-    return package.fused_moe_workspace(**sizes, max_rank=80, device=device)
+    return package.fused_moe_workspace(**sizes, fp8_activations=True, max_rank=80, device=device)
