@@ -166,7 +166,7 @@ def one_graph_serves_every_batch(package: ModuleType, variants: Sequence[Variant
         for a in (*first.lora.a13, *first.lora.b13, *first.lora.a2, *first.lora.b2):
             a.copy_(torch.randn_like(a, dtype=torch.float32) * a.shape[-1] ** -0.5)
         out = torch.zeros_like(first.hidden, dtype=torch.bfloat16)
-        options = {"num_tokens_hint": hint, "workspace": _workspace(package, device, tokens), "out": out}
+        options = {"num_tokens_hint": hint, "workspace": _workspace(package, device, tokens, fp8=True), "out": out}
         first.run(package, **options)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -231,6 +231,6 @@ LAWS = (
 )
 
 
-def _workspace(package: ModuleType, device: str, tokens: int) -> Any:
+def _workspace(package: ModuleType, device: str, tokens: int, fp8: bool = False) -> Any:
     sizes = {"max_tokens": tokens, "top_k": 3, "num_experts": 4, "hidden": 72, "intermediate": 40}
-    return package.fused_moe_workspace(**sizes, fp8_activations=True, max_rank=80, device=device)
+    return package.fused_moe_workspace(**sizes, fp8_activations=fp8, max_rank=80, device=device)
