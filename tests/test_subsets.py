@@ -20,6 +20,7 @@ from kernelgen.core.model import Package, Tree
 from kernelgen.emit import build
 from kernelgen.emit.assemble import assemble
 from kernelgen.emit.render import Renderer
+from kernelgen.prove.testing import Suite
 
 EVERY = build.package(SPECS)
 RENDERER = Renderer(template_folders(SPECS))
@@ -139,6 +140,26 @@ def test_only_brings_what_is_needed_and_the_front_door_names_what_is_not_there(
     _call_moe_lora(package, device, rank=64)
     with pytest.raises(ValueError, match="a variant that serves it"):
         _call_moe_lora(package, device, rank=129)
+
+
+@pytest.mark.parametrize(("elements", "group_k"), [("[e5m2]", 64), ("[e4m3]", 32)])
+def test_cases_are_in_the_formats_that_a_spec_says(
+    elements: str, group_k: int, imported: Callable[[Tree], ModuleType], tmp_path: Path, device: str
+) -> None:
+    specs = tmp_path / "specs"
+    specs.mkdir()
+    (specs / "moe_align.yaml").write_text((SPECS / "moe_align.yaml").read_text())
+    text = (SPECS / "moe_quant.yaml").read_text()
+    for old, new in (("[e4m3, e5m2]", elements), ("group_k: 128", f"group_k: {group_k}")):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    (specs / "moe_quant.yaml").write_text(text)
+    package, (_, family) = imported(build.tree(specs)), build.package(specs).families
+    suite = Suite.of(package.__name__, family)
+    pairs = [pair for pair in suite.pairs if (pair[0].tags["order"], pair[0].tags["act_quant"]) == ("pair", "a8group")]
+    assert len(pairs) > 9 and all(suite.check(*pair, device) <= 1 for pair in pairs if not pair[1].needs_gpu)
+    for law in suite.laws:
+        suite.uphold(law, device)
 
 
 def _call_moe_lora(package: ModuleType, device: str, rank: int) -> None:

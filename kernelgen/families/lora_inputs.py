@@ -233,10 +233,10 @@ def make_x(case: Case, tags: Tags, batch: Batch, numbers: torch.Generator) -> Op
     """[T, K], numbers where a token has an adapter."""
     device, shape = str(batch.mapping.device), (case.tokens, case.k)
     kind = quant.scales_of(tags)[1]
-    dtype = quant.ELEMENTS[case.element] if kind else dtype_of(tags)
+    dtype = quant.element(case.element) if kind else dtype_of(tags)
     x, scales = LAYOUTS[case.layout].matrix(shape, dtype, device), None
     if kind:
-        size = quant.x_scale_shape(kind, shape, quant.GROUP[1])
+        size = quant.x_scale_shape(kind, shape, quant.group()[1])
         scales = quant.allocate_x_scale(size, device, case.x_scale_dtype, case.by_column)
     for token in batch.live:
         powers = torch.randint(-case.spread, case.spread + 1, (case.k,), generator=numbers)
@@ -248,7 +248,7 @@ def make_x(case: Case, tags: Tags, batch: Batch, numbers: torch.Generator) -> Op
             each.copy_(quant.draw_scales(each, 1.0, numbers))
     if scales is None or not batch.live:
         return Operand(x, x, scales)
-    return Operand(x, dequantise(x, scales, quant.group_of(kind, shape, (1, quant.GROUP[1]))), scales)
+    return Operand(x, dequantise(x, scales, quant.group_of(kind, shape, (1, quant.group()[1]))), scales)
 
 
 def make_weights(
@@ -257,7 +257,7 @@ def make_weights(
     """Weights [L, height, columns] of each slice, numbers where some token has the adapter."""
     device, made, kind = str(batch.mapping.device), [], quant.scales_of(tags)[0]
     layout, size = LAYOUTS[case.layout], 1.0 / math.sqrt(columns)
-    dtype = quant.ELEMENTS[case.element] if kind else dtype_of(tags)
+    dtype = quant.element(case.element) if kind else dtype_of(tags)
     for height in heights:
         shape = (case.loras, height, columns)
         weights = layout.weights(shape, dtype, device)
@@ -267,11 +267,11 @@ def make_weights(
         if not kind:
             made.append(Operand(weights, weights))
             continue
-        inner = (*quant.scale_shape(kind, shape[1:], quant.GROUP), *((1,) if case.scales_end_in_1 else ()))
+        inner = (*quant.scale_shape(kind, shape[1:], quant.group()), *((1,) if case.scales_end_in_1 else ()))
         scales = layout.scales((case.loras, *inner), device)
         for adapter in batch.named:
             scales[adapter] = quant.draw_scales(scales[adapter], size, numbers)
-        stands_for = dequantise(weights, scales, quant.group_of(kind, shape[1:], quant.GROUP))
+        stands_for = dequantise(weights, scales, quant.group_of(kind, shape[1:], quant.group()))
         made.append(Operand(weights, stands_for, scales))
     return tuple(made)
 

@@ -228,13 +228,13 @@ def make(case: Case, tags: Tags, device: str) -> Call:
         return allocate(shape, strides, of, device, offset=layout.offset)
 
     of_weights, of_x = quant.scales_of(tags)
-    element = quant.ELEMENTS[case.element]
+    element = quant.element(case.element)
     rows = sorted({p if weighted else p // top_k for p, _, _ in routed.live})
     x_shape = (tokens * top_k if weighted else tokens, case.k)
     x = memory(x_shape, layout.of_x(x_shape), element if of_x else dtype)
     x_scale, x_numbers = None, x
     if of_x:
-        shape = (case.experts,) if case.x_scale_an_expert else quant.x_scale_shape(of_x, x_shape, quant.GROUP[1])
+        shape = (case.experts,) if case.x_scale_an_expert else quant.x_scale_shape(of_x, x_shape, quant.group()[1])
         x_scale = quant.allocate_x_scale(shape, device, case.x_scale_dtype, case.by_column)
     for row in rows:
         powers = torch.randint(-case.spread, case.spread + 1, (case.k,), generator=numbers)
@@ -250,7 +250,7 @@ def make(case: Case, tags: Tags, device: str) -> Call:
         for pair, _, expert in routed.live:
             x_numbers[pair] *= x_scale[expert].double()
     elif x_scale is not None and rows:
-        x_numbers = dequantise(x, x_scale, quant.group_of(of_x, x_shape, (1, quant.GROUP[1])))
+        x_numbers = dequantise(x, x_scale, quant.group_of(of_x, x_shape, (1, quant.group()[1])))
 
     lora_a: list[torch.Tensor] = []
     lora_b: list[torch.Tensor] = []
@@ -280,7 +280,7 @@ def make(case: Case, tags: Tags, device: str) -> Call:
                     matrix[pairs[0]][0, 0] = case.special
                 shape_of_scales = (
                     *shape[:2],
-                    *quant.scale_shape(of_weights, shape[2:], quant.GROUP),
+                    *quant.scale_shape(of_weights, shape[2:], quant.group()),
                 )
                 if case.scales_end_in_1:
                     shape_of_scales = (*shape_of_scales, 1)
@@ -293,7 +293,7 @@ def make(case: Case, tags: Tags, device: str) -> Call:
                     drawn = quant.draw_scales(each[adapter, expert], size, numbers)
                     each[adapter, expert] = drawn
                 scales.append(each)
-                group = quant.group_of(of_weights, shape[2:], quant.GROUP)
+                group = quant.group_of(of_weights, shape[2:], quant.group())
                 stand_for[-1] = dequantise(matrix, each, group)
 
     out_shape = (tokens, top_k, case.slices * case.n)

@@ -3,8 +3,11 @@ taken from the wrong place shows."""
 
 from __future__ import annotations
 
-from types import MappingProxyType
-from typing import Mapping, Sequence
+import contextlib
+import contextvars
+import importlib
+from types import MappingProxyType, ModuleType
+from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
 import torch
 
@@ -16,7 +19,57 @@ from kernelgen.families.moe_lora.reference import dequantise
 ELEMENTS: Mapping[str, torch.dtype] = MappingProxyType(
     {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 )
-GROUP = (128, 128)  # of the specs
+
+
+class Formats(NamedTuple):
+    """What ``quant`` of a spec says: the types of FP8 operands, and the rows and columns of weights that share a scale."""
+
+    elements: tuple[torch.dtype, ...]
+    group: tuple[int, int]
+
+
+_USUAL = Formats(tuple(ELEMENTS.values()), (128, 128))
+_formats = contextvars.ContextVar("formats", default=_USUAL)
+
+
+@contextlib.contextmanager
+def formats_of(package: ModuleType, family: str) -> Iterator[None]:
+    """Inside, FP8 operands are as the spec of ``family`` has them, from which its table in ``package`` was made."""
+    made, formats = None, _formats.get()
+    with contextlib.suppress(ModuleNotFoundError):  # a launcher may be of no package
+        made = getattr(importlib.import_module(f"{package.__name__}.{family}._table"), "QUANT", None)
+    before = _formats.set(formats if made is None else Formats(made.elements, (made.group_n, made.group_k)))
+    try:
+        yield
+    finally:
+        _formats.reset(before)
+
+
+def group() -> tuple[int, int]:
+    """Rows and columns of weights that share a scale; columns of a row of activations that do."""
+    return _formats.get().group
+
+
+def quantize_weights(package: Any, weights: torch.Tensor, scales: str, slices: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales as ``quantize_weights`` of the package makes them in the formats of the spec."""
+    more = {"group": group()} if scales == "group" else {}
+    made: tuple[torch.Tensor, torch.Tensor] = package.quantize_weights(
+        weights, scales, dtype=element("e4m3"), slices=slices, **more
+    )
+    return made
+
+
+def quantize_activations(package: Any, x: torch.Tensor, scales: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of activations."""
+    more = {"group_k": group()[1]} if scales == "group" else {}
+    made: tuple[torch.Tensor, torch.Tensor] = package.quantize_activations(x, scales, dtype=element("e4m3"), **more)
+    return made
+
+
+def element(name: str) -> torch.dtype:
+    """The FP8 type of a case; where the spec has no such, its first."""
+    known = _formats.get().elements
+    return ELEMENTS[name] if ELEMENTS[name] in known else known[0]
 
 
 def scales_of(tags: Tags) -> tuple[str | None, str | None]:
@@ -65,7 +118,7 @@ def dequantise_slices(
     apart = codes.reshape(codes.shape[0], slices, -1, codes.shape[2])
     if scales.dim() == 1:
         scales = scales[:, None].expand(-1, slices)
-    return dequantise(apart, scales, group_of(kind, apart.shape[2:], GROUP)).flatten(1, 2)
+    return dequantise(apart, scales, group_of(kind, apart.shape[2:], group())).flatten(1, 2)
 
 
 def allocate_x_scale(

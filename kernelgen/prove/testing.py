@@ -23,6 +23,7 @@ from kernelgen.core import names
 from kernelgen.core.model import SCHEDULE
 from kernelgen.emit.rooms import laboratory
 from kernelgen.families.case import Case, Law, Variant
+from kernelgen.families.quant import formats_of
 
 if TYPE_CHECKING:
     from kernelgen.core.model import Family
@@ -125,7 +126,8 @@ class Suite:
     ) -> float:
         """As ``check``, for any launcher that should do what the variant's does."""
         try:
-            ratio: float = self._cases.check(package, launcher, variant.tags, case, device)
+            with formats_of(package, self.family):
+                ratio: float = self._cases.check(package, launcher, variant.tags, case, device)
         finally:
             if device != "cpu":
                 torch.cuda.empty_cache()  # some cases take gigabytes, and other processes run too
@@ -142,7 +144,8 @@ class Suite:
         _skip_without_gpu(law, device)
         package = importlib.import_module(self.package)
         try:
-            law.run(package, self.variants, device)
+            with formats_of(package, self.family):
+                law.run(package, self.variants, device)
         except AttributeError as error:
             if error.name not in getattr(package, "LEFT_OUT", {}):
                 raise

@@ -343,12 +343,12 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
         "sorted": range(len(order)),
         "pair": [pair for pair, _ in routed.local],
     }[reads]
-    element = quant.ELEMENTS[case.element]
+    element = quant.element(case.element)
     x_shape = (tokens if reads == "token" else num_pairs, case.k)
     x = memory(x_shape, (case.row_stride or pad, 1), element if of_x else dtype)
     x_scale, x_numbers = None, x
     if of_x:
-        shape = (case.experts,) if case.scale_an_expert else quant.x_scale_shape(of_x, x_shape, quant.GROUP[1])
+        shape = (case.experts,) if case.scale_an_expert else quant.x_scale_shape(of_x, x_shape, quant.group()[1])
         x_scale = quant.allocate_x_scale(shape, device, case.scales_dtype, case.by_column)
     expert_of = dict(zip(sources, [expert for _, expert in (order if reads == "sorted" else routed.local)], strict=True))
     for row in sorted(set(sources)):
@@ -363,14 +363,14 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
         for row, expert in expert_of.items():
             x_numbers[row] *= x_scale[expert].double()
     elif x_scale is not None and sources:
-        x_numbers = dequantise(x, x_scale, quant.group_of(of_x, x_shape, (1, quant.GROUP[1])))
+        x_numbers = dequantise(x, x_scale, quant.group_of(of_x, x_shape, (1, quant.group()[1])))
     slices = int(VOCABULARY["epilogue"][tags["epilogue"]]["slices"] or 1)
     height = case.n * slices
     w_shape, size = (case.experts, height, case.k), case.scale * case.k**-0.5
     w = memory(w_shape, (case.expert_stride or height * pad, pad, 1), element if of_weights else dtype)
     w_scale, w_numbers = None, w
     if of_weights:
-        shape = (case.experts, *quant.scale_shape(of_weights, w_shape[1:], quant.GROUP, slices))
+        shape = (case.experts, *quant.scale_shape(of_weights, w_shape[1:], quant.group(), slices))
         if case.scales_end_in_1 and of_weights == "channel":
             shape = (*shape, 1)
         if case.scale_a_slice:

@@ -144,23 +144,25 @@ def fp8_layer(
     of_weights, of_x, activation = mode
     call = layer(tokens, how, device, activation=activation, **{"hidden": 144, "inter": 136, "top_k": 2, **sizes})
     slices = (call.w13.shape[1] // call.w2.shape[2], 1)
-    weights = [package.quantize_weights(w, of_weights, slices=n) for w, n in zip((call.w13, call.w2), slices, strict=True)]
+    weights = [
+        quant.quantize_weights(package, w, of_weights, n) for w, n in zip((call.w13, call.w2), slices, strict=True)
+    ]
     if served:
         weights = [(w, scale.to(torch.float8_e8m0fnu)) for w, scale in weights]
     scales = {"w13_scale": weights[0][1], "w2_scale": weights[1][1]}
     numbers = [quant.dequantise_slices(w, scale, of_weights, n) for (w, scale), n in zip(weights, slices, strict=True)]
     hidden, x, inner = call.hidden, call.hidden, Inner(torch.bfloat16)
     if of_x is not None:
-        hidden, scales["x_scale"] = package.quantize_activations(call.hidden, of_x)
+        hidden, scales["x_scale"] = quant.quantize_activations(package, call.hidden, of_x)
         if served:
             scales["x_scale"] = scales["x_scale"].to(torch.float8_e8m0fnu)
             scales["x_scale"] = scales["x_scale"].t().contiguous().t() if of_x == "group" else scales["x_scale"]
-        x = dequantise(hidden, scales["x_scale"], quant.group_of(of_x, hidden.shape, (1, quant.GROUP[1])))
+        x = dequantise(hidden, scales["x_scale"], quant.group_of(of_x, hidden.shape, (1, quant.group()[1])))
         given = None
         if of_x == "tensor":
             given = [2.0 ** (e - 8) for e in range(call.w2.shape[0])] if served else [2.0**-7]
             scales["h_scale"] = torch.tensor(given, device=device)
-        width = quant.GROUP[1] if of_x == "group" else call.w2.shape[2]
+        width = quant.group()[1] if of_x == "group" else call.w2.shape[2]
         inner = Inner(torch.bfloat16, hidden.dtype, width, given, short=device != "cpu")
     codes = (hidden, weights[0][0], weights[1][0])
     return call._replace(hidden=codes[0], w13=codes[1], w2=codes[2], scales=scales, numbers=(x, *numbers), inner=inner)

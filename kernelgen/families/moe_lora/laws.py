@@ -18,7 +18,7 @@ from kernelgen.families.moe_lora.reference import dequantise
 from kernelgen.families.moe_lora_inputs import Call, Case, make, tiles
 from kernelgen.families.moe_route.cases import engine_tables
 from kernelgen.families.moe_routing import SPREAD, Routed, Routing
-from kernelgen.families.quant import GROUP, group_of, scales_of
+from kernelgen.families.quant import group, group_of, scales_of
 from kernelgen.families.tiles import CARDS, KS, bare_route, measured_tiles, on_card, parts_of_tiles, problem_of
 
 _MIXED = Routing("mixed", disabled=(0,))
@@ -330,12 +330,12 @@ def _of_torch(
     x = codes.double()
     if of_x is not None:
         of_row = call.scales["x_scale"] if of_x == "tensor" else call.scales["x_scale"][row]
-        x = dequantise(codes, of_row, group_of(of_x, codes.shape, (1, GROUP[1])))
+        x = dequantise(codes, of_row, group_of(of_x, codes.shape, (1, group()[1])))
     wide_a, wide_b = a.double(), b.double()
     if of_weights is not None:
         a_scale, b_scale = (call.scales[name][s][who] for name in ("a_scale", "b_scale"))
-        wide_a = dequantise(a, a_scale, group_of(of_weights, a.shape, GROUP))
-        wide_b = dequantise(b, b_scale, group_of(of_weights, b.shape, GROUP))
+        wide_a = dequantise(a, a_scale, group_of(of_weights, a.shape, group()))
+        wide_b = dequantise(b, b_scale, group_of(of_weights, b.shape, group()))
     v, v_slack = (x.float() @ wide_a.float().t()).bfloat16().double(), torch.zeros_like(wide_a[:, 0])
     if (of_weights, of_x) == ("channel", "token"):
         many = codes.expand(128, -1).contiguous()  # as few as one row are not served

@@ -146,13 +146,13 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
         x[row] = (case.scale * torch.randn(case.n, generator=numbers)).to(x)
         if case.special is not None and row % 2 == 0:
             x[row, case.n // 2] = case.special
-    codes = allocate(shape, strides, quant.ELEMENTS[case.element], device, offset=case.offset)
-    scale_shape = (case.scales,) if of_x == "tensor" else quant.x_scale_shape(of_x, shape, quant.GROUP[1])
+    codes = allocate(shape, strides, quant.element(case.element), device, offset=case.offset)
+    scale_shape = (case.scales,) if of_x == "tensor" else quant.x_scale_shape(of_x, shape, quant.group()[1])
     scale, of_rows = allocate(scale_shape, row_major(scale_shape), case.scales_dtype, device), None
     if of_x == "tensor":
         scale.copy_(0.01 * 3.0 ** torch.arange(case.scales))  # so that the largest of a hundred numbers saturates
         of_rows = scale.float().cpu()[[expert % case.scales for _, expert in local]]
     given = GemmCase("tables", "", block_m=case.block_m, hint=case.hint)
     tables, _, _ = tables_of(package, given, routed, False, device)
-    width = quant.GROUP[1] if of_x == "group" else case.n
+    width = quant.group()[1] if of_x == "group" else case.n
     return Call(seal(codes), seal(scale), x, tables, routed, rows, width, of_rows)

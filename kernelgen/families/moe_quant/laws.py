@@ -7,6 +7,7 @@ from typing import Any, Callable, Mapping, Sequence
 
 import torch
 
+from kernelgen.families import quant
 from kernelgen.families.case import Law, Variant
 from kernelgen.families.moe_experts import Experts
 from kernelgen.families.moe_quant.cases import Case, make
@@ -29,8 +30,8 @@ def as_in_plain_torch(package: ModuleType, variants: Sequence[Variant], device: 
         call = make(package, case, variant.tags, device)
         if call.given is None:
             package.moe_quant(call.codes.view, call.scale.view, call.x, call.tables, order=variant.tags["order"])
-            scales = "group" if call.width < 256 else "token"
-            codes, scale = package.quantize_activations(call.x, scales)
+            scales = "group" if variant.tags["act_quant"] == "a8group" else "token"
+            codes, scale = quant.quantize_activations(package, call.x, scales)
             assert torch.equal(scale, call.scale.view), variant.name
             assert torch.equal(codes.float(), call.codes.view.float()), variant.name
 

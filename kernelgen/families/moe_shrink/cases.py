@@ -184,14 +184,14 @@ def _x(
     """x, its scales and what it stands for: numbers where a pair that reads the row has an adapter."""
     row = case.x_row or case.k + 8
     shape = (len(of_token) if reads == "token" else num_pairs, case.k)
-    kind = quant.ELEMENTS[case.element] if of_x else dtype
+    kind = quant.element(case.element) if of_x else dtype
     if row >= HUGE // 4:
         x = allocate_sparse(shape, (row, 1), kind, device)
     else:
         x = allocate(shape, (row, 1), kind, device, offset=case.offset)
     x_scale = None
     if of_x:
-        scales_shape = quant.x_scale_shape(of_x, shape, quant.GROUP[1])
+        scales_shape = quant.x_scale_shape(of_x, shape, quant.group()[1])
         x_scale = quant.allocate_x_scale(scales_shape, device, case.scales_dtype, case.by_column)
     for place, (pair, _) in enumerate(order):
         token = pair // case.top_k
@@ -204,7 +204,7 @@ def _x(
                 each.copy_(quant.draw_scales(each, 1.0, numbers))
     if x_scale is None or not of_token:
         return x, x_scale, x
-    return x, x_scale, dequantise(x, x_scale, quant.group_of(of_x, shape, (1, quant.GROUP[1])))
+    return x, x_scale, dequantise(x, x_scale, quant.group_of(of_x, shape, (1, quant.group()[1])))
 
 
 def tiles(launcher: Callable[..., None]) -> Any:
