@@ -255,6 +255,35 @@ def h(): ...
 def h(a): ...
 if x :
     def k(): return 10
+def body(a) :
+    'one line'
+    import os
+    x=1; y = 2
+    'a text of nobody'
+    for i in range(3) :
+        z = [i,
+            ]
+
+        # at the end of the loop
+    # in front of a block
+    if x : return {  'a':1 }
+    else :
+
+        def inner( b ): return b
+    with a : # why
+
+        y += 1
+    @cache
+    def call(b = 1 ,
+          ): ...
+    def other( ):
+
+        pass
+    assert (x)
+    return not(x)
+
+    while 1: pass
+def short( ): return 1 ; 2
 TABLE = {NUMBERS}
 X = 1  # as it is
 def last(): return ( yield )

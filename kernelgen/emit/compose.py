@@ -32,7 +32,7 @@ def compose(families: Sequence[Family], outputs: Outputs) -> None:
         return
     own = {family.name for family in families}
     modules = {stem: outline for (stem, *inner), outline in outputs.modules.items() if not inner and stem not in own}
-    absent = [name for name in outputs.rooms.families() if name not in own]
+    absent = [name for name in outputs.rooms.families if name not in own]
     needs = _needs(modules, absent, outputs)
     for stem in modules:
         if needs[stem]:

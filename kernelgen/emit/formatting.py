@@ -2,7 +2,8 @@
 
 Black takes a second for four thousand lines, and variants are much alike. So it is each *shape* that is formatted, once: the text
 with the name of the variant and whole numbers blanked, as only their length matters. Shapes are cut at the functions and classes
-at their top level, which more of them have in common; in the rest of a shape short ones stand for these.
+at their top level, and functions at the statements of their body, which more of them have in common; in the rest of a text short
+ones stand for these.
 
 Results are kept in the user's cache folder by the hash of their input.
 """
@@ -29,7 +30,12 @@ LINE_LENGTH = 100
 _RULES = 2  # to be raised when a check changes: older cached results are then not taken
 _CACHED_FILES = 4096
 _PARALLEL_FROM = 16  # items; below, starting processes costs more than it saves
-_STAND_IN = re.compile(r"^(?:@x\n)?(?:def|class) _part_(\d+)_(?:\(\))?:\n    pass\n", re.MULTILINE)
+_STAND_IN = re.compile(r'^ *(?:@x\n *)?(?:def |class |if |""")?_part_(\d+)_(?:"""|\(\))?(?::\n +pass)?\n', re.MULTILINE)
+# Statements of a function that black forms as by themselves, and what is around them as around a stand-in; blocks, unless there
+# are definitions inside, behind which it leaves empty lines.
+_LINES = (ast.FunctionDef, ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Expr)
+_BLOCKS = (ast.For, ast.While, ast.If, ast.With)
+_DEEP = re.compile(r"^ {8,}(?:async +)?(?:def|class)\b", re.MULTILINE)
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -105,32 +111,53 @@ class _Shape:
 
 
 class _Cut(NamedTuple):
-    """A text with stand-ins for its functions and classes, and what these stand for."""
+    """A text with stand-ins for some of its statements, and what these stand for, each a text by itself."""
 
     rest: str
     parts: Sequence[str]
 
     @classmethod
-    def of(cls, text: str) -> _Cut:
+    def of_module(cls, text: str) -> _Cut:
+        """``text`` without its functions and classes, and without all down to its docstring."""
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        body = _body(text)
+        return cls._of(text, [node for node in body if isinstance(node, kinds) or (node is body[0] and _is_text(node))])
+
+    @classmethod
+    def of_function(cls, text: str) -> _Cut:
+        """``text``, a function, without the statements of its body that lie on lines of their own."""
+        nodes = _body(text)
+        if len(nodes) != 1 or not isinstance(nodes[0], ast.FunctionDef):
+            return cls(text, ())
+        body, last = nodes[0].body, nodes[0].lineno
+        kinds = _LINES if _DEEP.search(text) else (*_LINES, *_BLOCKS)
+        alone = []
+        for node, behind in zip(body, [*body[1:], None], strict=True):
+            end = node.end_lineno or node.lineno
+            is_alone = _begin(node) > last and (behind is None or _begin(behind) > end)
+            if is_alone and isinstance(node, kinds) and (node is body[0] or not _is_text(node)):
+                alone.append(node)
+            last = end
+        return cls._of(text, alone, "    ")
+
+    @classmethod
+    def _of(cls, text: str, nodes: Iterable[ast.stmt], indent: str = "") -> _Cut:
         lines, at = text.split("\n"), 0
         rest: list[str] = []
         parts: list[str] = []
-        for node in ast.parse(text).body if "# fmt:" not in text and "_part_" not in text else ():
-            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or node.end_lineno is None:
+        for node in nodes:
+            begin, end = _begin(node) - 1, node.end_lineno or node.lineno
+            if _is_text(node) and not indent:
+                begin = 0  # with the header
+            if lines[end - 1].endswith("..."):  # black has rules for what stands next to such a one
                 continue
-            if lines[node.end_lineno - 1].endswith("..."):  # black has rules for what stands next to such a one
-                continue
-            begin = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
-            end = node.end_lineno
             for number, line in enumerate(lines[end:], end + 1):  # with the comments at its end
                 if line.strip():
-                    if not line[0].isspace():
+                    if not line.startswith(f"{indent} "):
                         break
                     end = number
-            is_class = isinstance(node, ast.ClassDef)
-            head = f"class _part_{len(parts)}_:" if is_class else f"def _part_{len(parts)}_():"
-            rest += [*lines[at:begin], *(["@x"] if node.decorator_list else []), head, "    pass"]
-            parts.append("\n".join(lines[begin:end]) + "\n")
+            rest += [*lines[at:begin], *(f"{indent}{line}" for line in _stand_in(node, f"_part_{len(parts)}_"))]
+            parts.append("\n".join([*(["def _():"] if indent else []), *lines[begin:end]]) + "\n")
             at = end
         return cls("\n".join(rest + lines[at:]), parts)
 
@@ -140,15 +167,44 @@ class _Cut(NamedTuple):
         texts = [piece for piece in pieces if isinstance(piece, str)]
         if len(texts) < len(pieces):
             return next(piece for piece in pieces if isinstance(piece, Fault))
-        return _STAND_IN.sub(lambda stand_in: texts[1 + int(stand_in[1])], texts[0])
+        if not self.parts:
+            return texts[0]
+        return _STAND_IN.sub(lambda stand_in: texts[1 + int(stand_in[1])].removeprefix("def _():\n"), texts[0])
+
+
+def _body(text: str) -> Sequence[ast.stmt]:
+    return () if "# fmt:" in text or "_part_" in text else ast.parse(text).body
+
+
+def _begin(node: ast.stmt) -> int:
+    """The first line of a statement."""
+    decorators: list[ast.expr] = getattr(node, "decorator_list", [])
+    return min([node.lineno, *(decorator.lineno for decorator in decorators)])
+
+
+def _stand_in(node: ast.stmt, name: str) -> list[str]:
+    """A short statement next to which black leaves the same empty lines."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        head = f"class {name}:" if isinstance(node, ast.ClassDef) else f"def {name}():"
+        return [*(["@x"] if node.decorator_list else []), head, "    pass"]
+    if _is_text(node):
+        return [f'"""{name}"""']
+    return [f"if {name}:", "    pass"] if hasattr(node, "body") else [name]
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def _format(shapes: Iterable[str], jobs: int) -> dict[str, str | Fault]:
     """Each of the ``shapes``, formatted."""
-    cuts = {shape: _Cut.of(shape) for shape in shapes}
-    pieces = list(dict.fromkeys(piece for cut in cuts.values() for piece in (cut.rest, *cut.parts)))
+    modules = {shape: _Cut.of_module(shape) for shape in shapes}
+    parts = dict.fromkeys(part for cut in modules.values() for part in (cut.rest, *cut.parts))
+    functions = {part: _Cut.of_function(part) for part in parts}
+    pieces = list(dict.fromkeys(piece for cut in functions.values() for piece in (cut.rest, *cut.parts)))
     made = dict(zip(pieces, _map(_black, pieces, jobs, "formatting"), strict=True))
-    return {shape: cut.joined(made) for shape, cut in cuts.items()}
+    made = {part: cut.joined(made) for part, cut in functions.items()}
+    return {shape: cut.joined(made) for shape, cut in modules.items()}
 
 
 def _black(text: str) -> str | Fault:

@@ -12,6 +12,7 @@ from typing import Any, Iterable, Iterator, Mapping, Sequence
 from kernelgen.core.diagnostics import Diagnostic, Nearest, did_you_mean
 from kernelgen.core.model import Location
 from kernelgen.core.names import PACKAGE
+from kernelgen.emit import outline
 from kernelgen.emit.members import members
 from kernelgen.emit.outline import export_lists, exports, is_constant
 
@@ -89,7 +90,7 @@ class _Lint:
             yield self._fault(*at, f"not Python: {reason}")
             return
         nodes: dict[type[ast.AST], list[Any]] = collections.defaultdict(list)  # most are of kinds that nobody judges
-        for node in ast.walk(tree):
+        for node in outline.nodes(tree):
             nodes[type(node)].append(node)
         yield from self._import_faults(nodes, rendered)
         yield from self._key_faults(nodes)

@@ -66,7 +66,7 @@ def outline(path: str, text: str) -> Outline | None:
     imports: list[Import] = []
     words, attributes, names, constants = set[str](), set[str](), set[str](), set[str]()
     at_once = {id(node) for node in _at_once(tree.body)}
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Name):
             names.add(node.id)
         elif isinstance(node, ast.Attribute):
@@ -96,6 +96,19 @@ def outline(path: str, text: str) -> Outline | None:
         frozenset(attributes | names - constants),
         fields,
     )
+
+
+def nodes(tree: ast.AST) -> list[ast.AST]:
+    """All nodes of a tree, as ``ast.walk`` has them, in half its time."""
+    found = [tree]
+    for node in found:
+        for field in node._fields:
+            value = getattr(node, field, None)
+            if isinstance(value, ast.AST):
+                found.append(value)
+            elif isinstance(value, list):
+                found += [item for item in value if isinstance(item, ast.AST)]
+    return found
 
 
 def is_constant(parameter: ast.arg) -> bool:
@@ -139,7 +152,7 @@ def _defined(body: Sequence[ast.stmt]) -> Iterator[tuple[str, int]]:
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             yield from ((alias.asname or alias.name.partition(".")[0], node.lineno) for alias in node.names)
         else:
-            for inner in ast.walk(node):
+            for inner in nodes(node):
                 if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
                     yield inner.id, inner.lineno
                 elif isinstance(inner, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)):

@@ -7,6 +7,7 @@ are found by their names when something is to be proved, compiled, asked or meas
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from pathlib import Path
@@ -56,6 +57,7 @@ class Rooms:
         """The modules of a family."""
         return self._sources(f"{family}/")
 
+    @functools.cached_property
     def families(self) -> list[str]:
         """The names of the families that have a front door."""
         files = (file for folder in self.folders for file in folder.glob(f"*/{_SHIPPED}"))  # links that lead nowhere too
@@ -63,7 +65,7 @@ class Rooms:
 
     def has(self, family: str) -> bool:
         """Whether a family has a front door."""
-        return family in self.families()
+        return family in self.families
 
     def missing(self, package: Package) -> Iterator[Diagnostic]:
         """The families without a front door."""
