@@ -8,6 +8,7 @@ in no call of these has a suite of its own name in its room: ``suite.py`` and ``
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import zlib
@@ -157,7 +158,9 @@ class Suite:
 
     def kind(self, row: Row) -> str:
         """What sets a row apart from the one that it is compared with."""
-        return " ".join(quantised(row)) or f"r{row['rank']}" + (f", {row['base']:.0%} base tokens" if row["base"] else "")
+        if self.beside is None or "rank" not in self.beside[1]:
+            return " ".join(quantised(row))
+        return f"r{row['rank']}" + (f", {row['base']:.0%} base tokens" if row["base"] else "")
 
     def part(self, row: Row) -> str:
         """Which of the tables that are apart a row is in."""
@@ -168,6 +171,18 @@ def quantised(row: Row) -> list[str]:
     """What is FP8 in ``row``: w8 and a8 with the kind of their scales."""
     named = (("w8", row.get("quant", "none")), ("a8", row.get("act", "none")))
     return [f"{what}{scales}" for what, scales in named if scales != "none"]
+
+
+def quant_forms(values: Mapping[str, Any]) -> list[tuple[Quant, Act]]:
+    """The scales of weights and activations of base layers; FP8 activations go with FP8 weights alone.
+
+    Raises:
+        Failure: none of those that are asked for go together.
+    """
+    forms = [(q, a) for q, a in itertools.product(values["quant"], values["act"]) if a == "none" or q != "none"]
+    if not forms:
+        raise misfit("FP8 activations go with FP8 weights", "give --quant tensor, channel or group too")
+    return forms
 
 
 def adapters(active: Sequence[int], slots: Sequence[int] | None) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ import itertools
 from typing import Any, Iterator, Literal, Mapping, get_args
 
 from kernelgen.measure.options import Numbers, Words
-from kernelgen.measure.suite import ACTS, QUANTS, Act, Axis, Quant, Suite, Work, matrix_bytes, misfit
+from kernelgen.measure.suite import ACTS, QUANTS, Act, Axis, Quant, Suite, Work, matrix_bytes, quant_forms
 from kernelgen.measure.suites.mixtures import ROUTING, TOKENS, MixtureCell, model_axes, models_of
 
 # layer: all of it, with the routing given and the sum included; w13 (with its activation) and w2: a product, with its tables made
@@ -46,11 +46,8 @@ class Cell(MixtureCell):
 
 
 def _span(values: Mapping[str, Any]) -> Iterator[Cell]:
-    """FP8 activations go with FP8 weights alone; tables and sums depend on neither."""
-    forms = [(q, a) for q, a in itertools.product(values["quant"], values["act"]) if a == "none" or q != "none"]
-    if not forms:
-        raise misfit("FP8 activations go with FP8 weights", "give --quant tensor, channel or group too")
-    sweep = (models_of(values), forms, values["sites"], values["tokens"], values["routing"])
+    """Tables and sums depend neither on weights nor on activations."""
+    sweep = (models_of(values), quant_forms(values), values["sites"], values["tokens"], values["routing"])
     for model, (quant, act), site, tokens, routing in itertools.product(*sweep):
         cell = Cell(model=model, site=site, tokens=tokens, routing=routing)
         if site in ("align", "sum"):

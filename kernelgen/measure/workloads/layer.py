@@ -10,13 +10,13 @@ import torch
 
 from kernelgen.integrations.moe_layer import MoeLayer
 from kernelgen.integrations.peft import LayerBuffers, SliceBuffers
-from kernelgen.measure.operands import WEIGHT_BYTES, experts, groups_hit, mappings, normal, sets
+from kernelgen.measure.operands import WEIGHT_BYTES, experts, groups_hit, mappings, matrix, normal, sets
 from kernelgen.measure.suites.layer import Cell
 from kernelgen.measure.suites.moe_lora import PROJECTIONS
-from kernelgen.measure.truth import Truth, matrices, sample
+from kernelgen.measure.truth import Truth, matrices, rows_of, sample
 from kernelgen.measure.workload import Case, Prepared, Unsupported, Weights
 from kernelgen.measure.workloads import fused_moe
-from kernelgen.measure.workloads.fused_moe import CHECKED, Experts, activate, poisoned
+from kernelgen.measure.workloads.fused_moe import CHECKED, H_SCALE, Experts, activate, poisoned
 from kernelgen.measure.workloads.ours import Op, Package
 
 FEW_TOKENS = 4  # that stream weights pair by pair, as fused_moe does
@@ -32,6 +32,7 @@ class Batch:
     weights: Experts
     lora: LayerBuffers | None
     x: torch.Tensor
+    x_scale: torch.Tensor | None
     out: torch.Tensor
 
 
@@ -46,12 +47,13 @@ class Workload:
         """The operands of ``cell``."""
         model, device = cell.model, self._device
         torch.manual_seed(model.experts + model.hidden)
-        draw = functools.partial(fused_moe.draw_experts, model, "none", device)
-        weights = self._weights.copies(model, "experts", fused_moe.experts_bytes(model, "none"), draw)
+        draw = functools.partial(fused_moe.draw_experts, model, cell.quant, device)
+        weights = self._weights.copies((model, cell.quant), "experts", fused_moe.experts_bytes(model, cell.quant), draw)
         loras: tuple[LayerBuffers | None, ...] = (None,)
         if cell.rank:
             size = 2.0 * cell.slots * model.experts * cell.rank * (3 * model.hidden + 3 * model.intermediate)
-            loras = self._weights.copies(model, (cell.rank, cell.slots), size, functools.partial(_adapters, cell, device))
+            draw_adapters = functools.partial(_adapters, cell, device)
+            loras = self._weights.copies((model, cell.quant), (cell.rank, cell.slots), size, draw_adapters)
         torch.manual_seed(cell.seed)
         count = self._count or sets(cell.work(min(model.experts, cell.pairs), 0.0).bytes)
         topk_ids = experts(cell, count, device)
@@ -66,7 +68,7 @@ class Workload:
                 mapping[i],
                 weights[i % len(weights)],
                 loras[i % len(loras)],
-                normal(cell.tokens, model.hidden, device=device),
+                *matrix(cell.act, cell.tokens, model.hidden, group_rows=1, device=device),
                 out,
             )
             for i in range(count)
@@ -89,7 +91,7 @@ class Workload:
         tokens = [
             sum(batch.topk_weights[t, j].double() * _pair(batch, int(t) * top_k + j, True) for j in range(top_k)) for t in rows
         ]
-        return [poisoned(out, rows, torch.stack(tokens))]  # type: ignore[arg-type]
+        return [poisoned(out, rows, torch.stack(tokens), case.cell.act)]  # type: ignore[arg-type]
 
 
 def _adapters(cell: Cell, device: torch.device) -> LayerBuffers:
@@ -105,19 +107,20 @@ def _adapters(cell: Cell, device: torch.device) -> LayerBuffers:
 
 def _pair(batch: Batch, pair: int, whole: bool) -> torch.Tensor:
     """What the expert and the adapter of a pair make of its token, in fp64: all of it, or the first product."""
-    token, expert = pair // batch.topk_ids.shape[1], batch.topk_ids.reshape(-1)[pair].long()
+    token, expert = pair // batch.topk_ids.shape[1], batch.topk_ids.reshape(-1)[[pair]].long()
     adapter = int(batch.mapping[token])
 
-    def product(w: torch.Tensor, x: torch.Tensor, lora: SliceBuffers | None) -> torch.Tensor:
-        y = matrices(w, None, (expert,)) @ x
+    def product(w: torch.Tensor, scale: torch.Tensor | None, x: torch.Tensor, lora: SliceBuffers | None) -> torch.Tensor:
+        y = matrices(w, scale, (expert,))[0] @ x
         if lora is None or adapter < 0:
             return y
         slices = zip(lora.a, lora.b, strict=True)
-        return y + torch.cat([b[adapter, expert].double() @ (a[adapter, expert].double() @ x) for a, b in slices])
+        return y + torch.cat([b[adapter, expert][0].double() @ (a[adapter, expert][0].double() @ x) for a, b in slices])
 
-    lora = batch.lora
-    rows = product(batch.weights.w13, batch.x[token].double(), lora and lora.gate_up)
-    return product(batch.weights.w2, activate(rows, True), lora and lora.down) if whole else rows
+    lora, w = batch.lora, batch.weights
+    x = rows_of(batch.x, batch.x_scale, torch.tensor([token], device=batch.x.device))[0]
+    rows = product(w.w13, w.w13_scale, x, lora and lora.gate_up)
+    return product(w.w2, w.w2_scale, activate(rows, True), lora and lora.down) if whole else rows
 
 
 class Ours(Package):
@@ -132,17 +135,22 @@ class Ours(Package):
         asked = {"overlap": cell.site == "w13", "separate": cell.site == "layer" and cell.rank > 0}
         if not asked.get(self.form, True):
             raise Unsupported("overlap is asked for on w13, and separate on layers with adapters")
+        if self.form and cell.quant != "none":
+            raise Unsupported("the separate ops have no base product of FP8")
         make = self._first if cell.site == "w13" else self._separate if self.form else self._layer
         return [Op(make(case, batch)) for batch in case.batches]
 
     def _layer(self, case: Case[Batch], batch: Batch) -> Callable[[], Any]:
         model, cell = case.cell.model, case.cell
-        layer = MoeLayer(self.kg, batch.weights.w13, batch.weights.w2, batch.lora)
+        w, h_scale = batch.weights, torch.full((1,), H_SCALE, device=case.device) if cell.act == "tensor" else None
+        layer = MoeLayer(self.kg, w.w13, w.w2, batch.lora, w.w13_scale, w.w2_scale, h_scale)
         sizes = {"top_k": model.top_k, "num_experts": model.experts, "hidden": model.hidden, "intermediate": model.intermediate}
-        options = {"max_tokens": cell.tokens, "max_rank": cell.rank, "dtype": batch.x.dtype, "device": case.device}
+        options = {"max_tokens": cell.tokens, "max_rank": cell.rank, "dtype": batch.out.dtype, "device": case.device}
+        options["fp8_activations"] = batch.x_scale is not None
         space = self.kg.fused_moe_workspace(**sizes, **options)
         mapping = batch.mapping if cell.rank else None
-        return functools.partial(layer, batch.x, batch.topk_ids, batch.topk_weights, mapping, out=batch.out, workspace=space)
+        given = {"x_scale": batch.x_scale, "out": batch.out, "workspace": space}
+        return functools.partial(layer, batch.x, batch.topk_ids, batch.topk_weights, mapping, **given)
 
     def _separate(self, case: Case[Batch], batch: Batch) -> Callable[[], None]:
         (tokens, top_k), model, kg, lora = batch.topk_ids.shape, case.cell.model, self.kg, batch.lora
