@@ -99,8 +99,10 @@ CALL = "SIZES = {'n': 1}\n\n\ndef call(package, asked):\n    "
         ("which", "def f():\n    return Y\n\n\nX = f()\n", "call.py:2:5: error[KG062]: it cannot be imported: NameError"),
         ("which", "X = 1\n", "call.py: error[KG062]: it has no SIZES"),
         ("which", CALL.replace("{'n': 1}", "3") + "...\n", "call.py: error[KG062]: its SIZES is of the wrong type: int"),
+        ("which", CALL.replace(", asked", "") + "...\n", "call.py: error[KG062]: its call is to take 2 arguments: too many"),
         ("which", CALL + "asked.x.y\n", "call.py:5:5: error[KG062]: it raised AttributeError"),
         ("which", CALL + "raise SystemExit(0)\n", "call.py:5:5: error[KG062]: it raised SystemExit: 0"),
+        ("tune", "TUNING = 3\n", "tune.py: error[KG062]: its TUNING is of the wrong type: int"),
         ("tune", "TUNING = 1 / 0\n", "tune.py:1:1: error[KG062]: it cannot be imported: ZeroDivisionError"),
         ("bench", "def f():\n    return Y\n\n\nSUITE = f()\n", "suite.py:2:5: error[KG062]: it cannot be imported: NameError"),
     ],
@@ -119,6 +121,17 @@ def test_a_module_of_a_room_that_is_wrong_is_told_with_its_place(
     finally:
         rooms.serve(ROOT / "specs")
     assert code == 2 and stderr.startswith(f"families/toy/{told}"), stderr
+
+
+def test_a_front_door_that_cannot_be_imported_is_told_with_its_line(work: Path, kernelgen) -> None:
+    (work / "families/toy/_op.py").write_text(project.FRONT + "\n\nX = 1 / 0\n")
+    (work / "families/toy/call.py").write_text(CALL + "...\n")
+    assert kernelgen("build")[0] == 0
+    try:
+        code, _, stderr = kernelgen("which", "toy")
+    finally:
+        rooms.serve(ROOT / "specs")
+    assert code == 2 and "toy/_op.py:14:1: error[KG061]: it cannot be imported: ZeroDivisionError" in stderr, stderr
 
 
 def test_a_pipe_that_was_a_file_a_moment_ago_is_not_waited_for(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import inspect
 import textwrap
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterable, Iterator, Sequence
 
 import triton
 from triton._C.libtriton import get_cache_invalidating_env_vars
@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 from kernelgen.compiled.lock import Row
 from kernelgen.compiled.stand_in import compiling_for, import_package
 from kernelgen.core.diagnostics import did_you_mean, failure
+from kernelgen.core.locate import room_label
 from kernelgen.core.model import Family, Package, Tuned, TunedEntry, Variant
 from kernelgen.core.targets import PRIMARY, TARGETS, Target
 from kernelgen.emit import build
@@ -125,12 +126,20 @@ def _variant_cases(
 def _probes(generated: ModuleType, family: Family, variant: Variant, tuned: Sequence[Tuned]) -> Iterator[Probe]:
     """The probes of a variant, as its room has them: with the tiles of the rule, and with those that were measured for it."""
     room = laboratory(family.name, "probes")
-    yield from room.probes(generated, variant)
+    yield from _checked(family, room.probes(generated, variant))
     if hasattr(room, "tuned"):
         for measured in tuned:
             for entry in measured.entries:
                 if _serves(family, variant, entry):
-                    yield from room.tuned(generated, variant, entry)
+                    yield from _checked(family, room.tuned(generated, variant, entry))
+
+
+def _checked(family: Family, probes: object) -> Iterator[Probe]:
+    for probe in probes if isinstance(probes, Iterable) else [probes]:
+        if not isinstance(probe, Probe):
+            place, message = room_label(f"{family.name}/probes"), f"it gives {type(probe).__name__}, wanted Probes"
+            raise failure("KG062", place, message, "see kernelgen/families/probe.py")
+        yield probe
 
 
 def _serves(family: Family, variant: Variant, entry: TunedEntry) -> bool:

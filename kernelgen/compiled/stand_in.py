@@ -14,7 +14,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from kernelgen.core import names
-from kernelgen.core.diagnostics import failure
+from kernelgen.core.diagnostics import Diagnostic, Failure, failure
+from kernelgen.core.locate import place_below
+from kernelgen.core.model import Location
 from kernelgen.core.targets import TARGETS, Target
 
 
@@ -80,5 +82,6 @@ def import_package(out: Path, interpreted: bool = False) -> ModuleType:
         if not isinstance(error, Exception):
             raise
         message = f"it cannot be imported: {type(error).__name__}: {error}"  # a template can be wrong in any way
-        raise failure("KG061", str(file), message) from error
+        where = place_below(error, folder) or Location(str(file))
+        raise Failure([Diagnostic("KG061", where, message)], exit_code=2) from error
     return module

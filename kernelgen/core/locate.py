@@ -7,6 +7,8 @@ import os
 import re
 import traceback
 from pathlib import Path
+from types import FrameType
+from typing import Callable
 
 from kernelgen.core.model import Location
 
@@ -59,13 +61,31 @@ def room_label(place: str) -> str:
 
 def place_in_room(error: BaseException) -> Location | None:
     """The innermost line of the laboratory of a room that an exception passed; None: it passed none."""
+
+    def label(frame: FrameType) -> str | None:
+        module = re.fullmatch(r"kernelgen\.families\.(\w+)\.(\w+)", str(frame.f_globals.get("__name__")))
+        return None if module is None else room_label("/".join(module.groups()))
+
+    return _innermost(error, label)
+
+
+def place_below(error: BaseException, folder: Path) -> Location | None:
+    """The innermost line that an exception passed in a file below ``folder``; None: it passed none."""
+
+    def label(frame: FrameType) -> str | None:
+        file = Path(frame.f_code.co_filename)
+        return str(file) if folder in file.parents else None
+
+    return _innermost(error, label)
+
+
+def _innermost(error: BaseException, label: Callable[[FrameType], str | None]) -> Location | None:
     found = None
     for frame, line in traceback.walk_tb(error.__traceback__):
-        module = re.fullmatch(r"kernelgen\.families\.(\w+)\.(\w+)", str(frame.f_globals.get("__name__")))
-        if module is not None:
+        if (place := label(frame)) is not None:
             text = linecache.getline(frame.f_code.co_filename, line).rstrip()
             inner = text.lstrip()
-            found = Location(room_label("/".join(module.groups())), line, len(text) - len(inner) + 1, max(1, len(inner)), text)
+            found = Location(place, line, len(text) - len(inner) + 1, max(1, len(inner)), text)
     return found
 
 

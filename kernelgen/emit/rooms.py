@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -22,16 +23,17 @@ from kernelgen.core.model import Location, Package
 
 _Result = TypeVar("_Result")
 _SHIPPED = "_[!_]*.py"
-_LIST, _TABLE, _FUNCTION = (list, tuple), Mapping, Callable
-# The modules of the laboratory that are asked for, what is to be in them, and where that is explained.
+_LIST, _TABLE = (list, tuple), Mapping
+# The modules of the laboratory that are asked for, what is to be in them (a number: a function of so many arguments), and where
+# that is explained.
 _HOLDS: Mapping[str, tuple[Mapping[str, Any], str]] = {
-    "cases": ({"CASES": _LIST, "BODY": _LIST, "check": _FUNCTION}, "kernelgen/families/__init__.py"),
+    "cases": ({"CASES": _LIST, "BODY": _LIST, "check": 5}, "kernelgen/families/__init__.py"),
     "laws": ({"LAWS": _LIST}, "kernelgen/families/__init__.py; it may be empty"),
-    "call": ({"SIZES": _TABLE, "call": _FUNCTION}, "kernelgen/families/call.py"),
+    "call": ({"SIZES": _TABLE, "call": 2}, "kernelgen/families/call.py"),
     "suite": ({"SUITE": object}, "kernelgen/measure/suite.py, as for workload.py"),
-    "workload": ({"Workload": _FUNCTION, "Ours": _FUNCTION}, "kernelgen/measure/workload.py"),
+    "workload": ({"Workload": 3, "Ours": 2}, "kernelgen/measure/workload.py"),
     "tune": ({"TUNING": object}, "kernelgen/measure/tune/hints.py"),
-    "probes": ({"probes": _FUNCTION}, "kernelgen/families/__init__.py"),
+    "probes": ({"probes": 2}, "kernelgen/families/__init__.py"),
 }
 
 
@@ -122,13 +124,14 @@ def _room_of(module: str) -> str | None:
     return room.rpartition(".")[2] if hasattr(sys.modules.get(room), "__path__") else None
 
 
-def laboratory(family: str, name: str, specs: Path | None = None) -> ModuleType:
+def laboratory(family: str, name: str, specs: Path | None = None, kind: type = object) -> ModuleType:
     """A module of the room of a family that is not part of packages.
 
     Args:
         family: its family.
         name: of ``_HOLDS``.
         specs: the folder whose rooms are meant; None: that which was served last, else the usual one.
+        kind: of what is asked for, where ``_HOLDS`` does not know.
 
     Raises:
         Failure: there is none, it cannot be imported, or it lacks what is asked for; exit code 2.
@@ -147,13 +150,24 @@ def laboratory(family: str, name: str, specs: Path | None = None) -> ModuleType:
         message = error.msg if isinstance(error, SyntaxError) else str(error)
         fault = Diagnostic("KG062", _place_of(error, place), f"it cannot be imported: {type(error).__name__}: {message}")
         raise Failure([fault], exit_code=2) from error
-    for attribute, kind in wanted.items():
+    for attribute, known in wanted.items():
         if not hasattr(found, attribute):
             raise failure("KG062", place, f"it has no {attribute}", f"see {explained}")
-        if not isinstance(value := getattr(found, attribute), kind):
-            message = f"its {attribute} is of the wrong type: {type(value).__name__}"
-            raise failure("KG062", place, message, f"see {explained}")
+        if reason := _misfit(getattr(found, attribute), kind if known is object else known):
+            raise failure("KG062", place, f"its {attribute} {reason}", f"see {explained}")
     return found
+
+
+def _misfit(value: object, wanted: Any) -> str | None:
+    """Why ``value`` is not what ``_HOLDS`` says."""
+    if isinstance(wanted, int) and callable(value):
+        try:
+            inspect.signature(value).bind(*range(wanted))
+        except TypeError as error:
+            return f"is to take {wanted} arguments: {error}"
+    elif isinstance(wanted, int) or not isinstance(value, wanted):
+        return f"is of the wrong type: {type(value).__name__}"
+    return None
 
 
 def _place_of(error: BaseException, label: str) -> Location:

@@ -151,7 +151,7 @@ class Suite:
                 raise
             raise unittest.SkipTest(str(error)) from None
 
-    @property
+    @functools.cached_property
     def _cases(self) -> Any:
         return laboratory(self.family, "cases")
 

@@ -18,7 +18,7 @@ from typing import Any, Callable, Iterator, Sequence
 
 from kernelgen.core import names
 from kernelgen.core.diagnostics import Diagnostic, Failure, did_you_mean, failure
-from kernelgen.core.locate import find_specs
+from kernelgen.core.locate import find_specs, place_below, place_in_room
 from kernelgen.core.model import Location
 from kernelgen.core.processes import Fault, Progress, in_processes, no_progress
 from kernelgen.emit.rooms import laboratory, serve
@@ -163,7 +163,9 @@ def suites(out: Path) -> dict[str, Suite]:
         except Failure:  # of a room
             raise
         except Exception as error:  # a template can be wrong in any way
-            raise failure("KG061", str(file), f"no suite of tests: {type(error).__name__}: {error}") from error
+            where = place_below(error, out.resolve()) or Location(str(file))
+            fault = Diagnostic("KG061", where, f"no suite of tests: {type(error).__name__}: {error}")
+            raise Failure([fault], exit_code=2) from error
     if not found:
         raise failure("KG001", str(folder), "there are no generated tests", "run kernelgen build")
     return found
@@ -234,4 +236,6 @@ def _outcome(family: str, subject: str, case: str, check: Callable[[], float | N
     except Exception as fault:  # a kernel can fail in any way
         said = " ".join(str(fault).split())
         error = f"{type(fault).__name__}: {said[:500]}"
+        if not isinstance(fault, AssertionError) and (place := place_in_room(fault)) is not None:
+            error += f", in {place}"
     return Outcome(family, subject, case, ratio, error, seconds=time.monotonic() - start)

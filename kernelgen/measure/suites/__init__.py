@@ -20,6 +20,6 @@ def names() -> list[str]:
 
 def find(name: str) -> Suite:
     """The suite ``name``, one of ``names``."""
-    module = importlib.import_module(f"{__name__}.{name}") if name in NAMES else laboratory(name, "suite")
+    module = importlib.import_module(f"{__name__}.{name}") if name in NAMES else laboratory(name, "suite", kind=Suite)
     suite: Suite = module.SUITE
     return suite

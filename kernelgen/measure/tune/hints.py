@@ -68,5 +68,5 @@ def of(family: str) -> Tuning:
     Raises:
         Failure: its room does not say; exit code 2.
     """
-    found: Tuning = laboratory(family, "tune").TUNING
+    found: Tuning = laboratory(family, "tune", kind=Tuning).TUNING
     return found
