@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
-from typing import Iterator
+from typing import Iterable, Iterator
 
 import pytest
 
@@ -33,7 +33,11 @@ LENGTHS = {"K", "N", "RANK"}
 
 def kernels(file: Path) -> Iterator[ast.FunctionDef]:
     """The functions of ``file`` that Triton compiles."""
-    for node in ast.parse(file.read_text("utf-8")).body:
+    return kernels_of(ast.parse(file.read_text("utf-8")))
+
+
+def kernels_of(module: ast.Module) -> Iterator[ast.FunctionDef]:
+    for node in module.body:
         decorators = node.decorator_list if isinstance(node, ast.FunctionDef) else []
         if any("triton.jit" in ast.unparse(decorator) for decorator in decorators):
             yield node
@@ -131,3 +135,17 @@ def test_every_dot_has_an_accumulator_of_32_bits(file: Path) -> None:
             if called == "tl.dot":
                 assert words.get("out_dtype", "tl.float32") == "tl.float32"
                 assert "allow_tf32" not in words
+
+
+def names_in(nodes: Iterable[ast.AST]) -> set[str]:
+    return {inner.id for node in nodes for inner in ast.walk(node) if isinstance(inner, ast.Name)}
+
+
+def test_nothing_is_passed_or_imported_that_is_not_used(file: Path) -> None:
+    """A text is for one case, and has what that case needs."""
+    module = ast.parse(file.read_text("utf-8"))
+    imports = [node for node in module.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    imported = {(alias.asname or alias.name).partition(".")[0] for node in imports for alias in node.names}
+    assert not imported - names_in(module.body) - {"annotations"}
+    for kernel in kernels_of(module):
+        assert not {parameter.arg for parameter in kernel.args.args} - names_in(kernel.body), kernel.name

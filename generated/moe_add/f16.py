@@ -24,13 +24,12 @@ from ._problem import Call, Config, Problem, check, choose
 
 
 @triton.jit(
-    do_not_specialize=["num_pairs"],
     do_not_specialize_on_alignment=[
         "topk_ids_ptr",
         "token_lora_mapping_ptr",
         "adapter_enabled_ptr",
         "expert_map_ptr",
-    ],
+    ]
 )
 def moe_add_f16_kernel(
     out_ptr,
@@ -39,7 +38,6 @@ def moe_add_f16_kernel(
     token_lora_mapping_ptr,
     adapter_enabled_ptr,
     expert_map_ptr,
-    num_pairs,
     MAX_LORAS: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     GLOBAL_EXPERTS: tl.constexpr,
@@ -79,9 +77,8 @@ _kernel = runtime.Launcher(moe_add_f16_kernel)
 
 def bind(problem: Problem, config: Config) -> Call:
     """The launch for checked calls of these sizes, ready to be made again and again."""
-    num_pairs = problem.num_pairs
     launch = _kernel.bind(
-        num_pairs * runtime.cdiv(problem.n, config.block_n),
+        problem.num_pairs * runtime.cdiv(problem.n, config.block_n),
         runtime.Options(config.num_warps),
         MAX_LORAS=problem.max_loras,
         NUM_EXPERTS=problem.num_experts,
@@ -95,7 +92,7 @@ def bind(problem: Problem, config: Config) -> Call:
 
     def call(out: torch.Tensor, delta: torch.Tensor, route: PairRoute | TableRoute) -> None:
         source = (route.topk_ids, route.token_lora_mapping, route.adapter_enabled, route.expert_map)
-        launch.run(out, delta, *source, num_pairs)
+        launch.run(out, delta, *source)
 
     return call
 

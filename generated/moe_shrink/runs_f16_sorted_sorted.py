@@ -35,13 +35,11 @@ def _run(
     v_ptr,
     x_ptr,
     a_ptrs,
-    pairs_ptr,
     entry,
     expert,
     begin,
     end,
     chunk,
-    TOP_K: tl.constexpr,
     K: tl.constexpr,
     RANK: tl.constexpr,
     X_STRIDE: tl.constexpr,
@@ -120,24 +118,16 @@ def _run(
 
 
 @triton.jit(
-    do_not_specialize_on_alignment=[
-        "pairs_ptr",
-        "blocks_ptr",
-        "num_blocks_ptr",
-        "run_of_row_ptr",
-        "runs_ptr",
-    ]
+    do_not_specialize_on_alignment=["blocks_ptr", "num_blocks_ptr", "run_of_row_ptr", "runs_ptr"]
 )
 def moe_shrink_runs_f16_sorted_sorted_kernel(
     v_ptr,
     x_ptr,
     a_ptrs,
-    pairs_ptr,
     blocks_ptr,
     num_blocks_ptr,
     run_of_row_ptr,
     runs_ptr,
-    TOP_K: tl.constexpr,
     SIDE: tl.constexpr,
     CHUNKS: tl.constexpr,
     K: tl.constexpr,
@@ -175,13 +165,11 @@ def moe_shrink_runs_f16_sorted_sorted_kernel(
                 v_ptr,
                 x_ptr,
                 a_ptrs,
-                pairs_ptr,
                 tl.load(entry),
                 expert,
                 tl.load(entry + 1),
                 end,
                 chunk,
-                TOP_K,
                 K,
                 RANK,
                 X_STRIDE,
@@ -208,7 +196,6 @@ def bind(problem: Problem, config: Config) -> Call:
     launch = _kernel.bind(
         blocks * side * chunks,
         runtime.Options(config.num_warps, config.num_stages, pdl),
-        TOP_K=problem.top_k,
         K=problem.k,
         RANK=problem.rank,
         X_STRIDE=problem.x_stride,
@@ -234,7 +221,7 @@ def bind(problem: Problem, config: Config) -> Call:
         tables: MoeTables,
         runs: MoeRuns,
     ) -> None:
-        of_tables = (tables.pairs, tables.blocks, tables.num_blocks, runs.run_of_row, runs.runs)
+        of_tables = (tables.blocks, tables.num_blocks, runs.run_of_row, runs.runs)
         launch.run(v, x, tuple(lora_a), *of_tables)
 
     return call
