@@ -88,8 +88,8 @@ def fp8_layers_with_adapters(package: ModuleType, variants: Sequence[Variant], d
 def a_row_does_not_know_its_batch(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """In another order, among other adapters and behind padding a token has the same bits, of one schedule and its tiles."""
     tokens = 12
-    for rank in (24, 40):
-        call = with_adapters(package, layer(tokens, Experts(), device), Adapters("spread", 5), (rank, rank))
+    for rank, layout in ((24, "packed"), (40, "shared")):
+        call = with_adapters(package, layer(tokens, Experts(), device), Adapters("spread", 5), (rank, rank), layout=layout)
         wanted = call.run(package, num_tokens_hint=tokens)
         turn = torch.roll(torch.arange(tokens), 5).to(device)
         others = call.lora.token_lora_mapping[turn].clone()
