@@ -67,7 +67,7 @@ def _run(
     COLUMNS: tl.constexpr = len(a_ptrs) * RANK
     CHUNKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R  # of a slice by itself
     k = tl.arange(0, BLOCK_K)
-    a_base = tl.cast(adapter, tl.int64) * A_STRIDE_L + expert.to(tl.int64) * A_STRIDE_E
+    a_base = adapter.to(tl.int64) * A_STRIDE_L + expert.to(tl.int64) * A_STRIDE_E
     # A column that is not stored reads another one again: no mask in the K loop.
     if JOINED:
         c = chunk * BLOCK_R + tl.arange(0, BLOCK_R)

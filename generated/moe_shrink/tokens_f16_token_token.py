@@ -57,13 +57,12 @@ def _tile(
     live = (adapters == adapter)[:, None]
     rows = tl.sum((adapters == adapter).to(tl.int32))
     if RANKED:
-        counted = (
-            (tl.minimum(tl.load(lora_ranks_ptr + adapter), RANK) + 15) // 16 * 16
-        )  # as the product reads them
+        counted = tl.load(lora_ranks_ptr + adapter, mask=rows > 0, other=0)
+        counted = (tl.minimum(counted, RANK) + 15) // 16 * 16  # as the product reads them
     COLUMNS: tl.constexpr = len(a_ptrs) * RANK
     CHUNKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R  # of a slice by itself
     k = tl.arange(0, BLOCK_K)
-    a_base = tl.cast(adapter, tl.int64) * A_STRIDE_L
+    a_base = adapter.to(tl.int64) * A_STRIDE_L
     # A column that is not stored reads another one again: no mask in the K loop.
     if JOINED:
         c = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -165,13 +164,12 @@ def moe_shrink_tokens_f16_token_token_kernel(
     ):
         token = token0 + tl.arange(0, ROWS)
         adapters = tl.load(token_lora_mapping_ptr + token, mask=token < num_tokens, other=-1)
+        known = (adapters >= 0) & (adapters < MAX_LORAS)
         if adapter_enabled_ptr is not None:
-            known = (adapters >= 0) & (adapters < MAX_LORAS)
-            adapters = tl.where(
-                tl.load(adapter_enabled_ptr + adapters, mask=known, other=0) != 0, adapters, -1
-            )
+            known &= tl.load(adapter_enabled_ptr + adapters, mask=known, other=0) != 0
+        adapters = tl.where(known, adapters, -1)
         token = tl.minimum(token, num_tokens - 1)
-        for adapter in tl.range(first_adapter, MAX_LORAS, SIDE):
+        for step in tl.range(0, MAX_LORAS, SIDE):
             _tile(
                 v_ptr,
                 x_ptr,
@@ -179,7 +177,7 @@ def moe_shrink_tokens_f16_token_token_kernel(
                 lora_ranks_ptr,
                 token,
                 adapters,
-                adapter,
+                first_adapter + step,
                 chunk,
                 K,
                 RANK,
