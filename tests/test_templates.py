@@ -15,6 +15,7 @@ from kernelgen.core.diagnostics import Diagnostic, Failure
 from kernelgen.core.locate import FAMILIES, SPECS, TEMPLATES
 from kernelgen.emit import build
 from kernelgen.emit.members import installed, members
+from kernelgen.emit.outline import outline
 
 KERNEL = "kernels/toy.py.j2"
 FRONT = "families/toy/_op.py"
@@ -216,6 +217,7 @@ LAUNCH = IMPORT + "from .. import _runtime\ndef f(x_ptr, K: tl.constexpr, N: tl.
         (FRONT, "def", "__all__ = [*'toy']\n\n\ndef", "6:1 KG023 __all__ is not a list of names that are written out"),
         (FRONT, "def", "__all__ = ['toy']\n__all__.append('x')\n\n\ndef", "7:1 KG023 __all__ is not a list of names that are"),
         (FRONT, "def", "from . import toy\n\n\ndef", "6:15 KG023 toy has no 'toy' yet: it imports toy._op, and this leads back"),
+        (FRONT, "def", "if True:\n    from . import toy\n\n\ndef", "7:19 KG023 toy has no 'toy' yet: it imports toy._op"),
         (FRONT, "def", "from .. import toy as t\nfrom ..toy import toy\n\n\ndef", "7:19 KG023 toy has no 'toy' yet: it"),
         (FRONT, "_table import VARIANTS", "_table import VARIANTZ as VARIANTS", "3:21 KG023 toy._table has no 'VARIANTZ'"),
         (FRONT, "_table import VARIANTS", "_table import VARIANTZ", "8:12 KG023 undefined name 'VARIANTS' [VARIANTS]"),
@@ -334,6 +336,40 @@ LITERAL = project.KERNEL.replace(IMPORT, LITERAL).replace("(block_n)", "()")
 def test_a_tunable_that_nothing_takes_is_told_at_its_line(kernel: str, problem: str, expected: str, tmp_path: Path) -> None:
     (found,) = told(tmp_path, {KERNEL: kernel}, str(tmp_path / SPEC), {"toy/_problem.py": problem})
     assert found.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "path", "expected"),
+    [
+        ("_table", "VARIANTS = {}\n", "families/toy/_table.py", "0:0 KG024 generated/toy/_table.py is made by family"),
+        ("_a-b", "X = 1\n", "families/toy/_a-b.py", "0:0 KG024 no module can be called so"),
+        (
+            "_op",
+            f"{project.FRONT}\n\nvariants = VARIANTS\n__all__ = ['toy', 'variants']\n",
+            "generated/__init__.py",
+            "0:0 KG019 toy and the package itself both export variants",
+        ),
+    ],
+)
+def test_a_module_of_a_room_takes_the_place_of_nothing(
+    module: str, text: str, path: str, expected: str, tmp_path: Path
+) -> None:
+    (found,) = told(tmp_path, {}, path, {f"toy/{module}.py": text})
+    assert found.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "exported"),
+    [
+        ("__all__ = ['a']\n__all__ += ('b',)\n", ("a", "b")),
+        ("__all__: list[str] = ['a']\n__all__ = ('b',)\n", ("b",)),
+        ("__all__: list[str]\n", None),
+        ("__all__ = []\n", ()),
+    ],
+)
+def test_exports_are_those_that_python_finds(text: str, exported: tuple[str, ...] | None) -> None:
+    made = outline("generated/x.py", text)
+    assert made is not None and made.exports == exported
 
 
 def test_an_axis_that_the_front_door_does_not_choose_by_is_a_fault_of_the_axis(tmp_path: Path) -> None:

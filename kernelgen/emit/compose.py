@@ -89,7 +89,7 @@ def _symbols(outline: Outline) -> tuple[Symbol, ...]:
 
 
 def _export_faults(modules: Iterable[Module]) -> Iterator[Diagnostic]:
-    owners: dict[str, str] = {}
+    owners: dict[str, str] = dict.fromkeys(Package(()).exports, "the package itself")
     for module in modules:
         for name in module.exports:
             other = owners.setdefault(name, module.name)

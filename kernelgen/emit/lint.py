@@ -159,7 +159,7 @@ class _Lint:
 
     def _export_faults(self, nodes: _Nodes, tree: ast.Module) -> Iterator[Diagnostic]:
         """What becomes of ``__all__`` and cannot be read off the text."""
-        read = {id(target) for target, _ in export_lists(tree)}
+        read = {id(target) for _, target, _ in export_lists(tree)}
         for name in nodes[ast.Name]:
             if name.id == "__all__" and id(name) not in read:
                 message = "__all__ is not a list of names that are written out"

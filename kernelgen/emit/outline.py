@@ -118,11 +118,13 @@ def is_constant(parameter: ast.arg) -> bool:
 
 def exports(tree: ast.Module) -> dict[str, ast.expr] | None:
     """The names of ``__all__`` and where they stand; None: the module has none."""
-    lists = [listed for _, listed in export_lists(tree)]
-    return {name: where for listed in lists for name, where in listed.items()} if lists else None
+    found: dict[str, ast.expr] | None = None
+    for node, _, listed in export_lists(tree):
+        found = {**(found or {}), **listed} if isinstance(node, ast.AugAssign) else listed
+    return found
 
 
-def export_lists(tree: ast.Module) -> Iterator[tuple[ast.Name, dict[str, ast.expr]]]:
+def export_lists(tree: ast.Module) -> Iterator[tuple[ast.stmt, ast.Name, dict[str, ast.expr]]]:
     """Where a module says what it exports, as far as that can be read: names that are written out, at its top level."""
     for node in tree.body:
         match node:
@@ -133,14 +135,16 @@ def export_lists(tree: ast.Module) -> Iterator[tuple[ast.Name, dict[str, ast.exp
             ):
                 texts = [name.value if isinstance(name, ast.Constant) else None for name in names]
                 if all(isinstance(text, str) for text in texts):
-                    yield target, {str(text): name for text, name in zip(texts, names, strict=True)}
+                    yield node, target, {str(text): name for text, name in zip(texts, names, strict=True)}
 
 
 def _at_once(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements that run when a module is imported, whatever holds."""
+    """The statements that run when a module is imported, but for what type checkers alone see, and what may fail."""
     for node in body:
         yield node
-        if isinstance(node, ast.ClassDef):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test):
+            yield from _at_once([*node.body, *node.orelse])
+        elif isinstance(node, ast.ClassDef):
             yield from _at_once(node.body)
 
 

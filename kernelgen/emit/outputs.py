@@ -58,6 +58,9 @@ class Outputs:
         for output in progress("rendering", lines=False)(wanted, len(wanted)):
             if self._made_by.get(output.path, output).template != output.template:
                 self.add_fault(Diagnostic("KG024", Location(output.path), "two templates write this file"))
+            if output.path in self._sources:
+                where = Location(self._sources[output.path].label)
+                self.add_fault(Diagnostic("KG024", where, f"{output.path} is made by {output.template}", "rename the module"))
             self._made_by[output.path] = output
             self._places.pop(output.path, None)
             try:
@@ -99,6 +102,8 @@ class Outputs:
         """Make a file of the text of ``source``, which depends on no spec, unless it is made."""
         if path in self._copied:
             return
+        if not source.stem.isidentifier():
+            self.add_fault(Diagnostic("KG024", Location(source.label), "no module can be called so", "rename it"))
         try:
             text = read_file(source.file, MAX_COPY).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
         except Failure as failed:
