@@ -9,6 +9,10 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import generated as kg
+from generated._fused_moe import OP as FUSED_MOE
+from generated.moe_align._op import TABLES
+from generated.moe_route._op import ROUTE
+from generated.moe_runs._op import RUNS
 
 TOP_K, EXPERTS, WIDTH, INTER, LORAS, RANK = 2, 4, 32, 24, 2, 8
 OPS = torch.ops.generated
@@ -85,8 +89,10 @@ def test_opcheck_of_a_layer(device: str, tokens: int) -> None:
     workspace = kg.fused_moe_workspace(
         max_tokens=tokens, top_k=TOP_K, num_experts=EXPERTS, hidden=WIDTH, intermediate=INTER, max_rank=RANK, device=device
     )
-    for buffers, lora in (((None,) * 9, layer.lora), (workspace, (None,) * 7), (workspace, layer.lora)):
-        arguments = (*operands, "swiglu", 0, None, True, *(None,) * 4, *buffers, *lora)
+    bundles = {operand.name: operand for operand in FUSED_MOE.operands}
+    for buffers, lora in ((None, layer.lora), (workspace, None), (workspace, layer.lora)):
+        flat = (*bundles["workspace"].flat(buffers), *bundles["lora"].flat(lora))
+        arguments = (*operands, "swiglu", 0, None, True, *(None,) * 4, *flat)
         torch.library.opcheck(OPS.fused_moe.default, arguments, test_utils=_UTILS)
 
 
@@ -99,21 +105,22 @@ def test_opcheck_of_the_steps(device: str) -> None:
     tokens = layer.ids.shape[0]
     tables = kg.moe_align(layer.ids, num_experts=EXPERTS)
     rows = torch.zeros(tokens, TOP_K, 2 * INTER, dtype=torch.bfloat16, device=device)
-    product = (rows, layer.hidden, layer.w13, *tables, None, "token", "pair", None, None, None)
-    torch.library.opcheck(OPS.moe_gemm.default, (*product, *(None,) * 8))
+    product = (rows, layer.hidden, layer.w13, *TABLES.flat(tables), None, "token", "pair", None, None, None)
+    torch.library.opcheck(OPS.moe_gemm.default, (*product, None, None, *RUNS.flat(None)))
     tables, runs = kg.moe_runs(layer.ids, layer.adapters, num_experts=EXPERTS, max_loras=LORAS)
     v = kg.moe_shrink(layer.hidden, layer.lora.a13, tables, runs, x_rows="token")
-    torch.library.opcheck(OPS.moe_shrink.default, (v, layer.hidden, layer.lora.a13, *tables, *runs, "token", None))
+    flat = (*TABLES.flat(tables), *RUNS.flat(runs))
+    torch.library.opcheck(OPS.moe_shrink.default, (v, layer.hidden, layer.lora.a13, *flat, "token", None))
     inner = torch.zeros(tokens * TOP_K, INTER, dtype=torch.bfloat16, device=device)
-    product = (inner, layer.hidden, layer.w13, *tables, None, "token", "sorted", "swiglu", None, None)
-    torch.library.opcheck(OPS.moe_gemm.default, (*product, v, layer.lora.b13, *runs))
+    product = (inner, layer.hidden, layer.w13, *TABLES.flat(tables), None, "token", "sorted", "swiglu", None, None)
+    torch.library.opcheck(OPS.moe_gemm.default, (*product, v, layer.lora.b13, *RUNS.flat(runs)))
     h = torch.zeros(tokens * TOP_K, INTER, dtype=torch.bfloat16, device=device)
     torch.library.opcheck(OPS.moe_act.default, (h, rows, layer.ids, None, "swiglu", EXPERTS, 0, None))
     out = torch.zeros(tokens, 2 * INTER, device=device)
     total = (out, rows, layer.ids, layer.weights, layer.valid, EXPERTS, 0, None, True)
     torch.library.opcheck(OPS.moe_sum.default, total)
     route = kg.moe_route(layer.ids, layer.adapters, num_experts=EXPERTS, max_loras=LORAS)
-    torch.library.opcheck(OPS.moe_add.default, (rows, layer.delta, *route))
+    torch.library.opcheck(OPS.moe_add.default, (rows, layer.delta, *ROUTE.flat(route)))
     buffer = torch.zeros(256, dtype=torch.int32, device=device)
     torch.library.opcheck(OPS.moe_align.default, (layer.ids, layer.valid, EXPERTS, 0, None, None, buffer))
     table = (layer.ids, layer.valid, layer.adapters, None, None, buffer, EXPERTS, 0, None, None, LORAS)

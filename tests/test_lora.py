@@ -10,6 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import generated as kg
+from generated.moe_route._op import ROUTE
 
 TOKENS, LORAS, K, WIDTHS, RANK = 6, 2, 48, (24, 8), 16
 OPS = torch.ops.generated
@@ -49,9 +50,9 @@ def test_opcheck(device: str) -> None:
     layer = Layer(device)
     route = kg.lora_route(layer.mapping, max_loras=LORAS)
     y = torch.zeros((2, TOKENS, RANK), device=device)
-    torch.library.opcheck(OPS.lora_shrink.default, (y, layer.x, layer.a, *route, 0.5, None, None))
-    torch.library.opcheck(OPS.lora_expand.default, (layer.out, y, layer.b, *route, 1.0, 0, True, None))
-    whole = (layer.out, layer.x, layer.a, layer.b, *route, 0.5, 0, True, None, None, None)
+    torch.library.opcheck(OPS.lora_shrink.default, (y, layer.x, layer.a, *ROUTE.flat(route), 0.5, None, None))
+    torch.library.opcheck(OPS.lora_expand.default, (layer.out, y, layer.b, *ROUTE.flat(route), 1.0, 0, True, None))
+    whole = (layer.out, layer.x, layer.a, layer.b, *ROUTE.flat(route), 0.5, 0, True, None, None, None)
     torch.library.opcheck(OPS.lora.default, whole)
 
 

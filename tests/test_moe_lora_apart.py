@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import generated as kg
+from generated.moe_route._op import ROUTE
 
 TOKENS, TOP_K, LORAS, EXPERTS, K, N, RANK = 6, 2, 2, 3, 48, 24, 16
 OPS = torch.ops.generated
@@ -38,8 +39,8 @@ def test_opcheck(device: str, assignment: str) -> None:
     layer = Layer(device)
     route = kg.moe_route(layer.ids, layer.mapping, assignment=assignment, **SIZES)
     y = torch.zeros((2, TOKENS * TOP_K, RANK), device=device)
-    torch.library.opcheck(OPS.moe_lora_shrink.default, (y, layer.x, layer.a, *route))
-    torch.library.opcheck(OPS.moe_lora_expand.default, (layer.out, y, layer.b, *route, None, 0, True, False))
+    torch.library.opcheck(OPS.moe_lora_shrink.default, (y, layer.x, layer.a, *ROUTE.flat(route)))
+    torch.library.opcheck(OPS.moe_lora_expand.default, (layer.out, y, layer.b, *ROUTE.flat(route), None, 0, True, False))
 
 
 @pytest.mark.slow(keep=1)

@@ -192,12 +192,19 @@ TABLES = operands.Bundle(
 )
 
 
-def default_block_m(num_tokens: int, top_k: int, num_experts: int, tall: float = 96.0) -> int:
-    """Rows of a block: near the mean number of pairs of an expert that is hit, if they spread evenly; 128 from ``tall`` on."""
+def default_block_m(num_tokens: int, top_k: int, num_experts: int, fp8: bool = False) -> int:
+    """Rows of a block: near the mean number of pairs of an expert that is hit, if they spread evenly.
+
+    Tall blocks pay early: they read weights once where two lower ones would; of FP8 weights that is half as much.
+    """
     num_pairs = runtime.next_power_of_2(num_tokens) * top_k
-    hit = num_experts * (1.0 - (1.0 - 1.0 / num_experts) ** num_pairs)
-    mean = num_pairs / hit
-    return 16 if mean < 12 else 32 if mean < 24 else 64 if mean < tall else 128
+    mean = num_pairs / experts_hit(num_pairs, num_experts)
+    return 16 if mean < 12 else 32 if mean < 24 else 64 if mean < (96 if fp8 else 48) else 128
+
+
+def experts_hit(num_pairs: int, num_experts: int) -> float:
+    """How many experts have a pair, if pairs spread evenly."""
+    return num_experts * (1.0 - (1.0 - 1.0 / num_experts) ** num_pairs)
 
 
 def is_dense(num_tokens: int, top_k: int, num_experts: int) -> bool:

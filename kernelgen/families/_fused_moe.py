@@ -27,6 +27,7 @@ from .moe_align._op import (
     VALID_TOKENS,
     MoeTables,
     default_block_m,
+    experts_hit,
     max_blocks,
 )
 from .moe_align._op import bind as bind_align
@@ -51,7 +52,9 @@ from .moe_sum._op import bind as bind_sum
 
 __all__ = ["FusedMoeLora", "FusedMoeWorkspace", "fused_moe", "fused_moe_workspace"]
 
-_FEW_TOKENS = 4  # that stream weights pair by pair
+# Up to so many tokens stream weights pair by pair, where tables would cost more than they save: bytes that are read again, and
+# FP8 that gemv has to widen for each pair.
+_FEW_TOKENS, _AGAIN, _WIDENED = 4, 64 * 2**20, 192 * 2**20
 
 
 @operands.bundle()
@@ -311,11 +314,14 @@ def _bind(
     OP.check("fused_moe", OP.named(*layer, *sizes, *scales, workspace, lora), D=None if x_scale is None else torch.bfloat16)
     x_mode = _check_scales(_FIRST, hidden, w13, w2, *scales)
     (num_tokens, top_k), (num_experts, width, inter) = topk_ids.shape, w2.shape
-    num_pairs, few = num_tokens * top_k, num_tokens <= _FEW_TOKENS and (lora is None or x_mode is None)
+    num_pairs = num_tokens * top_k
     expected = num_tokens if num_tokens_hint is None else min(num_tokens_hint, num_tokens)
-    # With adapters in 16 bits tall blocks pay earlier: of fewer blocks fewer runs are cut.
-    tall = {} if lora is None or w13.itemsize == 1 else {"tall": 48.0}
-    block_m = 0 if few else default_block_m(expected, top_k, num_experts, **tall)
+    expert_bytes = (w13.shape[1] + inter) * width * w13.itemsize
+    block_m = layer_block_m(num_tokens, expected, top_k, num_experts, expert_bytes, w13.itemsize == 1, x_mode is not None)
+    if lora is not None and x_mode is not None:
+        block_m = block_m or 16  # few tokens too are ordered by expert
+    few = block_m == 0
+    sums = few and x_mode is None  # experts of a token, in the second product
     blocks = 0 if few else 3 * max_blocks(num_tokens, top_k, num_experts, block_m)
     row_scales = 1 if x_mode != "group" else runtime.cdiv(inter, QUANT.group_k)
     dtype = hidden.dtype if x_mode is None else torch.bfloat16
@@ -324,7 +330,7 @@ def _bind(
         "blocks": (blocks, torch.int32),
         "num_blocks": (1, torch.int32),
         "inter": (num_pairs * inter, dtype),
-        "outputs": (0 if few else num_pairs * width, dtype),
+        "outputs": (0 if sums else num_pairs * width, dtype),
         "codes": (0 if x_mode is None else num_pairs * inter, torch.uint8),
         "scales": (0 if x_mode in (None, "tensor") else num_pairs * row_scales, torch.float32),
         "runs": (0 if few or lora is None else RUNS_A_PAIR * num_pairs, torch.int32),
@@ -371,56 +377,25 @@ def _bind(
         shrink(rows, rows_scale, buffers.inter, tables)
         return rows, (w2_scale, rows_scale)
 
+    align: Callable[..., None] | None = None
     if few:
-        first = bind_gemm(h, hidden, w13, tables, None, "token", "pair", activation, **of_first)
-        last = bind_gemm(out, rows, w2, tables, topk_weights, "pair", "token", None, zero_rest=zeroes, **of_second)
-
-        def stream(
-            out: torch.Tensor,
-            hidden: torch.Tensor,
-            w13: torch.Tensor,
-            w2: torch.Tensor,
-            topk_ids: torch.Tensor,
-            topk_weights: torch.Tensor,
-            valid_tokens: torch.Tensor | None,
-            w13_scale: torch.Tensor | None,
-            w2_scale: torch.Tensor | None,
-            x_scale: torch.Tensor | None,
-            h_scale: torch.Tensor | None,
-            workspace: FusedMoeWorkspace | None,
-            lora: Any,  # a FusedMoeLora where there are adapters
-        ) -> None:
-            buffers = use(workspace, hidden)
-            tables = MoeTables(topk_ids, valid_tokens, buffers.pairs, buffers.blocks, buffers.num_blocks, *routing)
-            of_x = () if x_scale is None else (x_scale,)
-            of_hidden = of_x if w13_scale is None else (w13_scale, *of_x)
-            of_first: tuple[Any, ...] = ()
-            of_last: tuple[Any, ...] = ()
-            if adapters is not None:
-                runs = MoeRuns(lora.token_lora_mapping, lora.adapter_enabled, None, None, adapters.max_loras, lora.lora_ranks)
-                v = buffers.vectors
-                adapters.shrink_x(v, hidden, lora.a13, tables, runs, *of_x)
-                of_first, of_last = (v, lora.b13, runs), (v, lora.b2, runs)
-            first(buffers.inter, hidden, w13, tables, None, *of_hidden, *of_first)
-            rows, of_rows = between(hidden, tables, w2_scale, h_scale, buffers)
-            if adapters is not None:
-                adapters.shrink_h(v, buffers.inter, lora.a2, tables, runs)
-            last(out, rows, w2, tables, topk_weights, *of_rows, *of_last)
-
-        return stream
-
-    if adapters is None:
+        pass
+    elif adapters is None:
         align = bind_align(num_pairs, top_k, num_experts, local_expert_start, block_m, hidden.device)
     else:
         align = bind_runs(num_tokens, top_k, num_experts, local_expert_start, adapters.max_loras, block_m, hidden.device)
-    outputs = buffers.outputs[: num_pairs * width].view(num_tokens, top_k, width)
-    first = bind_gemm(h, hidden, w13, tables, None, "token", "sorted", activation, **of_first)
-    second = bind_gemm(outputs, rows, w2, tables, None, "sorted", "pair", None, **of_second)
-    total = bind_sum(
-        out, outputs, topk_ids, topk_weights, valid_tokens, num_experts, local_expert_start, num_tokens_hint, zeroes
-    )
+    order = "pair" if few else "sorted"
+    first = bind_gemm(h, hidden, w13, tables, None, "token", order, activation, **of_first)
+    total: Callable[..., None] | None = None
+    if sums:
+        second = bind_gemm(out, rows, w2, tables, topk_weights, "pair", "token", None, zero_rest=zeroes, **of_second)
+    else:
+        outputs = buffers.outputs[: num_pairs * width].view(num_tokens, top_k, width)
+        second = bind_gemm(outputs, rows, w2, tables, None, order, "pair", None, **of_second)
+        sizes_of_sum = (num_experts, local_expert_start, num_tokens_hint, zeroes)
+        total = bind_sum(out, outputs, topk_ids, topk_weights, valid_tokens, *sizes_of_sum)
 
-    def group(
+    def call(
         out: torch.Tensor,
         hidden: torch.Tensor,
         w13: torch.Tensor,
@@ -442,24 +417,39 @@ def _bind(
         tables = MoeTables(topk_ids, valid_tokens, *ints, *routing)
         of_first: tuple[Any, ...] = ()
         of_second: tuple[Any, ...] = ()
-        if adapters is None:
-            align(*ints, topk_ids, valid_tokens)
-        else:
-            run_of_row, of_blocks, gathered = split(buffers.runs, num_pairs)
-            of_adapters = (lora.token_lora_mapping, lora.adapter_enabled)
-            align(*ints, run_of_row, of_blocks, gathered, topk_ids, valid_tokens, *of_adapters, lora.lora_ranks)
-            runs = MoeRuns(*of_adapters, run_of_row, of_blocks, adapters.max_loras, lora.lora_ranks)
-            v = buffers.vectors.view(dtype)
+        if adapters is not None:
+            of_tokens, run_of_row, of_blocks = (lora.token_lora_mapping, lora.adapter_enabled), None, None
+            if align is not None:
+                run_of_row, of_blocks, gathered = split(buffers.runs, num_pairs)
+                align(*ints, run_of_row, of_blocks, gathered, topk_ids, valid_tokens, *of_tokens, lora.lora_ranks)
+            runs = MoeRuns(*of_tokens, run_of_row, of_blocks, adapters.max_loras, lora.lora_ranks)
+            v = buffers.vectors if few else buffers.vectors.view(dtype)
             adapters.shrink_x(v, hidden, lora.a13, tables, runs, *of_x)
             of_first, of_second = (v, lora.b13, runs), (v, lora.b2, runs)
+        elif align is not None:
+            align(*ints, topk_ids, valid_tokens)
         first(h, hidden, w13, tables, None, *of_hidden, *of_first)
         rows, of_rows = between(hidden, tables, w2_scale, h_scale, buffers)
         if adapters is not None:
             adapters.shrink_h(v, h, lora.a2, tables, runs)
-        second(y, rows, w2, tables, None, *of_rows, *of_second)
-        total(out, y, topk_ids, topk_weights, valid_tokens)
+        if total is None:
+            second(out, rows, w2, tables, topk_weights, *of_rows, *of_second)
+        else:
+            second(y, rows, w2, tables, None, *of_rows, *of_second)
+            total(out, y, topk_ids, topk_weights, valid_tokens)
 
-    return group
+    return call
+
+
+def layer_block_m(
+    num_tokens: int, expected: int, top_k: int, num_experts: int, expert_bytes: int, fp8: bool, fp8_x: bool
+) -> int:
+    """Rows of the blocks of a layer whose weights take ``expert_bytes`` an expert; 0: few tokens, which need no tables."""
+    num_pairs = num_tokens * top_k
+    again = (num_pairs - experts_hit(num_pairs, num_experts)) * expert_bytes  # read pair by pair, beyond once an expert
+    slow = fp8 and not fp8_x and num_pairs * expert_bytes > _WIDENED
+    few = num_tokens <= _FEW_TOKENS and again < _AGAIN and not slow
+    return 0 if few else default_block_m(expected, top_k, num_experts, fp8)
 
 
 class _Adapters(NamedTuple):

@@ -52,6 +52,7 @@ MODELS = {
         Model("gpt-oss-120b", 2880, 2880, 128, 4),
         Model("mixtral-8x7b", 4096, 14336, 8, 2),
         Model("olmoe-1b-7b", 2048, 1024, 64, 8),
+        Model("glm-4.5-air", 4096, 1408, 128, 8),
         Model("nemotron-3-nano", 2688, 1856, 128, 6, gated=False),
         Model("tiny", 256, 128, 8, 2),
     )

@@ -34,6 +34,16 @@ class GemvConfig(NamedTuple):
     weight_policy: int = 0
 
 
+class NaiveConfig(NamedTuple):
+    """Tiles of naive."""
+
+    block_n: int
+    block_k: int
+    num_stages: int
+    num_warps: int
+    weight_policy: int = 0
+
+
 class TileConfig(NamedTuple):
     """Tiles of tile; block_m is that of the tables."""
 
@@ -61,10 +71,11 @@ class BoxConfig(NamedTuple):
     delta_stages: int = 2
 
 
+BY_PAIR = ("gemv", "naive")  # schedules that need no tables
 # How the cache treats weights, by weight_policy: as any data, or as data that is read once.
 CACHE_POLICIES = ("", "evict_first")
-CONFIGS = {"gemv": GemvConfig, "tile": TileConfig, "box": BoxConfig}
-Config = GemvConfig | TileConfig | BoxConfig
+CONFIGS = {"gemv": GemvConfig, "naive": NaiveConfig, "tile": TileConfig, "box": BoxConfig}
+Config = GemvConfig | NaiveConfig | TileConfig | BoxConfig
 
 # (out, x, w, tables, topk_weights) of sizes that were checked before; then w_scale where weights are FP8, x_scale where x is;
 # then v, lora_b and runs where there are adapters
@@ -250,7 +261,7 @@ def problem_of(
         runtime.fail(variant, "x_rows, out_rows", rows.split("_"), " or ".join(_ROWS).replace("_", ", "))
     num_tokens, top_k = tables.num_tokens, tables.top_k
     num_pairs = num_tokens * top_k
-    if (_ROWS[rows] if schedule is None else schedule != "gemv") and tables.pairs is None:
+    if (_ROWS[rows] if schedule is None else schedule not in BY_PAIR) and tables.pairs is None:
         runtime.fail(variant, "tables", "none", "tables", "make them with moe_align")
     if scales.of_weights is not None:
         check_fp8(variant, "w", w, scales.of_weights, QUANT)
@@ -391,6 +402,7 @@ class Key(NamedTuple):
 def plan(problem: Problem, boxes: bool) -> tuple[str, Config]:
     """(schedule, tiles) for a call, from host integers alone: the same call always gets the same.
 
+    With adapters they are those without, as long as nothing else was measured: so rows without an adapter get the same bits.
     The number of tokens counts as the next power of two, so that the compile keys of a model are a short list.
     """
     s, device = _shape(problem), runtime.traits(problem.device)
@@ -406,11 +418,17 @@ def plan(problem: Problem, boxes: bool) -> tuple[str, Config]:
         """Whether operands and rows are such that it can; what box can do, tile can."""
         return schedule == own or (schedule == "tile" and own == "box")
 
-    return runtime.choose(TUNED, key, device, CONFIGS, rule, serves)
+    bare = key._replace(rank=0) if problem.rank > 0 and not runtime.measured(TUNED, key, device) else None
+    schedule, config = runtime.choose(TUNED, key, device, CONFIGS, rule, serves, bare)
+    if bare is not None and isinstance(config, TileConfig | BoxConfig):
+        block_d, delta_stages = _delta(s, config.block_n)
+        config = config._replace(block_d=block_d, delta_stages=delta_stages)
+    return schedule, config
 
 
 class _Shape(NamedTuple):
     tokens: int
+    pairs: int
     block_m: int
     k: int
     n: int
@@ -420,6 +438,7 @@ class _Shape(NamedTuple):
     x_scales: str | None
     rank: int  # of adapters, 0: there are none
     accelerator: bool
+    num_sms: int
     shared_memory: int
     full_warps: int
     warp_sums: int
@@ -428,27 +447,30 @@ class _Shape(NamedTuple):
 
 def _shape(problem: Problem) -> _Shape:
     device = runtime.traits(problem.device)
+    tokens = runtime.next_power_of_2(problem.tokens_hint)
     return _Shape(
-        runtime.next_power_of_2(problem.tokens_hint),
-        problem.block_m,
-        problem.k,
-        problem.n,
-        problem.slices,
-        problem.rows == "pair_token",
-        problem.weight_scales,
-        problem.x_scales,
-        problem.rank,
-        _has_accelerator(device),
-        device.shared_memory,
-        device.full_warps,
-        device.warp_sums,
-        device.max_stages,
+        tokens=tokens,
+        pairs=tokens * problem.top_k,
+        block_m=problem.block_m,
+        k=problem.k,
+        n=problem.n,
+        slices=problem.slices,
+        sums=problem.rows == "pair_token",
+        weight_scales=problem.weight_scales,
+        x_scales=problem.x_scales,
+        rank=problem.rank,
+        accelerator=_has_accelerator(device),
+        num_sms=device.num_sms,
+        shared_memory=device.shared_memory,
+        full_warps=device.full_warps,
+        warp_sums=device.warp_sums,
+        max_stages=device.max_stages,
     )
 
 
 def _schedule(problem: Problem, boxes: bool) -> str:
     if problem.rows == "pair_token" or problem.block_m == 0:
-        return "gemv"
+        return "gemv" if problem.x_scales is None else "naive"
     # Below 64 rows a tile waits for memory, which pointers ask for as well as descriptors; FP8 weights that are widened pass
     # through registers anyway.
     boxes = boxes and (problem.weight_scales is None or problem.x_scales is not None)
@@ -463,22 +485,29 @@ def _has_accelerator(device: runtime.Traits) -> bool:
 @functools.lru_cache(maxsize=4096)
 def _rule(schedule: str, *sizes: Any) -> Config:
     s = _Shape(*sizes)
-    rules: dict[str, Callable[[_Shape], Config]] = {"gemv": _gemv, "tile": _tile, "box": _box}
+    rules: dict[str, Callable[[_Shape], Config]] = {"gemv": _gemv, "naive": _naive, "tile": _tile, "box": _box}
     return rules[schedule](s)
 
 
 def _gemv(s: _Shape) -> GemvConfig:
-    block_k = _block_k(s.k, 256 if s.k <= 8192 else 512)
+    wanted = 256 if s.k <= 8192 else 512
+    if s.slices == 2 and s.weight_scales is None and 2048 < s.k <= 6144:
+        wanted = 64  # two wide rows at a time spill there
+    block_k = _block_k(s.k, wanted)
     # Of a layer with adapters others are faster, of tiles in which a lane has the same columns, so that no row has other bits.
     own = s.rank > 0 and s.weight_scales is None and block_k == 256
     if s.sums:
-        return GemvConfig(min(s.tokens, 4) if own and s.rank <= 32 else 2, block_k, 1, 1)
+        return GemvConfig(min(s.tokens, 4) if own and s.rank <= 32 else 2, block_k, 2 if s.k > 8192 else 1, 1)
     if s.tokens == 1 and s.k <= 1024:
         return GemvConfig(2, block_k, 1, 1)
     if s.rank and s.slices == 2 and s.weight_scales == "group":
         return GemvConfig(4, block_k, 2, 1)  # one warp has no registers for scales of parts and for factors
     few_columns = s.rank and s.slices == 2 and s.weight_scales is not None  # or FP8 weights and factors fill the registers
     return GemvConfig(2 if few_columns or (own and s.tokens > 2) else 4, block_k, 1 if s.slices == 2 or s.k > 1024 else 2, 1)
+
+
+def _naive(s: _Shape) -> NaiveConfig:
+    return NaiveConfig(128, _in_group(s, _block_k(s.k, 128)), 4, 4 if s.slices == 2 else 2, 1)
 
 
 # block_m -> block_n, block_k, stages, warps of the first projection with its two halves, and of any other product
@@ -494,23 +523,32 @@ _OTHER_W8A8 = {16: (128, 128, 3, 4), 32: (128, 128, 3, 4), 64: (128, 128, 4, 8),
 def _tile(s: _Shape) -> TileConfig:
     block_n, block_k, stages, warps = _sizes(s)
     warps, tail = s.full_warps if s.block_m == 128 else warps, int(s.block_m == 128)
-    return TileConfig(block_n, block_k, stages, warps, 1, tail, 0, *_delta(s))
+    return TileConfig(block_n, block_k, stages, warps, _group_m(s), tail, 0, *_delta(s, block_n))
 
 
 def _box(s: _Shape) -> BoxConfig:
     block_n, block_k, stages, warps = _sizes(s)
     if not s.accelerator:  # boxes are copied by pointers to all of their elements, which take registers
         block_k, warps = min(block_k, 32), s.full_warps
-    return BoxConfig(block_n, block_k, stages, warps, 1, int(s.block_m == 128), *_delta(s))
+    return BoxConfig(block_n, block_k, stages, warps, _group_m(s), int(s.block_m == 128), *_delta(s, block_n))
 
 
-def _delta(s: _Shape) -> tuple[int, int]:
+def _group_m(s: _Shape) -> int:
+    """Blocks side by side where the weights of one expert are more than the cache holds until its next block."""
+    size = s.slices * s.n * s.k * (2 if s.weight_scales is None else 1)
+    return 16 if s.block_m >= 64 and size >= 64 * 2**20 else 1
+
+
+def _delta(s: _Shape, block_n: int) -> tuple[int, int]:
     """(ranks of a step over the adapters of a tile, stages): the fewer rows, the more of its registers are left, and the more
     adapters of low ranks are in it.
     """
-    if s.rank > 32:
-        return (128, 2) if s.block_m <= 32 else (64, min(3, s.max_stages))
-    return 32 if s.block_m == 128 and 0 < s.rank <= 16 else 64, 2
+    if s.rank <= 32:
+        return 32 if s.block_m == 128 and 0 < s.rank <= 16 else 64, 2
+    block_d, stages = (128, 2) if s.block_m <= 32 else (64, min(3, s.max_stages))
+    while block_d > 32 and stages * block_d * 2 * s.slices * (s.block_m + block_n) > s.shared_memory - 4096:
+        block_d //= 2
+    return block_d, stages
 
 
 def _sizes(s: _Shape) -> tuple[int, int, int, int]:
@@ -522,6 +560,8 @@ def _sizes(s: _Shape) -> tuple[int, int, int, int]:
         block_n, block_k, stages = 64, 128, 4 if s.rank else stages
     if s.weight_scales is None and s.block_m == 128 and s.slices == 1 and s.k >= 2048:
         block_n, stages, warps = 256, 4, 8
+    if s.block_m == 16 and s.pairs * runtime.cdiv(s.n, block_n) < s.num_sms:
+        stages = 6  # so few programs keep memory busy by what they ask for ahead
     stages, warps = min(stages, s.max_stages), min(warps, s.full_warps)
     while s.block_m * s.slices * block_n > warps * s.warp_sums:
         block_n, warps = (block_n, 2 * warps) if warps < s.full_warps else (block_n // 2, warps)

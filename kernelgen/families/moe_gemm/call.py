@@ -6,7 +6,7 @@ from types import ModuleType
 
 from kernelgen.families.call import LAYER as SIZES
 from kernelgen.families.call import Asked, empty, floats, ints, scales_of
-from kernelgen.families.moe_call import FEW_TOKENS, layer
+from kernelgen.families.moe_call import BY_PAIR, FEW_TOKENS, layer
 
 AT = {("delta", "lora"): {"rank": 16, "max_loras": 4}}
 OPEN = ("routed_weight",)  # a layer has both kinds of products
@@ -31,8 +31,9 @@ def _product(package: ModuleType, asked: Asked) -> None:
     if x_rows != "token":
         k, n = n, k
     pairs, wide = num_tokens * top_k, 2 if asked.fact("gated") else 1
-    by_one = out_rows == "token" or asked.tags("schedule") == ["gemv"]
-    by_one |= "sorted" not in (x_rows, out_rows) and "gemv" in asked.tags("schedule") and num_tokens <= FEW_TOKENS
+    schedules = set(asked.tags("schedule"))
+    by_one = out_rows == "token" or schedules <= {*BY_PAIR}
+    by_one |= "sorted" not in (x_rows, out_rows) and bool(schedules & {*BY_PAIR}) and num_tokens <= FEW_TOKENS
     tables = (package.no_tables if by_one else package.moe_align)(ints(num_tokens, top_k), num_experts=experts)
     package.moe_gemm(
         empty(asked, num_tokens if out_rows == "token" else pairs, n),

@@ -21,6 +21,7 @@ from kernelgen.families.case import Case as BaseCase
 from kernelgen.families.case import Tags, worst_ratio
 from kernelgen.families.moe_adapters import MIXED, Adapters, Drawn, factors, live_of
 from kernelgen.families.moe_adapters import draw as draw_adapters
+from kernelgen.families.moe_call import BY_PAIR
 from kernelgen.families.moe_experts import SPREAD, Experts, Routed, draw
 from kernelgen.families.moe_gemm.reference import Delta, Expected, moe_gemm, moe_gemm_sum
 from kernelgen.families.moe_lora.reference import dequantise
@@ -99,7 +100,7 @@ def _only(**axes: str) -> Mapping[str, Sequence[str]]:
 
 
 _TILED = _only(schedule="tile box")
-_POINTERS = _only(schedule="gemv tile")
+_POINTERS = _only(schedule="gemv naive tile")
 _WEIGHTED = _only(routed_weight="weighted")
 _ONE = Experts("one")
 _FP8 = _only(weight_quant="w8tensor w8channel w8group")
@@ -192,14 +193,14 @@ CASES = (
     Case(
         "huge_experts",
         "32-bit offsets of experts wrap",
-        only=_only(schedule="gemv tile", epilogue="none relu2"),
+        only=_only(schedule="gemv naive tile", epilogue="none relu2"),
         expert_stride=_HUGE,
         experts=2,
     ),
     Case(
         "huge_rows",
         "32-bit offsets of rows wrap",
-        only=_only(schedule="gemv tile", act_quant="none a8tensor a8token"),
+        only=_only(schedule="gemv naive tile", act_quant="none a8tensor a8token"),
         row_stride=_HUGE // 4,
         tokens=4,
         few=4,
@@ -319,7 +320,7 @@ class Call:
 def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
     """The operands of ``case`` for a variant, with tables of the reference; the numbers depend on the case alone."""
     dtype = getattr(torch, str(VOCABULARY["dtype"][tags["dtype"]]["torch_dtype"]))
-    by_one = tags["schedule"] == "gemv"
+    by_one = tags["schedule"] in BY_PAIR
     tokens = min(case.tokens, case.few) if by_one else case.tokens
     reads, writes = tags["rows"].split("_")
     routed = draw(case.routing, tokens, case.top_k, case.experts, case.random(), device)
@@ -420,7 +421,7 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
             topk_weights=weights,
             dtype=dtype,
             scaled=w_scale is not None,
-            short=of_x is not None and not by_one and device != "cpu",
+            short=of_x is not None and tags["schedule"] != "gemv" and device != "cpu",
             order=order,
             delta=delta,
         )

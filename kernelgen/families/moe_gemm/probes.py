@@ -9,10 +9,11 @@ from typing import Any, Iterator
 import torch
 
 from kernelgen.core.model import Variant
+from kernelgen.families.moe_call import BY_PAIR
 from kernelgen.families.probe import FP32, QWEN3, Probe, fp8, launcher_of, meta
 
 # One call of each kind of tile: tokens of Qwen3-30B-A3B whose mean expert makes blocks of that height, and a rank of adapters.
-_TOKENS = {"gemv": {1: 16, 4: 64}, "tile": {64: 64, 256: 16, 4096: 64}, "box": {1024: 16, 4096: 64}}
+_TOKENS = {"gemv": {1: 16, 4: 64}, "naive": {1: 16, 4: 64}, "tile": {64: 64, 256: 16, 4096: 64}, "box": {1024: 16, 4096: 64}}
 
 
 def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
@@ -37,7 +38,7 @@ def _probe(package: ModuleType, variant: Variant, num_tokens: int, rank: int) ->
 
     def call() -> None:
         with package._runtime.compile_only():
-            make = package.no_tables if variant.schedule == "gemv" else package.moe_align
+            make = package.no_tables if variant.schedule in BY_PAIR else package.moe_align
             ids, routing = meta(num_tokens, top_k), {"num_experts": num_experts, "valid_tokens": meta(1)}
             tables = make(ids, **routing)
         options: dict[str, Any] = {}
@@ -57,7 +58,7 @@ def _probe(package: ModuleType, variant: Variant, num_tokens: int, rank: int) ->
                 routing["block_m"] = tables.block_m
                 tables, options["runs"] = package.moe_runs(ids, meta(num_tokens), max_loras=5, **routing)
                 a = [meta(5, num_experts, rank, k, dtype=dtype)] * variant.slices
-                x_rows = "token" if variant.reads_token else "pair" if variant.schedule == "gemv" else "sorted"
+                x_rows = "token" if variant.reads_token else "pair" if variant.schedule in BY_PAIR else "sorted"
                 options["v"] = package.moe_shrink(meta(*x_shape, dtype=dtype), a, tables, options["runs"], x_rows=x_rows)
             options["lora_b"] = [meta(5, num_experts, n, rank, dtype=dtype)] * variant.slices
         launcher(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+from kernelgen.families.moe_call import BY_PAIR
 from kernelgen.measure.suite import GROUP
 from kernelgen.measure.tune.hints import Hints, Tuning
 from kernelgen.measure.tune.space import Candidate
@@ -14,7 +15,7 @@ from kernelgen.measure.tune.space import Candidate
 class MoeGemm(Hints):
     """One product. Operands that descriptors cannot read leave box out, so the best tile is kept beside it."""
 
-    KINDS: ClassVar[tuple[tuple[str, ...], ...]] = (("gemv",), ("tile",), ("box",))
+    KINDS: ClassVar[tuple[tuple[str, ...], ...]] = (("gemv",), ("naive",), ("tile",), ("box",))
 
     def accepts(self, candidate: Candidate) -> bool:
         """Whether the tiles can be right, can win and are not the same as others: known without compiling."""
@@ -26,7 +27,7 @@ class MoeGemm(Hints):
             return False
         if p.get("weight_quant") == "w8group" and GROUP % c["block_k"]:
             return False  # a tile has one scale
-        if candidate.schedule == "gemv":
+        if candidate.schedule in BY_PAIR:
             return True
         if c["tail"] and rows < 128:
             return False  # only such blocks have a half

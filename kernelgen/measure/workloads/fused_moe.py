@@ -238,6 +238,8 @@ class Ours(Package):
         if place is not None:
             call = functools.partial(self.kg.moe_gemm, out, batch.x, w.w2, tables, x_rows="sorted", **scales)
             return Op(call, of_pairs)
+        if case.cell.act != "none":  # by moe_sum
+            return Op(functools.partial(self.kg.moe_gemm, out, batch.x, w.w2, tables, x_rows="pair", **scales), of_pairs)
         sums = out[: case.cell.tokens]
 
         def of_tokens() -> list[Truth]:
@@ -279,10 +281,14 @@ class Ours(Package):
 
     def _tables(self, case: Case[Batch], batch: Batch) -> tuple[Any, Callable[[], torch.Tensor] | None]:
         """Tables, and what finds where in them each pair is; None: few tokens need none."""
-        few = importlib.import_module(f"{self.kg.__name__}._fused_moe")._FEW_TOKENS
-        if case.cell.tokens <= few:
-            return self.kg.no_tables(batch.topk_ids, num_experts=case.cell.model.experts), None
-        tables = self.kg.moe_align(batch.topk_ids, num_experts=case.cell.model.experts)
+        cell, experts = case.cell, case.cell.model.experts
+        rule = importlib.import_module(f"{self.kg.__name__}._fused_moe").layer_block_m
+        halves, fp8 = 3 if cell.model.gated else 2, cell.quant != "none"
+        size = halves * cell.model.hidden * cell.model.intermediate * (1 if fp8 else 2)
+        block_m = rule(cell.tokens, cell.tokens, cell.model.top_k, experts, size, fp8, cell.act != "none")
+        if block_m == 0:
+            return self.kg.no_tables(batch.topk_ids, num_experts=experts), None
+        tables = self.kg.moe_align(batch.topk_ids, num_experts=experts, block_m=block_m)
         return tables, functools.cache(functools.partial(place_of_pairs, tables, batch.topk_ids))
 
 
