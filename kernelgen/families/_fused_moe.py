@@ -318,8 +318,6 @@ def _bind(
     expected = num_tokens if num_tokens_hint is None else min(num_tokens_hint, num_tokens)
     expert_bytes = (w13.shape[1] + inter) * width * w13.itemsize
     block_m = layer_block_m(num_tokens, expected, top_k, num_experts, expert_bytes, w13.itemsize == 1, x_mode is not None)
-    if lora is not None and x_mode is not None:
-        block_m = block_m or 16  # few tokens too are ordered by expert
     few = block_m == 0
     sums = few and x_mode is None  # experts of a token, in the second product
     blocks = 0 if few else 3 * max_blocks(num_tokens, top_k, num_experts, block_m)

@@ -71,7 +71,8 @@ def fp8_layers_with_adapters(package: ModuleType, variants: Sequence[Variant], d
     """Layers with FP8 weights, with and without FP8 activations, and adapters in 16 bits are within their bound, in a workspace
     and without; and tokens without an adapter as they were."""
     modes: list[Any] = [(2, ("group", None, "swiglu")), (7, ("tensor", None, "relu2")), (7, ("channel", None, "swiglu"))]
-    modes += [(2, ("group", "group", "swiglu")), *((7, mode) for mode in MODES if mode[1] or mode[0] == "group")]
+    modes += [(2, ("group", "group", "swiglu")), (3, ("channel", "token", "swiglu")), (1, ("tensor", "tensor", "relu2"))]
+    modes += [*((7, mode) for mode in MODES if mode[1] or mode[0] == "group")]
     sizes = {"max_tokens": 7, "top_k": 2, "num_experts": 3, "hidden": 144, "intermediate": 136}
     for number, (tokens, mode) in enumerate(modes):
         base = fp8_layer(package, tokens, Experts("mixed"), device, mode, served=number % 3 == 0, experts=3)
@@ -80,9 +81,8 @@ def fp8_layers_with_adapters(package: ModuleType, variants: Sequence[Variant], d
         workspace = package.fused_moe_workspace(**sizes, **options) if number % 2 else None
         out = call.run(package, workspace=workspace)
         about(lambda call=call, out=out: call.verify(out), f"{tokens} tokens, scales {mode}")  # type: ignore[misc]
-        if tokens > 4 or mode[1] is None:  # else the layer without adapters has another schedule
-            alone = [token for token, adapter in enumerate(call.adapters) if adapter is None]
-            assert torch.equal(bits(out[alone]), bits(base.run(package)[alone])), f"{tokens} tokens, scales {mode}"
+        alone = [token for token, adapter in enumerate(call.adapters) if adapter is None]
+        assert torch.equal(bits(out[alone]), bits(base.run(package)[alone])), f"{tokens} tokens, scales {mode}"
 
 
 def a_row_does_not_know_its_batch(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
