@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from typing import Iterator, Mapping, NamedTuple, Sequence
+import sys
+from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
 from kernelgen.core.names import PACKAGE
 
 MAX_WORD = 400  # characters: longer than the names of modules
 
 
-class Import(NamedTuple):
-    """One name that is imported from the package: ``name`` of ``module``, which is empty for the package itself.
+class Wanted(NamedTuple):
+    """A name of another module of the package: ``name`` of ``module``, which is empty for the package itself.
 
-    ``at_once``: whether that is done while the module itself is imported, so that it fails where the name is not there yet.
+    ``at_once``: whether it is wanted while the module itself is imported, which fails where the name is not there yet.
     """
 
     module: tuple[str, ...]
@@ -35,6 +36,7 @@ class Outline:
 
     Attributes:
         imports: what it imports from the package, wherever in the text.
+        asks: the attributes that it reads of what it imports so, if that is a module.
         defined: the names that it binds at its top level, and the lines where it first does.
         exports: ``__all__``; None: it has none.
         words: names, attributes, parameters and short texts, wherever.
@@ -42,7 +44,8 @@ class Outline:
         fields: of the classes at its top level, by name: what they declare, in this order.
     """
 
-    imports: tuple[Import, ...]
+    imports: tuple[Wanted, ...]
+    asks: tuple[Wanted, ...]
     defined: Mapping[str, int]
     exports: tuple[str, ...] | None
     words: frozenset[str]
@@ -63,15 +66,30 @@ def outline(path: str, text: str) -> Outline | None:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
     folder = path.removeprefix(f"{PACKAGE}/").split("/")[:-1]
-    imports: list[Import] = []
+    imports: list[Wanted] = []
+    places: dict[str, tuple[str, ...]] = {}  # of what names stand for
+    reads: list[ast.Attribute] = []
     words, attributes, names, constants = set[str](), set[str](), set[str](), set[str]()
+    bound = set[str]()  # to anything else
     at_once = {id(node) for node in _at_once(tree.body)}
+    now = {id(node) for node in _now(tree.body)}
+    defined: dict[str, int] = {}
+    for name, line in _defined(tree.body):
+        defined.setdefault(name, line)
     for node in nodes(tree):
         if isinstance(node, ast.Name):
             names.add(node.id)
+            if not isinstance(node.ctx, ast.Load):
+                bound.add(node.id)
         elif isinstance(node, ast.Attribute):
             attributes.add(node.attr)
+            if isinstance(node.value, ast.Name) and isinstance(node.ctx, ast.Load):
+                reads.append(node)
+        elif isinstance(node, ast.Global):
+            for name in node.names:
+                defined.setdefault(name, sys.maxsize)  # when a function is called
         elif isinstance(node, ast.arg):
+            bound.add(node.arg)
             (constants if is_constant(node) else names).add(node.arg)
         elif isinstance(node, ast.keyword):
             words.add(node.arg or "")
@@ -82,14 +100,19 @@ def outline(path: str, text: str) -> Outline | None:
             module = (*base, *(node.module.split(".") if node.module else ()))
             for alias in node.names:
                 at = alias.lineno, alias.col_offset + 1
-                imports.append(Import(module, alias.name, node.lineno, at, id(node) in at_once))
+                imports.append(Wanted(module, alias.name, node.lineno, at, id(node) in at_once))
+                places[alias.asname or alias.name] = (*module, alias.name)
+    asks = []
+    for read in reads:
+        name = read.value.id if isinstance(read.value, ast.Name) else ""
+        if name in places.keys() - bound:
+            at = read.end_lineno or 0, (read.end_col_offset or 0) - len(read.attr.encode()) + 1
+            asks.append(Wanted(places[name], read.attr, read.lineno, at, id(read) in now))
     fields = {node.name: _fields(node) for node in tree.body if isinstance(node, ast.ClassDef)}
-    defined: dict[str, int] = {}
-    for name, line in _defined(tree.body):
-        defined.setdefault(name, line)
     listed = exports(tree)
     return Outline(
         tuple(imports),
+        tuple(asks),
         defined,
         None if listed is None else tuple(listed),
         frozenset(words | attributes | names | constants),
@@ -146,6 +169,22 @@ def _at_once(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
             yield from _at_once([*node.body, *node.orelse])
         elif isinstance(node, ast.ClassDef):
             yield from _at_once(node.body)
+
+
+def _now(body: Sequence[ast.stmt]) -> Iterator[ast.AST]:
+    """What of the statements of ``_at_once`` is evaluated then."""
+    for node in _at_once(body):
+        parts: list[Any] = [node]
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            parts = [*node.decorator_list, *node.args.defaults, *filter(None, node.args.kw_defaults)]
+        elif isinstance(node, ast.ClassDef):
+            parts = [*node.decorator_list, *node.bases]
+        elif isinstance(node, ast.If):
+            parts = [node.test]
+        elif isinstance(node, (ast.Try, ast.With, ast.For, ast.While)):
+            parts = []
+        for part in parts:
+            yield from (inner for inner in nodes(part) if not isinstance(part, ast.Lambda))
 
 
 def _defined(body: Sequence[ast.stmt]) -> Iterator[tuple[str, int]]:

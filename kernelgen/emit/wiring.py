@@ -32,13 +32,14 @@ def faults(package: Package, families: Sequence[Family], outputs: Outputs) -> It
     """What does not fit in the ``outputs`` of ``families``, which are those of ``package`` as far as they are rendered."""
     if outputs.faults:  # what is missing because it failed would be told again
         return
-    missing = list(_import_faults(outputs)) or list(_circle_faults(outputs))
+    missing = list(_import_faults(outputs)) or [*_ask_faults(outputs), *_circle_faults(outputs)]
     missing += [fault for family in families for fault in _launcher_faults(family, outputs)]
     yield from missing
     unheeded = [] if missing else [fault for family in package.families for fault in _unheeded(family, outputs.renderer)]
     yield from unheeded
     for family in families:
-        yield from (fault for fault in _choice_faults(family, outputs) if fault.location not in {f.location for f in unheeded})
+        choice = [] if missing else list(_choice_faults(family, outputs))
+        yield from (fault for fault in choice if fault.location not in {f.location for f in unheeded})
         yield from _tunable_faults(family, outputs)
         yield from _tuned_faults(family, outputs)
 
@@ -273,6 +274,20 @@ def _import_faults(outputs: Outputs) -> Iterator[Diagnostic]:
                 yield Diagnostic("KG023", where, f"{name} has no {wanted.name!r}", did_you_mean(wanted.name, known, ""))
 
 
+def _ask_faults(outputs: Outputs) -> Iterator[Diagnostic]:
+    """What modules read of each other and is not there."""
+    for place, made in outputs.modules.items():
+        for wanted in made.asks:
+            of = outputs.modules.get(wanted.module)
+            if of is None or wanted.name.startswith("__") or (*wanted.module, wanted.name) in outputs.modules:
+                continue
+            own = wanted.module[-1:]  # the face may have a function of the name of the module
+            if not {wanted.name, "__getattr__", *own} & of.defined.keys():
+                where = outputs.place_in(place, wanted.at[0], wanted.name, wanted.at[1])
+                hint = did_you_mean(wanted.name, of.defined, "")
+                yield Diagnostic("KG023", where, f"{_called(wanted.module)} has no {wanted.name!r}", hint)
+
+
 def _circle_faults(outputs: Outputs) -> Iterator[Diagnostic]:
     """Imports that lead back to a module that is being imported, and does not have yet what they want of it."""
     modules, reached = outputs.modules, dict[tuple[str, ...], int]()  # the line that a module is at
@@ -284,15 +299,17 @@ def _circle_faults(outputs: Outputs) -> Iterator[Diagnostic]:
 
     def run(place: tuple[str, ...]) -> Iterator[Diagnostic]:
         reached[place] = 0
-        for wanted in sorted((wanted for wanted in modules[place].imports if wanted.at_once), key=lambda wanted: wanted.line):
-            reached[place] = wanted.line
-            yield from load(wanted.module)
+        made = modules[place]
+        asks = [(ask.line, True, ask) for ask in made.asks if ask.at_once and ask.module in modules]
+        for line, is_read, wanted in sorted([*((new.line, False, new) for new in made.imports if new.at_once), *asks]):
+            reached[place] = line
+            yield from () if is_read else load(wanted.module)
             of, inner = modules.get(wanted.module), (*wanted.module, wanted.name)
             if of is not None and of.defined.get(wanted.name, sys.maxsize) < reached[wanted.module]:
                 continue
             if inner in modules:
                 yield from load(inner)
-            else:
+            elif not is_read or reached[wanted.module] < sys.maxsize:
                 back = f"it imports {_called(place)}, and this leads back to it"
                 message = f"{_called(wanted.module)} has no {wanted.name!r} yet: {back}"
                 where = outputs.place_in(place, wanted.at[0], wanted.name, wanted.at[1])
