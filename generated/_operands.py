@@ -564,6 +564,16 @@ class Op:
         """All arguments by name, from their order."""
         return dict(zip((operand.name for operand in self.operands), values, strict=True))
 
+    def shapes(self, **sizes: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of all tensors that these sizes tell, each in the first form that they do; of a sequence that of one."""
+        found: dict[str, tuple[int, ...]] = {}
+        for operand in self.operands:
+            for form in operand.forms if isinstance(operand, Tensor) else ():
+                if all(dim.text != "*" and set(dim.names) <= sizes.keys() for dim in form):
+                    shape = tuple(dim.number * math.prod(sizes[name] for name in dim.names) for dim in form)
+                    found.setdefault(operand.name, shape)
+        return found
+
     def check(self, op: str, values: Mapping[str, Any], **known: Any) -> Sizes:
         """The sizes of a call, once all that is declared here holds.
 

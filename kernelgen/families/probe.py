@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from types import ModuleType
-from typing import Callable, Mapping
+from typing import Any, Callable, Mapping
 
 import torch
 
@@ -59,6 +59,32 @@ def fp8(package: ModuleType) -> torch.dtype:
     """What FP8 operands of a probe are made of: e4m3, where the target that is compiled for has it."""
     has_e4m3 = package._runtime.traits(torch.device("meta")).e4m3
     return torch.float8_e4m3fn if has_e4m3 else torch.float8_e5m2
+
+
+def tensors(package: ModuleType, variant: Variant, **sizes: int) -> dict[str, Any]:
+    """The tensors that every call of a variant takes, of these sizes by their names in its declaration, and the scales of such
+    as the variant has FP8 for."""
+    op, own = package._operands.OPS[variant.family], getattr(torch, getattr(variant, "torch_dtype", "float32"))
+    declared = {operand.name: operand for operand in op.operands}
+    found: dict[str, Any] = {}
+    for name, shape in op.shapes(**sizes).items():
+        operand = declared[name]
+        if operand.is_optional or operand.dtype is None:
+            continue
+        fact = declared[operand.scaled_by].asks[0] if operand.scaled_by else ""
+        kind = getattr(variant, fact, None)
+        several = operand.dtype if isinstance(operand.dtype, tuple) else (operand.dtype,)
+        dtype = own if isinstance(operand.dtype, str) or own in several else several[0]
+        if kind or dtype.itemsize == 1:
+            dtype = fp8(package)
+        made = {name: meta(*shape, dtype=dtype)}
+        if kind:
+            quant = importlib.import_module(f"{package.__name__}.{variant.family}._table").QUANT
+            stacked = () if operand.slices or fact == "x_scales" else (sizes.get("S", 1),)
+            scale_shape = package._scales.x_scale_shape if fact == "x_scales" else package._scales.scale_shape
+            made[operand.scaled_by] = meta(*scale_shape(kind, shape, quant, *stacked), dtype=FP32)
+        found |= {name: [tensor] * sizes[operand.count] if operand.slices else tensor for name, tensor in made.items()}
+    return found
 
 
 def meta(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:

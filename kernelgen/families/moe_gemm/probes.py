@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
-from typing import Any, Iterator
+from typing import Iterator
 
 import torch
 
 from kernelgen.core.model import Variant
 from kernelgen.families.moe_call import BY_PAIR
-from kernelgen.families.probe import FP32, QWEN3, Probe, fp8, launcher_of, meta
+from kernelgen.families.probe import FP32, QWEN3, Probe, launcher_of, meta, tensors
 
 # One call of each kind of tile: tokens of Qwen3-30B-A3B whose mean expert makes blocks of that height, and a rank of adapters.
 _TOKENS = {"gemv": {1: 16, 4: 64}, "naive": {1: 16, 4: 64}, "tile": {64: 64, 256: 16, 4096: 64}, "box": {1024: 16, 4096: 64}}
@@ -24,8 +23,6 @@ def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
 
 def _probe(package: ModuleType, variant: Variant, num_tokens: int, rank: int) -> Probe:
     launcher = launcher_of(package, variant)
-    problem = importlib.import_module(f"{package.__name__}.{variant.family}._problem")
-    scales = importlib.import_module(f"{package.__name__}._scales")
     dtype = getattr(torch, variant.torch_dtype)
     top_k, num_experts = QWEN3["top_k"], QWEN3["num_experts"]
     num_pairs = num_tokens * top_k
@@ -41,33 +38,19 @@ def _probe(package: ModuleType, variant: Variant, num_tokens: int, rank: int) ->
             make = package.no_tables if variant.schedule in BY_PAIR else package.moe_align
             ids, routing = meta(num_tokens, top_k), {"num_experts": num_experts, "valid_tokens": meta(1)}
             tables = make(ids, **routing)
-        options: dict[str, Any] = {}
+        known = {"P": outputs, "R": rows, "E": num_experts, "N": n, "K": k, "S": variant.slices}
+        given = tensors(package, variant, **known)
         if variant.weighted:
-            options["topk_weights"] = meta(num_tokens, top_k, dtype=FP32)
-        of_weights, of_x, x_shape, w_shape = dtype, dtype, (rows, k), (num_experts, height, k)
-        if variant.weight_scales:
-            of_weights = fp8(package)
-            shape = scales.scale_shape(variant.weight_scales, w_shape, problem.QUANT, variant.slices)
-            options["w_scale"] = meta(*shape, dtype=FP32)
-        if variant.x_scales:
-            of_x = fp8(package)
-            shape = scales.x_scale_shape(variant.x_scales, x_shape, problem.QUANT)
-            options["x_scale"] = meta(*shape, dtype=FP32)
+            given["topk_weights"] = meta(num_tokens, top_k, dtype=FP32)
         if variant.adapted:
             with package._runtime.compile_only():
                 routing["block_m"] = tables.block_m
-                tables, options["runs"] = package.moe_runs(ids, meta(num_tokens), max_loras=5, **routing)
+                tables, given["runs"] = package.moe_runs(ids, meta(num_tokens), max_loras=5, **routing)
                 a = [meta(5, num_experts, rank, k, dtype=dtype)] * variant.slices
                 x_rows = "token" if variant.reads_token else "pair" if variant.schedule in BY_PAIR else "sorted"
-                options["v"] = package.moe_shrink(meta(*x_shape, dtype=dtype), a, tables, options["runs"], x_rows=x_rows)
-            options["lora_b"] = [meta(5, num_experts, n, rank, dtype=dtype)] * variant.slices
-        launcher(
-            meta(outputs, n, dtype=dtype),
-            meta(*x_shape, dtype=of_x),
-            meta(*w_shape, dtype=of_weights),
-            tables,
-            **options,
-        )
+                given["v"] = package.moe_shrink(meta(rows, k, dtype=dtype), a, tables, given["runs"], x_rows=x_rows)
+            given["lora_b"] = [meta(5, num_experts, n, rank, dtype=dtype)] * variant.slices
+        launcher(**given, tables=tables)
 
     hit = num_experts * (1.0 - (1.0 - 1.0 / num_experts) ** num_pairs)  # if pairs are spread evenly
     sizes = {"num_tokens": num_tokens, "k": k, "n": n, "top_k": top_k, "num_experts": num_experts}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from types import ModuleType
-from typing import Any, Iterator, Mapping
+from typing import Iterator, Mapping
 
 import torch
 
 from kernelgen.core.model import TunedEntry, Variant
-from kernelgen.families.probe import FP32, Probe, fp8, meta, ranks
+from kernelgen.families.probe import FP32, Probe, meta, ranks, tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +81,7 @@ def _probe(
     sizes: _Sizes,
     config: Mapping[str, int] | None = None,
 ) -> Probe:
-    folder = f"{package.__name__}.{variant.family}"
-    module = importlib.import_module(f"{folder}.{variant.module}")
-    problem = importlib.import_module(f"{folder}._problem")
+    module = importlib.import_module(f"{package.__name__}.{variant.family}.{variant.module}")
     num_pairs = sizes.num_tokens * sizes.top_k
     rows = num_pairs if variant.weighted else sizes.num_tokens
     dtype = getattr(torch, variant.torch_dtype)
@@ -98,31 +96,14 @@ def _probe(
                 assignment=variant.assignment,
                 block_m=sizes.block_m,
             )
-        experts = (sizes.max_loras, sizes.num_experts)
-        options: dict[str, Any] = {}
+        known = {"T": sizes.num_tokens, "top_k": sizes.top_k, "R": rows, "L": sizes.max_loras, "X": sizes.num_experts}
+        layer = {"K": sizes.k, "N": sizes.n, "S": sizes.slices, "rank": sizes.rank}
+        options = tensors(package, variant, **known, **layer)
         if variant.weighted:
             options["topk_weights"] = meta(sizes.num_tokens, sizes.top_k, dtype=FP32)
         if config is not None:
             options["config"] = module.Config(**config)
-        a_shape, b_shape = (*experts, sizes.rank, sizes.k), (*experts, sizes.n, sizes.rank)
-        of_weights, of_x, x_shape = dtype, dtype, (rows, sizes.k)
-        if variant.weight_scales:
-            of_weights = fp8(package)
-            for name, shape in (("a_scale", a_shape), ("b_scale", b_shape)):
-                scales = meta(*problem.scale_shape(variant.weight_scales, shape), dtype=FP32)
-                options[name] = [scales] * sizes.slices
-        if variant.x_scales:
-            of_x = fp8(package)
-            shape = problem.x_scale_shape(variant.x_scales, x_shape)
-            options["x_scale"] = meta(*shape, dtype=FP32)
-        getattr(module, variant.name)(
-            meta(sizes.num_tokens, sizes.top_k, sizes.slices * sizes.n, dtype=dtype),
-            meta(*x_shape, dtype=of_x),
-            [meta(*a_shape, dtype=of_weights)] * sizes.slices,
-            [meta(*b_shape, dtype=of_weights)] * sizes.slices,
-            route,
-            **options,
-        )
+        getattr(module, variant.name)(**options, route=route)
 
     groups = sizes.max_loras * sizes.num_experts
     hit = groups * (1.0 - (1.0 - 1.0 / groups) ** num_pairs)  # if pairs are spread evenly

@@ -6,10 +6,8 @@ import importlib
 from types import ModuleType
 from typing import Iterator
 
-import torch
-
 from kernelgen.core.model import Variant
-from kernelgen.families.probe import FP32, QWEN3, Probe, fp8, launcher_of, meta
+from kernelgen.families.probe import FP32, QWEN3, Probe, launcher_of, meta, tensors
 
 
 def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
@@ -25,8 +23,8 @@ def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
             with package._runtime.compile_only():
                 tables = package.moe_align(meta(num_tokens, top_k), num_experts=num_experts, valid_tokens=meta(1))
             scale = scales.x_scale_shape(variant.x_scales, shape, problem.QUANT)
-            codes = meta(*shape, dtype=fp8(package))
-            launcher(codes, meta(*scale, dtype=FP32), meta(*shape, dtype=getattr(torch, variant.torch_dtype)), tables)
+            given = tensors(package, variant, T=num_tokens, top_k=top_k, N=n)
+            launcher(**given, scale=meta(*scale, dtype=FP32), tables=tables)
 
         sizes = {"num_tokens": num_tokens, "n": n, "top_k": top_k, "num_experts": num_experts}
         yield Probe(f"t{num_tokens}", sizes, call, flops=0.0, bytes=3.0 * shape[0] * shape[1])

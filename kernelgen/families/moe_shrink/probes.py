@@ -9,7 +9,7 @@ from typing import Any, Iterator
 import torch
 
 from kernelgen.core.model import Variant
-from kernelgen.families.probe import FP32, QWEN3, Probe, fp8, launcher_of, meta
+from kernelgen.families.probe import FP32, QWEN3, Probe, launcher_of, meta, tensors
 
 
 def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
@@ -18,30 +18,25 @@ def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
     dtype, top_k, num_experts = getattr(torch, variant.torch_dtype), QWEN3["top_k"], QWEN3["num_experts"]
     slices, k = (2, QWEN3["hidden"]) if variant.reads_token else (1, QWEN3["inter"])
     problem = importlib.import_module(f"{package.__name__}.moe_shrink._problem")
-    scales_of = importlib.import_module(f"{package.__name__}._scales")
     few, experts = variant.schedule == "pairs", 1 if variant.by_token else num_experts
     for num_tokens, rank in {1: 16, 4: 64}.items() if few else {64: 64, 1024: 16, 4096: 64}.items():
         num_pairs = num_tokens * top_k
-        x_shape = (num_tokens if variant.reads_token else num_pairs, k)
-        x = meta(*x_shape, dtype=fp8(package) if variant.x_scales else dtype)
-        scales: dict[str, Any] = {}
-        if variant.x_scales:
-            scales["x_scale"] = meta(*scales_of.x_scale_shape(variant.x_scales, x_shape, problem.QUANT), dtype=FP32)
+        given = tensors(package, variant, R=num_tokens if variant.reads_token else num_pairs, K=k)
         rows = num_tokens if variant.by_token else num_pairs
         v = meta(rows, slices, rank, dtype=dtype)
         if few:
             v = meta(problem.part_count(k), num_pairs, slices, rank, dtype=FP32)
         factors = meta(5, experts, rank, k, dtype=dtype)
-        a = [factors.expand(-1, num_experts, -1, -1)] * slices
+        given |= {"v": v, "lora_a": [factors.expand(-1, num_experts, -1, -1)] * slices}
 
-        def call(operands: Any = (v, x, a), scales: Any = scales, num_tokens: int = num_tokens) -> None:
+        def call(given: Any = given, num_tokens: int = num_tokens) -> None:
             with package._runtime.compile_only():
                 sizes = {"num_experts": num_experts, "max_loras": 5, "block_m": 0 if few else None}
                 tables, runs = package.moe_runs(meta(num_tokens, top_k), meta(num_tokens), **sizes)
-            launcher(*operands, tables, runs, **scales)
+            launcher(**given, tables=tables, runs=runs)
 
         hit = 1.0 - (1.0 - 1.0 / (5 * experts)) ** rows  # if rows are spread evenly
-        moved = x.nbytes + v.nbytes + hit * slices * factors.nbytes
+        moved = given["x"].nbytes + v.nbytes + hit * slices * factors.nbytes
         sizes = {"num_tokens": num_tokens, "k": k, "rank": rank, "slices": slices, "max_loras": 5}
         flops = 2.0 * rows * slices * rank * k
         yield Probe(f"t{num_tokens}", sizes, call, flops=flops, bytes=moved)

@@ -8,24 +8,22 @@ from typing import Any, Iterator
 import torch
 
 from kernelgen.core.model import Variant
-from kernelgen.families.probe import QWEN3, Probe, launcher_of, meta
+from kernelgen.families.probe import QWEN3, Probe, launcher_of, meta, tensors
 
 
 def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
     """Of few tokens, and of many."""
     launcher = launcher_of(package, variant)
-    dtype = getattr(torch, variant.torch_dtype)
     top_k, width = QWEN3["top_k"], QWEN3["hidden"]
     for num_tokens in (16, 4096):
-        ids = meta(num_tokens, top_k)
-        out, y = meta(num_tokens, width, dtype=dtype), meta(num_tokens, top_k, width, dtype=dtype)
+        given = tensors(package, variant, T=num_tokens, top_k=top_k, N=width)
         options: dict[str, Any] = {"num_experts": QWEN3["num_experts"], "valid_tokens": meta(1)}
         if variant.weighted:
             options["topk_weights"] = meta(num_tokens, top_k, dtype=torch.float32)
 
-        def call(arguments: Any = (out, y, ids), options: Any = options) -> None:
-            launcher(*arguments, **options)
+        def call(given: Any = given, options: Any = options) -> None:
+            launcher(**given, **options)
 
         sizes = {"num_tokens": num_tokens, "top_k": top_k, "n": width}
-        moved = dtype.itemsize * (out.numel() + y.numel())
-        yield Probe(f"t{num_tokens}", sizes, call, flops=2.0 * y.numel(), bytes=float(moved))
+        moved = given["out"].nbytes + given["y"].nbytes
+        yield Probe(f"t{num_tokens}", sizes, call, flops=2.0 * given["y"].numel(), bytes=float(moved))
