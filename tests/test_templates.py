@@ -188,7 +188,7 @@ LAUNCH = IMPORT + "from .. import _runtime\ndef f(x_ptr, K: tl.constexpr, N: tl.
         (KERNEL, IMPORT, IMPORT + "import torch\nX = torch.cuda.sream\n", "5:16 KG023 torch.cuda has no 'sream' [sream] did you"),
         (KERNEL, IMPORT, IMPORT + "from math import *\n", "4:1 KG023 import of *"),
         (KERNEL, IMPORT, IMPORT + "from ._problm import X\n", "4:7 KG023 there is no module toy._problm [_problm]"),
-        (KERNEL, IMPORT, IMPORT + "from .._runtime import cidv\n", "4:24 KG023 _runtime has no 'cidv' [cidv]"),
+        (KERNEL, IMPORT, IMPORT + "from .._runtime import cidv\n", "4:24 KG023 _runtime has no 'cidv' [cidv] did you mean cdiv?"),
         (KERNEL, IMPORT, IMPORT + "from .. import _runtime as r\nX = r.cidv\n", "5:7 KG023 _runtime has no 'cidv' [cidv]"),
         (KERNEL, "return tl", "return block_m, tl", "13:12 KG023 undefined name 'block_m' [block_m] did you mean block_n?"),
         (KERNEL, "(block_n)", "(block_n: Tensor)", "12:27 KG023 undefined name 'Tensor' [Tensor]"),
