@@ -566,7 +566,9 @@ def _sizes(s: _Shape) -> tuple[int, int, int, int]:
     if s.block_m == 16 and s.pairs * runtime.cdiv(s.n, block_n) < s.num_sms:
         stages = 6  # so few programs keep memory busy by what they ask for ahead
     stages, warps = min(stages, s.max_stages), min(warps, s.full_warps)
-    while s.block_m * s.slices * block_n > warps * s.warp_sums:
+    # Sums of a group pass through registers beside all others; behind them there is no room for factors too.
+    room = s.warp_sums // 2 if s.rank and s.weight_scales == s.x_scales == "group" else s.warp_sums
+    while s.block_m * s.slices * block_n > warps * room:
         block_n, warps = (block_n, 2 * warps) if warps < s.full_warps else (block_n // 2, warps)
     block_k = _in_group(s, _block_k(s.k, block_k))
     while block_n > 16 and block_n >= 2 * s.n:
