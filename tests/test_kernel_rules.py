@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import itertools
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 import pytest
 
@@ -31,12 +32,8 @@ WIDE_STRIDES = {
 LENGTHS = {"K", "N", "RANK"}
 
 
-def kernels(file: Path) -> Iterator[ast.FunctionDef]:
-    """The functions of ``file`` that Triton compiles."""
-    return kernels_of(ast.parse(file.read_text("utf-8")))
-
-
-def kernels_of(module: ast.Module) -> Iterator[ast.FunctionDef]:
+def kernels(module: ast.Module) -> Iterator[ast.FunctionDef]:
+    """The functions that Triton compiles."""
     for node in module.body:
         decorators = node.decorator_list if isinstance(node, ast.FunctionDef) else []
         if any("triton.jit" in ast.unparse(decorator) for decorator in decorators):
@@ -74,78 +71,100 @@ def is_widened(value: ast.expr) -> bool:
     return ".to(tl.int64)" in ast.unparse(value)
 
 
-pytestmark = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-
-
-def test_no_hint_that_the_interpreter_takes_and_a_compiler_refuses(file: Path) -> None:
+def no_hint_that_the_interpreter_takes_and_a_compiler_refuses(kernel: ast.FunctionDef) -> None:
     """.cg with an eviction policy is an error of ptxas; warp_specialize makes these kernels slower."""
-    for kernel in kernels(file):
-        for called, words in calls(kernel):
-            assert "warp_specialize" not in words, called
-            assert not {"cache_modifier", "eviction_policy"} <= words.keys(), called
+    for called, words in calls(kernel):
+        assert "warp_specialize" not in words, called
+        assert not {"cache_modifier", "eviction_policy"} <= words.keys(), called
 
 
-def test_no_atomics(file: Path) -> None:
+def no_atomics(kernel: ast.FunctionDef) -> None:
     """A sum in the order of arrival has other bits in every run."""
-    for kernel in kernels(file):
-        assert not [called for called, _ in calls(kernel) if called.startswith("tl.atomic_")]
+    assert not [called for called, _ in calls(kernel) if called.startswith("tl.atomic_")]
 
 
-def test_no_index_wraps_around(file: Path) -> None:
+def no_index_wraps_around(kernel: ast.FunctionDef) -> None:
     """``index % N`` hides a missing mask: it reads what is not asked for, and cannot be vectorised.
 
     Rows of A beyond the rank are dropped afterwards, and read without a mask: they may be its first ones again.
     """
-    for kernel in kernels(file):
-        rows_of_a = {
-            id(node.value)
-            for node in ast.walk(kernel)
-            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "a_row"
-        }
-        for node in ast.walk(kernel):
-            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod) and id(node) not in rows_of_a:
-                assert ast.unparse(node.right) not in LENGTHS, ast.unparse(node)
+    rows_of_a = {
+        id(node.value)
+        for node in ast.walk(kernel)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "a_row"
+    }
+    for node in ast.walk(kernel):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod) and id(node) not in rows_of_a:
+            assert ast.unparse(node.right) not in LENGTHS, ast.unparse(node)
 
 
-def test_offsets_of_adapter_expert_and_row_are_wide(file: Path) -> None:
-    for kernel in kernels(file):
-        wide = wide_names(kernel)
-        for stride, factor in products(kernel):
-            if isinstance(stride, ast.Name) and stride.id in WIDE_STRIDES:
-                base = factor.value if isinstance(factor, ast.Subscript) else factor
-                is_wide = isinstance(base, ast.Name) and base.id in wide
-                assert is_wide or is_widened(factor), ast.unparse(factor)
+def offsets_of_adapter_expert_and_row_are_wide(kernel: ast.FunctionDef) -> None:
+    wide = wide_names(kernel)
+    for stride, factor in products(kernel):
+        if isinstance(stride, ast.Name) and stride.id in WIDE_STRIDES:
+            base = factor.value if isinstance(factor, ast.Subscript) else factor
+            is_wide = isinstance(base, ast.Name) and base.id in wide
+            assert is_wide or is_widened(factor), ast.unparse(factor)
 
 
-def test_a_number_that_changes_from_call_to_call_makes_no_compile_key(file: Path) -> None:
+def a_number_that_changes_from_call_to_call_makes_no_compile_key(kernel: ast.FunctionDef) -> None:
     """Every parameter is a pointer, a constant, or listed in ``do_not_specialize``."""
-    for kernel in kernels(file):
-        decorators = " ".join(ast.unparse(decorator) for decorator in kernel.decorator_list)
-        for parameter in kernel.args.args:
-            if kernel.name.startswith("_"):
-                continue  # a helper has no key of its own
-            is_pointer = parameter.arg.endswith(("_ptr", "_ptrs", "_desc"))
-            is_constant = parameter.annotation is not None
-            assert is_pointer or is_constant or f"'{parameter.arg}'" in decorators, parameter.arg
+    decorators = " ".join(ast.unparse(decorator) for decorator in kernel.decorator_list)
+    for parameter in kernel.args.args:
+        if kernel.name.startswith("_"):
+            continue  # a helper has no key of its own
+        is_pointer = parameter.arg.endswith(("_ptr", "_ptrs", "_desc"))
+        is_constant = parameter.annotation is not None
+        assert is_pointer or is_constant or f"'{parameter.arg}'" in decorators, parameter.arg
 
 
-def test_every_dot_has_an_accumulator_of_32_bits(file: Path) -> None:
-    for kernel in kernels(file):
-        for called, words in calls(kernel):
-            if called == "tl.dot":
-                assert words.get("out_dtype", "tl.float32") == "tl.float32"
-                assert "allow_tf32" not in words
+def every_dot_has_an_accumulator_of_32_bits(kernel: ast.FunctionDef) -> None:
+    for called, words in calls(kernel):
+        if called == "tl.dot":
+            assert words.get("out_dtype", "tl.float32") == "tl.float32"
+            assert "allow_tf32" not in words
 
 
 def names_in(nodes: Iterable[ast.AST]) -> set[str]:
     return {inner.id for node in nodes for inner in ast.walk(node) if isinstance(inner, ast.Name)}
 
 
-def test_nothing_is_passed_or_imported_that_is_not_used(file: Path) -> None:
+def nothing_is_passed_that_is_not_used(kernel: ast.FunctionDef) -> None:
     """A text is for one case, and has what that case needs."""
-    module = ast.parse(file.read_text("utf-8"))
+    assert not {parameter.arg for parameter in kernel.args.args} - names_in(kernel.body)
+
+
+def nothing_is_imported_that_is_not_used(module: ast.Module) -> None:
+    """As above."""
     imports = [node for node in module.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     imported = {(alias.asname or alias.name).partition(".")[0] for node in imports for alias in node.names}
     assert not imported - names_in(module.body) - {"annotations"}
-    for kernel in kernels_of(module):
-        assert not {parameter.arg for parameter in kernel.args.args} - names_in(kernel.body), kernel.name
+
+
+RULES: tuple[Callable[[ast.FunctionDef], None], ...] = (
+    no_hint_that_the_interpreter_takes_and_a_compiler_refuses,
+    no_atomics,
+    no_index_wraps_around,
+    offsets_of_adapter_expert_and_row_are_wide,
+    a_number_that_changes_from_call_to_call_makes_no_compile_key,
+    every_dot_has_an_accumulator_of_32_bits,
+    nothing_is_passed_that_is_not_used,
+)
+
+
+@pytest.mark.parametrize("family", sorted({file.parent.name for file in FILES}))
+def test_kernels_keep_the_rules(family: str) -> None:
+    broken = []
+
+    def ask(rule: Callable[[Any], None], what: ast.AST, name: str) -> None:
+        try:
+            rule(what)
+        except AssertionError as error:
+            broken.append(f"{name}: {rule.__name__}: {error}")
+
+    for file in (file for file in FILES if file.parent.name == family):  # each is parsed once
+        module = ast.parse(file.read_text("utf-8"))
+        ask(nothing_is_imported_that_is_not_used, module, file.stem)
+        for kernel, rule in itertools.product(kernels(module), RULES):
+            ask(rule, kernel, f"{file.stem}, {kernel.name}")
+    assert not broken, "\n".join(broken)

@@ -16,8 +16,11 @@ WIDER = "B,C4,E4,E7,E9,F,I,PLE,RUF,SIM,UP,W"  # than what ruff checks unless tol
 
 MYPY = """\
 [mypy]
+python_version = 3.10
 strict = true
+[mypy-triton.*]
 ignore_missing_imports = true
+follow_imports = skip
 [mypy-{kernels}]
 disallow_untyped_decorators = false
 disallow_untyped_defs = false
