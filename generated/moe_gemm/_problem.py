@@ -440,6 +440,7 @@ class _Shape(NamedTuple):
     weight_scales: str | None
     x_scales: str | None
     rank: int  # of adapters, 0: there are none
+    target: str
     accelerator: bool
     num_sms: int
     shared_memory: int
@@ -462,6 +463,7 @@ def _shape(problem: Problem) -> _Shape:
         weight_scales=problem.weight_scales,
         x_scales=problem.x_scales,
         rank=problem.rank,
+        target=device.target,
         accelerator=_has_accelerator(device),
         num_sms=device.num_sms,
         shared_memory=device.shared_memory,
@@ -510,7 +512,12 @@ def _gemv(s: _Shape) -> GemvConfig:
 
 
 def _naive(s: _Shape) -> NaiveConfig:
-    return NaiveConfig(128, _in_group(s, _block_k(s.k, 128)), 4, 4 if s.slices == 2 else 2, 1)
+    block_n, block_k, stages = 128, _in_group(s, _block_k(s.k, 128)), min(4, s.max_stages)
+    while stages > 2 and stages * block_k * (16 + s.slices * block_n) > s.shared_memory - 4096:
+        stages -= 1
+    while block_n > 16 and stages * block_k * (16 + s.slices * block_n) > s.shared_memory - 4096:
+        block_n //= 2
+    return NaiveConfig(block_n, block_k, stages, 4 if s.slices == 2 else 2, 1)
 
 
 # block_m -> block_n, block_k, stages, warps of the first projection with its two halves, and of any other product
@@ -566,8 +573,9 @@ def _sizes(s: _Shape) -> tuple[int, int, int, int]:
     if s.block_m == 16 and s.pairs * runtime.cdiv(s.n, block_n) < s.num_sms:
         stages = 6  # so few programs keep memory busy by what they ask for ahead
     stages, warps = min(stages, s.max_stages), min(warps, s.full_warps)
-    # Sums of a group pass through registers beside all others; behind them there is no room for factors too.
-    room = s.warp_sums // 2 if s.rank and s.weight_scales == s.x_scales == "group" else s.warp_sums
+    # Sums of a group pass through registers beside all others: behind them there is no room for factors, and on sm_100 for them.
+    groups = s.weight_scales == s.x_scales == "group"
+    room = s.warp_sums // 2 if groups and (s.rank > 0 or s.target == "sm_100") else s.warp_sums
     while s.block_m * s.slices * block_n > warps * room:
         block_n, warps = (block_n, 2 * warps) if warps < s.full_warps else (block_n // 2, warps)
     block_k = _in_group(s, _block_k(s.k, block_k))
