@@ -12,7 +12,8 @@ forms of it (the lists of parameters), and which comes first differs by target; 
 meet every schedule, the next ones every form, and the order of a family does not depend on others.
 
 - ``update``: everything for the primary target; for each other one every form of each schedule, and a share of the rest.
-- ``check``: a number that does not grow with the variants, from the start of the same order.
+- ``check``: a number that does not grow with the variants, from the start of the same order; of other targets than the primary
+  one a part, which changes with the lock.
 - ``full`` or ``only`` or ``targets``: everything that is asked for.
 
 Tuned tiles, of which there are many and which change with each tuning, are held against the limits alone, not the lock.
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Literal, Mapping, Sequence, TypeVar
 
@@ -40,6 +42,7 @@ from kernelgen.core.targets import TARGETS
 Mode = Literal["report", "check", "update"]
 Outcome = Usage | Fault
 _Result = TypeVar("_Result")
+_TURNS = 2  # of checks under one release, until they have met all schedules for other targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,11 +196,12 @@ def assembly(specs: Path, out: Path, variant: str, kind: str, target: str) -> di
 
 
 def _turn(lock: Lock) -> tuple[int, int]:
-    """Which of the releases in the lock this Triton is, and how many there are."""
+    """The turn of this check, and how many there are: two a release in the lock, of which every lock has the other."""
     releases = sorted(lock.sections)
     if triton.__version__ not in releases:
         return 0, 1
-    return releases.index(triton.__version__), len(releases)
+    which = zlib.crc32(repr(lock.sections).encode()) % _TURNS
+    return _TURNS * releases.index(triton.__version__) + which, _TURNS * len(releases)
 
 
 def _usage(case: Case) -> Usage:

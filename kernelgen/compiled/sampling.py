@@ -14,7 +14,7 @@ from typing import Callable, Hashable, Iterable, Iterator, Sequence, TypeVar
 from kernelgen.compiled.requests import Case
 from kernelgen.core.targets import PRIMARY
 
-_CHECKED = 120  # kernels of a check, where what has to be in it is not more already
+_CHECKED = 96  # kernels of a check, where what has to be in it is not more already
 _CHECKED_TUNED = 16  # likewise of the tuned tiles
 _SHARE = 7  # of the kernels for a target that is not the primary one, one in so many is locked
 
@@ -24,7 +24,7 @@ _Group = TypeVar("_Group", bound=Hashable)
 def checked(known: Iterable[Case], turn: int = 0, turns: int = 1) -> list[Case]:
     """What a check compiles: every schedule for every target, then the primary target up to a fixed number.
 
-    Checks under several releases of Triton, each with its ``turn`` of ``turns``, share the schedules for other targets out.
+    Checks that each have a ``turn`` of ``turns`` share the schedules for other targets out.
     """
     plain, tuned = _by_target(known)
     others = {name: cases for name, cases in plain.items() if name != PRIMARY}

@@ -8,7 +8,6 @@ from typing import Any
 from kernelgen.families.call import Asked, dtype_of, scales_of, sized
 
 FEW_TOKENS = 4  # for which a layer does without tables
-BY_PAIR = ("gemv", "naive")  # schedules of moe_gemm that need none
 
 
 def layer(package: ModuleType, asked: Asked, **options: Any) -> None:

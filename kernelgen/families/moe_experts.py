@@ -11,6 +11,8 @@ import torch
 
 from kernelgen.families.moe_align.reference import Local, local_pairs
 
+BY_PAIR = ("gemv", "naive")  # schedules of moe_gemm that take pairs as they come, without tables
+
 
 @dataclasses.dataclass(frozen=True)
 class Experts:

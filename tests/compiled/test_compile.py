@@ -426,7 +426,7 @@ def by_target(chosen: list[Any]) -> dict[str, list[str]]:
 def test_a_check_has_every_schedule_for_every_target_and_does_not_grow(count: int) -> None:
     chosen = by_target(sampling.checked(kernels(count)))
     primary = chosen.pop("sm_90")
-    assert len(primary) == min(8 * count, 120 - 6 * 4)
+    assert len(primary) == min(8 * count, 96 - 6 * 4)
     for names in chosen.values():
         assert sorted(name[:3] for name in names) == ["a_x", "a_y", "b_x", "b_y"]
     if count > 1:

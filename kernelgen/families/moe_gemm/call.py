@@ -6,7 +6,8 @@ from types import ModuleType
 
 from kernelgen.families.call import LAYER as SIZES
 from kernelgen.families.call import Asked, empty, floats, ints, scales_of
-from kernelgen.families.moe_call import BY_PAIR, FEW_TOKENS, layer
+from kernelgen.families.moe_call import FEW_TOKENS, layer
+from kernelgen.families.moe_experts import BY_PAIR
 
 AT = {("delta", "lora"): {"rank": 16, "max_loras": 4}}
 OPEN = ("routed_weight",)  # a layer has both kinds of products

@@ -21,8 +21,7 @@ from kernelgen.families.case import Case as BaseCase
 from kernelgen.families.case import Tags, worst_ratio
 from kernelgen.families.moe_adapters import MIXED, Adapters, Drawn, factors, live_of
 from kernelgen.families.moe_adapters import draw as draw_adapters
-from kernelgen.families.moe_call import BY_PAIR
-from kernelgen.families.moe_experts import SPREAD, Experts, Routed, draw
+from kernelgen.families.moe_experts import BY_PAIR, SPREAD, Experts, Routed, draw
 from kernelgen.families.moe_gemm.reference import Delta, Expected, moe_gemm, moe_gemm_sum
 from kernelgen.families.moe_lora.reference import dequantise
 from kernelgen.families.moe_runs.reference import moe_runs

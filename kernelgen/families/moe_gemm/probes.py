@@ -8,7 +8,7 @@ from typing import Iterator
 import torch
 
 from kernelgen.core.model import Variant
-from kernelgen.families.moe_call import BY_PAIR
+from kernelgen.families.moe_experts import BY_PAIR
 from kernelgen.families.probe import FP32, QWEN3, Probe, launcher_of, meta, tensors
 
 # One call of each kind of tile: tokens of Qwen3-30B-A3B whose mean expert makes blocks of that height, and a rank of adapters.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from kernelgen.families.moe_call import BY_PAIR
+from kernelgen.families.moe_experts import BY_PAIR
 from kernelgen.measure.suite import GROUP
 from kernelgen.measure.tune.hints import Hints, Tuning
 from kernelgen.measure.tune.space import Candidate
