@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,12 @@ from kernelgen.spec import schema
 from kernelgen.spec.parse import parse
 
 ROOT = Path(__file__).parent.parent
+
+
+def test_commands_return_their_exit_code() -> None:
+    """What exits inside of a command is code of a room, and told as its fault."""
+    files = [file for file in (ROOT / "kernelgen").rglob("*.py") if file.name != "entry.py"]
+    assert not [str(file) for file in files if re.search(r"sys\.exit\(|SystemExit\(", file.read_text("utf-8"))]
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 import tempfile
 import time
 import warnings
@@ -58,7 +57,7 @@ top: tokens with PEFT's likeliest successor; ties: another, within that error
     "--package", default="generated", show_default=True, help="The generated package to serve with."
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
-def main(model_name: str, dtype_name: str, device: str, package: str, seed: int) -> None:
+def main(model_name: str, dtype_name: str, device: str, package: str, seed: int) -> int:
     """Make a small mixture-of-experts model and three LoRA adapters, serve a batch that mixes them, and compare with PEFT.
 
     Exit code 0: everything agrees; 1: something does not.
@@ -137,7 +136,7 @@ def main(model_name: str, dtype_name: str, device: str, package: str, seed: int)
     console.print(
         f"{'Agrees' if agrees else 'Does not agree'}, after {time.monotonic() - started:.0f} s."
     )
-    sys.exit(0 if agrees else 1)
+    return 0 if agrees else 1
 
 
 def _table(results: Sequence[Result], specs: Sequence[AdapterSpec]) -> Table:

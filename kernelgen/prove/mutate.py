@@ -347,7 +347,7 @@ def _try(out: Path, parts: int, task: tuple[str, int]) -> list[Fate]:
     help="Only the variants of such a name; repeatable.",
 )
 @click.option("-j", "--jobs", type=click.IntRange(1, 256), default=1, show_default=True)
-def main(out: Path, only: Sequence[str], jobs: int) -> None:
+def main(out: Path, only: Sequence[str], jobs: int) -> int:
     """Try all mutants of the variants; list those that live. Exit code 1 if there are any."""
     found = [v.name for s in suites(out).values() for v in s.variants]
     chosen = [name for name in found if any(fnmatch.fnmatchcase(name, glob) for glob in only)]
@@ -368,7 +368,7 @@ def main(out: Path, only: Sequence[str], jobs: int) -> None:
     every = list(itertools.chain(*itertools.chain(*fates.values())))
     living = sum(not fate.killer for fate in every)
     click.echo(f"{len(every) - living} of {len(every)} killed")
-    raise SystemExit(1 if living else 0)
+    return 1 if living else 0
 
 
 def _tell(name: str, fates: Sequence[Fate]) -> None:
