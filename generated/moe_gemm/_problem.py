@@ -512,10 +512,11 @@ def _gemv(s: _Shape) -> GemvConfig:
 
 
 def _naive(s: _Shape) -> NaiveConfig:
+    s = s._replace(block_m=16)  # what matrix units take at least
     block_n, block_k, stages = 128, _in_group(s, _block_k(s.k, 128)), min(4, s.max_stages)
-    while stages > 2 and stages * block_k * (16 + s.slices * block_n) > s.shared_memory - 4096:
+    while stages > 2 and stages * _stage_bytes(s, block_n, block_k) > s.shared_memory - 4096:
         stages -= 1
-    while block_n > 16 and stages * block_k * (16 + s.slices * block_n) > s.shared_memory - 4096:
+    while block_n > 16 and stages * _stage_bytes(s, block_n, block_k) > s.shared_memory - 4096:
         block_n //= 2
     return NaiveConfig(block_n, block_k, stages, 4 if s.slices == 2 else 2, 1)
 
