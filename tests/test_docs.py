@@ -33,9 +33,13 @@ GIVEN = {
             name = "base_model.model.model.layers.0.mlp.experts.{}.gate_proj.lora_{}.weight"
             sizes = {"A": (4, 64), "B": (48, 4)}
             factors = {name.format(e, side): torch.randn(sizes[side]) for e in range(4) for side in sizes}
+            attention = "base_model.model.model.layers.0.self_attn.v_proj.lora_{}.weight"
+            factors |= {attention.format(side): torch.randn(size) for side, size in (("A", (4, 64)), ("B", (16, 4)))}
             save_file(factors, folder / "adapter_model.safetensors")
         x, gate_up = torch.randn(3, 64, dtype=torch.bfloat16), torch.zeros(3, 2, 96, dtype=torch.bfloat16)
-        route = kg.moe_route(torch.tensor([[0, 1]] * 3), torch.tensor([0, 1, -1], dtype=torch.int32), num_experts=4, max_loras=2)
+        topk_ids, adapter_of_token = torch.tensor([[0, 1]] * 3), torch.tensor([0, 1, -1], dtype=torch.int32)
+        route = kg.moe_route(topk_ids, adapter_of_token, num_experts=4, max_loras=2)
+        out = torch.zeros(3, 96, dtype=torch.bfloat16)
     """
 }
 

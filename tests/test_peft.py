@@ -262,6 +262,7 @@ LAYOUTS = {
     "fused, swapped": Row(lambda p: fused(MLP, p, swapped=True), {"peft_version": "0.19.0"}),
     "fused, given": Row(lambda p: fused(MLP, p, swapped=True), {}, {"orientation": "out_in"}),
     "fused, named": Row(lambda p: fused(MLP, p, infix=".default")),
+    "fused, wrapped": Row(lambda p: fused("module.model._orig_mod.layers.0._fsdp_wrapped_module.mlp.experts", p)),
     "fused, no prefix": Row(lambda p: fused("model.layers.0.mlp.experts", p)),
     "fused, bare": Row(lambda p: fused("base_model.model.model.language_model.layers.0.experts", p)),
     "fused, blocks": Row(lambda p: fused("base_model.model.transformer.blocks.0.ffn.experts", p)),
@@ -378,9 +379,9 @@ def with_a(a: torch.Tensor) -> Tensors:
 REFUSED_TENSORS = {
     "one factor": ({f"{MLP}.lora_A.weight": torch.ones(6, 6)}, "got one factor"),
     "magnitudes": ({**GOOD, f"{MLP}.lora_magnitude_vector.weight": torch.ones(3)}, "a magnitude of DoRA"),
-    "an embedding": (
+    "half an embedding": (
         {**GOOD, "base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2, 9)},
-        "embed_tokens.lora_embedding_A: got the LoRA of an embedding",
+        "embed_tokens.lora_embedding_A: got one factor",
     ),
     "base weights": (
         {**GOOD, "base_model.model.lm_head.base_layer.weight": torch.ones(2, 9)},
@@ -428,8 +429,8 @@ REFUSED_TENSORS = {
         )
     },
     "a wrapper": (
-        {key.replace("mlp.experts", "_checkpoint_wrapped_module.mlp.experts"): t for key, t in GOOD.items()},
-        "_checkpoint_wrapped_module.mlp.experts.*: got a name of routed experts that is not known",
+        {key.replace("mlp.experts", "_module.mlp.experts"): t for key, t in GOOD.items()},
+        "_module.mlp.experts.*: got a name of routed experts that is not known",
     ),
     "no .weight": ({f"{MLP}.0.up_proj.lora_A": torch.ones(2, 10)}, "got a name of routed experts that is not known"),
     "no layer": (pair("base_model.model.experts.0.up_proj", torch.ones(2, 10), torch.ones(6, 2)), "experts.0.up_proj: got"),
@@ -668,14 +669,14 @@ def test_arguments(tmp_path: Path) -> None:
         {"layout": "x"},
         {"shape": (3, 10)},
         {"shape": (3, 10, 0)},
-        {"shape": None},
         {"shape": torch.tensor([3, 10, 6])},
         {"shape": (1 << 40, 10, 6)},
-        {"folder": None},
+        {"source": None},
         {"prefix": 1},
+        {"base_weights": 1},
     ):
         with pytest.raises(ValueError, match=f"{next(iter(arguments))}: got .*, wanted"):
-            read_adapter(**{"folder": folder, "shape": SHAPE, **arguments})
+            read_adapter(**{"source": folder, "shape": SHAPE, **arguments})
 
 
 PATTERNS = [

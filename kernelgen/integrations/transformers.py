@@ -15,15 +15,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from types import ModuleType
-from typing import Any, Iterator, Mapping, NamedTuple
+from types import MappingProxyType, ModuleType
+from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
 import torch
 
 from .moe_layer import MoeLayer, check_adapters
-from .peft import ExpertShape, LayerBuffers
+from .peft import ExpertShape, LayerBuffers, LinearShape
 
 _NAME = "kernelgen_moe_lora"
+# Linear layers that engines run as one, and the modules that they are in a model of transformers.
+PACKED: Mapping[str, Sequence[str]] = MappingProxyType(
+    {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+)
 
 
 class MoeCall(NamedTuple):
@@ -88,6 +92,33 @@ def expert_shape(model: Any) -> ExpertShape:
             "[E, H, I], the same in all layers"
         )
     return next(iter(shapes))
+
+
+def linear_shapes(model: Any, packed: Mapping[str, Sequence[str]] = PACKED) -> dict[str, LinearShape]:
+    """The linear layers of a model: of attention, routers, shared experts and heads, and its embeddings, as adapters name them.
+
+    Args:
+        packed: the name of a layer -> the modules that are its slices, where all of them are there with the same input; a model
+            that has such a layer itself keeps it.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"model: got {type(model).__name__}, wanted a model of transformers")
+    sizes: dict[str, tuple[int, int]] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, torch.nn.Parameter) and weight.dim() == 2 and type(module).__name__ != "Conv1D":
+            height, width = weight.shape
+            sizes[name] = (height, width) if isinstance(module, torch.nn.Embedding) else (width, height)
+    layers = {}
+    for name, (inputs, outputs) in sizes.items():
+        parent, _, last = name.rpartition(".")
+        whole, group = name, {name: outputs}
+        for layer, modules in packed.items():
+            path = {module: f"{parent}.{module}".lstrip(".") for module in modules}
+            if last in path and all(sizes.get(other, (0, 0))[0] == inputs for other in path.values()):
+                whole, group = f"{parent}.{layer}".lstrip("."), {other: sizes[other][1] for other in path.values()}
+        layers[whole] = LinearShape(inputs, group)
+    return layers
 
 
 class MoeLora:

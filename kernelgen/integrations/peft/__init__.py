@@ -1,21 +1,40 @@
-"""LoRA adapters of mixture-of-experts layers, from the folders that PEFT and others save to the buffers that ``moe_lora`` reads.
+"""LoRA adapters of mixture-of-experts and linear layers, from what PEFT and others save to the buffers that kernels read.
 
-``read_adapter`` reads one folder, ``stack_adapters`` puts several side by side. What is read is stated in ``keys`` (the names of
-tensors) and ``layouts`` (their shapes); whatever is not understood is refused, by name. Nothing of PEFT is needed, only
-safetensors.
+``read_adapter`` reads one, ``stack_adapters`` and ``stack_linears`` put several side by side, with ``AdapterSlots`` they come and
+go. What is read is stated in ``keys`` (the names of tensors) and ``layouts`` (their shapes); whatever is not understood is
+refused, by name. Nothing of PEFT is needed, only safetensors.
 """
 
-from .adapter import Adapter, AdapterError, ExpertShape, Factors, LayerBuffers, SliceBuffers
+from .adapter import (
+    Adapter,
+    AdapterError,
+    ExpertPart,
+    ExpertShape,
+    Factors,
+    LayerBuffers,
+    LinearBuffers,
+    LinearShape,
+    SliceBuffers,
+)
+from .files import AdapterFiles
 from .read import read_adapter
-from .stack import stack_adapters
+from .slots import AdapterSlots, PackedAdapter
+from .stack import stack_adapters, stack_linears
 
 __all__ = [
     "Adapter",
     "AdapterError",
+    "AdapterFiles",
+    "AdapterSlots",
+    "ExpertPart",
     "ExpertShape",
     "Factors",
     "LayerBuffers",
+    "LinearBuffers",
+    "LinearShape",
+    "PackedAdapter",
     "SliceBuffers",
     "read_adapter",
     "stack_adapters",
+    "stack_linears",
 ]

@@ -9,7 +9,7 @@ import os
 import stat
 from collections import Counter
 from pathlib import Path
-from typing import Any, BinaryIO, Iterator
+from typing import Any, BinaryIO, Callable, Iterator, Mapping, NamedTuple
 
 import torch
 
@@ -20,7 +20,31 @@ _TENSORS = "adapter_model.safetensors"
 _LARGEST_CONFIG = 16 << 20  # bytes; a rank for each of 100 000 modules is less
 _LARGEST_HEADER = 100_000_000  # bytes, that of safetensors
 _FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe is not waited for
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+class AdapterFiles(NamedTuple):
+    """What a folder of an adapter would hold, in memory: as a trainer has it that changes an adapter while it is served."""
+
+    config: Mapping[str, Any]  # of adapter_config.json: LoraConfig.to_dict() of PEFT
+    tensors: Mapping[str, torch.Tensor]  # by the names of a file: get_peft_model_state_dict() of PEFT; on any device
+    name: str = "adapter"
+
+
+@contextlib.contextmanager
+def opened(source: Path | AdapterFiles) -> Iterator[tuple[Mapping[str, Any], Tensors]]:
+    """The configuration and the tensors of an adapter.
+
+    Raises:
+        AdapterError: they are something else, or not whole.
+        FileNotFoundError: a file is not there.
+    """
+    if isinstance(source, AdapterFiles):
+        yield source.config, _in_memory(source)
+    else:
+        config = read_config(source)
+        with open_tensors(source) as tensors:
+            yield config, tensors
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -48,28 +72,53 @@ class _TwiceError(ValueError):
 
 
 class Tensors:
-    """What ``adapter_model.safetensors`` holds; a tensor is read when it is asked for."""
+    """The tensors of an adapter by their names; one is read when it is asked for."""
 
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        slices = {name: file.get_slice(name) for name in sorted(file.keys())}
-        self.shapes: dict[str, tuple[int, ...]] = {
-            name: tuple(part.get_shape()) for name, part in slices.items()
-        }
-        self._dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], get: Callable[[str], torch.Tensor]
+    ) -> None:
+        self.shapes = shapes
+        self._dtypes = dtypes
+        self._get = get
 
     def check_dtype(self, name: str) -> None:
         """Raises AdapterError unless its numbers are plain floating-point ones."""
-        if (dtype := self._dtypes[name]) not in _FLOATS:
-            why = ", without the scales that it needs" if dtype.startswith("F8") else ""
-            raise AdapterError(f"{name}: got {dtype}{why}, wanted one of {', '.join(_FLOATS)}")
+        if (dtype := self._dtypes[name]) not in _FLOATS.values():
+            why = ", without the scales that it needs" if dtype.startswith(("F8", "float8")) else ""
+            raise AdapterError(f"{name}: got {dtype}{why}, wanted one of {', '.join(_FLOATS.values())}")
+
+    def stored(self, name: str) -> torch.Tensor:
+        """The tensor as it is, on the CPU."""
+        return self._get(name)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor as float32; raises AdapterError if a number of it is not finite in float32."""
-        tensor: torch.Tensor = self._file.get_tensor(name).to(torch.float32)
+        tensor = self._get(name).to(torch.float32)
         if not tensor.isfinite().all():
             raise AdapterError(f"{name}: got NaN or infinity (in float32), wanted finite numbers")
         return tensor
+
+
+def _in_memory(source: AdapterFiles) -> Tensors:
+    for what, kind in ((source.config, "configuration"), (source.tensors, "tensors")):
+        if not isinstance(what, Mapping) or not all(isinstance(name, str) for name in what):
+            raise AdapterError(f"{kind}: got {type(what).__name__}, wanted a mapping of names")
+    for name, tensor in source.tensors.items():
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
+            looks = f", {tensor.layout}, on {tensor.device}" if isinstance(tensor, torch.Tensor) else ""
+            raise AdapterError(
+                f"{name}: got {type(tensor).__name__}{looks}, wanted a plain tensor with its numbers\n"
+                "  hint: of a sharded one, full_tensor()"
+            )
+    dtypes = {name: _FLOATS.get(t.dtype, str(t.dtype).removeprefix("torch.")) for name, t in source.tensors.items()}
+    shapes = {name: tuple(t.shape) for name, t in sorted(source.tensors.items())}
+    return Tensors(shapes, dtypes, lambda name: source.tensors[name].detach().cpu())
+
+
+def _of_file(file: Any) -> Tensors:
+    slices = {name: file.get_slice(name) for name in sorted(file.keys())}
+    shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+    return Tensors(shapes, {name: str(part.get_dtype()) for name, part in slices.items()}, file.get_tensor)
 
 
 @contextlib.contextmanager
@@ -99,7 +148,7 @@ def open_tensors(folder: Path) -> Iterator[Tensors]:
         try:
             _check_header(file)
             with safe_open(str(opened if opened.exists() else folder / _TENSORS), framework="pt", device="cpu") as tensors:
-                yield Tensors(tensors)
+                yield _of_file(tensors)
         except (SafetensorError, OSError) as error:
             raise AdapterError(
                 f"{_TENSORS}: {error}, wanted a whole file of safetensors\n  hint: copy it again"

@@ -21,12 +21,13 @@ from typing import Iterable, Mapping, NamedTuple
 from .adapter import AdapterError
 
 _LONGEST = 500  # characters of a name
-_FACTOR = re.compile(
-    r"(?:base_model\.model\.)?(?P<target>[\w.-]+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[\w-]+))?\.weight",
-    re.ASCII,
-)
+_TARGET, _ADAPTER = r"(?:base_model\.model\.)?(?P<target>[\w.-]+)", r"(?:\.(?P<adapter>[\w-]+))?"
+_FACTOR = re.compile(rf"{_TARGET}\.lora_(?P<side>[AB]){_ADAPTER}\.weight", re.ASCII)
+_OF_EMBEDDING = re.compile(rf"{_TARGET}\.lora_embedding_(?P<side>[AB]){_ADAPTER}", re.ASCII)
+# Parts of names that FSDP, checkpointing, torch.compile, and DDP and DeepSpeed put around modules.
+_WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.|^module\.")
 _NUMBER = r"(?:0|[1-9][0-9]{0,5})"
-# Experts in experts are not known; names like _orig_mod are of wrappers, which patterns of ranks and alphas do not name.
+# Experts in experts are not known; names like _module are of wrappers, of which nothing is known.
 _NAMES = r"(?:(?![\w-]*expert)[A-Za-z][\w-]*\.)*?"
 _LAYER = rf"(?P<stack>{_NAMES}(?:layers|layer|blocks|block|h))\.(?P<layer>{_NUMBER})\.(?P<block>{_NAMES})"
 _CONTAINER = r"(?:experts|(?:experts\.)?(?:deepspeed_experts|local_experts))"
@@ -66,17 +67,15 @@ _DECODER = {
 }
 _ROUTER = re.compile(r"gate|\w*router\w*|wg|\w*shared\w*")
 _OF_A_LAYER = re.compile(r"w[123]|\w*fc_?[12]")  # projections whose number is no expert's
+_SAVED = r"(\.base_layer|\b(embed_tokens|embed_in|wte|lm_head|embed_out))\.weight$"
 # What a tensor is that is no factor.
 _OTHERS = {
-    r"\.lora_embedding_[AB]": "the LoRA of an embedding; wanted that of linear layers only",
     r"\.lora_magnitude_vector": "a magnitude of DoRA, which rescales the base weight",
     r"\.lora_diag": "the singular values of KaSA",
     r"\.trainable_tokens_": "rows that replace some of an embedding (trainable_token_indices)",
     r"\.(modules_to_save|original_module)\.": "a module that replaces one of the base model (modules_to_save)",
     r"\.bias$": "a bias, and the kernels add none",
-    r"(\.base_layer|\b(embed_tokens|embed_in|wte|lm_head|embed_out))\.weight$": (
-        "a saved weight of the base model; put it there, and save the adapter with save_embedding_layers=False"
-    ),
+    _SAVED: "a saved weight of the base model, and no base_weights that it could be compared with",
 }
 
 
@@ -106,16 +105,19 @@ def pairs(names: Iterable[str]) -> Mapping[str, Pair]:
         AdapterError: a tensor is something else, or its twin is missing.
     """
     found: dict[str, dict[str, str]] = {}
+    embeddings: set[str] = set()
     adapters: dict[str | None, str] = {}
     for name in names:
         if len(name) > _LONGEST:
             raise AdapterError(
                 f"{name[:60]}...: got a name of {len(name)} characters, wanted at most {_LONGEST}"
             )
-        match = _FACTOR.fullmatch(name)
+        plain = _WRAPPER.sub("", name)
+        of_embedding = _OF_EMBEDDING.fullmatch(plain)
+        match = of_embedding or _FACTOR.fullmatch(plain)
         if match is None:
-            what = next((what for word, what in _OTHERS.items() if re.search(word, name)), None)
-            if what is None and looks_routed(name):
+            what = next((what for word, what in _OTHERS.items() if re.search(word, plain)), None)
+            if what is None and looks_routed(plain):
                 raise _unknown(name)
             raise AdapterError(
                 f"{name}: got {what or 'a tensor that is no factor'}, wanted lora_A and lora_B"
@@ -125,14 +127,27 @@ def pairs(names: Iterable[str]) -> Mapping[str, Pair]:
             raise AdapterError(
                 f"got factors of several adapters, {' and '.join(adapters.values())}, wanted one"
             )
-        sides = found.setdefault(match["target"], {})
+        target = match["target"]
+        if of_embedding and looks_routed(target):
+            raise AdapterError(f"{name}: got the LoRA of an embedding, wanted none on routed experts")
+        sides = found.setdefault(target, {})
+        if sides and (target in embeddings) != bool(of_embedding):
+            raise AdapterError(f"{name}: got it beside {min(sides.values())}, wanted a linear layer or an embedding")
         if match["side"] in sides:
             raise AdapterError(f"{name}: got it twice, beside {sides[match['side']]}, wanted one")
         sides[match["side"]] = name
+        if of_embedding:
+            embeddings.add(target)
     for sides in found.values():
         if len(sides) == 1:
             raise AdapterError(f"{sides.popitem()[1]}: got one factor, wanted lora_A and lora_B")
     return {target: Pair(sides["A"], sides["B"]) for target, sides in found.items()}
+
+
+def saved_weight(name: str) -> str | None:
+    """Of which parameter of the base model a tensor is a copy, None: of none."""
+    plain = _WRAPPER.sub("", name).removeprefix("base_model.model.")
+    return plain.replace(".base_layer", "") if re.search(_SAVED, plain) else None
 
 
 def looks_routed(name: str) -> bool:

@@ -24,6 +24,7 @@ from .keys import Pair, Place
 from .settings import Settings
 
 ORIENTATIONS = ("in_out", "out_in")
+NO_EXPERTS = ExpertShape(0, 0, 0)
 
 
 class Found(NamedTuple):
@@ -35,11 +36,11 @@ class Found(NamedTuple):
 
 
 class Reader(NamedTuple):
-    """What the experts of every layer of one file are read with; ``orientation`` and ``layout`` as in ``read_adapter``."""
+    """What the layers of one file are read with; ``orientation`` and ``layout`` as in ``read_adapter``."""
 
     tensors: Tensors
     settings: Settings
-    shape: ExpertShape
+    shape: ExpertShape  # of no experts: ``NO_EXPERTS``
     orientation: str | None
     layout: str | None
 
@@ -75,6 +76,22 @@ class Reader(NamedTuple):
         how = self.settings.gate_up_layout(self.layout, self.shape, in_lists=first.form == "listed")
         gate, up = b.chunk(2, dim=1) if how == "halves" else (b[:, ::2], b[:, 1::2])
         return {"gate": Factors(a, gate), "up": Factors(a, up), **parts}
+
+    def linear(self, target: str, pair: Pair) -> Factors | None:
+        """The factors of a linear layer or of an embedding; None: they are of something else, a convolution.
+
+        Raises:
+            AdapterError: they do not fit together, or the configuration.
+        """
+        (size_a, size_b), where = (self.tensors.shapes[name] for name in pair), pair.a
+        if {len(size_a), len(size_b)} != {2}:
+            return None
+        if size_a[0] != size_b[1]:
+            raise AdapterError(f"{where}: got lora_A {list(size_a)} and lora_B {list(size_b)}, wanted [r, in] and [out, r]")
+        name = self.settings.name_of(target)
+        scaling = self._scaling(where, name, size_a[0])
+        a, b = (self.tensors.read(factor) for factor in pair)
+        return Factors(a, self._scaled(pair.b, b, scaling))
 
     def _fused(self, found: Sequence[Found]) -> dict[str, Factors]:
         parts: dict[str, Found] = {}
@@ -128,12 +145,12 @@ class Reader(NamedTuple):
         parameter = f"{one.target.partition('.base_layer')[0]}.{part}_proj"
         a, b = (self.tensors.read(name) for name in one.pair)
         rank = a.shape[0] // self.shape.num_experts
-        scaling = self._scaling(one, parameter, rank)
+        scaling = self._scaling(one.pair.a, parameter, rank)
         a = a.view(self.shape.num_experts, rank, a.shape[1])
         b = expert_fastest(b, self.shape.num_experts)
         if orientation == "out_in":
             a, b = b.transpose(1, 2), a.transpose(1, 2)
-        return Factors(a, self._scaled(one, b, scaling))
+        return Factors(a, self._scaled(one.pair.b, b, scaling))
 
     def _stacked(self, found: Sequence[Found]) -> dict[str, Factors]:
         return {str(one.place.part): self._stack(one) for one in found}
@@ -152,9 +169,9 @@ class Reader(NamedTuple):
         (_, rank, width), (_, height, columns) = sizes
         if (width, height, columns) != (wide, tall, rank):
             raise self._misfit(one, f"[E, r, {wide}] and [E, {tall}, r], or 1 for E")
-        scaling = self._scaling(one, one.target, rank)
+        scaling = self._scaling(one.pair.a, one.target, rank)
         a, b = (self.tensors.read(name) for name in one.pair)
-        b = self._scaled(one, b, scaling)
+        b = self._scaled(one.pair.b, b, scaling)
         return Factors(a.expand(experts, -1, -1), b.expand(experts, -1, -1))
 
     def _single(self, found: Sequence[Found]) -> dict[str, Factors]:
@@ -179,24 +196,24 @@ class Reader(NamedTuple):
         b_all = torch.zeros(self.shape.num_experts, tall, rank)
         for one in found:
             r = self.tensors.shapes[one.pair.a][0]
-            scaling = self._scaling(one, one.target, r)
+            scaling = self._scaling(one.pair.a, one.target, r)
             a, b = (self.tensors.read(name) for name in one.pair)
             a_all[one.place.expert, :r] = a
-            b_all[one.place.expert, :, :r] = self._scaled(one, b, scaling)
+            b_all[one.place.expert, :, :r] = self._scaled(one.pair.b, b, scaling)
         return Factors(a_all, b_all)
 
-    def _scaling(self, one: Found, target: str, rank: int) -> float:
+    def _scaling(self, where: str, target: str, rank: int) -> float:
         if rank != (wanted := self.settings.rank_of(target)):
             raise AdapterError(
-                f"{one.pair.a}: got rank {rank}, wanted {wanted}, that of the configuration (r, rank_pattern)"
+                f"{where}: got rank {rank}, wanted {wanted}, that of the configuration (r, rank_pattern)"
             )
         return self.settings.scaling_of(target, rank)
 
-    def _scaled(self, one: Found, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    def _scaled(self, where: str, b: torch.Tensor, scaling: float) -> torch.Tensor:
         scaled = b * scaling
         if not scaled.isfinite().all() or (scaling and b.any() and not scaled.any()):
             raise AdapterError(
-                f"{one.pair.b}: got a scaling of {scaling:g}, wanted one that float32 can hold times lora_B"
+                f"{where}: got a scaling of {scaling:g}, wanted one that float32 can hold times lora_B"
             )
         return scaled
 

@@ -104,11 +104,18 @@ class Settings:
     ranks: _Own[int]
     alphas: _Own[float]
     target_parameters: frozenset[str]  # the last parts of the names of those of experts
+    parameters: frozenset[str]  # names, or their last parts, of all that were adapted as parameters
     base_model: tuple[str, ...]  # names of it and of its class
 
     def rank_of(self, target: str) -> int:
         """The rank of a module or parameter, by its name in the base model."""
         return self.ranks.of(target, self.rank)
+
+    def name_of(self, target: str) -> str:
+        """What patterns call a linear layer: where its weight was adapted as a parameter, by that."""
+        weight = f"{target}.weight"
+        parts = weight.split(".")
+        return weight if any(".".join(parts[i:]) in self.parameters for i in range(len(parts))) else target
 
     def scaling_of(self, target: str, rank: int) -> float:
         """alpha / r, or alpha / sqrt(r) with rsLoRA, of a module or parameter of that rank."""
@@ -173,13 +180,14 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
         rslora=bool(rslora),
         ranks=_patterns("rank_pattern", config, _rank),
         alphas=_patterns("alpha_pattern", config, _alpha),
-        target_parameters=_last_parts(config.get("target_parameters")),
+        target_parameters=_last_parts(parameters := _names(config.get("target_parameters"))),
+        parameters=frozenset(parameters),
         base_model=_base_model(config),
     )
 
 
 def _neutral(value: Any) -> bool:
-    return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
+    return value is None or value is False or (isinstance(value, (str, list, set, dict)) and not value)
 
 
 def _rank(name: str, value: Any) -> int:
@@ -208,11 +216,15 @@ def _patterns(setting: str, config: Mapping[str, Any], check: Callable[[str, Any
     return _Own(patterns, tuple(check(f"{setting}: {_short(key)}", own[key]) for key in own))
 
 
-def _last_parts(names: Any) -> frozenset[str]:
+def _names(names: Any) -> list[str]:
     if names is None:
-        return frozenset()
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return []
+    if not isinstance(names, (list, set)) or not all(isinstance(name, str) for name in names):
         raise AdapterError(f"target_parameters: got {_short(names)}, wanted a list of names")
+    return sorted(names)
+
+
+def _last_parts(names: list[str]) -> frozenset[str]:
     last = {name: name.rpartition(".")[2] for name in names}
     return frozenset(part for name, part in last.items() if part in PARTS or "expert" in name)
 
