@@ -15,8 +15,17 @@ from safetensors.torch import save_file
 
 from kernelgen.demo import bounds, models
 from kernelgen.demo.oracle import PeftModels
+from kernelgen.integrations.architectures import ARCHITECTURES, table
 from kernelgen.integrations.moe_layer import MoeLayer
-from kernelgen.integrations.peft import Factors, LayerBuffers, SliceBuffers, read_adapter, stack_adapters
+from kernelgen.integrations.peft import (
+    AdapterError,
+    ExpertShape,
+    Factors,
+    LayerBuffers,
+    SliceBuffers,
+    read_adapter,
+    stack_adapters,
+)
 from kernelgen.integrations.transformers import MoeCall, MoeLora, expert_layers, expert_shape
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers, of itself
@@ -52,19 +61,23 @@ def geglu(gate: bounds.Approx, up: bounds.Approx, dtype: torch.dtype) -> bounds.
 
 
 class Row(NamedTuple):
-    """A model, and what is said where it is refused, by the base that is asked for."""
+    """A tiny model, and what its refusals say, by the column that refuses."""
 
     name: str  # of its classes
     config: Mapping[str, Any] = {}
+    reader: str | None = None
     torch: str | None = None
     generated: str | None = None
     gate: Callable[..., bounds.Approx] = bounds.swiglu
 
 
+OWN = "got experts with a forward of their own"
 ROWS = {
     "Mixtral": Row("Mixtral"),
     "Qwen2Moe": Row("Qwen2Moe", {"shared_expert_intermediate_size": 16}),
     "Qwen3Moe": Row("Qwen3Moe"),
+    "Qwen3Next": Row("Qwen3Next", {"shared_expert_intermediate_size": 16, "layer_types": ["full_attention"]}),
+    "Qwen3_5Moe": Row("Qwen3_5Moe", {"shared_expert_intermediate_size": 16, "layer_types": ["full_attention"]}),
     "Olmoe": Row("Olmoe"),
     "DeepseekV3": Row("DeepseekV3", {**MLA, **GROUPS, "num_key_value_heads": 4}),
     "Glm4Moe": Row("Glm4Moe", GROUPS),
@@ -75,15 +88,29 @@ ROWS = {
     "MiniMaxM2": Row("MiniMaxM2"),
     "Mixtral, GELU": Row("Mixtral", {"hidden_act": "gelu"}, generated="the activation GELUActivation", gate=geglu),
     "DeepseekV4": Row("DeepseekV4", CLAMPED, generated="own .DeepseekV4Experts._apply_gate.", gate=clamped),
+    "MiniMaxM3VL": Row("MiniMaxM3VL", CLAMPED, generated="own .MiniMaxM3VLExperts._apply_gate.", gate=clamped),
     "HYV4": Row("HYV4", {**CLAMPED, "num_hidden_layers": 2}, generated="own .HYV4Experts._apply_gate.", gate=clamped),
     "GptOss": Row("GptOss", torch="GptOssExperts: got gate and up in turns, biases, transposed weights"),
     "AriaText": Row("AriaText", torch="AriaExperts: got transposed weights"),
-    "Llama4": Row("Llama4", {"intermediate_size_mlp": 24}, torch="Llama4TextExperts: got experts with a forward of their own"),
+    "Llama4": Row("Llama4", {"intermediate_size_mlp": 24}, torch=f"Llama4TextExperts: {OWN}"),
     "LongcatFlash": Row(
-        "LongcatFlash", {"num_hidden_layers": 2}, torch="LongcatFlashExperts: got experts with a forward of their own"
+        "LongcatFlash", {"num_hidden_layers": 2}, torch=f"LongcatFlashExperts: {OWN}", reader="got rank 260, wanted 4"
     ),
-    "NemotronH": Row("NemotronH", torch="got no fused experts"),
+    "NemotronH": Row("NemotronH", torch="got no fused experts", reader="down_proj twice"),
 }
+
+
+def test_the_table_of_architectures() -> None:
+    """It has the models that are tried here, and what they are refused; and it is in the docs."""
+    declared = {one.name: one for one in ARCHITECTURES}
+    assert declared.keys() == ROWS.keys() - {"Mixtral, GELU"}
+    for name, one in declared.items():
+        row = ROWS[name]
+        refused = bool(row.reader), bool(row.torch), bool(row.torch or row.generated)
+        assert (bool(one.reader), bool(one.torch), bool(one.generated)) == refused, name
+        assert make(row).config.model_type == one.model_type
+    page = (Path(__file__).parent.parent / "docs/adapters.md").read_text()
+    assert "\n".join(table()) in page, "docs/adapters.md: put in what kernelgen.integrations.architectures.table() gives"
 
 
 def make(row: Row) -> Any:
@@ -129,6 +156,56 @@ def test_served_equals_peft(name: str, base: str, device: str, tmp_path: Path) -
             assert ((mine.out - wanted).abs() <= bound).all()
         effect = (wanted - truth.moe_layer(-1, mine)).abs()
         assert (effect > 2 * bound).any()  # without its adapter a token would be seen
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_what_peft_saves_is_read(name: str, tmp_path: Path) -> None:
+    """For the parameters of its experts, against PEFT's own update, however these lie."""
+    from peft import LoraConfig, get_peft_model
+
+    row, shape = ROWS[name], ExpertShape(4, 32, 24)
+    parts = [part for part in ("gate_up_proj", "up_proj", "down_proj") if name == "NemotronH" or part != "up_proj"]
+    config = LoraConfig(r=4, init_lora_weights=False, target_modules=[], target_parameters=[f"experts.{part}" for part in parts])
+    adapted = get_peft_model(make(row), config)
+    adapted.save_pretrained(tmp_path)
+    arguments = {"layout": "interleaved"} if name == "GptOss" else {}
+    if row.reader:
+        with pytest.raises(AdapterError, match=row.reader):
+            read_adapter(tmp_path, shape, **arguments)
+        return
+    adapter = read_adapter(tmp_path, shape, **arguments)
+    checked = 0
+    for path, wrapper in adapted.named_modules():
+        if (part := getattr(wrapper, "parameter_name", None)) is None:
+            continue
+        layer = next(int(word) for word in path.split(".") if word.isdecimal())
+        factors = [adapter.layers[layer][p] for p in (("gate", "up") if part == "gate_up_proj" else ("down",))]
+        found = torch.cat([f.b.double() @ f.a.double() for f in factors], 1)
+        wanted = wrapper.get_delta_weight("default").double()
+        wanted = wanted if wanted.shape == found.shape else wanted.transpose(1, 2)
+        if name == "GptOss" and part == "gate_up_proj":
+            wanted = torch.cat([wanted[:, ::2], wanted[:, 1::2]], 1)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        checked += 1
+    assert checked == 2 * len(adapter.layers) > 0
+
+
+def test_a_layer_of_weights_that_lie_otherwise(device: str) -> None:
+    """Those that are transposed in the model, laid out for ``MoeLayer``, give what the model's own experts do."""
+    import generated as kernels
+
+    model = make(ROWS["AriaText"]).to(device, torch.bfloat16)
+    experts = next(module for module in model.modules() if type(module).__name__ == "AriaExperts")
+    w13, w2 = (weight.detach().transpose(1, 2).contiguous() for weight in (experts.gate_up_proj, experts.down_proj))
+    hidden = torch.randn(5, 32, device=device).to(torch.bfloat16)
+    ids = torch.tensor([[0, 1], [3, 2], [0, 1], [3, 2], [1, 3]], device=device)
+    weights = torch.rand(5, 2, device=device)
+    out = MoeLayer(kernels, w13, w2, None)(hidden, ids, weights, None)
+    bound = bounds.moe_layer(MoeCall(0, hidden, ids, weights, out), w13, w2, {})
+    assert ((out - bound.value).abs() <= bound.error).all()
+    model.set_experts_implementation("eager")
+    own = experts.double()(hidden.double(), ids, weights.double())
+    assert ((own - bound.value).abs() <= 1e-9 * own.abs().max()).all()
 
 
 @pytest.mark.parametrize("base", ["torch", "generated"])

@@ -1,0 +1,86 @@
+"""Architectures of ``transformers``, and what of each is served: the table is in the docs, and each of its cells is a test.
+
+| column | what it stands for |
+| --- | --- |
+| ``reader`` | ``read_adapter`` on what PEFT saves for its experts |
+| ``torch`` | ``MoeLora(base="torch")``: adapters between the products of the model's own experts |
+| ``generated`` | ``MoeLora(base="generated")``: adapters inside of generated products |
+| ``layer`` | ``MoeLayer`` on its weights as [E, 2 * I, H], gate over up, and [E, H, I], which an engine has to lay out |
+
+A cell is "" where it is served, or says what stands in the way; what it says is refused before anything runs.
+"""
+
+from __future__ import annotations
+
+from typing import Iterator, NamedTuple
+
+_OWN_FORWARD = "experts with a forward of their own"
+
+
+class Architecture(NamedTuple):
+    """A kind of experts."""
+
+    name: str  # of its classes
+    model_type: str  # in its config
+    reader: str = ""
+    torch: str = ""
+    generated: str = ""
+    layer: str = ""
+    remark: str = ""  # on its reader
+
+
+ARCHITECTURES = (
+    Architecture("DeepseekV3", "deepseek_v3"),
+    Architecture("Glm4Moe", "glm4_moe"),
+    Architecture("GraniteMoe", "granitemoe"),
+    Architecture("Jamba", "jamba"),
+    Architecture("Lfm2Moe", "lfm2_moe"),
+    Architecture("MiniMaxM2", "minimax_m2"),
+    Architecture("Mixtral", "mixtral"),
+    Architecture("Olmoe", "olmoe"),
+    Architecture("Phimoe", "phimoe"),
+    Architecture("Qwen2Moe", "qwen2_moe"),
+    Architecture("Qwen3Moe", "qwen3_moe"),
+    Architecture("Qwen3Next", "qwen3_next"),
+    Architecture("Qwen3_5Moe", "qwen3_5_moe_text"),
+    Architecture("DeepseekV4", "deepseek_v4", generated="a gate that clamps", layer="a gate that clamps"),
+    Architecture("HYV4", "hy_v4", generated="a gate that clamps", layer="a gate that clamps"),
+    Architecture("MiniMaxM3VL", "minimax_m3_vl_text", generated="a gate that clamps", layer="a gate that clamps"),
+    Architecture("AriaText", "aria_text", torch="transposed weights", generated="transposed weights"),
+    Architecture(
+        "GptOss",
+        "gpt_oss",
+        torch="gate and up in turns, biases, transposed weights",
+        generated="gate and up in turns, biases, transposed weights",
+        layer="biases, a gate that clamps",
+        remark='`layout="interleaved"`, unless the file names the published model or its class',
+    ),
+    Architecture(
+        "Llama4", "llama4_text", torch=_OWN_FORWARD, generated=_OWN_FORWARD, layer="the routing weight on the input of experts"
+    ),
+    Architecture(
+        "LongcatFlash",
+        "longcat_flash",
+        reader="experts without weights among those of gate_up_proj",
+        torch=_OWN_FORWARD,
+        generated=_OWN_FORWARD,
+        layer="experts without weights",
+    ),
+    Architecture(
+        "NemotronH",
+        "nemotron_h",
+        reader="experts without a gate, as parameters",
+        torch="no gate",
+        generated="no gate",
+        layer='no gate; `fused_moe(activation="relu2")` has it',
+    ),
+)
+
+
+def table() -> Iterator[str]:
+    """The table of the docs, line by line."""
+    yield "| model | `read_adapter` | `MoeLora`, base=torch | base=generated | `MoeLayer` |"
+    yield "| --- | --- | --- | --- | --- |"
+    for one in ARCHITECTURES:
+        cells = (one.reader or one.remark, one.torch, one.generated, one.layer)
+        yield f"| {one.name} | {' | '.join(cell or 'yes' for cell in cells)} |"
