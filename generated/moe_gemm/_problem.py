@@ -440,6 +440,7 @@ class _Shape(NamedTuple):
     weight_scales: str | None
     x_scales: str | None
     rank: int  # of adapters, 0: there are none
+    runs: int  # of adapters that a block has, if they and the experts of a batch spread evenly
     target: str
     accelerator: bool
     num_sms: int
@@ -463,6 +464,7 @@ def _shape(problem: Problem) -> _Shape:
         weight_scales=problem.weight_scales,
         x_scales=problem.x_scales,
         rank=problem.rank,
+        runs=_expected_runs(problem, tokens * problem.top_k),
         target=device.target,
         accelerator=_has_accelerator(device),
         num_sms=device.num_sms,
@@ -550,13 +552,16 @@ def _group_m(s: _Shape) -> int:
     return 16 if s.block_m >= 64 and size >= 64 * 2**20 else 1
 
 
+def _expected_runs(problem: Problem, pairs: int) -> int:
+    return min(problem.max_loras, runtime.cdiv(problem.max_loras * problem.block_m * problem.num_experts, max(pairs, 1)))
+
+
 def _delta(s: _Shape, block_n: int) -> tuple[int, int]:
-    """(ranks of a step over the adapters of a tile, stages): the fewer rows, the more of its registers are left, and the more
-    adapters of low ranks are in it.
-    """
-    if s.rank <= 32:
-        return 32 if s.block_m == 128 and 0 < s.rank <= 16 else 64, 2
-    block_d, stages = (128, 2) if s.block_m <= 32 else (64, min(3, s.max_stages))
+    """(ranks of a step over the adapters of a tile, stages): those of low ranks take a step together."""
+    width = runtime.cdiv(s.rank, 16) * 16
+    if width <= 32:
+        return min(64, max(32, runtime.next_power_of_2(width * s.runs))), 2
+    block_d, stages = 64, min(3, s.max_stages)
     while block_d > 32 and stages * block_d * 2 * s.slices * (s.block_m + block_n) > s.shared_memory - 4096:
         block_d //= 2
     return block_d, stages

@@ -32,7 +32,7 @@ from .. import _runtime as runtime
 from ..moe_align._op import is_dense
 from ._op import check_fill
 
-_SUMS = 256  # of rows by adapters, that a warp holds at a time
+_SUMS = 128  # of rows by adapters, that a warp holds at a time
 
 
 @triton.jit
@@ -101,31 +101,31 @@ def moe_runs_one_launch_kernel(
     own = tl.program_id(0)
     if valid_tokens_ptr is not None:
         num_pairs = tl.minimum(tl.load(valid_tokens_ptr), num_pairs // TOP_K) * TOP_K
-    COLUMNS: tl.constexpr = 8  # neighbours in one lane or two, so that sums along them are cheap
-    CHUNK: tl.constexpr = ROWS * COLUMNS
-    i = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    COLUMNS: tl.constexpr = 32
+    # A row has pairs side by side, some columns at a time: so rows meet once, between the two walks.
+    length = (num_pairs + ROWS * COLUMNS - 1) // (ROWS * COLUMNS) * COLUMNS
+    i = tl.arange(0, ROWS)[:, None] * length + tl.arange(0, COLUMNS)[None, :]
     before = tl.zeros([ROWS, COLUMNS], tl.int32)
     same = tl.zeros([ROWS, COLUMNS], tl.int32)
     counts = tl.zeros([SIZE], tl.int32)
-    for first_pair in tl.range(0, num_pairs, CHUNK):
-        local = _local(topk_ids_ptr, first_pair + i, num_pairs, NUM_EXPERTS, LOCAL_EXPERT_START)
+    for column in tl.range(0, length, COLUMNS):
+        local = _local(topk_ids_ptr, column + i, num_pairs, NUM_EXPERTS, LOCAL_EXPERT_START)
         if DENSE:
             here = tl.ravel(local >= 0)
             counts += tl.histogram(tl.where(here, tl.ravel(local), 0), SIZE, mask=here)
         else:
             before += ((local >= 0) & (local < own)).to(tl.int32)
-            same += (local == own).to(tl.int32)
+        same += (local == own).to(tl.int32)
 
+    count = tl.sum(tl.ravel(same))
     if DENSE:
         expert = tl.arange(0, SIZE)
         num_blocks = (counts + BLOCK_M - 1) // BLOCK_M
         first = tl.sum(tl.where(expert < own, counts, 0))
-        count = tl.sum(tl.where(expert == own, counts, 0))
         block = tl.sum(tl.where(expert < own, num_blocks, 0))
         last_block = block + (count + BLOCK_M - 1) // BLOCK_M
     else:
         first = tl.sum(tl.ravel(before))
-        count = tl.sum(tl.ravel(same))
         block = first // BLOCK_M + own
         last_block = (first + count) // BLOCK_M + own + 1
     tl.store(num_blocks_ptr, last_block, mask=own == NUM_EXPERTS - 1)
@@ -140,32 +140,30 @@ def moe_runs_one_launch_kernel(
         tl.store(entry + 2, rows, mask=inside)
 
     last = first + count
-    for first_pair in tl.range(0, num_pairs, CHUNK):
-        if first < last:
-            pair = first_pair + i
-            mine = _local(topk_ids_ptr, pair, num_pairs, NUM_EXPERTS, LOCAL_EXPERT_START) == own
-            in_row = tl.cumsum(mine.to(tl.int32), 1)
-            of_row = tl.sum(mine.to(tl.int32), 1)
-            before_row = tl.cumsum(of_row, 0) - of_row
-            entry = gathered_ptr + 2 * (first + before_row[:, None] + in_row - 1)
-            tl.store(entry, pair, mask=mine)
-            tl.store(
-                entry + 1,
-                _group(token_lora_mapping_ptr, adapter_enabled_ptr, pair, mine, TOP_K, MAX_LORAS),
-                mask=mine,
-            )
-            first += tl.sum(of_row)
+    of_row = tl.sum(same, 1)
+    row_first = first + tl.cumsum(of_row, 0) - of_row
+    for column in tl.range(0, length, COLUMNS):
+        pair = column + i
+        mine = _local(topk_ids_ptr, pair, num_pairs, NUM_EXPERTS, LOCAL_EXPERT_START) == own
+        place = row_first[:, None] + tl.cumsum(mine.to(tl.int32), 1) - 1
+        row_first += tl.sum(mine.to(tl.int32), 1)
+        entry = gathered_ptr + 2 * place
+        tl.store(entry, pair, mask=mine)
+        tl.store(
+            entry + 1,
+            _group(token_lora_mapping_ptr, adapter_enabled_ptr, pair, mine, TOP_K, MAX_LORAS),
+            mask=mine,
+        )
     tl.debug_barrier()
-    first = last - count
 
+    g = tl.arange(0, GROUPS)
     counts_of = tl.zeros([GROUPS], tl.int32)
     for row0 in tl.range(first, last, WIDTH):
         row = row0 + tl.arange(0, WIDTH)
-        group = tl.load(gathered_ptr + 2 * row + 1, mask=row < last, other=0)
-        counts_of += tl.histogram(group, GROUPS, mask=row < last)
+        group = tl.load(gathered_ptr + 2 * row + 1, mask=row < last, other=-1)
+        counts_of += tl.sum((g[:, None] == group[None, :]).to(tl.int32), 1)
     ends = first + tl.cumsum(counts_of)
 
-    g = tl.arange(0, GROUPS)
     held = (g > 0) & (counts_of > 0)
     before = ends - counts_of - 1  # the place in front of the next row of each group
     for row0 in tl.range(first, last, WIDTH):
@@ -218,7 +216,7 @@ def bind(
     dense = is_dense(num_tokens, top_k, num_experts)
     size = max(32, runtime.next_power_of_2(num_experts)) if dense else 1
     warps = 4 if chunk <= 512 else 8 if chunk <= 4096 else 16
-    groups = max(32, runtime.next_power_of_2(max_loras + 1))
+    groups = max(8, runtime.next_power_of_2(max_loras + 1))
     width, pdl = max(16, _SUMS * warps // groups), runtime.traits(device).pdl
     launch = _kernel.bind(
         num_experts,
@@ -230,7 +228,7 @@ def bind(
         BLOCK_M=block_m,
         DENSE=dense,
         SIZE=size,
-        ROWS=chunk // 8,
+        ROWS=chunk // 32,
         GROUPS=groups,
         WIDTH=width,
         PDL=pdl,

@@ -262,7 +262,9 @@ def choose(schedule: str, problem: Problem) -> Any:
             columns = min(columns, 64)  # so that there are chunks in which nothing counts
         # Of tokens by themselves as many share a tile as leave programs for all multiprocessors.
         height = problem.block_m if not problem.by_token else 16 if tokens <= 512 else 64 if tokens <= 2048 else 128
-        sizes = (height, problem.k, columns, problem.reads_token, problem.x_scales)
+        groups = problem.num_experts * problem.max_loras if not problem.by_token else 1
+        run = runtime.cdiv(tokens * problem.top_k, groups)  # rows of one, if experts and adapters of a batch spread evenly
+        sizes = (height, run, problem.k, columns, problem.reads_token, problem.x_scales)
         return schedule, _choose(schedule, *sizes, device.shared_memory, device.max_stages)
 
     return runtime.choose(TUNED, key, device, CONFIGS, rule, lambda other: other == schedule)[1]
@@ -276,13 +278,13 @@ def _choose(schedule: str, *sizes: Any) -> Config:
 
 
 def _pairs(
-    block_m: int, k: int, columns: int, reads_token: bool, x_scales: str | None, shared_memory: int, max_stages: int
+    block_m: int, run: int, k: int, columns: int, reads_token: bool, x_scales: str | None, shared_memory: int, max_stages: int
 ) -> PairsConfig:
     return PairsConfig(32 if columns >= 32 else 8, min(256, max(64, runtime.next_power_of_2(k))), 4, 1)
 
 
 def _runs(
-    block_m: int, k: int, columns: int, reads_token: bool, x_scales: str | None, shared_memory: int, max_stages: int
+    block_m: int, run: int, k: int, columns: int, reads_token: bool, x_scales: str | None, shared_memory: int, max_stages: int
 ) -> RunsConfig:
     rows, block_r, block_k, stages = (_OF_TOKENS if reads_token else _OF_PAIRS)[block_m]
     if x_scales is not None:
@@ -290,6 +292,8 @@ def _runs(
     if x_scales == "group":
         block_k = min(block_k, QUANT.group_k)
     block_r = min(block_r, max(16, runtime.next_power_of_2(columns)))
+    if block_r <= 32:  # where a tile has registers to spare, it is not much higher than what it holds
+        rows = min(rows, max(32, 2 * runtime.next_power_of_2(run)))
     stages = min(stages if block_r < 128 else 3, max_stages)
     while block_k > 32 and k % block_k:
         block_k //= 2
