@@ -44,6 +44,8 @@ _PARTS = {
     "_patch_lang": (),
     "_patch_lang_core": (),
     "_patch_lang_tensor": (),
+    "_patch_attr": (),
+    "TritonSemantic": ("binary_op_type_checking_impl", "broadcast_impl_value"),
     "_get_np_dtype": (),
 }
 
@@ -63,6 +65,9 @@ def install() -> None:
     require_parts(interpreter, _PARTS)
     _speed_up_dtypes(interpreter)
     _speed_up_shapes()
+    _speed_up_values(interpreter)
+    _speed_up_operands(interpreter)
+    _speed_up_calls(interpreter)
     _repair_numbers(interpreter)
     _repair_language(interpreter)
     _ignore_dependent_launch()
@@ -102,7 +107,7 @@ def _speed_up_shapes() -> None:
     """What a type and a tensor derive from their shape is derived once a shape: a fifth of all time."""
     stock_type, stock_tensor = tl.block_type.__init__, tl.tensor.__init__
     types: dict[tuple[Any, ...], dict[str, Any]] = {}
-    of_tensors: dict[str, dict[str, Any]] = {}
+    of_tensors: dict[str, tuple[Any, Any]] = {}
 
     def make_type(self: Any, element_ty: Any, shape: Any) -> None:
         sizes = (getattr(size, "value", size) for size in shape)
@@ -115,10 +120,96 @@ def _speed_up_shapes() -> None:
     def make_tensor(self: Any, data: Any, kind: Any) -> None:
         if kind.name not in of_tensors:
             stock_tensor(self, data, kind)
-            of_tensors[kind.name] = {**vars(self), "handle": None}
-        vars(self).update(of_tensors[kind.name], handle=data, type=kind, dtype=kind.scalar)
+            of_tensors[kind.name] = self.shape, self.numel
+        self.handle, self.type, self.dtype = data, kind, kind.scalar
+        self.shape, self.numel = of_tensors[kind.name]
 
     tl.block_type.__init__, tl.tensor.__init__ = make_type, make_tensor
+
+
+def _speed_up_values(interpreter: Any) -> None:
+    """What is asked of each value and type is answered for the usual ones first."""
+    stock_unwrap, stock_equal = tl.core._unwrap_if_constexpr, tl.dtype.__eq__
+    usual = frozenset({bool, int, float, str, type(None), tl.tensor, tl.dtype, tl.block_type})
+
+    def unwrap(value: Any) -> Any:
+        return value if type(value) in usual else stock_unwrap(value)
+
+    def equal(self: Any, other: Any) -> bool:
+        same: bool = self.name == other.name if type(other) is tl.dtype else stock_equal(self, other)
+        return same
+
+    handle = interpreter.TensorHandle
+    stock_check = handle.__post_init__
+    fitting: set[tuple[Any, str]] = set()
+
+    def check(self: Any) -> None:
+        pair = self.data.dtype, self.dtype.name
+        if pair not in fitting:
+            stock_check(self)
+            fitting.add(pair)
+
+    tl.core._unwrap_if_constexpr, tl.dtype.__eq__ = unwrap, equal
+    handle.__post_init__ = check
+
+
+def _speed_up_operands(interpreter: Any) -> None:
+    """What the types of two operands come to is found once for them, as is the tensor of a number: a fifth of all time."""
+    semantic, handle = interpreter.TritonSemantic, interpreter.TensorHandle
+
+    def key(value: Any) -> str:
+        return value.type.name if isinstance(value, tl.tensor) else repr(value)
+
+    def spread(value: Any, kind: Any) -> Any:
+        data = np.broadcast_to(value.handle.data, kind.shape)
+        mask = data.dtype == np.bool_
+        return tl.tensor(handle(data, tl.int1 if mask else value.handle.dtype.scalar), kind)
+
+    def fit(self: Any, value: Any, wanted: Any) -> Any:
+        if isinstance(wanted, tl.tensor):  # a number
+            return wanted
+        if value.type.name == wanted.name:
+            return value
+        if value.dtype.name != wanted.scalar.name:
+            value = self.cast(value, wanted.scalar)
+        return value if value.type.name == wanted.name else spread(value, wanted)
+
+    def once(stock: Callable[..., Any]) -> Callable[..., Any]:
+        known: dict[tuple[Any, ...], Any] = {}
+
+        def pair(self: Any, left: Any, right: Any, *rules: Any, **named: Any) -> Any:
+            asked = key(left), key(right), rules, *named.items()
+            if asked in known:
+                x, y = known[asked]
+                return fit(self, left, x), fit(self, right, y)
+            found = stock(self, left, right, *rules, **named)
+            if len(known) == 10_000:  # numbers may have no end
+                known.clear()
+            known[asked] = tuple(
+                after.type if isinstance(before, tl.tensor) else after
+                for before, after in zip((left, right), found, strict=True)
+            )
+            return found
+
+        return pair
+
+    for name in ("binary_op_type_checking_impl", "broadcast_impl_value"):
+        setattr(semantic, name, once(getattr(semantic, name)))
+
+
+def _speed_up_calls(interpreter: Any) -> None:
+    """What stands between a kernel and a function of the language, two calls and a dictionary, goes."""
+
+    def patch(owner: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+        function, semantic = getattr(member, "__wrapped__", member), interpreter.TritonSemantic(builder)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            named["_semantic"] = semantic
+            return function(*arguments, **named)
+
+        scope.set_attr(owner, name, call)
+
+    interpreter._patch_attr = patch
 
 
 # Numbers. Triton holds bfloat16 as uint16 and float8 as uint8: widen to float32, compute, round back.
@@ -139,8 +230,11 @@ def _float8_values(dtype: tl.dtype) -> NDArray[np.float32]:
     return values
 
 
+_NARROW = frozenset({"bf16", *(dtype.name for dtype in _FLOAT8)})
+
+
 def is_narrow(dtype: tl.dtype) -> bool:
-    return dtype == tl.bfloat16 or dtype in _FLOAT8
+    return dtype.name in _NARROW
 
 
 def _widen(data: NDArray[Any], dtype: tl.dtype) -> NDArray[Any]:
@@ -189,9 +283,10 @@ def _repair_numbers(interpreter: Any) -> None:
 
     def in_float32(stock: Callable[..., Any]) -> Callable[..., Any]:
         def repaired(self: Any, *arguments: Any) -> Any:
-            dtypes = [a.dtype.scalar for a in arguments if isinstance(a, handle)]
-            narrow = next((d for d in dtypes if is_narrow(d)), None)
-            if narrow is None:
+            for a in arguments:
+                if isinstance(a, handle) and is_narrow(narrow := a.dtype.scalar):
+                    break
+            else:
                 return stock(self, *arguments)
             wide = [
                 handle(_widen(a.data, a.dtype.scalar), tl.float32) if isinstance(a, handle) else a
