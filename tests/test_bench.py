@@ -351,8 +351,8 @@ def _rows(kernelgen, *arguments: str) -> list[dict[str, Any]]:
         (["fused_moe", "--tokens", "5", "--quant", "none", "--act", "none", "--against", "torch"], 0.01),
         (["fused_moe", "--tokens", "5,2", "--quant", "group", "--act", "group"], 0.04),
         (["fused_moe", "--tokens", "5", "--sites", "layer", "--quant", "tensor", "--act", "tensor"], 0.04),
-        (["layer", "--tokens", "5", "--forms", "overlap,separate"], 0.01),
-        (["layer", "--tokens", "5", "--quant", "tensor,group", "--act", "tensor,group"], 0.04),
+        (["layer", "--tokens", "5", "--forms", "bare,overlap,separate"], 0.01),
+        (["layer", "--tokens", "5", "--forms", "bare", "--quant", "tensor,group", "--act", "tensor,group"], 0.04),
     ],
     ids=lambda value: "_".join(value[::2]) if isinstance(value, list) else "",
 )

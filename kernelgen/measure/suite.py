@@ -158,7 +158,7 @@ class Suite:
 
     def kind(self, row: Row) -> str:
         """What sets a row apart from the one that it is compared with."""
-        if self.beside is None or "rank" not in self.beside[1]:
+        if self.beside is None or "impl" not in self.beside[1]:
             return " ".join(quantised(row))
         return f"r{row['rank']}" + (f", {row['base']:.0%} base tokens" if row["base"] else "")
 

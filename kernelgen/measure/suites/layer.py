@@ -7,7 +7,7 @@ import itertools
 from typing import Any, Iterator, Literal, Mapping, get_args
 
 from kernelgen.measure.options import Numbers, Shares, Words
-from kernelgen.measure.suite import ACTS, QUANTS, Act, Axis, Quant, Suite, Work, adapters, matrix_bytes, quant_forms
+from kernelgen.measure.suite import ACTS, OURS, QUANTS, Act, Axis, Quant, Suite, Work, adapters, matrix_bytes, quant_forms
 from kernelgen.measure.suites.mixtures import ROUTING, TOKENS, MixtureCell, model_axes, models_of
 
 # layer: all of it; w13: the first product and its adapters, with tables and route made beforehand.
@@ -92,7 +92,7 @@ SUITE = Suite(
         Axis("act", Words(ACTS), "FP8 activations with a scale for each of these; none: 16 bits.", ("none",)),
     ),
     span=_span,
-    forms=("overlap", "separate"),
-    usual=("separate",),
-    beside=("the layer without adapters", BARE),
+    forms=("bare", "overlap", "separate"),
+    usual=("bare", "separate"),
+    beside=("the layer without adapters in the same rounds", {"impl": f"{OURS}:bare"}),
 )

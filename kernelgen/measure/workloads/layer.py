@@ -83,15 +83,17 @@ class Workload:
     def truths(self, case: Case[Batch], prepared: Prepared) -> list[Truth]:
         """Of a sample of rows, what the first batch has to leave in ``out``."""
         del prepared
-        batch, top_k = case.batches[0], case.cell.model.top_k
-        out = batch.out.flatten(0, -2)
-        rows = sample(torch.ones(len(out), dtype=torch.bool, device=out.device), CHECKED)
-        if case.cell.site == "w13":
-            return [poisoned(out, rows, torch.stack([_pair(batch, int(pair), False) for pair in rows]))]
-        tokens = [
-            sum(batch.topk_weights[t, j].double() * _pair(batch, int(t) * top_k + j, True) for j in range(top_k)) for t in rows
-        ]
-        return [poisoned(out, rows, torch.stack(tokens), case.cell.act)]  # type: ignore[arg-type]
+        return _truths(case.cell, case.batches[0])
+
+
+def _truths(cell: Cell, batch: Batch) -> list[Truth]:
+    top_k = cell.model.top_k
+    out = batch.out.flatten(0, -2)
+    rows = sample(torch.ones(len(out), dtype=torch.bool, device=out.device), CHECKED)
+    if cell.site == "w13":
+        return [poisoned(out, rows, torch.stack([_pair(batch, int(pair), False) for pair in rows]))]
+    tokens = [sum(batch.topk_weights[t, j].double() * _pair(batch, int(t) * top_k + j, True) for j in range(top_k)) for t in rows]
+    return [poisoned(out, rows, torch.stack(tokens), cell.act)]  # type: ignore[arg-type]
 
 
 def _adapters(cell: Cell, device: torch.device) -> LayerBuffers:
@@ -124,17 +126,21 @@ def _pair(batch: Batch, pair: int, whole: bool) -> torch.Tensor:
 
 
 class Ours(Package):
-    """``MoeLayer``, or with the form "separate" the ops of an engine with products of its own, ours in their place; of the first
-    product ``moe_gemm`` and ``moe_lora``, and with the form "overlap" both at once.
+    """``MoeLayer``, with the form "bare" without its adapters, or with the form "separate" the ops of an engine with products of
+    its own, ours in their place; of the first product ``moe_gemm`` and ``moe_lora``, and with the form "overlap" both at once.
     """
 
     def ops(self, case: Case[Batch]) -> list[Op]:
         cell: Cell = case.cell
         if not cell.model.gated:
             raise Unsupported("MoeLayer has a gate")
-        asked = {"overlap": cell.site == "w13", "separate": cell.site == "layer" and cell.rank > 0}
+        adapted = cell.site == "layer" and cell.rank > 0
+        asked = {"overlap": cell.site == "w13", "separate": adapted, "bare": adapted}
         if not asked.get(self.form, True):
-            raise Unsupported("overlap is asked for on w13, and separate on layers with adapters")
+            raise Unsupported("overlap is asked for on w13, bare and separate on layers with adapters")
+        if self.form == "bare":
+            bare = [dataclasses.replace(batch, lora=None) for batch in case.batches]
+            return [Op(self._layer(case, batch), functools.partial(_truths, cell, bare[0])) for batch in bare]
         if self.form and cell.quant != "none":
             raise Unsupported("the separate ops have no base product of FP8")
         make = self._first if cell.site == "w13" else self._separate if self.form else self._layer
@@ -145,10 +151,10 @@ class Ours(Package):
         w, h_scale = batch.weights, torch.full((1,), H_SCALE, device=case.device) if cell.act == "tensor" else None
         layer = MoeLayer(self.kg, w.w13, w.w2, batch.lora, w.w13_scale, w.w2_scale, h_scale)
         sizes = {"top_k": model.top_k, "num_experts": model.experts, "hidden": model.hidden, "intermediate": model.intermediate}
-        options = {"max_tokens": cell.tokens, "max_rank": cell.rank, "dtype": batch.out.dtype, "device": case.device}
-        options["fp8_activations"] = batch.x_scale is not None
+        options = {"max_tokens": cell.tokens, "dtype": batch.out.dtype, "device": case.device}
+        options |= {"max_rank": cell.rank if batch.lora else 0, "fp8_activations": batch.x_scale is not None}
         space = self.kg.fused_moe_workspace(**sizes, **options)
-        mapping = batch.mapping if cell.rank else None
+        mapping = batch.mapping if batch.lora else None
         given = {"x_scale": batch.x_scale, "out": batch.out, "workspace": space}
         return functools.partial(layer, batch.x, batch.topk_ids, batch.topk_weights, mapping, **given)
 
