@@ -300,7 +300,9 @@ def test_shapes_come_out_as_black_formats_the_whole_text(own_cache: Path, monkey
     monkeypatch.setattr(formatting.lint, "faults", lambda *_: [])
     made, _ = formatting.finish(texts, 1)
     mode = black.Mode(line_length=formatting.LINE_LENGTH, target_versions={black.TargetVersion.PY310})
-    assert made == {path: black._format_str_once(text, mode=mode) for path, text in texts.items()}
+    whole = {path: black._format_str_once(text, mode=mode) for path, text in texts.items()}
+    assert made == {path: formatting.in_rows(text) for path, text in whole.items()}
+    assert made == {path: black._format_str_once(text, mode=mode) for path, text in made.items()}
 
 
 def test_without_a_cache_folder_it_only_takes_longer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import re
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from kernelgen.compiled.stand_in import import_package
+from kernelgen.core import names
 from kernelgen.core.diagnostics import Diagnostic
 from kernelgen.core.locate import SPECS
 from kernelgen.core.model import SCHEDULE, VOCABULARY, Family
@@ -37,6 +39,22 @@ def with_tag(family: Family, axis: str, tag: str) -> str:
     return text.replace("axes:\n", f"axes:\n  {axis}: [{tags}]\n", 1)
 
 
+def twins_of(family: Family) -> wiring.Twins:
+    return wiring.Twins(family, RENDERER, hosts(family.name))
+
+
+@functools.cache
+def hosts(name: str) -> dict[str, set[str]]:
+    """What launches the variants of each kernel, found by one of them."""
+    family = next(family for family in EVERY if family.name == name)
+    outputs = Outputs(RENDERER, build.rooms(SPECS))
+    for source in outputs.rooms.modules(name):
+        outputs.copy(names.family_path(name, source.stem), source)
+    one = {variant.kernel: variant for variant in family.variants}
+    outputs.render(assemble._variant_output(variant, family) for variant in one.values())
+    return wiring.hosts(family, outputs)
+
+
 def refusals(folder: Path, axis: str) -> list[Diagnostic]:
     """Why a build refuses the spec in ``folder``, as far as the ``axis`` is concerned."""
     families, faults = load.load(folder)
@@ -44,7 +62,7 @@ def refusals(folder: Path, axis: str) -> list[Diagnostic]:
     if faults or found:
         return [*faults, *found]
     (family,) = package.families
-    twins = wiring.Twins(family, RENDERER)
+    twins = twins_of(family)
     unheeded = [fault for known in family.axes if known.name == axis for fault in wiring.axis_faults(known, twins)]
     if unheeded:
         return unheeded
@@ -69,7 +87,7 @@ def test_a_known_tag_is_served_or_refused_at_its_line(family: Family, tmp_path: 
 
 @pytest.mark.parametrize("family", EVERY, ids=lambda family: family.name)
 def test_a_template_tells_all_known_tags_apart_or_refuses_them(family: Family) -> None:
-    twins = wiring.Twins(family, RENDERER)
+    twins = twins_of(family)
     for kernel, axis in itertools.product(family.kernels, family.axes):
         if axis.name != SCHEDULE:
             pairs = itertools.combinations(VOCABULARY[axis.name], 2)
@@ -94,7 +112,7 @@ def test_a_setting_is_heeded_or_refused_at_its_line(name: str, key: str, value: 
     (tmp_path / f"{name}.yaml").write_text(text)
     families, faults = load.load(tmp_path)
     package, found = expand(families)
-    found = [*faults, *found, *wiring.setting_faults(wiring.Twins(package.families[0], RENDERER))]
+    found = [*faults, *found, *wiring.setting_faults(twins_of(package.families[0]))]
     line = text.splitlines().index(f"  {value}") + 1
     assert [(fault.code, fault.location.line) for fault in found] == ([("KG029", line)] if refused else [])
 

@@ -37,10 +37,8 @@ CONFIGS = {"lora_expand": Config}
 # How the cache treats weights, by weight_policy: as any data, or as data that is read once.
 CACHE_POLICIES = ("", "evict_first")
 
-# (out, y, lora_b, route, scaling) of sizes that were checked before; then b_scale where weights are FP8
+# (out, y, lora_b, route, scaling, b_scale) of sizes that were checked before
 Call = Callable[..., None]
-
-# What an FP8 tensor may be made of, and the rows and columns of a matrix that share a scale of a group.
 
 OP = operands.Op(
     "lora_expand",

@@ -8,65 +8,39 @@ For every token t with adapter l, and every slice s, accumulated in fp32:
     v = bfloat16(y[s, t])
     out[t, columns of s] += v . B_s[l]^T
 
-Rows of out of other tokens keep their bytes. The columns of slice s follow those of slice s - 1; the first begins at
-offset_start.
+Rows of out of other tokens keep their bytes. The columns of slices follow each other, from offset_start on.
 Shapes: out [T, *] and B_s [L, N_s, rank] bfloat16, y [S, T, rank] float32 or bfloat16;
 of these, B_s is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
 b_scale_s [L, N_s];
 rank at most 32.
-A higher block has SHARES programs: widened FP8 is in registers, from where the matrix unit takes it for up to 32 rows. For
-more it goes through shared memory, which costs more than to widen again, and in another order, which shows in last bits.
+Programs of FP8 share the rows of a higher block, SHARES of them: what is widened stays in registers for up to 32 rows.
 In front of it lora_shrink may have left y in parts [parts, S, T, rank], which are then added in its order, and scaled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
-from .. import _runtime as runtime
-from .._scales import product_rows
-from ..lora_shrink._problem import ONE_PART, Parts
+from .._operands import Tensors
 from ..moe_route._op import SortedRoute
-from ._problem import CACHE_POLICIES, Call, Config, Problem, check, choose
+from ._launch import LoraExpand
+from ._problem import Config
 
 
 @triton.jit(
-    do_not_specialize=["scaling", "num_tokens"],
-    do_not_specialize_on_alignment=["tokens_ptr", "blocks_ptr", "num_blocks_ptr"],
+    do_not_specialize=["scaling", "num_tokens"], do_not_specialize_on_alignment=["tokens_ptr", "blocks_ptr", "num_blocks_ptr"]
 )
 def lora_expand_bf16_add_r32_w8channel_product(
-    out_ptr,
-    y_ptr,
-    b_ptrs,
-    b_scale_ptrs,
-    scaling,
-    num_tokens,
-    tokens_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    WIDTHS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SPANS: tl.constexpr,
-    EVEN: tl.constexpr,
-    RANK: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    B_STRIDES_L: tl.constexpr,
-    B_STRIDE_N: tl.constexpr,
-    B_SCALE_STRIDES_L: tl.constexpr,
-    PARTS: tl.constexpr,
-    QUARTER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    SHARES: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TILES: tl.constexpr,
-    STAGES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    out_ptr, y_ptr, b_ptrs, b_scale_ptrs, scaling, num_tokens, tokens_ptr, blocks_ptr, num_blocks_ptr,
+    WIDTHS: tl.constexpr, COLUMNS: tl.constexpr, SPANS: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr,
+    OUT_STRIDE: tl.constexpr, B_STRIDES_L: tl.constexpr, B_STRIDE_N: tl.constexpr, B_SCALE_STRIDES_L: tl.constexpr,
+    PARTS: tl.constexpr, QUARTER: tl.constexpr, BLOCK_M: tl.constexpr, SHARES: tl.constexpr, BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr, STAGES: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     BLOCK_R: tl.constexpr = 32
     # SPANS[s]: programs of a block in front of those of slice s; the last: all of them. EVEN: no tile has a tail.
@@ -90,9 +64,7 @@ def lora_expand_bf16_add_r32_w8channel_product(
         here = span >= SPANS[i]
         s, b_ptr = tl.where(here, i, s), tl.where(here, b_ptrs[i], b_ptr)
         spans, width = tl.where(here, SPANS[i], spans), tl.where(here, WIDTHS[i], width)
-        column, b_stride_l = tl.where(here, COLUMNS[i], column), tl.where(
-            here, B_STRIDES_L[i], b_stride_l
-        )
+        column, b_stride_l = tl.where(here, COLUMNS[i], column), tl.where(here, B_STRIDES_L[i], b_stride_l)
     b_base = b_ptr + adapter * b_stride_l
     b_scale_ptr, b_scale_stride_l = b_scale_ptrs[0], B_SCALE_STRIDES_L[0]
     for i in tl.static_range(1, len(b_ptrs)):
@@ -121,12 +93,7 @@ def lora_expand_bf16_add_r32_w8channel_product(
             rank = tl.minimum(RANK, rows * RANK)  # opaque: ptxas unpacks known FP8 wrongly
             b_mask = (n < width)[:, None] & (r < rank)[None, :]
             b = (
-                tl.load(
-                    b_base + (n[:, None] * B_STRIDE_N + r[None, :]),
-                    mask=b_mask,
-                    other=0.0,
-                    eviction_policy=WEIGHTS,
-                )
+                tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]), mask=b_mask, other=0.0, eviction_policy=WEIGHTS)
                 .to(tl.float16)
                 .to(tl.float32)
                 .to(tl.bfloat16)
@@ -155,9 +122,7 @@ def lora_expand_bf16_add_r32_w8channel_product(
             b_scale = tl.load(b_scales + n, mask=None if EVEN else n < width)[None, :]
             if EVEN and RANK == BLOCK_R:
                 b = (
-                    tl.load(
-                        b_base + (n[:, None] * B_STRIDE_N + r[None, :]), eviction_policy=WEIGHTS
-                    )
+                    tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]), eviction_policy=WEIGHTS)
                     .to(tl.float16)
                     .to(tl.float32)
                     .to(tl.bfloat16)
@@ -166,12 +131,7 @@ def lora_expand_bf16_add_r32_w8channel_product(
                 rank = tl.minimum(RANK, rows * RANK)  # opaque: ptxas unpacks known FP8 wrongly
                 b_mask = (n < width)[:, None] & (r < rank)[None, :]
                 b = (
-                    tl.load(
-                        b_base + (n[:, None] * B_STRIDE_N + r[None, :]),
-                        mask=b_mask,
-                        other=0.0,
-                        eviction_policy=WEIGHTS,
-                    )
+                    tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]), mask=b_mask, other=0.0, eviction_policy=WEIGHTS)
                     .to(tl.float16)
                     .to(tl.float32)
                     .to(tl.bfloat16)
@@ -183,91 +143,18 @@ def lora_expand_bf16_add_r32_w8channel_product(
         tl.store(out_tile, product.to(tl.bfloat16), mask=out_mask)
 
 
-_product = runtime.Launcher(lora_expand_bf16_add_r32_w8channel_product)
-
-
-def bind(
-    problem: Problem, route: SortedRoute, config: Config, parts: Parts = ONE_PART, pdl: bool = False
-) -> Call:
-    """The launch for checked calls of these sizes, ready to be made again and again; pdl: right behind a lora_shrink."""
-    wide = config.block_n * config.tiles
-    spans, columns = [0], [problem.offset]
-    for width in problem.widths:
-        spans.append(spans[-1] + runtime.cdiv(width, wide))
-        columns.append(columns[-1] + width)
-    block_m = product_rows(min(config.rows, route.block_m))
-    shares = route.block_m // block_m
-    launch = _product.bind(
-        route.max_blocks * spans[-1] * shares,
-        runtime.Options(config.num_warps, pdl=pdl),
-        WIDTHS=problem.widths,
-        COLUMNS=tuple(columns),
-        SPANS=tuple(spans),
-        EVEN=all(width % wide == 0 for width in problem.widths),
-        RANK=problem.rank,
-        OUT_STRIDE=problem.out_stride,
-        B_STRIDES_L=problem.b_strides_l,
-        B_STRIDE_N=problem.b_stride_n,
-        B_SCALE_STRIDES_L=problem.b_scale_strides_l,
-        PARTS=parts.number,
-        QUARTER=parts.quarter,
-        BLOCK_M=block_m,
-        SHARES=shares,
-        BLOCK_N=config.block_n,
-        TILES=config.tiles,
-        STAGES=config.stages,
-        WEIGHTS=CACHE_POLICIES[config.weight_policy],
-        PDL=pdl,
-    )
-    num_tokens = problem.num_tokens
-
-    def call(
-        out: torch.Tensor,
-        y: torch.Tensor,
-        lora_b: Sequence[torch.Tensor],
-        route: SortedRoute,
-        scaling: float,
-        b_scale: Sequence[torch.Tensor],
-    ) -> None:
-        tables = (route.pairs, route.blocks, route.num_blocks)
-        launch.run(out, y, tuple(lora_b), tuple(b_scale), scaling, num_tokens, *tables)
-
-    return call
+schedule = LoraExpand(lora_expand_bf16_add_r32_w8channel_product)
 
 
 def lora_expand_bf16_add_r32_w8channel(
-    out: torch.Tensor,
-    y: torch.Tensor,
-    lora_b: Sequence[torch.Tensor],
-    route: SortedRoute,
-    *,
-    offset_start: int = 0,
-    b_scale: Sequence[torch.Tensor],
+    # fmt: off
+    out: Tensor, y: Tensor, lora_b: Tensors, route: SortedRoute, *, offset_start: int = 0, b_scale: Tensors,
     config: Config | None = None,
+    # fmt: on
 ) -> None:
-    """Add to the columns of the slices in ``out``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes those of the rule.
+    """Add to the columns of the slices in ``out``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    problem = check(
-        "lora_expand_bf16_add_r32_w8channel",
-        out,
-        y,
-        lora_b,
-        route,
-        offset_start,
-        dtype=torch.bfloat16,
-        max_rank=32,
-        b_scale=("channel", b_scale),
-    )
-    if problem.num_tokens > 0:
-        call = bind(
-            problem,
-            route,
-            runtime.given("lora_expand_bf16_add_r32_w8channel", config, Config)
-            or choose(problem, route),
-        )
-        call(out, y, lora_b, route, 1.0, b_scale)
+    schedule.launch(config, out, y, lora_b, route, offset_start, b_scale)

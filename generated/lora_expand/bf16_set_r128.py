@@ -8,8 +8,7 @@ For every token t with adapter l, and every slice s, accumulated in fp32:
     v = bfloat16(y[s, t])
     out[t, columns of s] = v . B_s[l]^T
 
-Rows of out of other tokens keep their bytes. The columns of slice s follow those of slice s - 1; the first begins at
-offset_start.
+Rows of out of other tokens keep their bytes. The columns of slices follow each other, from offset_start on.
 Shapes: out [T, *] and B_s [L, N_s, rank] bfloat16, y [S, T, rank] float32 or bfloat16;
 rank at most 128.
 In front of it lora_shrink may have left y in parts [parts, S, T, rank], which are then added in its order, and scaled.
@@ -17,49 +16,28 @@ In front of it lora_shrink may have left y in parts [parts, S, T, rank], which a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
-from .. import _runtime as runtime
-from ..lora_shrink._problem import ONE_PART, Parts
+from .._operands import Tensors
 from ..moe_route._op import SortedRoute
-from ._problem import CACHE_POLICIES, Call, Config, Problem, check, choose
+from ._launch import LoraExpand
+from ._problem import Config
 
 
 @triton.jit(
-    do_not_specialize=["scaling", "num_tokens"],
-    do_not_specialize_on_alignment=["tokens_ptr", "blocks_ptr", "num_blocks_ptr"],
+    do_not_specialize=["scaling", "num_tokens"], do_not_specialize_on_alignment=["tokens_ptr", "blocks_ptr", "num_blocks_ptr"]
 )
 def lora_expand_bf16_set_r128_product(
-    out_ptr,
-    y_ptr,
-    b_ptrs,
-    scaling,
-    num_tokens,
-    tokens_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    WIDTHS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SPANS: tl.constexpr,
-    EVEN: tl.constexpr,
-    RANK: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    B_STRIDES_L: tl.constexpr,
-    B_STRIDE_N: tl.constexpr,
-    PARTS: tl.constexpr,
-    QUARTER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    SHARES: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TILES: tl.constexpr,
-    STAGES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    out_ptr, y_ptr, b_ptrs, scaling, num_tokens, tokens_ptr, blocks_ptr, num_blocks_ptr,
+    WIDTHS: tl.constexpr, COLUMNS: tl.constexpr, SPANS: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr,
+    OUT_STRIDE: tl.constexpr, B_STRIDES_L: tl.constexpr, B_STRIDE_N: tl.constexpr, PARTS: tl.constexpr, QUARTER: tl.constexpr,
+    BLOCK_M: tl.constexpr, SHARES: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
+    WEIGHTS: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     BLOCK_R: tl.constexpr = 128
     # SPANS[s]: programs of a block in front of those of slice s; the last: all of them. EVEN: no tile has a tail.
@@ -83,9 +61,7 @@ def lora_expand_bf16_set_r128_product(
         here = span >= SPANS[i]
         s, b_ptr = tl.where(here, i, s), tl.where(here, b_ptrs[i], b_ptr)
         spans, width = tl.where(here, SPANS[i], spans), tl.where(here, WIDTHS[i], width)
-        column, b_stride_l = tl.where(here, COLUMNS[i], column), tl.where(
-            here, B_STRIDES_L[i], b_stride_l
-        )
+        column, b_stride_l = tl.where(here, COLUMNS[i], column), tl.where(here, B_STRIDES_L[i], b_stride_l)
     b_base = b_ptr + adapter * b_stride_l
     n0 = (span - spans) * (BLOCK_N * TILES)
     r = tl.arange(0, BLOCK_R)
@@ -100,12 +76,7 @@ def lora_expand_bf16_set_r128_product(
             b = tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]), eviction_policy=WEIGHTS)
         else:
             b_mask = (n < width)[:, None] & (r < RANK)[None, :]
-            b = tl.load(
-                b_base + (n[:, None] * B_STRIDE_N + r[None, :]),
-                mask=b_mask,
-                other=0.0,
-                eviction_policy=WEIGHTS,
-            )
+            b = tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]), mask=b_mask, other=0.0, eviction_policy=WEIGHTS)
 
     if PDL:
         gdc_wait()
@@ -127,102 +98,24 @@ def lora_expand_bf16_set_r128_product(
             out_mask = live[:, None] if EVEN else live[:, None] & (n < width)[None, :]
             out_tile = out_rows + n[None, :]
             if EVEN and RANK == BLOCK_R:
-                b = tl.load(
-                    b_base + (n[:, None] * B_STRIDE_N + r[None, :]), eviction_policy=WEIGHTS
-                )
+                b = tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]), eviction_policy=WEIGHTS)
             else:
                 b_mask = (n < width)[:, None] & (r < RANK)[None, :]
-                b = tl.load(
-                    b_base + (n[:, None] * B_STRIDE_N + r[None, :]),
-                    mask=b_mask,
-                    other=0.0,
-                    eviction_policy=WEIGHTS,
-                )
+                b = tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]), mask=b_mask, other=0.0, eviction_policy=WEIGHTS)
 
         product = tl.dot(v, b.T)
         tl.store(out_tile, product.to(tl.bfloat16), mask=out_mask)
 
 
-_product = runtime.Launcher(lora_expand_bf16_set_r128_product)
-
-
-def bind(
-    problem: Problem, route: SortedRoute, config: Config, parts: Parts = ONE_PART, pdl: bool = False
-) -> Call:
-    """The launch for checked calls of these sizes, ready to be made again and again; pdl: right behind a lora_shrink."""
-    wide = config.block_n * config.tiles
-    spans, columns = [0], [problem.offset]
-    for width in problem.widths:
-        spans.append(spans[-1] + runtime.cdiv(width, wide))
-        columns.append(columns[-1] + width)
-    block_m = min(config.rows, route.block_m)
-    shares = route.block_m // block_m
-    launch = _product.bind(
-        route.max_blocks * spans[-1] * shares,
-        runtime.Options(config.num_warps, pdl=pdl),
-        WIDTHS=problem.widths,
-        COLUMNS=tuple(columns),
-        SPANS=tuple(spans),
-        EVEN=all(width % wide == 0 for width in problem.widths),
-        RANK=problem.rank,
-        OUT_STRIDE=problem.out_stride,
-        B_STRIDES_L=problem.b_strides_l,
-        B_STRIDE_N=problem.b_stride_n,
-        PARTS=parts.number,
-        QUARTER=parts.quarter,
-        BLOCK_M=block_m,
-        SHARES=shares,
-        BLOCK_N=config.block_n,
-        TILES=config.tiles,
-        STAGES=config.stages,
-        WEIGHTS=CACHE_POLICIES[config.weight_policy],
-        PDL=pdl,
-    )
-    num_tokens = problem.num_tokens
-
-    def call(
-        out: torch.Tensor,
-        y: torch.Tensor,
-        lora_b: Sequence[torch.Tensor],
-        route: SortedRoute,
-        scaling: float,
-    ) -> None:
-        tables = (route.pairs, route.blocks, route.num_blocks)
-        launch.run(out, y, tuple(lora_b), scaling, num_tokens, *tables)
-
-    return call
+schedule = LoraExpand(lora_expand_bf16_set_r128_product)
 
 
 def lora_expand_bf16_set_r128(
-    out: torch.Tensor,
-    y: torch.Tensor,
-    lora_b: Sequence[torch.Tensor],
-    route: SortedRoute,
-    *,
-    offset_start: int = 0,
-    config: Config | None = None,
+    out: Tensor, y: Tensor, lora_b: Tensors, route: SortedRoute, *, offset_start: int = 0, config: Config | None = None
 ) -> None:
-    """Overwrite the columns of the slices in ``out``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes those of the rule.
+    """Overwrite the columns of the slices in ``out``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    problem = check(
-        "lora_expand_bf16_set_r128",
-        out,
-        y,
-        lora_b,
-        route,
-        offset_start,
-        dtype=torch.bfloat16,
-        max_rank=128,
-    )
-    if problem.num_tokens > 0:
-        call = bind(
-            problem,
-            route,
-            runtime.given("lora_expand_bf16_set_r128", config, Config) or choose(problem, route),
-        )
-        call(out, y, lora_b, route, 1.0)
+    schedule.launch(config, out, y, lora_b, route, offset_start)

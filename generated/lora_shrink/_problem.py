@@ -67,13 +67,11 @@ LONG_K = 8192
 # Tokens up to which K may be shared out: their parts are few bytes, and what a workspace is made for.
 MAX_TOKENS_IN_PARTS = 4096
 
-# (y, x, lora_a, route, scaling) of sizes that were checked before; then a_scale where weights are FP8, then x_scale where x is
+# (y, x, lora_a, route, scaling, a_scale, x_scale) of sizes that were checked before
 Call = Callable[..., None]
 
 # (y, its parts, route, scaling) of such sizes
 Total = Callable[[torch.Tensor, torch.Tensor, SortedRoute, float], None]
-
-# What an FP8 tensor may be made of, and the rows and columns of a matrix that share a scale of a group.
 
 OP = operands.Op(
     "lora_shrink",

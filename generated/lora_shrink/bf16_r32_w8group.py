@@ -15,56 +15,33 @@ rank at most 32.
 K is added up chunk by chunk, chunks quarter by quarter, and these in order; how wide a chunk is depends on K alone. Few tokens
 get a program a chunk, more one a quarter, and their sums are added afterwards; many get a program for all of K. All add in the
 same order, so a token has the same bits in every batch. Where blocks are few, SHARES programs share the rows of each, and others its ranks.
-So they always do where a block is higher: widened FP8 is in registers, from where the matrix unit takes it for up to 32 rows. For
-more it goes through shared memory, which costs more than to widen again, and in another order, which shows in last bits.
+Programs of FP8 share the rows of a higher block, SHARES of them: what is widened stays in registers for up to 32 rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .. import _runtime as runtime
-from .._scales import product_rows
+from .._operands import Tensors
 from ..moe_route._op import SortedRoute
-from ._problem import CACHE_POLICIES, Call, Config, Parts, Problem, Total, check, choose
+from ._launch import LoraShrink
+from ._problem import Config
 
 
 @triton.jit(
-    do_not_specialize=["scaling", "num_tokens"],
-    do_not_specialize_on_alignment=["tokens_ptr", "blocks_ptr", "num_blocks_ptr"],
+    do_not_specialize=["scaling", "num_tokens"], do_not_specialize_on_alignment=["tokens_ptr", "blocks_ptr", "num_blocks_ptr"]
 )
 def lora_shrink_bf16_r32_w8group_product(
-    y_ptr,
-    x_ptr,
-    a_ptrs,
-    a_scale_ptrs,
-    scaling,
-    num_tokens,
-    tokens_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    K: tl.constexpr,
-    RANK: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    A_STRIDE_L: tl.constexpr,
-    A_STRIDE_R: tl.constexpr,
-    A_SCALE_STRIDE_L: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    SHARES: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    CHUNK_K: tl.constexpr,
-    QUARTER_K: tl.constexpr,
-    PART_K: tl.constexpr,
-    TOGETHER: tl.constexpr,
-    STAGES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    y_ptr, x_ptr, a_ptrs, a_scale_ptrs, scaling, num_tokens, tokens_ptr, blocks_ptr, num_blocks_ptr,
+    K: tl.constexpr, RANK: tl.constexpr, X_STRIDE: tl.constexpr, A_STRIDE_L: tl.constexpr, A_STRIDE_R: tl.constexpr,
+    A_SCALE_STRIDE_L: tl.constexpr, BLOCK_M: tl.constexpr, SHARES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    CHUNK_K: tl.constexpr, QUARTER_K: tl.constexpr, PART_K: tl.constexpr, TOGETHER: tl.constexpr, STAGES: tl.constexpr,
+    WEIGHTS: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     PARTS: tl.constexpr = (K + PART_K - 1) // PART_K
     GROUPS: tl.constexpr = len(a_ptrs) // TOGETHER  # of slices
@@ -116,14 +93,7 @@ def lora_shrink_bf16_r32_w8group_product(
                 (
                     s[0],
                     s[1]
-                    + tl.dot(
-                        x,
-                        tl.load(s[0] + k0, eviction_policy=WEIGHTS)
-                        .to(tl.float16)
-                        .to(tl.float32)
-                        .to(tl.bfloat16)
-                        .T,
-                    )
+                    + tl.dot(x, tl.load(s[0] + k0, eviction_policy=WEIGHTS).to(tl.float16).to(tl.float32).to(tl.bfloat16).T)
                     * tl.load(s[4] + k0 // 128),
                     s[2],
                     s[3],
@@ -170,23 +140,14 @@ def lora_shrink_bf16_r32_w8group_product(
 
 
 @triton.jit(
-    do_not_specialize=["scaling", "num_tokens"],
-    do_not_specialize_on_alignment=["tokens_ptr", "blocks_ptr", "num_blocks_ptr"],
+    do_not_specialize=["scaling", "num_tokens"], do_not_specialize_on_alignment=["tokens_ptr", "blocks_ptr", "num_blocks_ptr"]
 )
 def lora_shrink_bf16_r32_w8group_total(
-    y_ptr,
-    parts_ptr,
-    scaling,
-    num_tokens,
-    tokens_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    SLICES: tl.constexpr,
-    RANK: tl.constexpr,
-    PARTS: tl.constexpr,
-    QUARTER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    # fmt: off
+    y_ptr, parts_ptr, scaling, num_tokens, tokens_ptr, blocks_ptr, num_blocks_ptr,
+    SLICES: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr, QUARTER: tl.constexpr, BLOCK_M: tl.constexpr,
     PDL: tl.constexpr,
+    # fmt: on
 ):
     BLOCK_R: tl.constexpr = 16
     CHUNKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
@@ -218,146 +179,18 @@ def lora_shrink_bf16_r32_w8group_total(
     tl.store(y_ptr + cells, total * scaling, mask=kept)
 
 
-_product = runtime.Launcher(lora_shrink_bf16_r32_w8group_product)
-_total = runtime.Launcher(lora_shrink_bf16_r32_w8group_total)
-
-
-def bind_product(problem: Problem, route: SortedRoute, config: Config, pdl: bool) -> Call:
-    """The product for checked calls of these sizes; of parts, which are to be added and then scaled, where there are any:
-    [parts, S, T, rank].
-    """
-    runtime.check_tile(
-        "lora_shrink_bf16_r32_w8group",
-        "block_k",
-        config.block_k,
-        chunk_k=config.chunk_k,
-        group_k=128,
-    )
-    together = problem.slices if config.together else 1
-    block_r = min(config.ranks, 32)
-    block_m = product_rows(min(config.rows, route.block_m))
-    shares = route.block_m // block_m
-    launch = _product.bind(
-        route.max_blocks
-        * runtime.cdiv(problem.rank, block_r)
-        * (problem.slices // together)
-        * problem.parts(config).number
-        * shares,
-        runtime.Options(config.num_warps),
-        K=problem.k,
-        RANK=problem.rank,
-        X_STRIDE=problem.x_stride,
-        A_STRIDE_L=problem.a_stride_l,
-        A_STRIDE_R=problem.a_stride_r,
-        A_SCALE_STRIDE_L=problem.a_scale_stride_l,
-        BLOCK_M=block_m,
-        SHARES=shares,
-        BLOCK_R=block_r,
-        BLOCK_K=config.block_k,
-        CHUNK_K=config.chunk_k,
-        QUARTER_K=config.chunk_k * problem.quarter(config),
-        PART_K=problem.part_k(config),
-        TOGETHER=together,
-        STAGES=config.stages,
-        WEIGHTS=CACHE_POLICIES[config.weight_policy],
-        PDL=pdl,
-    )
-    num_tokens = problem.num_tokens
-
-    def call(
-        y: torch.Tensor,
-        x: torch.Tensor,
-        lora_a: Sequence[torch.Tensor],
-        route: SortedRoute,
-        scaling: float,
-        a_scale: Sequence[torch.Tensor],
-    ) -> None:
-        tables = (route.pairs, route.blocks, route.num_blocks)
-        launch.run(y, x, tuple(lora_a), tuple(a_scale), scaling, num_tokens, *tables)
-
-    return call
-
-
-def bind_total(problem: Problem, route: SortedRoute, parts: Parts, pdl: bool) -> Total:
-    """The sum of parts, scaled; it may take the place of the first of them."""
-    launch = _total.bind(
-        route.max_blocks * problem.slices * runtime.cdiv(problem.rank, 16),
-        runtime.Options(4, pdl=pdl),
-        SLICES=problem.slices,
-        RANK=problem.rank,
-        PARTS=parts.number,
-        QUARTER=parts.quarter,
-        BLOCK_M=route.block_m,
-        PDL=pdl,
-    )
-    num_tokens = problem.num_tokens
-
-    def total(y: torch.Tensor, sums: torch.Tensor, route: SortedRoute, scaling: float) -> None:
-        launch.run(y, sums, scaling, num_tokens, route.pairs, route.blocks, route.num_blocks)
-
-    return total
-
-
-def bind(problem: Problem, route: SortedRoute, config: Config) -> Call:
-    """The launches for checked calls of these sizes, ready to be made again and again."""
-    parts = problem.parts(config)
-    if parts.number == 1:
-        return bind_product(problem, route, config, False)
-    pdl = runtime.traits(problem.device).pdl
-    product, total = bind_product(problem, route, config, pdl), bind_total(
-        problem, route, parts, pdl
-    )
-    size = parts.number * problem.slices * problem.num_tokens * problem.rank
-
-    def call(
-        y: torch.Tensor,
-        x: torch.Tensor,
-        lora_a: Sequence[torch.Tensor],
-        route: SortedRoute,
-        scaling: float,
-        a_scale: Sequence[torch.Tensor],
-    ) -> None:
-        sums = route.parts
-        if sums is None or sums.shape[0] < size:
-            sums = torch.empty(size, dtype=torch.float32, device=y.device)
-        product(sums, x, lora_a, route, 1.0, a_scale)
-        total(y, sums, route, scaling)
-
-    return call
+schedule = LoraShrink(lora_shrink_bf16_r32_w8group_product, lora_shrink_bf16_r32_w8group_total)
 
 
 def lora_shrink_bf16_r32_w8group(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    route: SortedRoute,
-    *,
-    scaling: float = 1.0,
-    a_scale: Sequence[torch.Tensor],
+    # fmt: off
+    y: Tensor, x: Tensor, lora_a: Tensors, route: SortedRoute, *, scaling: float = 1.0, a_scale: Tensors,
     config: Config | None = None,
+    # fmt: on
 ) -> None:
-    """Write the rank vectors to ``y``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes those of the rule.
+    """Write the rank vectors to ``y``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    problem = check(
-        "lora_shrink_bf16_r32_w8group",
-        y,
-        x,
-        lora_a,
-        route,
-        dtype=torch.bfloat16,
-        max_rank=32,
-        a_scale=("group", a_scale),
-        scaling=scaling,
-    )
-    if problem.num_tokens > 0:
-        call = bind(
-            problem,
-            route,
-            runtime.given("lora_shrink_bf16_r32_w8group", config, Config) or choose(problem, route),
-        )
-        call(y, x, lora_a, route, float(scaling), a_scale)
+    schedule.launch(config, y, x, lora_a, route, scaling, a_scale)

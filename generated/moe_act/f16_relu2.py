@@ -13,34 +13,22 @@ Shapes: x [T, top_k, N] and h [T * top_k, N] float16, topk_ids [T, top_k] int32 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .. import _runtime as runtime
-from ._problem import Call, Config, Problem, check, choose
+from ._launch import MoeAct
+from ._problem import Config
 
 
-@triton.jit(
-    do_not_specialize=["num_tokens"],
-    do_not_specialize_on_alignment=["topk_ids_ptr", "valid_tokens_ptr"],
-)
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["topk_ids_ptr", "valid_tokens_ptr"])
 def moe_act_f16_relu2_kernel(
-    h_ptr,
-    x_ptr,
-    topk_ids_ptr,
-    valid_tokens_ptr,
-    num_tokens,
-    TOP_K: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    LOCAL_EXPERT_START: tl.constexpr,
-    N: tl.constexpr,
-    H_STRIDE: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    h_ptr, x_ptr, topk_ids_ptr, valid_tokens_ptr, num_tokens,
+    TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, LOCAL_EXPERT_START: tl.constexpr, N: tl.constexpr, H_STRIDE: tl.constexpr,
+    X_STRIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     if PDL:
         gdc_wait()
@@ -49,9 +37,7 @@ def moe_act_f16_relu2_kernel(
     if valid_tokens_ptr is not None:
         num_tokens = tl.minimum(tl.load(valid_tokens_ptr), num_tokens)
     num_pairs = num_tokens * TOP_K
-    for tile in tl.range(
-        tl.program_id(0), (num_pairs + ROWS - 1) // ROWS * TILES, tl.num_programs(0)
-    ):
+    for tile in tl.range(tl.program_id(0), (num_pairs + ROWS - 1) // ROWS * TILES, tl.num_programs(0)):
         pair = tile // TILES * ROWS + tl.arange(0, ROWS)
         expert = tl.load(topk_ids_ptr + pair, mask=pair < num_pairs, other=LOCAL_EXPERT_START - 1)
         n = tile % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -65,66 +51,19 @@ def moe_act_f16_relu2_kernel(
         tl.store(h_rows, h.to(tl.float16), mask=here)
 
 
-_kernel = runtime.Launcher(moe_act_f16_relu2_kernel)
-
-
-def bind(problem: Problem, config: Config) -> Call:
-    """The launch for checked calls of these sizes, ready to be made again and again."""
-    pdl, num_tokens = runtime.traits(problem.device).pdl, problem.num_tokens
-    pairs = min(num_tokens, problem.tokens_hint) * problem.top_k
-    launch = _kernel.bind(
-        runtime.cdiv(pairs, config.rows) * runtime.cdiv(problem.n, config.block_n),
-        runtime.Options(config.num_warps, pdl=pdl),
-        TOP_K=problem.top_k,
-        NUM_EXPERTS=problem.num_experts,
-        LOCAL_EXPERT_START=problem.local_expert_start,
-        N=problem.n,
-        H_STRIDE=problem.h_stride,
-        X_STRIDE=problem.x_stride,
-        ROWS=config.rows,
-        BLOCK_N=config.block_n,
-        PDL=pdl,
-    )
-
-    def call(
-        h: torch.Tensor, x: torch.Tensor, topk_ids: torch.Tensor, valid_tokens: torch.Tensor | None
-    ) -> None:
-        launch.run(h, x, topk_ids, valid_tokens, num_tokens)
-
-    return call
+schedule = MoeAct(moe_act_f16_relu2_kernel)
 
 
 def moe_act_f16_relu2(
-    h: torch.Tensor,
-    x: torch.Tensor,
-    topk_ids: torch.Tensor,
-    *,
-    num_experts: int,
-    local_expert_start: int = 0,
-    valid_tokens: torch.Tensor | None = None,
-    num_tokens_hint: int | None = None,
-    config: Config | None = None,
+    # fmt: off
+    h: Tensor, x: Tensor, topk_ids: Tensor, *, num_experts: int, local_expert_start: int = 0, valid_tokens: Tensor | None = None,
+    num_tokens_hint: int | None = None, config: Config | None = None,
+    # fmt: on
 ) -> None:
-    """Write the rows of local pairs to ``h``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes those of the rule.
+    """Write the rows of local pairs to ``h``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype or device that this variant does not serve; nothing was launched.
     """
-    problem = check(
-        "moe_act_f16_relu2",
-        h,
-        x,
-        topk_ids,
-        valid_tokens,
-        activation="relu2",
-        num_experts=num_experts,
-        local_expert_start=local_expert_start,
-        num_tokens_hint=num_tokens_hint,
-        dtype=torch.float16,
-    )
-    if problem.num_tokens > 0:
-        bind(problem, runtime.given("moe_act_f16_relu2", config, Config) or choose(problem))(
-            h, x, topk_ids, valid_tokens
-        )
+    sizes = {"num_experts": num_experts, "local_expert_start": local_expert_start, "num_tokens_hint": num_tokens_hint}
+    schedule.launch(config, h, x, topk_ids, valid_tokens, **sizes)

@@ -14,38 +14,22 @@ Shapes: out and delta [T, top_k, N] bfloat16.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .. import _runtime as runtime
 from ..moe_route._op import PairRoute, TableRoute
-from ._problem import Call, Config, Problem, check, choose
+from ._launch import MoeAdd
+from ._problem import Config
 
 
-@triton.jit(
-    do_not_specialize_on_alignment=[
-        "topk_ids_ptr",
-        "token_lora_mapping_ptr",
-        "adapter_enabled_ptr",
-        "expert_map_ptr",
-    ]
-)
+@triton.jit(do_not_specialize_on_alignment=["topk_ids_ptr", "token_lora_mapping_ptr", "adapter_enabled_ptr", "expert_map_ptr"])
 def moe_add_bf16_kernel(
-    out_ptr,
-    delta_ptr,
-    topk_ids_ptr,
-    token_lora_mapping_ptr,
-    adapter_enabled_ptr,
-    expert_map_ptr,
-    MAX_LORAS: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    GLOBAL_EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    N: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    D_STRIDE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    # fmt: off
+    out_ptr, delta_ptr, topk_ids_ptr, token_lora_mapping_ptr, adapter_enabled_ptr, expert_map_ptr,
+    MAX_LORAS: tl.constexpr, NUM_EXPERTS: tl.constexpr, GLOBAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, N: tl.constexpr,
+    OUT_STRIDE: tl.constexpr, D_STRIDE: tl.constexpr, BLOCK_N: tl.constexpr,
+    # fmt: on
 ):
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     pair = tl.program_id(0) // TILES
@@ -72,47 +56,13 @@ def moe_add_bf16_kernel(
         tl.store(out_row + n, y.to(tl.bfloat16), mask=inside)
 
 
-_kernel = runtime.Launcher(moe_add_bf16_kernel)
+schedule = MoeAdd(moe_add_bf16_kernel)
 
 
-def bind(problem: Problem, config: Config) -> Call:
-    """The launch for checked calls of these sizes, ready to be made again and again."""
-    launch = _kernel.bind(
-        problem.num_pairs * runtime.cdiv(problem.n, config.block_n),
-        runtime.Options(config.num_warps),
-        MAX_LORAS=problem.max_loras,
-        NUM_EXPERTS=problem.num_experts,
-        GLOBAL_EXPERTS=problem.global_experts,
-        TOP_K=problem.top_k,
-        N=problem.n,
-        OUT_STRIDE=problem.out_stride,
-        D_STRIDE=problem.delta_stride,
-        BLOCK_N=config.block_n,
-    )
-
-    def call(out: torch.Tensor, delta: torch.Tensor, route: PairRoute | TableRoute) -> None:
-        source = (route.topk_ids, route.token_lora_mapping, route.adapter_enabled, route.expert_map)
-        launch.run(out, delta, *source)
-
-    return call
-
-
-def moe_add_bf16(
-    out: torch.Tensor,
-    delta: torch.Tensor,
-    route: PairRoute | TableRoute,
-    *,
-    config: Config | None = None,
-) -> None:
-    """Add the rows of live pairs to ``out``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes those of the rule.
+def moe_add_bf16(out: Tensor, delta: Tensor, route: PairRoute | TableRoute, *, config: Config | None = None) -> None:
+    """Add the rows of live pairs to ``out``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    problem = check("moe_add_bf16", out, delta, route, dtype=torch.bfloat16)
-    if problem.num_pairs > 0:
-        bind(problem, runtime.given("moe_add_bf16", config, Config) or choose(problem))(
-            out, delta, route
-        )
+    schedule.launch(config, out, delta, route)

@@ -29,9 +29,7 @@ from ._op import check_fill, is_dense
 
 
 @triton.jit
-def _local(
-    topk_ids_ptr, pair, num_pairs, NUM_EXPERTS: tl.constexpr, LOCAL_EXPERT_START: tl.constexpr
-):
+def _local(topk_ids_ptr, pair, num_pairs, NUM_EXPERTS: tl.constexpr, LOCAL_EXPERT_START: tl.constexpr):
     """The local number of the expert of each pair, -1 where it is elsewhere; ids of any width, whatever they hold."""
     expert = tl.load(topk_ids_ptr + pair, mask=pair < num_pairs, other=-1)
     here = (expert >= LOCAL_EXPERT_START) & (expert < LOCAL_EXPERT_START + NUM_EXPERTS)
@@ -40,20 +38,11 @@ def _local(
 
 @triton.jit(do_not_specialize=["num_pairs"], do_not_specialize_on_alignment=["valid_tokens_ptr"])
 def moe_align_one_launch_kernel(
-    pairs_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    topk_ids_ptr,
-    valid_tokens_ptr,
-    num_pairs,
-    TOP_K: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    LOCAL_EXPERT_START: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    DENSE: tl.constexpr,
-    SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    pairs_ptr, blocks_ptr, num_blocks_ptr, topk_ids_ptr, valid_tokens_ptr, num_pairs,
+    TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, LOCAL_EXPERT_START: tl.constexpr, BLOCK_M: tl.constexpr, DENSE: tl.constexpr,
+    SIZE: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     if PDL:
         gdc_launch_dependents()
@@ -113,13 +102,9 @@ _kernel = runtime.Launcher(moe_align_one_launch_kernel)
 
 
 def bind(
-    *,
-    num_pairs: int,
-    top_k: int,
-    num_experts: int,
-    local_expert_start: int,
-    block_m: int,
-    device: torch.device,
+    # fmt: off
+    *, num_pairs: int, top_k: int, num_experts: int, local_expert_start: int, block_m: int, device: torch.device,
+    # fmt: on
 ) -> Callable[..., None]:
     """The launch for tables of these sizes, ready to be made again and again."""
     num_tokens = runtime.next_power_of_2(num_pairs // top_k)
@@ -129,16 +114,11 @@ def bind(
     dense = is_dense(num_tokens, top_k, num_experts)
     size = max(32, runtime.next_power_of_2(num_experts)) if dense else 1
     align = _kernel.bind(
-        num_experts,
-        runtime.Options(4 if chunk <= 512 else 8 if chunk <= 4096 else 16),
-        TOP_K=top_k,
-        NUM_EXPERTS=num_experts,
-        LOCAL_EXPERT_START=local_expert_start,
-        BLOCK_M=block_m,
-        DENSE=dense,
-        SIZE=size,
-        ROWS=chunk // 32,
+        # fmt: off
+        num_experts, runtime.Options(4 if chunk <= 512 else 8 if chunk <= 4096 else 16), TOP_K=top_k, NUM_EXPERTS=num_experts,
+        LOCAL_EXPERT_START=local_expert_start, BLOCK_M=block_m, DENSE=dense, SIZE=size, ROWS=chunk // 32,
         PDL=runtime.traits(device).pdl,
+        # fmt: on
     )
 
     def call(
@@ -154,15 +134,10 @@ def bind(
 
 
 def moe_align_one_launch(
-    pairs: torch.Tensor,
-    blocks: torch.Tensor,
-    num_blocks: torch.Tensor,
-    topk_ids: torch.Tensor,
-    valid_tokens: torch.Tensor | None,
-    *,
-    num_experts: int,
-    local_expert_start: int,
-    block_m: int,
+    # fmt: off
+    pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, topk_ids: torch.Tensor,
+    valid_tokens: torch.Tensor | None, *, num_experts: int, local_expert_start: int, block_m: int,
+    # fmt: on
 ) -> None:
     """Fill the tables from the routing; ``moe_align`` makes the buffers.
 
@@ -175,11 +150,9 @@ def moe_align_one_launch(
     routing = (topk_ids, valid_tokens, num_experts, local_expert_start)
     check_fill("moe_align_one_launch", pairs, blocks, num_blocks, *routing, block_m)
     call = bind(
-        num_pairs=topk_ids.numel(),
-        top_k=topk_ids.shape[1],
-        num_experts=num_experts,
-        local_expert_start=local_expert_start,
-        block_m=block_m,
-        device=topk_ids.device,
+        # fmt: off
+        num_pairs=topk_ids.numel(), top_k=topk_ids.shape[1], num_experts=num_experts, local_expert_start=local_expert_start,
+        block_m=block_m, device=topk_ids.device,
+        # fmt: on
     )
     call(pairs, blocks, num_blocks, topk_ids, valid_tokens)

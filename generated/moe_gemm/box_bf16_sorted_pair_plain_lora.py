@@ -20,50 +20,26 @@ stride over them. Where TAIL is set, a block of few rows takes a tile of half th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .. import _runtime as runtime
+from .._operands import Tensors
 from ..moe_align import MoeTables
 from ..moe_runs import MoeRuns
+from ._launch import Box
 from ._problem import BoxConfig as Config
-from ._problem import Call, Delta, Problem, check, choose, grid
 
 
 @triton.jit
 def _tile(
-    out_ptr,
-    x_desc,
-    w_desc,
-    v_ptr,
-    b_ptrs,
-    pairs_ptr,
-    run_of_row_ptr,
-    runs_ptr,
-    expert,
-    first,
-    rows,
-    n0,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    RANK: tl.constexpr,
-    B_STRIDE_L: tl.constexpr,
-    B_STRIDE_E: tl.constexpr,
-    B_STRIDE_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    DELTA_STAGES: tl.constexpr,
-    RANKED: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    out_ptr, x_desc, w_desc, v_ptr, b_ptrs, pairs_ptr, run_of_row_ptr, runs_ptr, expert, first, rows, n0,
+    K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, RANK: tl.constexpr, B_STRIDE_L: tl.constexpr, B_STRIDE_E: tl.constexpr,
+    B_STRIDE_N: tl.constexpr, BLOCK_D: tl.constexpr, DELTA_STAGES: tl.constexpr, RANKED: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     SLICES: tl.constexpr = 1
     m = tl.arange(0, BLOCK_M)
@@ -76,9 +52,7 @@ def _tile(
     WIDTH: tl.constexpr = (RANK + 15) // 16 * 16
     d = tl.arange(0, BLOCK_D)
     step = d // WIDTH  # the run of each column
-    entry = tl.load(
-        runs_ptr + 2 * (first + step), mask=step < num_runs, other=0
-    )  # asked for early: nothing hides it later
+    entry = tl.load(runs_ptr + 2 * (first + step), mask=step < num_runs, other=0)  # asked for early: nothing hides it later
     n = n0 + tl.arange(0, BLOCK_N)
 
     acc = tl.zeros([BLOCK_M, SLICES * BLOCK_N], tl.float32)
@@ -100,9 +74,7 @@ def _tile(
             entry = tl.max_constancy(entry, [min(WIDTH & -WIDTH, BLOCK_D)])
             adapter = entry % 4096 if RANKED else entry
             there = step < num_runs if RANK == WIDTH else (step < num_runs) & (r < RANK)
-            if (
-                RANKED
-            ):  # 16 at a time, so that copies stay wide; what lies behind the rank of an adapter is zero
+            if RANKED:  # 16 at a time, so that copies stay wide; what lies behind the rank of an adapter is zero
                 there &= (d0 + d) // 16 - step * (WIDTH // 16) < entry // 4096
             own = (run[:, None] == step[None, :]) & there[None, :]
             b_mask = there[None, :]
@@ -118,44 +90,15 @@ def _tile(
     tl.store(out_rows + n[None, :], y.to(tl.bfloat16), mask=out_mask)
 
 
-@triton.jit(
-    do_not_specialize_on_alignment=[
-        "pairs_ptr",
-        "blocks_ptr",
-        "num_blocks_ptr",
-        "run_of_row_ptr",
-        "runs_ptr",
-    ]
-)
+@triton.jit(do_not_specialize_on_alignment=["pairs_ptr", "blocks_ptr", "num_blocks_ptr", "run_of_row_ptr", "runs_ptr"])
 def moe_gemm_box_bf16_sorted_pair_plain_lora_kernel(
-    out_ptr,
-    x_desc,
-    half_desc,
-    w_desc,
-    v_ptr,
-    b_ptrs,
-    pairs_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    run_of_row_ptr,
-    runs_ptr,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    TAIL: tl.constexpr,
-    RANK: tl.constexpr,
-    B_STRIDE_L: tl.constexpr,
-    B_STRIDE_E: tl.constexpr,
-    B_STRIDE_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    DELTA_STAGES: tl.constexpr,
-    RANKED: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    out_ptr, x_desc, half_desc, w_desc, v_ptr, b_ptrs, pairs_ptr, blocks_ptr, num_blocks_ptr, run_of_row_ptr, runs_ptr,
+    K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, GROUP_M: tl.constexpr, TAIL: tl.constexpr, RANK: tl.constexpr,
+    B_STRIDE_L: tl.constexpr, B_STRIDE_E: tl.constexpr, B_STRIDE_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DELTA_STAGES: tl.constexpr, RANKED: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     HALF_M: tl.constexpr = BLOCK_M // 2
     LOW_M: tl.constexpr = HALF_M if TAIL else 0
@@ -177,164 +120,34 @@ def moe_gemm_box_bf16_sorted_pair_plain_lora_kernel(
         rows = tl.load(blocks_ptr + 3 * block + 2)
         if rows > LOW_M:
             _tile(
-                out_ptr,
-                x_desc,
-                w_desc,
-                v_ptr,
-                b_ptrs,
-                pairs_ptr,
-                run_of_row_ptr,
-                runs_ptr,
-                expert,
-                first,
-                rows,
-                n0,
-                K,
-                N,
-                OUT_STRIDE,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-                STAGES,
-                RANK,
-                B_STRIDE_L,
-                B_STRIDE_E,
-                B_STRIDE_N,
-                BLOCK_D,
-                DELTA_STAGES,
-                RANKED,
-                PDL,
+                # fmt: off
+                out_ptr, x_desc, w_desc, v_ptr, b_ptrs, pairs_ptr, run_of_row_ptr, runs_ptr, expert, first, rows, n0,
+                K, N, OUT_STRIDE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, RANK, B_STRIDE_L, B_STRIDE_E, B_STRIDE_N, BLOCK_D,
+                DELTA_STAGES, RANKED, PDL,
+                # fmt: on
             )
         elif TAIL and rows > 0:
             _tile(
-                out_ptr,
-                half_desc,
-                w_desc,
-                v_ptr,
-                b_ptrs,
-                pairs_ptr,
-                run_of_row_ptr,
-                runs_ptr,
-                expert,
-                first,
-                rows,
-                n0,
-                K,
-                N,
-                OUT_STRIDE,
-                HALF_M,
-                BLOCK_N,
-                BLOCK_K,
-                STAGES,
-                RANK,
-                B_STRIDE_L,
-                B_STRIDE_E,
-                B_STRIDE_N,
-                BLOCK_D,
-                DELTA_STAGES,
-                RANKED,
-                PDL,
+                # fmt: off
+                out_ptr, half_desc, w_desc, v_ptr, b_ptrs, pairs_ptr, run_of_row_ptr, runs_ptr, expert, first, rows, n0,
+                K, N, OUT_STRIDE, HALF_M, BLOCK_N, BLOCK_K, STAGES, RANK, B_STRIDE_L, B_STRIDE_E, B_STRIDE_N, BLOCK_D,
+                DELTA_STAGES, RANKED, PDL,
+                # fmt: on
             )
 
 
-_kernel = runtime.Launcher(moe_gemm_box_bf16_sorted_pair_plain_lora_kernel)
-
-
-def bind(problem: Problem, config: Config) -> Call:
-    """The launch for checked calls of these sizes, ready to be made again and again."""
-    pdl = runtime.traits(problem.device).pdl
-    k, n, num_experts = problem.k, problem.n, problem.num_experts
-    w_shape = [num_experts * 1, n, k]
-    w_strides = [problem.w_stride_e // 1, problem.w_stride_n, 1]
-    w_box = [1, config.block_n, config.block_k]
-    x_shape, x_strides = [problem.num_pairs, k], [problem.x_stride, 1]
-    x_box, half_box = [problem.block_m, config.block_k], [problem.block_m // 2, config.block_k]
-    launch = _kernel.bind(
-        grid(problem, config),
-        runtime.Options(config.num_warps, config.num_stages, pdl),
-        K=k,
-        N=n,
-        OUT_STRIDE=problem.out_stride,
-        BLOCK_M=problem.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        STAGES=config.num_stages,
-        GROUP_M=config.group_m,
-        TAIL=config.tail == 1,
-        RANK=problem.rank,
-        B_STRIDE_L=problem.b_strides.adapter,
-        B_STRIDE_E=problem.b_strides.expert,
-        B_STRIDE_N=problem.b_strides.row,
-        BLOCK_D=config.block_d,
-        DELTA_STAGES=config.delta_stages,
-        RANKED=problem.ranked,
-        PDL=pdl,
-    )
-
-    def call(
-        out: torch.Tensor,
-        x: torch.Tensor,
-        w: torch.Tensor,
-        tables: MoeTables,
-        topk_weights: torch.Tensor | None,
-        v: torch.Tensor,
-        lora_b: Sequence[torch.Tensor],
-        runs: MoeRuns,
-    ) -> None:
-        w_desc = TensorDescriptor(w, w_shape, w_strides, w_box)
-        x_desc = TensorDescriptor(x, x_shape, x_strides, x_box)
-        half_desc = TensorDescriptor(x, x_shape, x_strides, half_box)
-        operands = (x_desc, half_desc, w_desc)
-        launch.run(
-            out,
-            *operands,
-            v,
-            tuple(lora_b),
-            tables.pairs,
-            tables.blocks,
-            tables.num_blocks,
-            runs.run_of_row,
-            runs.runs,
-        )
-
-    return call
+schedule = Box(moe_gemm_box_bf16_sorted_pair_plain_lora_kernel)
 
 
 def moe_gemm_box_bf16_sorted_pair_plain_lora(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    w: torch.Tensor,
-    tables: MoeTables,
-    *,
-    v: torch.Tensor,
-    lora_b: Sequence[torch.Tensor],
-    runs: MoeRuns,
+    # fmt: off
+    out: Tensor, x: Tensor, w: Tensor, tables: MoeTables, *, v: Tensor, lora_b: Tensors, runs: MoeRuns,
     config: Config | None = None,
+    # fmt: on
 ) -> None:
-    """Write the rows of local pairs to ``out``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes those of the rule.
+    """Write the rows of local pairs to ``out``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    weights = None
-    problem = check(
-        "moe_gemm_box_bf16_sorted_pair_plain_lora",
-        out,
-        x,
-        w,
-        tables,
-        weights,
-        dtype=torch.bfloat16,
-        rows="sorted_pair",
-        epilogue="none",
-        schedule="box",
-        delta=Delta(v, lora_b, runs),
-    )
-    if problem.num_pairs > 0:
-        bind(
-            problem,
-            runtime.given("moe_gemm_box_bf16_sorted_pair_plain_lora", config, Config)
-            or choose("box", problem),
-        )(out, x, w, tables, weights, v, lora_b, runs)
+    schedule.launch(config, out, x, w, tables, None, v=v, lora_b=lora_b, runs=runs)

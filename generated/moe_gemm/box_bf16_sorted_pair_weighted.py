@@ -18,36 +18,23 @@ stride over them. Where TAIL is set, a block of few rows takes a tile of half th
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .. import _runtime as runtime
 from ..moe_align import MoeTables
+from ._launch import Box
 from ._problem import BoxConfig as Config
-from ._problem import Call, Problem, check, choose, grid
 
 
 @triton.jit
 def _tile(
-    out_ptr,
-    x_desc,
-    w_desc,
-    topk_weights_ptr,
-    pairs_ptr,
-    expert,
-    first,
-    rows,
-    n0,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
+    # fmt: off
+    out_ptr, x_desc, w_desc, topk_weights_ptr, pairs_ptr, expert, first, rows, n0,
+    K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    # fmt: on
 ):
     SLICES: tl.constexpr = 1
     m = tl.arange(0, BLOCK_M)
@@ -68,28 +55,13 @@ def _tile(
     tl.store(out_rows + n[None, :], y.to(tl.bfloat16), mask=out_mask)
 
 
-@triton.jit(
-    do_not_specialize_on_alignment=["topk_weights_ptr", "pairs_ptr", "blocks_ptr", "num_blocks_ptr"]
-)
+@triton.jit(do_not_specialize_on_alignment=["topk_weights_ptr", "pairs_ptr", "blocks_ptr", "num_blocks_ptr"])
 def moe_gemm_box_bf16_sorted_pair_weighted_kernel(
-    out_ptr,
-    x_desc,
-    half_desc,
-    w_desc,
-    topk_weights_ptr,
-    pairs_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    TAIL: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    out_ptr, x_desc, half_desc, w_desc, topk_weights_ptr, pairs_ptr, blocks_ptr, num_blocks_ptr,
+    K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, GROUP_M: tl.constexpr, TAIL: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     HALF_M: tl.constexpr = BLOCK_M // 2
     LOW_M: tl.constexpr = HALF_M if TAIL else 0
@@ -112,119 +84,29 @@ def moe_gemm_box_bf16_sorted_pair_weighted_kernel(
         rows = tl.load(blocks_ptr + 3 * block + 2)
         if rows > LOW_M:
             _tile(
-                out_ptr,
-                x_desc,
-                w_desc,
-                topk_weights_ptr,
-                pairs_ptr,
-                expert,
-                first,
-                rows,
-                n0,
-                K,
-                N,
-                OUT_STRIDE,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-                STAGES,
+                # fmt: off
+                out_ptr, x_desc, w_desc, topk_weights_ptr, pairs_ptr, expert, first, rows, n0,
+                K, N, OUT_STRIDE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+                # fmt: on
             )
         elif TAIL and rows > 0:
             _tile(
-                out_ptr,
-                half_desc,
-                w_desc,
-                topk_weights_ptr,
-                pairs_ptr,
-                expert,
-                first,
-                rows,
-                n0,
-                K,
-                N,
-                OUT_STRIDE,
-                HALF_M,
-                BLOCK_N,
-                BLOCK_K,
-                STAGES,
+                # fmt: off
+                out_ptr, half_desc, w_desc, topk_weights_ptr, pairs_ptr, expert, first, rows, n0,
+                K, N, OUT_STRIDE, HALF_M, BLOCK_N, BLOCK_K, STAGES,
+                # fmt: on
             )
 
 
-_kernel = runtime.Launcher(moe_gemm_box_bf16_sorted_pair_weighted_kernel)
-
-
-def bind(problem: Problem, config: Config) -> Call:
-    """The launch for checked calls of these sizes, ready to be made again and again."""
-    pdl = runtime.traits(problem.device).pdl
-    k, n, num_experts = problem.k, problem.n, problem.num_experts
-    w_shape = [num_experts * 1, n, k]
-    w_strides = [problem.w_stride_e // 1, problem.w_stride_n, 1]
-    w_box = [1, config.block_n, config.block_k]
-    x_shape, x_strides = [problem.num_pairs, k], [problem.x_stride, 1]
-    x_box, half_box = [problem.block_m, config.block_k], [problem.block_m // 2, config.block_k]
-    launch = _kernel.bind(
-        grid(problem, config),
-        runtime.Options(config.num_warps, config.num_stages, pdl),
-        K=k,
-        N=n,
-        OUT_STRIDE=problem.out_stride,
-        BLOCK_M=problem.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        STAGES=config.num_stages,
-        GROUP_M=config.group_m,
-        TAIL=config.tail == 1,
-        PDL=pdl,
-    )
-
-    def call(
-        out: torch.Tensor,
-        x: torch.Tensor,
-        w: torch.Tensor,
-        tables: MoeTables,
-        topk_weights: torch.Tensor | None,
-    ) -> None:
-        w_desc = TensorDescriptor(w, w_shape, w_strides, w_box)
-        x_desc = TensorDescriptor(x, x_shape, x_strides, x_box)
-        half_desc = TensorDescriptor(x, x_shape, x_strides, half_box)
-        operands = (x_desc, half_desc, w_desc)
-        launch.run(out, *operands, topk_weights, tables.pairs, tables.blocks, tables.num_blocks)
-
-    return call
+schedule = Box(moe_gemm_box_bf16_sorted_pair_weighted_kernel)
 
 
 def moe_gemm_box_bf16_sorted_pair_weighted(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    w: torch.Tensor,
-    tables: MoeTables,
-    *,
-    topk_weights: torch.Tensor,
-    config: Config | None = None,
+    out: Tensor, x: Tensor, w: Tensor, tables: MoeTables, *, topk_weights: Tensor, config: Config | None = None
 ) -> None:
-    """Write the rows of local pairs to ``out``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes those of the rule.
+    """Write the rows of local pairs to ``out``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    weights = topk_weights
-    problem = check(
-        "moe_gemm_box_bf16_sorted_pair_weighted",
-        out,
-        x,
-        w,
-        tables,
-        weights,
-        dtype=torch.bfloat16,
-        rows="sorted_pair",
-        epilogue="none",
-        schedule="box",
-    )
-    if problem.num_pairs > 0:
-        bind(
-            problem,
-            runtime.given("moe_gemm_box_bf16_sorted_pair_weighted", config, Config)
-            or choose("box", problem),
-        )(out, x, w, tables, weights)
+    schedule.launch(config, out, x, w, tables, topk_weights)

@@ -17,37 +17,23 @@ stride over them. Where TAIL is set, a block of few rows takes a tile of half th
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .. import _runtime as runtime
 from ..moe_align import MoeTables
+from ._launch import Box
 from ._problem import BoxConfig as Config
-from ._problem import Call, Problem, check, choose, grid
 
 
 @triton.jit
 def _tile(
-    out_ptr,
-    x_ptr,
-    w_desc,
-    pairs_ptr,
-    expert,
-    first,
-    rows,
-    n0,
-    TOP_K: tl.constexpr,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
+    # fmt: off
+    out_ptr, x_ptr, w_desc, pairs_ptr, expert, first, rows, n0,
+    TOP_K: tl.constexpr, K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    # fmt: on
 ):
     SLICES: tl.constexpr = 2
     m = tl.arange(0, BLOCK_M)
@@ -67,9 +53,7 @@ def _tile(
             x = tl.load(x_tile + k0, mask=(k < K - k0)[None, :], other=0.0)
         w = w_desc.load([expert * SLICES, n0, k0]).reshape(SLICES * BLOCK_N, BLOCK_K)
         acc = tl.dot(x, w.T, acc)
-    gate, up = (
-        acc.reshape(BLOCK_M, SLICES, BLOCK_N).permute(0, 2, 1).split()
-    )  # of registers, not of memory
+    gate, up = acc.reshape(BLOCK_M, SLICES, BLOCK_N).permute(0, 2, 1).split()  # of registers, not of memory
     y = gate / (1.0 + tl.exp(-gate)) * up
     out_rows = out_ptr + position.to(tl.int64)[:, None] * OUT_STRIDE
     out_mask = live[:, None] if N % BLOCK_N == 0 else live[:, None] & (n < N)[None, :]
@@ -78,24 +62,12 @@ def _tile(
 
 @triton.jit(do_not_specialize_on_alignment=["pairs_ptr", "blocks_ptr", "num_blocks_ptr"])
 def moe_gemm_box_bf16_token_sorted_swiglu_plain_kernel(
-    out_ptr,
-    x_ptr,
-    w_desc,
-    pairs_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    TOP_K: tl.constexpr,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    TAIL: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    out_ptr, x_ptr, w_desc, pairs_ptr, blocks_ptr, num_blocks_ptr,
+    TOP_K: tl.constexpr, K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, GROUP_M: tl.constexpr,
+    TAIL: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     HALF_M: tl.constexpr = BLOCK_M // 2
     LOW_M: tl.constexpr = HALF_M if TAIL else 0
@@ -118,118 +90,29 @@ def moe_gemm_box_bf16_token_sorted_swiglu_plain_kernel(
         rows = tl.load(blocks_ptr + 3 * block + 2)
         if rows > LOW_M:
             _tile(
-                out_ptr,
-                x_ptr,
-                w_desc,
-                pairs_ptr,
-                expert,
-                first,
-                rows,
-                n0,
-                TOP_K,
-                K,
-                N,
-                OUT_STRIDE,
-                X_STRIDE,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-                STAGES,
+                # fmt: off
+                out_ptr, x_ptr, w_desc, pairs_ptr, expert, first, rows, n0,
+                TOP_K, K, N, OUT_STRIDE, X_STRIDE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+                # fmt: on
             )
         elif TAIL and rows > 0:
             _tile(
-                out_ptr,
-                x_ptr,
-                w_desc,
-                pairs_ptr,
-                expert,
-                first,
-                rows,
-                n0,
-                TOP_K,
-                K,
-                N,
-                OUT_STRIDE,
-                X_STRIDE,
-                HALF_M,
-                BLOCK_N,
-                BLOCK_K,
-                STAGES,
+                # fmt: off
+                out_ptr, x_ptr, w_desc, pairs_ptr, expert, first, rows, n0,
+                TOP_K, K, N, OUT_STRIDE, X_STRIDE, HALF_M, BLOCK_N, BLOCK_K, STAGES,
+                # fmt: on
             )
 
 
-_kernel = runtime.Launcher(moe_gemm_box_bf16_token_sorted_swiglu_plain_kernel)
-
-
-def bind(problem: Problem, config: Config) -> Call:
-    """The launch for checked calls of these sizes, ready to be made again and again."""
-    pdl = runtime.traits(problem.device).pdl
-    k, n, num_experts = problem.k, problem.n, problem.num_experts
-    w_shape = [num_experts * 2, n, k]
-    w_strides = [problem.w_stride_e // 2, problem.w_stride_n, 1]
-    w_box = [2, config.block_n, config.block_k]
-    launch = _kernel.bind(
-        grid(problem, config),
-        runtime.Options(config.num_warps, config.num_stages, pdl),
-        TOP_K=problem.top_k,
-        K=k,
-        N=n,
-        OUT_STRIDE=problem.out_stride,
-        X_STRIDE=problem.x_stride,
-        BLOCK_M=problem.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        STAGES=config.num_stages,
-        GROUP_M=config.group_m,
-        TAIL=config.tail == 1,
-        PDL=pdl,
-    )
-
-    def call(
-        out: torch.Tensor,
-        x: torch.Tensor,
-        w: torch.Tensor,
-        tables: MoeTables,
-        topk_weights: torch.Tensor | None,
-    ) -> None:
-        w_desc = TensorDescriptor(w, w_shape, w_strides, w_box)
-        operands = (x, w_desc)
-        launch.run(out, *operands, tables.pairs, tables.blocks, tables.num_blocks)
-
-    return call
+schedule = Box(moe_gemm_box_bf16_token_sorted_swiglu_plain_kernel)
 
 
 def moe_gemm_box_bf16_token_sorted_swiglu_plain(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    w: torch.Tensor,
-    tables: MoeTables,
-    *,
-    config: Config | None = None,
+    out: Tensor, x: Tensor, w: Tensor, tables: MoeTables, *, config: Config | None = None
 ) -> None:
-    """Write the rows of local pairs to ``out``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes those of the rule.
+    """Write the rows of local pairs to ``out``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    weights = None
-    problem = check(
-        "moe_gemm_box_bf16_token_sorted_swiglu_plain",
-        out,
-        x,
-        w,
-        tables,
-        weights,
-        dtype=torch.bfloat16,
-        rows="token_sorted",
-        epilogue="swiglu",
-        schedule="box",
-    )
-    if problem.num_pairs > 0:
-        bind(
-            problem,
-            runtime.given("moe_gemm_box_bf16_token_sorted_swiglu_plain", config, Config)
-            or choose("box", problem),
-        )(out, x, w, tables, weights)
+    schedule.launch(config, out, x, w, tables)

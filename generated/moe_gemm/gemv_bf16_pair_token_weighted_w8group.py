@@ -17,49 +17,28 @@ A program makes BLOCK_N columns of a token, one expert after the other, so that 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .. import _runtime as runtime
 from .._scales import as_fp32
 from ..moe_align import MoeTables
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose
+from ._launch import Gemv
 from ._problem import GemvConfig as Config
 
 
 @triton.jit(
-    do_not_specialize_on_alignment=[
-        "topk_weights_ptr",
-        "w_scale_ptr",
-        "topk_ids_ptr",
-        "valid_tokens_ptr",
-    ],
+    do_not_specialize_on_alignment=["topk_weights_ptr", "w_scale_ptr", "topk_ids_ptr", "valid_tokens_ptr"],
 )
 def moe_gemm_gemv_bf16_pair_token_weighted_w8group_kernel(
-    out_ptr,
-    x_ptr,
-    w_ptr,
-    topk_weights_ptr,
-    w_scale_ptr,
-    topk_ids_ptr,
-    valid_tokens_ptr,
-    TOP_K: tl.constexpr,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    W_STRIDE_E: tl.constexpr,
-    W_STRIDE_N: tl.constexpr,
-    W_SCALE_STRIDE: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    LOCAL_EXPERT_START: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    ZERO_REST: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    out_ptr, x_ptr, w_ptr, topk_weights_ptr, w_scale_ptr, topk_ids_ptr, valid_tokens_ptr,
+    TOP_K: tl.constexpr, K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
+    W_STRIDE_E: tl.constexpr, W_STRIDE_N: tl.constexpr, W_SCALE_STRIDE: tl.constexpr, NUM_EXPERTS: tl.constexpr,
+    LOCAL_EXPERT_START: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WEIGHTS: tl.constexpr,
+    ZERO_REST: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     if PDL:
@@ -96,18 +75,12 @@ def moe_gemm_gemv_bf16_pair_token_weighted_w8group_kernel(
             w_tile = w_rows + (k0 + k)[None, :, :]
             x = tl.load(x_row + (k0 + k), mask=k_mask, other=0.0).to(tl.float32)[None, :, :]
             w_mask = k_mask[None, :, :]
-            w = tl.where(
-                w_mask,
-                tl.load(w_tile, mask=w_mask, other=0.0, eviction_policy=WEIGHTS).to(tl.float16),
-                0.0,
-            )
+            w = tl.where(w_mask, tl.load(w_tile, mask=w_mask, other=0.0, eviction_policy=WEIGHTS).to(tl.float16), 0.0)
             group = tl.minimum(k0 // 128 + tl.arange(0, PARTS), K_GROUPS - 1)
             if ONE_GROUP:
                 scale = as_fp32(tl.load(w_scales + n0 // 128 * K_GROUPS + group))[None, :, None]
             else:
-                scale = as_fp32(
-                    tl.load(w_scales + (w_row // 128 * K_GROUPS)[:, None] + group[None, :])
-                )[:, :, None]
+                scale = as_fp32(tl.load(w_scales + (w_row // 128 * K_GROUPS)[:, None] + group[None, :]))[:, :, None]
             scale = tl.where(here, weight * scale, 0.0)
             acc += w.to(tl.float32) * (x * scale)
     y = tl.sum(tl.sum(acc, 2), 1)
@@ -117,85 +90,15 @@ def moe_gemm_gemv_bf16_pair_token_weighted_w8group_kernel(
         tl.store(out_row + n, y.to(out_ptr.dtype.element_ty), mask=n < N)
 
 
-_kernel = runtime.Launcher(moe_gemm_gemv_bf16_pair_token_weighted_w8group_kernel)
-
-
-def bind(problem: Problem, config: Config) -> Call:
-    """The launch for checked calls of these sizes, ready to be made again and again."""
-    runtime.check_tile(
-        "moe_gemm_gemv_bf16_pair_token_weighted_w8group",
-        "block_k",
-        min(config.block_k, 128),
-        group_k=128,
-    )
-    pdl = runtime.traits(problem.device).pdl
-    launch = _kernel.bind(
-        problem.num_tokens * runtime.cdiv(problem.n, config.block_n),
-        runtime.Options(config.num_warps, pdl=pdl),
-        TOP_K=problem.top_k,
-        K=problem.k,
-        N=problem.n,
-        OUT_STRIDE=problem.out_stride,
-        X_STRIDE=problem.x_stride,
-        W_STRIDE_E=problem.w_stride_e,
-        W_STRIDE_N=problem.w_stride_n,
-        W_SCALE_STRIDE=problem.w_scale_stride,
-        NUM_EXPERTS=problem.num_experts,
-        LOCAL_EXPERT_START=problem.local_expert_start,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        WEIGHTS=CACHE_POLICIES[config.weight_policy],
-        ZERO_REST=problem.zero_rest,
-        PDL=pdl,
-    )
-
-    def call(
-        out: torch.Tensor,
-        x: torch.Tensor,
-        w: torch.Tensor,
-        tables: MoeTables,
-        topk_weights: torch.Tensor | None,
-        w_scale: torch.Tensor,
-    ) -> None:
-        launch.run(out, x, w, topk_weights, w_scale, tables.topk_ids, tables.valid_tokens)
-
-    return call
+schedule = Gemv(moe_gemm_gemv_bf16_pair_token_weighted_w8group_kernel)
 
 
 def moe_gemm_gemv_bf16_pair_token_weighted_w8group(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    w: torch.Tensor,
-    tables: MoeTables,
-    *,
-    topk_weights: torch.Tensor,
-    w_scale: torch.Tensor,
-    config: Config | None = None,
+    out: Tensor, x: Tensor, w: Tensor, tables: MoeTables, *, topk_weights: Tensor, w_scale: Tensor, config: Config | None = None
 ) -> None:
-    """Write the tokens to ``out``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes those of the rule.
+    """Write the tokens to ``out``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    weights = topk_weights
-    problem = check(
-        "moe_gemm_gemv_bf16_pair_token_weighted_w8group",
-        out,
-        x,
-        w,
-        tables,
-        weights,
-        dtype=torch.bfloat16,
-        rows="pair_token",
-        epilogue="none",
-        schedule="gemv",
-        scales=Scales("group", w_scale, None, None),
-    )
-    if problem.num_pairs > 0:
-        bind(
-            problem,
-            runtime.given("moe_gemm_gemv_bf16_pair_token_weighted_w8group", config, Config)
-            or choose("gemv", problem),
-        )(out, x, w, tables, weights, w_scale)
+    schedule.launch(config, out, x, w, tables, topk_weights, w_scale)

@@ -20,18 +20,16 @@ A program makes BLOCK_N columns of a token, one expert after the other, so that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .. import _runtime as runtime
+from .._operands import Tensors
 from .._scales import as_fp32
 from ..moe_align import MoeTables
 from ..moe_runs import MoeRuns
-from ._problem import CACHE_POLICIES, Call, Delta, Problem, Scales, check, choose
+from ._launch import Gemv
 from ._problem import GemvConfig as Config
 
 
@@ -57,41 +55,15 @@ def _rank_vector(v_row, ranks, next_part, PARTS: tl.constexpr):
     ],
 )
 def moe_gemm_gemv_bf16_pair_token_weighted_w8tensor_lora_kernel(
-    out_ptr,
-    x_ptr,
-    w_ptr,
-    v_ptr,
-    b_ptrs,
-    topk_weights_ptr,
-    w_scale_ptr,
-    topk_ids_ptr,
-    valid_tokens_ptr,
-    token_lora_mapping_ptr,
-    adapter_enabled_ptr,
-    lora_ranks_ptr,
-    num_pairs,
-    TOP_K: tl.constexpr,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    W_STRIDE_E: tl.constexpr,
-    W_STRIDE_N: tl.constexpr,
-    W_SCALE_STRIDE: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    LOCAL_EXPERT_START: tl.constexpr,
-    MAX_LORAS: tl.constexpr,
-    RANK: tl.constexpr,
-    V_PARTS: tl.constexpr,
-    B_STRIDE_L: tl.constexpr,
-    B_STRIDE_E: tl.constexpr,
-    B_STRIDE_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    ZERO_REST: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    out_ptr, x_ptr, w_ptr, v_ptr, b_ptrs, topk_weights_ptr, w_scale_ptr, topk_ids_ptr, valid_tokens_ptr, token_lora_mapping_ptr,
+    adapter_enabled_ptr, lora_ranks_ptr, num_pairs,
+    TOP_K: tl.constexpr, K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
+    W_STRIDE_E: tl.constexpr, W_STRIDE_N: tl.constexpr, W_SCALE_STRIDE: tl.constexpr, NUM_EXPERTS: tl.constexpr,
+    LOCAL_EXPERT_START: tl.constexpr, MAX_LORAS: tl.constexpr, RANK: tl.constexpr, V_PARTS: tl.constexpr,
+    B_STRIDE_L: tl.constexpr, B_STRIDE_E: tl.constexpr, B_STRIDE_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, WEIGHTS: tl.constexpr, ZERO_REST: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     if PDL:
@@ -112,11 +84,7 @@ def moe_gemm_gemv_bf16_pair_token_weighted_w8tensor_lora_kernel(
         has_adapter &= tl.load(adapter_enabled_ptr + adapter, mask=has_adapter, other=0) != 0
     counted = RANK  # of its ranks; what lies behind is zero
     if lora_ranks_ptr is not None:
-        counted = (
-            (tl.minimum(tl.load(lora_ranks_ptr + adapter, mask=has_adapter, other=0), RANK) + 15)
-            // 16
-            * 16
-        )
+        counted = (tl.minimum(tl.load(lora_ranks_ptr + adapter, mask=has_adapter, other=0), RANK) + 15) // 16 * 16
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for j in tl.static_range(TOP_K):
         pair = token * TOP_K + j
@@ -135,11 +103,7 @@ def moe_gemm_gemv_bf16_pair_token_weighted_w8tensor_lora_kernel(
             w_tile = w_rows + (k0 + k)[None, :]
             x = tl.load(x_row + (k0 + k), mask=k_mask, other=0.0).to(tl.float32)[None, :]
             w_mask = k_mask[None, :]
-            w = tl.where(
-                w_mask,
-                tl.load(w_tile, mask=w_mask, other=0.0, eviction_policy=WEIGHTS).to(tl.float16),
-                0.0,
-            )
+            w = tl.where(w_mask, tl.load(w_tile, mask=w_mask, other=0.0, eviction_policy=WEIGHTS).to(tl.float16), 0.0)
             acc += w.to(tl.float32) * (x * weight)
     y = tl.sum(acc, 1)
     if has_adapter:
@@ -148,15 +112,11 @@ def moe_gemm_gemv_bf16_pair_token_weighted_w8tensor_lora_kernel(
         r = c % BLOCK_R
         of_token = c < TOP_K * BLOCK_R
         pairs = token * TOP_K + c // BLOCK_R
-        experts = (
-            tl.load(topk_ids_ptr + pairs, mask=of_token, other=-1).to(tl.int64) - LOCAL_EXPERT_START
-        )
+        experts = tl.load(topk_ids_ptr + pairs, mask=of_token, other=-1).to(tl.int64) - LOCAL_EXPERT_START
         local = of_token & (experts >= 0) & (experts < NUM_EXPERTS)
         weights = tl.load(topk_weights_ptr + pairs, mask=local, other=0.0).to(tl.float32)
         v_rows = v_ptr + pairs.to(tl.int64) * RANK + r
-        b_rows = (
-            adapter * B_STRIDE_L + w_row[:, None] * B_STRIDE_N + (experts * B_STRIDE_E + r)[None, :]
-        )
+        b_rows = adapter * B_STRIDE_L + w_row[:, None] * B_STRIDE_N + (experts * B_STRIDE_E + r)[None, :]
         for r0 in tl.static_range(0, RANK, BLOCK_R):
             ranks = local & (r < RANK - r0) & (r < counted - r0)
             b = tl.load(b_ptrs[0] + b_rows + r0, mask=ranks[None, :], other=0.0)
@@ -170,106 +130,18 @@ def moe_gemm_gemv_bf16_pair_token_weighted_w8tensor_lora_kernel(
         tl.store(out_row + n, y.to(out_ptr.dtype.element_ty), mask=n < N)
 
 
-_kernel = runtime.Launcher(moe_gemm_gemv_bf16_pair_token_weighted_w8tensor_lora_kernel)
-
-
-def bind(problem: Problem, config: Config) -> Call:
-    """The launch for checked calls of these sizes, ready to be made again and again."""
-    pdl = runtime.traits(problem.device).pdl
-    launch = _kernel.bind(
-        problem.num_tokens * runtime.cdiv(problem.n, config.block_n),
-        runtime.Options(config.num_warps, pdl=pdl),
-        TOP_K=problem.top_k,
-        K=problem.k,
-        N=problem.n,
-        OUT_STRIDE=problem.out_stride,
-        X_STRIDE=problem.x_stride,
-        W_STRIDE_E=problem.w_stride_e,
-        W_STRIDE_N=problem.w_stride_n,
-        W_SCALE_STRIDE=problem.w_scale_stride,
-        NUM_EXPERTS=problem.num_experts,
-        LOCAL_EXPERT_START=problem.local_expert_start,
-        MAX_LORAS=problem.max_loras,
-        RANK=problem.rank,
-        V_PARTS=problem.parts,
-        B_STRIDE_L=problem.b_strides.adapter,
-        B_STRIDE_E=problem.b_strides.expert,
-        B_STRIDE_N=problem.b_strides.row,
-        BLOCK_R=min(64, runtime.next_power_of_2(problem.rank)),
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        WEIGHTS=CACHE_POLICIES[config.weight_policy],
-        ZERO_REST=problem.zero_rest,
-        PDL=pdl,
-    )
-    num_pairs = problem.num_pairs
-
-    def call(
-        out: torch.Tensor,
-        x: torch.Tensor,
-        w: torch.Tensor,
-        tables: MoeTables,
-        topk_weights: torch.Tensor | None,
-        w_scale: torch.Tensor,
-        v: torch.Tensor,
-        lora_b: Sequence[torch.Tensor],
-        runs: MoeRuns,
-    ) -> None:
-        adapters = (runs.token_lora_mapping, runs.adapter_enabled, runs.lora_ranks, num_pairs)
-        launch.run(
-            out,
-            x,
-            w,
-            v,
-            tuple(lora_b),
-            topk_weights,
-            w_scale,
-            tables.topk_ids,
-            tables.valid_tokens,
-            *adapters,
-        )
-
-    return call
+schedule = Gemv(moe_gemm_gemv_bf16_pair_token_weighted_w8tensor_lora_kernel)
 
 
 def moe_gemm_gemv_bf16_pair_token_weighted_w8tensor_lora(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    w: torch.Tensor,
-    tables: MoeTables,
-    *,
-    topk_weights: torch.Tensor,
-    w_scale: torch.Tensor,
-    v: torch.Tensor,
-    lora_b: Sequence[torch.Tensor],
-    runs: MoeRuns,
-    config: Config | None = None,
+    # fmt: off
+    out: Tensor, x: Tensor, w: Tensor, tables: MoeTables, *, topk_weights: Tensor, w_scale: Tensor, v: Tensor, lora_b: Tensors,
+    runs: MoeRuns, config: Config | None = None,
+    # fmt: on
 ) -> None:
-    """Write the tokens to ``out``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes those of the rule.
+    """Write the tokens to ``out``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    weights = topk_weights
-    problem = check(
-        "moe_gemm_gemv_bf16_pair_token_weighted_w8tensor_lora",
-        out,
-        x,
-        w,
-        tables,
-        weights,
-        dtype=torch.bfloat16,
-        rows="pair_token",
-        epilogue="none",
-        schedule="gemv",
-        scales=Scales("tensor", w_scale, None, None),
-        delta=Delta(v, lora_b, runs),
-    )
-    if problem.num_pairs > 0:
-        bind(
-            problem,
-            runtime.given("moe_gemm_gemv_bf16_pair_token_weighted_w8tensor_lora", config, Config)
-            or choose("gemv", problem),
-        )(out, x, w, tables, weights, w_scale, v, lora_b, runs)
+    schedule.launch(config, out, x, w, tables, topk_weights, w_scale, v=v, lora_b=lora_b, runs=runs)

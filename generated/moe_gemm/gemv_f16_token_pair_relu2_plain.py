@@ -14,14 +14,13 @@ A program makes BLOCK_N columns of a pair.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from .. import _runtime as runtime
 from ..moe_align import MoeTables
-from ._problem import CACHE_POLICIES, Call, Problem, check, choose
+from ._launch import Gemv
 from ._problem import GemvConfig as Config
 
 
@@ -29,24 +28,12 @@ from ._problem import GemvConfig as Config
     do_not_specialize_on_alignment=["topk_ids_ptr", "valid_tokens_ptr"],
 )
 def moe_gemm_gemv_f16_token_pair_relu2_plain_kernel(
-    out_ptr,
-    x_ptr,
-    w_ptr,
-    topk_ids_ptr,
-    valid_tokens_ptr,
-    TOP_K: tl.constexpr,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    W_STRIDE_E: tl.constexpr,
-    W_STRIDE_N: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    LOCAL_EXPERT_START: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    out_ptr, x_ptr, w_ptr, topk_ids_ptr, valid_tokens_ptr,
+    TOP_K: tl.constexpr, K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
+    W_STRIDE_E: tl.constexpr, W_STRIDE_N: tl.constexpr, NUM_EXPERTS: tl.constexpr, LOCAL_EXPERT_START: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     if PDL:
@@ -86,73 +73,15 @@ def moe_gemm_gemv_f16_token_pair_relu2_plain_kernel(
         tl.store(out_row + n, y.to(out_ptr.dtype.element_ty), mask=n < N)
 
 
-_kernel = runtime.Launcher(moe_gemm_gemv_f16_token_pair_relu2_plain_kernel)
-
-
-def bind(problem: Problem, config: Config) -> Call:
-    """The launch for checked calls of these sizes, ready to be made again and again."""
-    pdl = runtime.traits(problem.device).pdl
-    launch = _kernel.bind(
-        problem.num_pairs * runtime.cdiv(problem.n, config.block_n),
-        runtime.Options(config.num_warps),
-        TOP_K=problem.top_k,
-        K=problem.k,
-        N=problem.n,
-        OUT_STRIDE=problem.out_stride,
-        X_STRIDE=problem.x_stride,
-        W_STRIDE_E=problem.w_stride_e,
-        W_STRIDE_N=problem.w_stride_n,
-        NUM_EXPERTS=problem.num_experts,
-        LOCAL_EXPERT_START=problem.local_expert_start,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        WEIGHTS=CACHE_POLICIES[config.weight_policy],
-        PDL=pdl,
-    )
-
-    def call(
-        out: torch.Tensor,
-        x: torch.Tensor,
-        w: torch.Tensor,
-        tables: MoeTables,
-        topk_weights: torch.Tensor | None,
-    ) -> None:
-        launch.run(out, x, w, tables.topk_ids, tables.valid_tokens)
-
-    return call
+schedule = Gemv(moe_gemm_gemv_f16_token_pair_relu2_plain_kernel)
 
 
 def moe_gemm_gemv_f16_token_pair_relu2_plain(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    w: torch.Tensor,
-    tables: MoeTables,
-    *,
-    config: Config | None = None,
+    out: Tensor, x: Tensor, w: Tensor, tables: MoeTables, *, config: Config | None = None
 ) -> None:
-    """Write the rows of local pairs to ``out``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes those of the rule.
+    """Write the rows of local pairs to ``out``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    weights = None
-    problem = check(
-        "moe_gemm_gemv_f16_token_pair_relu2_plain",
-        out,
-        x,
-        w,
-        tables,
-        weights,
-        dtype=torch.float16,
-        rows="token_pair",
-        epilogue="relu2",
-        schedule="gemv",
-    )
-    if problem.num_pairs > 0:
-        bind(
-            problem,
-            runtime.given("moe_gemm_gemv_f16_token_pair_relu2_plain", config, Config)
-            or choose("gemv", problem),
-        )(out, x, w, tables, weights)
+    schedule.launch(config, out, x, w, tables)

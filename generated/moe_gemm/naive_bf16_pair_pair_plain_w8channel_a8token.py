@@ -17,49 +17,28 @@ to read it.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .. import _runtime as runtime
 from .._scales import as_fp32
 from ..moe_align import MoeTables
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose
+from ._launch import Naive
 from ._problem import NaiveConfig as Config
 
 
 @triton.jit(
-    do_not_specialize_on_alignment=[
-        "w_scale_ptr",
-        "x_scale_ptr",
-        "topk_ids_ptr",
-        "valid_tokens_ptr",
-    ],
+    do_not_specialize_on_alignment=["w_scale_ptr", "x_scale_ptr", "topk_ids_ptr", "valid_tokens_ptr"],
 )
 def moe_gemm_naive_bf16_pair_pair_plain_w8channel_a8token_kernel(
-    out_ptr,
-    x_ptr,
-    w_ptr,
-    w_scale_ptr,
-    x_scale_ptr,
-    topk_ids_ptr,
-    valid_tokens_ptr,
-    TOP_K: tl.constexpr,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    W_STRIDE_E: tl.constexpr,
-    W_STRIDE_N: tl.constexpr,
-    W_SCALE_STRIDE: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    LOCAL_EXPERT_START: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
+    # fmt: off
+    out_ptr, x_ptr, w_ptr, w_scale_ptr, x_scale_ptr, topk_ids_ptr, valid_tokens_ptr,
+    TOP_K: tl.constexpr, K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
+    W_STRIDE_E: tl.constexpr, W_STRIDE_N: tl.constexpr, W_SCALE_STRIDE: tl.constexpr, NUM_EXPERTS: tl.constexpr,
+    LOCAL_EXPERT_START: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WEIGHTS: tl.constexpr,
     PDL: tl.constexpr,
+    # fmt: on
 ):
     BLOCK_M: tl.constexpr = 16  # what matrix units take at least: the same row again and again
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -107,80 +86,15 @@ def moe_gemm_naive_bf16_pair_pair_plain_w8channel_a8token_kernel(
         tl.store(out_row + n, y.to(out_ptr.dtype.element_ty), mask=n < N)
 
 
-_kernel = runtime.Launcher(moe_gemm_naive_bf16_pair_pair_plain_w8channel_a8token_kernel)
-
-
-def bind(problem: Problem, config: Config) -> Call:
-    """The launch for checked calls of these sizes, ready to be made again and again."""
-    pdl = runtime.traits(problem.device).pdl
-    launch = _kernel.bind(
-        problem.num_pairs * runtime.cdiv(problem.n, config.block_n),
-        runtime.Options(config.num_warps, config.num_stages, pdl),
-        TOP_K=problem.top_k,
-        K=problem.k,
-        N=problem.n,
-        OUT_STRIDE=problem.out_stride,
-        X_STRIDE=problem.x_stride,
-        W_STRIDE_E=problem.w_stride_e,
-        W_STRIDE_N=problem.w_stride_n,
-        W_SCALE_STRIDE=problem.w_scale_stride,
-        NUM_EXPERTS=problem.num_experts,
-        LOCAL_EXPERT_START=problem.local_expert_start,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        STAGES=config.num_stages,
-        WEIGHTS=CACHE_POLICIES[config.weight_policy],
-        PDL=pdl,
-    )
-
-    def call(
-        out: torch.Tensor,
-        x: torch.Tensor,
-        w: torch.Tensor,
-        tables: MoeTables,
-        topk_weights: torch.Tensor | None,
-        w_scale: torch.Tensor,
-        x_scale: torch.Tensor,
-    ) -> None:
-        launch.run(out, x, w, w_scale, x_scale, tables.topk_ids, tables.valid_tokens)
-
-    return call
+schedule = Naive(moe_gemm_naive_bf16_pair_pair_plain_w8channel_a8token_kernel)
 
 
 def moe_gemm_naive_bf16_pair_pair_plain_w8channel_a8token(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    w: torch.Tensor,
-    tables: MoeTables,
-    *,
-    w_scale: torch.Tensor,
-    x_scale: torch.Tensor,
-    config: Config | None = None,
+    out: Tensor, x: Tensor, w: Tensor, tables: MoeTables, *, w_scale: Tensor, x_scale: Tensor, config: Config | None = None
 ) -> None:
-    """Write the rows of local pairs to ``out``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes those of the rule.
+    """Write the rows of local pairs to ``out``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    weights = None
-    problem = check(
-        "moe_gemm_naive_bf16_pair_pair_plain_w8channel_a8token",
-        out,
-        x,
-        w,
-        tables,
-        weights,
-        dtype=torch.bfloat16,
-        rows="pair_pair",
-        epilogue="none",
-        schedule="naive",
-        scales=Scales("channel", w_scale, "token", x_scale),
-    )
-    if problem.num_pairs > 0:
-        bind(
-            problem,
-            runtime.given("moe_gemm_naive_bf16_pair_pair_plain_w8channel_a8token", config, Config)
-            or choose("naive", problem),
-        )(out, x, w, tables, weights, w_scale, x_scale)
+    schedule.launch(config, out, x, w, tables, None, w_scale, x_scale)

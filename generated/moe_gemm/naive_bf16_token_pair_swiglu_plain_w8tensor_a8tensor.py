@@ -17,50 +17,28 @@ to read it.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from .. import _runtime as runtime
 from .._scales import as_fp32
 from ..moe_align import MoeTables
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose
+from ._launch import Naive
 from ._problem import NaiveConfig as Config
 
 
 @triton.jit(
-    do_not_specialize_on_alignment=[
-        "w_scale_ptr",
-        "x_scale_ptr",
-        "topk_ids_ptr",
-        "valid_tokens_ptr",
-    ],
+    do_not_specialize_on_alignment=["w_scale_ptr", "x_scale_ptr", "topk_ids_ptr", "valid_tokens_ptr"],
 )
 def moe_gemm_naive_bf16_token_pair_swiglu_plain_w8tensor_a8tensor_kernel(
-    out_ptr,
-    x_ptr,
-    w_ptr,
-    w_scale_ptr,
-    x_scale_ptr,
-    topk_ids_ptr,
-    valid_tokens_ptr,
-    TOP_K: tl.constexpr,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    W_STRIDE_E: tl.constexpr,
-    W_STRIDE_N: tl.constexpr,
-    W_SCALE_STRIDE: tl.constexpr,
-    W_SCALE_NEXT: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    LOCAL_EXPERT_START: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    out_ptr, x_ptr, w_ptr, w_scale_ptr, x_scale_ptr, topk_ids_ptr, valid_tokens_ptr,
+    TOP_K: tl.constexpr, K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
+    W_STRIDE_E: tl.constexpr, W_STRIDE_N: tl.constexpr, W_SCALE_STRIDE: tl.constexpr, W_SCALE_NEXT: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, LOCAL_EXPERT_START: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     BLOCK_M: tl.constexpr = 16  # what matrix units take at least: the same row again and again
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -98,9 +76,7 @@ def moe_gemm_naive_bf16_token_pair_swiglu_plain_w8tensor_a8tensor_kernel(
         if K % BLOCK_K == 0:
             w = tl.load(w_tile + (N * W_STRIDE_N + k0), eviction_policy=WEIGHTS)
         else:
-            w = tl.load(
-                w_tile + (N * W_STRIDE_N + k0), mask=k_mask, other=0.0, eviction_policy=WEIGHTS
-            )
+            w = tl.load(w_tile + (N * W_STRIDE_N + k0), mask=k_mask, other=0.0, eviction_policy=WEIGHTS)
         up = tl.dot(x, w.T, up, max_num_imprecise_acc=min(BLOCK_K, 128))
     x_scale = as_fp32(tl.load(x_scale_ptr))
     gate *= as_fp32(tl.load(w_scales)) * x_scale
@@ -115,83 +91,15 @@ def moe_gemm_naive_bf16_token_pair_swiglu_plain_w8tensor_a8tensor_kernel(
         tl.store(out_row + n, y.to(out_ptr.dtype.element_ty), mask=n < N)
 
 
-_kernel = runtime.Launcher(moe_gemm_naive_bf16_token_pair_swiglu_plain_w8tensor_a8tensor_kernel)
-
-
-def bind(problem: Problem, config: Config) -> Call:
-    """The launch for checked calls of these sizes, ready to be made again and again."""
-    pdl = runtime.traits(problem.device).pdl
-    launch = _kernel.bind(
-        problem.num_pairs * runtime.cdiv(problem.n, config.block_n),
-        runtime.Options(config.num_warps, config.num_stages),
-        TOP_K=problem.top_k,
-        K=problem.k,
-        N=problem.n,
-        OUT_STRIDE=problem.out_stride,
-        X_STRIDE=problem.x_stride,
-        W_STRIDE_E=problem.w_stride_e,
-        W_STRIDE_N=problem.w_stride_n,
-        W_SCALE_STRIDE=problem.w_scale_stride,
-        W_SCALE_NEXT=problem.w_scale_next,
-        NUM_EXPERTS=problem.num_experts,
-        LOCAL_EXPERT_START=problem.local_expert_start,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        STAGES=config.num_stages,
-        WEIGHTS=CACHE_POLICIES[config.weight_policy],
-        PDL=pdl,
-    )
-
-    def call(
-        out: torch.Tensor,
-        x: torch.Tensor,
-        w: torch.Tensor,
-        tables: MoeTables,
-        topk_weights: torch.Tensor | None,
-        w_scale: torch.Tensor,
-        x_scale: torch.Tensor,
-    ) -> None:
-        launch.run(out, x, w, w_scale, x_scale, tables.topk_ids, tables.valid_tokens)
-
-    return call
+schedule = Naive(moe_gemm_naive_bf16_token_pair_swiglu_plain_w8tensor_a8tensor_kernel)
 
 
 def moe_gemm_naive_bf16_token_pair_swiglu_plain_w8tensor_a8tensor(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    w: torch.Tensor,
-    tables: MoeTables,
-    *,
-    w_scale: torch.Tensor,
-    x_scale: torch.Tensor,
-    config: Config | None = None,
+    out: Tensor, x: Tensor, w: Tensor, tables: MoeTables, *, w_scale: Tensor, x_scale: Tensor, config: Config | None = None
 ) -> None:
-    """Write the rows of local pairs to ``out``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes those of the rule.
+    """Write the rows of local pairs to ``out``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    weights = None
-    problem = check(
-        "moe_gemm_naive_bf16_token_pair_swiglu_plain_w8tensor_a8tensor",
-        out,
-        x,
-        w,
-        tables,
-        weights,
-        dtype=torch.bfloat16,
-        rows="token_pair",
-        epilogue="swiglu",
-        schedule="naive",
-        scales=Scales("tensor", w_scale, "tensor", x_scale),
-    )
-    if problem.num_pairs > 0:
-        bind(
-            problem,
-            runtime.given(
-                "moe_gemm_naive_bf16_token_pair_swiglu_plain_w8tensor_a8tensor", config, Config
-            )
-            or choose("naive", problem),
-        )(out, x, w, tables, weights, w_scale, x_scale)
+    schedule.launch(config, out, x, w, tables, None, w_scale, x_scale)

@@ -18,44 +18,25 @@ stride over them. Where TAIL is set, a block of few rows takes a tile of half th
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .. import _runtime as runtime
 from .._scales import as_fp32
 from ..moe_align import MoeTables
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, grid
+from ._launch import Tile
 from ._problem import TileConfig as Config
 
 
 @triton.jit
 def _tile(
-    out_ptr,
-    x_ptr,
-    w_ptr,
-    w_scale_ptr,
-    x_scale_ptr,
-    x_scale_next,
-    pairs_ptr,
-    expert,
-    first,
-    rows,
-    n0,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    W_STRIDE_E: tl.constexpr,
-    W_STRIDE_N: tl.constexpr,
-    W_SCALE_STRIDE: tl.constexpr,
-    X_SCALE_STRIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
+    # fmt: off
+    out_ptr, x_ptr, w_ptr, w_scale_ptr, x_scale_ptr, x_scale_next, pairs_ptr, expert, first, rows, n0,
+    K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr, W_STRIDE_E: tl.constexpr,
+    W_STRIDE_N: tl.constexpr, W_SCALE_STRIDE: tl.constexpr, X_SCALE_STRIDE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WEIGHTS: tl.constexpr,
+    # fmt: on
 ):
     m = tl.arange(0, BLOCK_M)
     live = m < rows
@@ -84,16 +65,11 @@ def _tile(
             x = tl.load(x_tile + k0, mask=k_mask, other=0.0)
             w = tl.load(w_tile + k0, mask=k_mask, other=0.0, eviction_policy=WEIGHTS)
         group = k0 // 128
-        x_scale = as_fp32(
-            tl.load(x_scales + (group if x_scale_next is None else group * x_scale_next))
-        )
+        x_scale = as_fp32(tl.load(x_scales + (group if x_scale_next is None else group * x_scale_next)))
         if ONE_GROUP:
             scale = as_fp32(tl.load(w_scales + n0 // 128 * K_GROUPS + group)) * x_scale[:, None]
         else:
-            scale = (
-                as_fp32(tl.load(w_scales + w_row // 128 * K_GROUPS + group))[None, :]
-                * x_scale[:, None]
-            )
+            scale = as_fp32(tl.load(w_scales + w_row // 128 * K_GROUPS + group))[None, :] * x_scale[:, None]
         acc = acc + tl.dot(x, w.T) * scale
 
     y = acc
@@ -104,40 +80,16 @@ def _tile(
 
 @triton.jit(
     do_not_specialize=["x_scale_next"],
-    do_not_specialize_on_alignment=[
-        "w_scale_ptr",
-        "x_scale_ptr",
-        "pairs_ptr",
-        "blocks_ptr",
-        "num_blocks_ptr",
-    ],
+    do_not_specialize_on_alignment=["w_scale_ptr", "x_scale_ptr", "pairs_ptr", "blocks_ptr", "num_blocks_ptr"],
 )
 def moe_gemm_tile_bf16_sorted_pair_plain_w8group_a8group_kernel(
-    out_ptr,
-    x_ptr,
-    w_ptr,
-    w_scale_ptr,
-    x_scale_ptr,
-    x_scale_next,
-    pairs_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    W_STRIDE_E: tl.constexpr,
-    W_STRIDE_N: tl.constexpr,
-    W_SCALE_STRIDE: tl.constexpr,
-    X_SCALE_STRIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    TAIL: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    out_ptr, x_ptr, w_ptr, w_scale_ptr, x_scale_ptr, x_scale_next, pairs_ptr, blocks_ptr, num_blocks_ptr,
+    K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr, W_STRIDE_E: tl.constexpr,
+    W_STRIDE_N: tl.constexpr, W_SCALE_STRIDE: tl.constexpr, X_SCALE_STRIDE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WEIGHTS: tl.constexpr, GROUP_M: tl.constexpr,
+    TAIL: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     HALF_M: tl.constexpr = BLOCK_M // 2
     LOW_M: tl.constexpr = HALF_M if TAIL else 0
@@ -160,152 +112,31 @@ def moe_gemm_tile_bf16_sorted_pair_plain_w8group_a8group_kernel(
         rows = tl.load(blocks_ptr + 3 * block + 2)
         if rows > LOW_M:
             _tile(
-                out_ptr,
-                x_ptr,
-                w_ptr,
-                w_scale_ptr,
-                x_scale_ptr,
-                x_scale_next,
-                pairs_ptr,
-                expert,
-                first,
-                rows,
-                n0,
-                K,
-                N,
-                OUT_STRIDE,
-                X_STRIDE,
-                W_STRIDE_E,
-                W_STRIDE_N,
-                W_SCALE_STRIDE,
-                X_SCALE_STRIDE,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-                STAGES,
-                WEIGHTS,
+                # fmt: off
+                out_ptr, x_ptr, w_ptr, w_scale_ptr, x_scale_ptr, x_scale_next, pairs_ptr, expert, first, rows, n0,
+                K, N, OUT_STRIDE, X_STRIDE, W_STRIDE_E, W_STRIDE_N, W_SCALE_STRIDE, X_SCALE_STRIDE, BLOCK_M, BLOCK_N, BLOCK_K,
+                STAGES, WEIGHTS,
+                # fmt: on
             )
         elif TAIL and rows > 0:
             _tile(
-                out_ptr,
-                x_ptr,
-                w_ptr,
-                w_scale_ptr,
-                x_scale_ptr,
-                x_scale_next,
-                pairs_ptr,
-                expert,
-                first,
-                rows,
-                n0,
-                K,
-                N,
-                OUT_STRIDE,
-                X_STRIDE,
-                W_STRIDE_E,
-                W_STRIDE_N,
-                W_SCALE_STRIDE,
-                X_SCALE_STRIDE,
-                HALF_M,
-                BLOCK_N,
-                BLOCK_K,
-                STAGES,
-                WEIGHTS,
+                # fmt: off
+                out_ptr, x_ptr, w_ptr, w_scale_ptr, x_scale_ptr, x_scale_next, pairs_ptr, expert, first, rows, n0,
+                K, N, OUT_STRIDE, X_STRIDE, W_STRIDE_E, W_STRIDE_N, W_SCALE_STRIDE, X_SCALE_STRIDE, HALF_M, BLOCK_N, BLOCK_K,
+                STAGES, WEIGHTS,
+                # fmt: on
             )
 
 
-_kernel = runtime.Launcher(moe_gemm_tile_bf16_sorted_pair_plain_w8group_a8group_kernel)
-
-
-def bind(problem: Problem, config: Config) -> Call:
-    """The launch for checked calls of these sizes, ready to be made again and again."""
-    runtime.check_tile(
-        "moe_gemm_tile_bf16_sorted_pair_plain_w8group_a8group",
-        "block_k",
-        config.block_k,
-        group_k=128,
-    )
-    pdl = runtime.traits(problem.device).pdl
-    x_scale_next = problem.x_scale_next
-    launch = _kernel.bind(
-        grid(problem, config),
-        runtime.Options(config.num_warps, config.num_stages, pdl),
-        K=problem.k,
-        N=problem.n,
-        OUT_STRIDE=problem.out_stride,
-        X_STRIDE=problem.x_stride,
-        W_STRIDE_E=problem.w_stride_e,
-        W_STRIDE_N=problem.w_stride_n,
-        W_SCALE_STRIDE=problem.w_scale_stride,
-        X_SCALE_STRIDE=problem.x_scale_stride,
-        BLOCK_M=problem.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        STAGES=config.num_stages,
-        WEIGHTS=CACHE_POLICIES[config.weight_policy],
-        GROUP_M=config.group_m,
-        TAIL=config.tail == 1,
-        PDL=pdl,
-    )
-
-    def call(
-        out: torch.Tensor,
-        x: torch.Tensor,
-        w: torch.Tensor,
-        tables: MoeTables,
-        topk_weights: torch.Tensor | None,
-        w_scale: torch.Tensor,
-        x_scale: torch.Tensor,
-    ) -> None:
-        launch.run(
-            out,
-            x,
-            w,
-            w_scale,
-            x_scale,
-            x_scale_next,
-            tables.pairs,
-            tables.blocks,
-            tables.num_blocks,
-        )
-
-    return call
+schedule = Tile(moe_gemm_tile_bf16_sorted_pair_plain_w8group_a8group_kernel)
 
 
 def moe_gemm_tile_bf16_sorted_pair_plain_w8group_a8group(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    w: torch.Tensor,
-    tables: MoeTables,
-    *,
-    w_scale: torch.Tensor,
-    x_scale: torch.Tensor,
-    config: Config | None = None,
+    out: Tensor, x: Tensor, w: Tensor, tables: MoeTables, *, w_scale: Tensor, x_scale: Tensor, config: Config | None = None
 ) -> None:
-    """Write the rows of local pairs to ``out``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes those of the rule.
+    """Write the rows of local pairs to ``out``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    weights = None
-    problem = check(
-        "moe_gemm_tile_bf16_sorted_pair_plain_w8group_a8group",
-        out,
-        x,
-        w,
-        tables,
-        weights,
-        dtype=torch.bfloat16,
-        rows="sorted_pair",
-        epilogue="none",
-        schedule="tile",
-        scales=Scales("group", w_scale, "group", x_scale),
-    )
-    if problem.num_pairs > 0:
-        bind(
-            problem,
-            runtime.given("moe_gemm_tile_bf16_sorted_pair_plain_w8group_a8group", config, Config)
-            or choose("tile", problem),
-        )(out, x, w, tables, weights, w_scale, x_scale)
+    schedule.launch(config, out, x, w, tables, None, w_scale, x_scale)

@@ -18,44 +18,25 @@ stride over them. Where TAIL is set, a block of few rows takes a tile of half th
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .. import _runtime as runtime
 from .._scales import as_fp32
 from ..moe_align import MoeTables
-from ._problem import CACHE_POLICIES, Call, Problem, Scales, check, choose, grid
+from ._launch import Tile
 from ._problem import TileConfig as Config
 
 
 @triton.jit
 def _tile(
-    out_ptr,
-    x_ptr,
-    w_ptr,
-    w_scale_ptr,
-    x_scale_ptr,
-    pairs_ptr,
-    expert,
-    first,
-    rows,
-    n0,
-    TOP_K: tl.constexpr,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    W_STRIDE_E: tl.constexpr,
-    W_STRIDE_N: tl.constexpr,
-    W_SCALE_STRIDE: tl.constexpr,
-    W_SCALE_NEXT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
+    # fmt: off
+    out_ptr, x_ptr, w_ptr, w_scale_ptr, x_scale_ptr, pairs_ptr, expert, first, rows, n0,
+    TOP_K: tl.constexpr, K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
+    W_STRIDE_E: tl.constexpr, W_STRIDE_N: tl.constexpr, W_SCALE_STRIDE: tl.constexpr, W_SCALE_NEXT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WEIGHTS: tl.constexpr,
+    # fmt: on
 ):
     m = tl.arange(0, BLOCK_M)
     live = m < rows
@@ -85,9 +66,7 @@ def _tile(
         if K % BLOCK_K == 0:
             w = tl.load(w_tile + (N * W_STRIDE_N + k0), eviction_policy=WEIGHTS)
         else:
-            w = tl.load(
-                w_tile + (N * W_STRIDE_N + k0), mask=k_mask, other=0.0, eviction_policy=WEIGHTS
-            )
+            w = tl.load(w_tile + (N * W_STRIDE_N + k0), mask=k_mask, other=0.0, eviction_policy=WEIGHTS)
         up = tl.dot(x, w.T, up, max_num_imprecise_acc=min(BLOCK_K, 128))
     x_scale = as_fp32(tl.load(x_scale_ptr))
     gate *= as_fp32(tl.load(w_scales)) * x_scale
@@ -99,41 +78,15 @@ def _tile(
     tl.store(out_rows + n[None, :], y.to(tl.bfloat16), mask=out_mask)
 
 
-@triton.jit(
-    do_not_specialize_on_alignment=[
-        "w_scale_ptr",
-        "x_scale_ptr",
-        "pairs_ptr",
-        "blocks_ptr",
-        "num_blocks_ptr",
-    ]
-)
+@triton.jit(do_not_specialize_on_alignment=["w_scale_ptr", "x_scale_ptr", "pairs_ptr", "blocks_ptr", "num_blocks_ptr"])
 def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8tensor_a8tensor_kernel(
-    out_ptr,
-    x_ptr,
-    w_ptr,
-    w_scale_ptr,
-    x_scale_ptr,
-    pairs_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    TOP_K: tl.constexpr,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    W_STRIDE_E: tl.constexpr,
-    W_STRIDE_N: tl.constexpr,
-    W_SCALE_STRIDE: tl.constexpr,
-    W_SCALE_NEXT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    TAIL: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    out_ptr, x_ptr, w_ptr, w_scale_ptr, x_scale_ptr, pairs_ptr, blocks_ptr, num_blocks_ptr,
+    TOP_K: tl.constexpr, K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
+    W_STRIDE_E: tl.constexpr, W_STRIDE_N: tl.constexpr, W_SCALE_STRIDE: tl.constexpr, W_SCALE_NEXT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WEIGHTS: tl.constexpr,
+    GROUP_M: tl.constexpr, TAIL: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     HALF_M: tl.constexpr = BLOCK_M // 2
     LOW_M: tl.constexpr = HALF_M if TAIL else 0
@@ -156,138 +109,31 @@ def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8tensor_a8tensor_kernel(
         rows = tl.load(blocks_ptr + 3 * block + 2)
         if rows > LOW_M:
             _tile(
-                out_ptr,
-                x_ptr,
-                w_ptr,
-                w_scale_ptr,
-                x_scale_ptr,
-                pairs_ptr,
-                expert,
-                first,
-                rows,
-                n0,
-                TOP_K,
-                K,
-                N,
-                OUT_STRIDE,
-                X_STRIDE,
-                W_STRIDE_E,
-                W_STRIDE_N,
-                W_SCALE_STRIDE,
-                W_SCALE_NEXT,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-                STAGES,
-                WEIGHTS,
+                # fmt: off
+                out_ptr, x_ptr, w_ptr, w_scale_ptr, x_scale_ptr, pairs_ptr, expert, first, rows, n0,
+                TOP_K, K, N, OUT_STRIDE, X_STRIDE, W_STRIDE_E, W_STRIDE_N, W_SCALE_STRIDE, W_SCALE_NEXT, BLOCK_M, BLOCK_N,
+                BLOCK_K, STAGES, WEIGHTS,
+                # fmt: on
             )
         elif TAIL and rows > 0:
             _tile(
-                out_ptr,
-                x_ptr,
-                w_ptr,
-                w_scale_ptr,
-                x_scale_ptr,
-                pairs_ptr,
-                expert,
-                first,
-                rows,
-                n0,
-                TOP_K,
-                K,
-                N,
-                OUT_STRIDE,
-                X_STRIDE,
-                W_STRIDE_E,
-                W_STRIDE_N,
-                W_SCALE_STRIDE,
-                W_SCALE_NEXT,
-                HALF_M,
-                BLOCK_N,
-                BLOCK_K,
-                STAGES,
-                WEIGHTS,
+                # fmt: off
+                out_ptr, x_ptr, w_ptr, w_scale_ptr, x_scale_ptr, pairs_ptr, expert, first, rows, n0,
+                TOP_K, K, N, OUT_STRIDE, X_STRIDE, W_STRIDE_E, W_STRIDE_N, W_SCALE_STRIDE, W_SCALE_NEXT, HALF_M, BLOCK_N, BLOCK_K,
+                STAGES, WEIGHTS,
+                # fmt: on
             )
 
 
-_kernel = runtime.Launcher(moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8tensor_a8tensor_kernel)
-
-
-def bind(problem: Problem, config: Config) -> Call:
-    """The launch for checked calls of these sizes, ready to be made again and again."""
-    pdl = runtime.traits(problem.device).pdl
-    launch = _kernel.bind(
-        grid(problem, config),
-        runtime.Options(config.num_warps, config.num_stages, pdl),
-        TOP_K=problem.top_k,
-        K=problem.k,
-        N=problem.n,
-        OUT_STRIDE=problem.out_stride,
-        X_STRIDE=problem.x_stride,
-        W_STRIDE_E=problem.w_stride_e,
-        W_STRIDE_N=problem.w_stride_n,
-        W_SCALE_STRIDE=problem.w_scale_stride,
-        W_SCALE_NEXT=problem.w_scale_next,
-        BLOCK_M=problem.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        STAGES=config.num_stages,
-        WEIGHTS=CACHE_POLICIES[config.weight_policy],
-        GROUP_M=config.group_m,
-        TAIL=config.tail == 1,
-        PDL=pdl,
-    )
-
-    def call(
-        out: torch.Tensor,
-        x: torch.Tensor,
-        w: torch.Tensor,
-        tables: MoeTables,
-        topk_weights: torch.Tensor | None,
-        w_scale: torch.Tensor,
-        x_scale: torch.Tensor,
-    ) -> None:
-        launch.run(out, x, w, w_scale, x_scale, tables.pairs, tables.blocks, tables.num_blocks)
-
-    return call
+schedule = Tile(moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8tensor_a8tensor_kernel)
 
 
 def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8tensor_a8tensor(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    w: torch.Tensor,
-    tables: MoeTables,
-    *,
-    w_scale: torch.Tensor,
-    x_scale: torch.Tensor,
-    config: Config | None = None,
+    out: Tensor, x: Tensor, w: Tensor, tables: MoeTables, *, w_scale: Tensor, x_scale: Tensor, config: Config | None = None
 ) -> None:
-    """Write the rows of local pairs to ``out``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes those of the rule.
+    """Write the rows of local pairs to ``out``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    weights = None
-    problem = check(
-        "moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8tensor_a8tensor",
-        out,
-        x,
-        w,
-        tables,
-        weights,
-        dtype=torch.bfloat16,
-        rows="token_sorted",
-        epilogue="swiglu",
-        schedule="tile",
-        scales=Scales("tensor", w_scale, "tensor", x_scale),
-    )
-    if problem.num_pairs > 0:
-        bind(
-            problem,
-            runtime.given(
-                "moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8tensor_a8tensor", config, Config
-            )
-            or choose("tile", problem),
-        )(out, x, w, tables, weights, w_scale, x_scale)
+    schedule.launch(config, out, x, w, tables, None, w_scale, x_scale)

@@ -21,60 +21,29 @@ stride over them. Where TAIL is set, a block of few rows takes a tile of half th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .. import _runtime as runtime
+from .._operands import Tensors
 from .._scales import as_fp32
 from ..moe_align import MoeTables
 from ..moe_runs import MoeRuns
-from ._problem import CACHE_POLICIES, Call, Delta, Problem, Scales, check, choose, grid
+from ._launch import Tile
 from ._problem import TileConfig as Config
 
 
 @triton.jit
 def _tile(
-    out_ptr,
-    x_ptr,
-    w_ptr,
-    v_ptr,
-    b_ptrs,
-    w_scale_ptr,
-    x_scale_ptr,
-    pairs_ptr,
-    run_of_row_ptr,
-    runs_ptr,
-    expert,
-    first,
-    rows,
-    n0,
-    TOP_K: tl.constexpr,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    W_STRIDE_E: tl.constexpr,
-    W_STRIDE_N: tl.constexpr,
-    W_SCALE_STRIDE: tl.constexpr,
-    W_SCALE_NEXT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    RANK: tl.constexpr,
-    V_BY_TOKEN: tl.constexpr,
-    B_STRIDE_L: tl.constexpr,
-    B_STRIDE_E: tl.constexpr,
-    B_STRIDE_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    DELTA_STAGES: tl.constexpr,
-    RANKED: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    out_ptr, x_ptr, w_ptr, v_ptr, b_ptrs, w_scale_ptr, x_scale_ptr, pairs_ptr, run_of_row_ptr, runs_ptr, expert, first, rows, n0,
+    TOP_K: tl.constexpr, K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
+    W_STRIDE_E: tl.constexpr, W_STRIDE_N: tl.constexpr, W_SCALE_STRIDE: tl.constexpr, W_SCALE_NEXT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WEIGHTS: tl.constexpr,
+    RANK: tl.constexpr, V_BY_TOKEN: tl.constexpr, B_STRIDE_L: tl.constexpr, B_STRIDE_E: tl.constexpr, B_STRIDE_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, DELTA_STAGES: tl.constexpr, RANKED: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     m = tl.arange(0, BLOCK_M)
     live = m < rows
@@ -86,9 +55,7 @@ def _tile(
     WIDTH: tl.constexpr = (RANK + 15) // 16 * 16
     d = tl.arange(0, BLOCK_D)
     step = d // WIDTH  # the run of each column
-    entry = tl.load(
-        runs_ptr + 2 * (first + step), mask=step < num_runs, other=0
-    )  # asked for early: nothing hides it later
+    entry = tl.load(runs_ptr + 2 * (first + step), mask=step < num_runs, other=0)  # asked for early: nothing hides it later
     n = n0 + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
 
@@ -113,9 +80,7 @@ def _tile(
         if K % BLOCK_K == 0:
             w = tl.load(w_tile + (N * W_STRIDE_N + k0), eviction_policy=WEIGHTS)
         else:
-            w = tl.load(
-                w_tile + (N * W_STRIDE_N + k0), mask=k_mask, other=0.0, eviction_policy=WEIGHTS
-            )
+            w = tl.load(w_tile + (N * W_STRIDE_N + k0), mask=k_mask, other=0.0, eviction_policy=WEIGHTS)
         up = tl.dot(x, w.T, up, max_num_imprecise_acc=min(BLOCK_K, 128))
     x_scale = as_fp32(tl.load(x_scale_ptr))
     gate *= as_fp32(tl.load(w_scales)) * x_scale
@@ -135,9 +100,7 @@ def _tile(
             entry = tl.max_constancy(entry, [min(WIDTH & -WIDTH, BLOCK_D)])
             adapter = entry % 4096 if RANKED else entry
             there = step < num_runs if RANK == WIDTH else (step < num_runs) & (r < RANK)
-            if (
-                RANKED
-            ):  # 16 at a time, so that copies stay wide; what lies behind the rank of an adapter is zero
+            if RANKED:  # 16 at a time, so that copies stay wide; what lies behind the rank of an adapter is zero
                 there &= (d0 + d) // 16 - step * (WIDTH // 16) < entry // 4096
             own = (run[:, None] == step[None, :]) & there[None, :]
             b_mask = there[None, :]
@@ -168,43 +131,16 @@ def _tile(
     ]
 )
 def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8tensor_a8tensor_lora_kernel(
-    out_ptr,
-    x_ptr,
-    w_ptr,
-    v_ptr,
-    b_ptrs,
-    w_scale_ptr,
-    x_scale_ptr,
-    pairs_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    run_of_row_ptr,
+    # fmt: off
+    out_ptr, x_ptr, w_ptr, v_ptr, b_ptrs, w_scale_ptr, x_scale_ptr, pairs_ptr, blocks_ptr, num_blocks_ptr, run_of_row_ptr,
     runs_ptr,
-    TOP_K: tl.constexpr,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    W_STRIDE_E: tl.constexpr,
-    W_STRIDE_N: tl.constexpr,
-    W_SCALE_STRIDE: tl.constexpr,
-    W_SCALE_NEXT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    TAIL: tl.constexpr,
-    RANK: tl.constexpr,
-    V_BY_TOKEN: tl.constexpr,
-    B_STRIDE_L: tl.constexpr,
-    B_STRIDE_E: tl.constexpr,
-    B_STRIDE_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    DELTA_STAGES: tl.constexpr,
-    RANKED: tl.constexpr,
+    TOP_K: tl.constexpr, K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
+    W_STRIDE_E: tl.constexpr, W_STRIDE_N: tl.constexpr, W_SCALE_STRIDE: tl.constexpr, W_SCALE_NEXT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WEIGHTS: tl.constexpr,
+    GROUP_M: tl.constexpr, TAIL: tl.constexpr, RANK: tl.constexpr, V_BY_TOKEN: tl.constexpr, B_STRIDE_L: tl.constexpr,
+    B_STRIDE_E: tl.constexpr, B_STRIDE_N: tl.constexpr, BLOCK_D: tl.constexpr, DELTA_STAGES: tl.constexpr, RANKED: tl.constexpr,
     PDL: tl.constexpr,
+    # fmt: on
 ):
     HALF_M: tl.constexpr = BLOCK_M // 2
     LOW_M: tl.constexpr = HALF_M if TAIL else 0
@@ -226,196 +162,37 @@ def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8tensor_a8tensor_lora_kernel(
         rows = tl.load(blocks_ptr + 3 * block + 2)
         if rows > LOW_M:
             _tile(
-                out_ptr,
-                x_ptr,
-                w_ptr,
-                v_ptr,
-                b_ptrs,
-                w_scale_ptr,
-                x_scale_ptr,
-                pairs_ptr,
-                run_of_row_ptr,
-                runs_ptr,
-                expert,
-                first,
-                rows,
-                n0,
-                TOP_K,
-                K,
-                N,
-                OUT_STRIDE,
-                X_STRIDE,
-                W_STRIDE_E,
-                W_STRIDE_N,
-                W_SCALE_STRIDE,
-                W_SCALE_NEXT,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-                STAGES,
-                WEIGHTS,
-                RANK,
-                V_BY_TOKEN,
-                B_STRIDE_L,
-                B_STRIDE_E,
-                B_STRIDE_N,
-                BLOCK_D,
-                DELTA_STAGES,
-                RANKED,
+                # fmt: off
+                out_ptr, x_ptr, w_ptr, v_ptr, b_ptrs, w_scale_ptr, x_scale_ptr, pairs_ptr, run_of_row_ptr, runs_ptr, expert,
+                first, rows, n0,
+                TOP_K, K, N, OUT_STRIDE, X_STRIDE, W_STRIDE_E, W_STRIDE_N, W_SCALE_STRIDE, W_SCALE_NEXT, BLOCK_M, BLOCK_N,
+                BLOCK_K, STAGES, WEIGHTS, RANK, V_BY_TOKEN, B_STRIDE_L, B_STRIDE_E, B_STRIDE_N, BLOCK_D, DELTA_STAGES, RANKED,
                 PDL,
+                # fmt: on
             )
         elif TAIL and rows > 0:
             _tile(
-                out_ptr,
-                x_ptr,
-                w_ptr,
-                v_ptr,
-                b_ptrs,
-                w_scale_ptr,
-                x_scale_ptr,
-                pairs_ptr,
-                run_of_row_ptr,
-                runs_ptr,
-                expert,
-                first,
-                rows,
-                n0,
-                TOP_K,
-                K,
-                N,
-                OUT_STRIDE,
-                X_STRIDE,
-                W_STRIDE_E,
-                W_STRIDE_N,
-                W_SCALE_STRIDE,
-                W_SCALE_NEXT,
-                HALF_M,
-                BLOCK_N,
-                BLOCK_K,
-                STAGES,
-                WEIGHTS,
-                RANK,
-                V_BY_TOKEN,
-                B_STRIDE_L,
-                B_STRIDE_E,
-                B_STRIDE_N,
-                BLOCK_D,
-                DELTA_STAGES,
-                RANKED,
-                PDL,
+                # fmt: off
+                out_ptr, x_ptr, w_ptr, v_ptr, b_ptrs, w_scale_ptr, x_scale_ptr, pairs_ptr, run_of_row_ptr, runs_ptr, expert,
+                first, rows, n0,
+                TOP_K, K, N, OUT_STRIDE, X_STRIDE, W_STRIDE_E, W_STRIDE_N, W_SCALE_STRIDE, W_SCALE_NEXT, HALF_M, BLOCK_N, BLOCK_K,
+                STAGES, WEIGHTS, RANK, V_BY_TOKEN, B_STRIDE_L, B_STRIDE_E, B_STRIDE_N, BLOCK_D, DELTA_STAGES, RANKED, PDL,
+                # fmt: on
             )
 
 
-_kernel = runtime.Launcher(
-    moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8tensor_a8tensor_lora_kernel
-)
-
-
-def bind(problem: Problem, config: Config) -> Call:
-    """The launch for checked calls of these sizes, ready to be made again and again."""
-    pdl = runtime.traits(problem.device).pdl
-    launch = _kernel.bind(
-        grid(problem, config),
-        runtime.Options(config.num_warps, config.num_stages, pdl),
-        TOP_K=problem.top_k,
-        K=problem.k,
-        N=problem.n,
-        OUT_STRIDE=problem.out_stride,
-        X_STRIDE=problem.x_stride,
-        W_STRIDE_E=problem.w_stride_e,
-        W_STRIDE_N=problem.w_stride_n,
-        W_SCALE_STRIDE=problem.w_scale_stride,
-        W_SCALE_NEXT=problem.w_scale_next,
-        BLOCK_M=problem.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        STAGES=config.num_stages,
-        WEIGHTS=CACHE_POLICIES[config.weight_policy],
-        GROUP_M=config.group_m,
-        TAIL=config.tail == 1,
-        RANK=problem.rank,
-        V_BY_TOKEN=problem.v_by_token,
-        B_STRIDE_L=problem.b_strides.adapter,
-        B_STRIDE_E=problem.b_strides.expert,
-        B_STRIDE_N=problem.b_strides.row,
-        BLOCK_D=config.block_d,
-        DELTA_STAGES=config.delta_stages,
-        RANKED=problem.ranked,
-        PDL=pdl,
-    )
-
-    def call(
-        out: torch.Tensor,
-        x: torch.Tensor,
-        w: torch.Tensor,
-        tables: MoeTables,
-        topk_weights: torch.Tensor | None,
-        w_scale: torch.Tensor,
-        x_scale: torch.Tensor,
-        v: torch.Tensor,
-        lora_b: Sequence[torch.Tensor],
-        runs: MoeRuns,
-    ) -> None:
-        launch.run(
-            out,
-            x,
-            w,
-            v,
-            tuple(lora_b),
-            w_scale,
-            x_scale,
-            tables.pairs,
-            tables.blocks,
-            tables.num_blocks,
-            runs.run_of_row,
-            runs.runs,
-        )
-
-    return call
+schedule = Tile(moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8tensor_a8tensor_lora_kernel)
 
 
 def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8tensor_a8tensor_lora(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    w: torch.Tensor,
-    tables: MoeTables,
-    *,
-    w_scale: torch.Tensor,
-    x_scale: torch.Tensor,
-    v: torch.Tensor,
-    lora_b: Sequence[torch.Tensor],
-    runs: MoeRuns,
-    config: Config | None = None,
+    # fmt: off
+    out: Tensor, x: Tensor, w: Tensor, tables: MoeTables, *, w_scale: Tensor, x_scale: Tensor, v: Tensor, lora_b: Tensors,
+    runs: MoeRuns, config: Config | None = None,
+    # fmt: on
 ) -> None:
-    """Write the rows of local pairs to ``out``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes those of the rule.
+    """Write the rows of local pairs to ``out``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    weights = None
-    problem = check(
-        "moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8tensor_a8tensor_lora",
-        out,
-        x,
-        w,
-        tables,
-        weights,
-        dtype=torch.bfloat16,
-        rows="token_sorted",
-        epilogue="swiglu",
-        schedule="tile",
-        scales=Scales("tensor", w_scale, "tensor", x_scale),
-        delta=Delta(v, lora_b, runs),
-    )
-    if problem.num_pairs > 0:
-        bind(
-            problem,
-            runtime.given(
-                "moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8tensor_a8tensor_lora",
-                config,
-                Config,
-            )
-            or choose("tile", problem),
-        )(out, x, w, tables, weights, w_scale, x_scale, v, lora_b, runs)
+    schedule.launch(config, out, x, w, tables, None, w_scale, x_scale, v=v, lora_b=lora_b, runs=runs)

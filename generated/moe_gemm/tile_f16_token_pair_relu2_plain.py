@@ -15,39 +15,24 @@ stride over them. Where TAIL is set, a block of few rows takes a tile of half th
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .. import _runtime as runtime
 from ..moe_align import MoeTables
-from ._problem import CACHE_POLICIES, Call, Problem, check, choose, grid
+from ._launch import Tile
 from ._problem import TileConfig as Config
 
 
 @triton.jit
 def _tile(
-    out_ptr,
-    x_ptr,
-    w_ptr,
-    pairs_ptr,
-    expert,
-    first,
-    rows,
-    n0,
-    TOP_K: tl.constexpr,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    W_STRIDE_E: tl.constexpr,
-    W_STRIDE_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
+    # fmt: off
+    out_ptr, x_ptr, w_ptr, pairs_ptr, expert, first, rows, n0,
+    TOP_K: tl.constexpr, K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
+    W_STRIDE_E: tl.constexpr, W_STRIDE_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, WEIGHTS: tl.constexpr,
+    # fmt: on
 ):
     m = tl.arange(0, BLOCK_M)
     live = m < rows
@@ -79,27 +64,12 @@ def _tile(
 
 @triton.jit(do_not_specialize_on_alignment=["pairs_ptr", "blocks_ptr", "num_blocks_ptr"])
 def moe_gemm_tile_f16_token_pair_relu2_plain_kernel(
-    out_ptr,
-    x_ptr,
-    w_ptr,
-    pairs_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    TOP_K: tl.constexpr,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    W_STRIDE_E: tl.constexpr,
-    W_STRIDE_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    TAIL: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    out_ptr, x_ptr, w_ptr, pairs_ptr, blocks_ptr, num_blocks_ptr,
+    TOP_K: tl.constexpr, K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
+    W_STRIDE_E: tl.constexpr, W_STRIDE_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, WEIGHTS: tl.constexpr, GROUP_M: tl.constexpr, TAIL: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     HALF_M: tl.constexpr = BLOCK_M // 2
     LOW_M: tl.constexpr = HALF_M if TAIL else 0
@@ -122,121 +92,29 @@ def moe_gemm_tile_f16_token_pair_relu2_plain_kernel(
         rows = tl.load(blocks_ptr + 3 * block + 2)
         if rows > LOW_M:
             _tile(
-                out_ptr,
-                x_ptr,
-                w_ptr,
-                pairs_ptr,
-                expert,
-                first,
-                rows,
-                n0,
-                TOP_K,
-                K,
-                N,
-                OUT_STRIDE,
-                X_STRIDE,
-                W_STRIDE_E,
-                W_STRIDE_N,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-                STAGES,
-                WEIGHTS,
+                # fmt: off
+                out_ptr, x_ptr, w_ptr, pairs_ptr, expert, first, rows, n0,
+                TOP_K, K, N, OUT_STRIDE, X_STRIDE, W_STRIDE_E, W_STRIDE_N, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, WEIGHTS,
+                # fmt: on
             )
         elif TAIL and rows > 0:
             _tile(
-                out_ptr,
-                x_ptr,
-                w_ptr,
-                pairs_ptr,
-                expert,
-                first,
-                rows,
-                n0,
-                TOP_K,
-                K,
-                N,
-                OUT_STRIDE,
-                X_STRIDE,
-                W_STRIDE_E,
-                W_STRIDE_N,
-                HALF_M,
-                BLOCK_N,
-                BLOCK_K,
-                STAGES,
-                WEIGHTS,
+                # fmt: off
+                out_ptr, x_ptr, w_ptr, pairs_ptr, expert, first, rows, n0,
+                TOP_K, K, N, OUT_STRIDE, X_STRIDE, W_STRIDE_E, W_STRIDE_N, HALF_M, BLOCK_N, BLOCK_K, STAGES, WEIGHTS,
+                # fmt: on
             )
 
 
-_kernel = runtime.Launcher(moe_gemm_tile_f16_token_pair_relu2_plain_kernel)
-
-
-def bind(problem: Problem, config: Config) -> Call:
-    """The launch for checked calls of these sizes, ready to be made again and again."""
-    pdl = runtime.traits(problem.device).pdl
-    launch = _kernel.bind(
-        grid(problem, config),
-        runtime.Options(config.num_warps, config.num_stages, pdl),
-        TOP_K=problem.top_k,
-        K=problem.k,
-        N=problem.n,
-        OUT_STRIDE=problem.out_stride,
-        X_STRIDE=problem.x_stride,
-        W_STRIDE_E=problem.w_stride_e,
-        W_STRIDE_N=problem.w_stride_n,
-        BLOCK_M=problem.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        STAGES=config.num_stages,
-        WEIGHTS=CACHE_POLICIES[config.weight_policy],
-        GROUP_M=config.group_m,
-        TAIL=config.tail == 1,
-        PDL=pdl,
-    )
-
-    def call(
-        out: torch.Tensor,
-        x: torch.Tensor,
-        w: torch.Tensor,
-        tables: MoeTables,
-        topk_weights: torch.Tensor | None,
-    ) -> None:
-        launch.run(out, x, w, tables.pairs, tables.blocks, tables.num_blocks)
-
-    return call
+schedule = Tile(moe_gemm_tile_f16_token_pair_relu2_plain_kernel)
 
 
 def moe_gemm_tile_f16_token_pair_relu2_plain(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    w: torch.Tensor,
-    tables: MoeTables,
-    *,
-    config: Config | None = None,
+    out: Tensor, x: Tensor, w: Tensor, tables: MoeTables, *, config: Config | None = None
 ) -> None:
-    """Write the rows of local pairs to ``out``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes those of the rule.
+    """Write the rows of local pairs to ``out``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    weights = None
-    problem = check(
-        "moe_gemm_tile_f16_token_pair_relu2_plain",
-        out,
-        x,
-        w,
-        tables,
-        weights,
-        dtype=torch.float16,
-        rows="token_pair",
-        epilogue="relu2",
-        schedule="tile",
-    )
-    if problem.num_pairs > 0:
-        bind(
-            problem,
-            runtime.given("moe_gemm_tile_f16_token_pair_relu2_plain", config, Config)
-            or choose("tile", problem),
-        )(out, x, w, tables, weights)
+    schedule.launch(config, out, x, w, tables)

@@ -85,8 +85,7 @@ CACHE_POLICIES = ("", "evict_first")
 CONFIGS = {"one_shot": OneShotConfig, "small_batch": SmallBatchConfig, "two_kernel": TwoKernelConfig}
 Config = OneShotConfig | SmallBatchConfig | TwoKernelConfig
 
-# (out, x, lora_a, lora_b, route, topk_weights) of sizes that were checked before; then a_scale and b_scale where weights
-# are FP8, then x_scale where x is
+# (out, x, lora_a, lora_b, route, topk_weights, a_scale, b_scale, x_scale) of sizes that were checked before
 Call = Callable[..., None]
 
 

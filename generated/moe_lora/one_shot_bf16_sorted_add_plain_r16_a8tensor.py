@@ -14,67 +14,34 @@ Shapes: out [T, top_k, S * N], x [T, K], A_s [L, E, rank, K] and B_s [L, E, N, r
 of these, x is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32, those of x also float8_e8m0fnu:
 x_scale [1];
 rank at most 16.
+
 One program serves one block of the route: at most BLOCK_M pairs of one adapter and one expert.
-A higher block has SHARES programs: widened FP8 is in registers, from where the matrix unit takes it for up to 32 rows. For
-more it goes through shared memory, which costs more than to widen again, and in another order, which shows in last bits.
+Programs of FP8 share the rows of a higher block, SHARES of them: what is widened stays in registers for up to 32 rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .. import _runtime as runtime
+from .._operands import Tensors
 from .._scales import as_fp32
-from .._slices import joined_slices, split_slices
+from .._slices import split_slices
 from ..moe_route._op import SortedRoute
-from ._problem import (
-    CACHE_POLICIES,
-    Call,
-    Problem,
-    Scales,
-    check,
-    choose,
-    rows_of_program,
-)
+from ._launch import OneShot
 from ._problem import OneShotConfig as Config
 
 
-@triton.jit(
-    do_not_specialize_on_alignment=["x_scale_ptr", "pairs_ptr", "blocks_ptr", "num_blocks_ptr"],
-)
+@triton.jit(do_not_specialize_on_alignment=["x_scale_ptr", "pairs_ptr", "blocks_ptr", "num_blocks_ptr"])
 def moe_lora_one_shot_bf16_sorted_add_plain_r16_a8tensor_kernel(
-    out_ptr,
-    x_ptr,
-    a_ptrs,
-    b_ptrs,
-    x_scale_ptr,
-    pairs_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    TOP_K: tl.constexpr,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    RANK: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    A_STRIDE_L: tl.constexpr,
-    A_STRIDE_E: tl.constexpr,
-    A_STRIDE_R: tl.constexpr,
-    B_STRIDE_L: tl.constexpr,
-    B_STRIDE_E: tl.constexpr,
-    B_STRIDE_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    SHARES: tl.constexpr,
-    JOINED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SHRINK_STAGES: tl.constexpr,
-    EXPAND_STAGES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
+    # fmt: off
+    out_ptr, x_ptr, a_ptrs, b_ptrs, x_scale_ptr, pairs_ptr, blocks_ptr, num_blocks_ptr,
+    TOP_K: tl.constexpr, K: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
+    A_STRIDE_L: tl.constexpr, A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr, B_STRIDE_L: tl.constexpr,
+    B_STRIDE_E: tl.constexpr, B_STRIDE_N: tl.constexpr, BLOCK_M: tl.constexpr, SHARES: tl.constexpr, JOINED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr, EXPAND_STAGES: tl.constexpr, WEIGHTS: tl.constexpr,
+    # fmt: on
 ):
     BLOCK_R: tl.constexpr = 16
     block = tl.program_id(0) // SHARES
@@ -118,20 +85,13 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r16_a8tensor_kernel(
         a_offsets = k0 if JOINED > 1 else a_tile + k0
         if K % BLOCK_K == 0:
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None], other=0.0)
-            products = [
-                (p[0], p[1], tl.load(p[0] + a_offsets, eviction_policy=WEIGHTS)) for p in products
-            ]
+            products = [(p[0], p[1], tl.load(p[0] + a_offsets, eviction_policy=WEIGHTS)) for p in products]
         else:
             columns = tl.minimum(K, rows * K)  # opaque: ptxas unpacks known FP8 wrongly
             k_mask = (k < columns - k0)[None, :]
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None] & k_mask, other=0.0)
             products = [
-                (
-                    p[0],
-                    p[1],
-                    tl.load(p[0] + a_offsets, mask=k_mask, other=0.0, eviction_policy=WEIGHTS),
-                )
-                for p in products
+                (p[0], p[1], tl.load(p[0] + a_offsets, mask=k_mask, other=0.0, eviction_policy=WEIGHTS)) for p in products
             ]
         x = x.to(tl.float16).to(tl.float32).to(tl.bfloat16)
         products = [(p[0], tl.dot(x, p[2].T, p[1])) for p in products]
@@ -148,23 +108,14 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r16_a8tensor_kernel(
     out_rows = out_ptr + pair.to(tl.int64)[:, None] * OUT_STRIDE
     b_base = adapter * B_STRIDE_L + expert * B_STRIDE_E
     b_tile = n[:, None] * B_STRIDE_N + r[None, :]
-    n_end = tl.minimum(
-        N, rows * N
-    )  # N, but opaque: LLVM would unroll a short loop and undo its pipeline
+    n_end = tl.minimum(N, rows * N)  # N, but opaque: LLVM would unroll a short loop and undo its pipeline
     for s in tl.static_range(len(b_ptrs)):
         for n0 in tl.range(0, n_end, BLOCK_N, num_stages=EXPAND_STAGES):
             if N % BLOCK_N == 0 and RANK == BLOCK_R:
-                b = tl.load(
-                    b_ptrs[s] + b_base + (b_tile + n0 * B_STRIDE_N), eviction_policy=WEIGHTS
-                )
+                b = tl.load(b_ptrs[s] + b_base + (b_tile + n0 * B_STRIDE_N), eviction_policy=WEIGHTS)
             else:
                 b_mask = (n < N - n0)[:, None] & (r < RANK)[None, :]
-                b = tl.load(
-                    b_ptrs[s] + b_base + (b_tile + n0 * B_STRIDE_N),
-                    mask=b_mask,
-                    other=0.0,
-                    eviction_policy=WEIGHTS,
-                )
+                b = tl.load(b_ptrs[s] + b_base + (b_tile + n0 * B_STRIDE_N), mask=b_mask, other=0.0, eviction_policy=WEIGHTS)
             out_mask = live[:, None] if N % BLOCK_N == 0 else live[:, None] & (n < N - n0)[None, :]
             out_tile = out_rows + (s * N + n0 + n)[None, :]
             old = tl.load(out_tile, mask=out_mask, other=0.0)
@@ -173,94 +124,15 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r16_a8tensor_kernel(
             tl.store(out_tile, y.to(tl.bfloat16), mask=out_mask)
 
 
-_kernel = runtime.Launcher(moe_lora_one_shot_bf16_sorted_add_plain_r16_a8tensor_kernel)
-
-
-def bind(problem: Problem, route: SortedRoute, config: Config) -> Call:
-    """The launch for checked calls of these sizes, ready to be made again and again."""
-    weights = CACHE_POLICIES[config.weight_policy]
-    block_m = rows_of_program(
-        problem.weight_scales, problem.x_scales, problem.rank, route.block_m, problem.slices
-    )
-    shares = runtime.cdiv(route.block_m, block_m)
-    launch = _kernel.bind(
-        route.max_blocks * shares,
-        runtime.Options(config.num_warps),
-        TOP_K=route.top_k,
-        K=problem.k,
-        N=problem.n,
-        RANK=problem.rank,
-        OUT_STRIDE=problem.out_stride,
-        X_STRIDE=problem.x_stride,
-        A_STRIDE_L=problem.a_strides.adapter,
-        A_STRIDE_E=problem.a_strides.expert,
-        A_STRIDE_R=problem.a_strides.row,
-        B_STRIDE_L=problem.b_strides.adapter,
-        B_STRIDE_E=problem.b_strides.expert,
-        B_STRIDE_N=problem.b_strides.row,
-        BLOCK_M=block_m,
-        SHARES=shares,
-        JOINED=joined_slices(problem.slices, 16, problem.device),
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        SHRINK_STAGES=config.shrink_stages,
-        EXPAND_STAGES=config.expand_stages,
-        WEIGHTS=weights,
-    )
-
-    def call(
-        out: torch.Tensor,
-        x: torch.Tensor,
-        lora_a: Sequence[torch.Tensor],
-        lora_b: Sequence[torch.Tensor],
-        route: SortedRoute,
-        topk_weights: torch.Tensor | None,
-        x_scale: torch.Tensor,
-    ) -> None:
-        tables = (route.pairs, route.blocks, route.num_blocks)
-        launch.run(out, x, tuple(lora_a), tuple(lora_b), x_scale, *tables)
-
-    return call
+schedule = OneShot(moe_lora_one_shot_bf16_sorted_add_plain_r16_a8tensor_kernel)
 
 
 def moe_lora_one_shot_bf16_sorted_add_plain_r16_a8tensor(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    lora_b: Sequence[torch.Tensor],
-    route: SortedRoute,
-    *,
-    x_scale: torch.Tensor,
-    config: Config | None = None,
+    out: Tensor, x: Tensor, lora_a: Tensors, lora_b: Tensors, route: SortedRoute, *, x_scale: Tensor, config: Config | None = None
 ) -> None:
-    """Add to the rows of live pairs in ``out``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes the tuned ones.
+    """Add to the rows of live pairs in ``out``, as stated above. ``config``: tiles; None: the tuned ones.
 
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    problem = check(
-        "moe_lora_one_shot_bf16_sorted_add_plain_r16_a8tensor",
-        out,
-        x,
-        lora_a,
-        lora_b,
-        route,
-        dtype=torch.bfloat16,
-        naive=False,
-        max_rank=16,
-        block_r=16,
-        topk_weights=None,
-        weighted=False,
-        adds=True,
-        scales=Scales(None, None, None, "tensor", x_scale),
-    )
-    if problem.num_pairs > 0:
-        call = bind(
-            problem,
-            route,
-            runtime.given("moe_lora_one_shot_bf16_sorted_add_plain_r16_a8tensor", config, Config)
-            or choose("one_shot", problem, route),
-        )
-        call(out, x, lora_a, lora_b, route, None, x_scale)
+    schedule.launch(config, out, x, lora_a, lora_b, route, None, x_scale=x_scale)

@@ -14,71 +14,35 @@ Shapes: out [T, top_k, S * N], x [T, K], A_s [L, E, rank, K] and B_s [L, E, N, r
 of these, A_s and B_s are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32:
 a_scale_s [L, E, ceil(rank / 128), ceil(K / 128)] and b_scale_s [L, E, ceil(N / 128), ceil(rank / 128)];
 rank at most 32.
+
 One program serves one block of the route: at most BLOCK_M pairs of one adapter and one expert.
-A higher block has SHARES programs: widened FP8 is in registers, from where the matrix unit takes it for up to 32 rows. For
-more it goes through shared memory, which costs more than to widen again, and in another order, which shows in last bits.
+Programs of FP8 share the rows of a higher block, SHARES of them: what is widened stays in registers for up to 32 rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .. import _runtime as runtime
-from .._slices import joined_slices, split_slices
+from .._operands import Tensors
+from .._slices import split_slices
 from ..moe_route._op import SortedRoute
-from ._problem import (
-    CACHE_POLICIES,
-    Call,
-    Problem,
-    Scales,
-    check,
-    choose,
-    rows_of_program,
-)
+from ._launch import OneShot
 from ._problem import OneShotConfig as Config
 
 
-@triton.jit(
-    do_not_specialize_on_alignment=["pairs_ptr", "blocks_ptr", "num_blocks_ptr"],
-)
+@triton.jit(do_not_specialize_on_alignment=["pairs_ptr", "blocks_ptr", "num_blocks_ptr"])
 def moe_lora_one_shot_bf16_sorted_add_plain_r32_w8group_kernel(
-    out_ptr,
-    x_ptr,
-    a_ptrs,
-    b_ptrs,
-    a_scale_ptrs,
-    b_scale_ptrs,
-    pairs_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    TOP_K: tl.constexpr,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    RANK: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    A_STRIDE_L: tl.constexpr,
-    A_STRIDE_E: tl.constexpr,
-    A_STRIDE_R: tl.constexpr,
-    B_STRIDE_L: tl.constexpr,
-    B_STRIDE_E: tl.constexpr,
-    B_STRIDE_N: tl.constexpr,
-    A_SCALE_STRIDE_L: tl.constexpr,
-    A_SCALE_STRIDE_E: tl.constexpr,
-    B_SCALE_STRIDE_L: tl.constexpr,
-    B_SCALE_STRIDE_E: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    SHARES: tl.constexpr,
-    JOINED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SHRINK_STAGES: tl.constexpr,
-    EXPAND_STAGES: tl.constexpr,
+    # fmt: off
+    out_ptr, x_ptr, a_ptrs, b_ptrs, a_scale_ptrs, b_scale_ptrs, pairs_ptr, blocks_ptr, num_blocks_ptr,
+    TOP_K: tl.constexpr, K: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
+    A_STRIDE_L: tl.constexpr, A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr, B_STRIDE_L: tl.constexpr,
+    B_STRIDE_E: tl.constexpr, B_STRIDE_N: tl.constexpr, A_SCALE_STRIDE_L: tl.constexpr, A_SCALE_STRIDE_E: tl.constexpr,
+    B_SCALE_STRIDE_L: tl.constexpr, B_SCALE_STRIDE_E: tl.constexpr, BLOCK_M: tl.constexpr, SHARES: tl.constexpr,
+    JOINED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr, EXPAND_STAGES: tl.constexpr,
     WEIGHTS: tl.constexpr,
+    # fmt: on
 ):
     BLOCK_R: tl.constexpr = 32
     block = tl.program_id(0) // SHARES
@@ -127,14 +91,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r32_w8group_kernel(
         if K % BLOCK_K == 0:
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None], other=0.0)
             products = [
-                (
-                    p[0],
-                    p[1],
-                    p[2],
-                    tl.load(p[0] + a_offsets, eviction_policy=WEIGHTS),
-                    tl.load(p[2] + group),
-                )
-                for p in products
+                (p[0], p[1], p[2], tl.load(p[0] + a_offsets, eviction_policy=WEIGHTS), tl.load(p[2] + group)) for p in products
             ]
         else:
             columns = tl.minimum(K, rows * K)  # opaque: ptxas unpacks known FP8 wrongly
@@ -150,14 +107,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r32_w8group_kernel(
                 )
                 for p in products
             ]
-        products = [
-            (
-                p[0],
-                p[1] + tl.dot(x, p[3].to(tl.float16).to(tl.float32).to(tl.bfloat16).T) * p[4],
-                p[2],
-            )
-            for p in products
-        ]
+        products = [(p[0], p[1] + tl.dot(x, p[3].to(tl.float16).to(tl.float32).to(tl.bfloat16).T) * p[4], p[2]) for p in products]
     sums: tl.tuple = ()
     for i in tl.static_range(len(products)):
         sums += split_slices(products[i][1], WIDTH // BLOCK_R)
@@ -173,16 +123,12 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r32_w8group_kernel(
     R_GROUPS: tl.constexpr = (RANK + 128 - 1) // 128
     b_scale_base = adapter * B_SCALE_STRIDE_L + expert * B_SCALE_STRIDE_E
     b_tile = n[:, None] * B_STRIDE_N + r[None, :]
-    n_end = tl.minimum(
-        N, rows * N
-    )  # N, but opaque: LLVM would unroll a short loop and undo its pipeline
+    n_end = tl.minimum(N, rows * N)  # N, but opaque: LLVM would unroll a short loop and undo its pipeline
     for s in tl.static_range(len(b_ptrs)):
         for n0 in tl.range(0, n_end, BLOCK_N, num_stages=EXPAND_STAGES):
             if N % BLOCK_N == 0 and RANK == BLOCK_R:
                 b = (
-                    tl.load(
-                        b_ptrs[s] + b_base + (b_tile + n0 * B_STRIDE_N), eviction_policy=WEIGHTS
-                    )
+                    tl.load(b_ptrs[s] + b_base + (b_tile + n0 * B_STRIDE_N), eviction_policy=WEIGHTS)
                     .to(tl.float16)
                     .to(tl.float32)
                     .to(tl.bfloat16)
@@ -191,12 +137,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r32_w8group_kernel(
                 rank = tl.minimum(RANK, rows * RANK)  # opaque: ptxas unpacks known FP8 wrongly
                 b_mask = (n < N - n0)[:, None] & (r < rank)[None, :]
                 b = (
-                    tl.load(
-                        b_ptrs[s] + b_base + (b_tile + n0 * B_STRIDE_N),
-                        mask=b_mask,
-                        other=0.0,
-                        eviction_policy=WEIGHTS,
-                    )
+                    tl.load(b_ptrs[s] + b_base + (b_tile + n0 * B_STRIDE_N), mask=b_mask, other=0.0, eviction_policy=WEIGHTS)
                     .to(tl.float16)
                     .to(tl.float32)
                     .to(tl.bfloat16)
@@ -208,8 +149,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r32_w8group_kernel(
                 tl.load(b_scale_ptrs[s] + b_scale_base + n0 // 128 * R_GROUPS)
                 if 128 % BLOCK_N == 0
                 else tl.load(
-                    b_scale_ptrs[s] + b_scale_base + (n0 + n) // 128 * R_GROUPS,
-                    mask=None if N % BLOCK_N == 0 else n < N - n0,
+                    b_scale_ptrs[s] + b_scale_base + (n0 + n) // 128 * R_GROUPS, mask=None if N % BLOCK_N == 0 else n < N - n0
                 )[None, :]
             )
             y = tl.dot(v[s], b.T) * b_scale
@@ -217,106 +157,18 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r32_w8group_kernel(
             tl.store(out_tile, y.to(tl.bfloat16), mask=out_mask)
 
 
-_kernel = runtime.Launcher(moe_lora_one_shot_bf16_sorted_add_plain_r32_w8group_kernel)
-
-
-def bind(problem: Problem, route: SortedRoute, config: Config) -> Call:
-    """The launch for checked calls of these sizes, ready to be made again and again."""
-    runtime.check_tile(
-        "moe_lora_one_shot_bf16_sorted_add_plain_r32_w8group",
-        "block_k",
-        config.block_k,
-        group_k=128,
-    )
-    weights = CACHE_POLICIES[config.weight_policy]
-    block_m = rows_of_program(
-        problem.weight_scales, problem.x_scales, problem.rank, route.block_m, problem.slices
-    )
-    shares = runtime.cdiv(route.block_m, block_m)
-    launch = _kernel.bind(
-        route.max_blocks * shares,
-        runtime.Options(config.num_warps),
-        TOP_K=route.top_k,
-        K=problem.k,
-        N=problem.n,
-        RANK=problem.rank,
-        OUT_STRIDE=problem.out_stride,
-        X_STRIDE=problem.x_stride,
-        A_STRIDE_L=problem.a_strides.adapter,
-        A_STRIDE_E=problem.a_strides.expert,
-        A_STRIDE_R=problem.a_strides.row,
-        B_STRIDE_L=problem.b_strides.adapter,
-        B_STRIDE_E=problem.b_strides.expert,
-        B_STRIDE_N=problem.b_strides.row,
-        A_SCALE_STRIDE_L=problem.a_scale_strides.adapter,
-        A_SCALE_STRIDE_E=problem.a_scale_strides.expert,
-        B_SCALE_STRIDE_L=problem.b_scale_strides.adapter,
-        B_SCALE_STRIDE_E=problem.b_scale_strides.expert,
-        BLOCK_M=block_m,
-        SHARES=shares,
-        JOINED=joined_slices(problem.slices, 32, problem.device),
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        SHRINK_STAGES=config.shrink_stages,
-        EXPAND_STAGES=config.expand_stages,
-        WEIGHTS=weights,
-    )
-
-    def call(
-        out: torch.Tensor,
-        x: torch.Tensor,
-        lora_a: Sequence[torch.Tensor],
-        lora_b: Sequence[torch.Tensor],
-        route: SortedRoute,
-        topk_weights: torch.Tensor | None,
-        a_scale: Sequence[torch.Tensor],
-        b_scale: Sequence[torch.Tensor],
-    ) -> None:
-        tables = (route.pairs, route.blocks, route.num_blocks)
-        launch.run(out, x, tuple(lora_a), tuple(lora_b), tuple(a_scale), tuple(b_scale), *tables)
-
-    return call
+schedule = OneShot(moe_lora_one_shot_bf16_sorted_add_plain_r32_w8group_kernel)
 
 
 def moe_lora_one_shot_bf16_sorted_add_plain_r32_w8group(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    lora_b: Sequence[torch.Tensor],
-    route: SortedRoute,
-    *,
-    a_scale: Sequence[torch.Tensor],
-    b_scale: Sequence[torch.Tensor],
+    # fmt: off
+    out: Tensor, x: Tensor, lora_a: Tensors, lora_b: Tensors, route: SortedRoute, *, a_scale: Tensors, b_scale: Tensors,
     config: Config | None = None,
+    # fmt: on
 ) -> None:
-    """Add to the rows of live pairs in ``out``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes the tuned ones.
+    """Add to the rows of live pairs in ``out``, as stated above. ``config``: tiles; None: the tuned ones.
 
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    problem = check(
-        "moe_lora_one_shot_bf16_sorted_add_plain_r32_w8group",
-        out,
-        x,
-        lora_a,
-        lora_b,
-        route,
-        dtype=torch.bfloat16,
-        naive=False,
-        max_rank=32,
-        block_r=32,
-        topk_weights=None,
-        weighted=False,
-        adds=True,
-        scales=Scales("group", a_scale, b_scale, None, None),
-    )
-    if problem.num_pairs > 0:
-        call = bind(
-            problem,
-            route,
-            runtime.given("moe_lora_one_shot_bf16_sorted_add_plain_r32_w8group", config, Config)
-            or choose("one_shot", problem, route),
-        )
-        call(out, x, lora_a, lora_b, route, None, a_scale, b_scale)
+    schedule.launch(config, out, x, lora_a, lora_b, route, None, a_scale, b_scale)

@@ -11,67 +11,33 @@ For every live pair p = t * top_k + j with adapter l and expert e, and every sli
 Pairs that are not live (no adapter, a disabled one, an expert that is not here) keep their rows of out as they are.
 
 Shapes: out [T, top_k, S * N], x [T * top_k, K], A_s [L, E, rank, K] and B_s [L, E, N, rank], all float16;
-topk_weights [T, top_k] in any float dtype, applied in fp32;
-rank at most 64.
+topk_weights [T, top_k] in any float dtype, applied in fp32; rank at most 64.
+
 One program serves one block of the route: at most BLOCK_M pairs of one adapter and one expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .. import _runtime as runtime
-from .._slices import joined_slices, split_slices
+from .._operands import Tensors
+from .._slices import split_slices
 from ..moe_route._op import SortedRoute
-from ._problem import (
-    CACHE_POLICIES,
-    Call,
-    Problem,
-    check,
-    choose,
-)
+from ._launch import OneShot
 from ._problem import OneShotConfig as Config
 
 
-@triton.jit(
-    do_not_specialize_on_alignment=[
-        "topk_weights_ptr",
-        "pairs_ptr",
-        "blocks_ptr",
-        "num_blocks_ptr",
-    ],
-)
+@triton.jit(do_not_specialize_on_alignment=["topk_weights_ptr", "pairs_ptr", "blocks_ptr", "num_blocks_ptr"])
 def moe_lora_one_shot_f16_sorted_add_weighted_r64_kernel(
-    out_ptr,
-    x_ptr,
-    a_ptrs,
-    b_ptrs,
-    topk_weights_ptr,
-    pairs_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    RANK: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    A_STRIDE_L: tl.constexpr,
-    A_STRIDE_E: tl.constexpr,
-    A_STRIDE_R: tl.constexpr,
-    B_STRIDE_L: tl.constexpr,
-    B_STRIDE_E: tl.constexpr,
-    B_STRIDE_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    JOINED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SHRINK_STAGES: tl.constexpr,
-    EXPAND_STAGES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
+    # fmt: off
+    out_ptr, x_ptr, a_ptrs, b_ptrs, topk_weights_ptr, pairs_ptr, blocks_ptr, num_blocks_ptr,
+    K: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
+    A_STRIDE_L: tl.constexpr, A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr, B_STRIDE_L: tl.constexpr,
+    B_STRIDE_E: tl.constexpr, B_STRIDE_N: tl.constexpr, BLOCK_M: tl.constexpr, JOINED: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr, EXPAND_STAGES: tl.constexpr, WEIGHTS: tl.constexpr,
+    # fmt: on
 ):
     BLOCK_R: tl.constexpr = 64
     block = tl.program_id(0)
@@ -110,19 +76,12 @@ def moe_lora_one_shot_f16_sorted_add_weighted_r64_kernel(
         a_offsets = k0 if JOINED > 1 else a_tile + k0
         if K % BLOCK_K == 0:
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None], other=0.0)
-            products = [
-                (p[0], p[1], tl.load(p[0] + a_offsets, eviction_policy=WEIGHTS)) for p in products
-            ]
+            products = [(p[0], p[1], tl.load(p[0] + a_offsets, eviction_policy=WEIGHTS)) for p in products]
         else:
             k_mask = (k < K - k0)[None, :]
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None] & k_mask, other=0.0)
             products = [
-                (
-                    p[0],
-                    p[1],
-                    tl.load(p[0] + a_offsets, mask=k_mask, other=0.0, eviction_policy=WEIGHTS),
-                )
-                for p in products
+                (p[0], p[1], tl.load(p[0] + a_offsets, mask=k_mask, other=0.0, eviction_policy=WEIGHTS)) for p in products
             ]
         products = [(p[0], tl.dot(x, p[2].T, p[1])) for p in products]
     sums: tl.tuple = ()
@@ -139,23 +98,14 @@ def moe_lora_one_shot_f16_sorted_add_weighted_r64_kernel(
     b_base = adapter * B_STRIDE_L + expert * B_STRIDE_E
     b_tile = n[:, None] * B_STRIDE_N + r[None, :]
     weight = tl.load(topk_weights_ptr + pair, mask=live, other=0.0).to(tl.float32)
-    n_end = tl.minimum(
-        N, rows * N
-    )  # N, but opaque: LLVM would unroll a short loop and undo its pipeline
+    n_end = tl.minimum(N, rows * N)  # N, but opaque: LLVM would unroll a short loop and undo its pipeline
     for s in tl.static_range(len(b_ptrs)):
         for n0 in tl.range(0, n_end, BLOCK_N, num_stages=EXPAND_STAGES):
             if N % BLOCK_N == 0 and RANK == BLOCK_R:
-                b = tl.load(
-                    b_ptrs[s] + b_base + (b_tile + n0 * B_STRIDE_N), eviction_policy=WEIGHTS
-                )
+                b = tl.load(b_ptrs[s] + b_base + (b_tile + n0 * B_STRIDE_N), eviction_policy=WEIGHTS)
             else:
                 b_mask = (n < N - n0)[:, None] & (r < RANK)[None, :]
-                b = tl.load(
-                    b_ptrs[s] + b_base + (b_tile + n0 * B_STRIDE_N),
-                    mask=b_mask,
-                    other=0.0,
-                    eviction_policy=WEIGHTS,
-                )
+                b = tl.load(b_ptrs[s] + b_base + (b_tile + n0 * B_STRIDE_N), mask=b_mask, other=0.0, eviction_policy=WEIGHTS)
             out_mask = live[:, None] if N % BLOCK_N == 0 else live[:, None] & (n < N - n0)[None, :]
             out_tile = out_rows + (s * N + n0 + n)[None, :]
             old = tl.load(out_tile, mask=out_mask, other=0.0)
@@ -165,86 +115,18 @@ def moe_lora_one_shot_f16_sorted_add_weighted_r64_kernel(
             tl.store(out_tile, y.to(tl.float16), mask=out_mask)
 
 
-_kernel = runtime.Launcher(moe_lora_one_shot_f16_sorted_add_weighted_r64_kernel)
-
-
-def bind(problem: Problem, route: SortedRoute, config: Config) -> Call:
-    """The launch for checked calls of these sizes, ready to be made again and again."""
-    weights = CACHE_POLICIES[config.weight_policy]
-    launch = _kernel.bind(
-        route.max_blocks,
-        runtime.Options(config.num_warps),
-        K=problem.k,
-        N=problem.n,
-        RANK=problem.rank,
-        OUT_STRIDE=problem.out_stride,
-        X_STRIDE=problem.x_stride,
-        A_STRIDE_L=problem.a_strides.adapter,
-        A_STRIDE_E=problem.a_strides.expert,
-        A_STRIDE_R=problem.a_strides.row,
-        B_STRIDE_L=problem.b_strides.adapter,
-        B_STRIDE_E=problem.b_strides.expert,
-        B_STRIDE_N=problem.b_strides.row,
-        BLOCK_M=route.block_m,
-        JOINED=joined_slices(problem.slices, 64, problem.device),
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        SHRINK_STAGES=config.shrink_stages,
-        EXPAND_STAGES=config.expand_stages,
-        WEIGHTS=weights,
-    )
-
-    def call(
-        out: torch.Tensor,
-        x: torch.Tensor,
-        lora_a: Sequence[torch.Tensor],
-        lora_b: Sequence[torch.Tensor],
-        route: SortedRoute,
-        topk_weights: torch.Tensor | None,
-    ) -> None:
-        tables = (route.pairs, route.blocks, route.num_blocks)
-        launch.run(out, x, tuple(lora_a), tuple(lora_b), topk_weights, *tables)
-
-    return call
+schedule = OneShot(moe_lora_one_shot_f16_sorted_add_weighted_r64_kernel)
 
 
 def moe_lora_one_shot_f16_sorted_add_weighted_r64(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    lora_b: Sequence[torch.Tensor],
-    route: SortedRoute,
-    *,
-    topk_weights: torch.Tensor,
+    # fmt: off
+    out: Tensor, x: Tensor, lora_a: Tensors, lora_b: Tensors, route: SortedRoute, *, topk_weights: Tensor,
     config: Config | None = None,
+    # fmt: on
 ) -> None:
-    """Add to the rows of live pairs in ``out``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes the tuned ones.
+    """Add to the rows of live pairs in ``out``, as stated above. ``config``: tiles; None: the tuned ones.
 
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    problem = check(
-        "moe_lora_one_shot_f16_sorted_add_weighted_r64",
-        out,
-        x,
-        lora_a,
-        lora_b,
-        route,
-        dtype=torch.float16,
-        naive=False,
-        max_rank=64,
-        block_r=64,
-        topk_weights=topk_weights,
-        weighted=True,
-        adds=True,
-    )
-    if problem.num_pairs > 0:
-        call = bind(
-            problem,
-            route,
-            runtime.given("moe_lora_one_shot_f16_sorted_add_weighted_r64", config, Config)
-            or choose("one_shot", problem, route),
-        )
-        call(out, x, lora_a, lora_b, route, topk_weights)
+    schedule.launch(config, out, x, lora_a, lora_b, route, topk_weights)

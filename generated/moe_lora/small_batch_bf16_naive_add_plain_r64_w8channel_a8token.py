@@ -14,6 +14,7 @@ Shapes: out [T, top_k, S * N], x [T, K], A_s [L, E, rank, K] and B_s [L, E, N, r
 of these, A_s and B_s, and x, are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32, those of x also float8_e8m0fnu:
 a_scale_s [L, E, rank] and b_scale_s [L, E, N], x_scale [rows of x, 1];
 rank at most 64.
+
 The shrink cuts K into SPLITS parts over programs, so that a single token fills the GPU; the expand adds the parts in a
 fixed order, so that a pair has the same bits in every batch. Where the target has dependent launch, the expand starts
 early and has its weights on the way before it waits for the parts.
@@ -21,25 +22,16 @@ early and has its weights on the way before it waits for the parts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .. import _runtime as runtime
+from .._operands import Tensors
 from .._scales import as_fp32
+from .._slices import slice_of
 from ..moe_route._op import PairRoute, TableRoute
-from ._problem import (
-    CACHE_POLICIES,
-    Call,
-    Problem,
-    Scales,
-    check,
-    choose,
-    partials,
-)
+from ._launch import SmallBatch
 from ._problem import SmallBatchConfig as Config
 
 
@@ -54,33 +46,14 @@ from ._problem import SmallBatchConfig as Config
     ],
 )
 def moe_lora_small_batch_bf16_naive_add_plain_r64_w8channel_a8token_shrink(
-    parts_ptr,
-    x_ptr,
-    a_ptrs,
-    a_scale_ptrs,
-    x_scale_ptr,
-    topk_ids_ptr,
-    token_lora_mapping_ptr,
-    adapter_enabled_ptr,
-    expert_map_ptr,
-    num_pairs,
-    MAX_LORAS: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    GLOBAL_EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    K: tl.constexpr,
-    RANK: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    A_STRIDE_L: tl.constexpr,
-    A_STRIDE_E: tl.constexpr,
-    A_STRIDE_R: tl.constexpr,
-    A_SCALE_STRIDE_L: tl.constexpr,
-    A_SCALE_STRIDE_E: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    parts_ptr, x_ptr, a_ptrs, a_scale_ptrs, x_scale_ptr, topk_ids_ptr, token_lora_mapping_ptr, adapter_enabled_ptr,
+    expert_map_ptr, num_pairs,
+    MAX_LORAS: tl.constexpr, NUM_EXPERTS: tl.constexpr, GLOBAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, K: tl.constexpr,
+    RANK: tl.constexpr, X_STRIDE: tl.constexpr, A_STRIDE_L: tl.constexpr, A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr,
+    A_SCALE_STRIDE_L: tl.constexpr, A_SCALE_STRIDE_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     SPLITS: tl.constexpr = (K + SPLIT_K - 1) // SPLIT_K
     CHUNKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
@@ -101,12 +74,8 @@ def moe_lora_small_batch_bf16_naive_add_plain_r64_w8channel_a8token_shrink(
         expert = tl.load(expert_map_ptr + expert, mask=live, other=-1).to(tl.int64)
     if not (live & (expert >= 0) & (expert < NUM_EXPERTS)):
         return
-    a_ptr = a_ptrs[0]
-    for i in tl.static_range(1, len(a_ptrs)):
-        a_ptr = tl.where(s == i, a_ptrs[i], a_ptr)
-    a_scale_ptr = a_scale_ptrs[0]
-    for i in tl.static_range(1, len(a_scale_ptrs)):
-        a_scale_ptr = tl.where(s == i, a_scale_ptrs[i], a_scale_ptr)
+    a_ptr = slice_of(a_ptrs, s)
+    a_scale_ptr = slice_of(a_scale_ptrs, s)
 
     r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
     a_row = r if RANK % BLOCK_R == 0 else tl.minimum(r, RANK - 1)
@@ -127,9 +96,7 @@ def moe_lora_small_batch_bf16_naive_add_plain_r64_w8channel_a8token_shrink(
             x = tl.where(k < K, tl.load(x_row + k, mask=k < K, other=0.0).to(tl.float16), 0.0)
             a = tl.where(
                 (k < K)[None, :],
-                tl.load(
-                    a_rows + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy=WEIGHTS
-                ).to(tl.float16),
+                tl.load(a_rows + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy=WEIGHTS).to(tl.float16),
                 0.0,
             )
         acc += a.to(tl.float32) * x.to(tl.float32)[None, :]
@@ -140,41 +107,17 @@ def moe_lora_small_batch_bf16_naive_add_plain_r64_w8channel_a8token_shrink(
 
 @triton.jit(
     do_not_specialize=["num_pairs"],
-    do_not_specialize_on_alignment=[
-        "topk_ids_ptr",
-        "token_lora_mapping_ptr",
-        "adapter_enabled_ptr",
-        "expert_map_ptr",
-    ],
+    do_not_specialize_on_alignment=["topk_ids_ptr", "token_lora_mapping_ptr", "adapter_enabled_ptr", "expert_map_ptr"],
 )
 def moe_lora_small_batch_bf16_naive_add_plain_r64_w8channel_a8token_expand(
-    out_ptr,
-    parts_ptr,
-    b_ptrs,
-    b_scale_ptrs,
-    topk_ids_ptr,
-    token_lora_mapping_ptr,
-    adapter_enabled_ptr,
-    expert_map_ptr,
+    # fmt: off
+    out_ptr, parts_ptr, b_ptrs, b_scale_ptrs, topk_ids_ptr, token_lora_mapping_ptr, adapter_enabled_ptr, expert_map_ptr,
     num_pairs,
-    MAX_LORAS: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    GLOBAL_EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    N: tl.constexpr,
-    RANK: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    B_STRIDE_L: tl.constexpr,
-    B_STRIDE_E: tl.constexpr,
-    B_STRIDE_N: tl.constexpr,
-    B_SCALE_STRIDE_L: tl.constexpr,
-    B_SCALE_STRIDE_E: tl.constexpr,
-    PARTS: tl.constexpr,
-    PARTS_SIZE: tl.constexpr,
-    PART_STRIDE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    PDL: tl.constexpr,
+    MAX_LORAS: tl.constexpr, NUM_EXPERTS: tl.constexpr, GLOBAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, N: tl.constexpr,
+    RANK: tl.constexpr, OUT_STRIDE: tl.constexpr, B_STRIDE_L: tl.constexpr, B_STRIDE_E: tl.constexpr, B_STRIDE_N: tl.constexpr,
+    B_SCALE_STRIDE_L: tl.constexpr, B_SCALE_STRIDE_E: tl.constexpr, PARTS: tl.constexpr, PARTS_SIZE: tl.constexpr,
+    PART_STRIDE: tl.constexpr, BLOCK_N: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     BLOCK_R: tl.constexpr = 64
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -191,12 +134,8 @@ def moe_lora_small_batch_bf16_naive_add_plain_r64_w8channel_a8token_expand(
         expert = tl.load(expert_map_ptr + expert, mask=live, other=-1).to(tl.int64)
     if not (live & (expert >= 0) & (expert < NUM_EXPERTS)):
         return
-    b_ptr = b_ptrs[0]
-    for i in tl.static_range(1, len(b_ptrs)):
-        b_ptr = tl.where(s == i, b_ptrs[i], b_ptr)
-    b_scale_ptr = b_scale_ptrs[0]
-    for i in tl.static_range(1, len(b_scale_ptrs)):
-        b_scale_ptr = tl.where(s == i, b_scale_ptrs[i], b_scale_ptr)
+    b_ptr = slice_of(b_ptrs, s)
+    b_scale_ptr = slice_of(b_scale_ptrs, s)
 
     n = program % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
     out_tile = out_ptr + pair.to(tl.int64) * OUT_STRIDE + s * N + n
@@ -215,13 +154,7 @@ def moe_lora_small_batch_bf16_naive_add_plain_r64_w8channel_a8token_expand(
         b = tl.load(b_rows + r[None, :], eviction_policy=WEIGHTS).to(tl.float16)
     else:
         b_mask = (n < N)[:, None] & (r < RANK)[None, :]
-        b = tl.where(
-            b_mask,
-            tl.load(b_rows + r[None, :], mask=b_mask, other=0.0, eviction_policy=WEIGHTS).to(
-                tl.float16
-            ),
-            0.0,
-        )
+        b = tl.where(b_mask, tl.load(b_rows + r[None, :], mask=b_mask, other=0.0, eviction_policy=WEIGHTS).to(tl.float16), 0.0)
     if PDL:
         gdc_wait()  # nothing above depends on the shrink
     if PARTS > 8:
@@ -246,137 +179,21 @@ def moe_lora_small_batch_bf16_naive_add_plain_r64_w8channel_a8token_expand(
         tl.store(out_tile, y.to(tl.bfloat16), mask=n < N)
 
 
-_shrink = runtime.Launcher(moe_lora_small_batch_bf16_naive_add_plain_r64_w8channel_a8token_shrink)
-_expand = runtime.Launcher(moe_lora_small_batch_bf16_naive_add_plain_r64_w8channel_a8token_expand)
-
-
-def bind(problem: Problem, route: PairRoute | TableRoute, config: Config) -> Call:
-    """The two launches for checked calls of these sizes, ready to be made again and again."""
-    pdl = runtime.traits(problem.device).pdl and config.pdl == 1
-    weights = CACHE_POLICIES[config.weight_policy]
-    num_pairs = problem.num_pairs
-    split_k, block_r = config.split_k, config.shrink_block_r
-    runtime.check_tile(
-        "moe_lora_small_batch_bf16_naive_add_plain_r64_w8channel_a8token",
-        "block_k",
-        config.block_k,
-        split_k=split_k,
-    )
-    splits = runtime.cdiv(problem.k, split_k)
-    chunks = runtime.cdiv(problem.rank, block_r)
-    part_stride = chunks * block_r
-    size = splits * num_pairs * problem.slices * part_stride
-    shrink = _shrink.bind(
-        num_pairs * problem.slices * chunks * splits,
-        runtime.Options(config.shrink_warps),
-        MAX_LORAS=route.max_loras,
-        NUM_EXPERTS=route.num_experts,
-        GLOBAL_EXPERTS=route.global_experts,
-        TOP_K=route.top_k,
-        K=problem.k,
-        RANK=problem.rank,
-        X_STRIDE=problem.x_stride,
-        A_STRIDE_L=problem.a_strides.adapter,
-        A_STRIDE_E=problem.a_strides.expert,
-        A_STRIDE_R=problem.a_strides.row,
-        A_SCALE_STRIDE_L=problem.a_scale_strides.adapter,
-        A_SCALE_STRIDE_E=problem.a_scale_strides.expert,
-        BLOCK_R=block_r,
-        BLOCK_K=config.block_k,
-        SPLIT_K=split_k,
-        WEIGHTS=weights,
-        PDL=pdl,
-    )
-    expand = _expand.bind(
-        num_pairs * problem.slices * runtime.cdiv(problem.n, config.block_n),
-        runtime.Options(config.expand_warps, pdl=pdl),
-        MAX_LORAS=route.max_loras,
-        NUM_EXPERTS=route.num_experts,
-        GLOBAL_EXPERTS=route.global_experts,
-        TOP_K=route.top_k,
-        N=problem.n,
-        RANK=problem.rank,
-        OUT_STRIDE=problem.out_stride,
-        B_STRIDE_L=problem.b_strides.adapter,
-        B_STRIDE_E=problem.b_strides.expert,
-        B_STRIDE_N=problem.b_strides.row,
-        B_SCALE_STRIDE_L=problem.b_scale_strides.adapter,
-        B_SCALE_STRIDE_E=problem.b_scale_strides.expert,
-        PARTS=splits,
-        PARTS_SIZE=runtime.next_power_of_2(splits),
-        PART_STRIDE=part_stride,
-        BLOCK_N=config.block_n,
-        WEIGHTS=weights,
-        PDL=pdl,
-    )
-
-    def call(
-        out: torch.Tensor,
-        x: torch.Tensor,
-        lora_a: Sequence[torch.Tensor],
-        lora_b: Sequence[torch.Tensor],
-        route: PairRoute | TableRoute,
-        topk_weights: torch.Tensor | None,
-        a_scale: Sequence[torch.Tensor],
-        b_scale: Sequence[torch.Tensor],
-        x_scale: torch.Tensor,
-    ) -> None:
-        parts = partials(route, size, torch.float32, out)
-        pairs = (
-            route.topk_ids,
-            route.token_lora_mapping,
-            route.adapter_enabled,
-            route.expert_map,
-            num_pairs,
-        )
-        shrink.run(parts, x, tuple(lora_a), tuple(a_scale), x_scale, *pairs)
-        expand.run(out, parts, tuple(lora_b), tuple(b_scale), *pairs)
-
-    return call
+schedule = SmallBatch(
+    moe_lora_small_batch_bf16_naive_add_plain_r64_w8channel_a8token_shrink,
+    moe_lora_small_batch_bf16_naive_add_plain_r64_w8channel_a8token_expand,
+)
 
 
 def moe_lora_small_batch_bf16_naive_add_plain_r64_w8channel_a8token(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    lora_b: Sequence[torch.Tensor],
-    route: PairRoute | TableRoute,
-    *,
-    a_scale: Sequence[torch.Tensor],
-    b_scale: Sequence[torch.Tensor],
-    x_scale: torch.Tensor,
-    config: Config | None = None,
+    # fmt: off
+    out: Tensor, x: Tensor, lora_a: Tensors, lora_b: Tensors, route: PairRoute | TableRoute, *, a_scale: Tensors,
+    b_scale: Tensors, x_scale: Tensor, config: Config | None = None,
+    # fmt: on
 ) -> None:
-    """Add to the rows of live pairs in ``out``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes the tuned ones.
+    """Add to the rows of live pairs in ``out``, as stated above. ``config``: tiles; None: the tuned ones.
 
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    problem = check(
-        "moe_lora_small_batch_bf16_naive_add_plain_r64_w8channel_a8token",
-        out,
-        x,
-        lora_a,
-        lora_b,
-        route,
-        dtype=torch.bfloat16,
-        naive=True,
-        max_rank=64,
-        block_r=64,
-        topk_weights=None,
-        weighted=False,
-        adds=True,
-        scales=Scales("channel", a_scale, b_scale, "token", x_scale),
-    )
-    if problem.num_pairs > 0:
-        call = bind(
-            problem,
-            route,
-            runtime.given(
-                "moe_lora_small_batch_bf16_naive_add_plain_r64_w8channel_a8token", config, Config
-            )
-            or choose("small_batch", problem, route),
-        )
-        call(out, x, lora_a, lora_b, route, None, a_scale, b_scale, x_scale)
+    schedule.launch(config, out, x, lora_a, lora_b, route, None, a_scale, b_scale, x_scale=x_scale)

@@ -10,8 +10,8 @@ For every live pair p = t * top_k + j with adapter l and expert e, and every sli
 
 Pairs that are not live (no adapter, a disabled one, an expert that is not here) keep their rows of out as they are.
 
-Shapes: out [T, top_k, S * N], x [T, K], A_s [L, E, rank, K] and B_s [L, E, N, rank], all float16;
-any rank, in tiles of 128.
+Shapes: out [T, top_k, S * N], x [T, K], A_s [L, E, rank, K] and B_s [L, E, N, rank], all float16; any rank, in tiles of 128.
+
 The shrink cuts K into SPLITS parts over programs, so that a single token fills the GPU; the expand adds the parts in a
 fixed order, so that a pair has the same bits in every batch. Where the target has dependent launch, the expand starts
 early and has its weights on the way before it waits for the parts.
@@ -19,59 +19,29 @@ early and has its weights on the way before it waits for the parts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .. import _runtime as runtime
+from .._operands import Tensors
+from .._slices import slice_of
 from ..moe_route._op import PairRoute, TableRoute
-from ._problem import (
-    CACHE_POLICIES,
-    Call,
-    Problem,
-    check,
-    choose,
-    partials,
-)
+from ._launch import SmallBatch
 from ._problem import SmallBatchConfig as Config
 
 
 @triton.jit(
     do_not_specialize=["num_pairs"],
-    do_not_specialize_on_alignment=[
-        "topk_ids_ptr",
-        "token_lora_mapping_ptr",
-        "adapter_enabled_ptr",
-        "expert_map_ptr",
-    ],
+    do_not_specialize_on_alignment=["topk_ids_ptr", "token_lora_mapping_ptr", "adapter_enabled_ptr", "expert_map_ptr"],
 )
 def moe_lora_small_batch_f16_naive_set_plain_rany_shrink(
-    parts_ptr,
-    x_ptr,
-    a_ptrs,
-    topk_ids_ptr,
-    token_lora_mapping_ptr,
-    adapter_enabled_ptr,
-    expert_map_ptr,
-    num_pairs,
-    MAX_LORAS: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    GLOBAL_EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    K: tl.constexpr,
-    RANK: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    A_STRIDE_L: tl.constexpr,
-    A_STRIDE_E: tl.constexpr,
-    A_STRIDE_R: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    parts_ptr, x_ptr, a_ptrs, topk_ids_ptr, token_lora_mapping_ptr, adapter_enabled_ptr, expert_map_ptr, num_pairs,
+    MAX_LORAS: tl.constexpr, NUM_EXPERTS: tl.constexpr, GLOBAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, K: tl.constexpr,
+    RANK: tl.constexpr, X_STRIDE: tl.constexpr, A_STRIDE_L: tl.constexpr, A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     SPLITS: tl.constexpr = (K + SPLIT_K - 1) // SPLIT_K
     CHUNKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
@@ -92,9 +62,7 @@ def moe_lora_small_batch_f16_naive_set_plain_rany_shrink(
         expert = tl.load(expert_map_ptr + expert, mask=live, other=-1).to(tl.int64)
     if not (live & (expert >= 0) & (expert < NUM_EXPERTS)):
         return
-    a_ptr = a_ptrs[0]
-    for i in tl.static_range(1, len(a_ptrs)):
-        a_ptr = tl.where(s == i, a_ptrs[i], a_ptr)
+    a_ptr = slice_of(a_ptrs, s)
 
     r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
     a_row = r if RANK % BLOCK_R == 0 else tl.minimum(r, RANK - 1)
@@ -109,9 +77,7 @@ def moe_lora_small_batch_f16_naive_set_plain_rany_shrink(
             a = tl.load(a_rows + k[None, :], eviction_policy=WEIGHTS)
         else:
             x = tl.load(x_row + k, mask=k < K, other=0.0)
-            a = tl.load(
-                a_rows + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy=WEIGHTS
-            )
+            a = tl.load(a_rows + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy=WEIGHTS)
         acc += a.to(tl.float32) * x.to(tl.float32)[None, :]
         k += BLOCK_K
     part = (split.to(tl.int64) * num_pairs + pair) * len(a_ptrs) + s
@@ -120,37 +86,15 @@ def moe_lora_small_batch_f16_naive_set_plain_rany_shrink(
 
 @triton.jit(
     do_not_specialize=["num_pairs"],
-    do_not_specialize_on_alignment=[
-        "topk_ids_ptr",
-        "token_lora_mapping_ptr",
-        "adapter_enabled_ptr",
-        "expert_map_ptr",
-    ],
+    do_not_specialize_on_alignment=["topk_ids_ptr", "token_lora_mapping_ptr", "adapter_enabled_ptr", "expert_map_ptr"],
 )
 def moe_lora_small_batch_f16_naive_set_plain_rany_expand(
-    out_ptr,
-    parts_ptr,
-    b_ptrs,
-    topk_ids_ptr,
-    token_lora_mapping_ptr,
-    adapter_enabled_ptr,
-    expert_map_ptr,
-    num_pairs,
-    MAX_LORAS: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    GLOBAL_EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    N: tl.constexpr,
-    RANK: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    B_STRIDE_L: tl.constexpr,
-    B_STRIDE_E: tl.constexpr,
-    B_STRIDE_N: tl.constexpr,
-    PARTS: tl.constexpr,
-    PART_STRIDE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    out_ptr, parts_ptr, b_ptrs, topk_ids_ptr, token_lora_mapping_ptr, adapter_enabled_ptr, expert_map_ptr, num_pairs,
+    MAX_LORAS: tl.constexpr, NUM_EXPERTS: tl.constexpr, GLOBAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, N: tl.constexpr,
+    RANK: tl.constexpr, OUT_STRIDE: tl.constexpr, B_STRIDE_L: tl.constexpr, B_STRIDE_E: tl.constexpr, B_STRIDE_N: tl.constexpr,
+    PARTS: tl.constexpr, PART_STRIDE: tl.constexpr, BLOCK_N: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     BLOCK_R: tl.constexpr = 128
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -167,9 +111,7 @@ def moe_lora_small_batch_f16_naive_set_plain_rany_expand(
         expert = tl.load(expert_map_ptr + expert, mask=live, other=-1).to(tl.int64)
     if not (live & (expert >= 0) & (expert < NUM_EXPERTS)):
         return
-    b_ptr = b_ptrs[0]
-    for i in tl.static_range(1, len(b_ptrs)):
-        b_ptr = tl.where(s == i, b_ptrs[i], b_ptr)
+    b_ptr = slice_of(b_ptrs, s)
 
     n = program % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
     out_tile = out_ptr + pair.to(tl.int64) * OUT_STRIDE + s * N + n
@@ -193,120 +135,15 @@ def moe_lora_small_batch_f16_naive_set_plain_rany_expand(
         tl.store(out_tile, y.to(tl.float16), mask=n < N)
 
 
-_shrink = runtime.Launcher(moe_lora_small_batch_f16_naive_set_plain_rany_shrink)
-_expand = runtime.Launcher(moe_lora_small_batch_f16_naive_set_plain_rany_expand)
-
-
-def bind(problem: Problem, route: PairRoute | TableRoute, config: Config) -> Call:
-    """The two launches for checked calls of these sizes, ready to be made again and again."""
-    pdl = runtime.traits(problem.device).pdl and config.pdl == 1
-    weights = CACHE_POLICIES[config.weight_policy]
-    num_pairs = problem.num_pairs
-    split_k, block_r = config.split_k, config.shrink_block_r
-    runtime.check_tile(
-        "moe_lora_small_batch_f16_naive_set_plain_rany", "block_k", config.block_k, split_k=split_k
-    )
-    splits = runtime.cdiv(problem.k, split_k)
-    chunks = runtime.cdiv(problem.rank, block_r)
-    part_stride = chunks * block_r
-    size = splits * num_pairs * problem.slices * part_stride
-    shrink = _shrink.bind(
-        num_pairs * problem.slices * chunks * splits,
-        runtime.Options(config.shrink_warps),
-        MAX_LORAS=route.max_loras,
-        NUM_EXPERTS=route.num_experts,
-        GLOBAL_EXPERTS=route.global_experts,
-        TOP_K=route.top_k,
-        K=problem.k,
-        RANK=problem.rank,
-        X_STRIDE=problem.x_stride,
-        A_STRIDE_L=problem.a_strides.adapter,
-        A_STRIDE_E=problem.a_strides.expert,
-        A_STRIDE_R=problem.a_strides.row,
-        BLOCK_R=block_r,
-        BLOCK_K=config.block_k,
-        SPLIT_K=split_k,
-        WEIGHTS=weights,
-        PDL=pdl,
-    )
-    expand = _expand.bind(
-        num_pairs * problem.slices * runtime.cdiv(problem.n, config.block_n),
-        runtime.Options(config.expand_warps, pdl=pdl),
-        MAX_LORAS=route.max_loras,
-        NUM_EXPERTS=route.num_experts,
-        GLOBAL_EXPERTS=route.global_experts,
-        TOP_K=route.top_k,
-        N=problem.n,
-        RANK=problem.rank,
-        OUT_STRIDE=problem.out_stride,
-        B_STRIDE_L=problem.b_strides.adapter,
-        B_STRIDE_E=problem.b_strides.expert,
-        B_STRIDE_N=problem.b_strides.row,
-        PARTS=splits,
-        PART_STRIDE=part_stride,
-        BLOCK_N=config.block_n,
-        WEIGHTS=weights,
-        PDL=pdl,
-    )
-
-    def call(
-        out: torch.Tensor,
-        x: torch.Tensor,
-        lora_a: Sequence[torch.Tensor],
-        lora_b: Sequence[torch.Tensor],
-        route: PairRoute | TableRoute,
-        topk_weights: torch.Tensor | None,
-    ) -> None:
-        parts = partials(route, size, torch.float32, out)
-        pairs = (
-            route.topk_ids,
-            route.token_lora_mapping,
-            route.adapter_enabled,
-            route.expert_map,
-            num_pairs,
-        )
-        shrink.run(parts, x, tuple(lora_a), *pairs)
-        expand.run(out, parts, tuple(lora_b), *pairs)
-
-    return call
+schedule = SmallBatch(moe_lora_small_batch_f16_naive_set_plain_rany_shrink, moe_lora_small_batch_f16_naive_set_plain_rany_expand)
 
 
 def moe_lora_small_batch_f16_naive_set_plain_rany(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    lora_b: Sequence[torch.Tensor],
-    route: PairRoute | TableRoute,
-    *,
-    config: Config | None = None,
+    out: Tensor, x: Tensor, lora_a: Tensors, lora_b: Tensors, route: PairRoute | TableRoute, *, config: Config | None = None
 ) -> None:
-    """Overwrite the rows of live pairs in ``out``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes the tuned ones.
+    """Overwrite the rows of live pairs in ``out``, as stated above. ``config``: tiles; None: the tuned ones.
 
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    problem = check(
-        "moe_lora_small_batch_f16_naive_set_plain_rany",
-        out,
-        x,
-        lora_a,
-        lora_b,
-        route,
-        dtype=torch.float16,
-        naive=True,
-        max_rank=None,
-        block_r=128,
-        topk_weights=None,
-        weighted=False,
-        adds=False,
-    )
-    if problem.num_pairs > 0:
-        call = bind(
-            problem,
-            route,
-            runtime.given("moe_lora_small_batch_f16_naive_set_plain_rany", config, Config)
-            or choose("small_batch", problem, route),
-        )
-        call(out, x, lora_a, lora_b, route, None)
+    schedule.launch(config, out, x, lora_a, lora_b, route, None)

@@ -13,68 +13,36 @@ Pairs that are not live (no adapter, a disabled one, an expert that is not here)
 Shapes: out [T, top_k, S * N], x [T * top_k, K], A_s [L, E, rank, K] and B_s [L, E, N, rank], all bfloat16;
 of these, A_s and B_s are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32:
 a_scale_s [L, E, rank] and b_scale_s [L, E, N];
-topk_weights [T, top_k] in any float dtype, applied in fp32;
-rank at most 128.
+topk_weights [T, top_k] in any float dtype, applied in fp32; rank at most 128.
+
 Two kernels give few blocks enough programs: the shrink can cut K into parts, which the expand adds in a fixed order, and
 the expand cuts the columns. Parts are fp32 [splits, position in the route, S, rank]; a single part is already rounded.
-A higher block has SHARES programs of each: widened FP8 is in registers, from where the matrix unit takes it for up to 32 rows. For
-more it goes through shared memory, which costs more than to widen again, and in another order, which shows in last bits.
+Programs of FP8 share the rows of a higher block, SHARES of them: what is widened stays in registers for up to 32 rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .. import _runtime as runtime
-from .._slices import joined_slices, split_slices
+from .._operands import Tensors
+from .._slices import slice_of, split_slices
 from ..moe_route._op import SortedRoute
-from ._problem import (
-    CACHE_POLICIES,
-    Call,
-    Problem,
-    Scales,
-    check,
-    choose,
-    partials,
-    rows_of_program,
-)
+from ._launch import TwoKernel
 from ._problem import TwoKernelConfig as Config
 
 
-@triton.jit(
-    do_not_specialize=["capacity"],
-    do_not_specialize_on_alignment=["pairs_ptr", "blocks_ptr", "num_blocks_ptr"],
-)
+@triton.jit(do_not_specialize=["capacity"], do_not_specialize_on_alignment=["pairs_ptr", "blocks_ptr", "num_blocks_ptr"])
 def moe_lora_two_kernel_bf16_sorted_add_weighted_r128_w8channel_shrink(
-    parts_ptr,
-    x_ptr,
-    a_ptrs,
-    a_scale_ptrs,
-    pairs_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    capacity,
-    K: tl.constexpr,
-    RANK: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    A_STRIDE_L: tl.constexpr,
-    A_STRIDE_E: tl.constexpr,
-    A_STRIDE_R: tl.constexpr,
-    A_SCALE_STRIDE_L: tl.constexpr,
-    A_SCALE_STRIDE_E: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    SHARES: tl.constexpr,
-    JOINED: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    SHRINK_STAGES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    parts_ptr, x_ptr, a_ptrs, a_scale_ptrs, pairs_ptr, blocks_ptr, num_blocks_ptr, capacity,
+    K: tl.constexpr, RANK: tl.constexpr, X_STRIDE: tl.constexpr, A_STRIDE_L: tl.constexpr, A_STRIDE_E: tl.constexpr,
+    A_STRIDE_R: tl.constexpr, A_SCALE_STRIDE_L: tl.constexpr, A_SCALE_STRIDE_E: tl.constexpr, BLOCK_M: tl.constexpr,
+    SHARES: tl.constexpr, JOINED: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SHRINK_STAGES: tl.constexpr,
+    WEIGHTS: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     BLOCK_R: tl.constexpr = 128
     SPLITS: tl.constexpr = (K + SPLIT_K - 1) // SPLIT_K
@@ -126,27 +94,15 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r128_w8channel_shrink(
         a_offsets = k0 if JOINED > 1 else a_tile + k0
         if K % BLOCK_K == 0:
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None], other=0.0)
-            products = [
-                (p[0], p[1], p[2], tl.load(p[0] + a_offsets, eviction_policy=WEIGHTS))
-                for p in products
-            ]
+            products = [(p[0], p[1], p[2], tl.load(p[0] + a_offsets, eviction_policy=WEIGHTS)) for p in products]
         else:
             columns = tl.minimum(K, rows * K)  # opaque: ptxas unpacks known FP8 wrongly
             k_mask = (k < columns - k0)[None, :]
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None] & k_mask, other=0.0)
             products = [
-                (
-                    p[0],
-                    p[1],
-                    p[2],
-                    tl.load(p[0] + a_offsets, mask=k_mask, other=0.0, eviction_policy=WEIGHTS),
-                )
-                for p in products
+                (p[0], p[1], p[2], tl.load(p[0] + a_offsets, mask=k_mask, other=0.0, eviction_policy=WEIGHTS)) for p in products
             ]
-        products = [
-            (p[0], tl.dot(x, p[3].to(tl.float16).to(tl.float32).to(tl.bfloat16).T, p[1]), p[2])
-            for p in products
-        ]
+        products = [(p[0], tl.dot(x, p[3].to(tl.float16).to(tl.float32).to(tl.bfloat16).T, p[1]), p[2]) for p in products]
     sums: tl.tuple = ()
     for i in tl.static_range(len(products)):
         sums += split_slices(products[i][1] * products[i][2], WIDTH // BLOCK_R)
@@ -160,39 +116,16 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r128_w8channel_shrink(
 
 @triton.jit(
     do_not_specialize=["capacity"],
-    do_not_specialize_on_alignment=[
-        "topk_weights_ptr",
-        "pairs_ptr",
-        "blocks_ptr",
-        "num_blocks_ptr",
-    ],
+    do_not_specialize_on_alignment=["topk_weights_ptr", "pairs_ptr", "blocks_ptr", "num_blocks_ptr"],
 )
 def moe_lora_two_kernel_bf16_sorted_add_weighted_r128_w8channel_expand(
-    out_ptr,
-    parts_ptr,
-    b_ptrs,
-    b_scale_ptrs,
-    topk_weights_ptr,
-    pairs_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    capacity,
-    N: tl.constexpr,
-    RANK: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    B_STRIDE_L: tl.constexpr,
-    B_STRIDE_E: tl.constexpr,
-    B_STRIDE_N: tl.constexpr,
-    B_SCALE_STRIDE_L: tl.constexpr,
-    B_SCALE_STRIDE_E: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    SHARES: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TILES: tl.constexpr,
-    EXPAND_STAGES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    out_ptr, parts_ptr, b_ptrs, b_scale_ptrs, topk_weights_ptr, pairs_ptr, blocks_ptr, num_blocks_ptr, capacity,
+    N: tl.constexpr, RANK: tl.constexpr, OUT_STRIDE: tl.constexpr, B_STRIDE_L: tl.constexpr, B_STRIDE_E: tl.constexpr,
+    B_STRIDE_N: tl.constexpr, B_SCALE_STRIDE_L: tl.constexpr, B_SCALE_STRIDE_E: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, SHARES: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, EXPAND_STAGES: tl.constexpr,
+    WEIGHTS: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     BLOCK_R: tl.constexpr = 128
     SPAN: tl.constexpr = BLOCK_N * TILES  # columns of one program
@@ -212,12 +145,8 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r128_w8channel_expand(
     m = m0 + tl.arange(0, BLOCK_M)
     live = m < rows
     pair = tl.load(pairs_ptr + first + m, mask=live, other=0)
-    b_ptr = b_ptrs[0]
-    for i in tl.static_range(1, len(b_ptrs)):
-        b_ptr = tl.where(s == i, b_ptrs[i], b_ptr)
-    b_scale_ptr = b_scale_ptrs[0]
-    for i in tl.static_range(1, len(b_scale_ptrs)):
-        b_scale_ptr = tl.where(s == i, b_scale_ptrs[i], b_scale_ptr)
+    b_ptr = slice_of(b_ptrs, s)
+    b_scale_ptr = slice_of(b_scale_ptrs, s)
     b_scales = b_scale_ptr + adapter * B_SCALE_STRIDE_L + expert * B_SCALE_STRIDE_E
 
     r = tl.arange(0, BLOCK_R)
@@ -225,9 +154,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r128_w8channel_expand(
     b_base = b_ptr + adapter * B_STRIDE_L + expert * B_STRIDE_E
     weight = tl.load(topk_weights_ptr + pair, mask=live, other=0.0).to(tl.float32)
     PART_STRIDE: tl.constexpr = BLOCK_R
-    part_rows = (
-        parts_ptr + ((first + m).to(tl.int64)[:, None] * len(b_ptrs) + s) * PART_STRIDE + r[None, :]
-    )
+    part_rows = parts_ptr + ((first + m).to(tl.int64)[:, None] * len(b_ptrs) + s) * PART_STRIDE + r[None, :]
     next_part = capacity.to(tl.int64) * (len(b_ptrs) * PART_STRIDE)
     if PDL:
         gdc_wait()
@@ -253,12 +180,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r128_w8channel_expand(
             rank = tl.minimum(RANK, rows * RANK)  # opaque: ptxas unpacks known FP8 wrongly
             b_mask = (n < N)[:, None] & (r < rank)[None, :]
             b = (
-                tl.load(
-                    b_base + (n[:, None] * B_STRIDE_N + r[None, :]),
-                    mask=b_mask,
-                    other=0.0,
-                    eviction_policy=WEIGHTS,
-                )
+                tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]), mask=b_mask, other=0.0, eviction_policy=WEIGHTS)
                 .to(tl.float16)
                 .to(tl.float32)
                 .to(tl.bfloat16)
@@ -270,133 +192,21 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_r128_w8channel_expand(
         tl.store(out_tile, y.to(tl.bfloat16), mask=out_mask)
 
 
-_shrink = runtime.Launcher(moe_lora_two_kernel_bf16_sorted_add_weighted_r128_w8channel_shrink)
-_expand = runtime.Launcher(moe_lora_two_kernel_bf16_sorted_add_weighted_r128_w8channel_expand)
-
-
-def bind(problem: Problem, route: SortedRoute, config: Config) -> Call:
-    """The two launches for checked calls of these sizes, ready to be made again and again."""
-    pdl = runtime.traits(problem.device).pdl and config.pdl == 1
-    weights = CACHE_POLICIES[config.weight_policy]
-    split_k = config.split_k
-    splits = runtime.cdiv(problem.k, split_k)
-    if splits > 1:
-        runtime.check_tile(
-            "moe_lora_two_kernel_bf16_sorted_add_weighted_r128_w8channel",
-            "block_k",
-            config.block_k,
-            split_k=split_k,
-        )
-    block_m = rows_of_program(
-        problem.weight_scales, problem.x_scales, problem.rank, route.block_m, problem.slices
-    )
-    shares = runtime.cdiv(route.block_m, block_m)
-    chunks = runtime.cdiv(problem.rank, 128)
-    part_dtype = torch.float32 if splits > 1 else torch.bfloat16
-    of_position = splits * problem.slices * chunks * 128
-    spans = runtime.cdiv(problem.n, config.block_n * config.expand_tiles)
-    shrink = _shrink.bind(
-        route.max_blocks * chunks * splits * shares,
-        runtime.Options(config.shrink_warps),
-        K=problem.k,
-        RANK=problem.rank,
-        X_STRIDE=problem.x_stride,
-        A_STRIDE_L=problem.a_strides.adapter,
-        A_STRIDE_E=problem.a_strides.expert,
-        A_STRIDE_R=problem.a_strides.row,
-        A_SCALE_STRIDE_L=problem.a_scale_strides.adapter,
-        A_SCALE_STRIDE_E=problem.a_scale_strides.expert,
-        BLOCK_M=block_m,
-        SHARES=shares,
-        JOINED=joined_slices(problem.slices, 128, problem.device),
-        BLOCK_K=config.block_k,
-        SPLIT_K=split_k,
-        SHRINK_STAGES=config.shrink_stages,
-        WEIGHTS=weights,
-        PDL=pdl,
-    )
-    expand = _expand.bind(
-        route.max_blocks * problem.slices * spans * shares,
-        runtime.Options(config.expand_warps, pdl=pdl),
-        N=problem.n,
-        RANK=problem.rank,
-        OUT_STRIDE=problem.out_stride,
-        B_STRIDE_L=problem.b_strides.adapter,
-        B_STRIDE_E=problem.b_strides.expert,
-        B_STRIDE_N=problem.b_strides.row,
-        B_SCALE_STRIDE_L=problem.b_scale_strides.adapter,
-        B_SCALE_STRIDE_E=problem.b_scale_strides.expert,
-        PARTS=splits,
-        BLOCK_M=block_m,
-        SHARES=shares,
-        BLOCK_N=config.block_n,
-        TILES=config.expand_tiles,
-        EXPAND_STAGES=config.expand_stages,
-        WEIGHTS=weights,
-        PDL=pdl,
-    )
-
-    def call(
-        out: torch.Tensor,
-        x: torch.Tensor,
-        lora_a: Sequence[torch.Tensor],
-        lora_b: Sequence[torch.Tensor],
-        route: SortedRoute,
-        topk_weights: torch.Tensor | None,
-        a_scale: Sequence[torch.Tensor],
-        b_scale: Sequence[torch.Tensor],
-    ) -> None:
-        capacity = route.pairs.shape[0]
-        parts = partials(route, of_position * capacity, part_dtype, out)
-        tables = (route.pairs, route.blocks, route.num_blocks, capacity)
-        shrink.run(parts, x, tuple(lora_a), tuple(a_scale), *tables)
-        expand.run(out, parts, tuple(lora_b), tuple(b_scale), topk_weights, *tables)
-
-    return call
+schedule = TwoKernel(
+    moe_lora_two_kernel_bf16_sorted_add_weighted_r128_w8channel_shrink,
+    moe_lora_two_kernel_bf16_sorted_add_weighted_r128_w8channel_expand,
+)
 
 
 def moe_lora_two_kernel_bf16_sorted_add_weighted_r128_w8channel(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    lora_b: Sequence[torch.Tensor],
-    route: SortedRoute,
-    *,
-    topk_weights: torch.Tensor,
-    a_scale: Sequence[torch.Tensor],
-    b_scale: Sequence[torch.Tensor],
-    config: Config | None = None,
+    # fmt: off
+    out: Tensor, x: Tensor, lora_a: Tensors, lora_b: Tensors, route: SortedRoute, *, topk_weights: Tensor, a_scale: Tensors,
+    b_scale: Tensors, config: Config | None = None,
+    # fmt: on
 ) -> None:
-    """Add to the rows of live pairs in ``out``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes the tuned ones.
+    """Add to the rows of live pairs in ``out``, as stated above. ``config``: tiles; None: the tuned ones.
 
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    problem = check(
-        "moe_lora_two_kernel_bf16_sorted_add_weighted_r128_w8channel",
-        out,
-        x,
-        lora_a,
-        lora_b,
-        route,
-        dtype=torch.bfloat16,
-        naive=False,
-        max_rank=128,
-        block_r=128,
-        topk_weights=topk_weights,
-        weighted=True,
-        adds=True,
-        scales=Scales("channel", a_scale, b_scale, None, None),
-    )
-    if problem.num_pairs > 0:
-        call = bind(
-            problem,
-            route,
-            runtime.given(
-                "moe_lora_two_kernel_bf16_sorted_add_weighted_r128_w8channel", config, Config
-            )
-            or choose("two_kernel", problem, route),
-        )
-        call(out, x, lora_a, lora_b, route, topk_weights, a_scale, b_scale)
+    schedule.launch(config, out, x, lora_a, lora_b, route, topk_weights, a_scale, b_scale)

@@ -14,35 +14,24 @@ Shapes: out [T, top_k, S * N], x [T, K], A_s [L, E, rank, K] and B_s [L, E, N, r
 of these, x is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32, those of x also float8_e8m0fnu:
 x_scale [rows of x, ceil(K / 128)];
 any rank, in tiles of 128.
+
 Two kernels give few blocks enough programs: the shrink can cut K into parts, which the expand adds in a fixed order, and
 the expand cuts the columns. Parts are fp32 [splits, position in the route, S, rank]; a single part is already rounded.
-A higher block has SHARES programs of each: widened FP8 is in registers, from where the matrix unit takes it for up to 32 rows. For
-more it goes through shared memory, which costs more than to widen again, and in another order, which shows in last bits.
+Programs of FP8 share the rows of a higher block, SHARES of them: what is widened stays in registers for up to 32 rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .. import _runtime as runtime
+from .._operands import Tensors
 from .._scales import as_fp32
-from .._slices import joined_slices, split_slices
+from .._slices import slice_of, split_slices
 from ..moe_route._op import SortedRoute
-from ._problem import (
-    CACHE_POLICIES,
-    Call,
-    Problem,
-    Scales,
-    check,
-    choose,
-    partials,
-    rows_of_program,
-)
+from ._launch import TwoKernel
 from ._problem import TwoKernelConfig as Config
 
 
@@ -51,31 +40,13 @@ from ._problem import TwoKernelConfig as Config
     do_not_specialize_on_alignment=["x_scale_ptr", "pairs_ptr", "blocks_ptr", "num_blocks_ptr"],
 )
 def moe_lora_two_kernel_bf16_sorted_set_plain_rany_a8group_shrink(
-    parts_ptr,
-    x_ptr,
-    a_ptrs,
-    x_scale_ptr,
-    x_scale_next,
-    pairs_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    capacity,
-    TOP_K: tl.constexpr,
-    K: tl.constexpr,
-    RANK: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    A_STRIDE_L: tl.constexpr,
-    A_STRIDE_E: tl.constexpr,
-    A_STRIDE_R: tl.constexpr,
-    X_SCALE_STRIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    SHARES: tl.constexpr,
-    JOINED: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    SHRINK_STAGES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
+    # fmt: off
+    parts_ptr, x_ptr, a_ptrs, x_scale_ptr, x_scale_next, pairs_ptr, blocks_ptr, num_blocks_ptr, capacity,
+    TOP_K: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, X_STRIDE: tl.constexpr, A_STRIDE_L: tl.constexpr,
+    A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr, X_SCALE_STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, SHARES: tl.constexpr,
+    JOINED: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SHRINK_STAGES: tl.constexpr, WEIGHTS: tl.constexpr,
     PDL: tl.constexpr,
+    # fmt: on
 ):
     BLOCK_R: tl.constexpr = 128
     SPLITS: tl.constexpr = (K + SPLIT_K - 1) // SPLIT_K
@@ -126,29 +97,18 @@ def moe_lora_two_kernel_bf16_sorted_set_plain_rany_a8group_shrink(
     for k0 in tl.range(k_begin, k_end, BLOCK_K, num_stages=SHRINK_STAGES):
         group = k0 // 128
         x_scale = as_fp32(
-            tl.load(
-                x_scale_ptr
-                + x_row * X_SCALE_STRIDE
-                + (group if x_scale_next is None else group * x_scale_next)
-            )
+            tl.load(x_scale_ptr + x_row * X_SCALE_STRIDE + (group if x_scale_next is None else group * x_scale_next))
         )
         a_offsets = k0 if JOINED > 1 else a_tile + k0
         if K % BLOCK_K == 0:
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None], other=0.0)
-            products = [
-                (p[0], p[1], tl.load(p[0] + a_offsets, eviction_policy=WEIGHTS)) for p in products
-            ]
+            products = [(p[0], p[1], tl.load(p[0] + a_offsets, eviction_policy=WEIGHTS)) for p in products]
         else:
             columns = tl.minimum(K, rows * K)  # opaque: ptxas unpacks known FP8 wrongly
             k_mask = (k < columns - k0)[None, :]
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None] & k_mask, other=0.0)
             products = [
-                (
-                    p[0],
-                    p[1],
-                    tl.load(p[0] + a_offsets, mask=k_mask, other=0.0, eviction_policy=WEIGHTS),
-                )
-                for p in products
+                (p[0], p[1], tl.load(p[0] + a_offsets, mask=k_mask, other=0.0, eviction_policy=WEIGHTS)) for p in products
             ]
         x = x.to(tl.float16).to(tl.float32).to(tl.bfloat16)
         products = [(p[0], p[1] + tl.dot(x, p[2].T) * x_scale) for p in products]
@@ -163,33 +123,14 @@ def moe_lora_two_kernel_bf16_sorted_set_plain_rany_a8group_shrink(
         tl.store(part_rows + s * PART_STRIDE, v, mask=live[:, None])
 
 
-@triton.jit(
-    do_not_specialize=["capacity"],
-    do_not_specialize_on_alignment=["pairs_ptr", "blocks_ptr", "num_blocks_ptr"],
-)
+@triton.jit(do_not_specialize=["capacity"], do_not_specialize_on_alignment=["pairs_ptr", "blocks_ptr", "num_blocks_ptr"])
 def moe_lora_two_kernel_bf16_sorted_set_plain_rany_a8group_expand(
-    out_ptr,
-    parts_ptr,
-    b_ptrs,
-    pairs_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    capacity,
-    N: tl.constexpr,
-    RANK: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    B_STRIDE_L: tl.constexpr,
-    B_STRIDE_E: tl.constexpr,
-    B_STRIDE_N: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    SHARES: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    TILES: tl.constexpr,
-    EXPAND_STAGES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    out_ptr, parts_ptr, b_ptrs, pairs_ptr, blocks_ptr, num_blocks_ptr, capacity,
+    N: tl.constexpr, RANK: tl.constexpr, OUT_STRIDE: tl.constexpr, B_STRIDE_L: tl.constexpr, B_STRIDE_E: tl.constexpr,
+    B_STRIDE_N: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, SHARES: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr, TILES: tl.constexpr, EXPAND_STAGES: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     SPAN: tl.constexpr = BLOCK_N * TILES  # columns of one program
     SPANS: tl.constexpr = (N + SPAN - 1) // SPAN
@@ -208,20 +149,14 @@ def moe_lora_two_kernel_bf16_sorted_set_plain_rany_a8group_expand(
     m = m0 + tl.arange(0, BLOCK_M)
     live = m < rows
     pair = tl.load(pairs_ptr + first + m, mask=live, other=0)
-    b_ptr = b_ptrs[0]
-    for i in tl.static_range(1, len(b_ptrs)):
-        b_ptr = tl.where(s == i, b_ptrs[i], b_ptr)
+    b_ptr = slice_of(b_ptrs, s)
 
     r = tl.arange(0, BLOCK_R)
     out_rows = out_ptr + pair.to(tl.int64)[:, None] * OUT_STRIDE + s * N
     b_base = b_ptr + adapter * B_STRIDE_L + expert * B_STRIDE_E
     PART_STRIDE: tl.constexpr = (RANK + 128 - 1) // 128 * 128
-    r_end = tl.minimum(
-        RANK, rows * RANK
-    )  # RANK, but opaque: LLVM would unroll a short loop and undo its pipeline
-    part_rows = (
-        parts_ptr + ((first + m).to(tl.int64)[:, None] * len(b_ptrs) + s) * PART_STRIDE + r[None, :]
-    )
+    r_end = tl.minimum(RANK, rows * RANK)  # RANK, but opaque: LLVM would unroll a short loop and undo its pipeline
+    part_rows = parts_ptr + ((first + m).to(tl.int64)[:, None] * len(b_ptrs) + s) * PART_STRIDE + r[None, :]
     next_part = capacity.to(tl.int64) * (len(b_ptrs) * PART_STRIDE)
     if PDL:
         gdc_wait()
@@ -231,9 +166,7 @@ def moe_lora_two_kernel_bf16_sorted_set_plain_rany_a8group_expand(
         out_tile = out_rows + n[None, :]
         y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for r0 in tl.range(0, r_end, BLOCK_R, num_stages=EXPAND_STAGES):
-            v_mask = (
-                live[:, None] if RANK % BLOCK_R == 0 else live[:, None] & (r < RANK - r0)[None, :]
-            )
+            v_mask = live[:, None] if RANK % BLOCK_R == 0 else live[:, None] & (r < RANK - r0)[None, :]
             v = tl.load(part_rows + r0, mask=v_mask, other=0.0)
             for i in tl.static_range(1, PARTS):
                 v += tl.load(part_rows + r0 + i * next_part, mask=v_mask, other=0.0)
@@ -247,144 +180,17 @@ def moe_lora_two_kernel_bf16_sorted_set_plain_rany_a8group_expand(
         tl.store(out_tile, y.to(tl.bfloat16), mask=out_mask)
 
 
-_shrink = runtime.Launcher(moe_lora_two_kernel_bf16_sorted_set_plain_rany_a8group_shrink)
-_expand = runtime.Launcher(moe_lora_two_kernel_bf16_sorted_set_plain_rany_a8group_expand)
-
-
-def bind(problem: Problem, route: SortedRoute, config: Config) -> Call:
-    """The two launches for checked calls of these sizes, ready to be made again and again."""
-    runtime.check_tile(
-        "moe_lora_two_kernel_bf16_sorted_set_plain_rany_a8group",
-        "block_k",
-        config.block_k,
-        group_k=128,
-    )
-    pdl = runtime.traits(problem.device).pdl and config.pdl == 1
-    weights = CACHE_POLICIES[config.weight_policy]
-    split_k = config.split_k
-    splits = runtime.cdiv(problem.k, split_k)
-    if splits > 1:
-        runtime.check_tile(
-            "moe_lora_two_kernel_bf16_sorted_set_plain_rany_a8group",
-            "block_k",
-            config.block_k,
-            split_k=split_k,
-        )
-    block_m = rows_of_program(
-        problem.weight_scales, problem.x_scales, problem.rank, route.block_m, problem.slices
-    )
-    shares = runtime.cdiv(route.block_m, block_m)
-    chunks = runtime.cdiv(problem.rank, 128)
-    part_dtype = torch.float32 if splits > 1 else torch.bfloat16
-    of_position = splits * problem.slices * chunks * 128
-    spans = runtime.cdiv(problem.n, config.block_n * config.expand_tiles)
-    shrink = _shrink.bind(
-        route.max_blocks * chunks * splits * shares,
-        runtime.Options(config.shrink_warps),
-        TOP_K=route.top_k,
-        K=problem.k,
-        RANK=problem.rank,
-        X_STRIDE=problem.x_stride,
-        A_STRIDE_L=problem.a_strides.adapter,
-        A_STRIDE_E=problem.a_strides.expert,
-        A_STRIDE_R=problem.a_strides.row,
-        X_SCALE_STRIDE=problem.x_scale_stride,
-        BLOCK_M=block_m,
-        SHARES=shares,
-        JOINED=joined_slices(problem.slices, 128, problem.device),
-        BLOCK_K=config.block_k,
-        SPLIT_K=split_k,
-        SHRINK_STAGES=config.shrink_stages,
-        WEIGHTS=weights,
-        PDL=pdl,
-    )
-    block_r, stages = runtime.rank_tile(
-        problem.rank,
-        block_m,
-        config.block_n,
-        splits,
-        part_dtype.itemsize,
-        config.expand_stages,
-        problem.device,
-    )
-    expand = _expand.bind(
-        route.max_blocks * problem.slices * spans * shares,
-        runtime.Options(config.expand_warps, pdl=pdl),
-        N=problem.n,
-        RANK=problem.rank,
-        OUT_STRIDE=problem.out_stride,
-        B_STRIDE_L=problem.b_strides.adapter,
-        B_STRIDE_E=problem.b_strides.expert,
-        B_STRIDE_N=problem.b_strides.row,
-        PARTS=splits,
-        BLOCK_M=block_m,
-        SHARES=shares,
-        BLOCK_N=config.block_n,
-        BLOCK_R=block_r,
-        TILES=config.expand_tiles,
-        EXPAND_STAGES=stages,
-        WEIGHTS=weights,
-        PDL=pdl,
-    )
-
-    x_scale_next = problem.x_scale_next
-
-    def call(
-        out: torch.Tensor,
-        x: torch.Tensor,
-        lora_a: Sequence[torch.Tensor],
-        lora_b: Sequence[torch.Tensor],
-        route: SortedRoute,
-        topk_weights: torch.Tensor | None,
-        x_scale: torch.Tensor,
-    ) -> None:
-        capacity = route.pairs.shape[0]
-        parts = partials(route, of_position * capacity, part_dtype, out)
-        tables = (route.pairs, route.blocks, route.num_blocks, capacity)
-        shrink.run(parts, x, tuple(lora_a), x_scale, x_scale_next, *tables)
-        expand.run(out, parts, tuple(lora_b), *tables)
-
-    return call
+schedule = TwoKernel(
+    moe_lora_two_kernel_bf16_sorted_set_plain_rany_a8group_shrink, moe_lora_two_kernel_bf16_sorted_set_plain_rany_a8group_expand
+)
 
 
 def moe_lora_two_kernel_bf16_sorted_set_plain_rany_a8group(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    lora_b: Sequence[torch.Tensor],
-    route: SortedRoute,
-    *,
-    x_scale: torch.Tensor,
-    config: Config | None = None,
+    out: Tensor, x: Tensor, lora_a: Tensors, lora_b: Tensors, route: SortedRoute, *, x_scale: Tensor, config: Config | None = None
 ) -> None:
-    """Overwrite the rows of live pairs in ``out``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes the tuned ones.
+    """Overwrite the rows of live pairs in ``out``, as stated above. ``config``: tiles; None: the tuned ones.
 
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    problem = check(
-        "moe_lora_two_kernel_bf16_sorted_set_plain_rany_a8group",
-        out,
-        x,
-        lora_a,
-        lora_b,
-        route,
-        dtype=torch.bfloat16,
-        naive=False,
-        max_rank=None,
-        block_r=128,
-        topk_weights=None,
-        weighted=False,
-        adds=False,
-        scales=Scales(None, None, None, "group", x_scale),
-    )
-    if problem.num_pairs > 0:
-        call = bind(
-            problem,
-            route,
-            runtime.given("moe_lora_two_kernel_bf16_sorted_set_plain_rany_a8group", config, Config)
-            or choose("two_kernel", problem, route),
-        )
-        call(out, x, lora_a, lora_b, route, None, x_scale)
+    schedule.launch(config, out, x, lora_a, lora_b, route, None, x_scale=x_scale)

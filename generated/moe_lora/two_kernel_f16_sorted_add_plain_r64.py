@@ -10,61 +10,34 @@ For every live pair p = t * top_k + j with adapter l and expert e, and every sli
 
 Pairs that are not live (no adapter, a disabled one, an expert that is not here) keep their rows of out as they are.
 
-Shapes: out [T, top_k, S * N], x [T, K], A_s [L, E, rank, K] and B_s [L, E, N, rank], all float16;
-rank at most 64.
+Shapes: out [T, top_k, S * N], x [T, K], A_s [L, E, rank, K] and B_s [L, E, N, rank], all float16; rank at most 64.
+
 Two kernels give few blocks enough programs: the shrink can cut K into parts, which the expand adds in a fixed order, and
 the expand cuts the columns. Parts are fp32 [splits, position in the route, S, rank]; a single part is already rounded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .. import _runtime as runtime
-from .._slices import joined_slices, split_slices
+from .._operands import Tensors
+from .._slices import slice_of, split_slices
 from ..moe_route._op import SortedRoute
-from ._problem import (
-    CACHE_POLICIES,
-    Call,
-    Problem,
-    check,
-    choose,
-    partials,
-)
+from ._launch import TwoKernel
 from ._problem import TwoKernelConfig as Config
 
 
-@triton.jit(
-    do_not_specialize=["capacity"],
-    do_not_specialize_on_alignment=["pairs_ptr", "blocks_ptr", "num_blocks_ptr"],
-)
+@triton.jit(do_not_specialize=["capacity"], do_not_specialize_on_alignment=["pairs_ptr", "blocks_ptr", "num_blocks_ptr"])
 def moe_lora_two_kernel_f16_sorted_add_plain_r64_shrink(
-    parts_ptr,
-    x_ptr,
-    a_ptrs,
-    pairs_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    capacity,
-    TOP_K: tl.constexpr,
-    K: tl.constexpr,
-    RANK: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    A_STRIDE_L: tl.constexpr,
-    A_STRIDE_E: tl.constexpr,
-    A_STRIDE_R: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    JOINED: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    SHRINK_STAGES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    parts_ptr, x_ptr, a_ptrs, pairs_ptr, blocks_ptr, num_blocks_ptr, capacity,
+    TOP_K: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, X_STRIDE: tl.constexpr, A_STRIDE_L: tl.constexpr,
+    A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr, BLOCK_M: tl.constexpr, JOINED: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr, SHRINK_STAGES: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     BLOCK_R: tl.constexpr = 64
     SPLITS: tl.constexpr = (K + SPLIT_K - 1) // SPLIT_K
@@ -109,19 +82,12 @@ def moe_lora_two_kernel_f16_sorted_add_plain_r64_shrink(
         a_offsets = k0 if JOINED > 1 else a_tile + k0
         if K % BLOCK_K == 0:
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None], other=0.0)
-            products = [
-                (p[0], p[1], tl.load(p[0] + a_offsets, eviction_policy=WEIGHTS)) for p in products
-            ]
+            products = [(p[0], p[1], tl.load(p[0] + a_offsets, eviction_policy=WEIGHTS)) for p in products]
         else:
             k_mask = (k < K - k0)[None, :]
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None] & k_mask, other=0.0)
             products = [
-                (
-                    p[0],
-                    p[1],
-                    tl.load(p[0] + a_offsets, mask=k_mask, other=0.0, eviction_policy=WEIGHTS),
-                )
-                for p in products
+                (p[0], p[1], tl.load(p[0] + a_offsets, mask=k_mask, other=0.0, eviction_policy=WEIGHTS)) for p in products
             ]
         products = [(p[0], tl.dot(x, p[2].T, p[1])) for p in products]
     sums: tl.tuple = ()
@@ -135,31 +101,14 @@ def moe_lora_two_kernel_f16_sorted_add_plain_r64_shrink(
         tl.store(part_rows + s * PART_STRIDE, v, mask=live[:, None])
 
 
-@triton.jit(
-    do_not_specialize=["capacity"],
-    do_not_specialize_on_alignment=["pairs_ptr", "blocks_ptr", "num_blocks_ptr"],
-)
+@triton.jit(do_not_specialize=["capacity"], do_not_specialize_on_alignment=["pairs_ptr", "blocks_ptr", "num_blocks_ptr"])
 def moe_lora_two_kernel_f16_sorted_add_plain_r64_expand(
-    out_ptr,
-    parts_ptr,
-    b_ptrs,
-    pairs_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    capacity,
-    N: tl.constexpr,
-    RANK: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    B_STRIDE_L: tl.constexpr,
-    B_STRIDE_E: tl.constexpr,
-    B_STRIDE_N: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TILES: tl.constexpr,
-    EXPAND_STAGES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    out_ptr, parts_ptr, b_ptrs, pairs_ptr, blocks_ptr, num_blocks_ptr, capacity,
+    N: tl.constexpr, RANK: tl.constexpr, OUT_STRIDE: tl.constexpr, B_STRIDE_L: tl.constexpr, B_STRIDE_E: tl.constexpr,
+    B_STRIDE_N: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+    EXPAND_STAGES: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     BLOCK_R: tl.constexpr = 64
     SPAN: tl.constexpr = BLOCK_N * TILES  # columns of one program
@@ -176,17 +125,13 @@ def moe_lora_two_kernel_f16_sorted_add_plain_r64_expand(
     m = tl.arange(0, BLOCK_M)
     live = m < rows
     pair = tl.load(pairs_ptr + first + m, mask=live, other=0)
-    b_ptr = b_ptrs[0]
-    for i in tl.static_range(1, len(b_ptrs)):
-        b_ptr = tl.where(s == i, b_ptrs[i], b_ptr)
+    b_ptr = slice_of(b_ptrs, s)
 
     r = tl.arange(0, BLOCK_R)
     out_rows = out_ptr + pair.to(tl.int64)[:, None] * OUT_STRIDE + s * N
     b_base = b_ptr + adapter * B_STRIDE_L + expert * B_STRIDE_E
     PART_STRIDE: tl.constexpr = BLOCK_R
-    part_rows = (
-        parts_ptr + ((first + m).to(tl.int64)[:, None] * len(b_ptrs) + s) * PART_STRIDE + r[None, :]
-    )
+    part_rows = parts_ptr + ((first + m).to(tl.int64)[:, None] * len(b_ptrs) + s) * PART_STRIDE + r[None, :]
     next_part = capacity.to(tl.int64) * (len(b_ptrs) * PART_STRIDE)
     if PDL:
         gdc_wait()
@@ -204,127 +149,21 @@ def moe_lora_two_kernel_f16_sorted_add_plain_r64_expand(
             b = tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]), eviction_policy=WEIGHTS)
         else:
             b_mask = (n < N)[:, None] & (r < RANK)[None, :]
-            b = tl.load(
-                b_base + (n[:, None] * B_STRIDE_N + r[None, :]),
-                mask=b_mask,
-                other=0.0,
-                eviction_policy=WEIGHTS,
-            )
+            b = tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]), mask=b_mask, other=0.0, eviction_policy=WEIGHTS)
         y = tl.dot(v, b.T)
         y += old.to(tl.float32)
         tl.store(out_tile, y.to(tl.float16), mask=out_mask)
 
 
-_shrink = runtime.Launcher(moe_lora_two_kernel_f16_sorted_add_plain_r64_shrink)
-_expand = runtime.Launcher(moe_lora_two_kernel_f16_sorted_add_plain_r64_expand)
-
-
-def bind(problem: Problem, route: SortedRoute, config: Config) -> Call:
-    """The two launches for checked calls of these sizes, ready to be made again and again."""
-    pdl = runtime.traits(problem.device).pdl and config.pdl == 1
-    weights = CACHE_POLICIES[config.weight_policy]
-    split_k = config.split_k
-    splits = runtime.cdiv(problem.k, split_k)
-    if splits > 1:
-        runtime.check_tile(
-            "moe_lora_two_kernel_f16_sorted_add_plain_r64",
-            "block_k",
-            config.block_k,
-            split_k=split_k,
-        )
-    chunks = runtime.cdiv(problem.rank, 64)
-    part_dtype = torch.float32 if splits > 1 else torch.float16
-    of_position = splits * problem.slices * chunks * 64
-    spans = runtime.cdiv(problem.n, config.block_n * config.expand_tiles)
-    shrink = _shrink.bind(
-        route.max_blocks * chunks * splits,
-        runtime.Options(config.shrink_warps),
-        TOP_K=route.top_k,
-        K=problem.k,
-        RANK=problem.rank,
-        X_STRIDE=problem.x_stride,
-        A_STRIDE_L=problem.a_strides.adapter,
-        A_STRIDE_E=problem.a_strides.expert,
-        A_STRIDE_R=problem.a_strides.row,
-        BLOCK_M=route.block_m,
-        JOINED=joined_slices(problem.slices, 64, problem.device),
-        BLOCK_K=config.block_k,
-        SPLIT_K=split_k,
-        SHRINK_STAGES=config.shrink_stages,
-        WEIGHTS=weights,
-        PDL=pdl,
-    )
-    expand = _expand.bind(
-        route.max_blocks * problem.slices * spans,
-        runtime.Options(config.expand_warps, pdl=pdl),
-        N=problem.n,
-        RANK=problem.rank,
-        OUT_STRIDE=problem.out_stride,
-        B_STRIDE_L=problem.b_strides.adapter,
-        B_STRIDE_E=problem.b_strides.expert,
-        B_STRIDE_N=problem.b_strides.row,
-        PARTS=splits,
-        BLOCK_M=route.block_m,
-        BLOCK_N=config.block_n,
-        TILES=config.expand_tiles,
-        EXPAND_STAGES=config.expand_stages,
-        WEIGHTS=weights,
-        PDL=pdl,
-    )
-
-    def call(
-        out: torch.Tensor,
-        x: torch.Tensor,
-        lora_a: Sequence[torch.Tensor],
-        lora_b: Sequence[torch.Tensor],
-        route: SortedRoute,
-        topk_weights: torch.Tensor | None,
-    ) -> None:
-        capacity = route.pairs.shape[0]
-        parts = partials(route, of_position * capacity, part_dtype, out)
-        tables = (route.pairs, route.blocks, route.num_blocks, capacity)
-        shrink.run(parts, x, tuple(lora_a), *tables)
-        expand.run(out, parts, tuple(lora_b), *tables)
-
-    return call
+schedule = TwoKernel(moe_lora_two_kernel_f16_sorted_add_plain_r64_shrink, moe_lora_two_kernel_f16_sorted_add_plain_r64_expand)
 
 
 def moe_lora_two_kernel_f16_sorted_add_plain_r64(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    lora_b: Sequence[torch.Tensor],
-    route: SortedRoute,
-    *,
-    config: Config | None = None,
+    out: Tensor, x: Tensor, lora_a: Tensors, lora_b: Tensors, route: SortedRoute, *, config: Config | None = None
 ) -> None:
-    """Add to the rows of live pairs in ``out``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes the tuned ones.
+    """Add to the rows of live pairs in ``out``, as stated above. ``config``: tiles; None: the tuned ones.
 
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    problem = check(
-        "moe_lora_two_kernel_f16_sorted_add_plain_r64",
-        out,
-        x,
-        lora_a,
-        lora_b,
-        route,
-        dtype=torch.float16,
-        naive=False,
-        max_rank=64,
-        block_r=64,
-        topk_weights=None,
-        weighted=False,
-        adds=True,
-    )
-    if problem.num_pairs > 0:
-        call = bind(
-            problem,
-            route,
-            runtime.given("moe_lora_two_kernel_f16_sorted_add_plain_r64", config, Config)
-            or choose("two_kernel", problem, route),
-        )
-        call(out, x, lora_a, lora_b, route, None)
+    schedule.launch(config, out, x, lora_a, lora_b, route, None)

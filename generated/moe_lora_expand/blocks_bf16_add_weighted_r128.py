@@ -17,51 +17,28 @@ rank at most 128.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .. import _runtime as runtime
+from .._operands import Tensors
+from .._slices import slice_of
 from ..moe_route._op import SortedRoute
-from ._problem import CACHE_POLICIES, Call, Problem, check, choose
+from ._launch import Blocks
 from ._problem import BlocksConfig as Config
 
 
 @triton.jit(
     do_not_specialize=["next_slice", "next_shard"],
-    do_not_specialize_on_alignment=[
-        "topk_weights_ptr",
-        "pairs_ptr",
-        "blocks_ptr",
-        "num_blocks_ptr",
-    ],
+    do_not_specialize_on_alignment=["topk_weights_ptr", "pairs_ptr", "blocks_ptr", "num_blocks_ptr"],
 )
 def moe_lora_expand_blocks_bf16_add_weighted_r128_product(
-    out_ptr,
-    y_ptr,
-    b_ptrs,
-    next_slice,
-    next_shard,
-    topk_weights_ptr,
-    pairs_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    N: tl.constexpr,
-    OFFSET: tl.constexpr,
-    RANK: tl.constexpr,
-    SHARD: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    Y_STRIDE: tl.constexpr,
-    B_STRIDE_L: tl.constexpr,
-    B_STRIDE_E: tl.constexpr,
-    B_STRIDE_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TILES: tl.constexpr,
-    STAGES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
+    # fmt: off
+    out_ptr, y_ptr, b_ptrs, next_slice, next_shard, topk_weights_ptr, pairs_ptr, blocks_ptr, num_blocks_ptr,
+    N: tl.constexpr, OFFSET: tl.constexpr, RANK: tl.constexpr, SHARD: tl.constexpr, OUT_STRIDE: tl.constexpr,
+    Y_STRIDE: tl.constexpr, B_STRIDE_L: tl.constexpr, B_STRIDE_E: tl.constexpr, B_STRIDE_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr, WEIGHTS: tl.constexpr,
+    # fmt: on
 ):
     BLOCK_R: tl.constexpr = 128
     SPAN: tl.constexpr = BLOCK_N * TILES  # columns of one program
@@ -78,9 +55,7 @@ def moe_lora_expand_blocks_bf16_add_weighted_r128_product(
     m = tl.arange(0, BLOCK_M)
     live = m < rows
     pair = tl.load(pairs_ptr + first + m, mask=live, other=0)
-    b_ptr = b_ptrs[0]
-    for i in tl.static_range(1, len(b_ptrs)):
-        b_ptr = tl.where(s == i, b_ptrs[i], b_ptr)
+    b_ptr = slice_of(b_ptrs, s)
 
     r = tl.arange(0, BLOCK_R)
     out_rows = out_ptr + pair.to(tl.int64)[:, None] * OUT_STRIDE + (OFFSET + s * N)
@@ -100,91 +75,25 @@ def moe_lora_expand_blocks_bf16_add_weighted_r128_product(
         if N % SPAN == 0 and RANK == BLOCK_R:
             b = tl.load(b_tile, eviction_policy=WEIGHTS)
         else:
-            b = tl.load(
-                b_tile,
-                mask=(n < N)[:, None] & (r < RANK)[None, :],
-                other=0.0,
-                eviction_policy=WEIGHTS,
-            )
+            b = tl.load(b_tile, mask=(n < N)[:, None] & (r < RANK)[None, :], other=0.0, eviction_policy=WEIGHTS)
         product = tl.dot(v, b.T)
         product *= weight[:, None]
         product += old.to(tl.float32)
         tl.store(out_tile, product.to(tl.bfloat16), mask=out_mask)
 
 
-_product = runtime.Launcher(moe_lora_expand_blocks_bf16_add_weighted_r128_product)
-
-
-def bind(problem: Problem, route: SortedRoute, config: Config) -> Call:
-    """The launch for checked calls of these sizes, ready to be made again and again."""
-    launch = _product.bind(
-        route.max_blocks * problem.slices * runtime.cdiv(problem.n, config.block_n * config.tiles),
-        runtime.Options(config.num_warps),
-        N=problem.n,
-        OFFSET=problem.offset,
-        RANK=problem.rank,
-        SHARD=problem.shard,
-        OUT_STRIDE=problem.out_stride,
-        Y_STRIDE=problem.y_stride,
-        B_STRIDE_L=problem.b_strides.adapter,
-        B_STRIDE_E=problem.b_strides.expert,
-        B_STRIDE_N=problem.b_strides.row,
-        BLOCK_M=route.block_m,
-        BLOCK_N=config.block_n,
-        TILES=config.tiles,
-        STAGES=config.stages,
-        WEIGHTS=CACHE_POLICIES[config.weight_policy],
-    )
-
-    def call(
-        out: torch.Tensor,
-        y: torch.Tensor,
-        lora_b: Sequence[torch.Tensor],
-        route: SortedRoute,
-        topk_weights: torch.Tensor | None,
-    ) -> None:
-        tables = (route.pairs, route.blocks, route.num_blocks)
-        next_shard = y.stride(0) if y.dim() == 4 else 0
-        launch.run(out, y, tuple(lora_b), y.stride(-3), next_shard, topk_weights, *tables)
-
-    return call
+schedule = Blocks(moe_lora_expand_blocks_bf16_add_weighted_r128_product)
 
 
 def moe_lora_expand_blocks_bf16_add_weighted_r128(
-    out: torch.Tensor,
-    y: torch.Tensor,
-    lora_b: Sequence[torch.Tensor],
-    route: SortedRoute,
-    *,
-    topk_weights: torch.Tensor,
-    offset: int = 0,
+    # fmt: off
+    out: Tensor, y: Tensor, lora_b: Tensors, route: SortedRoute, *, topk_weights: Tensor, offset: int = 0,
     config: Config | None = None,
+    # fmt: on
 ) -> None:
-    """Add to the columns of the slices in the live rows of ``out``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes those of the rule.
+    """Add to columns of live rows of ``out``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    weights = topk_weights
-    problem = check(
-        "moe_lora_expand_blocks_bf16_add_weighted_r128",
-        out,
-        y,
-        lora_b,
-        route,
-        offset,
-        dtype=torch.bfloat16,
-        naive=False,
-        max_rank=128,
-        topk_weights=weights,
-        weighted=True,
-    )
-    if problem.num_pairs > 0:
-        bind(
-            problem,
-            route,
-            runtime.given("moe_lora_expand_blocks_bf16_add_weighted_r128", config, Config)
-            or choose("blocks", problem, route),
-        )(out, y, lora_b, route, weights)
+    schedule.launch(config, out, y, lora_b, route, offset, topk_weights)

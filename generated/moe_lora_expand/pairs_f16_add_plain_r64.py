@@ -16,52 +16,28 @@ rank at most 64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .. import _runtime as runtime
+from .._operands import Tensors
+from .._slices import slice_of
 from ..moe_route._op import PairRoute, TableRoute
-from ._problem import CACHE_POLICIES, Call, Problem, check, choose
+from ._launch import Pairs
 from ._problem import PairsConfig as Config
 
 
 @triton.jit(
     do_not_specialize=["next_slice", "next_shard"],
-    do_not_specialize_on_alignment=[
-        "topk_ids_ptr",
-        "token_lora_mapping_ptr",
-        "adapter_enabled_ptr",
-        "expert_map_ptr",
-    ],
+    do_not_specialize_on_alignment=["topk_ids_ptr", "token_lora_mapping_ptr", "adapter_enabled_ptr", "expert_map_ptr"],
 )
 def moe_lora_expand_pairs_f16_add_plain_r64_product(
-    out_ptr,
-    y_ptr,
-    b_ptrs,
-    next_slice,
-    next_shard,
-    topk_ids_ptr,
-    token_lora_mapping_ptr,
-    adapter_enabled_ptr,
-    expert_map_ptr,
-    MAX_LORAS: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    GLOBAL_EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    N: tl.constexpr,
-    OFFSET: tl.constexpr,
-    RANK: tl.constexpr,
-    SHARD: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    Y_STRIDE: tl.constexpr,
-    B_STRIDE_L: tl.constexpr,
-    B_STRIDE_E: tl.constexpr,
-    B_STRIDE_N: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    WEIGHTS: tl.constexpr,
+    # fmt: off
+    out_ptr, y_ptr, b_ptrs, next_slice, next_shard, topk_ids_ptr, token_lora_mapping_ptr, adapter_enabled_ptr, expert_map_ptr,
+    MAX_LORAS: tl.constexpr, NUM_EXPERTS: tl.constexpr, GLOBAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, N: tl.constexpr,
+    OFFSET: tl.constexpr, RANK: tl.constexpr, SHARD: tl.constexpr, OUT_STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr,
+    B_STRIDE_L: tl.constexpr, B_STRIDE_E: tl.constexpr, B_STRIDE_N: tl.constexpr, BLOCK_N: tl.constexpr, WEIGHTS: tl.constexpr,
+    # fmt: on
 ):
     BLOCK_R: tl.constexpr = 64
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -78,9 +54,7 @@ def moe_lora_expand_pairs_f16_add_plain_r64_product(
         expert = tl.load(expert_map_ptr + expert, mask=live, other=-1).to(tl.int64)
     if not (live & (expert >= 0) & (expert < NUM_EXPERTS)):
         return
-    b_ptr = b_ptrs[0]
-    for i in tl.static_range(1, len(b_ptrs)):
-        b_ptr = tl.where(s == i, b_ptrs[i], b_ptr)
+    b_ptr = slice_of(b_ptrs, s)
 
     n = program % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
     n_mask = None if N % BLOCK_N == 0 else n < N
@@ -94,91 +68,22 @@ def moe_lora_expand_pairs_f16_add_plain_r64_product(
         b = tl.load(b_rows + r[None, :], eviction_policy=WEIGHTS)
         v = tl.load(y_row + cell)
     else:
-        b = tl.load(
-            b_rows + r[None, :],
-            mask=(n < N)[:, None] & (r < RANK)[None, :],
-            other=0.0,
-            eviction_policy=WEIGHTS,
-        )
+        b = tl.load(b_rows + r[None, :], mask=(n < N)[:, None] & (r < RANK)[None, :], other=0.0, eviction_policy=WEIGHTS)
         v = tl.load(y_row + cell, mask=r < RANK, other=0.0)
     y = tl.sum(b.to(tl.float32) * v.to(tl.float16).to(tl.float32)[None, :], 1)
     y += tl.load(out_tile, mask=n_mask).to(tl.float32)
     tl.store(out_tile, y.to(tl.float16), mask=n_mask)
 
 
-_product = runtime.Launcher(moe_lora_expand_pairs_f16_add_plain_r64_product)
-
-
-def bind(problem: Problem, route: PairRoute | TableRoute, config: Config) -> Call:
-    """The launch for checked calls of these sizes, ready to be made again and again."""
-    launch = _product.bind(
-        problem.num_pairs * problem.slices * runtime.cdiv(problem.n, config.block_n),
-        runtime.Options(config.num_warps),
-        MAX_LORAS=route.max_loras,
-        NUM_EXPERTS=route.num_experts,
-        GLOBAL_EXPERTS=route.global_experts,
-        TOP_K=route.top_k,
-        N=problem.n,
-        OFFSET=problem.offset,
-        RANK=problem.rank,
-        SHARD=problem.shard,
-        OUT_STRIDE=problem.out_stride,
-        Y_STRIDE=problem.y_stride,
-        B_STRIDE_L=problem.b_strides.adapter,
-        B_STRIDE_E=problem.b_strides.expert,
-        B_STRIDE_N=problem.b_strides.row,
-        BLOCK_N=config.block_n,
-        WEIGHTS=CACHE_POLICIES[config.weight_policy],
-    )
-
-    def call(
-        out: torch.Tensor,
-        y: torch.Tensor,
-        lora_b: Sequence[torch.Tensor],
-        route: PairRoute | TableRoute,
-        topk_weights: torch.Tensor | None,
-    ) -> None:
-        source = (route.topk_ids, route.token_lora_mapping, route.adapter_enabled, route.expert_map)
-        next_shard = y.stride(0) if y.dim() == 4 else 0
-        launch.run(out, y, tuple(lora_b), y.stride(-3), next_shard, *source)
-
-    return call
+schedule = Pairs(moe_lora_expand_pairs_f16_add_plain_r64_product)
 
 
 def moe_lora_expand_pairs_f16_add_plain_r64(
-    out: torch.Tensor,
-    y: torch.Tensor,
-    lora_b: Sequence[torch.Tensor],
-    route: PairRoute | TableRoute,
-    *,
-    offset: int = 0,
-    config: Config | None = None,
+    out: Tensor, y: Tensor, lora_b: Tensors, route: PairRoute | TableRoute, *, offset: int = 0, config: Config | None = None
 ) -> None:
-    """Add to the columns of the slices in the live rows of ``out``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes those of the rule.
+    """Add to columns of live rows of ``out``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    weights = None
-    problem = check(
-        "moe_lora_expand_pairs_f16_add_plain_r64",
-        out,
-        y,
-        lora_b,
-        route,
-        offset,
-        dtype=torch.float16,
-        naive=True,
-        max_rank=64,
-        topk_weights=weights,
-        weighted=False,
-    )
-    if problem.num_pairs > 0:
-        bind(
-            problem,
-            route,
-            runtime.given("moe_lora_expand_pairs_f16_add_plain_r64", config, Config)
-            or choose("pairs", problem, route),
-        )(out, y, lora_b, route, weights)
+    schedule.launch(config, out, y, lora_b, route, offset)

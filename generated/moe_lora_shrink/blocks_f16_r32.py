@@ -17,48 +17,28 @@ added in order afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .. import _runtime as runtime
-from .._slices import joined_slices, split_slices
+from .._operands import Tensors
+from .._slices import split_slices
 from ..moe_route._op import SortedRoute
-from ._problem import CACHE_POLICIES, Call, Problem, check, choose, scratch
+from ._launch import Blocks
 from ._problem import BlocksConfig as Config
 
 
 @triton.jit(
-    do_not_specialize=["next_slice", "next_part"],
-    do_not_specialize_on_alignment=["pairs_ptr", "blocks_ptr", "num_blocks_ptr"],
+    do_not_specialize=["next_slice", "next_part"], do_not_specialize_on_alignment=["pairs_ptr", "blocks_ptr", "num_blocks_ptr"]
 )
 def moe_lora_shrink_blocks_f16_r32_product(
-    y_ptr,
-    x_ptr,
-    a_ptrs,
-    next_slice,
-    next_part,
-    pairs_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    TOP_K: tl.constexpr,
-    K: tl.constexpr,
-    RANK: tl.constexpr,
-    Y_STRIDE: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    A_STRIDE_L: tl.constexpr,
-    A_STRIDE_E: tl.constexpr,
-    A_STRIDE_R: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    JOINED: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    SHRINK_STAGES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    y_ptr, x_ptr, a_ptrs, next_slice, next_part, pairs_ptr, blocks_ptr, num_blocks_ptr,
+    TOP_K: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, Y_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
+    A_STRIDE_L: tl.constexpr, A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr, BLOCK_M: tl.constexpr, JOINED: tl.constexpr,
+    BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SHRINK_STAGES: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     BLOCK_R: tl.constexpr = 32
     SPLITS: tl.constexpr = (K + SPLIT_K - 1) // SPLIT_K
@@ -103,53 +83,32 @@ def moe_lora_shrink_blocks_f16_r32_product(
         a_offsets = k0 if JOINED > 1 else a_tile + k0
         if K % BLOCK_K == 0:
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None], other=0.0)
-            products = [
-                (p[0], p[1], tl.load(p[0] + a_offsets, eviction_policy=WEIGHTS)) for p in products
-            ]
+            products = [(p[0], p[1], tl.load(p[0] + a_offsets, eviction_policy=WEIGHTS)) for p in products]
         else:
             k_mask = (k < K - k0)[None, :]
             x = tl.load(x_rows + (k + k0)[None, :], mask=live[:, None] & k_mask, other=0.0)
             products = [
-                (
-                    p[0],
-                    p[1],
-                    tl.load(p[0] + a_offsets, mask=k_mask, other=0.0, eviction_policy=WEIGHTS),
-                )
-                for p in products
+                (p[0], p[1], tl.load(p[0] + a_offsets, mask=k_mask, other=0.0, eviction_policy=WEIGHTS)) for p in products
             ]
         products = [(p[0], tl.dot(x, p[2].T, p[1])) for p in products]
     sums: tl.tuple = ()
     for i in tl.static_range(len(products)):
         sums += split_slices(products[i][1], WIDTH // BLOCK_R)
     kept = live[:, None] if RANK % BLOCK_R == 0 else live[:, None] & (r < RANK)[None, :]
-    y_rows = (
-        y_ptr
-        + split * next_part.to(tl.int64)
-        + (pair.to(tl.int64)[:, None] * Y_STRIDE + r[None, :])
-    )
+    y_rows = y_ptr + split * next_part.to(tl.int64) + (pair.to(tl.int64)[:, None] * Y_STRIDE + r[None, :])
     for s in tl.static_range(len(a_ptrs)):
         tl.store(y_rows + s * next_slice.to(tl.int64), sums[s], mask=kept)
 
 
 @triton.jit(
-    do_not_specialize=["next_slice", "next_part"],
-    do_not_specialize_on_alignment=["pairs_ptr", "blocks_ptr", "num_blocks_ptr"],
+    do_not_specialize=["next_slice", "next_part"], do_not_specialize_on_alignment=["pairs_ptr", "blocks_ptr", "num_blocks_ptr"]
 )
 def moe_lora_shrink_blocks_f16_r32_total(
-    y_ptr,
-    parts_ptr,
-    next_slice,
-    next_part,
-    pairs_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    SLICES: tl.constexpr,
-    RANK: tl.constexpr,
-    Y_STRIDE: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    y_ptr, parts_ptr, next_slice, next_part, pairs_ptr, blocks_ptr, num_blocks_ptr,
+    SLICES: tl.constexpr, RANK: tl.constexpr, Y_STRIDE: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     CHUNKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     chunk = tl.program_id(0) % CHUNKS
@@ -169,103 +128,18 @@ def moe_lora_shrink_blocks_f16_r32_total(
     total = tl.load(cells, mask=kept, other=0.0)
     for i in tl.static_range(1, PARTS):
         total += tl.load(cells + i * next_part.to(tl.int64), mask=kept, other=0.0)
-    tl.store(
-        y_ptr + s * next_slice.to(tl.int64) + (pair[:, None] * Y_STRIDE + r[None, :]),
-        total,
-        mask=kept,
-    )
+    tl.store(y_ptr + s * next_slice.to(tl.int64) + (pair[:, None] * Y_STRIDE + r[None, :]), total, mask=kept)
 
 
-_product = runtime.Launcher(moe_lora_shrink_blocks_f16_r32_product)
-_total = runtime.Launcher(moe_lora_shrink_blocks_f16_r32_total)
-
-
-def bind(problem: Problem, route: SortedRoute, config: Config) -> Call:
-    """The launches for checked calls of these sizes, ready to be made again and again."""
-    parts = runtime.cdiv(problem.k, config.split_k)
-    if parts > 1:
-        runtime.check_tile(
-            "moe_lora_shrink_blocks_f16_r32", "block_k", config.block_k, split_k=config.split_k
-        )
-    pdl = parts > 1 and runtime.traits(problem.device).pdl and config.pdl == 1
-    product = _product.bind(
-        route.max_blocks * runtime.cdiv(problem.rank, 32) * parts,
-        runtime.Options(config.num_warps),
-        TOP_K=problem.pairs_a_row,
-        K=problem.k,
-        RANK=problem.rank,
-        Y_STRIDE=problem.rank if parts > 1 else problem.y_stride,
-        X_STRIDE=problem.x_stride,
-        A_STRIDE_L=problem.a_strides.adapter,
-        A_STRIDE_E=problem.a_strides.expert,
-        A_STRIDE_R=problem.a_strides.row,
-        BLOCK_M=route.block_m,
-        JOINED=joined_slices(problem.slices, 32, problem.device),
-        BLOCK_K=config.block_k,
-        SPLIT_K=config.split_k,
-        SHRINK_STAGES=config.stages,
-        WEIGHTS=CACHE_POLICIES[config.weight_policy],
-        PDL=pdl,
-    )
-    block_r = min(32, 32)
-    total = _total.bind(
-        route.max_blocks * problem.slices * runtime.cdiv(problem.rank, block_r),
-        runtime.Options(4, pdl=pdl),
-        SLICES=problem.slices,
-        RANK=problem.rank,
-        Y_STRIDE=problem.y_stride,
-        PARTS=parts,
-        BLOCK_M=route.block_m,
-        BLOCK_R=block_r,
-        PDL=pdl,
-    )
-    slice_size = problem.num_pairs * problem.rank
-    part_size = problem.slices * slice_size
-
-    def call(
-        y: torch.Tensor, x: torch.Tensor, lora_a: Sequence[torch.Tensor], route: SortedRoute
-    ) -> None:
-        y.zero_()
-        next_slice, tables = y.stride(0), (route.pairs, route.blocks, route.num_blocks)
-        if parts == 1:
-            product.run(y, x, tuple(lora_a), next_slice, 0, *tables)
-        else:
-            sums = scratch(route, parts * part_size, y.device)
-            product.run(sums, x, tuple(lora_a), slice_size, part_size, *tables)
-            total.run(y, sums, next_slice, part_size, *tables)
-
-    return call
+schedule = Blocks(moe_lora_shrink_blocks_f16_r32_product, moe_lora_shrink_blocks_f16_r32_total)
 
 
 def moe_lora_shrink_blocks_f16_r32(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    route: SortedRoute,
-    *,
-    config: Config | None = None,
+    y: Tensor, x: Tensor, lora_a: Tensors, route: SortedRoute, *, config: Config | None = None
 ) -> None:
-    """Write ``y``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes those of the rule.
+    """Write ``y``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    problem = check(
-        "moe_lora_shrink_blocks_f16_r32",
-        y,
-        x,
-        lora_a,
-        route,
-        dtype=torch.float16,
-        naive=False,
-        max_rank=32,
-    )
-    if problem.num_pairs > 0:
-        bind(
-            problem,
-            route,
-            runtime.given("moe_lora_shrink_blocks_f16_r32", config, Config)
-            or choose("blocks", problem, route),
-        )(y, x, lora_a, route)
+    schedule.launch(config, y, x, lora_a, route)

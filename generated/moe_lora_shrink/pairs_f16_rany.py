@@ -17,55 +17,30 @@ that a pair has the same bits in every batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .. import _runtime as runtime
+from .._operands import Tensors
+from .._slices import slice_of
 from ..moe_route._op import PairRoute, TableRoute
-from ._problem import CACHE_POLICIES, Call, Problem, check, choose, scratch
+from ._launch import Pairs
 from ._problem import PairsConfig as Config
 
 
 @triton.jit(
     do_not_specialize=["next_slice", "next_part"],
-    do_not_specialize_on_alignment=[
-        "topk_ids_ptr",
-        "token_lora_mapping_ptr",
-        "adapter_enabled_ptr",
-        "expert_map_ptr",
-    ],
+    do_not_specialize_on_alignment=["topk_ids_ptr", "token_lora_mapping_ptr", "adapter_enabled_ptr", "expert_map_ptr"],
 )
 def moe_lora_shrink_pairs_f16_rany_product(
-    y_ptr,
-    x_ptr,
-    a_ptrs,
-    next_slice,
-    next_part,
-    topk_ids_ptr,
-    token_lora_mapping_ptr,
-    adapter_enabled_ptr,
-    expert_map_ptr,
-    MAX_LORAS: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    GLOBAL_EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    PAIRS_A_ROW: tl.constexpr,
-    K: tl.constexpr,
-    RANK: tl.constexpr,
-    Y_STRIDE: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    A_STRIDE_L: tl.constexpr,
-    A_STRIDE_E: tl.constexpr,
-    A_STRIDE_R: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    y_ptr, x_ptr, a_ptrs, next_slice, next_part, topk_ids_ptr, token_lora_mapping_ptr, adapter_enabled_ptr, expert_map_ptr,
+    MAX_LORAS: tl.constexpr, NUM_EXPERTS: tl.constexpr, GLOBAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
+    PAIRS_A_ROW: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, Y_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
+    A_STRIDE_L: tl.constexpr, A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     SPLITS: tl.constexpr = (K + SPLIT_K - 1) // SPLIT_K
     CHUNKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
@@ -78,13 +53,7 @@ def moe_lora_shrink_pairs_f16_rany_product(
     pair = program // (SPLITS * CHUNKS * len(a_ptrs))
     r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
     kept = None if RANK % BLOCK_R == 0 else r < RANK
-    y_row = (
-        y_ptr
-        + split * next_part.to(tl.int64)
-        + s * next_slice.to(tl.int64)
-        + pair.to(tl.int64) * Y_STRIDE
-        + r
-    )
+    y_row = y_ptr + split * next_part.to(tl.int64) + s * next_slice.to(tl.int64) + pair.to(tl.int64) * Y_STRIDE + r
     adapter = tl.load(token_lora_mapping_ptr + pair // TOP_K).to(tl.int64)
     expert = tl.load(topk_ids_ptr + pair).to(tl.int64)
     live = (adapter >= 0) & (adapter < MAX_LORAS) & (expert >= 0)
@@ -96,9 +65,7 @@ def moe_lora_shrink_pairs_f16_rany_product(
     if not (live & (expert >= 0) & (expert < NUM_EXPERTS)):
         tl.store(y_row, tl.zeros([BLOCK_R], tl.float32), mask=kept)
         return
-    a_ptr = a_ptrs[0]
-    for i in tl.static_range(1, len(a_ptrs)):
-        a_ptr = tl.where(s == i, a_ptrs[i], a_ptr)
+    a_ptr = slice_of(a_ptrs, s)
 
     a_row = r if RANK % BLOCK_R == 0 else tl.minimum(r, RANK - 1)
     tl.static_assert(SPLIT_K % BLOCK_K == 0, "a part is of whole tiles")
@@ -112,9 +79,7 @@ def moe_lora_shrink_pairs_f16_rany_product(
             a = tl.load(a_rows + k[None, :], eviction_policy=WEIGHTS)
         else:
             x = tl.load(x_row + k, mask=k < K, other=0.0)
-            a = tl.load(
-                a_rows + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy=WEIGHTS
-            )
+            a = tl.load(a_rows + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy=WEIGHTS)
         acc += a.to(tl.float32) * x.to(tl.float32)[None, :]
         k += BLOCK_K
     tl.store(y_row, tl.sum(acc, 1), mask=kept)
@@ -122,16 +87,10 @@ def moe_lora_shrink_pairs_f16_rany_product(
 
 @triton.jit(do_not_specialize=["num_pairs", "next_slice", "next_part"])
 def moe_lora_shrink_pairs_f16_rany_total(
-    y_ptr,
-    parts_ptr,
-    num_pairs,
-    next_slice,
-    next_part,
-    RANK: tl.constexpr,
-    Y_STRIDE: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    y_ptr, parts_ptr, num_pairs, next_slice, next_part,
+    RANK: tl.constexpr, Y_STRIDE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # of a part
     row = cell // RANK
@@ -145,98 +104,15 @@ def moe_lora_shrink_pairs_f16_rany_total(
     tl.store(y_ptr + y_row + (cell - row * RANK), total, mask=kept)
 
 
-_product = runtime.Launcher(moe_lora_shrink_pairs_f16_rany_product)
-_total = runtime.Launcher(moe_lora_shrink_pairs_f16_rany_total)
-_CELLS = 256  # of a program that adds parts
-
-
-def bind(problem: Problem, route: PairRoute | TableRoute, config: Config) -> Call:
-    """The launches for checked calls of these sizes, ready to be made again and again."""
-    runtime.check_tile(
-        "moe_lora_shrink_pairs_f16_rany", "block_k", config.block_k, split_k=config.split_k
-    )
-    parts = runtime.cdiv(problem.k, config.split_k)
-    pdl = parts > 1 and runtime.traits(problem.device).pdl and config.pdl == 1
-    num_pairs, slice_size = problem.num_pairs, problem.num_pairs * problem.rank
-    part_size = problem.slices * slice_size
-    product = _product.bind(
-        num_pairs * problem.slices * runtime.cdiv(problem.rank, config.block_r) * parts,
-        runtime.Options(config.num_warps),
-        MAX_LORAS=route.max_loras,
-        NUM_EXPERTS=route.num_experts,
-        GLOBAL_EXPERTS=route.global_experts,
-        TOP_K=route.top_k,
-        PAIRS_A_ROW=problem.pairs_a_row,
-        K=problem.k,
-        RANK=problem.rank,
-        Y_STRIDE=problem.rank if parts > 1 else problem.y_stride,
-        X_STRIDE=problem.x_stride,
-        A_STRIDE_L=problem.a_strides.adapter,
-        A_STRIDE_E=problem.a_strides.expert,
-        A_STRIDE_R=problem.a_strides.row,
-        BLOCK_R=config.block_r,
-        BLOCK_K=config.block_k,
-        SPLIT_K=config.split_k,
-        WEIGHTS=CACHE_POLICIES[config.weight_policy],
-        PDL=pdl,
-    )
-    total = _total.bind(
-        runtime.cdiv(part_size, _CELLS),
-        runtime.Options(4, pdl=pdl),
-        RANK=problem.rank,
-        Y_STRIDE=problem.y_stride,
-        PARTS=parts,
-        BLOCK=_CELLS,
-        PDL=pdl,
-    )
-
-    def call(
-        y: torch.Tensor,
-        x: torch.Tensor,
-        lora_a: Sequence[torch.Tensor],
-        route: PairRoute | TableRoute,
-    ) -> None:
-        next_slice = y.stride(0)
-        source = (route.topk_ids, route.token_lora_mapping, route.adapter_enabled, route.expert_map)
-        if parts == 1:
-            product.run(y, x, tuple(lora_a), next_slice, 0, *source)
-        else:
-            sums = scratch(route, parts * part_size, y.device)
-            product.run(sums, x, tuple(lora_a), slice_size, part_size, *source)
-            total.run(y, sums, num_pairs, next_slice, part_size)
-
-    return call
+schedule = Pairs(moe_lora_shrink_pairs_f16_rany_product, moe_lora_shrink_pairs_f16_rany_total)
 
 
 def moe_lora_shrink_pairs_f16_rany(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    route: PairRoute | TableRoute,
-    *,
-    config: Config | None = None,
+    y: Tensor, x: Tensor, lora_a: Tensors, route: PairRoute | TableRoute, *, config: Config | None = None
 ) -> None:
-    """Write ``y``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes those of the rule.
+    """Write ``y``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    problem = check(
-        "moe_lora_shrink_pairs_f16_rany",
-        y,
-        x,
-        lora_a,
-        route,
-        dtype=torch.float16,
-        naive=True,
-        max_rank=None,
-    )
-    if problem.num_pairs > 0:
-        bind(
-            problem,
-            route,
-            runtime.given("moe_lora_shrink_pairs_f16_rany", config, Config)
-            or choose("pairs", problem, route),
-        )(y, x, lora_a, route)
+    schedule.launch(config, y, x, lora_a, route)

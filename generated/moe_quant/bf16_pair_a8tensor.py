@@ -14,40 +14,25 @@ scale [1] or [>= E], which is read, float32.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .. import _runtime as runtime
 from .._scales import as_fp32
 from ..moe_align import MoeTables
-from ._problem import Call, Config, Problem, check, choose
+from ._launch import MoeQuant
+from ._problem import Config
 
 
-@triton.jit(
-    do_not_specialize=["num_pairs"],
-    do_not_specialize_on_alignment=["scale_ptr", "topk_ids_ptr", "valid_tokens_ptr"],
-)
+@triton.jit(do_not_specialize=["num_pairs"], do_not_specialize_on_alignment=["scale_ptr", "topk_ids_ptr", "valid_tokens_ptr"])
 def moe_quant_bf16_pair_a8tensor_kernel(
-    codes_ptr,
-    x_ptr,
-    scale_ptr,
-    topk_ids_ptr,
-    valid_tokens_ptr,
-    num_pairs,
-    TOP_K: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    LOCAL_EXPERT_START: tl.constexpr,
-    N: tl.constexpr,
-    CODES_STRIDE: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    SCALE_STRIDE: tl.constexpr,
-    LARGEST: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    codes_ptr, x_ptr, scale_ptr, topk_ids_ptr, valid_tokens_ptr, num_pairs,
+    TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, LOCAL_EXPERT_START: tl.constexpr, N: tl.constexpr, CODES_STRIDE: tl.constexpr,
+    X_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr, LARGEST: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     if PDL:
         gdc_wait()
@@ -62,9 +47,7 @@ def moe_quant_bf16_pair_a8tensor_kernel(
         live = (expert >= LOCAL_EXPERT_START) & (expert < LOCAL_EXPERT_START + NUM_EXPERTS)
         row = pair.to(tl.int64)
         mask = live[:, None, None] & (n < N)[None, :, :]
-        x = tl.load(x_ptr + row[:, None, None] * X_STRIDE + n[None, :, :], mask=mask, other=0.0).to(
-            tl.float32
-        )
+        x = tl.load(x_ptr + row[:, None, None] * X_STRIDE + n[None, :, :], mask=mask, other=0.0).to(tl.float32)
         if SCALE_STRIDE == 0:
             scale = as_fp32(tl.load(scale_ptr))
         else:
@@ -77,64 +60,15 @@ def moe_quant_bf16_pair_a8tensor_kernel(
         tl.store(codes, code.to(codes_ptr.dtype.element_ty), mask=mask)
 
 
-_kernel = runtime.Launcher(moe_quant_bf16_pair_a8tensor_kernel)
-
-
-def bind(problem: Problem, config: Config) -> Call:
-    """The launch for checked calls of these sizes, ready to be made again and again."""
-    pdl = runtime.traits(problem.device).pdl
-    num_pairs = problem.num_pairs
-    width = runtime.next_power_of_2(problem.n)
-    launch = _kernel.bind(
-        runtime.cdiv(problem.num_pairs, config.rows),
-        runtime.Options(config.num_warps, pdl=pdl),
-        TOP_K=problem.top_k,
-        NUM_EXPERTS=problem.num_experts,
-        LOCAL_EXPERT_START=problem.local_expert_start,
-        N=problem.n,
-        CODES_STRIDE=problem.codes_stride,
-        X_STRIDE=problem.x_stride,
-        SCALE_STRIDE=problem.scale_stride,
-        LARGEST=problem.largest,
-        ROWS=config.rows,
-        GROUPS=runtime.next_power_of_2(runtime.cdiv(problem.n, width)),
-        WIDTH=width,
-        PDL=pdl,
-    )
-
-    def call(codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, tables: MoeTables) -> None:
-        launch.run(codes, x, scale, tables.topk_ids, tables.valid_tokens, num_pairs)
-
-    return call
+schedule = MoeQuant(moe_quant_bf16_pair_a8tensor_kernel)
 
 
 def moe_quant_bf16_pair_a8tensor(
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    x: torch.Tensor,
-    tables: MoeTables,
-    *,
-    config: Config | None = None,
+    codes: Tensor, scale: Tensor, x: Tensor, tables: MoeTables, *, config: Config | None = None
 ) -> None:
-    """Write the codes of local pairs; formulas, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes those of the rule.
+    """Write the codes of local pairs, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    problem = check(
-        "moe_quant_bf16_pair_a8tensor",
-        codes,
-        scale,
-        x,
-        tables,
-        order="pair",
-        mode="tensor",
-        dtype=torch.bfloat16,
-    )
-    if problem.num_pairs > 0:
-        bind(
-            problem,
-            runtime.given("moe_quant_bf16_pair_a8tensor", config, Config) or choose(problem),
-        )(codes, scale, x, tables)
+    schedule.launch(config, codes, scale, x, tables)

@@ -15,38 +15,24 @@ scale [T * top_k, 1], float32.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .. import _runtime as runtime
 from ..moe_align import MoeTables
-from ._problem import Call, Config, Problem, check, choose
+from ._launch import MoeQuant
+from ._problem import Config
 
 
-@triton.jit(
-    do_not_specialize=["num_pairs"],
-    do_not_specialize_on_alignment=["scale_ptr", "topk_ids_ptr", "valid_tokens_ptr"],
-)
+@triton.jit(do_not_specialize=["num_pairs"], do_not_specialize_on_alignment=["scale_ptr", "topk_ids_ptr", "valid_tokens_ptr"])
 def moe_quant_bf16_pair_a8token_kernel(
-    codes_ptr,
-    x_ptr,
-    scale_ptr,
-    topk_ids_ptr,
-    valid_tokens_ptr,
-    num_pairs,
-    TOP_K: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    LOCAL_EXPERT_START: tl.constexpr,
-    N: tl.constexpr,
-    CODES_STRIDE: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    LARGEST: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    # fmt: off
+    codes_ptr, x_ptr, scale_ptr, topk_ids_ptr, valid_tokens_ptr, num_pairs,
+    TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, LOCAL_EXPERT_START: tl.constexpr, N: tl.constexpr, CODES_STRIDE: tl.constexpr,
+    X_STRIDE: tl.constexpr, LARGEST: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
     PDL: tl.constexpr,
+    # fmt: on
 ):
     if PDL:
         gdc_wait()
@@ -61,16 +47,10 @@ def moe_quant_bf16_pair_a8token_kernel(
         live = (expert >= LOCAL_EXPERT_START) & (expert < LOCAL_EXPERT_START + NUM_EXPERTS)
         row = pair.to(tl.int64)
         mask = live[:, None, None] & (n < N)[None, :, :]
-        x = tl.load(x_ptr + row[:, None, None] * X_STRIDE + n[None, :, :], mask=mask, other=0.0).to(
-            tl.float32
-        )
+        x = tl.load(x_ptr + row[:, None, None] * X_STRIDE + n[None, :, :], mask=mask, other=0.0).to(tl.float32)
         size = tl.abs(x)
-        highest = tl.max(
-            tl.where(size < float("inf"), size, 0.0), 2
-        )  # a comparison with NaN is false
-        scale = tl.where(
-            highest > 0.0, tl.maximum(tl.div_rn(highest, LARGEST), 1.1754943508222875e-38), 1.0
-        )
+        highest = tl.max(tl.where(size < float("inf"), size, 0.0), 2)  # a comparison with NaN is false
+        scale = tl.where(highest > 0.0, tl.maximum(tl.div_rn(highest, LARGEST), 1.1754943508222875e-38), 1.0)
         GROUPS_OF_ROW: tl.constexpr = (N + WIDTH - 1) // WIDTH
         scales = scale_ptr + row[:, None] * GROUPS_OF_ROW + group[None, :]
         tl.store(scales, scale, mask=live[:, None] & (group < GROUPS_OF_ROW)[None, :])
@@ -82,62 +62,15 @@ def moe_quant_bf16_pair_a8token_kernel(
         tl.store(codes, code.to(codes_ptr.dtype.element_ty), mask=mask)
 
 
-_kernel = runtime.Launcher(moe_quant_bf16_pair_a8token_kernel)
-
-
-def bind(problem: Problem, config: Config) -> Call:
-    """The launch for checked calls of these sizes, ready to be made again and again."""
-    pdl = runtime.traits(problem.device).pdl
-    num_pairs = problem.num_pairs
-    width = runtime.next_power_of_2(problem.n)
-    launch = _kernel.bind(
-        runtime.cdiv(problem.num_pairs, config.rows),
-        runtime.Options(config.num_warps, pdl=pdl),
-        TOP_K=problem.top_k,
-        NUM_EXPERTS=problem.num_experts,
-        LOCAL_EXPERT_START=problem.local_expert_start,
-        N=problem.n,
-        CODES_STRIDE=problem.codes_stride,
-        X_STRIDE=problem.x_stride,
-        LARGEST=problem.largest,
-        ROWS=config.rows,
-        GROUPS=runtime.next_power_of_2(runtime.cdiv(problem.n, width)),
-        WIDTH=width,
-        PDL=pdl,
-    )
-
-    def call(codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, tables: MoeTables) -> None:
-        launch.run(codes, x, scale, tables.topk_ids, tables.valid_tokens, num_pairs)
-
-    return call
+schedule = MoeQuant(moe_quant_bf16_pair_a8token_kernel)
 
 
 def moe_quant_bf16_pair_a8token(
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    x: torch.Tensor,
-    tables: MoeTables,
-    *,
-    config: Config | None = None,
+    codes: Tensor, scale: Tensor, x: Tensor, tables: MoeTables, *, config: Config | None = None
 ) -> None:
-    """Write the codes and scales of local pairs; formulas, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes those of the rule.
+    """Write the codes and scales of local pairs, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    problem = check(
-        "moe_quant_bf16_pair_a8token",
-        codes,
-        scale,
-        x,
-        tables,
-        order="pair",
-        mode="token",
-        dtype=torch.bfloat16,
-    )
-    if problem.num_pairs > 0:
-        bind(
-            problem, runtime.given("moe_quant_bf16_pair_a8token", config, Config) or choose(problem)
-        )(codes, scale, x, tables)
+    schedule.launch(config, codes, scale, x, tables)

@@ -28,28 +28,15 @@ ENTRIES = 1024
 
 @triton.jit(
     do_not_specialize=["row_blocks", "row_stride"],
-    do_not_specialize_on_alignment=[
-        "expert_ids_ptr",
-        "num_tokens_post_padded_ptr",
-        "lora_ids_ptr",
-        "adapter_enabled_ptr",
-    ],
+    do_not_specialize_on_alignment=["expert_ids_ptr", "num_tokens_post_padded_ptr", "lora_ids_ptr", "adapter_enabled_ptr"],
 )
 def moe_route_from_tables_list(
-    blocks_ptr,
-    num_blocks_ptr,
-    expert_ids_ptr,
-    num_tokens_post_padded_ptr,
-    lora_ids_ptr,
-    adapter_enabled_ptr,
-    row_blocks,
+    # fmt: off
+    blocks_ptr, num_blocks_ptr, expert_ids_ptr, num_tokens_post_padded_ptr, lora_ids_ptr, adapter_enabled_ptr, row_blocks,
     row_stride,
-    MAX_LORAS: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    NUM_LORA_IDS: tl.constexpr,
-    LORA_IDS_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    ENTRIES: tl.constexpr,
+    MAX_LORAS: tl.constexpr, NUM_EXPERTS: tl.constexpr, NUM_LORA_IDS: tl.constexpr, LORA_IDS_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, ENTRIES: tl.constexpr,
+    # fmt: on
 ):
     num_entries = MAX_LORAS * row_blocks
     done = 0
@@ -75,19 +62,12 @@ def moe_route_from_tables_list(
     tl.store(num_blocks_ptr, done)
 
 
-@triton.jit(
-    do_not_specialize=["num_pairs", "row_size", "row_stride"],
-    do_not_specialize_on_alignment=["sorted_token_ids_ptr"],
-)
+@triton.jit(do_not_specialize=["num_pairs", "row_size", "row_stride"], do_not_specialize_on_alignment=["sorted_token_ids_ptr"])
 def moe_route_from_tables_pack(
-    pairs_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    sorted_token_ids_ptr,
-    num_pairs,
-    row_size,
-    row_stride,
+    # fmt: off
+    pairs_ptr, blocks_ptr, num_blocks_ptr, sorted_token_ids_ptr, num_pairs, row_size, row_stride,
     BLOCK_M: tl.constexpr,
+    # fmt: on
 ):
     block = tl.program_id(0)
     if block >= tl.load(num_blocks_ptr):
@@ -95,11 +75,7 @@ def moe_route_from_tables_pack(
     adapter = tl.load(blocks_ptr + 4 * block)
     b = tl.load(blocks_ptr + 4 * block + 2)
     slot = b * BLOCK_M + tl.arange(0, BLOCK_M)  # the last block of a row may be cut short
-    pair = tl.load(
-        sorted_token_ids_ptr + adapter.to(tl.int64) * row_stride + slot,
-        mask=slot < row_size,
-        other=num_pairs,
-    )
+    pair = tl.load(sorted_token_ids_ptr + adapter.to(tl.int64) * row_stride + slot, mask=slot < row_size, other=num_pairs)
     live = (pair >= 0) & (pair < num_pairs)
     position = block * BLOCK_M + tl.cumsum(live.to(tl.int32)) - 1
     tl.store(pairs_ptr + position, pair, mask=live)
@@ -112,14 +88,10 @@ _pack = runtime.Launcher(moe_route_from_tables_pack)
 
 
 def bind(
-    sorted_token_ids: torch.Tensor,
-    expert_ids: torch.Tensor,
-    lora_ids: torch.Tensor | None,
-    *,
-    num_pairs: int,
-    num_experts: int,
-    max_loras: int,
-    block_m: int,
+    # fmt: off
+    sorted_token_ids: torch.Tensor, expert_ids: torch.Tensor, lora_ids: torch.Tensor | None, *, num_pairs: int, num_experts: int,
+    max_loras: int, block_m: int,
+    # fmt: on
 ) -> Callable[..., None]:
     """The two launches for tables [L, *] of these shapes and strides, ready to be made again and again."""
     row_blocks = expert_ids.shape[1]
@@ -127,55 +99,33 @@ def bind(
     columns = (row_blocks, expert_ids.stride(0))
     sizes = (num_pairs, sorted_token_ids.shape[1], sorted_token_ids.stride(0))
     list_blocks = _list.bind(
-        1,
-        runtime.Options(4),
-        MAX_LORAS=max_loras,
-        NUM_EXPERTS=num_experts,
-        NUM_LORA_IDS=num_lora_ids,
-        LORA_IDS_SIZE=runtime.next_power_of_2(num_lora_ids),
-        BLOCK_M=block_m,
+        # fmt: off
+        1, runtime.Options(4), MAX_LORAS=max_loras, NUM_EXPERTS=num_experts, NUM_LORA_IDS=num_lora_ids,
+        LORA_IDS_SIZE=runtime.next_power_of_2(num_lora_ids), BLOCK_M=block_m,
         ENTRIES=ENTRIES,
+        # fmt: on
     )
     pack_pairs = _pack.bind(max_loras * row_blocks, runtime.Options(4), BLOCK_M=block_m)
 
     def call(
-        pairs: torch.Tensor,
-        blocks: torch.Tensor,
-        num_blocks: torch.Tensor,
-        sorted_token_ids: torch.Tensor,
-        expert_ids: torch.Tensor,
-        num_tokens_post_padded: torch.Tensor,
-        lora_ids: torch.Tensor | None,
+        # fmt: off
+        pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, sorted_token_ids: torch.Tensor,
+        expert_ids: torch.Tensor, num_tokens_post_padded: torch.Tensor, lora_ids: torch.Tensor | None,
         adapter_enabled: torch.Tensor | None,
+        # fmt: on
     ) -> None:
-        list_blocks.run(
-            blocks,
-            num_blocks,
-            expert_ids,
-            num_tokens_post_padded,
-            lora_ids,
-            adapter_enabled,
-            *columns,
-        )
+        list_blocks.run(blocks, num_blocks, expert_ids, num_tokens_post_padded, lora_ids, adapter_enabled, *columns)
         pack_pairs.run(pairs, blocks, num_blocks, sorted_token_ids, *sizes)
 
     return call
 
 
 def moe_route_from_tables(
-    pairs: torch.Tensor,
-    blocks: torch.Tensor,
-    num_blocks: torch.Tensor,
-    sorted_token_ids: torch.Tensor,
-    expert_ids: torch.Tensor,
-    num_tokens_post_padded: torch.Tensor,
-    lora_ids: torch.Tensor | None,
-    adapter_enabled: torch.Tensor | None,
-    *,
-    num_pairs: int,
-    num_experts: int,
-    max_loras: int,
-    block_m: int,
+    # fmt: off
+    pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, sorted_token_ids: torch.Tensor, expert_ids: torch.Tensor,
+    num_tokens_post_padded: torch.Tensor, lora_ids: torch.Tensor | None, adapter_enabled: torch.Tensor | None, *, num_pairs: int,
+    num_experts: int, max_loras: int, block_m: int,
+    # fmt: on
 ) -> None:
     """Fill ``pairs`` [max_loras * row blocks * block_m], ``blocks`` [max_loras * row blocks, 4] and ``num_blocks`` [1].
 
@@ -186,22 +136,7 @@ def moe_route_from_tables(
         ValueError: an argument that does not fit; nothing was launched.
     """
     source = (sorted_token_ids, expert_ids, num_tokens_post_padded, lora_ids, adapter_enabled)
-    check_pack(
-        "moe_route_from_tables",
-        pairs,
-        blocks,
-        num_blocks,
-        *source,
-        num_pairs,
-        num_experts,
-        max_loras,
-        block_m,
-    )
-    sizes = {
-        "num_pairs": num_pairs,
-        "num_experts": num_experts,
-        "max_loras": max_loras,
-        "block_m": block_m,
-    }
+    check_pack("moe_route_from_tables", pairs, blocks, num_blocks, *source, num_pairs, num_experts, max_loras, block_m)
+    sizes = {"num_pairs": num_pairs, "num_experts": num_experts, "max_loras": max_loras, "block_m": block_m}
     call = bind(sorted_token_ids, expert_ids, lora_ids, **sizes)
     call(pairs, blocks, num_blocks, *source)

@@ -33,27 +33,14 @@ GROUPS_PER_PROGRAM = 32
 
 @triton.jit(
     do_not_specialize=["num_pairs"],
-    do_not_specialize_on_alignment=[
-        "topk_ids_ptr",
-        "token_lora_mapping_ptr",
-        "adapter_enabled_ptr",
-        "expert_map_ptr",
-    ],
+    do_not_specialize_on_alignment=["topk_ids_ptr", "token_lora_mapping_ptr", "adapter_enabled_ptr", "expert_map_ptr"],
 )
 def moe_route_three_launch_count(
-    counts_ptr,
-    topk_ids_ptr,
-    token_lora_mapping_ptr,
-    adapter_enabled_ptr,
-    expert_map_ptr,
-    num_pairs,
-    MAX_LORAS: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    GLOBAL_EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    SIZE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    counts_ptr, topk_ids_ptr, token_lora_mapping_ptr, adapter_enabled_ptr, expert_map_ptr, num_pairs,
+    MAX_LORAS: tl.constexpr, NUM_EXPERTS: tl.constexpr, GLOBAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SIZE: tl.constexpr,
+    CHUNK: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     if PDL:
         gdc_launch_dependents()
@@ -82,13 +69,10 @@ def moe_route_three_launch_count(
 
 @triton.jit(do_not_specialize=["num_chunks"])
 def moe_route_three_launch_prefix(
-    counts_ptr,
-    totals_ptr,
-    num_chunks,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    STEP: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    counts_ptr, totals_ptr, num_chunks,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     if PDL:
         gdc_launch_dependents()
@@ -112,33 +96,15 @@ def _same_run(key_a, start_a, key_b, start_b):
 
 @triton.jit(
     do_not_specialize=["num_pairs"],
-    do_not_specialize_on_alignment=[
-        "topk_ids_ptr",
-        "token_lora_mapping_ptr",
-        "adapter_enabled_ptr",
-        "expert_map_ptr",
-    ],
+    do_not_specialize_on_alignment=["topk_ids_ptr", "token_lora_mapping_ptr", "adapter_enabled_ptr", "expert_map_ptr"],
 )
 def moe_route_three_launch_place(
-    pairs_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    counts_ptr,
-    totals_ptr,
-    starts_ptr,
-    topk_ids_ptr,
-    token_lora_mapping_ptr,
-    adapter_enabled_ptr,
-    expert_map_ptr,
-    num_pairs,
-    MAX_LORAS: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    GLOBAL_EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    SIZE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    pairs_ptr, blocks_ptr, num_blocks_ptr, counts_ptr, totals_ptr, starts_ptr, topk_ids_ptr, token_lora_mapping_ptr,
+    adapter_enabled_ptr, expert_map_ptr, num_pairs,
+    MAX_LORAS: tl.constexpr, NUM_EXPERTS: tl.constexpr, GLOBAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    SIZE: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     chunk = tl.program_id(0)
     i = tl.arange(0, CHUNK)
@@ -164,9 +130,7 @@ def moe_route_three_launch_place(
     group = order // CHUNK
     pair = chunk * CHUNK + order % CHUNK
     live = group < MAX_LORAS * NUM_EXPERTS
-    rank = (
-        i - tl.associative_scan((group, i), 0, _same_run)[1]
-    )  # among the pairs of its group in this chunk
+    rank = i - tl.associative_scan((group, i), 0, _same_run)[1]  # among the pairs of its group in this chunk
 
     # Where each group and its blocks begin; every program works it out for itself, in its own scratch row.
     if PDL:
@@ -209,61 +173,44 @@ def _size(num_groups: int) -> int:
 
 
 def bind(
-    *,
-    num_pairs: int,
-    top_k: int,
-    num_experts: int,
-    max_loras: int,
-    global_experts: int,
-    block_m: int,
-    device: torch.device,
+    # fmt: off
+    *, num_pairs: int, top_k: int, num_experts: int, max_loras: int, global_experts: int, block_m: int, device: torch.device,
+    # fmt: on
 ) -> Callable[..., None]:
     """The three launches for routes of these sizes, ready to be made again and again."""
     pdl = runtime.traits(device).pdl
     size = _size(max_loras * num_experts)
     num_chunks = runtime.cdiv(num_pairs, CHUNK)
     count = _count.bind(
-        num_chunks,
-        runtime.Options(4),
-        MAX_LORAS=max_loras,
-        NUM_EXPERTS=num_experts,
-        GLOBAL_EXPERTS=global_experts,
-        TOP_K=top_k,
+        # fmt: off
+        num_chunks, runtime.Options(4), MAX_LORAS=max_loras, NUM_EXPERTS=num_experts, GLOBAL_EXPERTS=global_experts, TOP_K=top_k,
         SIZE=size,
         CHUNK=CHUNK,
         PDL=pdl,
+        # fmt: on
     )
     prefix = _prefix.bind(
-        size // GROUPS_PER_PROGRAM,
-        runtime.Options(4, pdl=pdl),
-        SIZE=size,
-        WIDTH=GROUPS_PER_PROGRAM,
-        STEP=64,
+        # fmt: off
+        size // GROUPS_PER_PROGRAM, runtime.Options(4, pdl=pdl), SIZE=size,
+        WIDTH=GROUPS_PER_PROGRAM, STEP=64,
         PDL=pdl,
+        # fmt: on
     )
     place = _place.bind(
-        num_chunks,
-        runtime.Options(4 if size <= 2048 else 8, pdl=pdl),
-        MAX_LORAS=max_loras,
-        NUM_EXPERTS=num_experts,
-        GLOBAL_EXPERTS=global_experts,
-        TOP_K=top_k,
-        BLOCK_M=block_m,
-        SIZE=size,
+        # fmt: off
+        num_chunks, runtime.Options(4 if size <= 2048 else 8, pdl=pdl), MAX_LORAS=max_loras, NUM_EXPERTS=num_experts,
+        GLOBAL_EXPERTS=global_experts, TOP_K=top_k, BLOCK_M=block_m, SIZE=size,
         CHUNK=CHUNK,
         PDL=pdl,
+        # fmt: on
     )
     counts_at, starts_at = size, size * (1 + num_chunks)
 
     def call(
-        pairs: torch.Tensor,
-        blocks: torch.Tensor,
-        num_blocks: torch.Tensor,
-        scratch: torch.Tensor,
-        topk_ids: torch.Tensor | None,
-        token_lora_mapping: torch.Tensor,
-        adapter_enabled: torch.Tensor | None,
-        expert_map: torch.Tensor | None,
+        # fmt: off
+        pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, scratch: torch.Tensor, topk_ids: torch.Tensor | None,
+        token_lora_mapping: torch.Tensor, adapter_enabled: torch.Tensor | None, expert_map: torch.Tensor | None,
+        # fmt: on
     ) -> None:
         source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map, num_pairs)
         counts, starts = scratch[counts_at:], scratch[starts_at:]
@@ -275,18 +222,11 @@ def bind(
 
 
 def moe_route_three_launch(
-    pairs: torch.Tensor,
-    blocks: torch.Tensor,
-    num_blocks: torch.Tensor,
-    scratch: torch.Tensor,
-    topk_ids: torch.Tensor,
-    token_lora_mapping: torch.Tensor,
-    adapter_enabled: torch.Tensor | None,
-    expert_map: torch.Tensor | None,
-    *,
-    num_experts: int,
-    max_loras: int,
-    block_m: int,
+    # fmt: off
+    pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, scratch: torch.Tensor, topk_ids: torch.Tensor,
+    token_lora_mapping: torch.Tensor, adapter_enabled: torch.Tensor | None, expert_map: torch.Tensor | None, *, num_experts: int,
+    max_loras: int, block_m: int,
+    # fmt: on
 ) -> None:
     """Fill the tables from the routing; ``moe_route`` makes the buffers.
 
@@ -299,24 +239,12 @@ def moe_route_three_launch(
     """
     source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map)
     check_sort(
-        "moe_route_three_launch",
-        scratch_size,
-        pairs,
-        blocks,
-        num_blocks,
-        scratch,
-        *source,
-        num_experts,
-        max_loras,
-        block_m,
+        "moe_route_three_launch", scratch_size, pairs, blocks, num_blocks, scratch, *source, num_experts, max_loras, block_m
     )
     call = bind(
-        num_pairs=topk_ids.numel(),
-        top_k=topk_ids.shape[1],
-        num_experts=num_experts,
-        max_loras=max_loras,
-        global_experts=0 if expert_map is None else expert_map.numel(),
-        block_m=block_m,
-        device=topk_ids.device,
+        # fmt: off
+        num_pairs=topk_ids.numel(), top_k=topk_ids.shape[1], num_experts=num_experts, max_loras=max_loras,
+        global_experts=0 if expert_map is None else expert_map.numel(), block_m=block_m, device=topk_ids.device,
+        # fmt: on
     )
     call(pairs, blocks, num_blocks, scratch, *source)

@@ -36,9 +36,7 @@ _SUMS = 128  # of rows by adapters, that a warp holds at a time
 
 
 @triton.jit
-def _local(
-    topk_ids_ptr, pair, num_pairs, NUM_EXPERTS: tl.constexpr, LOCAL_EXPERT_START: tl.constexpr
-):
+def _local(topk_ids_ptr, pair, num_pairs, NUM_EXPERTS: tl.constexpr, LOCAL_EXPERT_START: tl.constexpr):
     """The local number of the expert of each pair, -1 where it is elsewhere; ids of any width, whatever they hold."""
     expert = tl.load(topk_ids_ptr + pair, mask=pair < num_pairs, other=-1)
     here = (expert >= LOCAL_EXPERT_START) & (expert < LOCAL_EXPERT_START + NUM_EXPERTS)
@@ -46,14 +44,7 @@ def _local(
 
 
 @triton.jit
-def _group(
-    token_lora_mapping_ptr,
-    adapter_enabled_ptr,
-    pair,
-    live,
-    TOP_K: tl.constexpr,
-    MAX_LORAS: tl.constexpr,
-):
+def _group(token_lora_mapping_ptr, adapter_enabled_ptr, pair, live, TOP_K: tl.constexpr, MAX_LORAS: tl.constexpr):
     """The adapter of each pair and one; 0: none."""
     adapter = tl.load(token_lora_mapping_ptr + pair // TOP_K, mask=live, other=-1)
     loaded = (adapter >= 0) & (adapter < MAX_LORAS)
@@ -64,37 +55,16 @@ def _group(
 
 @triton.jit(
     do_not_specialize=["num_pairs"],
-    do_not_specialize_on_alignment=[
-        "valid_tokens_ptr",
-        "token_lora_mapping_ptr",
-        "adapter_enabled_ptr",
-        "lora_ranks_ptr",
-    ],
+    do_not_specialize_on_alignment=["valid_tokens_ptr", "token_lora_mapping_ptr", "adapter_enabled_ptr", "lora_ranks_ptr"],
 )
 def moe_runs_one_launch_kernel(
-    pairs_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    run_of_row_ptr,
-    runs_ptr,
-    gathered_ptr,
-    topk_ids_ptr,
-    valid_tokens_ptr,
-    token_lora_mapping_ptr,
-    adapter_enabled_ptr,
-    lora_ranks_ptr,
-    num_pairs,
-    TOP_K: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    LOCAL_EXPERT_START: tl.constexpr,
-    MAX_LORAS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    DENSE: tl.constexpr,
-    SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    # fmt: off
+    pairs_ptr, blocks_ptr, num_blocks_ptr, run_of_row_ptr, runs_ptr, gathered_ptr, topk_ids_ptr, valid_tokens_ptr,
+    token_lora_mapping_ptr, adapter_enabled_ptr, lora_ranks_ptr, num_pairs,
+    TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, LOCAL_EXPERT_START: tl.constexpr, MAX_LORAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, DENSE: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
     PDL: tl.constexpr,
+    # fmt: on
 ):
     if PDL:
         gdc_launch_dependents()
@@ -149,11 +119,7 @@ def moe_runs_one_launch_kernel(
         row_first += tl.sum(mine.to(tl.int32), 1)
         entry = gathered_ptr + 2 * place
         tl.store(entry, pair, mask=mine)
-        tl.store(
-            entry + 1,
-            _group(token_lora_mapping_ptr, adapter_enabled_ptr, pair, mine, TOP_K, MAX_LORAS),
-            mask=mine,
-        )
+        tl.store(entry + 1, _group(token_lora_mapping_ptr, adapter_enabled_ptr, pair, mine, TOP_K, MAX_LORAS), mask=mine)
     tl.debug_barrier()
 
     g = tl.arange(0, GROUPS)
@@ -173,14 +139,10 @@ def moe_runs_one_launch_kernel(
         group = tl.load(gathered_ptr + 2 * row + 1, mask=live, other=0)
         # Groups by rows: sums over groups then stay in a lane.
         of_group = (g[:, None] == group[None, :]) & live[None, :]
-        place = tl.sum(
-            tl.where(of_group, before[:, None] + tl.cumsum(of_group.to(tl.int32), 1), 0), 0
-        )
+        place = tl.sum(tl.where(of_group, before[:, None] + tl.cumsum(of_group.to(tl.int32), 1), 0), 0)
         before += tl.sum(of_group.to(tl.int32), 1)
         block_row = first + (place - first) // BLOCK_M * BLOCK_M  # the first of its block
-        in_block = (
-            held[:, None] & (ends[:, None] > block_row[None, :]) & (g[:, None] <= group[None, :])
-        )
+        in_block = held[:, None] & (ends[:, None] > block_row[None, :]) & (g[:, None] <= group[None, :])
         run = tl.sum(in_block.to(tl.int32), 0) - 1
         start = tl.sum(tl.where(of_group, (ends - counts_of)[:, None], 0), 0)
         tl.store(pairs_ptr + place, pair, mask=live)
@@ -199,14 +161,9 @@ _kernel = runtime.Launcher(moe_runs_one_launch_kernel)
 
 
 def bind(
-    *,
-    num_pairs: int,
-    top_k: int,
-    num_experts: int,
-    local_expert_start: int,
-    max_loras: int,
-    block_m: int,
-    device: torch.device,
+    # fmt: off
+    *, num_pairs: int, top_k: int, num_experts: int, local_expert_start: int, max_loras: int, block_m: int, device: torch.device,
+    # fmt: on
 ) -> Callable[..., None]:
     """The launch for tables of these sizes, ready to be made again and again."""
     num_tokens = runtime.next_power_of_2(num_pairs // top_k)
@@ -219,60 +176,32 @@ def bind(
     groups = max(8, runtime.next_power_of_2(max_loras + 1))
     width, pdl = max(16, _SUMS * warps // groups), runtime.traits(device).pdl
     launch = _kernel.bind(
-        num_experts,
-        runtime.Options(warps),
-        TOP_K=top_k,
-        NUM_EXPERTS=num_experts,
-        LOCAL_EXPERT_START=local_expert_start,
-        MAX_LORAS=max_loras,
-        BLOCK_M=block_m,
-        DENSE=dense,
-        SIZE=size,
-        ROWS=chunk // 32,
-        GROUPS=groups,
-        WIDTH=width,
-        PDL=pdl,
+        # fmt: off
+        num_experts, runtime.Options(warps), TOP_K=top_k, NUM_EXPERTS=num_experts, LOCAL_EXPERT_START=local_expert_start,
+        MAX_LORAS=max_loras, BLOCK_M=block_m, DENSE=dense, SIZE=size, ROWS=chunk // 32, GROUPS=groups, WIDTH=width, PDL=pdl,
+        # fmt: on
     )
 
     def call(
-        pairs: torch.Tensor,
-        blocks: torch.Tensor,
-        num_blocks: torch.Tensor,
-        run_of_row: torch.Tensor,
-        runs: torch.Tensor,
-        gathered: torch.Tensor,
-        topk_ids: torch.Tensor,
-        valid_tokens: torch.Tensor | None,
-        token_lora_mapping: torch.Tensor,
-        adapter_enabled: torch.Tensor | None,
-        lora_ranks: torch.Tensor | None,
+        # fmt: off
+        pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, run_of_row: torch.Tensor, runs: torch.Tensor,
+        gathered: torch.Tensor, topk_ids: torch.Tensor, valid_tokens: torch.Tensor | None, token_lora_mapping: torch.Tensor,
+        adapter_enabled: torch.Tensor | None, lora_ranks: torch.Tensor | None,
+        # fmt: on
     ) -> None:
-        written, read = (pairs, blocks, num_blocks, run_of_row, runs, gathered), (
-            topk_ids,
-            valid_tokens,
-        )
+        written, read = (pairs, blocks, num_blocks, run_of_row, runs, gathered), (topk_ids, valid_tokens)
         launch.run(*written, *read, token_lora_mapping, adapter_enabled, lora_ranks, num_pairs)
 
     return call
 
 
 def moe_runs_one_launch(
-    pairs: torch.Tensor,
-    blocks: torch.Tensor,
-    num_blocks: torch.Tensor,
-    run_of_row: torch.Tensor,
-    runs: torch.Tensor,
-    gathered: torch.Tensor,
-    topk_ids: torch.Tensor,
-    valid_tokens: torch.Tensor | None,
-    token_lora_mapping: torch.Tensor,
-    adapter_enabled: torch.Tensor | None,
-    lora_ranks: torch.Tensor | None,
-    *,
-    num_experts: int,
-    local_expert_start: int,
-    max_loras: int,
-    block_m: int,
+    # fmt: off
+    pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, run_of_row: torch.Tensor, runs: torch.Tensor,
+    gathered: torch.Tensor, topk_ids: torch.Tensor, valid_tokens: torch.Tensor | None, token_lora_mapping: torch.Tensor,
+    adapter_enabled: torch.Tensor | None, lora_ranks: torch.Tensor | None, *, num_experts: int, local_expert_start: int,
+    max_loras: int, block_m: int,
+    # fmt: on
 ) -> None:
     """Fill the tables from the routing and the adapters; ``moe_runs`` makes the buffers.
 
@@ -285,16 +214,11 @@ def moe_runs_one_launch(
     """
     written = (pairs, blocks, num_blocks, run_of_row, runs, gathered)
     read = (topk_ids, valid_tokens, token_lora_mapping, adapter_enabled, lora_ranks)
-    check_fill(
-        "moe_runs_one_launch", *written, *read, num_experts, local_expert_start, max_loras, block_m
-    )
+    check_fill("moe_runs_one_launch", *written, *read, num_experts, local_expert_start, max_loras, block_m)
     call = bind(
-        num_pairs=topk_ids.numel(),
-        top_k=topk_ids.shape[1],
-        num_experts=num_experts,
-        local_expert_start=local_expert_start,
-        max_loras=max_loras,
-        block_m=block_m,
-        device=topk_ids.device,
+        # fmt: off
+        num_pairs=topk_ids.numel(), top_k=topk_ids.shape[1], num_experts=num_experts, local_expert_start=local_expert_start,
+        max_loras=max_loras, block_m=block_m, device=topk_ids.device,
+        # fmt: on
     )
     call(*written, *read)

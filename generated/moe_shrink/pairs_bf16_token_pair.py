@@ -15,17 +15,15 @@ K is cut into parts over programs, so that a single token fills the GPU; the pro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .. import _runtime as runtime
+from .._operands import Tensors
 from ..moe_align import MoeTables
 from ..moe_runs import MoeRuns
-from ._problem import CACHE_POLICIES, Call, Problem, check, choose, split_k
+from ._launch import Pairs
 from ._problem import PairsConfig as Config
 
 
@@ -40,30 +38,13 @@ from ._problem import PairsConfig as Config
     ],
 )
 def moe_shrink_pairs_bf16_token_pair_kernel(
-    v_ptr,
-    x_ptr,
-    a_ptrs,
-    num_pairs,
-    topk_ids_ptr,
-    valid_tokens_ptr,
-    token_lora_mapping_ptr,
-    adapter_enabled_ptr,
-    lora_ranks_ptr,
-    TOP_K: tl.constexpr,
-    K: tl.constexpr,
-    RANK: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    A_STRIDE_L: tl.constexpr,
-    A_STRIDE_E: tl.constexpr,
-    A_STRIDE_R: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    LOCAL_EXPERT_START: tl.constexpr,
-    MAX_LORAS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    WEIGHTS: tl.constexpr,
+    # fmt: off
+    v_ptr, x_ptr, a_ptrs, num_pairs, topk_ids_ptr, valid_tokens_ptr, token_lora_mapping_ptr, adapter_enabled_ptr, lora_ranks_ptr,
+    TOP_K: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, X_STRIDE: tl.constexpr, A_STRIDE_L: tl.constexpr,
+    A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr, NUM_EXPERTS: tl.constexpr, LOCAL_EXPERT_START: tl.constexpr,
+    MAX_LORAS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, WEIGHTS: tl.constexpr,
     PDL: tl.constexpr,
+    # fmt: on
 ):
     PARTS: tl.constexpr = (K + SPLIT_K - 1) // SPLIT_K
     CHUNKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
@@ -87,9 +68,7 @@ def moe_shrink_pairs_bf16_token_pair_kernel(
     stored = r < RANK
     WHOLE: tl.constexpr = RANK % BLOCK_R == 0 and lora_ranks_ptr is None
     if lora_ranks_ptr is not None:
-        counted = (
-            (tl.minimum(tl.load(lora_ranks_ptr + adapter), RANK) + 15) // 16 * 16
-        )  # as the product reads them
+        counted = (tl.minimum(tl.load(lora_ranks_ptr + adapter), RANK) + 15) // 16 * 16  # as the product reads them
         if chunk * BLOCK_R >= counted:
             return
         stored &= r < counted
@@ -110,9 +89,7 @@ def moe_shrink_pairs_bf16_token_pair_kernel(
             a = tl.load(a_rows + k[None, :], eviction_policy=WEIGHTS)
         else:
             x = tl.load(x_row + k, mask=k < K, other=0.0).to(tl.float32)
-            a = tl.load(
-                a_rows + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy=WEIGHTS
-            )
+            a = tl.load(a_rows + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy=WEIGHTS)
         acc += a.to(tl.float32) * x[None, :]
         k += BLOCK_K
     v_row = v_ptr + (part.to(tl.int64) * num_pairs + pair) * (len(a_ptrs) * RANK) + s * RANK + r
@@ -120,87 +97,15 @@ def moe_shrink_pairs_bf16_token_pair_kernel(
     tl.store(v_row, total, mask=None if WHOLE else stored)
 
 
-_kernel = runtime.Launcher(moe_shrink_pairs_bf16_token_pair_kernel)
-
-
-def bind(problem: Problem, config: Config) -> Call:
-    """The launch for checked calls of these sizes, ready to be made again and again."""
-    columns = split_k(problem.k)
-    runtime.check_tile(
-        "moe_shrink_pairs_bf16_token_pair", "block_k", config.block_k, split_k=columns
-    )
-    pdl = runtime.traits(problem.device).pdl
-    launch = _kernel.bind(
-        problem.num_pairs
-        * problem.slices
-        * runtime.cdiv(problem.rank, config.block_r)
-        * problem.parts,
-        runtime.Options(config.num_warps),
-        TOP_K=problem.top_k,
-        K=problem.k,
-        RANK=problem.rank,
-        X_STRIDE=problem.x_stride,
-        A_STRIDE_L=problem.a_strides.adapter,
-        A_STRIDE_E=problem.a_strides.expert,
-        A_STRIDE_R=problem.a_strides.row,
-        NUM_EXPERTS=problem.num_experts,
-        LOCAL_EXPERT_START=problem.local_expert_start,
-        MAX_LORAS=problem.max_loras,
-        BLOCK_R=config.block_r,
-        BLOCK_K=config.block_k,
-        SPLIT_K=columns,
-        WEIGHTS=CACHE_POLICIES[config.weight_policy],
-        PDL=pdl,
-    )
-    num_pairs = problem.num_pairs
-
-    def call(
-        v: torch.Tensor,
-        x: torch.Tensor,
-        lora_a: Sequence[torch.Tensor],
-        tables: MoeTables,
-        runs: MoeRuns,
-    ) -> None:
-        source = (
-            tables.topk_ids,
-            tables.valid_tokens,
-            runs.token_lora_mapping,
-            runs.adapter_enabled,
-            runs.lora_ranks,
-        )
-        launch.run(v, x, tuple(lora_a), num_pairs, *source)
-
-    return call
+schedule = Pairs(moe_shrink_pairs_bf16_token_pair_kernel)
 
 
 def moe_shrink_pairs_bf16_token_pair(
-    v: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    tables: MoeTables,
-    runs: MoeRuns,
-    *,
-    config: Config | None = None,
+    v: Tensor, x: Tensor, lora_a: Tensors, tables: MoeTables, runs: MoeRuns, *, config: Config | None = None
 ) -> None:
-    """Write the rank vectors ``v``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes those of the rule.
+    """Write the rank vectors ``v``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    problem = check(
-        "moe_shrink_pairs_bf16_token_pair",
-        v,
-        x,
-        lora_a,
-        tables,
-        runs,
-        dtype=torch.bfloat16,
-        rows="token_pair",
-    )
-    if problem.num_pairs > 0:
-        chosen = runtime.given("moe_shrink_pairs_bf16_token_pair", config, Config) or choose(
-            "pairs", problem
-        )
-        bind(problem, chosen)(v, x, lora_a, tables, runs)
+    schedule.launch(config, v, x, lora_a, tables, runs)

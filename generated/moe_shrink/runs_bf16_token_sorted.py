@@ -16,45 +16,26 @@ tokens that are expected, with SIDE programs for the runs of a block, which stri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .. import _runtime as runtime
+from .._operands import Tensors
 from ..moe_align import MoeTables
 from ..moe_runs import MoeRuns
-from ._problem import CACHE_POLICIES, Call, Problem, check, choose, programs
+from ._launch import Runs
 from ._problem import RunsConfig as Config
 
 
 @triton.jit
 def _run(
-    v_ptr,
-    x_ptr,
-    a_ptrs,
-    pairs_ptr,
-    entry,
-    expert,
-    begin,
-    end,
-    chunk,
-    TOP_K: tl.constexpr,
-    K: tl.constexpr,
-    RANK: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    A_STRIDE_L: tl.constexpr,
-    A_STRIDE_E: tl.constexpr,
-    A_STRIDE_R: tl.constexpr,
-    ROWS: tl.constexpr,
-    JOINED: tl.constexpr,
-    RANKED: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
+    # fmt: off
+    v_ptr, x_ptr, a_ptrs, pairs_ptr, entry, expert, begin, end, chunk,
+    TOP_K: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, X_STRIDE: tl.constexpr, A_STRIDE_L: tl.constexpr,
+    A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr, ROWS: tl.constexpr, JOINED: tl.constexpr, RANKED: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WEIGHTS: tl.constexpr,
+    # fmt: on
 ):
     """A chunk of the columns of v, which are the ranks of one slice after the other, of the rows from ``begin`` to ``end``."""
     adapter = entry % 4096 if RANKED else entry
@@ -119,41 +100,15 @@ def _run(
         tl.store(v_tile, acc.to(tl.bfloat16), mask=live & stored[None, :])
 
 
-@triton.jit(
-    do_not_specialize_on_alignment=[
-        "pairs_ptr",
-        "blocks_ptr",
-        "num_blocks_ptr",
-        "run_of_row_ptr",
-        "runs_ptr",
-    ]
-)
+@triton.jit(do_not_specialize_on_alignment=["pairs_ptr", "blocks_ptr", "num_blocks_ptr", "run_of_row_ptr", "runs_ptr"])
 def moe_shrink_runs_bf16_token_sorted_kernel(
-    v_ptr,
-    x_ptr,
-    a_ptrs,
-    pairs_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    run_of_row_ptr,
-    runs_ptr,
-    TOP_K: tl.constexpr,
-    SIDE: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    K: tl.constexpr,
-    RANK: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    A_STRIDE_L: tl.constexpr,
-    A_STRIDE_E: tl.constexpr,
-    A_STRIDE_R: tl.constexpr,
-    ROWS: tl.constexpr,
-    JOINED: tl.constexpr,
-    RANKED: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
+    # fmt: off
+    v_ptr, x_ptr, a_ptrs, pairs_ptr, blocks_ptr, num_blocks_ptr, run_of_row_ptr, runs_ptr,
+    TOP_K: tl.constexpr, SIDE: tl.constexpr, CHUNKS: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, X_STRIDE: tl.constexpr,
+    A_STRIDE_L: tl.constexpr, A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr, ROWS: tl.constexpr, JOINED: tl.constexpr,
+    RANKED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WEIGHTS: tl.constexpr,
     PDL: tl.constexpr,
+    # fmt: on
 ):
     if PDL:
         gdc_wait()
@@ -161,9 +116,7 @@ def moe_shrink_runs_bf16_token_sorted_kernel(
     chunk = tl.program_id(0) % CHUNKS
     first_run = tl.program_id(0) // CHUNKS % SIDE
     num_blocks = tl.load(num_blocks_ptr)
-    for block in tl.range(
-        tl.program_id(0) // (CHUNKS * SIDE), num_blocks, tl.num_programs(0) // (CHUNKS * SIDE)
-    ):
+    for block in tl.range(tl.program_id(0) // (CHUNKS * SIDE), num_blocks, tl.num_programs(0) // (CHUNKS * SIDE)):
         expert = tl.load(blocks_ptr + 3 * block)
         first = tl.load(blocks_ptr + 3 * block + 1)
         rows = tl.load(blocks_ptr + 3 * block + 2)
@@ -172,102 +125,23 @@ def moe_shrink_runs_bf16_token_sorted_kernel(
             entry = runs_ptr + 2 * (first + run)
             end = tl.load(entry + 3, mask=run + 1 < num_runs, other=first + rows)
             _run(
-                v_ptr,
-                x_ptr,
-                a_ptrs,
-                pairs_ptr,
-                tl.load(entry),
-                expert,
-                tl.load(entry + 1),
-                end,
-                chunk,
-                TOP_K,
-                K,
-                RANK,
-                X_STRIDE,
-                A_STRIDE_L,
-                A_STRIDE_E,
-                A_STRIDE_R,
-                ROWS,
-                JOINED,
-                RANKED,
-                BLOCK_R,
-                BLOCK_K,
-                STAGES,
+                # fmt: off
+                v_ptr, x_ptr, a_ptrs, pairs_ptr, tl.load(entry), expert, tl.load(entry + 1), end, chunk,
+                TOP_K, K, RANK, X_STRIDE, A_STRIDE_L, A_STRIDE_E, A_STRIDE_R, ROWS, JOINED, RANKED, BLOCK_R, BLOCK_K, STAGES,
                 WEIGHTS,
+                # fmt: on
             )
 
 
-_kernel = runtime.Launcher(moe_shrink_runs_bf16_token_sorted_kernel)
-
-
-def bind(problem: Problem, config: Config) -> Call:
-    """The launch for checked calls of these sizes, ready to be made again and again."""
-    pdl = runtime.traits(problem.device).pdl
-    blocks, side, chunks, joined = programs(problem, config)
-    launch = _kernel.bind(
-        blocks * side * chunks,
-        runtime.Options(config.num_warps, config.num_stages, pdl),
-        TOP_K=problem.top_k,
-        K=problem.k,
-        RANK=problem.rank,
-        X_STRIDE=problem.x_stride,
-        A_STRIDE_L=problem.a_strides.adapter,
-        A_STRIDE_E=problem.a_strides.expert,
-        A_STRIDE_R=problem.a_strides.row,
-        SIDE=side,
-        CHUNKS=chunks,
-        ROWS=config.rows,
-        JOINED=joined,
-        RANKED=problem.ranked,
-        BLOCK_R=config.block_r,
-        BLOCK_K=config.block_k,
-        STAGES=config.num_stages,
-        WEIGHTS=CACHE_POLICIES[config.weight_policy],
-        PDL=pdl,
-    )
-
-    def call(
-        v: torch.Tensor,
-        x: torch.Tensor,
-        lora_a: Sequence[torch.Tensor],
-        tables: MoeTables,
-        runs: MoeRuns,
-    ) -> None:
-        of_tables = (tables.pairs, tables.blocks, tables.num_blocks, runs.run_of_row, runs.runs)
-        launch.run(v, x, tuple(lora_a), *of_tables)
-
-    return call
+schedule = Runs(moe_shrink_runs_bf16_token_sorted_kernel)
 
 
 def moe_shrink_runs_bf16_token_sorted(
-    v: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    tables: MoeTables,
-    runs: MoeRuns,
-    *,
-    config: Config | None = None,
+    v: Tensor, x: Tensor, lora_a: Tensors, tables: MoeTables, runs: MoeRuns, *, config: Config | None = None
 ) -> None:
-    """Write the rank vectors ``v``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes those of the rule.
+    """Write the rank vectors ``v``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    problem = check(
-        "moe_shrink_runs_bf16_token_sorted",
-        v,
-        x,
-        lora_a,
-        tables,
-        runs,
-        dtype=torch.bfloat16,
-        rows="token_sorted",
-    )
-    if problem.num_pairs > 0:
-        chosen = runtime.given("moe_shrink_runs_bf16_token_sorted", config, Config) or choose(
-            "runs", problem
-        )
-        bind(problem, chosen)(v, x, lora_a, tables, runs)
+    schedule.launch(config, v, x, lora_a, tables, runs)

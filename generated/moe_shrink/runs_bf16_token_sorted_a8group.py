@@ -18,49 +18,27 @@ tokens that are expected, with SIDE programs for the runs of a block, which stri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .. import _runtime as runtime
+from .._operands import Tensors
 from .._scales import as_fp32
 from ..moe_align import MoeTables
 from ..moe_runs import MoeRuns
-from ._problem import CACHE_POLICIES, Call, Problem, check, choose, programs
+from ._launch import Runs
 from ._problem import RunsConfig as Config
 
 
 @triton.jit
 def _run(
-    v_ptr,
-    x_ptr,
-    a_ptrs,
-    x_scale_ptr,
-    x_scale_next,
-    pairs_ptr,
-    entry,
-    expert,
-    begin,
-    end,
-    chunk,
-    TOP_K: tl.constexpr,
-    K: tl.constexpr,
-    RANK: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    X_SCALE_STRIDE: tl.constexpr,
-    A_STRIDE_L: tl.constexpr,
-    A_STRIDE_E: tl.constexpr,
-    A_STRIDE_R: tl.constexpr,
-    ROWS: tl.constexpr,
-    JOINED: tl.constexpr,
-    RANKED: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
+    # fmt: off
+    v_ptr, x_ptr, a_ptrs, x_scale_ptr, x_scale_next, pairs_ptr, entry, expert, begin, end, chunk,
+    TOP_K: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, X_STRIDE: tl.constexpr, X_SCALE_STRIDE: tl.constexpr,
+    A_STRIDE_L: tl.constexpr, A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr, ROWS: tl.constexpr, JOINED: tl.constexpr,
+    RANKED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WEIGHTS: tl.constexpr,
+    # fmt: on
 ):
     """A chunk of the columns of v, which are the ranks of one slice after the other, of the rows from ``begin`` to ``end``."""
     adapter = entry % 4096 if RANKED else entry
@@ -115,29 +93,17 @@ def _run(
         acc = tl.zeros([ROWS, BLOCK_R], tl.float32)
         for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             if K % BLOCK_K == 0:
-                x = (
-                    tl.load(x_tile + k0, mask=live, other=0.0)
-                    .to(tl.float16)
-                    .to(tl.float32)
-                    .to(tl.bfloat16)
-                )
+                x = tl.load(x_tile + k0, mask=live, other=0.0).to(tl.float16).to(tl.float32).to(tl.bfloat16)
                 a = tl.load(a_tile + k0, eviction_policy=WEIGHTS)
             else:
                 columns = tl.minimum(K, rows * K)  # opaque: ptxas unpacks known FP8 wrongly
                 k_mask = (k < columns - k0)[None, :]
-                x = (
-                    tl.load(x_tile + k0, mask=live & k_mask, other=0.0)
-                    .to(tl.float16)
-                    .to(tl.float32)
-                    .to(tl.bfloat16)
-                )
+                x = tl.load(x_tile + k0, mask=live & k_mask, other=0.0).to(tl.float16).to(tl.float32).to(tl.bfloat16)
                 a = tl.load(a_tile + k0, mask=k_mask, other=0.0, eviction_policy=WEIGHTS)
             group = k0 // 128
             x_scale = as_fp32(
                 tl.load(
-                    x_scale_ptr
-                    + x_row.to(tl.int64) * X_SCALE_STRIDE
-                    + (group if x_scale_next is None else group * x_scale_next)
+                    x_scale_ptr + x_row.to(tl.int64) * X_SCALE_STRIDE + (group if x_scale_next is None else group * x_scale_next)
                 )
             )[:, None]
             acc += tl.dot(x, a.T) * x_scale
@@ -147,44 +113,16 @@ def _run(
 
 @triton.jit(
     do_not_specialize=["x_scale_next"],
-    do_not_specialize_on_alignment=[
-        "x_scale_ptr",
-        "pairs_ptr",
-        "blocks_ptr",
-        "num_blocks_ptr",
-        "run_of_row_ptr",
-        "runs_ptr",
-    ],
+    do_not_specialize_on_alignment=["x_scale_ptr", "pairs_ptr", "blocks_ptr", "num_blocks_ptr", "run_of_row_ptr", "runs_ptr"],
 )
 def moe_shrink_runs_bf16_token_sorted_a8group_kernel(
-    v_ptr,
-    x_ptr,
-    a_ptrs,
-    x_scale_ptr,
-    x_scale_next,
-    pairs_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    run_of_row_ptr,
-    runs_ptr,
-    TOP_K: tl.constexpr,
-    SIDE: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    K: tl.constexpr,
-    RANK: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    X_SCALE_STRIDE: tl.constexpr,
-    A_STRIDE_L: tl.constexpr,
-    A_STRIDE_E: tl.constexpr,
-    A_STRIDE_R: tl.constexpr,
-    ROWS: tl.constexpr,
-    JOINED: tl.constexpr,
-    RANKED: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    v_ptr, x_ptr, a_ptrs, x_scale_ptr, x_scale_next, pairs_ptr, blocks_ptr, num_blocks_ptr, run_of_row_ptr, runs_ptr,
+    TOP_K: tl.constexpr, SIDE: tl.constexpr, CHUNKS: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, X_STRIDE: tl.constexpr,
+    X_SCALE_STRIDE: tl.constexpr, A_STRIDE_L: tl.constexpr, A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr,
+    ROWS: tl.constexpr, JOINED: tl.constexpr, RANKED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     if PDL:
         gdc_wait()
@@ -192,9 +130,7 @@ def moe_shrink_runs_bf16_token_sorted_a8group_kernel(
     chunk = tl.program_id(0) % CHUNKS
     first_run = tl.program_id(0) // CHUNKS % SIDE
     num_blocks = tl.load(num_blocks_ptr)
-    for block in tl.range(
-        tl.program_id(0) // (CHUNKS * SIDE), num_blocks, tl.num_programs(0) // (CHUNKS * SIDE)
-    ):
+    for block in tl.range(tl.program_id(0) // (CHUNKS * SIDE), num_blocks, tl.num_programs(0) // (CHUNKS * SIDE)):
         expert = tl.load(blocks_ptr + 3 * block)
         first = tl.load(blocks_ptr + 3 * block + 1)
         rows = tl.load(blocks_ptr + 3 * block + 2)
@@ -203,114 +139,24 @@ def moe_shrink_runs_bf16_token_sorted_a8group_kernel(
             entry = runs_ptr + 2 * (first + run)
             end = tl.load(entry + 3, mask=run + 1 < num_runs, other=first + rows)
             _run(
-                v_ptr,
-                x_ptr,
-                a_ptrs,
-                x_scale_ptr,
-                x_scale_next,
-                pairs_ptr,
-                tl.load(entry),
-                expert,
-                tl.load(entry + 1),
-                end,
+                # fmt: off
+                v_ptr, x_ptr, a_ptrs, x_scale_ptr, x_scale_next, pairs_ptr, tl.load(entry), expert, tl.load(entry + 1), end,
                 chunk,
-                TOP_K,
-                K,
-                RANK,
-                X_STRIDE,
-                X_SCALE_STRIDE,
-                A_STRIDE_L,
-                A_STRIDE_E,
-                A_STRIDE_R,
-                ROWS,
-                JOINED,
-                RANKED,
-                BLOCK_R,
-                BLOCK_K,
-                STAGES,
-                WEIGHTS,
+                TOP_K, K, RANK, X_STRIDE, X_SCALE_STRIDE, A_STRIDE_L, A_STRIDE_E, A_STRIDE_R, ROWS, JOINED, RANKED, BLOCK_R,
+                BLOCK_K, STAGES, WEIGHTS,
+                # fmt: on
             )
 
 
-_kernel = runtime.Launcher(moe_shrink_runs_bf16_token_sorted_a8group_kernel)
-
-
-def bind(problem: Problem, config: Config) -> Call:
-    """The launch for checked calls of these sizes, ready to be made again and again."""
-    runtime.check_tile(
-        "moe_shrink_runs_bf16_token_sorted_a8group", "block_k", config.block_k, group_k=128
-    )
-    x_scale_next = problem.x_scale_next
-    pdl = runtime.traits(problem.device).pdl
-    blocks, side, chunks, joined = programs(problem, config)
-    launch = _kernel.bind(
-        blocks * side * chunks,
-        runtime.Options(config.num_warps, config.num_stages, pdl),
-        TOP_K=problem.top_k,
-        K=problem.k,
-        RANK=problem.rank,
-        X_STRIDE=problem.x_stride,
-        X_SCALE_STRIDE=problem.x_scale_stride,
-        A_STRIDE_L=problem.a_strides.adapter,
-        A_STRIDE_E=problem.a_strides.expert,
-        A_STRIDE_R=problem.a_strides.row,
-        SIDE=side,
-        CHUNKS=chunks,
-        ROWS=config.rows,
-        JOINED=joined,
-        RANKED=problem.ranked,
-        BLOCK_R=config.block_r,
-        BLOCK_K=config.block_k,
-        STAGES=config.num_stages,
-        WEIGHTS=CACHE_POLICIES[config.weight_policy],
-        PDL=pdl,
-    )
-
-    def call(
-        v: torch.Tensor,
-        x: torch.Tensor,
-        lora_a: Sequence[torch.Tensor],
-        tables: MoeTables,
-        runs: MoeRuns,
-        x_scale: torch.Tensor,
-    ) -> None:
-        of_tables = (tables.pairs, tables.blocks, tables.num_blocks, runs.run_of_row, runs.runs)
-        launch.run(v, x, tuple(lora_a), x_scale, x_scale_next, *of_tables)
-
-    return call
+schedule = Runs(moe_shrink_runs_bf16_token_sorted_a8group_kernel)
 
 
 def moe_shrink_runs_bf16_token_sorted_a8group(
-    v: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    tables: MoeTables,
-    runs: MoeRuns,
-    *,
-    x_scale: torch.Tensor,
-    config: Config | None = None,
+    v: Tensor, x: Tensor, lora_a: Tensors, tables: MoeTables, runs: MoeRuns, *, x_scale: Tensor, config: Config | None = None
 ) -> None:
-    """Write the rank vectors ``v``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes those of the rule.
+    """Write the rank vectors ``v``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    problem = check(
-        "moe_shrink_runs_bf16_token_sorted_a8group",
-        v,
-        x,
-        lora_a,
-        tables,
-        runs,
-        dtype=torch.bfloat16,
-        rows="token_sorted",
-        x_scale=x_scale,
-        mode="group",
-    )
-    if problem.num_pairs > 0:
-        chosen = runtime.given(
-            "moe_shrink_runs_bf16_token_sorted_a8group", config, Config
-        ) or choose("runs", problem)
-        bind(problem, chosen)(v, x, lora_a, tables, runs, x_scale)
+    schedule.launch(config, v, x, lora_a, tables, runs, x_scale)

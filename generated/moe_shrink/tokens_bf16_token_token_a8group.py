@@ -18,46 +18,27 @@ the tokens that are expected; where there are more, programs stride over the til
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .. import _runtime as runtime
+from .._operands import Tensors
 from .._scales import as_fp32
 from ..moe_align import MoeTables
 from ..moe_runs import MoeRuns
-from ._problem import CACHE_POLICIES, Call, Problem, check, choose, programs
+from ._launch import Tokens
 from ._problem import TokensConfig as Config
 
 
 @triton.jit
 def _tile(
-    v_ptr,
-    x_ptr,
-    a_ptrs,
-    x_scale_ptr,
-    x_scale_next,
-    lora_ranks_ptr,
-    token,
-    adapters,
-    adapter,
-    chunk,
-    K: tl.constexpr,
-    RANK: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    X_SCALE_STRIDE: tl.constexpr,
-    A_STRIDE_L: tl.constexpr,
-    A_STRIDE_R: tl.constexpr,
-    ROWS: tl.constexpr,
-    JOINED: tl.constexpr,
-    RANKED: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
+    # fmt: off
+    v_ptr, x_ptr, a_ptrs, x_scale_ptr, x_scale_next, lora_ranks_ptr, token, adapters, adapter, chunk,
+    K: tl.constexpr, RANK: tl.constexpr, X_STRIDE: tl.constexpr, X_SCALE_STRIDE: tl.constexpr, A_STRIDE_L: tl.constexpr,
+    A_STRIDE_R: tl.constexpr, ROWS: tl.constexpr, JOINED: tl.constexpr, RANKED: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WEIGHTS: tl.constexpr,
+    # fmt: on
 ):
     """A chunk of the columns of v, which are the ranks of one slice after the other, of the tokens that have ``adapter``."""
     live = (adapters == adapter)[:, None]
@@ -110,29 +91,17 @@ def _tile(
         acc = tl.zeros([ROWS, BLOCK_R], tl.float32)
         for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             if K % BLOCK_K == 0:
-                x = (
-                    tl.load(x_tile + k0, mask=live, other=0.0)
-                    .to(tl.float16)
-                    .to(tl.float32)
-                    .to(tl.bfloat16)
-                )
+                x = tl.load(x_tile + k0, mask=live, other=0.0).to(tl.float16).to(tl.float32).to(tl.bfloat16)
                 a = tl.load(a_tile + k0, eviction_policy=WEIGHTS)
             else:
                 columns = tl.minimum(K, rows * K)  # opaque: ptxas unpacks known FP8 wrongly
                 k_mask = (k < columns - k0)[None, :]
-                x = (
-                    tl.load(x_tile + k0, mask=live & k_mask, other=0.0)
-                    .to(tl.float16)
-                    .to(tl.float32)
-                    .to(tl.bfloat16)
-                )
+                x = tl.load(x_tile + k0, mask=live & k_mask, other=0.0).to(tl.float16).to(tl.float32).to(tl.bfloat16)
                 a = tl.load(a_tile + k0, mask=k_mask, other=0.0, eviction_policy=WEIGHTS)
             group = k0 // 128
             x_scale = as_fp32(
                 tl.load(
-                    x_scale_ptr
-                    + x_row.to(tl.int64) * X_SCALE_STRIDE
-                    + (group if x_scale_next is None else group * x_scale_next)
+                    x_scale_ptr + x_row.to(tl.int64) * X_SCALE_STRIDE + (group if x_scale_next is None else group * x_scale_next)
                 )
             )[:, None]
             acc += tl.dot(x, a.T) * x_scale
@@ -151,33 +120,14 @@ def _tile(
     ],
 )
 def moe_shrink_tokens_bf16_token_token_a8group_kernel(
-    v_ptr,
-    x_ptr,
-    a_ptrs,
-    x_scale_ptr,
-    x_scale_next,
-    num_tokens,
-    valid_tokens_ptr,
-    token_lora_mapping_ptr,
-    adapter_enabled_ptr,
+    # fmt: off
+    v_ptr, x_ptr, a_ptrs, x_scale_ptr, x_scale_next, num_tokens, valid_tokens_ptr, token_lora_mapping_ptr, adapter_enabled_ptr,
     lora_ranks_ptr,
-    MAX_LORAS: tl.constexpr,
-    SIDE: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    K: tl.constexpr,
-    RANK: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    X_SCALE_STRIDE: tl.constexpr,
-    A_STRIDE_L: tl.constexpr,
-    A_STRIDE_R: tl.constexpr,
-    ROWS: tl.constexpr,
-    JOINED: tl.constexpr,
-    RANKED: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    PDL: tl.constexpr,
+    MAX_LORAS: tl.constexpr, SIDE: tl.constexpr, CHUNKS: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr,
+    X_STRIDE: tl.constexpr, X_SCALE_STRIDE: tl.constexpr, A_STRIDE_L: tl.constexpr, A_STRIDE_R: tl.constexpr, ROWS: tl.constexpr,
+    JOINED: tl.constexpr, RANKED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    WEIGHTS: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     if PDL:
         gdc_wait()
@@ -186,11 +136,7 @@ def moe_shrink_tokens_bf16_token_token_a8group_kernel(
     first_adapter = tl.program_id(0) // CHUNKS % SIDE
     if valid_tokens_ptr is not None:
         num_tokens = tl.minimum(tl.load(valid_tokens_ptr), num_tokens)
-    for token0 in tl.range(
-        tl.program_id(0) // (CHUNKS * SIDE) * ROWS,
-        num_tokens,
-        tl.num_programs(0) // (CHUNKS * SIDE) * ROWS,
-    ):
+    for token0 in tl.range(tl.program_id(0) // (CHUNKS * SIDE) * ROWS, num_tokens, tl.num_programs(0) // (CHUNKS * SIDE) * ROWS):
         token = token0 + tl.arange(0, ROWS)
         adapters = tl.load(token_lora_mapping_ptr + token, mask=token < num_tokens, other=-1)
         known = (adapters >= 0) & (adapters < MAX_LORAS)
@@ -200,116 +146,23 @@ def moe_shrink_tokens_bf16_token_token_a8group_kernel(
         token = tl.minimum(token, num_tokens - 1)
         for step in tl.range(0, MAX_LORAS, SIDE):
             _tile(
-                v_ptr,
-                x_ptr,
-                a_ptrs,
-                x_scale_ptr,
-                x_scale_next,
-                lora_ranks_ptr,
-                token,
-                adapters,
-                first_adapter + step,
-                chunk,
-                K,
-                RANK,
-                X_STRIDE,
-                X_SCALE_STRIDE,
-                A_STRIDE_L,
-                A_STRIDE_R,
-                ROWS,
-                JOINED,
-                RANKED,
-                BLOCK_R,
-                BLOCK_K,
-                STAGES,
+                # fmt: off
+                v_ptr, x_ptr, a_ptrs, x_scale_ptr, x_scale_next, lora_ranks_ptr, token, adapters, first_adapter + step, chunk,
+                K, RANK, X_STRIDE, X_SCALE_STRIDE, A_STRIDE_L, A_STRIDE_R, ROWS, JOINED, RANKED, BLOCK_R, BLOCK_K, STAGES,
                 WEIGHTS,
+                # fmt: on
             )
 
 
-_kernel = runtime.Launcher(moe_shrink_tokens_bf16_token_token_a8group_kernel)
-
-
-def bind(problem: Problem, config: Config) -> Call:
-    """The launch for checked calls of these sizes, ready to be made again and again."""
-    runtime.check_tile(
-        "moe_shrink_tokens_bf16_token_token_a8group", "block_k", config.block_k, group_k=128
-    )
-    x_scale_next = problem.x_scale_next
-    pdl = runtime.traits(problem.device).pdl
-    blocks, side, chunks, joined = programs(problem, config)
-    launch = _kernel.bind(
-        blocks * side * chunks,
-        runtime.Options(config.num_warps, config.num_stages, pdl),
-        MAX_LORAS=problem.max_loras,
-        K=problem.k,
-        RANK=problem.rank,
-        X_STRIDE=problem.x_stride,
-        X_SCALE_STRIDE=problem.x_scale_stride,
-        A_STRIDE_L=problem.a_strides.adapter,
-        A_STRIDE_R=problem.a_strides.row,
-        SIDE=side,
-        CHUNKS=chunks,
-        ROWS=config.rows,
-        JOINED=joined,
-        RANKED=problem.ranked,
-        BLOCK_R=config.block_r,
-        BLOCK_K=config.block_k,
-        STAGES=config.num_stages,
-        WEIGHTS=CACHE_POLICIES[config.weight_policy],
-        PDL=pdl,
-    )
-    num_tokens = problem.num_tokens
-
-    def call(
-        v: torch.Tensor,
-        x: torch.Tensor,
-        lora_a: Sequence[torch.Tensor],
-        tables: MoeTables,
-        runs: MoeRuns,
-        x_scale: torch.Tensor,
-    ) -> None:
-        source = (
-            tables.valid_tokens,
-            runs.token_lora_mapping,
-            runs.adapter_enabled,
-            runs.lora_ranks,
-        )
-        launch.run(v, x, tuple(lora_a), x_scale, x_scale_next, num_tokens, *source)
-
-    return call
+schedule = Tokens(moe_shrink_tokens_bf16_token_token_a8group_kernel)
 
 
 def moe_shrink_tokens_bf16_token_token_a8group(
-    v: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    tables: MoeTables,
-    runs: MoeRuns,
-    *,
-    x_scale: torch.Tensor,
-    config: Config | None = None,
+    v: Tensor, x: Tensor, lora_a: Tensors, tables: MoeTables, runs: MoeRuns, *, x_scale: Tensor, config: Config | None = None
 ) -> None:
-    """Write the rank vectors ``v``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes those of the rule.
+    """Write the rank vectors ``v``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    problem = check(
-        "moe_shrink_tokens_bf16_token_token_a8group",
-        v,
-        x,
-        lora_a,
-        tables,
-        runs,
-        dtype=torch.bfloat16,
-        rows="token_token",
-        x_scale=x_scale,
-        mode="group",
-    )
-    if problem.num_pairs > 0:
-        chosen = runtime.given(
-            "moe_shrink_tokens_bf16_token_token_a8group", config, Config
-        ) or choose("tokens", problem)
-        bind(problem, chosen)(v, x, lora_a, tables, runs, x_scale)
+    schedule.launch(config, v, x, lora_a, tables, runs, x_scale)

@@ -14,33 +14,22 @@ Shapes: out [T, N] in any float dtype, y [T, top_k, N] float16, topk_ids [T, top
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
-from .. import _runtime as runtime
-from ._problem import Call, Config, Problem, check, choose
+from ._launch import MoeSum
+from ._problem import Config
 
 
-@triton.jit(
-    do_not_specialize=["num_tokens"],
-    do_not_specialize_on_alignment=["topk_ids_ptr", "valid_tokens_ptr"],
-)
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["topk_ids_ptr", "valid_tokens_ptr"])
 def moe_sum_f16_plain_keep_kernel(
-    out_ptr,
-    y_ptr,
-    topk_ids_ptr,
-    valid_tokens_ptr,
-    num_tokens,
-    TOP_K: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    LOCAL_EXPERT_START: tl.constexpr,
-    N: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    Y_STRIDE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PDL: tl.constexpr,
+    # fmt: off
+    out_ptr, y_ptr, topk_ids_ptr, valid_tokens_ptr, num_tokens,
+    TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, LOCAL_EXPERT_START: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr,
+    Y_STRIDE: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    # fmt: on
 ):
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     if PDL:
@@ -67,71 +56,19 @@ def moe_sum_f16_plain_keep_kernel(
             tl.store(out_row + n, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-_kernel = runtime.Launcher(moe_sum_f16_plain_keep_kernel)
-
-
-def bind(problem: Problem, config: Config) -> Call:
-    """The launch for checked calls of these sizes, ready to be made again and again."""
-    pdl = runtime.traits(problem.device).pdl
-    num_tokens = problem.num_tokens
-    launch = _kernel.bind(
-        min(num_tokens, problem.tokens_hint) * runtime.cdiv(problem.n, config.block_n),
-        runtime.Options(config.num_warps, pdl=pdl),
-        TOP_K=problem.top_k,
-        NUM_EXPERTS=problem.num_experts,
-        LOCAL_EXPERT_START=problem.local_expert_start,
-        N=problem.n,
-        OUT_STRIDE=problem.out_stride,
-        Y_STRIDE=problem.y_stride,
-        BLOCK_N=config.block_n,
-        PDL=pdl,
-    )
-
-    def call(
-        out: torch.Tensor,
-        y: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor | None,
-        valid_tokens: torch.Tensor | None,
-    ) -> None:
-        launch.run(out, y, topk_ids, valid_tokens, num_tokens)
-
-    return call
+schedule = MoeSum(moe_sum_f16_plain_keep_kernel)
 
 
 def moe_sum_f16_plain_keep(
-    out: torch.Tensor,
-    y: torch.Tensor,
-    topk_ids: torch.Tensor,
-    *,
-    num_experts: int,
-    local_expert_start: int = 0,
-    valid_tokens: torch.Tensor | None = None,
-    num_tokens_hint: int | None = None,
-    config: Config | None = None,
+    # fmt: off
+    out: Tensor, y: Tensor, topk_ids: Tensor, *, num_experts: int, local_expert_start: int = 0,
+    valid_tokens: Tensor | None = None, num_tokens_hint: int | None = None, config: Config | None = None,
+    # fmt: on
 ) -> None:
-    """Write the sums to ``out``; the formula, shapes and dtypes stand at the top of this file.
-
-    ``config`` holds the tile sizes; None takes those of the rule.
+    """Write the sums to ``out``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype or device that this variant does not serve; nothing was launched.
     """
-    weights = None
-    problem = check(
-        "moe_sum_f16_plain_keep",
-        out,
-        y,
-        topk_ids,
-        weights,
-        valid_tokens,
-        num_experts=num_experts,
-        local_expert_start=local_expert_start,
-        num_tokens_hint=num_tokens_hint,
-        dtype=torch.float16,
-        weighted=False,
-    )
-    if problem.num_tokens > 0:
-        bind(problem, runtime.given("moe_sum_f16_plain_keep", config, Config) or choose(problem))(
-            out, y, topk_ids, weights, valid_tokens
-        )
+    sizes = {"num_experts": num_experts, "local_expert_start": local_expert_start, "num_tokens_hint": num_tokens_hint}
+    schedule.launch(config, out, y, topk_ids, None, valid_tokens, **sizes)

@@ -5,6 +5,8 @@ with the name of the variant and whole numbers blanked, as only their length mat
 at their top level, and functions at the statements of their body, which more of them have in common; in the rest of a text short
 ones stand for these.
 
+Where black gives each parameter of a function, or each argument of a call, a line of its own, they are put in rows.
+
 Results are kept in the user's cache folder by the hash of their input.
 """
 
@@ -26,8 +28,8 @@ from kernelgen.core.processes import Fault, in_processes
 from kernelgen.core.progress import progress
 from kernelgen.emit import lint
 
-LINE_LENGTH = 100
-_RULES = 2  # to be raised when a check changes: older cached results are then not taken
+LINE_LENGTH = 130
+_RULES = 3  # to be raised when a check changes: older cached results are then not taken
 _CACHED_FILES = 4096
 _PARALLEL_FROM = 16  # items; below, starting processes costs more than it saves
 _STAND_IN = re.compile(r'^ *(?:@x\n *)?(?:def |class |if |""")?_part_(\d+)_(?:"""|\(\))?(?::\n +pass)?\n', re.MULTILINE)
@@ -36,6 +38,8 @@ _STAND_IN = re.compile(r'^ *(?:@x\n *)?(?:def |class |if |""")?_part_(\d+)_(?:""
 _LINES = (ast.FunctionDef, ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Expr)
 _BLOCKS = (ast.For, ast.While, ast.If, ast.With)
 _DEEP = re.compile(r"^ {8,}(?:async +)?(?:def|class)\b", re.MULTILINE)
+# in brackets, an item a line; not of texts, which a reader looks for, and not of imports
+_LISTED = re.compile(r"^( *)((?!from ).*\(\n)((?:\1    [^\s#\"'][^#\n\"']*,\n){6,})(?=\1\))", re.MULTILINE)
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -66,7 +70,7 @@ def finish(texts: Mapping[str, str], jobs: int, only_check: bool = False) -> tup
     if not (faults or only_check):
         made = _format({shapes[path].text for path in clean}, jobs)
         for path in clean:
-            text = shapes[path].filled(made[shapes[path].text]) or _black(texts[path])
+            text = shapes[path].filled(made[shapes[path].text]) or _formatted(texts[path])
             if isinstance(text, Fault):
                 faults.append(Diagnostic("KG023", Location(path), f"it cannot be formatted: {text.reason}"))
             else:
@@ -204,7 +208,30 @@ def _format(shapes: Iterable[str], jobs: int) -> dict[str, str | Fault]:
     pieces = list(dict.fromkeys(piece for cut in functions.values() for piece in (cut.rest, *cut.parts)))
     made = dict(zip(pieces, _map(_black, pieces, jobs, "formatting"), strict=True))
     made = {part: cut.joined(made) for part, cut in functions.items()}
-    return {shape: cut.joined(made) for shape, cut in modules.items()}
+    return {shape: in_rows(cut.joined(made)) for shape, cut in modules.items()}
+
+
+def _formatted(text: str) -> str | Fault:
+    return in_rows(_black(text))
+
+
+def in_rows(text: str | Fault) -> str | Fault:
+    """``text`` as black made it, but what it lists item by item stands in rows, constants in others than the rest."""
+    return text if isinstance(text, Fault) else _LISTED.sub(_in_rows, text)
+
+
+def _in_rows(listed: re.Match[str]) -> str:
+    indent = f"{listed[1]}    "
+    rows = ["# fmt: off"]
+    was_constant = None
+    for item in map(str.strip, listed[3].splitlines()):
+        is_constant = item.partition(":")[0].rstrip(",").isupper()
+        if is_constant == was_constant and len(f"{indent}{rows[-1]} {item}") <= LINE_LENGTH:
+            rows[-1] += f" {item}"
+        else:
+            rows.append(item)
+        was_constant = is_constant
+    return f"{listed[1]}{listed[2]}{''.join(f'{indent}{row}' + chr(10) for row in (*rows, '# fmt: on'))}"
 
 
 def _black(text: str) -> str | Fault:

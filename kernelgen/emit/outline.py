@@ -30,6 +30,22 @@ class Wanted(NamedTuple):
         return self.module[0] if self.module else self.name
 
 
+class Mentioned(NamedTuple):
+    """Attributes and texts."""
+
+    attributes: frozenset[str]
+    texts: frozenset[str]
+
+
+class Parameter(NamedTuple):
+    """A parameter of a kernel, and where it stands."""
+
+    kernel: str
+    name: str
+    line: int
+    column: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Outline:
     """Of one module.
@@ -42,6 +58,9 @@ class Outline:
         words: names, attributes, parameters and short texts, wherever.
         reads: of these the attributes, names and parameters that are no constants of a kernel.
         fields: of the classes at its top level, by name: what they declare, in this order.
+        classes: of these the attributes and texts in them, and in what else of the module they use.
+        parameters: of the kernels at its top level that are launched.
+        gives: what others may be launched with: keywords of calls, and the words of texts that are nothing but names.
     """
 
     imports: tuple[Wanted, ...]
@@ -51,6 +70,9 @@ class Outline:
     words: frozenset[str]
     reads: frozenset[str]
     fields: Mapping[str, tuple[str, ...]]
+    classes: Mapping[str, Mentioned]
+    parameters: tuple[Parameter, ...]
+    gives: frozenset[str]
 
 
 def module_of(path: str) -> tuple[str, ...]:
@@ -69,7 +91,7 @@ def outline(path: str, text: str) -> Outline | None:
     imports: list[Wanted] = []
     places: dict[str, tuple[str, ...]] = {}  # of what names stand for
     reads: list[ast.Attribute] = []
-    words, attributes, names, constants = set[str](), set[str](), set[str](), set[str]()
+    words, attributes, names, constants, gives = set[str](), set[str](), set[str](), set[str](), set[str]()
     bound = set[str]()  # to anything else
     at_once = {id(node) for node in _at_once(tree.body)}
     now = {id(node) for node in _now(tree.body)}
@@ -93,8 +115,12 @@ def outline(path: str, text: str) -> Outline | None:
             (constants if is_constant(node) else names).add(node.arg)
         elif isinstance(node, ast.keyword):
             words.add(node.arg or "")
+            gives.add(node.arg or "")
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             words.add(node.value[:MAX_WORD])
+            parts = node.value[:MAX_WORD].split()
+            if all(map(str.isidentifier, parts)):
+                gives.update(parts)
         elif isinstance(node, ast.ImportFrom) and node.level > 0:
             base = tuple(folder[: len(folder) + 1 - node.level])
             module = (*base, *(node.module.split(".") if node.module else ()))
@@ -118,7 +144,43 @@ def outline(path: str, text: str) -> Outline | None:
         frozenset(words | attributes | names | constants),
         frozenset(attributes | names - constants),
         fields,
+        _classes(tree.body),
+        tuple(_parameters(tree.body)),
+        frozenset(gives),
     )
+
+
+def _classes(body: Sequence[ast.stmt]) -> Mapping[str, Mentioned]:
+    classes = [node.name for node in body if isinstance(node, ast.ClassDef)]
+    own: dict[str, tuple[Mentioned, set[str]]] = {}  # and the names that it uses
+    for node in body if classes else ():
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            inside = nodes(node)
+            attributes = frozenset(inner.attr for inner in inside if isinstance(inner, ast.Attribute))
+            texts = (inner.value for inner in inside if isinstance(inner, ast.Constant) and isinstance(inner.value, str))
+            mentioned = Mentioned(attributes, frozenset(text[:MAX_WORD] for text in texts))
+            own[node.name] = mentioned, {inner.id for inner in inside if isinstance(inner, ast.Name)}
+    found = {}
+    for name in classes:
+        reached, todo = {name}, [name]
+        while todo:
+            new = own[todo.pop()][1] & own.keys() - reached
+            reached |= new
+            todo += new
+        parts = [own[each][0] for each in reached]
+        found[name] = Mentioned(*(frozenset().union(*kind) for kind in zip(*parts, strict=True)))
+    return found
+
+
+def _parameters(body: Sequence[ast.stmt]) -> Iterator[Parameter]:
+    for node in body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and any(map(_is_jit, node.decorator_list)):
+            yield from (Parameter(node.name, each.arg, each.lineno, each.col_offset + 1) for each in node.args.args)
+
+
+def _is_jit(decorator: ast.expr) -> bool:
+    made = decorator.func if isinstance(decorator, ast.Call) else decorator
+    return isinstance(made, ast.Attribute) and made.attr == "jit"
 
 
 def nodes(tree: ast.AST) -> list[ast.AST]:

@@ -8,14 +8,14 @@ import functools
 import itertools
 import re
 import sys
-from typing import Iterator, Sequence
+from typing import Iterator, Mapping, Sequence
 
 from kernelgen.core import names
 from kernelgen.core.diagnostics import Diagnostic, Failure, did_you_mean
 from kernelgen.core.locate import room_label
 from kernelgen.core.model import SCHEDULE, VOCABULARY, Axis, Family, Kernel, Package, Record
 from kernelgen.core.names import Identifier
-from kernelgen.emit.outline import Outline, module_of
+from kernelgen.emit.outline import Mentioned, Outline, module_of
 from kernelgen.emit.outputs import Outputs
 from kernelgen.emit.render import Renderer
 from kernelgen.emit.template import Unserved
@@ -24,6 +24,8 @@ from kernelgen.spec.expand import variant_of
 _DOCUMENTS = re.compile(r'"""[\s\S]*?"""|#.*')
 _WORDS = re.compile(r'"""[\s\S]*?"""|"[^"\n]*"|#.*')  # in quotes too
 _BIND = "bind"  # what a front door calls of a variant that it chose
+_SCHEDULE = "schedule"  # or what of a variant has it
+_LAUNCHER = "Launcher"  # what launches a kernel
 _TABLE = "VARIANTS"  # what it chooses among
 _ASKED_BY = {"max_rank": "rank"}  # a fact that calls ask for by another name
 
@@ -35,7 +37,7 @@ def faults(package: Package, families: Sequence[Family], outputs: Outputs) -> It
     missing = list(_import_faults(outputs)) or [*_ask_faults(outputs), *_circle_faults(outputs)]
     missing += [fault for family in families for fault in _launcher_faults(family, outputs)]
     yield from missing
-    unheeded = [] if missing else [fault for family in package.families for fault in _unheeded(family, outputs.renderer)]
+    unheeded = [] if missing else [fault for family in package.families for fault in _unheeded(family, outputs)]
     yield from unheeded
     for family in families:
         choice = [] if missing else list(_choice_faults(family, outputs))
@@ -44,8 +46,8 @@ def faults(package: Package, families: Sequence[Family], outputs: Outputs) -> It
         yield from _tuned_faults(family, outputs)
 
 
-def _unheeded(family: Family, renderer: Renderer) -> Iterator[Diagnostic]:
-    twins = Twins(family, renderer)
+def _unheeded(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
+    twins = Twins(family, outputs.renderer, hosts(family, outputs))
     yield from setting_faults(twins)
     for axis in family.axes:
         yield from axis_faults(axis, twins)
@@ -88,11 +90,15 @@ def axis_faults(axis: Axis, twins: Twins) -> Iterator[Diagnostic]:
 
 
 class Twins:
-    """The variants of a family, beside those that differ from one of them in one tag, whether or not the spec has them."""
+    """The variants of a family, beside those that differ from one of them in one tag, whether or not the spec has them.
 
-    def __init__(self, family: Family, renderer: Renderer) -> None:
+    ``hosts``: of kernels, by name, the texts in the classes of the room that launch their variants.
+    """
+
+    def __init__(self, family: Family, renderer: Renderer, hosts: Mapping[str, set[str]]) -> None:
         self.family = family
         self._renderer = renderer
+        self._hosts = hosts
         self._made: dict[tuple[Kernel, Record], str | None] = {}
 
     def are_same(self, kernel: Kernel, axis: str, one: str, other: str, ignored: re.Pattern[str] = _WORDS) -> bool:
@@ -100,6 +106,8 @@ class Twins:
 
         ``ignored`` does not count, outside of kernels: by default words in quotes, as a launcher names its case.
         """
+        if self._host_tells(kernel, axis, one, other):
+            return False
         own = [variant.tags for variant in self.family.variants if variant.kernel == kernel.name]
         bases = [tags for tags in own if getattr(tags, axis) in (one, other)] or own
         seen = False
@@ -112,11 +120,18 @@ class Twins:
                 seen = True
         return seen
 
+    def _host_tells(self, kernel: Kernel, axis: str, one: str, other: str) -> bool:
+        """Whether what launches variants of ``kernel`` asks for a number, or the dtype, that tells both tags apart."""
+        host, tags = self._hosts[kernel.name], VOCABULARY.get(axis, {})
+        first, second = tags.get(one, {}), tags.get(other, {})
+        asked = [fact for fact in first if fact in host and (fact == "torch_dtype" or not isinstance(first[fact], str))]
+        return any(first[fact] != second.get(fact) for fact in asked)
+
     def are_unread(self, axis: str) -> bool:
         """Whether no template refuses a tag of ``axis``, and each makes the same of all that are known."""
         meaning = VOCABULARY.get(axis, {})
         first, *others = meaning or [""]
-        if not self._asked & {axis, "tags", *meaning.get(first, ())}:
+        if not self._asked.union(*self._hosts.values()) & {axis, "tags", *meaning.get(first, ())}:
             return True
         return bool(others) and all(
             self.are_same(kernel, axis, first, other, _DOCUMENTS) for kernel in self.family.kernels for other in others
@@ -132,7 +147,7 @@ class Twins:
     def heed_strictness(self) -> bool:
         """Whether ``numerics.strict`` makes a difference to every variant."""
         numerics = dataclasses.replace(self.family.numerics, strict=not self.family.numerics.strict)
-        others = Twins(dataclasses.replace(self.family, numerics=numerics), self._renderer)
+        others = Twins(dataclasses.replace(self.family, numerics=numerics), self._renderer, self._hosts)
         keys = ((self.family.kernel(variant.kernel), variant.tags) for variant in self.family.variants)
         return all(self._text(*key) != others._text(*key) for key in keys)
 
@@ -181,14 +196,18 @@ def _choice_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
 
 def _host_words(family: Family, outputs: Outputs) -> set[str]:
     """What the modules of the room of ``family`` mention."""
+    return {word for made in _room(family, outputs) for word in (*made.words, *(wanted.name for wanted in made.imports))}
+
+
+def _room(family: Family, outputs: Outputs) -> list[Outline]:
     stems = [source.stem for source in outputs.rooms.modules(family.name)]
-    modules = [made for stem in stems if (made := outputs.modules.get((family.name, stem))) is not None]
-    return {word for made in modules for word in (*made.words, *(wanted.name for wanted in made.imports))}
+    return [made for stem in stems if (made := outputs.modules.get((family.name, stem))) is not None]
 
 
 def _launcher_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
     """Modules of variants without the functions that others call."""
     called = _BIND in _host_words(family, outputs)
+    given = {word for made in _room(family, outputs) for word in made.gives}
     for variant in family.variants:
         path = names.family_path(family.name, variant.module)
         made = outputs.modules.get(module_of(path))
@@ -199,10 +218,14 @@ def _launcher_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
             line, word = _nearest(variant.name, made)
             hint = f"def {{{{ v.name }}}}(...){f', not {word}' if word else ''}; {variant.name} of {path} is missing"
             yield Diagnostic("KG023", outputs.place(path, line, word=word), message, hint)
-        if called and _BIND not in made.defined:
+        if called and not {_BIND, _SCHEDULE} & made.defined.keys():
             line, word = _nearest(_BIND, made)
             message = f"no function {_BIND}, which the front door of {family.name} calls"
             yield Diagnostic("KG023", outputs.place(path, line, word=word), message, f"define it; {path} has none")
+        for kernel, name, line, column in made.parameters if _LAUNCHER not in made.words else ():  # else lint sees its launches
+            if name not in given:
+                message = f"{kernel} has a parameter {name!r} that no module of the room of {family.name} launches it with"
+                yield Diagnostic("KG023", outputs.place(path, line, column, name), message, did_you_mean(name, sorted(given), ""))
 
 
 def front_faults(family: Family, front: Outline, outputs: Outputs) -> Iterator[Diagnostic]:
@@ -238,9 +261,27 @@ def _tunable_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
 
 
 def _read_by(family: Family, kernel: Kernel, outputs: Outputs) -> set[str]:
-    """What the modules of the variants of ``kernel`` read, beside the constants of kernels."""
+    """What the modules of the variants of ``kernel`` read, beside the constants of kernels, and what launches them does."""
+    read = [made.reads for made in _modules_of(family, kernel, outputs)]
+    return set().union(*read, *(host.attributes for host in _hosts_of(family, kernel, outputs)))
+
+
+def hosts(family: Family, outputs: Outputs) -> dict[str, set[str]]:
+    """``Twins.hosts``, as far as there are modules of variants of each kernel."""
+    kernels = {str(kernel.name): _hosts_of(family, kernel, outputs) for kernel in family.kernels}
+    return {name: {text for host in found for text in host.texts} for name, found in kernels.items()}
+
+
+def _hosts_of(family: Family, kernel: Kernel, outputs: Outputs) -> list[Mentioned]:
+    """The classes of the room that the modules of the variants of ``kernel`` import."""
+    wanted = {(w.module, w.name) for made in _modules_of(family, kernel, outputs) for w in made.imports}
+    own = ((outputs.modules.get(module), name) for module, name in wanted if module[:1] == (family.name,))
+    return [made.classes[name] for made, name in own if made is not None and name in made.classes]
+
+
+def _modules_of(family: Family, kernel: Kernel, outputs: Outputs) -> Iterator[Outline]:
     modules = (outputs.modules.get((family.name, v.module)) for v in family.variants if v.kernel == kernel.name)
-    return {word for made in modules if made is not None for word in made.reads}
+    return (made for made in modules if made is not None)
 
 
 def _tuned_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:

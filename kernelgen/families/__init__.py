@@ -4,7 +4,8 @@ A room, ``families/<family>/``, holds all that is of one family beside its spec 
 with an underscore become part of every generated package, under the same names:
 
 * ``_op.py``: the front door, and what chooses the variant for a call;
-* ``_problem.py``: the declaration of the operands, the sizes of a call, and its tiles.
+* ``_problem.py``: the declaration of the operands, the sizes of a call, and its tiles;
+* ``_launch.py``: how the kernels of a schedule are launched: a class, of which the module of a variant makes its ``schedule``.
 
 They depend on torch and triton alone, and import each other by relative names, which hold here and there. What a spec decides
 is in the modules ``_table`` and ``_tuned`` beside them, which the build makes. The other modules of a room are the laboratory:

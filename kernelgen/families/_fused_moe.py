@@ -237,7 +237,7 @@ OP = operands.Op(
         LOCAL_EXPERT_START,
         NUM_TOKENS_HINT,
         operands.Flag("zeroes", public=False),
-        *(scale_operand(name, left_out=False) for name in ("w13_scale", "w2_scale", "x_scale", "h_scale")),
+        *(scale_operand(name) for name in ("w13_scale", "w2_scale", "x_scale", "h_scale")),
         operands.Bundle(
             "workspace",
             FusedMoeWorkspace,
@@ -366,15 +366,15 @@ def _bind(
             options |= {"lora_b": lora_b, "runs": like}
 
     def between(
-        hidden: torch.Tensor, tables: MoeTables, w2_scale: torch.Tensor | None, h_scale: torch.Tensor | None, buffers: Any
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
-        """Rows for the second product, and its scales."""
+        hidden: torch.Tensor, tables: MoeTables, h_scale: torch.Tensor | None, buffers: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows for the second product, and their scales."""
         if shrink is None:
-            return buffers.inter, () if w2_scale is None else (w2_scale,)
+            return buffers.inter, None
         rows = buffers.codes.view(hidden.dtype)
         rows_scale: Any = h_scale if x_mode == "tensor" else buffers.scales
         shrink(rows, rows_scale, buffers.inter, tables)
-        return rows, (w2_scale, rows_scale)
+        return rows, rows_scale
 
     align: Callable[..., None] | None = None
     if few:
@@ -411,11 +411,8 @@ def _bind(
     ) -> None:
         buffers = use(workspace, hidden)
         ints, h, y = (buffers.pairs, buffers.blocks, buffers.num_blocks), buffers.inter, buffers.outputs
-        of_x = () if x_scale is None else (x_scale,)
-        of_hidden = of_x if w13_scale is None else (w13_scale, *of_x)
         tables = MoeTables(topk_ids, valid_tokens, *ints, *routing)
-        of_first: tuple[Any, ...] = ()
-        of_second: tuple[Any, ...] = ()
+        v = b13 = b2 = runs = None
         if adapters is not None:
             of_tokens, run_of_row, of_blocks = (lora.token_lora_mapping, lora.adapter_enabled), None, None
             if align is not None:
@@ -423,18 +420,18 @@ def _bind(
                 align(*ints, run_of_row, of_blocks, gathered, topk_ids, valid_tokens, *of_tokens, lora.lora_ranks)
             runs = MoeRuns(*of_tokens, run_of_row, of_blocks, adapters.max_loras, lora.lora_ranks)
             v = buffers.vectors if few else buffers.vectors.view(dtype)
-            adapters.shrink_x(v, hidden, lora.a13, tables, runs, *of_x)
-            of_first, of_second = (v, lora.b13, runs), (v, lora.b2, runs)
+            adapters.shrink_x(v, hidden, lora.a13, tables, runs, x_scale)
+            b13, b2 = lora.b13, lora.b2
         elif align is not None:
             align(*ints, topk_ids, valid_tokens)
-        first(h, hidden, w13, tables, None, *of_hidden, *of_first)
-        rows, of_rows = between(hidden, tables, w2_scale, h_scale, buffers)
+        first(h, hidden, w13, tables, None, w13_scale, x_scale, v, b13, runs)
+        rows, rows_scale = between(hidden, tables, h_scale, buffers)
         if adapters is not None:
-            adapters.shrink_h(v, h, lora.a2, tables, runs)
+            adapters.shrink_h(v, h, lora.a2, tables, runs, None)
         if total is None:
-            second(out, rows, w2, tables, topk_weights, *of_rows, *of_second)
+            second(out, rows, w2, tables, topk_weights, w2_scale, rows_scale, v, b2, runs)
         else:
-            second(y, rows, w2, tables, None, *of_rows, *of_second)
+            second(y, rows, w2, tables, None, w2_scale, rows_scale, v, b2, runs)
             total(out, y, topk_ids, topk_weights, valid_tokens)
 
     return call

@@ -148,9 +148,9 @@ OP = operands.Op(
         operands.Number("scaling"),
         operands.Int("offset_start"),
         operands.Flag("add_inputs"),
-        scale_operand("x_scale", left_out=False),
-        scale_operand("a_scale", slices="any", left_out=False),
-        scale_operand("b_scale", slices="any", left_out=False),
+        scale_operand("x_scale"),
+        scale_operand("a_scale", slices="any"),
+        scale_operand("b_scale", slices="any"),
     ),
     spec="specs/lora_shrink.yaml and specs/lora_expand.yaml",
     dtypes={"D": tuple(dtype for dtype in SHRINK.dtypes if dtype in EXPAND.dtypes)},
@@ -238,16 +238,10 @@ def bind(
         y = route.parts
         if y is None or y.shape[0] < size:
             y = torch.empty(size, dtype=torch.float32, device=out.device)
-        if x_scale is None and a_scale is None:
-            shrink_call(y, x, lora_a, route, scaling)
-        else:
-            shrink_call(y, x, lora_a, route, scaling, *(scale for scale in (a_scale, x_scale) if scale is not None))
+        shrink_call(y, x, lora_a, route, scaling, a_scale, x_scale)
         if total is not None:
             total(y, y, route, scaling)
-        if b_scale is None:
-            expand_call(out, y, lora_b, route, scaling)
-        else:
-            expand_call(out, y, lora_b, route, scaling, b_scale)
+        expand_call(out, y, lora_b, route, scaling, b_scale)
 
     return call
 

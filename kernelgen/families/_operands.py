@@ -31,6 +31,7 @@ ROWS, PAIRS, CONTIGUOUS, FREE = "rows", "pairs", "contiguous", "free"  # how a t
 OPS: dict[str, Op] = {}  # every front door of the package, by name
 
 Dtype = torch.dtype | tuple[torch.dtype, ...] | str
+Tensors = Sequence[torch.Tensor]  # one a slice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,6 @@ class Tensor:
         count: how many tensors a sequence has, as a size of a shape.
         only_with: the flag that asks for it; it is needed with it and refused without.
         scaled_by: the operand that holds its scales: with them it is FP8.
-        left_out: not passed to a bound call where it is None.
         asks: facts of a variant that a call asks for with it; so of other operands.
     """
 
@@ -65,7 +65,6 @@ class Tensor:
     count: str = "S"
     only_with: str = ""
     scaled_by: str = ""
-    left_out: bool = False
     asks: tuple[str, ...] = ()
 
     @property
@@ -225,7 +224,6 @@ class Bundle:
         whole: called with the op's name, the bundle's and the bundle, raises ValueError where its parts do not go together.
         goes_with: another bundle, and what is called with the op's name, this one's, both, and raises ValueError where they do
             not go together; asked at later calls too.
-        left_out: not passed to a bound call where it is None.
     """
 
     name: str
@@ -238,7 +236,6 @@ class Bundle:
     sizes: Callable[[Any], Mapping[str, int]] | None = None
     whole: Callable[[str, str, Any], None] | None = None
     goes_with: tuple[str, Callable[[str, str, Any, Any], None]] | None = None
-    left_out: bool = False
     asks: tuple[str, ...] = ()
 
     @property
@@ -531,8 +528,8 @@ class Op:
 
     Attributes:
         name: as the user calls it.
-        operands: in the order in which its remembered calls take them; tensors and bundles come before the numbers that they
-            are bound with, but for those that are left out.
+        operands: in the order in which its remembered calls take them; tensors and bundles mostly before the numbers that they
+            are bound with.
         spec: where a variant is added.
         dtypes: by name, what a dtype that operands share may be.
         fp8: what an operand with scales may be made of.
@@ -676,14 +673,8 @@ class Op:
         Args:
             bind: makes it from all arguments; it checks them.
         """
-        passed = [
-            operand.name
-            for operand in self.operands
-            if isinstance(operand, (Tensor, Bundle, Number)) and not getattr(operand, "left_out", False)
-        ]
-        end = _CALL.format(passed=", ".join(passed))
-        some = any(getattr(operand, "left_out", False) for operand in self.operands)
-        return self._remember(bind, _CALL_WITH.format(passed=", ".join(passed)) + end if some else end)
+        passed = [operand.name for operand in self.operands if isinstance(operand, (Tensor, Bundle, Number))]
+        return self._remember(bind, _CALL.format(passed=", ".join(passed)))
 
     def finder(self, bind: Callable[..., Any]) -> Callable[..., Any]:
         """As ``caller``, but what was bound is returned instead."""
@@ -772,15 +763,8 @@ class Op:
 
     def _optional(self) -> Iterator[str]:
         """Lines that add the optional tensors that are given, behind one test where all are rare."""
-        optional = [
-            operand
-            for operand in self.operands
-            if (isinstance(operand, Tensor) and operand.is_optional) or (isinstance(operand, Bundle) and operand.left_out)
-        ]
-        left_out = any(operand.left_out for operand in optional)
+        optional = [operand for operand in self.operands if isinstance(operand, Tensor) and operand.is_optional]
         indent = "        "
-        if left_out:
-            yield f"{indent}left = ()\n"
         if len(optional) > 2:
             yield f"{indent}if not ({' is '.join(operand.name for operand in optional)} is None):\n"
             indent += "    "
@@ -791,13 +775,9 @@ class Op:
                 continue
             for operand in group:
                 name = operand.name
-                if isinstance(operand, Bundle):  # it looks as it does beside them
-                    yield f"{indent}if {name} is not None:\n{indent}    left += ({name},)\n"
-                    continue
                 given, kind = (f"*{name}", f", {name}.__class__, len({name})") if operand.slices else (name, "")
-                left = f"; left += ({name},)" if operand.left_out else ""
                 yield f"{indent}if {name} is not None:\n"
-                yield f"{indent}    tensors += ({given},); hint += ({name!r}{kind},){left}\n"
+                yield f"{indent}    tensors += ({given},); hint += ({name!r}{kind},)\n"
 
     def _watch(self, *values: Any) -> Callable[..., None]:
         """What checks, at later calls that look like this one, that what is written lies apart from all else."""
@@ -874,25 +854,22 @@ def function({names}):
     else:
 {found}{end}"""
 _OPTIONAL_SCALES = """{indent}if not ({names} is None):
-{indent}    tensors += ({tensors},); hint += ({kinds},){left}
+{indent}    tensors += ({tensors},); hint += ({kinds},)
 """
 _FOUND = "        call = last[1][0]\n"
 _FOUND_APART = """        call, check_apart = last[1]
         check_apart(tensors{bundles})
 """
 _CALL = "    call({passed})\n"
-_CALL_WITH = "    if left:\n        return call({passed}, *left)\n"
 
 
 def _scales_given(operands: Sequence[Any]) -> dict[str, str]:
     """Scales that come together, as parts of ``_OPTIONAL_SCALES``."""
     one = {o.name: f"*(() if {o.name} is None else ({o.name},))" for o in operands}
-    left = ", ".join(one[o.name] for o in operands if o.left_out)
     return {
         "names": " is ".join(one),
         "tensors": ", ".join(f"*({o.name} or ())" if o.slices else one[o.name] for o in operands),
         "kinds": ", ".join(f"{o.name}.__class__, len({o.name} or ())" if o.slices else f"{o.name} is None" for o in operands),
-        "left": f"; left += ({left},)" if left else "",
     }
 
 

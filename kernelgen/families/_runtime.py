@@ -206,28 +206,45 @@ _launch_hooks = triton.knobs.runtime.launch_enter_hook
 
 
 class Launcher:
-    """Launches one Triton kernel, whose run-time arguments stand in front of its constants."""
+    """Launches one Triton kernel, whose operands stand in front of its constants.
 
-    def __init__(self, kernel: Any) -> None:
+    Args:
+        kernel: of Triton.
+        operands: what launches come with, by names of its parameters; it takes those that it has. Nothing: all, in its order.
+
+    Raises:
+        TypeError: it has operands beside them.
+    """
+
+    def __init__(self, kernel: Any, operands: str = "") -> None:
         self.kernel = kernel
         # The interpreter's kernels have no params, but annotations too.
         self.constants = tuple(name for name, kind in kernel.fn.__annotations__.items() if "constexpr" in str(kind))
+        code = kernel.fn.__code__
+        own = [name for name in code.co_varnames[: code.co_argcount] if name not in self.constants]
+        offered = operands.split() or own
+        missing = [name for name in own if name not in offered]
+        if missing:
+            raise TypeError(f"{kernel.fn.__name__}: operands that launches come without: {missing}")
+        self.taken = tuple(map(offered.index, own))
         loose = [getattr(param, "do_not_specialize_on_alignment", False) for param in getattr(kernel, "params", ())]
         self.num_aligned = loose.index(True) if True in loose else len(loose)  # leading arguments
 
     def bind(self, grid: int, options: Options, /, **constants: Any) -> Bound:
         """The launches of one compile key over ``grid`` programs; whoever keeps it vouches for the arguments' dtypes.
 
+        ``constants``: by the kernel's names for them; it takes those that it has.
+
         Raises:
-            TypeError: ``constants`` are not those of the kernel, by its names for them.
+            TypeError: it has constants beside them.
         """
         missing = [name for name in self.constants if name not in constants]
-        unknown = [name for name in constants if name not in self.constants]
-        if missing or unknown:
-            raise TypeError(f"{self.kernel.fn.__name__}: constants that are missing: {missing}, that it does not have: {unknown}")
+        if missing:
+            raise TypeError(f"{self.kernel.fn.__name__}: constants that are missing: {missing}")
+        taken = {name: constants[name] for name in self.constants}
         family, variant = self.kernel.fn.__module__.split(".")[-2:]
-        _note(Launch(family, variant, self.kernel.fn.__name__, grid, constants, options))
-        return Bound(self, grid, tuple(constants[name] for name in self.constants), options)
+        _note(Launch(family, variant, self.kernel.fn.__name__, grid, taken, options))
+        return Bound(self, grid, tuple(taken.values()), options)
 
     def launch(self, grid: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], options: Options) -> Any:
         """Launch once; return the compiled kernel if later launches with such arguments may call it directly."""
@@ -244,10 +261,16 @@ class Launcher:
         return handle if aligned and torch.version.hip is None else None
 
 
+def variant_of(kernel: Any) -> str:
+    """The variant that a kernel is of, which is called as it, and by what it does there."""
+    name: str = kernel.fn.__name__
+    return name.rpartition("_")[0]
+
+
 class Bound:
     """See ``Launcher.bind``.
 
-    ``run`` launches with tensors, tuples of tensors, descriptors, numbers or None; the first is a tensor.
+    ``run`` launches with tensors, sequences of tensors, descriptors, numbers or None; the first that is taken is a tensor.
     """
 
     __slots__ = ("_constants", "_grid", "_handle", "_launcher", "_options", "run")
@@ -260,14 +283,16 @@ class Bound:
         self._options = options
         self._handle: Any = None
 
-    def _through_triton(self, *arguments: Any) -> None:
+    def _through_triton(self, *offered: Any) -> None:
+        taken = self._launcher.taken
+        arguments: tuple[Any, ...] = tuple(tuple(offered[i]) if isinstance(offered[i], list) else offered[i] for i in taken)
         handle = self._launcher.launch(self._grid, arguments, self._constants, self._options)
         if handle is not None:
             self._handle = handle  # kept whole: Triton unloads the module when it dies
             run, fixed = _entry(handle)
             aligned = self._launcher.num_aligned
             kinds = tuple(_kind(argument, i < aligned) for i, argument in enumerate(arguments))
-            make = _straight_line(kinds, len(fixed), len(self._constants))
+            make = _straight_line(len(offered), taken, kinds, len(fixed), len(self._constants))
             device = arguments[0].get_device()
             self.run = make(self._through_triton, run, self._grid, device, *fixed, *self._constants)
 
@@ -282,15 +307,17 @@ def _kind(argument: Any, aligned: bool) -> str | int:
 
 
 @functools.cache
-def _straight_line(kinds: tuple[str | int, ...], num_fixed: int, num_constants: int) -> Callable[..., Any]:
+def _straight_line(
+    num_offered: int, taken: tuple[int, ...], kinds: tuple[str | int, ...], num_fixed: int, num_constants: int
+) -> Callable[..., Any]:
     """Makes launches of such arguments, written out: loops over them would take as long again as all the rest.
 
-    What it makes is called with the arguments, and gives them to ``slow`` where a launch is not what the compiled kernel was
+    What it makes is called with all that is offered, and gives it to ``slow`` where a launch is not what the compiled kernel was
     made for: Triton vectorises on 16-byte alignment.
     """
-    names = [f"a{i}" for i in range(len(kinds))]
+    names = [f"a{i}" for i in range(num_offered)]
     unpacked, aligned, passed = [], [], []
-    for name, kind in zip(names, kinds, strict=True):
+    for name, kind in zip((names[i] for i in taken), kinds, strict=True):
         if isinstance(kind, int):
             tensors = [f"{name}_{i}" for i in range(kind)]
             unpacked.append(f"{_listed(tensors)} = {name}")

@@ -22,14 +22,14 @@ from . import _operands as operands
 from . import _runtime as runtime
 
 
-def scale_operand(name: str, asks: str = "", slices: str = "", left_out: bool = True) -> operands.Tensor:
+def scale_operand(name: str, asks: str = "", slices: str = "") -> operands.Tensor:
     """The operand of scales, whose shape and dtype hang on what they are of.
 
     Args:
         asks: the fact of a variant that says of what there is one each.
     """
     facts = (asks,) if asks else ()
-    return operands.Tensor(name, None, None, operands.FREE, optional=True, slices=slices, left_out=left_out, asks=facts)
+    return operands.Tensor(name, None, None, operands.FREE, optional=True, slices=slices, asks=facts)
 
 
 SCALES = (torch.float32, torch.float8_e8m0fnu)  # what scales are made of

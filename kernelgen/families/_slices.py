@@ -1,4 +1,4 @@
-"""Slices of a projection side by side in one product of the shrink."""
+"""Slices of a projection: side by side in one product of the shrink, or one of them, chosen as a kernel runs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,15 @@ def joined_slices(slices: int, block_rank: int, device: torch.device) -> int:
     The warps of a narrow product lie one below the other as well, and each of them reads, and of FP8 widens, the same weights.
     """
     return slices if block_rank < 128 and runtime.traits(device).mixed_pointers else 1
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def slice_of(ptrs: tl.tuple, s: tl.tensor) -> tl.tensor:
+    """The pointer of the slice ``s``, a number that is known at run time alone."""
+    ptr = ptrs[0]
+    for i in tl.static_range(1, len(ptrs)):
+        ptr = tl.where(s == i, ptrs[i], ptr)
+    return ptr
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -34,16 +34,21 @@ class Variants:
         spec: the file that says which there are.
         facts: of each axis what a call is asked for; the fact of ``rank`` is ``max_rank``, and asked for by ``rank``.
         modules: facts -> module.
-        strict: all schedules add in one order, so that they agree bit for bit.
+        chunk_k: columns of a product that all schedules add up by themselves, so that they agree bit for bit; None: any.
     """
 
     def __init__(
-        self, package: str | None, spec: str, facts: Sequence[str], modules: Mapping[tuple[Any, ...], str], strict: bool = False
+        self,
+        package: str | None,
+        spec: str,
+        facts: Sequence[str],
+        modules: Mapping[tuple[Any, ...], str],
+        chunk_k: int | None = None,
     ) -> None:
         self.spec = spec
         self.facts = tuple(facts)
         self.modules = modules
-        self.strict = strict
+        self.chunk_k = chunk_k
         self._package = package
         self._ranks = self.values("max_rank") if "max_rank" in facts else (None,)
 
@@ -54,6 +59,23 @@ class Variants:
         place = self.facts.index(fact)
         found = dict.fromkeys(key[place] for key in self.modules)
         return tuple(sorted(found, key=lambda rank: rank or float("inf")) if fact == "max_rank" else found)
+
+    @property
+    def strict(self) -> bool:
+        """Whether all schedules add in one order."""
+        return self.chunk_k is not None
+
+    @functools.cached_property
+    def _of(self) -> dict[str, tuple[Any, ...]]:
+        return {module: key for key, module in self.modules.items()}
+
+    def of(self, variant: str) -> dict[str, Any]:
+        """What the variant of this name has of each fact; with ``max_rank`` also its ``block_rank``."""
+        module = variant.removeprefix(f"{str(self._package).rpartition('.')[2]}_")
+        found = dict(zip(self.facts, self._of[module], strict=True))
+        if "max_rank" in found:
+            found["block_rank"] = Found(module, found["max_rank"]).block_rank
+        return found
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -72,7 +94,7 @@ class Variants:
         return None
 
     def get(self, op: str, *, rank: int = 0, **facts: Any) -> Any:
-        """The module of the variant of these facts.
+        """What launches the variant of these facts.
 
         Raises:
             ValueError: there is none; by the name of ``op``.
@@ -82,9 +104,10 @@ class Variants:
             self.refuse(op, rank=rank, **facts)
         return self.load(found)
 
-    def load(self, found: Found) -> ModuleType:
-        """The module of a variant."""
-        return importlib.import_module(f".{found.module}", self._package)
+    def load(self, found: Found) -> Any:
+        """What launches a variant: ``schedule`` of its module."""
+        module = importlib.import_module(f".{found.module}", self._package)
+        return getattr(module, "schedule", module)
 
     def refuse(self, op: str, *, rank: int = 0, **facts: Any) -> NoReturn:
         """Say what call no variant serves, and which arguments and facts of it would have to differ alone.

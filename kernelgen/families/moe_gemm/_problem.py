@@ -77,8 +77,7 @@ CACHE_POLICIES = ("", "evict_first")
 CONFIGS = {"gemv": GemvConfig, "naive": NaiveConfig, "tile": TileConfig, "box": BoxConfig}
 Config = GemvConfig | NaiveConfig | TileConfig | BoxConfig
 
-# (out, x, w, tables, topk_weights) of sizes that were checked before; then w_scale where weights are FP8, x_scale where x is;
-# then v, lora_b and runs where there are adapters
+# (out, x, w, tables, topk_weights, w_scale, x_scale, v, lora_b, runs) of sizes that were checked before
 Call = Callable[..., None]
 
 
@@ -144,11 +143,10 @@ OP = operands.Op(
             None,
             operands.CONTIGUOUS,
             optional=True,
-            left_out=True,
             asks=("adapted",),
         ),
-        operands.Tensor("lora_b", ">=L, >=E, N, rank", "D", slices="alike", optional=True, left_out=True, asks=("adapted",)),
-        dataclasses.replace(RUNS, optional=True, left_out=True),
+        operands.Tensor("lora_b", ">=L, >=E, N, rank", "D", slices="alike", optional=True, asks=("adapted",)),
+        dataclasses.replace(RUNS, optional=True),
     ),
     spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},

@@ -54,7 +54,7 @@ Config = PairsConfig | RunsConfig | TokensConfig
 # How the cache treats weights, by weight_policy: as any data, or as data that is read once.
 CACHE_POLICIES = ("", "evict_first")
 
-# (v, x, lora_a, tables, runs) of sizes that were checked before; then x_scale where x is FP8
+# (v, x, lora_a, tables, runs, x_scale) of sizes that were checked before
 Call = Callable[..., None]
 
 

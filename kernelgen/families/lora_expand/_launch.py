@@ -1,0 +1,98 @@
+"""lora_expand where it is launched: an object a variant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import _runtime as runtime
+from .._operands import Tensors
+from .._scales import product_rows
+from ..lora_shrink._problem import ONE_PART, Parts
+from ..moe_route._op import MoeRoute, SortedRoute
+from ._problem import CACHE_POLICIES, Call, Config, Problem, check, choose
+from ._table import VARIANTS
+
+
+class LoraExpand:
+    """Launches of one variant."""
+
+    def __init__(self, product: Any) -> None:
+        self.name = runtime.variant_of(product)
+        self.facts = VARIANTS.of(self.name)
+        operands = "out_ptr y_ptr b_ptrs b_scale_ptrs scaling num_tokens tokens_ptr blocks_ptr num_blocks_ptr"
+        self._product = runtime.Launcher(product, operands)
+
+    def launch(
+        self,
+        config: Config | None,
+        out: Tensor,
+        y: Tensor,
+        lora_b: Tensors,
+        route: MoeRoute,
+        offset_start: int,
+        b_scale: Tensors | None = None,
+    ) -> None:
+        """One call: checked, and made with the tiles ``config``; None: those of the rule.
+
+        Raises:
+            ValueError: something does not fit; nothing was launched.
+        """
+        facts = self.facts
+        problem = check(
+            self.name,
+            out,
+            y,
+            lora_b,
+            route,
+            offset_start,
+            dtype=facts["torch_dtype"],
+            max_rank=facts["max_rank"],
+            b_scale=None if b_scale is None else (facts["weight_scales"], b_scale),
+        )
+        if problem.num_tokens > 0:
+            call = self.bind(problem, route, runtime.given(self.name, config, Config) or choose(problem, route))
+            call(out, y, lora_b, route, 1.0, b_scale)
+
+    def bind(self, problem: Problem, route: Any, config: Config, parts: Parts = ONE_PART, pdl: bool = False) -> Call:
+        """The launch for checked calls of these sizes, ready to be made again and again; pdl: right behind a lora_shrink."""
+        wide = config.block_n * config.tiles
+        spans, columns = [0], [problem.offset]
+        for width in problem.widths:
+            spans.append(spans[-1] + runtime.cdiv(width, wide))
+            columns.append(columns[-1] + width)
+        block_m = min(config.rows, route.block_m)
+        if problem.weight_scales:
+            block_m = product_rows(block_m)
+        shares = route.block_m // block_m
+        launch = self._product.bind(
+            route.max_blocks * spans[-1] * shares,
+            runtime.Options(config.num_warps, pdl=pdl),
+            WIDTHS=problem.widths,
+            COLUMNS=tuple(columns),
+            SPANS=tuple(spans),
+            EVEN=all(width % wide == 0 for width in problem.widths),
+            RANK=problem.rank,
+            OUT_STRIDE=problem.out_stride,
+            B_STRIDES_L=problem.b_strides_l,
+            B_STRIDE_N=problem.b_stride_n,
+            B_SCALE_STRIDES_L=problem.b_scale_strides_l,
+            PARTS=parts.number,
+            QUARTER=parts.quarter,
+            BLOCK_M=block_m,
+            SHARES=shares,
+            BLOCK_N=config.block_n,
+            TILES=config.tiles,
+            STAGES=config.stages,
+            WEIGHTS=CACHE_POLICIES[config.weight_policy],
+            PDL=pdl,
+        )
+        num_tokens = problem.num_tokens
+
+        def call(
+            out: Tensor, y: Tensor, lora_b: Tensors, route: SortedRoute, scaling: float, b_scale: Tensors | None
+        ) -> None:
+            launch.run(out, y, lora_b, b_scale, scaling, num_tokens, route.pairs, route.blocks, route.num_blocks)
+
+        return call

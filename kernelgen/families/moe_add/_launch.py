@@ -1,0 +1,52 @@
+"""moe_add where it is launched: an object a variant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import _runtime as runtime
+from ..moe_route._op import PairRoute, TableRoute
+from ._problem import Call, Config, Problem, check, choose
+from ._table import VARIANTS
+
+
+class MoeAdd:
+    """Launches of one variant."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.name = runtime.variant_of(kernel)
+        self.facts = VARIANTS.of(self.name)
+        routing = "topk_ids_ptr token_lora_mapping_ptr adapter_enabled_ptr expert_map_ptr"
+        self._kernel = runtime.Launcher(kernel, f"out_ptr delta_ptr {routing}")
+
+    def launch(self, config: Config | None, out: Tensor, delta: Tensor, route: Any) -> None:
+        """One call: checked, and made with the tiles ``config``; None: those of the rule.
+
+        Raises:
+            ValueError: something does not fit; nothing was launched.
+        """
+        problem = check(self.name, out, delta, route, dtype=self.facts["torch_dtype"])
+        if problem.num_pairs > 0:
+            self.bind(problem, runtime.given(self.name, config, Config) or choose(problem))(out, delta, route)
+
+    def bind(self, problem: Problem, config: Config) -> Call:
+        """The launch for checked calls of these sizes, ready to be made again and again."""
+        launch = self._kernel.bind(
+            problem.num_pairs * runtime.cdiv(problem.n, config.block_n),
+            runtime.Options(config.num_warps),
+            MAX_LORAS=problem.max_loras,
+            NUM_EXPERTS=problem.num_experts,
+            GLOBAL_EXPERTS=problem.global_experts,
+            TOP_K=problem.top_k,
+            N=problem.n,
+            OUT_STRIDE=problem.out_stride,
+            D_STRIDE=problem.delta_stride,
+            BLOCK_N=config.block_n,
+        )
+
+        def call(out: Tensor, delta: Tensor, route: PairRoute | TableRoute) -> None:
+            launch.run(out, delta, route.topk_ids, route.token_lora_mapping, route.adapter_enabled, route.expert_map)
+
+        return call

@@ -1,0 +1,282 @@
+"""The schedules of moe_gemm where they are launched: a class each, and of it an object a variant."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .. import _runtime as runtime
+from .._operands import Tensors
+from ..moe_align._op import MoeTables
+from ..moe_runs._op import MoeRuns
+from ._problem import (
+    CACHE_POLICIES,
+    BoxConfig,
+    Call,
+    Config,
+    Delta,
+    GemvConfig,
+    NaiveConfig,
+    Problem,
+    Scales,
+    TileConfig,
+    check,
+    choose,
+    grid,
+)
+from ._table import QUANT, VARIANTS
+
+_DELTA = "v_ptr b_ptrs"
+_SCALES = "topk_weights_ptr w_scale_ptr x_scale_ptr x_scale_next"
+_TABLES = "pairs_ptr blocks_ptr num_blocks_ptr run_of_row_ptr runs_ptr"
+_ROUTING = "topk_ids_ptr valid_tokens_ptr token_lora_mapping_ptr adapter_enabled_ptr lora_ranks_ptr num_pairs"
+
+
+class _Schedule:
+    """What the variants of all schedules do."""
+
+    schedule: ClassVar[str]
+    config: ClassVar[type]
+    operands: ClassVar[str]
+
+    def __init__(self, kernel: Any) -> None:
+        self.name = runtime.variant_of(kernel)
+        self.facts = VARIANTS.of(self.name)
+        self._kernel = runtime.Launcher(kernel, self.operands)
+
+    def bind(self, problem: Problem, config: Any) -> Call:
+        """The launch for checked calls of these sizes, ready to be made again and again."""
+        raise NotImplementedError
+
+    def launch(
+        self,
+        config: Any,
+        out: Tensor,
+        x: Tensor,
+        w: Tensor,
+        tables: MoeTables,
+        topk_weights: Tensor | None = None,
+        w_scale: Tensor | None = None,
+        x_scale: Tensor | None = None,
+        v: Tensor | None = None,
+        lora_b: Tensors | None = None,
+        runs: MoeRuns | None = None,
+    ) -> None:
+        """One call: checked, and made with the tiles ``config``; None: those of the rule.
+
+        Raises:
+            ValueError: something does not fit; nothing was launched.
+        """
+        facts = self.facts
+        problem = check(
+            self.name,
+            out,
+            x,
+            w,
+            tables,
+            topk_weights,
+            dtype=facts["torch_dtype"],
+            rows=facts["rows"],
+            epilogue=facts["epilogue"],
+            schedule=self.schedule,
+            scales=Scales(facts["weight_scales"], w_scale, facts["x_scales"], x_scale),
+            delta=Delta(v, lora_b, runs),
+        )
+        if problem.num_pairs > 0:
+            tiles = runtime.given(self.name, config, self.config) or choose(self.schedule, problem)
+            self.bind(problem, tiles)(out, x, w, tables, topk_weights, w_scale, x_scale, v, lora_b, runs)
+
+    def _constants(self, problem: Problem, config: Config) -> dict[str, Any]:
+        """Of the kernels of all schedules."""
+        return {
+            "TOP_K": problem.top_k,
+            "K": problem.k,
+            "N": problem.n,
+            "OUT_STRIDE": problem.out_stride,
+            "X_STRIDE": problem.x_stride,
+            "W_STRIDE_E": problem.w_stride_e,
+            "W_STRIDE_N": problem.w_stride_n,
+            "W_SCALE_STRIDE": problem.w_scale_stride,
+            "W_SCALE_NEXT": problem.w_scale_next,
+            "X_SCALE_STRIDE": problem.x_scale_stride,
+            "RANK": problem.rank,
+            "B_STRIDE_L": problem.b_strides.adapter,
+            "B_STRIDE_E": problem.b_strides.expert,
+            "B_STRIDE_N": problem.b_strides.row,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+            "PDL": runtime.traits(problem.device).pdl,
+        }
+
+    def _check_groups(self, problem: Problem, block_k: int) -> None:
+        if problem.weight_scales == "group":
+            runtime.check_tile(self.name, "block_k", block_k, group_k=QUANT.group_k)
+
+
+class _ByPair(_Schedule):
+    """Pairs as they come."""
+
+    operands = f"out_ptr x_ptr w_ptr {_DELTA} {_SCALES} {_ROUTING}"
+
+    def _bind(self, problem: Problem, rows: int, options: runtime.Options, constants: dict[str, Any]) -> Call:
+        waits = not problem.rows.startswith("token") or problem.rank > 0
+        launch = self._kernel.bind(
+            rows * runtime.cdiv(problem.n, constants["BLOCK_N"]),
+            options._replace(pdl=waits and constants["PDL"]),
+            **constants,
+            NUM_EXPERTS=problem.num_experts,
+            LOCAL_EXPERT_START=problem.local_expert_start,
+            MAX_LORAS=problem.max_loras,
+            V_PARTS=problem.parts,
+            BLOCK_R=min(64, runtime.next_power_of_2(problem.rank)),
+        )
+        num_pairs, x_scale_next = problem.num_pairs, problem.x_scale_next
+
+        def call(
+            out: Tensor,
+            x: Tensor,
+            w: Tensor,
+            tables: MoeTables,
+            topk_weights: Tensor | None,
+            w_scale: Tensor | None,
+            x_scale: Tensor | None,
+            v: Tensor | None,
+            lora_b: Tensors | None,
+            runs: MoeRuns | None,
+        ) -> None:
+            adapters = _NO_ADAPTERS if runs is None else (runs.token_lora_mapping, runs.adapter_enabled, runs.lora_ranks)
+            scales, routing = (w_scale, x_scale, x_scale_next), (tables.topk_ids, tables.valid_tokens)
+            launch.run(out, x, w, v, lora_b, topk_weights, *scales, *routing, *adapters, num_pairs)
+
+        return call
+
+
+_NO_ADAPTERS = (None, None, None)
+
+
+class Gemv(_ByPair):
+    """Launches of gemv."""
+
+    schedule = "gemv"
+    config = GemvConfig
+
+    def bind(self, problem: Problem, config: GemvConfig) -> Call:
+        self._check_groups(problem, min(config.block_k, QUANT.group_k))
+        constants = {
+            **self._constants(problem, config),
+            "WEIGHTS": CACHE_POLICIES[config.weight_policy],
+            "ZERO_REST": problem.zero_rest,
+        }
+        rows = problem.num_tokens if problem.rows == "pair_token" else problem.num_pairs
+        return self._bind(problem, rows, runtime.Options(config.num_warps), constants)
+
+
+class Naive(_ByPair):
+    """Launches of naive."""
+
+    schedule = "naive"
+    config = NaiveConfig
+
+    def bind(self, problem: Problem, config: NaiveConfig) -> Call:
+        self._check_groups(problem, config.block_k)
+        constants = {
+            **self._constants(problem, config),
+            "STAGES": config.num_stages,
+            "WEIGHTS": CACHE_POLICIES[config.weight_policy],
+        }
+        return self._bind(problem, problem.num_pairs, runtime.Options(config.num_warps, config.num_stages), constants)
+
+
+class _ByBlock(_Schedule):
+    """Blocks of the tables."""
+
+    def _launch_of(self, problem: Problem, config: TileConfig | BoxConfig, weights: str) -> runtime.Bound:
+        self._check_groups(problem, config.block_k)
+        constants = self._constants(problem, config)
+        return self._kernel.bind(
+            grid(problem, config),
+            runtime.Options(config.num_warps, config.num_stages, constants["PDL"]),
+            **constants,
+            BLOCK_M=problem.block_m,
+            STAGES=config.num_stages,
+            WEIGHTS=weights,
+            GROUP_M=config.group_m,
+            TAIL=config.tail == 1,
+            V_BY_TOKEN=problem.v_by_token,
+            BLOCK_D=config.block_d,
+            DELTA_STAGES=config.delta_stages,
+            RANKED=problem.ranked,
+        )
+
+
+class Tile(_ByBlock):
+    """Launches of tile."""
+
+    schedule = "tile"
+    config = TileConfig
+    operands = f"out_ptr x_ptr w_ptr {_DELTA} {_SCALES} {_TABLES}"
+
+    def bind(self, problem: Problem, config: TileConfig) -> Call:
+        launch = self._launch_of(problem, config, CACHE_POLICIES[config.weight_policy])
+        x_scale_next = problem.x_scale_next
+
+        def call(
+            out: Tensor,
+            x: Tensor,
+            w: Tensor,
+            tables: MoeTables,
+            topk_weights: Tensor | None,
+            w_scale: Tensor | None,
+            x_scale: Tensor | None,
+            v: Tensor | None,
+            lora_b: Tensors | None,
+            runs: MoeRuns | None,
+        ) -> None:
+            of_rows = (None, None) if runs is None else (runs.run_of_row, runs.runs)
+            scales, blocks = (w_scale, x_scale, x_scale_next), (tables.pairs, tables.blocks, tables.num_blocks)
+            launch.run(out, x, w, v, lora_b, topk_weights, *scales, *blocks, *of_rows)
+
+        return call
+
+
+class Box(_ByBlock):
+    """Launches of box; rows of x that are read one after the other are a box too, of blocks and of those of half the height."""
+
+    schedule = "box"
+    config = BoxConfig
+    operands = f"out_ptr x_ptr x_desc half_desc w_desc {_DELTA} {_SCALES} {_TABLES}"
+
+    def bind(self, problem: Problem, config: BoxConfig) -> Call:
+        launch, x_scale_next = self._launch_of(problem, config, ""), problem.x_scale_next
+        slices, block_k = problem.slices, config.block_k
+        w_shape = [problem.num_experts * slices, problem.n, problem.k]
+        w_strides = [problem.w_stride_e // slices, problem.w_stride_n, 1]
+        w_box = [1 if problem.weight_scales else slices, config.block_n, block_k]
+        in_order = problem.rows.startswith("sorted")
+        x_shape, x_strides = [problem.num_pairs, problem.k], [problem.x_stride, 1]
+        x_box, half_box = [problem.block_m, block_k], [problem.block_m // 2, block_k]
+
+        def call(
+            out: Tensor,
+            x: Tensor,
+            w: Tensor,
+            tables: MoeTables,
+            topk_weights: Tensor | None,
+            w_scale: Tensor | None,
+            x_scale: Tensor | None,
+            v: Tensor | None,
+            lora_b: Tensors | None,
+            runs: MoeRuns | None,
+        ) -> None:
+            x_desc = half_desc = None
+            if in_order:
+                x_desc = TensorDescriptor(x, x_shape, x_strides, x_box)
+                half_desc = TensorDescriptor(x, x_shape, x_strides, half_box)
+            w_desc = TensorDescriptor(w, w_shape, w_strides, w_box)
+            of_rows = (None, None) if runs is None else (runs.run_of_row, runs.runs)
+            scales, blocks = (w_scale, x_scale, x_scale_next), (tables.pairs, tables.blocks, tables.num_blocks)
+            launch.run(out, x, x_desc, half_desc, w_desc, v, lora_b, topk_weights, *scales, *blocks, *of_rows)
+
+        return call

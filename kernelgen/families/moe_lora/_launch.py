@@ -1,0 +1,328 @@
+"""The schedules of moe_lora where they are launched: a class each, and of it an object a variant."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import _runtime as runtime
+from .._operands import Tensors
+from .._slices import joined_slices
+from ..moe_route._op import MoeRoute, PairRoute, SortedRoute, TableRoute
+from ._problem import (
+    CACHE_POLICIES,
+    Call,
+    OneShotConfig,
+    Problem,
+    Scales,
+    SmallBatchConfig,
+    TwoKernelConfig,
+    check,
+    choose,
+    partials,
+    rows_of_program,
+)
+from ._table import QUANT, VARIANTS
+
+_TABLES = "pairs_ptr blocks_ptr num_blocks_ptr"
+_ROUTING = "topk_ids_ptr token_lora_mapping_ptr adapter_enabled_ptr expert_map_ptr num_pairs"
+
+
+class _Schedule:
+    """What the variants of all schedules do."""
+
+    schedule: ClassVar[str]
+    naive: ClassVar[bool] = False
+    config: ClassVar[type]
+
+    def __init__(self, kernel: Any) -> None:
+        self.name = runtime.variant_of(kernel)
+        self.facts = VARIANTS.of(self.name)
+
+    def bind(self, problem: Problem, route: Any, config: Any) -> Call:
+        """The launches for checked calls of these sizes, ready to be made again and again."""
+        raise NotImplementedError
+
+    def launch(
+        self,
+        config: Any,
+        out: Tensor,
+        x: Tensor,
+        lora_a: Tensors,
+        lora_b: Tensors,
+        route: MoeRoute,
+        topk_weights: Tensor | None = None,
+        a_scale: Tensors | None = None,
+        b_scale: Tensors | None = None,
+        x_scale: Tensor | None = None,
+    ) -> None:
+        """One call: checked, and made with the tiles ``config``; None: those of the rule.
+
+        Raises:
+            ValueError: something does not fit; nothing was launched.
+        """
+        facts = self.facts
+        problem = check(
+            self.name,
+            out,
+            x,
+            lora_a,
+            lora_b,
+            route,
+            dtype=facts["torch_dtype"],
+            naive=self.naive,
+            max_rank=facts["max_rank"],
+            block_r=facts["block_rank"],
+            topk_weights=topk_weights,
+            weighted=facts["weighted"],
+            adds=facts["adds"],
+            scales=Scales(facts["weight_scales"], a_scale, b_scale, facts["x_scales"], x_scale),
+        )
+        if problem.num_pairs > 0:
+            tiles = runtime.given(self.name, config, self.config) or choose(self.schedule, problem, route)
+            self.bind(problem, route, tiles)(out, x, lora_a, lora_b, route, topk_weights, a_scale, b_scale, x_scale)
+
+    def _check_tile(self, name: str, tile: int, **wholes: int) -> None:
+        runtime.check_tile(self.name, name, tile, **wholes)
+
+
+def _constants(problem: Problem, route: MoeRoute) -> dict[str, Any]:
+    """Of kernels of all schedules."""
+    return {
+        "TOP_K": route.top_k,
+        "K": problem.k,
+        "N": problem.n,
+        "RANK": problem.rank,
+        "OUT_STRIDE": problem.out_stride,
+        "X_STRIDE": problem.x_stride,
+        "A_STRIDE_L": problem.a_strides.adapter,
+        "A_STRIDE_E": problem.a_strides.expert,
+        "A_STRIDE_R": problem.a_strides.row,
+        "B_STRIDE_L": problem.b_strides.adapter,
+        "B_STRIDE_E": problem.b_strides.expert,
+        "B_STRIDE_N": problem.b_strides.row,
+        "A_SCALE_STRIDE_L": problem.a_scale_strides.adapter,
+        "A_SCALE_STRIDE_E": problem.a_scale_strides.expert,
+        "B_SCALE_STRIDE_L": problem.b_scale_strides.adapter,
+        "B_SCALE_STRIDE_E": problem.b_scale_strides.expert,
+        "X_SCALE_STRIDE": problem.x_scale_stride,
+    }
+
+
+def _has_groups(problem: Problem) -> bool:
+    return "group" in (problem.weight_scales, problem.x_scales)
+
+
+def _is_fused(problem: Problem) -> bool:
+    """Where numerics are strict, a scaled sum that is added to another is rounded by itself, as one that went through memory."""
+    return not (VARIANTS.strict and (problem.weight_scales or problem.x_scales))
+
+
+def _dependent(problem: Problem, config: SmallBatchConfig | TwoKernelConfig) -> bool:
+    return runtime.traits(problem.device).pdl and config.pdl == 1
+
+
+class OneShot(_Schedule):
+    """Launches of one_shot."""
+
+    schedule = "one_shot"
+    config = OneShotConfig
+
+    def __init__(self, kernel: Any) -> None:
+        super().__init__(kernel)
+        operands = f"out_ptr x_ptr a_ptrs b_ptrs a_scale_ptrs b_scale_ptrs x_scale_ptr x_scale_next topk_weights_ptr {_TABLES}"
+        self._kernel = runtime.Launcher(kernel, operands)
+
+    def bind(self, problem: Problem, route: SortedRoute, config: OneShotConfig) -> Call:
+        if _has_groups(problem):
+            self._check_tile("block_k", config.block_k, group_k=QUANT.group_k)
+            if VARIANTS.chunk_k:
+                config = config._replace(block_k=QUANT.group_k)  # the order of sums of groups
+        if VARIANTS.chunk_k:
+            self._check_tile("block_k", config.block_k, chunk_k=VARIANTS.chunk_k)
+        block_m = rows_of_program(problem.weight_scales, problem.x_scales, problem.rank, route.block_m, problem.slices)
+        shares = runtime.cdiv(route.block_m, block_m)
+        launch = self._kernel.bind(
+            route.max_blocks * shares,
+            runtime.Options(config.num_warps, fused=_is_fused(problem)),
+            **_constants(problem, route),
+            BLOCK_M=block_m,
+            SHARES=shares,
+            JOINED=joined_slices(problem.slices, self.facts["block_rank"], problem.device),
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            SHRINK_STAGES=config.shrink_stages,
+            EXPAND_STAGES=config.expand_stages,
+            WEIGHTS=CACHE_POLICIES[config.weight_policy],
+        )
+        x_scale_next = problem.x_scale_next
+
+        def call(
+            out: Tensor,
+            x: Tensor,
+            lora_a: Tensors,
+            lora_b: Tensors,
+            route: SortedRoute,
+            topk_weights: Tensor | None,
+            a_scale: Tensors | None,
+            b_scale: Tensors | None,
+            x_scale: Tensor | None,
+        ) -> None:
+            scales = (a_scale, b_scale, x_scale, x_scale_next)
+            launch.run(out, x, lora_a, lora_b, *scales, topk_weights, route.pairs, route.blocks, route.num_blocks)
+
+        return call
+
+
+class SmallBatch(_Schedule):
+    """Launches of small_batch."""
+
+    schedule = "small_batch"
+    naive = True
+    config = SmallBatchConfig
+
+    def __init__(self, shrink: Any, expand: Any) -> None:
+        super().__init__(shrink)
+        self._shrink = runtime.Launcher(shrink, f"parts_ptr x_ptr a_ptrs a_scale_ptrs x_scale_ptr x_scale_next {_ROUTING}")
+        self._expand = runtime.Launcher(expand, f"out_ptr parts_ptr b_ptrs b_scale_ptrs topk_weights_ptr {_ROUTING}")
+
+    def bind(self, problem: Problem, route: PairRoute | TableRoute, config: SmallBatchConfig) -> Call:
+        if problem.weight_scales == "group":
+            self._check_tile("shrink_block_r", config.shrink_block_r, group_n=QUANT.group_n)
+        split_k, block_r = config.split_k, config.shrink_block_r
+        if VARIANTS.chunk_k:
+            split_k, block_r = VARIANTS.chunk_k, max(16, block_r)  # a matrix unit has 16 columns
+            if _has_groups(problem):
+                config = config._replace(block_k=QUANT.group_k)  # the order of sums of groups
+        self._check_tile("block_k", config.block_k, split_k=split_k)
+        splits, chunks = runtime.cdiv(problem.k, split_k), runtime.cdiv(problem.rank, block_r)
+        num_pairs, slices, part_stride = problem.num_pairs, problem.slices, chunks * block_r
+        fused, pdl = _is_fused(problem), _dependent(problem, config)
+        constants = {
+            **_constants(problem, route),
+            "MAX_LORAS": route.max_loras,
+            "NUM_EXPERTS": route.num_experts,
+            "GLOBAL_EXPERTS": route.global_experts,
+            "WEIGHTS": CACHE_POLICIES[config.weight_policy],
+            "PDL": pdl,
+        }
+        shrink = self._shrink.bind(
+            num_pairs * slices * chunks * splits,
+            runtime.Options(config.shrink_warps, fused=fused),
+            **constants,
+            BLOCK_R=block_r,
+            BLOCK_K=config.block_k,
+            SPLIT_K=split_k,
+        )
+        expand = self._expand.bind(
+            num_pairs * slices * runtime.cdiv(problem.n, config.block_n),
+            runtime.Options(config.expand_warps, pdl=pdl, fused=fused),
+            **constants,
+            PARTS=splits,
+            PARTS_SIZE=runtime.next_power_of_2(splits),
+            PART_STRIDE=part_stride,
+            BLOCK_N=config.block_n,
+        )
+        size, x_scale_next = splits * num_pairs * slices * part_stride, problem.x_scale_next
+
+        def call(
+            out: Tensor,
+            x: Tensor,
+            lora_a: Tensors,
+            lora_b: Tensors,
+            route: PairRoute | TableRoute,
+            topk_weights: Tensor | None,
+            a_scale: Tensors | None,
+            b_scale: Tensors | None,
+            x_scale: Tensor | None,
+        ) -> None:
+            parts = partials(route, size, torch.float32, out)
+            routing = (route.topk_ids, route.token_lora_mapping, route.adapter_enabled, route.expert_map, num_pairs)
+            shrink.run(parts, x, lora_a, a_scale, x_scale, x_scale_next, *routing)
+            expand.run(out, parts, lora_b, b_scale, topk_weights, *routing)
+
+        return call
+
+
+class TwoKernel(_Schedule):
+    """Launches of two_kernel."""
+
+    schedule = "two_kernel"
+    config = TwoKernelConfig
+
+    def __init__(self, shrink: Any, expand: Any) -> None:
+        super().__init__(shrink)
+        operands = f"parts_ptr x_ptr a_ptrs a_scale_ptrs x_scale_ptr x_scale_next {_TABLES} capacity"
+        self._shrink = runtime.Launcher(shrink, operands)
+        self._expand = runtime.Launcher(expand, f"out_ptr parts_ptr b_ptrs b_scale_ptrs topk_weights_ptr {_TABLES} capacity")
+
+    def bind(self, problem: Problem, route: SortedRoute, config: TwoKernelConfig) -> Call:
+        if _has_groups(problem):
+            self._check_tile("block_k", config.block_k, group_k=QUANT.group_k)
+            if VARIANTS.chunk_k:
+                config = config._replace(block_k=QUANT.group_k)  # the order of sums of groups
+        split_k = config.split_k
+        if VARIANTS.chunk_k:
+            split_k = split_k if split_k >= problem.k else VARIANTS.chunk_k
+            self._check_tile("block_k", config.block_k, chunk_k=VARIANTS.chunk_k)
+        splits = runtime.cdiv(problem.k, split_k)
+        if splits > 1:
+            self._check_tile("block_k", config.block_k, split_k=split_k)
+        block_rank, slices = self.facts["block_rank"], problem.slices
+        block_m = rows_of_program(problem.weight_scales, problem.x_scales, problem.rank, route.block_m, slices)
+        shares = runtime.cdiv(route.block_m, block_m)
+        chunks, spans = runtime.cdiv(problem.rank, block_rank), runtime.cdiv(problem.n, config.block_n * config.expand_tiles)
+        part_dtype = torch.float32 if splits > 1 else self.facts["torch_dtype"]
+        block_r, stages = block_rank, config.expand_stages
+        if self.facts["max_rank"] is None:
+            sizes = (problem.rank, block_m, config.block_n, splits, part_dtype.itemsize, stages)
+            block_r, stages = runtime.rank_tile(*sizes, problem.device)
+        fused, pdl = _is_fused(problem), _dependent(problem, config)
+        constants = {
+            **_constants(problem, route),
+            "BLOCK_M": block_m,
+            "SHARES": shares,
+            "WEIGHTS": CACHE_POLICIES[config.weight_policy],
+            "PDL": pdl,
+        }
+        shrink = self._shrink.bind(
+            route.max_blocks * chunks * splits * shares,
+            runtime.Options(config.shrink_warps, fused=fused),
+            **constants,
+            JOINED=joined_slices(slices, block_rank, problem.device),
+            BLOCK_K=config.block_k,
+            SPLIT_K=split_k,
+            SHRINK_STAGES=config.shrink_stages,
+        )
+        expand = self._expand.bind(
+            route.max_blocks * slices * spans * shares,
+            runtime.Options(config.expand_warps, pdl=pdl, fused=fused),
+            **constants,
+            PARTS=splits,
+            BLOCK_N=config.block_n,
+            BLOCK_R=block_r,
+            TILES=config.expand_tiles,
+            EXPAND_STAGES=stages,
+        )
+        of_position, x_scale_next = splits * slices * chunks * block_rank, problem.x_scale_next
+
+        def call(
+            out: Tensor,
+            x: Tensor,
+            lora_a: Tensors,
+            lora_b: Tensors,
+            route: SortedRoute,
+            topk_weights: Tensor | None,
+            a_scale: Tensors | None,
+            b_scale: Tensors | None,
+            x_scale: Tensor | None,
+        ) -> None:
+            capacity = route.pairs.shape[0]
+            parts = partials(route, of_position * capacity, part_dtype, out)
+            tables = (route.pairs, route.blocks, route.num_blocks, capacity)
+            shrink.run(parts, x, lora_a, a_scale, x_scale, x_scale_next, *tables)
+            expand.run(out, parts, lora_b, b_scale, topk_weights, *tables)
+
+        return call

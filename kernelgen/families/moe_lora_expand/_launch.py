@@ -1,0 +1,145 @@
+"""The schedules of moe_lora_expand where they are launched: a class each, and of it an object a variant."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .. import _runtime as runtime
+from .._operands import Tensors
+from ..moe_route._op import MoeRoute, PairRoute, SortedRoute, TableRoute
+from ._problem import CACHE_POLICIES, BlocksConfig, Call, PairsConfig, Problem, check, choose
+from ._table import VARIANTS
+
+_OPERANDS = "out_ptr y_ptr b_ptrs next_slice next_shard topk_weights_ptr"
+
+
+class _Schedule:
+    """What the variants of both schedules do."""
+
+    schedule: ClassVar[str]
+    naive: ClassVar[bool]
+    config: ClassVar[type]
+
+    def __init__(self, kernel: Any) -> None:
+        self.name = runtime.variant_of(kernel)
+        self.facts = VARIANTS.of(self.name)
+
+    def bind(self, problem: Problem, route: Any, config: Any) -> Call:
+        """The launch for checked calls of these sizes, ready to be made again and again."""
+        raise NotImplementedError
+
+    def launch(
+        self,
+        config: Any,
+        out: Tensor,
+        y: Tensor,
+        lora_b: Tensors,
+        route: MoeRoute,
+        offset: int,
+        topk_weights: Tensor | None = None,
+    ) -> None:
+        """One call: checked, and made with the tiles ``config``; None: those of the rule.
+
+        Raises:
+            ValueError: something does not fit; nothing was launched.
+        """
+        facts = self.facts
+        problem = check(
+            self.name,
+            out,
+            y,
+            lora_b,
+            route,
+            offset,
+            dtype=facts["torch_dtype"],
+            naive=self.naive,
+            max_rank=facts["max_rank"],
+            topk_weights=topk_weights,
+            weighted=facts["weighted"],
+        )
+        if problem.num_pairs > 0:
+            tiles = runtime.given(self.name, config, self.config) or choose(self.schedule, problem, route)
+            self.bind(problem, route, tiles)(out, y, lora_b, route, topk_weights)
+
+
+def _constants(problem: Problem, config: PairsConfig | BlocksConfig) -> dict[str, Any]:
+    """Of the kernels of both."""
+    return {
+        "N": problem.n,
+        "OFFSET": problem.offset,
+        "RANK": problem.rank,
+        "SHARD": problem.shard,
+        "OUT_STRIDE": problem.out_stride,
+        "Y_STRIDE": problem.y_stride,
+        "B_STRIDE_L": problem.b_strides.adapter,
+        "B_STRIDE_E": problem.b_strides.expert,
+        "B_STRIDE_N": problem.b_strides.row,
+        "BLOCK_N": config.block_n,
+        "WEIGHTS": CACHE_POLICIES[config.weight_policy],
+    }
+
+
+class Pairs(_Schedule):
+    """Launches of pairs."""
+
+    schedule = "pairs"
+    naive = True
+    config = PairsConfig
+
+    def __init__(self, product: Any) -> None:
+        super().__init__(product)
+        routing = "topk_ids_ptr token_lora_mapping_ptr adapter_enabled_ptr expert_map_ptr"
+        self._product = runtime.Launcher(product, f"{_OPERANDS} {routing}")
+
+    def bind(self, problem: Problem, route: PairRoute | TableRoute, config: PairsConfig) -> Call:
+        launch = self._product.bind(
+            problem.num_pairs * problem.slices * runtime.cdiv(problem.n, config.block_n),
+            runtime.Options(config.num_warps),
+            **_constants(problem, config),
+            MAX_LORAS=route.max_loras,
+            NUM_EXPERTS=route.num_experts,
+            GLOBAL_EXPERTS=route.global_experts,
+            TOP_K=route.top_k,
+        )
+
+        def call(out: Tensor, y: Tensor, lora_b: Tensors, route: PairRoute | TableRoute, topk_weights: Tensor | None) -> None:
+            routing = (route.topk_ids, route.token_lora_mapping, route.adapter_enabled, route.expert_map)
+            next_shard = y.stride(0) if y.dim() == 4 else 0
+            launch.run(out, y, lora_b, y.stride(-3), next_shard, topk_weights, *routing)
+
+        return call
+
+
+class Blocks(_Schedule):
+    """Launches of blocks."""
+
+    schedule = "blocks"
+    naive = False
+    config = BlocksConfig
+
+    def __init__(self, product: Any) -> None:
+        super().__init__(product)
+        self._product = runtime.Launcher(product, f"{_OPERANDS} pairs_ptr blocks_ptr num_blocks_ptr")
+
+    def bind(self, problem: Problem, route: SortedRoute, config: BlocksConfig) -> Call:
+        block_r, stages = self.facts["block_rank"], config.stages
+        if self.facts["max_rank"] is None:
+            block_r, stages = runtime.rank_tile(problem.rank, route.block_m, config.block_n, 1, 4, stages, problem.device)
+        launch = self._product.bind(
+            route.max_blocks * problem.slices * runtime.cdiv(problem.n, config.block_n * config.tiles),
+            runtime.Options(config.num_warps),
+            **_constants(problem, config),
+            BLOCK_M=route.block_m,
+            BLOCK_R=block_r,
+            TILES=config.tiles,
+            STAGES=stages,
+        )
+
+        def call(out: Tensor, y: Tensor, lora_b: Tensors, route: SortedRoute, topk_weights: Tensor | None) -> None:
+            next_shard = y.stride(0) if y.dim() == 4 else 0
+            tables = (route.pairs, route.blocks, route.num_blocks)
+            launch.run(out, y, lora_b, y.stride(-3), next_shard, topk_weights, *tables)
+
+        return call

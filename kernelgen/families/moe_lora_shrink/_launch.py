@@ -1,0 +1,175 @@
+"""The schedules of moe_lora_shrink where they are launched: a class each, and of it an object a variant."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .. import _runtime as runtime
+from .._operands import Tensors
+from .._slices import joined_slices
+from ..moe_route._op import MoeRoute, PairRoute, SortedRoute, TableRoute
+from ._problem import CACHE_POLICIES, BlocksConfig, Call, PairsConfig, Problem, check, choose, scratch
+from ._table import VARIANTS
+
+_TABLES = "pairs_ptr blocks_ptr num_blocks_ptr"
+_CELLS = 256  # of a program that adds parts of pairs
+
+
+class _Schedule:
+    """What the variants of both schedules do."""
+
+    schedule: ClassVar[str]
+    naive: ClassVar[bool]
+    config: ClassVar[type]
+
+    def __init__(self, kernel: Any) -> None:
+        self.name = runtime.variant_of(kernel)
+        self.facts = VARIANTS.of(self.name)
+
+    def bind(self, problem: Problem, route: Any, config: Any) -> Call:
+        """The launches for checked calls of these sizes, ready to be made again and again."""
+        raise NotImplementedError
+
+    def launch(self, config: Any, y: Tensor, x: Tensor, lora_a: Tensors, route: MoeRoute) -> None:
+        """One call: checked, and made with the tiles ``config``; None: those of the rule.
+
+        Raises:
+            ValueError: something does not fit; nothing was launched.
+        """
+        dtype, max_rank = self.facts["torch_dtype"], self.facts["max_rank"]
+        problem = check(self.name, y, x, lora_a, route, dtype=dtype, naive=self.naive, max_rank=max_rank)
+        if problem.num_pairs > 0:
+            tiles = runtime.given(self.name, config, self.config) or choose(self.schedule, problem, route)
+            self.bind(problem, route, tiles)(y, x, lora_a, route)
+
+
+def _constants(problem: Problem, config: PairsConfig | BlocksConfig, pdl: bool) -> dict[str, Any]:
+    """Of the products of both."""
+    return {
+        "K": problem.k,
+        "RANK": problem.rank,
+        "Y_STRIDE": problem.y_stride if _parts(problem, config) == 1 else problem.rank,
+        "X_STRIDE": problem.x_stride,
+        "A_STRIDE_L": problem.a_strides.adapter,
+        "A_STRIDE_E": problem.a_strides.expert,
+        "A_STRIDE_R": problem.a_strides.row,
+        "BLOCK_K": config.block_k,
+        "SPLIT_K": config.split_k,
+        "WEIGHTS": CACHE_POLICIES[config.weight_policy],
+        "PDL": pdl,
+    }
+
+
+def _parts(problem: Problem, config: PairsConfig | BlocksConfig) -> int:
+    return runtime.cdiv(problem.k, config.split_k)
+
+
+def _dependent(problem: Problem, config: PairsConfig | BlocksConfig) -> bool:
+    return _parts(problem, config) > 1 and runtime.traits(problem.device).pdl and config.pdl == 1
+
+
+class Pairs(_Schedule):
+    """Launches of pairs."""
+
+    schedule = "pairs"
+    naive = True
+    config = PairsConfig
+
+    def __init__(self, product: Any, total: Any) -> None:
+        super().__init__(product)
+        routing = "topk_ids_ptr token_lora_mapping_ptr adapter_enabled_ptr expert_map_ptr"
+        self._product = runtime.Launcher(product, f"y_ptr x_ptr a_ptrs next_slice next_part {routing}")
+        self._total = runtime.Launcher(total, "y_ptr parts_ptr num_pairs next_slice next_part")
+
+    def bind(self, problem: Problem, route: PairRoute | TableRoute, config: PairsConfig) -> Call:
+        runtime.check_tile(self.name, "block_k", config.block_k, split_k=config.split_k)
+        parts, pdl = _parts(problem, config), _dependent(problem, config)
+        num_pairs, slice_size = problem.num_pairs, problem.num_pairs * problem.rank
+        part_size = problem.slices * slice_size
+        product = self._product.bind(
+            num_pairs * problem.slices * runtime.cdiv(problem.rank, config.block_r) * parts,
+            runtime.Options(config.num_warps),
+            **_constants(problem, config, pdl),
+            MAX_LORAS=route.max_loras,
+            NUM_EXPERTS=route.num_experts,
+            GLOBAL_EXPERTS=route.global_experts,
+            TOP_K=route.top_k,
+            PAIRS_A_ROW=problem.pairs_a_row,
+            BLOCK_R=config.block_r,
+        )
+        total = self._total.bind(
+            runtime.cdiv(part_size, _CELLS),
+            runtime.Options(4, pdl=pdl),
+            RANK=problem.rank,
+            Y_STRIDE=problem.y_stride,
+            PARTS=parts,
+            BLOCK=_CELLS,
+            PDL=pdl,
+        )
+
+        def call(y: Tensor, x: Tensor, lora_a: Tensors, route: PairRoute | TableRoute) -> None:
+            next_slice = y.stride(0)
+            routing = (route.topk_ids, route.token_lora_mapping, route.adapter_enabled, route.expert_map)
+            if parts == 1:
+                product.run(y, x, lora_a, next_slice, 0, *routing)
+            else:
+                sums = scratch(route, parts * part_size, y.device)
+                product.run(sums, x, lora_a, slice_size, part_size, *routing)
+                total.run(y, sums, num_pairs, next_slice, part_size)
+
+        return call
+
+
+class Blocks(_Schedule):
+    """Launches of blocks."""
+
+    schedule = "blocks"
+    naive = False
+    config = BlocksConfig
+
+    def __init__(self, product: Any, total: Any) -> None:
+        super().__init__(product)
+        self._product = runtime.Launcher(product, f"y_ptr x_ptr a_ptrs next_slice next_part {_TABLES}")
+        self._total = runtime.Launcher(total, f"y_ptr parts_ptr next_slice next_part {_TABLES}")
+
+    def bind(self, problem: Problem, route: SortedRoute, config: BlocksConfig) -> Call:
+        parts, pdl, block_rank = _parts(problem, config), _dependent(problem, config), self.facts["block_rank"]
+        if parts > 1:
+            runtime.check_tile(self.name, "block_k", config.block_k, split_k=config.split_k)
+        product = self._product.bind(
+            route.max_blocks * runtime.cdiv(problem.rank, block_rank) * parts,
+            runtime.Options(config.num_warps),
+            **_constants(problem, config, pdl),
+            TOP_K=problem.pairs_a_row,
+            BLOCK_M=route.block_m,
+            JOINED=joined_slices(problem.slices, block_rank, problem.device),
+            SHRINK_STAGES=config.stages,
+        )
+        block_r = min(32, block_rank)
+        total = self._total.bind(
+            route.max_blocks * problem.slices * runtime.cdiv(problem.rank, block_r),
+            runtime.Options(4, pdl=pdl),
+            SLICES=problem.slices,
+            RANK=problem.rank,
+            Y_STRIDE=problem.y_stride,
+            PARTS=parts,
+            BLOCK_M=route.block_m,
+            BLOCK_R=block_r,
+            PDL=pdl,
+        )
+        slice_size = problem.num_pairs * problem.rank
+        part_size = problem.slices * slice_size
+
+        def call(y: Tensor, x: Tensor, lora_a: Tensors, route: SortedRoute) -> None:
+            y.zero_()
+            next_slice, tables = y.stride(0), (route.pairs, route.blocks, route.num_blocks)
+            if parts == 1:
+                product.run(y, x, lora_a, next_slice, 0, *tables)
+            else:
+                sums = scratch(route, parts * part_size, y.device)
+                product.run(sums, x, lora_a, slice_size, part_size, *tables)
+                total.run(y, sums, next_slice, part_size, *tables)
+
+        return call

@@ -1,0 +1,62 @@
+"""moe_quant where it is launched: an object a variant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import _runtime as runtime
+from ..moe_align._op import MoeTables
+from ._problem import Call, Config, Problem, check, choose, max_rows
+from ._table import QUANT, VARIANTS
+
+
+class MoeQuant:
+    """Launches of one variant."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.name = runtime.variant_of(kernel)
+        self.facts = VARIANTS.of(self.name)
+        tables = "blocks_ptr num_blocks_ptr topk_ids_ptr valid_tokens_ptr num_pairs"
+        self._kernel = runtime.Launcher(kernel, f"codes_ptr x_ptr scale_ptr {tables}")
+
+    def launch(self, config: Config | None, codes: Tensor, scale: Tensor, x: Tensor, tables: MoeTables) -> None:
+        """One call: checked, and made with the tiles ``config``; None: those of the rule.
+
+        Raises:
+            ValueError: something does not fit; nothing was launched.
+        """
+        order, dtype = "sorted" if self.facts["by_table"] else "pair", self.facts["torch_dtype"]
+        problem = check(self.name, codes, scale, x, tables, order=order, mode=self.facts["x_scales"], dtype=dtype)
+        if problem.num_pairs > 0:
+            self.bind(problem, runtime.given(self.name, config, Config) or choose(problem))(codes, scale, x, tables)
+
+    def bind(self, problem: Problem, config: Config) -> Call:
+        """The launch for checked calls of these sizes, ready to be made again and again."""
+        pdl, num_pairs = runtime.traits(problem.device).pdl, problem.num_pairs
+        rows = max_rows(problem) if self.facts["by_table"] else num_pairs
+        width = QUANT.group_k if problem.x_scales == "group" else runtime.next_power_of_2(problem.n)
+        launch = self._kernel.bind(
+            runtime.cdiv(rows, config.rows),
+            runtime.Options(config.num_warps, pdl=pdl),
+            TOP_K=problem.top_k,
+            NUM_EXPERTS=problem.num_experts,
+            LOCAL_EXPERT_START=problem.local_expert_start,
+            N=problem.n,
+            CODES_STRIDE=problem.codes_stride,
+            X_STRIDE=problem.x_stride,
+            SCALE_STRIDE=problem.scale_stride,
+            LARGEST=problem.largest,
+            BLOCK_M=problem.block_m,
+            ROWS=config.rows,
+            GROUPS=runtime.next_power_of_2(runtime.cdiv(problem.n, width)),
+            WIDTH=width,
+            PDL=pdl,
+        )
+
+        def call(codes: Tensor, scale: Tensor, x: Tensor, tables: MoeTables) -> None:
+            of_tables = (tables.blocks, tables.num_blocks, tables.topk_ids, tables.valid_tokens)
+            launch.run(codes, x, scale, *of_tables, num_pairs)
+
+        return call

@@ -1,0 +1,168 @@
+"""The schedules of moe_shrink where they are launched: a class each, and of it an object a variant."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .. import _runtime as runtime
+from .._operands import Tensors
+from ..moe_align._op import MoeTables
+from ..moe_runs._op import MoeRuns
+from ._problem import (
+    CACHE_POLICIES,
+    Call,
+    PairsConfig,
+    Problem,
+    RunsConfig,
+    TokensConfig,
+    check,
+    choose,
+    programs,
+    split_k,
+)
+from ._table import QUANT, VARIANTS
+
+_OPERANDS = "v_ptr x_ptr a_ptrs x_scale_ptr x_scale_next"
+_ADAPTERS = "token_lora_mapping_ptr adapter_enabled_ptr lora_ranks_ptr"
+
+
+class _Schedule:
+    """What the variants of all schedules do."""
+
+    schedule: ClassVar[str]
+    config: ClassVar[type]
+    operands: ClassVar[str]
+
+    def __init__(self, kernel: Any) -> None:
+        self.name = runtime.variant_of(kernel)
+        self.facts = VARIANTS.of(self.name)
+        self._kernel = runtime.Launcher(kernel, self.operands)
+
+    def bind(self, problem: Problem, config: Any) -> Call:
+        """The launch for checked calls of these sizes, ready to be made again and again."""
+        raise NotImplementedError
+
+    def launch(
+        self,
+        config: Any,
+        v: Tensor,
+        x: Tensor,
+        lora_a: Tensors,
+        tables: MoeTables,
+        runs: MoeRuns,
+        x_scale: Tensor | None = None,
+    ) -> None:
+        """One call: checked, and made with the tiles ``config``; None: those of the rule.
+
+        Raises:
+            ValueError: something does not fit; nothing was launched.
+        """
+        facts = self.facts
+        dtype, rows, mode = facts["torch_dtype"], facts["rows"], facts["x_scales"]
+        problem = check(self.name, v, x, lora_a, tables, runs, dtype=dtype, rows=rows, x_scale=x_scale, mode=mode)
+        if problem.num_pairs > 0:
+            tiles = runtime.given(self.name, config, self.config) or choose(self.schedule, problem)
+            self.bind(problem, tiles)(v, x, lora_a, tables, runs, x_scale)
+
+    def _constants(self, problem: Problem, config: PairsConfig | RunsConfig | TokensConfig) -> dict[str, Any]:
+        """Of the kernels of all schedules."""
+        return {
+            "TOP_K": problem.top_k,
+            "MAX_LORAS": problem.max_loras,
+            "K": problem.k,
+            "RANK": problem.rank,
+            "X_STRIDE": problem.x_stride,
+            "X_SCALE_STRIDE": problem.x_scale_stride,
+            "A_STRIDE_L": problem.a_strides.adapter,
+            "A_STRIDE_E": problem.a_strides.expert,
+            "A_STRIDE_R": problem.a_strides.row,
+            "BLOCK_R": config.block_r,
+            "BLOCK_K": config.block_k,
+            "WEIGHTS": CACHE_POLICIES[config.weight_policy],
+            "PDL": runtime.traits(problem.device).pdl,
+        }
+
+
+class Pairs(_Schedule):
+    """Launches of pairs."""
+
+    schedule = "pairs"
+    config = PairsConfig
+    operands = f"{_OPERANDS} num_pairs topk_ids_ptr valid_tokens_ptr {_ADAPTERS}"
+
+    def bind(self, problem: Problem, config: PairsConfig) -> Call:
+        columns, constants = split_k(problem.k), self._constants(problem, config)
+        runtime.check_tile(self.name, "block_k", config.block_k, split_k=columns)
+        launch = self._kernel.bind(
+            problem.num_pairs * problem.slices * runtime.cdiv(problem.rank, config.block_r) * problem.parts,
+            runtime.Options(config.num_warps, pdl=not problem.reads_token and constants["PDL"]),
+            **constants,
+            NUM_EXPERTS=problem.num_experts,
+            LOCAL_EXPERT_START=problem.local_expert_start,
+            SPLIT_K=columns,
+        )
+        num_pairs, x_scale_next = problem.num_pairs, problem.x_scale_next
+
+        def call(v: Tensor, x: Tensor, lora_a: Tensors, tables: MoeTables, runs: MoeRuns, x_scale: Tensor | None) -> None:
+            adapters = (runs.token_lora_mapping, runs.adapter_enabled, runs.lora_ranks)
+            launch.run(v, x, lora_a, x_scale, x_scale_next, num_pairs, tables.topk_ids, tables.valid_tokens, *adapters)
+
+        return call
+
+
+class _Tiles(_Schedule):
+    """On matrix units."""
+
+    def _launch_of(self, problem: Problem, config: RunsConfig | TokensConfig) -> runtime.Bound:
+        if problem.x_scales == "group":
+            runtime.check_tile(self.name, "block_k", config.block_k, group_k=QUANT.group_k)
+        constants = self._constants(problem, config)
+        blocks, side, chunks, joined = programs(problem, config)
+        return self._kernel.bind(
+            blocks * side * chunks,
+            runtime.Options(config.num_warps, config.num_stages, constants["PDL"]),
+            **constants,
+            SIDE=side,
+            CHUNKS=chunks,
+            ROWS=config.rows,
+            JOINED=joined,
+            RANKED=problem.ranked,
+            STAGES=config.num_stages,
+        )
+
+
+class Runs(_Tiles):
+    """Launches of runs."""
+
+    schedule = "runs"
+    config = RunsConfig
+    operands = f"{_OPERANDS} pairs_ptr blocks_ptr num_blocks_ptr run_of_row_ptr runs_ptr"
+
+    def bind(self, problem: Problem, config: RunsConfig) -> Call:
+        launch, x_scale_next = self._launch_of(problem, config), problem.x_scale_next
+
+        def call(v: Tensor, x: Tensor, lora_a: Tensors, tables: MoeTables, runs: MoeRuns, x_scale: Tensor | None) -> None:
+            blocks = (tables.pairs, tables.blocks, tables.num_blocks)
+            launch.run(v, x, lora_a, x_scale, x_scale_next, *blocks, runs.run_of_row, runs.runs)
+
+        return call
+
+
+class Tokens(_Tiles):
+    """Launches of tokens."""
+
+    schedule = "tokens"
+    config = TokensConfig
+    operands = f"{_OPERANDS} num_tokens valid_tokens_ptr {_ADAPTERS}"
+
+    def bind(self, problem: Problem, config: TokensConfig) -> Call:
+        launch, x_scale_next = self._launch_of(problem, config), problem.x_scale_next
+        num_tokens = problem.num_tokens
+
+        def call(v: Tensor, x: Tensor, lora_a: Tensors, tables: MoeTables, runs: MoeRuns, x_scale: Tensor | None) -> None:
+            adapters = (runs.token_lora_mapping, runs.adapter_enabled, runs.lora_ranks)
+            launch.run(v, x, lora_a, x_scale, x_scale_next, num_tokens, tables.valid_tokens, *adapters)
+
+        return call

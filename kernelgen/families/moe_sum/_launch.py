@@ -1,0 +1,64 @@
+"""moe_sum where it is launched: an object a variant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import _runtime as runtime
+from ._problem import Call, Config, Problem, check, choose
+from ._table import VARIANTS
+
+
+class MoeSum:
+    """Launches of one variant."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.name = runtime.variant_of(kernel)
+        self.facts = VARIANTS.of(self.name)
+        self._kernel = runtime.Launcher(kernel, "out_ptr y_ptr topk_weights_ptr topk_ids_ptr valid_tokens_ptr num_tokens")
+
+    def launch(
+        self,
+        config: Config | None,
+        out: Tensor,
+        y: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor | None,
+        valid_tokens: Tensor | None,
+        **sizes: Any,
+    ) -> None:
+        """One call: checked, and made with the tiles ``config``; None: those of the rule.
+
+        Raises:
+            ValueError: something does not fit; nothing was launched.
+        """
+        operands, dtype = (out, y, topk_ids, topk_weights, valid_tokens), self.facts["torch_dtype"]
+        problem = check(self.name, *operands, dtype=dtype, weighted=self.facts["weighted"], **sizes)
+        if problem.num_tokens > 0:
+            self.bind(problem, runtime.given(self.name, config, Config) or choose(problem))(*operands)
+
+    def bind(self, problem: Problem, config: Config) -> Call:
+        """The launch for checked calls of these sizes, ready to be made again and again."""
+        pdl, num_tokens = runtime.traits(problem.device).pdl, problem.num_tokens
+        tokens = num_tokens if self.facts["zeroes"] else min(num_tokens, problem.tokens_hint)
+        launch = self._kernel.bind(
+            tokens * runtime.cdiv(problem.n, config.block_n),
+            runtime.Options(config.num_warps, pdl=pdl),
+            TOP_K=problem.top_k,
+            NUM_EXPERTS=problem.num_experts,
+            LOCAL_EXPERT_START=problem.local_expert_start,
+            N=problem.n,
+            OUT_STRIDE=problem.out_stride,
+            Y_STRIDE=problem.y_stride,
+            BLOCK_N=config.block_n,
+            PDL=pdl,
+        )
+
+        def call(
+            out: Tensor, y: Tensor, topk_ids: Tensor, topk_weights: Tensor | None, valid_tokens: Tensor | None
+        ) -> None:
+            launch.run(out, y, topk_weights, topk_ids, valid_tokens, num_tokens)
+
+        return call
