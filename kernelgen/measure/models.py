@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, Mapping, Sequence
+from typing import Any, Literal, Mapping, Sequence
 
 from kernelgen.core.diagnostics import failure
 from kernelgen.core.read import parse_json, read_file
@@ -115,11 +115,11 @@ _TOP_K = (
 _ACTIVATION = ("mlp_hidden_act", "hidden_act", "hidden_activation")
 
 
-def model_from_config(path: Path, tp: int = 1) -> Model:
-    """The shapes in a model's ``config.json``, for one of ``tp`` tensor-parallel ranks.
+def config_of(path: Path) -> list[Mapping[str, Any]]:
+    """A model's ``config.json``, behind the parts that multimodal models keep their language model in.
 
     Raises:
-        Failure: not a config, not of a mixture of experts, or not divisible by ``tp``.
+        Failure: it is no such file.
     """
     try:
         config = parse_json(read_file(path))
@@ -127,11 +127,22 @@ def model_from_config(path: Path, tp: int = 1) -> Model:
         raise failure("KG070", str(path), f"cannot be read as JSON: {error}", "name a model's config.json") from error
     if not isinstance(config, dict):
         raise failure("KG070", str(path), "wanted an object, as in a model's config.json")
-    # Multimodal models keep the language model's sizes one level down.
-    nested = [
-        config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), dict)
-    ]
-    sources = [*nested, config]
+    return [*(config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), dict)), config]
+
+
+def has_experts(sources: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a config that ``config_of`` read is of a mixture of experts."""
+    return any(source.get(name) for name in _EXPERTS for source in sources)
+
+
+def model_from_config(path: Path, tp: int = 1) -> Model:
+    """The shapes in a model's ``config.json``, for one of ``tp`` tensor-parallel ranks.
+
+    Raises:
+        Failure: not a config, not of a mixture of experts, or not divisible by ``tp``.
+    """
+    sources = config_of(path)
+    config = sources[-1]
 
     def size(names: Sequence[str]) -> int:
         for name in names:

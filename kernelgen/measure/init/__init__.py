@@ -1,0 +1,1 @@
+"""``kernelgen init``: the specs of the kernels that one model needs."""

@@ -1,0 +1,255 @@
+"""What a model and its adapters need: the shapes that their calls have, from configurations and the headers of files."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+from kernelgen.core.diagnostics import failure
+from kernelgen.integrations.architectures import ARCHITECTURES
+from kernelgen.integrations.peft.adapter import AdapterError
+from kernelgen.integrations.peft.files import opened
+from kernelgen.integrations.peft.keys import looks_routed, pairs, place, saved_weight
+from kernelgen.integrations.transformers import PACKED
+from kernelgen.measure.models import Layer, Model, config_of, has_experts, model_from_config
+
+BASES = ("generated", "foreign")
+Scales = tuple[str | None, str | None]  # of what there is one each: weights, activations
+DTYPES = {"bf16": "bfloat16", "f16": "float16"}
+_SILU = ("silu", "swish")
+# Linear layers whose outputs tensor parallelism cuts, and those whose inputs it does; it leaves others whole.
+_COLUMNS = {*PACKED, *(module for modules in PACKED.values() for module in modules)}
+_ROWS = {"o_proj", "down_proj"}
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterRanks:
+    """What one adapter changes."""
+
+    name: str
+    experts: int  # the largest rank on routed experts, 0: none
+    outer: bool  # whether all experts share the factors that face the hidden states
+    linears: Mapping[str, tuple[int, int, int]]  # module -> inputs, outputs, rank
+
+    @property
+    def linear(self) -> int:
+        """The largest rank on a linear layer, 0: none."""
+        return max((rank for *_, rank in self.linears.values()), default=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """A model as it is to be served."""
+
+    model: Model | None  # its experts; None: it has none
+    dtype: str  # bf16 or f16
+    quant: Scales
+    rank: int  # of the buffers of experts
+    linears: Mapping[Layer, tuple[int, str]]  # rank of its buffers, and the name of one of the layer
+    slots: int
+    bases: Sequence[str]
+    adapters: Sequence[AdapterRanks]
+
+    def shapes(self) -> list[tuple[str, dict[str, Any]]]:
+        """The shapes to warm up: class of the package, and its fields; dtypes by name."""
+        found: list[tuple[str, dict[str, Any]]] = []
+        dtype = {} if self.dtype == "bf16" else {"dtype": DTYPES[self.dtype]}
+        if self.model is not None:
+            model = self.model
+            routing = {"num_experts": model.experts, "top_k": model.top_k}
+            if "generated" in self.bases:
+                layer = {"hidden": model.hidden, "intermediate": model.intermediate, **routing, **dtype}
+                layer |= {} if model.gated else {"activation": "relu2"}
+                scales = {"weight_scales": self.quant[0], "x_scales": self.quant[1]}
+                layer |= {name: scale for name, scale in scales.items() if scale is not None}
+                adapters = {"rank": self.rank, "max_loras": self.slots, "adapter_enabled": True}
+                adapters |= {"lora_ranks": True} if self.rank > 16 else {}
+                out = {"out_dtype": DTYPES[self.dtype]}
+                found += [("FusedMoeShape", {**layer, **some}) for some in ({}, out, {**out, **adapters})]
+                if any(one.experts for one in self.adapters) and all(one.outer for one in self.adapters if one.experts):
+                    found.append(("FusedMoeShape", {**layer, **out, **adapters, "shared_outer": True}))
+            if "foreign" in self.bases:
+                more = {"rank": self.rank, **routing, "max_loras": self.slots, "adapter_enabled": True, **dtype}
+                for site in ("w13", "w2"):
+                    one = model.projection("w13" if site == "w13" else "w2")
+                    weighted = {"mul_routed_weight": True} if one.weighted else {}
+                    found.append(("MoeShape", {"k": one.k, "n": one.n, "slices": one.slices, **more, **weighted}))
+        for linear, (rank, _) in self.linears.items():
+            sizes = {"k": linear.k, "widths": linear.widths, "rank": rank, "max_loras": self.slots}
+            found.append(("LoraShape", {**sizes, **dtype}))
+        return found
+
+    def padding(self) -> list[tuple[str, str, str]]:
+        """Adapter, its ranks, and how much of its slot is zeros."""
+        wide = max((rank for rank, _ in self.linears.values()), default=0)
+        rows = []
+        for one in self.adapters:
+            ranks = [("experts", one.experts, self.rank), ("linear layers", one.linear, wide)]
+            there = [(what, rank, buffer) for what, rank, buffer in ranks if rank]
+            said = ", ".join(f"{what} {rank} of {buffer}" for what, rank, buffer in there)
+            waste = ", ".join(f"{100 * (buffer - rank) / buffer:.0f} %" for _, rank, buffer in there)
+            rows.append((one.name, said, waste))
+        return rows
+
+
+def needs(
+    config: Path,
+    folders: Sequence[Path],
+    *,
+    tp: int,
+    slots: int,
+    rank: int | None,
+    dtype: str | None,
+    bases: Sequence[str],
+) -> Needs:
+    """What the model of a ``config.json`` and adapters in these folders need.
+
+    Args:
+        tp: tensor-parallel ranks.
+        slots: adapters in the buffers.
+        rank: of the buffers; None: the largest of the adapters, rounded up to 8, 16 without adapters.
+        dtype: None: the configuration's.
+        bases: whose products adapters go into: "generated" ones, or between "foreign" ones.
+
+    Raises:
+        Failure: a file cannot be read, or asks for what is not served; exit code 2.
+    """
+    sources = config_of(config)
+    model = model_from_config(config, tp) if has_experts(sources) or not folders else None
+    adapters = [_ranks(folder, model) for folder in folders]
+    if model is None and not any(one.linears for one in adapters):
+        raise failure("KG070", str(config), "neither experts nor adapters on linear layers: there is nothing to serve")
+    quant: Scales = (None, None)
+    if model is not None and "generated" in bases:
+        _check_gate(config, sources)
+        quant = _quant(config, sources)
+    widest = max((one.experts for one in adapters), default=0)
+    _check_rank(rank, [max(one.experts, one.linear) for one in adapters])
+    of_experts = rank or max(8, -(-widest // 8) * 8) if adapters else rank or 16
+    linears = _linears(adapters, tp, rank)
+    return Needs(model, dtype or _dtype(config, sources), quant, of_experts, linears, slots, bases, adapters)
+
+
+def _ranks(folder: Path, model: Model | None) -> AdapterRanks:
+    experts, outer, linears = 0, True, {}
+    try:
+        with opened(folder) as (_, tensors):
+            for target, pair in pairs(name for name in tensors.shapes if saved_weight(name) is None).items():
+                a, b = (tensors.shapes[name] for name in pair)
+                if looks_routed(target):
+                    if model is None:
+                        raise AdapterError(f"{pair.a}: got factors of routed experts, wanted none, as the model has none")
+                    rank = a[0] // model.experts if place(target).form == "fused" else a[-2]
+                    experts = max(experts, rank)
+                    outer &= place(target).form == "stacked" and 1 in (a[0], b[0])
+                elif len(a) == len(b) == 2:
+                    linears[target] = (a[1], b[0], a[0])
+    except (AdapterError, OSError) as error:
+        raise failure("KG070", str(folder), f"not an adapter that can be read: {error}") from error
+    return AdapterRanks(folder.resolve().name, experts, outer and experts > 0, linears)
+
+
+def _check_rank(rank: int | None, ranks: Sequence[int]) -> None:
+    if rank is not None and max(ranks, default=0) > rank:
+        raise failure("KG070", "--rank", f"got {rank}, and an adapter has rank {max(ranks)}", "leave it out, or raise it")
+
+
+def _linears(adapters: Sequence[AdapterRanks], tp: int, rank: int | None) -> dict[Layer, tuple[int, str]]:
+    """Each kind of linear layer once; modules that engines run as one layer are slices of it."""
+    sizes: dict[str, tuple[int, int, int]] = {}
+    for adapter in adapters:
+        for module, (inputs, outputs, r) in adapter.linears.items():
+            known = sizes.setdefault(module, (inputs, outputs, r))
+            if known[:2] != (inputs, outputs):
+                message = f"{module} is {inputs} to {outputs} here, and {known[0]} to {known[1]} elsewhere"
+                raise failure("KG070", adapter.name, message)
+            sizes[module] = inputs, outputs, max(r, known[2])
+    groups: dict[str, list[str]] = {}
+    for module in sizes:
+        parent, _, last = module.rpartition(".")
+        packed = next((layer for layer, modules in PACKED.items() if last in modules), last)
+        groups.setdefault(f"{parent}.{packed}".lstrip("."), []).append(module)
+    found: dict[Layer, tuple[int, str]] = {}
+    for name, modules in groups.items():
+        last = name.rpartition(".")[2]
+        order = PACKED.get(last, (last,))
+        by_last = {module.rpartition(".")[2]: sizes[module] for module in modules}
+        if last == "qkv_proj" and by_last.keys() == {"q_proj", "v_proj"}:
+            by_last["k_proj"] = by_last["v_proj"]  # it is between them, and as wide as v
+        among = {size[0] for size in by_last.values()}
+        if len(among) > 1:
+            raise failure("KG070", name, f"its modules have {sorted(among)} inputs, wanted one number")
+        widths = tuple(_part(name, by_last[module][1], tp if last in _COLUMNS else 1) for module in order if module in by_last)
+        layer = Layer(_part(name, among.pop(), tp if last in _ROWS else 1), widths)
+        widest = max(size[2] for size in by_last.values())
+        before = found.get(layer, (0, name))
+        found[layer] = max(before[0], rank or -(-widest // 8) * 8), before[1]
+    return found
+
+
+def _part(name: str, size: int, tp: int) -> int:
+    if size % tp:
+        raise failure("KG070", name, f"{size} columns do not divide by tp {tp}")
+    return size // tp
+
+
+def _value(sources: Sequence[Mapping[str, Any]], *names: str) -> Any:
+    return next((source[name] for name in names for source in sources if source.get(name) is not None), None)
+
+
+def _dtype(config: Path, sources: Sequence[Mapping[str, Any]]) -> str:
+    said = str(_value(sources, "dtype", "torch_dtype") or "bfloat16").removeprefix("torch.")
+    for tag, dtype in DTYPES.items():
+        if dtype == said:
+            return tag
+    message = f"its dtype is {said[:40]}, and kernels are of {' or '.join(DTYPES.values())}"
+    raise failure("KG070", str(config), message, "--dtype says another")
+
+
+def _check_gate(config: Path, sources: Sequence[Mapping[str, Any]]) -> None:
+    """Raises Failure where generated products would not compute these experts."""
+    kinds = {source.get("model_type") for source in sources}
+    why = next((one.layer for one in ARCHITECTURES if one.model_type in kinds and one.layer and one.name != "NemotronH"), None)
+    act = _value(sources, "mlp_hidden_act", "hidden_act", "hidden_activation")
+    if why is None and act not in (None, *_SILU, "relu2"):
+        why = f"the activation {str(act)[:40]}"
+    if why is None and _value(sources, "swiglu_limit") is not None:
+        why = "a gate that clamps"
+    if why is not None:
+        hint = "--base foreign is for engines that run the experts themselves"
+        raise failure("KG070", str(config), f"its experts have {why}, which generated products do not compute", hint)
+
+
+_SCHEMES: Mapping[tuple[object, object], Scales] = {
+    ("block", "group"): ("group", "group"),
+    ("channel", "token"): ("channel", "token"),
+    ("tensor", "tensor"): ("tensor", "tensor"),
+}
+
+
+def _quant(config: Path, sources: Sequence[Mapping[str, Any]]) -> Scales:
+    """What there is a scale each of in an FP8 checkpoint."""
+    said = _value(sources, "quantization_config", "compression_config")
+    if said is None:
+        return None, None
+    found = _SCHEMES.get(_scheme(said) if isinstance(said, dict) else (None, None))
+    if found is None:
+        message = "its quantization is none that is known here: FP8 by tensor, by channel and token, or by 128 × 128"
+        raise failure("KG070", str(config), message, "--base foreign is for engines that run the experts themselves")
+    return found
+
+
+def _scheme(said: Mapping[str, Any]) -> tuple[object, object]:
+    static, block = said.get("activation_scheme") == "static", said.get("weight_block_size")
+    if said.get("quant_method") == "fp8" and block == [128, 128] and not static:
+        return "block", "group"
+    if said.get("quant_method") == "fp8" and block is None and static:
+        return "tensor", "tensor"
+    groups = said.get("config_groups")
+    if said.get("quant_method") != "compressed-tensors" or not isinstance(groups, dict) or len(groups) != 1:
+        return None, None
+    (group,) = groups.values()
+    sides = [group.get(side) if isinstance(group, dict) else None for side in ("weights", "input_activations")]
+    fp8 = [side for side in sides if isinstance(side, dict) and (side.get("type"), side.get("num_bits")) == ("float", 8)]
+    return (fp8[0].get("strategy"), fp8[1].get("strategy")) if len(fp8) == 2 else (None, None)

@@ -1,0 +1,190 @@
+"""``kernelgen init``: what a model needs, and a package of just that, which serves it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any, Callable, Iterator, Mapping
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from kernelgen.core.diagnostics import Failure
+from kernelgen.core.locate import SPECS
+from kernelgen.demo import bounds, models
+from kernelgen.emit import build
+from kernelgen.integrations.peft import Factors, read_adapter, stack_adapters
+from kernelgen.integrations.transformers import MoeCall, MoeLora, expert_shape
+from kernelgen.measure.init.needs import needs
+from kernelgen.measure.models import Layer
+from tests.test_peft import pair, write
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+QWEN = {
+    **{"model_type": "qwen3_moe", "hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128},
+    **{"num_experts_per_tok": 8, "hidden_act": "silu", "dtype": "bfloat16"},
+}
+LLAMA = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "torch_dtype": "float16"}
+
+
+def test_a_package_of_what_a_model_needs_serves_it(
+    kernelgen: Callable[..., tuple[int, str, str]], device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has a tenth of the whole, and is right, with base experts of its own and between foreign ones."""
+    torch.manual_seed(0)
+    model = models.qwen3_moe()
+    folders = [models.save_adapter(model, spec, tmp_path) for spec in models.ADAPTERS]
+    model.config.save_pretrained(tmp_path)
+    arguments = [word for folder in folders for word in ("--adapter", str(folder))]
+    arguments += ["--from", str(tmp_path / "config.json"), "--specs", str(tmp_path / "own/specs"), "--max-tokens", "64"]
+    code, out, err = kernelgen("init", *arguments, "--slots", "3", "--base", "generated", "--base", "foreign", "--json")
+    assert code == 0, err
+    said = json.loads(out)
+    assert [row["zeros"] for row in said["padding"]] == ["50 %", "0 %", "25 %"]
+    assert kernelgen("init", *arguments)[0] == 2  # there are specs already
+    build.build(tmp_path / "own/specs", tmp_path / "own")
+    monkeypatch.syspath_prepend(str(tmp_path / "own"))
+    (tmp_path / "own/generated").rename(tmp_path / "own/of_qwen")
+    own = importlib.import_module("of_qwen")
+    sizes = [sum(file.stat().st_size for file in p.rglob("*.py")) for p in (tmp_path / "own/of_qwen", SPECS.parent / "generated")]
+    assert sizes[0] < sizes[1] / 10
+
+    shape, model = expert_shape(model), model.to(device, torch.bfloat16)
+    adapters = [read_adapter(folder, shape) for folder in folders]
+    layers = stack_adapters(adapters, shape, dtype=torch.bfloat16, device=device)
+    mapping = torch.tensor([1, -1], dtype=torch.int32, device=device)
+    ids, weights = torch.tensor([[0, 5], [5, 3]], device=device), torch.rand(2, 2, device=device)
+    hidden, experts = torch.randn(2, shape.hidden, device=device).to(torch.bfloat16), model.model.layers[1].mlp.experts
+    factors = {name: Factors(*(t.to(device) for t in f)) for name, f in adapters[1].layers[1].items()}
+    for base in ("torch", "generated"):
+        with torch.no_grad(), MoeLora(model, layers, own, base=base).batch(mapping):
+            out = experts(hidden, ids, weights)
+        for row, held in ((slice(0, 1), factors), (slice(1, 2), {})):
+            call = MoeCall(1, hidden[row], ids[row], weights[row], out[row])
+            wanted = bounds.moe_layer(call, experts.gate_up_proj, experts.down_proj, held)
+            assert ((out[row] - wanted.value).abs() <= wanted.error).all()
+    code_of_shapes = [eval(text, {"kg": own, "torch": torch}) for text in said["warmup"]]
+    assert own.warmup(code_of_shapes, max_tokens=4, device=device) >= 0
+    for name in [name for name in sys.modules if name.startswith("of_qwen")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    def make(base: Mapping[str, Any], **more: Any) -> Path:
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps({**base, **more}))
+        return file
+
+    yield make
+
+
+PLAIN: dict[str, Any] = {"tp": 1, "slots": 4, "rank": None, "dtype": None, "bases": ("generated",)}
+BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+FLOAT8 = {"type": "float", "num_bits": 8}
+TOKENS = {"weights": {**FLOAT8, "strategy": "channel"}, "input_activations": {**FLOAT8, "strategy": "token"}}
+
+
+@pytest.mark.parametrize(
+    ("more", "arguments", "shape"),
+    [
+        ({}, {}, {"rank": 16, "max_loras": 4}),
+        ({}, {"rank": 64, "slots": 9, "tp": 2}, {"rank": 64, "max_loras": 9, "intermediate": 384, "lora_ranks": True}),
+        ({"dtype": "float16"}, {}, {"dtype": "float16", "out_dtype": "float16"}),
+        ({"hidden_act": "relu2"}, {}, {"activation": "relu2"}),
+        ({"quantization_config": BLOCKS}, {}, {"weight_scales": "group", "x_scales": "group"}),
+        (
+            {"quantization_config": {"quant_method": "fp8", "activation_scheme": "static"}},
+            {},
+            {"weight_scales": "tensor", "x_scales": "tensor"},
+        ),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"group_0": TOKENS}}},
+            {},
+            {"weight_scales": "channel", "x_scales": "token"},
+        ),
+    ],
+)
+def test_what_a_config_says(
+    more: dict[str, Any], arguments: dict[str, Any], shape: dict[str, Any], config: Callable[..., Path]
+) -> None:
+    (name, fields) = needs(config(QWEN, **more), [], **{**PLAIN, **arguments}).shapes()[-1]
+    assert name == "FusedMoeShape" and fields.items() >= shape.items()
+    assert ("x_scales" in fields) == ("x_scales" in shape)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"dtype": "float32"}, "its dtype is float32"),
+        ({"hidden_act": "gelu"}, "its experts have the activation gelu"),
+        ({"swiglu_limit": 7.0}, "its experts have a gate that clamps"),
+        ({"model_type": "gpt_oss"}, "its experts have biases, a gate that clamps"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "its quantization is none that is known"),
+        ({"quantization_config": {**BLOCKS, "weight_block_size": [64, 64]}}, "its quantization is none that is known"),
+        ({"num_experts": 0}, "is it a mixture of experts"),
+    ],
+)
+def test_what_a_config_cannot_say(more: dict[str, Any], words: str, config: Callable[..., Path]) -> None:
+    path = config(QWEN, **more)
+    with pytest.raises(Failure, match=words):
+        needs(path, [], **PLAIN)
+
+
+def test_linear_layers_of_adapters(config: Callable[..., Path], tmp_path: Path) -> None:
+    """Of a dense model: q, k and v as one layer, k too where v alone is adapted; cut for tensor parallelism."""
+    name = "base_model.model.model.layers.{}.{}".format
+
+    def adapter(folder: str, r: int, **sizes: tuple[int, int]) -> Path:
+        tensors: dict[str, torch.Tensor] = {}
+        for layer in (0, 1):
+            for module, (wide, tall) in sizes.items():
+                tensors |= pair(name(layer, module.replace("__", ".")), torch.ones(r, wide), torch.ones(tall, r))
+        return write(tmp_path / folder, tensors, r=r)
+
+    one = adapter("one", 12, self_attn__q_proj=(64, 64), self_attn__v_proj=(64, 32))
+    two = adapter("two", 64, self_attn__o_proj=(64, 64), mlp__up_proj=(64, 96))
+    path = config(LLAMA)
+    found = needs(path, [one, two], **{**PLAIN, "tp": 2})
+    assert {layer: rank for layer, (rank, _) in found.linears.items()} == {
+        Layer(64, (32, 16, 16)): 16,
+        Layer(32, (64,)): 64,
+        Layer(64, (48,)): 64,
+    }
+    assert {name for name, _ in found.shapes()} == {"LoraShape"} and found.dtype == "f16"
+    assert [row[1:] for row in found.padding()] == [("linear layers 12 of 64", "81 %"), ("linear layers 64 of 64", "0 %")]
+    for folders, arguments, words in (
+        ([], {}, "is it a mixture of experts"),
+        ([one], {"tp": 64}, "32 columns do not divide by tp 64"),
+        ([two], {"rank": 32}, "got 32, and an adapter has rank 64"),
+        ([tmp_path], {}, "not an adapter that can be read"),
+        ([one, adapter("three", 4, self_attn__q_proj=(32, 64))], {}, "is 32 to 64 here, and 64 to 64 elsewhere"),
+        ([adapter("four", 4, mlp__experts__0__up_proj=(64, 32))], {}, "got factors of routed experts, wanted none"),
+    ):
+        with pytest.raises(Failure, match=words):
+            needs(path, folders, **{**PLAIN, **arguments})
+
+
+@pytest.mark.slow
+def test_specs_are_narrowed_exactly(
+    kernelgen: Callable[..., tuple[int, str, str]], config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Every variant of the narrow specs is one of the whole ones, of FP8 too, and they are taken by a build."""
+    specs = tmp_path / "specs"
+    code, out, err = kernelgen(
+        "init", "--from", str(config(QWEN, quantization_config=BLOCKS)), "--specs", str(specs), "--max-tokens", "8", "--json"
+    )
+    assert code == 0, err
+    narrow = build.tree(specs)
+    families = {family.name: family for family in build.package(specs).families}
+    there = {path for path in narrow.files if path.startswith("generated/")}
+    assert all((SPECS.parent / path).exists() for path in there)
+    counts = {name: int(count.split()[0]) for name, count in json.loads(out)["variants"].items()}
+    assert {name: len(family.variants) for name, family in families.items()} == counts
+    assert counts["moe_quant"] == 2 and any("naive" in path for path in narrow.files)
