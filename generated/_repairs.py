@@ -163,10 +163,9 @@ def _speed_up_operands(interpreter: Any) -> None:
     def key(value: Any) -> str:
         return value.type.name if isinstance(value, tl.tensor) else repr(value)
 
-    def spread(value: Any, kind: Any) -> Any:
-        data = np.broadcast_to(value.handle.data, kind.shape)
-        mask = data.dtype == np.bool_
-        return tl.tensor(handle(data, tl.int1 if mask else value.handle.dtype.scalar), kind)
+    def spread(self: Any, value: Any, shape: Any) -> Any:
+        data = np.broadcast_to(value.data, shape)
+        return handle(data, tl.int1 if data.dtype == np.bool_ else value.dtype.scalar)
 
     def fit(self: Any, value: Any, wanted: Any) -> Any:
         if isinstance(wanted, tl.tensor):  # a number
@@ -175,7 +174,9 @@ def _speed_up_operands(interpreter: Any) -> None:
             return value
         if value.dtype.name != wanted.scalar.name:
             value = self.cast(value, wanted.scalar)
-        return value if value.type.name == wanted.name else spread(value, wanted)
+        if value.type.name == wanted.name:
+            return value
+        return tl.tensor(self.builder.create_spread(value.handle, wanted.shape), wanted)
 
     def once(stock: Callable[..., Any]) -> Callable[..., Any]:
         known: dict[tuple[Any, ...], Any] = {}
@@ -186,6 +187,9 @@ def _speed_up_operands(interpreter: Any) -> None:
                 x, y = known[asked]
                 return fit(self, left, x), fit(self, right, y)
             found = stock(self, left, right, *rules, **named)
+            for before, after in zip((left, right), found, strict=True):
+                if not isinstance(before, tl.tensor):
+                    after.handle.set_attr("number", True)
             if len(known) == 10_000:  # numbers may have no end
                 known.clear()
             known[asked] = tuple(
@@ -196,6 +200,7 @@ def _speed_up_operands(interpreter: Any) -> None:
 
         return pair
 
+    interpreter.InterpreterBuilder.create_spread = spread
     for name in ("binary_op_type_checking_impl", "broadcast_impl_value"):
         setattr(semantic, name, once(getattr(semantic, name)))
 
@@ -240,7 +245,7 @@ def is_narrow(dtype: tl.dtype) -> bool:
     return dtype.name in _NARROW
 
 
-def _widen(data: NDArray[Any], dtype: tl.dtype) -> NDArray[Any]:
+def widened(data: NDArray[Any], dtype: tl.dtype) -> NDArray[Any]:
     if dtype == tl.bfloat16:
         return (data.astype(np.uint32) << 16).view(np.float32)
     if dtype in _FLOAT8:
@@ -273,15 +278,15 @@ def _repair_numbers(interpreter: Any) -> None:
             if rounding == toward_zero:
                 return stock_fp_to_fp(self, source, to, rounding)
             return stock_cast(self, source, to)
-        values = _widen(source.data, old)
+        values = widened(source.data, old)
         if is_narrow(new):
             return handle(narrowed(values, new, rounding == toward_zero), new)
         return handle(values.astype(numpy_dtype(new)), new)
 
     def dot(self: Any, a: Any, b: Any, acc: Any, *options: Any) -> Any:
         # The sum of a tile is rounded to fp32 once, so that a row's bits do not depend on its place in the tile.
-        x = _widen(a.data, a.dtype.scalar).astype(np.float64)
-        y = _widen(b.data, b.dtype.scalar).astype(np.float64)
+        x = widened(a.data, a.dtype.scalar).astype(np.float64)
+        y = widened(b.data, b.dtype.scalar).astype(np.float64)
         return handle(np.matmul(x, y).astype(acc.data.dtype) + acc.data, acc.dtype.scalar)
 
     def in_float32(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -292,7 +297,7 @@ def _repair_numbers(interpreter: Any) -> None:
             else:
                 return stock(self, *arguments)
             wide = [
-                handle(_widen(a.data, a.dtype.scalar), tl.float32) if isinstance(a, handle) else a
+                handle(widened(a.data, a.dtype.scalar), tl.float32) if isinstance(a, handle) else a
                 for a in arguments
             ]
             result = stock(self, *wide).data
@@ -310,7 +315,7 @@ def _repair_numbers(interpreter: Any) -> None:
             if narrow is None:
                 return stock(self, inputs)
             wide = tuple(
-                retype(t, _widen(t.handle.data, t.dtype), tl.float32) if t.dtype == narrow else t
+                retype(t, widened(t.handle.data, t.dtype), tl.float32) if t.dtype == narrow else t
                 for t in inputs
             )
             results = stock(self, wide)

@@ -321,6 +321,7 @@ def which(words: Sequence[str], specs: Path, out: Path) -> Report:
     show_default=True,
     help="Interpret the kernels, or compile and run them on the GPU.",
 )
+@click.option("--exact", is_flag=True, help="In exact algebra, where every variant must equal the reference.")
 @click.option(
     "-j",
     "--jobs",
@@ -329,8 +330,10 @@ def which(words: Sequence[str], specs: Path, out: Path) -> Report:
 )
 @_specs_option
 @_out_option
-def verify(only: str | None, device: str, jobs: int | None, specs: Path, out: Path) -> Report:
+def verify(only: str | None, device: str, exact: bool, jobs: int | None, specs: Path, out: Path) -> Report:
     """Run every variant on its cases against the fp64 reference, and show the worst error over its bound."""
+    if exact and device != "cpu":
+        raise click.UsageError("--exact interprets the kernels: --device cpu")
     from kernelgen.core.progress import progress
     from kernelgen.emit import build as pipeline
     from kernelgen.prove import verify as proof
@@ -338,7 +341,7 @@ def verify(only: str | None, device: str, jobs: int | None, specs: Path, out: Pa
     workers = jobs or min(_cores(), 12)
     pipeline.require_current(specs, out, only, workers)
     result = proof.run(
-        out, specs=specs, only=only, device=device, workers=workers, progress=progress("verifying")
+        out, specs=specs, only=only, device=device, exact=exact, workers=workers, progress=progress("verifying")
     )
     for finding in result.findings:
         click.echo(str(finding), err=True)

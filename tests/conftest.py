@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process of pytest-xdist is a core; numpy reads it where it is imported
+
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -24,7 +27,7 @@ INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 # Tests of that folder compile kernels, for GPUs that need not be there; test_compiled.py runs them.
 collect_ignore_glob = ["compiled/*"] if INTERPRETED else []
 
-torch.set_num_threads(1)  # a process of pytest-xdist is a core
+torch.set_num_threads(1)
 if INTERPRETED:
     from kernelgen.prove import interpreter
 

@@ -290,17 +290,21 @@ class Bench:
         path = names.family_path(variant.family, variant.module)
         return (self._out / path).read_text("utf-8")
 
+    def place(self, variant: Variant, text: str) -> tuple[str, Variant]:
+        """Put a changed text of a variant beside it: the name of the package, and the variant whose module it is."""
+        self._tried += 1
+        module = f"mutant_{self._tried}"
+        Path(self._folder.name, self._name, variant.family, f"{module}.py").write_text(text, "utf-8")
+        importlib.invalidate_caches()
+        return self._name, dataclasses.replace(variant, module=module)
+
     def fate(
         self, suite: Suite, variant: Variant, mutant: Mutant, only: Sequence[Case] = ()
     ) -> Fate:
         """Try a mutant on all cases that fit the variant, or on some."""
-        self._tried += 1
-        module = f"mutant_{self._tried}"
-        folder = Path(self._folder.name, self._name, variant.family)
-        (folder / f"{module}.py").write_text(mutant.text, "utf-8")
-        importlib.invalidate_caches()
+        _, changed = self.place(variant, mutant.text)
         try:
-            launcher = dataclasses.replace(variant, module=module).launcher(self._package)
+            launcher = changed.launcher(self._package)
         except Exception:
             return Fate(variant.name, mutant, "import")
         if variant.name not in self._cases:

@@ -2,6 +2,7 @@
 
 Every variant meets the core cases of its family. Every other case meets each combination of the tags of the body axes (for
 MoE-LoRA: schedule and rank bucket) in one variant, the one with the fewest cases so far, so that dtypes and flags take turns.
+In exact algebra every kernel's text meets the cases that its family names for it, ``EXACT``.
 
 ``Suite.quick`` is a part of that for a person who waits: each template still meets each kind of case, and each body some case.
 """
@@ -99,6 +100,19 @@ class Suite:
         sets = [*bodies, *((SCHEDULE, axis) for axis in variant.tags)]
         return frozenset(tuple((axis, variant.tags[axis]) for axis in axes if axis in variant.tags) for axes in sets)
 
+    @functools.cached_property
+    def exact(self) -> tuple[tuple[Variant, Case], ...]:
+        """Which variant meets which case in exact algebra: one of those whose kernels differ in dtypes alone."""
+        texts: dict[tuple[str, ...], Variant] = {}
+        for variant in self.variants:
+            texts.setdefault(tuple(tag for axis, tag in variant.tags.items() if axis != "dtype"), variant)
+        return tuple((variant, case) for variant in texts.values() for case in self.exact_cases(variant))
+
+    def exact_cases(self, variant: Variant) -> list[Case]:
+        """The cases that a variant meets in exact algebra: those that its family names."""
+        named = getattr(self._cases, "EXACT", ())
+        return [case for case in self._cases.CASES if case.name in named and case.fits(variant.tags)]
+
     @property
     def laws(self) -> Sequence[Law]:
         """What holds between variants, and between calls."""
@@ -115,6 +129,22 @@ class Suite:
         _skip_without_gpu(case, device)
         package = importlib.import_module(self.package)
         return self.check_launcher(package, variant.launcher(package), variant, case, device)
+
+    def check_exactly(self, variant: Variant, case: Case, device: str) -> None:
+        """Run a case on a variant in exact algebra.
+
+        Raises:
+            AssertionError: a kernel made other elements than the reference, or the variant is wrong in numbers.
+            Lost: an operation has no rule in exact algebra.
+            SkipTest: kernels are not interpreted.
+        """
+        if device != "cpu":
+            raise unittest.SkipTest("exact algebra interprets kernels")
+        from kernelgen.prove.exact import exact_algebra  # imports triton
+
+        with exact_algebra() as algebra:
+            self.check(variant, case, device)
+        assert algebra.compared, f"{case}: nothing was compared in exact algebra"
 
     def check_launcher(
         self,

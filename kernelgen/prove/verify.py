@@ -1,4 +1,5 @@
-"""The generated tests as a command: every variant on its cases and every law, with the worst error over its bound.
+"""The generated tests as a command: every variant on its cases and every law, with the worst error over its bound; or every
+variant in exact algebra, where it equals its reference.
 
 What is run is what ``tests/generated`` holds, in processes of their own: Triton interprets or compiles, not both.
 """
@@ -57,6 +58,7 @@ class Result:
     device: str
     outcomes: Sequence[Outcome]
     seconds: float
+    exact: bool = False
 
     @property
     def findings(self) -> list[Diagnostic]:
@@ -73,6 +75,7 @@ class Result:
         """The fields of a report."""
         return {
             "device": self.device,
+            "exact": self.exact,
             "seconds": round(self.seconds, 1),
             "outcomes": [dataclasses.asdict(outcome) for outcome in self.outcomes],
             "findings": [finding.as_json() for finding in self.findings],
@@ -83,9 +86,10 @@ class Result:
         ran = [outcome for outcome in self.outcomes if not outcome.skipped]
         wrong = len(self.findings)
         worst = max((outcome.ratio for outcome in ran), default=0.0)
+        how = "equal to the reference in exact algebra" if self.exact else f"the largest error is {worst:.3f} of its bound"
         return (
             f"{self.device}: {len(ran)} checks in {self.seconds:.0f} s, {wrong} wrong, "
-            f"{len(self.outcomes) - len(ran)} skipped; the largest error is {worst:.3f} of its bound"
+            f"{len(self.outcomes) - len(ran)} skipped; {how}"
         )
 
     def table(self) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
@@ -113,6 +117,7 @@ def run(
     specs: Path | None = None,
     only: str | None = None,
     device: str = "cpu",
+    exact: bool = False,
     workers: int = 1,
     progress: Progress = no_progress,
 ) -> Result:
@@ -123,6 +128,7 @@ def run(
         specs: the folder of the specs, beside which rooms may be; None: the usual one.
         only: a glob on the names of variants; laws are then left out.
         device: "cpu" interprets, "cuda" compiles and runs on the GPU.
+        exact: instead, every variant on the cases of exact algebra, without laws.
         workers: processes.
 
     Raises:
@@ -130,7 +136,7 @@ def run(
     """
     start = time.monotonic()
     _require(device)
-    tasks = list(_tasks(suites(out), only))
+    tasks = list(_tasks(suites(out), only, exact))
     if not tasks:
         names = [v.name for s in suites(out).values() for v in s.variants]
         hint = did_you_mean(only or "", names, "kernelgen list shows the names")
@@ -138,10 +144,10 @@ def run(
     specs = specs or find_specs()
     for family, subject in tasks:
         laboratory(family, "laws" if subject == _LAW else "cases", specs)
-    work = functools.partial(_run, out.resolve(), specs.resolve(), device)
+    work = functools.partial(_run, out.resolve(), specs.resolve(), device, exact)
     done = in_processes(work, tasks, workers, progress, method="spawn")
     outcomes = [outcome for task, found in zip(tasks, done, strict=True) for outcome in _told(task, found)]
-    return Result(device, outcomes, time.monotonic() - start)
+    return Result(device, outcomes, time.monotonic() - start, exact)
 
 
 @functools.cache
@@ -182,12 +188,12 @@ def _require(device: str) -> None:
             raise failure("KG061", device, "torch sees no GPU here", hint)
 
 
-def _tasks(found: dict[str, Suite], only: str | None) -> Iterator[_Task]:
+def _tasks(found: dict[str, Suite], only: str | None, exact: bool) -> Iterator[_Task]:
     for family, suite in found.items():
         for variant in suite.variants:
-            if only is None or fnmatch.fnmatchcase(variant.name, only):
+            if (only is None or fnmatch.fnmatchcase(variant.name, only)) and (not exact or suite.exact_cases(variant)):
                 yield family, variant.name
-        if only is None:
+        if only is None and not exact:
             yield family, _LAW
 
 
@@ -195,6 +201,7 @@ def _tasks(found: dict[str, Suite], only: str | None) -> Iterator[_Task]:
 def start_worker(out: Path, device: str) -> None:
     """Make this process one that runs kernels on ``device``; further calls do nothing."""
     os.environ["TRITON_INTERPRET"] = "1" if device == "cpu" else "0"
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process is a core; numpy reads it where it is imported
     sys.path.insert(0, str(out))
     import torch
 
@@ -205,7 +212,7 @@ def start_worker(out: Path, device: str) -> None:
         interpreter.install()
 
 
-def _run(out: Path, specs: Path, device: str, task: _Task) -> list[Outcome]:
+def _run(out: Path, specs: Path, device: str, exact: bool, task: _Task) -> list[Outcome]:
     start_worker(out, device)
     serve(specs)
     family, subject = task
@@ -213,12 +220,10 @@ def _run(out: Path, specs: Path, device: str, task: _Task) -> list[Outcome]:
     if subject == _LAW:
         laws = [(law.name, functools.partial(suite.uphold, law, device)) for law in suite.laws]
         return [_outcome(family, subject, name, check) for name, check in laws]
-    cases = [
-        (case.name, functools.partial(suite.check, variant, case, device))
-        for variant, case in suite.pairs
-        if variant.name == subject
-    ]
-    return [_outcome(family, subject, name, check) for name, check in cases]
+    variant = next(variant for variant in suite.variants if variant.name == subject)
+    check: Callable[..., float | None] = suite.check_exactly if exact else suite.check
+    cases = suite.exact_cases(variant) if exact else [case for met, case in suite.pairs if met == variant]
+    return [_outcome(family, subject, case.name, functools.partial(check, variant, case, device)) for case in cases]
 
 
 def _told(task: _Task, found: list[Outcome] | Fault) -> list[Outcome]:

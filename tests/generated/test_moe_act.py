@@ -30,6 +30,11 @@ def test_variant(variant: Variant, case: Case, device: str) -> None:
     SUITE.check(variant, case, device)
 
 
+@pytest.mark.parametrize("variant, exact", SUITE.exact, ids=str)
+def test_exact(variant: Variant, exact: Case, device: str) -> None:
+    SUITE.check_exactly(variant, exact, device)
+
+
 @pytest.mark.parametrize("law", SUITE.laws, ids=str)
 def test_law(law: Law, device: str) -> None:
     SUITE.uphold(law, device)

@@ -16,6 +16,7 @@ from kernelgen.families.lora_expand.reference import lora_expand
 from kernelgen.families.lora_inputs import HUGE, LAYOUTS, Case
 
 BODY = ("rank", "add_inputs")
+EXACT = ("ragged", "w8_rank_groups")  # what exact algebra takes on every text
 
 _RANY = {"rank": ("rany",)}
 _SCALES = ("weight_quant",)

@@ -16,6 +16,7 @@ from kernelgen.families.lora_inputs import Case
 from kernelgen.families.lora_shrink.reference import lora_shrink
 
 BODY = ("rank",)
+EXACT = ("ragged", "w8_groups", "a8_groups", "w8_rank_groups")  # what exact algebra takes on every text
 
 _RANY = {"rank": ("rany",)}
 _SCALES = ("weight_quant", "act_quant")

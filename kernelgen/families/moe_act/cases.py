@@ -17,6 +17,7 @@ from kernelgen.families.moe_act.reference import moe_act
 from kernelgen.families.moe_experts import SPREAD, Experts, draw
 
 BODY = ("epilogue",)
+EXACT = ("ragged",)  # what exact algebra takes on every text
 
 _HUGE = 2**31 + 64  # elements: out of reach of a 32-bit offset
 

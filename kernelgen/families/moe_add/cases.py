@@ -18,6 +18,7 @@ from kernelgen.families.moe_add.reference import moe_add
 from kernelgen.families.moe_routing import SPREAD, Routing, Sizes, draw
 
 BODY = ("dtype",)
+EXACT = ("mixed",)  # what exact algebra takes on every text
 
 _HUGE = 2**31 + 64  # elements: out of reach of a 32-bit offset
 

@@ -27,6 +27,7 @@ from kernelgen.families.moe_lora.reference import dequantise
 from kernelgen.families.moe_runs.reference import moe_runs
 
 BODY = ("schedule", "rows", "epilogue")
+EXACT = ("ragged", "fp8")  # what exact algebra takes on every text
 _QUANTS = ("schedule", "rows", *QUANT_AXES)  # what FP8 operands and their scales pass through
 
 # Tiles that small shapes can be less than, equal to and greater than.

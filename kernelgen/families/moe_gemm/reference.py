@@ -138,8 +138,9 @@ def moe_sum(
     bounds = torch.zeros_like(values)
     for pair, _ in local:
         token, j = divmod(pair, top_k)
-        weight = 1.0 if topk_weights is None else float(topk_weights[token, j].float())
-        part = weight * y[token, j].double()
+        part = y[token, j].double()
+        if topk_weights is not None:
+            part = topk_weights[token, j].float().double() * part
         values[token] += part
         bounds[token] += (top_k + 1) * (_FP32 * part.abs() + _FP32_TINY)
     bounds += cast_error(values.abs() + bounds, dtype)

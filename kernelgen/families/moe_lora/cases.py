@@ -15,6 +15,7 @@ from kernelgen.families.moe_routing import Routing
 __all__ = ["BODY", "CASES", "check"]
 
 BODY = ("schedule", "rank")
+EXACT = ("ragged", "w8_groups", "a8_groups")  # what exact algebra takes on every text
 
 
 def _only(**axes: str) -> Mapping[str, Sequence[str]]:

@@ -17,6 +17,7 @@ from kernelgen.families.moe_lora_inputs import LAYOUTS
 from kernelgen.families.moe_routing import Routing
 
 BODY = ("schedule", "rank")
+EXACT = ("ragged",)  # what exact algebra takes on every text
 
 _ANY_RANK: Mapping[str, Any] = {"body": ("schedule",)}  # what has nothing to do with the rank
 _RANY = {"rank": ("rany",)}

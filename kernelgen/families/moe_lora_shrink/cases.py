@@ -16,6 +16,7 @@ from kernelgen.families.moe_lora_shrink.reference import moe_lora_shrink
 from kernelgen.families.moe_routing import Routing
 
 BODY = ("schedule", "rank")
+EXACT = ("ragged", "in_one")  # what exact algebra takes on every text
 
 _ANY_RANK: Mapping[str, Any] = {"body": ("schedule",)}  # what has nothing to do with the rank
 _RANY = {"rank": ("rany",)}

@@ -12,7 +12,7 @@ import torch
 from kernelgen.families import quant
 from kernelgen.families.buffers import Guarded, allocate, positions, row_major, seal
 from kernelgen.families.case import Case as BaseCase
-from kernelgen.families.case import Tags
+from kernelgen.families.case import Tags, compare_exactly
 from kernelgen.families.lora_inputs import dtype_of
 from kernelgen.families.moe_experts import SPREAD, Experts, Routed, draw
 from kernelgen.families.moe_gemm.cases import Case as GemmCase
@@ -20,6 +20,7 @@ from kernelgen.families.moe_gemm.cases import tables_of
 from kernelgen.families.moe_quant.reference import moe_quant
 
 BODY = ("order", "act_quant")
+EXACT = ("ragged",)  # what exact algebra takes on every text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,9 +120,11 @@ class Call:
         x, rows = self.x.cpu()[self.rows], self.rows.to(self.x.device)
         codes, scale = moe_quant(x, self.width, self.codes.view.dtype, self.given)
         found = self.codes.view[rows].cpu()
+        compare_exactly(found, codes)
         same = (found.float() == codes.float()) | (found.float().isnan() & codes.float().isnan())
         assert same.all(), f"{int((~same).sum())} of {same.numel()} codes are off"
         if self.given is None:
+            compare_exactly(self.scale.view[rows].cpu(), scale)
             wrong = int((self.scale.view[rows].cpu() != scale).sum())
             assert not wrong, f"{wrong} of {scale.numel()} scales are off"
         for guarded in (self.codes, self.scale):

@@ -29,6 +29,7 @@ from kernelgen.families.moe_runs.reference import moe_runs
 from kernelgen.families.moe_shrink.reference import moe_shrink
 
 BODY = ("schedule", "rows")
+EXACT = ("ragged", "fp8")  # what exact algebra takes on every text
 _SCALES = (*BODY, "act_quant")  # what an FP8 x and its scales pass through
 _SPREAD = Adapters("spread", 2)
 

@@ -17,6 +17,7 @@ from kernelgen.families.moe_experts import SPREAD, Experts, draw
 from kernelgen.families.moe_sum.reference import moe_sum
 
 BODY = ("routed_weight", "rest")
+EXACT = ("ragged",)  # what exact algebra takes on every text
 
 _HUGE = 2**31 + 64  # elements: out of reach of a 32-bit offset
 
