@@ -50,11 +50,14 @@ COMMANDS = {
     "verify -j 2 --only moe_*": 8,
     "compile -j 2 --only moe_act_* --full": 8,
 }
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+# Each command once, by another signal, then by the others.
+STOPS = [(command, SIGNALS[(place + turn) % 3]) for turn in range(3) for place, command in enumerate(COMMANDS)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.slow(keep=4)
+@pytest.mark.parametrize(("command", "number"), STOPS, ids=str)
 def test_a_command_that_is_stopped_leaves_no_process(command: str, number: signal.Signals, tmp_path: Path) -> None:
     """As a terminal does on ^C, SIGINT goes to the whole group; it ends with 130 and no traceback. Others go to the command."""
     delay = random.Random(command + number.name).uniform(0, COMMANDS[command])

@@ -44,6 +44,7 @@ def lint(folder: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_what_new_writes_is_right_as_it_is(tmp_path: Path) -> None:
     commands = [["new", "twice"], ["build"], ["verify", "-j", "1"], ["which", "twice"]]
     (tmp_path / "specs").mkdir()

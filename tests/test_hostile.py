@@ -25,7 +25,7 @@ from kernelgen.measure import suites
 from kernelgen.measure.tune import space
 
 ROOT = Path(__file__).parent.parent
-LINES = 1000
+LINES = 250
 WORDS = [
     "", " ", "-", "--", "-1", "0", "1", "07", "1e3", "nan", "1_000", "99999999999999999999999", "²", "٣",
     "\udcff\udcfe", "é\u0301", "\N{RIGHT-TO-LEFT OVERRIDE}", "\x1b[2J", "\N{PILE OF POO}" * 99, "x" * 20_000,
@@ -209,10 +209,12 @@ def value(rng: random.Random, parameter: click.Parameter, paths: list[str]) -> s
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="some of them would measure")
-def test_any_command_line_ends_well(work: Path, kernelgen, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow(keep=1)
+@pytest.mark.parametrize("seed", range(4))
+def test_any_command_line_ends_well(seed: int, work: Path, kernelgen, monkeypatch: pytest.MonkeyPatch) -> None:
     absent = subprocess.CompletedProcess([], 1, "", "ModuleNotFoundError: No module named 'torch'")
     monkeypatch.setattr(doctor, "_run", lambda program: absent)  # it takes seconds
-    paths, rng = places(work), random.Random(0)
+    paths, rng = places(work), random.Random(seed)
     for _ in range(LINES):
         words = line(rng, paths)
         code, stdout, stderr = kernelgen(*words)

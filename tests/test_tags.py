@@ -55,8 +55,8 @@ def hosts(name: str) -> dict[str, set[str]]:
     return wiring.hosts(family, outputs)
 
 
-def refusals(folder: Path, axis: str) -> list[Diagnostic]:
-    """Why a build refuses the spec in ``folder``, as far as the ``axis`` is concerned."""
+def refusals(folder: Path, axis: str, tag: str) -> list[Diagnostic]:
+    """Why a build refuses the spec in ``folder``, as far as the ``tag`` of the ``axis`` is concerned."""
     families, faults = load.load(folder)
     package, found = expand(families)
     if faults or found:
@@ -67,7 +67,8 @@ def refusals(folder: Path, axis: str) -> list[Diagnostic]:
     if unheeded:
         return unheeded
     outputs = Outputs(RENDERER, build.rooms(SPECS))
-    outputs.render(assemble._variant_output(variant, family) for variant in family.variants)
+    tagged = (variant for variant in family.variants if getattr(variant, axis) == tag)
+    outputs.render(assemble._variant_output(variant, family) for variant in tagged)
     return outputs.faults
 
 
@@ -80,7 +81,7 @@ def test_a_known_tag_is_served_or_refused_at_its_line(family: Family, tmp_path: 
             text = with_tag(family, axis, tag)
             file.write_text(text)
             line = next(number for number, line in enumerate(text.splitlines(), 1) if line.startswith(f"  {axis}: "))
-            places = {(fault.location.path, fault.location.line) for fault in refusals(tmp_path, axis)}
+            places = {(fault.location.path, fault.location.line) for fault in refusals(tmp_path, axis, tag)}
             served = (family.name, axis, tag) in SERVED
             assert places == (set() if served else {(str(file), line)}), f"{axis} {tag}: {places}"
 

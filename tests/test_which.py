@@ -113,11 +113,9 @@ _LAYER = f"{_SIZES} --hidden {K} --intermediate {N}"
 def test_a_call_gets_what_which_says(case: str, call, kernelgen, monkeypatch: pytest.MonkeyPatch) -> None:
     family = case.split()[0]
     launched: list[str] = []
-    launch = kg._runtime.Launcher.launch
 
-    def noted(self: Any, *arguments: Any) -> Any:
+    def noted(self: Any, *arguments: Any) -> None:  # what a kernel computes is not asked
         launched.append(self.kernel.fn.__name__)
-        return launch(self, *arguments)
 
     monkeypatch.setattr(kg._runtime.Launcher, "launch", noted)
     with kg._runtime.choosing({}):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import sys
 from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
@@ -81,6 +82,7 @@ def module_of(path: str) -> tuple[str, ...]:
     return tuple(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@functools.lru_cache(maxsize=2000)  # modules that no spec changes are of every package that a process makes
 def outline(path: str, text: str) -> Outline | None:
     """The outline of the module in the file ``path`` of a package; of a ``text`` that is not Python: None."""
     try:

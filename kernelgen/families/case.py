@@ -23,7 +23,7 @@ class Case:
         name: by its relation to the tile, or what is special.
         why: the fault that it would show.
         only: axis -> the tags that it makes sense for; other axes are free.
-        core: run on every variant, not on one variant of each body.
+        core: run on half of the variants of each body, not on one; each variant meets some of these, or the only one.
         body: axes of which each combination of tags must meet the case; empty: those that the family names as its body.
         needs_gpu: too large to be interpreted.
     """

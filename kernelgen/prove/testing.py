@@ -1,7 +1,8 @@
 """What the generated tests call: which case meets which variant, and the checks themselves.
 
-Every variant meets the core cases of its family. Every other case meets each combination of the tags of the body axes (for
-MoE-LoRA: schedule and rank bucket) in one variant, the one with the fewest cases so far, so that dtypes and flags take turns.
+Every case meets each combination of the tags of the body axes (for MoE-LoRA: schedule and rank bucket). Core cases meet half of
+its variants, such that each variant meets some of them; other cases meet one, that with the fewest cases so far, so that dtypes
+and flags take turns.
 In exact algebra every kernel's text meets the cases that its family names for it, ``EXACT``.
 
 ``Suite.quick`` is a part of that for a person who waits: each template still meets each kind of case, and each body some case.
@@ -15,6 +16,7 @@ import functools
 import importlib
 import math
 import unittest
+import zlib
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Callable, Sequence
 
@@ -188,6 +190,7 @@ class Suite:
     def _plan(self) -> dict[Variant, list[Case]]:
         plan: dict[str, list[Case]] = {variant.name: [] for variant in self.variants}
         cases: dict[tuple[str, ...], list[Case]] = {}
+        shares_core = sum(case.core for case in self._cases.CASES) > 1
         for case in self._cases.CASES:
             cases.setdefault(tuple(case.body or self._cases.BODY), []).append(case)
         for axes, members in cases.items():
@@ -195,8 +198,11 @@ class Suite:
                 turn = 3 * number % len(body)
                 for case in members:
                     fitting = [v for v in body[turn:] + body[:turn] if case.fits(v.tags)]
-                    if fitting and not case.core:
-                        fitting = [min(fitting, key=lambda v: len(plan[v.name]))]
+                    if not case.core:
+                        fitting = sorted(fitting, key=lambda v: len(plan[v.name]))[:1]
+                    elif shares_core:  # by a number that is no order of tags, so that each half has some of each
+                        order = {v: (sum(c.core for c in plan[v.name]), zlib.crc32(v.name.encode())) for v in fitting}
+                        fitting = sorted(fitting, key=order.__getitem__)[: (len(fitting) + 1) // 2]
                     for variant in fitting:
                         plan[variant.name].append(case)
         return {variant: plan[variant.name] for variant in self.variants}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, Collection, Iterable, Mapping, Sequence
 
@@ -112,9 +113,16 @@ def _spec_files(folder: Path, missing_ok: bool = False) -> list[Path]:
     return files
 
 
+@functools.lru_cache(maxsize=64)  # a process that asks again finds most files as they were
+def _parsed(path: str, data: bytes) -> tuple[Node | None, tuple[Diagnostic, ...]]:
+    root, faults = parse(path, data)
+    return root, tuple(faults)
+
+
 def _read(file: Path) -> tuple[Node | None, list[Diagnostic]]:
     try:
-        return parse(str(file), read_file(file, MAX_BYTES))
+        root, faults = _parsed(str(file), read_file(file, MAX_BYTES))
+        return root, list(faults)
     except OSError as error:
         raise os_failure(error, file) from None
     except Failure as failed:
