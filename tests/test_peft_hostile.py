@@ -41,7 +41,8 @@ CONFIG = {
 }
 Config = dict[str, Any]
 Tensors = dict[str, torch.Tensor]
-Updates = dict[tuple[int, str], torch.Tensor]  # (layer, "gate", "up" or "down") -> [E, out, in]
+# (layer, "gate", "up" or "down") -> [E, out, in], and (-1, name) of a linear layer -> [out, in]
+Updates = dict[tuple[int, str], torch.Tensor]
 
 
 # Folders to begin with.
@@ -117,7 +118,13 @@ def second_reading(folder: Path) -> Updates | None:
                 named = re.fullmatch(r".*experts(\.base_layer)*", target)
                 parameter = "down_proj" if part == "down" else "gate_up_proj"
                 whole[rows] = update * scaling(config, f"{target.split('.base_layer')[0]}.{parameter}" if named else target)
-    return {key: update.nan_to_num(nan=0.0) for key, update in updates.items()} or None
+        elif sides["A"].dim() == sides["B"].dim() == 2:
+            if len(sides["A"]) != config["r"] or sides["B"].shape[1] != config["r"]:
+                return None
+            updates[-1, target] = sides["B"].double() @ sides["A"].double() * scaling(config, target)
+    if not any(layer >= 0 for layer, _ in updates):
+        return None
+    return {key: update.nan_to_num(nan=0.0) if key[0] >= 0 else update for key, update in updates.items()}
 
 
 def known(config: Any) -> bool:
@@ -171,6 +178,7 @@ def claimed(name: str, a: torch.Tensor, b: torch.Tensor, r: int) -> list[tuple[s
 
 def assert_same(adapter: Adapter, wanted: Updates) -> None:
     read = {(layer, part): factors for layer, parts in adapter.layers.items() for part, factors in parts.items()}
+    read |= {(-1, name): factors for name, factors in adapter.linears.items()}
     assert read.keys() == wanted.keys()
     for key, (a, b) in read.items():
         error = (b.double() @ a.double() - wanted[key]).abs()

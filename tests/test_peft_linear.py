@@ -51,7 +51,7 @@ class Scene:
         self.adapted = get_peft_model(copy.deepcopy(self.model), config)
         self.adapted.save_pretrained(folder)
         self.folder = folder
-        self.base = dict(self.model.named_parameters())
+        self.base = self.model.state_dict()
 
     def read(self, source: Any = None) -> Adapter:
         return read_adapter(self.folder if source is None else source, expert_shape(self.model), base_weights=self.base)

@@ -136,6 +136,7 @@ def test_a_slot_changes_in_one_write(device: str) -> None:
     slots = make(device, spare=2)
     first, second = adapter(1), full()
     slots.load(2, first)
+    slots.wait()
     tokens = torch.tensor([2], dtype=torch.int32, device=device)
     (old,) = slots.mapping(tokens).tolist()
     kept = slots.layers[2].down.b[0][old].clone()

@@ -41,7 +41,7 @@ def read_adapter(
         prefix: where the experts are, up to a dot: "model.layers", or "mtp.layers". Experts elsewhere are named in ``other``.
             None: all, which must be of one decoder.
         allow_empty: whether an adapter may have nothing for the routed experts; without any, whether it may have nothing.
-        base_weights: the base model's parameters by name, which those must equal that PEFT saves beside the factors of
+        base_weights: the base model's state dict, whose tensors those must equal that PEFT saves beside the factors of
             embeddings and heads, number for number in the dtype that they have here. None: saved ones are refused.
 
     Raises:

@@ -210,6 +210,8 @@ class AdapterSlots:
     def load(self, slot: int, adapter: PackedAdapter | Adapter | AdapterFiles | str | os.PathLike[str], **options: Any) -> None:
         """Put an adapter into a slot, in the place of what is there; steps that run go on with that until it is copied.
 
+        Not while a graph is captured, in no thread.
+
         Args:
             adapter: from ``pack``; or what that takes, with ``options``.
 

@@ -302,7 +302,7 @@ def check_layers(layers: Any) -> None:
         if not isinstance(shape, LinearShape):
             raise ValueError(f"layers: {name}: got {type(shape).__name__}, wanted a LinearShape")
         shape.check(name)
-        for module in {name, *shape.slices}:
+        for module in dict.fromkeys((name, *shape.slices)):
             if taken.setdefault(module, name) != name:
                 raise ValueError(f"layers: got {module} in {taken[module]} and in {name}, wanted it in one")
 
