@@ -33,6 +33,7 @@ QWEN = {
 LLAMA = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "torch_dtype": "float16"}
 
 
+@pytest.mark.slow
 def test_a_package_of_what_a_model_needs_serves_it(
     kernelgen: Callable[..., tuple[int, str, str]], device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
