@@ -25,7 +25,7 @@ from kernelgen.integrations.peft import (
     stack_adapters,
     stack_linears,
 )
-from kernelgen.integrations.transformers import expert_shape, linear_shapes
+from kernelgen.integrations.transformers import LinearLora, expert_shape, linear_shapes
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:The following", "ignore:Setting `save_embedding_layers`")
 
@@ -183,6 +183,56 @@ def test_models_without_experts() -> None:
     expert = {f"model.layers.0.mlp.experts.0.up_proj.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
     with pytest.raises(AdapterError, match="got factors of routed experts, wanted a shape"):
         read_adapter(files._replace(tensors=expert), None)
+
+
+def test_whole_models_equal_peft(device: str) -> None:
+    """A batch that mixes two adapters and none, no farther from PEFT in float64 than twice what PEFT in bfloat16 is."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import generated as kg
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 40, "initializer_range": 0.2}
+    bare = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)).eval()
+    base, adapted, adapters = bare.state_dict(), [], []
+    for rank, targets in ((4, "all-linear"), (6, ["v_proj", "embed_tokens", "lm_head", "down_proj"])):
+        config = LoraConfig(r=rank, target_modules=targets, init_lora_weights=False)
+        adapted.append(get_peft_model(copy.deepcopy(bare), config))
+        files = AdapterFiles(adapted[-1].peft_config["default"].to_dict(), get_peft_model_state_dict(adapted[-1]))
+        adapters.append(read_adapter(files, None, base_weights=base))
+    model = copy.deepcopy(bare).to(device, torch.bfloat16)
+    shapes = linear_shapes(model, packed={})
+    layers = stack_linears(adapters, shapes, dtype=torch.bfloat16, device=device)
+    assert layers.keys() == {name for adapter in adapters for name in adapter.linears}
+    server = LinearLora(model, layers, kg)
+    ids, slots = torch.randint(40, (3, 4), device=device), (1, -1, 0)
+    mapping = torch.tensor(slots, dtype=torch.int32, device=device).repeat_interleave(4)
+    with torch.no_grad():
+        before = model(ids).logits
+        with server.batch(mapping):
+            served = model(ids).logits
+            with pytest.raises(ValueError, match=r"token_lora_mapping: got \[12\], wanted \[4\]"):
+                model(ids[:1])
+        assert torch.equal(model(ids).logits, before) and torch.equal(served[1], before[1])
+        for row, slot in enumerate(slots):
+            one = bare if slot < 0 else adapted[slot]
+            dtypes = torch.float64, torch.bfloat16
+            truth, rough = (copy.deepcopy(one).to(device, dtype)(ids[row : row + 1]).logits[0] for dtype in dtypes)
+            assert (served[row] - truth).abs().max() <= 2 * (rough - truth).abs().max()
+            assert slot < 0 or (truth - before[row]).abs().max() > 4 * (rough - truth).abs().max()
+    name, layer = next(iter(layers.items()))
+    for bad, words in (
+        ({"model.x": layer}, "model.x: got no such module"),
+        ({"model.norm": layer}, "model.norm: got LlamaRMSNorm, wanted a Linear"),
+        ({"lm_head": layer}, r"lm_head: got factors .*, wanted \[r, 32\] and \[40, r\]"),
+        ({name: layer._replace(a=(layer.a[0].float(),))}, "got .*torch.float32 on"),
+        ({name: layer._replace(offset_start=1)}, "from column 1 on"),
+        ([layer], "wanted a model of transformers and what"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            LinearLora(model, bad, kg)
+    with pytest.raises(ValueError, match="adapters of PEFT on it"):
+        LinearLora(adapted[0], layers, kg)
 
 
 def test_what_memory_and_base_weights_hold(scene: Scene) -> None:

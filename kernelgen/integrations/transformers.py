@@ -8,6 +8,8 @@ others, whatever their gate computes. Every other model is refused before anythi
 The base experts are plain matrix products, one expert after the other, for checking and for small models: an engine that
 has its own adds two calls of ``moe_lora`` and one of ``moe_route`` as ``MoeLora.experts`` does. With ``base="generated"`` they
 are generated kernels too (see ``MoeLayer``), which compute silu(gate) * up: models with another gate are refused.
+
+``LinearLora`` does the same for linear layers and embeddings; both together serve an adapter that changes both.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
 import torch
 
+from .embedding import embedding_lora
 from .moe_layer import MoeLayer, check_adapters
-from .peft import ExpertShape, LayerBuffers, LinearShape
+from .peft import ExpertShape, LayerBuffers, LinearBuffers, LinearShape
 
 _NAME = "kernelgen_moe_lora"
 # Linear layers that engines run as one, and the modules that they are in a model of transformers.
@@ -268,6 +271,85 @@ class MoeLora:
         if self._calls is not None:
             self._calls.append(MoeCall(index, *call))
         return call[-1]
+
+
+class LinearLora:
+    """The adapters on linear layers and embeddings of a model, served by a generated package.
+
+    Args:
+        model: a ``transformers`` model, bfloat16 or float16; its weights stay as they are.
+        layers: from ``stack_linears`` with ``linear_shapes(model, packed={})``, or of ``AdapterSlots``; on the model's device.
+        kernels: the generated package, under whatever name it was imported.
+
+    Raises:
+        ValueError: a layer is not one of the model, or is none whose output could be added to (a router), or does not fit.
+    """
+
+    def __init__(self, model: Any, layers: Mapping[str, LinearBuffers], kernels: ModuleType) -> None:
+        if not isinstance(model, torch.nn.Module) or not isinstance(layers, Mapping):
+            found = f"{type(model).__name__} and {type(layers).__name__}"
+            raise ValueError(f"model, layers: got {found}, wanted a model of transformers and what stack_linears returns")
+        if getattr(model, "peft_config", None):
+            raise ValueError(f"{type(model).__name__}: got a model with adapters of PEFT on it, wanted the base model")
+        self._kernels = kernels
+        self._hooked: list[tuple[torch.nn.Module, LinearBuffers]] = []
+        modules = dict(model.named_modules())
+        for name, layer in layers.items():
+            module = modules.get(name)
+            if not isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+                kind = "no such module" if module is None else type(module).__name__
+                raise ValueError(f"layers: {name}: got {kind}, wanted a Linear or an Embedding of the model")
+            weight = module.weight
+            inputs, outputs = weight.shape if isinstance(module, torch.nn.Embedding) else weight.shape[::-1]
+            sides = (*layer.a, *layer.b)
+            sizes = [tuple(side.shape[1:]) for side in sides]
+            rank = sizes[0][0]
+            if sizes != [(rank, inputs), (outputs, rank)] or layer.offset_start:
+                found = f"{sizes} from column {layer.offset_start} on"
+                raise ValueError(f"layers: {name}: got factors {found}, wanted [r, {inputs}] and [{outputs}, r]")
+            kinds = {(side.dtype, side.device) for side in sides}
+            if kinds != {(weight.dtype, weight.device)}:
+                found = ", ".join(f"{dtype} on {device}" for dtype, device in kinds)
+                raise ValueError(f"layers: {name}: got {found}, wanted {weight.dtype} on {weight.device}")
+            self._hooked.append((module, layer))
+        if len({len(layer.a[0]) for _, layer in self._hooked}) > 1:
+            raise ValueError("layers: got different numbers of adapters, wanted as many in each")
+
+    @contextlib.contextmanager
+    def batch(self, token_lora_mapping: torch.Tensor) -> Iterator[None]:
+        """Inside, forward passes of the model apply these adapters; outside, the model is as it was.
+
+        Args:
+            token_lora_mapping: [T] int32, the adapter of each token of the flattened batch, -1: none (padding, too).
+
+        Raises:
+            ValueError: the mapping does not fit; or, of a pass, a layer that sees other tokens than these.
+        """
+        with contextlib.ExitStack() as stack:
+            if self._hooked:
+                route = self._kernels.lora_route(token_lora_mapping, max_loras=len(self._hooked[0][1].a[0]))
+            for module, layer in self._hooked:
+                add = functools.partial(self._add, layer, token_lora_mapping, route)
+                stack.callback(module.register_forward_hook(add).remove)
+            yield
+
+    def _add(
+        self,
+        layer: LinearBuffers,
+        mapping: torch.Tensor,
+        route: Any,
+        module: torch.nn.Module,
+        arguments: tuple[torch.Tensor, ...],
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        rows, x = out.reshape(-1, out.shape[-1]), arguments[0]
+        if len(rows) != len(mapping):
+            raise ValueError(f"token_lora_mapping: got [{len(mapping)}], wanted [{len(rows)}], the tokens of {module}")
+        if isinstance(module, torch.nn.Embedding):
+            embedding_lora(self._kernels, rows, x.reshape(-1), layer, mapping, route)
+        else:
+            self._kernels.lora(rows, x.reshape(-1, x.shape[-1]), layer.a, layer.b, route)
+        return rows.view(out.shape)
 
 
 def _experts_forward(
