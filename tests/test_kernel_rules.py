@@ -141,6 +141,16 @@ def nothing_is_imported_that_is_not_used(module: ast.Module) -> None:
     assert not imported - names_in(module.body) - {"annotations"}
 
 
+def offered(family: str) -> set[str]:
+    """What the room of a family launches kernels with, by the names of their parameters."""
+    file = PACKAGE / family / "_launch.py"
+    tree = ast.parse(file.read_text("utf-8") if file.exists() else "")
+    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    keywords = [node.arg or "" for node in ast.walk(tree) if isinstance(node, ast.keyword)]
+    words = {word for text in (*texts, *keywords) for word in text.split() if word.isidentifier()}
+    return {word for word in words if word.isupper() or word.endswith(("_ptr", "_ptrs", "_desc"))}
+
+
 RULES: tuple[Callable[[ast.FunctionDef], None], ...] = (
     no_hint_that_the_interpreter_takes_and_a_compiler_refuses,
     no_atomics,
@@ -162,9 +172,12 @@ def test_kernels_keep_the_rules(family: str) -> None:
         except AssertionError as error:
             broken.append(f"{name}: {rule.__name__}: {error}")
 
+    idle = offered(family)
     for file in (file for file in FILES if file.parent.name == family):  # each is parsed once
         module = ast.parse(file.read_text("utf-8"))
         ask(nothing_is_imported_that_is_not_used, module, file.stem)
         for kernel, rule in itertools.product(kernels(module), RULES):
             ask(rule, kernel, f"{file.stem}, {kernel.name}")
+            idle -= {parameter.arg for parameter in kernel.args.args}
     assert not broken, "\n".join(broken)
+    assert not idle, f"{family}: launched with, and taken by no kernel: {idle}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import re
 import shutil
@@ -13,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from kernelgen.compiled.stand_in import import_package
-from kernelgen.core import names
 from kernelgen.core.diagnostics import Diagnostic
 from kernelgen.core.locate import SPECS
 from kernelgen.core.model import SCHEDULE, VOCABULARY, Family
@@ -40,19 +38,7 @@ def with_tag(family: Family, axis: str, tag: str) -> str:
 
 
 def twins_of(family: Family) -> wiring.Twins:
-    return wiring.Twins(family, RENDERER, hosts(family.name))
-
-
-@functools.cache
-def hosts(name: str) -> dict[str, set[str]]:
-    """What launches the variants of each kernel, found by one of them."""
-    family = next(family for family in EVERY if family.name == name)
-    outputs = Outputs(RENDERER, build.rooms(SPECS))
-    for source in outputs.rooms.modules(name):
-        outputs.copy(names.family_path(name, source.stem), source)
-    one = {variant.kernel: variant for variant in family.variants}
-    outputs.render(assemble._variant_output(variant, family) for variant in one.values())
-    return wiring.hosts(family, outputs)
+    return wiring.Twins(family, RENDERER, build.rooms(SPECS))
 
 
 def refusals(folder: Path, axis: str, tag: str) -> list[Diagnostic]:

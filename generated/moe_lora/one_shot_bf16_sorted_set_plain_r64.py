@@ -9,9 +9,7 @@ For every live pair p = t * top_k + j with adapter l and expert e, and every sli
     out[p, s] = (v_s . B_s[l, e]^T)
 
 Pairs that are not live (no adapter, a disabled one, an expert that is not here) keep their rows of out as they are.
-
 Shapes: out [T, top_k, S * N], x [T, K], A_s [L, E, rank, K] and B_s [L, E, N, rank], all bfloat16; rank at most 64.
-
 One program serves one block of the route: at most BLOCK_M pairs of one adapter and one expert.
 """
 

@@ -8,16 +8,17 @@ import functools
 import itertools
 import re
 import sys
-from typing import Iterator, Mapping, Sequence
+from typing import Iterator, Sequence
 
 from kernelgen.core import names
 from kernelgen.core.diagnostics import Diagnostic, Failure, did_you_mean
 from kernelgen.core.locate import room_label
 from kernelgen.core.model import SCHEDULE, VOCABULARY, Axis, Family, Kernel, Package, Record
 from kernelgen.core.names import Identifier
-from kernelgen.emit.outline import Mentioned, Outline, module_of
+from kernelgen.emit.outline import Mentioned, Outline, module_of, outline
 from kernelgen.emit.outputs import Outputs
 from kernelgen.emit.render import Renderer
+from kernelgen.emit.rooms import Rooms
 from kernelgen.emit.template import Unserved
 from kernelgen.spec.expand import variant_of
 
@@ -47,7 +48,7 @@ def faults(package: Package, families: Sequence[Family], outputs: Outputs) -> It
 
 
 def _unheeded(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
-    twins = Twins(family, outputs.renderer, hosts(family, outputs))
+    twins = Twins(family, outputs.renderer, outputs.rooms)
     yield from setting_faults(twins)
     for axis in family.axes:
         yield from axis_faults(axis, twins)
@@ -90,15 +91,12 @@ def axis_faults(axis: Axis, twins: Twins) -> Iterator[Diagnostic]:
 
 
 class Twins:
-    """The variants of a family, beside those that differ from one of them in one tag, whether or not the spec has them.
+    """The variants of a family, beside those that differ from one of them in one tag, whether or not the spec has them."""
 
-    ``hosts``: of kernels, by name, the texts in the classes of the room that launch their variants.
-    """
-
-    def __init__(self, family: Family, renderer: Renderer, hosts: Mapping[str, set[str]]) -> None:
+    def __init__(self, family: Family, renderer: Renderer, rooms: Rooms) -> None:
         self.family = family
         self._renderer = renderer
-        self._hosts = hosts
+        self._rooms = rooms
         self._made: dict[tuple[Kernel, Record], str | None] = {}
 
     def are_same(self, kernel: Kernel, axis: str, one: str, other: str, ignored: re.Pattern[str] = _WORDS) -> bool:
@@ -122,7 +120,7 @@ class Twins:
 
     def _host_tells(self, kernel: Kernel, axis: str, one: str, other: str) -> bool:
         """Whether what launches variants of ``kernel`` asks for a number, or the dtype, that tells both tags apart."""
-        host, tags = self._hosts[kernel.name], VOCABULARY.get(axis, {})
+        host, tags = self._hosts[kernel], VOCABULARY.get(axis, {})
         first, second = tags.get(one, {}), tags.get(other, {})
         asked = [fact for fact in first if fact in host and (fact == "torch_dtype" or not isinstance(first[fact], str))]
         return any(first[fact] != second.get(fact) for fact in asked)
@@ -138,6 +136,23 @@ class Twins:
         )
 
     @functools.cached_property
+    def _hosts(self) -> dict[Kernel, set[str]]:
+        """The texts in the classes of the room that launch the variants of each kernel."""
+        return {kernel: self._host(kernel) for kernel in self.family.kernels}
+
+    def _host(self, kernel: Kernel) -> set[str]:
+        own = (variant.tags for variant in self.family.variants if variant.kernel == kernel.name)
+        text = next((text for tags in own if (text := self._text(kernel, tags)) is not None), "")
+        made = outline(names.family_path(self.family.name, kernel.name), text)
+        sources = {source.stem: source.file for source in self._rooms.modules(self.family.name)}
+        found = set[str]()
+        for wanted in () if made is None else made.imports:
+            if wanted.module[:1] == (self.family.name,) and wanted.module[-1] in sources:
+                of = outline(wanted.module[-1], sources[wanted.module[-1]].read_text("utf-8"))
+                found |= set() if of is None or wanted.name not in of.classes else of.classes[wanted.name].texts
+        return found
+
+    @functools.cached_property
     def _asked(self) -> set[str]:
         """What the templates of the family read."""
         templates = {kernel.template for kernel in self.family.kernels}
@@ -147,7 +162,7 @@ class Twins:
     def heed_strictness(self) -> bool:
         """Whether ``numerics.strict`` makes a difference to every variant."""
         numerics = dataclasses.replace(self.family.numerics, strict=not self.family.numerics.strict)
-        others = Twins(dataclasses.replace(self.family, numerics=numerics), self._renderer, self._hosts)
+        others = Twins(dataclasses.replace(self.family, numerics=numerics), self._renderer, self._rooms)
         keys = ((self.family.kernel(variant.kernel), variant.tags) for variant in self.family.variants)
         return all(self._text(*key) != others._text(*key) for key in keys)
 
@@ -264,12 +279,6 @@ def _read_by(family: Family, kernel: Kernel, outputs: Outputs) -> set[str]:
     """What the modules of the variants of ``kernel`` read, beside the constants of kernels, and what launches them does."""
     read = [made.reads for made in _modules_of(family, kernel, outputs)]
     return set().union(*read, *(host.attributes for host in _hosts_of(family, kernel, outputs)))
-
-
-def hosts(family: Family, outputs: Outputs) -> dict[str, set[str]]:
-    """``Twins.hosts``, as far as there are modules of variants of each kernel."""
-    kernels = {str(kernel.name): _hosts_of(family, kernel, outputs) for kernel in family.kernels}
-    return {name: {text for host in found for text in host.texts} for name, found in kernels.items()}
 
 
 def _hosts_of(family: Family, kernel: Kernel, outputs: Outputs) -> list[Mentioned]:
