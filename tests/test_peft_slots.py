@@ -212,7 +212,8 @@ def test_refused() -> None:
         (Adapter("x", {}, (), {"lm_head": Factors(*torch.ones(2, 2, 2))}), "got factors of lm_head, wanted those of the layers"),
         (Adapter("x", {}, (), {"q": Factors(*torch.full((2, 16, 16), 1e39, dtype=torch.float64))}), "x: q: got factors"),
         (Adapter("x", {}, (), {"q": Factors(torch.ones(1, 32) / 0, torch.ones(16, 1))}), "x: q, a: got numbers up to inf"),
-        (files, "files: got nothing for the routed experts"),
+        (files, "files: got nothing that is served here"),
+        (Adapter("x", {}, ("vision.conv",)), "got factors of vision.conv, wanted those of the layers"),
         (other, "packed for other slots"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -232,5 +233,6 @@ def test_refused() -> None:
         with pytest.raises(ValueError, match=f"{next(iter(options))}.*: got .*, wanted"):
             AdapterSlots(**arguments)
     assert slots.version(1) == 1 and all(torch.equal(buffer, kept[key]) for key, buffer in slots._buffers.items())
+    slots.load(1, files, allow_empty=True)
     slots.load(1, full())  # a load that failed lost no place
     slots.load(1, one)

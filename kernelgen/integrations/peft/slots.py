@@ -73,7 +73,7 @@ class AdapterSlots:
         part: what of the experts is here, as for ``stack_adapters``.
         share_first: whether gate and up share their first factors, as in PEFT's adapters on fused parameters: half of the bytes
             of these; adapters with factors of their own are refused.
-        allow_rest: whether adapters may have linear layers that are none of ``linears``.
+        allow_rest: whether adapters may have linear layers that are none of ``linears``, or convolutions.
         spare: places beside those of the slots; with more, loads in a row wait for each other less.
         stream: the CUDA stream that steps run on; None: the current one.
 
@@ -158,17 +158,20 @@ class AdapterSlots:
         self._check(slot)
         return self._counts[slot]
 
-    def pack(self, adapter: Adapter | AdapterFiles | str | os.PathLike[str], **options: Any) -> PackedAdapter:
+    def pack(
+        self, adapter: Adapter | AdapterFiles | str | os.PathLike[str], *, allow_empty: bool = False, **options: Any
+    ) -> PackedAdapter:
         """An adapter as ``load`` copies it. It changes nothing here, so that any thread may do it in advance.
 
         Args:
             adapter: from ``read_adapter``; or what that reads, with ``options``.
+            allow_empty: whether it may have nothing that is served here.
 
         Raises:
             AdapterError: it does not fit into the buffers.
         """
         if not isinstance(adapter, Adapter):
-            adapter = read_adapter(adapter, self._shape, **options)
+            adapter = read_adapter(adapter, self._shape, allow_empty=True, **options)
         elif options:
             raise ValueError(f"got {', '.join(options)} with an Adapter, which was read already")
         if not self._allow_rest:
@@ -196,6 +199,8 @@ class AdapterSlots:
         for name, shape in self._shapes.items():
             for module, factors in slices_of(adapter, name, shape).items():
                 sources |= {(name, module, side): factor for side, factor in zip("ab", factors, strict=True)}
+        if not (sources or allow_empty):
+            raise AdapterError(f"{adapter.name}: got nothing that is served here, wanted some, or allow_empty=True")
         widest = max((s.shape[-2 if key[2] == "a" else -1] for key, s in sources.items()), default=0)
         if widest > self._rank:
             raise AdapterError(f"{adapter.name}: got rank {widest}, wanted at most {self._rank}, that of the buffers")

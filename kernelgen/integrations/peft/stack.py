@@ -114,7 +114,7 @@ def stack_linears(
         layers: the layers by their names, each with the modules that adapters know it by.
         dtype, device, max_loras: as for ``stack_adapters``.
         rank: as there, of all layers; None: of each its own.
-        allow_rest: whether adapters may have linear layers that are none of these.
+        allow_rest: whether adapters may have linear layers that are none of these, or convolutions.
 
     Raises:
         AdapterError: an adapter has a larger rank than the buffers, or there are more adapters than slots, or a linear layer
@@ -197,9 +197,9 @@ def slices_of(adapter: Adapter, name: str, shape: LinearShape) -> dict[str, Fact
 
 
 def check_rest(adapter: Adapter, layers: Mapping[str, LinearShape]) -> None:
-    """Raises AdapterError if it has linear layers that are none of these."""
+    """Raises AdapterError if it has more than routed experts and these layers: other linear layers, convolutions."""
     known = {*layers, *(module for shape in layers.values() for module in shape.slices)}
-    if rest := sorted(adapter.linears.keys() - known):
+    if rest := sorted({*adapter.linears, *adapter.other} - known):
         more = f" and {len(rest) - 1} more" if len(rest) > 1 else ""
         raise AdapterError(
             f"{adapter.name}: got factors of {rest[0]}{more}, wanted those of the layers that are served, such as "
