@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
+from test_peft import pair, write
 
 from kernelgen.core.diagnostics import Failure
 from kernelgen.core.locate import SPECS
@@ -22,7 +23,6 @@ from kernelgen.integrations.peft import Factors, read_adapter, stack_adapters
 from kernelgen.integrations.transformers import MoeCall, MoeLora, expert_shape
 from kernelgen.measure.init.needs import needs
 from kernelgen.measure.models import Layer
-from tests.test_peft import pair, write
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

@@ -108,17 +108,21 @@ def test_the_table_of_architectures() -> None:
         row = ROWS[name]
         refused = bool(row.reader), bool(row.torch), bool(row.torch or row.generated)
         assert (bool(one.reader), bool(one.torch), bool(one.generated)) == refused, name
-        assert make(row).config.model_type == one.model_type
+        assert configured(row).model_type == one.model_type
     page = (Path(__file__).parent.parent / "docs/adapters.md").read_text()
     assert "\n".join(table()) in page, "docs/adapters.md: put in what kernelgen.integrations.architectures.table() gives"
 
 
-def make(row: Row) -> Any:
-    torch.manual_seed(0)
+def configured(row: Row) -> Any:
     config = getattr(transformers, f"{row.name}TextConfig", None) or getattr(transformers, f"{row.name}Config", None)
     if config is None:
         pytest.skip(f"transformers {transformers.__version__} has no {row.name}")
-    model = getattr(transformers, f"{row.name}ForCausalLM")(config(**{**SIZES, **row.config}))
+    return config(**{**SIZES, **row.config})
+
+
+def make(row: Row) -> Any:
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{row.name}ForCausalLM")(configured(row))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)
