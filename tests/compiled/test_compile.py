@@ -69,6 +69,14 @@ def small(specs: Path, out: Path) -> Small:
     return small
 
 
+@pytest.fixture
+def figures(small: Small, monkeypatch: pytest.MonkeyPatch) -> dict[str, Usage]:
+    """Of the two variants, by digest; from here on they are what a compilation finds, which takes no time."""
+    found = {case.digest: used for case, used in small("report").outcomes if isinstance(used, Usage)}
+    monkeypatch.setattr(compiler, "_usage", lambda case: found[case.digest])
+    return found
+
+
 def codes(result: Result) -> list[str]:
     return [finding.code for finding in result.findings]
 
@@ -283,7 +291,7 @@ def patched_usage(change: Callable[[Case, Usage], Usage]) -> Callable[[Case], Us
 
 
 def test_a_spill_is_a_finding(
-    small: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    small: Small, figures: dict[str, Usage], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("KERNELGEN_CACHE_DIR", str(tmp_path / "memory"))
     spilling = patched_usage(lambda case, used: dataclasses.replace(used, spill_bytes=400))
@@ -314,7 +322,7 @@ def test_too_much_shared_memory_is_a_finding(small: Small, monkeypatch: pytest.M
 
 
 def test_a_compiler_that_ends_its_process_takes_no_other_kernel_along(
-    small: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    small: Small, figures: dict[str, Usage], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def dying(case: Case, used: Usage) -> Usage:
         if case.row.variant == SET and case.row.kernel == "expand":
@@ -331,7 +339,7 @@ def test_a_compiler_that_ends_its_process_takes_no_other_kernel_along(
 
 
 def test_a_kernel_that_does_not_compile_is_a_finding(
-    small: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    small: Small, figures: dict[str, Usage], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def failing(case: Case, used: Usage) -> Usage:
         raise ValueError("no\nregisters")
@@ -344,7 +352,7 @@ def test_a_kernel_that_does_not_compile_is_a_finding(
 
 
 def test_a_damaged_memory_is_not_believed(
-    small: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    small: Small, figures: dict[str, Usage], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("KERNELGEN_CACHE_DIR", str(tmp_path))
     damaged = ['["x", {"registers": 1}]', "[]", "null", '["x", 1]', '[["x"], {}]', "\0", '["x", {']
@@ -360,7 +368,7 @@ def test_a_damaged_memory_is_not_believed(
 
 
 def test_an_interrupted_run_goes_on_where_it_was(
-    small: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    small: Small, figures: dict[str, Usage], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def interrupt(items: Any, total: int) -> Any:
         for number, item in enumerate(items):
@@ -377,7 +385,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
 
 
 def test_what_another_machine_measured_is_taken_in_by_appending(
-    small: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    small: Small, figures: dict[str, Usage], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     files = []
     for target in ("sm_90", "gfx942"):
@@ -500,6 +508,7 @@ def command(specs: Path, *words: str) -> int:
     return commands.main([*words, "--specs", str(specs), "--json"], standalone_mode=False) or 0
 
 
+@pytest.mark.slow
 def test_commands_print_one_document(
     specs: Path, out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,11 @@ from kernelgen.compiled.stand_in import compiling_for
 from kernelgen.core.targets import TARGETS
 
 MAX_TOKENS = 8192
+# Every small batch, the edges of every power of two, and a stride that meets all residues; or nearly all.
+EDGES = {(1 << i) + step for i in range(14) for step in (-1, 0, 1)}
+FEW = sorted({*range(130), *EDGES, *range(0, MAX_TOKENS, 61)} & set(range(MAX_TOKENS + 1)))
 COUNTS = sorted({*range(2049), *range(2048, MAX_TOKENS, 17), *ends(MAX_TOKENS)})
+OF_COUNTS = {"few": FEW, "most": COUNTS}
 QWEN3_W13 = MoeShape(k=2048, n=768, slices=2, rank=16, top_k=8, num_experts=128, max_loras=4)
 QWEN3_W2 = QWEN3_W13._replace(k=768, n=2048, slices=1, rank=64, mul_routed_weight=True)
 MIXTRAL_W13 = MoeShape(
@@ -100,29 +104,30 @@ def warm_keys(shape: MoeShape, max_tokens: int = MAX_TOKENS) -> set[Any]:
     return {request.key for request in requests([shape], max_tokens=max_tokens)}
 
 
-def test_no_number_of_tokens_makes_another_key() -> None:
+@pytest.mark.slow(keep=1)
+@pytest.mark.parametrize("counts", OF_COUNTS.values(), ids=OF_COUNTS)
+def test_no_number_of_tokens_makes_another_key(counts: Sequence[int]) -> None:
     known = warm_keys(QWEN3_W13)
-    assert keys_of(QWEN3_W13, COUNTS, ("auto",)) == known
+    assert keys_of(QWEN3_W13, counts, ("auto",)) == known
 
 
-@pytest.mark.parametrize("shape", [QWEN3_W2, MIXTRAL_W13, LOCAL_EXPERTS], ids=["w2", "few", "ep"])
+@pytest.mark.slow(keep=1)
+@pytest.mark.parametrize("shape", [LOCAL_EXPERTS, QWEN3_W2, MIXTRAL_W13], ids=["ep", "w2", "few"])
 def test_no_assignment_makes_another_key(shape: MoeShape) -> None:
     shape = shape._replace(assignments=ALL)
-    # every small batch, the edges of every power of two, and a stride that meets all residues
-    powers = [1 << i for i in range(14)]
-    edges = {count + step for count in powers for step in (-1, 0, 1)}
-    counts = sorted({*range(300), *edges, *range(0, MAX_TOKENS, 61)} & set(range(MAX_TOKENS + 1)))
-    assert keys_of(shape, counts, ALL) == warm_keys(shape)
+    assert keys_of(shape, FEW, ALL) == warm_keys(shape)
 
 
-@pytest.mark.parametrize("rank", [16, 64])
+@pytest.mark.slow(keep=1)
+@pytest.mark.parametrize("rank", [64, 16])
 def test_a_route_that_knows_the_rank_makes_no_other_key(rank: int) -> None:
     """It may then go the naive way for longer."""
     shape = QWEN3_W13._replace(rank=rank)
     assert keys_of(shape, range(0, 1025), ("auto",), rank) <= warm_keys(shape)
 
 
-@pytest.mark.parametrize("max_tokens", [0, 1, 3, 100, 511, 512, 513])
+@pytest.mark.slow(keep=3)
+@pytest.mark.parametrize("max_tokens", [0, 3, 511, 1, 100, 512, 513])
 def test_warmup_covers_batches_up_to_the_largest(max_tokens: int) -> None:
     shape = QWEN3_W2._replace(rank=24, adapter_enabled=True)
     found = keys_of(shape, range(max_tokens + 1), ("auto",))
@@ -285,12 +290,13 @@ def linear(shape: LoraShape, num_tokens: int) -> None:
 
 
 @pytest.mark.slow(keep=1)
+@pytest.mark.parametrize("counts", OF_COUNTS.values(), ids=OF_COUNTS)
 @pytest.mark.parametrize("separate", [False, True], ids=["one_op", "two_ops"])
-def test_no_number_of_tokens_makes_another_key_of_a_linear_layer(separate: bool) -> None:
+def test_no_number_of_tokens_makes_another_key_of_a_linear_layer(separate: bool, counts: Sequence[int]) -> None:
     shape = LoraShape(k=4096, widths=(4096, 1024, 1024), rank=16, max_loras=4, separate=separate)
     found = set()
     with runtime.compile_only() as log:
-        for num_tokens in COUNTS:
+        for num_tokens in counts:
             linear(shape, num_tokens)
             found.update(request.key for request in log)
             log.clear()
@@ -337,6 +343,7 @@ def serve_sharded(sharded: ShardedMoeShape, num_tokens: int, assignment: str) ->
     )
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(
     "shape",
     [
@@ -346,10 +353,9 @@ def serve_sharded(sharded: ShardedMoeShape, num_tokens: int, assignment: str) ->
     ids=["gathered", "reduced"],
 )
 def test_no_number_of_tokens_makes_another_key_of_sharded_adapters(shape: ShardedMoeShape) -> None:
-    edges = {(1 << i) + step for i in range(14) for step in (-1, 0, 1)}
     found = set()
     with runtime.compile_only() as log:
-        for num_tokens in sorted({*range(130), *edges, *range(0, MAX_TOKENS, 97)} & set(range(MAX_TOKENS + 1))):
+        for num_tokens in FEW:
             for assignment in ALL:
                 serve_sharded(shape, num_tokens, assignment)
             found.update(request.key for request in log)
