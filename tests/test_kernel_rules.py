@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import itertools
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
@@ -40,17 +41,23 @@ def kernels(module: ast.Module) -> Iterator[ast.FunctionDef]:
             yield node
 
 
-def calls(kernel: ast.FunctionDef) -> Iterator[tuple[str, dict[str, str]]]:
+@functools.lru_cache(maxsize=1)  # rule after rule asks for those of one kernel
+def nodes(kernel: ast.FunctionDef) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(kernel))
+
+
+@functools.lru_cache(maxsize=1)
+def calls(kernel: ast.FunctionDef) -> tuple[tuple[str, dict[str, str]], ...]:
     """(what is called, its keyword arguments as text)."""
-    for node in ast.walk(kernel):
-        if isinstance(node, ast.Call):
-            words = {word.arg: ast.unparse(word.value) for word in node.keywords if word.arg}
-            yield ast.unparse(node.func), words
+    found = (node for node in nodes(kernel) if isinstance(node, ast.Call))
+    return tuple(
+        (ast.unparse(call.func), {word.arg: ast.unparse(word.value) for word in call.keywords if word.arg}) for call in found
+    )
 
 
 def products(kernel: ast.FunctionDef) -> Iterator[tuple[ast.expr, ast.expr]]:
     """Both sides of every product, each way around."""
-    for node in ast.walk(kernel):
+    for node in nodes(kernel):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
             yield node.left, node.right
             yield node.right, node.left
@@ -59,7 +66,7 @@ def products(kernel: ast.FunctionDef) -> Iterator[tuple[ast.expr, ast.expr]]:
 def wide_names(kernel: ast.FunctionDef) -> set[str]:
     """Variables that are 64-bit wherever they are assigned."""
     values: dict[str, list[ast.expr]] = {}
-    for node in ast.walk(kernel):
+    for node in nodes(kernel):
         if isinstance(node, ast.Assign):
             for target in node.targets:
                 if isinstance(target, ast.Name):
@@ -90,10 +97,10 @@ def no_index_wraps_around(kernel: ast.FunctionDef) -> None:
     """
     rows_of_a = {
         id(node.value)
-        for node in ast.walk(kernel)
+        for node in nodes(kernel)
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "a_row"
     }
-    for node in ast.walk(kernel):
+    for node in nodes(kernel):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod) and id(node) not in rows_of_a:
             assert ast.unparse(node.right) not in LENGTHS, ast.unparse(node)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import collections
+import functools
 import symtable
 import warnings
 from typing import Any, Iterable, Iterator, Mapping, Sequence
@@ -59,12 +60,13 @@ _SHOWN = 80  # characters of a name
 _ALWAYS = frozenset(dir(builtins)) | {"__file__", "__path__"}  # what every module can read
 
 
-def faults(path: str, text: str, rendered: bool = True) -> list[Diagnostic]:
+@functools.lru_cache(maxsize=2000)  # as of ``outline``
+def faults(path: str, text: str, rendered: bool = True) -> tuple[Diagnostic, ...]:
     """Why ``text`` is not acceptable as the generated file ``path``.
 
     ``rendered``: a template and a spec had a say in it; False for a copy, which may use any builtin, and numpy.
     """
-    return list(_Lint(path, text).faults(rendered))
+    return tuple(_Lint(path, text).faults(rendered))
 
 
 class _Lint:
