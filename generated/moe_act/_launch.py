@@ -10,8 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from .. import _runtime as runtime
+from .._live import routing_of
 from ._problem import Call, Config, Problem, check, choose
 from ._table import VARIANTS
+
+_ROUTING = "route_ids_ptr token_lora_mapping_ptr adapter_enabled_ptr expert_map_ptr"
 
 
 class MoeAct:
@@ -20,21 +23,36 @@ class MoeAct:
     def __init__(self, kernel: Any) -> None:
         self.name = runtime.variant_of(kernel)
         self.facts = VARIANTS.of(self.name)
-        self._kernel = runtime.Launcher(kernel, "h_ptr x_ptr topk_ids_ptr valid_tokens_ptr num_tokens")
+        self._kernel = runtime.Launcher(kernel, f"h_ptr x_ptr delta_ptr topk_ids_ptr valid_tokens_ptr {_ROUTING} num_tokens")
 
     def launch(
-        self, config: Config | None, h: Tensor, x: Tensor, topk_ids: Tensor, valid_tokens: Tensor | None, **sizes: Any
+        self,
+        config: Config | None,
+        h: Tensor,
+        x: Tensor,
+        topk_ids: Tensor,
+        valid_tokens: Tensor | None,
+        delta: Tensor | None = None,
+        route: Any = None,
+        **sizes: Any,
     ) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.
 
         Raises:
             ValueError: something does not fit; nothing was launched.
         """
-        activation, dtype = self.facts["epilogue"], self.facts["torch_dtype"]
-        problem = check(self.name, h, x, topk_ids, valid_tokens, activation=activation, dtype=dtype, **sizes)
+        operands = (h, x, topk_ids, valid_tokens, delta, route)
+        problem = check(
+            self.name,
+            *operands,
+            activation=self.facts["epilogue"],
+            dtype=self.facts["torch_dtype"],
+            adapted=self.facts["adapted"],
+            **sizes,
+        )
         if problem.num_tokens > 0:
             tiles = runtime.given(self.name, config, Config) or choose(problem)
-            self.bind(problem, tiles)(h, x, topk_ids, valid_tokens)
+            self.bind(problem, tiles)(*operands)
 
     def bind(self, problem: Problem, config: Config) -> Call:
         """The launch for checked calls of these sizes, ready to be made again and again."""
@@ -52,9 +70,15 @@ class MoeAct:
             ROWS=config.rows,
             BLOCK_N=config.block_n,
             PDL=pdl,
+            D_STRIDE=problem.delta.stride,
+            MAX_LORAS=problem.delta.max_loras,
+            ROUTE_EXPERTS=problem.delta.num_experts,
+            GLOBAL_EXPERTS=problem.delta.global_experts,
         )
 
-        def call(h: Tensor, x: Tensor, topk_ids: Tensor, valid_tokens: Tensor | None) -> None:
-            launch.run(h, x, topk_ids, valid_tokens, num_tokens)
+        def call(
+            h: Tensor, x: Tensor, topk_ids: Tensor, valid_tokens: Tensor | None, delta: Tensor | None = None, route: Any = None
+        ) -> None:
+            launch.run(h, x, delta, topk_ids, valid_tokens, *routing_of(route), num_tokens)
 
         return call

@@ -13,12 +13,16 @@ from .._variants import Variants
 VARIANTS = Variants(
     __package__,
     "specs/moe_act.yaml",
-    ("torch_dtype", "epilogue"),
+    ("torch_dtype", "epilogue", "adapted"),
     {
-        (torch.bfloat16, "relu2"): "bf16_relu2",
-        (torch.bfloat16, "swiglu"): "bf16_swiglu",
-        (torch.float16, "relu2"): "f16_relu2",
-        (torch.float16, "swiglu"): "f16_swiglu",
+        (torch.bfloat16, "relu2", False): "bf16_relu2",
+        (torch.bfloat16, "relu2", True): "bf16_relu2_lora",
+        (torch.bfloat16, "swiglu", False): "bf16_swiglu",
+        (torch.bfloat16, "swiglu", True): "bf16_swiglu_lora",
+        (torch.float16, "relu2", False): "f16_relu2",
+        (torch.float16, "relu2", True): "f16_relu2_lora",
+        (torch.float16, "swiglu", False): "f16_swiglu",
+        (torch.float16, "swiglu", True): "f16_swiglu_lora",
     },
 )
 # fmt: on

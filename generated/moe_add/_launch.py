@@ -10,9 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from .. import _runtime as runtime
+from .._live import routing_of
 from ..moe_route._op import PairRoute, TableRoute
 from ._problem import Call, Config, Problem, check, choose
 from ._table import VARIANTS
+
+_ROUTING = "route_ids_ptr token_lora_mapping_ptr adapter_enabled_ptr expert_map_ptr"
 
 
 class MoeAdd:
@@ -21,8 +24,7 @@ class MoeAdd:
     def __init__(self, kernel: Any) -> None:
         self.name = runtime.variant_of(kernel)
         self.facts = VARIANTS.of(self.name)
-        routing = "topk_ids_ptr token_lora_mapping_ptr adapter_enabled_ptr expert_map_ptr"
-        self._kernel = runtime.Launcher(kernel, f"out_ptr delta_ptr {routing}")
+        self._kernel = runtime.Launcher(kernel, f"out_ptr delta_ptr {_ROUTING}")
 
     def launch(self, config: Config | None, out: Tensor, delta: Tensor, route: Any) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.
@@ -39,17 +41,17 @@ class MoeAdd:
         launch = self._kernel.bind(
             problem.num_pairs * runtime.cdiv(problem.n, config.block_n),
             runtime.Options(config.num_warps),
-            MAX_LORAS=problem.max_loras,
-            NUM_EXPERTS=problem.num_experts,
-            GLOBAL_EXPERTS=problem.global_experts,
             TOP_K=problem.top_k,
             N=problem.n,
             OUT_STRIDE=problem.out_stride,
-            D_STRIDE=problem.delta_stride,
             BLOCK_N=config.block_n,
+            D_STRIDE=problem.delta.stride,
+            MAX_LORAS=problem.delta.max_loras,
+            ROUTE_EXPERTS=problem.delta.num_experts,
+            GLOBAL_EXPERTS=problem.delta.global_experts,
         )
 
         def call(out: Tensor, delta: Tensor, route: PairRoute | TableRoute) -> None:
-            launch.run(out, delta, route.topk_ids, route.token_lora_mapping, route.adapter_enabled, route.expert_map)
+            launch.run(out, delta, *routing_of(route))
 
         return call

@@ -12,7 +12,8 @@ import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
-from ..moe_route._op import ROUTE, MoeRoute, PairRoute, TableRoute, has_routing
+from .._live import DeltaSizes, check_delta
+from ..moe_route._op import ROUTE, MoeRoute, PairRoute, TableRoute
 from ._table import VARIANTS
 from ._tuned import TUNED
 
@@ -47,12 +48,9 @@ class Problem(NamedTuple):
 
     num_pairs: int
     top_k: int
-    num_experts: int
-    max_loras: int
-    global_experts: int
     n: int
     out_stride: int
-    delta_stride: int
+    delta: DeltaSizes
     device: torch.device
 
 
@@ -65,18 +63,13 @@ def check(
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
     sizes = OP.check(variant, OP.named(out, delta, route), D=dtype)
-    if not has_routing(route):
-        runtime.fail(variant, "route", "tables only", "a route from moe_route")
-    row = 1 if route.top_k > 1 else 0
+    delta_sizes = check_delta(variant, delta, route, True)
     return Problem(
         num_pairs=route.num_tokens * route.top_k,
         top_k=route.top_k,
-        num_experts=route.num_experts,
-        max_loras=route.max_loras,
-        global_experts=route.global_experts,
         n=sizes["N"],
-        out_stride=out.stride(row),
-        delta_stride=delta.stride(row),
+        out_stride=out.stride(1 if route.top_k > 1 else 0),
+        delta=delta_sizes,
         device=out.device,
     )
 

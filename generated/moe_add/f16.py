@@ -18,30 +18,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._live import is_live
 from ..moe_route._op import PairRoute, TableRoute
 from ._launch import MoeAdd
 from ._problem import Config
 
 
-@triton.jit(do_not_specialize_on_alignment=["topk_ids_ptr", "token_lora_mapping_ptr", "adapter_enabled_ptr", "expert_map_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["route_ids_ptr", "token_lora_mapping_ptr", "adapter_enabled_ptr", "expert_map_ptr"])
 def moe_add_f16_kernel(
     # fmt: off
-    out_ptr, delta_ptr, topk_ids_ptr, token_lora_mapping_ptr, adapter_enabled_ptr, expert_map_ptr,
-    MAX_LORAS: tl.constexpr, NUM_EXPERTS: tl.constexpr, GLOBAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, N: tl.constexpr,
-    OUT_STRIDE: tl.constexpr, D_STRIDE: tl.constexpr, BLOCK_N: tl.constexpr,
+    out_ptr, delta_ptr, route_ids_ptr, token_lora_mapping_ptr, adapter_enabled_ptr, expert_map_ptr,
+    TOP_K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, D_STRIDE: tl.constexpr, MAX_LORAS: tl.constexpr,
+    ROUTE_EXPERTS: tl.constexpr, GLOBAL_EXPERTS: tl.constexpr, BLOCK_N: tl.constexpr,
     # fmt: on
 ):
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     pair = tl.program_id(0) // TILES
-    adapter = tl.load(token_lora_mapping_ptr + pair // TOP_K)
-    expert = tl.load(topk_ids_ptr + pair).to(tl.int64)
-    live = (adapter >= 0) & (adapter < MAX_LORAS) & (expert >= 0)
-    if adapter_enabled_ptr is not None:
-        live &= tl.load(adapter_enabled_ptr + adapter, mask=live, other=0) != 0
-    if expert_map_ptr is not None:
-        live &= expert < GLOBAL_EXPERTS
-        expert = tl.load(expert_map_ptr + expert, mask=live, other=-1).to(tl.int64)
-    if not (live & (expert >= 0) & (expert < NUM_EXPERTS)):
+    if not is_live(
+        # fmt: off
+        pair, pair >= 0, route_ids_ptr, token_lora_mapping_ptr, adapter_enabled_ptr, expert_map_ptr,
+        MAX_LORAS, ROUTE_EXPERTS, GLOBAL_EXPERTS, TOP_K,
+        # fmt: on
+    ):
         return
     n = tl.program_id(0) % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
     out_row = out_ptr + pair.to(tl.int64) * OUT_STRIDE

@@ -12,6 +12,7 @@ import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
+from .._live import DELTA_ROUTE, DeltaSizes, check_delta, delta_operand
 from ..moe_align._op import (
     LOCAL_EXPERT_START,
     NUM_EXPERTS,
@@ -19,6 +20,7 @@ from ..moe_align._op import (
     TOPK_IDS,
     VALID_TOKENS,
 )
+from ..moe_route._op import MoeRoute
 from ._table import VARIANTS
 from ._tuned import TUNED
 
@@ -44,6 +46,8 @@ OP = operands.Op(
         LOCAL_EXPERT_START,
         NUM_TOKENS_HINT,
         operands.Flag("zeroes", public=False),
+        delta_operand("T, top_k, N"),
+        DELTA_ROUTE,
     ),
     spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},
@@ -51,11 +55,8 @@ OP = operands.Op(
     tells=("out",),
 )
 
-# (out, y, topk_ids, topk_weights, valid_tokens) of sizes that were checked before
-Call = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None],
-    None,
-]
+# (out, y, topk_ids, topk_weights, valid_tokens), then (delta, route), of sizes that were checked before
+Call = Callable[..., None]
 
 
 class Problem(NamedTuple):
@@ -69,6 +70,7 @@ class Problem(NamedTuple):
     n: int
     out_stride: int
     y_stride: int
+    delta: DeltaSizes
     device: torch.device
 
 
@@ -79,11 +81,14 @@ def check(
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor | None,
     valid_tokens: torch.Tensor | None,
+    delta: torch.Tensor | None = None,
+    route: MoeRoute | None = None,
     *,
     num_experts: int,
     local_expert_start: int,
     num_tokens_hint: int | None,
     dtype: torch.dtype | None = None,
+    adapted: bool | None = None,
     weighted: bool = False,
 ) -> Problem:
     """The sizes of a call, once everything about it is known to fit; ``weighted``: with ``topk_weights``, whatever comes.
@@ -92,7 +97,7 @@ def check(
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
     routing = (topk_ids, topk_weights, valid_tokens, num_experts, local_expert_start, num_tokens_hint)
-    sizes = OP.check(variant, OP.named(out, y, *routing, False), D=dtype)
+    sizes = OP.check(variant, OP.named(out, y, *routing, False, delta, route), D=dtype)
     if weighted and topk_weights is None:
         wanted = f"[{sizes['T']}, {sizes['top_k']}]"
         runtime.fail(variant, "topk_weights", None, wanted, "a variant without them sums as they are")
@@ -106,6 +111,7 @@ def check(
         n=sizes["N"],
         out_stride=out.stride(0),
         y_stride=y.stride(1 if top_k > 1 else 0),
+        delta=check_delta(variant, delta, route, adapted),
         device=y.device,
     )
 

@@ -47,8 +47,8 @@ def moe_sum_f16_plain_zero_kernel(
             expert = tl.load(topk_ids_ptr + pair, mask=token < valid, other=-1)
             here = (token < valid) & (expert >= LOCAL_EXPERT_START) & (expert < LOCAL_EXPERT_START + NUM_EXPERTS)
             rows = y_ptr + pair.to(tl.int64) * Y_STRIDE
-            y = tl.load(rows + n, mask=here & inside, other=0.0)
-            total += y.to(tl.float32)
+            y = tl.load(rows + n, mask=here & inside, other=0.0).to(tl.float32)
+            total += y
         out_row = out_ptr + token.to(tl.int64) * OUT_STRIDE
         if N % BLOCK_N == 0:
             tl.store(out_row + n, total.to(out_ptr.dtype.element_ty))

@@ -50,9 +50,9 @@ def moe_sum_f16_weighted_keep_kernel(
             expert = tl.load(topk_ids_ptr + pair)
             here = (expert >= LOCAL_EXPERT_START) & (expert < LOCAL_EXPERT_START + NUM_EXPERTS)
             rows = y_ptr + pair.to(tl.int64) * Y_STRIDE
-            y = tl.load(rows + n, mask=here & inside, other=0.0)
+            y = tl.load(rows + n, mask=here & inside, other=0.0).to(tl.float32)
             weight = tl.where(here, tl.load(topk_weights_ptr + pair).to(tl.float32), 0.0)
-            total += weight * y.to(tl.float32)
+            total += weight * y
         out_row = out_ptr + token.to(tl.int64) * OUT_STRIDE
         if N % BLOCK_N == 0:
             tl.store(out_row + n, total.to(out_ptr.dtype.element_ty))

@@ -90,3 +90,11 @@ def tensors(package: ModuleType, variant: Variant, **sizes: int) -> dict[str, An
 def meta(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     """A tensor that is a shape and a dtype alone."""
     return torch.empty(size, dtype=dtype, device="meta")
+
+
+def delta_beside(package: ModuleType, like: torch.Tensor) -> dict[str, Any]:
+    """The arguments of an op that adds a delta like ``like``, and its route; of shapes alone."""
+    ints = torch.empty(like.shape[:2], dtype=torch.int32, device=like.device)
+    mapping, enabled = ints[:, 0].contiguous(), ints[0, :4].contiguous()
+    sizes: dict[str, Any] = {"num_experts": QWEN3["num_experts"], "max_loras": 4, "assignment": "naive"}
+    return {"delta": torch.empty_like(like), "route": package.moe_route(ints, mapping, adapter_enabled=enabled, **sizes)}

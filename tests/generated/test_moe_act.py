@@ -15,12 +15,16 @@ from kernelgen.prove.testing import Case, Law, Suite, Variant
 SUITE = Suite(
     package="generated",
     family="moe_act",
-    axes="dtype epilogue",
+    axes="dtype epilogue delta",
     rows="""
-bf16 relu2
-bf16 swiglu
-f16 relu2
-f16 swiglu
+bf16 relu2 none
+bf16 relu2 lora
+bf16 swiglu none
+bf16 swiglu lora
+f16 relu2 none
+f16 relu2 lora
+f16 swiglu none
+f16 swiglu lora
 """,
 )
 

@@ -15,16 +15,24 @@ from kernelgen.prove.testing import Case, Law, Suite, Variant
 SUITE = Suite(
     package="generated",
     family="moe_sum",
-    axes="dtype routed_weight rest",
+    axes="dtype routed_weight rest delta",
     rows="""
-bf16 plain keep
-bf16 plain zero
-bf16 weighted keep
-bf16 weighted zero
-f16 plain keep
-f16 plain zero
-f16 weighted keep
-f16 weighted zero
+bf16 plain keep none
+bf16 plain keep lora
+bf16 plain zero none
+bf16 plain zero lora
+bf16 weighted keep none
+bf16 weighted keep lora
+bf16 weighted zero none
+bf16 weighted zero lora
+f16 plain keep none
+f16 plain keep lora
+f16 plain zero none
+f16 plain zero lora
+f16 weighted keep none
+f16 weighted keep lora
+f16 weighted zero none
+f16 weighted zero lora
 """,
 )
 

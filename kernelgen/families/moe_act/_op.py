@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import _runtime as runtime
+from ..moe_route._op import MoeRoute
 from ._problem import OP, Call, check, choose
 from ._table import VARIANTS
 
@@ -19,8 +20,10 @@ def moe_act(
     local_expert_start: int = 0,
     valid_tokens: torch.Tensor | None = None,
     num_tokens_hint: int | None = None,
+    delta: torch.Tensor | None = None,
+    route: MoeRoute | None = None,
 ) -> None:
-    """h[p] = act(x[p]) for every local pair p = t * top_k + j, in fp32, rounded once; other rows keep their bytes.
+    """h[p] = act(x[p] + delta[p]) for every local pair p = t * top_k + j, in fp32, rounded once; other rows keep their bytes.
 
     ``fused_moe`` has its activation inside of its first product. This one is for layers in which LoRA adds to its rows.
 
@@ -33,11 +36,14 @@ def moe_act(
         num_experts, local_expert_start: the global ids that are local.
         valid_tokens: int32 on the device, how many of the T rows are tokens; None: all.
         num_tokens_hint: how many tokens to expect, for the size of the grid; None: T. Any number is right.
+        delta, route: what ``moe_lora`` wrote with ``add_inputs=False``, like ``x``, and its route, from ``moe_route``: rows of
+            pairs that are live on it are added, others are not read. None: x has it already, or there is none.
 
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
-    arguments = (h, x, topk_ids, valid_tokens, activation, num_experts, local_expert_start, num_tokens_hint)
+    sizes = (activation, num_experts, local_expert_start, num_tokens_hint)
+    arguments = (h, x, topk_ids, valid_tokens, *sizes, delta, route)
     (_in_graphs if torch.compiler.is_compiling() else _apply)(*arguments)
 
 
@@ -50,6 +56,8 @@ def _bind(
     num_experts: int,
     local_expert_start: int,
     num_tokens_hint: int | None,
+    delta: torch.Tensor | None,
+    route: MoeRoute | None,
 ) -> Call:
     problem = check(
         "moe_act",
@@ -57,12 +65,14 @@ def _bind(
         x,
         topk_ids,
         valid_tokens,
+        delta,
+        route,
         activation=activation,
         num_experts=num_experts,
         local_expert_start=local_expert_start,
         num_tokens_hint=num_tokens_hint,
     )
-    variant = VARIANTS.get("moe_act", torch_dtype=x.dtype, epilogue=activation)
+    variant = VARIANTS.get("moe_act", torch_dtype=x.dtype, epilogue=activation, adapted=delta is not None)
     if problem.num_tokens == 0:
         return runtime.nothing
     call: Call = variant.bind(problem, choose(problem))

@@ -9,6 +9,7 @@ import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
+from .._live import DELTA_ROUTE, DeltaSizes, check_delta, delta_operand
 from ..moe_align._op import (
     LOCAL_EXPERT_START,
     NUM_EXPERTS,
@@ -16,6 +17,7 @@ from ..moe_align._op import (
     TOPK_IDS,
     VALID_TOKENS,
 )
+from ..moe_route._op import MoeRoute
 from ._table import VARIANTS
 from ._tuned import TUNED
 
@@ -41,6 +43,8 @@ OP = operands.Op(
         NUM_EXPERTS,
         LOCAL_EXPERT_START,
         NUM_TOKENS_HINT,
+        delta_operand("T, top_k, S*N"),
+        DELTA_ROUTE,
     ),
     spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},
@@ -48,8 +52,8 @@ OP = operands.Op(
     tells=("x",),
 )
 
-# (h, x, topk_ids, valid_tokens) of sizes that were checked before
-Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
+# (h, x, topk_ids, valid_tokens, delta, route) of sizes that were checked before
+Call = Callable[..., None]
 
 
 class Problem(NamedTuple):
@@ -63,6 +67,7 @@ class Problem(NamedTuple):
     n: int
     h_stride: int
     x_stride: int
+    delta: DeltaSizes
     device: torch.device
 
 
@@ -72,19 +77,22 @@ def check(
     x: torch.Tensor,
     topk_ids: torch.Tensor,
     valid_tokens: torch.Tensor | None,
+    delta: torch.Tensor | None = None,
+    route: MoeRoute | None = None,
     *,
     activation: str,
     num_experts: int,
     local_expert_start: int,
     num_tokens_hint: int | None,
     dtype: torch.dtype | None = None,
+    adapted: bool | None = None,
 ) -> Problem:
     """The sizes of a call, once everything about it is known to fit.
 
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
-    given = (h, x, topk_ids, valid_tokens, activation, num_experts, local_expert_start, num_tokens_hint)
+    given = (h, x, topk_ids, valid_tokens, activation, num_experts, local_expert_start, num_tokens_hint, delta, route)
     sizes = OP.check(variant, OP.named(*given), D=dtype)
     num_tokens, top_k = sizes["T"], sizes["top_k"]
     return Problem(
@@ -96,6 +104,7 @@ def check(
         n=sizes["N"],
         h_stride=h.stride(0),
         x_stride=x.stride(1 if top_k > 1 else 0),
+        delta=check_delta(variant, delta, route, adapted),
         device=h.device,
     )
 

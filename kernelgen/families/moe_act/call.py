@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 from kernelgen.families.call import BATCH, Asked, empty, ints
+from kernelgen.families.probe import delta_beside
 
 SIZES = {**BATCH, "intermediate": 768}
 
@@ -13,5 +15,7 @@ def call(package: ModuleType, asked: Asked) -> None:
     """The front door."""
     num_tokens, top_k, width = (asked.sizes[name] for name in ("num_tokens", "top_k", "intermediate"))
     x = empty(asked, num_tokens, top_k, (2 if asked.fact("gated") else 1) * width)
-    options = {"activation": asked.tag("epilogue"), "num_experts": asked.sizes["num_experts"]}
+    options: dict[str, Any] = {"activation": asked.tag("epilogue"), "num_experts": asked.sizes["num_experts"]}
+    if asked.fact("adapted"):
+        options |= delta_beside(package, x)
     package.moe_act(empty(asked, num_tokens * top_k, width), x, ints(num_tokens, top_k), **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from types import ModuleType
-from typing import Callable
+from typing import Any, Callable
 
 import torch
 
@@ -14,9 +14,11 @@ from kernelgen.families.buffers import allocate, allocate_sparse, positions, sea
 from kernelgen.families.case import Case as BaseCase
 from kernelgen.families.case import Tags, worst_ratio
 from kernelgen.families.moe_act.reference import moe_act
+from kernelgen.families.moe_deltas import draw as draw_delta
 from kernelgen.families.moe_experts import SPREAD, Experts, draw
+from kernelgen.families.moe_gemm.reference import NO_ROWS
 
-BODY = ("epilogue",)
+BODY = ("epilogue", "delta")
 EXACT = ("ragged",)  # what exact algebra takes on every text
 
 _HUGE = 2**31 + 64  # elements: out of reach of a 32-bit offset
@@ -88,7 +90,11 @@ def check(
     rows = case.tokens * case.top_k
     h = allocate((rows, case.n), (case.n + case.gap, 1), dtype, device, offset=case.offset)
     guarded = seal(h)
-    expected = moe_act(x, routed.local, epilogue=tags["epilogue"])
+    beside = None
+    if tags["delta"] == "lora":
+        layout: dict[str, Any] = {"offset": case.offset, "sparse": case.row_stride is not None}
+        beside = draw_delta(package, routed, x, case.random(), numbers, **layout)
+    expected = moe_act(x, routed.local, epilogue=tags["epilogue"], delta=beside.rows if beside else NO_ROWS)
     config = None if case.own_tiles else sys.modules[launcher.__module__].Config(2, 64, 2)
     launcher(
         h,
@@ -99,6 +105,7 @@ def check(
         valid_tokens=routed.valid_tokens,
         num_tokens_hint=case.hint,
         config=config,
+        **(beside.arguments if beside else {}),
     )
     written = torch.zeros(rows, dtype=torch.bool)
     written[expected.rows] = True

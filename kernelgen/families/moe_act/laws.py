@@ -10,7 +10,9 @@ import torch
 
 from kernelgen.families.case import Law, Variant, worst_ratio
 from kernelgen.families.moe_act.reference import moe_act
+from kernelgen.families.moe_deltas import draw as draw_delta
 from kernelgen.families.moe_experts import Experts, draw
+from kernelgen.families.moe_gemm.reference import NO_ROWS
 
 _TOKENS, _TOP_K, _EXPERTS, _N = 6, 2, 4, 40
 
@@ -19,8 +21,12 @@ def front_door(package: ModuleType, variants: Sequence[Variant], device: str) ->
     """Each activation and dtype finds its variant."""
     for variant in variants:
         operands, routed = _operands(variant.tags, device)
-        package.moe_act(**operands, num_tokens_hint=1)
-        exact = moe_act(operands["x"], routed.local, epilogue=variant.tags["epilogue"])
+        beside = None
+        if variant.tags["delta"] == "lora":
+            beside = draw_delta(package, routed, operands["x"], random.Random(0), torch.Generator().manual_seed(1))
+        package.moe_act(**operands, num_tokens_hint=1, **(beside.arguments if beside else {}))
+        rows = beside.rows if beside else NO_ROWS
+        exact = moe_act(operands["x"], routed.local, epilogue=variant.tags["epilogue"], delta=rows)
         worst_ratio(operands["h"][exact.rows].cpu(), exact.out.cpu(), exact.bound.cpu())
         rest = torch.ones(_TOKENS * _TOP_K, dtype=torch.bool)
         rest[exact.rows] = False
@@ -74,4 +80,5 @@ _WRONG: Mapping[str, Callable[[_Arguments], _Arguments]] = {
     "h of too few rows": lambda a: {"h": a["h"][:-1]},
     "ids as a vector": lambda a: {"topk_ids": a["topk_ids"].flatten()},
     "valid tokens in 64 bits": lambda a: {"valid_tokens": a["valid_tokens"].long()},
+    "a delta without its route": lambda a: {"delta": torch.zeros_like(a["x"])},
 }

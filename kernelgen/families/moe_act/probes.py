@@ -6,16 +6,17 @@ from types import ModuleType
 from typing import Iterator
 
 from kernelgen.core.model import Variant
-from kernelgen.families.probe import QWEN3, Probe, launcher_of, meta, tensors
+from kernelgen.families.probe import QWEN3, Probe, delta_beside, launcher_of, meta, tensors
 
 
 def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
     """Of a batch of many tokens."""
     launcher, num_tokens, top_k, width = launcher_of(package, variant), 1024, QWEN3["top_k"], QWEN3["inter"]
     given = tensors(package, variant, T=num_tokens, top_k=top_k, N=width, S=variant.slices)
+    more = delta_beside(package, given["x"]) if variant.adapted else {}
 
     def call() -> None:
-        launcher(**given, num_experts=QWEN3["num_experts"], valid_tokens=meta(1))
+        launcher(**given, num_experts=QWEN3["num_experts"], valid_tokens=meta(1), **more)
 
     sizes = {"num_tokens": num_tokens, "top_k": top_k, "n": width}
     yield Probe(f"t{num_tokens}", sizes, call, flops=0.0, bytes=float(given["h"].nbytes + given["x"].nbytes))

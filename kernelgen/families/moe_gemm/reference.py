@@ -22,7 +22,8 @@ the sum up in fp32.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Sequence
+from types import MappingProxyType
+from typing import Mapping, NamedTuple, Sequence
 
 import torch
 
@@ -35,6 +36,9 @@ _SHORT = 132 * 2.0**-13  # of the magnitudes of FP8 products, what tensor cores 
 _SCALINGS = 4  # roundings
 _SILU_SLOPE = 1.1  # the largest there is
 _SILU_TINY = 2.0**-118  # what is left of it where exp overflows
+
+Rows = Mapping[int, torch.Tensor]  # what was made beside a product, by pair
+NO_ROWS: Rows = MappingProxyType({})
 
 
 class Delta(NamedTuple):
@@ -131,18 +135,19 @@ def moe_sum(
     num_tokens: int,
     topk_weights: torch.Tensor | None,
     dtype: torch.dtype,
+    delta: Rows = NO_ROWS,
 ) -> Expected:
-    """out[t] = sum of w[t, j] * y[t, j] over the local pairs of the first ``num_tokens`` tokens; y [T, top_k, N]."""
+    """out[t] = sum of w[t, j] * (y[t, j] + delta[t, j]) over the local pairs of the first tokens; y [T, top_k, N]."""
     top_k = y.shape[1]
     values = torch.zeros(num_tokens, y.shape[2], dtype=torch.float64, device=y.device)
     bounds = torch.zeros_like(values)
     for pair, _ in local:
         token, j = divmod(pair, top_k)
-        part = y[token, j].double()
+        part = with_delta(y[token, j], delta.get(pair))
         if topk_weights is not None:
             part = topk_weights[token, j].float().double() * part
         values[token] += part
-        bounds[token] += (top_k + 1) * (_FP32 * part.abs() + _FP32_TINY)
+        bounds[token] += (top_k + 1 + bool(delta)) * (_FP32 * part.abs() + _FP32_TINY)
     bounds += cast_error(values.abs() + bounds, dtype)
     return Expected(torch.arange(num_tokens), values, bounds)
 
@@ -212,11 +217,16 @@ def cast_error(magnitude: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return magnitude * (info.eps / 2) + info.smallest_normal * info.eps / 2
 
 
-def moe_act(x: torch.Tensor, local: Sequence[Local], *, epilogue: str) -> Expected:
-    """h[p] = act(x[p]) of the local pairs; x [T, top_k, N or 2 * N], h [T * top_k, N] of its dtype."""
-    rows = x.flatten(0, 1).double()
+def with_delta(row: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor:
+    """A row and what was made beside it, in fp64."""
+    return row.double() if delta is None else row.double() + delta.double()
+
+
+def moe_act(x: torch.Tensor, local: Sequence[Local], *, epilogue: str, delta: Rows = NO_ROWS) -> Expected:
+    """h[p] = act(x[p] + delta[p]) of the local pairs; x [T, top_k, N or 2 * N], h [T * top_k, N] of its dtype."""
     targets = [pair for pair, _ in local]
-    found = [activate(rows[pair], torch.zeros_like(rows[pair]), epilogue) for pair in targets]
+    rows = [with_delta(x.flatten(0, 1)[pair], delta.get(pair)) for pair in targets]
+    found = [activate(row, (_FP32 if delta else 0.0) * row.abs(), epilogue) for row in rows]
     values = [value for value, _ in found]
     bounds = [error + cast_error(value.abs() + error, x.dtype) for value, error in found]
     return _expected(targets, values, bounds, x.shape[2] // (2 if epilogue == "swiglu" else 1))

@@ -7,8 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from .. import _runtime as runtime
+from .._live import routing_of
 from ._problem import Call, Config, Problem, check, choose
 from ._table import VARIANTS
+
+_ROUTING = "route_ids_ptr token_lora_mapping_ptr adapter_enabled_ptr expert_map_ptr"
 
 
 class MoeSum:
@@ -17,7 +20,8 @@ class MoeSum:
     def __init__(self, kernel: Any) -> None:
         self.name = runtime.variant_of(kernel)
         self.facts = VARIANTS.of(self.name)
-        self._kernel = runtime.Launcher(kernel, "out_ptr y_ptr topk_weights_ptr topk_ids_ptr valid_tokens_ptr num_tokens")
+        rows = "out_ptr y_ptr delta_ptr topk_weights_ptr"
+        self._kernel = runtime.Launcher(kernel, f"{rows} topk_ids_ptr valid_tokens_ptr {_ROUTING} num_tokens")
 
     def launch(
         self,
@@ -27,6 +31,8 @@ class MoeSum:
         topk_ids: Tensor,
         topk_weights: Tensor | None,
         valid_tokens: Tensor | None,
+        delta: Tensor | None = None,
+        route: Any = None,
         **sizes: Any,
     ) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.
@@ -34,8 +40,15 @@ class MoeSum:
         Raises:
             ValueError: something does not fit; nothing was launched.
         """
-        operands, dtype = (out, y, topk_ids, topk_weights, valid_tokens), self.facts["torch_dtype"]
-        problem = check(self.name, *operands, dtype=dtype, weighted=self.facts["weighted"], **sizes)
+        operands = (out, y, topk_ids, topk_weights, valid_tokens, delta, route)
+        problem = check(
+            self.name,
+            *operands,
+            dtype=self.facts["torch_dtype"],
+            weighted=self.facts["weighted"],
+            adapted=self.facts["adapted"],
+            **sizes,
+        )
         if problem.num_tokens > 0:
             self.bind(problem, runtime.given(self.name, config, Config) or choose(problem))(*operands)
 
@@ -54,11 +67,21 @@ class MoeSum:
             Y_STRIDE=problem.y_stride,
             BLOCK_N=config.block_n,
             PDL=pdl,
+            D_STRIDE=problem.delta.stride,
+            MAX_LORAS=problem.delta.max_loras,
+            ROUTE_EXPERTS=problem.delta.num_experts,
+            GLOBAL_EXPERTS=problem.delta.global_experts,
         )
 
         def call(
-            out: Tensor, y: Tensor, topk_ids: Tensor, topk_weights: Tensor | None, valid_tokens: Tensor | None
+            out: Tensor,
+            y: Tensor,
+            topk_ids: Tensor,
+            topk_weights: Tensor | None,
+            valid_tokens: Tensor | None,
+            delta: Tensor | None = None,
+            route: Any = None,
         ) -> None:
-            launch.run(out, y, topk_weights, topk_ids, valid_tokens, num_tokens)
+            launch.run(out, y, delta, topk_weights, topk_ids, valid_tokens, *routing_of(route), num_tokens)
 
         return call

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import _runtime as runtime
+from ..moe_route._op import MoeRoute
 from ._problem import OP, Call, check, choose
 from ._table import VARIANTS
 
@@ -19,8 +20,10 @@ def moe_sum(
     valid_tokens: torch.Tensor | None = None,
     num_tokens_hint: int | None = None,
     out: torch.Tensor | None = None,
+    delta: torch.Tensor | None = None,
+    route: MoeRoute | None = None,
 ) -> torch.Tensor:
-    """out[t] = the sum over the local experts of token t of w[t, j] * y[t, j], in fp32, rounded once.
+    """out[t] = the sum over the local experts of token t of w[t, j] * (y[t, j] + delta[t, j]), in fp32, rounded once.
 
     Args:
         y: [T, top_k, N] bfloat16 or float16, stride(0) == top_k * stride(1); rows of pairs that are not local are not read.
@@ -31,6 +34,8 @@ def moe_sum(
         num_tokens_hint: how many tokens to expect, for the size of the grid; None: T. Any number is right.
         out: [T, N] in any float dtype, of which rows from ``valid_tokens`` on keep their bytes; None: a new float32
             tensor, in which they are zero.
+        delta, route: what ``moe_lora`` wrote with ``add_inputs=False``, like ``y``, and its route, from ``moe_route``: rows of
+            pairs that are live on it are added, others are not read. None: y has it already, or there is none.
 
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
@@ -41,7 +46,7 @@ def moe_sum(
             out = torch.empty((y.shape[0], y.shape[-1]), dtype=torch.float32, device=y.device)
         except (AttributeError, IndexError) as error:
             routing = (topk_ids, topk_weights, valid_tokens, num_experts, local_expert_start, num_tokens_hint)
-            OP.refuse(OP.named(out, y, *routing, zeroes), error)
+            OP.refuse(OP.named(out, y, *routing, zeroes, delta, route), error)
     arguments = (
         out,
         y,
@@ -52,6 +57,8 @@ def moe_sum(
         local_expert_start,
         num_tokens_hint,
         zeroes,
+        delta,
+        route,
     )
     (_in_graphs if torch.compiler.is_compiling() else _apply)(*arguments)
     return out
@@ -67,6 +74,8 @@ def bind(
     local_expert_start: int,
     num_tokens_hint: int | None,
     zeroes: bool,
+    delta: torch.Tensor | None = None,
+    route: MoeRoute | None = None,
 ) -> Call:
     """The launch for calls that look like this one.
 
@@ -80,11 +89,14 @@ def bind(
         topk_ids,
         topk_weights,
         valid_tokens,
+        delta,
+        route,
         num_experts=num_experts,
         local_expert_start=local_expert_start,
         num_tokens_hint=num_tokens_hint,
     )
-    variant = VARIANTS.get("moe_sum", torch_dtype=y.dtype, weighted=topk_weights is not None, zeroes=zeroes)
+    facts = {"weighted": topk_weights is not None, "zeroes": zeroes, "adapted": delta is not None}
+    variant = VARIANTS.get("moe_sum", torch_dtype=y.dtype, **facts)
     if problem.num_tokens == 0:
         return runtime.nothing
     call: Call = variant.bind(problem, choose(problem))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from types import MappingProxyType, ModuleType
-from typing import Callable, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import torch
 
@@ -13,7 +13,9 @@ from kernelgen.core.model import VOCABULARY
 from kernelgen.families.buffers import allocate, allocate_sparse, positions, seal
 from kernelgen.families.case import Case as BaseCase
 from kernelgen.families.case import Tags, worst_ratio
+from kernelgen.families.moe_deltas import draw as draw_delta
 from kernelgen.families.moe_experts import SPREAD, Experts, draw
+from kernelgen.families.moe_gemm.reference import NO_ROWS
 from kernelgen.families.moe_sum.reference import moe_sum
 
 BODY = ("routed_weight", "rest")
@@ -99,9 +101,12 @@ def check(
         (case.tokens, case.n), (case.n + case.gap, 1), case.out_dtype or dtype, device, offset=case.offset
     )
     guarded = seal(out)
-    expected = moe_sum(
-        y, routed.local, num_tokens=routed.num_valid, topk_weights=weights, dtype=out.dtype
-    )
+    beside = None
+    if tags["delta"] == "lora":
+        layout: dict[str, Any] = {"offset": case.offset, "sparse": case.row_stride is not None}
+        beside = draw_delta(package, routed, y, case.random(), numbers, **layout)
+    given: dict[str, Any] = {"num_tokens": routed.num_valid, "topk_weights": weights, "dtype": out.dtype}
+    expected = moe_sum(y, routed.local, **given, delta=beside.rows if beside else NO_ROWS)
     config = None if case.own_tiles else sys.modules[launcher.__module__].Config(64, 2)
     launcher(
         out,
@@ -113,6 +118,7 @@ def check(
         num_tokens_hint=case.hint,
         config=config,
         **({} if weights is None else {"topk_weights": weights}),
+        **(beside.arguments if beside else {}),
     )
     written = torch.arange(case.tokens, device=device) < routed.num_valid
     if tags["rest"] == "zero":

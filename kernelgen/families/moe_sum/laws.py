@@ -9,6 +9,7 @@ from typing import Any, Callable, Mapping, Sequence
 import torch
 
 from kernelgen.families.case import Law, Variant, worst_ratio
+from kernelgen.families.moe_deltas import draw as draw_delta
 from kernelgen.families.moe_experts import Experts, draw
 from kernelgen.families.moe_sum.reference import moe_sum
 
@@ -23,6 +24,10 @@ def front_door(package: ModuleType, variants: Sequence[Variant], device: str) ->
         for weights in (operands["topk_weights"], None):
             given = {**operands, "topk_weights": weights}
             wanted: dict[str, Any] = {"num_tokens": 4, "topk_weights": weights}
+            if weights is None:
+                beside = draw_delta(package, routed, operands["y"], random.Random(0), torch.Generator().manual_seed(1))
+                given |= beside.arguments
+                wanted["delta"] = beside.rows
             own = package.moe_sum(**given)
             assert own.dtype == torch.float32 and not own[4:].any(), "own rows behind the tokens"
             exact = moe_sum(operands["y"], routed.local, dtype=torch.float32, **wanted)

@@ -8,7 +8,7 @@ from typing import Any, Iterator
 import torch
 
 from kernelgen.core.model import Variant
-from kernelgen.families.probe import QWEN3, Probe, launcher_of, meta, tensors
+from kernelgen.families.probe import QWEN3, Probe, delta_beside, launcher_of, meta, tensors
 
 
 def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
@@ -20,6 +20,8 @@ def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
         options: dict[str, Any] = {"num_experts": QWEN3["num_experts"], "valid_tokens": meta(1)}
         if variant.weighted:
             options["topk_weights"] = meta(num_tokens, top_k, dtype=torch.float32)
+        if variant.adapted:
+            options |= delta_beside(package, given["y"])
 
         def call(given: Any = given, options: Any = options) -> None:
             launcher(**given, **options)
