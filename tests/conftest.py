@@ -87,9 +87,10 @@ def is_quick(item: pytest.Item, number: int = 0) -> bool:
         return number < slow.kwargs.get("keep", 0)
     suite = getattr(item.module, "SUITE", None)
     given = getattr(item, "callspec", None)
-    if suite is None or given is None or not {"variant", "case"} <= given.params.keys():
+    if suite is None or given is None or "variant" not in given.params:
         return True
-    return (given.params["variant"].name, given.params["case"].name) in suite.quick
+    kept, case = (suite.quick_exact, "exact") if "exact" in given.params else (suite.quick, "case")
+    return (given.params["variant"].name, given.params[case].name) in kept
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -35,22 +35,22 @@ _GEMV = "moe_gemm_gemv_bf16_pair_token_weighted_lora"
 _TWO = "moe_lora_two_kernel_bf16_sorted_add_weighted_r64_w8channel"
 _SHRINK = "lora_shrink_bf16_r16_w8group"
 FAULTS = (
-    Fault("a term at the end of K is dropped", _SWIGLU, "ragged", "(k < columns - k0)", "(k < columns - 1 - k0)"),
-    Fault("the scales of gate serve up too", _SWIGLU, "fp8", "w_scales + W_SCALE_NEXT + n0", "w_scales + n0"),
-    Fault("a scale is applied twice", _SWIGLU, "fp8", "gate + tl.dot(x, w.T) * scale", "gate + tl.dot(x, w.T) * scale * scale"),
-    Fault("one scale for two groups", _SHRINK, "w8_groups", "tl.load(s[4] + k0 // 128)", "tl.load(s[4] + k0 // 256)"),
-    Fault("gate and up change places", _SWIGLU, "fp8", "gate / (1.0 + tl.exp(-gate)) * up", "up / (1.0 + tl.exp(-up)) * gate"),
-    Fault("a routing weight is off by little", _GEMV, "ragged", "(x * weight)", "(x * (weight * 1.000001))", hidden=True),
-    Fault("a sum is off by little", _TWO, "ragged", "y *= b_scale", "y = y * b_scale + 0.000001", hidden=True),
+    Fault("a term at the end of K is dropped", _SWIGLU, "exact", "(k < columns - k0)", "(k < columns - 1 - k0)"),
+    Fault("the scales of gate serve up too", _SWIGLU, "exact", "w_scales + W_SCALE_NEXT + n0", "w_scales + n0"),
+    Fault("a scale is applied twice", _SWIGLU, "exact", "gate + tl.dot(x, w.T) * scale", "gate + tl.dot(x, w.T) * scale * scale"),
+    Fault("one scale for two groups", _SHRINK, "exact", "tl.load(s[4] + k0 // 128)", "tl.load(s[4] + k0 // 256)"),
+    Fault("gate and up change places", _SWIGLU, "exact", "gate / (1.0 + tl.exp(-gate)) * up", "up / (1.0 + tl.exp(-up)) * gate"),
+    Fault("a routing weight is off by little", _GEMV, "exact", "(x * weight)", "(x * (weight * 1.000001))", hidden=True),
+    Fault("a sum is off by little", _TWO, "exact", "y *= b_scale", "y = y * b_scale + 0.000001", hidden=True),
     Fault(
         "a silu that cancels in its tails",
         _SWIGLU,
-        "fp8",
+        "exact",
         "gate / (1.0 + tl.exp(-gate)) * up",
         "(gate - gate / (1.0 + tl.exp(gate))) * up",
         hidden=True,
     ),
-    Fault("the last part is weighted, not the sum", _TWO, "ragged", "v += tl.load(part_rows", "v = 2 * v + tl.load(part_rows"),
+    Fault("the last part is weighted, not the sum", _TWO, "exact", "v += tl.load(part_rows", "v = 2 * v + tl.load(part_rows"),
 )
 
 

@@ -133,6 +133,12 @@ def test_quick_tests_meet_every_template_body_and_kind_of_case(family: str) -> N
     met = {mark for variant, case in quick if not case.needs_gpu for mark in found.marks(variant)}
     assert met == {mark for variant in found.variants for mark in found.marks(variant)}
     assert any((axis, tag) in mark for mark in met for axis, tag in found.variants[0].tags.items())
+    exact = {name: {v for v, case in found.exact if case.name == name} for name in {case.name for _, case in found.exact}}
+    for name, variants in exact.items():
+        texts = {tuple(tag for axis, tag in v.tags.items() if axis != "dtype") for v in variants}
+        assert len(texts) == len(variants), f"{name}: a text twice"
+        kept = [v for v in variants if (v.name, name) in found.quick_exact]
+        assert set().union(*map(found.marks, kept)) == set().union(*map(found.marks, variants))
 
 
 def test_only_what_is_not_quick_is_left_out() -> None:

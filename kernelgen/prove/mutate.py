@@ -2,7 +2,8 @@
 
 A mutant is the text of a variant with one expression or statement of a ``@triton.jit`` function changed. It is written beside
 the variant in a copy of the generated package, and meets every case that fits the variant: the cases of a body are spread
-over its variants, and a fault in a template is in all of them. It is killed when a case fails, in any way.
+over its variants, and a fault in a template is in all of them. It is killed when a case fails, in any way. Last come the cases
+of exact algebra.
 """
 
 from __future__ import annotations
@@ -302,7 +303,7 @@ class Bench:
         self, suite: Suite, variant: Variant, mutant: Mutant, only: Sequence[Case] = ()
     ) -> Fate:
         """Try a mutant on all cases that fit the variant, or on some."""
-        _, changed = self.place(variant, mutant.text)
+        package, changed = self.place(variant, mutant.text)
         try:
             launcher = changed.launcher(self._package)
         except Exception:
@@ -316,6 +317,11 @@ class Bench:
             except Exception:  # however it fails, it is noticed
                 cases.insert(0, cases.pop(i))
                 return Fate(variant.name, mutant, case.name)
+        for case in [] if only else suite.exact_cases(variant):
+            try:
+                dataclasses.replace(suite, package=package).check_exactly(changed, case, "cpu")
+            except Exception:
+                return Fate(variant.name, mutant, f"{case.name}, exactly")
         return Fate(variant.name, mutant, "")
 
 

@@ -111,9 +111,21 @@ class Suite:
         return tuple((variant, case) for variant in texts.values() for case in self.exact_cases(variant))
 
     def exact_cases(self, variant: Variant) -> list[Case]:
-        """The cases that a variant meets in exact algebra: those that its family names."""
-        named = getattr(self._cases, "EXACT", ())
-        return [case for case in self._cases.CASES if case.name in named and case.fits(variant.tags)]
+        """The cases of its family that a variant meets in exact algebra."""
+        return [case for case in getattr(self._cases, "EXACT", ()) if case.fits(variant.tags)]
+
+    @functools.cached_property
+    def quick_exact(self) -> frozenset[tuple[str, str]]:
+        """A part of ``exact`` in which each case meets each body, and each tag with each template, that it meets at all."""
+        chosen = set()
+        for case in {case for _, case in self.exact}:
+            marks = {variant.name: self.marks(variant) for variant, other in self.exact if other == case}
+            missing = set().union(*marks.values())
+            while missing:
+                name = max(marks, key=lambda name: len(marks[name] & missing))
+                chosen.add((name, case.name))
+                missing -= marks[name]
+        return frozenset(chosen)
 
     @property
     def laws(self) -> Sequence[Law]:

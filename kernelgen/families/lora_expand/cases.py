@@ -16,7 +16,6 @@ from kernelgen.families.lora_expand.reference import lora_expand
 from kernelgen.families.lora_inputs import HUGE, LAYOUTS, Case
 
 BODY = ("rank", "add_inputs")
-EXACT = ("ragged", "w8_rank_groups")  # what exact algebra takes on every text
 
 _RANY = {"rank": ("rany",)}
 _SCALES = ("weight_quant",)
@@ -29,7 +28,7 @@ _SIXTEEN_BIT = (
     Case("lt_tile", "a tile that is not full", tokens=3, widths=(28,), rank="part"),
     Case("eq_tile", "one full tile", tokens=16, adapters="one", widths=(64,)),
     Case("gt_tile", "full tiles, then a row and a column", tokens=33, adapters="one", widths=(65,)),
-    Case("ragged", "no size divides", core=True, widths=(70, 33), rank="part", offset=5),
+    Case("ragged", "no size divides", widths=(70, 33), rank="part", offset=5),
     Case(
         "query_key_value",
         "slices of unequal width, as of grouped-query attention",
@@ -99,6 +98,8 @@ CASES = (
     *(c if c.core else dataclasses.replace(c, only={**c.only, **_NO_FP8}) for c in _SIXTEEN_BIT),
     *_FP8,
 )
+# What exact algebra takes: a part of every tile, two groups of scales on both axes.
+EXACT = (Case("exact", "every text", tokens=3, widths=(150, 33), rank="part", offset=5),)
 
 
 def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: Case, device: str) -> float:

@@ -27,7 +27,6 @@ from kernelgen.families.moe_lora.reference import dequantise
 from kernelgen.families.moe_runs.reference import moe_runs
 
 BODY = ("schedule", "rows", "epilogue")
-EXACT = ("ragged", "fp8")  # what exact algebra takes on every text
 _QUANTS = ("schedule", "rows", *QUANT_AXES)  # what FP8 operands and their scales pass through
 
 # Tiles that small shapes can be less than, equal to and greater than.
@@ -142,7 +141,7 @@ CASES = (
     Case("lt_tile", "a tile that is not full", k=24, n=16),
     Case("eq_tile", "one full tile", tokens=16, top_k=1, routing=_ONE, k=32, n=32),
     Case("gt_tile", "full tiles, then a row", tokens=33, top_k=1, routing=_ONE, k=96, n=64),
-    Case("ragged", "no size divides", core=True, tokens=9, top_k=3, k=72, n=40, routing=Experts("mixed", start=2)),
+    Case("ragged", "no size divides", tokens=9, top_k=3, k=72, n=40, routing=Experts("mixed", start=2)),
     Case("one_more", "one column behind a tile", only=_POINTERS, tokens=17, top_k=1, routing=_ONE, k=65, n=33),
     Case("empty", "a launch without programs", tokens=0, few=0),
     Case("nothing_local", "no block at all", routing=Experts("away")),
@@ -268,6 +267,30 @@ CASES = (
         tokens=70,
         experts=2,
         block_m=128,
+    ),
+)
+# What exact algebra takes: a part of every tile, two groups of scales on both axes; and tiles of a lower height.
+EXACT = (
+    Case(
+        "exact",
+        "every text",
+        few=2,
+        k=152,
+        n=136,
+        routing=Experts("mixed", start=1),
+        tiles={"block_n": 64, "block_k": 64},
+    ),
+    Case(
+        "exact_tail",
+        "blocks of few rows in tiles of a quarter of the height",
+        only=_TILED,
+        tokens=25,
+        top_k=1,
+        experts=2,
+        n=16,
+        block_m=64,
+        tiles={"tail": 2},
+        routing=Experts("skewed"),
     ),
 )
 

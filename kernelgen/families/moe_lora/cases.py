@@ -15,7 +15,6 @@ from kernelgen.families.moe_routing import Routing
 __all__ = ["BODY", "CASES", "check"]
 
 BODY = ("schedule", "rank")
-EXACT = ("ragged", "w8_groups", "a8_groups")  # what exact algebra takes on every text
 
 
 def _only(**axes: str) -> Mapping[str, Sequence[str]]:
@@ -67,7 +66,6 @@ _SIXTEEN_BIT = (
     Case(
         "ragged",
         "no size divides",
-        core=True,
         tokens=5,
         experts=2,
         slices=2,
@@ -288,4 +286,17 @@ _NO_FP8 = _only(weight_quant="none", act_quant="none")
 CASES = (
     *(c if c.core else dataclasses.replace(c, only={**c.only, **_NO_FP8}) for c in _SIXTEEN_BIT),
     *_FP8,
+)
+# What exact algebra takes: a part of every tile, two groups of scales on both axes; and rows that programs share.
+EXACT = (
+    Case("exact", "every text", tokens=3, naive_tokens=1, experts=2, slices=2, k=136, n=136, rank="part"),
+    Case(
+        "exact_high",
+        "a block of more rows than a program of FP8 takes",
+        only=_only(assignment="sorted", rank="r16", weight_quant="w8tensor w8channel w8group"),
+        tokens=40,
+        top_k=1,
+        routing=_ONE_GROUP,
+        block_m=64,
+    ),
 )

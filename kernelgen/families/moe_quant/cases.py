@@ -20,7 +20,6 @@ from kernelgen.families.moe_gemm.cases import tables_of
 from kernelgen.families.moe_quant.reference import moe_quant
 
 BODY = ("order", "act_quant")
-EXACT = ("ragged",)  # what exact algebra takes on every text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +84,7 @@ CASES = (
     Case("nan", "NaN stays NaN and leaves the scale alone", special=float("nan")),
     Case("own_tiles", "the tiles that the rule takes", own_tiles=True, n=700, tokens=24, block_m=32),
 )
+EXACT = tuple(case for case in CASES if case.name in ("ragged",))  # what exact algebra takes, on every text
 
 
 def check(
