@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ _FIELDS: tuple[operands.Operand, ...] = (
     operands.Flag("adapter_enabled"),
     operands.Flag("lora_ranks"),
     operands.Flag("shared_outer"),
+    dataclasses.replace(kinds_of_scales(VARIANTS, "b_scales"), name="lora_scales"),
 )
 
 
@@ -56,13 +58,14 @@ class FusedMoeShape(NamedTuple):
     topk_weights_dtype: torch.dtype = torch.float32
     weight_scales: str | None = None  # of FP8 weights: "tensor", "slice" (w13_scale is [E, 2]), "channel" or "group"
     x_scales: str | None = None  # of an FP8 ``hidden``: "tensor", "expert" (h_scale is [E]), "token", "group", "group_by_column"
-    fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of both
+    fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of all that is FP8
     scales_dtype: torch.dtype = torch.float32  # of all that are given
     rank: int = 0  # of adapters, 0: none are given
     max_loras: int = 0  # adapters in their factors
     adapter_enabled: bool = False  # whether it is given
     lora_ranks: bool = False  # likewise
     shared_outer: bool = False  # whether all experts share the first factors of w13 and the second of w2: stride 0
+    lora_scales: str | None = None  # of FP8 factors: "tensor", "channel" or "group"
 
     def check(self, label: str) -> None:
         """Raise ValueError where a field, of a shape called ``label``, is no such thing."""
@@ -91,20 +94,30 @@ class FusedMoeShape(NamedTuple):
             of_x = self.fp8_dtype
         if self.x_scales in ("tensor", "expert"):
             scales["h_scale"] = empty(experts if self.x_scales == "expert" else 1, dtype=self.scales_dtype)
-        kind = "tensor" if self.x_scales == "expert" else self.x_scales
+        of_tokens = "tensor" if self.x_scales == "expert" else self.x_scales
         lora = None
         if self.rank > 0:
             loras, slices, outer = self.max_loras, w13[1] // inter, 1 if self.shared_outer else experts
 
-            def factors(of: int, rows: int, columns: int, count: int) -> list[torch.Tensor]:
-                return [empty(loras, of, rows, columns).expand(-1, experts, -1, -1)] * count
+            def of_all(size: Sequence[int], count: int, dtype: torch.dtype) -> list[torch.Tensor]:
+                return [empty(*size, dtype=dtype).expand(-1, experts, *size[2:])] * count
 
-            a13, b13 = factors(outer, self.rank, width, slices), factors(experts, inter, self.rank, slices)
-            a2, b2 = factors(experts, self.rank, inter, 1), factors(outer, width, self.rank, 1)
+            factors = {
+                "a13": ((loras, outer, self.rank, width), slices),
+                "b13": ((loras, experts, inter, self.rank), slices),
+                "a2": ((loras, experts, self.rank, inter), 1),
+                "b2": ((loras, outer, width, self.rank), 1),
+            }
+            kind = self.dtype if self.lora_scales is None else self.fp8_dtype
+            made = {name: of_all(whole, count, kind) for name, (whole, count) in factors.items()}
+            if self.lora_scales is not None:
+                for name, (whole, count) in factors.items():
+                    of_scales = _scales.scale_shape(self.lora_scales, whole, QUANT)
+                    made[f"{name}_scale"] = of_all(of_scales, count, torch.float32)
             mapping, each = (empty(size, dtype=torch.int32) for size in (num_tokens, loras))
-            given = [each if is_given else None for is_given in (self.adapter_enabled, self.lora_ranks)]
-            lora = FusedMoeLora(mapping, a13, b13, a2, b2, *given)
-        x_scales = _scales.meta_x_scales(kind, (num_tokens, width), QUANT, self.scales_dtype)
+            enabled, ranks = (each if is_given else None for is_given in (self.adapter_enabled, self.lora_ranks))
+            lora = FusedMoeLora(mapping, **made, adapter_enabled=enabled, lora_ranks=ranks)
+        x_scales = _scales.meta_x_scales(of_tokens, (num_tokens, width), QUANT, self.scales_dtype)
         for x_scale, hint in itertools.product(x_scales, hints or ends(num_tokens)):
             fused_moe(
                 empty(num_tokens, width, dtype=of_x),

@@ -52,7 +52,7 @@ class Tensor:
         slices: "alike": a sequence of tensors of one layout; "any": of tensors that fit one by one; "": no sequence.
         count: how many tensors a sequence has, as a size of a shape.
         only_with: the flag that asks for it; it is needed with it and refused without.
-        scaled_by: the operand that holds its scales: with them it is FP8.
+        scaled_by: the operand that holds its scales, or "bundle.part": with them it is FP8.
         asks: facts of a variant that a call asks for with it; so of other operands.
     """
 
@@ -632,7 +632,9 @@ class Op:
             sizes.set(operand.dtype, tensor.dtype, label)
 
     def _is_scaled(self, operand: Tensor, values: Mapping[str, Any]) -> bool:
-        return bool(operand.scaled_by) and values.get(operand.scaled_by) is not None
+        name, _, part = operand.scaled_by.partition(".")
+        scale = values.get(name)
+        return (getattr(scale, part, None) if part else scale) is not None
 
     def _dtypes(self, operand: Tensor, values: Mapping[str, Any], sizes: Sizes) -> tuple[torch.dtype, ...] | None:
         if self._is_scaled(operand, values):

@@ -181,6 +181,50 @@ def check_x_scale(
     runtime.fail(variant, label, got, wanted, "or column by column, strides (1, >= rows)" if mode == "group" else "")
 
 
+def find_factor_mode(
+    variant: str, label: str, scales: Sequence[torch.Tensor] | None, factors: Sequence[torch.Tensor], quant: Quant
+) -> str:
+    """Of what factors of adapters have a scale each; as ``find_mode``.
+
+    Raises:
+        ValueError: no mode has scales of such a shape.
+    """
+    mode = find_mode(scales[0], factors[0], quant) if scales else None
+    if mode is None:
+        got = None if not scales else f"{runtime.describe(scales[0])} for {runtime.describe(factors[0])}"
+        groups = f"[L, E, ceil(rows / {quant.group_n}), ceil(columns / {quant.group_k})]"
+        runtime.fail(variant, label, got, f"[L, E], [L, E, rows] or {groups}", "a scale a factor, a row or a group")
+    return mode
+
+
+def factor_scale_strides(
+    variant: str, label: str, mode: str, scales: Sequence[torch.Tensor] | None, factors: Sequence[torch.Tensor], quant: Quant
+) -> operands.Strides:
+    """The strides of the scales of factors of adapters, S tensors [L, E, out, in] each, which are tensors of one layout.
+
+    Raises:
+        ValueError: these are not their scales.
+    """
+    shape = scale_shape(mode, factors[0].shape, quant)
+    if scales is None:
+        runtime.fail(variant, label, None, f"{len(factors)} tensors, one a slice", f"a scale a {mode}")
+    if len(scales) != len(factors):
+        runtime.fail(variant, label, f"{len(scales)} tensors", f"{len(factors)}, one a slice")
+    strides = operands.Strides.of(scales[0])
+    for i, scale in enumerate(scales):
+        if (
+            not fits(mode, scale.shape, factors[0].shape, quant)
+            or not is_fp32(scale, factors[0].device)
+            or scale.stride()[:2] != strides[:2]
+            or (scale.numel() > 0 and not scale[0, 0].is_contiguous())
+        ):
+            also = f" or {[*shape, 1]}" if mode == "channel" else ""
+            wanted = f"{list(shape)}{also} float32 on {factors[0].device}, contiguous behind (L, E), strides as slice 0"
+            hint = f"a scale a {mode}; of another dtype, .float() makes such, once"
+            runtime.fail(variant, f"{label}[{i}]", runtime.describe(scale), wanted, hint)
+    return strides
+
+
 def is_scale(scale: torch.Tensor, device: torch.device) -> bool:
     """Whether scales are of a dtype that kernels take, and where they are needed."""
     return scale.dtype in SCALES and scale.device == device

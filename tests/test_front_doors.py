@@ -13,7 +13,7 @@ import itertools
 import math
 import re
 import weakref
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -144,15 +144,25 @@ def _moe_gemm(b: Batch, fp8: bool = False) -> Arguments:
 
 def _moe_shrink(b: Batch, fp8: bool = False) -> Arguments:
     (tables, runs), a = b.runs(), b.factors(LORAS, EXPERTS)["lora_a"]
-    x, v = b.normal(T, K), b.normal(T * TOP_K, len(a), RANK)
+    x, v, of_a = b.normal(T, K), b.normal(T * TOP_K, len(a), RANK), None
     codes, scale = kg.quantize_activations(x) if fp8 else (x, None)
-    return {"x": codes, "lora_a": a, "tables": tables, "runs": runs, "x_rows": "token", "v": v, "x_scale": scale}
+    if fp8:
+        a, of_a = _fp8(a, "channel")
+    given = {"x": codes, "lora_a": a, "tables": tables, "runs": runs, "x_rows": "token", "v": v}
+    return {**given, "a_scale": of_a, "x_scale": scale}
 
 
-def _adapted_gemm(b: Batch) -> Arguments:
+def _fp8(factors: Sequence[torch.Tensor], scales: str) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    codes, made = zip(*(kg.quantize_weights(factor, scales) for factor in factors), strict=True)
+    return codes, made
+
+
+def _adapted_gemm(b: Batch, fp8: bool = False) -> Arguments:
     (tables, runs), factors = b.runs(), b.factors(LORAS, EXPERTS)
     given = {"x": b.normal(T, K), "w": b.normal(EXPERTS, 2 * N, K), "out": b.normal(T * TOP_K, N), "tables": tables, "runs": runs}
     given |= {"v": b.normal(T * TOP_K, 2, RANK), "lora_b": factors["lora_b"], "activation": "swiglu"}
+    if fp8:
+        given["lora_b"], given["b_scale"] = _fp8(given["lora_b"], "group")
     return {**given, "x_rows": "token", "out_rows": "sorted"}
 
 
@@ -226,6 +236,7 @@ GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
     "moe_gemm": ("moe_gemm", _moe_gemm),
     "moe_gemm fp8": ("moe_gemm", lambda b: _moe_gemm(b, fp8=True)),
     "moe_gemm adapted": ("moe_gemm", _adapted_gemm),
+    "moe_gemm adapted fp8": ("moe_gemm", lambda b: _adapted_gemm(b, fp8=True)),
     "moe_runs": (
         "moe_runs",
         lambda b: {

@@ -28,10 +28,11 @@ from ._problem import (
     check,
     choose,
     grid,
+    step_ranks,
 )
 from ._table import QUANT, VARIANTS
 
-_DELTA = "v_ptr b_ptrs"
+_DELTA = "v_ptr b_ptrs b_scale_ptrs"
 _SCALES = "topk_weights_ptr w_scale_ptr x_scale_ptr x_scale_next"
 _TABLES = "pairs_ptr blocks_ptr num_blocks_ptr run_of_row_ptr runs_ptr"
 _ROUTING = "topk_ids_ptr valid_tokens_ptr token_lora_mapping_ptr adapter_enabled_ptr lora_ranks_ptr num_pairs"
@@ -66,6 +67,7 @@ class _Schedule:
         v: Tensor | None = None,
         lora_b: Tensors | None = None,
         runs: MoeRuns | None = None,
+        b_scale: Tensors | None = None,
     ) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.
 
@@ -85,11 +87,11 @@ class _Schedule:
             epilogue=facts["epilogue"],
             schedule=self.schedule,
             scales=Scales(facts["weight_scales"], w_scale, facts["x_scales"], x_scale),
-            delta=Delta(v, lora_b, runs),
+            delta=Delta(v, lora_b, runs, facts["b_scales"], b_scale),
         )
         if problem.num_pairs > 0:
             tiles = runtime.given(self.name, config, self.config) or choose(self.schedule, problem)
-            self.bind(problem, tiles)(out, x, w, tables, topk_weights, w_scale, x_scale, v, lora_b, runs)
+            self.bind(problem, tiles)(out, x, w, tables, topk_weights, w_scale, x_scale, v, lora_b, runs, b_scale)
 
     def _constants(self, problem: Problem, config: Config) -> dict[str, Any]:
         """Of the kernels of all schedules."""
@@ -108,6 +110,8 @@ class _Schedule:
             "B_STRIDE_L": problem.b_strides.adapter,
             "B_STRIDE_E": problem.b_strides.expert,
             "B_STRIDE_N": problem.b_strides.row,
+            "B_SCALE_STRIDE_L": problem.b_scale_strides.adapter,
+            "B_SCALE_STRIDE_E": problem.b_scale_strides.expert,
             "BLOCK_N": config.block_n,
             "BLOCK_K": config.block_k,
             "PDL": runtime.traits(problem.device).pdl,
@@ -133,7 +137,7 @@ class _ByPair(_Schedule):
             LOCAL_EXPERT_START=problem.local_expert_start,
             MAX_LORAS=problem.max_loras,
             V_PARTS=problem.parts,
-            BLOCK_R=min(64, runtime.next_power_of_2(problem.rank)),
+            BLOCK_R=step_ranks(problem),
         )
         num_pairs, x_scale_next = problem.num_pairs, problem.x_scale_next
 
@@ -148,10 +152,11 @@ class _ByPair(_Schedule):
             v: Tensor | None,
             lora_b: Tensors | None,
             runs: MoeRuns | None,
+            b_scale: Tensors | None,
         ) -> None:
             adapters = _NO_ADAPTERS if runs is None else (runs.token_lora_mapping, runs.adapter_enabled, runs.lora_ranks)
             scales, routing = (w_scale, x_scale, x_scale_next), (tables.topk_ids, tables.valid_tokens)
-            launch.run(out, x, w, v, lora_b, topk_weights, *scales, *routing, *adapters, num_pairs)
+            launch.run(out, x, w, v, lora_b, b_scale, topk_weights, *scales, *routing, *adapters, num_pairs)
 
         return call
 
@@ -197,6 +202,8 @@ class _ByBlock(_Schedule):
 
     def _launch_of(self, problem: Problem, config: TileConfig | BoxConfig, weights: str) -> runtime.Bound:
         self._check_groups(problem, config.block_k)
+        if problem.b_scales == "group":
+            runtime.check_tile(self.name, "block_d", config.block_d, group_k=QUANT.group_k)
         constants = self._constants(problem, config)
         return self._kernel.bind(
             grid(problem, config),
@@ -236,10 +243,11 @@ class Tile(_ByBlock):
             v: Tensor | None,
             lora_b: Tensors | None,
             runs: MoeRuns | None,
+            b_scale: Tensors | None,
         ) -> None:
             of_rows = (None, None) if runs is None else (runs.run_of_row, runs.runs)
             scales, blocks = (w_scale, x_scale, x_scale_next), (tables.pairs, tables.blocks, tables.num_blocks)
-            launch.run(out, x, w, v, lora_b, topk_weights, *scales, *blocks, *of_rows)
+            launch.run(out, x, w, v, lora_b, b_scale, topk_weights, *scales, *blocks, *of_rows)
 
         return call
 
@@ -272,6 +280,7 @@ class Box(_ByBlock):
             v: Tensor | None,
             lora_b: Tensors | None,
             runs: MoeRuns | None,
+            b_scale: Tensors | None,
         ) -> None:
             x_desc = half_desc = None
             if in_order:
@@ -280,6 +289,6 @@ class Box(_ByBlock):
             w_desc = TensorDescriptor(w, w_shape, w_strides, w_box)
             of_rows = (None, None) if runs is None else (runs.run_of_row, runs.runs)
             scales, blocks = (w_scale, x_scale, x_scale_next), (tables.pairs, tables.blocks, tables.num_blocks)
-            launch.run(out, x, x_desc, half_desc, w_desc, v, lora_b, topk_weights, *scales, *blocks, *of_rows)
+            launch.run(out, x, x_desc, half_desc, w_desc, v, lora_b, b_scale, topk_weights, *scales, *blocks, *of_rows)
 
         return call

@@ -17,6 +17,7 @@ from .. import _runtime as runtime
 from .._scales import (
     check_fp8,
     check_x_scale,
+    factor_scale_strides,
     fits,
     is_scale,
     scale_operand,
@@ -80,7 +81,7 @@ CACHE_POLICIES = ("", "evict_first")
 CONFIGS = {"gemv": GemvConfig, "naive": NaiveConfig, "tile": TileConfig, "box": BoxConfig}
 Config = GemvConfig | NaiveConfig | TileConfig | BoxConfig
 
-# (out, x, w, tables, topk_weights, w_scale, x_scale, v, lora_b, runs) of sizes that were checked before
+# (out, x, w, tables, topk_weights, w_scale, x_scale, v, lora_b, runs, b_scale) of sizes that were checked before
 Call = Callable[..., None]
 
 
@@ -98,11 +99,19 @@ UNSCALED = Scales(None, None, None, None)
 
 
 class Delta(NamedTuple):
-    """What adapters add to a product: rank vectors, the second factors, and which rows are of which adapter."""
+    """What adapters add to a product: rank vectors, the second factors, which rows are of which adapter; of what FP8 factors have
+    a scale each, and these."""
 
     v: torch.Tensor | None
     lora_b: Sequence[torch.Tensor] | None
     runs: MoeRuns | None
+    of_b: str | None = None
+    b_scale: Sequence[torch.Tensor] | None = None
+
+    @property
+    def operands(self) -> tuple[Any, ...]:
+        """Those of the op, in its order."""
+        return self.v, self.lora_b, self.runs, self.b_scale
 
 
 UNADAPTED = Delta(None, None, None)
@@ -148,8 +157,11 @@ OP = operands.Op(
             optional=True,
             asks=("adapted",),
         ),
-        operands.Tensor("lora_b", ">=L, >=E, N, rank", "D", slices="alike", optional=True, asks=("adapted",)),
+        operands.Tensor(
+            "lora_b", ">=L, >=E, N, rank", "D", slices="alike", optional=True, scaled_by="b_scale", asks=("adapted",)
+        ),
         dataclasses.replace(RUNS, optional=True),
+        scale_operand("b_scale", "b_scales", slices="any"),
     ),
     spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},
@@ -192,6 +204,8 @@ class Problem(NamedTuple):
     parts: int  # of v, where there are no tables
     v_by_token: bool  # v has a row a token
     b_strides: operands.Strides
+    b_scales: str | None
+    b_scale_strides: operands.Strides
     ranked: bool  # whether adapters say how many of their ranks count
 
 
@@ -217,7 +231,7 @@ def check(
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
     request = (*rows.split("_"), None if epilogue == "none" else epilogue)
-    sizes = OP.check(variant, OP.named(out, x, w, tables, topk_weights, *request, scales.w, scales.x, *delta), D=dtype)
+    sizes = OP.check(variant, OP.named(out, x, w, tables, topk_weights, *request, scales.w, scales.x, *delta.operands), D=dtype)
     return problem_of(
         variant,
         sizes,
@@ -322,6 +336,8 @@ def problem_of(
         parts=parts,
         v_by_token=v_by_token,
         b_strides=b_strides,
+        b_scales=delta.of_b,
+        b_scale_strides=_check_b_scale(variant, delta),
         ranked=delta.runs is not None and delta.runs.lora_ranks is not None,
     )
     if schedule == "box" and not has_boxes(problem, x, w):
@@ -334,11 +350,11 @@ def _check_delta(
     variant: str, delta: Delta, tables: MoeTables, sizes: operands.Sizes, dtype: torch.dtype, rows: str
 ) -> tuple[int, int, bool, operands.Strides]:
     """rank, parts, whether v has a row a token, and the strides of the second factors."""
-    v, lora_b, runs = delta
-    if v is None and lora_b is None and runs is None:
+    v, lora_b, runs, b_scale = delta.operands
+    if v is None and lora_b is None and runs is None and b_scale is None:
         return 0, 0, False, operands.Strides()
     if v is None or lora_b is None or runs is None:
-        given = [name for name, value in delta._asdict().items() if value is not None]
+        given = [name for name, value in delta._asdict().items() if value is not None and name != "of_b"]
         runtime.fail(variant, "v, lora_b, runs", given, "all three, or none")
     by_table = tables.block_m != 0
     kind, dims = (dtype, 3) if by_table else (torch.float32, 4)
@@ -351,6 +367,22 @@ def _check_delta(
     if strides.row * sizes["N"] >= 2**31:
         runtime.fail(variant, "lora_b", f"rows {strides.row} elements apart", "an expert's matrix below 2**31 elements")
     return sizes["rank"], 0 if by_table else v.shape[0], by_token, strides
+
+
+def _check_b_scale(variant: str, delta: Delta) -> operands.Strides:
+    """The strides of the scales of the second factors."""
+    if delta.of_b is None or delta.lora_b is None:
+        return operands.Strides()
+    check_fp8(variant, "lora_b", delta.lora_b[0], delta.of_b, QUANT)
+    return factor_scale_strides(variant, "b_scale", delta.of_b, delta.b_scale, delta.lora_b, QUANT)
+
+
+def step_ranks(problem: Problem) -> int:
+    """Ranks that a program of pairs takes at a time; where factors have scales of groups, of one."""
+    block_r = min(64, runtime.next_power_of_2(problem.rank))
+    while problem.b_scales == "group" and QUANT.group_k % block_r:
+        block_r //= 2
+    return block_r
 
 
 def _check_w_scale(

@@ -27,7 +27,7 @@ from ._problem import (
 )
 from ._table import QUANT, VARIANTS
 
-_OPERANDS = "v_ptr x_ptr a_ptrs x_scale_ptr x_scale_next"
+_OPERANDS = "v_ptr x_ptr a_ptrs a_scale_ptrs x_scale_ptr x_scale_next"
 _ADAPTERS = "token_lora_mapping_ptr adapter_enabled_ptr lora_ranks_ptr"
 
 
@@ -56,6 +56,7 @@ class _Schedule:
         tables: MoeTables,
         runs: MoeRuns,
         x_scale: Tensor | None = None,
+        a_scale: Tensors | None = None,
     ) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.
 
@@ -63,11 +64,23 @@ class _Schedule:
             ValueError: something does not fit; nothing was launched.
         """
         facts = self.facts
-        dtype, rows, mode = facts["torch_dtype"], facts["rows"], facts["x_scales"]
-        problem = check(self.name, v, x, lora_a, tables, runs, dtype=dtype, rows=rows, x_scale=x_scale, mode=mode)
+        problem = check(
+            self.name,
+            v,
+            x,
+            lora_a,
+            tables,
+            runs,
+            dtype=facts["torch_dtype"],
+            rows=facts["rows"],
+            a_scale=a_scale,
+            of_factors=facts["weight_scales"],
+            x_scale=x_scale,
+            mode=facts["x_scales"],
+        )
         if problem.num_pairs > 0:
             tiles = runtime.given(self.name, config, self.config) or choose(self.schedule, problem)
-            self.bind(problem, tiles)(v, x, lora_a, tables, runs, x_scale)
+            self.bind(problem, tiles)(v, x, lora_a, tables, runs, a_scale, x_scale)
 
     def _constants(self, problem: Problem, config: PairsConfig | RunsConfig | TokensConfig) -> dict[str, Any]:
         """Of the kernels of all schedules."""
@@ -81,6 +94,8 @@ class _Schedule:
             "A_STRIDE_L": problem.a_strides.adapter,
             "A_STRIDE_E": problem.a_strides.expert,
             "A_STRIDE_R": problem.a_strides.row,
+            "A_SCALE_STRIDE_L": problem.a_scale_strides.adapter,
+            "A_SCALE_STRIDE_E": problem.a_scale_strides.expert,
             "BLOCK_R": config.block_r,
             "BLOCK_K": config.block_k,
             "WEIGHTS": CACHE_POLICIES[config.weight_policy],
@@ -108,9 +123,17 @@ class Pairs(_Schedule):
         )
         num_pairs, x_scale_next = problem.num_pairs, problem.x_scale_next
 
-        def call(v: Tensor, x: Tensor, lora_a: Tensors, tables: MoeTables, runs: MoeRuns, x_scale: Tensor | None) -> None:
+        def call(
+            v: Tensor,
+            x: Tensor,
+            lora_a: Tensors,
+            tables: MoeTables,
+            runs: MoeRuns,
+            a_scale: Tensors | None,
+            x_scale: Tensor | None,
+        ) -> None:
             adapters = (runs.token_lora_mapping, runs.adapter_enabled, runs.lora_ranks)
-            launch.run(v, x, lora_a, x_scale, x_scale_next, num_pairs, tables.topk_ids, tables.valid_tokens, *adapters)
+            launch.run(v, x, lora_a, a_scale, x_scale, x_scale_next, num_pairs, tables.topk_ids, tables.valid_tokens, *adapters)
 
         return call
 
@@ -119,7 +142,7 @@ class _Tiles(_Schedule):
     """On matrix units."""
 
     def _launch_of(self, problem: Problem, config: RunsConfig | TokensConfig) -> runtime.Bound:
-        if problem.x_scales == "group":
+        if "group" in (problem.weight_scales, problem.x_scales):
             runtime.check_tile(self.name, "block_k", config.block_k, group_k=QUANT.group_k)
         constants = self._constants(problem, config)
         blocks, side, chunks, joined = programs(problem, config)
@@ -146,9 +169,17 @@ class Runs(_Tiles):
     def bind(self, problem: Problem, config: RunsConfig) -> Call:
         launch, x_scale_next = self._launch_of(problem, config), problem.x_scale_next
 
-        def call(v: Tensor, x: Tensor, lora_a: Tensors, tables: MoeTables, runs: MoeRuns, x_scale: Tensor | None) -> None:
+        def call(
+            v: Tensor,
+            x: Tensor,
+            lora_a: Tensors,
+            tables: MoeTables,
+            runs: MoeRuns,
+            a_scale: Tensors | None,
+            x_scale: Tensor | None,
+        ) -> None:
             blocks = (tables.pairs, tables.blocks, tables.num_blocks)
-            launch.run(v, x, lora_a, x_scale, x_scale_next, *blocks, runs.run_of_row, runs.runs)
+            launch.run(v, x, lora_a, a_scale, x_scale, x_scale_next, *blocks, runs.run_of_row, runs.runs)
 
         return call
 
@@ -164,8 +195,16 @@ class Tokens(_Tiles):
         launch, x_scale_next = self._launch_of(problem, config), problem.x_scale_next
         num_tokens = problem.num_tokens
 
-        def call(v: Tensor, x: Tensor, lora_a: Tensors, tables: MoeTables, runs: MoeRuns, x_scale: Tensor | None) -> None:
+        def call(
+            v: Tensor,
+            x: Tensor,
+            lora_a: Tensors,
+            tables: MoeTables,
+            runs: MoeRuns,
+            a_scale: Tensors | None,
+            x_scale: Tensor | None,
+        ) -> None:
             adapters = (runs.token_lora_mapping, runs.adapter_enabled, runs.lora_ranks)
-            launch.run(v, x, lora_a, x_scale, x_scale_next, num_tokens, tables.valid_tokens, *adapters)
+            launch.run(v, x, lora_a, a_scale, x_scale, x_scale_next, num_tokens, tables.valid_tokens, *adapters)
 
         return call

@@ -134,6 +134,12 @@ VOCABULARY: Mapping[str, Mapping[str, Mapping[str, Fact]]] = MappingProxyType(
             "a8token": _facts(x_scales="token"),
             "a8group": _facts(x_scales="group"),
         },
+        "delta_quant": {  # of the factors that a delta is made with
+            "none": _facts(b_scales=None),
+            "b8tensor": _facts(b_scales="tensor"),
+            "b8channel": _facts(b_scales="channel"),
+            "b8group": _facts(b_scales="group"),
+        },
     }
 )
 TAG_HINTS: Mapping[str, str] = MappingProxyType(
@@ -142,6 +148,7 @@ TAG_HINTS: Mapping[str, str] = MappingProxyType(
         "dtype": "activations are bf16 or f16",
         "weight_quant": "none, or w8tensor, w8channel, w8group: FP8 weights with a scale for each of these",
         "act_quant": "none, or a8tensor, a8token, a8group: FP8 activations with a scale for each of these",
+        "delta_quant": "none, or b8tensor, b8channel, b8group: FP8 factors of adapters with a scale for each of these",
     }
 )
 QUANT_AXES = ("weight_quant", "act_quant")
@@ -182,10 +189,6 @@ class Exclude:
     when: Mapping[str, tuple[str, ...]]
     why: str
     location: Location = dataclasses.field(compare=False)
-
-    def matches(self, tags: Mapping[str, str]) -> bool:
-        """Whether the combination ``tags`` (axis to tag) is left out by this."""
-        return all(tags[axis] in excluded for axis, excluded in self.when.items())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ its K loop; where there are tables, they have the rows of each expert by adapter
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -64,6 +65,9 @@ class FusedMoeLora(NamedTuple):
 
     Factors are in the dtype of ``hidden``, under an FP8 one in bfloat16; of any rank, those of gate and up of one layout; the
     strides over L and E are free, 0 shares. They are finite: what is not reaches rows of other adapters.
+
+    Factors with scales are FP8 (float8_e4m3fn or float8_e5m2), each of which stands for its number times its scale: one of a
+    factor, of a row or of a group, on FP8 weights as these have them. ``hidden`` is bfloat16 or FP8 then.
     """
 
     token_lora_mapping: torch.Tensor  # [T] int32, the adapter of each token; -1, or what is not in [0, L): none
@@ -74,6 +78,12 @@ class FusedMoeLora(NamedTuple):
     adapter_enabled: torch.Tensor | None = None  # [>= L] int32, 0: tokens with this adapter have none; None: all are enabled
     # [>= L] int32, how many of the ranks of each adapter count: rows of A and columns of B behind them are zero, and hardly read
     lora_ranks: torch.Tensor | None = None
+    # Of each: float32, as many as factors, [L, E]; or [L, E, rows], with a last dimension of 1 or without; or
+    # [L, E, ceil(rows / 128), ceil(columns / 128)]. Strides over L and E are free.
+    a13_scale: Sequence[torch.Tensor] | None = None
+    b13_scale: Sequence[torch.Tensor] | None = None
+    a2_scale: Sequence[torch.Tensor] | None = None
+    b2_scale: Sequence[torch.Tensor] | None = None
 
 
 @operands.bundle()
@@ -220,7 +230,11 @@ def _buffer(name: str, dtype: torch.dtype | str, optional: bool = False, shape: 
 
 
 def _factor(name: str, shape: str, count: str) -> operands.Tensor:
-    return operands.Tensor(name, shape, "D", slices="alike", count=count)
+    return operands.Tensor(name, shape, "D", slices="alike", count=count, scaled_by=f"lora.{name}_scale")
+
+
+def _of_factor(name: str, count: str) -> operands.Tensor:
+    return dataclasses.replace(scale_operand(f"{name}_scale", slices="any"), count=count)
 
 
 OP = operands.Op(
@@ -264,6 +278,7 @@ OP = operands.Op(
                 _factor("b2", "L, E, H, rank2", "1"),
                 ADAPTER_ENABLED,
                 LORA_RANKS,
+                *(_of_factor(name, count) for name, count in (("a13", "G"), ("b13", "G"), ("a2", "1"), ("b2", "1"))),
             ),
             maker="FusedMoeLora",
             optional=True,
@@ -277,13 +292,16 @@ OP = operands.Op(
 )
 
 # What the two products call their operands here.
-_FIRST = runtime.Caller("fused_moe", x="hidden", w="w13", w_scale="w13_scale", lora_b="lora.b13")
+_FIRST = runtime.Caller(
+    "fused_moe", x="hidden", w="w13", w_scale="w13_scale", lora_b="lora.b13", b_scale="lora.b13_scale"
+)
 _SECOND = runtime.Caller(
-    "fused_moe", x="hidden", codes="hidden", w="w2", w_scale="w2_scale", x_scale="h_scale", scale="h_scale", lora_b="lora.b2"
+    "fused_moe", x="hidden", codes="hidden", w="w2", w_scale="w2_scale", x_scale="h_scale", scale="h_scale", lora_b="lora.b2",
+    b_scale="lora.b2_scale",
 )
 
-_SHRINK_X = runtime.Caller("fused_moe", x="hidden", lora_a="lora.a13")
-_SHRINK_H = runtime.Caller("fused_moe", lora_a="lora.a2")
+_SHRINK_X = runtime.Caller("fused_moe", x="hidden", lora_a="lora.a13", a_scale="lora.a13_scale")
+_SHRINK_H = runtime.Caller("fused_moe", lora_a="lora.a2", a_scale="lora.a2_scale")
 
 # (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens, w13_scale, w2_scale, x_scale, h_scale, workspace, lora) of sizes
 # that were checked before
@@ -362,8 +380,9 @@ def _bind(
     adapters = None
     if lora is not None:
         adapters, like, (of_first["v"], of_second["v"]) = _bind_lora(lora, hidden, x_scale, h, tables, buffers, few)
-        for options, lora_b in ((of_first, lora.b13), (of_second, lora.b2)):
-            options |= {"lora_b": lora_b, "runs": like}
+        of_b = ((of_first, lora.b13, lora.b13_scale), (of_second, lora.b2, lora.b2_scale))
+        for options, lora_b, b_scale in of_b:
+            options |= {"lora_b": lora_b, "runs": like, "b_scale": b_scale}
 
     def between(
         hidden: torch.Tensor, tables: MoeTables, h_scale: torch.Tensor | None, buffers: Any
@@ -412,7 +431,7 @@ def _bind(
         buffers = use(workspace, hidden)
         ints, h, y = (buffers.pairs, buffers.blocks, buffers.num_blocks), buffers.inter, buffers.outputs
         tables = MoeTables(topk_ids, valid_tokens, *ints, *routing)
-        v = b13 = b2 = runs = None
+        v = b13 = b2 = of_b13 = of_b2 = runs = None
         if adapters is not None:
             of_tokens, run_of_row, of_blocks = (lora.token_lora_mapping, lora.adapter_enabled), None, None
             if align is not None:
@@ -420,18 +439,18 @@ def _bind(
                 align(*ints, run_of_row, of_blocks, gathered, topk_ids, valid_tokens, *of_tokens, lora.lora_ranks)
             runs = MoeRuns(*of_tokens, run_of_row, of_blocks, adapters.max_loras, lora.lora_ranks)
             v = buffers.vectors if few else buffers.vectors.view(dtype)
-            adapters.shrink_x(v, hidden, lora.a13, tables, runs, x_scale)
-            b13, b2 = lora.b13, lora.b2
+            adapters.shrink_x(v, hidden, lora.a13, tables, runs, lora.a13_scale, x_scale)
+            b13, b2, of_b13, of_b2 = lora.b13, lora.b2, lora.b13_scale, lora.b2_scale
         elif align is not None:
             align(*ints, topk_ids, valid_tokens)
-        first(h, hidden, w13, tables, None, w13_scale, x_scale, v, b13, runs)
+        first(h, hidden, w13, tables, None, w13_scale, x_scale, v, b13, runs, of_b13)
         rows, rows_scale = between(hidden, tables, h_scale, buffers)
         if adapters is not None:
-            adapters.shrink_h(v, h, lora.a2, tables, runs, None)
+            adapters.shrink_h(v, h, lora.a2, tables, runs, lora.a2_scale, None)
         if total is None:
-            second(out, rows, w2, tables, topk_weights, w2_scale, rows_scale, v, b2, runs)
+            second(out, rows, w2, tables, topk_weights, w2_scale, rows_scale, v, b2, runs, of_b2)
         else:
-            second(y, rows, w2, tables, None, w2_scale, rows_scale, v, b2, runs)
+            second(y, rows, w2, tables, None, w2_scale, rows_scale, v, b2, runs, of_b2)
             total(out, y, topk_ids, topk_weights, valid_tokens)
 
     return call
@@ -474,15 +493,16 @@ def _bind_lora(
     vectors = buffers.vectors if few else buffers.vectors.view(inner.dtype)
     shapes = _vector_shapes(lora, tables.num_tokens, tables.top_k, few)
     v13, v2 = both = [vectors[: math.prod(shape)].view(shape) for shape in shapes]
-    shrink_x = bind_shrink(v13, hidden, lora.a13, tables, runs, "token", x_scale, _SHRINK_X)
-    shrink_h = bind_shrink(v2, inner, lora.a2, tables, runs, "pair" if few else "sorted", op=_SHRINK_H)
+    shrink_x = bind_shrink(v13, hidden, lora.a13, tables, runs, "token", lora.a13_scale, x_scale, _SHRINK_X)
+    between = "pair" if few else "sorted"
+    shrink_h = bind_shrink(v2, inner, lora.a2, tables, runs, between, lora.a2_scale, op=_SHRINK_H)
     return _Adapters(max_loras, shrink_x, shrink_h), runs, both
 
 
 def _vector_shapes(lora: FusedMoeLora, num_tokens: int, top_k: int, few: bool) -> list[tuple[int, ...]]:
     """Those of the rank vectors of both products."""
-    factors = ((lora.a13, "token"), (lora.a2, "pair" if few else "sorted"))
-    return [vector_shape(a, num_tokens, top_k, not few, x_rows) for a, x_rows in factors]
+    factors = ((lora.a13, "token", lora.a13_scale), (lora.a2, "pair" if few else "sorted", lora.a2_scale))
+    return [vector_shape(a, num_tokens, top_k, not few, x_rows, a_scale) for a, x_rows, a_scale in factors]
 
 
 def _vector_size(lora: FusedMoeLora, num_tokens: int, top_k: int, few: bool) -> int:

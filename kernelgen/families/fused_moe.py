@@ -53,6 +53,7 @@ class Lora(NamedTuple):
     b13: Sequence[torch.Tensor]
     a2: Sequence[torch.Tensor]
     b2: Sequence[torch.Tensor]
+    scaled: bool = False  # they were dequantised
 
 
 def fused_moe(
@@ -82,6 +83,7 @@ def fused_moe(
         token, j = divmod(pair, top_k)
         adapter = None if lora is None else lora.adapters[token]
         factors = ((), ()) if lora is None or adapter is None else ((lora.a13, lora.b13), (lora.a2, lora.b2))
+        of_lora = lora is not None and lora.scaled
         of_first, of_last = (
             [(a[adapter, expert], b[adapter, expert]) for a, b in zip(*each, strict=True)] for each in factors
         )
@@ -89,14 +91,15 @@ def fused_moe(
         x = hidden[token].double()
         sums, error = dot(w13[expert], x, x.shape[0] + rank, **flags)
         sizes = (sums, x.shape[0] + rank, inner.dtype)
-        more, its = _delta(of_first, x, torch.zeros_like(x), *sizes, scaled=inner.element is not None)
+        more, its = _delta(of_first, x, torch.zeros_like(x), *sizes, scaled=inner.element is not None, of_factors=of_lora)
         h, error = activate(sums + more, error + its, activation)
         low, high = h_low, h_high = tuple((h + e).to(inner.dtype).double() for e in (-error, error))
         if inner.element is not None:
             given = None if inner.given is None else inner.given[expert if len(inner.given) > 1 else 0]
             low, high = _as_fp8(low, high, inner.element, inner.width, given)
         y, error = dot(w2[expert], (low + high) / 2, w2.shape[2] + rank, **flags)
-        more, its = _delta(of_last, (h_low + h_high) / 2, (h_high - h_low) / 2, y, w2.shape[2] + rank, inner.dtype)
+        middle, radius = (h_low + h_high) / 2, (h_high - h_low) / 2
+        more, its = _delta(of_last, middle, radius, y, w2.shape[2] + rank, inner.dtype, of_factors=of_lora)
         y, error = y + more, error + its
         error = error + w2[expert].double().abs() @ ((high - low) / 2) * (1 + w2.shape[2] * _FP32)
         error = error + cast_error(y.abs() + error, inner.dtype)
@@ -116,17 +119,18 @@ def _delta(
     dtype: torch.dtype,
     *,
     scaled: bool = False,
+    of_factors: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """B . round(A . row) of each slice behind the other, and its error, for a row within ``radius``, which may have been
-    dequantised; 0 without factors."""
+    dequantised, as may the factors; 0 without factors."""
     if not factors:
         return torch.zeros_like(like), torch.zeros_like(like)
     found = []
     for a, b in factors:
-        v, error = dot(a, row, scaled=scaled)
+        v, error = dot(a, row, scaled=scaled or of_factors)
         error = error + a.double().abs() @ radius * (1 + row.shape[0] * _FP32)
         low, high = ((v + e).to(dtype).double() for e in (-error, error))
-        value, error = dot(b, (low + high) / 2, terms)
+        value, error = dot(b, (low + high) / 2, terms, scaled=of_factors)
         found.append((value, error + b.double().abs() @ ((high - low) / 2) * (1 + terms * _FP32)))
     values, errors = zip(*found, strict=True)
     return torch.cat(values), torch.cat(errors)

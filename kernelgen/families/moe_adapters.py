@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from typing import Callable, Mapping, NamedTuple, Sequence
 
 import torch
 
-from kernelgen.families.buffers import allocate, allocate_sparse
+from kernelgen.families import quant
+from kernelgen.families.buffers import allocate, allocate_sparse, row_major
 from kernelgen.families.moe_align.reference import Local
+from kernelgen.families.moe_lora.reference import dequantise
 from kernelgen.families.moe_runs.reference import adapters_of
 
 HUGE = 2**31 + 64  # elements: out of reach of a 32-bit offset
@@ -79,6 +82,22 @@ LAYOUTS: Mapping[str, Callable[[int, int], tuple[int, int]]] = {
 }
 
 
+class Factors(NamedTuple):
+    """Factors of adapters as an op takes them, a tensor a slice."""
+
+    given: list[torch.Tensor]  # [L, E, rows, columns]
+    scales: list[torch.Tensor] | None  # of FP8 ones
+    numbers: list[torch.Tensor]  # what they stand for
+
+    def named(self, factor: str, scale: str) -> dict[str, list[torch.Tensor]]:
+        """Those that there are, by these names of arguments."""
+        return {factor: self.given, **({} if self.scales is None else {scale: self.scales})}
+
+    def each(self, factor: str, scale: str) -> dict[str, torch.Tensor]:
+        """The same, one by one."""
+        return {f"{name}[{s}]": one for name, several in self.named(factor, scale).items() for s, one in enumerate(several)}
+
+
 def factors(
     shape: Sequence[int],
     slices: int,
@@ -87,16 +106,40 @@ def factors(
     numbers: torch.Generator,
     dtype: torch.dtype,
     device: str,
-) -> list[torch.Tensor]:
-    """A tensor [L, E, rows, columns] a slice; NaN for each (adapter, expert) that is not ``live``."""
+    scales: str | None = None,
+    element: str = "e4m3",
+    ends_in_1: bool = False,
+) -> Factors:
+    """A tensor [L, E, rows, columns] a slice; NaN for each (adapter, expert) that is not ``live``.
+
+    Args:
+        scales: of what there is a scale each, of FP8 factors.
+        element: their type.
+        ends_in_1: scales of rows have a last dimension of one.
+    """
     rows, columns = shape[2:]
-    strides = (*LAYOUTS[layout](rows * columns, shape[1]), columns, 1)
-    make = allocate_sparse if max(strides) >= HUGE else allocate
-    made = [make(shape, strides, dtype, device) for _ in range(slices)]
-    for factor in made:
-        for adapter, expert in live:
-            factor[adapter, expert] = (torch.randn(rows, columns, generator=numbers) * columns**-0.5).to(factor)
-    return made
+
+    def memory(inner: Sequence[int], kind: torch.dtype) -> torch.Tensor:
+        strides = (*LAYOUTS[layout](math.prod(inner), shape[1]), *(row_major(inner) if inner else ()))
+        make = allocate_sparse if max(strides) >= HUGE else allocate
+        return make((*shape[:2], *inner), strides, kind, device)
+
+    made = [memory((rows, columns), quant.element(element) if scales else dtype) for _ in range(slices)]
+    if scales is None:
+        for factor in made:
+            for key in live:
+                factor[key] = (torch.randn(rows, columns, generator=numbers) * columns**-0.5).to(factor)
+        return Factors(made, None, made)
+    inner = quant.scale_shape(scales, (rows, columns), quant.group())
+    if ends_in_1 and scales == "channel":
+        inner = (*inner, 1)
+    of_made = [memory(inner, torch.float32) for _ in range(slices)]
+    for factor, scale in zip(made, of_made, strict=True):
+        for key in live:
+            factor[key] = quant.as_dtype(torch.randn(rows, columns, generator=numbers), factor)
+            scale[key] = quant.draw_scales(scale[key], columns**-0.5, numbers)
+    group = quant.group_of(scales, (rows, columns), quant.group())
+    return Factors(made, of_made, [dequantise(*each, group) for each in zip(made, of_made, strict=True)])
 
 
 def live_of(local: Sequence[Local], of_token: Sequence[int | None], top_k: int) -> list[tuple[int, int]]:

@@ -87,6 +87,23 @@ def tensors(package: ModuleType, variant: Variant, **sizes: int) -> dict[str, An
     return found
 
 
+def factors(
+    package: ModuleType, variant: Variant, scales: str | None, shape: tuple[int, ...], slices: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+    """Factors of adapters [L, E, out, in] of a variant, one a slice; FP8 where there are ``scales``, and these. E of 1: they are
+    of QWEN3's experts, which share them."""
+    dtype = getattr(torch, variant.torch_dtype)
+
+    def of_all(tensor: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor.expand(-1, QWEN3["num_experts"], *tensor.shape[2:])] * slices
+
+    if scales is None:
+        return of_all(meta(*shape, dtype=dtype)), None
+    quant = importlib.import_module(f"{package.__name__}.{variant.family}._table").QUANT
+    scale = meta(*package._scales.scale_shape(scales, shape, quant), dtype=FP32)
+    return of_all(meta(*shape, dtype=fp8(package))), of_all(scale)
+
+
 def meta(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     """A tensor that is a shape and a dtype alone."""
     return torch.empty(size, dtype=dtype, device="meta")

@@ -21,7 +21,7 @@ from kernelgen.core.model import (
 )
 from kernelgen.core.names import UNNAMED, Identifier, module_name, variant_name
 
-MAX_COMBINATIONS = 10_000
+MAX_COMBINATIONS = 50_000
 MAX_VARIANTS = 2_000
 
 
@@ -52,12 +52,12 @@ def _left(family: Family) -> tuple[list[Record], set[int]]:
     """The combinations that no exclude takes, and the numbers of the excludes that take one which none above takes."""
     names = [axis.name for axis in family.axes]
     left, useful = [], set()
+    places: dict[str, int] = {axis.name: place for place, axis in enumerate(family.axes)}
+    excluded = [[(places[axis], tags) for axis, tags in exclude.when.items()] for exclude in family.excludes]
     for values in itertools.product(*(axis.tags for axis in family.axes)):
-        tags = Record(dict(zip(names, values, strict=True)))
-        chosen: dict[str, str] = dict(tags)
-        first = next((i for i, exclude in enumerate(family.excludes) if exclude.matches(chosen)), None)
+        first = next((i for i, when in enumerate(excluded) if all(values[place] in tags for place, tags in when)), None)
         if first is None:
-            left.append(tags)
+            left.append(Record(dict(zip(names, values, strict=True))))
         else:
             useful.add(first)
     return left, useful

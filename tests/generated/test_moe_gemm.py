@@ -15,164 +15,220 @@ from kernelgen.prove.testing import Case, Law, Suite, Variant
 SUITE = Suite(
     package="generated",
     family="moe_gemm",
-    axes="schedule dtype rows epilogue routed_weight weight_quant act_quant delta",
+    axes="schedule dtype rows epilogue routed_weight weight_quant act_quant delta delta_quant",
     rows="""
-gemv bf16 token_pair none plain none none none
-gemv bf16 token_pair relu2 plain none none none
-gemv bf16 token_pair relu2 plain none none lora
-gemv bf16 token_pair relu2 plain w8tensor none none
-gemv bf16 token_pair relu2 plain w8tensor none lora
-gemv bf16 token_pair relu2 plain w8channel none none
-gemv bf16 token_pair relu2 plain w8channel none lora
-gemv bf16 token_pair relu2 plain w8group none none
-gemv bf16 token_pair relu2 plain w8group none lora
-gemv bf16 token_pair swiglu plain none none none
-gemv bf16 token_pair swiglu plain none none lora
-gemv bf16 token_pair swiglu plain w8tensor none none
-gemv bf16 token_pair swiglu plain w8tensor none lora
-gemv bf16 token_pair swiglu plain w8channel none none
-gemv bf16 token_pair swiglu plain w8channel none lora
-gemv bf16 token_pair swiglu plain w8group none none
-gemv bf16 token_pair swiglu plain w8group none lora
-gemv bf16 pair_pair none plain none none none
-gemv bf16 pair_pair none weighted none none none
-gemv bf16 pair_token none weighted none none none
-gemv bf16 pair_token none weighted none none lora
-gemv bf16 pair_token none weighted w8tensor none none
-gemv bf16 pair_token none weighted w8tensor none lora
-gemv bf16 pair_token none weighted w8channel none none
-gemv bf16 pair_token none weighted w8channel none lora
-gemv bf16 pair_token none weighted w8group none none
-gemv bf16 pair_token none weighted w8group none lora
-gemv f16 token_pair none plain none none none
-gemv f16 token_pair relu2 plain none none none
-gemv f16 token_pair relu2 plain none none lora
-gemv f16 token_pair swiglu plain none none none
-gemv f16 token_pair swiglu plain none none lora
-gemv f16 pair_pair none plain none none none
-gemv f16 pair_pair none weighted none none none
-gemv f16 pair_token none weighted none none none
-gemv f16 pair_token none weighted none none lora
-naive bf16 token_pair relu2 plain w8tensor a8tensor none
-naive bf16 token_pair relu2 plain w8tensor a8tensor lora
-naive bf16 token_pair relu2 plain w8channel a8token none
-naive bf16 token_pair relu2 plain w8channel a8token lora
-naive bf16 token_pair relu2 plain w8group a8group none
-naive bf16 token_pair relu2 plain w8group a8group lora
-naive bf16 token_pair swiglu plain w8tensor a8tensor none
-naive bf16 token_pair swiglu plain w8tensor a8tensor lora
-naive bf16 token_pair swiglu plain w8channel a8token none
-naive bf16 token_pair swiglu plain w8channel a8token lora
-naive bf16 token_pair swiglu plain w8group a8group none
-naive bf16 token_pair swiglu plain w8group a8group lora
-naive bf16 pair_pair none plain w8tensor a8tensor none
-naive bf16 pair_pair none plain w8tensor a8tensor lora
-naive bf16 pair_pair none plain w8channel a8token none
-naive bf16 pair_pair none plain w8channel a8token lora
-naive bf16 pair_pair none plain w8group a8group none
-naive bf16 pair_pair none plain w8group a8group lora
-tile bf16 token_sorted relu2 plain none none none
-tile bf16 token_sorted relu2 plain none none lora
-tile bf16 token_sorted relu2 plain w8tensor none none
-tile bf16 token_sorted relu2 plain w8tensor none lora
-tile bf16 token_sorted relu2 plain w8tensor a8tensor none
-tile bf16 token_sorted relu2 plain w8tensor a8tensor lora
-tile bf16 token_sorted relu2 plain w8channel none none
-tile bf16 token_sorted relu2 plain w8channel none lora
-tile bf16 token_sorted relu2 plain w8channel a8token none
-tile bf16 token_sorted relu2 plain w8channel a8token lora
-tile bf16 token_sorted relu2 plain w8group none none
-tile bf16 token_sorted relu2 plain w8group none lora
-tile bf16 token_sorted relu2 plain w8group a8group none
-tile bf16 token_sorted relu2 plain w8group a8group lora
-tile bf16 token_sorted swiglu plain none none none
-tile bf16 token_sorted swiglu plain none none lora
-tile bf16 token_sorted swiglu plain w8tensor none none
-tile bf16 token_sorted swiglu plain w8tensor none lora
-tile bf16 token_sorted swiglu plain w8tensor a8tensor none
-tile bf16 token_sorted swiglu plain w8tensor a8tensor lora
-tile bf16 token_sorted swiglu plain w8channel none none
-tile bf16 token_sorted swiglu plain w8channel none lora
-tile bf16 token_sorted swiglu plain w8channel a8token none
-tile bf16 token_sorted swiglu plain w8channel a8token lora
-tile bf16 token_sorted swiglu plain w8group none none
-tile bf16 token_sorted swiglu plain w8group none lora
-tile bf16 token_sorted swiglu plain w8group a8group none
-tile bf16 token_sorted swiglu plain w8group a8group lora
-tile bf16 sorted_pair none plain none none none
-tile bf16 sorted_pair none plain none none lora
-tile bf16 sorted_pair none plain w8tensor none none
-tile bf16 sorted_pair none plain w8tensor none lora
-tile bf16 sorted_pair none plain w8tensor a8tensor none
-tile bf16 sorted_pair none plain w8tensor a8tensor lora
-tile bf16 sorted_pair none plain w8channel none none
-tile bf16 sorted_pair none plain w8channel none lora
-tile bf16 sorted_pair none plain w8channel a8token none
-tile bf16 sorted_pair none plain w8channel a8token lora
-tile bf16 sorted_pair none plain w8group none none
-tile bf16 sorted_pair none plain w8group none lora
-tile bf16 sorted_pair none plain w8group a8group none
-tile bf16 sorted_pair none plain w8group a8group lora
-tile bf16 sorted_pair none weighted none none none
-tile bf16 token_pair none plain none none none
-tile bf16 token_pair relu2 plain none none none
-tile bf16 token_pair swiglu plain none none none
-tile bf16 pair_pair none plain none none none
-tile bf16 pair_pair none weighted none none none
-tile f16 token_sorted relu2 plain none none none
-tile f16 token_sorted relu2 plain none none lora
-tile f16 token_sorted swiglu plain none none none
-tile f16 token_sorted swiglu plain none none lora
-tile f16 sorted_pair none plain none none none
-tile f16 sorted_pair none plain none none lora
-tile f16 sorted_pair none weighted none none none
-tile f16 token_pair none plain none none none
-tile f16 token_pair relu2 plain none none none
-tile f16 token_pair swiglu plain none none none
-tile f16 pair_pair none plain none none none
-tile f16 pair_pair none weighted none none none
-box bf16 token_sorted relu2 plain none none none
-box bf16 token_sorted relu2 plain none none lora
-box bf16 token_sorted relu2 plain w8tensor a8tensor none
-box bf16 token_sorted relu2 plain w8tensor a8tensor lora
-box bf16 token_sorted relu2 plain w8channel a8token none
-box bf16 token_sorted relu2 plain w8channel a8token lora
-box bf16 token_sorted relu2 plain w8group a8group none
-box bf16 token_sorted relu2 plain w8group a8group lora
-box bf16 token_sorted swiglu plain none none none
-box bf16 token_sorted swiglu plain none none lora
-box bf16 token_sorted swiglu plain w8tensor a8tensor none
-box bf16 token_sorted swiglu plain w8tensor a8tensor lora
-box bf16 token_sorted swiglu plain w8channel a8token none
-box bf16 token_sorted swiglu plain w8channel a8token lora
-box bf16 token_sorted swiglu plain w8group a8group none
-box bf16 token_sorted swiglu plain w8group a8group lora
-box bf16 sorted_pair none plain none none none
-box bf16 sorted_pair none plain none none lora
-box bf16 sorted_pair none plain w8tensor a8tensor none
-box bf16 sorted_pair none plain w8tensor a8tensor lora
-box bf16 sorted_pair none plain w8channel a8token none
-box bf16 sorted_pair none plain w8channel a8token lora
-box bf16 sorted_pair none plain w8group a8group none
-box bf16 sorted_pair none plain w8group a8group lora
-box bf16 sorted_pair none weighted none none none
-box bf16 token_pair none plain none none none
-box bf16 token_pair relu2 plain none none none
-box bf16 token_pair swiglu plain none none none
-box bf16 pair_pair none plain none none none
-box bf16 pair_pair none weighted none none none
-box f16 token_sorted relu2 plain none none none
-box f16 token_sorted relu2 plain none none lora
-box f16 token_sorted swiglu plain none none none
-box f16 token_sorted swiglu plain none none lora
-box f16 sorted_pair none plain none none none
-box f16 sorted_pair none plain none none lora
-box f16 sorted_pair none weighted none none none
-box f16 token_pair none plain none none none
-box f16 token_pair relu2 plain none none none
-box f16 token_pair swiglu plain none none none
-box f16 pair_pair none plain none none none
-box f16 pair_pair none weighted none none none
+gemv bf16 token_pair none plain none none none none
+gemv bf16 token_pair relu2 plain none none none none
+gemv bf16 token_pair relu2 plain none none lora none
+gemv bf16 token_pair relu2 plain none none lora b8tensor
+gemv bf16 token_pair relu2 plain w8tensor none none none
+gemv bf16 token_pair relu2 plain w8tensor none lora none
+gemv bf16 token_pair relu2 plain w8tensor none lora b8tensor
+gemv bf16 token_pair relu2 plain w8channel none none none
+gemv bf16 token_pair relu2 plain w8channel none lora none
+gemv bf16 token_pair relu2 plain w8group none none none
+gemv bf16 token_pair relu2 plain w8group none lora none
+gemv bf16 token_pair swiglu plain none none none none
+gemv bf16 token_pair swiglu plain none none lora none
+gemv bf16 token_pair swiglu plain none none lora b8tensor
+gemv bf16 token_pair swiglu plain none none lora b8channel
+gemv bf16 token_pair swiglu plain none none lora b8group
+gemv bf16 token_pair swiglu plain w8tensor none none none
+gemv bf16 token_pair swiglu plain w8tensor none lora none
+gemv bf16 token_pair swiglu plain w8tensor none lora b8tensor
+gemv bf16 token_pair swiglu plain w8channel none none none
+gemv bf16 token_pair swiglu plain w8channel none lora none
+gemv bf16 token_pair swiglu plain w8channel none lora b8channel
+gemv bf16 token_pair swiglu plain w8group none none none
+gemv bf16 token_pair swiglu plain w8group none lora none
+gemv bf16 token_pair swiglu plain w8group none lora b8group
+gemv bf16 pair_pair none plain none none none none
+gemv bf16 pair_pair none weighted none none none none
+gemv bf16 pair_token none weighted none none none none
+gemv bf16 pair_token none weighted none none lora none
+gemv bf16 pair_token none weighted none none lora b8tensor
+gemv bf16 pair_token none weighted none none lora b8channel
+gemv bf16 pair_token none weighted none none lora b8group
+gemv bf16 pair_token none weighted w8tensor none none none
+gemv bf16 pair_token none weighted w8tensor none lora none
+gemv bf16 pair_token none weighted w8tensor none lora b8tensor
+gemv bf16 pair_token none weighted w8channel none none none
+gemv bf16 pair_token none weighted w8channel none lora none
+gemv bf16 pair_token none weighted w8channel none lora b8channel
+gemv bf16 pair_token none weighted w8group none none none
+gemv bf16 pair_token none weighted w8group none lora none
+gemv bf16 pair_token none weighted w8group none lora b8group
+gemv f16 token_pair none plain none none none none
+gemv f16 token_pair relu2 plain none none none none
+gemv f16 token_pair relu2 plain none none lora none
+gemv f16 token_pair swiglu plain none none none none
+gemv f16 token_pair swiglu plain none none lora none
+gemv f16 pair_pair none plain none none none none
+gemv f16 pair_pair none weighted none none none none
+gemv f16 pair_token none weighted none none none none
+gemv f16 pair_token none weighted none none lora none
+naive bf16 token_pair relu2 plain w8tensor a8tensor none none
+naive bf16 token_pair relu2 plain w8tensor a8tensor lora none
+naive bf16 token_pair relu2 plain w8tensor a8tensor lora b8tensor
+naive bf16 token_pair relu2 plain w8channel a8token none none
+naive bf16 token_pair relu2 plain w8channel a8token lora none
+naive bf16 token_pair relu2 plain w8group a8group none none
+naive bf16 token_pair relu2 plain w8group a8group lora none
+naive bf16 token_pair swiglu plain w8tensor a8tensor none none
+naive bf16 token_pair swiglu plain w8tensor a8tensor lora none
+naive bf16 token_pair swiglu plain w8tensor a8tensor lora b8tensor
+naive bf16 token_pair swiglu plain w8channel a8token none none
+naive bf16 token_pair swiglu plain w8channel a8token lora none
+naive bf16 token_pair swiglu plain w8channel a8token lora b8channel
+naive bf16 token_pair swiglu plain w8group a8group none none
+naive bf16 token_pair swiglu plain w8group a8group lora none
+naive bf16 token_pair swiglu plain w8group a8group lora b8group
+naive bf16 pair_pair none plain w8tensor a8tensor none none
+naive bf16 pair_pair none plain w8tensor a8tensor lora none
+naive bf16 pair_pair none plain w8tensor a8tensor lora b8tensor
+naive bf16 pair_pair none plain w8channel a8token none none
+naive bf16 pair_pair none plain w8channel a8token lora none
+naive bf16 pair_pair none plain w8channel a8token lora b8channel
+naive bf16 pair_pair none plain w8group a8group none none
+naive bf16 pair_pair none plain w8group a8group lora none
+naive bf16 pair_pair none plain w8group a8group lora b8group
+tile bf16 token_sorted relu2 plain none none none none
+tile bf16 token_sorted relu2 plain none none lora none
+tile bf16 token_sorted relu2 plain none none lora b8tensor
+tile bf16 token_sorted relu2 plain w8tensor none none none
+tile bf16 token_sorted relu2 plain w8tensor none lora none
+tile bf16 token_sorted relu2 plain w8tensor none lora b8tensor
+tile bf16 token_sorted relu2 plain w8tensor a8tensor none none
+tile bf16 token_sorted relu2 plain w8tensor a8tensor lora none
+tile bf16 token_sorted relu2 plain w8tensor a8tensor lora b8tensor
+tile bf16 token_sorted relu2 plain w8channel none none none
+tile bf16 token_sorted relu2 plain w8channel none lora none
+tile bf16 token_sorted relu2 plain w8channel a8token none none
+tile bf16 token_sorted relu2 plain w8channel a8token lora none
+tile bf16 token_sorted relu2 plain w8group none none none
+tile bf16 token_sorted relu2 plain w8group none lora none
+tile bf16 token_sorted relu2 plain w8group a8group none none
+tile bf16 token_sorted relu2 plain w8group a8group lora none
+tile bf16 token_sorted swiglu plain none none none none
+tile bf16 token_sorted swiglu plain none none lora none
+tile bf16 token_sorted swiglu plain none none lora b8tensor
+tile bf16 token_sorted swiglu plain none none lora b8channel
+tile bf16 token_sorted swiglu plain none none lora b8group
+tile bf16 token_sorted swiglu plain w8tensor none none none
+tile bf16 token_sorted swiglu plain w8tensor none lora none
+tile bf16 token_sorted swiglu plain w8tensor none lora b8tensor
+tile bf16 token_sorted swiglu plain w8tensor a8tensor none none
+tile bf16 token_sorted swiglu plain w8tensor a8tensor lora none
+tile bf16 token_sorted swiglu plain w8tensor a8tensor lora b8tensor
+tile bf16 token_sorted swiglu plain w8channel none none none
+tile bf16 token_sorted swiglu plain w8channel none lora none
+tile bf16 token_sorted swiglu plain w8channel none lora b8channel
+tile bf16 token_sorted swiglu plain w8channel a8token none none
+tile bf16 token_sorted swiglu plain w8channel a8token lora none
+tile bf16 token_sorted swiglu plain w8channel a8token lora b8channel
+tile bf16 token_sorted swiglu plain w8group none none none
+tile bf16 token_sorted swiglu plain w8group none lora none
+tile bf16 token_sorted swiglu plain w8group none lora b8group
+tile bf16 token_sorted swiglu plain w8group a8group none none
+tile bf16 token_sorted swiglu plain w8group a8group lora none
+tile bf16 token_sorted swiglu plain w8group a8group lora b8group
+tile bf16 sorted_pair none plain none none none none
+tile bf16 sorted_pair none plain none none lora none
+tile bf16 sorted_pair none plain none none lora b8tensor
+tile bf16 sorted_pair none plain none none lora b8channel
+tile bf16 sorted_pair none plain none none lora b8group
+tile bf16 sorted_pair none plain w8tensor none none none
+tile bf16 sorted_pair none plain w8tensor none lora none
+tile bf16 sorted_pair none plain w8tensor none lora b8tensor
+tile bf16 sorted_pair none plain w8tensor a8tensor none none
+tile bf16 sorted_pair none plain w8tensor a8tensor lora none
+tile bf16 sorted_pair none plain w8tensor a8tensor lora b8tensor
+tile bf16 sorted_pair none plain w8channel none none none
+tile bf16 sorted_pair none plain w8channel none lora none
+tile bf16 sorted_pair none plain w8channel none lora b8channel
+tile bf16 sorted_pair none plain w8channel a8token none none
+tile bf16 sorted_pair none plain w8channel a8token lora none
+tile bf16 sorted_pair none plain w8channel a8token lora b8channel
+tile bf16 sorted_pair none plain w8group none none none
+tile bf16 sorted_pair none plain w8group none lora none
+tile bf16 sorted_pair none plain w8group none lora b8group
+tile bf16 sorted_pair none plain w8group a8group none none
+tile bf16 sorted_pair none plain w8group a8group lora none
+tile bf16 sorted_pair none plain w8group a8group lora b8group
+tile bf16 sorted_pair none weighted none none none none
+tile bf16 token_pair none plain none none none none
+tile bf16 token_pair relu2 plain none none none none
+tile bf16 token_pair swiglu plain none none none none
+tile bf16 pair_pair none plain none none none none
+tile bf16 pair_pair none weighted none none none none
+tile f16 token_sorted relu2 plain none none none none
+tile f16 token_sorted relu2 plain none none lora none
+tile f16 token_sorted swiglu plain none none none none
+tile f16 token_sorted swiglu plain none none lora none
+tile f16 sorted_pair none plain none none none none
+tile f16 sorted_pair none plain none none lora none
+tile f16 sorted_pair none weighted none none none none
+tile f16 token_pair none plain none none none none
+tile f16 token_pair relu2 plain none none none none
+tile f16 token_pair swiglu plain none none none none
+tile f16 pair_pair none plain none none none none
+tile f16 pair_pair none weighted none none none none
+box bf16 token_sorted relu2 plain none none none none
+box bf16 token_sorted relu2 plain none none lora none
+box bf16 token_sorted relu2 plain none none lora b8tensor
+box bf16 token_sorted relu2 plain w8tensor a8tensor none none
+box bf16 token_sorted relu2 plain w8tensor a8tensor lora none
+box bf16 token_sorted relu2 plain w8tensor a8tensor lora b8tensor
+box bf16 token_sorted relu2 plain w8channel a8token none none
+box bf16 token_sorted relu2 plain w8channel a8token lora none
+box bf16 token_sorted relu2 plain w8group a8group none none
+box bf16 token_sorted relu2 plain w8group a8group lora none
+box bf16 token_sorted swiglu plain none none none none
+box bf16 token_sorted swiglu plain none none lora none
+box bf16 token_sorted swiglu plain none none lora b8tensor
+box bf16 token_sorted swiglu plain none none lora b8channel
+box bf16 token_sorted swiglu plain none none lora b8group
+box bf16 token_sorted swiglu plain w8tensor a8tensor none none
+box bf16 token_sorted swiglu plain w8tensor a8tensor lora none
+box bf16 token_sorted swiglu plain w8tensor a8tensor lora b8tensor
+box bf16 token_sorted swiglu plain w8channel a8token none none
+box bf16 token_sorted swiglu plain w8channel a8token lora none
+box bf16 token_sorted swiglu plain w8channel a8token lora b8channel
+box bf16 token_sorted swiglu plain w8group a8group none none
+box bf16 token_sorted swiglu plain w8group a8group lora none
+box bf16 token_sorted swiglu plain w8group a8group lora b8group
+box bf16 sorted_pair none plain none none none none
+box bf16 sorted_pair none plain none none lora none
+box bf16 sorted_pair none plain none none lora b8tensor
+box bf16 sorted_pair none plain none none lora b8channel
+box bf16 sorted_pair none plain none none lora b8group
+box bf16 sorted_pair none plain w8tensor a8tensor none none
+box bf16 sorted_pair none plain w8tensor a8tensor lora none
+box bf16 sorted_pair none plain w8tensor a8tensor lora b8tensor
+box bf16 sorted_pair none plain w8channel a8token none none
+box bf16 sorted_pair none plain w8channel a8token lora none
+box bf16 sorted_pair none plain w8channel a8token lora b8channel
+box bf16 sorted_pair none plain w8group a8group none none
+box bf16 sorted_pair none plain w8group a8group lora none
+box bf16 sorted_pair none plain w8group a8group lora b8group
+box bf16 sorted_pair none weighted none none none none
+box bf16 token_pair none plain none none none none
+box bf16 token_pair relu2 plain none none none none
+box bf16 token_pair swiglu plain none none none none
+box bf16 pair_pair none plain none none none none
+box bf16 pair_pair none weighted none none none none
+box f16 token_sorted relu2 plain none none none none
+box f16 token_sorted relu2 plain none none lora none
+box f16 token_sorted swiglu plain none none none none
+box f16 token_sorted swiglu plain none none lora none
+box f16 sorted_pair none plain none none none none
+box f16 sorted_pair none plain none none lora none
+box f16 sorted_pair none weighted none none none none
+box f16 token_pair none plain none none none none
+box f16 token_pair relu2 plain none none none none
+box f16 token_pair swiglu plain none none none none
+box f16 pair_pair none plain none none none none
+box f16 pair_pair none weighted none none none none
 """,
 )
 

@@ -15,27 +15,51 @@ from kernelgen.prove.testing import Case, Law, Suite, Variant
 SUITE = Suite(
     package="generated",
     family="moe_shrink",
-    axes="schedule dtype rows act_quant",
+    axes="schedule dtype rows weight_quant act_quant",
     rows="""
-pairs bf16 token_pair none
-pairs bf16 token_pair a8tensor
-pairs bf16 token_pair a8token
-pairs bf16 token_pair a8group
-pairs bf16 pair_pair none
-pairs f16 token_pair none
-pairs f16 pair_pair none
-runs bf16 token_sorted none
-runs bf16 token_sorted a8tensor
-runs bf16 token_sorted a8token
-runs bf16 token_sorted a8group
-runs bf16 sorted_sorted none
-runs f16 token_sorted none
-runs f16 sorted_sorted none
-tokens bf16 token_token none
-tokens bf16 token_token a8tensor
-tokens bf16 token_token a8token
-tokens bf16 token_token a8group
-tokens f16 token_token none
+pairs bf16 token_pair none none
+pairs bf16 token_pair none a8tensor
+pairs bf16 token_pair none a8token
+pairs bf16 token_pair none a8group
+pairs bf16 token_pair w8tensor none
+pairs bf16 token_pair w8tensor a8tensor
+pairs bf16 token_pair w8channel none
+pairs bf16 token_pair w8channel a8token
+pairs bf16 token_pair w8group none
+pairs bf16 token_pair w8group a8group
+pairs bf16 pair_pair none none
+pairs bf16 pair_pair w8tensor none
+pairs bf16 pair_pair w8channel none
+pairs bf16 pair_pair w8group none
+pairs f16 token_pair none none
+pairs f16 pair_pair none none
+runs bf16 token_sorted none none
+runs bf16 token_sorted none a8tensor
+runs bf16 token_sorted none a8token
+runs bf16 token_sorted none a8group
+runs bf16 token_sorted w8tensor none
+runs bf16 token_sorted w8tensor a8tensor
+runs bf16 token_sorted w8channel none
+runs bf16 token_sorted w8channel a8token
+runs bf16 token_sorted w8group none
+runs bf16 token_sorted w8group a8group
+runs bf16 sorted_sorted none none
+runs bf16 sorted_sorted w8tensor none
+runs bf16 sorted_sorted w8channel none
+runs bf16 sorted_sorted w8group none
+runs f16 token_sorted none none
+runs f16 sorted_sorted none none
+tokens bf16 token_token none none
+tokens bf16 token_token none a8tensor
+tokens bf16 token_token none a8token
+tokens bf16 token_token none a8group
+tokens bf16 token_token w8tensor none
+tokens bf16 token_token w8tensor a8tensor
+tokens bf16 token_token w8channel none
+tokens bf16 token_token w8channel a8token
+tokens bf16 token_token w8group none
+tokens bf16 token_token w8group a8group
+tokens f16 token_token none none
 """,
 )
 

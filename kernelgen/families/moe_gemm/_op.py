@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import _runtime as runtime
-from .._scales import find_mode, find_x_mode
+from .._scales import find_factor_mode, find_mode, find_x_mode
 from ..moe_align._op import MoeTables
 from ..moe_runs._op import MoeRuns
 from ._problem import OP, Call, Delta, Scales, has_boxes, plan, problem_of
@@ -29,6 +29,7 @@ def moe_gemm(
     v: torch.Tensor | None = None,
     lora_b: Sequence[torch.Tensor] | None = None,
     runs: MoeRuns | None = None,
+    b_scale: Sequence[torch.Tensor] | None = None,
 ) -> None:
     """One projection of the experts of an MoE layer: out[to(p)] = w[p] * f(x[from(p)] . W[e]^T) for every local pair p.
 
@@ -55,12 +56,15 @@ def moe_gemm(
             half of w, or one, with the scaling folded in, finite, the strides over L and E free, 0 shares; and the runs, with the
             ``tables`` that ``moe_runs`` returned beside them. For rows as a layer has them: "token" to "sorted" to "pair", or of
             few pairs "token" to "pair" with an activation, and "pair" to "token".
+        b_scale: a tensor float32 for each of an FP8 ``lora_b`` (float8_e4m3fn or float8_e5m2), which stands for its numbers times
+            scales: [L, E]; or [L, E, N], with a last dimension of 1 or without; or [L, E, ceil(N / group_n),
+            ceil(rank / group_k)].
 
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
     (_in_graphs if torch.compiler.is_compiling() else _apply)(
-        out, x, w, tables, topk_weights, x_rows, out_rows, activation, w_scale, x_scale, v, lora_b, runs
+        out, x, w, tables, topk_weights, x_rows, out_rows, activation, w_scale, x_scale, v, lora_b, runs, b_scale
     )
 
 
@@ -78,6 +82,7 @@ def bind(
     v: torch.Tensor | None = None,
     lora_b: Sequence[torch.Tensor] | None = None,
     runs: MoeRuns | None = None,
+    b_scale: Sequence[torch.Tensor] | None = None,
     zero_rest: bool = False,
     op: str = "moe_gemm",
 ) -> Call:
@@ -86,12 +91,13 @@ def bind(
     Raises:
         ValueError: as ``moe_gemm``.
     """
-    request = (topk_weights, x_rows, out_rows, activation, w_scale, x_scale, v, lora_b, runs)
+    request = (topk_weights, x_rows, out_rows, activation, w_scale, x_scale, v, lora_b, runs, b_scale)
     sizes = OP.check(op, OP.named(out, x, w, tables, *request))
     kind = sizes.get("D") or torch.bfloat16  # of a product of FP8 with FP8
     rows, epilogue = f"{x_rows}_{out_rows}", activation or "none"
     of_rows = 1 if x_rows == "token" else tables.num_experts
     scales = find_scales(op, x, w, w_scale, x_scale, slices=sizes["S"], experts=of_rows)
+    of_b = None if b_scale is None or lora_b is None else find_factor_mode(op, "b_scale", b_scale, lora_b, QUANT)
     problem = problem_of(
         op,
         sizes,
@@ -105,7 +111,7 @@ def bind(
         epilogue=epilogue,
         zero_rest=zero_rest,
         scales=scales,
-        delta=Delta(v, lora_b, runs),
+        delta=Delta(v, lora_b, runs, of_b, b_scale),
     )
     if problem.num_pairs == 0:
         return runtime.nothing
@@ -120,6 +126,7 @@ def bind(
         weight_scales=problem.weight_scales,
         x_scales=problem.x_scales,
         adapted=problem.rank > 0,
+        b_scales=problem.b_scales,
     )
     call: Call = variant.bind(problem, config)
     return call

@@ -21,7 +21,8 @@ def call(package: ModuleType, asked: Asked) -> None:
     if len(asked.tags("rows")) == 1 and not any(scales_of(asked).values()) and not adapted:
         _product(package, asked)
     else:
-        layer(package, asked, **{name: asked.sizes[name] for name in ("rank", "max_loras") if adapted})
+        of_adapters = {**{name: asked.sizes[name] for name in ("rank", "max_loras")}, "lora_scales": asked.fact("b_scales")}
+        layer(package, asked, **(of_adapters if adapted else {}))
 
 
 def _product(package: ModuleType, asked: Asked) -> None:

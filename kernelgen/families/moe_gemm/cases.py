@@ -19,7 +19,7 @@ from kernelgen.families import quant
 from kernelgen.families.buffers import Guarded, allocate, allocate_sparse, positions, row_major, seal
 from kernelgen.families.case import Case as BaseCase
 from kernelgen.families.case import Tags, worst_ratio
-from kernelgen.families.moe_adapters import MIXED, Adapters, Drawn, factors, live_of
+from kernelgen.families.moe_adapters import MIXED, Adapters, Drawn, Factors, factors, live_of
 from kernelgen.families.moe_adapters import draw as draw_adapters
 from kernelgen.families.moe_experts import BY_PAIR, SPREAD, Experts, Routed, draw
 from kernelgen.families.moe_gemm.reference import Delta, Expected, moe_gemm, moe_gemm_sum
@@ -105,6 +105,8 @@ _ONE = Experts("one")
 _FP8 = _only(weight_quant="w8tensor w8channel w8group")
 _E8M0 = torch.float8_e8m0fnu
 _LORA = _only(delta="lora")
+_FP8_LORA = _only(delta_quant="b8tensor b8channel b8group")
+_ALL_QUANTS = (*_QUANTS, "delta_quant")
 _MANY = Adapters("spread", 60)
 _FP8_TILED = MappingProxyType({**_FP8, **_TILED})
 
@@ -130,6 +132,30 @@ _OF_LORA = (
         k=160,
         n=136,
         rank=40,
+    ),
+    Case(
+        "fp8_adapters",
+        "scales of several groups on both axes, none of them full at the end",
+        only=_FP8_LORA,
+        body=_ALL_QUANTS,
+        tokens=20,
+        few=1,
+        experts=2,
+        k=32,
+        n=136,
+        rank=136,
+        scales_end_in_1=True,
+    ),
+    Case(
+        "fp8_adapters_shared",
+        "scales stored once for all experts: stride 0",
+        only=_FP8_LORA,
+        body=_ALL_QUANTS,
+        few=2,
+        rank=40,
+        element="e5m2",
+        b_layout="shared",
+        own_tiles=True,
     ),
     Case("huge_adapters", "32-bit offsets of adapters wrap", only=_LORA, b_layout="huge_adapters"),
     Case("huge_b", "32-bit offsets of the experts of factors wrap", only=_LORA, b_layout="huge_experts", experts=2),
@@ -414,9 +440,11 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
             weights.view(-1)[pair] = torch.rand((), generator=numbers).to(weights)
 
     slots: dict[str, Any] = {}
-    delta = None
+    delta, b = None, None
     if adapters is not None:
-        slots, delta = _make_delta(case, slices, order, adapters, by_one, numbers, dtype, device)
+        of_b = VOCABULARY["delta_quant"][tags.get("delta_quant", "none")]["b_scales"]
+        v, b, delta = _make_delta(case, slices, order, adapters, by_one, numbers, dtype, device, of_b)
+        slots = {"v": v, **b.named("lora_b", "b_scale")}
 
     out_rows = tokens if writes == "token" else num_pairs
     out_row = case.row_stride or -(-case.n // case.align) * case.align + case.gap
@@ -449,9 +477,9 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
             delta=delta,
         )
     tables, runs, ints = tables_of(package, case, routed, by_one, device, adapters)
-    if adapters is not None:
+    if b is not None:
         slots["runs"] = runs
-        ints |= {"v": slots["v"], **{f"lora_b[{s}]": b for s, b in enumerate(slots["lora_b"])}}
+        ints |= {"v": slots["v"], **b.each("lora_b", "b_scale")}
     given = {"x": x, "w": w, "topk_weights": weights, "topk_ids": routed.topk_ids, **ints}
     given |= {"w_scale": w_scale, "x_scale": x_scale}
     inputs = {name: _seal(tensor) for name, tensor in given.items() if tensor is not None}
@@ -471,8 +499,9 @@ def _make_delta(
     numbers: torch.Generator,
     dtype: torch.dtype,
     device: str,
-) -> tuple[dict[str, Any], Delta]:
-    """v and lora_b as a variant takes them, NaN where nothing may be read; and what they are.
+    of_b: Any,
+) -> tuple[torch.Tensor, Factors, Delta]:
+    """v and the second factors as a variant takes them, NaN where nothing may be read; and what they are.
 
     Parts are such that every order of adding them up is exact.
     """
@@ -497,8 +526,9 @@ def _make_delta(
             else:
                 by_pair[pair] = v[token].to(by_pair)
     live = live_of(order, adapters.of_token, case.top_k)
-    b = factors((adapters.loras, case.experts, case.n, case.rank), slices, case.b_layout, live, numbers, dtype, device)
-    return {"v": v, "lora_b": b}, Delta(by_pair, b, adapters.of_token)
+    form = (of_b, case.element, case.scales_end_in_1)
+    b = factors((adapters.loras, case.experts, case.n, case.rank), slices, case.b_layout, live, numbers, dtype, device, *form)
+    return v, b, Delta(by_pair, b.numbers, adapters.of_token, scaled=b.scales is not None)
 
 
 def tables_of(

@@ -33,6 +33,7 @@ class Layer(NamedTuple):
     inner: Inner | None = None
     lora: Any = None  # a FusedMoeLora
     adapters: tuple[int | None, ...] = ()  # of tokens, with it
+    stands_for: Lora | None = None  # what FP8 adapters do
 
     def run(self, package: ModuleType, **options: Any) -> torch.Tensor:
         out: torch.Tensor = package.fused_moe(
@@ -56,7 +57,8 @@ class Layer(NamedTuple):
         operands: tuple[Any, ...] = (*numbers, self.routed.local, self.topk_weights)
         sizes: dict[str, Any] = {"num_tokens": count, "dtype": out.dtype, "inner": self.inner}
         if self.lora is not None:
-            sizes["lora"] = Lora(self.adapters, self.lora.a13, self.lora.b13, self.lora.a2, self.lora.b2)
+            factors = (self.lora.a13, self.lora.b13, self.lora.a2, self.lora.b2)
+            sizes["lora"] = self.stands_for or Lora(self.adapters, *factors)
         exact = fused_moe(*operands, activation=self.activation, **sizes)
         worst_ratio(out[:count].cpu(), exact.out.cpu(), exact.bound.cpu())
 

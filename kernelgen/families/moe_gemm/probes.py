@@ -9,7 +9,7 @@ import torch
 
 from kernelgen.core.model import Variant
 from kernelgen.families.moe_experts import BY_PAIR
-from kernelgen.families.probe import FP32, QWEN3, Probe, launcher_of, meta, tensors
+from kernelgen.families.probe import FP32, QWEN3, Probe, factors, launcher_of, meta, tensors
 
 # One call of each kind of tile: tokens of Qwen3-30B-A3B whose mean expert makes blocks of that height, and a rank of adapters.
 _TOKENS = {"gemv": {1: 16, 4: 64}, "naive": {1: 16, 4: 64}, "tile": {64: 64, 256: 16, 4096: 64}, "box": {1024: 16, 4096: 64}}
@@ -49,7 +49,8 @@ def _probe(package: ModuleType, variant: Variant, num_tokens: int, rank: int) ->
                 a = [meta(5, num_experts, rank, k, dtype=dtype)] * variant.slices
                 x_rows = "token" if variant.reads_token else "pair" if variant.schedule in BY_PAIR else "sorted"
                 given["v"] = package.moe_shrink(meta(rows, k, dtype=dtype), a, tables, given["runs"], x_rows=x_rows)
-            given["lora_b"] = [meta(5, num_experts, n, rank, dtype=dtype)] * variant.slices
+            given["lora_b"], b_scale = factors(package, variant, variant.b_scales, (5, num_experts, n, rank), variant.slices)
+            given |= {} if b_scale is None else {"b_scale": b_scale}
         launcher(**given, tables=tables)
 
     hit = num_experts * (1.0 - (1.0 - 1.0 / num_experts) ** num_pairs)  # if pairs are spread evenly

@@ -47,6 +47,7 @@ class Delta(NamedTuple):
     v: torch.Tensor  # [T * top_k, S, rank], by pair
     lora_b: Sequence[torch.Tensor]  # S tensors [L, E, N, rank]
     adapters: Adapters  # of each token
+    scaled: bool = False  # lora_b was dequantised
 
 
 class Expected(NamedTuple):
@@ -161,7 +162,8 @@ def _product(
     value, error = dot(w[expert], x, terms, **flags)
     adapter = None if delta is None else delta.adapters[token]
     if delta is not None and adapter is not None:
-        more = [dot(b[adapter, expert], v, terms) for b, v in zip(delta.lora_b, delta.v[pair], strict=True)]
+        pairs = zip(delta.lora_b, delta.v[pair], strict=True)
+        more = [dot(b[adapter, expert], v, terms, scaled=delta.scaled) for b, v in pairs]
         value, error = (part + torch.cat(added) for part, added in zip((value, error), zip(*more, strict=True), strict=True))
     return value, error
 

@@ -14,8 +14,8 @@ from .. import _scales
 from .._scales import (
     check_fp8,
     check_x_scale,
+    factor_scale_strides,
     find_x_mode,
-    is_fp32,
     product_rows,
     scale_operand,
 )
@@ -196,8 +196,8 @@ def check(
         runtime.fail(variant, "out", runtime.describe(out), "below 2**31 columns")
     a_scale_strides = b_scale_strides = operands.Strides()
     if scales.of_weights is not None:
-        a_scale_strides = _scale_strides(variant, "a_scale", scales.of_weights, scales.a, lora_a)
-        b_scale_strides = _scale_strides(variant, "b_scale", scales.of_weights, scales.b, lora_b)
+        a_scale_strides = factor_scale_strides(variant, "a_scale", scales.of_weights, scales.a, lora_a, QUANT)
+        b_scale_strides = factor_scale_strides(variant, "b_scale", scales.of_weights, scales.b, lora_b, QUANT)
     x_scale_stride, x_scale_next = 0, None
     if scales.of_x is not None:
         x_scale_stride, x_scale_next = check_x_scale(variant, scales.of_x, x, scales.x, QUANT, of_rows)
@@ -232,28 +232,6 @@ def scale_shape(mode: str, weights: Sequence[int]) -> tuple[int, ...]:
 def x_scale_shape(mode: str, x: Sequence[int]) -> tuple[int, ...]:
     """The shape of the scales of x [rows, K]."""
     return _scales.x_scale_shape(mode, x, QUANT)
-
-
-def _scale_strides(
-    variant: str, label: str, mode: str, scales: Sequence[torch.Tensor] | None, weights: Sequence[torch.Tensor]
-) -> operands.Strides:
-    """The strides of the scales of weights, which are tensors of one layout."""
-    shape = scale_shape(mode, weights[0].shape)
-    if scales is None:
-        runtime.fail(variant, label, None, f"{len(weights)} tensors, one a slice", f"a scale a {mode}")
-    strides = operands.Strides.of(scales[0])
-    for i, scale in enumerate(scales):
-        if (
-            not _scales.fits(mode, scale.shape, weights[0].shape, QUANT)
-            or not is_fp32(scale, weights[0].device)
-            or scale.stride()[:2] != strides[:2]
-            or (scale.numel() > 0 and not scale[0, 0].is_contiguous())
-        ):
-            also = f" or {[*shape, 1]}" if mode == "channel" else ""
-            wanted = f"{list(shape)}{also} float32 on {weights[0].device}, contiguous behind (L, E), strides as slice 0"
-            hint = f"a scale a {mode}; of another dtype, .float() makes such, once"
-            runtime.fail(variant, f"{label}[{i}]", runtime.describe(scale), wanted, hint)
-    return strides
 
 
 def find_scales(

@@ -10,7 +10,15 @@ import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
-from .._scales import check_fp8, check_x_scale, find_x_mode, product_rows, scale_operand
+from .._scales import (
+    check_fp8,
+    check_x_scale,
+    factor_scale_strides,
+    find_factor_mode,
+    find_x_mode,
+    product_rows,
+    scale_operand,
+)
 from ..moe_align._op import TABLES, MoeTables, max_blocks
 from ..moe_runs._op import RUNS, MoeRuns, settled_block_m
 from ._table import QUANT, VARIANTS
@@ -54,7 +62,7 @@ Config = PairsConfig | RunsConfig | TokensConfig
 # How the cache treats weights, by weight_policy: as any data, or as data that is read once.
 CACHE_POLICIES = ("", "evict_first")
 
-# (v, x, lora_a, tables, runs, x_scale) of sizes that were checked before
+# (v, x, lora_a, tables, runs, a_scale, x_scale) of sizes that were checked before
 Call = Callable[..., None]
 
 
@@ -71,10 +79,11 @@ OP = operands.Op(
     (
         operands.Tensor("v", VECTORS, None, operands.CONTIGUOUS, made=True, written=True),
         operands.Tensor("x", "R, K", "D", scaled_by="x_scale", asks=("torch_dtype",)),
-        operands.Tensor("lora_a", ">=L, >=E, rank, K", "D", slices="alike", asks=("torch_dtype",)),
+        operands.Tensor("lora_a", ">=L, >=E, rank, K", "D", slices="alike", scaled_by="a_scale", asks=("torch_dtype",)),
         TABLES,
         RUNS,
         operands.Choice("x_rows", ("token", "pair", "sorted"), asks=("rows",)),
+        scale_operand("a_scale", "weight_scales", slices="any"),
         scale_operand("x_scale", "x_scales"),
     ),
     spec=VARIANTS.spec,
@@ -106,6 +115,8 @@ class Problem(NamedTuple):
     a_strides: operands.Strides
     ranked: bool  # whether adapters say how many of their ranks count
     device: torch.device
+    weight_scales: str | None  # of what FP8 factors have a scale each: "tensor", "channel" or "group"
+    a_scale_strides: operands.Strides
     x_scales: str | None  # of what an FP8 x has a scale each: "tensor", "token" or "group"
     x_scale_stride: int  # over rows
     x_scale_next: int | None  # over groups, None: 1
@@ -130,10 +141,13 @@ def check(
     dtype: torch.dtype | None,
     rows: str | None = None,
     x_rows: str = "",
+    a_scale: Sequence[torch.Tensor] | None = None,
+    of_factors: str | None = None,
     x_scale: torch.Tensor | None = None,
     mode: str | None = None,
 ) -> Problem:
-    """The sizes of a call, once everything about it is known to fit; dtype and mode, of which x has a scale each, of None: any.
+    """The sizes of a call, once everything about it is known to fit; dtype, and of_factors and mode, of which factors and x have
+    a scale each, of None: any.
 
     rows: where a row of x and one of v stand; None: of x at ``x_rows``, of v as it and the runs say.
 
@@ -141,24 +155,26 @@ def check(
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
     reads, writes = (x_rows, None) if rows is None else rows.split("_")
-    sizes = OP.check(variant, OP.named(v, x, lora_a, tables, runs, reads, x_scale), D=dtype)
+    sizes = OP.check(variant, OP.named(v, x, lora_a, tables, runs, reads, a_scale, x_scale), D=dtype)
     if writes is None:
         of_tokens = reads == "token" and tables.top_k > 1 and v.shape[0] == tables.num_tokens > 0
         writes = "pair" if runs.runs is None else "token" if of_tokens else "sorted"
     by_table, by_token = writes == "sorted", writes == "token"
     if by_table and (runs.runs is None or tables.block_m == 0):
         runtime.fail(variant, "runs", "none", "runs", "make them with moe_align and moe_runs")
-    x_scales, (x_scale_stride, x_scale_next) = _check_x_scale(variant, x, x_scale, mode)
+    weight_scales, a_scale_strides = _check_a_scale(variant, lora_a, a_scale, of_factors)
+    x_scales, (x_scale_stride, x_scale_next) = _check_x_scale(variant, x, x_scale, mode, weight_scales)
     num_pairs, rank, k = tables.num_tokens * tables.top_k, sizes["rank"], sizes["K"]
     of_rows = (tables.num_tokens if by_token else num_pairs, sizes["S"], rank)
     parts = 0 if by_table or by_token else part_count(k)
-    shape, kind = ((parts, *of_rows), torch.float32) if parts else (of_rows, sizes["D"])
+    shape, kind = ((parts, *of_rows), torch.float32) if parts else (of_rows, vector_dtype(x, lora_a))
     if v.shape != shape or v.dtype != kind:
         runtime.fail(variant, "v", runtime.describe(v), f"{list(shape)} {kind}", "None makes it")
     strides = operands.Strides.of(lora_a[0])
-    if by_token and strides.expert != 0:
-        got = f"experts {strides.expert} elements apart"
-        runtime.fail(variant, "lora_a", got, "0, for a v of tokens", "all experts share one matrix")
+    for label, of_experts in (("lora_a", strides.expert), ("a_scale", a_scale_strides.expert)):
+        if by_token and of_experts != 0:
+            got = f"experts {of_experts} elements apart"
+            runtime.fail(variant, label, got, "0, for a v of tokens", "all experts share one matrix")
     if strides.row * rank >= 2**31:
         runtime.fail(variant, "lora_a", f"rows {strides.row} elements apart", "an expert's matrix below 2**31 elements")
     return Problem(
@@ -179,19 +195,38 @@ def check(
         a_strides=strides,
         ranked=runs.lora_ranks is not None,
         device=x.device,
+        weight_scales=weight_scales,
+        a_scale_strides=a_scale_strides,
         x_scales=x_scales,
         x_scale_stride=x_scale_stride,
         x_scale_next=x_scale_next,
     )
 
 
+def vector_dtype(x: torch.Tensor, lora_a: Sequence[torch.Tensor]) -> torch.dtype:
+    """Of rank vectors that are rounded: that of the operands of 16 bits; where all are FP8, bfloat16."""
+    return next((given.dtype for given in (lora_a[0], x) if given.itemsize > 1), torch.bfloat16)
+
+
+def _check_a_scale(
+    variant: str, lora_a: Sequence[torch.Tensor], a_scale: Sequence[torch.Tensor] | None, mode: str | None
+) -> tuple[str | None, operands.Strides]:
+    """Of what FP8 factors have a scale each, and the strides of these."""
+    if a_scale is None and mode is None:
+        return None, operands.Strides()
+    found = mode or find_factor_mode(variant, "a_scale", a_scale, lora_a, QUANT)
+    check_fp8(variant, "lora_a", lora_a[0], found, QUANT)
+    return found, factor_scale_strides(variant, "a_scale", found, a_scale, lora_a, QUANT)
+
+
 def _check_x_scale(
-    variant: str, x: torch.Tensor, x_scale: torch.Tensor | None, mode: str | None
+    variant: str, x: torch.Tensor, x_scale: torch.Tensor | None, mode: str | None, of_factors: str | None
 ) -> tuple[str | None, tuple[int, int | None]]:
     """Of what an FP8 x has a scale each, and the strides of these."""
     if x_scale is None and mode is None:
         return None, (0, None)
-    found = None if x_scale is None else find_x_mode(variant, x, x_scale, QUANT, mode)
+    first = "group" if of_factors == "group" else None  # where K is one group, a scale a token has the same shape
+    found = None if x_scale is None else find_x_mode(variant, x, x_scale, QUANT, mode or first)
     if found is None or mode not in (None, found):
         got = None if x_scale is None else runtime.describe(x_scale)
         runtime.fail(variant, "x_scale", got, f"a scale a {mode}")
@@ -251,7 +286,7 @@ def choose(schedule: str, problem: Problem) -> Any:
     device = runtime.traits(problem.device)
     tokens = min(runtime.next_power_of_2(problem.tokens_hint), 4096)
     layer = (problem.top_k, problem.num_experts, problem.max_loras, problem.block_m, problem.k, problem.slices, problem.rank)
-    key = Key(tokens, *layer, problem.reads_token, None, problem.x_scales)
+    key = Key(tokens, *layer, problem.reads_token, problem.weight_scales, problem.x_scales)
 
     def rule(_: str | None) -> tuple[str, Config]:
         columns = problem.rank * (problem.slices if device.mixed_pointers else 1)
@@ -261,7 +296,7 @@ def choose(schedule: str, problem: Problem) -> Any:
         height = problem.block_m if not problem.by_token else 16 if tokens <= 512 else 64 if tokens <= 2048 else 128
         groups = problem.num_experts * problem.max_loras if not problem.by_token else 1
         run = runtime.cdiv(tokens * problem.top_k, groups)  # rows of one, if experts and adapters of a batch spread evenly
-        sizes = (height, run, problem.k, columns, problem.reads_token, problem.x_scales)
+        sizes = (height, run, problem.k, columns, problem.reads_token, problem.weight_scales, problem.x_scales)
         return schedule, _choose(schedule, *sizes, device.shared_memory, device.max_stages)
 
     return runtime.choose(TUNED, key, device, CONFIGS, rule, lambda other: other == schedule)[1]
@@ -275,18 +310,37 @@ def _choose(schedule: str, *sizes: Any) -> Config:
 
 
 def _pairs(
-    block_m: int, run: int, k: int, columns: int, reads_token: bool, x_scales: str | None, shared_memory: int, max_stages: int
+    block_m: int,
+    run: int,
+    k: int,
+    columns: int,
+    reads_token: bool,
+    weight_scales: str | None,
+    x_scales: str | None,
+    shared_memory: int,
+    max_stages: int,
 ) -> PairsConfig:
-    return PairsConfig(32 if columns >= 32 else 8, min(256, max(64, runtime.next_power_of_2(k))), 4, 1)
+    block_r = 32 if columns >= 32 else 8
+    while weight_scales == "group" and QUANT.group_n % block_r:
+        block_r //= 2
+    return PairsConfig(block_r, min(256, max(64, runtime.next_power_of_2(k))), 4, 1)
 
 
 def _runs(
-    block_m: int, run: int, k: int, columns: int, reads_token: bool, x_scales: str | None, shared_memory: int, max_stages: int
+    block_m: int,
+    run: int,
+    k: int,
+    columns: int,
+    reads_token: bool,
+    weight_scales: str | None,
+    x_scales: str | None,
+    shared_memory: int,
+    max_stages: int,
 ) -> RunsConfig:
     rows, block_r, block_k, stages = (_OF_TOKENS if reads_token else _OF_PAIRS)[block_m]
-    if x_scales is not None:
+    if weight_scales or x_scales:
         rows = product_rows(rows)
-    if x_scales == "group":
+    if "group" in (weight_scales, x_scales):
         block_k = min(block_k, QUANT.group_k)
     block_r = min(block_r, max(16, runtime.next_power_of_2(columns)))
     if block_r <= 32:  # where a tile has registers to spare, it is not much higher than what it holds

@@ -25,5 +25,6 @@ def call(package: ModuleType, asked: Asked) -> None:
         x, x_scale = package.quantize_activations(x, asked.fact("x_scales"))
     shared = asked.tag("rows") == "token_token" or asked.tags("schedule") == ["tokens"]
     a = empty(asked, sizes["max_loras"], 1 if shared else sizes["num_experts"], sizes["rank"], sizes["k"])
-    lora_a = [a.expand(-1, sizes["num_experts"], -1, -1)] * sizes["slices"]
-    package.moe_shrink(x, lora_a, tables, found, x_rows=x_rows, x_scale=x_scale)
+    given = [a] if asked.fact("weight_scales") is None else package.quantize_weights(a, asked.fact("weight_scales"))
+    lora_a, *a_scale = ([each.expand(-1, sizes["num_experts"], *each.shape[2:])] * sizes["slices"] for each in given)
+    package.moe_shrink(x, lora_a, tables, found, x_rows=x_rows, a_scale=next(iter(a_scale), None), x_scale=x_scale)

@@ -14,6 +14,7 @@ from typing import Any, Callable, Mapping, Sequence
 
 import torch
 
+from kernelgen.core.model import QUANT_AXES
 from kernelgen.families import quant
 from kernelgen.families.buffers import allocate, allocate_sparse, positions, row_major, seal
 from kernelgen.families.case import Case as BaseCase
@@ -29,7 +30,7 @@ from kernelgen.families.moe_runs.reference import moe_runs
 from kernelgen.families.moe_shrink.reference import moe_shrink
 
 BODY = ("schedule", "rows")
-_SCALES = (*BODY, "act_quant")  # what an FP8 x and its scales pass through
+_SCALES = (*BODY, *QUANT_AXES)  # what FP8 operands and their scales pass through
 _SPREAD = Adapters("spread", 2)
 
 
@@ -45,9 +46,10 @@ class Case(BaseCase):
         offset: elements that x starts behind a 16-byte boundary.
         nan_token: rows of x of this token are NaN.
         own_tiles: the variant chooses its tiles itself.
-        element: of an FP8 x.
-        scales_dtype: of its scales.
+        element: of FP8 operands.
+        scales_dtype: of the scales of x.
         by_column: these lie column by column.
+        scales_end_in_1: scales of the rows of factors have a last dimension of one.
     """
 
     tokens: int = 5
@@ -69,6 +71,7 @@ class Case(BaseCase):
     element: str = "e4m3"
     scales_dtype: torch.dtype = torch.float32
     by_column: bool = False
+    scales_end_in_1: bool = False
 
 
 _ONE = Experts("one")
@@ -78,6 +81,7 @@ _TOKENS = {"rows": ("token_token",)}
 _OWN_FACTORS = {"rows": ("token_sorted", "sorted_sorted", "token_pair", "pair_pair")}
 _LAST = Adapters("one", 2)
 _A8: Mapping[str, Any] = {"only": {"act_quant": ("a8tensor", "a8token", "a8group")}, "body": _SCALES}
+_W8: Mapping[str, Any] = {"only": {"weight_quant": ("w8tensor", "w8channel", "w8group")}, "body": _SCALES}
 _GROUPS: Mapping[str, Any] = {"only": {"act_quant": ("a8group",)}, "body": _SCALES}
 
 CASES = (
@@ -128,6 +132,8 @@ CASES = (
     Case("fp8_e5m2", "e5m2 that is read as e4m3", **_A8, few=1, element="e5m2"),
     Case("fp8_by_column", "scales of x column by column (tokenspeed #189)", **_GROUPS, k=160, by_column=True),
     Case("fp8_nan_row", "a NaN stays with the pairs of its token", **_A8, tokens=8, nan_token=1, routing=_ONE, adapters=_LAST),
+    Case("fp8_factors", "several groups on both axes", **_W8, tokens=5, few=1, k=136, slices=2, rank=136, scales_end_in_1=True),
+    Case("fp8_factors_shared", "scales stored once for all experts: stride 0", **_W8, few=2, element="e5m2", a_layout="shared"),
     Case("fp8_own_tiles", "the tiles that the rule takes", **_A8, own_tiles=True, few=2, tokens=20, k=600, slices=2),
 )
 EXACT = tuple(case for case in CASES if case.name in ("ragged", "fp8"))  # what exact algebra takes, on every text
@@ -153,17 +159,21 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
     x, x_scale, stands_for = _x(case, reads, of_x, num_pairs, order, adapters.of_token, numbers, dtype, device)
     scales = {} if x_scale is None else {"x_scale": x_scale}
     shape = (adapters.loras, case.experts, case.rank, case.k)
-    a = factors(shape, case.slices, layout, live_of(order, adapters.of_token, case.top_k), numbers, dtype, device)
+    live, of_factors = live_of(order, adapters.of_token, case.top_k), quant.scales_of(tags)[0]
+    form = (of_factors, case.element, case.scales_end_in_1)
+    a = factors(shape, case.slices, layout, live, numbers, dtype, device, *form)
     tables, runs, ints = tables_of(package, case, routed, few, device, adapters)
     vectors: tuple[int, ...] = (tokens if by_token else num_pairs, case.slices, case.rank)
     if few:
         vectors = (-(-case.k // 512), *vectors)
     v = allocate(vectors, row_major(vectors), torch.float32 if few else dtype, device)
-    inputs, guarded = sealed({"x": x, **{f"lora_a[{s}]": w for s, w in enumerate(a)}, **scales, **ints}), seal(v)
-    launcher(v, x, a, tables, runs, config=None if case.own_tiles else tiles(launcher), **scales)
+    inputs, guarded = sealed({"x": x, **a.each("lora_a", "a_scale"), **scales, **ints}), seal(v)
+    operands = {**a.named("lora_a", "a_scale"), **scales}
+    launcher(v, x, tables=tables, runs=runs, config=None if case.own_tiles else tiles(launcher), **operands)
     unchanged(inputs)
-    options: dict[str, Any] = {"num_pairs": num_pairs, "rows": tags["rows"], "scaled": x_scale is not None}
-    exact = moe_shrink(stands_for, a, order, adapters.of_token, **options)
+    options: dict[str, Any] = {"num_pairs": num_pairs, "rows": tags["rows"], "dtype": dtype}
+    options["scaled"] = x_scale is not None or a.scales is not None
+    exact = moe_shrink(stands_for, a.numbers, order, adapters.of_token, **options)
     rows = exact.written.to(device)
     stray = int((guarded.changed() & ~positions(guarded, rows[:, None].expand(v.shape[:-1]))).sum())
     assert not stray, f"v: {stray} elements changed beside pairs with an adapter"

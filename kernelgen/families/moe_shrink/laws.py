@@ -12,16 +12,23 @@ import torch
 from kernelgen.families.buffers import bits, poison_
 from kernelgen.families.case import Law, Variant, worst_ratio
 from kernelgen.families.fused_moe import Lora, fused_moe
-from kernelgen.families.moe_adapters import Adapters, factors, live_of
+from kernelgen.families.moe_adapters import Adapters, Factors, factors, live_of
 from kernelgen.families.moe_adapters import draw as draw_adapters
 from kernelgen.families.moe_experts import Experts
 from kernelgen.families.moe_gemm.laws import MODES, Layer, about, fp8_layer, layer, tensors
 
 
 def with_adapters(
-    package: ModuleType, call: Layer, how: Adapters, ranks: tuple[int, int], *, layout: str = "packed", seed: int = 0
+    package: ModuleType,
+    call: Layer,
+    how: Adapters,
+    ranks: tuple[int, int],
+    *,
+    layout: str = "packed",
+    seed: int = 0,
+    scales: str | None = None,
 ) -> Layer:
-    """The layer with adapters, whose factors are NaN where no pair has them."""
+    """The layer with adapters, whose factors are NaN where no pair has them; in FP8 where there are ``scales``."""
     tokens, top_k = call.routed.topk_ids.shape
     experts, width, inter = call.w2.shape
     device, slices = str(call.hidden.device), call.w13.shape[1] // inter
@@ -30,13 +37,22 @@ def with_adapters(
     live = live_of(call.routed.local, drawn.of_token, top_k)
     numbers = torch.Generator().manual_seed(seed)
 
-    def make(rows: int, columns: int, count: int) -> list[torch.Tensor]:
-        return factors((drawn.loras, experts, rows, columns), count, layout, live, numbers, dtype, device)
+    def make(rows: int, columns: int, count: int) -> Factors:
+        return factors((drawn.loras, experts, rows, columns), count, layout, live, numbers, dtype, device, scales)
 
-    first = make(ranks[0], width, slices), make(inter, ranks[0], slices)
-    last = make(ranks[1], inter, 1), make(width, ranks[1], 1)
-    lora = package.FusedMoeLora(drawn.token_lora_mapping, *first, *last, drawn.adapter_enabled)
-    return call._replace(lora=lora, adapters=tuple(drawn.of_token))
+    shapes = {
+        "a13": (ranks[0], width, slices),
+        "b13": (inter, ranks[0], slices),
+        "a2": (ranks[1], inter, 1),
+        "b2": (width, ranks[1], 1),
+    }
+    made = {name: make(*shape) for name, shape in shapes.items()}
+    given = {key: value for name, of in made.items() for key, value in of.named(name, f"{name}_scale").items()}
+    lora = package.FusedMoeLora(drawn.token_lora_mapping, **given, adapter_enabled=drawn.adapter_enabled)
+    stands_for = None
+    if scales is not None:
+        stands_for = Lora(drawn.of_token, **{name: of.numbers for name, of in made.items()}, scaled=True)
+    return call._replace(lora=lora, adapters=tuple(drawn.of_token), stands_for=stands_for)
 
 
 _HOW = (Adapters("mixed", 3), Adapters("spread", 4, (0, 2)), Adapters("none"), Adapters("one", 2))
@@ -83,6 +99,27 @@ def fp8_layers_with_adapters(package: ModuleType, variants: Sequence[Variant], d
         about(lambda call=call, out=out: call.verify(out), f"{tokens} tokens, scales {mode}")  # type: ignore[misc]
         alone = [token for token, adapter in enumerate(call.adapters) if adapter is None]
         assert torch.equal(bits(out[alone]), bits(base.run(package)[alone])), f"{tokens} tokens, scales {mode}"
+
+
+def layers_with_fp8_adapters(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """Layers of each kind with adapters in FP8 are within their bound, few tokens and many, of factors that all experts share and
+    of such that they have each; and tokens without an adapter as they were."""
+    modes: list[Any] = [(None, mode) for mode in ("tensor", "channel", "group")]
+    modes += [(mode, mode[0]) for mode in MODES if mode[0] == "tensor" or mode[2] == "swiglu"]
+    layouts, of_tokens = itertools.cycle(("packed", "shared", "packed")), itertools.cycle((2, 7, 7))
+    sizes: dict[str, Any] = {"hidden": 72, "inter": 40, "top_k": 2, "experts": 3}
+    for mode, scales in modes:
+        tokens = next(of_tokens)
+        if mode is None:
+            base = layer(tokens, Experts("mixed"), device, **sizes)
+        else:
+            base = fp8_layer(package, tokens, Experts("mixed"), device, mode, **sizes)
+        call = with_adapters(package, base, Adapters("mixed"), (24, 16), layout=next(layouts), scales=scales)
+        out = call.run(package)
+        what = f"{tokens} tokens, scales {mode}, of adapters {scales}"
+        about(lambda call=call, out=out: call.verify(out), what)  # type: ignore[misc]
+        alone = [token for token, adapter in enumerate(call.adapters) if adapter is None]
+        assert torch.equal(bits(out[alone]), bits(base.run(package)[alone])), what
 
 
 def a_row_does_not_know_its_batch(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
@@ -223,6 +260,7 @@ def real_sizes(package: ModuleType, variants: Sequence[Variant], device: str) ->
 LAWS = (
     Law(layers_with_adapters),
     Law(fp8_layers_with_adapters),
+    Law(layers_with_fp8_adapters),
     Law(a_row_does_not_know_its_batch),
     Law(ranks_that_count),
     Law(the_ops_one_by_one),

@@ -9,7 +9,7 @@ from typing import Any, Iterator
 import torch
 
 from kernelgen.core.model import Variant
-from kernelgen.families.probe import FP32, QWEN3, Probe, launcher_of, meta, tensors
+from kernelgen.families.probe import FP32, QWEN3, Probe, factors, launcher_of, meta, tensors
 
 
 def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
@@ -26,8 +26,8 @@ def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
         v = meta(rows, slices, rank, dtype=dtype)
         if few:
             v = meta(problem.part_count(k), num_pairs, slices, rank, dtype=FP32)
-        factors = meta(5, experts, rank, k, dtype=dtype)
-        given |= {"v": v, "lora_a": [factors.expand(-1, num_experts, -1, -1)] * slices}
+        lora_a, a_scale = factors(package, variant, variant.weight_scales, (5, experts, rank, k), slices)
+        given |= {"v": v, "lora_a": lora_a, **({} if a_scale is None else {"a_scale": a_scale})}
 
         def call(given: Any = given, num_tokens: int = num_tokens) -> None:
             with package._runtime.compile_only():
@@ -36,7 +36,7 @@ def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
             launcher(**given, tables=tables, runs=runs)
 
         hit = 1.0 - (1.0 - 1.0 / (5 * experts)) ** rows  # if rows are spread evenly
-        moved = given["x"].nbytes + v.nbytes + hit * slices * factors.nbytes
+        moved = given["x"].nbytes + v.nbytes + hit * slices * 5 * experts * rank * k * lora_a[0].itemsize
         sizes = {"num_tokens": num_tokens, "k": k, "rank": rank, "slices": slices, "max_loras": 5}
         flops = 2.0 * rows * slices * rank * k
         yield Probe(f"t{num_tokens}", sizes, call, flops=flops, bytes=moved)

@@ -4,8 +4,8 @@ For every local pair p = t * top_k + j of expert e that has an adapter l, and ev
 
     v[p, s] = x[from(p)] . A_s[l, e]^T
 
-formed in fp32 as in ``lora_shrink``, and rounded to the dtype of A where v is in the order of the tables. An FP8 x stands for its
-numbers times their scales: ``dequantise`` it first.
+formed in fp32 as in ``lora_shrink``, and rounded to the dtype of v where v is in the order of the tables. FP8 operands stand for
+their numbers times their scales: ``dequantise`` them first.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def moe_shrink(
     *,
     num_pairs: int,
     rows: str,
+    dtype: torch.dtype,
     scaled: bool = False,
 ) -> Expected:
     """The exact vectors for operands as they are, and the bound on a kernel's error.
@@ -46,7 +47,8 @@ def moe_shrink(
         order: local pairs in the order of the tables; of "token_token" a pair of each token.
         adapters: of each token.
         rows: "token_sorted", "sorted_sorted", "token_pair", "pair_pair" or "token_token"; those of pairs are not rounded.
-        scaled: x was dequantised; a kernel applies its scales, which are below 2^24, in fp32.
+        dtype: of v.
+        scaled: operands were dequantised; a kernel applies their scales, which are below 2^24, in fp32.
     """
     top_k, (reads, writes) = num_pairs // max(len(adapters), 1), rows.split("_")
     shape = (len(adapters) if writes == "token" else num_pairs, len(lora_a), lora_a[0].shape[2])
@@ -62,6 +64,6 @@ def moe_shrink(
         for s, a in enumerate(lora_a):
             total, error = dot(a[adapter, expert], x[row], scaled)
             if writes != "pair":
-                error = error + cast_error(total.abs() + error, a.dtype)
+                error = error + cast_error(total.abs() + error, dtype)
             value[to, s], bound[to, s] = total, error
     return Expected(value, bound, written)
