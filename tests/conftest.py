@@ -7,6 +7,7 @@ With --quick tests that are marked slow are left out, and of the generated tests
 from __future__ import annotations
 
 import collections
+import gc
 import os
 import sys
 from pathlib import Path
@@ -75,6 +76,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = kept
         # a process of pytest-xdist tells the one that reports
         getattr(config, "workeroutput", config.stash.setdefault(_OUTPUT, {}))["left"] = left
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what is imported by now stays: no collection looks at it again
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 _OUTPUT = pytest.StashKey[dict[str, Any]]()

@@ -789,6 +789,7 @@ def test_a_tuned_file_of_dense_lora(tmp_path: Path) -> None:
 # --- the real parts -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_kernels_are_compiled_and_judged(tmp_path: Path) -> None:
     """For sm_90, without a GPU, in a process that does not interpret."""
     pytest.importorskip("triton")

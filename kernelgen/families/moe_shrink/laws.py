@@ -150,7 +150,7 @@ def ranks_that_count(package: ModuleType, variants: Sequence[Variant], device: s
         return filled.expand_as(factor)
 
     layouts = itertools.cycle(("packed", "packed", "shared"))
-    for tokens, ranks in ((1, (40, 24)), (4, (24, 70)), (9, (40, 24)), (22, (33, 64))):
+    for tokens, ranks in ((1, (40, 24)), (4, (24, 70)), (22, (33, 64))):
         how, layout = Adapters("spread", len(counts)), next(layouts)
         call = with_adapters(package, layer(tokens, Experts(), device), how, ranks, layout=layout)
         assert call.lora is not None
