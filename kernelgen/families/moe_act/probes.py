@@ -13,9 +13,8 @@ def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
     """Of a batch of many tokens."""
     launcher, num_tokens, top_k, width = launcher_of(package, variant), 1024, QWEN3["top_k"], QWEN3["inter"]
     given = tensors(package, variant, T=num_tokens, top_k=top_k, N=width, S=variant.slices)
-    more = delta_beside(package, given["x"]) if variant.adapted else {}
-
     def call() -> None:
+        more = delta_beside(package, given["x"]) if variant.adapted else {}
         launcher(**given, num_experts=QWEN3["num_experts"], valid_tokens=meta(1), **more)
 
     sizes = {"num_tokens": num_tokens, "top_k": top_k, "n": width}

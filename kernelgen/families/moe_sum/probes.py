@@ -20,11 +20,9 @@ def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
         options: dict[str, Any] = {"num_experts": QWEN3["num_experts"], "valid_tokens": meta(1)}
         if variant.weighted:
             options["topk_weights"] = meta(num_tokens, top_k, dtype=torch.float32)
-        if variant.adapted:
-            options |= delta_beside(package, given["y"])
-
         def call(given: Any = given, options: Any = options) -> None:
-            launcher(**given, **options)
+            more = delta_beside(package, given["y"]) if variant.adapted else {}
+            launcher(**given, **options, **more)
 
         sizes = {"num_tokens": num_tokens, "top_k": top_k, "n": width}
         moved = given["out"].nbytes + given["y"].nbytes
