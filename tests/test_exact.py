@@ -31,6 +31,7 @@ class Fault(NamedTuple):
 
 
 _SWIGLU = "moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8group_a8group"
+_TILE = "moe_gemm_tile_bf16_token_sorted_swiglu_plain"
 _GEMV = "moe_gemm_gemv_bf16_pair_token_weighted_lora"
 _TWO = "moe_lora_two_kernel_bf16_sorted_add_weighted_r64_w8channel"
 _SHRINK = "lora_shrink_bf16_r16_w8group"
@@ -50,6 +51,8 @@ FAULTS = (
         "(gate - gate / (1.0 + tl.exp(gate))) * up",
         hidden=True,
     ),
+    Fault("the scales of another slice", _TWO, "exact", "slice_of(b_scale_ptrs, s)", "slice_of(b_scale_ptrs, s * 0)"),
+    Fault("a tile is lower than its block", _TILE, "exact_tail", "HALF_M, BLOCK_N", "HALF_M // 2, BLOCK_N"),
     Fault("the last part is weighted, not the sum", _TWO, "exact", "v += tl.load(part_rows", "v = 2 * v + tl.load(part_rows"),
 )
 

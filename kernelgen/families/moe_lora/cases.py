@@ -289,7 +289,7 @@ CASES = (
 )
 # What exact algebra takes: a part of every tile, two groups of scales on both axes; and rows that programs share.
 EXACT = (
-    Case("exact", "every text", tokens=3, naive_tokens=1, experts=2, slices=2, k=136, n=136, rank="part"),
+    Case("exact", "every text", tokens=3, naive_tokens=1, experts=2, slices=2, k=136, n=200, rank="part"),
     Case(
         "exact_high",
         "a block of more rows than a program of FP8 takes",
