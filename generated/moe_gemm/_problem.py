@@ -456,6 +456,8 @@ def plan(problem: Problem, boxes: bool) -> tuple[str, Config]:
     if bare is not None and isinstance(config, TileConfig | BoxConfig):
         block_d, delta_stages = _delta(s, config.block_n)
         config = config._replace(block_d=block_d, delta_stages=delta_stages)
+    if problem.b_scales is not None and isinstance(config, TileConfig | BoxConfig):  # a step is of one adapter
+        config = config._replace(block_d=min(config.block_d, max(32, runtime.next_power_of_2(problem.rank))))
     return schedule, config
 
 

@@ -21,8 +21,8 @@ def call(package: ModuleType, asked: Asked) -> None:
     if len(asked.tags("rows")) == 1 and not any(scales_of(asked).values()) and not adapted:
         _product(package, asked)
     else:
-        of_adapters = {**{name: asked.sizes[name] for name in ("rank", "max_loras")}, "lora_scales": asked.fact("b_scales")}
-        layer(package, asked, **(of_adapters if adapted else {}))
+        of_adapters = {name: asked.sizes[name] for name in ("rank", "max_loras") if adapted}
+        layer(package, asked, lora_scales=asked.fact("b_scales"), **of_adapters)
 
 
 def _product(package: ModuleType, asked: Asked) -> None:
