@@ -30,7 +30,15 @@ from .moe_lora import moe_lora
 from .moe_lora_expand import moe_lora_expand
 from .moe_lora_shrink import moe_lora_shrink
 from .moe_quant import moe_quant
-from .moe_route import EngineRoute, MoeRoute, MoeWorkspace, PairRoute, TableRoute, moe_route, moe_workspace
+from .moe_route import (
+    EngineRoute,
+    MoeRoute,
+    MoeWorkspace,
+    PairRoute,
+    TableRoute,
+    moe_route,
+    moe_workspace,
+)
 from .moe_runs import MoeRuns, moe_runs
 from .moe_shrink import moe_shrink
 from .moe_sum import moe_sum

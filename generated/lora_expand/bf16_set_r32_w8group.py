@@ -33,14 +33,12 @@ from ._problem import Config
     do_not_specialize=["scaling", "num_tokens"], do_not_specialize_on_alignment=["tokens_ptr", "blocks_ptr", "num_blocks_ptr"]
 )
 def lora_expand_bf16_set_r32_w8group_product(
-    # fmt: off
     out_ptr, y_ptr, b_ptrs, b_scale_ptrs, scaling, num_tokens, tokens_ptr, blocks_ptr, num_blocks_ptr,
     WIDTHS: tl.constexpr, COLUMNS: tl.constexpr, SPANS: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr,
     OUT_STRIDE: tl.constexpr, B_STRIDES_L: tl.constexpr, B_STRIDE_N: tl.constexpr, B_SCALE_STRIDES_L: tl.constexpr,
     PARTS: tl.constexpr, QUARTER: tl.constexpr, BLOCK_M: tl.constexpr, SHARES: tl.constexpr, BLOCK_N: tl.constexpr,
     TILES: tl.constexpr, STAGES: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     BLOCK_R: tl.constexpr = 32
     # SPANS[s]: programs of a block in front of those of slice s; the last: all of them. EVEN: no tile has a tail.
     span = tl.program_id(0) % SPANS[len(b_ptrs)]
@@ -152,11 +150,9 @@ schedule = LoraExpand(lora_expand_bf16_set_r32_w8group_product)
 
 
 def lora_expand_bf16_set_r32_w8group(
-    # fmt: off
     out: Tensor, y: Tensor, lora_b: Tensors, route: SortedRoute, *, offset_start: int = 0, b_scale: Tensors,
     config: Config | None = None,
-    # fmt: on
-) -> None:
+) -> None:  # fmt: skip
     """Overwrite the columns of the slices in ``out``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:

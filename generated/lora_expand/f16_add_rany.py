@@ -31,14 +31,12 @@ from ._problem import Config
     do_not_specialize=["scaling", "num_tokens"], do_not_specialize_on_alignment=["tokens_ptr", "blocks_ptr", "num_blocks_ptr"]
 )
 def lora_expand_f16_add_rany_product(
-    # fmt: off
     out_ptr, y_ptr, b_ptrs, scaling, num_tokens, tokens_ptr, blocks_ptr, num_blocks_ptr,
     WIDTHS: tl.constexpr, COLUMNS: tl.constexpr, SPANS: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr,
     OUT_STRIDE: tl.constexpr, B_STRIDES_L: tl.constexpr, B_STRIDE_N: tl.constexpr, PARTS: tl.constexpr, QUARTER: tl.constexpr,
     BLOCK_M: tl.constexpr, SHARES: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
     WEIGHTS: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     BLOCK_R: tl.constexpr = 128
     CHUNKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     # SPANS[s]: programs of a block in front of those of slice s; the last: all of them. EVEN: no tile has a tail.

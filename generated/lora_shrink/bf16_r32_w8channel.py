@@ -34,14 +34,12 @@ from ._problem import Config
     do_not_specialize=["scaling", "num_tokens"], do_not_specialize_on_alignment=["tokens_ptr", "blocks_ptr", "num_blocks_ptr"]
 )
 def lora_shrink_bf16_r32_w8channel_product(
-    # fmt: off
     y_ptr, x_ptr, a_ptrs, a_scale_ptrs, scaling, num_tokens, tokens_ptr, blocks_ptr, num_blocks_ptr,
     K: tl.constexpr, RANK: tl.constexpr, X_STRIDE: tl.constexpr, A_STRIDE_L: tl.constexpr, A_STRIDE_R: tl.constexpr,
     A_SCALE_STRIDE_L: tl.constexpr, BLOCK_M: tl.constexpr, SHARES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
     CHUNK_K: tl.constexpr, QUARTER_K: tl.constexpr, PART_K: tl.constexpr, TOGETHER: tl.constexpr, STAGES: tl.constexpr,
     WEIGHTS: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     PARTS: tl.constexpr = (K + PART_K - 1) // PART_K
     GROUPS: tl.constexpr = len(a_ptrs) // TOGETHER  # of slices
     TILES: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
@@ -138,12 +136,10 @@ def lora_shrink_bf16_r32_w8channel_product(
     do_not_specialize=["scaling", "num_tokens"], do_not_specialize_on_alignment=["tokens_ptr", "blocks_ptr", "num_blocks_ptr"]
 )
 def lora_shrink_bf16_r32_w8channel_total(
-    # fmt: off
     y_ptr, parts_ptr, scaling, num_tokens, tokens_ptr, blocks_ptr, num_blocks_ptr,
     SLICES: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr, QUARTER: tl.constexpr, BLOCK_M: tl.constexpr,
     PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     BLOCK_R: tl.constexpr = 16
     CHUNKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     chunk = tl.program_id(0) % CHUNKS
@@ -178,11 +174,9 @@ schedule = LoraShrink(lora_shrink_bf16_r32_w8channel_product, lora_shrink_bf16_r
 
 
 def lora_shrink_bf16_r32_w8channel(
-    # fmt: off
     y: Tensor, x: Tensor, lora_a: Tensors, route: SortedRoute, *, scaling: float = 1.0, a_scale: Tensors,
     config: Config | None = None,
-    # fmt: on
-) -> None:
+) -> None:  # fmt: skip
     """Write the rank vectors to ``y``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:

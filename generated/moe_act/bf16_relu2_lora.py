@@ -37,14 +37,12 @@ from ._problem import Config
     ],
 )
 def moe_act_bf16_relu2_lora_kernel(
-    # fmt: off
     h_ptr, x_ptr, delta_ptr, topk_ids_ptr, valid_tokens_ptr, route_ids_ptr, token_lora_mapping_ptr, adapter_enabled_ptr,
     expert_map_ptr, num_tokens,
     TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, LOCAL_EXPERT_START: tl.constexpr, D_STRIDE: tl.constexpr,
     MAX_LORAS: tl.constexpr, ROUTE_EXPERTS: tl.constexpr, GLOBAL_EXPERTS: tl.constexpr, N: tl.constexpr, H_STRIDE: tl.constexpr,
     X_STRIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -61,11 +59,9 @@ def moe_act_bf16_relu2_lora_kernel(
         x_rows = x_ptr + pair.to(tl.int64)[:, None] * X_STRIDE + n[None, :]
         x = tl.load(x_rows, mask=here, other=0.0).to(tl.float32)
         live = is_live(
-            # fmt: off
             pair, local, route_ids_ptr, token_lora_mapping_ptr, adapter_enabled_ptr, expert_map_ptr,
             MAX_LORAS, ROUTE_EXPERTS, GLOBAL_EXPERTS, TOP_K,
-            # fmt: on
-        )
+        )  # fmt: skip
         added = live[:, None] & here
         delta_rows = delta_ptr + pair.to(tl.int64)[:, None] * D_STRIDE + n[None, :]
         x += tl.load(delta_rows, mask=added, other=0.0).to(tl.float32)
@@ -79,12 +75,10 @@ schedule = MoeAct(moe_act_bf16_relu2_lora_kernel)
 
 
 def moe_act_bf16_relu2_lora(
-    # fmt: off
     h: Tensor, x: Tensor, topk_ids: Tensor, *, num_experts: int, local_expert_start: int = 0, delta: Tensor,
     route: PairRoute | TableRoute, valid_tokens: Tensor | None = None, num_tokens_hint: int | None = None,
     config: Config | None = None,
-    # fmt: on
-) -> None:
+) -> None:  # fmt: skip
     """Write the rows of local pairs to ``h``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:

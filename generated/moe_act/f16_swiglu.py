@@ -24,12 +24,10 @@ from ._problem import Config
 
 @triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["topk_ids_ptr", "valid_tokens_ptr"])
 def moe_act_f16_swiglu_kernel(
-    # fmt: off
     h_ptr, x_ptr, topk_ids_ptr, valid_tokens_ptr, num_tokens,
     TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, LOCAL_EXPERT_START: tl.constexpr, N: tl.constexpr, H_STRIDE: tl.constexpr,
     X_STRIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -55,11 +53,9 @@ schedule = MoeAct(moe_act_f16_swiglu_kernel)
 
 
 def moe_act_f16_swiglu(
-    # fmt: off
     h: Tensor, x: Tensor, topk_ids: Tensor, *, num_experts: int, local_expert_start: int = 0, valid_tokens: Tensor | None = None,
     num_tokens_hint: int | None = None, config: Config | None = None,
-    # fmt: on
-) -> None:
+) -> None:  # fmt: skip
     """Write the rows of local pairs to ``h``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:

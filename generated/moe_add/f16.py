@@ -26,20 +26,16 @@ from ._problem import Config
 
 @triton.jit(do_not_specialize_on_alignment=["route_ids_ptr", "token_lora_mapping_ptr", "adapter_enabled_ptr", "expert_map_ptr"])
 def moe_add_f16_kernel(
-    # fmt: off
     out_ptr, delta_ptr, route_ids_ptr, token_lora_mapping_ptr, adapter_enabled_ptr, expert_map_ptr,
     TOP_K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, D_STRIDE: tl.constexpr, MAX_LORAS: tl.constexpr,
     ROUTE_EXPERTS: tl.constexpr, GLOBAL_EXPERTS: tl.constexpr, BLOCK_N: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     pair = tl.program_id(0) // TILES
     if not is_live(
-        # fmt: off
         pair, pair >= 0, route_ids_ptr, token_lora_mapping_ptr, adapter_enabled_ptr, expert_map_ptr,
         MAX_LORAS, ROUTE_EXPERTS, GLOBAL_EXPERTS, TOP_K,
-        # fmt: on
-    ):
+    ):  # fmt: skip
         return
     n = tl.program_id(0) % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
     out_row = out_ptr + pair.to(tl.int64) * OUT_STRIDE

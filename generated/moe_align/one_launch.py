@@ -38,12 +38,10 @@ def _local(topk_ids_ptr, pair, num_pairs, NUM_EXPERTS: tl.constexpr, LOCAL_EXPER
 
 @triton.jit(do_not_specialize=["num_pairs"], do_not_specialize_on_alignment=["valid_tokens_ptr"])
 def moe_align_one_launch_kernel(
-    # fmt: off
     pairs_ptr, blocks_ptr, num_blocks_ptr, topk_ids_ptr, valid_tokens_ptr, num_pairs,
     TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, LOCAL_EXPERT_START: tl.constexpr, BLOCK_M: tl.constexpr, DENSE: tl.constexpr,
     SIZE: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
     own = tl.program_id(0)
@@ -87,7 +85,6 @@ def moe_align_one_launch_kernel(
         tl.store(entry + 1, tl.where(rows > 0, first + row, 0), mask=inside)
         tl.store(entry + 2, rows, mask=inside)
 
-    last = first + count
     of_row = tl.sum(same, 1)
     row_first = first + tl.cumsum(of_row, 0) - of_row
     for column in tl.range(0, length, COLUMNS):
@@ -102,10 +99,8 @@ _kernel = runtime.Launcher(moe_align_one_launch_kernel)
 
 
 def bind(
-    # fmt: off
     *, num_pairs: int, top_k: int, num_experts: int, local_expert_start: int, block_m: int, device: torch.device,
-    # fmt: on
-) -> Callable[..., None]:
+) -> Callable[..., None]:  # fmt: skip
     """The launch for tables of these sizes, ready to be made again and again."""
     num_tokens = runtime.next_power_of_2(num_pairs // top_k)
     # A program that has a multiprocessor to itself can hold more pairs at a time.
@@ -114,12 +109,10 @@ def bind(
     dense = is_dense(num_tokens, top_k, num_experts)
     size = max(32, runtime.next_power_of_2(num_experts)) if dense else 1
     align = _kernel.bind(
-        # fmt: off
         num_experts, runtime.Options(4 if chunk <= 512 else 8 if chunk <= 4096 else 16), TOP_K=top_k, NUM_EXPERTS=num_experts,
         LOCAL_EXPERT_START=local_expert_start, BLOCK_M=block_m, DENSE=dense, SIZE=size, ROWS=chunk // 32,
         PDL=runtime.traits(device).pdl,
-        # fmt: on
-    )
+    )  # fmt: skip
 
     def call(
         pairs: torch.Tensor,
@@ -134,11 +127,9 @@ def bind(
 
 
 def moe_align_one_launch(
-    # fmt: off
     pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, topk_ids: torch.Tensor,
     valid_tokens: torch.Tensor | None, *, num_experts: int, local_expert_start: int, block_m: int,
-    # fmt: on
-) -> None:
+) -> None:  # fmt: skip
     """Fill the tables from the routing; ``moe_align`` makes the buffers.
 
     pairs [>= T * top_k], blocks [max_blocks, 3] and num_blocks [1] int32 are written. topk_ids [T, top_k] int32 or int64
@@ -150,9 +141,7 @@ def moe_align_one_launch(
     routing = (topk_ids, valid_tokens, num_experts, local_expert_start)
     check_fill("moe_align_one_launch", pairs, blocks, num_blocks, *routing, block_m)
     call = bind(
-        # fmt: off
         num_pairs=topk_ids.numel(), top_k=topk_ids.shape[1], num_experts=num_experts, local_expert_start=local_expert_start,
         block_m=block_m, device=topk_ids.device,
-        # fmt: on
-    )
+    )  # fmt: skip
     call(pairs, blocks, num_blocks, topk_ids, valid_tokens)

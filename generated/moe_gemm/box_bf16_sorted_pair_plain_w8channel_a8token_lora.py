@@ -37,15 +37,13 @@ from ._problem import BoxConfig as Config
 
 @triton.jit
 def _tile(
-    # fmt: off
     out_ptr, x_desc, w_desc, v_ptr, b_ptrs, w_scale_ptr, x_scale_ptr, pairs_ptr, run_of_row_ptr, runs_ptr, expert, first, rows,
     n0,
     K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, W_SCALE_STRIDE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, RANK: tl.constexpr, B_STRIDE_L: tl.constexpr,
     B_STRIDE_E: tl.constexpr, B_STRIDE_N: tl.constexpr, BLOCK_D: tl.constexpr, DELTA_STAGES: tl.constexpr, RANKED: tl.constexpr,
     PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     SLICES: tl.constexpr = 1
     m = tl.arange(0, BLOCK_M)
     live = m < rows
@@ -114,15 +112,13 @@ def _tile(
     ]
 )
 def moe_gemm_box_bf16_sorted_pair_plain_w8channel_a8token_lora_kernel(
-    # fmt: off
     out_ptr, x_desc, half_desc, w_desc, v_ptr, b_ptrs, w_scale_ptr, x_scale_ptr, pairs_ptr, blocks_ptr, num_blocks_ptr,
     run_of_row_ptr, runs_ptr,
     K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, W_SCALE_STRIDE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, GROUP_M: tl.constexpr, TAIL: tl.constexpr,
     RANK: tl.constexpr, B_STRIDE_L: tl.constexpr, B_STRIDE_E: tl.constexpr, B_STRIDE_N: tl.constexpr, BLOCK_D: tl.constexpr,
     DELTA_STAGES: tl.constexpr, RANKED: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     HALF_M: tl.constexpr = BLOCK_M // 2
     LOW_M: tl.constexpr = HALF_M if TAIL else 0
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -143,33 +139,27 @@ def moe_gemm_box_bf16_sorted_pair_plain_w8channel_a8token_lora_kernel(
         rows = tl.load(blocks_ptr + 3 * block + 2)
         if rows > LOW_M:
             _tile(
-                # fmt: off
                 out_ptr, x_desc, w_desc, v_ptr, b_ptrs, w_scale_ptr, x_scale_ptr, pairs_ptr, run_of_row_ptr, runs_ptr, expert,
                 first, rows, n0,
                 K, N, OUT_STRIDE, W_SCALE_STRIDE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, RANK, B_STRIDE_L, B_STRIDE_E, B_STRIDE_N,
                 BLOCK_D, DELTA_STAGES, RANKED, PDL,
-                # fmt: on
-            )
+            )  # fmt: skip
         elif TAIL and rows > 0:
             _tile(
-                # fmt: off
                 out_ptr, half_desc, w_desc, v_ptr, b_ptrs, w_scale_ptr, x_scale_ptr, pairs_ptr, run_of_row_ptr, runs_ptr, expert,
                 first, rows, n0,
                 K, N, OUT_STRIDE, W_SCALE_STRIDE, HALF_M, BLOCK_N, BLOCK_K, STAGES, RANK, B_STRIDE_L, B_STRIDE_E, B_STRIDE_N,
                 BLOCK_D, DELTA_STAGES, RANKED, PDL,
-                # fmt: on
-            )
+            )  # fmt: skip
 
 
 schedule = Box(moe_gemm_box_bf16_sorted_pair_plain_w8channel_a8token_lora_kernel)
 
 
 def moe_gemm_box_bf16_sorted_pair_plain_w8channel_a8token_lora(
-    # fmt: off
     out: Tensor, x: Tensor, w: Tensor, tables: MoeTables, *, w_scale: Tensor, x_scale: Tensor, v: Tensor, lora_b: Tensors,
     runs: MoeRuns, config: Config | None = None,
-    # fmt: on
-) -> None:
+) -> None:  # fmt: skip
     """Write the rows of local pairs to ``out``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:

@@ -37,7 +37,6 @@ from ._problem import BoxConfig as Config
 
 @triton.jit
 def _tile(
-    # fmt: off
     out_ptr, x_ptr, w_desc, v_ptr, b_ptrs, w_scale_ptr, x_scale_ptr, x_scale_next, pairs_ptr, run_of_row_ptr, runs_ptr, expert,
     first, rows, n0,
     TOP_K: tl.constexpr, K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
@@ -45,8 +44,7 @@ def _tile(
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, RANK: tl.constexpr, V_BY_TOKEN: tl.constexpr, B_STRIDE_L: tl.constexpr,
     B_STRIDE_E: tl.constexpr, B_STRIDE_N: tl.constexpr, BLOCK_D: tl.constexpr, DELTA_STAGES: tl.constexpr, RANKED: tl.constexpr,
     PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     SLICES: tl.constexpr = 1
     m = tl.arange(0, BLOCK_M)
     live = m < rows
@@ -129,7 +127,6 @@ def _tile(
     ],
 )
 def moe_gemm_box_bf16_token_sorted_relu2_plain_w8group_a8group_lora_kernel(
-    # fmt: off
     out_ptr, x_ptr, w_desc, v_ptr, b_ptrs, w_scale_ptr, x_scale_ptr, x_scale_next, pairs_ptr, blocks_ptr, num_blocks_ptr,
     run_of_row_ptr, runs_ptr,
     TOP_K: tl.constexpr, K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
@@ -137,8 +134,7 @@ def moe_gemm_box_bf16_token_sorted_relu2_plain_w8group_a8group_lora_kernel(
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, GROUP_M: tl.constexpr, TAIL: tl.constexpr, RANK: tl.constexpr,
     V_BY_TOKEN: tl.constexpr, B_STRIDE_L: tl.constexpr, B_STRIDE_E: tl.constexpr, B_STRIDE_N: tl.constexpr, BLOCK_D: tl.constexpr,
     DELTA_STAGES: tl.constexpr, RANKED: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     HALF_M: tl.constexpr = BLOCK_M // 2
     LOW_M: tl.constexpr = HALF_M if TAIL else 0
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -159,33 +155,27 @@ def moe_gemm_box_bf16_token_sorted_relu2_plain_w8group_a8group_lora_kernel(
         rows = tl.load(blocks_ptr + 3 * block + 2)
         if rows > LOW_M:
             _tile(
-                # fmt: off
                 out_ptr, x_ptr, w_desc, v_ptr, b_ptrs, w_scale_ptr, x_scale_ptr, x_scale_next, pairs_ptr, run_of_row_ptr,
                 runs_ptr, expert, first, rows, n0,
                 TOP_K, K, N, OUT_STRIDE, X_STRIDE, W_SCALE_STRIDE, X_SCALE_STRIDE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, RANK,
                 V_BY_TOKEN, B_STRIDE_L, B_STRIDE_E, B_STRIDE_N, BLOCK_D, DELTA_STAGES, RANKED, PDL,
-                # fmt: on
-            )
+            )  # fmt: skip
         elif TAIL and rows > 0:
             _tile(
-                # fmt: off
                 out_ptr, x_ptr, w_desc, v_ptr, b_ptrs, w_scale_ptr, x_scale_ptr, x_scale_next, pairs_ptr, run_of_row_ptr,
                 runs_ptr, expert, first, rows, n0,
                 TOP_K, K, N, OUT_STRIDE, X_STRIDE, W_SCALE_STRIDE, X_SCALE_STRIDE, HALF_M, BLOCK_N, BLOCK_K, STAGES, RANK,
                 V_BY_TOKEN, B_STRIDE_L, B_STRIDE_E, B_STRIDE_N, BLOCK_D, DELTA_STAGES, RANKED, PDL,
-                # fmt: on
-            )
+            )  # fmt: skip
 
 
 schedule = Box(moe_gemm_box_bf16_token_sorted_relu2_plain_w8group_a8group_lora_kernel)
 
 
 def moe_gemm_box_bf16_token_sorted_relu2_plain_w8group_a8group_lora(
-    # fmt: off
     out: Tensor, x: Tensor, w: Tensor, tables: MoeTables, *, w_scale: Tensor, x_scale: Tensor, v: Tensor, lora_b: Tensors,
     runs: MoeRuns, config: Config | None = None,
-    # fmt: on
-) -> None:
+) -> None:  # fmt: skip
     """Write the rows of local pairs to ``out``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:

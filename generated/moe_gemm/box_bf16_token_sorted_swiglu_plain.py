@@ -29,12 +29,10 @@ from ._problem import BoxConfig as Config
 
 @triton.jit
 def _tile(
-    # fmt: off
     out_ptr, x_ptr, w_desc, pairs_ptr, expert, first, rows, n0,
     TOP_K: tl.constexpr, K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     SLICES: tl.constexpr = 2
     m = tl.arange(0, BLOCK_M)
     live = m < rows
@@ -62,13 +60,11 @@ def _tile(
 
 @triton.jit(do_not_specialize_on_alignment=["pairs_ptr", "blocks_ptr", "num_blocks_ptr"])
 def moe_gemm_box_bf16_token_sorted_swiglu_plain_kernel(
-    # fmt: off
     out_ptr, x_ptr, w_desc, pairs_ptr, blocks_ptr, num_blocks_ptr,
     TOP_K: tl.constexpr, K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, GROUP_M: tl.constexpr,
     TAIL: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     HALF_M: tl.constexpr = BLOCK_M // 2
     LOW_M: tl.constexpr = HALF_M if TAIL else 0
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -90,18 +86,14 @@ def moe_gemm_box_bf16_token_sorted_swiglu_plain_kernel(
         rows = tl.load(blocks_ptr + 3 * block + 2)
         if rows > LOW_M:
             _tile(
-                # fmt: off
                 out_ptr, x_ptr, w_desc, pairs_ptr, expert, first, rows, n0,
                 TOP_K, K, N, OUT_STRIDE, X_STRIDE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
-                # fmt: on
-            )
+            )  # fmt: skip
         elif TAIL and rows > 0:
             _tile(
-                # fmt: off
                 out_ptr, x_ptr, w_desc, pairs_ptr, expert, first, rows, n0,
                 TOP_K, K, N, OUT_STRIDE, X_STRIDE, HALF_M, BLOCK_N, BLOCK_K, STAGES,
-                # fmt: on
-            )
+            )  # fmt: skip
 
 
 schedule = Box(moe_gemm_box_bf16_token_sorted_swiglu_plain_kernel)

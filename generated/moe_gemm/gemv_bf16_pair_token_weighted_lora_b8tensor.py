@@ -53,7 +53,6 @@ def _rank_vector(v_row, ranks, next_part, PARTS: tl.constexpr):
     ],
 )
 def moe_gemm_gemv_bf16_pair_token_weighted_lora_b8tensor_kernel(
-    # fmt: off
     out_ptr, x_ptr, w_ptr, v_ptr, b_ptrs, b_scale_ptrs, topk_weights_ptr, topk_ids_ptr, valid_tokens_ptr, token_lora_mapping_ptr,
     adapter_enabled_ptr, lora_ranks_ptr, num_pairs,
     TOP_K: tl.constexpr, K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
@@ -61,8 +60,7 @@ def moe_gemm_gemv_bf16_pair_token_weighted_lora_b8tensor_kernel(
     MAX_LORAS: tl.constexpr, RANK: tl.constexpr, V_PARTS: tl.constexpr, B_STRIDE_L: tl.constexpr, B_STRIDE_E: tl.constexpr,
     B_STRIDE_N: tl.constexpr, B_SCALE_STRIDE_L: tl.constexpr, B_SCALE_STRIDE_E: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WEIGHTS: tl.constexpr, ZERO_REST: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     if PDL:
         gdc_launch_dependents()
@@ -131,11 +129,9 @@ schedule = Gemv(moe_gemm_gemv_bf16_pair_token_weighted_lora_b8tensor_kernel)
 
 
 def moe_gemm_gemv_bf16_pair_token_weighted_lora_b8tensor(
-    # fmt: off
     out: Tensor, x: Tensor, w: Tensor, tables: MoeTables, *, topk_weights: Tensor, v: Tensor, lora_b: Tensors, runs: MoeRuns,
     b_scale: Tensors, config: Config | None = None,
-    # fmt: on
-) -> None:
+) -> None:  # fmt: skip
     """Write the tokens to ``out``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:

@@ -32,14 +32,12 @@ from ._problem import GemvConfig as Config
     do_not_specialize_on_alignment=["topk_weights_ptr", "w_scale_ptr", "topk_ids_ptr", "valid_tokens_ptr"],
 )
 def moe_gemm_gemv_bf16_pair_token_weighted_w8tensor_kernel(
-    # fmt: off
     out_ptr, x_ptr, w_ptr, topk_weights_ptr, w_scale_ptr, topk_ids_ptr, valid_tokens_ptr,
     TOP_K: tl.constexpr, K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
     W_STRIDE_E: tl.constexpr, W_STRIDE_N: tl.constexpr, W_SCALE_STRIDE: tl.constexpr, NUM_EXPERTS: tl.constexpr,
     LOCAL_EXPERT_START: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WEIGHTS: tl.constexpr,
     ZERO_REST: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     if PDL:
         gdc_launch_dependents()

@@ -55,7 +55,6 @@ def _rank_vector(v_row, ranks, next_part, PARTS: tl.constexpr):
     ],
 )
 def moe_gemm_naive_bf16_pair_pair_plain_w8channel_a8token_lora_kernel(
-    # fmt: off
     out_ptr, x_ptr, w_ptr, v_ptr, b_ptrs, w_scale_ptr, x_scale_ptr, topk_ids_ptr, valid_tokens_ptr, token_lora_mapping_ptr,
     adapter_enabled_ptr, lora_ranks_ptr, num_pairs,
     TOP_K: tl.constexpr, K: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
@@ -63,8 +62,7 @@ def moe_gemm_naive_bf16_pair_pair_plain_w8channel_a8token_lora_kernel(
     LOCAL_EXPERT_START: tl.constexpr, MAX_LORAS: tl.constexpr, RANK: tl.constexpr, V_PARTS: tl.constexpr,
     B_STRIDE_L: tl.constexpr, B_STRIDE_E: tl.constexpr, B_STRIDE_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     BLOCK_M: tl.constexpr = 16  # what matrix units take at least: the same row again and again
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     if PDL:
@@ -133,11 +131,9 @@ schedule = Naive(moe_gemm_naive_bf16_pair_pair_plain_w8channel_a8token_lora_kern
 
 
 def moe_gemm_naive_bf16_pair_pair_plain_w8channel_a8token_lora(
-    # fmt: off
     out: Tensor, x: Tensor, w: Tensor, tables: MoeTables, *, w_scale: Tensor, x_scale: Tensor, v: Tensor, lora_b: Tensors,
     runs: MoeRuns, config: Config | None = None,
-    # fmt: on
-) -> None:
+) -> None:  # fmt: skip
     """Write the rows of local pairs to ``out``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:

@@ -36,7 +36,6 @@ from ._problem import OneShotConfig as Config
     do_not_specialize_on_alignment=["x_scale_ptr", "pairs_ptr", "blocks_ptr", "num_blocks_ptr"],
 )
 def moe_lora_one_shot_bf16_sorted_add_plain_r128_w8group_a8group_kernel(
-    # fmt: off
     out_ptr, x_ptr, a_ptrs, b_ptrs, a_scale_ptrs, b_scale_ptrs, x_scale_ptr, x_scale_next, pairs_ptr, blocks_ptr, num_blocks_ptr,
     TOP_K: tl.constexpr, K: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
     A_STRIDE_L: tl.constexpr, A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr, B_STRIDE_L: tl.constexpr,
@@ -44,8 +43,7 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r128_w8group_a8group_kernel(
     B_SCALE_STRIDE_L: tl.constexpr, B_SCALE_STRIDE_E: tl.constexpr, X_SCALE_STRIDE: tl.constexpr, BLOCK_M: tl.constexpr,
     SHARES: tl.constexpr, JOINED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr,
     EXPAND_STAGES: tl.constexpr, WEIGHTS: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     BLOCK_R: tl.constexpr = 128
     block = tl.program_id(0) // SHARES
     m0 = tl.program_id(0) % SHARES * BLOCK_M
@@ -168,11 +166,9 @@ schedule = OneShot(moe_lora_one_shot_bf16_sorted_add_plain_r128_w8group_a8group_
 
 
 def moe_lora_one_shot_bf16_sorted_add_plain_r128_w8group_a8group(
-    # fmt: off
     out: Tensor, x: Tensor, lora_a: Tensors, lora_b: Tensors, route: SortedRoute, *, a_scale: Tensors, b_scale: Tensors,
     x_scale: Tensor, config: Config | None = None,
-    # fmt: on
-) -> None:
+) -> None:  # fmt: skip
     """Add to the rows of live pairs in ``out``, as stated above. ``config``: tiles; None: the tuned ones.
 
     Raises:

@@ -29,14 +29,12 @@ from ._problem import OneShotConfig as Config
 
 @triton.jit(do_not_specialize_on_alignment=["topk_weights_ptr", "pairs_ptr", "blocks_ptr", "num_blocks_ptr"])
 def moe_lora_one_shot_bf16_sorted_add_weighted_r16_kernel(
-    # fmt: off
     out_ptr, x_ptr, a_ptrs, b_ptrs, topk_weights_ptr, pairs_ptr, blocks_ptr, num_blocks_ptr,
     K: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
     A_STRIDE_L: tl.constexpr, A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr, B_STRIDE_L: tl.constexpr,
     B_STRIDE_E: tl.constexpr, B_STRIDE_N: tl.constexpr, BLOCK_M: tl.constexpr, JOINED: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr, EXPAND_STAGES: tl.constexpr, WEIGHTS: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     BLOCK_R: tl.constexpr = 16
     block = tl.program_id(0)
     if block >= tl.load(num_blocks_ptr):
@@ -117,11 +115,9 @@ schedule = OneShot(moe_lora_one_shot_bf16_sorted_add_weighted_r16_kernel)
 
 
 def moe_lora_one_shot_bf16_sorted_add_weighted_r16(
-    # fmt: off
     out: Tensor, x: Tensor, lora_a: Tensors, lora_b: Tensors, route: SortedRoute, *, topk_weights: Tensor,
     config: Config | None = None,
-    # fmt: on
-) -> None:
+) -> None:  # fmt: skip
     """Add to the rows of live pairs in ``out``, as stated above. ``config``: tiles; None: the tuned ones.
 
     Raises:

@@ -32,7 +32,6 @@ from ._problem import OneShotConfig as Config
 
 @triton.jit(do_not_specialize_on_alignment=["topk_weights_ptr", "pairs_ptr", "blocks_ptr", "num_blocks_ptr"])
 def moe_lora_one_shot_bf16_sorted_add_weighted_r64_w8channel_kernel(
-    # fmt: off
     out_ptr, x_ptr, a_ptrs, b_ptrs, a_scale_ptrs, b_scale_ptrs, topk_weights_ptr, pairs_ptr, blocks_ptr, num_blocks_ptr,
     K: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
     A_STRIDE_L: tl.constexpr, A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr, B_STRIDE_L: tl.constexpr,
@@ -40,8 +39,7 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r64_w8channel_kernel(
     B_SCALE_STRIDE_L: tl.constexpr, B_SCALE_STRIDE_E: tl.constexpr, BLOCK_M: tl.constexpr, SHARES: tl.constexpr,
     JOINED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr, EXPAND_STAGES: tl.constexpr,
     WEIGHTS: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     BLOCK_R: tl.constexpr = 64
     block = tl.program_id(0) // SHARES
     m0 = tl.program_id(0) % SHARES * BLOCK_M
@@ -143,11 +141,9 @@ schedule = OneShot(moe_lora_one_shot_bf16_sorted_add_weighted_r64_w8channel_kern
 
 
 def moe_lora_one_shot_bf16_sorted_add_weighted_r64_w8channel(
-    # fmt: off
     out: Tensor, x: Tensor, lora_a: Tensors, lora_b: Tensors, route: SortedRoute, *, topk_weights: Tensor, a_scale: Tensors,
     b_scale: Tensors, config: Config | None = None,
-    # fmt: on
-) -> None:
+) -> None:  # fmt: skip
     """Add to the rows of live pairs in ``out``, as stated above. ``config``: tiles; None: the tuned ones.
 
     Raises:

@@ -28,14 +28,12 @@ from ._problem import OneShotConfig as Config
 
 @triton.jit(do_not_specialize_on_alignment=["pairs_ptr", "blocks_ptr", "num_blocks_ptr"])
 def moe_lora_one_shot_f16_sorted_add_plain_r128_kernel(
-    # fmt: off
     out_ptr, x_ptr, a_ptrs, b_ptrs, pairs_ptr, blocks_ptr, num_blocks_ptr,
     TOP_K: tl.constexpr, K: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
     A_STRIDE_L: tl.constexpr, A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr, B_STRIDE_L: tl.constexpr,
     B_STRIDE_E: tl.constexpr, B_STRIDE_N: tl.constexpr, BLOCK_M: tl.constexpr, JOINED: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr, EXPAND_STAGES: tl.constexpr, WEIGHTS: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     BLOCK_R: tl.constexpr = 128
     block = tl.program_id(0)
     if block >= tl.load(num_blocks_ptr):

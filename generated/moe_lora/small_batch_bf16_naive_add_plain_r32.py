@@ -34,13 +34,11 @@ from ._problem import SmallBatchConfig as Config
     do_not_specialize_on_alignment=["topk_ids_ptr", "token_lora_mapping_ptr", "adapter_enabled_ptr", "expert_map_ptr"],
 )
 def moe_lora_small_batch_bf16_naive_add_plain_r32_shrink(
-    # fmt: off
     parts_ptr, x_ptr, a_ptrs, topk_ids_ptr, token_lora_mapping_ptr, adapter_enabled_ptr, expert_map_ptr, num_pairs,
     MAX_LORAS: tl.constexpr, NUM_EXPERTS: tl.constexpr, GLOBAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, K: tl.constexpr,
     RANK: tl.constexpr, X_STRIDE: tl.constexpr, A_STRIDE_L: tl.constexpr, A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     SPLITS: tl.constexpr = (K + SPLIT_K - 1) // SPLIT_K
     CHUNKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     if PDL:
@@ -87,14 +85,12 @@ def moe_lora_small_batch_bf16_naive_add_plain_r32_shrink(
     do_not_specialize_on_alignment=["topk_ids_ptr", "token_lora_mapping_ptr", "adapter_enabled_ptr", "expert_map_ptr"],
 )
 def moe_lora_small_batch_bf16_naive_add_plain_r32_expand(
-    # fmt: off
     out_ptr, parts_ptr, b_ptrs, topk_ids_ptr, token_lora_mapping_ptr, adapter_enabled_ptr, expert_map_ptr, num_pairs,
     MAX_LORAS: tl.constexpr, NUM_EXPERTS: tl.constexpr, GLOBAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, N: tl.constexpr,
     RANK: tl.constexpr, OUT_STRIDE: tl.constexpr, B_STRIDE_L: tl.constexpr, B_STRIDE_E: tl.constexpr, B_STRIDE_N: tl.constexpr,
     PARTS: tl.constexpr, PARTS_SIZE: tl.constexpr, PART_STRIDE: tl.constexpr, BLOCK_N: tl.constexpr, WEIGHTS: tl.constexpr,
     PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     BLOCK_R: tl.constexpr = 32
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)

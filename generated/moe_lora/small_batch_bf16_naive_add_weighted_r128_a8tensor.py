@@ -44,14 +44,12 @@ from ._problem import SmallBatchConfig as Config
     ],
 )
 def moe_lora_small_batch_bf16_naive_add_weighted_r128_a8tensor_shrink(
-    # fmt: off
     parts_ptr, x_ptr, a_ptrs, x_scale_ptr, topk_ids_ptr, token_lora_mapping_ptr, adapter_enabled_ptr, expert_map_ptr, num_pairs,
     MAX_LORAS: tl.constexpr, NUM_EXPERTS: tl.constexpr, GLOBAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, K: tl.constexpr,
     RANK: tl.constexpr, X_STRIDE: tl.constexpr, A_STRIDE_L: tl.constexpr, A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr,
     X_SCALE_STRIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, WEIGHTS: tl.constexpr,
     PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     SPLITS: tl.constexpr = (K + SPLIT_K - 1) // SPLIT_K
     CHUNKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     if PDL:
@@ -105,15 +103,13 @@ def moe_lora_small_batch_bf16_naive_add_weighted_r128_a8tensor_shrink(
     ],
 )
 def moe_lora_small_batch_bf16_naive_add_weighted_r128_a8tensor_expand(
-    # fmt: off
     out_ptr, parts_ptr, b_ptrs, topk_weights_ptr, topk_ids_ptr, token_lora_mapping_ptr, adapter_enabled_ptr, expert_map_ptr,
     num_pairs,
     MAX_LORAS: tl.constexpr, NUM_EXPERTS: tl.constexpr, GLOBAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, N: tl.constexpr,
     RANK: tl.constexpr, OUT_STRIDE: tl.constexpr, B_STRIDE_L: tl.constexpr, B_STRIDE_E: tl.constexpr, B_STRIDE_N: tl.constexpr,
     PARTS: tl.constexpr, PARTS_SIZE: tl.constexpr, PART_STRIDE: tl.constexpr, BLOCK_N: tl.constexpr, WEIGHTS: tl.constexpr,
     PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     BLOCK_R: tl.constexpr = 128
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
@@ -178,11 +174,9 @@ schedule = SmallBatch(
 
 
 def moe_lora_small_batch_bf16_naive_add_weighted_r128_a8tensor(
-    # fmt: off
     out: Tensor, x: Tensor, lora_a: Tensors, lora_b: Tensors, route: PairRoute | TableRoute, *, topk_weights: Tensor,
     x_scale: Tensor, config: Config | None = None,
-    # fmt: on
-) -> None:
+) -> None:  # fmt: skip
     """Add to the rows of live pairs in ``out``, as stated above. ``config``: tiles; None: the tuned ones.
 
     Raises:

@@ -44,15 +44,13 @@ from ._problem import SmallBatchConfig as Config
     ],
 )
 def moe_lora_small_batch_bf16_naive_set_plain_rany_w8channel_a8token_shrink(
-    # fmt: off
     parts_ptr, x_ptr, a_ptrs, a_scale_ptrs, x_scale_ptr, topk_ids_ptr, token_lora_mapping_ptr, adapter_enabled_ptr,
     expert_map_ptr, num_pairs,
     MAX_LORAS: tl.constexpr, NUM_EXPERTS: tl.constexpr, GLOBAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, K: tl.constexpr,
     RANK: tl.constexpr, X_STRIDE: tl.constexpr, A_STRIDE_L: tl.constexpr, A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr,
     A_SCALE_STRIDE_L: tl.constexpr, A_SCALE_STRIDE_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     SPLITS: tl.constexpr = (K + SPLIT_K - 1) // SPLIT_K
     CHUNKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     if PDL:
@@ -108,15 +106,13 @@ def moe_lora_small_batch_bf16_naive_set_plain_rany_w8channel_a8token_shrink(
     do_not_specialize_on_alignment=["topk_ids_ptr", "token_lora_mapping_ptr", "adapter_enabled_ptr", "expert_map_ptr"],
 )
 def moe_lora_small_batch_bf16_naive_set_plain_rany_w8channel_a8token_expand(
-    # fmt: off
     out_ptr, parts_ptr, b_ptrs, b_scale_ptrs, topk_ids_ptr, token_lora_mapping_ptr, adapter_enabled_ptr, expert_map_ptr,
     num_pairs,
     MAX_LORAS: tl.constexpr, NUM_EXPERTS: tl.constexpr, GLOBAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, N: tl.constexpr,
     RANK: tl.constexpr, OUT_STRIDE: tl.constexpr, B_STRIDE_L: tl.constexpr, B_STRIDE_E: tl.constexpr, B_STRIDE_N: tl.constexpr,
     B_SCALE_STRIDE_L: tl.constexpr, B_SCALE_STRIDE_E: tl.constexpr, PARTS: tl.constexpr, PART_STRIDE: tl.constexpr,
     BLOCK_N: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     BLOCK_R: tl.constexpr = 128
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
@@ -168,11 +164,9 @@ schedule = SmallBatch(
 
 
 def moe_lora_small_batch_bf16_naive_set_plain_rany_w8channel_a8token(
-    # fmt: off
     out: Tensor, x: Tensor, lora_a: Tensors, lora_b: Tensors, route: PairRoute | TableRoute, *, a_scale: Tensors,
     b_scale: Tensors, x_scale: Tensor, config: Config | None = None,
-    # fmt: on
-) -> None:
+) -> None:  # fmt: skip
     """Overwrite the rows of live pairs in ``out``, as stated above. ``config``: tiles; None: the tuned ones.
 
     Raises:

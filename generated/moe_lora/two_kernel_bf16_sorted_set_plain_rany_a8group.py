@@ -38,14 +38,12 @@ from ._problem import TwoKernelConfig as Config
     do_not_specialize_on_alignment=["x_scale_ptr", "pairs_ptr", "blocks_ptr", "num_blocks_ptr"],
 )
 def moe_lora_two_kernel_bf16_sorted_set_plain_rany_a8group_shrink(
-    # fmt: off
     parts_ptr, x_ptr, a_ptrs, x_scale_ptr, x_scale_next, pairs_ptr, blocks_ptr, num_blocks_ptr, capacity,
     TOP_K: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, X_STRIDE: tl.constexpr, A_STRIDE_L: tl.constexpr,
     A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr, X_SCALE_STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, SHARES: tl.constexpr,
     JOINED: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SHRINK_STAGES: tl.constexpr, WEIGHTS: tl.constexpr,
     PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     BLOCK_R: tl.constexpr = 128
     SPLITS: tl.constexpr = (K + SPLIT_K - 1) // SPLIT_K
     if PDL:
@@ -123,13 +121,11 @@ def moe_lora_two_kernel_bf16_sorted_set_plain_rany_a8group_shrink(
 
 @triton.jit(do_not_specialize=["capacity"], do_not_specialize_on_alignment=["pairs_ptr", "blocks_ptr", "num_blocks_ptr"])
 def moe_lora_two_kernel_bf16_sorted_set_plain_rany_a8group_expand(
-    # fmt: off
     out_ptr, parts_ptr, b_ptrs, pairs_ptr, blocks_ptr, num_blocks_ptr, capacity,
     N: tl.constexpr, RANK: tl.constexpr, OUT_STRIDE: tl.constexpr, B_STRIDE_L: tl.constexpr, B_STRIDE_E: tl.constexpr,
     B_STRIDE_N: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, SHARES: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr, TILES: tl.constexpr, EXPAND_STAGES: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     SPAN: tl.constexpr = BLOCK_N * TILES  # columns of one program
     SPANS: tl.constexpr = (N + SPAN - 1) // SPAN
     n0 = tl.program_id(0) % SPANS * SPAN

@@ -34,14 +34,12 @@ from ._problem import TwoKernelConfig as Config
 
 @triton.jit(do_not_specialize=["capacity"], do_not_specialize_on_alignment=["pairs_ptr", "blocks_ptr", "num_blocks_ptr"])
 def moe_lora_two_kernel_bf16_sorted_set_plain_rany_w8channel_shrink(
-    # fmt: off
     parts_ptr, x_ptr, a_ptrs, a_scale_ptrs, pairs_ptr, blocks_ptr, num_blocks_ptr, capacity,
     TOP_K: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, X_STRIDE: tl.constexpr, A_STRIDE_L: tl.constexpr,
     A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr, A_SCALE_STRIDE_L: tl.constexpr, A_SCALE_STRIDE_E: tl.constexpr,
     BLOCK_M: tl.constexpr, SHARES: tl.constexpr, JOINED: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
     SHRINK_STAGES: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     BLOCK_R: tl.constexpr = 128
     SPLITS: tl.constexpr = (K + SPLIT_K - 1) // SPLIT_K
     if PDL:
@@ -116,14 +114,12 @@ def moe_lora_two_kernel_bf16_sorted_set_plain_rany_w8channel_shrink(
 
 @triton.jit(do_not_specialize=["capacity"], do_not_specialize_on_alignment=["pairs_ptr", "blocks_ptr", "num_blocks_ptr"])
 def moe_lora_two_kernel_bf16_sorted_set_plain_rany_w8channel_expand(
-    # fmt: off
     out_ptr, parts_ptr, b_ptrs, b_scale_ptrs, pairs_ptr, blocks_ptr, num_blocks_ptr, capacity,
     N: tl.constexpr, RANK: tl.constexpr, OUT_STRIDE: tl.constexpr, B_STRIDE_L: tl.constexpr, B_STRIDE_E: tl.constexpr,
     B_STRIDE_N: tl.constexpr, B_SCALE_STRIDE_L: tl.constexpr, B_SCALE_STRIDE_E: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, SHARES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, TILES: tl.constexpr,
     EXPAND_STAGES: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     SPAN: tl.constexpr = BLOCK_N * TILES  # columns of one program
     SPANS: tl.constexpr = (N + SPAN - 1) // SPAN
     n0 = tl.program_id(0) % SPANS * SPAN
@@ -183,11 +179,9 @@ schedule = TwoKernel(
 
 
 def moe_lora_two_kernel_bf16_sorted_set_plain_rany_w8channel(
-    # fmt: off
     out: Tensor, x: Tensor, lora_a: Tensors, lora_b: Tensors, route: SortedRoute, *, a_scale: Tensors, b_scale: Tensors,
     config: Config | None = None,
-    # fmt: on
-) -> None:
+) -> None:  # fmt: skip
     """Overwrite the rows of live pairs in ``out``, as stated above. ``config``: tiles; None: the tuned ones.
 
     Raises:

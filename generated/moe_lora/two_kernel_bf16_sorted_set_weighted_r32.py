@@ -31,13 +31,11 @@ from ._problem import TwoKernelConfig as Config
 
 @triton.jit(do_not_specialize=["capacity"], do_not_specialize_on_alignment=["pairs_ptr", "blocks_ptr", "num_blocks_ptr"])
 def moe_lora_two_kernel_bf16_sorted_set_weighted_r32_shrink(
-    # fmt: off
     parts_ptr, x_ptr, a_ptrs, pairs_ptr, blocks_ptr, num_blocks_ptr, capacity,
     K: tl.constexpr, RANK: tl.constexpr, X_STRIDE: tl.constexpr, A_STRIDE_L: tl.constexpr, A_STRIDE_E: tl.constexpr,
     A_STRIDE_R: tl.constexpr, BLOCK_M: tl.constexpr, JOINED: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
     SHRINK_STAGES: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     BLOCK_R: tl.constexpr = 32
     SPLITS: tl.constexpr = (K + SPLIT_K - 1) // SPLIT_K
     if PDL:
@@ -105,13 +103,11 @@ def moe_lora_two_kernel_bf16_sorted_set_weighted_r32_shrink(
     do_not_specialize_on_alignment=["topk_weights_ptr", "pairs_ptr", "blocks_ptr", "num_blocks_ptr"],
 )
 def moe_lora_two_kernel_bf16_sorted_set_weighted_r32_expand(
-    # fmt: off
     out_ptr, parts_ptr, b_ptrs, topk_weights_ptr, pairs_ptr, blocks_ptr, num_blocks_ptr, capacity,
     N: tl.constexpr, RANK: tl.constexpr, OUT_STRIDE: tl.constexpr, B_STRIDE_L: tl.constexpr, B_STRIDE_E: tl.constexpr,
     B_STRIDE_N: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
     EXPAND_STAGES: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     BLOCK_R: tl.constexpr = 32
     SPAN: tl.constexpr = BLOCK_N * TILES  # columns of one program
     SPANS: tl.constexpr = (N + SPAN - 1) // SPAN
@@ -163,11 +159,9 @@ schedule = TwoKernel(
 
 
 def moe_lora_two_kernel_bf16_sorted_set_weighted_r32(
-    # fmt: off
     out: Tensor, x: Tensor, lora_a: Tensors, lora_b: Tensors, route: SortedRoute, *, topk_weights: Tensor,
     config: Config | None = None,
-    # fmt: on
-) -> None:
+) -> None:  # fmt: skip
     """Overwrite the rows of live pairs in ``out``, as stated above. ``config``: tiles; None: the tuned ones.
 
     Raises:

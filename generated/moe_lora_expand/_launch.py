@@ -12,7 +12,15 @@ from torch import Tensor
 from .. import _runtime as runtime
 from .._operands import Tensors
 from ..moe_route._op import MoeRoute, PairRoute, SortedRoute, TableRoute
-from ._problem import CACHE_POLICIES, BlocksConfig, Call, PairsConfig, Problem, check, choose
+from ._problem import (
+    CACHE_POLICIES,
+    BlocksConfig,
+    Call,
+    PairsConfig,
+    Problem,
+    check,
+    choose,
+)
 from ._table import VARIANTS
 
 _OPERANDS = "out_ptr y_ptr b_ptrs next_slice next_shard topk_weights_ptr"

@@ -33,13 +33,11 @@ from ._problem import BlocksConfig as Config
     do_not_specialize_on_alignment=["topk_weights_ptr", "pairs_ptr", "blocks_ptr", "num_blocks_ptr"],
 )
 def moe_lora_expand_blocks_f16_add_weighted_rany_product(
-    # fmt: off
     out_ptr, y_ptr, b_ptrs, next_slice, next_shard, topk_weights_ptr, pairs_ptr, blocks_ptr, num_blocks_ptr,
     N: tl.constexpr, OFFSET: tl.constexpr, RANK: tl.constexpr, SHARD: tl.constexpr, OUT_STRIDE: tl.constexpr,
     Y_STRIDE: tl.constexpr, B_STRIDE_L: tl.constexpr, B_STRIDE_E: tl.constexpr, B_STRIDE_N: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr, WEIGHTS: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     SPAN: tl.constexpr = BLOCK_N * TILES  # columns of one program
     SPANS: tl.constexpr = (N + SPAN - 1) // SPAN
     n0 = tl.program_id(0) % SPANS * SPAN
@@ -88,11 +86,9 @@ schedule = Blocks(moe_lora_expand_blocks_f16_add_weighted_rany_product)
 
 
 def moe_lora_expand_blocks_f16_add_weighted_rany(
-    # fmt: off
     out: Tensor, y: Tensor, lora_b: Tensors, route: SortedRoute, *, topk_weights: Tensor, offset: int = 0,
     config: Config | None = None,
-    # fmt: on
-) -> None:
+) -> None:  # fmt: skip
     """Add to columns of live rows of ``out``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:

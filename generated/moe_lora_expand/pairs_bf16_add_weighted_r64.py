@@ -39,14 +39,12 @@ from ._problem import PairsConfig as Config
     ],
 )
 def moe_lora_expand_pairs_bf16_add_weighted_r64_product(
-    # fmt: off
     out_ptr, y_ptr, b_ptrs, next_slice, next_shard, topk_weights_ptr, topk_ids_ptr, token_lora_mapping_ptr, adapter_enabled_ptr,
     expert_map_ptr,
     MAX_LORAS: tl.constexpr, NUM_EXPERTS: tl.constexpr, GLOBAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, N: tl.constexpr,
     OFFSET: tl.constexpr, RANK: tl.constexpr, SHARD: tl.constexpr, OUT_STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr,
     B_STRIDE_L: tl.constexpr, B_STRIDE_E: tl.constexpr, B_STRIDE_N: tl.constexpr, BLOCK_N: tl.constexpr, WEIGHTS: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     BLOCK_R: tl.constexpr = 64
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
@@ -89,11 +87,9 @@ schedule = Pairs(moe_lora_expand_pairs_bf16_add_weighted_r64_product)
 
 
 def moe_lora_expand_pairs_bf16_add_weighted_r64(
-    # fmt: off
     out: Tensor, y: Tensor, lora_b: Tensors, route: PairRoute | TableRoute, *, topk_weights: Tensor, offset: int = 0,
     config: Config | None = None,
-    # fmt: on
-) -> None:
+) -> None:  # fmt: skip
     """Add to columns of live rows of ``out``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:

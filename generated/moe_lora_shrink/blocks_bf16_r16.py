@@ -33,13 +33,11 @@ from ._problem import BlocksConfig as Config
     do_not_specialize=["next_slice", "next_part"], do_not_specialize_on_alignment=["pairs_ptr", "blocks_ptr", "num_blocks_ptr"]
 )
 def moe_lora_shrink_blocks_bf16_r16_product(
-    # fmt: off
     y_ptr, x_ptr, a_ptrs, next_slice, next_part, pairs_ptr, blocks_ptr, num_blocks_ptr,
     TOP_K: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, Y_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
     A_STRIDE_L: tl.constexpr, A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr, BLOCK_M: tl.constexpr, JOINED: tl.constexpr,
     BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SHRINK_STAGES: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     BLOCK_R: tl.constexpr = 16
     SPLITS: tl.constexpr = (K + SPLIT_K - 1) // SPLIT_K
     if PDL:
@@ -104,12 +102,10 @@ def moe_lora_shrink_blocks_bf16_r16_product(
     do_not_specialize=["next_slice", "next_part"], do_not_specialize_on_alignment=["pairs_ptr", "blocks_ptr", "num_blocks_ptr"]
 )
 def moe_lora_shrink_blocks_bf16_r16_total(
-    # fmt: off
     y_ptr, parts_ptr, next_slice, next_part, pairs_ptr, blocks_ptr, num_blocks_ptr,
     SLICES: tl.constexpr, RANK: tl.constexpr, Y_STRIDE: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     CHUNKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     chunk = tl.program_id(0) % CHUNKS
     s = tl.program_id(0) // CHUNKS % SLICES

@@ -34,14 +34,12 @@ from ._problem import PairsConfig as Config
     do_not_specialize_on_alignment=["topk_ids_ptr", "token_lora_mapping_ptr", "adapter_enabled_ptr", "expert_map_ptr"],
 )
 def moe_lora_shrink_pairs_f16_r64_product(
-    # fmt: off
     y_ptr, x_ptr, a_ptrs, next_slice, next_part, topk_ids_ptr, token_lora_mapping_ptr, adapter_enabled_ptr, expert_map_ptr,
     MAX_LORAS: tl.constexpr, NUM_EXPERTS: tl.constexpr, GLOBAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
     PAIRS_A_ROW: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, Y_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
     A_STRIDE_L: tl.constexpr, A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     SPLITS: tl.constexpr = (K + SPLIT_K - 1) // SPLIT_K
     CHUNKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     if PDL:
@@ -87,11 +85,9 @@ def moe_lora_shrink_pairs_f16_r64_product(
 
 @triton.jit(do_not_specialize=["num_pairs", "next_slice", "next_part"])
 def moe_lora_shrink_pairs_f16_r64_total(
-    # fmt: off
     y_ptr, parts_ptr, num_pairs, next_slice, next_part,
     RANK: tl.constexpr, Y_STRIDE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # of a part
     row = cell // RANK
     kept = cell < next_part

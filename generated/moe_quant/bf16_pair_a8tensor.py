@@ -27,13 +27,11 @@ from ._problem import Config
 
 @triton.jit(do_not_specialize=["num_pairs"], do_not_specialize_on_alignment=["scale_ptr", "topk_ids_ptr", "valid_tokens_ptr"])
 def moe_quant_bf16_pair_a8tensor_kernel(
-    # fmt: off
     codes_ptr, x_ptr, scale_ptr, topk_ids_ptr, valid_tokens_ptr, num_pairs,
     TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, LOCAL_EXPERT_START: tl.constexpr, N: tl.constexpr, CODES_STRIDE: tl.constexpr,
     X_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr, LARGEST: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
     WIDTH: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     if PDL:
         gdc_wait()
         gdc_launch_dependents()

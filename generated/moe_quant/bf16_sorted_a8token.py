@@ -27,12 +27,10 @@ from ._problem import Config
 
 @triton.jit(do_not_specialize_on_alignment=["scale_ptr", "blocks_ptr", "num_blocks_ptr"])
 def moe_quant_bf16_sorted_a8token_kernel(
-    # fmt: off
     codes_ptr, x_ptr, scale_ptr, blocks_ptr, num_blocks_ptr,
     N: tl.constexpr, CODES_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr, LARGEST: tl.constexpr, BLOCK_M: tl.constexpr,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     if PDL:
         gdc_wait()
         gdc_launch_dependents()

@@ -3,6 +3,14 @@
 # Template: templates/family/__init__.py.j2
 """moe_route: 3 variants behind one front door."""
 
-from ._op import EngineRoute, MoeRoute, MoeWorkspace, PairRoute, TableRoute, moe_route, moe_workspace
+from ._op import (
+    EngineRoute,
+    MoeRoute,
+    MoeWorkspace,
+    PairRoute,
+    TableRoute,
+    moe_route,
+    moe_workspace,
+)
 
 __all__ = ["EngineRoute", "MoeRoute", "MoeWorkspace", "PairRoute", "TableRoute", "moe_route", "moe_workspace"]

@@ -31,13 +31,11 @@ ENTRIES = 1024
     do_not_specialize_on_alignment=["expert_ids_ptr", "num_tokens_post_padded_ptr", "lora_ids_ptr", "adapter_enabled_ptr"],
 )
 def moe_route_from_tables_list(
-    # fmt: off
     blocks_ptr, num_blocks_ptr, expert_ids_ptr, num_tokens_post_padded_ptr, lora_ids_ptr, adapter_enabled_ptr, row_blocks,
     row_stride,
     MAX_LORAS: tl.constexpr, NUM_EXPERTS: tl.constexpr, NUM_LORA_IDS: tl.constexpr, LORA_IDS_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, ENTRIES: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     num_entries = MAX_LORAS * row_blocks
     done = 0
     for entry0 in tl.range(0, num_entries, ENTRIES):
@@ -64,11 +62,9 @@ def moe_route_from_tables_list(
 
 @triton.jit(do_not_specialize=["num_pairs", "row_size", "row_stride"], do_not_specialize_on_alignment=["sorted_token_ids_ptr"])
 def moe_route_from_tables_pack(
-    # fmt: off
     pairs_ptr, blocks_ptr, num_blocks_ptr, sorted_token_ids_ptr, num_pairs, row_size, row_stride,
     BLOCK_M: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     block = tl.program_id(0)
     if block >= tl.load(num_blocks_ptr):
         return
@@ -88,32 +84,26 @@ _pack = runtime.Launcher(moe_route_from_tables_pack)
 
 
 def bind(
-    # fmt: off
     sorted_token_ids: torch.Tensor, expert_ids: torch.Tensor, lora_ids: torch.Tensor | None, *, num_pairs: int, num_experts: int,
     max_loras: int, block_m: int,
-    # fmt: on
-) -> Callable[..., None]:
+) -> Callable[..., None]:  # fmt: skip
     """The two launches for tables [L, *] of these shapes and strides, ready to be made again and again."""
     row_blocks = expert_ids.shape[1]
     num_lora_ids = 0 if lora_ids is None else lora_ids.numel()
     columns = (row_blocks, expert_ids.stride(0))
     sizes = (num_pairs, sorted_token_ids.shape[1], sorted_token_ids.stride(0))
     list_blocks = _list.bind(
-        # fmt: off
         1, runtime.Options(4), MAX_LORAS=max_loras, NUM_EXPERTS=num_experts, NUM_LORA_IDS=num_lora_ids,
         LORA_IDS_SIZE=runtime.next_power_of_2(num_lora_ids), BLOCK_M=block_m,
         ENTRIES=ENTRIES,
-        # fmt: on
-    )
+    )  # fmt: skip
     pack_pairs = _pack.bind(max_loras * row_blocks, runtime.Options(4), BLOCK_M=block_m)
 
     def call(
-        # fmt: off
         pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, sorted_token_ids: torch.Tensor,
         expert_ids: torch.Tensor, num_tokens_post_padded: torch.Tensor, lora_ids: torch.Tensor | None,
         adapter_enabled: torch.Tensor | None,
-        # fmt: on
-    ) -> None:
+    ) -> None:  # fmt: skip
         list_blocks.run(blocks, num_blocks, expert_ids, num_tokens_post_padded, lora_ids, adapter_enabled, *columns)
         pack_pairs.run(pairs, blocks, num_blocks, sorted_token_ids, *sizes)
 
@@ -121,12 +111,10 @@ def bind(
 
 
 def moe_route_from_tables(
-    # fmt: off
     pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, sorted_token_ids: torch.Tensor, expert_ids: torch.Tensor,
     num_tokens_post_padded: torch.Tensor, lora_ids: torch.Tensor | None, adapter_enabled: torch.Tensor | None, *, num_pairs: int,
     num_experts: int, max_loras: int, block_m: int,
-    # fmt: on
-) -> None:
+) -> None:  # fmt: skip
     """Fill ``pairs`` [max_loras * row blocks * block_m], ``blocks`` [max_loras * row blocks, 4] and ``num_blocks`` [1].
 
     sorted_token_ids [L, EM] and expert_ids [L, ceil(EM / block_m)] int32, num_tokens_post_padded [L] int32,

@@ -35,12 +35,10 @@ def _larger(a, b):
     do_not_specialize_on_alignment=["topk_ids_ptr", "token_lora_mapping_ptr", "adapter_enabled_ptr", "expert_map_ptr"],
 )
 def moe_route_one_launch_kernel(
-    # fmt: off
     pairs_ptr, blocks_ptr, num_blocks_ptr, topk_ids_ptr, token_lora_mapping_ptr, adapter_enabled_ptr, expert_map_ptr, num_pairs,
     MAX_LORAS: tl.constexpr, NUM_EXPERTS: tl.constexpr, GLOBAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr,
     SIZE: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     i = tl.arange(0, SIZE)
     pair = i
     live = pair < num_pairs
@@ -90,28 +88,22 @@ def scratch_size(num_pairs: int, num_groups: int) -> int:
 
 
 def bind(
-    # fmt: off
     *, num_pairs: int, top_k: int, num_experts: int, max_loras: int, global_experts: int, block_m: int, device: torch.device,
-    # fmt: on
-) -> Callable[..., None]:
+) -> Callable[..., None]:  # fmt: skip
     """The launch for routes of these sizes, ready to be made again and again."""
     if num_pairs > MAX_PAIRS:
         got, wanted = num_pairs, f"at most {MAX_PAIRS}"
         runtime.fail("moe_route_one_launch", "pairs", got, wanted, "use moe_route_three_launch")
     size = max(16, runtime.next_power_of_2(num_pairs))
     sort = _kernel.bind(
-        # fmt: off
         1, runtime.Options(4 if size < MAX_PAIRS else 8), MAX_LORAS=max_loras, NUM_EXPERTS=num_experts,
         GLOBAL_EXPERTS=global_experts, TOP_K=top_k, BLOCK_M=block_m, SIZE=size,
-        # fmt: on
-    )
+    )  # fmt: skip
 
     def call(
-        # fmt: off
         pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, scratch: torch.Tensor, topk_ids: torch.Tensor | None,
         token_lora_mapping: torch.Tensor, adapter_enabled: torch.Tensor | None, expert_map: torch.Tensor | None,
-        # fmt: on
-    ) -> None:
+    ) -> None:  # fmt: skip
         source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map, num_pairs)
         sort.run(pairs, blocks, num_blocks, *source)
 
@@ -119,12 +111,10 @@ def bind(
 
 
 def moe_route_one_launch(
-    # fmt: off
     pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, scratch: torch.Tensor, topk_ids: torch.Tensor,
     token_lora_mapping: torch.Tensor, adapter_enabled: torch.Tensor | None, expert_map: torch.Tensor | None, *, num_experts: int,
     max_loras: int, block_m: int,
-    # fmt: on
-) -> None:
+) -> None:  # fmt: skip
     """Fill the tables from the routing; ``moe_route`` makes the buffers.
 
     pairs [>= T * top_k], blocks [max_blocks, 4], num_blocks [1] and scratch [>= scratch_size(...)] int32 are written.
@@ -137,9 +127,7 @@ def moe_route_one_launch(
     source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map)
     check_sort("moe_route_one_launch", scratch_size, pairs, blocks, num_blocks, scratch, *source, num_experts, max_loras, block_m)
     call = bind(
-        # fmt: off
         num_pairs=topk_ids.numel(), top_k=topk_ids.shape[1], num_experts=num_experts, max_loras=max_loras,
         global_experts=0 if expert_map is None else expert_map.numel(), block_m=block_m, device=topk_ids.device,
-        # fmt: on
-    )
+    )  # fmt: skip
     call(pairs, blocks, num_blocks, scratch, *source)

@@ -36,12 +36,10 @@ GROUPS_PER_PROGRAM = 32
     do_not_specialize_on_alignment=["topk_ids_ptr", "token_lora_mapping_ptr", "adapter_enabled_ptr", "expert_map_ptr"],
 )
 def moe_route_three_launch_count(
-    # fmt: off
     counts_ptr, topk_ids_ptr, token_lora_mapping_ptr, adapter_enabled_ptr, expert_map_ptr, num_pairs,
     MAX_LORAS: tl.constexpr, NUM_EXPERTS: tl.constexpr, GLOBAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SIZE: tl.constexpr,
     CHUNK: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
     chunk = tl.program_id(0)
@@ -69,11 +67,9 @@ def moe_route_three_launch_count(
 
 @triton.jit(do_not_specialize=["num_chunks"])
 def moe_route_three_launch_prefix(
-    # fmt: off
     counts_ptr, totals_ptr, num_chunks,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -99,13 +95,11 @@ def _same_run(key_a, start_a, key_b, start_b):
     do_not_specialize_on_alignment=["topk_ids_ptr", "token_lora_mapping_ptr", "adapter_enabled_ptr", "expert_map_ptr"],
 )
 def moe_route_three_launch_place(
-    # fmt: off
     pairs_ptr, blocks_ptr, num_blocks_ptr, counts_ptr, totals_ptr, starts_ptr, topk_ids_ptr, token_lora_mapping_ptr,
     adapter_enabled_ptr, expert_map_ptr, num_pairs,
     MAX_LORAS: tl.constexpr, NUM_EXPERTS: tl.constexpr, GLOBAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr,
     SIZE: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     chunk = tl.program_id(0)
     i = tl.arange(0, CHUNK)
     pair = chunk * CHUNK + i
@@ -173,45 +167,35 @@ def _size(num_groups: int) -> int:
 
 
 def bind(
-    # fmt: off
     *, num_pairs: int, top_k: int, num_experts: int, max_loras: int, global_experts: int, block_m: int, device: torch.device,
-    # fmt: on
-) -> Callable[..., None]:
+) -> Callable[..., None]:  # fmt: skip
     """The three launches for routes of these sizes, ready to be made again and again."""
     pdl = runtime.traits(device).pdl
     size = _size(max_loras * num_experts)
     num_chunks = runtime.cdiv(num_pairs, CHUNK)
     count = _count.bind(
-        # fmt: off
         num_chunks, runtime.Options(4), MAX_LORAS=max_loras, NUM_EXPERTS=num_experts, GLOBAL_EXPERTS=global_experts, TOP_K=top_k,
         SIZE=size,
         CHUNK=CHUNK,
         PDL=pdl,
-        # fmt: on
-    )
+    )  # fmt: skip
     prefix = _prefix.bind(
-        # fmt: off
         size // GROUPS_PER_PROGRAM, runtime.Options(4, pdl=pdl), SIZE=size,
         WIDTH=GROUPS_PER_PROGRAM, STEP=64,
         PDL=pdl,
-        # fmt: on
-    )
+    )  # fmt: skip
     place = _place.bind(
-        # fmt: off
         num_chunks, runtime.Options(4 if size <= 2048 else 8, pdl=pdl), MAX_LORAS=max_loras, NUM_EXPERTS=num_experts,
         GLOBAL_EXPERTS=global_experts, TOP_K=top_k, BLOCK_M=block_m, SIZE=size,
         CHUNK=CHUNK,
         PDL=pdl,
-        # fmt: on
-    )
+    )  # fmt: skip
     counts_at, starts_at = size, size * (1 + num_chunks)
 
     def call(
-        # fmt: off
         pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, scratch: torch.Tensor, topk_ids: torch.Tensor | None,
         token_lora_mapping: torch.Tensor, adapter_enabled: torch.Tensor | None, expert_map: torch.Tensor | None,
-        # fmt: on
-    ) -> None:
+    ) -> None:  # fmt: skip
         source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map, num_pairs)
         counts, starts = scratch[counts_at:], scratch[starts_at:]
         count.run(counts, *source)
@@ -222,12 +206,10 @@ def bind(
 
 
 def moe_route_three_launch(
-    # fmt: off
     pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, scratch: torch.Tensor, topk_ids: torch.Tensor,
     token_lora_mapping: torch.Tensor, adapter_enabled: torch.Tensor | None, expert_map: torch.Tensor | None, *, num_experts: int,
     max_loras: int, block_m: int,
-    # fmt: on
-) -> None:
+) -> None:  # fmt: skip
     """Fill the tables from the routing; ``moe_route`` makes the buffers.
 
     pairs [>= T * top_k], blocks [max_blocks, 4], num_blocks [1] and scratch [>= scratch_size(...)] int32 are written.
@@ -242,9 +224,7 @@ def moe_route_three_launch(
         "moe_route_three_launch", scratch_size, pairs, blocks, num_blocks, scratch, *source, num_experts, max_loras, block_m
     )
     call = bind(
-        # fmt: off
         num_pairs=topk_ids.numel(), top_k=topk_ids.shape[1], num_experts=num_experts, max_loras=max_loras,
         global_experts=0 if expert_map is None else expert_map.numel(), block_m=block_m, device=topk_ids.device,
-        # fmt: on
-    )
+    )  # fmt: skip
     call(pairs, blocks, num_blocks, scratch, *source)

@@ -58,14 +58,12 @@ def _group(token_lora_mapping_ptr, adapter_enabled_ptr, pair, live, TOP_K: tl.co
     do_not_specialize_on_alignment=["valid_tokens_ptr", "token_lora_mapping_ptr", "adapter_enabled_ptr", "lora_ranks_ptr"],
 )
 def moe_runs_one_launch_kernel(
-    # fmt: off
     pairs_ptr, blocks_ptr, num_blocks_ptr, run_of_row_ptr, runs_ptr, gathered_ptr, topk_ids_ptr, valid_tokens_ptr,
     token_lora_mapping_ptr, adapter_enabled_ptr, lora_ranks_ptr, num_pairs,
     TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, LOCAL_EXPERT_START: tl.constexpr, MAX_LORAS: tl.constexpr,
     BLOCK_M: tl.constexpr, DENSE: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
     PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
     own = tl.program_id(0)
@@ -109,7 +107,6 @@ def moe_runs_one_launch_kernel(
         tl.store(entry + 1, tl.where(rows > 0, first + row, 0), mask=inside)
         tl.store(entry + 2, rows, mask=inside)
 
-    last = first + count
     of_row = tl.sum(same, 1)
     row_first = first + tl.cumsum(of_row, 0) - of_row
     for column in tl.range(0, length, COLUMNS):
@@ -122,6 +119,7 @@ def moe_runs_one_launch_kernel(
         tl.store(entry + 1, _group(token_lora_mapping_ptr, adapter_enabled_ptr, pair, mine, TOP_K, MAX_LORAS), mask=mine)
     tl.debug_barrier()
 
+    last = first + count
     g = tl.arange(0, GROUPS)
     counts_of = tl.zeros([GROUPS], tl.int32)
     for row0 in tl.range(first, last, WIDTH):
@@ -161,10 +159,8 @@ _kernel = runtime.Launcher(moe_runs_one_launch_kernel)
 
 
 def bind(
-    # fmt: off
     *, num_pairs: int, top_k: int, num_experts: int, local_expert_start: int, max_loras: int, block_m: int, device: torch.device,
-    # fmt: on
-) -> Callable[..., None]:
+) -> Callable[..., None]:  # fmt: skip
     """The launch for tables of these sizes, ready to be made again and again."""
     num_tokens = runtime.next_power_of_2(num_pairs // top_k)
     # A program that has a multiprocessor to itself can hold more pairs at a time.
@@ -176,19 +172,15 @@ def bind(
     groups = max(8, runtime.next_power_of_2(max_loras + 1))
     width, pdl = max(16, _SUMS * warps // groups), runtime.traits(device).pdl
     launch = _kernel.bind(
-        # fmt: off
         num_experts, runtime.Options(warps), TOP_K=top_k, NUM_EXPERTS=num_experts, LOCAL_EXPERT_START=local_expert_start,
         MAX_LORAS=max_loras, BLOCK_M=block_m, DENSE=dense, SIZE=size, ROWS=chunk // 32, GROUPS=groups, WIDTH=width, PDL=pdl,
-        # fmt: on
-    )
+    )  # fmt: skip
 
     def call(
-        # fmt: off
         pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, run_of_row: torch.Tensor, runs: torch.Tensor,
         gathered: torch.Tensor, topk_ids: torch.Tensor, valid_tokens: torch.Tensor | None, token_lora_mapping: torch.Tensor,
         adapter_enabled: torch.Tensor | None, lora_ranks: torch.Tensor | None,
-        # fmt: on
-    ) -> None:
+    ) -> None:  # fmt: skip
         written, read = (pairs, blocks, num_blocks, run_of_row, runs, gathered), (topk_ids, valid_tokens)
         launch.run(*written, *read, token_lora_mapping, adapter_enabled, lora_ranks, num_pairs)
 
@@ -196,13 +188,11 @@ def bind(
 
 
 def moe_runs_one_launch(
-    # fmt: off
     pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, run_of_row: torch.Tensor, runs: torch.Tensor,
     gathered: torch.Tensor, topk_ids: torch.Tensor, valid_tokens: torch.Tensor | None, token_lora_mapping: torch.Tensor,
     adapter_enabled: torch.Tensor | None, lora_ranks: torch.Tensor | None, *, num_experts: int, local_expert_start: int,
     max_loras: int, block_m: int,
-    # fmt: on
-) -> None:
+) -> None:  # fmt: skip
     """Fill the tables from the routing and the adapters; ``moe_runs`` makes the buffers.
 
     pairs and run_of_row [>= T * top_k], blocks [max_blocks, 3], num_blocks [1] and runs [>= T * top_k, 2] int32 are written;
@@ -216,9 +206,7 @@ def moe_runs_one_launch(
     read = (topk_ids, valid_tokens, token_lora_mapping, adapter_enabled, lora_ranks)
     check_fill("moe_runs_one_launch", *written, *read, num_experts, local_expert_start, max_loras, block_m)
     call = bind(
-        # fmt: off
         num_pairs=topk_ids.numel(), top_k=topk_ids.shape[1], num_experts=num_experts, local_expert_start=local_expert_start,
         max_loras=max_loras, block_m=block_m, device=topk_ids.device,
-        # fmt: on
-    )
+    )  # fmt: skip
     call(*written, *read)

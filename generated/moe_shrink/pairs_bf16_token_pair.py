@@ -38,14 +38,12 @@ from ._problem import PairsConfig as Config
     ],
 )
 def moe_shrink_pairs_bf16_token_pair_kernel(
-    # fmt: off
     v_ptr, x_ptr, a_ptrs, num_pairs, topk_ids_ptr, valid_tokens_ptr, token_lora_mapping_ptr, adapter_enabled_ptr, lora_ranks_ptr,
     TOP_K: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, X_STRIDE: tl.constexpr, A_STRIDE_L: tl.constexpr,
     A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr, NUM_EXPERTS: tl.constexpr, LOCAL_EXPERT_START: tl.constexpr,
     MAX_LORAS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, WEIGHTS: tl.constexpr,
     PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     PARTS: tl.constexpr = (K + SPLIT_K - 1) // SPLIT_K
     CHUNKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     if PDL:

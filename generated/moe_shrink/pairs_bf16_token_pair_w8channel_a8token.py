@@ -42,15 +42,13 @@ from ._problem import PairsConfig as Config
     ],
 )
 def moe_shrink_pairs_bf16_token_pair_w8channel_a8token_kernel(
-    # fmt: off
     v_ptr, x_ptr, a_ptrs, a_scale_ptrs, x_scale_ptr, num_pairs, topk_ids_ptr, valid_tokens_ptr, token_lora_mapping_ptr,
     adapter_enabled_ptr, lora_ranks_ptr,
     TOP_K: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, X_STRIDE: tl.constexpr, A_STRIDE_L: tl.constexpr,
     A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr, A_SCALE_STRIDE_L: tl.constexpr, A_SCALE_STRIDE_E: tl.constexpr,
     NUM_EXPERTS: tl.constexpr, LOCAL_EXPERT_START: tl.constexpr, MAX_LORAS: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     PARTS: tl.constexpr = (K + SPLIT_K - 1) // SPLIT_K
     CHUNKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     if PDL:
@@ -114,11 +112,9 @@ schedule = Pairs(moe_shrink_pairs_bf16_token_pair_w8channel_a8token_kernel)
 
 
 def moe_shrink_pairs_bf16_token_pair_w8channel_a8token(
-    # fmt: off
     v: Tensor, x: Tensor, lora_a: Tensors, tables: MoeTables, runs: MoeRuns, *, a_scale: Tensors, x_scale: Tensor,
     config: Config | None = None,
-    # fmt: on
-) -> None:
+) -> None:  # fmt: skip
     """Write the rank vectors ``v``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:

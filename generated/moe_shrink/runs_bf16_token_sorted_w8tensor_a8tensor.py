@@ -33,14 +33,12 @@ from ._problem import RunsConfig as Config
 
 @triton.jit
 def _run(
-    # fmt: off
     v_ptr, x_ptr, a_ptrs, a_scale_ptrs, x_scale_ptr, pairs_ptr, entry, expert, begin, end, chunk,
     TOP_K: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, X_STRIDE: tl.constexpr, A_STRIDE_L: tl.constexpr,
     A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr, A_SCALE_STRIDE_L: tl.constexpr, A_SCALE_STRIDE_E: tl.constexpr,
     ROWS: tl.constexpr, JOINED: tl.constexpr, RANKED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr, WEIGHTS: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     """A chunk of the columns of v, which are the ranks of one slice after the other, of the rows from ``begin`` to ``end``."""
     adapter = entry % 4096 if RANKED else entry
     if RANKED:
@@ -117,14 +115,12 @@ def _run(
     do_not_specialize_on_alignment=["x_scale_ptr", "pairs_ptr", "blocks_ptr", "num_blocks_ptr", "run_of_row_ptr", "runs_ptr"]
 )
 def moe_shrink_runs_bf16_token_sorted_w8tensor_a8tensor_kernel(
-    # fmt: off
     v_ptr, x_ptr, a_ptrs, a_scale_ptrs, x_scale_ptr, pairs_ptr, blocks_ptr, num_blocks_ptr, run_of_row_ptr, runs_ptr,
     TOP_K: tl.constexpr, SIDE: tl.constexpr, CHUNKS: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, X_STRIDE: tl.constexpr,
     A_STRIDE_L: tl.constexpr, A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr, A_SCALE_STRIDE_L: tl.constexpr,
     A_SCALE_STRIDE_E: tl.constexpr, ROWS: tl.constexpr, JOINED: tl.constexpr, RANKED: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     if PDL:
         gdc_wait()
         gdc_launch_dependents()  # what follows may then read all that came before this kernel
@@ -140,24 +136,20 @@ def moe_shrink_runs_bf16_token_sorted_w8tensor_a8tensor_kernel(
             entry = runs_ptr + 2 * (first + run)
             end = tl.load(entry + 3, mask=run + 1 < num_runs, other=first + rows)
             _run(
-                # fmt: off
                 v_ptr, x_ptr, a_ptrs, a_scale_ptrs, x_scale_ptr, pairs_ptr, tl.load(entry), expert, tl.load(entry + 1), end,
                 chunk,
                 TOP_K, K, RANK, X_STRIDE, A_STRIDE_L, A_STRIDE_E, A_STRIDE_R, A_SCALE_STRIDE_L, A_SCALE_STRIDE_E, ROWS, JOINED,
                 RANKED, BLOCK_R, BLOCK_K, STAGES, WEIGHTS,
-                # fmt: on
-            )
+            )  # fmt: skip
 
 
 schedule = Runs(moe_shrink_runs_bf16_token_sorted_w8tensor_a8tensor_kernel)
 
 
 def moe_shrink_runs_bf16_token_sorted_w8tensor_a8tensor(
-    # fmt: off
     v: Tensor, x: Tensor, lora_a: Tensors, tables: MoeTables, runs: MoeRuns, *, a_scale: Tensors, x_scale: Tensor,
     config: Config | None = None,
-    # fmt: on
-) -> None:
+) -> None:  # fmt: skip
     """Write the rank vectors ``v``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:

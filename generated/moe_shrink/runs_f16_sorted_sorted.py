@@ -30,13 +30,11 @@ from ._problem import RunsConfig as Config
 
 @triton.jit
 def _run(
-    # fmt: off
     v_ptr, x_ptr, a_ptrs, entry, expert, begin, end, chunk,
     K: tl.constexpr, RANK: tl.constexpr, X_STRIDE: tl.constexpr, A_STRIDE_L: tl.constexpr, A_STRIDE_E: tl.constexpr,
     A_STRIDE_R: tl.constexpr, ROWS: tl.constexpr, JOINED: tl.constexpr, RANKED: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WEIGHTS: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     """A chunk of the columns of v, which are the ranks of one slice after the other, of the rows from ``begin`` to ``end``."""
     adapter = entry % 4096 if RANKED else entry
     if RANKED:
@@ -102,14 +100,12 @@ def _run(
 
 @triton.jit(do_not_specialize_on_alignment=["blocks_ptr", "num_blocks_ptr", "run_of_row_ptr", "runs_ptr"])
 def moe_shrink_runs_f16_sorted_sorted_kernel(
-    # fmt: off
     v_ptr, x_ptr, a_ptrs, blocks_ptr, num_blocks_ptr, run_of_row_ptr, runs_ptr,
     SIDE: tl.constexpr, CHUNKS: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, X_STRIDE: tl.constexpr,
     A_STRIDE_L: tl.constexpr, A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr, ROWS: tl.constexpr, JOINED: tl.constexpr,
     RANKED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WEIGHTS: tl.constexpr,
     PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     if PDL:
         gdc_wait()
         gdc_launch_dependents()  # what follows may then read all that came before this kernel
@@ -125,11 +121,9 @@ def moe_shrink_runs_f16_sorted_sorted_kernel(
             entry = runs_ptr + 2 * (first + run)
             end = tl.load(entry + 3, mask=run + 1 < num_runs, other=first + rows)
             _run(
-                # fmt: off
                 v_ptr, x_ptr, a_ptrs, tl.load(entry), expert, tl.load(entry + 1), end, chunk,
                 K, RANK, X_STRIDE, A_STRIDE_L, A_STRIDE_E, A_STRIDE_R, ROWS, JOINED, RANKED, BLOCK_R, BLOCK_K, STAGES, WEIGHTS,
-                # fmt: on
-            )
+            )  # fmt: skip
 
 
 schedule = Runs(moe_shrink_runs_f16_sorted_sorted_kernel)

@@ -33,13 +33,11 @@ from ._problem import TokensConfig as Config
 
 @triton.jit
 def _tile(
-    # fmt: off
     v_ptr, x_ptr, a_ptrs, x_scale_ptr, x_scale_next, lora_ranks_ptr, token, adapters, adapter, chunk,
     K: tl.constexpr, RANK: tl.constexpr, X_STRIDE: tl.constexpr, X_SCALE_STRIDE: tl.constexpr, A_STRIDE_L: tl.constexpr,
     A_STRIDE_R: tl.constexpr, ROWS: tl.constexpr, JOINED: tl.constexpr, RANKED: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WEIGHTS: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     """A chunk of the columns of v, which are the ranks of one slice after the other, of the tokens that have ``adapter``."""
     live = (adapters == adapter)[:, None]
     rows = tl.sum((adapters == adapter).to(tl.int32))
@@ -120,15 +118,13 @@ def _tile(
     ],
 )
 def moe_shrink_tokens_bf16_token_token_a8group_kernel(
-    # fmt: off
     v_ptr, x_ptr, a_ptrs, x_scale_ptr, x_scale_next, num_tokens, valid_tokens_ptr, token_lora_mapping_ptr, adapter_enabled_ptr,
     lora_ranks_ptr,
     MAX_LORAS: tl.constexpr, SIDE: tl.constexpr, CHUNKS: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr,
     X_STRIDE: tl.constexpr, X_SCALE_STRIDE: tl.constexpr, A_STRIDE_L: tl.constexpr, A_STRIDE_R: tl.constexpr, ROWS: tl.constexpr,
     JOINED: tl.constexpr, RANKED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     WEIGHTS: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     if PDL:
         gdc_wait()
         gdc_launch_dependents()  # what follows may then read all that came before this kernel
@@ -146,12 +142,10 @@ def moe_shrink_tokens_bf16_token_token_a8group_kernel(
         token = tl.minimum(token, num_tokens - 1)
         for step in tl.range(0, MAX_LORAS, SIDE):
             _tile(
-                # fmt: off
                 v_ptr, x_ptr, a_ptrs, x_scale_ptr, x_scale_next, lora_ranks_ptr, token, adapters, first_adapter + step, chunk,
                 K, RANK, X_STRIDE, X_SCALE_STRIDE, A_STRIDE_L, A_STRIDE_R, ROWS, JOINED, RANKED, BLOCK_R, BLOCK_K, STAGES,
                 WEIGHTS,
-                # fmt: on
-            )
+            )  # fmt: skip
 
 
 schedule = Tokens(moe_shrink_tokens_bf16_token_token_a8group_kernel)

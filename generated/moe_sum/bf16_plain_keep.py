@@ -25,12 +25,10 @@ from ._problem import Config
 
 @triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["topk_ids_ptr", "valid_tokens_ptr"])
 def moe_sum_bf16_plain_keep_kernel(
-    # fmt: off
     out_ptr, y_ptr, topk_ids_ptr, valid_tokens_ptr, num_tokens,
     TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, LOCAL_EXPERT_START: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr,
     Y_STRIDE: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     if PDL:
         gdc_wait()
@@ -60,11 +58,9 @@ schedule = MoeSum(moe_sum_bf16_plain_keep_kernel)
 
 
 def moe_sum_bf16_plain_keep(
-    # fmt: off
     out: Tensor, y: Tensor, topk_ids: Tensor, *, num_experts: int, local_expert_start: int = 0,
     valid_tokens: Tensor | None = None, num_tokens_hint: int | None = None, config: Config | None = None,
-    # fmt: on
-) -> None:
+) -> None:  # fmt: skip
     """Write the sums to ``out``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:

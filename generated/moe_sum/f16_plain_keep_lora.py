@@ -38,14 +38,12 @@ from ._problem import Config
     ],
 )
 def moe_sum_f16_plain_keep_lora_kernel(
-    # fmt: off
     out_ptr, y_ptr, delta_ptr, topk_ids_ptr, valid_tokens_ptr, route_ids_ptr, token_lora_mapping_ptr, adapter_enabled_ptr,
     expert_map_ptr, num_tokens,
     TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, LOCAL_EXPERT_START: tl.constexpr, D_STRIDE: tl.constexpr,
     MAX_LORAS: tl.constexpr, ROUTE_EXPERTS: tl.constexpr, GLOBAL_EXPERTS: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr,
     Y_STRIDE: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     if PDL:
         gdc_wait()
@@ -64,11 +62,9 @@ def moe_sum_f16_plain_keep_lora_kernel(
             rows = y_ptr + pair.to(tl.int64) * Y_STRIDE
             y = tl.load(rows + n, mask=here & inside, other=0.0).to(tl.float32)
             added = here & is_live(
-                # fmt: off
                 pair, here, route_ids_ptr, token_lora_mapping_ptr, adapter_enabled_ptr, expert_map_ptr,
                 MAX_LORAS, ROUTE_EXPERTS, GLOBAL_EXPERTS, TOP_K,
-                # fmt: on
-            )
+            )  # fmt: skip
             y += tl.load(delta_ptr + pair.to(tl.int64) * D_STRIDE + n, mask=added & inside, other=0.0).to(tl.float32)
             total += y
         out_row = out_ptr + token.to(tl.int64) * OUT_STRIDE
@@ -82,12 +78,10 @@ schedule = MoeSum(moe_sum_f16_plain_keep_lora_kernel)
 
 
 def moe_sum_f16_plain_keep_lora(
-    # fmt: off
     out: Tensor, y: Tensor, topk_ids: Tensor, *, num_experts: int, local_expert_start: int = 0, delta: Tensor,
     route: PairRoute | TableRoute, valid_tokens: Tensor | None = None, num_tokens_hint: int | None = None,
     config: Config | None = None,
-    # fmt: on
-) -> None:
+) -> None:  # fmt: skip
     """Write the sums to ``out``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:

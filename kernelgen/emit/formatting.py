@@ -29,7 +29,8 @@ from kernelgen.core.progress import progress
 from kernelgen.emit import lint
 
 LINE_LENGTH = 130
-_RULES = 3  # to be raised when a check changes: older cached results are then not taken
+_IMPORT_LENGTH = 88  # what sorts imports breaks them there, unless it is told otherwise
+_RULES = 4  # to be raised when a check changes: older cached results are then not taken
 _CACHED_FILES = 4096
 _PARALLEL_FROM = 16  # items; below, starting processes costs more than it saves
 _STAND_IN = re.compile(r'^ *(?:@x\n *)?(?:def |class |if |""")?_part_(\d+)_(?:"""|\(\))?(?::\n +pass)?\n', re.MULTILINE)
@@ -38,8 +39,11 @@ _STAND_IN = re.compile(r'^ *(?:@x\n *)?(?:def |class |if |""")?_part_(\d+)_(?:""
 _LINES = (ast.FunctionDef, ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Expr)
 _BLOCKS = (ast.For, ast.While, ast.If, ast.With)
 _DEEP = re.compile(r"^ {8,}(?:async +)?(?:def|class)\b", re.MULTILINE)
-# in brackets, an item a line; not of texts, which a reader looks for, and not of imports
-_LISTED = re.compile(r"^( *)((?!from ).*\(\n)((?:\1    [^\s#\"'][^#\n\"']*,\n){6,})(?=\1\))", re.MULTILINE)
+# A statement that lists, in brackets, an item a line; not texts, which a reader looks for, and not imports.
+_LISTED = re.compile(
+    r"""(?<![(\[{,]\n)^( *)((?!from ).*\(\n)((?:\1    [^\s#"'][^#\n"']*,\n){6,})(\1\)(?:| -> [^#\n]*:|:))$""", re.MULTILINE
+)
+_IMPORT = re.compile(r"^(from \S+ import )([^(\n]{60,})$", re.MULTILINE)
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -217,21 +221,27 @@ def _formatted(text: str) -> str | Fault:
 
 def in_rows(text: str | Fault) -> str | Fault:
     """``text`` as black made it, but what it lists item by item stands in rows, constants in others than the rest."""
-    return text if isinstance(text, Fault) else _LISTED.sub(_in_rows, text)
+    return text if isinstance(text, Fault) else _IMPORT.sub(_by_line, _LISTED.sub(_in_rows, text))
 
 
 def _in_rows(listed: re.Match[str]) -> str:
-    indent = f"{listed[1]}    "
-    rows = ["# fmt: off"]
+    indent, head, items, end = listed.groups()
+    rows: list[str] = []
     was_constant = None
-    for item in map(str.strip, listed[3].splitlines()):
+    for item in map(str.strip, items.splitlines()):
         is_constant = item.partition(":")[0].rstrip(",").isupper()
-        if is_constant == was_constant and len(f"{indent}{rows[-1]} {item}") <= LINE_LENGTH:
+        if is_constant == was_constant and len(f"{indent}    {rows[-1]} {item}") <= LINE_LENGTH:
             rows[-1] += f" {item}"
         else:
             rows.append(item)
         was_constant = is_constant
-    return f"{listed[1]}{listed[2]}{''.join(f'{indent}{row}' + chr(10) for row in (*rows, '# fmt: on'))}"
+    return f"{indent}{head}{''.join(f'{indent}    {row}' + chr(10) for row in rows)}{end}  # fmt: skip"
+
+
+def _by_line(imported: re.Match[str]) -> str:
+    if len(imported[0]) <= _IMPORT_LENGTH:
+        return imported[0]
+    return f"{imported[1]}(\n{''.join(f'    {name},' + chr(10) for name in imported[2].split(', '))})"
 
 
 def _black(text: str) -> str | Fault:

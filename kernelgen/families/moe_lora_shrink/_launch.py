@@ -10,7 +10,16 @@ from .. import _runtime as runtime
 from .._operands import Tensors
 from .._slices import joined_slices
 from ..moe_route._op import MoeRoute, PairRoute, SortedRoute, TableRoute
-from ._problem import CACHE_POLICIES, BlocksConfig, Call, PairsConfig, Problem, check, choose, scratch
+from ._problem import (
+    CACHE_POLICIES,
+    BlocksConfig,
+    Call,
+    PairsConfig,
+    Problem,
+    check,
+    choose,
+    scratch,
+)
 from ._table import VARIANTS
 
 _TABLES = "pairs_ptr blocks_ptr num_blocks_ptr"
