@@ -31,6 +31,7 @@ class MoeAct:
         valid_tokens: Tensor | None,
         delta: Tensor | None = None,
         route: Any = None,
+        /,
         **sizes: Any,
     ) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.

@@ -33,6 +33,7 @@ class MoeSum:
         valid_tokens: Tensor | None,
         delta: Tensor | None = None,
         route: Any = None,
+        /,
         **sizes: Any,
     ) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.
