@@ -412,7 +412,8 @@ def grid(problem: Problem, config: TileConfig | BoxConfig) -> int:
 
 def choose(schedule: str, problem: Problem) -> Any:
     """The tiles of ``schedule`` for a call, of its class."""
-    return _rule(schedule, *_shape(problem))
+    s = _shape(problem)
+    return _for_factors(problem, s, _rule(schedule, *s))
 
 
 class Key(NamedTuple):
@@ -456,9 +457,17 @@ def plan(problem: Problem, boxes: bool) -> tuple[str, Config]:
     if bare is not None and isinstance(config, TileConfig | BoxConfig):
         block_d, delta_stages = _delta(s, config.block_n)
         config = config._replace(block_d=block_d, delta_stages=delta_stages)
-    if problem.b_scales is not None and isinstance(config, TileConfig | BoxConfig):  # a step is of one adapter
-        config = config._replace(block_d=min(config.block_d, max(32, runtime.next_power_of_2(problem.rank))))
-    return schedule, config
+    return schedule, _for_factors(problem, s, config)
+
+
+def _for_factors(problem: Problem, s: _Shape, config: Config) -> Config:
+    """Tiles for FP8 factors: a step is of one adapter, and its sums are in registers beside those that it is added to."""
+    if problem.b_scales is None or not isinstance(config, TileConfig | BoxConfig):
+        return config
+    block_n = config.block_n
+    while block_n > 16 and 2 * s.block_m * s.slices * block_n > config.num_warps * s.warp_sums:
+        block_n //= 2
+    return config._replace(block_n=block_n, block_d=min(config.block_d, max(32, runtime.next_power_of_2(problem.rank))))
 
 
 class _Shape(NamedTuple):

@@ -131,11 +131,11 @@ def moe_gemm_gemv_bf16_pair_token_weighted_w8group_lora_b8group_kernel(
         for r0 in tl.static_range(0, RANK, BLOCK_R):
             ranks = local & (r < RANK - r0) & (r < counted - r0)
             b = tl.where(ranks[None, :], tl.load(b_ptrs[0] + b_rows + r0, mask=ranks[None, :], other=0.0).to(tl.float16), 0.0)
-            scale = tl.load(b_scale_ptrs[0] + b_scales + ((r0 + r) // 128)[None, :], mask=ranks[None, :], other=0.0)
+            b_scale = tl.load(b_scale_ptrs[0] + b_scales + ((r0 + r) // 128)[None, :], mask=ranks[None, :], other=0.0)
             if PDL:
                 gdc_wait()
             v = _rank_vector(v_rows + r0, ranks, num_pairs.to(tl.int64) * RANK, V_PARTS)
-            y += tl.sum(b.to(tl.float32) * (v * weights)[None, :] * scale, 1)
+            y += tl.sum(b.to(tl.float32) * (v * weights)[None, :] * b_scale, 1)
     if N % BLOCK_N == 0:
         tl.store(out_row + n, y.to(out_ptr.dtype.element_ty))
     else:

@@ -231,7 +231,7 @@ def test_the_short_way_of_a_variant_passes_the_same(driver: Recorder, schedule: 
 
 
 def test_a_launch_is_bound_with_the_constants_of_its_kernel(driver: Recorder) -> None:
-    kernel = importlib.import_module("generated.moe_add.bf16")._kernel
+    kernel = importlib.import_module("generated.moe_add.bf16").schedule._kernel
     given = dict.fromkeys(kernel.constants, 16)
     kernel.bind(1, runtime.Options(), **given)
     kernel.bind(1, runtime.Options(), **given, M=16)
