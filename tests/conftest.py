@@ -98,7 +98,7 @@ def is_quick(item: pytest.Item, number: int = 0) -> bool:
     suite = getattr(item.module, "SUITE", None)
     given = getattr(item, "callspec", None)
     if suite is None or given is None or "variant" not in given.params:
-        return True
+        return given is None or not getattr(given.params.get("law"), "slow", False)
     kept, case = (suite.quick_exact, "exact") if "exact" in given.params else (suite.quick, "case")
     return (given.params["variant"].name, given.params[case].name) in kept
 

@@ -341,6 +341,7 @@ def _rows(kernelgen, *arguments: str) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.slow(keep=4)
 @pytest.mark.parametrize(
     ("arguments", "limit"),
     [
@@ -382,6 +383,7 @@ def test_what_the_spec_leaves_out_gives_no_row(device: str, kernelgen) -> None:
     assert row["quant"] == row["act"] == "group"
 
 
+@pytest.mark.slow
 def test_check_only_interprets_by_itself(tmp_path: Path) -> None:
     """Where there is no GPU; and what a result file holds is not done again."""
     out = tmp_path / "r.json"

@@ -1,4 +1,4 @@
-"""Runs the tests that compile: in processes of their own, since Triton interprets or compiles, not both."""
+"""Runs the tests that compile: in two processes of their own, since Triton interprets or compiles, not both."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent / "compiled"
-FILES = sorted(file.name for file in FOLDER.glob("test_*.py"))
+FILES = sorted(FOLDER.glob("test_*.py"))
 
 
 @pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="kernels compile here: pytest takes them in"
 )
-@pytest.mark.parametrize("file", FILES)
-def test_compiled(file: str, pytestconfig: pytest.Config) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)]
+@pytest.mark.parametrize("files", [FILES[:2], FILES[2:]], ids=lambda files: "-".join(file.stem for file in files))
+def test_compiled(files: list[Path], pytestconfig: pytest.Config) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)]
     command += ["--quick"] if pytestconfig.getoption("--quick") else []
     done = subprocess.run(
         command,

@@ -63,6 +63,7 @@ def commands(page: Path) -> Iterator[list[str]]:
                 yield words
 
 
+@pytest.mark.slow(keep=2)
 def test_programs_run() -> None:
     """Each page is one program, of one process with the others; a GPU is stood in for by the interpreter."""
     programs = {}

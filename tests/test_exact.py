@@ -63,6 +63,7 @@ def bench() -> Iterator[Bench]:
         yield made
 
 
+@pytest.mark.slow(keep=4)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.kind)
 def test_a_fault_changes_elements(fault: Fault, bench: Bench) -> None:
     suite, variant = next(found for found in bench.variants() if found[1].name == fault.variant)

@@ -56,7 +56,7 @@ STOPS = [(command, SIGNALS[(place + turn) % 3]) for turn in range(3) for place, 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
-@pytest.mark.slow(keep=4)
+@pytest.mark.slow(keep=3)
 @pytest.mark.parametrize(("command", "number"), STOPS, ids=str)
 def test_a_command_that_is_stopped_leaves_no_process(command: str, number: signal.Signals, tmp_path: Path) -> None:
     """As a terminal does on ^C, SIGINT goes to the whole group; it ends with 130 and no traceback. Others go to the command."""

@@ -587,6 +587,7 @@ def test_tables_stay_with_what_they_were_made_of(name: str, known: bool, device:
     assert len(launches) == number
 
 
+@pytest.mark.slow(keep=12)
 @pytest.mark.parametrize("name", GOOD)
 def test_no_call_keeps_tensors_alive(name: str, device: str, launches: list[Any]) -> None:
     door = Door.of(name, device)
@@ -797,6 +798,7 @@ ALTERNATIVES: dict[str, Callable[[Batch], Arguments]] = {
 _SAME = ("num_tokens_hint", "route", "runs")  # an outcome may stay the same
 
 
+@pytest.mark.slow(keep=8)
 @pytest.mark.parametrize("name", ALTERNATIVES)
 def test_calls_that_look_alike_are_told_apart(name: str, device: str) -> None:
     door = Door.of(name, device)

@@ -227,6 +227,7 @@ def test_any_command_line_ends_well(seed: int, work: Path, kernelgen, monkeypatc
             assert stderr, said
 
 
+@pytest.mark.slow
 def test_without_what_runs_kernels(work: Path) -> None:
     """What is missing is named, by every command that needs it; the others do without."""
     needs = [["verify"], ["compile"], ["explain", "toy_f16_r16_small"], ["show", "toy_f16_r16_small", "--ptx"], ["tune"]]

@@ -133,6 +133,7 @@ SERVED = [(name, base) for name, row in ROWS.items() for base in ("torch", "gene
 REFUSED = [(name, base) for name, row in ROWS.items() for base in ("torch", "generated") if row.torch or getattr(row, base)]
 
 
+@pytest.mark.slow(keep=8)
 @pytest.mark.parametrize("name, base", SERVED)
 def test_served_equals_peft(name: str, base: str, device: str, tmp_path: Path) -> None:
     """One layer of experts after the other, for what went into it: tokens with the adapter, and without."""

@@ -916,7 +916,7 @@ def fresh(name: str) -> Any:
     return models.MODELS[name]()
 
 
-@pytest.mark.slow(keep=2)
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("name, base", [("qwen3_moe", "torch"), ("mixtral", "generated"), ("mixtral", "torch")])
 def test_served_equals_peft(name: str, base: str, device: str, tmp_path: Path) -> None:
     scene = Scene(fresh(name), device, tmp_path, base=base)

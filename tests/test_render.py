@@ -367,6 +367,7 @@ def _seal_of_a_stranger(text: str) -> str:
     return f"{hmac.new(bytes(32), text.encode(), hashlib.sha256).hexdigest()}\n{text}"
 
 
+@pytest.mark.slow(keep=3)
 @pytest.mark.parametrize("seal", [_seal_of_a_hash, _seal_of_a_stranger, str])
 @pytest.mark.parametrize("path", ["generated/__init__.py", "generated/../../outside.py", "generated"])
 def test_a_forged_entry_of_the_cache_is_not_taken(

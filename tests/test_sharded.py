@@ -290,6 +290,7 @@ def process(index: int, meeting: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     if not INTERPRETED and torch.cuda.device_count() < SHARDS:
         pytest.skip("needs two GPUs, or TRITON_INTERPRET=1")

@@ -30,7 +30,7 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_strict(tmp_path_factory.mktemp("strict"))
 
 
-@pytest.mark.slow(keep=2)
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("variants", ["rany_w8group", "r64_w8group_a8group", "r64", "r64_w8channel"])
 def test_strict_kernels_are_right(strict: Path, device: str, variants: str) -> None:
     """The same cases and bounds as of the default kernels."""

@@ -58,7 +58,8 @@ def refusals(folder: Path, axis: str, tag: str) -> list[Diagnostic]:
     return outputs.faults
 
 
-@pytest.mark.parametrize("family", EVERY, ids=lambda family: family.name)
+@pytest.mark.slow(keep=11)
+@pytest.mark.parametrize("family", sorted(EVERY, key=lambda family: len(family.variants)), ids=lambda family: family.name)
 def test_a_known_tag_is_served_or_refused_at_its_line(family: Family, tmp_path: Path) -> None:
     file = tmp_path / f"{family.name}.yaml"
     for axis, tags in VOCABULARY.items():

@@ -178,6 +178,7 @@ IMPORT = "import triton.language as tl\n"
 LAUNCH = IMPORT + "from .. import _runtime\ndef f(x_ptr, K: tl.constexpr, N: tl.constexpr): ...\n_f = _runtime.Launcher(f)\n"
 
 
+@pytest.mark.slow(keep=24)
 @pytest.mark.parametrize(
     ("template", "old", "new", "expected"),
     [  # of the Python that a template makes

@@ -137,8 +137,9 @@ def test_quick_tests_meet_every_template_body_and_kind_of_case(family: str) -> N
     for name, variants in exact.items():
         texts = {tuple(tag for axis, tag in v.tags.items() if axis != "dtype") for v in variants}
         assert len(texts) == len(variants), f"{name}: a text twice"
-        kept = [v for v in variants if (v.name, name) in found.quick_exact]
-        assert set().union(*map(found.marks, kept)) == set().union(*map(found.marks, variants))
+    kept = [(v, case) for v, case in found.exact if (v.name, case.name) in found.quick_exact]
+    assert {case.name for _, case in kept} == exact.keys()
+    assert {mark for v, _ in kept for mark in found.marks(v)} == {mark for v, _ in found.exact for mark in found.marks(v)}
 
 
 def test_only_what_is_not_quick_is_left_out() -> None:
@@ -152,6 +153,7 @@ def test_only_what_is_not_quick_is_left_out() -> None:
     kept = [(v.name, c.name) for v, c in found.pairs if conftest.is_quick(item(variant=v, case=c))]
     assert len(kept) < len(found.pairs) and set(kept) == found.quick
     assert conftest.is_quick(item()) and conftest.is_quick(item(law=found.laws[0]))
+    assert not conftest.is_quick(item(law=testing.Law(print, slow=True)))
     assert not conftest.is_quick(item(pytest.mark.slow.mark))
     assert [conftest.is_quick(item(pytest.mark.slow(keep=2).mark), number) for number in range(3)] == [True, True, False]
 
@@ -309,6 +311,7 @@ def test_what_must_not_be_read_is_poison() -> None:
 # The command
 
 
+@pytest.mark.slow
 def test_verify(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "kernelgen", "verify", "--out", str(ROOT), "-j", "1", "--json"]
     done = subprocess.run(

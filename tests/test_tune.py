@@ -916,6 +916,7 @@ GAUGED: dict[str, tuple[Any, ...]] = {
 }
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels compile here")
 @pytest.mark.parametrize("family", GAUGED)
 def test_gauge_checks_before_it_times(family: str, monkeypatch: pytest.MonkeyPatch) -> None:

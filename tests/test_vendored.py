@@ -49,6 +49,7 @@ def check(copy: Path, *command: str) -> None:
     assert found.returncode == 0, found.stdout + found.stderr
 
 
+@pytest.mark.slow
 def test_annotations_are_told_and_hold(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     """Strictly, but for what kernels are made of, which has no annotations: their arguments, and Triton's decorator."""
     copy = copy_of(tmp_path, sampled=True)

@@ -96,6 +96,7 @@ _LINEAR = f"--num_tokens {T} --max_loras {L} --k {K} --n {N} --rank {RANK}"
 _LAYER = f"{_SIZES} --hidden {K} --intermediate {N}"
 
 
+@pytest.mark.slow(keep=4)
 @pytest.mark.parametrize(
     ("case", "call"),
     [

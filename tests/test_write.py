@@ -754,6 +754,7 @@ def test_builds_at_the_same_time_end_in_one_tree(desk: Path) -> None:
     assert build.check(specs, desk / "work").is_clean
 
 
+@pytest.mark.slow
 def test_a_build_that_is_killed_leaves_the_old_tree_or_the_new_one(
     desk: Path, swaps: None
 ) -> None:

@@ -81,10 +81,12 @@ class Law:
     Attributes:
         run: gets the generated package, the variants and the device; raises AssertionError.
         needs_gpu: it is about something that only a GPU has.
+        slow: it takes seconds, and others meet the same kernels: it is not for a person who waits.
     """
 
     run: Callable[[ModuleType, Sequence[Variant], str], Any]
     needs_gpu: bool = False
+    slow: bool = False
 
     @property
     def name(self) -> str:

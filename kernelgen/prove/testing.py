@@ -116,15 +116,14 @@ class Suite:
 
     @functools.cached_property
     def quick_exact(self) -> frozenset[tuple[str, str]]:
-        """A part of ``exact`` in which each case meets each body, and each tag with each template, that it meets at all."""
+        """A part of ``exact`` that meets each case, each body, and each tag with each template."""
+        met = {(variant.name, case.name): {*self.marks(variant), case} for variant, case in self.exact}
+        missing = set().union(*met.values())
         chosen = set()
-        for case in {case for _, case in self.exact}:
-            marks = {variant.name: self.marks(variant) for variant, other in self.exact if other == case}
-            missing = set().union(*marks.values())
-            while missing:
-                name = max(marks, key=lambda name: len(marks[name] & missing))
-                chosen.add((name, case.name))
-                missing -= marks[name]
+        while missing:
+            pair = max(met, key=lambda pair: len(met[pair] & missing))
+            chosen.add(pair)
+            missing -= met[pair]
         return frozenset(chosen)
 
     @property

@@ -259,10 +259,10 @@ def real_sizes(package: ModuleType, variants: Sequence[Variant], device: str) ->
 
 LAWS = (
     Law(layers_with_adapters),
-    Law(fp8_layers_with_adapters),
-    Law(layers_with_fp8_adapters),
+    Law(fp8_layers_with_adapters, slow=True),
+    Law(layers_with_fp8_adapters, slow=True),
     Law(a_row_does_not_know_its_batch),
-    Law(ranks_that_count),
+    Law(ranks_that_count, slow=True),
     Law(the_ops_one_by_one),
     Law(one_graph_serves_every_batch, needs_gpu=True),
     Law(real_sizes, needs_gpu=True),
