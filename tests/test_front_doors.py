@@ -5,7 +5,6 @@ What is tried follows from what each op declares of its arguments; what is writt
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import importlib
 import inspect
@@ -13,349 +12,17 @@ import itertools
 import math
 import re
 import weakref
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Iterator
 
 import pytest
 import torch
+from doors import BF16, EXPERTS, GOOD, INT32, LORAS, RANK, TOP_K, Arguments, Batch, Door, K, N, T, by_hand, forget
 
 import generated as kg
 from generated import _operands as operands
 from generated import _runtime as runtime
 from generated._operands import OPS, Bundle, Choice, Device, Flag, Int, Number, Op, Tensor
 from generated.moe_route._op import OpenRoute
-from kernelgen.emit.rooms import laboratory, rooms_with
-
-T, TOP_K, EXPERTS, LORAS, K, N, RANK = 6, 2, 4, 3, 32, 24, 16
-FP8, INT32, BF16 = torch.float8_e4m3fn, torch.int32, torch.bfloat16
-Arguments = dict[str, Any]
-
-
-class Batch:
-    """Inputs of a layer, each drawn once; a token in two has an adapter."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.generator = torch.Generator().manual_seed(0)
-        self.ids = self.ints(0, 1, 2, -1, 3, 0, 1, 1, 2, 3, 0, 2).view(T, TOP_K)
-        self.mapping = self.ints(0, 1, -1, 1, 2, 0)
-        self.weights = torch.rand(T, TOP_K, generator=self.generator).to(device)
-        self.valid, self.enabled = self.ints(T - 1), self.ints(1, 0, 1)
-        self.expert_map = self.ints(2, -1, 0, 1)
-        self.routing = {"topk_ids": self.ids, "num_experts": EXPERTS, "local_expert_start": 0, "num_tokens_hint": T}
-        self.routing["valid_tokens"] = self.valid
-
-    def ints(self, *values: int) -> torch.Tensor:
-        return torch.tensor(values, dtype=INT32, device=self.device)
-
-    def normal(self, *size: int, dtype: torch.dtype = BF16) -> torch.Tensor:
-        return torch.randn(size, generator=self.generator).to(self.device, dtype)
-
-    def factors(self, *batch: int) -> Arguments:
-        """lora_a and lora_b of two slices."""
-        a, b = ([self.normal(*batch, *matrix) for _ in range(2)] for matrix in ((RANK, K), (N, RANK)))
-        return {"lora_a": a, "lora_b": b}
-
-    def fp8_factors(self, *batch: int) -> Arguments:
-        found: Arguments = {}
-        for name, slices in self.factors(*batch).items():
-            pairs = [kg.quantize_weights(tensor, "channel") for tensor in slices]
-            found[name], found[f"{name[-1]}_scale"] = ([pair[i] for pair in pairs] for i in range(2))
-        return found
-
-    def route(self, assignment: str = "sorted", workspace: bool = True) -> Any:
-        space = kg.moe_workspace(**_SPACE, max_rank=RANK, num_slices=2, device=self.device) if workspace else None
-        given = {"adapter_enabled": self.enabled, "expert_map": self.expert_map, "workspace": space}
-        sizes = {"num_experts": EXPERTS, "max_loras": LORAS, "assignment": assignment}
-        return kg.moe_route(self.ids, self.mapping, **given, **sizes)
-
-    def dense_route(self) -> Any:
-        space = kg.lora_workspace(max_tokens=T, max_loras=LORAS, max_rank=RANK, num_slices=2, device=self.device)
-        return kg.lora_route(self.mapping, max_loras=LORAS, workspace=space)
-
-    def tables(self) -> Any:
-        return kg.moe_align(self.ids, num_experts=EXPERTS, valid_tokens=self.valid)
-
-    def layer(self, fp8: bool) -> Arguments:
-        """A base layer, with all that it can be given."""
-        hidden, w13, w2 = self.normal(T, K), self.normal(EXPERTS, 2 * N, K), self.normal(EXPERTS, K, N)
-        sizes = {"max_tokens": T, "top_k": TOP_K, "num_experts": EXPERTS, "hidden": K, "intermediate": N}
-        given = {**self.routing, "topk_weights": self.weights, "activation": "swiglu", "out": self.normal(T, K)}
-        given["workspace"] = kg.fused_moe_workspace(**sizes, fp8_activations=fp8, max_rank=RANK, device=self.device)
-        del given["num_experts"]
-        given |= {"hidden": hidden, "w13": w13, "w2": w2}
-        for name, quantize, kind in (
-            ("w13", kg.quantize_weights, "channel"),
-            ("w2", kg.quantize_weights, "channel"),
-            ("hidden", kg.quantize_activations, "token"),
-        ):
-            scale = "x_scale" if name == "hidden" else f"{name}_scale"
-            given[name], given[scale] = quantize(given[name], kind) if fp8 else (given[name], None)
-        return {**given, "h_scale": None, "lora": self.lora()}
-
-    def lora(self) -> Any:
-        """Adapters of a layer, of two ranks."""
-        first = self.factors(LORAS, EXPERTS)
-        last = [self.normal(LORAS, EXPERTS, *size) for size in ((RANK - 1, N), (K, RANK - 1))]
-        factors = (*map(tuple, first.values()), *((factor,) for factor in last))
-        return kg.FusedMoeLora(self.mapping, *factors, self.enabled)
-
-    def runs(self) -> tuple[Any, Any]:
-        """Tables by expert and adapter, and the runs in them."""
-        given = {"adapter_enabled": self.enabled, "valid_tokens": self.valid}
-        return kg.moe_runs(self.ids, self.mapping, num_experts=EXPERTS, max_loras=LORAS, **given)
-
-
-_SPACE = {"max_tokens": T, "top_k": TOP_K, "num_experts": EXPERTS, "max_loras": LORAS}
-
-
-def _engine_tables(b: Batch) -> Arguments:
-    """Each adapter's row: one block of expert 0, with the pairs of its tokens."""
-    rows = [[p for p in range(T * TOP_K) if int(b.mapping[p // TOP_K]) == a] for a in range(LORAS)]
-    padded = [row + [T * TOP_K] * (16 - len(row)) for row in rows]
-    tables = {"sorted_token_ids": torch.tensor(padded), "expert_ids": torch.zeros(LORAS, 1)}
-    tables |= {"num_tokens_post_padded": torch.full((LORAS,), 16), "lora_ids": torch.tensor([2, 1, -1])}
-    found = {name: table.to(b.device, INT32) for name, table in tables.items()}
-    return {**found, "adapter_enabled": b.enabled, "num_experts": EXPERTS, "max_loras": LORAS}
-
-
-def _moe_lora(b: Batch, fp8: bool = False, assignment: str = "sorted") -> Arguments:
-    given = b.fp8_factors(LORAS, EXPERTS) if fp8 else {**b.factors(LORAS, EXPERTS), "a_scale": None, "b_scale": None}
-    given["x"], given["x_scale"] = kg.quantize_activations(b.normal(T * TOP_K, K)) if fp8 else (b.normal(T * TOP_K, K), None)
-    given |= {"out": b.normal(T, TOP_K, 2 * N), "route": b.route(assignment)}
-    return {**given, "topk_weights": b.weights, "add_inputs": True, "mul_routed_weight": True}
-
-
-def _lora(b: Batch, fp8: bool = False) -> Arguments:
-    given = b.fp8_factors(LORAS) if fp8 else {**b.factors(LORAS), "a_scale": None, "b_scale": None}
-    given["x"], given["x_scale"] = kg.quantize_activations(b.normal(T, K)) if fp8 else (b.normal(T, K), None)
-    given |= {"out": b.normal(T, 2 * N + 1), "route": b.dense_route(), "y": b.normal(2, T, RANK, dtype=torch.float32)}
-    return {**given, "scaling": 0.5, "offset_start": 1, "add_inputs": True}
-
-
-def _moe_gemm(b: Batch, fp8: bool = False) -> Arguments:
-    x, w = b.normal(T * TOP_K, K), b.normal(EXPERTS, N, K)
-    given: Arguments = {"x": x, "w": w, "x_scale": None, "w_scale": None}
-    if fp8:
-        given["x"], given["x_scale"] = kg.quantize_activations(x)
-        given["w"], given["w_scale"] = kg.quantize_weights(w)
-    given |= {"out": b.normal(T, TOP_K, N), "tables": b.tables(), "topk_weights": None if fp8 else b.weights}
-    return {**given, "x_rows": "sorted" if fp8 else "pair", "out_rows": "pair", "activation": None}
-
-
-def _moe_shrink(b: Batch, fp8: bool = False) -> Arguments:
-    (tables, runs), a = b.runs(), b.factors(LORAS, EXPERTS)["lora_a"]
-    x, v, of_a = b.normal(T, K), b.normal(T * TOP_K, len(a), RANK), None
-    codes, scale = kg.quantize_activations(x) if fp8 else (x, None)
-    if fp8:
-        a, of_a = _fp8(a, "channel")
-    given = {"x": codes, "lora_a": a, "tables": tables, "runs": runs, "x_rows": "token", "v": v}
-    return {**given, "a_scale": of_a, "x_scale": scale}
-
-
-def _fp8(factors: Sequence[torch.Tensor], scales: str) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    codes, made = zip(*(kg.quantize_weights(factor, scales) for factor in factors), strict=True)
-    return codes, made
-
-
-def _adapted_gemm(b: Batch, fp8: bool = False) -> Arguments:
-    (tables, runs), factors = b.runs(), b.factors(LORAS, EXPERTS)
-    given = {"x": b.normal(T, K), "w": b.normal(EXPERTS, 2 * N, K), "out": b.normal(T * TOP_K, N), "tables": tables, "runs": runs}
-    given |= {"v": b.normal(T * TOP_K, 2, RANK), "lora_b": factors["lora_b"], "activation": "swiglu"}
-    if fp8:
-        given["lora_b"], given["b_scale"] = _fp8(given["lora_b"], "group")
-    return {**given, "x_rows": "token", "out_rows": "sorted"}
-
-
-def _fill_runs(b: Batch) -> Arguments:
-    given = {name: value for name, value in b.routing.items() if name != "num_tokens_hint"}
-    given |= {name: torch.zeros(size, dtype=INT32, device=b.device) for name, size in _RUN_TABLES.items()}
-    given |= {"token_lora_mapping": b.mapping, "adapter_enabled": b.enabled, "lora_ranks": None}
-    return {**given, "max_loras": LORAS, "block_m": 16}
-
-
-_RUN_TABLES = {"pairs": (T * TOP_K,), "blocks": (64,), "num_blocks": (1,), "run_of_row": (T * TOP_K,)}
-_RUN_TABLES |= dict.fromkeys(("runs", "gathered"), (T * TOP_K, 2))
-
-
-def _filled(b: Batch, *names: str) -> Arguments:
-    sizes = {"pairs": (48,), "blocks": (64, 4), "num_blocks": (1,), "scratch": (4096,)}
-    return {name: torch.zeros(sizes[name], dtype=INT32, device=b.device) for name in names}
-
-
-def _sort(b: Batch) -> Arguments:
-    given = {"topk_ids": b.ids, "token_lora_mapping": b.mapping, "adapter_enabled": b.enabled, "expert_map": b.expert_map}
-    given |= {"num_experts": EXPERTS, "max_loras": LORAS, "block_m": 16}
-    return {**given, **_filled(b, "pairs", "blocks", "num_blocks", "scratch")}
-
-
-def _route(b: Batch) -> Arguments:
-    space = kg.moe_workspace(**_SPACE, max_rank=RANK, num_slices=2, device=b.device)
-    given = {name: value for name, value in _sort(b).items() if name not in ("pairs", "blocks", "num_blocks", "scratch")}
-    return {**given, "assignment": "sorted", "rank": RANK, "workspace": space}
-
-
-def _from_tables(b: Batch) -> Arguments:
-    space = kg.moe_workspace(**_SPACE, max_rank=RANK, num_slices=2, device=b.device, table_size=16 * LORAS)
-    return {**_engine_tables(b), "block_size": 16, "num_tokens": T, "top_k": TOP_K, "workspace": space}
-
-
-def _moe_sum(b: Batch) -> Arguments:
-    return {**b.routing, "y": b.normal(T, TOP_K, N), "topk_weights": b.weights, "out": b.normal(T, N, dtype=torch.float32)}
-
-
-def _moe_quant(b: Batch) -> Arguments:
-    scale, x = torch.ones(T * TOP_K, 1, device=b.device), b.normal(T * TOP_K, N)
-    return {"codes": x.to(FP8), "scale": scale, "x": x, "tables": b.tables(), "order": "pair"}
-
-
-def _apart(b: Batch, assignment: str) -> Arguments:
-    given = {**_moe_lora(b, assignment=assignment), "offset": 1, "out": b.normal(T, TOP_K, 2 * N + 1)}
-    return {**given, "y": b.normal(2, T * TOP_K, RANK, dtype=torch.float32)}
-
-
-# A good call of each front door, with all that it can be given; some in more than one way.
-GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
-    "moe_act": (
-        "moe_act",
-        lambda b: {**b.routing, "h": b.normal(T * TOP_K, N), "x": b.normal(T, TOP_K, 2 * N), "activation": "swiglu"},
-    ),
-    "moe_add": (
-        "moe_add",
-        lambda b: {"out": b.normal(T, TOP_K, N), "delta": b.normal(T, TOP_K, N), "route": b.route("naive")},
-    ),
-    "moe_sum": ("moe_sum", _moe_sum),
-    "moe_quant": ("moe_quant", _moe_quant),
-    "moe_align": (
-        "moe_align",
-        lambda b: {**b.routing, "block_m": 16, "workspace": torch.zeros(64, dtype=INT32, device=b.device)},
-    ),
-    "no_tables": (
-        "no_tables",
-        lambda b: {name: value for name, value in b.routing.items() if name != "num_tokens_hint"},
-    ),
-    "moe_gemm": ("moe_gemm", _moe_gemm),
-    "moe_gemm fp8": ("moe_gemm", lambda b: _moe_gemm(b, fp8=True)),
-    "moe_gemm adapted": ("moe_gemm", _adapted_gemm),
-    "moe_gemm adapted fp8": ("moe_gemm", lambda b: _adapted_gemm(b, fp8=True)),
-    "moe_runs": (
-        "moe_runs",
-        lambda b: {
-            **b.routing,
-            **{"token_lora_mapping": b.mapping, "adapter_enabled": b.enabled, "max_loras": LORAS},
-            **{"block_m": 16, "workspace": torch.zeros(256, dtype=INT32, device=b.device)},
-        },
-    ),
-    "moe_shrink": ("moe_shrink", _moe_shrink),
-    "moe_shrink fp8": ("moe_shrink", lambda b: _moe_shrink(b, fp8=True)),
-    "moe_route": ("moe_route", _route),
-    "lora_route": (
-        "lora_route",
-        lambda b: {
-            "token_lora_mapping": b.mapping,
-            "max_loras": LORAS,
-            "block_m": 16,
-            "workspace": kg.lora_workspace(max_tokens=T, max_loras=LORAS, max_rank=RANK, num_slices=2, device=b.device),
-        },
-    ),
-    "from_tables": ("MoeRoute.from_tables", _from_tables),
-    "moe_lora sorted": ("moe_lora", _moe_lora),
-    "moe_lora naive": ("moe_lora", lambda b: _moe_lora(b, assignment="naive")),
-    "moe_lora fp8": ("moe_lora", lambda b: _moe_lora(b, fp8=True)),
-    "moe_lora_shrink": ("moe_lora_shrink", lambda b: _apart(b, "naive")),
-    "moe_lora_expand": ("moe_lora_expand", lambda b: _apart(b, "sorted")),
-    "lora": ("lora", _lora),
-    "lora fp8": ("lora", lambda b: _lora(b, fp8=True)),
-    "lora_shrink": ("lora_shrink", _lora),
-    "lora_shrink fp8": ("lora_shrink", lambda b: _lora(b, fp8=True)),
-    "lora_expand": ("lora_expand", _lora),
-    "lora_expand fp8": ("lora_expand", lambda b: _lora(b, fp8=True)),
-    "fused_moe": ("fused_moe", lambda b: b.layer(fp8=False)),
-    "fused_moe fp8": ("fused_moe", lambda b: b.layer(fp8=True)),
-    "quantize_weights": (
-        "quantize_weights",
-        lambda b: {"weights": b.normal(2, N, K), "scales": "channel", "dtype": FP8, "slices": 2},
-    ),
-    "quantize_activations": (
-        "quantize_activations",
-        lambda b: {"x": b.normal(T, K), "scales": "group", "dtype": FP8, "group_k": 16},
-    ),
-    "moe_workspace": (
-        "moe_workspace",
-        lambda b: {**_SPACE, "max_rank": RANK, "num_slices": 2, "device": b.device, "table_size": 64},
-    ),
-    "lora_workspace": (
-        "lora_workspace",
-        lambda b: {"max_tokens": T, "max_loras": LORAS, "max_rank": RANK, "num_slices": 2, "device": b.device, "fp8": False},
-    ),
-    "fused_moe_workspace": (
-        "fused_moe_workspace",
-        lambda b: {
-            **{"max_tokens": T, "top_k": TOP_K, "num_experts": EXPERTS, "hidden": K, "intermediate": N},
-            **{"dtype": BF16, "fp8_activations": True, "max_rank": RANK, "device": b.device},
-        },
-    ),
-    "warmup": ("warmup", lambda b: {"shapes": [kg.MoeShape(K, N, 2, RANK, TOP_K, EXPERTS, LORAS)], "max_tokens": 4}),
-    "moe_route_one_launch": ("moe_route_sort", _sort),
-    "moe_route_three_launch": ("moe_route_sort", _sort),
-    "moe_route_from_tables": (
-        "moe_route_pack",
-        lambda b: {**_engine_tables(b), **_filled(b, "pairs", "blocks", "num_blocks"), "num_pairs": T * TOP_K, "block_m": 16},
-    ),
-    "moe_runs_one_launch": ("moe_runs_fill", _fill_runs),
-    "moe_align_one_launch": (
-        "moe_align_fill",
-        lambda b: {
-            **{name: value for name, value in b.routing.items() if name != "num_tokens_hint"},
-            **_filled(b, "num_blocks"),
-            **{"pairs": torch.zeros(T * TOP_K, dtype=INT32, device=b.device)},
-            **{"blocks": torch.zeros(64, dtype=INT32, device=b.device), "block_m": 16},
-        },
-    ),
-}
-
-
-
-def _of_room(family: str) -> tuple[str, Callable[[Batch], Arguments]]:
-    return family, lambda b: laboratory(family, "laws").good(b.device)
-
-
-# A family that is not above has its good call in its room.
-GOOD |= {name: _of_room(name) for name in sorted(OPS.keys() - {op for op, _ in GOOD.values()}) if name in rooms_with("laws")}
-
-
-def _function(name: str, op: str) -> tuple[Callable[..., Any], str]:
-    """What is called, and what it calls itself in errors."""
-    if name in kg.variants():
-        families = ("moe_route", "moe_align", "moe_runs")
-        family, module = next((f, name.removeprefix(f"{f}_")) for f in families if name.startswith(f))
-        return getattr(importlib.import_module(f"generated.{family}.{module}"), name), name
-    return (kg.MoeRoute.from_tables if op == "MoeRoute.from_tables" else getattr(kg, op)), op
-
-
-@dataclasses.dataclass
-class Door:
-    """A front door, what it declares, and the arguments of a good call."""
-
-    function: Callable[..., Any]
-    name: str
-    op: Op
-    good: Arguments
-
-    @staticmethod
-    def of(name: str, device: str) -> Door:
-        """What the call is made of may have launched something."""
-        op, make = GOOD[name]
-        function, called = _function(name, op)
-        given, known = make(Batch(device)), inspect.signature(function).parameters
-        return Door(function, called, OPS[op], {name: value for name, value in given.items() if name in known})
-
-    def __call__(self, **changed: Any) -> Any:
-        return self.function(**{**self.good, **changed})
-
-    @property
-    def operands(self) -> Iterator[operands.Operand]:
-        """Those that the caller gives; and gives here."""
-        return (operand for operand in self.op.operands if operand.name in self.good)
 
 
 @pytest.fixture
@@ -366,12 +33,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     forget()
     yield log
     forget()
-
-
-def forget() -> None:
-    """As if nothing had been called yet."""
-    with runtime.compile_only():
-        pass
 
 
 def test_every_front_door_is_here() -> None:
@@ -478,14 +139,8 @@ def _wrong_strides(operand: Tensor, good: torch.Tensor) -> Iterator[tuple[str, t
             yield f"with rows {pitch} apart", good.as_strided(good.shape, (*collapsed, 1))
 
 
-def _tensors(door: Door) -> list[tuple[str, Tensor, torch.Tensor]]:
-    """(what an error calls it, its declaration, it) of every tensor of a good call."""
-    given = [operand for operand in door.operands if isinstance(operand, (Tensor, Bundle))]
-    return [found for operand in given for found in operand.tensors(door.good[operand.name])]
-
-
 def _written(door: Door) -> list[torch.Tensor]:
-    return [tensor for _, operand, tensor in _tensors(door) if operand.written]
+    return [tensor for _, operand, tensor in door.tensors if operand.written]
 
 
 def _refused(door: Door, changed: Arguments, label: str, *names: str) -> None:
@@ -524,12 +179,7 @@ def _with(good: Arguments, label: str, tensor: torch.Tensor) -> Arguments:
         return {**good, name: tensor}
     if rest[:-1].isdigit():
         return {**good, name: [tensor if f"{i}]" == rest else old for i, old in enumerate(good[name])]}
-    return {**good, name: _by_hand(good[name], **_with(good[name]._asdict(), label[len(name) + 1 :], tensor))}
-
-
-def _by_hand(bundle: Any, **changed: Any) -> Any:
-    """As somebody makes one who has the tables, rather than one that is edited."""
-    return type(bundle)(**{**bundle._asdict(), **changed})
+    return {**good, name: by_hand(good[name], **_with(good[name]._asdict(), label[len(name) + 1 :], tensor))}
 
 
 def _in_one_place(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -545,8 +195,8 @@ def test_memory_that_is_written_is_not_shared(name: str, known: bool, device: st
     """With any other tensor, at the first call and at later ones of the same looks."""
     door = Door.of(name, device)
     if isinstance(door.good.get("runs"), kg.MoeRuns):
-        door.good["runs"] = _by_hand(door.good["runs"])  # which go with any tables
-    found = [item for item in _tensors(door) if item[2].numel() > 0]
+        door.good["runs"] = by_hand(door.good["runs"])  # which go with any tables
+    found = [item for item in door.tensors if item[2].numel() > 0]
     for _ in range(3 if known else 0):
         door()
     for (label, operand, tensor), (other_label, _, other) in itertools.permutations(found, 2):
@@ -593,7 +243,7 @@ def test_no_call_keeps_tensors_alive(name: str, device: str, launches: list[Any]
     door = Door.of(name, device)
     for _ in range(3):
         door()
-    given = [weakref.ref(tensor) for *_, tensor in _tensors(door)]
+    given = [weakref.ref(tensor) for *_, tensor in door.tensors]
     launches.clear()
     del door
     gc.collect()
@@ -778,13 +428,13 @@ ALTERNATIVES: dict[str, Callable[[Batch], Arguments]] = {
     "moe_align": lambda b: {"local_expert_start": 1, "num_experts": 2, "block_m": 32, "valid_tokens": None},
     "moe_gemm": lambda b: {"topk_weights": None, "x_rows": "sorted"},
     "moe_runs": lambda b: {"adapter_enabled": None, "max_loras": 1, "local_expert_start": 1, "valid_tokens": None},
-    "moe_shrink": lambda b: {"runs": _by_hand(b.runs()[1], max_loras=1)},
+    "moe_shrink": lambda b: {"runs": by_hand(b.runs()[1], max_loras=1)},
     "moe_route": lambda b: {"block_m": 32, "adapter_enabled": None, "expert_map": None, "max_loras": 2, "num_experts": 2},
     "lora_route": lambda b: {"max_loras": 2, "block_m": 32},
     "from_tables": lambda b: {"lora_ids": None, "adapter_enabled": None, "num_tokens": 3, "max_loras": 2},
     "moe_lora sorted": lambda b: {
         "add_inputs": False,
-        "route": _by_hand(b.route(), max_loras=1),
+        "route": by_hand(b.route(), max_loras=1),
         "lora_b": [b.normal(LORAS, EXPERTS, N, RANK) * 2, b.normal(1, EXPERTS, N, RANK).expand(LORAS, -1, -1, -1).clone()],
     },
     "moe_lora naive": lambda b: {"add_inputs": False, "route": b.route("naive")._replace(adapter_enabled=None)},

@@ -1,0 +1,417 @@
+"""A good call of each front door, with all that it can be given, of any sizes: what tests of dispatch change in one thing."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import itertools
+from typing import Any, Callable, Iterator, Sequence
+
+import torch
+
+import generated as kg
+from generated import _operands as operands
+from generated import _runtime as runtime
+from generated._operands import OPS, Bundle, Op, Tensor
+from kernelgen.emit.rooms import laboratory, rooms_with
+
+T, TOP_K, EXPERTS, LORAS, K, N, RANK = 6, 2, 4, 3, 32, 24, 16
+FP8, INT32, BF16 = torch.float8_e4m3fn, torch.int32, torch.bfloat16
+Arguments = dict[str, Any]
+Arguments = dict[str, Any]
+
+
+class Batch:
+    """Inputs of a layer, each drawn once; a token in two has an adapter. ``sizes``: attributes that are others."""
+
+    tokens, top_k, experts, loras, k, n, rank, slices = T, TOP_K, EXPERTS, LORAS, K, N, RANK, 2
+
+    def __init__(self, device: str, **sizes: int) -> None:
+        vars(self).update(sizes)
+        self.device = device
+        self.space = {"max_tokens": self.tokens, "top_k": self.top_k, "num_experts": self.experts, "max_loras": self.loras}
+        self.dense_space = {"max_tokens": self.tokens, "max_loras": self.loras}
+        for space in (self.space, self.dense_space):
+            space |= {"max_rank": self.rank, "num_slices": self.slices, "device": device}
+        self.generator = torch.Generator().manual_seed(0)
+        ids = self.some(self.tokens * self.top_k, 0, 1, 2, -1, 3, 0, 1, 1, 2, 3, 0, 2)
+        self.ids = ids.view(self.tokens, self.top_k)
+        self.mapping = self.some(self.tokens, 0, 1, -1, 1, 2, 0)
+        self.weights = torch.rand(self.tokens, self.top_k, generator=self.generator).to(device)
+        self.valid, self.enabled = self.ints(max(self.tokens - 1, 0)), self.some(self.loras, 1, 0, 1)
+        self.expert_map = self.ints(2, -1, 0, 1)
+        self.routing = {"topk_ids": self.ids, "num_experts": self.experts, "local_expert_start": 0}
+        self.routing["num_tokens_hint"] = max(self.tokens, 1)
+        self.routing["valid_tokens"] = self.valid
+
+    def ints(self, *values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=INT32, device=self.device)
+
+    def some(self, number: int, *values: int) -> torch.Tensor:
+        """So many of these, again and again."""
+        return self.ints(*itertools.islice(itertools.cycle(values), number))
+
+    def normal(self, *size: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+        return torch.randn(size, generator=self.generator).to(self.device, dtype)
+
+    def factors(self, *batch: int) -> Arguments:
+        """lora_a and lora_b, a tensor a slice."""
+        a, b = (
+            [self.normal(*batch, *matrix) for _ in range(self.slices)] for matrix in ((self.rank, self.k), (self.n, self.rank))
+        )
+        return {"lora_a": a, "lora_b": b}
+
+    def fp8_factors(self, *batch: int) -> Arguments:
+        found: Arguments = {}
+        for name, slices in self.factors(*batch).items():
+            pairs = [kg.quantize_weights(tensor, "channel") for tensor in slices]
+            found[name], found[f"{name[-1]}_scale"] = ([pair[i] for pair in pairs] for i in range(2))
+        return found
+
+    def route(self, assignment: str = "sorted", workspace: bool = True) -> Any:
+        space = kg.moe_workspace(**self.space) if workspace else None
+        given = {"adapter_enabled": self.enabled, "expert_map": self.expert_map, "workspace": space}
+        sizes = {"num_experts": self.experts, "max_loras": self.loras, "assignment": assignment}
+        return kg.moe_route(self.ids, self.mapping, **given, **sizes)
+
+    def dense_route(self) -> Any:
+        space = kg.lora_workspace(**self.dense_space)
+        return kg.lora_route(self.mapping, max_loras=self.loras, workspace=space)
+
+    def tables(self) -> Any:
+        return kg.moe_align(self.ids, num_experts=self.experts, valid_tokens=self.valid)
+
+    def layer(self, fp8: bool) -> Arguments:
+        """A base layer, with all that it can be given."""
+        hidden, w13, w2 = (
+            self.normal(self.tokens, self.k),
+            self.normal(self.experts, 2 * self.n, self.k),
+            self.normal(self.experts, self.k, self.n),
+        )
+        sizes = {
+            "max_tokens": self.tokens,
+            "top_k": self.top_k,
+            "num_experts": self.experts,
+            "hidden": self.k,
+            "intermediate": self.n,
+        }
+        given = {**self.routing, "topk_weights": self.weights, "activation": "swiglu", "out": self.normal(self.tokens, self.k)}
+        given["workspace"] = kg.fused_moe_workspace(**sizes, fp8_activations=fp8, max_rank=self.rank, device=self.device)
+        del given["num_experts"]
+        given |= {"hidden": hidden, "w13": w13, "w2": w2}
+        for name, quantize, kind in (
+            ("w13", kg.quantize_weights, "channel"),
+            ("w2", kg.quantize_weights, "channel"),
+            ("hidden", kg.quantize_activations, "token"),
+        ):
+            scale = "x_scale" if name == "hidden" else f"{name}_scale"
+            given[name], given[scale] = quantize(given[name], kind) if fp8 else (given[name], None)
+        return {**given, "h_scale": None, "lora": self.lora()}
+
+    def lora(self) -> Any:
+        """Adapters of a layer, of two ranks."""
+        first = self.factors(self.loras, self.experts)
+        last = [self.normal(self.loras, self.experts, *size) for size in ((self.rank - 1, self.n), (self.k, self.rank - 1))]
+        factors = (*map(tuple, first.values()), *((factor,) for factor in last))
+        return kg.FusedMoeLora(self.mapping, *factors, self.enabled)
+
+    def runs(self) -> tuple[Any, Any]:
+        """Tables by expert and adapter, and the runs in them."""
+        given = {"adapter_enabled": self.enabled, "valid_tokens": self.valid}
+        return kg.moe_runs(self.ids, self.mapping, num_experts=self.experts, max_loras=self.loras, **given)
+
+
+def _engine_tables(b: Batch) -> Arguments:
+    """Each adapter's row: blocks of expert 0, with the pairs of its tokens."""
+    rows = [[p for p in range(b.tokens * b.top_k) if int(b.mapping[p // b.top_k]) == a] for a in range(b.loras)]
+    rows_padded = 16 * max(1, -(-max(map(len, rows)) // 16))
+    padded = [row + [b.tokens * b.top_k] * (rows_padded - len(row)) for row in rows]
+    tables = {"sorted_token_ids": torch.tensor(padded), "expert_ids": torch.zeros(b.loras, rows_padded // 16)}
+    tables |= {"num_tokens_post_padded": torch.full((b.loras,), rows_padded), "lora_ids": torch.tensor([2, 1, -1][: b.loras])}
+    found = {name: table.to(b.device, INT32) for name, table in tables.items()}
+    return {**found, "adapter_enabled": b.enabled, "num_experts": b.experts, "max_loras": b.loras}
+
+
+def _moe_lora(b: Batch, fp8: bool = False, assignment: str = "sorted") -> Arguments:
+    given = b.fp8_factors(b.loras, b.experts) if fp8 else {**b.factors(b.loras, b.experts), "a_scale": None, "b_scale": None}
+    given["x"], given["x_scale"] = (
+        kg.quantize_activations(b.normal(b.tokens * b.top_k, b.k)) if fp8 else (b.normal(b.tokens * b.top_k, b.k), None)
+    )
+    given |= {"out": b.normal(b.tokens, b.top_k, b.slices * b.n), "route": b.route(assignment)}
+    return {**given, "topk_weights": b.weights, "add_inputs": True, "mul_routed_weight": True}
+
+
+def _lora(b: Batch, fp8: bool = False) -> Arguments:
+    given = b.fp8_factors(b.loras) if fp8 else {**b.factors(b.loras), "a_scale": None, "b_scale": None}
+    given["x"], given["x_scale"] = kg.quantize_activations(b.normal(b.tokens, b.k)) if fp8 else (b.normal(b.tokens, b.k), None)
+    given |= {"out": b.normal(b.tokens, b.slices * b.n + 1), "route": b.dense_route()}
+    given["y"] = b.normal(b.slices, b.tokens, b.rank, dtype=torch.float32)
+    return {**given, "scaling": 0.5, "offset_start": 1, "add_inputs": True}
+
+
+def _moe_gemm(b: Batch, fp8: bool = False) -> Arguments:
+    x, w = b.normal(b.tokens * b.top_k, b.k), b.normal(b.experts, b.n, b.k)
+    given: Arguments = {"x": x, "w": w, "x_scale": None, "w_scale": None}
+    if fp8:
+        given["x"], given["x_scale"] = kg.quantize_activations(x)
+        given["w"], given["w_scale"] = kg.quantize_weights(w)
+    given |= {"out": b.normal(b.tokens, b.top_k, b.n), "tables": b.tables(), "topk_weights": None if fp8 else b.weights}
+    return {**given, "x_rows": "sorted" if fp8 else "pair", "out_rows": "pair", "activation": None}
+
+
+def _moe_shrink(b: Batch, fp8: bool = False) -> Arguments:
+    (tables, runs), a = b.runs(), b.factors(b.loras, b.experts)["lora_a"]
+    x, v, of_a = b.normal(b.tokens, b.k), b.normal(b.tokens * b.top_k, len(a), b.rank), None
+    codes, scale = kg.quantize_activations(x) if fp8 else (x, None)
+    if fp8:
+        a, of_a = _fp8(a, "channel")
+    given = {"x": codes, "lora_a": a, "tables": tables, "runs": runs, "x_rows": "token", "v": v}
+    return {**given, "a_scale": of_a, "x_scale": scale}
+
+
+def _fp8(factors: Sequence[torch.Tensor], scales: str) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    codes, made = zip(*(kg.quantize_weights(factor, scales) for factor in factors), strict=True)
+    return codes, made
+
+
+def _adapted_gemm(b: Batch, fp8: bool = False) -> Arguments:
+    (tables, runs), factors = b.runs(), b.factors(b.loras, b.experts)
+    given = {
+        "x": b.normal(b.tokens, b.k),
+        "w": b.normal(b.experts, 2 * b.n, b.k),
+        "out": b.normal(b.tokens * b.top_k, b.n),
+        "tables": tables,
+        "runs": runs,
+    }
+    given |= {"v": b.normal(b.tokens * b.top_k, 2, b.rank), "lora_b": factors["lora_b"], "activation": "swiglu"}
+    if fp8:
+        given["lora_b"], given["b_scale"] = _fp8(given["lora_b"], "group")
+    return {**given, "x_rows": "token", "out_rows": "sorted"}
+
+
+def _fill_runs(b: Batch) -> Arguments:
+    pairs = b.tokens * b.top_k
+    sizes: dict[str, tuple[int, ...]] = {"pairs": (pairs,), "blocks": (64 + pairs,), "num_blocks": (1,), "run_of_row": (pairs,)}
+    sizes |= dict.fromkeys(("runs", "gathered"), (pairs, 2))
+    given = {name: value for name, value in b.routing.items() if name != "num_tokens_hint"}
+    given |= {name: torch.zeros(size, dtype=INT32, device=b.device) for name, size in sizes.items()}
+    given |= {"token_lora_mapping": b.mapping, "adapter_enabled": b.enabled, "lora_ranks": None}
+    return {**given, "max_loras": b.loras, "block_m": 16}
+
+
+def _filled(b: Batch, *names: str) -> Arguments:
+    pairs = b.tokens * b.top_k
+    sizes = {"pairs": (48 + 3 * pairs,), "blocks": (64 + pairs, 4), "num_blocks": (1,), "scratch": (4096 + 64 * pairs,)}
+    return {name: torch.zeros(sizes[name], dtype=INT32, device=b.device) for name in names}
+
+
+def _sort(b: Batch) -> Arguments:
+    given = {"topk_ids": b.ids, "token_lora_mapping": b.mapping, "adapter_enabled": b.enabled, "expert_map": b.expert_map}
+    given |= {"num_experts": b.experts, "max_loras": b.loras, "block_m": 16}
+    return {**given, **_filled(b, "pairs", "blocks", "num_blocks", "scratch")}
+
+
+def _route(b: Batch) -> Arguments:
+    space = kg.moe_workspace(**b.space)
+    given = {name: value for name, value in _sort(b).items() if name not in ("pairs", "blocks", "num_blocks", "scratch")}
+    return {**given, "assignment": "sorted", "rank": b.rank, "workspace": space}
+
+
+def _from_tables(b: Batch) -> Arguments:
+    space = kg.moe_workspace(**b.space, table_size=(16 + b.tokens * b.top_k) * b.loras)
+    return {**_engine_tables(b), "block_size": 16, "num_tokens": b.tokens, "top_k": b.top_k, "workspace": space}
+
+
+def _moe_sum(b: Batch) -> Arguments:
+    return {
+        **b.routing,
+        "y": b.normal(b.tokens, b.top_k, b.n),
+        "topk_weights": b.weights,
+        "out": b.normal(b.tokens, b.n, dtype=torch.float32),
+    }
+
+
+def _moe_quant(b: Batch) -> Arguments:
+    scale, x = torch.ones(b.tokens * b.top_k, 1, device=b.device), b.normal(b.tokens * b.top_k, b.n)
+    return {"codes": x.to(FP8), "scale": scale, "x": x, "tables": b.tables(), "order": "pair"}
+
+
+def _apart(b: Batch, assignment: str) -> Arguments:
+    given = {**_moe_lora(b, assignment=assignment), "offset": 1, "out": b.normal(b.tokens, b.top_k, b.slices * b.n + 1)}
+    return {**given, "y": b.normal(b.slices, b.tokens * b.top_k, b.rank, dtype=torch.float32)}
+
+
+# A good call of each front door, with all that it can be given; some in more than one way.
+GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
+    "moe_act": (
+        "moe_act",
+        lambda b: {
+            **b.routing,
+            "h": b.normal(b.tokens * b.top_k, b.n),
+            "x": b.normal(b.tokens, b.top_k, 2 * b.n),
+            "activation": "swiglu",
+        },
+    ),
+    "moe_add": (
+        "moe_add",
+        lambda b: {"out": b.normal(b.tokens, b.top_k, b.n), "delta": b.normal(b.tokens, b.top_k, b.n), "route": b.route("naive")},
+    ),
+    "moe_sum": ("moe_sum", _moe_sum),
+    "moe_quant": ("moe_quant", _moe_quant),
+    "moe_align": (
+        "moe_align",
+        lambda b: {
+            **b.routing,
+            "block_m": 16,
+            "workspace": torch.zeros(64 + 4 * b.tokens * b.top_k, dtype=INT32, device=b.device),
+        },
+    ),
+    "no_tables": (
+        "no_tables",
+        lambda b: {name: value for name, value in b.routing.items() if name != "num_tokens_hint"},
+    ),
+    "moe_gemm": ("moe_gemm", _moe_gemm),
+    "moe_gemm fp8": ("moe_gemm", lambda b: _moe_gemm(b, fp8=True)),
+    "moe_gemm adapted": ("moe_gemm", _adapted_gemm),
+    "moe_gemm adapted fp8": ("moe_gemm", lambda b: _adapted_gemm(b, fp8=True)),
+    "moe_runs": (
+        "moe_runs",
+        lambda b: {
+            **b.routing,
+            **{"token_lora_mapping": b.mapping, "adapter_enabled": b.enabled, "max_loras": b.loras},
+            **{"block_m": 16, "workspace": torch.zeros(256 + 16 * b.tokens * b.top_k, dtype=INT32, device=b.device)},
+        },
+    ),
+    "moe_shrink": ("moe_shrink", _moe_shrink),
+    "moe_shrink fp8": ("moe_shrink", lambda b: _moe_shrink(b, fp8=True)),
+    "moe_route": ("moe_route", _route),
+    "lora_route": (
+        "lora_route",
+        lambda b: {
+            "token_lora_mapping": b.mapping,
+            "max_loras": b.loras,
+            "block_m": 16,
+            "workspace": kg.lora_workspace(**b.dense_space),
+        },
+    ),
+    "from_tables": ("MoeRoute.from_tables", _from_tables),
+    "moe_lora sorted": ("moe_lora", _moe_lora),
+    "moe_lora naive": ("moe_lora", lambda b: _moe_lora(b, assignment="naive")),
+    "moe_lora fp8": ("moe_lora", lambda b: _moe_lora(b, fp8=True)),
+    "moe_lora_shrink": ("moe_lora_shrink", lambda b: _apart(b, "naive")),
+    "moe_lora_expand": ("moe_lora_expand", lambda b: _apart(b, "sorted")),
+    "lora": ("lora", _lora),
+    "lora fp8": ("lora", lambda b: _lora(b, fp8=True)),
+    "lora_shrink": ("lora_shrink", _lora),
+    "lora_shrink fp8": ("lora_shrink", lambda b: _lora(b, fp8=True)),
+    "lora_expand": ("lora_expand", _lora),
+    "lora_expand fp8": ("lora_expand", lambda b: _lora(b, fp8=True)),
+    "fused_moe": ("fused_moe", lambda b: b.layer(fp8=False)),
+    "fused_moe fp8": ("fused_moe", lambda b: b.layer(fp8=True)),
+    "quantize_weights": (
+        "quantize_weights",
+        lambda b: {"weights": b.normal(2, 24, b.k), "scales": "channel", "dtype": FP8, "slices": 2},
+    ),
+    "quantize_activations": (
+        "quantize_activations",
+        lambda b: {"x": b.normal(b.tokens, b.k), "scales": "group", "dtype": FP8, "group_k": 16},
+    ),
+    "moe_workspace": (
+        "moe_workspace",
+        lambda b: {**b.space, "table_size": 64},
+    ),
+    "lora_workspace": (
+        "lora_workspace",
+        lambda b: {**b.dense_space, "fp8": False},
+    ),
+    "fused_moe_workspace": (
+        "fused_moe_workspace",
+        lambda b: {
+            **{"max_tokens": b.tokens, "top_k": b.top_k, "num_experts": b.experts, "hidden": b.k, "intermediate": b.n},
+            **{"dtype": BF16, "fp8_activations": True, "max_rank": b.rank, "device": b.device},
+        },
+    ),
+    "warmup": ("warmup", lambda b: {"shapes": [kg.MoeShape(b.k, b.n, 2, b.rank, b.top_k, b.experts, b.loras)], "max_tokens": 4}),
+    "moe_route_one_launch": ("moe_route_sort", _sort),
+    "moe_route_three_launch": ("moe_route_sort", _sort),
+    "moe_route_from_tables": (
+        "moe_route_pack",
+        lambda b: {
+            **_engine_tables(b),
+            **_filled(b, "pairs", "blocks", "num_blocks"),
+            "num_pairs": b.tokens * b.top_k,
+            "block_m": 16,
+        },
+    ),
+    "moe_runs_one_launch": ("moe_runs_fill", _fill_runs),
+    "moe_align_one_launch": (
+        "moe_align_fill",
+        lambda b: {
+            **{name: value for name, value in b.routing.items() if name != "num_tokens_hint"},
+            **_filled(b, "num_blocks"),
+            **{"pairs": torch.zeros(b.tokens * b.top_k, dtype=INT32, device=b.device)},
+            **{"blocks": torch.zeros(64 + 4 * b.tokens * b.top_k, dtype=INT32, device=b.device), "block_m": 16},
+        },
+    ),
+}
+
+
+def _of_room(family: str) -> tuple[str, Callable[[Batch], Arguments]]:
+    return family, lambda b: laboratory(family, "laws").good(b.device)
+
+
+# A family that is not above has its good call in its room.
+GOOD |= {name: _of_room(name) for name in sorted(OPS.keys() - {op for op, _ in GOOD.values()}) if name in rooms_with("laws")}
+
+
+def _function(name: str, op: str) -> tuple[Callable[..., Any], str]:
+    """What is called, and what it calls itself in errors."""
+    if name in kg.variants():
+        families = ("moe_route", "moe_align", "moe_runs")
+        family, module = next((f, name.removeprefix(f"{f}_")) for f in families if name.startswith(f))
+        return getattr(importlib.import_module(f"generated.{family}.{module}"), name), name
+    return (kg.MoeRoute.from_tables if op == "MoeRoute.from_tables" else getattr(kg, op)), op
+
+
+@dataclasses.dataclass
+class Door:
+    """A front door, what it declares, and the arguments of a good call."""
+
+    function: Callable[..., Any]
+    name: str
+    op: Op
+    good: Arguments
+
+    @staticmethod
+    def of(name: str, device: str, **sizes: int) -> Door:
+        """What the call is made of may have launched something."""
+        op, make = GOOD[name]
+        function, called = _function(name, op)
+        given, known = make(Batch(device, **sizes)), inspect.signature(function).parameters
+        return Door(function, called, OPS[op], {name: value for name, value in given.items() if name in known})
+
+    def __call__(self, **changed: Any) -> Any:
+        return self.function(**{**self.good, **changed})
+
+    @property
+    def tensors(self) -> list[tuple[str, Tensor, torch.Tensor]]:
+        """(what an error calls it, its declaration, it) of every tensor of a good call."""
+        given = [operand for operand in self.operands if isinstance(operand, (Tensor, Bundle))]
+        return [found for operand in given for found in operand.tensors(self.good[operand.name])]
+
+    @property
+    def operands(self) -> Iterator[operands.Operand]:
+        """Those that the caller gives; and gives here."""
+        return (operand for operand in self.op.operands if operand.name in self.good)
+
+
+def forget() -> None:
+    """As if nothing had been called yet."""
+    with runtime.compile_only():
+        pass
+
+
+def by_hand(bundle: Any, **changed: Any) -> Any:
+    """As somebody makes one who has the tables, rather than one that is edited."""
+    return type(bundle)(**{**bundle._asdict(), **changed})
