@@ -13,7 +13,7 @@ from __future__ import annotations
 from ._fused_moe import FusedMoeLora, FusedMoeWorkspace, fused_moe, fused_moe_workspace
 from ._fused_moe_shape import FusedMoeShape
 from ._launches import launches
-from ._lora import lora, lora_route, lora_workspace
+from ._lora import HeldRoute, lora, lora_route, lora_workspace
 from ._lora_shape import LoraShape
 from ._moe_shape import MoeShape
 from ._overlap import overlap
@@ -48,6 +48,7 @@ __all__ = [
     "FusedMoeLora",
     "FusedMoeShape",
     "FusedMoeWorkspace",
+    "HeldRoute",
     "LoraShape",
     "MoeRoute",
     "MoeRuns",
@@ -809,6 +810,7 @@ def variants() -> tuple[str, ...]:
         "moe_route_one_launch",
         "moe_route_three_launch",
         "moe_route_from_tables",
+        "moe_route_held",
         "moe_runs_one_launch",
         "moe_shrink_pairs_bf16_token_pair",
         "moe_shrink_pairs_bf16_token_pair_a8tensor",

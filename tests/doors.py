@@ -295,6 +295,14 @@ GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
             "workspace": kg.lora_workspace(**b.dense_space),
         },
     ),
+    "lora_route held": (
+        "lora_route_held",
+        lambda b: {
+            **{"token_lora_mapping": b.mapping, "valid_tokens": b.valid, "max_loras": b.loras, "capacity": b.tokens + 9},
+            "workspace": kg.lora_workspace(**b.dense_space),
+        },
+    ),
+    "refill": ("lora_route_refill", lambda b: {"token_lora_mapping": b.mapping, "valid_tokens": b.valid}),
     "from_tables": ("MoeRoute.from_tables", _from_tables),
     "moe_lora sorted": ("moe_lora", _moe_lora),
     "moe_lora naive": ("moe_lora", lambda b: _moe_lora(b, assignment="naive")),
@@ -344,6 +352,14 @@ GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
             "block_m": 16,
         },
     ),
+    "moe_route_held": (
+        "moe_route_fill",
+        lambda b: {
+            **{name: torch.zeros(b.tokens + 9, dtype=INT32, device=b.device) for name in ("adapters", "pairs")},
+            **{"blocks": torch.zeros(40 * b.loras + 2 * b.tokens, 4, dtype=INT32, device=b.device), "num_blocks": b.ints(0, 0, 0, 0)},
+            **{"token_lora_mapping": b.mapping, "valid_tokens": b.valid, "max_loras": b.loras},
+        },
+    ),
     "moe_runs_one_launch": ("moe_runs_fill", _fill_runs),
     "moe_align_one_launch": (
         "moe_align_fill",
@@ -365,12 +381,17 @@ def _of_room(family: str) -> tuple[str, Callable[[Batch], Arguments]]:
 GOOD |= {name: _of_room(name) for name in sorted(OPS.keys() - {op for op, _ in GOOD.values()}) if name in rooms_with("laws")}
 
 
-def _function(name: str, op: str) -> tuple[Callable[..., Any], str]:
+def _function(name: str, op: str, device: str) -> tuple[Callable[..., Any], str]:
     """What is called, and what it calls itself in errors."""
     if name in kg.variants():
         families = ("moe_route", "moe_align", "moe_runs")
         family, module = next((f, name.removeprefix(f"{f}_")) for f in families if name.startswith(f))
         return getattr(importlib.import_module(f"generated.{family}.{module}"), name), name
+    if op == "lora_route_held":
+        return kg.lora_route, "lora_route"
+    if op == "lora_route_refill":
+        held = kg.lora_route(torch.zeros(1, dtype=INT32, device=device), max_loras=3, capacity=15)
+        return held.refill, "HeldRoute.refill"
     return (kg.MoeRoute.from_tables if op == "MoeRoute.from_tables" else getattr(kg, op)), op
 
 
@@ -387,7 +408,7 @@ class Door:
     def of(name: str, device: str, **sizes: int) -> Door:
         """What the call is made of may have launched something."""
         op, make = GOOD[name]
-        function, called = _function(name, op)
+        function, called = _function(name, op, device)
         given, known = make(Batch(device, **sizes)), inspect.signature(function).parameters
         return Door(function, called, OPS[op], {name: value for name, value in given.items() if name in known})
 

@@ -32,6 +32,7 @@ class Layer:
         self.workspace = kg.lora_workspace(
             max_tokens=64, max_loras=LORAS, max_rank=RANK, num_slices=2, device=device
         )
+        self.held = kg.lora_route(self.mapping, max_loras=LORAS, capacity=9, workspace=self.workspace)
 
 
 def one_op(layer: Layer, out: torch.Tensor, x: torch.Tensor, mapping: torch.Tensor, workspace: Any) -> None:
@@ -46,8 +47,15 @@ def two_ops(layer: Layer, out: torch.Tensor, x: torch.Tensor, mapping: torch.Ten
     kg.lora_expand(out, y, layer.b, route)
 
 
+def held(layer: Layer, out: torch.Tensor, x: torch.Tensor, mapping: torch.Tensor, workspace: Any) -> None:
+    layer.held.refill(mapping)
+    kg.lora(out, x, layer.a, layer.b, layer.held.first(x.shape[0]), scaling=0.5)
+
+
 def test_opcheck(device: str) -> None:
     layer = Layer(device)
+    tables = torch.zeros_like(layer.held._tables)
+    torch.library.opcheck(OPS.lora_route_refill.default, (tables, layer.mapping, None, layer.held.capacity, LORAS))
     route = kg.lora_route(layer.mapping, max_loras=LORAS)
     y = torch.zeros((2, TOKENS, RANK), device=device)
     torch.library.opcheck(OPS.lora_shrink.default, (y, layer.x, layer.a, *ROUTE.flat(route), 0.5, None, None))
@@ -57,8 +65,9 @@ def test_opcheck(device: str) -> None:
 
 
 @pytest.mark.slow(keep=1)
-@pytest.mark.parametrize("with_workspace", [False, True], ids=["allocates", "workspace"])
-@pytest.mark.parametrize("apply", [one_op, two_ops])
+@pytest.mark.parametrize(
+    ("apply", "with_workspace"), [(one_op, False), (one_op, True), (two_ops, False), (two_ops, True), (held, True)]
+)
 def test_a_compiled_graph_serves_any_number_of_tokens(device: str, apply: Any, with_workspace: bool) -> None:
     """An engine compiles once: no branch of the front doors may look at the number of tokens."""
     layer = Layer(device)

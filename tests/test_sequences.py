@@ -16,6 +16,7 @@ import torch
 from doors import GOOD, Arguments, Door, by_hand, forget
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+import generated as kg
 from generated import _operands as operands
 from generated import _runtime as runtime
 from generated._operands import Bundle, Choice, Flag, Int, Number, Tensor
@@ -88,6 +89,8 @@ def _said(value: Any, places: dict[int, str]) -> Any:
         return place, value.storage_offset(), tuple(value.shape), value.stride(), value.dtype, value.device
     if isinstance(value, TensorDescriptor):
         return _said(value.base, places), value.shape, value.strides, value.block_shape
+    if isinstance(value, kg.HeldRoute):
+        return _said((value.capacity, value.max_loras, value._tables, value._parts), places)
     if isinstance(value, (list, tuple)):
         return [type(value).__name__, *(_said(item, places) for item in value)]
     return (type(value), value) if isinstance(value, (int, float)) else value

@@ -139,6 +139,7 @@ def test_only_brings_what_is_needed_and_the_front_door_names_what_is_not_there(
     package = imported(build.tree(SPECS, only="moe_lora_*_sorted_add_plain_r64"))
     assert {name for name in package.variants() if not name.startswith("moe_lora_")} == {
         "moe_route_from_tables",
+        "moe_route_held",
         "moe_route_one_launch",
         "moe_route_three_launch",
     }

@@ -150,6 +150,7 @@ def test_what_no_call_gets_is_an_error(case: str, told: str, kernelgen) -> None:
     ("case", "variant"),
     [
         ("moe_route --schedule from_tables", "moe_route_from_tables"),
+        ("moe_route --schedule held", "moe_route_held"),
         ("moe_gemm --rows pair_pair", "moe_gemm_tile_bf16_pair_pair_plain"),
         ("moe_gemm --rows pair_token --delta lora --num_tokens 2", "moe_gemm_gemv_bf16_pair_token_weighted_lora"),
         ("moe_gemm --rows sorted_pair --weight_quant w8group", "moe_gemm_tile_bf16_sorted_pair_plain_w8group"),

@@ -53,7 +53,9 @@ def lora_expand_bf16_add_r16_w8tensor_product(
         return
     m = m0 + tl.arange(0, BLOCK_M)
     live = m < rows
-    token = tl.load(tokens_ptr + first + m, mask=live, other=0).to(tl.int64)
+    listed = tl.load(tokens_ptr + first + m, mask=live, other=0)
+    live &= listed < num_tokens  # a route that an engine holds may list more
+    token = tl.where(live, listed, 0).to(tl.int64)
 
     s, b_ptr = 0, b_ptrs[0]
     spans, width, column, b_stride_l = SPANS[0], WIDTHS[0], COLUMNS[0], B_STRIDES_L[0]

@@ -61,7 +61,9 @@ def lora_shrink_bf16_r128_w8tensor_a8tensor_product(
         return
     m = m0 + tl.arange(0, BLOCK_M)
     live = m < rows
-    token = tl.load(tokens_ptr + first + m, mask=live, other=0).to(tl.int64)
+    listed = tl.load(tokens_ptr + first + m, mask=live, other=0)
+    live &= listed < num_tokens  # a route that an engine holds may list more
+    token = tl.where(live, listed, 0).to(tl.int64)
 
     # A rank below the tile reads rows again and drops them: no mask in the loop. Not the last row alone, which would be one
     # line of memory that all programs ask for.
@@ -140,7 +142,9 @@ def lora_shrink_bf16_r128_w8tensor_a8tensor_total(
     rows = tl.load(blocks_ptr + 4 * block + 3)
     m = tl.arange(0, BLOCK_M)
     live = m < rows
-    token = tl.load(tokens_ptr + first + m, mask=live, other=0).to(tl.int64)
+    listed = tl.load(tokens_ptr + first + m, mask=live, other=0)
+    live &= listed < num_tokens  # a route that an engine holds may list more
+    token = tl.where(live, listed, 0).to(tl.int64)
     r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
     kept = live[:, None] if RANK % BLOCK_R == 0 else live[:, None] & (r < RANK)[None, :]
     cells = (s.to(tl.int64) * num_tokens + token)[:, None] * RANK + r[None, :]

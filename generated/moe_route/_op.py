@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -188,9 +189,44 @@ class OpenRoute(_Open, MoeRoute):
         source = (self.topk_ids, self.token_lora_mapping, self.adapter_enabled, self.expert_map)
         if block_m is None:
             return PairRoute._make((*source, self.parts, *sizes))
-        max_blocks = _max_blocks(self.num_tokens * self.top_k, self.num_experts * self.max_loras, block_m)
+        max_blocks = most_blocks(self.num_tokens * self.top_k, self.num_experts * self.max_loras, block_m)
         tables = (self.pairs, self.blocks, self.num_blocks, self.parts)
         return TableRoute._make((*source, *tables, *sizes, block_m, max_blocks))
+
+
+class _OpenRows(NamedTuple):
+    token_lora_mapping: torch.Tensor  # [T]
+    pairs: torch.Tensor
+    blocks: torch.Tensor  # of all heights, as first_blocks says
+    num_blocks: torch.Tensor  # of each height
+    parts: torch.Tensor | None
+    num_tokens: int
+    max_loras: int
+    capacity: int
+
+
+@operands.bundle()
+class OpenRows(_OpenRows, MoeRoute):
+    """The first rows of a route that an engine holds, whose blocks are of a height that shows when their number does."""
+
+    topk_ids = None
+    top_k = 1
+    num_experts = 1
+
+    def settled(self) -> TableRoute:
+        """The route for the number of tokens that there are."""
+        block_m = default_block_m(self.num_tokens, 1, self.max_loras, dense=True)
+        height = BLOCK_MS.index(block_m)
+        blocks = self.blocks[first_blocks(self.capacity, self.max_loras)[height] :]
+        tables = (self.pairs, blocks, self.num_blocks[height : height + 1], self.parts)
+        sizes = (self.num_tokens, 1, 1, self.max_loras, block_m, most_blocks(self.num_tokens, self.max_loras, block_m))
+        return TableRoute._make((None, self.token_lora_mapping, None, None, *tables, *sizes))
+
+
+def first_blocks(capacity: int, max_loras: int) -> tuple[int, ...]:
+    """Where the blocks of each height begin, in tables for all of them."""
+    numbers = (most_blocks(capacity, max_loras, block_m) for block_m in BLOCK_MS[:-1])
+    return tuple(itertools.accumulate(numbers, initial=0))
 
 
 def moe_route(
@@ -286,9 +322,9 @@ class Plan(NamedTuple):
     looks: list[object]  # of its routes
 
 
-_INT32 = (torch.int32, operands.CONTIGUOUS)
-_BLOCK_MS = (16, 32, 64, 128)
-_TABLES = operands.Tensor("tables", "*", *_INT32, written=True)
+INT32 = (torch.int32, operands.CONTIGUOUS)
+BLOCK_MS = (16, 32, 64, 128)
+_TABLES = operands.Tensor("tables", "*", *INT32, written=True)
 _PARTS = operands.Tensor("parts", "*", torch.float32, operands.CONTIGUOUS, written=True)
 
 
@@ -300,13 +336,13 @@ def _check_workspace(op: str, name: str, workspace: MoeWorkspace) -> None:
 WORKSPACE = operands.Bundle(
     "workspace", MoeWorkspace, (_TABLES, _PARTS), maker="moe_workspace", optional=True, whole=_check_workspace
 )
-_ENABLED = operands.Tensor("adapter_enabled", ">=L", *_INT32, optional=True)
-_MAPPING = operands.Tensor("token_lora_mapping", "T", *_INT32)
+_ENABLED = operands.Tensor("adapter_enabled", ">=L", *INT32, optional=True)
+_MAPPING = operands.Tensor("token_lora_mapping", "T", *INT32)
 _LORAS = operands.Int("max_loras", 1, size="L")
 _EXPERTS = operands.Int("num_experts", 1, size="E")
 _ASSIGNMENT = operands.Choice("assignment", ("auto", "naive", "sorted"))
 _RANK = operands.Int("rank", 1, optional=True)
-_BLOCK_M = operands.Int("block_m", optional=True, one_of=_BLOCK_MS)
+_BLOCK_M = operands.Int("block_m", optional=True, one_of=BLOCK_MS)
 _IDS = operands.Tensor("topk_ids", "T, top_k", operands.IDS, operands.CONTIGUOUS, optional=True)
 
 OP = operands.Op(
@@ -315,7 +351,7 @@ OP = operands.Op(
         _IDS,
         _MAPPING,
         _ENABLED,
-        operands.Tensor("expert_map", ">=1", *_INT32, optional=True),
+        operands.Tensor("expert_map", ">=1", *INT32, optional=True),
         _EXPERTS,
         _LORAS,
         _ASSIGNMENT,
@@ -345,22 +381,22 @@ _SPACE = operands.Op(
 
 # What the launchers of single variants take; front doors make the buffers.
 _FILLED = (
-    operands.Tensor("pairs", "*", *_INT32, written=True),
-    operands.Tensor("blocks", "*, 4", *_INT32, written=True),
-    operands.Tensor("num_blocks", "1", *_INT32, written=True),
+    operands.Tensor("pairs", "*", *INT32, written=True),
+    operands.Tensor("blocks", "*, 4", *INT32, written=True),
+    operands.Tensor("num_blocks", "1", *INT32, written=True),
 )
 _SORT = operands.Op(
     "moe_route_sort",
     (
         *_FILLED,
-        operands.Tensor("scratch", "*", *_INT32, written=True),
+        operands.Tensor("scratch", "*", *INT32, written=True),
         dataclasses.replace(_IDS, optional=False),
         _MAPPING,
         _ENABLED,
-        operands.Tensor("expert_map", ">=1", *_INT32, optional=True),
+        operands.Tensor("expert_map", ">=1", *INT32, optional=True),
         _EXPERTS,
         _LORAS,
-        operands.Int("block_m", one_of=_BLOCK_MS),
+        operands.Int("block_m", one_of=BLOCK_MS),
     ),
 )
 _PACK = operands.Op(
@@ -369,13 +405,13 @@ _PACK = operands.Op(
         *_FILLED,
         operands.Tensor("sorted_token_ids", ">=L, EM", torch.int32),
         operands.Tensor("expert_ids", ">=L, B", torch.int32),
-        operands.Tensor("num_tokens_post_padded", ">=L", *_INT32),
-        operands.Tensor("lora_ids", ">=1", *_INT32, optional=True),
+        operands.Tensor("num_tokens_post_padded", ">=L", *INT32),
+        operands.Tensor("lora_ids", ">=1", *INT32, optional=True),
         _ENABLED,
         operands.Int("num_pairs"),
         _EXPERTS,
         _LORAS,
-        operands.Int("block_m", one_of=_BLOCK_MS),
+        operands.Int("block_m", one_of=BLOCK_MS),
     ),
 )
 
@@ -387,7 +423,7 @@ def check_sort(variant: str, scratch_size: Callable[[int, int], int], *arguments
     num_pairs, num_groups = sizes["T"] * sizes["top_k"], sizes["L"] * sizes["E"]
     if num_groups > _MAX_GROUPS:
         runtime.fail(variant, "max_loras * num_experts", num_groups, f"at most {_MAX_GROUPS}")
-    wanted = {"pairs": num_pairs, "blocks": _max_blocks(num_pairs, num_groups, given["block_m"])}
+    wanted = {"pairs": num_pairs, "blocks": most_blocks(num_pairs, num_groups, given["block_m"])}
     wanted["scratch"] = scratch_size(num_pairs, num_groups)
     _check_filled(variant, given, wanted)
 
@@ -431,10 +467,10 @@ ROUTE = operands.Bundle(
         _IDS,
         _MAPPING,
         _ENABLED,
-        operands.Tensor("expert_map", ">=1", *_INT32, optional=True),
-        operands.Tensor("pairs", ">=sorted_pairs", *_INT32),
-        operands.Tensor("blocks", ">=max_blocks, 4", *_INT32),
-        operands.Tensor("num_blocks", "1", *_INT32),
+        operands.Tensor("expert_map", ">=1", *INT32, optional=True),
+        operands.Tensor("pairs", ">=sorted_pairs", *INT32),
+        operands.Tensor("blocks", ">=max_blocks, 4", *INT32),
+        operands.Tensor("num_blocks", "1", *INT32),
         dataclasses.replace(_PARTS, optional=True),
         operands.Int("num_tokens", size="T"),
         operands.Int("top_k", 1, size="top_k"),
@@ -442,12 +478,13 @@ ROUTE = operands.Bundle(
         _LORAS,
         _ASSIGNMENT,
         _RANK,
-        operands.Int("block_m", one_of=_BLOCK_MS),
+        operands.Int("block_m", one_of=BLOCK_MS),
         operands.Int("max_blocks", size="max_blocks"),
+        operands.Int("capacity"),
     ),
     maker="moe_route",
     kinds=(PairRoute, TableRoute, EngineRoute),
-    open=OpenRoute,
+    open=(OpenRoute, OpenRows),
     sizes=_table_sizes,
     whole=_check_route,
     asks=("schedule", "assignment"),
@@ -468,6 +505,8 @@ def experts_in_weights(values: Mapping[str, Any]) -> dict[str, int]:
 
 def check_kind(variant: str, route: MoeRoute, naive: bool | None) -> None:
     """Raise ValueError where a route is not of a kind that a schedule takes; ``naive``: pairs one by one; None: any."""
+    if isinstance(route, TableRoute) and route.topk_ids is None:
+        runtime.fail(variant, "route", "that of a dense layer", "a route from moe_route", "its tables may list more rows than there are")
     if naive and not has_routing(route):
         runtime.fail(variant, "route", "tables only", "a route from moe_route", "use a variant over blocks")
     if naive is False and not isinstance(route, SortedRoute):
@@ -555,7 +594,7 @@ def _planned(
     block_m = _rows_of_block(*sizes, assignment, rank, block_m)
     if block_m is None:
         return Plan(sizes, num_pairs, None, 0, (0, 0, 0, 0, 0), runtime.nothing, [])
-    max_blocks = _max_blocks(num_pairs, num_groups, block_m)
+    max_blocks = most_blocks(num_pairs, num_groups, block_m)
     splits = _splits(max_blocks, num_pairs, _scratch_size(num_pairs, num_groups))
     _check_size(name, workspace, splits)
     fill = _launches(*sizes, 0 if expert_map is None else expert_map.shape[0], block_m, token_lora_mapping.device)
@@ -675,7 +714,7 @@ def few_pairs(num_tokens: int, top_k: int, num_groups: int, rank: int | None) ->
     return num_pairs <= 128 and shared < 1.5
 
 
-def _max_blocks(num_pairs: int, num_groups: int, block_m: int) -> int:
+def most_blocks(num_pairs: int, num_groups: int, block_m: int) -> int:
     groups = min(num_pairs, num_groups)
     return groups + (num_pairs - groups) // block_m
 
@@ -726,10 +765,10 @@ _OF_TABLES = operands.Op(
     (
         operands.Tensor("sorted_token_ids", (">=L, *", "*"), torch.int32),
         operands.Tensor("expert_ids", (">=L, *", "*"), torch.int32),
-        operands.Tensor("num_tokens_post_padded", ">=L", *_INT32),
-        operands.Tensor("lora_ids", ">=1", *_INT32, optional=True),
+        operands.Tensor("num_tokens_post_padded", ">=L", *INT32),
+        operands.Tensor("lora_ids", ">=1", *INT32, optional=True),
         _ENABLED,
-        operands.Int("block_size", one_of=_BLOCK_MS),
+        operands.Int("block_size", one_of=BLOCK_MS),
         operands.Int("num_tokens"),
         operands.Int("top_k", 1),
         _EXPERTS,

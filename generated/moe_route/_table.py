@@ -16,6 +16,7 @@ VARIANTS = Variants(
         ("one_launch",): "one_launch",
         ("three_launch",): "three_launch",
         ("from_tables",): "from_tables",
+        ("held",): "held",
     },
 )
 # fmt: on

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -19,6 +19,7 @@ from .lora_shrink._op import scales_of as shrink_scales
 from .lora_shrink._op import variant_of as shrink_variant
 from .lora_shrink._table import QUANT
 from .lora_shrink._table import VARIANTS as SHRINK
+from .moe_route._held import HeldRoute, held_route
 from .moe_route._op import (
     ROUTE,
     MoeRoute,
@@ -29,7 +30,28 @@ from .moe_route._op import (
     moe_workspace,
 )
 
-__all__ = ["lora", "lora_route", "lora_workspace"]
+__all__ = ["HeldRoute", "lora", "lora_route", "lora_workspace"]
+
+
+@overload
+def lora_route(
+    token_lora_mapping: torch.Tensor,
+    *,
+    max_loras: int,
+    workspace: MoeWorkspace | None = None,
+    block_m: int | None = None,
+) -> MoeRoute: ...
+
+
+@overload
+def lora_route(
+    token_lora_mapping: torch.Tensor,
+    *,
+    max_loras: int,
+    workspace: MoeWorkspace | None = None,
+    capacity: int,
+    valid_tokens: torch.Tensor | None = None,
+) -> HeldRoute: ...
 
 
 def lora_route(
@@ -38,7 +60,9 @@ def lora_route(
     max_loras: int,
     workspace: MoeWorkspace | None = None,
     block_m: int | None = None,
-) -> MoeRoute:
+    capacity: int | None = None,
+    valid_tokens: torch.Tensor | None = None,
+) -> MoeRoute | HeldRoute:
     """Tokens by adapter, on the device only: no host sync, and a captured CUDA graph stays right when adapters change.
 
     It is the route of a layer with one expert; all linear layers that see the same tokens share it.
@@ -48,10 +72,20 @@ def lora_route(
         max_loras: adapter slots in the weights (L).
         workspace: buffers from ``lora_workspace``; None allocates.
         block_m: rows of a block (16, 32, 64 or 128), None: from the mean number of tokens of an adapter.
+        capacity: the most tokens of any batch: a ``HeldRoute`` is made, whose ``refill`` makes the tables of other batches in
+            place, and whose ``first(T)`` is the route of T rows, for CUDA graphs of every size. Its tables are its own, blocks are
+            of every height, and the mapping may be int64; of a ``workspace`` it has the scratch. None: a route of this batch.
+        valid_tokens: with a ``capacity``, [1] int32 on the device: how many of the T tokens count. None: all.
 
     Raises:
         ValueError: a shape, dtype, device or option that does not fit; nothing was launched.
     """
+    if capacity is not None:
+        if block_m is not None:
+            runtime.fail("lora_route", "block_m", block_m, None, "with a capacity there are blocks of every height")
+        return held_route(token_lora_mapping, valid_tokens, max_loras, capacity, workspace)
+    if valid_tokens is not None:
+        runtime.fail("lora_route", "valid_tokens", "a tensor", None, "it is used with a capacity alone")
     source = (None, token_lora_mapping, None, None)
     if torch.compiler.is_compiling():
         return in_graph(source, 1, max_loras, "sorted", None, block_m, workspace)

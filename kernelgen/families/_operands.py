@@ -219,7 +219,7 @@ class Bundle:
     Attributes:
         parts: of every kind; each has those that are fields of it.
         kinds: classes that go by the name of ``of``; none: it is the only one.
-        open: the class of one whose kind a graph of torch.compile leaves open; its ``settled()``, when the graph runs, is of one.
+        open: classes of those whose kind a graph of torch.compile leaves open; their ``settled()``, when the graph runs, is of one.
         sizes: further sizes that its numbers tell, by the names that shapes of its parts have for them.
         whole: called with the op's name, the bundle's and the bundle, raises ValueError where its parts do not go together.
         goes_with: another bundle, and what is called with the op's name, this one's, both, and raises ValueError where they do
@@ -232,7 +232,7 @@ class Bundle:
     maker: str  # which front door makes it, for the hint of an error
     optional: bool = False
     kinds: tuple[type, ...] = ()
-    open: type | None = None
+    open: tuple[type, ...] = ()
     sizes: Callable[[Any], Mapping[str, int]] | None = None
     whole: Callable[[str, str, Any], None] | None = None
     goes_with: tuple[str, Callable[[str, str, Any, Any], None]] | None = None
@@ -250,7 +250,7 @@ class Bundle:
     @functools.cached_property
     def _classes(self) -> dict[str, Any]:
         """By name, all that there are in a graph of torch.compile."""
-        classes = (*(self.kinds or (self.of,)), *(() if self.open is None else (self.open,)))
+        classes = (*(self.kinds or (self.of,)), *self.open)
         return {kind.__name__: kind for kind in classes}
 
     @functools.cached_property
@@ -287,7 +287,7 @@ class Bundle:
             if kind is None:
                 return None
             value = classes[kind]._make([parts[place] for place in places[kind]])
-            return value.settled() if classes[kind] is still_open else value
+            return value.settled() if classes[kind] in still_open else value
 
         return whole_again
 

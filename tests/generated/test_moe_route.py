@@ -20,6 +20,7 @@ SUITE = Suite(
 one_launch
 three_launch
 from_tables
+held
 """,
 )
 

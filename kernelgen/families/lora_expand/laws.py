@@ -250,8 +250,32 @@ def many_tokens_same_bits(package: ModuleType, variants: Sequence[Variant], devi
             assert torch.equal(bits(some), bits(all_of_them[few])), f"rank {rank}: bits depend on the batch"
 
 
+def a_held_route_serves_every_batch(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """One held route, filled with shorter and longer batches: the bits of routes of their own, for fewer rows and for more.
+
+    Routes of the first rows are made once, and x and out end where the rows do.
+    """
+    case = dataclasses.replace(_CASE, tokens=150, k=48, rank=8)
+    layer, loras = _Layer.of(case, variants[0].tags, device), case.loras
+    mapping, none = layer.batch.mapping, torch.full_like(layer.batch.mapping, -1)
+    held = package.lora_route(mapping[:2].long(), max_loras=loras, capacity=case.tokens)
+    firsts = {rows: held.first(rows) for rows in (1, 40, 150)}
+    for live, given in ((9, 9), (150, 150), (33, 150), (0, 20)):
+        held.refill(mapping[:given], None if live == given else torch.tensor([live], dtype=torch.int32, device=device))
+        for rows, route in firsts.items():
+            own = package.lora_route(torch.cat((mapping[:live], none))[:rows].clone(), max_loras=loras)
+            found, wanted = layer.out[:rows].clone(), layer.out[:rows].clone()
+            for out, of in ((found, route), (wanted, own)):
+                package.lora(out, layer.x[:rows].clone(), layer.lora_a, layer.lora_b, of, scaling=0.3, offset_start=case.offset)
+            assert torch.equal(bits(found), bits(wanted)), f"{live} tokens of {given}, {rows} rows: other bits"
+            assert held.first(rows) is route
+            in_range = (own.token_lora_mapping >= 0) & (own.token_lora_mapping < loras)
+            assert torch.equal(route.token_lora_mapping, torch.where(in_range, own.token_lora_mapping, -1))
+
+
 LAWS = (
     Law(both_products_give_the_same_bits),
+    Law(a_held_route_serves_every_batch),
     Law(measured_tiles_are_found),
     Law(fp8_front_doors),
     Law(any_batch_same_bits),

@@ -15,6 +15,10 @@ _BLOCK = 16
 
 def call(package: ModuleType, asked: Asked) -> None:
     """The route of a batch, or of the tables that an engine has, each pair in a block of its own at most."""
+    if asked.tag("schedule") == "held":
+        capacity = asked.sizes["num_tokens"]
+        package.lora_route(ints(capacity), max_loras=asked.sizes["max_loras"], capacity=capacity)
+        return
     if asked.tag("schedule") != "from_tables":
         route(package, asked)
         return

@@ -14,7 +14,9 @@ from kernelgen.families.case import Case as BaseCase
 from kernelgen.families.case import Tags
 from kernelgen.families.moe_experts import far_ids
 from kernelgen.families.moe_route.reference import (
+    Live,
     PaddedTables,
+    by_first_token,
     faults,
     from_padded,
     live_pairs,
@@ -34,6 +36,8 @@ class Case(BaseCase):
         routing: how experts and adapters are drawn.
         names_adapters: an engine's tables come with the adapters of the batch, and hold rows of an older one.
         row_stride: elements between the rows of an engine's tables, 0: as close as they fit.
+        room: rows that a held route has behind the batch.
+        valid: how many tokens of the batch count, None: all.
     """
 
     tokens: int = 7
@@ -44,9 +48,12 @@ class Case(BaseCase):
     routing: Routing = SPREAD
     names_adapters: bool = True
     row_stride: int = 0
+    room: int = 5
+    valid: int | None = None
 
 
 _ONE_GROUP = Routing("one_group")
+_HELD = {"schedule": ("held",)}
 
 CASES = (
     Case("one", "every size is one", tokens=1, top_k=1, experts=1, loras=1),
@@ -89,6 +96,12 @@ CASES = (
     Case("eq_chunk", "as many pairs as a program takes", tokens=256, experts=4),
     Case("gt_chunk", "one pair more", tokens=171, top_k=3, routing=Routing("mixed")),
     Case("chunks", "groups that reach over several programs", tokens=600, top_k=2, experts=7),
+    Case("stale", "ids of an older batch behind the tokens that count", only=_HELD, tokens=150, loras=3, valid=77),
+    Case("all_stale", "no token counts", only=_HELD, valid=0),
+    Case("valid_beyond", "more tokens said to count than there are", only=_HELD, routing=Routing("mixed"), valid=1000),
+    Case("full", "as many tokens as rows", only=_HELD, tokens=256, room=0),
+    Case("empty", "a batch of nothing", only=_HELD, tokens=0, room=140),
+    Case("steps", "more tokens than are counted at a time", only=_HELD, tokens=4200, top_k=1, loras=33),
 )
 
 
@@ -104,6 +117,9 @@ def check(
     tokens = case.tokens if most is None else min(case.tokens, most // case.top_k)
     sizes = Sizes(tokens, case.top_k, case.experts, case.loras)
     routed = draw(case.routing, sizes, case.random(), device)
+    if tags["schedule"] == "held":
+        _check_held(launcher, case, routed, device)
+        return 0.0
     if tags["schedule"] == "from_tables":
         _check_from_tables(launcher, case, routed, device)
     else:
@@ -158,6 +174,32 @@ def _check_sort(launcher: Callable[..., None], case: Case, routed: Routed, devic
         blocks, wanted.blocks
     ), f"blocks {blocks.tolist()}, wanted {wanted.blocks.tolist()}"
     assert torch.equal(pairs[: len(wanted.pairs)], wanted.pairs), "pairs are not in ascending order"
+
+
+def _check_held(launcher: Callable[..., None], case: Case, routed: Routed, device: str) -> None:
+    tokens, loras = case.tokens, case.loras
+    mapping, capacity = routed.token_lora_mapping.to(case.routing.ids_dtype), tokens + case.room
+    counted = tokens if case.valid is None else min(case.valid, tokens)
+    adapters = [a if 0 <= a < loras and t < counted else -1 for t, a in enumerate(mapping.tolist())]
+    if mapping.dtype == torch.int64:
+        mapping = torch.where(torch.tensor(adapters, device=device) < 0, 2**32, mapping)  # 0, if it were cut
+    heights = [16, 32, 64, 128]
+    most = [min(capacity, loras) + (capacity - min(capacity, loras)) // height for height in heights]
+    written = _Written(device, adapters=capacity, pairs=capacity, blocks=4 * sum(most), num_blocks=4)
+    views = written.views
+    valid = None if case.valid is None else torch.tensor([case.valid], dtype=torch.int32, device=device)
+    tables = (views["adapters"], views["pairs"], views["blocks"].view(-1, 4), views["num_blocks"])
+    launcher(*tables, mapping, valid, max_loras=loras)
+    written.verify()
+    assert written.read("adapters", capacity).tolist() == adapters + [-1] * case.room, "adapters of tokens"
+    live, at = [Live(t, a, 0) for t, a in enumerate(adapters) if a >= 0], 0
+    for i, height in enumerate(heights):
+        wanted = by_first_token(moe_route(live, block_m=height))
+        count = int(views["num_blocks"][i])
+        blocks = written.read("blocks", 4 * sum(most)).view(-1, 4)[at : at + count]
+        assert torch.equal(blocks, wanted.blocks), f"{height}: blocks {blocks.tolist()}, wanted {wanted.blocks.tolist()}"
+        assert torch.equal(written.read("pairs", len(live)), wanted.pairs), "pairs are not in ascending order"
+        at += most[i]
 
 
 def _check_from_tables(

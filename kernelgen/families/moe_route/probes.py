@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Callable, Iterator, Mapping
 
+import torch
+
 from kernelgen.core.model import Variant
 from kernelgen.families.probe import Probe, meta
 
@@ -14,6 +16,9 @@ _TOKENS = {8: 16, 64: 16, 4096: 64}  # both sorts, the first of them small and l
 def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
     """The front door picks the variant by the size of the batch: what it does not pick launches nothing."""
     sizes = {"top_k": 8, "num_experts": 128, "max_loras": 4}
+    if variant.schedule == "held":
+        yield from _held(package)
+        return
     for num_tokens, block_m in _TOKENS.items():
         yield Probe(
             f"t{num_tokens}_m{block_m}",
@@ -22,6 +27,17 @@ def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
             flops=0.0,
             bytes=4.0 * num_tokens * (2 * sizes["top_k"] + 1),
         )
+
+
+def _held(package: ModuleType) -> Iterator[Probe]:
+    """Of a few adapters and of many; as engines have ids and counts."""
+    for max_loras, valid in ((4, None), (200, meta(1))):
+        sizes = {"capacity": 8192, "max_loras": max_loras}
+
+        def hold(valid: torch.Tensor | None = valid, sizes: Mapping[str, int] = sizes) -> None:
+            package.lora_route(meta(8192, dtype=torch.int64), valid_tokens=valid, **sizes)
+
+        yield Probe(f"l{max_loras}", sizes, hold, flops=0.0, bytes=20.0 * 8192)
 
 
 def _call(

@@ -70,6 +70,12 @@ def moe_route(live: list[Live], *, block_m: int) -> Tables:
     return _tables([item.pair for item in ordered], blocks)
 
 
+def by_first_token(tables: Tables) -> Tables:
+    """The same blocks, in the order of the first pair of each."""
+    firsts = tables.pairs[tables.blocks[:, 2].long()]
+    return tables._replace(blocks=tables.blocks[firsts.argsort()])
+
+
 class PaddedTables(NamedTuple):
     """The tables of an engine: row l lists the pairs of adapter l, each group of an expert padded to whole blocks."""
 
