@@ -222,7 +222,7 @@ class Bundle:
     Attributes:
         parts: of every kind; each has those that are fields of it.
         kinds: classes that go by the name of ``of``; none: it is the only one.
-        open: classes of those whose kind a graph of torch.compile leaves open; their ``settled()``, when the graph runs, is of one.
+        open: classes of those whose kind a graph of torch.compile leaves open; ``settled()``, when the graph runs, is of one.
         sizes: further sizes that its numbers tell, by the names that shapes of its parts have for them.
         whole: called with the op's name, the bundle's and the bundle, raises ValueError where its parts do not go together.
         goes_with: another bundle, and what is called with the op's name, this one's, both, and raises ValueError where they do

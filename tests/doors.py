@@ -356,7 +356,8 @@ GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
         "moe_route_fill",
         lambda b: {
             **{name: torch.zeros(b.tokens + 9, dtype=INT32, device=b.device) for name in ("adapters", "pairs")},
-            **{"blocks": torch.zeros(40 * b.loras + 2 * b.tokens, 4, dtype=INT32, device=b.device), "num_blocks": b.ints(0, 0, 0, 0)},
+            "blocks": torch.zeros(40 * b.loras + 2 * b.tokens, 4, dtype=INT32, device=b.device),
+            "num_blocks": b.ints(0, 0, 0, 0),
             **{"token_lora_mapping": b.mapping, "valid_tokens": b.valid, "max_loras": b.loras},
         },
     ),

@@ -73,8 +73,9 @@ def lora_route(
         workspace: buffers from ``lora_workspace``; None allocates.
         block_m: rows of a block (16, 32, 64 or 128), None: from the mean number of tokens of an adapter.
         capacity: the most tokens of any batch: a ``HeldRoute`` is made, whose ``refill`` makes the tables of other batches in
-            place, and whose ``first(T)`` is the route of T rows, for CUDA graphs of every size. Its tables are its own, blocks are
-            of every height, and the mapping may be int64; of a ``workspace`` it has the scratch. None: a route of this batch.
+            place, and whose ``first(T)`` is the route of T rows, for CUDA graphs of every size. Its tables are its own, with
+            blocks of every height, and the mapping may be int64; of a ``workspace`` it has the scratch. None: a route of this
+            batch.
         valid_tokens: with a ``capacity``, [1] int32 on the device: how many of the T tokens count. None: all.
 
     Raises:

@@ -51,7 +51,7 @@ class HeldRoute:
         self._routes: dict[int, MoeRoute] = {}
 
     def first(self, num_tokens: int) -> MoeRoute:
-        """The route of the first ``num_tokens`` rows, for ``lora``, ``lora_shrink`` and ``lora_expand``; the same object each time.
+        """The route of the first ``num_tokens`` rows, for ``lora``, ``lora_shrink`` and ``lora_expand``; the same each time.
 
         There may be more of them than tokens in the batch, as in a graph for padded batches: rows behind the batch have no
         adapter. There may be fewer: rows behind ``num_tokens`` are neither read nor written. Its ``token_lora_mapping``
@@ -72,8 +72,8 @@ class HeldRoute:
         """Make the tables of another batch, in one launch, on the device only.
 
         Args:
-            token_lora_mapping: contiguous [T] int32 or int64, T at most ``capacity``: the adapter of each token; -1, or any that is
-                not in [0, max_loras): none. Rows behind have none.
+            token_lora_mapping: contiguous [T] int32 or int64, T at most ``capacity``: the adapter of each token; -1, or any that
+                is not in [0, max_loras): none. Rows behind have none.
             valid_tokens: [1] int32 on the device, how many of the T count; those behind, whatever they hold, have no adapter.
                 None: all.
 

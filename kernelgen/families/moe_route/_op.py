@@ -503,7 +503,8 @@ def experts_in_weights(values: Mapping[str, Any]) -> dict[str, int]:
 def check_kind(variant: str, route: MoeRoute, naive: bool | None) -> None:
     """Raise ValueError where a route is not of a kind that a schedule takes; ``naive``: pairs one by one; None: any."""
     if isinstance(route, TableRoute) and route.topk_ids is None:
-        runtime.fail(variant, "route", "that of a dense layer", "a route from moe_route", "its tables may list more rows than there are")
+        hint = "its tables may list more rows than there are"
+        runtime.fail(variant, "route", "that of a dense layer", "a route from moe_route", hint)
     if naive and not has_routing(route):
         runtime.fail(variant, "route", "tables only", "a route from moe_route", "use a variant over blocks")
     if naive is False and not isinstance(route, SortedRoute):
