@@ -121,13 +121,14 @@ def test_a_hundred_adapters_come_and_go(device: str) -> None:
             assert torch.equal(buffer[others], kept[key][others])
     held |= {1: adapter(5)}
     slots.load(1, held[1])
+    slots.wait()
     before = step()
     assert all(torch.equal(out, wanted) for out, wanted in zip(before, step.wanted(held), strict=True))
     slots.load(1, full())
+    slots.wait()
     for old, new in zip(before, step(), strict=True):
         rest = step.tokens != 1
         assert torch.equal(old[rest], new[rest]) and not torch.equal(old[1], new[1])
-    slots.wait()
     assert [slots.version(slot) for slot in range(SLOTS)] == slots.versions.tolist() and min(slots.versions.tolist()) > 9
 
 
