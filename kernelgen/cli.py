@@ -349,6 +349,53 @@ def verify(only: str | None, device: str, exact: bool, jobs: int | None, specs: 
     return Report(result.as_json(), _table(*result.table()), 1 if result.findings else 0)
 
 
+@_command("sanitize")
+@click.option("--only", metavar="GLOB", help="Only the variants of such a name.")
+@click.option(
+    "--tool",
+    "tools",
+    type=click.Choice(["memcheck", "initcheck", "racecheck", "synccheck"]),
+    multiple=True,
+    help="Only this; repeatable.",
+)
+@click.option(
+    "--result",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File that gets what was found, and hashes of what was checked.",
+)
+@click.option("--check", is_flag=True, help="Run nothing: exit 1 where --result is not of the kernels as they are now.")
+@click.option("-j", "--jobs", type=click.IntRange(1, 256), help="Processes on the GPU.  [default: one a core, at most 12]")
+@_specs_option
+@_out_option
+def sanitize(
+    only: str | None, tools: Sequence[str], result: Path | None, check: bool, jobs: int | None, specs: Path, out: Path
+) -> Report:
+    """Run every kernel's text on the GPU under compute-sanitizer: bounds, memory that nothing wrote, races, barriers."""
+    if check and result is None:
+        raise click.UsageError("--check goes with --result")
+    from kernelgen.core.progress import progress
+    from kernelgen.core.write import replace_file
+    from kernelgen.emit import build as pipeline
+    from kernelgen.prove import sanitize as sanitizer
+
+    workers = jobs or min(_cores(), 12)
+    pipeline.require_current(specs, out, only, workers)
+    if check and result is not None:
+        findings = sanitizer.compare(out, result, only)
+        document: dict[str, Any] = {"findings": [finding.as_json() for finding in findings]}
+    else:
+        done = sanitizer.run(
+            out, specs, only=only, tools=tools or sanitizer.TOOLS, workers=workers, progress=progress("checking")
+        )
+        findings, document = done.findings, done.as_json()
+        if result is not None:
+            replace_file(result, json.dumps(document, indent=1) + "\n")
+        click.echo(done.summary(), err=True)
+    for finding in findings:
+        click.echo(str(finding), err=True)
+    return Report(document, (), 1 if findings else 0)
+
+
 @_command("compile")
 @click.option("--arch", "archs", metavar="TARGET", multiple=True, help="Only for this; repeatable.")
 @click.option("--only", metavar="GLOB", help="Only the variants of such a name.")

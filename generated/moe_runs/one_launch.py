@@ -114,9 +114,7 @@ def moe_runs_one_launch_kernel(
         mine = _local(topk_ids_ptr, pair, num_pairs, NUM_EXPERTS, LOCAL_EXPERT_START) == own
         place = row_first[:, None] + tl.cumsum(mine.to(tl.int32), 1) - 1
         row_first += tl.sum(mine.to(tl.int32), 1)
-        entry = gathered_ptr + 2 * place
-        tl.store(entry, pair, mask=mine)
-        tl.store(entry + 1, _group(token_lora_mapping_ptr, adapter_enabled_ptr, pair, mine, TOP_K, MAX_LORAS), mask=mine)
+        tl.store(gathered_ptr + 2 * place, pair, mask=mine)
     tl.debug_barrier()
 
     last = first + count
@@ -124,8 +122,12 @@ def moe_runs_one_launch_kernel(
     counts_of = tl.zeros([GROUPS], tl.int32)
     for row0 in tl.range(first, last, WIDTH):
         row = row0 + tl.arange(0, WIDTH)
-        group = tl.load(gathered_ptr + 2 * row + 1, mask=row < last, other=-1)
-        counts_of += tl.sum((g[:, None] == group[None, :]).to(tl.int32), 1)
+        live = row < last
+        pair = tl.load(gathered_ptr + 2 * row, mask=live, other=0)
+        group = _group(token_lora_mapping_ptr, adapter_enabled_ptr, pair, live, TOP_K, MAX_LORAS)
+        tl.store(gathered_ptr + 2 * row + 1, group, mask=live)
+        counts_of += tl.sum(((g[:, None] == group[None, :]) & live[None, :]).to(tl.int32), 1)
+    tl.debug_barrier()
     ends = first + tl.cumsum(counts_of)
 
     held = (g > 0) & (counts_of > 0)

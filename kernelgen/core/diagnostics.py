@@ -58,6 +58,8 @@ CATALOGUE: Mapping[str, str] = {
     "KG060": "a variant that differs from its reference",
     "KG061": "kernels cannot run here",
     "KG062": "a module of a room that is missing, cannot be imported, or fails",
+    "KG063": "a kernel that compute-sanitizer objects to",
+    "KG064": "a kernel that compute-sanitizer did not see as it is now",
     "KG070": "a workload that cannot be made, or a family that has nothing to tune",
     "KG071": "a peer that cannot be used here",
     "KG072": "a file of results, of tiles or of a search that this run cannot go on with",

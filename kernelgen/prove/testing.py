@@ -18,7 +18,7 @@ import math
 import unittest
 import zlib
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Hashable, Iterator, Mapping, Sequence, TypeVar
 
 import torch
 
@@ -30,6 +30,8 @@ from kernelgen.families.quant import formats_of
 
 if TYPE_CHECKING:
     from kernelgen.core.model import Family
+
+_Key = TypeVar("_Key", bound=Hashable)
 
 __all__ = ["Case", "Law", "Suite", "Variant"]
 
@@ -117,14 +119,14 @@ class Suite:
     @functools.cached_property
     def quick_exact(self) -> frozenset[tuple[str, str]]:
         """A part of ``exact`` that meets each case, each body, and each tag with each template."""
-        met = {(variant.name, case.name): {*self.marks(variant), case} for variant, case in self.exact}
-        missing = set().union(*met.values())
-        chosen = set()
-        while missing:
-            pair = max(met, key=lambda pair: len(met[pair] & missing))
-            chosen.add(pair)
-            missing -= met[pair]
-        return frozenset(chosen)
+        met = {pair: {*self.marks(pair[0]), pair[1]} for pair in self.exact}
+        return frozenset((variant.name, case.name) for variant, case in _cover(met))
+
+    @functools.cached_property
+    def each_text(self) -> tuple[tuple[Variant, Case], ...]:
+        """A part of the pairs that meets each body, and each tag with each template."""
+        pairs = sorted(self.pairs, key=lambda pair: not pair[1].core)
+        return tuple(_cover({pair: set(self.marks(pair[0])) for pair in pairs if not pair[1].needs_gpu}))
 
     @property
     def laws(self) -> Sequence[Law]:
@@ -224,6 +226,15 @@ class Suite:
         for variant in self.variants:
             bodies.setdefault(tuple(map(variant.tags.get, axes)), []).append(variant)
         return list(bodies.values())
+
+
+def _cover(met: Mapping[_Key, set[Any]]) -> Iterator[_Key]:
+    """Some keys, whose sets together have all that is in any."""
+    missing: set[Any] = set().union(*met.values())
+    while missing:
+        key = max(met, key=lambda key: len(met[key] & missing))
+        missing -= met[key]
+        yield key
 
 
 def _skip_without_gpu(item: Case | Law, device: str) -> None:

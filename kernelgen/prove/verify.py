@@ -23,7 +23,7 @@ from kernelgen.core.locate import find_specs, place_below, place_in_room
 from kernelgen.core.model import Location
 from kernelgen.core.processes import Fault, Progress, in_processes, no_progress
 from kernelgen.emit.rooms import laboratory, serve
-from kernelgen.prove.testing import Suite
+from kernelgen.prove.testing import Suite, Variant
 
 DEVICES = ("cpu", "cuda")
 _LAW = "law"
@@ -64,9 +64,7 @@ class Result:
     def findings(self) -> list[Diagnostic]:
         """The variants that are wrong."""
         return [
-            Diagnostic(
-                "KG060", Location(names.test_path(o.family)), f"{o.subject}, {o.case}: {o.error}"
-            )
+            Diagnostic("KG060", Location(names.test_path(o.family)), f"{o.subject}, {o.case}: {o.error}")
             for o in self.outcomes
             if o.error
         ]
@@ -135,12 +133,10 @@ def run(
         Failure: there is nothing to run, no such device, or a room without cases or laws; exit code 2.
     """
     start = time.monotonic()
-    _require(device)
+    require_device(device)
     tasks = list(_tasks(suites(out), only, exact))
     if not tasks:
-        names = [v.name for s in suites(out).values() for v in s.variants]
-        hint = did_you_mean(only or "", names, "kernelgen list shows the names")
-        raise failure("KG040", only or "", "no variant has a name like this", hint)
+        raise nothing_named(out, only)
     specs = specs or find_specs()
     for family, subject in tasks:
         laboratory(family, "laws" if subject == _LAW else "cases", specs)
@@ -177,7 +173,20 @@ def suites(out: Path) -> dict[str, Suite]:
     return found
 
 
-def _require(device: str) -> None:
+def is_named(variant: Variant, only: str | None) -> bool:
+    """Whether its name is like ``only``; None: any is."""
+    return only is None or fnmatch.fnmatchcase(variant.name, only)
+
+
+def nothing_named(out: Path, only: str | None) -> Failure:
+    """What to raise where no variant has a name like ``only``."""
+    known = [variant.name for suite in suites(out).values() for variant in suite.variants]
+    hint = did_you_mean(only or "", known, "kernelgen list shows the names")
+    return failure("KG040", only or "", "no variant has a name like this", hint)
+
+
+def require_device(device: str) -> None:
+    """Raise Failure where kernels cannot run on it; exit code 2."""
     if device not in DEVICES:
         raise failure("KG061", device, f"no such device; known: {', '.join(DEVICES)}")
     if device == "cuda":
@@ -191,7 +200,7 @@ def _require(device: str) -> None:
 def _tasks(found: dict[str, Suite], only: str | None, exact: bool) -> Iterator[_Task]:
     for family, suite in found.items():
         for variant in suite.variants:
-            if (only is None or fnmatch.fnmatchcase(variant.name, only)) and (not exact or suite.exact_cases(variant)):
+            if is_named(variant, only) and (not exact or suite.exact_cases(variant)):
                 yield family, variant.name
         if only is None and not exact:
             yield family, _LAW

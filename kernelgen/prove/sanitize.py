@@ -1,0 +1,227 @@
+"""Every schedule under NVIDIA's compute-sanitizer: bounds, memory that nothing wrote, races, barriers that not all reach.
+
+What runs is a part of the generated tests in which each kernel's text meets a case, in processes under the tool, with an
+allocation for every tensor, so that each is out of the bounds of all others. A result has hashes of the texts that were checked.
+https://docs.nvidia.com/compute-sanitizer
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Iterator, Mapping, Sequence
+
+from kernelgen.core import names
+from kernelgen.core.diagnostics import Diagnostic, failure
+from kernelgen.core.model import Location
+from kernelgen.core.processes import Fault, Progress, in_processes, no_progress
+from kernelgen.core.read import parse_json, read_file
+from kernelgen.emit.rooms import serve
+from kernelgen.families.case import Case, Variant
+from kernelgen.prove.verify import is_named, nothing_named, require_device, start_worker, suites
+
+TOOLS = ("memcheck", "initcheck", "racecheck", "synccheck")
+PROGRAM = "compute-sanitizer"
+_Names = tuple[str, str, str]  # of a family, a variant and a case
+
+
+@dataclasses.dataclass(frozen=True)
+class Complaint:
+    """What a tool said of a kernel, or how a process under it went wrong; ``variant``: empty where it is none of ours."""
+
+    tool: str
+    variant: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What ``run`` found out: ``checked`` are hashes of variants' modules, and the cases that they met under every tool."""
+
+    versions: Mapping[str, str]
+    tools: Sequence[str]
+    checked: Mapping[str, tuple[str, Sequence[str]]]
+    complaints: Sequence[Complaint]
+    seconds: float
+
+    @property
+    def findings(self) -> list[Diagnostic]:
+        """What the tools object to."""
+        return [Diagnostic("KG063", Location(c.variant or PROGRAM), f"{c.tool}: {c.text}") for c in self.complaints]
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields of a report, and of a file of results."""
+        return {
+            "versions": dict(self.versions),
+            "tools": list(self.tools),
+            "variants": {name: {"sha256": digest, "cases": list(cases)} for name, (digest, cases) in self.checked.items()},
+            "findings": [finding.as_json() for finding in self.findings],
+        }
+
+    def summary(self) -> str:
+        """One line for a reader."""
+        cases = sum(len(cases) for _, cases in self.checked.values())
+        what = f"{len(self.checked)} variants, {cases} cases under each of {', '.join(self.tools)}"
+        return f"{what} in {self.seconds:.0f} s: {len(self.complaints)} complaints"
+
+
+def run(
+    out: Path,
+    specs: Path,
+    *,
+    only: str | None = None,
+    tools: Sequence[str] = TOOLS,
+    device: str = "cuda",
+    workers: int = 1,
+    progress: Progress = no_progress,
+) -> Result:
+    """Run kernels of the package in ``out`` under each tool.
+
+    Args:
+        only: a glob on the names of variants.
+        device: "cpu" shows the way there, without a kernel for a tool to look at.
+        workers: processes, all on the first GPU.
+
+    Raises:
+        Failure: there is nothing to run, no GPU, or no compute-sanitizer; exit code 2.
+    """
+    start = time.monotonic()
+    require_device(device)
+    program = shutil.which(PROGRAM)
+    if program is None:
+        raise failure("KG061", PROGRAM, "it is not on the PATH", "it comes with the CUDA toolkit")
+    pairs = _pairs(out, only)
+    tasks: list[_Names] = [(variant.family, variant.name, case.name) for variant, case in pairs]
+    known = sorted({variant.name for suite in suites(out).values() for variant in suite.variants}, key=len, reverse=True)
+    jobs = [(tool, tasks[i::workers]) for tool in tools for i in range(min(workers, len(tasks)))]
+    work = functools.partial(_under, program, out.resolve(), specs.resolve(), device, known)
+    complaints: list[Complaint] = []
+    for (tool, _), found in zip(jobs, in_processes(work, jobs, workers, progress, method="spawn"), strict=True):
+        complaints += [Complaint(tool, "", found.reason)] if isinstance(found, Fault) else found
+    checked: dict[str, tuple[str, list[str]]] = {}
+    for variant, case in pairs:
+        checked.setdefault(variant.name, (_digest(out, variant), []))[1].append(case.name)
+    return Result(_versions(program), tools, checked, list(dict.fromkeys(complaints)), time.monotonic() - start)
+
+
+def compare(out: Path, file: Path, only: str | None = None) -> list[Diagnostic]:
+    """Which kernels a file of results does not have as they are now.
+
+    Raises:
+        Failure: it is no such file; exit code 2.
+    """
+    try:
+        checked = {name: said["sha256"] for name, said in parse_json(read_file(file))["variants"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        hint = "kernelgen sanitize --result writes one"
+        raise failure("KG072", str(file), f"no result of kernelgen sanitize: {type(error).__name__}", hint) from error
+    findings = []
+    for variant in dict.fromkeys(variant for variant, _ in _pairs(out, only)):
+        said = checked.get(variant.name)
+        if said != _digest(out, variant):
+            what = "was not checked" if said is None else "has another text since it was checked"
+            findings.append(Diagnostic("KG064", Location(variant.name), f"it {what}", "run kernelgen sanitize on a GPU"))
+    return findings
+
+
+def complaints_of(log: str, tool: str, known: Sequence[str]) -> Iterator[Complaint]:
+    """What a log says, each thing once; ``known``: names of variants, the longest first."""
+    said = set()
+    for block in re.split(r"^=========\s*$", log, flags=re.MULTILINE):
+        lines = [line.removeprefix("=========").strip() for line in block.splitlines() if line.startswith("=========")]
+        lines = [line for line in lines if line and not _NOTE.match(line)]
+        if not lines:
+            continue
+        kernels = _KERNEL.findall("\n".join(lines))
+        variant = next((name for kernel in kernels for name in known if kernel.startswith(f"{name}_")), "")
+        text = lines[0] + (f", in {kernels[0]}" if kernels else "")
+        if (variant, text) not in said:
+            said.add((variant, text))
+            yield Complaint(tool, variant, text)
+
+
+_NOTE = re.compile(r"COMPUTE-SANITIZER|(ERROR|RACECHECK|LEAK) SUMMARY|Target application|Host Frame|Saved host")
+_KERNEL = re.compile(r"\b(?:at|in|by|access at) (\w+)(?=\+0x|\(|:)")
+
+
+def _pairs(out: Path, only: str | None) -> list[tuple[Variant, Case]]:
+    pairs = [pair for suite in suites(out).values() for pair in suite.each_text if is_named(pair[0], only)]
+    if not pairs:
+        raise nothing_named(out, only)
+    return pairs
+
+
+def _digest(out: Path, variant: Variant) -> str:
+    return hashlib.sha256(read_file(out / names.family_path(variant.family, variant.module))).hexdigest()
+
+
+def _versions(program: str) -> dict[str, str]:
+    import torch
+    import triton
+
+    shown = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
+    version = re.search(r"[Vv]ersion ([\w.]+)", shown)
+    found = {PROGRAM: version[1] if version else "unknown", "torch": torch.__version__, "triton": triton.__version__}
+    return found | ({"gpu": torch.cuda.get_device_name(0)} if torch.cuda.is_available() else {})
+
+
+def _under(
+    program: str, out: Path, specs: Path, device: str, known: Sequence[str], job: tuple[str, Sequence[_Names]]
+) -> list[Complaint]:
+    """The complaints of a tool about some pairs, run in a process of their own."""
+    tool, tasks = job
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        command = [
+            program,
+            "--tool",
+            tool,
+            "--log-file",
+            str(log),
+            "--target-processes",
+            "application-only",
+            "--print-limit",
+            "1000",
+        ]
+        command += [sys.executable, "-m", "kernelgen.prove.sanitize", str(out), str(specs), device]
+        # Memory that torch keeps for later would be within the bounds of any tensor beside it.
+        env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        done = subprocess.run(command, input=json.dumps(tasks), capture_output=True, text=True, env=env, check=False)
+        found = list(complaints_of(log.read_text() if log.exists() else "", tool, known))
+    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    found += [Complaint(tool, variant, f"{case}: {error}") for variant, case, error in told if error]
+    if len(told) < len(tasks):
+        last = (done.stderr.strip().splitlines() or ["nothing more was said"])[-1]
+        found.append(
+            Complaint(tool, tasks[len(told)][1], f"{tasks[len(told)][2]}: its process ended with {done.returncode}: {last}")
+        )
+    return found
+
+
+def _main(out: Path, specs: Path, device: str) -> None:
+    """Run the pairs that stdin names; a line for each as it is done."""
+    start_worker(out, device)
+    serve(specs)
+    for family, name, case in json.load(sys.stdin):
+        suite = suites(out)[family]
+        pair: tuple[Variant, Case] = next(pair for pair in suite.pairs if (pair[0].name, pair[1].name) == (name, case))
+        error = ""
+        try:
+            suite.check(*pair, device)
+        except Exception as fault:  # a kernel can fail in any way
+            error = f"{type(fault).__name__}: {' '.join(str(fault).split())[:300]}"
+        print(json.dumps([name, case, error]), flush=True)
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,114 @@
+"""kernelgen sanitize: what is read off the logs of compute-sanitizer, and the way there without a GPU."""
+
+from __future__ import annotations
+
+import json
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernelgen.core.diagnostics import Failure
+from kernelgen.prove.sanitize import TOOLS, Complaint, compare, complaints_of, run
+from kernelgen.prove.verify import suites
+
+ROOT = Path(__file__).parent.parent
+KNOWN = ["moe_sum_bf16_weighted", "moe_sum_bf16"]
+LOGS = {
+    "memcheck": """\
+========= COMPUTE-SANITIZER
+========= Invalid __global__ read of size 2 bytes
+=========     at moe_sum_bf16_weighted_kernel+0x1f0
+=========     by thread (32,0,0) in block (3,0,0)
+=========     Address 0x7f0 is out of bounds
+=========
+========= Invalid __global__ read of size 2 bytes
+=========     at moe_sum_bf16_weighted_kernel+0x1f0
+=========     by thread (33,0,0) in block (3,0,0)
+=========
+========= ERROR SUMMARY: 2 errors
+""",
+    "initcheck": """\
+========= COMPUTE-SANITIZER
+========= Uninitialized __global__ memory read of size 4 bytes
+=========     at moe_sum_bf16_kernel+0x80
+=========     by thread (0,0,0) in block (0,0,0)
+=========
+========= ERROR SUMMARY: 1 error
+""",
+    "racecheck": """\
+========= COMPUTE-SANITIZER
+========= Error: Race reported between Write access at moe_sum_bf16_kernel+0x150
+=========     and Read access at moe_sum_bf16_kernel+0x1a0 [124 hazards]
+=========
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+""",
+    "synccheck": """\
+========= COMPUTE-SANITIZER
+========= Barrier error detected. Divergent thread(s) in block.
+=========     at somebody_else+0x10
+=========
+========= ERROR SUMMARY: 1 error
+""",
+}
+SAID = {
+    "memcheck": ("moe_sum_bf16_weighted", "Invalid __global__ read of size 2 bytes, in moe_sum_bf16_weighted_kernel"),
+    "initcheck": ("moe_sum_bf16", "Uninitialized __global__ memory read of size 4 bytes, in moe_sum_bf16_kernel"),
+    "racecheck": (
+        "moe_sum_bf16",
+        "Error: Race reported between Write access at moe_sum_bf16_kernel+0x150, in moe_sum_bf16_kernel",
+    ),
+    "synccheck": ("", "Barrier error detected. Divergent thread(s) in block., in somebody_else"),
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_log_is_read(tool: str) -> None:
+    """Each thing is said once, of the variant whose kernel it is in."""
+    assert list(complaints_of(LOGS[tool], tool, KNOWN)) == [Complaint(tool, *SAID[tool])]
+    assert not list(complaints_of("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n", tool, KNOWN))
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for compute-sanitizer: it runs what it is told to, and writes a log that a file beside it holds."""
+    file = tmp_path / "compute-sanitizer"
+    file.write_text(f"""#!{sys.executable}
+import subprocess, sys
+if "--version" in sys.argv:
+    print("Version 1.2.3")
+    raise SystemExit
+at = sys.argv.index({sys.executable!r})
+open(sys.argv[sys.argv.index("--log-file") + 1], "w").write(open({str(tmp_path / "log")!r}).read())
+raise SystemExit(subprocess.run(sys.argv[at:]).returncode)
+""")
+    file.chmod(file.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    (tmp_path / "log").write_text("")
+    return tmp_path
+
+
+def test_what_is_said_reaches_the_result(program: Path, tmp_path: Path) -> None:
+    """A process under the tool runs the cases; what the tool says of a kernel is told of its variant, and its text hashed."""
+    (program / "log").write_text(LOGS["memcheck"].replace("moe_sum_bf16_weighted", "moe_runs_one_launch"))
+    result = run(ROOT, ROOT / "specs", only="moe_runs_*", tools=["memcheck"], device="cpu")
+    assert [(c.tool, c.variant) for c in result.complaints] == [("memcheck", "moe_runs_one_launch")], result.complaints
+    assert result.versions["compute-sanitizer"] == "1.2.3" and list(result.checked) == ["moe_runs_one_launch"]
+
+    file, document = tmp_path / "result.json", result.as_json()
+    file.write_text(json.dumps(document))
+    assert not compare(ROOT, file, "moe_runs_*")
+    document["variants"]["moe_runs_one_launch"]["sha256"] = "0" * 64
+    file.write_text(json.dumps(document))
+    assert [finding.code for finding in compare(ROOT, file, "moe_runs_*")] == ["KG064"]
+    file.write_text("[]")
+    with pytest.raises(Failure, match="KG072"):
+        compare(ROOT, file, "moe_runs_*")
+
+
+def test_each_text_is_met() -> None:
+    """Every schedule of every family is among what runs."""
+    for suite in suites(ROOT).values():
+        met = {mark for variant, _ in suite.each_text for mark in suite.marks(variant)}
+        assert met == {mark for variant, case in suite.pairs if not case.needs_gpu for mark in suite.marks(variant)}
