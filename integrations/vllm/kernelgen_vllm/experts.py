@@ -1,0 +1,116 @@
+"""The experts of an unquantised MoE layer, with adapters, in place of vLLM's own Triton kernels.
+
+A step without adapters is one ``fused_moe``. With adapters the products are apart, and what ``add_lora_w13`` and ``add_lora_w2``
+of the wrapper add goes between them, as in vLLM: numbers of one adapter never reach rows of another, whatever they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import kernels as kg
+from .rows import Rows
+
+__all__ = ["Deltas", "apply", "refusal"]
+
+ACTIVATIONS = {"silu": "swiglu", "relu2_no_mul": "relu2"}  # what vLLM calls them, and what the kernels do
+
+
+def refusal(experts: Any, w1_dtype: torch.dtype, activation: Any, apply_router_weight_on_input: bool) -> str | None:
+    """Why the base products of a layer stay vLLM's own; None: they do not."""
+    if w1_dtype not in (torch.bfloat16, torch.float16) or experts.quant_dtype is not None:
+        return f"weights are of {w1_dtype}"
+    if experts.w1_bias is not None or experts.w2_bias is not None:
+        return "experts have a bias"
+    if activation.value not in ACTIVATIONS:
+        return f"no kernel has the activation {activation.value}"
+    if experts.activation_config.clamp_limit is not None:
+        return "the activation is clamped"
+    if apply_router_weight_on_input:
+        return "the routing weight is applied to the input"
+    return None
+
+
+def apply(
+    self: Any,
+    output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: Any,
+    global_num_experts: int,
+    expert_map: torch.Tensor | None,
+    a1q_scale: torch.Tensor | None,
+    a2_scale: torch.Tensor | None,
+    workspace13: torch.Tensor,
+    workspace2: torch.Tensor,
+    expert_tokens_meta: Any,
+    apply_router_weight_on_input: bool,
+) -> None:
+    """``TritonExperts.apply``: output[t] = sum over j of topk_weights[t, j] * W2 . act(W1 . x[t]), [T, H] of T tokens."""
+    context = self._lora_context
+    ours = context is not None and isinstance(context.punica_wrapper.token_mapping_meta, Rows)
+    if not ours or refusal(self, w1.dtype, activation, apply_router_weight_on_input) is not None:
+        self._kernelgen_own_apply(
+            output, hidden_states, w1, w2, topk_weights, topk_ids, activation, global_num_experts, expert_map, a1q_scale,
+            a2_scale, workspace13, workspace2, expert_tokens_meta, apply_router_weight_on_input,
+        )  # fmt: skip
+        return
+    act = ACTIVATIONS[activation.value]
+    if context.local_token_lora_mapping is None and not context.punica_wrapper.token_mapping_meta.any:
+        kg.fused_moe(hidden_states, w1, w2, topk_ids, topk_weights, activation=act, out=output)
+        return
+    x, (num_tokens, top_k), (num_experts, width, inter) = hidden_states, topk_ids.shape, w2.shape
+    deltas = Deltas(self, w1, w2, topk_weights, topk_ids, expert_map)
+    tables, here = kg.moe_align(topk_ids, num_experts=num_experts), _here(topk_ids, expert_map)
+    gate_up, h = x.new_empty(num_tokens, top_k, w1.shape[1]), x.new_empty(num_tokens * top_k, inter)
+    kg.moe_gemm(gate_up, x, w1, tables, x_rows="token")
+    deltas.add_first(gate_up, x)
+    kg.moe_act(h, gate_up, here, activation=act, num_experts=num_experts)
+    down = x.new_empty(num_tokens, top_k, width)
+    kg.moe_gemm(down, h, w2, tables, x_rows="pair", topk_weights=topk_weights)
+    deltas.add_second(down, h)
+    kg.moe_sum(down, here, num_experts=num_experts, out=output)
+
+
+_ROUTE = ("sorted_token_ids_lora", "expert_ids_lora", "num_tokens_post_padded_lora", "token_lora_mapping")  # as vLLM calls it
+
+
+class Deltas:
+    """What the adapters of a step add to the two products of a layer."""
+
+    def __init__(
+        self,
+        experts: Any,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        expert_map: torch.Tensor | None,
+    ) -> None:
+        (num_tokens, top_k), self._experts = topk_ids.shape, experts
+        self._layer = {"topk_weights": topk_weights, "num_tokens": num_tokens, "w1": w1, "w2": w2, "top_k_num": top_k}
+        self._routing = {"topk_ids": topk_ids, "expert_map": expert_map}
+        self._route: tuple[Any, ...] = ()
+
+    def add_first(self, gate_up: torch.Tensor, x: torch.Tensor) -> None:
+        """To the rows of gate and up, [T, top_k, *], of x [T, H]."""
+        experts = self._experts
+        self._route = experts.apply_w13_lora(experts._lora_context, y=gate_up, x=x, **self._routing, **self._layer)
+
+    def add_second(self, down: torch.Tensor, h: torch.Tensor) -> None:
+        """To the weighted rows of down, [T, top_k, H], of h [T * top_k, I]."""
+        experts = self._experts
+        route = dict(zip(_ROUTE, self._route, strict=True))
+        experts.apply_w2_lora(experts._lora_context, y=down, x=h, **route, **self._layer)
+
+
+def _here(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
+    """The experts of each token as this GPU counts them, -1: not here."""
+    if expert_map is None:
+        return topk_ids
+    return torch.where(topk_ids >= 0, expert_map[topk_ids.clamp_min(0).long()], -1)

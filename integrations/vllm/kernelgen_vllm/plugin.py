@@ -1,0 +1,44 @@
+"""The entry point: called by vLLM in each of its processes, possibly more than once."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from .versions import Refused, seams_for
+
+__all__ = ["register"]
+
+WRAPPER = f"{__package__}.punica.kernelgen_wrapper"
+# Below vLLM's own, whose level and format it has.
+log = logging.getLogger(f"vllm.{__package__}")
+
+
+def register() -> None:
+    """Have vLLM ask ``punica.kernelgen_wrapper`` for the object that its LoRA layers call; what it cannot serve gets vLLM's own.
+
+    ``KERNELGEN_VLLM=0`` in the environment leaves vLLM as it is, as does a release that is not known, or a device that kernels
+    are not for, with one line in the log. All else that is replaced is so where the first wrapper is asked for: this runs early.
+    """
+    if os.environ.get("KERNELGEN_VLLM", "1") == "0":
+        log.info("kernelgen: vLLM is left as it is, by KERNELGEN_VLLM=0")
+        return
+    import vllm
+    from vllm.platforms import current_platform
+
+    try:
+        seams_for(vllm.__version__)
+        if not current_platform.is_cuda_alike() and not (current_platform.is_cpu() and _interpreted()):
+            raise Refused(f"its platform is {current_platform.device_name}, kernels are for GPUs of NVIDIA and AMD")
+    except Refused as reason:
+        log.warning("kernelgen: vLLM is left as it is: %s", reason)
+        return
+    platform = type(current_platform)
+    if not hasattr(platform, "_kernelgen_own_wrapper"):
+        platform._kernelgen_own_wrapper = platform.get_punica_wrapper
+        platform.get_punica_wrapper = classmethod(lambda cls: WRAPPER)
+
+
+def _interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on tensors of a CPU: for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,0 +1,124 @@
+"""A real engine, with adapters, on a CPU: each number that it gives against transformers with merged weights.
+
+A request is right when what the engine says of every step is at least ``TELLS`` times nearer to the model under its own adapter
+than to it under any other; so no tolerance is chosen, and a token that had the delta of another adapter for one step shows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import ATTENTION, VOCAB, Model
+
+vllm = pytest.importorskip("vllm")
+from kernelgen_vllm import start  # noqa: E402
+from kernelgen_vllm.kernels import _runtime, _warmup  # noqa: E402
+from vllm.lora.request import LoRARequest  # noqa: E402
+
+TELLS = 8
+TARGETS = {
+    "llama": (*ATTENTION, "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"),
+    "qwen3_moe": (*ATTENTION, "experts"),
+}
+LARGEST = 64
+
+
+class Engine:
+    """An engine over a tiny model, and all that its kernels were launched with."""
+
+    def __init__(self, model: Model, **options: Any) -> None:
+        chosen = {"max_loras": 2, "max_lora_rank": 16, "max_cpu_loras": 4, "max_num_batched_tokens": LARGEST, "max_num_seqs": 8}
+        chosen |= {"max_model_len": 64, "enforce_eager": True, "dtype": model.dtype, "seed": 0, "skip_tokenizer_init": True}
+        self.model, self.numbers = model, {name: i for i, name in enumerate(sorted(filter(None, model.deltas)), 1)}
+        self.llm = vllm.LLM(model.base, enable_lora=True, max_logprobs=VOCAB, **(chosen | options))
+        self.engine = self.llm.llm_engine
+
+    def request(self, name: str | None) -> LoRARequest | None:
+        return None if name is None else LoRARequest(name, self.numbers[name], str(self.model.folder / name))
+
+    def add(self, label: str, prompt: list[int], name: str | None, max_tokens: int) -> None:
+        params = vllm.SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=VOCAB, ignore_eos=True, detokenize=False)
+        self.engine.add_request(label, {"prompt_token_ids": prompt}, params, lora_request=self.request(name))
+
+    def step(self) -> list[Any]:
+        return [output for output in self.engine.step() if output.finished]
+
+    def preempted(self) -> int:
+        """Requests that wait to be computed again."""
+        waiting = self.engine.engine_core.engine_core.scheduler.requests.values()
+        return sum(request.num_preemptions for request in waiting)
+
+
+def check(model: Model, name: str | None, output: Any) -> None:
+    """That a finished request is right, each step and each token of the vocabulary."""
+    prompt, answer = output.prompt_token_ids, output.outputs[0]
+    tokens = [*prompt, *answer.token_ids]
+    steps = torch.tensor([[step[token].logprob for token in range(VOCAB)] for step in answer.logprobs])
+    far = {other: (model.logprobs(other, tokens)[len(prompt) - 1 : -1] - steps).abs() for other in model.deltas}
+    own = far.pop(name).max()
+    nearest = min(distance.amax(-1).min() for distance in far.values())
+    assert own * TELLS < nearest, f"{output.request_id}: {own:.4f} from its own, {nearest:.4f} from another"
+    best = model.logprobs(name, tokens)[len(prompt) - 1 : -1]
+    short = best.amax(-1) - best.gather(-1, torch.tensor(answer.token_ids)[:, None])[:, 0]
+    assert (short <= 2 * own).all(), f"{output.request_id}: a token that is not the likeliest"
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    return torch.randint(2, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@contextlib.contextmanager
+def launched() -> Iterator[set[Any]]:
+    """What each launch would have been compiled for."""
+    own, keys = _runtime.Launcher.launch, set()
+
+    def launch(self: Any, grid: int, arguments: Any, constants: Any, options: Any) -> Any:
+        keys.add(_runtime.CompileRequest(self, arguments, constants, options).key)
+        return own(self, grid, arguments, constants, options)
+
+    _runtime.Launcher.launch = launch
+    try:
+        yield keys
+    finally:
+        _runtime.Launcher.launch = own
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_serves(kind: str, tmp_path: Path) -> None:
+    """Continuous batching with preemption, more adapters than slots, one unloaded and one loaded in between, nothing compiled."""
+    model = Model(tmp_path, kind)
+    for i, name in enumerate("abcd"):
+        model.adapter(name, (8, 16, 4, 16)[i], i, TARGETS[kind])
+    engine = Engine(model, num_gpu_blocks_override=8, block_size=32)
+    (manager,) = engine.llm.collective_rpc(lambda worker: worker.model_runner.lora_manager._adapter_manager)
+    ready = {r.key for r in _warmup.requests(start.distinct([*start.calls_of(manager)]), max_tokens=LARGEST)}
+    names: dict[str, str | None] = {}
+    finished, preempted = {}, 0
+
+    def ask(name: str | None, length: int) -> None:
+        names[label := f"request {len(names)}"] = name
+        engine.add(label, prompt(len(names), length), name, max_tokens=6)
+
+    with launched() as keys:
+        for i, name in enumerate((*"aba", None, *"cab", None)):
+            ask(name, (5, 30, 29, 31)[i % 4])
+        for step in range(200):
+            finished |= {output.request_id: output for output in engine.step()}
+            preempted += engine.preempted()
+            if step == 3:
+                ask("d", 9)
+            if step == 6:
+                engine.engine.remove_lora(engine.numbers["c"])
+                engine.engine.add_lora(engine.request("d"))
+                ask("c", 28)
+            if not engine.engine.has_unfinished_requests():
+                break
+    assert finished.keys() == names.keys() and preempted
+    for label, name in names.items():
+        check(model, name, finished[label])
+    assert keys - ready == set(), [key[:2] for key in keys - ready]

@@ -1,0 +1,101 @@
+"""Tiny random models and adapters on disk, and what transformers says of them with weights merged: the truth."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+
+VOCAB = 96
+SIZES = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES |= {"head_dim": 32, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.15}
+
+
+def llama() -> transformers.PreTrainedConfig:
+    return transformers.LlamaConfig(intermediate_size=96, **SIZES)
+
+
+def qwen3_moe() -> transformers.PreTrainedConfig:
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    return transformers.Qwen3MoeConfig(intermediate_size=96, decoder_sparse_step=1, mlp_only_layers=[], **experts, **SIZES)
+
+
+CONFIGS = {"llama": llama, "qwen3_moe": qwen3_moe}
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class Model:
+    """A model in a folder, and adapters on it by name, in folders beside it."""
+
+    def __init__(self, folder: Path, kind: str, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.folder, self.dtype = folder, dtype
+        torch.manual_seed(0)
+        self.config = CONFIGS[kind]()
+        model = transformers.AutoModelForCausalLM.from_config(self.config).to(dtype)
+        model.save_pretrained(folder / "base")
+        self.weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
+        self.deltas: dict[str | None, dict[str, torch.Tensor]] = {None: {}}
+        self._merged: dict[str | None, Any] = {}
+
+    @property
+    def base(self) -> str:
+        return str(self.folder / "base")
+
+    def adapter(self, name: str, rank: int, seed: int, targets: tuple[str, ...]) -> str:
+        """The folder of a random adapter on the linear layers, experts or embeddings whose names end so, as PEFT writes it."""
+        generator = torch.Generator().manual_seed(seed)
+        tensors, deltas = {}, {}
+
+        def product(path: str, rows: int, columns: int, embedding: bool = False) -> torch.Tensor:
+            a = torch.randn(rank, columns, generator=generator).to(self.dtype)
+            b = (torch.randn(rows, rank, generator=generator) * (0.3 / rank / (1 if embedding else columns**0.5))).to(self.dtype)
+            names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+            for part, tensor in zip(names, (a, b), strict=True):
+                tensors[f"base_model.model.{path}.{part}"] = tensor.contiguous()
+            return 2.0 * (b.float() @ a.float())  # lora_alpha / rank = 2
+
+        for weight, value in self.weights.items():
+            path, _, leaf = weight.rpartition(".")
+            last = path.rpartition(".")[2]
+            if last in targets and value.dim() == 2:
+                embedding = last == "embed_tokens"
+                rows, columns = reversed(value.shape) if embedding else value.shape
+                delta = product(path, rows, columns, embedding)
+                deltas[weight] = delta.T if embedding else delta
+            elif last == "experts" and "experts" in targets:  # [E, 2 * I, H] gate over up, [E, H, I]
+                parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
+                rows, columns = value.shape[1] // len(parts), value.shape[2]
+                deltas[weight] = torch.stack(
+                    [
+                        torch.cat([product(f"{path}.{expert}.{part}", rows, columns) for part in parts])
+                        for expert in range(value.shape[0])
+                    ]
+                )
+        linears = {name for name in targets if name != "experts"} | (
+            {"gate_proj", "up_proj", "down_proj"} if "experts" in targets else set()
+        )
+        folder = self.folder / name
+        folder.mkdir()
+        save_file(tensors, folder / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": sorted(linears), "bias": "none"}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        self.deltas[name] = deltas
+        return str(folder)
+
+    def merged(self, name: str | None) -> Any:
+        """The model in float32 with the weights of an adapter in its own."""
+        if name in self._merged:
+            return self._merged[name]
+        self._merged[name] = model = transformers.AutoModelForCausalLM.from_config(self.config).float().eval()
+        delta = self.deltas[name]
+        model.load_state_dict({weight: value + delta.get(weight, 0.0) for weight, value in self.weights.items()})
+        return model
+
+    @torch.no_grad()
+    def logprobs(self, name: str | None, tokens: list[int]) -> torch.Tensor:
+        """[len(tokens), VOCAB] float32: what follows each token, under an adapter."""
+        return self.merged(name)(torch.tensor([tokens])).logits[0].log_softmax(-1)

@@ -1,0 +1,270 @@
+"""The plugin of vLLM, without vLLM: which releases it serves, and that its wrapper makes the calls of front doors, to the bit.
+
+Its private parts of vLLM are stood in for; ``integrations/vllm/tests`` serve models with the real ones.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "integrations" / "vllm"))
+from kernelgen_vllm import plugin, versions
+
+L, T, K, RANK, CAPACITY = 3, 12, 32, 8, 24
+DTYPE = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("version", "module"),
+    [
+        ("0.32.0", "seams_0_32"),
+        ("0.33.1+cpu", "seams_0_32"),
+        ("0.31.9", None),
+        ("0.34.0", None),
+        ("1.32.0", None),
+        ("0.33.0rc1", None),
+        ("0.33.1.dev12+gabc", None),
+        ("dev", None),
+    ],
+)
+def test_releases(version: str, module: str | None) -> None:
+    if module is None:
+        with pytest.raises(versions.Refused, match=r"served are 0\.32, 0\.33"):
+            versions.seams_for(version)
+    else:
+        assert versions.seams_for(version) == module
+        assert (Path(plugin.__file__).parent / f"{module}.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("version", "switch", "kind", "interpret", "said"),
+    [
+        ("0.32.0", "1", "cuda", "0", None),
+        ("0.33.0", None, "cpu", "1", None),
+        ("0.32.0", "0", "cuda", "0", "KERNELGEN_VLLM=0"),
+        ("0.35.0", "1", "cuda", "0", "vLLM 0.35.0 is not known"),
+        ("0.32.0", "1", "cpu", "0", "its platform is cpu"),
+        ("0.32.0", "1", "xpu", "1", "its platform is xpu"),
+    ],
+)
+def test_registers_or_says_why_not(
+    version: str, switch: str | None, kind: str, interpret: str, said: str | None, monkeypatch: Any, caplog: Any
+) -> None:
+    class Platform:
+        device_name = kind
+
+        @classmethod
+        def get_punica_wrapper(cls) -> str:
+            return "vllm.own"
+
+        is_cuda_alike = staticmethod(lambda: kind == "cuda")
+        is_cpu = staticmethod(lambda: kind == "cpu")
+
+    vllm, platforms = types.ModuleType("vllm"), types.ModuleType("vllm.platforms")
+    vllm.__version__, platforms.current_platform = version, Platform()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    monkeypatch.delenv("KERNELGEN_VLLM", raising=False)
+    if switch is not None:
+        monkeypatch.setenv("KERNELGEN_VLLM", switch)
+    with caplog.at_level(logging.INFO, "vllm"):
+        plugin.register()
+        told = [record.getMessage() for record in caplog.records]
+        plugin.register()  # as vLLM may
+    if said is None:
+        assert Platform.get_punica_wrapper() == plugin.WRAPPER and Platform._kernelgen_own_wrapper() == "vllm.own"
+        assert not told
+    else:
+        assert Platform.get_punica_wrapper() == "vllm.own"
+        assert len(told) == 1 and said in told[0]
+
+
+class Base:
+    """What ``PunicaWrapperBase`` of vLLM has for ours."""
+
+    def __init__(self, max_num_batched_tokens: int, max_batches: int, device: Any) -> None:
+        self.device, self.indices_len = device, [None] * 4
+        for name in ("_token_lora_indices", "_sampler_indices", "_embeddings_indices"):
+            setattr(self, name, torch.full((max_num_batched_tokens,), 77))
+
+    def _select_full_linear_output(self, y: Any, own: Any, bias: Any, enabled: Any) -> Any:
+        slots = self._sampler_indices[: self.indices_len[1]]
+        return torch.where(((slots >= 0) & enabled[slots.clamp_min(0)])[:, None], own.to(y.dtype) + bias[slots.clamp_min(0)], y)
+
+
+@pytest.fixture(scope="module")
+def punica() -> Any:
+    """The module of the wrapper, over a stand-in for vLLM."""
+    seams = types.SimpleNamespace(
+        PunicaWrapperBase=Base, to_device=lambda host, device: torch.from_numpy(host).to(device), SHARDED=(),
+        tensor_model_parallel_all_reduce=lambda y: y + y, tensor_model_parallel_all_gather=lambda y: torch.cat([y, y], -1),
+        layers=types.SimpleNamespace(**dict.fromkeys(_LAYERS, object)),
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(versions, "seams", lambda: seams)
+        from kernelgen_vllm import punica
+
+        yield punica
+    for name in [name for name in sys.modules if name in ("kernelgen_vllm.punica", "kernelgen_vllm.start")]:
+        del sys.modules[name]
+
+
+_LAYERS = (
+    "FusedMoEWithLoRA",
+    "LogitsProcessorWithLoRA",
+    "VocabParallelEmbeddingWithLoRA",
+    "ClassificationHeadWithLoRA",
+    "BaseLayerWithLoRA",
+)
+
+
+def new(*size: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(sum(size))).to(dtype)
+
+
+def step(wrapper: Any, tokens: list[int], samples: list[int]) -> None:
+    """Slots of tokens and samples, -1: none, as vLLM tells them: adapters 11, 22 and 33 are in slots 2, 0 and 1."""
+    adapters = {-1: 0, 0: 22, 1: 33, 2: 11}
+    mapping = types.SimpleNamespace(
+        index_mapping=tuple(adapters[slot] for slot in tokens),
+        prompt_mapping=tuple(adapters[slot] for slot in samples),
+        is_prefill=True,
+    )
+    wrapper.update_metadata(mapping, [22, 33, 11], L, 100)
+
+
+# Batches one after the other: each leaves stale ids behind the next.
+STEPS = {"mixed": [0, 2, -1, 1, 2, 0, -1, 2, 1, 0, 0, 2], "fewer": [1, -1, 1, 1, 0], "base": [-1, -1, -1], "one": [2]}
+
+
+@pytest.fixture
+def wrapper(punica: Any) -> Any:
+    return punica.PunicaWrapper(CAPACITY, 4, "cpu", lora_config=types.SimpleNamespace(max_loras=L, lora_dtype=DTYPE))
+
+
+def route_of(punica: Any, tokens: list[int], rows: int) -> Any:
+    return punica.kg.lora_route(torch.tensor((tokens + [-1] * rows)[:rows], dtype=torch.int32), max_loras=L)
+
+
+def test_linear_layers_make_the_calls_of_the_front_doors(punica: Any, wrapper: Any) -> None:
+    """With padded rows, with fewer rows than the batch, and as rows change."""
+    kg, widths = punica.kg, (32, 16, 16)
+    a, b = [new(L, 1, RANK, K) for _ in widths], [new(L, 1, n, RANK) for n in widths]
+    for name, tokens in STEPS.items():
+        step(wrapper, tokens, tokens)
+        assert wrapper.token_mapping_meta.token_lora_mapping.tolist() == tokens + [-1] * (CAPACITY - len(tokens))
+        assert wrapper.token_mapping_meta.no_lora_flag_cpu.item() == (max(tokens) < 0)
+        assert wrapper._embeddings_indices[: len(tokens)].tolist() == [max(slot, 0) * 100 for slot in tokens]
+        for rows in {len(tokens), CAPACITY, max(1, len(tokens) - 2)}:
+            x, route = new(rows, K), route_of(punica, tokens, rows)
+            out, wanted = new(rows, sum(widths)), new(rows, sum(widths))
+            wrapper.add_lora_linear(out, x, tuple(a), tuple(b), 1.0, widths)
+            kg.lora(wanted, x, a, b, route)
+            assert torch.equal(out, wanted), (name, rows)
+            y, expected = torch.full((3, rows, RANK), torch.nan), torch.zeros(3, rows, RANK)
+            wrapper.add_shrink(y, x, tuple(a), 0.5)
+            kg.lora_shrink(expected, x, a, route, scaling=0.5)
+            assert torch.equal(y, expected), (name, rows)
+            out, wanted = new(rows, 80), new(rows, 80)
+            wrapper.add_expand(out, y, tuple(b), widths, offset_start=16)
+            kg.lora_expand(wanted, expected, b, route, offset_start=16)
+            assert torch.equal(out, wanted), (name, rows)
+
+
+def test_heads_and_embeddings(punica: Any, wrapper: Any) -> None:
+    """Rows that are sampled from have a route of their own; logits and embeddings may be float32."""
+    kg, samples = punica.kg, [2, -1, 0]
+    step(wrapper, STEPS["mixed"], samples)
+    a, b, route = new(L, 1, RANK, K), new(L, 1, 48, RANK), route_of(punica, samples, 3)
+    for dtype in (DTYPE,):
+        out, wanted, x = new(3, 64, dtype=dtype), new(3, 64, dtype=dtype), new(3, K)
+        wrapper.add_lora_logits(out, x, a, b, 1.0)
+        kg.lora(wanted, x, [a], [b], route)
+        assert torch.equal(out, wanted)
+        out, wanted, x = new(T, 48, dtype=dtype), new(T, 48, dtype=dtype), new(T, RANK)
+        wrapper.add_lora_embedding(out, x, b)
+        kg.lora_expand(wanted, x[None], [b], route_of(punica, STEPS["mixed"], T))
+        assert torch.equal(out, wanted)
+    y, x, weight, bias = new(3, 6), new(3, K), new(L, 1, 6, K), new(L, 6)
+    wanted, enabled = y.clone(), torch.tensor([True, True, False])
+    own = torch.zeros(1, 3, 6)
+    kg.lora_shrink(own, x, [weight], route)
+    wanted[2] = own[0, 2].to(DTYPE) + bias[0]
+    wrapper.apply_lora_full_linear(y, x, weight, bias, enabled)
+    assert torch.equal(y, wanted)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("gathered", [False, True])
+def test_experts_make_the_calls_of_the_front_doors(punica: Any, wrapper: Any, gathered: bool, sharded: bool) -> None:
+    """Of tokens that were gathered from elsewhere too, when no token here has an adapter: that says nothing of them."""
+    kg, experts, top_k, inter = punica.kg, 4, 2, 16
+    tokens = STEPS["mixed"]
+    step(wrapper, STEPS["base"] if gathered else tokens, [])
+    ids, weights = torch.stack([torch.randperm(experts)[:top_k] for _ in range(T)]), torch.rand(T, top_k)
+    a13, b13 = [new(L, experts, RANK, K)] * 2, [new(L, experts, inter, RANK * (1 + sharded))] * 2
+    a2, b2 = [new(L, experts, RANK, inter)], [new(L, experts, K // (1 + sharded), RANK)]
+    enabled, mapping = torch.tensor([1, 0, 1, 0], dtype=torch.int32), torch.tensor(tokens, dtype=torch.int32)
+    x, h = new(T, K), new(T * top_k, inter)
+    gate_up, down = new(T, top_k, 2 * inter), new(T, top_k, K)
+    wanted = gate_up.clone(), down.clone()
+
+    fixed = {"max_loras": L, "adapter_enabled": enabled, "top_k": top_k, "fully_sharded": sharded, "use_tuned_config": False}
+    fixed |= {"num_tokens": T, "w1": None, "w2": None, "top_k_num": top_k, "topk_weights": weights}
+    route = wrapper.add_lora_w13(
+        gate_up, x, a13, b13, ids, expert_map=None, local_num_experts=experts, num_slices=2,
+        token_lora_mapping=mapping if gathered else None, **fixed,
+    )  # fmt: skip
+    wrapper.add_lora_w2(down, h, a2, b2, *[fixed.pop("topk_weights"), *route], tp_rank=1 if sharded else 0, **fixed)
+
+    made = kg.moe_route(ids, mapping, num_experts=experts, max_loras=L, adapter_enabled=enabled, rank=RANK)
+    weighted = {"topk_weights": weights, "mul_routed_weight": True}
+    if sharded:  # one of two GPUs that are alike: A of gate and up has a half of the rank, that of down a half of the columns
+        y = torch.empty(2, T * top_k, RANK)
+        kg.moe_lora_shrink(y, x, a13, made)
+        kg.moe_lora_expand(wanted[0], torch.cat([y, y], -1), b13, made)
+        kg.moe_lora_shrink(y[:1], h, a2, made)
+        kg.moe_lora_expand(wanted[1], y[:1] + y[:1], b2, made, offset=K // 2, **weighted)
+    else:
+        kg.moe_lora(wanted[0], x, a13, b13, made)
+        kg.moe_lora(wanted[1], h, a2, b2, made, **weighted)
+    assert torch.equal(gate_up, wanted[0]) and torch.equal(down, wanted[1])
+
+
+@pytest.mark.slow
+def test_one_graph_serves_every_batch(wrapper: Any) -> None:
+    """A graph of torch.compile sees one op, which asks for the adapters of the step when it runs."""
+    a, b, graphs = (new(L, 1, RANK, K),), (new(L, 1, K, RANK),), []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        out = x + 1
+        wrapper.add_lora_linear(out, x, a, b, 1.0, (K,))
+        return out
+
+    compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
+    for tokens in STEPS.values():
+        step(wrapper, tokens, tokens)
+        for rows in (CAPACITY, 7):
+            x = new(rows, K)
+            assert torch.equal(compiled(x), layer(x))
+    assert len(graphs) == 1
+
+
+def test_an_adapter_in_no_slot_is_an_error(punica: Any) -> None:
+    slots = {22: 0, 11: 2}
+    assert punica.slots_of((11, 0, 22, -3, 11), slots).tolist() == [2, -1, 0, -1, 2]
+    assert punica.slots_of((), slots).tolist() == []
+    with pytest.raises(KeyError, match="33"):
+        punica.slots_of((11, 33), slots)
