@@ -12,6 +12,18 @@ from __future__ import annotations
 
 from ._fused_moe import FusedMoeLora, FusedMoeWorkspace, fused_moe, fused_moe_workspace
 from ._fused_moe_shape import FusedMoeShape
+from ._gluon import (
+    arrive_copied,
+    box,
+    copy_box,
+    copy_rows,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from ._launches import launches
 from ._lora import HeldRoute, lora, lora_route, lora_workspace
 from ._lora_shape import LoraShape
@@ -58,14 +70,22 @@ __all__ = [
     "PairRoute",
     "ShardedMoeShape",
     "TableRoute",
+    "arrive_copied",
+    "box",
+    "copy_box",
+    "copy_rows",
+    "fence_async_shared",
     "fused_moe",
     "fused_moe_workspace",
+    "gl",
+    "gluon",
     "launches",
     "lora",
     "lora_expand",
     "lora_route",
     "lora_shrink",
     "lora_workspace",
+    "mbarrier",
     "moe_act",
     "moe_add",
     "moe_align",
@@ -85,6 +105,8 @@ __all__ = [
     "quantize_weights",
     "variants",
     "warmup",
+    "warpgroup_mma",
+    "warpgroup_mma_wait",
 ]
 
 
@@ -413,6 +435,8 @@ def variants() -> tuple[str, ...]:
         "moe_gemm_box_f16_token_pair_swiglu_plain",
         "moe_gemm_box_f16_pair_pair_plain",
         "moe_gemm_box_f16_pair_pair_weighted",
+        "moe_gemm_warp_specialised_bf16_token_sorted_swiglu_plain_w8group_a8group",
+        "moe_gemm_warp_specialised_bf16_sorted_pair_plain_w8group_a8group",
         "moe_lora_one_shot_bf16_sorted_add_plain_r16",
         "moe_lora_one_shot_bf16_sorted_add_plain_r16_a8tensor",
         "moe_lora_one_shot_bf16_sorted_add_plain_r16_a8token",

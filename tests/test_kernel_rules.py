@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import itertools
+import re
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
@@ -13,7 +14,7 @@ import pytest
 from kernelgen.emit import outline
 
 PACKAGE = Path(__file__).parent.parent / "generated"
-FILES = sorted(file for file in PACKAGE.glob("*/*.py") if "@triton.jit" in file.read_text("utf-8"))
+FILES = sorted(file for file in PACKAGE.glob("*/*.py") if re.search(r"@(triton|gluon)\.jit", file.read_text("utf-8")))
 
 # Strides over adapters, experts and rows: what they multiply can pass 2**31 elements.
 WIDE_STRIDES = {
@@ -39,7 +40,7 @@ def kernels(module: ast.Module) -> Iterator[ast.FunctionDef]:
     """The functions that Triton compiles."""
     for node in module.body:
         decorators = node.decorator_list if isinstance(node, ast.FunctionDef) else []
-        if any("triton.jit" in ast.unparse(decorator) for decorator in decorators):
+        if any(ast.unparse(decorator).startswith(("triton.jit", "gluon.jit")) for decorator in decorators):
             yield node
 
 
@@ -73,7 +74,7 @@ def wide_names(kernel: ast.FunctionDef) -> set[str]:
 
 
 def is_widened(value: ast.expr) -> bool:
-    return ".to(tl.int64)" in ast.unparse(value)
+    return bool(re.search(r"\.to\((tl|gl)\.int64\)", ast.unparse(value)))
 
 
 def no_hint_that_the_interpreter_takes_and_a_compiler_refuses(kernel: ast.FunctionDef) -> None:
@@ -85,7 +86,7 @@ def no_hint_that_the_interpreter_takes_and_a_compiler_refuses(kernel: ast.Functi
 
 def no_atomics(kernel: ast.FunctionDef) -> None:
     """A sum in the order of arrival has other bits in every run."""
-    assert not [called for called, _ in calls(kernel) if called.startswith("tl.atomic_")]
+    assert not [called for called, _ in calls(kernel) if called.startswith(("tl.atomic_", "gl.atomic_"))]
 
 
 def no_index_wraps_around(kernel: ast.FunctionDef) -> None:

@@ -75,11 +75,25 @@ class BoxConfig(NamedTuple):
     delta_stages: int = 2
 
 
+class WarpSpecialisedConfig(NamedTuple):
+    """Tiles of warp_specialised, of which all but these are fixed."""
+
+    num_stages: int
+    group_m: int = 1
+
+
 BY_PAIR = ("gemv", "naive")  # schedules that need no tables
 # How the cache treats weights, by weight_policy: as any data, or as data that is read once.
 CACHE_POLICIES = ("", "evict_first")
-CONFIGS = {"gemv": GemvConfig, "naive": NaiveConfig, "tile": TileConfig, "box": BoxConfig}
-Config = GemvConfig | NaiveConfig | TileConfig | BoxConfig
+CONFIGS = {
+    "gemv": GemvConfig,
+    "naive": NaiveConfig,
+    "tile": TileConfig,
+    "box": BoxConfig,
+    "warp_specialised": WarpSpecialisedConfig,
+}
+Tiled = GemvConfig | NaiveConfig | TileConfig | BoxConfig
+Config = Tiled | WarpSpecialisedConfig
 
 # (out, x, w, tables, topk_weights, w_scale, x_scale, v, lora_b, runs, b_scale) of sizes that were checked before
 Call = Callable[..., None]
@@ -343,6 +357,10 @@ def problem_of(
     if schedule == "box" and not has_boxes(problem, x, w):
         got = f"x {runtime.describe(x)}, w {runtime.describe(w)}"
         runtime.fail(variant, "rows", got, "rows at 16-byte boundaries, gate and up one behind the other", "use tile")
+    if schedule == "warp_specialised" and not (has_boxes(problem, x, w) and has_roles(problem)):
+        got = f"x {runtime.describe(x)}, w {runtime.describe(w)}, blocks of {block_m} rows on {runtime.traits(x.device).target}"
+        wanted = "blocks of 128 rows, K of whole groups, rows at 16-byte boundaries, experts one behind the other, on sm_90"
+        runtime.fail(variant, "rows", got, wanted, "use box")
     return problem
 
 
@@ -404,10 +422,29 @@ def has_boxes(problem: Problem, x: torch.Tensor, w: torch.Tensor) -> bool:
     return halves and runtime.describable(w) and (problem.rows != "sorted_pair" or runtime.describable(x))
 
 
-def grid(problem: Problem, config: TileConfig | BoxConfig) -> int:
+def has_roles(problem: Problem) -> bool:
+    """Whether warps of roles can take operands that the tensor memory accelerator can read: FP8 in whole groups of K, experts one
+    behind the other, blocks of two warpgroups; with what only sm_90 has.
+    """
+    rows = problem.slices == 2 if problem.rows == "token_sorted" else problem.rows == "sorted_pair"
+    scales = problem.weight_scales == problem.x_scales == "group" and problem.k % QUANT.group_k == 0 and problem.rank == 0
+    strides = problem.x_stride % 16 == 0 and problem.w_stride_e == problem.slices * problem.n * problem.w_stride_n
+    return rows and scales and strides and problem.block_m == 128 and runtime.traits(problem.device).target == "sm_90"
+
+
+@functools.cache
+def _has_gluon() -> bool:
+    try:
+        from .. import _gluon  # noqa: F401
+    except (AttributeError, ImportError):
+        return False
+    return True
+
+
+def grid(problem: Problem, block_n: int) -> int:
     """Programs for the tokens that are expected; where there are more, programs stride over the tiles."""
     blocks = max_blocks(max(problem.tokens_hint, 1), problem.top_k, problem.num_experts, problem.block_m)
-    return blocks * runtime.cdiv(problem.n, config.block_n)
+    return blocks * runtime.cdiv(problem.n, block_n)
 
 
 def choose(schedule: str, problem: Problem) -> Any:
@@ -449,7 +486,9 @@ def plan(problem: Problem, boxes: bool) -> tuple[str, Config]:
         return schedule or own, _rule(schedule or own, *s)
 
     def serves(schedule: str) -> bool:
-        """Whether operands and rows are such that it can; what box can do, tile can."""
+        """Whether operands and rows are such that it can; what box can do, tile can; Gluon has no interpreter of Triton's."""
+        if schedule == "warp_specialised":
+            return boxes and has_roles(problem) and _has_gluon() and not runtime.INTERPRETED
         return schedule == own or (schedule == "tile" and own == "box")
 
     bare = key._replace(rank=0) if problem.rank > 0 and not runtime.measured(TUNED, key, device) else None
@@ -533,7 +572,13 @@ def _has_accelerator(device: runtime.Traits) -> bool:
 @functools.lru_cache(maxsize=4096)
 def _rule(schedule: str, *sizes: Any) -> Config:
     s = _Shape(*sizes)
-    rules: dict[str, Callable[[_Shape], Config]] = {"gemv": _gemv, "naive": _naive, "tile": _tile, "box": _box}
+    rules: dict[str, Callable[[_Shape], Config]] = {
+        "gemv": _gemv,
+        "naive": _naive,
+        "tile": _tile,
+        "box": _box,
+        "warp_specialised": lambda s: WarpSpecialisedConfig(4, _group_m(s)),
+    }
     return rules[schedule](s)
 
 

@@ -100,6 +100,7 @@ class _Lint:
         yield from self._export_faults(nodes, tree)
         yield from self._member_faults(nodes, table)
         yield from self._launch_faults(nodes)
+        yield from self._loop_faults(nodes)
 
     def _import_faults(self, nodes: _Nodes, rendered: bool) -> Iterator[Diagnostic]:
         allowed = _PACKAGE_IMPORTS if self.path.startswith(f"{PACKAGE}/") else _TEST_IMPORTS
@@ -223,6 +224,23 @@ class _Lint:
                     if missing and None not in names:
                         yield self._fault_at(node, f"the constant {missing[0][:_SHOWN]!r} of {kernel[:_SHOWN]} is not given")
 
+    def _loop_faults(self, nodes: _Nodes) -> Iterator[Diagnostic]:
+        """Names that a loop of a kernel sets to one that it changes later.
+
+        Triton looks for what a loop carries by what its first turn changes: such a name, set so in front of the loop too, has the
+        same value there, and keeps it in all turns. What waits by it never ends.
+        """
+        kernels = [node for node in nodes[ast.FunctionDef] if any(".jit" in ast.unparse(each) for each in node.decorator_list)]
+        for loop in (node for kernel in kernels for node in ast.walk(kernel) if isinstance(node, ast.For | ast.While)):
+            inside = [node for part in loop.body for node in ast.walk(part)]
+            stores = [node for node in inside if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+            for node in inside:
+                for target, value in _renamed(node):
+                    lines = [store.lineno for store in stores if store.id == value.id]
+                    if lines and min(lines) >= value.lineno and target.id != value.id:
+                        message = f"{target.id[:_SHOWN]} is set to {value.id[:_SHOWN]}, which the loop changes later"
+                        yield self._fault_at(value, message, value.id, "calculate it: Triton would not carry it around the loop")
+
     def _missing(self, node: ast.AST, module: str, name: str) -> Diagnostic:
         return self._fault_at(node, f"{module} has no {name!r}", name, _near(name, members(module) or ()))
 
@@ -239,6 +257,15 @@ class _Lint:
         text = self.lines[line - 1] if 0 < line <= len(self.lines) else ""
         where = Location(self.path, line, min(column, len(text) + 1), max(1, len(word)), text)
         return Diagnostic("KG023", where, message, hint)
+
+
+def _renamed(node: ast.AST) -> Iterator[tuple[ast.Name, ast.Name]]:
+    """The names that an assignment sets to other names as they are."""
+    if isinstance(node, ast.Assign) and len(node.targets) == 1:
+        sides = [side.elts if isinstance(side, ast.Tuple) else [side] for side in (node.targets[0], node.value)]
+        for target, value in zip(*sides, strict=False):
+            if isinstance(target, ast.Name) and isinstance(value, ast.Name):
+                yield target, value
 
 
 def _constants(kernel: ast.FunctionDef) -> list[str]:

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple, NoReturn, TypeVar, final
 
 import torch
 import triton
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 TensorGuards: Any = None
 with contextlib.suppress(ImportError):
@@ -43,6 +42,7 @@ class Options(NamedTuple):
     num_stages: int = 3
     pdl: bool = False  # launched before the kernel in front of it has finished (programmatic dependent launch)
     fused: bool = True  # a product and the sum that it is added to may be rounded once
+    max_registers: int | None = None  # of a thread, as a program starts: warps of roles then share them out anew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class CompileRequest:
                 return argument.dtype
             if isinstance(argument, tuple):
                 return tuple(kind(item) for item in argument)
-            if isinstance(argument, TensorDescriptor):
+            if hasattr(argument, "block_shape"):  # a descriptor, of Triton or of Gluon
                 return argument.base.dtype, tuple(argument.block_shape)
             return argument is None
 
@@ -78,7 +78,7 @@ class CompileRequest:
                 return MockTensor(_BYTES.get(argument.dtype, argument.dtype))
             if isinstance(argument, tuple):
                 return tuple(mock(item) for item in argument)
-            if isinstance(argument, TensorDescriptor):
+            if hasattr(argument, "block_shape"):  # a descriptor, of Triton or of Gluon
                 return dataclasses.replace(argument, base=MockTensor(argument.base.dtype))
             return argument
 
@@ -194,6 +194,8 @@ def _triton_options(options: Options) -> dict[str, Any]:
     chosen = {"num_warps": options.num_warps, "num_stages": options.num_stages, "enable_fp_fusion": options.fused}
     if options.pdl:
         chosen["launch_pdl"] = True
+    if options.max_registers is not None:
+        chosen["maxnreg"] = options.max_registers
     return chosen
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from kernelgen.families import _repairs
 from kernelgen.families._repairs import is_narrow, narrowed
+from kernelgen.prove import gluon
 from kernelgen.prove.memory import Launch, MemoryFault, OutOfBounds, Race, tensors
 
 __all__ = ["IntegerOverflow", "MemoryFault", "OutOfBounds", "Race", "install"]
@@ -60,6 +61,7 @@ def install() -> None:
     _repairs.require_parts(interpreter, _PARTS)
     _watch_integers(interpreter)
     _watch_memory(interpreter)
+    gluon.install()
 
 
 def _watch_integers(interpreter: Any) -> None:

@@ -186,7 +186,7 @@ def mutants(source: str, variant: str = "") -> list[Mutant]:
 
 
 def _is_kernel(function: ast.FunctionDef) -> bool:
-    return any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+    return any(ast.unparse(each).startswith(("triton.jit", "gluon.jit")) for each in function.decorator_list)
 
 
 def _places(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:
@@ -273,7 +273,7 @@ class Bench:
             self._out / names.PACKAGE, target, ignore=shutil.ignore_patterns("__pycache__")
         )
         sys.path.insert(0, self._folder.name)
-        self._package = importlib.import_module(self._name)
+        self.package = importlib.import_module(self._name)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -305,7 +305,7 @@ class Bench:
         """Try a mutant on all cases that fit the variant, or on some."""
         package, changed = self.place(variant, mutant.text)
         try:
-            launcher = changed.launcher(self._package)
+            launcher = changed.launcher(self.package)
         except Exception:
             return Fate(variant.name, mutant, "import")
         if variant.name not in self._cases:
@@ -313,7 +313,7 @@ class Bench:
         cases = list(only) or self._cases[variant.name]
         for i, case in enumerate(cases):
             try:
-                suite.check_launcher(self._package, launcher, variant, case, "cpu")
+                suite.check_launcher(self.package, launcher, variant, case, "cpu")
             except Exception:  # however it fails, it is noticed
                 cases.insert(0, cases.pop(i))
                 return Fate(variant.name, mutant, case.name)

@@ -15,13 +15,14 @@ from ._problem import (
     CACHE_POLICIES,
     BoxConfig,
     Call,
-    Config,
     Delta,
     GemvConfig,
     NaiveConfig,
     Problem,
     Scales,
     TileConfig,
+    Tiled,
+    WarpSpecialisedConfig,
     check,
     choose,
     grid,
@@ -90,8 +91,8 @@ class _Schedule:
             tiles = runtime.given(self.name, config, self.config) or choose(self.schedule, problem)
             self.bind(problem, tiles)(out, x, w, tables, topk_weights, w_scale, x_scale, v, lora_b, runs, b_scale)
 
-    def _constants(self, problem: Problem, config: Config) -> dict[str, Any]:
-        """Of the kernels of all schedules."""
+    def _constants(self, problem: Problem, config: Tiled) -> dict[str, Any]:
+        """Of the kernels of all schedules that tile K."""
         return {
             "TOP_K": problem.top_k,
             "K": problem.k,
@@ -203,7 +204,7 @@ class _ByBlock(_Schedule):
             runtime.check_tile(self.name, "block_d", config.block_d, group_k=QUANT.group_k)
         constants = self._constants(problem, config)
         return self._kernel.bind(
-            grid(problem, config),
+            grid(problem, config.block_n),
             runtime.Options(config.num_warps, config.num_stages, constants["PDL"]),
             **constants,
             BLOCK_M=problem.block_m,
@@ -287,5 +288,55 @@ class Box(_ByBlock):
             of_rows = (None, None) if runs is None else (runs.run_of_row, runs.runs)
             scales, blocks = (w_scale, x_scale, x_scale_next), (tables.pairs, tables.blocks, tables.num_blocks)
             launch.run(out, x, x_desc, half_desc, w_desc, v, lora_b, b_scale, topk_weights, *scales, *blocks, *of_rows)
+
+        return call
+
+
+class WarpSpecialised(_Schedule):
+    """Launches of warp_specialised: a program a multiprocessor, whose three roles of warps have registers of their own."""
+
+    schedule = "warp_specialised"
+    config = WarpSpecialisedConfig
+    operands = "out_ptr x_ptr x_desc w_desc w_scale_ptr x_scale_ptr x_scale_next pairs_ptr blocks_ptr num_blocks_ptr"
+
+    def bind(self, problem: Problem, config: WarpSpecialisedConfig) -> Call:
+        from .._gluon import box  # not every Triton has it
+
+        block_n = 128 if problem.slices == 2 else 256
+        launch = self._kernel.bind(
+            min(grid(problem, block_n), runtime.traits(problem.device).num_sms),
+            runtime.Options(num_warps=4, max_registers=168),
+            TOP_K=problem.top_k,
+            K=problem.k,
+            N=problem.n,
+            OUT_STRIDE=problem.out_stride,
+            X_STRIDE=problem.x_stride,
+            W_SCALE_STRIDE=problem.w_scale_stride,
+            W_SCALE_NEXT=problem.w_scale_next,
+            X_SCALE_STRIDE=problem.x_scale_stride,
+            STAGES=config.num_stages,
+            GROUP_M=config.group_m,
+        )
+        w_shape, w_strides = [problem.num_experts * problem.slices * problem.n, problem.k], [problem.w_stride_n, 1]
+        x_shape, x_strides = [problem.num_pairs, problem.k], [problem.x_stride, 1]
+        in_order, x_scale_next = problem.rows == "sorted_pair", problem.x_scale_next
+
+        def call(
+            out: Tensor,
+            x: Tensor,
+            w: Tensor,
+            tables: MoeTables,
+            topk_weights: Tensor | None,
+            w_scale: Tensor | None,
+            x_scale: Tensor | None,
+            v: Tensor | None,
+            lora_b: Tensors | None,
+            runs: MoeRuns | None,
+            b_scale: Tensors | None,
+        ) -> None:
+            x_desc = box(x, x_shape, x_strides, [64, 128]) if in_order else None
+            w_desc = box(w, w_shape, w_strides, [128, 128])
+            blocks = (tables.pairs, tables.blocks, tables.num_blocks)
+            launch.run(out, x, x_desc, w_desc, w_scale, x_scale, x_scale_next, *blocks)
 
         return call

@@ -93,6 +93,11 @@ class Case(BaseCase):
     v_by_token: bool = False
     b_layout: str = "packed"
 
+    def fits(self, tags: Tags) -> bool:
+        """As of any case; warps of roles take blocks of 128 rows alone, and whole groups."""
+        whole = self.block_m == 128 and self.k % 128 == 0
+        return super().fits(tags) and (whole or tags["schedule"] != "warp_specialised")
+
 
 def _only(**axes: str) -> Mapping[str, Sequence[str]]:
     return MappingProxyType({axis: tags.split() for axis, tags in axes.items()})
@@ -108,7 +113,8 @@ _LORA = _only(delta="lora")
 _FP8_LORA = _only(delta_quant="b8tensor b8channel b8group")
 _ALL_QUANTS = (*_QUANTS, "delta_quant")
 _MANY = Adapters("spread", 60)
-_FP8_TILED = MappingProxyType({**_FP8, **_TILED})
+_FP8_TILED = MappingProxyType({**_FP8, **_only(schedule="tile box warp_specialised")})
+_ROLES = _only(schedule="warp_specialised")
 
 _OF_LORA = (
     Case("rank_1", "a rank of one, and one part", only=_LORA, rank=1, parts=1),
@@ -161,8 +167,56 @@ _OF_LORA = (
     Case("huge_b", "32-bit offsets of the experts of factors wrap", only=_LORA, b_layout="huge_experts", experts=2),
 )
 
+# Of warps of roles: a ring of slots that begins anew within a tile and between tiles, halves of a block with and without rows.
+_OF_ROLES = (
+    Case(
+        "roles",
+        "few programs of many tiles, the last of each kind not full",
+        only=_ROLES,
+        core=True,
+        tokens=70,
+        experts=2,
+        hint=1,
+        k=384,
+        n=300,
+        block_m=128,
+        routing=Experts("skewed"),
+    ),
+    Case(
+        "roles_half",
+        "a block of one half, full to the last row",
+        only=_ROLES,
+        tokens=64,
+        top_k=1,
+        k=128,
+        n=128,
+        block_m=128,
+        routing=_ONE,
+        tiles={"num_stages": 3},
+    ),
+    Case(
+        "roles_grouped",
+        "blocks that share a tile of columns, the last group lower; scales that are bytes, column by column",
+        only=_ROLES,
+        tokens=30,
+        top_k=3,
+        experts=5,
+        hint=1,
+        k=256,
+        n=264,
+        block_m=128,
+        routing=Experts("mixed", start=2),
+        tiles={"group_m": 4},
+        element="e5m2",
+        scales_dtype=_E8M0,
+        by_column=True,
+    ),
+    Case("roles_of_none", "no block at all", only=_ROLES, k=128, block_m=128, routing=Experts("away")),
+)
+
 CASES = (
     *_OF_LORA,
+    *_OF_ROLES,
     Case("one", "every size is one", only=_POINTERS, tokens=1, top_k=1, experts=1, k=1, n=1),
     Case("lt_tile", "a tile that is not full", k=24, n=16),
     Case("eq_tile", "one full tile", tokens=16, top_k=1, routing=_ONE, k=32, n=32),
@@ -317,6 +371,17 @@ EXACT = (
         block_m=64,
         tiles={"tail": 1},
         routing=Experts("skewed"),
+    ),
+    Case(
+        "exact_roles",
+        "two steps of both products",
+        only=_ROLES,
+        tokens=2,
+        top_k=1,
+        experts=1,
+        k=256,
+        n=128,
+        block_m=128,
     ),
 )
 

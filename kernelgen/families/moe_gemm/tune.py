@@ -15,12 +15,20 @@ from kernelgen.measure.tune.space import Candidate
 class MoeGemm(Hints):
     """One product. Operands that descriptors cannot read leave box out, so the best tile is kept beside it."""
 
-    KINDS: ClassVar[tuple[tuple[str, ...], ...]] = (("gemv",), ("naive",), ("tile",), ("box",))
+    KINDS: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("gemv",),
+        ("naive",),
+        ("tile",),
+        ("box",),
+        ("warp_specialised",),
+    )
 
     def accepts(self, candidate: Candidate) -> bool:
         """Whether the tiles can be right, can win and are not the same as others: known without compiling."""
         if not super().accepts(candidate):
             return False
+        if candidate.schedule == "warp_specialised":
+            return self.size("block_m") == 128
         c, p = self.space.named(candidate), self.problem
         k, n, slices, rows = map(self.size, ("k", "n", "slices", "block_m"))
         if c["block_k"] > max(2 * k, 64) or c["block_n"] > max(2 * n, 16):

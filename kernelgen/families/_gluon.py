@@ -1,0 +1,50 @@
+"""Gluon, in which Triton's kernels say what each warp does, under names that do not change with its releases.
+
+A Triton without it, or with another, has no kernels in it: ``found`` says so before a module of one is imported.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+__all__ = [
+    "arrive_copied",
+    "box",
+    "copy_box",
+    "copy_rows",
+    "fence_async_shared",
+    "gl",
+    "gluon",
+    "mbarrier",
+    "warpgroup_mma",
+    "warpgroup_mma_wait",
+]
+
+# Triton 3.6 and later releases.
+copy_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+copy_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+arrive_copied = async_copy.mbarrier_arrive
+
+
+@functools.cache
+def _swizzled(bits: int) -> Any:
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2)
+
+
+def box(tensor: torch.Tensor, shape: list[int], strides: list[int], block: list[int]) -> Any:
+    """What the tensor memory accelerator copies ``block`` by: rows of 128 bytes, laid out as ``wgmma`` reads them."""
+    return TensorDescriptor(tensor, shape, strides, block, _swizzled(8 * tensor.element_size()))

@@ -1,0 +1,115 @@
+"""Faults of order, seeded into kernels whose warps have roles: the interpreter of Gluon must show each, and as what it is.
+
+On a GPU most of them are a hang, or wrong once in many runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+import triton
+
+from kernelgen.emit.lint import faults
+from kernelgen.families.moe_gemm.cases import CASES, Case
+from kernelgen.prove.gluon import Deadlock
+from kernelgen.prove.interpreter import MemoryFault, OutOfBounds, Race
+from kernelgen.prove.mutate import Bench
+
+ROOT = Path(__file__).parent.parent
+FIRST = "moe_gemm_warp_specialised_bf16_token_sorted_swiglu_plain_w8group_a8group"
+SECOND = "moe_gemm_warp_specialised_bf16_sorted_pair_plain_w8group_a8group"
+
+pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="kernels are compiled, not interpreted")
+
+# Two tiles a program, of two halves and of one; a ring of two slots for three steps.
+ROLES = next(case for case in CASES if case.name == "roles")
+CASE: Case = dataclasses.replace(ROLES, n=128, experts=3)
+
+WAIT_FULL = "mbarrier.wait(full.index(slot), phase)\n"
+WAIT_EMPTY = "mbarrier.wait(empty.index(slot), phase)\n"
+GIVE_BACK = "mbarrier.arrive(empty.index(slot), count=1)\n"
+TURN = "slot, phase = _after(slot, phase, STAGES)\n"
+
+# What is wrong: the variant, what stands there, what is put there, where (0: everywhere, else which), and what it shows as.
+FAULTS = {
+    "no wait for what is copied": (FIRST, WAIT_FULL, "pass\n", 0, Race),
+    "no wait for boxes": (SECOND, WAIT_FULL, "pass\n", 1, Race),
+    "no wait for a free slot": (FIRST, WAIT_EMPTY, "pass\n", 0, Race),
+    "slots that count as copied at first": (FIRST, "phase = gl.to_tensor(0)", "phase = gl.to_tensor(1)", 1, Race),
+    "slots that count as full at first": (SECOND, "phase = gl.to_tensor(1)", "phase = gl.to_tensor(0)", 1, Deadlock),
+    "slots that are not given back": (FIRST, GIVE_BACK, "pass\n", 1, Deadlock),
+    "slots that a half without rows keeps": (SECOND, GIVE_BACK, "pass\n", 2, Deadlock),
+    "slots that are given back while they are read": (
+        SECOND,
+        f"others = warpgroup_mma_wait(0, deps=[others])\n                {GIVE_BACK}",
+        f"{GIVE_BACK}                others = warpgroup_mma_wait(0, deps=[others])\n",
+        0,
+        Race,
+    ),
+    "half of a slot's readers": (FIRST, "empty.index(i), count=2", "empty.index(i), count=1", 0, MemoryFault),
+    "a reader too many": (SECOND, "empty.index(i), count=2", "empty.index(i), count=3", 0, Deadlock),
+    "threads that are not counted": (FIRST, "count=1 + 128", "count=1", 0, MemoryFault),
+    "a barrier without a count": (SECOND, "mbarrier.init(empty.index(i), count=2)", "pass", 0, MemoryFault),
+    "fewer bytes than are copied": (SECOND, "+ 64 * 128, pred", ", pred", 0, Race),
+    "more bytes than are copied": (FIRST, "2 * 128 * 128)", "3 * 128 * 128)", 0, Deadlock),
+    "a ring with a slot more": (FIRST, "slot == STAGES", "slot == STAGES + 1", 0, OutOfBounds),
+    "a phase that does not turn": (SECOND, "phase ^ wraps", "phase", 0, MemoryFault),
+    "a role that stands still": (FIRST, TURN, "pass\n", 2, MemoryFault),
+    "rows without a fence": (FIRST, "fence_async_shared()", "pass", 0, Race),
+    "sums that are not waited for": (SECOND, "sums = warpgroup_mma_wait(0, deps=[sums])\n", "pass\n", 0, MemoryFault),
+    "sums that are waited for with the next ones": (FIRST, "wait(0, deps=[others]", "wait(1, deps=[others]", 0, MemoryFault),
+    "one place for the rows of both halves": (SECOND, "staging.index(HALF)", "staging.index(0)", 0, Race),
+    "rows of the other half": (SECOND, "x_slots.index(2 * slot + HALF)", "x_slots.index(2 * slot)", 0, AssertionError),
+}
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Bench]:
+    with Bench(ROOT) as found:
+        yield found
+
+
+def replaced(text: str, old: str, new: str, place: int) -> str:
+    """With ``old`` replaced, everywhere or in one place, from 1."""
+    parts = text.split(old)
+    assert len(parts) > max(place, 1), f"{old!r} stands there {len(parts) - 1} times"
+    if place == 0:
+        return new.join(parts)
+    return old.join(parts[:place]) + new + old.join(parts[place:])
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_an_order_that_is_wrong_is_shown(name: str, bench: Bench) -> None:
+    of, old, new, place, shown = FAULTS[name]
+    suite, variant = next(found for found in bench.variants() if found[1].name == of)
+    _, changed = bench.place(variant, replaced(bench.source(variant), old, new, place))
+    with pytest.raises(shown):
+        suite.check_launcher(bench.package, changed.launcher(bench.package), variant, CASE, "cpu")
+
+
+TRAP = """
+from triton.experimental import gluon
+
+
+@gluon.jit
+def consume(slot, phase, empty, full, STEPS):
+    old = slot
+    for step in range(STEPS):
+        wait(full, slot, phase)
+        arrive(empty, old)
+        {line}
+        slot += 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "count"), [("old = slot", 1), ("old, now = slot, phase", 1), ("old = slot + 0", 0), ("old = phase", 0)]
+)
+def test_a_name_that_triton_would_not_carry_around_a_loop_is_refused(line: str, count: int) -> None:
+    """``old`` has the value of ``slot`` in front of the loop, and in what Triton takes for its first turn: it stays so, and a
+    barrier of another slot waits for ever. As Python it is right, so that no run on the CPU can show it."""
+    found = [fault for fault in faults("generated/x/y.py", TRAP.format(line=line)) if "changes later" in fault.message]
+    assert len(found) == count
