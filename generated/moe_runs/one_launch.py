@@ -109,7 +109,7 @@ def moe_runs_one_launch_kernel(
 
     of_row = tl.sum(same, 1)
     row_first = first + tl.cumsum(of_row, 0) - of_row
-    for column in tl.range(0, length, COLUMNS):
+    for column in tl.range(0, length, COLUMNS, loop_unroll_factor=2):
         pair = column + i
         mine = _local(topk_ids_ptr, pair, num_pairs, NUM_EXPERTS, LOCAL_EXPERT_START) == own
         place = row_first[:, None] + tl.cumsum(mine.to(tl.int32), 1) - 1
@@ -165,12 +165,10 @@ def bind(
 ) -> Callable[..., None]:  # fmt: skip
     """The launch for tables of these sizes, ready to be made again and again."""
     num_tokens = runtime.next_power_of_2(num_pairs // top_k)
-    # A program that has a multiprocessor to itself can hold more pairs at a time.
-    alone = num_experts <= runtime.traits(device).num_sms
-    chunk = min(8192 if alone else 4096, max(256, runtime.next_power_of_2(num_tokens * top_k)))
+    chunk = min(4096, max(256, runtime.next_power_of_2(num_tokens * top_k)))
     dense = is_dense(num_tokens, top_k, num_experts)
     size = max(32, runtime.next_power_of_2(num_experts)) if dense else 1
-    warps = 4 if chunk <= 512 else 8 if chunk <= 4096 else 16
+    warps = 4 if chunk <= 512 else 8 if chunk < 4096 else 16
     groups = max(8, runtime.next_power_of_2(max_loras + 1))
     width, pdl = max(16, _SUMS * warps // groups), runtime.traits(device).pdl
     launch = _kernel.bind(
