@@ -61,6 +61,7 @@ def kernelgen(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--renew", action="store_true", help="write tests/dispatch.lock anew, instead of a comparison")
     parser.addoption("--quick", action="store_true", help="each kernel text and each kind of case once, and no slow test")
 
 

@@ -9,7 +9,7 @@ from typing import Iterator
 import pytest
 import triton
 
-from kernelgen.prove import mutate
+from kernelgen.prove import mutate, mutate_host
 from kernelgen.prove.mutate import Bench, Mutant, mutants
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,3 +86,32 @@ def test_every_change_is_one_of_a_kernel() -> None:
 
 def test_excuses_have_reasons() -> None:
     assert all(excuse.why for excuse in mutate.EQUIVALENT)
+
+
+HOST = """
+LIMIT = 4
+
+
+def bind(out, x, w, scale=None, hint: int = 1):
+    if scale is not None and hint < LIMIT:
+        runtime.fail("bind", "scale", scale, None)
+    check(x, w)
+    key = Key(x.size, hint)
+    return run(out, x) if hint else [part for part in w if part]
+"""
+
+
+def test_every_change_of_host_code_is_one_place() -> None:
+    found = mutate_host.mutants(HOST)
+    assert [(m.operator, m.before, m.after) for m in found if m.line in (2, 5)] == [
+        ("default changed", "4", "(5)"),
+        ("default changed", "1", "(2)"),
+    ]
+    assert [m.operator for m in found if m.line == 6] == [
+        *("condition turned", "side dropped", "side dropped", "bound moved", "bound moved")
+    ]
+    later = {m.operator for m in found if m.line > 6}
+    assert later == {"check dropped", "operands exchanged", "part fixed", "condition turned", "filter dropped"}
+    for mutant in found:
+        compile(mutant.text, "mutant", "exec")
+        assert mutant.text != HOST

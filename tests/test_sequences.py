@@ -1,15 +1,22 @@
-"""Calls of every front door in sequences: each does what it does where nothing was called before it.
+"""Calls of every front door in sequences: each does what it does where nothing was called before it, and what dispatch.lock says.
 
 A call is remembered, and found again by what its arguments look like. So each good call is changed in one thing that its op
 declares, as far as it can be: another value, dtype, stride, address, slice, field of a route, size of the layer. Both are then
 called in turns, either of them first. What a call does is what it launches: kernels, grids, constants, options, and which of
 its tensors go where; or how it is refused. Nothing runs.
+
+``dispatch.lock`` has what each of them does, and what calls of the sizes of a real model take: a change of dispatch shows there,
+call by call. ``python -m pytest tests/test_sequences.py --renew`` writes it anew.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Iterator
+import dataclasses
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any, Iterator, Mapping, NamedTuple
 
 import pytest
 import torch
@@ -20,6 +27,10 @@ import generated as kg
 from generated import _operands as operands
 from generated import _runtime as runtime
 from generated._operands import Bundle, Choice, Flag, Int, Number, Tensor
+from kernelgen.compiled.which import BY_SIZES, Answer, Known, which
+from kernelgen.core.diagnostics import Failure
+from kernelgen.emit import build
+from kernelgen.emit.rooms import laboratory, rooms_with
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # Other sizes of the layer; each by itself.
@@ -45,6 +56,54 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     forget()
 
 
+@dataclasses.dataclass(frozen=True)
+class Lock:
+    """``dispatch.lock``: a section for each front door, and in it a line for each call, with a digest of what it does."""
+
+    renews: bool
+
+    def compare(self, section: str, calls: Mapping[str, object]) -> None:
+        """Raise AssertionError where a section has other calls, or they did something else."""
+        lines = {label: hashlib.sha256(str(found).encode()).hexdigest()[:8] for label, found in calls.items()}
+        if self.renews:
+            self._write({**self._sections(), section: lines})
+            return
+        known = self._sections().get(section, {})
+        differs = [label for label in {**known, **lines} if known.get(label) != lines.get(label)]
+        told = [f"{label}: {calls.get(label, 'there is no such call')}" for label in differs]
+        hint = "if it is meant: python -m pytest tests/test_sequences.py --renew"
+        assert not told, f"{section}: {len(told)} calls are not as in dispatch.lock; {hint}\n" + "\n".join(told[:3])
+
+    def _sections(self) -> dict[str, dict[str, str]]:
+        sections: dict[str, dict[str, str]] = {}
+        for line in _LOCK.read_text("utf-8").splitlines()[_HEAD.count("\n") :] if _LOCK.exists() else ():
+            digest, _, label = line.strip().partition(" ")
+            if line.startswith(" "):
+                sections[list(sections)[-1]][label] = digest
+            elif line:
+                sections[line] = {}
+        return sections
+
+    def _write(self, sections: Mapping[str, Mapping[str, str]]) -> None:
+        blocks = ("\n".join([name, *(f"  {of} {label}" for label, of in sections[name].items())]) for name in sorted(sections))
+        _LOCK.write_text(_HEAD + "\n".join(blocks) + "\n", "utf-8")
+
+
+_LOCK = Path(__file__).with_name("dispatch.lock")
+_HEAD = """\
+# What front doors do with the calls of tests/test_sequences.py: a digest of the launches of each, or of the words that refuse it.
+# Calls that do as the usual one are left out. Renewed by: python -m pytest tests/test_sequences.py --renew
+"""
+
+
+@pytest.fixture
+def lock(request: pytest.FixtureRequest, device: str) -> Lock:
+    """Digests are of what is interpreted: on tensors on the CPU, with the traits of an H200."""
+    if device != "cpu":
+        pytest.skip("dispatch.lock is of interpreted kernels")
+    return Lock(request.config.getoption("--renew"))
+
+
 Asked = tuple[Door, Arguments]  # a front door, and its arguments
 
 
@@ -60,9 +119,34 @@ def done(asked: Asked, log: list[Any]) -> Any:
         return str(error)
     places = {}
     for name, value in given.items():
-        for i, tensor in enumerate(_tensors(value)):
-            places.setdefault(tensor.untyped_storage()._cdata, f"{name} {i}")
-    return [_said(part, places) for part in ([(launch[0].kernel.fn.__qualname__, *launch[1:]) for launch in log], result)]
+        for place, tensor in _tensors(name, value):
+            places.setdefault(tensor.untyped_storage()._cdata, place)
+    return Done([_launch(call, places) for call in log], _said(result, places))
+
+
+class Done(NamedTuple):
+    """What a call does that is not refused."""
+
+    launches: list[Any]
+    result: Any
+
+    def __str__(self) -> str:
+        lines = [f"{of} x {grid}: {_line(given)}; {_line(fixed)}; {options}" for of, grid, given, fixed, options in self.launches]
+        return "\n".join([*lines, f"returns {self.result}"] if self.result is not None else lines)
+
+
+def _launch(call: tuple[Any, ...], places: dict[int, str]) -> tuple[Any, ...]:
+    """Kernel, grid, operands and constants by name, options."""
+    launcher, grid, given, fixed, options = call
+    code = launcher.kernel.fn.__code__
+    own = [name for name in code.co_varnames[: code.co_argcount] if name not in launcher.constants]
+    operands = {name: _said(value, places) for name, value in zip(own, given, strict=True)}
+    constants = dict(zip(launcher.constants, fixed, strict=True))
+    return launcher.kernel.fn.__name__, grid, operands, constants, tuple(options)
+
+
+def _line(named: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in named.items())
 
 
 def _again(value: Any) -> Any:
@@ -74,26 +158,29 @@ def _again(value: Any) -> Any:
     return made
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """(where it is in an argument, it) of each tensor."""
     if isinstance(value, torch.Tensor):
-        yield value
+        yield name, value
     elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
+        for part, item in zip(getattr(value, "_fields", range(len(value))), value, strict=True):
+            yield from _tensors(f"{name}.{part}", item)
 
 
 def _said(value: Any, places: dict[int, str]) -> Any:
     """A value for a comparison: of a tensor, whose memory it lies in, and how."""
     if isinstance(value, torch.Tensor):
-        place = places.get(value.untyped_storage()._cdata, "new")
-        return place, value.storage_offset(), tuple(value.shape), value.stride(), value.dtype, value.device
+        place, dtype = places.get(value.untyped_storage()._cdata, "new"), str(value.dtype).removeprefix("torch.")
+        start = f"+{value.storage_offset()}" if value.storage_offset() else ""
+        return f"{place}{start} {dtype}{list(value.shape)} by {list(value.stride())} on {value.device}"
     if isinstance(value, TensorDescriptor):
-        return _said(value.base, places), value.shape, value.strides, value.block_shape
+        return "boxes", _said(value.base, places), value.shape, value.strides, value.block_shape
     if isinstance(value, kg.HeldRoute):
         return _said((value.capacity, value.max_loras, value._tables, value._parts), places)
     if isinstance(value, (list, tuple)):
-        return [type(value).__name__, *(_said(item, places) for item in value)]
-    return (type(value), value) if isinstance(value, (int, float)) else value
+        kind = type(value).__name__
+        return ([] if kind == "list" else [kind]) + [_said(item, places) for item in value]
+    return value if isinstance(value, (str, bool, int, float, type(None))) else str(value)
 
 
 def changes(door: Door) -> Iterator[tuple[str, Arguments]]:
@@ -193,17 +280,17 @@ def calls(name: str, device: str) -> Iterator[tuple[str, Asked]]:
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_a_call_does_what_it_does_alone(name: str, device: str, log: list[Any]) -> None:
+def test_a_call_does_what_it_does_alone(name: str, device: str, log: list[Any], lock: Lock) -> None:
     door = Door.of(name, device)
     usual = door, door.good
     forget()
     alone = done(usual, log)
-    assert not isinstance(alone, str), alone
+    assert isinstance(alone, Done), alone
     others = []
     for label, asked in calls(name, device):
         forget()
         others.append((label, asked, done(asked, log)))
-        if not isinstance(others[-1][-1], str):  # what is refused is not remembered
+        if isinstance(others[-1][-1], Done):  # what is refused is not remembered
             assert done(asked, log) == others[-1][-1], f"{label}: again"
             assert done(usual, log) == alone, f"the usual behind {label}"
             assert done(asked, log) == others[-1][-1], f"{label}: behind the usual, itself at first"
@@ -212,3 +299,76 @@ def test_a_call_does_what_it_does_alone(name: str, device: str, log: list[Any]) 
     for label, asked, other in others:  # all are remembered, each is as it is alone
         assert done(usual, log) == alone, f"the usual in front of {label}"
         assert done(asked, log) == other, f"{label}: behind the usual"
+    lock.compare(name, {"usual": alone, **{label: other for label, _, other in others if other != alone}})
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_call_asks_the_device_that_it_is_on(
+    name: str, device: str, log: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two devices of other traits, the second has tensors without memory; each has the tiles that it has alone."""
+    traits = runtime.traits(torch.device(device))
+    small = {"num_sms": 20, "shared_memory": 65536, "pdl": not traits.pdl, "full_warps": 4, "warp_sums": 2048, "max_stages": 2}
+    small |= {"mixed_pointers": False, "target": "small", "label": "small"}
+    monkeypatch.setattr(runtime, "traits", lambda of: traits._replace(**small) if of.type == "meta" else traits)
+    door = Door.of(name, device)
+    two = [(door, _on(door.good, where)) for where in (device, "meta")]
+    with runtime.compile_only():
+        alone = []
+        for asked in two:
+            forget()
+            alone.append(done(asked, log))
+        forget()
+        for i in (0, 0, 1, 1, 0, 1):
+            assert done(two[i], log) == alone[i], ("the usual device", "another device")[i]
+
+
+def _on(value: Any, device: str) -> Any:
+    """A value on a device: tensors, in whatever holds them."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: device if name == "device" else _on(item, device) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        made = [_on(item, device) for item in value]
+        return type(value)(*made) if hasattr(value, "_fields") else type(value)(made)
+    return value
+
+
+ROOT = Path(__file__).parent.parent
+TOKENS = (1, 3, 16, 100, 600, 5000)
+
+
+def of_a_model(family: str) -> Iterator[tuple[str, Answer]]:
+    """(the case, the call) of a model's sizes, as ``kernelgen which`` makes it: each tag once, for few tokens and for many."""
+    package = shipped()
+    spec = next(found for found in package.families if found.name == family)
+    axes = [axis.name for axis in spec.axes if axis.name not in BY_SIZES]
+    met: set[tuple[str, str]] = set()
+    for variant in spec.variants:
+        tags = {axis: str(getattr(variant, axis)) for axis in axes}
+        if not met.issuperset(tags.items()) or not axes:
+            met |= tags.items()
+            for tokens in TOKENS if "num_tokens" in Known.of(spec).sizes else (0,):
+                case = {**tags, **({"num_tokens": str(tokens)} if tokens else {})}
+                with contextlib.suppress(Failure):  # no call has these tags together
+                    yield " ".join(case.values()), which(package, family, case)
+
+
+@functools.cache
+def shipped() -> Any:
+    return build.package(ROOT / "specs")
+
+
+@pytest.mark.parametrize("family", sorted(rooms_with("call")))
+def test_a_model_gets_what_it_got(family: str, lock: Lock, log: list[Any]) -> None:
+    calls: dict[str, object] = {}
+    for label, answer in of_a_model(family):
+        with runtime.compile_only(), runtime.choosing({}) as choices:
+            log.clear()
+            try:
+                laboratory(family, "call").call(kg, answer)
+                calls[label] = Done([_launch(call, {}) for call in log], choices)
+            except ValueError as error:
+                calls[label] = str(error)
+    lock.compare(f"{family} of a model", calls)

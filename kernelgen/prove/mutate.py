@@ -20,7 +20,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Iterator, Mapping, Sequence
+from typing import Iterable, Iterator, Mapping, Sequence
 
 import click
 
@@ -48,6 +48,11 @@ class Excuse:
     why: str
     line: str = ""
     function: str = ""
+
+    def of(self, mutant: Mutant) -> bool:
+        """Whether a mutant is one of these."""
+        fits = mutant.operator == self.operator and re.fullmatch(self.before, mutant.before) is not None
+        return fits and re.search(self.line, mutant.statement) is not None and self.function in ("", mutant.function)
 
 
 _IMPLICIT = "Triton converts here anyway"
@@ -155,34 +160,31 @@ class Fate:
 
 def mutants(source: str, variant: str = "") -> list[Mutant]:
     """All mutants of the kernels in a module, in the order of their places."""
-    lines = source.splitlines(keepends=True)
-    starts = [0]
-    for line in lines:
-        starts.append(starts[-1] + len(line))
-    found = []
+    found: list[Mutant] = []
     for function in ast.parse(source).body:
         if isinstance(function, ast.FunctionDef) and _is_kernel(function):
             name = function.name.removeprefix(variant).strip("_")
-            for node in _places(function):
-                for operator, place, changed in _changes(node):
-                    begin = starts[place.lineno - 1] + place.col_offset
-                    assert place.end_lineno is not None and place.end_col_offset is not None
-                    end = starts[place.end_lineno - 1] + place.end_col_offset
-                    after = ast.unparse(changed)
-                    if isinstance(place, ast.expr):
-                        after = f"({after})"
-                    found.append(
-                        Mutant(
-                            operator,
-                            name,
-                            place.lineno,
-                            lines[place.lineno - 1].strip(),
-                            " ".join(source[begin:end].split()),
-                            after,
-                            source[:begin] + after + source[end:],
-                        )
-                    )
+            changes = (change for node in _places(function) for change in _changes(node))
+            found += changed(source, name, changes)
     return found
+
+
+def changed(source: str, function: str, changes: Iterable[Change]) -> Iterator[Mutant]:
+    """A mutant of a module for each of these changes, which are in ``function``."""
+    lines = source.splitlines(keepends=True)
+    starts = list(itertools.accumulate(map(len, lines), initial=0))
+
+    def offset(line: int, column: int) -> int:
+        return starts[line - 1] + len(lines[line - 1].encode()[:column].decode())
+
+    for operator, place, node in changes:
+        assert place.end_lineno is not None and place.end_col_offset is not None
+        begin, end = offset(place.lineno, place.col_offset), offset(place.end_lineno, place.end_col_offset)
+        after = ast.unparse(node)
+        if isinstance(place, ast.expr):
+            after = f"({after})"
+        before, text = " ".join(source[begin:end].split()), source[:begin] + after + source[end:]
+        yield Mutant(operator, function, place.lineno, lines[place.lineno - 1].strip(), before, after, text)
 
 
 def _is_kernel(function: ast.FunctionDef) -> bool:
@@ -200,10 +202,10 @@ def _places(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:
         yield from _places(child)
 
 
-_Change = tuple[str, ast.expr | ast.stmt, ast.AST]  # operator, place, what stands there then
+Change = tuple[str, ast.expr | ast.stmt, ast.AST]  # operator, place, what stands there then
 
 
-def _changes(node: ast.expr | ast.stmt) -> Iterator[_Change]:
+def _changes(node: ast.expr | ast.stmt) -> Iterator[Change]:
     """The ways to change an expression or a statement."""
     if isinstance(node, ast.Call):
         for operator, changed in _changed_calls(node):
@@ -214,11 +216,11 @@ def _changes(node: ast.expr | ast.stmt) -> Iterator[_Change]:
         if isinstance(node.op, (ast.Add, ast.Mult, ast.BitAnd)):
             yield "left side dropped", node, node.right
         if type(node.op) in _EXCHANGED:
-            yield "division exchanged", node, _with(node, op=_EXCHANGED[type(node.op)]())
+            yield "division exchanged", node, with_changes(node, op=_EXCHANGED[type(node.op)]())
     elif isinstance(node, ast.Compare) and type(node.ops[0]) in _MOVED:
-        yield "bound moved", node, _with(node, ops=[_MOVED[type(node.ops[0])]()])
+        yield "bound moved", node, with_changes(node, ops=[_MOVED[type(node.ops[0])]()])
     elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in _CONFUSED:
-        yield "names confused", node, _with(node, id=_CONFUSED[node.id])
+        yield "names confused", node, with_changes(node, id=_CONFUSED[node.id])
     elif isinstance(node, ast.IfExp):
         yield "condition dropped", node, node.body
     elif isinstance(node, ast.If):
@@ -233,7 +235,7 @@ def _changed_calls(node: ast.Call) -> Iterator[tuple[str, ast.AST]]:
     called = ast.unparse(node.func)
     if called in ("tl.load", "tl.store") and any(word.arg == "mask" for word in node.keywords):
         kept = [word for word in node.keywords if word.arg not in ("mask", "other")]
-        yield "mask dropped", _with(node, keywords=kept)
+        yield "mask dropped", with_changes(node, keywords=kept)
     if called == "tl.store":
         yield "store dropped", ast.Constant(None)
     if called.endswith(".to") and isinstance(node.func, ast.Attribute):
@@ -243,13 +245,14 @@ def _changed_calls(node: ast.Call) -> Iterator[tuple[str, ast.AST]]:
         yield "only the clamp", node.args[1]
     if called in ("tl.range", "tl.static_range") and len(node.args) > 1:
         last = ast.BinOp(node.args[1], ast.Sub(), ast.Constant(1))
-        yield "last turn dropped", _with(node, args=[node.args[0], last, *node.args[2:]])
+        yield "last turn dropped", with_changes(node, args=[node.args[0], last, *node.args[2:]])
     if called == "tl.where":
         yield "choice dropped", node.args[1]
         yield "other choice", node.args[2]
 
 
-def _with(node: ast.AST, **changes: object) -> ast.AST:
+def with_changes(node: ast.AST, **changes: object) -> ast.AST:
+    """A copy of a node with other fields."""
     changed = copy.copy(node)
     for name, value in changes.items():
         setattr(changed, name, value)
@@ -327,13 +330,7 @@ class Bench:
 
 def excused(mutant: Mutant) -> bool:
     """Whether no case can notice the mutant, as ``EQUIVALENT`` explains."""
-    return any(
-        mutant.operator == excuse.operator
-        and re.fullmatch(excuse.before, mutant.before)
-        and re.search(excuse.line, mutant.statement)
-        and excuse.function in ("", mutant.function)
-        for excuse in EQUIVALENT
-    )
+    return any(excuse.of(mutant) for excuse in EQUIVALENT)
 
 
 def _try(out: Path, parts: int, task: tuple[str, int]) -> list[Fate]:
