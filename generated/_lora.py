@@ -144,8 +144,8 @@ def lora(
     columns in front of the first slice and behind the last, keep their bytes.
 
     Args:
-        out: [T, *] bfloat16 or float16, last stride 1.
-        x: [T, K] in the dtype of ``out``, last stride 1.
+        out: [T, *] bfloat16, float16 or float32, last stride 1.
+        x: [T, K] bfloat16 or float16, last stride 1; in the dtype of ``out``, unless that is float32, and of the weights.
         lora_a: S tensors [L, rank, K] (or [L, 1, rank, K]) of one layout; the stride over L is free.
         lora_b: S tensors [L, N_s, rank] (or [L, 1, N_s, rank]), of as many slots L; widths N_s and strides over L are free.
         route: from ``lora_route``.
@@ -178,7 +178,7 @@ _SPACE = operands.Op(
 OP = operands.Op(
     "lora",
     (
-        operands.Tensor("out", "T, *", "D", written=True, asks=("torch_dtype",)),
+        operands.Tensor("out", "T, *", "D", also=(torch.float32,), written=True, asks=("torch_dtype",)),
         operands.Tensor("x", "T, K", "D", scaled_by="x_scale"),
         operands.Tensor("lora_a", ("slots>=L, rank, K", "slots>=L, 1, rank, K"), "D", slices="alike", scaled_by="a_scale"),
         operands.Tensor("lora_b", ("slots>=L, >=1, rank", "slots>=L, 1, >=1, rank"), "D", slices="any", scaled_by="b_scale"),
@@ -210,10 +210,10 @@ def _bind(
     *scales: Any,
 ) -> Callable[..., None]:
     x_scale, a_scale, b_scale = scales
-    first, last = problems(out, x, lora_a, lora_b, x_scale, a_scale, b_scale, route, offset_start, add_inputs, scaling)
+    first, last, dtype = problems(out, x, lora_a, lora_b, x_scale, a_scale, b_scale, route, offset_start, add_inputs, scaling)
     if first.num_tokens == 0:
         return runtime.nothing
-    return bind(first, last, route, out.dtype, add_inputs)
+    return bind(first, last, route, dtype, add_inputs)
 
 
 def problems(
@@ -228,8 +228,8 @@ def problems(
     offset_start: int = 0,
     add_inputs: bool = True,
     scaling: float = 1.0,
-) -> tuple[shrink.Problem, expand.Problem]:
-    """The sizes of both products, once everything about a call is known to fit.
+) -> tuple[shrink.Problem, expand.Problem, torch.dtype]:
+    """The sizes of both products and the dtype of their 16-bit operands, once everything about a call is known to fit.
 
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
@@ -239,7 +239,8 @@ def problems(
     of_a = shrink_scales("lora", x, lora_a, x_scale, a_scale)
     of_b = expand_scales("lora", lora_b, b_scale)
     first = shrink.problem_of("lora", sizes, x, lora_a, route, **of_a)
-    return first, expand.problem_of("lora", sizes, out, lora_b, route, offset_start, **of_b)
+    last = expand.problem_of("lora", sizes, out, lora_b, route, offset_start, **of_b)
+    return first, last, sizes.get("D") or torch.bfloat16  # of FP8 operands, in front of an out in fp32
 
 
 def bind(

@@ -44,6 +44,7 @@ class Tensor:
     Attributes:
         shape: of one, or of several forms. None: any; the op itself says more about it.
         dtype: one, any of several, or the name of one that operands share. None: as with shapes.
+        also: dtypes that it may have in place of the one that is shared.
         strides: ROWS: the last is 1, the others are free; PAIRS: and so is that of pairs, [T, top_k, *]; CONTIGUOUS; FREE.
         optional: may be None.
         made: may be None, and is then made by the front door.
@@ -60,6 +61,7 @@ class Tensor:
     shape: str | tuple[str, ...] | None
     dtype: Dtype | None
     strides: str = ROWS
+    also: tuple[torch.dtype, ...] = ()
     optional: bool = False
     made: bool = False
     made_if: str = ""
@@ -628,7 +630,7 @@ class Op:
             fail(op, label, describe(tensor), _wanted(operand, dtypes, sizes, tensor), "; ".join(filter(None, hints)))
         for name, size in (new or {}).items():
             sizes.set(name, size, sizes.source_of(name, form, label))
-        if isinstance(operand.dtype, str) and not self._is_scaled(operand, values):
+        if isinstance(operand.dtype, str) and tensor.dtype not in operand.also and not self._is_scaled(operand, values):
             sizes.set(operand.dtype, tensor.dtype, label)
 
     def _is_scaled(self, operand: Tensor, values: Mapping[str, Any]) -> bool:
@@ -642,7 +644,7 @@ class Op:
         if not isinstance(operand.dtype, str):
             return operand.dtype if operand.dtype is None or isinstance(operand.dtype, tuple) else (operand.dtype,)
         known = sizes.get(operand.dtype)
-        return self.dtypes[operand.dtype] if known is None else (known,)
+        return (*(self.dtypes[operand.dtype] if known is None else (known,)), *operand.also)
 
     def _of_dtype(
         self, operand: Tensor, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...] | None, values: Mapping[str, Any]

@@ -244,7 +244,7 @@ def _cast(operand: Tensor | Bundle, good: Any, name: str, dtype: torch.dtype) ->
 def _other_tensors(operand: Tensor, good: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """(what is another, it) of one tensor."""
     yield "elsewhere", good.clone()
-    for dtype in operand.dtype if isinstance(operand.dtype, tuple) else ():
+    for dtype in (*(operand.dtype if isinstance(operand.dtype, tuple) else ()), *operand.also):
         if dtype != good.dtype:
             yield f"{dtype}", good.to(dtype)
     if good.dtype in FP8:

@@ -13,7 +13,7 @@ import torch
 from .. import _runtime as runtime
 from ..lora_shrink._problem import kind_of_scales
 from ..moe_route._op import MoeRoute
-from ._problem import OP, Call, check_y, choose, problem_of
+from ._problem import OP, Call, choose, problem_of
 from ._table import QUANT, VARIANTS
 
 
@@ -29,13 +29,14 @@ def lora_expand(
 ) -> None:
     """Columns of a batch from its rank vectors: out[t, columns of s] (+)= y[s, t] . B_s[l]^T, for every token t of an adapter l.
 
-    y is rounded to the dtype of ``out`` in front of the product. Rows of other tokens, and columns in front of the first
-    slice and behind the last, keep their bytes.
+    y is rounded to the dtype of ``lora_b`` in front of the product (FP8: to that of ``out``, or bfloat16). Rows of other tokens,
+    and columns in front of the first slice and behind the last, keep their bytes.
 
     Args:
-        out: [T, *] bfloat16 or float16, last stride 1.
-        y: contiguous [S, T, rank] float32, or in the dtype of ``out``; rows of tokens without an adapter are not read.
-        lora_b: S tensors [L, N_s, rank] (or [L, 1, N_s, rank]) in the dtype of ``out``; widths N_s and strides over L are free.
+        out: [T, *] bfloat16, float16 or float32, last stride 1.
+        y: contiguous [S, T, rank] float32, or in the dtype of ``lora_b``; rows of tokens without an adapter are not read.
+        lora_b: S tensors [L, N_s, rank] (or [L, 1, N_s, rank]) in the dtype of ``out``, bfloat16 or float16 where that is
+            float32; widths N_s and strides over L are free.
         route: from ``lora_route``.
         offset_start: column of ``out`` where the first slice begins; each other begins where the one before it ends.
         add_inputs: add to ``out``, or overwrite.
@@ -61,9 +62,9 @@ def _bind(
     b_scale: Sequence[torch.Tensor] | None,
 ) -> Call:
     sizes = OP.check("lora_expand", OP.named(out, y, lora_b, route, scaling, offset_start, add_inputs, b_scale))
-    check_y("lora_expand", out, y)
     problem = problem_of("lora_expand", sizes, out, lora_b, route, offset_start, **scales_of("lora_expand", lora_b, b_scale))
-    variant = variant_of("lora_expand", out.dtype, add_inputs, problem.rank, problem.weight_scales)
+    dtype = sizes.get("D") or torch.bfloat16  # of FP8 weights, in front of an out in fp32
+    variant = variant_of("lora_expand", dtype, add_inputs, problem.rank, problem.weight_scales)
     if problem.num_tokens == 0:
         return runtime.nothing
     call: Call = variant.bind(problem, route, choose(problem, route))

@@ -9,7 +9,7 @@ For every token t with adapter l, and every slice s, accumulated in fp32:
     out[t, columns of s] += v . B_s[l]^T
 
 Rows of out of other tokens keep their bytes. The columns of slices follow each other, from offset_start on.
-Shapes: out [T, *] and B_s [L, N_s, rank] bfloat16, y [S, T, rank] float32 or bfloat16;
+Shapes: out [T, *] and y [S, T, rank] bfloat16 or float32, B_s [L, N_s, rank] bfloat16;
 of these, B_s is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
 b_scale_s [L, ceil(N_s / 128), ceil(rank / 128)]; rank at most 64.
 Programs of FP8 share the rows of a higher block, SHARES of them: what is widened stays in registers for up to 32 rows.
@@ -148,7 +148,7 @@ def lora_expand_bf16_add_r64_w8group_product(
         product = tl.dot(v, b.T)
         product *= b_scale
         product += old.to(tl.float32)
-        tl.store(out_tile, product.to(tl.bfloat16), mask=out_mask)
+        tl.store(out_tile, product.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
 schedule = LoraExpand(lora_expand_bf16_add_r64_w8group_product)

@@ -9,7 +9,7 @@ For every token t with adapter l, and every slice s, accumulated in fp32:
     out[t, columns of s] = v . B_s[l]^T
 
 Rows of out of other tokens keep their bytes. The columns of slices follow each other, from offset_start on.
-Shapes: out [T, *] and B_s [L, N_s, rank] float16, y [S, T, rank] float32 or float16;
+Shapes: out [T, *] and y [S, T, rank] float16 or float32, B_s [L, N_s, rank] float16;
 rank at most 32.
 In front of it lora_shrink may have left y in parts [parts, S, T, rank], which are then added in its order, and scaled.
 """
@@ -104,7 +104,7 @@ def lora_expand_f16_set_r32_product(
                 b = tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]), mask=b_mask, other=0.0, eviction_policy=WEIGHTS)
 
         product = tl.dot(v, b.T)
-        tl.store(out_tile, product.to(tl.float16), mask=out_mask)
+        tl.store(out_tile, product.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
 schedule = LoraExpand(lora_expand_f16_set_r32_product)

@@ -38,7 +38,7 @@ OP = operands.Op(
     "moe_sum",
     (
         operands.Tensor("out", "T, N", operands.FLOATS, made=True, made_if="zeroes", written=True, asks=("zeroes",)),
-        operands.Tensor("y", "T, top_k, N", "D", operands.PAIRS, asks=("torch_dtype",)),
+        operands.Tensor("y", "T, top_k, N", "D", operands.PAIRS, also=(torch.float32,), asks=("torch_dtype",)),
         TOPK_IDS,
         operands.Tensor("topk_weights", "T, top_k", operands.FLOATS, operands.CONTIGUOUS, optional=True, asks=("weighted",)),
         VALID_TOKENS,
@@ -46,6 +46,7 @@ OP = operands.Op(
         LOCAL_EXPERT_START,
         NUM_TOKENS_HINT,
         operands.Flag("zeroes", public=False),
+        operands.Flag("keep_empty"),
         delta_operand("T, top_k, N"),
         DELTA_ROUTE,
     ),
@@ -71,6 +72,7 @@ class Problem(NamedTuple):
     out_stride: int
     y_stride: int
     delta: DeltaSizes
+    keep_empty: bool
     device: torch.device
 
 
@@ -87,6 +89,7 @@ def check(
     num_experts: int,
     local_expert_start: int,
     num_tokens_hint: int | None,
+    keep_empty: bool = False,
     dtype: torch.dtype | None = None,
     adapted: bool | None = None,
     weighted: bool = False,
@@ -97,7 +100,7 @@ def check(
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
     routing = (topk_ids, topk_weights, valid_tokens, num_experts, local_expert_start, num_tokens_hint)
-    sizes = OP.check(variant, OP.named(out, y, *routing, False, delta, route), D=dtype)
+    sizes = OP.check(variant, OP.named(out, y, *routing, False, keep_empty, delta, route), D=dtype)
     if weighted and topk_weights is None:
         wanted = f"[{sizes['T']}, {sizes['top_k']}]"
         runtime.fail(variant, "topk_weights", None, wanted, "a variant without them sums as they are")
@@ -111,6 +114,7 @@ def check(
         n=sizes["N"],
         out_stride=out.stride(0),
         y_stride=y.stride(1 if top_k > 1 else 0),
+        keep_empty=keep_empty,
         delta=check_delta(variant, delta, route, adapted),
         device=y.device,
     )

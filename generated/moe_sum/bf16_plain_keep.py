@@ -7,9 +7,9 @@ For every token t below valid_tokens, accumulated in fp32 and rounded once:
 
     out[t] = sum over j of y[t, j], for the experts topk_ids[t, j] that are local
 
-Rows of out from valid_tokens on keep their bytes.
+Rows of out from valid_tokens on keep their bytes, with KEEP_EMPTY also those without a local expert.
 
-Shapes: out [T, N] in any float dtype, y [T, top_k, N] bfloat16, topk_ids [T, top_k] int32 or int64.
+Shapes: out [T, N] in any float dtype, y [T, top_k, N] bfloat16 or float32, topk_ids [T, top_k] int32 or int64.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ._problem import Config
 def moe_sum_bf16_plain_keep_kernel(
     out_ptr, y_ptr, topk_ids_ptr, valid_tokens_ptr, num_tokens,
     TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, LOCAL_EXPERT_START: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr,
-    Y_STRIDE: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    Y_STRIDE: tl.constexpr, KEEP_EMPTY: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     if PDL:
@@ -40,15 +40,19 @@ def moe_sum_bf16_plain_keep_kernel(
         n = tile % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = n < N
         total = tl.zeros([BLOCK_N], tl.float32)
+        some = False
         for j in tl.static_range(TOP_K):
             pair = token * TOP_K + j
             expert = tl.load(topk_ids_ptr + pair)
             here = (expert >= LOCAL_EXPERT_START) & (expert < LOCAL_EXPERT_START + NUM_EXPERTS)
+            some |= here
             rows = y_ptr + pair.to(tl.int64) * Y_STRIDE
             y = tl.load(rows + n, mask=here & inside, other=0.0).to(tl.float32)
             total += y
         out_row = out_ptr + token.to(tl.int64) * OUT_STRIDE
-        if N % BLOCK_N == 0:
+        if KEEP_EMPTY:
+            tl.store(out_row + n, total.to(out_ptr.dtype.element_ty), mask=inside & some)
+        elif N % BLOCK_N == 0:
             tl.store(out_row + n, total.to(out_ptr.dtype.element_ty))
         else:
             tl.store(out_row + n, total.to(out_ptr.dtype.element_ty), mask=inside)
@@ -59,12 +63,18 @@ schedule = MoeSum(moe_sum_bf16_plain_keep_kernel)
 
 def moe_sum_bf16_plain_keep(
     out: Tensor, y: Tensor, topk_ids: Tensor, *, num_experts: int, local_expert_start: int = 0,
-    valid_tokens: Tensor | None = None, num_tokens_hint: int | None = None, config: Config | None = None,
+    valid_tokens: Tensor | None = None, num_tokens_hint: int | None = None, keep_empty: bool = False,
+    config: Config | None = None,
 ) -> None:  # fmt: skip
     """Write the sums to ``out``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype or device that this variant does not serve; nothing was launched.
     """
-    sizes = {"num_experts": num_experts, "local_expert_start": local_expert_start, "num_tokens_hint": num_tokens_hint}
+    sizes = {
+        "num_experts": num_experts,
+        "local_expert_start": local_expert_start,
+        "num_tokens_hint": num_tokens_hint,
+        "keep_empty": keep_empty,
+    }
     schedule.launch(config, out, y, topk_ids, None, valid_tokens, **sizes)

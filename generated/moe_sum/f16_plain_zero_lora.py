@@ -10,7 +10,7 @@ For every token t below valid_tokens, accumulated in fp32 and rounded once:
 Rows of out from valid_tokens on become zero. Rows of delta are
 added where a pair is live on the route; LoRA did not write others, which are not read.
 
-Shapes: out [T, N] in any float dtype, y and delta [T, top_k, N] float16, topk_ids [T, top_k] int32 or int64.
+Shapes: out [T, N] in any float dtype, y [T, top_k, N] float16 or float32, delta [T, top_k, N] float16, topk_ids [T, top_k] int32 or int64.
 """
 
 from __future__ import annotations

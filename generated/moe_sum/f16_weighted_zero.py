@@ -9,7 +9,7 @@ For every token t below valid_tokens, accumulated in fp32 and rounded once:
 
 Rows of out from valid_tokens on become zero.
 
-Shapes: out [T, N] in any float dtype, y [T, top_k, N] float16, topk_ids [T, top_k] int32 or int64,
+Shapes: out [T, N] in any float dtype, y [T, top_k, N] float16 or float32, topk_ids [T, top_k] int32 or int64,
 topk_weights [T, top_k] in any float dtype, applied in fp32.
 """
 

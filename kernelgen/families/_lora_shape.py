@@ -24,6 +24,7 @@ _FIELDS: tuple[operands.Operand, ...] = (
     operands.Int("offset_start"),
     *(operands.Flag(name) for name in ("add_inputs", "separate")),
     operands.Choice("dtype", VARIANTS.dtypes),
+    operands.Choice("out_dtype", (None, *VARIANTS.dtypes, torch.float32)),
     kinds_of_scales(VARIANTS, "weight_scales"),
     kinds_of_scales(VARIANTS, "x_scales", group_by_column="group"),
     operands.Choice("fp8_dtype", QUANT.elements),
@@ -48,6 +49,7 @@ class LoraShape(NamedTuple):
     x_scales: str | None = None  # of an FP8 x: "tensor", "token", "group" or "group_by_column"
     fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of both
     x_scales_dtype: torch.dtype = torch.float32
+    out_dtype: torch.dtype | None = None  # float32, or that of the activations
 
     def check(self, label: str) -> None:
         """Raise ValueError where a field, of a shape called ``label``, is no such thing."""
@@ -62,7 +64,7 @@ class LoraShape(NamedTuple):
         route = lora_route(empty(num_tokens, dtype=torch.int32), max_loras=self.max_loras)
         slices, end = len(self.widths), self.offset_start + sum(self.widths)
         of_weights = self.dtype if self.weight_scales is None else self.fp8_dtype
-        out = empty(num_tokens, self.out_width or end)
+        out = empty(num_tokens, self.out_width or end, dtype=self.out_dtype or self.dtype)
         x = empty(num_tokens, self.k, dtype=self.dtype if self.x_scales is None else self.fp8_dtype)
         a = [empty(self.max_loras, self.rank, self.k, dtype=of_weights)] * slices
         full_rank = self.rank * self.gathered

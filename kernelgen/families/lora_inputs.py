@@ -63,6 +63,7 @@ class Case(BaseCase):
     scaling: float = 0.75
     offset: int = 0
     y_dtype: torch.dtype | None = torch.float32
+    out_dtype: torch.dtype | None = None
     four: bool = False
     spread: int = 0
     nan_token: int | None = None

@@ -40,15 +40,15 @@ Call = Callable[..., None]
 OP = operands.Op(
     "lora_expand",
     (
-        operands.Tensor("out", "T, *", "D", written=True, asks=("torch_dtype",)),
-        operands.Tensor("y", "S, T, rank", (torch.float32, *VARIANTS.dtypes), operands.CONTIGUOUS),
+        operands.Tensor("out", "T, *", "D", also=(torch.float32,), written=True, asks=("torch_dtype",)),
+        operands.Tensor("y", "S, T, rank", "D", operands.CONTIGUOUS, also=(torch.float32,)),
         operands.Tensor(
             "lora_b",
             ("slots>=L, >=1, rank", "slots>=L, 1, >=1, rank"),
             "D",
             slices="any",
             scaled_by="b_scale",
-            asks=("rank",),
+            asks=("rank", "torch_dtype"),
         ),
         ROUTE,
         operands.Number("scaling", public=False),
@@ -98,14 +98,7 @@ def check(
     """
     scales = None if b_scale is None else b_scale[1]
     sizes = OP.check(variant, OP.named(out, y, lora_b, route, 1.0, offset_start, True, scales), D=dtype)
-    check_y(variant, out, y)
     return problem_of(variant, sizes, out, lora_b, route, offset_start, max_rank=max_rank, b_scale=b_scale)
-
-
-def check_y(variant: str, out: torch.Tensor, y: torch.Tensor) -> None:
-    """Raise ValueError where rank vectors are of another dtype than those that are taken."""
-    if y.dtype not in (torch.float32, out.dtype):
-        runtime.fail(variant, "y", runtime.describe(y), f"float32 or {out.dtype}, as out")
 
 
 def problem_of(

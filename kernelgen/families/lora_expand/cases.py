@@ -42,6 +42,7 @@ _SIXTEEN_BIT = (
     Case("one_adapter", "a single slot", loras=1),
     Case("offset", "columns in front of the first slice", offset=24, widths=(40, 40)),
     Case("y_16_bit", "rank vectors in 16 bits, as an all-reduce may leave them", y_dtype=None, widths=(40, 24)),
+    Case("out_f32", "out in fp32, as of a head", core=True, out_dtype=torch.float32, adapters="mixed", widths=(40, 24)),
     Case("packed", "nothing between rows", layout="packed", widths=(40, 24)),
     Case("shared", "weights stored once for all adapters: stride 0", layout="shared"),
     Case("unaligned", "odd strides, a base that is not 16-byte aligned", layout="odd", widths=(23, 9), offset=1),
@@ -112,7 +113,7 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
     adds, rank, width = tags["add_inputs"] == "add", lora_inputs.rank_of(case, tags), sum(case.widths)
     y = lora_inputs.make_y(case, tags, batch, numbers)
     b = lora_inputs.make_weights(case, tags, batch, case.widths, rank, numbers)
-    out = LAYOUTS[case.layout].matrix((case.tokens, case.offset + width + 3), dtype, device)
+    out = LAYOUTS[case.layout].matrix((case.tokens, case.offset + width + 3), case.out_dtype or dtype, device)
     columns = out[:, case.offset : case.offset + width]
     for token, adapter in enumerate(batch.adapters):
         if adds or adapter is None:  # a NaN that something is added to may keep its bits
@@ -120,7 +121,7 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
     route, tables = lora_inputs.route_of(package, case, batch, device)
     inputs = lora_inputs.sealed({"y": y, **lora_inputs.tensors_of("b", b)})
     options: dict[str, Any] = dict(lora_inputs.scales_of("b_scale", b))
-    flags: dict[str, Any] = {"add_inputs": adds, "scaled": bool(options)}
+    flags: dict[str, Any] = {"add_inputs": adds, "scaled": bool(options), "dtype": dtype}
     stands_for = [w.numbers for w in b]
     expected = lora_expand(out, y, stands_for, batch.adapters, offset_start=case.offset, **flags)
     sparse = out.untyped_storage().nbytes() >= HUGE

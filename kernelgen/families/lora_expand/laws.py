@@ -71,16 +71,19 @@ def measured_tiles_are_found(package: ModuleType, variants: Sequence[Variant], d
 def both_products_give_the_same_bits(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """lora, for every rank, dtype and flag: the bits of lora_shrink and then lora_expand, which are within the bound."""
     ranks, dtypes = (1, 24, 48, 96, 129), sorted({v.tags["dtype"] for v in variants})
-    for rank, dtype, adds in zip(ranks, itertools.cycle(dtypes), itertools.cycle((True, True, False)), strict=False):
+    flags = itertools.cycle((True, True, False))
+    for rank, dtype, adds, wide in zip(ranks, itertools.cycle(dtypes), flags, itertools.cycle((False, True)), strict=False):
         case = dataclasses.replace(_CASE, rank=rank)
         layer = _Layer.of(case, {"dtype": dtype}, device)
+        if wide:
+            layer = dataclasses.replace(layer, out=layer.out.float())
         route = package.lora_route(layer.batch.mapping, max_loras=case.loras)
         y = torch.full((2, case.tokens, rank), torch.nan, device=device)
         package.lora_shrink(y, layer.x, layer.lora_a, route, scaling=0.3)
         rows = layer.batch.rows()
         assert y[:, ~rows].isnan().all(), "rows of tokens without an adapter were written"
         expected = lora_expand(
-            layer.out, y, layer.lora_b, layer.batch.adapters, offset_start=case.offset, add_inputs=adds
+            layer.out, y, layer.lora_b, layer.batch.adapters, offset_start=case.offset, add_inputs=adds, dtype=layer.x.dtype
         )
         out = layer.out.clone()
         package.lora_expand(out, y, layer.lora_b, route, offset_start=case.offset, add_inputs=adds)
@@ -190,7 +193,7 @@ def wrong_arguments_are_named(package: ModuleType, variants: Sequence[Variant], 
 
 
 _WRONG: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
-    "out in fp32": ("out", lambda out: out.float()),
+    "out in fp64": ("out", lambda out: out.double()),
     "out of too few columns": ("out", lambda out: out[:, :100]),
     "out of too few rows": ("out", lambda out: out[:-1]),
     "out with columns apart": ("out", lambda out: out.t().contiguous().t()),

@@ -4,8 +4,8 @@ For every token t of an adapter l, and every slice s:
 
     out[t, columns of s] = round(out[t, columns of s] + round(y[s, t]) . B_s[l]^T)     without the old out where it is overwritten
 
-``round`` is to the dtype of ``out``. Rows of other tokens keep their bytes, and so do other columns. The sum is bounded as in
-``lora_shrink``; the old value and the last cast each round once more.
+``round`` of y is to the 16 bits of the operands, of the sum to the dtype of ``out``. Rows of other tokens keep their bytes, and
+so do other columns. The sum is bounded as in ``lora_shrink``; the old value and the last cast each round once more.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def lora_expand(
     offset_start: int,
     add_inputs: bool,
     scaled: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Expected:
     """The exact output for operands as they are, and the bound on a kernel's error.
 
@@ -34,10 +35,11 @@ def lora_expand(
         y: [S, T, rank].
         lora_b: S tensors [L, N_s, rank].
         adapters: of each token, None: it has none.
+        dtype: that y is rounded to, None: that of ``out``.
         scaled: weights were dequantised; a kernel applies their scales, which are below 2^24, in fp32.
     """
     exact, bound = out.double(), torch.zeros(out.shape, dtype=torch.float64, device=out.device)
-    info, rounded = torch.finfo(out.dtype), y.to(out.dtype)
+    info, rounded = torch.finfo(out.dtype), y.to(dtype or out.dtype)
     for token, adapter in enumerate(adapters):
         begin = offset_start
         for s, b in enumerate(lora_b):

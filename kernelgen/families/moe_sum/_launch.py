@@ -66,6 +66,7 @@ class MoeSum:
             N=problem.n,
             OUT_STRIDE=problem.out_stride,
             Y_STRIDE=problem.y_stride,
+            KEEP_EMPTY=problem.keep_empty,
             BLOCK_N=config.block_n,
             PDL=pdl,
             D_STRIDE=problem.delta.stride,

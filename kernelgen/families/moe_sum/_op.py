@@ -20,13 +20,15 @@ def moe_sum(
     valid_tokens: torch.Tensor | None = None,
     num_tokens_hint: int | None = None,
     out: torch.Tensor | None = None,
+    keep_empty: bool = False,
     delta: torch.Tensor | None = None,
     route: MoeRoute | None = None,
 ) -> torch.Tensor:
     """out[t] = the sum over the local experts of token t of w[t, j] * (y[t, j] + delta[t, j]), in fp32, rounded once.
 
     Args:
-        y: [T, top_k, N] bfloat16 or float16, stride(0) == top_k * stride(1); rows of pairs that are not local are not read.
+        y: [T, top_k, N] bfloat16, float16 or float32, stride(0) == top_k * stride(1); rows of pairs that are not local are not
+            read.
         topk_ids: [T, top_k] int32 or int64, global ids.
         num_experts, local_expert_start: the global ids that are local.
         topk_weights: [T, top_k] float, w; None: 1.
@@ -34,6 +36,7 @@ def moe_sum(
         num_tokens_hint: how many tokens to expect, for the size of the grid; None: T. Any number is right.
         out: [T, N] in any float dtype, of which rows from ``valid_tokens`` on keep their bytes; None: a new float32
             tensor, in which they are zero.
+        keep_empty: rows of tokens without a local expert keep their bytes too, in a caller's ``out``; else they become zero.
         delta, route: what ``moe_lora`` wrote with ``add_inputs=False``, like ``y``, and its route, from ``moe_route``: rows of
             pairs that are live on it are added, others are not read. None: y has it already, or there is none.
 
@@ -46,7 +49,7 @@ def moe_sum(
             out = torch.empty((y.shape[0], y.shape[-1]), dtype=torch.float32, device=y.device)
         except (AttributeError, IndexError) as error:
             routing = (topk_ids, topk_weights, valid_tokens, num_experts, local_expert_start, num_tokens_hint)
-            OP.refuse(OP.named(out, y, *routing, zeroes, delta, route), error)
+            OP.refuse(OP.named(out, y, *routing, zeroes, keep_empty, delta, route), error)
     arguments = (
         out,
         y,
@@ -57,6 +60,7 @@ def moe_sum(
         local_expert_start,
         num_tokens_hint,
         zeroes,
+        keep_empty,
         delta,
         route,
     )
@@ -74,6 +78,7 @@ def bind(
     local_expert_start: int,
     num_tokens_hint: int | None,
     zeroes: bool,
+    keep_empty: bool = False,
     delta: torch.Tensor | None = None,
     route: MoeRoute | None = None,
 ) -> Call:
@@ -94,9 +99,13 @@ def bind(
         num_experts=num_experts,
         local_expert_start=local_expert_start,
         num_tokens_hint=num_tokens_hint,
+        keep_empty=keep_empty,
     )
+    if keep_empty and zeroes:
+        runtime.fail("moe_sum", "out", None, "a tensor, of which rows are kept", "keep_empty is about what is there")
     facts = {"weighted": topk_weights is not None, "zeroes": zeroes, "adapted": delta is not None}
-    variant = VARIANTS.get("moe_sum", torch_dtype=y.dtype, **facts)
+    of_16_bits = [t.dtype for t in (y, delta) if t is not None and t.dtype in VARIANTS.dtypes]
+    variant = VARIANTS.get("moe_sum", torch_dtype=(of_16_bits or VARIANTS.dtypes)[0], **facts)  # no text hangs on that of y
     if problem.num_tokens == 0:
         return runtime.nothing
     call: Call = variant.bind(problem, choose(problem))

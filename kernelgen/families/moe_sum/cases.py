@@ -31,6 +31,8 @@ class Case(BaseCase):
         hint: tokens that the grid is sized for, None: all.
         gap, offset: elements between rows, and before the first behind a 16-byte boundary.
         row_stride: of y, where it is given.
+        y_dtype: of y, where it is not that of the variant.
+        keep_empty: tokens without a local expert keep their rows.
     """
 
     tokens: int = 5
@@ -45,8 +47,12 @@ class Case(BaseCase):
     offset: int = 0
     row_stride: int | None = None
     own_tiles: bool = False
+    y_dtype: torch.dtype | None = None
+    keep_empty: bool = False
 
 
+_KEEP: Mapping[str, Sequence[str]] = MappingProxyType({"rest": ["keep"]})
+_SPARSE = Experts("mixed", start=1, valid=7)
 _WEIGHTED: Mapping[str, Sequence[str]] = MappingProxyType({"routed_weight": ["weighted"]})
 
 CASES = (
@@ -64,6 +70,9 @@ CASES = (
     Case("top_8", "as many experts as models have", top_k=8, experts=9),
     Case("ids_int64", "ids as torch.topk gives them", routing=Experts("mixed", ids_dtype=torch.int64)),
     Case("out_f32", "the sum as it is", out_dtype=torch.float32),
+    Case("y_f32", "rows in fp32", y_dtype=torch.float32, out_dtype=torch.float32),
+    Case("keep_empty", "tokens of other ranks alone", only=_KEEP, tokens=9, routing=_SPARSE, keep_empty=True),
+    Case("keep_all", "no token has an expert here", only=_KEEP, n=64, routing=Experts("away"), keep_empty=True),
     Case("weights_bf16", "routing weights in another dtype", only=_WEIGHTED, weights_dtype=torch.bfloat16),
     Case("unaligned", "odd strides, a base that is not 16-byte aligned", gap=1, offset=1, n=33),
     Case("own_tiles", "the tiles that the rule takes", own_tiles=True, n=300),
@@ -86,9 +95,9 @@ def check(
     row = case.row_stride or case.n + case.gap
     strides = (case.top_k * row, row, 1)
     if case.row_stride:
-        y = allocate_sparse(shape, strides, dtype, device)
+        y = allocate_sparse(shape, strides, case.y_dtype or dtype, device)
     else:
-        y = allocate(shape, strides, dtype, device, offset=case.offset)
+        y = allocate(shape, strides, case.y_dtype or dtype, device, offset=case.offset)
     weights = None
     if tags["routed_weight"] == "weighted":
         weights = allocate(shape[:2], (case.top_k, 1), case.weights_dtype, device)
@@ -104,7 +113,7 @@ def check(
     beside = None
     if tags["delta"] == "lora":
         layout: dict[str, Any] = {"offset": case.offset, "sparse": case.row_stride is not None}
-        beside = draw_delta(package, routed, y, case.random(), numbers, **layout)
+        beside = draw_delta(package, routed, y.to(dtype) if case.y_dtype else y, case.random(), numbers, **layout)
     given: dict[str, Any] = {"num_tokens": routed.num_valid, "topk_weights": weights, "dtype": out.dtype}
     expected = moe_sum(y, routed.local, **given, delta=beside.rows if beside else NO_ROWS)
     config = None if case.own_tiles else sys.modules[launcher.__module__].Config(64, 2)
@@ -118,13 +127,17 @@ def check(
         num_tokens_hint=case.hint,
         config=config,
         **({} if weights is None else {"topk_weights": weights}),
+        **({"keep_empty": True} if case.keep_empty else {}),
         **(beside.arguments if beside else {}),
     )
     written = torch.arange(case.tokens, device=device) < routed.num_valid
+    if case.keep_empty:
+        served = {pair // case.top_k for pair, _ in routed.local}
+        written &= torch.tensor([token in served for token in range(case.tokens)], device=device)
     if tags["rest"] == "zero":
         assert not out[~written].any(), "rows behind the valid tokens are not zero"
         written[:] = True
     stray = int((guarded.changed() & ~positions(guarded, written)).sum())
     assert not stray, f"out: {stray} elements changed outside of the rows of valid tokens"
-    rows = out[: routed.num_valid].cpu()
-    return worst_ratio(rows, expected.out.cpu(), expected.bound.cpu())
+    rows = written[: routed.num_valid].cpu()
+    return worst_ratio(out[: routed.num_valid].cpu()[rows], expected.out.cpu()[rows], expected.bound.cpu()[rows])

@@ -87,7 +87,8 @@ def _operands(dtype: torch.dtype, routed: Any, device: str) -> dict[str, Any]:
 _Arguments = dict[str, Any]
 
 _WRONG: Mapping[str, Callable[[_Arguments], _Arguments]] = {
-    "y in fp32": lambda a: {"y": a["y"].float()},
+    "y in fp64": lambda a: {"y": a["y"].double()},
+    "rows to keep in a new out": lambda a: {"out": None, "keep_empty": True},
     "y of two dimensions": lambda a: {"y": a["y"].flatten(0, 1)},
     "y of fewer experts": lambda a: {"y": a["y"][:, :-1]},
     "y with columns apart": lambda a: {"y": a["y"].transpose(1, 2).contiguous().transpose(1, 2)},
