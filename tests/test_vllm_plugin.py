@@ -184,7 +184,7 @@ def test_heads_and_embeddings(punica: Any, wrapper: Any) -> None:
     kg, samples = punica.kg, [2, -1, 0]
     step(wrapper, STEPS["mixed"], samples)
     a, b, route = new(L, 1, RANK, K), new(L, 1, 48, RANK), route_of(punica, samples, 3)
-    for dtype in (DTYPE,):
+    for dtype in (DTYPE, torch.float32):
         out, wanted, x = new(3, 64, dtype=dtype), new(3, 64, dtype=dtype), new(3, K)
         wrapper.add_lora_logits(out, x, a, b, 1.0)
         kg.lora(wanted, x, [a], [b], route)
@@ -237,6 +237,79 @@ def test_experts_make_the_calls_of_the_front_doors(punica: Any, wrapper: Any, ga
         kg.moe_lora(wanted[0], x, a13, b13, made)
         kg.moe_lora(wanted[1], h, a2, b2, made, **weighted)
     assert torch.equal(gate_up, wanted[0]) and torch.equal(down, wanted[1])
+
+
+class Experts:
+    """What ``TritonExperts`` has for ours, with adapters in it."""
+
+    quant_dtype = w1_bias = w2_bias = None
+    activation_config = types.SimpleNamespace(clamp_limit=None)
+
+    def __init__(self, wrapper: Any, factors: list[torch.Tensor], num_experts: int) -> None:
+        a13, b13, a2, b2 = ([factor] for factor in factors)
+        self._fixed = (L, torch.ones(L + 1, dtype=torch.int32)), (num_experts, 2), False, False, (a13, b13), (a2, b2)
+        self._lora_context = types.SimpleNamespace(punica_wrapper=wrapper, local_token_lora_mapping=None)
+
+    def apply_w13_lora(
+        self, context: Any, *, y: Any, x: Any, topk_ids: Any, topk_weights: Any, expert_map: Any, w1: Any, w2: Any,
+        num_tokens: int, top_k_num: int,
+    ) -> Any:  # fmt: skip
+        loras, experts, sharded, tuned, factors, _ = self._fixed
+        routing = (topk_ids, topk_weights, expert_map, w1, w2, num_tokens, top_k_num)
+        return context.punica_wrapper.add_lora_w13(y, x, *factors, *routing, *loras, *experts, 1, sharded, tuned)
+
+    def apply_w2_lora(
+        self, context: Any, *, y: Any, x: Any, topk_weights: Any, sorted_token_ids_lora: Any, expert_ids_lora: Any,
+        num_tokens_post_padded_lora: Any, token_lora_mapping: Any, num_tokens: int, w1: Any, w2: Any, top_k_num: int,
+    ) -> None:  # fmt: skip
+        loras, (_, top_k), sharded, tuned, _, factors = self._fixed
+        route = (topk_weights, sorted_token_ids_lora, expert_ids_lora, num_tokens_post_padded_lora, token_lora_mapping)
+        context.punica_wrapper.add_lora_w2(
+            y, x, *factors, *route, num_tokens, w1, w2, top_k_num, *loras, top_k, sharded, 0, tuned
+        )
+
+
+@pytest.mark.parametrize("tokens", ["mixed", "base"])
+def test_experts_that_are_shared_out_make_the_layer(tokens: str, punica: Any, wrapper: Any) -> None:
+    """Two GPUs with a half of the experts each, under expert parallelism: their outputs add up to that of float64.
+
+    Numbers are whole and small, so that all is exact.
+    """
+    from kernelgen_vllm import experts
+
+    step(wrapper, STEPS[tokens], [])
+    num, top_k, inter, slots = 4, 2, 16, torch.tensor(STEPS[tokens])[:T]
+    rows = len(slots)
+
+    def whole(*size: int, share: float = 0.2) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(sum(size))
+        return (torch.randint(-1, 2, size, generator=generator) * (torch.rand(size, generator=generator) < share)).half()
+
+    x, w1, w2 = whole(rows, K, share=0.6), whole(num, inter, K), whole(num, K, inter)
+    a13, b13, a2, b2 = (
+        whole(L, num, RANK, K),
+        whole(L, num, inter, RANK),
+        whole(L, num, RANK, inter, share=0.05),
+        whole(L, num, K, RANK),
+    )
+    ids = torch.stack([torch.randperm(num, generator=torch.Generator().manual_seed(t))[:top_k] for t in range(rows)])
+    weights, total = torch.tensor([[1.0, 0.5]]).repeat(rows, 1), torch.zeros(rows, K, dtype=torch.float64)
+    act = types.SimpleNamespace(value="relu2_no_mul")
+    for first in (0, 2):
+        part, expert_map = slice(first, first + 2), torch.full((num,), -1, dtype=torch.int32)
+        expert_map[part] = torch.arange(2, dtype=torch.int32)
+        layer = Experts(wrapper, [factor[:, part].contiguous() for factor in (a13, b13, a2, b2)], 2)
+        out = torch.full((rows, K), torch.nan, dtype=torch.half)
+        experts.apply(layer, out, x, w1[part], w2[part], weights, ids, act, num, expert_map, *[None] * 5, False)
+        total += out.double()
+    wanted = torch.zeros_like(total)
+    for t, j in torch.cartesian_prod(torch.arange(rows), torch.arange(top_k)).tolist():
+        e, slot, row = ids[t, j], slots[t], x[t].double()
+        has = float(slot >= 0)
+        h = (w1[e].double() @ row + has * b13[slot, e].double() @ (a13[slot, e].double() @ row)).relu() ** 2
+        wanted[t] += weights[t, j] * (w2[e].double() @ h + has * b2[slot, e].double() @ (a2[slot, e].double() @ h))
+    assert 2 < wanted.abs().max() < 2048  # whole numbers that float16 has
+    assert torch.equal(total, wanted)
 
 
 @pytest.mark.slow

@@ -61,12 +61,13 @@ def apply(
         )  # fmt: skip
         return
     act = ACTIVATIONS[activation.value]
+    here = _here(topk_ids, expert_map)
     if context.local_token_lora_mapping is None and not context.punica_wrapper.token_mapping_meta.any:
-        kg.fused_moe(hidden_states, w1, w2, topk_ids, topk_weights, activation=act, out=output)
+        kg.fused_moe(hidden_states, w1, w2, here, topk_weights, activation=act, out=output)
         return
     x, (num_tokens, top_k), (num_experts, width, inter) = hidden_states, topk_ids.shape, w2.shape
     deltas = Deltas(self, w1, w2, topk_weights, topk_ids, expert_map)
-    tables, here = kg.moe_align(topk_ids, num_experts=num_experts), _here(topk_ids, expert_map)
+    tables = kg.moe_align(here, num_experts=num_experts)
     gate_up, h = x.new_empty(num_tokens, top_k, w1.shape[1]), x.new_empty(num_tokens * top_k, inter)
     kg.moe_gemm(gate_up, x, w1, tables, x_rows="token")
     deltas.add_first(gate_up, x)

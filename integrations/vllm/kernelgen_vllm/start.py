@@ -128,9 +128,10 @@ def _linear(layer: Any, manager: Any) -> _Found:
     base, dtype = layer.base_layer, a[0].dtype
     width, add = getattr(base, "output_size_per_partition", base.output_size), not layer._enable_aux_cuda_stream
     local_rank, rank = a[0].shape[-2], b[0].shape[-1]
+    of_out = getattr(base, "out_dtype", None) or dtype  # a router has logits in float32
 
     def make(rows: int, wrapper: Any) -> None:
-        x, out = _empty(rows, a[0].shape[-1], dtype=dtype), _empty(rows, width, dtype=dtype)
+        x, out = _empty(rows, a[0].shape[-1], dtype=dtype), _empty(rows, width, dtype=of_out)
         wrapper.add_lora_linear(out, x, a, b, 1.0, slices, add_inputs=add)
 
     def make_sharded(rows: int, wrapper: Any) -> None:
@@ -141,7 +142,7 @@ def _linear(layer: Any, manager: Any) -> _Found:
 
     if isinstance(layer, _vllm.SHARDED):
         return "lora_shrink, lora_expand", (*_looks(a, b), width, "sharded"), make_sharded
-    return "lora", (*_looks(a, b), width, add), make
+    return "lora", (*_looks(a, b), width, of_out, add), make
 
 
 def _classifier(layer: Any, manager: Any) -> _Found:
