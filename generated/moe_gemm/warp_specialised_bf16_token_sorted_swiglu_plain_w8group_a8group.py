@@ -152,7 +152,7 @@ def _multiply(
             x_scale = as_fp32(gl.load(x_scales))
             gate_scale = as_fp32(gl.load(gate_scales))
             up_scale = as_fp32(gl.load(up_scales))
-            for group in range(0, GROUPS):
+            for group in range(GROUPS):
                 # Of the next step, asked for before this one is waited for.
                 ahead = gl.minimum(group + 1, GROUPS - 1)
                 x_scale_1 = as_fp32(gl.load(x_scales + (ahead if x_scale_next is None else ahead * x_scale_next)))
@@ -173,7 +173,7 @@ def _multiply(
             y = gate / (1.0 + gl.exp(-gate)) * up
             _store(y, staged, out_rows, out_m < live, column * 128, N)
         elif rows > 0:
-            for group in range(0, GROUPS):  # a half without rows reads nothing
+            for _ in range(GROUPS):  # a half without rows reads nothing
                 mbarrier.wait(full.index(slot), phase)
                 mbarrier.arrive(empty.index(slot), count=1)
                 slot, phase = _after(slot, phase, STAGES)
