@@ -228,7 +228,11 @@ VARIANTS = Variants(
         ("box", torch.float16, "token_pair", "swiglu", False, None, None, False, None): "box_f16_token_pair_swiglu_plain",
         ("box", torch.float16, "pair_pair", "none", False, None, None, False, None): "box_f16_pair_pair_plain",
         ("box", torch.float16, "pair_pair", "none", True, None, None, False, None): "box_f16_pair_pair_weighted",
+        ("warp_specialised", torch.bfloat16, "token_sorted", "swiglu", False, "tensor", "tensor", False, None): "warp_specialised_bf16_token_sorted_swiglu_plain_w8tensor_a8tensor",
+        ("warp_specialised", torch.bfloat16, "token_sorted", "swiglu", False, "channel", "token", False, None): "warp_specialised_bf16_token_sorted_swiglu_plain_w8channel_a8token",
         ("warp_specialised", torch.bfloat16, "token_sorted", "swiglu", False, "group", "group", False, None): "warp_specialised_bf16_token_sorted_swiglu_plain_w8group_a8group",
+        ("warp_specialised", torch.bfloat16, "sorted_pair", "none", False, "tensor", "tensor", False, None): "warp_specialised_bf16_sorted_pair_plain_w8tensor_a8tensor",
+        ("warp_specialised", torch.bfloat16, "sorted_pair", "none", False, "channel", "token", False, None): "warp_specialised_bf16_sorted_pair_plain_w8channel_a8token",
         ("warp_specialised", torch.bfloat16, "sorted_pair", "none", False, "group", "group", False, None): "warp_specialised_bf16_sorted_pair_plain_w8group_a8group",
     },
 )

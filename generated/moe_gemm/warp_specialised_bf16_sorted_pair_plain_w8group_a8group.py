@@ -2,6 +2,7 @@
 # Spec: specs/moe_gemm.yaml, variant moe_gemm_warp_specialised_bf16_sorted_pair_plain_w8group_a8group
 # Template: templates/kernels/moe_gemm/warp_specialised.py.j2
 
+
 """Grouped product of an MoE layer on sm_90, by warps of three roles: some copy, two warpgroups multiply 64 rows of a block each.
 
 For every local pair p = t * top_k + j of expert e:
@@ -15,8 +16,8 @@ w_scale [E, ceil(N / 128), ceil(K / 128)], x_scale [rows of x, ceil(K / 128)];
 the sum over K, and what follows it, is fp32 and is rounded once.
 A program a multiprocessor strides over the tiles. Copies run STAGES steps of K ahead, around a ring of slots in shared memory.
 Each slot has two barriers: ``full`` completes when its copies have arrived, ``empty`` when both halves have read it. Tensor cores
-sum FP8 with few digits, so that the sum of each group of 128 columns is scaled and added in fp32, while the next is formed.
-Rows of all operands start at 16-byte boundaries, W is contiguous but for its rows, and K is whole groups.
+sum FP8 with few digits, so that the sum of each 128 columns is scaled and added in fp32, while the other warpgroup multiplies.
+Rows of all operands start at 16-byte boundaries, experts lie one behind the other, and K is a multiple of 128.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def _multiply(
 ):  # fmt: skip
     x_slots, w_slots, full, empty = ring
     TILES: gl.constexpr = (N + 256 - 1) // 256
-    GROUPS: gl.constexpr = K // 128
+    STEPS: gl.constexpr = K // 128
     SUMS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     m = gl.arange(0, 64, gl.SliceLayout(1, SUMS))
@@ -123,19 +124,20 @@ def _multiply(
             position = first + 64 * HALF + gl.minimum(m, live - 1)
             out_position = first + 64 * HALF + gl.minimum(out_m, live - 1)
             out_rows = out_ptr + gl.load(pairs_ptr + out_position).to(gl.int64) * OUT_STRIDE
-            x_scales = x_scale_ptr + position.to(gl.int64) * X_SCALE_STRIDE
+            x_row = position
+            x_scales = x_scale_ptr + x_row.to(gl.int64) * X_SCALE_STRIDE
             w_scales = w_scale_ptr + expert.to(gl.int64) * W_SCALE_STRIDE
             LAST: gl.constexpr = (N - 1) // 128
-            left_scales = w_scales + 2 * column * GROUPS
-            right_scales = w_scales + gl.minimum(2 * column + 1, LAST) * GROUPS
+            left_scales = w_scales + 2 * column * STEPS
+            right_scales = w_scales + gl.minimum(2 * column + 1, LAST) * STEPS
             left = gl.zeros([64, 128], gl.float32, SUMS)
             right = gl.zeros([64, 128], gl.float32, SUMS)
             x_scale = as_fp32(gl.load(x_scales))
             left_scale = as_fp32(gl.load(left_scales))
             right_scale = as_fp32(gl.load(right_scales))
-            for group in range(GROUPS):
+            for step in range(STEPS):
                 # Of the next step, asked for before this one is waited for.
-                ahead = gl.minimum(group + 1, GROUPS - 1)
+                ahead = gl.minimum(step + 1, STEPS - 1)
                 x_scale_1 = as_fp32(gl.load(x_scales + (ahead if x_scale_next is None else ahead * x_scale_next)))
                 left_scale_1 = as_fp32(gl.load(left_scales + ahead))
                 right_scale_1 = as_fp32(gl.load(right_scales + ahead))
@@ -153,7 +155,7 @@ def _multiply(
             _store(left, staged, out_rows, out_m < live, column * 256, N)
             _store(right, staged, out_rows, out_m < live, column * 256 + 128, N)
         elif rows > 0:
-            for _ in range(GROUPS):  # a half without rows reads nothing
+            for _ in range(STEPS):  # a half without rows reads nothing
                 mbarrier.wait(full.index(slot), phase)
                 mbarrier.arrive(empty.index(slot), count=1)
                 slot, phase = _after(slot, phase, STAGES)

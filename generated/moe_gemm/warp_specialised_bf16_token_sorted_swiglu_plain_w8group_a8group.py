@@ -2,6 +2,7 @@
 # Spec: specs/moe_gemm.yaml, variant moe_gemm_warp_specialised_bf16_token_sorted_swiglu_plain_w8group_a8group
 # Template: templates/kernels/moe_gemm/warp_specialised.py.j2
 
+
 """Grouped product of an MoE layer on sm_90, by warps of three roles: some copy, two warpgroups multiply 64 rows of a block each.
 
 For every local pair p = t * top_k + j of expert e:
@@ -15,8 +16,8 @@ w_scale [E, 2 * ceil(N / 128), ceil(K / 128)], x_scale [rows of x, ceil(K / 128)
 the sum over K, and what follows it, is fp32 and is rounded once.
 A program a multiprocessor strides over the tiles. Copies run STAGES steps of K ahead, around a ring of slots in shared memory.
 Each slot has two barriers: ``full`` completes when its copies have arrived, ``empty`` when both halves have read it. Tensor cores
-sum FP8 with few digits, so that the sum of each group of 128 columns is scaled and added in fp32, while the next is formed.
-Rows of all operands start at 16-byte boundaries, W is contiguous but for its rows, and K is whole groups.
+sum FP8 with few digits, so that the sum of each 128 columns is scaled and added in fp32, while the other warpgroup multiplies.
+Rows of all operands start at 16-byte boundaries, experts lie one behind the other, and K is a multiple of 128.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def _multiply(
 ):  # fmt: skip
     x_slots, w_slots, full, empty = ring
     TILES: gl.constexpr = (N + 128 - 1) // 128
-    GROUPS: gl.constexpr = K // 128
+    STEPS: gl.constexpr = K // 128
     SUMS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     m = gl.arange(0, 64, gl.SliceLayout(1, SUMS))
@@ -145,16 +146,16 @@ def _multiply(
             x_row = gl.load(pairs_ptr + position) // TOP_K
             x_scales = x_scale_ptr + x_row.to(gl.int64) * X_SCALE_STRIDE
             w_scales = w_scale_ptr + expert.to(gl.int64) * W_SCALE_STRIDE
-            gate_scales = w_scales + column * GROUPS
+            gate_scales = w_scales + column * STEPS
             up_scales = gate_scales + W_SCALE_NEXT
             gate = gl.zeros([64, 128], gl.float32, SUMS)
             up = gl.zeros([64, 128], gl.float32, SUMS)
             x_scale = as_fp32(gl.load(x_scales))
             gate_scale = as_fp32(gl.load(gate_scales))
             up_scale = as_fp32(gl.load(up_scales))
-            for group in range(GROUPS):
+            for step in range(STEPS):
                 # Of the next step, asked for before this one is waited for.
-                ahead = gl.minimum(group + 1, GROUPS - 1)
+                ahead = gl.minimum(step + 1, STEPS - 1)
                 x_scale_1 = as_fp32(gl.load(x_scales + (ahead if x_scale_next is None else ahead * x_scale_next)))
                 gate_scale_1 = as_fp32(gl.load(gate_scales + ahead))
                 up_scale_1 = as_fp32(gl.load(up_scales + ahead))
@@ -173,7 +174,7 @@ def _multiply(
             y = gate / (1.0 + gl.exp(-gate)) * up
             _store(y, staged, out_rows, out_m < live, column * 128, N)
         elif rows > 0:
-            for _ in range(GROUPS):  # a half without rows reads nothing
+            for _ in range(STEPS):  # a half without rows reads nothing
                 mbarrier.wait(full.index(slot), phase)
                 mbarrier.arrive(empty.index(slot), count=1)
                 slot, phase = _after(slot, phase, STAGES)

@@ -173,7 +173,7 @@ _OF_ROLES = (
         "roles",
         "few programs of many tiles, the last of each kind not full",
         only=_ROLES,
-        core=True,
+        body=_QUANTS,
         tokens=70,
         experts=2,
         hint=1,
@@ -197,7 +197,7 @@ _OF_ROLES = (
     Case(
         "roles_grouped",
         "blocks that share a tile of columns, the last group lower; scales that are bytes, column by column",
-        only=_ROLES,
+        only=MappingProxyType({**_ROLES, **_only(act_quant="a8group")}),
         tokens=30,
         top_k=3,
         experts=5,
