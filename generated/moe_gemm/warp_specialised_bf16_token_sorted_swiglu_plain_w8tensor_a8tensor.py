@@ -119,9 +119,9 @@ def _store(y, staged, out_rows, stored, n0, N: gl.constexpr):
 @gluon.jit
 def _multiply(
     HALF: gl.constexpr,
-    out_ptr, w_scale_ptr, x_scale_ptr, pairs_ptr, blocks_ptr, num_blocks_ptr, ring, staging,
-    TOP_K: gl.constexpr, K: gl.constexpr, N: gl.constexpr, OUT_STRIDE: gl.constexpr, W_SCALE_STRIDE: gl.constexpr,
-    W_SCALE_NEXT: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+    out_ptr, w_scale_ptr, x_scale_ptr, blocks_ptr, num_blocks_ptr, ring, staging,
+    K: gl.constexpr, N: gl.constexpr, OUT_STRIDE: gl.constexpr, W_SCALE_STRIDE: gl.constexpr, W_SCALE_NEXT: gl.constexpr,
+    STAGES: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     x_slots, w_slots, full, empty = ring
     TILES: gl.constexpr = (N + 128 - 1) // 128
@@ -196,12 +196,10 @@ def moe_gemm_warp_specialised_bf16_token_sorted_swiglu_plain_w8tensor_a8tensor_k
                     out_ptr,
                     w_scale_ptr,
                     x_scale_ptr,
-                    pairs_ptr,
                     blocks_ptr,
                     num_blocks_ptr,
                     ring,
                     staging,
-                    TOP_K,
                     K,
                     N,
                     OUT_STRIDE,
@@ -218,12 +216,10 @@ def moe_gemm_warp_specialised_bf16_token_sorted_swiglu_plain_w8tensor_a8tensor_k
                     out_ptr,
                     w_scale_ptr,
                     x_scale_ptr,
-                    pairs_ptr,
                     blocks_ptr,
                     num_blocks_ptr,
                     ring,
                     staging,
-                    TOP_K,
                     K,
                     N,
                     OUT_STRIDE,
