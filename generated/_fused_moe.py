@@ -24,6 +24,8 @@ import torch
 
 from . import _operands as operands
 from . import _runtime as runtime
+from ._activation import CLAMP
+from ._activation import choice as activation_choice
 from ._scales import check_x_scale, scale_operand
 from .moe_align._op import (
     LOCAL_EXPERT_START,
@@ -74,7 +76,7 @@ class FusedMoeLora(NamedTuple):
     """
 
     token_lora_mapping: torch.Tensor  # [T] int32, the adapter of each token; -1, or what is not in [0, L): none
-    a13: Sequence[torch.Tensor]  # of gate and up, or of the single half of "relu2": [L, E, rank, H]
+    a13: Sequence[torch.Tensor]  # of gate and up, or of the single half where there is no gate: [L, E, rank, H]
     b13: Sequence[torch.Tensor]  # likewise: [L, E, I, rank]
     a2: Sequence[torch.Tensor]  # one: [L, E, rank, I]
     b2: Sequence[torch.Tensor]  # one: [L, E, H, rank]
@@ -164,6 +166,9 @@ def fused_moe(
     x_scale: torch.Tensor | None = None,
     h_scale: torch.Tensor | None = None,
     lora: FusedMoeLora | None = None,
+    limit: float | None = None,
+    alpha: float | None = None,
+    beta: float | None = None,
 ) -> torch.Tensor:
     """The experts of an MoE layer for T tokens of top_k experts each, on the device only.
 
@@ -173,11 +178,14 @@ def fused_moe(
 
     Args:
         hidden: [T, H] bfloat16 or float16, last stride 1.
-        w13: [E, 2 * I, H] with "swiglu" (the gate, then the linear half), [E, I, H] with "relu2"; dtype of ``hidden``.
+        w13: [E, 2 * I, H] with an activation that has a gate (the gate, then the linear half), else [E, I, H]; dtype of
+            ``hidden``.
         w2: [E, H, I], likewise.
         topk_ids: [T, top_k] int32 or int64, global ids; an id may occur twice in a token, and -1 is nowhere.
         topk_weights: [T, top_k] float, applied in fp32 when the experts of a token are summed up.
-        activation: "swiglu": silu(gate) * up; "relu2": relu(x) ** 2; of the fp32 sum, then rounded once.
+        activation: of the fp32 sums, then rounded once. With a gate "swiglu": silu(gate) * up; "swiglu_clamp": see limit;
+            "geglu" and "geglu_tanh": gelu(gate) * up, by erf, and as it is approximated by tanh. Without one "relu2":
+            relu(x) ** 2; "silu"; "gelu" and "gelu_tanh".
         valid_tokens: int32 on the device: how many of the T rows are tokens; None: all.
         num_tokens_hint: how many tokens to expect; None: T. It sizes tiles and grids; any number is right.
         local_expert_start: the global id of the first expert of ``w13`` and ``w2``.
@@ -198,19 +206,22 @@ def fused_moe(
             rounding of the second product. x is what the product has, of an FP8 ``hidden`` the numbers that it stands for; but
             for the second product the activations as they were rounded, before they become FP8. Tokens without an adapter get
             the bits of a call without adapters that uses the same tiles.
+        limit, alpha, beta: of "swiglu_clamp", g * sigmoid(alpha * g) * (u + beta), where g is the gate, at most ``limit``, and
+            u is up, from -``limit`` to ``limit``; None: alpha is 1, beta 0. gpt-oss has 7, 1.702 and 1, DeepSeek-V4 a limit
+            alone. They may change from call to call.
 
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
     zeroes, layer = out is None, (hidden, w13, w2, topk_ids, topk_weights, valid_tokens)
     sizes = (activation, local_expert_start, num_tokens_hint, zeroes)
-    scales = (w13_scale, w2_scale, x_scale, h_scale)
+    scales, clamp = (w13_scale, w2_scale, x_scale, h_scale), (limit, alpha, beta)
     if out is None:
         try:
             out = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
         except AttributeError as error:
-            OP.refuse(OP.named(out, *layer, *sizes, *scales, workspace, lora), error)
-    (_in_graphs if torch.compiler.is_compiling() else _apply)(out, *layer, *sizes, *scales, workspace, lora)
+            OP.refuse(OP.named(out, *layer, *sizes, *scales, workspace, lora, *clamp), error)
+    (_in_graphs if torch.compiler.is_compiling() else _apply)(out, *layer, *sizes, *scales, workspace, lora, *clamp)
     return out
 
 
@@ -250,7 +261,7 @@ OP = operands.Op(
         TOPK_IDS,
         operands.Tensor("topk_weights", "T, top_k", operands.FLOATS, operands.CONTIGUOUS),
         VALID_TOKENS,
-        operands.Choice("activation", ("swiglu", "relu2"), "G", (2, 1)),
+        activation_choice(size="G"),
         LOCAL_EXPERT_START,
         NUM_TOKENS_HINT,
         operands.Flag("zeroes", public=False),
@@ -286,6 +297,7 @@ OP = operands.Op(
             maker="FusedMoeLora",
             optional=True,
         ),
+        *CLAMP,
     ),
     dtypes={"D": GEMM.dtypes},
     fp8=QUANT.elements,
@@ -306,8 +318,8 @@ _SECOND = runtime.Caller(
 _SHRINK_X = runtime.Caller("fused_moe", x="hidden", lora_a="lora.a13", a_scale="lora.a13_scale")
 _SHRINK_H = runtime.Caller("fused_moe", lora_a="lora.a2", a_scale="lora.a2_scale")
 
-# (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens, w13_scale, w2_scale, x_scale, h_scale, workspace, lora) of sizes
-# that were checked before
+# (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens, w13_scale, w2_scale, x_scale, h_scale, workspace, lora, limit,
+# alpha, beta) of sizes that were checked before
 _Call = Callable[..., None]
 
 
@@ -329,11 +341,15 @@ def _bind(
     h_scale: torch.Tensor | None,
     workspace: FusedMoeWorkspace | None,
     lora: FusedMoeLora | None,
+    limit: float | None,
+    alpha: float | None,
+    beta: float | None,
 ) -> _Call:
     layer, scales = (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens), (w13_scale, w2_scale, x_scale, h_scale)
     sizes = (activation, local_expert_start, num_tokens_hint, zeroes)
     # Beside an FP8 ``hidden`` 16 bits are bfloat16.
-    OP.check("fused_moe", OP.named(*layer, *sizes, *scales, workspace, lora), D=None if x_scale is None else torch.bfloat16)
+    given = OP.named(*layer, *sizes, *scales, workspace, lora, limit, alpha, beta)
+    OP.check("fused_moe", given, D=None if x_scale is None else torch.bfloat16)
     x_mode = _check_scales(_FIRST, hidden, w13, w2, *scales)
     (num_tokens, top_k), (num_experts, width, inter) = topk_ids.shape, w2.shape
     num_pairs = num_tokens * top_k
@@ -406,6 +422,7 @@ def _bind(
     else:
         align = bind_runs(num_tokens, top_k, num_experts, local_expert_start, adapters.max_loras, block_m, hidden.device)
     order = "pair" if few else "sorted"
+    of_first |= {"limit": limit, "alpha": alpha, "beta": beta}
     first = bind_gemm(h, hidden, w13, tables, None, "token", order, activation, **of_first)
     total: Callable[..., None] | None = None
     if sums:
@@ -430,6 +447,9 @@ def _bind(
         h_scale: torch.Tensor | None,
         workspace: FusedMoeWorkspace | None,
         lora: Any,  # a FusedMoeLora where there are adapters
+        limit: float | None,
+        alpha: float | None,
+        beta: float | None,
     ) -> None:
         buffers = use(workspace, hidden)
         ints, h, y = (buffers.pairs, buffers.blocks, buffers.num_blocks), buffers.inter, buffers.outputs
@@ -446,7 +466,7 @@ def _bind(
             b13, b2, of_b13, of_b2 = lora.b13, lora.b2, lora.b13_scale, lora.b2_scale
         elif align is not None:
             align(*ints, topk_ids, valid_tokens)
-        first(h, hidden, w13, tables, None, w13_scale, x_scale, v, b13, runs, of_b13)
+        first(h, hidden, w13, tables, None, w13_scale, x_scale, v, b13, runs, of_b13, limit, alpha, beta)
         rows, rows_scale = between(hidden, tables, h_scale, buffers)
         if adapters is not None:
             adapters.shrink_h(v, h, lora.a2, tables, runs, lora.a2_scale, None)

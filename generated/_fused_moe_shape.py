@@ -15,6 +15,8 @@ import torch
 from . import _operands as operands
 from . import _runtime as runtime
 from . import _scales
+from ._activation import SLICES
+from ._activation import choice as activation_choice
 from ._fused_moe import FusedMoeLora, fused_moe
 from ._warmup import ROUTING, ends, kinds_of_scales
 from .moe_gemm._table import QUANT, VARIANTS
@@ -23,7 +25,7 @@ __all__ = ["FusedMoeShape"]
 
 _FIELDS: tuple[operands.Operand, ...] = (
     *(operands.Int(name, 1) for name in ("hidden", "intermediate", "num_experts", "top_k")),
-    operands.Choice("activation", ("swiglu", "relu2")),
+    activation_choice(),
     operands.Choice("out_dtype", (None, *operands.FLOATS)),
     operands.Flag("valid_tokens"),
     operands.Int("local_expert_start"),
@@ -80,7 +82,7 @@ class FusedMoeShape(NamedTuple):
             return torch.empty(size, dtype=dtype, device="meta")
 
         width, inter, experts = self.hidden, self.intermediate, self.num_experts
-        w13, w2 = (experts, (2 if self.activation == "swiglu" else 1) * inter, width), (experts, width, inter)
+        w13, w2 = (experts, SLICES[self.activation] * inter, width), (experts, width, inter)
         of_weights = of_x = self.dtype
         scales: dict[str, Any] = {}
         if self.weight_scales is not None:
@@ -132,5 +134,6 @@ class FusedMoeShape(NamedTuple):
                 out=None if self.out_dtype is None else empty(num_tokens, width, dtype=self.out_dtype),
                 x_scale=x_scale,
                 lora=lora,
+                limit=1.0 if self.activation == "swiglu_clamp" else None,  # no key hangs on the number
                 **scales,
             )

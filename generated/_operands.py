@@ -157,15 +157,41 @@ _LARGEST = torch.finfo(torch.float32).max
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-    """A number, finite in float32, that may differ from call to call: a bound call is passed it, and does not hang on it."""
+    """A number, finite in float32, that may differ from call to call: a bound call is passed it, and does not hang on it.
+
+    Attributes:
+        low: the least that it may be.
+        only_with: a choice, and its word that the number is for: with any other word it is None.
+        default: what it is with that word where it is not given; None: it has to be.
+    """
 
     name: str
     public: bool = True
+    low: float = -_LARGEST
+    only_with: tuple[str, str] | None = None
+    default: float | None = None
+
+    @property
+    def optional(self) -> bool:
+        return self.only_with is not None
 
     def admit(self, op: str, value: object, values: Mapping[str, Any], label: str = "") -> None:
         """Raise ValueError unless ``value`` is such a number."""
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_LARGEST <= value <= _LARGEST:
-            fail(op, label or self.name, _say(value), "a finite number, in float32 too")
+        wanted = "a finite number, in float32 too" if self.low == -_LARGEST else f"a finite number from {self.low:g} on"
+        if self.only_with is not None and value is None:
+            choice, word = self.only_with
+            if values[choice] == word and self.default is None:
+                fail(op, label or self.name, None, wanted, f'{choice} "{word}" needs it')
+            return
+        if self.only_with is not None and values[self.only_with[0]] != self.only_with[1]:
+            fail(op, label or self.name, _say(value), None, 'it is for {} "{}" alone'.format(*self.only_with))
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not self.low <= value <= _LARGEST:
+            fail(op, label or self.name, _say(value), wanted)
+
+    @property
+    def passed(self) -> str:
+        """What a bound call is passed, as an expression."""
+        return self.name if self.default is None else f"{self.default} if {self.name} is None else {self.name}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -680,7 +706,8 @@ class Op:
         Args:
             bind: makes it from all arguments; it checks them.
         """
-        passed = [operand.name for operand in self.operands if isinstance(operand, (Tensor, Bundle, Number))]
+        taken = [operand for operand in self.operands if isinstance(operand, (Tensor, Bundle, Number))]
+        passed = [operand.passed if isinstance(operand, Number) else operand.name for operand in taken]
         return self._remember(bind, _CALL.format(passed=", ".join(passed)))
 
     def finder(self, bind: Callable[..., Any]) -> Callable[..., Any]:
@@ -730,7 +757,10 @@ class Op:
             if isinstance(operand, Bundle):
                 hint.append(f"{name} and {name}.looks" if operand.optional else f"{name}.looks")
             elif isinstance(operand, Number):
-                numbers.append(f"        if {name}.__class__ is not float or not -LARGEST <= {name} <= LARGEST:\n")
+                hint += [f"{name} is None"] if operand.optional else []
+                given = f"{name} is not None and " if operand.optional else ""
+                low = "-LARGEST" if operand.low == -_LARGEST else repr(operand.low)
+                numbers.append(f"        if {given}({name}.__class__ is not float or not {low} <= {name} <= LARGEST):\n")
                 numbers.append(f"            {name} = number({name!r}, {name})\n")
             elif not isinstance(operand, Tensor):
                 hint.append(name)
@@ -820,7 +850,8 @@ class Op:
         return sorted((o for o in self.operands if isinstance(o, Tensor)), key=lambda o: o.is_optional)
 
     def _number(self, name: str, value: Any) -> float:
-        Number(name).admit(self.name, value, {})
+        declared = next(o for o in self.operands if isinstance(o, Number) and o.name == name)
+        dataclasses.replace(declared, only_with=None).admit(self.name, value, {})  # what it goes with is told by the hint
         return float(value)
 
 

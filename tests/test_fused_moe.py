@@ -90,14 +90,18 @@ def test_opcheck_of_a_layer(device: str, tokens: int) -> None:
         max_tokens=tokens, top_k=TOP_K, num_experts=EXPERTS, hidden=WIDTH, intermediate=INTER, max_rank=RANK, device=device
     )
     bundles = {operand.name: operand for operand in FUSED_MOE.operands}
-    for buffers, lora in ((None, layer.lora), (workspace, None), (workspace, layer.lora)):
+    clamped = ("swiglu_clamp", 7.0, 1.702, None)
+    for buffers, lora, kind in ((None, layer.lora, PLAIN), (workspace, None, clamped), (workspace, layer.lora, PLAIN)):
         flat = (*bundles["workspace"].flat(buffers), *bundles["lora"].flat(lora))
-        arguments = (*operands, "swiglu", 0, None, True, *(None,) * 4, *flat)
+        arguments = (*operands, kind[0], 0, None, True, *(None,) * 4, *flat, *kind[1:])
         torch.library.opcheck(OPS.fused_moe.default, arguments, test_utils=_UTILS)
 
 
 # Buffers of a workspace are scratch: what a kernel leaves in them is not compared.
 _UTILS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+PLAIN = ("swiglu", None, None, None)  # an activation, and its numbers
 
 
 def test_opcheck_of_the_steps(device: str) -> None:
@@ -106,18 +110,18 @@ def test_opcheck_of_the_steps(device: str) -> None:
     tables = kg.moe_align(layer.ids, num_experts=EXPERTS)
     rows = torch.zeros(tokens, TOP_K, 2 * INTER, dtype=torch.bfloat16, device=device)
     product = (rows, layer.hidden, layer.w13, *TABLES.flat(tables), None, "token", "pair", None, None, None)
-    torch.library.opcheck(OPS.moe_gemm.default, (*product, None, None, *RUNS.flat(None), None))
+    torch.library.opcheck(OPS.moe_gemm.default, (*product, None, None, *RUNS.flat(None), None, *PLAIN[1:]))
     tables, runs = kg.moe_runs(layer.ids, layer.adapters, num_experts=EXPERTS, max_loras=LORAS)
     v = kg.moe_shrink(layer.hidden, layer.lora.a13, tables, runs, x_rows="token")
     flat = (*TABLES.flat(tables), *RUNS.flat(runs))
     torch.library.opcheck(OPS.moe_shrink.default, (v, layer.hidden, layer.lora.a13, *flat, "token", None, None))
     inner = torch.zeros(tokens * TOP_K, INTER, dtype=torch.bfloat16, device=device)
-    product = (inner, layer.hidden, layer.w13, *TABLES.flat(tables), None, "token", "sorted", "swiglu", None, None)
-    torch.library.opcheck(OPS.moe_gemm.default, (*product, v, layer.lora.b13, *RUNS.flat(runs), None))
+    product = (inner, layer.hidden, layer.w13, *TABLES.flat(tables), None, "token", "sorted", "swiglu_clamp", None, None)
+    torch.library.opcheck(OPS.moe_gemm.default, (*product, v, layer.lora.b13, *RUNS.flat(runs), None, 7.0, 1.702, 1.0))
     h = torch.zeros(tokens * TOP_K, INTER, dtype=torch.bfloat16, device=device)
     route = kg.moe_route(layer.ids, layer.adapters, num_experts=EXPERTS, max_loras=LORAS)
     added = (layer.delta, *ROUTE.flat(route))
-    torch.library.opcheck(OPS.moe_act.default, (h, rows, layer.ids, None, "swiglu", EXPERTS, 0, None, *added))
+    torch.library.opcheck(OPS.moe_act.default, (h, rows, layer.ids, None, "swiglu", EXPERTS, 0, None, *added, *PLAIN[1:]))
     out = torch.zeros(tokens, 2 * INTER, device=device)
     total = (out, rows, layer.ids, layer.weights, layer.valid, EXPERTS, 0, None, True)
     torch.library.opcheck(OPS.moe_sum.default, (*total, *added))

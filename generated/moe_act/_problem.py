@@ -12,6 +12,8 @@ import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
+from .._activation import CLAMP, Clamp
+from .._activation import choice as activation_choice
 from .._live import DELTA_ROUTE, DeltaSizes, check_delta, delta_operand
 from ..moe_align._op import (
     LOCAL_EXPERT_START,
@@ -42,12 +44,13 @@ OP = operands.Op(
         operands.Tensor("x", "T, top_k, S*N", "D", operands.PAIRS, asks=("torch_dtype",)),
         TOPK_IDS,
         VALID_TOKENS,
-        operands.Choice("activation", ("swiglu", "relu2"), "S", (2, 1), asks=("epilogue",)),
+        activation_choice("epilogue"),
         NUM_EXPERTS,
         LOCAL_EXPERT_START,
         NUM_TOKENS_HINT,
         delta_operand("T, top_k, S*N"),
         DELTA_ROUTE,
+        *CLAMP,
     ),
     spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},
@@ -55,7 +58,7 @@ OP = operands.Op(
     tells=("x",),
 )
 
-# (h, x, topk_ids, valid_tokens, delta, route) of sizes that were checked before
+# (h, x, topk_ids, valid_tokens, delta, route, limit, alpha, beta) of sizes that were checked before
 Call = Callable[..., None]
 
 
@@ -87,6 +90,7 @@ def check(
     num_experts: int,
     local_expert_start: int,
     num_tokens_hint: int | None,
+    clamp: Clamp,
     dtype: torch.dtype | None = None,
     adapted: bool | None = None,
 ) -> Problem:
@@ -96,7 +100,7 @@ def check(
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
     given = (h, x, topk_ids, valid_tokens, activation, num_experts, local_expert_start, num_tokens_hint, delta, route)
-    sizes = OP.check(variant, OP.named(*given), D=dtype)
+    sizes = OP.check(variant, OP.named(*given, *clamp), D=dtype)
     num_tokens, top_k = sizes["T"], sizes["top_k"]
     return Problem(
         num_tokens=num_tokens,

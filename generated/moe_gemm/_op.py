@@ -33,21 +33,24 @@ def moe_gemm(
     lora_b: Sequence[torch.Tensor] | None = None,
     runs: MoeRuns | None = None,
     b_scale: Sequence[torch.Tensor] | None = None,
+    limit: float | None = None,
+    alpha: float | None = None,
+    beta: float | None = None,
 ) -> None:
     """One projection of the experts of an MoE layer: out[to(p)] = w[p] * f(x[from(p)] . W[e]^T) for every local pair p.
 
     Rows of pairs that are not local keep their bytes. With adapters, a pair of the adapter l adds v[p] . B[l, e]^T to its
-    product before f, in fp32; of "swiglu" to each half its own.
+    product before f, in fp32; where there is a gate to each half its own.
 
     Args:
         out: [T * top_k, N] or [T, top_k, N] bfloat16 or float16; with ``out_rows="token"`` [T, N] in any float dtype.
         x: [T, K] with ``x_rows="token"``, else [T * top_k, K]; the dtype of the weights.
-        w: [E, N, K], or [E, 2 * N, K] with ``activation="swiglu"``: the gate, then the linear half.
+        w: [E, N, K], or [E, 2 * N, K] with an activation that has a gate: the gate, then the linear half.
         tables: from ``moe_align``; from ``moe_align.no_tables`` for few pairs, which then stream their weights one by one.
         x_rows: where the row of a pair stands in x: at its "token", at the "pair" itself, or at its place in the
             tables ("sorted").
         out_rows: "pair", "sorted", or "token": the sum over the experts of a token, of few pairs.
-        activation: None, "swiglu" or "relu2", of the fp32 sum; for ``x_rows="token"``.
+        activation: None, or a word of ``fused_moe``, of the fp32 sum; for ``x_rows="token"``.
         topk_weights: [T, top_k] float, w[p], applied in fp32; for the second projection.
         w_scale: float32 or float8_e8m0fnu, for FP8 weights (float8_e4m3fn or float8_e5m2), each of which stands for its number
             times its scale: [E]; or a scale a row, [E, rows of W[e]], with a last dimension of 1 or without; or a scale a
@@ -62,12 +65,14 @@ def moe_gemm(
         b_scale: a tensor float32 for each of an FP8 ``lora_b`` (float8_e4m3fn or float8_e5m2), which stands for its numbers times
             scales: [L, E]; or [L, E, N], with a last dimension of 1 or without; or [L, E, ceil(N / group_n),
             ceil(rank / group_k)].
+        limit, alpha, beta: of "swiglu_clamp", as ``fused_moe`` takes them.
 
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
+    adapters, clamp = (v, lora_b, runs, b_scale), (limit, alpha, beta)
     (_in_graphs if torch.compiler.is_compiling() else _apply)(
-        out, x, w, tables, topk_weights, x_rows, out_rows, activation, w_scale, x_scale, v, lora_b, runs, b_scale
+        out, x, w, tables, topk_weights, x_rows, out_rows, activation, w_scale, x_scale, *adapters, *clamp
     )
 
 
@@ -86,6 +91,9 @@ def bind(
     lora_b: Sequence[torch.Tensor] | None = None,
     runs: MoeRuns | None = None,
     b_scale: Sequence[torch.Tensor] | None = None,
+    limit: float | None = None,
+    alpha: float | None = None,
+    beta: float | None = None,
     zero_rest: bool = False,
     op: str = "moe_gemm",
 ) -> Call:
@@ -95,7 +103,7 @@ def bind(
         ValueError: as ``moe_gemm``.
     """
     request = (topk_weights, x_rows, out_rows, activation, w_scale, x_scale, v, lora_b, runs, b_scale)
-    sizes = OP.check(op, OP.named(out, x, w, tables, *request))
+    sizes = OP.check(op, OP.named(out, x, w, tables, *request, limit, alpha, beta))
     kind = sizes.get("D") or torch.bfloat16  # of a product of FP8 with FP8
     rows, epilogue = f"{x_rows}_{out_rows}", activation or "none"
     of_rows = 1 if x_rows == "token" else tables.num_experts
@@ -118,19 +126,22 @@ def bind(
     )
     if problem.num_pairs == 0:
         return runtime.nothing
-    schedule, config = plan(problem, has_boxes(problem, x, w))
-    variant = VARIANTS.get(
-        op,
-        schedule=schedule,
-        torch_dtype=kind,
-        rows=rows,
-        epilogue=epilogue,
-        weighted=topk_weights is not None,
-        weight_scales=problem.weight_scales,
-        x_scales=problem.x_scales,
-        adapted=problem.rank > 0,
-        b_scales=problem.b_scales,
-    )
+    facts = {
+        "torch_dtype": kind,
+        "rows": rows,
+        "epilogue": epilogue,
+        "weighted": topk_weights is not None,
+        "weight_scales": problem.weight_scales,
+        "x_scales": problem.x_scales,
+        "adapted": problem.rank > 0,
+        "b_scales": problem.b_scales,
+    }
+
+    def there(schedule: str) -> bool:
+        return VARIANTS.find(schedule=schedule, **facts) is not None
+
+    schedule, config = plan(problem, has_boxes(problem, x, w), there)
+    variant = VARIANTS.get(op, schedule=schedule, **facts)
     call: Call = variant.bind(problem, config)
     return call
 

@@ -14,6 +14,8 @@ import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
+from .._activation import CLAMP, Clamp
+from .._activation import choice as activation_choice
 from .._scales import (
     check_fp8,
     check_x_scale,
@@ -95,9 +97,9 @@ CONFIGS = {
 Tiled = GemvConfig | NaiveConfig | TileConfig | BoxConfig
 Config = Tiled | WarpSpecialisedConfig
 
-# (out, x, w, tables, topk_weights, w_scale, x_scale, v, lora_b, runs, b_scale) of sizes that were checked before
+# (out, x, w, tables, topk_weights, w_scale, x_scale, v, lora_b, runs, b_scale, limit, alpha, beta) of sizes that were checked
+# before; the last three, of "swiglu_clamp", may be left out
 Call = Callable[..., None]
-
 
 
 class Scales(NamedTuple):
@@ -129,6 +131,7 @@ class Delta(NamedTuple):
 
 
 UNADAPTED = Delta(None, None, None)
+UNCLAMPED = Clamp()
 
 # rows of x and of out -> whether tables are needed
 _ROWS = {
@@ -160,7 +163,7 @@ OP = operands.Op(
         operands.Tensor("topk_weights", "T, top_k", operands.FLOATS, operands.CONTIGUOUS, optional=True, asks=("weighted",)),
         operands.Choice("x_rows", ("token", "pair", "sorted"), asks=("rows",)),
         operands.Choice("out_rows", ("pair", "sorted", "token"), asks=("rows",)),
-        operands.Choice("activation", (None, "relu2", "swiglu"), "S", (1, 1, 2), asks=("epilogue",)),
+        activation_choice("epilogue", none=True),
         scale_operand("w_scale", "weight_scales"),
         scale_operand("x_scale", "x_scales"),
         operands.Tensor(
@@ -176,6 +179,7 @@ OP = operands.Op(
         ),
         dataclasses.replace(RUNS, optional=True),
         scale_operand("b_scale", "b_scales", slices="any"),
+        *CLAMP,
     ),
     spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},
@@ -238,6 +242,7 @@ def check(
     zero_rest: bool = False,
     scales: Scales = UNSCALED,
     delta: Delta = UNADAPTED,
+    clamp: Clamp = UNCLAMPED,
 ) -> Problem:
     """The sizes of a call, once everything about it is known to fit.
 
@@ -245,7 +250,8 @@ def check(
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
     request = (*rows.split("_"), None if epilogue == "none" else epilogue)
-    sizes = OP.check(variant, OP.named(out, x, w, tables, topk_weights, *request, scales.w, scales.x, *delta.operands), D=dtype)
+    given = (out, x, w, tables, topk_weights, *request, scales.w, scales.x, *delta.operands, *clamp)
+    sizes = OP.check(variant, OP.named(*given), D=dtype)
     return problem_of(
         variant,
         sizes,
@@ -470,8 +476,9 @@ class Key(NamedTuple):
     x_scales: str | None
 
 
-def plan(problem: Problem, boxes: bool) -> tuple[str, Config]:
-    """(schedule, tiles) for a call, from host integers alone: the same call always gets the same.
+def plan(problem: Problem, boxes: bool, there: Callable[[str], bool]) -> tuple[str, Config]:
+    """(schedule, tiles) for a call, from host integers alone: the same call always gets the same. ``there``: whether the spec
+    has a schedule for such calls.
 
     With adapters they are those without, as long as nothing else was measured: so rows without an adapter get the same bits.
     The number of tokens counts as the next power of two, so that the compile keys of a model are a short list.
@@ -480,7 +487,7 @@ def plan(problem: Problem, boxes: bool) -> tuple[str, Config]:
     tokens = min(s.tokens, 4096)  # the largest that is measured; more tokens are more of the same blocks
     rows = (s.block_m, s.k, s.n, s.slices, problem.rows.startswith("token"), s.sums, problem.rank)
     key = Key(tokens, problem.top_k, problem.num_experts, *rows, s.weight_scales, s.x_scales)
-    own = _schedule(problem, boxes)
+    own = _schedule(problem, boxes and there("box"))
 
     def rule(schedule: str | None) -> tuple[str, Config]:
         return schedule or own, _rule(schedule or own, *s)
@@ -488,7 +495,7 @@ def plan(problem: Problem, boxes: bool) -> tuple[str, Config]:
     def serves(schedule: str) -> bool:
         """Whether operands and rows are such that it can; what box can do, tile can; Gluon has no interpreter of Triton's."""
         if schedule == "warp_specialised":
-            return boxes and has_roles(problem) and _has_gluon() and not runtime.INTERPRETED
+            return there(schedule) and boxes and has_roles(problem) and _has_gluon() and not runtime.INTERPRETED
         return schedule == own or (schedule == "tile" and own == "box")
 
     bare = key._replace(rank=0) if problem.rank > 0 and not runtime.measured(TUNED, key, device) else None

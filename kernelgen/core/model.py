@@ -87,6 +87,10 @@ def _rows(
     )
 
 
+def _activation(act: str | None, gated: bool = False, clamped: bool = False) -> Mapping[str, Fact]:
+    return _facts(act=act, gated=gated, clamped=clamped, slices=2 if gated else 1)
+
+
 # axis -> tag -> facts. All tags of an axis have the same facts. torch_dtype is also the word of triton.language.
 VOCABULARY: Mapping[str, Mapping[str, Mapping[str, Fact]]] = MappingProxyType(
     {
@@ -106,10 +110,16 @@ VOCABULARY: Mapping[str, Mapping[str, Mapping[str, Fact]]] = MappingProxyType(
             "pair_token": _rows(sums=True),
             "token_token": _rows(reads_token=True, by_token=True),
         },
-        "epilogue": {
-            "none": _facts(gated=False, squared=False, slices=1),
-            "relu2": _facts(gated=False, squared=True, slices=1),
-            "swiglu": _facts(gated=True, squared=False, slices=2),
+        "epilogue": {  # an activation: of the sums, or of a gate, whose rows of the weights come before those of up
+            "none": _activation(None),
+            "relu2": _activation("relu2"),
+            "silu": _activation("silu"),
+            "gelu": _activation("gelu"),
+            "gelu_tanh": _activation("gelu_tanh"),
+            "swiglu": _activation("silu", gated=True),
+            "swiglu_clamp": _activation("silu", gated=True, clamped=True),
+            "geglu": _activation("gelu", gated=True),
+            "geglu_tanh": _activation("gelu_tanh", gated=True),
         },
         "order": {"pair": _facts(by_table=False), "sorted": _facts(by_table=True)},
         "delta": {"none": _facts(adapted=False), "lora": _facts(adapted=True)},

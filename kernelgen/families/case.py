@@ -12,6 +12,8 @@ from typing import Any, Callable, Mapping, Sequence
 
 import torch
 
+from kernelgen.core.model import VOCABULARY
+
 Tags = Mapping[str, str]  # axis -> tag
 
 
@@ -24,7 +26,7 @@ class Case:
         why: the fault that it would show.
         only: axis -> the tags that it makes sense for; other axes are free.
         core: run on half of the variants of each body, not on one; each variant meets some of these, or the only one.
-        body: axes of which each combination of tags must meet the case; empty: those that the family names as its body.
+        body: axes, or facts, of which each combination must meet the case; empty: those that the family names as its body.
         needs_gpu: too large to be interpreted.
     """
 
@@ -66,6 +68,11 @@ class Variant:
 
     def __str__(self) -> str:
         return self.name
+
+    def told(self, name: str) -> object:
+        """Its tag on an axis, or what that stands for under this name; None: nothing of it has the name."""
+        facts = (VOCABULARY.get(axis, {}).get(tag, {}) for axis, tag in self.tags.items())
+        return self.tags.get(name, next((of[name] for of in facts if name in of), None))
 
     def launcher(self, package: ModuleType) -> Callable[..., None]:
         """Its launcher in the generated ``package``."""

@@ -20,8 +20,9 @@ from typing import NamedTuple, Sequence
 
 import torch
 
+from kernelgen.families.activation import Clamp, activate
 from kernelgen.families.moe_align.reference import Local
-from kernelgen.families.moe_gemm.reference import Expected, activate, cast_error, dot
+from kernelgen.families.moe_gemm.reference import Expected, cast_error, dot
 from kernelgen.families.moe_runs.reference import Adapters
 
 _FP32 = 2.0**-23
@@ -68,11 +69,12 @@ def fused_moe(
     dtype: torch.dtype,
     inner: Inner | None = None,
     lora: Lora | None = None,
+    clamp: Clamp | None = None,
 ) -> Expected:
     """The rows of the first ``num_tokens`` tokens, ``dtype`` being that of out; other arguments as of the op.
 
     ``inner`` goes with operands that were dequantised; None: there is no FP8. ``lora``: None: there are
-    no adapters.
+    no adapters. ``clamp``: the numbers of "swiglu_clamp".
     """
     scaled, inner = inner is not None, inner or Inner(hidden.dtype)
     flags = {"scaled": scaled, "short": inner.short}
@@ -92,7 +94,7 @@ def fused_moe(
         sums, error = dot(w13[expert], x, x.shape[0] + rank, **flags)
         sizes = (sums, x.shape[0] + rank, inner.dtype)
         more, its = _delta(of_first, x, torch.zeros_like(x), *sizes, scaled=inner.element is not None, of_factors=of_lora)
-        h, error = activate(sums + more, error + its, activation)
+        h, error = activate(sums + more, error + its, activation, clamp)
         low, high = h_low, h_high = tuple((h + e).to(inner.dtype).double() for e in (-error, error))
         if inner.element is not None:
             given = None if inner.given is None else inner.given[expert if len(inner.given) > 1 else 0]

@@ -12,7 +12,8 @@ FEW_TOKENS = 4  # for which a layer does without tables
 
 def layer(package: ModuleType, asked: Asked, **options: Any) -> None:
     """A whole layer, as warm-up makes it."""
-    activation = "relu2" if asked.fact("squared") else "swiglu"
+    epilogue = asked.tag("epilogue")
+    activation = "swiglu" if epilogue in (None, "none") else epilogue
     sizes = sized(asked, "hidden", "intermediate", "num_experts", "top_k")
     num_tokens = asked.sizes["num_tokens"]
     package.FusedMoeShape(*sizes, activation, dtype_of(asked), **{**scales_of(asked), **options}).call(num_tokens, [num_tokens])

@@ -1,8 +1,8 @@
 """What the generated tests call: which case meets which variant, and the checks themselves.
 
-Every case meets each combination of the tags of the body axes (for MoE-LoRA: schedule and rank bucket). Core cases meet half of
-its variants, such that each variant meets some of them; other cases meet one, that with the fewest cases so far, so that dtypes
-and flags take turns.
+Every case meets each combination of the body, tags of axes or facts (for MoE-LoRA: schedule and rank bucket). Core cases meet
+half of its variants, such that each variant meets some of them; other cases meet one, that with the fewest cases so far, so that
+dtypes and flags take turns.
 In exact algebra every kernel's text meets the cases that its family names for it, ``EXACT``.
 
 ``Suite.quick`` is a part of that for a person who waits: each template still meets each kind of case, and each body some case.
@@ -83,7 +83,7 @@ class Suite:
         kinds: dict[tuple[str | None, Case], list[Variant]] = {}
         for variant, case in self.pairs:
             kinds.setdefault((variant.tags.get(SCHEDULE), case), []).append(variant)
-        met: collections.Counter[tuple[tuple[str, str], ...]] = collections.Counter()
+        met: collections.Counter[tuple[tuple[str, object], ...]] = collections.Counter()
         chosen = set()
 
         def choose(variant: Variant, case: Case) -> None:
@@ -98,11 +98,11 @@ class Suite:
                 choose(variant, case)
         return frozenset(chosen)
 
-    def marks(self, variant: Variant) -> frozenset[tuple[tuple[str, str], ...]]:
+    def marks(self, variant: Variant) -> frozenset[tuple[tuple[str, object], ...]]:
         """What of a variant ``quick`` is to meet: its bodies and its tags, each with the template, as pairs of axis and tag."""
         bodies = {tuple(case.body or self._cases.BODY) for case in self._cases.CASES}
         sets = [*bodies, *((SCHEDULE, axis) for axis in variant.tags)]
-        return frozenset(tuple((axis, variant.tags[axis]) for axis in axes if axis in variant.tags) for axes in sets)
+        return frozenset(tuple((name, value) for name in names if (value := variant.told(name)) is not None) for names in sets)
 
     @functools.cached_property
     def exact(self) -> tuple[tuple[Variant, Case], ...]:
@@ -206,8 +206,8 @@ class Suite:
         shares_core = sum(case.core for case in self._cases.CASES) > 1
         for case in self._cases.CASES:
             cases.setdefault(tuple(case.body or self._cases.BODY), []).append(case)
-        for axes, members in cases.items():
-            for number, body in enumerate(self._bodies(axes)):
+        for told, members in cases.items():
+            for number, body in enumerate(self._bodies(told)):
                 turn = 3 * number % len(body)
                 for case in members:
                     fitting = [v for v in body[turn:] + body[:turn] if case.fits(v.tags)]
@@ -220,11 +220,11 @@ class Suite:
                         plan[variant.name].append(case)
         return {variant: plan[variant.name] for variant in self.variants}
 
-    def _bodies(self, axes: Sequence[str]) -> Sequence[list[Variant]]:
-        """The variants, by their tags on ``axes``; an axis that they lack does not tell them apart."""
-        bodies: dict[tuple[str | None, ...], list[Variant]] = {}
+    def _bodies(self, told: Sequence[str]) -> Sequence[list[Variant]]:
+        """The variants, by their tags or facts; what they lack does not tell them apart."""
+        bodies: dict[tuple[object, ...], list[Variant]] = {}
         for variant in self.variants:
-            bodies.setdefault(tuple(map(variant.tags.get, axes)), []).append(variant)
+            bodies.setdefault(tuple(map(variant.told, told)), []).append(variant)
         return list(bodies.values())
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from typing import Container, Iterator, Sequence
+from typing import Container, Iterator, Mapping, Sequence
 
 from kernelgen.core.diagnostics import Diagnostic
 from kernelgen.core.model import (
@@ -21,7 +20,7 @@ from kernelgen.core.model import (
 )
 from kernelgen.core.names import UNNAMED, Identifier, module_name, variant_name
 
-MAX_COMBINATIONS = 50_000
+MAX_COMBINATIONS = 200_000
 MAX_VARIANTS = 2_000
 
 
@@ -49,17 +48,30 @@ def expand(families: Sequence[Family]) -> tuple[Package, list[Diagnostic]]:
 
 
 def _left(family: Family) -> tuple[list[Record], set[int]]:
-    """The combinations that no exclude takes, and the numbers of the excludes that take one which none above takes."""
+    """The combinations that no exclude takes, and the numbers of the excludes that take one which none above takes.
+
+    Axis by axis: of what an exclude takes as a whole the rest is looked at only where one above it may take a part.
+    """
     names = [axis.name for axis in family.axes]
-    left, useful = [], set()
-    places: dict[str, int] = {axis.name: place for place, axis in enumerate(family.axes)}
-    excluded = [[(places[axis], tags) for axis, tags in exclude.when.items()] for exclude in family.excludes]
-    for values in itertools.product(*(axis.tags for axis in family.axes)):
-        first = next((i for i, when in enumerate(excluded) if all(values[place] in tags for place, tags in when)), None)
-        if first is None:
+    places: dict[str, int] = {name: place for place, name in enumerate(names)}
+    left, useful = list[Record](), set[int]()
+    excluded = [(i, exclude.when, max(places[name] for name in exclude.when)) for i, exclude in enumerate(family.excludes)]
+    nobody = len(excluded)
+
+    def walk(values: tuple[Identifier, ...], still: Sequence[tuple[int, Mapping[str, Sequence[str]], int]], taken: int) -> None:
+        """What begins with ``values``; ``still``: excludes that may take some of it; ``taken``: the first that takes all."""
+        depth = len(values)
+        if taken < nobody and not still:
+            useful.add(taken)
+        elif depth == len(names):
             left.append(Record(dict(zip(names, values, strict=True))))
         else:
-            useful.add(first)
+            for tag in family.axes[depth].tags:
+                fitting = [of for of in still if tag in of[1].get(names[depth], (tag,))]
+                first = min([taken, *(i for i, _, last in fitting if last == depth)])
+                walk((*values, tag), [of for of in fitting if of[2] > depth and of[0] < first], first)
+
+    walk((), excluded, nobody)
     return left, useful
 
 

@@ -21,10 +21,34 @@ bf16 relu2 none
 bf16 relu2 lora
 bf16 swiglu none
 bf16 swiglu lora
+bf16 swiglu_clamp none
+bf16 swiglu_clamp lora
+bf16 geglu none
+bf16 geglu lora
+bf16 geglu_tanh none
+bf16 geglu_tanh lora
+bf16 silu none
+bf16 silu lora
+bf16 gelu none
+bf16 gelu lora
+bf16 gelu_tanh none
+bf16 gelu_tanh lora
 f16 relu2 none
 f16 relu2 lora
 f16 swiglu none
 f16 swiglu lora
+f16 swiglu_clamp none
+f16 swiglu_clamp lora
+f16 geglu none
+f16 geglu lora
+f16 geglu_tanh none
+f16 geglu_tanh lora
+f16 silu none
+f16 silu lora
+f16 gelu none
+f16 gelu lora
+f16 gelu_tanh none
+f16 gelu_tanh lora
 """,
 )
 

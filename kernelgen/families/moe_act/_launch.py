@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import _runtime as runtime
+from .._activation import Clamp
 from .._live import routing_of
 from ._problem import Call, Config, Problem, check, choose
 from ._table import VARIANTS
@@ -20,7 +21,8 @@ class MoeAct:
     def __init__(self, kernel: Any) -> None:
         self.name = runtime.variant_of(kernel)
         self.facts = VARIANTS.of(self.name)
-        self._kernel = runtime.Launcher(kernel, f"h_ptr x_ptr delta_ptr topk_ids_ptr valid_tokens_ptr {_ROUTING} num_tokens")
+        operands = f"h_ptr x_ptr delta_ptr topk_ids_ptr valid_tokens_ptr {_ROUTING} limit alpha beta num_tokens"
+        self._kernel = runtime.Launcher(kernel, operands)
 
     def launch(
         self,
@@ -32,6 +34,9 @@ class MoeAct:
         delta: Tensor | None = None,
         route: Any = None,
         /,
+        limit: float | None = None,
+        alpha: float | None = None,
+        beta: float | None = None,
         **sizes: Any,
     ) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.
@@ -39,18 +44,19 @@ class MoeAct:
         Raises:
             ValueError: something does not fit; nothing was launched.
         """
-        operands = (h, x, topk_ids, valid_tokens, delta, route)
+        operands, clamp = (h, x, topk_ids, valid_tokens, delta, route), Clamp(limit, alpha, beta)
         problem = check(
             self.name,
             *operands,
             activation=self.facts["epilogue"],
+            clamp=clamp,
             dtype=self.facts["torch_dtype"],
             adapted=self.facts["adapted"],
             **sizes,
         )
         if problem.num_tokens > 0:
             tiles = runtime.given(self.name, config, Config) or choose(problem)
-            self.bind(problem, tiles)(*operands)
+            self.bind(problem, tiles)(*operands, *clamp)
 
     def bind(self, problem: Problem, config: Config) -> Call:
         """The launch for checked calls of these sizes, ready to be made again and again."""
@@ -75,8 +81,16 @@ class MoeAct:
         )
 
         def call(
-            h: Tensor, x: Tensor, topk_ids: Tensor, valid_tokens: Tensor | None, delta: Tensor | None = None, route: Any = None
+            h: Tensor,
+            x: Tensor,
+            topk_ids: Tensor,
+            valid_tokens: Tensor | None,
+            delta: Tensor | None,
+            route: Any,
+            limit: float | None,
+            alpha: float | None,
+            beta: float | None,
         ) -> None:
-            launch.run(h, x, delta, topk_ids, valid_tokens, *routing_of(route), num_tokens)
+            launch.run(h, x, delta, topk_ids, valid_tokens, *routing_of(route), limit, alpha, beta, num_tokens)
 
         return call

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import _runtime as runtime
+from .._activation import Clamp
 from ..moe_route._op import MoeRoute
 from ._problem import OP, Call, check, choose
 from ._table import VARIANTS
@@ -22,6 +23,9 @@ def moe_act(
     num_tokens_hint: int | None = None,
     delta: torch.Tensor | None = None,
     route: MoeRoute | None = None,
+    limit: float | None = None,
+    alpha: float | None = None,
+    beta: float | None = None,
 ) -> None:
     """h[p] = act(x[p] + delta[p]) for every local pair p = t * top_k + j, in fp32, rounded once; other rows keep their bytes.
 
@@ -29,21 +33,22 @@ def moe_act(
 
     Args:
         h: [T * top_k, N] bfloat16 or float16, last stride 1.
-        x: [T, top_k, 2 * N] with "swiglu" (the gate, then the linear half), [T, top_k, N] with "relu2"; dtype of ``h``,
-            stride(0) == top_k * stride(1).
+        x: [T, top_k, 2 * N] with an activation that has a gate (the gate, then the linear half), else [T, top_k, N]; dtype of
+            ``h``, stride(0) == top_k * stride(1).
         topk_ids: [T, top_k] int32 or int64, global ids.
-        activation: "swiglu": silu(gate) * up; "relu2": relu(x) ** 2.
+        activation: a word of ``fused_moe``, for one.
         num_experts, local_expert_start: the global ids that are local.
         valid_tokens: int32 on the device, how many of the T rows are tokens; None: all.
         num_tokens_hint: how many tokens to expect, for the size of the grid; None: T. Any number is right.
         delta, route: what ``moe_lora`` wrote with ``add_inputs=False``, like ``x``, and its route, from ``moe_route``: rows of
             pairs that are live on it are added, others are not read. None: x has it already, or there is none.
+        limit, alpha, beta: of "swiglu_clamp", as ``fused_moe`` takes them.
 
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
     sizes = (activation, num_experts, local_expert_start, num_tokens_hint)
-    arguments = (h, x, topk_ids, valid_tokens, *sizes, delta, route)
+    arguments = (h, x, topk_ids, valid_tokens, *sizes, delta, route, limit, alpha, beta)
     (_in_graphs if torch.compiler.is_compiling() else _apply)(*arguments)
 
 
@@ -58,6 +63,9 @@ def _bind(
     num_tokens_hint: int | None,
     delta: torch.Tensor | None,
     route: MoeRoute | None,
+    limit: float | None,
+    alpha: float | None,
+    beta: float | None,
 ) -> Call:
     problem = check(
         "moe_act",
@@ -71,6 +79,7 @@ def _bind(
         num_experts=num_experts,
         local_expert_start=local_expert_start,
         num_tokens_hint=num_tokens_hint,
+        clamp=Clamp(limit, alpha, beta),
     )
     variant = VARIANTS.get("moe_act", torch_dtype=x.dtype, epilogue=activation, adapted=delta is not None)
     if problem.num_tokens == 0:

@@ -10,6 +10,7 @@ from typing import Any, Callable
 import torch
 
 from kernelgen.core.model import VOCABULARY
+from kernelgen.families.activation import clamp_of, slices
 from kernelgen.families.buffers import allocate, allocate_sparse, positions, seal
 from kernelgen.families.case import Case as BaseCase
 from kernelgen.families.case import Tags, worst_ratio
@@ -18,7 +19,7 @@ from kernelgen.families.moe_deltas import draw as draw_delta
 from kernelgen.families.moe_experts import SPREAD, Experts, draw
 from kernelgen.families.moe_gemm.reference import NO_ROWS
 
-BODY = ("epilogue", "delta")
+BODY = ("gated", "delta")  # the activations of a text are for EXACT, and for a case of their own
 
 _HUGE = 2**31 + 64  # elements: out of reach of a 32-bit offset
 
@@ -59,7 +60,7 @@ CASES = (
     Case("more_than_there_are", "a count beyond the batch", routing=Experts(valid=2**31 - 1)),
     Case("hint_too_low", "programs that take many rows", tokens=9, hint=1),
     Case("ids_int64", "ids as torch.topk gives them", routing=Experts("mixed", ids_dtype=torch.int64)),
-    Case("large", "gates in the tails of exp", scale=60.0),
+    Case("large", "gates in the tails of exp", body=("epilogue", "delta"), scale=60.0),
     Case("unaligned", "odd strides, a base that is not 16-byte aligned", gap=1, offset=1, n=33),
     Case("own_tiles", "the tiles that the rule takes", own_tiles=True, n=300),
     Case("huge_rows", "32-bit offsets of rows wrap", row_stride=_HUGE // 4, tokens=4),
@@ -76,7 +77,7 @@ def check(
         AssertionError: the variant is wrong.
     """
     dtype = getattr(torch, str(VOCABULARY["dtype"][tags["dtype"]]["torch_dtype"]))
-    width = case.n * int(VOCABULARY["epilogue"][tags["epilogue"]]["slices"] or 1)
+    width, clamp = case.n * slices(tags["epilogue"]), clamp_of(tags["epilogue"])
     routed = draw(case.routing, case.tokens, case.top_k, case.experts, case.random(), device)
     numbers, shape = case.generator(), (case.tokens, case.top_k, width)
     row = case.row_stride or width + case.gap
@@ -94,7 +95,7 @@ def check(
     if tags["delta"] == "lora":
         layout: dict[str, Any] = {"offset": case.offset, "sparse": case.row_stride is not None}
         beside = draw_delta(package, routed, x, case.random(), numbers, **layout)
-    expected = moe_act(x, routed.local, epilogue=tags["epilogue"], delta=beside.rows if beside else NO_ROWS)
+    expected = moe_act(x, routed.local, epilogue=tags["epilogue"], delta=beside.rows if beside else NO_ROWS, clamp=clamp)
     config = None if case.own_tiles else sys.modules[launcher.__module__].Config(2, 64, 2)
     launcher(
         h,
@@ -106,6 +107,7 @@ def check(
         num_tokens_hint=case.hint,
         config=config,
         **(beside.arguments if beside else {}),
+        **(clamp.given if clamp else {}),
     )
     written = torch.zeros(rows, dtype=torch.bool)
     written[expected.rows] = True

@@ -8,6 +8,7 @@ from typing import Any, Callable, Mapping, Sequence
 
 import torch
 
+from kernelgen.families.activation import Clamp, clamp_of, slices
 from kernelgen.families.case import Law, Variant, worst_ratio
 from kernelgen.families.moe_act.reference import moe_act
 from kernelgen.families.moe_deltas import draw as draw_delta
@@ -24,13 +25,33 @@ def front_door(package: ModuleType, variants: Sequence[Variant], device: str) ->
         beside = None
         if variant.tags["delta"] == "lora":
             beside = draw_delta(package, routed, operands["x"], random.Random(0), torch.Generator().manual_seed(1))
-        package.moe_act(**operands, num_tokens_hint=1, **(beside.arguments if beside else {}))
+        epilogue = variant.tags["epilogue"]
+        clamp = clamp_of(epilogue, Clamp(1.5))
+        options = {**(beside.arguments if beside else {}), **({"limit": clamp.limit} if clamp else {})}
+        package.moe_act(**operands, num_tokens_hint=1, **options)
         rows = beside.rows if beside else NO_ROWS
-        exact = moe_act(operands["x"], routed.local, epilogue=variant.tags["epilogue"], delta=rows)
+        exact = moe_act(operands["x"], routed.local, epilogue=epilogue, delta=rows, clamp=clamp)
         worst_ratio(operands["h"][exact.rows].cpu(), exact.out.cpu(), exact.bound.cpu())
         rest = torch.ones(_TOKENS * _TOP_K, dtype=torch.bool)
         rest[exact.rows] = False
         assert operands["h"][rest.to(device)].isnan().all(), "rows that are not local were written"
+
+
+def numbers_may_change(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """Calls that are alike but for the numbers of their activation each get their own."""
+    operands, routed = _operands({"dtype": "bf16", "epilogue": "swiglu_clamp"}, device)
+    for clamp in (Clamp(1.5), Clamp(0.5), Clamp(0.5, 1.702), Clamp(2, 1, 1), Clamp(0.0, beta=-1.0)):
+        given = {name: number for name, number in clamp.given.items() if number != Clamp._field_defaults.get(name)}
+        package.moe_act(**operands, **given)
+        exact = moe_act(operands["x"], routed.local, epilogue="swiglu_clamp", clamp=clamp)
+        worst_ratio(operands["h"][exact.rows].cpu(), exact.out.cpu(), exact.bound.cpu())
+    for limit in (float("nan"), float("inf"), -0.5, "7", True):  # where such a call is known
+        try:
+            package.moe_act(**operands, limit=limit)
+        except ValueError as error:
+            assert "limit: got" in str(error), error
+        else:
+            raise AssertionError(f"limit {limit} is let pass")
 
 
 def wrong_arguments_are_named(
@@ -49,13 +70,13 @@ def wrong_arguments_are_named(
     assert right["h"].isnan().all(), "h was written"
 
 
-LAWS = (Law(front_door), Law(wrong_arguments_are_named))
+LAWS = (Law(front_door), Law(numbers_may_change), Law(wrong_arguments_are_named))
 
 
 def _operands(tags: Mapping[str, str], device: str) -> tuple[dict[str, Any], Any]:
     dtype = torch.bfloat16 if tags["dtype"] == "bf16" else torch.float16
     routed = draw(Experts("mixed", start=1, valid=5), _TOKENS, _TOP_K, _EXPERTS, random.Random(0), device)
-    width = _N * (2 if tags["epilogue"] == "swiglu" else 1)
+    width = _N * slices(tags["epilogue"])
     x = torch.randn(_TOKENS, _TOP_K, width, generator=torch.Generator().manual_seed(0))
     operands = {
         "h": torch.full((_TOKENS * _TOP_K, _N), torch.nan, dtype=dtype, device=device),
@@ -72,7 +93,10 @@ def _operands(tags: Mapping[str, str], device: str) -> tuple[dict[str, Any], Any
 _Arguments = dict[str, Any]
 
 _WRONG: Mapping[str, Callable[[_Arguments], _Arguments]] = {
-    "an unknown activation": lambda a: {"activation": "gelu"},
+    "an unknown activation": lambda a: {"activation": "swish"},
+    "a limit that nothing takes": lambda a: {"limit": 7.0},
+    "a clamp without its limit": lambda a: {"activation": "swiglu_clamp", "alpha": 1.702},
+    "a limit below 0": lambda a: {"activation": "swiglu_clamp", "limit": -1.0},
     "x in fp32": lambda a: {"x": a["x"].float()},
     "x without its second half": lambda a: {"x": a["x"][..., :_N]},
     "x with columns apart": lambda a: {"x": a["x"].transpose(1, 2).contiguous().transpose(1, 2)},

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Iterator
+from typing import Any, Iterator
 
 from kernelgen.core.model import Variant
+from kernelgen.families.activation import OSS
 from kernelgen.families.probe import QWEN3, Probe, delta_beside, launcher_of, meta, tensors
 
 
@@ -14,7 +15,8 @@ def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
     launcher, num_tokens, top_k, width = launcher_of(package, variant), 1024, QWEN3["top_k"], QWEN3["inter"]
     given = tensors(package, variant, T=num_tokens, top_k=top_k, N=width, S=variant.slices)
     def call() -> None:
-        more = delta_beside(package, given["x"]) if variant.adapted else {}
+        more: dict[str, Any] = delta_beside(package, given["x"]) if variant.adapted else {}
+        more |= OSS.given if variant.clamped else {}
         launcher(**given, num_experts=QWEN3["num_experts"], valid_tokens=meta(1), **more)
 
     sizes = {"num_tokens": num_tokens, "top_k": top_k, "n": width}

@@ -8,6 +8,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import _runtime as runtime
+from .._activation import Clamp
 from .._operands import Tensors
 from ..moe_align._op import MoeTables
 from ..moe_runs._op import MoeRuns
@@ -32,6 +33,7 @@ from ._table import QUANT, VARIANTS
 
 _DELTA = "v_ptr b_ptrs b_scale_ptrs"
 _SCALES = "topk_weights_ptr w_scale_ptr x_scale_ptr x_scale_next"
+_CLAMP = "limit alpha beta"
 _TABLES = "pairs_ptr blocks_ptr num_blocks_ptr run_of_row_ptr runs_ptr"
 _ROUTING = "topk_ids_ptr valid_tokens_ptr token_lora_mapping_ptr adapter_enabled_ptr lora_ranks_ptr num_pairs"
 
@@ -66,13 +68,16 @@ class _Schedule:
         lora_b: Tensors | None = None,
         runs: MoeRuns | None = None,
         b_scale: Tensors | None = None,
+        limit: float | None = None,
+        alpha: float | None = None,
+        beta: float | None = None,
     ) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.
 
         Raises:
             ValueError: something does not fit; nothing was launched.
         """
-        facts = self.facts
+        facts, clamp = self.facts, Clamp(limit, alpha, beta)
         problem = check(
             self.name,
             out,
@@ -86,10 +91,11 @@ class _Schedule:
             schedule=self.schedule,
             scales=Scales(facts["weight_scales"], w_scale, facts["x_scales"], x_scale),
             delta=Delta(v, lora_b, runs, facts["b_scales"], b_scale),
+            clamp=clamp,
         )
         if problem.num_pairs > 0:
             tiles = runtime.given(self.name, config, self.config) or choose(self.schedule, problem)
-            self.bind(problem, tiles)(out, x, w, tables, topk_weights, w_scale, x_scale, v, lora_b, runs, b_scale)
+            self.bind(problem, tiles)(out, x, w, tables, topk_weights, w_scale, x_scale, v, lora_b, runs, b_scale, *clamp)
 
     def _constants(self, problem: Problem, config: Tiled) -> dict[str, Any]:
         """Of the kernels of all schedules that tile K."""
@@ -123,7 +129,7 @@ class _Schedule:
 class _ByPair(_Schedule):
     """Pairs as they come."""
 
-    operands = f"out_ptr x_ptr w_ptr {_DELTA} {_SCALES} {_ROUTING}"
+    operands = f"out_ptr x_ptr w_ptr {_DELTA} {_SCALES} {_CLAMP} {_ROUTING}"
 
     def _bind(self, problem: Problem, rows: int, options: runtime.Options, constants: dict[str, Any]) -> Call:
         waits = not problem.rows.startswith("token") or problem.rank > 0
@@ -151,10 +157,13 @@ class _ByPair(_Schedule):
             lora_b: Tensors | None,
             runs: MoeRuns | None,
             b_scale: Tensors | None,
+            limit: float | None = None,
+            alpha: float | None = None,
+            beta: float | None = None,
         ) -> None:
             adapters = _NO_ADAPTERS if runs is None else (runs.token_lora_mapping, runs.adapter_enabled, runs.lora_ranks)
             scales, routing = (w_scale, x_scale, x_scale_next), (tables.topk_ids, tables.valid_tokens)
-            launch.run(out, x, w, v, lora_b, b_scale, topk_weights, *scales, *routing, *adapters, num_pairs)
+            launch.run(out, x, w, v, lora_b, b_scale, topk_weights, *scales, limit, alpha, beta, *routing, *adapters, num_pairs)
 
         return call
 
@@ -224,7 +233,7 @@ class Tile(_ByBlock):
 
     schedule = "tile"
     config = TileConfig
-    operands = f"out_ptr x_ptr w_ptr {_DELTA} {_SCALES} {_TABLES}"
+    operands = f"out_ptr x_ptr w_ptr {_DELTA} {_SCALES} {_CLAMP} {_TABLES}"
 
     def bind(self, problem: Problem, config: TileConfig) -> Call:
         launch = self._launch_of(problem, config, CACHE_POLICIES[config.weight_policy])
@@ -242,10 +251,13 @@ class Tile(_ByBlock):
             lora_b: Tensors | None,
             runs: MoeRuns | None,
             b_scale: Tensors | None,
+            limit: float | None = None,
+            alpha: float | None = None,
+            beta: float | None = None,
         ) -> None:
             of_rows = (None, None) if runs is None else (runs.run_of_row, runs.runs)
             scales, blocks = (w_scale, x_scale, x_scale_next), (tables.pairs, tables.blocks, tables.num_blocks)
-            launch.run(out, x, w, v, lora_b, b_scale, topk_weights, *scales, *blocks, *of_rows)
+            launch.run(out, x, w, v, lora_b, b_scale, topk_weights, *scales, limit, alpha, beta, *blocks, *of_rows)
 
         return call
 
@@ -255,7 +267,7 @@ class Box(_ByBlock):
 
     schedule = "box"
     config = BoxConfig
-    operands = f"out_ptr x_ptr x_desc half_desc w_desc {_DELTA} {_SCALES} {_TABLES}"
+    operands = f"out_ptr x_ptr x_desc half_desc w_desc {_DELTA} {_SCALES} {_CLAMP} {_TABLES}"
 
     def bind(self, problem: Problem, config: BoxConfig) -> Call:
         launch, x_scale_next = self._launch_of(problem, config, ""), problem.x_scale_next
@@ -279,6 +291,9 @@ class Box(_ByBlock):
             lora_b: Tensors | None,
             runs: MoeRuns | None,
             b_scale: Tensors | None,
+            limit: float | None = None,
+            alpha: float | None = None,
+            beta: float | None = None,
         ) -> None:
             x_desc = half_desc = None
             if in_order:
@@ -287,7 +302,8 @@ class Box(_ByBlock):
             w_desc = TensorDescriptor(w, w_shape, w_strides, w_box)
             of_rows = (None, None) if runs is None else (runs.run_of_row, runs.runs)
             scales, blocks = (w_scale, x_scale, x_scale_next), (tables.pairs, tables.blocks, tables.num_blocks)
-            launch.run(out, x, x_desc, half_desc, w_desc, v, lora_b, b_scale, topk_weights, *scales, *blocks, *of_rows)
+            adapters, clamp = (v, lora_b, b_scale), (limit, alpha, beta)
+            launch.run(out, x, x_desc, half_desc, w_desc, *adapters, topk_weights, *scales, *clamp, *blocks, *of_rows)
 
         return call
 
@@ -333,6 +349,9 @@ class WarpSpecialised(_Schedule):
             lora_b: Tensors | None,
             runs: MoeRuns | None,
             b_scale: Tensors | None,
+            limit: float | None = None,
+            alpha: float | None = None,
+            beta: float | None = None,
         ) -> None:
             x_desc = box(x, x_shape, x_strides, [64, 128]) if in_order else None
             w_desc = box(w, w_shape, w_strides, [128, 128])

@@ -46,4 +46,5 @@ def _product(package: ModuleType, asked: Asked) -> None:
         out_rows=out_rows,
         activation=None if asked.tag("epilogue") == "none" else asked.tag("epilogue"),
         topk_weights=floats(num_tokens, top_k) if asked.fact("weighted") else None,
+        limit=1.0 if asked.fact("clamped") else None,
     )

@@ -16,6 +16,8 @@ import torch
 
 from kernelgen.core.model import QUANT_AXES, VOCABULARY
 from kernelgen.families import quant
+from kernelgen.families.activation import clamp_of
+from kernelgen.families.activation import slices as slices_of
 from kernelgen.families.buffers import Guarded, allocate, allocate_sparse, positions, row_major, seal
 from kernelgen.families.case import Case as BaseCase
 from kernelgen.families.case import Tags, worst_ratio
@@ -26,7 +28,7 @@ from kernelgen.families.moe_gemm.reference import Delta, Expected, moe_gemm, moe
 from kernelgen.families.moe_lora.reference import dequantise
 from kernelgen.families.moe_runs.reference import moe_runs
 
-BODY = ("schedule", "rows", "epilogue")
+BODY = ("schedule", "rows", "gated")  # the activations of a text are for EXACT, and for cases of their own
 _QUANTS = ("schedule", "rows", *QUANT_AXES)  # what FP8 operands and their scales pass through
 
 # Tiles that small shapes can be less than, equal to and greater than.
@@ -112,6 +114,7 @@ _E8M0 = torch.float8_e8m0fnu
 _LORA = _only(delta="lora")
 _FP8_LORA = _only(delta_quant="b8tensor b8channel b8group")
 _ALL_QUANTS = (*_QUANTS, "delta_quant")
+_ACTIVATED = MappingProxyType({"epilogue": [tag for tag in VOCABULARY["epilogue"] if tag != "none"]})
 _MANY = Adapters("spread", 60)
 _FP8_TILED = MappingProxyType({**_FP8, **_only(schedule="tile box warp_specialised")})
 _ROLES = _only(schedule="warp_specialised")
@@ -268,7 +271,7 @@ CASES = (
     Case("out_f32", "tokens in fp32", only=_only(rows="pair_token"), out_dtype=torch.float32),
     Case("packed", "nothing between rows", gap=0),
     Case("unaligned", "odd strides, a base that is not 16-byte aligned", only=_POINTERS, align=1, gap=1, offset=1, k=33, n=23),
-    Case("large_sums", "gates in the tails of exp", only=_only(epilogue="swiglu relu2"), scale=40.0),
+    Case("large_sums", "gates in the tails of exp", only=_ACTIVATED, body=("schedule", "epilogue"), few=2, scale=40.0),
     Case(
         "huge_experts",
         "32-bit offsets of experts wrap",
@@ -363,7 +366,7 @@ EXACT = (
     Case(
         "exact_tail",
         "blocks of few rows in tiles of half the height",
-        only=_TILED,
+        only=_only(schedule="tile box", epilogue="none relu2 swiglu"),
         tokens=25,
         top_k=1,
         experts=2,
@@ -401,6 +404,7 @@ class Call:
     expected: Expected
     inputs: Mapping[str, Guarded]
     adapted: Mapping[str, Any]  # v, lora_b and runs, of a variant with adapters
+    clamp: Mapping[str, float]  # the numbers of an activation that has some
 
     @property
     def operands(self) -> tuple[Any, ...]:
@@ -479,7 +483,7 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
             x_numbers[row] *= x_scale[expert].double()
     elif x_scale is not None and sources:
         x_numbers = dequantise(x, x_scale, quant.group_of(of_x, x_shape, (1, quant.group()[1])))
-    slices = int(VOCABULARY["epilogue"][tags["epilogue"]]["slices"] or 1)
+    slices, clamp = slices_of(tags["epilogue"]), clamp_of(tags["epilogue"])
     height = case.n * slices
     w_shape, size = (case.experts, height, case.k), case.scale * case.k**-0.5
     w = memory(w_shape, (case.expert_stride or height * pad, pad, 1), element if of_weights else dtype)
@@ -540,6 +544,7 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
             short=of_x is not None and tags["schedule"] != "gemv" and device != "cpu",
             order=order,
             delta=delta,
+            clamp=clamp,
         )
     tables, runs, ints = tables_of(package, case, routed, by_one, device, adapters)
     if b is not None:
@@ -548,7 +553,8 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
     given = {"x": x, "w": w, "topk_weights": weights, "topk_ids": routed.topk_ids, **ints}
     given |= {"w_scale": w_scale, "x_scale": x_scale}
     inputs = {name: _seal(tensor) for name, tensor in given.items() if tensor is not None}
-    return Call(_seal(out), x, w, tables, weights, w_scale, x_scale, routed, expected, inputs, slots)
+    numbers_of_clamp = clamp.given if clamp else {}
+    return Call(_seal(out), x, w, tables, weights, w_scale, x_scale, routed, expected, inputs, slots, numbers_of_clamp)
 
 
 def _seal(tensor: torch.Tensor) -> Guarded:
@@ -642,7 +648,7 @@ def check(
     call = make(package, case, tags, device)
     keywords = {} if call.topk_weights is None else {"topk_weights": call.topk_weights}
     config = None if case.own_tiles else tiles(launcher, case.tiles)
-    launcher(*call.operands, config=config, **keywords, **call.scales, **call.adapted)
+    launcher(*call.operands, config=config, **keywords, **call.scales, **call.adapted, **call.clamp)
     return call.verify()
 
 

@@ -11,6 +11,7 @@ import torch
 
 from kernelgen.core.model import QUANT_AXES
 from kernelgen.families import quant
+from kernelgen.families.activation import clamp_of, slices
 from kernelgen.families.buffers import bits, poison_
 from kernelgen.families.case import Law, Variant, worst_ratio
 from kernelgen.families.fused_moe import Inner, Lora, fused_moe
@@ -43,6 +44,7 @@ class Layer(NamedTuple):
             self.routed.topk_ids,
             self.topk_weights,
             activation=self.activation,
+            **(clamp.given if (clamp := clamp_of(self.activation)) else {}),
             valid_tokens=self.routed.valid_tokens,
             local_expert_start=self.routed.start,
             **self.scales,
@@ -59,7 +61,7 @@ class Layer(NamedTuple):
         if self.lora is not None:
             factors = (self.lora.a13, self.lora.b13, self.lora.a2, self.lora.b2)
             sizes["lora"] = self.stands_for or Lora(self.adapters, *factors)
-        exact = fused_moe(*operands, activation=self.activation, **sizes)
+        exact = fused_moe(*operands, activation=self.activation, clamp=clamp_of(self.activation), **sizes)
         worst_ratio(out[:count].cpu(), exact.out.cpu(), exact.bound.cpu())
 
 
@@ -90,7 +92,7 @@ def layer(
         token, j = divmod(pair, top_k)
         x[token] = torch.randn(hidden, generator=numbers)
         weights[token, j] = torch.rand((), generator=numbers)
-    rows = (2 if activation == "swiglu" else 1) * inter
+    rows = slices(activation) * inter
     return Layer(
         x.to(device, dtype),
         normal(experts, rows, hidden).to(device, dtype),
@@ -104,16 +106,17 @@ def layer(
 def fused_front_door(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """fused_moe is within its bound for few tokens and many, with and without padding, whatever the hint; and rows of
     padding are zero in its own buffer, and keep their bytes in the caller's."""
-    activations = itertools.cycle(("swiglu", "relu2"))
-    dtypes = itertools.cycle((torch.bfloat16, torch.bfloat16, torch.float16, torch.float16))
+    named = {"bf16": torch.bfloat16, "f16": torch.float16}
+    activated = [variant.tags for variant in variants if variant.tags["epilogue"] != "none"]
+    kinds = itertools.cycle(dict.fromkeys((tags["epilogue"], named[tags["dtype"]]) for tags in activated))
     routings = (Experts(), Experts("mixed", start=2), Experts("mixed", start=1, valid=2), Experts(valid=0), Experts("away"))
     hints = itertools.cycle(((None, True), (1, False), (1000, True)))
     for tokens, how in itertools.product((1, 4, 5, 22), routings):
-        hint, own = next(hints)
-        call = layer(tokens, how, device, activation=next(activations), dtype=next(dtypes))
+        (hint, own), (activation, dtype) = next(hints), next(kinds)
+        call = layer(tokens, how, device, activation=activation, dtype=dtype)
         out = None if own else torch.full_like(call.hidden, torch.nan)
         given = call.run(package, num_tokens_hint=hint, out=out)
-        what = f"{tokens} tokens, {how}, hint {hint}, own buffer {own}"
+        what = f"{activation}, {dtype}, {tokens} tokens, {how}, hint {hint}, own buffer {own}"
         about(lambda call=call, given=given: call.verify(given), what)  # type: ignore[misc]
         rest = given[call.routed.num_valid :]
         right = not rest.any() if own else bool(rest.isnan().all())
@@ -129,6 +132,8 @@ MODES = (
     ("tensor", "tensor", "relu2"),
     ("channel", "token", "swiglu"),
     ("group", "group", "swiglu"),
+    ("group", "group", "swiglu_clamp"),
+    ("channel", "token", "geglu_tanh"),
 )
 
 
@@ -376,6 +381,7 @@ def _launch(package: ModuleType, call: Any, tags: Mapping[str, str]) -> None:
         activation=None if tags["epilogue"] == "none" else tags["epilogue"],
         topk_weights=call.topk_weights,
         **call.scales,
+        **call.clamp,
     )
 
 
@@ -397,8 +403,9 @@ def _one_a_body(variants: Sequence[Variant]) -> Iterator[Variant]:
             yield variant
 
 
-def _weights(call: Any) -> dict[str, torch.Tensor]:
-    return call.scales if call.topk_weights is None else {"topk_weights": call.topk_weights, **call.scales}
+def _weights(call: Any) -> dict[str, Any]:
+    weights = {} if call.topk_weights is None else {"topk_weights": call.topk_weights}
+    return {**weights, **call.scales, **call.clamp}
 
 
 _Operands = dict[str, Any]
@@ -448,7 +455,9 @@ def _joined_groups(a: _Operands) -> _Operands:
 
 
 _WRONG_LAYER: Mapping[str, Callable[[_Operands], _Operands]] = {
-    "an unknown activation": lambda a: {"activation": "gelu"},
+    "an unknown activation": lambda a: {"activation": "swish"},
+    "a clamp without its limit": lambda a: {"activation": "swiglu_clamp"},
+    "a beta that nothing takes": lambda a: {"beta": 1.0},
     "hidden in fp32": lambda a: {"hidden": a["hidden"].float()},
     "hidden of another width": lambda a: {"hidden": a["hidden"][:, :-1]},
     "w13 without its second half": lambda a: {"w13": a["w13"][:, ::2]},

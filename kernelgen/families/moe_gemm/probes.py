@@ -8,6 +8,7 @@ from typing import Iterator
 import torch
 
 from kernelgen.core.model import Variant
+from kernelgen.families.activation import OSS
 from kernelgen.families.moe_experts import BY_PAIR
 from kernelgen.families.probe import FP32, QWEN3, Probe, factors, launcher_of, meta, tensors
 
@@ -54,6 +55,7 @@ def _probe(package: ModuleType, variant: Variant, num_tokens: int, rank: int) ->
                 given["v"] = package.moe_shrink(meta(rows, k, dtype=dtype), a, tables, given["runs"], x_rows=x_rows)
             given["lora_b"], b_scale = factors(package, variant, variant.b_scales, (5, num_experts, n, rank), variant.slices)
             given |= {} if b_scale is None else {"b_scale": b_scale}
+        given |= OSS.given if variant.clamped else {}
         launcher(**given, tables=tables)
 
     hit = num_experts * (1.0 - (1.0 - 1.0 / num_experts) ** num_pairs)  # if pairs are spread evenly

@@ -3,7 +3,7 @@
 For every local pair p = t * top_k + j of expert e, from a row of x to a row of out, which are the token's, the pair's or the
 pair's place in the tables:
 
-    out[to(p)] = round(w[p] * f(x[from(p)] . W[e]^T))          f: nothing, relu(a) ** 2, or silu(gate) * up
+    out[to(p)] = round(w[p] * f(x[from(p)] . W[e]^T))          f: nothing, or an activation
     out[t]     = round(sum over j of w[p] * (x[p] . W[e]^T))   where the experts of a token are summed
 
 With an adapter l, v[p] . B[l, e]^T is added to the product: it is one of K + rank columns.
@@ -12,7 +12,7 @@ With an adapter l, v[p] . B[l, e]^T is added to the product: it is one of K + ra
 
 The bound. A kernel forms sums in fp32, in any order and with any tree, on units that may truncate: a sum of n products is
 then off by at most n * 2^-23 times the sum of their magnitudes (products of 16-bit numbers are exact in fp32). What follows
-rounds once an operation; exp is off by 4 units and by one for each unit of its argument, a quotient by 2.
+rounds once an operation; activations are in ``kernelgen.families.activation``.
 
 FP8 operands stand for their numbers times their scales: ``dequantise`` them first. Their products are exact in fp32 too; scales
 multiply sums or rows of x, which rounds up to four times more. The tensor cores of sm_90 form sums of FP8 products 32 at a time,
@@ -27,6 +27,7 @@ from typing import Mapping, NamedTuple, Sequence
 
 import torch
 
+from kernelgen.families.activation import Clamp, activate, slices
 from kernelgen.families.moe_align.reference import Local
 from kernelgen.families.moe_runs.reference import Adapters
 
@@ -34,8 +35,6 @@ _FP32 = 2.0**-23  # relative error of an fp32 operation that truncates
 _FP32_TINY = 2.0**-149  # and its absolute error where it underflows
 _SHORT = 132 * 2.0**-13  # of the magnitudes of FP8 products, what tensor cores lose: four times 32 of them, and a sum
 _SCALINGS = 4  # roundings
-_SILU_SLOPE = 1.1  # the largest there is
-_SILU_TINY = 2.0**-118  # what is left of it where exp overflows
 
 Rows = Mapping[int, torch.Tensor]  # what was made beside a product, by pair
 NO_ROWS: Rows = MappingProxyType({})
@@ -72,21 +71,23 @@ def moe_gemm(
     short: bool = False,
     order: Sequence[Local] | None = None,
     delta: Delta | None = None,
+    clamp: Clamp | None = None,
 ) -> Expected:
     """The exact rows for operands as they are, and the bound on a kernel's error.
 
     Args:
         x: [T, K] or [T * top_k, K], in the order that ``rows`` names first.
-        w: [E, N, K]; of "swiglu" [E, 2 * N, K].
+        w: [E, N, K]; with a gate [E, 2 * N, K].
         local: from ``local_pairs``.
         rows: "token_sorted", "sorted_pair", "token_pair" or "pair_pair"; for "pair_token" see ``moe_gemm_sum``.
-        epilogue: "none", "relu2" or "swiglu".
+        epilogue: a tag of the axis.
         topk_weights: [T, top_k], or None: 1.
         dtype: of out.
         scaled: operands were dequantised; a kernel applies their scales, which are below 2^24, in fp32.
         short: products of FP8 with FP8 are formed on tensor cores.
         order: local pairs in the order of the tables, None: by (expert, pair).
         delta: None: there are no adapters.
+        clamp: the numbers of "swiglu_clamp".
     """
     order = order or sorted(local, key=lambda item: (item.expert, item.pair))
     place = {item.pair: position for position, item in enumerate(order)}
@@ -94,7 +95,7 @@ def moe_gemm(
     for pair, expert in local:
         source = {"token": pair // top_k, "sorted": place[pair], "pair": pair}[rows.split("_")[0]]
         value, error = _product(w, x[source], pair // top_k, pair, expert, delta, scaled=scaled, short=short)
-        value, error = activate(value, error, epilogue)
+        value, error = activate(value, error, epilogue, clamp)
         if topk_weights is not None:
             weight = topk_weights.flatten()[pair].float().double()
             value = weight * value
@@ -102,7 +103,7 @@ def moe_gemm(
         targets.append(place[pair] if rows == "token_sorted" else pair)
         values.append(value)
         bounds.append(error + cast_error(value.abs() + error, dtype))
-    return _expected(targets, values, bounds, w.shape[1] // (2 if epilogue == "swiglu" else 1))
+    return _expected(targets, values, bounds, w.shape[1] // slices(epilogue))
 
 
 def moe_gemm_sum(
@@ -177,24 +178,6 @@ def _expected(
     return Expected(torch.tensor(targets), torch.stack(values), torch.stack(bounds))
 
 
-def activate(
-    value: torch.Tensor, error: torch.Tensor, epilogue: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if epilogue == "none":
-        return value, error
-    if epilogue == "relu2":
-        value = value.clamp(min=0.0)
-        square = value * value
-        return square, (2 * value + error) * error + _FP32 * (value + error) ** 2 + _FP32_TINY
-    (gate, up), (gate_error, up_error) = value.chunk(2), error.chunk(2)
-    silu = gate * torch.sigmoid(gate)
-    silu_error = _SILU_SLOPE * gate_error
-    silu_error = silu_error + (gate.abs() + 8) * _FP32 * (silu.abs() + silu_error) + _SILU_TINY
-    product = silu * up
-    apart = silu.abs() * up_error + (up.abs() + up_error) * silu_error
-    return product, apart + _FP32 * (product.abs() + apart) + _FP32_TINY
-
-
 def dot(
     matrix: torch.Tensor,
     vector: torch.Tensor,
@@ -224,11 +207,13 @@ def with_delta(row: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor:
     return row.double() if delta is None else row.double() + delta.double()
 
 
-def moe_act(x: torch.Tensor, local: Sequence[Local], *, epilogue: str, delta: Rows = NO_ROWS) -> Expected:
+def moe_act(
+    x: torch.Tensor, local: Sequence[Local], *, epilogue: str, delta: Rows = NO_ROWS, clamp: Clamp | None = None
+) -> Expected:
     """h[p] = act(x[p] + delta[p]) of the local pairs; x [T, top_k, N or 2 * N], h [T * top_k, N] of its dtype."""
     targets = [pair for pair, _ in local]
     rows = [with_delta(x.flatten(0, 1)[pair], delta.get(pair)) for pair in targets]
-    found = [activate(row, (_FP32 if delta else 0.0) * row.abs(), epilogue) for row in rows]
+    found = [activate(row, (_FP32 if delta else 0.0) * row.abs(), epilogue, clamp) for row in rows]
     values = [value for value, _ in found]
     bounds = [error + cast_error(value.abs() + error, x.dtype) for value, error in found]
-    return _expected(targets, values, bounds, x.shape[2] // (2 if epilogue == "swiglu" else 1))
+    return _expected(targets, values, bounds, x.shape[2] // slices(epilogue))

@@ -96,6 +96,7 @@ _RULES: Mapping[str, Callable[..., Elements]] = {
     "pow": _power,
     "round": lambda read, x: field.function("round", read(x)),
     "exp": lambda read, x: field.function("exp", read(x)),
+    "erf": lambda read, x: field.function("erf", read(x)),
     "sigmoid": _logistic,
     "clamp": _clamped,
     "maximum": lambda read, x, y: np.where((x < y).numpy(), read(y), read(x)),

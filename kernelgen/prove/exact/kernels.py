@@ -88,6 +88,7 @@ _RULES: Mapping[str, _Rule] = {
     **{name: _choose(np.less_equal) for name in ("create_minimumf", "create_minnumf")},
     "create_select": lambda mask, x, y: np.where(mask.data, _elements(x), _elements(y)),
     "create_exp": _function("exp"),
+    "create_erf": _function("erf"),
     "create_dot": _dot,
     "create_reshape": lambda x, shape, *reorder: _elements(x).reshape(shape),
     "create_trans": lambda x, axes: np.transpose(_elements(x), axes),
