@@ -242,17 +242,18 @@ def _apart(b: Batch, assignment: str) -> Arguments:
     return {**given, "y": b.normal(b.slices, b.tokens * b.top_k, b.rank, dtype=torch.float32)}
 
 
+def _moe_act(b: Batch) -> Arguments:
+    given = {"h": b.normal(b.tokens * b.top_k, b.n), "x": b.normal(b.tokens, b.top_k, 2 * b.n), "activation": "swiglu"}
+    return {**b.routing, **given}
+
+
+CLAMPED = {"activation": "swiglu_clamp", "limit": 7.0, "alpha": 1.702, "beta": 1.0}
+
+
 # A good call of each front door, with all that it can be given; some in more than one way.
 GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
-    "moe_act": (
-        "moe_act",
-        lambda b: {
-            **b.routing,
-            "h": b.normal(b.tokens * b.top_k, b.n),
-            "x": b.normal(b.tokens, b.top_k, 2 * b.n),
-            "activation": "swiglu",
-        },
-    ),
+    "moe_act": ("moe_act", _moe_act),
+    "moe_act clamped": ("moe_act", lambda b: {**_moe_act(b), **CLAMPED}),
     "moe_add": (
         "moe_add",
         lambda b: {"out": b.normal(b.tokens, b.top_k, b.n), "delta": b.normal(b.tokens, b.top_k, b.n), "route": b.route("naive")},
@@ -317,6 +318,7 @@ GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
     "lora_expand fp8": ("lora_expand", lambda b: _lora(b, fp8=True)),
     "fused_moe": ("fused_moe", lambda b: b.layer(fp8=False)),
     "fused_moe fp8": ("fused_moe", lambda b: b.layer(fp8=True)),
+    "fused_moe clamped": ("fused_moe", lambda b: {**b.layer(fp8=False), **CLAMPED}),
     "quantize_weights": (
         "quantize_weights",
         lambda b: {"weights": b.normal(2, 24, b.k), "scales": "channel", "dtype": FP8, "slices": 2},

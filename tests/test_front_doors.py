@@ -55,7 +55,9 @@ def _wrong(operand: operands.Operand, good: Any, op: Op) -> Iterator[tuple[str, 
     elif isinstance(operand, Flag):
         yield from {**_NO_NUMBER, "nothing": None, "a number": 1, "a float": 1.0}.items()
     elif isinstance(operand, Number):
-        yield from {**_NO_NUMBER, "nothing": None, "a truth": True, "infinite": math.inf}.items()
+        yield from {**_NO_NUMBER, "a truth": True, "infinite": math.inf}.items()
+        yield from [("nothing", None)] if operand.default is None else []
+        yield from [("too little", operand.low - 1)] if operand.low == 0 else []
     elif isinstance(operand, Choice):
         yield from {"a number": 3, "another word": "nonsense", "a list": [good], "a dtype": torch.int64}.items()
         yield from [] if None in operand.words else [("nothing", None)]

@@ -204,6 +204,7 @@ def _others(operand: operands.Operand, good: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"{value}", value) for value in values if value != good)
     elif isinstance(operand, Number):
         yield from ((f"{value!r}", value) for value in (2.5, 2, -0.0))
+        yield from [("none", None)] if operand.optional else []
     elif isinstance(operand, Choice):
         yield from ((f"{word}", word) for word in operand.words if word != good)
     elif isinstance(operand, Bundle) and good is not None:
