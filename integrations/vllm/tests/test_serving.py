@@ -88,13 +88,31 @@ def launched() -> Iterator[set[Any]]:
         _runtime.Launcher.launch = own
 
 
-@pytest.mark.parametrize("kind", TARGETS)
-def test_serves(kind: str, tmp_path: Path) -> None:
+@pytest.fixture
+def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the model is one graph of torch.compile, which vLLM leaves out on a CPU where there is LoRA."""
+    if request.param:
+        from vllm.config import CompilationMode
+        from vllm.platforms.cpu import CpuPlatform
+
+        own = CpuPlatform.check_and_update_config
+
+        def check_and_update_config(vllm_config: Any) -> None:
+            own(vllm_config)
+            compilation = vllm_config.compilation_config
+            compilation.mode, compilation.backend = CompilationMode.DYNAMO_TRACE_ONCE, "eager"
+
+        monkeypatch.setattr(CpuPlatform, "check_and_update_config", staticmethod(check_and_update_config))
+    return bool(request.param)
+
+
+@pytest.mark.parametrize(("kind", "traced"), [("llama", False), ("qwen3_moe", False), ("llama", True)], indirect=["traced"])
+def test_serves(kind: str, traced: bool, tmp_path: Path) -> None:
     """Continuous batching with preemption, more adapters than slots, one unloaded and one loaded in between, nothing compiled."""
     model = Model(tmp_path, kind)
     for i, name in enumerate("abcd"):
         model.adapter(name, (8, 16, 4, 16)[i], i, TARGETS[kind])
-    engine = Engine(model, num_gpu_blocks_override=8, block_size=32)
+    engine = Engine(model, num_gpu_blocks_override=8, block_size=32, enforce_eager=not traced)
     (manager,) = engine.llm.collective_rpc(lambda worker: worker.model_runner.lora_manager._adapter_manager)
     ready = {r.key for r in _warmup.requests(start.distinct([*start.calls_of(manager)]), max_tokens=LARGEST)}
     names: dict[str, str | None] = {}
@@ -122,3 +140,6 @@ def test_serves(kind: str, tmp_path: Path) -> None:
     for label, name in names.items():
         check(model, name, finished[label])
     assert keys - ready == set(), [key[:2] for key in keys - ready]
+    assert traced == bool(torch._dynamo.utils.counters["frames"]["ok"])
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
