@@ -269,6 +269,31 @@ class Experts:
         )
 
 
+@pytest.mark.parametrize(
+    ("name", "limit", "wanted"),
+    [
+        ("silu", None, {"activation": "swiglu"}),
+        ("silu", 10.0, {"activation": "swiglu_clamp", "limit": 10.0, "alpha": 1.0, "beta": 0.0}),
+        ("swigluoai_uninterleave", 7.0, {"activation": "swiglu_clamp", "limit": 7.0, "alpha": 1.5, "beta": 0.5}),
+        ("gelu_tanh", None, {"activation": "geglu_tanh"}),
+        ("gelu_no_mul", None, {"activation": "gelu"}),
+        ("swigluoai", None, None),
+        ("swiglustep", None, None),
+        ("situ", None, None),
+    ],
+)
+def test_activations(name: str, limit: float | None, wanted: dict[str, Any] | None, punica: Any) -> None:
+    from kernelgen_vllm import experts
+
+    config = types.SimpleNamespace(clamp_limit=limit, alpha=1.5, beta=0.5)
+    assert experts.activation_of(types.SimpleNamespace(value=name), config) == wanted
+    if wanted is not None:  # and the kernels take it
+        inter = 16 if name.endswith("_no_mul") else 32
+        h, rows = torch.full((2, 16), torch.nan, dtype=torch.half), new(2, 1, inter, dtype=torch.half)
+        punica.kg.moe_act(h, rows, torch.zeros(2, 1, dtype=torch.int32), num_experts=1, **wanted)
+        assert h.isfinite().all()
+
+
 @pytest.mark.parametrize("tokens", ["mixed", "base"])
 def test_experts_that_are_shared_out_make_the_layer(tokens: str, punica: Any, wrapper: Any) -> None:
     """Two GPUs with a half of the experts each, under expert parallelism: their outputs add up to that of float64.

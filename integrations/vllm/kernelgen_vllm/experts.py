@@ -13,9 +13,19 @@ import torch
 from . import kernels as kg
 from .rows import Rows
 
-__all__ = ["Deltas", "apply", "refusal"]
+__all__ = ["Deltas", "activation_of", "apply", "refusal"]
 
-ACTIVATIONS = {"silu": "swiglu", "relu2_no_mul": "relu2"}  # what vLLM calls them, and what the kernels do
+# What vLLM calls activations, and what kernels do.
+_WORDS = {
+    "silu": "swiglu",
+    "gelu": "geglu",
+    "gelu_tanh": "geglu_tanh",
+    "silu_no_mul": "silu",
+    "gelu_no_mul": "gelu",
+    "gelu_tanh_no_mul": "gelu_tanh",
+    "relu2_no_mul": "relu2",
+}
+_IN_PRODUCT = ("swiglu", "swiglu_clamp", "relu2")  # what ``fused_moe`` has in both dtypes
 
 
 def refusal(experts: Any, w1_dtype: torch.dtype, activation: Any, apply_router_weight_on_input: bool) -> str | None:
@@ -24,13 +34,21 @@ def refusal(experts: Any, w1_dtype: torch.dtype, activation: Any, apply_router_w
         return f"weights are of {w1_dtype}"
     if experts.w1_bias is not None or experts.w2_bias is not None:
         return "experts have a bias"
-    if activation.value not in ACTIVATIONS:
+    if activation_of(activation, experts.activation_config) is None:
         return f"no kernel has the activation {activation.value}"
-    if experts.activation_config.clamp_limit is not None:
-        return "the activation is clamped"
     if apply_router_weight_on_input:
         return "the routing weight is applied to the input"
     return None
+
+
+def activation_of(activation: Any, config: Any) -> dict[str, Any] | None:
+    """An activation of vLLM, with its ``ApplyMoEActivationConfig``, as the kernels take it; None: they have no such."""
+    name, limit = activation.value, config.clamp_limit
+    if name == "silu" and limit is not None:
+        return {"activation": "swiglu_clamp", "limit": limit, "alpha": 1.0, "beta": 0.0}
+    if name == "swigluoai_uninterleave" and limit is not None:
+        return {"activation": "swiglu_clamp", "limit": limit, "alpha": config.alpha, "beta": config.beta}
+    return {"activation": _WORDS[name]} if name in _WORDS else None
 
 
 def apply(
@@ -60,10 +78,12 @@ def apply(
             a2_scale, workspace13, workspace2, expert_tokens_meta, apply_router_weight_on_input,
         )  # fmt: skip
         return
-    act = ACTIVATIONS[activation.value]
+    act = activation_of(activation, self.activation_config)
+    assert act is not None
     here = _here(topk_ids, expert_map)
-    if context.local_token_lora_mapping is None and not context.punica_wrapper.token_mapping_meta.any:
-        kg.fused_moe(hidden_states, w1, w2, here, topk_weights, activation=act, out=output)
+    some = context.local_token_lora_mapping is not None or context.punica_wrapper.token_mapping_meta.any
+    if not some and act["activation"] in _IN_PRODUCT:
+        kg.fused_moe(hidden_states, w1, w2, here, topk_weights, out=output, **act)
         return
     x, (num_tokens, top_k), (num_experts, width, inter) = hidden_states, topk_ids.shape, w2.shape
     deltas = Deltas(self, w1, w2, topk_weights, topk_ids, expert_map)
@@ -71,7 +91,7 @@ def apply(
     gate_up, h = x.new_empty(num_tokens, top_k, w1.shape[1]), x.new_empty(num_tokens * top_k, inter)
     kg.moe_gemm(gate_up, x, w1, tables, x_rows="token")
     deltas.add_first(gate_up, x)
-    kg.moe_act(h, gate_up, here, activation=act, num_experts=num_experts)
+    kg.moe_act(h, gate_up, here, num_experts=num_experts, **act)
     down = x.new_empty(num_tokens, top_k, width)
     kg.moe_gemm(down, h, w2, tables, x_rows="pair", topk_weights=topk_weights)
     deltas.add_second(down, h)
