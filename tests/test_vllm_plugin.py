@@ -104,7 +104,8 @@ class Base:
 def punica() -> Any:
     """The module of the wrapper, over a stand-in for vLLM."""
     seams = types.SimpleNamespace(
-        PunicaWrapperBase=Base, to_device=lambda host, device: torch.from_numpy(host).to(device), SHARDED=(),
+        PunicaWrapperBase=Base, TritonExperts=Experts, CLASSIFIERS=object, is_hooked=lambda experts, num_tokens: False,
+        to_device=lambda host, device: torch.from_numpy(host).to(device), SHARDED=(),
         tensor_model_parallel_all_reduce=lambda y: y + y, tensor_model_parallel_all_gather=lambda y: torch.cat([y, y], -1),
         layers=types.SimpleNamespace(**dict.fromkeys(_LAYERS, object)),
     )  # fmt: skip
@@ -113,8 +114,8 @@ def punica() -> Any:
         from kernelgen_vllm import punica
 
         yield punica
-    for name in [name for name in sys.modules if name in ("kernelgen_vllm.punica", "kernelgen_vllm.start")]:
-        del sys.modules[name]
+    for name in ("punica", "start", "experts"):
+        del sys.modules[f"kernelgen_vllm.{name}"]
 
 
 _LAYERS = (

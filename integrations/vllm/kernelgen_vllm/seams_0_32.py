@@ -31,9 +31,12 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from .versions import Refused
 
 __all__ = [
+    "CLASSIFIERS",
     "SHARDED",
     "PunicaWrapperBase",
+    "TritonExperts",
     "check",
+    "is_hooked",
     "keyed_as",
     "layers",
     "logits_width",
@@ -45,6 +48,7 @@ __all__ = [
     "when_layers_are_made",
 ]
 
+CLASSIFIERS = getattr(layers, "BaseClassificationHeadWithLoRA", layers.ClassificationHeadWithLoRA)  # since 0.33
 SHARDED = tuple(kind for name, kind in vars(layers).items() if name.endswith("WithShardedLoRA"))
 
 
@@ -99,6 +103,12 @@ def logits_width(layer: Any, model: Any) -> int:
     if layer.sharded_to_full_mapping is not None:
         return len(layer.sharded_to_full_mapping)
     return next(head.weight.shape[0] for head in model.modules() if isinstance(head, ParallelLMHead))
+
+
+def is_hooked(experts: TritonExperts, num_tokens: int) -> bool:
+    """Whether the rows of the second product are another's to add up: since 0.33."""
+    uses = getattr(experts, "_uses_post_gemm2_hook", None)
+    return uses is not None and uses(num_tokens)
 
 
 def replace_experts(apply: Callable[..., None]) -> None:

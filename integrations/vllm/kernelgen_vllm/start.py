@@ -152,7 +152,8 @@ def _classifier(layer: Any, manager: Any) -> _Found:
     def make(rows: int, wrapper: Any) -> None:
         x, out = _empty(rows, a.shape[-1], dtype=a.dtype), _empty(rows, layer.output_size, dtype=dtype)
         wrapper.add_lora_logits(out, x, a, b, 1.0)
-        wrapper.full_linear(x, full)
+        wrapper.add_lora_linear(out, x, (a,), (b,), 1.0, layer.output_slices)
+        wrapper.full_linear(x, full)  # of requests and, as add_shrink, of tokens
 
     return "lora, lora_shrink", (*_looks(a, b, full), dtype), make
 
@@ -184,9 +185,9 @@ def _experts(layer: Any, manager: Any) -> _Found:
     names = [field.name for field in dataclasses.fields(context) if "stacked" in field.name or field.name == "adapter_enabled"]
     factors = {name: _on_meta(getattr(context, name)) for name in names}
     activation, on_input = fused.moe_config.activation, weights.apply_router_weight_on_input
-    refusal = "it has kernels of its own"
-    if type(fused).apply is experts.apply:
-        refusal = experts.refusal(fused, w1.dtype, activation, on_input)
+    refusal = experts.refusal(fused, w1.dtype, activation, on_input)
+    if _vllm.TritonExperts.apply is not experts.apply:
+        refusal = "KERNELGEN_VLLM_EXPERTS=0"
     top_k, width, inter = context.top_k, layer.hidden_size, factors["w2_lora_a_stacked"][0].shape[-1]
     gate_up, of_x = sum(b.shape[-2] for b in factors["w13_lora_b_stacked"]), factors["w2_lora_a_stacked"][0].dtype
 
@@ -215,6 +216,6 @@ _KINDS: dict[type, Callable[[Any, Any], _Found]] = {
     _layers.FusedMoEWithLoRA: _experts,
     _layers.LogitsProcessorWithLoRA: _logits,
     _layers.VocabParallelEmbeddingWithLoRA: _embedding,
-    _layers.ClassificationHeadWithLoRA: _classifier,
+    _vllm.CLASSIFIERS: _classifier,
     _layers.BaseLayerWithLoRA: _linear,
 }
