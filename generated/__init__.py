@@ -36,7 +36,7 @@ from .lora_expand import lora_expand
 from .lora_shrink import lora_shrink
 from .moe_act import moe_act
 from .moe_add import moe_add
-from .moe_align import MoeTables, moe_align, no_tables
+from .moe_align import MoeTables, local_ids, moe_align, no_tables
 from .moe_gemm import moe_gemm
 from .moe_lora import moe_lora
 from .moe_lora_expand import moe_lora_expand
@@ -80,6 +80,7 @@ __all__ = [
     "gl",
     "gluon",
     "launches",
+    "local_ids",
     "lora",
     "lora_expand",
     "lora_route",
@@ -247,6 +248,7 @@ def variants() -> tuple[str, ...]:
         "moe_add_bf16",
         "moe_add_f16",
         "moe_align_one_launch",
+        "moe_align_local_ids",
         "moe_gemm_gemv_bf16_token_pair_plain",
         "moe_gemm_gemv_bf16_token_pair_relu2_plain",
         "moe_gemm_gemv_bf16_token_pair_relu2_plain_lora",

@@ -28,13 +28,16 @@ from ._activation import CLAMP
 from ._activation import choice as activation_choice
 from ._scales import check_x_scale, scale_operand
 from .moe_align._op import (
+    EXPERT_MAP,
     LOCAL_EXPERT_START,
     NUM_TOKENS_HINT,
     TOPK_IDS,
     VALID_TOKENS,
     MoeTables,
+    bind_local,
     default_block_m,
     experts_hit,
+    fail_start,
     max_blocks,
 )
 from .moe_align._op import bind as bind_align
@@ -104,6 +107,7 @@ class FusedMoeWorkspace(NamedTuple):
     scales: torch.Tensor | None = None  # [*] float32, likewise
     runs: torch.Tensor | None = None  # [*] int32, for adapters
     vectors: torch.Tensor | None = None  # [*] float32, likewise
+    ids: torch.Tensor | None = None  # [max_tokens * top_k] int32, for an expert_map
 
 
 def fused_moe_workspace(
@@ -145,6 +149,7 @@ def fused_moe_workspace(
         empty(num_pairs * runtime.cdiv(intermediate, QUANT.group_k), torch.float32) if fp8_activations else None,
         empty(RUNS_A_PAIR * num_pairs) if max_rank else None,
         empty(max(few, num_pairs) * max_rank, torch.float32) if max_rank else None,
+        empty(num_pairs),
     )
 
 
@@ -159,6 +164,7 @@ def fused_moe(
     valid_tokens: torch.Tensor | None = None,
     num_tokens_hint: int | None = None,
     local_expert_start: int = 0,
+    expert_map: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     workspace: FusedMoeWorkspace | None = None,
     w13_scale: torch.Tensor | None = None,
@@ -189,6 +195,7 @@ def fused_moe(
         valid_tokens: int32 on the device: how many of the T rows are tokens; None: all.
         num_tokens_hint: how many tokens to expect; None: T. It sizes tiles and grids; any number is right.
         local_expert_start: the global id of the first expert of ``w13`` and ``w2``.
+        expert_map: [global experts] int32, global to local expert, -1: not here; in place of ``local_expert_start``.
         out: [T, H] in any float dtype, of which rows from ``valid_tokens`` on keep their bytes; None: a new float32
             tensor, in which they are zero.
         workspace: from ``fused_moe_workspace``; None allocates.
@@ -213,7 +220,7 @@ def fused_moe(
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
-    zeroes, layer = out is None, (hidden, w13, w2, topk_ids, topk_weights, valid_tokens)
+    zeroes, layer = out is None, (hidden, w13, w2, topk_ids, topk_weights, valid_tokens, expert_map)
     sizes = (activation, local_expert_start, num_tokens_hint, zeroes)
     scales, clamp = (w13_scale, w2_scale, x_scale, h_scale), (limit, alpha, beta)
     if out is None:
@@ -261,6 +268,7 @@ OP = operands.Op(
         TOPK_IDS,
         operands.Tensor("topk_weights", "T, top_k", operands.FLOATS, operands.CONTIGUOUS),
         VALID_TOKENS,
+        dataclasses.replace(EXPERT_MAP, optional=True),
         activation_choice(size="G"),
         LOCAL_EXPERT_START,
         NUM_TOKENS_HINT,
@@ -277,6 +285,7 @@ OP = operands.Op(
                 _buffer("scales", torch.float32, optional=True),
                 _buffer("runs", torch.int32, optional=True),
                 _buffer("vectors", torch.float32, optional=True),
+                _buffer("ids", torch.int32, optional=True),
             ),
             maker="fused_moe_workspace",
             optional=True,
@@ -318,8 +327,8 @@ _SECOND = runtime.Caller(
 _SHRINK_X = runtime.Caller("fused_moe", x="hidden", lora_a="lora.a13", a_scale="lora.a13_scale")
 _SHRINK_H = runtime.Caller("fused_moe", lora_a="lora.a2", a_scale="lora.a2_scale")
 
-# (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens, w13_scale, w2_scale, x_scale, h_scale, workspace, lora, limit,
-# alpha, beta) of sizes that were checked before
+# (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens, expert_map, w13_scale, w2_scale, x_scale, h_scale, workspace,
+# lora, limit, alpha, beta) of sizes that were checked before
 _Call = Callable[..., None]
 
 
@@ -331,6 +340,7 @@ def _bind(
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
     valid_tokens: torch.Tensor | None,
+    expert_map: torch.Tensor | None,
     activation: str,
     local_expert_start: int,
     num_tokens_hint: int | None,
@@ -345,11 +355,14 @@ def _bind(
     alpha: float | None,
     beta: float | None,
 ) -> _Call:
-    layer, scales = (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens), (w13_scale, w2_scale, x_scale, h_scale)
+    layer = (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens, expert_map)
+    scales = (w13_scale, w2_scale, x_scale, h_scale)
     sizes = (activation, local_expert_start, num_tokens_hint, zeroes)
     # Beside an FP8 ``hidden`` 16 bits are bfloat16.
     given = OP.named(*layer, *sizes, *scales, workspace, lora, limit, alpha, beta)
     OP.check("fused_moe", given, D=None if x_scale is None else torch.bfloat16)
+    if expert_map is not None and local_expert_start != 0:
+        fail_start("fused_moe", local_expert_start)
     x_mode = _check_scales(_FIRST, hidden, w13, w2, *scales)
     (num_tokens, top_k), (num_experts, width, inter) = topk_ids.shape, w2.shape
     num_pairs = num_tokens * top_k
@@ -370,6 +383,7 @@ def _bind(
         "codes": (0 if x_mode is None else num_pairs * inter, torch.uint8),
         "scales": (0 if x_mode in (None, "tensor") else num_pairs * row_scales, torch.float32),
         "runs": (0 if few or lora is None else RUNS_A_PAIR * num_pairs, torch.int32),
+        "ids": (0 if expert_map is None else num_pairs, torch.int32),
         "vectors": (0 if lora is None else _vector_size(lora, num_tokens, top_k, few), torch.float32),
     }
     routing = (num_tokens, top_k, num_experts, local_expert_start, expected, block_m)
@@ -383,7 +397,9 @@ def _bind(
 
     if workspace is not None:
         _check_workspace("fused_moe", workspace, space)
-    buffers = use(workspace, hidden)
+    buffers, localize = use(workspace, hidden), None
+    if expert_map is not None:
+        localize, topk_ids = bind_local(num_pairs, expert_map.shape[0]), buffers.ids[:num_pairs].view(num_tokens, top_k)
     tables = MoeTables(topk_ids, valid_tokens, buffers.pairs, buffers.blocks, buffers.num_blocks, *routing)
     h = buffers.inter[: num_pairs * inter].view(num_pairs, inter)
     rows, shrink = h, None
@@ -441,6 +457,7 @@ def _bind(
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
         valid_tokens: torch.Tensor | None,
+        expert_map: torch.Tensor | None,
         w13_scale: torch.Tensor | None,
         w2_scale: torch.Tensor | None,
         x_scale: torch.Tensor | None,
@@ -452,6 +469,10 @@ def _bind(
         beta: float | None,
     ) -> None:
         buffers = use(workspace, hidden)
+        if localize is not None:
+            ids = buffers.ids[:num_pairs].view(num_tokens, top_k)
+            localize(ids, topk_ids, expert_map)
+            topk_ids = ids
         ints, h, y = (buffers.pairs, buffers.blocks, buffers.num_blocks), buffers.inter, buffers.outputs
         tables = MoeTables(topk_ids, valid_tokens, *ints, *routing)
         v = b13 = b2 = of_b13 = of_b2 = runs = None

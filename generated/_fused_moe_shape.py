@@ -29,6 +29,7 @@ _FIELDS: tuple[operands.Operand, ...] = (
     operands.Choice("out_dtype", (None, *operands.FLOATS)),
     operands.Flag("valid_tokens"),
     operands.Int("local_expert_start"),
+    operands.Int("global_experts"),
     operands.Choice("dtype", VARIANTS.dtypes),
     *ROUTING,
     kinds_of_scales(VARIANTS, "weight_scales", slice="tensor"),
@@ -68,6 +69,7 @@ class FusedMoeShape(NamedTuple):
     lora_ranks: bool = False  # likewise
     shared_outer: bool = False  # whether all experts share the first factors of w13 and the second of w2: stride 0
     lora_scales: str | None = None  # of FP8 factors: "tensor", "channel" or "group"
+    global_experts: int = 0  # in an expert_map, 0: none is given
 
     def check(self, label: str) -> None:
         """Raise ValueError where a field, of a shape called ``label``, is no such thing."""
@@ -131,6 +133,7 @@ class FusedMoeShape(NamedTuple):
                 valid_tokens=empty(1, dtype=torch.int32) if self.valid_tokens else None,
                 num_tokens_hint=hint,
                 local_expert_start=self.local_expert_start,
+                expert_map=empty(self.global_experts, dtype=torch.int32) if self.global_experts else None,
                 out=None if self.out_dtype is None else empty(num_tokens, width, dtype=self.out_dtype),
                 x_scale=x_scale,
                 lora=lora,

@@ -268,6 +268,21 @@ GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
             "workspace": torch.zeros(64 + 4 * b.tokens * b.top_k, dtype=INT32, device=b.device),
         },
     ),
+    "moe_align mapped": (
+        "moe_align",
+        lambda b: {
+            **{**b.routing, "expert_map": b.expert_map, "block_m": 16},
+            "workspace": torch.zeros(64 + 8 * b.tokens * b.top_k, dtype=INT32, device=b.device),
+        },
+    ),
+    "local_ids": (
+        "local_ids",
+        lambda b: {
+            "topk_ids": b.ids,
+            "expert_map": b.expert_map,
+            "out": torch.zeros(b.tokens, b.top_k, dtype=INT32, device=b.device),
+        },
+    ),
     "no_tables": (
         "no_tables",
         lambda b: {name: value for name, value in b.routing.items() if name != "num_tokens_hint"},
@@ -319,6 +334,7 @@ GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
     "fused_moe": ("fused_moe", lambda b: b.layer(fp8=False)),
     "fused_moe fp8": ("fused_moe", lambda b: b.layer(fp8=True)),
     "fused_moe clamped": ("fused_moe", lambda b: {**b.layer(fp8=False), **CLAMPED}),
+    "fused_moe mapped": ("fused_moe", lambda b: {**b.layer(fp8=False), "expert_map": b.expert_map}),
     "quantize_weights": (
         "quantize_weights",
         lambda b: {"weights": b.normal(2, 24, b.k), "scales": "channel", "dtype": FP8, "slices": 2},
@@ -364,6 +380,13 @@ GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
         },
     ),
     "moe_runs_one_launch": ("moe_runs_fill", _fill_runs),
+    "moe_align_local_ids": (
+        "local_ids",
+        lambda b: {
+            **{"topk_ids": b.ids, "expert_map": b.expert_map},
+            "out": torch.zeros(b.tokens, b.top_k, dtype=INT32, device=b.device),
+        },
+    ),
     "moe_align_one_launch": (
         "moe_align_fill",
         lambda b: {

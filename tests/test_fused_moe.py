@@ -93,7 +93,7 @@ def test_opcheck_of_a_layer(device: str, tokens: int) -> None:
     clamped = ("swiglu_clamp", 7.0, 1.702, None)
     for buffers, lora, kind in ((None, layer.lora, PLAIN), (workspace, None, clamped), (workspace, layer.lora, PLAIN)):
         flat = (*bundles["workspace"].flat(buffers), *bundles["lora"].flat(lora))
-        arguments = (*operands, kind[0], 0, None, True, *(None,) * 4, *flat, *kind[1:])
+        arguments = (*operands, None, kind[0], 0, None, True, *(None,) * 4, *flat, *kind[1:])
         torch.library.opcheck(OPS.fused_moe.default, arguments, test_utils=_UTILS)
 
 
@@ -102,6 +102,22 @@ _UTILS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
 PLAIN = ("swiglu", None, None, None)  # an activation, and its numbers
+
+
+def test_a_map_of_experts_gives_the_bits_of_local_ids(device: str) -> None:
+    for tokens in (2, 70):
+        layer = Layer(device, tokens)
+        expert_map = torch.tensor([-1, 2, 0, -1, 3, 1], dtype=torch.int32, device=device)
+        ids = torch.arange(1, tokens * TOP_K + 1, device=device).view(tokens, TOP_K) % 8 - 1
+        sizes = {"max_tokens": tokens, "top_k": TOP_K, "num_experts": EXPERTS, "hidden": WIDTH, "intermediate": INTER}
+        for lora, rank in ((None, 0), (layer.lora, RANK)):
+            options = {"activation": "swiglu", "valid_tokens": layer.valid, "lora": lora}
+            inputs = (layer.hidden, layer.w13, layer.w2)
+            wanted = kg.fused_moe(*inputs, kg.local_ids(ids, expert_map), layer.weights, **options)
+            space = kg.fused_moe_workspace(**sizes, max_rank=rank, device=device)
+            for workspace in (None, space):
+                found = kg.fused_moe(*inputs, ids, layer.weights, expert_map=expert_map, workspace=workspace, **options)
+                assert wanted.any() and torch.equal(found, wanted)
 
 
 def test_opcheck_of_the_steps(device: str) -> None:
@@ -123,11 +139,14 @@ def test_opcheck_of_the_steps(device: str) -> None:
     added = (layer.delta, *ROUTE.flat(route))
     torch.library.opcheck(OPS.moe_act.default, (h, rows, layer.ids, None, "swiglu", EXPERTS, 0, None, *added, *PLAIN[1:]))
     out = torch.zeros(tokens, 2 * INTER, device=device)
-    total = (out, rows, layer.ids, layer.weights, layer.valid, EXPERTS, 0, None, True)
+    total = (out, rows, layer.ids, layer.weights, layer.valid, EXPERTS, 0, None, True, False)
     torch.library.opcheck(OPS.moe_sum.default, (*total, *added))
     torch.library.opcheck(OPS.moe_add.default, (rows, *added))
     buffer = torch.zeros(256, dtype=torch.int32, device=device)
-    torch.library.opcheck(OPS.moe_align.default, (layer.ids, layer.valid, EXPERTS, 0, None, None, buffer))
+    torch.library.opcheck(OPS.moe_align.default, (layer.ids, layer.valid, None, EXPERTS, 0, None, None, buffer))
+    expert_map = torch.tensor([1, -1, 0, 3], dtype=torch.int32, device=device)
+    torch.library.opcheck(OPS.moe_align.default, (layer.ids, layer.valid, expert_map, EXPERTS, 0, None, None, buffer))
+    torch.library.opcheck(OPS.local_ids.default, (torch.zeros_like(layer.ids), layer.ids, expert_map))
     table = (layer.ids, layer.valid, layer.adapters, None, None, buffer, EXPERTS, 0, None, None, LORAS)
     torch.library.opcheck(OPS.moe_runs.default, table)
 

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -14,7 +15,7 @@ from .. import _operands as operands
 from .. import _runtime as runtime
 from ._table import VARIANTS
 
-__all__ = ["MoeTables", "moe_align", "no_tables"]
+__all__ = ["MoeTables", "local_ids", "moe_align", "no_tables"]
 
 
 @operands.bundle(tables=("pairs", "blocks", "num_blocks"), free=("tokens_hint",))
@@ -45,6 +46,7 @@ def moe_align(
     valid_tokens: torch.Tensor | None = None,
     num_tokens_hint: int | None = None,
     local_expert_start: int = 0,
+    expert_map: torch.Tensor | None = None,
     block_m: int | None = None,
     workspace: torch.Tensor | None = None,
 ) -> MoeTables:
@@ -58,30 +60,60 @@ def moe_align(
         valid_tokens: int32 on the device, how many of the T rows are tokens; None: all.
         num_tokens_hint: how many tokens to expect, for the sizes of blocks and grids; None: T. Any number is right.
         local_expert_start: the global id of the first expert in the weights.
+        expert_map: [global experts] int32, global to local expert, -1: not here; in place of ``local_expert_start``. The tables
+            then have ``local_ids`` for ``topk_ids``, made in a launch in front, which is what other ops on the batch take.
         block_m: rows of a block, None: from the mean number of pairs of an expert.
-        workspace: int32 memory of at least ``table_size`` elements; None allocates.
+        workspace: int32 memory of at least ``table_size`` elements, with an ``expert_map`` T * top_k + 3 more; None allocates.
 
     Raises:
         ValueError: a shape, dtype, device or option that does not fit; nothing was launched.
     """
-    request = (topk_ids, valid_tokens, num_experts, local_expert_start, num_tokens_hint, block_m)
+    request = (topk_ids, valid_tokens, expert_map, num_experts, local_expert_start, num_tokens_hint, block_m)
     if torch.compiler.is_compiling():
         num_tokens, top_k = topk_ids.shape
         size, block_m = table_size(num_tokens, top_k, num_experts), -1 if block_m is None else block_m
-        splits = (1, 3, num_tokens * top_k, size - 4 - num_tokens * top_k)
+        splits: tuple[int, ...] = (1, 3, num_tokens * top_k, size - 4 - num_tokens * top_k)
+        if expert_map is not None:
+            splits = _with_ids(num_tokens, top_k, num_experts)
+            size = sum(splits)
     else:
-        num_tokens, top_k, block_m, size, splits, fill, looks = _plan(*request, workspace)
+        num_tokens, top_k, block_m, size, splits, localize, fill, looks = _plan(*request, workspace)
     if workspace is None:
         workspace = torch.empty(size, dtype=torch.int32, device=topk_ids.device)
-    num_blocks, _, pairs, blocks, *_ = workspace.split_with_sizes((*splits, workspace.shape[0] - size))
+    num_blocks, _, pairs, blocks, *rest = workspace.split_with_sizes((*splits, workspace.shape[0] - size))
+    ids = topk_ids if expert_map is None else rest[1].view(num_tokens, top_k)
     expected = num_tokens if num_tokens_hint is None else num_tokens_hint
     sizes = (num_tokens, top_k, num_experts, local_expert_start, expected, block_m)
-    tables = MoeTables(topk_ids, valid_tokens, pairs, blocks, num_blocks, *sizes)
+    tables = MoeTables(ids, valid_tokens, pairs, blocks, num_blocks, *sizes)
     if torch.compiler.is_compiling():
         _in_graphs(*request, workspace)
         return tables
-    fill(pairs, blocks, num_blocks, topk_ids, valid_tokens)
+    if localize is not None:
+        localize(ids, topk_ids, expert_map)
+    fill(pairs, blocks, num_blocks, ids, valid_tokens)
     return operands.alike(tables, looks)
+
+
+def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The local ids of the experts of each token, where ``expert_map`` says which are here: what other ops take for ``topk_ids``.
+
+    One launch, and a captured CUDA graph stays right when the routing or the map changes.
+
+    Args:
+        topk_ids: [T, top_k] int32 or int64, global ids.
+        expert_map: [global experts] int32, the local id of each, -1: not here. An id that is not in it is nowhere.
+        out: contiguous [T, top_k] int32; None: a new tensor.
+
+    Raises:
+        ValueError: something does not fit; nothing was launched.
+    """
+    if out is None:
+        try:
+            out = torch.empty(topk_ids.shape, dtype=torch.int32, device=topk_ids.device)
+        except AttributeError as error:
+            _LOCAL.refuse(_LOCAL.named(out, topk_ids, expert_map), error)
+    (_local_in_graphs if torch.compiler.is_compiling() else _local)(out, topk_ids, expert_map)
+    return out
 
 
 def no_tables(
@@ -108,6 +140,7 @@ _TABLE = (torch.int32, operands.CONTIGUOUS)
 
 # What ops on the routing of a base layer take of it.
 TOPK_IDS = operands.Tensor("topk_ids", "T, top_k", operands.IDS, operands.CONTIGUOUS)
+EXPERT_MAP = operands.Tensor("expert_map", ">=1", *_TABLE)
 VALID_TOKENS = operands.Tensor("valid_tokens", ("1", ""), *_TABLE, optional=True)
 NUM_EXPERTS = operands.Int("num_experts", 1, 4096, size="E")  # a program counts them
 LOCAL_EXPERT_START = operands.Int("local_expert_start")
@@ -117,12 +150,16 @@ OP = operands.Op(
     (
         TOPK_IDS,
         VALID_TOKENS,
+        dataclasses.replace(EXPERT_MAP, optional=True),
         NUM_EXPERTS,
         LOCAL_EXPERT_START,
         NUM_TOKENS_HINT,
         operands.Int("block_m", optional=True, one_of=BLOCK_MS),
         operands.Tensor("workspace", "*", *_TABLE, optional=True, written=True),
     ),
+)
+_LOCAL = operands.Op(
+    "local_ids", (operands.Tensor("out", "T, top_k", *_TABLE, made=True, written=True), TOPK_IDS, EXPERT_MAP), first=("topk_ids",)
 )
 _NO_TABLES = operands.Op("no_tables", (TOPK_IDS, VALID_TOKENS, NUM_EXPERTS, LOCAL_EXPERT_START))
 
@@ -147,6 +184,31 @@ def check_fill(variant: str, *arguments: Any) -> None:
     """Raise ValueError where the arguments of the launcher do not fit."""
     given = _FILL.named(*arguments)
     check_blocks(variant, given["blocks"], _FILL.check(variant, given), given["block_m"])
+
+
+def check_local_ids(variant: str, out: torch.Tensor | None, topk_ids: torch.Tensor, expert_map: torch.Tensor) -> int:
+    """The pairs of a call, once its arguments are known to fit.
+
+    Raises:
+        ValueError: says which does not, what it is and what was wanted.
+    """
+    sizes = _LOCAL.check(variant, _LOCAL.named(out, topk_ids, expert_map))
+    return int(sizes["T"] * sizes["top_k"])
+
+
+def fail_start(op: str, local_expert_start: int) -> NoReturn:
+    """Raise the error of a call that says twice which experts are here.
+
+    Raises:
+        ValueError: always.
+    """
+    runtime.fail(op, "local_expert_start", local_expert_start, 0, "expert_map says which experts are here")
+
+
+def _with_ids(num_tokens: int, top_k: int, num_experts: int) -> tuple[int, ...]:
+    """Elements of num_blocks, a gap, pairs, room for blocks of any height, a gap and local ids, which are 16-byte aligned."""
+    num_pairs, size = num_tokens * top_k, table_size(num_tokens, top_k, num_experts)
+    return 1, 3, num_pairs, size - 4 - num_pairs, (size + 3) // 4 * 4 - size, num_pairs
 
 
 def check_blocks(variant: str, blocks: torch.Tensor, sizes: operands.Sizes, block_m: int) -> None:
@@ -233,7 +295,8 @@ class _Plan(NamedTuple):
     top_k: int
     block_m: int
     size: int  # of the buffer
-    splits: tuple[int, int, int, int]  # elements of num_blocks, a gap, pairs, blocks
+    splits: tuple[int, ...]  # elements of num_blocks, a gap, pairs, blocks; of a gap and local ids where there is a map
+    localize: Callable[..., None] | None
     fill: Callable[..., None]
     looks: list[object]  # of its tables
 
@@ -241,18 +304,24 @@ class _Plan(NamedTuple):
 def _bind(
     topk_ids: torch.Tensor,
     valid_tokens: torch.Tensor | None,
+    expert_map: torch.Tensor | None,
     num_experts: int,
     local_expert_start: int,
     num_tokens_hint: int | None,
     block_m: int | None,
     workspace: torch.Tensor | None,
 ) -> _Plan:
-    request = (topk_ids, valid_tokens, num_experts, local_expert_start, num_tokens_hint, block_m, workspace)
+    request = (topk_ids, valid_tokens, expert_map, num_experts, local_expert_start, num_tokens_hint, block_m, workspace)
     sizes = OP.check("moe_align", OP.named(*request))
     num_tokens, top_k = sizes["T"], sizes["top_k"]
     block_m = block_m or default_block_m(num_tokens_hint or num_tokens, top_k, num_experts)
     num_pairs = num_tokens * top_k
-    splits = (1, 3, num_pairs, 3 * max_blocks(num_tokens, top_k, num_experts, block_m))
+    splits: tuple[int, ...] = (1, 3, num_pairs, 3 * max_blocks(num_tokens, top_k, num_experts, block_m))
+    localize = None
+    if expert_map is not None:
+        if local_expert_start != 0:
+            fail_start("moe_align", local_expert_start)
+        splits, localize = _with_ids(num_tokens, top_k, num_experts), bind_local(num_pairs, expert_map.shape[0])
     size = sum(splits)
     if workspace is not None and workspace.shape[0] < size:
         wanted = f"[>= {size}] int32 on {topk_ids.device}"
@@ -260,7 +329,7 @@ def _bind(
     fill: Callable[..., None] = no_pairs
     if num_pairs > 0:
         fill = bind(num_pairs, top_k, num_experts, local_expert_start, block_m, topk_ids.device)
-    return _Plan(num_tokens, top_k, block_m, size, splits, fill, [])
+    return _Plan(num_tokens, top_k, block_m, size, splits, localize, fill, [])
 
 
 def bind(
@@ -288,21 +357,43 @@ def _no_plan(*request: object) -> list[object]:
     return []
 
 
+def _bind_local(out: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor) -> Callable[..., None]:
+    num_pairs = check_local_ids("local_ids", out, topk_ids, expert_map)
+    return bind_local(num_pairs, expert_map.shape[0])
+
+
+def bind_local(num_pairs: int, global_experts: int) -> Callable[..., None]:
+    """The launch that writes local ids: (out, topk_ids, expert_map)."""
+    if num_pairs == 0:
+        return runtime.nothing
+    call: Callable[..., None] = VARIANTS.get("local_ids", schedule="local_ids").bind(
+        num_pairs=num_pairs, global_experts=global_experts
+    )
+    return call
+
+
+_local = _LOCAL.caller(_bind_local)
+_local_in_graphs = _LOCAL.in_graphs(_local)
 _plan, _routing = OP.finder(_bind), _NO_TABLES.finder(_no_plan)
 
 
 def _align(
     topk_ids: torch.Tensor,
     valid_tokens: torch.Tensor | None,
+    expert_map: torch.Tensor | None,
     num_experts: int,
     local_expert_start: int,
     num_tokens_hint: int | None,
     block_m: int | None,
     workspace: torch.Tensor,
 ) -> None:
-    plan = _plan(topk_ids, valid_tokens, num_experts, local_expert_start, num_tokens_hint, block_m, workspace)
-    num_blocks, _, pairs, blocks, _ = workspace.split_with_sizes((*plan.splits, workspace.shape[0] - plan.size))
-    plan.fill(pairs, blocks, num_blocks, topk_ids, valid_tokens)
+    plan = _plan(topk_ids, valid_tokens, expert_map, num_experts, local_expert_start, num_tokens_hint, block_m, workspace)
+    num_blocks, _, pairs, blocks, *rest = workspace.split_with_sizes((*plan.splits, workspace.shape[0] - plan.size))
+    ids = topk_ids
+    if plan.localize is not None:
+        ids = rest[1].view(plan.num_tokens, plan.top_k)
+        plan.localize(ids, topk_ids, expert_map)
+    plan.fill(pairs, blocks, num_blocks, ids, valid_tokens)
 
 
 _in_graphs = OP.in_graphs(_align)

@@ -14,6 +14,7 @@ VARIANTS = Variants(
     ("schedule",),
     {
         ("one_launch",): "one_launch",
+        ("local_ids",): "local_ids",
     },
 )
 # fmt: on

@@ -12,7 +12,7 @@ import torch
 from kernelgen.families.buffers import allocate, positions, seal
 from kernelgen.families.case import Case as BaseCase
 from kernelgen.families.case import Tags
-from kernelgen.families.moe_align.reference import faults, moe_align
+from kernelgen.families.moe_align.reference import faults, local_ids, moe_align
 from kernelgen.families.moe_experts import SPREAD, Experts, draw
 
 BODY = ("schedule",)
@@ -67,6 +67,9 @@ def check(
         AssertionError: a table differs from the reference, or memory around it changed.
     """
     routed = draw(case.routing, case.tokens, case.top_k, case.experts, case.random(), device)
+    if tags["schedule"] == "local_ids":
+        _check_local_ids(launcher, case, routed.topk_ids)
+        return 0.0
     wanted = moe_align(routed.local, block_m=case.block_m)
     num_pairs = case.tokens * case.top_k
     max_blocks = importlib.import_module(f"{package.__name__}.moe_align._op").max_blocks
@@ -98,3 +101,16 @@ def check(
     assert torch.equal(blocks, wanted.blocks), f"blocks {blocks.tolist()}, wanted {wanted.blocks.tolist()}"
     assert torch.equal(pairs[: len(wanted.pairs)], wanted.pairs), "pairs are not in ascending order"
     return 0.0
+
+
+def _check_local_ids(launcher: Callable[..., None], case: Case, topk_ids: torch.Tensor) -> None:
+    """Under a map that has ids of other experts, some that no weights have, and -1 among those that are here."""
+    here = [*range(case.experts), *[-1] * 3, case.experts, 2**31 - 1]
+    case.random().shuffle(here)
+    expert_map = torch.tensor(here, dtype=torch.int32, device=topk_ids.device)
+    out = allocate(topk_ids.shape, (case.top_k, 1), torch.int32, str(topk_ids.device))
+    guarded = seal(out)
+    launcher(out, topk_ids, expert_map)
+    stray = int((guarded.changed() & ~positions(guarded, torch.tensor(True, device=out.device))).sum())
+    assert not stray, f"out: {stray} elements changed around it"
+    assert torch.equal(out.cpu(), local_ids(topk_ids, expert_map)), "other ids"

@@ -11,7 +11,7 @@ import torch
 
 from kernelgen.families.buffers import poison_
 from kernelgen.families.case import Law, Variant
-from kernelgen.families.moe_align.reference import faults, local_pairs
+from kernelgen.families.moe_align.reference import faults, local_ids, local_pairs
 from kernelgen.families.moe_experts import KINDS, Experts, Routed, draw
 
 _TOKENS, _TOP_K, _EXPERTS = 24, 4, 6
@@ -55,6 +55,24 @@ def wrong_arguments_are_named(
             raise AssertionError(f"{label} is let pass")
 
 
+def a_map_of_experts(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """Tables under an expert_map are those of the local ids, with a workspace and without; they have these for topk_ids."""
+    rng = random.Random(3)
+    for tokens, experts in ((0, 3), (5, 6), (24, 3)):
+        routed = draw(Experts("mixed", ids_dtype=torch.int64), tokens, _TOP_K, experts, rng, device)
+        here = [*range(experts), -1, -1, experts]
+        rng.shuffle(here)
+        expert_map = torch.tensor(here, dtype=torch.int32, device=device)
+        ids = local_ids(routed.topk_ids, expert_map)
+        local = local_pairs(ids, num_experts=experts, local_expert_start=0, valid_tokens=None)
+        for workspace in (_workspace(device), None):
+            options = {"num_experts": experts, "expert_map": expert_map, "workspace": workspace}
+            tables = package.moe_align(routed.topk_ids, **options)
+            assert torch.equal(tables.topk_ids.cpu(), ids), "other local ids"
+            found = _faults(local, tables)
+            assert not found, f"{tokens} tokens: {found[:3]}"
+
+
 def graph_replay(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """A captured graph makes the tables of whatever routing and number of valid tokens it is replayed with."""
     tokens, top_k, experts = 300, 8, 32
@@ -86,6 +104,7 @@ def graph_replay(package: ModuleType, variants: Sequence[Variant], device: str) 
 LAWS = (
     Law(any_routing_is_complete),
     Law(empty_batch),
+    Law(a_map_of_experts),
     Law(wrong_arguments_are_named),
     Law(graph_replay, needs_gpu=True),
 )
@@ -102,7 +121,7 @@ def _align(package: ModuleType, routed: Routed, **options: Any) -> Any:
 
 
 def _workspace(device: str) -> torch.Tensor:
-    size = 4 + _TOKENS * _TOP_K + 3 * (_EXPERTS + _TOKENS * _TOP_K)
+    size = 8 + 2 * _TOKENS * _TOP_K + 3 * (_EXPERTS + _TOKENS * _TOP_K)
     return poison_(torch.empty(size, dtype=torch.int32, device=device))
 
 
@@ -121,6 +140,8 @@ _WRONG: Mapping[str, Callable[[_Arguments], _Arguments]] = {
     "ids with gaps": lambda a: {"topk_ids": a["topk_ids"].repeat(1, 2)[:, ::2]},
     "no experts": lambda a: {"num_experts": 0},
     "more experts than a program counts": lambda a: {"num_experts": 5000},
+    "a start beside a map": lambda a: {"local_expert_start": 1, "expert_map": a["topk_ids"].flatten().contiguous()},
+    "a map in 64 bits": lambda a: {"expert_map": a["topk_ids"].flatten().long()},
     "a start below zero": lambda a: {"local_expert_start": -1},
     "a hint of nothing": lambda a: {"num_tokens_hint": 0},
     "a block size that is no power of two": lambda a: {"block_m": 24},

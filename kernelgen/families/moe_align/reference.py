@@ -39,6 +39,13 @@ def local_pairs(
     ]
 
 
+def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor) -> torch.Tensor:
+    """expert_map[id] of each id, -1 where it is not in the map."""
+    local = expert_map.tolist()
+    found = [local[id] if 0 <= id < len(local) else -1 for id in topk_ids.flatten().tolist()]
+    return torch.tensor(found, dtype=torch.int32).view(topk_ids.shape)
+
+
 def moe_align(local: Sequence[Local], *, block_m: int) -> Tables:
     """The tables: local pairs by (expert, pair), those of an expert cut into blocks of at most ``block_m``."""
     ordered = sorted(local, key=lambda item: (item.expert, item.pair))
