@@ -56,6 +56,7 @@ FAULTS = {
     "fewer bytes than are copied": (SECOND, "+ 64 * 128, pred", ", pred", 0, Race),
     "more bytes than are copied": (FIRST, "2 * 128 * 128)", "3 * 128 * 128)", 0, Deadlock),
     "a ring with a slot more": (FIRST, "slot == STAGES", "slot == STAGES + 1", 0, OutOfBounds),
+    "a ring with a slot less": (SECOND, "slot == STAGES", "slot == STAGES - 1", 0, MemoryFault),
     "a phase that does not turn": (SECOND, "phase ^ wraps", "phase", 0, MemoryFault),
     "a role that stands still": (FIRST, TURN, "pass\n", 2, MemoryFault),
     "rows without a fence": (FIRST, "fence_async_shared()", "pass", 0, Race),

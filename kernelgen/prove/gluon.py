@@ -12,8 +12,8 @@ itself, what it waited for, and what those knew who arrived. So one run shows wh
 * ``Race``: shared memory is read that nobody wrote, or where the write does not come before; it is written where a read or a
   write does not come before; a tensor core reads what threads wrote without a fence; a program ends with copies in flight.
 * ``Deadlock``: no role can go on, and no copy is in flight; it says where each waits.
-* ``MemoryFault``: more arrivals than a barrier counts, one without a count, a slot or a box that is not there, sums that are not
-  waited for.
+* ``MemoryFault``: more arrivals than a barrier counts, one without a count, slots of a ring that are not there, or that are never
+  used, sums that are not waited for.
 
 Within a role, threads are one: barriers among them are the compiler's. Layouts are taken for right, as it checks them.
 """
@@ -229,6 +229,7 @@ class _Program:
         self.roles: list[_Role] = []
         self.flying: collections.deque[_Copy] = collections.deque()
         self.copies = 0
+        self.rings: list[list[_Barrier]] = []
         self.back = threading.Semaphore(0)
         self.stopped = False
 
@@ -307,6 +308,10 @@ class _Program:
     def end(self) -> None:
         if self.flying:
             raise Race(f"a program ends with {len(self.flying)} copies in flight")
+        for ring in self.rings:
+            turns = [barrier.completed for barrier in ring]
+            if max(turns) > 1 and min(turns) == 0:
+                raise MemoryFault(f"of {len(ring)} slots {turns.count(0)} are never used, others {max(turns)} times")
 
 
 _program: _Program | None = None
@@ -327,8 +332,11 @@ def _running() -> _Role:
 
 def _allocate(dtype: Any, shape: Sequence[int], layout: Any = None, value: Any = None) -> _Memory:
     first, *tile = map(_number, shape)
-    parts = [_Barrier() if layout is _BARRIERS else _Tile(tile, dtype) for _ in range(first)]
-    return _Memory(parts)
+    if layout is not _BARRIERS:
+        return _Memory([_Tile(tile, dtype) for _ in range(first)])
+    ring = [_Barrier() for _ in range(first)]
+    _here().rings.append(ring)
+    return _Memory(ring)
 
 
 _BARRIERS = object()

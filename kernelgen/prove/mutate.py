@@ -121,6 +121,7 @@ _EXCHANGED: Mapping[type[ast.operator], type[ast.operator]] = {
     ast.FloorDiv: ast.Mod,
     ast.Mod: ast.FloorDiv,
 }
+_ORDER = ("mbarrier.", "copy_", "arrive_", "fence_")  # what roles of warps hand shared memory to each other by
 _HALVED = (ast.Add, ast.Sub, ast.Mult, ast.BitAnd, ast.BitOr, ast.FloorDiv, ast.Mod)
 
 
@@ -232,7 +233,9 @@ def _changes(node: ast.expr | ast.stmt) -> Iterator[Change]:
 
 
 def _changed_calls(node: ast.Call) -> Iterator[tuple[str, ast.AST]]:
-    called = ast.unparse(node.func)
+    called = re.sub(r"^gl\.", "tl.", ast.unparse(node.func))
+    if called.startswith(_ORDER):
+        yield "order dropped", ast.Constant(None)
     if called in ("tl.load", "tl.store") and any(word.arg == "mask" for word in node.keywords):
         kept = [word for word in node.keywords if word.arg not in ("mask", "other")]
         yield "mask dropped", with_changes(node, keywords=kept)

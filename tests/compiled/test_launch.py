@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import itertools
+import sys
 from types import SimpleNamespace
 from typing import Any, Callable, Iterator, NamedTuple
 
@@ -16,6 +17,7 @@ from triton.runtime.errors import OutOfResources
 
 import generated as kg
 from generated import _runtime as runtime
+from generated.moe_gemm import _problem as _gemm_problem
 from generated.moe_lora import _problem
 from kernelgen.compiled.stand_in import Driver
 from kernelgen.core.targets import TARGETS
@@ -312,3 +314,36 @@ def test_tiles_that_do_not_fit_are_an_error_and_launch_nothing(driver: Recorder)
     with pytest.raises(OutOfResources, match="shared memory"):
         batch.serve(module.moe_lora_one_shot_bf16_sorted_add_plain_r128, config=tiles)
     assert len(driver.launches) == 2 * sorting
+
+
+@pytest.mark.slow
+def test_warps_of_roles_serve_where_gluon_is_found(
+    driver: Recorder, slow_launches: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are chosen as measured; a Triton without such Gluon has the others serve, and nobody notices."""
+    e4m3, (tokens, experts, k, n) = torch.float8_e4m3fn, (64, 2, 256, 128)
+    x, w = torch.zeros(tokens, k).to(e4m3), torch.zeros(experts, 2 * n, k).to(e4m3)
+    scales = {"x_scale": torch.ones(tokens, 2), "w_scale": torch.ones(experts, 2, 2)}
+    tables = kg.moe_align(torch.zeros(tokens, 1, dtype=torch.int32), num_experts=experts, block_m=128)
+    out = torch.zeros(tokens, n, dtype=torch.bfloat16)
+
+    def serve() -> None:
+        kg.moe_gemm(out, x, w, tables, x_rows="token", out_rows="sorted", activation="swiglu", **scales)
+
+    with runtime.compile_only(), runtime.choosing({}) as choices:
+        serve()
+    forced = {(type(choices[0].key), choices[0].key): (("warp_specialised", (2, 1)), ("box", None))}
+    with runtime.choosing(forced), runtime.launches() as launches:
+        serve()
+        taken, count = len(slow_launches), len(driver.launches)
+        serve()
+        assert len(slow_launches) == taken, "the second call took Triton's path again"
+        assert len(driver.launches) == count + 1
+    assert [launch.variant.partition("_bf16")[0] for launch in launches] == ["warp_specialised"]
+    monkeypatch.delattr(kg, "_gluon")
+    monkeypatch.setitem(sys.modules, "generated._gluon", None)
+    _gemm_problem._has_gluon.cache_clear()
+    with runtime.compile_only(), runtime.choosing(forced), runtime.launches() as launches:
+        serve()
+    assert [launch.variant.partition("_bf16")[0] for launch in launches] == ["box"]
+    _gemm_problem._has_gluon.cache_clear()
