@@ -102,6 +102,8 @@ TOKENS = {"weights": {**FLOAT8, "strategy": "channel"}, "input_activations": {**
         ({}, {"rank": 64, "slots": 9, "tp": 2}, {"rank": 64, "max_loras": 9, "intermediate": 384, "lora_ranks": True}),
         ({"dtype": "float16"}, {}, {"dtype": "float16", "out_dtype": "float16"}),
         ({"hidden_act": "relu2"}, {}, {"activation": "relu2"}),
+        ({"hidden_activation": "gelu_pytorch_tanh", "hidden_act": None}, {}, {"activation": "geglu_tanh"}),
+        ({"model_type": "deepseek_v4", "swiglu_limit": 10.0}, {}, {"activation": "swiglu_clamp"}),
         ({"quantization_config": BLOCKS}, {}, {"weight_scales": "group", "x_scales": "group"}),
         (
             {"quantization_config": {"quant_method": "fp8", "activation_scheme": "static"}},
@@ -127,9 +129,9 @@ def test_what_a_config_says(
     ("more", "words"),
     [
         ({"dtype": "float32"}, "its dtype is float32"),
-        ({"hidden_act": "gelu"}, "its experts have the activation gelu"),
-        ({"swiglu_limit": 7.0}, "its experts have a gate that clamps"),
-        ({"model_type": "gpt_oss"}, "its experts have biases, a gate that clamps"),
+        ({"hidden_act": "quick_gelu"}, "its experts have the activation quick_gelu"),
+        ({"swiglu_limit": 7.0}, "its experts have a gate that clamps in a way that is not known"),
+        ({"model_type": "gpt_oss"}, "its experts have biases"),
         ({"quantization_config": {"quant_method": "mxfp4"}}, "its quantization is none that is known"),
         ({"quantization_config": {**BLOCKS, "weight_block_size": [64, 64]}}, "its quantization is none that is known"),
         ({"num_experts": 0}, "is it a mixture of experts"),

@@ -33,6 +33,7 @@ class MoeLayer:
         lora: the adapters, from ``stack_adapters``, their numbers finite; None: this layer has none. On FP8 weights in bfloat16.
         w13_scale, w2_scale: of FP8 weights, as ``fused_moe`` takes them.
         h_scale: likewise, of the activations between the two products, where it is given.
+        activation, limit, alpha, beta: with a gate, as ``fused_moe`` takes them.
 
     Raises:
         ValueError: weights and adapters are not of the same experts, dtype and device.
@@ -45,6 +46,10 @@ class MoeLayer:
     w13_scale: torch.Tensor | None = None
     w2_scale: torch.Tensor | None = None
     h_scale: torch.Tensor | None = None
+    activation: str = "swiglu"
+    limit: float | None = None
+    alpha: float | None = None
+    beta: float | None = None
 
     def __post_init__(self) -> None:
         for name, weight in (("w13", self.w13), ("w2", self.w2)):
@@ -101,7 +106,8 @@ class MoeLayer:
             adapters = kg.FusedMoeLora(token_lora_mapping, *lora.gate_up, *lora.down, lora.adapter_enabled, lora.lora_ranks)
         layer = (hidden, self.w13, self.w2, topk_ids, topk_weights)
         scales = {"w13_scale": self.w13_scale, "w2_scale": self.w2_scale, "x_scale": x_scale, "h_scale": self.h_scale}
-        kg.fused_moe(*layer, activation="swiglu", out=out, workspace=workspace, lora=adapters, **scales)
+        gate = {"activation": self.activation, "limit": self.limit, "alpha": self.alpha, "beta": self.beta}
+        kg.fused_moe(*layer, **gate, out=out, workspace=workspace, lora=adapters, **scales)
         return out
 
 

@@ -7,7 +7,8 @@ others, whatever their gate computes. Every other model is refused before anythi
 
 The base experts are plain matrix products, one expert after the other, for checking and for small models: an engine that
 has its own adds two calls of ``moe_lora`` and one of ``moe_route`` as ``MoeLora.experts`` does. With ``base="generated"`` they
-are generated kernels too (see ``MoeLayer``), which compute silu(gate) * up: models with another gate are refused.
+are generated kernels too (see ``MoeLayer``), for the gates that these compute (see ``activation_of``): models with others are
+refused.
 
 ``LinearLora`` does the same for linear layers and embeddings; both together serve an adapter that changes both.
 """
@@ -23,6 +24,7 @@ from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 import torch
 
 from .embedding import embedding_lora
+from .gates import Activation, activation_of
 from .moe_layer import MoeLayer, check_adapters
 from .peft import ExpertShape, LayerBuffers, LinearBuffers, LinearShape
 
@@ -132,8 +134,8 @@ class MoeLora:
         layers: from ``stack_adapters``, on the model's device.
         kernels: the generated package, under whatever name it was imported.
         assignment: as in ``moe_route``, which ``base="torch"`` takes.
-        base: how the base experts run: "torch", with the model's own gate, or "generated", for models whose gate is
-            silu(gate) * up.
+        base: how the base experts run: "torch", with the model's own gate, or "generated", for models whose gate generated
+            kernels compute: silu or GELU of it times up, or both clamped, as in gpt-oss and DeepSeek-V4.
 
     Raises:
         ValueError: the model's experts are of a kind that this glue does not run, or not with this ``base``, or ``layers``
@@ -169,12 +171,16 @@ class MoeLora:
             raise ValueError(
                 f"layers: got adapters for layers {missing}, wanted some of {sorted(self._experts)}"
             )
+        self._gates: dict[int, Activation] = {}
         for index, experts in self._experts.items():
-            if base == "generated" and (gate := _unlike_swiglu(experts)):
-                raise ValueError(
-                    f"{type(model).__name__}: layer {index}: {type(experts).__name__}: got {gate}, wanted silu(gate) * up, which "
-                    'the generated kernels compute\n  hint: base="torch" runs the model\'s own gate'
-                )
+            if base == "generated":
+                gate = activation_of(experts)
+                if gate is None:
+                    raise ValueError(
+                        f"{type(model).__name__}: layer {index}: {type(experts).__name__}: got {_gate_of(experts)}, wanted one "
+                        'that the generated kernels compute\n  hint: base="torch" runs the model\'s own gate'
+                    )
+                self._gates[index] = gate
             dtypes = {experts.gate_up_proj.dtype, experts.down_proj.dtype}
             if dtypes not in ({torch.bfloat16}, {torch.float16}):
                 raise ValueError(
@@ -242,7 +248,7 @@ class MoeLora:
         lora = self._layers.get(index)
         x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
         if self._base == "generated":
-            layer = MoeLayer(self._kernels, base.gate_up_proj, base.down_proj, lora)
+            layer = MoeLayer(self._kernels, base.gate_up_proj, base.down_proj, lora, **self._gates[index]._asdict())
             result = layer(x, topk_ids, topk_weights, self._mapping)
             return self._note(index, x, topk_ids, topk_weights, result)
         expert_of_pair = topk_ids.flatten()
@@ -381,22 +387,15 @@ def _unlike_ours(experts: Any) -> str:
     return ", ".join(name for name, holds in what.items() if holds)
 
 
-def _unlike_swiglu(experts: Any) -> str:
-    """What makes a gate another one than silu(gate) * up; "" if nothing does."""
-    from transformers.activations import SiLUActivation
+def _gate_of(experts: Any) -> str:
+    """What the gate of experts is called."""
     from transformers.integrations import moe
 
     gate = type(experts)._apply_gate
     if gate is not getattr(moe, "_default_apply_gate", None) or "_apply_gate" in vars(experts):
         return f"a gate of its own ({gate.__qualname__})"
     act = getattr(experts, "act_fn", None)
-    if type(act) in (torch.nn.SiLU, SiLUActivation) or act is torch.nn.functional.silu:
-        return ""
-    return (
-        "no act_fn"
-        if act is None
-        else f"the activation {getattr(act, '__name__', type(act).__name__)}"
-    )
+    return "no act_fn" if act is None else f"the activation {getattr(act, '__name__', type(act).__name__)}"
 
 
 def _shape(experts: Any) -> ExpertShape:

@@ -17,7 +17,16 @@ from kernelgen.measure.models import Layer, Model, config_of, has_experts, model
 BASES = ("generated", "foreign")
 Scales = tuple[str | None, str | None]  # of what there is one each: weights, activations
 DTYPES = {"bf16": "bfloat16", "f16": "float16"}
-_SILU = ("silu", "swish")
+# What configurations call the activation of a gate, or that of experts without one; and the models whose gates are clamped.
+_ACTIVATIONS = {
+    **dict.fromkeys(("silu", "swish"), "swiglu"),
+    "gelu": "geglu",
+    **dict.fromkeys(("gelu_pytorch_tanh", "gelu_new"), "geglu_tanh"),
+    "relu2": "relu2",
+}
+_CLAMPED = {
+    *("deepseek_v4", "glm5_next", "glm5_next_text", "hy_v4", "hy_v4_vl", "hy_v4_vl_text", "minimax_m3_vl", "minimax_m3_vl_text"),
+}
 # Linear layers whose outputs tensor parallelism cuts, and those whose inputs it does; it leaves others whole.
 _COLUMNS = {*PACKED, *(module for modules in PACKED.values() for module in modules)}
 _ROWS = {"o_proj", "down_proj"}
@@ -50,6 +59,7 @@ class Needs:
     slots: int
     bases: Sequence[str]
     adapters: Sequence[AdapterRanks]
+    activation: str = "swiglu"  # of generated products
 
     def shapes(self) -> list[tuple[str, dict[str, Any]]]:
         """The shapes to warm up: class of the package, and its fields; dtypes by name."""
@@ -60,7 +70,7 @@ class Needs:
             routing = {"num_experts": model.experts, "top_k": model.top_k}
             if "generated" in self.bases:
                 layer = {"hidden": model.hidden, "intermediate": model.intermediate, **routing, **dtype}
-                layer |= {} if model.gated else {"activation": "relu2"}
+                layer |= {} if self.activation == "swiglu" else {"activation": self.activation}
                 scales = {"weight_scales": self.quant[0], "x_scales": self.quant[1]}
                 layer |= {name: scale for name, scale in scales.items() if scale is not None}
                 adapters = {"rank": self.rank, "max_loras": self.slots, "adapter_enabled": True}
@@ -121,14 +131,14 @@ def needs(
     if model is None and not any(one.linears for one in adapters):
         raise failure("KG070", str(config), "neither experts nor adapters on linear layers: there is nothing to serve")
     quant: Scales = (None, None)
+    activation = "swiglu"
     if model is not None and "generated" in bases:
-        _check_gate(config, sources)
-        quant = _quant(config, sources)
+        activation, quant = _activation(config, sources), _quant(config, sources)
     widest = max((one.experts for one in adapters), default=0)
     _check_rank(rank, [max(one.experts, one.linear) for one in adapters])
     of_experts = rank or max(8, -(-widest // 8) * 8) if adapters else rank or 16
     linears = _linears(adapters, tp, rank)
-    return Needs(model, dtype or _dtype(config, sources), quant, of_experts, linears, slots, bases, adapters)
+    return Needs(model, dtype or _dtype(config, sources), quant, of_experts, linears, slots, bases, adapters, activation)
 
 
 def _ranks(folder: Path, model: Model | None) -> AdapterRanks:
@@ -207,18 +217,22 @@ def _dtype(config: Path, sources: Sequence[Mapping[str, Any]]) -> str:
     raise failure("KG070", str(config), message, "--dtype says another")
 
 
-def _check_gate(config: Path, sources: Sequence[Mapping[str, Any]]) -> None:
-    """Raises Failure where generated products would not compute these experts."""
+def _activation(config: Path, sources: Sequence[Mapping[str, Any]]) -> str:
+    """That of these experts; raises Failure where generated products would not compute them."""
     kinds = {source.get("model_type") for source in sources}
     why = next((one.layer for one in ARCHITECTURES if one.model_type in kinds and one.layer and one.name != "NemotronH"), None)
     act = _value(sources, "mlp_hidden_act", "hidden_act", "hidden_activation")
-    if why is None and act not in (None, *_SILU, "relu2"):
+    found = "swiglu" if act is None else _ACTIVATIONS.get(str(act))
+    if why is None and kinds & _CLAMPED:
+        found = "swiglu_clamp"
+    elif why is None and (_value(sources, "swiglu_limit") or _value(sources, "swiglu_limits")) is not None:
+        why = "a gate that clamps in a way that is not known"
+    if why is None and found is None:
         why = f"the activation {str(act)[:40]}"
-    if why is None and _value(sources, "swiglu_limit") is not None:
-        why = "a gate that clamps"
     if why is not None:
         hint = "--base foreign is for engines that run the experts themselves"
         raise failure("KG070", str(config), f"its experts have {why}, which generated products do not compute", hint)
+    return found or "swiglu"
 
 
 _SCHEMES: Mapping[tuple[object, object], Scales] = {
