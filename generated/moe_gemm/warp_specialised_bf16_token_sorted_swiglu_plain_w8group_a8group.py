@@ -156,7 +156,7 @@ def _multiply(
             for step in range(STEPS):
                 # Of the next step, asked for before this one is waited for.
                 ahead = gl.minimum(step + 1, STEPS - 1)
-                x_scale_1 = as_fp32(gl.load(x_scales + (ahead if x_scale_next is None else ahead * x_scale_next)))
+                x_scale_1 = as_fp32(gl.load(x_scales + ahead * x_scale_next))
                 gate_scale_1 = as_fp32(gl.load(gate_scales + ahead))
                 up_scale_1 = as_fp32(gl.load(up_scales + ahead))
                 mbarrier.wait(full.index(slot), phase)

@@ -335,7 +335,7 @@ class WarpSpecialised(_Schedule):
         )
         w_shape, w_strides = [problem.num_experts * problem.slices * problem.n, problem.k], [problem.w_stride_n, 1]
         x_shape, x_strides = [problem.num_pairs, problem.k], [problem.x_stride, 1]
-        in_order, x_scale_next = problem.rows == "sorted_pair", problem.x_scale_next
+        in_order, x_scale_next = problem.rows == "sorted_pair", problem.x_scale_next or 1
 
         def call(
             out: Tensor,
