@@ -132,6 +132,8 @@ def lora(
     *,
     scaling: float = 1.0,
     offset_start: int = 0,
+    columns: Sequence[int] | None = None,
+    column_stride: int = 1,
     add_inputs: bool = True,
     x_scale: torch.Tensor | None = None,
     a_scale: Sequence[torch.Tensor] | None = None,
@@ -151,6 +153,9 @@ def lora(
         route: from ``lora_route``.
         scaling: applied in float32, once, to the rank vectors.
         offset_start: column of ``out`` where the first slice begins; each other begins where the one before it ends.
+        columns: in place of it, the column of ``out`` where each slice begins. A slice of which ``lora_a`` and ``lora_b`` hold
+            None is absent then: it has no adapters, and costs nothing.
+        column_stride: from one column of a slice to the next, in ``out``: columns=(0, 1), column_stride=2 for interleaved ones.
         add_inputs: add to ``out``, or overwrite.
         x_scale, a_scale, b_scale: of FP8 operands, as ``lora_shrink`` and ``lora_expand`` take them; an FP8 x goes with an
             ``out`` in bfloat16, and with weights in either.
@@ -158,9 +163,25 @@ def lora(
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
+    if columns is not None:
+        columns, lora_a, lora_b, a_scale, b_scale = _present(columns, lora_a, lora_b, a_scale, b_scale)
+        if columns == () == lora_a:
+            return
+    where = (offset_start, columns, column_stride)
     (_in_graphs if torch.compiler.is_compiling() else _apply)(
-        out, x, lora_a, lora_b, route, scaling, offset_start, add_inputs, x_scale, a_scale, b_scale
+        out, x, lora_a, lora_b, route, scaling, *where, add_inputs, x_scale, a_scale, b_scale
     )
+
+
+def _present(columns: Any, lora_a: Any, lora_b: Any, *scales: Any) -> tuple[Any, ...]:
+    """What there is of the slices that are not absent; all of it where it does not fit, as checks then say."""
+    given = (tuple(columns) if isinstance(columns, list) else columns, lora_a, lora_b, *scales)
+    if not all(of is None or (isinstance(of, (list, tuple)) and len(of) == len(columns)) for of in given):
+        return given
+    if lora_a is None or lora_b is None or not any(a is None is b for a, b in zip(lora_a, lora_b, strict=True)):
+        return given
+    here = [i for i, factor in enumerate(lora_a) if factor is not None or lora_b[i] is not None]
+    return tuple(None if of is None else tuple(of[i] for i in here) for of in given)
 
 
 _SPACE = operands.Op(
@@ -185,6 +206,8 @@ OP = operands.Op(
         ROUTE,
         operands.Number("scaling"),
         operands.Int("offset_start"),
+        expand.COLUMNS,
+        expand.COLUMN_STRIDE,
         operands.Flag("add_inputs"),
         scale_operand("x_scale"),
         scale_operand("a_scale", slices="any"),
@@ -206,11 +229,14 @@ def _bind(
     route: MoeRoute,
     scaling: float,
     offset_start: int,
+    columns: tuple[int, ...] | None,
+    column_stride: int,
     add_inputs: bool,
     *scales: Any,
 ) -> Callable[..., None]:
     x_scale, a_scale, b_scale = scales
-    first, last, dtype = problems(out, x, lora_a, lora_b, x_scale, a_scale, b_scale, route, offset_start, add_inputs, scaling)
+    where = (offset_start, columns, column_stride)
+    first, last, dtype = problems(out, x, lora_a, lora_b, x_scale, a_scale, b_scale, route, *where, add_inputs, scaling)
     if first.num_tokens == 0:
         return runtime.nothing
     return bind(first, last, route, dtype, add_inputs)
@@ -226,6 +252,8 @@ def problems(
     b_scale: Sequence[torch.Tensor] | None,
     route: MoeRoute,
     offset_start: int = 0,
+    columns: tuple[int, ...] | None = None,
+    column_stride: int = 1,
     add_inputs: bool = True,
     scaling: float = 1.0,
 ) -> tuple[shrink.Problem, expand.Problem, torch.dtype]:
@@ -234,12 +262,12 @@ def problems(
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
-    flags, scales = (scaling, offset_start, add_inputs), (x_scale, a_scale, b_scale)
-    sizes = OP.check("lora", OP.named(out, x, lora_a, lora_b, route, *flags, *scales))
+    where, scales = (offset_start, columns, column_stride), (x_scale, a_scale, b_scale)
+    sizes = OP.check("lora", OP.named(out, x, lora_a, lora_b, route, scaling, *where, add_inputs, *scales))
     of_a = shrink_scales("lora", x, lora_a, x_scale, a_scale)
     of_b = expand_scales("lora", lora_b, b_scale)
     first = shrink.problem_of("lora", sizes, x, lora_a, route, **of_a)
-    last = expand.problem_of("lora", sizes, out, lora_b, route, offset_start, **of_b)
+    last = expand.problem_of("lora", sizes, out, lora_b, route, *where, **of_b)
     return first, last, sizes.get("D") or torch.bfloat16  # of FP8 operands, in front of an out in fp32
 
 

@@ -233,12 +233,15 @@ class Several:
 
     name: str
     item: Int | Choice
+    optional: bool = False
 
     def admit(self, op: str, value: object, values: Mapping[str, Any], label: str = "") -> None:
         """Raise ValueError unless ``value`` is such a tuple."""
         label = label or self.name
+        if value is None and self.optional:
+            return
         if not isinstance(value, tuple) or not value:
-            fail(op, label, _say(value) if value != () else "none", "a tuple of at least one")
+            fail(op, label, _say(value) if value != () else "none", "a tuple of at least one" + (", or None" * self.optional))
         for i, item in enumerate(value):
             self.item.admit(op, item, values, f"{label}[{i}]")
 
@@ -727,7 +730,7 @@ class Op:
             if not isinstance(operand, Bundle):
                 schema.append(_in_schema(operand, name, letters))
                 given.append(name)
-                whole.append(name)
+                whole.append(f"{name} and tuple({name})" if isinstance(operand, Several) else name)
                 continue
             parts = operand.in_schema(letters)
             schema += parts
@@ -766,6 +769,8 @@ class Op:
                 hint.append(name)
                 if isinstance(operand, Int) or (isinstance(operand, Flag) and operand.public):
                     hint.append(f"{name}.__class__")  # True == 1 == 1.0
+                elif isinstance(operand, Several):
+                    hint.append(f"{name} and (*map(type, {name}),)")
             elif not operand.is_optional:
                 tensors.append(f"*{name}" if operand.slices else name)
                 hint += [f"{name}.__class__", f"len({name})"] if operand.slices else []
@@ -866,7 +871,7 @@ def apart({names}):
 
 def _in_schema(operand: Operand, name: str, letters: Iterator[str], optional: bool = False) -> str:
     """An argument of an op of torch, ``name``."""
-    kinds = {Int: "SymInt", Flag: "bool", Number: "float", Choice: "str"}
+    kinds = {Int: "SymInt", Flag: "bool", Number: "float", Choice: "str", Several: "SymInt[]"}
     if isinstance(operand, Tensor):
         kind = f"Tensor({next(letters)}!)" if operand.written else "Tensor[]" if operand.slices else "Tensor"
         optional |= operand.is_optional

@@ -147,7 +147,12 @@ def _lora(b: Batch, fp8: bool = False) -> Arguments:
     given["x"], given["x_scale"] = kg.quantize_activations(b.normal(b.tokens, b.k)) if fp8 else (b.normal(b.tokens, b.k), None)
     given |= {"out": b.normal(b.tokens, b.slices * b.n + 1), "route": b.dense_route()}
     given["y"] = b.normal(b.slices, b.tokens, b.rank, dtype=torch.float32)
-    return {**given, "scaling": 0.5, "offset_start": 1, "add_inputs": True}
+    return {**given, "scaling": 0.5, "offset_start": 1, "add_inputs": True, "zero_rest": False}
+
+
+def _placed(b: Batch) -> Arguments:
+    """Slices side by side, column by column."""
+    return {**_lora(b), "offset_start": 0, "columns": tuple(range(b.slices)), "column_stride": b.slices}
 
 
 def _moe_gemm(b: Batch, fp8: bool = False) -> Arguments:
@@ -327,6 +332,8 @@ GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
     "moe_lora_expand": ("moe_lora_expand", lambda b: _apart(b, "sorted")),
     "lora": ("lora", _lora),
     "lora fp8": ("lora", lambda b: _lora(b, fp8=True)),
+    "lora placed": ("lora", _placed),
+    "lora_expand placed": ("lora_expand", _placed),
     "lora_shrink": ("lora_shrink", _lora),
     "lora_shrink fp8": ("lora_shrink", lambda b: _lora(b, fp8=True)),
     "lora_expand": ("lora_expand", _lora),

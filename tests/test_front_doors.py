@@ -21,7 +21,7 @@ from doors import BF16, EXPERTS, GOOD, INT32, LORAS, RANK, TOP_K, Arguments, Bat
 import generated as kg
 from generated import _operands as operands
 from generated import _runtime as runtime
-from generated._operands import OPS, Bundle, Choice, Device, Flag, Int, Number, Op, Tensor
+from generated._operands import OPS, Bundle, Choice, Device, Flag, Int, Number, Op, Several, Tensor
 from generated.moe_route._op import OpenRoute
 
 
@@ -70,6 +70,10 @@ def _wrong(operand: operands.Operand, good: Any, op: Op) -> Iterator[tuple[str, 
             old = getattr(good, part.name)
             for label, value in _wrong(part, old, op) if old is not None else ():
                 yield f"{part.name}: {label}", good._replace(**{part.name: value})
+    elif isinstance(operand, Several):
+        yield from {"a number": 3, "a list of texts": ["a"], "none of them": (), "one more": (*good, 0)}.items()
+        for label, value in _wrong(operand.item, good[0], op):
+            yield f"one of them: {label}", (value, *good[1:])
     elif operand.slices:
         yield from {"a number": 3, "a tensor": torch.stack(list(good)), "no slice": [], "a text": "ab"}.items()
         yield "an absent slice", [good[0], None]
@@ -445,6 +449,7 @@ ALTERNATIVES: dict[str, Callable[[Batch], Arguments]] = {
     "lora": lambda b: {"offset_start": 0, "add_inputs": False, "scaling": 1.0},
     "lora_shrink": lambda b: {"scaling": 1.0},
     "lora_expand": lambda b: {"offset_start": 0, "add_inputs": False},
+    "lora placed": lambda b: {"columns": (1, 0)},
     "fused_moe": lambda b: {"local_expert_start": 1, "valid_tokens": None, "num_tokens_hint": 1, "out": None, "lora": None},
 }
 _SAME = ("num_tokens_hint", "route", "runs")  # an outcome may stay the same

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from torch import Tensor
@@ -35,6 +36,8 @@ class LoraExpand:
         lora_b: Tensors,
         route: MoeRoute,
         offset_start: int,
+        columns: tuple[int, ...] | None,
+        column_stride: int,
         b_scale: Tensors | None = None,
     ) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.
@@ -50,6 +53,8 @@ class LoraExpand:
             lora_b,
             route,
             offset_start,
+            columns,
+            column_stride,
             dtype=facts["torch_dtype"],
             max_rank=facts["max_rank"],
             b_scale=None if b_scale is None else (facts["weight_scales"], b_scale),
@@ -61,10 +66,7 @@ class LoraExpand:
     def bind(self, problem: Problem, route: Any, config: Config, parts: Parts = ONE_PART, pdl: bool = False) -> Call:
         """The launch for checked calls of these sizes, ready to be made again and again; pdl: right behind a lora_shrink."""
         wide = config.block_n * config.tiles
-        spans, columns = [0], [problem.offset]
-        for width in problem.widths:
-            spans.append(spans[-1] + runtime.cdiv(width, wide))
-            columns.append(columns[-1] + width)
+        spans = tuple(itertools.accumulate((runtime.cdiv(width, wide) for width in problem.widths), initial=0))
         block_m = min(config.rows, route.block_m)
         if problem.weight_scales:
             block_m = product_rows(block_m)
@@ -73,8 +75,9 @@ class LoraExpand:
             route.max_blocks * spans[-1] * shares,
             runtime.Options(config.num_warps, pdl=pdl),
             WIDTHS=problem.widths,
-            COLUMNS=tuple(columns),
-            SPANS=tuple(spans),
+            COLUMNS=problem.columns,
+            COLUMN_STRIDE=problem.column_stride,
+            SPANS=spans,
             EVEN=all(width % wide == 0 for width in problem.widths),
             RANK=problem.rank,
             OUT_STRIDE=problem.out_stride,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -40,6 +41,8 @@ CACHE_POLICIES = ("", "evict_first")
 # (out, y, lora_b, route, scaling, b_scale) of sizes that were checked before
 Call = Callable[..., None]
 
+COLUMNS = operands.Several("columns", operands.Int("column"), optional=True)
+COLUMN_STRIDE = operands.Int("column_stride", 1)
 OP = operands.Op(
     "lora_expand",
     (
@@ -56,6 +59,8 @@ OP = operands.Op(
         ROUTE,
         operands.Number("scaling", public=False),
         operands.Int("offset_start"),
+        COLUMNS,
+        COLUMN_STRIDE,
         ADD_INPUTS,
         scale_operand("b_scale", "weight_scales", slices="any"),
     ),
@@ -73,7 +78,8 @@ class Problem(NamedTuple):
     num_tokens: int
     widths: tuple[int, ...]  # of the slices
     rank: int
-    offset: int  # column of out where the first slice begins
+    columns: tuple[int, ...]  # of out where the slices begin
+    column_stride: int  # from one column of a slice to the next, in out
     out_stride: int
     b_strides_l: tuple[int, ...]  # of the slices
     b_stride_n: int
@@ -89,6 +95,8 @@ def check(
     lora_b: Sequence[torch.Tensor],
     route: MoeRoute,
     offset_start: int,
+    columns: tuple[int, ...] | None = None,
+    column_stride: int = 1,
     *,
     dtype: torch.dtype,
     max_rank: int | None,
@@ -100,8 +108,9 @@ def check(
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
     scales = None if b_scale is None else b_scale[1]
-    sizes = OP.check(variant, OP.named(out, y, lora_b, route, 1.0, offset_start, True, scales), D=dtype)
-    return problem_of(variant, sizes, out, lora_b, route, offset_start, max_rank=max_rank, b_scale=b_scale)
+    sizes = OP.check(variant, OP.named(out, y, lora_b, route, 1.0, offset_start, columns, column_stride, True, scales), D=dtype)
+    where = (offset_start, columns, column_stride)
+    return problem_of(variant, sizes, out, lora_b, route, *where, max_rank=max_rank, b_scale=b_scale)
 
 
 def problem_of(
@@ -111,6 +120,8 @@ def problem_of(
     lora_b: Sequence[torch.Tensor],
     route: MoeRoute,
     offset_start: int,
+    columns: tuple[int, ...] | None = None,
+    column_stride: int = 1,
     *,
     max_rank: int | None = None,
     b_scale: tuple[str, Sequence[torch.Tensor]] | None = None,
@@ -122,16 +133,18 @@ def problem_of(
     """
     check_route(variant, route)
     first, rank, widths = lora_b[0], sizes["rank"], tuple(b.shape[-2] for b in lora_b)
-    row, end = first.stride(-2), offset_start + sum(widths)
+    row = first.stride(-2)
     for i, b in enumerate(lora_b):
         if b.stride(-2) != row or b.dtype != first.dtype:
             wanted = f"[L, N >= 1, {rank}] {first.dtype} with rows {row} apart"
             runtime.fail(variant, f"lora_b[{i}]", runtime.describe(b), wanted, "slices differ in N alone")
     check_rank(variant, "lora_b", rank, max_rank, row, max(widths))
+    columns = _columns(variant, widths, offset_start, columns, column_stride)
+    end = max(begin + (width - 1) * column_stride + 1 for begin, width in zip(columns, widths, strict=True))
     if end >= 2**31:
-        runtime.fail(variant, "offset_start", offset_start, f"0 to {2**31 - 1 - sum(widths)}")
+        runtime.fail(variant, "offset_start", offset_start, f"an end of {end} below {2**31}")
     if out.shape[1] < end:
-        hint = f"slices of {', '.join(map(str, widths))} columns, as in lora_b, from offset_start = {offset_start} on"
+        hint = f"slices of {', '.join(map(str, widths))} columns, as in lora_b, from {', '.join(map(str, columns))} on"
         runtime.fail(variant, "out", runtime.describe(out), f"[{route.num_tokens}, >= {end}]", hint)
     of_scales: tuple[int, ...] = ()
     if b_scale is not None:
@@ -141,7 +154,8 @@ def problem_of(
         num_tokens=route.num_tokens,
         widths=widths,
         rank=rank,
-        offset=offset_start,
+        columns=columns,
+        column_stride=column_stride,
         out_stride=out.stride(0),
         b_strides_l=tuple(b.stride(0) for b in lora_b),
         b_stride_n=row,
@@ -149,6 +163,25 @@ def problem_of(
         weight_scales=None if b_scale is None else b_scale[0],
         b_scale_strides_l=of_scales,
     )
+
+
+def _columns(
+    variant: str, widths: Sequence[int], offset_start: int, columns: tuple[int, ...] | None, stride: int
+) -> tuple[int, ...]:
+    """Where each slice begins in ``out``, once it is known that no column is of two slices."""
+    if columns is None:
+        if stride != 1:
+            hint = "slices one behind the other have their columns side by side"
+            runtime.fail(variant, "column_stride", stride, "1, or columns as well", hint)
+        return tuple(itertools.accumulate(widths[:-1], initial=offset_start))
+    if offset_start != 0 or len(columns) != len(widths):
+        got = f"{len(columns)} for {len(widths)} slices, offset_start = {offset_start}"
+        runtime.fail(variant, "columns", got, "where each slice begins, offset_start left out")
+    for (one, width), (other, of_other) in itertools.combinations(zip(columns, widths, strict=True), 2):
+        if (one - other) % stride == 0 and -width * stride < one - other < of_other * stride:
+            hint = f"slices of {', '.join(map(str, widths))} columns, {stride} apart"
+            runtime.fail(variant, "columns", columns, "columns that are of one slice alone", hint)
+    return columns
 
 
 # Bytes of parts from which it is faster to add them up first than to let every program of the expand do it.

@@ -8,7 +8,8 @@ For every token t with adapter l, and every slice s, accumulated in fp32:
     v = bfloat16(y[s, t])
     out[t, columns of s] = v . B_s[l]^T
 
-Rows of out of other tokens keep their bytes. The columns of slices follow each other, from offset_start on.
+Rows of out of other tokens keep their bytes. The columns of slices follow each other, from offset_start on; or columns says where
+each slice begins, and column_stride how far its columns are apart.
 Shapes: out [T, *] and y [S, T, rank] bfloat16 or float32, B_s [L, N_s, rank] bfloat16;
 of these, B_s is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
 b_scale_s [L, N_s]; rank at most 32.
@@ -34,10 +35,10 @@ from ._problem import Config
 )
 def lora_expand_bf16_set_r32_w8channel_product(
     out_ptr, y_ptr, b_ptrs, b_scale_ptrs, scaling, num_tokens, tokens_ptr, blocks_ptr, num_blocks_ptr,
-    WIDTHS: tl.constexpr, COLUMNS: tl.constexpr, SPANS: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr,
-    OUT_STRIDE: tl.constexpr, B_STRIDES_L: tl.constexpr, B_STRIDE_N: tl.constexpr, B_SCALE_STRIDES_L: tl.constexpr,
-    PARTS: tl.constexpr, QUARTER: tl.constexpr, BLOCK_M: tl.constexpr, SHARES: tl.constexpr, BLOCK_N: tl.constexpr,
-    TILES: tl.constexpr, STAGES: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
+    WIDTHS: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_STRIDE: tl.constexpr, SPANS: tl.constexpr, EVEN: tl.constexpr,
+    RANK: tl.constexpr, OUT_STRIDE: tl.constexpr, B_STRIDES_L: tl.constexpr, B_STRIDE_N: tl.constexpr,
+    B_SCALE_STRIDES_L: tl.constexpr, PARTS: tl.constexpr, QUARTER: tl.constexpr, BLOCK_M: tl.constexpr, SHARES: tl.constexpr,
+    BLOCK_N: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     BLOCK_R: tl.constexpr = 32
     # SPANS[s]: programs of a block in front of those of slice s; the last: all of them. EVEN: no tile has a tail.
@@ -78,7 +79,7 @@ def lora_expand_bf16_set_r32_w8channel_product(
     if TILES == 1:  # on its way while the shrink runs
         n = n0 + tl.arange(0, BLOCK_N)
         out_mask = live[:, None] if EVEN else live[:, None] & (n < width)[None, :]
-        out_tile = out_rows + n[None, :]
+        out_tile = out_rows + n[None, :] * COLUMN_STRIDE
         b_scale = tl.load(b_scales + n, mask=None if EVEN else n < width)[None, :]
         if EVEN and RANK == BLOCK_R:
             b = (
@@ -115,7 +116,7 @@ def lora_expand_bf16_set_r32_w8channel_product(
         if TILES > 1:
             n = n0 + t * BLOCK_N + tl.arange(0, BLOCK_N)
             out_mask = live[:, None] if EVEN else live[:, None] & (n < width)[None, :]
-            out_tile = out_rows + n[None, :]
+            out_tile = out_rows + n[None, :] * COLUMN_STRIDE
             b_scale = tl.load(b_scales + n, mask=None if EVEN else n < width)[None, :]
             if EVEN and RANK == BLOCK_R:
                 b = (
@@ -143,12 +144,12 @@ schedule = LoraExpand(lora_expand_bf16_set_r32_w8channel_product)
 
 
 def lora_expand_bf16_set_r32_w8channel(
-    out: Tensor, y: Tensor, lora_b: Tensors, route: SortedRoute, *, offset_start: int = 0, b_scale: Tensors,
-    config: Config | None = None,
+    out: Tensor, y: Tensor, lora_b: Tensors, route: SortedRoute, *, offset_start: int = 0, columns: tuple[int, ...] | None = None,
+    column_stride: int = 1, b_scale: Tensors, config: Config | None = None,
 ) -> None:  # fmt: skip
     """Overwrite the columns of the slices in ``out``, as stated above. ``config``: tiles; None: those of the rule.
 
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, y, lora_b, route, offset_start, b_scale)
+    schedule.launch(config, out, y, lora_b, route, offset_start, columns, column_stride, b_scale)

@@ -24,12 +24,13 @@ def lora_shrink(
     route: MoeRoute,
     *,
     scaling: float = 1.0,
+    zero_rest: bool = False,
     x_scale: torch.Tensor | None = None,
     a_scale: Sequence[torch.Tensor] | None = None,
 ) -> None:
     """The rank vectors of a batch: y[s, t] = scaling * (x[t] . A_s[l]^T), for every token t of an adapter l.
 
-    Rows of y of tokens without an adapter keep their bytes; ``lora_expand`` does not read them.
+    Rows of y of tokens without an adapter keep their bytes, or become zero; ``lora_expand`` does not read them.
 
     Args:
         y: contiguous [S, T, rank] float32.
@@ -37,6 +38,7 @@ def lora_shrink(
         lora_a: S tensors [L, rank, K] (or [L, 1, rank, K]) of one layout, in the dtype of ``x``; the stride over L is free.
         route: from ``lora_route``.
         scaling: applied in float32, once, here and not in ``lora_expand``.
+        zero_rest: rows of tokens without an adapter become zero, as what sums or gathers rows over GPUs may want them.
         x_scale: float32 or float8_e8m0fnu, for an FP8 x: [1]; or [T, 1]; or [T, ceil(K / group_k)], row by row or column by
             column.
         a_scale: S tensors float32, for FP8 weights (float8_e4m3fn or float8_e5m2): [L]; or [L, rank], with a last dimension of
@@ -45,7 +47,7 @@ def lora_shrink(
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
-    (_in_graphs if torch.compiler.is_compiling() else _apply)(y, x, lora_a, route, scaling, a_scale, x_scale)
+    (_in_graphs if torch.compiler.is_compiling() else _apply)(y, x, lora_a, route, scaling, zero_rest, a_scale, x_scale)
 
 
 def _bind(
@@ -54,10 +56,11 @@ def _bind(
     lora_a: Sequence[torch.Tensor],
     route: MoeRoute,
     scaling: float,
+    zero_rest: bool,
     a_scale: Sequence[torch.Tensor] | None,
     x_scale: torch.Tensor | None,
 ) -> Call:
-    sizes = OP.check("lora_shrink", OP.named(y, x, lora_a, route, scaling, a_scale, x_scale))
+    sizes = OP.check("lora_shrink", OP.named(y, x, lora_a, route, scaling, zero_rest, a_scale, x_scale))
     scales = scales_of("lora_shrink", x, lora_a, x_scale, a_scale)
     problem = problem_of("lora_shrink", sizes, x, lora_a, route, **scales)
     dtype = sizes.get("D") or torch.bfloat16  # of a product of FP8 with FP8
@@ -65,7 +68,14 @@ def _bind(
     if problem.num_tokens == 0:
         return runtime.nothing
     call: Call = variant.bind(problem, route, choose(problem, route))
-    return call
+    if not zero_rest:
+        return call
+
+    def from_zeros(y: torch.Tensor, *operands: Any) -> None:
+        y.zero_()
+        call(y, *operands)
+
+    return from_zeros
 
 
 def scales_of(

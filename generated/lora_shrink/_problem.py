@@ -88,6 +88,7 @@ OP = operands.Op(
         ),
         ROUTE,
         operands.Number("scaling"),
+        operands.Flag("zero_rest"),
         scale_operand("a_scale", "weight_scales", slices="any"),
         scale_operand("x_scale", "x_scales"),
     ),
@@ -159,7 +160,7 @@ def check(
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
     scales = (None if found is None else found[1] for found in (a_scale, x_scale))
-    sizes = OP.check(variant, OP.named(y, x, lora_a, route, scaling, *scales), D=dtype)
+    sizes = OP.check(variant, OP.named(y, x, lora_a, route, scaling, False, *scales), D=dtype)
     return problem_of(variant, sizes, x, lora_a, route, max_rank=max_rank, a_scale=a_scale, x_scale=x_scale)
 
 

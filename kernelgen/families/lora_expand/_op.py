@@ -21,6 +21,8 @@ def lora_expand(
     route: MoeRoute,
     *,
     offset_start: int = 0,
+    columns: Sequence[int] | None = None,
+    column_stride: int = 1,
     add_inputs: bool = True,
     b_scale: Sequence[torch.Tensor] | None = None,
 ) -> None:
@@ -36,6 +38,8 @@ def lora_expand(
             float32; widths N_s and strides over L are free.
         route: from ``lora_route``.
         offset_start: column of ``out`` where the first slice begins; each other begins where the one before it ends.
+        columns: in place of it, the column of ``out`` where each slice begins.
+        column_stride: from one column of a slice to the next, in ``out``: columns=(0, 1), column_stride=2 for interleaved ones.
         add_inputs: add to ``out``, or overwrite.
         b_scale: S tensors float32, for FP8 weights (float8_e4m3fn or float8_e5m2): [L]; or [L, N_s], with a last dimension of 1
             or without; or [L, ceil(N_s / group_n), ceil(rank / group_k)].
@@ -43,9 +47,8 @@ def lora_expand(
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
-    (_in_graphs if torch.compiler.is_compiling() else _apply)(
-        out, y, lora_b, route, 1.0, offset_start, add_inputs, b_scale
-    )
+    where = (offset_start, tuple(columns) if isinstance(columns, list) else columns, column_stride)
+    (_in_graphs if torch.compiler.is_compiling() else _apply)(out, y, lora_b, route, 1.0, *where, add_inputs, b_scale)
 
 
 def _bind(
@@ -55,11 +58,14 @@ def _bind(
     route: MoeRoute,
     scaling: float,
     offset_start: int,
+    columns: tuple[int, ...] | None,
+    column_stride: int,
     add_inputs: bool,
     b_scale: Sequence[torch.Tensor] | None,
 ) -> Call:
-    sizes = OP.check("lora_expand", OP.named(out, y, lora_b, route, scaling, offset_start, add_inputs, b_scale))
-    problem = problem_of("lora_expand", sizes, out, lora_b, route, offset_start, **scales_of("lora_expand", lora_b, b_scale))
+    where = (offset_start, columns, column_stride)
+    sizes = OP.check("lora_expand", OP.named(out, y, lora_b, route, scaling, *where, add_inputs, b_scale))
+    problem = problem_of("lora_expand", sizes, out, lora_b, route, *where, **scales_of("lora_expand", lora_b, b_scale))
     dtype = sizes.get("D") or torch.bfloat16  # of FP8 weights, in front of an out in fp32
     variant = variant_of("lora_expand", dtype, add_inputs, problem.rank, problem.weight_scales)
     if problem.num_tokens == 0:

@@ -178,7 +178,7 @@ def wrong_arguments_are_named(package: ModuleType, variants: Sequence[Variant], 
     route = package.lora_route(layer.batch.mapping, max_loras=_CASE.loras)
     good = {"out": out, "y": y, "lora_b": layer.lora_b, "route": route}
     for label, (name, change) in _WRONG.items():
-        wrong = {**good, "offset_start": 0}
+        wrong = {**good, "offset_start": 0, "columns": None, "column_stride": 1}
         wrong[name] = change(wrong[name])
         refuses(variant.launcher(package), wrong, variant.name, label)
         refuses(package.lora_expand, wrong, "lora_expand", label)
@@ -199,6 +199,9 @@ _WRONG: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "out with columns apart": ("out", lambda out: out.t().contiguous().t()),
     "columns behind the end": ("offset_start", lambda offset: 6),
     "a negative column": ("offset_start", lambda offset: -1),
+    "a column of two slices": ("columns", lambda columns: (0, 69)),
+    "columns of one slice": ("columns", lambda columns: (0,)),
+    "columns apart without a place": ("column_stride", lambda stride: 2),
     "y of another rank": ("y", lambda y: y[..., :-1].contiguous()),
     "y of too few slices": ("y", lambda y: y[:1]),
     "y in fp64": ("y", lambda y: y.double()),
@@ -276,9 +279,42 @@ def a_held_route_serves_every_batch(package: ModuleType, variants: Sequence[Vari
             assert torch.equal(route.token_lora_mapping, torch.where(in_range, own.token_lora_mapping, -1))
 
 
+def slices_lie_anywhere(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """Interleaved columns, slices in another order with gaps between them, and absent ones: the bits of slices side by side."""
+    case = dataclasses.replace(_CASE, widths=(33, 33), k=48, rank=8, offset=0)
+    layer = _Layer.of(case, variants[0].tags, device)
+    route = package.lora_route(layer.batch.mapping, max_loras=case.loras)
+    operands = (layer.x, list(layer.lora_a), list(layer.lora_b))
+    rows, y = layer.batch.rows(), torch.zeros(2, case.tokens, 8, device=device)
+    package.lora_shrink(y, layer.x, layer.lora_a, route, zero_rest=True)
+    for adds in (True, False):
+        before = torch.randn(case.tokens, 80, generator=case.generator()).to(layer.out)
+        for at, stride in (((0, 1), 2), ((40, 3), 1), ((1, 4), 2)):
+            places = [torch.arange(begin, begin + 33 * stride, stride) for begin in at]
+            packed = torch.cat([before[:, place] for place in places], 1).contiguous()
+            package.lora(packed, *operands, route, add_inputs=adds)
+            wanted = before.clone()
+            for s, place in enumerate(places):
+                wanted[:, place] = packed[:, 33 * s : 33 * (s + 1)]
+            found, apart, one = before.clone(), before.clone(), before.clone()
+            flags = {"columns": at, "column_stride": stride, "add_inputs": adds}
+            package.lora(found, *operands, route, **flags)
+            package.lora_expand(apart, y, layer.lora_b, route, **flags)
+            first = [[factors[0], None] for factors in operands[1:]]
+            package.lora(one, layer.x, *first, route, **flags)
+            wanted[~rows] = before[~rows]
+            assert torch.equal(bits(found), bits(wanted)) and torch.equal(bits(apart), bits(wanted)), f"{at}, {stride} apart"
+            wanted[:, places[1]] = before[:, places[1]]
+            assert torch.equal(bits(one), bits(wanted)), f"{at}: a slice that is absent"
+    untouched = layer.out.clone()
+    package.lora(untouched, layer.x, [None, None], [None, None], route, columns=[0, 33])
+    assert torch.equal(bits(untouched), bits(layer.out))
+
+
 LAWS = (
     Law(both_products_give_the_same_bits),
     Law(a_held_route_serves_every_batch),
+    Law(slices_lie_anywhere),
     Law(measured_tiles_are_found),
     Law(fp8_front_doors),
     Law(any_batch_same_bits),

@@ -51,13 +51,17 @@ def front_door(package: ModuleType, variants: Sequence[Variant], device: str) ->
         x, a, y, batch = operands(case, {"dtype": dtype}, device)
         expected = lora_shrink(y, x, a, batch.adapters, scaling=0.3)
         before = bits(y).clone()
-        package.lora_shrink(y, x, a, package.lora_route(batch.mapping, max_loras=case.loras), scaling=0.3)
+        route = package.lora_route(batch.mapping, max_loras=case.loras)
+        package.lora_shrink(y, x, a, route, scaling=0.3)
         rows = batch.rows().expand(y.shape[:2])
         try:
             worst_ratio(y[rows], expected.value[rows], expected.bound[rows])
         except AssertionError as error:
             raise AssertionError(f"rank {rank}, {dtype}: {error}") from None
         assert torch.equal(bits(y)[~rows], before[~rows]), f"rank {rank}: rows of tokens without an adapter changed"
+        again = torch.full_like(y, torch.nan)
+        package.lora_shrink(again, x, a, route, scaling=0.3, zero_rest=True)
+        assert torch.equal(bits(again), bits(torch.where(rows[..., None], y, 0.0))), f"rank {rank}: no zeros in other rows"
 
 
 def any_batch_any_split_same_bits(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
