@@ -248,6 +248,7 @@ def variants() -> tuple[str, ...]:
         "moe_add_bf16",
         "moe_add_f16",
         "moe_align_one_launch",
+        "moe_align_two_launch",
         "moe_align_local_ids",
         "moe_gemm_gemv_bf16_token_pair_plain",
         "moe_gemm_gemv_bf16_token_pair_relu2_plain",

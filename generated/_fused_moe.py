@@ -39,6 +39,7 @@ from .moe_align._op import (
     experts_hit,
     fail_start,
     max_blocks,
+    scratch_size,
 )
 from .moe_align._op import bind as bind_align
 from .moe_gemm._op import bind as bind_gemm
@@ -141,7 +142,7 @@ def fused_moe_workspace(
 
     return FusedMoeWorkspace(
         empty(num_pairs),
-        empty(3 * (num_experts + num_pairs // 16)),
+        empty(3 * (num_experts + num_pairs // 16) + scratch_size(num_pairs, num_experts)),
         empty(1),
         empty(num_pairs * intermediate, dtype),
         empty(num_pairs * hidden, dtype),
@@ -372,11 +373,12 @@ def _bind(
     few = block_m == 0
     sums = few and x_mode is None  # experts of a token, in the second product
     blocks = 0 if few else 3 * max_blocks(num_tokens, top_k, num_experts, block_m)
+    counts = 0 if few or lora is not None else scratch_size(num_pairs, num_experts)  # behind them
     row_scales = 1 if x_mode != "group" else runtime.cdiv(inter, QUANT.group_k)
     dtype = hidden.dtype if x_mode is None else torch.bfloat16
     space = {
         "pairs": (num_pairs, torch.int32),
-        "blocks": (blocks, torch.int32),
+        "blocks": (blocks + counts, torch.int32),
         "num_blocks": (1, torch.int32),
         "inter": (num_pairs * inter, dtype),
         "outputs": (0 if sums else num_pairs * width, dtype),
@@ -486,7 +488,7 @@ def _bind(
             adapters.shrink_x(v, hidden, lora.a13, tables, runs, lora.a13_scale, x_scale)
             b13, b2, of_b13, of_b2 = lora.b13, lora.b2, lora.b13_scale, lora.b2_scale
         elif align is not None:
-            align(*ints, topk_ids, valid_tokens)
+            align(*ints, buffers.blocks[blocks:] if counts else buffers.blocks, topk_ids, valid_tokens)
         first(h, hidden, w13, tables, None, w13_scale, x_scale, v, b13, runs, of_b13, limit, alpha, beta)
         rows, rows_scale = between(hidden, tables, h_scale, buffers)
         if adapters is not None:

@@ -195,6 +195,16 @@ def _adapted_gemm(b: Batch, fp8: bool = False) -> Arguments:
     return {**given, "x_rows": "token", "out_rows": "sorted"}
 
 
+def _fill_tables(b: Batch) -> Arguments:
+    return {
+        **{name: value for name, value in b.routing.items() if name != "num_tokens_hint"},
+        **_filled(b, "num_blocks"),
+        **{"pairs": torch.zeros(b.tokens * b.top_k, dtype=INT32, device=b.device)},
+        **{"blocks": torch.zeros(64 + 4 * b.tokens * b.top_k, dtype=INT32, device=b.device), "block_m": 16},
+        **{"scratch": torch.zeros(128 * 64, dtype=INT32, device=b.device)},
+    }
+
+
 def _fill_runs(b: Batch) -> Arguments:
     pairs = b.tokens * b.top_k
     sizes: dict[str, tuple[int, ...]] = {"pairs": (pairs,), "blocks": (64 + pairs,), "num_blocks": (1,), "run_of_row": (pairs,)}
@@ -387,20 +397,12 @@ GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
         },
     ),
     "moe_runs_one_launch": ("moe_runs_fill", _fill_runs),
+    **dict.fromkeys(("moe_align_one_launch", "moe_align_two_launch"), ("moe_align_fill", _fill_tables)),
     "moe_align_local_ids": (
         "local_ids",
         lambda b: {
             **{"topk_ids": b.ids, "expert_map": b.expert_map},
             "out": torch.zeros(b.tokens, b.top_k, dtype=INT32, device=b.device),
-        },
-    ),
-    "moe_align_one_launch": (
-        "moe_align_fill",
-        lambda b: {
-            **{name: value for name, value in b.routing.items() if name != "num_tokens_hint"},
-            **_filled(b, "num_blocks"),
-            **{"pairs": torch.zeros(b.tokens * b.top_k, dtype=INT32, device=b.device)},
-            **{"blocks": torch.zeros(64 + 4 * b.tokens * b.top_k, dtype=INT32, device=b.device), "block_m": 16},
         },
     ),
 }

@@ -50,7 +50,7 @@ def moe_align(
     block_m: int | None = None,
     workspace: torch.Tensor | None = None,
 ) -> MoeTables:
-    """The tables of a batch in one launch: no host sync, and a captured CUDA graph stays right when routing changes.
+    """The tables of a batch in a launch or two: no host sync, and a captured CUDA graph stays right when routing changes.
 
     Their order is that of (expert, pair), whatever the GPU does first. Pairs that are not local are absent.
 
@@ -71,17 +71,15 @@ def moe_align(
     request = (topk_ids, valid_tokens, expert_map, num_experts, local_expert_start, num_tokens_hint, block_m)
     if torch.compiler.is_compiling():
         num_tokens, top_k = topk_ids.shape
-        size, block_m = table_size(num_tokens, top_k, num_experts), -1 if block_m is None else block_m
-        splits: tuple[int, ...] = (1, 3, num_tokens * top_k, size - 4 - num_tokens * top_k)
-        if expert_map is not None:
-            splits = _with_ids(num_tokens, top_k, num_experts)
-            size = sum(splits)
+        block_m = -1 if block_m is None else block_m
+        splits = _open_splits(num_tokens, top_k, num_experts, expert_map is not None)
+        size = sum(splits)
     else:
         num_tokens, top_k, block_m, size, splits, localize, fill, looks = _plan(*request, workspace)
     if workspace is None:
         workspace = torch.empty(size, dtype=torch.int32, device=topk_ids.device)
-    num_blocks, _, pairs, blocks, *rest = workspace.split_with_sizes((*splits, workspace.shape[0] - size))
-    ids = topk_ids if expert_map is None else rest[1].view(num_tokens, top_k)
+    num_blocks, _, pairs, blocks, scratch, _, ids, _ = workspace.split_with_sizes((*splits, workspace.shape[0] - size))
+    ids = topk_ids if expert_map is None else ids.view(num_tokens, top_k)
     expected = num_tokens if num_tokens_hint is None else num_tokens_hint
     sizes = (num_tokens, top_k, num_experts, local_expert_start, expected, block_m)
     tables = MoeTables(ids, valid_tokens, pairs, blocks, num_blocks, *sizes)
@@ -90,7 +88,7 @@ def moe_align(
         return tables
     if localize is not None:
         localize(ids, topk_ids, expert_map)
-    fill(pairs, blocks, num_blocks, ids, valid_tokens)
+    fill(pairs, blocks, num_blocks, scratch, ids, valid_tokens)
     return operands.alike(tables, looks)
 
 
@@ -136,6 +134,7 @@ def no_tables(
 
 
 BLOCK_MS = (16, 32, 64, 128)
+_FEW_PAIRS = 32768  # up to so many are sorted in one launch, whose programs each count all pairs
 _TABLE = (torch.int32, operands.CONTIGUOUS)
 
 # What ops on the routing of a base layer take of it.
@@ -171,6 +170,7 @@ _FILL = operands.Op(
         operands.Tensor("pairs", ">=T*top_k", *_TABLE, written=True),
         operands.Tensor("blocks", ("*, 3", "*"), *_TABLE, written=True),
         operands.Tensor("num_blocks", "1", *_TABLE, written=True),
+        operands.Tensor("scratch", "*", *_TABLE, written=True),
         TOPK_IDS,
         VALID_TOKENS,
         NUM_EXPERTS,
@@ -180,10 +180,14 @@ _FILL = operands.Op(
 )
 
 
-def check_fill(variant: str, *arguments: Any) -> None:
-    """Raise ValueError where the arguments of the launcher do not fit."""
+def check_fill(variant: str, scratch_size: Callable[[int, int], int], *arguments: Any) -> None:
+    """Raise ValueError where the arguments of the launcher do not fit; ``scratch_size``: of its variant."""
     given = _FILL.named(*arguments)
-    check_blocks(variant, given["blocks"], _FILL.check(variant, given), given["block_m"])
+    sizes = _FILL.check(variant, given)
+    check_blocks(variant, given["blocks"], sizes, given["block_m"])
+    needed = scratch_size(sizes["T"] * sizes["top_k"], sizes["E"])
+    if given["scratch"].numel() < needed:
+        runtime.fail(variant, "scratch", runtime.describe(given["scratch"]), f"at least {needed} elements")
 
 
 def check_local_ids(variant: str, out: torch.Tensor | None, topk_ids: torch.Tensor, expert_map: torch.Tensor) -> int:
@@ -205,10 +209,27 @@ def fail_start(op: str, local_expert_start: int) -> NoReturn:
     runtime.fail(op, "local_expert_start", local_expert_start, 0, "expert_map says which experts are here")
 
 
-def _with_ids(num_tokens: int, top_k: int, num_experts: int) -> tuple[int, ...]:
-    """Elements of num_blocks, a gap, pairs, room for blocks of any height, a gap and local ids, which are 16-byte aligned."""
-    num_pairs, size = num_tokens * top_k, table_size(num_tokens, top_k, num_experts)
-    return 1, 3, num_pairs, size - 4 - num_pairs, (size + 3) // 4 * 4 - size, num_pairs
+def _splits(num_pairs: int, blocks: int, scratch: int, with_ids: bool) -> tuple[int, ...]:
+    """Elements of num_blocks, a gap, pairs, blocks, scratch, a gap, and local ids where there is a map: 16-byte aligned."""
+    size = 4 + num_pairs + blocks + scratch
+    return 1, 3, num_pairs, blocks, scratch, *(((size + 3) // 4 * 4 - size, num_pairs) if with_ids else (0, 0))
+
+
+def _open_splits(num_tokens: int, top_k: int, num_experts: int, with_ids: bool) -> tuple[int, ...]:
+    """As ``_splits``, with room for blocks of any height, and without a branch on the number of tokens."""
+    from .two_launch import scratch_size
+
+    num_pairs = num_tokens * top_k
+    return _splits(num_pairs, _most_blocks(num_pairs, num_experts), scratch_size(num_pairs, num_experts), with_ids)
+
+
+def _most_blocks(num_pairs: int, num_experts: int) -> int:
+    return 3 * (num_experts + num_pairs // 16)
+
+
+def most_tables(num_tokens: int, top_k: int, num_experts: int) -> int:
+    """int32 elements of num_blocks, a gap, pairs, and blocks of any height."""
+    return 4 + num_tokens * top_k + _most_blocks(num_tokens * top_k, num_experts)
 
 
 def check_blocks(variant: str, blocks: torch.Tensor, sizes: operands.Sizes, block_m: int) -> None:
@@ -285,7 +306,7 @@ def max_blocks(num_tokens: int, top_k: int, num_experts: int, block_m: int) -> i
 
 def table_size(num_tokens: int, top_k: int, num_experts: int) -> int:
     """int32 elements of a workspace for up to ``num_tokens`` tokens, whatever block size is chosen."""
-    return 4 + num_tokens * top_k + 3 * (num_experts + num_tokens * top_k // 16)
+    return sum(_open_splits(num_tokens, top_k, num_experts, False))
 
 
 class _Plan(NamedTuple):
@@ -295,7 +316,7 @@ class _Plan(NamedTuple):
     top_k: int
     block_m: int
     size: int  # of the buffer
-    splits: tuple[int, ...]  # elements of num_blocks, a gap, pairs, blocks; of a gap and local ids where there is a map
+    splits: tuple[int, ...]  # as _splits
     localize: Callable[..., None] | None
     fill: Callable[..., None]
     looks: list[object]  # of its tables
@@ -316,12 +337,13 @@ def _bind(
     num_tokens, top_k = sizes["T"], sizes["top_k"]
     block_m = block_m or default_block_m(num_tokens_hint or num_tokens, top_k, num_experts)
     num_pairs = num_tokens * top_k
-    splits: tuple[int, ...] = (1, 3, num_pairs, 3 * max_blocks(num_tokens, top_k, num_experts, block_m))
+    most = 3 * max_blocks(num_tokens, top_k, num_experts, block_m)
+    splits = _splits(num_pairs, most, scratch_size(num_pairs, num_experts), expert_map is not None)
     localize = None
     if expert_map is not None:
         if local_expert_start != 0:
             fail_start("moe_align", local_expert_start)
-        splits, localize = _with_ids(num_tokens, top_k, num_experts), bind_local(num_pairs, expert_map.shape[0])
+        localize = bind_local(num_pairs, expert_map.shape[0])
     size = sum(splits)
     if workspace is not None and workspace.shape[0] < size:
         wanted = f"[>= {size}] int32 on {topk_ids.device}"
@@ -335,8 +357,8 @@ def _bind(
 def bind(
     num_pairs: int, top_k: int, num_experts: int, local_expert_start: int, block_m: int, device: torch.device
 ) -> Callable[..., None]:
-    """The launch that makes tables of these sizes: (pairs, blocks, num_blocks, topk_ids, valid_tokens)."""
-    call: Callable[..., None] = VARIANTS.get("moe_align", schedule="one_launch").bind(
+    """The launches that make tables of these sizes: (pairs, blocks, num_blocks, scratch, topk_ids, valid_tokens)."""
+    call: Callable[..., None] = _variant(num_pairs, num_experts).bind(
         num_pairs=num_pairs,
         top_k=top_k,
         num_experts=num_experts,
@@ -345,6 +367,17 @@ def bind(
         device=device,
     )
     return call
+
+
+def _variant(num_pairs: int, num_experts: int) -> Any:
+    two = num_pairs > _FEW_PAIRS and num_experts <= 256  # each program holds all experts of its rows
+    return VARIANTS.get("moe_align", schedule="two_launch" if two else "one_launch")
+
+
+def scratch_size(num_pairs: int, num_experts: int) -> int:
+    """int32 elements of scratch that the launches need; of fewer pairs no more."""
+    size: int = _variant(num_pairs, num_experts).scratch_size(num_pairs, num_experts)
+    return size
 
 
 def no_pairs(pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, *rest: object) -> None:
@@ -388,12 +421,13 @@ def _align(
     workspace: torch.Tensor,
 ) -> None:
     plan = _plan(topk_ids, valid_tokens, expert_map, num_experts, local_expert_start, num_tokens_hint, block_m, workspace)
-    num_blocks, _, pairs, blocks, *rest = workspace.split_with_sizes((*plan.splits, workspace.shape[0] - plan.size))
+    parts = workspace.split_with_sizes((*plan.splits, workspace.shape[0] - plan.size))
+    num_blocks, _, pairs, blocks, scratch, _, local, _ = parts
     ids = topk_ids
     if plan.localize is not None:
-        ids = rest[1].view(plan.num_tokens, plan.top_k)
+        ids = local.view(plan.num_tokens, plan.top_k)
         plan.localize(ids, topk_ids, expert_map)
-    plan.fill(pairs, blocks, num_blocks, ids, valid_tokens)
+    plan.fill(pairs, blocks, num_blocks, scratch, ids, valid_tokens)
 
 
 _in_graphs = OP.in_graphs(_align)

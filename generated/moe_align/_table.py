@@ -14,6 +14,7 @@ VARIANTS = Variants(
     ("schedule",),
     {
         ("one_launch",): "one_launch",
+        ("two_launch",): "two_launch",
         ("local_ids",): "local_ids",
     },
 )

@@ -36,6 +36,20 @@ def _local(topk_ids_ptr, pair, num_pairs, NUM_EXPERTS: tl.constexpr, LOCAL_EXPER
     return tl.where(here, expert, LOCAL_EXPERT_START - 1).to(tl.int32) - LOCAL_EXPERT_START
 
 
+@triton.jit
+def _store_blocks(blocks_ptr, block, last_block, expert, first, count, BLOCK_M: tl.constexpr):
+    """The entries of an expert, whose pairs begin at ``first``, from ``block`` on; those behind its pairs have no rows."""
+    b = tl.arange(0, 32)
+    for b0 in tl.range(0, last_block - block, 32):
+        entry = blocks_ptr + 3 * (block + b0 + b)
+        inside = b0 + b < last_block - block
+        row = (b0 + b) * BLOCK_M
+        rows = tl.minimum(tl.maximum(count - row, 0), BLOCK_M)
+        tl.store(entry, expert, mask=inside)
+        tl.store(entry + 1, tl.where(rows > 0, first + row, 0), mask=inside)
+        tl.store(entry + 2, rows, mask=inside)
+
+
 @triton.jit(do_not_specialize=["num_pairs"], do_not_specialize_on_alignment=["valid_tokens_ptr"])
 def moe_align_one_launch_kernel(
     pairs_ptr, blocks_ptr, num_blocks_ptr, topk_ids_ptr, valid_tokens_ptr, num_pairs,
@@ -75,15 +89,7 @@ def moe_align_one_launch_kernel(
         block = first // BLOCK_M + own
         last_block = (first + count) // BLOCK_M + own + 1
     tl.store(num_blocks_ptr, last_block, mask=own == NUM_EXPERTS - 1)
-    b = tl.arange(0, 32)
-    for b0 in tl.range(0, last_block - block, 32):
-        entry = blocks_ptr + 3 * (block + b0 + b)
-        inside = b0 + b < last_block - block
-        row = (b0 + b) * BLOCK_M
-        rows = tl.minimum(tl.maximum(count - row, 0), BLOCK_M)
-        tl.store(entry, own, mask=inside)
-        tl.store(entry + 1, tl.where(rows > 0, first + row, 0), mask=inside)
-        tl.store(entry + 2, rows, mask=inside)
+    _store_blocks(blocks_ptr, block, last_block, own, first, count, BLOCK_M)
 
     of_row = tl.sum(same, 1)
     row_first = first + tl.cumsum(of_row, 0) - of_row
@@ -98,6 +104,11 @@ def moe_align_one_launch_kernel(
 _kernel = runtime.Launcher(moe_align_one_launch_kernel)
 
 
+def scratch_size(num_pairs: int, num_experts: int) -> int:
+    """int32 elements of scratch that a call needs: none."""
+    return 0
+
+
 def bind(
     *, num_pairs: int, top_k: int, num_experts: int, local_expert_start: int, block_m: int, device: torch.device,
 ) -> Callable[..., None]:  # fmt: skip
@@ -106,40 +117,37 @@ def bind(
     chunk = min(4096, max(256, runtime.next_power_of_2(num_tokens * top_k)))
     dense = is_dense(num_tokens, top_k, num_experts)
     size = max(32, runtime.next_power_of_2(num_experts)) if dense else 1
-    align = _kernel.bind(
+    sort = _kernel.bind(
         num_experts, runtime.Options(4 if chunk <= 512 else 8 if chunk < 4096 else 16), TOP_K=top_k, NUM_EXPERTS=num_experts,
         LOCAL_EXPERT_START=local_expert_start, BLOCK_M=block_m, DENSE=dense, SIZE=size, ROWS=chunk // 32,
         PDL=runtime.traits(device).pdl,
     )  # fmt: skip
 
     def call(
-        pairs: torch.Tensor,
-        blocks: torch.Tensor,
-        num_blocks: torch.Tensor,
-        topk_ids: torch.Tensor,
+        pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, scratch: torch.Tensor, topk_ids: torch.Tensor,
         valid_tokens: torch.Tensor | None,
-    ) -> None:
-        align.run(pairs, blocks, num_blocks, topk_ids, valid_tokens, num_pairs)
+    ) -> None:  # fmt: skip
+        sort.run(pairs, blocks, num_blocks, topk_ids, valid_tokens, num_pairs)
 
     return call
 
 
 def moe_align_one_launch(
-    pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, topk_ids: torch.Tensor,
+    pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, scratch: torch.Tensor, topk_ids: torch.Tensor,
     valid_tokens: torch.Tensor | None, *, num_experts: int, local_expert_start: int, block_m: int,
 ) -> None:  # fmt: skip
     """Fill the tables from the routing; ``moe_align`` makes the buffers.
 
-    pairs [>= T * top_k], blocks [max_blocks, 3] and num_blocks [1] int32 are written. topk_ids [T, top_k] int32 or int64
-    are global expert ids; valid_tokens [1] int32, or None: all T tokens.
+    pairs [>= T * top_k], blocks [max_blocks, 3], num_blocks [1] and scratch [>= scratch_size(...)] int32 are written.
+    topk_ids [T, top_k] int32 or int64 are global expert ids; valid_tokens [1] int32, or None: all T tokens.
 
     Raises:
         ValueError: an argument that does not fit; nothing was launched.
     """
     routing = (topk_ids, valid_tokens, num_experts, local_expert_start)
-    check_fill("moe_align_one_launch", pairs, blocks, num_blocks, *routing, block_m)
+    check_fill("moe_align_one_launch", scratch_size, pairs, blocks, num_blocks, scratch, *routing, block_m)
     call = bind(
         num_pairs=topk_ids.numel(), top_k=topk_ids.shape[1], num_experts=num_experts, local_expert_start=local_expert_start,
         block_m=block_m, device=topk_ids.device,
     )  # fmt: skip
-    call(pairs, blocks, num_blocks, topk_ids, valid_tokens)
+    call(pairs, blocks, num_blocks, scratch, topk_ids, valid_tokens)

@@ -24,8 +24,8 @@ from ..moe_align._op import (
     MoeTables,
     check_blocks,
     default_block_m,
+    most_tables,
     no_pairs,
-    table_size,
 )
 from ._table import VARIANTS
 
@@ -178,7 +178,7 @@ RUNS = operands.Bundle(
 
 def run_size(num_tokens: int, top_k: int, num_experts: int) -> int:
     """int32 elements of a workspace for up to ``num_tokens`` tokens, whatever block size is chosen."""
-    return table_size(num_tokens, top_k, num_experts) + RUNS_A_PAIR * num_tokens * top_k
+    return most_tables(num_tokens, top_k, num_experts) + RUNS_A_PAIR * num_tokens * top_k
 
 
 RUNS_A_PAIR = 5  # int32 elements, beside the tables
@@ -197,7 +197,7 @@ _Buffers = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.T
 
 def _split(buffer: torch.Tensor, num_tokens: int, top_k: int, num_experts: int) -> _Buffers:
     """pairs, blocks and num_blocks, then as ``split``, in a workspace."""
-    num_pairs, size = num_tokens * top_k, table_size(num_tokens, top_k, num_experts)
+    num_pairs, size = num_tokens * top_k, most_tables(num_tokens, top_k, num_experts)
     sizes = (1, 3, num_pairs, size - 4 - num_pairs)
     num_blocks, _, pairs, blocks, rest = buffer.split_with_sizes((*sizes, buffer.shape[0] - size))
     return pairs, blocks, num_blocks, *split(rest, num_pairs)

@@ -44,6 +44,20 @@ def _local(topk_ids_ptr, pair, num_pairs, NUM_EXPERTS: tl.constexpr, LOCAL_EXPER
 
 
 @triton.jit
+def _store_blocks(blocks_ptr, block, last_block, expert, first, count, BLOCK_M: tl.constexpr):
+    """The entries of an expert, whose pairs begin at ``first``, from ``block`` on; those behind its pairs have no rows."""
+    b = tl.arange(0, 32)
+    for b0 in tl.range(0, last_block - block, 32):
+        entry = blocks_ptr + 3 * (block + b0 + b)
+        inside = b0 + b < last_block - block
+        row = (b0 + b) * BLOCK_M
+        rows = tl.minimum(tl.maximum(count - row, 0), BLOCK_M)
+        tl.store(entry, expert, mask=inside)
+        tl.store(entry + 1, tl.where(rows > 0, first + row, 0), mask=inside)
+        tl.store(entry + 2, rows, mask=inside)
+
+
+@triton.jit
 def _group(token_lora_mapping_ptr, adapter_enabled_ptr, pair, live, TOP_K: tl.constexpr, MAX_LORAS: tl.constexpr):
     """The adapter of each pair and one; 0: none."""
     adapter = tl.load(token_lora_mapping_ptr + pair // TOP_K, mask=live, other=-1)
@@ -97,15 +111,7 @@ def moe_runs_one_launch_kernel(
         block = first // BLOCK_M + own
         last_block = (first + count) // BLOCK_M + own + 1
     tl.store(num_blocks_ptr, last_block, mask=own == NUM_EXPERTS - 1)
-    b = tl.arange(0, 32)
-    for b0 in tl.range(0, last_block - block, 32):
-        entry = blocks_ptr + 3 * (block + b0 + b)
-        inside = b0 + b < last_block - block
-        row = (b0 + b) * BLOCK_M
-        rows = tl.minimum(tl.maximum(count - row, 0), BLOCK_M)
-        tl.store(entry, own, mask=inside)
-        tl.store(entry + 1, tl.where(rows > 0, first + row, 0), mask=inside)
-        tl.store(entry + 2, rows, mask=inside)
+    _store_blocks(blocks_ptr, block, last_block, own, first, count, BLOCK_M)
 
     of_row = tl.sum(same, 1)
     row_first = first + tl.cumsum(of_row, 0) - of_row

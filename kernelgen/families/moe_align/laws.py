@@ -32,6 +32,14 @@ def any_routing_is_complete(package: ModuleType, variants: Sequence[Variant], de
         assert not found, f"{tokens}, {top_k}, {experts}, {how}: {found[:3]}"
 
 
+def many_pairs(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """Tables of so many pairs that two launches make them, in front of a hint for few."""
+    routed = draw(Experts("mixed", 0, 4100), 4200, 8, 5, random.Random(0), device)
+    tables = _align(package, routed, num_tokens_hint=7)
+    found = _faults(routed.local, tables)
+    assert not found, found[:3]
+
+
 def empty_batch(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """No token: no block."""
     routed = draw(Experts(), 0, 2, 3, random.Random(0), device)
@@ -103,6 +111,7 @@ def graph_replay(package: ModuleType, variants: Sequence[Variant], device: str) 
 
 LAWS = (
     Law(any_routing_is_complete),
+    Law(many_pairs, slow=True),
     Law(empty_batch),
     Law(a_map_of_experts),
     Law(wrong_arguments_are_named),

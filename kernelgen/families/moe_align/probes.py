@@ -14,7 +14,7 @@ from kernelgen.families.probe import QWEN3, Probe, meta
 def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
     """Of batches of each kind of table."""
     top_k, num_experts = QWEN3["top_k"], QWEN3["num_experts"]
-    for num_tokens in (16, 256, 4096):
+    for num_tokens in (16, 256, 4096, 16384):
         ids, valid = meta(num_tokens, top_k), meta(1)
 
         def call(ids: torch.Tensor = ids, valid: torch.Tensor = valid) -> None:
