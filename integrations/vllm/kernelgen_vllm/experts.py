@@ -85,13 +85,13 @@ def apply(
         return
     act = activation_of(activation, self.activation_config)
     assert act is not None
-    here = _here(topk_ids, expert_map)
     some = context.local_token_lora_mapping is not None or context.punica_wrapper.token_mapping_meta.any
     if not some and act["activation"] in _IN_PRODUCT:
-        kg.fused_moe(hidden_states, w1, w2, here, topk_weights, out=output, **act)
+        kg.fused_moe(hidden_states, w1, w2, topk_ids, topk_weights, expert_map=expert_map, out=output, **act)
         return
     x, (num_tokens, top_k), (num_experts, width, inter) = hidden_states, topk_ids.shape, w2.shape
     deltas = Deltas(self, w1, w2, topk_weights, topk_ids, expert_map)
+    here = _here(topk_ids, expert_map)
     tables = kg.moe_align(here, num_experts=num_experts)
     gate_up, h = x.new_empty(num_tokens, top_k, w1.shape[1]), x.new_empty(num_tokens * top_k, inter)
     kg.moe_gemm(gate_up, x, w1, tables, x_rows="token")

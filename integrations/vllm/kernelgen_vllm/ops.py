@@ -24,9 +24,10 @@ def _linear(out: torch.Tensor, x: torch.Tensor, a: Slices, b: Slices, scaling: f
 
 
 def _shrink(y: torch.Tensor, x: torch.Tensor, a: Slices, scaling: float, rows: Rows) -> None:
-    y.zero_()
     if rows.any:
-        kg.lora_shrink(y, x, a, rows.first(x.shape[0]), scaling=scaling)
+        kg.lora_shrink(y, x, a, rows.first(x.shape[0]), scaling=scaling, zero_rest=True)
+    else:
+        y.zero_()
 
 
 def _expand(out: torch.Tensor, y: torch.Tensor, b: Slices, offset: int, add: bool, rows: Rows) -> None:

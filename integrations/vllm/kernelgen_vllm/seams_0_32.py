@@ -69,7 +69,8 @@ def check(wrapper: type) -> None:
 
 def own_wrapper() -> type[PunicaWrapperBase]:
     """The class of the wrapper that vLLM would have."""
-    return resolve_obj_by_qualname(type(current_platform)._kernelgen_own_wrapper())
+    own: type[PunicaWrapperBase] = resolve_obj_by_qualname(type(current_platform)._kernelgen_own_wrapper())
+    return own
 
 
 def to_device(host: Any, device: Any) -> Any:
@@ -102,7 +103,7 @@ def logits_width(layer: Any, model: Any) -> int:
     """Columns of the logits of a ``LogitsProcessorWithLoRA``, with those that pad the vocabulary."""
     if layer.sharded_to_full_mapping is not None:
         return len(layer.sharded_to_full_mapping)
-    return next(head.weight.shape[0] for head in model.modules() if isinstance(head, ParallelLMHead))
+    return int(next(head.weight.shape[0] for head in model.modules() if isinstance(head, ParallelLMHead)))
 
 
 def is_hooked(experts: TritonExperts, num_tokens: int) -> bool:

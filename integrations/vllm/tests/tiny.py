@@ -36,6 +36,10 @@ class Model:
         torch.manual_seed(0)
         self.config = CONFIGS[kind]()
         model = transformers.AutoModelForCausalLM.from_config(self.config).to(dtype)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if name.endswith("mlp.gate.weight"):
+                    weight *= 8  # so that rounding does not choose other experts
         model.save_pretrained(folder / "base")
         self.weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
         self.deltas: dict[str | None, dict[str, torch.Tensor]] = {None: {}}
