@@ -352,21 +352,25 @@ CASES = (
         block_m=128,
     ),
 )
+_FULLY = _only(epilogue="none relu2 swiglu")
+_REST = MappingProxyType({"epilogue": [tag for tag in VOCABULARY["epilogue"] if tag not in _FULLY["epilogue"]]})
 # What exact algebra takes: a part of every tile, two groups of scales on both axes; and tiles of a lower height.
 EXACT = (
     Case(
         "exact",
         "every text",
+        only=_FULLY,
         few=2,
         k=152,
         n=136,
         routing=Experts("mixed", start=1),
         tiles={"block_n": 64, "block_k": 64},
     ),
+    Case("exact_activation", "texts that differ from others in what they end with", only=_REST, few=2, k=152, n=24),
     Case(
         "exact_tail",
         "blocks of few rows in tiles of half the height",
-        only=_only(schedule="tile box", epilogue="none relu2 swiglu"),
+        only=MappingProxyType({**_TILED, **_FULLY}),
         tokens=25,
         top_k=1,
         experts=2,
