@@ -142,6 +142,27 @@ def _moe_lora(b: Batch, fp8: bool = False, assignment: str = "sorted") -> Argume
     return {**given, "topk_weights": b.weights, "add_inputs": True, "mul_routed_weight": True}
 
 
+def _plain(b: Batch) -> Arguments:
+    """The first projection of an expert, pair by pair."""
+    given = {**_moe_lora(b, assignment="naive"), "x": b.normal(b.tokens, b.k), "topk_weights": None}
+    return {**given, "mul_routed_weight": False}
+
+
+def _few(b: Batch, **changed: Any) -> Arguments:
+    """A product of few pairs, which has no tables."""
+    tables = kg.no_tables(b.ids, num_experts=b.experts, valid_tokens=b.valid)
+    given = {"out": b.normal(b.tokens, b.top_k, b.n), "x": b.normal(b.tokens, b.k), "w": b.normal(b.experts, 2 * b.n, b.k)}
+    return {**given, "tables": tables, "x_rows": "token", "out_rows": "pair", "activation": "swiglu", **changed}
+
+
+def _few_shrink(b: Batch) -> Arguments:
+    """Rank vectors of few pairs, likewise."""
+    tables = kg.no_tables(b.ids, num_experts=b.experts, valid_tokens=b.valid)
+    runs = kg.MoeRuns(b.mapping, b.enabled, None, None, b.loras, None)
+    given = {"v": b.normal(1, b.tokens * b.top_k, b.slices, b.rank, dtype=torch.float32), "x": b.normal(b.tokens, b.k)}
+    return {**given, "lora_a": b.factors(b.loras, b.experts)["lora_a"], "tables": tables, "runs": runs, "x_rows": "token"}
+
+
 def _lora(b: Batch, fp8: bool = False) -> Arguments:
     given = b.fp8_factors(b.loras) if fp8 else {**b.factors(b.loras), "a_scale": None, "b_scale": None}
     given["x"], given["x_scale"] = kg.quantize_activations(b.normal(b.tokens, b.k)) if fp8 else (b.normal(b.tokens, b.k), None)
@@ -273,6 +294,22 @@ GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
         "moe_add",
         lambda b: {"out": b.normal(b.tokens, b.top_k, b.n), "delta": b.normal(b.tokens, b.top_k, b.n), "route": b.route("naive")},
     ),
+    "moe_sum adapted": (
+        "moe_sum",
+        lambda b: {**_moe_sum(b), "delta": b.normal(b.tokens, b.top_k, b.n), "route": b.route()},
+    ),
+    "moe_act adapted": (
+        "moe_act",
+        lambda b: {
+            **b.routing,
+            **{"h": b.normal(b.tokens * b.top_k, b.n), "x": b.normal(b.tokens, b.top_k, 2 * b.n), "activation": "swiglu"},
+            **{"delta": b.normal(b.tokens, b.top_k, 2 * b.n), "route": b.route("naive")},
+        },
+    ),
+    "moe_gemm few": ("moe_gemm", _few),
+    "moe_lora plain": ("moe_lora", _plain),
+    "moe_lora engine": ("moe_lora", lambda b: {**_plain(b), "route": kg.MoeRoute.from_tables(**_from_tables(b))}),
+    "moe_shrink few": ("moe_shrink", _few_shrink),
     "moe_sum": ("moe_sum", _moe_sum),
     "moe_quant": ("moe_quant", _moe_quant),
     "moe_align": (

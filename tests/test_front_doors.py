@@ -291,7 +291,9 @@ MISMATCHED: list[tuple[str, Arguments, str]] = [
     ("fused_moe fp8", {"h_scale": torch.ones(1)}, "h_scale"),
     ("moe_route", {"assignment": "naive"}, "block_m"),
     ("quantize_weights", {"group": (16, 16)}, "group"),
+    ("quantize_weights", {"scales": "group", "group": (16,)}, "group"),
     ("quantize_activations", {"scales": "token"}, "group_k"),
+    ("lora_route held", {"block_m": 16}, "block_m"),
     ("moe_route", {"topk_ids": None}, "topk_ids"),
     ("moe_gemm", {"x_rows": "sorted", "out_rows": "token"}, "x_rows"),
 ]
@@ -319,12 +321,20 @@ RELATED: list[tuple[str, Callable[[Arguments], Arguments], str]] = [
     ("moe_lora fp8", lambda good: {"x_scale": good["x_scale"][0]}, "a_scale, b_scale, x_scale: .* with x_scales None or token"),
     ("moe_lora sorted", lambda good: {"route": OpenRoute(*good["route"][:12], "auto", None, None)}, "route: .* OpenRoute.*"),
     ("moe_gemm", lambda good: {"activation": "swiglu"}, "out: .*N = 12 as in w with activation"),
+    ("moe_gemm fp8", lambda good: {"w_scale": good["w_scale"].repeat_interleave(2, 1)[:, ::2]}, "w_scale: .* contiguous behind"),
+    ("moe_sum", lambda good: {"keep_empty": True, "out": None}, "out: got None"),
+    ("moe_gemm adapted", lambda good: {"v": good["v"].float()}, "v: .* make it with moe_shrink"),
+    ("moe_quant", lambda good: {"order": "sorted", "tables": _without_blocks(good["tables"])}, "tables: got none"),
     ("moe_shrink", lambda good: {"v": good["v"][:T].clone()}, "lora_a: .* elements apart, wanted 0, for a v of tokens"),
     ("fused_moe", lambda good: {"workspace": good["workspace"]._replace(num_blocks=good["lora"][5])}, "workspace.num_blocks: "),
     ("fused_moe fp8", lambda good: {"w2_scale": good["w2_scale"][:, 0].clone()}, "w2_scale.*: .* with weight_scales channel"),
     ("fused_moe fp8", lambda good: {"w13_scale": good["w13_scale"][:, 0].clone()}, "w13_scale, x_scale: .*scales channel"),
     ("from_tables", lambda good: {"block_size": 32, "expert_ids": good["expert_ids"].repeat(1, 2)}, "block_size = 32"),
 ]
+
+
+def _without_blocks(tables: kg.MoeTables) -> kg.MoeTables:
+    return kg.no_tables(tables.topk_ids, num_experts=EXPERTS, valid_tokens=tables.valid_tokens)
 
 
 def _one_more(name: str, good: Arguments) -> Arguments:
@@ -368,7 +378,10 @@ def test_overlap_names_what_does_not_fit(device: str) -> None:
 
 def test_shapes_to_warm_up_are_checked(device: str) -> None:
     moe, dense = kg.MoeShape(K, N, 2, RANK, TOP_K, EXPERTS, LORAS), kg.LoraShape(K, (N,), RANK, LORAS)
-    for shape in (None, moe._replace(k=0), moe._replace(dtype=torch.int8), moe._replace(assignments=("best",)),
+    with pytest.raises(ValueError, match=r"^warmup: shapes: got MoeShape, wanted a list"):
+        kg.warmup(moe)
+    layer = kg.FusedMoeShape(K, N, EXPERTS, TOP_K, "swiglu", rank=RANK)
+    for shape in (None, layer, moe._replace(k=0), moe._replace(dtype=torch.int8), moe._replace(assignments=("best",)),
                   dense._replace(widths=()), dense._replace(weight_scales="row"), kg.ShardedMoeShape(dense)):  # fmt: skip
         with pytest.raises(ValueError, match=r"^warmup: shapes\[0\].*: got .*, wanted "):
             kg.warmup([shape])

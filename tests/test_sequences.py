@@ -11,16 +11,21 @@ call by call. ``python -m pytest tests/test_sequences.py --renew`` writes it ane
 
 from __future__ import annotations
 
+import ast
+import collections
 import contextlib
 import dataclasses
+import fnmatch
 import functools
 import hashlib
+import inspect
+import traceback
 from pathlib import Path
 from typing import Any, Iterator, Mapping, NamedTuple
 
 import pytest
 import torch
-from doors import GOOD, Arguments, Door, by_hand, forget
+from doors import GOOD, Arguments, Door, K, by_hand, forget
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import generated as kg
@@ -31,6 +36,7 @@ from kernelgen.compiled.which import BY_SIZES, Answer, Known, which
 from kernelgen.core.diagnostics import Failure
 from kernelgen.emit import build
 from kernelgen.emit.rooms import laboratory, rooms_with
+from kernelgen.prove.testing import Suite
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # Other sizes of the layer; each by itself.
@@ -64,7 +70,10 @@ class Lock:
 
     def compare(self, section: str, calls: Mapping[str, object]) -> None:
         """Raise AssertionError where a section has other calls, or they did something else."""
-        lines = {label: hashlib.sha256(str(found).encode()).hexdigest()[:8] for label, found in calls.items()}
+        lines = {
+            label: f"{hashlib.sha256(str(found).encode()).hexdigest()[:8]} {found.by if isinstance(found, Refused) else '-'}"
+            for label, found in calls.items()
+        }
         if self.renews:
             self._write({**self._sections(), section: lines})
             return
@@ -74,12 +83,16 @@ class Lock:
         hint = "if it is meant: python -m pytest tests/test_sequences.py --renew"
         assert not told, f"{section}: {len(told)} calls are not as in dispatch.lock; {hint}\n" + "\n".join(told[:3])
 
+    def refused(self) -> set[str]:
+        """The checks that refuse a call."""
+        return {line.partition(" ")[2] for section in self._sections().values() for line in section.values()}
+
     def _sections(self) -> dict[str, dict[str, str]]:
         sections: dict[str, dict[str, str]] = {}
         for line in _LOCK.read_text("utf-8").splitlines()[_HEAD.count("\n") :] if _LOCK.exists() else ():
-            digest, _, label = line.strip().partition(" ")
             if line.startswith(" "):
-                sections[list(sections)[-1]][label] = digest
+                digest, by, label = line.strip().split(" ", 2)
+                sections[list(sections)[-1]][label] = f"{digest} {by}"
             elif line:
                 sections[line] = {}
         return sections
@@ -91,7 +104,7 @@ class Lock:
 
 _LOCK = Path(__file__).with_name("dispatch.lock")
 _HEAD = """\
-# What front doors do with the calls of tests/test_sequences.py: a digest of the launches of each, or of the words that refuse it.
+# What front doors do with the calls of tests/test_sequences.py: a digest of launches, or of words and the check that refuses.
 # Calls that do as the usual one are left out. Renewed by: python -m pytest tests/test_sequences.py --renew
 """
 
@@ -116,7 +129,7 @@ def done(asked: Asked, log: list[Any]) -> Any:
         result = door.function(**given)
     except ValueError as error:
         assert not log, f"{error}: launched all the same"
-        return str(error)
+        return Refused(where(error), str(error))
     places = {}
     for name, value in given.items():
         for place, tensor in _tensors(name, value):
@@ -131,8 +144,50 @@ class Done(NamedTuple):
     result: Any
 
     def __str__(self) -> str:
-        lines = [f"{of} x {grid}: {_line(given)}; {_line(fixed)}; {options}" for of, grid, given, fixed, options in self.launches]
+        lines = [f"{of} x {grid}: {'; '.join(map(_line, named))}" for of, grid, *named in self.launches]
         return "\n".join([*lines, f"returns {self.result}"] if self.result is not None else lines)
+
+
+class Refused(NamedTuple):
+    """Why a call is refused; ``by``: the check that refuses it."""
+
+    by: str
+    words: str
+
+    def __str__(self) -> str:
+        return self.words
+
+
+def where(error: ValueError) -> str:
+    """The check that an error is of."""
+    frames = traceback.extract_tb(error.__traceback__)
+    at = frames[-2] if frames[-1].name == "fail" else frames[-1]
+    module = Path(at.filename).relative_to(PACKAGE).as_posix()
+    return next(name for name, lines in checks()[module].items() if at.lineno in lines)
+
+
+PACKAGE = Path(kg.__file__).parent
+
+
+@functools.cache
+def checks() -> dict[str, dict[str, range]]:
+    """By module of host code, every call that refuses: its name, the function and the how manieth there, and its lines."""
+    found: dict[str, dict[str, range]] = {}
+    for path in [*PACKAGE.glob("_*.py"), *PACKAGE.glob("*/_*.py")]:
+        module = path.relative_to(PACKAGE).as_posix()
+        functions = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.FunctionDef)]
+        inside = {call.lineno: (f.name, call) for f in functions for call in ast.walk(f) if _refuses(call)}
+        number: collections.Counter[str] = collections.Counter()
+        found[module] = {}
+        for line, (function, call) in sorted(inside.items()):
+            number[function] += 1
+            name = f"{module.removesuffix('.py')}.{function}{'' if number[function] == 1 else -number[function]}"
+            found[module][name] = range(line, (call.end_lineno or line) + 1)
+    return found
+
+
+def _refuses(call: ast.AST) -> bool:
+    return isinstance(call, ast.Call) and ast.unparse(call.func) in ("fail", "runtime.fail")
 
 
 def _launch(call: tuple[Any, ...], places: dict[int, str]) -> tuple[Any, ...]:
@@ -142,7 +197,8 @@ def _launch(call: tuple[Any, ...], places: dict[int, str]) -> tuple[Any, ...]:
     own = [name for name in code.co_varnames[: code.co_argcount] if name not in launcher.constants]
     operands = {name: _said(value, places) for name, value in zip(own, given, strict=True)}
     constants = dict(zip(launcher.constants, fixed, strict=True))
-    return launcher.kernel.fn.__name__, grid, operands, constants, tuple(options)
+    chosen = {name: value for name, value in options._asdict().items() if value != options._field_defaults.get(name)}
+    return launcher.kernel.fn.__name__, grid, operands, constants, chosen
 
 
 def _line(named: dict[str, Any]) -> str:
@@ -187,7 +243,10 @@ def changes(door: Door) -> Iterator[tuple[str, Arguments]]:
     """(what is another, the arguments) of calls that differ from a good one in one thing."""
     for operand in door.operands:
         for label, value in _others(operand, door.good[operand.name]):
+            if not door.op.launches and isinstance(operand, Int) and value == operand.high:
+                continue  # more memory than there is
             yield f"{operand.name}: {label}", {**door.good, operand.name: value}
+    yield from _without_scales(door)
     for name, dtype in ((name, dtype) for name, dtypes in door.op.dtypes.items() for dtype in dtypes):
         cast = {o.name: _cast(o, door.good[o.name], name, dtype) for o in door.operands if isinstance(o, (Tensor, Bundle))}
         yield f"{name}: {dtype}", {**door.good, **cast}
@@ -198,7 +257,7 @@ def _others(operand: operands.Operand, good: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(operand, Flag):
         yield f"{not good}", not good
     elif isinstance(operand, Int):
-        near = operand.one_of or ([None] if good is None else [good - 1, good + 1, good + 16, 0, 1])
+        near = operand.one_of or ([operand.low + 1] if good is None else [good - 1, good + 1, good + 16, 0, 1, operand.high])
         values = dict.fromkeys(value for value in near if value is None or operand.low <= value <= operand.high)
         values |= {None: None} if operand.optional else {}
         yield from ((f"{value}", value) for value in values if value != good)
@@ -210,6 +269,8 @@ def _others(operand: operands.Operand, good: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(operand, Bundle) and good is not None:
         yield from [("none", None)] if operand.optional else []
         yield "one like it", by_hand(good)
+        known = [part.name for part in operand.parts_of(good)]
+        yield from ((f"{field}: none", by_hand(good, **{field: None})) for field in good._fields if field not in known)
         for part in operand.parts_of(good):
             for label, value in _others(part, getattr(good, part.name)):
                 yield f"{part.name}: {label}", by_hand(good, **{part.name: value})
@@ -228,6 +289,15 @@ def _others(operand: operands.Operand, good: Any) -> Iterator[tuple[str, Any]]:
                 yield f"{i}: {label}", [*good[:i], tensor, *good[i + 1 :]]
         for alike in zip(*(_other_tensors(operand, old) for old in good), strict=True):
             yield f"all: {alike[0][0]}", [tensor for _, tensor in alike]
+
+
+def _without_scales(door: Door) -> Iterator[tuple[str, Arguments]]:
+    """Of FP8 operands one by one, each in 16 bits and without its scales."""
+    for operand in door.operands:
+        scale, good = getattr(operand, "scaled_by", ""), door.good[operand.name]
+        if scale in door.good and door.good[scale] is not None:
+            plain = [tensor.bfloat16() for tensor in good] if operand.slices else good.bfloat16()
+            yield f"{operand.name}: in 16 bits", {**door.good, operand.name: plain, scale: None}
 
 
 def _cast(operand: Tensor | Bundle, good: Any, name: str, dtype: torch.dtype) -> Any:
@@ -254,8 +324,15 @@ def _other_tensors(operand: Tensor, good: torch.Tensor) -> Iterator[tuple[str, t
         return
     buffer = torch.zeros(good.numel() + 1, dtype=good.dtype, device=good.device)
     yield "from an odd address", buffer[1:].view(good.shape)
-    if good.dim() > 0:
-        yield "with one more", torch.cat((good, good[:1]))
+    if good.dim() == 2 and good.itemsize > 1:
+        yield "sparse", good.to_sparse()
+    if len(operand.forms) > 1 and good.dim() > 1:
+        yield "flat", good.flatten()
+        yield "flat, but for one", good.flatten()[:-1]
+    if operand.written and good.shape[0] > 2:
+        yield "short", good[:2].clone()
+    for d in range(good.dim()):
+        yield f"with one more in dimension {d}", torch.cat((good, good.narrow(d, 0, 1)), d)
     for d in range(1, good.dim()):
         wide = torch.zeros((*good.shape[:d], good.shape[d] + 8, *good.shape[d + 1 :]), dtype=good.dtype, device=good.device)
         yield f"with more room in dimension {d}", wide.narrow(d, 0, good.shape[d])
@@ -305,23 +382,115 @@ def test_a_call_does_what_it_does_alone(name: str, device: str, log: list[Any], 
 
 @pytest.mark.parametrize("name", GOOD)
 def test_a_call_asks_the_device_that_it_is_on(
-    name: str, device: str, log: list[Any], monkeypatch: pytest.MonkeyPatch
+    name: str, device: str, log: list[Any], lock: Lock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of two devices of other traits, the second has tensors without memory; each has the tiles that it has alone."""
     traits = runtime.traits(torch.device(device))
     small = {"num_sms": 20, "shared_memory": 65536, "pdl": not traits.pdl, "full_warps": 4, "warp_sums": 2048, "max_stages": 2}
-    small |= {"mixed_pointers": False, "target": "small", "label": "small"}
+    small |= {"mixed_pointers": False, "target": "small", "label": "small", "e4m3": True}
     monkeypatch.setattr(runtime, "traits", lambda of: traits._replace(**small) if of.type == "meta" else traits)
     door = Door.of(name, device)
-    two = [(door, _on(door.good, where)) for where in (device, "meta")]
+    usual, other = ((door, _on(door.good, where)) for where in (device, "meta"))
+    calls = {"on a device without memory, where nothing runs": done(other, log)}
     with runtime.compile_only():
         alone = []
-        for asked in two:
+        for asked in (usual, other):
             forget()
             alone.append(done(asked, log))
         forget()
         for i in (0, 0, 1, 1, 0, 1):
-            assert done(two[i], log) == alone[i], ("the usual device", "another device")[i]
+            assert done((usual, other)[i], log) == alone[i], ("the usual device", "another device")[i]
+        calls["on another device"] = alone[1]
+        for label, given in _far_apart(door, other[1]):
+            forget()
+            calls[label] = done((door, given), log)
+        small["e4m3"] = False
+        forget()
+        calls["on a device without e4m3"] = done(other, log)
+    lock.compare(f"{name} elsewhere", calls)
+
+
+def _far_apart(door: Door, given: Arguments) -> Iterator[tuple[str, Arguments]]:
+    """Operands of which two rows, or matrices, are 2^31 elements apart."""
+    for operand in door.operands:
+        good = given[operand.name]
+        slices = good if isinstance(operand, Tensor) and operand.slices and good else [good]
+        if isinstance(operand, Tensor) and isinstance(slices[0], torch.Tensor):
+            for d in range(slices[0].dim() - 1):
+                far = [torch.empty_strided(t.shape, _strides(t, d), dtype=t.dtype, device="meta") for t in slices]
+                yield f"{operand.name}: far apart in dimension {d}", {**given, operand.name: far if operand.slices else far[0]}
+
+
+def _strides(tensor: torch.Tensor, d: int) -> list[int]:
+    return [2**31 if i == d else stride if i > d else 2**32 for i, stride in enumerate(tensor.stride())]
+
+
+@pytest.mark.parametrize("family", sorted({op for op, _ in GOOD.values()} & set(rooms_with("cases"))))
+def test_a_launcher_is_offered_what_others_take(family: str, device: str, log: list[Any], lock: Lock) -> None:
+    """Launchers of variants, each tag of an axis once, with the good calls of the family's front door."""
+    calls: dict[str, object] = {}
+    met: set[tuple[str, str]] = set()
+    for variant in Suite.of("generated", spec_of(family)).variants:
+        if met.issuperset(variant.tags.items()):
+            continue
+        met |= variant.tags.items()
+        launcher = variant.launcher(kg)
+        known = inspect.signature(launcher).parameters
+        for name in (name for name, (op, _) in GOOD.items() if op == family and name not in kg.variants()):
+            for size, value in (("k", K), ("rank", 130), ("k", 33)):
+                door = Door.of(name, device, **{size: value})
+                offered = {of: value for of, value in door.good.items() if of in known}
+                if any(of not in offered and parameter.default is parameter.empty for of, parameter in known.items()):
+                    continue
+                door = dataclasses.replace(door, function=launcher, good=offered)
+                free = {o.name for o in door.op.operands if getattr(o, "is_optional", False) or getattr(o, "optional", False)}
+                optional = [of for of, value in offered.items() if value is not None and of in free]
+                for without in ("", *optional):
+                    forget()
+                    given = {**offered, **({without: None} if without else {})}
+                    label = f"{variant}: {name}, {size} {value}{f', without {without}' if without else ''}"
+                    calls[label] = done((door, given), log)
+    lock.compare(f"launchers of {family}", calls)
+
+
+# Checks that refuse what no call here is: where they are tested. What is behind a star may be several.
+_DOORS, _LAWS = "tests/test_front_doors.py", "laws of the families"
+_TILES = "launchers of box and warp_specialised, of operands that the front door gives to others"
+_LARGE = "of 2^31 elements, which none here has"
+_BEFORE, _GRAPH = "another check refuses such calls before", "in graphs of torch.compile"
+ELSEWHERE = {
+    "_fused_moe._check_scales-2": _DOORS,
+    "_fused_moe_shape.check": _DOORS,
+    "_live.check_delta-2": _BEFORE,
+    "_lora.lora_route*": _DOORS,
+    "_operands._check_apart": _DOORS,
+    "_operands._check_places-2": _DOORS,
+    "_operands.admit*": _DOORS,
+    "_overlap.overlap*": _DOORS,
+    "_quantize.quantize_weights*": _DOORS,
+    "_runtime.check_tile": _LAWS,
+    "_runtime.given": _DOORS,
+    "_scales.factor_scale_strides*": _BEFORE,
+    "_sharded_moe_shape.check": _DOORS,
+    "_warmup.warmup*": _DOORS,
+    "moe_gemm/_problem._check_delta-2": _DOORS,
+    "moe_gemm/_problem._check_w_scale": _DOORS,
+    "moe_gemm/_problem.problem_of*": _TILES,
+    "moe_lora/_problem.check": _LARGE,
+    "moe_lora_expand/_problem.check-3": _LARGE,
+    "moe_quant/_problem.check*": _DOORS,
+    "moe_shrink/_problem.check-3": _BEFORE,
+    "moe_sum/_op.bind": _DOORS,
+    "moe_route/_held.held_route": _GRAPH,
+}
+
+
+def test_every_check_refuses_a_call(lock: Lock) -> None:
+    known = {name for of_module in checks().values() for name in of_module}
+    missing = known - lock.refused()
+    left = {name for name in missing if not any(fnmatch.fnmatchcase(name, pattern) for pattern in ELSEWHERE)}
+    assert not left, f"no call is refused by {sorted(left)}"
+    assert all(fnmatch.filter(missing, pattern) for pattern in ELSEWHERE)
 
 
 def _on(value: Any, device: str) -> Any:
@@ -337,23 +506,31 @@ def _on(value: Any, device: str) -> Any:
 
 
 ROOT = Path(__file__).parent.parent
+LARGEST = ({"n": 2**30, "rank": 1, "slices": 2}, {"num_tokens": 2**24})
 TOKENS = (1, 3, 16, 100, 600, 5000)
 
 
 def of_a_model(family: str) -> Iterator[tuple[str, Answer]]:
     """(the case, the call) of a model's sizes, as ``kernelgen which`` makes it: each tag once, for few tokens and for many."""
-    package = shipped()
-    spec = next(found for found in package.families if found.name == family)
+    spec = spec_of(family)
     axes = [axis.name for axis in spec.axes if axis.name not in BY_SIZES]
     met: set[tuple[str, str]] = set()
     for variant in spec.variants:
         tags = {axis: str(getattr(variant, axis)) for axis in axes}
         if not met.issuperset(tags.items()) or not axes:
             met |= tags.items()
-            for tokens in TOKENS if "num_tokens" in Known.of(spec).sizes else (0,):
-                case = {**tags, **({"num_tokens": str(tokens)} if tokens else {})}
+            sizes = Known.of(spec).sizes
+            given = [{"num_tokens": tokens} for tokens in TOKENS if "num_tokens" in sizes] or [{}]
+            given += [{size: 2**30} for size in sizes if size != "slices"] if len(met) == len(axes) else []
+            given += [some for some in LARGEST if some.keys() <= sizes.keys()] if len(met) == len(axes) else []
+            for case in ({**tags, **{size: str(value) for size, value in some.items()}} for some in given):
+                label = " ".join([*tags.values(), *(f"{size}={case[size]}" for size in case.keys() - tags.keys())])
                 with contextlib.suppress(Failure):  # no call has these tags together
-                    yield " ".join(case.values()), which(package, family, case)
+                    yield label, which(shipped(), family, case)
+
+
+def spec_of(family: str) -> Any:
+    return next(found for found in shipped().families if found.name == family)
 
 
 @functools.cache
@@ -371,5 +548,5 @@ def test_a_model_gets_what_it_got(family: str, lock: Lock, log: list[Any]) -> No
                 laboratory(family, "call").call(kg, answer)
                 calls[label] = Done([_launch(call, {}) for call in log], choices)
             except ValueError as error:
-                calls[label] = str(error)
+                calls[label] = Refused(where(error), str(error))
     lock.compare(f"{family} of a model", calls)
