@@ -12,18 +12,6 @@ from __future__ import annotations
 
 from ._fused_moe import FusedMoeLora, FusedMoeWorkspace, fused_moe, fused_moe_workspace
 from ._fused_moe_shape import FusedMoeShape
-from ._gluon import (
-    arrive_copied,
-    box,
-    copy_box,
-    copy_rows,
-    fence_async_shared,
-    gl,
-    gluon,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
 from ._launches import launches
 from ._lora import HeldRoute, lora, lora_route, lora_workspace
 from ._lora_shape import LoraShape
@@ -70,15 +58,8 @@ __all__ = [
     "PairRoute",
     "ShardedMoeShape",
     "TableRoute",
-    "arrive_copied",
-    "box",
-    "copy_box",
-    "copy_rows",
-    "fence_async_shared",
     "fused_moe",
     "fused_moe_workspace",
-    "gl",
-    "gluon",
     "launches",
     "local_ids",
     "lora",
@@ -86,7 +67,6 @@ __all__ = [
     "lora_route",
     "lora_shrink",
     "lora_workspace",
-    "mbarrier",
     "moe_act",
     "moe_add",
     "moe_align",
@@ -106,8 +86,6 @@ __all__ = [
     "quantize_weights",
     "variants",
     "warmup",
-    "warpgroup_mma",
-    "warpgroup_mma_wait",
 ]
 
 

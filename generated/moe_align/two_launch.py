@@ -104,7 +104,6 @@ def moe_align_two_launch_place(
     place += (ends - total + before)[None, :]
 
     tl.store(num_blocks_ptr, tl.sum(blocks), mask=chunk == 0)
-    b = tl.arange(0, 32)
     for own in tl.range(chunk, NUM_EXPERTS, num_chunks):
         of_own = expert == own
         count = tl.sum(tl.where(of_own, total, 0))

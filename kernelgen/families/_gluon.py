@@ -10,32 +10,18 @@ from typing import Any
 
 import torch
 from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-__all__ = [
-    "arrive_copied",
-    "box",
-    "copy_box",
-    "copy_rows",
-    "fence_async_shared",
-    "gl",
-    "gluon",
-    "mbarrier",
-    "warpgroup_mma",
-    "warpgroup_mma_wait",
-]
+# The package would offer, and so import, what an __all__ here names.
+gl = gluon.language
+mbarrier = hopper.mbarrier
+fence_async_shared = hopper.fence_async_shared
+warpgroup_mma, warpgroup_mma_wait = hopper.warpgroup_mma, hopper.warpgroup_mma_wait
 
 # Triton 3.6 and later releases.
-copy_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+copy_box = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared
 copy_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 arrive_copied = async_copy.mbarrier_arrive
 
