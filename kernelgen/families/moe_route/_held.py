@@ -8,7 +8,16 @@ import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
-from ._op import BLOCK_MS, INT32, WORKSPACE, MoeRoute, MoeWorkspace, OpenRows, first_blocks, most_blocks
+from ._op import (
+    BLOCK_MS,
+    INT32,
+    WORKSPACE,
+    MoeRoute,
+    MoeWorkspace,
+    OpenRows,
+    first_blocks,
+    most_blocks,
+)
 from ._table import VARIANTS
 
 _CAPACITY = operands.Int("capacity", 1, size="capacity")
