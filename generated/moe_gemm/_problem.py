@@ -484,9 +484,12 @@ def plan(problem: Problem, boxes: bool, there: Callable[[str], bool]) -> tuple[s
     The number of tokens counts as the next power of two, so that the compile keys of a model are a short list.
     """
     s, device = _shape(problem), runtime.traits(problem.device)
-    tokens = min(s.tokens, 4096)  # the largest that is measured; more tokens are more of the same blocks
+    tokens = min(s.tokens, 4096)  # more tokens are more of the same blocks
     rows = (s.block_m, s.k, s.n, s.slices, problem.rows.startswith("token"), s.sums, problem.rank)
     key = Key(tokens, problem.top_k, problem.num_experts, *rows, s.weight_scales, s.x_scales)
+    far = key._replace(num_tokens=16384)  # where so many have been measured too
+    if s.tokens >= far.num_tokens and runtime.measured(TUNED, far, device):
+        key = far
     own = _schedule(problem, boxes and there("box"))
 
     def rule(schedule: str | None) -> tuple[str, Config]:
