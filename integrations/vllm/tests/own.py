@@ -10,6 +10,7 @@ import importlib.util
 import os
 import sys
 import types
+from typing import Any
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -18,12 +19,15 @@ def pytest_configure() -> None:
     if importlib.util.find_spec("ray") is None:  # which their fixtures shut down
         sys.modules["ray"] = types.SimpleNamespace(shutdown=lambda: None)  # type: ignore[assignment]
     import torch
-    from vllm.lora.punica_wrapper import punica_cpu
     from vllm.model_executor.layers.linear import LinearBase
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    from kernelgen_vllm.punica import PunicaWrapper
-
-    punica_cpu.PunicaWrapperCPU = PunicaWrapper
     LinearBase.cpu_linear = staticmethod(torch.nn.functional.linear)
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    from vllm.lora.punica_wrapper import PunicaWrapperBase
+
+    for module in {item.module for item in items if hasattr(item.module, "check_punica_wrapper")}:
+        module.check_punica_wrapper = lambda wrapper: isinstance(wrapper, PunicaWrapperBase)

@@ -48,6 +48,10 @@ class Engine:
         params = vllm.SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=VOCAB, ignore_eos=True, detokenize=False)
         self.engine.add_request(label, {"prompt_token_ids": prompt}, params, lora_request=self.request(name))
 
+    def step(self) -> dict[str, Any]:
+        """The requests that a step finished, by label."""
+        return {output.request_id: output for output in self.engine.step() if output.finished}
+
     def preempted(self) -> int:
         """Requests that wait to be computed again."""
         waiting = self.engine.engine_core.engine_core.scheduler.requests.values()
@@ -136,7 +140,7 @@ def test_serves(kind: str, traced: bool, tmp_path: Path, monkeypatch: pytest.Mon
         for i, name in enumerate((*"aba", None, *"cab", None)):
             ask(name, (5, 30, 29, 31)[i % 4])
         for step in range(200):
-            finished |= {output.request_id: output for output in engine.step()}
+            finished |= engine.step()
             preempted += engine.preempted()
             if step == 3:
                 ask("d", 9)
@@ -172,7 +176,7 @@ def test_serves_on_two_ranks(kind: str, options: dict[str, Any], tmp_path: Path)
         engine.add(label, prompt(int(label), 4 + 5 * int(label)), name, max_tokens=4)
     finished: dict[str, Any] = {}
     while engine.engine.has_unfinished_requests():
-        finished |= {output.request_id: output for output in engine.step()}
+        finished |= engine.step()
     for label, name in names.items():
         check(model, name, finished[label])
     engine.llm.llm_engine.engine_core.shutdown()
