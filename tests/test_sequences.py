@@ -380,6 +380,7 @@ def test_a_call_does_what_it_does_alone(name: str, device: str, log: list[Any], 
     lock.compare(name, {"usual": alone, **{label: other for label, _, other in others if other != alone}})
 
 
+@pytest.mark.slow(keep=12)
 @pytest.mark.parametrize("name", GOOD)
 def test_a_call_asks_the_device_that_it_is_on(
     name: str, device: str, log: list[Any], lock: Lock, monkeypatch: pytest.MonkeyPatch
@@ -425,6 +426,7 @@ def _strides(tensor: torch.Tensor, d: int) -> list[int]:
     return [2**31 if i == d else stride if i > d else 2**32 for i, stride in enumerate(tensor.stride())]
 
 
+@pytest.mark.slow(keep=3)
 @pytest.mark.parametrize("family", sorted({op for op, _ in GOOD.values()} & set(rooms_with("cases"))))
 def test_a_launcher_is_offered_what_others_take(family: str, device: str, log: list[Any], lock: Lock) -> None:
     """Launchers of variants, each tag of an axis once, with the good calls of the family's front door."""
@@ -538,6 +540,7 @@ def shipped() -> Any:
     return build.package(ROOT / "specs")
 
 
+@pytest.mark.slow(keep=8)
 @pytest.mark.parametrize("family", sorted(rooms_with("call")))
 def test_a_model_gets_what_it_got(family: str, lock: Lock, log: list[Any]) -> None:
     calls: dict[str, object] = {}
