@@ -45,6 +45,11 @@ class Batch:
         self.routing["num_tokens_hint"] = max(self.tokens, 1)
         self.routing["valid_tokens"] = self.valid
 
+    @property
+    def of_adapters(self) -> Arguments:
+        ranks, scalings = self.some(self.loras, 1, self.rank, 5), self.weights.new_ones(self.loras)
+        return {"lora_ranks": ranks, "scalings": scalings, "packed": False}
+
     def ints(self, *values: int) -> torch.Tensor:
         return torch.tensor(values, dtype=INT32, device=self.device)
 
@@ -168,7 +173,7 @@ def _lora(b: Batch, fp8: bool = False) -> Arguments:
     given["x"], given["x_scale"] = kg.quantize_activations(b.normal(b.tokens, b.k)) if fp8 else (b.normal(b.tokens, b.k), None)
     given |= {"out": b.normal(b.tokens, b.slices * b.n + 1), "route": b.dense_route()}
     given["y"] = b.normal(b.slices, b.tokens, b.rank, dtype=torch.float32)
-    return {**given, "scaling": 0.5, "offset_start": 1, "add_inputs": True, "zero_rest": False}
+    return {**given, "scaling": 0.5, "offset_start": 1, "add_inputs": True, "zero_rest": False, **b.of_adapters}
 
 
 def _placed(b: Batch) -> Arguments:

@@ -58,9 +58,12 @@ def test_opcheck(device: str) -> None:
     torch.library.opcheck(OPS.lora_route_refill.default, (tables, layer.mapping, None, layer.held.capacity, LORAS))
     route = kg.lora_route(layer.mapping, max_loras=LORAS)
     y = torch.zeros((2, TOKENS, RANK), device=device)
-    torch.library.opcheck(OPS.lora_shrink.default, (y, layer.x, layer.a, *ROUTE.flat(route), 0.5, True, None, None))
+    of_adapters = (torch.tensor([3, RANK], dtype=torch.int32, device=device), torch.rand(LORAS, device=device), False)
+    shrink = (y, layer.x, layer.a, *ROUTE.flat(route), 0.5, True, None, None, *of_adapters)
+    torch.library.opcheck(OPS.lora_shrink.default, shrink)
     torch.library.opcheck(OPS.lora_expand.default, (layer.out, y, layer.b, *ROUTE.flat(route), 1.0, 0, None, 1, True, None))
-    whole = (layer.out, layer.x, layer.a, layer.b, *ROUTE.flat(route), 0.5, 0, [8, 0], 1, True, None, None, None)
+    flags = (0.5, 0, [8, 0], 1, True, None, None, None)
+    whole = (layer.out, layer.x, layer.a, layer.b, *ROUTE.flat(route), *flags, *of_adapters)
     torch.library.opcheck(OPS.lora.default, whole)
 
 

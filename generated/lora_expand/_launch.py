@@ -25,7 +25,7 @@ class LoraExpand:
     def __init__(self, product: Any) -> None:
         self.name = runtime.variant_of(product)
         self.facts = VARIANTS.of(self.name)
-        operands = "out_ptr y_ptr b_ptrs b_scale_ptrs scaling num_tokens tokens_ptr blocks_ptr num_blocks_ptr"
+        operands = "out_ptr y_ptr b_ptrs b_scale_ptrs scaling num_tokens tokens_ptr blocks_ptr num_blocks_ptr scalings_ptr"
         self._product = runtime.Launcher(product, operands)
 
     def launch(
@@ -97,8 +97,15 @@ class LoraExpand:
         num_tokens = problem.num_tokens
 
         def call(
-            out: Tensor, y: Tensor, lora_b: Tensors, route: SortedRoute, scaling: float, b_scale: Tensors | None
+            out: Tensor,
+            y: Tensor,
+            lora_b: Tensors,
+            route: SortedRoute,
+            scaling: float,
+            b_scale: Tensors | None,
+            scalings: Tensor | None = None,
         ) -> None:
-            launch.run(out, y, lora_b, b_scale, scaling, num_tokens, route.pairs, route.blocks, route.num_blocks)
+            tables = (route.pairs, route.blocks, route.num_blocks)
+            launch.run(out, y, lora_b, b_scale, scaling, num_tokens, *tables, scalings)
 
         return call

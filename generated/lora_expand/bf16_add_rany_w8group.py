@@ -31,10 +31,11 @@ from ._problem import Config
 
 
 @triton.jit(
-    do_not_specialize=["scaling", "num_tokens"], do_not_specialize_on_alignment=["tokens_ptr", "blocks_ptr", "num_blocks_ptr"]
+    do_not_specialize=["scaling", "num_tokens"],
+    do_not_specialize_on_alignment=["tokens_ptr", "blocks_ptr", "num_blocks_ptr", "scalings_ptr"],
 )
 def lora_expand_bf16_add_rany_w8group_product(
-    out_ptr, y_ptr, b_ptrs, b_scale_ptrs, scaling, num_tokens, tokens_ptr, blocks_ptr, num_blocks_ptr,
+    out_ptr, y_ptr, b_ptrs, b_scale_ptrs, scaling, num_tokens, tokens_ptr, blocks_ptr, num_blocks_ptr, scalings_ptr,
     WIDTHS: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_STRIDE: tl.constexpr, SPANS: tl.constexpr, EVEN: tl.constexpr,
     RANK: tl.constexpr, OUT_STRIDE: tl.constexpr, B_STRIDES_L: tl.constexpr, B_STRIDE_N: tl.constexpr,
     B_SCALE_STRIDES_L: tl.constexpr, PARTS: tl.constexpr, QUARTER: tl.constexpr, BLOCK_M: tl.constexpr, SHARES: tl.constexpr,
@@ -106,6 +107,8 @@ def lora_expand_bf16_add_rany_w8group_product(
                 ),
             )
 
+    if PARTS > 1 and scalings_ptr is not None:
+        scaling *= tl.load(scalings_ptr + adapter)
     if PDL:
         gdc_wait()
     v_chunks: tl.tuple = ()  # held, so that the loop below loads each tile of B once and nothing else twice

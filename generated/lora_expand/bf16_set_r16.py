@@ -29,10 +29,11 @@ from ._problem import Config
 
 
 @triton.jit(
-    do_not_specialize=["scaling", "num_tokens"], do_not_specialize_on_alignment=["tokens_ptr", "blocks_ptr", "num_blocks_ptr"]
+    do_not_specialize=["scaling", "num_tokens"],
+    do_not_specialize_on_alignment=["tokens_ptr", "blocks_ptr", "num_blocks_ptr", "scalings_ptr"],
 )
 def lora_expand_bf16_set_r16_product(
-    out_ptr, y_ptr, b_ptrs, scaling, num_tokens, tokens_ptr, blocks_ptr, num_blocks_ptr,
+    out_ptr, y_ptr, b_ptrs, scaling, num_tokens, tokens_ptr, blocks_ptr, num_blocks_ptr, scalings_ptr,
     WIDTHS: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_STRIDE: tl.constexpr, SPANS: tl.constexpr, EVEN: tl.constexpr,
     RANK: tl.constexpr, OUT_STRIDE: tl.constexpr, B_STRIDES_L: tl.constexpr, B_STRIDE_N: tl.constexpr, PARTS: tl.constexpr,
     QUARTER: tl.constexpr, BLOCK_M: tl.constexpr, SHARES: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
@@ -79,6 +80,8 @@ def lora_expand_bf16_set_r16_product(
             b_mask = (n < width)[:, None] & (r < RANK)[None, :]
             b = tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]), mask=b_mask, other=0.0, eviction_policy=WEIGHTS)
 
+    if PARTS > 1 and scalings_ptr is not None:
+        scaling *= tl.load(scalings_ptr + adapter)
     if PDL:
         gdc_wait()
     v_mask = live[:, None] if RANK == BLOCK_R else live[:, None] & (r < RANK)[None, :]

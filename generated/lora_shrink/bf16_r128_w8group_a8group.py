@@ -33,10 +33,18 @@ from ._problem import Config
 
 @triton.jit(
     do_not_specialize=["scaling", "num_tokens", "x_scale_next"],
-    do_not_specialize_on_alignment=["x_scale_ptr", "tokens_ptr", "blocks_ptr", "num_blocks_ptr"],
+    do_not_specialize_on_alignment=[
+        "x_scale_ptr",
+        "tokens_ptr",
+        "blocks_ptr",
+        "num_blocks_ptr",
+        "lora_ranks_ptr",
+        "scalings_ptr",
+    ],
 )
 def lora_shrink_bf16_r128_w8group_a8group_product(
     y_ptr, x_ptr, a_ptrs, a_scale_ptrs, scaling, num_tokens, x_scale_ptr, x_scale_next, tokens_ptr, blocks_ptr, num_blocks_ptr,
+    lora_ranks_ptr, scalings_ptr,
     K: tl.constexpr, RANK: tl.constexpr, X_STRIDE: tl.constexpr, A_STRIDE_L: tl.constexpr, A_STRIDE_R: tl.constexpr,
     A_SCALE_STRIDE_L: tl.constexpr, X_SCALE_STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, SHARES: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK_K: tl.constexpr, QUARTER_K: tl.constexpr, PART_K: tl.constexpr,
@@ -69,6 +77,9 @@ def lora_shrink_bf16_r128_w8group_a8group_product(
     # line of memory that all programs ask for.
     r = tile * BLOCK_R + tl.arange(0, BLOCK_R)
     a_row = r % RANK
+    if lora_ranks_ptr is not None:
+        rank = tl.minimum(tl.maximum(tl.load(lora_ranks_ptr + adapter), 0), RANK)
+        a_row = r % tl.maximum(rank, 1)  # what lies behind may be of an older adapter
     k = tl.arange(0, BLOCK_K)
     tl.static_assert(CHUNK_K % BLOCK_K == 0, "a tile lies in one chunk")
     tl.static_assert(128 % BLOCK_K == 0, "a tile lies in one group")
@@ -134,20 +145,26 @@ def lora_shrink_bf16_r128_w8group_a8group_product(
             slices = [(s[0], s[1], zeros, s[3] + s[2], s[4]) for s in slices]
 
     scale = scaling if PARTS == 1 else 1.0  # parts are scaled where they are added up
+    if PARTS == 1 and scalings_ptr is not None:
+        scale *= tl.load(scalings_ptr + adapter)
     kept = live[:, None] if RANK % BLOCK_R == 0 else live[:, None] & (r < RANK)[None, :]
     row = (part * len(a_ptrs) + group * TOGETHER).to(tl.int64) * num_tokens + token
     y_rows = y_ptr + row[:, None] * RANK + r[None, :]
     next_slice = num_tokens.to(tl.int64) * RANK
     for i in tl.static_range(TOGETHER):
         total = slices[i][3] + (slices[i][2] + slices[i][1])
-        tl.store(y_rows + i * next_slice, total * scale, mask=kept)
+        total *= scale
+        if lora_ranks_ptr is not None:
+            total = tl.where((r < rank)[None, :], total, 0.0)
+        tl.store(y_rows + i * next_slice, total, mask=kept)
 
 
 @triton.jit(
-    do_not_specialize=["scaling", "num_tokens"], do_not_specialize_on_alignment=["tokens_ptr", "blocks_ptr", "num_blocks_ptr"]
+    do_not_specialize=["scaling", "num_tokens"],
+    do_not_specialize_on_alignment=["tokens_ptr", "blocks_ptr", "num_blocks_ptr", "scalings_ptr"],
 )
 def lora_shrink_bf16_r128_w8group_a8group_total(
-    y_ptr, parts_ptr, scaling, num_tokens, tokens_ptr, blocks_ptr, num_blocks_ptr,
+    y_ptr, parts_ptr, scaling, num_tokens, tokens_ptr, blocks_ptr, num_blocks_ptr, scalings_ptr,
     SLICES: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr, QUARTER: tl.constexpr, BLOCK_M: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -180,6 +197,8 @@ def lora_shrink_bf16_r128_w8group_a8group_total(
         for i in tl.static_range(begin + 1, min(begin + QUARTER, PARTS)):
             quarter += tl.load(parts_ptr + cells + i * next_part, mask=kept, other=0.0)
         total += quarter
+    if scalings_ptr is not None:
+        scaling *= tl.load(scalings_ptr + tl.load(blocks_ptr + 4 * block))
     tl.store(y_ptr + cells, total * scaling, mask=kept)
 
 

@@ -135,6 +135,9 @@ def lora(
     x_scale: torch.Tensor | None = None,
     a_scale: Sequence[torch.Tensor] | None = None,
     b_scale: Sequence[torch.Tensor] | None = None,
+    lora_ranks: torch.Tensor | None = None,
+    scalings: torch.Tensor | None = None,
+    packed: bool = False,
 ) -> None:
     """Apply the LoRA adapters of a batch to a linear layer of S slices, in place.
 
@@ -156,6 +159,8 @@ def lora(
         add_inputs: add to ``out``, or overwrite.
         x_scale, a_scale, b_scale: of FP8 operands, as ``lora_shrink`` and ``lora_expand`` take them; an FP8 x goes with an
             ``out`` in bfloat16, and with weights in either.
+        lora_ranks, scalings, packed: of adapters that say on the device how many ranks they have, by how much they are scaled
+            and, with their ranks, where their slices begin, as ``lora_shrink`` takes them.
 
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
@@ -166,7 +171,7 @@ def lora(
             return
     where = (offset_start, columns, column_stride)
     (_in_graphs if torch.compiler.is_compiling() else _apply)(
-        out, x, lora_a, lora_b, route, scaling, *where, add_inputs, x_scale, a_scale, b_scale
+        out, x, lora_a, lora_b, route, scaling, *where, add_inputs, x_scale, a_scale, b_scale, lora_ranks, scalings, packed
     )
 
 
@@ -209,6 +214,9 @@ OP = operands.Op(
         scale_operand("x_scale"),
         scale_operand("a_scale", slices="any"),
         scale_operand("b_scale", slices="any"),
+        shrink.LORA_RANKS,
+        shrink.SCALINGS,
+        shrink.PACKED,
     ),
     spec="specs/lora_shrink.yaml and specs/lora_expand.yaml",
     dtypes={"D": tuple(dtype for dtype in SHRINK.dtypes if dtype in EXPAND.dtypes)},
@@ -231,9 +239,10 @@ def _bind(
     add_inputs: bool,
     *scales: Any,
 ) -> Callable[..., None]:
-    x_scale, a_scale, b_scale = scales
-    where = (offset_start, columns, column_stride)
-    first, last, dtype = problems(out, x, lora_a, lora_b, x_scale, a_scale, b_scale, route, *where, add_inputs, scaling)
+    x_scale, a_scale, b_scale, lora_ranks, scalings, packed = scales
+    where, of_adapters = (offset_start, columns, column_stride), (lora_ranks, scalings, packed)
+    operands = (out, x, lora_a, lora_b, x_scale, a_scale, b_scale, route)
+    first, last, dtype = problems(*operands, *where, add_inputs, scaling, *of_adapters)
     if first.num_tokens == 0:
         return runtime.nothing
     return bind(first, last, route, dtype, add_inputs)
@@ -253,6 +262,9 @@ def problems(
     column_stride: int = 1,
     add_inputs: bool = True,
     scaling: float = 1.0,
+    lora_ranks: torch.Tensor | None = None,
+    scalings: torch.Tensor | None = None,
+    packed: bool = False,
 ) -> tuple[shrink.Problem, expand.Problem, torch.dtype]:
     """The sizes of both products and the dtype of their 16-bit operands, once everything about a call is known to fit.
 
@@ -260,10 +272,11 @@ def problems(
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
     where, scales = (offset_start, columns, column_stride), (x_scale, a_scale, b_scale)
-    sizes = OP.check("lora", OP.named(out, x, lora_a, lora_b, route, scaling, *where, add_inputs, *scales))
+    of_adapters = (lora_ranks, scalings, packed)
+    sizes = OP.check("lora", OP.named(out, x, lora_a, lora_b, route, scaling, *where, add_inputs, *scales, *of_adapters))
     of_a = shrink_scales("lora", x, lora_a, x_scale, a_scale)
     of_b = expand_scales("lora", lora_b, b_scale)
-    first = shrink.problem_of("lora", sizes, x, lora_a, route, **of_a)
+    first = shrink.problem_of("lora", sizes, x, lora_a, route, **of_a, lora_ranks=lora_ranks, packed=packed)
     last = expand.problem_of("lora", sizes, out, lora_b, route, *where, **of_b)
     return first, last, sizes.get("D") or torch.bfloat16  # of FP8 operands, in front of an out in fp32
 
@@ -298,14 +311,16 @@ def bind(
         x_scale: torch.Tensor | None,
         a_scale: Sequence[torch.Tensor] | None,
         b_scale: Sequence[torch.Tensor] | None,
+        lora_ranks: torch.Tensor | None = None,
+        scalings: torch.Tensor | None = None,
     ) -> None:
         y = route.parts
         if y is None or y.shape[0] < size:
             y = torch.empty(size, dtype=torch.float32, device=out.device)
-        shrink_call(y, x, lora_a, route, scaling, a_scale, x_scale)
+        shrink_call(y, x, lora_a, route, scaling, a_scale, x_scale, lora_ranks, scalings)
         if total is not None:
-            total(y, y, route, scaling)
-        expand_call(out, y, lora_b, route, scaling, b_scale)
+            total(y, y, route, scaling, scalings)
+        expand_call(out, y, lora_b, route, scaling, b_scale, scalings)
 
     return call
 

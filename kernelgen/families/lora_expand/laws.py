@@ -311,10 +311,49 @@ def slices_lie_anywhere(package: ModuleType, variants: Sequence[Variant], device
     assert torch.equal(bits(untouched), bits(layer.out))
 
 
+def adapters_say_their_ranks_and_scalings(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """Ranks, scalings and packed slices on the device: the bits of factors padded with zeros, and of a scaling of each adapter.
+
+    What lies behind a rank is NaN, in A; a rank may be 0.
+    """
+    for k, rank, ranks in ((48, 8, (3, 8, 0)), (1300, 24, (24, 1, 17))):  # K in one part, and in several
+        case = dataclasses.replace(_CASE, k=k, rank=rank, tokens=20)
+        layer = _Layer.of(case, variants[0].tags, device)
+        route = package.lora_route(layer.batch.mapping, max_loras=case.loras)
+        padded, gaps = ([a.clone().contiguous() for a in layer.lora_a] for _ in range(2))
+        packed = torch.full((case.loras, 2 * rank, k), torch.nan, dtype=layer.x.dtype, device=device)
+        for adapter, own in enumerate(ranks):
+            for s in range(2):
+                padded[s][adapter, own:] = 0
+                gaps[s][adapter, own:] = torch.nan
+                packed[adapter, s * own : (s + 1) * own] = padded[s][adapter, :own]
+        scalings = (0.3, 1.7, 2.0)
+        wanted = layer.out.clone()
+        for adapter, scaling in enumerate(scalings):
+            apart = layer.out.clone()
+            package.lora(apart, layer.x, padded, layer.lora_b, route, scaling=scaling, offset_start=case.offset)
+            of_it = layer.batch.mapping == adapter
+            wanted[of_it] = apart[of_it]
+        of_adapters = {
+            "lora_ranks": torch.tensor(ranks, dtype=torch.int32, device=device),
+            "scalings": torch.tensor(scalings, device=device),
+        }
+        for factors, is_packed in ((gaps, False), ([packed[:, :rank], packed[:, rank:]], True)):
+            options = {**of_adapters, "packed": is_packed}
+            found, again = layer.out.clone(), layer.out.clone()
+            package.lora(found, layer.x, factors, layer.lora_b, route, offset_start=case.offset, **options)
+            y = torch.full((2, case.tokens, rank), torch.nan, device=device)
+            package.lora_shrink(y, layer.x, factors, route, **options)
+            package.lora_expand(again, y, layer.lora_b, route, offset_start=case.offset)
+            assert torch.equal(bits(found), bits(wanted)), f"K {k}, packed {is_packed}: lora has other bits"
+            assert torch.equal(bits(again), bits(wanted)), f"K {k}, packed {is_packed}: its two products have other bits"
+
+
 LAWS = (
     Law(both_products_give_the_same_bits),
     Law(a_held_route_serves_every_batch),
     Law(slices_lie_anywhere),
+    Law(adapters_say_their_ranks_and_scalings),
     Law(measured_tiles_are_found),
     Law(fp8_front_doors),
     Law(any_batch_same_bits),

@@ -11,7 +11,7 @@ from .. import _runtime as runtime
 from .._operands import Tensors
 from .._scales import product_rows
 from ..moe_route._op import MoeRoute, SortedRoute
-from ._problem import CACHE_POLICIES, Call, Config, Parts, Problem, Total, check, choose
+from ._problem import CACHE_POLICIES, Call, Config, Parts, Problem, Total, check, check_packed, choose
 from ._table import QUANT, VARIANTS
 
 _TABLES = "tokens_ptr blocks_ptr num_blocks_ptr"
@@ -23,9 +23,9 @@ class LoraShrink:
     def __init__(self, product: Any, total: Any) -> None:
         self.name = runtime.variant_of(product)
         self.facts = VARIANTS.of(self.name)
-        operands = f"y_ptr x_ptr a_ptrs a_scale_ptrs scaling num_tokens x_scale_ptr x_scale_next {_TABLES}"
-        self._product = runtime.Launcher(product, operands)
-        self._total = runtime.Launcher(total, f"y_ptr parts_ptr scaling num_tokens {_TABLES}")
+        operands = "y_ptr x_ptr a_ptrs a_scale_ptrs scaling num_tokens x_scale_ptr x_scale_next"
+        self._product = runtime.Launcher(product, f"{operands} {_TABLES} lora_ranks_ptr scalings_ptr")
+        self._total = runtime.Launcher(total, f"y_ptr parts_ptr scaling num_tokens {_TABLES} scalings_ptr")
 
     def launch(
         self,
@@ -77,12 +77,14 @@ class LoraShrink:
             scaling: float,
             a_scale: Tensors | None,
             x_scale: Tensor | None,
+            lora_ranks: Tensor | None = None,
+            scalings: Tensor | None = None,
         ) -> None:
             sums = route.parts
             if sums is None or sums.shape[0] < size:
                 sums = torch.empty(size, dtype=torch.float32, device=y.device)
-            product(sums, x, lora_a, route, 1.0, a_scale, x_scale)
-            total(y, sums, route, scaling)
+            product(sums, x, lora_a, route, 1.0, a_scale, x_scale, lora_ranks, None)
+            total(y, sums, route, scaling, scalings)
 
         return call
 
@@ -116,11 +118,12 @@ class LoraShrink:
             QUARTER_K=config.chunk_k * problem.quarter(config),
             PART_K=problem.part_k(config),
             TOGETHER=together,
+            PACKED=problem.packed,
             STAGES=config.stages,
             WEIGHTS=CACHE_POLICIES[config.weight_policy],
             PDL=pdl,
         )
-        num_tokens, x_scale_next = problem.num_tokens, problem.x_scale_next
+        num_tokens, x_scale_next, packed = problem.num_tokens, problem.x_scale_next, problem.packed
 
         def call(
             y: Tensor,
@@ -130,9 +133,13 @@ class LoraShrink:
             scaling: float,
             a_scale: Tensors | None,
             x_scale: Tensor | None,
+            lora_ranks: Tensor | None = None,
+            scalings: Tensor | None = None,
         ) -> None:
+            if packed:
+                check_packed(self.name, lora_a)
             tables = (route.pairs, route.blocks, route.num_blocks)
-            launch.run(y, x, lora_a, a_scale, scaling, num_tokens, x_scale, x_scale_next, *tables)
+            launch.run(y, x, lora_a, a_scale, scaling, num_tokens, x_scale, x_scale_next, *tables, lora_ranks, scalings)
 
         return call
 
@@ -150,7 +157,7 @@ class LoraShrink:
         )
         num_tokens = problem.num_tokens
 
-        def total(y: Tensor, sums: Tensor, route: SortedRoute, scaling: float) -> None:
-            launch.run(y, sums, scaling, num_tokens, route.pairs, route.blocks, route.num_blocks)
+        def total(y: Tensor, sums: Tensor, route: SortedRoute, scaling: float, scalings: Tensor | None = None) -> None:
+            launch.run(y, sums, scaling, num_tokens, route.pairs, route.blocks, route.num_blocks, scalings)
 
         return total

@@ -24,6 +24,9 @@ def lora_shrink(
     zero_rest: bool = False,
     x_scale: torch.Tensor | None = None,
     a_scale: Sequence[torch.Tensor] | None = None,
+    lora_ranks: torch.Tensor | None = None,
+    scalings: torch.Tensor | None = None,
+    packed: bool = False,
 ) -> None:
     """The rank vectors of a batch: y[s, t] = scaling * (x[t] . A_s[l]^T), for every token t of an adapter l.
 
@@ -40,11 +43,16 @@ def lora_shrink(
             column.
         a_scale: S tensors float32, for FP8 weights (float8_e4m3fn or float8_e5m2): [L]; or [L, rank], with a last dimension of
             1 or without; or [L, ceil(rank / group_n), ceil(K / group_k)].
+        lora_ranks: [>= L] int32 on the device, how many ranks of each adapter count: those behind are not read, and zero in y.
+        scalings: [>= L] float32 on the device, by which the rank vectors of each adapter are multiplied too.
+        packed: the slices of an adapter lie one behind the other in a tensor [L, S * rank, K], slice s from row
+            s * lora_ranks[l] on; ``lora_a`` are its S views of rank rows each.
 
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
-    (_in_graphs if torch.compiler.is_compiling() else _apply)(y, x, lora_a, route, scaling, zero_rest, a_scale, x_scale)
+    apply = _in_graphs if torch.compiler.is_compiling() else _apply
+    apply(y, x, lora_a, route, scaling, zero_rest, a_scale, x_scale, lora_ranks, scalings, packed)
 
 
 def _bind(
@@ -56,10 +64,14 @@ def _bind(
     zero_rest: bool,
     a_scale: Sequence[torch.Tensor] | None,
     x_scale: torch.Tensor | None,
+    lora_ranks: torch.Tensor | None,
+    scalings: torch.Tensor | None,
+    packed: bool,
 ) -> Call:
-    sizes = OP.check("lora_shrink", OP.named(y, x, lora_a, route, scaling, zero_rest, a_scale, x_scale))
+    of_adapters = (lora_ranks, scalings, packed)
+    sizes = OP.check("lora_shrink", OP.named(y, x, lora_a, route, scaling, zero_rest, a_scale, x_scale, *of_adapters))
     scales = scales_of("lora_shrink", x, lora_a, x_scale, a_scale)
-    problem = problem_of("lora_shrink", sizes, x, lora_a, route, **scales)
+    problem = problem_of("lora_shrink", sizes, x, lora_a, route, **scales, lora_ranks=lora_ranks, packed=packed)
     dtype = sizes.get("D") or torch.bfloat16  # of a product of FP8 with FP8
     variant = variant_of("lora_shrink", dtype, problem.rank, problem.weight_scales, problem.x_scales)
     if problem.num_tokens == 0:

@@ -26,7 +26,6 @@ from ..moe_route._op import (
     ROUTE,
     MoeRoute,
     PairRoute,
-    SortedRoute,
     check_rank,
     default_block_m,
     rows_of_block,
@@ -67,9 +66,12 @@ MAX_TOKENS_IN_PARTS = 4096
 # (y, x, lora_a, route, scaling, a_scale, x_scale) of sizes that were checked before
 Call = Callable[..., None]
 
-# (y, its parts, route, scaling) of such sizes
-Total = Callable[[torch.Tensor, torch.Tensor, SortedRoute, float], None]
+# (y, its parts, route, scaling, scalings) of such sizes
+Total = Callable[..., None]
 
+LORA_RANKS = operands.Tensor("lora_ranks", ">=L", torch.int32, operands.CONTIGUOUS, optional=True)
+SCALINGS = operands.Tensor("scalings", ">=L", torch.float32, operands.CONTIGUOUS, optional=True)
+PACKED = operands.Flag("packed")
 OP = operands.Op(
     "lora_shrink",
     (
@@ -88,6 +90,9 @@ OP = operands.Op(
         operands.Flag("zero_rest"),
         scale_operand("a_scale", "weight_scales", slices="any"),
         scale_operand("x_scale", "x_scales"),
+        LORA_RANKS,
+        SCALINGS,
+        PACKED,
     ),
     spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},
@@ -123,6 +128,7 @@ class Problem(NamedTuple):
     a_scale_stride_l: int
     x_scale_stride: int  # over rows
     x_scale_next: int | None  # over groups, None: 1
+    packed: bool = False  # whether the slices of an adapter lie one behind the other, by its rank
 
     def quarter(self, config: Config) -> int:
         """Chunks that are added up by themselves: there are at most four such sums."""
@@ -157,7 +163,7 @@ def check(
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
     scales = (None if found is None else found[1] for found in (a_scale, x_scale))
-    sizes = OP.check(variant, OP.named(y, x, lora_a, route, scaling, False, *scales), D=dtype)
+    sizes = OP.check(variant, OP.named(y, x, lora_a, route, scaling, False, *scales, None, None, False), D=dtype)
     return problem_of(variant, sizes, x, lora_a, route, max_rank=max_rank, a_scale=a_scale, x_scale=x_scale)
 
 
@@ -171,6 +177,8 @@ def problem_of(
     max_rank: int | None = None,
     a_scale: tuple[str, Sequence[torch.Tensor]] | None = None,
     x_scale: tuple[str, torch.Tensor] | None = None,
+    lora_ranks: torch.Tensor | None = None,
+    packed: bool = False,
 ) -> Problem:
     """The sizes of a product whose operands are checked, once the rest is too.
 
@@ -179,6 +187,11 @@ def problem_of(
     """
     check_route(variant, route)
     a, slices, rank = lora_a[0], sizes["S"], sizes["rank"]
+    if packed:
+        if lora_ranks is None or a_scale is not None:
+            wanted = "lora_ranks with it" if lora_ranks is None else False
+            runtime.fail(variant, "packed", True, wanted, "ranks say where slices of 16 bits begin")
+        check_packed(variant, lora_a)
     if a_scale is not None:
         check_fp8(variant, "lora_a", a, a_scale[0], QUANT)
     if x_scale is not None:
@@ -207,7 +220,17 @@ def problem_of(
         a_scale_stride_l=a_scale_stride,
         x_scale_stride=x_scale_stride,
         x_scale_next=x_scale_next,
+        packed=packed,
     )
+
+
+def check_packed(variant: str, lora_a: Sequence[torch.Tensor]) -> None:
+    """Raise ValueError unless slices have room one behind the other in one tensor; asked at every call, as it is about places."""
+    a = lora_a[0]
+    after = a.shape[-2] * a.stride(-2) * a.element_size()
+    if a.device.type != "meta" and any(other.data_ptr() != a.data_ptr() + i * after for i, other in enumerate(lora_a)):
+        hint = f"each {a.shape[-2]} rows behind the one before it, in one tensor"
+        runtime.fail(variant, "lora_a", "slices that lie apart", "packed ones", hint)
 
 
 def check_route(variant: str, route: MoeRoute) -> None:
