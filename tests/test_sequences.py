@@ -485,8 +485,9 @@ def of_a_model(family: str) -> Iterator[tuple[str, Answer]]:
             given = [{"num_tokens": tokens} for tokens in TOKENS if "num_tokens" in sizes] or [{}]
             given += [{size: 2**30} for size in sizes if size != "slices"] if len(met) == len(axes) else []
             given += [some for some in LARGEST if some.keys() <= sizes.keys()] if len(met) == len(axes) else []
-            for case in ({**tags, **{size: str(value) for size, value in some.items()}} for some in given):
-                label = " ".join([*tags.values(), *(f"{size}={case[size]}" for size in case.keys() - tags.keys())])
+            for some in given:
+                case = {**tags, **{size: str(value) for size, value in some.items()}}
+                label = " ".join([*tags.values(), *(f"{size}={value}" for size, value in some.items())])
                 with contextlib.suppress(Failure):  # no call has these tags together
                     yield label, which(shipped(), family, case)
 
