@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -126,7 +127,7 @@ def bind(
     )
     if problem.num_pairs == 0:
         return runtime.nothing
-    facts = {
+    facts: dict[str, Any] = {
         "torch_dtype": kind,
         "rows": rows,
         "epilogue": epilogue,

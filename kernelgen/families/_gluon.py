@@ -9,13 +9,13 @@ import functools
 from typing import Any
 
 import torch
-from triton.experimental import gluon
+from triton.experimental import gluon as _gluon
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # The package would offer, and so import, what an __all__ here names.
-gl = gluon.language
+gluon, gl = _gluon, _gluon.language
 mbarrier = hopper.mbarrier
 fence_async_shared = hopper.fence_async_shared
 warpgroup_mma, warpgroup_mma_wait = hopper.warpgroup_mma, hopper.warpgroup_mma_wait

@@ -11,7 +11,17 @@ from .. import _runtime as runtime
 from .._operands import Tensors
 from .._scales import product_rows
 from ..moe_route._op import MoeRoute, SortedRoute
-from ._problem import CACHE_POLICIES, Call, Config, Parts, Problem, Total, check, check_packed, choose
+from ._problem import (
+    CACHE_POLICIES,
+    Call,
+    Config,
+    Parts,
+    Problem,
+    Total,
+    check,
+    check_packed,
+    choose,
+)
 from ._table import QUANT, VARIANTS
 
 _TABLES = "tokens_ptr blocks_ptr num_blocks_ptr"
