@@ -44,6 +44,10 @@ class Options(NamedTuple):
     fused: bool = True  # a product and the sum that it is added to may be rounded once
     max_registers: int | None = None  # of a thread, as a program starts: warps of roles then share them out anew
 
+    def __repr__(self) -> str:
+        """Without what is not set: an option that few kernels have changes no digest of the others."""
+        return f"Options({', '.join(f'{name}={value!r}' for name, value in self._asdict().items() if value is not None)})"
+
 
 @dataclasses.dataclass(frozen=True)
 class CompileRequest:
