@@ -202,6 +202,7 @@ class Problem(NamedTuple):
     n: int
     slices: int  # of the weights: 2 for gate and up
     rows: str
+    epilogue: str
     out_stride: int
     x_stride: int
     w_stride_e: int
@@ -325,6 +326,7 @@ def problem_of(
         block_m = default_block_m(max(tables.tokens_hint, 1), top_k, tables.num_experts)
     rank, parts, v_by_token, b_strides = _check_delta(variant, delta, tables, sizes, dtype, rows)
     problem = Problem(
+        epilogue=epilogue,
         num_tokens=num_tokens,
         num_pairs=num_pairs,
         top_k=top_k,
@@ -528,6 +530,7 @@ class _Shape(NamedTuple):
     x_scales: str | None
     rank: int  # of adapters, 0: there are none
     runs: int  # of adapters that a block has, if they and the experts of a batch spread evenly
+    heavy: bool  # the activation takes many registers beside the sums
     target: str
     accelerator: bool
     num_sms: int
@@ -552,6 +555,7 @@ def _shape(problem: Problem) -> _Shape:
         x_scales=problem.x_scales,
         rank=problem.rank,
         runs=_expected_runs(problem, tokens * problem.top_k),
+        heavy=problem.epilogue == "gelu" or (problem.epilogue == "swiglu_clamp" and problem.weight_scales == "group"),
         target=device.target,
         accelerator=_has_accelerator(device),
         num_sms=device.num_sms,
@@ -600,8 +604,8 @@ def _gemv(s: _Shape) -> GemvConfig:
         return GemvConfig(min(s.tokens, 4) if own and s.rank <= 32 else 2, block_k, 2 if s.k > 8192 else 1, 1)
     if s.tokens == 1 and s.k <= 1024:
         return GemvConfig(2, block_k, 1, 1)
-    if s.rank and s.slices == 2 and s.weight_scales == "group":
-        return GemvConfig(4, block_k, 2, 1)  # one warp has no registers for scales of parts and for factors
+    if (s.rank or s.heavy or s.target == "sm_100") and s.slices == 2 and s.weight_scales == "group":
+        return GemvConfig(4, block_k, 2, 1)  # one warp has no registers for scales of parts and for more beside them
     few_columns = s.rank and s.slices == 2 and s.weight_scales is not None  # or FP8 weights and factors fill the registers
     return GemvConfig(2 if few_columns or (own and s.tokens > 2) else 4, block_k, 1 if s.slices == 2 or s.k > 1024 else 2, 1)
 
@@ -629,6 +633,8 @@ _OTHER_W8A8 = {16: (128, 128, 3, 4), 32: (128, 128, 3, 4), 64: (128, 128, 4, 8),
 def _tile(s: _Shape) -> TileConfig:
     block_n, block_k, stages, warps = _sizes(s)
     warps, tail = s.full_warps if s.block_m == 128 else warps, int(s.block_m == 128)
+    while s.heavy and block_n > 16 and 2 * s.block_m * s.slices * block_n > warps * s.warp_sums:
+        block_n //= 2
     return TileConfig(block_n, block_k, stages, warps, _group_m(s), tail, 0, *_delta(s, block_n))
 
 
