@@ -3,7 +3,7 @@
 # Template: kernelgen/families/_gluon.py
 """Gluon, in which Triton's kernels say what each warp does, under names that do not change with its releases.
 
-A Triton without it, or with another, has no kernels in it: ``found`` says so before a module of one is imported.
+A Triton without it, or with another, fails to import this; modules of kernels in it are imported where it did not.
 """
 
 from __future__ import annotations

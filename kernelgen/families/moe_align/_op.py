@@ -72,21 +72,21 @@ def moe_align(
         splits = _open_splits(num_tokens, top_k, num_experts, expert_map is not None)
         size = sum(splits)
     else:
-        num_tokens, top_k, block_m, size, splits, localize, fill, looks = _plan(*request, workspace)
+        plan = _plan(*request, workspace)
+        num_tokens, top_k, block_m, size, splits, *_ = plan
     if workspace is None:
         workspace = torch.empty(size, dtype=torch.int32, device=topk_ids.device)
-    num_blocks, _, pairs, blocks, scratch, _, ids, _ = workspace.split_with_sizes((*splits, workspace.shape[0] - size))
-    ids = topk_ids if expert_map is None else ids.view(num_tokens, top_k)
+    num_blocks, pairs, blocks, scratch, ids = _views(workspace, size, splits, topk_ids, expert_map)
     expected = num_tokens if num_tokens_hint is None else num_tokens_hint
     sizes = (num_tokens, top_k, num_experts, local_expert_start, expected, block_m)
     tables = MoeTables(ids, valid_tokens, pairs, blocks, num_blocks, *sizes)
     if torch.compiler.is_compiling():
         _in_graphs(*request, workspace)
         return tables
-    if localize is not None:
-        localize(ids, topk_ids, expert_map)
-    fill(pairs, blocks, num_blocks, scratch, ids, valid_tokens)
-    return operands.alike(tables, looks)
+    if plan.localize is not None:
+        plan.localize(ids, topk_ids, expert_map)
+    plan.fill(pairs, blocks, num_blocks, scratch, ids, valid_tokens)
+    return operands.alike(tables, plan.looks)
 
 
 def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -210,6 +210,14 @@ def _splits(num_pairs: int, blocks: int, scratch: int, with_ids: bool) -> tuple[
     """Elements of num_blocks, a gap, pairs, blocks, scratch, a gap, and local ids where there is a map: 16-byte aligned."""
     size = 4 + num_pairs + blocks + scratch
     return 1, 3, num_pairs, blocks, scratch, *(((size + 3) // 4 * 4 - size, num_pairs) if with_ids else (0, 0))
+
+
+def _views(
+    workspace: torch.Tensor, size: int, splits: tuple[int, ...], topk_ids: torch.Tensor, expert_map: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """num_blocks, pairs, blocks and scratch of such ``splits`` in a workspace, and the ids that tables are of."""
+    num_blocks, _, pairs, blocks, scratch, _, ids, _ = workspace.split_with_sizes((*splits, workspace.shape[0] - size))
+    return num_blocks, pairs, blocks, scratch, topk_ids if expert_map is None else ids.view(topk_ids.shape)
 
 
 def _open_splits(num_tokens: int, top_k: int, num_experts: int, with_ids: bool) -> tuple[int, ...]:
@@ -418,11 +426,8 @@ def _align(
     workspace: torch.Tensor,
 ) -> None:
     plan = _plan(topk_ids, valid_tokens, expert_map, num_experts, local_expert_start, num_tokens_hint, block_m, workspace)
-    parts = workspace.split_with_sizes((*plan.splits, workspace.shape[0] - plan.size))
-    num_blocks, _, pairs, blocks, scratch, _, local, _ = parts
-    ids = topk_ids
+    num_blocks, pairs, blocks, scratch, ids = _views(workspace, plan.size, plan.splits, topk_ids, expert_map)
     if plan.localize is not None:
-        ids = local.view(plan.num_tokens, plan.top_k)
         plan.localize(ids, topk_ids, expert_map)
     plan.fill(pairs, blocks, num_blocks, scratch, ids, valid_tokens)
 
