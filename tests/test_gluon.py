@@ -21,6 +21,7 @@ from kernelgen.prove.mutate import Bench
 ROOT = Path(__file__).parent.parent
 FIRST = "moe_gemm_warp_specialised_bf16_token_sorted_swiglu_plain_w8group_a8group"
 SECOND = "moe_gemm_warp_specialised_bf16_sorted_pair_plain_w8group_a8group"
+FIRST_16, SECOND_16 = (name.removesuffix("_w8group_a8group") for name in (FIRST, SECOND))
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="kernels are compiled, not interpreted")
 
@@ -62,6 +63,18 @@ FAULTS = {
     "rows without a fence": (FIRST, "fence_async_shared()", "pass", 0, Race),
     "sums that are not waited for": (SECOND, "sums = warpgroup_mma_wait(0, deps=[sums])\n", "pass\n", 0, MemoryFault),
     "sums that are waited for with the next ones": (FIRST, "wait(0, deps=[others]", "wait(1, deps=[others]", 0, MemoryFault),
+    "slots that are given back before their products are waited for": (SECOND_16, "wait(1, deps", "wait(2, deps", 0, Race),
+    "no slot in front of the first": (FIRST_16, "STAGES * (slot == 0)", "0 * (slot == 0)", 0, OutOfBounds),
+    "a slot that is given back twice": (SECOND_16, "pred=step > 0", "pred=True", 0, Race),
+    "the last slot of a tile, kept": (
+        FIRST_16,
+        "mbarrier.arrive(empty.index(_before(slot, STAGES)), count=1)\n",
+        "pass\n",
+        0,
+        Deadlock,
+    ),
+    "the last sums of a tile": (SECOND_16, "acc = warpgroup_mma_wait(0, deps=[acc])\n", "pass\n", 0, MemoryFault),
+    "half of the rows of W": (FIRST_16, "slice(128, 128)", "slice(0, 128)", 0, Race),
     "one place for the rows of both halves": (SECOND, "staging.index(HALF)", "staging.index(0)", 0, Race),
     "rows of the other half": (SECOND, "x_slots.index(2 * slot + HALF)", "x_slots.index(2 * slot)", 0, AssertionError),
 }

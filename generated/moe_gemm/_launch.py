@@ -30,6 +30,7 @@ from ._problem import (
     check,
     choose,
     grid,
+    step_columns,
     step_ranks,
 )
 from ._table import QUANT, VARIANTS
@@ -316,7 +317,7 @@ class WarpSpecialised(_Schedule):
 
     schedule = "warp_specialised"
     config = WarpSpecialisedConfig
-    operands = "out_ptr x_ptr x_desc w_desc w_scale_ptr x_scale_ptr x_scale_next pairs_ptr blocks_ptr num_blocks_ptr"
+    operands = f"out_ptr x_ptr x_desc w_desc {_SCALES} {_CLAMP} pairs_ptr blocks_ptr num_blocks_ptr"
 
     def bind(self, problem: Problem, config: WarpSpecialisedConfig) -> Call:
         from .._gluon import box  # not every Triton has it
@@ -339,6 +340,8 @@ class WarpSpecialised(_Schedule):
         w_shape, w_strides = [problem.num_experts * problem.slices * problem.n, problem.k], [problem.w_stride_n, 1]
         x_shape, x_strides = [problem.num_pairs, problem.k], [problem.x_stride, 1]
         in_order, x_scale_next = problem.rows == "sorted_pair", problem.x_scale_next or 1
+        step = step_columns(problem)
+        x_box, w_box = [64, step], [128 if problem.slices == 2 or problem.x_scales else 256, step]
 
         def call(
             out: Tensor,
@@ -356,9 +359,9 @@ class WarpSpecialised(_Schedule):
             alpha: float | None = None,
             beta: float | None = None,
         ) -> None:
-            x_desc = box(x, x_shape, x_strides, [64, 128]) if in_order else None
-            w_desc = box(w, w_shape, w_strides, [128, 128])
-            blocks = (tables.pairs, tables.blocks, tables.num_blocks)
-            launch.run(out, x, x_desc, w_desc, w_scale, x_scale, x_scale_next, *blocks)
+            x_desc = box(x, x_shape, x_strides, x_box) if in_order else None
+            w_desc = box(w, w_shape, w_strides, w_box)
+            scales, blocks = (w_scale, x_scale, x_scale_next), (tables.pairs, tables.blocks, tables.num_blocks)
+            launch.run(out, x, x_desc, w_desc, topk_weights, *scales, limit, alpha, beta, *blocks)
 
         return call

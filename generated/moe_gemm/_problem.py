@@ -367,7 +367,8 @@ def problem_of(
         runtime.fail(variant, "rows", got, "rows at 16-byte boundaries, gate and up one behind the other", "use tile")
     if schedule == "warp_specialised" and not (has_boxes(problem, x, w) and has_roles(problem)):
         got = f"x {runtime.describe(x)}, w {runtime.describe(w)}, blocks of {block_m} rows on {runtime.traits(x.device).target}"
-        wanted = "blocks of 128 rows, K of 128s, rows at 16-byte boundaries, experts one behind the other, on sm_90"
+        k_of = f"K of {step_columns(problem)}s"
+        wanted = f"blocks of 128 rows, {k_of}, rows at 16-byte boundaries, experts one behind the other, on sm_90"
         runtime.fail(variant, "rows", got, wanted, "use box")
     return problem
 
@@ -431,13 +432,20 @@ def has_boxes(problem: Problem, x: torch.Tensor, w: torch.Tensor) -> bool:
 
 
 def has_roles(problem: Problem) -> bool:
-    """Whether warps of roles can take operands that the tensor memory accelerator can read: FP8 of whole steps of K, experts one
+    """Whether warps of roles can take operands that the tensor memory accelerator can read: rows of whole steps of K, experts one
     behind the other, blocks of two warpgroups; with what only sm_90 has.
     """
     rows = problem.slices == 2 if problem.rows == "token_sorted" else problem.rows == "sorted_pair"
-    fp8 = problem.x_scales is not None and problem.k % 128 == 0 and problem.rank == 0
-    strides = problem.x_stride % 16 == 0 and problem.w_stride_e == problem.slices * problem.n * problem.w_stride_n
-    return rows and fp8 and strides and problem.block_m == 128 and runtime.traits(problem.device).target == "sm_90"
+    step = step_columns(problem)
+    steps = problem.k % step == 0 and problem.x_stride % (step // 8) == 0 and problem.rank == 0
+    weights = (problem.weight_scales is None) == (problem.x_scales is None)
+    weights = weights and problem.w_stride_e == problem.slices * problem.n * problem.w_stride_n
+    return rows and steps and weights and problem.block_m == 128 and runtime.traits(problem.device).target == "sm_90"
+
+
+def step_columns(problem: Problem) -> int:
+    """Columns of K that a slot of warp_specialised holds: 128 bytes."""
+    return 64 if problem.x_scales is None else 128
 
 
 @functools.cache

@@ -120,7 +120,7 @@ class _Barrier:
 
 
 class _Tile:
-    """A tile of shared memory, read and written as a whole."""
+    """A tile of shared memory, read and written as a whole, or written in two halves of its rows."""
 
     def __init__(self, shape: Sequence[int], dtype: Any) -> None:
         self.shape = list(shape)
@@ -129,9 +129,10 @@ class _Tile:
         self.wrote: tuple[Any, int, str] | None = None
         self.by_threads = False
         self.read: dict[Any, tuple[int, str]] = {}
+        self.halves: list[_Tile] = []
 
     def write(self, role: _Role, agent: Any, count: int, value: Any, by_threads: bool) -> None:
-        if [int(size) for size in value.shape] != self.shape or value.dtype != self.dtype:
+        if self.halves or [int(size) for size in value.shape] != self.shape or value.dtype != self.dtype:
             got = f"{value.dtype} {[int(size) for size in value.shape]}"
             raise OutOfBounds(f"{_line()}: {got} is written to shared memory of {self.dtype} {self.shape}")
         before = {} if self.wrote is None else {self.wrote[0]: self.wrote[1:]}
@@ -142,6 +143,9 @@ class _Tile:
         self.wrote, self.value, self.by_threads, self.read = (agent, count, _line()), value, by_threads, {}
 
     def look(self, role: _Role, agent: Any, count: int, by_tensor_core: bool) -> Any:
+        if self.halves:
+            low, high = (half.look(role, agent, count, by_tensor_core) for half in self.halves)
+            return tl.reshape(tl.permute(tl.join(low, high), (2, 0, 1)), self.shape)
         if self.wrote is None:
             raise Race(f"{role.name}, {_line()}: reads shared memory that nobody wrote")
         writer, number, line = self.wrote
@@ -161,6 +165,14 @@ class _Tile:
     def load(self, layout: Any = None) -> Any:
         role = _running()
         return self.look(role, *role.tick(), by_tensor_core=False)
+
+    def slice(self, start: Any, length: Any, dim: Any = 0) -> _Tile:
+        rows, (first, place) = self.shape[0] // 2, divmod(_number(start), self.shape[0] // 2)
+        if (_number(length), place, _number(dim)) != (rows, 0, 0) or not 0 <= first < 2 or self.wrote is not None:
+            raise OutOfBounds(f"{_line()}: {start}, {length} of shared memory {self.shape} is no half of its rows")
+        if not self.halves:
+            self.halves = [_Tile([rows, *self.shape[1:]], self.dtype) for _ in range(2)]
+        return self.halves[first]
 
     def permute(self, order: Sequence[int]) -> _View:
         return _View(self, tuple(map(int, order)))

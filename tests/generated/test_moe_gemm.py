@@ -293,12 +293,20 @@ box f16 token_pair relu2 plain none none none none
 box f16 token_pair swiglu plain none none none none
 box f16 pair_pair none plain none none none none
 box f16 pair_pair none weighted none none none none
+warp_specialised bf16 token_sorted swiglu plain none none none none
 warp_specialised bf16 token_sorted swiglu plain w8tensor a8tensor none none
 warp_specialised bf16 token_sorted swiglu plain w8channel a8token none none
 warp_specialised bf16 token_sorted swiglu plain w8group a8group none none
+warp_specialised bf16 token_sorted swiglu_clamp plain none none none none
+warp_specialised bf16 sorted_pair none plain none none none none
 warp_specialised bf16 sorted_pair none plain w8tensor a8tensor none none
 warp_specialised bf16 sorted_pair none plain w8channel a8token none none
 warp_specialised bf16 sorted_pair none plain w8group a8group none none
+warp_specialised bf16 sorted_pair none weighted none none none none
+warp_specialised f16 token_sorted swiglu plain none none none none
+warp_specialised f16 token_sorted swiglu_clamp plain none none none none
+warp_specialised f16 sorted_pair none plain none none none none
+warp_specialised f16 sorted_pair none weighted none none none none
 """,
 )
 

@@ -96,8 +96,8 @@ class Case(BaseCase):
     b_layout: str = "packed"
 
     def fits(self, tags: Tags) -> bool:
-        """As of any case; warps of roles take blocks of 128 rows alone, and whole groups."""
-        whole = self.block_m == 128 and self.k % 128 == 0
+        """As of any case; warps of roles take blocks of 128 rows alone, and whole steps of K."""
+        whole = self.block_m == 128 and self.k % (64 if tags["act_quant"] == "none" else 128) == 0
         return super().fits(tags) and (whole or tags["schedule"] != "warp_specialised")
 
 
@@ -200,7 +200,7 @@ _OF_ROLES = (
     Case(
         "roles_grouped",
         "blocks that share a tile of columns, the last group lower; scales that are bytes, column by column",
-        only=MappingProxyType({**_ROLES, **_only(act_quant="a8group")}),
+        only=MappingProxyType({**_ROLES, **_only(act_quant="none a8group")}),
         tokens=30,
         top_k=3,
         experts=5,
@@ -213,6 +213,16 @@ _OF_ROLES = (
         element="e5m2",
         scales_dtype=_E8M0,
         by_column=True,
+    ),
+    Case(
+        "roles_of_64",
+        "a step that is no group",
+        only=MappingProxyType({**_ROLES, **_only(act_quant="none")}),
+        body=("schedule", "rows"),
+        tokens=3,
+        k=192,
+        n=136,
+        block_m=128,
     ),
     Case("roles_of_none", "no block at all", only=_ROLES, k=128, block_m=128, routing=Experts("away")),
 )
