@@ -109,8 +109,7 @@ class Variants:
 
     def load(self, found: Found) -> Any:
         """What launches a variant: ``schedule`` of its module."""
-        module = importlib.import_module(f".{found.module}", self._package)
-        return getattr(module, "schedule", module)
+        return importlib.import_module(f".{found.module}", self._package).schedule
 
     def refuse(self, op: str, *, rank: int = 0, **facts: Any) -> NoReturn:
         """Say what call no variant serves, and which arguments and facts of it would have to differ alone.

@@ -330,11 +330,17 @@ RELATED: list[tuple[str, Callable[[Arguments], Arguments], str]] = [
     ("fused_moe fp8", lambda good: {"w2_scale": good["w2_scale"][:, 0].clone()}, "w2_scale.*: .* with weight_scales channel"),
     ("fused_moe fp8", lambda good: {"w13_scale": good["w13_scale"][:, 0].clone()}, "w13_scale, x_scale: .*scales channel"),
     ("from_tables", lambda good: {"block_size": 32, "expert_ids": good["expert_ids"].repeat(1, 2)}, "block_size = 32"),
+    ("moe_route_one_launch", lambda good: _many_pairs(good), "pairs: got 514, wanted at most 512"),
 ]
 
 
 def _without_blocks(tables: kg.MoeTables) -> kg.MoeTables:
     return kg.no_tables(tables.topk_ids, num_experts=EXPERTS, valid_tokens=tables.valid_tokens)
+
+
+def _many_pairs(good: Arguments) -> Arguments:
+    repeated = {"topk_ids": good["topk_ids"][:1].repeat(257, 1), "token_lora_mapping": good["token_lora_mapping"][:1].repeat(257)}
+    return {**repeated, "pairs": good["pairs"].new_zeros(1024), "blocks": good["blocks"].new_zeros(1024, 4)}
 
 
 def _one_more(name: str, good: Arguments) -> Arguments:

@@ -147,6 +147,20 @@ def nothing_is_imported_that_is_not_used(module: ast.Module) -> None:
     assert not imported - names_in(module) - {"annotations"}
 
 
+def how_kernels_are_launched_stands_in_the_room(module: ast.Module) -> None:
+    """Beside them a module has its ``schedule``, of their names, and the launcher, which calls it and decides nothing."""
+    found = {id(kernel) for kernel in kernels(module)}
+    host = [node for node in module.body if id(node) not in found and not isinstance(node, (ast.Import, ast.ImportFrom))]
+    match host:
+        case [ast.Expr(), ast.Assign([ast.Name("schedule")], ast.Call(ast.Name(), operands, [])), ast.FunctionDef(body=body)]:
+            assert all(isinstance(operand, ast.Name) for operand in operands), ast.unparse(host[1])
+            _, *named, called = body
+            assert all(isinstance(line, (ast.Assign, ast.AugAssign)) for line in named), [ast.unparse(line) for line in named]
+            assert ast.unparse(called).startswith("schedule.launch("), ast.unparse(called)
+        case _:
+            raise AssertionError([type(node).__name__ for node in host])
+
+
 def offered(family: str) -> set[str]:
     """What the room of a family launches kernels with, by the names of their parameters."""
     file = PACKAGE / family / "_launch.py"
@@ -182,6 +196,7 @@ def test_kernels_keep_the_rules(family: str) -> None:
     for file in (file for file in FILES if file.parent.name == family):  # each is parsed once
         module = ast.parse(file.read_text("utf-8"))
         ask(nothing_is_imported_that_is_not_used, module, file.stem)
+        ask(how_kernels_are_launched_stands_in_the_room, module, file.stem)
         for kernel, rule in itertools.product(kernels(module), RULES):
             ask(rule, kernel, f"{file.stem}, {kernel.name}")
             idle -= {parameter.arg for parameter in kernel.args.args}

@@ -543,6 +543,7 @@ ELSEWHERE = {
     "moe_shrink/_problem.check-3": _BEFORE,
     "moe_sum/_op.bind": _DOORS,
     "moe_route/_held.held_route": _GRAPH,
+    "moe_route/_launch.bind": _DOORS,
 }
 
 

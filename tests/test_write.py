@@ -19,6 +19,7 @@ from typing import Any, Callable, Iterator
 import project
 import pytest
 
+import kernelgen
 from kernelgen.core import names
 from kernelgen.core.diagnostics import Failure
 from kernelgen.core.model import Tree
@@ -741,7 +742,7 @@ def _build(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("KERNELGEN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("PYTHONPATH", str(Path(write.__file__).parent.parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(kernelgen.__file__).parent.parent))
     return tmp_path
 
 

@@ -10,16 +10,11 @@ Shapes: out [T, top_k] int32, topk_ids [T, top_k] int32 or int64, expert_map [gl
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .. import _runtime as runtime
-from ._op import check_local_ids
-
-BLOCK = 512
+from ._launch import LocalIds
 
 
 @triton.jit(do_not_specialize=["num_pairs"], do_not_specialize_on_alignment=["topk_ids_ptr", "expert_map_ptr"])
@@ -34,26 +29,13 @@ def moe_align_local_ids_kernel(
     tl.store(out_ptr + pair, tl.load(expert_map_ptr + expert, mask=known, other=-1), mask=inside)
 
 
-_kernel = runtime.Launcher(moe_align_local_ids_kernel)
+schedule = LocalIds(moe_align_local_ids_kernel)
 
 
-def bind(*, num_pairs: int, global_experts: int) -> Callable[..., None]:
-    """The launch for ids of this number, ready to be made again and again: (out, topk_ids, expert_map)."""
-    grid = runtime.cdiv(num_pairs, BLOCK)
-    launch = _kernel.bind(grid, runtime.Options(4), GLOBAL_EXPERTS=global_experts, BLOCK=BLOCK)
-
-    def call(out: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor) -> None:
-        launch.run(out, num_pairs, topk_ids, expert_map)
-
-    return call
-
-
-def moe_align_local_ids(out: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor) -> None:
+def moe_align_local_ids(out: Tensor, topk_ids: Tensor, expert_map: Tensor) -> None:
     """Write the local ids to ``out``, as stated above.
 
     Raises:
         ValueError: an argument that does not fit; nothing was launched.
     """
-    num_pairs = check_local_ids("moe_align_local_ids", out, topk_ids, expert_map)
-    if num_pairs > 0:
-        bind(num_pairs=num_pairs, global_experts=expert_map.shape[0])(out, topk_ids, expert_map)
+    schedule.launch(out, topk_ids, expert_map)

@@ -17,15 +17,12 @@ before it: then entries with no rows lie between the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from .. import _runtime as runtime
-from ._op import check_fill, is_dense
+from ._launch import OneLaunch
 
 
 @triton.jit
@@ -101,53 +98,20 @@ def moe_align_one_launch_kernel(
         tl.store(pairs_ptr + place, pair, mask=mine)
 
 
-_kernel = runtime.Launcher(moe_align_one_launch_kernel)
-
-
-def scratch_size(num_pairs: int, num_experts: int) -> int:
-    """int32 elements of scratch that a call needs: none."""
-    return 0
-
-
-def bind(
-    *, num_pairs: int, top_k: int, num_experts: int, local_expert_start: int, block_m: int, device: torch.device,
-) -> Callable[..., None]:  # fmt: skip
-    """The launch for tables of these sizes, ready to be made again and again."""
-    num_tokens = runtime.next_power_of_2(num_pairs // top_k)
-    chunk = min(4096, max(256, runtime.next_power_of_2(num_tokens * top_k)))
-    dense = is_dense(num_tokens, top_k, num_experts)
-    size = max(32, runtime.next_power_of_2(num_experts)) if dense else 1
-    sort = _kernel.bind(
-        num_experts, runtime.Options(4 if chunk <= 512 else 8 if chunk < 4096 else 16), TOP_K=top_k, NUM_EXPERTS=num_experts,
-        LOCAL_EXPERT_START=local_expert_start, BLOCK_M=block_m, DENSE=dense, SIZE=size, ROWS=chunk // 32,
-        PDL=runtime.traits(device).pdl,
-    )  # fmt: skip
-
-    def call(
-        pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, scratch: torch.Tensor, topk_ids: torch.Tensor,
-        valid_tokens: torch.Tensor | None,
-    ) -> None:  # fmt: skip
-        sort.run(pairs, blocks, num_blocks, topk_ids, valid_tokens, num_pairs)
-
-    return call
+schedule = OneLaunch(moe_align_one_launch_kernel)
 
 
 def moe_align_one_launch(
-    pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, scratch: torch.Tensor, topk_ids: torch.Tensor,
-    valid_tokens: torch.Tensor | None, *, num_experts: int, local_expert_start: int, block_m: int,
+    pairs: Tensor, blocks: Tensor, num_blocks: Tensor, scratch: Tensor, topk_ids: Tensor, valid_tokens: Tensor | None, *,
+    num_experts: int, local_expert_start: int, block_m: int,
 ) -> None:  # fmt: skip
     """Fill the tables from the routing; ``moe_align`` makes the buffers.
 
-    pairs [>= T * top_k], blocks [max_blocks, 3], num_blocks [1] and scratch [>= scratch_size(...)] int32 are written.
+    pairs [>= T * top_k], blocks [max_blocks, 3], num_blocks [1] and scratch [>= schedule.scratch_size(...)] int32 are written.
     topk_ids [T, top_k] int32 or int64 are global expert ids; valid_tokens [1] int32, or None: all T tokens.
 
     Raises:
         ValueError: an argument that does not fit; nothing was launched.
     """
-    routing = (topk_ids, valid_tokens, num_experts, local_expert_start)
-    check_fill("moe_align_one_launch", scratch_size, pairs, blocks, num_blocks, scratch, *routing, block_m)
-    call = bind(
-        num_pairs=topk_ids.numel(), top_k=topk_ids.shape[1], num_experts=num_experts, local_expert_start=local_expert_start,
-        block_m=block_m, device=topk_ids.device,
-    )  # fmt: skip
-    call(pairs, blocks, num_blocks, scratch, topk_ids, valid_tokens)
+    tensors = (pairs, blocks, num_blocks, scratch, topk_ids, valid_tokens)
+    schedule.launch(*tensors, num_experts, local_expert_start, block_m)

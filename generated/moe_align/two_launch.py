@@ -16,18 +16,12 @@ its own, writes the blocks of some experts, and puts its pairs where they belong
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .. import _runtime as runtime
-from ._op import check_fill
-
-_CHUNKS = 128  # at most
-_ROWS = 32
+from ._launch import TwoLaunch
 
 
 @triton.jit
@@ -119,66 +113,20 @@ def moe_align_two_launch_place(
         tl.store(pairs_ptr + tl.sum(tl.where(of_expert, place, 0), 1), row + column, mask=local >= 0)
 
 
-_count = runtime.Launcher(moe_align_two_launch_count)
-_place = runtime.Launcher(moe_align_two_launch_place)
-
-
-def scratch_size(num_pairs: int, num_experts: int) -> int:
-    """int32 elements of scratch that a call needs: the counts of each chunk."""
-    return _CHUNKS * _size(num_experts)
-
-
-def _chunk(num_pairs: int) -> int:
-    return max(256, runtime.next_power_of_2(num_pairs) // _CHUNKS)
-
-
-def _size(num_experts: int) -> int:
-    return max(32, runtime.next_power_of_2(num_experts))
-
-
-def bind(
-    *, num_pairs: int, top_k: int, num_experts: int, local_expert_start: int, block_m: int, device: torch.device,
-) -> Callable[..., None]:  # fmt: skip
-    """The two launches for tables of these sizes, ready to be made again and again."""
-    pdl, chunk, size = runtime.traits(device).pdl, _chunk(num_pairs), _size(num_experts)
-    num_chunks = runtime.cdiv(num_pairs, chunk)
-    count = _count.bind(
-        num_chunks, runtime.Options(4), TOP_K=top_k, NUM_EXPERTS=num_experts, LOCAL_EXPERT_START=local_expert_start, CHUNK=chunk,
-        SIZE=size, PDL=pdl,
-    )  # fmt: skip
-    place = _place.bind(
-        num_chunks, runtime.Options(4 if size <= 128 else 8, pdl=pdl), TOP_K=top_k, NUM_EXPERTS=num_experts,
-        LOCAL_EXPERT_START=local_expert_start, BLOCK_M=block_m, CHUNK=chunk,
-        ROWS=_ROWS,
-        SIZE=size, PDL=pdl,
-    )  # fmt: skip
-
-    def call(
-        pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, scratch: torch.Tensor, topk_ids: torch.Tensor,
-        valid_tokens: torch.Tensor | None,
-    ) -> None:  # fmt: skip
-        count.run(scratch, topk_ids, valid_tokens, num_pairs)
-        place.run(pairs, blocks, num_blocks, scratch, topk_ids, valid_tokens, num_pairs, num_chunks)
-
-    return call
+schedule = TwoLaunch(moe_align_two_launch_count, moe_align_two_launch_place)
 
 
 def moe_align_two_launch(
-    pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, scratch: torch.Tensor, topk_ids: torch.Tensor,
-    valid_tokens: torch.Tensor | None, *, num_experts: int, local_expert_start: int, block_m: int,
+    pairs: Tensor, blocks: Tensor, num_blocks: Tensor, scratch: Tensor, topk_ids: Tensor, valid_tokens: Tensor | None, *,
+    num_experts: int, local_expert_start: int, block_m: int,
 ) -> None:  # fmt: skip
     """Fill the tables from the routing; ``moe_align`` makes the buffers.
 
-    pairs [>= T * top_k], blocks [max_blocks, 3], num_blocks [1] and scratch [>= scratch_size(...)] int32 are written.
+    pairs [>= T * top_k], blocks [max_blocks, 3], num_blocks [1] and scratch [>= schedule.scratch_size(...)] int32 are written.
     topk_ids [T, top_k] int32 or int64 are global expert ids; valid_tokens [1] int32, or None: all T tokens.
 
     Raises:
         ValueError: an argument that does not fit; nothing was launched.
     """
-    routing = (topk_ids, valid_tokens, num_experts, local_expert_start)
-    check_fill("moe_align_two_launch", scratch_size, pairs, blocks, num_blocks, scratch, *routing, block_m)
-    call = bind(
-        num_pairs=topk_ids.numel(), top_k=topk_ids.shape[1], num_experts=num_experts, local_expert_start=local_expert_start,
-        block_m=block_m, device=topk_ids.device,
-    )  # fmt: skip
-    call(pairs, blocks, num_blocks, scratch, topk_ids, valid_tokens)
+    tensors = (pairs, blocks, num_blocks, scratch, topk_ids, valid_tokens)
+    schedule.launch(*tensors, num_experts, local_expert_start, block_m)

@@ -161,20 +161,19 @@ def check_held(
     token_lora_mapping: torch.Tensor,
     valid_tokens: torch.Tensor | None,
     max_loras: int,
-) -> tuple[int, ...]:
-    """Where the blocks of each height begin, once the arguments of the launcher are known to fit.
+) -> int:
+    """The capacity of the tables, once the arguments of the launcher are known to fit.
 
     Raises:
         ValueError: says which argument does not, what it is and what was wanted.
     """
     given = _FILL.named(adapters, pairs, blocks, num_blocks, token_lora_mapping, valid_tokens, max_loras)
-    capacity = _FILL.check(variant, given)["capacity"]
+    capacity: int = _FILL.check(variant, given)["capacity"]
     _check_rows(variant, token_lora_mapping, capacity)
-    first = first_blocks(capacity, max_loras)
-    wanted = first[-1] + most_blocks(capacity, max_loras, BLOCK_MS[-1])
+    wanted = first_blocks(capacity, max_loras)[-1] + most_blocks(capacity, max_loras, BLOCK_MS[-1])
     if blocks.shape[0] < wanted:
         runtime.fail(variant, "blocks", runtime.describe(blocks), f"at least {wanted} rows")
-    return first
+    return capacity
 
 
 def _check_rows(op: str, token_lora_mapping: torch.Tensor, capacity: int) -> None:
@@ -210,8 +209,7 @@ _fills = runtime.Calls()
 
 
 def _bind(capacity: int, max_loras: int) -> Any:
-    blocks_at = first_blocks(capacity, max_loras)
-    return VARIANTS.get("moe_route", schedule="held").bind(capacity=capacity, max_loras=max_loras, blocks_at=blocks_at)
+    return VARIANTS.get("moe_route", schedule="held").bind(capacity, max_loras)
 
 
 def _refill(

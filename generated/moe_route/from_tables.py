@@ -14,16 +14,11 @@ first num_tokens_post_padded[l] entries count, and only rows that lora_ids names
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .. import _runtime as runtime
-from ._op import check_pack
-
-ENTRIES = 1024
+from ._launch import FromTables
 
 
 @triton.jit(
@@ -79,41 +74,13 @@ def moe_route_from_tables_pack(
     tl.store(blocks_ptr + 4 * block + 3, tl.sum(live.to(tl.int32)))
 
 
-_list = runtime.Launcher(moe_route_from_tables_list)
-_pack = runtime.Launcher(moe_route_from_tables_pack)
-
-
-def bind(
-    sorted_token_ids: torch.Tensor, expert_ids: torch.Tensor, lora_ids: torch.Tensor | None, *, num_pairs: int, num_experts: int,
-    max_loras: int, block_m: int,
-) -> Callable[..., None]:  # fmt: skip
-    """The two launches for tables [L, *] of these shapes and strides, ready to be made again and again."""
-    row_blocks = expert_ids.shape[1]
-    num_lora_ids = 0 if lora_ids is None else lora_ids.numel()
-    columns = (row_blocks, expert_ids.stride(0))
-    sizes = (num_pairs, sorted_token_ids.shape[1], sorted_token_ids.stride(0))
-    list_blocks = _list.bind(
-        1, runtime.Options(4), MAX_LORAS=max_loras, NUM_EXPERTS=num_experts, NUM_LORA_IDS=num_lora_ids,
-        LORA_IDS_SIZE=runtime.next_power_of_2(num_lora_ids), BLOCK_M=block_m,
-        ENTRIES=ENTRIES,
-    )  # fmt: skip
-    pack_pairs = _pack.bind(max_loras * row_blocks, runtime.Options(4), BLOCK_M=block_m)
-
-    def call(
-        pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, sorted_token_ids: torch.Tensor,
-        expert_ids: torch.Tensor, num_tokens_post_padded: torch.Tensor, lora_ids: torch.Tensor | None,
-        adapter_enabled: torch.Tensor | None,
-    ) -> None:  # fmt: skip
-        list_blocks.run(blocks, num_blocks, expert_ids, num_tokens_post_padded, lora_ids, adapter_enabled, *columns)
-        pack_pairs.run(pairs, blocks, num_blocks, sorted_token_ids, *sizes)
-
-    return call
+schedule = FromTables(moe_route_from_tables_list, moe_route_from_tables_pack)
 
 
 def moe_route_from_tables(
-    pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, sorted_token_ids: torch.Tensor, expert_ids: torch.Tensor,
-    num_tokens_post_padded: torch.Tensor, lora_ids: torch.Tensor | None, adapter_enabled: torch.Tensor | None, *, num_pairs: int,
-    num_experts: int, max_loras: int, block_m: int,
+    pairs: Tensor, blocks: Tensor, num_blocks: Tensor, sorted_token_ids: Tensor, expert_ids: Tensor,
+    num_tokens_post_padded: Tensor, lora_ids: Tensor | None, adapter_enabled: Tensor | None, *, num_pairs: int, num_experts: int,
+    max_loras: int, block_m: int,
 ) -> None:  # fmt: skip
     """Fill ``pairs`` [max_loras * row blocks * block_m], ``blocks`` [max_loras * row blocks, 4] and ``num_blocks`` [1].
 
@@ -124,7 +91,4 @@ def moe_route_from_tables(
         ValueError: an argument that does not fit; nothing was launched.
     """
     source = (sorted_token_ids, expert_ids, num_tokens_post_padded, lora_ids, adapter_enabled)
-    check_pack("moe_route_from_tables", pairs, blocks, num_blocks, *source, num_pairs, num_experts, max_loras, block_m)
-    sizes = {"num_pairs": num_pairs, "num_experts": num_experts, "max_loras": max_loras, "block_m": block_m}
-    call = bind(sorted_token_ids, expert_ids, lora_ids, **sizes)
-    call(pairs, blocks, num_blocks, *source)
+    schedule.launch(pairs, blocks, num_blocks, *source, num_pairs, num_experts, max_loras, block_m)

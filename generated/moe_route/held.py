@@ -19,17 +19,11 @@ Every program counts the adapters of all tokens for itself, and places those of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .. import _runtime as runtime
-from ._held import check_held
-
-CHUNK = 128  # tokens of one program
-STEP = 4096  # that it counts at a time
+from ._launch import Held
 
 
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["token_lora_mapping_ptr", "valid_tokens_ptr"])
@@ -76,24 +70,12 @@ def moe_route_held_kernel(
         tl.store(num_blocks_ptr + height, tl.sum((total + rows - 1) // rows), mask=begin == 0)
 
 
-_kernel = runtime.Launcher(moe_route_held_kernel)
-
-
-def bind(*, capacity: int, max_loras: int, blocks_at: tuple[int, ...]) -> Callable[..., None]:
-    """The launch for tables of these sizes and a mapping of one dtype, ready to be made again and again."""
-    size = max(32, runtime.next_power_of_2(max_loras))
-    fill = _kernel.bind(
-        max(1, runtime.cdiv(capacity, CHUNK)), runtime.Options(8), CAPACITY=capacity, MAX_LORAS=max_loras, BLOCKS_AT=blocks_at,
-        SIZE=size,
-        CHUNK=CHUNK,
-        STEP=min(STEP, max(CHUNK, runtime.next_power_of_2(capacity))),
-    )  # fmt: skip
-    return fill.run
+schedule = Held(moe_route_held_kernel)
 
 
 def moe_route_held(
-    adapters: torch.Tensor, pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, token_lora_mapping: torch.Tensor,
-    valid_tokens: torch.Tensor | None, *, max_loras: int,
+    adapters: Tensor, pairs: Tensor, blocks: Tensor, num_blocks: Tensor, token_lora_mapping: Tensor, valid_tokens: Tensor | None,
+    *, max_loras: int,
 ) -> None:  # fmt: skip
     """Fill the tables from the adapters of tokens; ``HeldRoute`` makes the buffers.
 
@@ -103,6 +85,4 @@ def moe_route_held(
     Raises:
         ValueError: an argument that does not fit; nothing was launched.
     """
-    blocks_at = check_held("moe_route_held", adapters, pairs, blocks, num_blocks, token_lora_mapping, valid_tokens, max_loras)
-    fill = bind(capacity=adapters.shape[0], max_loras=max_loras, blocks_at=blocks_at)
-    fill(adapters, pairs, blocks, num_blocks, token_lora_mapping.shape[0], token_lora_mapping, valid_tokens)
+    schedule.launch(adapters, pairs, blocks, num_blocks, token_lora_mapping, valid_tokens, max_loras)

@@ -13,16 +13,11 @@ A pair p = t * top_k + j is live when its adapter is loaded and enabled and its 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .. import _runtime as runtime
-from ._op import check_sort
-
-MAX_PAIRS = 512
+from ._launch import OneLaunch
 
 
 @triton.jit
@@ -79,45 +74,16 @@ def moe_route_one_launch_kernel(
     tl.store(num_blocks_ptr, tl.max(opened))
 
 
-_kernel = runtime.Launcher(moe_route_one_launch_kernel)
-
-
-def scratch_size(num_pairs: int, num_groups: int) -> int:
-    """int32 elements of scratch that a call needs: none."""
-    return 0
-
-
-def bind(
-    *, num_pairs: int, top_k: int, num_experts: int, max_loras: int, global_experts: int, block_m: int, device: torch.device,
-) -> Callable[..., None]:  # fmt: skip
-    """The launch for routes of these sizes, ready to be made again and again."""
-    if num_pairs > MAX_PAIRS:
-        got, wanted = num_pairs, f"at most {MAX_PAIRS}"
-        runtime.fail("moe_route_one_launch", "pairs", got, wanted, "use moe_route_three_launch")
-    size = max(16, runtime.next_power_of_2(num_pairs))
-    sort = _kernel.bind(
-        1, runtime.Options(4 if size < MAX_PAIRS else 8), MAX_LORAS=max_loras, NUM_EXPERTS=num_experts,
-        GLOBAL_EXPERTS=global_experts, TOP_K=top_k, BLOCK_M=block_m, SIZE=size,
-    )  # fmt: skip
-
-    def call(
-        pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, scratch: torch.Tensor, topk_ids: torch.Tensor | None,
-        token_lora_mapping: torch.Tensor, adapter_enabled: torch.Tensor | None, expert_map: torch.Tensor | None,
-    ) -> None:  # fmt: skip
-        source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map, num_pairs)
-        sort.run(pairs, blocks, num_blocks, *source)
-
-    return call
+schedule = OneLaunch(moe_route_one_launch_kernel)
 
 
 def moe_route_one_launch(
-    pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, scratch: torch.Tensor, topk_ids: torch.Tensor,
-    token_lora_mapping: torch.Tensor, adapter_enabled: torch.Tensor | None, expert_map: torch.Tensor | None, *, num_experts: int,
-    max_loras: int, block_m: int,
+    pairs: Tensor, blocks: Tensor, num_blocks: Tensor, scratch: Tensor, topk_ids: Tensor, token_lora_mapping: Tensor,
+    adapter_enabled: Tensor | None, expert_map: Tensor | None, *, num_experts: int, max_loras: int, block_m: int,
 ) -> None:  # fmt: skip
     """Fill the tables from the routing; ``moe_route`` makes the buffers.
 
-    pairs [>= T * top_k], blocks [max_blocks, 4], num_blocks [1] and scratch [>= scratch_size(...)] int32 are written.
+    pairs [>= T * top_k], blocks [max_blocks, 4], num_blocks [1] and scratch [>= schedule.scratch_size(...)] int32 are written.
     topk_ids [T, top_k] int32 or int64, token_lora_mapping [T] int32, adapter_enabled [>= max_loras] int32 or None,
     expert_map [global experts] int32 or None (global expert to local one, -1: not here).
 
@@ -125,9 +91,4 @@ def moe_route_one_launch(
         ValueError: an argument that does not fit; nothing was launched.
     """
     source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map)
-    check_sort("moe_route_one_launch", scratch_size, pairs, blocks, num_blocks, scratch, *source, num_experts, max_loras, block_m)
-    call = bind(
-        num_pairs=topk_ids.numel(), top_k=topk_ids.shape[1], num_experts=num_experts, max_loras=max_loras,
-        global_experts=0 if expert_map is None else expert_map.numel(), block_m=block_m, device=topk_ids.device,
-    )  # fmt: skip
-    call(pairs, blocks, num_blocks, scratch, *source)
+    schedule.launch(pairs, blocks, num_blocks, scratch, *source, num_experts, max_loras, block_m)

@@ -17,18 +17,12 @@ and writes its pairs; the pair that opens a block writes that block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .. import _runtime as runtime
-from ._op import check_sort
-
-CHUNK = 256  # pairs of one program
-GROUPS_PER_PROGRAM = 32
+from ._launch import ThreeLaunch
 
 
 @triton.jit(
@@ -151,68 +145,16 @@ def moe_route_three_launch_place(
     tl.store(block + 3, rows, mask=opens)
 
 
-_count = runtime.Launcher(moe_route_three_launch_count)
-_prefix = runtime.Launcher(moe_route_three_launch_prefix)
-_place = runtime.Launcher(moe_route_three_launch_place)
-
-
-def scratch_size(num_pairs: int, num_groups: int) -> int:
-    """int32 elements of scratch that a call needs."""
-    size = _size(num_groups)
-    return size + 3 * size * runtime.cdiv(num_pairs, CHUNK)
-
-
-def _size(num_groups: int) -> int:
-    return max(GROUPS_PER_PROGRAM, runtime.next_power_of_2(num_groups))
-
-
-def bind(
-    *, num_pairs: int, top_k: int, num_experts: int, max_loras: int, global_experts: int, block_m: int, device: torch.device,
-) -> Callable[..., None]:  # fmt: skip
-    """The three launches for routes of these sizes, ready to be made again and again."""
-    pdl = runtime.traits(device).pdl
-    size = _size(max_loras * num_experts)
-    num_chunks = runtime.cdiv(num_pairs, CHUNK)
-    count = _count.bind(
-        num_chunks, runtime.Options(4), MAX_LORAS=max_loras, NUM_EXPERTS=num_experts, GLOBAL_EXPERTS=global_experts, TOP_K=top_k,
-        SIZE=size,
-        CHUNK=CHUNK,
-        PDL=pdl,
-    )  # fmt: skip
-    prefix = _prefix.bind(
-        size // GROUPS_PER_PROGRAM, runtime.Options(4, pdl=pdl), SIZE=size,
-        WIDTH=GROUPS_PER_PROGRAM, STEP=64,
-        PDL=pdl,
-    )  # fmt: skip
-    place = _place.bind(
-        num_chunks, runtime.Options(4 if size <= 2048 else 8, pdl=pdl), MAX_LORAS=max_loras, NUM_EXPERTS=num_experts,
-        GLOBAL_EXPERTS=global_experts, TOP_K=top_k, BLOCK_M=block_m, SIZE=size,
-        CHUNK=CHUNK,
-        PDL=pdl,
-    )  # fmt: skip
-    counts_at, starts_at = size, size * (1 + num_chunks)
-
-    def call(
-        pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, scratch: torch.Tensor, topk_ids: torch.Tensor | None,
-        token_lora_mapping: torch.Tensor, adapter_enabled: torch.Tensor | None, expert_map: torch.Tensor | None,
-    ) -> None:  # fmt: skip
-        source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map, num_pairs)
-        counts, starts = scratch[counts_at:], scratch[starts_at:]
-        count.run(counts, *source)
-        prefix.run(counts, scratch, num_chunks)
-        place.run(pairs, blocks, num_blocks, counts, scratch, starts, *source)
-
-    return call
+schedule = ThreeLaunch(moe_route_three_launch_count, moe_route_three_launch_prefix, moe_route_three_launch_place)
 
 
 def moe_route_three_launch(
-    pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, scratch: torch.Tensor, topk_ids: torch.Tensor,
-    token_lora_mapping: torch.Tensor, adapter_enabled: torch.Tensor | None, expert_map: torch.Tensor | None, *, num_experts: int,
-    max_loras: int, block_m: int,
+    pairs: Tensor, blocks: Tensor, num_blocks: Tensor, scratch: Tensor, topk_ids: Tensor, token_lora_mapping: Tensor,
+    adapter_enabled: Tensor | None, expert_map: Tensor | None, *, num_experts: int, max_loras: int, block_m: int,
 ) -> None:  # fmt: skip
     """Fill the tables from the routing; ``moe_route`` makes the buffers.
 
-    pairs [>= T * top_k], blocks [max_blocks, 4], num_blocks [1] and scratch [>= scratch_size(...)] int32 are written.
+    pairs [>= T * top_k], blocks [max_blocks, 4], num_blocks [1] and scratch [>= schedule.scratch_size(...)] int32 are written.
     topk_ids [T, top_k] int32 or int64, token_lora_mapping [T] int32, adapter_enabled [>= max_loras] int32 or None,
     expert_map [global experts] int32 or None (global expert to local one, -1: not here).
 
@@ -220,11 +162,4 @@ def moe_route_three_launch(
         ValueError: an argument that does not fit; nothing was launched.
     """
     source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map)
-    check_sort(
-        "moe_route_three_launch", scratch_size, pairs, blocks, num_blocks, scratch, *source, num_experts, max_loras, block_m
-    )
-    call = bind(
-        num_pairs=topk_ids.numel(), top_k=topk_ids.shape[1], num_experts=num_experts, max_loras=max_loras,
-        global_experts=0 if expert_map is None else expert_map.numel(), block_m=block_m, device=topk_ids.device,
-    )  # fmt: skip
-    call(pairs, blocks, num_blocks, scratch, *source)
+    schedule.launch(pairs, blocks, num_blocks, scratch, *source, num_experts, max_loras, block_m)

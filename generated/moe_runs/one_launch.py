@@ -21,18 +21,12 @@ its rows begin, and so in which block and run a row will be.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from .. import _runtime as runtime
-from ..moe_align._op import is_dense
-from ._op import check_fill
-
-_SUMS = 128  # of rows by adapters, that a warp holds at a time
+from ._launch import OneLaunch
 
 
 @triton.jit
@@ -163,56 +157,24 @@ def moe_runs_one_launch_kernel(
         tl.store(entry + 1, place, mask=opens)
 
 
-_kernel = runtime.Launcher(moe_runs_one_launch_kernel)
-
-
-def bind(
-    *, num_pairs: int, top_k: int, num_experts: int, local_expert_start: int, max_loras: int, block_m: int, device: torch.device,
-) -> Callable[..., None]:  # fmt: skip
-    """The launch for tables of these sizes, ready to be made again and again."""
-    num_tokens = runtime.next_power_of_2(num_pairs // top_k)
-    chunk = min(4096, max(256, runtime.next_power_of_2(num_tokens * top_k)))
-    dense = is_dense(num_tokens, top_k, num_experts)
-    size = max(32, runtime.next_power_of_2(num_experts)) if dense else 1
-    warps = 4 if chunk <= 512 else 8 if chunk < 4096 else 16
-    groups = max(8, runtime.next_power_of_2(max_loras + 1))
-    width, pdl = max(16, _SUMS * warps // groups), runtime.traits(device).pdl
-    launch = _kernel.bind(
-        num_experts, runtime.Options(warps), TOP_K=top_k, NUM_EXPERTS=num_experts, LOCAL_EXPERT_START=local_expert_start,
-        MAX_LORAS=max_loras, BLOCK_M=block_m, DENSE=dense, SIZE=size, ROWS=chunk // 32, GROUPS=groups, WIDTH=width, PDL=pdl,
-    )  # fmt: skip
-
-    def call(
-        pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, run_of_row: torch.Tensor, runs: torch.Tensor,
-        gathered: torch.Tensor, topk_ids: torch.Tensor, valid_tokens: torch.Tensor | None, token_lora_mapping: torch.Tensor,
-        adapter_enabled: torch.Tensor | None, lora_ranks: torch.Tensor | None,
-    ) -> None:  # fmt: skip
-        written, read = (pairs, blocks, num_blocks, run_of_row, runs, gathered), (topk_ids, valid_tokens)
-        launch.run(*written, *read, token_lora_mapping, adapter_enabled, lora_ranks, num_pairs)
-
-    return call
+schedule = OneLaunch(moe_runs_one_launch_kernel)
 
 
 def moe_runs_one_launch(
-    pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, run_of_row: torch.Tensor, runs: torch.Tensor,
-    gathered: torch.Tensor, topk_ids: torch.Tensor, valid_tokens: torch.Tensor | None, token_lora_mapping: torch.Tensor,
-    adapter_enabled: torch.Tensor | None, lora_ranks: torch.Tensor | None, *, num_experts: int, local_expert_start: int,
-    max_loras: int, block_m: int,
+    pairs: Tensor, blocks: Tensor, num_blocks: Tensor, run_of_row: Tensor, runs: Tensor, gathered: Tensor, topk_ids: Tensor,
+    valid_tokens: Tensor | None, token_lora_mapping: Tensor, adapter_enabled: Tensor | None, lora_ranks: Tensor | None, *,
+    num_experts: int, local_expert_start: int, max_loras: int, block_m: int,
 ) -> None:  # fmt: skip
     """Fill the tables from the routing and the adapters; ``moe_runs`` makes the buffers.
 
     pairs and run_of_row [>= T * top_k], blocks [max_blocks, 3], num_blocks [1] and runs [>= T * top_k, 2] int32 are written;
-    gathered, as runs, is scratch. topk_ids [T, top_k] int32 or int64 are global expert ids; valid_tokens [1] int32, or None: all T tokens; token_lora_mapping
-    [T] int32; adapter_enabled [>= max_loras] int32, or None: all are; lora_ranks [>= max_loras] int32, or None.
+    gathered, as runs, is scratch. topk_ids [T, top_k] int32 or int64 are global expert ids; valid_tokens [1] int32, or None: all
+    T tokens; token_lora_mapping [T] int32; adapter_enabled [>= max_loras] int32, or None: all are; lora_ranks [>= max_loras]
+    int32, or None.
 
     Raises:
         ValueError: an argument that does not fit; nothing was launched.
     """
     written = (pairs, blocks, num_blocks, run_of_row, runs, gathered)
     read = (topk_ids, valid_tokens, token_lora_mapping, adapter_enabled, lora_ranks)
-    check_fill("moe_runs_one_launch", *written, *read, num_experts, local_expert_start, max_loras, block_m)
-    call = bind(
-        num_pairs=topk_ids.numel(), top_k=topk_ids.shape[1], num_experts=num_experts, local_expert_start=local_expert_start,
-        max_loras=max_loras, block_m=block_m, device=topk_ids.device,
-    )  # fmt: skip
-    call(*written, *read)
+    schedule.launch(*written, *read, num_experts, local_expert_start, max_loras, block_m)

@@ -24,8 +24,8 @@ from kernelgen.spec.expand import variant_of
 
 _DOCUMENTS = re.compile(r'"""[\s\S]*?"""|#.*')
 _WORDS = re.compile(r'"""[\s\S]*?"""|"[^"\n]*"|#.*')  # in quotes too
-_BIND = "bind"  # what a front door calls of a variant that it chose
-_SCHEDULE = "schedule"  # or what of a variant has it
+_BIND = "bind"  # what a front door calls of a variant that it chose,
+_SCHEDULE = "schedule"  # of what
 _LAUNCHER = "Launcher"  # what launches a kernel
 _TABLE = "VARIANTS"  # what it chooses among
 _ASKED_BY = {"max_rank": "rank"}  # a fact that calls ask for by another name
@@ -233,9 +233,9 @@ def _launcher_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
             line, word = _nearest(variant.name, made)
             hint = f"def {{{{ v.name }}}}(...){f', not {word}' if word else ''}; {variant.name} of {path} is missing"
             yield Diagnostic("KG023", outputs.place(path, line, word=word), message, hint)
-        if called and not {_BIND, _SCHEDULE} & made.defined.keys():
-            line, word = _nearest(_BIND, made)
-            message = f"no function {_BIND}, which the front door of {family.name} calls"
+        if called and _SCHEDULE not in made.defined:
+            line, word = _nearest(_SCHEDULE, made)
+            message = f"no {_SCHEDULE}, whose {_BIND} the front door of {family.name} calls"
             yield Diagnostic("KG023", outputs.place(path, line, word=word), message, f"define it; {path} has none")
         for kernel, name, line, column in made.parameters if _LAUNCHER not in made.words else ():  # else lint sees its launches
             if name not in given:

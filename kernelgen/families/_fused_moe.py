@@ -38,6 +38,7 @@ from .moe_align._op import (
     max_blocks,
     scratch_size,
 )
+from .moe_align._op import Problem as AlignProblem
 from .moe_align._op import bind as bind_align
 from .moe_gemm._op import bind as bind_gemm
 from .moe_gemm._op import find_scales
@@ -52,6 +53,7 @@ from .moe_runs._op import (
     MoeRuns,
     split,
 )
+from .moe_runs._op import Problem as RunsProblem
 from .moe_runs._op import bind as bind_runs
 from .moe_shrink._op import bind as bind_shrink
 from .moe_shrink._op import vector_shape
@@ -433,9 +435,10 @@ def _bind(
     if few:
         pass
     elif adapters is None:
-        align = bind_align(num_pairs, top_k, num_experts, local_expert_start, block_m, hidden.device)
+        align = bind_align(AlignProblem(num_pairs, top_k, num_experts, local_expert_start, block_m, hidden.device))
     else:
-        align = bind_runs(num_tokens, top_k, num_experts, local_expert_start, adapters.max_loras, block_m, hidden.device)
+        routed = (num_pairs, top_k, num_experts, local_expert_start)
+        align = bind_runs(RunsProblem(*routed, adapters.max_loras, block_m, hidden.device))
     order = "pair" if few else "sorted"
     of_first |= {"limit": limit, "alpha": alpha, "beta": beta}
     first = bind_gemm(h, hidden, w13, tables, None, "token", order, activation, **of_first)

@@ -132,6 +132,7 @@ def no_tables(
 
 BLOCK_MS = (16, 32, 64, 128)
 _FEW_PAIRS = 32768  # up to so many are sorted in one launch, whose programs each count all pairs
+CHUNKS = 128  # at most, that pairs are counted in by two launches
 _TABLE = (torch.int32, operands.CONTIGUOUS)
 
 # What ops on the routing of a base layer take of it.
@@ -177,14 +178,31 @@ _FILL = operands.Op(
 )
 
 
-def check_fill(variant: str, scratch_size: Callable[[int, int], int], *arguments: Any) -> None:
-    """Raise ValueError where the arguments of the launcher do not fit; ``scratch_size``: of its variant."""
+class Problem(NamedTuple):
+    """What the launches that make tables depend on."""
+
+    num_pairs: int
+    top_k: int
+    num_experts: int
+    local_expert_start: int
+    block_m: int
+    device: torch.device
+
+
+def check_fill(variant: str, scratch_size: Callable[[int, int], int], *arguments: Any) -> Problem:
+    """The problem of a launcher's arguments; ``scratch_size``: of its variant.
+
+    Raises:
+        ValueError: says which does not fit, what it is and what was wanted.
+    """
     given = _FILL.named(*arguments)
-    sizes = _FILL.check(variant, given)
-    check_blocks(variant, given["blocks"], sizes, given["block_m"])
-    needed = scratch_size(sizes["T"] * sizes["top_k"], sizes["E"])
+    sizes, block_m = _FILL.check(variant, given), given["block_m"]
+    check_blocks(variant, given["blocks"], sizes, block_m)
+    num_pairs, routing = sizes["T"] * sizes["top_k"], (sizes["top_k"], sizes["E"], given["local_expert_start"])
+    needed = scratch_size(num_pairs, sizes["E"])
     if given["scratch"].numel() < needed:
         runtime.fail(variant, "scratch", runtime.describe(given["scratch"]), f"at least {needed} elements")
+    return Problem(num_pairs, *routing, block_m, given["topk_ids"].device)
 
 
 def check_local_ids(variant: str, out: torch.Tensor | None, topk_ids: torch.Tensor, expert_map: torch.Tensor) -> int:
@@ -222,10 +240,8 @@ def _views(
 
 def _open_splits(num_tokens: int, top_k: int, num_experts: int, with_ids: bool) -> tuple[int, ...]:
     """As ``_splits``, with room for blocks of any height, and without a branch on the number of tokens."""
-    from .two_launch import scratch_size
-
     num_pairs = num_tokens * top_k
-    return _splits(num_pairs, _most_blocks(num_pairs, num_experts), scratch_size(num_pairs, num_experts), with_ids)
+    return _splits(num_pairs, _most_blocks(num_pairs, num_experts), counts_size(num_experts), with_ids)
 
 
 def _most_blocks(num_pairs: int, num_experts: int) -> int:
@@ -309,9 +325,23 @@ def max_blocks(num_tokens: int, top_k: int, num_experts: int, block_m: int) -> i
     return experts + (num_pairs - experts) // block_m
 
 
+def counts_size(num_experts: int) -> int:
+    """int32 elements of scratch for the counts of each chunk."""
+    return CHUNKS * counters(num_experts)
+
+
+def counters(num_experts: int) -> int:
+    """Elements of a tile that has a counter for each expert."""
+    return max(32, runtime.next_power_of_2(num_experts))
+
+
 def table_size(num_tokens: int, top_k: int, num_experts: int) -> int:
     """int32 elements of a workspace for up to ``num_tokens`` tokens, whatever block size is chosen."""
     return sum(_open_splits(num_tokens, top_k, num_experts, False))
+
+
+# (pairs, blocks, num_blocks, scratch, topk_ids, valid_tokens)
+Fill = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 
 
 class _Plan(NamedTuple):
@@ -323,7 +353,7 @@ class _Plan(NamedTuple):
     size: int  # of the buffer
     splits: tuple[int, ...]  # as _splits
     localize: Callable[..., None] | None
-    fill: Callable[..., None]
+    fill: Fill
     looks: list[object]  # of its tables
 
 
@@ -353,24 +383,15 @@ def _bind(
     if workspace is not None and workspace.shape[0] < size:
         wanted = f"[>= {size}] int32 on {topk_ids.device}"
         runtime.fail("moe_align", "workspace", runtime.describe(workspace), wanted, "ask table_size of this module")
-    fill: Callable[..., None] = no_pairs
+    fill: Fill = no_pairs
     if num_pairs > 0:
-        fill = bind(num_pairs, top_k, num_experts, local_expert_start, block_m, topk_ids.device)
+        fill = bind(Problem(num_pairs, top_k, num_experts, local_expert_start, block_m, topk_ids.device))
     return _Plan(num_tokens, top_k, block_m, size, splits, localize, fill, [])
 
 
-def bind(
-    num_pairs: int, top_k: int, num_experts: int, local_expert_start: int, block_m: int, device: torch.device
-) -> Callable[..., None]:
-    """The launches that make tables of these sizes: (pairs, blocks, num_blocks, scratch, topk_ids, valid_tokens)."""
-    call: Callable[..., None] = _variant(num_pairs, num_experts).bind(
-        num_pairs=num_pairs,
-        top_k=top_k,
-        num_experts=num_experts,
-        local_expert_start=local_expert_start,
-        block_m=block_m,
-        device=device,
-    )
+def bind(problem: Problem) -> Fill:
+    """The launches that make tables of these sizes."""
+    call: Fill = _variant(problem.num_pairs, problem.num_experts).bind(problem)
     return call
 
 
@@ -404,9 +425,7 @@ def bind_local(num_pairs: int, global_experts: int) -> Callable[..., None]:
     """The launch that writes local ids: (out, topk_ids, expert_map)."""
     if num_pairs == 0:
         return runtime.nothing
-    call: Callable[..., None] = VARIANTS.get("local_ids", schedule="local_ids").bind(
-        num_pairs=num_pairs, global_experts=global_experts
-    )
+    call: Callable[..., None] = VARIANTS.get("local_ids", schedule="local_ids").bind(num_pairs, global_experts)
     return call
 
 

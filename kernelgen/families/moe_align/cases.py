@@ -78,7 +78,7 @@ def check(
         "pairs": num_pairs,
         "blocks": 3 * max_blocks(case.tokens, case.top_k, case.experts, case.block_m),
         "num_blocks": 1,
-        "scratch": sys.modules[launcher.__module__].scratch_size(num_pairs, case.experts),
+        "scratch": sys.modules[launcher.__module__].schedule.scratch_size(num_pairs, case.experts),
     }
     views = {name: allocate((n,), (1,), torch.int32, device) for name, n in sizes.items()}
     sealed = {name: seal(view) for name, view in views.items()}

@@ -16,6 +16,8 @@ from ._table import VARIANTS
 __all__ = ["EngineRoute", "MoeRoute", "MoeWorkspace", "PairRoute", "TableRoute", "moe_route", "moe_workspace"]
 
 _MAX_GROUPS = 16384  # adapters * experts that the sorting kernels count in one program
+MAX_PAIRS = 512  # up to so many are sorted by one program
+CHUNK, WIDTH = 256, 32  # pairs, and groups, of a program where there are more
 
 
 @operands.bundle()
@@ -307,6 +309,10 @@ def in_graph(
     return OpenRoute(*source, pairs, blocks, num_blocks, parts, *sizes, *request)
 
 
+# (pairs, blocks, num_blocks, scratch, topk_ids, token_lora_mapping, adapter_enabled, expert_map)
+Fill = Callable[..., None]
+
+
 class Plan(NamedTuple):
     """A checked request: what moe_route works out once for inputs of the same looks."""
 
@@ -315,7 +321,7 @@ class Plan(NamedTuple):
     block_m: int | None  # None: pairs come one by one
     max_blocks: int
     splits: tuple[int, int, int, int, int]  # elements of num_blocks, blocks, pairs, scratch
-    fill: Callable[..., None]
+    fill: Fill
     looks: list[object]  # of its routes
 
 
@@ -413,20 +419,61 @@ _PACK = operands.Op(
 )
 
 
-def check_sort(variant: str, scratch_size: Callable[[int, int], int], *arguments: Any) -> None:
-    """Raise ValueError where the arguments of a launcher that sorts do not fit."""
+class Problem(NamedTuple):
+    """What the launches of a sort depend on."""
+
+    num_pairs: int
+    top_k: int
+    num_experts: int
+    max_loras: int
+    global_experts: int  # entries of expert_map, 0 without one
+    block_m: int
+    device: torch.device
+
+    @property
+    def num_groups(self) -> int:
+        """Adapters * experts."""
+        return self.max_loras * self.num_experts
+
+
+class PackProblem(NamedTuple):
+    """What the launches over tables [L, *] of an engine depend on."""
+
+    num_pairs: int
+    num_experts: int
+    max_loras: int
+    block_m: int
+    num_lora_ids: int
+    row_blocks: int  # columns of expert_ids
+    blocks_stride: int  # from row to row of it
+    row_size: int  # columns of sorted_token_ids
+    row_stride: int
+
+
+def check_sort(variant: str, scratch_size: Callable[[int, int], int], *arguments: Any) -> Problem:
+    """The problem of the arguments of a launcher that sorts.
+
+    Raises:
+        ValueError: says which does not fit, what it is and what was wanted.
+    """
     given = _SORT.named(*arguments)
-    sizes = _SORT.check(variant, given)
+    sizes, expert_map = _SORT.check(variant, given), given["expert_map"]
     num_pairs, num_groups = sizes["T"] * sizes["top_k"], sizes["L"] * sizes["E"]
     if num_groups > _MAX_GROUPS:
         runtime.fail(variant, "max_loras * num_experts", num_groups, f"at most {_MAX_GROUPS}")
     wanted = {"pairs": num_pairs, "blocks": most_blocks(num_pairs, num_groups, given["block_m"])}
     wanted["scratch"] = scratch_size(num_pairs, num_groups)
     _check_filled(variant, given, wanted)
+    groups = (sizes["E"], sizes["L"], 0 if expert_map is None else expert_map.shape[0])
+    return Problem(num_pairs, sizes["top_k"], *groups, given["block_m"], given["topk_ids"].device)
 
 
-def check_pack(variant: str, *arguments: Any) -> None:
-    """Raise ValueError where the arguments of the launcher for tables of an engine do not fit."""
+def check_pack(variant: str, *arguments: Any) -> PackProblem:
+    """The problem of the arguments of the launcher for tables of an engine.
+
+    Raises:
+        ValueError: says which does not fit, what it is and what was wanted.
+    """
     given = _PACK.named(*arguments)
     sizes, block_m = _PACK.check(variant, given), given["block_m"]
     if sizes["B"] > runtime.cdiv(sizes["EM"], block_m):
@@ -434,6 +481,22 @@ def check_pack(variant: str, *arguments: Any) -> None:
         runtime.fail(variant, "expert_ids", runtime.describe(given["expert_ids"]), wanted)
     blocks = sizes["L"] * sizes["B"]
     _check_filled(variant, given, {"pairs": blocks * block_m, "blocks": blocks})
+    tables = (given["sorted_token_ids"], given["expert_ids"], given["lora_ids"])
+    return _pack_problem(*tables, given["num_pairs"], sizes["E"], sizes["L"], block_m)
+
+
+def _pack_problem(
+    sorted_token_ids: torch.Tensor,
+    expert_ids: torch.Tensor,
+    lora_ids: torch.Tensor | None,
+    num_pairs: int,
+    num_experts: int,
+    max_loras: int,
+    block_m: int,
+) -> PackProblem:
+    num_lora_ids = 0 if lora_ids is None else lora_ids.numel()
+    rows = (expert_ids.shape[1], expert_ids.stride(0), sorted_token_ids.shape[1], sorted_token_ids.stride(0))
+    return PackProblem(num_pairs, num_experts, max_loras, block_m, num_lora_ids, *rows)
 
 
 def _check_filled(variant: str, given: Mapping[str, Any], wanted: Mapping[str, int]) -> None:
@@ -595,7 +658,9 @@ def _planned(
     max_blocks = most_blocks(num_pairs, num_groups, block_m)
     splits = _splits(max_blocks, num_pairs, _scratch_size(num_pairs, num_groups))
     _check_size(name, workspace, splits)
-    fill = _launches(*sizes, 0 if expert_map is None else expert_map.shape[0], block_m, token_lora_mapping.device)
+    global_experts = 0 if expert_map is None else expert_map.shape[0]
+    problem = Problem(num_pairs, top_k, num_experts, max_loras, global_experts, block_m, token_lora_mapping.device)
+    fill: Fill = _variant(num_pairs).bind(problem)
     return Plan(sizes, num_pairs, block_m, max_blocks, splits, fill, [])
 
 
@@ -626,31 +691,8 @@ def _rows_of_block(
 
 def _open_splits(num_tokens: int, top_k: int, num_experts: int, max_loras: int) -> tuple[int, int, int, int, int]:
     """As ``_splits``, large enough however the request is settled, and without a branch on the number of tokens."""
-    from .three_launch import scratch_size
-
     num_pairs, num_groups = num_tokens * top_k, max_loras * num_experts
-    return _splits(num_groups + num_pairs // 16, num_pairs, scratch_size(num_pairs, num_groups))
-
-
-def _launches(
-    num_tokens: int,
-    top_k: int,
-    num_experts: int,
-    max_loras: int,
-    global_experts: int,
-    block_m: int,
-    device: torch.device,
-) -> Callable[..., None]:
-    call: Callable[..., None] = _variant(num_tokens * top_k).bind(
-        num_pairs=num_tokens * top_k,
-        top_k=top_k,
-        num_experts=num_experts,
-        max_loras=max_loras,
-        global_experts=global_experts,
-        block_m=block_m,
-        device=device,
-    )
-    return call
+    return _splits(num_groups + num_pairs // 16, num_pairs, counts_size(num_pairs, num_groups))
 
 
 def moe_workspace(
@@ -722,9 +764,18 @@ def _scratch_size(num_pairs: int, num_groups: int) -> int:
     return size
 
 
-def _variant(num_pairs: int) -> Any:
-    from .one_launch import MAX_PAIRS
+def counts_size(num_pairs: int, num_groups: int) -> int:
+    """int32 elements of scratch for counts and offsets of each chunk of pairs."""
+    size = counters(num_groups)
+    return size + 3 * size * runtime.cdiv(num_pairs, CHUNK)
 
+
+def counters(num_groups: int) -> int:
+    """Elements of a tile that has a counter for each group."""
+    return max(WIDTH, runtime.next_power_of_2(num_groups))
+
+
+def _variant(num_pairs: int) -> Any:
     return VARIANTS.get("moe_route", schedule="one_launch" if num_pairs <= MAX_PAIRS else "three_launch")
 
 
@@ -812,16 +863,8 @@ def _bind_tables(
     _check_size(name, workspace, _splits(max_blocks, max_blocks * block_size, 0))
     if max_blocks == 0:
         return _TablePlan(0, runtime.nothing, [])
-    fill = VARIANTS.get("moe_route", schedule="from_tables").bind(
-        ids,
-        experts,
-        lora_ids,
-        num_pairs=num_tokens * top_k,
-        num_experts=num_experts,
-        max_loras=max_loras,
-        block_m=block_size,
-    )
-    return _TablePlan(max_blocks, fill, [])
+    problem = _pack_problem(ids, experts, lora_ids, num_tokens * top_k, num_experts, max_loras, block_size)
+    return _TablePlan(max_blocks, VARIANTS.get("moe_route", schedule="from_tables").bind(problem), [])
 
 
 _table_plan = _OF_TABLES.finder(_bind_tables)

@@ -230,10 +230,29 @@ _FILL = operands.Op(
 )
 
 
-def check_fill(variant: str, *arguments: Any) -> None:
-    """Raise ValueError where the arguments of the launcher do not fit."""
+class Problem(NamedTuple):
+    """What the launch that makes tables depends on."""
+
+    num_pairs: int
+    top_k: int
+    num_experts: int
+    local_expert_start: int
+    max_loras: int
+    block_m: int
+    device: torch.device
+
+
+def check_fill(variant: str, *arguments: Any) -> Problem:
+    """The problem of the launcher's arguments.
+
+    Raises:
+        ValueError: says which does not fit, what it is and what was wanted.
+    """
     given = _FILL.named(*arguments)
-    check_blocks(variant, given["blocks"], _FILL.check(variant, given), given["block_m"])
+    sizes, block_m = _FILL.check(variant, given), given["block_m"]
+    check_blocks(variant, given["blocks"], sizes, block_m)
+    routing = (sizes["top_k"], sizes["E"], given["local_expert_start"], sizes["L"])
+    return Problem(sizes["T"] * sizes["top_k"], *routing, block_m, given["topk_ids"].device)
 
 
 class _Plan(NamedTuple):
@@ -268,28 +287,18 @@ def _bind(
         wanted = f"[>= {size}] int32 on {topk_ids.device}"
         runtime.fail("moe_runs", "workspace", runtime.describe(workspace), wanted, "ask run_size of this module")
     block_m = block_m or default_block_m(num_tokens_hint or num_tokens, top_k, num_experts)
-    routing = (num_tokens, top_k, num_experts, local_expert_start)
-    return _Plan(block_m, bind(*routing, max_loras, block_m, topk_ids.device), [], [])
+    problem = Problem(num_tokens * top_k, top_k, num_experts, local_expert_start, max_loras, block_m, topk_ids.device)
+    return _Plan(block_m, bind(problem), [], [])
 
 
-def bind(
-    num_tokens: int, top_k: int, num_experts: int, local_expert_start: int, max_loras: int, block_m: int, device: torch.device
-) -> Callable[..., None]:
+def bind(problem: Problem) -> Callable[..., None]:
     """The launch for batches of these sizes.
 
     It takes (*tables, run_of_row, runs, gathered, topk_ids, valid_tokens, *adapters, lora_ranks).
     """
-    if num_tokens == 0:
+    if problem.num_pairs == 0:
         return no_pairs
-    call: Callable[..., None] = VARIANTS.get("moe_runs", schedule="one_launch").bind(
-        num_pairs=num_tokens * top_k,
-        top_k=top_k,
-        num_experts=num_experts,
-        local_expert_start=local_expert_start,
-        max_loras=max_loras,
-        block_m=block_m,
-        device=device,
-    )
+    call: Callable[..., None] = VARIANTS.get("moe_runs", schedule="one_launch").bind(problem)
     return call
 
 

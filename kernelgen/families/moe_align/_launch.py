@@ -1,0 +1,177 @@
+"""The schedules of moe_align where they are launched: a class each, and of it an object a variant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .. import _runtime as runtime
+from ._op import CHUNKS, Fill, Problem, check_fill, check_local_ids, counters, counts_size, is_dense
+
+_TABLES = "pairs_ptr blocks_ptr num_blocks_ptr"
+_ROUTING = "topk_ids_ptr valid_tokens_ptr num_pairs"
+
+
+class Walk(NamedTuple):
+    """How programs for one expert each go through all pairs."""
+
+    rows: int  # of a tile, each of pairs side by side
+    num_warps: int
+    dense: bool  # as ``is_dense``
+    counters: int  # of experts
+
+
+def walk(num_pairs: int, top_k: int, num_experts: int) -> Walk:
+    """The walk over so many pairs: the same for all numbers of tokens up to the next power of two."""
+    num_tokens = runtime.next_power_of_2(num_pairs // top_k)
+    chunk = min(4096, max(256, runtime.next_power_of_2(num_tokens * top_k)))
+    dense = is_dense(num_tokens, top_k, num_experts)
+    num_warps = 4 if chunk <= 512 else 8 if chunk < 4096 else 16
+    return Walk(chunk // 32, num_warps, dense, counters(num_experts) if dense else 1)
+
+
+class _Tables:
+    """What schedules that make tables do."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.name = runtime.variant_of(kernel)
+
+    def scratch_size(self, num_pairs: int, num_experts: int) -> int:
+        """int32 elements of scratch that a call needs."""
+        raise NotImplementedError
+
+    def bind(self, problem: Problem) -> Fill:
+        """The launches for tables of these sizes, ready to be made again and again."""
+        raise NotImplementedError
+
+    def launch(
+        self,
+        pairs: Tensor,
+        blocks: Tensor,
+        num_blocks: Tensor,
+        scratch: Tensor,
+        topk_ids: Tensor,
+        valid_tokens: Tensor | None,
+        num_experts: int,
+        local_expert_start: int,
+        block_m: int,
+    ) -> None:
+        """One call, checked.
+
+        Raises:
+            ValueError: something does not fit; nothing was launched.
+        """
+        tensors = (pairs, blocks, num_blocks, scratch, topk_ids, valid_tokens)
+        self.bind(check_fill(self.name, self.scratch_size, *tensors, num_experts, local_expert_start, block_m))(*tensors)
+
+
+class OneLaunch(_Tables):
+    """Launches of one_launch."""
+
+    def __init__(self, kernel: Any) -> None:
+        super().__init__(kernel)
+        self._kernel = runtime.Launcher(kernel, f"{_TABLES} {_ROUTING}")
+
+    def scratch_size(self, num_pairs: int, num_experts: int) -> int:
+        return 0
+
+    def bind(self, problem: Problem) -> Fill:
+        over = walk(problem.num_pairs, problem.top_k, problem.num_experts)
+        launch = self._kernel.bind(
+            problem.num_experts,
+            runtime.Options(over.num_warps),
+            TOP_K=problem.top_k,
+            NUM_EXPERTS=problem.num_experts,
+            LOCAL_EXPERT_START=problem.local_expert_start,
+            BLOCK_M=problem.block_m,
+            DENSE=over.dense,
+            SIZE=over.counters,
+            ROWS=over.rows,
+            PDL=runtime.traits(problem.device).pdl,
+        )
+        num_pairs = problem.num_pairs
+
+        def call(
+            pairs: Tensor,
+            blocks: Tensor,
+            num_blocks: Tensor,
+            scratch: Tensor,
+            topk_ids: Tensor,
+            valid_tokens: Tensor | None,
+        ) -> None:
+            launch.run(pairs, blocks, num_blocks, topk_ids, valid_tokens, num_pairs)
+
+        return call
+
+
+class TwoLaunch(_Tables):
+    """Launches of two_launch."""
+
+    def __init__(self, count: Any, place: Any) -> None:
+        super().__init__(count)
+        self._count = runtime.Launcher(count, f"counts_ptr {_ROUTING}")
+        self._place = runtime.Launcher(place, f"{_TABLES} counts_ptr {_ROUTING} num_chunks")
+
+    def scratch_size(self, num_pairs: int, num_experts: int) -> int:
+        return counts_size(num_experts)
+
+    def bind(self, problem: Problem) -> Fill:
+        num_pairs, size, pdl = problem.num_pairs, counters(problem.num_experts), runtime.traits(problem.device).pdl
+        chunk = max(256, runtime.next_power_of_2(num_pairs) // CHUNKS)
+        num_chunks = runtime.cdiv(num_pairs, chunk)
+        constants = {
+            "TOP_K": problem.top_k,
+            "NUM_EXPERTS": problem.num_experts,
+            "LOCAL_EXPERT_START": problem.local_expert_start,
+            "CHUNK": chunk,
+            "SIZE": size,
+            "PDL": pdl,
+        }
+        count = self._count.bind(num_chunks, runtime.Options(4), **constants)
+        options = runtime.Options(4 if size <= 128 else 8, pdl=pdl)
+        place = self._place.bind(num_chunks, options, **constants, BLOCK_M=problem.block_m, ROWS=32)
+
+        def call(
+            pairs: Tensor,
+            blocks: Tensor,
+            num_blocks: Tensor,
+            scratch: Tensor,
+            topk_ids: Tensor,
+            valid_tokens: Tensor | None,
+        ) -> None:
+            count.run(scratch, topk_ids, valid_tokens, num_pairs)
+            place.run(pairs, blocks, num_blocks, scratch, topk_ids, valid_tokens, num_pairs, num_chunks)
+
+        return call
+
+
+class LocalIds:
+    """Launches of local_ids."""
+
+    _BLOCK = 512  # pairs of a program
+
+    def __init__(self, kernel: Any) -> None:
+        self.name = runtime.variant_of(kernel)
+        self._kernel = runtime.Launcher(kernel, "out_ptr num_pairs topk_ids_ptr expert_map_ptr")
+
+    def launch(self, out: Tensor, topk_ids: Tensor, expert_map: Tensor) -> None:
+        """One call, checked.
+
+        Raises:
+            ValueError: something does not fit; nothing was launched.
+        """
+        num_pairs = check_local_ids(self.name, out, topk_ids, expert_map)
+        if num_pairs > 0:
+            self.bind(num_pairs, expert_map.shape[0])(out, topk_ids, expert_map)
+
+    def bind(self, num_pairs: int, global_experts: int) -> Callable[[Tensor, Tensor, Tensor], None]:
+        """The launch for so many ids, ready to be made again and again: (out, topk_ids, expert_map)."""
+        grid, constants = runtime.cdiv(num_pairs, self._BLOCK), {"GLOBAL_EXPERTS": global_experts, "BLOCK": self._BLOCK}
+        launch = self._kernel.bind(grid, runtime.Options(4), **constants)
+
+        def call(out: Tensor, topk_ids: Tensor, expert_map: Tensor) -> None:
+            launch.run(out, num_pairs, topk_ids, expert_map)
+
+        return call

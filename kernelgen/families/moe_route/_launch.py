@@ -1,0 +1,272 @@
+"""The schedules of moe_route where they are launched: a class each, and of it an object a variant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from .. import _runtime as runtime
+from ._held import check_held
+from ._op import (
+    CHUNK,
+    MAX_PAIRS,
+    WIDTH,
+    Fill,
+    PackProblem,
+    Problem,
+    check_pack,
+    check_sort,
+    counters,
+    counts_size,
+    first_blocks,
+)
+
+_TABLES = "pairs_ptr blocks_ptr num_blocks_ptr"
+_ROUTING = "topk_ids_ptr token_lora_mapping_ptr adapter_enabled_ptr expert_map_ptr num_pairs"
+
+
+class _Sort:
+    """What schedules that sort pairs do."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.name = runtime.variant_of(kernel)
+
+    def scratch_size(self, num_pairs: int, num_groups: int) -> int:
+        """int32 elements of scratch that a call needs."""
+        raise NotImplementedError
+
+    def bind(self, problem: Problem) -> Fill:
+        """The launches for routes of these sizes, ready to be made again and again."""
+        raise NotImplementedError
+
+    def launch(
+        self,
+        pairs: Tensor,
+        blocks: Tensor,
+        num_blocks: Tensor,
+        scratch: Tensor,
+        topk_ids: Tensor,
+        token_lora_mapping: Tensor,
+        adapter_enabled: Tensor | None,
+        expert_map: Tensor | None,
+        num_experts: int,
+        max_loras: int,
+        block_m: int,
+    ) -> None:
+        """One call, checked.
+
+        Raises:
+            ValueError: something does not fit; nothing was launched.
+        """
+        source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map)
+        tensors = (pairs, blocks, num_blocks, scratch, *source)
+        self.bind(check_sort(self.name, self.scratch_size, *tensors, num_experts, max_loras, block_m))(*tensors)
+
+
+def _bounds(problem: Problem) -> dict[str, Any]:
+    """The constants of what reads the routing."""
+    return {
+        "MAX_LORAS": problem.max_loras,
+        "NUM_EXPERTS": problem.num_experts,
+        "GLOBAL_EXPERTS": problem.global_experts,
+        "TOP_K": problem.top_k,
+    }
+
+
+class OneLaunch(_Sort):
+    """Launches of one_launch."""
+
+    def __init__(self, kernel: Any) -> None:
+        super().__init__(kernel)
+        self._kernel = runtime.Launcher(kernel, f"{_TABLES} {_ROUTING}")
+
+    def scratch_size(self, num_pairs: int, num_groups: int) -> int:
+        return 0
+
+    def bind(self, problem: Problem) -> Fill:
+        num_pairs = problem.num_pairs
+        if num_pairs > MAX_PAIRS:
+            runtime.fail(self.name, "pairs", num_pairs, f"at most {MAX_PAIRS}", "use moe_route_three_launch")
+        size = max(16, runtime.next_power_of_2(num_pairs))
+        options = runtime.Options(4 if size < MAX_PAIRS else 8)
+        sort = self._kernel.bind(1, options, **_bounds(problem), BLOCK_M=problem.block_m, SIZE=size)
+
+        def call(
+            pairs: Tensor,
+            blocks: Tensor,
+            num_blocks: Tensor,
+            scratch: Tensor,
+            topk_ids: Tensor | None,
+            token_lora_mapping: Tensor,
+            adapter_enabled: Tensor | None,
+            expert_map: Tensor | None,
+        ) -> None:
+            source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map, num_pairs)
+            sort.run(pairs, blocks, num_blocks, *source)
+
+        return call
+
+
+class ThreeLaunch(_Sort):
+    """Launches of three_launch."""
+
+    def __init__(self, count: Any, prefix: Any, place: Any) -> None:
+        super().__init__(count)
+        self._count = runtime.Launcher(count, f"counts_ptr {_ROUTING}")
+        self._prefix = runtime.Launcher(prefix, "counts_ptr totals_ptr num_chunks")
+        self._place = runtime.Launcher(place, f"{_TABLES} counts_ptr totals_ptr starts_ptr {_ROUTING}")
+
+    def scratch_size(self, num_pairs: int, num_groups: int) -> int:
+        return counts_size(num_pairs, num_groups)
+
+    def bind(self, problem: Problem) -> Fill:
+        num_pairs, pdl = problem.num_pairs, runtime.traits(problem.device).pdl
+        size, num_chunks = counters(problem.num_groups), runtime.cdiv(num_pairs, CHUNK)
+        constants = {**_bounds(problem), "SIZE": size, "CHUNK": CHUNK, "PDL": pdl}
+        count = self._count.bind(num_chunks, runtime.Options(4), **constants)
+        prefix = self._prefix.bind(size // WIDTH, runtime.Options(4, pdl=pdl), **constants, WIDTH=WIDTH, STEP=64)
+        options = runtime.Options(4 if size <= 2048 else 8, pdl=pdl)
+        place = self._place.bind(num_chunks, options, **constants, BLOCK_M=problem.block_m)
+        counts_at, starts_at = size, size * (1 + num_chunks)
+
+        def call(
+            pairs: Tensor,
+            blocks: Tensor,
+            num_blocks: Tensor,
+            scratch: Tensor,
+            topk_ids: Tensor | None,
+            token_lora_mapping: Tensor,
+            adapter_enabled: Tensor | None,
+            expert_map: Tensor | None,
+        ) -> None:
+            source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map, num_pairs)
+            counts, starts = scratch[counts_at:], scratch[starts_at:]
+            count.run(counts, *source)
+            prefix.run(counts, scratch, num_chunks)
+            place.run(pairs, blocks, num_blocks, counts, scratch, starts, *source)
+
+        return call
+
+
+class FromTables:
+    """Launches of from_tables."""
+
+    def __init__(self, listing: Any, packing: Any) -> None:
+        self.name = runtime.variant_of(listing)
+        operands = "blocks_ptr num_blocks_ptr expert_ids_ptr num_tokens_post_padded_ptr lora_ids_ptr adapter_enabled_ptr"
+        self._list = runtime.Launcher(listing, f"{operands} row_blocks row_stride")
+        self._pack = runtime.Launcher(packing, f"{_TABLES} sorted_token_ids_ptr num_pairs row_size row_stride")
+
+    def launch(
+        self,
+        pairs: Tensor,
+        blocks: Tensor,
+        num_blocks: Tensor,
+        sorted_token_ids: Tensor,
+        expert_ids: Tensor,
+        num_tokens_post_padded: Tensor,
+        lora_ids: Tensor | None,
+        adapter_enabled: Tensor | None,
+        num_pairs: int,
+        num_experts: int,
+        max_loras: int,
+        block_m: int,
+    ) -> None:
+        """One call, checked.
+
+        Raises:
+            ValueError: something does not fit; nothing was launched.
+        """
+        source = (sorted_token_ids, expert_ids, num_tokens_post_padded, lora_ids, adapter_enabled)
+        tensors = (pairs, blocks, num_blocks, *source)
+        self.bind(check_pack(self.name, *tensors, num_pairs, num_experts, max_loras, block_m))(*tensors)
+
+    def bind(self, problem: PackProblem) -> Callable[..., None]:
+        """The two launches for tables of these sizes, ready to be made again and again."""
+        columns = (problem.row_blocks, problem.blocks_stride)
+        sizes = (problem.num_pairs, problem.row_size, problem.row_stride)
+        list_blocks = self._list.bind(
+            1,
+            runtime.Options(4),
+            MAX_LORAS=problem.max_loras,
+            NUM_EXPERTS=problem.num_experts,
+            NUM_LORA_IDS=problem.num_lora_ids,
+            LORA_IDS_SIZE=runtime.next_power_of_2(problem.num_lora_ids),
+            BLOCK_M=problem.block_m,
+            ENTRIES=1024,
+        )
+        pack_pairs = self._pack.bind(problem.max_loras * problem.row_blocks, runtime.Options(4), BLOCK_M=problem.block_m)
+
+        def call(
+            pairs: Tensor,
+            blocks: Tensor,
+            num_blocks: Tensor,
+            sorted_token_ids: Tensor,
+            expert_ids: Tensor,
+            num_tokens_post_padded: Tensor,
+            lora_ids: Tensor | None,
+            adapter_enabled: Tensor | None,
+        ) -> None:
+            list_blocks.run(blocks, num_blocks, expert_ids, num_tokens_post_padded, lora_ids, adapter_enabled, *columns)
+            pack_pairs.run(pairs, blocks, num_blocks, sorted_token_ids, *sizes)
+
+        return call
+
+
+class Held:
+    """Launches of held."""
+
+    _CHUNK = 128  # tokens of a program
+    _STEP = 4096  # that it counts at a time, at most
+
+    def __init__(self, kernel: Any) -> None:
+        self.name = runtime.variant_of(kernel)
+        operands = f"adapters_ptr {_TABLES} num_rows token_lora_mapping_ptr valid_tokens_ptr"
+        self._kernel = runtime.Launcher(kernel, operands)
+
+    def launch(
+        self,
+        adapters: Tensor,
+        pairs: Tensor,
+        blocks: Tensor,
+        num_blocks: Tensor,
+        token_lora_mapping: Tensor,
+        valid_tokens: Tensor | None,
+        max_loras: int,
+    ) -> None:
+        """One call, checked.
+
+        Raises:
+            ValueError: something does not fit; nothing was launched.
+        """
+        written = (adapters, pairs, blocks, num_blocks)
+        capacity = check_held(self.name, *written, token_lora_mapping, valid_tokens, max_loras)
+        self.bind(capacity, max_loras)(*written, token_lora_mapping.shape[0], token_lora_mapping, valid_tokens)
+
+    def bind(self, capacity: int, max_loras: int) -> Callable[..., None]:
+        """The launch for tables of these sizes and a mapping of one dtype, ready to be made again and again."""
+        fill = self._kernel.bind(
+            max(1, runtime.cdiv(capacity, self._CHUNK)),
+            runtime.Options(8),
+            CAPACITY=capacity,
+            MAX_LORAS=max_loras,
+            BLOCKS_AT=first_blocks(capacity, max_loras),
+            SIZE=max(32, runtime.next_power_of_2(max_loras)),
+            CHUNK=self._CHUNK,
+            STEP=min(self._STEP, max(self._CHUNK, runtime.next_power_of_2(capacity))),
+        )
+
+        def call(
+            adapters: Tensor,
+            pairs: Tensor,
+            blocks: Tensor,
+            num_blocks: Tensor,
+            num_rows: int,
+            token_lora_mapping: Tensor,
+            valid_tokens: Tensor | None,
+        ) -> None:
+            fill.run(adapters, pairs, blocks, num_blocks, num_rows, token_lora_mapping, valid_tokens)
+
+        return call
