@@ -12,6 +12,7 @@ import torch
 
 from . import kernels as kg
 from .rows import Rows
+from .shared import experts as shared
 from .versions import seams
 
 __all__ = ["Deltas", "activation_of", "apply", "refusal"]
@@ -89,18 +90,9 @@ def apply(
     if not some and act["activation"] in _IN_PRODUCT:
         kg.fused_moe(hidden_states, w1, w2, topk_ids, topk_weights, expert_map=expert_map, out=output, **act)
         return
-    x, (num_tokens, top_k), (num_experts, width, inter) = hidden_states, topk_ids.shape, w2.shape
     deltas = Deltas(self, w1, w2, topk_weights, topk_ids, expert_map)
     here = _here(topk_ids, expert_map)
-    tables = kg.moe_align(here, num_experts=num_experts)
-    gate_up, h = x.new_empty(num_tokens, top_k, w1.shape[1]), x.new_empty(num_tokens * top_k, inter)
-    kg.moe_gemm(gate_up, x, w1, tables, x_rows="token")
-    deltas.add_first(gate_up, x)
-    kg.moe_act(h, gate_up, here, num_experts=num_experts, **act)
-    down = x.new_empty(num_tokens, top_k, width)
-    kg.moe_gemm(down, h, w2, tables, x_rows="pair", topk_weights=topk_weights)
-    deltas.add_second(down, h)
-    kg.moe_sum(down, here, num_experts=num_experts, out=output)
+    shared.layer(output, hidden_states, w1, w2, here, topk_weights, act, deltas.add_first, deltas.add_second)
 
 
 _ROUTE = ("sorted_token_ids_lora", "expert_ids_lora", "num_tokens_post_padded_lora", "token_lora_mapping")  # as vLLM calls it

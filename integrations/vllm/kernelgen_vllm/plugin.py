@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 
+from .shared import gate
 from .versions import Refused, seams_for
 
 __all__ = ["register"]
@@ -20,7 +20,7 @@ def register() -> None:
     ``KERNELGEN_VLLM=0`` in the environment leaves vLLM as it is, as does a release that is not known, or a device that kernels
     are not for, with one line in the log. All else that is replaced is so where the first wrapper is asked for: this runs early.
     """
-    if os.environ.get("KERNELGEN_VLLM", "1") == "0":
+    if not gate.is_on("KERNELGEN_VLLM"):
         log.info("kernelgen: vLLM is left as it is, by KERNELGEN_VLLM=0")
         return
     import vllm
@@ -28,7 +28,7 @@ def register() -> None:
 
     try:
         seams_for(vllm.__version__)
-        if not current_platform.is_cuda_alike() and not (current_platform.is_cpu() and _interpreted()):
+        if not current_platform.is_cuda_alike() and not (current_platform.is_cpu() and gate.interpreted()):
             raise Refused(f"its platform is {current_platform.device_name}, kernels are for GPUs of NVIDIA and AMD")
     except Refused as reason:
         log.warning("kernelgen: vLLM is left as it is: %s", reason)
@@ -38,7 +38,3 @@ def register() -> None:
         platform._kernelgen_own_wrapper = platform.get_punica_wrapper
         platform.get_punica_wrapper = classmethod(lambda cls: WRAPPER)
 
-
-def _interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on tensors of a CPU: for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"

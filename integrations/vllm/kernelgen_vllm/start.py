@@ -1,7 +1,6 @@
 """What is done once, when the LoRA layers of a model are there: a line of what serves them, and warm-up.
 
-Warm-up makes the calls of each layer on tensors of the meta device, through a wrapper on that device and what else is called when
-serving; so there is no other description of these calls. What they would compile is compiled.
+Warm-up makes the calls of each layer (``shared.calls``) through a wrapper on the meta device and what else serving calls.
 """
 
 from __future__ import annotations
@@ -9,19 +8,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import os
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from . import __version__, experts
-from . import kernels as kg
 from .plugin import log
+from .shared import gate
+from .shared.calls import Calls, compile_all, distinct, empty, looks, on_meta, say
 from .versions import seams
 
-__all__ = ["Calls", "calls_of", "install", "prepare"]
+__all__ = ["Calls", "calls_of", "distinct", "install", "prepare"]
 
 _vllm = seams()
 _IDS = (torch.int32, torch.int64)  # routers of vLLM make either
@@ -32,7 +30,7 @@ def install() -> None:
     """Replace what is not asked for by name, once a process; ``KERNELGEN_VLLM_EXPERTS=0`` leaves base experts to vLLM."""
     _vllm.keyed_as(f"kernelgen_vllm {__version__}")
     _vllm.when_layers_are_made(prepare)
-    if os.environ.get("KERNELGEN_VLLM_EXPERTS", "1") != "0":
+    if gate.is_on("KERNELGEN_VLLM_EXPERTS"):
         _vllm.replace_experts(experts.apply)
 
 
@@ -41,11 +39,8 @@ def prepare(manager: Any) -> None:
     found = list(calls_of(manager))
     if not found:  # of a wrapper of vLLM's own
         return
-    lines = Counter(calls.line for calls in found)
-    log.info("kernelgen %s: %s", __version__, "; ".join(f"{number} x {line}" for line, number in lines.items()))
-    if manager.device.type == "cuda":
-        number = kg.warmup(distinct(found), max_tokens=largest_batch(manager), device=manager.device)
-        log.info("kernelgen: %d kernels are ready", number)
+    say(log, __version__, found)
+    compile_all(log, found, largest_batch(manager), manager.device)
 
 
 def largest_batch(manager: Any) -> int:
@@ -53,35 +48,6 @@ def largest_batch(manager: Any) -> int:
     experts_of = (layer for layer in manager.modules.values() if isinstance(layer, _vllm.layers.FusedMoEWithLoRA))
     ranks = max((layer.moe_config.moe_parallel_config.dp_size for layer in experts_of), default=1)
     return int(manager.max_num_batched_tokens * ranks)
-
-
-@dataclasses.dataclass(frozen=True)
-class Calls:
-    """The calls that a layer makes at each step, as a shape for ``warmup``.
-
-    Attributes:
-        line: which ops serve which class of layers, and what is refused and why.
-        looks: equal for layers that make the same calls.
-        make: makes those of a batch of so many rows, with a wrapper.
-        wrapper: makes the wrapper on the meta device.
-    """
-
-    line: str
-    looks: tuple[Any, ...]
-    make: Callable[[int, Any], None]
-    wrapper: Callable[[], Any]
-
-    def check(self, label: str) -> None:
-        """It has no fields that could be wrong."""
-
-    def call(self, num_tokens: int) -> None:
-        """Make every call that a batch of ``num_tokens`` can make; tensors are on the meta device."""
-        self.make(num_tokens, self.wrapper())
-
-
-def distinct(found: list[Calls]) -> list[Calls]:
-    """One each of those that are alike, as layers of a model are."""
-    return list({(calls.line, *calls.looks): calls for calls in found}.values())
 
 
 def calls_of(manager: Any) -> Iterator[Calls]:
@@ -93,97 +59,84 @@ def calls_of(manager: Any) -> Iterator[Calls]:
         if not isinstance(own, PunicaWrapper):
             continue
 
-        def wrapper(lora_config: Any = own.lora_config) -> Any:
-            meta = PunicaWrapper(largest_batch(manager), 1, "meta", lora_config=lora_config)
-            meta.token_mapping_meta.any = meta.prompt_mapping_meta.any = True
-            return meta
-
         kind = next(kind for kind in _KINDS if isinstance(layer, kind))
-        line, looks, make = _KINDS[kind](layer, manager)
-        yield Calls(f"{type(layer).__name__}: {line}", looks, make, wrapper)
+        line, looks_of, make = _KINDS[kind](layer, manager)
+        yield Calls(f"{type(layer).__name__}: {line}", looks_of, functools.partial(_make, make, manager, own.lora_config))
 
 
-def _on_meta(value: Any) -> Any:
-    """Tensors as they lie, on the meta device."""
-    if isinstance(value, torch.Tensor):
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-    return type(value)(map(_on_meta, value)) if isinstance(value, (tuple, list)) else value
+def _make(make: Callable[[int, Any], None], manager: Any, lora_config: Any, rows: int) -> None:
+    """The calls of a batch of so many rows, with a wrapper on the meta device whose rows have adapters."""
+    from .punica import PunicaWrapper
 
-
-def _looks(*values: Any) -> tuple[Any, ...]:
-    """What tells the tensors of layers apart."""
-    tensors = [tensor for value in values for tensor in (value if isinstance(value, (tuple, list)) else [value])]
-    return tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
-
-
-def _empty(*size: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(size, dtype=dtype, device="meta")
+    meta = PunicaWrapper(largest_batch(manager), 1, "meta", lora_config=lora_config)
+    meta.token_mapping_meta.any = meta.prompt_mapping_meta.any = True
+    make(rows, meta)
 
 
 _Found = tuple[str, tuple[Any, ...], Callable[[int, Any], None]]
 
 
 def _linear(layer: Any, manager: Any) -> _Found:
-    a, b, slices = _on_meta(layer.lora_a_stacked), _on_meta(layer.lora_b_stacked), layer.output_slices
+    a, b, slices = on_meta(layer.lora_a_stacked), on_meta(layer.lora_b_stacked), layer.output_slices
     base, dtype = layer.base_layer, a[0].dtype
     width, add = getattr(base, "output_size_per_partition", base.output_size), not layer._enable_aux_cuda_stream
     local_rank, rank = a[0].shape[-2], b[0].shape[-1]
     of_out = getattr(base, "out_dtype", None) or dtype  # a router has logits in float32
 
     def make(rows: int, wrapper: Any) -> None:
-        x, out = _empty(rows, a[0].shape[-1], dtype=dtype), _empty(rows, width, dtype=of_out)
+        x, out = empty(rows, a[0].shape[-1], dtype=dtype), empty(rows, width, dtype=of_out)
         wrapper.add_lora_linear(out, x, a, b, 1.0, slices, add_inputs=add)
 
     def make_sharded(rows: int, wrapper: Any) -> None:
-        x, out = _empty(rows, a[0].shape[-1], dtype=dtype), _empty(rows, width, dtype=dtype)
-        wrapper.add_shrink(_empty(len(a), rows, local_rank, dtype=torch.float32), x, a, 1.0)
+        x, out = empty(rows, a[0].shape[-1], dtype=dtype), empty(rows, width, dtype=dtype)
+        wrapper.add_shrink(empty(len(a), rows, local_rank, dtype=torch.float32), x, a, 1.0)
         offset = layer.tp_rank * b[0].shape[-2] if isinstance(layer, _vllm.layers.RowParallelLinearWithShardedLoRA) else 0
-        wrapper.add_expand(out, _empty(len(b), rows, rank, dtype=torch.float32), b, slices, offset_start=offset)
+        wrapper.add_expand(out, empty(len(b), rows, rank, dtype=torch.float32), b, slices, offset_start=offset)
 
     if isinstance(layer, _vllm.SHARDED):
-        return "lora_shrink, lora_expand", (*_looks(a, b), width, "sharded"), make_sharded
-    return "lora", (*_looks(a, b), width, of_out, add), make
+        return "lora_shrink, lora_expand", (*looks(a, b), width, "sharded"), make_sharded
+    return "lora", (*looks(a, b), width, of_out, add), make
 
 
 def _classifier(layer: Any, manager: Any) -> _Found:
-    a, b, full = _on_meta(layer.lora_a_stacked[0]), _on_meta(layer.lora_b_stacked[0]), _on_meta(layer.full_weight_stacked)
+    a, b, full = on_meta(layer.lora_a_stacked[0]), on_meta(layer.lora_b_stacked[0]), on_meta(layer.full_weight_stacked)
     dtype = layer.base_layer.params_dtype
 
     def make(rows: int, wrapper: Any) -> None:
-        x, out = _empty(rows, a.shape[-1], dtype=a.dtype), _empty(rows, layer.output_size, dtype=dtype)
+        x, out = empty(rows, a.shape[-1], dtype=a.dtype), empty(rows, layer.output_size, dtype=dtype)
         wrapper.add_lora_logits(out, x, a, b, 1.0)
         wrapper.add_lora_linear(out, x, (a,), (b,), 1.0, layer.output_slices)
         wrapper.full_linear(x, full)  # of requests and, as add_shrink, of tokens
 
-    return "lora, lora_shrink", (*_looks(a, b, full), dtype), make
+    return "lora, lora_shrink", (*looks(a, b, full), dtype), make
 
 
 def _embedding(layer: Any, manager: Any) -> _Found:
-    b = _on_meta(layer.lora_b_stacked)
+    b = on_meta(layer.lora_b_stacked)
     dtype = layer.base_layer.weight.dtype
 
     def make(rows: int, wrapper: Any) -> None:
-        wrapper.add_lora_embedding(_empty(rows, b.shape[-2], dtype=dtype), _empty(rows, b.shape[-1], dtype=b.dtype), b)
+        wrapper.add_lora_embedding(empty(rows, b.shape[-2], dtype=dtype), empty(rows, b.shape[-1], dtype=b.dtype), b)
 
-    return "lora_expand", (*_looks(b), dtype), make
+    return "lora_expand", (*looks(b), dtype), make
 
 
 def _logits(layer: Any, manager: Any) -> _Found:
-    a, b = _on_meta(layer.lora_a_stacked), _on_meta(layer.lora_b_stacked)
+    a, b = on_meta(layer.lora_a_stacked), on_meta(layer.lora_b_stacked)
     dtype, width = layer.base_layer.head_dtype or layer.dtype, _vllm.logits_width(layer, manager.model)
 
     def make(rows: int, wrapper: Any) -> None:
-        wrapper.add_lora_logits(_empty(rows, width, dtype=dtype), _empty(rows, a.shape[-1], dtype=a.dtype), a, b, 1.0)
+        wrapper.add_lora_logits(empty(rows, width, dtype=dtype), empty(rows, a.shape[-1], dtype=a.dtype), a, b, 1.0)
 
-    return "lora", (*_looks(a, b), dtype, width), make
+    return "lora", (*looks(a, b), dtype, width), make
 
 
 def _experts(layer: Any, manager: Any) -> _Found:
     fused, context = layer._moe_kernel.fused_experts, layer._build_lora_context()
     weights = layer.base_layer.routed_experts
-    w1, w2, expert_map = _on_meta((weights.w13_weight, weights.w2_weight, weights.expert_map))
+    w1, w2, expert_map = on_meta((weights.w13_weight, weights.w2_weight, weights.expert_map))
     names = [field.name for field in dataclasses.fields(context) if "stacked" in field.name or field.name == "adapter_enabled"]
-    factors = {name: _on_meta(getattr(context, name)) for name in names}
+    factors = {name: on_meta(getattr(context, name)) for name in names}
     activation, on_input = fused.moe_config.activation, weights.apply_router_weight_on_input
     refusal = experts.refusal(fused, w1.dtype, activation, on_input)
     if _vllm.TritonExperts.apply is not experts.apply:
@@ -194,20 +147,20 @@ def _experts(layer: Any, manager: Any) -> _Found:
     def make(rows: int, wrapper: Any) -> None:
         twin = copy.copy(fused)
         twin.set_lora_context(dataclasses.replace(context, punica_wrapper=wrapper, **factors))
-        x, scores = _empty(rows, width, dtype=of_x), _empty(rows, top_k, dtype=torch.float32)
-        for ids in (_empty(rows, top_k, dtype=dtype) for dtype in _IDS):
+        x, scores = empty(rows, width, dtype=of_x), empty(rows, top_k, dtype=torch.float32)
+        for ids in (empty(rows, top_k, dtype=dtype) for dtype in _IDS):
             if refusal is None:
                 layer_of = (w1, w2, scores, ids, activation, layer.global_num_experts, expert_map)
                 for wrapper.token_mapping_meta.any in (False, True):
-                    experts.apply(twin, _empty(rows, width, dtype=of_x), x, *layer_of, None, None, x, x, None, on_input)
+                    experts.apply(twin, empty(rows, width, dtype=of_x), x, *layer_of, None, None, x, x, None, on_input)
             else:
                 deltas = experts.Deltas(twin, w1, w2, scores, ids, expert_map)
-                deltas.add_first(_empty(rows, top_k, gate_up, dtype=of_x), x)
-                deltas.add_second(_empty(rows, top_k, width, dtype=of_x), _empty(rows * top_k, inter, dtype=of_x))
+                deltas.add_first(empty(rows, top_k, gate_up, dtype=of_x), x)
+                deltas.add_second(empty(rows, top_k, width, dtype=of_x), empty(rows * top_k, inter, dtype=of_x))
 
     lora = "moe_lora_shrink, moe_lora_expand" if context.fully_sharded else "moe_lora"
     base = "moe_gemm, moe_act, moe_sum; fused_moe" if refusal is None else f"under {type(fused).__name__}: {refusal}"
-    return f"{lora} ({base})", (*_looks(*factors.values(), w1, w2), expert_map is None), make
+    return f"{lora} ({base})", (*looks(*factors.values(), w1, w2), expert_map is None), make
 
 
 _layers = _vllm.layers

@@ -1,8 +1,14 @@
-"""Tiny random models and adapters on disk, and what transformers says of them with weights merged: the truth."""
+"""Tiny random models and adapters on disk, and what transformers says of them with weights merged: the truth.
+
+A request is right when what an engine says of every step is at least ``TELLS`` times nearer to the model under its own adapter
+than to it under any other; so no tolerance is chosen, and a token that had the delta of another adapter for one step shows.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +16,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+TELLS = 8
 VOCAB = 96
 SIZES = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 SIZES |= {"head_dim": 32, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.15}
@@ -103,3 +110,39 @@ class Model:
     def logprobs(self, name: str | None, tokens: list[int]) -> torch.Tensor:
         """[len(tokens), VOCAB] float32: what follows each token, under an adapter."""
         return self.merged(name)(torch.tensor([tokens])).logits[0].log_softmax(-1)
+
+    def check(self, label: str, name: str | None, prompt: list[int], answer: list[int], steps: torch.Tensor) -> None:
+        """That a finished request is right, each step and each token of the vocabulary.
+
+        Args:
+            steps: [len(answer), VOCAB] float32, log-probabilities as the engine says them.
+        """
+        begin, tokens = len(prompt) - 1, [*prompt, *answer]
+        far = {other: (self.logprobs(other, tokens)[begin:-1] - steps).abs() for other in self.deltas}
+        own = far.pop(name).max()
+        nearest = min(distance.amax(-1).min() for distance in far.values())
+        assert own * TELLS < nearest, f"{label}: {own:.4f} from its own, {nearest:.4f} from another"
+        best = self.logprobs(name, tokens)[begin:-1]
+        short = best.amax(-1) - best.gather(-1, torch.tensor(answer)[:, None])[:, 0]
+        assert (short <= 2 * own).all(), f"{label}: a token that is not the likeliest"
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    """Random tokens."""
+    return torch.randint(2, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@contextlib.contextmanager
+def launched(runtime: Any) -> Iterator[set[Any]]:
+    """What each launch would have been compiled for, of kernels on a ``_runtime``."""
+    own, keys = runtime.Launcher.launch, set()
+
+    def launch(self: Any, grid: int, arguments: Any, constants: Any, options: Any) -> Any:
+        keys.add(runtime.CompileRequest(self, arguments, constants, options).key)
+        return own(self, grid, arguments, constants, options)
+
+    runtime.Launcher.launch = launch
+    try:
+        yield keys
+    finally:
+        runtime.Launcher.launch = own

@@ -1,0 +1,1 @@
+../../vllm/tests/tiny.py
