@@ -19,6 +19,7 @@ are interpreted; the first copy of a process serves all.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -387,7 +388,7 @@ class _SeesLanguage:
 
 
 def _ignore_dependent_launch() -> None:
-    from triton.language.extra import cuda
+    cuda = importlib.import_module("triton.language.extra.cuda")  # kernels import from it; the attribute is another module
 
     for name in ("gdc_wait", "gdc_launch_dependents"):
         setattr(cuda, name, lambda **options: None)

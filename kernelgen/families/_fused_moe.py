@@ -440,7 +440,8 @@ def _bind(
         routed = (num_pairs, top_k, num_experts, local_expert_start)
         align = bind_runs(RunsProblem(*routed, adapters.max_loras, block_m, hidden.device))
     order = "pair" if few else "sorted"
-    of_first |= {"limit": limit, "alpha": alpha, "beta": beta}
+    of_first |= {"limit": limit, "alpha": alpha, "beta": beta, "follows": adapters is not None}
+    of_second["follows"] = True
     first = bind_gemm(h, hidden, w13, tables, None, "token", order, activation, **of_first)
     total: Callable[..., None] | None = None
     if sums:

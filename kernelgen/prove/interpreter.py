@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from kernelgen.families import _repairs
 from kernelgen.families._repairs import is_narrow, narrowed
-from kernelgen.prove import gluon
+from kernelgen.prove import gluon, order
 from kernelgen.prove.memory import Launch, MemoryFault, OutOfBounds, Race, tensors
 
 __all__ = ["IntegerOverflow", "MemoryFault", "OutOfBounds", "Race", "install"]
@@ -61,6 +61,7 @@ def install() -> None:
     _repairs.require_parts(interpreter, _PARTS)
     _watch_integers(interpreter)
     _watch_memory(interpreter)
+    order.install()
     gluon.install()
 
 
@@ -113,6 +114,7 @@ def _watch_memory(interpreter: Any) -> None:
     stock_call, stock_init = executor.__call__, executor._init_args_hst
     stock_restore = executor._restore_args_dev
     current: Launch | None = None
+    dependent = False  # it may begin before the launch in front of it has ended
 
     def program(self: Any) -> int:
         x, y, z = self.grid_idx
@@ -129,6 +131,8 @@ def _watch_memory(interpreter: Any) -> None:
         addresses = addresses.ravel()
         if current is None or addresses.size == 0:
             return addresses, -1
+        if (chain := order.watching()) is not None:
+            chain.touch(self.grid_idx, kind, addresses, size)
         return addresses, current.place(kind, self.grid_idx, addresses, size)
 
     def load(self: Any, pointers: Any, mask: Any, other: Any, *policy: Any, **options: Any) -> Any:
@@ -174,7 +178,10 @@ def _watch_memory(interpreter: Any) -> None:
         nonlocal current
         on_host = stock_init(self, arguments, keywords)
         named = [*zip(self.arg_names, on_host[0], strict=False), *on_host[1].items()]
-        current = Launch(dict(found for name, a in named for found in tensors(name, a)))
+        found = dict(found for name, a in named for found in tensors(name, a))
+        current = Launch(found)
+        if (chain := order.watching()) is not None:
+            chain.begin(self.fn.__name__, found, dependent)
         return on_host
 
     def restore(
@@ -186,12 +193,15 @@ def _watch_memory(interpreter: Any) -> None:
             stock_restore(self, arguments, on_host, keywords, keywords_on_host)
 
     def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        nonlocal current
+        nonlocal current, dependent
+        dependent = bool(keywords.get("launch_pdl"))
         try:
             with np.errstate(all="ignore"):  # as a GPU does
                 result = stock_call(self, *arguments, **keywords)
             if current is not None:
                 current.check_races()
+            if (chain := order.watching()) is not None:
+                chain.end()
             return result
         except interpreter.InterpreterError as error:
             cause: BaseException | None = error

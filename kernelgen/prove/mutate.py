@@ -3,12 +3,13 @@
 A mutant is the text of a variant with one expression or statement of a ``@triton.jit`` function changed. It is written beside
 the variant in a copy of the generated package, and meets every case that fits the variant: the cases of a body are spread
 over its variants, and a fault in a template is in all of them. It is killed when a case fails, in any way. Last come the cases
-of exact algebra.
+of exact algebra. A fault of the order of launches changes no number: it meets the cases where that order is watched.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import dataclasses
 import fnmatch
@@ -21,14 +22,18 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Iterable, Iterator, Mapping, Sequence
+from unittest import mock
 
 import click
 
 from kernelgen.core import entry, names
 from kernelgen.core.processes import Fault, in_processes
 from kernelgen.families.case import Case, Variant
+from kernelgen.prove.order import launches_of
 from kernelgen.prove.testing import Suite
 from kernelgen.prove.verify import start_worker, suites
+
+NO_WAIT = "wait for launches dropped"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,10 +198,11 @@ def _is_kernel(function: ast.FunctionDef) -> bool:
 
 
 def _places(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:
-    """The expressions and statements of a body; what only runs under dependent launch is left out."""
+    """The expressions and statements of a body; of what only runs under dependent launch the statements alone."""
     body = node.body if isinstance(node, ast.FunctionDef) else ast.iter_child_nodes(node)
     for child in body:
         if isinstance(child, ast.If) and ast.unparse(child.test) == "PDL":
+            yield from child.body
             continue
         if isinstance(child, (ast.expr, ast.stmt)):
             yield child
@@ -208,7 +214,9 @@ Change = tuple[str, ast.expr | ast.stmt, ast.AST]  # operator, place, what stand
 
 def _changes(node: ast.expr | ast.stmt) -> Iterator[Change]:
     """The ways to change an expression or a statement."""
-    if isinstance(node, ast.Call):
+    if isinstance(node, ast.Expr) and ast.unparse(node) == "gdc_wait()":
+        yield NO_WAIT, node, ast.Pass()
+    elif isinstance(node, ast.Call):
         for operator, changed in _changed_calls(node):
             yield operator, node, changed
     elif isinstance(node, ast.BinOp):
@@ -305,6 +313,17 @@ class Bench:
         importlib.invalidate_caches()
         return self._name, dataclasses.replace(variant, module=module)
 
+    @contextlib.contextmanager
+    def swapped(self, package: str, variant: Variant, text: str) -> Iterator[None]:
+        """Inside, the kernels of a changed text stand in the place of a variant's in a package, for front doors too."""
+        places = ((package, variant), self.place(variant, text))
+        own, changed = (importlib.import_module(f"{name}.{v.family}.{v.module}") for name, v in places)
+        with contextlib.ExitStack() as stack:
+            for name, kernel in vars(own).items():
+                if hasattr(kernel, "fn"):
+                    stack.enter_context(mock.patch.dict(vars(kernel), vars(getattr(changed, name))))
+            yield
+
     def fate(
         self, suite: Suite, variant: Variant, mutant: Mutant, only: Sequence[Case] = ()
     ) -> Fate:
@@ -316,14 +335,18 @@ class Bench:
             return Fate(variant.name, mutant, "import")
         if variant.name not in self._cases:
             self._cases[variant.name] = list(suite.cases_for(variant))
-        cases = list(only) or self._cases[variant.name]
+        cases, of_order, dependent = list(only) or self._cases[variant.name], mutant.operator == NO_WAIT, False
         for i, case in enumerate(cases):
             try:
-                suite.check_launcher(self.package, launcher, variant, case, "cpu")
+                with launches_of(self.package) if of_order else contextlib.nullcontext() as chain:
+                    suite.check_launcher(self.package, launcher, variant, case, "cpu")
             except Exception:  # however it fails, it is noticed
                 cases.insert(0, cases.pop(i))
                 return Fate(variant.name, mutant, case.name)
-        for case in [] if only else suite.exact_cases(variant):
+            dependent = dependent or (chain is not None and bool(chain.dependent))
+        if of_order and not dependent:  # by itself it is not; tests/test_order.py tries it in front doors
+            return Fate(variant.name, mutant, "not launched dependent")
+        for case in [] if only or of_order else suite.exact_cases(variant):
             try:
                 dataclasses.replace(suite, package=package).check_exactly(changed, case, "cpu")
             except Exception:

@@ -133,10 +133,10 @@ class _ByPair(_Schedule):
     operands = f"out_ptr x_ptr w_ptr {_DELTA} {_SCALES} {_CLAMP} {_ROUTING}"
 
     def _bind(self, problem: Problem, rows: int, options: runtime.Options, constants: dict[str, Any]) -> Call:
-        waits = not problem.rows.startswith("token") or problem.rank > 0
+        waits = not problem.rows.startswith("token") or problem.rank > 0  # but not before it reads of whom a pair is
         launch = self._kernel.bind(
             rows * runtime.cdiv(problem.n, constants["BLOCK_N"]),
-            options._replace(pdl=waits and constants["PDL"]),
+            options._replace(pdl=waits and problem.follows and constants["PDL"]),
             **constants,
             NUM_EXPERTS=problem.num_experts,
             LOCAL_EXPERT_START=problem.local_expert_start,
@@ -213,9 +213,10 @@ class _ByBlock(_Schedule):
         if problem.b_scales == "group":
             runtime.check_tile(self.name, "block_d", config.block_d, group_k=QUANT.group_k)
         constants = self._constants(problem, config)
+        waits_first = problem.rank == 0  # with adapters it waits for v alone
         return self._kernel.bind(
             grid(problem, config.block_n),
-            runtime.Options(config.num_warps, config.num_stages, constants["PDL"]),
+            runtime.Options(config.num_warps, config.num_stages, constants["PDL"] and (waits_first or problem.follows)),
             **constants,
             BLOCK_M=problem.block_m,
             STAGES=config.num_stages,

@@ -93,6 +93,7 @@ def bind(
     alpha: float | None = None,
     beta: float | None = None,
     zero_rest: bool = False,
+    follows: bool = False,
     op: str = "moe_gemm",
 ) -> Call:
     """The launch for calls that look like this one, of ``op``.
@@ -119,6 +120,7 @@ def bind(
         rows=rows,
         epilogue=epilogue,
         zero_rest=zero_rest,
+        follows=follows,
         scales=scales,
         delta=Delta(v, lora_b, runs, of_b, b_scale),
     )

@@ -208,6 +208,7 @@ class Problem(NamedTuple):
     w_stride_e: int
     w_stride_n: int
     zero_rest: bool
+    follows: bool
     device: torch.device
     weight_scales: str | None
     x_scales: str | None
@@ -282,10 +283,12 @@ def problem_of(
     epilogue: str,
     schedule: str | None = None,
     zero_rest: bool = False,
+    follows: bool = False,
     scales: Scales = UNSCALED,
     delta: Delta = UNADAPTED,
 ) -> Problem:
-    """The sizes of a product whose operands are checked, once the rest is too.
+    """The sizes of a product whose operands are checked, once the rest is too. ``follows``: it stands right behind a launch that
+    waits for all before it lets this one begin, and writes nothing but rows of x or v.
 
     Raises:
         ValueError: as ``check``.
@@ -343,6 +346,7 @@ def problem_of(
         w_stride_e=w.stride(0),
         w_stride_n=w.stride(1),
         zero_rest=zero_rest,
+        follows=follows,
         device=x.device,
         weight_scales=scales.of_weights,
         x_scales=scales.of_x,
