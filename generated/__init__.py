@@ -17,7 +17,7 @@ from ._lora import HeldRoute, lora, lora_route, lora_workspace
 from ._lora_shape import LoraShape
 from ._moe_shape import MoeShape
 from ._overlap import overlap
-from ._quantize import quantize_activations, quantize_weights
+from ._quantize import quantize_activations, quantize_mxfp4, quantize_weights
 from ._sharded_moe_shape import ShardedMoeShape
 from ._warmup import warmup
 from .lora_expand import lora_expand
@@ -83,6 +83,7 @@ __all__ = [
     "no_tables",
     "overlap",
     "quantize_activations",
+    "quantize_mxfp4",
     "quantize_weights",
     "variants",
     "warmup",
@@ -318,6 +319,8 @@ def variants() -> tuple[str, ...]:
         "moe_gemm_naive_bf16_token_pair_swiglu_clamp_plain_w8channel_a8token_lora",
         "moe_gemm_naive_bf16_token_pair_swiglu_clamp_plain_w8group_a8group",
         "moe_gemm_naive_bf16_token_pair_swiglu_clamp_plain_w8group_a8group_lora",
+        "moe_gemm_naive_bf16_token_pair_swiglu_clamp_plain_mxfp4",
+        "moe_gemm_naive_bf16_token_pair_swiglu_clamp_plain_mxfp4_lora",
         "moe_gemm_naive_bf16_token_pair_geglu_tanh_plain_w8channel_a8token",
         "moe_gemm_naive_bf16_token_pair_geglu_tanh_plain_w8channel_a8token_lora",
         "moe_gemm_naive_bf16_pair_pair_plain_w8tensor_a8tensor",
@@ -329,6 +332,8 @@ def variants() -> tuple[str, ...]:
         "moe_gemm_naive_bf16_pair_pair_plain_w8group_a8group",
         "moe_gemm_naive_bf16_pair_pair_plain_w8group_a8group_lora",
         "moe_gemm_naive_bf16_pair_pair_plain_w8group_a8group_lora_b8group",
+        "moe_gemm_naive_bf16_pair_pair_plain_mxfp4",
+        "moe_gemm_naive_bf16_pair_pair_plain_mxfp4_lora",
         "moe_gemm_tile_bf16_token_sorted_relu2_plain",
         "moe_gemm_tile_bf16_token_sorted_relu2_plain_lora",
         "moe_gemm_tile_bf16_token_sorted_relu2_plain_lora_b8tensor",
@@ -379,6 +384,8 @@ def variants() -> tuple[str, ...]:
         "moe_gemm_tile_bf16_token_sorted_swiglu_clamp_plain_w8group_lora",
         "moe_gemm_tile_bf16_token_sorted_swiglu_clamp_plain_w8group_a8group",
         "moe_gemm_tile_bf16_token_sorted_swiglu_clamp_plain_w8group_a8group_lora",
+        "moe_gemm_tile_bf16_token_sorted_swiglu_clamp_plain_mxfp4",
+        "moe_gemm_tile_bf16_token_sorted_swiglu_clamp_plain_mxfp4_lora",
         "moe_gemm_tile_bf16_token_sorted_geglu_plain",
         "moe_gemm_tile_bf16_token_sorted_geglu_plain_lora",
         "moe_gemm_tile_bf16_token_sorted_geglu_tanh_plain",
@@ -416,6 +423,8 @@ def variants() -> tuple[str, ...]:
         "moe_gemm_tile_bf16_sorted_pair_plain_w8group_a8group",
         "moe_gemm_tile_bf16_sorted_pair_plain_w8group_a8group_lora",
         "moe_gemm_tile_bf16_sorted_pair_plain_w8group_a8group_lora_b8group",
+        "moe_gemm_tile_bf16_sorted_pair_plain_mxfp4",
+        "moe_gemm_tile_bf16_sorted_pair_plain_mxfp4_lora",
         "moe_gemm_tile_bf16_sorted_pair_weighted",
         "moe_gemm_tile_bf16_token_pair_plain",
         "moe_gemm_tile_bf16_token_pair_relu2_plain",

@@ -54,6 +54,7 @@ class Tensor:
         count: how many tensors a sequence has, as a size of a shape.
         only_with: the flag that asks for it; it is needed with it and refused without.
         scaled_by: the operand that holds its scales, or "bundle.part": with them it is FP8.
+        packed: with them it may be uint8 too, of two numbers a byte, half as wide as its shape says.
         asks: facts of a variant that a call asks for with it; so of other operands.
     """
 
@@ -70,6 +71,7 @@ class Tensor:
     count: str = "S"
     only_with: str = ""
     scaled_by: str = ""
+    packed: bool = False
     asks: tuple[str, ...] = ()
 
     @property
@@ -107,6 +109,15 @@ class Tensor:
             if not isinstance(item, torch.Tensor):
                 absent = "a slice that is absent takes weights of zeros, or a call for the slices that are there"
                 fail(op, f"{label}[{i}]", _say(item), "a tensor", absent if item is None else "")
+
+    def has_pairs(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor has two numbers a byte."""
+        return self.packed and tensor.dtype == torch.uint8
+
+    def shape_of(self, tensor: torch.Tensor) -> tuple[int, ...]:
+        """The shape of the numbers of a tensor."""
+        shape = tuple(tensor.shape)
+        return (*shape[:-1], 2 * shape[-1]) if shape and self.has_pairs(tensor) else shape
 
     def tensors(self, value: Any, label: str = "") -> Iterator[tuple[str, Tensor, torch.Tensor]]:
         """(what an error calls it, its declaration, it) of each tensor that was given."""
@@ -648,8 +659,9 @@ class Op:
         self, op: str, label: str, operand: Tensor, tensor: torch.Tensor, values: Mapping[str, Any], sizes: Sizes
     ) -> None:
         dtypes = self._dtypes(operand, values, sizes)
-        form = next((form for form in operand.forms if _bindings(form, tensor, sizes) is not None), ())
-        new = _bindings(form, tensor, sizes) if form or () in operand.forms else None
+        shape = operand.shape_of(tensor)
+        form = next((form for form in operand.forms if _bindings(form, shape, sizes) is not None), ())
+        new = _bindings(form, shape, sizes) if form or () in operand.forms else None
         fits = (not operand.forms or new is not None) and (dtypes is None or tensor.dtype in dtypes)
         if not fits or not _lies_right(operand, tensor):
             names = [name for form in operand.forms for dim in form for name in (*dim.names, dim.own) if name]
@@ -669,7 +681,7 @@ class Op:
 
     def _dtypes(self, operand: Tensor, values: Mapping[str, Any], sizes: Sizes) -> tuple[torch.dtype, ...] | None:
         if self._is_scaled(operand, values):
-            return self.fp8
+            return (*self.fp8, torch.uint8) if operand.packed else self.fp8
         if not isinstance(operand.dtype, str):
             return operand.dtype if operand.dtype is None or isinstance(operand.dtype, tuple) else (operand.dtype,)
         known = sizes.get(operand.dtype)
@@ -683,8 +695,8 @@ class Op:
             return ""
         if self._is_scaled(operand, values):
             return f"{operand.scaled_by} is given, so it is FP8; quantize_weights and quantize_activations make such tensors"
-        if operand.scaled_by and tensor.dtype in self.fp8:
-            return f"FP8 numbers need {operand.scaled_by}"
+        if operand.scaled_by and (tensor.dtype in self.fp8 or operand.has_pairs(tensor)):
+            return f"{'MXFP4' if operand.has_pairs(tensor) else 'FP8'} numbers need {operand.scaled_by}"
         return f"another dtype takes a tag of dtype: in {self.spec}" if self.spec and isinstance(operand.dtype, str) else ""
 
     def asks_for(self, fact: str, facts: Mapping[str, Any]) -> list[str]:
@@ -1049,10 +1061,10 @@ def _is_clear(dim: _Dim, sizes: Sizes) -> bool:
     return sum(sizes.get(name) is None for name in dim.names) < 2
 
 
-def _bindings(form: Sequence[_Dim], tensor: torch.Tensor, sizes: Sizes) -> dict[str, int] | None:
-    """What sizes are new if a tensor has this form; None: it has not."""
+def _bindings(form: Sequence[_Dim], shape: Sequence[int], sizes: Sizes) -> dict[str, int] | None:
+    """What sizes are new if a shape has this form; None: it has not."""
     new: dict[str, int] = {}
-    fits = len(form) == tensor.dim() and all(d.fits(size, sizes, new) for d, size in zip(form, tensor.shape, strict=True))
+    fits = len(form) == len(shape) and all(d.fits(size, sizes, new) for d, size in zip(form, shape, strict=True))
     return new if fits else None
 
 
@@ -1088,7 +1100,8 @@ _LIES = {
 
 
 def _wanted(operand: Tensor, dtypes: tuple[torch.dtype, ...] | None, sizes: Sizes, tensor: torch.Tensor) -> str:
-    shapes = " or ".join(f"[{', '.join(dim.say(sizes) for dim in form)}]" for form in operand.forms)
+    half = " / 2" if operand.has_pairs(tensor) else ""
+    shapes = " or ".join(f"[{', '.join(dim.say(sizes) for dim in form)}{half}]" for form in operand.forms)
     kinds = "" if dtypes is None else " " + " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     contiguous = "contiguous " if operand.strides == CONTIGUOUS else ""
     rows = ", rows that do not overlap" if operand.written and operand.strides in (ROWS, PAIRS) else ""

@@ -10,6 +10,8 @@ Slices that are stacked in one matrix, as gate over up, are quantised apart, and
 anew with each slice, and "tensor" may be a scale for each.
 
 Scales are float32, or of float8_e8m0fnu: powers of two, a byte each, which kernels widen as they load them.
+
+Weights that are MXFP4 have scales of their own, "mx": see _mxfp4.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import _mxfp4 as mxfp4
 from . import _operands as operands
 from . import _runtime as runtime
 
@@ -47,8 +50,10 @@ class Quant(NamedTuple):
 
 
 def scale_shape(mode: str, weights: Sequence[int], quant: Quant, slices: int = 1) -> tuple[int, ...]:
-    """The shape of the scales of weights [..., out, in], of which so many ``slices`` are stacked in out."""
+    """The shape of the scales of weights [..., out, in], with "mx" [..., out, in / 2], so many ``slices`` stacked in out."""
     *batch, rows, columns = weights
+    if mode == "mx":
+        return mxfp4.scale_shape(weights)
     if mode == "tensor":
         return (*batch,)
     if mode == "channel":
@@ -90,6 +95,8 @@ def fits(mode: str, scale: Sequence[int], weights: Sequence[int], quant: Quant, 
 
 def find_mode(scale: torch.Tensor, weights: torch.Tensor, quant: Quant, slices: int = 1) -> str | None:
     """Of what weights have a scale each, by the shape; where several fit they mean the same, and the first is taken."""
+    if weights.dtype == torch.uint8:
+        return "mx" if mxfp4.fits(scale.shape, weights) else None
     modes = ("tensor", "channel", "group")
     return next((mode for mode in modes if fits(mode, scale.shape, weights.shape, quant, slices)), None)
 
@@ -136,11 +143,14 @@ def product_rows(block_m: int) -> int:
 
 
 def check_fp8(variant: str, label: str, tensor: torch.Tensor, mode: str, quant: Quant) -> torch.dtype:
-    """The dtype of a tensor that must be FP8.
+    """The dtype of a tensor that must be FP8, or with "mx" the codes of MXFP4.
 
     Raises:
         ValueError: it is none, or one that this GPU does not have.
     """
+    if mode == "mx":
+        mxfp4.check_codes(variant, label, tensor)
+        return tensor.dtype
     if tensor.dtype not in quant.elements:
         hint = f"it has a scale a {mode}; quantize_weights and quantize_activations make such tensors"
         runtime.fail(variant, label, runtime.describe(tensor), " or ".join(map(str, quant.elements)), hint)
@@ -225,9 +235,9 @@ def factor_scale_strides(
     return strides
 
 
-def is_scale(scale: torch.Tensor, device: torch.device) -> bool:
+def is_scale(scale: torch.Tensor, device: torch.device, mode: str = "") -> bool:
     """Whether scales are of a dtype that kernels take, and where they are needed."""
-    return scale.dtype in SCALES and scale.device == device
+    return scale.dtype in (mxfp4.SCALES if mode == "mx" else SCALES) and scale.device == device
 
 
 def is_fp32(scale: torch.Tensor, device: torch.device) -> bool:

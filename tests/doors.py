@@ -398,6 +398,7 @@ GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
         "quantize_weights",
         lambda b: {"weights": b.normal(2, 24, b.k), "scales": "channel", "dtype": FP8, "slices": 2},
     ),
+    "quantize_mxfp4": ("quantize_mxfp4", lambda b: {"weights": b.normal(2, 24, 64)}),
     "quantize_activations": (
         "quantize_activations",
         lambda b: {"x": b.normal(b.tokens, b.k), "scales": "group", "dtype": FP8, "group_k": 16},

@@ -322,6 +322,10 @@ RELATED: list[tuple[str, Callable[[Arguments], Arguments], str]] = [
     ("moe_lora sorted", lambda good: {"route": OpenRoute(*good["route"][:12], "auto", None, None)}, "route: .* OpenRoute.*"),
     ("moe_gemm", lambda good: {"activation": "swiglu"}, "out: .*N = 12 as in w with activation"),
     ("moe_gemm fp8", lambda good: {"w_scale": good["w_scale"].repeat_interleave(2, 1)[:, ::2]}, "w_scale: .* contiguous behind"),
+    ("moe_gemm", lambda good: _mxfp4(good, 1, 20), r"w: got 20 columns, .* wanted a multiple of 32"),
+    ("moe_gemm", lambda good: _mxfp4(good, 2), r"w_scale: .* wanted \[\d+, \d+, 1\] uint8 or float8_e8m0fnu"),
+    ("moe_gemm", lambda good: {**_mxfp4(good, 1), "w_scale": None}, "w: .* MXFP4 numbers need w_scale"),
+    ("moe_gemm", lambda good: {**_mxfp4(good, 1), "w": good["w"]}, "w: .* w_scale is given"),
     ("moe_sum", lambda good: {"keep_empty": True, "out": None}, "out: got None"),
     ("moe_gemm adapted", lambda good: {"v": good["v"].float()}, "v: .* make it with moe_shrink"),
     ("moe_quant", lambda good: {"order": "sorted", "tables": _without_blocks(good["tables"])}, "tables: got none"),
@@ -341,6 +345,12 @@ def _without_blocks(tables: kg.MoeTables) -> kg.MoeTables:
 def _many_pairs(good: Arguments) -> Arguments:
     repeated = {"topk_ids": good["topk_ids"][:1].repeat(257, 1), "token_lora_mapping": good["token_lora_mapping"][:1].repeat(257)}
     return {**repeated, "pairs": good["pairs"].new_zeros(1024), "blocks": good["blocks"].new_zeros(1024, 4)}
+
+
+def _mxfp4(good: Arguments, groups: int, columns: int = K) -> Arguments:
+    """A product of so many columns, two a byte, and with so many scales a row."""
+    codes = good["w"].view(torch.uint8)[..., : columns // 2].contiguous()
+    return {"x": good["x"][:, :columns].contiguous(), "w": codes, "w_scale": codes[..., :groups].contiguous()}
 
 
 def _one_more(name: str, good: Arguments) -> Arguments:

@@ -11,8 +11,10 @@ import triton
 import triton.language as tl
 
 import generated as kg
+from generated._mxfp4 import as_bf16, scale_as_bf16
 from generated._scales import as_fp32
 from kernelgen.families.moe_lora.reference import dequantise
+from kernelgen.families.quant import dequantise_mxfp4
 from kernelgen.prove.mutate import Bench, Mutant
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +93,40 @@ def test_numbers_that_are_none(dtype: torch.dtype) -> None:
     assert scales[:3].tolist() == pytest.approx([2 / largest, 3 / largest, 1.0])
     assert codes[1].float().tolist() == [largest, -largest, largest]
     assert (codes[2].float() == 0).all() and scales[3] > 0 and codes[3].float().isfinite().all()
+
+
+def test_mxfp4() -> None:
+    """All codes of numbers that MXFP4 holds, ties to the even one, what is beyond saturates; NaN is one of its group."""
+    codes = torch.randint(0, 256, (3, 4, 32), dtype=torch.uint8)
+    codes[..., ::16] = 0x7F  # a largest code in each group, so that its scale is found again
+    scales = torch.randint(0, 253, (3, 4, 2), dtype=torch.uint8)
+    exact = dequantise_mxfp4(codes, scales)
+    found = kg.quantize_mxfp4(exact.float())
+    assert torch.equal(found[0], codes) and torch.equal(found[1], scales)
+    row = torch.tensor([[5.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, -7.9, torch.inf, -torch.inf, 1e-30, -0.0, *[0.0] * 20]])
+    whole = dequantise_mxfp4(*kg.quantize_mxfp4(torch.cat([row, row * torch.nan, torch.zeros(1, 32)])))
+    assert whole[0].tolist() == [4.0, 0.0, 1.0, 1.0, 2.0, 2.0, 4.0, -6.0, 6.0, -6.0, *[0.0] * 22]
+    assert whole[1].isnan().all() and not whole[2].any()
+    with pytest.raises(ValueError, match="in a multiple of 32"):
+        kg.quantize_mxfp4(exact[..., :-1].float())
+
+
+@triton.jit
+def _widen_mxfp4(out_ptr, codes_ptr, scales_ptr):
+    scale, byte = tl.arange(0, 256), tl.arange(0, 16)
+    codes = tl.load(codes_ptr + scale[:, None] * 16 + byte[None, :])
+    numbers = as_bf16(codes, scale_as_bf16(tl.load(scales_ptr + scale)[:, None]))
+    tl.store(out_ptr + scale[:, None] * 32 + tl.arange(0, 32)[None, :], numbers)
+
+
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="interpreted")
+def test_every_code_with_every_scale() -> None:
+    """What bfloat16 cannot hold, no float32 can: nothing is rounded."""
+    scales, low = torch.arange(256, dtype=torch.uint8)[:, None], torch.arange(16, dtype=torch.uint8)
+    codes, out = (low | (15 - low) << 4).expand(256, 16).contiguous(), torch.empty(256, 32, dtype=torch.bfloat16)
+    _widen_mxfp4[(1,)](out, codes, scales)
+    assert torch.equal(out.float().nan_to_num(nan=0.25), dequantise_mxfp4(codes, scales).float().nan_to_num(nan=0.25))
+    assert out[255].isnan().all() and out[0].count_nonzero() == 28
 
 
 def test_a_kind_of_scales_that_there_is_not() -> None:

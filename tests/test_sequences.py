@@ -525,6 +525,7 @@ ELSEWHERE = {
     "_fused_moe_shape.check": _DOORS,
     "_live.check_delta-2": _BEFORE,
     "_lora.lora_route*": _DOORS,
+    "_mxfp4.*": _DOORS,
     "_operands._check_apart": _DOORS,
     "_operands._check_places-2": _DOORS,
     "_operands.admit*": _DOORS,

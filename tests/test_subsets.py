@@ -50,6 +50,7 @@ COMPOSITES = {  # by what they import
     "ShardedMoeShape": {"moe_lora", "moe_lora_expand", "moe_lora_shrink", "moe_route"},
     "launches": set(),
     "overlap": set(),
+    "quantize_mxfp4": set(),
     "quantize_weights": set(),
     "warmup": set(),
 }

@@ -131,12 +131,13 @@ VOCABULARY: Mapping[str, Mapping[str, Mapping[str, Fact]]] = MappingProxyType(
             "r128": _bucket(128),
             "rany": _facts(block_rank=128, max_rank=None, tiled_rank=True),
         },
-        # Which scales there are: of FP8 weights, and of FP8 activations. None: no such scales, 16-bit numbers.
+        # Which scales there are: of FP8 or MXFP4 weights, and of FP8 activations. None: no such scales, 16-bit numbers.
         "weight_quant": {
             "none": _facts(weight_scales=None),
             "w8tensor": _facts(weight_scales="tensor"),
             "w8channel": _facts(weight_scales="channel"),
             "w8group": _facts(weight_scales="group"),
+            "mxfp4": _facts(weight_scales="mx"),
         },
         "act_quant": {
             "none": _facts(x_scales=None),
@@ -156,7 +157,7 @@ TAG_HINTS: Mapping[str, str] = MappingProxyType(
     {
         "rank": "a bucket is a power of two from r16 to r128; above 128, rany tiles the rank",
         "dtype": "activations are bf16 or f16",
-        "weight_quant": "none, or w8tensor, w8channel, w8group: FP8 weights with a scale for each of these",
+        "weight_quant": "none, or w8tensor, w8channel, w8group: FP8 weights with a scale for each of these; mxfp4: four bits",
         "act_quant": "none, or a8tensor, a8token, a8group: FP8 activations with a scale for each of these",
         "delta_quant": "none, or b8tensor, b8channel, b8group: FP8 factors of adapters with a scale for each of these",
     }

@@ -3,7 +3,7 @@
 Few tokens take two launches, which stream the weights of their experts pair by pair. More take four: the tables, a product
 with the activation in its epilogue, whose rows stay in the order of the tables, a product that puts them back, and the sum;
 so do few tokens too, where pairs would read much of the weights again. With FP8 activations there is one more, which makes FP8
-of the rows between the two products; few tokens then do without tables, and have a sum.
+of the rows between the two products; few tokens then do without tables, and have a sum. So have those of MXFP4 weights.
 
 With LoRA adapters the layer keeps its products: each takes, behind its own K loop, a few further steps over the ranks of the
 adapters in a tile, so that no row is written twice. Their rank vectors are made by a launch in front of it, which runs beside
@@ -202,7 +202,9 @@ def fused_moe(
         w13_scale, w2_scale: float32 or float8_e8m0fnu (powers of two), for FP8 weights (float8_e4m3fn or float8_e5m2), each of
             which stands for its number times its scale: [E]; or a scale a row, [E, rows]; or a scale a group, [E, ceil(rows /
             128), ceil(columns / 128)]. Gate and up are quantised apart: w13_scale may be [E, 2], and its groups of rows begin
-            anew with up, whatever I is: [E, 2 * ceil(I / 128), ceil(H / 128)]. ``hidden`` is bfloat16 then.
+            anew with up, whatever I is: [E, 2 * ceil(I / 128), ceil(H / 128)]. Or uint8 or float8_e8m0fnu, [E, rows, columns /
+            32], for MXFP4 weights, uint8 [E, rows, columns / 2] of two numbers a byte, the lower bits first: ``blocks`` of a
+            checkpoint with its last two dimensions as one, and its ``scales``. ``hidden`` is bfloat16 then.
         x_scale: likewise, for an FP8 ``hidden``: [1], [T, 1] or [T, ceil(H / 128)], as the scales of the weights; the last may
             lie column by column. A token is made FP8 once for all its experts: of input scales of experts take the largest. The
             activations between the two products are rounded to bfloat16 and then become FP8 too, by ``moe_quant``, with scales
@@ -263,8 +265,8 @@ OP = operands.Op(
     (
         operands.Tensor("out", "T, H", operands.FLOATS, made=True, made_if="zeroes", written=True, asks=("torch_dtype",)),
         operands.Tensor("hidden", "T, H", "D", scaled_by="x_scale"),
-        operands.Tensor("w13", "E, G*I, H", "D", scaled_by="w13_scale"),
-        operands.Tensor("w2", "E, H, I", "D", scaled_by="w2_scale"),
+        operands.Tensor("w13", "E, G*I, H", "D", scaled_by="w13_scale", packed=True),
+        operands.Tensor("w2", "E, H, I", "D", scaled_by="w2_scale", packed=True),
         TOPK_IDS,
         operands.Tensor("topk_weights", "T, top_k", operands.FLOATS, operands.CONTIGUOUS),
         VALID_TOKENS,
@@ -360,17 +362,18 @@ def _bind(
     sizes = (activation, local_expert_start, num_tokens_hint, zeroes)
     # Beside an FP8 ``hidden`` 16 bits are bfloat16.
     given = OP.named(*layer, *sizes, *scales, workspace, lora, limit, alpha, beta)
-    OP.check("fused_moe", given, D=None if x_scale is None else torch.bfloat16)
+    found = OP.check("fused_moe", given, D=None if x_scale is None else torch.bfloat16)
     if expert_map is not None and local_expert_start != 0:
         fail_start("fused_moe", local_expert_start)
-    x_mode = _check_scales(_FIRST, hidden, w13, w2, *scales)
-    (num_tokens, top_k), (num_experts, width, inter) = topk_ids.shape, w2.shape
+    mode, x_mode = _check_scales(_FIRST, hidden, w13, w2, *scales, slices=found["G"])
+    (num_tokens, top_k), (num_experts, width), inter = topk_ids.shape, w2.shape[:2], found["I"]
     num_pairs = num_tokens * top_k
     expected = num_tokens if num_tokens_hint is None else min(num_tokens_hint, num_tokens)
-    expert_bytes = (w13.shape[1] + inter) * width * w13.itemsize
-    block_m = layer_block_m(num_tokens, expected, top_k, num_experts, expert_bytes, w13.itemsize == 1, x_mode is not None)
+    expert_bytes = (w13.shape[1] * w13.shape[2] + width * w2.shape[2]) * w13.itemsize
+    on_units = x_mode is not None or mode == "mx"  # matrix units, also for few tokens
+    block_m = layer_block_m(num_tokens, expected, top_k, num_experts, expert_bytes, w13.itemsize == 1, on_units)
     few = block_m == 0
-    sums = few and x_mode is None  # experts of a token, in the second product
+    sums = few and not on_units  # experts of a token, in the second product
     blocks = 0 if few else 3 * max_blocks(num_tokens, top_k, num_experts, block_m)
     counts = 0 if few or lora is not None else scratch_size(num_pairs, num_experts)  # behind them
     row_scales = 1 if x_mode != "group" else runtime.cdiv(inter, QUANT.group_k)
@@ -567,20 +570,22 @@ def _check_scales(
     w2_scale: torch.Tensor | None,
     x_scale: torch.Tensor | None,
     h_scale: torch.Tensor | None,
-) -> str | None:
-    """Of what ``hidden`` has a scale each; None: it is no FP8."""
+    *,
+    slices: int,
+) -> tuple[str | None, str | None]:
+    """Of what weights and ``hidden`` have a scale each; None: they are of 16 bits."""
     if (w13_scale is None) != (w2_scale is None) or (x_scale is not None and w13_scale is None):
         named = {"w13_scale": w13_scale, "w2_scale": w2_scale, "x_scale": x_scale}
         given = [label for label, scale in named.items() if scale is not None]
         runtime.fail(name, "scales", given, "w13_scale and w2_scale, or neither; x_scale with them alone")
-    mode = find_scales(name, hidden, w13, w13_scale, x_scale, slices=w13.shape[1] // w2.shape[2], label="w13_scale").of_x
+    of_weights, _, mode, _ = find_scales(name, hidden, w13, w13_scale, x_scale, slices=slices, label="w13_scale")
     find_scales(name, hidden, w2, w2_scale, None, slices=1, label="w2_scale")
     if (h_scale is None) == (mode == "tensor"):
         got = None if h_scale is None else runtime.describe(h_scale)
         runtime.fail(name, "h_scale", got, "[1] or [E] where x_scale is [1], else None")
     if h_scale is not None:
         check_x_scale(name, "tensor", hidden, h_scale, QUANT, w2.shape[0], "h_scale")
-    return mode
+    return of_weights, mode
 
 
 def _check_workspace(name: str, workspace: FusedMoeWorkspace, space: Mapping[str, tuple[int, torch.dtype]]) -> None:

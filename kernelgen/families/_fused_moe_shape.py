@@ -56,7 +56,8 @@ class FusedMoeShape(NamedTuple):
     local_expert_start: int = 0
     topk_ids_dtype: torch.dtype = torch.int32
     topk_weights_dtype: torch.dtype = torch.float32
-    weight_scales: str | None = None  # of FP8 weights: "tensor", "slice" (w13_scale is [E, 2]), "channel" or "group"
+    # Of FP8 weights: "tensor", "slice" (w13_scale is [E, 2]), "channel" or "group"; of MXFP4: "mx".
+    weight_scales: str | None = None
     x_scales: str | None = None  # of an FP8 ``hidden``: "tensor", "expert" (h_scale is [E]), "token", "group", "group_by_column"
     fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of all that is FP8
     scales_dtype: torch.dtype = torch.float32  # of all that are given
@@ -82,15 +83,21 @@ class FusedMoeShape(NamedTuple):
 
         width, inter, experts = self.hidden, self.intermediate, self.num_experts
         w13, w2 = (experts, SLICES[self.activation] * inter, width), (experts, width, inter)
+        slices = w13[1] // inter
         of_weights = of_x = self.dtype
         scales: dict[str, Any] = {}
-        if self.weight_scales is not None:
+        scales_dtype = self.scales_dtype
+        if self.weight_scales == "mx":
+            of_weights = scales_dtype = torch.uint8
+            w13, w2 = (*w13[:2], width // 2), (*w2[:2], inter // 2)
+        elif self.weight_scales is not None:
             of_weights = self.fp8_dtype
+        if self.weight_scales is not None:
             by_slice = self.weight_scales == "slice"
             mode = "tensor" if by_slice else self.weight_scales
-            for name, size, slices in (("w13_scale", w13, w13[1] // inter), ("w2_scale", w2, 1)):
-                last = (slices,) if by_slice and slices > 1 else ()
-                scales[name] = empty(*_scales.scale_shape(mode, size, QUANT, slices), *last, dtype=self.scales_dtype)
+            for name, size, parts in (("w13_scale", w13, slices), ("w2_scale", w2, 1)):
+                last = (parts,) if by_slice and parts > 1 else ()
+                scales[name] = empty(*_scales.scale_shape(mode, size, QUANT, parts), *last, dtype=scales_dtype)
         if self.x_scales is not None:
             of_x = self.fp8_dtype
         if self.x_scales in ("tensor", "expert"):
@@ -98,7 +105,7 @@ class FusedMoeShape(NamedTuple):
         of_tokens = "tensor" if self.x_scales == "expert" else self.x_scales
         lora = None
         if self.rank > 0:
-            loras, slices, outer = self.max_loras, w13[1] // inter, 1 if self.shared_outer else experts
+            loras, outer = self.max_loras, 1 if self.shared_outer else experts
 
             def of_all(size: Sequence[int], count: int, dtype: torch.dtype) -> list[torch.Tensor]:
                 return [empty(*size, dtype=dtype).expand(-1, experts, *size[2:])] * count

@@ -1,20 +1,23 @@
-"""From 16 or 32-bit numbers to FP8 with fp32 scales, in plain torch: a number is its FP8 code times its scale.
+"""From 16 or 32-bit numbers to FP8 with fp32 scales, or to MXFP4, in plain torch: a number is its code times its scale.
 
 A scale is the largest magnitude of its numbers over the largest FP8 number, so the code of that number is the largest one.
 A code is the number times 1 / scale, and quotients are exact to the last bit, on a GPU too: kernels make the same codes and
 scales. Numbers are rounded to nearest even. NaN stays NaN, where it is, and leaves its scale alone; an infinity saturates to
 the largest code, of a scale that the finite numbers set. Where all numbers are zero the scale is 1. Nothing waits for the
 device. Codes and scales are constants: no gradient goes through them.
+
+MXFP4 has no code for NaN: there a NaN is one of all 32 numbers that share its scale.
 """
 
 from __future__ import annotations
 
 import torch
 
+from . import _mxfp4 as mxfp4
 from . import _operands as operands
 from . import _runtime as runtime
 
-__all__ = ["quantize_activations", "quantize_weights"]
+__all__ = ["quantize_activations", "quantize_mxfp4", "quantize_weights"]
 
 _SMALLEST = torch.finfo(torch.float32).tiny  # of a scale, so that codes are never divided by zero
 
@@ -44,6 +47,7 @@ _ACTIVATIONS = operands.Op(
     ),
     launches=False,
 )
+_MXFP4 = operands.Op("quantize_mxfp4", (operands.Tensor("weights", None, operands.FLOATS, operands.FREE),), launches=False)
 
 
 def quantize_weights(
@@ -87,6 +91,26 @@ def quantize_weights(
     return codes, found if scales == "group" else found[..., 0]
 
 
+def quantize_mxfp4(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """MXFP4 codes [..., out, in / 2] and scales [..., out, in / 32], both uint8, of weights [..., out, in], as the ops take them.
+
+    A scale is the power of two of the largest magnitude over 4, the power of two of the largest code, as section 6.3 of the OCP
+    Microscaling specification v1.0 has it; so what is above 6 times the scale saturates.
+
+    Args:
+        weights: in any float dtype; ``in`` is a multiple of 32. Slices that are stacked in out need no thought.
+
+    Raises:
+        ValueError: an argument that does not fit.
+    """
+    _MXFP4.check("quantize_mxfp4", _MXFP4.named(weights))
+    if weights.dim() < 2 or min(weights.shape[-2:]) < 1 or weights.shape[-1] % mxfp4.GROUP:
+        wanted = f"[..., out, in], of at least one row, in a multiple of {mxfp4.GROUP}"
+        runtime.fail("quantize_mxfp4", "weights", runtime.describe(weights), wanted)
+    with torch.no_grad():
+        return _mxfp4(weights.float().reshape(*weights.shape[:-1], -1, mxfp4.GROUP))
+
+
 def quantize_activations(
     x: torch.Tensor,
     scales: str = "token",
@@ -115,6 +139,22 @@ def quantize_activations(
     if scales != "tensor":
         return codes, found
     return codes, found.reshape(1) if rows > 0 else found.new_ones(1)
+
+
+# Between e2m1 numbers one after the other, and whether what is right between goes to the larger one, whose last bit is zero.
+_TIES = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False))
+
+
+def _mxfp4(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of numbers [..., groups, 32]."""
+    highest = groups.abs().where(groups.isfinite(), 0.0).amax(-1)
+    power = (torch.frexp(highest).exponent - 3).clamp(-127, 127)
+    power = power.where(highest > 0, 0)
+    sizes = torch.ldexp(groups.abs().double(), -power[..., None])
+    codes = torch.signbit(groups).to(torch.uint8) << 3
+    codes += sum((sizes >= tie if upwards else sizes > tie).to(torch.uint8) for tie, upwards in _TIES)
+    scales = (power + 127).where(~groups.isnan().any(-1), 255).to(torch.uint8)
+    return (codes[..., ::2] | codes[..., 1::2] << 4).flatten(-2), scales
 
 
 @torch.no_grad()

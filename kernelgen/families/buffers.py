@@ -12,7 +12,7 @@ import torch
 # A NaN as bfloat16, float16 and float32, and out of every range as an integer.
 _POISON = 0x7FDA
 _POISON_8 = 0x7F  # a NaN as float8_e4m3fn and float8_e5m2
-_POISON_E8M0 = 0xFF
+_POISON_E8M0 = 0xFF  # so too in a byte
 _GUARD = 64  # elements of poison before and after a view; keeps 16-byte alignment
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
@@ -23,6 +23,8 @@ def poison_(tensor: torch.Tensor) -> torch.Tensor:
         tensor.view(-1).view(torch.int16).fill_(_POISON)
     elif tensor.is_floating_point():
         tensor.view(-1).view(torch.uint8).fill_(_POISON_E8M0 if tensor.dtype == torch.float8_e8m0fnu else _POISON_8)
+    elif tensor.dtype == torch.uint8:
+        tensor.fill_(_POISON_E8M0)
     else:
         raise TypeError(f"no poison for {tensor.dtype}")
     return tensor

@@ -75,14 +75,17 @@ def tensors(package: ModuleType, variant: Variant, **sizes: int) -> dict[str, An
         kind = getattr(variant, fact, None)
         several = operand.dtype if isinstance(operand.dtype, tuple) else (operand.dtype,)
         dtype = own if isinstance(operand.dtype, str) or own in several else several[0]
-        if kind or dtype.itemsize == 1:
+        packed = kind == "mx"
+        if packed:
+            dtype, shape = torch.uint8, (*shape[:-1], shape[-1] // 2)
+        elif kind or dtype.itemsize == 1:
             dtype = fp8(package)
         made = {name: meta(*shape, dtype=dtype)}
         if kind:
             quant = importlib.import_module(f"{package.__name__}.{variant.family}._table").QUANT
             stacked = () if operand.slices or fact == "x_scales" else (sizes.get("S", 1),)
             scale_shape = package._scales.x_scale_shape if fact == "x_scales" else package._scales.scale_shape
-            made[operand.scaled_by] = meta(*scale_shape(kind, shape, quant, *stacked), dtype=FP32)
+            made[operand.scaled_by] = meta(*scale_shape(kind, shape, quant, *stacked), dtype=torch.uint8 if packed else FP32)
         found |= {name: [tensor] * sizes[operand.count] if operand.slices else tensor for name, tensor in made.items()}
     return found
 

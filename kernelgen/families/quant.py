@@ -1,4 +1,4 @@
-"""FP8 operands of cases: how scales are shaped and drawn. Groups differ by a factor of up to 100, so that a scale that is
+"""FP8 and MXFP4 operands of cases: how scales are shaped, drawn. Groups differ by a factor of up to 100, so that a scale that is
 taken from the wrong place shows."""
 
 from __future__ import annotations
@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import importlib
+import math
 from types import MappingProxyType, ModuleType
 from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
@@ -28,6 +29,7 @@ class Formats(NamedTuple):
     group: tuple[int, int]
 
 
+MX = 32  # columns that share a scale in MXFP4
 _USUAL = Formats(tuple(ELEMENTS.values()), (128, 128))
 _formats = contextvars.ContextVar("formats", default=_USUAL)
 
@@ -52,6 +54,8 @@ def group() -> tuple[int, int]:
 
 def quantize_weights(package: Any, weights: torch.Tensor, scales: str, slices: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales as ``quantize_weights`` of the package makes them in the formats of the spec."""
+    if scales == "mx":
+        return package.quantize_mxfp4(weights)  # type: ignore[no-any-return]
     more = {"group": group()} if scales == "group" else {}
     made: tuple[torch.Tensor, torch.Tensor] = package.quantize_weights(
         weights, scales, dtype=element("e4m3"), slices=slices, **more
@@ -99,6 +103,8 @@ def scale_shape(
 ) -> tuple[int, ...]:
     """The shape of the scales of a matrix; behind (L, E), for weights. Slices that are stacked in it are quantised apart."""
     rows, columns = shape
+    if scales == "mx":
+        return rows, columns // MX
     parts = slices * -(-rows // slices // group[0]), -(-columns // group[1])
     return {"tensor": (), "channel": (rows,), "group": parts}[str(scales)]
 
@@ -114,11 +120,31 @@ def x_scale_shape(scales: str | None, shape: Sequence[int], group_k: int) -> tup
 def dequantise_slices(
     codes: torch.Tensor, scales: torch.Tensor, kind: str | None, slices: int
 ) -> torch.Tensor:
-    """What FP8 weights [E, slices * N, K] stand for, in fp64; a scale a matrix is one of all slices, or of each."""
+    """What weights [E, slices * N, K] stand for, in fp64; a scale a matrix is one of all slices, or of each."""
+    if kind == "mx":
+        return dequantise_mxfp4(codes, scales)
     apart = codes.reshape(codes.shape[0], slices, -1, codes.shape[2])
     if scales.dim() == 1:
         scales = scales[:, None].expand(-1, slices)
     return dequantise(apart, scales, group_of(kind, apart.shape[2:], group())).flatten(1, 2)
+
+
+def dequantise_mxfp4(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """What MXFP4 [..., K / 2] stands for, in fp64: by the tables of the OCP Microscaling specification v1.0, section 5."""
+    magnitudes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    e2m1 = torch.tensor([*magnitudes, *(-m for m in magnitudes)], dtype=torch.float64, device=codes.device)
+    powers = [*(2.0 ** (byte - 127) for byte in range(255)), torch.nan]
+    e8m0 = torch.tensor(powers, dtype=torch.float64, device=codes.device)
+    numbers = torch.stack((e2m1[(codes & 15).long()], e2m1[(codes >> 4).long()]), -1).flatten(-2)
+    of_groups = e8m0[scales.view(torch.uint8).long()]
+    return (numbers.reshape(*of_groups.shape, MX) * of_groups[..., None]).flatten(-2)
+
+
+def draw_mxfp4(codes: torch.Tensor, scales: torch.Tensor, size: float, numbers: torch.Generator) -> None:
+    """All sorts of codes, with scales that make numbers of about ``size`` of them, but for a factor of 1/8 to 8."""
+    codes.copy_(torch.randint(0, 256, codes.shape, generator=numbers))
+    drawn = torch.randint(-3, 4, scales.shape, generator=numbers) + (125 + round(math.log2(size)))
+    scales.view(torch.uint8).copy_(drawn)
 
 
 def allocate_x_scale(

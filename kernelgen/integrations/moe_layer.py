@@ -28,10 +28,10 @@ class MoeLayer:
 
     Attributes:
         kernels: the generated package, under whatever name it was imported.
-        w13: [E, 2 * I, H], the gate, then the linear half.
-        w2: [E, H, I].
+        w13: [E, 2 * I, H], the gate, then the linear half; MXFP4 has half as many columns, uint8 of two numbers each.
+        w2: [E, H, I], likewise.
         lora: the adapters, from ``stack_adapters``, their numbers finite; None: this layer has none. On FP8 weights in bfloat16.
-        w13_scale, w2_scale: of FP8 weights, as ``fused_moe`` takes them.
+        w13_scale, w2_scale: of FP8 or MXFP4 weights, as ``fused_moe`` takes them.
         h_scale: likewise, of the activations between the two products, where it is given.
         activation, limit, alpha, beta: with a gate, as ``fused_moe`` takes them.
 
@@ -58,7 +58,7 @@ class MoeLayer:
             raise ValueError(
                 f"kernels: got {type(self.kernels).__name__}, wanted the generated package"
             )
-        sizes = list(self.w13.shape), list(self.w2.shape)
+        sizes = _sizes(self.w13), _sizes(self.w2)
         if self.w2.dim() != 3 or sizes[0] != [sizes[1][0], 2 * sizes[1][2], sizes[1][1]]:
             raise ValueError(
                 f"w13, w2: got {sizes[0]} and {sizes[1]}, wanted [E, 2 * I, H] and [E, H, I]"
@@ -122,7 +122,7 @@ def check_adapters(name: str, lora: LayerBuffers, w2: torch.Tensor) -> None:
         raise ValueError(
             f"{name}: got {type(lora).__name__}, wanted what stack_adapters returns for a layer"
         )
-    shape = ExpertShape(*w2.shape)
+    shape = ExpertShape(*_sizes(w2))
     _check_tensor(f"{name}: adapter_enabled", lora.adapter_enabled)
     if lora.adapter_enabled.dim() != 1:
         raise ValueError(
@@ -153,6 +153,12 @@ def check_adapters(name: str, lora: LayerBuffers, w2: torch.Tensor) -> None:
                         f"{name}: {part}: got {factor.dtype} on {factor.device}, wanted {wanted} on {w2.device}, beside "
                         f"weights in {w2.dtype}"
                     )
+
+
+def _sizes(weights: torch.Tensor) -> list[int]:
+    """The shape of the numbers of weights; MXFP4 has two a byte."""
+    *rows, columns = weights.shape
+    return [*rows, 2 * columns if weights.dtype == torch.uint8 else columns]
 
 
 def _dtype_beside(tensor: torch.Tensor) -> torch.dtype:

@@ -107,6 +107,8 @@ naive bf16 token_pair swiglu_clamp plain w8channel a8token none none
 naive bf16 token_pair swiglu_clamp plain w8channel a8token lora none
 naive bf16 token_pair swiglu_clamp plain w8group a8group none none
 naive bf16 token_pair swiglu_clamp plain w8group a8group lora none
+naive bf16 token_pair swiglu_clamp plain mxfp4 none none none
+naive bf16 token_pair swiglu_clamp plain mxfp4 none lora none
 naive bf16 token_pair geglu_tanh plain w8channel a8token none none
 naive bf16 token_pair geglu_tanh plain w8channel a8token lora none
 naive bf16 pair_pair none plain w8tensor a8tensor none none
@@ -118,6 +120,8 @@ naive bf16 pair_pair none plain w8channel a8token lora b8channel
 naive bf16 pair_pair none plain w8group a8group none none
 naive bf16 pair_pair none plain w8group a8group lora none
 naive bf16 pair_pair none plain w8group a8group lora b8group
+naive bf16 pair_pair none plain mxfp4 none none none
+naive bf16 pair_pair none plain mxfp4 none lora none
 tile bf16 token_sorted relu2 plain none none none none
 tile bf16 token_sorted relu2 plain none none lora none
 tile bf16 token_sorted relu2 plain none none lora b8tensor
@@ -168,6 +172,8 @@ tile bf16 token_sorted swiglu_clamp plain w8group none none none
 tile bf16 token_sorted swiglu_clamp plain w8group none lora none
 tile bf16 token_sorted swiglu_clamp plain w8group a8group none none
 tile bf16 token_sorted swiglu_clamp plain w8group a8group lora none
+tile bf16 token_sorted swiglu_clamp plain mxfp4 none none none
+tile bf16 token_sorted swiglu_clamp plain mxfp4 none lora none
 tile bf16 token_sorted geglu plain none none none none
 tile bf16 token_sorted geglu plain none none lora none
 tile bf16 token_sorted geglu_tanh plain none none none none
@@ -205,6 +211,8 @@ tile bf16 sorted_pair none plain w8group none lora b8group
 tile bf16 sorted_pair none plain w8group a8group none none
 tile bf16 sorted_pair none plain w8group a8group lora none
 tile bf16 sorted_pair none plain w8group a8group lora b8group
+tile bf16 sorted_pair none plain mxfp4 none none none
+tile bf16 sorted_pair none plain mxfp4 none lora none
 tile bf16 sorted_pair none weighted none none none none
 tile bf16 token_pair none plain none none none none
 tile bf16 token_pair relu2 plain none none none none

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .. import _mxfp4 as mxfp4
 from .. import _runtime as runtime
 from .._scales import find_factor_mode, find_mode, find_x_mode
 from ..moe_align._op import MoeTables
@@ -53,7 +54,8 @@ def moe_gemm(
         w_scale: float32 or float8_e8m0fnu, for FP8 weights (float8_e4m3fn or float8_e5m2), each of which stands for its number
             times its scale: [E]; or a scale a row, [E, rows of W[e]], with a last dimension of 1 or without; or a scale a
             group, [E, ceil(N / group_n), ceil(K / group_k)]. Gate and up are quantised apart: [E] may be [E, 2], and groups of
-            rows begin anew with up, [E, 2 * ceil(N / group_n), ...]. ``out`` is bfloat16 then.
+            rows begin anew with up, [E, 2 * ceil(N / group_n), ...]. Or uint8 or float8_e8m0fnu, [E, rows of W[e], K / 32], for
+            MXFP4 weights, uint8 [E, rows of W[e], K / 2] of two numbers a byte, the lower bits first. ``out`` is bfloat16 then.
         x_scale: likewise, for an FP8 x: [1], [rows of x, 1] or [rows of x, ceil(K / group_k)], as the scales of the weights.
             [1] may be [>= E] where rows are of pairs: the input scale of each expert. Groups may lie column by column.
         v, lora_b, runs: rank vectors from ``moe_shrink``, with tables of pairs or of tokens; a tensor [L, E, N, rank] for each
@@ -166,6 +168,8 @@ def find_scales(
     of_weights = of_x = None
     if w_scale is not None:
         of_weights = find_mode(w_scale, w, QUANT, slices)
+        if of_weights is None and w.dtype == torch.uint8:
+            mxfp4.refuse_scale(name, label, w_scale, w)
         if of_weights is None:
             groups = f"ceil(N / {QUANT.group_n}), ceil(K / {QUANT.group_k})"
             if slices > 1:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import _mxfp4 as mxfp4
 from .. import _operands as operands
 from .. import _runtime as runtime
 from .._activation import CLAMP, Clamp
@@ -100,7 +101,8 @@ Call = Callable[..., None]
 
 
 class Scales(NamedTuple):
-    """The scales of a call, and of what there is one each: of w "tensor", "channel" or "group", of x "token" for "channel"."""
+    """The scales of a call, and of what there is one each: of w "tensor", "channel", "group" or, of MXFP4, "mx"; of x "token" for
+    "channel"."""
 
     of_weights: str | None
     w: torch.Tensor | None
@@ -155,7 +157,7 @@ OP = operands.Op(
     (
         operands.Tensor("out", ("P, N", "T, top_k, N"), operands.FLOATS, operands.PAIRS, written=True, asks=("torch_dtype",)),
         operands.Tensor("x", "R, K", "D", scaled_by="x_scale", asks=("torch_dtype",)),
-        operands.Tensor("w", ">=E, S*N, K", "D", scaled_by="w_scale"),
+        operands.Tensor("w", ">=E, S*N, K", "D", scaled_by="w_scale", packed=True),
         TABLES,
         operands.Tensor("topk_weights", "T, top_k", operands.FLOATS, operands.CONTIGUOUS, optional=True, asks=("weighted",)),
         operands.Choice("x_rows", ("token", "pair", "sorted"), asks=("rows",)),
@@ -419,7 +421,9 @@ def _check_w_scale(
     """The strides of the scales of weights: over E, and from those of one slice to those of the next."""
     shape = scale_shape(mode, w.shape, QUANT, slices)
     fitting = scale is not None and fits(mode, scale.shape, w.shape, QUANT, slices)
-    if scale is None or not fitting or not is_scale(scale, w.device) or not scale[0].is_contiguous():
+    if scale is None or not fitting or not is_scale(scale, w.device, mode) or not scale[0].is_contiguous():
+        if mode == "mx":
+            mxfp4.refuse_scale(variant, "w_scale", scale, w)
         got = None if scale is None else runtime.describe(scale)
         wanted = f"{list(shape)} float32 or float8_e8m0fnu on {w.device}, contiguous behind E"
         runtime.fail(variant, "w_scale", got, wanted, f"a scale a {mode}")
@@ -580,7 +584,7 @@ def _shape(problem: Problem) -> _Shape:
 
 def _schedule(problem: Problem, boxes: bool) -> str:
     if problem.rows == "pair_token" or problem.block_m == 0:
-        return "gemv" if problem.x_scales is None else "naive"
+        return "gemv" if problem.x_scales is None and problem.weight_scales != "mx" else "naive"
     # Below 64 rows a tile waits for memory, which pointers ask for as well as descriptors; FP8 weights that are widened pass
     # through registers anyway.
     boxes = boxes and (problem.weight_scales is None or problem.x_scales is not None)
@@ -640,6 +644,9 @@ _FIRST_W8 = {16: (64, 128, 3, 4), 32: (64, 128, 3, 4), 64: (64, 64, 4, 4), 128: 
 _OTHER_W8 = {16: (128, 128, 3, 4), 32: (128, 128, 3, 4), 64: (128, 64, 3, 4), 128: (128, 128, 3, 8)}
 _FIRST_W8A8 = {16: (64, 128, 3, 4), 32: (64, 128, 4, 4), 64: (64, 128, 4, 4), 128: (128, 128, 3, 8)}
 _OTHER_W8A8 = {16: (128, 128, 3, 4), 32: (128, 128, 3, 4), 64: (128, 128, 4, 8), 128: (128, 128, 4, 8)}
+# And of MXFP4, of which more columns are as many bytes.
+_FIRST_MX = {16: (64, 128, 4, 4), 32: (64, 128, 3, 4), 64: (64, 64, 3, 4), 128: (128, 64, 3, 8)}
+_OTHER_MX = {16: (128, 128, 4, 4), 32: (128, 128, 3, 4), 64: (128, 64, 3, 4), 128: (128, 64, 3, 8)}
 
 
 def _tile(s: _Shape) -> TileConfig:
@@ -659,7 +666,7 @@ def _box(s: _Shape) -> BoxConfig:
 
 def _group_m(s: _Shape) -> int:
     """Blocks side by side where the weights of one expert are more than the cache holds until its next block."""
-    size = s.slices * s.n * s.k * (2 if s.weight_scales is None else 1)
+    size = s.slices * s.n * s.k * _bits(s.weight_scales) // 8
     return 16 if s.block_m >= 64 and size >= 64 * 2**20 else 1
 
 
@@ -680,7 +687,9 @@ def _delta(s: _Shape, block_n: int) -> tuple[int, int]:
 
 def _sizes(s: _Shape) -> tuple[int, int, int, int]:
     first, other = _FIRST, _OTHER
-    if s.weight_scales is not None:
+    if s.weight_scales == "mx":
+        first, other = _FIRST_MX, _OTHER_MX
+    elif s.weight_scales is not None:
         first, other = (_FIRST_W8, _OTHER_W8) if s.x_scales is None else (_FIRST_W8A8, _OTHER_W8A8)
     block_n, block_k, stages, warps = (first if s.slices == 2 else other)[s.block_m]
     if s.weight_scales is None and s.block_m == 16 and s.slices == 2 and (s.rank or (s.k >= 4096 and s.tokens > 64)):
@@ -706,8 +715,12 @@ def _sizes(s: _Shape) -> tuple[int, int, int, int]:
 
 
 def _stage_bytes(s: _Shape, block_n: int, block_k: int) -> int:
-    of_x, of_w = (2 if scales is None else 1 for scales in (s.x_scales, s.weight_scales))
-    return block_k * (of_x * s.block_m + of_w * s.slices * block_n)
+    return block_k * (_bits(s.x_scales) * s.block_m + _bits(s.weight_scales) * s.slices * block_n) // 8
+
+
+def _bits(scales: str | None) -> int:
+    """Of a number of an operand with such scales."""
+    return {None: 16, "mx": 4}.get(scales, 8)
 
 
 def _in_group(s: _Shape, block_k: int) -> int:

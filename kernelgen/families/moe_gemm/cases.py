@@ -95,6 +95,12 @@ class Case(BaseCase):
     v_by_token: bool = False
     b_layout: str = "packed"
 
+    def of(self, tags: Tags) -> Case:
+        """The case as a variant has it: MXFP4 has whole groups of columns, and tiles of two of them."""
+        if tags.get("weight_quant") != "mxfp4":
+            return self
+        return dataclasses.replace(self, k=-(-self.k // quant.MX) * quant.MX, tiles={"block_k": 64, **self.tiles})
+
     def fits(self, tags: Tags) -> bool:
         """As of any case; warps of roles take blocks of 128 rows alone, and whole steps of K."""
         whole = self.block_m == 128 and self.k % (64 if tags["act_quant"] == "none" else 128) == 0
@@ -110,6 +116,7 @@ _POINTERS = _only(schedule="gemv naive tile")
 _WEIGHTED = _only(routed_weight="weighted")
 _ONE = Experts("one")
 _FP8 = _only(weight_quant="w8tensor w8channel w8group")
+_MX = _only(weight_quant="mxfp4")
 _E8M0 = torch.float8_e8m0fnu
 _LORA = _only(delta="lora")
 _FP8_LORA = _only(delta_quant="b8tensor b8channel b8group")
@@ -361,6 +368,18 @@ CASES = (
         experts=2,
         block_m=128,
     ),
+    Case(
+        "mxfp4_e8m0",
+        "scales by their type, a tile of a single group",
+        only=_MX,
+        few=1,
+        k=96,
+        n=136,
+        scales_dtype=_E8M0,
+        tiles={"block_k": 32},
+    ),
+    Case("mxfp4_wide", "a last tile of one group of eight", only=_MX, few=1, k=288, tiles={"block_k": 256}),
+    Case("mxfp4_own_tiles", "the tiles that the rule takes", only=_MX, few=2, k=288, n=136, gap=0, tokens=20, own_tiles=True),
 )
 _FULLY = _only(epilogue="none relu2 swiglu")
 _REST = MappingProxyType({"epilogue": [tag for tag in VOCABULARY["epilogue"] if tag not in _FULLY["epilogue"]]})
@@ -451,6 +470,7 @@ class Call:
 
 def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
     """The operands of ``case`` for a variant, with tables of the reference; the numbers depend on the case alone."""
+    case = case.of(tags)
     dtype = getattr(torch, str(VOCABULARY["dtype"][tags["dtype"]]["torch_dtype"]))
     by_one = tags["schedule"] in BY_PAIR
     tokens = min(case.tokens, case.few) if by_one else case.tokens
@@ -500,7 +520,10 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
     slices, clamp = slices_of(tags["epilogue"]), clamp_of(tags["epilogue"])
     height = case.n * slices
     w_shape, size = (case.experts, height, case.k), case.scale * case.k**-0.5
-    w = memory(w_shape, (case.expert_stride or height * pad, pad, 1), element if of_weights else dtype)
+    w_row, w_width, w_kind = pad, case.k, element if of_weights else dtype
+    if of_weights == "mx":
+        w_row, w_width, w_kind = -(-pad // 2), case.k // 2, torch.uint8
+    w = memory((case.experts, height, w_width), (case.expert_stride or height * w_row, w_row, 1), w_kind)
     w_scale, w_numbers = None, w
     if of_weights:
         shape = (case.experts, *quant.scale_shape(of_weights, w_shape[1:], quant.group(), slices))
@@ -508,14 +531,19 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
             shape = (*shape, 1)
         if case.scale_a_slice:
             shape = (*shape, slices)
-        w_scale = allocate(shape, row_major(shape), case.scales_dtype, device)
+        kind = torch.uint8 if of_weights == "mx" and case.scales_dtype == torch.float32 else case.scales_dtype
+        w_scale = allocate(shape, row_major(shape), kind, device)
     for expert in sorted({item.expert for item in routed.local}):
+        if w_scale is not None and of_weights == "mx":
+            quant.draw_mxfp4(w[expert], w_scale[expert], size, numbers)
+            continue
         drawn = torch.randn(height, case.k, generator=numbers)
         w[expert] = quant.as_dtype(drawn if of_weights else drawn * size, w)
         if w_scale is not None:
             w_scale[expert] = quant.draw_scales(w_scale[expert], size, numbers)
     if w_scale is not None:
         w_numbers = quant.dequantise_slices(w, w_scale, of_weights, slices)
+    scaled = of_weights not in (None, "mx")  # MXFP4 is exact in 16 bits
     weights = None
     if tags["routed_weight"] == "weighted":
         weights = allocate((tokens, case.top_k), (case.top_k, 1), case.weights_dtype, device)
@@ -541,7 +569,7 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
             num_tokens=count,
             topk_weights=weights,
             dtype=out.dtype,
-            scaled=w_scale is not None,
+            scaled=scaled,
             delta=delta,
         )
     else:
@@ -554,7 +582,7 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
             epilogue=tags["epilogue"],
             topk_weights=weights,
             dtype=dtype,
-            scaled=w_scale is not None,
+            scaled=scaled,
             short=of_x is not None and tags["schedule"] != "gemv" and device != "cpu",
             order=order,
             delta=delta,
@@ -661,7 +689,7 @@ def check(
     """
     call = make(package, case, tags, device)
     keywords = {} if call.topk_weights is None else {"topk_weights": call.topk_weights}
-    config = None if case.own_tiles else tiles(launcher, case.tiles)
+    config = None if case.own_tiles else tiles(launcher, case.of(tags).tiles)
     launcher(*call.operands, config=config, **keywords, **call.scales, **call.adapted, **call.clamp)
     return call.verify()
 

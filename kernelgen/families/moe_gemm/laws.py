@@ -134,6 +134,7 @@ MODES = (
     ("group", "group", "swiglu"),
     ("group", "group", "swiglu_clamp"),
     ("channel", "token", "geglu_tanh"),
+    ("mx", None, "swiglu_clamp"),
 )
 
 
@@ -146,16 +147,20 @@ def fp8_layer(
     served: bool = False,
     **sizes: Any,
 ) -> Layer:
-    """A layer of FP8 weights, and with FP8 activations where the mode has scales for them; ``served``: which are as engines
-    have them, powers of two in a byte each, those of tokens column by column, and a scale of h an expert."""
+    """A layer of FP8 or MXFP4 weights, and with FP8 activations where the mode has scales for them; ``served``: which are as
+    engines have them, powers of two in a byte each, those of tokens column by column, and a scale of h an expert."""
     of_weights, of_x, activation = mode
-    call = layer(tokens, how, device, activation=activation, **{"hidden": 144, "inter": 136, "top_k": 2, **sizes})
+    sizes = {"hidden": 144, "inter": 136, "top_k": 2, **sizes}
+    if of_weights == "mx":  # whole groups
+        sizes |= {name: sizes[name] // quant.MX * quant.MX for name in ("hidden", "inter")}
+    call = layer(tokens, how, device, activation=activation, **sizes)
     slices = (call.w13.shape[1] // call.w2.shape[2], 1)
     weights = [
         quant.quantize_weights(package, w, of_weights, n) for w, n in zip((call.w13, call.w2), slices, strict=True)
     ]
     if served:
-        weights = [(w, scale.to(torch.float8_e8m0fnu)) for w, scale in weights]
+        e8m0 = torch.float8_e8m0fnu
+        weights = [(w, scale.view(e8m0) if of_weights == "mx" else scale.to(e8m0)) for w, scale in weights]
     scales = {"w13_scale": weights[0][1], "w2_scale": weights[1][1]}
     numbers = [quant.dequantise_slices(w, scale, of_weights, n) for (w, scale), n in zip(weights, slices, strict=True)]
     hidden, x, inner = call.hidden, call.hidden, Inner(torch.bfloat16)
@@ -176,8 +181,9 @@ def fp8_layer(
 
 
 def fp8_front_door(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
-    """Layers with FP8 weights, with and without FP8 activations, are within their bound, in a workspace and without."""
-    few = [mode for mode in MODES if mode[1:] in (("tensor", "swiglu"), ("group", "swiglu"))]
+    """Layers with FP8 weights, with and without FP8 activations, and with MXFP4 weights are within their bound, in a workspace
+    and without."""
+    few = [mode for mode in MODES if mode[0] == "mx" or mode[1:] in (("tensor", "swiglu"), ("group", "swiglu"))]
     for i, (tokens, mode) in enumerate([*itertools.product((1,), few), *itertools.product((7,), MODES)]):
         inter = 96 if i % 2 else 136  # as many groups of gate and up as if they were one, or more
         call = fp8_layer(package, tokens, Experts(valid=min(tokens, 5)), device, mode, served=i % 3 == 0, inter=inter)

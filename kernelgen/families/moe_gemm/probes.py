@@ -65,7 +65,7 @@ def _probe(package: ModuleType, variant: Variant, num_tokens: int, rank: int) ->
         {**sizes, "rank": rank} if rank else sizes,
         call,
         flops=2.0 * num_pairs * height * (k + rank),
-        bytes=hit * height * k * (1 if variant.weight_scales else dtype.itemsize)
+        bytes=hit * height * k * {None: dtype.itemsize, "mx": 17 / 32}.get(variant.weight_scales, 1)
         + rows * k * (1 if variant.x_scales else dtype.itemsize)
         + outputs * n * dtype.itemsize,
     )

@@ -88,7 +88,8 @@ def fp8_layers_with_adapters(package: ModuleType, variants: Sequence[Variant], d
     and without; and tokens without an adapter as they were."""
     modes: list[Any] = [(2, ("group", None, "swiglu")), (7, ("tensor", None, "relu2")), (7, ("channel", None, "swiglu"))]
     modes += [(2, ("group", "group", "swiglu")), (3, ("channel", "token", "swiglu")), (1, ("tensor", "tensor", "relu2"))]
-    modes += [*((7, mode) for mode in MODES if mode[1] or mode[0] == "group")]
+    modes += [(2, ("mx", None, "swiglu_clamp"))]
+    modes += [*((7, mode) for mode in MODES if mode[1] or mode[0] in ("group", "mx"))]
     sizes = {"max_tokens": 7, "top_k": 2, "num_experts": 3, "hidden": 144, "intermediate": 136}
     for number, (tokens, mode) in enumerate(modes):
         base = fp8_layer(package, tokens, Experts("mixed"), device, mode, served=number % 3 == 0, experts=3)

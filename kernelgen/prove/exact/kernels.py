@@ -2,7 +2,7 @@
 
 Each operation that makes floats has a rule for their elements; one that has none is refused where it runs. Casts change nothing,
 lanes that a mask turns off hold the element of ``other``. What compares, and what chooses by it, goes by the numbers; what is
-no algebra is the same random function as in a formula.
+no algebra is the same random function as in a formula. A number that is put together of bits is the number that they are.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def _elements(value: Any) -> Elements:
 def _constant(value: Any) -> Elements:
     """Those of numbers of the text, which its types hold."""
     numbers = widened(value.data, value.dtype.scalar)
-    elements: Elements = np.array([field.of_float(float(n)) for n in numbers.ravel()], np.uint64)
+    different, place = np.unique(numbers, return_inverse=True)
+    elements: Elements = np.array([field.of_float(float(n)) for n in different], np.uint64)[place]
     return elements.reshape(numbers.shape)
 
 
@@ -144,7 +145,7 @@ def kernels_in(formulas: Formulas) -> Iterator[None]:
                 try:
                     if rule is not None:
                         made.elements = np.broadcast_to(rule(*operands, **options), made.data.shape)
-                    elif name in _CONSTANTS:
+                    elif name in _CONSTANTS or (name == "create_bitcast" and not operands[0].dtype.scalar.is_floating()):
                         made.elements = _constant(made)
                     else:
                         _elements(made)
