@@ -922,6 +922,7 @@ def variants() -> tuple[str, ...]:
         "moe_quant_bf16_sorted_a8token",
         "moe_quant_bf16_sorted_a8group",
         "moe_route_one_launch",
+        "moe_route_two_launch",
         "moe_route_three_launch",
         "moe_route_from_tables",
         "moe_route_held",

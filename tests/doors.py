@@ -420,6 +420,7 @@ GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
     ),
     "warmup": ("warmup", lambda b: {"shapes": [kg.MoeShape(b.k, b.n, 2, b.rank, b.top_k, b.experts, b.loras)], "max_tokens": 4}),
     "moe_route_one_launch": ("moe_route_sort", _sort),
+    "moe_route_two_launch": ("moe_route_sort", _sort),
     "moe_route_three_launch": ("moe_route_sort", _sort),
     "moe_route_from_tables": (
         "moe_route_pack",

@@ -142,6 +142,7 @@ def test_only_brings_what_is_needed_and_the_front_door_names_what_is_not_there(
         "moe_route_from_tables",
         "moe_route_held",
         "moe_route_one_launch",
+        "moe_route_two_launch",
         "moe_route_three_launch",
     }
     _call_moe_lora(package, device, rank=64)

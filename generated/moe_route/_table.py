@@ -14,6 +14,7 @@ VARIANTS = Variants(
     ("schedule",),
     {
         ("one_launch",): "one_launch",
+        ("two_launch",): "two_launch",
         ("three_launch",): "three_launch",
         ("from_tables",): "from_tables",
         ("held",): "held",

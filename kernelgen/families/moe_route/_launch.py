@@ -109,6 +109,43 @@ class OneLaunch(_Sort):
         return call
 
 
+class TwoLaunch(_Sort):
+    """Launches of two_launch."""
+
+    def __init__(self, count: Any, place: Any) -> None:
+        super().__init__(count)
+        self._count = runtime.Launcher(count, f"counts_ptr {_ROUTING}")
+        self._place = runtime.Launcher(place, f"{_TABLES} counts_ptr starts_ptr num_chunks {_ROUTING}")
+
+    def scratch_size(self, num_pairs: int, num_groups: int) -> int:
+        return 5 * counters(num_groups) * runtime.cdiv(num_pairs, CHUNK)
+
+    def bind(self, problem: Problem) -> Fill:
+        num_pairs, pdl = problem.num_pairs, runtime.traits(problem.device).pdl
+        size, num_chunks = counters(problem.num_groups), runtime.cdiv(num_pairs, CHUNK)
+        constants = {**_bounds(problem), "SIZE": size, "CHUNK": CHUNK, "PDL": pdl}
+        count = self._count.bind(num_chunks, runtime.Options(4), **constants)
+        options = runtime.Options(4 if size <= 2048 else 8, pdl=pdl)
+        place = self._place.bind(num_chunks, options, **constants, BLOCK_M=problem.block_m)
+        starts_at = size * num_chunks
+
+        def call(
+            pairs: Tensor,
+            blocks: Tensor,
+            num_blocks: Tensor,
+            scratch: Tensor,
+            topk_ids: Tensor | None,
+            token_lora_mapping: Tensor,
+            adapter_enabled: Tensor | None,
+            expert_map: Tensor | None,
+        ) -> None:
+            source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map, num_pairs)
+            count.run(scratch, *source)
+            place.run(pairs, blocks, num_blocks, scratch, scratch[starts_at:], num_chunks, *source)
+
+        return call
+
+
 class ThreeLaunch(_Sort):
     """Launches of three_launch."""
 

@@ -18,6 +18,7 @@ __all__ = ["EngineRoute", "MoeRoute", "MoeWorkspace", "PairRoute", "TableRoute",
 _MAX_GROUPS = 16384  # adapters * experts that the sorting kernels count in one program
 MAX_PAIRS = 512  # up to so many are sorted by one program
 CHUNK, WIDTH = 256, 32  # pairs, and groups, of a program where there are more
+_FEW_CHUNKS, _FEW_COUNTERS = 16, 4096  # that a program of two launches adds up by itself
 
 
 @operands.bundle()
@@ -660,7 +661,7 @@ def _planned(
     _check_size(name, workspace, splits)
     global_experts = 0 if expert_map is None else expert_map.shape[0]
     problem = Problem(num_pairs, top_k, num_experts, max_loras, global_experts, block_m, token_lora_mapping.device)
-    fill: Fill = _variant(num_pairs).bind(problem)
+    fill: Fill = _variant(num_pairs, num_groups).bind(problem)
     return Plan(sizes, num_pairs, block_m, max_blocks, splits, fill, [])
 
 
@@ -692,7 +693,8 @@ def _rows_of_block(
 def _open_splits(num_tokens: int, top_k: int, num_experts: int, max_loras: int) -> tuple[int, int, int, int, int]:
     """As ``_splits``, large enough however the request is settled, and without a branch on the number of tokens."""
     num_pairs, num_groups = num_tokens * top_k, max_loras * num_experts
-    return _splits(num_groups + num_pairs // 16, num_pairs, counts_size(num_pairs, num_groups))
+    scratch = counts_size(num_pairs, num_groups) + 2 * _FEW_CHUNKS * counters(num_groups)
+    return _splits(num_groups + num_pairs // 16, num_pairs, scratch)
 
 
 def moe_workspace(
@@ -760,7 +762,7 @@ def most_blocks(num_pairs: int, num_groups: int, block_m: int) -> int:
 
 
 def _scratch_size(num_pairs: int, num_groups: int) -> int:
-    size: int = _variant(num_pairs).scratch_size(num_pairs, num_groups)
+    size: int = _variant(num_pairs, num_groups).scratch_size(num_pairs, num_groups)
     return size
 
 
@@ -775,8 +777,9 @@ def counters(num_groups: int) -> int:
     return max(WIDTH, runtime.next_power_of_2(num_groups))
 
 
-def _variant(num_pairs: int) -> Any:
-    return VARIANTS.get("moe_route", schedule="one_launch" if num_pairs <= MAX_PAIRS else "three_launch")
+def _variant(num_pairs: int, num_groups: int) -> Any:
+    few = num_pairs <= _FEW_CHUNKS * CHUNK and counters(num_groups) <= _FEW_COUNTERS
+    return VARIANTS.get("moe_route", schedule="one_launch" if num_pairs <= MAX_PAIRS else "two_launch" if few else "three_launch")
 
 
 def _splits(max_blocks: int, num_pairs: int, scratch: int) -> tuple[int, int, int, int, int]:

@@ -10,7 +10,7 @@ import torch
 from kernelgen.core.model import Variant
 from kernelgen.families.probe import Probe, meta
 
-_TOKENS = {8: 16, 64: 16, 4096: 64}  # both sorts, the first of them small and large; with their block_m
+_TOKENS = {8: 16, 64: 16, 512: 32, 4096: 64}  # all sorts, the first of them small and large; with their block_m
 
 
 def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
