@@ -35,17 +35,13 @@ class Batch:
 
     def __init__(self, capacity: int, max_loras: int, device: torch.device, *, use_cuda_graph: bool = False) -> None:
         none = torch.empty(0, dtype=torch.int32, device=device)  # as slots come, so that it is compiled
-        self._held = kg.lora_route(none, max_loras=max_loras, capacity=capacity)
+        self._held, self.capacity = kg.lora_route(none, max_loras=max_loras, capacity=capacity), capacity
         self._adapters = torch.zeros(2 * max_loras, dtype=torch.int32, device=device)
         self.lora_ranks = self._adapters[:max_loras]
         self.scalings = self._adapters[max_loras:].view(torch.float32)
         self.use_cuda_graph = use_cuda_graph
         self.has_active_lora = self.is_prefill = False
         self.num_tokens = self.expected_tokens = 0
-
-    @property
-    def capacity(self) -> int:
-        return self._held.capacity
 
     @property
     def token_slots(self) -> torch.Tensor:
@@ -174,7 +170,8 @@ class Backend(_sglang.BaseLoRABackend):  # type: ignore[name-defined,misc]
             slots, each = on_device[num_rows : -adapters.size], _sglang.logits_at_once()
             self.lm_head_batch_info = Logits(slots)
             if each is not None and slots.shape[0] > each:
-                self.lm_head_pass_batch_infos = [Logits(part) for part in slots.split(each)]
+                passes = range(0, slots.shape[0], each)
+                self.lm_head_pass_batch_infos = [Logits(slots[begin : begin + each]) for begin in passes]
 
     def _new(self, capacity: int, *, use_cuda_graph: bool = False) -> Batch:
         return Batch(max(1, capacity), self.max_loras_per_batch, self.device, use_cuda_graph=use_cuda_graph)

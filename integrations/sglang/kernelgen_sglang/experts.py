@@ -42,9 +42,9 @@ class Deltas:
         b2: torch.Tensor,
     ) -> None:
         max_loras, num_experts, rank, _ = a2.shape
-        halves, width = a13.shape[2] // rank, b13.shape[2]
+        halves = a13.shape[2] // rank
         a13, b2 = (factor.expand(-1, num_experts, -1, -1) for factor in (a13, b2))
-        self._first = (a13.split(rank, 2), b13.split(width // halves, 2))
+        self._first = (a13.chunk(halves, 2), b13.chunk(halves, 2))
         self._second = ([a2], [b2])
         slots = slots[: topk_ids.shape[0]]
         self._route = kg.moe_route(topk_ids, slots, num_experts=num_experts, max_loras=max_loras, rank=rank)

@@ -95,7 +95,7 @@ def logits_at_once() -> int | None:
 def largest_batch() -> int:
     """Tokens of the largest batch that is not padded beyond them."""
     schedule = get_schedule()
-    sizes = (schedule.chunked_prefill_size, schedule.max_prefill_tokens)
+    sizes: list[int | None] = [schedule.chunked_prefill_size, schedule.max_prefill_tokens]
     return max(1, *(size for size in sizes if size is not None))
 
 

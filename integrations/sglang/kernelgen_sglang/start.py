@@ -96,27 +96,28 @@ def _linear(layer: Any, backend: Backend) -> _Found:
 
 def _experts(layer: Any, backend: Backend) -> _Found:
     base, runner = layer.base_layer, getattr(layer, "_moe_lora_runner", None)
+    ours = runner if isinstance(runner, Runner) else None
     factors = on_meta(
         (layer.gate_up_lora_a_weights, layer.gate_up_lora_b_weights, layer.down_lora_a_weights, layer.down_lora_b_weights)
     )
     (_, _, gate_up, _), (_, _, _, inter), (_, _, width, _) = (factor.shape for factor in factors[1:])
-    dtype, top_k, ours = factors[0].dtype, base.top_k, isinstance(runner, Runner)
-    weights = on_meta((base.w13_weight, base.w2_weight)) if ours else ()
+    dtype, top_k = factors[0].dtype, base.top_k
+    w1, w2 = (on_meta(getattr(base, name, None)) for name in ("w13_weight", "w2_weight"))  # quantised ones have other names
 
     def make(rows: int) -> None:
         slots, scores = _twin(backend, rows).batch_info.token_slots, empty(rows, top_k, dtype=torch.float32)
         x = empty(rows, width, dtype=dtype)
         for ids in (empty(rows, top_k, dtype=of_ids) for of_ids in _IDS):
-            if ours:
+            if ours is not None:
                 for some in (None, slots):
-                    runner.apply(empty(rows, width, dtype=dtype), x, *weights, ids, scores, some, factors)
+                    ours.apply(empty(rows, width, dtype=dtype), x, w1, w2, ids, scores, some, factors)
             else:
                 deltas = Deltas(ids, slots, *factors)
                 deltas.add_first(empty(rows, top_k, gate_up, dtype=dtype), x)
                 deltas.add_second(empty(rows, top_k, width, dtype=dtype), empty(rows * top_k, inter, dtype=dtype), scores)
 
-    if ours:
-        return "moe_lora (moe_gemm, moe_act, moe_sum; fused_moe)", looks(*factors, *weights), make
+    if ours is not None:
+        return "moe_lora (moe_gemm, moe_act, moe_sum; fused_moe)", looks(*factors, w1, w2), make
     if runner is not None:
         return f"SGLang's own: {refusal(base)}", (), lambda rows: None
     return f"moe_lora (under the runner {layer._lora_runner_backend.value})", looks(*factors), make

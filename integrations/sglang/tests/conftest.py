@@ -12,3 +12,4 @@ import stubs
 
 stubs.install()
 stubs.unpin()
+stubs.interpret_experts()

@@ -7,10 +7,11 @@ from typing import Any
 
 import sglang.srt.managers.scheduler as scheduling
 import torch
+from sglang.srt.distributed import bootstrap, parallel_state
 from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 from sglang.srt.plugins import load_plugins
-from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
+from sglang.srt.runtime_context import SpawnRanks, publish, reset_context, spawn_world_rank
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs, ServerArgs
 from tiny import Model
@@ -71,6 +72,13 @@ class Engine:
                     self.steps.setdefault(request.rid, []).append(row)
         scheduler.last_batch = batch
         return len(batch.reqs) if batch else 0
+
+    def close(self) -> None:
+        """Leave the process to another engine."""
+        parallel_state.destroy_model_parallel()
+        parallel_state.destroy_distributed_environment()
+        bootstrap._PARALLEL_INITIALISED = False
+        reset_context()
 
     def finished(self) -> list[str]:
         """Labels of requests that are done."""

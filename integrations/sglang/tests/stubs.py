@@ -73,3 +73,21 @@ def unpin() -> None:
         own = getattr(torch, name)
         setattr(torch, name, lambda *args, _own=own, pin_memory=False, **kwargs: _own(*args, **kwargs))
     torch.Tensor.pin_memory = lambda self, *args: self  # type: ignore[method-assign]
+
+
+def interpret_experts() -> None:
+    """Have the Triton kernels of SGLang's experts run: their tables are made here, as those that it has are of CUDA."""
+    import torch
+    from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe, fused_moe_triton_config
+
+    def moe_align_block_size(topk_ids: Any, block_size: int, num_experts: int, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        pairs, experts, blocks = topk_ids.flatten(), [], []
+        for expert in range(num_experts):
+            for part in (pairs == expert).nonzero()[:, 0].split(block_size):
+                if part.numel():
+                    blocks.append(torch.nn.functional.pad(part, (0, block_size - part.numel()), value=pairs.numel()))
+                    experts.append(expert)
+        return torch.cat(blocks).int(), torch.tensor(experts).int(), torch.tensor([len(blocks) * block_size]).int()
+
+    fused_moe.moe_align_block_size = moe_align_block_size
+    fused_moe_triton_config.get_device_name = lambda: "CPU"

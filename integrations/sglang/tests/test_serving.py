@@ -49,18 +49,21 @@ def test_serves(kind: str, dtype: torch.dtype, options: dict[str, Any], tmp_path
         names[label := f"request {len(names)}"] = name
         engine.add(label, prompt(len(names), length), name, max_tokens=5)
 
-    with launched(_runtime) as keys:
-        for i, name in enumerate((*"aba", None, *"cab", None)):
-            ask(name, (5, 70, 29, 31)[i % 4])
-        for step in range(200):
-            busy = engine.step()
-            if step == 3:
-                engine.load("d")
-                ask("d", 9)
-            if not busy and len(engine.finished()) == len(names):
-                break
-    assert sorted(engine.finished()) == sorted(names)
-    assert any(request.retraction_count for request in engine.requests.values())
-    for label, name in names.items():
-        engine.check(label, name)
-    assert keys - ready == set(), [key[:2] for key in keys - ready]
+    try:
+        with launched(_runtime) as keys:
+            for i, name in enumerate((*"aba", None, *"cab", None)):
+                ask(name, (5, 70, 29, 31)[i % 4])
+            for step in range(200):
+                busy = engine.step()
+                if step == 3:
+                    engine.load("d")
+                    ask("d", 9)
+                if not busy and len(engine.finished()) == len(names):
+                    break
+        assert sorted(engine.finished()) == sorted(names)
+        assert any(request.retraction_count for request in engine.requests.values())
+        for label, name in names.items():
+            engine.check(label, name)
+        assert keys - ready == set(), [key[:2] for key in keys - ready]
+    finally:
+        engine.close()
