@@ -24,18 +24,9 @@ REQUIRES = _sglang.Requirements(
     server_args={"lora_backend": frozenset(_sglang.BACKENDS)},
 )
 
-# What a server may do besides; of ``Feature`` all else is refused, if it has to do with LoRA.
+# What a server may be asked for besides; all else that ``asked`` knows is refused.
 FEATURES = frozenset(
-    {
-        _sglang.Feature.LORA,
-        _sglang.Feature.PIPELINE_PARALLEL,
-        _sglang.Feature.MULTI_NODE_TP,
-        _sglang.Feature.EXPERT_PARALLEL,
-        _sglang.Feature.SPECULATIVE_DECODING,
-        _sglang.Feature.PD_DISAGGREGATION,
-        _sglang.Feature.KV_OFFLOAD,
-        _sglang.Feature.DETERMINISTIC_INFERENCE,
-    }
+    {_sglang.Feature.PIPELINE_PARALLEL, _sglang.Feature.EXPERT_PARALLEL, _sglang.Feature.SPECULATIVE_DECODING}
 )
 
 # Of a delta, as a share of the largest that its layer gives a row: a rank vector and the sum are rounded to the dtype, once each,
@@ -53,7 +44,8 @@ def isa_of(device: torch.device) -> str:
 def refusals(manager: Any) -> list[str]:
     """Every reason why the LoRA of a model is left to SGLang; none: it is not."""
     name, dtype = manager.lora_backend.name, str(manager.dtype).removeprefix("torch.")
-    why = [f"{feature} is asked for" for feature, is_so in _sglang.asked().items() if is_so]
+    refused = (feature for feature, is_so in _sglang.asked().items() if is_so and feature not in FEATURES)
+    why = [f"{getattr(feature, 'value', feature)} is asked for" for feature in refused]
     if name not in REQUIRES.server_args["lora_backend"]:
         why.append(f"the LoRA backend is {name}")
     if dtype not in REQUIRES.dtypes:

@@ -29,7 +29,7 @@ from sglang.srt.lora.backend.base_backend import BaseLoRABackend
 from sglang.srt.lora.dense.plan import DenseLoraKind
 from sglang.srt.lora.lora_moe_runners import LoRAHooks
 from sglang.srt.lora.utils import MoELoRABatchInfo, capturing_lora_graph, get_batch_token_counts, get_lm_head_pruned_lens
-from sglang.srt.runtime_context import get_disagg, get_exec, get_flags, get_parallel, get_schedule
+from sglang.srt.runtime_context import get_disagg, get_exec, get_flags, get_parallel, get_schedule, get_spec
 
 __all__ = [
     "BaseLoRABackend",
@@ -60,13 +60,18 @@ __all__ = [
 BACKENDS = ("csgmv", "triton", "triton_v2")
 
 
-def asked() -> dict[str, bool]:
-    """What a server is asked to do and the plugin does not, by what it is called."""
-    runner = get_moe_runner_backend()
+def asked() -> dict[Any, bool]:
+    """Whether a server is asked for features, those of the contract and others, by what they are called."""
+    parallel, runner = get_parallel(), get_moe_runner_backend()
     return {
-        Feature.DP_ATTENTION.value: get_parallel().attn_dp_enabled,
-        Feature.TWO_BATCH_OVERLAP.value: get_exec().overlap.enable_two_batch_overlap,
-        Feature.TORCH_COMPILE.value: bool(get_flags().capture.enable_torch_compile),
+        Feature.PIPELINE_PARALLEL: parallel.pp_size > 1,
+        Feature.EXPERT_PARALLEL: parallel.moe_ep_size > 1,
+        Feature.CONTEXT_PARALLEL: parallel.attn_cp_size > 1,
+        Feature.DP_ATTENTION: parallel.attn_dp_enabled,
+        Feature.EPLB: get_exec().moe.enable_eplb,
+        Feature.SPECULATIVE_DECODING: get_spec().speculative_algorithm is not None,
+        Feature.TWO_BATCH_OVERLAP: get_exec().overlap.enable_two_batch_overlap,
+        Feature.TORCH_COMPILE: bool(get_flags().capture.enable_torch_compile),
         "PD multiplexing": get_disagg().enable_pdmux,
         "SGLANG_EXPERIMENTAL_LORA_OPTI": envs.SGLANG_EXPERIMENTAL_LORA_OPTI.get(),
         f"--moe-runner-backend {runner.value}": runner.is_experimental_sgl_trtllm() or runner.is_experimental_sgl_marlin(),

@@ -58,9 +58,13 @@ def test_serves(kind: str, dtype: torch.dtype, options: dict[str, Any], tmp_path
                 if step == 3:
                     engine.load("d")
                     ask("d", 9)
+                of_b = {label for label, name in names.items() if name == "b"}
+                if "b" in engine.refs and of_b <= set(engine.finished()):
+                    engine.unload("b")
                 if not busy and len(engine.finished()) == len(names):
                     break
         assert sorted(engine.finished()) == sorted(names)
+        assert "b" not in engine.refs
         assert any(request.retraction_count for request in engine.requests.values())
         for label, name in names.items():
             engine.check(label, name)
