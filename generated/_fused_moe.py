@@ -24,7 +24,7 @@ import torch
 
 from . import _operands as operands
 from . import _runtime as runtime
-from ._activation import CLAMP
+from ._activation import CLAMP, LAYOUT
 from ._activation import choice as activation_choice
 from ._scales import check_x_scale, scale_operand
 from .moe_align._op import (
@@ -164,6 +164,8 @@ def fused_moe(
     topk_weights: torch.Tensor,
     *,
     activation: str,
+    layout: str = "halves",
+    apply_router_weight_on_input: bool = False,
     valid_tokens: torch.Tensor | None = None,
     num_tokens_hint: int | None = None,
     local_expert_start: int = 0,
@@ -174,6 +176,8 @@ def fused_moe(
     w2_scale: torch.Tensor | None = None,
     x_scale: torch.Tensor | None = None,
     h_scale: torch.Tensor | None = None,
+    w13_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
     lora: FusedMoeLora | None = None,
     limit: float | None = None,
     alpha: float | None = None,
@@ -181,17 +185,21 @@ def fused_moe(
 ) -> torch.Tensor:
     """The experts of an MoE layer for T tokens of top_k experts each, on the device only.
 
-    out[t] = sum over j of topk_weights[t, j] * W2[e] . act(W13[e] . hidden[t]), for e = topk_ids[t, j] - local_expert_start in
-    [0, E): a share of the layer under expert parallelism. Nothing asks the host, so that one CUDA graph, captured for the
+    out[t] = sum over j of topk_weights[t, j] * (W2[e] . act(W13[e] . hidden[t] + w13_bias[e]) + w2_bias[e]), for e =
+    topk_ids[t, j] - local_expert_start in [0, E): a share of the layer under expert parallelism. Nothing asks the host, so that one CUDA graph, captured for the
     largest batch, stays right for every routing and every ``valid_tokens``. The same call gives the same bits.
 
     Args:
         hidden: [T, H] bfloat16 or float16, last stride 1.
-        w13: [E, 2 * I, H] with an activation that has a gate (the gate, then the linear half), else [E, I, H]; dtype of
-            ``hidden``.
+        w13: [E, 2 * I, H] with an activation that has a gate (as ``layout`` says), else [E, I, H]; dtype of ``hidden``.
         w2: [E, H, I], likewise.
         topk_ids: [T, top_k] int32 or int64, global ids; an id may occur twice in a token, and -1 is nowhere.
         topk_weights: [T, top_k] float, applied in fp32 when the experts of a token are summed up.
+        layout: how gate and up lie in ``w13``, its scales and its bias: "halves", gate over up; or "interleaved", in turns, the rows
+            of gate at even places, as in gpt-oss. Adapters have a factor of each.
+        apply_router_weight_on_input: ``topk_weights`` multiply ``hidden`` instead, as in Llama 4. A product is linear, so they are
+            applied to its fp32 sums, with what adapters added, in front of the activation: once, where a model rounds its scaled
+            input first.
         activation: of the fp32 sums, then rounded once. With a gate "swiglu": silu(gate) * up; "swiglu_clamp": see limit;
             "geglu" and "geglu_tanh": gelu(gate) * up, by erf, and as it is approximated by tanh. Without one "relu2":
             relu(x) ** 2; "silu"; "gelu" and "gelu_tanh".
@@ -214,6 +222,8 @@ def fused_moe(
             alike.
         h_scale: their scale where x_scale is [1]: [1], or [>= E], the input scale of ``w2`` of each expert; other scales are
             found.
+        w13_bias, w2_bias: [E, rows] in any float dtype, last stride 1, both or neither, added to the sums in fp32, in front of the
+            activation, and before experts are weighted.
         lora: adapters, which add B . round(A . x) to the sums of each product, in fp32: before the activation, and before the
             rounding of the second product. x is what the product has, of an FP8 ``hidden`` the numbers that it stands for; but
             for the second product the activations as they were rounded, before they become FP8. Tokens without an adapter get
@@ -226,8 +236,8 @@ def fused_moe(
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
     zeroes, layer = out is None, (hidden, w13, w2, topk_ids, topk_weights, valid_tokens, expert_map)
-    sizes = (activation, local_expert_start, num_tokens_hint, zeroes)
-    scales, clamp = (w13_scale, w2_scale, x_scale, h_scale), (limit, alpha, beta)
+    sizes = (activation, layout, apply_router_weight_on_input, local_expert_start, num_tokens_hint, zeroes)
+    scales, clamp = (w13_scale, w2_scale, x_scale, h_scale, w13_bias, w2_bias), (limit, alpha, beta)
     if out is None:
         try:
             out = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
@@ -275,10 +285,14 @@ OP = operands.Op(
         VALID_TOKENS,
         dataclasses.replace(EXPERT_MAP, optional=True),
         activation_choice(size="G"),
+        LAYOUT,
+        operands.Flag("apply_router_weight_on_input", asks=("weighted",)),
         LOCAL_EXPERT_START,
         NUM_TOKENS_HINT,
         operands.Flag("zeroes", public=False),
         *(scale_operand(name) for name in ("w13_scale", "w2_scale", "x_scale", "h_scale")),
+        operands.Tensor("w13_bias", "E, G*I", operands.FLOATS, optional=True),
+        operands.Tensor("w2_bias", "E, H", operands.FLOATS, optional=True),
         operands.Bundle(
             "workspace",
             FusedMoeWorkspace,
@@ -322,18 +336,18 @@ OP = operands.Op(
 
 # What the two products call their operands here.
 _FIRST = runtime.Caller(
-    "fused_moe", x="hidden", w="w13", w_scale="w13_scale", lora_b="lora.b13", b_scale="lora.b13_scale"
+    "fused_moe", x="hidden", w="w13", w_scale="w13_scale", bias="w13_bias", lora_b="lora.b13", b_scale="lora.b13_scale"
 )
 _SECOND = runtime.Caller(
-    "fused_moe", x="hidden", codes="hidden", w="w2", w_scale="w2_scale", x_scale="h_scale", scale="h_scale", lora_b="lora.b2",
-    b_scale="lora.b2_scale",
+    "fused_moe", x="hidden", codes="hidden", w="w2", w_scale="w2_scale", x_scale="h_scale", scale="h_scale", bias="w2_bias",
+    lora_b="lora.b2", b_scale="lora.b2_scale",
 )
 
 _SHRINK_X = runtime.Caller("fused_moe", x="hidden", lora_a="lora.a13", a_scale="lora.a13_scale")
 _SHRINK_H = runtime.Caller("fused_moe", lora_a="lora.a2", a_scale="lora.a2_scale")
 
-# (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens, expert_map, w13_scale, w2_scale, x_scale, h_scale, workspace,
-# lora, limit, alpha, beta) of sizes that were checked before
+# (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens, expert_map, w13_scale, w2_scale, x_scale, h_scale, w13_bias,
+# w2_bias, workspace, lora, limit, alpha, beta) of sizes that were checked before
 _Call = Callable[..., None]
 
 
@@ -347,6 +361,8 @@ def _bind(
     valid_tokens: torch.Tensor | None,
     expert_map: torch.Tensor | None,
     activation: str,
+    layout: str,
+    apply_router_weight_on_input: bool,
     local_expert_start: int,
     num_tokens_hint: int | None,
     zeroes: bool,
@@ -354,6 +370,8 @@ def _bind(
     w2_scale: torch.Tensor | None,
     x_scale: torch.Tensor | None,
     h_scale: torch.Tensor | None,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
     workspace: FusedMoeWorkspace | None,
     lora: FusedMoeLora | None,
     limit: float | None,
@@ -362,12 +380,14 @@ def _bind(
 ) -> _Call:
     layer = (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens, expert_map)
     scales = (w13_scale, w2_scale, x_scale, h_scale)
-    sizes = (activation, local_expert_start, num_tokens_hint, zeroes)
+    sizes = (activation, layout, apply_router_weight_on_input, local_expert_start, num_tokens_hint, zeroes)
     # Beside an FP8 ``hidden`` 16 bits are bfloat16.
-    given = OP.named(*layer, *sizes, *scales, workspace, lora, limit, alpha, beta)
+    given = OP.named(*layer, *sizes, *scales, w13_bias, w2_bias, workspace, lora, limit, alpha, beta)
     found = OP.check("fused_moe", given, D=None if x_scale is None else torch.bfloat16)
     if expert_map is not None and local_expert_start != 0:
         fail_start("fused_moe", local_expert_start)
+    if (w13_bias is None) != (w2_bias is None):
+        runtime.fail("fused_moe", "w13_bias, w2_bias", "w2_bias" if w13_bias is None else "w13_bias", "both, or neither")
     mode, x_mode = _check_scales(_FIRST, hidden, w13, w2, *scales, slices=found["G"])
     (num_tokens, top_k), (num_experts, width), inter = topk_ids.shape, w2.shape[:2], found["I"]
     num_pairs = num_tokens * top_k
@@ -416,8 +436,8 @@ def _bind(
         found = buffers.scales
         rows_scale = h_scale if x_mode == "tensor" else found[: num_pairs * row_scales].view(num_pairs, row_scales)
         shrink = bind_quant(rows, rows_scale, h, tables, "pair" if few else "sorted", _SECOND)
-    of_first: dict[str, Any] = {"w_scale": w13_scale, "x_scale": x_scale, "op": _FIRST}
-    of_second: dict[str, Any] = {"w_scale": w2_scale, "x_scale": rows_scale, "op": _SECOND}
+    of_first: dict[str, Any] = {"layout": layout, "w_scale": w13_scale, "x_scale": x_scale, "bias": w13_bias, "op": _FIRST}
+    of_second: dict[str, Any] = {"w_scale": w2_scale, "x_scale": rows_scale, "bias": w2_bias, "op": _SECOND}
 
     adapters = None
     if lora is not None:
@@ -448,15 +468,17 @@ def _bind(
     order = "pair" if few else "sorted"
     of_first |= {"limit": limit, "alpha": alpha, "beta": beta, "follows": adapters is not None}
     of_second["follows"] = True
-    first = bind_gemm(h, hidden, w13, tables, None, "token", order, activation, **of_first)
+    on_input = apply_router_weight_on_input
+    of_input, of_output = (topk_weights, None) if on_input else (None, topk_weights)
+    first = bind_gemm(h, hidden, w13, tables, of_input, "token", order, activation, **of_first)
     total: Callable[..., None] | None = None
     if sums:
-        second = bind_gemm(out, rows, w2, tables, topk_weights, "pair", "token", None, zero_rest=zeroes, **of_second)
+        second = bind_gemm(out, rows, w2, tables, of_output, "pair", "token", None, zero_rest=zeroes, **of_second)
     else:
         outputs = buffers.outputs[: num_pairs * width].view(num_tokens, top_k, width)
         second = bind_gemm(outputs, rows, w2, tables, None, order, "pair", None, **of_second)
         sizes_of_sum = (num_experts, local_expert_start, num_tokens_hint, zeroes)
-        total = bind_sum(out, outputs, topk_ids, topk_weights, valid_tokens, *sizes_of_sum)
+        total = bind_sum(out, outputs, topk_ids, of_output, valid_tokens, *sizes_of_sum)
 
     def call(
         out: torch.Tensor,
@@ -471,6 +493,8 @@ def _bind(
         w2_scale: torch.Tensor | None,
         x_scale: torch.Tensor | None,
         h_scale: torch.Tensor | None,
+        w13_bias: torch.Tensor | None,
+        w2_bias: torch.Tensor | None,
         workspace: FusedMoeWorkspace | None,
         lora: Any,  # a FusedMoeLora where there are adapters
         limit: float | None,
@@ -496,15 +520,16 @@ def _bind(
             b13, b2, of_b13, of_b2 = lora.b13, lora.b2, lora.b13_scale, lora.b2_scale
         elif align is not None:
             align(*ints, buffers.blocks[blocks:] if counts else buffers.blocks, topk_ids, valid_tokens)
-        first(h, hidden, w13, tables, None, w13_scale, x_scale, v, b13, runs, of_b13, limit, alpha, beta)
+        of_input, of_output = (topk_weights, None) if on_input else (None, topk_weights)
+        first(h, hidden, w13, tables, of_input, w13_scale, x_scale, v, b13, runs, of_b13, w13_bias, limit, alpha, beta)
         rows, rows_scale = between(hidden, tables, h_scale, buffers)
         if adapters is not None:
             adapters.shrink_h(v, h, lora.a2, tables, runs, lora.a2_scale, None)
         if total is None:
-            second(out, rows, w2, tables, topk_weights, w2_scale, rows_scale, v, b2, runs, of_b2)
+            second(out, rows, w2, tables, of_output, w2_scale, rows_scale, v, b2, runs, of_b2, w2_bias)
         else:
-            second(y, rows, w2, tables, None, w2_scale, rows_scale, v, b2, runs, of_b2)
-            total(out, y, topk_ids, topk_weights, valid_tokens)
+            second(y, rows, w2, tables, None, w2_scale, rows_scale, v, b2, runs, of_b2, w2_bias)
+            total(out, y, topk_ids, of_output, valid_tokens)
 
     return call
 

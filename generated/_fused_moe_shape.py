@@ -15,7 +15,7 @@ import torch
 from . import _operands as operands
 from . import _runtime as runtime
 from . import _scales
-from ._activation import SLICES
+from ._activation import LAYOUT, SLICES
 from ._activation import choice as activation_choice
 from ._fused_moe import FusedMoeLora, fused_moe
 from ._warmup import ROUTING, ends, kinds_of_scales
@@ -42,6 +42,9 @@ _FIELDS: tuple[operands.Operand, ...] = (
     operands.Flag("lora_ranks"),
     operands.Flag("shared_outer"),
     dataclasses.replace(kinds_of_scales(VARIANTS, "b_scales"), name="lora_scales"),
+    LAYOUT,
+    operands.Choice("bias_dtype", (None, *operands.FLOATS)),
+    operands.Flag("apply_router_weight_on_input"),
 )
 
 
@@ -71,6 +74,9 @@ class FusedMoeShape(NamedTuple):
     shared_outer: bool = False  # whether all experts share the first factors of w13 and the second of w2: stride 0
     lora_scales: str | None = None  # of FP8 factors: "tensor", "channel" or "group"
     global_experts: int = 0  # in an expert_map, 0: none is given
+    layout: str = "halves"
+    bias_dtype: torch.dtype | None = None  # of the biases; None: there are none
+    apply_router_weight_on_input: bool = False
 
     def check(self, label: str) -> None:
         """Raise ValueError where a field, of a shape called ``label``, is no such thing."""
@@ -128,6 +134,8 @@ class FusedMoeShape(NamedTuple):
             mapping, each = (empty(size, dtype=torch.int32) for size in (num_tokens, loras))
             enabled, ranks = (each if is_given else None for is_given in (self.adapter_enabled, self.lora_ranks))
             lora = FusedMoeLora(mapping, **made, adapter_enabled=enabled, lora_ranks=ranks)
+        if self.bias_dtype is not None:
+            scales |= {f"{name}_bias": empty(*size[:2], dtype=self.bias_dtype) for name, size in (("w13", w13), ("w2", w2))}
         x_scales = _scales.meta_x_scales(of_tokens, (num_tokens, width), QUANT, self.scales_dtype)
         for x_scale, hint in itertools.product(x_scales, hints or ends(num_tokens)):
             fused_moe(
@@ -137,6 +145,8 @@ class FusedMoeShape(NamedTuple):
                 empty(num_tokens, self.top_k, dtype=self.topk_ids_dtype),
                 empty(num_tokens, self.top_k, dtype=self.topk_weights_dtype),
                 activation=self.activation,
+                layout=self.layout,
+                apply_router_weight_on_input=self.apply_router_weight_on_input,
                 valid_tokens=empty(1, dtype=torch.int32) if self.valid_tokens else None,
                 num_tokens_hint=hint,
                 local_expert_start=self.local_expert_start,

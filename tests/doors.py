@@ -291,6 +291,16 @@ def _moe_act(b: Batch) -> Arguments:
 CLAMPED = {"activation": "swiglu_clamp", "limit": 7.0, "alpha": 1.702, "beta": 1.0}
 
 
+def _gpt_oss(b: Batch) -> Arguments:
+    """A layer with gate and up in turns, and biases."""
+    biases = {"w13_bias": b.normal(b.experts, 2 * b.n), "w2_bias": b.normal(b.experts, b.k, dtype=torch.float32)}
+    return {**b.layer(fp8=False), **CLAMPED, **biases, "layout": "interleaved"}
+
+
+def _biased(b: Batch) -> Arguments:
+    return {**_few(b), **CLAMPED, "layout": "interleaved", "bias": b.normal(b.experts, 2 * b.n)}
+
+
 # A good call of each front door, with all that it can be given; some in more than one way.
 GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
     "moe_act": ("moe_act", _moe_act),
@@ -346,6 +356,7 @@ GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
     ),
     "moe_gemm": ("moe_gemm", _moe_gemm),
     "moe_gemm fp8": ("moe_gemm", lambda b: _moe_gemm(b, fp8=True)),
+    "moe_gemm biased": ("moe_gemm", _biased),
     "moe_gemm adapted": ("moe_gemm", _adapted_gemm),
     "moe_gemm adapted fp8": ("moe_gemm", lambda b: _adapted_gemm(b, fp8=True)),
     "moe_runs": (
@@ -393,6 +404,8 @@ GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
     "fused_moe": ("fused_moe", lambda b: b.layer(fp8=False)),
     "fused_moe fp8": ("fused_moe", lambda b: b.layer(fp8=True)),
     "fused_moe clamped": ("fused_moe", lambda b: {**b.layer(fp8=False), **CLAMPED}),
+    "fused_moe of gpt-oss": ("fused_moe", _gpt_oss),
+    "fused_moe of Llama 4": ("fused_moe", lambda b: {**b.layer(fp8=False), "apply_router_weight_on_input": True}),
     "fused_moe mapped": ("fused_moe", lambda b: {**b.layer(fp8=False), "expert_map": b.expert_map}),
     "quantize_weights": (
         "quantize_weights",

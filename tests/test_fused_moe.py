@@ -93,7 +93,9 @@ def test_opcheck_of_a_layer(device: str, tokens: int) -> None:
     clamped = ("swiglu_clamp", 7.0, 1.702, None)
     for buffers, lora, kind in ((None, layer.lora, PLAIN), (workspace, None, clamped), (workspace, layer.lora, PLAIN)):
         flat = (*bundles["workspace"].flat(buffers), *bundles["lora"].flat(lora))
-        arguments = (*operands, None, kind[0], 0, None, True, *(None,) * 4, *flat, *kind[1:])
+        biases = (None, None) if kind is PLAIN else (layer.w13[..., 0].contiguous(), layer.w2[..., 0].contiguous())
+        how = (kind[0], "halves" if kind is PLAIN else "interleaved", False)
+        arguments = (*operands, None, *how, 0, None, True, *(None,) * 4, *biases, *flat, *kind[1:])
         torch.library.opcheck(OPS.fused_moe.default, arguments, test_utils=_UTILS)
 
 
@@ -125,15 +127,15 @@ def test_opcheck_of_the_steps(device: str) -> None:
     tokens = layer.ids.shape[0]
     tables = kg.moe_align(layer.ids, num_experts=EXPERTS)
     rows = torch.zeros(tokens, TOP_K, 2 * INTER, dtype=torch.bfloat16, device=device)
-    product = (rows, layer.hidden, layer.w13, *TABLES.flat(tables), None, "token", "pair", None, None, None)
-    torch.library.opcheck(OPS.moe_gemm.default, (*product, None, None, *RUNS.flat(None), None, *PLAIN[1:]))
+    product = (rows, layer.hidden, layer.w13, *TABLES.flat(tables), None, "token", "pair", None, "halves", None, None)
+    torch.library.opcheck(OPS.moe_gemm.default, (*product, None, None, *RUNS.flat(None), None, None, *PLAIN[1:]))
     tables, runs = kg.moe_runs(layer.ids, layer.adapters, num_experts=EXPERTS, max_loras=LORAS)
     v = kg.moe_shrink(layer.hidden, layer.lora.a13, tables, runs, x_rows="token")
     flat = (*TABLES.flat(tables), *RUNS.flat(runs))
     torch.library.opcheck(OPS.moe_shrink.default, (v, layer.hidden, layer.lora.a13, *flat, "token", None, None))
     inner = torch.zeros(tokens * TOP_K, INTER, dtype=torch.bfloat16, device=device)
-    product = (inner, layer.hidden, layer.w13, *TABLES.flat(tables), None, "token", "sorted", "swiglu_clamp", None, None)
-    torch.library.opcheck(OPS.moe_gemm.default, (*product, v, layer.lora.b13, *RUNS.flat(runs), None, 7.0, 1.702, 1.0))
+    product = (inner, layer.hidden, layer.w13, *TABLES.flat(tables), None, "token", "sorted", "swiglu_clamp", "interleaved", None, None)
+    torch.library.opcheck(OPS.moe_gemm.default, (*product, v, layer.lora.b13, *RUNS.flat(runs), None, layer.w13[..., 0].contiguous(), 7.0, 1.702, 1.0))
     h = torch.zeros(tokens * TOP_K, INTER, dtype=torch.bfloat16, device=device)
     route = kg.moe_route(layer.ids, layer.adapters, num_experts=EXPERTS, max_loras=LORAS)
     added = (layer.delta, *ROUTE.flat(route))

@@ -15,7 +15,7 @@ import torch
 from .. import _mxfp4 as mxfp4
 from .. import _operands as operands
 from .. import _runtime as runtime
-from .._activation import CLAMP, Clamp
+from .._activation import CLAMP, LAYOUT, Clamp
 from .._activation import choice as activation_choice
 from .._scales import (
     check_fp8,
@@ -98,8 +98,8 @@ CONFIGS = {
 Tiled = GemvConfig | NaiveConfig | TileConfig | BoxConfig
 Config = Tiled | WarpSpecialisedConfig
 
-# (out, x, w, tables, topk_weights, w_scale, x_scale, v, lora_b, runs, b_scale, limit, alpha, beta) of sizes that were checked
-# before; the last three, of "swiglu_clamp", may be left out
+# (out, x, w, tables, topk_weights, w_scale, x_scale, v, lora_b, runs, b_scale, bias, limit, alpha, beta) of sizes that were
+# checked before; the last four may be left out
 Call = Callable[..., None]
 
 
@@ -166,6 +166,7 @@ OP = operands.Op(
         operands.Choice("x_rows", ("token", "pair", "sorted"), asks=("rows",)),
         operands.Choice("out_rows", ("pair", "sorted", "token"), asks=("rows",)),
         activation_choice("epilogue", none=True),
+        LAYOUT,
         scale_operand("w_scale", "weight_scales"),
         scale_operand("x_scale", "x_scales"),
         operands.Tensor(
@@ -181,6 +182,7 @@ OP = operands.Op(
         ),
         dataclasses.replace(RUNS, optional=True),
         scale_operand("b_scale", "b_scales", slices="any"),
+        operands.Tensor("bias", ">=E, S*N", operands.FLOATS, optional=True, asks=("biased",)),
         *CLAMP,
     ),
     spec=VARIANTS.spec,
@@ -229,6 +231,8 @@ class Problem(NamedTuple):
     b_scales: str | None
     b_scale_strides: operands.Strides
     ranked: bool  # whether adapters say how many of their ranks count
+    interleaved: bool  # rows of gate and up are in turns
+    bias_stride: int  # over E
 
 
 def check(
@@ -246,6 +250,9 @@ def check(
     zero_rest: bool = False,
     scales: Scales = UNSCALED,
     delta: Delta = UNADAPTED,
+    interleaved: bool = False,
+    bias: torch.Tensor | None = None,
+    biased: bool = False,
     clamp: Clamp = UNCLAMPED,
 ) -> Problem:
     """The sizes of a call, once everything about it is known to fit.
@@ -253,8 +260,11 @@ def check(
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
-    request = (*rows.split("_"), None if epilogue == "none" else epilogue)
-    given = (out, x, w, tables, topk_weights, *request, scales.w, scales.x, *delta.operands, *clamp)
+    layout = "interleaved" if interleaved else "halves"
+    request = (*rows.split("_"), None if epilogue == "none" else epilogue, layout)
+    given = (out, x, w, tables, topk_weights, *request, scales.w, scales.x, *delta.operands, bias, *clamp)
+    if biased and bias is None:
+        runtime.fail(variant, "bias", None, "a tensor", "this variant adds one")
     sizes = OP.check(variant, OP.named(*given), D=dtype)
     return problem_of(
         variant,
@@ -271,6 +281,8 @@ def check(
         zero_rest=zero_rest,
         scales=scales,
         delta=delta,
+        interleaved=interleaved,
+        bias=bias,
     )
 
 
@@ -291,6 +303,8 @@ def problem_of(
     follows: bool = False,
     scales: Scales = UNSCALED,
     delta: Delta = UNADAPTED,
+    interleaved: bool = False,
+    bias: torch.Tensor | None = None,
 ) -> Problem:
     """The sizes of a product whose operands are checked, once the rest is too. ``follows``: it stands right behind a launch that
     waits for all before it lets this one begin, and writes nothing but rows of x or v.
@@ -310,14 +324,7 @@ def problem_of(
         check_fp8(variant, "x", x, scales.of_x, QUANT)
     slices = sizes["S"]
     n, k = sizes["N"], sizes["K"]
-    if rows == "pair_token":
-        if topk_weights is None:
-            hint = "the sum over the experts of a token is weighted"
-            runtime.fail(variant, "topk_weights", None, f"[{num_tokens}, {top_k}]", hint)
-        out_fits = out.dim() == 2
-    else:
-        out_fits = out.dtype == dtype
-    if not out_fits:
+    if not (out.dim() == 2 if rows == "pair_token" else out.dtype == dtype):
         wanted = f"[{num_tokens}, {n}]" if rows == "pair_token" else f"{dtype}"
         runtime.fail(variant, "out", runtime.describe(out), wanted, f"as of x_rows, out_rows {rows.replace('_', ', ')}")
     if w.stride(1) * w.shape[1] >= 2**31:
@@ -325,6 +332,8 @@ def problem_of(
     w_scale_stride = w_scale_next = 0
     if scales.of_weights is not None:
         w_scale_stride, w_scale_next = _check_w_scale(variant, scales.of_weights, scales.w, w, slices)
+        if interleaved and w_scale_next:
+            w_scale_next = scales.w.stride(1)
     x_scale_stride, x_scale_next = 0, None
     if scales.of_x is not None:
         of_rows = 1 if rows.startswith("token") else tables.num_experts
@@ -367,6 +376,8 @@ def problem_of(
         b_scales=delta.of_b,
         b_scale_strides=_check_b_scale(variant, delta),
         ranked=delta.runs is not None and delta.runs.lora_ranks is not None,
+        interleaved=interleaved,
+        bias_stride=0 if bias is None else bias.stride(0),
     )
     if schedule == "box" and not has_boxes(problem, x, w):
         got = f"x {runtime.describe(x)}, w {runtime.describe(w)}"
@@ -435,8 +446,8 @@ def _check_w_scale(
 
 def has_boxes(problem: Problem, x: torch.Tensor, w: torch.Tensor) -> bool:
     """Whether the tensor memory accelerator can read the operands."""
-    halves = problem.slices == 1 or problem.w_stride_e == 2 * problem.n * problem.w_stride_n
-    return halves and runtime.describable(w) and (problem.rows != "sorted_pair" or runtime.describable(x))
+    one = problem.slices == 1 or problem.interleaved or problem.w_stride_e == 2 * problem.n * problem.w_stride_n
+    return one and runtime.describable(w) and (problem.rows != "sorted_pair" or runtime.describable(x))
 
 
 def has_roles(problem: Problem) -> bool:

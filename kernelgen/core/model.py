@@ -145,6 +145,11 @@ VOCABULARY: Mapping[str, Mapping[str, Mapping[str, Fact]]] = MappingProxyType(
             "a8token": _facts(x_scales="token"),
             "a8group": _facts(x_scales="group"),
         },
+        "layout": {  # of the rows of gate and up; none: all of gate, then all of up
+            "none": _facts(interleaved=False),
+            "interleaved": _facts(interleaved=True),
+        },
+        "bias": {"none": _facts(biased=False), "bias": _facts(biased=True)},
         "delta_quant": {  # of the factors that a delta is made with
             "none": _facts(b_scales=None),
             "b8tensor": _facts(b_scales="tensor"),

@@ -1,4 +1,4 @@
-"""The activation between the two projections of an expert: its words, and the numbers that come with one of them."""
+"""The activation between the two projections of an expert: its words, the numbers that come with one of them, and how a gate lies."""
 
 from __future__ import annotations
 
@@ -36,6 +36,9 @@ CLAMP = (
     operands.Number("alpha", only_with=_CLAMP, default=1.0),
     operands.Number("beta", only_with=_CLAMP, default=0.0),
 )
+
+
+LAYOUT = operands.Choice("layout", ("halves", "interleaved"), asks=("interleaved",))
 
 
 def choice(*asks: str, none: bool = False, size: str = "S") -> operands.Choice:

@@ -10,19 +10,22 @@ that some value within the error of the exact one rounds to, which for nearly al
 FP8 operands stand for their numbers times their scales: ``dequantise`` them first. With FP8 activations h becomes FP8 as
 ``moe_quant`` makes it of the rounded h: another step function, whose scale is known to the bit wherever the largest h is.
 
+With biases b13[e] is added to the first product, b2[e] to the second. Where routing weights are of the input, h[p] is
+round(act(w[p] * (x[t] . W13[e]^T) + b13[e])), and out their plain sum.
+
 With an adapter l each product of a row r has B[l, e] . round(A[l, e] . r) added, whose rank vectors are rounded to the dtype
 between the products: a step function of its own. r is x, or h as it was rounded, before it becomes FP8.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Sequence
+from typing import Any, NamedTuple, Sequence
 
 import torch
 
 from kernelgen.families.activation import Clamp, activate
 from kernelgen.families.moe_align.reference import Local
-from kernelgen.families.moe_gemm.reference import Expected, cast_error, dot
+from kernelgen.families.moe_gemm.reference import Expected, cast_error, dot, in_halves
 from kernelgen.families.moe_runs.reference import Adapters
 
 _FP32 = 2.0**-23
@@ -57,6 +60,20 @@ class Lora(NamedTuple):
     scaled: bool = False  # they were dequantised
 
 
+class Model(NamedTuple):
+    """What experts of some models have; arguments of the op."""
+
+    layout: str = "halves"
+    w13_bias: torch.Tensor | None = None
+    w2_bias: torch.Tensor | None = None
+    apply_router_weight_on_input: bool = False
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The arguments of a call."""
+        return self._asdict()
+
+
 def fused_moe(
     hidden: torch.Tensor,
     w13: torch.Tensor,
@@ -70,12 +87,16 @@ def fused_moe(
     inner: Inner | None = None,
     lora: Lora | None = None,
     clamp: Clamp | None = None,
+    model: Model = Model(),
 ) -> Expected:
     """The rows of the first ``num_tokens`` tokens, ``dtype`` being that of out; other arguments as of the op.
 
     ``inner`` goes with operands that were dequantised; None: there is no FP8. ``lora``: None: there are
     no adapters. ``clamp``: the numbers of "swiglu_clamp".
     """
+    on_input, bias = model.apply_router_weight_on_input, (model.w13_bias, model.w2_bias)
+    if model.layout == "interleaved":
+        w13, bias = in_halves(w13), (None if bias[0] is None else in_halves(bias[0]), bias[1])
     scaled, inner = inner is not None, inner or Inner(hidden.dtype)
     flags = {"scaled": scaled, "short": inner.short}
     top_k = topk_weights.shape[1]
@@ -94,7 +115,12 @@ def fused_moe(
         sums, error = dot(w13[expert], x, x.shape[0] + rank, **flags)
         sizes = (sums, x.shape[0] + rank, inner.dtype)
         more, its = _delta(of_first, x, torch.zeros_like(x), *sizes, scaled=inner.element is not None, of_factors=of_lora)
-        h, error = activate(sums + more, error + its, activation, clamp)
+        sums, error = sums + more, error + its
+        weight = topk_weights[token, j].float().double()
+        if on_input:
+            sums, error = weight * sums, weight.abs() * error + _FP32 * (weight * sums).abs()
+        sums, error = _biased(sums, error, bias[0], expert)
+        h, error = activate(sums, error, activation, clamp)
         low, high = h_low, h_high = tuple((h + e).to(inner.dtype).double() for e in (-error, error))
         if inner.element is not None:
             given = None if inner.given is None else inner.given[expert if len(inner.given) > 1 else 0]
@@ -102,14 +128,24 @@ def fused_moe(
         y, error = dot(w2[expert], (low + high) / 2, w2.shape[2] + rank, **flags)
         middle, radius = (h_low + h_high) / 2, (h_high - h_low) / 2
         more, its = _delta(of_last, middle, radius, y, w2.shape[2] + rank, inner.dtype, of_factors=of_lora)
-        y, error = y + more, error + its
+        y, error = _biased(y + more, error + its, bias[1], expert, top_k)
         error = error + w2[expert].double().abs() @ ((high - low) / 2) * (1 + w2.shape[2] * _FP32)
         error = error + cast_error(y.abs() + error, inner.dtype)
-        weight = topk_weights[token, j].float().double()
+        weight = torch.ones_like(weight) if on_input else weight
         values[token] += weight * y
         bounds[token] += weight.abs() * (error + (top_k + 1) * _FP32 * (y.abs() + error))
     bounds += cast_error(values.abs() + bounds, dtype)
     return Expected(torch.arange(num_tokens), values, bounds)
+
+
+def _biased(
+    sums: torch.Tensor, error: torch.Tensor, bias: torch.Tensor | None, expert: int, times: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """With a bias, which may be one of ``times`` in a sum of their own."""
+    if bias is None:
+        return sums, error
+    sums, size = sums + bias[expert].double(), bias[expert].double().abs()
+    return sums, error + _FP32 * (sums.abs() + error + (times + 2) * size)
 
 
 def _delta(

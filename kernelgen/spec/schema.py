@@ -30,7 +30,7 @@ from kernelgen.spec.parse import Node, Step
 
 MAX_AXES = 16
 MAX_TAGS = 64
-MAX_EXCLUDES = 64
+MAX_EXCLUDES = 128
 MAX_TUNABLES = 64  # of a schedule, and values of each
 MAX_SIZES = 32  # of a problem
 MAX_TUNABLE = 1 << 20

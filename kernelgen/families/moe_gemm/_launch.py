@@ -69,6 +69,7 @@ class _Schedule:
         lora_b: Tensors | None = None,
         runs: MoeRuns | None = None,
         b_scale: Tensors | None = None,
+        bias: Tensor | None = None,
         limit: float | None = None,
         alpha: float | None = None,
         beta: float | None = None,
@@ -92,11 +93,14 @@ class _Schedule:
             schedule=self.schedule,
             scales=Scales(facts["weight_scales"], w_scale, facts["x_scales"], x_scale),
             delta=Delta(v, lora_b, runs, facts["b_scales"], b_scale),
+            interleaved=facts["interleaved"],
+            bias=bias,
+            biased=facts["biased"],
             clamp=clamp,
         )
         if problem.num_pairs > 0:
             tiles = runtime.given(self.name, config, self.config) or choose(self.schedule, problem)
-            self.bind(problem, tiles)(out, x, w, tables, topk_weights, w_scale, x_scale, v, lora_b, runs, b_scale, *clamp)
+            self.bind(problem, tiles)(out, x, w, tables, topk_weights, w_scale, x_scale, v, lora_b, runs, b_scale, bias, *clamp)
 
     def _constants(self, problem: Problem, config: Tiled) -> dict[str, Any]:
         """Of the kernels of all schedules that tile K."""
@@ -111,6 +115,7 @@ class _Schedule:
             "W_SCALE_STRIDE": problem.w_scale_stride,
             "W_SCALE_NEXT": problem.w_scale_next,
             "X_SCALE_STRIDE": problem.x_scale_stride,
+            "BIAS_STRIDE": problem.bias_stride,
             "RANK": problem.rank,
             "B_STRIDE_L": problem.b_strides.adapter,
             "B_STRIDE_E": problem.b_strides.expert,
@@ -130,7 +135,7 @@ class _Schedule:
 class _ByPair(_Schedule):
     """Pairs as they come."""
 
-    operands = f"out_ptr x_ptr w_ptr {_DELTA} {_SCALES} {_CLAMP} {_ROUTING}"
+    operands = f"out_ptr x_ptr w_ptr {_DELTA} {_SCALES} bias_ptr {_CLAMP} {_ROUTING}"
 
     def _bind(self, problem: Problem, rows: int, options: runtime.Options, constants: dict[str, Any]) -> Call:
         waits = not problem.rows.startswith("token") or problem.rank > 0  # but not before it reads of whom a pair is
@@ -158,13 +163,14 @@ class _ByPair(_Schedule):
             lora_b: Tensors | None,
             runs: MoeRuns | None,
             b_scale: Tensors | None,
+            bias: Tensor | None = None,
             limit: float | None = None,
             alpha: float | None = None,
             beta: float | None = None,
         ) -> None:
             adapters = _NO_ADAPTERS if runs is None else (runs.token_lora_mapping, runs.adapter_enabled, runs.lora_ranks)
             scales, routing = (w_scale, x_scale, x_scale_next), (tables.topk_ids, tables.valid_tokens)
-            launch.run(out, x, w, v, lora_b, b_scale, topk_weights, *scales, limit, alpha, beta, *routing, *adapters, num_pairs)
+            launch.run(out, x, w, v, lora_b, b_scale, topk_weights, *scales, bias, limit, alpha, beta, *routing, *adapters, num_pairs)
 
         return call
 
@@ -235,7 +241,7 @@ class Tile(_ByBlock):
 
     schedule = "tile"
     config = TileConfig
-    operands = f"out_ptr x_ptr w_ptr {_DELTA} {_SCALES} {_CLAMP} {_TABLES}"
+    operands = f"out_ptr x_ptr w_ptr {_DELTA} {_SCALES} bias_ptr {_CLAMP} {_TABLES}"
 
     def bind(self, problem: Problem, config: TileConfig) -> Call:
         launch = self._launch_of(problem, config, CACHE_POLICIES[config.weight_policy])
@@ -253,13 +259,14 @@ class Tile(_ByBlock):
             lora_b: Tensors | None,
             runs: MoeRuns | None,
             b_scale: Tensors | None,
+            bias: Tensor | None = None,
             limit: float | None = None,
             alpha: float | None = None,
             beta: float | None = None,
         ) -> None:
             of_rows = (None, None) if runs is None else (runs.run_of_row, runs.runs)
             scales, blocks = (w_scale, x_scale, x_scale_next), (tables.pairs, tables.blocks, tables.num_blocks)
-            launch.run(out, x, w, v, lora_b, b_scale, topk_weights, *scales, limit, alpha, beta, *blocks, *of_rows)
+            launch.run(out, x, w, v, lora_b, b_scale, topk_weights, *scales, bias, limit, alpha, beta, *blocks, *of_rows)
 
         return call
 
@@ -269,7 +276,7 @@ class Box(_ByBlock):
 
     schedule = "box"
     config = BoxConfig
-    operands = f"out_ptr x_ptr x_desc half_desc w_desc {_DELTA} {_SCALES} {_CLAMP} {_TABLES}"
+    operands = f"out_ptr x_ptr x_desc half_desc w_desc {_DELTA} {_SCALES} bias_ptr {_CLAMP} {_TABLES}"
 
     def bind(self, problem: Problem, config: BoxConfig) -> Call:
         launch, x_scale_next = self._launch_of(problem, config, ""), problem.x_scale_next
@@ -277,6 +284,9 @@ class Box(_ByBlock):
         w_shape = [problem.num_experts * slices, problem.n, problem.k]
         w_strides = [problem.w_stride_e // slices, problem.w_stride_n, 1]
         w_box = [1 if problem.weight_scales else slices, config.block_n, block_k]
+        if problem.interleaved:
+            w_shape, w_strides = [problem.num_experts, slices * problem.n, problem.k], [problem.w_stride_e, problem.w_stride_n, 1]
+            w_box = [1, slices * config.block_n, block_k]
         in_order = problem.rows.startswith("sorted")
         x_shape, x_strides = [problem.num_pairs, problem.k], [problem.x_stride, 1]
         x_box, half_box = [problem.block_m, block_k], [problem.block_m // 2, block_k]
@@ -293,6 +303,7 @@ class Box(_ByBlock):
             lora_b: Tensors | None,
             runs: MoeRuns | None,
             b_scale: Tensors | None,
+            bias: Tensor | None = None,
             limit: float | None = None,
             alpha: float | None = None,
             beta: float | None = None,
@@ -304,7 +315,7 @@ class Box(_ByBlock):
             w_desc = TensorDescriptor(w, w_shape, w_strides, w_box)
             of_rows = (None, None) if runs is None else (runs.run_of_row, runs.runs)
             scales, blocks = (w_scale, x_scale, x_scale_next), (tables.pairs, tables.blocks, tables.num_blocks)
-            adapters, clamp = (v, lora_b, b_scale), (limit, alpha, beta)
+            adapters, clamp = (v, lora_b, b_scale), (bias, limit, alpha, beta)
             launch.run(out, x, x_desc, half_desc, w_desc, *adapters, topk_weights, *scales, *clamp, *blocks, *of_rows)
 
         return call
@@ -353,6 +364,7 @@ class WarpSpecialised(_Schedule):
             lora_b: Tensors | None,
             runs: MoeRuns | None,
             b_scale: Tensors | None,
+            bias: Tensor | None = None,
             limit: float | None = None,
             alpha: float | None = None,
             beta: float | None = None,

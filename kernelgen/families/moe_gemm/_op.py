@@ -25,6 +25,7 @@ def moe_gemm(
     x_rows: str,
     out_rows: str = "pair",
     activation: str | None = None,
+    layout: str = "halves",
     topk_weights: torch.Tensor | None = None,
     w_scale: torch.Tensor | None = None,
     x_scale: torch.Tensor | None = None,
@@ -32,6 +33,7 @@ def moe_gemm(
     lora_b: Sequence[torch.Tensor] | None = None,
     runs: MoeRuns | None = None,
     b_scale: Sequence[torch.Tensor] | None = None,
+    bias: torch.Tensor | None = None,
     limit: float | None = None,
     alpha: float | None = None,
     beta: float | None = None,
@@ -39,18 +41,22 @@ def moe_gemm(
     """One projection of the experts of an MoE layer: out[to(p)] = w[p] * f(x[from(p)] . W[e]^T) for every local pair p.
 
     Rows of pairs that are not local keep their bytes. With adapters, a pair of the adapter l adds v[p] . B[l, e]^T to its
-    product before f, in fp32; where there is a gate to each half its own.
+    product before f, in fp32; where there is a gate to each half its own. With a bias, bias[e] is added behind that, too. A
+    routing weight of the first projection is one of its input: f(w[p] * x[from(p)] . W[e]^T); it multiplies the fp32 sums, as a
+    product is linear, and not the bias.
 
     Args:
         out: [T * top_k, N] or [T, top_k, N] bfloat16 or float16; with ``out_rows="token"`` [T, N] in any float dtype.
         x: [T, K] with ``x_rows="token"``, else [T * top_k, K]; the dtype of the weights.
-        w: [E, N, K], or [E, 2 * N, K] with an activation that has a gate: the gate, then the linear half.
+        w: [E, N, K], or [E, 2 * N, K] with an activation that has a gate: the gate, then the linear half, or both in turns.
         tables: from ``moe_align``; from ``moe_align.no_tables`` for few pairs, which then stream their weights one by one.
         x_rows: where the row of a pair stands in x: at its "token", at the "pair" itself, or at its place in the
             tables ("sorted").
         out_rows: "pair", "sorted", or "token": the sum over the experts of a token, of few pairs.
         activation: None, or a word of ``fused_moe``, of the fp32 sum; for ``x_rows="token"``.
-        topk_weights: [T, top_k] float, w[p], applied in fp32; for the second projection.
+        layout: how gate and up lie in w, its scales and its bias: "halves", gate over up, or "interleaved", the rows of gate at
+            even places.
+        topk_weights: [T, top_k] float, w[p], applied in fp32; with an activation, to the input.
         w_scale: float32 or float8_e8m0fnu, for FP8 weights (float8_e4m3fn or float8_e5m2), each of which stands for its number
             times its scale: [E]; or a scale a row, [E, rows of W[e]], with a last dimension of 1 or without; or a scale a
             group, [E, ceil(N / group_n), ceil(K / group_k)]. Gate and up are quantised apart: [E] may be [E, 2], and groups of
@@ -65,14 +71,15 @@ def moe_gemm(
         b_scale: a tensor float32 for each of an FP8 ``lora_b`` (float8_e4m3fn or float8_e5m2), which stands for its numbers times
             scales: [L, E]; or [L, E, N], with a last dimension of 1 or without; or [L, E, ceil(N / group_n),
             ceil(rank / group_k)].
+        bias: [E, rows of W[e]] in any float dtype, last stride 1, added in fp32.
         limit, alpha, beta: of "swiglu_clamp", as ``fused_moe`` takes them.
 
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
-    adapters, clamp = (v, lora_b, runs, b_scale), (limit, alpha, beta)
+    adapters, more = (v, lora_b, runs, b_scale), (bias, limit, alpha, beta)
     (_in_graphs if torch.compiler.is_compiling() else _apply)(
-        out, x, w, tables, topk_weights, x_rows, out_rows, activation, w_scale, x_scale, *adapters, *clamp
+        out, x, w, tables, topk_weights, x_rows, out_rows, activation, layout, w_scale, x_scale, *adapters, *more
     )
 
 
@@ -85,12 +92,14 @@ def bind(
     x_rows: str,
     out_rows: str,
     activation: str | None,
+    layout: str = "halves",
     w_scale: torch.Tensor | None = None,
     x_scale: torch.Tensor | None = None,
     v: torch.Tensor | None = None,
     lora_b: Sequence[torch.Tensor] | None = None,
     runs: MoeRuns | None = None,
     b_scale: Sequence[torch.Tensor] | None = None,
+    bias: torch.Tensor | None = None,
     limit: float | None = None,
     alpha: float | None = None,
     beta: float | None = None,
@@ -103,7 +112,7 @@ def bind(
     Raises:
         ValueError: as ``moe_gemm``.
     """
-    request = (topk_weights, x_rows, out_rows, activation, w_scale, x_scale, v, lora_b, runs, b_scale)
+    request = (topk_weights, x_rows, out_rows, activation, layout, w_scale, x_scale, v, lora_b, runs, b_scale, bias)
     sizes = OP.check(op, OP.named(out, x, w, tables, *request, limit, alpha, beta))
     kind = sizes.get("D") or torch.bfloat16  # of a product of FP8 with FP8
     rows, epilogue = f"{x_rows}_{out_rows}", activation or "none"
@@ -125,6 +134,8 @@ def bind(
         follows=follows,
         scales=scales,
         delta=Delta(v, lora_b, runs, of_b, b_scale),
+        interleaved=layout == "interleaved",
+        bias=bias,
     )
     if problem.num_pairs == 0:
         return runtime.nothing
@@ -137,6 +148,8 @@ def bind(
         "x_scales": problem.x_scales,
         "adapted": problem.rank > 0,
         "b_scales": problem.b_scales,
+        "interleaved": problem.interleaved,
+        "biased": bias is not None,
     }
 
     def there(schedule: str) -> bool:

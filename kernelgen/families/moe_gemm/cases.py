@@ -74,6 +74,7 @@ class Case(BaseCase):
     routing: Experts = SPREAD
     hint: int | None = None
     weights_dtype: torch.dtype = torch.float32
+    bias_dtype: torch.dtype = torch.bfloat16
     out_dtype: torch.dtype | None = None
     scale: float = 1.0
     tiles: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
@@ -117,6 +118,8 @@ _WEIGHTED = _only(routed_weight="weighted")
 _ONE = Experts("one")
 _FP8 = _only(weight_quant="w8tensor w8channel w8group")
 _MX = _only(weight_quant="mxfp4")
+_MORE = ("schedule", "rows", "delta", "biased", "weighted")
+_BIASED = _only(bias="bias")
 _E8M0 = torch.float8_e8m0fnu
 _LORA = _only(delta="lora")
 _FP8_LORA = _only(delta_quant="b8tensor b8channel b8group")
@@ -287,6 +290,26 @@ CASES = (
     Case("weights_bf16", "routing weights in another dtype", only=_WEIGHTED, weights_dtype=torch.bfloat16),
     Case("out_f32", "tokens in fp32", only=_only(rows="pair_token"), out_dtype=torch.float32),
     Case("packed", "nothing between rows", gap=0),
+    Case(
+        "bias",
+        "a bias whose last columns are in a tile that is not full, of experts that are not the first",
+        only=_BIASED,
+        body=_MORE,
+        few=2,
+        n=40,
+        routing=Experts("mixed", start=2),
+    ),
+    Case("bias_f32", "a bias in another dtype, and full tiles", only=_BIASED, body=_MORE, few=1, n=32, bias_dtype=torch.float32),
+    Case(
+        "weighted_inputs",
+        "routing weights in front of the activation",
+        only=_only(rows="token_sorted token_pair", routed_weight="weighted"),
+        body=_MORE,
+        few=2,
+        k=72,
+        routing=Experts("mixed", start=2),
+    ),
+    Case("plain_sums", "a sum of experts whose inputs were weighted", only=_only(rows="pair_token", routed_weight="plain"), body=_MORE),
     Case("unaligned", "odd strides, a base that is not 16-byte aligned", only=_POINTERS, align=1, gap=1, offset=1, k=33, n=23),
     Case("large_sums", "gates in the tails of exp", only=_ACTIVATED, body=("schedule", "epilogue"), few=2, scale=40.0),
     Case(
@@ -437,7 +460,7 @@ class Call:
     expected: Expected
     inputs: Mapping[str, Guarded]
     adapted: Mapping[str, Any]  # v, lora_b and runs, of a variant with adapters
-    clamp: Mapping[str, float]  # the numbers of an activation that has some
+    more: Mapping[str, Any]  # a bias, and the numbers of an activation, where there are any
 
     @property
     def operands(self) -> tuple[Any, ...]:
@@ -544,6 +567,11 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
     if w_scale is not None:
         w_numbers = quant.dequantise_slices(w, w_scale, of_weights, slices)
     scaled = of_weights not in (None, "mx")  # MXFP4 is exact in 16 bits
+    bias = None
+    if tags.get("bias", "none") == "bias":
+        bias = allocate((case.experts, height), (height + case.gap, 1), case.bias_dtype, device, offset=case.offset)
+        for expert in sorted({item.expert for item in routed.local}):
+            bias[expert] = torch.randn(height, generator=numbers).to(bias)
     weights = None
     if tags["routed_weight"] == "weighted":
         weights = allocate((tokens, case.top_k), (case.top_k, 1), case.weights_dtype, device)
@@ -560,17 +588,19 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
     out_rows = tokens if writes == "token" else num_pairs
     out_row = case.row_stride or -(-case.n // case.align) * case.align + case.gap
     out = memory((out_rows, case.n), (out_row, 1), case.out_dtype or dtype)
-    if writes == "token" and weights is not None:
+    if writes == "token":
         count = routed.num_valid
         expected = moe_gemm_sum(
             x_numbers,
             w_numbers,
             routed.local,
             num_tokens=count,
+            top_k=case.top_k,
             topk_weights=weights,
             dtype=out.dtype,
             scaled=scaled,
             delta=delta,
+            bias=bias,
         )
     else:
         expected = moe_gemm(
@@ -586,6 +616,8 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
             short=of_x is not None and tags["schedule"] != "gemv" and device != "cpu",
             order=order,
             delta=delta,
+            interleaved=tags.get("layout") == "interleaved",
+            bias=bias,
             clamp=clamp,
         )
     tables, runs, ints = tables_of(package, case, routed, by_one, device, adapters)
@@ -593,10 +625,10 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
         slots["runs"] = runs
         ints |= {"v": slots["v"], **b.each("lora_b", "b_scale")}
     given = {"x": x, "w": w, "topk_weights": weights, "topk_ids": routed.topk_ids, **ints}
-    given |= {"w_scale": w_scale, "x_scale": x_scale}
+    given |= {"w_scale": w_scale, "x_scale": x_scale, "bias": bias}
     inputs = {name: _seal(tensor) for name, tensor in given.items() if tensor is not None}
-    numbers_of_clamp = clamp.given if clamp else {}
-    return Call(_seal(out), x, w, tables, weights, w_scale, x_scale, routed, expected, inputs, slots, numbers_of_clamp)
+    more = {**({} if bias is None else {"bias": bias}), **(clamp.given if clamp else {})}
+    return Call(_seal(out), x, w, tables, weights, w_scale, x_scale, routed, expected, inputs, slots, more)
 
 
 def _seal(tensor: torch.Tensor) -> Guarded:
@@ -690,7 +722,7 @@ def check(
     call = make(package, case, tags, device)
     keywords = {} if call.topk_weights is None else {"topk_weights": call.topk_weights}
     config = None if case.own_tiles else tiles(launcher, case.of(tags).tiles)
-    launcher(*call.operands, config=config, **keywords, **call.scales, **call.adapted, **call.clamp)
+    launcher(*call.operands, config=config, **keywords, **call.scales, **call.adapted, **call.more)
     return call.verify()
 
 

@@ -14,7 +14,7 @@ from kernelgen.families import quant
 from kernelgen.families.activation import clamp_of, slices
 from kernelgen.families.buffers import bits, poison_
 from kernelgen.families.case import Law, Variant, worst_ratio
-from kernelgen.families.fused_moe import Inner, Lora, fused_moe
+from kernelgen.families.fused_moe import Inner, Lora, Model, fused_moe
 from kernelgen.families.moe_experts import Experts, Routed, draw
 from kernelgen.families.moe_gemm.cases import Case, make
 from kernelgen.families.moe_lora.reference import dequantise
@@ -35,6 +35,7 @@ class Layer(NamedTuple):
     lora: Any = None  # a FusedMoeLora
     adapters: tuple[int | None, ...] = ()  # of tokens, with it
     stands_for: Lora | None = None  # what FP8 adapters do
+    model: Model = Model()
 
     def run(self, package: ModuleType, **options: Any) -> torch.Tensor:
         out: torch.Tensor = package.fused_moe(
@@ -48,6 +49,7 @@ class Layer(NamedTuple):
             valid_tokens=self.routed.valid_tokens,
             local_expert_start=self.routed.start,
             **self.scales,
+            **self.model.given,
             **{"lora": self.lora, **options},
         )
         return out
@@ -61,7 +63,7 @@ class Layer(NamedTuple):
         if self.lora is not None:
             factors = (self.lora.a13, self.lora.b13, self.lora.a2, self.lora.b2)
             sizes["lora"] = self.stands_for or Lora(self.adapters, *factors)
-        exact = fused_moe(*operands, activation=self.activation, clamp=clamp_of(self.activation), **sizes)
+        exact = fused_moe(*operands, activation=self.activation, clamp=clamp_of(self.activation), model=self.model, **sizes)
         worst_ratio(out[:count].cpu(), exact.out.cpu(), exact.bound.cpu())
 
 
@@ -121,6 +123,29 @@ def fused_front_door(package: ModuleType, variants: Sequence[Variant], device: s
         rest = given[call.routed.num_valid :]
         right = not rest.any() if own else bool(rest.isnan().all())
         assert right and given.dtype == (torch.float32 if own else call.hidden.dtype), what
+
+
+def of_models(call: Layer, seed: int = 0) -> Layer:
+    """A layer as gpt-oss has them where its gate is clamped, else as Llama 4."""
+    if not clamp_of(call.activation):
+        return call._replace(model=Model(apply_router_weight_on_input=True))
+    numbers, dtype = torch.Generator().manual_seed(seed), call.hidden.dtype if call.hidden.itemsize > 1 else torch.bfloat16
+    biases = (torch.randn(w.shape[:2], generator=numbers).to(w.device, dtype) for w in (call.w13, call.w2))
+    return call._replace(model=Model("interleaved", *biases))
+
+
+def models_front_door(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """Layers of gpt-oss and of Llama 4 are within their bound, for few tokens and many, in a workspace and without."""
+    workspace = _workspace(package, device, 9)
+    kinds = (("swiglu_clamp", torch.bfloat16), ("swiglu_clamp", torch.float16), ("swiglu", torch.bfloat16))
+    for i, (tokens, (activation, dtype)) in enumerate(itertools.product((3, 9), kinds)):
+        call = of_models(layer(tokens, Experts("mixed", start=1, valid=tokens - 1), device, activation=activation, dtype=dtype))
+        given = call.run(package, workspace=workspace if i % 2 and dtype == torch.bfloat16 else None)
+        about(lambda call=call, given=given: call.verify(given), f"{tokens} tokens, {activation}, {dtype}")  # type: ignore[misc]
+    for tokens in (2, 7):
+        call = of_models(fp8_layer(package, tokens, Experts(valid=tokens), device, ("channel", "token", "swiglu")))
+        given = call.run(package)
+        about(lambda call=call, given=given: call.verify(given), f"{tokens} tokens, FP8")  # type: ignore[misc]
 
 
 # Scales of weights, scales of activations; an activation that such layers have.
@@ -351,6 +376,7 @@ def real_sizes(package: ModuleType, variants: Sequence[Variant], device: str) ->
 LAWS = (
     Law(fused_front_door),
     Law(fp8_front_door),
+    Law(models_front_door),
     Law(stale_workspace),
     Law(same_bits),
     Law(few_and_many_agree),
@@ -385,9 +411,10 @@ def _launch(package: ModuleType, call: Any, tags: Mapping[str, str]) -> None:
         x_rows=reads,
         out_rows=writes,
         activation=None if tags["epilogue"] == "none" else tags["epilogue"],
+        layout="halves" if tags.get("layout", "none") == "none" else tags["layout"],
         topk_weights=call.topk_weights,
         **call.scales,
-        **call.clamp,
+        **call.more,
     )
 
 
@@ -403,7 +430,7 @@ def _one_a_body(variants: Sequence[Variant]) -> Iterator[Variant]:
     """Of each schedule, order of rows and kind of scales, one variant."""
     seen = set()
     for variant in variants:
-        body = tuple(variant.tags[axis] for axis in ("schedule", "rows", *QUANT_AXES))
+        body = tuple(variant.tags[axis] for axis in ("schedule", "rows", "bias", *QUANT_AXES))
         if body not in seen:
             seen.add(body)
             yield variant
@@ -411,7 +438,7 @@ def _one_a_body(variants: Sequence[Variant]) -> Iterator[Variant]:
 
 def _weights(call: Any) -> dict[str, Any]:
     weights = {} if call.topk_weights is None else {"topk_weights": call.topk_weights}
-    return {**weights, **call.scales, **call.clamp}
+    return {**weights, **call.scales, **call.more}
 
 
 _Operands = dict[str, Any]
@@ -452,6 +479,10 @@ _WRONG: Mapping[str, Callable[[_Operands], bool]] = {
     "scales of too few experts": _set("w_scale", lambda scale: scale[:-1]),
     "scales of x in another dtype": _set("x_scale", lambda scale: scale.half()),
     "scales of x of another shape": _set("x_scale", lambda scale: scale[None]),
+    "a bias of another N": _set("bias", lambda bias: bias[:, 1:]),
+    "a bias of too few experts": _set("bias", lambda bias: bias[:-1]),
+    "a bias of integers": _set("bias", lambda bias: bias.nan_to_num().int()),
+    "a bias with columns apart": _set("bias", lambda bias: bias.t().contiguous().t()),
 }
 
 def _joined_groups(a: _Operands) -> _Operands:
@@ -478,6 +509,14 @@ _WRONG_LAYER: Mapping[str, Callable[[_Operands], _Operands]] = {
     "scales of weights that are no FP8": lambda a: dict.fromkeys(("w13_scale", "w2_scale"), a["topk_weights"].new_ones(4)),
     "a hint of nothing": lambda a: {"num_tokens_hint": 0},
     "out of another shape": lambda a: {"out": a["out"][:-1]},
+    "an unknown layout": lambda a: {"layout": "turns"},
+    "a layout that no such layer has": lambda a: {"layout": "interleaved"},
+    "a bias of one product alone": lambda a: {"w2_bias": a["w2"].new_zeros(a["w2"].shape[:2])},
+    "a bias of one half": lambda a: {f"{w}_bias": a["w2"].new_zeros(a["w2"].shape[0], a["w2"].shape[i]) for w, i in (("w13", 2), ("w2", 1))},
+    "a word where a flag is": lambda a: {"apply_router_weight_on_input": "yes"},
+    "weights on the input of a layer that is clamped": lambda a: {
+        **{"activation": "swiglu_clamp", "limit": 7.0, "apply_router_weight_on_input": True},
+    },
     "a workspace that is too small": lambda a: {
         "workspace": a["workspace"]._replace(inter=a["workspace"].inter[:8])
     },

@@ -56,6 +56,7 @@ def _probe(package: ModuleType, variant: Variant, num_tokens: int, rank: int) ->
             given["lora_b"], b_scale = factors(package, variant, variant.b_scales, (5, num_experts, n, rank), variant.slices)
             given |= {} if b_scale is None else {"b_scale": b_scale}
         given |= OSS.given if variant.clamped else {}
+        given |= {"bias": meta(num_experts, height, dtype=dtype)} if variant.biased else {}
         launcher(**given, tables=tables)
 
     hit = num_experts * (1.0 - (1.0 - 1.0 / num_experts) ** num_pairs)  # if pairs are spread evenly

@@ -6,7 +6,9 @@ pair's place in the tables:
     out[to(p)] = round(w[p] * f(x[from(p)] . W[e]^T))          f: nothing, or an activation
     out[t]     = round(sum over j of w[p] * (x[p] . W[e]^T))   where the experts of a token are summed
 
-With an adapter l, v[p] . B[l, e]^T is added to the product: it is one of K + rank columns.
+With an adapter l, v[p] . B[l, e]^T is added to the product: it is one of K + rank columns. A bias[e] is added behind that. The
+routing weight of a product with an activation is one of its input, f((w[p] * x[from(p)]) . W[e]^T + bias[e]): it is the same to
+multiply the sums, in fp32.
 
 ``round`` is to the dtype of out. All other rows keep their bytes.
 
@@ -71,6 +73,8 @@ def moe_gemm(
     short: bool = False,
     order: Sequence[Local] | None = None,
     delta: Delta | None = None,
+    interleaved: bool = False,
+    bias: torch.Tensor | None = None,
     clamp: Clamp | None = None,
 ) -> Expected:
     """The exact rows for operands as they are, and the bound on a kernel's error.
@@ -87,19 +91,25 @@ def moe_gemm(
         short: products of FP8 with FP8 are formed on tensor cores.
         order: local pairs in the order of the tables, None: by (expert, pair).
         delta: None: there are no adapters.
+        interleaved: rows of gate and up are in turns, in w and bias.
+        bias: [E, rows of W[e]]; None: there is none.
         clamp: the numbers of "swiglu_clamp".
     """
+    w, bias = (each if each is None or not interleaved else in_halves(each) for each in (w, bias))
     order = order or sorted(local, key=lambda item: (item.expert, item.pair))
     place = {item.pair: position for position, item in enumerate(order)}
     targets, values, bounds = [], [], []
     for pair, expert in local:
         source = {"token": pair // top_k, "sorted": place[pair], "pair": pair}[rows.split("_")[0]]
         value, error = _product(w, x[source], pair // top_k, pair, expert, delta, scaled=scaled, short=short)
+        if topk_weights is not None and epilogue != "none":
+            value, error = _weighted(value, error, topk_weights, pair)
+        if bias is not None:
+            value = value + bias[expert].double()
+            error = error + _FP32 * (value.abs() + error)
         value, error = activate(value, error, epilogue, clamp)
-        if topk_weights is not None:
-            weight = topk_weights.flatten()[pair].float().double()
-            value = weight * value
-            error = weight.abs() * error + _FP32 * value.abs() + _FP32_TINY
+        if topk_weights is not None and epilogue == "none":
+            value, error = _weighted(value, error, topk_weights, pair)
         targets.append(place[pair] if rows == "token_sorted" else pair)
         values.append(value)
         bounds.append(error + cast_error(value.abs() + error, dtype))
@@ -112,18 +122,22 @@ def moe_gemm_sum(
     local: Sequence[Local],
     *,
     num_tokens: int,
-    topk_weights: torch.Tensor,
+    top_k: int,
+    topk_weights: torch.Tensor | None,
     dtype: torch.dtype,
     scaled: bool = False,
     delta: Delta | None = None,
+    bias: torch.Tensor | None = None,
 ) -> Expected:
     """The sums over the experts of the first ``num_tokens`` tokens; arguments as of ``moe_gemm``."""
-    top_k = topk_weights.shape[1]
     values = torch.zeros(num_tokens, w.shape[1], dtype=torch.float64, device=x.device)
     bounds = torch.zeros_like(values)
     for pair, expert in local:
-        weight = topk_weights.flatten()[pair].float().double()
         value, error = _product(w, x[pair], pair // top_k, pair, expert, delta, top_k, scaled=scaled)
+        weight = torch.ones((), dtype=torch.float64) if topk_weights is None else topk_weights.flatten()[pair].float().double()
+        if bias is not None:  # one that is weighted and summed up beside the products, then one more sum
+            value = value + bias[expert].double()
+            error = error + (top_k + 2) * _FP32 * bias[expert].double().abs() + _FP32 * (value.abs() + error)
         values[pair // top_k] += weight * value
         bounds[pair // top_k] += weight.abs() * error + _FP32_TINY
     bounds += cast_error(values.abs() + bounds, dtype)
@@ -152,6 +166,18 @@ def moe_sum(
         bounds[token] += (top_k + 1 + bool(delta)) * (_FP32 * part.abs() + _FP32_TINY)
     bounds += cast_error(values.abs() + bounds, dtype)
     return Expected(torch.arange(num_tokens), values, bounds)
+
+
+def in_halves(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of gate and up that are in turns, all of gate first; [E, 2 * N, ...]."""
+    return torch.cat([rows[:, ::2], rows[:, 1::2]], 1)
+
+
+def _weighted(
+    value: torch.Tensor, error: torch.Tensor, topk_weights: torch.Tensor, pair: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weight = topk_weights.flatten()[pair].float().double()
+    return weight * value, weight.abs() * error + _FP32 * (weight * value).abs() + _FP32_TINY
 
 
 def _product(
