@@ -142,10 +142,11 @@ def models_front_door(package: ModuleType, variants: Sequence[Variant], device: 
         call = of_models(layer(tokens, Experts("mixed", start=1, valid=tokens - 1), device, activation=activation, dtype=dtype))
         given = call.run(package, workspace=workspace if i % 2 and dtype == torch.bfloat16 else None)
         about(lambda call=call, given=given: call.verify(given), f"{tokens} tokens, {activation}, {dtype}")  # type: ignore[misc]
-    for tokens in (2, 7):
-        call = of_models(fp8_layer(package, tokens, Experts(valid=tokens), device, ("channel", "token", "swiglu")))
+    scaled = (("channel", "token", "swiglu"), ("mx", None, "swiglu_clamp"))
+    for tokens, mode in itertools.product((2, 7), scaled):
+        call = of_models(fp8_layer(package, tokens, Experts(valid=tokens), device, mode))
         given = call.run(package)
-        about(lambda call=call, given=given: call.verify(given), f"{tokens} tokens, FP8")  # type: ignore[misc]
+        about(lambda call=call, given=given: call.verify(given), f"{tokens} tokens, scales {mode}")  # type: ignore[misc]
 
 
 # Scales of weights, scales of activations; an activation that such layers have.
