@@ -186,8 +186,9 @@ def fused_moe(
     """The experts of an MoE layer for T tokens of top_k experts each, on the device only.
 
     out[t] = sum over j of topk_weights[t, j] * (W2[e] . act(W13[e] . hidden[t] + w13_bias[e]) + w2_bias[e]), for e =
-    topk_ids[t, j] - local_expert_start in [0, E): a share of the layer under expert parallelism. Nothing asks the host, so that one CUDA graph, captured for the
-    largest batch, stays right for every routing and every ``valid_tokens``. The same call gives the same bits.
+    topk_ids[t, j] - local_expert_start in [0, E): a share of the layer under expert parallelism. Nothing asks the host, so that
+    one CUDA graph, captured for the largest batch, stays right for every routing and every ``valid_tokens``. The same call gives
+    the same bits.
 
     Args:
         hidden: [T, H] bfloat16 or float16, last stride 1.
@@ -195,11 +196,11 @@ def fused_moe(
         w2: [E, H, I], likewise.
         topk_ids: [T, top_k] int32 or int64, global ids; an id may occur twice in a token, and -1 is nowhere.
         topk_weights: [T, top_k] float, applied in fp32 when the experts of a token are summed up.
-        layout: how gate and up lie in ``w13``, its scales and its bias: "halves", gate over up; or "interleaved", in turns, the rows
-            of gate at even places, as in gpt-oss. Adapters have a factor of each.
-        apply_router_weight_on_input: ``topk_weights`` multiply ``hidden`` instead, as in Llama 4. A product is linear, so they are
-            applied to its fp32 sums, with what adapters added, in front of the activation: once, where a model rounds its scaled
-            input first.
+        layout: how gate and up lie in ``w13``, its scales and its bias: "halves", gate over up; or "interleaved", in turns,
+            the rows of gate at even places, as in gpt-oss. Adapters have a factor of each.
+        apply_router_weight_on_input: ``topk_weights`` multiply ``hidden`` instead, as in Llama 4. A product is linear, so they
+            are applied to its fp32 sums, with what adapters added, in front of the activation: once, where a model rounds its
+            scaled input first.
         activation: of the fp32 sums, then rounded once. With a gate "swiglu": silu(gate) * up; "swiglu_clamp": see limit;
             "geglu" and "geglu_tanh": gelu(gate) * up, by erf, and as it is approximated by tanh. Without one "relu2":
             relu(x) ** 2; "silu"; "gelu" and "gelu_tanh".
@@ -222,8 +223,8 @@ def fused_moe(
             alike.
         h_scale: their scale where x_scale is [1]: [1], or [>= E], the input scale of ``w2`` of each expert; other scales are
             found.
-        w13_bias, w2_bias: [E, rows] in any float dtype, last stride 1, both or neither, added to the sums in fp32, in front of the
-            activation, and before experts are weighted.
+        w13_bias, w2_bias: [E, rows] in any float dtype, last stride 1, both or neither, added to the sums in fp32, in front of
+            the activation, and before experts are weighted.
         lora: adapters, which add B . round(A . x) to the sums of each product, in fp32: before the activation, and before the
             rounding of the second product. x is what the product has, of an FP8 ``hidden`` the numbers that it stands for; but
             for the second product the activations as they were rounded, before they become FP8. Tokens without an adapter get

@@ -1,4 +1,4 @@
-"""The activation between the two projections of an expert: its words, the numbers that come with one of them, and how a gate lies."""
+"""The activation between the two projections of an expert: its words, numbers of one of them, how a gate lies."""
 
 from __future__ import annotations
 

@@ -87,13 +87,14 @@ def fused_moe(
     inner: Inner | None = None,
     lora: Lora | None = None,
     clamp: Clamp | None = None,
-    model: Model = Model(),
+    model: Model | None = None,
 ) -> Expected:
     """The rows of the first ``num_tokens`` tokens, ``dtype`` being that of out; other arguments as of the op.
 
     ``inner`` goes with operands that were dequantised; None: there is no FP8. ``lora``: None: there are
     no adapters. ``clamp``: the numbers of "swiglu_clamp".
     """
+    model = model or Model()
     on_input, bias = model.apply_router_weight_on_input, (model.w13_bias, model.w2_bias)
     if model.layout == "interleaved":
         w13, bias = in_halves(w13), (None if bias[0] is None else in_halves(bias[0]), bias[1])

@@ -170,7 +170,8 @@ class _ByPair(_Schedule):
         ) -> None:
             adapters = _NO_ADAPTERS if runs is None else (runs.token_lora_mapping, runs.adapter_enabled, runs.lora_ranks)
             scales, routing = (w_scale, x_scale, x_scale_next), (tables.topk_ids, tables.valid_tokens)
-            launch.run(out, x, w, v, lora_b, b_scale, topk_weights, *scales, bias, limit, alpha, beta, *routing, *adapters, num_pairs)
+            more = (bias, limit, alpha, beta)
+            launch.run(out, x, w, v, lora_b, b_scale, topk_weights, *scales, *more, *routing, *adapters, num_pairs)
 
         return call
 

@@ -309,7 +309,12 @@ CASES = (
         k=72,
         routing=Experts("mixed", start=2),
     ),
-    Case("plain_sums", "a sum of experts whose inputs were weighted", only=_only(rows="pair_token", routed_weight="plain"), body=_MORE),
+    Case(
+        "plain_sums",
+        "a sum of experts whose inputs were weighted",
+        only=_only(rows="pair_token", routed_weight="plain"),
+        body=_MORE,
+    ),
     Case("unaligned", "odd strides, a base that is not 16-byte aligned", only=_POINTERS, align=1, gap=1, offset=1, k=33, n=23),
     Case("large_sums", "gates in the tails of exp", only=_ACTIVATED, body=("schedule", "epilogue"), few=2, scale=40.0),
     Case(

@@ -513,7 +513,7 @@ _WRONG_LAYER: Mapping[str, Callable[[_Operands], _Operands]] = {
     "an unknown layout": lambda a: {"layout": "turns"},
     "a layout that no such layer has": lambda a: {"layout": "interleaved"},
     "a bias of one product alone": lambda a: {"w2_bias": a["w2"].new_zeros(a["w2"].shape[:2])},
-    "a bias of one half": lambda a: {f"{w}_bias": a["w2"].new_zeros(a["w2"].shape[0], a["w2"].shape[i]) for w, i in (("w13", 2), ("w2", 1))},
+    "a bias of one half": lambda a: {"w13_bias": a["w2"][:, 0].contiguous(), "w2_bias": a["w2"][..., 0].contiguous()},
     "a word where a flag is": lambda a: {"apply_router_weight_on_input": "yes"},
     "weights on the input of a layer that is clamped": lambda a: {
         **{"activation": "swiglu_clamp", "limit": 7.0, "apply_router_weight_on_input": True},
