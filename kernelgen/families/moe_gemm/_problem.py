@@ -329,7 +329,7 @@ def problem_of(
     w_scale_stride = w_scale_next = 0
     if scales.of_weights is not None:
         w_scale_stride, w_scale_next = _check_w_scale(variant, scales.of_weights, scales.w, w, slices)
-        if interleaved and w_scale_next:
+        if interleaved and scales.w is not None and w_scale_next:
             w_scale_next = scales.w.stride(1)
     x_scale_stride, x_scale_next = 0, None
     if scales.of_x is not None:

@@ -130,8 +130,8 @@ def of_models(call: Layer, seed: int = 0) -> Layer:
     if not clamp_of(call.activation):
         return call._replace(model=Model(apply_router_weight_on_input=True))
     numbers, dtype = torch.Generator().manual_seed(seed), call.hidden.dtype if call.hidden.itemsize > 1 else torch.bfloat16
-    biases = (torch.randn(w.shape[:2], generator=numbers).to(w.device, dtype) for w in (call.w13, call.w2))
-    return call._replace(model=Model("interleaved", *biases))
+    w13_bias, w2_bias = (torch.randn(w.shape[:2], generator=numbers).to(w.device, dtype) for w in (call.w13, call.w2))
+    return call._replace(model=Model("interleaved", w13_bias, w2_bias))
 
 
 def models_front_door(package: ModuleType, variants: Sequence[Variant], device: str) -> None:

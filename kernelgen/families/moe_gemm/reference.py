@@ -95,7 +95,8 @@ def moe_gemm(
         bias: [E, rows of W[e]]; None: there is none.
         clamp: the numbers of "swiglu_clamp".
     """
-    w, bias = (each if each is None or not interleaved else in_halves(each) for each in (w, bias))
+    if interleaved:
+        w, bias = in_halves(w), None if bias is None else in_halves(bias)
     order = order or sorted(local, key=lambda item: (item.expert, item.pair))
     place = {item.pair: position for position, item in enumerate(order)}
     targets, values, bounds = [], [], []
