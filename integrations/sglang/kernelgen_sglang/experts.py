@@ -1,6 +1,7 @@
-"""What adapters add to the experts of an MoE layer: in SGLang's own layers, and in those of its runner for LoRA.
+"""The experts of an MoE layer: unquantised ones with what adapters add to them, and what adapters add to others of SGLang's own.
 
-``build_lora_hooks`` and ``MoeLoraRunner.from_layer`` are SGLang's; ours are around them, and call them where SGLang is alone.
+``FusedMoEWithLoRA._forward_with_lora``, ``build_lora_hooks`` and ``MoeLoraRunner.from_layer`` are SGLang's; ours are around them,
+and call them where SGLang is on its own.
 """
 
 from __future__ import annotations
@@ -12,14 +13,21 @@ import torch
 
 from . import kernels as kg
 from .backend import Backend
-from .shared import experts
+from .shared import experts, gate
 from .versions import seams
 
-__all__ = ["Deltas", "Runner", "build_lora_hooks", "from_layer", "refusal"]
+__all__ = ["Deltas", "Runner", "build_lora_hooks", "forward_with_lora", "from_layer", "refusal", "runner_of"]
 
 _sglang = seams()
 # (activation, it has a gate), and what kernels do
-_WORDS = {("silu", True): "swiglu", ("silu", False): "silu", ("relu2", False): "relu2"}
+_WORDS = {
+    ("silu", True): "swiglu",
+    ("gelu", True): "geglu",
+    ("gelu_tanh", True): "geglu_tanh",
+    ("silu", False): "silu",
+    ("gelu", False): "gelu",
+    ("relu2", False): "relu2",
+}
 
 
 class Deltas:
@@ -83,12 +91,14 @@ def build_lora_hooks(own: Callable[..., Any], hidden_states: torch.Tensor, lora_
 
 
 def refusal(layer: Any) -> str | None:
-    """Why the products of a layer of the runner for LoRA stay SGLang's own; None: they do not."""
+    """Why the products of a layer stay SGLang's own; None: they do not."""
     config = layer.moe_runner_config
     if not isinstance(layer.quant_method, _sglang.UnquantizedFusedMoEMethod):
         return "experts are quantised"
     if layer.w13_weight.dtype not in (torch.bfloat16, torch.float16):
         return f"experts are of {layer.w13_weight.dtype}"
+    if layer.w13_weight.shape[2] != layer.hidden_size:
+        return "weights are padded"
     if (config.activation, bool(config.is_gated)) not in _WORDS:
         return f"no kernel has the activation {config.activation}"
     if {config.gemm1_alpha, config.gemm1_clamp_limit, config.swiglu_limit} != {None}:
@@ -111,6 +121,34 @@ def from_layer(own: Callable[..., Any], cls: type, base_layer: Any, *, workspace
     return Runner(base_layer, workspace)
 
 
+def runner_of(layer: Any) -> Runner | None:
+    """Ours, of a layer with adapters; None: its products are SGLang's own."""
+    own = getattr(layer, "_moe_lora_runner", None)  # of the runner for LoRA
+    if own is not None:
+        return own if isinstance(own, Runner) else None
+    ours = isinstance(layer.lora_backend, Backend) and layer._lora_runner_backend.is_triton()
+    ours = ours and gate.is_on("KERNELGEN_SGLANG_EXPERTS") and refusal(layer.base_layer) is None
+    return Runner(layer.base_layer, layer.lora_backend) if ours else None
+
+
+def forward_with_lora(
+    own: Callable[..., Any], layer: Any, hidden_states: torch.Tensor, topk_output: Any, lora_info: Any, **options: Any
+) -> Any:
+    """A layer of any runner but that for LoRA, of a batch that may have adapters; ``start`` gave it a runner of ours, or none."""
+    runner = getattr(layer, "_kernelgen_runner", None)
+    if runner is None or options:
+        return own(layer, hidden_states, topk_output, lora_info, **options)
+    dispatcher = layer.base_layer.dispatcher
+    dispatched = dispatcher.dispatch(hidden_states=hidden_states, topk_output=topk_output)
+    factors = (
+        lora_info.gate_up_lora_a_weights,
+        lora_info.gate_up_lora_b_weights,
+        lora_info.down_lora_a_weights,
+        lora_info.down_lora_b_weights,
+    )
+    return dispatcher.combine(combine_input=runner.over(dispatched, factors))
+
+
 class Runner:
     """The experts of a layer, base and adapters, as ``MoeLoraRunner`` of SGLang has them."""
 
@@ -122,11 +160,14 @@ class Runner:
 
     def run(self, dispatch_output: Any, batch: Any) -> Any:
         """The output of tokens that were dispatched, under the adapters of a ``MoeLoraBatch``."""
+        return self.over(dispatch_output, (batch.gate_up_lora_a, batch.gate_up_lora_b, batch.down_lora_a, batch.down_lora_b))
+
+    def over(self, dispatch_output: Any, factors: tuple[torch.Tensor, ...]) -> Any:
+        """The same, under factors as they lie in the memory of LoRA."""
         x, topk = dispatch_output.hidden_states, dispatch_output.topk_output
         out = _sglang.new_output(x.shape[0], x.shape[1], x)
         info = self.backend.batch_info
         some = info.has_active_lora or _sglang.capturing_lora_graph()
-        factors = (batch.gate_up_lora_a, batch.gate_up_lora_b, batch.down_lora_a, batch.down_lora_b)
         weights = (self.layer.w13_weight, self.layer.w2_weight)
         self.apply(out, x, *weights, topk.topk_ids, topk.topk_weights, info.token_slots if some else None, factors)
         return _sglang.StandardCombineInput(hidden_states=out)

@@ -35,6 +35,7 @@ def register() -> None:
         ("lora_manager.LoRAManager.init_lora_modules", start.choose, HookType.BEFORE),
         ("lora_manager.LoRAManager.init_state", start.prepare, HookType.AFTER),
         ("mem_pool.LoRAMemoryPool.load_lora_weight_to_buffer", start.clear, HookType.BEFORE),
+        ("layers.FusedMoEWithLoRA._forward_with_lora", experts.forward_with_lora, HookType.AROUND),
         ("lora_moe_runners.build_lora_hooks", experts.build_lora_hooks, HookType.AROUND),
         ("moe.runner.MoeLoraRunner.from_layer", experts.from_layer, HookType.AROUND),
     ):

@@ -9,7 +9,7 @@ import torch
 
 from . import __version__, contract
 from .backend import Backend, Batch
-from .experts import Deltas, Runner, refusal
+from .experts import Deltas, refusal, runner_of
 from .plugin import log
 from .shared.calls import Calls, compile_all, empty, looks, on_meta, say
 from .versions import seams
@@ -43,9 +43,11 @@ def prepare(result: None, manager: Any, *args: Any, **kwargs: Any) -> None:
     compile_all(log, found, _sglang.largest_batch(), manager.device)
 
 
-def clear(pool: Any, uid: Any, buffer_id: int, *args: Any, **kwargs: Any) -> None:
+def clear(pool: Any, uid: Any, buffer_id: int, adapter: Any, lora_modules: Any, *heads: Any) -> None:
     """In front of the loading of an adapter: nothing that another left in its slot is behind its ranks, whatever it was."""
-    _sglang.clear_slot(pool, buffer_id)
+    layers = [*heads, *(layer for named in lora_modules for layer in named.values())]
+    if any(isinstance(getattr(layer, "lora_backend", None), Backend) for layer in layers):
+        _sglang.clear_slot(pool, buffer_id)
 
 
 def calls_of(manager: Any) -> Iterator[Calls]:
@@ -95,8 +97,8 @@ def _linear(layer: Any, backend: Backend) -> _Found:
 
 
 def _experts(layer: Any, backend: Backend) -> _Found:
-    base, runner = layer.base_layer, getattr(layer, "_moe_lora_runner", None)
-    ours = runner if isinstance(runner, Runner) else None
+    base = layer.base_layer
+    layer._kernelgen_runner = ours = runner_of(layer)
     factors = on_meta(
         (layer.gate_up_lora_a_weights, layer.gate_up_lora_b_weights, layer.down_lora_a_weights, layer.down_lora_b_weights)
     )
@@ -118,6 +120,8 @@ def _experts(layer: Any, backend: Backend) -> _Found:
 
     if ours is not None:
         return "moe_lora (moe_gemm, moe_act, moe_sum; fused_moe)", looks(*factors, w1, w2), make
-    if runner is not None:
-        return f"SGLang's own: {refusal(base)}", (), lambda rows: None
-    return f"moe_lora (under the runner {layer._lora_runner_backend.value})", looks(*factors), make
+    runner = layer._lora_runner_backend
+    why = refusal(base) or ("KERNELGEN_SGLANG_EXPERTS=0" if runner.is_triton() else f"the runner is {runner.value}")
+    if runner.is_lora():
+        return f"SGLang's own: {why}", (), lambda rows: None
+    return f"moe_lora (on SGLang's own products: {why})", looks(*factors), make

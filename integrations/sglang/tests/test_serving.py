@@ -27,11 +27,16 @@ MODULES = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
         ("llama", torch.bfloat16, {"lora_backend": "csgmv", "enable_mixed_chunk": True}),
         ("qwen3_moe", torch.float16, {"lora_backend": "triton_v2", "moe_runner_backend": "lora_triton"}),
         ("qwen3_moe", torch.float16, {"lora_backend": "triton"}),
+        ("qwen3_moe", torch.float16, {"lora_backend": "csgmv", "KERNELGEN_SGLANG_EXPERTS": "0"}),
     ],
-    ids=["llama", "experts", "experts under SGLang's"],
+    ids=["llama", "experts of the runner for LoRA", "experts", "adapters on SGLang's experts"],
 )
-def test_serves(kind: str, dtype: torch.dtype, options: dict[str, Any], tmp_path: Path) -> None:
+def test_serves(
+    kind: str, dtype: torch.dtype, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Continuous batching with prompts in parts and requests that are retracted, more adapters than slots, nothing compiled."""
+    options = {"KERNELGEN_SGLANG_EXPERTS": "1", **options}
+    monkeypatch.setenv("KERNELGEN_SGLANG_EXPERTS", options.pop("KERNELGEN_SGLANG_EXPERTS"))
     model = Model(tmp_path, kind, dtype)
     for i, name in enumerate("abcd"):
         model.adapter(name, (8, 16, 4, 16)[i], i, TARGETS[kind])
