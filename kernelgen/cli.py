@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _ELSEWHERE = {
     "bench": "kernelgen.measure.command",
     "bench-lora": "kernelgen.measure.command",
+    "conform": "kernelgen.measure.conform.command",
     "init": "kernelgen.measure.init.command",
     "report": "kernelgen.measure.report",
     "tune": "kernelgen.measure.tune.command",

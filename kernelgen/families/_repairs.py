@@ -385,7 +385,7 @@ class _SeesLanguage:
 
 
 def _ignore_dependent_launch() -> None:
-    cuda = importlib.import_module("triton.language.extra.cuda")  # kernels import from it; the attribute is another module
-
-    for name in ("gdc_wait", "gdc_launch_dependents"):
-        setattr(cuda, name, lambda **options: None)
+    # What kernels import from, and what they may name, are two modules.
+    for cuda in (importlib.import_module("triton.language.extra.cuda"), tl.extra.cuda):
+        for name in ("gdc_wait", "gdc_launch_dependents"):
+            setattr(cuda, name, lambda **options: None)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from kernelgen.families import _repairs
 from kernelgen.families._repairs import is_narrow, narrowed
 from kernelgen.prove import gluon, order
-from kernelgen.prove.memory import Launch, MemoryFault, OutOfBounds, Race, tensors
+from kernelgen.prove.memory import Launch, MemoryFault, OutOfBounds, Race, beside, tensors
 
 __all__ = ["IntegerOverflow", "MemoryFault", "OutOfBounds", "Race", "install"]
 
@@ -179,7 +179,7 @@ def _watch_memory(interpreter: Any) -> None:
         on_host = stock_init(self, arguments, keywords)
         named = [*zip(self.arg_names, on_host[0], strict=False), *on_host[1].items()]
         found = dict(found for name, a in named for found in tensors(name, a))
-        current = Launch(found)
+        current = Launch({**found, **{f"operand {i}": tensor for i, tensor in enumerate(beside.get())}})
         if (chain := order.watching()) is not None:
             chain.begin(self.fn.__name__, found, dependent)
         return on_host

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterator
+import contextvars
+from typing import Any, Iterator, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+# Tensors that kernels may touch beside their arguments: by addresses that stand in a table.
+beside: contextvars.ContextVar[Sequence[torch.Tensor]] = contextvars.ContextVar("beside", default=())
 
 
 class MemoryFault(Exception):

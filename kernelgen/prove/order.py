@@ -30,6 +30,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import triton.language as tl
 from numpy.typing import NDArray
 
 from kernelgen.prove.memory import Race
@@ -257,7 +258,8 @@ def install() -> None:
     """Let kernels that are imported from now on tell of waits; further calls do nothing."""
     from triton.runtime.interpreter import interpreter_builder
 
-    cuda = importlib.import_module("triton.language.extra.cuda")  # as kernels do; the attribute is another module
+    # What kernels import from, and what they may name, are two modules.
+    modules = importlib.import_module("triton.language.extra.cuda"), tl.extra.cuda
 
     def told(what: str) -> Any:
         def tell(**options: Any) -> None:
@@ -267,7 +269,8 @@ def install() -> None:
         return tell
 
     for name, what in (("gdc_wait", "wait"), ("gdc_launch_dependents", "let_begin")):
-        setattr(cuda, name, told(what))
+        for cuda in modules:
+            setattr(cuda, name, told(what))
 
 
 @contextlib.contextmanager

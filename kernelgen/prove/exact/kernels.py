@@ -20,7 +20,7 @@ from kernelgen.prove.exact import field
 from kernelgen.prove.exact.field import Elements
 from kernelgen.prove.exact.formulas import Formulas
 from kernelgen.prove.exact.memory import Lost
-from kernelgen.prove.memory import tensors
+from kernelgen.prove.memory import beside, tensors
 
 _Rule = Callable[..., Elements]  # from the operands of an operation
 
@@ -217,7 +217,7 @@ def _transposed(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 def _launched(stock: Callable[..., Any], formulas: Formulas, interpreter: Any) -> Callable[..., Any]:
     def launched(self: Any, *arguments: Any, **options: Any) -> Any:
-        for value in (*arguments, *options.values()):
+        for value in (*arguments, *options.values(), *beside.get()):
             for _, tensor in tensors("", value):
                 formulas.memory.storage(tensor)
         formulas.paused = True
