@@ -105,6 +105,13 @@ TOKENS = {"weights": {**FLOAT8, "strategy": "channel"}, "input_activations": {**
         ({"hidden_activation": "gelu_pytorch_tanh", "hidden_act": None}, {}, {"activation": "geglu_tanh"}),
         ({"model_type": "deepseek_v4", "swiglu_limit": 10.0}, {}, {"activation": "swiglu_clamp"}),
         ({"quantization_config": BLOCKS}, {}, {"weight_scales": "group", "x_scales": "group"}),
+        ({"model_type": "gpt_oss", "swiglu_limit": 7.0}, {}, {"layout": "interleaved", "bias_dtype": "bfloat16"}),
+        (
+            {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}},
+            {},
+            {"activation": "swiglu_clamp", "layout": "interleaved", "weight_scales": "mx"},
+        ),
+        ({"model_type": "llama4_text"}, {}, {"apply_router_weight_on_input": True}),
         (
             {"quantization_config": {"quant_method": "fp8", "activation_scheme": "static"}},
             {},
@@ -131,7 +138,6 @@ def test_what_a_config_says(
         ({"dtype": "float32"}, "its dtype is float32"),
         ({"hidden_act": "quick_gelu"}, "its experts have the activation quick_gelu"),
         ({"swiglu_limit": 7.0}, "its experts have a gate that clamps in a way that is not known"),
-        ({"model_type": "gpt_oss"}, "its experts have biases"),
         ({"quantization_config": {"quant_method": "mxfp4"}}, "its quantization is none that is known"),
         ({"quantization_config": {**BLOCKS, "weight_block_size": [64, 64]}}, "its quantization is none that is known"),
         ({"num_experts": 0}, "is it a mixture of experts"),

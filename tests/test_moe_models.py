@@ -46,7 +46,7 @@ JAMBA = {
     "mamba_dt_rank": 4,
 }
 GROUPS = {"num_hidden_layers": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
-CLAMPED = {"swiglu_limit": 1.0}
+CLAMPED, OSS = {"swiglu_limit": 1.0}, {"swiglu_limit": 4.0}
 
 
 def clamped(gate: bounds.Approx, up: bounds.Approx, dtype: torch.dtype) -> bounds.Approx:
@@ -62,6 +62,15 @@ def geglu(gate: bounds.Approx, up: bounds.Approx, dtype: torch.dtype) -> bounds.
 
 def reglu(gate: bounds.Approx, up: bounds.Approx, dtype: torch.dtype) -> bounds.Approx:
     return bounds.rounded(bounds.product(bounds.activation(gate, torch.relu, 1.0, dtype), up), dtype)
+
+
+def oss(gate: bounds.Approx, up: bounds.Approx, dtype: torch.dtype) -> bounds.Approx:
+    """That of gpt-oss, op by op."""
+    limit, alpha, one = OSS["swiglu_limit"], bounds.exact(torch.tensor(1.702).double()), bounds.exact(torch.tensor(1.0))
+    gate, up = gate._replace(value=gate.value.clamp(max=limit)), up._replace(value=up.value.clamp(-limit, limit))
+    inside = bounds.rounded(bounds.product(gate, alpha), dtype)
+    act = bounds.rounded(bounds.product(gate, bounds.activation(inside, torch.sigmoid, 0.25, dtype)), dtype)
+    return bounds.rounded(bounds.product(bounds.rounded(bounds.total(up, one), dtype), act), dtype)
 
 
 class Row(NamedTuple):
@@ -96,8 +105,8 @@ ROWS = {
     "DeepseekV4": Row("DeepseekV4", CLAMPED, gate=clamped),
     "MiniMaxM3VL": Row("MiniMaxM3VL", CLAMPED, gate=clamped),
     "HYV4": Row("HYV4", {**CLAMPED, "num_hidden_layers": 2}, gate=clamped),
-    "GptOss": Row("GptOss", torch="GptOssExperts: got gate and up in turns, biases, transposed weights"),
-    "AriaText": Row("AriaText", torch="AriaExperts: got transposed weights"),
+    "GptOss": Row("GptOss", OSS, gate=oss),
+    "AriaText": Row("AriaText"),
     "Llama4": Row("Llama4", {"intermediate_size_mlp": 24}, torch=f"Llama4TextExperts: {OWN}"),
     "LongcatFlash": Row(
         "LongcatFlash", {"num_hidden_layers": 2}, torch=f"LongcatFlashExperts: {OWN}", reader="got rank 260, wanted 4"
@@ -126,6 +135,21 @@ def configured(row: Row) -> Any:
     return config(**{**SIZES, **row.config})
 
 
+def in_halves(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of gate and up that are in turns, all of gate first."""
+    return torch.cat([rows[:, ::2], rows[:, 1::2]], 1)
+
+
+def laid_out(experts: Any) -> tuple[Any, ...]:
+    """Weights [E, 2 * I, H], gate over up, and [E, H, I], and their biases or None."""
+    pair = experts.gate_up_proj, experts.down_proj
+    if experts.is_transposed:
+        pair = pair[0].transpose(1, 2), pair[1].transpose(1, 2)
+    if experts.is_concatenated:
+        return *pair, None
+    return in_halves(pair[0]), pair[1], (in_halves(experts.gate_up_proj_bias), experts.down_proj_bias)
+
+
 def make(row: Row) -> Any:
     torch.manual_seed(0)
     model = getattr(transformers, f"{row.name}ForCausalLM")(configured(row))
@@ -148,7 +172,7 @@ def test_served_equals_peft(name: str, base: str, device: str, tmp_path: Path) -
     original = make(ROWS[name])
     folder = models.save_adapter(original, models.AdapterSpec("a", rank=4, alpha=8), tmp_path)
     model = original.to(device, torch.bfloat16)
-    adapter = read_adapter(folder, expert_shape(model))
+    adapter = read_adapter(folder, expert_shape(model), **({"layout": "interleaved"} if name == "GptOss" else {}))
     layers = stack_adapters([adapter], expert_shape(model), dtype=torch.bfloat16, device=device)
     server = MoeLora(model, layers, kernels, base=base)
     mapping = torch.tensor([0, -1, 0, 0, -1, 0], dtype=torch.int32, device=device)
@@ -163,7 +187,8 @@ def test_served_equals_peft(name: str, base: str, device: str, tmp_path: Path) -
             mine = MoeCall(call.layer, *(tensor[mapping == slot] for tensor in call[1:]))
             wanted = truth.moe_layer(slot, mine)
             factors = {} if slot < 0 else {n: Factors(*(t.to(device) for t in f)) for n, f in adapter.layers[call.layer].items()}
-            bound = bounds.moe_layer(mine, experts.gate_up_proj, experts.down_proj, factors, ROWS[name].gate).error
+            *weights, biases = laid_out(experts)
+            bound = bounds.moe_layer(mine, *weights, factors, ROWS[name].gate, biases).error
             assert ((mine.out - wanted).abs() <= bound).all()
         effect = (wanted - truth.moe_layer(-1, mine)).abs()
         assert (effect > 2 * bound).any()  # without its adapter a token would be seen
@@ -217,6 +242,30 @@ def test_a_layer_of_weights_that_lie_otherwise(device: str) -> None:
     model.set_experts_implementation("eager")
     own = experts.double()(hidden.double(), ids, weights.double())
     assert ((own - bound.value).abs() <= 1e-9 * own.abs().max()).all()
+
+
+def test_a_layer_whose_inputs_are_weighted(device: str) -> None:
+    """That of Llama 4, laid out for ``MoeLayer``, gives what the model's own experts do with inputs that it weighs first."""
+    import generated as kernels
+
+    model = make(ROWS["Llama4"]).to(device, torch.bfloat16)
+    experts = next(module for module in model.modules() if type(module).__name__ == "Llama4TextExperts")
+    w13, w2 = (weight.detach().transpose(1, 2).contiguous() for weight in (experts.gate_up_proj, experts.down_proj))
+    hidden = torch.randn(6, 32, device=device).to(torch.bfloat16)
+    ids = torch.tensor([[0], [3], [2], [0], [1], [3]], device=device)
+    weights = 0.25 + 0.5 * torch.rand(6, 1, device=device)
+    scores = torch.zeros(6, 4, device=device, dtype=torch.float64).scatter_(1, ids, weights.double())
+    routed = hidden.double().repeat(4, 1) * scores.t().reshape(-1, 1)
+    wanted = experts.double()(routed).view(4, 6, 32).sum(0)
+    for tokens in (slice(0, 3), slice(0, 6)):  # few, and more
+        call = (hidden[tokens], ids[tokens], weights[tokens], None)
+        out = MoeLayer(kernels, w13, w2, None, apply_router_weight_on_input=True)(*call)
+        # As far off as a layer may be that is given the weighted input, rounded, and weighs nothing.
+        scaled = (hidden[tokens].double() * weights[tokens]).to(torch.bfloat16)
+        like = bounds.moe_layer(MoeCall(0, scaled, ids[tokens], torch.ones_like(weights[tokens]), out), w13, w2, {})
+        allowed = (like.value - wanted[tokens]).abs() + like.error
+        assert ((out - wanted[tokens]).abs() <= allowed).all()
+        assert ((MoeLayer(kernels, w13, w2, None)(*call) - wanted[tokens]).abs() > allowed).any()
 
 
 @pytest.mark.parametrize("base", ["torch", "generated"])

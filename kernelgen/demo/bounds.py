@@ -86,6 +86,7 @@ def moe_layer(
     down: torch.Tensor,
     factors: Mapping[str, Factors],
     gate: Callable[[Approx, Approx, torch.dtype], Approx] = swiglu,
+    biases: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Approx:
     """The output [T, H] of one MoE layer, all tokens under one adapter.
 
@@ -94,6 +95,7 @@ def moe_layer(
         gate_up: [E, 2 * I, H], the base weight; down: [E, H, I].
         factors: "gate", "up" and "down" of the adapter, those it has; empty: the base model.
         gate: what is between the two products.
+        biases: [E, 2 * I] and [E, H], of both products.
     """
     dtype, (num_tokens, top_k) = call.hidden.dtype, call.topk_ids.shape
     shape = (num_tokens * top_k, down.shape[1])
@@ -109,10 +111,16 @@ def moe_layer(
         halves = {}
         for name, base in zip(("gate", "up"), gate_up[expert].chunk(2), strict=True):
             halves[name] = rounded(linear(x, exact(base)), dtype)
+            if biases is not None:
+                bias = biases[0][expert].chunk(2)[name == "up"]
+                halves[name] = rounded(total(halves[name], exact(bias)), dtype)
             if name in own:
                 halves[name] = rounded(total(halves[name], lora(x, own[name], dtype)), dtype)
         inter = gate(halves["gate"], halves["up"], dtype)
-        y = rounded(product(rounded(linear(inter, exact(down[expert])), dtype), weight), dtype)
+        y = rounded(linear(inter, exact(down[expert])), dtype)
+        if biases is not None:
+            y = rounded(total(y, exact(biases[1][expert])), dtype)
+        y = rounded(product(y, weight), dtype)
         if "down" in own:
             y = rounded(total(y, product(lora(inter, own["down"], dtype), weight)), dtype)
         out.value[pairs], out.error[pairs] = y

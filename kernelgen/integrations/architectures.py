@@ -5,7 +5,7 @@
 | ``reader`` | ``read_adapter`` on what PEFT saves for its experts |
 | ``torch`` | ``MoeLora(base="torch")``: adapters between the products of the model's own experts |
 | ``generated`` | ``MoeLora(base="generated")``: adapters inside of generated products |
-| ``layer`` | ``MoeLayer`` on its weights as [E, 2 * I, H], gate over up, and [E, H, I], which an engine has to lay out |
+| ``layer`` | ``MoeLayer`` on its weights as [E, 2 * I, H] and [E, H, I], which an engine has to lay out |
 
 A cell is "" where it is served, or says what stands in the way; what it says is refused before anything runs.
 """
@@ -46,18 +46,13 @@ ARCHITECTURES = (
     Architecture("DeepseekV4", "deepseek_v4"),
     Architecture("HYV4", "hy_v4"),
     Architecture("MiniMaxM3VL", "minimax_m3_vl_text"),
-    Architecture("AriaText", "aria_text", torch="transposed weights", generated="transposed weights"),
+    Architecture("AriaText", "aria_text"),
     Architecture(
         "GptOss",
         "gpt_oss",
-        torch="gate and up in turns, biases, transposed weights",
-        generated="gate and up in turns, biases, transposed weights",
-        layer="biases",
         remark='`layout="interleaved"`, unless the file names the published model or its class',
     ),
-    Architecture(
-        "Llama4", "llama4_text", torch=_OWN_FORWARD, generated=_OWN_FORWARD, layer="the routing weight on the input of experts"
-    ),
+    Architecture("Llama4", "llama4_text", torch=_OWN_FORWARD, generated=_OWN_FORWARD),
     Architecture(
         "LongcatFlash",
         "longcat_flash",

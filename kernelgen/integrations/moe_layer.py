@@ -28,12 +28,14 @@ class MoeLayer:
 
     Attributes:
         kernels: the generated package, under whatever name it was imported.
-        w13: [E, 2 * I, H], the gate, then the linear half; MXFP4 has half as many columns, uint8 of two numbers each.
+        w13: [E, 2 * I, H], the gate, then the linear half, or both in turns, as ``layout`` says; MXFP4 has half as many columns,
+            uint8 of two numbers each.
         w2: [E, H, I], likewise.
         lora: the adapters, from ``stack_adapters``, their numbers finite; None: this layer has none. On FP8 weights in bfloat16.
         w13_scale, w2_scale: of FP8 or MXFP4 weights, as ``fused_moe`` takes them.
         h_scale: likewise, of the activations between the two products, where it is given.
         activation, limit, alpha, beta: with a gate, as ``fused_moe`` takes them.
+        layout, w13_bias, w2_bias, apply_router_weight_on_input: of gpt-oss and of Llama 4, likewise.
 
     Raises:
         ValueError: weights and adapters are not of the same experts, dtype and device.
@@ -50,6 +52,10 @@ class MoeLayer:
     limit: float | None = None
     alpha: float | None = None
     beta: float | None = None
+    layout: str = "halves"
+    w13_bias: torch.Tensor | None = None
+    w2_bias: torch.Tensor | None = None
+    apply_router_weight_on_input: bool = False
 
     def __post_init__(self) -> None:
         for name, weight in (("w13", self.w13), ("w2", self.w2)):
@@ -106,7 +112,9 @@ class MoeLayer:
             adapters = kg.FusedMoeLora(token_lora_mapping, *lora.gate_up, *lora.down, lora.adapter_enabled, lora.lora_ranks)
         layer = (hidden, self.w13, self.w2, topk_ids, topk_weights)
         scales = {"w13_scale": self.w13_scale, "w2_scale": self.w2_scale, "x_scale": x_scale, "h_scale": self.h_scale}
-        gate = {"activation": self.activation, "limit": self.limit, "alpha": self.alpha, "beta": self.beta}
+        gate: dict[str, Any] = {"activation": self.activation, "limit": self.limit, "alpha": self.alpha, "beta": self.beta}
+        gate |= {"layout": self.layout, "apply_router_weight_on_input": self.apply_router_weight_on_input}
+        scales |= {"w13_bias": self.w13_bias, "w2_bias": self.w2_bias}
         kg.fused_moe(*layer, **gate, out=out, workspace=workspace, lora=adapters, **scales)
         return out
 

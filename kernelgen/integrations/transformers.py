@@ -2,13 +2,14 @@
 
 ``transformers`` lets an implementation of the experts be registered under a name; ours runs the base experts of each layer and
 adds the adapters of the batch with the generated kernels. It serves every model whose experts are fused parameters
-``gate_up_proj`` [E, 2 * I, H] and ``down_proj`` [E, H, I], gate over up, without biases: Qwen3-MoE, Mixtral, OLMoE, DeepSeek and
-others, whatever their gate computes. Every other model is refused before anything runs.
+``gate_up_proj`` [E, 2 * I, H] and ``down_proj`` [E, H, I], whatever their gate computes: Qwen3-MoE, Mixtral, OLMoE, DeepSeek and
+others; also where they are transposed, have gate and up in turns, or biases, as in gpt-oss. Every other model is refused before
+anything runs.
 
 The base experts are plain matrix products, one expert after the other, for checking and for small models: an engine that
 has its own adds two calls of ``moe_lora`` and one of ``moe_route`` as ``MoeLora.experts`` does. With ``base="generated"`` they
 are generated kernels too (see ``MoeLayer``), for the gates that these compute (see ``activation_of``): models with others are
-refused.
+refused. Rows of weights that are transposed then come to lie one behind the other, once; their shapes and numbers stay.
 
 ``LinearLora`` does the same for linear layers and embeddings; both together serve an adapter that changes both.
 """
@@ -67,7 +68,7 @@ def expert_layers(model: Any) -> dict[int, str]:
         if found or match is None:
             raise ValueError(
                 f"{type(model).__name__}: {name}: {type(module).__name__}: got {found}, wanted experts with gate_up_proj "
-                "[E, 2 * I, H], gate over up, and down_proj [E, H, I], behind transformers' interface of experts\n"
+                "[E, 2 * I, H] and down_proj [E, H, I], behind transformers' interface of experts\n"
                 "  hint: call moe_route and moe_lora between the model's own products, as MoeLora.experts does"
             )
         if (twin := seen.setdefault(id(module), name)) != name:
@@ -181,14 +182,23 @@ class MoeLora:
                         'that the generated kernels compute\n  hint: base="torch" runs the model\'s own gate'
                     )
                 self._gates[index] = gate
-            dtypes = {experts.gate_up_proj.dtype, experts.down_proj.dtype}
+                if found := _unlike_kernels(experts, gate):
+                    raise ValueError(
+                        f"{type(model).__name__}: layer {index}: {type(experts).__name__}: got {found}, wanted both or neither, "
+                        'with a gate that is clamped\n  hint: base="torch" runs the model\'s own products'
+                    )
+            weights = _weights(experts)
+            dtypes = {weight.dtype for weight in weights[:4] if weight is not None}
             if dtypes not in ({torch.bfloat16}, {torch.float16}):
                 raise ValueError(
                     f"{type(model).__name__}: layer {index}: got weights in {', '.join(map(str, dtypes))}, wanted all in "
                     "bfloat16 or all in float16"
                 )
             if index in layers:
-                check_adapters(f"layers: layer {index}", layers[index], experts.down_proj)
+                check_adapters(f"layers: layer {index}", layers[index], weights.w2)
+        if base == "generated":
+            for experts in self._experts.values():
+                _lay_out(experts)
         ALL_EXPERTS_FUNCTIONS.register(_NAME, _experts_forward)
 
     @contextlib.contextmanager
@@ -248,11 +258,12 @@ class MoeLora:
         lora = self._layers.get(index)
         x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
         if self._base == "generated":
-            layer = MoeLayer(self._kernels, base.gate_up_proj, base.down_proj, lora, **self._gates[index]._asdict())
+            layer = MoeLayer(self._kernels, lora=lora, **_weights(base)._asdict(), **self._gates[index]._asdict())
             result = layer(x, topk_ids, topk_weights, self._mapping)
             return self._note(index, x, topk_ids, topk_weights, result)
         expert_of_pair = topk_ids.flatten()
-        gate_up = _expert_linear(x.repeat_interleave(top_k, 0), base.gate_up_proj, expert_of_pair)
+        weights = _weights(base)
+        gate_up = _expert_linear(x.repeat_interleave(top_k, 0), weights.w13, expert_of_pair, weights.w13_bias)
         if lora is not None:
             slots, num_experts = lora.down.a[0].shape[:2]
             route = self._kernels.moe_route(
@@ -263,9 +274,14 @@ class MoeLora:
                 adapter_enabled=lora.adapter_enabled,
                 assignment=self._assignment,
             )
+            in_turns = weights.layout == "interleaved"
+            if in_turns:  # adapters have a factor of each
+                gate_up = torch.cat([gate_up[:, ::2], gate_up[:, 1::2]], 1)
             self._kernels.moe_lora(gate_up.view(num_tokens, top_k, -1), x, *lora.gate_up, route)
+            if in_turns:
+                gate_up = torch.stack(gate_up.chunk(2, 1), 2).flatten(1)
         inter = base._apply_gate(gate_up)
-        down = _expert_linear(inter, base.down_proj, expert_of_pair).view(num_tokens, top_k, -1)
+        down = _expert_linear(inter, weights.w2, expert_of_pair, weights.w2_bias).view(num_tokens, top_k, -1)
         out = (down * topk_weights.unsqueeze(-1)).to(x.dtype)
         if lora is not None:
             self._kernels.moe_lora(
@@ -370,21 +386,52 @@ def _unlike_ours(experts: Any) -> str:
     if not hasattr(experts, "is_concatenated"):
         return "experts with a forward of their own, which cannot be exchanged"
     what = {
-        "gate and up in turns": not experts.is_concatenated,
         "no gate": not experts.has_gate,
-        "biases": experts.has_bias,
-        "transposed weights, [E, H, 2 * I]": experts.is_transposed,
         "a norm behind the experts": getattr(experts, "has_post_expert_norm", False),
         "experts that are sharded over GPUs": getattr(experts, "_is_expert_parallel", False),
     }
     if not any(what.values()):
-        sizes = [tuple(getattr(w, "shape", ())) for w in (experts.gate_up_proj, experts.down_proj)]
+        sizes = [tuple(getattr(w, "shape", ())) for w in _weights(experts)[:2]]
         fits = len(sizes[1]) == 3 and sizes[0] == (
             sizes[1][0],
             *reversed(_shape(experts).widths("gate_up")),
         )
         what[f"weights of {list(sizes[0])} and {list(sizes[1])}"] = not fits
     return ", ".join(name for name, holds in what.items() if holds)
+
+
+class _Weights(NamedTuple):
+    """The weights of experts as ``MoeLayer`` takes them; views of a model's."""
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+    w13_bias: torch.Tensor | None
+    w2_bias: torch.Tensor | None
+    layout: str
+
+
+def _weights(experts: Any) -> _Weights:
+    w13, w2 = experts.gate_up_proj, experts.down_proj
+    if experts.is_transposed and w13.dim() == w2.dim() == 3:
+        w13, w2 = w13.transpose(1, 2), w2.transpose(1, 2)
+    layout = "halves" if experts.is_concatenated else "interleaved"
+    if not experts.has_bias:
+        return _Weights(w13, w2, None, None, layout)
+    return _Weights(w13, w2, experts.gate_up_proj_bias, experts.down_proj_bias, layout)
+
+
+def _unlike_kernels(experts: Any, gate: Activation) -> str:
+    """What the generated kernels have no variant for; "" if nothing is."""
+    what = {"gate and up in turns": not experts.is_concatenated, "biases": experts.has_bias}
+    served = not any(what.values()) or (all(what.values()) and gate.activation == "swiglu_clamp")
+    return "" if served else ", ".join(name for name, holds in what.items() if holds)
+
+
+def _lay_out(experts: Any) -> None:
+    """Let the rows of weights that are transposed lie as kernels read them."""
+    for weight in (experts.gate_up_proj, experts.down_proj):
+        if experts.is_transposed and weight.stride(1) != 1:
+            weight.data = weight.data.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _gate_of(experts: Any) -> str:
@@ -399,16 +446,16 @@ def _gate_of(experts: Any) -> str:
 
 
 def _shape(experts: Any) -> ExpertShape:
-    num_experts, hidden, intermediate = experts.down_proj.shape
+    num_experts, hidden, intermediate = _weights(experts).w2.shape
     return ExpertShape(num_experts, hidden, intermediate)
 
 
 def _expert_linear(
-    x: torch.Tensor, weight: torch.Tensor, expert_of_row: torch.Tensor
+    x: torch.Tensor, weight: torch.Tensor, expert_of_row: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """out[p] = x[p] . weight[expert_of_row[p]]^T; asks the host which experts are hit."""
+    """out[p] = x[p] . weight[expert_of_row[p]]^T + bias[expert_of_row[p]]; asks the host which experts are hit."""
     out = x.new_empty(x.shape[0], weight.shape[1])
     for expert in torch.unique(expert_of_row).tolist():
         rows = (expert_of_row == expert).nonzero().squeeze(1)
-        out[rows] = torch.nn.functional.linear(x[rows], weight[expert])
+        out[rows] = torch.nn.functional.linear(x[rows], weight[expert], None if bias is None else bias[expert])
     return out

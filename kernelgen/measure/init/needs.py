@@ -27,6 +27,8 @@ _ACTIVATIONS = {
 _CLAMPED = {
     *("deepseek_v4", "glm5_next", "glm5_next_text", "hy_v4", "hy_v4_vl", "hy_v4_vl_text", "minimax_m3_vl", "minimax_m3_vl_text"),
 }
+# What else the calls of a model say, whose experts are of their own kind.
+_OSS, _LLAMA4 = {"gpt_oss"}, {"llama4", "llama4_text"}
 # Linear layers whose outputs tensor parallelism cuts, and those whose inputs it does; it leaves others whole.
 _COLUMNS = {*PACKED, *(module for modules in PACKED.values() for module in modules)}
 _ROWS = {"o_proj", "down_proj"}
@@ -59,7 +61,7 @@ class Needs:
     slots: int
     bases: Sequence[str]
     adapters: Sequence[AdapterRanks]
-    activation: str = "swiglu"  # of generated products
+    more: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of generated products, by what experts are
 
     def shapes(self) -> list[tuple[str, dict[str, Any]]]:
         """The shapes to warm up: class of the package, and its fields; dtypes by name."""
@@ -70,7 +72,8 @@ class Needs:
             routing = {"num_experts": model.experts, "top_k": model.top_k}
             if "generated" in self.bases:
                 layer = {"hidden": model.hidden, "intermediate": model.intermediate, **routing, **dtype}
-                layer |= {} if self.activation == "swiglu" else {"activation": self.activation}
+                layer |= self.more
+                layer |= {"bias_dtype": DTYPES[self.dtype]} if "layout" in self.more else {}
                 scales = {"weight_scales": self.quant[0], "x_scales": self.quant[1]}
                 layer |= {name: scale for name, scale in scales.items() if scale is not None}
                 adapters = {"rank": self.rank, "max_loras": self.slots, "adapter_enabled": True}
@@ -131,14 +134,14 @@ def needs(
     if model is None and not any(one.linears for one in adapters):
         raise failure("KG070", str(config), "neither experts nor adapters on linear layers: there is nothing to serve")
     quant: Scales = (None, None)
-    activation = "swiglu"
+    more: Mapping[str, Any] = {}
     if model is not None and "generated" in bases:
-        activation, quant = _activation(config, sources), _quant(config, sources)
+        more, quant = _experts(config, sources), _quant(config, sources)
     widest = max((one.experts for one in adapters), default=0)
     _check_rank(rank, [max(one.experts, one.linear) for one in adapters])
     of_experts = rank or max(8, -(-widest // 8) * 8) if adapters else rank or 16
     linears = _linears(adapters, tp, rank)
-    return Needs(model, dtype or _dtype(config, sources), quant, of_experts, linears, slots, bases, adapters, activation)
+    return Needs(model, dtype or _dtype(config, sources), quant, of_experts, linears, slots, bases, adapters, more)
 
 
 def _ranks(folder: Path, model: Model | None) -> AdapterRanks:
@@ -217,9 +220,11 @@ def _dtype(config: Path, sources: Sequence[Mapping[str, Any]]) -> str:
     raise failure("KG070", str(config), message, "--dtype says another")
 
 
-def _activation(config: Path, sources: Sequence[Mapping[str, Any]]) -> str:
-    """That of these experts; raises Failure where generated products would not compute them."""
+def _experts(config: Path, sources: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """What shapes say of these experts; raises Failure where generated products would not compute them."""
     kinds = {source.get("model_type") for source in sources}
+    if kinds & _OSS:
+        return {"activation": "swiglu_clamp", "layout": "interleaved"}
     why = next((one.layer for one in ARCHITECTURES if one.model_type in kinds and one.layer and one.name != "NemotronH"), None)
     act = _value(sources, "mlp_hidden_act", "hidden_act", "hidden_activation")
     found = "swiglu" if act is None else _ACTIVATIONS.get(str(act))
@@ -232,7 +237,8 @@ def _activation(config: Path, sources: Sequence[Mapping[str, Any]]) -> str:
     if why is not None:
         hint = "--base foreign is for engines that run the experts themselves"
         raise failure("KG070", str(config), f"its experts have {why}, which generated products do not compute", hint)
-    return found or "swiglu"
+    fields: dict[str, Any] = {} if found in (None, "swiglu") else {"activation": found}
+    return {**fields, "apply_router_weight_on_input": True} if kinds & _LLAMA4 else fields
 
 
 _SCHEMES: Mapping[tuple[object, object], Scales] = {
@@ -248,6 +254,8 @@ def _quant(config: Path, sources: Sequence[Mapping[str, Any]]) -> Scales:
     if said is None:
         return None, None
     found = _SCHEMES.get(_scheme(said) if isinstance(said, dict) else (None, None))
+    if isinstance(said, dict) and said.get("quant_method") == "mxfp4" and _OSS & {source.get("model_type") for source in sources}:
+        found = "mx", None
     if found is None:
         message = "its quantization is none that is known here: FP8 by tensor, by channel and token, or by 128 × 128"
         raise failure("KG070", str(config), message, "--base foreign is for engines that run the experts themselves")
