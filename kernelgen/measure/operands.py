@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from kernelgen.measure.suite import GROUP, Act, Quant, scale_shape
+from kernelgen.measure.suite import GROUP, MX_GROUP, Act, Quant, scale_shape
 from kernelgen.measure.suites.mixtures import MixtureCell, Routing
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
@@ -42,8 +42,13 @@ def matrix(
 ) -> Matrix:
     """Matrices [..., rows, columns] of numbers of about ``size``.
 
-    Scales of FP8 differ by up to a factor of seven: one from a wrong place shows.
+    Scales of FP8 differ by up to a factor of seven, of MXFP4 by up to four: one from a wrong place shows.
     """
+    if scales == "mx":
+        *rows, columns = shape
+        codes = torch.randint(0, 256, (*rows, columns // 2), dtype=torch.uint8, device=device)
+        middle = 125 + round(math.log2(size))  # codes are about 4
+        return codes, torch.randint(middle - 1, middle + 2, (*rows, columns // MX_GROUP), dtype=torch.uint8, device=device)
     if scales == "none":
         return normal(*shape, size=size, dtype=dtype, device=device), None
     codes = normal(*shape, size=_FP8_SIZE, dtype=dtype, device=device)

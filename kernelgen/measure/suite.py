@@ -19,11 +19,12 @@ from kernelgen.measure.models import Model
 from kernelgen.measure.options import Kind
 
 Size = Literal["full", "quick", "tiny"]  # of a sweep: what is published, about a minute on a GPU, and what an interpreter can do
-Quant = Literal["none", "tensor", "channel", "group"]  # FP8 weights, and of what there is a scale
+Quant = Literal["none", "tensor", "channel", "group", "mx"]  # FP8 weights, and of what there is a scale; mx: MXFP4 ones
 Act = Literal["none", "tensor", "token", "group"]  # FP8 activations, and of what there is a scale
-QUANTS: tuple[Quant, ...] = get_args(Quant)
+BASE_QUANTS: tuple[Quant, ...] = get_args(Quant)  # of experts; adapters are no MXFP4
+QUANTS = tuple(quant for quant in BASE_QUANTS if quant != "mx")
 ACTS: tuple[Act, ...] = get_args(Act)
-GROUP = 128  # rows and columns of a group
+GROUP, MX_GROUP = 128, 32  # rows and columns of a group; columns of one of MXFP4
 OURS = "kernelgen"
 
 
@@ -168,18 +169,20 @@ class Suite:
 
 
 def quantised(row: Row) -> list[str]:
-    """What is FP8 in ``row``: w8 and a8 with the kind of their scales."""
+    """What is FP8 in ``row``: w8 and a8 with the kind of their scales; or mxfp4."""
+    if row.get("quant") == "mx":
+        return ["mxfp4"]
     named = (("w8", row.get("quant", "none")), ("a8", row.get("act", "none")))
     return [f"{what}{scales}" for what, scales in named if scales != "none"]
 
 
 def quant_forms(values: Mapping[str, Any]) -> list[tuple[Quant, Act]]:
-    """The scales of weights and activations of base layers; FP8 activations go with FP8 weights alone.
+    """The scales of weights and activations of base layers; FP8 activations go with FP8 weights alone, and 16 bits with MXFP4.
 
     Raises:
         Failure: none of those that are asked for go together.
     """
-    forms = [(q, a) for q, a in itertools.product(values["quant"], values["act"]) if a == "none" or q != "none"]
+    forms = [(q, a) for q, a in itertools.product(values["quant"], values["act"]) if a == "none" or q not in ("none", "mx")]
     if not forms:
         raise misfit("FP8 activations go with FP8 weights", "give --quant tensor, channel or group too")
     return forms
@@ -214,12 +217,15 @@ def scale_shape(scales: Quant | Act, rows: int, columns: int, group_rows: int = 
         "channel": (rows,),
         "token": (rows, 1),
         "group": (-(-rows // group_rows), -(-columns // GROUP)),
+        "mx": (rows, columns // MX_GROUP),
     }
     return shapes[scales]
 
 
 def matrix_bytes(scales: Quant | Act, rows: float, columns: int, group_rows: int = GROUP) -> float:
-    """Of a matrix [rows, columns]: of FP8 with its scales, else of 16 bits."""
+    """Of a matrix [rows, columns]: of FP8 or MXFP4 with its scales, else of 16 bits."""
     if scales == "none":
         return 2.0 * rows * columns
+    if scales == "mx":
+        return rows * columns * (0.5 + 1.0 / MX_GROUP)
     return rows * columns + 4.0 * math.prod(scale_shape(scales, math.ceil(rows), columns, group_rows))

@@ -7,6 +7,7 @@ from typing import Sequence
 
 import torch
 
+from kernelgen.families.quant import dequantise_mxfp4
 from kernelgen.measure.suite import GROUP
 
 SAMPLED = 128  # rows
@@ -89,7 +90,9 @@ def rows_of(x: torch.Tensor, scale: torch.Tensor | None, rows: torch.Tensor) -> 
 
 
 def matrices(weights: torch.Tensor, scale: torch.Tensor | None, who: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The matrices [n, out, in] of ``who``, (adapters, experts) or one of both, in fp64; FP8 times its scales."""
+    """The matrices [n, out, in] of ``who``, (adapters, experts) or one of both, in fp64; FP8 or MXFP4 times its scales."""
+    if weights.dtype == torch.uint8 and scale is not None:
+        return dequantise_mxfp4(weights[tuple(who)], scale[tuple(who)])
     found = weights[tuple(who)].double()
     if scale is None:
         return found

@@ -10,6 +10,8 @@ from kernelgen.measure.suite import GROUP
 from kernelgen.measure.tune.hints import Hints, Tuning
 from kernelgen.measure.tune.space import Candidate
 
+_BITS = {"none": 16, "mxfp4": 4}  # of a number, else 8
+
 
 @dataclasses.dataclass(frozen=True)
 class MoeGemm(Hints):
@@ -42,8 +44,8 @@ class MoeGemm(Hints):
         taken = self.sizes.rules[candidate.schedule]
         if not self.size("rank") and any(c[name] != taken[name] for name in ("block_d", "delta_stages")):
             return False  # no kernel without adapters has them
-        of_x, of_w = (1 if axis in p else 2 for axis in ("act_quant", "weight_quant"))
-        stage = c["block_k"] * (of_x * rows + of_w * slices * c["block_n"])
+        bits_x, bits_w = (_BITS.get(p.get(axis, "none"), 8) for axis in ("act_quant", "weight_quant"))
+        stage = c["block_k"] * (bits_x * rows + bits_w * slices * c["block_n"]) // 8
         return c["num_stages"] * stage <= self.sizes.shared_memory
 
 

@@ -245,11 +245,12 @@ _SCHEMES: Mapping[tuple[object, object], Scales] = {
     ("block", "group"): ("group", "group"),
     ("channel", "token"): ("channel", "token"),
     ("tensor", "tensor"): ("tensor", "tensor"),
+    ("mxfp4", None): ("mx", None),
 }
 
 
 def _quant(config: Path, sources: Sequence[Mapping[str, Any]]) -> Scales:
-    """What there is a scale each of in an FP8 checkpoint."""
+    """What there is a scale each of in an FP8 checkpoint, or in one of MXFP4."""
     said = _value(sources, "quantization_config", "compression_config")
     if said is None:
         return None, None
@@ -257,12 +258,14 @@ def _quant(config: Path, sources: Sequence[Mapping[str, Any]]) -> Scales:
     if isinstance(said, dict) and said.get("quant_method") == "mxfp4" and _OSS & {source.get("model_type") for source in sources}:
         found = "mx", None
     if found is None:
-        message = "its quantization is none that is known here: FP8 by tensor, by channel and token, or by 128 × 128"
+        message = "its quantization is none that is known here: FP8 by tensor, by channel and token, or by 128 × 128, or MXFP4"
         raise failure("KG070", str(config), message, "--base foreign is for engines that run the experts themselves")
     return found
 
 
 def _scheme(said: Mapping[str, Any]) -> tuple[object, object]:
+    if said.get("quant_method") == "mxfp4":
+        return "mxfp4", None
     static, block = said.get("activation_scheme") == "static", said.get("weight_block_size")
     if said.get("quant_method") == "fp8" and block == [128, 128] and not static:
         return "block", "group"

@@ -7,7 +7,7 @@ import itertools
 from typing import Any, Iterator, Literal, Mapping, get_args
 
 from kernelgen.measure.options import Numbers, Words
-from kernelgen.measure.suite import ACTS, QUANTS, Act, Axis, Quant, Suite, Work, matrix_bytes, quant_forms
+from kernelgen.measure.suite import ACTS, BASE_QUANTS, Act, Axis, Quant, Suite, Work, matrix_bytes, quant_forms
 from kernelgen.measure.suites.mixtures import ROUTING, TOKENS, MixtureCell, model_axes, models_of
 
 # layer: all of it, with the routing given and the sum included; w13 (with its activation) and w2: a product, with its tables made
@@ -66,7 +66,7 @@ SUITE = Suite(
         Axis("sites", Words(SITES), "layer; its parts w13, w2, align, quant, sum.", ("layer", "align", "sum"), ("layer",), SITES),
         Axis("tokens", Numbers(), "Tokens of a batch.", TOKENS, (1, 16, 256, 4096), (1, 20)),
         ROUTING,
-        Axis("quant", Words(QUANTS), "FP8 weights with a scale for each of these; none: 16 bits.", _QUANTS),
+        Axis("quant", Words(BASE_QUANTS), "FP8 weights with a scale for each of these; mx: MXFP4; none: 16 bits.", _QUANTS),
         Axis("act", Words(ACTS), "FP8 activations with a scale for each of these; none: 16 bits.", _QUANTS),
     ),
     span=_span,

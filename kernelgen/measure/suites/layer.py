@@ -7,7 +7,7 @@ import itertools
 from typing import Any, Iterator, Literal, Mapping, get_args
 
 from kernelgen.measure.options import Numbers, Shares, Words
-from kernelgen.measure.suite import ACTS, OURS, QUANTS, Act, Axis, Quant, Suite, Work, adapters, matrix_bytes, quant_forms
+from kernelgen.measure.suite import ACTS, BASE_QUANTS, OURS, Act, Axis, Quant, Suite, Work, adapters, matrix_bytes, quant_forms
 from kernelgen.measure.suites.mixtures import ROUTING, TOKENS, MixtureCell, model_axes, models_of
 
 # layer: all of it; w13: the first product and its adapters, with tables and route made beforehand.
@@ -88,7 +88,7 @@ SUITE = Suite(
         Axis("slots", Numbers(), "Adapters in the weights, one number for each of --active; as many unless told."),
         Axis("base", Shares(), "Shares of tokens without an adapter; 1: no token has one.", (0.0, 1.0)),
         ROUTING,
-        Axis("quant", Words(QUANTS), "FP8 weights with a scale for each of these; none: 16 bits.", ("none",)),
+        Axis("quant", Words(BASE_QUANTS), "FP8 weights with a scale for each of these; mx: MXFP4; none: 16 bits.", ("none",)),
         Axis("act", Words(ACTS), "FP8 activations with a scale for each of these; none: 16 bits.", ("none",)),
     ),
     span=_span,

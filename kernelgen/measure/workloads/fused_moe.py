@@ -9,6 +9,7 @@ from typing import Any, Callable
 
 import torch
 
+from kernelgen.families.activation import OSS
 from kernelgen.measure.models import Model
 from kernelgen.measure.operands import (
     FP8,
@@ -77,11 +78,14 @@ def experts_bytes(model: Model, quant: Quant) -> float:
     return model.experts * (matrix_bytes(quant, *w13) + matrix_bytes(quant, *w2))
 
 
-def activate(x: torch.Tensor, gated: bool) -> torch.Tensor:
-    """What comes between the products: silu(gate) * up, or relu(x) ** 2."""
+def activate(x: torch.Tensor, gated: bool, clamped: bool = False) -> torch.Tensor:
+    """What comes between the products: silu(gate) * up, gpt-oss' clamped one, or relu(x) ** 2."""
     if not gated:
         return x.relu() ** 2
     gate, up = x.chunk(2, dim=-1)
+    if clamped:
+        gate = gate.clamp(max=OSS.limit)
+        return gate * torch.sigmoid(OSS.alpha * gate) * (up.clamp(-OSS.limit, OSS.limit) + OSS.beta)
     return torch.nn.functional.silu(gate) * up
 
 
@@ -117,7 +121,7 @@ class Workload:
         batch, cell = case.batches[0], case.cell
         if cell.site == "align":
             return []
-        return layer_truths(cell, batch, functools.partial(activate, gated=cell.model.gated))
+        return layer_truths(cell, batch, functools.partial(activate, gated=cell.model.gated, clamped=clamped(cell)))
 
     def _copies(self, cell: Cell) -> tuple[Experts | None, ...]:
         if cell.site not in ("layer", "w13", "w2"):
@@ -206,18 +210,18 @@ class Ours(Package):
             device=case.device,
         )
         operands = (batch.x, w.w13, w.w2, batch.topk_ids, batch.topk_weights)
-        options = {"activation": activation(model), "out": batch.out, "workspace": space, **scales}
+        options = {**activation(case.cell), "out": batch.out, "workspace": space, **scales}
         return Op(functools.partial(self.kg.fused_moe, *operands, w13_scale=w.w13_scale, w2_scale=w.w2_scale, **options))
 
     def _w13(self, case: Case[Batch], batch: Batch) -> Op:
         tables, place = self._tables(case, batch)
         w, out = batch.experts, batch.out.flatten(0, 1)
-        rows = {"x_rows": "token", "out_rows": "pair" if place is None else "sorted", "activation": activation(case.cell.model)}
+        rows = {"x_rows": "token", "out_rows": "pair" if place is None else "sorted", **activation(case.cell)}
         scales = {"w_scale": w.w13_scale, "x_scale": batch.x_scale}
 
         def truths() -> list[Truth]:
             pairs = sample(torch.ones(len(out), dtype=torch.bool, device=out.device), CHECKED)
-            between = functools.partial(activate, gated=case.cell.model.gated)
+            between = functools.partial(activate, gated=case.cell.model.gated, clamped=clamped(case.cell))
             wanted = torch.cat([first_rows(batch, part, between) for part in chunks(pairs, _CHUNK)])
             return [poisoned(out, pairs if place is None else place()[pairs], wanted)]
 
@@ -238,7 +242,7 @@ class Ours(Package):
         if place is not None:
             call = functools.partial(self.kg.moe_gemm, out, batch.x, w.w2, tables, x_rows="sorted", **scales)
             return Op(call, of_pairs)
-        if case.cell.act != "none":  # by moe_sum
+        if case.cell.act != "none" or case.cell.quant == "mx":  # by moe_sum
             return Op(functools.partial(self.kg.moe_gemm, out, batch.x, w.w2, tables, x_rows="pair", **scales), of_pairs)
         sums = out[: case.cell.tokens]
 
@@ -284,17 +288,25 @@ class Ours(Package):
         cell, experts = case.cell, case.cell.model.experts
         rule = importlib.import_module(f"{self.kg.__name__}._fused_moe").layer_block_m
         halves, fp8 = 3 if cell.model.gated else 2, cell.quant != "none"
-        size = halves * cell.model.hidden * cell.model.intermediate * (1 if fp8 else 2)
-        block_m = rule(cell.tokens, cell.tokens, cell.model.top_k, experts, size, fp8, cell.act != "none")
+        size = halves * cell.model.hidden * cell.model.intermediate * 16 // {"none": 8, "mx": 32}.get(cell.quant, 16)
+        on_units = cell.act != "none" or cell.quant == "mx"
+        block_m = rule(cell.tokens, cell.tokens, cell.model.top_k, experts, size, fp8, on_units)
         if block_m == 0:
             return self.kg.no_tables(batch.topk_ids, num_experts=experts), None
         tables = self.kg.moe_align(batch.topk_ids, num_experts=experts, block_m=block_m)
         return tables, functools.cache(functools.partial(place_of_pairs, tables, batch.topk_ids))
 
 
-def activation(model: Model) -> str:
-    """As the ops call it."""
-    return "swiglu" if model.gated else "relu2"
+def clamped(cell: Any) -> bool:
+    """Whether the activation is that of gpt-oss, which MXFP4 weights go with."""
+    return bool(cell.quant == "mx")
+
+
+def activation(cell: Any) -> dict[str, Any]:
+    """As the ops take it."""
+    if clamped(cell):
+        return {"activation": "swiglu_clamp", **OSS.given}
+    return {"activation": "swiglu" if cell.model.gated else "relu2"}
 
 
 def place_of_pairs(tables: Any, topk_ids: torch.Tensor) -> torch.Tensor:

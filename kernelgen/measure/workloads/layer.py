@@ -16,7 +16,7 @@ from kernelgen.measure.suites.moe_lora import PROJECTIONS
 from kernelgen.measure.truth import Truth, matrices, rows_of, sample
 from kernelgen.measure.workload import Case, Prepared, Unsupported, Weights
 from kernelgen.measure.workloads import fused_moe
-from kernelgen.measure.workloads.fused_moe import CHECKED, H_SCALE, Experts, activate, poisoned
+from kernelgen.measure.workloads.fused_moe import CHECKED, H_SCALE, Experts, activate, activation, clamped, poisoned
 from kernelgen.measure.workloads.ours import Op, Package
 
 FEW_TOKENS = 4  # that stream weights pair by pair, as fused_moe does
@@ -91,8 +91,10 @@ def _truths(cell: Cell, batch: Batch) -> list[Truth]:
     out = batch.out.flatten(0, -2)
     rows = sample(torch.ones(len(out), dtype=torch.bool, device=out.device), CHECKED)
     if cell.site == "w13":
-        return [poisoned(out, rows, torch.stack([_pair(batch, int(pair), False) for pair in rows]))]
-    tokens = [sum(batch.topk_weights[t, j].double() * _pair(batch, int(t) * top_k + j, True) for j in range(top_k)) for t in rows]
+        return [poisoned(out, rows, torch.stack([_pair(cell, batch, int(pair), False) for pair in rows]))]
+    tokens = [
+        sum(batch.topk_weights[t, j].double() * _pair(cell, batch, int(t) * top_k + j, True) for j in range(top_k)) for t in rows
+    ]
     return [poisoned(out, rows, torch.stack(tokens), cell.act)]  # type: ignore[arg-type]
 
 
@@ -107,7 +109,7 @@ def _adapters(cell: Cell, device: torch.device) -> LayerBuffers:
     return LayerBuffers(found[0], found[1], torch.ones(cell.slots, dtype=torch.int32, device=device))
 
 
-def _pair(batch: Batch, pair: int, whole: bool) -> torch.Tensor:
+def _pair(cell: Cell, batch: Batch, pair: int, whole: bool) -> torch.Tensor:
     """What the expert and the adapter of a pair make of its token, in fp64: all of it, or the first product."""
     token, expert = pair // batch.topk_ids.shape[1], batch.topk_ids.reshape(-1)[[pair]].long()
     adapter = int(batch.mapping[token])
@@ -122,7 +124,7 @@ def _pair(batch: Batch, pair: int, whole: bool) -> torch.Tensor:
     lora, w = batch.lora, batch.weights
     x = rows_of(batch.x, batch.x_scale, torch.tensor([token], device=batch.x.device))[0]
     rows = product(w.w13, w.w13_scale, x, lora and lora.gate_up)
-    return product(w.w2, w.w2_scale, activate(rows, True), lora and lora.down) if whole else rows
+    return product(w.w2, w.w2_scale, activate(rows, True, clamped(cell)), lora and lora.down) if whole else rows
 
 
 class Ours(Package):
@@ -142,14 +144,14 @@ class Ours(Package):
             bare = [dataclasses.replace(batch, lora=None) for batch in case.batches]
             return [Op(self._layer(case, batch), functools.partial(_truths, cell, bare[0])) for batch in bare]
         if self.form and cell.quant != "none":
-            raise Unsupported("the separate ops have no base product of FP8")
+            raise Unsupported("the separate ops have no base product of FP8 or MXFP4")
         make = self._first if cell.site == "w13" else self._separate if self.form else self._layer
         return [Op(make(case, batch)) for batch in case.batches]
 
     def _layer(self, case: Case[Batch], batch: Batch) -> Callable[[], Any]:
         model, cell = case.cell.model, case.cell
         w, h_scale = batch.weights, torch.full((1,), H_SCALE, device=case.device) if cell.act == "tensor" else None
-        layer = MoeLayer(self.kg, w.w13, w.w2, batch.lora, w.w13_scale, w.w2_scale, h_scale)
+        layer = MoeLayer(self.kg, w.w13, w.w2, batch.lora, w.w13_scale, w.w2_scale, h_scale, **activation(cell))
         sizes = {"top_k": model.top_k, "num_experts": model.experts, "hidden": model.hidden, "intermediate": model.intermediate}
         options = {"max_tokens": cell.tokens, "dtype": batch.out.dtype, "device": case.device}
         options |= {"max_rank": cell.rank if batch.lora else 0, "fp8_activations": batch.x_scale is not None}
