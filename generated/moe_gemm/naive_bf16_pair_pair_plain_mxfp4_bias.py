@@ -12,7 +12,7 @@ bias [E, N] in any float dtype;
 W is MXFP4, uint8 [E, N, K / 2] of two numbers a byte, the lower bits first, and w_scale uint8 or float8_e8m0fnu
 [E, N, K / 32], whose powers of two 32 numbers of a row share: their products are exact in bfloat16;
 the sum over K, and what follows it, is fp32 and is rounded once.
-A program makes BLOCK_N columns of a pair, on matrix units, though of a single row: to widen FP8 for other units takes longer than
+A program makes BLOCK_N columns of a pair, on matrix units, though of a single row: to widen MXFP4 for other units takes longer than
 to read it.
 """
 
@@ -47,7 +47,7 @@ def moe_gemm_naive_bf16_pair_pair_plain_mxfp4_bias_kernel(
     n = n0 + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     w_row = n if N % BLOCK_N == 0 else tl.minimum(n, N - 1)
-    rows = tl.num_programs(0) - tl.program_id(0)  # at least one, which the compiler cannot know
+    first = (tl.arange(0, BLOCK_M) == 0)[:, None]  # the others are zero: a row is read once
     pair = tl.program_id(0) // TILES
     if valid_tokens_ptr is not None and pair // TOP_K >= tl.load(valid_tokens_ptr):
         return
@@ -74,15 +74,14 @@ def moe_gemm_naive_bf16_pair_pair_plain_mxfp4_bias_kernel(
         scale = scale_as_bf16(scale_bytes)
         scale_bytes = tl.load(next_scales, mask=in_row, other=0)
         if K % BLOCK_K == 0:
-            x = tl.load(x_tile + k0)
+            x = tl.load(x_tile + k0, mask=first, other=0.0)
             w = tl.load(w_tile + k0 // 2, eviction_policy=WEIGHTS)
         else:
-            x = tl.load(x_tile + k0, mask=(k < K - k0)[None, :], other=0.0)
+            x = tl.load(x_tile + k0, mask=first & (k < K - k0)[None, :], other=0.0)
             w_mask = (codes < (K - k0) // 2)[None, :]
             w = tl.load(w_tile + k0 // 2, mask=w_mask, other=0, eviction_policy=WEIGHTS)
         acc = tl.dot(x, as_bf16(w, scale).T, acc)
 
-    first = (tl.arange(0, BLOCK_M) == 0)[:, None]
     acc = tl.sum(tl.where(first, acc, 0.0), 0)
     acc += bias
     y = acc

@@ -65,6 +65,7 @@ __all__ = ["FusedMoeLora", "FusedMoeWorkspace", "fused_moe", "fused_moe_workspac
 # Up to so many tokens stream weights pair by pair, where tables would cost more than they save: bytes that are read again, and
 # FP8 that gemv has to widen for each pair.
 _FEW_TOKENS, _AGAIN, _WIDENED = 4, 64 * 2**20, 192 * 2**20
+_TALL = 256  # pairs an expert from which on blocks of MXFP4 have 128 rows
 
 
 @operands.bundle()
@@ -392,7 +393,8 @@ def _bind(
     expected = num_tokens if num_tokens_hint is None else min(num_tokens_hint, num_tokens)
     expert_bytes = (w13.shape[1] * w13.shape[2] + width * w2.shape[2]) * w13.itemsize
     on_units = x_mode is not None or mode == "mx"  # matrix units, also for few tokens
-    block_m = layer_block_m(num_tokens, expected, top_k, num_experts, expert_bytes, w13.itemsize == 1, on_units)
+    of_weights = (w13.itemsize == 1, on_units, mode == "mx")
+    block_m = layer_block_m(num_tokens, expected, top_k, num_experts, expert_bytes, *of_weights)
     few = block_m == 0
     sums = few and not on_units  # experts of a token, in the second product
     blocks = 0 if few else 3 * max_blocks(num_tokens, top_k, num_experts, block_m)
@@ -533,13 +535,18 @@ def _bind(
 
 
 def layer_block_m(
-    num_tokens: int, expected: int, top_k: int, num_experts: int, expert_bytes: int, fp8: bool, fp8_x: bool
+    num_tokens: int, expected: int, top_k: int, num_experts: int, expert_bytes: int, fp8: bool, fp8_x: bool, mx: bool = False
 ) -> int:
-    """Rows of the blocks of a layer whose weights take ``expert_bytes`` an expert; 0: few tokens, which need no tables."""
+    """Rows of the blocks of a layer whose weights take ``expert_bytes`` an expert; 0: few tokens, which need no tables.
+
+    Four bits are widened once a program for all of its warps only where it has 64 rows or more, which outweighs empty rows.
+    """
     num_pairs = num_tokens * top_k
     again = (num_pairs - experts_hit(num_pairs, num_experts)) * expert_bytes  # read pair by pair, beyond once an expert
     slow = fp8 and not fp8_x and num_pairs * expert_bytes > _WIDENED
     few = num_tokens <= _FEW_TOKENS and again < _AGAIN and not slow
+    if mx and not few:
+        return 128 if expected * top_k >= _TALL * num_experts else 64
     return 0 if few else default_block_m(expected, top_k, num_experts, fp8)
 
 

@@ -44,7 +44,7 @@ class MoeGemm(Hints):
         taken = self.sizes.rules[candidate.schedule]
         if not self.size("rank") and any(c[name] != taken[name] for name in ("block_d", "delta_stages")):
             return False  # no kernel without adapters has them
-        bits_x, bits_w = (_BITS.get(p.get(axis, "none"), 8) for axis in ("act_quant", "weight_quant"))
+        bits_x, bits_w = (_BITS.get(str(p.get(axis, "none")), 8) for axis in ("act_quant", "weight_quant"))
         stage = c["block_k"] * (bits_x * rows + bits_w * slices * c["block_n"]) // 8
         return c["num_stages"] * stage <= self.sizes.shared_memory
 

@@ -290,7 +290,7 @@ class Ours(Package):
         halves, fp8 = 3 if cell.model.gated else 2, cell.quant != "none"
         size = halves * cell.model.hidden * cell.model.intermediate * 16 // {"none": 8, "mx": 32}.get(cell.quant, 16)
         on_units = cell.act != "none" or cell.quant == "mx"
-        block_m = rule(cell.tokens, cell.tokens, cell.model.top_k, experts, size, fp8, on_units)
+        block_m = rule(cell.tokens, cell.tokens, cell.model.top_k, experts, size, fp8, on_units, cell.quant == "mx")
         if block_m == 0:
             return self.kg.no_tables(batch.topk_ids, num_experts=experts), None
         tables = self.kg.moe_align(batch.topk_ids, num_experts=experts, block_m=block_m)
