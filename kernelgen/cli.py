@@ -397,6 +397,27 @@ def sanitize(
     return Report(document, (), 1 if findings else 0)
 
 
+@_command("numerics")
+@click.option("--only", metavar="GLOB", help="Only the variants of such a name.")
+@click.option("--update", is_flag=True, help="Write the terms to numerics.lock, instead of a comparison.")
+@click.option("-j", "--jobs", type=click.IntRange(1, 256), help="Processes to run in.  [default: one a core, at most 12]")
+@_specs_option
+@_out_option
+def numerics(only: str | None, update: bool, jobs: int | None, specs: Path, out: Path) -> Report:
+    """Trace in which order kernels add and where they round, and compare it with numerics.lock; exit 1 where it differs."""
+    from kernelgen.core.progress import progress
+    from kernelgen.emit import build as pipeline
+    from kernelgen.prove.numerics import receipts
+
+    workers = jobs or min(_cores(), 12)
+    pipeline.require_current(specs, out, only, workers)
+    result = receipts.run(out, specs, only=only, update=update, workers=workers, progress=progress("tracing"))
+    for finding in result.findings:
+        click.echo(str(finding), err=True)
+    click.echo(result.summary(), err=True)
+    return Report(result.as_json(), (), 1 if result.findings else 0)
+
+
 @_command("compile")
 @click.option("--arch", "archs", metavar="TARGET", multiple=True, help="Only for this; repeatable.")
 @click.option("--only", metavar="GLOB", help="Only the variants of such a name.")
@@ -455,17 +476,27 @@ def compile_kernels(
 
 @_command("explain")
 @click.argument("variant")
-@click.option("--arch", metavar="TARGET", default="sm_90", show_default=True, help="For what.")
+@click.option("--arch", metavar="TARGET", help="For what.  [default: sm_90]")
+@click.option("--numerics", is_flag=True, help="Instead, in which order it adds and where it rounds.")
 @_specs_option
 @_out_option
-def explain(variant: str, arch: str, specs: Path, out: Path) -> Report:
+def explain(variant: str, arch: str | None, numerics: bool, specs: Path, out: Path) -> Report:
     """Say what limits VARIANT on a target: resources, occupancy, arithmetic intensity, roofline. Needs no GPU."""
-    from kernelgen.compiled.explain import explain as answer
+    if numerics and arch:
+        raise click.UsageError("--numerics are the same for every --arch")
+    from kernelgen.core.targets import PRIMARY
     from kernelgen.emit import build as pipeline
 
     pipeline.find(pipeline.package(specs), variant)
     pipeline.require_current(specs, out, variant, _cores())
-    explanation = answer(specs, out, variant, arch)
+    if numerics:
+        from kernelgen.prove.numerics import receipts
+
+        told = receipts.explain(out, specs, variant)
+        return Report(told.as_json(), told.lines())
+    from kernelgen.compiled.explain import explain as answer
+
+    explanation = answer(specs, out, variant, arch or PRIMARY)
     return Report(explanation.as_json(), explanation.lines())
 
 

@@ -6,13 +6,16 @@ import importlib
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, Iterator
 
 import pytest
 import torch
 from strict_package import build_strict
 
 from kernelgen.prove import verify
+from kernelgen.prove.numerics import receipts
+from kernelgen.prove.numerics.tape import taped
+from kernelgen.prove.numerics.terms import difference
 
 TOKENS, TOP_K, EXPERTS, LORAS, K, N = (
     37,
@@ -38,13 +41,45 @@ def test_strict_kernels_are_right(strict: Path, device: str, variants: str) -> N
     assert found.outcomes and not [outcome for outcome in found.outcomes if outcome.error]
 
 
-@pytest.mark.parametrize("scales", [(None, None), ("channel", None), ("group", None), ("channel", "token"), ("group", "group")])
+SCALES = [(None, None), ("channel", None), ("group", None), ("channel", "token"), ("group", "group")]
+Scales = tuple[str | None, str | None]
+Launch = Callable[[], torch.Tensor]
+
+
+@pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize("rank", BUCKETS)
-def test_schedules_agree_bit_for_bit(
-    strict: Path, device: str, rank: int, scales: tuple[str | None, str | None]
-) -> None:
+def test_schedules_agree_bit_for_bit(strict: Path, device: str, rank: int, scales: Scales) -> None:
     if device != "cuda":
         pytest.skip("the interpreter's products are not a tensor core's")
+    results = [launch() for _, launch in _launches(strict, device, rank, scales)]
+    if scales[1] is not None and rank > 128:
+        return  # has no variants
+    assert len(results) >= 2
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.slow(keep=2)
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("rank", BUCKETS)
+def test_schedules_have_one_term(strict: Path, device: str, rank: int, scales: Scales) -> None:
+    """Every row has the same term, whichever schedule makes it, for how many tokens, in blocks of which height."""
+    if device != "cpu":
+        pytest.skip("terms are of interpreted kernels")
+    found: dict[str, list[str]] = {}
+    for tokens in (1, 3):
+        for name, launch in _launches(strict, device, min(rank, 136), scales, tokens=tokens, top_k=2, n=24):
+            with taped() as tape:
+                launch()
+            for term in receipts.terms(tape, sample=2, tiles=False):
+                found.setdefault(term, []).append(f"{name}, {tokens} tokens")
+    terms = list(found)
+    assert len(terms) <= 1, f"{found[terms[0]]} and {found[terms[1]]}: {difference(*terms[:2])}\n{terms[0]}\n{terms[1]}"
+
+
+def _launches(
+    strict: Path, device: str, rank: int, scales: Scales, tokens: int = TOKENS, top_k: int = TOP_K, n: int = N
+) -> Iterator[tuple[str, Launch]]:
+    """One call by each schedule, and in blocks of two heights: its name, and what makes it and returns the result."""
     sys.path.insert(0, str(strict))
     if not (strict / "strictly").exists():
         shutil.copytree(strict / "generated", strict / "strictly")
@@ -54,11 +89,11 @@ def test_schedules_agree_bit_for_bit(
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(size, device=device).bfloat16()
 
-    ids = torch.randint(EXPERTS, (TOKENS, TOP_K), device=device).int()
-    adapters = torch.randint(-1, LORAS, (TOKENS,), device=device).int()
-    x, out, weights = normal(TOKENS * TOP_K, K), normal(TOKENS, TOP_K, 2 * N), normal(TOKENS, TOP_K)
+    ids = torch.randint(EXPERTS, (tokens, top_k), device=device).int()
+    adapters = torch.randint(0, LORAS, (tokens,), device=device).int()
+    x, out, weights = normal(tokens * top_k, K), normal(tokens, top_k, 2 * n), normal(tokens, top_k)
     a = [normal(LORAS, EXPERTS, rank, K) for _ in range(2)]
-    b = [normal(LORAS, EXPERTS, N, rank) for _ in range(2)]
+    b = [normal(LORAS, EXPERTS, n, rank) for _ in range(2)]
     of_weights, of_x = scales
     options: dict[str, Any] = {}
     if of_weights is not None:
@@ -70,21 +105,22 @@ def test_schedules_agree_bit_for_bit(
     if of_x is not None:
         x, options["x_scale"] = kg.quantize_activations(x, of_x)
     sizes = {"num_experts": EXPERTS, "max_loras": LORAS}
-    results = []
     for schedule, assignment, block_m in (
         ("small_batch", "naive", None),
         *(("two_kernel", "sorted", rows) for rows in (16, 64)),
         *(("one_shot", "sorted", rows) for rows in (16, 64)),
     ):
-        name = f"{schedule}_bf16_{assignment}_add_weighted_{BUCKETS[rank]}"
+        name = f"{schedule}_bf16_{assignment}_add_weighted_{BUCKETS[24 if rank <= 64 else 200]}"
         name += "".join(f"_{what}8{kind}" for what, kind in zip("wa", scales, strict=True) if kind)
         if f"moe_lora_{name}" not in kg.variants():
             continue
-        launch = getattr(importlib.import_module(f"strictly.moe_lora.{name}"), f"moe_lora_{name}")
+        launcher = getattr(importlib.import_module(f"strictly.moe_lora.{name}"), f"moe_lora_{name}")
         route = kg.moe_route(ids, adapters, assignment=assignment, block_m=block_m, **sizes)
-        results.append(out.clone())
-        launch(results[-1], x, a, b, route, topk_weights=weights, **options)
-    if of_x is not None and rank > 128:
-        return  # has no variants
-    assert len(results) >= 2 and not torch.equal(results[0], out)
-    assert all(torch.equal(result, results[0]) for result in results)
+
+        def launch(launcher: Any = launcher, route: Any = route) -> torch.Tensor:
+            result = out.clone()
+            launcher(result, x, a, b, route, topk_weights=weights, **options)
+            assert not torch.equal(result, out)
+            return result
+
+        yield f"{schedule}, blocks of {block_m} rows", launch

@@ -60,6 +60,7 @@ CATALOGUE: Mapping[str, str] = {
     "KG062": "a module of a room that is missing, cannot be imported, or fails",
     "KG063": "a kernel that compute-sanitizer objects to",
     "KG064": "a kernel that compute-sanitizer did not see as it is now",
+    "KG065": "a kernel that adds or rounds in another order than numerics.lock has",
     "KG070": "a workload that cannot be made, or a family that has nothing to tune",
     "KG071": "a peer that cannot be used here",
     "KG072": "a file of results, of tiles or of a search that this run cannot go on with",

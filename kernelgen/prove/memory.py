@@ -25,6 +25,10 @@ class Race(MemoryFault):
     """Programs, or lanes of one store, whose result depends on the order in which they run."""
 
 
+class Lost(Exception):
+    """What shadows of numbers in a kernel do not know, where it is needed."""
+
+
 class Launch:
     """What one launch may touch, and what its programs did."""
 

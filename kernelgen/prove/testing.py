@@ -146,20 +146,23 @@ class Suite:
         return self.check_launcher(package, variant.launcher(package), variant, case, device)
 
     def check_exactly(self, variant: Variant, case: Case, device: str) -> None:
-        """Run a case on a variant in exact algebra.
+        """Run a case on a variant in exact algebra, and compare the order of its sums with numerics.lock.
 
         Raises:
-            AssertionError: a kernel made other elements than the reference, or the variant is wrong in numbers.
+            AssertionError: a kernel made other elements than the reference, in another order than numerics.lock has, or the
+                variant is wrong in numbers.
             Lost: an operation has no rule in exact algebra.
             SkipTest: kernels are not interpreted.
         """
         if device != "cpu":
             raise unittest.SkipTest("exact algebra interprets kernels")
         from kernelgen.prove.exact import exact_algebra  # imports triton
+        from kernelgen.prove.numerics import receipts, tape
 
-        with exact_algebra() as algebra:
+        with exact_algebra() as algebra, tape.taped() as taken:
             self.check(variant, case, device)
         assert algebra.compared, f"{case}: nothing was compared in exact algebra"
+        receipts.compare(importlib.import_module(self.package), variant.name, case.name, taken)
 
     def check_launcher(
         self,

@@ -22,7 +22,8 @@ import torch
 from kernelgen.families import case
 from kernelgen.prove.exact.formulas import Formulas
 from kernelgen.prove.exact.kernels import kernels_in
-from kernelgen.prove.exact.memory import Lost, Memory
+from kernelgen.prove.exact.memory import Memory
+from kernelgen.prove.memory import Lost
 
 __all__ = ["Algebra", "Lost", "exact_algebra"]
 

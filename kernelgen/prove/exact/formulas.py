@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from kernelgen.prove.exact import field
 from kernelgen.prove.exact.field import Elements
-from kernelgen.prove.exact.memory import Lost, Memory
+from kernelgen.prove.exact.memory import Memory
+from kernelgen.prove.memory import Lost
 
 # Numbers go elsewhere, and stay what they are.
 _MOVES = ("clone", "index", "index_put_", "index_select", "cat", "stack", "where", "repeat", "gather", "flip", "_unsafe_view")

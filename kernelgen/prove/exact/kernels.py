@@ -19,8 +19,7 @@ from kernelgen.families._repairs import widened
 from kernelgen.prove.exact import field
 from kernelgen.prove.exact.field import Elements
 from kernelgen.prove.exact.formulas import Formulas
-from kernelgen.prove.exact.memory import Lost
-from kernelgen.prove.memory import beside, tensors
+from kernelgen.prove.memory import Lost, beside, tensors
 
 _Rule = Callable[..., Elements]  # from the operands of an operation
 
@@ -150,7 +149,7 @@ def kernels_in(formulas: Formulas) -> Iterator[None]:
                     else:
                         _elements(made)
                 except Lost as error:
-                    raise Lost(f"{name.removeprefix('create_')} {_place()}: {error}") from None
+                    raise Lost(f"{name.removeprefix('create_')} {kernel_line()}: {error}") from None
             return made
 
         return operation
@@ -188,7 +187,7 @@ def _reduced(stock: Callable[..., Any]) -> Callable[..., Any]:
             highest = numbers == np.max(numbers, self.axis, keepdims=True)
             found = np.where(highest, elements, np.uint64(2**63)).min(self.axis, keepdims=self.keep_dims)
         else:
-            raise Lost(f"reduce {_place()}: exact algebra has no rule for it")
+            raise Lost(f"reduce {kernel_line()}: exact algebra has no rule for it")
         result = made[0] if isinstance(made, (list, tuple)) else made
         result.handle.elements = np.broadcast_to(found, result.handle.data.shape)
         return made
@@ -199,7 +198,7 @@ def _reduced(stock: Callable[..., Any]) -> Callable[..., Any]:
 def _integers_alone(stock: Callable[..., Any]) -> Callable[..., Any]:
     def scanned(self: Any, inputs: Any) -> Any:
         if any(each.dtype.is_floating() for each in inputs):
-            raise Lost(f"scan {_place()}: exact algebra has no rule for it")
+            raise Lost(f"scan {kernel_line()}: exact algebra has no rule for it")
         return stock(self, inputs)
 
     return scanned
@@ -236,7 +235,7 @@ def _launched(stock: Callable[..., Any], formulas: Formulas, interpreter: Any) -
     return launched
 
 
-def _place() -> str:
+def kernel_line() -> str:
     """The line of the kernel that runs."""
     for frame in reversed(traceback.extract_stack()):
         path = frame.filename.replace("\\", "/")

@@ -15,12 +15,9 @@ from numpy.typing import NDArray
 
 from kernelgen.prove.exact import field
 from kernelgen.prove.exact.field import Elements
+from kernelgen.prove.memory import Lost
 
 _LARGE = 2**24  # bytes; what is larger is sparse, and few of its pages may be touched
-
-
-class Lost(Exception):
-    """A number whose element is not known, where it is needed."""
 
 
 class _Storage:
@@ -96,6 +93,14 @@ class Memory:
             _refuse_lost(storage)
             elements[lanes] = storage.read(addresses[lanes] - np.uint64(storage.first))
         return elements
+
+    def noted(self, addresses: NDArray[np.uint64]) -> Elements:
+        """What was written for these addresses, + 1; 0: nothing."""
+        notes = np.zeros(addresses.shape, np.uint64)
+        for storage, lanes in self._parts(addresses):
+            if storage.written is not None:
+                notes[lanes] = storage.written[(addresses[lanes] - np.uint64(storage.first)).astype(np.int64)]
+        return notes
 
     def write(self, addresses: NDArray[np.uint64], elements: Elements) -> None:
         """Note them."""
