@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from pathlib import Path
@@ -38,26 +39,31 @@ CHANGES = (
         "parts are added from the last to the first",
         _TWO,
         (("v += tl.load(part_rows + i * next_part", "v += tl.load(part_rows + (PARTS - i) * next_part"),),
-        r"was sum n\(dot_bf16\(j 64n\.\.64n\+64 by 32.*, is dot_bf16\(j by 64|each n",
+        r"was bf16\(sum n\(dot_bf16\(j 64n\.\.64n\+64 by 32.*, is bf16\(\(sum .*\+ dot_bf16\(j 64\.\.128 by 32",
     ),
     Change(
         "parts are rounded before they are added",
         _TWO,
         (("* next_part, mask=v_mask, other=0.0)", "* next_part, mask=v_mask, other=0.0).to(tl.bfloat16)"),),
-        r"bf16",
+        r"is bf16\(\(.*bf16\(dot_bf16\(j",
     ),
     Change(
         "the routing weight is applied before the sum",
         _TWO,
         (("v = v.to(tl.bfloat16)", "v = (v * weight[:, None]).to(tl.bfloat16)"), ("y *= weight[:, None]", "y *= 1.0")),
-        r"topk_weights",
+        r"is .*bf16\(\(bf16\(.*\) \* topk_weights\[\., \.\]\)\) \* b|is .*\* topk_weights.*\* b\[",
     ),
-    Change("tiles are summed apart", _TWO, (("tl.dot(x, p[2].T, p[1])", "p[1] + tl.dot(x, p[2].T)"),), r"dot_bf16"),
+    Change(
+        "tiles are summed apart",
+        _TWO,
+        (("tl.dot(x, p[2].T, p[1])", "p[1] + tl.dot(x, p[2].T)"),),
+        r"was .*dot_bf16\(j 64n\.\.64n\+64 by 32.*, is .*sum n\(dot_bf16\(j at 32n in 32",
+    ),
     Change(
         "a scale is applied to an operand",
         _GROUPS,
-        (("tl.dot(v[s], b.T) * b_scale", "tl.dot(v[s], (b.to(tl.float32) * tl.trans(b_scale)).to(tl.bfloat16).T)"),),
-        r"b_scale",
+        (("tl.dot(v[s], b.T) * b_scale", "tl.dot((v[s].to(tl.float32) * b_scale).to(tl.bfloat16), b.T)"),),
+        r"is .*bf16\(\(.* \* b_scale.*\) \* bf16\(b\[",
     ),
 )
 
@@ -82,20 +88,18 @@ def test_a_change_of_order_is_told(change: Change, bench: Bench) -> None:
         assert before in text
         text = text.replace(before, after)
     package, changed = bench.place(variant, text)
-    with taped() as tape:
-        dataclasses.replace(suite, package=package).check(changed, case, "cpu")  # still right within its bound
+    with taped() as tape, contextlib.suppress(AssertionError):  # some are beyond the bound too, which does not say why
+        dataclasses.replace(suite, package=package).check(changed, case, "cpu")
     known = receipts.read(ROOT / receipts.FILE)[variant.name, case.name]
     told = "\n".join(receipts.changes(known, receipts.terms(tape)))
-    print(told)
-    assert re.search(change.says, told)
+    assert re.search(change.says, told), told
 
 
 _BATCHES = (
-    "lora_shrink_bf16_r16",
     "moe_lora_one_shot_bf16_sorted_add_weighted_r64_w8channel",
     "moe_lora_small_batch_bf16_naive_add_weighted_r16",
     "moe_lora_two_kernel_bf16_sorted_add_weighted_rany",
-    "moe_gemm_tile_bf16_pair_sorted_plain",
+    "moe_gemm_tile_bf16_sorted_pair_plain",
     "moe_gemm_gemv_bf16_pair_token_weighted",
 )
 
@@ -107,14 +111,17 @@ def test_a_row_has_one_term_in_every_batch_and_shard(name: str, bench: Bench) ->
     columns, and of what is summed over, have it too: over GPUs, results are added that are each of this term."""
     suite, variant = _found(bench, name)
     case: Any = suite.exact_cases(variant)[0]
-    columns = {"widths": tuple(2 * width for width in case.widths)} if hasattr(case, "widths") else {"n": 2 * case.n}
-    found = []
-    for sizes in ({"tokens": 1}, {"tokens": 2}, {"tokens": 5}, {"tokens": 2, "k": case.k + 128}, {"tokens": 2, **columns}):
+
+    def terms(**sizes: int) -> set[str]:
         with taped() as tape:
             suite.check(variant, dataclasses.replace(case, **sizes), "cpu")
-        every = receipts.terms(tape, sample=None if len(found) < 3 else 4)
-        found.append({term for term in every if not term.endswith(": 0")})
-    assert len(found[0]) == 1 and all(terms == found[0] for terms in found)
+        return {term for term in receipts.terms(tape, sample=None) if not term.endswith(": 0")}
+
+    alone = terms(tokens=1)
+    assert len(alone) == 1 and terms(tokens=2) == terms(tokens=5) == alone
+    whole = terms(tokens=2, k=512)
+    assert len(whole) == 1 and terms(tokens=2, k=256) == whole
+    assert not hasattr(case, "n") or terms(tokens=2, k=256, n=case.n // 2) == whole
 
 
 @triton.jit
