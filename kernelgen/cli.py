@@ -19,6 +19,7 @@ import click
 from kernelgen import __version__
 from kernelgen.core.command import Report, command
 from kernelgen.core.table import inline, table, terminal_width
+from kernelgen.prove import SANITIZERS
 
 if TYPE_CHECKING:
     from kernelgen.compiled.served import Served
@@ -355,7 +356,7 @@ def verify(only: str | None, device: str, exact: bool, jobs: int | None, specs: 
 @click.option(
     "--tool",
     "tools",
-    type=click.Choice(["memcheck", "initcheck", "racecheck", "synccheck"]),
+    type=click.Choice(SANITIZERS),
     multiple=True,
     help="Only this; repeatable.",
 )
@@ -386,7 +387,7 @@ def sanitize(
         document: dict[str, Any] = {"findings": [finding.as_json() for finding in findings]}
     else:
         done = sanitizer.run(
-            out, specs, only=only, tools=tools or sanitizer.TOOLS, workers=workers, progress=progress("checking")
+            out, specs, only=only, tools=tools or SANITIZERS, workers=workers, progress=progress("checking")
         )
         findings, document = done.findings, done.as_json()
         if result is not None:

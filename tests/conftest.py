@@ -28,6 +28,7 @@ INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 # Tests of that folder compile kernels, for GPUs that need not be there; test_compiled.py runs them.
 collect_ignore_glob = ["compiled/*"] if INTERPRETED else []
 
+gc.disable()  # until the tests are collected: nearly all that is made by then stays
 torch.set_num_threads(1)
 if INTERPRETED:
     from kernelgen.prove import interpreter
@@ -80,8 +81,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    gc.collect()
     gc.freeze()  # what is imported by now stays: no collection looks at it again
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from kernelgen.core.diagnostics import Failure
-from kernelgen.prove.sanitize import TOOLS, Complaint, compare, complaints_of, run
+from kernelgen.prove import SANITIZERS
+from kernelgen.prove.sanitize import Complaint, compare, complaints_of, run
 from kernelgen.prove.verify import suites
 
 ROOT = Path(__file__).parent.parent
@@ -63,7 +64,7 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("tool", SANITIZERS)
 def test_a_log_is_read(tool: str) -> None:
     """Each thing is said once, of the variant whose kernel it is in."""
     assert list(complaints_of(LOGS[tool], tool, KNOWN)) == [Complaint(tool, *SAID[tool])]

@@ -142,7 +142,7 @@ def problem_of(
     columns = _columns(variant, widths, offset_start, columns, column_stride)
     end = max(begin + (width - 1) * column_stride + 1 for begin, width in zip(columns, widths, strict=True))
     if end >= 2**31:
-        runtime.fail(variant, "offset_start", offset_start, f"an end of {end} below {2**31}")
+        runtime.fail(variant, "offset_start", offset_start, "columns below 2**31", f"slices end at {end}")
     if out.shape[1] < end:
         hint = f"slices of {', '.join(map(str, widths))} columns, as in lora_b, from {', '.join(map(str, columns))} on"
         runtime.fail(variant, "out", runtime.describe(out), f"[{route.num_tokens}, >= {end}]", hint)

@@ -11,7 +11,16 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .. import _runtime as runtime
-from ._op import CHUNKS, Fill, Problem, check_fill, check_local_ids, counters, counts_size, is_dense
+from ._op import (
+    CHUNKS,
+    Fill,
+    Problem,
+    check_fill,
+    check_local_ids,
+    counters,
+    counts_size,
+    is_dense,
+)
 
 _TABLES = "pairs_ptr blocks_ptr num_blocks_ptr"
 _ROUTING = "topk_ids_ptr valid_tokens_ptr num_pairs"

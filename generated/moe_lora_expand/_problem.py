@@ -117,7 +117,7 @@ def check(
     strides, end = operands.Strides.of(lora_b[0]), offset + slices * n
     check_rank(variant, "lora_b", rank, max_rank, strides.row, n)
     if end >= 2**31:
-        runtime.fail(variant, "offset", offset, f"0 to {2**31 - slices * n - 1}")
+        runtime.fail(variant, "offset", offset, "columns below 2**31", f"{slices} slices of {n} end at {end}, N as in lora_b")
     if out.shape[2] < end:
         hint = f"{slices} slices of {n} columns from offset = {offset} on, N as in lora_b"
         runtime.fail(variant, "out", runtime.describe(out), f"[{route.num_tokens}, {route.top_k}, >= {end}]", hint)

@@ -27,6 +27,7 @@ _STANDARD = frozenset(
         "functools",
         "importlib",
         "itertools",
+        "linecache",
         "logging",
         "math",
         "os",

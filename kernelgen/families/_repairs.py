@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import linecache
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -40,6 +41,7 @@ _PARTS = {
     ),
     "ReduceOps": ("apply_impl",),
     "ScanOps": ("apply_impl",),
+    "FunctionRewriter": ("rewrite_ast", "_transform_ast", "_compile_and_exec"),
     "_LangPatchScope": (),
     "TensorHandle": (),
     "_patch_lang": (),
@@ -69,6 +71,7 @@ def install() -> None:
     _speed_up_values(interpreter)
     _speed_up_operands(interpreter)
     _speed_up_calls(interpreter)
+    _speed_up_rewriting(interpreter)
     _repair_numbers(interpreter)
     _repair_language(interpreter)
     _ignore_dependent_launch()
@@ -216,6 +219,27 @@ def _speed_up_calls(interpreter: Any) -> None:
         scope.set_attr(owner, name, call)
 
     interpreter._patch_attr = patch
+
+
+def _speed_up_rewriting(interpreter: Any) -> None:
+    """The lines of a kernel are told by its code; Triton tokenizes all of them for that, twice."""
+    rewriter = interpreter.FunctionRewriter
+    rewrite = rewriter.rewrite_ast
+
+    def rewrite_ast(self: Any) -> Any:
+        code = self.fn.__code__
+        if not hasattr(code, "co_positions"):  # Python 3.10
+            return rewrite(self)
+        end = max(place[1] or 0 for place in code.co_positions())
+        linecache.checkcache(code.co_filename)
+        lines = linecache.getlines(code.co_filename, self.fn.__globals__)[code.co_firstlineno - 1 : end]
+        start = next((i for i, line in enumerate(lines) if line.startswith("def ")), None)
+        if start is None:  # inside of something else, or its text is gone
+            return rewrite(self)
+        self.filename, self.def_file_lineno = code.co_filename, code.co_firstlineno + start
+        return self._compile_and_exec(self._transform_ast("".join(lines[start:])))
+
+    rewriter.rewrite_ast = rewrite_ast
 
 
 # Numbers. Triton holds bfloat16 as uint16 and float8 as uint8: widen to float32, compute, round back.

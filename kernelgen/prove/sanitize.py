@@ -28,9 +28,9 @@ from kernelgen.core.processes import Fault, Progress, in_processes, no_progress
 from kernelgen.core.read import parse_json, read_file
 from kernelgen.emit.rooms import serve
 from kernelgen.families.case import Case, Variant
+from kernelgen.prove import SANITIZERS
 from kernelgen.prove.verify import is_named, nothing_named, require_device, start_worker, suites
 
-TOOLS = ("memcheck", "initcheck", "racecheck", "synccheck")
 PROGRAM = "compute-sanitizer"
 _Names = tuple[str, str, str]  # of a family, a variant and a case
 
@@ -80,7 +80,7 @@ def run(
     specs: Path,
     *,
     only: str | None = None,
-    tools: Sequence[str] = TOOLS,
+    tools: Sequence[str] = SANITIZERS,
     device: str = "cuda",
     workers: int = 1,
     progress: Progress = no_progress,

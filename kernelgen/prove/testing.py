@@ -100,9 +100,16 @@ class Suite:
 
     def marks(self, variant: Variant) -> frozenset[tuple[tuple[str, object], ...]]:
         """What of a variant ``quick`` is to meet: its bodies and its tags, each with the template, as pairs of axis and tag."""
-        bodies = {tuple(case.body or self._cases.BODY) for case in self._cases.CASES}
-        sets = [*bodies, *((SCHEDULE, axis) for axis in variant.tags)]
-        return frozenset(tuple((name, value) for name in names if (value := variant.told(name)) is not None) for names in sets)
+        if variant not in self._marked:
+            bodies = {tuple(case.body or self._cases.BODY) for case in self._cases.CASES}
+            sets = [*bodies, *((SCHEDULE, axis) for axis in variant.tags)]
+            told = (tuple((name, value) for name in names if (value := variant.told(name)) is not None) for names in sets)
+            self._marked[variant] = frozenset(told)
+        return self._marked[variant]
+
+    @functools.cached_property
+    def _marked(self) -> dict[Variant, frozenset[tuple[tuple[str, object], ...]]]:
+        return {}
 
     @functools.cached_property
     def exact(self) -> tuple[tuple[Variant, Case], ...]:
