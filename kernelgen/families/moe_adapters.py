@@ -13,6 +13,7 @@ from kernelgen.families import quant
 from kernelgen.families.buffers import allocate, allocate_sparse, row_major
 from kernelgen.families.moe_align.reference import Local
 from kernelgen.families.moe_lora.reference import dequantise
+from kernelgen.families.moe_routing import ENABLED
 from kernelgen.families.moe_runs.reference import adapters_of
 
 HUGE = 2**31 + 64  # elements: out of reach of a 32-bit offset
@@ -67,7 +68,8 @@ def draw(how: Adapters, tokens: int, rng: random.Random, device: str) -> Drawn:
     """The adapters of a batch as they were asked for."""
     mapping, enabled = torch.tensor(KINDS[how.kind](tokens, how.loras, rng), dtype=torch.int32), None
     if how.disabled:
-        enabled = torch.tensor([int(adapter not in how.disabled) for adapter in range(how.loras)], dtype=torch.int32)
+        flags = [0 if adapter in how.disabled else ENABLED[adapter % len(ENABLED)] for adapter in range(how.loras)]
+        enabled = torch.tensor(flags, dtype=torch.int32)
     of_token = adapters_of(mapping, how.loras, enabled)
     return Drawn(mapping.to(device), None if enabled is None else enabled.to(device), how.loras, of_token)
 

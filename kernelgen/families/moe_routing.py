@@ -12,6 +12,8 @@ import torch
 from kernelgen.families.moe_experts import far_ids
 from kernelgen.families.moe_route.reference import Live, live_pairs
 
+ENABLED = (2, 1, -256, 7)  # what adapters that are not disabled have: any number but 0
+
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
@@ -144,7 +146,7 @@ def draw(routing: Routing, sizes: Sizes, rng: random.Random, device: str) -> Rou
                 row[j] = elsewhere[t % len(elsewhere)] if on_another_rank else places.get(expert, expert)
     enabled = None
     if routing.disabled:
-        enabled = torch.ones(sizes.loras, dtype=torch.int32)
+        enabled = torch.tensor([ENABLED[adapter % len(ENABLED)] for adapter in range(sizes.loras)], dtype=torch.int32)
         enabled[list(routing.disabled)] = 0
     topk_ids = torch.tensor(experts, dtype=routing.ids_dtype).reshape(sizes.tokens, sizes.top_k)
     mapping = torch.tensor(adapters, dtype=torch.int32)

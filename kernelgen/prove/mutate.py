@@ -97,6 +97,7 @@ EQUIVALENT: Sequence[Excuse] = (
     Excuse(_LEFT, r"rows \* N", "N in disguise: a block has a row"),
     Excuse(_MOVED_BOUND, r"PARTS > \d+", "both ways to add parts are right"),
     Excuse(_LEFT, r"\(pair >= 0\) & \(pair < num_pairs\)", "padding is never negative"),
+    Excuse("id cut to 32 bits", r"tl\.load\(topk_ids_ptr \+ pair\)", _WORK, function="shrink"),
     Excuse("update dropped", r"live &= tl\.load\(adapter_enabled.*", _WORK, function="shrink"),
 )
 
@@ -227,6 +228,8 @@ def _changes(node: ast.expr | ast.stmt) -> Iterator[Change]:
         if type(node.op) in _EXCHANGED:
             yield "division exchanged", node, with_changes(node, op=_EXCHANGED[type(node.op)]())
     elif isinstance(node, ast.Compare) and type(node.ops[0]) in _MOVED:
+        if isinstance(node.ops[0], ast.NotEq) and ast.unparse(node.comparators[0]) == "0":
+            yield "any other than one dropped", node, with_changes(node, ops=[ast.Eq()], comparators=[ast.Constant(1)])
         yield "bound moved", node, with_changes(node, ops=[_MOVED[type(node.ops[0])]()])
     elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in _CONFUSED:
         yield "names confused", node, with_changes(node, id=_CONFUSED[node.id])
@@ -249,6 +252,8 @@ def _changed_calls(node: ast.Call) -> Iterator[tuple[str, ast.AST]]:
         yield "mask dropped", with_changes(node, keywords=kept)
     if called == "tl.store":
         yield "store dropped", ast.Constant(None)
+    if called == "tl.load" and re.match(r"topk_ids_ptr", ast.unparse(node.args[0])):
+        yield "id cut to 32 bits", ast.Call(ast.Attribute(node, "to", ast.Load()), [ast.parse("tl.int32", mode="eval").body], [])
     if called.endswith(".to") and isinstance(node.func, ast.Attribute):
         yield "cast dropped", node.func.value
     if called in ("tl.minimum", "tl.maximum"):

@@ -76,7 +76,7 @@ CASES = (
     ),
     Case("expert_parallel", "global ids", tokens=30, routing=Routing("mixed", expert_map=True)),
     Case(
-        "ids_int64", "ids as torch.topk gives them", routing=Routing("mixed", ids_dtype=torch.int64)
+        "ids_int64", "ids as torch.topk gives them", tokens=30, routing=Routing("mixed", ids_dtype=torch.int64)
     ),
     Case(
         "last_adapter", "the last adapter and expert", loras=5, experts=9, routing=Routing("last")
