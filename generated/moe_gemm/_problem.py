@@ -641,6 +641,11 @@ def _gemv(s: _Shape) -> GemvConfig:
 
 
 def _naive(s: _Shape) -> NaiveConfig:
+    if s.weight_scales == "mx":  # as measured; a masked last step costs less than short ones
+        block_k = min(256, max(32, runtime.next_power_of_2(s.k)))
+        if s.slices == 2:
+            return NaiveConfig(64, block_k, min(3, s.max_stages), 4, 1)
+        return NaiveConfig(32, block_k, min(4, s.max_stages), 2, 1)
     s = s._replace(block_m=16)  # what matrix units take at least
     block_n, block_k, stages = 128, _in_group(s, _block_k(s.k, 128)), min(4, s.max_stages)
     while stages > 2 and stages * _stage_bytes(s, block_n, block_k) > s.shared_memory - 4096:
