@@ -22,12 +22,13 @@ ROOT = Path(__file__).parent.parent
 FIRST = "moe_gemm_warp_specialised_bf16_token_sorted_swiglu_plain_w8group_a8group"
 SECOND = "moe_gemm_warp_specialised_bf16_sorted_pair_plain_w8group_a8group"
 FIRST_16, SECOND_16 = (name.removesuffix("_w8group_a8group") for name in (FIRST, SECOND))
+ADAPTED, ADAPTED_16 = f"{FIRST}_lora", f"{SECOND_16}_lora"
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="kernels are compiled, not interpreted")
 
 # Two tiles a program, of two halves and of one; a ring of two slots for three steps.
 ROLES = next(case for case in CASES if case.name == "roles")
-CASE: Case = dataclasses.replace(ROLES, n=128, experts=3)
+CASE: Case = dataclasses.replace(ROLES, n=128, experts=3, rank=24)
 
 WAIT_FULL = "mbarrier.wait(full.index(slot), phase)\n"
 WAIT_EMPTY = "mbarrier.wait(empty.index(slot), phase)\n"
@@ -75,6 +76,30 @@ FAULTS = {
     ),
     "the last sums of a tile": (SECOND_16, "acc = warpgroup_mma_wait(0, deps=[acc])\n", "pass\n", 0, MemoryFault),
     "half of the rows of W": (FIRST_16, "slice(128, 128)", "slice(0, 128)", 0, Race),
+    "ranks that nobody waits for": (
+        ADAPTED,
+        "_rank_steps(run_of_row_ptr, first, rows, RANK)\n            for",
+        "0, 0\n            for",
+        0,
+        Deadlock,
+    ),
+    "ranks without a fence": (ADAPTED, "fence_async_shared()\n                ranks", "ranks", 0, Race),
+    "ranks that arrive before they are copied": (
+        ADAPTED_16,
+        "mbarrier.arrive(arrived, count=1)",
+        "mbarrier.arrive(arrived, count=129)",
+        0,
+        MemoryFault,
+    ),
+    "steps of K without the arrivals of threads": (
+        ADAPTED_16,
+        "arrive_copied(arrived, increment_count=False)  # as",
+        "pass  # as",
+        0,
+        Deadlock,
+    ),
+    "ranks that are read as FP8": (ADAPTED, "ranks = v_slots", "ranks = x_slots", 0, MemoryFault),
+    "ranks of another run": (ADAPTED_16, "(run_high[:, None] == run[None, :]) & ", "", 0, AssertionError),
     "one place for the rows of both halves": (SECOND, "staging.index(HALF)", "staging.index(0)", 0, Race),
     "rows of the other half": (SECOND, "x_slots.index(2 * slot + HALF)", "x_slots.index(2 * slot)", 0, AssertionError),
 }

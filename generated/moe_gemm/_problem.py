@@ -83,6 +83,7 @@ class WarpSpecialisedConfig(NamedTuple):
 
     num_stages: int
     group_m: int = 1
+    programs: int = 1  # a multiprocessor, one behind the other: more share out better what takes unlike times
 
 
 BY_PAIR = ("gemv", "naive")  # schedules that need no tables
@@ -190,7 +191,7 @@ OP = operands.Op(
     fp8=QUANT.elements,
     first=("w",),
     tells=("x",),
-    aligned=("x", "w"),
+    aligned=("x", "w", "v", "lora_b"),
     sizes=_rows,
 )
 
@@ -233,6 +234,7 @@ class Problem(NamedTuple):
     ranked: bool  # whether adapters say how many of their ranks count
     interleaved: bool  # rows of gate and up are in turns
     bias_stride: int  # over E
+    wide_ranks: bool  # whether rows of v and of the second factors start at 16-byte boundaries
 
 
 def check(
@@ -378,6 +380,7 @@ def problem_of(
         ranked=delta.runs is not None and delta.runs.lora_ranks is not None,
         interleaved=interleaved,
         bias_stride=0 if bias is None else bias.stride(0),
+        wide_ranks=all(map(runtime.describable, (delta.v, *(delta.lora_b or ())))) if delta.v is not None else False,
     )
     if schedule == "box" and not has_boxes(problem, x, w):
         got = f"x {runtime.describe(x)}, w {runtime.describe(w)}"
@@ -385,7 +388,7 @@ def problem_of(
     if schedule == "warp_specialised" and not (has_boxes(problem, x, w) and has_roles(problem)):
         got = f"x {runtime.describe(x)}, w {runtime.describe(w)}, blocks of {block_m} rows on {runtime.traits(x.device).target}"
         k_of = f"K of {step_columns(problem)}s"
-        wanted = f"blocks of 128 rows, {k_of}, rows at 16-byte boundaries, experts one behind the other, on sm_90"
+        wanted = f"blocks of 128 rows, {k_of}, rows and ranks at 16-byte boundaries, experts one behind the other, on sm_90"
         runtime.fail(variant, "rows", got, wanted, "use box")
     return problem
 
@@ -456,7 +459,7 @@ def has_roles(problem: Problem) -> bool:
     """
     rows = problem.slices == 2 if problem.rows == "token_sorted" else problem.rows == "sorted_pair"
     step = step_columns(problem)
-    steps = problem.k % step == 0 and problem.x_stride % (step // 8) == 0 and problem.rank == 0
+    steps = problem.k % step == 0 and problem.x_stride % (step // 8) == 0 and (problem.rank == 0 or problem.wide_ranks)
     weights = (problem.weight_scales is None) == (problem.x_scales is None)
     weights = weights and problem.w_stride_e == problem.slices * problem.n * problem.w_stride_n
     return rows and steps and weights and problem.block_m == 128 and runtime.traits(problem.device).target == "sm_90"
@@ -524,13 +527,14 @@ def plan(problem: Problem, boxes: bool, there: Callable[[str], bool]) -> tuple[s
     def rule(schedule: str | None) -> tuple[str, Config]:
         return schedule or own, _rule(schedule or own, *s)
 
+    bare = key._replace(rank=0) if problem.rank > 0 and not runtime.measured(TUNED, key, device) else None
+
     def serves(schedule: str) -> bool:
         """Whether operands and rows are such that it can; what box can do, tile can; Gluon has no interpreter of Triton's."""
         if schedule == "warp_specialised":
             return there(schedule) and boxes and has_roles(problem) and _has_gluon() and not runtime.INTERPRETED
         return schedule == own or (schedule == "tile" and own == "box")
 
-    bare = key._replace(rank=0) if problem.rank > 0 and not runtime.measured(TUNED, key, device) else None
     schedule, config = runtime.choose(TUNED, key, device, CONFIGS, rule, serves, bare)
     if bare is not None and isinstance(config, TileConfig | BoxConfig):
         block_d, delta_stages = _delta(s, config.block_n)

@@ -80,7 +80,8 @@ def _copy(
                 arrived = full.index(slot)
                 mbarrier.expect(arrived, 2 * 128 * 128 + 64 * 128, pred=rows <= 64)
                 mbarrier.expect(arrived, 2 * 128 * 128 + 2 * 64 * 128, pred=rows > 64)
-                copy_box(w_desc, [w_row, k0], arrived, w_slots.index(slot))
+                copy_box(w_desc, [w_row, k0], arrived, w_slots.index(slot).slice(0, 128))
+                copy_box(w_desc, [w_row + 128, k0], arrived, w_slots.index(slot).slice(128, 128))
                 copy_box(x_desc, [first, k0], arrived, x_slots.index(2 * slot))
                 copy_box(x_desc, [first + 64, k0], arrived, x_slots.index(2 * slot + 1), pred=rows > 64)
                 slot, phase = _after(slot, phase, STAGES)
@@ -135,9 +136,10 @@ def _multiply(
                 slot, phase = _after(slot, phase, STAGES)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(empty.index(_before(slot, STAGES)), count=1)
+            acc *= weight[:, None]
             left, right = acc.reshape([64, 2, 128]).permute((0, 2, 1)).split()  # of registers, not of memory
-            _store(left * weight[:, None], staged, out_rows, out_m < live, column * 256, N)
-            _store(right * weight[:, None], staged, out_rows, out_m < live, column * 256 + 128, N)
+            _store(left, staged, out_rows, out_m < live, column * 256, N)
+            _store(right, staged, out_rows, out_m < live, column * 256 + 128, N)
         elif rows > 0:
             for _ in range(STEPS):  # a half without rows reads nothing
                 mbarrier.wait(full.index(slot), phase)

@@ -363,7 +363,7 @@ Operand = Tensor | Int | Flag | Number | Choice | Device | Several | Bundle
 
 
 class _Looks:
-    """What a named tuple of tensors and numbers looks like: one object for all that look the same.
+    """What a named tuple of tensors and numbers looks like: one object for all that look the same, at 16-byte boundaries or not.
 
     A call that depends on the tuple is remembered by it. It is worked out when it is first asked for.
     """
@@ -373,7 +373,7 @@ class _Looks:
 
     def __get__(self, bundle: Any, owner: type) -> _Look:
         tensors, changing = _of_bundle(bundle)
-        hint = (edited(bundle), *map(_kind, bundle))
+        hint = (edited(bundle), *map(_kind, bundle), any(tensor.data_ptr() & 15 for tensor in tensors))
         looks: _Look = self._known.get(hint, tensors) or self._known.put(hint, tensors, _Look(tuple(map(_reach, tensors))))
         if not changing:
             bundle.__dict__["looks"] = looks  # where Python finds it first, from now on
@@ -783,8 +783,9 @@ class Op:
             elif not operand.is_optional:
                 tensors.append(f"*{name}" if operand.slices else name)
                 hint += [f"{name}.__class__", f"len({name})"] if operand.slices else []
-        if self.aligned:
-            hint.append(f"({' | '.join(f'{name}.data_ptr()' for name in self.aligned)}) & 15 != 0")
+        always = [each.name for each in self.operands if each.name in self.aligned and not getattr(each, "is_optional", False)]
+        if always:
+            hint.append(f"({' | '.join(f'{name}.data_ptr()' for name in always)}) & 15 != 0")
         writes = any(operand.is_written for operand in self.operands if isinstance(operand, (Tensor, Bundle)))
         bundles = [f", {operand.name}" for operand in self.operands if isinstance(operand, Bundle)]
         source = _REMEMBERED.format(
@@ -827,6 +828,8 @@ class Op:
             for operand in group:
                 name = operand.name
                 given, kind = (f"*{name}", f", {name}.__class__, len({name})") if operand.slices else (name, "")
+                if name in self.aligned:
+                    kind += f", any([each.data_ptr() & 15 for each in ({given},)])"
                 yield f"{indent}if {name} is not None:\n"
                 yield f"{indent}    tensors += ({given},); hint += ({name!r}{kind},)\n"
 

@@ -122,9 +122,10 @@ class _Barrier:
 class _Tile:
     """A tile of shared memory, read and written as a whole, or written in two halves of its rows."""
 
-    def __init__(self, shape: Sequence[int], dtype: Any) -> None:
+    def __init__(self, shape: Sequence[int], dtype: Any, of: _Tile | None = None) -> None:
         self.shape = list(shape)
         self.dtype = dtype
+        self.memory = of or self  # what keeps what is there, of a tile that is another one under another type
         self.value: Any = None
         self.wrote: tuple[Any, int, str] | None = None
         self.by_threads = False
@@ -135,26 +136,30 @@ class _Tile:
         if self.halves or [int(size) for size in value.shape] != self.shape or value.dtype != self.dtype:
             got = f"{value.dtype} {[int(size) for size in value.shape]}"
             raise OutOfBounds(f"{_line()}: {got} is written to shared memory of {self.dtype} {self.shape}")
-        before = {} if self.wrote is None else {self.wrote[0]: self.wrote[1:]}
-        for what, accesses in (("written", before), ("read", self.read)):
+        memory = self.memory
+        before = {} if memory.wrote is None else {memory.wrote[0]: memory.wrote[1:]}
+        for what, accesses in (("written", before), ("read", memory.read)):
             for other, (number, line) in accesses.items():
                 if role.clock.get(other, 0) < number:
                     raise Race(f"{role.name}, {_line()}: writes shared memory that may still be {what} in {line}")
-        self.wrote, self.value, self.by_threads, self.read = (agent, count, _line()), value, by_threads, {}
+        memory.wrote, memory.value, memory.by_threads, memory.read = (agent, count, _line()), value, by_threads, {}
 
     def look(self, role: _Role, agent: Any, count: int, by_tensor_core: bool) -> Any:
         if self.halves:
             low, high = (half.look(role, agent, count, by_tensor_core) for half in self.halves)
             return tl.reshape(tl.permute(tl.join(low, high), (2, 0, 1)), self.shape)
-        if self.wrote is None:
+        memory = self.memory
+        if memory.wrote is None:
             raise Race(f"{role.name}, {_line()}: reads shared memory that nobody wrote")
-        writer, number, line = self.wrote
+        writer, number, line = memory.wrote
         if role.clock.get(writer, 0) < number:
             raise Race(f"{role.name}, {_line()}: reads shared memory that may not be written yet, in {line}")
-        if by_tensor_core and self.by_threads and role.fenced.get(writer, 0) < number:
+        if memory.value.dtype != self.dtype:
+            raise MemoryFault(f"{role.name}, {_line()}: reads {memory.value.dtype}, written in {line}, as {self.dtype}")
+        if by_tensor_core and memory.by_threads and role.fenced.get(writer, 0) < number:
             raise Race(f"{role.name}, {_line()}: a tensor core reads what threads wrote in {line}, without a fence")
-        self.read[agent] = (count, _line())
-        return self.value
+        memory.read[agent] = (count, _line())
+        return memory.value
 
     # What a kernel calls.
 
@@ -351,6 +356,16 @@ def _allocate(dtype: Any, shape: Sequence[int], layout: Any = None, value: Any =
     return _Memory(ring)
 
 
+def _reinterpret(memory: _Memory, dtype: Any, shape: Sequence[int], layout: Any = None) -> _Memory:
+    first, *tile = map(_number, shape)
+    if first != len(memory.parts):
+        raise OutOfBounds(f"{_line()}: {len(memory.parts)} tiles of shared memory are taken for {first}")
+    for part in memory.parts:
+        if math.prod(part.shape) * part.dtype.primitive_bitwidth != math.prod(tile) * dtype.primitive_bitwidth:
+            raise OutOfBounds(f"{_line()}: {part.dtype} {part.shape} of shared memory is taken for {dtype} {tile}")
+    return _Memory([_Tile(tile, dtype, part) for part in memory.parts])
+
+
 _BARRIERS = object()
 
 
@@ -455,6 +470,10 @@ class _Language:
         return tl.arange(start, end)
 
     @staticmethod
+    def convert_layout(value: Any, layout: Any) -> Any:
+        return value
+
+    @staticmethod
     def zeros(shape: Any, dtype: Any, layout: Any = None) -> Any:
         return tl.zeros(shape, dtype)
 
@@ -491,6 +510,7 @@ def install() -> None:
         id(_gluon.copy_rows): _copy_rows,
         id(_gluon.arrive_copied): _arrive_copied,
         id(_gluon.fence_async_shared): _fence,
+        id(_gluon.reinterpret): _reinterpret,
         id(_gluon.warpgroup_mma): _multiply,
         id(_gluon.warpgroup_mma_wait): _wait_sums,
     }

@@ -348,18 +348,30 @@ box f16 token_pair swiglu plain none none none none none none
 box f16 pair_pair none plain none none none none none none
 box f16 pair_pair none weighted none none none none none none
 warp_specialised bf16 token_sorted swiglu plain none none none none none none
+warp_specialised bf16 token_sorted swiglu plain none none lora none none none
 warp_specialised bf16 token_sorted swiglu plain w8tensor a8tensor none none none none
+warp_specialised bf16 token_sorted swiglu plain w8tensor a8tensor lora none none none
 warp_specialised bf16 token_sorted swiglu plain w8channel a8token none none none none
+warp_specialised bf16 token_sorted swiglu plain w8channel a8token lora none none none
 warp_specialised bf16 token_sorted swiglu plain w8group a8group none none none none
+warp_specialised bf16 token_sorted swiglu plain w8group a8group lora none none none
 warp_specialised bf16 token_sorted swiglu_clamp plain none none none none none none
+warp_specialised bf16 token_sorted swiglu_clamp plain none none lora none none none
 warp_specialised bf16 sorted_pair none plain none none none none none none
+warp_specialised bf16 sorted_pair none plain none none lora none none none
 warp_specialised bf16 sorted_pair none plain w8tensor a8tensor none none none none
+warp_specialised bf16 sorted_pair none plain w8tensor a8tensor lora none none none
 warp_specialised bf16 sorted_pair none plain w8channel a8token none none none none
+warp_specialised bf16 sorted_pair none plain w8channel a8token lora none none none
 warp_specialised bf16 sorted_pair none plain w8group a8group none none none none
+warp_specialised bf16 sorted_pair none plain w8group a8group lora none none none
 warp_specialised bf16 sorted_pair none weighted none none none none none none
 warp_specialised f16 token_sorted swiglu plain none none none none none none
+warp_specialised f16 token_sorted swiglu plain none none lora none none none
 warp_specialised f16 token_sorted swiglu_clamp plain none none none none none none
+warp_specialised f16 token_sorted swiglu_clamp plain none none lora none none none
 warp_specialised f16 sorted_pair none plain none none none none none none
+warp_specialised f16 sorted_pair none plain none none lora none none none
 warp_specialised f16 sorted_pair none weighted none none none none none none
 """,
 )

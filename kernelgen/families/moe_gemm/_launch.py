@@ -323,18 +323,18 @@ class Box(_ByBlock):
 
 
 class WarpSpecialised(_Schedule):
-    """Launches of warp_specialised: a program a multiprocessor, whose three roles of warps have registers of their own."""
+    """Launches of warp_specialised: some programs a multiprocessor, whose three roles of warps have registers of their own."""
 
     schedule = "warp_specialised"
     config = WarpSpecialisedConfig
-    operands = f"out_ptr x_ptr x_desc w_desc {_SCALES} {_CLAMP} pairs_ptr blocks_ptr num_blocks_ptr"
+    operands = f"out_ptr x_ptr x_desc w_desc {_DELTA} {_SCALES} {_CLAMP} {_TABLES}"
 
     def bind(self, problem: Problem, config: WarpSpecialisedConfig) -> Call:
         from .._gluon import box  # not every Triton has it
 
         block_n = 128 if problem.slices == 2 else 256
         launch = self._kernel.bind(
-            min(grid(problem, block_n), runtime.traits(problem.device).num_sms),
+            min(grid(problem, block_n), config.programs * runtime.traits(problem.device).num_sms),
             runtime.Options(num_warps=4, max_registers=168),
             TOP_K=problem.top_k,
             K=problem.k,
@@ -344,14 +344,19 @@ class WarpSpecialised(_Schedule):
             W_SCALE_STRIDE=problem.w_scale_stride,
             W_SCALE_NEXT=problem.w_scale_next,
             X_SCALE_STRIDE=problem.x_scale_stride,
+            RANK=problem.rank,
+            V_BY_TOKEN=problem.v_by_token,
+            B_STRIDE_L=problem.b_strides.adapter,
+            B_STRIDE_E=problem.b_strides.expert,
+            B_STRIDE_N=problem.b_strides.row,
+            RANKED=problem.ranked,
             STAGES=config.num_stages,
             GROUP_M=config.group_m,
         )
         w_shape, w_strides = [problem.num_experts * problem.slices * problem.n, problem.k], [problem.w_stride_n, 1]
         x_shape, x_strides = [problem.num_pairs, problem.k], [problem.x_stride, 1]
         in_order, x_scale_next = problem.rows == "sorted_pair", problem.x_scale_next or 1
-        step = step_columns(problem)
-        x_box, w_box = [64, step], [128 if problem.slices == 2 or problem.x_scales else 256, step]
+        x_box, w_box = [64, step_columns(problem)], [128, step_columns(problem)]
 
         def call(
             out: Tensor,
@@ -373,6 +378,8 @@ class WarpSpecialised(_Schedule):
             x_desc = box(x, x_shape, x_strides, x_box) if in_order else None
             w_desc = box(w, w_shape, w_strides, w_box)
             scales, blocks = (w_scale, x_scale, x_scale_next), (tables.pairs, tables.blocks, tables.num_blocks)
-            launch.run(out, x, x_desc, w_desc, topk_weights, *scales, limit, alpha, beta, *blocks)
+            of_rows = (None, None) if runs is None else (runs.run_of_row, runs.runs)
+            adapters, clamp = (v, lora_b, b_scale), (limit, alpha, beta)
+            launch.run(out, x, x_desc, w_desc, *adapters, topk_weights, *scales, *clamp, *blocks, *of_rows)
 
         return call

@@ -103,8 +103,9 @@ class Case(BaseCase):
         return dataclasses.replace(self, k=-(-self.k // quant.MX) * quant.MX, tiles={"block_k": 64, **self.tiles})
 
     def fits(self, tags: Tags) -> bool:
-        """As of any case; warps of roles take blocks of 128 rows alone, and whole steps of K."""
+        """As of any case; warps of roles take blocks of 128 rows alone, whole steps of K, and ranks of whole copies."""
         whole = self.block_m == 128 and self.k % (64 if tags["act_quant"] == "none" else 128) == 0
+        whole = whole and (tags["delta"] == "none" or self.rank % 8 == 0)
         return super().fits(tags) and (whole or tags["schedule"] != "warp_specialised")
 
 
@@ -241,6 +242,33 @@ _OF_ROLES = (
         k=192,
         n=136,
         block_m=128,
+    ),
+    Case(
+        "roles_adapted",
+        "steps of several runs, runs of several steps, and ranks that are no whole sixteens; blocks of one half and of two",
+        only=MappingProxyType({**_ROLES, **_LORA}),
+        body=_QUANTS,
+        tokens=70,
+        experts=2,
+        hint=1,
+        k=128,
+        n=264,
+        block_m=128,
+        rank=24,
+        routing=Experts("skewed"),
+    ),
+    Case(
+        "roles_adapted_once",
+        "one adapter with some of the rows, whose vectors are of tokens",
+        only=MappingProxyType({**_ROLES, **_LORA, **_only(rows="token_sorted")}),
+        body=("schedule", "rows", "act_quant"),
+        tokens=20,
+        k=128,
+        n=136,
+        block_m=128,
+        rank=8,
+        v_by_token=True,
+        adapters=Adapters("one"),
     ),
     Case("roles_of_none", "no block at all", only=_ROLES, k=128, block_m=128, routing=Experts("away")),
 )
@@ -454,6 +482,7 @@ EXACT = (
         k=256,
         n=256,
         block_m=128,
+        rank=16,
     ),
 )
 

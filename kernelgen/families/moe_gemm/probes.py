@@ -14,7 +14,7 @@ from kernelgen.families.probe import FP32, QWEN3, Probe, factors, launcher_of, m
 
 # One call of each kind of tile: tokens of Qwen3-30B-A3B whose mean expert makes blocks of that height, and a rank of adapters.
 _TOKENS = {"gemv": {1: 16, 4: 64}, "naive": {1: 16, 4: 64}, "tile": {64: 64, 256: 16, 4096: 64}, "box": {1024: 16, 4096: 64}}
-_TOKENS["warp_specialised"] = {4096: 0}
+_TOKENS["warp_specialised"] = {4096: 16}
 
 
 def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
@@ -49,6 +49,8 @@ def _probe(package: ModuleType, variant: Variant, num_tokens: int, rank: int) ->
         if variant.adapted:
             with package._runtime.compile_only():
                 routing["block_m"] = tables.block_m
+                if variant.schedule == "warp_specialised":
+                    routing["lora_ranks"] = meta(5)  # copies must stay wide with these too
                 tables, given["runs"] = package.moe_runs(ids, meta(num_tokens), max_loras=5, **routing)
                 a = [meta(5, num_experts, rank, k, dtype=dtype)] * variant.slices
                 x_rows = "token" if variant.reads_token else "pair" if variant.schedule in BY_PAIR else "sorted"
