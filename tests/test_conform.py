@@ -56,6 +56,7 @@ def test_a_system_that_is_right_has_no_finding(tmp_path: Path, monkeypatch: pyte
     assert not result.found and result.met > 10 and result.unclaimed, result.summary()
 
 
+@pytest.mark.slow
 def test_a_fault_is_named_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices behind the first are off."""
     result = met(tmp_path, monkeypatch, "1.02")
