@@ -985,6 +985,7 @@ def variants() -> tuple[str, ...]:
         "moe_route_from_tables",
         "moe_route_held",
         "moe_runs_one_launch",
+        "moe_runs_three_launch",
         "moe_shrink_pairs_bf16_token_pair",
         "moe_shrink_pairs_bf16_token_pair_a8tensor",
         "moe_shrink_pairs_bf16_token_pair_a8token",

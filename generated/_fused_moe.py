@@ -51,9 +51,9 @@ from .moe_quant._table import QUANT
 from .moe_runs._op import (
     ADAPTER_ENABLED,
     LORA_RANKS,
-    RUNS_A_PAIR,
     TOKEN_LORA_MAPPING,
     MoeRuns,
+    runs_size,
     split,
 )
 from .moe_runs._op import Problem as RunsProblem
@@ -151,7 +151,7 @@ def fused_moe_workspace(
         empty(num_pairs * hidden, dtype),
         empty(num_pairs * intermediate, torch.uint8) if fp8_activations else None,
         empty(num_pairs * runtime.cdiv(intermediate, QUANT.group_k), torch.float32) if fp8_activations else None,
-        empty(RUNS_A_PAIR * num_pairs) if max_rank else None,
+        empty(runs_size(num_pairs, num_experts)) if max_rank else None,
         empty(max(few, num_pairs) * max_rank, torch.float32) if max_rank else None,
         empty(num_pairs),
     )
@@ -412,7 +412,7 @@ def _bind(
         "outputs": (0 if sums else num_pairs * width, dtype),
         "codes": (0 if x_mode is None else num_pairs * inter, torch.uint8),
         "scales": (0 if x_mode in (None, "tensor") else num_pairs * row_scales, torch.float32),
-        "runs": (0 if few or lora is None else RUNS_A_PAIR * num_pairs, torch.int32),
+        "runs": (0 if few or lora is None else runs_size(num_pairs, num_experts), torch.int32),
         "ids": (0 if expert_map is None else num_pairs, torch.int32),
         "vectors": (0 if lora is None else _vector_size(lora, num_tokens, top_k, few), torch.float32),
     }
@@ -515,8 +515,8 @@ def _bind(
         if adapters is not None:
             of_tokens, run_of_row, of_blocks = (lora.token_lora_mapping, lora.adapter_enabled), None, None
             if align is not None:
-                run_of_row, of_blocks, gathered = split(buffers.runs, num_pairs)
-                align(*ints, run_of_row, of_blocks, gathered, topk_ids, valid_tokens, *of_tokens, lora.lora_ranks)
+                run_of_row, of_blocks, scratch = split(buffers.runs, num_pairs)
+                align(*ints, run_of_row, of_blocks, scratch, topk_ids, valid_tokens, *of_tokens, lora.lora_ranks)
             runs = MoeRuns(*of_tokens, run_of_row, of_blocks, adapters.max_loras, lora.lora_ranks)
             v = buffers.vectors if few else buffers.vectors.view(dtype)
             adapters.shrink_x(v, hidden, lora.a13, tables, runs, lora.a13_scale, x_scale)

@@ -234,7 +234,7 @@ def _fill_tables(b: Batch) -> Arguments:
 def _fill_runs(b: Batch) -> Arguments:
     pairs = b.tokens * b.top_k
     sizes: dict[str, tuple[int, ...]] = {"pairs": (pairs,), "blocks": (64 + pairs,), "num_blocks": (1,), "run_of_row": (pairs,)}
-    sizes |= dict.fromkeys(("runs", "gathered"), (pairs, 2))
+    sizes |= {"runs": (pairs, 2), "scratch": (8192 + 2 * pairs,)}
     given = {name: value for name, value in b.routing.items() if name != "num_tokens_hint"}
     given |= {name: torch.zeros(size, dtype=INT32, device=b.device) for name, size in sizes.items()}
     given |= {"token_lora_mapping": b.mapping, "adapter_enabled": b.enabled, "lora_ranks": None}
@@ -364,7 +364,7 @@ GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
         lambda b: {
             **b.routing,
             **{"token_lora_mapping": b.mapping, "adapter_enabled": b.enabled, "max_loras": b.loras},
-            **{"block_m": 16, "workspace": torch.zeros(256 + 16 * b.tokens * b.top_k, dtype=INT32, device=b.device)},
+            **{"block_m": 16, "workspace": torch.zeros(8192 + 16 * b.tokens * b.top_k, dtype=INT32, device=b.device)},
         },
     ),
     "moe_shrink": ("moe_shrink", _moe_shrink),
@@ -453,7 +453,7 @@ GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
             **{"token_lora_mapping": b.mapping, "valid_tokens": b.valid, "max_loras": b.loras},
         },
     ),
-    "moe_runs_one_launch": ("moe_runs_fill", _fill_runs),
+    **dict.fromkeys(("moe_runs_one_launch", "moe_runs_three_launch"), ("moe_runs_fill", _fill_runs)),
     **dict.fromkeys(("moe_align_one_launch", "moe_align_two_launch"), ("moe_align_fill", _fill_tables)),
     "moe_align_local_ids": (
         "local_ids",

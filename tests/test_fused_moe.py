@@ -146,7 +146,7 @@ def test_opcheck_of_the_steps(device: str) -> None:
     total = (out, rows, layer.ids, layer.weights, layer.valid, EXPERTS, 0, None, True, False)
     torch.library.opcheck(OPS.moe_sum.default, (*total, *added))
     torch.library.opcheck(OPS.moe_add.default, (rows, *added))
-    buffer = torch.zeros(256, dtype=torch.int32, device=device)
+    buffer = torch.zeros(8192, dtype=torch.int32, device=device)
     torch.library.opcheck(OPS.moe_align.default, (layer.ids, layer.valid, None, EXPERTS, 0, None, None, buffer))
     expert_map = torch.tensor([1, -1, 0, 3], dtype=torch.int32, device=device)
     torch.library.opcheck(OPS.moe_align.default, (layer.ids, layer.valid, expert_map, EXPERTS, 0, None, None, buffer))

@@ -44,6 +44,22 @@ def walk(num_pairs: int, top_k: int, num_experts: int) -> Walk:
     return Walk(chunk // 32, num_warps, dense, counters(num_experts) if dense else 1)
 
 
+class Chunks(NamedTuple):
+    """How programs for a chunk of pairs each go through all of them."""
+
+    pairs: int  # of a chunk
+    number: int
+    rows: int  # of the tile that a chunk is, each of pairs side by side
+    counters: int  # of experts
+    num_warps: int  # of those that place the pairs
+
+
+def chunks(num_pairs: int, num_experts: int) -> Chunks:
+    """The chunks of so many pairs: of the same size for all numbers of them up to the next power of two."""
+    size, pairs = counters(num_experts), max(256, runtime.next_power_of_2(num_pairs) // CHUNKS)
+    return Chunks(pairs, max(1, runtime.cdiv(num_pairs, pairs)), 32, size, 4 if size <= 128 else 8)
+
+
 class _Tables:
     """What schedules that make tables do."""
 
@@ -130,20 +146,19 @@ class TwoLaunch(_Tables):
         return counts_size(num_experts)
 
     def bind(self, problem: Problem) -> Fill:
-        num_pairs, size, pdl = problem.num_pairs, counters(problem.num_experts), runtime.traits(problem.device).pdl
-        chunk = max(256, runtime.next_power_of_2(num_pairs) // CHUNKS)
-        num_chunks = runtime.cdiv(num_pairs, chunk)
+        num_pairs, pdl = problem.num_pairs, runtime.traits(problem.device).pdl
+        over = chunks(num_pairs, problem.num_experts)
         constants = {
             "TOP_K": problem.top_k,
             "NUM_EXPERTS": problem.num_experts,
             "LOCAL_EXPERT_START": problem.local_expert_start,
-            "CHUNK": chunk,
-            "SIZE": size,
+            "CHUNK": over.pairs,
+            "SIZE": over.counters,
             "PDL": pdl,
         }
-        count = self._count.bind(num_chunks, runtime.Options(4), **constants)
-        options = runtime.Options(4 if size <= 128 else 8, pdl=pdl)
-        place = self._place.bind(num_chunks, options, **constants, BLOCK_M=problem.block_m, ROWS=32)
+        count = self._count.bind(over.number, runtime.Options(4), **constants)
+        options = runtime.Options(over.num_warps, pdl=pdl)
+        place = self._place.bind(over.number, options, **constants, BLOCK_M=problem.block_m, ROWS=over.rows)
 
         def call(
             pairs: Tensor,
@@ -154,7 +169,7 @@ class TwoLaunch(_Tables):
             valid_tokens: Tensor | None,
         ) -> None:
             count.run(scratch, topk_ids, valid_tokens, num_pairs)
-            place.run(pairs, blocks, num_blocks, scratch, topk_ids, valid_tokens, num_pairs, num_chunks)
+            place.run(pairs, blocks, num_blocks, scratch, topk_ids, valid_tokens, num_pairs, over.number)
 
         return call
 

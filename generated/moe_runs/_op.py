@@ -23,7 +23,9 @@ from ..moe_align._op import (
     VALID_TOKENS,
     MoeTables,
     check_blocks,
+    counts_size,
     default_block_m,
+    in_chunks,
     most_tables,
     no_pairs,
 )
@@ -178,18 +180,18 @@ RUNS = operands.Bundle(
 
 def run_size(num_tokens: int, top_k: int, num_experts: int) -> int:
     """int32 elements of a workspace for up to ``num_tokens`` tokens, whatever block size is chosen."""
-    return most_tables(num_tokens, top_k, num_experts) + RUNS_A_PAIR * num_tokens * top_k
+    return most_tables(num_tokens, top_k, num_experts) + runs_size(num_tokens * top_k, num_experts)
 
 
-RUNS_A_PAIR = 5  # int32 elements, beside the tables
+def runs_size(num_pairs: int, num_experts: int) -> int:
+    """int32 elements beside the tables, for up to so many pairs."""
+    return 5 * num_pairs + counts_size(num_experts)
 
 
 def split(buffer: torch.Tensor, num_pairs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """run_of_row, runs and what is gathered for them, in a buffer."""
-    sizes = (num_pairs, 2 * num_pairs, 2 * num_pairs)
-    run_of_row, *others, _ = buffer.split_with_sizes((*sizes, buffer.shape[0] - RUNS_A_PAIR * num_pairs))
-    runs, gathered = (each.view(num_pairs, 2) for each in others)
-    return run_of_row, runs, gathered
+    """run_of_row, runs and scratch, in a buffer."""
+    run_of_row, runs, scratch = buffer.split_with_sizes((num_pairs, 2 * num_pairs, buffer.shape[0] - 3 * num_pairs))
+    return run_of_row, runs.view(num_pairs, 2), scratch
 
 
 _Buffers = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -210,7 +212,7 @@ def settled_block_m(tables: MoeTables) -> int:
     return default_block_m(max(tables.tokens_hint, 1), tables.top_k, tables.num_experts)
 
 
-# What the launcher of the single variant takes; moe_runs makes the buffers.
+# What the launchers of the single variants take; moe_runs makes the buffers.
 _FILL = operands.Op(
     "moe_runs_fill",
     (
@@ -219,7 +221,7 @@ _FILL = operands.Op(
         operands.Tensor("num_blocks", "1", *_INT32, written=True),
         operands.Tensor("run_of_row", ">=T*top_k", *_INT32, written=True),
         operands.Tensor("runs", ">=T*top_k, 2", *_INT32, written=True),
-        operands.Tensor("gathered", ">=T*top_k, 2", *_INT32, written=True),
+        operands.Tensor("scratch", "*", *_INT32, written=True),
         TOPK_IDS,
         VALID_TOKENS,
         TOKEN_LORA_MAPPING,
@@ -245,8 +247,8 @@ class Problem(NamedTuple):
     device: torch.device
 
 
-def check_fill(variant: str, *arguments: Any) -> Problem:
-    """The problem of the launcher's arguments.
+def check_fill(variant: str, scratch_size: Callable[[int, int], int], *arguments: Any) -> Problem:
+    """The problem of a launcher's arguments.
 
     Raises:
         ValueError: says which does not fit, what it is and what was wanted.
@@ -254,8 +256,12 @@ def check_fill(variant: str, *arguments: Any) -> Problem:
     given = _FILL.named(*arguments)
     sizes, block_m = _FILL.check(variant, given), given["block_m"]
     check_blocks(variant, given["blocks"], sizes, block_m)
+    num_pairs = sizes["T"] * sizes["top_k"]
+    scratch, wanted = given["scratch"], scratch_size(num_pairs, sizes["E"])
+    if scratch.shape[0] < wanted:
+        runtime.fail(variant, "scratch", runtime.describe(scratch), f"at least {wanted} elements")
     routing = (sizes["top_k"], sizes["E"], given["local_expert_start"], sizes["L"])
-    return Problem(sizes["T"] * sizes["top_k"], *routing, block_m, given["topk_ids"].device)
+    return Problem(num_pairs, *routing, block_m, given["topk_ids"].device)
 
 
 class _Plan(NamedTuple):
@@ -295,13 +301,14 @@ def _bind(
 
 
 def bind(problem: Problem) -> Callable[..., None]:
-    """The launch for batches of these sizes.
+    """The launches for batches of these sizes.
 
-    It takes (*tables, run_of_row, runs, gathered, topk_ids, valid_tokens, *adapters, lora_ranks).
+    They take (*tables, run_of_row, runs, scratch, topk_ids, valid_tokens, *adapters, lora_ranks).
     """
     if problem.num_pairs == 0:
         return no_pairs
-    call: Callable[..., None] = VARIANTS.get("moe_runs", schedule="one_launch").bind(problem)
+    schedule = "three_launch" if in_chunks(problem.num_pairs, problem.num_experts) else "one_launch"
+    call: Callable[..., None] = VARIANTS.get("moe_runs", schedule=schedule).bind(problem)
     return call
 
 

@@ -14,6 +14,7 @@ VARIANTS = Variants(
     ("schedule",),
     {
         ("one_launch",): "one_launch",
+        ("three_launch",): "three_launch",
     },
 )
 # fmt: on

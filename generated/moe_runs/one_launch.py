@@ -161,20 +161,20 @@ schedule = OneLaunch(moe_runs_one_launch_kernel)
 
 
 def moe_runs_one_launch(
-    pairs: Tensor, blocks: Tensor, num_blocks: Tensor, run_of_row: Tensor, runs: Tensor, gathered: Tensor, topk_ids: Tensor,
+    pairs: Tensor, blocks: Tensor, num_blocks: Tensor, run_of_row: Tensor, runs: Tensor, scratch: Tensor, topk_ids: Tensor,
     valid_tokens: Tensor | None, token_lora_mapping: Tensor, adapter_enabled: Tensor | None, lora_ranks: Tensor | None, *,
     num_experts: int, local_expert_start: int, max_loras: int, block_m: int,
 ) -> None:  # fmt: skip
     """Fill the tables from the routing and the adapters; ``moe_runs`` makes the buffers.
 
-    pairs and run_of_row [>= T * top_k], blocks [max_blocks, 3], num_blocks [1] and runs [>= T * top_k, 2] int32 are written;
-    gathered, as runs, is scratch. topk_ids [T, top_k] int32 or int64 are global expert ids; valid_tokens [1] int32, or None: all
-    T tokens; token_lora_mapping [T] int32; adapter_enabled [>= max_loras] int32, or None: all are; lora_ranks [>= max_loras]
-    int32, or None.
+    pairs and run_of_row [>= T * top_k], blocks [max_blocks, 3], num_blocks [1], runs [>= T * top_k, 2] and scratch
+    [>= schedule.scratch_size(...)] int32 are written. topk_ids [T, top_k] int32 or int64 are global expert ids; valid_tokens [1]
+    int32, or None: all T tokens; token_lora_mapping [T] int32; adapter_enabled [>= max_loras] int32, or None: all are; lora_ranks
+    [>= max_loras] int32, or None.
 
     Raises:
         ValueError: an argument that does not fit; nothing was launched.
     """
-    written = (pairs, blocks, num_blocks, run_of_row, runs, gathered)
+    written = (pairs, blocks, num_blocks, run_of_row, runs, scratch)
     read = (topk_ids, valid_tokens, token_lora_mapping, adapter_enabled, lora_ranks)
     schedule.launch(*written, *read, num_experts, local_expert_start, max_loras, block_m)

@@ -18,6 +18,7 @@ SUITE = Suite(
     axes="schedule",
     rows="""
 one_launch
+three_launch
 """,
 )
 

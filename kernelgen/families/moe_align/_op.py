@@ -396,8 +396,12 @@ def bind(problem: Problem) -> Fill:
 
 
 def _variant(num_pairs: int, num_experts: int) -> Any:
-    two = num_pairs > _FEW_PAIRS and num_experts <= 256  # each program holds all experts of its rows
-    return VARIANTS.get("moe_align", schedule="two_launch" if two else "one_launch")
+    return VARIANTS.get("moe_align", schedule="two_launch" if in_chunks(num_pairs, num_experts) else "one_launch")
+
+
+def in_chunks(num_pairs: int, num_experts: int) -> bool:
+    """Whether so many pairs are sorted chunk by chunk: each program then holds all experts of its rows."""
+    return num_pairs > _FEW_PAIRS and num_experts <= 256
 
 
 def scratch_size(num_pairs: int, num_experts: int) -> int:

@@ -18,7 +18,7 @@ __all__ = ["EngineRoute", "MoeRoute", "MoeWorkspace", "PairRoute", "TableRoute",
 _MAX_GROUPS = 16384  # adapters * experts that the sorting kernels count in one program
 MAX_PAIRS = 512  # up to so many are sorted by one program
 CHUNK, WIDTH = 256, 32  # pairs, and groups, of a program where there are more
-_FEW_CHUNKS, _FEW_COUNTERS = 16, 4096  # that a program of two launches adds up by itself
+_FEW_CHUNKS, _FEW_COUNTERS = 8, 1024  # that a program adds up by itself as fast as a launch of its own does
 
 
 @operands.bundle()

@@ -1,4 +1,4 @@
-"""moe_runs where it is launched."""
+"""The schedules of moe_runs where they are launched: a class each, and of it an object a variant."""
 
 from __future__ import annotations
 
@@ -8,20 +8,31 @@ from typing import Any
 from torch import Tensor
 
 from .. import _runtime as runtime
-from ..moe_align._launch import walk
+from ..moe_align._launch import chunks, walk
+from ..moe_align._op import counts_size
 from ._op import Problem, check_fill
 
 _SUMS = 128  # of rows by adapters, that a warp holds at a time
-_WRITTEN = "pairs_ptr blocks_ptr num_blocks_ptr run_of_row_ptr runs_ptr gathered_ptr"
-_READ = "topk_ids_ptr valid_tokens_ptr token_lora_mapping_ptr adapter_enabled_ptr lora_ranks_ptr num_pairs"
+_BLOCKS = 1024  # that a program looks at at a time
+_TABLES = "pairs_ptr blocks_ptr num_blocks_ptr"
+_RUNS = "run_of_row_ptr runs_ptr gathered_ptr"
+_ROUTING = "topk_ids_ptr valid_tokens_ptr"
+_ADAPTERS = "token_lora_mapping_ptr adapter_enabled_ptr lora_ranks_ptr"
 
 
-class OneLaunch:
-    """Launches of the single variant."""
+class _Schedule:
+    """What both schedules do."""
 
     def __init__(self, kernel: Any) -> None:
         self.name = runtime.variant_of(kernel)
-        self._kernel = runtime.Launcher(kernel, f"{_WRITTEN} {_READ}")
+
+    def scratch_size(self, num_pairs: int, num_experts: int) -> int:
+        """int32 elements of scratch that a call needs."""
+        raise NotImplementedError
+
+    def bind(self, problem: Problem) -> Callable[..., None]:
+        """The launches for tables of these sizes, ready to be made again and again."""
+        raise NotImplementedError
 
     def launch(
         self,
@@ -30,7 +41,7 @@ class OneLaunch:
         num_blocks: Tensor,
         run_of_row: Tensor,
         runs: Tensor,
-        gathered: Tensor,
+        scratch: Tensor,
         topk_ids: Tensor,
         valid_tokens: Tensor | None,
         token_lora_mapping: Tensor,
@@ -46,29 +57,46 @@ class OneLaunch:
         Raises:
             ValueError: something does not fit; nothing was launched.
         """
-        written = (pairs, blocks, num_blocks, run_of_row, runs, gathered)
+        written = (pairs, blocks, num_blocks, run_of_row, runs, scratch)
         read = (topk_ids, valid_tokens, token_lora_mapping, adapter_enabled, lora_ranks)
-        problem = check_fill(self.name, *written, *read, num_experts, local_expert_start, max_loras, block_m)
-        self.bind(problem)(*written, *read)
+        sizes = (num_experts, local_expert_start, max_loras, block_m)
+        self.bind(check_fill(self.name, self.scratch_size, *written, *read, *sizes))(*written, *read)
+
+
+def _of_adapters(problem: Problem, num_warps: int) -> dict[str, Any]:
+    """The constants of what counts the adapters of rows."""
+    groups = max(8, runtime.next_power_of_2(problem.max_loras + 1))
+    return {
+        "TOP_K": problem.top_k,
+        "MAX_LORAS": problem.max_loras,
+        "BLOCK_M": problem.block_m,
+        "GROUPS": groups,
+        "WIDTH": max(16, _SUMS * num_warps // groups),
+        "PDL": runtime.traits(problem.device).pdl,
+    }
+
+
+class OneLaunch(_Schedule):
+    """Launches of one_launch."""
+
+    def __init__(self, kernel: Any) -> None:
+        super().__init__(kernel)
+        self._kernel = runtime.Launcher(kernel, f"{_TABLES} {_RUNS} {_ROUTING} {_ADAPTERS} num_pairs")
+
+    def scratch_size(self, num_pairs: int, num_experts: int) -> int:
+        return 2 * num_pairs
 
     def bind(self, problem: Problem) -> Callable[..., None]:
-        """The launch for tables of these sizes, ready to be made again and again."""
         over = walk(problem.num_pairs, problem.top_k, problem.num_experts)
-        groups = max(8, runtime.next_power_of_2(problem.max_loras + 1))
         launch = self._kernel.bind(
             problem.num_experts,
             runtime.Options(over.num_warps),
-            TOP_K=problem.top_k,
+            **_of_adapters(problem, over.num_warps),
             NUM_EXPERTS=problem.num_experts,
             LOCAL_EXPERT_START=problem.local_expert_start,
-            MAX_LORAS=problem.max_loras,
-            BLOCK_M=problem.block_m,
             DENSE=over.dense,
             SIZE=over.counters,
             ROWS=over.rows,
-            GROUPS=groups,
-            WIDTH=max(16, _SUMS * over.num_warps // groups),
-            PDL=runtime.traits(problem.device).pdl,
         )
         num_pairs = problem.num_pairs
 
@@ -78,14 +106,63 @@ class OneLaunch:
             num_blocks: Tensor,
             run_of_row: Tensor,
             runs: Tensor,
-            gathered: Tensor,
+            scratch: Tensor,
             topk_ids: Tensor,
             valid_tokens: Tensor | None,
             token_lora_mapping: Tensor,
             adapter_enabled: Tensor | None,
             lora_ranks: Tensor | None,
         ) -> None:
-            written, read = (pairs, blocks, num_blocks, run_of_row, runs, gathered), (topk_ids, valid_tokens)
+            written, read = (pairs, blocks, num_blocks, run_of_row, runs, scratch), (topk_ids, valid_tokens)
             launch.run(*written, *read, token_lora_mapping, adapter_enabled, lora_ranks, num_pairs)
+
+        return call
+
+
+class ThreeLaunch(_Schedule):
+    """Launches of three_launch."""
+
+    def __init__(self, count: Any, place: Any, by_adapter: Any) -> None:
+        super().__init__(count)
+        self._count = runtime.Launcher(count, f"counts_ptr {_ROUTING} num_pairs")
+        written = "gathered_ptr blocks_ptr num_blocks_ptr counts_ptr"
+        self._place = runtime.Launcher(place, f"{written} {_ROUTING} num_pairs num_chunks")
+        self._by_adapter = runtime.Launcher(by_adapter, f"{_TABLES} {_RUNS} {_ADAPTERS}")
+
+    def scratch_size(self, num_pairs: int, num_experts: int) -> int:
+        return 2 * num_pairs + counts_size(num_experts)
+
+    def bind(self, problem: Problem) -> Callable[..., None]:
+        num_pairs, over = problem.num_pairs, chunks(problem.num_pairs, problem.num_experts)
+        constants = {
+            **_of_adapters(problem, 16),
+            "NUM_EXPERTS": problem.num_experts,
+            "LOCAL_EXPERT_START": problem.local_expert_start,
+            "CHUNK": over.pairs,
+            "SIZE": over.counters,
+        }
+        count = self._count.bind(over.number, runtime.Options(4), **constants)
+        options = runtime.Options(over.num_warps, pdl=constants["PDL"])
+        place = self._place.bind(over.number, options, **constants, ROWS=over.rows)
+        options = runtime.Options(16, pdl=constants["PDL"])
+        by_adapter = self._by_adapter.bind(problem.num_experts, options, **constants, BLOCKS=_BLOCKS)
+
+        def call(
+            pairs: Tensor,
+            blocks: Tensor,
+            num_blocks: Tensor,
+            run_of_row: Tensor,
+            runs: Tensor,
+            scratch: Tensor,
+            topk_ids: Tensor,
+            valid_tokens: Tensor | None,
+            token_lora_mapping: Tensor,
+            adapter_enabled: Tensor | None,
+            lora_ranks: Tensor | None,
+        ) -> None:
+            counts, source = scratch[2 * num_pairs :], (topk_ids, valid_tokens, num_pairs)
+            count.run(counts, *source)
+            place.run(scratch, blocks, num_blocks, counts, *source, over.number)
+            by_adapter.run(pairs, blocks, num_blocks, run_of_row, runs, scratch, token_lora_mapping, adapter_enabled, lora_ranks)
 
         return call

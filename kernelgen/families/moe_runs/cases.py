@@ -72,7 +72,8 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
     align = importlib.import_module(f"{package.__name__}.moe_align._op")
     most = align.max_blocks(case.tokens, case.top_k, case.experts, case.block_m)
     shapes = {"pairs": (num_pairs,), "blocks": (most, 3), "num_blocks": (1,), "run_of_row": (num_pairs,)}
-    shapes |= dict.fromkeys(("runs", "gathered"), (num_pairs, 2))
+    needed = importlib.import_module(launcher.__module__).schedule.scratch_size(num_pairs, case.experts)
+    shapes |= {"runs": (num_pairs, 2), "scratch": (needed,)}
     views = {name: allocate(s, (3 if name == "blocks" else 2, 1)[-len(s) :], torch.int32, device) for name, s in shapes.items()}
     sealed = {name: seal(view) for name, view in views.items()}
     launcher(
@@ -89,7 +90,7 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
     )
     for name, guarded in sealed.items():
         shape = views[name].shape
-        rows = torch.arange(shape[0]) < (shape[0] if name in ("blocks", "num_blocks") else count)
+        rows = torch.arange(shape[0]) < (shape[0] if name in ("blocks", "num_blocks", "scratch") else count)
         if name == "runs":
             rows = wanted.runs[:, 0] >= 0
             rows = torch.cat((rows, torch.zeros(num_pairs - count, dtype=torch.bool)))

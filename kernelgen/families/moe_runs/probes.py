@@ -15,7 +15,7 @@ def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
     """Of few tokens, and of many."""
     del variant
     top_k, num_experts = QWEN3["top_k"], QWEN3["num_experts"]
-    for num_tokens in (16, 4096):
+    for num_tokens in (16, 4096, 16384):
         ids = meta(num_tokens, top_k)
 
         def call(ids: torch.Tensor = ids) -> None:
