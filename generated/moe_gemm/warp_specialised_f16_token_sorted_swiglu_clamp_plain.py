@@ -137,9 +137,9 @@ def _multiply(
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     num_blocks = gl.load(num_blocks_ptr)
-    column, expert, first, rows = _find(gl.program_id(0), num_blocks, blocks_ptr, TILES, GROUP_M)
+    column, _, first, rows = _find(gl.program_id(0), num_blocks, blocks_ptr, TILES, GROUP_M)
     for tile in range(gl.program_id(0), num_blocks * TILES, gl.num_programs(0)):
-        column_1, expert_1, first_1, rows_1 = _find(tile + gl.num_programs(0), num_blocks, blocks_ptr, TILES, GROUP_M)
+        column_1, _, first_1, rows_1 = _find(tile + gl.num_programs(0), num_blocks, blocks_ptr, TILES, GROUP_M)
         live = rows - 64 * HALF  # of the rows of this half
         if live > 0:
             out_position = first + 64 * HALF + gl.minimum(out_m, live - 1)
@@ -164,7 +164,7 @@ def _multiply(
                 mbarrier.wait(full.index(slot), phase)
                 mbarrier.arrive(empty.index(slot), count=1)
                 slot, phase = _after(slot, phase, STAGES)
-        column, expert, first, rows = column_1, expert_1, first_1, rows_1
+        column, first, rows = column_1, first_1, rows_1
 
 
 @gluon.jit(
