@@ -520,7 +520,7 @@ def plan(problem: Problem, boxes: bool, there: Callable[[str], bool]) -> tuple[s
     rows = (s.block_m, s.k, s.n, s.slices, problem.rows.startswith("token"), s.sums, problem.rank)
     key = Key(tokens, problem.top_k, problem.num_experts, *rows, s.weight_scales, s.x_scales)
     far = key._replace(num_tokens=16384)  # where so many have been measured too
-    if s.tokens >= far.num_tokens and runtime.measured(TUNED, far, device):
+    if s.tokens >= far.num_tokens and any(runtime.measured(TUNED, each, device) for each in (far, far._replace(rank=0))):
         key = far
     own = _schedule(problem, boxes and there("box"))
 
