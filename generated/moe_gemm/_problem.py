@@ -565,6 +565,7 @@ class _Shape(NamedTuple):
     rank: int  # of adapters, 0: there are none
     runs: int  # of adapters that a block has, if they and the experts of a batch spread evenly
     heavy: bool  # the activation takes many registers beside the sums
+    biased: bool
     target: str
     accelerator: bool
     num_sms: int
@@ -590,6 +591,7 @@ def _shape(problem: Problem) -> _Shape:
         rank=problem.rank,
         runs=_expected_runs(problem, tokens * problem.top_k),
         heavy=problem.epilogue == "gelu" or (problem.epilogue == "swiglu_clamp" and problem.weight_scales == "group"),
+        biased=problem.bias_stride != 0,
         target=device.target,
         accelerator=_has_accelerator(device),
         num_sms=device.num_sms,
@@ -684,6 +686,8 @@ def _box(s: _Shape) -> BoxConfig:
     block_n, block_k, stages, warps = _sizes(s)
     if not s.accelerator:  # boxes are copied by pointers to all of their elements, which take registers
         block_k, warps = min(block_k, 32), s.full_warps
+    if s.biased and s.rank and s.slices == 2 and s.target == "sm_100":
+        block_n //= 2  # there the sums of both halves leave no registers for biases in turns
     return BoxConfig(block_n, block_k, stages, warps, _group_m(s), int(s.block_m == 128), *_delta(s, block_n))
 
 
