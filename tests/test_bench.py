@@ -268,7 +268,7 @@ def test_published_results_are_read(path: Path) -> None:
 def test_report_draws_the_same_bytes_again(name: str, tmp_path: Path, kernelgen) -> None:
     pytest.importorskip("matplotlib")
     result = tmp_path / f"{name}.json"
-    drawn = {"moe_lora": ["floor_add", "floor_set", "speedup_sglang_set", "speedup_vllm_add"], "layer": ["floor"]}[name]
+    drawn = {"moe_lora": ["floor_add", "floor_set", "speedup_sglang_set", "speedup_vllm_add"], "layer": ["beside", "floor"]}[name]
     if name == "moe_lora":
         _document().save(result)
     else:

@@ -58,7 +58,9 @@ def markdown_tables(document: Document) -> str:
 
 
 def draw(document: Document, folder: Path, stem: str) -> list[Path]:
-    """Write a heat map of speed-ups for each peer and part, and the fraction of the floor; return the files."""
+    """Write a heat map of speed-ups for each peer and part, the fraction of the floor, and how long a call takes by what it is
+    measured beside; return the files.
+    """
     import matplotlib
 
     matplotlib.use("svg")
@@ -77,7 +79,15 @@ def draw(document: Document, folder: Path, stem: str) -> list[Path]:
         rows = [r for r in document.rows if suite.part(r) == part and counts(r) and r["impl"] == OURS and r["site"] != "route"]
         if rows:
             path = folder / f"{_name(stem, 'floor', part)}.svg"
-            _save(_fractions(suite, rows, ", ".join(filter(None, ["fraction of the floor", part]))), path)
+            points = [(row, row["floor_us"] / row["us"]) for row in rows]
+            title = ", ".join(filter(None, ["fraction of the floor", part]))
+            _save(_curves(suite, points, title, "floor / time", 1.0), path)
+            written.append(path)
+        points = [(row, 1.0 / times) for row, times in beside(suite, document.rows) if suite.part(row) == part]
+        if points and suite.beside:
+            path = folder / f"{_name(stem, 'beside', part)}.svg"
+            title = ", ".join(filter(None, [f"times as long as {suite.beside[0]}", part]))
+            _save(_curves(suite, points, title, "time / time", 1.0), path)
             written.append(path)
     return written
 
@@ -157,31 +167,33 @@ def _heat_map(suite: Suite, pairs: Sequence[tuple[Row, float]], title: str) -> A
     return figure
 
 
-def _fractions(suite: Suite, rows: Sequence[Row], title: str) -> Any:
+def _curves(suite: Suite, values: Sequence[tuple[Row, float]], title: str, unit: str, level: float) -> Any:
+    """Values by tokens, a panel for each model and site; ``level``: where a line is drawn."""
     from matplotlib.figure import Figure
 
+    rows = [row for row, _ in values]
     panels = list(dict.fromkeys((row["model"], row["site"]) for row in rows))
     wide = min(4, len(panels))
     high = -(-len(panels) // wide)
     figure = Figure(figsize=(2.6 * wide + 0.6, 2.1 * high + 0.5), layout="constrained")
     grid = list(figure.subplots(high, wide, squeeze=False, sharex=True, sharey=True).flat)
     for axes, (model, site) in zip(grid[: len(panels)], panels, strict=True):
-        here = [row for row in rows if (row["model"], row["site"]) == (model, site)]
-        for line in dict.fromkeys(suite.label(row) for row in here):
-            points = sorted((row["tokens"], row["floor_us"] / row["us"]) for row in here if suite.label(row) == line)
+        here = [(row, value) for row, value in values if (row["model"], row["site"]) == (model, site)]
+        for line in dict.fromkeys(suite.label(row) for row, _ in here):
+            points = sorted((row["tokens"], value) for row, value in here if suite.label(row) == line)
             words = line.removeprefix(f"{model} {site}").strip() or "16 bits"
             axes.plot(*zip(*points, strict=True), marker=".", label=words)
-        axes.axhline(1.0, color="grey", linewidth=0.6)
+        axes.axhline(level, color="grey", linewidth=0.6)
         tokens = sorted({row["tokens"] for row in rows})
         axes.set_xscale("log", base=2)
         axes.set_xticks(tokens, [str(t) for t in tokens], fontsize=7)
-        axes.set_ylim(0.0, 1.1)
+        axes.set_ylim(bottom=0.0, top=1.1 * max(level, *(value for _, value in values)))
         axes.set_title(f"{model} {site}", fontsize=9)
         axes.legend(fontsize=7, frameon=False)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     figure.supxlabel("tokens")
-    figure.supylabel("floor / time")
+    figure.supylabel(unit)
     figure.suptitle(title)
     return figure
 
