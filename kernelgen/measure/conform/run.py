@@ -178,6 +178,8 @@ def run(
     Raises:
         Failure: there is no such system, it cannot be imported, or no variant has such a name; exit code 2.
     """
+    if path is not None and not path.is_dir():
+        raise failure("KG001", str(path), "not a folder", "give the one in which the system's sources lie")
     start_worker(out, "cpu")
     begin = time.monotonic()
     if path is not None:
