@@ -154,11 +154,13 @@ def _number(value: Any) -> Node:
 
 
 def _cast(made: Any, x: Any, *kind: Any) -> Node:
-    """Rounds where it narrows; what is wider holds all that it was."""
-    source, target = x.dtype.scalar, made.dtype.scalar
+    """Rounds where it narrows; what is wider holds all that it was, and a number of the text may be one that it rounds to."""
+    source, target, node = x.dtype.scalar, made.dtype.scalar, _node(x)
     if source.primitive_bitwidth < target.primitive_bitwidth or source == target:
-        return _node(x)
-    return Node("round", (_node(x),), _shape(made), _short(target))
+        return node
+    if node.kind == "number" and np.array_equal(_number(made).detail, node.detail):
+        return node
+    return Node("round", (node,), _shape(made), _short(target))
 
 
 def _short(dtype: Any) -> str:
