@@ -138,7 +138,7 @@ def test_what_a_config_says(
         ({"dtype": "float32"}, "its dtype is float32"),
         ({"hidden_act": "quick_gelu"}, "its experts have the activation quick_gelu"),
         ({"swiglu_limit": 7.0}, "its experts have a gate that clamps in a way that is not known"),
-        ({"quantization_config": {"quant_method": "mxfp4"}}, "its quantization is none that is known"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "its quantization is none that is known"),
         ({"quantization_config": {**BLOCKS, "weight_block_size": [64, 64]}}, "its quantization is none that is known"),
         ({"num_experts": 0}, "is it a mixture of experts"),
     ],
