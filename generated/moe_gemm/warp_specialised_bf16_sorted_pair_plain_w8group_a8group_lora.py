@@ -41,8 +41,8 @@ from .._gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .._scales import as_fp32
 from .._operands import Tensors
+from .._scales import as_fp32
 from ..moe_align import MoeTables
 from ..moe_runs import MoeRuns
 from ._launch import WarpSpecialised
@@ -88,7 +88,7 @@ def _copy_ranks(
     RANKED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The steps over the ranks of a block; then the slot behind them, and its phase."""
-    x_slots, w_slots, v_slots, b_slots, full, empty = ring
+    _x_slots, _w_slots, v_slots, b_slots, full, empty = ring
     # Of a run: tensor cores add 16 columns at a time, so that no sum depends on the runs beside its own.
     WIDTH: gl.constexpr = (RANK + 15) // 16 * 16
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
@@ -133,7 +133,7 @@ def _copy(
     K: gl.constexpr, N: gl.constexpr, RANK: gl.constexpr, B_STRIDE_L: gl.constexpr, B_STRIDE_E: gl.constexpr,
     B_STRIDE_N: gl.constexpr, RANKED: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
-    x_slots, w_slots, v_slots, b_slots, full, empty = ring
+    x_slots, w_slots, _v_slots, _b_slots, full, empty = ring
     TILES: gl.constexpr = (N + 256 - 1) // 256
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(1)  # no slot has to be waited for in the first round
