@@ -152,8 +152,10 @@ def how_kernels_are_launched_stands_in_the_room(module: ast.Module) -> None:
     found = {id(kernel) for kernel in kernels(module)}
     host = [node for node in module.body if id(node) not in found and not isinstance(node, (ast.Import, ast.ImportFrom))]
     match host:
-        case [ast.Expr(), ast.Assign([ast.Name("schedule")], ast.Call(ast.Name(), operands, [])), ast.FunctionDef(body=body)]:
-            assert all(isinstance(operand, ast.Name) for operand in operands), ast.unparse(host[1])
+        case [ast.Expr(), ast.Assign([ast.Name("schedule")], ast.Call(ast.Name(), taken, [])), ast.FunctionDef(name, body=body)]:
+            assert all(isinstance(each, ast.Name) for each in taken), ast.unparse(host[1])
+            called_as = {ast.unparse(each).rpartition("_")[0] for each in taken}
+            assert called_as == {name}, f"{ast.unparse(host[1])}: kernels are called as their variant and by one word"
             _, *named, called = body
             assert all(isinstance(line, (ast.Assign, ast.AugAssign)) for line in named), [ast.unparse(line) for line in named]
             assert ast.unparse(called).startswith("schedule.launch("), ast.unparse(called)

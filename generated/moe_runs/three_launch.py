@@ -15,7 +15,7 @@ A block is at most BLOCK_M rows of an expert, a run what it holds of one adapter
     runs [*, 2] int32         (adapter, first row) of the runs of a block, from the place of its first row on; with lora_ranks
                               how many of its ranks count, in units of 16 rounded up, stands 12 bits above the adapter
 
-count and place: the pairs of all experts are gathered in order, and cut into blocks, as moe_align has them. by_adapter: each program
+count and place: the pairs of all experts are gathered in order, and cut into blocks, as moe_align has them. order: each program
 orders those of one expert. How many of them each adapter has tells where its rows begin, and so in which block and run a row will be.
 """
 
@@ -129,7 +129,7 @@ def _group(token_lora_mapping_ptr, adapter_enabled_ptr, pair, live, TOP_K: tl.co
 
 
 @triton.jit(do_not_specialize_on_alignment=["num_blocks_ptr", "token_lora_mapping_ptr", "adapter_enabled_ptr", "lora_ranks_ptr"])
-def moe_runs_three_launch_by_adapter(
+def moe_runs_three_launch_order(
     pairs_ptr, blocks_ptr, num_blocks_ptr, run_of_row_ptr, runs_ptr, gathered_ptr, token_lora_mapping_ptr, adapter_enabled_ptr,
     lora_ranks_ptr,
     TOP_K: tl.constexpr, MAX_LORAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr, GROUPS: tl.constexpr,
@@ -192,7 +192,7 @@ def moe_runs_three_launch_by_adapter(
         tl.store(entry + 1, place, mask=opens)
 
 
-schedule = ThreeLaunch(moe_runs_three_launch_count, moe_runs_three_launch_place, moe_runs_three_launch_by_adapter)
+schedule = ThreeLaunch(moe_runs_three_launch_count, moe_runs_three_launch_place, moe_runs_three_launch_order)
 
 
 def moe_runs_three_launch(

@@ -122,12 +122,12 @@ class OneLaunch(_Schedule):
 class ThreeLaunch(_Schedule):
     """Launches of three_launch."""
 
-    def __init__(self, count: Any, place: Any, by_adapter: Any) -> None:
+    def __init__(self, count: Any, place: Any, order: Any) -> None:
         super().__init__(count)
         self._count = runtime.Launcher(count, f"counts_ptr {_ROUTING} num_pairs")
         written = "gathered_ptr blocks_ptr num_blocks_ptr counts_ptr"
         self._place = runtime.Launcher(place, f"{written} {_ROUTING} num_pairs num_chunks")
-        self._by_adapter = runtime.Launcher(by_adapter, f"{_TABLES} {_RUNS} {_ADAPTERS}")
+        self._order = runtime.Launcher(order, f"{_TABLES} {_RUNS} {_ADAPTERS}")
 
     def scratch_size(self, num_pairs: int, num_experts: int) -> int:
         return 2 * num_pairs + counts_size(num_experts)
@@ -145,7 +145,7 @@ class ThreeLaunch(_Schedule):
         options = runtime.Options(over.num_warps, pdl=constants["PDL"])
         place = self._place.bind(over.number, options, **constants, ROWS=over.rows)
         options = runtime.Options(16, pdl=constants["PDL"])
-        by_adapter = self._by_adapter.bind(problem.num_experts, options, **constants, BLOCKS=_BLOCKS)
+        order = self._order.bind(problem.num_experts, options, **constants, BLOCKS=_BLOCKS)
 
         def call(
             pairs: Tensor,
@@ -163,6 +163,6 @@ class ThreeLaunch(_Schedule):
             counts, source = scratch[2 * num_pairs :], (topk_ids, valid_tokens, num_pairs)
             count.run(counts, *source)
             place.run(scratch, blocks, num_blocks, counts, *source, over.number)
-            by_adapter.run(pairs, blocks, num_blocks, run_of_row, runs, scratch, token_lora_mapping, adapter_enabled, lora_ranks)
+            order.run(pairs, blocks, num_blocks, run_of_row, runs, scratch, token_lora_mapping, adapter_enabled, lora_ranks)
 
         return call
