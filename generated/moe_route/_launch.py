@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -78,6 +78,24 @@ def _bounds(problem: Problem) -> dict[str, Any]:
     }
 
 
+class _Chunks(NamedTuple):
+    """How programs for a chunk of pairs each go through all of them."""
+
+    number: int
+    counters: int  # of groups
+    constants: dict[str, Any]
+    counting: runtime.Options
+    placing: runtime.Options
+
+
+def _chunks(problem: Problem) -> _Chunks:
+    """The chunks of the pairs of a batch."""
+    size, pdl = counters(problem.num_groups), runtime.traits(problem.device).pdl
+    constants = {**_bounds(problem), "BLOCK_M": problem.block_m, "SIZE": size, "CHUNK": CHUNK, "PDL": pdl}
+    placing = runtime.Options(4 if size <= 2048 else 8, pdl=pdl)
+    return _Chunks(runtime.cdiv(problem.num_pairs, CHUNK), size, constants, runtime.Options(4), placing)
+
+
 class OneLaunch(_Sort):
     """Launches of one_launch."""
 
@@ -124,12 +142,9 @@ class TwoLaunch(_Sort):
         return 5 * counters(num_groups) * runtime.cdiv(num_pairs, CHUNK)
 
     def bind(self, problem: Problem) -> Fill:
-        num_pairs, pdl = problem.num_pairs, runtime.traits(problem.device).pdl
-        size, num_chunks = counters(problem.num_groups), runtime.cdiv(num_pairs, CHUNK)
-        constants = {**_bounds(problem), "SIZE": size, "CHUNK": CHUNK, "PDL": pdl}
-        count = self._count.bind(num_chunks, runtime.Options(4), **constants)
-        options = runtime.Options(4 if size <= 2048 else 8, pdl=pdl)
-        place = self._place.bind(num_chunks, options, **constants, BLOCK_M=problem.block_m)
+        num_pairs, (num_chunks, size, constants, counting, placing) = problem.num_pairs, _chunks(problem)
+        count = self._count.bind(num_chunks, counting, **constants)
+        place = self._place.bind(num_chunks, placing, **constants)
         starts_at = size * num_chunks
 
         def call(
@@ -162,13 +177,10 @@ class ThreeLaunch(_Sort):
         return counts_size(num_pairs, num_groups)
 
     def bind(self, problem: Problem) -> Fill:
-        num_pairs, pdl = problem.num_pairs, runtime.traits(problem.device).pdl
-        size, num_chunks = counters(problem.num_groups), runtime.cdiv(num_pairs, CHUNK)
-        constants = {**_bounds(problem), "SIZE": size, "CHUNK": CHUNK, "PDL": pdl}
-        count = self._count.bind(num_chunks, runtime.Options(4), **constants)
-        prefix = self._prefix.bind(size // WIDTH, runtime.Options(4, pdl=pdl), **constants, WIDTH=WIDTH, STEP=64)
-        options = runtime.Options(4 if size <= 2048 else 8, pdl=pdl)
-        place = self._place.bind(num_chunks, options, **constants, BLOCK_M=problem.block_m)
+        num_pairs, (num_chunks, size, constants, counting, placing) = problem.num_pairs, _chunks(problem)
+        count = self._count.bind(num_chunks, counting, **constants)
+        prefix = self._prefix.bind(size // WIDTH, counting._replace(pdl=constants["PDL"]), **constants, WIDTH=WIDTH, STEP=64)
+        place = self._place.bind(num_chunks, placing, **constants)
         counts_at, starts_at = size, size * (1 + num_chunks)
 
         def call(
