@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from kernelgen.families import _repairs
 from kernelgen.families._repairs import is_narrow, narrowed
 from kernelgen.prove import gluon, order
-from kernelgen.prove.memory import Launch, MemoryFault, OutOfBounds, Race, beside, tensors
+from kernelgen.prove.memory import Launch, MemoryFault, OutOfBounds, Race, beside, tensors, unwrapped
 
 __all__ = ["IntegerOverflow", "MemoryFault", "OutOfBounds", "Race", "install"]
 
@@ -196,20 +196,13 @@ def _watch_memory(interpreter: Any) -> None:
         nonlocal current, dependent
         dependent = bool(keywords.get("launch_pdl"))
         try:
-            with np.errstate(all="ignore"):  # as a GPU does
+            with unwrapped(MemoryFault), np.errstate(all="ignore"):  # as a GPU does
                 result = stock_call(self, *arguments, **keywords)
             if current is not None:
                 current.check_races()
             if (chain := order.watching()) is not None:
                 chain.end()
             return result
-        except interpreter.InterpreterError as error:
-            cause: BaseException | None = error
-            while isinstance(cause, interpreter.InterpreterError):
-                cause = cause.__cause__
-            if isinstance(cause, MemoryFault):
-                raise cause from None
-            raise
         finally:
             current = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 from typing import Any, Iterator, Sequence
 
@@ -27,6 +28,22 @@ class Race(MemoryFault):
 
 class Lost(Exception):
     """What shadows of numbers in a kernel do not know, where it is needed."""
+
+
+@contextlib.contextmanager
+def unwrapped(kind: type[Exception]) -> Iterator[None]:
+    """Inside, what a kernel raises of a kind is raised as it is: the interpreter wraps it, once for each function called."""
+    from triton.runtime.interpreter import InterpreterError
+
+    try:
+        yield
+    except InterpreterError as error:
+        cause: BaseException | None = error
+        while isinstance(cause, InterpreterError):
+            cause = cause.__cause__
+        if isinstance(cause, kind):
+            raise cause from None
+        raise
 
 
 class Launch:

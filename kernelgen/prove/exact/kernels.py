@@ -19,7 +19,7 @@ from kernelgen.families._repairs import widened
 from kernelgen.prove.exact import field
 from kernelgen.prove.exact.field import Elements
 from kernelgen.prove.exact.formulas import Formulas
-from kernelgen.prove.memory import Lost, beside, tensors
+from kernelgen.prove.memory import Lost, beside, tensors, unwrapped
 
 _Rule = Callable[..., Elements]  # from the operands of an operation
 
@@ -162,16 +162,10 @@ def kernels_in(formulas: Formulas) -> Iterator[None]:
     changed[builder, "create_split"] = split
     changed[interpreter.ReduceOps, "apply_impl"] = _reduced(interpreter.ReduceOps.apply_impl)
     changed[interpreter.ScanOps, "apply_impl"] = _integers_alone(interpreter.ScanOps.apply_impl)
-    changed[interpreter.GridExecutor, "__call__"] = _launched(interpreter.GridExecutor.__call__, formulas, interpreter)
+    changed[interpreter.GridExecutor, "__call__"] = _launched(interpreter.GridExecutor.__call__, formulas)
     changed[tl.tensor, "T"] = property(_transposed(tl.tensor.T.fget))
-    before = {(owner, name): getattr(owner, name) for owner, name in changed}
-    for (owner, name), value in changed.items():
-        setattr(owner, name, value)
-    try:
+    with replaced(changed):
         yield
-    finally:
-        for (owner, name), value in before.items():
-            setattr(owner, name, value)
 
 
 def _reduced(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -214,25 +208,32 @@ def _transposed(stock: Callable[..., Any]) -> Callable[..., Any]:
     return transposed
 
 
-def _launched(stock: Callable[..., Any], formulas: Formulas, interpreter: Any) -> Callable[..., Any]:
+def _launched(stock: Callable[..., Any], formulas: Formulas) -> Callable[..., Any]:
     def launched(self: Any, *arguments: Any, **options: Any) -> Any:
         for value in (*arguments, *options.values(), *beside.get()):
             for _, tensor in tensors("", value):
                 formulas.memory.storage(tensor)
         formulas.paused = True
         try:
-            return stock(self, *arguments, **options)
-        except interpreter.InterpreterError as error:
-            cause: BaseException | None = error
-            while isinstance(cause, interpreter.InterpreterError):
-                cause = cause.__cause__
-            if isinstance(cause, Lost):
-                raise cause from None
-            raise
+            with unwrapped(Lost):
+                return stock(self, *arguments, **options)
         finally:
             formulas.paused = False
 
     return launched
+
+
+@contextlib.contextmanager
+def replaced(changed: Mapping[tuple[Any, str], Any]) -> Iterator[None]:
+    """Inside, attributes, by (owner, name), are others."""
+    before = {(owner, name): getattr(owner, name) for owner, name in changed}
+    for (owner, name), value in changed.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for (owner, name), value in before.items():
+            setattr(owner, name, value)
 
 
 def kernel_line() -> str:

@@ -16,9 +16,9 @@ import triton.language as tl
 from numpy.typing import NDArray
 
 from kernelgen.families._repairs import widened
-from kernelgen.prove.exact.kernels import kernel_line
+from kernelgen.prove.exact.kernels import kernel_line, replaced
 from kernelgen.prove.exact.memory import Memory
-from kernelgen.prove.memory import Lost, tensors
+from kernelgen.prove.memory import Lost, tensors, unwrapped
 
 Array = NDArray[Any]
 _LANES = 32  # bits of a note that are the lane of a store
@@ -293,16 +293,10 @@ def taped() -> Iterator[Tape]:
     changed[builder, "create_masked_store"] = store
     changed[builder, "create_split"] = split
     changed[interpreter.ReduceOps, "apply_impl"] = _reduced(interpreter.ReduceOps.apply_impl)
-    changed[interpreter.GridExecutor, "__call__"] = _launched(interpreter.GridExecutor.__call__, tape, interpreter)
+    changed[interpreter.GridExecutor, "__call__"] = _launched(interpreter.GridExecutor.__call__, tape)
     changed[tl.tensor, "T"] = property(_transposed(tl.tensor.T.fget))
-    before = {(owner, name): getattr(owner, name) for owner, name in changed}
-    for (owner, name), value in changed.items():
-        setattr(owner, name, value)
-    try:
+    with replaced(changed):
         yield tape
-    finally:
-        for (owner, name), value in before.items():
-            setattr(owner, name, value)
 
 
 def _reduced(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -337,18 +331,11 @@ def _transposed(stock: Callable[..., Any]) -> Callable[..., Any]:
     return transposed
 
 
-def _launched(stock: Callable[..., Any], tape: Tape, interpreter: Any) -> Callable[..., Any]:
+def _launched(stock: Callable[..., Any], tape: Tape) -> Callable[..., Any]:
     def launched(self: Any, *arguments: Any, **options: Any) -> Any:
         named = dict(zip(self.arg_names, arguments, strict=False))
         tape.launch({**named, **{name: options[name] for name in self.arg_names if name in options}}, options)
-        try:
+        with unwrapped(Lost):
             return stock(self, *arguments, **options)
-        except interpreter.InterpreterError as error:
-            cause: BaseException | None = error
-            while isinstance(cause, interpreter.InterpreterError):
-                cause = cause.__cause__
-            if isinstance(cause, Lost):
-                raise cause from None
-            raise
 
     return launched
