@@ -129,7 +129,6 @@ def bind(
         x,
         w,
         tables,
-        topk_weights,
         dtype=kind,
         rows=rows,
         epilogue=epilogue,

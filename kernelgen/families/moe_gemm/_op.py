@@ -126,7 +126,6 @@ def bind(
         x,
         w,
         tables,
-        topk_weights,
         dtype=kind,
         rows=rows,
         epilogue=epilogue,

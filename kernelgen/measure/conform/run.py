@@ -20,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
+from unittest import mock
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
@@ -182,21 +183,21 @@ def run(
         raise failure("KG001", str(path), "not a folder", "give the one in which the system's sources lie")
     start_worker(out, "cpu")
     begin = time.monotonic()
-    if path is not None:
-        sys.path.insert(0, str(path))
-    adapters = _adapters(system)
-    tasks = [task for family, adapter in adapters.items() for task in _tasks(suites(out)[family], adapter, only)]
-    met, unclaimed, found = 0, 0, []
-    label = Path(system).stem
-    for suite, adapter, call, variant, case in progress(tasks, len(tasks)):
-        for exactly in (False, True) if case in suite.exact_cases(variant) else (False,):
-            try:
-                finding = _meet(label, suite, adapter, call, variant, case, exactly, files)
-            except Unsupported:
-                unclaimed += 1
-                continue
-            met += 1
-            found += [] if finding is None else [finding]
+    found_in = [] if path is None else [str(path)]
+    with mock.patch.object(sys, "path", [*found_in, *sys.path]):
+        adapters = _adapters(system)
+        tasks = [task for family, adapter in adapters.items() for task in _tasks(suites(out)[family], adapter, only)]
+        met, unclaimed, found = 0, 0, []
+        label = Path(system).stem
+        for suite, adapter, call, variant, case in progress(tasks, len(tasks)):
+            for exactly in (False, True) if case in suite.exact_cases(variant) else (False,):
+                try:
+                    finding = _meet(label, suite, adapter, call, variant, case, exactly, files)
+                except Unsupported:
+                    unclaimed += 1
+                    continue
+                met += 1
+                found += [] if finding is None else [finding]
     return Result(label, met, unclaimed, found, time.monotonic() - begin)
 
 
