@@ -30,7 +30,7 @@ def with_adapters(
 ) -> Layer:
     """The layer with adapters, whose factors are NaN where no pair has them; in FP8 where there are ``scales``."""
     tokens, top_k = call.routed.topk_ids.shape
-    experts, width, inter = call.w2.shape
+    experts, width, inter = (call.numbers[-1] if call.numbers else call.w2).shape  # codes of MXFP4 are two to a byte
     device, slices = str(call.hidden.device), call.w13.shape[1] // inter
     dtype = call.hidden.dtype if call.inner is None else call.inner.dtype
     drawn = draw_adapters(how, tokens, random.Random(seed), device)
