@@ -194,6 +194,7 @@ def the_ops_one_by_one(package: ModuleType, variants: Sequence[Variant], device:
 
 def one_graph_serves_every_batch(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """A captured graph gives the bits of eager calls for all routings, numbers of tokens, and adapters of these."""
+
     def fp8(tokens: int, how: Experts, device: str, seed: int = 0) -> Layer:
         sizes: dict[str, Any] = {"hidden": 72, "inter": 40, "top_k": 3, "experts": 4}
         return fp8_layer(package, tokens, how, device, ("group", "group", "swiglu"), seed=seed, **sizes)
