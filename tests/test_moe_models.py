@@ -23,6 +23,7 @@ from kernelgen.integrations.peft import (
     Factors,
     LayerBuffers,
     SliceBuffers,
+    UngatedShape,
     read_adapter,
     stack_adapters,
 )
@@ -46,6 +47,7 @@ JAMBA = {
     "mamba_dt_rank": 4,
 }
 GROUPS = {"num_hidden_layers": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+STEP = {"mlp_layer_types": ["sparse"], "swiglu_limits": [1.0], "sliding_window": 8}
 CLAMPED, OSS = {"swiglu_limit": 1.0}, {"swiglu_limit": 4.0}
 
 
@@ -62,6 +64,18 @@ def geglu(gate: bounds.Approx, up: bounds.Approx, dtype: torch.dtype) -> bounds.
 
 def reglu(gate: bounds.Approx, up: bounds.Approx, dtype: torch.dtype) -> bounds.Approx:
     return bounds.rounded(bounds.product(bounds.activation(gate, torch.relu, 1.0, dtype), up), dtype)
+
+
+def relu2(up: bounds.Approx, dtype: torch.dtype) -> bounds.Approx:
+    half = bounds.activation(up, torch.relu, 1.0, dtype)
+    return bounds.rounded(bounds.product(half, half), dtype)
+
+
+def behind(gate: bounds.Approx, up: bounds.Approx, dtype: torch.dtype) -> bounds.Approx:
+    """That of Step 3.7: clamped behind silu."""
+    limit = CLAMPED["swiglu_limit"]
+    act = bounds.activation(gate, lambda x: torch.nn.functional.silu(x).clamp(max=limit), 1.1, dtype)
+    return bounds.rounded(bounds.product(act, up._replace(value=up.value.clamp(-limit, limit))), dtype)
 
 
 def oss(gate: bounds.Approx, up: bounds.Approx, dtype: torch.dtype) -> bounds.Approx:
@@ -84,6 +98,7 @@ class Row(NamedTuple):
     gate: Callable[..., bounds.Approx] = bounds.swiglu
 
 
+READ: dict[str, dict[str, Any]] = {"GptOss": {"layout": "interleaved"}, "NemotronH": {"orientation": "in_out"}}
 OWN = "got experts with a forward of their own"
 ROWS = {
     "Mixtral": Row("Mixtral"),
@@ -107,11 +122,15 @@ ROWS = {
     "HYV4": Row("HYV4", {**CLAMPED, "num_hidden_layers": 2}, gate=clamped),
     "GptOss": Row("GptOss", OSS, gate=oss),
     "AriaText": Row("AriaText"),
-    "Llama4": Row("Llama4", {"intermediate_size_mlp": 24}, torch=f"Llama4TextExperts: {OWN}"),
+    "Llama4": Row("Llama4", {"intermediate_size_mlp": 24}),
     "LongcatFlash": Row(
         "LongcatFlash", {"num_hidden_layers": 2}, torch=f"LongcatFlashExperts: {OWN}", reader="got rank 260, wanted 4"
     ),
-    "NemotronH": Row("NemotronH", torch="got no fused experts", reader="down_proj twice"),
+    "NemotronH": Row("NemotronH", gate=relu2),
+    "Gemma4": Row("Gemma4", {"enable_moe_block": True, "top_k_experts": 2, "hidden_size_per_layer_input": 0}, gate=geglu),
+    "GlmMoeDsa": Row("GlmMoeDsa", {**MLA, **GROUPS, "num_key_value_heads": 4}),
+    "Step3p7": Row("Step3p7", STEP, generated="a gate of its own", gate=behind),
+    "MuseSpark": Row("MuseSpark", {"moe_hidden_size": 32}, torch="a norm behind the experts"),
 }
 
 
@@ -141,18 +160,21 @@ def in_halves(rows: torch.Tensor) -> torch.Tensor:
 
 
 def laid_out(experts: Any) -> tuple[Any, ...]:
-    """Weights [E, 2 * I, H], gate over up, and [E, H, I], and their biases or None."""
-    pair = experts.gate_up_proj, experts.down_proj
-    if experts.is_transposed:
+    """Weights [E, 2 * I, H], gate over up or up alone, and [E, H, I], and their biases or None."""
+    pair = getattr(experts, "gate_up_proj", None), experts.down_proj
+    if pair[0] is None:
+        pair = experts.up_proj, pair[1]
+    if getattr(experts, "is_transposed", pair[0].shape[1] == 32):
         pair = pair[0].transpose(1, 2), pair[1].transpose(1, 2)
-    if experts.is_concatenated:
+    if getattr(experts, "is_concatenated", True):
         return *pair, None
     return in_halves(pair[0]), pair[1], (in_halves(experts.gate_up_proj_bias), experts.down_proj_bias)
 
 
 def make(row: Row) -> Any:
     torch.manual_seed(0)
-    model = getattr(transformers, f"{row.name}ForCausalLM")(configured(row))
+    kind = getattr(transformers, f"{row.name}ForCausalLM", None) or getattr(transformers, f"{row.name}TextModel")
+    model = kind(configured(row))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -170,9 +192,10 @@ def test_served_equals_peft(name: str, base: str, device: str, tmp_path: Path) -
     import generated as kernels
 
     original = make(ROWS[name])
-    folder = models.save_adapter(original, models.AdapterSpec("a", rank=4, alpha=8), tmp_path)
+    targets = tuple(f"{part}_proj" for part in expert_shape(original).parameters)
+    folder = models.save_adapter(original, models.AdapterSpec("a", rank=4, alpha=8, targets=targets), tmp_path)
     model = original.to(device, torch.bfloat16)
-    adapter = read_adapter(folder, expert_shape(model), **({"layout": "interleaved"} if name == "GptOss" else {}))
+    adapter = read_adapter(folder, expert_shape(model), **READ.get(name, {}))
     layers = stack_adapters([adapter], expert_shape(model), dtype=torch.bfloat16, device=device)
     server = MoeLora(model, layers, kernels, base=base)
     mapping = torch.tensor([0, -1, 0, 0, -1, 0], dtype=torch.int32, device=device)
@@ -183,8 +206,9 @@ def test_served_equals_peft(name: str, base: str, device: str, tmp_path: Path) -
     truth = PeftModels(model, [folder], torch.float64)
     for call in calls:
         experts = model.get_submodule(expert_layers(model)[call.layer])
+        of_rows = mapping.repeat(len(call.hidden) // len(mapping))  # Llama 4 has each token once for each expert
         for slot in (-1, 0):
-            mine = MoeCall(call.layer, *(tensor[mapping == slot] for tensor in call[1:]))
+            mine = MoeCall(call.layer, *(tensor[of_rows == slot] for tensor in call[1:]))
             wanted = truth.moe_layer(slot, mine)
             factors = {} if slot < 0 else {n: Factors(*(t.to(device) for t in f)) for n, f in adapter.layers[call.layer].items()}
             *weights, biases = laid_out(experts)
@@ -199,23 +223,22 @@ def test_what_peft_saves_is_read(name: str, tmp_path: Path) -> None:
     """For the parameters of its experts, against PEFT's own update, however these lie."""
     from peft import LoraConfig, get_peft_model
 
-    row, shape = ROWS[name], ExpertShape(4, 32, 24)
-    parts = [part for part in ("gate_up_proj", "up_proj", "down_proj") if name == "NemotronH" or part != "up_proj"]
+    row, shape = ROWS[name], (UngatedShape if name == "NemotronH" else ExpertShape)(4, 32, 24)
+    parts = [f"{part}_proj" for part in shape.parameters]
     config = LoraConfig(r=4, init_lora_weights=False, target_modules=[], target_parameters=[f"experts.{part}" for part in parts])
     adapted = get_peft_model(make(row), config)
     adapted.save_pretrained(tmp_path)
-    arguments = {"layout": "interleaved"} if name == "GptOss" else {}
     if row.reader:
         with pytest.raises(AdapterError, match=row.reader):
-            read_adapter(tmp_path, shape, **arguments)
+            read_adapter(tmp_path, shape)
         return
-    adapter = read_adapter(tmp_path, shape, **arguments)
+    adapter = read_adapter(tmp_path, shape, **READ.get(name, {}))
     checked = 0
     for path, wrapper in adapted.named_modules():
         if (part := getattr(wrapper, "parameter_name", None)) is None:
             continue
         layer = next(int(word) for word in path.split(".") if word.isdecimal())
-        factors = [adapter.layers[layer][p] for p in (("gate", "up") if part == "gate_up_proj" else ("down",))]
+        factors = [adapter.layers[layer][p] for p in (shape.slices if part != "down_proj" else ("down",))]
         found = torch.cat([f.b.double() @ f.a.double() for f in factors], 1)
         wanted = wrapper.get_delta_weight("default").double()
         wanted = wanted if wanted.shape == found.shape else wanted.transpose(1, 2)

@@ -25,6 +25,7 @@ from kernelgen.integrations.peft import (
     AdapterError,
     ExpertShape,
     Factors,
+    UngatedShape,
     files,
     layouts,
     patterns,
@@ -361,6 +362,48 @@ def test_ambiguous_widths(shape: ExpertShape, swapped: bool, tmp_path: Path) -> 
     for part in ("gate", "up") if gate_up else ("down",):
         (a, b), (true_a, true_b) = adapter.layers[0][part], parts[part]
         assert torch.equal(a, true_a) and torch.equal(b, SCALING * true_b)
+
+
+def test_experts_without_a_gate(tmp_path: Path) -> None:
+    """Up and down alone; fused, the widths of one are those of the other in the other orientation."""
+    torch.manual_seed(0)
+    shape, square = UngatedShape(*SHAPE), UngatedShape(3, 6, 6)
+    parts = {part: factors for part, factors in random_parts().items() if part != "gate"}
+    empty = pair(f"{MLP}.w3", torch.ones(0), torch.ones(0))
+
+    def as_fused(parts: Parts, swapped: bool = False) -> Tensors:
+        return pair(f"{MLP}.base_layer", *flat(*parts["up"], swapped)) | pair(MLP, *flat(*parts["down"], swapped))
+
+    up = pair(MLP, *flat(*parts["up"], False))
+    named = {"target_parameters": ["experts.up_proj"]}
+    as_w = stacked(MLP, parts, {"up": "w1", "down": "w2"})
+    read: list[tuple[Tensors, dict[str, Any], dict[str, Any]]] = [
+        (as_fused(parts), {}, {"orientation": "in_out"}),
+        (as_fused(parts, swapped=True), {}, {"orientation": "out_in"}),
+        (up, named, {}),
+        (single(MLP, parts), {}, {}),
+        (as_w, {}, {}),
+        ({**as_w, **empty}, {}, {}),
+    ]
+    for number, (tensors, config, arguments) in enumerate(read):
+        adapter = read_adapter(write(tmp_path / f"{number}", tensors, **config), shape, **arguments)
+        for part, (a, b) in adapter.layers[0].items():
+            assert torch.equal(a, parts[part][0]) and torch.equal(b, SCALING * parts[part][1])
+        gate_up, down, *_ = stack_adapters([adapter], shape, dtype=torch.float32, rank=RANK)[0]
+        assert [len(side) for side in (*gate_up, *down)] == [1] * 4 and torch.equal(gate_up.a[0][0], parts["up"][0])
+    same = {"up": parts["down"], "down": parts["down"]}
+    same = {part: (a, b[:, :6]) for part, (a, b) in same.items()}
+    refused: list[tuple[Tensors, dict[str, Any], ExpertShape, str]] = [
+        (as_fused(parts), {}, shape, 'up_proj and down_proj, of experts without a gate, wanted orientation="in_out"'),
+        (as_fused(same), {"orientation": "in_out"}, square, "up_proj and down_proj in every orientation"),
+        (single(MLP, random_parts()), {}, shape, "got factors of a gate, wanted none"),
+        (stacked(MLP, random_parts(), W), {}, shape, "w3.lora_A.weight: got factors of a gate"),
+        (up, {}, SHAPE, "hint: experts without a gate are an UngatedShape"),
+    ]
+    for number, (tensors, arguments, experts, words) in enumerate(refused):
+        with pytest.raises(AdapterError, match=words):
+            read_adapter(write(tmp_path / f"bad{number}", tensors, **named if experts is SHAPE else {}), experts, **arguments)
+    assert shape != SHAPE and {shape, SHAPE, UngatedShape(*SHAPE)} == {SHAPE, shape}
 
 
 # What is refused, by name.

@@ -85,16 +85,16 @@ def moe_layer(
     gate_up: torch.Tensor,
     down: torch.Tensor,
     factors: Mapping[str, Factors],
-    gate: Callable[[Approx, Approx, torch.dtype], Approx] = swiglu,
+    gate: Callable[..., Approx] = swiglu,
     biases: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Approx:
     """The output [T, H] of one MoE layer, all tokens under one adapter.
 
     Args:
         call: what went in; its activations have the dtype that is served.
-        gate_up: [E, 2 * I, H], the base weight; down: [E, H, I].
+        gate_up: [E, 2 * I, H], without a gate [E, I, H], the base weight; down: [E, H, I].
         factors: "gate", "up" and "down" of the adapter, those it has; empty: the base model.
-        gate: what is between the two products.
+        gate: what is between the two products, of gate and up, or of up alone.
         biases: [E, 2 * I] and [E, H], of both products.
     """
     dtype, (num_tokens, top_k) = call.hidden.dtype, call.topk_ids.shape
@@ -109,14 +109,15 @@ def moe_layer(
         x = exact(call.hidden[pairs // top_k])
         weight = exact(call.topk_weights.flatten()[pairs].unsqueeze(1))
         halves = {}
-        for name, base in zip(("gate", "up"), gate_up[expert].chunk(2), strict=True):
+        slices = ("gate", "up") if gate_up.shape[1] == 2 * down.shape[2] else ("up",)
+        for index, (name, base) in enumerate(zip(slices, gate_up[expert].chunk(len(slices)), strict=True)):
             halves[name] = rounded(linear(x, exact(base)), dtype)
             if biases is not None:
-                bias = biases[0][expert].chunk(2)[name == "up"]
+                bias = biases[0][expert].chunk(len(slices))[index]
                 halves[name] = rounded(total(halves[name], exact(bias)), dtype)
             if name in own:
                 halves[name] = rounded(total(halves[name], lora(x, own[name], dtype)), dtype)
-        inter = gate(halves["gate"], halves["up"], dtype)
+        inter = gate(*halves.values(), dtype)
         y = rounded(linear(inter, exact(down[expert])), dtype)
         if biases is not None:
             y = rounded(total(y, exact(biases[1][expert])), dtype)

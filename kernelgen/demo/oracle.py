@@ -9,6 +9,7 @@ from typing import Any, Callable, Iterator, Sequence
 
 import torch
 
+from kernelgen.integrations.gates import takes_rows
 from kernelgen.integrations.transformers import MoeCall, expert_layers
 
 
@@ -23,6 +24,7 @@ class PeftModels:
         from peft import PeftModel
 
         self._names = expert_layers(model)
+        self._rows = {layer: takes_rows(model.get_submodule(name)) for layer, name in self._names.items()}
 
         def load(folder: Path | None) -> Any:
             bare = copy.deepcopy(model).to(dtype)
@@ -49,9 +51,8 @@ class PeftModels:
         """The output [T, H] of the experts of one layer for the input that was served."""
         experts = _base(self._model(adapter)).get_submodule(self._names[call.layer])
         dtype = next(experts.parameters()).dtype
-        out: torch.Tensor = experts(
-            call.hidden.to(dtype), call.topk_ids, call.topk_weights.to(dtype)
-        )
+        routed = call.topk_ids, call.topk_weights.to(dtype)
+        out: torch.Tensor = experts(call.hidden.to(dtype), *(() if self._rows[call.layer] else routed))
         return out
 
     def _model(self, adapter: int) -> Any:

@@ -15,6 +15,8 @@ from __future__ import annotations
 from typing import Iterator, NamedTuple
 
 _OWN_FORWARD = "experts with a forward of their own"
+_BEHIND = "layers with a limit, which clamps behind silu"
+_NORM = "a norm behind the experts"
 
 
 class Architecture(NamedTuple):
@@ -31,7 +33,9 @@ class Architecture(NamedTuple):
 
 ARCHITECTURES = (
     Architecture("DeepseekV3", "deepseek_v3"),
+    Architecture("Gemma4", "gemma4_text"),
     Architecture("Glm4Moe", "glm4_moe"),
+    Architecture("GlmMoeDsa", "glm_moe_dsa"),
     Architecture("GraniteMoe", "granitemoe"),
     Architecture("Jamba", "jamba"),
     Architecture("Lfm2Moe", "lfm2_moe"),
@@ -52,7 +56,12 @@ ARCHITECTURES = (
         "gpt_oss",
         remark='`layout="interleaved"`, unless the file names the published model or its class',
     ),
-    Architecture("Llama4", "llama4_text", torch=_OWN_FORWARD, generated=_OWN_FORWARD),
+    Architecture("Llama4", "llama4_text"),
+    Architecture(
+        "NemotronH",
+        "nemotron_h",
+        remark='`UngatedShape`; of both parameters with `orientation="in_out"`',
+    ),
     Architecture(
         "LongcatFlash",
         "longcat_flash",
@@ -61,14 +70,8 @@ ARCHITECTURES = (
         generated=_OWN_FORWARD,
         layer="experts without weights",
     ),
-    Architecture(
-        "NemotronH",
-        "nemotron_h",
-        reader="experts without a gate, as parameters",
-        torch="no gate",
-        generated="no gate",
-        layer='no gate; `fused_moe(activation="relu2")` has it',
-    ),
+    Architecture("Step3p7", "step3p5", generated=_BEHIND, layer=_BEHIND),
+    Architecture("MuseSpark", "muse_spark_text", torch=_NORM, generated=_NORM, layer=_NORM),
 )
 
 

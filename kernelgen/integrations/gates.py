@@ -1,4 +1,4 @@
-"""What the gate of a model's experts computes: an activation that the kernels have, or none of them."""
+"""What a model's experts compute between their products: an activation that the kernels have, or none of them."""
 
 from __future__ import annotations
 
@@ -18,17 +18,23 @@ class Activation(NamedTuple):
     beta: float | None = None
 
     def of(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """What it makes of a gate and the linear half."""
+        """What it makes of a gate and the linear half; without a gate, of the former."""
+        if self.activation == "relu2":
+            return gate.relu().square()
         if self.limit is not None and self.alpha is not None and self.beta is not None:
             gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
             return gate * torch.sigmoid(self.alpha * gate) * (up + self.beta)
-        if self.activation == "swiglu":
+        if self.activation in ("silu", "gelu", "gelu_tanh"):
+            up = torch.ones_like(gate)
+        if self.activation in ("silu", "swiglu"):
             return gate * torch.sigmoid(gate) * up
-        return gelu(gate, approximate="tanh" if self.activation == "geglu_tanh" else "none") * up
+        return gelu(gate, approximate="tanh" if self.activation.endswith("tanh") else "none") * up
 
 
 def activation_of(experts: Any) -> Activation | None:
-    """The activation that ``experts._apply_gate`` is, of a gate before its linear half; None: none that the kernels have.
+    """The activation between the products of experts, of a gate before its linear half, or of up alone.
+
+    None: none that the kernels have.
 
     It is not told by names, but found by what becomes of numbers, in float64: of gates and ups of every size that float32 has, of
     either sign, so that a limit shows wherever it is.
@@ -39,13 +45,34 @@ def activation_of(experts: Any) -> Activation | None:
     gate, up = torch.cat([*pairs, torch.stack([sizes, torch.ones_like(sizes)], 1)]).unbind(1)
     try:
         with torch.no_grad():
-            found = experts._apply_gate(torch.stack([gate, up], 1))[:, 0]
+            found = between(experts, torch.stack([gate, up], 1) if has_gate(experts) else gate[:, None])[:, 0]
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return None
     return next((one for one in _candidates(experts) if _same(found, one.of(gate, up))), None)
 
 
+def between(experts: Any, rows: torch.Tensor) -> torch.Tensor:
+    """What a model's own experts make of the rows of their first product."""
+    if takes_rows(experts):
+        gate, up = rows.chunk(2, -1)
+        return up * experts.act_fn(gate)  # type: ignore[no-any-return]
+    return experts._apply_gate(rows) if has_gate(experts) else experts.act_fn(rows)  # type: ignore[no-any-return]
+
+
+def takes_rows(experts: Any) -> bool:
+    """Whether their forward takes weighted tokens, all for each expert, and nothing else."""
+    return type(experts).__name__ == "Llama4TextExperts"
+
+
+def has_gate(experts: Any) -> bool:
+    """Whether the first product of experts has a gate beside the linear half."""
+    return bool(getattr(experts, "has_gate", True))
+
+
 def _candidates(experts: Any) -> Iterator[Activation]:
+    if not has_gate(experts):
+        yield from map(Activation, ("relu2", "silu", "gelu", "gelu_tanh"))
+        return
     yield from map(Activation, ("swiglu", "geglu", "geglu_tanh"))
 
     def numbers(*names: str) -> list[float]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .peft import ExpertShape, LayerBuffers, SliceBuffers
+from .peft import ExpertShape, LayerBuffers, SliceBuffers, UngatedShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +28,13 @@ class MoeLayer:
 
     Attributes:
         kernels: the generated package, under whatever name it was imported.
-        w13: [E, 2 * I, H], the gate, then the linear half, or both in turns, as ``layout`` says; MXFP4 has half as many columns,
-            uint8 of two numbers each.
+        w13: [E, 2 * I, H], the gate, then the linear half, or both in turns, as ``layout`` says; [E, I, H] without a gate; MXFP4
+            has half as many columns, uint8 of two numbers each.
         w2: [E, H, I], likewise.
         lora: the adapters, from ``stack_adapters``, their numbers finite; None: this layer has none. On FP8 weights in bfloat16.
         w13_scale, w2_scale: of FP8 or MXFP4 weights, as ``fused_moe`` takes them.
         h_scale: likewise, of the activations between the two products, where it is given.
-        activation, limit, alpha, beta: with a gate, as ``fused_moe`` takes them.
+        activation, limit, alpha, beta: as ``fused_moe`` takes them.
         layout, w13_bias, w2_bias, apply_router_weight_on_input: of gpt-oss and of Llama 4, likewise.
 
     Raises:
@@ -65,16 +65,17 @@ class MoeLayer:
                 f"kernels: got {type(self.kernels).__name__}, wanted the generated package"
             )
         sizes = _sizes(self.w13), _sizes(self.w2)
-        if self.w2.dim() != 3 or sizes[0] != [sizes[1][0], 2 * sizes[1][2], sizes[1][1]]:
+        slices = _slices(self.w13, self.w2)
+        if slices is None:
             raise ValueError(
-                f"w13, w2: got {sizes[0]} and {sizes[1]}, wanted [E, 2 * I, H] and [E, H, I]"
+                f"w13, w2: got {sizes[0]} and {sizes[1]}, wanted [E, 2 * I, H], or without a gate [E, I, H], and [E, H, I]"
             )
         kinds = [(weight.dtype, weight.device) for weight in (self.w13, self.w2)]
         if kinds[0] != kinds[1]:
             found = " and ".join(f"{dtype} on {device}" for dtype, device in kinds)
             raise ValueError(f"w13, w2: got {found}, wanted one dtype and device for both")
         if self.lora is not None:
-            check_adapters("lora", self.lora, self.w2)
+            check_adapters("lora", self.lora, self.w2, gated=slices == 2)
 
     def __call__(
         self,
@@ -119,7 +120,7 @@ class MoeLayer:
         return out
 
 
-def check_adapters(name: str, lora: LayerBuffers, w2: torch.Tensor) -> None:
+def check_adapters(name: str, lora: LayerBuffers, w2: torch.Tensor, *, gated: bool = True) -> None:
     """Find out before anything runs what would stop a layer in the middle.
 
     Raises:
@@ -130,14 +131,14 @@ def check_adapters(name: str, lora: LayerBuffers, w2: torch.Tensor) -> None:
         raise ValueError(
             f"{name}: got {type(lora).__name__}, wanted what stack_adapters returns for a layer"
         )
-    shape = ExpertShape(*_sizes(w2))
+    shape = (ExpertShape if gated else UngatedShape)(*_sizes(w2))
     _check_tensor(f"{name}: adapter_enabled", lora.adapter_enabled)
     if lora.adapter_enabled.dim() != 1:
         raise ValueError(
             f"{name}: adapter_enabled: got {list(lora.adapter_enabled.shape)}, wanted [L]"
         )
     slots = lora.adapter_enabled.shape[0]
-    for names, slices in ((("gate", "up"), lora.gate_up), (("down",), lora.down)):
+    for names, slices in ((shape.slices, lora.gate_up), (("down",), lora.down)):
         if not isinstance(slices, SliceBuffers) or not all(
             isinstance(side, (tuple, list)) and len(side) == len(names) for side in slices
         ):
@@ -161,6 +162,15 @@ def check_adapters(name: str, lora: LayerBuffers, w2: torch.Tensor) -> None:
                         f"{name}: {part}: got {factor.dtype} on {factor.device}, wanted {wanted} on {w2.device}, beside "
                         f"weights in {w2.dtype}"
                     )
+
+
+def _slices(w13: torch.Tensor, w2: torch.Tensor) -> int | None:
+    """How many the first product has: a gate and up, or up alone; None: the weights are not of one layer."""
+    first, second = _sizes(w13), _sizes(w2)
+    if len(second) != 3:
+        return None
+    experts, hidden, inter = second
+    return next((count for count in (1, 2) if first == [experts, count * inter, hidden]), None)
 
 
 def _sizes(weights: torch.Tensor) -> list[int]:

@@ -3,8 +3,8 @@
 ``transformers`` lets an implementation of the experts be registered under a name; ours runs the base experts of each layer and
 adds the adapters of the batch with the generated kernels. It serves every model whose experts are fused parameters
 ``gate_up_proj`` [E, 2 * I, H] and ``down_proj`` [E, H, I], whatever their gate computes: Qwen3-MoE, Mixtral, OLMoE, DeepSeek and
-others; also where they are transposed, have gate and up in turns, or biases, as in gpt-oss. Every other model is refused before
-anything runs.
+others; also where they are transposed, have gate and up in turns, or biases, as in gpt-oss; or no gate, as in Nemotron-H; and
+those of Llama 4 and Step 3.7, which are no implementations of that interface. Every other model is refused before anything runs.
 
 The base experts are plain matrix products, one expert after the other, for checking and for small models: an engine that
 has its own adds two calls of ``moe_lora`` and one of ``moe_route`` as ``MoeLora.experts`` does. With ``base="generated"`` they
@@ -20,14 +20,14 @@ import contextlib
 import functools
 import re
 from types import MappingProxyType, ModuleType
-from typing import Any, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 import torch
 
 from .embedding import embedding_lora
-from .gates import Activation, activation_of
+from .gates import Activation, activation_of, between, has_gate, takes_rows
 from .moe_layer import MoeLayer, check_adapters
-from .peft import ExpertShape, LayerBuffers, LinearBuffers, LinearShape
+from .peft import ExpertShape, LayerBuffers, LinearBuffers, LinearShape, UngatedShape
 
 _NAME = "kernelgen_moe_lora"
 # Linear layers that engines run as one, and the modules that they are in a model of transformers.
@@ -61,14 +61,14 @@ def expert_layers(model: Any) -> dict[int, str]:
             f"{type(model).__name__}: got a model with adapters of PEFT on it, which would be added too; wanted the base model"
         )
     for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter):
+        if not _has_fused(module):
             continue
         match = re.search(r"\blayers\.(\d+)\.", name)
         found = "no layers.<i> in its name" if match is None else _unlike_ours(module)
         if found or match is None:
             raise ValueError(
-                f"{type(model).__name__}: {name}: {type(module).__name__}: got {found}, wanted experts with gate_up_proj "
-                "[E, 2 * I, H] and down_proj [E, H, I], behind transformers' interface of experts\n"
+                f"{type(model).__name__}: {name}: {type(module).__name__}: got {found}, wanted experts with {_FUSED}, behind "
+                "transformers' interface of experts\n"
                 "  hint: call moe_route and moe_lora between the model's own products, as MoeLora.experts does"
             )
         if (twin := seen.setdefault(id(module), name)) != name:
@@ -94,8 +94,7 @@ def expert_shape(model: Any) -> ExpertShape:
     if len(shapes) != 1:
         found = ", ".join(f"{shape} in layer {index}" for shape, index in shapes.items())
         raise ValueError(
-            f"{type(model).__name__}: got {found or 'no fused experts'}, wanted gate_up_proj [E, 2 * I, H] and down_proj "
-            "[E, H, I], the same in all layers"
+            f"{type(model).__name__}: got {found or 'no fused experts'}, wanted {_FUSED}, the same in all layers"
         )
     return next(iter(shapes))
 
@@ -179,7 +178,7 @@ class MoeLora:
                 if gate is None:
                     raise ValueError(
                         f"{type(model).__name__}: layer {index}: {type(experts).__name__}: got {_gate_of(experts)}, wanted one "
-                        'that the generated kernels compute\n  hint: base="torch" runs the model\'s own gate'
+                        'that the generated kernels compute\n  hint: base="torch" runs the model\'s own'
                     )
                 self._gates[index] = gate
                 if found := _unlike_kernels(experts, gate):
@@ -195,7 +194,7 @@ class MoeLora:
                     "bfloat16 or all in float16"
                 )
             if index in layers:
-                check_adapters(f"layers: layer {index}", layers[index], weights.w2)
+                check_adapters(f"layers: layer {index}", layers[index], weights.w2, gated=has_gate(experts))
         if base == "generated":
             for experts in self._experts.values():
                 _lay_out(experts)
@@ -225,15 +224,19 @@ class MoeLora:
         before = self._model.get_experts_implementation()
         self._model.set_experts_implementation(_NAME)
         self._mapping, self._calls = token_lora_mapping, calls
-        for index, experts in self._experts.items():
-            experts.moe_lora = functools.partial(self.experts, index, experts)
-        try:
-            yield
-        finally:
-            self._mapping = self._calls = None
-            for experts in self._experts.values():
-                del experts.moe_lora
-            self._model.set_experts_implementation(before)
+        with contextlib.ExitStack() as stack:
+            for index, experts in self._experts.items():
+                experts.moe_lora = functools.partial(self.experts, index, experts)
+                if type(experts).__name__ in _EXCHANGED:
+                    forward = functools.partial(self._rows, experts) if takes_rows(experts) else experts.moe_lora
+                    stack.enter_context(_instead(experts, forward))
+            try:
+                yield
+            finally:
+                self._mapping = self._calls = None
+                for experts in self._experts.values():
+                    del experts.moe_lora
+                self._model.set_experts_implementation(before)
 
     def experts(
         self,
@@ -251,15 +254,17 @@ class MoeLora:
         num_tokens, top_k = topk_ids.shape
         if self._mapping is None:
             raise ValueError("got a forward pass outside of batch(), wanted one inside")
-        if self._mapping.shape != (num_tokens,):
+        copies = _weights(base).w2.shape[0] if takes_rows(base) else 1
+        mapping = self._mapping.repeat(copies)
+        if mapping.shape != (num_tokens,):
             raise ValueError(
-                f"token_lora_mapping: got {list(self._mapping.shape)}, wanted [{num_tokens}]"
+                f"token_lora_mapping: got {list(self._mapping.shape)}, wanted [{num_tokens // copies}]"
             )
         lora = self._layers.get(index)
         x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
         if self._base == "generated":
             layer = MoeLayer(self._kernels, lora=lora, **_weights(base)._asdict(), **self._gates[index]._asdict())
-            result = layer(x, topk_ids, topk_weights, self._mapping)
+            result = layer(x, topk_ids, topk_weights, mapping)
             return self._note(index, x, topk_ids, topk_weights, result)
         expert_of_pair = topk_ids.flatten()
         weights = _weights(base)
@@ -268,7 +273,7 @@ class MoeLora:
             slots, num_experts = lora.down.a[0].shape[:2]
             route = self._kernels.moe_route(
                 topk_ids,
-                self._mapping,
+                mapping,
                 num_experts=num_experts,
                 max_loras=slots,
                 adapter_enabled=lora.adapter_enabled,
@@ -280,7 +285,7 @@ class MoeLora:
             self._kernels.moe_lora(gate_up.view(num_tokens, top_k, -1), x, *lora.gate_up, route)
             if in_turns:
                 gate_up = torch.stack(gate_up.chunk(2, 1), 2).flatten(1)
-        inter = base._apply_gate(gate_up)
+        inter = between(base, gate_up)
         down = _expert_linear(inter, weights.w2, expert_of_pair, weights.w2_bias).view(num_tokens, top_k, -1)
         out = (down * topk_weights.unsqueeze(-1)).to(x.dtype)
         if lora is not None:
@@ -288,6 +293,14 @@ class MoeLora:
                 out, inter, *lora.down, route, topk_weights=topk_weights, mul_routed_weight=True
             )
         return self._note(index, x, topk_ids, topk_weights, out.sum(1))
+
+    def _rows(self, base: Any, x: torch.Tensor) -> torch.Tensor:
+        """All tokens for each of E experts, weighted, [E * T, H]: a token is zero where it is not for this expert."""
+        num_experts = _weights(base).w2.shape[0]
+        experts = torch.arange(num_experts, dtype=torch.int32, device=x.device)
+        ids = torch.where((x != 0).any(1), experts.repeat_interleave(len(x) // num_experts), -1)
+        out: torch.Tensor = base.moe_lora(x, ids.to(torch.int32)[:, None], torch.ones(len(x), 1, device=x.device))
+        return out
 
     def _note(self, index: int, *call: torch.Tensor) -> torch.Tensor:
         if self._calls is not None:
@@ -374,6 +387,19 @@ class LinearLora:
         return rows.view(out.shape)
 
 
+@contextlib.contextmanager
+def _instead(module: torch.nn.Module, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Inside, a module runs this."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
 def _experts_forward(
     experts: Any, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -381,12 +407,25 @@ def _experts_forward(
     return out
 
 
+# Experts whose implementation cannot be chosen by name; what they compute is known.
+_EXCHANGED = ("Llama4TextExperts", "Step3p7Experts")
+_FUSED = "gate_up_proj [E, 2 * I, H], or up_proj [E, I, H] without a gate, and down_proj [E, H, I]"
+
+
+def _has_fused(module: torch.nn.Module) -> bool:
+    """Whether it has the parameters of fused experts."""
+
+    def has(name: str) -> bool:
+        return isinstance(getattr(module, name, None), torch.nn.Parameter)
+
+    return has("gate_up_proj") or (has("up_proj") and has("down_proj"))
+
+
 def _unlike_ours(experts: Any) -> str:
     """What makes experts other ones than those that this glue runs; "" if nothing does."""
-    if not hasattr(experts, "is_concatenated"):
+    if not (hasattr(experts, "is_concatenated") or type(experts).__name__ in _EXCHANGED):
         return "experts with a forward of their own, which cannot be exchanged"
     what = {
-        "no gate": not experts.has_gate,
         "a norm behind the experts": getattr(experts, "has_post_expert_norm", False),
         "experts that are sharded over GPUs": getattr(experts, "_is_expert_parallel", False),
     }
@@ -394,7 +433,7 @@ def _unlike_ours(experts: Any) -> str:
         sizes = [tuple(getattr(w, "shape", ())) for w in _weights(experts)[:2]]
         fits = len(sizes[1]) == 3 and sizes[0] == (
             sizes[1][0],
-            *reversed(_shape(experts).widths("gate_up")),
+            *reversed(_shape(experts).widths(_shape(experts).parameters[0])),
         )
         what[f"weights of {list(sizes[0])} and {list(sizes[1])}"] = not fits
     return ", ".join(name for name, holds in what.items() if holds)
@@ -411,26 +450,32 @@ class _Weights(NamedTuple):
 
 
 def _weights(experts: Any) -> _Weights:
-    w13, w2 = experts.gate_up_proj, experts.down_proj
-    if experts.is_transposed and w13.dim() == w2.dim() == 3:
+    first = "gate_up_proj" if has_gate(experts) else "up_proj"
+    w13, w2 = getattr(experts, first), experts.down_proj
+    if _is_transposed(experts) and w13.dim() == w2.dim() == 3:
         w13, w2 = w13.transpose(1, 2), w2.transpose(1, 2)
-    layout = "halves" if experts.is_concatenated else "interleaved"
-    if not experts.has_bias:
+    layout = "halves" if getattr(experts, "is_concatenated", True) else "interleaved"
+    if not getattr(experts, "has_bias", False):
         return _Weights(w13, w2, None, None, layout)
-    return _Weights(w13, w2, experts.gate_up_proj_bias, experts.down_proj_bias, layout)
+    return _Weights(w13, w2, getattr(experts, f"{first}_bias"), experts.down_proj_bias, layout)
+
+
+def _is_transposed(experts: Any) -> bool:
+    return bool(getattr(experts, "is_transposed", takes_rows(experts)))
 
 
 def _unlike_kernels(experts: Any, gate: Activation) -> str:
     """What the generated kernels have no variant for; "" if nothing is."""
-    what = {"gate and up in turns": not experts.is_concatenated, "biases": experts.has_bias}
+    weights = _weights(experts)
+    what = {"gate and up in turns": weights.layout == "interleaved", "biases": weights.w13_bias is not None}
     served = not any(what.values()) or (all(what.values()) and gate.activation == "swiglu_clamp")
     return "" if served else ", ".join(name for name, holds in what.items() if holds)
 
 
 def _lay_out(experts: Any) -> None:
     """Let the rows of weights that are transposed lie as kernels read them."""
-    for weight in (experts.gate_up_proj, experts.down_proj):
-        if experts.is_transposed and weight.stride(1) != 1:
+    for weight in (experts.gate_up_proj, experts.down_proj) if _is_transposed(experts) else ():
+        if weight.stride(1) != 1:
             weight.data = weight.data.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -438,24 +483,24 @@ def _gate_of(experts: Any) -> str:
     """What the gate of experts is called."""
     from transformers.integrations import moe
 
-    gate = type(experts)._apply_gate
-    if gate is not getattr(moe, "_default_apply_gate", None) or "_apply_gate" in vars(experts):
+    default = getattr(moe, "_default_apply_gate", None)
+    gate: Any = getattr(type(experts), "_apply_gate", default)
+    if gate is not default or "_apply_gate" in vars(experts):
         return f"a gate of its own ({gate.__qualname__})"
     act = getattr(experts, "act_fn", None)
     return "no act_fn" if act is None else f"the activation {getattr(act, '__name__', type(act).__name__)}"
 
 
 def _shape(experts: Any) -> ExpertShape:
-    num_experts, hidden, intermediate = _weights(experts).w2.shape
-    return ExpertShape(num_experts, hidden, intermediate)
+    return (ExpertShape if has_gate(experts) else UngatedShape)(*_weights(experts).w2.shape)
 
 
 def _expert_linear(
     x: torch.Tensor, weight: torch.Tensor, expert_of_row: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """out[p] = x[p] . weight[expert_of_row[p]]^T + bias[expert_of_row[p]]; asks the host which experts are hit."""
-    out = x.new_empty(x.shape[0], weight.shape[1])
-    for expert in torch.unique(expert_of_row).tolist():
+    """out[p] = x[p] . weight[expert_of_row[p]]^T + bias[expert_of_row[p]]; rows of expert -1 are zero. It asks the host."""
+    out = x.new_zeros(x.shape[0], weight.shape[1])
+    for expert in torch.unique(expert_of_row[expert_of_row >= 0]).tolist():
         rows = (expert_of_row == expert).nonzero().squeeze(1)
         out[rows] = torch.nn.functional.linear(x[rows], weight[expert], None if bias is None else bias[expert])
     return out

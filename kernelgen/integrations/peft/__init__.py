@@ -15,6 +15,7 @@ from .adapter import (
     LinearBuffers,
     LinearShape,
     SliceBuffers,
+    UngatedShape,
 )
 from .files import AdapterFiles
 from .read import read_adapter
@@ -34,6 +35,7 @@ __all__ = [
     "LinearShape",
     "PackedAdapter",
     "SliceBuffers",
+    "UngatedShape",
     "read_adapter",
     "stack_adapters",
     "stack_linears",

@@ -20,6 +20,21 @@ class ExpertShape(NamedTuple):
     hidden: int
     intermediate: int
 
+    @property
+    def gated(self) -> bool:
+        """Whether there is a gate beside up."""
+        return True
+
+    @property
+    def slices(self) -> tuple[str, ...]:
+        """The parts of the first product."""
+        return ("gate", "up") if self.gated else ("up",)
+
+    @property
+    def parameters(self) -> tuple[str, str]:
+        """The parts that transformers has as fused parameters."""
+        return "gate_up" if self.gated else "up", "down"
+
     def widths(self, part: str) -> tuple[int, int]:
         """(in, out) of "gate", "up", "gate_up" or "down"."""
         if part == "down":
@@ -28,7 +43,27 @@ class ExpertShape(NamedTuple):
 
     def all_widths(self) -> set[tuple[int, int]]:
         """Those of every projection."""
-        return {self.widths(part) for part in ("gate", "gate_up", "down")}
+        return {self.widths(part) for part in (*self.slices, *self.parameters)}
+
+
+class UngatedShape(ExpertShape):
+    """The experts of a model without a gate, as in Nemotron-H: up and down alone."""
+
+    __slots__ = ()
+
+    @property
+    def gated(self) -> bool:
+        """Whether there is a gate beside up."""
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, UngatedShape) and tuple(self) == tuple(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((UngatedShape, *self))
 
 
 def checked_shape(shape: Any) -> ExpertShape:
@@ -40,7 +75,7 @@ def checked_shape(shape: Any) -> ExpertShape:
     sizes = tuple(shape) if isinstance(shape, (tuple, list)) else ()
     if len(sizes) != 3 or not all(type(size) is int and 0 < size < 1 << 31 for size in sizes):
         raise ValueError(f"shape: got {shape!r}, wanted an ExpertShape of sizes from 1 to 2^31 - 1")
-    return ExpertShape(*sizes)
+    return shape if isinstance(shape, ExpertShape) else ExpertShape(*sizes)
 
 
 class ExpertPart(NamedTuple):
@@ -61,7 +96,7 @@ class ExpertPart(NamedTuple):
         """
         experts = _checked_range("part: experts", self.experts, shape.num_experts)
         columns = _checked_range("part: intermediate", self.intermediate, shape.intermediate)
-        return ExpertShape(len(experts), shape.hidden, len(columns))
+        return shape._replace(num_experts=len(experts), intermediate=len(columns))
 
     def cut(self, part: str, factors: Factors) -> Factors:
         """The factors of "gate", "up" or "down" that are here, as views."""
@@ -169,7 +204,7 @@ class SliceBuffers(NamedTuple):
 class LayerBuffers(NamedTuple):
     """All adapters of one decoder layer; slot l of the buffers is adapter l."""
 
-    gate_up: SliceBuffers  # two slices, gate and up
+    gate_up: SliceBuffers  # two slices, gate and up; of experts without a gate, up
     down: SliceBuffers  # one slice
     adapter_enabled: torch.Tensor  # [L] int32, 0: the adapter leaves this layer alone
     # [L] int32, the largest rank of each adapter in this layer, behind which factors are zero; None: kernels would gain nothing

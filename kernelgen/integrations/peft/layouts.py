@@ -10,6 +10,9 @@ Which parameter a fused pair belongs to is told by its widths, (columns of ``lor
 No width of one parameter is one of the other, whatever H and I are, but where 2I = H or I = H a parameter has the same widths in
 both orientations. It then has that of its sibling in the layer, whose widths differ. The version in the configuration says
 nothing: a file that was loaded and saved again keeps the version that first wrote it.
+
+Experts without a gate have ``up_proj``, (H, I), in the place of ``gate_up_proj``: its widths are those of ``down_proj`` in the
+other orientation, so that this must be given, or ``target_parameters`` have one of the two alone.
 """
 
 from __future__ import annotations
@@ -64,6 +67,9 @@ class Reader(NamedTuple):
                 raise AdapterError(
                     f"layer {first.layer}: got {found[0].target} beside {one.target}, two ways to write experts, wanted one"
                 )
+        found = self._without_gate(found)
+        if not found:
+            return {}
         read = {"fused": self._fused, "stacked": self._stacked}.get(first.form, self._single)
         parts = read(found)
         if "gate_up" not in parts:
@@ -106,7 +112,7 @@ class Reader(NamedTuple):
             if named and f"{part}_proj" not in named:
                 raise AdapterError(
                     f"{one.pair.a}: got the widths of {part}_proj, wanted those of {', '.join(sorted(named))} "
-                    "(target_parameters); experts without a gate are not served"
+                    "(target_parameters)\n  hint: experts without a gate are an UngatedShape"
                 )
             parts[part], fits[part] = one, orientations
         orientation = self._orientation(found, fits)
@@ -115,13 +121,46 @@ class Reader(NamedTuple):
     def _fit(self, one: Found) -> tuple[str, list[str]]:
         """The parameter that a fused pair fits, and the orientations in which it does."""
         a, b = self.tensors.shapes[one.pair.a], self.tensors.shapes[one.pair.b]
+        names = [f"{part}_proj" for part in self.shape.parameters]
+        fits: dict[str, list[str]] = {}
         if len(a) == len(b) == 2 and a[0] == b[1] and a[0] % self.shape.num_experts == 0:
-            for part in ("gate_up", "down"):
+            for part in self.shape.parameters:
                 wide, tall = self.shape.widths(part)
                 sides = {"in_out": (wide, tall), "out_in": (tall, wide)}
-                if fits := [name for name in ORIENTATIONS if sides[name] == (a[1], b[0])]:
-                    return part, fits
-        raise self._misfit(one, "gate_up_proj or down_proj, [E * r, in] and [out, r * E]")
+                if some := [name for name in ORIENTATIONS if sides[name] == (a[1], b[0])]:
+                    fits[part] = some
+        if not fits:
+            raise self._misfit(one, f"{' or '.join(names)}, [E * r, in] and [out, r * E]")
+        if len(fits) > 1:  # experts without a gate
+            named = self.settings.target_parameters
+            given = {part: [name for name in some if name == self.orientation] for part, some in fits.items()}
+            fits = {p: s for p, s in fits.items() if f"{p}_proj" in named} if len(named & {*names}) == 1 else given
+            fits = {part: some for part, some in fits.items() if some}
+        if len(fits) != 1:
+            raise AdapterError(
+                f"{one.pair.a}: got widths that fit {' and '.join(names)}, of experts without a gate, wanted "
+                'orientation="in_out" (lora_A has the columns of the input) or "out_in" (before PEFT 0.19.1)'
+                if self.shape.hidden != self.shape.intermediate
+                else f"{one.pair.a}: got widths that fit {' and '.join(names)} in every orientation, wanted one of them alone, "
+                "named in target_parameters"
+            )
+        return next(iter(fits.items()))
+
+    def _without_gate(self, found: Sequence[Found]) -> list[Found]:
+        """What is there for experts; those without a gate have an empty ``w3``, and ``w1`` is their up."""
+        if self.shape.gated:
+            return list(found)
+        left = []
+        for one in found:
+            place, sizes = one.place, [self.tensors.shapes[name] for name in one.pair]
+            if place.naming.endswith("w*") and place.part in ("gate", "up"):
+                if place.part == "up" and all(0 in size for size in sizes):
+                    continue
+                place = place._replace(part="up" if place.part == "gate" else "gate")
+            if place.part in ("gate", "gate_up"):
+                raise AdapterError(f"{one.pair.a}: got factors of a gate, wanted none, as the experts have none (UngatedShape)")
+            left.append(one._replace(place=place))
+        return left
 
     def _orientation(self, found: Sequence[Found], fits: dict[str, list[str]]) -> str:
         sure = {part: names[0] for part, names in fits.items() if len(names) == 1}

@@ -34,7 +34,8 @@ def read_adapter(
         source: the folder, or what it would hold, as ``AdapterFiles``.
         shape: the routed experts of the model; None: it has none.
         orientation: which side of a fused parameter ``lora_A`` is of, "in_out": the input, or "out_in": the output, as in files
-            from before PEFT 0.19.1. Needed only where 2 * I or I equals H and no other parameter of the layer tells.
+            from before PEFT 0.19.1. Needed only where 2 * I or I equals H and no other parameter of the layer tells, and for both
+            parameters of experts without a gate.
         layout: how gate and up share a tensor, "halves", or "interleaved": gate is rows ``::2``. None: as transformers has them
             in the base model, interleaved in gpt-oss and halves in all others. Needed where a file may be of gpt-oss and does
             not name the published model or its class.

@@ -111,7 +111,8 @@ class AdapterSlots:
         self._shape = None if shape is None else checked_shape(shape)
         self._shapes = dict(linears or {})
         check_layers(self._shapes)
-        self._part, self._share_first, self._allow_rest = part, share_first, allow_rest
+        self._part, self._allow_rest = part, allow_rest
+        self._share_first = share_first and (self._shape is None or self._shape.gated)
         self._rank, self._dtype = rank, dtype
         self._device = torch.empty(0, device=device).device
         places = slots + spare
@@ -265,9 +266,10 @@ class AdapterSlots:
             buffer = torch.zeros(places, local.num_experts, *size, dtype=self._dtype, device=self._device)
             return self._buffers.setdefault((index, name, side), buffer)
 
-        gate_a = new("gate", "a")
-        up_a = gate_a if self._share_first else new("up", "a")
-        gate_up = SliceBuffers((gate_a, up_a), (new("gate", "b"), new("up", "b")))
+        first, *rest = local.slices
+        a = [new(first, "a")]
+        a += a if self._share_first else [new(name, "a") for name in rest]
+        gate_up = SliceBuffers(tuple(a), tuple(new(name, "b") for name in local.slices))
         ranks = self._flags[1, row] if self._rank > 16 else None  # kernels read 16 ranks at least
         return LayerBuffers(gate_up, SliceBuffers((new("down", "a"),), (new("down", "b"),)), self._flags[0, row], ranks)
 

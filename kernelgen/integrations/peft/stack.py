@@ -19,7 +19,6 @@ from .adapter import (
     checked_shape,
 )
 
-PARTS = ("gate", "up", "down")
 _MOST = 1 << 20  # adapters, or their rank
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -75,15 +74,15 @@ def stack_adapters(
 
     def buffers(layer: int) -> LayerBuffers:
         parts = [adapter.layers.get(layer, {}) for adapter in adapters]
-        shared = all(share_first(p) for p in parts)
-        gate_a = stack(layer, "gate", "a")
-        up_a = gate_a if shared else stack(layer, "up", "a")
+        first, *rest = shape.slices
+        a = [stack(layer, first, "a")]
+        a += a if rest and all(share_first(p) for p in parts) else [stack(layer, name, "a") for name in rest]
         enabled, ranks = (torch.zeros(slots, dtype=torch.int32) for _ in range(2))
         enabled[: len(parts)] = torch.tensor([bool(p) for p in parts], dtype=torch.int32)
         of_adapters = [rank_of(p) for p in parts]
         ranks[: len(parts)] = torch.tensor(of_adapters, dtype=torch.int32)
         return LayerBuffers(
-            SliceBuffers((gate_a, up_a), (stack(layer, "gate", "b"), stack(layer, "up", "b"))),
+            SliceBuffers(tuple(a), tuple(stack(layer, name, "b") for name in shape.slices)),
             SliceBuffers((stack(layer, "down", "a"),), (stack(layer, "down", "b"),)),
             enabled.to(device),
             ranks.to(device) if any(-(-r // 16) < -(-rank // 16) for r in of_adapters) else None,
@@ -326,8 +325,8 @@ def _check(adapter: Adapter, shape: ExpertShape) -> None:
             )
         for name, factors in parts.items():
             where = f"{adapter.name}: layer {layer}, {name}: got"
-            if name not in PARTS:
-                raise AdapterError(f"{where} a part that is not known, wanted gate, up or down")
+            if name not in (*shape.slices, "down"):
+                raise AdapterError(f"{where} a part that is not known, wanted {', '.join(shape.slices)} or down")
             (a, b), (wide, tall) = _factors_of(where, factors), shape.widths(name)
             r = b.shape[-1] if b.dim() else None
             if (*a.shape, *b.shape) != (shape.num_experts, r, wide, shape.num_experts, tall, r):
