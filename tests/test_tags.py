@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import importlib.util
 import itertools
 import re
 import shutil
+import sys
 import unittest
 from pathlib import Path
 
 import pytest
+import torch
 
 from kernelgen.compiled.stand_in import import_package
+from kernelgen.core import names
 from kernelgen.core.diagnostics import Diagnostic
 from kernelgen.core.locate import SPECS
-from kernelgen.core.model import SCHEDULE, VOCABULARY, Family
-from kernelgen.emit import assemble, build, formatting, wiring, write
+from kernelgen.core.model import SCHEDULE, VOCABULARY, Family, Variant
+from kernelgen.emit import assemble, build, formatting, lint, wiring, write
 from kernelgen.emit.outputs import Outputs
 from kernelgen.prove.testing import Suite
+from kernelgen.spec import expand as expansion
 from kernelgen.spec import load
 from kernelgen.spec.expand import expand
 
@@ -80,6 +86,69 @@ def test_a_template_tells_all_known_tags_apart_or_refuses_them(family: Family) -
         if axis.name != SCHEDULE:
             pairs = itertools.combinations(VOCABULARY[axis.name], 2)
             assert not [pair for pair in pairs if twins.are_same(kernel, axis.name, *pair)], f"{kernel.template}, {axis.name}"
+
+
+EXCLUDED = sorted((family for family in EVERY if family.excludes), key=lambda family: len(family.excludes))
+
+
+@pytest.mark.slow(keep=3)
+@pytest.mark.parametrize("family", EXCLUDED, ids=lambda family: family.name)
+def test_what_an_exclude_leaves_out_works_or_is_refused_in_the_spec(family: Family, tmp_path: Path, device: str) -> None:
+    """Each exclude is taken away. Of what comes back variants of each of its tags and each schedule are built, and with each
+    schedule one runs.
+    """
+    runs: dict[str, tuple[Variant, str]] = {}
+    for number, exclude in enumerate(family.excludes):
+        back = left_out_by(family, number)
+        assert back, f"{exclude.location}: others leave out all that this does"
+        outputs = Outputs(RENDERER, build.rooms(SPECS))
+        for source in outputs.rooms.modules(family.name):
+            outputs.copy(names.family_path(family.name, source.stem), source)
+        met, chosen = set[tuple[str, str]](), []
+        for variant in back:
+            tags = {(axis, getattr(variant, axis)) for axis in exclude.when} | {(SCHEDULE, variant.kernel)}
+            chosen += [] if tags <= met else [variant]
+            met |= tags
+        for variant in chosen:
+            outputs.render([assemble._variant_output(variant, family)])
+            path = names.family_path(family.name, variant.module)
+            if path in outputs._rendered:
+                assert not lint.faults(path, outputs._rendered[path]), f"{exclude.location}: {variant.name}"
+                runs[variant.kernel] = variant, outputs._rendered[path]
+        faults = [*outputs.faults, *wiring._launcher_faults(dataclasses.replace(family, variants=tuple(chosen)), outputs)]
+        assert {(Path(fault.location.path), fault.code) for fault in faults} <= {(SPECS / f"{family.name}.yaml", "KG029")}, faults
+        assert all(fault.location.line and fault.hint for fault in faults)
+    for variant, text in runs.values():
+        run(family, variant, text, tmp_path, device)
+
+
+def left_out_by(family: Family, number: int) -> list[Variant]:
+    """What an exclude of ``family`` alone leaves out."""
+    others, when = [*family.excludes], family.excludes[number].when
+    del others[number]
+    axes = (dataclasses.replace(axis, tags=when.get(axis.name, axis.tags)) for axis in family.axes)
+    left, _ = expansion._left(dataclasses.replace(family, axes=tuple(axes), excludes=tuple(others)))
+    return [expansion.variant_of(family, tags) for tags in left]
+
+
+def run(family: Family, variant: Variant, text: str, tmp_path: Path, device: str) -> None:
+    """A case of ``family`` on a variant that its package lacks."""
+    file = tmp_path / f"{variant.module}.py"
+    file.write_text(text)
+    spec = importlib.util.spec_from_file_location(f"{names.PACKAGE}.{family.name}.{variant.module}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    table = importlib.import_module(f"{names.PACKAGE}.{family.name}._table").VARIANTS
+    values = (getattr(torch, str(cell.value)) if cell.is_dtype else cell.value for cell in variant.cells)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(table._of, variant.module, tuple(values))
+        patched.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        suite = Suite.of(names.PACKAGE, dataclasses.replace(family, variants=(variant,)))
+        cases = suite.cases_for(suite.variants[0])
+        assert cases, variant.name
+        package = importlib.import_module(names.PACKAGE)
+        suite.check_launcher(package, getattr(module, variant.name), suite.variants[0], cases[0], device)
 
 
 @pytest.mark.parametrize(

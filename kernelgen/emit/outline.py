@@ -8,9 +8,10 @@ import functools
 import sys
 from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
-from kernelgen.core.names import PACKAGE
+from kernelgen.core.names import PACKAGE, TABLE
 
 MAX_WORD = 400  # characters: longer than the names of modules
+VARIANTS = "VARIANTS"  # of the table of a family: which variants there are
 
 
 class Wanted(NamedTuple):
@@ -38,6 +39,31 @@ class Mentioned(NamedTuple):
     texts: frozenset[str]
 
 
+class Told(NamedTuple):
+    """A name in a text, and where it stands."""
+
+    name: str
+    line: int
+    column: int
+
+
+class Question(NamedTuple):
+    """A call that asks the variants of a family for one of them: ``get`` or ``find`` of its ``VARIANTS``.
+
+    Attributes:
+        family: whose variants, by the module that their table is of.
+        facts: that it names, and the constants that may be asked for; None: or something else.
+        others: that may come in a dictionary, as far as the module writes such out; None: it does not.
+    """
+
+    family: tuple[str, ...]
+    method: str
+    facts: Mapping[str, tuple[object, ...] | None]
+    others: frozenset[str] | None
+    line: int
+    column: int
+
+
 class Parameter(NamedTuple):
     """A parameter of a kernel, and where it stands."""
 
@@ -62,6 +88,8 @@ class Outline:
         classes: of these the attributes and texts in them, and in what else of the module they use.
         parameters: of the kernels at its top level that are launched.
         gives: what others may be launched with: keywords of calls, and the words of texts that are nothing but names.
+        questions: which variants it asks for.
+        asked: the facts that operands ask for, ``asks`` of their declarations.
     """
 
     imports: tuple[Wanted, ...]
@@ -74,6 +102,8 @@ class Outline:
     classes: Mapping[str, Mentioned]
     parameters: tuple[Parameter, ...]
     gives: frozenset[str]
+    questions: tuple[Question, ...]
+    asked: tuple[Told, ...]
 
 
 def module_of(path: str) -> tuple[str, ...]:
@@ -94,6 +124,8 @@ def outline(path: str, text: str) -> Outline | None:
     places: dict[str, tuple[str, ...]] = {}  # of what names stand for
     reads: list[ast.Attribute] = []
     words, attributes, names, constants, gives = set[str](), set[str](), set[str](), set[str](), set[str]()
+    asked: list[Told] = []
+    calls: list[ast.Call] = []
     bound = set[str]()  # to anything else
     at_once = {id(node) for node in _at_once(tree.body)}
     now = {id(node) for node in _now(tree.body)}
@@ -118,6 +150,10 @@ def outline(path: str, text: str) -> Outline | None:
         elif isinstance(node, ast.keyword):
             words.add(node.arg or "")
             gives.add(node.arg or "")
+            if node.arg == "asks":
+                asked += _texts(node.value)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _QUESTIONS:
+            calls.append(node)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             words.add(node.value[:MAX_WORD])
             parts = node.value[:MAX_WORD].split()
@@ -149,7 +185,52 @@ def outline(path: str, text: str) -> Outline | None:
         _classes(tree.body),
         tuple(_parameters(tree.body)),
         frozenset(gives),
+        tuple(_questions(calls, places, tree)),
+        tuple(asked),
     )
+
+
+_QUESTIONS = ("get", "find", "refuse")  # of a table of variants
+
+
+def _texts(node: ast.expr) -> list[Told]:
+    """The texts that are written out in a tuple, or alone."""
+    items = node.elts if isinstance(node, (ast.Tuple, ast.List)) else [node]
+    texts = (item for item in items if isinstance(item, ast.Constant) and isinstance(item.value, str))
+    return [Told(str(item.value), item.lineno, item.col_offset + 2) for item in texts]
+
+
+def _questions(calls: Sequence[ast.Call], places: Mapping[str, tuple[str, ...]], tree: ast.Module) -> Iterator[Question]:
+    for call in calls:
+        of = call.func.value if isinstance(call.func, ast.Attribute) else call.func
+        *family, table, name = places.get(of.id, ("", "")) if isinstance(of, ast.Name) else ("", "")
+        if (table, name) == (TABLE, VARIANTS) and isinstance(call.func, ast.Attribute):
+            facts = {keyword.arg: _written_out(keyword.value) for keyword in call.keywords if keyword.arg is not None}
+            others = frozenset(_keys(tree) if len(facts) < len(call.keywords) else ())
+            is_known = bool(others) or len(facts) == len(call.keywords)
+            at = call.func.end_lineno or 0, (call.func.end_col_offset or 0) - len(call.func.attr) + 1
+            yield Question(tuple(family), call.func.attr, facts, others if is_known else None, *at)
+
+
+def _written_out(node: ast.expr) -> tuple[object, ...] | None:
+    """The constants that an expression may be; None: or something else."""
+    if isinstance(node, ast.IfExp):
+        parts = [_written_out(part) for part in (node.body, node.orelse)]
+        return None if None in parts else tuple(value for part in parts for value in part or ())
+    return (node.value,) if isinstance(node, ast.Constant) else None
+
+
+def _keys(tree: ast.Module) -> Iterator[str]:
+    """The keys of dictionaries that are names, as far as they are written out."""
+    for node in nodes(tree):
+        keys: Sequence[ast.expr | None] = ()
+        if isinstance(node, ast.Dict):
+            keys = node.keys
+        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+            keys = (node.slice,)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
+            yield from (keyword.arg for keyword in node.keywords if keyword.arg is not None)
+        yield from (key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str))
 
 
 def _classes(body: Sequence[ast.stmt]) -> Mapping[str, Mentioned]:

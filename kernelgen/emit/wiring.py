@@ -15,7 +15,7 @@ from kernelgen.core.diagnostics import Diagnostic, Failure, did_you_mean
 from kernelgen.core.locate import room_label
 from kernelgen.core.model import SCHEDULE, VOCABULARY, Axis, Family, Kernel, Package, Record
 from kernelgen.core.names import Identifier
-from kernelgen.emit.outline import Mentioned, Outline, module_of, outline
+from kernelgen.emit.outline import VARIANTS, Mentioned, Outline, Question, module_of, outline
 from kernelgen.emit.outputs import Outputs
 from kernelgen.emit.render import Renderer
 from kernelgen.emit.rooms import Rooms
@@ -27,8 +27,8 @@ _WORDS = re.compile(r'"""[\s\S]*?"""|"[^"\n]*"|#.*')  # in quotes too
 _BIND = "bind"  # what a front door calls of a variant that it chose,
 _SCHEDULE = "schedule"  # of what
 _LAUNCHER = "Launcher"  # what launches a kernel
-_TABLE = "VARIANTS"  # what it chooses among
 _ASKED_BY = {"max_rank": "rank"}  # a fact that calls ask for by another name
+_FACTS = {SCHEDULE, *VOCABULARY, *(fact for tags in VOCABULARY.values() for facts in tags.values() for fact in facts)}
 
 
 def faults(package: Package, families: Sequence[Family], outputs: Outputs) -> Iterator[Diagnostic]:
@@ -194,7 +194,7 @@ def _kernels(text: str) -> list[str]:
 def _choice_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
     """A front door that chooses no variant, or not by every axis."""
     asks = _host_words(family, outputs)
-    idle = [] if _TABLE in asks else [variant for variant in family.variants if variant.module not in asks]
+    idle = [] if VARIANTS in asks else [variant for variant in family.variants if variant.module not in asks]
     if idle:
         told = f"{idle[0].name} and {len(idle) - 1} more" if len(idle) > 1 else idle[0].name
         message = f"no module of the room of {family.name} names {told}: nothing can choose it"
@@ -203,10 +203,45 @@ def _choice_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
         return
     for axis in family.axes:
         asked = _ASKED_BY.get(axis.fact, axis.fact)
-        if axis.name != SCHEDULE and not {asked, _TABLE} <= asks:
+        if axis.name != SCHEDULE and not {asked, VARIANTS} <= asks:
             message = f"the front door of {family.name} does not choose by the axis {axis.name}"
             hint = f"drop the axis, or ask VARIANTS for {asked} in a module of its room"
             yield Diagnostic("KG029", axis.location, message, hint)
+
+
+    every = [(place, question) for place, made in outputs.modules.items() for question in made.questions]
+    questions = [(place, question) for place, question in every if question.family == (family.name,)]
+    for place, question in questions:
+        yield from _question_faults(family, place, question, asks, outputs)
+    for axis in family.axes:
+        written = [question.facts.get(_ASKED_BY.get(axis.fact, axis.fact)) for _, question in questions]
+        if not written or None in written or axis.fact in _ASKED_BY:
+            continue
+        values = {value for constants in written for value in constants or ()}
+        for tag, where in zip(axis.tags, axis.tag_locations, strict=True):
+            value = VOCABULARY.get(axis.name, {}).get(tag, {}).get(axis.fact, tag)
+            if value not in values:
+                message = f"the front door of {family.name} asks for no variant of {axis.name} {tag}: nothing can choose it"
+                yield Diagnostic("KG029", where, message, f"drop the tag, or ask VARIANTS for {axis.fact}={value!r} somewhere")
+
+
+def _question_faults(
+    family: Family, place: tuple[str, ...], question: Question, words: set[str], outputs: Outputs
+) -> Iterator[Diagnostic]:
+    """A choice among the variants of ``family`` that leaves an axis out, or asks for what none tells.
+
+    An axis of which the ``words`` of its room say nothing is told where the spec has it.
+    """
+    known = {_ASKED_BY.get(axis.fact, axis.fact): axis for axis in family.axes}
+    where = outputs.place_in(place, question.line, question.method, question.column)
+    for fact in question.facts:
+        if fact not in known.keys() | _FACTS:
+            yield Diagnostic("KG029", where, f"no axis of {family.name} tells {fact!r}", did_you_mean(fact, list(known), ""))
+    for fact, axis in known.items():
+        if question.others is not None and fact not in question.facts.keys() | question.others and {fact, VARIANTS} <= words:
+            message = f"this asks for no {fact}: variants of {family.name} that differ in {axis.name} would share its answer"
+            hint = f"{VARIANTS}.{question.method}(..., {fact}=...), or drop the axis in {family.spec}"
+            yield Diagnostic("KG029", where, message, hint)
 
 
 def _host_words(family: Family, outputs: Outputs) -> set[str]:
