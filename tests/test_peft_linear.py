@@ -185,15 +185,24 @@ def test_models_without_experts() -> None:
         read_adapter(files._replace(tensors=expert), None)
 
 
+class Router(torch.nn.Linear):
+    """A Linear that gives more than its product."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        return super().forward(x), x
+
+
 def test_whole_models_equal_peft(device: str) -> None:
     """A batch that mixes two adapters and none, no farther from PEFT in float64 than twice what PEFT in bfloat16 is."""
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
     import generated as kg
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 40, "initializer_range": 0.2}
     bare = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)).eval()
+    bare.model.embed_tokens = Gemma3TextScaledWordEmbedding(40, 32, 0, embed_scale=1.3)  # which scales that of adapters too
     base, adapted, adapters = bare.state_dict(), [], []
     for rank, targets in ((4, "all-linear"), (6, ["v_proj", "embed_tokens", "lm_head", "down_proj"])):
         config = LoraConfig(r=rank, target_modules=targets, init_lora_weights=False)
@@ -221,7 +230,9 @@ def test_whole_models_equal_peft(device: str) -> None:
             assert (served[row] - truth).abs().max() <= 2 * (rough - truth).abs().max()
             assert slot < 0 or (truth - before[row]).abs().max() > 4 * (rough - truth).abs().max()
     name, layer = next(iter(layers.items()))
+    model.router = Router(32, 40).to(model.lm_head.weight)
     for bad, words in (
+        ({"router": layers["lm_head"]}, "router: got Router, wanted a Linear or an Embedding of the model, which gives rows"),
         ({"model.x": layer}, "model.x: got no such module"),
         ({"model.norm": layer}, "model.norm: got LlamaRMSNorm, wanted a Linear"),
         ({"lm_head": layer}, r"lm_head: got factors .*, wanted \[r, 32\] and \[40, r\]"),

@@ -17,8 +17,9 @@ def embedding_lora(
     layer: LinearBuffers,
     token_lora_mapping: torch.Tensor,
     route: Any,
+    scale: float = 1.0,
 ) -> None:
-    """Add the adapters of a batch to what the base embedding gave: out[t] += B[l] . A[l][:, ids[t]]; on the device only.
+    """Add the adapters of a batch to what the base embedding gave: out[t] += scale * B[l] . A[l][:, ids[t]]; on the device only.
 
     Args:
         kernels: the generated package, under whatever name it was imported.
@@ -27,6 +28,7 @@ def embedding_lora(
         layer: of the embedding, from ``stack_linears`` or ``AdapterSlots``: one slice.
         token_lora_mapping: [T] int32, the adapter of each token, -1: none.
         route: of that mapping, from the package's ``lora_route``.
+        scale: by which the base embedding multiplies its rows, as those of Gemma do.
 
     Raises:
         ValueError: something does not fit; ``out`` is as it was.
@@ -37,4 +39,4 @@ def embedding_lora(
             f"{list(token_lora_mapping.shape)}, as token_lora_mapping, and one slice"
         )
     y = layer.a[0][token_lora_mapping.clamp(0, len(layer.a[0]) - 1), :, ids]
-    kernels.lora_expand(out, y.float()[None], layer.b, route, offset_start=layer.offset_start)
+    kernels.lora_expand(out, scale * y.float()[None], layer.b, route, offset_start=layer.offset_start)

@@ -327,13 +327,13 @@ class LinearLora:
         if getattr(model, "peft_config", None):
             raise ValueError(f"{type(model).__name__}: got a model with adapters of PEFT on it, wanted the base model")
         self._kernels = kernels
-        self._hooked: list[tuple[torch.nn.Module, LinearBuffers]] = []
+        self._hooked: list[tuple[torch.nn.Module, LinearBuffers, float]] = []
         modules = dict(model.named_modules())
         for name, layer in layers.items():
             module = modules.get(name)
-            if not isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+            if not isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) or not _gives_rows(module):
                 kind = "no such module" if module is None else type(module).__name__
-                raise ValueError(f"layers: {name}: got {kind}, wanted a Linear or an Embedding of the model")
+                raise ValueError(f"layers: {name}: got {kind}, wanted a Linear or an Embedding of the model, which gives rows")
             weight = module.weight
             inputs, outputs = weight.shape if isinstance(module, torch.nn.Embedding) else weight.shape[::-1]
             sides = (*layer.a, *layer.b)
@@ -346,8 +346,8 @@ class LinearLora:
             if kinds != {(weight.dtype, weight.device)}:
                 found = ", ".join(f"{dtype} on {device}" for dtype, device in kinds)
                 raise ValueError(f"layers: {name}: got {found}, wanted {weight.dtype} on {weight.device}")
-            self._hooked.append((module, layer))
-        if len({len(layer.a[0]) for _, layer in self._hooked}) > 1:
+            self._hooked.append((module, layer, _scale_of(module)))
+        if len({len(layer.a[0]) for _, layer, _ in self._hooked}) > 1:
             raise ValueError("layers: got different numbers of adapters, wanted as many in each")
 
     @contextlib.contextmanager
@@ -363,14 +363,15 @@ class LinearLora:
         with contextlib.ExitStack() as stack:
             if self._hooked:
                 route = self._kernels.lora_route(token_lora_mapping, max_loras=len(self._hooked[0][1].a[0]))
-            for module, layer in self._hooked:
-                add = functools.partial(self._add, layer, token_lora_mapping, route)
+            for module, layer, scale in self._hooked:
+                add = functools.partial(self._add, layer, scale, token_lora_mapping, route)
                 stack.callback(module.register_forward_hook(add).remove)
             yield
 
     def _add(
         self,
         layer: LinearBuffers,
+        scale: float,
         mapping: torch.Tensor,
         route: Any,
         module: torch.nn.Module,
@@ -381,10 +382,30 @@ class LinearLora:
         if len(rows) != len(mapping):
             raise ValueError(f"token_lora_mapping: got [{len(mapping)}], wanted [{len(rows)}], the tokens of {module}")
         if isinstance(module, torch.nn.Embedding):
-            embedding_lora(self._kernels, rows, x.reshape(-1), layer, mapping, route)
+            embedding_lora(self._kernels, rows, x.reshape(-1), layer, mapping, route, scale)
         else:
             self._kernels.lora(rows, x.reshape(-1, x.shape[-1]), layer.a, layer.b, route)
         return rows.view(out.shape)
+
+
+def _gives_rows(module: torch.nn.Module) -> bool:
+    """Whether a Linear or Embedding gives one row for each of its input, to which one can be added; routers give more."""
+    weight: Any = module.weight
+    if isinstance(module, torch.nn.Embedding):
+        row, size = torch.zeros(1, dtype=torch.int64, device=weight.device), weight.shape[1]
+    else:
+        row, size = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device), weight.shape[0]
+    try:
+        with torch.no_grad():
+            out = module(row)
+    except (IndexError, RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(out, torch.Tensor) and out.shape == (1, size)
+
+
+def _scale_of(module: torch.nn.Linear | torch.nn.Embedding) -> float:
+    """What an embedding multiplies its rows by, rounded as they are; PEFT does so to those of adapters."""
+    return float(torch.as_tensor(getattr(module, "embed_scale", 1.0)).to(module.weight.dtype))
 
 
 @contextlib.contextmanager
