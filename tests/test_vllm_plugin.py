@@ -5,6 +5,7 @@ Its private parts of vLLM are stood in for; ``integrations/vllm/tests`` serve mo
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 import types
@@ -240,16 +241,31 @@ def test_experts_make_the_calls_of_the_front_doors(punica: Any, wrapper: Any, ga
     assert torch.equal(gate_up, wanted[0]) and torch.equal(down, wanted[1])
 
 
+@dataclasses.dataclass
+class Context:
+    """What ``MoELoRAContext`` has for ours."""
+
+    punica_wrapper: Any
+    w13_lora_a_stacked: list[torch.Tensor]
+    w13_lora_b_stacked: list[torch.Tensor]
+    w2_lora_a_stacked: list[torch.Tensor]
+    w2_lora_b_stacked: list[torch.Tensor]
+    adapter_enabled: torch.Tensor
+    top_k: int = 2
+    fully_sharded: bool = False
+    local_token_lora_mapping: None = None
+
+
 class Experts:
     """What ``TritonExperts`` has for ours, with adapters in it."""
 
-    quant_dtype = w1_bias = w2_bias = None
+    _kernelgen_layer: Any = None
     activation_config = types.SimpleNamespace(clamp_limit=None)
 
     def __init__(self, wrapper: Any, factors: list[torch.Tensor], num_experts: int) -> None:
         a13, b13, a2, b2 = ([factor] for factor in factors)
         self._fixed = (L, torch.ones(L + 1, dtype=torch.int32)), (num_experts, 2), False, False, (a13, b13), (a2, b2)
-        self._lora_context = types.SimpleNamespace(punica_wrapper=wrapper, local_token_lora_mapping=None)
+        self._lora_context = Context(wrapper, a13, b13, a2, b2, self._fixed[0][1])
 
     def apply_w13_lora(
         self, context: Any, *, y: Any, x: Any, topk_ids: Any, topk_weights: Any, expert_map: Any, w1: Any, w2: Any,
@@ -278,7 +294,7 @@ class Experts:
         ("swigluoai_uninterleave", 7.0, {"activation": "swiglu_clamp", "limit": 7.0, "alpha": 1.5, "beta": 0.5}),
         ("gelu_tanh", None, {"activation": "geglu_tanh"}),
         ("gelu_no_mul", None, {"activation": "gelu"}),
-        ("swigluoai", None, None),
+        ("swigluoai", None, {"activation": "swiglu_clamp", "layout": "interleaved", "limit": 7.0, "alpha": 1.702, "beta": 1.0}),
         ("swiglustep", None, None),
         ("situ", None, None),
     ],
@@ -288,7 +304,7 @@ def test_activations(name: str, limit: float | None, wanted: dict[str, Any] | No
 
     config = types.SimpleNamespace(clamp_limit=limit, alpha=1.5, beta=0.5)
     assert experts.activation_of(types.SimpleNamespace(value=name), config) == wanted
-    if wanted is not None:  # and the kernels take it
+    if wanted is not None and "layout" not in wanted:  # and the kernels take it
         inter = 16 if name.endswith("_no_mul") else 32
         h, rows = torch.full((2, 16), torch.nan, dtype=torch.half), new(2, 1, inter, dtype=torch.half)
         punica.kg.moe_act(h, rows, torch.zeros(2, 1, dtype=torch.int32), num_experts=1, **wanted)
@@ -296,7 +312,8 @@ def test_activations(name: str, limit: float | None, wanted: dict[str, Any] | No
 
 
 @pytest.mark.parametrize("tokens", ["mixed", "base"])
-def test_experts_that_are_shared_out_make_the_layer(tokens: str, punica: Any, wrapper: Any) -> None:
+@pytest.mark.parametrize("inside", [True, False])
+def test_experts_that_are_shared_out_make_the_layer(inside: bool, tokens: str, punica: Any, wrapper: Any) -> None:
     """Two GPUs with a half of the experts each, under expert parallelism: their outputs add up to that of float64.
 
     Numbers are whole and small, so that all is exact.
@@ -325,6 +342,7 @@ def test_experts_that_are_shared_out_make_the_layer(tokens: str, punica: Any, wr
         part, expert_map = slice(first, first + 2), torch.full((num,), -1, dtype=torch.int32)
         expert_map[part] = torch.arange(2, dtype=torch.int32)
         layer = Experts(wrapper, [factor[:, part].contiguous() for factor in (a13, b13, a2, b2)], 2)
+        layer._kernelgen_layer = experts.Layer({"activation": "relu2"}, {}, inside=inside)
         out = torch.full((rows, K), torch.nan, dtype=torch.half)
         experts.apply(layer, out, x, w1[part], w2[part], weights, ids, act, num, expert_map, *[None] * 5, False)
         total += out.double()
@@ -336,6 +354,84 @@ def test_experts_that_are_shared_out_make_the_layer(tokens: str, punica: Any, wr
         wanted[t] += weights[t, j] * (w2[e].double() @ h + has * b2[slot, e].double() @ (a2[slot, e].double() @ h))
     assert 2 < wanted.abs().max() < 2048  # whole numbers that float16 has
     assert torch.equal(total, wanted)
+
+
+FP8 = torch.float8_e4m3fn
+_DYNAMIC: dict[str, Any] = {"per_act_token_quant": True}
+# What vLLM has of a layer: the shapes of the scales of both weights and of tokens, and what else it says.
+SCHEMES: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "tensor": ((4,), (4,), (1,), {"a2_scale": torch.tensor(0.5)}),
+    "tensor, tokens as they come": ((4,), (4,), (1,), {}),
+    "channel": ((4, 256, 1), (4, 128, 1), (T, 1), _DYNAMIC),
+    "group": ((4, 2, 1), (4, 1, 1), (T, 1), {"block_shape": [128, 128]}),
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_fp8_experts_are_one_call(scheme: str, punica: Any, wrapper: Any) -> None:
+    """With the scales that vLLM keeps, whatever their shape, to the bit as with scales a row that are written out."""
+    from kernelgen_vllm import experts
+
+    of_w1, of_w2, of_x, more = SCHEMES[scheme]
+    num, width, rows = 4, 128, T
+    step(wrapper, STEPS["mixed"], [])
+    factors = [new(L, num, RANK, width), new(L, num, 2 * width, RANK), new(L, num, RANK, width), new(L, num, width, RANK)]
+    layer, silu = Experts(wrapper, factors, num), types.SimpleNamespace(value="silu")
+    scale1, scale2 = (new(*size, dtype=torch.float32).abs() * 0.1 for size in (of_w1, of_w2))
+    facts: dict[str, Any] = {"quant_dtype": FP8, "quantization_emulation": False, "block_shape": None, "a2_scale": None}
+    facts |= {"w1_scale": scale1, "w2_scale": scale2, "w1_bias": None, "w2_bias": None, **more}
+    vars(layer).update(facts)
+    x, w1, w2 = new(rows, width).to(FP8), new(num, 2 * width, width).to(FP8), new(num, width, width).to(FP8)
+    of_x_scale = new(*of_x, dtype=torch.float32).abs()
+    ids, weights = torch.stack([torch.randperm(num)[:2] for _ in range(rows)]), torch.rand(rows, 2)
+    layer._kernelgen_layer = served = experts.layer_of(layer, layer._lora_context, w1, w2, silu)
+    assert isinstance(served, experts.Layer) and served.inside, served
+    out, wanted = new(rows, width), new(rows, width)
+    experts.apply(layer, out, x, w1, w2, weights, ids, silu, num, None, of_x_scale, facts["a2_scale"], *[None] * 3, False)
+
+    by_row = {"tensor": None, "group": None}.get(scheme, 1)
+    scales = {"w13_scale": scale1, "w2_scale": scale2, "x_scale": of_x_scale.reshape(-1, *[1] * (by_row or 0))}
+    if scheme == "tensor, tokens as they come":
+        scales |= {"w13_scale": scale1[:, None].repeat(1, 2 * width), "w2_scale": scale2[:, None].repeat(1, width)}
+        scales["x_scale"] = of_x_scale.repeat(rows)[:, None]
+    elif scheme == "tensor":
+        scales["h_scale"] = facts["a2_scale"].reshape(1)
+    elif scheme == "group":
+        scales["x_scale"] = of_x_scale
+    lora = punica.kg.FusedMoeLora(
+        torch.tensor(STEPS["mixed"], dtype=torch.int32),
+        [factors[0]] * 2,
+        list(factors[1].chunk(2, 2)),
+        [factors[2]],
+        [factors[3]],
+    )
+    punica.kg.fused_moe(x, w1, w2, ids, weights, activation="swiglu", lora=lora, out=wanted, **scales)
+    assert torch.equal(out, wanted)
+
+
+def test_a_second_factor_that_is_not_finite_stays_with_its_adapter(punica: Any, wrapper: Any) -> None:
+    """Of gate and up in one and in turns, with biases, as gpt-oss has them: others keep their bits, and its rows are NaN."""
+    from kernelgen_vllm import experts
+
+    num, inter, tokens = 4, 32, STEPS["mixed"]
+    step(wrapper, tokens, [])
+    factors = [new(L, num, RANK, K), new(L, num, 2 * inter, RANK), new(L, num, RANK, inter), new(L, num, K, RANK)]
+    layer, act = Experts(wrapper, factors, num), types.SimpleNamespace(value="swigluoai")
+    vars(layer).update(quant_dtype=None, w1_bias=new(num, 2 * inter), w2_bias=new(num, K))
+    w1, w2, x = new(num, 2 * inter, K), new(num, K, inter), new(T, K)
+    ids, weights = torch.stack([torch.randperm(num)[:2] for _ in range(T)]), torch.rand(T, 2)
+    layer._kernelgen_layer = experts.layer_of(layer, layer._lora_context, w1, w2, act)
+
+    def served() -> torch.Tensor:
+        out = torch.empty(T, K, dtype=DTYPE)
+        experts.apply(layer, out, x, w1, w2, weights, ids, act, num, None, *[None] * 5, False)
+        return out
+
+    before, own = served(), torch.tensor(tokens) == 1
+    factors[1][1, :, 3], factors[3][1, 2] = torch.nan, torch.inf
+    experts.contain(layer._lora_context, 1)
+    after = served()
+    assert before.isfinite().all() and torch.equal(after[~own], before[~own]) and after[own].isnan().all()
 
 
 @pytest.mark.slow

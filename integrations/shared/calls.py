@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from .. import kernels as kg
+from ..kernels import _runtime as runtime
 
-__all__ = ["Calls", "compile_all", "distinct", "empty", "looks", "on_meta", "say"]
+__all__ = ["Calls", "compile_all", "distinct", "empty", "looks", "on_meta", "refusal", "say"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,16 @@ def compile_all(log: logging.Logger, found: Sequence[Calls], max_tokens: int, de
     """Compile all that the layers of a model can ask for, up to the largest batch."""
     if device.type == "cuda":
         log.info("kernelgen: %d kernels are ready", kg.warmup(distinct(found), max_tokens=max_tokens, device=device))
+
+
+def refusal(make: Callable[[], None], device: torch.device) -> str | None:
+    """Why calls that are made on the meta device would be refused on this one; None: they would not be."""
+    try:
+        with runtime.compile_only(device if device.type == "cuda" else None):
+            make()
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def on_meta(value: Any) -> Any:

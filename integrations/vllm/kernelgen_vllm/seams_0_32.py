@@ -8,6 +8,8 @@
 | ``LoRAConfig.compute_hash`` | keys the graphs that vLLM keeps on disk: those with our ops are others |
 | ``ParallelLMHead.weight`` | how wide logits are, in front of what ``LogitsProcessorWithLoRA`` cuts off |
 | ``TritonExperts.apply`` | the experts of a layer, see ``experts`` |
+| ``FusedMoEWithLoRA.set_lora`` | behind it an adapter of theirs is in its slot |
+| ``moe_kernel_quantize_input`` | makes FP8 of tokens that were gathered from other GPUs |
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+from vllm.model_executor.layers.fused_moe.utils import moe_kernel_quantize_input
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -41,10 +44,12 @@ __all__ = [
     "layers",
     "logits_width",
     "own_wrapper",
+    "quantized",
     "replace_experts",
     "tensor_model_parallel_all_gather",
     "tensor_model_parallel_all_reduce",
     "to_device",
+    "when_experts_are_set",
     "when_layers_are_made",
 ]
 
@@ -116,3 +121,24 @@ def replace_experts(apply: Callable[..., None]) -> None:
     """Have ``apply`` be that of ``TritonExperts``, which keeps its own as ``_kernelgen_own_apply``."""
     TritonExperts._kernelgen_own_apply = TritonExperts.apply
     TritonExperts.apply = apply
+
+
+def quantized(experts: TritonExperts, x: Any) -> tuple[Any, Any]:
+    """Tokens in FP8, and their scales, where vLLM leaves it to the experts."""
+    scheme = (experts.a1_scale, experts.quant_dtype, experts.per_act_token_quant, experts.block_shape)
+    q, scale = moe_kernel_quantize_input(x, *scheme)
+    return q, scale
+
+
+def when_experts_are_set(action: Callable[[Any, int], None]) -> None:
+    """Have ``action`` called with each layer of experts, and the slot, that an adapter was put in."""
+    for kind in (layers.FusedMoEWithLoRA, layers.FusedMoE3DWithLoRA):
+        kind.set_lora = _behind(kind.set_lora, action)
+
+
+def _behind(own: Callable[..., None], action: Callable[[Any, int], None]) -> Callable[..., None]:
+    def set_lora(self: Any, index: int, lora_a: Any, lora_b: Any) -> None:
+        own(self, index, lora_a, lora_b)
+        action(self, index)
+
+    return set_lora

@@ -32,6 +32,7 @@ def install() -> None:
     _vllm.when_layers_are_made(prepare)
     if gate.is_on("KERNELGEN_VLLM_EXPERTS"):
         _vllm.replace_experts(experts.apply)
+        _vllm.when_experts_are_set(experts.contain)
 
 
 def prepare(manager: Any) -> None:
@@ -133,14 +134,13 @@ def _logits(layer: Any, manager: Any) -> _Found:
 
 def _experts(layer: Any, manager: Any) -> _Found:
     fused, context = layer._moe_kernel.fused_experts, layer._build_lora_context()
-    weights = layer.base_layer.routed_experts
+    weights, activation = layer.base_layer.routed_experts, layer._moe_kernel.fused_experts.moe_config.activation
     w1, w2, expert_map = on_meta((weights.w13_weight, weights.w2_weight, weights.expert_map))
-    names = [field.name for field in dataclasses.fields(context) if "stacked" in field.name or field.name == "adapter_enabled"]
-    factors = {name: on_meta(getattr(context, name)) for name in names}
-    activation, on_input = fused.moe_config.activation, weights.apply_router_weight_on_input
-    refusal = experts.refusal(fused, w1.dtype, activation, on_input)
-    if _vllm.TritonExperts.apply is not experts.apply:
-        refusal = "KERNELGEN_VLLM_EXPERTS=0"
+    factors = {name: on_meta(getattr(context, name)) for name in (*experts.FACTORS, "adapter_enabled")}
+    served: experts.Layer | str = "KERNELGEN_VLLM_EXPERTS=0"
+    if _vllm.TritonExperts.apply is experts.apply:
+        served = experts.layer_of(fused, context, weights.w13_weight, weights.w2_weight, activation)
+    fused._kernelgen_layer = served if isinstance(served, experts.Layer) else None
     top_k, width, inter = context.top_k, layer.hidden_size, factors["w2_lora_a_stacked"][0].shape[-1]
     gate_up, of_x = sum(b.shape[-2] for b in factors["w13_lora_b_stacked"]), factors["w2_lora_a_stacked"][0].dtype
 
@@ -149,18 +149,23 @@ def _experts(layer: Any, manager: Any) -> _Found:
         twin.set_lora_context(dataclasses.replace(context, punica_wrapper=wrapper, **factors))
         x, scores = empty(rows, width, dtype=of_x), empty(rows, top_k, dtype=torch.float32)
         for ids in (empty(rows, top_k, dtype=dtype) for dtype in _IDS):
-            if refusal is None:
-                layer_of = (w1, w2, scores, ids, activation, layer.global_num_experts, expert_map)
+            if isinstance(served, experts.Layer):
+                twin._kernelgen_layer = served.on_meta()
+                x1 = x if served.scale is None else empty(rows, width, dtype=w1.dtype)
+                routed = (w1, w2, scores, ids, activation, layer.global_num_experts, expert_map)
+                scales = served.empty_scales(rows, width)
                 for wrapper.token_mapping_meta.any in (False, True):
-                    experts.apply(twin, empty(rows, width, dtype=of_x), x, *layer_of, None, None, x, x, None, on_input)
+                    experts.apply(twin, empty(rows, width, dtype=of_x), x1, *routed, *scales, x, x, None, False)
             else:
                 deltas = experts.Deltas(twin, w1, w2, scores, ids, expert_map)
                 deltas.add_first(empty(rows, top_k, gate_up, dtype=of_x), x)
                 deltas.add_second(empty(rows, top_k, width, dtype=of_x), empty(rows * top_k, inter, dtype=of_x))
 
+    if isinstance(served, experts.Layer):
+        return served.ops(context.fully_sharded), (*looks(*factors.values(), w1, w2), expert_map is None, served.looks), make
     lora = "moe_lora_shrink, moe_lora_expand" if context.fully_sharded else "moe_lora"
-    base = "moe_gemm, moe_act, moe_sum; fused_moe" if refusal is None else f"under {type(fused).__name__}: {refusal}"
-    return f"{lora} ({base})", (*looks(*factors.values(), w1, w2), expert_map is None), make
+    line = f"{lora} (under {type(fused).__name__}: {served})"
+    return line, (*looks(*factors.values(), w1, w2), expert_map is None), make
 
 
 _layers = _vllm.layers

@@ -20,8 +20,9 @@ from vllm.lora.request import LoRARequest  # noqa: E402
 TARGETS = {
     "llama": (*ATTENTION, "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"),
     "qwen3_moe": (*ATTENTION, "experts"),
+    "gpt_oss": (*ATTENTION, "experts"),
 }
-DTYPES = {"llama": torch.bfloat16, "qwen3_moe": torch.float16}
+DTYPES = {"llama": torch.bfloat16, "qwen3_moe": torch.float16, "gpt_oss": torch.float16}
 LARGEST = 64
 
 
@@ -85,7 +86,9 @@ def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     return bool(request.param)
 
 
-@pytest.mark.parametrize(("kind", "traced"), [("llama", False), ("qwen3_moe", False), ("llama", True)], indirect=["traced"])
+@pytest.mark.parametrize(
+    ("kind", "traced"), [("llama", False), ("qwen3_moe", False), ("gpt_oss", False), ("llama", True)], indirect=["traced"]
+)
 def test_serves(kind: str, traced: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Continuous batching with preemption, more adapters than slots, one unloaded and one loaded in between, nothing compiled."""
     model = Model(tmp_path, kind, DTYPES[kind])

@@ -31,7 +31,12 @@ def qwen3_moe() -> transformers.PreTrainedConfig:
     return transformers.Qwen3MoeConfig(intermediate_size=96, decoder_sparse_step=1, mlp_only_layers=[], **experts, **SIZES)
 
 
-CONFIGS = {"llama": llama, "qwen3_moe": qwen3_moe}
+def gpt_oss() -> transformers.PreTrainedConfig:
+    experts = {"num_local_experts": 8, "num_experts_per_tok": 2}
+    return transformers.GptOssConfig(intermediate_size=32, sliding_window=16, **experts, **SIZES)
+
+
+CONFIGS = {"llama": llama, "qwen3_moe": qwen3_moe, "gpt_oss": gpt_oss}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -45,8 +50,10 @@ class Model:
         model = transformers.AutoModelForCausalLM.from_config(self.config).to(dtype)
         with torch.no_grad():
             for name, weight in model.named_parameters():
-                if name.endswith("mlp.gate.weight"):
+                if name.endswith(("mlp.gate.weight", "mlp.router.weight")):
                     weight *= 8  # so that rounding does not choose other experts
+                elif name.endswith("bias"):
+                    weight.normal_(std=0.3)
         model.save_pretrained(folder / "base")
         self.weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
         self.deltas: dict[str | None, dict[str, torch.Tensor]] = {None: {}}
@@ -72,11 +79,22 @@ class Model:
         for weight, value in self.weights.items():
             path, _, leaf = weight.rpartition(".")
             last = path.rpartition(".")[2]
+            if leaf.endswith("bias"):
+                continue
             if last in targets and value.dim() == 2:
                 embedding = last == "embed_tokens"
                 rows, columns = reversed(value.shape) if embedding else value.shape
                 delta = product(path, rows, columns, embedding)
                 deltas[weight] = delta.T if embedding else delta
+            elif last == "experts" and "experts" in targets and self.config.model_type == "gpt_oss":
+                # [E, H, 2 * I] gate and up in turns, [E, I, H]; PEFT has a layer around a layer, and all experts in one
+                num, columns, rows = value.shape
+                a = torch.randn(num, rank, columns, generator=generator).to(self.dtype)
+                b = (torch.randn(num, rows, rank, generator=generator) * (0.3 / rank / columns**0.5)).to(self.dtype)
+                deltas[weight] = 2.0 * (b.float() @ a.float()).mT
+                layer = f"base_model.model.{path}" + (".base_layer" if leaf == "gate_up_proj" else "")
+                tensors[f"{layer}.lora_A.weight"] = a.flatten(0, 1)
+                tensors[f"{layer}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1).contiguous()  # [rows, rank * E]
             elif last == "experts" and "experts" in targets:  # [E, 2 * I, H] gate over up, [E, H, I]
                 parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
                 rows, columns = value.shape[1] // len(parts), value.shape[2]
@@ -86,9 +104,8 @@ class Model:
                         for expert in range(value.shape[0])
                     ]
                 )
-        linears = {name for name in targets if name != "experts"} | (
-            {"gate_proj", "up_proj", "down_proj"} if "experts" in targets else set()
-        )
+        of_experts = {"experts"} if self.config.model_type == "gpt_oss" else {"gate_proj", "up_proj", "down_proj"}
+        linears = {name for name in targets if name != "experts"} | (of_experts if "experts" in targets else set())
         folder = self.folder / name
         folder.mkdir()
         save_file(tensors, folder / "adapter_model.safetensors")
