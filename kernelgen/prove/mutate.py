@@ -9,6 +9,7 @@ of exact algebra. A fault of the order of launches changes no number: it meets t
 from __future__ import annotations
 
 import ast
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -16,12 +17,13 @@ import fnmatch
 import functools
 import importlib
 import itertools
+import random
 import re
 import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Iterable, Iterator, Mapping, Sequence
+from typing import Callable, Iterable, Iterator, Mapping, Sequence
 from unittest import mock
 
 import click
@@ -29,11 +31,10 @@ import click
 from kernelgen.core import entry, names
 from kernelgen.core.processes import Fault, in_processes
 from kernelgen.families.case import Case, Variant
-from kernelgen.prove.order import launches_of
 from kernelgen.prove.testing import Suite
 from kernelgen.prove.verify import start_worker, suites
 
-NO_WAIT = "wait for launches dropped"
+NO_WAIT, NO_BARRIER = "wait for launches dropped", "barrier dropped"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +81,7 @@ EQUIVALENT: Sequence[Excuse] = (
     Excuse(_NO_CAST, r".*\.to\(tl\.int32\)", "flags add up as int32, ids compare in any width"),
     Excuse(_NO_CAST, r"tl\.load\(expert_map_ptr.*\.to\(tl\.int64\)", "the ids are 64 bits wide"),
     Excuse(_NO_CAST, r"\w+\.to\(tl\.int64\)", "naive batches are small", r"^(next_)?parts? = "),
+    Excuse(NO_BARRIER, r".*", "threads are interpreted as one; racecheck of kernelgen sanitize sees them apart"),
     Excuse(_NO_MASK, r"tl\.load\( ?(x_rows|topk_weights_ptr).*mask=live(\[:, None\])?,.*", _ROWS),
     Excuse(_LEFT, r"live\[:, None\] & k_mask", _ROWS, r"^x = tl\.load"),
     Excuse(_NO_MASK, r"tl\.load\(part_rows( \+ r0)?, mask=v_mask.*", _ROWS),
@@ -225,6 +227,9 @@ def _changes(node: ast.expr | ast.stmt) -> Iterator[Change]:
             yield "right side dropped", node, node.left
         if isinstance(node.op, (ast.Add, ast.Mult, ast.BitAnd)):
             yield "left side dropped", node, node.right
+        if isinstance(node.op, ast.Div) and (power := re.fullmatch(r"1\.0 \+ (\w+\.exp)\(-(.*)\)", ast.unparse(node.right))):
+            rest = ast.parse(f"1.0 + {power[1]}({power[2]})", mode="eval").body
+            yield "sigmoid that cancels", node, ast.BinOp(node.left, ast.Sub(), ast.BinOp(node.left, ast.Div(), rest))
         if type(node.op) in _EXCHANGED:
             yield "division exchanged", node, with_changes(node, op=_EXCHANGED[type(node.op)]())
     elif isinstance(node, ast.Compare) and type(node.ops[0]) in _MOVED:
@@ -262,7 +267,13 @@ def _changed_calls(node: ast.Call) -> Iterator[tuple[str, ast.AST]]:
     if called in ("tl.range", "tl.static_range") and len(node.args) > 1:
         last = ast.BinOp(node.args[1], ast.Sub(), ast.Constant(1))
         yield "last turn dropped", with_changes(node, args=[node.args[0], last, *node.args[2:]])
+    if called == "tl.debug_barrier":
+        yield NO_BARRIER, ast.Constant(None)
     if called == "tl.where":
+        test, bound, x = node.args
+        for sign, clamp in (("<", "maximum"), (">", "minimum")):
+            if ast.unparse(test) == f"{ast.unparse(x)} {sign} {ast.unparse(bound)}":
+                yield "NaN dropped", ast.Call(with_changes(node.func, attr=clamp), [x, bound], [])
         yield "choice dropped", node.args[1]
         yield "other choice", node.args[2]
 
@@ -283,6 +294,7 @@ class Bench:
         self._suites = suites(out)
         self._tried = 0
         self._cases: dict[str, list[Case]] = {}  # of a variant; the last killer comes first
+        self._right: set[tuple[str, str, bool]] = set()  # variants and cases that the text passes as it is, exactly or not
 
     def __enter__(self) -> Bench:
         self._folder = tempfile.TemporaryDirectory(prefix="kernelgen")
@@ -329,13 +341,15 @@ class Bench:
                     stack.enter_context(mock.patch.dict(vars(kernel), vars(getattr(changed, name))))
             yield
 
-    def fate(
-        self, suite: Suite, variant: Variant, mutant: Mutant, only: Sequence[Case] = ()
-    ) -> Fate:
-        """Try a mutant on all cases that fit the variant, or on some."""
+    def fate(self, suite: Suite, variant: Variant, mutant: Mutant, only: Sequence[Case] = ()) -> Fate:
+        """Try a mutant on all cases that fit the variant, or on some.
+
+        Raises:
+            RuntimeError: what kills it does not pass without it.
+        """
         package, changed = self.place(variant, mutant.text)
         try:
-            launcher = changed.launcher(self.package)
+            changed.launcher(self.package)
         except Exception:
             return Fate(variant.name, mutant, "import")
         if variant.name not in self._cases:
@@ -343,20 +357,41 @@ class Bench:
         cases, of_order, dependent = list(only) or self._cases[variant.name], mutant.operator == NO_WAIT, False
         for i, case in enumerate(cases):
             try:
-                with launches_of(self.package) if of_order else contextlib.nullcontext() as chain:
-                    suite.check_launcher(self.package, launcher, variant, case, "cpu")
+                dependent |= self._meet(suite, changed, case, of_order)
             except Exception:  # however it fails, it is noticed
+                self._require_right(suite, variant, case, False)
                 cases.insert(0, cases.pop(i))
                 return Fate(variant.name, mutant, case.name)
-            dependent = dependent or (chain is not None and bool(chain.dependent))
         if of_order and not dependent:  # by itself it is not; tests/test_order.py tries it in front doors
             return Fate(variant.name, mutant, "not launched dependent")
         for case in [] if only or of_order else suite.exact_cases(variant):
             try:
                 dataclasses.replace(suite, package=package).check_exactly(changed, case, "cpu")
             except Exception:
+                self._require_right(suite, variant, case, True)
                 return Fate(variant.name, mutant, f"{case.name}, exactly")
         return Fate(variant.name, mutant, "")
+
+    def _meet(self, suite: Suite, variant: Variant, case: Case, of_order: bool = False) -> bool:
+        """Run a case; whether something was launched dependent, where the order of launches is watched."""
+        from kernelgen.prove.order import launches_of  # imports triton, which a worker tells first whether to interpret
+
+        with launches_of(self.package) if of_order else contextlib.nullcontext() as chain:
+            suite.check_launcher(self.package, variant.launcher(self.package), variant, case, "cpu")
+        return chain is not None and bool(chain.dependent)
+
+    def _require_right(self, suite: Suite, variant: Variant, case: Case, exactly: bool) -> None:
+        """Raise where a case fails without any mutant too: it would kill all."""
+        if (variant.name, case.name, exactly) in self._right:
+            return
+        try:
+            if exactly:
+                dataclasses.replace(suite, package=self._name).check_exactly(variant, case, "cpu")
+            else:
+                self._meet(suite, variant, case)
+        except Exception as error:
+            raise RuntimeError(f"{variant.name} fails {case} as it is: {error}") from error
+        self._right.add((variant.name, case.name, exactly))
 
 
 def excused(mutant: Mutant) -> bool:
@@ -364,56 +399,70 @@ def excused(mutant: Mutant) -> bool:
     return any(excuse.of(mutant) for excuse in EQUIVALENT)
 
 
-def _try(out: Path, parts: int, task: tuple[str, int]) -> list[Fate]:
+_Places = tuple[tuple[str, int], ...]  # names of variants, and numbers of their mutants
+
+
+def _every(variants: Iterable[tuple[Suite, Variant]], source: Callable[[Variant], str], jobs: int) -> Iterator[_Places]:
+    """All mutants of variants, a variant in as many parts as there are processes."""
+    for _, variant in variants:
+        places = [(variant.name, i) for i, m in enumerate(mutants(source(variant), variant.name)) if not excused(m)]
+        yield from (tuple(places[part::jobs]) for part in range(jobs))
+
+
+def _sampled(
+    variants: Iterable[tuple[Suite, Variant]], source: Callable[[Variant], str], jobs: int, number: int, seed: int
+) -> Iterator[_Places]:
+    """So many mutants of each family: its variants take turns, and so do operators."""
+    for family, group in itertools.groupby((variant for _, variant in variants), lambda variant: variant.family):
+        rng, places, tried = random.Random(f"{seed} {family}"), [], collections.Counter[str]()
+        members = sorted(group, key=lambda _: rng.random())
+        for variant in itertools.islice(itertools.cycle(members), number):
+            found = [(i, m.operator) for i, m in enumerate(mutants(source(variant), variant.name)) if not excused(m)]
+            place, operator = min(found, key=lambda each: (tried[each[1]], rng.random()))
+            tried[operator] += 1
+            places.append((variant.name, place))
+        yield from (tuple(places[part::jobs]) for part in range(jobs))
+
+
+def _try(out: Path, places: _Places) -> list[Fate]:
     start_worker(out, "cpu")
-    name, part = task
     with Bench(out) as bench:
-        suite, variant = next(found for found in bench.variants() if found[1].name == name)
-        chosen = mutants(bench.source(variant), name)[part::parts]
-        return [bench.fate(suite, variant, mutant) for mutant in chosen if not excused(mutant)]
+        found = {variant.name: (suite, variant) for suite, variant in bench.variants()}
+        texts = functools.lru_cache(1)(lambda name: mutants(bench.source(found[name][1]), name))
+        return [bench.fate(*found[name], texts(name)[place]) for name, place in places]
 
 
 @click.command()
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("."), help="Where generated/ is."
-)
-@click.option(
-    "--only",
-    multiple=True,
-    default=["*"],
-    metavar="GLOB",
-    help="Only the variants of such a name; repeatable.",
-)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("."), help="Where generated/ is.")
+@click.option("--only", multiple=True, default=["*"], metavar="GLOB", help="Only the variants of such a name; repeatable.")
+@click.option("--sample", type=click.IntRange(0), default=0, help="So many of each family, drawn by a seed; 0: all.")
+@click.option("--seed", type=int, default=0, show_default=True)
 @click.option("-j", "--jobs", type=click.IntRange(1, 256), default=1, show_default=True)
-def main(out: Path, only: Sequence[str], jobs: int) -> int:
-    """Try all mutants of the variants; list those that live. Exit code 1 if there are any."""
-    found = [v.name for s in suites(out).values() for v in s.variants]
-    chosen = [name for name in found if any(fnmatch.fnmatchcase(name, glob) for glob in only)]
-    if not chosen:
-        raise click.UsageError(f"no variant has a name like {' or '.join(only)}")
-    fates: dict[str, list[list[Fate]]] = {name: [] for name in chosen}
+def main(out: Path, only: Sequence[str], sample: int, seed: int, jobs: int) -> int:
+    """Try mutants of the variants; list those that live, and count by family. Exit code 1 if there are any."""
+    with Bench(out) as bench:
+        chosen = [found for found in bench.variants() if any(fnmatch.fnmatchcase(found[1].name, glob) for glob in only)]
+        if not chosen:
+            raise click.UsageError(f"no variant has a name like {' or '.join(only)}")
+        draw = functools.partial(_sampled, number=sample, seed=seed) if sample else _every
+        tasks = [places for places in draw(chosen, bench.source, jobs) if places]
+    family_of = {variant.name: variant.family for _, variant in chosen}
+    tried, killed = collections.Counter[str](), collections.Counter[str]()
 
-    def keep(task: tuple[str, int], part: list[Fate] | Fault) -> None:
-        name, _ = task
-        if isinstance(part, Fault):
-            raise RuntimeError(f"{name}: {part.reason}")
-        fates[name].append(part)
-        if len(fates[name]) == jobs:
-            _tell(name, list(itertools.chain(*fates[name])))
+    def keep(places: _Places, fates: list[Fate] | Fault) -> None:
+        if isinstance(fates, Fault):
+            raise RuntimeError(f"{places[0][0]}: {fates.reason}")
+        for fate in fates:
+            tried[family_of[fate.variant]] += 1
+            killed[family_of[fate.variant]] += bool(fate.killer)
+            if not fate.killer:
+                click.echo(f"lives: {fate.variant} {fate.mutant}")
 
-    tasks = [(name, part) for name in chosen for part in range(jobs)]
-    in_processes(functools.partial(_try, out.resolve(), jobs), tasks, jobs, keep=keep, method="spawn")
-    every = list(itertools.chain(*itertools.chain(*fates.values())))
-    living = sum(not fate.killer for fate in every)
-    click.echo(f"{len(every) - living} of {len(every)} killed")
-    return 1 if living else 0
-
-
-def _tell(name: str, fates: Sequence[Fate]) -> None:
-    lives = [fate.mutant for fate in fates if not fate.killer]
-    click.echo(f"{name}: {len(fates) - len(lives)} of {len(fates)} killed")
-    for mutant in sorted(lives, key=lambda m: m.line):
-        click.echo(f"  lives: {mutant}")
+    in_processes(functools.partial(_try, out.resolve()), tasks, jobs, keep=keep, method="spawn")
+    for family in sorted(tried):
+        click.echo(f"{family}: {killed[family]} of {tried[family]} killed")
+    click.echo(f"{killed.total()} of {tried.total()} killed")
+    return 1 if killed.total() < tried.total() else 0
 
 
 if __name__ == "__main__":

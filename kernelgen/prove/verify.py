@@ -208,7 +208,13 @@ def _tasks(found: dict[str, Suite], only: str | None, exact: bool) -> Iterator[_
 
 @functools.cache
 def start_worker(out: Path, device: str) -> None:
-    """Make this process one that runs kernels on ``device``; further calls do nothing."""
+    """Make this process one that runs kernels on ``device``; further calls do nothing.
+
+    Raises:
+        RuntimeError: triton is here already, and was told otherwise.
+    """
+    if "triton" in sys.modules and sys.modules["triton"].knobs.runtime.interpret != (device == "cpu"):
+        raise RuntimeError("triton was imported before it was told whether to interpret")
     os.environ["TRITON_INTERPRET"] = "1" if device == "cpu" else "0"
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process is a core; numpy reads it where it is imported
     sys.path.insert(0, str(out))
