@@ -29,6 +29,7 @@ from unittest import mock
 import click
 
 from kernelgen.core import entry, names
+from kernelgen.core.model import SCHEDULE
 from kernelgen.core.processes import Fault, in_processes
 from kernelgen.families.case import Case, Variant
 from kernelgen.prove.testing import Suite
@@ -154,6 +155,11 @@ class Mutant:
     after: str
     text: str = dataclasses.field(repr=False)
 
+    @property
+    def change(self) -> tuple[str, ...]:
+        """What it is, wherever it stands."""
+        return self.operator, self.function, self.statement, self.before, self.after
+
     def __str__(self) -> str:
         return f"{self.function}:{self.line}: {self.operator}: {self.before}  ->  {self.after}"
 
@@ -273,7 +279,7 @@ def _changed_calls(node: ast.Call) -> Iterator[tuple[str, ast.AST]]:
         test, bound, x = node.args
         for sign, clamp in (("<", "maximum"), (">", "minimum")):
             if ast.unparse(test) == f"{ast.unparse(x)} {sign} {ast.unparse(bound)}":
-                yield "NaN dropped", ast.Call(with_changes(node.func, attr=clamp), [x, bound], [])
+                yield "NaN dropped", with_changes(node, func=with_changes(node.func, attr=clamp), args=[x, bound])
         yield "choice dropped", node.args[1]
         yield "other choice", node.args[2]
 
@@ -399,6 +405,7 @@ def excused(mutant: Mutant) -> bool:
     return any(excuse.of(mutant) for excuse in EQUIVALENT)
 
 
+_TWINS = 3  # other texts in which a change is tried
 _Places = tuple[tuple[str, int], ...]  # names of variants, and numbers of their mutants
 
 
@@ -428,8 +435,22 @@ def _try(out: Path, places: _Places) -> list[Fate]:
     start_worker(out, "cpu")
     with Bench(out) as bench:
         found = {variant.name: (suite, variant) for suite, variant in bench.variants()}
-        texts = functools.lru_cache(1)(lambda name: mutants(bench.source(found[name][1]), name))
-        return [bench.fate(*found[name], texts(name)[place]) for name, place in places]
+        texts = functools.lru_cache(_TWINS + 1)(lambda name: mutants(bench.source(found[name][1]), name))
+        return [_fate(bench, *found[name], texts(name)[place], texts) for name, place in places]
+
+
+def _fate(bench: Bench, suite: Suite, variant: Variant, mutant: Mutant, texts: Callable[[str], list[Mutant]]) -> Fate:
+    """Of a mutant, or of the same change where another text of the template has it: a fault of a template is in all of them."""
+    fate = bench.fate(suite, variant, mutant)
+    if fate.killer:
+        return fate
+    others = [v for v in suite.variants if v != variant and v.tags.get(SCHEDULE) == variant.tags.get(SCHEDULE)]
+    holders = (v for v in sorted(others, key=lambda v: -len(suite.cases_for(v))) if mutant.statement in bench.source(v))
+    for twin in itertools.islice(holders, _TWINS):
+        for same in texts(twin.name):
+            if same.change == mutant.change and (killer := bench.fate(suite, twin, same).killer):
+                return Fate(variant.name, mutant, f"{killer} of {twin}")
+    return fate
 
 
 @click.command()
