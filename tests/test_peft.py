@@ -440,6 +440,8 @@ REFUSED_TENSORS = {
     "columns of B": (pair(MLP, torch.ones(6, 6), torch.ones(10, 9)), r"lora_B \[10, 9\]"),
     "rank of the file": (pair(MLP, torch.ones(9, 6), torch.ones(10, 9)), "got rank 3, wanted 2"),
     "rank 0": (pair(MLP, torch.ones(0, 6), torch.ones(10, 0)), "got rank 0, wanted 2"),
+    "emptied": ({**GOOD, **pair(f"{DECODER}.q", torch.ones(0), torch.ones(0))}, r"lora_A \[0\] and .*\n.*sharded over GPUs"),
+    "flattened": ({**GOOD, **pair(f"{DECODER}.q", torch.ones(9), torch.ones(9))}, r"lora_A \[9\] and .*\n.*sharded over GPUs"),
     "no dimensions": (pair(MLP, torch.tensor(1.0), torch.tensor(1.0)), r"lora_A \[\]"),
     "an expert too many": (pair(f"{MLP}.3.up_proj", torch.ones(2, 10), torch.ones(6, 2)), "expert 3, wanted one of 3"),
     "width of one": (pair(f"{MLP}.0.up_proj", torch.ones(2, 9), torch.ones(6, 2)), r"lora_A \[2, 9\]"),
@@ -561,6 +563,7 @@ REFUSED_SETTINGS = [
     ({"auto_mapping": []}, None),
     ({"auto_mapping": [1]}, "auto_mapping"),
     ({"target_parameters": "experts"}, "target_parameters"),
+    ({"target_modules": [3]}, "target_modules"),
     ({"target_parameters": ["experts.up_proj", "experts.down_proj"]}, "wanted those of down_proj, up_proj"),
     (
         {"lora_dropout": 0.1, "task_type": "CAUSAL_LM", "later": None, "later_list": [], "eva_config": {"rho": 2.0}},
@@ -577,6 +580,40 @@ def test_settings(config: dict[str, Any], words: str | None, tmp_path: Path) -> 
     else:
         with pytest.raises(AdapterError, match=words):
             read_adapter(folder, SHAPE)
+
+
+def test_what_the_configuration_names_is_there(tmp_path: Path) -> None:
+    """An expert, a projection or a parameter that a file lacks is not taken for zero, unless it was left out by name."""
+    torch.manual_seed(0)
+    parts, both = random_parts(), {"target_parameters": ["mlp.experts.gate_up_proj", "experts.down_proj"]}
+    names = {"target_modules": ["q_proj", *PROJ.values(), *W.values()]}
+    one, w = single(MLP, parts), single(MLP, parts, W)
+    some = {"target_modules": [f"experts.{e}.{name}" for e in (0, 1) for name in PROJ.values()]}
+
+    def without(tensors: Tensors, word: str) -> Tensors:
+        return {key: t for key, t in tensors.items() if word not in key}
+
+    for number, (tensors, config, missing) in enumerate(
+        (
+            (one, names, None),
+            (without(one, ".2."), some, None),
+            (without(one, ".2."), {"target_modules": r".*experts\.[01]\..*"}, None),
+            (without(one, ".2."), {**names, "exclude_modules": ["experts.2.up_proj"]}, None),
+            (DOWN, {"target_parameters": both["target_parameters"][1:]}, None),
+            (DOWN, {"target_parameters": ["layers.1.mlp.experts.gate_up_proj", "experts.down_proj"]}, None),
+            (without(one, ".2."), names, "experts.2.gate_proj"),
+            (without(one, ".1.down"), names, "experts.1.down_proj"),
+            (without(w, ".w2."), names, "experts.0.w2"),
+            (DOWN, both, "experts.gate_up_proj"),
+            (without(GOOD, "experts.lora"), both, "experts.down_proj"),
+        )
+    ):
+        folder = write(tmp_path / f"{number}", tensors, **config)
+        if missing is None:
+            assert read_adapter(folder, SHAPE).layers
+        else:
+            with pytest.raises(AdapterError, match=rf": model.layers.0.mlp.{missing}: got no factors, wanted some"):
+                read_adapter(folder, SHAPE)
 
 
 def test_prefix(tmp_path: Path) -> None:
@@ -664,6 +701,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "a loop of tensors": (replace(SAVED, lambda p: p.symlink_to(p)), AdapterError, "wanted a file"),
     "a pickle": (pickled, AdapterError, "adapter_model.bin, a pickle"),
     "a pickle under another name": (replace(SAVED, lambda p: torch.save({}, p)), AdapterError, "wanted a whole file"),
+    "tokens beside it": (lambda f: (f / "new_embeddings.safetensors").touch(), AdapterError, "got new_embeddings.safetensors"),
     "shards": (lambda f: (f / f"{SAVED}.index.json").touch(), AdapterError, "an adapter in shards"),
 }
 

@@ -17,6 +17,7 @@ from .adapter import AdapterError
 
 _CONFIG = "adapter_config.json"
 _TENSORS = "adapter_model.safetensors"
+_BESIDE = ("new_embeddings", "non_lora_trainables")  # of tokens that were added; of projectors that were trained with it
 _LARGEST_CONFIG = 16 << 20  # bytes; a rank for each of 100 000 modules is less
 _LARGEST_HEADER = 100_000_000  # bytes, that of safetensors
 _FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe is not waited for
@@ -136,6 +137,12 @@ def open_tensors(folder: Path) -> Iterator[Tensors]:
             f"got {_TENSORS}.index.json, an adapter in shards, wanted one {_TENSORS}\n"
             "  hint: load it with PEFT and save it again"
         )
+    for name in _BESIDE:
+        if found := sorted(folder.glob(f"{name}.*")):
+            raise AdapterError(
+                f"got {found[0].name}, weights that go with the adapter, wanted {_TENSORS} alone\n"
+                "  hint: put them into the base model and out of the folder"
+            )
     if (folder / "adapter_model.bin").exists() and not (folder / _TENSORS).exists():
         raise AdapterError(
             f"got adapter_model.bin, a pickle, which runs code when it is read; wanted {_TENSORS}\n"

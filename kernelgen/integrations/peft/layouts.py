@@ -17,13 +17,13 @@ other orientation, so that this must be given, or ``target_parameters`` have one
 
 from __future__ import annotations
 
-from typing import NamedTuple, Sequence
+from typing import Mapping, NamedTuple, Sequence
 
 import torch
 
 from .adapter import AdapterError, ExpertShape, Factors
 from .files import Tensors
-from .keys import Pair, Place
+from .keys import PARTS, Pair, Place
 from .settings import Settings
 
 ORIENTATIONS = ("in_out", "out_in")
@@ -90,8 +90,13 @@ class Reader(NamedTuple):
             AdapterError: they do not fit together, or the configuration.
         """
         (size_a, size_b), where = (self.tensors.shapes[name] for name in pair), pair.a
-        if {len(size_a), len(size_b)} != {2}:
+        if len(size_a) == len(size_b) > 2:
             return None
+        if {len(size_a), len(size_b)} != {2} or 0 in (*size_a, *size_b):
+            raise AdapterError(
+                f"{where}: got lora_A {list(size_a)} and lora_B {list(size_b)}, wanted [r, in] and [out, r]\n"
+                "  hint: what is empty or flat was sharded over GPUs (ZeRO-3, FSDP) when saved; gather it and save it again"
+            )
         if size_a[0] != size_b[1]:
             raise AdapterError(f"{where}: got lora_A {list(size_a)} and lora_B {list(size_b)}, wanted [r, in] and [out, r]")
         name = self.settings.name_of(target)
@@ -115,6 +120,10 @@ class Reader(NamedTuple):
                     "(target_parameters)\n  hint: experts without a gate are an UngatedShape"
                 )
             parts[part], fits[part] = one, orientations
+        module = found[0].target.partition(".base_layer")[0]
+        for part in self.shape.parameters:
+            if part not in parts and self.settings.says(f"{module}.{part}_proj", parameter=True):
+                raise _incomplete(f"{module}.{part}_proj", "target_parameters")
         orientation = self._orientation(found, fits)
         return {part: self._fused_factors(part, one, orientation) for part, one in parts.items()}
 
@@ -146,17 +155,21 @@ class Reader(NamedTuple):
             )
         return next(iter(fits.items()))
 
+    @property
+    def _parts(self) -> Mapping[str, str]:
+        """What projections are; the first of those with numbers is up where there is no gate."""
+        return PARTS if self.shape.gated else {**PARTS, "w1": "up", "w3": "gate"}
+
     def _without_gate(self, found: Sequence[Found]) -> list[Found]:
         """What is there for experts; those without a gate have an empty ``w3``, and ``w1`` is their up."""
         if self.shape.gated:
             return list(found)
         left = []
         for one in found:
-            place, sizes = one.place, [self.tensors.shapes[name] for name in one.pair]
-            if place.naming.endswith("w*") and place.part in ("gate", "up"):
-                if place.part == "up" and all(0 in size for size in sizes):
-                    continue
-                place = place._replace(part="up" if place.part == "gate" else "gate")
+            projection = one.target.rpartition(".")[2]
+            place = one.place._replace(part=self._parts.get(projection, one.place.part))
+            if projection == "w3" and all(0 in self.tensors.shapes[name] for name in one.pair):
+                continue
             if place.part in ("gate", "gate_up"):
                 raise AdapterError(f"{one.pair.a}: got factors of a gate, wanted none, as the experts have none (UngatedShape)")
             left.append(one._replace(place=place))
@@ -218,7 +231,20 @@ class Reader(NamedTuple):
         parts: dict[str, list[Found]] = {}
         for one in found:
             parts.setdefault(str(one.place.part), []).append(one)
+        if found[0].place.form == "single":
+            self._check_whole(found, {"gate_up"} if "gate_up" in parts else {*self.shape.slices})
         return {part: self._join(part, experts) for part, experts in parts.items()}
+
+    def _check_whole(self, found: Sequence[Found], first: set[str]) -> None:
+        """What the configuration names of all experts must be there of all, as where these were on several GPUs."""
+        there, as_w = {one.target for one in found}, found[0].place.naming.endswith("w*")
+        container = found[0].target.rsplit(".", 2)[0]
+        for name, part in self._parts.items():
+            if as_w == name.startswith("w") and part in (*first, "down"):
+                for expert in range(self.shape.num_experts):
+                    target = f"{container}.{expert}.{name}"
+                    if target not in there and self.settings.says(target, parameter=False):
+                        raise _incomplete(target, "target_modules")
 
     def _join(self, part: str, found: Sequence[Found]) -> Factors:
         wide, tall = self.shape.widths(part)
@@ -261,6 +287,13 @@ class Reader(NamedTuple):
         return AdapterError(
             f"{one.pair.a}: got lora_A {a} and lora_B {b}, wanted {wanted}, of {self.shape}"
         )
+
+
+def _incomplete(target: str, setting: str) -> AdapterError:
+    return AdapterError(
+        f"{target}: got no factors, wanted some, as {setting} names it and there are some of its layer\n"
+        "  hint: the file may be a part of an adapter; if it is the whole, take the setting out of the configuration"
+    )
 
 
 def expert_fastest(b: torch.Tensor, num_experts: int) -> torch.Tensor:

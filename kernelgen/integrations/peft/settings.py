@@ -105,6 +105,7 @@ class Settings:
     alphas: _Own[float]
     target_parameters: frozenset[str]  # the last parts of the names of those of experts
     parameters: frozenset[str]  # names, or their last parts, of all that were adapted as parameters
+    modules: frozenset[str]  # names, or their last parts, of all modules that were adapted; none where that is not said by names
     base_model: tuple[str, ...]  # names of it and of its class
 
     def rank_of(self, target: str) -> int:
@@ -114,8 +115,13 @@ class Settings:
     def name_of(self, target: str) -> str:
         """What patterns call a linear layer: where its weight was adapted as a parameter, by that."""
         weight = f"{target}.weight"
-        parts = weight.split(".")
-        return weight if any(".".join(parts[i:]) in self.parameters for i in range(len(parts))) else target
+        return weight if self.says(weight, parameter=True) else target
+
+    def says(self, name: str, *, parameter: bool) -> bool:
+        """Whether the configuration names a parameter, or a module, as adapted."""
+        names = self.parameters if parameter else self.modules
+        parts = name.split(".")
+        return any(".".join(parts[i:]) in names for i in range(len(parts)))
 
     def scaling_of(self, target: str, rank: int) -> float:
         """alpha / r, or alpha / sqrt(r) with rsLoRA, of a module or parameter of that rank."""
@@ -180,8 +186,9 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
         rslora=bool(rslora),
         ranks=_patterns("rank_pattern", config, _rank),
         alphas=_patterns("alpha_pattern", config, _alpha),
-        target_parameters=_last_parts(parameters := _names(config.get("target_parameters"))),
+        target_parameters=_last_parts(parameters := _names("target_parameters", config.get("target_parameters"))),
         parameters=frozenset(parameters),
+        modules=frozenset() if config.get("exclude_modules") else _modules(config.get("target_modules")),
         base_model=_base_model(config),
     )
 
@@ -216,12 +223,17 @@ def _patterns(setting: str, config: Mapping[str, Any], check: Callable[[str, Any
     return _Own(patterns, tuple(check(f"{setting}: {_short(key)}", own[key]) for key in own))
 
 
-def _names(names: Any) -> list[str]:
+def _names(setting: str, names: Any) -> list[str]:
     if names is None:
         return []
     if not isinstance(names, (list, set)) or not all(isinstance(name, str) for name in names):
-        raise AdapterError(f"target_parameters: got {_short(names)}, wanted a list of names")
+        raise AdapterError(f"{setting}: got {_short(names)}, wanted a list of names")
     return sorted(names)
+
+
+def _modules(names: Any) -> frozenset[str]:
+    """Those of ``target_modules``; none of a pattern."""
+    return frozenset() if isinstance(names, str) else frozenset(_names("target_modules", names))
 
 
 def _last_parts(names: list[str]) -> frozenset[str]:
