@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import importlib
+import inspect
 import itertools
 import json
 import subprocess
@@ -20,6 +21,7 @@ import torch
 import generated
 from kernelgen.core.diagnostics import Failure
 from kernelgen.emit import build
+from kernelgen.emit.rooms import laboratory
 from kernelgen.families import moe_lora_inputs
 from kernelgen.families.buffers import allocate, allocate_sparse, bits, poison_, positions, row_major, seal
 from kernelgen.families.moe_lora import cases as moe_lora
@@ -158,11 +160,23 @@ def test_only_what_is_not_quick_is_left_out() -> None:
     assert [conftest.is_quick(item(pytest.mark.slow(keep=2).mark), number) for number in range(3)] == [True, True, False]
 
 
-def test_names_of_cases_are_unique() -> None:
-    for family in (moe_lora, moe_route):
-        found = [case.name for case in family.CASES]
-        assert len(set(found)) == len(found)
-        assert all(case.why for case in family.CASES)
+@pytest.mark.parametrize("family", sorted(file.stem for file in (ROOT / "specs").glob("*.yaml")))
+def test_every_case_and_law_of_a_room_is_met(family: str) -> None:
+    """What a room defines is in its lists, and what is in them fits a variant: else no run of the tests meets it, quick or not."""
+    found, cases, laws = suites()[family], laboratory(family, "cases"), laboratory(family, "laws")
+    exact = getattr(cases, "EXACT", ())
+    stated = [law.name for law in found.laws]
+    assert len({case.name for case in (*cases.CASES, *exact)}) == len({*cases.CASES, *exact}) and len({*stated}) == len(stated)
+    assert all(case.why for case in (*cases.CASES, *exact))
+    written = [name for name, value in vars(laws).items() if _parameters(value) == ["package", "variants", "device"]]
+    assert sorted(written) == sorted(stated)
+    listed = {case.name for value in vars(cases).values() if isinstance(value, tuple) for case in value if isinstance(case, testing.Case)}
+    met = {case.name for _, case in (*found.pairs, *found.exact)}
+    assert listed == {case.name for case in (*cases.CASES, *exact)} == met
+
+
+def _parameters(value: object) -> list[str]:
+    return list(inspect.signature(value).parameters) if inspect.isfunction(value) else []
 
 
 def test_a_family_without_cases_is_told() -> None:
