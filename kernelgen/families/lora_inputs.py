@@ -39,6 +39,7 @@ class Case(BaseCase):
         parts, ranks, together: of the tiles of lora_shrink.
         offset: column of the first slice.
         y_dtype: None: that of the activations.
+        y_parts: sums of so many parts of K that y is given in, as behind a lora_shrink; None: y is whole.
         four: weights are [L, 1, *, *].
         spread: elements of x are multiplied by powers of two from 2^-spread to 2^spread.
         nan_token: x and y of this token are NaN.
@@ -63,6 +64,7 @@ class Case(BaseCase):
     scaling: float = 0.75
     offset: int = 0
     y_dtype: torch.dtype | None = torch.float32
+    y_parts: int | None = None
     out_dtype: torch.dtype | None = None
     four: bool = False
     spread: int = 0
@@ -287,6 +289,18 @@ def make_y(case: Case, tags: Tags, batch: Batch, numbers: torch.Generator | None
         if token == case.nan_token:
             y[:, token] = math.nan
     return y
+
+
+def make_parts(case: Case, batch: Batch, y: torch.Tensor, numbers: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Parts of y [parts, S, T, rank] that add up exactly in every order, and a scaling of each adapter; y becomes what they make."""
+    shape = (case.y_parts or 1, *y.shape)
+    parts = allocate(shape, row_major(shape), torch.float32, str(batch.mapping.device))
+    scalings = torch.tensor([0.5 * (adapter + 1) for adapter in range(case.loras)], device=y.device)
+    for token in batch.live:
+        drawn = (16 * torch.randn(shape[0], shape[1], shape[3], generator=numbers)).round() / 64
+        parts[:, :, token] = drawn.to(parts)
+        y[:, token] = parts[:, :, token].sum(0) * (case.scaling * scalings[batch.adapters[token]])
+    return parts, scalings
 
 
 def given(case: Case, weights: Sequence[Operand]) -> tuple[torch.Tensor, ...]:

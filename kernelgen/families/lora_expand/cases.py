@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
 import sys
 from types import ModuleType
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Iterator, Mapping
+from unittest import mock
 
 import torch
 
@@ -42,6 +45,8 @@ _SIXTEEN_BIT = (
     Case("one_adapter", "a single slot", loras=1),
     Case("offset", "columns in front of the first slice", offset=24, widths=(40, 40)),
     Case("y_16_bit", "rank vectors in 16 bits, as an all-reduce may leave them", y_dtype=None, widths=(40, 24)),
+    Case("y_in_parts", "parts of K that are not added up yet, in quarters whose last is short", core=True, y_parts=7, rank="part"),
+    Case("y_in_two_parts", "parts that are no more than quarters", y_parts=2, widths=(64, 32)),
     Case("out_f32", "out in fp32, as of a head", core=True, out_dtype=torch.float32, adapters="mixed", widths=(40, 24)),
     Case("packed", "nothing between rows", layout="packed", widths=(40, 24)),
     Case("shared", "weights stored once for all adapters: stride 0", layout="shared"),
@@ -100,7 +105,10 @@ CASES = (
     *_FP8,
 )
 # What exact algebra takes: a part of every tile, two groups of scales on both axes.
-EXACT = (Case("exact", "every text", tokens=3, widths=(150, 33), rank="part", offset=5),)
+EXACT = (
+    Case("exact", "every text", tokens=3, widths=(150, 33), rank="part", offset=5),
+    Case("exact_parts", "parts of K that are not added up yet", tokens=3, widths=(40,), rank="part", y_parts=7),
+)
 
 
 def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: Case, device: str) -> float:
@@ -113,6 +121,7 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
     adds, rank, width = tags["add_inputs"] == "add", lora_inputs.rank_of(case, tags), sum(case.widths)
     y = lora_inputs.make_y(case, tags, batch, numbers)
     b = lora_inputs.make_weights(case, tags, batch, case.widths, rank, numbers)
+    parts = None if case.y_parts is None else lora_inputs.make_parts(case, batch, y, numbers)
     out = LAYOUTS[case.layout].matrix((case.tokens, case.offset + width + 3), case.out_dtype or dtype, device)
     columns = out[:, case.offset : case.offset + width]
     for token, adapter in enumerate(batch.adapters):
@@ -128,7 +137,8 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
     guarded = seal(out if sparse else columns, sparse=sparse)
     config = None if case.own_tiles else tiles(launcher)
     weights = lora_inputs.given(case, b)
-    launcher(out, y, weights, route, offset_start=case.offset, config=config, **options)
+    with contextlib.nullcontext() if parts is None else _in_parts(package, launcher, case, *parts):
+        launcher(out, y, weights, route, offset_start=case.offset, config=config, **options)
     lora_inputs.unchanged({**inputs, **tables})
     rows = batch.rows()
     stray = int((guarded.changed() & ~positions(guarded, rows)).sum())
@@ -136,6 +146,24 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
     written = slice(case.offset, case.offset + width)
     exact, bound = (t[rows][:, written] for t in expected)
     return worst_ratio(columns[rows], exact, bound)
+
+
+@contextlib.contextmanager
+def _in_parts(
+    package: ModuleType, launcher: Callable[..., None], case: Case, y: torch.Tensor, scalings: torch.Tensor
+) -> Iterator[None]:
+    """Inside, calls of a variant read parts in the place of y, as ``lora`` lets them behind a lora_shrink."""
+    schedule = sys.modules[launcher.__module__].schedule
+    kinds = importlib.import_module(f"{package.__name__}.lora_shrink._problem")
+    parts = kinds.Parts(y.shape[0], -(-y.shape[0] // 4))
+    bind = schedule.bind
+
+    def bound(problem: Any, route: Any, config: Any) -> Callable[..., None]:
+        call = bind(problem, route, config, parts)
+        return lambda out, _, b, route, scaling, scale: call(out, y, b, route, case.scaling * scaling, scale, scalings)
+
+    with mock.patch.object(schedule, "bind", bound):
+        yield
 
 
 def tiles(launcher: Callable[..., None]) -> Any:

@@ -30,6 +30,7 @@ class Case(BaseCase):
 
     Attributes:
         hint: tokens that the grid is sized for, None: all.
+        nan: the first and the last sum of each row, one of the gate and one of up, are NaN.
         gap, offset: elements between rows, and before the first behind a 16-byte boundary.
         row_stride: of x, where it is given.
     """
@@ -41,6 +42,7 @@ class Case(BaseCase):
     routing: Experts = SPREAD
     hint: int | None = None
     scale: float = 1.0
+    nan: bool = False
     gap: int = 8
     offset: int = 0
     row_stride: int | None = None
@@ -61,6 +63,7 @@ CASES = (
     Case("hint_too_low", "programs that take many rows", tokens=9, hint=1),
     Case("ids_int64", "ids as torch.topk gives them", routing=Experts("mixed", ids_dtype=torch.int64)),
     Case("large", "gates in the tails of exp", body=("epilogue", "delta"), scale=60.0),
+    Case("nan", "a NaN of the gate, and one of up, stay", body=("epilogue", "delta"), nan=True, tokens=2, n=40),
     Case("unaligned", "odd strides, a base that is not 16-byte aligned", gap=1, offset=1, n=33),
     Case("own_tiles", "the tiles that the rule takes", own_tiles=True, n=300),
     Case("huge_rows", "32-bit offsets of rows wrap", row_stride=_HUGE // 4, tokens=4),
@@ -88,6 +91,8 @@ def check(
         x = allocate(shape, strides, dtype, device, offset=case.offset)
     for pair, _ in routed.local:
         x[divmod(pair, case.top_k)] = (case.scale * torch.randn(width, generator=numbers)).to(x)
+        if case.nan:
+            x[divmod(pair, case.top_k)][:: width - 1] = torch.nan
     rows = case.tokens * case.top_k
     h = allocate((rows, case.n), (case.n + case.gap, 1), dtype, device, offset=case.offset)
     guarded = seal(h)

@@ -46,6 +46,7 @@ class Case(BaseCase):
     Attributes:
         few: at most so many tokens for a variant that takes pairs one by one, where more show nothing more.
         hint: tokens that the grid is sized for, None: all.
+        nan: the first and the last row of each weight, one of the gate and one of up, are NaN.
         tiles: tunables that differ from those of the other cases, where a variant has them.
         own_tiles: the variant chooses its tiles itself.
         align: rows are padded to a multiple of this many 16-bit elements, or twice as many of 8 bits,
@@ -77,6 +78,7 @@ class Case(BaseCase):
     bias_dtype: torch.dtype = torch.bfloat16
     out_dtype: torch.dtype | None = None
     scale: float = 1.0
+    nan: bool = False
     tiles: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
     own_tiles: bool = False
     align: int = 8
@@ -354,6 +356,25 @@ CASES = (
     Case("unaligned", "odd strides, a base that is not 16-byte aligned", only=_POINTERS, align=1, gap=1, offset=1, k=33, n=23),
     Case("large_sums", "gates in the tails of exp", only=_ACTIVATED, body=("schedule", "epilogue"), few=2, scale=40.0),
     Case(
+        "nan",
+        "a NaN of the gate, and one of up, stay",
+        only=MappingProxyType({**_ACTIVATED, **_only(weight_quant="none")}),
+        body=("schedule", "epilogue"),
+        tokens=2,
+        few=1,
+        nan=True,
+    ),
+    Case(
+        "nan_roles",
+        "a NaN of the gate, and one of up, stay",
+        only=MappingProxyType({**_ACTIVATED, **_ROLES}),
+        body=("epilogue",),
+        tokens=2,
+        k=128,
+        block_m=128,
+        nan=True,
+    ),
+    Case(
         "huge_experts",
         "32-bit offsets of experts wrap",
         only=_only(schedule="gemv naive tile", epilogue="none relu2"),
@@ -604,6 +625,8 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
             continue
         drawn = torch.randn(height, case.k, generator=numbers)
         w[expert] = quant.as_dtype(drawn if of_weights else drawn * size, w)
+        if case.nan:
+            w[expert, :: height - 1] = torch.nan
         if w_scale is not None:
             w_scale[expert] = quant.draw_scales(w_scale[expert], size, numbers)
     if w_scale is not None:
