@@ -19,7 +19,7 @@ from kernelgen.compiled.stand_in import import_package
 from kernelgen.core import names
 from kernelgen.core.diagnostics import Diagnostic
 from kernelgen.core.locate import SPECS
-from kernelgen.core.model import SCHEDULE, VOCABULARY, Family, Variant
+from kernelgen.core.model import SCHEDULE, VOCABULARY, Family, Package, Variant
 from kernelgen.emit import assemble, build, formatting, lint, wiring, write
 from kernelgen.emit.outputs import Outputs
 from kernelgen.prove.testing import Suite
@@ -30,6 +30,7 @@ from kernelgen.spec.expand import expand
 EVERY = build.package(SPECS).families
 RENDERER = build.renderer(SPECS)
 STRICT = {"moe_lora"}
+BETWEEN_PRODUCTS = {"lora_expand", "moe_gemm", "moe_lora", "moe_lora_expand", "moe_shrink"}
 SCALED = {"lora_expand", "lora_shrink", "moe_gemm", "moe_lora", "moe_quant", "moe_shrink"}
 SERVED = {("moe_lora_expand", "add_inputs", "set"), ("moe_quant", "dtype", "f16")}  # by what there is for others
 
@@ -155,6 +156,7 @@ def run(family: Family, variant: Variant, text: str, tmp_path: Path, device: str
     ("name", "key", "value", "refused"),
     [
         *((family.name, "numerics", "strict: true", family.name not in STRICT) for family in EVERY),
+        *((family.name, "numerics", "intermediate: activation", family.name not in BETWEEN_PRODUCTS) for family in EVERY),
         *((family.name, "quant", "elements: [e5m2]", family.name not in SCALED) for family in EVERY),
         ("moe_quant", "quant", "group_n: 128", True),
         ("moe_sum", "quant", "group_k: 128", True),
@@ -172,6 +174,23 @@ def test_a_setting_is_heeded_or_refused_at_its_line(name: str, key: str, value: 
     found = [*faults, *found, *wiring.setting_faults(twins_of(package.families[0]))]
     line = text.splitlines().index(f"  {value}") + 1
     assert [(fault.code, fault.location.line) for fault in found] == ([("KG029", line)] if refused else [])
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "where"),
+    [("moe_quant", "group_k", "_fused_moe"), ("moe_shrink", "group_n", "_fused_moe"), ("lora_shrink", "group_k", "_lora")],
+)
+def test_families_of_one_call_have_groups_of_one_size(name: str, group: str, where: str, tmp_path: Path) -> None:
+    text = (SPECS / f"{name}.yaml").read_text().replace(f"{group}: 128", f"{group}: 64")
+    (tmp_path / f"{name}.yaml").write_text(text)
+    (changed,) = expand(load.load(tmp_path)[0])[0].families
+    package = Package(tuple(changed if family.name == name else family for family in EVERY))
+    outputs = Outputs(RENDERER, build.rooms(SPECS))
+    for source in outputs.rooms.shared():
+        outputs.copy(names.package_path(source.stem), source)
+    found = [fault for fault in wiring._group_faults(package, outputs) if fault.message.startswith(f"{group} 64, and 128 in")]
+    line = text.splitlines().index(f"  {group}: 64") + 1
+    assert [(fault.code, fault.location.line) for fault in found] == [("KG026", line)] and where in found[0].message
 
 
 @pytest.mark.parametrize(("name", "axis", "tag"), sorted(SERVED))

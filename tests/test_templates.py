@@ -178,6 +178,7 @@ def test_a_template_that_nothing_uses_is_told(template: str, hint: str, tmp_path
 
 IMPORT = "import triton.language as tl\n"
 LAUNCH = IMPORT + "from .. import _runtime\ndef f(x_ptr, K: tl.constexpr, N: tl.constexpr): ...\n_f = _runtime.Launcher(f)\n"
+JIT = IMPORT + "import triton\n\n\n@triton.jit\ndef _f("
 
 
 @pytest.mark.slow(keep=24)
@@ -211,6 +212,9 @@ LAUNCH = IMPORT + "from .. import _runtime\ndef f(x_ptr, K: tl.constexpr, N: tl.
         (KERNEL, IMPORT, IMPORT + "X = {1: 2, 1: 3}\n", "4:6 KG023 the key 1 stands twice"),
         (KERNEL, IMPORT, LAUNCH + "_f.bind(1, 0, N=1, K=2, PDL=True)\n", "7:25 KG023 f has no constant 'PDL' [PDL]"),
         (KERNEL, IMPORT, LAUNCH + "_f.bind(1, 0, N=1)\n", "7:1 KG023 the constant 'K' of f is not given [_f.bind(1, 0, N=1)]"),
+        (KERNEL, IMPORT, JIT + "x, y):\n    return x\n", "8:11 KG023 _f does not use 'y' [y] drop it"),
+        (KERNEL, IMPORT, JIT + "x):\n    y = x\n    return x\n", "9:5 KG023 _f does not use 'y' [y]"),
+        (KERNEL, IMPORT, "import math\n" + JIT + "x):\n    return x\n", "3:8 KG023 'math' is imported and not used [math] drop"),
         (KERNEL, "def {{ v.name }}(", "def launch(", "0:0 KG023 no launcher"),
         (KERNEL, project.KERNEL, "#% if false\n" + project.KERNEL + "#% endif\n", "0:0 KG023 no launcher"),
         (FRONT, "def toy(", "def toyy(", "6:5 KG023 the front door of toy defines no toy [toyy]"),
@@ -235,6 +239,7 @@ LAUNCH = IMPORT + "from .. import _runtime\ndef f(x_ptr, K: tl.constexpr, N: tl.
         (SPEC, "axes:\n", "axes:\n  flavour: [sweet, sour]\n", "3:3 KG029 no template of toy reads the axis flavour"),
         (SPEC, "axes:\n", "axes:\n  epilogue: [relu2]\n", "3:3 KG029 no template of toy reads the axis epilogue"),
         (SPEC, "targets:", "numerics: {strict: true}\ntargets:", "9:12 KG029 numerics.strict makes no difference"),
+        (SPEC, "targets:", "numerics: {intermediate: activation}\ntargets:", "9:12 KG029 numerics.intermediate makes no differ"),
         (SPEC, "targets:", "quant: {group_n: 64}\ntargets:", "9:9 KG029 quant.group_n makes no difference"),
         (SPEC, "    block_n:", "    block_k: [1, 2]\n    block_n:", "11:3 KG027 toy has the tunables block_n, in this order"),
         # of the template

@@ -38,7 +38,7 @@ CATALOGUE: Mapping[str, str] = {
     "KG023": "a template made something that is not acceptable Python",
     "KG024": "an output path that is not allowed",
     "KG025": "a tuned choice that does not fit the spec",
-    "KG026": "FP8 that no kernel could serve: groups that a tile does not fit, an element that a target lacks",
+    "KG026": "FP8 that no kernel serves: groups that no tile fits, or not each family of a call; a type that a target lacks",
     "KG027": "tunables that are not those that the templates know",
     "KG028": "a family that needs another, of which there is no spec",
     "KG029": "a tag or a setting that makes no difference, that a template refuses, or that nothing can choose",

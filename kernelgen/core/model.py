@@ -168,6 +168,8 @@ TAG_HINTS: Mapping[str, str] = MappingProxyType(
     }
 )
 QUANT_AXES = ("weight_quant", "act_quant")
+# The fact that says which scales there are, of each axis that has such: of weights, of activations, of the factors of a delta.
+SCALES: Mapping[str, str] = {"weight_quant": "weight_scales", "act_quant": "x_scales", "delta_quant": "b_scales"}
 TUNED_AXES = ("add_inputs", *QUANT_AXES)  # a measurement is of one tag of each of them; of dtypes it serves all
 SCHEDULE = "schedule"  # the axis whose tags choose the template
 
@@ -376,12 +378,16 @@ class Family:
     @property
     def is_quantised(self) -> bool:
         """Whether some of its operands can be FP8."""
-        return any(axis.name in QUANT_AXES for axis in self.axes)
+        return any(axis.name in SCALES for axis in self.axes)
+
+    def scales(self, *axes: str) -> set[Fact]:
+        """What its variants have scales of, FP8 ones of these axes of ``SCALES``: "tensor", "channel", "token", "group"."""
+        facts = [SCALES[axis.name] for axis in self.axes if axis.name in axes]
+        return {getattr(variant, fact) for variant in self.variants for fact in facts} - {None, "mx"}
 
     @property
     def has_tunables(self) -> bool:
         return any(kernel.tunables for kernel in self.kernels)
-
 
     def kernel(self, name: str) -> Kernel:
         """The kernel called ``name``."""

@@ -102,6 +102,7 @@ class _Lint:
         yield from self._member_faults(nodes, table)
         yield from self._launch_faults(nodes)
         yield from self._loop_faults(nodes)
+        yield from self._idle_faults(nodes, tree) if rendered else ()
 
     def _import_faults(self, nodes: _Nodes, rendered: bool) -> Iterator[Diagnostic]:
         allowed = _PACKAGE_IMPORTS if self.path.startswith(f"{PACKAGE}/") else _TEST_IMPORTS
@@ -241,6 +242,24 @@ class _Lint:
                     if lines and min(lines) >= value.lineno and target.id != value.id:
                         message = f"{target.id[:_SHOWN]} is set to {value.id[:_SHOWN]}, which the loop changes later"
                         yield self._fault_at(value, message, value.id, "calculate it: Triton would not carry it around the loop")
+
+    def _idle_faults(self, nodes: _Nodes, tree: ast.Module) -> Iterator[Diagnostic]:
+        """What a kernel takes or works out, and a module with kernels imports, and does not read."""
+        kernels = [node for node in tree.body if isinstance(node, ast.FunctionDef) and outline.is_kernel(node)]
+        for kernel in kernels:
+            inside = [node for node in outline.nodes(kernel) if isinstance(node, ast.Name)]
+            read = {node.id for node in inside if isinstance(node.ctx, ast.Load)}
+            stored = {node.id: node for node in reversed(inside) if isinstance(node.ctx, ast.Store)}
+            for name, node in {**stored, **{each.arg: each for each in kernel.args.args}}.items():
+                if name not in read and not name.startswith("_"):
+                    hint = "drop it, or call it _ where others stand beside it"
+                    yield self._fault_at(node, f"{kernel.name[:_SHOWN]} does not use {name[:_SHOWN]!r}", name, hint)
+        used = {name.id for name in nodes[ast.Name]}
+        for statement in _imports(nodes) if kernels else ():
+            for alias in statement.names:
+                name = (alias.asname or alias.name).partition(".")[0]
+                if name not in used | {"annotations"}:
+                    yield self._fault_at(alias, f"{name[:_SHOWN]!r} is imported and not used", name, "drop it")
 
     def _missing(self, node: ast.AST, module: str, name: str) -> Diagnostic:
         return self._fault_at(node, f"{module} has no {name!r}", name, _near(name, members(module) or ()))

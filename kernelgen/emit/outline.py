@@ -257,8 +257,13 @@ def _classes(body: Sequence[ast.stmt]) -> Mapping[str, Mentioned]:
 
 def _parameters(body: Sequence[ast.stmt]) -> Iterator[Parameter]:
     for node in body:
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and any(map(_is_jit, node.decorator_list)):
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and is_kernel(node):
             yield from (Parameter(node.name, each.arg, each.lineno, each.col_offset + 1) for each in node.args.args)
+
+
+def is_kernel(node: ast.FunctionDef) -> bool:
+    """Whether a function is compiled by Triton."""
+    return any(map(_is_jit, node.decorator_list))
 
 
 def _is_jit(decorator: ast.expr) -> bool:

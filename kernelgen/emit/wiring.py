@@ -13,7 +13,7 @@ from typing import Iterator, Sequence
 from kernelgen.core import names
 from kernelgen.core.diagnostics import Diagnostic, Failure, did_you_mean
 from kernelgen.core.locate import room_label
-from kernelgen.core.model import SCHEDULE, VOCABULARY, Axis, Family, Kernel, Package, Record
+from kernelgen.core.model import SCALES, SCHEDULE, VOCABULARY, Axis, Family, Kernel, Package, Record
 from kernelgen.core.names import Identifier
 from kernelgen.emit.outline import VARIANTS, Mentioned, Outline, Question, module_of, outline
 from kernelgen.emit.outputs import Outputs
@@ -27,6 +27,7 @@ _WORDS = re.compile(r'"""[\s\S]*?"""|"[^"\n]*"|#.*')  # in quotes too
 _BIND = "bind"  # what a front door calls of a variant that it chose,
 _SCHEDULE = "schedule"  # of what
 _LAUNCHER = "Launcher"  # what launches a kernel
+_GROUPS = {"group_n": SCALES.keys() - {"act_quant"}, "group_k": SCALES.keys()}  # the axes that the sizes of groups are of
 _ASKED_BY = {"max_rank": "rank"}  # a fact that calls ask for by another name
 _FACTS = {SCHEDULE, *VOCABULARY, *(fact for tags in VOCABULARY.values() for facts in tags.values() for fact in facts)}
 
@@ -38,6 +39,7 @@ def faults(package: Package, families: Sequence[Family], outputs: Outputs) -> It
     missing = list(_import_faults(outputs)) or [*_ask_faults(outputs), *_circle_faults(outputs)]
     missing += [fault for family in families for fault in _launcher_faults(family, outputs)]
     yield from missing
+    yield from _group_faults(package, outputs)
     unheeded = [] if missing else [fault for family in package.families for fault in _unheeded(family, outputs)]
     yield from unheeded
     for family in families:
@@ -45,6 +47,21 @@ def faults(package: Package, families: Sequence[Family], outputs: Outputs) -> It
         yield from (fault for fault in choice if fault.location not in {f.location for f in unheeded})
         yield from _tunable_faults(family, outputs)
         yield from _tuned_faults(family, outputs)
+
+
+def _group_faults(package: Package, outputs: Outputs) -> Iterator[Diagnostic]:
+    """Families that a module at the top of the package hands the same FP8 operands, and that have groups of other sizes."""
+    told = set[tuple[str, str]]()
+    tops = {place[0]: {wanted.top for wanted in made.imports} for place, made in outputs.modules.items() if len(place) == 1}
+    for (module, called), (key, axes) in itertools.product(tops.items(), _GROUPS.items()):
+        of = [family for family in package.families if family.name in called and "group" in family.scales(*axes)]
+        for family in of:
+            mine, other = getattr(family.quant, key), getattr(of[0].quant, key)
+            if mine != other and (family.name, key) not in told:
+                told.add((family.name, key))
+                where = family.settings.get(f"quant.{key}", family.location)
+                message = f"{key} {mine}, and {other} in {of[0].spec}: {module} hands both the same scales of groups"
+                yield Diagnostic("KG026", where, message, f"{key}: {other} here, or {mine} there")
 
 
 def _unheeded(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
@@ -57,14 +74,13 @@ def _unheeded(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
 def setting_faults(twins: Twins) -> Iterator[Diagnostic]:
     """Keys of ``numerics`` and ``quant`` that do not concern the family, or not all of it."""
     family = twins.family
-    facts = [VOCABULARY[axis.name][tag] for axis in family.axes if axis.name in VOCABULARY for tag in axis.tags]
-    of_weights = {fact["weight_scales"] for fact in facts if "weight_scales" in fact}
-    scales = {fact["x_scales"] for fact in facts if "x_scales" in fact} | of_weights
+    scales, is_read = family.scales(*SCALES), "QUANT" in twins.host_words
     concerned = {
+        "numerics.intermediate": "intermediate_dtype" in twins.asked,
         "numerics.strict": not family.numerics.strict or twins.heed_strictness,
-        "quant.elements": bool(scales - {None}),
-        "quant.group_n": "group" in of_weights,
-        "quant.group_k": "group" in scales,
+        "quant.elements": bool(scales) and is_read,
+        "quant.group_n": "group" in family.scales(*_GROUPS["group_n"]) and (is_read or "group_n" in twins.asked),
+        "quant.group_k": "group" in scales and (is_read or "group_k" in twins.asked),
     }
     for key, where in family.settings.items():
         if not concerned.get(key, True):
@@ -129,7 +145,7 @@ class Twins:
         """Whether no template refuses a tag of ``axis``, and each makes the same of all that are known."""
         meaning = VOCABULARY.get(axis, {})
         first, *others = meaning or [""]
-        if not self._asked.union(*self._hosts.values()) & {axis, "tags", *meaning.get(first, ())}:
+        if not self.asked.union(*self._hosts.values()) & {axis, "tags", *meaning.get(first, ())}:
             return True
         return bool(others) and all(
             self.are_same(kernel, axis, first, other, _DOCUMENTS) for kernel in self.family.kernels for other in others
@@ -153,10 +169,17 @@ class Twins:
         return found
 
     @functools.cached_property
-    def _asked(self) -> set[str]:
+    def asked(self) -> set[str]:
         """What the templates of the family read."""
         templates = {kernel.template for kernel in self.family.kernels}
         return {word for template in templates if self._renderer.has(template) for word in self._renderer.asks(template)}
+
+    @functools.cached_property
+    def host_words(self) -> set[str]:
+        """What the modules of the room mention."""
+        sources = self._rooms.modules(self.family.name)
+        made = (outline(source.stem, source.file.read_text("utf-8")) for source in sources)
+        return {word for each in made if each is not None for word in _words(each)}
 
     @property
     def heed_strictness(self) -> bool:
@@ -246,7 +269,12 @@ def _question_faults(
 
 def _host_words(family: Family, outputs: Outputs) -> set[str]:
     """What the modules of the room of ``family`` mention."""
-    return {word for made in _room(family, outputs) for word in (*made.words, *(wanted.name for wanted in made.imports))}
+    return {word for made in _room(family, outputs) for word in _words(made)}
+
+
+def _words(made: Outline) -> Iterator[str]:
+    yield from made.words
+    yield from (wanted.name for wanted in made.imports)
 
 
 def _room(family: Family, outputs: Outputs) -> list[Outline]:

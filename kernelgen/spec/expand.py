@@ -9,6 +9,7 @@ from typing import Container, Iterator, Mapping, Sequence
 from kernelgen.core.diagnostics import Diagnostic
 from kernelgen.core.model import (
     QUANT_AXES,
+    SCALES,
     SCHEDULE,
     VOCABULARY,
     WITHOUT_E4M3,
@@ -18,7 +19,7 @@ from kernelgen.core.model import (
     Record,
     Variant,
 )
-from kernelgen.core.names import UNNAMED, Identifier, module_name, variant_name
+from kernelgen.core.names import Identifier, module_name, variant_name
 
 MAX_COMBINATIONS = 2_000_000
 MAX_VARIANTS = 2_000
@@ -41,8 +42,8 @@ def expand(families: Sequence[Family]) -> tuple[Package, list[Diagnostic]]:
         left, useful = _left(family)
         variants = tuple(variant_of(family, tags) for tags in left)
         faults += _coverage_faults(family, variants, useful)
-        faults += _fp8_faults(family, variants)
         expanded.append(dataclasses.replace(family, variants=variants))
+        faults += _fp8_faults(expanded[-1])
     package = Package(tuple(expanded))
     return package, faults + list(_name_faults(package))
 
@@ -96,6 +97,8 @@ def _facts(family: Family, tags: Record) -> Record:
     for axis, tag in tags:
         for name, fact in VOCABULARY.get(axis, {}).get(tag, {}).items():
             facts[Identifier(name)] = fact
+    if Identifier("torch_dtype") in facts:
+        facts[Identifier("intermediate_dtype")] = facts[Identifier("torch_dtype")]  # numerics.intermediate: activation
     return Record(facts)
 
 
@@ -121,17 +124,16 @@ def _coverage_faults(
                 yield Diagnostic("KG018", where, message, "remove the tag, or narrow an exclude")
 
 
-def _fp8_faults(family: Family, variants: Sequence[Variant]) -> Iterator[Diagnostic]:
+def _fp8_faults(family: Family) -> Iterator[Diagnostic]:
     """What no kernel can do right: one scale for a tile that belongs to two groups, a type that a target lacks."""
     places = {axis.name: dict(zip(axis.tags, axis.tag_locations, strict=True)) for axis in family.axes}
-    fp8 = [(v, axis, tag) for v in variants for axis, tag in v.tags if axis in QUANT_AXES and tag != UNNAMED]
-    if fp8 and family.quant.elements == ("e4m3",):
+    if family.scales(*SCALES) and family.quant.elements == ("e4m3",):
         for target, where in zip(family.targets, family.target_locations, strict=True):
             if target in WITHOUT_E4M3:
                 message = f"{target} has no e4m3, and it is the only element of quant:"
                 yield Diagnostic("KG026", where, message, "drop the target, or add e5m2 to elements:")
     told = set()
-    for variant, axis, tag in fp8:
+    for variant, axis, tag in ((v, axis, tag) for v in family.variants for axis, tag in v.tags if axis in QUANT_AXES):
         if "group" in VOCABULARY[axis][tag].values():
             for message, hint in _group_faults(family, variant):
                 if (axis, message) not in told:
