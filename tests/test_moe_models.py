@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, Callable, Mapping, NamedTuple
 
@@ -12,6 +13,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 import transformers
 from safetensors.torch import save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from kernelgen.demo import bounds, models
 from kernelgen.demo.oracle import PeftModels
@@ -26,8 +28,9 @@ from kernelgen.integrations.peft import (
     UngatedShape,
     read_adapter,
     stack_adapters,
+    stack_linears,
 )
-from kernelgen.integrations.transformers import MoeCall, MoeLora, expert_layers, expert_shape
+from kernelgen.integrations.transformers import LinearLora, MoeCall, MoeLora, expert_layers, expert_shape, linear_shapes
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers, of itself
 
@@ -289,6 +292,59 @@ def test_a_layer_whose_inputs_are_weighted(device: str) -> None:
         allowed = (like.value - wanted[tokens]).abs() + like.error
         assert ((out - wanted[tokens]).abs() <= allowed).all()
         assert ((MoeLayer(kernels, w13, w2, None)(*call) - wanted[tokens]).abs() > allowed).any()
+
+
+def test_a_checkpoint_in_mxfp4(device: str, tmp_path: Path) -> None:
+    """That of gpt-oss, its blocks and scales as they are on disk, with adapters on attention and experts; against PEFT."""
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file
+
+    import generated as kernels
+
+    bare = make(ROWS["GptOss"]._replace(config={**OSS, "intermediate_size": 32}))
+    disk = {name: t.to(torch.bfloat16) for name, t in bare.state_dict().items()}
+    for name in [name for name in disk if name.endswith(("gate_up_proj", "down_proj"))]:
+        codes, scales = kernels.quantize_mxfp4(disk.pop(name).transpose(1, 2).contiguous())
+        disk |= {f"{name}_blocks": codes.unflatten(-1, (-1, 16)), f"{name}_scales": scales}
+        bare.get_parameter(name).data = convert_moe_packed_tensors(disk[f"{name}_blocks"], scales)
+    save_file(disk, tmp_path / "model.safetensors")
+    bare = bare.to(torch.bfloat16)
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    both = LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "o_proj"], target_parameters=parameters)
+    get_peft_model(copy.deepcopy(bare), both).save_pretrained(tmp_path / "a")
+    truth = PeftModels(bare, [tmp_path / "a"], torch.float64)
+
+    model, tensors = copy.deepcopy(bare).to(device), load_file(tmp_path / "model.safetensors")
+    experts = model.model.layers[0].mlp.experts
+    for name in ("gate_up_proj", "down_proj"):  # what is served is on the disk
+        setattr(experts, name, torch.nn.Parameter(getattr(experts, name).to("meta")))
+    shape = expert_shape(model)
+    adapter = read_adapter(tmp_path / "a", shape, layout="interleaved")
+    layers = stack_adapters([adapter], shape, dtype=torch.bfloat16, device=device)
+    linears = stack_linears([adapter], linear_shapes(model, packed={}), dtype=torch.bfloat16, device=device)
+    server, attention = MoeLora(model, layers, kernels, base="generated", mxfp4=tensors), LinearLora(model, linears, kernels)
+    mapping = torch.tensor([0, -1, 0, 0, -1, 0], dtype=torch.int32, device=device)
+    calls: list[MoeCall] = []
+    with torch.no_grad(), server.batch(mapping, calls), attention.batch(mapping):
+        model(torch.randint(64, (2, 3), device=device))
+    *weights, biases = laid_out(bare.model.layers[0].mlp.experts.to(device))
+    for slot in (-1, 0):
+        mine = MoeCall(0, *(tensor[mapping == slot] for tensor in calls[0][1:]))
+        wanted = truth.moe_layer(slot, mine)
+        factors = {} if slot < 0 else {n: Factors(*(t.to(device) for t in f)) for n, f in adapter.layers[0].items()}
+        bound = bounds.moe_layer(mine, *weights, factors, oss, biases).error
+        assert ((mine.out - wanted).abs() <= bound).all()
+    assert ((wanted - truth.moe_layer(-1, mine)).abs() > 2 * bound).any()
+    scales = "model.layers.0.mlp.experts.down_proj_scales"
+    for change, base, words in (
+        ({scales: tensors[scales][:, :, :0]}, "generated", r"down_proj_scales: got \(torch.uint8, \(4, 32, 0\)\), wanted uint8"),
+        ({"x": tensors.get(scales)}, "torch", 'base="torch", wanted tensors by name'),
+        (None, "generated", "gate_up_proj_blocks: got None, wanted uint8"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            MoeLora(model, {}, kernels, base=base, mxfp4={} if change is None else {**tensors, **change})
+    with pytest.raises(ValueError, match="got MixtralExperts, wanted experts with biases"):
+        MoeLora(make(ROWS["Mixtral"]).to(torch.bfloat16), {}, kernels, base="generated", mxfp4=tensors)
 
 
 @pytest.mark.parametrize("base", ["torch", "generated"])

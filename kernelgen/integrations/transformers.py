@@ -136,10 +136,13 @@ class MoeLora:
         assignment: as in ``moe_route``, which ``base="torch"`` takes.
         base: how the base experts run: "torch", with the model's own gate, or "generated", for models whose gate generated
             kernels compute: silu or GELU of it times up, or both clamped, as in gpt-oss and DeepSeek-V4.
+        mxfp4: the tensors of a checkpoint of gpt-oss by their names, of which ``base="generated"`` takes the weights of
+            experts as they are there, ``<experts>.gate_up_proj_blocks``, ``_scales`` and so on. Those of the model are not read
+            then, and may be on ``meta``; their biases are.
 
     Raises:
         ValueError: the model's experts are of a kind that this glue does not run, or not with this ``base``, or ``layers``
-            does not fit them.
+            or ``mxfp4`` does not fit them.
     """
 
     def __init__(
@@ -150,6 +153,7 @@ class MoeLora:
         *,
         assignment: str = "auto",
         base: str = "torch",
+        mxfp4: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -166,7 +170,14 @@ class MoeLora:
             raise ValueError(
                 f"layers: got {type(layers).__name__}, wanted what stack_adapters returns"
             )
-        self._experts = {i: model.get_submodule(name) for i, name in expert_layers(model).items()}
+        names = expert_layers(model)
+        self._experts = {i: model.get_submodule(name) for i, name in names.items()}
+        self._of_disk: dict[int, _Weights] = {}
+        if mxfp4 is not None:
+            if base != "generated" or not isinstance(mxfp4, Mapping):
+                found = f'{type(mxfp4).__name__} and base="{base}"'
+                raise ValueError(f'mxfp4: got {found}, wanted tensors by name and base="generated"')
+            self._of_disk = {i: _mxfp4(name, self._experts[i], mxfp4) for i, name in names.items()}
         if missing := sorted(layers.keys() - self._experts.keys()):
             raise ValueError(
                 f"layers: got adapters for layers {missing}, wanted some of {sorted(self._experts)}"
@@ -186,8 +197,8 @@ class MoeLora:
                         f"{type(model).__name__}: layer {index}: {type(experts).__name__}: got {found}, wanted both or neither, "
                         'with a gate that is clamped\n  hint: base="torch" runs the model\'s own products'
                     )
-            weights = _weights(experts)
-            dtypes = {weight.dtype for weight in weights[:4] if weight is not None}
+            weights = self._weights(index, experts)
+            dtypes = {w.dtype for w in weights[:4] if w is not None and w.dtype != torch.uint8}
             if dtypes not in ({torch.bfloat16}, {torch.float16}):
                 raise ValueError(
                     f"{type(model).__name__}: layer {index}: got weights in {', '.join(map(str, dtypes))}, wanted all in "
@@ -197,7 +208,8 @@ class MoeLora:
                 check_adapters(f"layers: layer {index}", layers[index], weights.w2, gated=has_gate(experts))
         if base == "generated":
             for experts in self._experts.values():
-                _lay_out(experts)
+                if not self._of_disk:
+                    _lay_out(experts)
         ALL_EXPERTS_FUNCTIONS.register(_NAME, _experts_forward)
 
     @contextlib.contextmanager
@@ -263,7 +275,8 @@ class MoeLora:
         lora = self._layers.get(index)
         x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
         if self._base == "generated":
-            layer = MoeLayer(self._kernels, lora=lora, **_weights(base)._asdict(), **self._gates[index]._asdict())
+            weights = self._weights(index, base)
+            layer = MoeLayer(self._kernels, lora=lora, **weights._asdict(), **self._gates[index]._asdict())
             result = layer(x, topk_ids, topk_weights, mapping)
             return self._note(index, x, topk_ids, topk_weights, result)
         expert_of_pair = topk_ids.flatten()
@@ -301,6 +314,9 @@ class MoeLora:
         ids = torch.where((x != 0).any(1), experts.repeat_interleave(len(x) // num_experts), -1)
         out: torch.Tensor = base.moe_lora(x, ids.to(torch.int32)[:, None], torch.ones(len(x), 1, device=x.device))
         return out
+
+    def _weights(self, index: int, experts: Any) -> _Weights:
+        return self._of_disk.get(index) or _weights(experts)
 
     def _note(self, index: int, *call: torch.Tensor) -> torch.Tensor:
         if self._calls is not None:
@@ -468,6 +484,27 @@ class _Weights(NamedTuple):
     w13_bias: torch.Tensor | None
     w2_bias: torch.Tensor | None
     layout: str
+    w13_scale: torch.Tensor | None = None
+    w2_scale: torch.Tensor | None = None
+
+
+def _mxfp4(name: str, experts: Any, tensors: Mapping[str, torch.Tensor]) -> _Weights:
+    """The weights of a checkpoint of gpt-oss: blocks [E, rows, columns / 32, 16] and scales [E, rows, columns / 32]."""
+    plain = _weights(experts)
+    if plain.w2_bias is None or plain.layout != "interleaved":
+        raise ValueError(f"mxfp4: {name}: got {type(experts).__name__}, wanted experts with biases and gate and up in turns")
+    found = []
+    for parameter, weight in (("gate_up_proj", plain.w13), ("down_proj", plain.w2)):
+        num_experts, rows, columns = weight.shape
+        groups = columns // 32
+        for kind, size in (("blocks", (num_experts, rows, groups, 16)), ("scales", (num_experts, rows, groups))):
+            tensor = tensors.get(f"{name}.{parameter}_{kind}")
+            got = None if tensor is None else (tensor.dtype, tuple(tensor.shape))
+            if tensor is None or got != (torch.uint8, size) or columns % 32:
+                raise ValueError(f"mxfp4: {name}.{parameter}_{kind}: got {got}, wanted uint8 {list(size)}")
+            found.append(tensor.to(plain.w2_bias.device).contiguous())
+    w13, w13_scale, w2, w2_scale = found
+    return plain._replace(w13=w13.flatten(-2), w2=w2.flatten(-2), w13_scale=w13_scale, w2_scale=w2_scale)
 
 
 def _weights(experts: Any) -> _Weights:
