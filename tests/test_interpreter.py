@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -265,6 +268,20 @@ def test_dependent_launch_is_a_no_op() -> None:
     out = torch.zeros(1)
     dependent_kernel[(1,)](out)
     assert out.item() == 1
+
+
+def test_kernels_are_rewritten_as_triton_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[ast.Module] = []
+    monkeypatch.setattr(stock.FunctionRewriter, "_compile_and_exec", lambda self, tree: made.append(tree))
+    module = importlib.import_module("generated.moe_lora.two_kernel_bf16_sorted_add_plain_rany_w8group_a8group")
+    kernels = [k for owner in (module, tl.standard) for k in vars(owner).values() if isinstance(k, stock.InterpretedFunction)]
+    for rewriter in (kernel.rewriter for kernel in kernels):
+        rewriter.rewrite_ast()
+        lines, _ = inspect.getsourcelines(rewriter.fn)
+        rewriter.def_lineno = rewriter._find_def(lines)
+        theirs = rewriter._transform_ast(rewriter._prepare_source(lines))
+        assert ast.dump(made.pop(), include_attributes=True) == ast.dump(theirs, include_attributes=True)
+    assert len(kernels) > 20
 
 
 def test_a_triton_without_the_parts_is_named() -> None:

@@ -107,7 +107,7 @@ class _Lint:
     def _import_faults(self, nodes: _Nodes, rendered: bool) -> Iterator[Diagnostic]:
         allowed = _PACKAGE_IMPORTS if self.path.startswith(f"{PACKAGE}/") else _TEST_IMPORTS
         if not rendered:
-            allowed |= {"numpy"}  # which Triton's interpreter needs
+            allowed |= {"ast", "numpy"}  # which repairs of Triton's interpreter need
         for node in _imports(nodes):
             for module in _modules(node):
                 if module.split(".")[0] not in allowed:
