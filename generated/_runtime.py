@@ -231,7 +231,7 @@ class Launcher:
         self.constants = tuple(name for name, kind in kernel.fn.__annotations__.items() if "constexpr" in str(kind))
         code = kernel.fn.__code__
         own = [name for name in code.co_varnames[: code.co_argcount] if name not in self.constants]
-        offered = operands.split() or own
+        self.offered = offered = operands.split() or own
         missing = [name for name in own if name not in offered]
         if missing:
             raise TypeError(f"{kernel.fn.__name__}: operands that launches come without: {missing}")
@@ -293,7 +293,10 @@ class Bound:
         self._handle: Any = None
 
     def _through_triton(self, *offered: Any) -> None:
-        taken = self._launcher.taken
+        taken, names = self._launcher.taken, self._launcher.offered
+        if len(offered) != len(names):
+            name = self._launcher.kernel.fn.__name__
+            raise TypeError(f"{name}: {len(offered)} operands, launches come with {len(names)}: {' '.join(names)}")
         arguments: tuple[Any, ...] = tuple(tuple(offered[i]) if isinstance(offered[i], list) else offered[i] for i in taken)
         handle = self._launcher.launch(self._grid, arguments, self._constants, self._options)
         if handle is not None:

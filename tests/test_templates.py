@@ -178,6 +178,22 @@ def test_a_template_that_nothing_uses_is_told(template: str, hint: str, tmp_path
 
 IMPORT = "import triton.language as tl\n"
 LAUNCH = IMPORT + "from .. import _runtime\ndef f(x_ptr, K: tl.constexpr, N: tl.constexpr): ...\n_f = _runtime.Launcher(f)\n"
+GIVEN = "from typing import NamedTuple\n\n\nclass G(NamedTuple):\n    a: int\n    b: int = 0\n\n\n"
+LAUNCHES = """\
+from .. import _runtime as runtime
+
+OUT = "out_ptr"
+
+
+class Toy:
+    def __init__(self, kernel):
+        self._kernel = runtime.Launcher(kernel, f"{OUT} x_ptr")
+    def bind(self):
+        launch = self._kernel.bind(1, 0)
+        return lambda out, x: launch.run(out, x, 1)
+
+
+def"""
 JIT = IMPORT + "import triton\n\n\n@triton.jit\ndef _f("
 
 
@@ -229,6 +245,11 @@ JIT = IMPORT + "import triton\n\n\n@triton.jit\ndef _f("
         (FRONT, "def", "from . import _problem\n\nX = _problem.Confg\n\n\ndef", "8:14 KG023 toy._problem has no 'Confg' [Confg]"),
         (FRONT, "def", "from .. import toy as t\n\nX = t.toy\n\n\ndef", "8:7 KG023 toy has no 'toy' yet: it imports toy._op"),
         (FRONT, "def", "from .. import toy as t\nfrom ..toy import toy\n\n\ndef", "7:19 KG023 toy has no 'toy' yet: it"),
+        (FRONT, "def", GIVEN + "X = G()\n\n\ndef", "14:5 KG023 G is given no 'a' [G] its fields are a, b"),
+        (FRONT, "def", GIVEN + "X = G(1, c=2)\n\n\ndef", "14:5 KG023 G has no 'c' to be given here [G]"),
+        (FRONT, "def", GIVEN + "X = G(1, 2, 3)\n\n\ndef", "14:5 KG023 G is given 3 values, and has 2 [G]"),
+        (FRONT, "def", "X = dict(asks=('ads',))\n\n\ndef", "6:17 KG029 no axis tells 'ads', which this operand asks for"),
+        (FRONT, "def", LAUNCHES, "16:38 KG023 3 operands, of a launch that comes with 2: out_ptr x_ptr [run]"),
         (FRONT, "_table import VARIANTS", "_table import VARIANTZ as VARIANTS", "3:21 KG023 toy._table has no 'VARIANTZ'"),
         (FRONT, "_table import VARIANTS", "_table import VARIANTZ", "8:12 KG023 undefined name 'VARIANTS' [VARIANTS]"),
         (FRONT, "def", "from . import bf16_r16_smal\n\n\ndef", "6:15 KG023 toy has no 'bf16_r16_smal'"),

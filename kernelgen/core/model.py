@@ -381,9 +381,9 @@ class Family:
         return any(axis.name in SCALES for axis in self.axes)
 
     def scales(self, *axes: str) -> set[Fact]:
-        """What its variants have scales of, FP8 ones of these axes of ``SCALES``: "tensor", "channel", "token", "group"."""
-        facts = [SCALES[axis.name] for axis in self.axes if axis.name in axes]
-        return {getattr(variant, fact) for variant in self.variants for fact in facts} - {None, "mx"}
+        """What its tags of these axes of ``SCALES`` have scales of, FP8 ones: "tensor", "channel", "token", "group"."""
+        own = ((axis, tag) for axis in self.axes if axis.name in axes for tag in axis.tags)
+        return {VOCABULARY[axis.name][tag][SCALES[axis.name]] for axis, tag in own} - {None, "mx"}
 
     @property
     def has_tunables(self) -> bool:

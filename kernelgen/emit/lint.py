@@ -101,6 +101,7 @@ class _Lint:
         yield from self._export_faults(nodes, tree)
         yield from self._member_faults(nodes, table)
         yield from self._launch_faults(nodes)
+        yield from self._run_faults(nodes, tree)
         yield from self._loop_faults(nodes)
         yield from self._idle_faults(nodes, tree) if rendered else ()
 
@@ -226,6 +227,31 @@ class _Lint:
                     if missing and None not in names:
                         yield self._fault_at(node, f"the constant {missing[0][:_SHOWN]!r} of {kernel[:_SHOWN]} is not given")
 
+    def _run_faults(self, nodes: _Nodes, tree: ast.Module) -> Iterator[Diagnostic]:
+        """Launches that come with another number of operands than their launcher was told, in the methods of a class."""
+        constants: dict[str, str] = {}
+        for line in tree.body:
+            match line:
+                case ast.Assign([ast.Name(name)], value) if (text := _text(value, constants)) is not None:
+                    constants[name] = text
+        for node in nodes[ast.ClassDef]:
+            launchers: dict[str, list[str]] = {}
+            for inner in outline.nodes(node):
+                match inner:
+                    case ast.Assign([ast.Attribute(ast.Name("self"), name)], ast.Call(ast.Attribute(_, "Launcher"), [_, value])):
+                        if (text := _text(value, constants)) is not None:
+                            launchers[name] = text.split()
+            for method in (each for each in node.body if isinstance(each, ast.FunctionDef) and launchers):
+                bound: dict[str, list[str]] = {}
+                for inner in outline.nodes(method):
+                    match inner:
+                        case ast.Assign([ast.Name(name)], ast.Call(ast.Attribute(ast.Attribute(ast.Name("self"), of), "bind"))):
+                            bound[name] = launchers.get(of, [])
+                        case ast.Call(ast.Attribute(ast.Name(name), "run") as run, given) if wanted := bound.get(name):
+                            if len(given) != len(wanted) and not any(isinstance(each, ast.Starred) for each in given):
+                                message = f"{len(given)} operands, of a launch that comes with {len(wanted)}: {' '.join(wanted)}"
+                                yield self._fault_at(run, message[:400], "run")
+
     def _loop_faults(self, nodes: _Nodes) -> Iterator[Diagnostic]:
         """Names that a loop of a kernel sets to one that it changes later.
 
@@ -286,6 +312,19 @@ def _renamed(node: ast.AST) -> Iterator[tuple[ast.Name, ast.Name]]:
         for target, value in zip(*sides, strict=False):
             if isinstance(target, ast.Name) and isinstance(value, ast.Name):
                 yield target, value
+
+
+def _text(value: ast.expr, constants: Mapping[str, str]) -> str | None:
+    """A text that is written out, in parts that are ``constants``."""
+    match value:
+        case ast.Constant(str(text)):
+            return text
+        case ast.Name(name) | ast.FormattedValue(ast.Name(name)):
+            return constants.get(name)
+        case ast.JoinedStr(parts):
+            texts = [_text(part, constants) for part in parts]
+            return None if None in texts else "".join(text or "" for text in texts)
+    return None
 
 
 def _constants(kernel: ast.FunctionDef) -> list[str]:

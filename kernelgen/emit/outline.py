@@ -6,7 +6,7 @@ import ast
 import dataclasses
 import functools
 import sys
-from typing import Any, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Container, Iterator, Mapping, NamedTuple, Sequence
 
 from kernelgen.core.names import PACKAGE, TABLE
 
@@ -64,6 +64,24 @@ class Question(NamedTuple):
     column: int
 
 
+class Made(NamedTuple):
+    """A call of a name: that of a class, maybe.
+
+    Attributes:
+        of: the module and the name of what is called.
+        number: of its arguments without a name.
+        names: of the others.
+        is_whole: whether these are all that are given.
+    """
+
+    of: tuple[str, ...]
+    number: int
+    names: tuple[str, ...]
+    is_whole: bool
+    line: int
+    column: int
+
+
 class Parameter(NamedTuple):
     """A parameter of a kernel, and where it stands."""
 
@@ -90,6 +108,8 @@ class Outline:
         gives: what others may be launched with: keywords of calls, and the words of texts that are nothing but names.
         questions: which variants it asks for.
         asked: the facts that operands ask for, ``asks`` of their declarations.
+        records: the named tuples at its top level, by name: their fields, and whether each has a default.
+        makes: calls of what is imported from the package, or is a class here.
     """
 
     imports: tuple[Wanted, ...]
@@ -104,6 +124,8 @@ class Outline:
     gives: frozenset[str]
     questions: tuple[Question, ...]
     asked: tuple[Told, ...]
+    records: Mapping[str, Mapping[str, bool]]
+    makes: tuple[Made, ...]
 
 
 def module_of(path: str) -> tuple[str, ...]:
@@ -152,7 +174,7 @@ def outline(path: str, text: str) -> Outline | None:
             gives.add(node.arg or "")
             if node.arg == "asks":
                 asked += _texts(node.value)
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _QUESTIONS:
+        elif isinstance(node, ast.Call):
             calls.append(node)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             words.add(node.value[:MAX_WORD])
@@ -187,6 +209,8 @@ def outline(path: str, text: str) -> Outline | None:
         frozenset(gives),
         tuple(_questions(calls, places, tree)),
         tuple(asked),
+        {node.name: _record(node) for node in tree.body if isinstance(node, ast.ClassDef) and _is_record(node)},
+        tuple(_makes(calls, {**{name: (*module_of(path), name) for name in fields}, **places}, bound)),
     )
 
 
@@ -202,14 +226,33 @@ def _texts(node: ast.expr) -> list[Told]:
 
 def _questions(calls: Sequence[ast.Call], places: Mapping[str, tuple[str, ...]], tree: ast.Module) -> Iterator[Question]:
     for call in calls:
-        of = call.func.value if isinstance(call.func, ast.Attribute) else call.func
+        if not isinstance(call.func, ast.Attribute) or call.func.attr not in _QUESTIONS:
+            continue
+        of = call.func.value
         *family, table, name = places.get(of.id, ("", "")) if isinstance(of, ast.Name) else ("", "")
-        if (table, name) == (TABLE, VARIANTS) and isinstance(call.func, ast.Attribute):
+        if (table, name) == (TABLE, VARIANTS):
             facts = {keyword.arg: _written_out(keyword.value) for keyword in call.keywords if keyword.arg is not None}
             others = frozenset(_keys(tree) if len(facts) < len(call.keywords) else ())
             is_known = bool(others) or len(facts) == len(call.keywords)
             at = call.func.end_lineno or 0, (call.func.end_col_offset or 0) - len(call.func.attr) + 1
             yield Question(tuple(family), call.func.attr, facts, others if is_known else None, *at)
+
+
+def _makes(calls: Sequence[ast.Call], places: Mapping[str, tuple[str, ...]], bound: Container[str]) -> Iterator[Made]:
+    for call in calls:
+        if isinstance(call.func, ast.Name) and call.func.id in places and call.func.id not in bound:
+            names = tuple(keyword.arg for keyword in call.keywords if keyword.arg is not None)
+            is_whole = len(names) == len(call.keywords) and not any(isinstance(each, ast.Starred) for each in call.args)
+            yield Made(places[call.func.id], len(call.args), names, is_whole, call.lineno, call.col_offset + 1)
+
+
+def _is_record(node: ast.ClassDef) -> bool:
+    return any(ast.unparse(base).endswith("NamedTuple") for base in node.bases)
+
+
+def _record(node: ast.ClassDef) -> Mapping[str, bool]:
+    lines = [line for line in node.body if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)]
+    return {line.target.id: line.value is not None for line in lines if isinstance(line.target, ast.Name)}
 
 
 def _written_out(node: ast.expr) -> tuple[object, ...] | None:

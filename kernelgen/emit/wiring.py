@@ -37,6 +37,7 @@ def faults(package: Package, families: Sequence[Family], outputs: Outputs) -> It
     if outputs.faults:  # what is missing because it failed would be told again
         return
     missing = list(_import_faults(outputs)) or [*_ask_faults(outputs), *_circle_faults(outputs)]
+    missing += [*_record_faults(outputs), *_operand_faults(package, outputs)]
     missing += [fault for family in families for fault in _launcher_faults(family, outputs)]
     yield from missing
     yield from _group_faults(package, outputs)
@@ -399,6 +400,39 @@ def _ask_faults(outputs: Outputs) -> Iterator[Diagnostic]:
                 where = outputs.place_in(place, wanted.at[0], wanted.name, wanted.at[1])
                 hint = did_you_mean(wanted.name, of.defined, "")
                 yield Diagnostic("KG023", where, f"{_called(wanted.module)} has no {wanted.name!r}", hint)
+
+
+def _record_faults(outputs: Outputs) -> Iterator[Diagnostic]:
+    """Named tuples that are made with other fields than they have, as the operands of a call are."""
+    for place, made in outputs.modules.items():
+        for call in made.makes:
+            of = outputs.modules.get(call.of[:-1])
+            fields = of.records.get(call.of[-1]) if of is not None else None
+            if fields is None or of is None:
+                continue
+            known = list(fields)
+            given = {*known[: call.number], *call.names}
+            wrong = [name for name in call.names if name not in known or name in known[: call.number]]
+            left = [name for name, has_default in fields.items() if not has_default and name not in given]
+            where = outputs.place_in(place, call.line, call.of[-1], call.column)
+            hint = f"its fields are {', '.join(known)}"
+            if wrong:
+                yield Diagnostic("KG023", where, f"{call.of[-1]} has no {wrong[0]!r} to be given here", hint)
+            elif call.number > len(known):
+                yield Diagnostic("KG023", where, f"{call.of[-1]} is given {call.number} values, and has {len(known)}", hint)
+            elif left and call.is_whole:
+                yield Diagnostic("KG023", where, f"{call.of[-1]} is given no {left[0]!r}", hint)
+
+
+def _operand_faults(package: Package, outputs: Outputs) -> Iterator[Diagnostic]:
+    """Operands that ask for what no axis tells."""
+    known = _FACTS | {"rank"} | {axis.name for family in package.families for axis in family.axes}
+    for place, made in outputs.modules.items():
+        for asked in made.asked:
+            if asked.name not in known:
+                where = outputs.place_in(place, asked.line, asked.name, asked.column)
+                hint = did_you_mean(asked.name, sorted(known), "")
+                yield Diagnostic("KG029", where, f"no axis tells {asked.name!r}, which this operand asks for", hint)
 
 
 def _circle_faults(outputs: Outputs) -> Iterator[Diagnostic]:

@@ -127,7 +127,8 @@ def _coverage_faults(
 def _fp8_faults(family: Family) -> Iterator[Diagnostic]:
     """What no kernel can do right: one scale for a tile that belongs to two groups, a type that a target lacks."""
     places = {axis.name: dict(zip(axis.tags, axis.tag_locations, strict=True)) for axis in family.axes}
-    if family.scales(*SCALES) and family.quant.elements == ("e4m3",):
+    scales = {getattr(variant, SCALES[axis]) for variant in family.variants for axis, _ in variant.tags if axis in SCALES}
+    if scales - {None, "mx"} and family.quant.elements == ("e4m3",):
         for target, where in zip(family.targets, family.target_locations, strict=True):
             if target in WITHOUT_E4M3:
                 message = f"{target} has no e4m3, and it is the only element of quant:"
