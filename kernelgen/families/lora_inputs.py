@@ -292,7 +292,7 @@ def make_y(case: Case, tags: Tags, batch: Batch, numbers: torch.Generator | None
 
 
 def make_parts(case: Case, batch: Batch, y: torch.Tensor, numbers: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Parts of y [parts, S, T, rank] that add up exactly in every order, and a scaling of each adapter; y becomes what they make."""
+    """Parts of y [parts, S, T, rank] that add up exactly in every order, and a scaling an adapter; y becomes what they make."""
     shape = (case.y_parts or 1, *y.shape)
     parts = allocate(shape, row_major(shape), torch.float32, str(batch.mapping.device))
     scalings = torch.tensor([0.5 * (adapter + 1) for adapter in range(case.loras)], device=y.device)

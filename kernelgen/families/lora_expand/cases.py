@@ -45,7 +45,7 @@ _SIXTEEN_BIT = (
     Case("one_adapter", "a single slot", loras=1),
     Case("offset", "columns in front of the first slice", offset=24, widths=(40, 40)),
     Case("y_16_bit", "rank vectors in 16 bits, as an all-reduce may leave them", y_dtype=None, widths=(40, 24)),
-    Case("y_in_parts", "parts of K that are not added up yet, in quarters whose last is short", core=True, y_parts=7, rank="part"),
+    Case("y_in_parts", "parts of K that are not added up yet, in quarters, the last short", core=True, y_parts=7, rank="part"),
     Case("y_in_two_parts", "parts that are no more than quarters", y_parts=2, widths=(64, 32)),
     Case("out_f32", "out in fp32, as of a head", core=True, out_dtype=torch.float32, adapters="mixed", widths=(40, 24)),
     Case("packed", "nothing between rows", layout="packed", widths=(40, 24)),
