@@ -20,10 +20,12 @@ def pytest_configure() -> None:
         sys.modules["ray"] = types.SimpleNamespace(shutdown=lambda: None)  # type: ignore[assignment]
     import torch
     from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    LinearBase.cpu_linear = staticmethod(torch.nn.functional.linear)
+    for kind in (LinearBase, VocabParallelEmbedding):
+        kind.cpu_linear = staticmethod(torch.nn.functional.linear)
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:

@@ -60,6 +60,18 @@ def check(model: Model, name: str | None, output: Any) -> None:
     model.check(output.request_id, name, output.prompt_token_ids, list(answer.token_ids), steps)
 
 
+def serve(engine: Engine) -> None:
+    """A few requests, of the adapters a and b, and of none, all at once."""
+    names = dict(zip("0123", ("a", None, "b", "a"), strict=True))
+    for label, name in names.items():
+        engine.add(label, prompt(int(label), 4 + 5 * int(label)), name, max_tokens=4)
+    finished: dict[str, Any] = {}
+    while engine.engine.has_unfinished_requests():
+        finished |= engine.step()
+    for label, name in names.items():
+        check(engine.model, name, finished[label])
+
+
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
     """Each engine has this process for itself."""
@@ -84,6 +96,31 @@ def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
 
         monkeypatch.setattr(CpuPlatform, "check_and_update_config", staticmethod(check_and_update_config))
     return bool(request.param)
+
+
+@pytest.fixture
+def fp8_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's Triton experts in FP8, which it has on GPUs alone, up to the kernels: tokens become FP8 in torch."""
+    from vllm.model_executor.layers.fused_moe import utils
+    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+    from vllm.platforms.cpu import CpuPlatform
+
+    def per_token_group_quant_fp8(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        groups = x.float().unflatten(-1, (-1, group_size))
+        scale = groups.abs().amax(-1).clamp_min(1e-10) / 448
+        return (groups / scale[..., None]).to(torch.float8_e4m3fn).view(x.shape), scale
+
+    monkeypatch.setattr(utils, "per_token_group_quant_fp8", per_token_group_quant_fp8)
+    monkeypatch.setattr(TritonExperts, "_supports_current_device", staticmethod(lambda: True))
+    monkeypatch.setattr(CpuPlatform, "supports_fp8", classmethod(lambda cls: True))
+
+
+@pytest.mark.usefixtures("fp8_on_a_cpu")
+def test_serves_fp8_experts(tmp_path: Path) -> None:
+    model = Model(tmp_path, "qwen3_moe_fp8")
+    for i, name in enumerate("ab"):
+        model.adapter(name, (8, 16)[i], i, TARGETS["qwen3_moe"])
+    serve(Engine(model, moe_backend="triton"))
 
 
 @pytest.mark.parametrize(
@@ -141,12 +178,5 @@ def test_serves_on_two_ranks(kind: str, options: dict[str, Any], tmp_path: Path)
     for i, name in enumerate("ab"):
         model.adapter(name, (8, 16)[i], i, TARGETS[kind])
     engine = Engine(model, tensor_parallel_size=2, distributed_executor_backend="mp", **options)
-    names = dict(zip("0123", ("a", None, "b", "a"), strict=True))
-    for label, name in names.items():
-        engine.add(label, prompt(int(label), 4 + 5 * int(label)), name, max_tokens=4)
-    finished: dict[str, Any] = {}
-    while engine.engine.has_unfinished_requests():
-        finished |= engine.step()
-    for label, name in names.items():
-        check(model, name, finished[label])
+    serve(engine)
     engine.llm.llm_engine.engine_core.shutdown()

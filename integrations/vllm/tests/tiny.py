@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 TELLS = 8
 VOCAB = 96
@@ -36,7 +36,25 @@ def gpt_oss() -> transformers.PreTrainedConfig:
     return transformers.GptOssConfig(intermediate_size=32, sliding_window=16, **experts, **SIZES)
 
 
-CONFIGS = {"llama": llama, "qwen3_moe": qwen3_moe, "gpt_oss": gpt_oss}
+def qwen3_moe_fp8() -> transformers.PreTrainedConfig:
+    """Its experts in blocks of FP8; all of them for each token, so that no rounding chooses others."""
+    config = qwen3_moe()
+    config.update({"hidden_size": 128, "moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 4})
+    return config
+
+
+CONFIGS = {"qwen3_moe_fp8": qwen3_moe_fp8, "llama": llama, "qwen3_moe": qwen3_moe, "gpt_oss": gpt_oss}
+
+
+def _blocks(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weights [*, rows, columns] in the numbers of FP8, in FP8, and a power of two a block of 128 x 128: its scale."""
+    blocks = weights.float().unflatten(-1, (-1, 128)).unflatten(-3, (-1, 128))
+    scale = (blocks.abs().amax((-3, -1), keepdim=True) / 448).log2().ceil().exp2()
+    codes = (blocks / scale).to(torch.float8_e4m3fn)
+    numbers = (codes.float() * scale).reshape(weights.shape).to(weights.dtype)
+    return numbers, codes.reshape(weights.shape), scale[..., 0, :, 0]
+
+
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -44,7 +62,7 @@ class Model:
     """A model in a folder, and adapters on it by name, in folders beside it."""
 
     def __init__(self, folder: Path, kind: str, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.folder, self.dtype = folder, dtype
+        self.folder, self.dtype, self.in_fp8 = folder, dtype, kind.endswith("_fp8")
         torch.manual_seed(0)
         self.config = CONFIGS[kind]()
         model = transformers.AutoModelForCausalLM.from_config(self.config).to(dtype)
@@ -54,10 +72,30 @@ class Model:
                     weight *= 8  # so that rounding does not choose other experts
                 elif name.endswith("bias"):
                     weight.normal_(std=0.3)
+                if self.in_fp8 and ".experts." in name:
+                    weight.copy_(_blocks(weight / 4)[0])
         model.save_pretrained(folder / "base")
+        if self.in_fp8:
+            self._make_fp8(folder / "base")
         self.weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
         self.deltas: dict[str | None, dict[str, torch.Tensor]] = {None: {}}
         self._merged: dict[str | None, Any] = {}
+
+    @staticmethod
+    def _make_fp8(folder: Path) -> None:
+        """Make the experts of a model that was saved FP8, which holds their numbers."""
+        tensors = load_file(folder / "model.safetensors")
+        for name in [name for name in tensors if ".experts." in name]:
+            _, tensors[name], tensors[f"{name}_scale_inv"] = _blocks(tensors[name])
+        save_file(tensors, folder / "model.safetensors")
+        config = json.loads((folder / "config.json").read_text())
+        others = [
+            name.removesuffix(".weight") for name, tensor in tensors.items() if tensor.dim() == 2 and ".experts." not in name
+        ]
+        said = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+        (folder / "config.json").write_text(
+            json.dumps(config | {"quantization_config": {**said, "modules_to_not_convert": others}})
+        )
 
     @property
     def base(self) -> str:
@@ -67,10 +105,13 @@ class Model:
         """The folder of a random adapter on the linear layers, experts or embeddings whose names end so, as PEFT writes it."""
         generator = torch.Generator().manual_seed(seed)
         tensors, deltas = {}, {}
+        strength = 0.6 if self.in_fp8 else 0.3  # so that adapters tell beside what FP8 makes of tokens
 
         def product(path: str, rows: int, columns: int, embedding: bool = False) -> torch.Tensor:
             a = torch.randn(rank, columns, generator=generator).to(self.dtype)
-            b = (torch.randn(rows, rank, generator=generator) * (0.3 / rank / (1 if embedding else columns**0.5))).to(self.dtype)
+            b = (torch.randn(rows, rank, generator=generator) * (strength / rank / (1 if embedding else columns**0.5))).to(
+                self.dtype
+            )
             names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
             for part, tensor in zip(names, (a, b), strict=True):
                 tensors[f"base_model.model.{path}.{part}"] = tensor.contiguous()
@@ -90,7 +131,7 @@ class Model:
                 # [E, H, 2 * I] gate and up in turns, [E, I, H]; PEFT has a layer around a layer, and all experts in one
                 num, columns, rows = value.shape
                 a = torch.randn(num, rank, columns, generator=generator).to(self.dtype)
-                b = (torch.randn(num, rows, rank, generator=generator) * (0.3 / rank / columns**0.5)).to(self.dtype)
+                b = (torch.randn(num, rows, rank, generator=generator) * (strength / rank / columns**0.5)).to(self.dtype)
                 deltas[weight] = 2.0 * (b.float() @ a.float()).mT
                 layer = f"base_model.model.{path}" + (".base_layer" if leaf == "gate_up_proj" else "")
                 tensors[f"{layer}.lora_A.weight"] = a.flatten(0, 1)
