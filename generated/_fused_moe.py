@@ -44,7 +44,7 @@ from .moe_align._op import (
 from .moe_align._op import Problem as AlignProblem
 from .moe_align._op import bind as bind_align
 from .moe_gemm._op import bind as bind_gemm
-from .moe_gemm._op import find_scales
+from .moe_gemm._op import find_scales, writes_fp8
 from .moe_gemm._table import VARIANTS as GEMM
 from .moe_quant._op import bind as bind_quant
 from .moe_quant._table import QUANT
@@ -432,13 +432,12 @@ def _bind(
         localize, topk_ids = bind_local(num_pairs, expert_map.shape[0]), buffers.ids[:num_pairs].view(num_tokens, top_k)
     tables = MoeTables(topk_ids, valid_tokens, buffers.pairs, buffers.blocks, buffers.num_blocks, *routing)
     h = buffers.inter[: num_pairs * inter].view(num_pairs, inter)
-    rows, shrink = h, None
+    rows: torch.Tensor = h
     rows_scale: Any = None
     if x_mode is not None:
         rows = buffers.codes[: num_pairs * inter].view(hidden.dtype).view(num_pairs, inter)
         found = buffers.scales
         rows_scale = h_scale if x_mode == "tensor" else found[: num_pairs * row_scales].view(num_pairs, row_scales)
-        shrink = bind_quant(rows, rows_scale, h, tables, "pair" if few else "sorted", _SECOND)
     of_first: dict[str, Any] = {"layout": layout, "w_scale": w13_scale, "x_scale": x_scale, "bias": w13_bias, "op": _FIRST}
     of_second: dict[str, Any] = {"w_scale": w2_scale, "x_scale": rows_scale, "bias": w2_bias, "op": _SECOND}
 
@@ -449,16 +448,11 @@ def _bind(
         for options, lora_b, b_scale in of_b:
             options |= {"lora_b": lora_b, "runs": like, "b_scale": b_scale}
 
-    def between(
-        hidden: torch.Tensor, tables: MoeTables, h_scale: torch.Tensor | None, buffers: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Rows for the second product, and their scales."""
-        if shrink is None:
+    def between(hidden: torch.Tensor, h_scale: torch.Tensor | None, buffers: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Where rows for the second product lie, and their scales."""
+        if x_mode is None:
             return buffers.inter, None
-        rows = buffers.codes.view(hidden.dtype)
-        rows_scale: Any = h_scale if x_mode == "tensor" else buffers.scales
-        shrink(rows, rows_scale, buffers.inter, tables)
-        return rows, rows_scale
+        return buffers.codes.view(hidden.dtype), h_scale if x_mode == "tensor" else buffers.scales
 
     align: Callable[..., None] | None = None
     if few:
@@ -473,7 +467,14 @@ def _bind(
     of_second["follows"] = True
     on_input = apply_router_weight_on_input
     of_input, of_output = (topk_weights, None) if on_input else (None, topk_weights)
-    first = bind_gemm(h, hidden, w13, tables, of_input, "token", order, activation, **of_first)
+    of_call, quantise = (hidden, w13, tables, of_input, "token", order, activation), None
+    # Where it is worth it the first product writes FP8 rows itself, but for adapters, which read those of 16 bits.
+    at_once = x_mode is not None and not few and adapters is None and not _share(h_scale, x_scale)
+    if at_once and writes_fp8(rows, *of_call, **of_first, out_scale=rows_scale):
+        first = bind_gemm(rows, *of_call, **of_first, out_scale=rows_scale)
+    else:
+        at_once, first = False, bind_gemm(h, *of_call, **of_first)
+        quantise = None if x_mode is None else bind_quant(rows, rows_scale, h, tables, order, _SECOND)
     total: Callable[..., None] | None = None
     if sums:
         second = bind_gemm(out, rows, w2, tables, of_output, "pair", "token", None, zero_rest=zeroes, **of_second)
@@ -524,8 +525,13 @@ def _bind(
         elif align is not None:
             align(*ints, buffers.blocks[blocks:] if counts else buffers.blocks, topk_ids, valid_tokens)
         of_input, of_output = (topk_weights, None) if on_input else (None, topk_weights)
-        first(h, hidden, w13, tables, of_input, w13_scale, x_scale, v, b13, runs, of_b13, w13_bias, limit, alpha, beta)
-        rows, rows_scale = between(hidden, tables, h_scale, buffers)
+        rows_scale: Any  # where there is one
+        rows, rows_scale = between(hidden, h_scale, buffers)
+        made, of_made = (rows, rows_scale) if at_once else (h, None)
+        adapted, clamp = (v, b13, runs, of_b13), (limit, alpha, beta)
+        first(made, hidden, w13, tables, of_input, w13_scale, x_scale, *adapted, w13_bias, *clamp, of_made)
+        if quantise is not None:
+            quantise(rows, rows_scale, h, tables)
         if adapters is not None:
             adapters.shrink_h(v, h, lora.a2, tables, runs, lora.a2_scale, None)
         if total is None:
@@ -622,6 +628,11 @@ def _check_scales(
     if h_scale is not None:
         check_x_scale(name, "tensor", hidden, h_scale, QUANT, w2.shape[0], "h_scale")
     return of_weights, mode
+
+
+def _share(h_scale: torch.Tensor | None, x_scale: torch.Tensor | None) -> bool:
+    """Whether both are one, which a product that takes the first for its own may not read."""
+    return h_scale is not None and x_scale is not None and operands.share_memory(h_scale, x_scale)
 
 
 def _check_workspace(name: str, workspace: FusedMoeWorkspace, space: Mapping[str, tuple[int, torch.dtype]]) -> None:

@@ -551,6 +551,11 @@ def choosing(forced: Mapping[tuple[type, Any], Fastest]) -> Iterator[list[Choice
 Config = TypeVar("Config")
 
 
+def taken_for(tables: Sequence[Measured], key: Any, device: Traits, other: Any = None) -> Fastest:
+    """What is taken for a problem where it serves: what tuning forces, else what was measured for it, or for an ``other``."""
+    return _forced.get((type(key), key), measured(tables, key, device) or measured(tables, other, device))
+
+
 def choose(
     tables: Sequence[Measured],
     key: Any,
@@ -563,9 +568,8 @@ def choose(
     """(schedule, tiles) for a problem: the fastest that is known for it, or else for an ``other`` one, and that serves the
     call; where there is none, what the rule says, of its own or for a schedule.
     """
-    known = measured(tables, key, device) or measured(tables, other, device)
     tiles: tuple[int, ...] | None = None
-    for schedule, tiles in _forced.get((type(key), key), known):
+    for schedule, tiles in taken_for(tables, key, device, other):
         if serves(schedule):
             taken = rule(schedule) if tiles is None else (schedule, configs[schedule](*tiles))
             break

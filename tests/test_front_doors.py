@@ -326,6 +326,12 @@ RELATED: list[tuple[str, Callable[[Arguments], Arguments], str]] = [
     ("moe_gemm", lambda good: _mxfp4(good, 2), r"w_scale: .* wanted \[\d+, \d+, 1\] uint8 or float8_e8m0fnu"),
     ("moe_gemm", lambda good: {**_mxfp4(good, 1), "w_scale": None}, "w: .* MXFP4 numbers need w_scale"),
     ("moe_gemm", lambda good: {**_mxfp4(good, 1), "w": good["w"]}, "w: .* w_scale is given"),
+    ("moe_gemm fp8", lambda good: _fp8_rows(good, columns=2), "out_scale: .* a token or a group"),
+    ("moe_gemm fp8", lambda good: {**_fp8_rows(good), "out_scale": good["w_scale"].new_ones(1)}, "out_scale: .* as x has them"),
+    ("moe_gemm fp8", lambda good: _fp8_rows(good, kind=torch.float8_e8m0fnu), "out_scale: .* it is written"),
+    ("moe_gemm fp8", lambda good: _fp8_rows(good, block_m=64), "rows: .* use moe_quant behind it"),
+    ("moe_gemm fp8", lambda good: _fp8_rows(good, of_out=BF16), "out: .* float8_e4m3fn or"),
+    ("moe_gemm fp8", lambda good: _fp8_rows(good), "out_scale: .* without Gluon use moe_quant"),
     ("moe_sum", lambda good: {"keep_empty": True, "out": None}, "out: got None"),
     ("moe_gemm adapted", lambda good: {"v": good["v"].float()}, "v: .* make it with moe_shrink"),
     ("moe_quant", lambda good: {"order": "sorted", "tables": _without_blocks(good["tables"])}, "tables: got none"),
@@ -353,6 +359,20 @@ def _mxfp4(good: Arguments, groups: int, columns: int = K) -> Arguments:
     return {"x": good["x"][:, :columns].contiguous(), "w": codes, "w_scale": codes[..., :groups].contiguous()}
 
 
+def _fp8_rows(
+    good: Arguments, columns: int = 1, kind: torch.dtype = torch.float32, block_m: int = 128, of_out: torch.dtype | None = None
+) -> Arguments:
+    """A first product of 32 columns, to rows of FP8."""
+    w, w_scale = kg.quantize_weights(torch.ones(EXPERTS, 64, 128), "group", slices=2)
+    x, x_scale = kg.quantize_activations(torch.ones(T, 128), "group")
+    out, out_scale = torch.zeros(T * TOP_K, 32, dtype=of_out or x.dtype), torch.ones(T * TOP_K, columns).to(kind)
+    given = {"out": out, "x": x, "w": w, "w_scale": w_scale, "x_scale": x_scale, "out_scale": out_scale}
+    tables = {name: getattr(good["tables"], name).clone() for name in ("pairs", "blocks", "num_blocks")}
+    given |= {"tables": good["tables"]._replace(block_m=block_m, **tables)}
+    given |= {"x_rows": "token", "out_rows": "sorted", "activation": "swiglu"}
+    return {name: value.to(good["x"].device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+
+
 def _one_more(name: str, good: Arguments) -> Arguments:
     """Slices with a slot for one more adapter."""
     return {name: [factor[[*range(LORAS), 0]] for factor in good[name]]}
@@ -372,7 +392,7 @@ def test_what_does_not_go_together_is_named(
 def test_scales_of_what_is_no_fp8_are_refused(name: str, device: str, launches: list[Any]) -> None:
     door, number = Door.of(name, device), len(launches)
     for operand in door.operands:
-        if isinstance(operand, Tensor) and operand.scaled_by:
+        if isinstance(operand, Tensor) and door.good.get(operand.scaled_by) is not None:
             good = door.good[operand.name]
             plain = [t.to(BF16) for t in good] if operand.slices else good.to(BF16)
             _refused(door, {operand.name: plain}, f"{operand.name} in 16 bits", operand.scaled_by)

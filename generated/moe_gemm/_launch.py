@@ -76,6 +76,7 @@ class _Schedule:
         limit: float | None = None,
         alpha: float | None = None,
         beta: float | None = None,
+        out_scale: Tensor | None = None,
     ) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.
 
@@ -100,10 +101,13 @@ class _Schedule:
             bias=bias,
             biased=facts["biased"],
             clamp=clamp,
+            out_scale=out_scale,
+            writes_fp8=facts["writes_fp8"],
         )
         if problem.num_pairs > 0:
             tiles = runtime.given(self.name, config, self.config) or choose(self.schedule, problem)
-            self.bind(problem, tiles)(out, x, w, tables, topk_weights, w_scale, x_scale, v, lora_b, runs, b_scale, bias, *clamp)
+            adapters, more = (v, lora_b, runs, b_scale), (bias, *clamp, out_scale)
+            self.bind(problem, tiles)(out, x, w, tables, topk_weights, w_scale, x_scale, *adapters, *more)
 
     def _constants(self, problem: Problem, config: Tiled) -> dict[str, Any]:
         """Of the kernels of all schedules that tile K."""
@@ -170,6 +174,7 @@ class _ByPair(_Schedule):
             limit: float | None = None,
             alpha: float | None = None,
             beta: float | None = None,
+            out_scale: Tensor | None = None,
         ) -> None:
             adapters = _NO_ADAPTERS if runs is None else (runs.token_lora_mapping, runs.adapter_enabled, runs.lora_ranks)
             scales, routing = (w_scale, x_scale, x_scale_next), (tables.topk_ids, tables.valid_tokens)
@@ -267,6 +272,7 @@ class Tile(_ByBlock):
             limit: float | None = None,
             alpha: float | None = None,
             beta: float | None = None,
+            out_scale: Tensor | None = None,
         ) -> None:
             of_rows = (None, None) if runs is None else (runs.run_of_row, runs.runs)
             scales, blocks = (w_scale, x_scale, x_scale_next), (tables.pairs, tables.blocks, tables.num_blocks)
@@ -311,6 +317,7 @@ class Box(_ByBlock):
             limit: float | None = None,
             alpha: float | None = None,
             beta: float | None = None,
+            out_scale: Tensor | None = None,
         ) -> None:
             x_desc = half_desc = None
             if in_order:
@@ -330,7 +337,7 @@ class WarpSpecialised(_Schedule):
 
     schedule = "warp_specialised"
     config = WarpSpecialisedConfig
-    operands = f"out_ptr x_ptr x_desc w_desc {_DELTA} {_SCALES} {_CLAMP} {_TABLES}"
+    operands = f"out_ptr out_scale_ptr x_ptr x_desc w_desc {_DELTA} {_SCALES} {_CLAMP} {_TABLES}"
 
     def bind(self, problem: Problem, config: WarpSpecialisedConfig) -> Call:
         from .._gluon import box  # not every Triton has it
@@ -353,6 +360,8 @@ class WarpSpecialised(_Schedule):
             B_STRIDE_E=problem.b_strides.expert,
             B_STRIDE_N=problem.b_strides.row,
             RANKED=problem.ranked,
+            OUT_SCALE_STRIDE=problem.out_scale_stride,
+            LARGEST=problem.largest,
             STAGES=config.num_stages,
             GROUP_M=config.group_m,
         )
@@ -377,12 +386,13 @@ class WarpSpecialised(_Schedule):
             limit: float | None = None,
             alpha: float | None = None,
             beta: float | None = None,
+            out_scale: Tensor | None = None,
         ) -> None:
             x_desc = box(x, x_shape, x_strides, x_box) if in_order else None
             w_desc = box(w, w_shape, w_strides, w_box)
             scales, blocks = (w_scale, x_scale, x_scale_next), (tables.pairs, tables.blocks, tables.num_blocks)
             of_rows = (None, None) if runs is None else (runs.run_of_row, runs.runs)
             adapters, clamp = (v, lora_b, b_scale), (limit, alpha, beta)
-            launch.run(out, x, x_desc, w_desc, *adapters, topk_weights, *scales, *clamp, *blocks, *of_rows)
+            launch.run(out, out_scale, x, x_desc, w_desc, *adapters, topk_weights, *scales, *clamp, *blocks, *of_rows)
 
         return call

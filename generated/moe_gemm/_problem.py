@@ -18,10 +18,13 @@ from .. import _runtime as runtime
 from .._activation import CLAMP, LAYOUT, Clamp
 from .._activation import choice as activation_choice
 from .._scales import (
+    SCALES,
     check_fp8,
     check_x_scale,
     factor_scale_strides,
+    find_x_mode,
     fits,
+    is_fp32,
     is_scale,
     scale_operand,
     scale_shape,
@@ -99,8 +102,8 @@ CONFIGS = {
 Tiled = GemvConfig | NaiveConfig | TileConfig | BoxConfig
 Config = Tiled | WarpSpecialisedConfig
 
-# (out, x, w, tables, topk_weights, w_scale, x_scale, v, lora_b, runs, b_scale, bias, limit, alpha, beta) of sizes that were
-# checked before; the last four may be left out
+# (out, x, w, tables, topk_weights, w_scale, x_scale, v, lora_b, runs, b_scale, bias, limit, alpha, beta, out_scale) of sizes
+# that were checked before; the last five may be left out
 Call = Callable[..., None]
 
 
@@ -159,7 +162,15 @@ def _rows(values: Mapping[str, Any]) -> dict[str, int]:
 OP = operands.Op(
     "moe_gemm",
     (
-        operands.Tensor("out", ("P, N", "T, top_k, N"), operands.FLOATS, operands.PAIRS, written=True, asks=("torch_dtype",)),
+        operands.Tensor(
+            "out",
+            ("P, N", "T, top_k, N"),
+            operands.FLOATS,
+            operands.PAIRS,
+            written=True,
+            scaled_by="out_scale",
+            asks=("torch_dtype",),
+        ),
         operands.Tensor("x", "R, K", "D", scaled_by="x_scale", asks=("torch_dtype",)),
         operands.Tensor("w", ">=E, S*N, K", "D", scaled_by="w_scale", packed=True),
         TABLES,
@@ -185,6 +196,7 @@ OP = operands.Op(
         scale_operand("b_scale", "b_scales", slices="any"),
         operands.Tensor("bias", ">=E, S*N", operands.FLOATS, optional=True, asks=("biased",)),
         *CLAMP,
+        operands.Tensor("out_scale", None, SCALES, operands.CONTIGUOUS, optional=True, written=True, asks=("writes_fp8",)),
     ),
     spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},
@@ -234,6 +246,9 @@ class Problem(NamedTuple):
     ranked: bool  # whether adapters say how many of their ranks count
     interleaved: bool  # rows of gate and up are in turns
     bias_stride: int  # over E
+    writes_fp8: bool
+    out_scale_stride: int  # over experts, 0: one for all
+    largest: float  # number of the type of out
     wide_ranks: bool  # whether rows of v and of the second factors start at 16-byte boundaries
 
 
@@ -256,6 +271,8 @@ def check(
     bias: torch.Tensor | None = None,
     biased: bool = False,
     clamp: Clamp = UNCLAMPED,
+    out_scale: torch.Tensor | None = None,
+    writes_fp8: bool = False,
 ) -> Problem:
     """The sizes of a call, once everything about it is known to fit.
 
@@ -264,9 +281,10 @@ def check(
     """
     layout = "interleaved" if interleaved else "halves"
     request = (*rows.split("_"), None if epilogue == "none" else epilogue, layout)
-    given = (out, x, w, tables, topk_weights, *request, scales.w, scales.x, *delta.operands, bias, *clamp)
-    if biased and bias is None:
-        runtime.fail(variant, "bias", None, "a tensor", "this variant adds one")
+    given = (out, x, w, tables, topk_weights, *request, scales.w, scales.x, *delta.operands, bias, *clamp, out_scale)
+    for name, value, needed in (("bias", bias, biased), ("out_scale", out_scale, writes_fp8)):
+        if needed and value is None:
+            runtime.fail(variant, name, None, "a tensor", "this variant takes one")
     sizes = OP.check(variant, OP.named(*given), D=dtype)
     return problem_of(
         variant,
@@ -284,6 +302,7 @@ def check(
         delta=delta,
         interleaved=interleaved,
         bias=bias,
+        out_scale=out_scale,
     )
 
 
@@ -305,6 +324,7 @@ def problem_of(
     delta: Delta = UNADAPTED,
     interleaved: bool = False,
     bias: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
 ) -> Problem:
     """The sizes of a product whose operands are checked, once the rest is too. ``follows``: it stands right behind a launch that
     waits for all before it lets this one begin, and writes nothing but rows of x or v.
@@ -324,7 +344,8 @@ def problem_of(
         check_fp8(variant, "x", x, scales.of_x, QUANT)
     slices = sizes["S"]
     n, k = sizes["N"], sizes["K"]
-    if not (out.dim() == 2 if rows == "pair_token" else out.dtype == dtype):
+    out_scale_stride = _check_out_scale(variant, out, out_scale, scales.of_x, tables)
+    if not (out.dim() == 2 if rows == "pair_token" else out_scale is not None or out.dtype == dtype):
         wanted = f"[{num_tokens}, {n}]" if rows == "pair_token" else f"{dtype}"
         runtime.fail(variant, "out", runtime.describe(out), wanted, f"as of x_rows, out_rows {rows.replace('_', ', ')}")
     if w.stride(1) * w.shape[1] >= 2**31:
@@ -378,6 +399,9 @@ def problem_of(
         ranked=delta.runs is not None and delta.runs.lora_ranks is not None,
         interleaved=interleaved,
         bias_stride=0 if bias is None else bias.stride(0),
+        writes_fp8=out_scale is not None,
+        out_scale_stride=out_scale_stride,
+        largest=torch.finfo(out.dtype).max,
         wide_ranks=all(map(runtime.describable, (delta.v, *(delta.lora_b or ())))) if delta.v is not None else False,
     )
     if schedule == "box" and not has_boxes(problem, x, w):
@@ -387,8 +411,23 @@ def problem_of(
         got = f"x {runtime.describe(x)}, w {runtime.describe(w)}, blocks of {block_m} rows on {runtime.traits(x.device).target}"
         k_of = f"K of {step_columns(problem)}s"
         wanted = f"blocks of 128 rows, {k_of}, rows and ranks at 16-byte boundaries, experts one behind the other, on sm_90"
-        runtime.fail(variant, "rows", got, wanted, "use box")
+        runtime.fail(variant, "rows", got, wanted, "use box" if out_scale is None else "use moe_quant behind it")
     return problem
+
+
+def _check_out_scale(
+    variant: str, out: torch.Tensor, scale: torch.Tensor | None, of_x: str | None, tables: MoeTables
+) -> int:
+    """How far the scales of an FP8 result, which are as those of x, are apart for experts; 0: there is one, or none."""
+    if scale is None:
+        return 0
+    mode = find_x_mode(variant, out, scale, QUANT, of_x, tables.num_experts, "out_scale")
+    check_fp8(variant, "out", out, mode, QUANT)
+    stride, _ = check_x_scale(variant, mode, out, scale, QUANT, tables.num_experts, "out_scale")
+    if mode != of_x or (mode != "tensor" and not is_fp32(scale, out.device)):
+        hint = "it is written" if mode == of_x else "as x has them"
+        runtime.fail(variant, "out_scale", runtime.describe(scale), f"contiguous float32, a scale a {of_x}", hint)
+    return stride
 
 
 def _check_delta(
@@ -469,7 +508,10 @@ def step_columns(problem: Problem) -> int:
 
 
 @functools.cache
-def _has_gluon() -> bool:
+def has_gluon() -> bool:
+    """Whether kernels in Gluon can be launched: not every Triton has it, and its interpreter does not know it."""
+    if runtime.INTERPRETED:
+        return False
     try:
         from .. import _gluon  # noqa: F401
     except (AttributeError, ImportError):
@@ -504,6 +546,7 @@ class Key(NamedTuple):
     rank: int  # of adapters, 0: there are none
     weight_scales: str | None
     x_scales: str | None
+    writes_fp8: bool
 
 
 def plan(problem: Problem, boxes: bool, there: Callable[[str], bool]) -> tuple[str, Config]:
@@ -514,12 +557,7 @@ def plan(problem: Problem, boxes: bool, there: Callable[[str], bool]) -> tuple[s
     The number of tokens counts as the next power of two, so that the compile keys of a model are a short list.
     """
     s, device = _shape(problem), runtime.traits(problem.device)
-    tokens = min(s.tokens, 4096)  # more tokens are more of the same blocks
-    rows = (s.block_m, s.k, s.n, s.slices, problem.rows.startswith("token"), s.sums, problem.rank)
-    key = Key(tokens, problem.top_k, problem.num_experts, *rows, s.weight_scales, s.x_scales)
-    far = key._replace(num_tokens=16384)  # where so many have been measured too
-    if s.tokens >= far.num_tokens and any(runtime.measured(TUNED, each, device) for each in (far, far._replace(rank=0))):
-        key = far
+    key = _key(problem, s)
     own = _schedule(problem, boxes and there("box"))
 
     def rule(schedule: str | None) -> tuple[str, Config]:
@@ -530,7 +568,7 @@ def plan(problem: Problem, boxes: bool, there: Callable[[str], bool]) -> tuple[s
     def serves(schedule: str) -> bool:
         """Whether operands and rows are such that it can; what box can do, tile can; Gluon has no interpreter of Triton's."""
         if schedule == "warp_specialised":
-            return there(schedule) and boxes and has_roles(problem) and _has_gluon() and not runtime.INTERPRETED
+            return there(schedule) and boxes and has_roles(problem) and has_gluon()
         return schedule == own or (schedule == "tile" and own == "box")
 
     schedule, config = runtime.choose(TUNED, key, device, CONFIGS, rule, serves, bare)
@@ -538,6 +576,22 @@ def plan(problem: Problem, boxes: bool, there: Callable[[str], bool]) -> tuple[s
         block_d, delta_stages = _delta(s, config.block_n)
         config = config._replace(block_d=block_d, delta_stages=delta_stages)
     return schedule, _for_factors(problem, s, config)
+
+
+def _key(problem: Problem, s: _Shape) -> Key:
+    device = runtime.traits(problem.device)
+    tokens = min(s.tokens, 4096)  # more tokens are more of the same blocks
+    rows = (s.block_m, s.k, s.n, s.slices, problem.rows.startswith("token"), s.sums, problem.rank)
+    key = Key(tokens, problem.top_k, problem.num_experts, *rows, s.weight_scales, s.x_scales, problem.writes_fp8)
+    far = key._replace(num_tokens=16384)  # where so many have been measured too
+    known = s.tokens >= far.num_tokens and any(runtime.measured(TUNED, each, device) for each in (far, far._replace(rank=0)))
+    return far if known else key
+
+
+def writes_fp8(problem: Problem, boxes: bool) -> bool:
+    """Whether a product of such a call can make its rows FP8 by itself, and tuning says so; by the rule none does."""
+    taken = runtime.taken_for(TUNED, _key(problem, _shape(problem)), runtime.traits(problem.device))
+    return bool(taken) and boxes and has_roles(problem) and has_gluon()
 
 
 def _for_factors(problem: Problem, s: _Shape, config: Config) -> Config:
@@ -601,6 +655,8 @@ def _shape(problem: Problem) -> _Shape:
 
 
 def _schedule(problem: Problem, boxes: bool) -> str:
+    if problem.writes_fp8:
+        return "warp_specialised"  # no other has groups in its tiles
     if problem.rows == "pair_token" or problem.block_m == 0:
         return "gemv" if problem.x_scales is None and problem.weight_scales != "mx" else "naive"
     # Below 64 rows a tile waits for memory, which pointers ask for as well as descriptors; FP8 weights that are widened pass

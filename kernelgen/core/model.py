@@ -145,6 +145,10 @@ VOCABULARY: Mapping[str, Mapping[str, Mapping[str, Fact]]] = MappingProxyType(
             "a8token": _facts(x_scales="token"),
             "a8group": _facts(x_scales="group"),
         },
+        "out_quant": {  # o8: the result is FP8, with scales as activations have them
+            "none": _facts(writes_fp8=False),
+            "o8": _facts(writes_fp8=True),
+        },
         "layout": {  # of the rows of gate and up; none: all of gate, then all of up
             "none": _facts(interleaved=False),
             "interleaved": _facts(interleaved=True),
@@ -164,13 +168,14 @@ TAG_HINTS: Mapping[str, str] = MappingProxyType(
         "dtype": "activations are bf16 or f16",
         "weight_quant": "none, or w8tensor, w8channel, w8group: FP8 weights with a scale for each of these; mxfp4: four bits",
         "act_quant": "none, or a8tensor, a8token, a8group: FP8 activations with a scale for each of these",
+        "out_quant": "none, or o8: FP8 results, with scales as activations have them",
         "delta_quant": "none, or b8tensor, b8channel, b8group: FP8 factors of adapters with a scale for each of these",
     }
 )
 QUANT_AXES = ("weight_quant", "act_quant")
 # The fact that says which scales there are, of each axis that has such: of weights, of activations, of the factors of a delta.
 SCALES: Mapping[str, str] = {"weight_quant": "weight_scales", "act_quant": "x_scales", "delta_quant": "b_scales"}
-TUNED_AXES = ("add_inputs", *QUANT_AXES)  # a measurement is of one tag of each of them; of dtypes it serves all
+TUNED_AXES = ("add_inputs", *QUANT_AXES, "out_quant")  # a measurement is of one tag of each of them; of dtypes it serves all
 SCHEDULE = "schedule"  # the axis whose tags choose the template
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")

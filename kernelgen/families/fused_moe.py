@@ -125,7 +125,7 @@ def fused_moe(
         low, high = h_low, h_high = tuple((h + e).to(inner.dtype).double() for e in (-error, error))
         if inner.element is not None:
             given = None if inner.given is None else inner.given[expert if len(inner.given) > 1 else 0]
-            low, high = _as_fp8(low, high, inner.element, inner.width, given)
+            low, high = as_fp8(low, high, inner.element, inner.width, given)
         y, error = dot(w2[expert], (low + high) / 2, w2.shape[2] + rank, **flags)
         middle, radius = (h_low + h_high) / 2, (h_high - h_low) / 2
         more, its = _delta(of_last, middle, radius, y, w2.shape[2] + rank, inner.dtype, of_factors=of_lora)
@@ -175,7 +175,7 @@ def _delta(
     return torch.cat(values), torch.cat(errors)
 
 
-def _as_fp8(
+def as_fp8(
     low: torch.Tensor, high: torch.Tensor, element: torch.dtype, width: int, given: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The least and the largest numbers that codes of one row can stand for, if it is between ``low`` and ``high``."""

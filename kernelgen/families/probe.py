@@ -73,6 +73,7 @@ def tensors(package: ModuleType, variant: Variant, **sizes: int) -> dict[str, An
             continue
         fact = declared[operand.scaled_by].asks[0] if operand.scaled_by else ""
         kind = getattr(variant, fact, None)
+        kind = variant.x_scales if kind is True else kind
         several = operand.dtype if isinstance(operand.dtype, tuple) else (operand.dtype,)
         dtype = own if isinstance(operand.dtype, str) or own in several else several[0]
         packed = kind == "mx"
@@ -83,8 +84,9 @@ def tensors(package: ModuleType, variant: Variant, **sizes: int) -> dict[str, An
         made = {name: meta(*shape, dtype=dtype)}
         if kind:
             quant = importlib.import_module(f"{package.__name__}.{variant.family}._table").QUANT
-            stacked = () if operand.slices or fact == "x_scales" else (sizes.get("S", 1),)
-            scale_shape = package._scales.x_scale_shape if fact == "x_scales" else package._scales.scale_shape
+            of_rows = fact in ("x_scales", "writes_fp8")
+            stacked = () if operand.slices or of_rows else (sizes.get("S", 1),)
+            scale_shape = package._scales.x_scale_shape if of_rows else package._scales.scale_shape
             made[operand.scaled_by] = meta(*scale_shape(kind, shape, quant, *stacked), dtype=torch.uint8 if packed else FP32)
         found |= {name: [tensor] * sizes[operand.count] if operand.slices else tensor for name, tensor in made.items()}
     return found

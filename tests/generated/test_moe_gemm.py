@@ -15,364 +15,366 @@ from kernelgen.prove.testing import Case, Law, Suite, Variant
 SUITE = Suite(
     package="generated",
     family="moe_gemm",
-    axes="schedule dtype rows epilogue routed_weight weight_quant act_quant delta delta_quant layout bias",
+    axes="schedule dtype rows epilogue routed_weight weight_quant act_quant out_quant delta delta_quant layout bias",
     rows="""
-gemv bf16 token_pair none plain none none none none none none
-gemv bf16 token_pair relu2 plain none none none none none none
-gemv bf16 token_pair relu2 plain none none lora none none none
-gemv bf16 token_pair relu2 plain none none lora b8tensor none none
-gemv bf16 token_pair relu2 plain w8tensor none none none none none
-gemv bf16 token_pair relu2 plain w8tensor none lora none none none
-gemv bf16 token_pair relu2 plain w8tensor none lora b8tensor none none
-gemv bf16 token_pair relu2 plain w8channel none none none none none
-gemv bf16 token_pair relu2 plain w8channel none lora none none none
-gemv bf16 token_pair relu2 plain w8group none none none none none
-gemv bf16 token_pair relu2 plain w8group none lora none none none
-gemv bf16 token_pair swiglu plain none none none none none none
-gemv bf16 token_pair swiglu plain none none lora none none none
-gemv bf16 token_pair swiglu plain none none lora b8tensor none none
-gemv bf16 token_pair swiglu plain none none lora b8channel none none
-gemv bf16 token_pair swiglu plain none none lora b8group none none
-gemv bf16 token_pair swiglu plain w8tensor none none none none none
-gemv bf16 token_pair swiglu plain w8tensor none lora none none none
-gemv bf16 token_pair swiglu plain w8tensor none lora b8tensor none none
-gemv bf16 token_pair swiglu plain w8channel none none none none none
-gemv bf16 token_pair swiglu plain w8channel none lora none none none
-gemv bf16 token_pair swiglu plain w8channel none lora b8channel none none
-gemv bf16 token_pair swiglu plain w8group none none none none none
-gemv bf16 token_pair swiglu plain w8group none lora none none none
-gemv bf16 token_pair swiglu plain w8group none lora b8group none none
-gemv bf16 token_pair swiglu weighted none none none none none none
-gemv bf16 token_pair swiglu weighted none none lora none none none
-gemv bf16 token_pair swiglu_clamp plain none none none none none none
-gemv bf16 token_pair swiglu_clamp plain none none none none interleaved bias
-gemv bf16 token_pair swiglu_clamp plain none none lora none none none
-gemv bf16 token_pair swiglu_clamp plain none none lora none interleaved bias
-gemv bf16 token_pair swiglu_clamp plain w8channel none none none none none
-gemv bf16 token_pair swiglu_clamp plain w8channel none lora none none none
-gemv bf16 token_pair swiglu_clamp plain w8group none none none none none
-gemv bf16 token_pair swiglu_clamp plain w8group none lora none none none
-gemv bf16 token_pair geglu plain none none none none none none
-gemv bf16 token_pair geglu plain none none lora none none none
-gemv bf16 token_pair geglu_tanh plain none none none none none none
-gemv bf16 token_pair geglu_tanh plain none none lora none none none
-gemv bf16 token_pair geglu_tanh plain w8channel none none none none none
-gemv bf16 token_pair geglu_tanh plain w8channel none lora none none none
-gemv bf16 token_pair silu plain none none none none none none
-gemv bf16 token_pair silu plain none none lora none none none
-gemv bf16 token_pair gelu plain none none none none none none
-gemv bf16 token_pair gelu plain none none lora none none none
-gemv bf16 token_pair gelu_tanh plain none none none none none none
-gemv bf16 token_pair gelu_tanh plain none none lora none none none
-gemv bf16 pair_pair none plain none none none none none none
-gemv bf16 pair_pair none weighted none none none none none none
-gemv bf16 pair_token none plain none none none none none none
-gemv bf16 pair_token none plain none none lora none none none
-gemv bf16 pair_token none weighted none none none none none none
-gemv bf16 pair_token none weighted none none none none none bias
-gemv bf16 pair_token none weighted none none lora none none none
-gemv bf16 pair_token none weighted none none lora none none bias
-gemv bf16 pair_token none weighted none none lora b8tensor none none
-gemv bf16 pair_token none weighted none none lora b8channel none none
-gemv bf16 pair_token none weighted none none lora b8group none none
-gemv bf16 pair_token none weighted w8tensor none none none none none
-gemv bf16 pair_token none weighted w8tensor none lora none none none
-gemv bf16 pair_token none weighted w8tensor none lora b8tensor none none
-gemv bf16 pair_token none weighted w8channel none none none none none
-gemv bf16 pair_token none weighted w8channel none lora none none none
-gemv bf16 pair_token none weighted w8channel none lora b8channel none none
-gemv bf16 pair_token none weighted w8group none none none none none
-gemv bf16 pair_token none weighted w8group none lora none none none
-gemv bf16 pair_token none weighted w8group none lora b8group none none
-gemv f16 token_pair none plain none none none none none none
-gemv f16 token_pair relu2 plain none none none none none none
-gemv f16 token_pair relu2 plain none none lora none none none
-gemv f16 token_pair swiglu plain none none none none none none
-gemv f16 token_pair swiglu plain none none lora none none none
-gemv f16 token_pair swiglu_clamp plain none none none none none none
-gemv f16 token_pair swiglu_clamp plain none none none none interleaved bias
-gemv f16 token_pair swiglu_clamp plain none none lora none none none
-gemv f16 token_pair swiglu_clamp plain none none lora none interleaved bias
-gemv f16 pair_pair none plain none none none none none none
-gemv f16 pair_pair none weighted none none none none none none
-gemv f16 pair_token none weighted none none none none none none
-gemv f16 pair_token none weighted none none none none none bias
-gemv f16 pair_token none weighted none none lora none none none
-gemv f16 pair_token none weighted none none lora none none bias
-naive bf16 token_pair relu2 plain w8tensor a8tensor none none none none
-naive bf16 token_pair relu2 plain w8tensor a8tensor lora none none none
-naive bf16 token_pair relu2 plain w8tensor a8tensor lora b8tensor none none
-naive bf16 token_pair relu2 plain w8channel a8token none none none none
-naive bf16 token_pair relu2 plain w8channel a8token lora none none none
-naive bf16 token_pair relu2 plain w8group a8group none none none none
-naive bf16 token_pair relu2 plain w8group a8group lora none none none
-naive bf16 token_pair swiglu plain w8tensor a8tensor none none none none
-naive bf16 token_pair swiglu plain w8tensor a8tensor lora none none none
-naive bf16 token_pair swiglu plain w8tensor a8tensor lora b8tensor none none
-naive bf16 token_pair swiglu plain w8channel a8token none none none none
-naive bf16 token_pair swiglu plain w8channel a8token lora none none none
-naive bf16 token_pair swiglu plain w8channel a8token lora b8channel none none
-naive bf16 token_pair swiglu plain w8group a8group none none none none
-naive bf16 token_pair swiglu plain w8group a8group lora none none none
-naive bf16 token_pair swiglu plain w8group a8group lora b8group none none
-naive bf16 token_pair swiglu weighted w8channel a8token none none none none
-naive bf16 token_pair swiglu weighted w8channel a8token lora none none none
-naive bf16 token_pair swiglu_clamp plain w8channel a8token none none none none
-naive bf16 token_pair swiglu_clamp plain w8channel a8token lora none none none
-naive bf16 token_pair swiglu_clamp plain w8group a8group none none none none
-naive bf16 token_pair swiglu_clamp plain w8group a8group lora none none none
-naive bf16 token_pair swiglu_clamp plain mxfp4 none none none none none
-naive bf16 token_pair swiglu_clamp plain mxfp4 none none none interleaved bias
-naive bf16 token_pair swiglu_clamp plain mxfp4 none lora none none none
-naive bf16 token_pair swiglu_clamp plain mxfp4 none lora none interleaved bias
-naive bf16 token_pair geglu_tanh plain w8channel a8token none none none none
-naive bf16 token_pair geglu_tanh plain w8channel a8token lora none none none
-naive bf16 pair_pair none plain w8tensor a8tensor none none none none
-naive bf16 pair_pair none plain w8tensor a8tensor lora none none none
-naive bf16 pair_pair none plain w8tensor a8tensor lora b8tensor none none
-naive bf16 pair_pair none plain w8channel a8token none none none none
-naive bf16 pair_pair none plain w8channel a8token lora none none none
-naive bf16 pair_pair none plain w8channel a8token lora b8channel none none
-naive bf16 pair_pair none plain w8group a8group none none none none
-naive bf16 pair_pair none plain w8group a8group lora none none none
-naive bf16 pair_pair none plain w8group a8group lora b8group none none
-naive bf16 pair_pair none plain mxfp4 none none none none none
-naive bf16 pair_pair none plain mxfp4 none none none none bias
-naive bf16 pair_pair none plain mxfp4 none lora none none none
-naive bf16 pair_pair none plain mxfp4 none lora none none bias
-tile bf16 token_sorted relu2 plain none none none none none none
-tile bf16 token_sorted relu2 plain none none lora none none none
-tile bf16 token_sorted relu2 plain none none lora b8tensor none none
-tile bf16 token_sorted relu2 plain w8tensor none none none none none
-tile bf16 token_sorted relu2 plain w8tensor none lora none none none
-tile bf16 token_sorted relu2 plain w8tensor none lora b8tensor none none
-tile bf16 token_sorted relu2 plain w8tensor a8tensor none none none none
-tile bf16 token_sorted relu2 plain w8tensor a8tensor lora none none none
-tile bf16 token_sorted relu2 plain w8tensor a8tensor lora b8tensor none none
-tile bf16 token_sorted relu2 plain w8channel none none none none none
-tile bf16 token_sorted relu2 plain w8channel none lora none none none
-tile bf16 token_sorted relu2 plain w8channel a8token none none none none
-tile bf16 token_sorted relu2 plain w8channel a8token lora none none none
-tile bf16 token_sorted relu2 plain w8group none none none none none
-tile bf16 token_sorted relu2 plain w8group none lora none none none
-tile bf16 token_sorted relu2 plain w8group a8group none none none none
-tile bf16 token_sorted relu2 plain w8group a8group lora none none none
-tile bf16 token_sorted swiglu plain none none none none none none
-tile bf16 token_sorted swiglu plain none none lora none none none
-tile bf16 token_sorted swiglu plain none none lora b8tensor none none
-tile bf16 token_sorted swiglu plain none none lora b8channel none none
-tile bf16 token_sorted swiglu plain none none lora b8group none none
-tile bf16 token_sorted swiglu plain w8tensor none none none none none
-tile bf16 token_sorted swiglu plain w8tensor none lora none none none
-tile bf16 token_sorted swiglu plain w8tensor none lora b8tensor none none
-tile bf16 token_sorted swiglu plain w8tensor a8tensor none none none none
-tile bf16 token_sorted swiglu plain w8tensor a8tensor lora none none none
-tile bf16 token_sorted swiglu plain w8tensor a8tensor lora b8tensor none none
-tile bf16 token_sorted swiglu plain w8channel none none none none none
-tile bf16 token_sorted swiglu plain w8channel none lora none none none
-tile bf16 token_sorted swiglu plain w8channel none lora b8channel none none
-tile bf16 token_sorted swiglu plain w8channel a8token none none none none
-tile bf16 token_sorted swiglu plain w8channel a8token lora none none none
-tile bf16 token_sorted swiglu plain w8channel a8token lora b8channel none none
-tile bf16 token_sorted swiglu plain w8group none none none none none
-tile bf16 token_sorted swiglu plain w8group none lora none none none
-tile bf16 token_sorted swiglu plain w8group none lora b8group none none
-tile bf16 token_sorted swiglu plain w8group a8group none none none none
-tile bf16 token_sorted swiglu plain w8group a8group lora none none none
-tile bf16 token_sorted swiglu plain w8group a8group lora b8group none none
-tile bf16 token_sorted swiglu weighted none none none none none none
-tile bf16 token_sorted swiglu weighted none none lora none none none
-tile bf16 token_sorted swiglu weighted w8channel a8token none none none none
-tile bf16 token_sorted swiglu weighted w8channel a8token lora none none none
-tile bf16 token_sorted swiglu_clamp plain none none none none none none
-tile bf16 token_sorted swiglu_clamp plain none none none none interleaved bias
-tile bf16 token_sorted swiglu_clamp plain none none lora none none none
-tile bf16 token_sorted swiglu_clamp plain none none lora none interleaved bias
-tile bf16 token_sorted swiglu_clamp plain w8channel none none none none none
-tile bf16 token_sorted swiglu_clamp plain w8channel none lora none none none
-tile bf16 token_sorted swiglu_clamp plain w8channel a8token none none none none
-tile bf16 token_sorted swiglu_clamp plain w8channel a8token lora none none none
-tile bf16 token_sorted swiglu_clamp plain w8group none none none none none
-tile bf16 token_sorted swiglu_clamp plain w8group none lora none none none
-tile bf16 token_sorted swiglu_clamp plain w8group a8group none none none none
-tile bf16 token_sorted swiglu_clamp plain w8group a8group lora none none none
-tile bf16 token_sorted swiglu_clamp plain mxfp4 none none none none none
-tile bf16 token_sorted swiglu_clamp plain mxfp4 none none none interleaved bias
-tile bf16 token_sorted swiglu_clamp plain mxfp4 none lora none none none
-tile bf16 token_sorted swiglu_clamp plain mxfp4 none lora none interleaved bias
-tile bf16 token_sorted geglu plain none none none none none none
-tile bf16 token_sorted geglu plain none none lora none none none
-tile bf16 token_sorted geglu_tanh plain none none none none none none
-tile bf16 token_sorted geglu_tanh plain none none lora none none none
-tile bf16 token_sorted geglu_tanh plain w8channel none none none none none
-tile bf16 token_sorted geglu_tanh plain w8channel none lora none none none
-tile bf16 token_sorted geglu_tanh plain w8channel a8token none none none none
-tile bf16 token_sorted geglu_tanh plain w8channel a8token lora none none none
-tile bf16 token_sorted silu plain none none none none none none
-tile bf16 token_sorted silu plain none none lora none none none
-tile bf16 token_sorted gelu plain none none none none none none
-tile bf16 token_sorted gelu plain none none lora none none none
-tile bf16 token_sorted gelu_tanh plain none none none none none none
-tile bf16 token_sorted gelu_tanh plain none none lora none none none
-tile bf16 sorted_pair none plain none none none none none none
-tile bf16 sorted_pair none plain none none none none none bias
-tile bf16 sorted_pair none plain none none lora none none none
-tile bf16 sorted_pair none plain none none lora none none bias
-tile bf16 sorted_pair none plain none none lora b8tensor none none
-tile bf16 sorted_pair none plain none none lora b8channel none none
-tile bf16 sorted_pair none plain none none lora b8group none none
-tile bf16 sorted_pair none plain w8tensor none none none none none
-tile bf16 sorted_pair none plain w8tensor none lora none none none
-tile bf16 sorted_pair none plain w8tensor none lora b8tensor none none
-tile bf16 sorted_pair none plain w8tensor a8tensor none none none none
-tile bf16 sorted_pair none plain w8tensor a8tensor lora none none none
-tile bf16 sorted_pair none plain w8tensor a8tensor lora b8tensor none none
-tile bf16 sorted_pair none plain w8channel none none none none none
-tile bf16 sorted_pair none plain w8channel none lora none none none
-tile bf16 sorted_pair none plain w8channel none lora b8channel none none
-tile bf16 sorted_pair none plain w8channel a8token none none none none
-tile bf16 sorted_pair none plain w8channel a8token lora none none none
-tile bf16 sorted_pair none plain w8channel a8token lora b8channel none none
-tile bf16 sorted_pair none plain w8group none none none none none
-tile bf16 sorted_pair none plain w8group none lora none none none
-tile bf16 sorted_pair none plain w8group none lora b8group none none
-tile bf16 sorted_pair none plain w8group a8group none none none none
-tile bf16 sorted_pair none plain w8group a8group lora none none none
-tile bf16 sorted_pair none plain w8group a8group lora b8group none none
-tile bf16 sorted_pair none plain mxfp4 none none none none none
-tile bf16 sorted_pair none plain mxfp4 none none none none bias
-tile bf16 sorted_pair none plain mxfp4 none lora none none none
-tile bf16 sorted_pair none plain mxfp4 none lora none none bias
-tile bf16 sorted_pair none weighted none none none none none none
-tile bf16 token_pair none plain none none none none none none
-tile bf16 token_pair relu2 plain none none none none none none
-tile bf16 token_pair swiglu plain none none none none none none
-tile bf16 pair_pair none plain none none none none none none
-tile bf16 pair_pair none weighted none none none none none none
-tile f16 token_sorted relu2 plain none none none none none none
-tile f16 token_sorted relu2 plain none none lora none none none
-tile f16 token_sorted swiglu plain none none none none none none
-tile f16 token_sorted swiglu plain none none lora none none none
-tile f16 token_sorted swiglu_clamp plain none none none none none none
-tile f16 token_sorted swiglu_clamp plain none none none none interleaved bias
-tile f16 token_sorted swiglu_clamp plain none none lora none none none
-tile f16 token_sorted swiglu_clamp plain none none lora none interleaved bias
-tile f16 sorted_pair none plain none none none none none none
-tile f16 sorted_pair none plain none none none none none bias
-tile f16 sorted_pair none plain none none lora none none none
-tile f16 sorted_pair none plain none none lora none none bias
-tile f16 sorted_pair none weighted none none none none none none
-tile f16 token_pair none plain none none none none none none
-tile f16 token_pair relu2 plain none none none none none none
-tile f16 token_pair swiglu plain none none none none none none
-tile f16 pair_pair none plain none none none none none none
-tile f16 pair_pair none weighted none none none none none none
-box bf16 token_sorted relu2 plain none none none none none none
-box bf16 token_sorted relu2 plain none none lora none none none
-box bf16 token_sorted relu2 plain none none lora b8tensor none none
-box bf16 token_sorted relu2 plain w8tensor a8tensor none none none none
-box bf16 token_sorted relu2 plain w8tensor a8tensor lora none none none
-box bf16 token_sorted relu2 plain w8tensor a8tensor lora b8tensor none none
-box bf16 token_sorted relu2 plain w8channel a8token none none none none
-box bf16 token_sorted relu2 plain w8channel a8token lora none none none
-box bf16 token_sorted relu2 plain w8group a8group none none none none
-box bf16 token_sorted relu2 plain w8group a8group lora none none none
-box bf16 token_sorted swiglu plain none none none none none none
-box bf16 token_sorted swiglu plain none none lora none none none
-box bf16 token_sorted swiglu plain none none lora b8tensor none none
-box bf16 token_sorted swiglu plain none none lora b8channel none none
-box bf16 token_sorted swiglu plain none none lora b8group none none
-box bf16 token_sorted swiglu plain w8tensor a8tensor none none none none
-box bf16 token_sorted swiglu plain w8tensor a8tensor lora none none none
-box bf16 token_sorted swiglu plain w8tensor a8tensor lora b8tensor none none
-box bf16 token_sorted swiglu plain w8channel a8token none none none none
-box bf16 token_sorted swiglu plain w8channel a8token lora none none none
-box bf16 token_sorted swiglu plain w8channel a8token lora b8channel none none
-box bf16 token_sorted swiglu plain w8group a8group none none none none
-box bf16 token_sorted swiglu plain w8group a8group lora none none none
-box bf16 token_sorted swiglu plain w8group a8group lora b8group none none
-box bf16 token_sorted swiglu weighted none none none none none none
-box bf16 token_sorted swiglu weighted none none lora none none none
-box bf16 token_sorted swiglu weighted w8channel a8token none none none none
-box bf16 token_sorted swiglu weighted w8channel a8token lora none none none
-box bf16 token_sorted swiglu_clamp plain none none none none none none
-box bf16 token_sorted swiglu_clamp plain none none none none interleaved bias
-box bf16 token_sorted swiglu_clamp plain none none lora none none none
-box bf16 token_sorted swiglu_clamp plain none none lora none interleaved bias
-box bf16 token_sorted swiglu_clamp plain w8channel a8token none none none none
-box bf16 token_sorted swiglu_clamp plain w8channel a8token lora none none none
-box bf16 token_sorted swiglu_clamp plain w8group a8group none none none none
-box bf16 token_sorted swiglu_clamp plain w8group a8group lora none none none
-box bf16 token_sorted geglu_tanh plain none none none none none none
-box bf16 token_sorted geglu_tanh plain none none lora none none none
-box bf16 token_sorted geglu_tanh plain w8channel a8token none none none none
-box bf16 token_sorted geglu_tanh plain w8channel a8token lora none none none
-box bf16 sorted_pair none plain none none none none none none
-box bf16 sorted_pair none plain none none none none none bias
-box bf16 sorted_pair none plain none none lora none none none
-box bf16 sorted_pair none plain none none lora none none bias
-box bf16 sorted_pair none plain none none lora b8tensor none none
-box bf16 sorted_pair none plain none none lora b8channel none none
-box bf16 sorted_pair none plain none none lora b8group none none
-box bf16 sorted_pair none plain w8tensor a8tensor none none none none
-box bf16 sorted_pair none plain w8tensor a8tensor lora none none none
-box bf16 sorted_pair none plain w8tensor a8tensor lora b8tensor none none
-box bf16 sorted_pair none plain w8channel a8token none none none none
-box bf16 sorted_pair none plain w8channel a8token lora none none none
-box bf16 sorted_pair none plain w8channel a8token lora b8channel none none
-box bf16 sorted_pair none plain w8group a8group none none none none
-box bf16 sorted_pair none plain w8group a8group lora none none none
-box bf16 sorted_pair none plain w8group a8group lora b8group none none
-box bf16 sorted_pair none weighted none none none none none none
-box bf16 token_pair none plain none none none none none none
-box bf16 token_pair relu2 plain none none none none none none
-box bf16 token_pair swiglu plain none none none none none none
-box bf16 pair_pair none plain none none none none none none
-box bf16 pair_pair none weighted none none none none none none
-box f16 token_sorted relu2 plain none none none none none none
-box f16 token_sorted relu2 plain none none lora none none none
-box f16 token_sorted swiglu plain none none none none none none
-box f16 token_sorted swiglu plain none none lora none none none
-box f16 token_sorted swiglu_clamp plain none none none none none none
-box f16 token_sorted swiglu_clamp plain none none none none interleaved bias
-box f16 token_sorted swiglu_clamp plain none none lora none none none
-box f16 token_sorted swiglu_clamp plain none none lora none interleaved bias
-box f16 sorted_pair none plain none none none none none none
-box f16 sorted_pair none plain none none none none none bias
-box f16 sorted_pair none plain none none lora none none none
-box f16 sorted_pair none plain none none lora none none bias
-box f16 sorted_pair none weighted none none none none none none
-box f16 token_pair none plain none none none none none none
-box f16 token_pair relu2 plain none none none none none none
-box f16 token_pair swiglu plain none none none none none none
-box f16 pair_pair none plain none none none none none none
-box f16 pair_pair none weighted none none none none none none
-warp_specialised bf16 token_sorted swiglu plain none none none none none none
-warp_specialised bf16 token_sorted swiglu plain none none lora none none none
-warp_specialised bf16 token_sorted swiglu plain w8tensor a8tensor none none none none
-warp_specialised bf16 token_sorted swiglu plain w8tensor a8tensor lora none none none
-warp_specialised bf16 token_sorted swiglu plain w8channel a8token none none none none
-warp_specialised bf16 token_sorted swiglu plain w8channel a8token lora none none none
-warp_specialised bf16 token_sorted swiglu plain w8group a8group none none none none
-warp_specialised bf16 token_sorted swiglu plain w8group a8group lora none none none
-warp_specialised bf16 token_sorted swiglu_clamp plain none none none none none none
-warp_specialised bf16 token_sorted swiglu_clamp plain none none lora none none none
-warp_specialised bf16 sorted_pair none plain none none none none none none
-warp_specialised bf16 sorted_pair none plain none none lora none none none
-warp_specialised bf16 sorted_pair none plain w8tensor a8tensor none none none none
-warp_specialised bf16 sorted_pair none plain w8tensor a8tensor lora none none none
-warp_specialised bf16 sorted_pair none plain w8channel a8token none none none none
-warp_specialised bf16 sorted_pair none plain w8channel a8token lora none none none
-warp_specialised bf16 sorted_pair none plain w8group a8group none none none none
-warp_specialised bf16 sorted_pair none plain w8group a8group lora none none none
-warp_specialised bf16 sorted_pair none weighted none none none none none none
-warp_specialised f16 token_sorted swiglu plain none none none none none none
-warp_specialised f16 token_sorted swiglu plain none none lora none none none
-warp_specialised f16 token_sorted swiglu_clamp plain none none none none none none
-warp_specialised f16 token_sorted swiglu_clamp plain none none lora none none none
-warp_specialised f16 sorted_pair none plain none none none none none none
-warp_specialised f16 sorted_pair none plain none none lora none none none
-warp_specialised f16 sorted_pair none weighted none none none none none none
+gemv bf16 token_pair none plain none none none none none none none
+gemv bf16 token_pair relu2 plain none none none none none none none
+gemv bf16 token_pair relu2 plain none none none lora none none none
+gemv bf16 token_pair relu2 plain none none none lora b8tensor none none
+gemv bf16 token_pair relu2 plain w8tensor none none none none none none
+gemv bf16 token_pair relu2 plain w8tensor none none lora none none none
+gemv bf16 token_pair relu2 plain w8tensor none none lora b8tensor none none
+gemv bf16 token_pair relu2 plain w8channel none none none none none none
+gemv bf16 token_pair relu2 plain w8channel none none lora none none none
+gemv bf16 token_pair relu2 plain w8group none none none none none none
+gemv bf16 token_pair relu2 plain w8group none none lora none none none
+gemv bf16 token_pair swiglu plain none none none none none none none
+gemv bf16 token_pair swiglu plain none none none lora none none none
+gemv bf16 token_pair swiglu plain none none none lora b8tensor none none
+gemv bf16 token_pair swiglu plain none none none lora b8channel none none
+gemv bf16 token_pair swiglu plain none none none lora b8group none none
+gemv bf16 token_pair swiglu plain w8tensor none none none none none none
+gemv bf16 token_pair swiglu plain w8tensor none none lora none none none
+gemv bf16 token_pair swiglu plain w8tensor none none lora b8tensor none none
+gemv bf16 token_pair swiglu plain w8channel none none none none none none
+gemv bf16 token_pair swiglu plain w8channel none none lora none none none
+gemv bf16 token_pair swiglu plain w8channel none none lora b8channel none none
+gemv bf16 token_pair swiglu plain w8group none none none none none none
+gemv bf16 token_pair swiglu plain w8group none none lora none none none
+gemv bf16 token_pair swiglu plain w8group none none lora b8group none none
+gemv bf16 token_pair swiglu weighted none none none none none none none
+gemv bf16 token_pair swiglu weighted none none none lora none none none
+gemv bf16 token_pair swiglu_clamp plain none none none none none none none
+gemv bf16 token_pair swiglu_clamp plain none none none none none interleaved bias
+gemv bf16 token_pair swiglu_clamp plain none none none lora none none none
+gemv bf16 token_pair swiglu_clamp plain none none none lora none interleaved bias
+gemv bf16 token_pair swiglu_clamp plain w8channel none none none none none none
+gemv bf16 token_pair swiglu_clamp plain w8channel none none lora none none none
+gemv bf16 token_pair swiglu_clamp plain w8group none none none none none none
+gemv bf16 token_pair swiglu_clamp plain w8group none none lora none none none
+gemv bf16 token_pair geglu plain none none none none none none none
+gemv bf16 token_pair geglu plain none none none lora none none none
+gemv bf16 token_pair geglu_tanh plain none none none none none none none
+gemv bf16 token_pair geglu_tanh plain none none none lora none none none
+gemv bf16 token_pair geglu_tanh plain w8channel none none none none none none
+gemv bf16 token_pair geglu_tanh plain w8channel none none lora none none none
+gemv bf16 token_pair silu plain none none none none none none none
+gemv bf16 token_pair silu plain none none none lora none none none
+gemv bf16 token_pair gelu plain none none none none none none none
+gemv bf16 token_pair gelu plain none none none lora none none none
+gemv bf16 token_pair gelu_tanh plain none none none none none none none
+gemv bf16 token_pair gelu_tanh plain none none none lora none none none
+gemv bf16 pair_pair none plain none none none none none none none
+gemv bf16 pair_pair none weighted none none none none none none none
+gemv bf16 pair_token none plain none none none none none none none
+gemv bf16 pair_token none plain none none none lora none none none
+gemv bf16 pair_token none weighted none none none none none none none
+gemv bf16 pair_token none weighted none none none none none none bias
+gemv bf16 pair_token none weighted none none none lora none none none
+gemv bf16 pair_token none weighted none none none lora none none bias
+gemv bf16 pair_token none weighted none none none lora b8tensor none none
+gemv bf16 pair_token none weighted none none none lora b8channel none none
+gemv bf16 pair_token none weighted none none none lora b8group none none
+gemv bf16 pair_token none weighted w8tensor none none none none none none
+gemv bf16 pair_token none weighted w8tensor none none lora none none none
+gemv bf16 pair_token none weighted w8tensor none none lora b8tensor none none
+gemv bf16 pair_token none weighted w8channel none none none none none none
+gemv bf16 pair_token none weighted w8channel none none lora none none none
+gemv bf16 pair_token none weighted w8channel none none lora b8channel none none
+gemv bf16 pair_token none weighted w8group none none none none none none
+gemv bf16 pair_token none weighted w8group none none lora none none none
+gemv bf16 pair_token none weighted w8group none none lora b8group none none
+gemv f16 token_pair none plain none none none none none none none
+gemv f16 token_pair relu2 plain none none none none none none none
+gemv f16 token_pair relu2 plain none none none lora none none none
+gemv f16 token_pair swiglu plain none none none none none none none
+gemv f16 token_pair swiglu plain none none none lora none none none
+gemv f16 token_pair swiglu_clamp plain none none none none none none none
+gemv f16 token_pair swiglu_clamp plain none none none none none interleaved bias
+gemv f16 token_pair swiglu_clamp plain none none none lora none none none
+gemv f16 token_pair swiglu_clamp plain none none none lora none interleaved bias
+gemv f16 pair_pair none plain none none none none none none none
+gemv f16 pair_pair none weighted none none none none none none none
+gemv f16 pair_token none weighted none none none none none none none
+gemv f16 pair_token none weighted none none none none none none bias
+gemv f16 pair_token none weighted none none none lora none none none
+gemv f16 pair_token none weighted none none none lora none none bias
+naive bf16 token_pair relu2 plain w8tensor a8tensor none none none none none
+naive bf16 token_pair relu2 plain w8tensor a8tensor none lora none none none
+naive bf16 token_pair relu2 plain w8tensor a8tensor none lora b8tensor none none
+naive bf16 token_pair relu2 plain w8channel a8token none none none none none
+naive bf16 token_pair relu2 plain w8channel a8token none lora none none none
+naive bf16 token_pair relu2 plain w8group a8group none none none none none
+naive bf16 token_pair relu2 plain w8group a8group none lora none none none
+naive bf16 token_pair swiglu plain w8tensor a8tensor none none none none none
+naive bf16 token_pair swiglu plain w8tensor a8tensor none lora none none none
+naive bf16 token_pair swiglu plain w8tensor a8tensor none lora b8tensor none none
+naive bf16 token_pair swiglu plain w8channel a8token none none none none none
+naive bf16 token_pair swiglu plain w8channel a8token none lora none none none
+naive bf16 token_pair swiglu plain w8channel a8token none lora b8channel none none
+naive bf16 token_pair swiglu plain w8group a8group none none none none none
+naive bf16 token_pair swiglu plain w8group a8group none lora none none none
+naive bf16 token_pair swiglu plain w8group a8group none lora b8group none none
+naive bf16 token_pair swiglu weighted w8channel a8token none none none none none
+naive bf16 token_pair swiglu weighted w8channel a8token none lora none none none
+naive bf16 token_pair swiglu_clamp plain w8channel a8token none none none none none
+naive bf16 token_pair swiglu_clamp plain w8channel a8token none lora none none none
+naive bf16 token_pair swiglu_clamp plain w8group a8group none none none none none
+naive bf16 token_pair swiglu_clamp plain w8group a8group none lora none none none
+naive bf16 token_pair swiglu_clamp plain mxfp4 none none none none none none
+naive bf16 token_pair swiglu_clamp plain mxfp4 none none none none interleaved bias
+naive bf16 token_pair swiglu_clamp plain mxfp4 none none lora none none none
+naive bf16 token_pair swiglu_clamp plain mxfp4 none none lora none interleaved bias
+naive bf16 token_pair geglu_tanh plain w8channel a8token none none none none none
+naive bf16 token_pair geglu_tanh plain w8channel a8token none lora none none none
+naive bf16 pair_pair none plain w8tensor a8tensor none none none none none
+naive bf16 pair_pair none plain w8tensor a8tensor none lora none none none
+naive bf16 pair_pair none plain w8tensor a8tensor none lora b8tensor none none
+naive bf16 pair_pair none plain w8channel a8token none none none none none
+naive bf16 pair_pair none plain w8channel a8token none lora none none none
+naive bf16 pair_pair none plain w8channel a8token none lora b8channel none none
+naive bf16 pair_pair none plain w8group a8group none none none none none
+naive bf16 pair_pair none plain w8group a8group none lora none none none
+naive bf16 pair_pair none plain w8group a8group none lora b8group none none
+naive bf16 pair_pair none plain mxfp4 none none none none none none
+naive bf16 pair_pair none plain mxfp4 none none none none none bias
+naive bf16 pair_pair none plain mxfp4 none none lora none none none
+naive bf16 pair_pair none plain mxfp4 none none lora none none bias
+tile bf16 token_sorted relu2 plain none none none none none none none
+tile bf16 token_sorted relu2 plain none none none lora none none none
+tile bf16 token_sorted relu2 plain none none none lora b8tensor none none
+tile bf16 token_sorted relu2 plain w8tensor none none none none none none
+tile bf16 token_sorted relu2 plain w8tensor none none lora none none none
+tile bf16 token_sorted relu2 plain w8tensor none none lora b8tensor none none
+tile bf16 token_sorted relu2 plain w8tensor a8tensor none none none none none
+tile bf16 token_sorted relu2 plain w8tensor a8tensor none lora none none none
+tile bf16 token_sorted relu2 plain w8tensor a8tensor none lora b8tensor none none
+tile bf16 token_sorted relu2 plain w8channel none none none none none none
+tile bf16 token_sorted relu2 plain w8channel none none lora none none none
+tile bf16 token_sorted relu2 plain w8channel a8token none none none none none
+tile bf16 token_sorted relu2 plain w8channel a8token none lora none none none
+tile bf16 token_sorted relu2 plain w8group none none none none none none
+tile bf16 token_sorted relu2 plain w8group none none lora none none none
+tile bf16 token_sorted relu2 plain w8group a8group none none none none none
+tile bf16 token_sorted relu2 plain w8group a8group none lora none none none
+tile bf16 token_sorted swiglu plain none none none none none none none
+tile bf16 token_sorted swiglu plain none none none lora none none none
+tile bf16 token_sorted swiglu plain none none none lora b8tensor none none
+tile bf16 token_sorted swiglu plain none none none lora b8channel none none
+tile bf16 token_sorted swiglu plain none none none lora b8group none none
+tile bf16 token_sorted swiglu plain w8tensor none none none none none none
+tile bf16 token_sorted swiglu plain w8tensor none none lora none none none
+tile bf16 token_sorted swiglu plain w8tensor none none lora b8tensor none none
+tile bf16 token_sorted swiglu plain w8tensor a8tensor none none none none none
+tile bf16 token_sorted swiglu plain w8tensor a8tensor none lora none none none
+tile bf16 token_sorted swiglu plain w8tensor a8tensor none lora b8tensor none none
+tile bf16 token_sorted swiglu plain w8channel none none none none none none
+tile bf16 token_sorted swiglu plain w8channel none none lora none none none
+tile bf16 token_sorted swiglu plain w8channel none none lora b8channel none none
+tile bf16 token_sorted swiglu plain w8channel a8token none none none none none
+tile bf16 token_sorted swiglu plain w8channel a8token none lora none none none
+tile bf16 token_sorted swiglu plain w8channel a8token none lora b8channel none none
+tile bf16 token_sorted swiglu plain w8group none none none none none none
+tile bf16 token_sorted swiglu plain w8group none none lora none none none
+tile bf16 token_sorted swiglu plain w8group none none lora b8group none none
+tile bf16 token_sorted swiglu plain w8group a8group none none none none none
+tile bf16 token_sorted swiglu plain w8group a8group none lora none none none
+tile bf16 token_sorted swiglu plain w8group a8group none lora b8group none none
+tile bf16 token_sorted swiglu weighted none none none none none none none
+tile bf16 token_sorted swiglu weighted none none none lora none none none
+tile bf16 token_sorted swiglu weighted w8channel a8token none none none none none
+tile bf16 token_sorted swiglu weighted w8channel a8token none lora none none none
+tile bf16 token_sorted swiglu_clamp plain none none none none none none none
+tile bf16 token_sorted swiglu_clamp plain none none none none none interleaved bias
+tile bf16 token_sorted swiglu_clamp plain none none none lora none none none
+tile bf16 token_sorted swiglu_clamp plain none none none lora none interleaved bias
+tile bf16 token_sorted swiglu_clamp plain w8channel none none none none none none
+tile bf16 token_sorted swiglu_clamp plain w8channel none none lora none none none
+tile bf16 token_sorted swiglu_clamp plain w8channel a8token none none none none none
+tile bf16 token_sorted swiglu_clamp plain w8channel a8token none lora none none none
+tile bf16 token_sorted swiglu_clamp plain w8group none none none none none none
+tile bf16 token_sorted swiglu_clamp plain w8group none none lora none none none
+tile bf16 token_sorted swiglu_clamp plain w8group a8group none none none none none
+tile bf16 token_sorted swiglu_clamp plain w8group a8group none lora none none none
+tile bf16 token_sorted swiglu_clamp plain mxfp4 none none none none none none
+tile bf16 token_sorted swiglu_clamp plain mxfp4 none none none none interleaved bias
+tile bf16 token_sorted swiglu_clamp plain mxfp4 none none lora none none none
+tile bf16 token_sorted swiglu_clamp plain mxfp4 none none lora none interleaved bias
+tile bf16 token_sorted geglu plain none none none none none none none
+tile bf16 token_sorted geglu plain none none none lora none none none
+tile bf16 token_sorted geglu_tanh plain none none none none none none none
+tile bf16 token_sorted geglu_tanh plain none none none lora none none none
+tile bf16 token_sorted geglu_tanh plain w8channel none none none none none none
+tile bf16 token_sorted geglu_tanh plain w8channel none none lora none none none
+tile bf16 token_sorted geglu_tanh plain w8channel a8token none none none none none
+tile bf16 token_sorted geglu_tanh plain w8channel a8token none lora none none none
+tile bf16 token_sorted silu plain none none none none none none none
+tile bf16 token_sorted silu plain none none none lora none none none
+tile bf16 token_sorted gelu plain none none none none none none none
+tile bf16 token_sorted gelu plain none none none lora none none none
+tile bf16 token_sorted gelu_tanh plain none none none none none none none
+tile bf16 token_sorted gelu_tanh plain none none none lora none none none
+tile bf16 sorted_pair none plain none none none none none none none
+tile bf16 sorted_pair none plain none none none none none none bias
+tile bf16 sorted_pair none plain none none none lora none none none
+tile bf16 sorted_pair none plain none none none lora none none bias
+tile bf16 sorted_pair none plain none none none lora b8tensor none none
+tile bf16 sorted_pair none plain none none none lora b8channel none none
+tile bf16 sorted_pair none plain none none none lora b8group none none
+tile bf16 sorted_pair none plain w8tensor none none none none none none
+tile bf16 sorted_pair none plain w8tensor none none lora none none none
+tile bf16 sorted_pair none plain w8tensor none none lora b8tensor none none
+tile bf16 sorted_pair none plain w8tensor a8tensor none none none none none
+tile bf16 sorted_pair none plain w8tensor a8tensor none lora none none none
+tile bf16 sorted_pair none plain w8tensor a8tensor none lora b8tensor none none
+tile bf16 sorted_pair none plain w8channel none none none none none none
+tile bf16 sorted_pair none plain w8channel none none lora none none none
+tile bf16 sorted_pair none plain w8channel none none lora b8channel none none
+tile bf16 sorted_pair none plain w8channel a8token none none none none none
+tile bf16 sorted_pair none plain w8channel a8token none lora none none none
+tile bf16 sorted_pair none plain w8channel a8token none lora b8channel none none
+tile bf16 sorted_pair none plain w8group none none none none none none
+tile bf16 sorted_pair none plain w8group none none lora none none none
+tile bf16 sorted_pair none plain w8group none none lora b8group none none
+tile bf16 sorted_pair none plain w8group a8group none none none none none
+tile bf16 sorted_pair none plain w8group a8group none lora none none none
+tile bf16 sorted_pair none plain w8group a8group none lora b8group none none
+tile bf16 sorted_pair none plain mxfp4 none none none none none none
+tile bf16 sorted_pair none plain mxfp4 none none none none none bias
+tile bf16 sorted_pair none plain mxfp4 none none lora none none none
+tile bf16 sorted_pair none plain mxfp4 none none lora none none bias
+tile bf16 sorted_pair none weighted none none none none none none none
+tile bf16 token_pair none plain none none none none none none none
+tile bf16 token_pair relu2 plain none none none none none none none
+tile bf16 token_pair swiglu plain none none none none none none none
+tile bf16 pair_pair none plain none none none none none none none
+tile bf16 pair_pair none weighted none none none none none none none
+tile f16 token_sorted relu2 plain none none none none none none none
+tile f16 token_sorted relu2 plain none none none lora none none none
+tile f16 token_sorted swiglu plain none none none none none none none
+tile f16 token_sorted swiglu plain none none none lora none none none
+tile f16 token_sorted swiglu_clamp plain none none none none none none none
+tile f16 token_sorted swiglu_clamp plain none none none none none interleaved bias
+tile f16 token_sorted swiglu_clamp plain none none none lora none none none
+tile f16 token_sorted swiglu_clamp plain none none none lora none interleaved bias
+tile f16 sorted_pair none plain none none none none none none none
+tile f16 sorted_pair none plain none none none none none none bias
+tile f16 sorted_pair none plain none none none lora none none none
+tile f16 sorted_pair none plain none none none lora none none bias
+tile f16 sorted_pair none weighted none none none none none none none
+tile f16 token_pair none plain none none none none none none none
+tile f16 token_pair relu2 plain none none none none none none none
+tile f16 token_pair swiglu plain none none none none none none none
+tile f16 pair_pair none plain none none none none none none none
+tile f16 pair_pair none weighted none none none none none none none
+box bf16 token_sorted relu2 plain none none none none none none none
+box bf16 token_sorted relu2 plain none none none lora none none none
+box bf16 token_sorted relu2 plain none none none lora b8tensor none none
+box bf16 token_sorted relu2 plain w8tensor a8tensor none none none none none
+box bf16 token_sorted relu2 plain w8tensor a8tensor none lora none none none
+box bf16 token_sorted relu2 plain w8tensor a8tensor none lora b8tensor none none
+box bf16 token_sorted relu2 plain w8channel a8token none none none none none
+box bf16 token_sorted relu2 plain w8channel a8token none lora none none none
+box bf16 token_sorted relu2 plain w8group a8group none none none none none
+box bf16 token_sorted relu2 plain w8group a8group none lora none none none
+box bf16 token_sorted swiglu plain none none none none none none none
+box bf16 token_sorted swiglu plain none none none lora none none none
+box bf16 token_sorted swiglu plain none none none lora b8tensor none none
+box bf16 token_sorted swiglu plain none none none lora b8channel none none
+box bf16 token_sorted swiglu plain none none none lora b8group none none
+box bf16 token_sorted swiglu plain w8tensor a8tensor none none none none none
+box bf16 token_sorted swiglu plain w8tensor a8tensor none lora none none none
+box bf16 token_sorted swiglu plain w8tensor a8tensor none lora b8tensor none none
+box bf16 token_sorted swiglu plain w8channel a8token none none none none none
+box bf16 token_sorted swiglu plain w8channel a8token none lora none none none
+box bf16 token_sorted swiglu plain w8channel a8token none lora b8channel none none
+box bf16 token_sorted swiglu plain w8group a8group none none none none none
+box bf16 token_sorted swiglu plain w8group a8group none lora none none none
+box bf16 token_sorted swiglu plain w8group a8group none lora b8group none none
+box bf16 token_sorted swiglu weighted none none none none none none none
+box bf16 token_sorted swiglu weighted none none none lora none none none
+box bf16 token_sorted swiglu weighted w8channel a8token none none none none none
+box bf16 token_sorted swiglu weighted w8channel a8token none lora none none none
+box bf16 token_sorted swiglu_clamp plain none none none none none none none
+box bf16 token_sorted swiglu_clamp plain none none none none none interleaved bias
+box bf16 token_sorted swiglu_clamp plain none none none lora none none none
+box bf16 token_sorted swiglu_clamp plain none none none lora none interleaved bias
+box bf16 token_sorted swiglu_clamp plain w8channel a8token none none none none none
+box bf16 token_sorted swiglu_clamp plain w8channel a8token none lora none none none
+box bf16 token_sorted swiglu_clamp plain w8group a8group none none none none none
+box bf16 token_sorted swiglu_clamp plain w8group a8group none lora none none none
+box bf16 token_sorted geglu_tanh plain none none none none none none none
+box bf16 token_sorted geglu_tanh plain none none none lora none none none
+box bf16 token_sorted geglu_tanh plain w8channel a8token none none none none none
+box bf16 token_sorted geglu_tanh plain w8channel a8token none lora none none none
+box bf16 sorted_pair none plain none none none none none none none
+box bf16 sorted_pair none plain none none none none none none bias
+box bf16 sorted_pair none plain none none none lora none none none
+box bf16 sorted_pair none plain none none none lora none none bias
+box bf16 sorted_pair none plain none none none lora b8tensor none none
+box bf16 sorted_pair none plain none none none lora b8channel none none
+box bf16 sorted_pair none plain none none none lora b8group none none
+box bf16 sorted_pair none plain w8tensor a8tensor none none none none none
+box bf16 sorted_pair none plain w8tensor a8tensor none lora none none none
+box bf16 sorted_pair none plain w8tensor a8tensor none lora b8tensor none none
+box bf16 sorted_pair none plain w8channel a8token none none none none none
+box bf16 sorted_pair none plain w8channel a8token none lora none none none
+box bf16 sorted_pair none plain w8channel a8token none lora b8channel none none
+box bf16 sorted_pair none plain w8group a8group none none none none none
+box bf16 sorted_pair none plain w8group a8group none lora none none none
+box bf16 sorted_pair none plain w8group a8group none lora b8group none none
+box bf16 sorted_pair none weighted none none none none none none none
+box bf16 token_pair none plain none none none none none none none
+box bf16 token_pair relu2 plain none none none none none none none
+box bf16 token_pair swiglu plain none none none none none none none
+box bf16 pair_pair none plain none none none none none none none
+box bf16 pair_pair none weighted none none none none none none none
+box f16 token_sorted relu2 plain none none none none none none none
+box f16 token_sorted relu2 plain none none none lora none none none
+box f16 token_sorted swiglu plain none none none none none none none
+box f16 token_sorted swiglu plain none none none lora none none none
+box f16 token_sorted swiglu_clamp plain none none none none none none none
+box f16 token_sorted swiglu_clamp plain none none none none none interleaved bias
+box f16 token_sorted swiglu_clamp plain none none none lora none none none
+box f16 token_sorted swiglu_clamp plain none none none lora none interleaved bias
+box f16 sorted_pair none plain none none none none none none none
+box f16 sorted_pair none plain none none none none none none bias
+box f16 sorted_pair none plain none none none lora none none none
+box f16 sorted_pair none plain none none none lora none none bias
+box f16 sorted_pair none weighted none none none none none none none
+box f16 token_pair none plain none none none none none none none
+box f16 token_pair relu2 plain none none none none none none none
+box f16 token_pair swiglu plain none none none none none none none
+box f16 pair_pair none plain none none none none none none none
+box f16 pair_pair none weighted none none none none none none none
+warp_specialised bf16 token_sorted swiglu plain none none none none none none none
+warp_specialised bf16 token_sorted swiglu plain none none none lora none none none
+warp_specialised bf16 token_sorted swiglu plain w8tensor a8tensor none none none none none
+warp_specialised bf16 token_sorted swiglu plain w8tensor a8tensor none lora none none none
+warp_specialised bf16 token_sorted swiglu plain w8tensor a8tensor o8 none none none none
+warp_specialised bf16 token_sorted swiglu plain w8channel a8token none none none none none
+warp_specialised bf16 token_sorted swiglu plain w8channel a8token none lora none none none
+warp_specialised bf16 token_sorted swiglu plain w8group a8group none none none none none
+warp_specialised bf16 token_sorted swiglu plain w8group a8group none lora none none none
+warp_specialised bf16 token_sorted swiglu plain w8group a8group o8 none none none none
+warp_specialised bf16 token_sorted swiglu_clamp plain none none none none none none none
+warp_specialised bf16 token_sorted swiglu_clamp plain none none none lora none none none
+warp_specialised bf16 sorted_pair none plain none none none none none none none
+warp_specialised bf16 sorted_pair none plain none none none lora none none none
+warp_specialised bf16 sorted_pair none plain w8tensor a8tensor none none none none none
+warp_specialised bf16 sorted_pair none plain w8tensor a8tensor none lora none none none
+warp_specialised bf16 sorted_pair none plain w8channel a8token none none none none none
+warp_specialised bf16 sorted_pair none plain w8channel a8token none lora none none none
+warp_specialised bf16 sorted_pair none plain w8group a8group none none none none none
+warp_specialised bf16 sorted_pair none plain w8group a8group none lora none none none
+warp_specialised bf16 sorted_pair none weighted none none none none none none none
+warp_specialised f16 token_sorted swiglu plain none none none none none none none
+warp_specialised f16 token_sorted swiglu plain none none none lora none none none
+warp_specialised f16 token_sorted swiglu_clamp plain none none none none none none none
+warp_specialised f16 token_sorted swiglu_clamp plain none none none lora none none none
+warp_specialised f16 sorted_pair none plain none none none none none none none
+warp_specialised f16 sorted_pair none plain none none none lora none none none
+warp_specialised f16 sorted_pair none weighted none none none none none none none
 """,
 )
 

@@ -12,7 +12,8 @@ from .. import _runtime as runtime
 from .._scales import find_factor_mode, find_mode, find_x_mode
 from ..moe_align._op import MoeTables
 from ..moe_runs._op import MoeRuns
-from ._problem import OP, Call, Delta, Scales, has_boxes, plan, problem_of
+from . import _problem as problems
+from ._problem import OP, Call, Delta, Problem, Scales, has_boxes, has_gluon, plan, problem_of
 from ._table import QUANT, VARIANTS
 
 
@@ -37,6 +38,7 @@ def moe_gemm(
     limit: float | None = None,
     alpha: float | None = None,
     beta: float | None = None,
+    out_scale: torch.Tensor | None = None,
 ) -> None:
     """One projection of the experts of an MoE layer: out[to(p)] = w[p] * f(x[from(p)] . W[e]^T) for every local pair p.
 
@@ -73,11 +75,14 @@ def moe_gemm(
             ceil(rank / group_k)].
         bias: [E, rows of W[e]] in any float dtype, last stride 1, added in fp32.
         limit, alpha, beta: of "swiglu_clamp", as ``fused_moe`` takes them.
+        out_scale: for an ``out`` that is FP8, [T * top_k, N] with ``out_rows="sorted"``: the codes and scales that ``moe_quant``
+            makes of what else were written. Float32 [T * top_k, ceil(N / group_k)], contiguous, written, where the scales of x
+            are of groups; [1] or [>= E], read, where x has one. For "swiglu" in blocks of 128 rows on sm_90, with Gluon.
 
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
-    adapters, more = (v, lora_b, runs, b_scale), (bias, limit, alpha, beta)
+    adapters, more = (v, lora_b, runs, b_scale), (bias, limit, alpha, beta, out_scale)
     (_in_graphs if torch.compiler.is_compiling() else _apply)(
         out, x, w, tables, topk_weights, x_rows, out_rows, activation, layout, w_scale, x_scale, *adapters, *more
     )
@@ -103,6 +108,7 @@ def bind(
     limit: float | None = None,
     alpha: float | None = None,
     beta: float | None = None,
+    out_scale: torch.Tensor | None = None,
     zero_rest: bool = False,
     follows: bool = False,
     op: str = "moe_gemm",
@@ -112,8 +118,64 @@ def bind(
     Raises:
         ValueError: as ``moe_gemm``.
     """
+    adapters, more = (v, lora_b, runs, b_scale), (bias, limit, alpha, beta, out_scale, zero_rest, follows, op)
+    request = (topk_weights, x_rows, out_rows, activation, layout, w_scale, x_scale, *adapters, *more)
+    problem, facts = _asked(out, x, w, tables, *request, schedule=None if out_scale is None else "warp_specialised")
+    if problem.num_pairs == 0:
+        return runtime.nothing
+
+    def there(schedule: str) -> bool:
+        return VARIANTS.find(schedule=schedule, **facts) is not None
+
+    schedule, config = plan(problem, has_boxes(problem, x, w), there)
+    variant = VARIANTS.get(op, schedule=schedule, **facts)
+    if out_scale is not None and not has_gluon():
+        runtime.fail(op, "out_scale", runtime.describe(out_scale), None, "without Gluon use moe_quant behind it")
+    call: Call = variant.bind(problem, config)
+    return call
+
+
+def writes_fp8(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor, tables: MoeTables, *request: Any, **more: Any) -> bool:
+    """Whether tuning says of calls that look like this one, with an ``out_scale``, that the product makes its rows FP8; arguments
+    as of ``bind``.
+
+    Raises:
+        ValueError: as ``moe_gemm``.
+    """
+    problem, facts = _asked(out, x, w, tables, *request, **more)
+    served = problem.num_pairs > 0 and VARIANTS.find(schedule="warp_specialised", **facts) is not None
+    return served and problems.writes_fp8(problem, has_boxes(problem, x, w))
+
+
+def _asked(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    tables: MoeTables,
+    topk_weights: torch.Tensor | None,
+    x_rows: str,
+    out_rows: str,
+    activation: str | None,
+    layout: str = "halves",
+    w_scale: torch.Tensor | None = None,
+    x_scale: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    lora_b: Sequence[torch.Tensor] | None = None,
+    runs: MoeRuns | None = None,
+    b_scale: Sequence[torch.Tensor] | None = None,
+    bias: torch.Tensor | None = None,
+    limit: float | None = None,
+    alpha: float | None = None,
+    beta: float | None = None,
+    out_scale: torch.Tensor | None = None,
+    zero_rest: bool = False,
+    follows: bool = False,
+    op: str = "moe_gemm",
+    schedule: str | None = None,
+) -> tuple[Problem, dict[str, Any]]:
+    """The sizes of a call, checked, and the facts of the variants that serve it; of ``schedule`` where one is meant."""
     request = (topk_weights, x_rows, out_rows, activation, layout, w_scale, x_scale, v, lora_b, runs, b_scale, bias)
-    sizes = OP.check(op, OP.named(out, x, w, tables, *request, limit, alpha, beta))
+    sizes = OP.check(op, OP.named(out, x, w, tables, *request, limit, alpha, beta, out_scale))
     kind = sizes.get("D") or torch.bfloat16  # of a product of FP8 with FP8
     rows, epilogue = f"{x_rows}_{out_rows}", activation or "none"
     of_rows = 1 if x_rows == "token" else tables.num_experts
@@ -129,16 +191,16 @@ def bind(
         dtype=kind,
         rows=rows,
         epilogue=epilogue,
+        schedule=schedule,
         zero_rest=zero_rest,
         follows=follows,
         scales=scales,
         delta=Delta(v, lora_b, runs, of_b, b_scale),
         interleaved=layout == "interleaved",
         bias=bias,
+        out_scale=out_scale,
     )
-    if problem.num_pairs == 0:
-        return runtime.nothing
-    facts: dict[str, Any] = {
+    return problem, {
         "torch_dtype": kind,
         "rows": rows,
         "epilogue": epilogue,
@@ -149,15 +211,8 @@ def bind(
         "b_scales": problem.b_scales,
         "interleaved": problem.interleaved,
         "biased": bias is not None,
+        "writes_fp8": problem.writes_fp8,
     }
-
-    def there(schedule: str) -> bool:
-        return VARIANTS.find(schedule=schedule, **facts) is not None
-
-    schedule, config = plan(problem, has_boxes(problem, x, w), there)
-    variant = VARIANTS.get(op, schedule=schedule, **facts)
-    call: Call = variant.bind(problem, config)
-    return call
 
 
 def find_scales(

@@ -20,7 +20,8 @@ from kernelgen.families.activation import clamp_of
 from kernelgen.families.activation import slices as slices_of
 from kernelgen.families.buffers import Guarded, allocate, allocate_sparse, positions, row_major, seal
 from kernelgen.families.case import Case as BaseCase
-from kernelgen.families.case import Tags, worst_ratio
+from kernelgen.families.case import Tags, compare_exactly, worst_ratio
+from kernelgen.families.fused_moe import as_fp8
 from kernelgen.families.moe_adapters import MIXED, Adapters, Drawn, Factors, factors, live_of
 from kernelgen.families.moe_adapters import draw as draw_adapters
 from kernelgen.families.moe_experts import BY_PAIR, SPREAD, Experts, Routed, draw
@@ -59,6 +60,7 @@ class Case(BaseCase):
         scale_an_expert: a scale for all of x is one of the rows of each expert.
         scales_dtype: of all scales.
         by_column: the scales of x lie column by column.
+        out_scales: of an FP8 result, where they are given: 1, or one an expert.
         adapters, rank: of a variant with adapters.
         parts: of its rank vectors, where there are no tables.
         v_by_token: these have a row a token, not one a pair.
@@ -92,6 +94,7 @@ class Case(BaseCase):
     scale_an_expert: bool = False
     scales_dtype: torch.dtype = torch.float32
     by_column: bool = False
+    out_scales: int = 1
     adapters: Adapters = MIXED
     rank: int = 12
     parts: int = 2
@@ -197,7 +200,7 @@ _OF_ROLES = (
         "roles",
         "few programs of many tiles, the last of each kind not full",
         only=_ROLES,
-        body=_QUANTS,
+        body=(*_QUANTS, "out_quant"),
         tokens=70,
         experts=2,
         hint=1,
@@ -217,6 +220,7 @@ _OF_ROLES = (
         block_m=128,
         routing=_ONE,
         tiles={"num_stages": 3},
+        out_scales=3,
     ),
     Case(
         "roles_grouped",
@@ -524,6 +528,7 @@ class Call:
     inputs: Mapping[str, Guarded]
     adapted: Mapping[str, Any]  # v, lora_b and runs, of a variant with adapters
     more: Mapping[str, Any]  # a bias, and the numbers of an activation, where there are any
+    out_scale: Guarded | None = None  # of an FP8 out
 
     @property
     def operands(self) -> tuple[Any, ...]:
@@ -533,7 +538,8 @@ class Call:
     @property
     def scales(self) -> dict[str, torch.Tensor]:
         """Those that there are, by the names of their arguments."""
-        given = {"w_scale": self.w_scale, "x_scale": self.x_scale}
+        out_scale = None if self.out_scale is None else self.out_scale.view
+        given = {"w_scale": self.w_scale, "x_scale": self.x_scale, "out_scale": out_scale}
         return {name: scale for name, scale in given.items() if scale is not None}
 
     def verify(self) -> float:
@@ -545,13 +551,41 @@ class Call:
         for name, guarded in self.inputs.items():
             changed = int(guarded.changed().sum())
             assert not changed, f"{name}: {changed} elements of an input changed"
-        rows = torch.zeros(self.out.view.shape[0], dtype=torch.bool)
-        rows[self.expected.rows] = True
-        stray = int((self.out.changed() & ~positions(self.out, rows.to(self.x.device))).sum())
-        assert not stray, f"out: {stray} elements changed outside of the rows of local pairs"
+        self._verify_rest("out", self.out, self.expected.rows)
+        if self.out_scale is not None:
+            return self._verify_fp8(self.out_scale)
         return worst_ratio(
             self.out.view[self.expected.rows].cpu(), self.expected.out.cpu(), self.expected.bound.cpu()
         )
+
+
+    def _verify_rest(self, name: str, written: Guarded, rows: torch.Tensor) -> None:
+        mine = torch.zeros(written.view.shape[0], dtype=torch.bool)
+        mine[rows] = True
+        stray = int((written.changed() & ~positions(written, mine.to(self.x.device))).sum())
+        assert not stray, f"{name}: {stray} elements changed outside of the rows of local pairs"
+
+    def _verify_fp8(self, out_scale: Guarded) -> float:
+        """Codes times scales are what some rows within their bounds become, scales included."""
+        rows, out, bound = self.expected
+        width, scales, given = quant.group()[1], out_scale.view.cpu(), None
+        if scales.dim() == 1:  # read
+            self._verify_rest("out_scale", out_scale, rows[:0])
+            order = sorted(self.routed.local, key=lambda item: (item.expert, item.pair))
+            expert_of = torch.tensor([order[row].expert % scales.shape[0] for row in rows.tolist()], dtype=torch.int64)
+            scales, width, given = scales[expert_of, None], out.shape[1], scales
+        else:
+            self._verify_rest("out_scale", out_scale, rows)
+            scales = scales[rows]
+        codes = self.out.view[rows.to(self.x.device)].cpu()
+        found = codes.double() * scales.double().repeat_interleave(width, 1)[:, : out.shape[1]]
+        compare_exactly(found, out)
+        for i in range(len(rows)):
+            of_row = None if given is None else float(scales[i])
+            low, high = as_fp8(out[i] - bound[i], out[i] + bound[i], codes.dtype, width, of_row)
+            wrong = int(((found[i] < low) | (found[i] > high) | found[i].isnan()).sum())
+            assert not wrong, f"{wrong} of {len(low)} numbers of row {int(rows[i])} are off"
+        return 0.0
 
 
 def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
@@ -652,7 +686,13 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
 
     out_rows = tokens if writes == "token" else num_pairs
     out_row = case.row_stride or -(-case.n // case.align) * case.align + case.gap
-    out = memory((out_rows, case.n), (out_row, 1), case.out_dtype or dtype)
+    of_out, out_scale = None if tags.get("out_quant", "none") == "none" else of_x, None
+    out = memory((out_rows, case.n), (out_row, 1), element if of_out else case.out_dtype or dtype)
+    if of_out:
+        shape = (case.out_scales,) if of_out == "tensor" else quant.x_scale_shape(of_out, out.shape, quant.group()[1])
+        out_scale = allocate(shape, row_major(shape), torch.float32, device)
+        if of_out == "tensor":
+            out_scale.copy_(0.02 * 3.0 ** torch.arange(case.out_scales))
     if writes == "token":
         count = routed.num_valid
         expected = moe_gemm_sum(
@@ -693,7 +733,8 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
     given |= {"w_scale": w_scale, "x_scale": x_scale, "bias": bias}
     inputs = {name: _seal(tensor) for name, tensor in given.items() if tensor is not None}
     more = {**({} if bias is None else {"bias": bias}), **(clamp.given if clamp else {})}
-    return Call(_seal(out), x, w, tables, weights, w_scale, x_scale, routed, expected, inputs, slots, more)
+    sealed = None if out_scale is None else _seal(out_scale)
+    return Call(_seal(out), x, w, tables, weights, w_scale, x_scale, routed, expected, inputs, slots, more, sealed)
 
 
 def _seal(tensor: torch.Tensor) -> Guarded:

@@ -16,7 +16,7 @@ from kernelgen.families.buffers import bits, poison_
 from kernelgen.families.case import Law, Variant, worst_ratio
 from kernelgen.families.fused_moe import Inner, Lora, Model, fused_moe
 from kernelgen.families.moe_experts import Experts, Routed, draw
-from kernelgen.families.moe_gemm.cases import Case, make
+from kernelgen.families.moe_gemm.cases import Case, make, tiles
 from kernelgen.families.moe_lora.reference import dequantise
 
 
@@ -260,6 +260,35 @@ def few_and_many_agree(package: ModuleType, variants: Sequence[Variant], device:
         assert ((one - other).abs() <= limit).all(), f"{rows}, {epilogue}"
 
 
+def fp8_rows_have_the_bits_of_two_launches(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """Rows that a product makes FP8 are, codes and scales, those that moe_quant makes of what it else writes; also where all of a
+    group are zero, infinite or NaN, and where they saturate."""
+    known = {tuple(variant.tags.values()): variant for variant in variants}
+    for variant in variants:
+        other = known.get(tuple({**variant.tags, "out_quant": "none"}.values()))
+        if variant.tags["out_quant"] == "none" or other is None:
+            continue
+        case = Case("bits", "", tokens=70, experts=2, k=128, n=264, block_m=128, routing=Experts("skewed"))
+        one, two = (make(package, case, tags, device) for tags in (variant.tags, other.tags))
+        for call in (one, two):
+            assert call.w_scale is not None
+            call.x.view(torch.uint8)[0] = 0
+            call.x.view(torch.uint8)[1, 0] = 0x7F  # NaN
+            call.w_scale[-1].view(-1)[-1] = torch.inf
+            launcher = (variant if call is one else other).launcher(package)
+            launcher(*call.operands, config=tiles(launcher), **call.scales)
+        assert one.out_scale is not None
+        codes, scale = torch.zeros_like(one.out.view), one.out_scale.view
+        if scale.dim() > 1:
+            scale = torch.zeros_like(scale)
+        package.moe_quant(codes, scale, two.out.view, two.tables)
+        rows = one.expected.rows.to(scale.device)
+        assert torch.equal(bits(one.out.view[rows]), bits(codes[rows])), f"{variant.name}: codes"
+        assert scale.dim() == 1 or torch.equal(bits(one.out_scale.view[rows]), bits(scale[rows])), f"{variant.name}: scales"
+        found = codes[rows].float()
+        assert found.isnan().any() and (found.abs() == torch.finfo(codes.dtype).max).any() and (found == 0).all(1).any()
+
+
 def every_product_has_a_variant(
     package: ModuleType, variants: Sequence[Variant], device: str
 ) -> None:
@@ -267,6 +296,8 @@ def every_product_has_a_variant(
     runtime = package._runtime
     for variant in variants:
         tags = variant.tags
+        if tags["out_quant"] != "none":  # served where Gluon is alone
+            continue
         call = make(package, Case("point", "", k=64, n=64), tags, device)
         with runtime.compile_only() as requests:
             _launch(package, call, tags)
@@ -381,6 +412,7 @@ LAWS = (
     Law(stale_workspace),
     Law(same_bits),
     Law(few_and_many_agree),
+    Law(fp8_rows_have_the_bits_of_two_launches),
     Law(every_product_has_a_variant),
     Law(wrong_arguments_are_named),
     Law(wrong_layers_are_named),
