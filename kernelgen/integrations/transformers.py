@@ -486,6 +486,7 @@ class _Weights(NamedTuple):
     layout: str
     w13_scale: torch.Tensor | None = None
     w2_scale: torch.Tensor | None = None
+    apply_router_weight_on_input: bool = False
 
 
 def _mxfp4(name: str, experts: Any, tensors: Mapping[str, torch.Tensor]) -> _Weights:
@@ -514,7 +515,7 @@ def _weights(experts: Any) -> _Weights:
         w13, w2 = w13.transpose(1, 2), w2.transpose(1, 2)
     layout = "halves" if getattr(experts, "is_concatenated", True) else "interleaved"
     if not getattr(experts, "has_bias", False):
-        return _Weights(w13, w2, None, None, layout)
+        return _Weights(w13, w2, None, None, layout, apply_router_weight_on_input=takes_rows(experts))
     return _Weights(w13, w2, getattr(experts, f"{first}_bias"), experts.down_proj_bias, layout)
 
 

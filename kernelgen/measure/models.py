@@ -95,7 +95,7 @@ LAYERS: Mapping[str, Mapping[str, Layer]] = MappingProxyType(
 )
 
 
-_HIDDEN = ("hidden_size", "d_model", "n_embd")
+_HIDDEN = ("moe_latent_size", "moe_hidden_size", "hidden_size", "d_model", "n_embd")
 _INTERMEDIATE = (
     "moe_intermediate_size",
     "moe_ffn_hidden_size",
@@ -110,6 +110,7 @@ _TOP_K = (
     "experts_per_token",
     "moe_top_k",
     "moe_topk",
+    "moe_k",
     "top_k_experts",
 )
 _ACTIVATION = ("mlp_hidden_act", "hidden_act", "hidden_activation")

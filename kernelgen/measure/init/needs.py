@@ -225,7 +225,7 @@ def _experts(config: Path, sources: Sequence[Mapping[str, Any]]) -> Mapping[str,
     kinds = {source.get("model_type") for source in sources}
     if kinds & _OSS:
         return {"activation": "swiglu_clamp", "layout": "interleaved"}
-    why = next((one.layer for one in ARCHITECTURES if one.model_type in kinds and one.layer and one.name != "NemotronH"), None)
+    why = next((one.layer for one in ARCHITECTURES if one.model_type in kinds and one.layer), None)
     act = _value(sources, "mlp_hidden_act", "hidden_act", "hidden_activation")
     found = "swiglu" if act is None else _ACTIVATIONS.get(str(act))
     if why is None and kinds & _CLAMPED:
