@@ -373,10 +373,12 @@ def test_a_tunable_that_nothing_takes_is_told_at_its_line(kernel: str, problem: 
 @pytest.mark.parametrize(
     ("module", "text", "path", "expected"),
     [
-        ("_table", "VARIANTS = {}\n", "families/toy/_table.py", "0:0 KG024 generated/toy/_table.py is made by family"),
-        ("_a-b", "X = 1\n", "families/toy/_a-b.py", "0:0 KG024 no module can be called so"),
+        ("toy/_table", "VARIANTS = {}\n", "families/toy/_table.py", "0:0 KG024 generated/toy/_table.py is made by family"),
+        ("toy/_a-b", "X = 1\n", "families/toy/_a-b.py", "0:0 KG024 no module can be called so"),
+        ("toy/_more", "X = 1\n", "families/toy/_more.py", "0:0 KG020 no module imports this one [] import it, or remove it"),
+        ("_more", "X = 1\n", "families/_more.py", "0:0 KG020 no module imports this one"),
         (
-            "_op",
+            "toy/_op",
             f"{project.FRONT}\n\nvariants = VARIANTS\n__all__ = ['toy', 'variants']\n",
             "generated/__init__.py",
             "0:0 KG019 toy and the package itself both export variants",
@@ -386,7 +388,7 @@ def test_a_tunable_that_nothing_takes_is_told_at_its_line(kernel: str, problem: 
 def test_a_module_of_a_room_takes_the_place_of_nothing(
     module: str, text: str, path: str, expected: str, tmp_path: Path
 ) -> None:
-    (found,) = told(tmp_path, {}, path, {f"toy/{module}.py": text})
+    (found,) = told(tmp_path, {}, path, {f"{module}.py": text})
     assert found.startswith(expected)
 
 

@@ -32,7 +32,7 @@ CATALOGUE: Mapping[str, str] = {
     "KG017": "an exclude that leaves nothing out",
     "KG018": "a tag, or a family, of which nothing is left",
     "KG019": "two variants of one name",
-    "KG020": "a kernel without a template, or a template without a kernel",
+    "KG020": "a kernel without a template, or a template or a module of a room that nothing makes use of",
     "KG021": "a template that is not well-formed, or does more than templates may",
     "KG022": "a template failed on a variant",
     "KG023": "a template made something that is not acceptable Python",

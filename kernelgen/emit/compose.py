@@ -12,6 +12,7 @@ from typing import Iterable, Iterator, Mapping, Sequence
 
 from kernelgen.core import names
 from kernelgen.core.diagnostics import Diagnostic
+from kernelgen.core.locate import FAMILIES
 from kernelgen.core.model import Family, Location, Module, Package
 from kernelgen.core.names import Identifier, Symbol
 from kernelgen.emit.outline import Outline
@@ -49,7 +50,12 @@ def compose(families: Sequence[Family], outputs: Outputs) -> None:
         for fault in _export_faults(parts):
             outputs.add_fault(fault)
         outputs.render([_output(_FACE, face, Package(tuple(families), tuple(sorted(parts)), tuple(sorted(left_out))))])
-    for stem in modules.keys() - _reached(modules, outputs):
+    idle = modules.keys() - _reached(modules, outputs)
+    for source in outputs.rooms.shared():
+        if source.stem in idle and not needs[source.stem] and source.file.parent != FAMILIES:
+            fault = Diagnostic("KG020", Location(source.label), "no module imports this one", "import it, or remove it")
+            outputs.add_fault(fault)
+    for stem in idle:
         outputs.remove(names.package_path(stem))
 
 

@@ -13,7 +13,7 @@ from typing import Iterator, Sequence
 from kernelgen.core import names
 from kernelgen.core.diagnostics import Diagnostic, Failure, did_you_mean
 from kernelgen.core.locate import room_label
-from kernelgen.core.model import SCALES, SCHEDULE, VOCABULARY, Axis, Family, Kernel, Package, Record
+from kernelgen.core.model import SCALES, SCHEDULE, VOCABULARY, Axis, Family, Kernel, Location, Package, Record
 from kernelgen.core.names import Identifier
 from kernelgen.emit.outline import VARIANTS, Mentioned, Outline, Question, module_of, outline
 from kernelgen.emit.outputs import Outputs
@@ -37,6 +37,7 @@ def faults(package: Package, families: Sequence[Family], outputs: Outputs) -> It
     if outputs.faults:  # what is missing because it failed would be told again
         return
     missing = list(_import_faults(outputs)) or [*_ask_faults(outputs), *_circle_faults(outputs)]
+    missing += _idle_faults(families, outputs)
     missing += [*_record_faults(outputs), *_operand_faults(package, outputs)]
     missing += [fault for family in families for fault in _launcher_faults(family, outputs)]
     yield from missing
@@ -400,6 +401,16 @@ def _ask_faults(outputs: Outputs) -> Iterator[Diagnostic]:
                 where = outputs.place_in(place, wanted.at[0], wanted.name, wanted.at[1])
                 hint = did_you_mean(wanted.name, of.defined, "")
                 yield Diagnostic("KG023", where, f"{_called(wanted.module)} has no {wanted.name!r}", hint)
+
+
+def _idle_faults(families: Sequence[Family], outputs: Outputs) -> Iterator[Diagnostic]:
+    """Modules of rooms that nothing imports."""
+    wanted = {wanted for made in outputs.modules.values() for wanted in made.imports}
+    imported = {place for of in wanted for place in (of.module, (*of.module, of.name))}
+    for family in families:
+        for source in outputs.rooms.modules(family.name):
+            if (family.name, source.stem) not in imported and source.stem not in (names.FRONT_DOOR, names.CONFIGS):
+                yield Diagnostic("KG020", Location(source.label), "no module imports this one", "import it, or remove it")
 
 
 def _record_faults(outputs: Outputs) -> Iterator[Diagnostic]:
