@@ -47,7 +47,7 @@ RANK = {{ v.max_rank }}
 
 
 def {{ v.name }}(block_n):
-    return tl.{{ v.torch_dtype }}, {{ v.block_rank }}
+    return tl.{{ v.torch_dtype }}, {{ v.block_rank }}, "{{ v.size }}"
 '''
 FRONT = '''\
 """The front door of toy."""

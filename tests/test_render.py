@@ -55,7 +55,7 @@ def test_the_output_of_a_variant(tmp_path: Path) -> None:
         "\n"
         "\n"
         "def toy_f16_r32_small(block_n):\n"
-        "    return tl.float16, 32\n"
+        '    return tl.float16, 32, "small"\n'
     )
     assert sorted(tree.files) == [
         "generated/__init__.py",

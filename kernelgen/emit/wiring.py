@@ -99,10 +99,11 @@ def axis_faults(axis: Axis, twins: Twins) -> Iterator[Diagnostic]:
         hint = f"drop the axis, or read v.{axis.name} in the kernel and in the front door"
         yield Diagnostic("KG029", axis.location, message, hint)
         return
-    for kernel in family.kernels if axis.name in VOCABULARY else ():  # of a free axis, a word that is printed is enough
+    ignored = _WORDS if axis.name in VOCABULARY else _DOCUMENTS  # of a free axis, a word in quotes is enough
+    for kernel in family.kernels:
         used = {getattr(variant, axis.name) for variant in family.variants if variant.kernel == kernel.name}
         for tag, other in itertools.combinations((tag for tag in axis.tags if tag in used), 2):
-            if twins.are_same(kernel, axis.name, tag, other):
+            if twins.are_same(kernel, axis.name, tag, other, ignored):
                 message = f"templates/{kernel.template} makes the same of {axis.name} {tag} and {other}"
                 hint = f'read what they stand for, say {{{{ refuse("{axis.name}") }}}} where one has no arm, or drop it'
                 yield Diagnostic("KG029", axis.tag_locations[axis.tags.index(other)], message, hint)
