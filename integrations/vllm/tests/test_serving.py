@@ -105,7 +105,7 @@ def fp8_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
     from vllm.platforms.cpu import CpuPlatform
 
-    def per_token_group_quant_fp8(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def per_token_group_quant_fp8(x: torch.Tensor, group_size: int, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
         groups = x.float().unflatten(-1, (-1, group_size))
         scale = groups.abs().amax(-1).clamp_min(1e-10) / 448
         return (groups / scale[..., None]).to(torch.float8_e4m3fn).view(x.shape), scale
