@@ -6,12 +6,18 @@ On a GPU most of them are a hang, or wrong once in many runs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Iterator
 
 import pytest
+import torch
 import triton
 
+import generated as kg
+from generated import _runtime as runtime
+from generated.moe_gemm import _op as gemm_op
+from generated.moe_gemm import _problem as gemm
 from kernelgen.emit.lint import faults
 from kernelgen.families.moe_gemm.cases import CASES, Case
 from kernelgen.prove.gluon import Deadlock
@@ -152,3 +158,26 @@ def test_a_name_that_triton_would_not_carry_around_a_loop_is_refused(line: str, 
     barrier of another slot waits for ever. As Python it is right, so that no run on the CPU can show it."""
     found = [fault for fault in faults("generated/x/y.py", TRAP.format(line=line)) if "changes later" in fault.message]
     assert len(found) == count
+
+
+def test_a_layer_makes_rows_fp8_at_once_where_tuning_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the bits of the layer that takes a launch more; and never by itself."""
+    for module in (gemm, gemm_op):
+        monkeypatch.setattr(module, "has_gluon", lambda: True)
+    numbers = torch.Generator().manual_seed(0)
+    normal = functools.partial(torch.randn, generator=numbers)
+    x, x_scale = kg.quantize_activations(normal(300, 128), "group")
+    (w13, s13), (w2, s2) = (kg.quantize_weights(normal(2, 256, 128) / 8, "group", slices=n) for n in (2, 1))
+    layer = (x, w13, w2[:, :128].contiguous(), torch.randint(2, (300, 1), generator=numbers), torch.ones(300, 1))
+    given = {"activation": "swiglu", "w13_scale": s13, "w2_scale": s2[:, :1].contiguous(), "x_scale": x_scale}
+    with runtime.choosing({}) as choices, runtime.launches() as two:
+        wanted = kg.fused_moe(*layer, **given)
+    first = next(choice.key for choice in choices if getattr(choice.key, "reads_token", False))
+    roles = (("warp_specialised", (2, 1, 1)),)
+    forced = {(type(first), first): roles, (type(first), first._replace(writes_fp8=True)): roles}
+    with runtime.choosing({(type(first), first): roles}), runtime.launches() as by_itself:
+        assert torch.equal(kg.fused_moe(*layer, **given), wanted)
+    with runtime.choosing(forced), runtime.launches() as one:
+        assert torch.equal(kg.fused_moe(*layer, **given), wanted)
+    families = [[launch.family for launch in each] for each in (two, by_itself, one)]
+    assert families[0] == families[1] and families[2] == [family for family in families[0] if family != "moe_quant"]
