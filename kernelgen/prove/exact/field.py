@@ -27,13 +27,18 @@ _REST, _REST_LOW = np.uint64(30), np.uint64(2**30 - 1)
 
 def _reduced(x: Elements) -> Elements:
     """Any 64-bit numbers, as elements."""
-    x = (x & _P) + (x >> _BITS)
-    return np.where(x >= _P, x - _P, x)
+    return _below((x & _P) + (x >> _BITS))
+
+
+def _below(x: Elements) -> Elements:
+    """Numbers below 2 P, as elements: what is below P would wrap, and be large."""
+    smaller: Elements = np.minimum(x, x - _P)
+    return smaller
 
 
 def add(x: Elements, y: Elements) -> Elements:
     """x + y."""
-    return _reduced(x + y)
+    return _below(x + y)
 
 
 def negative(x: Elements) -> Elements:
@@ -43,7 +48,7 @@ def negative(x: Elements) -> Elements:
 
 def subtract(x: Elements, y: Elements) -> Elements:
     """x - y."""
-    return _reduced(x + (_P - y))
+    return _below(x + (_P - y))
 
 
 def multiply(x: Elements, y: Elements) -> Elements:
@@ -51,7 +56,7 @@ def multiply(x: Elements, y: Elements) -> Elements:
     x_high, x_low, y_high, y_low = x >> _HALF, x & _LOW, y >> _HALF, y & _LOW
     middle = x_high * y_low + x_low * y_high
     ends = ((x_high * y_high) << np.uint64(1)) + (middle >> _REST) + ((middle & _REST_LOW) << _HALF)
-    return _reduced(_reduced(ends) + _reduced(x_low * y_low))
+    return _below(_reduced(ends) + _reduced(x_low * y_low))
 
 
 def inverse(x: Elements) -> Elements:

@@ -6,6 +6,7 @@ element of the chosen one. What has no rule makes numbers without elements, whic
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
@@ -125,16 +126,16 @@ class Formulas(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = func._schema.name.removeprefix("aten::")
-        if self.paused or name in _NEW or (func.is_view and name != "lift_fresh"):
+        name, changes, calculates = _kind(func)
+        if self.paused or not calculates:
             return func(*args, **kwargs)
-        if func._schema.is_mutable:  # what chooses must see the numbers as they were
+        if changes:  # what chooses must see the numbers as they were
             elements = self._calculate(name, func, args, kwargs) if _is_float(args[0]) else ""
-            made = func(*args, **kwargs)
-        else:
-            made = func(*args, **kwargs)
-            elements = self._calculate(name, func, args, kwargs) if any(map(_is_float, tree_leaves(made))) else ""
-        for tensor in tree_leaves(made):
+        made = func(*args, **kwargs)
+        results = [made] if isinstance(made, torch.Tensor) else tree_leaves(made)
+        if not changes:
+            elements = self._calculate(name, func, args, kwargs) if any(map(_is_float, results)) else ""
+        for tensor in results:
             if _is_float(tensor):
                 if isinstance(elements, str):
                     self.memory.storage(tensor).lost = elements
@@ -169,6 +170,13 @@ class Formulas(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         moved: torch.Tensor = func(*tree_map(of, args), **tree_map(of, kwargs))
         return moved.numpy().view(np.uint64)
+
+
+@functools.cache
+def _kind(func: Any) -> tuple[str, bool, bool]:
+    """The name of an operation, whether it changes an operand, and whether it makes elements."""
+    name = func._schema.name.removeprefix("aten::")
+    return name, func._schema.is_mutable, name not in _NEW and (not func.is_view or name == "lift_fresh")
 
 
 def _is_float(value: Any) -> bool:

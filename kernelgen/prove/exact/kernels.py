@@ -37,6 +37,8 @@ def _elements(value: Any) -> Elements:
 def _constant(value: Any) -> Elements:
     """Those of numbers of the text, which its types hold."""
     numbers = widened(value.data, value.dtype.scalar)
+    if numbers.size == 1:
+        return np.full(numbers.shape, field.of_float(numbers.item()), np.uint64)
     different, place = np.unique(numbers, return_inverse=True)
     elements: Elements = np.array([field.of_float(float(n)) for n in different], np.uint64)[place]
     return elements.reshape(numbers.shape)

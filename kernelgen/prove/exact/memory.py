@@ -32,11 +32,12 @@ class _Storage:
 
     def read(self, offsets: NDArray[np.uint64]) -> Elements:
         """The elements at these bytes; what was not written is drawn."""
-        elements = field.scrambled(self.seed + offsets)
-        if self.written is not None:
-            found = self.written[offsets.astype(np.int64)]
-            elements = np.where(found == 0, elements, found - np.uint64(1))
-        return elements
+        if self.written is None:
+            return field.scrambled(self.seed + offsets)
+        found = self.written[offsets.astype(np.int64)]
+        if found.all():
+            return found - np.uint64(1)
+        return np.where(found == 0, field.scrambled(self.seed + offsets), found - np.uint64(1))
 
     def write(self, offsets: NDArray[np.uint64], elements: Elements) -> None:
         self.cells()[offsets.astype(np.int64)] = elements + np.uint64(1)
