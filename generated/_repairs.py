@@ -33,6 +33,10 @@ from numpy.typing import NDArray
 
 _KNOWN = "3.6 to 3.9"
 _MARK = "_repaired_by_kernelgen"
+_OF_TWO = (  # operations of the language
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "and_", "or_", "xor_"),
+    *("less_than", "less_equal", "greater_than", "greater_equal", "equal", "not_equal"),
+)
 _PARTS = {
     "InterpreterBuilder": (
         "cast_impl",
@@ -53,7 +57,7 @@ _PARTS = {
     "_patch_lang_core": (),
     "_patch_lang_tensor": (),
     "_patch_attr": (),
-    "TritonSemantic": ("binary_op_type_checking_impl", "broadcast_impl_value"),
+    "TritonSemantic": ("binary_op_type_checking_impl", "broadcast_impl_value", *_OF_TWO),
     "_get_np_dtype": (),
 }
 
@@ -163,7 +167,7 @@ def _speed_up_values(interpreter: Any) -> None:
 
 
 def _speed_up_operands(interpreter: Any) -> None:
-    """What the types of two operands come to is found once for them, as is the tensor of a number: a fifth of all time."""
+    """What two operands come to, and what is made of them, is found once for their types, as is the tensor of a number."""
     semantic, handle = interpreter.TritonSemantic, interpreter.TensorHandle
 
     def key(value: Any) -> str:
@@ -206,9 +210,67 @@ def _speed_up_operands(interpreter: Any) -> None:
 
         return pair
 
+    def found_once(stock: Callable[..., Any]) -> Callable[..., Any]:
+        known: dict[tuple[Any, ...], Any] = {}
+
+        def operation(self: Any, left: Any, right: Any, *rules: Any, **named: Any) -> Any:
+            asked = key(left), key(right), rules, *named.items()
+            if asked not in known:
+                if len(known) == 10_000:
+                    known.clear()
+                made, known[asked] = noted(stock, self, left, right, *rules, **named)
+                return made
+            if known[asked] is None:
+                return stock(self, left, right, *rules, **named)
+            create, x, y, kind = known[asked]
+            made = getattr(self.builder, create)(fit(self, left, x).handle, fit(self, right, y).handle)
+            return self.tensor(made, kind)
+
+        return operation
+
+    def noted(stock: Callable[..., Any], self: Any, left: Any, right: Any, *rules: Any, **named: Any) -> tuple[Any, Any]:
+        """What an operation makes, and how, if that is one call of the builder on the operands as they were fitted."""
+        builder, fitted = _Noted(self.builder), []
+
+        def pair(*operands: Any, **kinds: Any) -> Any:
+            fitted.append(self.binary_op_type_checking_impl(*operands, **kinds))
+            return fitted[-1]
+
+        beside = type(self)(builder)
+        beside.binary_op_type_checking_impl = pair
+        made = stock(beside, left, right, *rules, **named)
+        if len(fitted) != 1 or len(builder.calls) != 1:
+            return made, None
+        (pair_made,), ((create, operands, result),) = fitted, builder.calls
+        if [*map(id, operands)] != [id(each.handle) for each in pair_made] or result is not made.handle:
+            return made, None
+        wanted = (t.type if isinstance(given, tl.tensor) else t for t, given in zip(pair_made, (left, right), strict=True))
+        return made, (create, *wanted, made.type)
+
     interpreter.InterpreterBuilder.create_spread = spread
     for name in ("binary_op_type_checking_impl", "broadcast_impl_value"):
         setattr(semantic, name, once(getattr(semantic, name)))
+    for name in _OF_TWO:
+        setattr(semantic, name, found_once(getattr(semantic, name)))
+
+
+class _Noted:
+    """A builder, and what it was called for: names, operands and results."""
+
+    def __init__(self, builder: Any) -> None:
+        self._builder, self.calls = builder, list[tuple[str, tuple[Any, ...], Any]]()
+
+    def __getattr__(self, name: str) -> Any:
+        member = getattr(self._builder, name)
+        if not name.startswith("create_"):
+            return member
+
+        def call(*operands: Any, **named: Any) -> Any:
+            made = member(*operands, **named)
+            self.calls.append((name, (*operands, *named.values()), made))
+            return made
+
+        return call
 
 
 def _speed_up_calls(interpreter: Any) -> None:
