@@ -34,9 +34,10 @@ class _Storage:
         """The elements at these bytes; what was not written is drawn."""
         if self.written is None:
             return field.scrambled(self.seed + offsets)
-        found = self.written[offsets.astype(np.int64)]
+        found: Elements = self.written[offsets.astype(np.int64)]
         if found.all():
-            return found - np.uint64(1)
+            found -= np.uint64(1)  # of its own: the index copies
+            return found
         return np.where(found == 0, field.scrambled(self.seed + offsets), found - np.uint64(1))
 
     def write(self, offsets: NDArray[np.uint64], elements: Elements) -> None:
