@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "family.md").read_text()
 FILES = re.findall(r'^```\w+ title="(.*?)"\n(.*?)^```$', PAGE, re.MULTILINE | re.DOTALL)
 COMMANDS = [shlex.split(line)[1:] for line in re.findall(r"^\$ (kernelgen .*)$", PAGE, re.MULTILINE)]
+MORE = ("suite.py", "workload.py", "tune.py", "_lora_embedding_shape.py")  # beside what ``new`` writes
 COMPILE = ("compile", "explain")  # kernels are compiled by these, and interpreted by the others
 WITHOUT_GPU = [["bench", "lora_embedding"], ["tune", "lora_embedding", "--budget", "10m"]]
 DRIVER = """
@@ -26,6 +27,16 @@ from kernelgen.core import entry
 for arguments in json.loads(sys.argv[1]):
     sys.argv = ["kernelgen", *arguments]
     print("$", *arguments, entry.exit_code(cli.commands), flush=True)
+"""
+
+WARMUP = """
+import generated
+from generated._warmup import requests
+from kernelgen.compiled.stand_in import compiling_for
+from kernelgen.core.targets import TARGETS
+
+with compiling_for(TARGETS["sm_90"]):
+    print(len(requests([generated.LoraEmbeddingShape(99, 80, 16, 4)], max_tokens=64)))
 """
 
 
@@ -62,7 +73,7 @@ def test_a_family_of_the_guide_needs_nothing_else(tmp_path: Path) -> None:
     assert f"$ {' '.join(new)} 0" in printed, "\n".join(printed)
     written = {path for path in printed if (tmp_path / path).is_file()}
     for path, text in FILES:
-        assert path in written or path.rpartition("/")[2] in ("suite.py", "workload.py", "tune.py"), path
+        assert path in written or path.rpartition("/")[2] in MORE, path
         (tmp_path / path).write_text(text)
     lint(tmp_path)
     assert written - {path for path, _ in FILES} == {"families/lora_embedding/__init__.py"}
@@ -74,6 +85,9 @@ def test_a_family_of_the_guide_needs_nothing_else(tmp_path: Path) -> None:
             assert f"$ {' '.join(command)} {code}" in printed, "\n".join(printed)
         if interpreted:
             assert "25 checks" in "\n".join(printed) and "lora_embedding_bf16_add" in printed
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
+    keys = subprocess.check_output([sys.executable, "-c", WARMUP], cwd=tmp_path, env=environment, text=True)
+    assert int(keys) == 1  # for any number of tokens
 
 
 @pytest.mark.parametrize(
