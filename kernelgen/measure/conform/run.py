@@ -35,7 +35,7 @@ from kernelgen.prove.memory import beside
 from kernelgen.prove.testing import Suite
 from kernelgen.prove.verify import is_named, start_worker, suites
 
-SYSTEMS = ("vllm",)
+SYSTEMS = ("vllm", "sglang")
 _EMBEDDED = 2**20  # bytes of operands that a file may hold
 
 
@@ -129,6 +129,14 @@ def theirs(module: str, function: str, *arguments: Any, **named: Any) -> None:
         getattr(importlib.import_module(module), function)(*arguments, **named)
     finally:
         beside.reset(token)
+
+
+def adapters_of_tokens(route: Any, device: torch.device) -> torch.Tensor:
+    """The adapter of each token of a dense layer [T], -1 where it has none, from the blocks of a route; for adapters."""
+    mapping = torch.full((route.num_tokens,), -1, dtype=torch.int32, device=device)
+    for adapter, _, first, rows in route.blocks[: int(route.num_blocks)].tolist():
+        mapping[route.pairs[first : first + rows].long()] = adapter
+    return mapping
 
 
 class _Copies:

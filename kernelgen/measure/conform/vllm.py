@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 
 from kernelgen.families.case import Tags
-from kernelgen.measure.conform.run import Adapter, theirs
+from kernelgen.measure.conform.run import Adapter, adapters_of_tokens, theirs
 from kernelgen.measure.workload import Unsupported
 
 _OPS = "vllm.lora.ops.triton_ops"
@@ -27,19 +27,11 @@ def _forget() -> None:
                 value.clear()
 
 
-def _mapping(route: Any, device: torch.device) -> torch.Tensor:
-    """The adapter of each token of a dense layer, from blocks of tokens."""
-    mapping = torch.full((route.num_tokens,), -1, dtype=torch.int32, device=device)
-    for adapter, _, first, rows in route.blocks[: int(route.num_blocks)].tolist():
-        mapping[route.pairs[first : first + rows].long()] = adapter
-    return mapping
-
-
 def _meta(route: Any, device: torch.device) -> tuple[Any, ...]:
     """The metadata of a dense layer."""
     module = importlib.import_module(f"{_OPS}.lora_kernel_metadata")
     meta = module.LoRAKernelMeta.make(route.max_loras, max(route.num_tokens, 1), device)
-    meta.prepare_tensors(_mapping(route, device))
+    meta.prepare_tensors(adapters_of_tokens(route, device))
     return tuple(meta.meta_args(route.num_tokens, False))
 
 
@@ -94,7 +86,7 @@ def _shrink(
         scales = [] if a_scale is None else _weights(a_scale)
         given = {**_modes(tags, scales), "a_scale": x_scale, "use_fp8_w8a8": tags["act_quant"] != "none"}
         theirs(_OPS, "lora_shrink_fp8", *arguments, **given)
-    live = (_mapping(route, x.device) >= 0).nonzero()[:, 0]
+    live = (adapters_of_tokens(route, x.device) >= 0).nonzero()[:, 0]
     y[:, live] = out[:, live]  # the other rows become zero, which its callers expect
 
 
