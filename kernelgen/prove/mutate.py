@@ -22,6 +22,7 @@ import re
 import shutil
 import sys
 import tempfile
+import unittest
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, Mapping, Sequence
 from unittest import mock
@@ -67,6 +68,7 @@ _FP32 = "the other operand is fp32"
 _ROWS = "rows of a block do not mix, and one that is not live is not stored"
 _TAIL = "B's mask drops the ranks behind the last one too"
 _WORK = "the expand drops such pairs too; this saves work"
+_DISGUISE = "a size in disguise: a block has a row"
 _RIGHT, _LEFT, _MOVED_BOUND = "right side dropped", "left side dropped", "bound moved"
 _NO_MASK, _NO_CAST = "mask dropped", "cast dropped"
 
@@ -74,7 +76,10 @@ EQUIVALENT: Sequence[Excuse] = (
     Excuse(
         _RIGHT, r"(K|N|RANK) % \w+", "the masked path is right everywhere, only slower", r"\bif\b"
     ),
-    Excuse(_NO_CAST, r"y\.to\(.*\)", _IMPLICIT, r"tl\.store"),
+    Excuse(_NO_CAST, r"[hy]\.to\(.*\)", _IMPLICIT, r"tl\.store"),
+    Excuse(_NO_CAST, r"tl\.load\(x_rows \+ N.*\)\.to\(tl\.float32\)", _FP32, r"^up = "),
+    Excuse(_NO_CAST, r"tl\.load\((out|delta)_row \+ n.*\)\.to\(tl\.float32\)", _FP32),
+    Excuse(_NO_CAST, r"tl\.load\(x_ptr \+ row.*\)\.to\(tl\.float32\)", "its largest is exact, and a scale in fp32 divides it"),
     Excuse(_NO_CAST, r"slices\[s\]\[1\]\.to\(parts_ptr.*\)", _IMPLICIT),
     Excuse(_NO_CAST, r"(old|a|b|x)\.to\(tl\.float32\)", _FP32),
     Excuse(_NO_CAST, r"v\.to\(tl\.\w+\)\.to\(tl\.float32\)", _FP32),
@@ -96,9 +101,10 @@ EQUIVALENT: Sequence[Excuse] = (
     Excuse(_RIGHT, r"\(part < PARTS\) & \(r < RANK\)\[None, :\]", _TAIL),
     Excuse(_RIGHT, r"RANK - r0", _TAIL, "^v_mask = "),
     Excuse("choice dropped", r"tl\.where\(\(r < RANK\).*", _TAIL),
-    Excuse("clamp dropped", r"tl\.minimum\( ?N, rows \* N ?\)", "N in disguise: a block has a row"),
-    Excuse(_LEFT, r"rows \* N", "N in disguise: a block has a row"),
+    Excuse("clamp dropped", r"tl\.minimum\( ?(N|K|RANK), rows \* (N|K|RANK) ?\)", _DISGUISE),
+    Excuse(_LEFT, r"rows \* (N|K|RANK)", _DISGUISE),
     Excuse(_MOVED_BOUND, r"PARTS > \d+", "both ways to add parts are right"),
+    Excuse(_MOVED_BOUND, r"m0 >= rows", "a program without rows stores nothing; it returns to save work"),
     Excuse(_LEFT, r"\(pair >= 0\) & \(pair < num_pairs\)", "padding is never negative"),
     Excuse("id cut to 32 bits", r"tl\.load\(topk_ids_ptr \+ pair\)", _WORK, function="shrink"),
     Excuse("update dropped", r"live &= tl\.load\(adapter_enabled.*", _WORK, function="shrink"),
@@ -376,7 +382,18 @@ class Bench:
             except Exception:
                 self._require_right(suite, variant, case, True)
                 return Fate(variant.name, mutant, f"{case.name}, exactly")
-        return Fate(variant.name, mutant, "")
+        return Fate(variant.name, mutant, "" if only or of_order else self._broken_law(suite, variant, mutant))
+
+    def _broken_law(self, suite: Suite, variant: Variant, mutant: Mutant) -> str:
+        """The law that does not hold with a mutant in the place of its variant; empty: all do."""
+        for law in suite.laws:
+            try:
+                with self.swapped(suite.package, variant, mutant.text), contextlib.suppress(unittest.SkipTest):
+                    suite.uphold(law, "cpu")
+            except Exception:
+                suite.uphold(law, "cpu")  # raises where it does not hold without the mutant
+                return law.name
+        return ""
 
     def _meet(self, suite: Suite, variant: Variant, case: Case, of_order: bool = False) -> bool:
         """Run a case; whether something was launched dependent, where the order of launches is watched."""

@@ -61,7 +61,7 @@ CASES = (
     Case("no_valid_token", "a step of padding alone", routing=Experts(valid=0)),
     Case("more_than_there_are", "a count beyond the batch", routing=Experts(valid=2**31 - 1)),
     Case("hint_too_low", "programs that take many rows", tokens=9, hint=1),
-    Case("ids_int64", "ids as torch.topk gives them", routing=Experts("mixed", ids_dtype=torch.int64)),
+    Case("ids_int64", "ids as torch.topk gives them", tokens=8, routing=Experts("mixed", ids_dtype=torch.int64)),
     Case("large", "gates in the tails of exp", body=("epilogue", "delta"), scale=60.0),
     Case("nan", "a NaN of the gate, and one of up, stay", body=("epilogue", "delta"), nan=True, tokens=2, n=40),
     Case("unaligned", "odd strides, a base that is not 16-byte aligned", gap=1, offset=1, n=33),
@@ -95,6 +95,7 @@ def check(
             x[divmod(pair, case.top_k)][:: width - 1] = torch.nan
     rows = case.tokens * case.top_k
     h = allocate((rows, case.n), (case.n + case.gap, 1), dtype, device, offset=case.offset)
+    h[:] = 1.0  # what it makes of a NaN that it should not read would be one too
     guarded = seal(h)
     beside = None
     if tags["delta"] == "lora":
