@@ -13,11 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
+from kernelgen.core import names
 from kernelgen.prove.exact import Lost
 from kernelgen.prove.mutate import Bench
 from kernelgen.prove.numerics import receipts
 from kernelgen.prove.numerics.tape import taped
-from kernelgen.prove.testing import Suite, Variant
+from kernelgen.prove.testing import Suite, Variant, text_of
+from kernelgen.prove.verify import suites
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="terms are of interpreted kernels")
@@ -30,6 +32,7 @@ class Change(NamedTuple):
     variant: str
     lines: tuple[tuple[str, str], ...]
     says: str
+    case: str = "exact"
 
 
 _TWO = "moe_lora_two_kernel_bf16_sorted_add_weighted_r16"
@@ -65,6 +68,75 @@ CHANGES = (
         (("tl.dot(v[s], b.T) * b_scale", "tl.dot((v[s].to(tl.float32) * b_scale).to(tl.bfloat16), b.T)"),),
         r"is .*bf16\(\(.* \* b_scale.*\) \* bf16\(b\[",
     ),
+    Change(
+        "experts of a token are added from the last to the first",
+        "moe_gemm_gemv_bf16_pair_token_weighted",
+        (("for j in tl.static_range(TOP_K):", "for i in tl.static_range(TOP_K):\n        j = TOP_K - 1 - i"),),
+        r"in topk_weights of .*: was topk_weights\[\., \.\+m\], is topk_weights\[\., \.-m\]",
+        "exact_several",
+    ),
+    Change(
+        "a bias goes in front of the delta",
+        "moe_gemm_tile_bf16_sorted_pair_plain_lora_bias",
+        (
+            ("    acc += 0.0\n", "    acc += tl.load(bias_ptr + expert * BIAS_STRIDE + w_row).to(tl.float32)\n"),
+            ("acc += bias[None, :]", ""),
+        ),
+        r"was bf16\(\(dot_bf16\(.*, from dot_bf16\(.* \+ bias\[\., \.\]\)\), is .*, from \(dot_bf16\(.*\) \+ bias\[\., \.\]\)\)",
+    ),
+    Change(
+        "a gate is rounded before it meets up",
+        "moe_gemm_tile_bf16_token_sorted_swiglu_plain",
+        (("gate / (1.0 + tl.exp(-gate)) * up", "(gate / (1.0 + tl.exp(-gate))).to(tl.bfloat16) * up"),),
+        r"is .* \* bf16\(\(t1 / \(exp\(neg\(t1\)\) \+ 1\)\)\)",
+    ),
+    Change(
+        "the chunks of ranks change places",
+        "lora_expand_bf16_add_rany",
+        (
+            ("tl.dot(v_chunks[0], b_chunks[0].T)", "tl.dot(v_chunks[CHUNKS - 1], b_chunks[CHUNKS - 1].T)"),
+            (
+                "tl.dot(v_chunks[c], b_chunks[c].T, product)",
+                "tl.dot(v_chunks[CHUNKS - 1 - c], b_chunks[CHUNKS - 1 - c].T, product)",
+            ),
+        ),
+        r"was dot_bf16\(i by 128: .*, is dot_bf16\(i in 128: .*, from dot_bf16\(i at 128 in 128: ",
+    ),
+    Change(
+        "K is summed from its end",
+        "moe_gemm_tile_bf16_sorted_pair_plain_w8tensor_a8tensor",
+        (
+            (
+                "for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):",
+                "for k1 in tl.range(0, K, BLOCK_K):\n        k0 = K // BLOCK_K * BLOCK_K - k1",
+            ),
+        ),
+        r"is dot_e4m3\(i in 64: .*, from dot_e4m3\(i at 64 in 64: .*, from dot_e4m3\(i at 128 in 64: ",
+    ),
+    Change(
+        "quarters of parts are one chain",
+        "lora_shrink_bf16_r16",
+        (("            quarter += tl.load", "            total += tl.load"),),
+        r"in the whole: was \(sum n\(dot_bf16\(i 64n.* \+ each m\(sum n\(dot_bf16.*, is \(sum n\(dot_bf16\(i 64n.* \+ each",
+    ),
+    Change(
+        "parts are added from the last to the first, by a sum that has three and more",
+        "moe_lora_shrink_pairs_bf16_r16",
+        (("total += tl.load(parts_ptr + i * next_part", "total += tl.load(parts_ptr + (PARTS - i) * next_part"),),
+        r"was y: sum n\(sum\(i at 64n in 64: .*, is y: \(sum n\(sum\(i at 192n in 64: .* \+ each n\(sum\(i at -64n\+128 in 64: ",
+        "exact_parts",
+    ),
+    Change(
+        "each tile of K is reduced by itself",
+        "moe_shrink_pairs_bf16_token_pair",
+        (
+            ("acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)", "acc = tl.zeros([BLOCK_R], tl.float32)"),
+            ("acc += a.to(tl.float32) * x[None, :]", "acc += tl.sum(a.to(tl.float32) * x[None, :], 1)"),
+            ("total = tl.sum(acc, 1)", "total = acc"),
+        ),
+        r"was v: sum\(i in 64: sum n\(.*, is v: sum n\(sum\(i at 64n in 64: ",
+        "ragged",
+    ),
 )
 
 
@@ -82,7 +154,7 @@ def _found(bench: Bench, name: str) -> tuple[Suite, Variant]:
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.kind)
 def test_a_change_of_order_is_told(change: Change, bench: Bench) -> None:
     suite, variant = _found(bench, change.variant)
-    case = suite.exact_cases(variant)[0]
+    case = next(case for case in suite.exact_cases(variant) if case.name == change.case)
     text = bench.source(variant)
     for before, after in change.lines:
         assert before in text
@@ -93,6 +165,27 @@ def test_a_change_of_order_is_told(change: Change, bench: Bench) -> None:
     known = receipts.read(ROOT / receipts.FILE)[variant.name, case.name]
     told = "\n".join(receipts.changes(known, receipts.terms(tape)))
     assert re.search(change.says, told), told
+
+
+def test_every_variant_has_a_receipt() -> None:
+    """And no other has one: the lock is whole. Variants that differ in dtype alone round to theirs, and add in one order."""
+    known, terms, without = receipts.read(ROOT / receipts.FILE), dict[tuple[Any, ...], set[str]](), set()
+    wanted = [(suite, v, case) for suite in suites(ROOT).values() for v in suite.variants for case in suite.exact_cases(v)]
+    assert known.keys() == {(v.name, case.name) for _, v, case in wanted}
+    for suite, variant, case in wanted:
+        told = {term.replace(variant.tags["dtype"], "T") for term in known[variant.name, case.name]}
+        assert terms.setdefault((suite.family, text_of(variant), case.name), told) == told, variant
+    without = {suite.family for suite in suites(ROOT).values() for v in suite.variants if not suite.exact_cases(v)}
+    assert without == {"moe_align", "moe_route", "moe_runs"}, "these make whole numbers alone"
+
+
+def test_cases_come_to_every_sum_of_a_text(bench: Bench) -> None:
+    """Of each class of tiles: kernelgen numerics says where none does."""
+    suite, variant = _found(bench, "lora_shrink_bf16_r16")
+    path = ROOT / names.family_path(variant.family, variant.module)
+    first, *rest = [receipts.trace_case(suite, variant, case, path) for case in suite.exact_cases(variant)]
+    assert any("s[3] + s[2]" in each.statement for each in first.sums - first.ran)
+    assert first.ran.union(*(each.ran for each in rest)) == first.sums
 
 
 _BATCHES = (

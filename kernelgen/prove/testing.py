@@ -116,12 +116,25 @@ class Suite:
         """Which variant meets which case in exact algebra: one of those whose kernels differ in dtypes alone."""
         texts: dict[tuple[str, ...], Variant] = {}
         for variant in self.variants:
-            texts.setdefault(tuple(tag for axis, tag in variant.tags.items() if axis != "dtype"), variant)
+            texts.setdefault(text_of(variant), variant)
         return tuple((variant, case) for variant in texts.values() for case in self.exact_cases(variant))
 
     def exact_cases(self, variant: Variant) -> list[Case]:
-        """The cases of its family that a variant meets in exact algebra."""
-        return [case for case in getattr(self._cases, "EXACT", ()) if case.fits(variant.tags)]
+        """The cases of its family that a variant meets in exact algebra: those with a body of their own, on one text of each."""
+        return [case for case, texts in self._exact_texts.items() if text_of(variant) in texts]
+
+    @functools.cached_property
+    def _exact_texts(self) -> dict[Case, set[tuple[str, ...]]]:
+        found: dict[Case, set[tuple[str, ...]]] = {}
+        for case in getattr(self._cases, "EXACT", ()):
+            fitting = [variant for variant in self.variants if case.fits(variant.tags)]
+            if case.body and case not in self._cases.CASES:
+                bodies: dict[tuple[object, ...], Variant] = {}
+                for variant in fitting:
+                    bodies.setdefault(tuple(map(variant.told, case.body)), variant)
+                fitting = list(bodies.values())
+            found[case] = {text_of(variant) for variant in fitting}
+        return found
 
     @functools.cached_property
     def quick_exact(self) -> frozenset[tuple[str, str]]:
@@ -236,6 +249,11 @@ class Suite:
         for variant in self.variants:
             bodies.setdefault(tuple(map(variant.told, told)), []).append(variant)
         return list(bodies.values())
+
+
+def text_of(variant: Variant) -> tuple[str, ...]:
+    """What tells the texts of a family's kernels apart: all tags but the dtype, which is a name in them."""
+    return tuple(tag for axis, tag in variant.tags.items() if axis != "dtype")
 
 
 def _cover(met: Mapping[_Key, set[Any]]) -> Iterator[_Key]:

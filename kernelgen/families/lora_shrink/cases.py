@@ -137,7 +137,11 @@ CASES = (
     *_FP8,
 )
 # What exact algebra takes: a part of every tile, two groups of scales.
-EXACT = (Case("exact", "every text", tokens=3, k=200, widths=(1, 1), rank="part"),)
+EXACT = (
+    Case("exact", "every text, more parts than quarters of them", tokens=3, k=330, widths=(1, 1), rank="part"),
+    Case("exact_in_one", "chunks and quarters in the program", body=_SCALES, tokens=2, k=330, parts=0, rank="part"),
+    Case("exact_whole", "whole tiles of K", body=_SCALES, tokens=2, k=256, parts=2),
+)
 
 
 def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: Case, device: str) -> float:

@@ -291,6 +291,24 @@ CASES = (
 EXACT = (
     Case("exact", "every text", tokens=3, naive_tokens=1, experts=2, slices=2, k=136, n=200, rank="part"),
     Case(
+        "exact_parts",
+        "more parts of K than are added one by one",
+        only=_only(assignment="naive"),
+        body=("rank", "weight_quant", "act_quant"),
+        tokens=1,
+        k=560,
+    ),
+    Case(
+        "exact_whole",
+        "whole tiles of K and of N",
+        only=_only(rank="r16"),
+        body=("schedule", "weight_quant", "act_quant"),
+        tokens=1,
+        experts=2,
+        k=128,
+        n=64,
+    ),
+    Case(
         "exact_high",
         "a block of more rows than a program of FP8 takes",
         only=_only(assignment="sorted", rank="r16", weight_quant="w8tensor w8channel w8group"),

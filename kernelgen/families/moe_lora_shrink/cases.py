@@ -112,7 +112,10 @@ CASES = (
         routing=Routing("mixed"),
     ),
 )
-EXACT = tuple(case for case in CASES if case.name in ("ragged", "in_one"))  # what exact algebra takes, on every text
+EXACT = (  # what exact algebra takes
+    *(case for case in CASES if case.name in ("ragged", "in_one")),
+    Case("exact_parts", "parts of K that add up in their order", body=("schedule",), tokens=2, k=256),
+)
 
 
 def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: Case, device: str) -> float:

@@ -74,7 +74,7 @@ def _shrink(
         config |= {"SPLIT_K": splits, "SPLIT_MODE": "serial"}
     theirs(f"{_OPS}.lora_a", "grouped_lora_a" if sorted_rows else "per_row_lora_a", x, weight, out, view, config=config, **given)
     live = (mapping >= 0).nonzero()[:, 0]
-    y[:, live] = (out[live] * scaling).view(len(live), slices, out.shape[1] // slices).transpose(0, 1)  # it scales behind the expand
+    y[:, live] = (out[live] * scaling).view(len(live), slices, out.shape[1] // slices).transpose(0, 1)  # theirs scales later
 
 
 def _expand(tags: Tags, out: Any, y: Any, lora_b: Any, route: Any, offset_start: int = 0, *, sorted_rows: bool = True) -> None:

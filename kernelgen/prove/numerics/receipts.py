@@ -6,24 +6,32 @@ It has the different terms among some numbers of each result: rows with and with
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
+import re
+import sys
+import threading
 import time
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
+from types import FrameType, ModuleType
+from typing import TYPE_CHECKING, Any, Iterator, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
+from kernelgen.core import names
 from kernelgen.core.diagnostics import Diagnostic, failure, os_failure
-from kernelgen.core.model import Location
+from kernelgen.core.model import SCHEDULE, Location
 from kernelgen.core.processes import Fault, Progress, in_processes, no_progress
 from kernelgen.core.read import parse_json, read_file
 from kernelgen.core.write import replace_file
 from kernelgen.emit.rooms import laboratory, serve
+from kernelgen.families.case import Case, Variant
 from kernelgen.prove.numerics.terms import difference, text
+from kernelgen.prove.testing import Suite
 from kernelgen.prove.verify import is_named, nothing_named, start_worker, suites
 
 if TYPE_CHECKING:  # they import triton, which a worker tells first whether to interpret
@@ -154,8 +162,8 @@ def compare(package: ModuleType, variant: str, case: str, tape: Tape) -> None:
     file = Path(str(package.__file__)).resolve().parent.parent / FILE
     if not file.exists():
         return
-    known = _locked(file, file.stat().st_mtime).get((variant, case))
-    if known is None or set(known).issuperset(terms(tape, sample=2)):  # that there is none yet, kernelgen numerics tells
+    known = _locked(file, file.stat().st_mtime).get((variant, case), ())
+    if set(known).issuperset(terms(tape, sample=2)):
         return
     told = "\n".join(changes(known, terms(tape)))
     assert not told, f"numerics of {variant} on {case} have changed {told}\n{ACCEPT}"
@@ -202,7 +210,7 @@ def run(
         Failure: nothing has such a name, or the lock cannot be read or written; exit code 2.
     """
     start = time.monotonic()
-    pairs = [(variant, case) for suite in suites(out).values() for variant, case in suite.exact]
+    pairs = [(v, case) for suite in suites(out).values() for v in suite.variants for case in suite.exact_cases(v)]
     tasks: list[_Task] = [(variant.family, variant.name, case.name) for variant, case in pairs if is_named(variant, only)]
     if not tasks:
         raise nothing_named(out, only)
@@ -212,19 +220,25 @@ def run(
     work = functools.partial(_run, out.resolve(), specs.resolve())
     receipts: Receipts = {}
     findings: list[Diagnostic] = []
+    ran, sums = set[Sum](), dict[Sum, str]()
     for (_, variant, case), found in zip(tasks, in_processes(work, tasks, workers, progress, method="spawn"), strict=True):
         if isinstance(found, (Fault, str)):
             said = found.reason if isinstance(found, Fault) else found
             findings.append(Diagnostic("KG060", Location(variant), f"{case}: {said}"))
             continue
-        receipts[variant, case] = found
-        told = list(changes(known.get((variant, case), ()), found))
+        receipts[variant, case] = found.terms
+        ran |= found.ran
+        sums |= dict.fromkeys(found.sums, variant)
+        told = list(changes(known.get((variant, case), ()), receipts[variant, case]))
         if told and not update:
             findings.append(Diagnostic("KG065", Location(FILE), f"{variant} on {case}: " + "\n".join(told), ACCEPT))
     everything = {(variant.name, case.name) for variant, case in pairs}
     if update:
         write(out / FILE, {pair: of for pair, of in known.items() if pair in everything} | receipts)
     elif only is None:
+        for missing in sorted(sums.keys() - ran):
+            said = f"{sums[missing]}: no case comes to a sum of {missing.kernel}: {missing.statement}"
+            findings.append(Diagnostic("KG065", Location(FILE), said, "write a case in EXACT whose tiles come there"))
         for variant, case in sorted(known.keys() - everything):
             findings.append(Diagnostic("KG065", Location(FILE), f"{variant} on {case}: there is no such kernel any more", ACCEPT))
     return Result(receipts, findings, time.monotonic() - start)
@@ -279,22 +293,95 @@ def explain(out: Path, specs: Path, variant: str) -> Explanation:
     for case, told in zip(cases, in_processes(work, tasks, 1, no_progress, method="spawn"), strict=True):
         if isinstance(told, (Fault, str)):
             raise failure("KG060", variant, f"{case}: {told.reason if isinstance(told, Fault) else told}")
-        made[case.name] = told
+        made[case.name] = told.terms
     return Explanation(variant, made)
 
 
-def _run(out: Path, specs: Path, task: _Task) -> Terms | str:
-    start_worker(out, "cpu")
-    serve(specs)
+class Sum(NamedTuple):
+    """A statement of kernels that adds: of a family and schedule, in a kernel without the name of its variant."""
+
+    schedule: str
+    kernel: str
+    statement: str
+
+
+class Traced(NamedTuple):
+    """What a case tells: terms, the statements of the text that add, and those to which it came."""
+
+    terms: Terms
+    sums: set[Sum]
+    ran: set[Sum]
+
+
+def sums_of(source: str, variant: Variant) -> list[tuple[range, Sum]]:
+    """The statements of a text that add numbers, and their lines."""
+    found, schedule = [], f"{variant.family} {variant.tags.get(SCHEDULE, '')}"
+    for kernel in ast.parse(source).body:
+        if isinstance(kernel, ast.FunctionDef) and kernel.decorator_list:
+            name = kernel.name.removeprefix(variant.name).strip("_")
+            for node in ast.walk(kernel):
+                if isinstance(node, (ast.Assign, ast.AugAssign)) and node.end_lineno is not None and _adds(node):
+                    found.append((range(node.lineno, node.end_lineno + 1), Sum(schedule, name, ast.unparse(node))))
+    return found
+
+
+def _adds(node: ast.Assign | ast.AugAssign) -> bool:
+    """Whether a statement adds numbers: a product of matrices, a reduction, += of a load or a sum, a list of sums that go on."""
+    said = ast.unparse(node.value)
+    if re.search(r"\b(dot|sum|warpgroup_mma)\(", said):
+        return True
+    if isinstance(node, ast.AugAssign):
+        counts = re.search(r"STRIDE|BLOCK|_tile$|^1$|,\)$|_slices|minimum|zeros_like", said)  # addresses, places, tuples
+        return isinstance(node.op, ast.Add) and counts is None
+    return isinstance(node.value, ast.ListComp) and re.search(r"\] \+ \w+\[", said) is not None
+
+
+@contextlib.contextmanager
+def _lines_of(path: Path) -> Iterator[set[int]]:
+    """Inside, the lines of a module that run are noted, whichever thread runs them."""
+    noted: set[int] = set()
+
+    def inside(frame: FrameType, event: str, _: Any) -> Any:
+        if event == "line":
+            noted.add(frame.f_lineno)
+        return inside
+
+    def called(frame: FrameType, event: str, _: Any) -> Any:
+        return inside if frame.f_code.co_filename.endswith(f"/{path.parent.name}/{path.name}") else None
+
+    before = sys.gettrace()
+    threading.settrace(called)
+    sys.settrace(called)
+    try:
+        yield noted
+    finally:
+        sys.settrace(before)
+        threading.settrace(before)
+
+
+def trace_case(suite: Suite, variant: Variant, case: Case, text: Path) -> Traced:
+    """Trace a case of a variant whose kernels are in a module.
+
+    Raises:
+        Lost: a term has no form that could be told.
+        AssertionError: the variant is wrong.
+    """
     from kernelgen.prove.numerics.tape import taped
 
+    sums = sums_of(text.read_text("utf-8"), variant)
+    with taped() as tape, _lines_of(text) as lines:
+        suite.check(variant, case, "cpu")
+    return Traced(terms(tape), {each for _, each in sums}, {each for own, each in sums if not lines.isdisjoint(own)})
+
+
+def _run(out: Path, specs: Path, task: _Task) -> Traced | str:
+    start_worker(out, "cpu")
+    serve(specs)
     family, variant, case = task
     suite = suites(out)[family]
     known = next(each for each in suite.variants if each.name == variant)
     met = next(each for each in suite.exact_cases(known) if each.name == case)
     try:
-        with taped() as tape:
-            suite.check(known, met, "cpu")
-        return terms(tape)
+        return trace_case(suite, known, met, out / names.family_path(family, known.module))
     except Exception as error:  # a kernel can fail in any way
         return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"

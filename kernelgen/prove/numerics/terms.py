@@ -201,6 +201,8 @@ def _run(items: Sequence[Term]) -> tuple[int, list[int]]:
 
 
 def _shape(term: Term) -> Term:
+    if _is(term, "at"):  # runs are alike that go on in the same steps
+        return ("at", _shape(term[1]), *term[2:])
     if isinstance(term, tuple):
         return tuple(map(_shape, term))
     return int if type(term) is int else term
@@ -210,6 +212,8 @@ def _numbers(term: Term, is_end: bool = False) -> Iterator[tuple[int, bool]]:
     """The whole numbers of a term, and whether each is where a sum ends."""
     if type(term) is int:
         yield term, is_end
+    elif _is(term, "at"):
+        yield from _numbers(term[1])
     elif isinstance(term, tuple):
         for each in term:
             yield from _numbers(each, _is(term, "end") and type(each) is int)
@@ -220,6 +224,8 @@ def _repeated(term: Term, steps: Sequence[int]) -> Term:
     number, rest = 1 + _highest(term), iter(steps)
 
     def stepped(term: Term) -> Term:
+        if _is(term, "at"):
+            return ("at", stepped(term[1]), *term[2:])
         if isinstance(term, tuple):
             return tuple(map(stepped, term))
         if type(term) is not int or not (step := next(rest)):
