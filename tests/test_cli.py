@@ -69,7 +69,7 @@ def test_build_check_and_diff(work: Path, kernelgen) -> None:
 
     (work / "specs/toy.yaml").write_text(project.SPEC.replace("large", "medium"))
     code, stdout, stderr = kernelgen("build", "--diff")
-    assert code == 1 and "+    return tl.bfloat16, 16\n" in stdout
+    assert code == 1 and '+    return tl.bfloat16, 16, "medium"\n' in stdout
     assert stderr.endswith("3 to write, 2 to remove, 15 unchanged; run kernelgen build\n")
     code, stdout, stderr = kernelgen("build", "--json")
     changed = document(stdout)
