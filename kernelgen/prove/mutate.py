@@ -79,6 +79,8 @@ EQUIVALENT: Sequence[Excuse] = (
     Excuse(_NO_CAST, r"[hy]\.to\(.*\)", _IMPLICIT, r"tl\.store"),
     Excuse(_NO_CAST, r"tl\.load\(x_rows \+ N.*\)\.to\(tl\.float32\)", _FP32, r"^up = "),
     Excuse(_NO_CAST, r"tl\.load\((out|delta)_row \+ n.*\)\.to\(tl\.float32\)", _FP32),
+    Excuse(_NO_CAST, r"tl\.load\(delta_ptr.*\)\.to\(tl\.float32\)", _FP32, r"^y \+= "),
+    Excuse(_MOVED_BOUND, r"code > LARGEST|code < -LARGEST", "at the bound both choices are the same"),
     Excuse(_NO_CAST, r"tl\.load\(x_ptr \+ row.*\)\.to\(tl\.float32\)", "its largest is exact, and a scale in fp32 divides it"),
     Excuse(_NO_CAST, r"slices\[s\]\[1\]\.to\(parts_ptr.*\)", _IMPLICIT),
     Excuse(_NO_CAST, r"(old|a|b|x)\.to\(tl\.float32\)", _FP32),
