@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from . import _operands as operands
 
@@ -34,19 +34,15 @@ class Clamp(NamedTuple):
     beta: float | None = None
 
 
-CLAMP = (
-    operands.Number("limit", low=0.0, only_with=_CLAMP),
-    operands.Number("alpha", only_with=_CLAMP, default=1.0),
-    operands.Number("beta", only_with=_CLAMP, default=0.0),
-)
-
-
-LAYOUT = operands.Choice("layout", ("halves", "interleaved"), asks=("interleaved",))
+Limit = Annotated[float | None, operands.Number(low=0.0, only_with=_CLAMP)]
+Alpha = Annotated[float | None, operands.Number(only_with=_CLAMP, default=1.0)]
+Beta = Annotated[float | None, operands.Number(only_with=_CLAMP, default=0.0)]
+Layout = Annotated[str, operands.Choice(("halves", "interleaved"), asks=("interleaved",))]  # of gate and up
 
 
 def choice(*asks: str, none: bool = False, size: str = "S") -> operands.Choice:
     """The operand ``activation``, which tells the number of slices; ``none``: a product may do without."""
     words, counts = tuple(SLICES), tuple(SLICES.values())
     if none:
-        return operands.Choice("activation", (None, *words), size, (1, *counts), asks=asks)
-    return operands.Choice("activation", words, size, counts, asks=asks)
+        return operands.Choice((None, *words), size, (1, *counts), asks=asks)
+    return operands.Choice(words, size, counts, asks=asks)

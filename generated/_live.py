@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ import triton.language as tl
 
 from . import _operands as operands
 from . import _runtime as runtime
-from .moe_route._op import ROUTE, MoeRoute, has_routing
+from .moe_route._op import MoeRoute, has_routing
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -70,12 +69,11 @@ def check_delta(variant: str, delta: torch.Tensor | None, route: MoeRoute | None
     return DeltaSizes(delta.stride(1 if route.top_k > 1 else 0), route.max_loras, route.num_experts, route.global_experts)
 
 
-def delta_operand(shape: str) -> operands.Tensor:
+def delta(shape: str) -> operands.Tensor:
     """The operand of an op that adds a delta of that shape."""
-    return operands.Tensor("delta", shape, "D", operands.PAIRS, optional=True, asks=("adapted",))
+    return operands.Tensor(shape, "D", operands.PAIRS, asks=("adapted",))
 
 
-DELTA_ROUTE = dataclasses.replace(ROUTE, optional=True)
 _NO_ROUTING = (None, None, None, None)
 
 

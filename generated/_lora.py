@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Annotated, Any, NamedTuple, overload
 
 import torch
 
@@ -14,19 +14,21 @@ from . import _operands as operands
 from . import _runtime as runtime
 from ._scales import scale_operand
 from .lora_expand import _problem as expand
-from .lora_expand._op import scales_of as expand_scales
+from .lora_expand._op import mode_of as expand_mode
+from .lora_expand._op import operands_of as expand_operands
 from .lora_expand._op import variant_of as expand_variant
 from .lora_expand._table import VARIANTS as EXPAND
 from .lora_shrink import _problem as shrink
-from .lora_shrink._op import scales_of as shrink_scales
+from .lora_shrink._op import modes_of as shrink_modes
+from .lora_shrink._op import operands_of as shrink_operands
 from .lora_shrink._op import variant_of as shrink_variant
 from .lora_shrink._table import QUANT
 from .lora_shrink._table import VARIANTS as SHRINK
 from .moe_route._held import HeldRoute, held_route
 from .moe_route._op import (
-    ROUTE,
     MoeRoute,
     MoeWorkspace,
+    Route,
     dense_plan,
     in_graph,
     made,
@@ -113,7 +115,7 @@ def lora_workspace(
     Raises:
         ValueError: an argument that does not fit.
     """
-    _SPACE.check("lora_workspace", _SPACE.named(max_tokens, max_loras, max_rank, num_slices, device, fp8))
+    _SPACE.check("lora_workspace", _Space(max_tokens, max_loras, max_rank, num_slices, device, fp8))
     sizes = {"num_experts": 1, "max_loras": max_loras, "max_rank": 1, "num_slices": 1}
     tables = moe_workspace(max_tokens=max_tokens, top_k=1, device=device, **sizes).tables
     in_parts = max_tokens if fp8 else min(max_tokens, shrink.MAX_TOKENS_IN_PARTS)
@@ -168,14 +170,13 @@ def lora(
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
+    begins: Any = columns
     if columns is not None:
-        columns, lora_a, lora_b, a_scale, b_scale = _present(columns, lora_a, lora_b, a_scale, b_scale)
-        if columns == () == lora_a:
+        begins, lora_a, lora_b, a_scale, b_scale = _present(columns, lora_a, lora_b, a_scale, b_scale)
+        if begins == () == lora_a:
             return
-    where = (offset_start, columns, column_stride)
-    (_in_graphs if torch.compiler.is_compiling() else _apply)(
-        out, x, lora_a, lora_b, route, scaling, *where, add_inputs, x_scale, a_scale, b_scale, lora_ranks, scalings, packed
-    )
+    request = (scaling, offset_start, begins, column_stride, add_inputs, x_scale, a_scale, b_scale, lora_ranks, scalings, packed)
+    (_in_graphs if torch.compiler.is_compiling() else _apply)(out, x, lora_a, lora_b, route, *request)
 
 
 def _present(columns: Any, lora_a: Any, lora_b: Any, *scales: Any) -> tuple[Any, ...]:
@@ -189,38 +190,50 @@ def _present(columns: Any, lora_a: Any, lora_b: Any, *scales: Any) -> tuple[Any,
     return tuple(None if of is None else tuple(of[i] for i in here) for of in given)
 
 
-_SPACE = operands.Op(
-    "lora_workspace",
-    (
-        operands.Int("max_tokens"),
-        *(operands.Int(name, 1) for name in ("max_loras", "max_rank", "num_slices")),
-        operands.Device("device"),
-        operands.Flag("fp8"),
-    ),
-    launches=False,
-)
+class _Space(NamedTuple):
+    max_tokens: operands.Count
+    max_loras: operands.Size
+    max_rank: operands.Size
+    num_slices: operands.Size
+    device: Annotated[torch.device | str, operands.Device()]
+    fp8: operands.Bool
 
+
+_SPACE = operands.Op("lora_workspace", _Space, launches=False)
+
+
+class Given(NamedTuple):
+    """What lora is given."""
+
+    out: Annotated[torch.Tensor, operands.Tensor("T, *", "D", also=(torch.float32,), written=True, asks=("torch_dtype",))]
+    x: Annotated[torch.Tensor, operands.Tensor("T, K", "D", scaled_by="x_scale")]
+    lora_a: Annotated[
+        operands.Tensors,
+        operands.Tensor(("slots>=L, rank, K", "slots>=L, 1, rank, K"), "D", slices="alike", scaled_by="a_scale"),
+    ]
+    lora_b: Annotated[
+        operands.Tensors,
+        operands.Tensor(("slots>=L, >=1, rank", "slots>=L, 1, >=1, rank"), "D", slices="any", scaled_by="b_scale"),
+    ]
+    route: Route
+    scaling: Annotated[float, operands.Number()]
+    offset_start: operands.Count
+    columns: expand.Columns
+    column_stride: operands.Size
+    add_inputs: operands.Bool
+    x_scale: Annotated[torch.Tensor | None, scale_operand()]
+    a_scale: Annotated[operands.Tensors | None, scale_operand(slices="any")]
+    b_scale: Annotated[operands.Tensors | None, scale_operand(slices="any")]
+    lora_ranks: shrink.LoraRanks
+    scalings: shrink.Scalings
+    packed: operands.Bool
+
+
+Call = Callable[[Given], None]  # of sizes that were checked before
 
 OP = operands.Op(
     "lora",
-    (
-        operands.Tensor("out", "T, *", "D", also=(torch.float32,), written=True, asks=("torch_dtype",)),
-        operands.Tensor("x", "T, K", "D", scaled_by="x_scale"),
-        operands.Tensor("lora_a", ("slots>=L, rank, K", "slots>=L, 1, rank, K"), "D", slices="alike", scaled_by="a_scale"),
-        operands.Tensor("lora_b", ("slots>=L, >=1, rank", "slots>=L, 1, >=1, rank"), "D", slices="any", scaled_by="b_scale"),
-        ROUTE,
-        operands.Number("scaling"),
-        operands.Int("offset_start"),
-        expand.COLUMNS,
-        expand.COLUMN_STRIDE,
-        operands.Flag("add_inputs"),
-        scale_operand("x_scale"),
-        scale_operand("a_scale", slices="any"),
-        scale_operand("b_scale", slices="any"),
-        shrink.LORA_RANKS,
-        shrink.SCALINGS,
-        shrink.PACKED,
-    ),
+    Given,
     spec="specs/lora_shrink.yaml and specs/lora_expand.yaml",
     dtypes={"D": tuple(dtype for dtype in SHRINK.dtypes if dtype in EXPAND.dtypes)},
     fp8=QUANT.elements,
@@ -229,58 +242,23 @@ OP = operands.Op(
 )
 
 
-def _bind(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    lora_b: Sequence[torch.Tensor],
-    route: MoeRoute,
-    scaling: float,
-    offset_start: int,
-    columns: tuple[int, ...] | None,
-    column_stride: int,
-    add_inputs: bool,
-    *scales: Any,
-) -> Callable[..., None]:
-    x_scale, a_scale, b_scale, lora_ranks, scalings, packed = scales
-    where, of_adapters = (offset_start, columns, column_stride), (lora_ranks, scalings, packed)
-    operands = (out, x, lora_a, lora_b, x_scale, a_scale, b_scale, route)
-    first, last, dtype = problems(*operands, *where, add_inputs, scaling, *of_adapters)
+def _bind(given: Given) -> Call:
+    first, last, dtype = problems(given)
     if first.num_tokens == 0:
         return runtime.nothing
-    return bind(first, last, route, dtype, add_inputs)
+    return bind(first, last, given.route, dtype, given.add_inputs)
 
 
-def problems(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    lora_b: Sequence[torch.Tensor],
-    x_scale: torch.Tensor | None,
-    a_scale: Sequence[torch.Tensor] | None,
-    b_scale: Sequence[torch.Tensor] | None,
-    route: MoeRoute,
-    offset_start: int = 0,
-    columns: tuple[int, ...] | None = None,
-    column_stride: int = 1,
-    add_inputs: bool = True,
-    scaling: float = 1.0,
-    lora_ranks: torch.Tensor | None = None,
-    scalings: torch.Tensor | None = None,
-    packed: bool = False,
-) -> tuple[shrink.Problem, expand.Problem, torch.dtype]:
+def problems(given: Given) -> tuple[shrink.Problem, expand.Problem, torch.dtype]:
     """The sizes of both products and the dtype of their 16-bit operands, once everything about a call is known to fit.
 
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
-    where, scales = (offset_start, columns, column_stride), (x_scale, a_scale, b_scale)
-    of_adapters = (lora_ranks, scalings, packed)
-    sizes = OP.check("lora", OP.named(out, x, lora_a, lora_b, route, scaling, *where, add_inputs, *scales, *of_adapters))
-    of_a = shrink_scales("lora", x, lora_a, x_scale, a_scale)
-    of_b = expand_scales("lora", lora_b, b_scale)
-    first = shrink.problem_of("lora", sizes, x, lora_a, route, **of_a, lora_ranks=lora_ranks, packed=packed)
-    last = expand.problem_of("lora", sizes, out, lora_b, route, *where, **of_b)
+    sizes = OP.check("lora", given)
+    modes, mode = shrink_modes("lora", given), expand_mode("lora", given)
+    first = shrink.problem_of("lora", shrink_operands(given), sizes, modes)
+    last = expand.problem_of("lora", expand_operands(given), sizes, mode)
     return first, last, sizes.get("D") or torch.bfloat16  # of FP8 operands, in front of an out in fp32
 
 
@@ -292,7 +270,7 @@ def bind(
     add_inputs: bool = True,
     lora_shrink: shrink.Config | None = None,
     lora_expand: expand.Config | None = None,
-) -> Callable[..., None]:
+) -> Call:
     """The launches for checked calls of these sizes, ready to be made again and again; tiles of None: those that are chosen."""
     config = lora_shrink or shrink.choose(first, route)
     tiles = lora_expand or expand.choose(last, route, first.k)
@@ -304,26 +282,16 @@ def bind(
     total = one.bind_total(first, route, parts, pdl) if expand.sums_first(last, tiles, parts) else None
     expand_call = other.bind(last, route, tiles, parts if total is None else shrink.ONE_PART, pdl)
 
-    def call(
-        out: torch.Tensor,
-        x: torch.Tensor,
-        lora_a: Sequence[torch.Tensor],
-        lora_b: Sequence[torch.Tensor],
-        route: MoeRoute,
-        scaling: float,
-        x_scale: torch.Tensor | None,
-        a_scale: Sequence[torch.Tensor] | None,
-        b_scale: Sequence[torch.Tensor] | None,
-        lora_ranks: torch.Tensor | None = None,
-        scalings: torch.Tensor | None = None,
-    ) -> None:
-        y = route.parts
+    def call(given: Given) -> None:
+        y, route, scaling, scalings = given.route.parts, given.route, given.scaling, given.scalings
         if y is None or y.shape[0] < size:
-            y = torch.empty(size, dtype=torch.float32, device=out.device)
-        shrink_call(y, x, lora_a, route, scaling, a_scale, x_scale, lora_ranks, scalings)
+            y = torch.empty(size, dtype=torch.float32, device=given.out.device)
+        of_a = (given.a_scale, given.x_scale, given.lora_ranks, scalings, given.packed)
+        shrink_call(shrink.Given(y, given.x, given.lora_a, route, scaling, False, *of_a))
         if total is not None:
             total(y, y, route, scaling, scalings)
-        expand_call(out, y, lora_b, route, scaling, b_scale, scalings)
+        where = (given.offset_start, given.columns, given.column_stride, given.add_inputs)
+        expand_call(expand.Given(given.out, y, given.lora_b, route, scaling, *where, given.b_scale), scalings)
 
     return call
 

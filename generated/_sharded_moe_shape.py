@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 
@@ -18,24 +18,18 @@ from .moe_route._op import MoeRoute
 
 __all__ = ["ShardedMoeShape"]
 
-_FIELDS = (
-    operands.Int("gathered", 1),
-    operands.Int("offset"),
-    operands.Int("out_width", 1, optional=True),
-)
-
 
 class ShardedMoeShape(NamedTuple):
     """A projection whose adapters are sharded, as ``moe_lora_shrink`` and ``moe_lora_expand`` will be called on it."""
 
     shape: MoeShape  # of what this GPU has; rank: that of its lora_a
-    gathered: int = 1  # parts of the rank, side by side in front of the expand; 1: what is summed has all of it
-    offset: int = 0
-    out_width: int | None = None  # columns of out; None: offset and those of the slices
+    gathered: operands.Size = 1  # parts of the rank, side by side in front of the expand; 1: what is summed has all of it
+    offset: operands.Count = 0
+    out_width: Annotated[int | None, operands.Int(1)] = None  # columns of out; None: offset and those of the slices
 
     def check(self, label: str) -> None:
         """Raise ValueError where a field, of a shape called ``label``, is no such thing."""
-        operands.check_fields("warmup", label, self, _FIELDS)
+        operands.check_fields("warmup", label, self)
         if not isinstance(self.shape, MoeShape):
             runtime.fail("warmup", f"{label}.shape", type(self.shape).__name__, "a MoeShape")
         self.shape.check(f"{label}.shape")

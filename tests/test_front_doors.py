@@ -124,7 +124,7 @@ def _is_shared(size: str, operand: Tensor, op: Op) -> bool:
 
 def _parts(of: tuple[operands.Operand, ...]) -> Iterator[operands.Operand]:
     for operand in of:
-        yield from operand.parts if isinstance(operand, Bundle) else (operand,)
+        yield from operand.parts.values() if isinstance(operand, Bundle) else (operand,)
 
 
 def _wrong_strides(operand: Tensor, good: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

@@ -15,6 +15,7 @@ import ast
 import collections
 import contextlib
 import dataclasses
+import fcntl
 import fnmatch
 import functools
 import hashlib
@@ -75,7 +76,9 @@ class Lock:
             for label, found in calls.items()
         }
         if self.renews:
-            self._write({**self._sections(), section: lines})
+            with _LOCK.open("a") as held:  # several processes may renew it
+                fcntl.flock(held, fcntl.LOCK_EX)
+                self._write({**self._sections(), section: lines})
             return
         known = self._sections().get(section, {})
         differs = [label for label in {**known, **lines} if known.get(label) != lines.get(label)]

@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 
@@ -17,7 +17,7 @@ from .. import _operands as operands
 from .. import _runtime as runtime
 from .._scales import check_fp8, product_rows, scale_operand
 from ..lora_shrink._problem import Parts, check_route, is_as_measured, scale_strides
-from ..moe_route._op import ADD_INPUTS, ROUTE, MoeRoute, check_rank, rows_of_block
+from ..moe_route._op import AddInputs, MoeRoute, Route, check_rank, rows_of_block
 from ._table import QUANT, VARIANTS
 from ._tuned import TUNED
 
@@ -38,32 +38,38 @@ CONFIGS = {"lora_expand": Config}
 # How the cache treats weights, by weight_policy: as any data, or as data that is read once.
 CACHE_POLICIES = ("", "evict_first")
 
-# (out, y, lora_b, route, scaling, b_scale) of sizes that were checked before
-Call = Callable[..., None]
+Columns = Annotated[tuple[int, ...] | None, operands.Several(operands.Int())]
 
-COLUMNS = operands.Several("columns", operands.Int("column"), optional=True)
-COLUMN_STRIDE = operands.Int("column_stride", 1)
-OP = operands.Op(
-    "lora_expand",
-    (
-        operands.Tensor("out", "T, *", "D", also=(torch.float32,), written=True, asks=("torch_dtype",)),
-        operands.Tensor("y", "S, T, rank", "D", operands.CONTIGUOUS, also=(torch.float32,)),
+
+class Given(NamedTuple):
+    """What lora_expand is given."""
+
+    out: Annotated[torch.Tensor, operands.Tensor("T, *", "D", also=(torch.float32,), written=True, asks=("torch_dtype",))]
+    y: Annotated[torch.Tensor, operands.Tensor("S, T, rank", "D", operands.CONTIGUOUS, also=(torch.float32,))]
+    lora_b: Annotated[
+        operands.Tensors,
         operands.Tensor(
-            "lora_b",
             ("slots>=L, >=1, rank", "slots>=L, 1, >=1, rank"),
             "D",
             slices="any",
             scaled_by="b_scale",
             asks=("rank", "torch_dtype"),
         ),
-        ROUTE,
-        operands.Number("scaling", public=False),
-        operands.Int("offset_start"),
-        COLUMNS,
-        COLUMN_STRIDE,
-        ADD_INPUTS,
-        scale_operand("b_scale", "weight_scales", slices="any"),
-    ),
+    ]
+    route: Route
+    scaling: Annotated[float, operands.Number(public=False)]
+    offset_start: operands.Count
+    columns: Columns
+    column_stride: operands.Size
+    add_inputs: AddInputs
+    b_scale: Annotated[operands.Tensors | None, scale_operand("weight_scales", slices="any")]
+
+
+Call = Callable[..., None]  # (a Given, scalings) of sizes that were checked before; ``lora`` alone has the latter
+
+OP = operands.Op(
+    "lora_expand",
+    Given,
     spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},
     fp8=QUANT.elements,
@@ -88,49 +94,28 @@ class Problem(NamedTuple):
     b_scale_strides_l: tuple[int, ...]
 
 
-def check(
-    variant: str,
-    out: torch.Tensor,
-    y: torch.Tensor,
-    lora_b: Sequence[torch.Tensor],
-    route: MoeRoute,
-    offset_start: int,
-    columns: tuple[int, ...] | None = None,
-    column_stride: int = 1,
-    *,
-    dtype: torch.dtype,
-    max_rank: int | None,
-    b_scale: tuple[str, Sequence[torch.Tensor]] | None = None,
+class Operands(NamedTuple):
+    """Those of a product of rank vectors and second factors, of ``lora_expand`` and of ``lora``."""
+
+    out: torch.Tensor
+    lora_b: operands.Tensors
+    route: MoeRoute
+    offset_start: int
+    columns: tuple[int, ...] | None
+    column_stride: int
+    b_scale: operands.Tensors | None
+
+
+def problem_of(
+    variant: str, given: Operands, sizes: operands.Sizes, mode: str | None, max_rank: int | None = None
 ) -> Problem:
-    """The sizes of a call, once everything about it is known to fit; scales come with what there is one each of.
+    """The sizes of a product whose operands are known to fit one by one, once they fit together; ``mode``: of what FP8 factors
+    have a scale each.
 
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
-    scales = None if b_scale is None else b_scale[1]
-    sizes = OP.check(variant, OP.named(out, y, lora_b, route, 1.0, offset_start, columns, column_stride, True, scales), D=dtype)
-    where = (offset_start, columns, column_stride)
-    return problem_of(variant, sizes, out, lora_b, route, *where, max_rank=max_rank, b_scale=b_scale)
-
-
-def problem_of(
-    variant: str,
-    sizes: operands.Sizes,
-    out: torch.Tensor,
-    lora_b: Sequence[torch.Tensor],
-    route: MoeRoute,
-    offset_start: int,
-    columns: tuple[int, ...] | None = None,
-    column_stride: int = 1,
-    *,
-    max_rank: int | None = None,
-    b_scale: tuple[str, Sequence[torch.Tensor]] | None = None,
-) -> Problem:
-    """The sizes of a product whose operands are checked, once the rest is too.
-
-    Raises:
-        ValueError: as ``check``.
-    """
+    out, lora_b, route, offset_start, columns, column_stride, b_scale = given
     check_route(variant, route)
     first, rank, widths = lora_b[0], sizes["rank"], tuple(b.shape[-2] for b in lora_b)
     row = first.stride(-2)
@@ -147,9 +132,9 @@ def problem_of(
         hint = f"slices of {', '.join(map(str, widths))} columns, as in lora_b, from {', '.join(map(str, columns))} on"
         runtime.fail(variant, "out", runtime.describe(out), f"[{route.num_tokens}, >= {end}]", hint)
     of_scales: tuple[int, ...] = ()
-    if b_scale is not None:
-        check_fp8(variant, "lora_b[0]", first, b_scale[0], QUANT)
-        of_scales = scale_strides(variant, "b_scale", *b_scale, lora_b, QUANT)
+    if mode is not None and b_scale is not None:
+        check_fp8(variant, "lora_b[0]", first, mode, QUANT)
+        of_scales = scale_strides(variant, "b_scale", mode, b_scale, lora_b, QUANT)
     return Problem(
         num_tokens=route.num_tokens,
         widths=widths,
@@ -160,7 +145,7 @@ def problem_of(
         b_strides_l=tuple(b.stride(0) for b in lora_b),
         b_stride_n=row,
         device=out.device,
-        weight_scales=None if b_scale is None else b_scale[0],
+        weight_scales=mode,
         b_scale_strides_l=of_scales,
     )
 

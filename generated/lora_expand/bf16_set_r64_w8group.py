@@ -164,4 +164,5 @@ def lora_expand_bf16_set_r64_w8group(
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, y, lora_b, route, offset_start, columns, column_stride, b_scale)
+    where = {"offset_start": offset_start, "columns": columns, "column_stride": column_stride}
+    schedule.launch(config, out=out, y=y, lora_b=lora_b, route=route, **where, b_scale=b_scale)

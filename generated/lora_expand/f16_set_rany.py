@@ -134,4 +134,5 @@ def lora_expand_f16_set_rany(
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, y, lora_b, route, offset_start, columns, column_stride)
+    where = {"offset_start": offset_start, "columns": columns, "column_stride": column_stride}
+    schedule.launch(config, out=out, y=y, lora_b=lora_b, route=route, **where)

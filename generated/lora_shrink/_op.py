@@ -13,7 +13,7 @@ import torch
 from .. import _runtime as runtime
 from .._scales import find_x_mode
 from ..moe_route._op import MoeRoute
-from ._problem import OP, Call, choose, kind_of_scales, problem_of
+from ._problem import OP, Call, Given, Modes, Operands, choose, kind_of_scales, problem_of
 from ._table import QUANT, VARIANTS
 
 
@@ -54,58 +54,46 @@ def lora_shrink(
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
-    apply = _in_graphs if torch.compiler.is_compiling() else _apply
-    apply(y, x, lora_a, route, scaling, zero_rest, a_scale, x_scale, lora_ranks, scalings, packed)
+    request = (scaling, zero_rest, a_scale, x_scale, lora_ranks, scalings, packed)
+    (_in_graphs if torch.compiler.is_compiling() else _apply)(y, x, lora_a, route, *request)
 
 
-def _bind(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    route: MoeRoute,
-    scaling: float,
-    zero_rest: bool,
-    a_scale: Sequence[torch.Tensor] | None,
-    x_scale: torch.Tensor | None,
-    lora_ranks: torch.Tensor | None,
-    scalings: torch.Tensor | None,
-    packed: bool,
-) -> Call:
-    of_adapters = (lora_ranks, scalings, packed)
-    sizes = OP.check("lora_shrink", OP.named(y, x, lora_a, route, scaling, zero_rest, a_scale, x_scale, *of_adapters))
-    scales = scales_of("lora_shrink", x, lora_a, x_scale, a_scale)
-    problem = problem_of("lora_shrink", sizes, x, lora_a, route, **scales, lora_ranks=lora_ranks, packed=packed)
+def _bind(given: Given) -> Call:
+    sizes, route = OP.check("lora_shrink", given), given.route
+    problem = problem_of("lora_shrink", operands_of(given), sizes, modes_of("lora_shrink", given))
     dtype = sizes.get("D") or torch.bfloat16  # of a product of FP8 with FP8
     variant = variant_of("lora_shrink", dtype, problem.rank, problem.weight_scales, problem.x_scales)
     if problem.num_tokens == 0:
         return runtime.nothing
     call: Call = variant.bind(problem, route, choose(problem, route))
-    if not zero_rest:
+    if not given.zero_rest:
         return call
 
-    def from_zeros(y: torch.Tensor, *operands: Any) -> None:
-        y.zero_()
-        call(y, *operands)
+    def from_zeros(given: Given) -> None:
+        given.y.zero_()
+        call(given)
 
     return from_zeros
 
 
-def scales_of(
-    op: str,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    x_scale: torch.Tensor | None,
-    a_scale: Sequence[torch.Tensor] | None,
-) -> dict[str, Any]:
-    """Scales with what there is one each of, as ``problem_of`` takes them."""
-    found: dict[str, Any] = {}
-    if a_scale is not None:
-        found["a_scale"] = kind_of_scales(op, "a_scale", a_scale, lora_a, QUANT), a_scale
-    if x_scale is not None:
+def operands_of(given: Any) -> Operands:
+    """Those of the product in a call of ``lora_shrink`` or ``lora``."""
+    return Operands._make([getattr(given, field) for field in Operands._fields])
+
+
+def modes_of(op: str, given: Any) -> Modes:
+    """Of what FP8 operands of such a call have a scale each, by the shapes.
+
+    Raises:
+        ValueError: no mode has scales of such shapes.
+    """
+    of_weights = of_x = None
+    if given.a_scale is not None:
+        of_weights = kind_of_scales(op, "a_scale", given.a_scale, given.lora_a, QUANT)
+    if given.x_scale is not None:
         # Where K is one group, a scale a token has the same shape: groups of weights go with groups of x.
-        first = "group" if "a_scale" in found and found["a_scale"][0] == "group" else None
-        found["x_scale"] = find_x_mode(op, x, x_scale, QUANT, first), x_scale
-    return found
+        of_x = find_x_mode(op, given.x, given.x_scale, QUANT, "group" if of_weights == "group" else None)
+    return Modes(of_weights, of_x)
 
 
 def variant_of(

@@ -204,4 +204,4 @@ def lora_shrink_bf16_r128_a8group(
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, y, x, lora_a, route, scaling, x_scale=x_scale)
+    schedule.launch(config, y=y, x=x, lora_a=lora_a, route=route, scaling=scaling, x_scale=x_scale)

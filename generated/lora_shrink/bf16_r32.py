@@ -170,4 +170,4 @@ def lora_shrink_bf16_r32(
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, y, x, lora_a, route, scaling)
+    schedule.launch(config, y=y, x=x, lora_a=lora_a, route=route, scaling=scaling)

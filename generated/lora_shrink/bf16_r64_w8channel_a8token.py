@@ -194,4 +194,4 @@ def lora_shrink_bf16_r64_w8channel_a8token(
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, y, x, lora_a, route, scaling, a_scale, x_scale=x_scale)
+    schedule.launch(config, y=y, x=x, lora_a=lora_a, route=route, scaling=scaling, a_scale=a_scale, x_scale=x_scale)

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from .. import _runtime as runtime
-from .._activation import Clamp
 from .._live import routing_of
-from ._problem import Call, Config, Problem, check, choose
+from ._problem import OP, Call, Config, Given, Problem, check, choose
 from ._table import VARIANTS
 
 _ROUTING = "route_ids_ptr token_lora_mapping_ptr adapter_enabled_ptr expert_map_ptr"
@@ -27,39 +24,17 @@ class MoeAct:
         operands = f"h_ptr x_ptr delta_ptr topk_ids_ptr valid_tokens_ptr {_ROUTING} limit alpha beta num_tokens"
         self._kernel = runtime.Launcher(kernel, operands)
 
-    def launch(
-        self,
-        config: Config | None,
-        h: Tensor,
-        x: Tensor,
-        topk_ids: Tensor,
-        valid_tokens: Tensor | None,
-        delta: Tensor | None = None,
-        route: Any = None,
-        /,
-        limit: float | None = None,
-        alpha: float | None = None,
-        beta: float | None = None,
-        **sizes: Any,
-    ) -> None:
+    def launch(self, config: Config | None, **arguments: Any) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.
 
         Raises:
             ValueError: something does not fit; nothing was launched.
         """
-        operands, clamp = (h, x, topk_ids, valid_tokens, delta, route), Clamp(limit, alpha, beta)
-        problem = check(
-            self.name,
-            *operands,
-            activation=self.facts["epilogue"],
-            clamp=clamp,
-            dtype=self.facts["torch_dtype"],
-            adapted=self.facts["adapted"],
-            **sizes,
-        )
+        facts = self.facts
+        given = OP.given(activation=facts["epilogue"], **arguments)
+        problem = check(self.name, given, dtype=facts["torch_dtype"], adapted=facts["adapted"])
         if problem.num_tokens > 0:
-            tiles = runtime.given(self.name, config, Config) or choose(problem)
-            self.bind(problem, tiles)(*operands, *clamp)
+            self.bind(problem, runtime.given(self.name, config, Config) or choose(problem))(given)
 
     def bind(self, problem: Problem, config: Config) -> Call:
         """The launch for checked calls of these sizes, ready to be made again and again."""
@@ -83,17 +58,8 @@ class MoeAct:
             GLOBAL_EXPERTS=problem.delta.global_experts,
         )
 
-        def call(
-            h: Tensor,
-            x: Tensor,
-            topk_ids: Tensor,
-            valid_tokens: Tensor | None,
-            delta: Tensor | None,
-            route: Any,
-            limit: float | None,
-            alpha: float | None,
-            beta: float | None,
-        ) -> None:
-            launch.run(h, x, delta, topk_ids, valid_tokens, *routing_of(route), limit, alpha, beta, num_tokens)
+        def call(given: Given) -> None:
+            routing, clamp = routing_of(given.route), (given.limit, given.alpha, given.beta)
+            launch.run(given.h, given.x, given.delta, given.topk_ids, given.valid_tokens, *routing, *clamp, num_tokens)
 
         return call

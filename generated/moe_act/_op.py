@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 
 from .. import _runtime as runtime
-from .._activation import Clamp
 from ..moe_route._op import MoeRoute
-from ._problem import OP, Call, check, choose
+from ._problem import OP, Call, Given, check, choose
 from ._table import VARIANTS
 
 
@@ -51,40 +50,14 @@ def moe_act(
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
     sizes = (activation, num_experts, local_expert_start, num_tokens_hint)
-    arguments = (h, x, topk_ids, valid_tokens, *sizes, delta, route, limit, alpha, beta)
-    (_in_graphs if torch.compiler.is_compiling() else _apply)(*arguments)
+    apply = _in_graphs if torch.compiler.is_compiling() else _apply
+    apply(h, x, topk_ids, valid_tokens, *sizes, delta, route, limit, alpha, beta)
 
 
-def _bind(
-    h: torch.Tensor,
-    x: torch.Tensor,
-    topk_ids: torch.Tensor,
-    valid_tokens: torch.Tensor | None,
-    activation: str,
-    num_experts: int,
-    local_expert_start: int,
-    num_tokens_hint: int | None,
-    delta: torch.Tensor | None,
-    route: MoeRoute | None,
-    limit: float | None,
-    alpha: float | None,
-    beta: float | None,
-) -> Call:
-    problem = check(
-        "moe_act",
-        h,
-        x,
-        topk_ids,
-        valid_tokens,
-        delta,
-        route,
-        activation=activation,
-        num_experts=num_experts,
-        local_expert_start=local_expert_start,
-        num_tokens_hint=num_tokens_hint,
-        clamp=Clamp(limit, alpha, beta),
-    )
-    variant = VARIANTS.get("moe_act", torch_dtype=x.dtype, epilogue=activation, adapted=delta is not None)
+def _bind(given: Given) -> Call:
+    problem = check("moe_act", given)
+    facts = {"torch_dtype": given.x.dtype, "epilogue": given.activation, "adapted": given.delta is not None}
+    variant = VARIANTS.get("moe_act", **facts)
     if problem.num_tokens == 0:
         return runtime.nothing
     call: Call = variant.bind(problem, choose(problem))

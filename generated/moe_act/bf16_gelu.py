@@ -61,5 +61,6 @@ def moe_act_bf16_gelu(
     Raises:
         ValueError: a shape, stride, dtype or device that this variant does not serve; nothing was launched.
     """
-    sizes = {"num_experts": num_experts, "local_expert_start": local_expert_start, "num_tokens_hint": num_tokens_hint}
-    schedule.launch(config, h, x, topk_ids, valid_tokens, **sizes)
+    routing = {"topk_ids": topk_ids, "num_experts": num_experts, "local_expert_start": local_expert_start}
+    tokens = {"valid_tokens": valid_tokens, "num_tokens_hint": num_tokens_hint}
+    schedule.launch(config, h=h, x=x, **routing, **tokens)

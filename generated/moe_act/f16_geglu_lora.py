@@ -85,5 +85,6 @@ def moe_act_f16_geglu_lora(
     Raises:
         ValueError: a shape, stride, dtype or device that this variant does not serve; nothing was launched.
     """
-    sizes = {"num_experts": num_experts, "local_expert_start": local_expert_start, "num_tokens_hint": num_tokens_hint}
-    schedule.launch(config, h, x, topk_ids, valid_tokens, delta, route, **sizes)
+    routing = {"topk_ids": topk_ids, "num_experts": num_experts, "local_expert_start": local_expert_start}
+    tokens = {"valid_tokens": valid_tokens, "num_tokens_hint": num_tokens_hint}
+    schedule.launch(config, h=h, x=x, **routing, **tokens, delta=delta, route=route)

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from .. import _runtime as runtime
 from .._live import routing_of
-from ..moe_route._op import PairRoute, TableRoute
-from ._problem import Call, Config, Problem, check, choose
+from ._problem import OP, Call, Config, Given, Problem, check, choose
 from ._table import VARIANTS
 
 _ROUTING = "route_ids_ptr token_lora_mapping_ptr adapter_enabled_ptr expert_map_ptr"
@@ -26,15 +23,16 @@ class MoeAdd:
         self.facts = VARIANTS.of(self.name)
         self._kernel = runtime.Launcher(kernel, f"out_ptr delta_ptr {_ROUTING}")
 
-    def launch(self, config: Config | None, out: Tensor, delta: Tensor, route: Any) -> None:
+    def launch(self, config: Config | None, **arguments: Any) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.
 
         Raises:
             ValueError: something does not fit; nothing was launched.
         """
-        problem = check(self.name, out, delta, route, dtype=self.facts["torch_dtype"])
+        given = OP.given(**arguments)
+        problem = check(self.name, given, self.facts["torch_dtype"])
         if problem.num_pairs > 0:
-            self.bind(problem, runtime.given(self.name, config, Config) or choose(problem))(out, delta, route)
+            self.bind(problem, runtime.given(self.name, config, Config) or choose(problem))(given)
 
     def bind(self, problem: Problem, config: Config) -> Call:
         """The launch for checked calls of these sizes, ready to be made again and again."""
@@ -51,7 +49,7 @@ class MoeAdd:
             GLOBAL_EXPERTS=problem.delta.global_experts,
         )
 
-        def call(out: Tensor, delta: Tensor, route: PairRoute | TableRoute) -> None:
-            launch.run(out, delta, *routing_of(route))
+        def call(given: Given) -> None:
+            launch.run(given.out, given.delta, *routing_of(given.route))
 
         return call

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
 from .._live import DeltaSizes, check_delta
-from ..moe_route._op import ROUTE, MoeRoute, PairRoute, TableRoute
+from ..moe_route._op import Route
 from ._table import VARIANTS
 from ._tuned import TUNED
 
@@ -27,20 +27,18 @@ class Config(NamedTuple):
 
 CONFIGS = {"moe_add": Config}
 
-OP = operands.Op(
-    "moe_add",
-    (
-        operands.Tensor("out", "T, top_k, N", "D", operands.PAIRS, written=True, asks=("torch_dtype",)),
-        operands.Tensor("delta", "T, top_k, N", "D", operands.PAIRS),
-        ROUTE,
-    ),
-    spec=VARIANTS.spec,
-    dtypes={"D": VARIANTS.dtypes},
-    tells=("out",),
-)
 
-# (out, delta, route) of sizes that were checked before
-Call = Callable[[torch.Tensor, torch.Tensor, PairRoute | TableRoute], None]
+class Given(NamedTuple):
+    """What moe_add is given."""
+
+    out: Annotated[torch.Tensor, operands.Tensor("T, top_k, N", "D", operands.PAIRS, written=True, asks=("torch_dtype",))]
+    delta: Annotated[torch.Tensor, operands.Tensor("T, top_k, N", "D", operands.PAIRS)]
+    route: Route
+
+
+OP = operands.Op("moe_add", Given, spec=VARIANTS.spec, dtypes={"D": VARIANTS.dtypes}, tells=("out",))
+
+Call = Callable[[Given], None]  # of sizes that were checked before
 
 
 class Problem(NamedTuple):
@@ -54,23 +52,21 @@ class Problem(NamedTuple):
     device: torch.device
 
 
-def check(
-    variant: str, out: torch.Tensor, delta: torch.Tensor, route: MoeRoute, *, dtype: torch.dtype | None = None
-) -> Problem:
+def check(variant: str, given: Given, dtype: torch.dtype | None = None) -> Problem:
     """The sizes of a call, once everything about it is known to fit.
 
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
-    sizes = OP.check(variant, OP.named(out, delta, route), D=dtype)
-    delta_sizes = check_delta(variant, delta, route, True)
+    sizes, route = OP.check(variant, given, D=dtype), given.route
+    delta_sizes = check_delta(variant, given.delta, route, True)
     return Problem(
         num_pairs=route.num_tokens * route.top_k,
         top_k=route.top_k,
         n=sizes["N"],
-        out_stride=out.stride(1 if route.top_k > 1 else 0),
+        out_stride=given.out.stride(1 if route.top_k > 1 else 0),
         delta=delta_sizes,
-        device=out.device,
+        device=given.out.device,
     )
 
 

@@ -59,4 +59,4 @@ def moe_add_bf16(out: Tensor, delta: Tensor, route: PairRoute | TableRoute, *, c
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, delta, route)
+    schedule.launch(config, out=out, delta=delta, route=route)

@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import torch
 
@@ -16,6 +15,18 @@ from .. import _runtime as runtime
 from ._table import VARIANTS
 
 __all__ = ["MoeTables", "local_ids", "moe_align", "no_tables"]
+
+BLOCK_MS = (16, 32, 64, 128)
+_FEW_PAIRS = 32768  # up to so many are sorted in one launch, whose programs each count all pairs
+CHUNKS = 128  # at most, that pairs are counted in by two launches
+_TABLE = (torch.int32, operands.CONTIGUOUS)
+
+# What ops on the routing of a base layer take of it.
+TopkIds = Annotated[torch.Tensor, operands.Tensor("T, top_k", operands.IDS, operands.CONTIGUOUS)]
+ExpertMap = Annotated[torch.Tensor, operands.Tensor(">=1", *_TABLE)]
+ValidTokens = Annotated[torch.Tensor | None, operands.Tensor(("1", ""), *_TABLE)]
+NumExperts = Annotated[int, operands.Int(1, 4096, size="E")]  # a program counts them
+NumTokensHint = Annotated[int | None, operands.Int(1)]
 
 
 @operands.bundle(tables=("pairs", "blocks", "num_blocks"), free=("tokens_hint",))
@@ -26,17 +37,19 @@ class MoeTables(NamedTuple):
     fields beside them: an op refuses such that were edited so that some of them are of others; ``tokens_hint`` may be any.
     """
 
-    topk_ids: torch.Tensor  # [T, top_k] int32 or int64, global ids
-    valid_tokens: torch.Tensor | None  # [1] int32, None: all T
-    pairs: torch.Tensor | None  # [>= T * top_k] int32: local pairs by expert; None: there are no tables
-    blocks: torch.Tensor | None  # [max_blocks, 3] int32: expert, first, rows; no rows: nothing to do
-    num_blocks: torch.Tensor | None  # [1] int32
-    num_tokens: int
-    top_k: int
-    num_experts: int
-    local_expert_start: int
-    tokens_hint: int  # tokens that grids are sized for; any number is right
-    block_m: int  # rows of a block at most, 0: there are no tables
+    topk_ids: TopkIds  # global ids
+    valid_tokens: ValidTokens  # None: all T
+    pairs: Annotated[torch.Tensor | None, operands.Tensor(">=T*top_k", *_TABLE)]  # local ones by expert; None: no tables
+    # expert, first, rows; no rows: nothing to do
+    blocks: Annotated[torch.Tensor | None, operands.Tensor((">=max_blocks, 3", ">=3*max_blocks"), *_TABLE)]
+    num_blocks: Annotated[torch.Tensor | None, operands.Tensor("1", *_TABLE)]
+    num_tokens: Annotated[int, operands.Int(size="T")]
+    top_k: Annotated[int, operands.Int(1, size="top_k")]
+    num_experts: NumExperts
+    local_expert_start: operands.Count
+    tokens_hint: operands.Count  # tokens that grids are sized for; any number is right
+    # rows of a block at most, 0: there are no tables; -1: left open by a graph of torch.compile
+    block_m: Annotated[int, operands.Int(-1, one_of=(0, *BLOCK_MS, -1))]
 
 
 def moe_align(
@@ -86,9 +99,9 @@ def moe_align(
     if torch.compiler.is_compiling():
         _in_graphs(*request, workspace)
         return tables
-    if plan.localize is not None:
-        plan.localize(ids, topk_ids, expert_map)
-    plan.fill(pairs, blocks, num_blocks, scratch, ids, valid_tokens)
+    if expert_map is not None:
+        plan.localize(Localize(ids, topk_ids, expert_map))
+    plan.fill(Fill(pairs, blocks, num_blocks, scratch, ids, valid_tokens, num_experts, local_expert_start, block_m))
     return operands.alike(tables, plan.looks)
 
 
@@ -109,7 +122,7 @@ def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor, *, out: torch.Te
         try:
             out = torch.empty(topk_ids.shape, dtype=torch.int32, device=topk_ids.device)
         except AttributeError as error:
-            _LOCAL.refuse(_LOCAL.named(out, topk_ids, expert_map), error)
+            _LOCAL.refuse(_LOCAL.given(topk_ids=topk_ids, expert_map=expert_map), error)
     (_local_in_graphs if torch.compiler.is_compiling() else _local)(out, topk_ids, expert_map)
     return out
 
@@ -133,52 +146,58 @@ def no_tables(
     return tables if looks is None else operands.alike(tables, looks)
 
 
-BLOCK_MS = (16, 32, 64, 128)
-_FEW_PAIRS = 32768  # up to so many are sorted in one launch, whose programs each count all pairs
-CHUNKS = 128  # at most, that pairs are counted in by two launches
-_TABLE = (torch.int32, operands.CONTIGUOUS)
+class Given(NamedTuple):
+    """What moe_align is given."""
 
-# What ops on the routing of a base layer take of it.
-TOPK_IDS = operands.Tensor("topk_ids", "T, top_k", operands.IDS, operands.CONTIGUOUS)
-EXPERT_MAP = operands.Tensor("expert_map", ">=1", *_TABLE)
-VALID_TOKENS = operands.Tensor("valid_tokens", ("1", ""), *_TABLE, optional=True)
-NUM_EXPERTS = operands.Int("num_experts", 1, 4096, size="E")  # a program counts them
-LOCAL_EXPERT_START = operands.Int("local_expert_start")
-NUM_TOKENS_HINT = operands.Int("num_tokens_hint", 1, optional=True)
-OP = operands.Op(
-    "moe_align",
-    (
-        TOPK_IDS,
-        VALID_TOKENS,
-        dataclasses.replace(EXPERT_MAP, optional=True),
-        NUM_EXPERTS,
-        LOCAL_EXPERT_START,
-        NUM_TOKENS_HINT,
-        operands.Int("block_m", optional=True, one_of=BLOCK_MS),
-        operands.Tensor("workspace", "*", *_TABLE, optional=True, written=True),
-    ),
-)
-_LOCAL = operands.Op(
-    "local_ids", (operands.Tensor("out", "T, top_k", *_TABLE, made=True, written=True), TOPK_IDS, EXPERT_MAP), first=("topk_ids",)
-)
-_NO_TABLES = operands.Op("no_tables", (TOPK_IDS, VALID_TOKENS, NUM_EXPERTS, LOCAL_EXPERT_START))
+    topk_ids: TopkIds
+    valid_tokens: ValidTokens
+    expert_map: ExpertMap | None
+    num_experts: NumExperts
+    local_expert_start: operands.Count
+    num_tokens_hint: NumTokensHint
+    block_m: Annotated[int | None, operands.Int(one_of=BLOCK_MS)]
+    workspace: Annotated[torch.Tensor | None, operands.Tensor("*", *_TABLE, written=True)]
 
 
-# What the launcher of the single variant takes; moe_align makes the buffers.
-_FILL = operands.Op(
-    "moe_align_fill",
-    (
-        operands.Tensor("pairs", ">=T*top_k", *_TABLE, written=True),
-        operands.Tensor("blocks", ("*, 3", "*"), *_TABLE, written=True),
-        operands.Tensor("num_blocks", "1", *_TABLE, written=True),
-        operands.Tensor("scratch", "*", *_TABLE, written=True),
-        TOPK_IDS,
-        VALID_TOKENS,
-        NUM_EXPERTS,
-        LOCAL_EXPERT_START,
-        operands.Int("block_m", one_of=BLOCK_MS),
-    ),
-)
+OP = operands.Op("moe_align", Given)
+
+
+class Localize(NamedTuple):
+    """What local_ids is given."""
+
+    out: Annotated[torch.Tensor, operands.Tensor("T, top_k", *_TABLE, made=True, written=True)]
+    topk_ids: TopkIds
+    expert_map: ExpertMap
+
+
+_LOCAL = operands.Op("local_ids", Localize, first=("topk_ids",))
+
+
+class _Routing(NamedTuple):
+    topk_ids: TopkIds
+    valid_tokens: ValidTokens
+    num_experts: NumExperts
+    local_expert_start: operands.Count
+
+
+_NO_TABLES = operands.Op("no_tables", _Routing)
+
+
+class Fill(NamedTuple):
+    """What the launchers of single variants are given; moe_align makes the buffers."""
+
+    pairs: Annotated[torch.Tensor, operands.Tensor(">=T*top_k", *_TABLE, written=True)]
+    blocks: Annotated[torch.Tensor, operands.Tensor(("*, 3", "*"), *_TABLE, written=True)]
+    num_blocks: Annotated[torch.Tensor, operands.Tensor("1", *_TABLE, written=True)]
+    scratch: Annotated[torch.Tensor, operands.Tensor("*", *_TABLE, written=True)]
+    topk_ids: TopkIds
+    valid_tokens: ValidTokens
+    num_experts: NumExperts
+    local_expert_start: operands.Count
+    block_m: Annotated[int, operands.Int(one_of=BLOCK_MS)]
+
+
+FILL = operands.Op("moe_align_fill", Fill)
 
 
 class Problem(NamedTuple):
@@ -192,29 +211,28 @@ class Problem(NamedTuple):
     device: torch.device
 
 
-def check_fill(variant: str, scratch_size: Callable[[int, int], int], *arguments: Any) -> Problem:
-    """The problem of a launcher's arguments; ``scratch_size``: of its variant.
+def check_fill(variant: str, scratch_size: Callable[[int, int], int], given: Fill) -> Problem:
+    """The problem of a call; ``scratch_size``: of its variant.
 
     Raises:
         ValueError: says which does not fit, what it is and what was wanted.
     """
-    given = _FILL.named(*arguments)
-    sizes, block_m = _FILL.check(variant, given), given["block_m"]
-    check_blocks(variant, given["blocks"], sizes, block_m)
-    num_pairs, routing = sizes["T"] * sizes["top_k"], (sizes["top_k"], sizes["E"], given["local_expert_start"])
+    sizes = FILL.check(variant, given)
+    check_blocks(variant, given.blocks, sizes, given.block_m)
+    num_pairs, routing = sizes["T"] * sizes["top_k"], (sizes["top_k"], sizes["E"], given.local_expert_start)
     needed = scratch_size(num_pairs, sizes["E"])
-    if given["scratch"].numel() < needed:
-        runtime.fail(variant, "scratch", runtime.describe(given["scratch"]), f"at least {needed} elements")
-    return Problem(num_pairs, *routing, block_m, given["topk_ids"].device)
+    if given.scratch.numel() < needed:
+        runtime.fail(variant, "scratch", runtime.describe(given.scratch), f"at least {needed} elements")
+    return Problem(num_pairs, *routing, given.block_m, given.topk_ids.device)
 
 
-def check_local_ids(variant: str, out: torch.Tensor | None, topk_ids: torch.Tensor, expert_map: torch.Tensor) -> int:
+def check_local_ids(variant: str, given: Localize) -> int:
     """The pairs of a call, once its arguments are known to fit.
 
     Raises:
         ValueError: says which does not, what it is and what was wanted.
     """
-    sizes = _LOCAL.check(variant, _LOCAL.named(out, topk_ids, expert_map))
+    sizes = _LOCAL.check(variant, given)
     return int(sizes["T"] * sizes["top_k"])
 
 
@@ -276,27 +294,8 @@ def _table_sizes(tables: MoeTables) -> dict[str, int]:
     return {"max_blocks": max_blocks(*sizes) if tables.block_m > 0 else 0}
 
 
-TABLES = operands.Bundle(
-    "tables",
-    MoeTables,
-    (
-        TOPK_IDS,
-        VALID_TOKENS,
-        operands.Tensor("pairs", ">=T*top_k", *_TABLE, optional=True),
-        operands.Tensor("blocks", (">=max_blocks, 3", ">=3*max_blocks"), *_TABLE, optional=True),
-        operands.Tensor("num_blocks", "1", *_TABLE, optional=True),
-        operands.Int("num_tokens", size="T"),
-        operands.Int("top_k", 1, size="top_k"),
-        NUM_EXPERTS,
-        LOCAL_EXPERT_START,
-        operands.Int("tokens_hint"),
-        operands.Int("block_m", -1, one_of=(0, *BLOCK_MS, -1)),  # -1: left open by a graph of torch.compile
-    ),
-    maker="moe_align",
-    sizes=_table_sizes,
-    whole=_check_tables,
-    asks=("schedule",),
-)
+TABLES = operands.Bundle(MoeTables, maker="moe_align", sizes=_table_sizes, whole=_check_tables, asks=("schedule",))
+Tables = Annotated[MoeTables, TABLES]  # what an op on them takes
 
 
 def default_block_m(num_tokens: int, top_k: int, num_experts: int, fp8: bool = False) -> int:
@@ -343,10 +342,6 @@ def table_size(num_tokens: int, top_k: int, num_experts: int) -> int:
     return sum(_open_splits(num_tokens, top_k, num_experts, False))
 
 
-# (pairs, blocks, num_blocks, scratch, topk_ids, valid_tokens)
-Fill = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
-
-
 class _Plan(NamedTuple):
     """A checked request: what moe_align works out once for inputs of the same looks."""
 
@@ -355,46 +350,37 @@ class _Plan(NamedTuple):
     block_m: int
     size: int  # of the buffer
     splits: tuple[int, ...]  # as _splits
-    localize: Callable[..., None] | None
-    fill: Fill
+    localize: Callable[[Localize], None]
+    fill: Callable[[Fill], None]
     looks: list[object]  # of its tables
 
 
-def _bind(
-    topk_ids: torch.Tensor,
-    valid_tokens: torch.Tensor | None,
-    expert_map: torch.Tensor | None,
-    num_experts: int,
-    local_expert_start: int,
-    num_tokens_hint: int | None,
-    block_m: int | None,
-    workspace: torch.Tensor | None,
-) -> _Plan:
-    request = (topk_ids, valid_tokens, expert_map, num_experts, local_expert_start, num_tokens_hint, block_m, workspace)
-    sizes = OP.check("moe_align", OP.named(*request))
-    num_tokens, top_k = sizes["T"], sizes["top_k"]
-    block_m = block_m or default_block_m(num_tokens_hint or num_tokens, top_k, num_experts)
+def _bind(given: Given) -> _Plan:
+    sizes = OP.check("moe_align", given)
+    num_tokens, top_k, num_experts, expert_map = sizes["T"], sizes["top_k"], given.num_experts, given.expert_map
+    block_m = given.block_m or default_block_m(given.num_tokens_hint or num_tokens, top_k, num_experts)
     num_pairs = num_tokens * top_k
     most = 3 * max_blocks(num_tokens, top_k, num_experts, block_m)
     splits = _splits(num_pairs, most, scratch_size(num_pairs, num_experts), expert_map is not None)
-    localize = None
+    localize: Callable[[Localize], None] = runtime.nothing
     if expert_map is not None:
-        if local_expert_start != 0:
-            fail_start("moe_align", local_expert_start)
+        if given.local_expert_start != 0:
+            fail_start("moe_align", given.local_expert_start)
         localize = bind_local(num_pairs, expert_map.shape[0])
     size = sum(splits)
-    if workspace is not None and workspace.shape[0] < size:
-        wanted = f"[>= {size}] int32 on {topk_ids.device}"
-        runtime.fail("moe_align", "workspace", runtime.describe(workspace), wanted, "ask table_size of this module")
-    fill: Fill = no_pairs
+    device = given.topk_ids.device
+    if given.workspace is not None and given.workspace.shape[0] < size:
+        wanted = f"[>= {size}] int32 on {device}"
+        runtime.fail("moe_align", "workspace", runtime.describe(given.workspace), wanted, "ask table_size of this module")
+    fill: Callable[[Fill], None] = no_pairs
     if num_pairs > 0:
-        fill = bind(Problem(num_pairs, top_k, num_experts, local_expert_start, block_m, topk_ids.device))
+        fill = bind(Problem(num_pairs, top_k, num_experts, given.local_expert_start, block_m, device))
     return _Plan(num_tokens, top_k, block_m, size, splits, localize, fill, [])
 
 
-def bind(problem: Problem) -> Fill:
+def bind(problem: Problem) -> Callable[[Fill], None]:
     """The launches that make tables of these sizes."""
-    call: Fill = _variant(problem.num_pairs, problem.num_experts).bind(problem)
+    call: Callable[[Fill], None] = _variant(problem.num_pairs, problem.num_experts).bind(problem)
     return call
 
 
@@ -413,26 +399,25 @@ def scratch_size(num_pairs: int, num_experts: int) -> int:
     return size
 
 
-def no_pairs(pairs: torch.Tensor, blocks: torch.Tensor, num_blocks: torch.Tensor, *rest: object) -> None:
+def no_pairs(given: Any) -> None:
     """The launch of an empty batch."""
-    num_blocks.zero_()
+    given.num_blocks.zero_()
 
 
-def _no_plan(*request: object) -> list[object]:
-    _NO_TABLES.check("no_tables", _NO_TABLES.named(*request))
+def _no_plan(given: _Routing) -> list[object]:
+    _NO_TABLES.check("no_tables", given)
     return []
 
 
-def _bind_local(out: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor) -> Callable[..., None]:
-    num_pairs = check_local_ids("local_ids", out, topk_ids, expert_map)
-    return bind_local(num_pairs, expert_map.shape[0])
+def _bind_local(given: Localize) -> Callable[[Localize], None]:
+    return bind_local(check_local_ids("local_ids", given), given.expert_map.shape[0])
 
 
-def bind_local(num_pairs: int, global_experts: int) -> Callable[..., None]:
-    """The launch that writes local ids: (out, topk_ids, expert_map)."""
+def bind_local(num_pairs: int, global_experts: int) -> Callable[[Localize], None]:
+    """The launch that writes local ids."""
     if num_pairs == 0:
         return runtime.nothing
-    call: Callable[..., None] = VARIANTS.get("local_ids", schedule="local_ids").bind(num_pairs, global_experts)
+    call: Callable[[Localize], None] = VARIANTS.get("local_ids", schedule="local_ids").bind(num_pairs, global_experts)
     return call
 
 
@@ -441,21 +426,15 @@ _local_in_graphs = _LOCAL.in_graphs(_local)
 _plan, _routing = OP.finder(_bind), _NO_TABLES.finder(_no_plan)
 
 
-def _align(
-    topk_ids: torch.Tensor,
-    valid_tokens: torch.Tensor | None,
-    expert_map: torch.Tensor | None,
-    num_experts: int,
-    local_expert_start: int,
-    num_tokens_hint: int | None,
-    block_m: int | None,
-    workspace: torch.Tensor,
-) -> None:
-    plan = _plan(topk_ids, valid_tokens, expert_map, num_experts, local_expert_start, num_tokens_hint, block_m, workspace)
-    num_blocks, pairs, blocks, scratch, ids = _views(workspace, plan.size, plan.splits, topk_ids, expert_map)
-    if plan.localize is not None:
-        plan.localize(ids, topk_ids, expert_map)
-    plan.fill(pairs, blocks, num_blocks, scratch, ids, valid_tokens)
+def _align(*arguments: Any) -> None:
+    given = Given(*arguments)
+    plan, topk_ids, expert_map = _plan(*given), given.topk_ids, given.expert_map
+    assert given.workspace is not None
+    num_blocks, pairs, blocks, scratch, ids = _views(given.workspace, plan.size, plan.splits, topk_ids, expert_map)
+    if expert_map is not None:
+        plan.localize(Localize(ids, topk_ids, expert_map))
+    sizes = (given.num_experts, given.local_expert_start, plan.block_m)
+    plan.fill(Fill(pairs, blocks, num_blocks, scratch, ids, given.valid_tokens, *sizes))
 
 
 _in_graphs = OP.in_graphs(_align)

@@ -128,5 +128,6 @@ def moe_align_two_launch(
     Raises:
         ValueError: an argument that does not fit; nothing was launched.
     """
-    tensors = (pairs, blocks, num_blocks, scratch, topk_ids, valid_tokens)
-    schedule.launch(*tensors, num_experts, local_expert_start, block_m)
+    buffers = {"pairs": pairs, "blocks": blocks, "num_blocks": num_blocks, "scratch": scratch}
+    routing = {"topk_ids": topk_ids, "valid_tokens": valid_tokens, "num_experts": num_experts}
+    schedule.launch(**buffers, **routing, local_expert_start=local_expert_start, block_m=block_m)

@@ -7,29 +7,25 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import _runtime as runtime
-from .._activation import Clamp
-from .._operands import Tensors
-from ..moe_align._op import MoeTables
-from ..moe_runs._op import MoeRuns
 from ._problem import (
     CACHE_POLICIES,
+    OP,
     BoxConfig,
     Call,
-    Delta,
     GemvConfig,
+    Given,
+    Modes,
     NaiveConfig,
     Problem,
-    Scales,
     TileConfig,
     Tiled,
     WarpSpecialisedConfig,
-    check,
     choose,
     grid,
+    problem_of,
     step_columns,
     step_ranks,
 )
@@ -40,6 +36,21 @@ _SCALES = "topk_weights_ptr w_scale_ptr x_scale_ptr x_scale_next"
 _CLAMP = "limit alpha beta"
 _TABLES = "pairs_ptr blocks_ptr num_blocks_ptr run_of_row_ptr runs_ptr"
 _ROUTING = "topk_ids_ptr valid_tokens_ptr token_lora_mapping_ptr adapter_enabled_ptr lora_ranks_ptr num_pairs"
+
+
+def _scales(given: Given) -> tuple[Any, ...]:
+    return given.topk_weights, given.w_scale, given.x_scale
+
+
+def _clamp(given: Given) -> tuple[Any, ...]:
+    return given.limit, given.alpha, given.beta
+
+
+def _blocks(given: Given) -> tuple[Any, ...]:
+    """The tables, and the runs of their rows."""
+    tables, runs = given.tables, given.runs
+    of_rows = (None, None) if runs is None else (runs.run_of_row, runs.runs)
+    return tables.pairs, tables.blocks, tables.num_blocks, *of_rows
 
 
 class _Schedule:
@@ -58,56 +69,23 @@ class _Schedule:
         """The launch for checked calls of these sizes, ready to be made again and again."""
         raise NotImplementedError
 
-    def launch(
-        self,
-        config: Any,
-        out: Tensor,
-        x: Tensor,
-        w: Tensor,
-        tables: MoeTables,
-        topk_weights: Tensor | None = None,
-        w_scale: Tensor | None = None,
-        x_scale: Tensor | None = None,
-        v: Tensor | None = None,
-        lora_b: Tensors | None = None,
-        runs: MoeRuns | None = None,
-        b_scale: Tensors | None = None,
-        bias: Tensor | None = None,
-        limit: float | None = None,
-        alpha: float | None = None,
-        beta: float | None = None,
-        out_scale: Tensor | None = None,
-    ) -> None:
+    def launch(self, config: Any, **arguments: Any) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.
 
         Raises:
             ValueError: something does not fit; nothing was launched.
         """
-        facts, clamp = self.facts, Clamp(limit, alpha, beta)
-        problem = check(
-            self.name,
-            out,
-            x,
-            w,
-            tables,
-            topk_weights,
-            dtype=facts["torch_dtype"],
-            rows=facts["rows"],
-            epilogue=facts["epilogue"],
-            schedule=self.schedule,
-            scales=Scales(facts["weight_scales"], w_scale, facts["x_scales"], x_scale),
-            delta=Delta(v, lora_b, runs, facts["b_scales"], b_scale),
-            interleaved=facts["interleaved"],
-            bias=bias,
-            biased=facts["biased"],
-            clamp=clamp,
-            out_scale=out_scale,
-            writes_fp8=facts["writes_fp8"],
-        )
+        facts, activation = self.facts, None if self.facts["epilogue"] == "none" else self.facts["epilogue"]
+        (x_rows, out_rows), layout = facts["rows"].split("_"), "interleaved" if facts["interleaved"] else "halves"
+        given = OP.given(x_rows=x_rows, out_rows=out_rows, activation=activation, layout=layout, **arguments)
+        for name, needed in (("bias", facts["biased"]), ("out_scale", facts["writes_fp8"])):
+            if needed and getattr(given, name) is None:
+                runtime.fail(self.name, name, None, "a tensor", "this variant takes one")
+        sizes = OP.check(self.name, given, D=facts["torch_dtype"])
+        modes = Modes(facts["weight_scales"], facts["x_scales"], facts["b_scales"])
+        problem = problem_of(self.name, given, sizes, modes, dtype=facts["torch_dtype"], schedule=self.schedule)
         if problem.num_pairs > 0:
-            tiles = runtime.given(self.name, config, self.config) or choose(self.schedule, problem)
-            adapters, more = (v, lora_b, runs, b_scale), (bias, *clamp, out_scale)
-            self.bind(problem, tiles)(out, x, w, tables, topk_weights, w_scale, x_scale, *adapters, *more)
+            self.bind(problem, runtime.given(self.name, config, self.config) or choose(self.schedule, problem))(given)
 
     def _constants(self, problem: Problem, config: Tiled) -> dict[str, Any]:
         """Of the kernels of all schedules that tile K."""
@@ -158,28 +136,12 @@ class _ByPair(_Schedule):
         )
         num_pairs, x_scale_next = problem.num_pairs, problem.x_scale_next
 
-        def call(
-            out: Tensor,
-            x: Tensor,
-            w: Tensor,
-            tables: MoeTables,
-            topk_weights: Tensor | None,
-            w_scale: Tensor | None,
-            x_scale: Tensor | None,
-            v: Tensor | None,
-            lora_b: Tensors | None,
-            runs: MoeRuns | None,
-            b_scale: Tensors | None,
-            bias: Tensor | None = None,
-            limit: float | None = None,
-            alpha: float | None = None,
-            beta: float | None = None,
-            out_scale: Tensor | None = None,
-        ) -> None:
+        def call(given: Given) -> None:
+            tables, runs = given.tables, given.runs
             adapters = _NO_ADAPTERS if runs is None else (runs.token_lora_mapping, runs.adapter_enabled, runs.lora_ranks)
-            scales, routing = (w_scale, x_scale, x_scale_next), (tables.topk_ids, tables.valid_tokens)
-            more = (bias, limit, alpha, beta)
-            launch.run(out, x, w, v, lora_b, b_scale, topk_weights, *scales, *more, *routing, *adapters, num_pairs)
+            factors, scales = (given.v, given.lora_b, given.b_scale), (*_scales(given), x_scale_next)
+            more, routing = (given.bias, *_clamp(given)), (tables.topk_ids, tables.valid_tokens)
+            launch.run(given.out, given.x, given.w, *factors, *scales, *more, *routing, *adapters, num_pairs)
 
         return call
 
@@ -256,27 +218,9 @@ class Tile(_ByBlock):
         launch = self._launch_of(problem, config, CACHE_POLICIES[config.weight_policy])
         x_scale_next = problem.x_scale_next
 
-        def call(
-            out: Tensor,
-            x: Tensor,
-            w: Tensor,
-            tables: MoeTables,
-            topk_weights: Tensor | None,
-            w_scale: Tensor | None,
-            x_scale: Tensor | None,
-            v: Tensor | None,
-            lora_b: Tensors | None,
-            runs: MoeRuns | None,
-            b_scale: Tensors | None,
-            bias: Tensor | None = None,
-            limit: float | None = None,
-            alpha: float | None = None,
-            beta: float | None = None,
-            out_scale: Tensor | None = None,
-        ) -> None:
-            of_rows = (None, None) if runs is None else (runs.run_of_row, runs.runs)
-            scales, blocks = (w_scale, x_scale, x_scale_next), (tables.pairs, tables.blocks, tables.num_blocks)
-            launch.run(out, x, w, v, lora_b, b_scale, topk_weights, *scales, bias, limit, alpha, beta, *blocks, *of_rows)
+        def call(given: Given) -> None:
+            factors, scales = (given.v, given.lora_b, given.b_scale), (*_scales(given), x_scale_next)
+            launch.run(given.out, given.x, given.w, *factors, *scales, given.bias, *_clamp(given), *_blocks(given))
 
         return call
 
@@ -301,33 +245,15 @@ class Box(_ByBlock):
         x_shape, x_strides = [problem.num_pairs, problem.k], [problem.x_stride, 1]
         x_box, half_box = [problem.block_m, block_k], [problem.block_m // 2, block_k]
 
-        def call(
-            out: Tensor,
-            x: Tensor,
-            w: Tensor,
-            tables: MoeTables,
-            topk_weights: Tensor | None,
-            w_scale: Tensor | None,
-            x_scale: Tensor | None,
-            v: Tensor | None,
-            lora_b: Tensors | None,
-            runs: MoeRuns | None,
-            b_scale: Tensors | None,
-            bias: Tensor | None = None,
-            limit: float | None = None,
-            alpha: float | None = None,
-            beta: float | None = None,
-            out_scale: Tensor | None = None,
-        ) -> None:
-            x_desc = half_desc = None
+        def call(given: Given) -> None:
+            x, x_desc, half_desc = given.x, None, None
             if in_order:
                 x_desc = TensorDescriptor(x, x_shape, x_strides, x_box)
                 half_desc = TensorDescriptor(x, x_shape, x_strides, half_box)
-            w_desc = TensorDescriptor(w, w_shape, w_strides, w_box)
-            of_rows = (None, None) if runs is None else (runs.run_of_row, runs.runs)
-            scales, blocks = (w_scale, x_scale, x_scale_next), (tables.pairs, tables.blocks, tables.num_blocks)
-            adapters, clamp = (v, lora_b, b_scale), (bias, limit, alpha, beta)
-            launch.run(out, x, x_desc, half_desc, w_desc, *adapters, topk_weights, *scales, *clamp, *blocks, *of_rows)
+            w_desc = TensorDescriptor(given.w, w_shape, w_strides, w_box)
+            factors, scales = (given.v, given.lora_b, given.b_scale), (*_scales(given), x_scale_next)
+            more = (given.bias, *_clamp(given))
+            launch.run(given.out, x, x_desc, half_desc, w_desc, *factors, *scales, *more, *_blocks(given))
 
         return call
 
@@ -370,29 +296,11 @@ class WarpSpecialised(_Schedule):
         in_order, x_scale_next = problem.rows == "sorted_pair", problem.x_scale_next or 1
         x_box, w_box = [64, step_columns(problem)], [128, step_columns(problem)]
 
-        def call(
-            out: Tensor,
-            x: Tensor,
-            w: Tensor,
-            tables: MoeTables,
-            topk_weights: Tensor | None,
-            w_scale: Tensor | None,
-            x_scale: Tensor | None,
-            v: Tensor | None,
-            lora_b: Tensors | None,
-            runs: MoeRuns | None,
-            b_scale: Tensors | None,
-            bias: Tensor | None = None,
-            limit: float | None = None,
-            alpha: float | None = None,
-            beta: float | None = None,
-            out_scale: Tensor | None = None,
-        ) -> None:
-            x_desc = box(x, x_shape, x_strides, x_box) if in_order else None
-            w_desc = box(w, w_shape, w_strides, w_box)
-            scales, blocks = (w_scale, x_scale, x_scale_next), (tables.pairs, tables.blocks, tables.num_blocks)
-            of_rows = (None, None) if runs is None else (runs.run_of_row, runs.runs)
-            adapters, clamp = (v, lora_b, b_scale), (limit, alpha, beta)
-            launch.run(out, out_scale, x, x_desc, w_desc, *adapters, topk_weights, *scales, *clamp, *blocks, *of_rows)
+        def call(given: Given) -> None:
+            x_desc = box(given.x, x_shape, x_strides, x_box) if in_order else None
+            w_desc = box(given.w, w_shape, w_strides, w_box)
+            factors, scales = (given.v, given.lora_b, given.b_scale), (*_scales(given), x_scale_next)
+            out = (given.out, given.out_scale)
+            launch.run(*out, given.x, x_desc, w_desc, *factors, *scales, *_clamp(given), *_blocks(given))
 
         return call

@@ -105,4 +105,4 @@ def moe_gemm_box_bf16_sorted_pair_plain_bias(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, w, tables, bias=bias)
+    schedule.launch(config, out=out, x=x, w=w, tables=tables, bias=bias)

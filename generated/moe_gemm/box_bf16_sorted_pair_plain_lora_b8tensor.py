@@ -148,4 +148,4 @@ def moe_gemm_box_bf16_sorted_pair_plain_lora_b8tensor(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, w, tables, None, v=v, lora_b=lora_b, runs=runs, b_scale=b_scale)
+    schedule.launch(config, out=out, x=x, w=w, tables=tables, v=v, lora_b=lora_b, runs=runs, b_scale=b_scale)

@@ -108,4 +108,4 @@ def moe_gemm_box_bf16_token_sorted_geglu_tanh_plain(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, w, tables)
+    schedule.launch(config, out=out, x=x, w=w, tables=tables)

@@ -171,4 +171,4 @@ def moe_gemm_box_bf16_token_sorted_relu2_plain_w8channel_a8token_lora(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, w, tables, None, w_scale, x_scale, v=v, lora_b=lora_b, runs=runs)
+    schedule.launch(config, out=out, x=x, w=w, tables=tables, w_scale=w_scale, x_scale=x_scale, v=v, lora_b=lora_b, runs=runs)

@@ -123,4 +123,4 @@ def moe_gemm_box_bf16_token_sorted_swiglu_clamp_plain_interleaved_bias(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, w, tables, bias=bias, limit=limit, alpha=alpha, beta=beta)
+    schedule.launch(config, out=out, x=x, w=w, tables=tables, bias=bias, limit=limit, alpha=alpha, beta=beta)

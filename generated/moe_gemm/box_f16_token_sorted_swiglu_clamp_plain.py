@@ -114,4 +114,4 @@ def moe_gemm_box_f16_token_sorted_swiglu_clamp_plain(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, w, tables, limit=limit, alpha=alpha, beta=beta)
+    schedule.launch(config, out=out, x=x, w=w, tables=tables, limit=limit, alpha=alpha, beta=beta)

@@ -137,4 +137,6 @@ def moe_gemm_gemv_bf16_pair_token_weighted_lora_b8tensor(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, w, tables, topk_weights, v=v, lora_b=lora_b, runs=runs, b_scale=b_scale)
+    schedule.launch(
+        config, out=out, x=x, w=w, tables=tables, topk_weights=topk_weights, v=v, lora_b=lora_b, runs=runs, b_scale=b_scale
+    )

@@ -148,4 +148,6 @@ def moe_gemm_gemv_bf16_pair_token_weighted_w8group_lora(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, w, tables, topk_weights, w_scale, v=v, lora_b=lora_b, runs=runs)
+    schedule.launch(
+        config, out=out, x=x, w=w, tables=tables, topk_weights=topk_weights, w_scale=w_scale, v=v, lora_b=lora_b, runs=runs
+    )

@@ -81,4 +81,4 @@ def moe_gemm_gemv_bf16_token_pair_gelu_plain(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, w, tables)
+    schedule.launch(config, out=out, x=x, w=w, tables=tables)

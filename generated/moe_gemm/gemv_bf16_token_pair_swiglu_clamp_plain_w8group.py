@@ -114,4 +114,4 @@ def moe_gemm_gemv_bf16_token_pair_swiglu_clamp_plain_w8group(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, w, tables, None, w_scale, limit=limit, alpha=alpha, beta=beta)
+    schedule.launch(config, out=out, x=x, w=w, tables=tables, w_scale=w_scale, limit=limit, alpha=alpha, beta=beta)

@@ -97,4 +97,4 @@ def moe_gemm_gemv_bf16_token_pair_swiglu_plain_w8tensor(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, w, tables, None, w_scale)
+    schedule.launch(config, out=out, x=x, w=w, tables=tables, w_scale=w_scale)

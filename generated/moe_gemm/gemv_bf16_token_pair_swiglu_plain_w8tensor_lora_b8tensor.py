@@ -149,4 +149,4 @@ def moe_gemm_gemv_bf16_token_pair_swiglu_plain_w8tensor_lora_b8tensor(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, w, tables, None, w_scale, v=v, lora_b=lora_b, runs=runs, b_scale=b_scale)
+    schedule.launch(config, out=out, x=x, w=w, tables=tables, w_scale=w_scale, v=v, lora_b=lora_b, runs=runs, b_scale=b_scale)

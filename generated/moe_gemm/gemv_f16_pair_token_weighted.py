@@ -84,4 +84,4 @@ def moe_gemm_gemv_f16_pair_token_weighted(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, w, tables, topk_weights)
+    schedule.launch(config, out=out, x=x, w=w, tables=tables, topk_weights=topk_weights)

@@ -90,4 +90,4 @@ def moe_gemm_gemv_f16_pair_token_weighted_bias(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, w, tables, topk_weights, bias=bias)
+    schedule.launch(config, out=out, x=x, w=w, tables=tables, topk_weights=topk_weights, bias=bias)

@@ -133,4 +133,4 @@ def moe_gemm_gemv_f16_pair_token_weighted_lora(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, w, tables, topk_weights, v=v, lora_b=lora_b, runs=runs)
+    schedule.launch(config, out=out, x=x, w=w, tables=tables, topk_weights=topk_weights, v=v, lora_b=lora_b, runs=runs)

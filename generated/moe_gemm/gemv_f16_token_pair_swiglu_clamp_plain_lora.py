@@ -139,4 +139,4 @@ def moe_gemm_gemv_f16_token_pair_swiglu_clamp_plain_lora(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, w, tables, None, v=v, lora_b=lora_b, runs=runs, limit=limit, alpha=alpha, beta=beta)
+    schedule.launch(config, out=out, x=x, w=w, tables=tables, v=v, lora_b=lora_b, runs=runs, limit=limit, alpha=alpha, beta=beta)

@@ -102,4 +102,4 @@ def moe_gemm_naive_bf16_token_pair_relu2_plain_w8group_a8group(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, w, tables, None, w_scale, x_scale)
+    schedule.launch(config, out=out, x=x, w=w, tables=tables, w_scale=w_scale, x_scale=x_scale)

@@ -117,4 +117,4 @@ def moe_gemm_naive_bf16_token_pair_swiglu_clamp_plain_mxfp4_interleaved_bias(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, w, tables, None, w_scale, bias=bias, limit=limit, alpha=alpha, beta=beta)
+    schedule.launch(config, out=out, x=x, w=w, tables=tables, w_scale=w_scale, bias=bias, limit=limit, alpha=alpha, beta=beta)

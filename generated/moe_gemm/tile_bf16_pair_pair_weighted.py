@@ -110,4 +110,4 @@ def moe_gemm_tile_bf16_pair_pair_weighted(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, w, tables, topk_weights)
+    schedule.launch(config, out=out, x=x, w=w, tables=tables, topk_weights=topk_weights)

@@ -109,4 +109,4 @@ def moe_gemm_tile_bf16_sorted_pair_plain(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, w, tables)
+    schedule.launch(config, out=out, x=x, w=w, tables=tables)

@@ -156,4 +156,4 @@ def moe_gemm_tile_bf16_sorted_pair_plain_lora_bias(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, w, tables, None, v=v, lora_b=lora_b, runs=runs, bias=bias)
+    schedule.launch(config, out=out, x=x, w=w, tables=tables, v=v, lora_b=lora_b, runs=runs, bias=bias)

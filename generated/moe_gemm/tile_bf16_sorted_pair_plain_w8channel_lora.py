@@ -165,4 +165,4 @@ def moe_gemm_tile_bf16_sorted_pair_plain_w8channel_lora(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, w, tables, None, w_scale, v=v, lora_b=lora_b, runs=runs)
+    schedule.launch(config, out=out, x=x, w=w, tables=tables, w_scale=w_scale, v=v, lora_b=lora_b, runs=runs)

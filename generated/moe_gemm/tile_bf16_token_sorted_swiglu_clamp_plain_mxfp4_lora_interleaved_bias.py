@@ -205,5 +205,6 @@ def moe_gemm_tile_bf16_token_sorted_swiglu_clamp_plain_mxfp4_lora_interleaved_bi
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
     schedule.launch(
-        config, out, x, w, tables, None, w_scale, v=v, lora_b=lora_b, runs=runs, bias=bias, limit=limit, alpha=alpha, beta=beta
-    )
+        config, out=out, x=x, w=w, tables=tables, w_scale=w_scale, v=v, lora_b=lora_b, runs=runs, bias=bias, limit=limit,
+        alpha=alpha, beta=beta,
+    )  # fmt: skip

@@ -195,4 +195,6 @@ def moe_gemm_tile_bf16_token_sorted_swiglu_plain_w8channel_a8token_lora_b8channe
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, w, tables, None, w_scale, x_scale, v=v, lora_b=lora_b, runs=runs, b_scale=b_scale)
+    schedule.launch(
+        config, out=out, x=x, w=w, tables=tables, w_scale=w_scale, x_scale=x_scale, v=v, lora_b=lora_b, runs=runs, b_scale=b_scale
+    )

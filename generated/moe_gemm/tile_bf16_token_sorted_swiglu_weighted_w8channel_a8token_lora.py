@@ -191,4 +191,7 @@ def moe_gemm_tile_bf16_token_sorted_swiglu_weighted_w8channel_a8token_lora(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, w, tables, topk_weights, w_scale, x_scale, v=v, lora_b=lora_b, runs=runs)
+    schedule.launch(
+        config, out=out, x=x, w=w, tables=tables, topk_weights=topk_weights, w_scale=w_scale, x_scale=x_scale, v=v, lora_b=lora_b,
+        runs=runs,
+    )  # fmt: skip

@@ -231,4 +231,4 @@ def moe_gemm_warp_specialised_bf16_sorted_pair_plain_w8channel_a8token(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, w, tables, None, w_scale, x_scale)
+    schedule.launch(config, out=out, x=x, w=w, tables=tables, w_scale=w_scale, x_scale=x_scale)

@@ -364,4 +364,4 @@ def moe_gemm_warp_specialised_bf16_sorted_pair_plain_w8tensor_a8tensor_lora(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, w, tables, None, w_scale, x_scale, v=v, lora_b=lora_b, runs=runs)
+    schedule.launch(config, out=out, x=x, w=w, tables=tables, w_scale=w_scale, x_scale=x_scale, v=v, lora_b=lora_b, runs=runs)

@@ -203,4 +203,4 @@ def moe_gemm_warp_specialised_bf16_token_sorted_swiglu_plain(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, w, tables)
+    schedule.launch(config, out=out, x=x, w=w, tables=tables)

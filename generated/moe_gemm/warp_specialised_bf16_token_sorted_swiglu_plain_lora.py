@@ -309,4 +309,4 @@ def moe_gemm_warp_specialised_bf16_token_sorted_swiglu_plain_lora(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, w, tables, None, v=v, lora_b=lora_b, runs=runs)
+    schedule.launch(config, out=out, x=x, w=w, tables=tables, v=v, lora_b=lora_b, runs=runs)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
@@ -23,11 +23,11 @@ from .._scales import (
     scale_operand,
 )
 from ..moe_route._op import (
-    ADD_INPUTS,
-    MUL_ROUTED_WEIGHT,
-    ROUTE,
-    ROUTING_WEIGHTS,
+    AddInputs,
     MoeRoute,
+    MulRoutedWeight,
+    Route,
+    RoutingWeights,
     check_kind,
     check_rank,
     default_block_m,
@@ -85,22 +85,12 @@ CACHE_POLICIES = ("", "evict_first")
 CONFIGS = {"one_shot": OneShotConfig, "small_batch": SmallBatchConfig, "two_kernel": TwoKernelConfig}
 Config = OneShotConfig | SmallBatchConfig | TwoKernelConfig
 
-# (out, x, lora_a, lora_b, route, topk_weights, a_scale, b_scale, x_scale) of sizes that were checked before
-Call = Callable[..., None]
 
-
-
-class Scales(NamedTuple):
-    """The scales of a call, and of what there is one each: "tensor", "channel" or "group"; of x, "token" for "channel"."""
+class Modes(NamedTuple):
+    """Of what FP8 operands have a scale each: "tensor", "channel" or "group"; x "token" for "channel"; None: of 16 bits."""
 
     of_weights: str | None
-    a: Sequence[torch.Tensor] | None
-    b: Sequence[torch.Tensor] | None
     of_x: str | None
-    x: torch.Tensor | None
-
-
-UNSCALED = Scales(None, None, None, None, None)
 
 
 def _sizes(values: Mapping[str, Any]) -> dict[str, int]:
@@ -110,21 +100,33 @@ def _sizes(values: Mapping[str, Any]) -> dict[str, int]:
     return {"R": rows, **experts_in_weights(values)}
 
 
+class Given(NamedTuple):
+    """What moe_lora is given."""
+
+    out: Annotated[torch.Tensor, operands.Tensor("T, top_k, S*N", "D", operands.PAIRS, written=True, asks=("torch_dtype",))]
+    x: Annotated[torch.Tensor, operands.Tensor("R, K", "D", scaled_by="x_scale", asks=("torch_dtype",))]
+    lora_a: Annotated[
+        operands.Tensors,
+        operands.Tensor("slots>=L, experts>=X, rank, K", "D", slices="alike", scaled_by="a_scale", asks=("rank",)),
+    ]
+    lora_b: Annotated[
+        operands.Tensors,
+        operands.Tensor("slots>=L, experts>=X, N, rank", "D", slices="alike", scaled_by="b_scale", asks=("rank",)),
+    ]
+    route: Route
+    topk_weights: RoutingWeights
+    add_inputs: AddInputs
+    mul_routed_weight: MulRoutedWeight
+    a_scale: Annotated[operands.Tensors | None, scale_operand("weight_scales", slices="any")]
+    b_scale: Annotated[operands.Tensors | None, scale_operand("weight_scales", slices="any")]
+    x_scale: Annotated[torch.Tensor | None, scale_operand("x_scales")]
+
+
+Call = Callable[[Given], None]  # of sizes that were checked before
+
 OP = operands.Op(
     "moe_lora",
-    (
-        operands.Tensor("out", "T, top_k, S*N", "D", operands.PAIRS, written=True, asks=("torch_dtype",)),
-        operands.Tensor("x", "R, K", "D", scaled_by="x_scale", asks=("torch_dtype",)),
-        operands.Tensor("lora_a", "slots>=L, experts>=X, rank, K", "D", slices="alike", scaled_by="a_scale", asks=("rank",)),
-        operands.Tensor("lora_b", "slots>=L, experts>=X, N, rank", "D", slices="alike", scaled_by="b_scale", asks=("rank",)),
-        ROUTE,
-        ROUTING_WEIGHTS,
-        ADD_INPUTS,
-        MUL_ROUTED_WEIGHT,
-        scale_operand("a_scale", "weight_scales", slices="any"),
-        scale_operand("b_scale", "weight_scales", slices="any"),
-        scale_operand("x_scale", "x_scales"),
-    ),
+    Given,
     spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},
     fp8=QUANT.elements,
@@ -159,51 +161,43 @@ class Problem(NamedTuple):
 
 def check(
     variant: str,
-    out: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    lora_b: Sequence[torch.Tensor],
-    route: MoeRoute,
+    given: Given,
     *,
-    dtype: torch.dtype | None,
-    naive: bool | None,
-    max_rank: int | None,
-    topk_weights: torch.Tensor | None,
-    weighted: bool,
-    adds: bool,
-    scales: Scales = UNSCALED,
+    dtype: torch.dtype | None = None,
+    naive: bool | None = None,
+    max_rank: int | None = None,
+    modes: Modes | None = None,
     block_r: int = 0,
 ) -> Problem:
-    """The sizes of a call, once everything about it is known to fit; dtype, naive and kinds of scales of None: any.
+    """The sizes of a call, once everything about it is known to fit; dtype, naive and modes of None: any.
 
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
-    given = (scales.a, scales.b, scales.x)
-    sizes = OP.check(variant, OP.named(out, x, lora_a, lora_b, route, topk_weights, adds, weighted, *given), D=dtype)
+    sizes, route, x = OP.check(variant, given, D=dtype), given.route, given.x
     check_kind(variant, route, naive)
-    of_rows = route.num_experts if weighted else 1
-    if scales.of_weights is None and scales.of_x is None and given != (None, None, None):
-        scales = find_scales(variant, x, lora_a, lora_b, *given, of_rows)
-    num_pairs, a, b = route.num_tokens * route.top_k, lora_a[0], lora_b[0]
+    of_rows = route.num_experts if given.mul_routed_weight else 1
+    of_weights, of_x = modes or find_modes(variant, given, of_rows)
+    num_pairs, a, b = route.num_tokens * route.top_k, given.lora_a[0], given.lora_b[0]
     n, k, rank, slices = sizes["N"], sizes["K"], sizes["rank"], sizes["S"]
     check_rank(variant, "lora_a", rank, max_rank, a.stride(2))
     check_rank(variant, "lora_b", rank, max_rank, b.stride(2), n)
-    if scales.of_weights is not None:
-        check_fp8(variant, "lora_a", a, scales.of_weights, QUANT)
-        check_fp8(variant, "lora_b", b, scales.of_weights, QUANT)
-    if scales.of_x is not None:
-        check_fp8(variant, "x", x, scales.of_x, QUANT)
+    if of_weights is not None:
+        check_fp8(variant, "lora_a", a, of_weights, QUANT)
+        check_fp8(variant, "lora_b", b, of_weights, QUANT)
+    if of_x is not None:
+        check_fp8(variant, "x", x, of_x, QUANT)
+    out = given.out
     out_stride = out.stride(1) if route.top_k > 1 else out.stride(0)
     if slices * n >= 2**31:
         runtime.fail(variant, "out", runtime.describe(out), "below 2**31 columns")
     a_scale_strides = b_scale_strides = operands.Strides()
-    if scales.of_weights is not None:
-        a_scale_strides = factor_scale_strides(variant, "a_scale", scales.of_weights, scales.a, lora_a, QUANT)
-        b_scale_strides = factor_scale_strides(variant, "b_scale", scales.of_weights, scales.b, lora_b, QUANT)
+    if of_weights is not None:
+        a_scale_strides = factor_scale_strides(variant, "a_scale", of_weights, given.a_scale, given.lora_a, QUANT)
+        b_scale_strides = factor_scale_strides(variant, "b_scale", of_weights, given.b_scale, given.lora_b, QUANT)
     x_scale_stride, x_scale_next = 0, None
-    if scales.of_x is not None:
-        x_scale_stride, x_scale_next = check_x_scale(variant, scales.of_x, x, scales.x, QUANT, of_rows)
+    if of_x is not None:
+        x_scale_stride, x_scale_next = check_x_scale(variant, of_x, x, given.x_scale, QUANT, of_rows)
     return Problem(
         num_pairs=num_pairs,
         k=k,
@@ -214,11 +208,11 @@ def check(
         out_stride=out_stride,
         a_strides=operands.Strides.of(a),
         b_strides=operands.Strides.of(b),
-        weighted=weighted,
-        adds=adds,
+        weighted=given.mul_routed_weight,
+        adds=given.add_inputs,
         device=x.device,
-        weight_scales=scales.of_weights,
-        x_scales=scales.of_x,
+        weight_scales=of_weights,
+        x_scales=of_x,
         a_scale_strides=a_scale_strides,
         b_scale_strides=b_scale_strides,
         x_scale_stride=x_scale_stride,
@@ -237,22 +231,14 @@ def x_scale_shape(mode: str, x: Sequence[int]) -> tuple[int, ...]:
     return _scales.x_scale_shape(mode, x, QUANT)
 
 
-def find_scales(
-    variant: str,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    lora_b: Sequence[torch.Tensor],
-    a_scale: Sequence[torch.Tensor] | None,
-    b_scale: Sequence[torch.Tensor] | None,
-    x_scale: torch.Tensor | None,
-    experts: int = 1,
-) -> Scales:
-    """Of what there is a scale each, by the shapes; where several fit they mean the same, and the first of them is taken.
-    ``experts``: where rows of x are of one each; 1: a row is read by several.
+def find_modes(variant: str, given: Given, experts: int) -> Modes:
+    """Those of a call, by the shapes; where several fit they mean the same, and the first of them is taken. ``experts``: where
+    rows of x are of one each; 1: a row is read by several.
 
     Raises:
-        ValueError: there are scales without FP8 operands, FP8 operands without scales, or no mode has such shapes.
+        ValueError: there are scales of one factor alone, or no mode has such shapes.
     """
+    lora_a, lora_b, a_scale, b_scale = given.lora_a, given.lora_b, given.a_scale, given.b_scale
     of_weights = of_x = None
     if a_scale is not None and b_scale is not None and len(lora_a) and len(lora_b):
         of_weights = next((mode for mode in ("tensor", "channel", "group") if _fit(mode, a_scale, lora_a, b_scale, lora_b)), None)
@@ -262,10 +248,10 @@ def find_scales(
             runtime.fail(variant, "a_scale, b_scale", got, f"[L, E] each, or [L, E, out], or {groups}")
     elif a_scale is not None or b_scale is not None:
         runtime.fail(variant, "a_scale, b_scale", "one of them", "both, or none")
-    if x_scale is not None:
+    if given.x_scale is not None:
         # Where K is one group, a scale a token has the same shape: groups of weights go with groups of x.
-        of_x = find_x_mode(variant, x, x_scale, QUANT, "group" if of_weights == "group" else None, experts)
-    return Scales(of_weights, a_scale, b_scale, of_x, x_scale)
+        of_x = find_x_mode(variant, given.x, given.x_scale, QUANT, "group" if of_weights == "group" else None, experts)
+    return Modes(of_weights, of_x)
 
 
 def _fit(mode: str, a_scale: Sequence[torch.Tensor], lora_a: Sequence[torch.Tensor], *rest: Sequence[torch.Tensor]) -> bool:

@@ -147,4 +147,4 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r16_w8channel(
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, lora_a, lora_b, route, None, a_scale, b_scale)
+    schedule.launch(config, out=out, x=x, lora_a=lora_a, lora_b=lora_b, route=route, a_scale=a_scale, b_scale=b_scale)

@@ -177,4 +177,4 @@ def moe_lora_small_batch_bf16_naive_add_plain_r128_a8group(
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, lora_a, lora_b, route, None, x_scale=x_scale)
+    schedule.launch(config, out=out, x=x, lora_a=lora_a, lora_b=lora_b, route=route, x_scale=x_scale)

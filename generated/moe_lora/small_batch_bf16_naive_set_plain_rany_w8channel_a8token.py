@@ -172,4 +172,6 @@ def moe_lora_small_batch_bf16_naive_set_plain_rany_w8channel_a8token(
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, lora_a, lora_b, route, None, a_scale, b_scale, x_scale=x_scale)
+    schedule.launch(
+        config, out=out, x=x, lora_a=lora_a, lora_b=lora_b, route=route, a_scale=a_scale, b_scale=b_scale, x_scale=x_scale
+    )

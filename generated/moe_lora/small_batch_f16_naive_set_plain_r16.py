@@ -152,4 +152,4 @@ def moe_lora_small_batch_f16_naive_set_plain_r16(
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, lora_a, lora_b, route, None)
+    schedule.launch(config, out=out, x=x, lora_a=lora_a, lora_b=lora_b, route=route)

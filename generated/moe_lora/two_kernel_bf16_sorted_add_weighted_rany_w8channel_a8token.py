@@ -200,4 +200,7 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_rany_w8channel_a8token(
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, lora_a, lora_b, route, topk_weights, a_scale, b_scale, x_scale=x_scale)
+    schedule.launch(
+        config, out=out, x=x, lora_a=lora_a, lora_b=lora_b, route=route, topk_weights=topk_weights, a_scale=a_scale,
+        b_scale=b_scale, x_scale=x_scale,
+    )  # fmt: skip

@@ -212,4 +212,6 @@ def moe_lora_two_kernel_bf16_sorted_set_plain_rany_w8group_a8group(
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, lora_a, lora_b, route, None, a_scale, b_scale, x_scale=x_scale)
+    schedule.launch(
+        config, out=out, x=x, lora_a=lora_a, lora_b=lora_b, route=route, a_scale=a_scale, b_scale=b_scale, x_scale=x_scale
+    )

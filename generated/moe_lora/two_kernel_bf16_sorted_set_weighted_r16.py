@@ -167,4 +167,4 @@ def moe_lora_two_kernel_bf16_sorted_set_weighted_r16(
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, lora_a, lora_b, route, topk_weights)
+    schedule.launch(config, out=out, x=x, lora_a=lora_a, lora_b=lora_b, route=route, topk_weights=topk_weights)

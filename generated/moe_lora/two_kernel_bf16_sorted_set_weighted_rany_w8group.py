@@ -208,4 +208,7 @@ def moe_lora_two_kernel_bf16_sorted_set_weighted_rany_w8group(
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, x, lora_a, lora_b, route, topk_weights, a_scale, b_scale)
+    schedule.launch(
+        config, out=out, x=x, lora_a=lora_a, lora_b=lora_b, route=route, topk_weights=topk_weights, a_scale=a_scale,
+        b_scale=b_scale,
+    )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 
 from .. import _runtime as runtime
 from ..moe_route._op import MoeRoute, PairRoute
-from ._problem import OP, Call, check, choose
+from ._problem import OP, Call, Given, check, choose
 from ._table import VARIANTS
 
 
@@ -46,42 +46,19 @@ def moe_lora_expand(
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
-    (_in_graphs if torch.compiler.is_compiling() else _apply)(
-        out, y, lora_b, route, topk_weights, offset, add_inputs, mul_routed_weight
-    )
+    request = (topk_weights, offset, add_inputs, mul_routed_weight)
+    (_in_graphs if torch.compiler.is_compiling() else _apply)(out, y, lora_b, route, *request)
 
 
-def _bind(
-    out: torch.Tensor,
-    y: torch.Tensor,
-    lora_b: Sequence[torch.Tensor],
-    route: MoeRoute,
-    topk_weights: torch.Tensor | None,
-    offset: int,
-    add_inputs: bool,
-    mul_routed_weight: bool,
-) -> Call:
-    problem = check(
-        "moe_lora_expand",
-        out,
-        y,
-        lora_b,
-        route,
-        offset,
-        dtype=None,
-        naive=None,
-        max_rank=None,
-        topk_weights=topk_weights,
-        weighted=mul_routed_weight,
-        adds=add_inputs,
-    )
+def _bind(given: Given) -> Call:
+    problem, route = check("moe_lora_expand", given), given.route
     schedule = "pairs" if isinstance(route, PairRoute) else "blocks"
     variant = VARIANTS.get(
         "moe_lora_expand",
         schedule=schedule,
-        torch_dtype=out.dtype,
-        adds=add_inputs,
-        weighted=mul_routed_weight,
+        torch_dtype=given.out.dtype,
+        adds=given.add_inputs,
+        weighted=given.mul_routed_weight,
         rank=problem.rank,
         weight_scales=None,
     )

@@ -84,4 +84,4 @@ def moe_lora_expand_pairs_f16_add_plain_r64(
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, y, lora_b, route, offset)
+    schedule.launch(config, out=out, y=y, lora_b=lora_b, route=route, offset=offset)

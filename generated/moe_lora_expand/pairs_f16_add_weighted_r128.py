@@ -95,4 +95,4 @@ def moe_lora_expand_pairs_f16_add_weighted_r128(
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, out, y, lora_b, route, offset, topk_weights)
+    schedule.launch(config, out=out, y=y, lora_b=lora_b, route=route, offset=offset, topk_weights=topk_weights)

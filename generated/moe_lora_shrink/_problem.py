@@ -6,16 +6,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
 from ..moe_route._op import (
-    ROUTE,
     MoeRoute,
+    Route,
     check_kind,
     check_rank,
     expected_groups,
@@ -54,23 +54,27 @@ Config = PairsConfig | BlocksConfig
 # How the cache treats weights, by weight_policy: as any data, or as data that is read once.
 CACHE_POLICIES = ("", "evict_first")
 
+
+class Given(NamedTuple):
+    """What moe_lora_shrink is given."""
+
+    y: Annotated[torch.Tensor, operands.Tensor("S, T*top_k, rank", torch.float32, written=True)]
+    x: Annotated[torch.Tensor, operands.Tensor(("T, K", "T*top_k, K"), "D", asks=("torch_dtype",))]
+    lora_a: Annotated[operands.Tensors, operands.Tensor(">=L, >=X, rank, K", "D", slices="alike", asks=("rank",))]
+    route: Route
+
+
+Call = Callable[[Given], None]  # of sizes that were checked before
+
 OP = operands.Op(
     "moe_lora_shrink",
-    (
-        operands.Tensor("y", "S, T*top_k, rank", torch.float32, written=True),
-        operands.Tensor("x", ("T, K", "T*top_k, K"), "D", asks=("torch_dtype",)),
-        operands.Tensor("lora_a", ">=L, >=X, rank, K", "D", slices="alike", asks=("rank",)),
-        ROUTE,
-    ),
+    Given,
     spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},
     first=("lora_a",),
     tells=("x",),
     sizes=experts_in_weights,
 )
-
-# (y, x, lora_a, route) of sizes that were checked before
-Call = Callable[..., None]
 
 
 class Problem(NamedTuple):
@@ -89,21 +93,19 @@ class Problem(NamedTuple):
 
 def check(
     variant: str,
-    y: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    route: MoeRoute,
+    given: Given,
     *,
-    dtype: torch.dtype | None,
-    naive: bool | None,
-    max_rank: int | None,
+    dtype: torch.dtype | None = None,
+    naive: bool | None = None,
+    max_rank: int | None = None,
 ) -> Problem:
     """The sizes of a call, once everything about it is known to fit; dtype and naive of None: any.
 
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
-    sizes = OP.check(variant, OP.named(y, x, lora_a, route), D=dtype)
+    sizes = OP.check(variant, given, D=dtype)
+    y, x, lora_a, route = given
     check_kind(variant, route, naive)
     rank, num_pairs, strides = sizes["rank"], route.num_tokens * route.top_k, operands.Strides.of(lora_a[0])
     check_rank(variant, "lora_a", rank, max_rank, strides.row)

@@ -138,4 +138,4 @@ def moe_lora_shrink_blocks_f16_r64(
     Raises:
         ValueError: a shape, stride, dtype, device or route that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, y, x, lora_a, route)
+    schedule.launch(config, y=y, x=x, lora_a=lora_a, route=route)

@@ -9,7 +9,7 @@ import torch
 
 from .. import _runtime as runtime
 from ..moe_align._op import MoeTables
-from ._problem import OP, Call, check, choose
+from ._problem import OP, Call, Given, check, choose
 from ._table import VARIANTS
 
 
@@ -32,16 +32,15 @@ def moe_quant(codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, tables:
     (_in_graphs if torch.compiler.is_compiling() else _apply)(codes, scale, x, tables, order)
 
 
-def bind(
-    codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, tables: MoeTables, order: str, op: str = "moe_quant"
-) -> Call:
+def bind(given: Given, op: str = "moe_quant") -> Call:
     """The launch for calls that look like this one, of ``op``.
 
     Raises:
         ValueError: as ``moe_quant``.
     """
-    problem = check(op, codes, scale, x, tables, order=order)
-    variant = VARIANTS.get(op, torch_dtype=x.dtype, by_table=order == "sorted", x_scales=problem.x_scales)
+    problem = check(op, given)
+    facts = {"torch_dtype": given.x.dtype, "by_table": given.order == "sorted", "x_scales": problem.x_scales}
+    variant = VARIANTS.get(op, **facts)
     if problem.num_pairs == 0:
         return runtime.nothing
     call: Call = variant.bind(problem, choose(problem))

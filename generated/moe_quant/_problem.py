@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
 from .._scales import SCALES, check_fp8, check_x_scale, find_x_mode, is_fp32
-from ..moe_align._op import TABLES, MoeTables, max_blocks
+from ..moe_align._op import Tables, max_blocks
 from ._table import QUANT, VARIANTS
 from ._tuned import TUNED
 
@@ -28,24 +28,19 @@ class Config(NamedTuple):
 CONFIGS = {"moe_quant": Config}
 
 
-# (codes, scale, x, tables) of sizes that were checked before
-Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, MoeTables], None]
+class Given(NamedTuple):
+    """What moe_quant is given."""
+
+    codes: Annotated[torch.Tensor, operands.Tensor("T*top_k, N", QUANT.elements, written=True)]
+    scale: Annotated[torch.Tensor, operands.Tensor(None, SCALES, operands.CONTIGUOUS, written=True, asks=("x_scales",))]
+    x: Annotated[torch.Tensor, operands.Tensor("T*top_k, N", "D", asks=("torch_dtype",))]
+    tables: Tables
+    order: Annotated[str, operands.Choice(("sorted", "pair"), asks=("by_table",))]
 
 
-OP = operands.Op(
-    "moe_quant",
-    (
-        operands.Tensor("codes", "T*top_k, N", QUANT.elements, written=True),
-        operands.Tensor("scale", None, SCALES, operands.CONTIGUOUS, written=True, asks=("x_scales",)),
-        operands.Tensor("x", "T*top_k, N", "D", asks=("torch_dtype",)),
-        TABLES,
-        operands.Choice("order", ("sorted", "pair"), asks=("by_table",)),
-    ),
-    spec=VARIANTS.spec,
-    dtypes={"D": VARIANTS.dtypes},
-    first=("x",),
-    tells=("x",),
-)
+OP = operands.Op("moe_quant", Given, spec=VARIANTS.spec, dtypes={"D": VARIANTS.dtypes}, first=("x",), tells=("x",))
+
+Call = Callable[[Given], None]  # of sizes that were checked before
 
 
 class Problem(NamedTuple):
@@ -66,23 +61,14 @@ class Problem(NamedTuple):
     x_scales: str  # of what there is a scale each
 
 
-def check(
-    variant: str,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    x: torch.Tensor,
-    tables: MoeTables,
-    *,
-    order: str,
-    mode: str | None = None,
-    dtype: torch.dtype | None = None,
-) -> Problem:
+def check(variant: str, given: Given, *, mode: str | None = None, dtype: torch.dtype | None = None) -> Problem:
     """The sizes of a call, once everything about it is known to fit; mode and dtype of None: any.
 
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
-    sizes = OP.check(variant, OP.named(codes, scale, x, tables, order), D=dtype)
+    sizes = OP.check(variant, given, D=dtype)
+    codes, scale, x, tables, order = given
     if order == "sorted" and tables.pairs is None:
         runtime.fail(variant, "tables", "none", "tables", "make them with moe_align")
     found = find_x_mode(variant, x, scale, QUANT, mode, tables.num_experts, "scale")

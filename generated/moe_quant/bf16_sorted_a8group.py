@@ -70,4 +70,4 @@ def moe_quant_bf16_sorted_a8group(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, codes, scale, x, tables)
+    schedule.launch(config, codes=codes, scale=scale, x=x, tables=tables)

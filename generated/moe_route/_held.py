@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from typing import Any, final
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple, final
 
 import torch
 
@@ -14,34 +15,56 @@ from .. import _runtime as runtime
 from ._op import (
     BLOCK_MS,
     INT32,
-    WORKSPACE,
     MoeRoute,
     MoeWorkspace,
     OpenRows,
+    Workspace,
     first_blocks,
     most_blocks,
 )
 from ._table import VARIANTS
 
-_CAPACITY = operands.Int("capacity", 1, size="capacity")
-_LORAS = operands.Int("max_loras", 1, 1024, size="L")  # every program counts them all
-_SOURCE = (
-    operands.Tensor("token_lora_mapping", "T", operands.IDS, operands.CONTIGUOUS),
-    operands.Tensor("valid_tokens", "1", *INT32, optional=True),
-)
-HELD = operands.Op("lora_route_held", (*_SOURCE, _LORAS, _CAPACITY, WORKSPACE))
-REFILL = operands.Op("lora_route_refill", (operands.Tensor("tables", "*", *INT32, written=True), *_SOURCE, _CAPACITY, _LORAS))
-_FILL = operands.Op(
-    "moe_route_fill",
-    (
-        operands.Tensor("adapters", "capacity", *INT32, written=True),
-        operands.Tensor("pairs", "capacity", *INT32, written=True),
-        operands.Tensor("blocks", "*, 4", *INT32, written=True),
-        operands.Tensor("num_blocks", str(len(BLOCK_MS)), *INT32, written=True),
-        *_SOURCE,
-        _LORAS,
-    ),
-)
+_Capacity = Annotated[int, operands.Int(1, size="capacity")]
+_Loras = Annotated[int, operands.Int(1, 1024, size="L")]  # every program counts them all
+_Mapping = Annotated[torch.Tensor, operands.Tensor("T", operands.IDS, operands.CONTIGUOUS)]
+_ValidTokens = Annotated[torch.Tensor | None, operands.Tensor("1", *INT32)]
+
+
+class _Held(NamedTuple):
+    token_lora_mapping: _Mapping
+    valid_tokens: _ValidTokens
+    max_loras: _Loras
+    capacity: _Capacity
+    workspace: Workspace
+
+
+HELD = operands.Op("lora_route_held", _Held)
+
+
+class _Refill(NamedTuple):
+    tables: Annotated[torch.Tensor, operands.Tensor("*", *INT32, written=True)]
+    token_lora_mapping: _Mapping
+    valid_tokens: _ValidTokens
+    capacity: _Capacity
+    max_loras: _Loras
+
+
+REFILL = operands.Op("lora_route_refill", _Refill)
+
+
+class Fill(NamedTuple):
+    """What the launcher is given that makes the tables of a held route."""
+
+    adapters: Annotated[torch.Tensor, operands.Tensor("capacity", *INT32, written=True)]
+    pairs: Annotated[torch.Tensor, operands.Tensor("capacity", *INT32, written=True)]
+    blocks: Annotated[torch.Tensor, operands.Tensor("*, 4", *INT32, written=True)]
+    num_blocks: Annotated[torch.Tensor, operands.Tensor(str(len(BLOCK_MS)), *INT32, written=True)]
+    token_lora_mapping: _Mapping
+    valid_tokens: _ValidTokens
+    max_loras: _Loras
+
+
+FILL = operands.Op("moe_route_fill", Fill)
 
 
 @final
@@ -76,7 +99,7 @@ class HeldRoute:
             return self._open(num_tokens)
         route = self._routes.get(num_tokens) if isinstance(num_tokens, int) else None
         if route is None:
-            operands.Int("num_tokens", 0, self.capacity).admit("HeldRoute.first", num_tokens, {})
+            operands.Int(0, self.capacity, name="num_tokens").admit("HeldRoute.first", num_tokens, {})
             self._routes[num_tokens] = route = self._open(num_tokens).settled()
         return route
 
@@ -96,11 +119,11 @@ class HeldRoute:
             _refill_in_graphs(self._tables, token_lora_mapping, valid_tokens, self.capacity, self.max_loras)
             return
         if not self._fits(token_lora_mapping, valid_tokens):
-            _check_refill("HeldRoute.refill", self._tables, token_lora_mapping, valid_tokens, self.capacity, self.max_loras)
+            _check_refill(_Refill(self._tables, token_lora_mapping, valid_tokens, self.capacity, self.max_loras))
         hint, tables = (self.capacity, self.max_loras, token_lora_mapping.dtype, valid_tokens is None), (self._tables,)
         fill = _fills.get(hint, tables) or _fills.put(hint, tables, _bind(self.capacity, self.max_loras))
-        num_rows = token_lora_mapping.shape[0]
-        fill(self._adapters, self._pairs, self._blocks, self._num_blocks, num_rows, token_lora_mapping, valid_tokens)
+        written = (self._adapters, self._pairs, self._blocks, self._num_blocks)
+        fill(Fill(*written, token_lora_mapping, valid_tokens, self.max_loras))
 
     def _open(self, num_tokens: int) -> OpenRows:
         tables = (self._pairs, self._blocks, self._num_blocks, self._parts)
@@ -145,34 +168,24 @@ def held_route(
     if torch.compiler.is_compiling():
         hint = "make it outside of the graph, and take its first(T) inside"
         runtime.fail("lora_route", "capacity", capacity, "None, in a graph of torch.compile", hint)
-    HELD.check("lora_route", HELD.named(token_lora_mapping, valid_tokens, max_loras, capacity, workspace))
+    HELD.check("lora_route", _Held(token_lora_mapping, valid_tokens, max_loras, capacity, workspace))
     parts = None if workspace is None else workspace.parts
     route = HeldRoute(capacity, max_loras, token_lora_mapping.device, parts)
     route.refill(token_lora_mapping, valid_tokens)
     return route
 
 
-def check_held(
-    variant: str,
-    adapters: torch.Tensor,
-    pairs: torch.Tensor,
-    blocks: torch.Tensor,
-    num_blocks: torch.Tensor,
-    token_lora_mapping: torch.Tensor,
-    valid_tokens: torch.Tensor | None,
-    max_loras: int,
-) -> int:
+def check_held(variant: str, given: Fill) -> int:
     """The capacity of the tables, once the arguments of the launcher are known to fit.
 
     Raises:
         ValueError: says which argument does not, what it is and what was wanted.
     """
-    given = _FILL.named(adapters, pairs, blocks, num_blocks, token_lora_mapping, valid_tokens, max_loras)
-    capacity: int = _FILL.check(variant, given)["capacity"]
-    _check_rows(variant, token_lora_mapping, capacity)
-    wanted = first_blocks(capacity, max_loras)[-1] + most_blocks(capacity, max_loras, BLOCK_MS[-1])
-    if blocks.shape[0] < wanted:
-        runtime.fail(variant, "blocks", runtime.describe(blocks), f"at least {wanted} rows")
+    capacity: int = FILL.check(variant, given)["capacity"]
+    _check_rows(variant, given.token_lora_mapping, capacity)
+    wanted = first_blocks(capacity, given.max_loras)[-1] + most_blocks(capacity, given.max_loras, BLOCK_MS[-1])
+    if given.blocks.shape[0] < wanted:
+        runtime.fail(variant, "blocks", runtime.describe(given.blocks), f"at least {wanted} rows")
     return capacity
 
 
@@ -181,16 +194,9 @@ def _check_rows(op: str, token_lora_mapping: torch.Tensor, capacity: int) -> Non
         runtime.fail(op, "token_lora_mapping", runtime.describe(token_lora_mapping), f"at most {capacity} rows, the capacity")
 
 
-def _check_refill(
-    op: str,
-    tables: torch.Tensor,
-    token_lora_mapping: torch.Tensor,
-    valid_tokens: torch.Tensor | None,
-    capacity: int,
-    max_loras: int,
-) -> None:
-    REFILL.check(op, REFILL.named(tables, token_lora_mapping, valid_tokens, capacity, max_loras))
-    _check_rows(op, token_lora_mapping, capacity)
+def _check_refill(given: _Refill) -> None:
+    REFILL.check("HeldRoute.refill", given)
+    _check_rows("HeldRoute.refill", given.token_lora_mapping, given.capacity)
 
 
 def _splits(capacity: int, max_loras: int) -> tuple[int, int, int, int]:
@@ -208,21 +214,17 @@ def _views(tables: torch.Tensor, capacity: int, max_loras: int) -> tuple[torch.T
 _fills = runtime.Calls()
 
 
-def _bind(capacity: int, max_loras: int) -> Any:
-    return VARIANTS.get("moe_route", schedule="held").bind(capacity, max_loras)
+def _bind(capacity: int, max_loras: int) -> Callable[[Fill], None]:
+    call: Callable[[Fill], None] = VARIANTS.get("moe_route", schedule="held").bind(capacity, max_loras)
+    return call
 
 
-def _refill(
-    tables: torch.Tensor,
-    token_lora_mapping: torch.Tensor,
-    valid_tokens: torch.Tensor | None,
-    capacity: int,
-    max_loras: int,
-) -> None:
-    _check_refill("HeldRoute.refill", tables, token_lora_mapping, valid_tokens, capacity, max_loras)
-    num_blocks, blocks, adapters, pairs = _views(tables, capacity, max_loras)
-    fill = _bind(capacity, max_loras)
-    fill(adapters, pairs, blocks, num_blocks, token_lora_mapping.shape[0], token_lora_mapping, valid_tokens)
+def _refill(*arguments: Any) -> None:
+    given = _Refill(*arguments)
+    _check_refill(given)
+    num_blocks, blocks, adapters, pairs = _views(given.tables, given.capacity, given.max_loras)
+    source = (given.token_lora_mapping, given.valid_tokens, given.max_loras)
+    _bind(given.capacity, given.max_loras)(Fill(adapters, pairs, blocks, num_blocks, *source))
 
 
 _refill_in_graphs = REFILL.in_graphs(_refill)

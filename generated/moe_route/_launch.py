@@ -8,17 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from .. import _runtime as runtime
-from ._held import check_held
+from ._held import FILL, Fill, check_held
 from ._op import (
     CHUNK,
     MAX_PAIRS,
+    PACK,
+    SORT,
     WIDTH,
-    Fill,
+    Pack,
     PackProblem,
     Problem,
+    Sort,
     check_pack,
     check_sort,
     counters,
@@ -28,6 +29,8 @@ from ._op import (
 
 _TABLES = "pairs_ptr blocks_ptr num_blocks_ptr"
 _ROUTING = "topk_ids_ptr token_lora_mapping_ptr adapter_enabled_ptr expert_map_ptr num_pairs"
+
+Call = Callable[[Sort], None]  # of sizes that were checked before
 
 
 class _Sort:
@@ -40,32 +43,22 @@ class _Sort:
         """int32 elements of scratch that a call needs."""
         raise NotImplementedError
 
-    def bind(self, problem: Problem) -> Fill:
+    def bind(self, problem: Problem) -> Call:
         """The launches for routes of these sizes, ready to be made again and again."""
         raise NotImplementedError
 
-    def launch(
-        self,
-        pairs: Tensor,
-        blocks: Tensor,
-        num_blocks: Tensor,
-        scratch: Tensor,
-        topk_ids: Tensor,
-        token_lora_mapping: Tensor,
-        adapter_enabled: Tensor | None,
-        expert_map: Tensor | None,
-        num_experts: int,
-        max_loras: int,
-        block_m: int,
-    ) -> None:
+    def launch(self, **arguments: Any) -> None:
         """One call, checked.
 
         Raises:
             ValueError: something does not fit; nothing was launched.
         """
-        source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map)
-        tensors = (pairs, blocks, num_blocks, scratch, *source)
-        self.bind(check_sort(self.name, self.scratch_size, *tensors, num_experts, max_loras, block_m))(*tensors)
+        given = SORT.given(**arguments)
+        self.bind(check_sort(self.name, self.scratch_size, given))(given)
+
+
+def _routing(given: Sort) -> tuple[Any, ...]:
+    return given.topk_ids, given.token_lora_mapping, given.adapter_enabled, given.expert_map
 
 
 def _bounds(problem: Problem) -> dict[str, Any]:
@@ -106,7 +99,7 @@ class OneLaunch(_Sort):
     def scratch_size(self, num_pairs: int, num_groups: int) -> int:
         return 0
 
-    def bind(self, problem: Problem) -> Fill:
+    def bind(self, problem: Problem) -> Call:
         num_pairs = problem.num_pairs
         if num_pairs > MAX_PAIRS:
             runtime.fail(self.name, "pairs", num_pairs, f"at most {MAX_PAIRS}", "use moe_route_three_launch")
@@ -114,18 +107,8 @@ class OneLaunch(_Sort):
         options = runtime.Options(4 if size < MAX_PAIRS else 8)
         sort = self._kernel.bind(1, options, **_bounds(problem), BLOCK_M=problem.block_m, SIZE=size)
 
-        def call(
-            pairs: Tensor,
-            blocks: Tensor,
-            num_blocks: Tensor,
-            scratch: Tensor,
-            topk_ids: Tensor | None,
-            token_lora_mapping: Tensor,
-            adapter_enabled: Tensor | None,
-            expert_map: Tensor | None,
-        ) -> None:
-            source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map, num_pairs)
-            sort.run(pairs, blocks, num_blocks, *source)
+        def call(given: Sort) -> None:
+            sort.run(given.pairs, given.blocks, given.num_blocks, *_routing(given), num_pairs)
 
         return call
 
@@ -141,25 +124,16 @@ class TwoLaunch(_Sort):
     def scratch_size(self, num_pairs: int, num_groups: int) -> int:
         return 5 * counters(num_groups) * runtime.cdiv(num_pairs, CHUNK)
 
-    def bind(self, problem: Problem) -> Fill:
+    def bind(self, problem: Problem) -> Call:
         num_pairs, (num_chunks, size, constants, counting, placing) = problem.num_pairs, _chunks(problem)
         count = self._count.bind(num_chunks, counting, **constants)
         place = self._place.bind(num_chunks, placing, **constants)
         starts_at = size * num_chunks
 
-        def call(
-            pairs: Tensor,
-            blocks: Tensor,
-            num_blocks: Tensor,
-            scratch: Tensor,
-            topk_ids: Tensor | None,
-            token_lora_mapping: Tensor,
-            adapter_enabled: Tensor | None,
-            expert_map: Tensor | None,
-        ) -> None:
-            source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map, num_pairs)
-            count.run(scratch, *source)
-            place.run(pairs, blocks, num_blocks, scratch, scratch[starts_at:], num_chunks, *source)
+        def call(given: Sort) -> None:
+            counts, source = given.scratch, (*_routing(given), num_pairs)
+            count.run(counts, *source)
+            place.run(given.pairs, given.blocks, given.num_blocks, counts, counts[starts_at:], num_chunks, *source)
 
         return call
 
@@ -176,28 +150,19 @@ class ThreeLaunch(_Sort):
     def scratch_size(self, num_pairs: int, num_groups: int) -> int:
         return counts_size(num_pairs, num_groups)
 
-    def bind(self, problem: Problem) -> Fill:
+    def bind(self, problem: Problem) -> Call:
         num_pairs, (num_chunks, size, constants, counting, placing) = problem.num_pairs, _chunks(problem)
         count = self._count.bind(num_chunks, counting, **constants)
         prefix = self._prefix.bind(size // WIDTH, counting._replace(pdl=constants["PDL"]), **constants, WIDTH=WIDTH, STEP=64)
         place = self._place.bind(num_chunks, placing, **constants)
         counts_at, starts_at = size, size * (1 + num_chunks)
 
-        def call(
-            pairs: Tensor,
-            blocks: Tensor,
-            num_blocks: Tensor,
-            scratch: Tensor,
-            topk_ids: Tensor | None,
-            token_lora_mapping: Tensor,
-            adapter_enabled: Tensor | None,
-            expert_map: Tensor | None,
-        ) -> None:
-            source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map, num_pairs)
-            counts, starts = scratch[counts_at:], scratch[starts_at:]
+        def call(given: Sort) -> None:
+            totals, source = given.scratch, (*_routing(given), num_pairs)
+            counts, starts = totals[counts_at:], totals[starts_at:]
             count.run(counts, *source)
-            prefix.run(counts, scratch, num_chunks)
-            place.run(pairs, blocks, num_blocks, counts, scratch, starts, *source)
+            prefix.run(counts, totals, num_chunks)
+            place.run(given.pairs, given.blocks, given.num_blocks, counts, totals, starts, *source)
 
         return call
 
@@ -211,31 +176,16 @@ class FromTables:
         self._list = runtime.Launcher(listing, f"{operands} row_blocks row_stride")
         self._pack = runtime.Launcher(packing, f"{_TABLES} sorted_token_ids_ptr num_pairs row_size row_stride")
 
-    def launch(
-        self,
-        pairs: Tensor,
-        blocks: Tensor,
-        num_blocks: Tensor,
-        sorted_token_ids: Tensor,
-        expert_ids: Tensor,
-        num_tokens_post_padded: Tensor,
-        lora_ids: Tensor | None,
-        adapter_enabled: Tensor | None,
-        num_pairs: int,
-        num_experts: int,
-        max_loras: int,
-        block_m: int,
-    ) -> None:
+    def launch(self, **arguments: Any) -> None:
         """One call, checked.
 
         Raises:
             ValueError: something does not fit; nothing was launched.
         """
-        source = (sorted_token_ids, expert_ids, num_tokens_post_padded, lora_ids, adapter_enabled)
-        tensors = (pairs, blocks, num_blocks, *source)
-        self.bind(check_pack(self.name, *tensors, num_pairs, num_experts, max_loras, block_m))(*tensors)
+        given = PACK.given(**arguments)
+        self.bind(check_pack(self.name, given))(given)
 
-    def bind(self, problem: PackProblem) -> Callable[..., None]:
+    def bind(self, problem: PackProblem) -> Callable[[Pack], None]:
         """The two launches for tables of these sizes, ready to be made again and again."""
         columns = (problem.row_blocks, problem.blocks_stride)
         sizes = (problem.num_pairs, problem.row_size, problem.row_stride)
@@ -251,18 +201,11 @@ class FromTables:
         )
         pack_pairs = self._pack.bind(problem.max_loras * problem.row_blocks, runtime.Options(4), BLOCK_M=problem.block_m)
 
-        def call(
-            pairs: Tensor,
-            blocks: Tensor,
-            num_blocks: Tensor,
-            sorted_token_ids: Tensor,
-            expert_ids: Tensor,
-            num_tokens_post_padded: Tensor,
-            lora_ids: Tensor | None,
-            adapter_enabled: Tensor | None,
-        ) -> None:
-            list_blocks.run(blocks, num_blocks, expert_ids, num_tokens_post_padded, lora_ids, adapter_enabled, *columns)
-            pack_pairs.run(pairs, blocks, num_blocks, sorted_token_ids, *sizes)
+        def call(given: Pack) -> None:
+            blocks, num_blocks = given.blocks, given.num_blocks
+            source = (given.expert_ids, given.num_tokens_post_padded, given.lora_ids, given.adapter_enabled)
+            list_blocks.run(blocks, num_blocks, *source, *columns)
+            pack_pairs.run(given.pairs, blocks, num_blocks, given.sorted_token_ids, *sizes)
 
         return call
 
@@ -278,26 +221,16 @@ class Held:
         operands = f"adapters_ptr {_TABLES} num_rows token_lora_mapping_ptr valid_tokens_ptr"
         self._kernel = runtime.Launcher(kernel, operands)
 
-    def launch(
-        self,
-        adapters: Tensor,
-        pairs: Tensor,
-        blocks: Tensor,
-        num_blocks: Tensor,
-        token_lora_mapping: Tensor,
-        valid_tokens: Tensor | None,
-        max_loras: int,
-    ) -> None:
+    def launch(self, **arguments: Any) -> None:
         """One call, checked.
 
         Raises:
             ValueError: something does not fit; nothing was launched.
         """
-        written = (adapters, pairs, blocks, num_blocks)
-        capacity = check_held(self.name, *written, token_lora_mapping, valid_tokens, max_loras)
-        self.bind(capacity, max_loras)(*written, token_lora_mapping.shape[0], token_lora_mapping, valid_tokens)
+        given = FILL.given(**arguments)
+        self.bind(check_held(self.name, given), given.max_loras)(given)
 
-    def bind(self, capacity: int, max_loras: int) -> Callable[..., None]:
+    def bind(self, capacity: int, max_loras: int) -> Callable[[Fill], None]:
         """The launch for tables of these sizes and a mapping of one dtype, ready to be made again and again."""
         fill = self._kernel.bind(
             max(1, runtime.cdiv(capacity, self._CHUNK)),
@@ -310,15 +243,8 @@ class Held:
             STEP=min(self._STEP, max(self._CHUNK, runtime.next_power_of_2(capacity))),
         )
 
-        def call(
-            adapters: Tensor,
-            pairs: Tensor,
-            blocks: Tensor,
-            num_blocks: Tensor,
-            num_rows: int,
-            token_lora_mapping: Tensor,
-            valid_tokens: Tensor | None,
-        ) -> None:
-            fill.run(adapters, pairs, blocks, num_blocks, num_rows, token_lora_mapping, valid_tokens)
+        def call(given: Fill) -> None:
+            mapping, tables = given.token_lora_mapping, (given.adapters, given.pairs, given.blocks, given.num_blocks)
+            fill.run(*tables, mapping.shape[0], mapping, given.valid_tokens)
 
         return call

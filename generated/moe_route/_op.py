@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
@@ -23,14 +22,43 @@ MAX_PAIRS = 512  # up to so many are sorted by one program
 CHUNK, WIDTH = 256, 32  # pairs, and groups, of a program where there are more
 _FEW_CHUNKS, _FEW_COUNTERS = 8, 1024  # that a program adds up by itself as fast as a launch of its own does
 
+BLOCK_MS = (16, 32, 64, 128)
+INT32 = (torch.int32, operands.CONTIGUOUS)
+_PARTS = operands.Tensor("*", torch.float32, operands.CONTIGUOUS, written=True)
+
 
 @operands.bundle()
 class MoeWorkspace(NamedTuple):
     """Buffers for the worst case, so that neither a route nor an op on it allocates; one per stream."""
 
-    tables: torch.Tensor  # [*] int32
-    parts: torch.Tensor  # [*] float32
+    tables: Annotated[torch.Tensor, operands.Tensor("*", *INT32, written=True)]
+    parts: Annotated[torch.Tensor, _PARTS]
     views: dict[tuple[int, ...], tuple[torch.Tensor, ...]]  # of tables, by their sizes: making them costs 4 us of host time
+
+
+def _check_workspace(op: str, name: str, workspace: MoeWorkspace) -> None:
+    if not isinstance(workspace.views, dict):
+        runtime.fail(op, f"{name}.views", type(workspace.views).__name__, "a dict", "make it with moe_workspace")
+
+
+# What routes are made of, and what an op on one takes of it.
+TopkIds = Annotated[torch.Tensor, operands.Tensor("T, top_k", operands.IDS, operands.CONTIGUOUS)]
+TokenLoraMapping = Annotated[torch.Tensor, operands.Tensor("T", *INT32)]  # the adapter of each token, -1: none
+Enabled = Annotated[torch.Tensor | None, operands.Tensor(">=L", *INT32)]  # 0: disabled
+ExpertMap = Annotated[torch.Tensor | None, operands.Tensor(">=1", *INT32)]  # of global experts, -1: not here
+Pairs = Annotated[torch.Tensor, operands.Tensor(">=sorted_pairs", *INT32)]  # live ones by (adapter, expert)
+Blocks = Annotated[torch.Tensor, operands.Tensor(">=max_blocks, 4", *INT32)]  # adapter, expert, first, rows
+NumBlocks = Annotated[torch.Tensor, operands.Tensor("1", *INT32)]
+Parts = Annotated[torch.Tensor | None, _PARTS]
+NumTokens = Annotated[int, operands.Int(size="T")]
+TopK = Annotated[int, operands.Int(1, size="top_k")]
+Experts = Annotated[int, operands.Int(1, size="E")]
+Loras = Annotated[int, operands.Int(1, size="L")]
+Assignment = Annotated[str, operands.Choice(("auto", "naive", "sorted"))]
+Rank = Annotated[int | None, operands.Int(1)]
+BlockM = Annotated[int, operands.Int(one_of=BLOCK_MS)]  # rows of a block at most
+MaxBlocks = Annotated[int, operands.Int(size="max_blocks")]
+Workspace = Annotated[MoeWorkspace | None, operands.Bundle(MoeWorkspace, maker="moe_workspace", whole=_check_workspace)]
 
 
 class MoeRoute:
@@ -93,22 +121,22 @@ class MoeRoute:
         if torch.compiler.is_compiling():
             _from_tables_op(buffer, *source, block_size, *sizes)
         else:
-            fill(pairs, blocks, num_blocks, *source)
+            fill(Pack(pairs, blocks, num_blocks, *source, num_tokens * top_k, num_experts, max_loras, block_size))
         parts = None if workspace is None else workspace.parts
         route = EngineRoute(pairs, blocks, num_blocks, parts, *sizes, block_size, max_blocks)
         return route if torch.compiler.is_compiling() else operands.alike(route, looks)
 
 
 class _Pairs(NamedTuple):
-    topk_ids: torch.Tensor  # [T, top_k] int32 or int64
-    token_lora_mapping: torch.Tensor  # [T] int32, -1: no adapter
-    adapter_enabled: torch.Tensor | None  # [>= L] int32, 0: disabled
-    expert_map: torch.Tensor | None  # [global experts] int32, -1: not here
-    parts: torch.Tensor | None
-    num_tokens: int
-    top_k: int
-    num_experts: int
-    max_loras: int
+    topk_ids: TopkIds
+    token_lora_mapping: TokenLoraMapping
+    adapter_enabled: Enabled
+    expert_map: ExpertMap
+    parts: Parts
+    num_tokens: NumTokens
+    top_k: TopK
+    num_experts: Experts
+    max_loras: Loras
 
 
 @operands.bundle()
@@ -117,20 +145,20 @@ class PairRoute(_Pairs, MoeRoute):
 
 
 class _Tables(NamedTuple):
-    topk_ids: torch.Tensor | None  # None: of a dense layer, every token has its one expert
-    token_lora_mapping: torch.Tensor
-    adapter_enabled: torch.Tensor | None
-    expert_map: torch.Tensor | None
-    pairs: torch.Tensor  # [*] int32: live pairs by (adapter, expert)
-    blocks: torch.Tensor  # [max_blocks, 4] int32: adapter, expert, first, rows
-    num_blocks: torch.Tensor  # [1] int32
-    parts: torch.Tensor | None
-    num_tokens: int
-    top_k: int
-    num_experts: int
-    max_loras: int
-    block_m: int  # rows of a block at most
-    max_blocks: int
+    topk_ids: TopkIds | None  # None: of a dense layer, every token has its one expert
+    token_lora_mapping: TokenLoraMapping
+    adapter_enabled: Enabled
+    expert_map: ExpertMap
+    pairs: Pairs
+    blocks: Blocks
+    num_blocks: NumBlocks
+    parts: Parts
+    num_tokens: NumTokens
+    top_k: TopK
+    num_experts: Experts
+    max_loras: Loras
+    block_m: BlockM
+    max_blocks: MaxBlocks
 
 
 @operands.bundle(tables=("pairs", "blocks", "num_blocks"), free=("parts",))
@@ -143,16 +171,16 @@ class TableRoute(_Tables, MoeRoute):
 
 
 class _EngineTables(NamedTuple):
-    pairs: torch.Tensor
-    blocks: torch.Tensor
-    num_blocks: torch.Tensor
-    parts: torch.Tensor | None
-    num_tokens: int
-    top_k: int
-    num_experts: int
-    max_loras: int
-    block_m: int
-    max_blocks: int
+    pairs: Pairs
+    blocks: Blocks
+    num_blocks: NumBlocks
+    parts: Parts
+    num_tokens: NumTokens
+    top_k: TopK
+    num_experts: Experts
+    max_loras: Loras
+    block_m: BlockM
+    max_blocks: MaxBlocks
 
 
 @operands.bundle(tables=("pairs", "blocks", "num_blocks"), free=("parts",))
@@ -164,21 +192,21 @@ SortedRoute = TableRoute | EngineRoute
 
 
 class _Open(NamedTuple):
-    topk_ids: torch.Tensor | None
-    token_lora_mapping: torch.Tensor
-    adapter_enabled: torch.Tensor | None
-    expert_map: torch.Tensor | None
-    pairs: torch.Tensor
-    blocks: torch.Tensor
-    num_blocks: torch.Tensor
-    parts: torch.Tensor | None
-    num_tokens: int
-    top_k: int
-    num_experts: int
-    max_loras: int
-    assignment: str
-    rank: int | None
-    block_m: int | None
+    topk_ids: TopkIds | None
+    token_lora_mapping: TokenLoraMapping
+    adapter_enabled: Enabled
+    expert_map: ExpertMap
+    pairs: Pairs
+    blocks: Blocks
+    num_blocks: NumBlocks
+    parts: Parts
+    num_tokens: NumTokens
+    top_k: TopK
+    num_experts: Experts
+    max_loras: Loras
+    assignment: Assignment
+    rank: Rank
+    block_m: BlockM | None
 
 
 @operands.bundle()
@@ -198,14 +226,14 @@ class OpenRoute(_Open, MoeRoute):
 
 
 class _OpenRows(NamedTuple):
-    token_lora_mapping: torch.Tensor  # [T]
-    pairs: torch.Tensor
-    blocks: torch.Tensor  # of all heights, as first_blocks says
-    num_blocks: torch.Tensor  # of each height
-    parts: torch.Tensor | None
-    num_tokens: int
-    max_loras: int
-    capacity: int
+    token_lora_mapping: TokenLoraMapping
+    pairs: Pairs
+    blocks: Blocks  # of all heights, as first_blocks says
+    num_blocks: NumBlocks  # of each height
+    parts: Parts
+    num_tokens: NumTokens
+    max_loras: Loras
+    capacity: operands.Count
 
 
 @operands.bundle()
@@ -265,10 +293,10 @@ def moe_route(
         ValueError: a shape, dtype, device or option that does not fit; nothing was launched.
     """
     source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map)
-    request = (num_experts, max_loras, assignment, rank, block_m)
     if torch.compiler.is_compiling():
-        return in_graph(source, *request, workspace)
-    return made(_plan(*source, *request, workspace), source, workspace)
+        return in_graph(source, num_experts, max_loras, assignment, rank, block_m, workspace)
+    plan = _plan(*source, num_experts, max_loras, assignment, rank, block_m, workspace)
+    return made(plan, source, workspace)
 
 
 # topk_ids, token_lora_mapping, adapter_enabled, expert_map
@@ -283,7 +311,7 @@ def made(plan: Plan, source: _Source, workspace: MoeWorkspace | None) -> PairRou
     _, token_lora_mapping, _, _ = source
     _, num_blocks, blocks, pairs, scratch = _buffers(workspace, plan.splits, token_lora_mapping.device)
     if plan.num_pairs > 0:
-        plan.fill(pairs, blocks, num_blocks, scratch, *source)
+        plan.fill(Sort(pairs, blocks, num_blocks, scratch, *source, *plan.sizes[2:], plan.block_m))  # type: ignore[arg-type]
     tables = (pairs, blocks, num_blocks, parts)
     route = TableRoute._make((*source, *tables, *plan.sizes, plan.block_m, plan.max_blocks))  # quicker than TableRoute(...)
     return operands.alike(route, plan.looks)
@@ -313,10 +341,6 @@ def in_graph(
     return OpenRoute(*source, pairs, blocks, num_blocks, parts, *sizes, *request)
 
 
-# (pairs, blocks, num_blocks, scratch, topk_ids, token_lora_mapping, adapter_enabled, expert_map)
-Fill = Callable[..., None]
-
-
 class Plan(NamedTuple):
     """A checked request: what moe_route works out once for inputs of the same looks."""
 
@@ -325,102 +349,91 @@ class Plan(NamedTuple):
     block_m: int | None  # None: pairs come one by one
     max_blocks: int
     splits: tuple[int, int, int, int, int]  # elements of num_blocks, blocks, pairs, scratch
-    fill: Fill
+    fill: Callable[[Sort], None]
     looks: list[object]  # of its routes
 
 
-INT32 = (torch.int32, operands.CONTIGUOUS)
-BLOCK_MS = (16, 32, 64, 128)
-_TABLES = operands.Tensor("tables", "*", *INT32, written=True)
-_PARTS = operands.Tensor("parts", "*", torch.float32, operands.CONTIGUOUS, written=True)
+class Given(NamedTuple):
+    """What moe_route is given."""
+
+    topk_ids: TopkIds | None
+    token_lora_mapping: TokenLoraMapping
+    adapter_enabled: Enabled
+    expert_map: ExpertMap
+    num_experts: Experts
+    max_loras: Loras
+    assignment: Assignment
+    rank: Rank
+    block_m: BlockM | None
+    workspace: Workspace
 
 
-def _check_workspace(op: str, name: str, workspace: MoeWorkspace) -> None:
-    if not isinstance(workspace.views, dict):
-        runtime.fail(op, f"{name}.views", type(workspace.views).__name__, "a dict", "make it with moe_workspace")
+OP = operands.Op("moe_route", Given)
 
 
-WORKSPACE = operands.Bundle(
-    "workspace", MoeWorkspace, (_TABLES, _PARTS), maker="moe_workspace", optional=True, whole=_check_workspace
-)
-_ENABLED = operands.Tensor("adapter_enabled", ">=L", *INT32, optional=True)
-_MAPPING = operands.Tensor("token_lora_mapping", "T", *INT32)
-_LORAS = operands.Int("max_loras", 1, size="L")
-_EXPERTS = operands.Int("num_experts", 1, size="E")
-_ASSIGNMENT = operands.Choice("assignment", ("auto", "naive", "sorted"))
-_RANK = operands.Int("rank", 1, optional=True)
-_BLOCK_M = operands.Int("block_m", optional=True, one_of=BLOCK_MS)
-_IDS = operands.Tensor("topk_ids", "T, top_k", operands.IDS, operands.CONTIGUOUS, optional=True)
+class GivenDense(NamedTuple):
+    """What lora_route is given, without a capacity."""
 
-OP = operands.Op(
-    "moe_route",
-    (
-        _IDS,
-        _MAPPING,
-        _ENABLED,
-        operands.Tensor("expert_map", ">=1", *INT32, optional=True),
-        _EXPERTS,
-        _LORAS,
-        _ASSIGNMENT,
-        _RANK,
-        _BLOCK_M,
-        WORKSPACE,
-    ),
-)
-DENSE = operands.Op("lora_route", (_MAPPING, _LORAS, _BLOCK_M, WORKSPACE))
+    token_lora_mapping: TokenLoraMapping
+    max_loras: Loras
+    block_m: BlockM | None
+    workspace: Workspace
 
 
-_SPACE = operands.Op(
-    "moe_workspace",
-    (
-        operands.Int("max_tokens"),
-        operands.Int("top_k", 1),
-        _EXPERTS,
-        _LORAS,
-        operands.Int("max_rank", 1),
-        operands.Int("num_slices", 1),
-        operands.Device("device"),
-        operands.Int("table_size"),
-    ),
-    launches=False,
-)
+DENSE = operands.Op("lora_route", GivenDense)
 
 
-# What the launchers of single variants take; front doors make the buffers.
-_FILLED = (
-    operands.Tensor("pairs", "*", *INT32, written=True),
-    operands.Tensor("blocks", "*, 4", *INT32, written=True),
-    operands.Tensor("num_blocks", "1", *INT32, written=True),
-)
-_SORT = operands.Op(
-    "moe_route_sort",
-    (
-        *_FILLED,
-        operands.Tensor("scratch", "*", *INT32, written=True),
-        dataclasses.replace(_IDS, optional=False),
-        _MAPPING,
-        _ENABLED,
-        operands.Tensor("expert_map", ">=1", *INT32, optional=True),
-        _EXPERTS,
-        _LORAS,
-        operands.Int("block_m", one_of=BLOCK_MS),
-    ),
-)
-_PACK = operands.Op(
-    "moe_route_pack",
-    (
-        *_FILLED,
-        operands.Tensor("sorted_token_ids", ">=L, EM", torch.int32),
-        operands.Tensor("expert_ids", ">=L, B", torch.int32),
-        operands.Tensor("num_tokens_post_padded", ">=L", *INT32),
-        operands.Tensor("lora_ids", ">=1", *INT32, optional=True),
-        _ENABLED,
-        operands.Int("num_pairs"),
-        _EXPERTS,
-        _LORAS,
-        operands.Int("block_m", one_of=BLOCK_MS),
-    ),
-)
+class _Space(NamedTuple):
+    max_tokens: operands.Count
+    top_k: operands.Size
+    num_experts: Experts
+    max_loras: Loras
+    max_rank: operands.Size
+    num_slices: operands.Size
+    device: Annotated[torch.device | str, operands.Device()]
+    table_size: operands.Count
+
+
+_SPACE = operands.Op("moe_workspace", _Space, launches=False)
+
+
+class Sort(NamedTuple):
+    """What the launchers of single variants that sort are given; front doors make the buffers."""
+
+    pairs: Annotated[torch.Tensor, operands.Tensor("*", *INT32, written=True)]
+    blocks: Annotated[torch.Tensor, operands.Tensor("*, 4", *INT32, written=True)]
+    num_blocks: Annotated[torch.Tensor, operands.Tensor("1", *INT32, written=True)]
+    scratch: Annotated[torch.Tensor, operands.Tensor("*", *INT32, written=True)]
+    topk_ids: TopkIds  # from a front door None, of a dense layer
+    token_lora_mapping: TokenLoraMapping
+    adapter_enabled: Enabled
+    expert_map: ExpertMap
+    num_experts: Experts
+    max_loras: Loras
+    block_m: BlockM
+
+
+SORT = operands.Op("moe_route_sort", Sort)
+
+
+class Pack(NamedTuple):
+    """What the launcher for tables of an engine is given."""
+
+    pairs: Annotated[torch.Tensor, operands.Tensor("*", *INT32, written=True)]
+    blocks: Annotated[torch.Tensor, operands.Tensor("*, 4", *INT32, written=True)]
+    num_blocks: Annotated[torch.Tensor, operands.Tensor("1", *INT32, written=True)]
+    sorted_token_ids: Annotated[torch.Tensor, operands.Tensor(">=L, EM", torch.int32)]
+    expert_ids: Annotated[torch.Tensor, operands.Tensor(">=L, B", torch.int32)]
+    num_tokens_post_padded: Annotated[torch.Tensor, operands.Tensor(">=L", *INT32)]
+    lora_ids: Annotated[torch.Tensor | None, operands.Tensor(">=1", *INT32)]
+    adapter_enabled: Enabled
+    num_pairs: operands.Count
+    num_experts: Experts
+    max_loras: Loras
+    block_m: BlockM
+
+
+PACK = operands.Op("moe_route_pack", Pack)
 
 
 class Problem(NamedTuple):
@@ -454,39 +467,37 @@ class PackProblem(NamedTuple):
     row_stride: int
 
 
-def check_sort(variant: str, scratch_size: Callable[[int, int], int], *arguments: Any) -> Problem:
-    """The problem of the arguments of a launcher that sorts.
+def check_sort(variant: str, scratch_size: Callable[[int, int], int], given: Sort) -> Problem:
+    """The problem of a call of a launcher that sorts; ``scratch_size``: of its variant.
 
     Raises:
         ValueError: says which does not fit, what it is and what was wanted.
     """
-    given = _SORT.named(*arguments)
-    sizes, expert_map = _SORT.check(variant, given), given["expert_map"]
+    sizes, expert_map = SORT.check(variant, given), given.expert_map
     num_pairs, num_groups = sizes["T"] * sizes["top_k"], sizes["L"] * sizes["E"]
     if num_groups > _MAX_GROUPS:
         runtime.fail(variant, "max_loras * num_experts", num_groups, f"at most {_MAX_GROUPS}")
-    wanted = {"pairs": num_pairs, "blocks": most_blocks(num_pairs, num_groups, given["block_m"])}
+    wanted = {"pairs": num_pairs, "blocks": most_blocks(num_pairs, num_groups, given.block_m)}
     wanted["scratch"] = scratch_size(num_pairs, num_groups)
     _check_filled(variant, given, wanted)
     groups = (sizes["E"], sizes["L"], 0 if expert_map is None else expert_map.shape[0])
-    return Problem(num_pairs, sizes["top_k"], *groups, given["block_m"], given["topk_ids"].device)
+    return Problem(num_pairs, sizes["top_k"], *groups, given.block_m, given.token_lora_mapping.device)
 
 
-def check_pack(variant: str, *arguments: Any) -> PackProblem:
-    """The problem of the arguments of the launcher for tables of an engine.
+def check_pack(variant: str, given: Pack) -> PackProblem:
+    """The problem of a call of the launcher for tables of an engine.
 
     Raises:
         ValueError: says which does not fit, what it is and what was wanted.
     """
-    given = _PACK.named(*arguments)
-    sizes, block_m = _PACK.check(variant, given), given["block_m"]
+    sizes, block_m = PACK.check(variant, given), given.block_m
     if sizes["B"] > runtime.cdiv(sizes["EM"], block_m):
         wanted = f"at most {runtime.cdiv(sizes['EM'], block_m)} columns, one a block of sorted_token_ids"
-        runtime.fail(variant, "expert_ids", runtime.describe(given["expert_ids"]), wanted)
+        runtime.fail(variant, "expert_ids", runtime.describe(given.expert_ids), wanted)
     blocks = sizes["L"] * sizes["B"]
     _check_filled(variant, given, {"pairs": blocks * block_m, "blocks": blocks})
-    tables = (given["sorted_token_ids"], given["expert_ids"], given["lora_ids"])
-    return _pack_problem(*tables, given["num_pairs"], sizes["E"], sizes["L"], block_m)
+    tables = (given.sorted_token_ids, given.expert_ids, given.lora_ids)
+    return _pack_problem(*tables, given.num_pairs, sizes["E"], sizes["L"], block_m)
 
 
 def _pack_problem(
@@ -503,17 +514,12 @@ def _pack_problem(
     return PackProblem(num_pairs, num_experts, max_loras, block_m, num_lora_ids, *rows)
 
 
-def _check_filled(variant: str, given: Mapping[str, Any], wanted: Mapping[str, int]) -> None:
+def _check_filled(variant: str, given: Sort | Pack, wanted: dict[str, int]) -> None:
     for name, size in wanted.items():
-        if given[name].shape[0] < size:
+        buffer = getattr(given, name)
+        if buffer.shape[0] < size:
             of = "rows" if name == "blocks" else "elements"
-            runtime.fail(variant, name, runtime.describe(given[name]), f"at least {size} {of}")
-
-
-def _check_route(op: str, name: str, route: MoeRoute) -> None:
-    """Raise ValueError where pairs have no experts; in a dense layer, which is sorted, they need none."""
-    if isinstance(route, PairRoute) and route.topk_ids is None:
-        runtime.fail(op, f"{name}.topk_ids", None, "a tensor, in a naive route", "make it with moe_route")
+            runtime.fail(variant, name, runtime.describe(buffer), f"at least {size} {of}")
 
 
 def _table_sizes(route: MoeRoute) -> dict[str, int]:
@@ -525,40 +531,21 @@ def _table_sizes(route: MoeRoute) -> dict[str, int]:
 
 # What an op on a route takes of it.
 ROUTE = operands.Bundle(
-    "route",
     MoeRoute,
-    (
-        _IDS,
-        _MAPPING,
-        _ENABLED,
-        operands.Tensor("expert_map", ">=1", *INT32, optional=True),
-        operands.Tensor("pairs", ">=sorted_pairs", *INT32),
-        operands.Tensor("blocks", ">=max_blocks, 4", *INT32),
-        operands.Tensor("num_blocks", "1", *INT32),
-        dataclasses.replace(_PARTS, optional=True),
-        operands.Int("num_tokens", size="T"),
-        operands.Int("top_k", 1, size="top_k"),
-        _EXPERTS,
-        _LORAS,
-        _ASSIGNMENT,
-        _RANK,
-        operands.Int("block_m", one_of=BLOCK_MS),
-        operands.Int("max_blocks", size="max_blocks"),
-        operands.Int("capacity"),
-    ),
     maker="moe_route",
     kinds=(PairRoute, TableRoute, EngineRoute),
     open=(OpenRoute, OpenRows),
     sizes=_table_sizes,
-    whole=_check_route,
     asks=("schedule", "assignment"),
 )
+Route = Annotated[MoeRoute, ROUTE]
 # And what says what it does with pairs.
-ADD_INPUTS = operands.Flag("add_inputs", asks=("adds",))
-MUL_ROUTED_WEIGHT = operands.Flag("mul_routed_weight", asks=("weighted",))
-ROUTING_WEIGHTS = operands.Tensor(
-    "topk_weights", "T, top_k", operands.FLOATS, operands.CONTIGUOUS, only_with="mul_routed_weight", asks=("weighted",)
-)
+AddInputs = Annotated[bool, operands.Flag(asks=("adds",))]
+MulRoutedWeight = Annotated[bool, operands.Flag(asks=("weighted",))]
+RoutingWeights = Annotated[
+    torch.Tensor | None,
+    operands.Tensor("T, top_k", operands.FLOATS, operands.CONTIGUOUS, only_with="mul_routed_weight", asks=("weighted",)),
+]
 
 
 def experts_in_weights(values: Mapping[str, Any]) -> dict[str, int]:
@@ -603,27 +590,15 @@ def _tokens(topk_ids: torch.Tensor | None, token_lora_mapping: torch.Tensor) -> 
     return topk_ids.shape[0], topk_ids.shape[1]
 
 
-def _bind(
-    topk_ids: torch.Tensor | None,
-    token_lora_mapping: torch.Tensor,
-    adapter_enabled: torch.Tensor | None,
-    expert_map: torch.Tensor | None,
-    num_experts: int,
-    max_loras: int,
-    assignment: str,
-    rank: int | None,
-    block_m: int | None,
-    workspace: MoeWorkspace | None,
-) -> Plan:
-    name, source = "moe_route", (topk_ids, token_lora_mapping, adapter_enabled, expert_map)
-    request = (num_experts, max_loras, assignment, rank, block_m)
-    OP.check(name, OP.named(*source, *request, workspace))
-    if topk_ids is None and (num_experts != 1 or assignment == "naive"):
-        got = f"None with num_experts={num_experts}, assignment={assignment!r}"
+def _bind(given: Given) -> Plan:
+    name = "moe_route"
+    OP.check(name, given)
+    if given.topk_ids is None and (given.num_experts != 1 or given.assignment == "naive"):
+        got = f"None with num_experts={given.num_experts}, assignment={given.assignment!r}"
         runtime.fail(name, "topk_ids", got, "the experts of each token", "a dense layer has one expert and is sorted")
-    if assignment == "naive":
-        _check_without_blocks(name, block_m)
-    return _planned(name, source, *request, workspace)
+    if given.assignment == "naive":
+        _check_without_blocks(name, given.block_m)
+    return _planned(name, given)
 
 
 def _check_without_blocks(name: str, block_m: int | None) -> None:
@@ -631,40 +606,29 @@ def _check_without_blocks(name: str, block_m: int | None) -> None:
         runtime.fail(name, "block_m", block_m, None, 'assignment="naive" has no blocks')
 
 
-def _bind_dense(
-    token_lora_mapping: torch.Tensor, max_loras: int, block_m: int | None, workspace: MoeWorkspace | None
-) -> Plan:
-    DENSE.check("lora_route", DENSE.named(token_lora_mapping, max_loras, block_m, workspace))
-    source = (None, token_lora_mapping, None, None)
-    return _planned("lora_route", source, 1, max_loras, "sorted", None, block_m, workspace)
+def _bind_dense(given: GivenDense) -> Plan:
+    DENSE.check("lora_route", given)
+    request = Given(None, given.token_lora_mapping, None, None, 1, given.max_loras, "sorted", None, *given[2:])
+    return _planned("lora_route", request)
 
 
-def _planned(
-    name: str,
-    source: _Source,
-    num_experts: int,
-    max_loras: int,
-    assignment: str,
-    rank: int | None,
-    block_m: int | None,
-    workspace: MoeWorkspace | None,
-) -> Plan:
-    num_groups = max_loras * num_experts
-    if assignment == "sorted" and num_groups > _MAX_GROUPS:
+def _planned(name: str, given: Given) -> Plan:
+    num_groups = given.max_loras * given.num_experts
+    if given.assignment == "sorted" and num_groups > _MAX_GROUPS:
         runtime.fail(name, "max_loras * num_experts", num_groups, f"at most {_MAX_GROUPS}", 'use assignment="naive"')
-    topk_ids, token_lora_mapping, _, expert_map = source
-    num_tokens, top_k = _tokens(topk_ids, token_lora_mapping)
-    sizes = (num_tokens, top_k, num_experts, max_loras)
+    num_tokens, top_k = _tokens(given.topk_ids, given.token_lora_mapping)
+    sizes = (num_tokens, top_k, given.num_experts, given.max_loras)
     num_pairs = num_tokens * top_k
-    block_m = _rows_of_block(*sizes, assignment, rank, block_m)
+    block_m = _rows_of_block(*sizes, given.assignment, given.rank, given.block_m)
     if block_m is None:
         return Plan(sizes, num_pairs, None, 0, (0, 0, 0, 0, 0), runtime.nothing, [])
     max_blocks = most_blocks(num_pairs, num_groups, block_m)
     splits = _splits(max_blocks, num_pairs, _scratch_size(num_pairs, num_groups))
-    _check_size(name, workspace, splits)
-    global_experts = 0 if expert_map is None else expert_map.shape[0]
-    problem = Problem(num_pairs, top_k, num_experts, max_loras, global_experts, block_m, token_lora_mapping.device)
-    fill: Fill = _variant(num_pairs, num_groups).bind(problem)
+    _check_size(name, given.workspace, splits)
+    global_experts = 0 if given.expert_map is None else given.expert_map.shape[0]
+    groups = (given.num_experts, given.max_loras, global_experts)
+    problem = Problem(num_pairs, top_k, *groups, block_m, given.token_lora_mapping.device)
+    fill: Callable[[Sort], None] = _variant(num_pairs, num_groups).bind(problem)
     return Plan(sizes, num_pairs, block_m, max_blocks, splits, fill, [])
 
 
@@ -720,7 +684,7 @@ def moe_workspace(
         ValueError: an argument that does not fit.
     """
     sizes = (max_tokens, top_k, num_experts, max_loras, max_rank, num_slices)
-    _SPACE.check("moe_workspace", _SPACE.named(*sizes, device, table_size))
+    _SPACE.check("moe_workspace", _Space(*sizes, device, table_size))
     num_pairs = max_tokens * top_k
     padded = table_size + 127 * max_loras if table_size else 0  # each row up to a whole block of 128
     tables = max(sum(_open_splits(max_tokens, top_k, num_experts, max_loras)), sum(_splits(padded // 16, padded, 0)))
@@ -815,61 +779,48 @@ def _rows(table: torch.Tensor, max_loras: int) -> torch.Tensor:
     return table.view(max_loras, -1) if table.dim() == 1 and table.numel() % max_loras == 0 else table
 
 
-_OF_TABLES = operands.Op(
-    "MoeRoute.from_tables",
-    (
-        operands.Tensor("sorted_token_ids", (">=L, *", "*"), torch.int32),
-        operands.Tensor("expert_ids", (">=L, *", "*"), torch.int32),
-        operands.Tensor("num_tokens_post_padded", ">=L", *INT32),
-        operands.Tensor("lora_ids", ">=1", *INT32, optional=True),
-        _ENABLED,
-        operands.Int("block_size", one_of=BLOCK_MS),
-        operands.Int("num_tokens"),
-        operands.Int("top_k", 1),
-        _EXPERTS,
-        _LORAS,
-        WORKSPACE,
-    ),
-)
+class _OfTables(NamedTuple):
+    sorted_token_ids: Annotated[torch.Tensor, operands.Tensor((">=L, *", "*"), torch.int32)]
+    expert_ids: Annotated[torch.Tensor, operands.Tensor((">=L, *", "*"), torch.int32)]
+    num_tokens_post_padded: Annotated[torch.Tensor, operands.Tensor(">=L", *INT32)]
+    lora_ids: Annotated[torch.Tensor | None, operands.Tensor(">=1", *INT32)]
+    adapter_enabled: Enabled
+    block_size: BlockM
+    num_tokens: operands.Count
+    top_k: operands.Size
+    num_experts: Experts
+    max_loras: Loras
+    workspace: Workspace
+
+
+_OF_TABLES = operands.Op("MoeRoute.from_tables", _OfTables)
 
 
 class _TablePlan(NamedTuple):
     """Checked tables: what from_tables works out once for tables of the same looks."""
 
     max_blocks: int
-    fill: Callable[..., None]
+    fill: Callable[[Pack], None]
     looks: list[object]  # of its routes
 
 
-def _bind_tables(
-    sorted_token_ids: torch.Tensor,
-    expert_ids: torch.Tensor,
-    num_tokens_post_padded: torch.Tensor,
-    lora_ids: torch.Tensor | None,
-    adapter_enabled: torch.Tensor | None,
-    block_size: int,
-    num_tokens: int,
-    top_k: int,
-    num_experts: int,
-    max_loras: int,
-    workspace: MoeWorkspace | None,
-) -> _TablePlan:
-    name, source = "MoeRoute.from_tables", (sorted_token_ids, expert_ids, num_tokens_post_padded, lora_ids, adapter_enabled)
-    sizes = (num_tokens, top_k, num_experts, max_loras)
-    _OF_TABLES.check(name, _OF_TABLES.named(*source, block_size, *sizes, workspace))
-    ids, experts = _rows(sorted_token_ids, max_loras), _rows(expert_ids, max_loras)
+def _bind_tables(given: _OfTables) -> _TablePlan:
+    name, max_loras, block_size = "MoeRoute.from_tables", given.max_loras, given.block_size
+    _OF_TABLES.check(name, given)
+    ids, experts = _rows(given.sorted_token_ids, max_loras), _rows(given.expert_ids, max_loras)
     for label, table in (("sorted_token_ids", ids), ("expert_ids", experts)):
         if table.dim() != 2:
             runtime.fail(name, label, runtime.describe(table), f"[>= {max_loras}, *], or flat, of {max_loras} rows")
     row_blocks = runtime.cdiv(ids.shape[1], block_size)
     if experts.shape[1] > row_blocks:
         wanted = f"at most {row_blocks} columns, one for block_size = {block_size} columns of sorted_token_ids"
-        runtime.fail(name, "expert_ids", runtime.describe(expert_ids), wanted)
+        runtime.fail(name, "expert_ids", runtime.describe(given.expert_ids), wanted)
     max_blocks = max_loras * experts.shape[1]
-    _check_size(name, workspace, _splits(max_blocks, max_blocks * block_size, 0))
+    _check_size(name, given.workspace, _splits(max_blocks, max_blocks * block_size, 0))
     if max_blocks == 0:
         return _TablePlan(0, runtime.nothing, [])
-    problem = _pack_problem(ids, experts, lora_ids, num_tokens * top_k, num_experts, max_loras, block_size)
+    num_pairs = given.num_tokens * given.top_k
+    problem = _pack_problem(ids, experts, given.lora_ids, num_pairs, given.num_experts, max_loras, block_size)
     return _TablePlan(max_blocks, VARIANTS.get("moe_route", schedule="from_tables").bind(problem), [])
 
 
@@ -877,18 +828,20 @@ _table_plan = _OF_TABLES.finder(_bind_tables)
 
 
 def _route(buffer: torch.Tensor, *arguments: Any) -> None:
-    *source, num_experts, max_loras, assignment, rank, block_m = arguments
-    plan = _plan(*source, num_experts, max_loras, assignment, rank, block_m, None)
+    given = Given._make((*arguments, None))
+    plan = _plan(*given)
     if plan.block_m is not None and plan.num_pairs > 0:
         _, num_blocks, blocks, pairs, scratch = _views(buffer, _open_splits(*plan.sizes))
-        plan.fill(pairs, blocks, num_blocks, scratch, *source)
+        groups = (given.num_experts, given.max_loras, plan.block_m)
+        plan.fill(Sort(pairs, blocks, num_blocks, scratch, *given[:4], *groups))  # type: ignore[arg-type]
 
 
 def _from_tables(buffer: torch.Tensor, *arguments: Any) -> None:
-    *source, block_size, num_tokens, top_k, num_experts, max_loras = arguments
-    plan = _table_plan(*source, block_size, num_tokens, top_k, num_experts, max_loras, None)
-    _, num_blocks, blocks, pairs, _ = _views(buffer, _splits(plan.max_blocks, plan.max_blocks * block_size, 0))
-    plan.fill(pairs, blocks, num_blocks, *source)
+    given = _OfTables._make((*arguments, None))
+    plan = _table_plan(*given)
+    _, num_blocks, blocks, pairs, _ = _views(buffer, _splits(plan.max_blocks, plan.max_blocks * given.block_size, 0))
+    sizes = (given.num_tokens * given.top_k, given.num_experts, given.max_loras, given.block_size)
+    plan.fill(Pack(pairs, blocks, num_blocks, *given[:5], *sizes))
 
 
 _route_op = runtime.op(

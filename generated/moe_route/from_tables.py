@@ -90,5 +90,7 @@ def moe_route_from_tables(
     Raises:
         ValueError: an argument that does not fit; nothing was launched.
     """
-    source = (sorted_token_ids, expert_ids, num_tokens_post_padded, lora_ids, adapter_enabled)
-    schedule.launch(pairs, blocks, num_blocks, *source, num_pairs, num_experts, max_loras, block_m)
+    tables = {"sorted_token_ids": sorted_token_ids, "expert_ids": expert_ids, "num_tokens_post_padded": num_tokens_post_padded}
+    adapters = {"lora_ids": lora_ids, "adapter_enabled": adapter_enabled, "max_loras": max_loras}
+    sizes = {"num_pairs": num_pairs, "num_experts": num_experts, "block_m": block_m}
+    schedule.launch(pairs=pairs, blocks=blocks, num_blocks=num_blocks, **tables, **adapters, **sizes)

@@ -85,4 +85,5 @@ def moe_route_held(
     Raises:
         ValueError: an argument that does not fit; nothing was launched.
     """
-    schedule.launch(adapters, pairs, blocks, num_blocks, token_lora_mapping, valid_tokens, max_loras)
+    tables = {"adapters": adapters, "pairs": pairs, "blocks": blocks, "num_blocks": num_blocks}
+    schedule.launch(**tables, token_lora_mapping=token_lora_mapping, valid_tokens=valid_tokens, max_loras=max_loras)

@@ -161,5 +161,7 @@ def moe_route_three_launch(
     Raises:
         ValueError: an argument that does not fit; nothing was launched.
     """
-    source = (topk_ids, token_lora_mapping, adapter_enabled, expert_map)
-    schedule.launch(pairs, blocks, num_blocks, scratch, *source, num_experts, max_loras, block_m)
+    buffers = {"pairs": pairs, "blocks": blocks, "num_blocks": num_blocks, "scratch": scratch}
+    routing = {"topk_ids": topk_ids, "token_lora_mapping": token_lora_mapping, "adapter_enabled": adapter_enabled}
+    sizes = {"num_experts": num_experts, "max_loras": max_loras, "block_m": block_m}
+    schedule.launch(**buffers, **routing, expert_map=expert_map, **sizes)

@@ -8,7 +8,7 @@ add their adapters themselves.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
@@ -16,12 +16,11 @@ from .. import _operands as operands
 from .. import _runtime as runtime
 from ..moe_align._op import (
     BLOCK_MS,
-    LOCAL_EXPERT_START,
-    NUM_EXPERTS,
-    NUM_TOKENS_HINT,
-    TOPK_IDS,
-    VALID_TOKENS,
     MoeTables,
+    NumExperts,
+    NumTokensHint,
+    TopkIds,
+    ValidTokens,
     check_blocks,
     counts_size,
     default_block_m,
@@ -33,6 +32,13 @@ from ._table import VARIANTS
 
 __all__ = ["MoeRuns", "moe_runs"]
 
+_INT32 = (torch.int32, operands.CONTIGUOUS)
+# What ops on adapters of tokens take of them.
+TokenLoraMapping = Annotated[torch.Tensor, operands.Tensor("T", *_INT32)]
+AdapterEnabled = Annotated[torch.Tensor | None, operands.Tensor(">=L", *_INT32)]
+LoraRanks = Annotated[torch.Tensor | None, operands.Tensor(">=L", *_INT32)]
+_MaxLoras = Annotated[int, operands.Int(1, 4095, size="L")]  # a program counts them
+
 
 @operands.bundle(tables=("run_of_row", "runs"))
 class MoeRuns(NamedTuple):
@@ -43,12 +49,14 @@ class MoeRuns(NamedTuple):
     fields beside them: an op refuses others, and runs that were edited so that some of them are of others.
     """
 
-    token_lora_mapping: torch.Tensor  # [T] int32
-    adapter_enabled: torch.Tensor | None  # [>= max_loras] int32
-    run_of_row: torch.Tensor | None  # [T * top_k] int32, the run of each row in its block, -1: no adapter; None: no tables
-    runs: torch.Tensor | None  # [T * top_k, 2] int32, of a block from the place of its rows on: adapter (and ranks), first row
-    max_loras: int
-    lora_ranks: torch.Tensor | None = None  # [>= max_loras] int32, how many ranks of each adapter count; None: all
+    token_lora_mapping: TokenLoraMapping
+    adapter_enabled: AdapterEnabled
+    # the run of each row in its block, -1: no adapter; None: no tables
+    run_of_row: Annotated[torch.Tensor | None, operands.Tensor("T*top_k", *_INT32)]
+    # of a block from the place of its rows on: adapter (and ranks), first row
+    runs: Annotated[torch.Tensor | None, operands.Tensor("T*top_k, 2", *_INT32)]
+    max_loras: _MaxLoras
+    lora_ranks: LoraRanks = None  # how many ranks of each adapter count; None: all
 
 
 def moe_runs(
@@ -90,8 +98,8 @@ def moe_runs(
     """
     adapters = (token_lora_mapping, adapter_enabled)
     routing = (num_experts, local_expert_start, num_tokens_hint, block_m)
-    request = (topk_ids, valid_tokens, *adapters, lora_ranks, workspace, *routing, max_loras)
-    plan = None if torch.compiler.is_compiling() else _plan(*request)
+    tensors = (topk_ids, valid_tokens, *adapters, lora_ranks)
+    plan = None if torch.compiler.is_compiling() else _plan(*tensors, workspace, *routing, max_loras)
     num_tokens, top_k = topk_ids.shape
     hint = num_tokens if num_tokens_hint is None or block_m == 0 else num_tokens_hint
     if plan is not None:
@@ -110,37 +118,31 @@ def moe_runs(
         runs = MoeRuns(*adapters, run_of_row, of_blocks, max_loras, lora_ranks)
     if plan is None:
         if block_m != 0:
-            _in_graphs(topk_ids, valid_tokens, *adapters, lora_ranks, workspace, *routing, max_loras)
+            _in_graphs(*tensors, workspace, *routing, max_loras)
         return tables, runs
     if block_m != 0:
-        plan.fill(*made, topk_ids, valid_tokens, *adapters, lora_ranks)
+        plan.fill(Fill(*made, *tensors, num_experts, local_expert_start, max_loras, plan.block_m))
         runs.__dict__["order"] = tables.pairs
     return operands.alike(tables, plan.looks_of_tables), operands.alike(runs, plan.looks_of_runs)
 
 
-_INT32 = (torch.int32, operands.CONTIGUOUS)
-# What ops on adapters of tokens take of them.
-TOKEN_LORA_MAPPING = operands.Tensor("token_lora_mapping", "T", *_INT32)
-ADAPTER_ENABLED = operands.Tensor("adapter_enabled", ">=L", *_INT32, optional=True)
-LORA_RANKS = operands.Tensor("lora_ranks", ">=L", *_INT32, optional=True)
-_MAX_LORAS = operands.Int("max_loras", 1, 4095, size="L")  # a program counts them
-OP = operands.Op(
-    "moe_runs",
-    (
-        TOPK_IDS,
-        VALID_TOKENS,
-        TOKEN_LORA_MAPPING,
-        ADAPTER_ENABLED,
-        LORA_RANKS,
-        operands.Tensor("workspace", "*", *_INT32, optional=True, written=True),
-        NUM_EXPERTS,
-        LOCAL_EXPERT_START,
-        NUM_TOKENS_HINT,
-        operands.Int("block_m", optional=True, one_of=(0, *BLOCK_MS)),
-        _MAX_LORAS,
-    ),
-    first=("topk_ids",),
-)
+class Given(NamedTuple):
+    """What moe_runs is given."""
+
+    topk_ids: TopkIds
+    valid_tokens: ValidTokens
+    token_lora_mapping: TokenLoraMapping
+    adapter_enabled: AdapterEnabled
+    lora_ranks: LoraRanks
+    workspace: Annotated[torch.Tensor | None, operands.Tensor("*", *_INT32, written=True)]
+    num_experts: NumExperts
+    local_expert_start: operands.Count
+    num_tokens_hint: NumTokensHint
+    block_m: Annotated[int | None, operands.Int(one_of=(0, *BLOCK_MS))]
+    max_loras: _MaxLoras
+
+
+OP = operands.Op("moe_runs", Given, first=("topk_ids",))
 
 
 def _check_runs(op: str, name: str, runs: MoeRuns) -> None:
@@ -161,21 +163,9 @@ def _check_tables(op: str, name: str, runs: MoeRuns, tables: MoeTables) -> None:
 
 
 RUNS = operands.Bundle(
-    "runs",
-    MoeRuns,
-    (
-        TOKEN_LORA_MAPPING,
-        ADAPTER_ENABLED,
-        operands.Tensor("run_of_row", "T*top_k", *_INT32, optional=True),
-        operands.Tensor("runs", "T*top_k, 2", *_INT32, optional=True),
-        _MAX_LORAS,
-        LORA_RANKS,
-    ),
-    maker="moe_runs",
-    whole=_check_runs,
-    goes_with=("tables", _check_tables),
-    asks=("schedule", "adapted"),
+    MoeRuns, maker="moe_runs", whole=_check_runs, goes_with=("tables", _check_tables), asks=("schedule", "adapted")
 )
+Runs = Annotated[MoeRuns, RUNS]  # what an op on them takes
 
 
 def run_size(num_tokens: int, top_k: int, num_experts: int) -> int:
@@ -212,27 +202,27 @@ def settled_block_m(tables: MoeTables) -> int:
     return default_block_m(max(tables.tokens_hint, 1), tables.top_k, tables.num_experts)
 
 
-# What the launchers of the single variants take; moe_runs makes the buffers.
-_FILL = operands.Op(
-    "moe_runs_fill",
-    (
-        operands.Tensor("pairs", ">=T*top_k", *_INT32, written=True),
-        operands.Tensor("blocks", ("*, 3", "*"), *_INT32, written=True),
-        operands.Tensor("num_blocks", "1", *_INT32, written=True),
-        operands.Tensor("run_of_row", ">=T*top_k", *_INT32, written=True),
-        operands.Tensor("runs", ">=T*top_k, 2", *_INT32, written=True),
-        operands.Tensor("scratch", "*", *_INT32, written=True),
-        TOPK_IDS,
-        VALID_TOKENS,
-        TOKEN_LORA_MAPPING,
-        ADAPTER_ENABLED,
-        LORA_RANKS,
-        NUM_EXPERTS,
-        LOCAL_EXPERT_START,
-        _MAX_LORAS,
-        operands.Int("block_m", one_of=BLOCK_MS),
-    ),
-)
+class Fill(NamedTuple):
+    """What the launchers of single variants are given; moe_runs makes the buffers."""
+
+    pairs: Annotated[torch.Tensor, operands.Tensor(">=T*top_k", *_INT32, written=True)]
+    blocks: Annotated[torch.Tensor, operands.Tensor(("*, 3", "*"), *_INT32, written=True)]
+    num_blocks: Annotated[torch.Tensor, operands.Tensor("1", *_INT32, written=True)]
+    run_of_row: Annotated[torch.Tensor, operands.Tensor(">=T*top_k", *_INT32, written=True)]
+    runs: Annotated[torch.Tensor, operands.Tensor(">=T*top_k, 2", *_INT32, written=True)]
+    scratch: Annotated[torch.Tensor, operands.Tensor("*", *_INT32, written=True)]
+    topk_ids: TopkIds
+    valid_tokens: ValidTokens
+    token_lora_mapping: TokenLoraMapping
+    adapter_enabled: AdapterEnabled
+    lora_ranks: LoraRanks
+    num_experts: NumExperts
+    local_expert_start: operands.Count
+    max_loras: _MaxLoras
+    block_m: Annotated[int, operands.Int(one_of=BLOCK_MS)]
+
+
+FILL = operands.Op("moe_runs_fill", Fill)
 
 
 class Problem(NamedTuple):
@@ -247,88 +237,64 @@ class Problem(NamedTuple):
     device: torch.device
 
 
-def check_fill(variant: str, scratch_size: Callable[[int, int], int], *arguments: Any) -> Problem:
-    """The problem of a launcher's arguments.
+def check_fill(variant: str, scratch_size: Callable[[int, int], int], given: Fill) -> Problem:
+    """The problem of a call; ``scratch_size``: of its variant.
 
     Raises:
         ValueError: says which does not fit, what it is and what was wanted.
     """
-    given = _FILL.named(*arguments)
-    sizes, block_m = _FILL.check(variant, given), given["block_m"]
-    check_blocks(variant, given["blocks"], sizes, block_m)
+    sizes = FILL.check(variant, given)
+    check_blocks(variant, given.blocks, sizes, given.block_m)
     num_pairs = sizes["T"] * sizes["top_k"]
-    scratch, wanted = given["scratch"], scratch_size(num_pairs, sizes["E"])
-    if scratch.shape[0] < wanted:
-        runtime.fail(variant, "scratch", runtime.describe(scratch), f"at least {wanted} elements")
-    routing = (sizes["top_k"], sizes["E"], given["local_expert_start"], sizes["L"])
-    return Problem(num_pairs, *routing, block_m, given["topk_ids"].device)
+    wanted = scratch_size(num_pairs, sizes["E"])
+    if given.scratch.shape[0] < wanted:
+        runtime.fail(variant, "scratch", runtime.describe(given.scratch), f"at least {wanted} elements")
+    routing = (sizes["top_k"], sizes["E"], given.local_expert_start, sizes["L"])
+    return Problem(num_pairs, *routing, given.block_m, given.topk_ids.device)
 
 
 class _Plan(NamedTuple):
     """A checked request: what moe_runs works out once for inputs of the same looks."""
 
     block_m: int
-    fill: Callable[..., None]
+    fill: Callable[[Fill], None]
     looks_of_tables: list[object]
     looks_of_runs: list[object]
 
 
-def _bind(
-    topk_ids: torch.Tensor,
-    valid_tokens: torch.Tensor | None,
-    token_lora_mapping: torch.Tensor,
-    adapter_enabled: torch.Tensor | None,
-    lora_ranks: torch.Tensor | None,
-    workspace: torch.Tensor | None,
-    num_experts: int,
-    local_expert_start: int,
-    num_tokens_hint: int | None,
-    block_m: int | None,
-    max_loras: int,
-) -> _Plan:
-    tensors = (topk_ids, valid_tokens, token_lora_mapping, adapter_enabled, lora_ranks, workspace)
-    sizes = OP.check("moe_runs", OP.named(*tensors, num_experts, local_expert_start, num_tokens_hint, block_m, max_loras))
+def _bind(given: Given) -> _Plan:
+    sizes = OP.check("moe_runs", given)
     num_tokens, top_k = sizes["T"], sizes["top_k"]
-    if block_m == 0:
+    if given.block_m == 0:
         return _Plan(0, no_pairs, [], [])
-    size = run_size(num_tokens, top_k, num_experts)
-    if workspace is not None and workspace.shape[0] < size:
-        wanted = f"[>= {size}] int32 on {topk_ids.device}"
-        runtime.fail("moe_runs", "workspace", runtime.describe(workspace), wanted, "ask run_size of this module")
-    block_m = block_m or default_block_m(num_tokens_hint or num_tokens, top_k, num_experts)
-    problem = Problem(num_tokens * top_k, top_k, num_experts, local_expert_start, max_loras, block_m, topk_ids.device)
-    return _Plan(block_m, bind(problem), [], [])
+    size, device = run_size(num_tokens, top_k, given.num_experts), given.topk_ids.device
+    if given.workspace is not None and given.workspace.shape[0] < size:
+        wanted = f"[>= {size}] int32 on {device}"
+        runtime.fail("moe_runs", "workspace", runtime.describe(given.workspace), wanted, "ask run_size of this module")
+    block_m = given.block_m or default_block_m(given.num_tokens_hint or num_tokens, top_k, given.num_experts)
+    groups = (given.num_experts, given.local_expert_start, given.max_loras)
+    return _Plan(block_m, bind(Problem(num_tokens * top_k, top_k, *groups, block_m, device)), [], [])
 
 
-def bind(problem: Problem) -> Callable[..., None]:
-    """The launches for batches of these sizes.
-
-    They take (*tables, run_of_row, runs, scratch, topk_ids, valid_tokens, *adapters, lora_ranks).
-    """
+def bind(problem: Problem) -> Callable[[Fill], None]:
+    """The launches for batches of these sizes."""
     if problem.num_pairs == 0:
         return no_pairs
     schedule = "three_launch" if in_chunks(problem.num_pairs, problem.num_experts) else "one_launch"
-    call: Callable[..., None] = VARIANTS.get("moe_runs", schedule=schedule).bind(problem)
+    call: Callable[[Fill], None] = VARIANTS.get("moe_runs", schedule=schedule).bind(problem)
     return call
 
 
 _plan = OP.finder(_bind)
 
 
-def _runs(
-    topk_ids: torch.Tensor,
-    valid_tokens: torch.Tensor | None,
-    token_lora_mapping: torch.Tensor,
-    adapter_enabled: torch.Tensor | None,
-    lora_ranks: torch.Tensor | None,
-    workspace: torch.Tensor,
-    num_experts: int,
-    *request: Any,
-) -> None:
-    source, adapters = (topk_ids, valid_tokens), (token_lora_mapping, adapter_enabled)
-    plan = _plan(*source, *adapters, lora_ranks, workspace, num_experts, *request)
-    num_tokens, top_k = topk_ids.shape
-    plan.fill(*_split(workspace, num_tokens, top_k, num_experts), *source, *adapters, lora_ranks)
+def _runs(*arguments: Any) -> None:
+    given = Given(*arguments)
+    plan, (num_tokens, top_k) = _plan(*given), given.topk_ids.shape
+    assert given.workspace is not None
+    made = _split(given.workspace, num_tokens, top_k, given.num_experts)
+    groups = (given.num_experts, given.local_expert_start, given.max_loras)
+    plan.fill(Fill(*made, *given[:5], *groups, plan.block_m))
 
 
 _in_graphs = OP.in_graphs(_runs)

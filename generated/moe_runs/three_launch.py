@@ -210,6 +210,9 @@ def moe_runs_three_launch(
     Raises:
         ValueError: an argument that does not fit; nothing was launched.
     """
-    written = (pairs, blocks, num_blocks, run_of_row, runs, scratch)
-    read = (topk_ids, valid_tokens, token_lora_mapping, adapter_enabled, lora_ranks)
-    schedule.launch(*written, *read, num_experts, local_expert_start, max_loras, block_m)
+    tables = {"pairs": pairs, "blocks": blocks, "num_blocks": num_blocks}
+    written = {"run_of_row": run_of_row, "runs": runs, "scratch": scratch}
+    routing = {"topk_ids": topk_ids, "valid_tokens": valid_tokens, "num_experts": num_experts}
+    adapters = {"token_lora_mapping": token_lora_mapping, "adapter_enabled": adapter_enabled, "lora_ranks": lora_ranks}
+    sizes = {"local_expert_start": local_expert_start, "max_loras": max_loras, "block_m": block_m}
+    schedule.launch(**tables, **written, **routing, **adapters, **sizes)

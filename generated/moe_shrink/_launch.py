@@ -7,15 +7,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from .. import _runtime as runtime
-from .._operands import Tensors
-from ..moe_align._op import MoeTables
-from ..moe_runs._op import MoeRuns
 from ._problem import (
     CACHE_POLICIES,
+    OP,
     Call,
+    Given,
     PairsConfig,
     Problem,
     RunsConfig,
@@ -29,6 +26,15 @@ from ._table import QUANT, VARIANTS
 
 _OPERANDS = "v_ptr x_ptr a_ptrs a_scale_ptrs x_scale_ptr x_scale_next"
 _ADAPTERS = "token_lora_mapping_ptr adapter_enabled_ptr lora_ranks_ptr"
+
+
+def _operands(given: Given) -> tuple[Any, ...]:
+    return given.v, given.x, given.lora_a, given.a_scale, given.x_scale
+
+
+def _adapters(given: Given) -> tuple[Any, ...]:
+    runs = given.runs
+    return runs.token_lora_mapping, runs.adapter_enabled, runs.lora_ranks
 
 
 class _Schedule:
@@ -47,40 +53,19 @@ class _Schedule:
         """The launch for checked calls of these sizes, ready to be made again and again."""
         raise NotImplementedError
 
-    def launch(
-        self,
-        config: Any,
-        v: Tensor,
-        x: Tensor,
-        lora_a: Tensors,
-        tables: MoeTables,
-        runs: MoeRuns,
-        x_scale: Tensor | None = None,
-        a_scale: Tensors | None = None,
-    ) -> None:
+    def launch(self, config: Any, **arguments: Any) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.
 
         Raises:
             ValueError: something does not fit; nothing was launched.
         """
         facts = self.facts
-        problem = check(
-            self.name,
-            v,
-            x,
-            lora_a,
-            tables,
-            runs,
-            dtype=facts["torch_dtype"],
-            rows=facts["rows"],
-            a_scale=a_scale,
-            of_factors=facts["weight_scales"],
-            x_scale=x_scale,
-            mode=facts["x_scales"],
-        )
+        x_rows, writes = facts["rows"].split("_")
+        given = OP.given(x_rows=x_rows, **arguments)
+        modes = {"of_factors": facts["weight_scales"], "mode": facts["x_scales"]}
+        problem = check(self.name, given, dtype=facts["torch_dtype"], writes=writes, **modes)
         if problem.num_pairs > 0:
-            tiles = runtime.given(self.name, config, self.config) or choose(self.schedule, problem)
-            self.bind(problem, tiles)(v, x, lora_a, tables, runs, a_scale, x_scale)
+            self.bind(problem, runtime.given(self.name, config, self.config) or choose(self.schedule, problem))(given)
 
     def _constants(self, problem: Problem, config: PairsConfig | RunsConfig | TokensConfig) -> dict[str, Any]:
         """Of the kernels of all schedules."""
@@ -123,17 +108,9 @@ class Pairs(_Schedule):
         )
         num_pairs, x_scale_next = problem.num_pairs, problem.x_scale_next
 
-        def call(
-            v: Tensor,
-            x: Tensor,
-            lora_a: Tensors,
-            tables: MoeTables,
-            runs: MoeRuns,
-            a_scale: Tensors | None,
-            x_scale: Tensor | None,
-        ) -> None:
-            adapters = (runs.token_lora_mapping, runs.adapter_enabled, runs.lora_ranks)
-            launch.run(v, x, lora_a, a_scale, x_scale, x_scale_next, num_pairs, tables.topk_ids, tables.valid_tokens, *adapters)
+        def call(given: Given) -> None:
+            tables = given.tables
+            launch.run(*_operands(given), x_scale_next, num_pairs, tables.topk_ids, tables.valid_tokens, *_adapters(given))
 
         return call
 
@@ -169,17 +146,10 @@ class Runs(_Tiles):
     def bind(self, problem: Problem, config: RunsConfig) -> Call:
         launch, x_scale_next = self._launch_of(problem, config), problem.x_scale_next
 
-        def call(
-            v: Tensor,
-            x: Tensor,
-            lora_a: Tensors,
-            tables: MoeTables,
-            runs: MoeRuns,
-            a_scale: Tensors | None,
-            x_scale: Tensor | None,
-        ) -> None:
+        def call(given: Given) -> None:
+            tables, runs = given.tables, given.runs
             blocks = (tables.pairs, tables.blocks, tables.num_blocks)
-            launch.run(v, x, lora_a, a_scale, x_scale, x_scale_next, *blocks, runs.run_of_row, runs.runs)
+            launch.run(*_operands(given), x_scale_next, *blocks, runs.run_of_row, runs.runs)
 
         return call
 
@@ -195,16 +165,7 @@ class Tokens(_Tiles):
         launch, x_scale_next = self._launch_of(problem, config), problem.x_scale_next
         num_tokens = problem.num_tokens
 
-        def call(
-            v: Tensor,
-            x: Tensor,
-            lora_a: Tensors,
-            tables: MoeTables,
-            runs: MoeRuns,
-            a_scale: Tensors | None,
-            x_scale: Tensor | None,
-        ) -> None:
-            adapters = (runs.token_lora_mapping, runs.adapter_enabled, runs.lora_ranks)
-            launch.run(v, x, lora_a, a_scale, x_scale, x_scale_next, num_tokens, tables.valid_tokens, *adapters)
+        def call(given: Given) -> None:
+            launch.run(*_operands(given), x_scale_next, num_tokens, given.tables.valid_tokens, *_adapters(given))
 
         return call

@@ -106,4 +106,4 @@ def moe_shrink_pairs_bf16_pair_pair(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, v, x, lora_a, tables, runs)
+    schedule.launch(config, v=v, x=x, lora_a=lora_a, tables=tables, runs=runs)

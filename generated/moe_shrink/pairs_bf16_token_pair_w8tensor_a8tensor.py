@@ -120,4 +120,4 @@ def moe_shrink_pairs_bf16_token_pair_w8tensor_a8tensor(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, v, x, lora_a, tables, runs, x_scale, a_scale=a_scale)
+    schedule.launch(config, v=v, x=x, lora_a=lora_a, tables=tables, runs=runs, x_scale=x_scale, a_scale=a_scale)

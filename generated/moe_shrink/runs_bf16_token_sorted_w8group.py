@@ -156,4 +156,4 @@ def moe_shrink_runs_bf16_token_sorted_w8group(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, v, x, lora_a, tables, runs, a_scale=a_scale)
+    schedule.launch(config, v=v, x=x, lora_a=lora_a, tables=tables, runs=runs, a_scale=a_scale)

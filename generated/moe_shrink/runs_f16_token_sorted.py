@@ -138,4 +138,4 @@ def moe_shrink_runs_f16_token_sorted(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, v, x, lora_a, tables, runs)
+    schedule.launch(config, v=v, x=x, lora_a=lora_a, tables=tables, runs=runs)

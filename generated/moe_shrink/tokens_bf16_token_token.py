@@ -141,4 +141,4 @@ def moe_shrink_tokens_bf16_token_token(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, v, x, lora_a, tables, runs)
+    schedule.launch(config, v=v, x=x, lora_a=lora_a, tables=tables, runs=runs)

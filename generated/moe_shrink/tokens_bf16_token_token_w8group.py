@@ -158,4 +158,4 @@ def moe_shrink_tokens_bf16_token_token_w8group(
     Raises:
         ValueError: a shape, stride, dtype, device or table that this variant does not serve; nothing was launched.
     """
-    schedule.launch(config, v, x, lora_a, tables, runs, a_scale=a_scale)
+    schedule.launch(config, v=v, x=x, lora_a=lora_a, tables=tables, runs=runs, a_scale=a_scale)

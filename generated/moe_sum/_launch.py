@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from .. import _runtime as runtime
 from .._live import routing_of
-from ._problem import Call, Config, Problem, check, choose
+from ._problem import OP, Call, Config, Given, Problem, check, choose
 from ._table import VARIANTS
 
 _ROUTING = "route_ids_ptr token_lora_mapping_ptr adapter_enabled_ptr expert_map_ptr"
@@ -26,35 +24,17 @@ class MoeSum:
         rows = "out_ptr y_ptr delta_ptr topk_weights_ptr"
         self._kernel = runtime.Launcher(kernel, f"{rows} topk_ids_ptr valid_tokens_ptr {_ROUTING} num_tokens")
 
-    def launch(
-        self,
-        config: Config | None,
-        out: Tensor,
-        y: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor | None,
-        valid_tokens: Tensor | None,
-        delta: Tensor | None = None,
-        route: Any = None,
-        /,
-        **sizes: Any,
-    ) -> None:
+    def launch(self, config: Config | None, **arguments: Any) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.
 
         Raises:
             ValueError: something does not fit; nothing was launched.
         """
-        operands = (out, y, topk_ids, topk_weights, valid_tokens, delta, route)
-        problem = check(
-            self.name,
-            *operands,
-            dtype=self.facts["torch_dtype"],
-            weighted=self.facts["weighted"],
-            adapted=self.facts["adapted"],
-            **sizes,
-        )
+        given, facts = OP.given(**arguments), self.facts
+        of_variant = {"weighted": facts["weighted"], "adapted": facts["adapted"]}
+        problem = check(self.name, given, dtype=facts["torch_dtype"], **of_variant)
         if problem.num_tokens > 0:
-            self.bind(problem, runtime.given(self.name, config, Config) or choose(problem))(*operands)
+            self.bind(problem, runtime.given(self.name, config, Config) or choose(problem))(given)
 
     def bind(self, problem: Problem, config: Config) -> Call:
         """The launch for checked calls of these sizes, ready to be made again and again."""
@@ -78,15 +58,8 @@ class MoeSum:
             GLOBAL_EXPERTS=problem.delta.global_experts,
         )
 
-        def call(
-            out: Tensor,
-            y: Tensor,
-            topk_ids: Tensor,
-            topk_weights: Tensor | None,
-            valid_tokens: Tensor | None,
-            delta: Tensor | None = None,
-            route: Any = None,
-        ) -> None:
-            launch.run(out, y, delta, topk_weights, topk_ids, valid_tokens, *routing_of(route), num_tokens)
+        def call(given: Given) -> None:
+            rows, routing = (given.out, given.y, given.delta), routing_of(given.route)
+            launch.run(*rows, given.topk_weights, given.topk_ids, given.valid_tokens, *routing, num_tokens)
 
         return call

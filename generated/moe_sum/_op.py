@@ -9,7 +9,7 @@ import torch
 
 from .. import _runtime as runtime
 from ..moe_route._op import MoeRoute
-from ._problem import OP, Call, check, choose
+from ._problem import OP, Call, Given, check, choose
 from ._table import VARIANTS
 
 
@@ -47,67 +47,28 @@ def moe_sum(
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
     zeroes = out is None
+    routing = (topk_ids, topk_weights, valid_tokens, num_experts, local_expert_start, num_tokens_hint)
+    rest = (*routing, zeroes, keep_empty, delta, route)
     if out is None:
         try:
             out = torch.empty((y.shape[0], y.shape[-1]), dtype=torch.float32, device=y.device)
         except (AttributeError, IndexError) as error:
-            routing = (topk_ids, topk_weights, valid_tokens, num_experts, local_expert_start, num_tokens_hint)
-            OP.refuse(OP.named(out, y, *routing, zeroes, keep_empty, delta, route), error)
-    arguments = (
-        out,
-        y,
-        topk_ids,
-        topk_weights,
-        valid_tokens,
-        num_experts,
-        local_expert_start,
-        num_tokens_hint,
-        zeroes,
-        keep_empty,
-        delta,
-        route,
-    )
-    (_in_graphs if torch.compiler.is_compiling() else _apply)(*arguments)
+            OP.refuse(Given(None, y, *rest), error)  # type: ignore[arg-type]
+    (_in_graphs if torch.compiler.is_compiling() else _apply)(out, y, *rest)
     return out
 
 
-def bind(
-    out: torch.Tensor,
-    y: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor | None,
-    valid_tokens: torch.Tensor | None,
-    num_experts: int,
-    local_expert_start: int,
-    num_tokens_hint: int | None,
-    zeroes: bool,
-    keep_empty: bool = False,
-    delta: torch.Tensor | None = None,
-    route: MoeRoute | None = None,
-) -> Call:
+def bind(given: Given) -> Call:
     """The launch for calls that look like this one.
 
     Raises:
         ValueError: as ``moe_sum``.
     """
-    problem = check(
-        "moe_sum",
-        out,
-        y,
-        topk_ids,
-        topk_weights,
-        valid_tokens,
-        delta,
-        route,
-        num_experts=num_experts,
-        local_expert_start=local_expert_start,
-        num_tokens_hint=num_tokens_hint,
-        keep_empty=keep_empty,
-    )
-    if keep_empty and zeroes:
+    problem = check("moe_sum", given)
+    if given.keep_empty and given.zeroes:
         runtime.fail("moe_sum", "out", None, "a tensor, of which rows are kept", "keep_empty is about what is there")
-    facts = {"weighted": topk_weights is not None, "zeroes": zeroes, "adapted": delta is not None}
-    of_16_bits = [t.dtype for t in (y, delta) if t is not None and t.dtype in VARIANTS.dtypes]
+    facts = {"weighted": given.topk_weights is not None, "zeroes": given.zeroes, "adapted": given.delta is not None}
+    of_16_bits = [t.dtype for t in (given.y, given.delta) if t is not None and t.dtype in VARIANTS.dtypes]
     variant = VARIANTS.get("moe_sum", torch_dtype=(of_16_bits or VARIANTS.dtypes)[0], **facts)  # no text hangs on that of y
     if problem.num_tokens == 0:
         return runtime.nothing

@@ -6,21 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
-from .._live import DELTA_ROUTE, DeltaSizes, check_delta, delta_operand
-from ..moe_align._op import (
-    LOCAL_EXPERT_START,
-    NUM_EXPERTS,
-    NUM_TOKENS_HINT,
-    TOPK_IDS,
-    VALID_TOKENS,
-)
-from ..moe_route._op import MoeRoute
+from .._live import DeltaSizes, check_delta
+from .._live import delta as delta_operand
+from ..moe_align._op import NumExperts, NumTokensHint, TopkIds, ValidTokens
+from ..moe_route._op import Route
 from ._table import VARIANTS
 from ._tuned import TUNED
 
@@ -34,30 +29,33 @@ class Config(NamedTuple):
 
 CONFIGS = {"moe_sum": Config}
 
+
+class Given(NamedTuple):
+    """What moe_sum is given."""
+
+    out: Annotated[
+        torch.Tensor, operands.Tensor("T, N", operands.FLOATS, made=True, made_if="zeroes", written=True, asks=("zeroes",))
+    ]
+    y: Annotated[torch.Tensor, operands.Tensor("T, top_k, N", "D", operands.PAIRS, also=(torch.float32,), asks=("torch_dtype",))]
+    topk_ids: TopkIds
+    topk_weights: Annotated[
+        torch.Tensor | None, operands.Tensor("T, top_k", operands.FLOATS, operands.CONTIGUOUS, asks=("weighted",))
+    ]
+    valid_tokens: ValidTokens
+    num_experts: NumExperts
+    local_expert_start: operands.Count
+    num_tokens_hint: NumTokensHint
+    zeroes: Annotated[bool, operands.Flag(public=False)]
+    keep_empty: operands.Bool
+    delta: Annotated[torch.Tensor | None, delta_operand("T, top_k, N")]
+    route: Route | None
+
+
 OP = operands.Op(
-    "moe_sum",
-    (
-        operands.Tensor("out", "T, N", operands.FLOATS, made=True, made_if="zeroes", written=True, asks=("zeroes",)),
-        operands.Tensor("y", "T, top_k, N", "D", operands.PAIRS, also=(torch.float32,), asks=("torch_dtype",)),
-        TOPK_IDS,
-        operands.Tensor("topk_weights", "T, top_k", operands.FLOATS, operands.CONTIGUOUS, optional=True, asks=("weighted",)),
-        VALID_TOKENS,
-        NUM_EXPERTS,
-        LOCAL_EXPERT_START,
-        NUM_TOKENS_HINT,
-        operands.Flag("zeroes", public=False),
-        operands.Flag("keep_empty"),
-        delta_operand("T, top_k, N"),
-        DELTA_ROUTE,
-    ),
-    spec=VARIANTS.spec,
-    dtypes={"D": VARIANTS.dtypes},
-    first=("topk_ids", "y"),
-    tells=("out",),
+    "moe_sum", Given, spec=VARIANTS.spec, dtypes={"D": VARIANTS.dtypes}, first=("topk_ids", "y"), tells=("out",)
 )
 
-# (out, y, topk_ids, topk_weights, valid_tokens), then (delta, route), of sizes that were checked before
-Call = Callable[..., None]
+Call = Callable[[Given], None]  # of sizes that were checked before
 
 
 class Problem(NamedTuple):
@@ -77,46 +75,30 @@ class Problem(NamedTuple):
 
 
 def check(
-    variant: str,
-    out: torch.Tensor,
-    y: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor | None,
-    valid_tokens: torch.Tensor | None,
-    delta: torch.Tensor | None = None,
-    route: MoeRoute | None = None,
-    *,
-    num_experts: int,
-    local_expert_start: int,
-    num_tokens_hint: int | None,
-    keep_empty: bool = False,
-    dtype: torch.dtype | None = None,
-    adapted: bool | None = None,
-    weighted: bool = False,
+    variant: str, given: Given, *, dtype: torch.dtype | None = None, adapted: bool | None = None, weighted: bool = False
 ) -> Problem:
     """The sizes of a call, once everything about it is known to fit; ``weighted``: with ``topk_weights``, whatever comes.
 
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
-    routing = (topk_ids, topk_weights, valid_tokens, num_experts, local_expert_start, num_tokens_hint)
-    sizes = OP.check(variant, OP.named(out, y, *routing, False, keep_empty, delta, route), D=dtype)
-    if weighted and topk_weights is None:
+    sizes = OP.check(variant, given, D=dtype)
+    if weighted and given.topk_weights is None:
         wanted = f"[{sizes['T']}, {sizes['top_k']}]"
         runtime.fail(variant, "topk_weights", None, wanted, "a variant without them sums as they are")
     num_tokens, top_k = sizes["T"], sizes["top_k"]
     return Problem(
         num_tokens=num_tokens,
         top_k=top_k,
-        num_experts=num_experts,
-        local_expert_start=local_expert_start,
-        tokens_hint=num_tokens if num_tokens_hint is None else num_tokens_hint,
+        num_experts=given.num_experts,
+        local_expert_start=given.local_expert_start,
+        tokens_hint=num_tokens if given.num_tokens_hint is None else given.num_tokens_hint,
         n=sizes["N"],
-        out_stride=out.stride(0),
-        y_stride=y.stride(1 if top_k > 1 else 0),
-        keep_empty=keep_empty,
-        delta=check_delta(variant, delta, route, adapted),
-        device=y.device,
+        out_stride=given.out.stride(0),
+        y_stride=given.y.stride(1 if top_k > 1 else 0),
+        keep_empty=given.keep_empty,
+        delta=check_delta(variant, given.delta, given.route, adapted),
+        device=given.y.device,
     )
 
 

@@ -87,5 +87,6 @@ def moe_sum_f16_plain_zero_lora(
     Raises:
         ValueError: a shape, stride, dtype or device that this variant does not serve; nothing was launched.
     """
-    sizes = {"num_experts": num_experts, "local_expert_start": local_expert_start, "num_tokens_hint": num_tokens_hint}
-    schedule.launch(config, out, y, topk_ids, None, valid_tokens, delta, route, **sizes)
+    routing = {"topk_ids": topk_ids, "num_experts": num_experts, "local_expert_start": local_expert_start}
+    tokens = {"valid_tokens": valid_tokens, "num_tokens_hint": num_tokens_hint}
+    schedule.launch(config, out=out, y=y, **routing, **tokens, delta=delta, route=route)

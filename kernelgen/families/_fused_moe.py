@@ -12,25 +12,24 @@ its K loop; where there are tables, they have the rows of each expert by adapter
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
 from . import _operands as operands
 from . import _runtime as runtime
-from ._activation import CLAMP, LAYOUT
+from ._activation import Alpha, Beta, Layout, Limit
 from ._activation import choice as activation_choice
 from ._scales import check_x_scale, scale_operand
 from .moe_align._op import (
-    EXPERT_MAP,
-    LOCAL_EXPERT_START,
-    NUM_TOKENS_HINT,
-    TOPK_IDS,
-    VALID_TOKENS,
+    ExpertMap,
+    Localize,
     MoeTables,
+    NumTokensHint,
+    TopkIds,
+    ValidTokens,
     bind_local,
     default_block_m,
     experts_hit,
@@ -38,27 +37,33 @@ from .moe_align._op import (
     max_blocks,
     scratch_size,
 )
+from .moe_align._op import Fill as Align
 from .moe_align._op import Problem as AlignProblem
 from .moe_align._op import bind as bind_align
 from .moe_gemm._op import bind as bind_gemm
 from .moe_gemm._op import find_scales, writes_fp8
+from .moe_gemm._problem import Given as Gemm
 from .moe_gemm._table import VARIANTS as GEMM
 from .moe_quant._op import bind as bind_quant
+from .moe_quant._problem import Given as Quant
 from .moe_quant._table import QUANT
 from .moe_runs._op import (
-    ADAPTER_ENABLED,
-    LORA_RANKS,
-    TOKEN_LORA_MAPPING,
+    AdapterEnabled,
+    LoraRanks,
     MoeRuns,
+    TokenLoraMapping,
     runs_size,
     split,
 )
+from .moe_runs._op import Fill as Runs
 from .moe_runs._op import Problem as RunsProblem
 from .moe_runs._op import bind as bind_runs
 from .moe_shrink._op import bind as bind_shrink
 from .moe_shrink._op import vector_shape
+from .moe_shrink._problem import Given as Shrink
 from .moe_shrink._problem import part_count
 from .moe_sum._op import bind as bind_sum
+from .moe_sum._problem import Given as Sum
 
 __all__ = ["FusedMoeLora", "FusedMoeWorkspace", "fused_moe", "fused_moe_workspace"]
 
@@ -66,6 +71,14 @@ __all__ = ["FusedMoeLora", "FusedMoeWorkspace", "fused_moe", "fused_moe_workspac
 # FP8 that gemv has to widen for each pair.
 _FEW_TOKENS, _AGAIN, _WIDENED = 4, 64 * 2**20, 192 * 2**20
 _TALL = 256  # pairs an expert from which on blocks of MXFP4 have 128 rows
+
+
+def _factor(name: str, shape: str, count: str) -> operands.Tensor:
+    return operands.Tensor(shape, "D", slices="alike", count=count, scaled_by=f"lora.{name}_scale")
+
+
+def _buffer(dtype: torch.dtype | str, shape: str = "*") -> operands.Tensor:
+    return operands.Tensor(shape, dtype, operands.CONTIGUOUS, written=True)
 
 
 @operands.bundle()
@@ -79,36 +92,35 @@ class FusedMoeLora(NamedTuple):
     factor, of a row or of a group, on FP8 weights as these have them. ``hidden`` is bfloat16 or FP8 then.
     """
 
-    token_lora_mapping: torch.Tensor  # [T] int32, the adapter of each token; -1, or what is not in [0, L): none
-    a13: Sequence[torch.Tensor]  # of gate and up, or of the single half where there is no gate: [L, E, rank, H]
-    b13: Sequence[torch.Tensor]  # likewise: [L, E, I, rank]
-    a2: Sequence[torch.Tensor]  # one: [L, E, rank, I]
-    b2: Sequence[torch.Tensor]  # one: [L, E, H, rank]
-    adapter_enabled: torch.Tensor | None = None  # [>= L] int32, 0: tokens with this adapter have none; None: all are enabled
-    # [>= L] int32, how many of the ranks of each adapter count: rows of A and columns of B behind them are zero, and hardly read
-    lora_ranks: torch.Tensor | None = None
+    token_lora_mapping: TokenLoraMapping  # the adapter of each token; -1, or what is not in [0, L): none
+    a13: Annotated[operands.Tensors, _factor("a13", "L, E, rank13, H", "G")]  # of gate and up, or of what there is without a gate
+    b13: Annotated[operands.Tensors, _factor("b13", "L, E, I, rank13", "G")]  # likewise
+    a2: Annotated[operands.Tensors, _factor("a2", "L, E, rank2, I", "1")]  # one
+    b2: Annotated[operands.Tensors, _factor("b2", "L, E, H, rank2", "1")]  # one
+    adapter_enabled: AdapterEnabled = None  # 0: tokens with this adapter have none; None: all are enabled
+    lora_ranks: LoraRanks = None  # how many ranks of each count: rows of A and columns of B behind them are zero, and hardly read
     # Of each: float32, as many as factors, [L, E]; or [L, E, rows], with a last dimension of 1 or without; or
     # [L, E, ceil(rows / 128), ceil(columns / 128)]. Strides over L and E are free.
-    a13_scale: Sequence[torch.Tensor] | None = None
-    b13_scale: Sequence[torch.Tensor] | None = None
-    a2_scale: Sequence[torch.Tensor] | None = None
-    b2_scale: Sequence[torch.Tensor] | None = None
+    a13_scale: Annotated[operands.Tensors | None, scale_operand(slices="any", count="G")] = None
+    b13_scale: Annotated[operands.Tensors | None, scale_operand(slices="any", count="G")] = None
+    a2_scale: Annotated[operands.Tensors | None, scale_operand(slices="any", count="1")] = None
+    b2_scale: Annotated[operands.Tensors | None, scale_operand(slices="any", count="1")] = None
 
 
 @operands.bundle()
 class FusedMoeWorkspace(NamedTuple):
     """Buffers for the worst case, so that ``fused_moe`` does not allocate; one per stream."""
 
-    pairs: torch.Tensor  # [max_tokens * top_k] int32
-    blocks: torch.Tensor  # [*] int32
-    num_blocks: torch.Tensor  # [1] int32
-    inter: torch.Tensor  # [max_tokens * top_k * I], the dtype of the layer
-    outputs: torch.Tensor  # [max_tokens * top_k * H], likewise
-    codes: torch.Tensor | None = None  # [max_tokens * top_k * I] uint8, for FP8 activations
-    scales: torch.Tensor | None = None  # [*] float32, likewise
-    runs: torch.Tensor | None = None  # [*] int32, for adapters
-    vectors: torch.Tensor | None = None  # [*] float32, likewise
-    ids: torch.Tensor | None = None  # [max_tokens * top_k] int32, for an expert_map
+    pairs: Annotated[torch.Tensor, _buffer(torch.int32)]  # [max_tokens * top_k]
+    blocks: Annotated[torch.Tensor, _buffer(torch.int32)]
+    num_blocks: Annotated[torch.Tensor, _buffer(torch.int32, "1")]
+    inter: Annotated[torch.Tensor, _buffer("D")]  # [max_tokens * top_k * I], the dtype of the layer
+    outputs: Annotated[torch.Tensor, _buffer("D")]  # [max_tokens * top_k * H]
+    codes: Annotated[torch.Tensor | None, _buffer(torch.uint8)] = None  # [max_tokens * top_k * I], for FP8 activations
+    scales: Annotated[torch.Tensor | None, _buffer(torch.float32)] = None  # likewise
+    runs: Annotated[torch.Tensor | None, _buffer(torch.int32)] = None  # for adapters
+    vectors: Annotated[torch.Tensor | None, _buffer(torch.float32)] = None  # likewise
+    ids: Annotated[torch.Tensor | None, _buffer(torch.int32)] = None  # [max_tokens * top_k], for an expert_map
 
 
 def fused_moe_workspace(
@@ -132,7 +144,7 @@ def fused_moe_workspace(
         ValueError: an argument that does not fit.
     """
     layer = (max_tokens, top_k, num_experts, hidden, intermediate)
-    _SPACE.check("fused_moe_workspace", _SPACE.named(*layer, dtype, fp8_activations, max_rank, device))
+    _SPACE.check("fused_moe_workspace", _Space(*layer, dtype, fp8_activations, max_rank, device))
     num_pairs = max_tokens * top_k
     # Rank vectors of a pair: of few tokens in parts of float32, else in 16 bits.
     few = max(2 * part_count(hidden), part_count(intermediate)) * min(max_tokens, _FEW_TOKENS) * top_k
@@ -234,98 +246,69 @@ def fused_moe(
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
-    zeroes, layer = out is None, (hidden, w13, w2, topk_ids, topk_weights, valid_tokens, expert_map)
-    sizes = (activation, layout, apply_router_weight_on_input, local_expert_start, num_tokens_hint, zeroes)
-    scales, clamp = (w13_scale, w2_scale, x_scale, h_scale, w13_bias, w2_bias), (limit, alpha, beta)
+    layer, scales = (hidden, w13, w2, topk_ids, topk_weights), (w13_scale, w2_scale, x_scale, h_scale)
+    request = (activation, layout, apply_router_weight_on_input, local_expert_start, num_tokens_hint, out is None)
+    more = (w13_bias, w2_bias, workspace, lora, limit, alpha, beta)
+    rest = (*layer, valid_tokens, expert_map, *request, *scales, *more)
     if out is None:
         try:
             out = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
         except AttributeError as error:
-            OP.refuse(OP.named(out, *layer, *sizes, *scales, workspace, lora, *clamp), error)
-    (_in_graphs if torch.compiler.is_compiling() else _apply)(out, *layer, *sizes, *scales, workspace, lora, *clamp)
+            OP.refuse(Given(None, *rest), error)  # type: ignore[arg-type]
+    (_in_graphs if torch.compiler.is_compiling() else _apply)(out, *rest)
     return out
 
 
-_SPACE = operands.Op(
-    "fused_moe_workspace",
-    (
-        operands.Int("max_tokens"),
-        *(operands.Int(name, 1) for name in ("top_k", "num_experts", "hidden", "intermediate")),
-        operands.Choice("dtype", GEMM.dtypes),
-        operands.Flag("fp8_activations"),
-        operands.Int("max_rank"),
-        operands.Device("device"),
-    ),
-    launches=False,
-)
+class _Space(NamedTuple):
+    max_tokens: operands.Count
+    top_k: operands.Size
+    num_experts: operands.Size
+    hidden: operands.Size
+    intermediate: operands.Size
+    dtype: Annotated[torch.dtype, operands.Choice(GEMM.dtypes)]
+    fp8_activations: operands.Bool
+    max_rank: operands.Count
+    device: Annotated[torch.device | str, operands.Device()]
 
 
-def _buffer(name: str, dtype: torch.dtype | str, optional: bool = False, shape: str = "*") -> operands.Tensor:
-    return operands.Tensor(name, shape, dtype, operands.CONTIGUOUS, optional=optional, written=True)
+_SPACE = operands.Op("fused_moe_workspace", _Space, launches=False)
 
 
-def _factor(name: str, shape: str, count: str) -> operands.Tensor:
-    return operands.Tensor(name, shape, "D", slices="alike", count=count, scaled_by=f"lora.{name}_scale")
+class Given(NamedTuple):
+    """What fused_moe is given."""
 
-
-def _of_factor(name: str, count: str) -> operands.Tensor:
-    return dataclasses.replace(scale_operand(f"{name}_scale", slices="any"), count=count)
+    out: Annotated[
+        torch.Tensor, operands.Tensor("T, H", operands.FLOATS, made=True, made_if="zeroes", written=True, asks=("torch_dtype",))
+    ]
+    hidden: Annotated[torch.Tensor, operands.Tensor("T, H", "D", scaled_by="x_scale")]
+    w13: Annotated[torch.Tensor, operands.Tensor("E, G*I, H", "D", scaled_by="w13_scale", packed=True)]
+    w2: Annotated[torch.Tensor, operands.Tensor("E, H, I", "D", scaled_by="w2_scale", packed=True)]
+    topk_ids: TopkIds
+    topk_weights: Annotated[torch.Tensor, operands.Tensor("T, top_k", operands.FLOATS, operands.CONTIGUOUS)]
+    valid_tokens: ValidTokens
+    expert_map: ExpertMap | None
+    activation: Annotated[str, activation_choice(size="G")]
+    layout: Layout
+    apply_router_weight_on_input: Annotated[bool, operands.Flag(asks=("weighted",))]
+    local_expert_start: operands.Count
+    num_tokens_hint: NumTokensHint
+    zeroes: Annotated[bool, operands.Flag(public=False)]
+    w13_scale: Annotated[torch.Tensor | None, scale_operand()]
+    w2_scale: Annotated[torch.Tensor | None, scale_operand()]
+    x_scale: Annotated[torch.Tensor | None, scale_operand()]
+    h_scale: Annotated[torch.Tensor | None, scale_operand()]
+    w13_bias: Annotated[torch.Tensor | None, operands.Tensor("E, G*I", operands.FLOATS)]
+    w2_bias: Annotated[torch.Tensor | None, operands.Tensor("E, H", operands.FLOATS)]
+    workspace: Annotated[FusedMoeWorkspace | None, operands.Bundle(FusedMoeWorkspace, maker="fused_moe_workspace")]
+    lora: Annotated[FusedMoeLora | None, operands.Bundle(FusedMoeLora, maker="FusedMoeLora")]
+    limit: Limit
+    alpha: Alpha
+    beta: Beta
 
 
 OP = operands.Op(
     "fused_moe",
-    (
-        operands.Tensor("out", "T, H", operands.FLOATS, made=True, made_if="zeroes", written=True, asks=("torch_dtype",)),
-        operands.Tensor("hidden", "T, H", "D", scaled_by="x_scale"),
-        operands.Tensor("w13", "E, G*I, H", "D", scaled_by="w13_scale", packed=True),
-        operands.Tensor("w2", "E, H, I", "D", scaled_by="w2_scale", packed=True),
-        TOPK_IDS,
-        operands.Tensor("topk_weights", "T, top_k", operands.FLOATS, operands.CONTIGUOUS),
-        VALID_TOKENS,
-        dataclasses.replace(EXPERT_MAP, optional=True),
-        activation_choice(size="G"),
-        LAYOUT,
-        operands.Flag("apply_router_weight_on_input", asks=("weighted",)),
-        LOCAL_EXPERT_START,
-        NUM_TOKENS_HINT,
-        operands.Flag("zeroes", public=False),
-        *(scale_operand(name) for name in ("w13_scale", "w2_scale", "x_scale", "h_scale")),
-        operands.Tensor("w13_bias", "E, G*I", operands.FLOATS, optional=True),
-        operands.Tensor("w2_bias", "E, H", operands.FLOATS, optional=True),
-        operands.Bundle(
-            "workspace",
-            FusedMoeWorkspace,
-            (
-                *(_buffer(name, torch.int32) for name in ("pairs", "blocks")),
-                _buffer("num_blocks", torch.int32, shape="1"),
-                *(_buffer(name, "D") for name in ("inter", "outputs")),
-                _buffer("codes", torch.uint8, optional=True),
-                _buffer("scales", torch.float32, optional=True),
-                _buffer("runs", torch.int32, optional=True),
-                _buffer("vectors", torch.float32, optional=True),
-                _buffer("ids", torch.int32, optional=True),
-            ),
-            maker="fused_moe_workspace",
-            optional=True,
-        ),
-        operands.Bundle(
-            "lora",
-            FusedMoeLora,
-            (
-                TOKEN_LORA_MAPPING,
-                _factor("a13", "L, E, rank13, H", "G"),
-                _factor("b13", "L, E, I, rank13", "G"),
-                _factor("a2", "L, E, rank2, I", "1"),
-                _factor("b2", "L, E, H, rank2", "1"),
-                ADAPTER_ENABLED,
-                LORA_RANKS,
-                *(_of_factor(name, count) for name, count in (("a13", "G"), ("b13", "G"), ("a2", "1"), ("b2", "1"))),
-            ),
-            maker="FusedMoeLora",
-            optional=True,
-        ),
-        *CLAMP,
-    ),
+    Given,
     dtypes={"D": GEMM.dtypes},
     fp8=QUANT.elements,
     first=("w2", "w13", "topk_ids"),
@@ -345,62 +328,177 @@ _SECOND = runtime.Caller(
 _SHRINK_X = runtime.Caller("fused_moe", x="hidden", lora_a="lora.a13", a_scale="lora.a13_scale")
 _SHRINK_H = runtime.Caller("fused_moe", lora_a="lora.a2", a_scale="lora.a2_scale")
 
-# (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens, expert_map, w13_scale, w2_scale, x_scale, h_scale, w13_bias,
-# w2_bias, workspace, lora, limit, alpha, beta) of sizes that were checked before
-_Call = Callable[..., None]
+_Call = Callable[[Given], None]  # of sizes that were checked before
+_View = Callable[..., torch.Tensor]
 
 
-def _bind(
-    out: torch.Tensor,
-    hidden: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    valid_tokens: torch.Tensor | None,
-    expert_map: torch.Tensor | None,
-    activation: str,
-    layout: str,
-    apply_router_weight_on_input: bool,
-    local_expert_start: int,
-    num_tokens_hint: int | None,
-    zeroes: bool,
-    w13_scale: torch.Tensor | None,
-    w2_scale: torch.Tensor | None,
-    x_scale: torch.Tensor | None,
-    h_scale: torch.Tensor | None,
-    w13_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-    workspace: FusedMoeWorkspace | None,
-    lora: FusedMoeLora | None,
-    limit: float | None,
-    alpha: float | None,
-    beta: float | None,
-) -> _Call:
-    layer = (out, hidden, w13, w2, topk_ids, topk_weights, valid_tokens, expert_map)
-    scales = (w13_scale, w2_scale, x_scale, h_scale)
-    sizes = (activation, layout, apply_router_weight_on_input, local_expert_start, num_tokens_hint, zeroes)
+def _bind(given: Given) -> _Call:
+    layer = _layer_of(given)
+    if layer.x_scales is not None and not layer.few and given.lora is None and not _share(given.h_scale, given.x_scale):
+        at_once = layer._replace(at_once=True)
+        first = next(arguments for name, arguments in at_once.launches(given, _view) if name == "first")
+        layer = at_once if writes_fp8(first, _FIRST) else layer
+    calls = {name: layer.bind(name, arguments, given) for name, arguments in layer.launches(given, _view)}
+
+    def call(given: Given) -> None:
+        for name, arguments in layer.launches(given, _whole):
+            calls[name](arguments)
+
+    return call
+
+
+def _view(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
+    """What a launch is bound with: of its shape."""
+    return buffer[: math.prod(shape)].view(shape)
+
+
+def _whole(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
+    """What a bound launch is called with: it knows the shape, and a view takes a microsecond."""
+    return buffer
+
+
+class _Layer(NamedTuple):
+    """The sizes of a checked layer."""
+
+    num_tokens: int
+    top_k: int
+    num_experts: int
+    local_expert_start: int
+    expected: int  # tokens
+    block_m: int  # 0: few tokens, without tables
+    width: int  # of rows of hidden
+    inter: int
+    dtype: torch.dtype  # of what has 16 bits
+    x_scales: str | None
+    sums: bool  # experts of a token, in the second product
+    at_once: bool  # the first product makes its rows FP8 where tuning says so, but for adapters, which read those of 16 bits
+    scratch_at: int  # of tables, behind blocks; 0: they need none
+    max_loras: int  # 0: there are no adapters
+    vectors: tuple[tuple[int, ...], ...]  # shapes of the rank vectors of both products
+    space: Mapping[str, tuple[int, torch.dtype]]  # of buffers
+
+    @property
+    def num_pairs(self) -> int:
+        return self.num_tokens * self.top_k
+
+    @property
+    def few(self) -> bool:
+        return self.block_m == 0
+
+    def use(self, workspace: FusedMoeWorkspace | None, like: torch.Tensor) -> Any:
+        """A FusedMoeWorkspace with all that the call needs."""
+        if workspace is not None:
+            return workspace
+        made = {name: torch.empty(n, dtype=kind, device=like.device) for name, (n, kind) in self.space.items()}
+        return FusedMoeWorkspace(**made)
+
+    def launches(self, given: Given, view: _View) -> Iterator[tuple[str, Any]]:
+        """What each launch of the layer is given, in their order; those of tables only where there are some."""
+        hidden, lora, num_pairs, few = given.hidden, given.lora, self.num_pairs, self.few
+        buffers = self.use(given.workspace, hidden)
+        topk_ids, valid_tokens = given.topk_ids, given.valid_tokens
+        if given.expert_map is not None:
+            topk_ids = buffers.ids[:num_pairs].view(self.num_tokens, self.top_k)
+            yield "localize", Localize(topk_ids, given.topk_ids, given.expert_map)
+        filled, groups = (buffers.pairs, buffers.blocks, buffers.num_blocks), (self.num_experts, self.local_expert_start)
+        sizes = (self.num_tokens, self.top_k, *groups, self.expected, self.block_m)
+        tables = MoeTables(topk_ids, valid_tokens, *filled, *sizes)
+        runs: Any = None
+        v13: Any = None
+        v2: Any = None
+        b13 = b2 = b13_scale = b2_scale = None
+        if lora is not None:
+            adapters, run_of_row, of_blocks = (lora.token_lora_mapping, lora.adapter_enabled), None, None
+            if not few:
+                run_of_row, of_blocks, scratch = split(buffers.runs, num_pairs)
+                written = (*filled, run_of_row, of_blocks, scratch, topk_ids, valid_tokens, *adapters, lora.lora_ranks)
+                yield "runs", Runs(*written, *groups, self.max_loras, self.block_m)
+            runs = MoeRuns(*adapters, run_of_row, of_blocks, self.max_loras, lora.lora_ranks)
+            vectors = buffers.vectors if few else buffers.vectors.view(self.dtype)
+            v13, v2 = [view(vectors, *shape) for shape in self.vectors]
+            yield "shrink_x", Shrink(v13, hidden, lora.a13, tables, runs, "token", lora.a13_scale, given.x_scale)
+            b13, b2, b13_scale, b2_scale = lora.b13, lora.b2, lora.b13_scale, lora.b2_scale
+        elif not few:
+            scratch = buffers.blocks[self.scratch_at :] if self.scratch_at else buffers.blocks
+            yield "align", Align(*filled, scratch, topk_ids, valid_tokens, *groups, self.block_m)
+        on_input, weights = given.apply_router_weight_on_input, given.topk_weights
+        of_input, of_output = (weights, None) if on_input else (None, weights)
+        order, h = "pair" if few else "sorted", view(buffers.inter, num_pairs, self.inter)
+        first = ("token", order, given.activation, given.layout, given.w13_scale, given.x_scale, v13, b13, runs, b13_scale)
+        clamp = (given.limit, given.alpha, given.beta)
+        rows, rows_scale = h, None
+        if self.x_scales is not None:
+            rows, rows_scale = view(buffers.codes.view(hidden.dtype), num_pairs, self.inter), given.h_scale
+            if self.x_scales != "tensor":
+                rows_scale = view(buffers.scales, num_pairs, _row_scales(self.x_scales, self.inter))
+        made, of_made = (rows, rows_scale) if self.at_once else (h, None)
+        yield "first", Gemm(made, hidden, given.w13, tables, of_input, *first, given.w13_bias, *clamp, of_made)
+        if self.x_scales is not None and not self.at_once:
+            yield "quant", Quant(rows, rows_scale, h, tables, order)  # type: ignore[arg-type]
+        if lora is not None:
+            yield "shrink_h", Shrink(v2, h, lora.a2, tables, runs, order, lora.a2_scale, None)
+        second = (None, "halves", given.w2_scale, rows_scale, v2, b2, runs, b2_scale, given.w2_bias, None, None, None, None)
+        if self.sums:
+            yield "second", Gemm(given.out, rows, given.w2, tables, of_output, "pair", "token", *second)
+            return
+        y = view(buffers.outputs, self.num_tokens, self.top_k, self.width)
+        yield "second", Gemm(y, rows, given.w2, tables, None, order, "pair", *second)
+        request = (*groups, given.num_tokens_hint, given.zeroes, False, None, None)
+        yield "sum", Sum(given.out, y, topk_ids, of_output, valid_tokens, *request)
+
+    def bind(self, name: str, arguments: Any, given: Given) -> Callable[[Any], None]:
+        """The launch of that name, for calls that look like this one.
+
+        Raises:
+            ValueError: something does not fit, or no variant serves it.
+        """
+        sizes, device = (self.num_pairs, self.top_k, self.num_experts, self.local_expert_start), given.hidden.device
+        if name == "localize":
+            return bind_local(self.num_pairs, arguments.expert_map.shape[0])
+        if name == "align":
+            return bind_align(AlignProblem(*sizes, self.block_m, device))
+        if name == "runs":
+            return bind_runs(RunsProblem(*sizes, self.max_loras, self.block_m, device))
+        if name == "quant":
+            return bind_quant(arguments, _SECOND)
+        if name == "sum":
+            return bind_sum(arguments)
+        if name.startswith("shrink"):
+            return bind_shrink(arguments, _SHRINK_X if name == "shrink_x" else _SHRINK_H)
+        if name == "first":
+            return bind_gemm(arguments, follows=given.lora is not None, op=_FIRST)
+        return bind_gemm(arguments, zero_rest=self.sums and given.zeroes, follows=True, op=_SECOND)
+
+
+def _layer_of(given: Given) -> _Layer:
+    """The sizes of a call, once everything about the layer as a whole is known to fit.
+
+    Raises:
+        ValueError: says which argument does not fit, what it is and what was wanted.
+    """
+    name, hidden, w13, w2, lora = "fused_moe", given.hidden, given.w13, given.w2, given.lora
     # Beside an FP8 ``hidden`` 16 bits are bfloat16.
-    given = OP.named(*layer, *sizes, *scales, w13_bias, w2_bias, workspace, lora, limit, alpha, beta)
-    found = OP.check("fused_moe", given, D=None if x_scale is None else torch.bfloat16)
-    if expert_map is not None and local_expert_start != 0:
-        fail_start("fused_moe", local_expert_start)
-    if (w13_bias is None) != (w2_bias is None):
-        runtime.fail("fused_moe", "w13_bias, w2_bias", "w2_bias" if w13_bias is None else "w13_bias", "both, or neither")
-    mode, x_mode = _check_scales(_FIRST, hidden, w13, w2, *scales, slices=found["G"])
-    (num_tokens, top_k), (num_experts, width), inter = topk_ids.shape, w2.shape[:2], found["I"]
+    found = OP.check(name, given, D=None if given.x_scale is None else torch.bfloat16)
+    if given.expert_map is not None and given.local_expert_start != 0:
+        fail_start(name, given.local_expert_start)
+    if (given.w13_bias is None) != (given.w2_bias is None):
+        there = "w2_bias" if given.w13_bias is None else "w13_bias"
+        runtime.fail(name, "w13_bias, w2_bias", there, "both, or neither")
+    mode, x_mode = _check_scales(given, found["G"])
+    (num_tokens, top_k), (num_experts, width), inter = given.topk_ids.shape, w2.shape[:2], found["I"]
     num_pairs = num_tokens * top_k
-    expected = num_tokens if num_tokens_hint is None else min(num_tokens_hint, num_tokens)
+    expected = num_tokens if given.num_tokens_hint is None else min(given.num_tokens_hint, num_tokens)
     expert_bytes = (w13.shape[1] * w13.shape[2] + width * w2.shape[2]) * w13.itemsize
     on_units = x_mode is not None or mode == "mx"  # matrix units, also for few tokens
     of_weights = (w13.itemsize == 1, on_units, mode == "mx")
     block_m = layer_block_m(num_tokens, expected, top_k, num_experts, expert_bytes, *of_weights)
     few = block_m == 0
-    sums = few and not on_units  # experts of a token, in the second product
+    sums = few and not on_units
     blocks = 0 if few else 3 * max_blocks(num_tokens, top_k, num_experts, block_m)
     counts = 0 if few or lora is not None else scratch_size(num_pairs, num_experts)  # behind them
-    row_scales = 1 if x_mode != "group" else runtime.cdiv(inter, QUANT.group_k)
     dtype = hidden.dtype if x_mode is None else torch.bfloat16
+    vectors = () if lora is None else _vector_shapes(lora, num_tokens, top_k, few)
+    of_vectors = max(map(math.prod, vectors), default=0)  # of 16 bits two take one, but for few tokens
     space = {
         "pairs": (num_pairs, torch.int32),
         "blocks": (blocks + counts, torch.int32),
@@ -408,136 +506,21 @@ def _bind(
         "inter": (num_pairs * inter, dtype),
         "outputs": (0 if sums else num_pairs * width, dtype),
         "codes": (0 if x_mode is None else num_pairs * inter, torch.uint8),
-        "scales": (0 if x_mode in (None, "tensor") else num_pairs * row_scales, torch.float32),
+        "scales": (0 if x_mode in (None, "tensor") else num_pairs * _row_scales(x_mode, inter), torch.float32),
         "runs": (0 if few or lora is None else runs_size(num_pairs, num_experts), torch.int32),
-        "ids": (0 if expert_map is None else num_pairs, torch.int32),
-        "vectors": (0 if lora is None else _vector_size(lora, num_tokens, top_k, few), torch.float32),
+        "ids": (0 if given.expert_map is None else num_pairs, torch.int32),
+        "vectors": (of_vectors if few else runtime.cdiv(of_vectors, 2), torch.float32),
     }
-    routing = (num_tokens, top_k, num_experts, local_expert_start, expected, block_m)
+    if given.workspace is not None:
+        _check_workspace(name, given.workspace, space)
+    routing = (num_tokens, top_k, num_experts, given.local_expert_start, expected, block_m)
+    max_loras = 0 if lora is None else lora.a13[0].shape[0]
+    return _Layer(*routing, width, inter, dtype, x_mode, sums, False, blocks if counts else 0, max_loras, vectors, space)
 
-    def use(given: FusedMoeWorkspace | None, like: torch.Tensor) -> Any:
-        """A FusedMoeWorkspace with all that the call needs."""
-        if given is not None:
-            return given
-        made = {name: torch.empty(n, dtype=kind, device=like.device) for name, (n, kind) in space.items()}
-        return FusedMoeWorkspace(**made)
 
-    if workspace is not None:
-        _check_workspace("fused_moe", workspace, space)
-    buffers, localize = use(workspace, hidden), None
-    if expert_map is not None:
-        localize, topk_ids = bind_local(num_pairs, expert_map.shape[0]), buffers.ids[:num_pairs].view(num_tokens, top_k)
-    tables = MoeTables(topk_ids, valid_tokens, buffers.pairs, buffers.blocks, buffers.num_blocks, *routing)
-    h = buffers.inter[: num_pairs * inter].view(num_pairs, inter)
-    rows: torch.Tensor = h
-    rows_scale: Any = None
-    if x_mode is not None:
-        rows = buffers.codes[: num_pairs * inter].view(hidden.dtype).view(num_pairs, inter)
-        found = buffers.scales
-        rows_scale = h_scale if x_mode == "tensor" else found[: num_pairs * row_scales].view(num_pairs, row_scales)
-    of_first: dict[str, Any] = {"layout": layout, "w_scale": w13_scale, "x_scale": x_scale, "bias": w13_bias, "op": _FIRST}
-    of_second: dict[str, Any] = {"w_scale": w2_scale, "x_scale": rows_scale, "bias": w2_bias, "op": _SECOND}
-
-    adapters = None
-    if lora is not None:
-        adapters, like, (of_first["v"], of_second["v"]) = _bind_lora(lora, hidden, x_scale, h, tables, buffers, few)
-        of_b = ((of_first, lora.b13, lora.b13_scale), (of_second, lora.b2, lora.b2_scale))
-        for options, lora_b, b_scale in of_b:
-            options |= {"lora_b": lora_b, "runs": like, "b_scale": b_scale}
-
-    def between(hidden: torch.Tensor, h_scale: torch.Tensor | None, buffers: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Where rows for the second product lie, and their scales."""
-        if x_mode is None:
-            return buffers.inter, None
-        return buffers.codes.view(hidden.dtype), h_scale if x_mode == "tensor" else buffers.scales
-
-    align: Callable[..., None] | None = None
-    if few:
-        pass
-    elif adapters is None:
-        align = bind_align(AlignProblem(num_pairs, top_k, num_experts, local_expert_start, block_m, hidden.device))
-    else:
-        routed = (num_pairs, top_k, num_experts, local_expert_start)
-        align = bind_runs(RunsProblem(*routed, adapters.max_loras, block_m, hidden.device))
-    order = "pair" if few else "sorted"
-    of_first |= {"limit": limit, "alpha": alpha, "beta": beta, "follows": adapters is not None}
-    of_second["follows"] = True
-    on_input = apply_router_weight_on_input
-    of_input, of_output = (topk_weights, None) if on_input else (None, topk_weights)
-    of_call, quantise = (hidden, w13, tables, of_input, "token", order, activation), None
-    # Where it is worth it the first product writes FP8 rows itself, but for adapters, which read those of 16 bits.
-    at_once = x_mode is not None and not few and adapters is None and not _share(h_scale, x_scale)
-    if at_once and writes_fp8(rows, *of_call, **of_first, out_scale=rows_scale):
-        first = bind_gemm(rows, *of_call, **of_first, out_scale=rows_scale)
-    else:
-        at_once, first = False, bind_gemm(h, *of_call, **of_first)
-        quantise = None if x_mode is None else bind_quant(rows, rows_scale, h, tables, order, _SECOND)
-    total: Callable[..., None] | None = None
-    if sums:
-        second = bind_gemm(out, rows, w2, tables, of_output, "pair", "token", None, zero_rest=zeroes, **of_second)
-    else:
-        outputs = buffers.outputs[: num_pairs * width].view(num_tokens, top_k, width)
-        second = bind_gemm(outputs, rows, w2, tables, None, order, "pair", None, **of_second)
-        sizes_of_sum = (num_experts, local_expert_start, num_tokens_hint, zeroes)
-        total = bind_sum(out, outputs, topk_ids, of_output, valid_tokens, *sizes_of_sum)
-
-    def call(
-        out: torch.Tensor,
-        hidden: torch.Tensor,
-        w13: torch.Tensor,
-        w2: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        valid_tokens: torch.Tensor | None,
-        expert_map: torch.Tensor | None,
-        w13_scale: torch.Tensor | None,
-        w2_scale: torch.Tensor | None,
-        x_scale: torch.Tensor | None,
-        h_scale: torch.Tensor | None,
-        w13_bias: torch.Tensor | None,
-        w2_bias: torch.Tensor | None,
-        workspace: FusedMoeWorkspace | None,
-        lora: Any,  # a FusedMoeLora where there are adapters
-        limit: float | None,
-        alpha: float | None,
-        beta: float | None,
-    ) -> None:
-        buffers = use(workspace, hidden)
-        if localize is not None:
-            ids = buffers.ids[:num_pairs].view(num_tokens, top_k)
-            localize(ids, topk_ids, expert_map)
-            topk_ids = ids
-        ints, h, y = (buffers.pairs, buffers.blocks, buffers.num_blocks), buffers.inter, buffers.outputs
-        tables = MoeTables(topk_ids, valid_tokens, *ints, *routing)
-        v = b13 = b2 = of_b13 = of_b2 = runs = None
-        if adapters is not None:
-            of_tokens, run_of_row, of_blocks = (lora.token_lora_mapping, lora.adapter_enabled), None, None
-            if align is not None:
-                run_of_row, of_blocks, scratch = split(buffers.runs, num_pairs)
-                align(*ints, run_of_row, of_blocks, scratch, topk_ids, valid_tokens, *of_tokens, lora.lora_ranks)
-            runs = MoeRuns(*of_tokens, run_of_row, of_blocks, adapters.max_loras, lora.lora_ranks)
-            v = buffers.vectors if few else buffers.vectors.view(dtype)
-            adapters.shrink_x(v, hidden, lora.a13, tables, runs, lora.a13_scale, x_scale)
-            b13, b2, of_b13, of_b2 = lora.b13, lora.b2, lora.b13_scale, lora.b2_scale
-        elif align is not None:
-            align(*ints, buffers.blocks[blocks:] if counts else buffers.blocks, topk_ids, valid_tokens)
-        of_input, of_output = (topk_weights, None) if on_input else (None, topk_weights)
-        rows_scale: Any  # where there is one
-        rows, rows_scale = between(hidden, h_scale, buffers)
-        made, of_made = (rows, rows_scale) if at_once else (h, None)
-        adapted, clamp = (v, b13, runs, of_b13), (limit, alpha, beta)
-        first(made, hidden, w13, tables, of_input, w13_scale, x_scale, *adapted, w13_bias, *clamp, of_made)
-        if quantise is not None:
-            quantise(rows, rows_scale, h, tables)
-        if adapters is not None:
-            adapters.shrink_h(v, h, lora.a2, tables, runs, lora.a2_scale, None)
-        if total is None:
-            second(out, rows, w2, tables, of_output, w2_scale, rows_scale, v, b2, runs, of_b2, w2_bias)
-        else:
-            second(y, rows, w2, tables, None, w2_scale, rows_scale, v, b2, runs, of_b2, w2_bias)
-            total(out, y, topk_ids, of_output, valid_tokens)
-
-    return call
+def _row_scales(x_scales: str | None, inter: int) -> int:
+    """Scales of a row between the products."""
+    return runtime.cdiv(inter, QUANT.group_k) if x_scales == "group" else 1
 
 
 def layer_block_m(
@@ -556,74 +539,25 @@ def layer_block_m(
     return 0 if few else default_block_m(expected, top_k, num_experts, fp8)
 
 
-class _Adapters(NamedTuple):
-    """The launches of the adapters of a layer."""
-
-    max_loras: int
-    shrink_x: Callable[..., None]
-    shrink_h: Callable[..., None]
-
-
-def _bind_lora(
-    lora: FusedMoeLora,
-    hidden: torch.Tensor,
-    x_scale: torch.Tensor | None,
-    inner: torch.Tensor,
-    tables: MoeTables,
-    buffers: Any,
-    few: bool,
-) -> tuple[_Adapters, MoeRuns, list[torch.Tensor]]:
-    """The launches, and what the products are bound with: runs, and the rank vectors of both, of which those of the first are
-    read when the others are written.
-    """
-    num_pairs, max_loras = inner.shape[0], lora.a13[0].shape[0]
-    run_of_row, of_blocks, _ = (None, None, None) if few else split(buffers.runs, num_pairs)
-    runs = MoeRuns(lora.token_lora_mapping, lora.adapter_enabled, run_of_row, of_blocks, max_loras, lora.lora_ranks)
-    vectors = buffers.vectors if few else buffers.vectors.view(inner.dtype)
-    shapes = _vector_shapes(lora, tables.num_tokens, tables.top_k, few)
-    v13, v2 = both = [vectors[: math.prod(shape)].view(shape) for shape in shapes]
-    shrink_x = bind_shrink(v13, hidden, lora.a13, tables, runs, "token", lora.a13_scale, x_scale, _SHRINK_X)
-    between = "pair" if few else "sorted"
-    shrink_h = bind_shrink(v2, inner, lora.a2, tables, runs, between, lora.a2_scale, op=_SHRINK_H)
-    return _Adapters(max_loras, shrink_x, shrink_h), runs, both
-
-
-def _vector_shapes(lora: FusedMoeLora, num_tokens: int, top_k: int, few: bool) -> list[tuple[int, ...]]:
-    """Those of the rank vectors of both products."""
+def _vector_shapes(lora: FusedMoeLora, num_tokens: int, top_k: int, few: bool) -> tuple[tuple[int, ...], ...]:
+    """Those of the rank vectors of both products; those of the first are read when the others are written."""
     factors = ((lora.a13, "token", lora.a13_scale), (lora.a2, "pair" if few else "sorted", lora.a2_scale))
-    return [vector_shape(a, num_tokens, top_k, not few, x_rows, a_scale) for a, x_rows, a_scale in factors]
+    return tuple(vector_shape(a, num_tokens, top_k, not few, x_rows, a_scale) for a, x_rows, a_scale in factors)
 
 
-def _vector_size(lora: FusedMoeLora, num_tokens: int, top_k: int, few: bool) -> int:
-    """float32 elements for either, of which two numbers of 16 bits take one."""
-    size = max(map(math.prod, _vector_shapes(lora, num_tokens, top_k, few)))
-    return size if few else runtime.cdiv(size, 2)
-
-
-def _check_scales(
-    name: str,
-    hidden: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    w13_scale: torch.Tensor | None,
-    w2_scale: torch.Tensor | None,
-    x_scale: torch.Tensor | None,
-    h_scale: torch.Tensor | None,
-    *,
-    slices: int,
-) -> tuple[str | None, str | None]:
+def _check_scales(given: Given, slices: int) -> tuple[str | None, str | None]:
     """Of what weights and ``hidden`` have a scale each; None: they are of 16 bits."""
-    if (w13_scale is None) != (w2_scale is None) or (x_scale is not None and w13_scale is None):
-        named = {"w13_scale": w13_scale, "w2_scale": w2_scale, "x_scale": x_scale}
-        given = [label for label, scale in named.items() if scale is not None]
-        runtime.fail(name, "scales", given, "w13_scale and w2_scale, or neither; x_scale with them alone")
-    of_weights, _, mode, _ = find_scales(name, hidden, w13, w13_scale, x_scale, slices=slices, label="w13_scale")
-    find_scales(name, hidden, w2, w2_scale, None, slices=1, label="w2_scale")
+    hidden, w2, x_scale, h_scale = given.hidden, given.w2, given.x_scale, given.h_scale
+    if (given.w13_scale is None) != (given.w2_scale is None) or (x_scale is not None and given.w13_scale is None):
+        there = [name for name in ("w13_scale", "w2_scale", "x_scale") if getattr(given, name) is not None]
+        runtime.fail(_FIRST, "scales", there, "w13_scale and w2_scale, or neither; x_scale with them alone")
+    of_weights, mode = find_scales(_FIRST, hidden, given.w13, given.w13_scale, x_scale, slices=slices, label="w13_scale")
+    find_scales(_FIRST, hidden, w2, given.w2_scale, None, slices=1, label="w2_scale")
     if (h_scale is None) == (mode == "tensor"):
         got = None if h_scale is None else runtime.describe(h_scale)
-        runtime.fail(name, "h_scale", got, "[1] or [E] where x_scale is [1], else None")
+        runtime.fail(_FIRST, "h_scale", got, "[1] or [E] where x_scale is [1], else None")
     if h_scale is not None:
-        check_x_scale(name, "tensor", hidden, h_scale, QUANT, w2.shape[0], "h_scale")
+        check_x_scale(_FIRST, "tensor", hidden, h_scale, QUANT, w2.shape[0], "h_scale")
     return of_weights, mode
 
 

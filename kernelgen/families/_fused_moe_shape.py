@@ -2,82 +2,60 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
 from . import _operands as operands
 from . import _runtime as runtime
 from . import _scales
-from ._activation import LAYOUT, SLICES
+from ._activation import SLICES, Layout
 from ._activation import choice as activation_choice
 from ._fused_moe import FusedMoeLora, fused_moe
-from ._warmup import ROUTING, ends, kinds_of_scales
+from ._warmup import FloatDtype, IdsDtype, ends, kinds_of_scales
 from .moe_gemm._table import QUANT, VARIANTS
 
 __all__ = ["FusedMoeShape"]
 
-_FIELDS: tuple[operands.Operand, ...] = (
-    *(operands.Int(name, 1) for name in ("hidden", "intermediate", "num_experts", "top_k")),
-    activation_choice(),
-    operands.Choice("out_dtype", (None, *operands.FLOATS)),
-    operands.Flag("valid_tokens"),
-    operands.Int("local_expert_start"),
-    operands.Int("global_experts"),
-    operands.Choice("dtype", VARIANTS.dtypes),
-    *ROUTING,
-    kinds_of_scales(VARIANTS, "weight_scales", slice="tensor"),
-    kinds_of_scales(VARIANTS, "x_scales", expert="tensor", group_by_column="group"),
-    operands.Choice("fp8_dtype", QUANT.elements),
-    operands.Choice("scales_dtype", _scales.SCALES),
-    operands.Int("rank"),
-    operands.Int("max_loras"),
-    operands.Flag("adapter_enabled"),
-    operands.Flag("lora_ranks"),
-    operands.Flag("shared_outer"),
-    dataclasses.replace(kinds_of_scales(VARIANTS, "b_scales"), name="lora_scales"),
-    LAYOUT,
-    operands.Choice("bias_dtype", (None, *operands.FLOATS)),
-    operands.Flag("apply_router_weight_on_input"),
-)
+_Given = Annotated[torch.dtype | None, operands.Choice((None, *operands.FLOATS))]
+_X_SCALES = kinds_of_scales(VARIANTS, "x_scales", expert="tensor", group_by_column="group")
 
 
 class FusedMoeShape(NamedTuple):
     """A base MoE layer, with or without adapters, as ``fused_moe`` will be called on it; all tensors are contiguous."""
 
-    hidden: int
-    intermediate: int
-    num_experts: int  # in the weights
-    top_k: int
-    activation: str = "swiglu"
-    dtype: torch.dtype = torch.bfloat16
-    out_dtype: torch.dtype | None = None  # of the caller's out; None: none is given
-    valid_tokens: bool = False  # whether it is given
-    local_expert_start: int = 0
-    topk_ids_dtype: torch.dtype = torch.int32
-    topk_weights_dtype: torch.dtype = torch.float32
+    hidden: operands.Size
+    intermediate: operands.Size
+    num_experts: operands.Size  # in the weights
+    top_k: operands.Size
+    activation: Annotated[str, activation_choice()] = "swiglu"
+    dtype: Annotated[torch.dtype, operands.Choice(VARIANTS.dtypes)] = torch.bfloat16
+    out_dtype: _Given = None  # of the caller's out; None: none is given
+    valid_tokens: operands.Bool = False  # whether it is given
+    local_expert_start: operands.Count = 0
+    topk_ids_dtype: IdsDtype = torch.int32
+    topk_weights_dtype: FloatDtype = torch.float32
     # Of FP8 weights: "tensor", "slice" (w13_scale is [E, 2]), "channel" or "group"; of MXFP4: "mx".
-    weight_scales: str | None = None
-    x_scales: str | None = None  # of an FP8 ``hidden``: "tensor", "expert" (h_scale is [E]), "token", "group", "group_by_column"
-    fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of all that is FP8
-    scales_dtype: torch.dtype = torch.float32  # of all that are given
-    rank: int = 0  # of adapters, 0: none are given
-    max_loras: int = 0  # adapters in their factors
-    adapter_enabled: bool = False  # whether it is given
-    lora_ranks: bool = False  # likewise
-    shared_outer: bool = False  # whether all experts share the first factors of w13 and the second of w2: stride 0
-    lora_scales: str | None = None  # of FP8 factors: "tensor", "channel" or "group"
-    global_experts: int = 0  # in an expert_map, 0: none is given
-    layout: str = "halves"
-    bias_dtype: torch.dtype | None = None  # of the biases; None: there are none
-    apply_router_weight_on_input: bool = False
+    weight_scales: Annotated[str | None, kinds_of_scales(VARIANTS, "weight_scales", slice="tensor")] = None
+    x_scales: Annotated[str | None, _X_SCALES] = None  # of an FP8 ``hidden``; "expert": h_scale is [E]
+    fp8_dtype: Annotated[torch.dtype, operands.Choice(QUANT.elements)] = torch.float8_e4m3fn  # of all that is FP8
+    scales_dtype: Annotated[torch.dtype, operands.Choice(_scales.SCALES)] = torch.float32  # of all that are given
+    rank: operands.Count = 0  # of adapters, 0: none are given
+    max_loras: operands.Count = 0  # adapters in their factors
+    adapter_enabled: operands.Bool = False  # whether it is given
+    lora_ranks: operands.Bool = False  # likewise
+    shared_outer: operands.Bool = False  # whether all experts share the first factors of w13 and the second of w2: stride 0
+    lora_scales: Annotated[str | None, kinds_of_scales(VARIANTS, "b_scales")] = None  # of FP8 factors
+    global_experts: operands.Count = 0  # in an expert_map, 0: none is given
+    layout: Layout = "halves"
+    bias_dtype: _Given = None  # of the biases; None: there are none
+    apply_router_weight_on_input: operands.Bool = False
 
     def check(self, label: str) -> None:
         """Raise ValueError where a field, of a shape called ``label``, is no such thing."""
-        operands.check_fields("warmup", label, self, _FIELDS)
+        operands.check_fields("warmup", label, self)
         if (self.rank > 0) != (self.max_loras > 0):
             runtime.fail("warmup", f"{label}.rank, max_loras", (self.rank, self.max_loras), "both, or neither")
 

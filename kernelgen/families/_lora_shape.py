@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 
@@ -17,43 +17,31 @@ from .lora_shrink._table import QUANT, VARIANTS
 
 __all__ = ["LoraShape"]
 
-_FIELDS: tuple[operands.Operand, ...] = (
-    *(operands.Int(name, 1) for name in ("k", "rank", "max_loras", "gathered")),
-    operands.Several("widths", operands.Int("width", 1)),
-    operands.Int("out_width", 1, optional=True),
-    operands.Int("offset_start"),
-    *(operands.Flag(name) for name in ("add_inputs", "separate")),
-    operands.Choice("dtype", VARIANTS.dtypes),
-    operands.Choice("out_dtype", (None, *VARIANTS.dtypes, torch.float32)),
-    kinds_of_scales(VARIANTS, "weight_scales"),
-    kinds_of_scales(VARIANTS, "x_scales", group_by_column="group"),
-    operands.Choice("fp8_dtype", QUANT.elements),
-    operands.Choice("x_scales_dtype", _scales.SCALES),
-)
+_OUT = operands.Choice((None, *VARIANTS.dtypes, torch.float32))
 
 
 class LoraShape(NamedTuple):
     """A linear layer with its adapters, as ``lora`` will be called on it; all tensors are contiguous."""
 
-    k: int  # input width
-    widths: tuple[int, ...]  # output width of each slice
-    rank: int
-    max_loras: int
-    dtype: torch.dtype = torch.bfloat16
-    out_width: int | None = None  # columns of out; None: offset_start and those of the slices
-    offset_start: int = 0
-    add_inputs: bool = True
-    separate: bool = False  # lora_shrink and lora_expand are called instead, with what is done between them
-    gathered: int = 1  # parts of the rank, which are joined between them
-    weight_scales: str | None = None  # of FP8 adapters: "tensor", "channel" or "group"
-    x_scales: str | None = None  # of an FP8 x: "tensor", "token", "group" or "group_by_column"
-    fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of both
-    x_scales_dtype: torch.dtype = torch.float32
-    out_dtype: torch.dtype | None = None  # float32, or that of the activations
+    k: operands.Size  # input width
+    widths: Annotated[tuple[int, ...], operands.Several(operands.Int(1))]  # output width of each slice
+    rank: operands.Size
+    max_loras: operands.Size
+    dtype: Annotated[torch.dtype, operands.Choice(VARIANTS.dtypes)] = torch.bfloat16
+    out_width: Annotated[int | None, operands.Int(1)] = None  # columns of out; None: offset_start and those of the slices
+    offset_start: operands.Count = 0
+    add_inputs: operands.Bool = True
+    separate: operands.Bool = False  # lora_shrink and lora_expand are called instead, with what is done between them
+    gathered: operands.Size = 1  # parts of the rank, which are joined between them
+    weight_scales: Annotated[str | None, kinds_of_scales(VARIANTS, "weight_scales")] = None  # of FP8 adapters
+    x_scales: Annotated[str | None, kinds_of_scales(VARIANTS, "x_scales", group_by_column="group")] = None  # of an FP8 x
+    fp8_dtype: Annotated[torch.dtype, operands.Choice(QUANT.elements)] = torch.float8_e4m3fn  # of both
+    x_scales_dtype: Annotated[torch.dtype, operands.Choice(_scales.SCALES)] = torch.float32
+    out_dtype: Annotated[torch.dtype | None, _OUT] = None  # float32, or that of the activations
 
     def check(self, label: str) -> None:
         """Raise ValueError where a field, of a shape called ``label``, is no such thing."""
-        operands.check_fields("warmup", label, self, _FIELDS)
+        operands.check_fields("warmup", label, self)
 
     def call(self, num_tokens: int) -> None:
         """Make the call of a batch of ``num_tokens``."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 
 from . import _operands as operands
 from ._scales import SCALES, meta_x_scales
-from ._warmup import ROUTING, kinds_of_scales
+from ._warmup import FloatDtype, IdsDtype, kinds_of_scales
 from .moe_lora._op import moe_lora
 from .moe_lora._problem import scale_shape
 from .moe_lora._table import QUANT, VARIANTS
@@ -17,46 +17,36 @@ from .moe_route._op import MoeRoute, moe_route
 
 __all__ = ["MoeShape"]
 
-_FIELDS: tuple[operands.Operand, ...] = (
-    *(operands.Int(name, 1) for name in ("k", "n", "slices", "rank", "top_k", "num_experts", "max_loras")),
-    *(operands.Flag(name) for name in ("mul_routed_weight", "add_inputs", "adapter_enabled")),
-    operands.Int("global_experts"),
-    operands.Several("assignments", operands.Choice("assignment", ("auto", "naive", "sorted"))),
-    operands.Choice("dtype", VARIANTS.dtypes),
-    *ROUTING,
-    kinds_of_scales(VARIANTS, "weight_scales"),
-    kinds_of_scales(VARIANTS, "x_scales", expert="tensor", group_by_column="group"),
-    operands.Choice("fp8_dtype", QUANT.elements),
-    operands.Choice("x_scales_dtype", SCALES),
-)
+_Assignments = Annotated[tuple[str, ...], operands.Several(operands.Choice(("auto", "naive", "sorted")))]
+_X_SCALES = kinds_of_scales(VARIANTS, "x_scales", expert="tensor", group_by_column="group")
 
 
 class MoeShape(NamedTuple):
     """One projection of an MoE layer with its adapters, as ``moe_lora`` will be called on it; weights are contiguous."""
 
-    k: int  # input width
-    n: int  # output width of one slice
-    slices: int
-    rank: int
-    top_k: int
-    num_experts: int
-    max_loras: int
-    dtype: torch.dtype = torch.bfloat16
-    mul_routed_weight: bool = False
-    add_inputs: bool = True
-    adapter_enabled: bool = False  # whether moe_route is given one
-    global_experts: int = 0  # entries of expert_map, 0 without one
-    assignments: tuple[str, ...] = ("auto",)  # as moe_route is called
-    topk_ids_dtype: torch.dtype = torch.int32
-    topk_weights_dtype: torch.dtype = torch.float32
-    weight_scales: str | None = None  # of FP8 adapters: "tensor", "channel" or "group"
-    x_scales: str | None = None  # of an FP8 x: "tensor", "expert", "token", "group" or "group_by_column"
-    fp8_dtype: torch.dtype = torch.float8_e4m3fn  # of both
-    x_scales_dtype: torch.dtype = torch.float32
+    k: operands.Size  # input width
+    n: operands.Size  # output width of one slice
+    slices: operands.Size
+    rank: operands.Size
+    top_k: operands.Size
+    num_experts: operands.Size
+    max_loras: operands.Size
+    dtype: Annotated[torch.dtype, operands.Choice(VARIANTS.dtypes)] = torch.bfloat16
+    mul_routed_weight: operands.Bool = False
+    add_inputs: operands.Bool = True
+    adapter_enabled: operands.Bool = False  # whether moe_route is given one
+    global_experts: operands.Count = 0  # entries of expert_map, 0 without one
+    assignments: _Assignments = ("auto",)  # as moe_route is called
+    topk_ids_dtype: IdsDtype = torch.int32
+    topk_weights_dtype: FloatDtype = torch.float32
+    weight_scales: Annotated[str | None, kinds_of_scales(VARIANTS, "weight_scales")] = None  # of FP8 adapters
+    x_scales: Annotated[str | None, _X_SCALES] = None  # of an FP8 x
+    fp8_dtype: Annotated[torch.dtype, operands.Choice(QUANT.elements)] = torch.float8_e4m3fn  # of both
+    x_scales_dtype: Annotated[torch.dtype, operands.Choice(SCALES)] = torch.float32
 
     def check(self, label: str) -> None:
         """Raise ValueError where a field, of a shape called ``label``, is no such thing."""
-        operands.check_fields("warmup", label, self, _FIELDS)
+        operands.check_fields("warmup", label, self)
 
     def call(self, num_tokens: int) -> None:
         """Make every call that a batch of ``num_tokens`` can make."""

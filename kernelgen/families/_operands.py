@@ -1,6 +1,8 @@
 """What an op takes, declared once: its checks follow from it, and what a call that is remembered hangs on.
 
-An ``Op`` stands beside each front door. What it declares is checked where a call is not known yet: at the first call of a kind,
+An ``Op`` stands beside each front door, with a named tuple of all its arguments, ``Given``, whose fields are annotated with what
+they have to be. That tuple is what the front door makes of a call, and what checks, binding and launches are given. What it
+declares is checked where a call is not known yet: at the first call of a kind,
 and where Python trips over an argument. A later call of the same kind is found by what its arguments look like, all of them,
 and costs one comparison in C; so no argument can be left out of either.
 
@@ -15,9 +17,10 @@ import dataclasses
 import functools
 import itertools
 import math
+import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Annotated, Any, Generic, NamedTuple, NoReturn, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -28,7 +31,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IDS = (torch.int32, torch.int64)
 ROWS, PAIRS, CONTIGUOUS, FREE = "rows", "pairs", "contiguous", "free"  # how a tensor may lie in memory, see Tensor
 
-OPS: dict[str, Op] = {}  # every front door of the package, by name
+OPS: dict[str, Op[..., Any]] = {}  # every front door of the package, by name
 
 Dtype = torch.dtype | tuple[torch.dtype, ...] | str
 Tensors = Sequence[torch.Tensor]  # one a slice
@@ -55,7 +58,6 @@ class Tensor:
         asks: facts of a variant that a call asks for with it; so of other operands.
     """
 
-    name: str
     shape: str | tuple[str, ...] | None
     dtype: Dtype | None
     strides: str = ROWS
@@ -70,6 +72,7 @@ class Tensor:
     scaled_by: str = ""
     packed: bool = False
     asks: tuple[str, ...] = ()
+    name: str = ""
 
     @property
     def is_optional(self) -> bool:
@@ -129,12 +132,12 @@ class Tensor:
 class Int:
     """A whole number from ``low`` to ``high``; ``size``: the name that it has in shapes."""
 
-    name: str
     low: int = 0
     high: int = 2**31 - 1
     optional: bool = False
     size: str = ""
     one_of: tuple[int, ...] = ()
+    name: str = ""
 
     def admit(self, op: str, value: object, values: Mapping[str, Any], label: str = "") -> None:
         """Raise ValueError unless ``value`` is such a number."""
@@ -150,9 +153,9 @@ class Int:
 class Flag:
     """True or False. ``public``: the caller gives it; else the front door finds it out."""
 
-    name: str
     public: bool = True
     asks: tuple[str, ...] = ()
+    name: str = ""
 
     def admit(self, op: str, value: object, values: Mapping[str, Any], label: str = "") -> None:
         """Raise ValueError unless ``value`` is one of both."""
@@ -173,11 +176,11 @@ class Number:
         default: what it is with that word where it is not given; None: it has to be.
     """
 
-    name: str
     public: bool = True
     low: float = -_LARGEST
     only_with: tuple[str, str] | None = None
     default: float | None = None
+    name: str = ""
 
     @property
     def optional(self) -> bool:
@@ -196,21 +199,16 @@ class Number:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not self.low <= value <= _LARGEST:
             fail(op, label or self.name, _say(value), wanted)
 
-    @property
-    def passed(self) -> str:
-        """What a bound call is passed, as an expression."""
-        return self.name if self.default is None else f"{self.default} if {self.name} is None else {self.name}"
-
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """One of several words, dtypes or None; ``sizes``: what each stands for in shapes, under the name ``size``."""
 
-    name: str
     words: tuple[str | torch.dtype | None, ...]
     size: str = ""
     sizes: tuple[int, ...] = ()
     asks: tuple[str, ...] = ()
+    name: str = ""
 
     def admit(self, op: str, value: object, values: Mapping[str, Any], label: str = "") -> None:
         """Raise ValueError unless ``value`` is one of them."""
@@ -223,7 +221,7 @@ class Choice:
 class Device:
     """A device, or its name."""
 
-    name: str
+    name: str = ""
 
     def admit(self, op: str, value: object, values: Mapping[str, Any], label: str = "") -> None:
         """Raise ValueError unless ``value`` is one."""
@@ -239,9 +237,9 @@ class Device:
 class Several:
     """A tuple of at least one ``item``."""
 
-    name: str
     item: Int | Choice
     optional: bool = False
+    name: str = ""
 
     def admit(self, op: str, value: object, values: Mapping[str, Any], label: str = "") -> None:
         """Raise ValueError unless ``value`` is such a tuple."""
@@ -259,7 +257,6 @@ class Bundle:
     """Operands that come together, as a named tuple of the class ``of``, which is a ``bundle``, or of one of its ``kinds``.
 
     Attributes:
-        parts: of every kind; each has those that are fields of it.
         kinds: classes that go by the name of ``of``; none: it is the only one.
         open: classes of those whose kind a graph of torch.compile leaves open; ``settled()``, when the graph runs, is of one.
         sizes: further sizes that its numbers tell, by the names that shapes of its parts have for them.
@@ -268,10 +265,8 @@ class Bundle:
             not go together; asked at later calls too.
     """
 
-    name: str
     of: type
-    parts: tuple[Tensor | Int | Choice, ...]
-    maker: str  # which front door makes it, for the hint of an error
+    maker: str = ""  # which front door makes it, for the hint of an error
     optional: bool = False
     kinds: tuple[type, ...] = ()
     open: tuple[type, ...] = ()
@@ -279,15 +274,24 @@ class Bundle:
     whole: Callable[[str, str, Any], None] | None = None
     goes_with: tuple[str, Callable[[str, str, Any, Any], None]] | None = None
     asks: tuple[str, ...] = ()
+    name: str = ""
 
     @property
     def is_written(self) -> bool:
-        return any(isinstance(part, Tensor) and part.written for part in self.parts)
+        return any(isinstance(part, Tensor) and part.written for part in self.parts.values())
 
-    def parts_of(self, kind: Any) -> list[Tensor | Int | Choice]:
+    def parts_of(self, kind: Any) -> list[Operand]:
         """What a kind has, in the order of its fields."""
-        declared = {part.name: part for part in self.parts}
-        return [declared[field] for field in kind._fields if field in declared]
+        return [part for part in declared(kind if isinstance(kind, type) else type(kind)) if part is not None]
+
+    @functools.cached_property
+    def parts(self) -> dict[str, Operand]:
+        """Of all kinds, by name."""
+        found: dict[str, Operand] = {}
+        for part in itertools.chain.from_iterable(map(self.parts_of, self._classes.values())):
+            if part.name not in found or getattr(part, "optional", False):
+                found[part.name] = part
+        return found
 
     @functools.cached_property
     def _classes(self) -> dict[str, Any]:
@@ -302,9 +306,9 @@ class Bundle:
 
     def in_schema(self, letters: Iterator[str]) -> list[str]:
         """The arguments of an op of torch that it is: the name of its kind, None where there is none, and all fields."""
-        declared, kinds = {part.name: part for part in self.parts}, self._classes.values()
+        kinds = self._classes.values()
         some = {field for field in self._fields if self.optional or not all(field in kind._fields for kind in kinds)}
-        parts = [_in_schema(declared[field], f"{self.name}_{field}", letters, field in some) for field in self._fields]
+        parts = [_in_schema(self.parts[field], f"{self.name}_{field}", letters, field in some) for field in self._fields]
         return [f"str{'?' if self.optional else ''} {self.name}", *parts]
 
     @functools.cached_property
@@ -360,6 +364,30 @@ class Bundle:
 
 
 Operand = Tensor | Int | Flag | Number | Choice | Device | Several | Bundle
+
+Size = Annotated[int, Int(1)]
+Count = Annotated[int, Int()]
+Bool = Annotated[bool, Flag()]
+
+
+@functools.cache
+def declared(of: Any) -> tuple[Operand | None, ...]:
+    """The operands that the fields of a named tuple are annotated with, which go by the names of the fields, and may be None
+    where these may; None: a field that says nothing."""
+    hints = get_type_hints(of, include_extras=True)
+    return tuple(_declared(field, hints[field]) for field in of._fields)
+
+
+def _declared(field: str, hint: Any) -> Operand | None:
+    kinds = hint.__args__ if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    found = [each for kind in kinds for each in getattr(kind, "__metadata__", ()) if isinstance(each, Operand)]
+    if not found:
+        return None
+    optional = any(type(None) in (kind, *get_args(getattr(kind, "__origin__", None))) for kind in kinds)
+    changes: dict[str, Any] = {"name": field}
+    if optional and getattr(found[0], "optional", None) is False and not getattr(found[0], "only_with", ""):
+        changes["optional"] = True
+    return dataclasses.replace(found[0], **changes)
 
 
 class _Looks:
@@ -466,10 +494,12 @@ def _kind(part: object) -> object:
     return (part.__class__, part) if isinstance(part, (int, str, type(None))) else part.__class__
 
 
-def check_fields(op: str, label: str, given: object, fields: Sequence[Operand]) -> None:
-    """Raise ValueError where an attribute of ``given``, which errors call ``label``, is not what it is declared."""
-    for field in fields:
-        field.admit(op, getattr(given, field.name), {}, f"{label}.{field.name}")
+def check_fields(op: str, label: str, given: object) -> None:
+    """Raise ValueError where a field of a named tuple, which errors call ``label``, is not what it is declared."""
+    of: Any = type(given)
+    for field in declared(of):
+        if field is not None:
+            field.admit(op, getattr(given, field.name), {}, f"{label}.{field.name}")
 
 
 class Strides(NamedTuple):
@@ -564,14 +594,19 @@ class _Dim:
         return (">= " if self.least else "") + str(self.number * math.prod(values))
 
 
+_Bound = TypeVar("_Bound")
+_Given = TypeVar("_Given")  # a named tuple of all arguments of a call
+_Arguments = ParamSpec("_Arguments")  # that it is made of
+
+
 @dataclasses.dataclass(frozen=True)
-class Op:
+class Op(Generic[_Arguments, _Given]):
     """A front door and what it takes.
 
     Attributes:
         name: as the user calls it.
-        operands: in the order in which its remembered calls take them; tensors and bundles mostly before the numbers that they
-            are bound with.
+        of: a named tuple of all arguments, whose fields are annotated with what they have to be: what a call is given, from the
+            front door to the launch.
         spec: where a variant is added.
         dtypes: by name, what a dtype that operands share may be.
         fp8: what an operand with scales may be made of.
@@ -583,7 +618,7 @@ class Op:
     """
 
     name: str
-    operands: tuple[Operand, ...]
+    of: Callable[_Arguments, _Given]
     spec: str = ""
     dtypes: Mapping[str, tuple[torch.dtype, ...]] = dataclasses.field(default_factory=dict)
     fp8: tuple[torch.dtype, ...] = ()
@@ -596,9 +631,23 @@ class Op:
     def __post_init__(self) -> None:
         OPS[self.name] = self
 
-    def named(self, *values: Any) -> dict[str, Any]:
-        """All arguments by name, from their order."""
-        return dict(zip((operand.name for operand in self.operands), values, strict=True))
+    @functools.cached_property
+    def operands(self) -> tuple[Operand, ...]:
+        of: Any = self.of
+        found = declared(of)
+        if None in found:
+            raise TypeError(f"{self.name}: {of._fields[found.index(None)]}: not annotated with an operand")
+        return tuple(filter(None, found))
+
+    def given(self, **arguments: Any) -> _Given:
+        """What a call is given, of arguments by name; of those that are left out, flags are not set, and what may be None is.
+
+        Raises:
+            TypeError: an argument is missing, or none of this op.
+        """
+        left = {o.name: False if isinstance(o, Flag) else None for o in self.operands if _may_be_left(o)}
+        of: Callable[..., _Given] = self.of
+        return of(**{**left, **arguments})
 
     def shapes(self, **sizes: int) -> dict[str, tuple[int, ...]]:
         """The shapes of all tensors that these sizes tell, each in the first form that they do; of a sequence that of one."""
@@ -610,17 +659,18 @@ class Op:
                     found.setdefault(operand.name, shape)
         return found
 
-    def check(self, op: str, values: Mapping[str, Any], **known: Any) -> Sizes:
+    def check(self, op: str, given: _Given, **known: Any) -> Sizes:
         """The sizes of a call, once all that is declared here holds.
 
         Args:
             op: what the caller called: this op, or a variant of it.
-            values: all arguments by name.
+            given: all arguments.
             known: sizes and dtypes that are fixed; None: those that are not.
 
         Raises:
             ValueError: says which argument does not fit, what it is and what was wanted.
         """
+        values = given._asdict()  # type: ignore[attr-defined]
         for operand in self.operands:
             operand.admit(op, values[operand.name], values)
         tensors = self._tensors(values)
@@ -632,8 +682,8 @@ class Op:
         sizes = Sizes(known)
         for label, operand, value in _flat(self.operands, values):
             _numbers(op, label, operand, value, sizes)
-        given = [(o, values[o.name]) for o in self.operands if isinstance(o, Bundle) and values[o.name] is not None]
-        further = [o.sizes(value) for o, value in given if o.sizes is not None]
+        bundles = [(o, values[o.name]) for o in self.operands if isinstance(o, Bundle) and values[o.name] is not None]
+        further = [o.sizes(value) for o, value in bundles if o.sizes is not None]
         further += [self.sizes(values)] if self.sizes is not None else []
         for name, value in itertools.chain.from_iterable(found.items() for found in further):
             sizes.set(name, value, "")
@@ -703,30 +753,28 @@ class Op:
         is_fp8 = {name: any(facts.get(kind) is not None for kind in kinds) for name, kinds in scaled.items()}
         return [name for name in asks if fact in asks[name] and not (fact == "torch_dtype" and is_fp8.get(name))]
 
-    def refuse(self, values: Mapping[str, Any], error: Exception) -> NoReturn:
+    def refuse(self, given: _Given, error: Exception) -> NoReturn:
         """Say which argument Python tripped over with ``error``; if none is wrong, it was something else.
 
         Raises:
             ValueError: of the argument.
         """
-        self.check(self.name, values)
+        self.check(self.name, given)
         raise error
 
-    def caller(self, bind: Callable[..., Any]) -> Callable[..., None]:
+    def caller(self, bind: Callable[[_Given], Callable[[_Given], None]]) -> Callable[_Arguments, None]:
         """The function of the front door behind its defaults: the bound call for such arguments, called.
 
         Args:
             bind: makes it from all arguments; it checks them.
         """
-        taken = [operand for operand in self.operands if isinstance(operand, (Tensor, Bundle, Number))]
-        passed = [operand.passed if isinstance(operand, Number) else operand.name for operand in taken]
-        return self._remember(bind, _CALL.format(passed=", ".join(passed)))
+        return self._remember(bind, _CALL)
 
-    def finder(self, bind: Callable[..., Any]) -> Callable[..., Any]:
+    def finder(self, bind: Callable[[_Given], _Bound]) -> Callable[_Arguments, _Bound]:
         """As ``caller``, but what was bound is returned instead."""
         return self._remember(bind, "    return call\n")
 
-    def in_graphs(self, function: Callable[..., None]) -> Callable[..., None]:
+    def in_graphs(self, function: Callable[..., None]) -> Callable[_Arguments, None]:
         """``function`` of all arguments, as an op of torch that a graph of torch.compile calls; see ``runtime.op``.
 
         What is returned takes the same arguments; of a bundle the op takes the name of its kind, then the parts one by one.
@@ -774,6 +822,10 @@ class Op:
                 low = "-LARGEST" if operand.low == -_LARGEST else repr(operand.low)
                 numbers.append(f"        if {given}({name}.__class__ is not float or not {low} <= {name} <= LARGEST):\n")
                 numbers.append(f"            {name} = number({name!r}, {name})\n")
+                if operand.default is not None and operand.only_with is not None:
+                    choice, word = operand.only_with
+                    numbers.append(f"        if {name} is None and {choice} == {word!r}:\n")
+                    numbers.append(f"            {name} = {operand.default}\n")
             elif not isinstance(operand, Tensor):
                 hint.append(name)
                 if isinstance(operand, Int) or (isinstance(operand, Flag) and operand.public):
@@ -794,9 +846,9 @@ class Op:
             tensors="".join(f"{part}, " for part in tensors),
             optional="".join(self._optional()),
             numbers="".join(numbers),
-            kept=f" watch({names})" if writes else "",
+            kept=f" watch(of({names}))" if writes else "",
             found=_FOUND_APART.format(bundles="".join(bundles)) if writes else _FOUND,
-            end=end,
+            end=end.format(names=names),
         )
         calls = runtime.Calls()
         made: dict[str, Any] = {
@@ -806,7 +858,9 @@ class Op:
             "bind": bind,
             "LARGEST": _LARGEST,
             "number": self._number,
-            "refuse": lambda error, *values: self.refuse(self.named(*values), error),
+            "of": self.of,
+            "new": tuple.__new__,
+            "refuse": self.refuse,
             "watch": self._watch,
         }
         exec(compile(source, f"<{self.name}>", "exec"), made)  # noqa: S102  (of declarations alone)
@@ -833,9 +887,9 @@ class Op:
                 yield f"{indent}if {name} is not None:\n"
                 yield f"{indent}    tensors += ({given},); hint += ({name!r}{kind},)\n"
 
-    def _watch(self, *values: Any) -> Callable[..., None]:
+    def _watch(self, arguments: Any) -> Callable[..., None]:
         """What checks, at later calls that look like this one, that what is written lies apart from all else."""
-        given = self.named(*values)
+        given = arguments._asdict()
         bundles = {o.name: o for o in self.operands if isinstance(o, Bundle)}
         found = [item for o in self._own for item in o.tensors(given[o.name])]
         own = [(label, o) for label, o, _ in found]  # tensors are kept alive by nobody here
@@ -872,6 +926,14 @@ class Op:
         return float(value)
 
 
+def _may_be_left(operand: Operand) -> bool:
+    if isinstance(operand, Flag):
+        return True
+    if isinstance(operand, Choice):
+        return None in operand.words
+    return operand.is_optional if isinstance(operand, Tensor) else getattr(operand, "optional", False)
+
+
 _IN_GRAPHS = """
 def together({flat}):
     function({whole})
@@ -902,20 +964,20 @@ def function({names}):
         if last is None or not last[0](*tensors):
             last = find(hint, tensors)
 {numbers}    except Exception as error:
-        refuse(error, {names})
+        refuse(of({names}), error)
     if last is None:
-        call = bind({names})
+        call = bind(of({names}))
         put(hint, tensors, (call,{kept}))
     else:
 {found}{end}"""
 _OPTIONAL_SCALES = """{indent}if not ({names} is None):
 {indent}    tensors += ({tensors},); hint += ({kinds},)
 """
+_CALL = "    call(new(of, ({names},)))\n"
 _FOUND = "        call = last[1][0]\n"
 _FOUND_APART = """        call, check_apart = last[1]
         check_apart(tensors{bundles})
 """
-_CALL = "    call({passed})\n"
 
 
 def _scales_given(operands: Sequence[Any]) -> dict[str, str]:

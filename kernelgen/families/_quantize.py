@@ -11,6 +11,8 @@ MXFP4 has no code for NaN: there a NaN is one of all 32 numbers that share its s
 
 from __future__ import annotations
 
+from typing import Annotated, NamedTuple
+
 import torch
 
 from . import _mxfp4 as mxfp4
@@ -23,31 +25,32 @@ _SMALLEST = torch.finfo(torch.float32).tiny  # of a scale, so that codes are nev
 
 
 _GROUP = 128  # rows or columns that share a scale, unless another number is asked for
-_DTYPE = operands.Choice("dtype", (torch.float8_e4m3fn, torch.float8_e5m2))
+_Dtype = Annotated[torch.dtype, operands.Choice((torch.float8_e4m3fn, torch.float8_e5m2))]
 
-_WEIGHTS = operands.Op(
-    "quantize_weights",
-    (
-        operands.Tensor("weights", None, operands.FLOATS, operands.FREE),
-        operands.Choice("scales", ("tensor", "channel", "group")),
-        _DTYPE,
-        operands.Int("rows", 1),
-        operands.Int("columns", 1),
-        operands.Int("slices", 1),
-    ),
-    launches=False,
-)
-_ACTIVATIONS = operands.Op(
-    "quantize_activations",
-    (
-        operands.Tensor("x", "T, K", operands.FLOATS, operands.FREE),
-        operands.Choice("scales", ("tensor", "token", "group")),
-        _DTYPE,
-        operands.Int("group_k", 1),
-    ),
-    launches=False,
-)
-_MXFP4 = operands.Op("quantize_mxfp4", (operands.Tensor("weights", None, operands.FLOATS, operands.FREE),), launches=False)
+
+class _Weights(NamedTuple):
+    weights: Annotated[torch.Tensor, operands.Tensor(None, operands.FLOATS, operands.FREE)]
+    scales: Annotated[str, operands.Choice(("tensor", "channel", "group"))]
+    dtype: _Dtype
+    rows: operands.Size
+    columns: operands.Size
+    slices: operands.Size
+
+
+class _Activations(NamedTuple):
+    x: Annotated[torch.Tensor, operands.Tensor("T, K", operands.FLOATS, operands.FREE)]
+    scales: Annotated[str, operands.Choice(("tensor", "token", "group"))]
+    dtype: _Dtype
+    group_k: operands.Size
+
+
+class _Mxfp4(NamedTuple):
+    weights: Annotated[torch.Tensor, operands.Tensor(None, operands.FLOATS, operands.FREE)]
+
+
+_WEIGHTS = operands.Op("quantize_weights", _Weights, launches=False)
+_ACTIVATIONS = operands.Op("quantize_activations", _Activations, launches=False)
+_MXFP4 = operands.Op("quantize_mxfp4", _Mxfp4, launches=False)
 
 
 def quantize_weights(
@@ -75,7 +78,7 @@ def quantize_weights(
     op = "quantize_weights"
     if not isinstance(group, tuple) or len(group) != 2:
         runtime.fail(op, "group", group, "(rows, columns)")
-    _WEIGHTS.check(runtime.Caller(op, rows="group", columns="group"), _WEIGHTS.named(weights, scales, dtype, *group, slices))
+    _WEIGHTS.check(runtime.Caller(op, rows="group", columns="group"), _Weights(weights, scales, dtype, *group, slices))
     if weights.dim() < 2 or min(weights.shape[-2:]) < 1:
         runtime.fail(op, "weights", runtime.describe(weights), "[..., out, in], of at least one row and column")
     if scales != "group" and group != (_GROUP, _GROUP):
@@ -103,7 +106,7 @@ def quantize_mxfp4(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         ValueError: an argument that does not fit.
     """
-    _MXFP4.check("quantize_mxfp4", _MXFP4.named(weights))
+    _MXFP4.check("quantize_mxfp4", _Mxfp4(weights))
     if weights.dim() < 2 or min(weights.shape[-2:]) < 1 or weights.shape[-1] % mxfp4.GROUP:
         wanted = f"[..., out, in], of at least one row, in a multiple of {mxfp4.GROUP}"
         runtime.fail("quantize_mxfp4", "weights", runtime.describe(weights), wanted)
@@ -130,7 +133,7 @@ def quantize_activations(
     Raises:
         ValueError: an argument that does not fit.
     """
-    _ACTIVATIONS.check("quantize_activations", _ACTIVATIONS.named(x, scales, dtype, group_k))
+    _ACTIVATIONS.check("quantize_activations", _Activations(x, scales, dtype, group_k))
     if scales != "group" and group_k != _GROUP:
         runtime.fail("quantize_activations", "group_k", group_k, "none", f'scales="{scales}" have no groups')
     rows, columns = x.shape

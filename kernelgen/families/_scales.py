@@ -25,14 +25,10 @@ from . import _operands as operands
 from . import _runtime as runtime
 
 
-def scale_operand(name: str, asks: str = "", slices: str = "") -> operands.Tensor:
-    """The operand of scales, whose shape and dtype hang on what they are of.
-
-    Args:
-        asks: the fact of a variant that says of what there is one each.
-    """
-    facts = (asks,) if asks else ()
-    return operands.Tensor(name, None, None, operands.FREE, optional=True, slices=slices, asks=facts)
+def scale_operand(*asks: str, slices: str = "", count: str = "S") -> operands.Tensor:
+    """The operand of scales, whose shape and dtype hang on what they are of; ``asks``: the fact of a variant that says of what
+    there is one each."""
+    return operands.Tensor(None, None, operands.FREE, slices=slices, count=count, asks=asks)
 
 
 SCALES = (torch.float32, torch.float8_e8m0fnu)  # what scales are made of

@@ -9,7 +9,7 @@ powers of two T has the same tiles, and the pairs pass at most one power of two;
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Annotated, NamedTuple, Protocol
 
 import torch
 
@@ -20,17 +20,22 @@ from ._variants import Variants
 __all__ = ["warmup"]
 
 # Fields that shapes have in common.
-ROUTING = (
-    operands.Choice("topk_ids_dtype", operands.IDS),
-    operands.Choice("topk_weights_dtype", operands.FLOATS),
-)
-_WARMUP = operands.Op("warmup", (operands.Int("max_tokens", 1), operands.Device("device")), launches=False)
+IdsDtype = Annotated[torch.dtype, operands.Choice(operands.IDS)]
+FloatDtype = Annotated[torch.dtype, operands.Choice(operands.FLOATS)]
+
+
+class _Warmup(NamedTuple):
+    max_tokens: operands.Size
+    device: Annotated[torch.device | str, operands.Device()]
+
+
+_WARMUP = operands.Op("warmup", _Warmup, launches=False)
 
 
 def kinds_of_scales(variants: Variants, fact: str, **layouts: str) -> operands.Choice:
     """Of what there may be a scale each: what there are variants for, and further ``layouts`` of these."""
     kinds = variants.values(fact)
-    return operands.Choice(fact, (*kinds, *(layout for layout, kind in layouts.items() if kind in kinds)))
+    return operands.Choice((*kinds, *(layout for layout, kind in layouts.items() if kind in kinds)))
 
 
 class Shape(Protocol):
@@ -81,7 +86,7 @@ def warmup(
         if not hasattr(shape, "check"):
             runtime.fail("warmup", f"shapes[{i}]", type(shape).__name__, "MoeShape, ShardedMoeShape, FusedMoeShape or LoraShape")
         shape.check(f"shapes[{i}]")
-    _WARMUP.check("warmup", _WARMUP.named(max_tokens, device))
+    _WARMUP.check("warmup", _Warmup(max_tokens, device))
     if runtime.INTERPRETED:
         return 0
     device = torch.device(device)

@@ -209,26 +209,14 @@ def test_the_short_way_of_a_variant_passes_the_same(driver: Recorder, schedule: 
     module = importlib.import_module(f"generated.moe_lora.{schedule}_bf16_sorted_add_plain_r64")
     batch = Batch("sorted", 64)
     route = batch.route()
-    problem = _problem.check(
-        schedule,
-        batch.out,
-        batch.x,
-        batch.a,
-        batch.b,
-        route,
-        dtype=torch.bfloat16,
-        naive=False,
-        max_rank=64,
-        topk_weights=None,
-        weighted=False,
-        adds=True,
-    )
+    operands = {"out": batch.out, "x": batch.x, "lora_a": batch.a, "lora_b": batch.b, "route": route}
+    given = _problem.OP.given(**operands, add_inputs=True)
+    problem = _problem.check(schedule, given, dtype=torch.bfloat16, naive=False, max_rank=64)
     call = module.schedule.bind(problem, route, _problem.choose(schedule, problem, route))
-    operands = (batch.out, batch.x, batch.a, batch.b, route, None, None, None, None)
     driver.launches.clear()
-    call(*operands)
+    call(given)
     first = driver.launches[:]
-    call(*operands)
+    call(given)
     assert first and driver.launches == 2 * first
 
 

@@ -8,11 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from .. import _runtime as runtime
-from .._operands import Tensors
 from .._scales import product_rows
 from ..lora_shrink._problem import ONE_PART, Parts
-from ..moe_route._op import MoeRoute, SortedRoute
-from ._problem import CACHE_POLICIES, Call, Config, Problem, check, choose
+from ._op import operands_of
+from ._problem import CACHE_POLICIES, OP, Call, Config, Given, Problem, choose, problem_of
 from ._table import VARIANTS
 
 
@@ -25,40 +24,19 @@ class LoraExpand:
         operands = "out_ptr y_ptr b_ptrs b_scale_ptrs scaling num_tokens tokens_ptr blocks_ptr num_blocks_ptr scalings_ptr"
         self._product = runtime.Launcher(product, operands)
 
-    def launch(
-        self,
-        config: Config | None,
-        out: Tensor,
-        y: Tensor,
-        lora_b: Tensors,
-        route: MoeRoute,
-        offset_start: int,
-        columns: tuple[int, ...] | None,
-        column_stride: int,
-        b_scale: Tensors | None = None,
-    ) -> None:
+    def launch(self, config: Config | None, **arguments: Any) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.
 
         Raises:
             ValueError: something does not fit; nothing was launched.
         """
         facts = self.facts
-        problem = check(
-            self.name,
-            out,
-            y,
-            lora_b,
-            route,
-            offset_start,
-            columns,
-            column_stride,
-            dtype=facts["torch_dtype"],
-            max_rank=facts["max_rank"],
-            b_scale=None if b_scale is None else (facts["weight_scales"], b_scale),
-        )
+        given = OP.given(scaling=1.0, add_inputs=facts["adds"], **arguments)
+        sizes, route = OP.check(self.name, given, D=facts["torch_dtype"]), given.route
+        mode = None if given.b_scale is None else facts["weight_scales"]
+        problem = problem_of(self.name, operands_of(given), sizes, mode, facts["max_rank"])
         if problem.num_tokens > 0:
-            call = self.bind(problem, route, runtime.given(self.name, config, Config) or choose(problem, route))
-            call(out, y, lora_b, route, 1.0, b_scale)
+            self.bind(problem, route, runtime.given(self.name, config, Config) or choose(problem, route))(given)
 
     def bind(self, problem: Problem, route: Any, config: Config, parts: Parts = ONE_PART, pdl: bool = False) -> Call:
         """The launch for checked calls of these sizes, ready to be made again and again; pdl: right behind a lora_shrink."""
@@ -93,16 +71,9 @@ class LoraExpand:
         )
         num_tokens = problem.num_tokens
 
-        def call(
-            out: Tensor,
-            y: Tensor,
-            lora_b: Tensors,
-            route: SortedRoute,
-            scaling: float,
-            b_scale: Tensors | None,
-            scalings: Tensor | None = None,
-        ) -> None:
+        def call(given: Given, scalings: Tensor | None = None) -> None:
+            route: Any = given.route
             tables = (route.pairs, route.blocks, route.num_blocks)
-            launch.run(out, y, lora_b, b_scale, scaling, num_tokens, *tables, scalings)
+            launch.run(given.out, given.y, given.lora_b, given.b_scale, given.scaling, num_tokens, *tables, scalings)
 
         return call

@@ -10,7 +10,7 @@ import torch
 from .. import _runtime as runtime
 from ..lora_shrink._problem import kind_of_scales
 from ..moe_route._op import MoeRoute
-from ._problem import OP, Call, choose, problem_of
+from ._problem import OP, Call, Given, Operands, choose, problem_of
 from ._table import QUANT, VARIANTS
 
 
@@ -47,40 +47,34 @@ def lora_expand(
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
-    where = (offset_start, tuple(columns) if isinstance(columns, list) else columns, column_stride)
+    begins: Any = tuple(columns) if isinstance(columns, list) else columns
+    where = (offset_start, begins, column_stride)
     (_in_graphs if torch.compiler.is_compiling() else _apply)(out, y, lora_b, route, 1.0, *where, add_inputs, b_scale)
 
 
-def _bind(
-    out: torch.Tensor,
-    y: torch.Tensor,
-    lora_b: Sequence[torch.Tensor],
-    route: MoeRoute,
-    scaling: float,
-    offset_start: int,
-    columns: tuple[int, ...] | None,
-    column_stride: int,
-    add_inputs: bool,
-    b_scale: Sequence[torch.Tensor] | None,
-) -> Call:
-    where = (offset_start, columns, column_stride)
-    sizes = OP.check("lora_expand", OP.named(out, y, lora_b, route, scaling, *where, add_inputs, b_scale))
-    problem = problem_of("lora_expand", sizes, out, lora_b, route, *where, **scales_of("lora_expand", lora_b, b_scale))
+def _bind(given: Given) -> Call:
+    sizes, route = OP.check("lora_expand", given), given.route
+    problem = problem_of("lora_expand", operands_of(given), sizes, mode_of("lora_expand", given))
     dtype = sizes.get("D") or torch.bfloat16  # of FP8 weights, in front of an out in fp32
-    variant = variant_of("lora_expand", dtype, add_inputs, problem.rank, problem.weight_scales)
+    variant = variant_of("lora_expand", dtype, given.add_inputs, problem.rank, problem.weight_scales)
     if problem.num_tokens == 0:
         return runtime.nothing
     call: Call = variant.bind(problem, route, choose(problem, route))
     return call
 
 
-def scales_of(
-    op: str, lora_b: Sequence[torch.Tensor], b_scale: Sequence[torch.Tensor] | None
-) -> dict[str, Any]:
-    """Scales with what there is one each of, as ``problem_of`` takes them."""
-    if b_scale is None:
-        return {}
-    return {"b_scale": (kind_of_scales(op, "b_scale", b_scale, lora_b, QUANT), b_scale)}
+def operands_of(given: Any) -> Operands:
+    """Those of the product in a call of ``lora_expand`` or ``lora``."""
+    return Operands._make([getattr(given, field) for field in Operands._fields])
+
+
+def mode_of(op: str, given: Any) -> str | None:
+    """Of what FP8 factors of such a call have a scale each, by the shapes.
+
+    Raises:
+        ValueError: no mode has scales of such shapes.
+    """
+    return None if given.b_scale is None else kind_of_scales(op, "b_scale", given.b_scale, given.lora_b, QUANT)
 
 
 def variant_of(

@@ -160,7 +160,7 @@ def _in_parts(
 
     def bound(problem: Any, route: Any, config: Any) -> Callable[..., None]:
         call = bind(problem, route, config, parts)
-        return lambda out, _, b, route, scaling, scale: call(out, y, b, route, case.scaling * scaling, scale, scalings)
+        return lambda given: call(given._replace(y=y, scaling=case.scaling * given.scaling), scalings)
 
     with mock.patch.object(schedule, "bind", bound):
         yield

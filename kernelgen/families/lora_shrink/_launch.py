@@ -8,19 +8,22 @@ import torch
 from torch import Tensor
 
 from .. import _runtime as runtime
-from .._operands import Tensors
 from .._scales import product_rows
-from ..moe_route._op import MoeRoute, SortedRoute
+from ..moe_route._op import SortedRoute
+from ._op import operands_of
 from ._problem import (
     CACHE_POLICIES,
+    OP,
     Call,
     Config,
+    Given,
+    Modes,
     Parts,
     Problem,
     Total,
-    check,
     check_packed,
     choose,
+    problem_of,
 )
 from ._table import QUANT, VARIANTS
 
@@ -37,38 +40,20 @@ class LoraShrink:
         self._product = runtime.Launcher(product, f"{operands} {_TABLES} lora_ranks_ptr scalings_ptr")
         self._total = runtime.Launcher(total, f"y_ptr parts_ptr scaling num_tokens {_TABLES} scalings_ptr")
 
-    def launch(
-        self,
-        config: Config | None,
-        y: Tensor,
-        x: Tensor,
-        lora_a: Tensors,
-        route: MoeRoute,
-        scaling: float,
-        a_scale: Tensors | None = None,
-        x_scale: Tensor | None = None,
-    ) -> None:
+    def launch(self, config: Config | None, **arguments: Any) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.
 
         Raises:
             ValueError: something does not fit; nothing was launched.
         """
-        facts = self.facts
-        problem = check(
-            self.name,
-            y,
-            x,
-            lora_a,
-            route,
-            dtype=facts["torch_dtype"],
-            max_rank=facts["max_rank"],
-            a_scale=None if a_scale is None else (facts["weight_scales"], a_scale),
-            x_scale=None if x_scale is None else (facts["x_scales"], x_scale),
-            scaling=scaling,
-        )
+        facts, given = self.facts, OP.given(**arguments)
+        sizes, route = OP.check(self.name, given, D=facts["torch_dtype"]), given.route
+        of_weights = None if given.a_scale is None else facts["weight_scales"]
+        of_x = None if given.x_scale is None else facts["x_scales"]
+        problem = problem_of(self.name, operands_of(given), sizes, Modes(of_weights, of_x), facts["max_rank"])
         if problem.num_tokens > 0:
             call = self.bind(problem, route, runtime.given(self.name, config, Config) or choose(problem, route))
-            call(y, x, lora_a, route, float(scaling), a_scale, x_scale)
+            call(given._replace(scaling=float(given.scaling)))
 
     def bind(self, problem: Problem, route: Any, config: Config) -> Call:
         """The launches for checked calls of these sizes, ready to be made again and again."""
@@ -79,22 +64,14 @@ class LoraShrink:
         product, total = self.bind_product(problem, route, config, pdl), self.bind_total(problem, route, parts, pdl)
         size = parts.number * problem.slices * problem.num_tokens * problem.rank
 
-        def call(
-            y: Tensor,
-            x: Tensor,
-            lora_a: Tensors,
-            route: SortedRoute,
-            scaling: float,
-            a_scale: Tensors | None,
-            x_scale: Tensor | None,
-            lora_ranks: Tensor | None = None,
-            scalings: Tensor | None = None,
-        ) -> None:
+        def call(given: Given) -> None:
+            y, route = given.y, given.route
             sums = route.parts
             if sums is None or sums.shape[0] < size:
                 sums = torch.empty(size, dtype=torch.float32, device=y.device)
-            product(sums, x, lora_a, route, 1.0, a_scale, x_scale, lora_ranks, None)
-            total(y, sums, route, scaling, scalings)
+            of_a = (given.a_scale, given.x_scale, given.lora_ranks)
+            product(Given(sums, given.x, given.lora_a, route, 1.0, False, *of_a, None, given.packed))
+            total(y, sums, route, given.scaling, given.scalings)
 
         return call
 
@@ -135,21 +112,13 @@ class LoraShrink:
         )
         num_tokens, x_scale_next, packed = problem.num_tokens, problem.x_scale_next, problem.packed
 
-        def call(
-            y: Tensor,
-            x: Tensor,
-            lora_a: Tensors,
-            route: SortedRoute,
-            scaling: float,
-            a_scale: Tensors | None,
-            x_scale: Tensor | None,
-            lora_ranks: Tensor | None = None,
-            scalings: Tensor | None = None,
-        ) -> None:
+        def call(given: Given) -> None:
             if packed:
-                check_packed(self.name, lora_a)
-            tables = (route.pairs, route.blocks, route.num_blocks)
-            launch.run(y, x, lora_a, a_scale, scaling, num_tokens, x_scale, x_scale_next, *tables, lora_ranks, scalings)
+                check_packed(self.name, given.lora_a)
+            route: Any = given.route
+            scales, tables = (given.x_scale, x_scale_next), (route.pairs, route.blocks, route.num_blocks)
+            factors = (given.lora_a, given.a_scale, given.scaling, num_tokens)
+            launch.run(given.y, given.x, *factors, *scales, *tables, given.lora_ranks, given.scalings)
 
         return call
 
@@ -167,7 +136,7 @@ class LoraShrink:
         )
         num_tokens = problem.num_tokens
 
-        def total(y: Tensor, sums: Tensor, route: SortedRoute, scaling: float, scalings: Tensor | None = None) -> None:
+        def total(y: Tensor, sums: Tensor, route: Any, scaling: float, scalings: Tensor | None) -> None:
             launch.run(y, sums, scaling, num_tokens, route.pairs, route.blocks, route.num_blocks, scalings)
 
         return total

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
@@ -23,9 +23,9 @@ from .._scales import (
     fits as scale_fits,
 )
 from ..moe_route._op import (
-    ROUTE,
     MoeRoute,
     PairRoute,
+    Route,
     check_rank,
     default_block_m,
     rows_of_block,
@@ -63,43 +63,51 @@ LONG_K = 8192
 # Tokens up to which K may be shared out: their parts are few bytes, and what a workspace is made for.
 MAX_TOKENS_IN_PARTS = 4096
 
-# (y, x, lora_a, route, scaling, a_scale, x_scale) of sizes that were checked before
-Call = Callable[..., None]
+LoraRanks = Annotated[torch.Tensor | None, operands.Tensor(">=L", torch.int32, operands.CONTIGUOUS)]
+Scalings = Annotated[torch.Tensor | None, operands.Tensor(">=L", torch.float32, operands.CONTIGUOUS)]
 
-# (y, its parts, route, scaling, scalings) of such sizes
-Total = Callable[..., None]
 
-LORA_RANKS = operands.Tensor("lora_ranks", ">=L", torch.int32, operands.CONTIGUOUS, optional=True)
-SCALINGS = operands.Tensor("scalings", ">=L", torch.float32, operands.CONTIGUOUS, optional=True)
-PACKED = operands.Flag("packed")
+class Given(NamedTuple):
+    """What lora_shrink is given."""
+
+    y: Annotated[torch.Tensor, operands.Tensor("S, T, rank", torch.float32, operands.CONTIGUOUS, written=True)]
+    x: Annotated[torch.Tensor, operands.Tensor("T, K", "D", scaled_by="x_scale", asks=("torch_dtype",))]
+    lora_a: Annotated[
+        operands.Tensors,
+        operands.Tensor(
+            (">=L, rank, K", ">=L, 1, rank, K"), "D", slices="alike", scaled_by="a_scale", asks=("rank", "torch_dtype")
+        ),
+    ]
+    route: Route
+    scaling: Annotated[float, operands.Number()]
+    zero_rest: operands.Bool
+    a_scale: Annotated[operands.Tensors | None, scale_operand("weight_scales", slices="any")]
+    x_scale: Annotated[torch.Tensor | None, scale_operand("x_scales")]
+    lora_ranks: LoraRanks
+    scalings: Scalings
+    packed: operands.Bool
+
+
+# Of sizes that were checked before; the second adds the parts of y, the second argument, up.
+Call = Callable[[Given], None]
+Total = Callable[[torch.Tensor, torch.Tensor, Any, float, torch.Tensor | None], None]  # (y, parts, route, scaling, scalings)
+
 OP = operands.Op(
     "lora_shrink",
-    (
-        operands.Tensor("y", "S, T, rank", torch.float32, operands.CONTIGUOUS, written=True),
-        operands.Tensor("x", "T, K", "D", scaled_by="x_scale", asks=("torch_dtype",)),
-        operands.Tensor(
-            "lora_a",
-            (">=L, rank, K", ">=L, 1, rank, K"),
-            "D",
-            slices="alike",
-            scaled_by="a_scale",
-            asks=("rank", "torch_dtype"),
-        ),
-        ROUTE,
-        operands.Number("scaling"),
-        operands.Flag("zero_rest"),
-        scale_operand("a_scale", "weight_scales", slices="any"),
-        scale_operand("x_scale", "x_scales"),
-        LORA_RANKS,
-        SCALINGS,
-        PACKED,
-    ),
+    Given,
     spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},
     fp8=QUANT.elements,
     first=("lora_a",),
     tells=("x",),
 )
+
+
+class Modes(NamedTuple):
+    """Of what FP8 operands have a scale each: "tensor", "channel" or "group"; x "token" for "channel"; None: of 16 bits."""
+
+    of_weights: str | None
+    of_x: str | None
 
 
 class Parts(NamedTuple):
@@ -144,68 +152,48 @@ class Problem(NamedTuple):
         return Parts(runtime.cdiv(self.k, self.part_k(config)), self.quarter(config) if config.parts == 1 else 1)
 
 
-def check(
-    variant: str,
-    y: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    route: MoeRoute,
-    *,
-    dtype: torch.dtype,
-    max_rank: int | None,
-    a_scale: tuple[str, Sequence[torch.Tensor]] | None = None,
-    x_scale: tuple[str, torch.Tensor] | None = None,
-    scaling: float = 1.0,
+class Operands(NamedTuple):
+    """Those of a product of x and first factors, of ``lora_shrink`` and of ``lora``."""
+
+    x: torch.Tensor
+    lora_a: operands.Tensors
+    route: MoeRoute
+    a_scale: operands.Tensors | None
+    x_scale: torch.Tensor | None
+    lora_ranks: torch.Tensor | None
+    packed: bool
+
+
+def problem_of(
+    variant: str, given: Operands, sizes: operands.Sizes, modes: Modes, max_rank: int | None = None
 ) -> Problem:
-    """The sizes of a call, once everything about it is known to fit; scales come with what there is one each of.
+    """The sizes of a product whose operands are known to fit one by one, once they fit together.
 
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
-    scales = (None if found is None else found[1] for found in (a_scale, x_scale))
-    sizes = OP.check(variant, OP.named(y, x, lora_a, route, scaling, False, *scales, None, None, False), D=dtype)
-    return problem_of(variant, sizes, x, lora_a, route, max_rank=max_rank, a_scale=a_scale, x_scale=x_scale)
-
-
-def problem_of(
-    variant: str,
-    sizes: operands.Sizes,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    route: MoeRoute,
-    *,
-    max_rank: int | None = None,
-    a_scale: tuple[str, Sequence[torch.Tensor]] | None = None,
-    x_scale: tuple[str, torch.Tensor] | None = None,
-    lora_ranks: torch.Tensor | None = None,
-    packed: bool = False,
-) -> Problem:
-    """The sizes of a product whose operands are checked, once the rest is too.
-
-    Raises:
-        ValueError: as ``check``.
-    """
+    (of_weights, of_x), (x, lora_a, route, a_scale, x_scale, lora_ranks, packed) = modes, given
     check_route(variant, route)
     a, slices, rank = lora_a[0], sizes["S"], sizes["rank"]
     if packed:
-        if lora_ranks is None or a_scale is not None:
+        if lora_ranks is None or of_weights is not None:
             wanted = "lora_ranks with it" if lora_ranks is None else False
             runtime.fail(variant, "packed", True, wanted, "ranks say where slices of 16 bits begin")
         check_packed(variant, lora_a)
-    if a_scale is not None:
-        check_fp8(variant, "lora_a", a, a_scale[0], QUANT)
-    if x_scale is not None:
-        check_fp8(variant, "x", x, x_scale[0], QUANT)
+    if of_weights is not None:
+        check_fp8(variant, "lora_a", a, of_weights, QUANT)
+    if of_x is not None:
+        check_fp8(variant, "x", x, of_x, QUANT)
     check_rank(variant, "lora_a", rank, max_rank, a.stride(-2))
     a_scale_stride = 0
-    if a_scale is not None:
-        found = scale_strides(variant, "a_scale", *a_scale, lora_a, QUANT)
+    if of_weights is not None and a_scale is not None:
+        found = scale_strides(variant, "a_scale", of_weights, a_scale, lora_a, QUANT)
         a_scale_stride = found[0]
         if found != (a_scale_stride,) * slices:
             runtime.fail(variant, "a_scale", f"strides {found} over L", "one for all slices", "slices have one layout")
     x_scale_stride, x_scale_next = 0, None
-    if x_scale is not None:
-        x_scale_stride, x_scale_next = check_x_scale(variant, x_scale[0], x, x_scale[1], QUANT)
+    if of_x is not None:
+        x_scale_stride, x_scale_next = check_x_scale(variant, of_x, x, x_scale, QUANT)
     return Problem(
         num_tokens=route.num_tokens,
         k=sizes["K"],
@@ -215,8 +203,8 @@ def problem_of(
         a_stride_l=a.stride(0),
         a_stride_r=a.stride(-2),
         device=x.device,
-        weight_scales=None if a_scale is None else a_scale[0],
-        x_scales=None if x_scale is None else x_scale[0],
+        weight_scales=of_weights,
+        x_scales=of_x,
         a_scale_stride_l=a_scale_stride,
         x_scale_stride=x_scale_stride,
         x_scale_next=x_scale_next,

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
-from .._activation import CLAMP, Clamp
+from .._activation import Alpha, Beta, Limit
 from .._activation import choice as activation_choice
-from .._live import DELTA_ROUTE, DeltaSizes, check_delta, delta_operand
-from ..moe_align._op import (
-    LOCAL_EXPERT_START,
-    NUM_EXPERTS,
-    NUM_TOKENS_HINT,
-    TOPK_IDS,
-    VALID_TOKENS,
-)
-from ..moe_route._op import MoeRoute
+from .._live import DeltaSizes, check_delta
+from .._live import delta as delta_operand
+from ..moe_align._op import NumExperts, NumTokensHint, TopkIds, ValidTokens
+from ..moe_route._op import Route
 from ._table import VARIANTS
 from ._tuned import TUNED
 
@@ -34,29 +29,28 @@ class Config(NamedTuple):
 
 CONFIGS = {"moe_act": Config}
 
-OP = operands.Op(
-    "moe_act",
-    (
-        operands.Tensor("h", "T*top_k, N", "D", written=True),
-        operands.Tensor("x", "T, top_k, S*N", "D", operands.PAIRS, asks=("torch_dtype",)),
-        TOPK_IDS,
-        VALID_TOKENS,
-        activation_choice("epilogue"),
-        NUM_EXPERTS,
-        LOCAL_EXPERT_START,
-        NUM_TOKENS_HINT,
-        delta_operand("T, top_k, S*N"),
-        DELTA_ROUTE,
-        *CLAMP,
-    ),
-    spec=VARIANTS.spec,
-    dtypes={"D": VARIANTS.dtypes},
-    first=("topk_ids",),
-    tells=("x",),
-)
 
-# (h, x, topk_ids, valid_tokens, delta, route, limit, alpha, beta) of sizes that were checked before
-Call = Callable[..., None]
+class Given(NamedTuple):
+    """What moe_act is given."""
+
+    h: Annotated[torch.Tensor, operands.Tensor("T*top_k, N", "D", written=True)]
+    x: Annotated[torch.Tensor, operands.Tensor("T, top_k, S*N", "D", operands.PAIRS, asks=("torch_dtype",))]
+    topk_ids: TopkIds
+    valid_tokens: ValidTokens
+    activation: Annotated[str, activation_choice("epilogue")]
+    num_experts: NumExperts
+    local_expert_start: operands.Count
+    num_tokens_hint: NumTokensHint
+    delta: Annotated[torch.Tensor | None, delta_operand("T, top_k, S*N")]
+    route: Route | None
+    limit: Limit
+    alpha: Alpha
+    beta: Beta
+
+
+OP = operands.Op("moe_act", Given, spec=VARIANTS.spec, dtypes={"D": VARIANTS.dtypes}, first=("topk_ids",), tells=("x",))
+
+Call = Callable[[Given], None]  # of sizes that were checked before
 
 
 class Problem(NamedTuple):
@@ -74,42 +68,25 @@ class Problem(NamedTuple):
     device: torch.device
 
 
-def check(
-    variant: str,
-    h: torch.Tensor,
-    x: torch.Tensor,
-    topk_ids: torch.Tensor,
-    valid_tokens: torch.Tensor | None,
-    delta: torch.Tensor | None = None,
-    route: MoeRoute | None = None,
-    *,
-    activation: str,
-    num_experts: int,
-    local_expert_start: int,
-    num_tokens_hint: int | None,
-    clamp: Clamp,
-    dtype: torch.dtype | None = None,
-    adapted: bool | None = None,
-) -> Problem:
+def check(variant: str, given: Given, *, dtype: torch.dtype | None = None, adapted: bool | None = None) -> Problem:
     """The sizes of a call, once everything about it is known to fit.
 
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
-    given = (h, x, topk_ids, valid_tokens, activation, num_experts, local_expert_start, num_tokens_hint, delta, route)
-    sizes = OP.check(variant, OP.named(*given, *clamp), D=dtype)
+    sizes = OP.check(variant, given, D=dtype)
     num_tokens, top_k = sizes["T"], sizes["top_k"]
     return Problem(
         num_tokens=num_tokens,
         top_k=top_k,
-        num_experts=num_experts,
-        local_expert_start=local_expert_start,
-        tokens_hint=num_tokens if num_tokens_hint is None else num_tokens_hint,
+        num_experts=given.num_experts,
+        local_expert_start=given.local_expert_start,
+        tokens_hint=num_tokens if given.num_tokens_hint is None else given.num_tokens_hint,
         n=sizes["N"],
-        h_stride=h.stride(0),
-        x_stride=x.stride(1 if top_k > 1 else 0),
-        delta=check_delta(variant, delta, route, adapted),
-        device=h.device,
+        h_stride=given.h.stride(0),
+        x_stride=given.x.stride(1 if top_k > 1 else 0),
+        delta=check_delta(variant, given.delta, given.route, adapted),
+        device=given.h.device,
     )
 
 

@@ -10,7 +10,9 @@ from torch import Tensor
 from .. import _runtime as runtime
 from ._op import (
     CHUNKS,
+    FILL,
     Fill,
+    Localize,
     Problem,
     check_fill,
     check_local_ids,
@@ -18,6 +20,8 @@ from ._op import (
     counts_size,
     is_dense,
 )
+
+Call = Callable[[Fill], None]  # of sizes that were checked before
 
 _TABLES = "pairs_ptr blocks_ptr num_blocks_ptr"
 _ROUTING = "topk_ids_ptr valid_tokens_ptr num_pairs"
@@ -67,29 +71,18 @@ class _Tables:
         """int32 elements of scratch that a call needs."""
         raise NotImplementedError
 
-    def bind(self, problem: Problem) -> Fill:
+    def bind(self, problem: Problem) -> Call:
         """The launches for tables of these sizes, ready to be made again and again."""
         raise NotImplementedError
 
-    def launch(
-        self,
-        pairs: Tensor,
-        blocks: Tensor,
-        num_blocks: Tensor,
-        scratch: Tensor,
-        topk_ids: Tensor,
-        valid_tokens: Tensor | None,
-        num_experts: int,
-        local_expert_start: int,
-        block_m: int,
-    ) -> None:
+    def launch(self, **arguments: Any) -> None:
         """One call, checked.
 
         Raises:
             ValueError: something does not fit; nothing was launched.
         """
-        tensors = (pairs, blocks, num_blocks, scratch, topk_ids, valid_tokens)
-        self.bind(check_fill(self.name, self.scratch_size, *tensors, num_experts, local_expert_start, block_m))(*tensors)
+        given = FILL.given(**arguments)
+        self.bind(check_fill(self.name, self.scratch_size, given))(given)
 
 
 class OneLaunch(_Tables):
@@ -102,7 +95,7 @@ class OneLaunch(_Tables):
     def scratch_size(self, num_pairs: int, num_experts: int) -> int:
         return 0
 
-    def bind(self, problem: Problem) -> Fill:
+    def bind(self, problem: Problem) -> Call:
         over = walk(problem.num_pairs, problem.top_k, problem.num_experts)
         launch = self._kernel.bind(
             problem.num_experts,
@@ -118,15 +111,8 @@ class OneLaunch(_Tables):
         )
         num_pairs = problem.num_pairs
 
-        def call(
-            pairs: Tensor,
-            blocks: Tensor,
-            num_blocks: Tensor,
-            scratch: Tensor,
-            topk_ids: Tensor,
-            valid_tokens: Tensor | None,
-        ) -> None:
-            launch.run(pairs, blocks, num_blocks, topk_ids, valid_tokens, num_pairs)
+        def call(given: Fill) -> None:
+            launch.run(given.pairs, given.blocks, given.num_blocks, given.topk_ids, given.valid_tokens, num_pairs)
 
         return call
 
@@ -142,7 +128,7 @@ class TwoLaunch(_Tables):
     def scratch_size(self, num_pairs: int, num_experts: int) -> int:
         return counts_size(num_experts)
 
-    def bind(self, problem: Problem) -> Fill:
+    def bind(self, problem: Problem) -> Call:
         num_pairs, pdl = problem.num_pairs, runtime.traits(problem.device).pdl
         over = chunks(num_pairs, problem.num_experts)
         constants = {
@@ -157,16 +143,10 @@ class TwoLaunch(_Tables):
         options = runtime.Options(over.num_warps, pdl=pdl)
         place = self._place.bind(over.number, options, **constants, BLOCK_M=problem.block_m, ROWS=over.rows)
 
-        def call(
-            pairs: Tensor,
-            blocks: Tensor,
-            num_blocks: Tensor,
-            scratch: Tensor,
-            topk_ids: Tensor,
-            valid_tokens: Tensor | None,
-        ) -> None:
-            count.run(scratch, topk_ids, valid_tokens, num_pairs)
-            place.run(pairs, blocks, num_blocks, scratch, topk_ids, valid_tokens, num_pairs, over.number)
+        def call(given: Fill) -> None:
+            scratch, routing = given.scratch, (given.topk_ids, given.valid_tokens, num_pairs)
+            count.run(scratch, *routing)
+            place.run(given.pairs, given.blocks, given.num_blocks, scratch, *routing, over.number)
 
         return call
 
@@ -186,16 +166,17 @@ class LocalIds:
         Raises:
             ValueError: something does not fit; nothing was launched.
         """
-        num_pairs = check_local_ids(self.name, out, topk_ids, expert_map)
+        given = Localize(out, topk_ids, expert_map)
+        num_pairs = check_local_ids(self.name, given)
         if num_pairs > 0:
-            self.bind(num_pairs, expert_map.shape[0])(out, topk_ids, expert_map)
+            self.bind(num_pairs, expert_map.shape[0])(given)
 
-    def bind(self, num_pairs: int, global_experts: int) -> Callable[[Tensor, Tensor, Tensor], None]:
-        """The launch for so many ids, ready to be made again and again: (out, topk_ids, expert_map)."""
+    def bind(self, num_pairs: int, global_experts: int) -> Callable[[Localize], None]:
+        """The launch for so many ids, ready to be made again and again."""
         grid, constants = runtime.cdiv(num_pairs, self._BLOCK), {"GLOBAL_EXPERTS": global_experts, "BLOCK": self._BLOCK}
         launch = self._kernel.bind(grid, runtime.Options(4), **constants)
 
-        def call(out: Tensor, topk_ids: Tensor, expert_map: Tensor) -> None:
-            launch.run(out, num_pairs, topk_ids, expert_map)
+        def call(given: Localize) -> None:
+            launch.run(given.out, num_pairs, given.topk_ids, given.expert_map)
 
         return call

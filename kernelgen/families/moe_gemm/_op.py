@@ -13,7 +13,7 @@ from .._scales import find_factor_mode, find_mode, find_x_mode
 from ..moe_align._op import MoeTables
 from ..moe_runs._op import MoeRuns
 from . import _problem as problems
-from ._problem import OP, Call, Delta, Problem, Scales, has_boxes, has_gluon, plan, problem_of
+from ._problem import OP, Call, Given, Modes, Problem, has_boxes, has_gluon, plan, problem_of
 from ._table import QUANT, VARIANTS
 
 
@@ -82,135 +82,70 @@ def moe_gemm(
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
-    adapters, more = (v, lora_b, runs, b_scale), (bias, limit, alpha, beta, out_scale)
-    (_in_graphs if torch.compiler.is_compiling() else _apply)(
-        out, x, w, tables, topk_weights, x_rows, out_rows, activation, layout, w_scale, x_scale, *adapters, *more
-    )
+    request, scales = (topk_weights, x_rows, out_rows, activation, layout), (w_scale, x_scale)
+    apply = _in_graphs if torch.compiler.is_compiling() else _apply
+    apply(out, x, w, tables, *request, *scales, v, lora_b, runs, b_scale, bias, limit, alpha, beta, out_scale)
 
 
-def bind(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    w: torch.Tensor,
-    tables: MoeTables,
-    topk_weights: torch.Tensor | None,
-    x_rows: str,
-    out_rows: str,
-    activation: str | None,
-    layout: str = "halves",
-    w_scale: torch.Tensor | None = None,
-    x_scale: torch.Tensor | None = None,
-    v: torch.Tensor | None = None,
-    lora_b: Sequence[torch.Tensor] | None = None,
-    runs: MoeRuns | None = None,
-    b_scale: Sequence[torch.Tensor] | None = None,
-    bias: torch.Tensor | None = None,
-    limit: float | None = None,
-    alpha: float | None = None,
-    beta: float | None = None,
-    out_scale: torch.Tensor | None = None,
-    zero_rest: bool = False,
-    follows: bool = False,
-    op: str = "moe_gemm",
-) -> Call:
-    """The launch for calls that look like this one, of ``op``.
+def bind(given: Given, *, zero_rest: bool = False, follows: bool = False, op: str = "moe_gemm") -> Call:
+    """The launch for calls that look like this one, of ``op``; ``zero_rest``: rows behind the tokens become zero; ``follows``: as
+    ``problem_of`` says.
 
     Raises:
         ValueError: as ``moe_gemm``.
     """
-    adapters, more = (v, lora_b, runs, b_scale), (bias, limit, alpha, beta, out_scale, zero_rest, follows, op)
-    request = (topk_weights, x_rows, out_rows, activation, layout, w_scale, x_scale, *adapters, *more)
-    problem, facts = _asked(out, x, w, tables, *request, schedule=None if out_scale is None else "warp_specialised")
+    schedule = None if given.out_scale is None else "warp_specialised"
+    problem, facts = _asked(given, op, zero_rest=zero_rest, follows=follows, schedule=schedule)
     if problem.num_pairs == 0:
         return runtime.nothing
 
     def there(schedule: str) -> bool:
         return VARIANTS.find(schedule=schedule, **facts) is not None
 
-    schedule, config = plan(problem, has_boxes(problem, x, w), there)
+    schedule, config = plan(problem, has_boxes(problem, given.x, given.w), there)
     variant = VARIANTS.get(op, schedule=schedule, **facts)
-    if out_scale is not None and not has_gluon():
-        runtime.fail(op, "out_scale", runtime.describe(out_scale), None, "without Gluon use moe_quant behind it")
+    if given.out_scale is not None and not has_gluon():
+        runtime.fail(op, "out_scale", runtime.describe(given.out_scale), None, "without Gluon use moe_quant behind it")
     call: Call = variant.bind(problem, config)
     return call
 
 
-def writes_fp8(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor, tables: MoeTables, *request: Any, **more: Any) -> bool:
-    """Whether tuning says of calls that look like this one, with an ``out_scale``, that the product makes its rows FP8; arguments
-    as of ``bind``.
+def writes_fp8(given: Given, op: str = "moe_gemm") -> bool:
+    """Whether tuning says of calls that look like this one, with an ``out_scale``, that the product makes its rows FP8.
 
     Raises:
         ValueError: as ``moe_gemm``.
     """
-    problem, facts = _asked(out, x, w, tables, *request, **more)
+    problem, facts = _asked(given, op)
     served = problem.num_pairs > 0 and VARIANTS.find(schedule="warp_specialised", **facts) is not None
-    return served and problems.writes_fp8(problem, has_boxes(problem, x, w))
+    return served and problems.writes_fp8(problem, has_boxes(problem, given.x, given.w))
 
 
 def _asked(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    w: torch.Tensor,
-    tables: MoeTables,
-    topk_weights: torch.Tensor | None,
-    x_rows: str,
-    out_rows: str,
-    activation: str | None,
-    layout: str = "halves",
-    w_scale: torch.Tensor | None = None,
-    x_scale: torch.Tensor | None = None,
-    v: torch.Tensor | None = None,
-    lora_b: Sequence[torch.Tensor] | None = None,
-    runs: MoeRuns | None = None,
-    b_scale: Sequence[torch.Tensor] | None = None,
-    bias: torch.Tensor | None = None,
-    limit: float | None = None,
-    alpha: float | None = None,
-    beta: float | None = None,
-    out_scale: torch.Tensor | None = None,
-    zero_rest: bool = False,
-    follows: bool = False,
-    op: str = "moe_gemm",
-    schedule: str | None = None,
+    given: Given, op: str, *, zero_rest: bool = False, follows: bool = False, schedule: str | None = None
 ) -> tuple[Problem, dict[str, Any]]:
     """The sizes of a call, checked, and the facts of the variants that serve it; of ``schedule`` where one is meant."""
-    request = (topk_weights, x_rows, out_rows, activation, layout, w_scale, x_scale, v, lora_b, runs, b_scale, bias)
-    sizes = OP.check(op, OP.named(out, x, w, tables, *request, limit, alpha, beta, out_scale))
+    sizes = OP.check(op, given)
     kind = sizes.get("D") or torch.bfloat16  # of a product of FP8 with FP8
-    rows, epilogue = f"{x_rows}_{out_rows}", activation or "none"
-    of_rows = 1 if x_rows == "token" else tables.num_experts
-    scales = find_scales(op, x, w, w_scale, x_scale, slices=sizes["S"], experts=of_rows)
-    of_b = None if b_scale is None or lora_b is None else find_factor_mode(op, "b_scale", b_scale, lora_b, QUANT)
-    problem = problem_of(
-        op,
-        sizes,
-        out,
-        x,
-        w,
-        tables,
-        dtype=kind,
-        rows=rows,
-        epilogue=epilogue,
-        schedule=schedule,
-        zero_rest=zero_rest,
-        follows=follows,
-        scales=scales,
-        delta=Delta(v, lora_b, runs, of_b, b_scale),
-        interleaved=layout == "interleaved",
-        bias=bias,
-        out_scale=out_scale,
-    )
+    of_rows = 1 if given.x_rows == "token" else given.tables.num_experts
+    scales = (given.w_scale, given.x_scale)
+    of_weights, of_x = find_scales(op, given.x, given.w, *scales, slices=sizes["S"], experts=of_rows)
+    of_b = None
+    if given.b_scale is not None and given.lora_b is not None:
+        of_b = find_factor_mode(op, "b_scale", given.b_scale, given.lora_b, QUANT)
+    modes, how = Modes(of_weights, of_x, of_b), {"zero_rest": zero_rest, "follows": follows}
+    problem = problem_of(op, given, sizes, modes, dtype=kind, schedule=schedule, **how)
     return problem, {
         "torch_dtype": kind,
-        "rows": rows,
-        "epilogue": epilogue,
-        "weighted": topk_weights is not None,
+        "rows": problem.rows,
+        "epilogue": problem.epilogue,
+        "weighted": given.topk_weights is not None,
         "weight_scales": problem.weight_scales,
         "x_scales": problem.x_scales,
         "adapted": problem.rank > 0,
         "b_scales": problem.b_scales,
         "interleaved": problem.interleaved,
-        "biased": bias is not None,
+        "biased": given.bias is not None,
         "writes_fp8": problem.writes_fp8,
     }
 
@@ -225,9 +160,9 @@ def find_scales(
     slices: int,
     experts: int = 1,
     label: str = "w_scale",
-) -> Scales:
-    """Of what there is a scale each, by the shapes; w is of so many ``slices``: 2 for gate and up; rows of x of one of so many
-    ``experts`` each, or 1: a row is read by several.
+) -> tuple[str | None, str | None]:
+    """Of what w and x have a scale each, by the shapes; w is of so many ``slices``: 2 for gate and up; rows of x of one of so
+    many ``experts`` each, or 1: a row is read by several.
 
     Raises:
         ValueError: no mode has scales of such shapes.
@@ -246,7 +181,7 @@ def find_scales(
             runtime.fail(name, label, runtime.describe(w_scale), f"{wanted} of w {runtime.describe(w)}", hint)
     if x_scale is not None:
         of_x = find_x_mode(name, x, x_scale, QUANT, "group" if of_weights == "group" else None, experts)
-    return Scales(of_weights, w_scale, of_x, x_scale)
+    return of_weights, of_x
 
 
 _APART = "gate and up are quantised apart, so that groups of rows begin anew with up: quantize_weights(..., slices=2)"

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
 from .. import _mxfp4 as mxfp4
 from .. import _operands as operands
 from .. import _runtime as runtime
-from .._activation import CLAMP, LAYOUT, Clamp
+from .._activation import Alpha, Beta, Layout, Limit
 from .._activation import choice as activation_choice
 from .._scales import (
     SCALES,
@@ -26,8 +25,8 @@ from .._scales import (
     scale_operand,
     scale_shape,
 )
-from ..moe_align._op import TABLES, MoeTables, default_block_m, max_blocks
-from ..moe_runs._op import RUNS, MoeRuns
+from ..moe_align._op import MoeTables, Tables, default_block_m, max_blocks
+from ..moe_runs._op import Runs
 from ._table import QUANT, VARIANTS
 from ._tuned import TUNED
 
@@ -99,42 +98,15 @@ CONFIGS = {
 Tiled = GemvConfig | NaiveConfig | TileConfig | BoxConfig
 Config = Tiled | WarpSpecialisedConfig
 
-# (out, x, w, tables, topk_weights, w_scale, x_scale, v, lora_b, runs, b_scale, bias, limit, alpha, beta, out_scale) of sizes
-# that were checked before; the last five may be left out
-Call = Callable[..., None]
 
-
-class Scales(NamedTuple):
-    """The scales of a call, and of what there is one each: of w "tensor", "channel", "group" or, of MXFP4, "mx"; of x "token" for
-    "channel"."""
+class Modes(NamedTuple):
+    """Of what FP8 operands have a scale each: w "tensor", "channel", "group" or, of MXFP4, "mx"; x "token" for "channel"; the
+    second factors as w; None: they are of 16 bits."""
 
     of_weights: str | None
-    w: torch.Tensor | None
     of_x: str | None
-    x: torch.Tensor | None
+    of_b: str | None
 
-
-UNSCALED = Scales(None, None, None, None)
-
-
-class Delta(NamedTuple):
-    """What adapters add to a product: rank vectors, the second factors, which rows are of which adapter; of what FP8 factors have
-    a scale each, and these."""
-
-    v: torch.Tensor | None
-    lora_b: Sequence[torch.Tensor] | None
-    runs: MoeRuns | None
-    of_b: str | None = None
-    b_scale: Sequence[torch.Tensor] | None = None
-
-    @property
-    def operands(self) -> tuple[Any, ...]:
-        """Those of the op, in its order."""
-        return self.v, self.lora_b, self.runs, self.b_scale
-
-
-UNADAPTED = Delta(None, None, None)
-UNCLAMPED = Clamp()
 
 # rows of x and of out -> whether tables are needed
 _ROWS = {
@@ -156,11 +128,12 @@ def _rows(values: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-OP = operands.Op(
-    "moe_gemm",
-    (
+class Given(NamedTuple):
+    """What moe_gemm is given."""
+
+    out: Annotated[
+        torch.Tensor,
         operands.Tensor(
-            "out",
             ("P, N", "T, top_k, N"),
             operands.FLOATS,
             operands.PAIRS,
@@ -168,33 +141,45 @@ OP = operands.Op(
             scaled_by="out_scale",
             asks=("torch_dtype",),
         ),
-        operands.Tensor("x", "R, K", "D", scaled_by="x_scale", asks=("torch_dtype",)),
-        operands.Tensor("w", ">=E, S*N, K", "D", scaled_by="w_scale", packed=True),
-        TABLES,
-        operands.Tensor("topk_weights", "T, top_k", operands.FLOATS, operands.CONTIGUOUS, optional=True, asks=("weighted",)),
-        operands.Choice("x_rows", ("token", "pair", "sorted"), asks=("rows",)),
-        operands.Choice("out_rows", ("pair", "sorted", "token"), asks=("rows",)),
-        activation_choice("epilogue", none=True),
-        LAYOUT,
-        scale_operand("w_scale", "weight_scales"),
-        scale_operand("x_scale", "x_scales"),
+    ]
+    x: Annotated[torch.Tensor, operands.Tensor("R, K", "D", scaled_by="x_scale", asks=("torch_dtype",))]
+    w: Annotated[torch.Tensor, operands.Tensor(">=E, S*N, K", "D", scaled_by="w_scale", packed=True)]
+    tables: Tables
+    topk_weights: Annotated[
+        torch.Tensor | None, operands.Tensor("T, top_k", operands.FLOATS, operands.CONTIGUOUS, asks=("weighted",))
+    ]
+    x_rows: Annotated[str, operands.Choice(("token", "pair", "sorted"), asks=("rows",))]
+    out_rows: Annotated[str, operands.Choice(("pair", "sorted", "token"), asks=("rows",))]
+    activation: Annotated[str | None, activation_choice("epilogue", none=True)]
+    layout: Layout
+    w_scale: Annotated[torch.Tensor | None, scale_operand("weight_scales")]
+    x_scale: Annotated[torch.Tensor | None, scale_operand("x_scales")]
+    v: Annotated[
+        torch.Tensor | None,
         operands.Tensor(
-            "v",
-            ("T*top_k, S, rank", "T, S, rank", "*, T*top_k, S, rank"),
-            None,
-            operands.CONTIGUOUS,
-            optional=True,
-            asks=("adapted",),
+            ("T*top_k, S, rank", "T, S, rank", "*, T*top_k, S, rank"), None, operands.CONTIGUOUS, asks=("adapted",)
         ),
-        operands.Tensor(
-            "lora_b", ">=L, >=E, N, rank", "D", slices="alike", optional=True, scaled_by="b_scale", asks=("adapted",)
-        ),
-        dataclasses.replace(RUNS, optional=True),
-        scale_operand("b_scale", "b_scales", slices="any"),
-        operands.Tensor("bias", ">=E, S*N", operands.FLOATS, optional=True, asks=("biased",)),
-        *CLAMP,
-        operands.Tensor("out_scale", None, SCALES, operands.CONTIGUOUS, optional=True, written=True, asks=("writes_fp8",)),
-    ),
+    ]
+    lora_b: Annotated[
+        operands.Tensors | None,
+        operands.Tensor(">=L, >=E, N, rank", "D", slices="alike", scaled_by="b_scale", asks=("adapted",)),
+    ]
+    runs: Runs | None
+    b_scale: Annotated[operands.Tensors | None, scale_operand("b_scales", slices="any")]
+    bias: Annotated[torch.Tensor | None, operands.Tensor(">=E, S*N", operands.FLOATS, asks=("biased",))]
+    limit: Limit
+    alpha: Alpha
+    beta: Beta
+    out_scale: Annotated[
+        torch.Tensor | None, operands.Tensor(None, SCALES, operands.CONTIGUOUS, written=True, asks=("writes_fp8",))
+    ]
+
+
+Call = Callable[[Given], None]  # of sizes that were checked before
+
+OP = operands.Op(
+    "moe_gemm",
+    Given,
     spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},
     fp8=QUANT.elements,
@@ -249,119 +234,63 @@ class Problem(NamedTuple):
     wide_ranks: bool  # whether rows of v and of the second factors start at 16-byte boundaries
 
 
-def check(
+def problem_of(
     variant: str,
-    out: torch.Tensor,
-    x: torch.Tensor,
-    w: torch.Tensor,
-    tables: MoeTables,
-    topk_weights: torch.Tensor | None,
+    given: Given,
+    sizes: operands.Sizes,
+    modes: Modes,
     *,
     dtype: torch.dtype,
-    rows: str,
-    epilogue: str,
     schedule: str | None = None,
     zero_rest: bool = False,
-    scales: Scales = UNSCALED,
-    delta: Delta = UNADAPTED,
-    interleaved: bool = False,
-    bias: torch.Tensor | None = None,
-    biased: bool = False,
-    clamp: Clamp = UNCLAMPED,
-    out_scale: torch.Tensor | None = None,
-    writes_fp8: bool = False,
+    follows: bool = False,
 ) -> Problem:
-    """The sizes of a call, once everything about it is known to fit.
+    """The sizes of a product whose operands are known to fit one by one, once they fit together.
+
+    Args:
+        sizes: what the check of the operands found.
+        schedule: None: it is to be chosen.
+        follows: it stands right behind a launch that waits for all before it lets this one begin, and writes nothing but rows of
+            x or v.
 
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
-    layout = "interleaved" if interleaved else "halves"
-    request = (*rows.split("_"), None if epilogue == "none" else epilogue, layout)
-    given = (out, x, w, tables, topk_weights, *request, scales.w, scales.x, *delta.operands, bias, *clamp, out_scale)
-    for name, value, needed in (("bias", bias, biased), ("out_scale", out_scale, writes_fp8)):
-        if needed and value is None:
-            runtime.fail(variant, name, None, "a tensor", "this variant takes one")
-    sizes = OP.check(variant, OP.named(*given), D=dtype)
-    return problem_of(
-        variant,
-        sizes,
-        out,
-        x,
-        w,
-        tables,
-        dtype=dtype,
-        rows=rows,
-        epilogue=epilogue,
-        schedule=schedule,
-        zero_rest=zero_rest,
-        scales=scales,
-        delta=delta,
-        interleaved=interleaved,
-        bias=bias,
-        out_scale=out_scale,
-    )
-
-
-def problem_of(
-    variant: str,
-    sizes: operands.Sizes,
-    out: torch.Tensor,
-    x: torch.Tensor,
-    w: torch.Tensor,
-    tables: MoeTables,
-    *,
-    dtype: torch.dtype,
-    rows: str,
-    epilogue: str,
-    schedule: str | None = None,
-    zero_rest: bool = False,
-    follows: bool = False,
-    scales: Scales = UNSCALED,
-    delta: Delta = UNADAPTED,
-    interleaved: bool = False,
-    bias: torch.Tensor | None = None,
-    out_scale: torch.Tensor | None = None,
-) -> Problem:
-    """The sizes of a product whose operands are checked, once the rest is too. ``follows``: it stands right behind a launch that
-    waits for all before it lets this one begin, and writes nothing but rows of x or v.
-
-    Raises:
-        ValueError: as ``check``.
-    """
+    out, x, w, tables, runs, w_scale = given.out, given.x, given.w, given.tables, given.runs, given.w_scale
+    rows, interleaved = f"{given.x_rows}_{given.out_rows}", given.layout == "interleaved"
     if rows not in _ROWS:
         runtime.fail(variant, "x_rows, out_rows", rows.split("_"), " or ".join(_ROWS).replace("_", ", "))
     num_tokens, top_k = tables.num_tokens, tables.top_k
     num_pairs = num_tokens * top_k
     if (_ROWS[rows] if schedule is None else schedule not in BY_PAIR) and tables.pairs is None:
         runtime.fail(variant, "tables", "none", "tables", "make them with moe_align")
-    if scales.of_weights is not None:
-        check_fp8(variant, "w", w, scales.of_weights, QUANT)
-    if scales.of_x is not None:
-        check_fp8(variant, "x", x, scales.of_x, QUANT)
+    if modes.of_weights is not None:
+        check_fp8(variant, "w", w, modes.of_weights, QUANT)
+    if modes.of_x is not None:
+        check_fp8(variant, "x", x, modes.of_x, QUANT)
     slices = sizes["S"]
     n, k = sizes["N"], sizes["K"]
-    out_scale_stride = _check_out_scale(variant, out, out_scale, scales.of_x, tables)
-    if not (out.dim() == 2 if rows == "pair_token" else out_scale is not None or out.dtype == dtype):
+    out_scale_stride = _check_out_scale(variant, out, given.out_scale, modes.of_x, tables)
+    if not (out.dim() == 2 if rows == "pair_token" else given.out_scale is not None or out.dtype == dtype):
         wanted = f"[{num_tokens}, {n}]" if rows == "pair_token" else f"{dtype}"
         runtime.fail(variant, "out", runtime.describe(out), wanted, f"as of x_rows, out_rows {rows.replace('_', ', ')}")
     if w.stride(1) * w.shape[1] >= 2**31:
         runtime.fail(variant, "w", f"rows {w.stride(1)} elements apart", "an expert's matrix below 2**31 elements")
     w_scale_stride = w_scale_next = 0
-    if scales.of_weights is not None:
-        w_scale_stride, w_scale_next = _check_w_scale(variant, scales.of_weights, scales.w, w, slices)
-        if interleaved and scales.w is not None and w_scale_next:
-            w_scale_next = scales.w.stride(1)
+    if modes.of_weights is not None:
+        w_scale_stride, w_scale_next = _check_w_scale(variant, modes.of_weights, w_scale, w, slices)
+        if interleaved and w_scale is not None and w_scale_next:
+            w_scale_next = w_scale.stride(1)
     x_scale_stride, x_scale_next = 0, None
-    if scales.of_x is not None:
+    if modes.of_x is not None:
         of_rows = 1 if rows.startswith("token") else tables.num_experts
-        x_scale_stride, x_scale_next = check_x_scale(variant, scales.of_x, x, scales.x, QUANT, of_rows)
+        x_scale_stride, x_scale_next = check_x_scale(variant, modes.of_x, x, given.x_scale, QUANT, of_rows)
     expected, block_m = min(tables.tokens_hint, num_tokens), tables.block_m
     if block_m < 0:  # left open by a graph of torch.compile, and settled as moe_align does
         block_m = default_block_m(max(tables.tokens_hint, 1), top_k, tables.num_experts)
-    rank, parts, v_by_token, b_strides = _check_delta(variant, delta, tables, sizes, dtype, rows)
+    rank, parts, v_by_token, b_strides = _check_delta(variant, given, sizes, dtype)
     problem = Problem(
-        epilogue=epilogue,
+        epilogue=given.activation or "none",
         num_tokens=num_tokens,
         num_pairs=num_pairs,
         top_k=top_k,
@@ -380,26 +309,26 @@ def problem_of(
         zero_rest=zero_rest,
         follows=follows,
         device=x.device,
-        weight_scales=scales.of_weights,
-        x_scales=scales.of_x,
+        weight_scales=modes.of_weights,
+        x_scales=modes.of_x,
         w_scale_stride=w_scale_stride,
         w_scale_next=w_scale_next,
         x_scale_stride=x_scale_stride,
         x_scale_next=x_scale_next,
-        max_loras=0 if delta.runs is None else delta.runs.max_loras,
+        max_loras=0 if runs is None else runs.max_loras,
         rank=rank,
         parts=parts,
         v_by_token=v_by_token,
         b_strides=b_strides,
-        b_scales=delta.of_b,
-        b_scale_strides=_check_b_scale(variant, delta),
-        ranked=delta.runs is not None and delta.runs.lora_ranks is not None,
+        b_scales=modes.of_b,
+        b_scale_strides=_check_b_scale(variant, given, modes.of_b),
+        ranked=runs is not None and runs.lora_ranks is not None,
         interleaved=interleaved,
-        bias_stride=0 if bias is None else bias.stride(0),
-        writes_fp8=out_scale is not None,
+        bias_stride=0 if given.bias is None else given.bias.stride(0),
+        writes_fp8=given.out_scale is not None,
         out_scale_stride=out_scale_stride,
         largest=torch.finfo(out.dtype).max,
-        wide_ranks=all(map(runtime.describable, (delta.v, *(delta.lora_b or ())))) if delta.v is not None else False,
+        wide_ranks=all(map(runtime.describable, (given.v, *(given.lora_b or ())))) if given.v is not None else False,
     )
     if schedule == "box" and not has_boxes(problem, x, w):
         got = f"x {runtime.describe(x)}, w {runtime.describe(w)}"
@@ -408,7 +337,7 @@ def problem_of(
         got = f"x {runtime.describe(x)}, w {runtime.describe(w)}, blocks of {block_m} rows on {runtime.traits(x.device).target}"
         k_of = f"K of {step_columns(problem)}s"
         wanted = f"blocks of 128 rows, {k_of}, rows and ranks at 16-byte boundaries, experts one behind the other, on sm_90"
-        runtime.fail(variant, "rows", got, wanted, "use box" if out_scale is None else "use moe_quant behind it")
+        runtime.fail(variant, "rows", got, wanted, "use box" if given.out_scale is None else "use moe_quant behind it")
     return problem
 
 
@@ -428,20 +357,20 @@ def _check_out_scale(
 
 
 def _check_delta(
-    variant: str, delta: Delta, tables: MoeTables, sizes: operands.Sizes, dtype: torch.dtype, rows: str
+    variant: str, given: Given, sizes: operands.Sizes, dtype: torch.dtype
 ) -> tuple[int, int, bool, operands.Strides]:
     """rank, parts, whether v has a row a token, and the strides of the second factors."""
-    v, lora_b, runs, b_scale = delta.operands
-    if v is None and lora_b is None and runs is None and b_scale is None:
+    v, lora_b, tables = given.v, given.lora_b, given.tables
+    there = [name for name in ("v", "lora_b", "runs", "b_scale") if getattr(given, name) is not None]
+    if not there:
         return 0, 0, False, operands.Strides()
-    if v is None or lora_b is None or runs is None:
-        given = [name for name, value in delta._asdict().items() if value is not None and name != "of_b"]
-        runtime.fail(variant, "v, lora_b, runs", given, "all three, or none")
+    if v is None or lora_b is None or given.runs is None:
+        runtime.fail(variant, "v, lora_b, runs", there, "all three, or none")
     by_table = tables.block_m != 0
     kind, dims = (dtype, 3) if by_table else (torch.float32, 4)
     num_pairs = tables.num_tokens * tables.top_k
     by_token = by_table and v.shape[0] != num_pairs
-    if v.dtype != kind or v.dim() != dims or (by_token and rows != "token_sorted"):
+    if v.dtype != kind or v.dim() != dims or (by_token and (given.x_rows, given.out_rows) != ("token", "sorted")):
         wanted = f"[{'' if by_table else 'parts, '}{num_pairs}, {sizes['S']}, {sizes['rank']}] {kind}"
         runtime.fail(variant, "v", runtime.describe(v), wanted, "make it with moe_shrink")
     strides = operands.Strides.of(lora_b[0])
@@ -450,12 +379,12 @@ def _check_delta(
     return sizes["rank"], 0 if by_table else v.shape[0], by_token, strides
 
 
-def _check_b_scale(variant: str, delta: Delta) -> operands.Strides:
+def _check_b_scale(variant: str, given: Given, of_b: str | None) -> operands.Strides:
     """The strides of the scales of the second factors."""
-    if delta.of_b is None or delta.lora_b is None:
+    if of_b is None or given.lora_b is None:
         return operands.Strides()
-    check_fp8(variant, "lora_b", delta.lora_b[0], delta.of_b, QUANT)
-    return factor_scale_strides(variant, "b_scale", delta.of_b, delta.b_scale, delta.lora_b, QUANT)
+    check_fp8(variant, "lora_b", given.lora_b[0], of_b, QUANT)
+    return factor_scale_strides(variant, "b_scale", of_b, given.b_scale, given.lora_b, QUANT)
 
 
 def step_ranks(problem: Problem) -> int:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from .. import _runtime as runtime
-from .._operands import Tensors
 from .._slices import joined_slices
 from ..moe_route._op import MoeRoute, PairRoute, SortedRoute, TableRoute
 from ._problem import (
     CACHE_POLICIES,
+    OP,
     Call,
+    Given,
+    Modes,
     OneShotConfig,
     Problem,
-    Scales,
     SmallBatchConfig,
     TwoKernelConfig,
     check,
@@ -45,44 +45,26 @@ class _Schedule:
         """The launches for checked calls of these sizes, ready to be made again and again."""
         raise NotImplementedError
 
-    def launch(
-        self,
-        config: Any,
-        out: Tensor,
-        x: Tensor,
-        lora_a: Tensors,
-        lora_b: Tensors,
-        route: MoeRoute,
-        topk_weights: Tensor | None = None,
-        a_scale: Tensors | None = None,
-        b_scale: Tensors | None = None,
-        x_scale: Tensor | None = None,
-    ) -> None:
+    def launch(self, config: Any, **arguments: Any) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.
 
         Raises:
             ValueError: something does not fit; nothing was launched.
         """
         facts = self.facts
+        given = OP.given(add_inputs=facts["adds"], mul_routed_weight=facts["weighted"], **arguments)
         problem = check(
             self.name,
-            out,
-            x,
-            lora_a,
-            lora_b,
-            route,
+            given,
             dtype=facts["torch_dtype"],
             naive=self.naive,
             max_rank=facts["max_rank"],
+            modes=Modes(facts["weight_scales"], facts["x_scales"]),
             block_r=facts["block_rank"],
-            topk_weights=topk_weights,
-            weighted=facts["weighted"],
-            adds=facts["adds"],
-            scales=Scales(facts["weight_scales"], a_scale, b_scale, facts["x_scales"], x_scale),
         )
         if problem.num_pairs > 0:
-            tiles = runtime.given(self.name, config, self.config) or choose(self.schedule, problem, route)
-            self.bind(problem, route, tiles)(out, x, lora_a, lora_b, route, topk_weights, a_scale, b_scale, x_scale)
+            tiles = runtime.given(self.name, config, self.config) or choose(self.schedule, problem, given.route)
+            self.bind(problem, given.route, tiles)(given)
 
     def _check_tile(self, name: str, tile: int, **wholes: int) -> None:
         runtime.check_tile(self.name, name, tile, **wholes)
@@ -159,19 +141,11 @@ class OneShot(_Schedule):
         )
         x_scale_next = problem.x_scale_next
 
-        def call(
-            out: Tensor,
-            x: Tensor,
-            lora_a: Tensors,
-            lora_b: Tensors,
-            route: SortedRoute,
-            topk_weights: Tensor | None,
-            a_scale: Tensors | None,
-            b_scale: Tensors | None,
-            x_scale: Tensor | None,
-        ) -> None:
-            scales = (a_scale, b_scale, x_scale, x_scale_next)
-            launch.run(out, x, lora_a, lora_b, *scales, topk_weights, route.pairs, route.blocks, route.num_blocks)
+        def call(given: Given) -> None:
+            route: Any = given.route
+            scales = (given.a_scale, given.b_scale, given.x_scale, x_scale_next)
+            tables = (route.pairs, route.blocks, route.num_blocks)
+            launch.run(given.out, given.x, given.lora_a, given.lora_b, *scales, given.topk_weights, *tables)
 
         return call
 
@@ -227,21 +201,12 @@ class SmallBatch(_Schedule):
         )
         size, x_scale_next = splits * num_pairs * slices * part_stride, problem.x_scale_next
 
-        def call(
-            out: Tensor,
-            x: Tensor,
-            lora_a: Tensors,
-            lora_b: Tensors,
-            route: PairRoute | TableRoute,
-            topk_weights: Tensor | None,
-            a_scale: Tensors | None,
-            b_scale: Tensors | None,
-            x_scale: Tensor | None,
-        ) -> None:
-            parts = partials(route, size, torch.float32, out)
+        def call(given: Given) -> None:
+            route: Any = given.route
+            parts = partials(route, size, torch.float32, given.out)
             routing = (route.topk_ids, route.token_lora_mapping, route.adapter_enabled, route.expert_map, num_pairs)
-            shrink.run(parts, x, lora_a, a_scale, x_scale, x_scale_next, *routing)
-            expand.run(out, parts, lora_b, b_scale, topk_weights, *routing)
+            shrink.run(parts, given.x, given.lora_a, given.a_scale, given.x_scale, x_scale_next, *routing)
+            expand.run(given.out, parts, given.lora_b, given.b_scale, given.topk_weights, *routing)
 
         return call
 
@@ -308,21 +273,12 @@ class TwoKernel(_Schedule):
         )
         of_position, x_scale_next = splits * slices * chunks * block_rank, problem.x_scale_next
 
-        def call(
-            out: Tensor,
-            x: Tensor,
-            lora_a: Tensors,
-            lora_b: Tensors,
-            route: SortedRoute,
-            topk_weights: Tensor | None,
-            a_scale: Tensors | None,
-            b_scale: Tensors | None,
-            x_scale: Tensor | None,
-        ) -> None:
+        def call(given: Given) -> None:
+            route: Any = given.route
             capacity = route.pairs.shape[0]
-            parts = partials(route, of_position * capacity, part_dtype, out)
+            parts = partials(route, of_position * capacity, part_dtype, given.out)
             tables = (route.pairs, route.blocks, route.num_blocks, capacity)
-            shrink.run(parts, x, lora_a, a_scale, x_scale, x_scale_next, *tables)
-            expand.run(out, parts, lora_b, b_scale, topk_weights, *tables)
+            shrink.run(parts, given.x, given.lora_a, given.a_scale, given.x_scale, x_scale_next, *tables)
+            expand.run(given.out, parts, given.lora_b, given.b_scale, given.topk_weights, *tables)
 
         return call

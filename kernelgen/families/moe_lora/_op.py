@@ -9,7 +9,7 @@ import torch
 
 from .. import _runtime as runtime
 from ..moe_route._op import MoeRoute
-from ._problem import CONFIGS, OP, Call, Problem, Scales, check, choose, plan
+from ._problem import CONFIGS, OP, Call, Given, Problem, check, choose, plan
 from ._table import VARIANTS
 
 
@@ -51,42 +51,15 @@ def moe_lora(
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
-    (_in_graphs if torch.compiler.is_compiling() else _apply)(
-        out, x, lora_a, lora_b, route, topk_weights, add_inputs, mul_routed_weight, a_scale, b_scale, x_scale
-    )
+    request = (topk_weights, add_inputs, mul_routed_weight, a_scale, b_scale, x_scale)
+    (_in_graphs if torch.compiler.is_compiling() else _apply)(out, x, lora_a, lora_b, route, *request)
 
 
-def _bind(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    lora_b: Sequence[torch.Tensor],
-    route: MoeRoute,
-    topk_weights: torch.Tensor | None,
-    add_inputs: bool,
-    mul_routed_weight: bool,
-    a_scale: Sequence[torch.Tensor] | None,
-    b_scale: Sequence[torch.Tensor] | None,
-    x_scale: torch.Tensor | None,
-) -> Call:
-    problem = check(
-        "moe_lora",
-        out,
-        x,
-        lora_a,
-        lora_b,
-        route,
-        dtype=None,
-        naive=None,
-        max_rank=None,
-        topk_weights=topk_weights,
-        weighted=mul_routed_weight,
-        adds=add_inputs,
-        scales=Scales(None, a_scale, b_scale, None, x_scale),
-    )
+def _bind(given: Given) -> Call:
+    problem = check("moe_lora", given)
     if problem.num_pairs == 0:
         return runtime.nothing
-    facts = {schedule: _facts(schedule, problem, out.dtype, add_inputs, mul_routed_weight) for schedule in CONFIGS}
+    facts, route = {schedule: _facts(schedule, problem, given.out.dtype) for schedule in CONFIGS}, given.route
     found = {schedule: VARIANTS.find(**wanted) for schedule, wanted in facts.items()}
     least = min((variant.block_rank for variant in found.values() if variant is not None), default=0)
     problem = problem._replace(block_r=least)
@@ -99,14 +72,14 @@ def _bind(
     return call
 
 
-def _facts(schedule: str, problem: Problem, dtype: torch.dtype, add_inputs: bool, weighted: bool) -> dict[str, Any]:
+def _facts(schedule: str, problem: Problem, dtype: torch.dtype) -> dict[str, Any]:
     """What the call asks of the variant of a schedule."""
     return {
         "schedule": schedule,
         "torch_dtype": dtype,
         "assignment": "naive" if schedule == "small_batch" else "sorted",
-        "adds": add_inputs,
-        "weighted": weighted,
+        "adds": problem.adds,
+        "weighted": problem.weighted,
         "rank": problem.rank,
         "weight_scales": problem.weight_scales,
         "x_scales": problem.x_scales,

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from .. import _runtime as runtime
-from .._operands import Tensors
-from ..moe_route._op import MoeRoute, PairRoute, SortedRoute, TableRoute
+from ..moe_route._op import PairRoute, SortedRoute, TableRoute
 from ._problem import (
     CACHE_POLICIES,
+    OP,
     BlocksConfig,
     Call,
+    Given,
     PairsConfig,
     Problem,
     check,
@@ -38,38 +37,18 @@ class _Schedule:
         """The launch for checked calls of these sizes, ready to be made again and again."""
         raise NotImplementedError
 
-    def launch(
-        self,
-        config: Any,
-        out: Tensor,
-        y: Tensor,
-        lora_b: Tensors,
-        route: MoeRoute,
-        offset: int,
-        topk_weights: Tensor | None = None,
-    ) -> None:
+    def launch(self, config: Any, **arguments: Any) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.
 
         Raises:
             ValueError: something does not fit; nothing was launched.
         """
         facts = self.facts
-        problem = check(
-            self.name,
-            out,
-            y,
-            lora_b,
-            route,
-            offset,
-            dtype=facts["torch_dtype"],
-            naive=self.naive,
-            max_rank=facts["max_rank"],
-            topk_weights=topk_weights,
-            weighted=facts["weighted"],
-        )
+        given = OP.given(add_inputs=facts["adds"], mul_routed_weight=facts["weighted"], **arguments)
+        problem = check(self.name, given, dtype=facts["torch_dtype"], naive=self.naive, max_rank=facts["max_rank"])
         if problem.num_pairs > 0:
-            tiles = runtime.given(self.name, config, self.config) or choose(self.schedule, problem, route)
-            self.bind(problem, route, tiles)(out, y, lora_b, route, topk_weights)
+            tiles = runtime.given(self.name, config, self.config) or choose(self.schedule, problem, given.route)
+            self.bind(problem, given.route, tiles)(given)
 
 
 def _constants(problem: Problem, config: PairsConfig | BlocksConfig) -> dict[str, Any]:
@@ -112,10 +91,12 @@ class Pairs(_Schedule):
             TOP_K=route.top_k,
         )
 
-        def call(out: Tensor, y: Tensor, lora_b: Tensors, route: PairRoute | TableRoute, topk_weights: Tensor | None) -> None:
+        def call(given: Given) -> None:
+            route: Any = given.route
+            y = given.y
             routing = (route.topk_ids, route.token_lora_mapping, route.adapter_enabled, route.expert_map)
             next_shard = y.stride(0) if y.dim() == 4 else 0
-            launch.run(out, y, lora_b, y.stride(-3), next_shard, topk_weights, *routing)
+            launch.run(given.out, y, given.lora_b, y.stride(-3), next_shard, given.topk_weights, *routing)
 
         return call
 
@@ -145,9 +126,11 @@ class Blocks(_Schedule):
             STAGES=stages,
         )
 
-        def call(out: Tensor, y: Tensor, lora_b: Tensors, route: SortedRoute, topk_weights: Tensor | None) -> None:
+        def call(given: Given) -> None:
+            route: Any = given.route
+            y = given.y
             next_shard = y.stride(0) if y.dim() == 4 else 0
             tables = (route.pairs, route.blocks, route.num_blocks)
-            launch.run(out, y, lora_b, y.stride(-3), next_shard, topk_weights, *tables)
+            launch.run(given.out, y, given.lora_b, y.stride(-3), next_shard, given.topk_weights, *tables)
 
         return call

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
 from ..moe_route._op import (
-    ADD_INPUTS,
-    MUL_ROUTED_WEIGHT,
-    ROUTE,
-    ROUTING_WEIGHTS,
+    AddInputs,
     MoeRoute,
+    MulRoutedWeight,
+    Route,
+    RoutingWeights,
     check_kind,
     check_rank,
     expected_groups,
@@ -50,27 +50,31 @@ Config = PairsConfig | BlocksConfig
 # How the cache treats weights, by weight_policy: as any data, or as data that is read once.
 CACHE_POLICIES = ("", "evict_first")
 
+
+class Given(NamedTuple):
+    """What moe_lora_expand is given."""
+
+    out: Annotated[torch.Tensor, operands.Tensor("T, top_k, *", "D", operands.PAIRS, written=True, asks=("torch_dtype",))]
+    y: Annotated[torch.Tensor, operands.Tensor(("S, T*top_k, rank", "shards, S, T*top_k, shard"), torch.float32)]
+    lora_b: Annotated[operands.Tensors, operands.Tensor(">=L, >=X, N, rank", "D", slices="alike", asks=("rank",))]
+    route: Route
+    topk_weights: RoutingWeights
+    offset: operands.Count
+    add_inputs: AddInputs
+    mul_routed_weight: MulRoutedWeight
+
+
+Call = Callable[[Given], None]  # of sizes that were checked before
+
 OP = operands.Op(
     "moe_lora_expand",
-    (
-        operands.Tensor("out", "T, top_k, *", "D", operands.PAIRS, written=True, asks=("torch_dtype",)),
-        operands.Tensor("y", ("S, T*top_k, rank", "shards, S, T*top_k, shard"), torch.float32),
-        operands.Tensor("lora_b", ">=L, >=X, N, rank", "D", slices="alike", asks=("rank",)),
-        ROUTE,
-        ROUTING_WEIGHTS,
-        operands.Int("offset"),
-        ADD_INPUTS,
-        MUL_ROUTED_WEIGHT,
-    ),
+    Given,
     spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},
     first=("lora_b",),
     tells=("out",),
     sizes=experts_in_weights,
 )
-
-# (out, y, lora_b, route, topk_weights) of sizes that were checked before
-Call = Callable[..., None]
 
 
 class Problem(NamedTuple):
@@ -90,25 +94,19 @@ class Problem(NamedTuple):
 
 def check(
     variant: str,
-    out: torch.Tensor,
-    y: torch.Tensor,
-    lora_b: Sequence[torch.Tensor],
-    route: MoeRoute,
-    offset: int,
+    given: Given,
     *,
-    dtype: torch.dtype | None,
-    naive: bool | None,
-    max_rank: int | None,
-    topk_weights: torch.Tensor | None,
-    weighted: bool,
-    adds: bool = True,
+    dtype: torch.dtype | None = None,
+    naive: bool | None = None,
+    max_rank: int | None = None,
 ) -> Problem:
     """The sizes of a call, once everything about it is known to fit; dtype and naive of None: any.
 
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
-    sizes = OP.check(variant, OP.named(out, y, lora_b, route, topk_weights, offset, adds, weighted), D=dtype)
+    sizes = OP.check(variant, given, D=dtype)
+    out, y, lora_b, route, offset = given.out, given.y, given.lora_b, given.route, given.offset
     check_kind(variant, route, naive)
     n, rank, slices, num_pairs = sizes["N"], sizes["rank"], sizes["S"], route.num_tokens * route.top_k
     strides, end = operands.Strides.of(lora_b[0]), offset + slices * n

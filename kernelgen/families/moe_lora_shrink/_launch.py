@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from .. import _runtime as runtime
-from .._operands import Tensors
 from .._slices import joined_slices
-from ..moe_route._op import MoeRoute, PairRoute, SortedRoute, TableRoute
+from ..moe_route._op import PairRoute, SortedRoute, TableRoute
 from ._problem import (
     CACHE_POLICIES,
+    OP,
     BlocksConfig,
     Call,
+    Given,
     PairsConfig,
     Problem,
     check,
@@ -41,17 +40,18 @@ class _Schedule:
         """The launches for checked calls of these sizes, ready to be made again and again."""
         raise NotImplementedError
 
-    def launch(self, config: Any, y: Tensor, x: Tensor, lora_a: Tensors, route: MoeRoute) -> None:
+    def launch(self, config: Any, **arguments: Any) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.
 
         Raises:
             ValueError: something does not fit; nothing was launched.
         """
         dtype, max_rank = self.facts["torch_dtype"], self.facts["max_rank"]
-        problem = check(self.name, y, x, lora_a, route, dtype=dtype, naive=self.naive, max_rank=max_rank)
+        given = OP.given(**arguments)
+        problem = check(self.name, given, dtype=dtype, naive=self.naive, max_rank=max_rank)
         if problem.num_pairs > 0:
-            tiles = runtime.given(self.name, config, self.config) or choose(self.schedule, problem, route)
-            self.bind(problem, route, tiles)(y, x, lora_a, route)
+            tiles = runtime.given(self.name, config, self.config) or choose(self.schedule, problem, given.route)
+            self.bind(problem, given.route, tiles)(given)
 
 
 def _constants(problem: Problem, config: PairsConfig | BlocksConfig, pdl: bool) -> dict[str, Any]:
@@ -118,7 +118,9 @@ class Pairs(_Schedule):
             PDL=pdl,
         )
 
-        def call(y: Tensor, x: Tensor, lora_a: Tensors, route: PairRoute | TableRoute) -> None:
+        def call(given: Given) -> None:
+            route: Any = given.route
+            y, x, lora_a = given.y, given.x, given.lora_a
             next_slice = y.stride(0)
             routing = (route.topk_ids, route.token_lora_mapping, route.adapter_enabled, route.expert_map)
             if parts == 1:
@@ -171,7 +173,9 @@ class Blocks(_Schedule):
         slice_size = problem.num_pairs * problem.rank
         part_size = problem.slices * slice_size
 
-        def call(y: Tensor, x: Tensor, lora_a: Tensors, route: SortedRoute) -> None:
+        def call(given: Given) -> None:
+            route: Any = given.route
+            y, x, lora_a = given.y, given.x, given.lora_a
             y.zero_()
             next_slice, tables = y.stride(0), (route.pairs, route.blocks, route.num_blocks)
             if parts == 1:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from .. import _runtime as runtime
-from ..moe_align._op import MoeTables
-from ._problem import Call, Config, Problem, check, choose, max_rows
+from ._problem import OP, Call, Config, Given, Problem, check, choose, max_rows
 from ._table import QUANT, VARIANTS
 
 
@@ -21,16 +18,17 @@ class MoeQuant:
         tables = "blocks_ptr num_blocks_ptr topk_ids_ptr valid_tokens_ptr num_pairs"
         self._kernel = runtime.Launcher(kernel, f"codes_ptr x_ptr scale_ptr {tables}")
 
-    def launch(self, config: Config | None, codes: Tensor, scale: Tensor, x: Tensor, tables: MoeTables) -> None:
+    def launch(self, config: Config | None, **arguments: Any) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.
 
         Raises:
             ValueError: something does not fit; nothing was launched.
         """
-        order, dtype = "sorted" if self.facts["by_table"] else "pair", self.facts["torch_dtype"]
-        problem = check(self.name, codes, scale, x, tables, order=order, mode=self.facts["x_scales"], dtype=dtype)
+        facts = self.facts
+        given = OP.given(order="sorted" if facts["by_table"] else "pair", **arguments)
+        problem = check(self.name, given, mode=facts["x_scales"], dtype=facts["torch_dtype"])
         if problem.num_pairs > 0:
-            self.bind(problem, runtime.given(self.name, config, Config) or choose(problem))(codes, scale, x, tables)
+            self.bind(problem, runtime.given(self.name, config, Config) or choose(problem))(given)
 
     def bind(self, problem: Problem, config: Config) -> Call:
         """The launch for checked calls of these sizes, ready to be made again and again."""
@@ -55,8 +53,9 @@ class MoeQuant:
             PDL=pdl,
         )
 
-        def call(codes: Tensor, scale: Tensor, x: Tensor, tables: MoeTables) -> None:
+        def call(given: Given) -> None:
+            tables = given.tables
             of_tables = (tables.blocks, tables.num_blocks, tables.topk_ids, tables.valid_tokens)
-            launch.run(codes, x, scale, *of_tables, num_pairs)
+            launch.run(given.codes, given.x, given.scale, *of_tables, num_pairs)
 
         return call

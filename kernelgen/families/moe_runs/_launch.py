@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from .. import _runtime as runtime
 from ..moe_align._launch import chunks, walk
 from ..moe_align._op import counts_size
-from ._op import Problem, check_fill
+from ._op import FILL, Fill, Problem, check_fill
 
 _SUMS = 128  # of rows by adapters, that a warp holds at a time
 _BLOCKS = 1024  # that a program looks at at a time
@@ -30,37 +28,22 @@ class _Schedule:
         """int32 elements of scratch that a call needs."""
         raise NotImplementedError
 
-    def bind(self, problem: Problem) -> Callable[..., None]:
+    def bind(self, problem: Problem) -> Callable[[Fill], None]:
         """The launches for tables of these sizes, ready to be made again and again."""
         raise NotImplementedError
 
-    def launch(
-        self,
-        pairs: Tensor,
-        blocks: Tensor,
-        num_blocks: Tensor,
-        run_of_row: Tensor,
-        runs: Tensor,
-        scratch: Tensor,
-        topk_ids: Tensor,
-        valid_tokens: Tensor | None,
-        token_lora_mapping: Tensor,
-        adapter_enabled: Tensor | None,
-        lora_ranks: Tensor | None,
-        num_experts: int,
-        local_expert_start: int,
-        max_loras: int,
-        block_m: int,
-    ) -> None:
+    def launch(self, **arguments: Any) -> None:
         """One call, checked.
 
         Raises:
             ValueError: something does not fit; nothing was launched.
         """
-        written = (pairs, blocks, num_blocks, run_of_row, runs, scratch)
-        read = (topk_ids, valid_tokens, token_lora_mapping, adapter_enabled, lora_ranks)
-        sizes = (num_experts, local_expert_start, max_loras, block_m)
-        self.bind(check_fill(self.name, self.scratch_size, *written, *read, *sizes))(*written, *read)
+        given = FILL.given(**arguments)
+        self.bind(check_fill(self.name, self.scratch_size, given))(given)
+
+
+def _adapters(given: Fill) -> tuple[Any, ...]:
+    return given.token_lora_mapping, given.adapter_enabled, given.lora_ranks
 
 
 def _of_adapters(problem: Problem, num_warps: int) -> dict[str, Any]:
@@ -86,7 +69,7 @@ class OneLaunch(_Schedule):
     def scratch_size(self, num_pairs: int, num_experts: int) -> int:
         return 2 * num_pairs
 
-    def bind(self, problem: Problem) -> Callable[..., None]:
+    def bind(self, problem: Problem) -> Callable[[Fill], None]:
         over = walk(problem.num_pairs, problem.top_k, problem.num_experts)
         launch = self._kernel.bind(
             problem.num_experts,
@@ -100,21 +83,9 @@ class OneLaunch(_Schedule):
         )
         num_pairs = problem.num_pairs
 
-        def call(
-            pairs: Tensor,
-            blocks: Tensor,
-            num_blocks: Tensor,
-            run_of_row: Tensor,
-            runs: Tensor,
-            scratch: Tensor,
-            topk_ids: Tensor,
-            valid_tokens: Tensor | None,
-            token_lora_mapping: Tensor,
-            adapter_enabled: Tensor | None,
-            lora_ranks: Tensor | None,
-        ) -> None:
-            written, read = (pairs, blocks, num_blocks, run_of_row, runs, scratch), (topk_ids, valid_tokens)
-            launch.run(*written, *read, token_lora_mapping, adapter_enabled, lora_ranks, num_pairs)
+        def call(given: Fill) -> None:
+            tables, runs = (given.pairs, given.blocks, given.num_blocks), (given.run_of_row, given.runs, given.scratch)
+            launch.run(*tables, *runs, given.topk_ids, given.valid_tokens, *_adapters(given), num_pairs)
 
         return call
 
@@ -132,7 +103,7 @@ class ThreeLaunch(_Schedule):
     def scratch_size(self, num_pairs: int, num_experts: int) -> int:
         return 2 * num_pairs + counts_size(num_experts)
 
-    def bind(self, problem: Problem) -> Callable[..., None]:
+    def bind(self, problem: Problem) -> Callable[[Fill], None]:
         num_pairs, over = problem.num_pairs, chunks(problem.num_pairs, problem.num_experts)
         constants = {
             **_of_adapters(problem, 16),
@@ -147,22 +118,12 @@ class ThreeLaunch(_Schedule):
         options = runtime.Options(16, pdl=constants["PDL"])
         order = self._order.bind(problem.num_experts, options, **constants, BLOCKS=_BLOCKS)
 
-        def call(
-            pairs: Tensor,
-            blocks: Tensor,
-            num_blocks: Tensor,
-            run_of_row: Tensor,
-            runs: Tensor,
-            scratch: Tensor,
-            topk_ids: Tensor,
-            valid_tokens: Tensor | None,
-            token_lora_mapping: Tensor,
-            adapter_enabled: Tensor | None,
-            lora_ranks: Tensor | None,
-        ) -> None:
-            counts, source = scratch[2 * num_pairs :], (topk_ids, valid_tokens, num_pairs)
+        def call(given: Fill) -> None:
+            gathered, blocks, num_blocks = given.scratch, given.blocks, given.num_blocks
+            counts, source = gathered[2 * num_pairs :], (given.topk_ids, given.valid_tokens, num_pairs)
             count.run(counts, *source)
-            place.run(scratch, blocks, num_blocks, counts, *source, over.number)
-            order.run(pairs, blocks, num_blocks, run_of_row, runs, scratch, token_lora_mapping, adapter_enabled, lora_ranks)
+            place.run(gathered, blocks, num_blocks, counts, *source, over.number)
+            runs = (given.run_of_row, given.runs, gathered)
+            order.run(given.pairs, blocks, num_blocks, *runs, *_adapters(given))
 
         return call

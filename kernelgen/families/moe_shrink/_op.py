@@ -9,7 +9,7 @@ import torch
 from .. import _runtime as runtime
 from ..moe_align._op import MoeTables
 from ..moe_runs._op import MoeRuns
-from ._problem import OP, Call, check, choose, part_count, vector_dtype
+from ._problem import OP, Call, Given, check, choose, part_count, vector_dtype
 from ._table import VARIANTS
 
 
@@ -50,12 +50,13 @@ def moe_shrink(
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
+    rest = (x, lora_a, tables, runs, x_rows, a_scale, x_scale)
     if v is None:
         try:
             v = _vectors(x, lora_a, tables, x_rows, a_scale)
         except (AttributeError, IndexError, TypeError) as error:
-            OP.refuse(OP.named(v, x, lora_a, tables, runs, x_rows, a_scale, x_scale), error)
-    (_in_graphs if torch.compiler.is_compiling() else _apply)(v, x, lora_a, tables, runs, x_rows, a_scale, x_scale)
+            OP.refuse(Given(v, *rest), error)  # type: ignore[arg-type]
+    (_in_graphs if torch.compiler.is_compiling() else _apply)(v, *rest)
     return v
 
 
@@ -87,28 +88,18 @@ def vector_shape(
     return of_rows if by_table else (part_count(k), *of_rows)
 
 
-def bind(
-    v: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    tables: MoeTables,
-    runs: MoeRuns,
-    x_rows: str,
-    a_scale: Sequence[torch.Tensor] | None = None,
-    x_scale: torch.Tensor | None = None,
-    op: str = "moe_shrink",
-) -> Call:
+def bind(given: Given, op: str = "moe_shrink") -> Call:
     """The launch for calls that look like this one, of ``op``.
 
     Raises:
         ValueError: as ``moe_shrink``.
     """
-    problem = check(op, v, x, lora_a, tables, runs, dtype=None, x_rows=x_rows, a_scale=a_scale, x_scale=x_scale)
+    problem = check(op, given)
     schedule = "pairs" if problem.parts else "tokens" if problem.by_token else "runs"
     variant = VARIANTS.get(
         op,
         schedule=schedule,
-        torch_dtype=vector_dtype(x, lora_a),
+        torch_dtype=vector_dtype(given.x, given.lora_a),
         rows=problem.rows,
         weight_scales=problem.weight_scales,
         x_scales=problem.x_scales,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
@@ -19,8 +19,8 @@ from .._scales import (
     product_rows,
     scale_operand,
 )
-from ..moe_align._op import TABLES, MoeTables, max_blocks
-from ..moe_runs._op import RUNS, MoeRuns, settled_block_m
+from ..moe_align._op import Tables, max_blocks
+from ..moe_runs._op import Runs, settled_block_m
 from ._table import QUANT, VARIANTS
 from ._tuned import TUNED
 
@@ -62,10 +62,6 @@ Config = PairsConfig | RunsConfig | TokensConfig
 # How the cache treats weights, by weight_policy: as any data, or as data that is read once.
 CACHE_POLICIES = ("", "evict_first")
 
-# (v, x, lora_a, tables, runs, a_scale, x_scale) of sizes that were checked before
-Call = Callable[..., None]
-
-
 def _rows(values: Mapping[str, Any]) -> dict[str, int]:
     """Rows of x, R."""
     tables = values["tables"]
@@ -74,18 +70,29 @@ def _rows(values: Mapping[str, Any]) -> dict[str, int]:
 
 # What rank vectors are of: pairs, tokens, or pairs in parts.
 VECTORS = ("T*top_k, S, rank", "T, S, rank", "*, T*top_k, S, rank")
+
+
+class Given(NamedTuple):
+    """What moe_shrink is given."""
+
+    v: Annotated[torch.Tensor, operands.Tensor(VECTORS, None, operands.CONTIGUOUS, made=True, written=True)]
+    x: Annotated[torch.Tensor, operands.Tensor("R, K", "D", scaled_by="x_scale", asks=("torch_dtype",))]
+    lora_a: Annotated[
+        operands.Tensors,
+        operands.Tensor(">=L, >=E, rank, K", "D", slices="alike", scaled_by="a_scale", asks=("torch_dtype",)),
+    ]
+    tables: Tables
+    runs: Runs
+    x_rows: Annotated[str, operands.Choice(("token", "pair", "sorted"), asks=("rows",))]
+    a_scale: Annotated[operands.Tensors | None, scale_operand("weight_scales", slices="any")]
+    x_scale: Annotated[torch.Tensor | None, scale_operand("x_scales")]
+
+
+Call = Callable[[Given], None]  # of sizes that were checked before
+
 OP = operands.Op(
     "moe_shrink",
-    (
-        operands.Tensor("v", VECTORS, None, operands.CONTIGUOUS, made=True, written=True),
-        operands.Tensor("x", "R, K", "D", scaled_by="x_scale", asks=("torch_dtype",)),
-        operands.Tensor("lora_a", ">=L, >=E, rank, K", "D", slices="alike", scaled_by="a_scale", asks=("torch_dtype",)),
-        TABLES,
-        RUNS,
-        operands.Choice("x_rows", ("token", "pair", "sorted"), asks=("rows",)),
-        scale_operand("a_scale", "weight_scales", slices="any"),
-        scale_operand("x_scale", "x_scales"),
-    ),
+    Given,
     spec=VARIANTS.spec,
     dtypes={"D": VARIANTS.dtypes},
     fp8=QUANT.elements,
@@ -132,30 +139,23 @@ class Problem(NamedTuple):
 
 def check(
     variant: str,
-    v: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    tables: MoeTables,
-    runs: MoeRuns,
+    given: Given,
     *,
-    dtype: torch.dtype | None,
-    rows: str | None = None,
-    x_rows: str = "",
-    a_scale: Sequence[torch.Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    writes: str | None = None,
     of_factors: str | None = None,
-    x_scale: torch.Tensor | None = None,
     mode: str | None = None,
 ) -> Problem:
     """The sizes of a call, once everything about it is known to fit; dtype, and of_factors and mode, of which factors and x have
     a scale each, of None: any.
 
-    rows: where a row of x and one of v stand; None: of x at ``x_rows``, of v as it and the runs say.
+    writes: where a row of v stands; None: as x and the runs say.
 
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
-    reads, writes = (x_rows, None) if rows is None else rows.split("_")
-    sizes = OP.check(variant, OP.named(v, x, lora_a, tables, runs, reads, a_scale, x_scale), D=dtype)
+    sizes = OP.check(variant, given, D=dtype)
+    v, x, lora_a, tables, runs, reads, a_scale, x_scale = given
     if writes is None:
         of_tokens = reads == "token" and tables.top_k > 1 and v.shape[0] == tables.num_tokens > 0
         writes = "pair" if runs.runs is None else "token" if of_tokens else "sorted"
