@@ -15,12 +15,10 @@ from . import _runtime as runtime
 from ._scales import scale_operand
 from .lora_expand import _problem as expand
 from .lora_expand._op import mode_of as expand_mode
-from .lora_expand._op import operands_of as expand_operands
 from .lora_expand._op import variant_of as expand_variant
 from .lora_expand._table import VARIANTS as EXPAND
 from .lora_shrink import _problem as shrink
 from .lora_shrink._op import modes_of as shrink_modes
-from .lora_shrink._op import operands_of as shrink_operands
 from .lora_shrink._op import variant_of as shrink_variant
 from .lora_shrink._table import QUANT
 from .lora_shrink._table import VARIANTS as SHRINK
@@ -257,8 +255,8 @@ def problems(given: Given) -> tuple[shrink.Problem, expand.Problem, torch.dtype]
     """
     sizes = OP.check("lora", given)
     modes, mode = shrink_modes("lora", given), expand_mode("lora", given)
-    first = shrink.problem_of("lora", shrink_operands(given), sizes, modes)
-    last = expand.problem_of("lora", expand_operands(given), sizes, mode)
+    first = shrink.problem_of("lora", shrink.operands_of(given), sizes, modes)
+    last = expand.problem_of("lora", expand.operands_of(given), sizes, mode)
     return first, last, sizes.get("D") or torch.bfloat16  # of FP8 operands, in front of an out in fp32
 
 

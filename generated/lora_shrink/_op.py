@@ -13,7 +13,7 @@ import torch
 from .. import _runtime as runtime
 from .._scales import find_x_mode
 from ..moe_route._op import MoeRoute
-from ._problem import OP, Call, Given, Modes, Operands, choose, kind_of_scales, problem_of
+from ._problem import OP, Call, Given, Modes, choose, kind_of_scales, operands_of, problem_of
 from ._table import QUANT, VARIANTS
 
 
@@ -74,11 +74,6 @@ def _bind(given: Given) -> Call:
         call(given)
 
     return from_zeros
-
-
-def operands_of(given: Any) -> Operands:
-    """Those of the product in a call of ``lora_shrink`` or ``lora``."""
-    return Operands._make([getattr(given, field) for field in Operands._fields])
 
 
 def modes_of(op: str, given: Any) -> Modes:

@@ -23,9 +23,9 @@ from ._problem import (
     TileConfig,
     Tiled,
     WarpSpecialisedConfig,
+    check,
     choose,
     grid,
-    problem_of,
     step_columns,
     step_ranks,
 )
@@ -81,9 +81,8 @@ class _Schedule:
         for name, needed in (("bias", facts["biased"]), ("out_scale", facts["writes_fp8"])):
             if needed and getattr(given, name) is None:
                 runtime.fail(self.name, name, None, "a tensor", "this variant takes one")
-        sizes = OP.check(self.name, given, D=facts["torch_dtype"])
         modes = Modes(facts["weight_scales"], facts["x_scales"], facts["b_scales"])
-        problem = problem_of(self.name, given, sizes, modes, dtype=facts["torch_dtype"], schedule=self.schedule)
+        problem = check(self.name, given, modes, facts["torch_dtype"], self.schedule)
         if problem.num_pairs > 0:
             self.bind(problem, runtime.given(self.name, config, self.config) or choose(self.schedule, problem))(given)
 

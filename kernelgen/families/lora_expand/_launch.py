@@ -10,8 +10,7 @@ from torch import Tensor
 from .. import _runtime as runtime
 from .._scales import product_rows
 from ..lora_shrink._problem import ONE_PART, Parts
-from ._op import operands_of
-from ._problem import CACHE_POLICIES, OP, Call, Config, Given, Problem, choose, problem_of
+from ._problem import CACHE_POLICIES, OP, Call, Config, Given, Problem, check, choose
 from ._table import VARIANTS
 
 
@@ -32,9 +31,7 @@ class LoraExpand:
         """
         facts = self.facts
         given = OP.given(scaling=1.0, add_inputs=facts["adds"], **arguments)
-        sizes, route = OP.check(self.name, given, D=facts["torch_dtype"]), given.route
-        mode = None if given.b_scale is None else facts["weight_scales"]
-        problem = problem_of(self.name, operands_of(given), sizes, mode, facts["max_rank"])
+        problem, route = check(self.name, given, facts), given.route
         if problem.num_tokens > 0:
             self.bind(problem, route, runtime.given(self.name, config, Config) or choose(problem, route))(given)
 

@@ -10,7 +10,7 @@ import torch
 from .. import _runtime as runtime
 from ..lora_shrink._problem import kind_of_scales
 from ..moe_route._op import MoeRoute
-from ._problem import OP, Call, Given, Operands, choose, problem_of
+from ._problem import OP, Call, Given, choose, operands_of, problem_of
 from ._table import QUANT, VARIANTS
 
 
@@ -61,11 +61,6 @@ def _bind(given: Given) -> Call:
         return runtime.nothing
     call: Call = variant.bind(problem, route, choose(problem, route))
     return call
-
-
-def operands_of(given: Any) -> Operands:
-    """Those of the product in a call of ``lora_expand`` or ``lora``."""
-    return Operands._make([getattr(given, field) for field in Operands._fields])
 
 
 def mode_of(op: str, given: Any) -> str | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Annotated, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
@@ -101,6 +101,22 @@ class Operands(NamedTuple):
     columns: tuple[int, ...] | None
     column_stride: int
     b_scale: operands.Tensors | None
+
+
+def operands_of(given: Any) -> Operands:
+    """Those of the product in a call of ``lora_expand`` or ``lora``."""
+    return Operands._make([getattr(given, field) for field in Operands._fields])
+
+
+def check(variant: str, given: Given, facts: Mapping[str, Any]) -> Problem:
+    """The sizes of a call of the variant of these facts, once everything about it is known to fit.
+
+    Raises:
+        ValueError: as ``problem_of``.
+    """
+    mode = None if given.b_scale is None else facts["weight_scales"]
+    sizes = OP.check(variant, given, D=facts["torch_dtype"])
+    return problem_of(variant, operands_of(given), sizes, mode, facts["max_rank"])
 
 
 def problem_of(

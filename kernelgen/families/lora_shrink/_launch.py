@@ -10,20 +10,18 @@ from torch import Tensor
 from .. import _runtime as runtime
 from .._scales import product_rows
 from ..moe_route._op import SortedRoute
-from ._op import operands_of
 from ._problem import (
     CACHE_POLICIES,
     OP,
     Call,
     Config,
     Given,
-    Modes,
     Parts,
     Problem,
     Total,
+    check,
     check_packed,
     choose,
-    problem_of,
 )
 from ._table import QUANT, VARIANTS
 
@@ -47,10 +45,7 @@ class LoraShrink:
             ValueError: something does not fit; nothing was launched.
         """
         facts, given = self.facts, OP.given(**arguments)
-        sizes, route = OP.check(self.name, given, D=facts["torch_dtype"]), given.route
-        of_weights = None if given.a_scale is None else facts["weight_scales"]
-        of_x = None if given.x_scale is None else facts["x_scales"]
-        problem = problem_of(self.name, operands_of(given), sizes, Modes(of_weights, of_x), facts["max_rank"])
+        problem, route = check(self.name, given, facts), given.route
         if problem.num_tokens > 0:
             call = self.bind(problem, route, runtime.given(self.name, config, Config) or choose(problem, route))
             call(given._replace(scaling=float(given.scaling)))

@@ -234,6 +234,15 @@ class Problem(NamedTuple):
     wide_ranks: bool  # whether rows of v and of the second factors start at 16-byte boundaries
 
 
+def check(variant: str, given: Given, modes: Modes, dtype: torch.dtype, schedule: str) -> Problem:
+    """The sizes of a call of a variant, once everything about it is known to fit.
+
+    Raises:
+        ValueError: says which argument does not fit, what it is and what was wanted.
+    """
+    return problem_of(variant, given, OP.check(variant, given, D=dtype), modes, dtype=dtype, schedule=schedule)
+
+
 def problem_of(
     variant: str,
     given: Given,
