@@ -34,7 +34,8 @@ class LoraExpand:
         """
         facts = self.facts
         given = OP.given(scaling=1.0, add_inputs=facts["adds"], **arguments)
-        problem, route = check(self.name, given, facts), given.route
+        of_variant = (facts["weight_scales"], facts["torch_dtype"], facts["max_rank"])
+        problem, route = check(self.name, given, *of_variant), given.route
         if problem.num_tokens > 0:
             self.bind(problem, route, runtime.given(self.name, config, Config) or choose(problem, route))(given)
 

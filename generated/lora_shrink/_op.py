@@ -13,7 +13,16 @@ import torch
 from .. import _runtime as runtime
 from .._scales import find_x_mode
 from ..moe_route._op import MoeRoute
-from ._problem import OP, Call, Given, Modes, choose, kind_of_scales, operands_of, problem_of
+from ._problem import (
+    OP,
+    Call,
+    Given,
+    Modes,
+    choose,
+    kind_of_scales,
+    operands_of,
+    problem_of,
+)
 from ._table import QUANT, VARIANTS
 
 

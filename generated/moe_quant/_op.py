@@ -39,8 +39,8 @@ def bind(given: Given, op: str = "moe_quant") -> Call:
         ValueError: as ``moe_quant``.
     """
     problem = check(op, given)
-    facts = {"torch_dtype": given.x.dtype, "by_table": given.order == "sorted", "x_scales": problem.x_scales}
-    variant = VARIANTS.get(op, **facts)
+    by_table, dtype = given.order == "sorted", given.x.dtype
+    variant = VARIANTS.get(op, torch_dtype=dtype, by_table=by_table, x_scales=problem.x_scales)
     if problem.num_pairs == 0:
         return runtime.nothing
     call: Call = variant.bind(problem, choose(problem))

@@ -330,8 +330,8 @@ def test_warps_of_roles_serve_where_gluon_is_found(
     assert [launch.variant.partition("_bf16")[0] for launch in launches] == ["warp_specialised"]
     monkeypatch.delattr(kg, "_gluon")
     monkeypatch.setitem(sys.modules, "generated._gluon", None)
-    _gemm_problem._has_gluon.cache_clear()
+    _gemm_problem.has_gluon.cache_clear()
     with runtime.compile_only(), runtime.choosing(forced), runtime.launches() as launches:
         serve()
     assert [launch.variant.partition("_bf16")[0] for launch in launches] == ["box"]
-    _gemm_problem._has_gluon.cache_clear()
+    _gemm_problem.has_gluon.cache_clear()

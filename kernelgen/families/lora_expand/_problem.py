@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -108,15 +108,14 @@ def operands_of(given: Any) -> Operands:
     return Operands._make([getattr(given, field) for field in Operands._fields])
 
 
-def check(variant: str, given: Given, facts: Mapping[str, Any]) -> Problem:
-    """The sizes of a call of the variant of these facts, once everything about it is known to fit.
+def check(variant: str, given: Given, mode: str | None, dtype: torch.dtype, max_rank: int | None) -> Problem:
+    """The sizes of a call of a variant, once everything about it is known to fit.
 
     Raises:
         ValueError: as ``problem_of``.
     """
-    mode = None if given.b_scale is None else facts["weight_scales"]
-    sizes = OP.check(variant, given, D=facts["torch_dtype"])
-    return problem_of(variant, operands_of(given), sizes, mode, facts["max_rank"])
+    there = None if given.b_scale is None else mode
+    return problem_of(variant, operands_of(given), OP.check(variant, given, D=dtype), there, max_rank)
 
 
 def problem_of(

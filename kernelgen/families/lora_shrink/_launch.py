@@ -16,6 +16,7 @@ from ._problem import (
     Call,
     Config,
     Given,
+    Modes,
     Parts,
     Problem,
     Total,
@@ -45,7 +46,8 @@ class LoraShrink:
             ValueError: something does not fit; nothing was launched.
         """
         facts, given = self.facts, OP.given(**arguments)
-        problem, route = check(self.name, given, facts), given.route
+        modes = Modes(facts["weight_scales"], facts["x_scales"])
+        problem, route = check(self.name, given, modes, facts["torch_dtype"], facts["max_rank"]), given.route
         if problem.num_tokens > 0:
             call = self.bind(problem, route, runtime.given(self.name, config, Config) or choose(problem, route))
             call(given._replace(scaling=float(given.scaling)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -169,16 +169,15 @@ def operands_of(given: Any) -> Operands:
     return Operands._make([getattr(given, field) for field in Operands._fields])
 
 
-def check(variant: str, given: Given, facts: Mapping[str, Any]) -> Problem:
-    """The sizes of a call of the variant of these facts, once everything about it is known to fit.
+def check(variant: str, given: Given, modes: Modes, dtype: torch.dtype, max_rank: int | None) -> Problem:
+    """The sizes of a call of a variant, once everything about it is known to fit.
 
     Raises:
         ValueError: as ``problem_of``.
     """
-    of_weights = None if given.a_scale is None else facts["weight_scales"]
-    modes = Modes(of_weights, None if given.x_scale is None else facts["x_scales"])
-    sizes = OP.check(variant, given, D=facts["torch_dtype"])
-    return problem_of(variant, operands_of(given), sizes, modes, facts["max_rank"])
+    of_weights, of_x = modes
+    there = Modes(None if given.a_scale is None else of_weights, None if given.x_scale is None else of_x)
+    return problem_of(variant, operands_of(given), OP.check(variant, given, D=dtype), there, max_rank)
 
 
 def problem_of(

@@ -53,8 +53,8 @@ def moe_act(
 
 def _bind(given: Given) -> Call:
     problem = check("moe_act", given)
-    facts = {"torch_dtype": given.x.dtype, "epilogue": given.activation, "adapted": given.delta is not None}
-    variant = VARIANTS.get("moe_act", **facts)
+    adapted, dtype = given.delta is not None, given.x.dtype
+    variant = VARIANTS.get("moe_act", torch_dtype=dtype, epilogue=given.activation, adapted=adapted)
     if problem.num_tokens == 0:
         return runtime.nothing
     call: Call = variant.bind(problem, choose(problem))

@@ -13,7 +13,17 @@ from .._scales import find_factor_mode, find_mode, find_x_mode
 from ..moe_align._op import MoeTables
 from ..moe_runs._op import MoeRuns
 from . import _problem as problems
-from ._problem import OP, Call, Given, Modes, Problem, has_boxes, has_gluon, plan, problem_of
+from ._problem import (
+    OP,
+    Call,
+    Given,
+    Modes,
+    Problem,
+    has_boxes,
+    has_gluon,
+    plan,
+    problem_of,
+)
 from ._table import QUANT, VARIANTS
 
 
