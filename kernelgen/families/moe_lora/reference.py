@@ -63,18 +63,21 @@ def moe_lora(
     top_k, n = out.shape[1], lora_b[0].shape[2]
     exact = out.double().flatten(0, 1)
     bound = torch.zeros_like(exact)
+    groups: dict[tuple[int, int], list[int]] = {}
     for pair, adapter, expert in live:
-        row = x[pair // top_k] if topk_weights is None else x[pair]
-        weight = None if topk_weights is None else topk_weights.flatten()[pair].float().double()
+        groups.setdefault((adapter, expert), []).append(pair)
+    for (adapter, expert), pairs in groups.items():
+        rows = x[[pair // top_k for pair in pairs] if topk_weights is None else pairs]
+        weights = None if topk_weights is None else topk_weights.flatten()[pairs].float().double()[:, None]
         for s, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
             columns = slice(s * n, (s + 1) * n)
             matrices = a[adapter, expert], b[adapter, expert]
-            value, error = _delta(row, *matrices, weight, out.dtype, scaled)
+            value, error = _delta(rows, *matrices, weights, out.dtype, scaled)
             if add_inputs:
-                value = value + exact[pair, columns]
+                value = value + exact[pairs, columns]
                 error = error + _FP32 * (value.abs() + error)
-            exact[pair, columns] = value
-            bound[pair, columns] = error + _cast_error(value.abs() + error, out.dtype)
+            exact[pairs, columns] = value
+            bound[pairs, columns] = error + _cast_error(value.abs() + error, out.dtype)
     return Expected(exact.view(out.shape), bound.view(out.shape))
 
 
@@ -99,26 +102,26 @@ def _delta(
     dtype: torch.dtype,
     scaled: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """w * (round(x . A^T) . B^T) of one pair and slice, and its error before the last cast; [N] fp64 both."""
-    v, v_error = _dot(a, x.double(), scaled)
+    """w * (round(x . A^T) . B^T) of pairs and one slice, and its error before the last cast; [pairs, N] fp64 both."""
+    v, v_error = _dot(x.double(), a, scaled)
     low, high = ((v + e).to(dtype).double() for e in (-v_error, v_error))
     if (v.isfinite() & ~(low.isfinite() & high.isfinite())).any():
         raise ValueError(f"x . A^T reaches {v.abs().max():.3g}, beyond the range of {dtype}")
-    y, y_error = _dot(b, (low + high) / 2, scaled)
-    y_error = y_error + b.double().abs() @ ((high - low) / 2) * (1 + (b.shape[1] + 2) * _FP32)
+    y, y_error = _dot((low + high) / 2, b, scaled)
+    y_error = y_error + (high - low) / 2 @ b.double().abs().T * (1 + (b.shape[1] + 2) * _FP32)
     if weight is not None:
         y, y_error = weight * y, weight.abs() * (y_error + _FP32 * (y.abs() + y_error)) + _FP32_TINY
     return y, y_error
 
 
 def _dot(
-    matrix: torch.Tensor, vector: torch.Tensor, scaled: bool
+    rows: torch.Tensor, matrix: torch.Tensor, scaled: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """matrix @ vector in fp64, and the error of fp32 sums over its columns, times two scales where it is ``scaled``."""
-    matrix, columns = matrix.double(), matrix.shape[1]
+    """rows @ matrix^T in fp64, and the error of fp32 sums over columns, times two scales where it is ``scaled``."""
+    matrix, columns = matrix.double().T, matrix.shape[1]
     relative, tiny = (columns + 2, _FP32_TINY * 2.0**24) if scaled else (columns, _FP32_TINY)
-    magnitude = matrix.abs() @ vector.abs()
-    return matrix @ vector, relative * _FP32 * magnitude + columns * tiny
+    magnitude = rows.abs() @ matrix.abs()
+    return rows @ matrix, relative * _FP32 * magnitude + columns * tiny
 
 
 def _cast_error(magnitude: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
