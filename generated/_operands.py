@@ -398,6 +398,8 @@ def _declared(field: str, hint: Any) -> Operand | None:
     found = [each for kind in kinds for each in getattr(kind, "__metadata__", ()) if isinstance(each, Operand)]
     if not found:
         return None
+    if len(found) > 1:
+        raise TypeError(f"{field}: annotated with {len(found)} operands: {', '.join(type(each).__name__ for each in found)}")
     optional = any(type(None) in (kind, *get_args(getattr(kind, "__origin__", None))) for kind in kinds)
     changes: dict[str, Any] = {"name": field}
     if optional and getattr(found[0], "optional", None) is False and not getattr(found[0], "only_with", ""):
@@ -648,11 +650,32 @@ class Op(Generic[_Arguments, _Given]):
 
     @functools.cached_property
     def operands(self) -> tuple[Operand, ...]:
+        """What the fields of ``of`` declare, in their order.
+
+        Raises:
+            TypeError: a field declares nothing, or more than one operand, or something speaks of an operand that there is not.
+        """
         of: Any = self.of
         found = declared(of)
         if None in found:
             raise TypeError(f"{self.name}: {of._fields[found.index(None)]}: not annotated with an operand")
-        return tuple(filter(None, found))
+        operands = tuple(operand for operand in found if operand is not None)
+        self._check_references(operands)
+        return operands
+
+    def _check_references(self, operands: Sequence[Operand]) -> None:
+        """Raise TypeError where something is said of an operand or a shared dtype that there is not: it would hold of nothing."""
+        known = {operand.name for operand in operands}
+        parts = [part for o in operands for part in (o.parts.values() if isinstance(o, Bundle) else (o,))]
+        named = [(name, known) for name in (*self.tells, *self.aligned)]
+        named += [(name, known | {part.name for part in parts}) for name in self.first]
+        for part in (part for part in parts if isinstance(part, Tensor)):
+            others = (part.scaled_by.partition(".")[0], part.made_if, part.only_with)
+            named += [(name, known) for name in others if name]
+            named += [(part.dtype, {*self.dtypes})] if isinstance(part.dtype, str) else []
+        for name, there in named:
+            if name not in there:
+                raise TypeError(f"{self.name}: a declaration speaks of {name!r}, which is none of {', '.join(sorted(there))}")
 
     def given(self, **arguments: Any) -> _Given:
         """What a call is given, of arguments by name; of those that are left out, flags are not set, and what may be None is.

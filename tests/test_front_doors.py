@@ -12,7 +12,7 @@ import itertools
 import math
 import re
 import weakref
-from typing import Any, Callable, Iterator
+from typing import Annotated, Any, Callable, Iterator, NamedTuple
 
 import pytest
 import torch
@@ -39,6 +39,32 @@ def test_every_front_door_is_here() -> None:
     functions = {name for name in kg.__all__ if inspect.isfunction(getattr(kg, name))}
     assert functions - {"variants", "overlap", "launches"} <= {op for op, _ in GOOD.values()} <= set(OPS) | functions
     assert set(OPS) == {op for op, _ in GOOD.values()}
+
+
+_X = Tensor("T", "D")
+
+
+@pytest.mark.parametrize(
+    ("declared", "more", "expected"),
+    [
+        (torch.Tensor, {}, "toy: x: not annotated with an operand"),
+        (Annotated[torch.Tensor, _X, Int()], {}, "x: annotated with 2 operands: Tensor, Int"),
+        (Annotated[torch.Tensor, Tensor("T", "d")], {}, "'d', which is none of D"),
+        (Annotated[torch.Tensor, Tensor("T", "D", scaled_by="x_scales")], {}, "'x_scales', which is none of x"),
+        (Annotated[torch.Tensor, Tensor("T", "D", made_if="zeros")], {}, "'zeros', which is none of x"),
+        (Annotated[torch.Tensor, Tensor("T", "D", only_with="zeros")], {}, "'zeros', which is none of x"),
+        (Annotated[torch.Tensor, _X], {"first": ("y",)}, "'y', which is none of x"),
+        (Annotated[torch.Tensor, _X], {"tells": ("y",)}, "'y', which is none of x"),
+        (Annotated[torch.Tensor, _X], {"aligned": ("y",)}, "'y', which is none of x"),
+    ],
+)
+def test_a_declaration_that_speaks_of_what_there_is_not_is_refused(
+    declared: Any, more: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(OPS, "toy", None)  # which is taken away again
+    op = Op("toy", NamedTuple("Given", [("x", declared)]), dtypes={"D": (BF16,)}, **more)
+    with pytest.raises(TypeError, match=re.escape(expected)):
+        op.caller(lambda given: lambda given: None)
 
 
 # What is no argument of a kind, whatever else it is: a label and a value that is made of a good one.
