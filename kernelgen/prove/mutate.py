@@ -69,6 +69,7 @@ _ROWS = "rows of a block do not mix, and one that is not live is not stored"
 _TAIL = "B's mask drops the ranks behind the last one too"
 _WORK = "the expand drops such pairs too; this saves work"
 _DISGUISE = "a size in disguise: a block has a row"
+_TWICE = "a token that is not valid is dropped where its ids are loaded, and behind that"
 _RIGHT, _LEFT, _MOVED_BOUND = "right side dropped", "left side dropped", "bound moved"
 _NO_MASK, _NO_CAST = "mask dropped", "cast dropped"
 
@@ -76,7 +77,12 @@ EQUIVALENT: Sequence[Excuse] = (
     Excuse(
         _RIGHT, r"(K|N|RANK) % \w+", "the masked path is right everywhere, only slower", r"\bif\b"
     ),
-    Excuse(_NO_CAST, r"[hy]\.to\(.*\)", _IMPLICIT, r"tl\.store"),
+    Excuse(_NO_CAST, r"(h|y|total)\.to\(.*\)", _IMPLICIT, r"tl\.store"),
+    Excuse(_NO_CAST, r"tl\.load\(rows \+ n, .*\)\.to\(tl\.float32\)", _FP32, r"^y = "),
+    Excuse(_NO_MASK, r"tl\.load\(topk_ids_ptr \+ pair, mask=token < valid, .*", _TWICE),
+    Excuse(_MOVED_BOUND, r"token < valid", _TWICE, r"^expert = tl\.load\(topk_ids_ptr|^here = \(token < valid\)"),
+    Excuse(_LEFT, r"\(token < valid\) & \(expert >= LOCAL_EXPERT_START\)", _TWICE, r"^here = "),
+    Excuse(_LEFT, r"here & is_live\( ?pair, here,.*", "is_live is False for pairs that are not here"),
     Excuse(_NO_CAST, r"tl\.load\(x_rows \+ N.*\)\.to\(tl\.float32\)", _FP32, r"^up = "),
     Excuse(_NO_CAST, r"tl\.load\((out|delta)_row \+ n.*\)\.to\(tl\.float32\)", _FP32),
     Excuse(_NO_CAST, r"tl\.load\(delta_ptr.*\)\.to\(tl\.float32\)", _FP32, r"^y \+= "),

@@ -28,7 +28,7 @@ class Case(BaseCase):
 
     Attributes:
         gap, offset: elements between rows, and before the first behind a 16-byte boundary.
-        row_stride: of delta, where it is given.
+        row_stride: of out and delta, where it is given.
     """
 
     tokens: int = 5
@@ -79,14 +79,12 @@ def check(
     sizes = Sizes(case.tokens, case.top_k, case.experts, case.loras)
     routed = draw(case.routing, sizes, case.random(), device)
     numbers, shape = case.generator(), (case.tokens, case.top_k, case.n)
-    near = case.n + case.gap
-    out = allocate(shape, (case.top_k * near, near, 1), dtype, device, offset=case.offset)
-    row = case.row_stride or near
+    row = case.row_stride or case.n + case.gap
     strides = (case.top_k * row, row, 1)
     if case.row_stride:
-        delta = allocate_sparse(shape, strides, dtype, device)
+        out, delta = (allocate_sparse(shape, strides, dtype, device) for _ in range(2))
     else:
-        delta = allocate(shape, strides, dtype, device, offset=case.offset)
+        out, delta = (allocate(shape, strides, dtype, device, offset=case.offset) for _ in range(2))
     written = torch.zeros(shape[:2], dtype=torch.bool)
     for place in itertools.product(range(case.tokens), range(case.top_k)):  # a NaN that something is added to may keep its bits
         out[place] = torch.randn(case.n, generator=numbers).to(out)
@@ -95,7 +93,7 @@ def check(
         written[place] = True
         delta[place] = torch.randn(case.n, generator=numbers).to(delta)
     expected = moe_add(out, delta, routed.live)
-    guarded = seal(out)
+    guarded = seal(out, sparse=case.row_stride is not None)
     ids, mapping = routed.topk_ids, routed.token_lora_mapping
     route = package.moe_route(ids, mapping, **routed.arguments, assignment="naive")
     config = None if case.own_tiles else sys.modules[launcher.__module__].Config(64, 2)

@@ -107,9 +107,10 @@ def check(
 
 def _check_local_ids(launcher: Callable[..., None], case: Case, topk_ids: torch.Tensor) -> None:
     """Under a map that has ids of other experts, some that no weights have, and -1 among those that are here."""
-    here = [*range(case.experts), *[-1] * 3, case.experts, 2**31 - 1]
+    here = [*range(case.experts), *[-1] * 5, case.experts, 2**31 - 1]  # "mixed" has the id case.experts + 7
     case.random().shuffle(here)
-    expert_map = torch.tensor(here, dtype=torch.int32, device=topk_ids.device)
+    expert_map = allocate((len(here),), (1,), torch.int32, str(topk_ids.device))
+    expert_map.copy_(torch.tensor(here))
     out = allocate(topk_ids.shape, (case.top_k, 1), torch.int32, str(topk_ids.device))
     guarded = seal(out)
     launcher(out, topk_ids, expert_map)
