@@ -680,7 +680,7 @@ class Op(Generic[_Arguments, _Given]):
         Raises:
             TypeError: an argument is missing, or none of this op.
         """
-        left = {o.name: False if isinstance(o, Flag) else None for o in self.operands if _may_be_left(o)}
+        left = {o.name: False if isinstance(o, Flag) else None for o in self.operands if isinstance(o, Flag) or _may_be_none(o)}
         of: Callable[..., _Given] = self.of
         return of(**{**left, **arguments})
 
@@ -961,9 +961,7 @@ class Op(Generic[_Arguments, _Given]):
         return float(value)
 
 
-def _may_be_left(operand: Operand) -> bool:
-    if isinstance(operand, Flag):
-        return True
+def _may_be_none(operand: Operand) -> bool:
     if isinstance(operand, Choice):
         return None in operand.words
     return operand.is_optional if isinstance(operand, Tensor) else getattr(operand, "optional", False)
@@ -983,11 +981,9 @@ def _in_schema(operand: Operand, name: str, letters: Iterator[str], optional: bo
     kinds = {Int: "SymInt", Flag: "bool", Number: "float", Choice: "str", Several: "SymInt[]"}
     if isinstance(operand, Tensor):
         kind = f"Tensor({next(letters)}!)" if operand.written else "Tensor[]" if operand.slices else "Tensor"
-        optional |= operand.is_optional
     else:
         kind = kinds[type(operand)]
-        optional |= getattr(operand, "optional", False) or (isinstance(operand, Choice) and None in operand.words)
-    return f"{kind}{'?' if optional else ''} {name}"
+    return f"{kind}{'?' if optional or _may_be_none(operand) else ''} {name}"
 
 
 _REMEMBERED = """
