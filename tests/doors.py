@@ -304,6 +304,10 @@ def _biased(b: Batch) -> Arguments:
 # A good call of each front door, with all that it can be given; some in more than one way.
 GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
     "moe_act": ("moe_act", _moe_act),
+    "moe_act biased": (
+        "moe_act",
+        lambda b: {**_moe_act(b), **CLAMPED, "layout": "interleaved", "bias": b.normal(b.experts, 2 * b.n)},
+    ),
     "moe_act clamped": ("moe_act", lambda b: {**_moe_act(b), **CLAMPED}),
     "moe_add": (
         "moe_add",

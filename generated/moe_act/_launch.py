@@ -21,7 +21,7 @@ class MoeAct:
     def __init__(self, kernel: Any) -> None:
         self.name = runtime.variant_of(kernel)
         self.facts = VARIANTS.of(self.name)
-        operands = f"h_ptr x_ptr delta_ptr topk_ids_ptr valid_tokens_ptr {_ROUTING} limit alpha beta num_tokens"
+        operands = f"h_ptr x_ptr delta_ptr bias_ptr topk_ids_ptr valid_tokens_ptr {_ROUTING} limit alpha beta num_tokens"
         self._kernel = runtime.Launcher(kernel, operands)
 
     def launch(self, config: Config | None, **arguments: Any) -> None:
@@ -31,7 +31,10 @@ class MoeAct:
             ValueError: something does not fit; nothing was launched.
         """
         facts = self.facts
-        given = OP.given(activation=facts["epilogue"], **arguments)
+        layout = "interleaved" if facts["interleaved"] else "halves"
+        given = OP.given(activation=facts["epilogue"], layout=layout, **arguments)
+        if facts["biased"] and given.bias is None:
+            runtime.fail(self.name, "bias", None, "a tensor", "this variant takes one")
         problem = check(self.name, given, dtype=facts["torch_dtype"], adapted=facts["adapted"])
         if problem.num_tokens > 0:
             self.bind(problem, runtime.given(self.name, config, Config) or choose(problem))(given)
@@ -49,6 +52,7 @@ class MoeAct:
             N=problem.n,
             H_STRIDE=problem.h_stride,
             X_STRIDE=problem.x_stride,
+            BIAS_STRIDE=problem.bias_stride,
             ROWS=config.rows,
             BLOCK_N=config.block_n,
             PDL=pdl,
@@ -60,6 +64,7 @@ class MoeAct:
 
         def call(given: Given) -> None:
             routing, clamp = routing_of(given.route), (given.limit, given.alpha, given.beta)
-            launch.run(given.h, given.x, given.delta, given.topk_ids, given.valid_tokens, *routing, *clamp, num_tokens)
+            rows, tokens = (given.h, given.x, given.delta, given.bias), (given.topk_ids, given.valid_tokens)
+            launch.run(*rows, *tokens, *routing, *clamp, num_tokens)
 
         return call

@@ -15,40 +15,44 @@ from kernelgen.prove.testing import Case, Law, Suite, Variant
 SUITE = Suite(
     package="generated",
     family="moe_act",
-    axes="dtype epilogue delta",
+    axes="dtype epilogue delta layout bias",
     rows="""
-bf16 relu2 none
-bf16 relu2 lora
-bf16 swiglu none
-bf16 swiglu lora
-bf16 swiglu_clamp none
-bf16 swiglu_clamp lora
-bf16 geglu none
-bf16 geglu lora
-bf16 geglu_tanh none
-bf16 geglu_tanh lora
-bf16 silu none
-bf16 silu lora
-bf16 gelu none
-bf16 gelu lora
-bf16 gelu_tanh none
-bf16 gelu_tanh lora
-f16 relu2 none
-f16 relu2 lora
-f16 swiglu none
-f16 swiglu lora
-f16 swiglu_clamp none
-f16 swiglu_clamp lora
-f16 geglu none
-f16 geglu lora
-f16 geglu_tanh none
-f16 geglu_tanh lora
-f16 silu none
-f16 silu lora
-f16 gelu none
-f16 gelu lora
-f16 gelu_tanh none
-f16 gelu_tanh lora
+bf16 relu2 none none none
+bf16 relu2 lora none none
+bf16 swiglu none none none
+bf16 swiglu lora none none
+bf16 swiglu_clamp none none none
+bf16 swiglu_clamp none interleaved none
+bf16 swiglu_clamp none interleaved bias
+bf16 swiglu_clamp lora none none
+bf16 swiglu_clamp lora interleaved none
+bf16 swiglu_clamp lora interleaved bias
+bf16 geglu none none none
+bf16 geglu lora none none
+bf16 geglu_tanh none none none
+bf16 geglu_tanh lora none none
+bf16 silu none none none
+bf16 silu lora none none
+bf16 gelu none none none
+bf16 gelu lora none none
+bf16 gelu_tanh none none none
+bf16 gelu_tanh lora none none
+f16 relu2 none none none
+f16 relu2 lora none none
+f16 swiglu none none none
+f16 swiglu lora none none
+f16 swiglu_clamp none none none
+f16 swiglu_clamp lora none none
+f16 geglu none none none
+f16 geglu lora none none
+f16 geglu_tanh none none none
+f16 geglu_tanh lora none none
+f16 silu none none none
+f16 silu lora none none
+f16 gelu none none none
+f16 gelu lora none none
+f16 gelu_tanh none none none
+f16 gelu_tanh lora none none
 """,
 )
 

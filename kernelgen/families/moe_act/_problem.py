@@ -9,7 +9,7 @@ import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
-from .._activation import Alpha, Beta, Limit
+from .._activation import Alpha, Beta, Layout, Limit
 from .._activation import choice as activation_choice
 from .._live import DeltaSizes, check_delta
 from .._live import delta as delta_operand
@@ -38,11 +38,13 @@ class Given(NamedTuple):
     topk_ids: TopkIds
     valid_tokens: ValidTokens
     activation: Annotated[str, activation_choice("epilogue")]
+    layout: Layout
     num_experts: NumExperts
     local_expert_start: operands.Count
     num_tokens_hint: NumTokensHint
     delta: Annotated[torch.Tensor | None, delta_operand("T, top_k, S*N")]
     route: Route | None
+    bias: Annotated[torch.Tensor | None, operands.Tensor(">=E, S*N", operands.FLOATS, asks=("biased",))]
     limit: Limit
     alpha: Alpha
     beta: Beta
@@ -64,6 +66,7 @@ class Problem(NamedTuple):
     n: int
     h_stride: int
     x_stride: int
+    bias_stride: int
     delta: DeltaSizes
     device: torch.device
 
@@ -85,6 +88,7 @@ def check(variant: str, given: Given, *, dtype: torch.dtype | None = None, adapt
         n=sizes["N"],
         h_stride=given.h.stride(0),
         x_stride=given.x.stride(1 if top_k > 1 else 0),
+        bias_stride=0 if given.bias is None else given.bias.stride(0),
         delta=check_delta(variant, given.delta, given.route, adapted),
         device=given.h.device,
     )

@@ -17,6 +17,8 @@ def call(package: ModuleType, asked: Asked) -> None:
     x = empty(asked, num_tokens, top_k, (2 if asked.fact("gated") else 1) * width)
     options: dict[str, Any] = {"activation": asked.tag("epilogue"), "num_experts": asked.sizes["num_experts"]}
     options |= {"limit": 1.0} if asked.fact("clamped") else {}
+    options |= {"layout": "interleaved"} if asked.fact("interleaved") else {}
+    options |= {"bias": empty(asked, asked.sizes["num_experts"], x.shape[2])} if asked.fact("biased") else {}
     if asked.fact("adapted"):
         options |= delta_beside(package, x)
     package.moe_act(empty(asked, num_tokens * top_k, width), x, ints(num_tokens, top_k), **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, Callable
 
 import torch
@@ -16,10 +16,10 @@ from kernelgen.families.case import Case as BaseCase
 from kernelgen.families.case import Tags, worst_ratio
 from kernelgen.families.moe_act.reference import moe_act
 from kernelgen.families.moe_deltas import draw as draw_delta
-from kernelgen.families.moe_experts import SPREAD, Experts, draw
+from kernelgen.families.moe_experts import SPREAD, Experts, Routed, draw
 from kernelgen.families.moe_gemm.reference import NO_ROWS
 
-BODY = ("gated", "delta")  # the activations of a text are for EXACT, and for a case of their own
+BODY = ("gated", "delta", "interleaved")  # the activations of a text are for EXACT, and for a case of their own
 
 _HUGE = 2**31 + 64  # elements: out of reach of a 32-bit offset
 
@@ -33,6 +33,7 @@ class Case(BaseCase):
         nan: the first and the last sum of each row, one of the gate and one of up, are NaN.
         gap, offset: elements between rows, and before the first behind a 16-byte boundary.
         row_stride: of x, where it is given.
+        bias_dtype: of a bias, where the variant has one.
     """
 
     tokens: int = 5
@@ -47,7 +48,10 @@ class Case(BaseCase):
     offset: int = 0
     row_stride: int | None = None
     own_tiles: bool = False
+    bias_dtype: torch.dtype = torch.bfloat16
 
+
+_BIASED = MappingProxyType({"bias": ("bias",)})
 
 CASES = (
     Case("one", "every size is one", tokens=1, top_k=1, experts=1, n=1),
@@ -66,6 +70,8 @@ CASES = (
     Case("nan", "a NaN of the gate, and one of up, stay", body=("epilogue", "delta"), nan=True, tokens=2, n=40),
     Case("unaligned", "odd strides, a base that is not 16-byte aligned", gap=1, offset=1, n=33),
     Case("own_tiles", "the tiles that the rule takes", own_tiles=True, n=300),
+    Case("bias", "of experts that are not the first", only=_BIASED, body=("delta",), n=70, routing=Experts("mixed", start=2)),
+    Case("bias_f32", "a bias in another dtype, and a full tile", only=_BIASED, body=("delta",), n=64, bias_dtype=torch.float32),
     Case("huge_rows", "32-bit offsets of rows wrap", row_stride=_HUGE // 4, tokens=4),
 )
 EXACT = tuple(case for case in CASES if case.name in ("ragged",))  # what exact algebra takes, on every text
@@ -93,6 +99,7 @@ def check(
         x[divmod(pair, case.top_k)] = (case.scale * torch.randn(width, generator=numbers)).to(x)
         if case.nan:
             x[divmod(pair, case.top_k)][:: width - 1] = torch.nan
+    bias = _bias(case, routed, width, numbers, device) if tags["bias"] == "bias" else None
     rows = case.tokens * case.top_k
     h = allocate((rows, case.n), (case.n + case.gap, 1), dtype, device, offset=case.offset)
     h[:] = 1.0  # what it makes of a NaN that it should not read would be one too
@@ -101,7 +108,8 @@ def check(
     if tags["delta"] == "lora":
         layout: dict[str, Any] = {"offset": case.offset, "sparse": case.row_stride is not None}
         beside = draw_delta(package, routed, x, case.random(), numbers, **layout)
-    expected = moe_act(x, routed.local, epilogue=tags["epilogue"], delta=beside.rows if beside else NO_ROWS, clamp=clamp)
+    how: dict[str, Any] = {"interleaved": tags["layout"] == "interleaved", "bias": bias, "clamp": clamp}
+    expected = moe_act(x, routed.local, epilogue=tags["epilogue"], delta=beside.rows if beside else NO_ROWS, **how)
     config = None if case.own_tiles else sys.modules[launcher.__module__].Config(2, 64, 2)
     launcher(
         h,
@@ -114,9 +122,18 @@ def check(
         config=config,
         **(beside.arguments if beside else {}),
         **(clamp.given if clamp else {}),
+        **({} if bias is None else {"bias": bias}),
     )
     written = torch.zeros(rows, dtype=torch.bool)
     written[expected.rows] = True
     stray = int((guarded.changed() & ~positions(guarded, written.to(device))).sum())
     assert not stray, f"h: {stray} elements changed outside of the rows of local pairs"
     return worst_ratio(h[expected.rows].cpu(), expected.out.cpu(), expected.bound.cpu())
+
+
+def _bias(case: Case, routed: Routed, width: int, numbers: torch.Generator, device: str) -> torch.Tensor:
+    """Of experts that have pairs; others' is NaN, as it must not be read."""
+    bias = allocate((case.experts, width), (width + case.gap, 1), case.bias_dtype, device, offset=case.offset)
+    for expert in sorted({item.expert for item in routed.local}):
+        bias[expert] = torch.randn(width, generator=numbers).to(bias)
+    return bias

@@ -28,9 +28,15 @@ def front_door(package: ModuleType, variants: Sequence[Variant], device: str) ->
         epilogue = variant.tags["epilogue"]
         clamp = clamp_of(epilogue, Clamp(1.5))
         options = {**(beside.arguments if beside else {}), **({"limit": clamp.limit} if clamp else {})}
+        interleaved, bias = variant.tags["layout"] == "interleaved", None
+        if variant.tags["bias"] == "bias":
+            size = (_EXPERTS, operands["x"].shape[2])
+            bias = torch.randn(size, generator=torch.Generator().manual_seed(2)).to(device)
+        options |= {"layout": "interleaved" if interleaved else "halves", "bias": bias}
         package.moe_act(**operands, num_tokens_hint=1, **options)
         rows = beside.rows if beside else NO_ROWS
-        exact = moe_act(operands["x"], routed.local, epilogue=epilogue, delta=rows, clamp=clamp)
+        how: dict[str, Any] = {"interleaved": interleaved, "bias": bias, "clamp": clamp}
+        exact = moe_act(operands["x"], routed.local, epilogue=epilogue, delta=rows, **how)
         worst_ratio(operands["h"][exact.rows].cpu(), exact.out.cpu(), exact.bound.cpu())
         rest = torch.ones(_TOKENS * _TOP_K, dtype=torch.bool)
         rest[exact.rows] = False
@@ -91,12 +97,20 @@ def _operands(tags: Mapping[str, str], device: str) -> tuple[dict[str, Any], Any
 
 
 _Arguments = dict[str, Any]
+_OSS = {"activation": "swiglu_clamp", "layout": "interleaved", "limit": 7.0}
 
 _WRONG: Mapping[str, Callable[[_Arguments], _Arguments]] = {
     "an unknown activation": lambda a: {"activation": "swish"},
     "a limit that nothing takes": lambda a: {"limit": 7.0},
     "a clamp without its limit": lambda a: {"activation": "swiglu_clamp", "alpha": 1.702},
     "a limit below 0": lambda a: {"activation": "swiglu_clamp", "limit": -1.0},
+    "a layout that no model has": lambda a: {"layout": "interleaved"},
+    "an unknown layout": lambda a: {"layout": "turns"},
+    "a bias in halves": lambda a: {"bias": a["x"].new_zeros(_EXPERTS, 2 * _N)},
+    "a bias of another N": lambda a: {**_OSS, "bias": a["x"].new_zeros(_EXPERTS, _N)},
+    "a bias of too few experts": lambda a: {**_OSS, "bias": a["x"].new_zeros(_EXPERTS - 1, 2 * _N)},
+    "a bias of integers": lambda a: {**_OSS, "bias": a["x"].new_zeros(_EXPERTS, 2 * _N).int()},
+    "a bias with columns apart": lambda a: {**_OSS, "bias": a["x"].new_zeros(2 * _N, _EXPERTS).t()},
     "x in fp32": lambda a: {"x": a["x"].float()},
     "x without its second half": lambda a: {"x": a["x"][..., :_N]},
     "x with columns apart": lambda a: {"x": a["x"].transpose(1, 2).contiguous().transpose(1, 2)},

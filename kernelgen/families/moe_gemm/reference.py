@@ -235,12 +235,30 @@ def with_delta(row: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor:
 
 
 def moe_act(
-    x: torch.Tensor, local: Sequence[Local], *, epilogue: str, delta: Rows = NO_ROWS, clamp: Clamp | None = None
+    x: torch.Tensor,
+    local: Sequence[Local],
+    *,
+    epilogue: str,
+    delta: Rows = NO_ROWS,
+    interleaved: bool = False,
+    bias: torch.Tensor | None = None,
+    clamp: Clamp | None = None,
 ) -> Expected:
-    """h[p] = act(x[p] + delta[p]) of the local pairs; x [T, top_k, N or 2 * N], h [T * top_k, N] of its dtype."""
-    targets = [pair for pair, _ in local]
-    rows = [with_delta(x.flatten(0, 1)[pair], delta.get(pair)) for pair in targets]
-    found = [activate(row, (_FP32 if delta else 0.0) * row.abs(), epilogue, clamp) for row in rows]
+    """h[p] = act(x[p] + delta[p] + bias[e]) of the local pairs; x [T, top_k, N or 2 * N], h [T * top_k, N] of its dtype.
+
+    Columns of gate and up are in turns in x and bias where they are ``interleaved``, and never in delta.
+    """
+    given = x.flatten(0, 1)
+    if interleaved:
+        given, bias = in_halves(given), None if bias is None else in_halves(bias)
+    targets, found = [pair for pair, _ in local], []
+    for pair, expert in local:
+        row = with_delta(given[pair], delta.get(pair))
+        error = (_FP32 if delta else 0.0) * row.abs()
+        if bias is not None:
+            row = row + bias[expert].double()
+            error = error + _FP32 * (row.abs() + error)
+        found.append(activate(row, error, epilogue, clamp))
     values = [value for value, _ in found]
     bounds = [error + cast_error(value.abs() + error, x.dtype) for value, error in found]
     return _expected(targets, values, bounds, x.shape[2] // slices(epilogue))
