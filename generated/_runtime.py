@@ -168,9 +168,20 @@ def _guard(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
     """Whether other tensors look like these, and are of the same classes; it keeps none of them alive."""
     if TensorGuards is None:
         return lambda *others: False
-    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
-    check: Callable[..., bool] = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-    return check
+    places = {id(tensor): place for place, tensor in reversed([*enumerate(tensors)])}
+    firsts = [places[id(tensor)] for tensor in tensors]  # torch's guards take no tensor twice
+    own = sorted({*firsts})
+    distinct = [tensors[place] for place in own]
+    sizes, strides = [list(t.shape) for t in distinct], [list(t.stride()) for t in distinct]
+    check: Callable[..., bool] = TensorGuards(*distinct, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    if len(own) == len(tensors):
+        return check
+
+    def check_twins(*others: torch.Tensor) -> bool:
+        ids = [*map(id, others)]
+        return [ids[place] for place in firsts] == ids and check(*[others[place] for place in own])
+
+    return check_twins
 
 
 @contextlib.contextmanager

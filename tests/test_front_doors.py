@@ -552,6 +552,16 @@ def test_calls_that_look_alike_are_told_apart(name: str, device: str) -> None:
 IN_OTHER_WORDS = {"quantize_weights", "warmup"}  # group is rows and columns, shapes are of classes of their own
 
 
+def test_a_tensor_that_stands_twice_is_known_again() -> None:
+    """Without a search among all that was called before, for which torch compares tensors; it takes none twice."""
+    calls, (x, y, longer) = runtime.Calls(), (torch.ones(2), torch.ones(2), torch.ones(3))
+    calls.put((), (x, y, x), "call")
+    assert calls.get((), (x, y, x)) == "call"
+    is_alike, _ = calls.recent[()]
+    tries = [((x, y, x), True), ((y, x, y), True), ((x, x, y), False), ((x, longer, x), False), ((longer, y, longer), False)]
+    assert [is_alike(*tensors) for tensors, _ in tries] == [expected for _, expected in tries]
+
+
 @pytest.mark.parametrize("name", sorted({name for name in OPS if hasattr(kg, name)} - IN_OTHER_WORDS))
 def test_signature_and_docstring_have_what_is_declared(name: str) -> None:
     function = getattr(kg, name)
