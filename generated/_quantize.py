@@ -81,7 +81,8 @@ def quantize_weights(
     op = "quantize_weights"
     if not isinstance(group, tuple) or len(group) != 2:
         runtime.fail(op, "group", group, "(rows, columns)")
-    _WEIGHTS.check(runtime.Caller(op, rows="group", columns="group"), _Weights(weights, scales, dtype, *group, slices))
+    rows, columns = group
+    _WEIGHTS.check(runtime.Caller(op, rows="group", columns="group"), _Weights(weights, scales, dtype, rows, columns, slices))
     if weights.dim() < 2 or min(weights.shape[-2:]) < 1:
         runtime.fail(op, "weights", runtime.describe(weights), "[..., out, in], of at least one row and column")
     if scales != "group" and group != (_GROUP, _GROUP):

@@ -179,6 +179,7 @@ def test_a_template_that_nothing_uses_is_told(template: str, hint: str, tmp_path
 IMPORT = "import triton.language as tl\n"
 LAUNCH = IMPORT + "from .. import _runtime\ndef f(x_ptr, K: tl.constexpr, N: tl.constexpr): ...\n_f = _runtime.Launcher(f)\n"
 GIVEN = "from typing import NamedTuple\n\n\nclass G(NamedTuple):\n    a: int\n    b: int = 0\n\n\n"
+OP = "from .. import _operands\n" + GIVEN + "O = _operands.Op('toy', G)\nf = O.caller(len)\n\n\n"
 LAUNCHES = """\
 from .. import _runtime as runtime
 
@@ -248,6 +249,9 @@ JIT = IMPORT + "import triton\n\n\n@triton.jit\ndef _f("
         (FRONT, "def", GIVEN + "X = G()\n\n\ndef", "14:5 KG023 G is given no 'a' [G] its fields are a, b"),
         (FRONT, "def", GIVEN + "X = G(1, c=2)\n\n\ndef", "14:5 KG023 G has no 'c' to be given here [G]"),
         (FRONT, "def", GIVEN + "X = G(1, 2, 3)\n\n\ndef", "14:5 KG023 G is given 3 values, and has 2 [G]"),
+        (FRONT, "def", GIVEN + "def g(a, b):\n    G(b, a)\n\n\ndef", "15:5 KG023 G is given 'b' in the place of 'a'"),
+        (FRONT, "def", OP + "def g(a, x):\n    y = (x,)\n    f(a, *y)\n\n\ndef", "21:5 KG023 G is given 'x' in the place of"),
+        (FRONT, "def", OP + "def g(a, *y):\n    (f if a else f)(a, *y)\n\n\ndef", "20:5 KG023 G is given *y, of"),
         (FRONT, "def", "X = dict(asks=('ads',))\n\n\ndef", "6:17 KG029 no axis tells 'ads', which this operand asks for"),
         (FRONT, "def", LAUNCHES, "16:38 KG023 3 operands, of a launch that comes with 2: out_ptr x_ptr [run]"),
         (FRONT, "_table import VARIANTS", "_table import VARIANTZ as VARIANTS", "3:21 KG023 toy._table has no 'VARIANTZ'"),

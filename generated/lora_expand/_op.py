@@ -50,9 +50,9 @@ def lora_expand(
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
-    begins: Any = tuple(columns) if isinstance(columns, list) else columns
-    where = (offset_start, begins, column_stride)
-    (_in_graphs if torch.compiler.is_compiling() else _apply)(out, y, lora_b, route, 1.0, *where, add_inputs, b_scale)
+    columns = tuple(columns) if isinstance(columns, list) else columns
+    where = (offset_start, columns, column_stride)
+    (_in_graphs if torch.compiler.is_compiling() else _apply)(out, y, lora_b, route, 1.0, *where, add_inputs, b_scale)  # type: ignore[arg-type]
 
 
 def _bind(given: Given) -> Call:

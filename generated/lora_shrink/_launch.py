@@ -65,13 +65,13 @@ class LoraShrink:
         size = parts.number * problem.slices * problem.num_tokens * problem.rank
 
         def call(given: Given) -> None:
-            y, route = given.y, given.route
-            sums = route.parts
-            if sums is None or sums.shape[0] < size:
-                sums = torch.empty(size, dtype=torch.float32, device=y.device)
+            route = given.route
+            y = route.parts
+            if y is None or y.shape[0] < size:
+                y = torch.empty(size, dtype=torch.float32, device=given.y.device)
             of_a = (given.a_scale, given.x_scale, given.lora_ranks)
-            product(Given(sums, given.x, given.lora_a, route, 1.0, False, *of_a, None, given.packed))
-            total(y, sums, route, given.scaling, given.scalings)
+            product(Given(y, given.x, given.lora_a, route, 1.0, False, *of_a, None, given.packed))
+            total(given.y, y, route, given.scaling, given.scalings)
 
         return call
 

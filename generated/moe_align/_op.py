@@ -92,16 +92,17 @@ def moe_align(
         num_tokens, top_k, block_m, size, splits, *_ = plan
     if workspace is None:
         workspace = torch.empty(size, dtype=torch.int32, device=topk_ids.device)
-    num_blocks, pairs, blocks, scratch, ids = _views(workspace, size, splits, topk_ids, expert_map)
+    num_blocks, pairs, blocks, scratch, out = _views(workspace, size, splits, topk_ids, expert_map)
     expected = num_tokens if num_tokens_hint is None else num_tokens_hint
     sizes = (num_tokens, top_k, num_experts, local_expert_start, expected, block_m)
-    tables = MoeTables(ids, valid_tokens, pairs, blocks, num_blocks, *sizes)
+    tables = MoeTables(out, valid_tokens, pairs, blocks, num_blocks, *sizes)
     if torch.compiler.is_compiling():
         _in_graphs(*request, workspace)
         return tables
     if expert_map is not None:
-        plan.localize(Localize(ids, topk_ids, expert_map))
-    plan.fill(Fill(pairs, blocks, num_blocks, scratch, ids, valid_tokens, num_experts, local_expert_start, block_m))
+        plan.localize(Localize(out, topk_ids, expert_map))
+    topk_ids = out
+    plan.fill(Fill(pairs, blocks, num_blocks, scratch, topk_ids, valid_tokens, num_experts, local_expert_start, block_m))
     return operands.alike(tables, plan.looks)
 
 
@@ -430,11 +431,11 @@ def _align(*arguments: Any) -> None:
     given = Given(*arguments)
     plan, topk_ids, expert_map = _plan(*given), given.topk_ids, given.expert_map
     assert given.workspace is not None
-    num_blocks, pairs, blocks, scratch, ids = _views(given.workspace, plan.size, plan.splits, topk_ids, expert_map)
+    num_blocks, pairs, blocks, scratch, out = _views(given.workspace, plan.size, plan.splits, topk_ids, expert_map)
     if expert_map is not None:
-        plan.localize(Localize(ids, topk_ids, expert_map))
-    sizes = (given.num_experts, given.local_expert_start, plan.block_m)
-    plan.fill(Fill(pairs, blocks, num_blocks, scratch, ids, given.valid_tokens, *sizes))
+        plan.localize(Localize(out, topk_ids, expert_map))
+    sizes, topk_ids = (given.num_experts, given.local_expert_start, plan.block_m), out
+    plan.fill(Fill(pairs, blocks, num_blocks, scratch, topk_ids, given.valid_tokens, *sizes))
 
 
 _in_graphs = OP.in_graphs(_align)

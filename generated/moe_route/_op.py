@@ -121,7 +121,8 @@ class MoeRoute:
         if torch.compiler.is_compiling():
             _from_tables_op(buffer, *source, block_size, *sizes)
         else:
-            fill(Pack(pairs, blocks, num_blocks, *source, num_tokens * top_k, num_experts, max_loras, block_size))
+            num_pairs, block_m = num_tokens * top_k, block_size
+            fill(Pack(pairs, blocks, num_blocks, *source, num_pairs, num_experts, max_loras, block_m))
         parts = None if workspace is None else workspace.parts
         route = EngineRoute(pairs, blocks, num_blocks, parts, *sizes, block_size, max_blocks)
         return route if torch.compiler.is_compiling() else operands.alike(route, looks)
@@ -308,10 +309,11 @@ def made(plan: Plan, source: _Source, workspace: MoeWorkspace | None) -> PairRou
     parts = None if workspace is None else workspace.parts
     if plan.block_m is None:
         return operands.alike(PairRoute._make((*source, parts, *plan.sizes)), plan.looks)
-    _, token_lora_mapping, _, _ = source
+    topk_ids, token_lora_mapping, adapter_enabled, expert_map = source
     _, num_blocks, blocks, pairs, scratch = _buffers(workspace, plan.splits, token_lora_mapping.device)
     if plan.num_pairs > 0:
-        plan.fill(Sort(pairs, blocks, num_blocks, scratch, *source, *plan.sizes[2:], plan.block_m))  # type: ignore[arg-type]
+        routing, (_, _, num_experts, max_loras) = (topk_ids, token_lora_mapping, adapter_enabled, expert_map), plan.sizes
+        plan.fill(Sort(pairs, blocks, num_blocks, scratch, *routing, num_experts, max_loras, plan.block_m))  # type: ignore[arg-type]
     tables = (pairs, blocks, num_blocks, parts)
     route = TableRoute._make((*source, *tables, *plan.sizes, plan.block_m, plan.max_blocks))  # quicker than TableRoute(...)
     return operands.alike(route, plan.looks)
@@ -608,7 +610,8 @@ def _check_without_blocks(name: str, block_m: int | None) -> None:
 
 def _bind_dense(given: GivenDense) -> Plan:
     DENSE.check("lora_route", given)
-    request = Given(None, given.token_lora_mapping, None, None, 1, given.max_loras, "sorted", None, *given[2:])
+    mapping, of_blocks = given.token_lora_mapping, {"block_m": given.block_m, "workspace": given.workspace}
+    request = OP.given(token_lora_mapping=mapping, num_experts=1, max_loras=given.max_loras, assignment="sorted", **of_blocks)
     return _planned("lora_route", request)
 
 
@@ -828,20 +831,22 @@ _table_plan = _OF_TABLES.finder(_bind_tables)
 
 
 def _route(buffer: torch.Tensor, *arguments: Any) -> None:
-    given = Given._make((*arguments, None))
+    given = Given(*arguments, workspace=None)  # type: ignore[misc]
     plan = _plan(*given)
     if plan.block_m is not None and plan.num_pairs > 0:
         _, num_blocks, blocks, pairs, scratch = _views(buffer, _open_splits(*plan.sizes))
+        routing = (given.topk_ids, given.token_lora_mapping, given.adapter_enabled, given.expert_map)
         groups = (given.num_experts, given.max_loras, plan.block_m)
-        plan.fill(Sort(pairs, blocks, num_blocks, scratch, *given[:4], *groups))  # type: ignore[arg-type]
+        plan.fill(Sort(pairs, blocks, num_blocks, scratch, *routing, *groups))  # type: ignore[arg-type]
 
 
 def _from_tables(buffer: torch.Tensor, *arguments: Any) -> None:
-    given = _OfTables._make((*arguments, None))
+    given = _OfTables(*arguments, workspace=None)  # type: ignore[misc]
     plan = _table_plan(*given)
     _, num_blocks, blocks, pairs, _ = _views(buffer, _splits(plan.max_blocks, plan.max_blocks * given.block_size, 0))
-    sizes = (given.num_tokens * given.top_k, given.num_experts, given.max_loras, given.block_size)
-    plan.fill(Pack(pairs, blocks, num_blocks, *given[:5], *sizes))
+    source = (given.sorted_token_ids, given.expert_ids, given.num_tokens_post_padded, given.lora_ids, given.adapter_enabled)
+    num_pairs, block_m = given.num_tokens * given.top_k, given.block_size
+    plan.fill(Pack(pairs, blocks, num_blocks, *source, num_pairs, given.num_experts, given.max_loras, block_m))
 
 
 _route_op = runtime.op(

@@ -107,23 +107,23 @@ def moe_runs(
     sizes = (num_tokens, top_k, num_experts, local_expert_start, hint, -1 if block_m is None else block_m)
     if block_m == 0:
         tables = MoeTables(topk_ids, valid_tokens, None, None, None, *sizes)
-        runs = MoeRuns(*adapters, None, None, max_loras, lora_ranks)
+        of_batch = MoeRuns(*adapters, None, None, max_loras, lora_ranks)
     else:
         if workspace is None:
             size = run_size(num_tokens, top_k, num_experts)
             workspace = torch.empty(size, dtype=torch.int32, device=topk_ids.device)
-        made = _split(workspace, num_tokens, top_k, num_experts)
-        pairs, blocks, num_blocks, run_of_row, of_blocks, _ = made
+        pairs, blocks, num_blocks, run_of_row, runs, scratch = _split(workspace, num_tokens, top_k, num_experts)
         tables = MoeTables(topk_ids, valid_tokens, pairs, blocks, num_blocks, *sizes)
-        runs = MoeRuns(*adapters, run_of_row, of_blocks, max_loras, lora_ranks)
+        of_batch = MoeRuns(*adapters, run_of_row, runs, max_loras, lora_ranks)
     if plan is None:
         if block_m != 0:
             _in_graphs(*tensors, workspace, *routing, max_loras)
-        return tables, runs
+        return tables, of_batch
     if block_m != 0:
-        plan.fill(Fill(*made, *tensors, num_experts, local_expert_start, max_loras, plan.block_m))
-        runs.__dict__["order"] = tables.pairs
-    return operands.alike(tables, plan.looks_of_tables), operands.alike(runs, plan.looks_of_runs)
+        filled, groups = (pairs, blocks, num_blocks, run_of_row, runs, scratch), (num_experts, local_expert_start, max_loras)
+        plan.fill(Fill(*filled, *tensors, *groups, plan.block_m))
+        of_batch.__dict__["order"] = tables.pairs
+    return operands.alike(tables, plan.looks_of_tables), operands.alike(of_batch, plan.looks_of_runs)
 
 
 class Given(NamedTuple):
@@ -292,9 +292,11 @@ def _runs(*arguments: Any) -> None:
     given = Given(*arguments)
     plan, (num_tokens, top_k) = _plan(*given), given.topk_ids.shape
     assert given.workspace is not None
-    made = _split(given.workspace, num_tokens, top_k, given.num_experts)
+    pairs, blocks, num_blocks, run_of_row, runs, scratch = _split(given.workspace, num_tokens, top_k, given.num_experts)
+    filled, routing = (pairs, blocks, num_blocks, run_of_row, runs, scratch), (given.topk_ids, given.valid_tokens)
+    adapters = (given.token_lora_mapping, given.adapter_enabled, given.lora_ranks)
     groups = (given.num_experts, given.local_expert_start, given.max_loras)
-    plan.fill(Fill(*made, *given[:5], *groups, plan.block_m))
+    plan.fill(Fill(*filled, *routing, *adapters, *groups, plan.block_m))  # type: ignore[arg-type]
 
 
 _in_graphs = OP.in_graphs(_runs)

@@ -102,6 +102,7 @@ def kernel_template(family: str, schedule: str | None) -> str:
 
 
 FRONT_DOOR = "_op"  # the module of a room that has what the family exports
+OPERANDS = "_operands"  # the module of what ops take
 TABLE = "_table"  # the shared module of what a spec decides
 TUNED_TABLE = "_tuned"  # of what was measured
 CONFIGS = "_problem"  # the shared module with the classes of a family's tiles

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import collections
 import dataclasses
 import functools
 import sys
-from typing import Any, Container, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
-from kernelgen.core.names import PACKAGE, TABLE
+from kernelgen.core.names import OPERANDS, PACKAGE, TABLE
 
 MAX_WORD = 400  # characters: longer than the names of modules
 VARIANTS = "VARIANTS"  # of the table of a family: which variants there are
@@ -69,15 +70,18 @@ class Made(NamedTuple):
 
     Attributes:
         of: the module and the name of what is called.
-        number: of its arguments without a name.
+        given: what its arguments by place are called, up to one that could be any number of them; "": it has no name, None: it
+            is written out.
         names: of the others.
         is_whole: whether these are all that are given.
+        rest: of arguments by place the first that could be any number; "": there is none, or it is all of them.
     """
 
     of: tuple[str, ...]
-    number: int
+    given: tuple[str | None, ...]
     names: tuple[str, ...]
     is_whole: bool
+    rest: str
     line: int
     column: int
 
@@ -109,7 +113,9 @@ class Outline:
         questions: which variants it asks for.
         asked: the facts that operands ask for, ``asks`` of their declarations.
         records: the named tuples at its top level, by name: their fields, and whether each has a default.
-        makes: calls of what is imported from the package, or is a class here.
+        stands: names at its top level that are called with what another takes: an op with the fields of its named tuple, and what
+            an op makes with those of the op.
+        makes: calls of what is imported from the package, or is a class here, or such a name.
     """
 
     imports: tuple[Wanted, ...]
@@ -125,6 +131,7 @@ class Outline:
     questions: tuple[Question, ...]
     asked: tuple[Told, ...]
     records: Mapping[str, Mapping[str, bool]]
+    stands: Mapping[str, tuple[str, ...]]
     makes: tuple[Made, ...]
 
 
@@ -148,6 +155,7 @@ def outline(path: str, text: str) -> Outline | None:
     words, attributes, names, constants, gives = set[str](), set[str](), set[str](), set[str](), set[str]()
     asked: list[Told] = []
     calls: list[ast.Call] = []
+    choices: list[ast.Assign] = []
     bound = set[str]()  # to anything else
     at_once = {id(node) for node in _at_once(tree.body)}
     now = {id(node) for node in _now(tree.body)}
@@ -176,6 +184,8 @@ def outline(path: str, text: str) -> Outline | None:
                 asked += _texts(node.value)
         elif isinstance(node, ast.Call):
             calls.append(node)
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.IfExp):
+            choices.append(node)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             words.add(node.value[:MAX_WORD])
             parts = node.value[:MAX_WORD].split()
@@ -195,6 +205,10 @@ def outline(path: str, text: str) -> Outline | None:
             at = read.end_lineno or 0, (read.end_col_offset or 0) - len(read.attr.encode()) + 1
             asks.append(Wanted(places[name], read.attr, read.lineno, at, id(read) in now))
     fields = {node.name: _fields(node) for node in tree.body if isinstance(node, ast.ClassDef)}
+    own = {name: (*module_of(path), name) for name in fields}
+    stands = dict(_stands(tree.body, {**own, **places}))
+    known = {**own, **{name: (*module_of(path), name) for name in stands}, **places}
+    known = {name: place for name, place in known.items() if name not in bound - stands.keys()}
     listed = exports(tree)
     return Outline(
         tuple(imports),
@@ -210,7 +224,8 @@ def outline(path: str, text: str) -> Outline | None:
         tuple(_questions(calls, places, tree)),
         tuple(asked),
         {node.name: _record(node) for node in tree.body if isinstance(node, ast.ClassDef) and _is_record(node)},
-        tuple(_makes(calls, {**{name: (*module_of(path), name) for name in fields}, **places}, bound)),
+        stands,
+        tuple(_makes(calls, choices, known, tree)),
     )
 
 
@@ -238,12 +253,130 @@ def _questions(calls: Sequence[ast.Call], places: Mapping[str, tuple[str, ...]],
             yield Question(tuple(family), call.func.attr, facts, others if is_known else None, *at)
 
 
-def _makes(calls: Sequence[ast.Call], places: Mapping[str, tuple[str, ...]], bound: Container[str]) -> Iterator[Made]:
+_OF_OPS = ("caller", "finder", "in_graphs")  # what an op makes, and is called as its named tuple is
+
+
+def _stands(body: Sequence[ast.stmt], places: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    known = dict(places)
+    for name, value in (each for node in body for each in _assigned(node)):
+        match value:
+            case ast.Call(ast.Attribute(ast.Name(of), "Op"), [_, ast.Name(record), *_]) if places.get(of) == (OPERANDS,):
+                found = known.get(record)
+            case ast.Call(ast.Attribute(ast.Name(op), made)) if made in _OF_OPS:
+                found = known.get(op)
+            case _:
+                continue
+        if found is not None:
+            known[name] = (*found[:-1], name)
+            yield name, found
+
+
+def _assigned(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
+    """The names that an assignment binds to what is written out beside them."""
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    todo = [(target, node.value) for target in targets if isinstance(node, (ast.Assign, ast.AnnAssign))]
+    for target, value in todo:
+        if isinstance(target, ast.Name) and value is not None:
+            yield target.id, value
+        elif isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
+            is_plain = not any(isinstance(each, ast.Starred) for each in (*target.elts, *value.elts))
+            todo += zip(target.elts, value.elts, strict=True) if is_plain else ()
+
+
+class _Scopes:
+    """What names stand for in the functions of a module, as far as that is said once."""
+
+    def __init__(self, tree: ast.Module) -> None:
+        at_top = [node for node in tree.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+        functions = (node for node in nodes(tree) if isinstance(node, (ast.FunctionDef, ast.Lambda)))
+        self._known = [_said_once([inner for node in at_top for inner in nodes(node)])]
+        self._around: dict[int, list[int]] = {}  # of nodes, from the outermost on
+        for function in functions:
+            inside = nodes(function)
+            for node in inside:
+                self._around.setdefault(id(node), [0]).append(len(self._known))
+            self._known.append(_said_once(inside))
+        self._laid: dict[int, list[ast.expr]] = {}
+
+    def value_of(self, name: ast.Name) -> ast.expr | None:
+        """What ``name`` is where it stands; None: that cannot be told."""
+        scopes = (self._known[scope] for scope in reversed(self._around.get(id(name), [0])))
+        return next((known[name.id] for known in scopes if name.id in known), None)
+
+    def lay_out(self, arguments: Sequence[ast.expr]) -> list[ast.expr]:
+        """Arguments by place, and those of tuples among them; the first that could be any number is the last."""
+        laid: list[ast.expr] = []
+        for argument in arguments:
+            laid += self._laid_out(argument) if isinstance(argument, ast.Starred) else [argument]
+            if len(laid) > _MOST:
+                return [*laid[:_MOST], ast.Starred(argument)]
+            if laid and isinstance(laid[-1], ast.Starred):
+                break
+        return laid
+
+    def _laid_out(self, argument: ast.Starred) -> list[ast.expr]:
+        value = self.value_of(argument.value) if isinstance(argument.value, ast.Name) else argument.value
+        if not isinstance(value, (ast.Tuple, ast.List)):
+            return [argument]
+        if id(value) not in self._laid:
+            self._laid[id(value)] = [argument]  # of a tuple of itself
+            self._laid[id(value)] = self.lay_out(value.elts)
+        return self._laid[id(value)]
+
+
+_MOST = 255  # values that a call is given
+
+
+def _said_once(inside: Sequence[ast.AST]) -> Mapping[str, ast.expr | None]:
+    """The names that are bound, and what to; None: that cannot be told."""
+    known = {name: value for node in inside for name, value in _assigned(node)}
+    stores = [node.id for node in inside if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)]
+    counts = collections.Counter([*stores, *(node.arg for node in inside if isinstance(node, ast.arg))])
+    return {name: known.get(name) if count == 1 else None for name, count in counts.items()}
+
+
+def _makes(
+    calls: Sequence[ast.Call], choices: Sequence[ast.Assign], places: Mapping[str, tuple[str, ...]], tree: ast.Module
+) -> Iterator[Made]:
+    """``choices``: names of one of two."""
+    scopes: _Scopes | None = None  # few modules have to be known so well
+    either = {target.id for node in choices for target in node.targets if isinstance(target, ast.Name)}
     for call in calls:
-        if isinstance(call.func, ast.Name) and call.func.id in places and call.func.id not in bound:
+        called, args = call.func, call.args
+        if isinstance(called, ast.Attribute) and called.attr == "_make" and len(args) == 1:
+            called, args = called.value, [ast.Starred(args[0])]
+        if isinstance(called, ast.Name) and called.id in either:
+            scopes = scopes or _Scopes(tree)
+            called = scopes.value_of(called) or called
+        for each in (called.body, called.orelse) if isinstance(called, ast.IfExp) else (called,):
+            of = _place(each, places)
+            if of is None:
+                continue
+            laid = args
+            if any(isinstance(argument, ast.Starred) for argument in args):
+                scopes = scopes or _Scopes(tree)
+                laid = scopes.lay_out(args)
+            given = tuple(_name_of(argument) for argument in laid if not isinstance(argument, ast.Starred))
             names = tuple(keyword.arg for keyword in call.keywords if keyword.arg is not None)
-            is_whole = len(names) == len(call.keywords) and not any(isinstance(each, ast.Starred) for each in call.args)
-            yield Made(places[call.func.id], len(call.args), names, is_whole, call.lineno, call.col_offset + 1)
+            is_whole = len(given) == len(laid) and len(names) == len(call.keywords)
+            rest = "" if len(given) == len(laid) or (len(args) == 1 and laid == args) else ast.unparse(laid[-1])
+            yield Made(of, given, names, is_whole, rest, call.lineno, call.col_offset + 1)
+
+
+def _place(called: ast.expr, places: Mapping[str, tuple[str, ...]]) -> tuple[str, ...] | None:
+    """Where what is called is defined, as far as the package has it."""
+    if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id in places:
+        return (*places[called.value.id], called.attr)
+    return places.get(called.id) if isinstance(called, ast.Name) else None
+
+
+def _name_of(argument: ast.expr) -> str | None:
+    if isinstance(argument, ast.Name):
+        return argument.id
+    if isinstance(argument, ast.Attribute):
+        return argument.attr
+    is_written_out = isinstance(argument, ast.Constant) or ast.unparse(argument).lstrip("-").isdigit()
+    return None if is_written_out else ""
 
 
 def _is_record(node: ast.ClassDef) -> bool:

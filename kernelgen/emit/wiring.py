@@ -8,14 +8,14 @@ import functools
 import itertools
 import re
 import sys
-from typing import Iterator, Sequence
+from typing import Iterator, Mapping, Sequence
 
 from kernelgen.core import names
 from kernelgen.core.diagnostics import Diagnostic, Failure, did_you_mean
 from kernelgen.core.locate import room_label
 from kernelgen.core.model import SCALES, SCHEDULE, VOCABULARY, Axis, Family, Kernel, Location, Package, Record
 from kernelgen.core.names import Identifier
-from kernelgen.emit.outline import VARIANTS, Mentioned, Outline, Question, module_of, outline
+from kernelgen.emit.outline import VARIANTS, Made, Mentioned, Outline, Question, module_of, outline
 from kernelgen.emit.outputs import Outputs
 from kernelgen.emit.render import Renderer
 from kernelgen.emit.rooms import Rooms
@@ -415,25 +415,56 @@ def _idle_faults(families: Sequence[Family], outputs: Outputs) -> Iterator[Diagn
 
 
 def _record_faults(outputs: Outputs) -> Iterator[Diagnostic]:
-    """Named tuples that are made with other fields than they have, as the operands of a call are."""
+    """Named tuples that are made with other fields than they have, or with values of one in the place of another."""
+    ops = {_record_of(place, outputs) for made in outputs.modules.values() for place in made.stands.values()}
     for place, made in outputs.modules.items():
+        told = set[tuple[int, int]]()
         for call in made.makes:
-            of = outputs.modules.get(call.of[:-1])
-            fields = of.records.get(call.of[-1]) if of is not None else None
-            if fields is None or of is None:
-                continue
-            known = list(fields)
-            given = {*known[: call.number], *call.names}
-            wrong = [name for name in call.names if name not in known or name in known[: call.number]]
-            left = [name for name, has_default in fields.items() if not has_default and name not in given]
-            where = outputs.place_in(place, call.line, call.of[-1], call.column)
-            hint = f"its fields are {', '.join(known)}"
-            if wrong:
-                yield Diagnostic("KG023", where, f"{call.of[-1]} has no {wrong[0]!r} to be given here", hint)
-            elif call.number > len(known):
-                yield Diagnostic("KG023", where, f"{call.of[-1]} is given {call.number} values, and has {len(known)}", hint)
-            elif left and call.is_whole:
-                yield Diagnostic("KG023", where, f"{call.of[-1]} is given no {left[0]!r}", hint)
+            record = _record_of(call.of, outputs)
+            if record is not None and (call.line, call.column) not in told:
+                where = outputs.place_in(place, call.line, call.of[-1], call.column)
+                fields = outputs.modules[record[:-1]].records[record[-1]]
+                message = _fields_fault(call, fields) or _places_fault(call, list(fields), is_strict=record in ops)
+                if message:
+                    told.add((call.line, call.column))
+                    yield Diagnostic("KG023", where, f"{record[-1]} {message}", f"its fields are {', '.join(fields)}")
+
+
+def _record_of(place: tuple[str, ...], outputs: Outputs) -> tuple[str, ...] | None:
+    """The named tuple whose fields what is defined at ``place`` takes."""
+    for _ in range(8):
+        made = outputs.modules.get(place[:-1])
+        if made is None or place[-1] in made.records:
+            return None if made is None else place
+        place = made.stands.get(place[-1], ())
+        if not place:
+            return None
+    return None
+
+
+def _fields_fault(call: Made, fields: Mapping[str, bool]) -> str:
+    known = list(fields)
+    number = len(call.given)
+    wrong = [name for name in call.names if name not in known or name in known[:number]]
+    left = [name for name, has_default in fields.items() if not has_default and name not in {*known[:number], *call.names}]
+    if wrong:
+        return f"has no {wrong[0]!r} to be given here"
+    if number > len(known):
+        return f"is given {number} values, and has {len(known)}"
+    return f"is given no {left[0]!r}" if left and call.is_whole else ""
+
+
+def _places_fault(call: Made, fields: Sequence[str], *, is_strict: bool) -> str:
+    """Values that are called as another field; ``is_strict``: all that are not called as theirs, which cannot be told apart."""
+    given = [name.lstrip("_") if name else name for name in call.given]
+    for field, name in zip(fields, given, strict=False):
+        is_other = name in fields and given.index(name) != fields.index(name)
+        if name not in (field, None) and (is_strict or is_other):
+            got = repr(name) if name else "what has no name"
+            return f"is given {got} in the place of {field!r}: call it so, or say {field}=..."
+    if is_strict and call.rest:
+        return f"is given {call.rest}, of which cannot be told what it holds: write that out"
+    return ""
 
 
 def _operand_faults(package: Package, outputs: Outputs) -> Iterator[Diagnostic]:

@@ -247,7 +247,8 @@ def fused_moe(
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
     layer, scales = (hidden, w13, w2, topk_ids, topk_weights), (w13_scale, w2_scale, x_scale, h_scale)
-    request = (activation, layout, apply_router_weight_on_input, local_expert_start, num_tokens_hint, out is None)
+    zeroes = out is None
+    request = (activation, layout, apply_router_weight_on_input, local_expert_start, num_tokens_hint, zeroes)
     more = (w13_bias, w2_bias, workspace, lora, limit, alpha, beta)
     rest = (*layer, valid_tokens, expert_map, *request, *scales, *more)
     if out is None:
@@ -394,57 +395,64 @@ class _Layer(NamedTuple):
 
     def launches(self, given: Given, view: _View) -> Iterator[tuple[str, Any]]:
         """What each launch of the layer is given, in their order; those of tables only where there are some."""
-        hidden, lora, num_pairs, few = given.hidden, given.lora, self.num_pairs, self.few
-        buffers = self.use(given.workspace, hidden)
+        lora, num_pairs, few = given.lora, self.num_pairs, self.few
+        buffers = self.use(given.workspace, given.hidden)
         topk_ids, valid_tokens = given.topk_ids, given.valid_tokens
         if given.expert_map is not None:
-            topk_ids = buffers.ids[:num_pairs].view(self.num_tokens, self.top_k)
-            yield "localize", Localize(topk_ids, given.topk_ids, given.expert_map)
+            out = buffers.ids[:num_pairs].view(self.num_tokens, self.top_k)
+            yield "localize", Localize(out, topk_ids, given.expert_map)
+            topk_ids = out
         filled, groups = (buffers.pairs, buffers.blocks, buffers.num_blocks), (self.num_experts, self.local_expert_start)
         sizes = (self.num_tokens, self.top_k, *groups, self.expected, self.block_m)
         tables = MoeTables(topk_ids, valid_tokens, *filled, *sizes)
+        x, x_rows, x_scale = given.hidden, "token", given.x_scale
         runs: Any = None
-        v13: Any = None
+        v: Any = None
         v2: Any = None
-        b13 = b2 = b13_scale = b2_scale = None
+        lora_b = b_scale = None
         if lora is not None:
-            adapters, run_of_row, of_blocks = (lora.token_lora_mapping, lora.adapter_enabled), None, None
+            adapters, run_of_row = (lora.token_lora_mapping, lora.adapter_enabled), None
             if not few:
-                run_of_row, of_blocks, scratch = split(buffers.runs, num_pairs)
-                written = (*filled, run_of_row, of_blocks, scratch, topk_ids, valid_tokens, *adapters, lora.lora_ranks)
+                run_of_row, runs, scratch = split(buffers.runs, num_pairs)
+                written = (*filled, run_of_row, runs, scratch, topk_ids, valid_tokens, *adapters, lora.lora_ranks)
                 yield "runs", Runs(*written, *groups, self.max_loras, self.block_m)
-            runs = MoeRuns(*adapters, run_of_row, of_blocks, self.max_loras, lora.lora_ranks)
+            runs = MoeRuns(*adapters, run_of_row, runs, self.max_loras, lora.lora_ranks)
             vectors = buffers.vectors if few else buffers.vectors.view(self.dtype)
-            v13, v2 = [view(vectors, *shape) for shape in self.vectors]
-            yield "shrink_x", Shrink(v13, hidden, lora.a13, tables, runs, "token", lora.a13_scale, given.x_scale)
-            b13, b2, b13_scale, b2_scale = lora.b13, lora.b2, lora.b13_scale, lora.b2_scale
+            v, v2 = [view(vectors, *shape) for shape in self.vectors]
+            lora_a, a_scale = lora.a13, lora.a13_scale
+            yield "shrink_x", Shrink(v, x, lora_a, tables, runs, x_rows, a_scale, x_scale)
+            lora_b, b_scale = lora.b13, lora.b13_scale
         elif not few:
             scratch = buffers.blocks[self.scratch_at :] if self.scratch_at else buffers.blocks
             yield "align", Align(*filled, scratch, topk_ids, valid_tokens, *groups, self.block_m)
         on_input, weights = given.apply_router_weight_on_input, given.topk_weights
-        of_input, of_output = (weights, None) if on_input else (None, weights)
         order, h = "pair" if few else "sorted", view(buffers.inter, num_pairs, self.inter)
-        first = ("token", order, given.activation, given.layout, given.w13_scale, given.x_scale, v13, b13, runs, b13_scale)
-        clamp = (given.limit, given.alpha, given.beta)
-        rows, rows_scale = h, None
+        codes, scale = h, None  # of the rows between the products
         if self.x_scales is not None:
-            rows, rows_scale = view(buffers.codes.view(hidden.dtype), num_pairs, self.inter), given.h_scale
+            codes, scale = view(buffers.codes.view(x.dtype), num_pairs, self.inter), given.h_scale
             if self.x_scales != "tensor":
-                rows_scale = view(buffers.scales, num_pairs, _row_scales(self.x_scales, self.inter))
-        made, of_made = (rows, rows_scale) if self.at_once else (h, None)
-        yield "first", Gemm(made, hidden, given.w13, tables, of_input, *first, given.w13_bias, *clamp, of_made)
+                scale = view(buffers.scales, num_pairs, _row_scales(self.x_scales, self.inter))
+        out, out_rows, out_scale = (codes, order, scale) if self.at_once else (h, order, None)
+        w, w_scale, bias, topk_weights = given.w13, given.w13_scale, given.w13_bias, weights if on_input else None
+        first = (topk_weights, x_rows, out_rows, given.activation, given.layout, w_scale, x_scale, v, lora_b, runs, b_scale, bias)
+        yield "first", Gemm(out, x, w, tables, *first, given.limit, given.alpha, given.beta, out_scale)
+        x, x_rows, x_scale = h, order, None
         if self.x_scales is not None and not self.at_once:
-            yield "quant", Quant(rows, rows_scale, h, tables, order)  # type: ignore[arg-type]
+            yield "quant", Quant(codes, scale, x, tables, order)  # type: ignore[arg-type]
         if lora is not None:
-            yield "shrink_h", Shrink(v2, h, lora.a2, tables, runs, order, lora.a2_scale, None)
-        second = (None, "halves", given.w2_scale, rows_scale, v2, b2, runs, b2_scale, given.w2_bias, None, None, None, None)
+            v, lora_a, a_scale = v2, lora.a2, lora.a2_scale
+            yield "shrink_h", Shrink(v, x, lora_a, tables, runs, x_rows, a_scale, x_scale)
+            lora_b, b_scale = lora.b2, lora.b2_scale
+        x, x_scale, topk_weights = codes, scale, None if on_input else weights
+        w, w_scale, bias = given.w2, given.w2_scale, given.w2_bias
+        second = (None, "halves", w_scale, x_scale, v, lora_b, runs, b_scale, bias, None, None, None, None)
         if self.sums:
-            yield "second", Gemm(given.out, rows, given.w2, tables, of_output, "pair", "token", *second)
+            yield "second", Gemm(given.out, x, w, tables, topk_weights, x_rows, "token", *second)
             return
-        y = view(buffers.outputs, self.num_tokens, self.top_k, self.width)
-        yield "second", Gemm(y, rows, given.w2, tables, None, order, "pair", *second)
+        out = y = view(buffers.outputs, self.num_tokens, self.top_k, self.width)
+        yield "second", Gemm(out, x, w, tables, None, x_rows, "pair", *second)
         request = (*groups, given.num_tokens_hint, given.zeroes, False, None, None)
-        yield "sum", Sum(given.out, y, topk_ids, of_output, valid_tokens, *request)
+        yield "sum", Sum(given.out, y, topk_ids, topk_weights, valid_tokens, *request)
 
     def bind(self, name: str, arguments: Any, given: Given) -> Callable[[Any], None]:
         """The launch of that name, for calls that look like this one.

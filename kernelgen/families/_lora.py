@@ -165,13 +165,12 @@ def lora(
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.
     """
-    begins: Any = columns
     if columns is not None:
-        begins, lora_a, lora_b, a_scale, b_scale = _present(columns, lora_a, lora_b, a_scale, b_scale)
-        if begins == () == lora_a:
+        columns, lora_a, lora_b, a_scale, b_scale = _present(columns, lora_a, lora_b, a_scale, b_scale)
+        if columns == () == lora_a:
             return
-    request = (scaling, offset_start, begins, column_stride, add_inputs, x_scale, a_scale, b_scale, lora_ranks, scalings, packed)
-    (_in_graphs if torch.compiler.is_compiling() else _apply)(out, x, lora_a, lora_b, route, *request)
+    request = (scaling, offset_start, columns, column_stride, add_inputs, x_scale, a_scale, b_scale, lora_ranks, scalings, packed)
+    (_in_graphs if torch.compiler.is_compiling() else _apply)(out, x, lora_a, lora_b, route, *request)  # type: ignore[arg-type]
 
 
 def _present(columns: Any, lora_a: Any, lora_b: Any, *scales: Any) -> tuple[Any, ...]:
