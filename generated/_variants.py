@@ -13,9 +13,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from . import _runtime as runtime
-from ._operands import OPS
+from ._operands import NONE, OPS
 
-_NONE = (None, False, "none")  # what a call that does without an axis asks of it
 
 class Found(NamedTuple):
     """The module of a variant, and the largest rank that it takes; None: any."""
@@ -87,7 +86,7 @@ class Variants:
 
     def find(self, *, rank: int = 0, **facts: Any) -> Found | None:
         """The variant of these facts, of the smallest bucket that holds the rank; None: there is none."""
-        if any(value not in _NONE for name, value in facts.items() if name not in self.facts):
+        if any(value not in NONE for name, value in facts.items() if name not in self.facts):
             return None
         for max_rank in self._ranks:
             if max_rank is None or rank <= max_rank:

@@ -485,6 +485,10 @@ def test_launchers_of_variants_name_what_does_not_fit(name: str, device: str, la
             good = launcher.good[operand.name]
             for label, value in _wrong(operand, good, door.op) if good is not None else ():
                 _refused(launcher, {operand.name: value}, f"{operand.name}: {label}", operand.name)
+        for operand, is_needed in door.op.hang_on(getattr(module.schedule, "facts", {})):
+            assert is_needed == (known.get(operand.name) is not None), operand.name
+            if is_needed:
+                _refused(launcher, {operand.name: None}, f"{operand.name}: nothing", operand.name)
         if "config" in known:
             _refused(launcher, {"config": (16, 16)}, "another config", "config")
         assert len(launches) == number

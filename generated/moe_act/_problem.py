@@ -74,7 +74,7 @@ class Problem(NamedTuple):
     device: torch.device
 
 
-def check(variant: str, given: Given, *, dtype: torch.dtype | None = None, adapted: bool | None = None) -> Problem:
+def check(variant: str, given: Given, *, dtype: torch.dtype | None = None) -> Problem:
     """The sizes of a call, once everything about it is known to fit.
 
     Raises:
@@ -92,7 +92,7 @@ def check(variant: str, given: Given, *, dtype: torch.dtype | None = None, adapt
         h_stride=given.h.stride(0),
         x_stride=given.x.stride(1 if top_k > 1 else 0),
         bias_stride=0 if given.bias is None else given.bias.stride(0),
-        delta=check_delta(variant, given.delta, given.route, adapted),
+        delta=check_delta(variant, given.delta, given.route),
         device=given.h.device,
     )
 

@@ -29,7 +29,7 @@ class MoeAdd:
         Raises:
             ValueError: something does not fit; nothing was launched.
         """
-        given = OP.given(**arguments)
+        given = OP.given_to(self.name, self.facts, **arguments)
         problem = check(self.name, given, self.facts["torch_dtype"])
         if problem.num_pairs > 0:
             self.bind(problem, runtime.given(self.name, config, Config) or choose(problem))(given)

@@ -59,7 +59,7 @@ def check(variant: str, given: Given, dtype: torch.dtype | None = None) -> Probl
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
     sizes, route = OP.check(variant, given, D=dtype), given.route
-    delta_sizes = check_delta(variant, given.delta, route, True)
+    delta_sizes = check_delta(variant, given.delta, route)
     return Problem(
         num_pairs=route.num_tokens * route.top_k,
         top_k=route.top_k,

@@ -77,10 +77,7 @@ class _Schedule:
         """
         facts, activation = self.facts, None if self.facts["epilogue"] == "none" else self.facts["epilogue"]
         (x_rows, out_rows), layout = facts["rows"].split("_"), "interleaved" if facts["interleaved"] else "halves"
-        given = OP.given(x_rows=x_rows, out_rows=out_rows, activation=activation, layout=layout, **arguments)
-        for name, needed in (("bias", facts["biased"]), ("out_scale", facts["writes_fp8"])):
-            if needed and getattr(given, name) is None:
-                runtime.fail(self.name, name, None, "a tensor", "this variant takes one")
+        given = OP.given_to(self.name, facts, x_rows=x_rows, out_rows=out_rows, activation=activation, layout=layout, **arguments)
         modes = Modes(facts["weight_scales"], facts["x_scales"], facts["b_scales"])
         problem = check(self.name, given, modes, facts["torch_dtype"], self.schedule)
         if problem.num_pairs > 0:

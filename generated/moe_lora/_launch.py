@@ -55,7 +55,7 @@ class _Schedule:
             ValueError: something does not fit; nothing was launched.
         """
         facts = self.facts
-        given = OP.given(add_inputs=facts["adds"], mul_routed_weight=facts["weighted"], **arguments)
+        given = OP.given_to(self.name, facts, add_inputs=facts["adds"], mul_routed_weight=facts["weighted"], **arguments)
         problem = check(
             self.name,
             given,

@@ -47,7 +47,7 @@ class _Schedule:
             ValueError: something does not fit; nothing was launched.
         """
         facts = self.facts
-        given = OP.given(add_inputs=facts["adds"], mul_routed_weight=facts["weighted"], **arguments)
+        given = OP.given_to(self.name, facts, add_inputs=facts["adds"], mul_routed_weight=facts["weighted"], **arguments)
         problem = check(self.name, given, dtype=facts["torch_dtype"], naive=self.naive, max_rank=facts["max_rank"])
         if problem.num_pairs > 0:
             tiles = runtime.given(self.name, config, self.config) or choose(self.schedule, problem, given.route)

@@ -28,7 +28,7 @@ class MoeQuant:
             ValueError: something does not fit; nothing was launched.
         """
         facts = self.facts
-        given = OP.given(order="sorted" if facts["by_table"] else "pair", **arguments)
+        given = OP.given_to(self.name, facts, order="sorted" if facts["by_table"] else "pair", **arguments)
         problem = check(self.name, given, mode=facts["x_scales"], dtype=facts["torch_dtype"])
         if problem.num_pairs > 0:
             self.bind(problem, runtime.given(self.name, config, Config) or choose(problem))(given)

@@ -61,7 +61,7 @@ class _Schedule:
         """
         facts = self.facts
         x_rows, writes = facts["rows"].split("_")
-        given = OP.given(x_rows=x_rows, **arguments)
+        given = OP.given_to(self.name, facts, x_rows=x_rows, **arguments)
         modes = {"of_factors": facts["weight_scales"], "mode": facts["x_scales"]}
         problem = check(self.name, given, dtype=facts["torch_dtype"], writes=writes, **modes)
         if problem.num_pairs > 0:

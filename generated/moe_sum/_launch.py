@@ -30,9 +30,8 @@ class MoeSum:
         Raises:
             ValueError: something does not fit; nothing was launched.
         """
-        given, facts = OP.given(**arguments), self.facts
-        of_variant = {"weighted": facts["weighted"], "adapted": facts["adapted"]}
-        problem = check(self.name, given, dtype=facts["torch_dtype"], **of_variant)
+        given = OP.given_to(self.name, self.facts, **arguments)
+        problem = check(self.name, given, dtype=self.facts["torch_dtype"])
         if problem.num_tokens > 0:
             self.bind(problem, runtime.given(self.name, config, Config) or choose(problem))(given)
 

@@ -47,20 +47,17 @@ class DeltaSizes(NamedTuple):
     global_experts: int = 0
 
 
-def check_delta(variant: str, delta: torch.Tensor | None, route: MoeRoute | None, adapted: bool | None) -> DeltaSizes:
-    """The sizes of a delta whose shape is known to fit; ``adapted``: whether there is to be one, None: as it comes.
+def check_delta(variant: str, delta: torch.Tensor | None, route: MoeRoute | None) -> DeltaSizes:
+    """The sizes of a delta whose shape is known to fit; all 0 where there is none.
 
     Raises:
         ValueError: one of both is missing, or the route has tables only.
     """
     if delta is None or route is None:
         given = [name for name, value in (("delta", delta), ("route", route)) if value is not None]
-        if given or adapted:
-            wanted = "both" if adapted else "both, or neither"
-            runtime.fail(variant, "delta, route", given, wanted, "what moe_lora wrote, on its route")
+        if given:
+            runtime.fail(variant, "delta, route", given, "both, or neither", "what moe_lora wrote, on its route")
         return DeltaSizes()
-    if adapted is False:
-        runtime.fail(variant, "delta", runtime.describe(delta), None, "take the variant that adds it")
     if not has_routing(route):
         runtime.fail(variant, "route", "tables only", "a route from moe_route")
     return DeltaSizes(delta.stride(1 if route.top_k > 1 else 0), route.max_loras, route.num_experts, route.global_experts)

@@ -45,6 +45,8 @@ ROWS, PAIRS, CONTIGUOUS, FREE = "rows", "pairs", "contiguous", "free"  # how a t
 
 OPS: dict[str, Op[..., Any]] = {}  # every front door of the package, by name
 
+NONE = (None, False, "none")  # of facts: what a variant is without
+
 Dtype = torch.dtype | tuple[torch.dtype, ...] | str
 Tensors = Sequence[torch.Tensor]  # one a slice
 
@@ -94,6 +96,10 @@ class Tensor:
     def is_written(self) -> bool:
         return self.written
 
+    @property
+    def kind(self) -> str:
+        return "a sequence of tensors, one a slice" if self.slices else "a tensor"
+
     @functools.cached_property
     def forms(self) -> tuple[tuple[_Dim, ...], ...]:
         texts = (self.shape,) if isinstance(self.shape, str) else self.shape or ()
@@ -101,8 +107,7 @@ class Tensor:
 
     def admit(self, op: str, value: object, values: Mapping[str, Any], label: str = "") -> None:
         """Raise ValueError unless ``value`` is of the right type, and there where it is needed."""
-        label = label or self.name
-        wanted = "a sequence of tensors, one a slice" if self.slices else "a tensor"
+        label, wanted = label or self.name, self.kind
         if self.only_with and value is None and values[self.only_with]:
             fail(op, label, None, wanted, f"{self.only_with} needs it")
         if self.only_with and value is not None and not values[self.only_with]:
@@ -292,6 +297,10 @@ class Bundle:
     def is_written(self) -> bool:
         return any(isinstance(part, Tensor) and part.written for part in self.parts.values())
 
+    @property
+    def kind(self) -> str:
+        return f"a {self.of.__name__}"
+
     def parts_of(self, kind: Any) -> list[Operand]:
         """What a kind has, in the order of its fields."""
         return [part for part in declared(kind if isinstance(kind, type) else type(kind)) if part is not None]
@@ -355,7 +364,7 @@ class Bundle:
         if value is None and self.optional:
             return
         if not isinstance(value, self.kinds or self.of):
-            fail(op, label, _say(value), f"a {self.of.__name__}", f"make it with {self.maker}")
+            fail(op, label, _say(value), self.kind, f"make it with {self.maker}")
         for part in self.parts_of(value):
             part.admit(op, getattr(value, part.name), {}, f"{label}.{part.name}")
         field = edited(value)
@@ -683,6 +692,26 @@ class Op(Generic[_Arguments, _Given]):
         left = {o.name: False if isinstance(o, Flag) else None for o in self.operands if isinstance(o, Flag) or _may_be_none(o)}
         of: Callable[..., _Given] = self.of
         return of(**{**left, **arguments})
+
+    def given_to(self, variant: str, facts: Mapping[str, Any], **arguments: Any) -> _Given:
+        """As ``given``, of a call of one variant, which has these facts.
+
+        Raises:
+            ValueError: an argument that may be None is, and the variant needs it.
+        """
+        given = self.given(**arguments)
+        for operand, is_needed in self.hang_on(facts):
+            if is_needed and getattr(given, operand.name) is None:
+                fail(variant, operand.name, None, operand.kind, "this variant takes it, another does without")
+        return given
+
+    def hang_on(self, facts: Mapping[str, Any]) -> Iterator[tuple[Tensor | Bundle, bool]]:
+        """What may be None, but for the facts of a variant that ask for it; whether they do, all of them."""
+        for operand in self.operands:
+            if isinstance(operand, (Tensor, Bundle)) and _may_be_none(operand):
+                asked = [facts[fact] not in NONE for fact in operand.asks if fact in facts]
+                if asked:
+                    yield operand, all(asked)
 
     def shapes(self, **sizes: int) -> dict[str, tuple[int, ...]]:
         """The shapes of all tensors that these sizes tell, each in the first form that they do; of a sequence that of one."""

@@ -30,7 +30,7 @@ class LoraExpand:
             ValueError: something does not fit; nothing was launched.
         """
         facts = self.facts
-        given = OP.given(scaling=1.0, add_inputs=facts["adds"], **arguments)
+        given = OP.given_to(self.name, facts, scaling=1.0, add_inputs=facts["adds"], **arguments)
         of_variant = (facts["weight_scales"], facts["torch_dtype"], facts["max_rank"])
         problem, route = check(self.name, given, *of_variant), given.route
         if problem.num_tokens > 0:

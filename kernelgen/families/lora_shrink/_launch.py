@@ -45,7 +45,7 @@ class LoraShrink:
         Raises:
             ValueError: something does not fit; nothing was launched.
         """
-        facts, given = self.facts, OP.given(**arguments)
+        facts, given = self.facts, OP.given_to(self.name, self.facts, **arguments)
         modes = Modes(facts["weight_scales"], facts["x_scales"])
         problem, route = check(self.name, given, modes, facts["torch_dtype"], facts["max_rank"]), given.route
         if problem.num_tokens > 0:

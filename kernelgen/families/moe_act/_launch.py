@@ -29,10 +29,8 @@ class MoeAct:
         """
         facts = self.facts
         layout = "interleaved" if facts["interleaved"] else "halves"
-        given = OP.given(activation=facts["epilogue"], layout=layout, **arguments)
-        if facts["biased"] and given.bias is None:
-            runtime.fail(self.name, "bias", None, "a tensor", "this variant takes one")
-        problem = check(self.name, given, dtype=facts["torch_dtype"], adapted=facts["adapted"])
+        given = OP.given_to(self.name, facts, activation=facts["epilogue"], layout=layout, **arguments)
+        problem = check(self.name, given, dtype=facts["torch_dtype"])
         if problem.num_tokens > 0:
             self.bind(problem, runtime.given(self.name, config, Config) or choose(problem))(given)
 

@@ -286,9 +286,9 @@ def problem_of(
     if w.stride(1) * w.shape[1] >= 2**31:
         runtime.fail(variant, "w", f"rows {w.stride(1)} elements apart", "an expert's matrix below 2**31 elements")
     w_scale_stride = w_scale_next = 0
-    if modes.of_weights is not None:
+    if modes.of_weights is not None and w_scale is not None:
         w_scale_stride, w_scale_next = _check_w_scale(variant, modes.of_weights, w_scale, w, slices)
-        if interleaved and w_scale is not None and w_scale_next:
+        if interleaved and w_scale_next:
             w_scale_next = w_scale.stride(1)
     x_scale_stride, x_scale_next = 0, None
     if modes.of_x is not None:
@@ -405,17 +405,16 @@ def step_ranks(problem: Problem) -> int:
 
 
 def _check_w_scale(
-    variant: str, mode: str, scale: torch.Tensor | None, w: torch.Tensor, slices: int
+    variant: str, mode: str, scale: torch.Tensor, w: torch.Tensor, slices: int
 ) -> tuple[int, int]:
     """The strides of the scales of weights: over E, and from those of one slice to those of the next."""
     shape = scale_shape(mode, w.shape, QUANT, slices)
-    fitting = scale is not None and fits(mode, scale.shape, w.shape, QUANT, slices)
-    if scale is None or not fitting or not is_scale(scale, w.device, mode) or not scale[0].is_contiguous():
+    fitting = fits(mode, scale.shape, w.shape, QUANT, slices)
+    if not fitting or not is_scale(scale, w.device, mode) or not scale[0].is_contiguous():
         if mode == "mx":
             mxfp4.refuse_scale(variant, "w_scale", scale, w)
-        got = None if scale is None else runtime.describe(scale)
         wanted = f"{list(shape)} float32 or float8_e8m0fnu on {w.device}, contiguous behind E"
-        runtime.fail(variant, "w_scale", got, wanted, f"a scale a {mode}")
+        runtime.fail(variant, "w_scale", runtime.describe(scale), wanted, f"a scale a {mode}")
     return scale.stride(0), 0 if scale.shape == w.shape[:1] else scale[0].numel() // slices
 
 

@@ -47,7 +47,7 @@ class _Schedule:
             ValueError: something does not fit; nothing was launched.
         """
         dtype, max_rank = self.facts["torch_dtype"], self.facts["max_rank"]
-        given = OP.given(**arguments)
+        given = OP.given_to(self.name, self.facts, **arguments)
         problem = check(self.name, given, dtype=dtype, naive=self.naive, max_rank=max_rank)
         if problem.num_pairs > 0:
             tiles = runtime.given(self.name, config, self.config) or choose(self.schedule, problem, given.route)

@@ -223,13 +223,10 @@ def _check_x_scale(
     variant: str, x: torch.Tensor, x_scale: torch.Tensor | None, mode: str | None, of_factors: str | None
 ) -> tuple[str | None, tuple[int, int | None]]:
     """Of what an FP8 x has a scale each, and the strides of these."""
-    if x_scale is None and mode is None:
+    if x_scale is None:
         return None, (0, None)
-    first = "group" if of_factors == "group" else None  # where K is one group, a scale a token has the same shape
-    found = None if x_scale is None else find_x_mode(variant, x, x_scale, QUANT, mode or first)
-    if found is None or mode not in (None, found):
-        got = None if x_scale is None else runtime.describe(x_scale)
-        runtime.fail(variant, "x_scale", got, f"a scale a {mode}")
+    # Where K is one group, a scale a token has the same shape.
+    found = mode or find_x_mode(variant, x, x_scale, QUANT, "group" if of_factors == "group" else None)
     check_fp8(variant, "x", x, found, QUANT)
     return found, check_x_scale(variant, found, x, x_scale, QUANT)
 

@@ -71,18 +71,13 @@ class Problem(NamedTuple):
     device: torch.device
 
 
-def check(
-    variant: str, given: Given, *, dtype: torch.dtype | None = None, adapted: bool | None = None, weighted: bool = False
-) -> Problem:
-    """The sizes of a call, once everything about it is known to fit; ``weighted``: with ``topk_weights``, whatever comes.
+def check(variant: str, given: Given, *, dtype: torch.dtype | None = None) -> Problem:
+    """The sizes of a call, once everything about it is known to fit.
 
     Raises:
         ValueError: says which argument does not fit, what it is and what was wanted.
     """
     sizes = OP.check(variant, given, D=dtype)
-    if weighted and given.topk_weights is None:
-        wanted = f"[{sizes['T']}, {sizes['top_k']}]"
-        runtime.fail(variant, "topk_weights", None, wanted, "a variant without them sums as they are")
     num_tokens, top_k = sizes["T"], sizes["top_k"]
     return Problem(
         num_tokens=num_tokens,
@@ -94,7 +89,7 @@ def check(
         out_stride=given.out.stride(0),
         y_stride=given.y.stride(1 if top_k > 1 else 0),
         keep_empty=given.keep_empty,
-        delta=check_delta(variant, given.delta, given.route, adapted),
+        delta=check_delta(variant, given.delta, given.route),
         device=given.y.device,
     )
 
