@@ -254,8 +254,8 @@ def problems(given: Given) -> tuple[shrink.Problem, expand.Problem, torch.dtype]
     """
     sizes = OP.check("lora", given)
     modes, mode = shrink_modes("lora", given), expand_mode("lora", given)
-    first = shrink.problem_of("lora", shrink.operands_of(given), sizes, modes)
-    last = expand.problem_of("lora", expand.operands_of(given), sizes, mode)
+    first = shrink.problem_of("lora", operands.part_of(shrink.Operands, given), sizes, modes)
+    last = expand.problem_of("lora", operands.part_of(expand.Operands, given), sizes, mode)
     return first, last, sizes.get("D") or torch.bfloat16  # of FP8 operands, in front of an out in fp32
 
 

@@ -514,6 +514,12 @@ def alike(bundle: _Parts, kept: list[object]) -> _Parts:
     return bundle
 
 
+def part_of(kind: Callable[..., _Parts], given: object) -> _Parts:
+    """A named tuple of the class ``kind``, of fields that ``given`` has."""
+    fields: tuple[str, ...] = kind._fields  # type: ignore[attr-defined]
+    return kind(*[getattr(given, field) for field in fields])
+
+
 def _kind(part: object) -> object:
     if isinstance(part, (list, tuple)):
         return part.__class__, len(part)

@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 
@@ -106,19 +106,14 @@ class Operands(NamedTuple):
     b_scale: operands.Tensors | None
 
 
-def operands_of(given: Any) -> Operands:
-    """Those of the product in a call of ``lora_expand`` or ``lora``."""
-    return Operands._make([getattr(given, field) for field in Operands._fields])
-
-
 def check(variant: str, given: Given, mode: str | None, dtype: torch.dtype, max_rank: int | None) -> Problem:
     """The sizes of a call of a variant, once everything about it is known to fit.
 
     Raises:
         ValueError: as ``problem_of``.
     """
-    there = None if given.b_scale is None else mode
-    return problem_of(variant, operands_of(given), OP.check(variant, given, D=dtype), there, max_rank)
+    sizes = OP.check(variant, given, D=dtype)
+    return problem_of(variant, operands.part_of(Operands, given), sizes, mode, max_rank)
 
 
 def problem_of(

@@ -167,20 +167,14 @@ class Operands(NamedTuple):
     packed: bool
 
 
-def operands_of(given: Any) -> Operands:
-    """Those of the product in a call of ``lora_shrink`` or ``lora``."""
-    return Operands._make([getattr(given, field) for field in Operands._fields])
-
-
 def check(variant: str, given: Given, modes: Modes, dtype: torch.dtype, max_rank: int | None) -> Problem:
     """The sizes of a call of a variant, once everything about it is known to fit.
 
     Raises:
         ValueError: as ``problem_of``.
     """
-    of_weights, of_x = modes
-    there = Modes(None if given.a_scale is None else of_weights, None if given.x_scale is None else of_x)
-    return problem_of(variant, operands_of(given), OP.check(variant, given, D=dtype), there, max_rank)
+    sizes = OP.check(variant, given, D=dtype)
+    return problem_of(variant, operands.part_of(Operands, given), sizes, modes, max_rank)
 
 
 def problem_of(

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from .. import _operands as operands
 from .. import _runtime as runtime
 from ..lora_shrink._problem import kind_of_scales
 from ..moe_route._op import MoeRoute
-from ._problem import OP, Call, Given, choose, operands_of, problem_of
+from ._problem import OP, Call, Given, Operands, choose, problem_of
 from ._table import QUANT, VARIANTS
 
 
@@ -54,7 +55,7 @@ def lora_expand(
 
 def _bind(given: Given) -> Call:
     sizes, route = OP.check("lora_expand", given), given.route
-    problem = problem_of("lora_expand", operands_of(given), sizes, mode_of("lora_expand", given))
+    problem = problem_of("lora_expand", operands.part_of(Operands, given), sizes, mode_of("lora_expand", given))
     dtype = sizes.get("D") or torch.bfloat16  # of FP8 weights, in front of an out in fp32
     variant = variant_of("lora_expand", dtype, given.add_inputs, problem.rank, problem.weight_scales)
     if problem.num_tokens == 0:

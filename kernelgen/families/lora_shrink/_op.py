@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .. import _operands as operands
 from .. import _runtime as runtime
 from .._scales import find_x_mode
 from ..moe_route._op import MoeRoute
@@ -15,9 +16,9 @@ from ._problem import (
     Call,
     Given,
     Modes,
+    Operands,
     choose,
     kind_of_scales,
-    operands_of,
     problem_of,
 )
 from ._table import QUANT, VARIANTS
@@ -66,7 +67,7 @@ def lora_shrink(
 
 def _bind(given: Given) -> Call:
     sizes, route = OP.check("lora_shrink", given), given.route
-    problem = problem_of("lora_shrink", operands_of(given), sizes, modes_of("lora_shrink", given))
+    problem = problem_of("lora_shrink", operands.part_of(Operands, given), sizes, modes_of("lora_shrink", given))
     dtype = sizes.get("D") or torch.bfloat16  # of a product of FP8 with FP8
     variant = variant_of("lora_shrink", dtype, problem.rank, problem.weight_scales, problem.x_scales)
     if problem.num_tokens == 0:
