@@ -44,6 +44,12 @@ def test_every_front_door_is_here() -> None:
 _X = Tensor("T", "D")
 
 
+@operands.bundle()
+class _Pair(NamedTuple):
+    a: Annotated[torch.Tensor, _X]
+    b: torch.Tensor
+
+
 @pytest.mark.parametrize(
     ("declared", "more", "expected"),
     [
@@ -53,6 +59,8 @@ _X = Tensor("T", "D")
         (Annotated[torch.Tensor, Tensor("T", "D", scaled_by="x_scales")], {}, "'x_scales', which is none of x"),
         (Annotated[torch.Tensor, Tensor("T", "D", made_if="zeros")], {}, "'zeros', which is none of x"),
         (Annotated[torch.Tensor, Tensor("T", "D", only_with="zeros")], {}, "'zeros', which is none of x"),
+        (Annotated[_Pair, operands.Bundle(_Pair)], {}, "x.b: not annotated with an operand"),
+        (Annotated[str, Device()], {}, "x: a graph of torch.compile takes no Device"),
         (Annotated[torch.Tensor, _X], {"first": ("y",)}, "'y', which is none of x"),
         (Annotated[torch.Tensor, _X], {"tells": ("y",)}, "'y', which is none of x"),
         (Annotated[torch.Tensor, _X], {"aligned": ("y",)}, "'y', which is none of x"),
@@ -64,7 +72,7 @@ def test_a_declaration_that_speaks_of_what_there_is_not_is_refused(
     monkeypatch.setitem(OPS, "toy", None)  # which is taken away again
     op = Op("toy", NamedTuple("Given", [("x", declared)]), dtypes={"D": (BF16,)}, **more)
     with pytest.raises(TypeError, match=re.escape(expected)):
-        op.caller(lambda given: lambda given: None)
+        op.in_graphs(op.caller(lambda given: lambda given: None))
 
 
 # What is no argument of a kind, whatever else it is: a label and a value that is made of a good one.

@@ -180,6 +180,7 @@ IMPORT = "import triton.language as tl\n"
 LAUNCH = IMPORT + "from .. import _runtime\ndef f(x_ptr, K: tl.constexpr, N: tl.constexpr): ...\n_f = _runtime.Launcher(f)\n"
 GIVEN = "from typing import NamedTuple\n\n\nclass G(NamedTuple):\n    a: int\n    b: int = 0\n\n\n"
 OP = "from .. import _operands\n" + GIVEN + "O = _operands.Op('toy', G)\nf = O.caller(len)\n\n\n"
+SHAPES = "from .. import _operands as o\n\nX = o.Tensor(('T, mm', 'mm'), None)\nY = o.Tensor('T, m', 'S*m')\n\n\ndef"
 LAUNCHES = """\
 from .. import _runtime as runtime
 
@@ -252,6 +253,7 @@ JIT = IMPORT + "import triton\n\n\n@triton.jit\ndef _f("
         (FRONT, "def", GIVEN + "def g(a, b):\n    G(b, a)\n\n\ndef", "15:5 KG023 G is given 'b' in the place of 'a'"),
         (FRONT, "def", OP + "def g(a, x):\n    y = (x,)\n    f(a, *y)\n\n\ndef", "21:5 KG023 G is given 'x' in the place of"),
         (FRONT, "def", OP + "def g(a, *y):\n    (f if a else f)(a, *y)\n\n\ndef", "20:5 KG023 G is given *y, of"),
+        (FRONT, "def", SHAPES, "8:19 KG029 nothing else has the size 'mm', and no docstring tells it [mm] did you"),
         (FRONT, "def", "X = dict(asks=('ads',))\n\n\ndef", "6:17 KG029 no axis tells 'ads', which this operand asks for"),
         (FRONT, "def", LAUNCHES, "16:38 KG023 3 operands, of a launch that comes with 2: out_ptr x_ptr [run]"),
         (FRONT, "_table import VARIANTS", "_table import VARIANTZ as VARIANTS", "3:21 KG023 toy._table has no 'VARIANTZ'"),

@@ -34,7 +34,8 @@ def moe_lora_expand(
     Args:
         out: [T, top_k, *] bfloat16 or float16, last stride 1, stride(0) == top_k * stride(1).
         y: float32, [S, T * top_k, rank]; or, as an all-gather of parts of the rank leaves it,
-            [shards, S, T * top_k, rank / shards]. Last stride 1, the others are free. Rows of other pairs are not read.
+            [shards, S, T * top_k, shard], shards * shard = rank. Last stride 1, the others are free. Rows of other pairs are not
+            read.
         lora_b: S tensors [L, E, N, rank] of one layout, in the dtype of ``out``, the adapter's scaling folded in; the strides
             over L and E are free, 0 shares.
         route: that of the shrink.

@@ -6,6 +6,7 @@ import ast
 import collections
 import dataclasses
 import functools
+import re
 import sys
 from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
@@ -86,6 +87,15 @@ class Made(NamedTuple):
     column: int
 
 
+class Size(NamedTuple):
+    """The name of a size in the shape of a tensor that is declared, in how many texts of it, and where it first stands."""
+
+    name: str
+    number: int
+    line: int
+    column: int
+
+
 class Parameter(NamedTuple):
     """A parameter of a kernel, and where it stands."""
 
@@ -112,6 +122,8 @@ class Outline:
         gives: what others may be launched with: keywords of calls, and the words of texts that are nothing but names.
         questions: which variants it asks for.
         asked: the facts that operands ask for, ``asks`` of their declarations.
+        shapes: sizes of the tensors that it declares, but for sequences of any layout, which share sizes among themselves.
+        sizes: how many texts have each name: those that could be a shape, or one name, and others in brackets, as docstrings do.
         records: the named tuples at its top level, by name: their fields, and whether each has a default.
         stands: names at its top level that are called with what another takes: an op with the fields of its named tuple, and what
             an op makes with those of the op.
@@ -130,6 +142,8 @@ class Outline:
     gives: frozenset[str]
     questions: tuple[Question, ...]
     asked: tuple[Told, ...]
+    shapes: tuple[Size, ...]
+    sizes: Mapping[str, int]
     records: Mapping[str, Mapping[str, bool]]
     stands: Mapping[str, tuple[str, ...]]
     makes: tuple[Made, ...]
@@ -154,6 +168,7 @@ def outline(path: str, text: str) -> Outline | None:
     reads: list[ast.Attribute] = []
     words, attributes, names, constants, gives = set[str](), set[str](), set[str](), set[str](), set[str]()
     asked: list[Told] = []
+    sizes: collections.Counter[str] = collections.Counter()
     calls: list[ast.Call] = []
     choices: list[ast.Assign] = []
     bound = set[str]()  # to anything else
@@ -191,6 +206,7 @@ def outline(path: str, text: str) -> Outline | None:
             parts = node.value[:MAX_WORD].split()
             if all(map(str.isidentifier, parts)):
                 gives.update(parts)
+            sizes.update(_sizes(node.value))
         elif isinstance(node, ast.ImportFrom) and node.level > 0:
             base = tuple(folder[: len(folder) + 1 - node.level])
             module = (*base, *(node.module.split(".") if node.module else ()))
@@ -223,6 +239,8 @@ def outline(path: str, text: str) -> Outline | None:
         frozenset(gives),
         tuple(_questions(calls, places, tree)),
         tuple(asked),
+        tuple(_shapes(calls, places)),
+        sizes,
         {node.name: _record(node) for node in tree.body if isinstance(node, ast.ClassDef) and _is_record(node)},
         stands,
         tuple(_makes(calls, choices, known, tree)),
@@ -251,6 +269,27 @@ def _questions(calls: Sequence[ast.Call], places: Mapping[str, tuple[str, ...]],
             is_known = bool(others) or len(facts) == len(call.keywords)
             at = call.func.end_lineno or 0, (call.func.end_col_offset or 0) - len(call.func.attr) + 1
             yield Question(tuple(family), call.func.attr, facts, others if is_known else None, *at)
+
+
+_SHAPE = re.compile(r"[\w\s,*>=]{1,100}")
+_IN_BRACKETS = re.compile(r"\[([^\[\]]{1,100})\]")
+_SIZE = re.compile(r"[A-Za-z_]\w*")
+
+
+def _sizes(text: str) -> set[str]:
+    parts = [text] if _SHAPE.fullmatch(text) else _IN_BRACKETS.findall(text)
+    return {name for part in parts for name in _SIZE.findall(part)}
+
+
+def _shapes(calls: Sequence[ast.Call], places: Mapping[str, tuple[str, ...]]) -> Iterator[Size]:
+    for call in calls:
+        if _place(call.func, places) == (OPERANDS, "Tensor") and call.args:
+            layouts = [each.value for each in call.keywords if each.arg == "slices"]
+            if not any(isinstance(each, ast.Constant) and each.value == "any" for each in layouts):
+                forms = _texts(call.args[0])
+                for name, number in collections.Counter(name for form in forms for name in _sizes(form.name)).items():
+                    first = next(form for form in forms if name in _sizes(form.name))
+                    yield Size(name, number, first.line, first.column + first.name.index(name))
 
 
 _OF_OPS = ("caller", "finder", "in_graphs")  # what an op makes, and is called as its named tuple is

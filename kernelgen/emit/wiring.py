@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import collections
 import dataclasses
 import functools
 import itertools
@@ -38,7 +39,7 @@ def faults(package: Package, families: Sequence[Family], outputs: Outputs) -> It
         return
     missing = list(_import_faults(outputs)) or [*_ask_faults(outputs), *_circle_faults(outputs)]
     missing += _idle_faults(families, outputs)
-    missing += [*_record_faults(outputs), *_operand_faults(package, outputs)]
+    missing += [*_record_faults(outputs), *_operand_faults(package, outputs), *_size_faults(outputs)]
     missing += [fault for family in families for fault in _launcher_faults(family, outputs)]
     yield from missing
     yield from _group_faults(package, outputs)
@@ -476,6 +477,25 @@ def _operand_faults(package: Package, outputs: Outputs) -> Iterator[Diagnostic]:
                 where = outputs.place_in(place, asked.line, asked.name, asked.column)
                 hint = did_you_mean(asked.name, sorted(known), "")
                 yield Diagnostic("KG029", where, f"no axis tells {asked.name!r}, which this operand asks for", hint)
+
+
+def _size_faults(outputs: Outputs) -> Iterator[Diagnostic]:
+    """Sizes in the shape of one operand that nothing else of its room, or of what that imports, speaks of: slips of the pen."""
+    for place, made in outputs.modules.items():
+        if not made.shapes:
+            continue
+        near = {other for other in outputs.modules if other[:-1] == place[:-1] and len(place) > 1} | {place}
+        near |= {wanted.module for other in near for wanted in outputs.modules[other].imports}
+        known = sum((collections.Counter(outputs.modules[each].sizes) for each in near if each in outputs.modules), start=_NONE)
+        others = sorted({size.name for size in made.shapes if known[size.name] > size.number})
+        for size in made.shapes:
+            if known[size.name] <= size.number:
+                where = outputs.place_in(place, size.line, size.name, size.column)
+                hint = did_you_mean(size.name, others, "* is any size, >=1 one that is not 0")
+                yield Diagnostic("KG029", where, f"nothing else has the size {size.name!r}, and no docstring tells it", hint)
+
+
+_NONE: collections.Counter[str] = collections.Counter()
 
 
 def _circle_faults(outputs: Outputs) -> Iterator[Diagnostic]:

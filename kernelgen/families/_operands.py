@@ -326,8 +326,15 @@ class Bundle:
         return tuple(dict.fromkeys(itertools.chain.from_iterable(kind._fields for kind in self._classes.values())))
 
     def in_schema(self, letters: Iterator[str]) -> list[str]:
-        """The arguments of an op of torch that it is: the name of its kind, None where there is none, and all fields."""
+        """The arguments of an op of torch that it is: the name of its kind, None where there is none, and all fields.
+
+        Raises:
+            TypeError: a field declares nothing.
+        """
         kinds = self._classes.values()
+        for field in self._fields:
+            if field not in self.parts:
+                raise TypeError(f"{self.name}.{field}: not annotated with an operand, as a graph of torch.compile takes it")
         some = {field for field in self._fields if self.optional or not all(field in kind._fields for kind in kinds)}
         parts = [_in_schema(self.parts[field], f"{self.name}_{field}", letters, field in some) for field in self._fields]
         return [f"str{'?' if self.optional else ''} {self.name}", *parts]
@@ -1016,8 +1023,10 @@ def _in_schema(operand: Operand, name: str, letters: Iterator[str], optional: bo
     kinds = {Int: "SymInt", Flag: "bool", Number: "float", Choice: "str", Several: "SymInt[]"}
     if isinstance(operand, Tensor):
         kind = f"Tensor({next(letters)}!)" if operand.written else "Tensor[]" if operand.slices else "Tensor"
-    else:
+    elif type(operand) in kinds:
         kind = kinds[type(operand)]
+    else:
+        raise TypeError(f"{name}: a graph of torch.compile takes no {type(operand).__name__}")
     return f"{kind}{'?' if optional or _may_be_none(operand) else ''} {name}"
 
 

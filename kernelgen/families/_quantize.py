@@ -122,12 +122,12 @@ def quantize_activations(
     dtype: torch.dtype = torch.float8_e4m3fn,
     group_k: int = _GROUP,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """FP8 codes and scales of activations [rows, K], as the ops take them.
+    """FP8 codes and scales of activations [T, K], as the ops take them.
 
     Args:
         x: in any float dtype.
-        scales: "tensor", one for all: [1]; "token", one for each row: [rows, 1]; "group", one for each ``group_k`` columns of a
-            row: [rows, ceil(K / group_k)].
+        scales: "tensor", one for all: [1]; "token", one for each row: [T, 1]; "group", one for each ``group_k`` columns of a
+            row: [T, ceil(K / group_k)].
         dtype: float8_e4m3fn or float8_e5m2.
         group_k: columns that share a scale; for "group" alone.
 
