@@ -62,20 +62,23 @@ def fp8(package: ModuleType) -> torch.dtype:
 
 
 def tensors(package: ModuleType, variant: Variant, **sizes: int) -> dict[str, Any]:
-    """The tensors that every call of a variant takes, of these sizes by their names in its declaration, and the scales of such
-    as the variant has FP8 for."""
+    """The tensors that a call of a variant takes, as far as these sizes tell their shapes, by their names in its declaration, and
+    the scales of such as the variant has FP8 for. What is written, or of a shared dtype, is of that of the variant; else of the
+    first that it may have."""
+    table = importlib.import_module(f"{package.__name__}.{variant.family}._table")
     op, own = package._operands.OPS[variant.family], getattr(torch, getattr(variant, "torch_dtype", "float32"))
     declared = {operand.name: operand for operand in op.operands}
+    hanging = {operand.name: is_needed for operand, is_needed in op.hang_on(table.VARIANTS.of(variant.name))}
     found: dict[str, Any] = {}
     for name, shape in op.shapes(**sizes).items():
         operand = declared[name]
-        if operand.is_optional or operand.dtype is None:
+        if operand.dtype is None or not hanging.get(name, not operand.is_optional):
             continue
         fact = declared[operand.scaled_by].asks[0] if operand.scaled_by else ""
         kind = getattr(variant, fact, None)
         kind = variant.x_scales if kind is True else kind
         several = operand.dtype if isinstance(operand.dtype, tuple) else (operand.dtype,)
-        dtype = own if isinstance(operand.dtype, str) or own in several else several[0]
+        dtype = own if isinstance(operand.dtype, str) or (operand.written and own in several) else several[0]
         packed = kind == "mx"
         if packed:
             dtype, shape = torch.uint8, (*shape[:-1], shape[-1] // 2)
@@ -83,11 +86,11 @@ def tensors(package: ModuleType, variant: Variant, **sizes: int) -> dict[str, An
             dtype = fp8(package)
         made = {name: meta(*shape, dtype=dtype)}
         if kind:
-            quant = importlib.import_module(f"{package.__name__}.{variant.family}._table").QUANT
             of_rows = fact in ("x_scales", "writes_fp8")
             stacked = () if operand.slices or of_rows else (sizes.get("S", 1),)
             scale_shape = package._scales.x_scale_shape if of_rows else package._scales.scale_shape
-            made[operand.scaled_by] = meta(*scale_shape(kind, shape, quant, *stacked), dtype=torch.uint8 if packed else FP32)
+            scales = scale_shape(kind, shape, table.QUANT, *stacked)
+            made[operand.scaled_by] = meta(*scales, dtype=torch.uint8 if packed else FP32)
         found |= {name: [tensor] * sizes[operand.count] if operand.slices else tensor for name, tensor in made.items()}
     return found
 
@@ -116,7 +119,12 @@ def meta(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 
 def delta_beside(package: ModuleType, like: torch.Tensor) -> dict[str, Any]:
     """The arguments of an op that adds a delta like ``like``, and its route; of shapes alone."""
+    return {"delta": torch.empty_like(like), "route": route_of(package, like)}
+
+
+def route_of(package: ModuleType, like: torch.Tensor) -> Any:
+    """That of a delta like ``like``."""
     ints = torch.empty(like.shape[:2], dtype=torch.int32, device=like.device)
     mapping, enabled = ints[:, 0].contiguous(), ints[0, :4].contiguous()
     sizes: dict[str, Any] = {"num_experts": QWEN3["num_experts"], "max_loras": 4, "assignment": "naive"}
-    return {"delta": torch.empty_like(like), "route": package.moe_route(ints, mapping, adapter_enabled=enabled, **sizes)}
+    return package.moe_route(ints, mapping, adapter_enabled=enabled, **sizes)

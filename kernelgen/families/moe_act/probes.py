@@ -7,7 +7,7 @@ from typing import Any, Iterator
 
 from kernelgen.core.model import Variant
 from kernelgen.families.activation import OSS
-from kernelgen.families.probe import QWEN3, Probe, delta_beside, launcher_of, meta, tensors
+from kernelgen.families.probe import QWEN3, Probe, launcher_of, meta, route_of, tensors
 
 
 def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
@@ -16,7 +16,7 @@ def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
     experts = QWEN3["num_experts"]
     given = tensors(package, variant, T=num_tokens, top_k=top_k, N=width, S=variant.slices)
     def call() -> None:
-        more: dict[str, Any] = delta_beside(package, given["x"]) if variant.adapted else {}
+        more: dict[str, Any] = {"route": route_of(package, given["x"])} if variant.adapted else {}
         more |= OSS.given if variant.clamped else {}
         more |= {"bias": meta(experts, variant.slices * width, dtype=given["x"].dtype)} if variant.biased else {}
         launcher(**given, num_experts=experts, valid_tokens=meta(1), **more)

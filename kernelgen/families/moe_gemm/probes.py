@@ -10,7 +10,7 @@ import torch
 from kernelgen.core.model import Variant
 from kernelgen.families.activation import OSS
 from kernelgen.families.moe_experts import BY_PAIR
-from kernelgen.families.probe import FP32, QWEN3, Probe, factors, launcher_of, meta, tensors
+from kernelgen.families.probe import QWEN3, Probe, factors, launcher_of, meta, tensors
 
 # One call of each kind of tile: tokens of Qwen3-30B-A3B whose mean expert makes blocks of that height, and a rank of adapters.
 _TOKENS = {"gemv": {1: 16, 4: 64}, "naive": {1: 16, 4: 64}, "tile": {64: 64, 256: 16, 4096: 64}, "box": {1024: 16, 4096: 64}}
@@ -42,10 +42,8 @@ def _probe(package: ModuleType, variant: Variant, num_tokens: int, rank: int) ->
             make = package.no_tables if variant.schedule in BY_PAIR else package.moe_align
             ids, routing = meta(num_tokens, top_k), {"num_experts": num_experts, "valid_tokens": meta(1)}
             tables = make(ids, **routing)
-        known = {"P": outputs, "R": rows, "E": num_experts, "N": n, "K": k, "S": variant.slices}
+        known = {"T": num_tokens, "top_k": top_k, "P": outputs, "R": rows, "E": num_experts, "N": n, "K": k, "S": variant.slices}
         given = tensors(package, variant, **known)
-        if variant.weighted:
-            given["topk_weights"] = meta(num_tokens, top_k, dtype=FP32)
         if variant.adapted:
             with package._runtime.compile_only():
                 routing["block_m"] = tables.block_m

@@ -10,7 +10,7 @@ from typing import Iterator, Mapping
 import torch
 
 from kernelgen.core.model import TunedEntry, Variant
-from kernelgen.families.probe import FP32, Probe, meta, ranks, tensors
+from kernelgen.families.probe import Probe, meta, ranks, tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +99,6 @@ def _probe(
         known = {"T": sizes.num_tokens, "top_k": sizes.top_k, "R": rows, "L": sizes.max_loras, "X": sizes.num_experts}
         layer = {"K": sizes.k, "N": sizes.n, "S": sizes.slices, "rank": sizes.rank}
         options = tensors(package, variant, **known, **layer)
-        if variant.weighted:
-            options["topk_weights"] = meta(sizes.num_tokens, sizes.top_k, dtype=FP32)
         if config is not None:
             options["config"] = module.Config(**config)
         getattr(module, variant.name)(**options, route=route)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any, Iterator
 
-import torch
-
 from kernelgen.core.model import Variant
-from kernelgen.families.probe import QWEN3, Probe, delta_beside, launcher_of, meta, tensors
+from kernelgen.families.probe import QWEN3, Probe, launcher_of, meta, route_of, tensors
 
 
 def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
@@ -18,10 +16,8 @@ def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
     for num_tokens in (16, 4096):
         given = tensors(package, variant, T=num_tokens, top_k=top_k, N=width)
         options: dict[str, Any] = {"num_experts": QWEN3["num_experts"], "valid_tokens": meta(1)}
-        if variant.weighted:
-            options["topk_weights"] = meta(num_tokens, top_k, dtype=torch.float32)
         def call(given: Any = given, options: Any = options) -> None:
-            more = delta_beside(package, given["y"]) if variant.adapted else {}
+            more = {"route": route_of(package, given["y"])} if variant.adapted else {}
             launcher(**given, **options, **more)
 
         sizes = {"num_tokens": num_tokens, "top_k": top_k, "n": width}
