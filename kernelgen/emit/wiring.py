@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import collections
 import dataclasses
 import functools
 import itertools
@@ -423,11 +422,11 @@ def _record_faults(outputs: Outputs) -> Iterator[Diagnostic]:
         for call in made.makes:
             record = _record_of(call.of, outputs)
             if record is not None and (call.line, call.column) not in told:
-                where = outputs.place_in(place, call.line, call.of[-1], call.column)
                 fields = outputs.modules[record[:-1]].records[record[-1]]
                 message = _fields_fault(call, fields) or _places_fault(call, list(fields), is_strict=record in ops)
                 if message:
                     told.add((call.line, call.column))
+                    where = outputs.place_in(place, call.line, call.of[-1], call.column)
                     yield Diagnostic("KG023", where, f"{record[-1]} {message}", f"its fields are {', '.join(fields)}")
 
 
@@ -486,16 +485,14 @@ def _size_faults(outputs: Outputs) -> Iterator[Diagnostic]:
             continue
         near = {other for other in outputs.modules if other[:-1] == place[:-1] and len(place) > 1} | {place}
         near |= {wanted.module for other in near for wanted in outputs.modules[other].imports}
-        known = sum((collections.Counter(outputs.modules[each].sizes) for each in near if each in outputs.modules), start=_NONE)
+        texts = [outputs.modules[each].sizes for each in near if each in outputs.modules]
+        known = {size.name: sum(of.get(size.name, 0) for of in texts) for size in made.shapes}
         others = sorted({size.name for size in made.shapes if known[size.name] > size.number})
         for size in made.shapes:
             if known[size.name] <= size.number:
                 where = outputs.place_in(place, size.line, size.name, size.column)
                 hint = did_you_mean(size.name, others, "* is any size, >=1 one that is not 0")
                 yield Diagnostic("KG029", where, f"nothing else has the size {size.name!r}, and no docstring tells it", hint)
-
-
-_NONE: collections.Counter[str] = collections.Counter()
 
 
 def _circle_faults(outputs: Outputs) -> Iterator[Diagnostic]:
