@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -69,12 +69,4 @@ def check_delta(variant: str, delta: torch.Tensor | None, route: MoeRoute | None
 def delta(shape: str) -> operands.Tensor:
     """The operand of an op that adds a delta of that shape."""
     return operands.Tensor(shape, "D", operands.PAIRS, asks=("adapted",))
-
-
-_NO_ROUTING = (None, None, None, None)
-
-
-def routing_of(route: Any) -> tuple[torch.Tensor | None, ...]:
-    """What ``is_live`` reads, in its order."""
-    return _NO_ROUTING if route is None else (route.topk_ids, route.token_lora_mapping, route.adapter_enabled, route.expert_map)
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple, overload
 
 import torch
@@ -226,8 +226,6 @@ class Given(NamedTuple):
     packed: operands.Bool
 
 
-Call = Callable[[Given], None]  # of sizes that were checked before
-
 OP = operands.Op(
     "lora",
     Given,
@@ -239,10 +237,10 @@ OP = operands.Op(
 )
 
 
-def _bind(given: Given) -> Call:
+def _bind(given: Given) -> runtime.Call:
     first, last, dtype = problems(given)
     if first.num_tokens == 0:
-        return runtime.nothing
+        return runtime.NOTHING
     return bind(first, last, given.route, dtype, given.add_inputs)
 
 
@@ -267,30 +265,22 @@ def bind(
     add_inputs: bool = True,
     lora_shrink: shrink.Config | None = None,
     lora_expand: expand.Config | None = None,
-) -> Call:
+) -> runtime.Call:
     """The launches for checked calls of these sizes, ready to be made again and again; tiles of None: those that are chosen."""
     config = lora_shrink or shrink.choose(first, route)
     tiles = lora_expand or expand.choose(last, route, first.k)
     parts, pdl = first.parts(config), runtime.traits(first.device).pdl
-    size = parts.number * first.slices * first.num_tokens * first.rank
+    y, scratch = first.scratch(route, parts)
     one = shrink_variant("lora", dtype, first.rank, first.weight_scales, first.x_scales)
     other = expand_variant("lora", dtype, add_inputs, last.rank, last.weight_scales)
-    shrink_call = one.bind_product(first, route, config, pdl)
-    total = one.bind_total(first, route, parts, pdl) if expand.sums_first(last, tiles, parts) else None
-    expand_call = other.bind(last, route, tiles, parts if total is None else shrink.ONE_PART, pdl)
-
-    def call(given: Given) -> None:
-        y, route, scaling, scalings = given.route.parts, given.route, given.scaling, given.scalings
-        if y is None or y.shape[0] < size:
-            y = torch.empty(size, dtype=torch.float32, device=given.out.device)
-        of_a = (given.a_scale, given.x_scale, given.lora_ranks, scalings, given.packed)
-        shrink_call(shrink.Given(y, given.x, given.lora_a, route, scaling, False, *of_a))
-        if total is not None:
-            total(y, y, route, scaling, scalings)
-        where = (given.offset_start, given.columns, given.column_stride, given.add_inputs)
-        expand_call(expand.Given(given.out, y, given.lora_b, route, scaling, *where, given.b_scale), scalings)
-
-    return call
+    sums_first = expand.sums_first(last, tiles, parts)
+    # What they are given has the same names here, but for the rank vectors between them.
+    calls = [one.bind_product(first, route, config, pdl).through(runtime.GIVEN, y_ptr=y)]
+    if sums_first:
+        calls.append(one.bind_total(first, route, parts, pdl, y).through(runtime.GIVEN, y_ptr=y))
+    product = other.bind(last, route, tiles, shrink.ONE_PART if sums_first else parts, pdl)
+    calls.append(product.through(runtime.GIVEN, y_ptr=y, scalings_ptr=runtime.GIVEN.scalings))
+    return runtime.InOrder(calls, scratch)
 
 
 _apply = OP.caller(_bind)

@@ -7,7 +7,8 @@ Depends on torch and triton alone, so that a copy of it makes the generated pack
 
 How a launch is made cheap. ``kernel[grid](...)`` binds, specialises and hashes every argument on each call (about 10 us).
 A ``Launcher`` does that once per compile key and then calls the compiled kernel with raw pointers, through a function that
-is written for the kinds of its arguments (about 1 us beside the driver). This is sound because a key is everything that
+is written for the kinds of its arguments and reads them where they lie in what the call is given (about 1 us beside the
+driver). This is sound because a key is everything that
 Triton specialises on: the constants, the options, the device, the dtype of each pointer, which optional pointers are absent,
 and that pointers are 16-byte aligned (but for the trailing ones, small index tables, that a kernel declares
 ``do_not_specialize_on_alignment``). A call with an unaligned pointer, and any call while a profiler hooks launches, takes
@@ -225,46 +226,203 @@ _get_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream
 _launch_hooks = triton.knobs.runtime.launch_enter_hook
 
 
+class Path:
+    """Where something lies in what a call is given, or in scratch that the call has of its own: names, one behind the other.
+
+    Attributes of a path are paths, and so is a part or a view of one: where a function tells of tensors what each launch is
+    given, it tells of paths where that lies. None has nothing in it but None.
+    """
+
+    __slots__ = ("_names", "_views")
+
+    def __init__(self, names: tuple[str, ...], views: tuple[Callable[[Any], Any], ...] = ()) -> None:
+        self._names = names
+        self._views = views  # of the tensor there, in contiguous memory: the same bytes, from the same place in it on
+
+    def __getattr__(self, name: str) -> Path:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return Path((*self._names, name))
+
+    def __getitem__(self, part: slice) -> Path:
+        return Path(self._names, (*self._views, lambda tensor: tensor[part]))
+
+    def view(self, *shape: Any) -> Path:
+        return Path(self._names, (*self._views, lambda tensor: tensor.view(*shape)))
+
+    def find(self, given: Any, scratch: Any = None) -> Any:
+        """What lies there."""
+        root, *names = self._names
+        found = given if root == "given" else scratch
+        for name in names:
+            found = None if found is None else getattr(found, name)
+        return self.seen(found)
+
+    def seen(self, whole: Any) -> Any:
+        """What a view is of, viewed."""
+        return functools.reduce(lambda seen, view: view(seen), self._views, whole)
+
+    def place(self, given: Any, scratch: Any, parents: dict[str, str]) -> tuple[str, int]:
+        """It without its views, in Python, and the bytes from there to the tensor. ``parents``: names of what others lie in."""
+        whole = Path(self._names)
+        *names, name = self._names
+        where = ".".join(names)
+        text = f"{parents.setdefault(where, '_'.join(names))}.{name}" if names else name
+        away = self.find(given, scratch).data_ptr() - whole.find(given, scratch).data_ptr() if self._views else 0
+        return text, away
+
+
+GIVEN, SCRATCH = Path(("given",)), Path(("scratch",))
+# Where memory of a call lies, and what makes it at each; None: a caller's workspace has it.
+Lent = tuple[Path, Callable[[], torch.Tensor] | None]
+
+
+class Made:
+    """An operand that is made at each call, of what lies at a path: a tensor descriptor."""
+
+    __slots__ = ("of", "make")
+
+    def __init__(self, make: Callable[[Any], Any], of: Any) -> None:
+        self.make = make
+        self.of = of
+
+
+def paths(given: Any, path: Path = GIVEN) -> Any:
+    """A named tuple like ``given`` with paths in place of tensors and fractions, which change from call to call that look alike;
+    of sequences of tensors each is one. The rest stays.
+    """
+    if isinstance(given, (torch.Tensor, float)):
+        return path
+    if hasattr(given, "_fields"):
+        return given._make([paths(value, getattr(path, name)) for name, value in zip(given._fields, given, strict=True)])
+    return path if isinstance(given, (list, tuple)) and any(isinstance(each, torch.Tensor) for each in given) else given
+
+
+def _through(source: Any, given: Any) -> Any:
+    """A source of calls that are given something else, in which that of ``source`` lies where ``given``, of paths, has it."""
+    if isinstance(source, Made):
+        return Made(source.make, _through(source.of, given))
+    return source.find(given, SCRATCH) if isinstance(source, Path) else source
+
+
+def _found(source: Any, given: Any, scratch: Any) -> Any:
+    if isinstance(source, Made):
+        return source.make(_found(source.of, given, scratch))
+    return source.find(given, scratch) if isinstance(source, Path) else source
+
+
+class Call:
+    """What a call of one kind does, ready to be done again and again: ``run``, with what it is given."""
+
+    __slots__ = ("run",)
+
+    run: Callable[..., None]  # (given, scratch of the call that it is a part of)
+
+    def through(self, given: Any, **operands: Any) -> Call:
+        """The same as a part of calls that are given something else.
+
+        Args:
+            given: what this one is given, made of paths to where it lies there; ``GIVEN``: the same.
+            operands: of parameters of the kernel, in place of what is read for them.
+        """
+        raise NotImplementedError
+
+
+class InOrder(Call):
+    """Calls, one behind the other.
+
+    Args:
+        calls: of which each is given the same.
+        scratch: makes what they find at ``SCRATCH``; None: there is none.
+    """
+
+    __slots__ = ("_calls", "_scratch")
+
+    def __init__(self, calls: Iterable[Call], scratch: Callable[[], Any] | None = None) -> None:
+        self._calls = tuple(calls)
+        self._scratch = scratch
+        self.run = self._run
+
+    def _run(self, given: Any, scratch: Any = None) -> None:
+        if self._scratch is not None:
+            scratch = self._scratch()
+        for call in self._calls:
+            call.run(given, scratch)
+
+    def through(self, given: Any, **operands: Any) -> Call:
+        if self._scratch is not None:
+            raise TypeError("a call with scratch of its own is no part of another")
+        return InOrder(call.through(given, **operands) for call in self._calls)
+
+
+NOTHING = InOrder(())  # the call of an empty batch
+
+
+class OnHost(Call):
+    """A function of the host, of what lies at a path."""
+
+    __slots__ = ("_function", "_source")
+
+    def __init__(self, function: Callable[[Any], object], source: Any) -> None:
+        self._function = function
+        self._source = source
+        self.run = self._run
+
+    def _run(self, given: Any, scratch: Any = None) -> None:
+        self._function(_found(self._source, given, scratch))
+
+    def through(self, given: Any, **operands: Any) -> Call:
+        return OnHost(self._function, _through(self._source, given))
+
+
 class Launcher:
     """Launches one Triton kernel, whose operands stand in front of its constants.
 
     Args:
         kernel: of Triton.
-        operands: what launches come with, by names of its parameters; it takes those that it has. Nothing: all, in its order.
+        op: of ``_operands``, whose calls launch it.
+        operands: where they lie in what a call is given, a word each: "parameter=field.part"; a parameter alone is of the field
+            of its name, but for _ptr or _ptrs. The kernel takes those that it has.
 
     Raises:
-        TypeError: it has operands beside them.
+        TypeError: nothing lies there in what such calls are given.
     """
 
-    def __init__(self, kernel: Any, operands: str = "") -> None:
+    def __init__(self, kernel: Any, op: Any, operands: str = "") -> None:
         self.kernel = kernel
         # The interpreter's kernels have no params, but annotations too.
         self.constants = tuple(name for name, kind in kernel.fn.__annotations__.items() if "constexpr" in str(kind))
         code = kernel.fn.__code__
         own = [name for name in code.co_varnames[: code.co_argcount] if name not in self.constants]
-        self.offered = offered = operands.split() or own
-        missing = [name for name in own if name not in offered]
-        if missing:
-            raise TypeError(f"{kernel.fn.__name__}: operands that launches come without: {missing}")
-        self.taken = tuple(map(offered.index, own))
+        self._sources: dict[str, Any] = dict.fromkeys(own, Ellipsis)  # that are left to ``bind``
+        for word in operands.split():
+            name, _, path = word.partition("=")
+            names = (path or name.removesuffix("_ptrs").removesuffix("_ptr")).split(".")
+            if not op.has(*names):
+                raise TypeError(f"{kernel.fn.__name__}: {word}: {op.name} is given no {'.'.join(names)}")
+            if name in self._sources:
+                self._sources[name] = Path(("given", *names))
         loose = [getattr(param, "do_not_specialize_on_alignment", False) for param in getattr(kernel, "params", ())]
         self.num_aligned = loose.index(True) if True in loose else len(loose)  # leading arguments
 
-    def bind(self, grid: int, options: Options, /, **constants: Any) -> Bound:
+    def bind(self, grid: int, options: Options, /, **given: Any) -> Bound:
         """The launches of one compile key over ``grid`` programs; whoever keeps it vouches for the arguments' dtypes.
 
-        ``constants``: by the kernel's names for them; it takes those that it has.
+        ``given``: constants, and operands that are the same for all calls, are made at each (Made) or lie elsewhere (Path), by
+        the kernel's names for them; it takes those that it has.
 
         Raises:
-            TypeError: it has constants beside them.
+            TypeError: it has others beside them.
         """
-        missing = [name for name in self.constants if name not in constants]
+        sources = {name: given.get(name, source) for name, source in self._sources.items()}
+        missing = [name for name in self.constants if name not in given]
+        missing += [name for name, source in sources.items() if source is Ellipsis]
         if missing:
-            raise TypeError(f"{self.kernel.fn.__name__}: constants that are missing: {missing}")
-        taken = {name: constants[name] for name in self.constants}
+            raise TypeError(f"{self.kernel.fn.__name__}: constants and operands that are missing: {missing}")
+        constants = {name: given[name] for name in self.constants}
         family, variant = self.kernel.fn.__module__.split(".")[-2:]
-        _note(Launch(family, variant, self.kernel.fn.__name__, grid, taken, options))
-        return Bound(self, grid, tuple(taken.values()), options)
+        _note(Launch(family, variant, self.kernel.fn.__name__, grid, constants, options))
+        return Bound(self, grid, tuple(constants.values()), options, sources)
 
     def launch(self, grid: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], options: Options) -> Any:
         """Launch once; return the compiled kernel if later launches with such arguments may call it directly."""
@@ -287,83 +445,116 @@ def variant_of(kernel: Any) -> str:
     return name.rpartition("_")[0]
 
 
-class Bound:
-    """See ``Launcher.bind``.
-
-    ``run`` launches with tensors, sequences of tensors, descriptors, numbers or None; the first that is taken is a tensor.
+class Bound(Call):
+    """One launch, see ``Launcher.bind``. Operands are tensors, sequences of tensors, descriptors, numbers or None; the first is a
+    tensor.
     """
 
-    __slots__ = ("_constants", "_grid", "_handle", "_launcher", "_options", "run")
+    __slots__ = ("_constants", "_grid", "_handle", "_launcher", "_options", "_sources")
 
-    def __init__(self, launcher: Launcher, grid: int, constants: tuple[Any, ...], options: Options) -> None:
-        self.run: Callable[..., None] = self._through_triton
+    def __init__(
+        self, launcher: Launcher, grid: int, constants: tuple[Any, ...], options: Options, sources: Mapping[str, Any]
+    ) -> None:
+        self.run = self._through_triton
         self._launcher = launcher
         self._grid = grid
         self._constants = constants
         self._options = options
+        self._sources = sources
         self._handle: Any = None
 
-    def _through_triton(self, *offered: Any) -> None:
-        taken, names = self._launcher.taken, self._launcher.offered
-        if len(offered) != len(names):
-            name = self._launcher.kernel.fn.__name__
-            raise TypeError(f"{name}: {len(offered)} operands, launches come with {len(names)}: {' '.join(names)}")
-        arguments: tuple[Any, ...] = tuple(tuple(offered[i]) if isinstance(offered[i], list) else offered[i] for i in taken)
+    def through(self, given: Any, **operands: Any) -> Call:
+        sources = {name: operands.get(name, _through(source, given)) for name, source in self._sources.items()}
+        return Bound(self._launcher, self._grid, self._constants, self._options, sources)
+
+    def _through_triton(self, given: Any, scratch: Any = None) -> None:
+        found = [_found(source, given, scratch) for source in self._sources.values()]
+        arguments: tuple[Any, ...] = tuple(tuple(each) if isinstance(each, list) else each for each in found)
         handle = self._launcher.launch(self._grid, arguments, self._constants, self._options)
         if handle is not None:
             self._handle = handle  # kept whole: Triton unloads the module when it dies
             run, fixed = _entry(handle)
-            aligned = self._launcher.num_aligned
-            kinds = tuple(_kind(argument, i < aligned) for i, argument in enumerate(arguments))
-            make = _straight_line(len(offered), taken, kinds, len(fixed), len(self._constants))
+            code = _Code(given, scratch)
+            for place, (source, argument) in enumerate(zip(self._sources.values(), arguments, strict=True)):
+                code.add(source, argument, place < self._launcher.num_aligned)
+            make = _straight_line(*code.parts(), len(fixed), len(code.values), len(self._constants))
             device = arguments[0].get_device()
-            self.run = make(self._through_triton, run, self._grid, device, *fixed, *self._constants)
+            self.run = make(self._through_triton, run, self._grid, device, *fixed, *code.values, *self._constants)
 
 
-def _kind(argument: Any, aligned: bool) -> str | int:
-    """What a launch does with an argument: how many tensors of a tuple, or one, or that it is passed as it is."""
-    if isinstance(argument, tuple):
-        return len(argument)
-    if isinstance(argument, torch.Tensor):
-        return "aligned" if aligned else "pointer"
-    return "value"  # a number, None, or a descriptor, which is of aligned memory
+class _Code:
+    """What a launch of its own Python does about its operands; ``values`` are passed to it once."""
+
+    def __init__(self, given: Any, scratch: Any) -> None:
+        self._lies_in = given, scratch
+        self._parents: dict[str, str] = {"given": "given", "scratch": "scratch"}
+        self._lines: list[str] = []
+        self._aligned: list[str] = []  # pointers
+        self._passed: list[str] = []
+        self.values: list[Any] = []
+
+    def parts(self) -> tuple[tuple[str, ...], ...]:
+        """Lines, pointers that have to be aligned, and what is passed to the kernel."""
+        parents = [f"{name} = {where}" for where, name in self._parents.items() if where != name]
+        return (*parents, *self._lines), tuple(self._aligned), tuple(self._passed)
+
+    def add(self, source: Any, argument: Any, aligned: bool) -> None:
+        """An operand, which was ``argument`` when it was launched for the first time."""
+        if isinstance(source, Made):
+            text, _ = source.of.place(*self._lies_in, self._parents)
+            self._passed.append(f"{self._value(source.make)}({self._value(source.of.seen)}({text}))")
+        elif not isinstance(source, Path):
+            self._passed.append(self._value(source))
+        elif argument is None:  # and so in all calls that look alike
+            self._passed.append("None")
+        elif isinstance(argument, tuple):
+            text, _ = source.place(*self._lies_in, self._parents)
+            tensors = [f"t{len(self._passed)}_{i}" for i in range(len(argument))]
+            self._lines.append(f"{_listed(tensors)} = {text}")
+            self._passed.append(_listed([self._pointer(f"{tensor}.data_ptr()", True) for tensor in tensors]))
+        elif isinstance(argument, torch.Tensor):
+            text, away = source.place(*self._lies_in, self._parents)
+            self._passed.append(self._pointer(f"{text}.data_ptr(){f' + {away}' if away else ''}", aligned))
+        else:  # a number
+            self._passed.append(source.place(*self._lies_in, self._parents)[0])
+
+    def _pointer(self, text: str, aligned: bool) -> str:
+        if not aligned:
+            return text
+        name = f"p{len(self._aligned)}"
+        self._lines.append(f"{name} = {text}")
+        self._aligned.append(name)
+        return name
+
+    def _value(self, value: Any) -> str:
+        self.values.append(value)
+        return f"v{len(self.values) - 1}"
 
 
 @functools.cache
 def _straight_line(
-    num_offered: int, taken: tuple[int, ...], kinds: tuple[str | int, ...], num_fixed: int, num_constants: int
+    lines: tuple[str, ...], aligned: tuple[str, ...], passed: tuple[str, ...], num_fixed: int, num_values: int, num_constants: int
 ) -> Callable[..., Any]:
-    """Makes launches of such arguments, written out: loops over them would take as long again as all the rest.
+    """Makes launches of such operands, written out: loops over them would take as long again as all the rest.
 
-    What it makes is called with all that is offered, and gives it to ``slow`` where a launch is not what the compiled kernel was
-    made for: Triton vectorises on 16-byte alignment.
+    What it makes gives a call to ``slow`` where it is not what the compiled kernel was made for: Triton vectorises on 16-byte
+    alignment.
     """
-    names = [f"a{i}" for i in range(num_offered)]
-    unpacked, aligned, passed = [], [], []
-    for name, kind in zip((names[i] for i in taken), kinds, strict=True):
-        if isinstance(kind, int):
-            tensors = [f"{name}_{i}" for i in range(kind)]
-            unpacked.append(f"{_listed(tensors)} = {name}")
-            aligned += tensors
-            passed.append(_listed(f"{tensor}_ptr" for tensor in tensors))
-        else:
-            aligned += [name] if kind == "aligned" else []
-            passed.append({"aligned": f"{name}_ptr", "pointer": f"{name}.data_ptr()", "value": name}[kind])
-    unpacked += [f"{name}_ptr = {name}.data_ptr()" for name in aligned]
-    fixed, constants = ([f"{letter}{i}" for i in range(count)] for letter, count in (("f", num_fixed), ("c", num_constants)))
+    counts = {"f": num_fixed, "v": num_values, "c": num_constants}
+    fixed, values, constants = ([f"{letter}{i}" for i in range(count)] for letter, count in counts.items())
     source = f"""
-def make(slow, run, grid, device, {", ".join(fixed + constants)}):
-    def launch({", ".join(names)}):
+def make(slow, run, grid, device, {", ".join(fixed + values + constants)}):
+    def launch(given, scratch=None):
         if _recorder is not None or _launch_hooks.calls or device != _get_device():
-            return slow({", ".join(names)})
-        {"; ".join(unpacked)}
-        if ({" | ".join(f"{name}_ptr" for name in aligned) or "0"}) & 15:
-            return slow({", ".join(names)})
-        run(grid, 1, 1, _get_stream(device), {", ".join(fixed + passed + constants)})
+            return slow(given, scratch)
+        {"; ".join(lines) or "pass"}
+        if ({" | ".join(aligned) or "0"}) & 15:
+            return slow(given, scratch)
+        run(grid, 1, 1, _get_stream(device), {", ".join([*fixed, *passed, *constants])})
     return launch
 """
     made: dict[str, Any] = {}
-    exec(source, globals(), made)  # noqa: S102  (of numbers and names of its own)
+    exec(source, globals(), made)  # noqa: S102  (of names of declarations, and numbers)
     return made["make"]  # type: ignore[no-any-return]
 
 
@@ -590,10 +781,6 @@ def choose(
     if _choices is not None:
         _choices.append(Choice(key, *taken, tiles is not None))
     return taken
-
-
-def nothing(*arguments: object) -> None:
-    """The call of an empty batch."""
 
 
 def describable(tensor: torch.Tensor) -> bool:

@@ -153,7 +153,7 @@ def offered(family: str) -> set[str]:
     tree = ast.parse(file.read_text("utf-8") if file.exists() else "")
     texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     keywords = [node.arg or "" for node in ast.walk(tree) if isinstance(node, ast.keyword)]
-    words = {word for text in (*texts, *keywords) for word in text.split() if word.isidentifier()}
+    words = {word for text in (*texts, *keywords) for each in text.split() if (word := each.partition("=")[0]).isidentifier()}
     return {word for word in words if word.isupper() or word.endswith(("_ptr", "_ptrs", "_desc"))}
 
 

@@ -182,17 +182,16 @@ GIVEN = "from typing import NamedTuple\n\n\nclass G(NamedTuple):\n    a: int\n  
 OP = "from .. import _operands\n" + GIVEN + "O = _operands.Op('toy', G)\nf = O.caller(len)\n\n\n"
 SHAPES = "from .. import _operands as o\n\nX = o.Tensor(('T, mm', 'mm'), None)\nY = o.Tensor('T, m', 'S*m')\n\n\ndef"
 LAUNCHES = """\
-from .. import _runtime as runtime
+from .. import _runtime
 
-OUT = "out_ptr"
+B = "b_ptr"
 
 
 class Toy:
+    more = f"{B} limit"
+
     def __init__(self, kernel):
-        self._kernel = runtime.Launcher(kernel, f"{OUT} x_ptr")
-    def bind(self):
-        launch = self._kernel.bind(1, 0)
-        return lambda out, x: launch.run(out, x, 1)
+        self._kernel = _runtime.Launcher(kernel, O, f"a_ptrs=a.x {self.more}")
 
 
 def"""
@@ -228,7 +227,7 @@ JIT = IMPORT + "import triton\n\n\n@triton.jit\ndef _f("
         (KERNEL, IMPORT, IMPORT + "with open('x') as f:\n    pass\n", "4:6 KG023 use of open"),
         (KERNEL, IMPORT, IMPORT + "X = '\u202e'\n", "4:1 KG023 a character that cannot be seen"),
         (KERNEL, IMPORT, IMPORT + "X = {1: 2, 1: 3}\n", "4:6 KG023 the key 1 stands twice"),
-        (KERNEL, IMPORT, LAUNCH + "_f.bind(1, 0, N=1, K=2, PDL=True)\n", "7:25 KG023 f has no constant 'PDL' [PDL]"),
+        (KERNEL, IMPORT, LAUNCH + "_f.bind(1, 0, N=1, K=2, PDL=True)\n", "7:25 KG023 f has no parameter 'PDL' [PDL]"),
         (KERNEL, IMPORT, LAUNCH + "_f.bind(1, 0, N=1)\n", "7:1 KG023 the constant 'K' of f is not given [_f.bind(1, 0, N=1)]"),
         (KERNEL, IMPORT, JIT + "x, y):\n    return x\n", "8:11 KG023 _f does not use 'y' [y] drop it"),
         (KERNEL, IMPORT, JIT + "x):\n    y = x\n    return x\n", "9:5 KG023 _f does not use 'y' [y]"),
@@ -255,7 +254,7 @@ JIT = IMPORT + "import triton\n\n\n@triton.jit\ndef _f("
         (FRONT, "def", OP + "def g(a, *y):\n    (f if a else f)(a, *y)\n\n\ndef", "20:5 KG023 G is given *y, of"),
         (FRONT, "def", SHAPES, "8:19 KG029 nothing else has the size 'mm', and no docstring tells it [mm] did you"),
         (FRONT, "def", "X = dict(asks=('ads',))\n\n\ndef", "6:17 KG029 no axis tells 'ads', which this operand asks for"),
-        (FRONT, "def", LAUNCHES, "16:38 KG023 3 operands, of a launch that comes with 2: out_ptr x_ptr [run]"),
+        (FRONT, "def", OP + LAUNCHES, "25:18 KG023 a launcher reads 'limit' of G, which has no such field [limit]"),
         (FRONT, "_table import VARIANTS", "_table import VARIANTZ as VARIANTS", "3:21 KG023 toy._table has no 'VARIANTZ'"),
         (FRONT, "_table import VARIANTS", "_table import VARIANTZ", "8:12 KG023 undefined name 'VARIANTS' [VARIANTS]"),
         (FRONT, "def", "from . import bf16_r16_smal\n\n\ndef", "6:15 KG023 toy has no 'bf16_r16_smal'"),

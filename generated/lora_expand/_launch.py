@@ -8,12 +8,10 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from torch import Tensor
-
 from .. import _runtime as runtime
 from .._scales import product_rows
 from ..lora_shrink._problem import ONE_PART, Parts
-from ._problem import CACHE_POLICIES, OP, Call, Config, Given, Problem, check, choose
+from ._problem import CACHE_POLICIES, OP, Config, Problem, check, choose
 from ._table import VARIANTS
 
 
@@ -23,8 +21,8 @@ class LoraExpand:
     def __init__(self, product: Any) -> None:
         self.name = runtime.variant_of(product)
         self.facts = VARIANTS.of(self.name)
-        operands = "out_ptr y_ptr b_ptrs b_scale_ptrs scaling num_tokens tokens_ptr blocks_ptr num_blocks_ptr scalings_ptr"
-        self._product = runtime.Launcher(product, operands)
+        tables = "tokens_ptr=route.pairs blocks_ptr=route.blocks num_blocks_ptr=route.num_blocks"
+        self._product = runtime.Launcher(product, OP, f"out_ptr y_ptr b_ptrs=lora_b b_scale_ptrs scaling {tables}")
 
     def launch(self, config: Config | None, **arguments: Any) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.
@@ -37,9 +35,9 @@ class LoraExpand:
         of_variant = (facts["weight_scales"], facts["torch_dtype"], facts["max_rank"])
         problem, route = check(self.name, given, *of_variant), given.route
         if problem.num_tokens > 0:
-            self.bind(problem, route, runtime.given(self.name, config, Config) or choose(problem, route))(given)
+            self.bind(problem, route, runtime.given(self.name, config, Config) or choose(problem, route)).run(given)
 
-    def bind(self, problem: Problem, route: Any, config: Config, parts: Parts = ONE_PART, pdl: bool = False) -> Call:
+    def bind(self, problem: Problem, route: Any, config: Config, parts: Parts = ONE_PART, pdl: bool = False) -> runtime.Call:
         """The launch for checked calls of these sizes, ready to be made again and again; pdl: right behind a lora_shrink."""
         wide = config.block_n * config.tiles
         spans = tuple(itertools.accumulate((runtime.cdiv(width, wide) for width in problem.widths), initial=0))
@@ -47,9 +45,11 @@ class LoraExpand:
         if problem.weight_scales:
             block_m = product_rows(block_m)
         shares = route.block_m // block_m
-        launch = self._product.bind(
+        return self._product.bind(
             route.max_blocks * spans[-1] * shares,
             runtime.Options(config.num_warps, pdl=pdl),
+            num_tokens=problem.num_tokens,
+            scalings_ptr=None,  # which ``lora`` alone has
             WIDTHS=problem.widths,
             COLUMNS=problem.columns,
             COLUMN_STRIDE=problem.column_stride,
@@ -70,11 +70,3 @@ class LoraExpand:
             WEIGHTS=CACHE_POLICIES[config.weight_policy],
             PDL=pdl,
         )
-        num_tokens = problem.num_tokens
-
-        def call(given: Given, scalings: Tensor | None = None) -> None:
-            route: Any = given.route
-            tables = (route.pairs, route.blocks, route.num_blocks)
-            launch.run(given.out, given.y, given.lora_b, given.b_scale, given.scaling, num_tokens, *tables, scalings)
-
-        return call

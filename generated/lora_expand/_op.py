@@ -14,7 +14,7 @@ from .. import _operands as operands
 from .. import _runtime as runtime
 from ..lora_shrink._problem import kind_of_scales
 from ..moe_route._op import MoeRoute
-from ._problem import OP, Call, Given, Operands, choose, problem_of
+from ._problem import OP, Given, Operands, choose, problem_of
 from ._table import QUANT, VARIANTS
 
 
@@ -56,14 +56,14 @@ def lora_expand(
     (_in_graphs if torch.compiler.is_compiling() else _apply)(out, y, lora_b, route, 1.0, *where, add_inputs, b_scale)  # type: ignore[arg-type]
 
 
-def _bind(given: Given) -> Call:
+def _bind(given: Given) -> runtime.Call:
     sizes, route = OP.check("lora_expand", given), given.route
     problem = problem_of("lora_expand", operands.part_of(Operands, given), sizes, mode_of("lora_expand", given))
     dtype = sizes.get("D") or torch.bfloat16  # of FP8 weights, in front of an out in fp32
     variant = variant_of("lora_expand", dtype, given.add_inputs, problem.rank, problem.weight_scales)
     if problem.num_tokens == 0:
-        return runtime.nothing
-    call: Call = variant.bind(problem, route, choose(problem, route))
+        return runtime.NOTHING
+    call: runtime.Call = variant.bind(problem, route, choose(problem, route))
     return call
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
 import torch
@@ -65,7 +65,6 @@ class Given(NamedTuple):
     b_scale: Annotated[operands.Tensors | None, scale_operand("weight_scales", slices="any")]
 
 
-Call = Callable[..., None]  # (a Given, scalings) of sizes that were checked before; ``lora`` alone has the latter
 
 OP = operands.Op(
     "lora_expand",

@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from .. import _runtime as runtime
 from .._scales import product_rows
@@ -16,20 +14,17 @@ from ..moe_route._op import SortedRoute
 from ._problem import (
     CACHE_POLICIES,
     OP,
-    Call,
     Config,
-    Given,
     Modes,
     Parts,
     Problem,
-    Total,
     check,
     check_packed,
     choose,
 )
 from ._table import QUANT, VARIANTS
 
-_TABLES = "tokens_ptr blocks_ptr num_blocks_ptr"
+_TABLES = "tokens_ptr=route.pairs blocks_ptr=route.blocks num_blocks_ptr=route.num_blocks scalings_ptr"
 
 
 class LoraShrink:
@@ -38,9 +33,9 @@ class LoraShrink:
     def __init__(self, product: Any, total: Any) -> None:
         self.name = runtime.variant_of(product)
         self.facts = VARIANTS.of(self.name)
-        operands = "y_ptr x_ptr a_ptrs a_scale_ptrs scaling num_tokens x_scale_ptr x_scale_next"
-        self._product = runtime.Launcher(product, f"{operands} {_TABLES} lora_ranks_ptr scalings_ptr")
-        self._total = runtime.Launcher(total, f"y_ptr parts_ptr scaling num_tokens {_TABLES} scalings_ptr")
+        operands = "y_ptr x_ptr a_ptrs=lora_a a_scale_ptrs scaling x_scale_ptr lora_ranks_ptr"
+        self._product = runtime.Launcher(product, OP, f"{operands} {_TABLES}")
+        self._total = runtime.Launcher(total, OP, f"y_ptr scaling {_TABLES}")
 
     def launch(self, config: Config | None, **arguments: Any) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.
@@ -53,29 +48,20 @@ class LoraShrink:
         problem, route = check(self.name, given, modes, facts["torch_dtype"], facts["max_rank"]), given.route
         if problem.num_tokens > 0:
             call = self.bind(problem, route, runtime.given(self.name, config, Config) or choose(problem, route))
-            call(given._replace(scaling=float(given.scaling)))
+            call.run(given._replace(scaling=float(given.scaling)))
 
-    def bind(self, problem: Problem, route: Any, config: Config) -> Call:
+    def bind(self, problem: Problem, route: Any, config: Config) -> runtime.Call:
         """The launches for checked calls of these sizes, ready to be made again and again."""
         parts = problem.parts(config)
         if parts.number == 1:
             return self.bind_product(problem, route, config, False)
         pdl = runtime.traits(problem.device).pdl
-        product, total = self.bind_product(problem, route, config, pdl), self.bind_total(problem, route, parts, pdl)
-        size = parts.number * problem.slices * problem.num_tokens * problem.rank
+        sums, scratch = problem.scratch(route, parts)
+        product = self.bind_product(problem, route, config, pdl)
+        unscaled = product.through(runtime.GIVEN, y_ptr=sums, scaling=1.0, scalings_ptr=None)
+        return runtime.InOrder((unscaled, self.bind_total(problem, route, parts, pdl, sums)), scratch)
 
-        def call(given: Given) -> None:
-            route = given.route
-            y = route.parts
-            if y is None or y.shape[0] < size:
-                y = torch.empty(size, dtype=torch.float32, device=given.y.device)
-            of_a = (given.a_scale, given.x_scale, given.lora_ranks)
-            product(Given(y, given.x, given.lora_a, route, 1.0, False, *of_a, None, given.packed))
-            total(given.y, y, route, given.scaling, given.scalings)
-
-        return call
-
-    def bind_product(self, problem: Problem, route: SortedRoute, config: Config, pdl: bool) -> Call:
+    def bind_product(self, problem: Problem, route: SortedRoute, config: Config, pdl: bool) -> runtime.Call:
         """The product for checked calls of these sizes; of parts, which are to be added and then scaled, where there are any:
         [parts, S, T, rank].
         """
@@ -90,6 +76,8 @@ class LoraShrink:
         launch = self._product.bind(
             route.max_blocks * tiles * (problem.slices // together) * problem.parts(config).number * shares,
             runtime.Options(config.num_warps),
+            num_tokens=problem.num_tokens,
+            x_scale_next=problem.x_scale_next,
             K=problem.k,
             RANK=problem.rank,
             X_STRIDE=problem.x_stride,
@@ -110,23 +98,17 @@ class LoraShrink:
             WEIGHTS=CACHE_POLICIES[config.weight_policy],
             PDL=pdl,
         )
-        num_tokens, x_scale_next, packed = problem.num_tokens, problem.x_scale_next, problem.packed
+        if not problem.packed:
+            return launch
+        return runtime.InOrder((runtime.OnHost(functools.partial(check_packed, self.name), runtime.GIVEN.lora_a), launch))
 
-        def call(given: Given) -> None:
-            if packed:
-                check_packed(self.name, given.lora_a)
-            route: Any = given.route
-            scales, tables = (given.x_scale, x_scale_next), (route.pairs, route.blocks, route.num_blocks)
-            factors = (given.lora_a, given.a_scale, given.scaling, num_tokens)
-            launch.run(given.y, given.x, *factors, *scales, *tables, given.lora_ranks, given.scalings)
-
-        return call
-
-    def bind_total(self, problem: Problem, route: SortedRoute, parts: Parts, pdl: bool) -> Total:
-        """The sum of parts, scaled; it may take the place of the first of them."""
-        launch = self._total.bind(
+    def bind_total(self, problem: Problem, route: SortedRoute, parts: Parts, pdl: bool, sums: runtime.Path) -> runtime.Call:
+        """The sum of parts, which lie at ``sums``, scaled; it may take the place of the first of them."""
+        return self._total.bind(
             route.max_blocks * problem.slices * runtime.cdiv(problem.rank, 16),
             runtime.Options(4, pdl=pdl),
+            parts_ptr=sums,
+            num_tokens=problem.num_tokens,
             SLICES=problem.slices,
             RANK=problem.rank,
             PARTS=parts.number,
@@ -134,9 +116,3 @@ class LoraShrink:
             BLOCK_M=route.block_m,
             PDL=pdl,
         )
-        num_tokens = problem.num_tokens
-
-        def total(y: Tensor, sums: Tensor, route: Any, scaling: float, scalings: Tensor | None) -> None:
-            launch.run(y, sums, scaling, num_tokens, route.pairs, route.blocks, route.num_blocks, scalings)
-
-        return total

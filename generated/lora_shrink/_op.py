@@ -16,7 +16,6 @@ from .._scales import find_x_mode
 from ..moe_route._op import MoeRoute
 from ._problem import (
     OP,
-    Call,
     Given,
     Modes,
     Operands,
@@ -68,22 +67,17 @@ def lora_shrink(
     (_in_graphs if torch.compiler.is_compiling() else _apply)(y, x, lora_a, route, *request)
 
 
-def _bind(given: Given) -> Call:
+def _bind(given: Given) -> runtime.Call:
     sizes, route = OP.check("lora_shrink", given), given.route
     problem = problem_of("lora_shrink", operands.part_of(Operands, given), sizes, modes_of("lora_shrink", given))
     dtype = sizes.get("D") or torch.bfloat16  # of a product of FP8 with FP8
     variant = variant_of("lora_shrink", dtype, problem.rank, problem.weight_scales, problem.x_scales)
     if problem.num_tokens == 0:
-        return runtime.nothing
-    call: Call = variant.bind(problem, route, choose(problem, route))
+        return runtime.NOTHING
+    call: runtime.Call = variant.bind(problem, route, choose(problem, route))
     if not given.zero_rest:
         return call
-
-    def from_zeros(given: Given) -> None:
-        given.y.zero_()
-        call(given)
-
-    return from_zeros
+    return runtime.InOrder((runtime.OnHost(torch.Tensor.zero_, runtime.GIVEN.y), call))
 
 
 def modes_of(op: str, given: Any) -> Modes:

@@ -8,11 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 from .. import _runtime as runtime
-from .._live import routing_of
-from ._problem import OP, Call, Config, Given, Problem, check, choose
+from ._problem import OP, Config, Problem, check, choose
 from ._table import VARIANTS
 
-_ROUTING = "route_ids_ptr token_lora_mapping_ptr adapter_enabled_ptr expert_map_ptr"
+_ROUTING = (
+    "route_ids_ptr=route.topk_ids token_lora_mapping_ptr=route.token_lora_mapping "
+    "adapter_enabled_ptr=route.adapter_enabled expert_map_ptr=route.expert_map"
+)
 
 
 class MoeAct:
@@ -21,8 +23,8 @@ class MoeAct:
     def __init__(self, kernel: Any) -> None:
         self.name = runtime.variant_of(kernel)
         self.facts = VARIANTS.of(self.name)
-        operands = f"h_ptr x_ptr delta_ptr bias_ptr topk_ids_ptr valid_tokens_ptr {_ROUTING} limit alpha beta num_tokens"
-        self._kernel = runtime.Launcher(kernel, operands)
+        operands = f"h_ptr x_ptr delta_ptr bias_ptr topk_ids_ptr valid_tokens_ptr {_ROUTING} limit alpha beta"
+        self._kernel = runtime.Launcher(kernel, OP, operands)
 
     def launch(self, config: Config | None, **arguments: Any) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.
@@ -35,15 +37,16 @@ class MoeAct:
         given = OP.given_to(self.name, facts, activation=facts["epilogue"], layout=layout, **arguments)
         problem = check(self.name, given, dtype=facts["torch_dtype"])
         if problem.num_tokens > 0:
-            self.bind(problem, runtime.given(self.name, config, Config) or choose(problem))(given)
+            self.bind(problem, runtime.given(self.name, config, Config) or choose(problem)).run(given)
 
-    def bind(self, problem: Problem, config: Config) -> Call:
+    def bind(self, problem: Problem, config: Config) -> runtime.Call:
         """The launch for checked calls of these sizes, ready to be made again and again."""
         pdl, num_tokens = runtime.traits(problem.device).pdl, problem.num_tokens
         pairs = min(num_tokens, problem.tokens_hint) * problem.top_k
-        launch = self._kernel.bind(
+        return self._kernel.bind(
             runtime.cdiv(pairs, config.rows) * runtime.cdiv(problem.n, config.block_n),
             runtime.Options(config.num_warps, pdl=pdl),
+            num_tokens=num_tokens,
             TOP_K=problem.top_k,
             NUM_EXPERTS=problem.num_experts,
             LOCAL_EXPERT_START=problem.local_expert_start,
@@ -59,10 +62,3 @@ class MoeAct:
             ROUTE_EXPERTS=problem.delta.num_experts,
             GLOBAL_EXPERTS=problem.delta.global_experts,
         )
-
-        def call(given: Given) -> None:
-            routing, clamp = routing_of(given.route), (given.limit, given.alpha, given.beta)
-            rows, tokens = (given.h, given.x, given.delta, given.bias), (given.topk_ids, given.valid_tokens)
-            launch.run(*rows, *tokens, *routing, *clamp, num_tokens)
-
-        return call

@@ -8,11 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 from .. import _runtime as runtime
-from .._live import routing_of
-from ._problem import OP, Call, Config, Given, Problem, check, choose
+from ._problem import OP, Config, Problem, check, choose
 from ._table import VARIANTS
 
-_ROUTING = "route_ids_ptr token_lora_mapping_ptr adapter_enabled_ptr expert_map_ptr"
+_ROUTING = (
+    "route_ids_ptr=route.topk_ids token_lora_mapping_ptr=route.token_lora_mapping "
+    "adapter_enabled_ptr=route.adapter_enabled expert_map_ptr=route.expert_map"
+)
 
 
 class MoeAdd:
@@ -21,7 +23,7 @@ class MoeAdd:
     def __init__(self, kernel: Any) -> None:
         self.name = runtime.variant_of(kernel)
         self.facts = VARIANTS.of(self.name)
-        self._kernel = runtime.Launcher(kernel, f"out_ptr delta_ptr {_ROUTING}")
+        self._kernel = runtime.Launcher(kernel, OP, f"out_ptr delta_ptr {_ROUTING}")
 
     def launch(self, config: Config | None, **arguments: Any) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.
@@ -32,11 +34,11 @@ class MoeAdd:
         given = OP.given_to(self.name, self.facts, **arguments)
         problem = check(self.name, given, self.facts["torch_dtype"])
         if problem.num_pairs > 0:
-            self.bind(problem, runtime.given(self.name, config, Config) or choose(problem))(given)
+            self.bind(problem, runtime.given(self.name, config, Config) or choose(problem)).run(given)
 
-    def bind(self, problem: Problem, config: Config) -> Call:
+    def bind(self, problem: Problem, config: Config) -> runtime.Call:
         """The launch for checked calls of these sizes, ready to be made again and again."""
-        launch = self._kernel.bind(
+        return self._kernel.bind(
             problem.num_pairs * runtime.cdiv(problem.n, config.block_n),
             runtime.Options(config.num_warps),
             TOP_K=problem.top_k,
@@ -48,8 +50,3 @@ class MoeAdd:
             ROUTE_EXPERTS=problem.delta.num_experts,
             GLOBAL_EXPERTS=problem.delta.global_experts,
         )
-
-        def call(given: Given) -> None:
-            launch.run(given.out, given.delta, *routing_of(given.route))
-
-        return call

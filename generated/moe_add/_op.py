@@ -9,7 +9,7 @@ import torch
 
 from .. import _runtime as runtime
 from ..moe_route._op import MoeRoute
-from ._problem import OP, Call, Given, check, choose
+from ._problem import OP, Given, check, choose
 from ._table import VARIANTS
 
 
@@ -29,12 +29,12 @@ def moe_add(out: torch.Tensor, delta: torch.Tensor, route: MoeRoute) -> None:
     (_in_graphs if torch.compiler.is_compiling() else _apply)(out, delta, route)
 
 
-def _bind(given: Given) -> Call:
+def _bind(given: Given) -> runtime.Call:
     problem = check("moe_add", given)
     variant = VARIANTS.get("moe_add", torch_dtype=given.out.dtype)
     if problem.num_pairs == 0:
-        return runtime.nothing
-    call: Call = variant.bind(problem, choose(problem))
+        return runtime.NOTHING
+    call: runtime.Call = variant.bind(problem, choose(problem))
     return call
 
 

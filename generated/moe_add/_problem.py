@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
 import torch
@@ -37,8 +36,6 @@ class Given(NamedTuple):
 
 
 OP = operands.Op("moe_add", Given, spec=VARIANTS.spec, dtypes={"D": VARIANTS.dtypes}, tells=("out",))
-
-Call = Callable[[Given], None]  # of sizes that were checked before
 
 
 class Problem(NamedTuple):

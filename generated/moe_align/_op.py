@@ -100,9 +100,9 @@ def moe_align(
         _in_graphs(*request, workspace)
         return tables
     if expert_map is not None:
-        plan.localize(Localize(out, topk_ids, expert_map))
+        plan.localize.run(Localize(out, topk_ids, expert_map))
     topk_ids = out
-    plan.fill(Fill(pairs, blocks, num_blocks, scratch, topk_ids, valid_tokens, num_experts, local_expert_start, block_m))
+    plan.fill.run(Fill(pairs, blocks, num_blocks, scratch, topk_ids, valid_tokens, num_experts, local_expert_start, block_m))
     return operands.alike(tables, plan.looks)
 
 
@@ -123,7 +123,7 @@ def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor, *, out: torch.Te
         try:
             out = torch.empty(topk_ids.shape, dtype=torch.int32, device=topk_ids.device)
         except AttributeError as error:
-            _LOCAL.refuse(_LOCAL.given(topk_ids=topk_ids, expert_map=expert_map), error)
+            LOCALIZE.refuse(LOCALIZE.given(topk_ids=topk_ids, expert_map=expert_map), error)
     (_local_in_graphs if torch.compiler.is_compiling() else _local)(out, topk_ids, expert_map)
     return out
 
@@ -171,7 +171,7 @@ class Localize(NamedTuple):
     expert_map: ExpertMap
 
 
-_LOCAL = operands.Op("local_ids", Localize, first=("topk_ids",))
+LOCALIZE = operands.Op("local_ids", Localize, first=("topk_ids",))
 
 
 class _Routing(NamedTuple):
@@ -233,7 +233,7 @@ def check_local_ids(variant: str, given: Localize) -> int:
     Raises:
         ValueError: says which does not, what it is and what was wanted.
     """
-    sizes = _LOCAL.check(variant, given)
+    sizes = LOCALIZE.check(variant, given)
     return int(sizes["T"] * sizes["top_k"])
 
 
@@ -351,8 +351,8 @@ class _Plan(NamedTuple):
     block_m: int
     size: int  # of the buffer
     splits: tuple[int, ...]  # as _splits
-    localize: Callable[[Localize], None]
-    fill: Callable[[Fill], None]
+    localize: runtime.Call
+    fill: runtime.Call
     looks: list[object]  # of its tables
 
 
@@ -363,7 +363,7 @@ def _bind(given: Given) -> _Plan:
     num_pairs = num_tokens * top_k
     most = 3 * max_blocks(num_tokens, top_k, num_experts, block_m)
     splits = _splits(num_pairs, most, scratch_size(num_pairs, num_experts), expert_map is not None)
-    localize: Callable[[Localize], None] = runtime.nothing
+    localize: runtime.Call = runtime.NOTHING
     if expert_map is not None:
         if given.local_expert_start != 0:
             fail_start("moe_align", given.local_expert_start)
@@ -373,15 +373,15 @@ def _bind(given: Given) -> _Plan:
     if given.workspace is not None and given.workspace.shape[0] < size:
         wanted = f"[>= {size}] int32 on {device}"
         runtime.fail("moe_align", "workspace", runtime.describe(given.workspace), wanted, "ask table_size of this module")
-    fill: Callable[[Fill], None] = no_pairs
+    fill: runtime.Call = NO_PAIRS
     if num_pairs > 0:
         fill = bind(Problem(num_pairs, top_k, num_experts, given.local_expert_start, block_m, device))
     return _Plan(num_tokens, top_k, block_m, size, splits, localize, fill, [])
 
 
-def bind(problem: Problem) -> Callable[[Fill], None]:
+def bind(problem: Problem) -> runtime.Call:
     """The launches that make tables of these sizes."""
-    call: Callable[[Fill], None] = _variant(problem.num_pairs, problem.num_experts).bind(problem)
+    call: runtime.Call = _variant(problem.num_pairs, problem.num_experts).bind(problem)
     return call
 
 
@@ -400,9 +400,7 @@ def scratch_size(num_pairs: int, num_experts: int) -> int:
     return size
 
 
-def no_pairs(given: Any) -> None:
-    """The launch of an empty batch."""
-    given.num_blocks.zero_()
+NO_PAIRS = runtime.OnHost(torch.Tensor.zero_, runtime.GIVEN.num_blocks)  # of an empty batch
 
 
 def _no_plan(given: _Routing) -> list[object]:
@@ -410,20 +408,20 @@ def _no_plan(given: _Routing) -> list[object]:
     return []
 
 
-def _bind_local(given: Localize) -> Callable[[Localize], None]:
+def _bind_local(given: Localize) -> runtime.Call:
     return bind_local(check_local_ids("local_ids", given), given.expert_map.shape[0])
 
 
-def bind_local(num_pairs: int, global_experts: int) -> Callable[[Localize], None]:
+def bind_local(num_pairs: int, global_experts: int) -> runtime.Call:
     """The launch that writes local ids."""
     if num_pairs == 0:
-        return runtime.nothing
-    call: Callable[[Localize], None] = VARIANTS.get("local_ids", schedule="local_ids").bind(num_pairs, global_experts)
+        return runtime.NOTHING
+    call: runtime.Call = VARIANTS.get("local_ids", schedule="local_ids").bind(num_pairs, global_experts)
     return call
 
 
-_local = _LOCAL.caller(_bind_local)
-_local_in_graphs = _LOCAL.in_graphs(_local)
+_local = LOCALIZE.caller(_bind_local)
+_local_in_graphs = LOCALIZE.in_graphs(_local)
 _plan, _routing = OP.finder(_bind), _NO_TABLES.finder(_no_plan)
 
 
@@ -433,9 +431,9 @@ def _align(*arguments: Any) -> None:
     assert given.workspace is not None
     num_blocks, pairs, blocks, scratch, out = _views(given.workspace, plan.size, plan.splits, topk_ids, expert_map)
     if expert_map is not None:
-        plan.localize(Localize(out, topk_ids, expert_map))
+        plan.localize.run(Localize(out, topk_ids, expert_map))
     sizes, topk_ids = (given.num_experts, given.local_expert_start, plan.block_m), out
-    plan.fill(Fill(pairs, blocks, num_blocks, scratch, topk_ids, given.valid_tokens, *sizes))
+    plan.fill.run(Fill(pairs, blocks, num_blocks, scratch, topk_ids, given.valid_tokens, *sizes))
 
 
 _in_graphs = OP.in_graphs(_align)

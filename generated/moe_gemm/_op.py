@@ -18,7 +18,6 @@ from ..moe_runs._op import MoeRuns
 from . import _problem as problems
 from ._problem import (
     OP,
-    Call,
     Given,
     Modes,
     Problem,
@@ -100,7 +99,7 @@ def moe_gemm(
     apply(out, x, w, tables, *request, *scales, v, lora_b, runs, b_scale, bias, limit, alpha, beta, out_scale)
 
 
-def bind(given: Given, *, zero_rest: bool = False, follows: bool = False, op: str = "moe_gemm") -> Call:
+def bind(given: Given, *, zero_rest: bool = False, follows: bool = False, op: str = "moe_gemm") -> runtime.Call:
     """The launch for calls that look like this one, of ``op``; ``zero_rest``: rows behind the tokens become zero; ``follows``: as
     ``problem_of`` says.
 
@@ -110,7 +109,7 @@ def bind(given: Given, *, zero_rest: bool = False, follows: bool = False, op: st
     schedule = None if given.out_scale is None else "warp_specialised"
     problem, facts = _asked(given, op, zero_rest=zero_rest, follows=follows, schedule=schedule)
     if problem.num_pairs == 0:
-        return runtime.nothing
+        return runtime.NOTHING
 
     def there(schedule: str) -> bool:
         return VARIANTS.find(schedule=schedule, **facts) is not None
@@ -119,7 +118,7 @@ def bind(given: Given, *, zero_rest: bool = False, follows: bool = False, op: st
     variant = VARIANTS.get(op, schedule=schedule, **facts)
     if given.out_scale is not None and not has_gluon():
         runtime.fail(op, "out_scale", runtime.describe(given.out_scale), None, "without Gluon use moe_quant behind it")
-    call: Call = variant.bind(problem, config)
+    call: runtime.Call = variant.bind(problem, config)
     return call
 
 

@@ -178,8 +178,6 @@ class Given(NamedTuple):
     ]
 
 
-Call = Callable[[Given], None]  # of sizes that were checked before
-
 OP = operands.Op(
     "moe_gemm",
     Given,

@@ -15,8 +15,6 @@ from ..moe_route._op import MoeRoute, PairRoute, SortedRoute, TableRoute
 from ._problem import (
     CACHE_POLICIES,
     OP,
-    Call,
-    Given,
     Modes,
     OneShotConfig,
     Problem,
@@ -29,8 +27,13 @@ from ._problem import (
 )
 from ._table import QUANT, VARIANTS
 
-_TABLES = "pairs_ptr blocks_ptr num_blocks_ptr"
-_ROUTING = "topk_ids_ptr token_lora_mapping_ptr adapter_enabled_ptr expert_map_ptr num_pairs"
+_A = "x_ptr a_ptrs=lora_a a_scale_ptrs x_scale_ptr"
+_B = "out_ptr b_ptrs=lora_b b_scale_ptrs topk_weights_ptr"
+_TABLES = "pairs_ptr=route.pairs blocks_ptr=route.blocks num_blocks_ptr=route.num_blocks"
+_ROUTING = (
+    "topk_ids_ptr=route.topk_ids token_lora_mapping_ptr=route.token_lora_mapping "
+    "adapter_enabled_ptr=route.adapter_enabled expert_map_ptr=route.expert_map"
+)
 
 
 class _Schedule:
@@ -44,7 +47,7 @@ class _Schedule:
         self.name = runtime.variant_of(kernel)
         self.facts = VARIANTS.of(self.name)
 
-    def bind(self, problem: Problem, route: Any, config: Any) -> Call:
+    def bind(self, problem: Problem, route: Any, config: Any) -> runtime.Call:
         """The launches for checked calls of these sizes, ready to be made again and again."""
         raise NotImplementedError
 
@@ -67,7 +70,7 @@ class _Schedule:
         )
         if problem.num_pairs > 0:
             tiles = runtime.given(self.name, config, self.config) or choose(self.schedule, problem, given.route)
-            self.bind(problem, given.route, tiles)(given)
+            self.bind(problem, given.route, tiles).run(given)
 
     def _check_tile(self, name: str, tile: int, **wholes: int) -> None:
         runtime.check_tile(self.name, name, tile, **wholes)
@@ -76,6 +79,7 @@ class _Schedule:
 def _constants(problem: Problem, route: MoeRoute) -> dict[str, Any]:
     """Of kernels of all schedules."""
     return {
+        "x_scale_next": problem.x_scale_next,
         "TOP_K": route.top_k,
         "K": problem.k,
         "N": problem.n,
@@ -117,10 +121,9 @@ class OneShot(_Schedule):
 
     def __init__(self, kernel: Any) -> None:
         super().__init__(kernel)
-        operands = f"out_ptr x_ptr a_ptrs b_ptrs a_scale_ptrs b_scale_ptrs x_scale_ptr x_scale_next topk_weights_ptr {_TABLES}"
-        self._kernel = runtime.Launcher(kernel, operands)
+        self._kernel = runtime.Launcher(kernel, OP, f"{_A} {_B} {_TABLES}")
 
-    def bind(self, problem: Problem, route: SortedRoute, config: OneShotConfig) -> Call:
+    def bind(self, problem: Problem, route: SortedRoute, config: OneShotConfig) -> runtime.Call:
         if _has_groups(problem):
             self._check_tile("block_k", config.block_k, group_k=QUANT.group_k)
             if VARIANTS.chunk_k:
@@ -129,7 +132,7 @@ class OneShot(_Schedule):
             self._check_tile("block_k", config.block_k, chunk_k=VARIANTS.chunk_k)
         block_m = rows_of_program(problem.weight_scales, problem.x_scales, problem.rank, route.block_m, problem.slices)
         shares = runtime.cdiv(route.block_m, block_m)
-        launch = self._kernel.bind(
+        return self._kernel.bind(
             route.max_blocks * shares,
             runtime.Options(config.num_warps, fused=_is_fused(problem)),
             **_constants(problem, route),
@@ -142,15 +145,6 @@ class OneShot(_Schedule):
             EXPAND_STAGES=config.expand_stages,
             WEIGHTS=CACHE_POLICIES[config.weight_policy],
         )
-        x_scale_next = problem.x_scale_next
-
-        def call(given: Given) -> None:
-            route: Any = given.route
-            scales = (given.a_scale, given.b_scale, given.x_scale, x_scale_next)
-            tables = (route.pairs, route.blocks, route.num_blocks)
-            launch.run(given.out, given.x, given.lora_a, given.lora_b, *scales, given.topk_weights, *tables)
-
-        return call
 
 
 class SmallBatch(_Schedule):
@@ -162,10 +156,10 @@ class SmallBatch(_Schedule):
 
     def __init__(self, shrink: Any, expand: Any) -> None:
         super().__init__(shrink)
-        self._shrink = runtime.Launcher(shrink, f"parts_ptr x_ptr a_ptrs a_scale_ptrs x_scale_ptr x_scale_next {_ROUTING}")
-        self._expand = runtime.Launcher(expand, f"out_ptr parts_ptr b_ptrs b_scale_ptrs topk_weights_ptr {_ROUTING}")
+        self._shrink = runtime.Launcher(shrink, OP, f"{_A} {_ROUTING}")
+        self._expand = runtime.Launcher(expand, OP, f"{_B} {_ROUTING}")
 
-    def bind(self, problem: Problem, route: PairRoute | TableRoute, config: SmallBatchConfig) -> Call:
+    def bind(self, problem: Problem, route: PairRoute | TableRoute, config: SmallBatchConfig) -> runtime.Call:
         if problem.weight_scales == "group":
             self._check_tile("shrink_block_r", config.shrink_block_r, group_n=QUANT.group_n)
         split_k, block_r = config.split_k, config.shrink_block_r
@@ -177,8 +171,12 @@ class SmallBatch(_Schedule):
         splits, chunks = runtime.cdiv(problem.k, split_k), runtime.cdiv(problem.rank, block_r)
         num_pairs, slices, part_stride = problem.num_pairs, problem.slices, chunks * block_r
         fused, pdl = _is_fused(problem), _dependent(problem, config)
+        size = splits * num_pairs * slices * part_stride
+        parts, scratch = partials(route, size, torch.float32, problem.device)
         constants = {
             **_constants(problem, route),
+            "parts_ptr": parts,
+            "num_pairs": num_pairs,
             "MAX_LORAS": route.max_loras,
             "NUM_EXPERTS": route.num_experts,
             "GLOBAL_EXPERTS": route.global_experts,
@@ -202,16 +200,7 @@ class SmallBatch(_Schedule):
             PART_STRIDE=part_stride,
             BLOCK_N=config.block_n,
         )
-        size, x_scale_next = splits * num_pairs * slices * part_stride, problem.x_scale_next
-
-        def call(given: Given) -> None:
-            route: Any = given.route
-            parts = partials(route, size, torch.float32, given.out)
-            routing = (route.topk_ids, route.token_lora_mapping, route.adapter_enabled, route.expert_map, num_pairs)
-            shrink.run(parts, given.x, given.lora_a, given.a_scale, given.x_scale, x_scale_next, *routing)
-            expand.run(given.out, parts, given.lora_b, given.b_scale, given.topk_weights, *routing)
-
-        return call
+        return runtime.InOrder((shrink, expand), scratch)
 
 
 class TwoKernel(_Schedule):
@@ -222,11 +211,10 @@ class TwoKernel(_Schedule):
 
     def __init__(self, shrink: Any, expand: Any) -> None:
         super().__init__(shrink)
-        operands = f"parts_ptr x_ptr a_ptrs a_scale_ptrs x_scale_ptr x_scale_next {_TABLES} capacity"
-        self._shrink = runtime.Launcher(shrink, operands)
-        self._expand = runtime.Launcher(expand, f"out_ptr parts_ptr b_ptrs b_scale_ptrs topk_weights_ptr {_TABLES} capacity")
+        self._shrink = runtime.Launcher(shrink, OP, f"{_A} {_TABLES}")
+        self._expand = runtime.Launcher(expand, OP, f"{_B} {_TABLES}")
 
-    def bind(self, problem: Problem, route: SortedRoute, config: TwoKernelConfig) -> Call:
+    def bind(self, problem: Problem, route: SortedRoute, config: TwoKernelConfig) -> runtime.Call:
         if _has_groups(problem):
             self._check_tile("block_k", config.block_k, group_k=QUANT.group_k)
             if VARIANTS.chunk_k:
@@ -248,8 +236,13 @@ class TwoKernel(_Schedule):
             sizes = (problem.rank, block_m, config.block_n, splits, part_dtype.itemsize, stages)
             block_r, stages = runtime.rank_tile(*sizes, problem.device)
         fused, pdl = _is_fused(problem), _dependent(problem, config)
+        capacity = route.pairs.shape[0]
+        size = splits * slices * chunks * block_rank * capacity
+        parts, scratch = partials(route, size, part_dtype, problem.device)
         constants = {
             **_constants(problem, route),
+            "parts_ptr": parts,
+            "capacity": capacity,
             "BLOCK_M": block_m,
             "SHARES": shares,
             "WEIGHTS": CACHE_POLICIES[config.weight_policy],
@@ -274,14 +267,4 @@ class TwoKernel(_Schedule):
             TILES=config.expand_tiles,
             EXPAND_STAGES=stages,
         )
-        of_position, x_scale_next = splits * slices * chunks * block_rank, problem.x_scale_next
-
-        def call(given: Given) -> None:
-            route: Any = given.route
-            capacity = route.pairs.shape[0]
-            parts = partials(route, of_position * capacity, part_dtype, given.out)
-            tables = (route.pairs, route.blocks, route.num_blocks, capacity)
-            shrink.run(parts, given.x, given.lora_a, given.a_scale, given.x_scale, x_scale_next, *tables)
-            expand.run(given.out, parts, given.lora_b, given.b_scale, given.topk_weights, *tables)
-
-        return call
+        return runtime.InOrder((shrink, expand), scratch)

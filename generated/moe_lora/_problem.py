@@ -122,8 +122,6 @@ class Given(NamedTuple):
     x_scale: Annotated[torch.Tensor | None, scale_operand("x_scales")]
 
 
-Call = Callable[[Given], None]  # of sizes that were checked before
-
 OP = operands.Op(
     "moe_lora",
     Given,
@@ -260,12 +258,12 @@ def _fit(mode: str, a_scale: Sequence[torch.Tensor], lora_a: Sequence[torch.Tens
     return fits and (not rest or _fit(mode, *rest))
 
 
-def partials(route: MoeRoute, size: int, dtype: torch.dtype, out: torch.Tensor) -> torch.Tensor:
-    """Scratch for ``size`` elements of at most 4 bytes, where ``out`` is: the workspace's if it is large enough."""
-    parts = route.parts
-    if parts is None or parts.numel() < size:
-        return torch.empty(size, dtype=dtype, device=out.device)
-    return parts if dtype == torch.float32 else parts.view(dtype)
+def partials(route: MoeRoute, size: int, dtype: torch.dtype, device: torch.device) -> runtime.Lent:
+    """Scratch for ``size`` elements of at most 4 bytes, of calls on such routes: the workspace's if it is large enough."""
+    if route.parts is None or route.parts.numel() < size:
+        return runtime.SCRATCH, functools.partial(torch.empty, size, dtype=dtype, device=device)
+    parts = runtime.GIVEN.route.parts
+    return parts if dtype == torch.float32 else parts.view(dtype), None
 
 
 def choose(schedule: str, problem: Problem, route: MoeRoute) -> Any:

@@ -13,8 +13,6 @@ from ._problem import (
     CACHE_POLICIES,
     OP,
     BlocksConfig,
-    Call,
-    Given,
     PairsConfig,
     Problem,
     check,
@@ -22,7 +20,7 @@ from ._problem import (
 )
 from ._table import VARIANTS
 
-_OPERANDS = "out_ptr y_ptr b_ptrs next_slice next_shard topk_weights_ptr"
+_OPERANDS = "out_ptr y_ptr b_ptrs=lora_b topk_weights_ptr"
 
 
 class _Schedule:
@@ -36,7 +34,7 @@ class _Schedule:
         self.name = runtime.variant_of(kernel)
         self.facts = VARIANTS.of(self.name)
 
-    def bind(self, problem: Problem, route: Any, config: Any) -> Call:
+    def bind(self, problem: Problem, route: Any, config: Any) -> runtime.Call:
         """The launch for checked calls of these sizes, ready to be made again and again."""
         raise NotImplementedError
 
@@ -51,12 +49,14 @@ class _Schedule:
         problem = check(self.name, given, dtype=facts["torch_dtype"], naive=self.naive, max_rank=facts["max_rank"])
         if problem.num_pairs > 0:
             tiles = runtime.given(self.name, config, self.config) or choose(self.schedule, problem, given.route)
-            self.bind(problem, given.route, tiles)(given)
+            self.bind(problem, given.route, tiles).run(given)
 
 
 def _constants(problem: Problem, config: PairsConfig | BlocksConfig) -> dict[str, Any]:
     """Of the kernels of both."""
     return {
+        "next_slice": problem.y_slice,
+        "next_shard": problem.y_shard,
         "N": problem.n,
         "OFFSET": problem.offset,
         "RANK": problem.rank,
@@ -80,11 +80,14 @@ class Pairs(_Schedule):
 
     def __init__(self, product: Any) -> None:
         super().__init__(product)
-        routing = "topk_ids_ptr token_lora_mapping_ptr adapter_enabled_ptr expert_map_ptr"
-        self._product = runtime.Launcher(product, f"{_OPERANDS} {routing}")
+        routing = (
+            "topk_ids_ptr=route.topk_ids token_lora_mapping_ptr=route.token_lora_mapping "
+            "adapter_enabled_ptr=route.adapter_enabled expert_map_ptr=route.expert_map"
+        )
+        self._product = runtime.Launcher(product, OP, f"{_OPERANDS} {routing}")
 
-    def bind(self, problem: Problem, route: PairRoute | TableRoute, config: PairsConfig) -> Call:
-        launch = self._product.bind(
+    def bind(self, problem: Problem, route: PairRoute | TableRoute, config: PairsConfig) -> runtime.Call:
+        return self._product.bind(
             problem.num_pairs * problem.slices * runtime.cdiv(problem.n, config.block_n),
             runtime.Options(config.num_warps),
             **_constants(problem, config),
@@ -93,15 +96,6 @@ class Pairs(_Schedule):
             GLOBAL_EXPERTS=route.global_experts,
             TOP_K=route.top_k,
         )
-
-        def call(given: Given) -> None:
-            route: Any = given.route
-            y = given.y
-            routing = (route.topk_ids, route.token_lora_mapping, route.adapter_enabled, route.expert_map)
-            next_shard = y.stride(0) if y.dim() == 4 else 0
-            launch.run(given.out, y, given.lora_b, y.stride(-3), next_shard, given.topk_weights, *routing)
-
-        return call
 
 
 class Blocks(_Schedule):
@@ -113,13 +107,14 @@ class Blocks(_Schedule):
 
     def __init__(self, product: Any) -> None:
         super().__init__(product)
-        self._product = runtime.Launcher(product, f"{_OPERANDS} pairs_ptr blocks_ptr num_blocks_ptr")
+        tables = "pairs_ptr=route.pairs blocks_ptr=route.blocks num_blocks_ptr=route.num_blocks"
+        self._product = runtime.Launcher(product, OP, f"{_OPERANDS} {tables}")
 
-    def bind(self, problem: Problem, route: SortedRoute, config: BlocksConfig) -> Call:
+    def bind(self, problem: Problem, route: SortedRoute, config: BlocksConfig) -> runtime.Call:
         block_r, stages = self.facts["block_rank"], config.stages
         if self.facts["max_rank"] is None:
             block_r, stages = runtime.rank_tile(problem.rank, route.block_m, config.block_n, 1, 4, stages, problem.device)
-        launch = self._product.bind(
+        return self._product.bind(
             route.max_blocks * problem.slices * runtime.cdiv(problem.n, config.block_n * config.tiles),
             runtime.Options(config.num_warps),
             **_constants(problem, config),
@@ -128,12 +123,3 @@ class Blocks(_Schedule):
             TILES=config.tiles,
             STAGES=stages,
         )
-
-        def call(given: Given) -> None:
-            route: Any = given.route
-            y = given.y
-            next_shard = y.stride(0) if y.dim() == 4 else 0
-            tables = (route.pairs, route.blocks, route.num_blocks)
-            launch.run(given.out, y, given.lora_b, y.stride(-3), next_shard, given.topk_weights, *tables)
-
-        return call

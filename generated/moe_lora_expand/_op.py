@@ -11,7 +11,7 @@ import torch
 
 from .. import _runtime as runtime
 from ..moe_route._op import MoeRoute, PairRoute
-from ._problem import OP, Call, Given, check, choose
+from ._problem import OP, Given, check, choose
 from ._table import VARIANTS
 
 
@@ -51,7 +51,7 @@ def moe_lora_expand(
     (_in_graphs if torch.compiler.is_compiling() else _apply)(out, y, lora_b, route, *request)
 
 
-def _bind(given: Given) -> Call:
+def _bind(given: Given) -> runtime.Call:
     problem, route = check("moe_lora_expand", given), given.route
     schedule = "pairs" if isinstance(route, PairRoute) else "blocks"
     variant = VARIANTS.get(
@@ -64,8 +64,8 @@ def _bind(given: Given) -> Call:
         weight_scales=None,
     )
     if problem.num_pairs == 0:
-        return runtime.nothing
-    call: Call = variant.bind(problem, route, choose(schedule, problem, route))
+        return runtime.NOTHING
+    call: runtime.Call = variant.bind(problem, route, choose(schedule, problem, route))
     return call
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -67,8 +66,6 @@ class Given(NamedTuple):
     mul_routed_weight: MulRoutedWeight
 
 
-Call = Callable[[Given], None]  # of sizes that were checked before
-
 OP = operands.Op(
     "moe_lora_expand",
     Given,
@@ -90,7 +87,9 @@ class Problem(NamedTuple):
     shard: int  # ranks that lie together in y
     offset: int  # column of out where the first slice begins
     out_stride: int
-    y_stride: int  # between pairs; those between slices and shards may depend on their number, so they are read at each call
+    y_stride: int  # between pairs
+    y_slice: int  # between slices, and
+    y_shard: int  # shards, which may depend on the number of pairs: no constants of a kernel
     b_strides: operands.Strides
     device: torch.device
 
@@ -136,6 +135,8 @@ def check(
         offset=offset,
         out_stride=out_stride,
         y_stride=y.stride(-2),
+        y_slice=y.stride(-3),
+        y_shard=y.stride(0) if y.dim() == 4 else 0,
         b_strides=strides,
         device=out.device,
     )

@@ -11,7 +11,7 @@ import torch
 
 from .. import _runtime as runtime
 from ..moe_route._op import MoeRoute, PairRoute
-from ._problem import OP, Call, Given, check, choose
+from ._problem import OP, Given, check, choose
 from ._table import VARIANTS
 
 
@@ -38,15 +38,15 @@ def moe_lora_shrink(
     (_in_graphs if torch.compiler.is_compiling() else _apply)(y, x, lora_a, route)
 
 
-def _bind(given: Given) -> Call:
+def _bind(given: Given) -> runtime.Call:
     problem, route = check("moe_lora_shrink", given), given.route
     schedule = "pairs" if isinstance(route, PairRoute) else "blocks"
     variant = VARIANTS.get(
         "moe_lora_shrink", schedule=schedule, torch_dtype=given.x.dtype, rank=problem.rank, weight_scales=None, x_scales=None
     )
     if problem.num_pairs == 0:
-        return runtime.nothing
-    call: Call = variant.bind(problem, route, choose(schedule, problem, route))
+        return runtime.NOTHING
+    call: runtime.Call = variant.bind(problem, route, choose(schedule, problem, route))
     return call
 
 

@@ -122,7 +122,7 @@ class MoeRoute:
             _from_tables_op(buffer, *source, block_size, *sizes)
         else:
             num_pairs, block_m = num_tokens * top_k, block_size
-            fill(Pack(pairs, blocks, num_blocks, *source, num_pairs, num_experts, max_loras, block_m))
+            fill.run(Pack(pairs, blocks, num_blocks, *source, num_pairs, num_experts, max_loras, block_m))
         parts = None if workspace is None else workspace.parts
         route = EngineRoute(pairs, blocks, num_blocks, parts, *sizes, block_size, max_blocks)
         return route if torch.compiler.is_compiling() else operands.alike(route, looks)
@@ -313,7 +313,7 @@ def made(plan: Plan, source: _Source, workspace: MoeWorkspace | None) -> PairRou
     _, num_blocks, blocks, pairs, scratch = _buffers(workspace, plan.splits, token_lora_mapping.device)
     if plan.num_pairs > 0:
         routing, (_, _, num_experts, max_loras) = (topk_ids, token_lora_mapping, adapter_enabled, expert_map), plan.sizes
-        plan.fill(Sort(pairs, blocks, num_blocks, scratch, *routing, num_experts, max_loras, plan.block_m))  # type: ignore[arg-type]
+        plan.fill.run(Sort(pairs, blocks, num_blocks, scratch, *routing, num_experts, max_loras, plan.block_m))  # type: ignore[arg-type]
     tables = (pairs, blocks, num_blocks, parts)
     route = TableRoute._make((*source, *tables, *plan.sizes, plan.block_m, plan.max_blocks))  # quicker than TableRoute(...)
     return operands.alike(route, plan.looks)
@@ -351,7 +351,7 @@ class Plan(NamedTuple):
     block_m: int | None  # None: pairs come one by one
     max_blocks: int
     splits: tuple[int, int, int, int, int]  # elements of num_blocks, blocks, pairs, scratch
-    fill: Callable[[Sort], None]
+    fill: runtime.Call
     looks: list[object]  # of its routes
 
 
@@ -624,14 +624,14 @@ def _planned(name: str, given: Given) -> Plan:
     num_pairs = num_tokens * top_k
     block_m = _rows_of_block(*sizes, given.assignment, given.rank, given.block_m)
     if block_m is None:
-        return Plan(sizes, num_pairs, None, 0, (0, 0, 0, 0, 0), runtime.nothing, [])
+        return Plan(sizes, num_pairs, None, 0, (0, 0, 0, 0, 0), runtime.NOTHING, [])
     max_blocks = most_blocks(num_pairs, num_groups, block_m)
     splits = _splits(max_blocks, num_pairs, _scratch_size(num_pairs, num_groups))
     _check_size(name, given.workspace, splits)
     global_experts = 0 if given.expert_map is None else given.expert_map.shape[0]
     groups = (given.num_experts, given.max_loras, global_experts)
     problem = Problem(num_pairs, top_k, *groups, block_m, given.token_lora_mapping.device)
-    fill: Callable[[Sort], None] = _variant(num_pairs, num_groups).bind(problem)
+    fill: runtime.Call = _variant(num_pairs, num_groups).bind(problem)
     return Plan(sizes, num_pairs, block_m, max_blocks, splits, fill, [])
 
 
@@ -803,7 +803,7 @@ class _TablePlan(NamedTuple):
     """Checked tables: what from_tables works out once for tables of the same looks."""
 
     max_blocks: int
-    fill: Callable[[Pack], None]
+    fill: runtime.Call
     looks: list[object]  # of its routes
 
 
@@ -821,7 +821,7 @@ def _bind_tables(given: _OfTables) -> _TablePlan:
     max_blocks = max_loras * experts.shape[1]
     _check_size(name, given.workspace, _splits(max_blocks, max_blocks * block_size, 0))
     if max_blocks == 0:
-        return _TablePlan(0, runtime.nothing, [])
+        return _TablePlan(0, runtime.NOTHING, [])
     num_pairs = given.num_tokens * given.top_k
     problem = _pack_problem(ids, experts, given.lora_ids, num_pairs, given.num_experts, max_loras, block_size)
     return _TablePlan(max_blocks, VARIANTS.get("moe_route", schedule="from_tables").bind(problem), [])
@@ -837,7 +837,7 @@ def _route(buffer: torch.Tensor, *arguments: Any) -> None:
         _, num_blocks, blocks, pairs, scratch = _views(buffer, _open_splits(*plan.sizes))
         routing = (given.topk_ids, given.token_lora_mapping, given.adapter_enabled, given.expert_map)
         groups = (given.num_experts, given.max_loras, plan.block_m)
-        plan.fill(Sort(pairs, blocks, num_blocks, scratch, *routing, *groups))  # type: ignore[arg-type]
+        plan.fill.run(Sort(pairs, blocks, num_blocks, scratch, *routing, *groups))  # type: ignore[arg-type]
 
 
 def _from_tables(buffer: torch.Tensor, *arguments: Any) -> None:
@@ -846,7 +846,7 @@ def _from_tables(buffer: torch.Tensor, *arguments: Any) -> None:
     _, num_blocks, blocks, pairs, _ = _views(buffer, _splits(plan.max_blocks, plan.max_blocks * given.block_size, 0))
     source = (given.sorted_token_ids, given.expert_ids, given.num_tokens_post_padded, given.lora_ids, given.adapter_enabled)
     num_pairs, block_m = given.num_tokens * given.top_k, given.block_size
-    plan.fill(Pack(pairs, blocks, num_blocks, *source, num_pairs, given.num_experts, given.max_loras, block_m))
+    plan.fill.run(Pack(pairs, blocks, num_blocks, *source, num_pairs, given.num_experts, given.max_loras, block_m))
 
 
 _route_op = runtime.op(

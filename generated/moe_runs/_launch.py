@@ -5,18 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from .. import _runtime as runtime
 from ..moe_align._launch import chunks, walk
 from ..moe_align._op import counts_size
-from ._op import FILL, Fill, Problem, check_fill
+from ._op import FILL, Problem, check_fill
 
 _SUMS = 128  # of rows by adapters, that a warp holds at a time
 _BLOCKS = 1024  # that a program looks at at a time
 _TABLES = "pairs_ptr blocks_ptr num_blocks_ptr"
-_RUNS = "run_of_row_ptr runs_ptr gathered_ptr"
+_RUNS = "run_of_row_ptr runs_ptr gathered_ptr=scratch"
 _ROUTING = "topk_ids_ptr valid_tokens_ptr"
 _ADAPTERS = "token_lora_mapping_ptr adapter_enabled_ptr lora_ranks_ptr"
 
@@ -31,7 +30,7 @@ class _Schedule:
         """int32 elements of scratch that a call needs."""
         raise NotImplementedError
 
-    def bind(self, problem: Problem) -> Callable[[Fill], None]:
+    def bind(self, problem: Problem) -> runtime.Call:
         """The launches for tables of these sizes, ready to be made again and again."""
         raise NotImplementedError
 
@@ -42,11 +41,7 @@ class _Schedule:
             ValueError: something does not fit; nothing was launched.
         """
         given = FILL.given(**arguments)
-        self.bind(check_fill(self.name, self.scratch_size, given))(given)
-
-
-def _adapters(given: Fill) -> tuple[Any, ...]:
-    return given.token_lora_mapping, given.adapter_enabled, given.lora_ranks
+        self.bind(check_fill(self.name, self.scratch_size, given)).run(given)
 
 
 def _of_adapters(problem: Problem, num_warps: int) -> dict[str, Any]:
@@ -67,16 +62,17 @@ class OneLaunch(_Schedule):
 
     def __init__(self, kernel: Any) -> None:
         super().__init__(kernel)
-        self._kernel = runtime.Launcher(kernel, f"{_TABLES} {_RUNS} {_ROUTING} {_ADAPTERS} num_pairs")
+        self._kernel = runtime.Launcher(kernel, FILL, f"{_TABLES} {_RUNS} {_ROUTING} {_ADAPTERS}")
 
     def scratch_size(self, num_pairs: int, num_experts: int) -> int:
         return 2 * num_pairs
 
-    def bind(self, problem: Problem) -> Callable[[Fill], None]:
+    def bind(self, problem: Problem) -> runtime.Call:
         over = walk(problem.num_pairs, problem.top_k, problem.num_experts)
-        launch = self._kernel.bind(
+        return self._kernel.bind(
             problem.num_experts,
             runtime.Options(over.num_warps),
+            num_pairs=problem.num_pairs,
             **_of_adapters(problem, over.num_warps),
             NUM_EXPERTS=problem.num_experts,
             LOCAL_EXPERT_START=problem.local_expert_start,
@@ -84,13 +80,6 @@ class OneLaunch(_Schedule):
             SIZE=over.counters,
             ROWS=over.rows,
         )
-        num_pairs = problem.num_pairs
-
-        def call(given: Fill) -> None:
-            tables, runs = (given.pairs, given.blocks, given.num_blocks), (given.run_of_row, given.runs, given.scratch)
-            launch.run(*tables, *runs, given.topk_ids, given.valid_tokens, *_adapters(given), num_pairs)
-
-        return call
 
 
 class ThreeLaunch(_Schedule):
@@ -98,18 +87,20 @@ class ThreeLaunch(_Schedule):
 
     def __init__(self, count: Any, place: Any, order: Any) -> None:
         super().__init__(count)
-        self._count = runtime.Launcher(count, f"counts_ptr {_ROUTING} num_pairs")
-        written = "gathered_ptr blocks_ptr num_blocks_ptr counts_ptr"
-        self._place = runtime.Launcher(place, f"{written} {_ROUTING} num_pairs num_chunks")
-        self._order = runtime.Launcher(order, f"{_TABLES} {_RUNS} {_ADAPTERS}")
+        self._count = runtime.Launcher(count, FILL, _ROUTING)
+        self._place = runtime.Launcher(place, FILL, f"gathered_ptr=scratch blocks_ptr num_blocks_ptr {_ROUTING}")
+        self._order = runtime.Launcher(order, FILL, f"{_TABLES} {_RUNS} {_ADAPTERS}")
 
     def scratch_size(self, num_pairs: int, num_experts: int) -> int:
         return 2 * num_pairs + counts_size(num_experts)
 
-    def bind(self, problem: Problem) -> Callable[[Fill], None]:
+    def bind(self, problem: Problem) -> runtime.Call:
         num_pairs, over = problem.num_pairs, chunks(problem.num_pairs, problem.num_experts)
         constants = {
             **_of_adapters(problem, 16),
+            "counts_ptr": runtime.GIVEN.scratch[2 * num_pairs :],
+            "num_pairs": num_pairs,
+            "num_chunks": over.number,
             "NUM_EXPERTS": problem.num_experts,
             "LOCAL_EXPERT_START": problem.local_expert_start,
             "CHUNK": over.pairs,
@@ -120,13 +111,4 @@ class ThreeLaunch(_Schedule):
         place = self._place.bind(over.number, options, **constants, ROWS=over.rows)
         options = runtime.Options(16, pdl=constants["PDL"])
         order = self._order.bind(problem.num_experts, options, **constants, BLOCKS=_BLOCKS)
-
-        def call(given: Fill) -> None:
-            gathered, blocks, num_blocks = given.scratch, given.blocks, given.num_blocks
-            counts, source = gathered[2 * num_pairs :], (given.topk_ids, given.valid_tokens, num_pairs)
-            count.run(counts, *source)
-            place.run(gathered, blocks, num_blocks, counts, *source, over.number)
-            runs = (given.run_of_row, given.runs, gathered)
-            order.run(given.pairs, blocks, num_blocks, *runs, *_adapters(given))
-
-        return call
+        return runtime.InOrder((count, place, order))

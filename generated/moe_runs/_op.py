@@ -16,6 +16,7 @@ from .. import _operands as operands
 from .. import _runtime as runtime
 from ..moe_align._op import (
     BLOCK_MS,
+    NO_PAIRS,
     MoeTables,
     NumExperts,
     NumTokensHint,
@@ -26,7 +27,6 @@ from ..moe_align._op import (
     default_block_m,
     in_chunks,
     most_tables,
-    no_pairs,
 )
 from ._table import VARIANTS
 
@@ -121,7 +121,7 @@ def moe_runs(
         return tables, of_batch
     if block_m != 0:
         filled, groups = (pairs, blocks, num_blocks, run_of_row, runs, scratch), (num_experts, local_expert_start, max_loras)
-        plan.fill(Fill(*filled, *tensors, *groups, plan.block_m))
+        plan.fill.run(Fill(*filled, *tensors, *groups, plan.block_m))
         of_batch.__dict__["order"] = tables.pairs
     return operands.alike(tables, plan.looks_of_tables), operands.alike(of_batch, plan.looks_of_runs)
 
@@ -180,8 +180,7 @@ def runs_size(num_pairs: int, num_experts: int) -> int:
 
 def split(buffer: torch.Tensor, num_pairs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """run_of_row, runs and scratch, in a buffer."""
-    run_of_row, runs, scratch = buffer.split_with_sizes((num_pairs, 2 * num_pairs, buffer.shape[0] - 3 * num_pairs))
-    return run_of_row, runs.view(num_pairs, 2), scratch
+    return buffer[:num_pairs], buffer[num_pairs : 3 * num_pairs].view(num_pairs, 2), buffer[3 * num_pairs :]
 
 
 _Buffers = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -257,7 +256,7 @@ class _Plan(NamedTuple):
     """A checked request: what moe_runs works out once for inputs of the same looks."""
 
     block_m: int
-    fill: Callable[[Fill], None]
+    fill: runtime.Call
     looks_of_tables: list[object]
     looks_of_runs: list[object]
 
@@ -266,7 +265,7 @@ def _bind(given: Given) -> _Plan:
     sizes = OP.check("moe_runs", given)
     num_tokens, top_k = sizes["T"], sizes["top_k"]
     if given.block_m == 0:
-        return _Plan(0, no_pairs, [], [])
+        return _Plan(0, NO_PAIRS, [], [])
     size, device = run_size(num_tokens, top_k, given.num_experts), given.topk_ids.device
     if given.workspace is not None and given.workspace.shape[0] < size:
         wanted = f"[>= {size}] int32 on {device}"
@@ -276,12 +275,12 @@ def _bind(given: Given) -> _Plan:
     return _Plan(block_m, bind(Problem(num_tokens * top_k, top_k, *groups, block_m, device)), [], [])
 
 
-def bind(problem: Problem) -> Callable[[Fill], None]:
+def bind(problem: Problem) -> runtime.Call:
     """The launches for batches of these sizes."""
     if problem.num_pairs == 0:
-        return no_pairs
+        return NO_PAIRS
     schedule = "three_launch" if in_chunks(problem.num_pairs, problem.num_experts) else "one_launch"
-    call: Callable[[Fill], None] = VARIANTS.get("moe_runs", schedule=schedule).bind(problem)
+    call: runtime.Call = VARIANTS.get("moe_runs", schedule=schedule).bind(problem)
     return call
 
 
@@ -296,7 +295,7 @@ def _runs(*arguments: Any) -> None:
     filled, routing = (pairs, blocks, num_blocks, run_of_row, runs, scratch), (given.topk_ids, given.valid_tokens)
     adapters = (given.token_lora_mapping, given.adapter_enabled, given.lora_ranks)
     groups = (given.num_experts, given.local_expert_start, given.max_loras)
-    plan.fill(Fill(*filled, *routing, *adapters, *groups, plan.block_m))  # type: ignore[arg-type]
+    plan.fill.run(Fill(*filled, *routing, *adapters, *groups, plan.block_m))  # type: ignore[arg-type]
 
 
 _in_graphs = OP.in_graphs(_runs)

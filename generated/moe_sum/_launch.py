@@ -8,11 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 from .. import _runtime as runtime
-from .._live import routing_of
-from ._problem import OP, Call, Config, Given, Problem, check, choose
+from ._problem import OP, Config, Problem, check, choose
 from ._table import VARIANTS
 
-_ROUTING = "route_ids_ptr token_lora_mapping_ptr adapter_enabled_ptr expert_map_ptr"
+_ROUTING = (
+    "route_ids_ptr=route.topk_ids token_lora_mapping_ptr=route.token_lora_mapping "
+    "adapter_enabled_ptr=route.adapter_enabled expert_map_ptr=route.expert_map"
+)
 
 
 class MoeSum:
@@ -21,8 +23,8 @@ class MoeSum:
     def __init__(self, kernel: Any) -> None:
         self.name = runtime.variant_of(kernel)
         self.facts = VARIANTS.of(self.name)
-        rows = "out_ptr y_ptr delta_ptr topk_weights_ptr"
-        self._kernel = runtime.Launcher(kernel, f"{rows} topk_ids_ptr valid_tokens_ptr {_ROUTING} num_tokens")
+        operands = f"out_ptr y_ptr delta_ptr topk_weights_ptr topk_ids_ptr valid_tokens_ptr {_ROUTING}"
+        self._kernel = runtime.Launcher(kernel, OP, operands)
 
     def launch(self, config: Config | None, **arguments: Any) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.
@@ -33,15 +35,16 @@ class MoeSum:
         given = OP.given_to(self.name, self.facts, **arguments)
         problem = check(self.name, given, dtype=self.facts["torch_dtype"])
         if problem.num_tokens > 0:
-            self.bind(problem, runtime.given(self.name, config, Config) or choose(problem))(given)
+            self.bind(problem, runtime.given(self.name, config, Config) or choose(problem)).run(given)
 
-    def bind(self, problem: Problem, config: Config) -> Call:
+    def bind(self, problem: Problem, config: Config) -> runtime.Call:
         """The launch for checked calls of these sizes, ready to be made again and again."""
         pdl, num_tokens = runtime.traits(problem.device).pdl, problem.num_tokens
         tokens = num_tokens if self.facts["zeroes"] else min(num_tokens, problem.tokens_hint)
-        launch = self._kernel.bind(
+        return self._kernel.bind(
             tokens * runtime.cdiv(problem.n, config.block_n),
             runtime.Options(config.num_warps, pdl=pdl),
+            num_tokens=num_tokens,
             TOP_K=problem.top_k,
             NUM_EXPERTS=problem.num_experts,
             LOCAL_EXPERT_START=problem.local_expert_start,
@@ -56,9 +59,3 @@ class MoeSum:
             ROUTE_EXPERTS=problem.delta.num_experts,
             GLOBAL_EXPERTS=problem.delta.global_experts,
         )
-
-        def call(given: Given) -> None:
-            rows, routing = (given.out, given.y, given.delta), routing_of(given.route)
-            launch.run(*rows, given.topk_weights, given.topk_ids, given.valid_tokens, *routing, num_tokens)
-
-        return call

@@ -9,7 +9,7 @@ import torch
 
 from .. import _runtime as runtime
 from ..moe_route._op import MoeRoute
-from ._problem import OP, Call, Given, check, choose
+from ._problem import OP, Given, check, choose
 from ._table import VARIANTS
 
 
@@ -58,7 +58,7 @@ def moe_sum(
     return out
 
 
-def bind(given: Given) -> Call:
+def bind(given: Given) -> runtime.Call:
     """The launch for calls that look like this one.
 
     Raises:
@@ -71,8 +71,8 @@ def bind(given: Given) -> Call:
     of_16_bits = [t.dtype for t in (given.y, given.delta) if t is not None and t.dtype in VARIANTS.dtypes]
     variant = VARIANTS.get("moe_sum", torch_dtype=(of_16_bits or VARIANTS.dtypes)[0], **facts)  # no text hangs on that of y
     if problem.num_tokens == 0:
-        return runtime.nothing
-    call: Call = variant.bind(problem, choose(problem))
+        return runtime.NOTHING
+    call: runtime.Call = variant.bind(problem, choose(problem))
     return call
 
 

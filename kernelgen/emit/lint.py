@@ -101,7 +101,6 @@ class _Lint:
         yield from self._export_faults(nodes, tree)
         yield from self._member_faults(nodes, table)
         yield from self._launch_faults(nodes)
-        yield from self._run_faults(nodes, tree)
         yield from self._loop_faults(nodes)
         yield from self._idle_faults(nodes, tree) if rendered else ()
 
@@ -207,50 +206,26 @@ class _Lint:
                     yield self._missing(member, module, member.attr)
 
     def _launch_faults(self, nodes: _Nodes) -> Iterator[Diagnostic]:
-        """Launches that are bound with other constants than their kernel has."""
-        kernels = {node.name: _constants(node) for node in nodes[ast.FunctionDef]}
+        """Launches that are bound with other parameters than their kernel has."""
+        kernels = {node.name: node for node in nodes[ast.FunctionDef]}
         launched: dict[str, str] = {}  # by the name of its launcher
         for node in nodes[ast.Assign]:
             match node:
-                case ast.Assign([ast.Name(name)], ast.Call(ast.Attribute(_, "Launcher"), [ast.Name(kernel)])):
+                case ast.Assign([ast.Name(name)], ast.Call(ast.Attribute(_, "Launcher"), [ast.Name(kernel), *_])):
                     launched[name] = kernel
         for node in nodes[ast.Call]:
             match node:
                 case ast.Call(ast.Attribute(ast.Name(name), "bind"), _, given) if launched.get(name) in kernels:
                     kernel = launched[name]
-                    names, wanted = {keyword.arg for keyword in given}, kernels[kernel]
+                    names, wanted = {keyword.arg for keyword in given}, _constants(kernels[kernel])
+                    known = [each.arg for each in kernels[kernel].args.args]
                     for keyword in given:
-                        if keyword.arg is not None and keyword.arg not in wanted:
-                            message = f"{kernel[:_SHOWN]} has no constant {keyword.arg[:_SHOWN]!r}"
-                            yield self._fault_at(keyword, message, keyword.arg, _near(keyword.arg, wanted))
+                        if keyword.arg is not None and keyword.arg not in known:
+                            message = f"{kernel[:_SHOWN]} has no parameter {keyword.arg[:_SHOWN]!r}"
+                            yield self._fault_at(keyword, message, keyword.arg, _near(keyword.arg, known))
                     missing = [constant for constant in wanted if constant not in names]
                     if missing and None not in names:
                         yield self._fault_at(node, f"the constant {missing[0][:_SHOWN]!r} of {kernel[:_SHOWN]} is not given")
-
-    def _run_faults(self, nodes: _Nodes, tree: ast.Module) -> Iterator[Diagnostic]:
-        """Launches that come with another number of operands than their launcher was told, in the methods of a class."""
-        constants: dict[str, str] = {}
-        for line in tree.body:
-            match line:
-                case ast.Assign([ast.Name(name)], value) if (text := _text(value, constants)) is not None:
-                    constants[name] = text
-        for node in nodes[ast.ClassDef]:
-            launchers: dict[str, list[str]] = {}
-            for inner in outline.nodes(node):
-                match inner:
-                    case ast.Assign([ast.Attribute(ast.Name("self"), name)], ast.Call(ast.Attribute(_, "Launcher"), [_, value])):
-                        if (text := _text(value, constants)) is not None:
-                            launchers[name] = text.split()
-            for method in (each for each in node.body if isinstance(each, ast.FunctionDef) and launchers):
-                bound: dict[str, list[str]] = {}
-                for inner in outline.nodes(method):
-                    match inner:
-                        case ast.Assign([ast.Name(name)], ast.Call(ast.Attribute(ast.Attribute(ast.Name("self"), of), "bind"))):
-                            bound[name] = launchers.get(of, [])
-                        case ast.Call(ast.Attribute(ast.Name(name), "run") as run, given) if wanted := bound.get(name):
-                            if len(given) != len(wanted) and not any(isinstance(each, ast.Starred) for each in given):
-                                message = f"{len(given)} operands, of a launch that comes with {len(wanted)}: {' '.join(wanted)}"
-                                yield self._fault_at(run, message[:400], "run")
 
     def _loop_faults(self, nodes: _Nodes) -> Iterator[Diagnostic]:
         """Names that a loop of a kernel sets to one that it changes later.
@@ -312,19 +287,6 @@ def _renamed(node: ast.AST) -> Iterator[tuple[ast.Name, ast.Name]]:
         for target, value in zip(*sides, strict=False):
             if isinstance(target, ast.Name) and isinstance(value, ast.Name):
                 yield target, value
-
-
-def _text(value: ast.expr, constants: Mapping[str, str]) -> str | None:
-    """A text that is written out, in parts that are ``constants``."""
-    match value:
-        case ast.Constant(str(text)):
-            return text
-        case ast.Name(name) | ast.FormattedValue(ast.Name(name)):
-            return constants.get(name)
-        case ast.JoinedStr(parts):
-            texts = [_text(part, constants) for part in parts]
-            return None if None in texts else "".join(text or "" for text in texts)
-    return None
 
 
 def _constants(kernel: ast.FunctionDef) -> list[str]:

@@ -96,6 +96,15 @@ class Size(NamedTuple):
     column: int
 
 
+class Operand(NamedTuple):
+    """An operand that a launcher finds in a field of what calls of ``op`` are given, and the line of the text that says so."""
+
+    op: tuple[str, ...]
+    word: str
+    field: str
+    line: int
+
+
 class Parameter(NamedTuple):
     """A parameter of a kernel, and where it stands."""
 
@@ -119,7 +128,8 @@ class Outline:
         fields: of the classes at its top level, by name: what they declare, in this order.
         classes: of these the attributes and texts in them, and in what else of the module they use.
         parameters: of the kernels at its top level that are launched.
-        gives: what others may be launched with: keywords of calls, and the words of texts that are nothing but names.
+        gives: what others may be launched with: keywords of calls, and the words of texts that are nothing but names, or
+            name=path.
         questions: which variants it asks for.
         asked: the facts that operands ask for, ``asks`` of their declarations.
         shapes: sizes of the tensors that it declares, but for sequences of any layout, which share sizes among themselves.
@@ -128,6 +138,7 @@ class Outline:
         stands: names at its top level that are called with what another takes: an op with the fields of its named tuple, and what
             an op makes with those of the op.
         makes: calls of what is imported from the package, or is a class here, or such a name.
+        operands: of launchers, as far as they are written out.
     """
 
     imports: tuple[Wanted, ...]
@@ -147,6 +158,7 @@ class Outline:
     records: Mapping[str, Mapping[str, bool]]
     stands: Mapping[str, tuple[str, ...]]
     makes: tuple[Made, ...]
+    operands: tuple[Operand, ...]
 
 
 def module_of(path: str) -> tuple[str, ...]:
@@ -203,9 +215,9 @@ def outline(path: str, text: str) -> Outline | None:
             choices.append(node)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             words.add(node.value[:MAX_WORD])
-            parts = node.value[:MAX_WORD].split()
-            if all(map(str.isidentifier, parts)):
-                gives.update(parts)
+            parts = [word.partition("=") for word in node.value[:MAX_WORD].split()]
+            if all(name.isidentifier() and path.replace(".", "_").isidentifier() == bool(sign) for name, sign, path in parts):
+                gives.update(name for name, *_ in parts)
             sizes.update(_sizes(node.value))
         elif isinstance(node, ast.ImportFrom) and node.level > 0:
             base = tuple(folder[: len(folder) + 1 - node.level])
@@ -244,6 +256,7 @@ def outline(path: str, text: str) -> Outline | None:
         {node.name: _record(node) for node in tree.body if isinstance(node, ast.ClassDef) and _is_record(node)},
         stands,
         tuple(_makes(calls, choices, known, tree)),
+        tuple(_operands(calls, known, tree)),
     )
 
 
@@ -400,6 +413,38 @@ def _makes(
             is_whole = len(given) == len(laid) and len(names) == len(call.keywords)
             rest = "" if len(given) == len(laid) or (len(args) == 1 and laid == args) else ast.unparse(laid[-1])
             yield Made(of, given, names, is_whole, rest, call.lineno, call.col_offset + 1)
+
+
+def _operands(calls: Sequence[ast.Call], places: Mapping[str, tuple[str, ...]], tree: ast.Module) -> Iterator[Operand]:
+    scopes: _Scopes | None = None
+    for call in calls:
+        match call:
+            case ast.Call(ast.Attribute(_, "Launcher"), [_, op, value]) if of := _place(op, places):
+                scopes = scopes or _Scopes(tree)
+                for text in _written(value, scopes, tree):
+                    for word in str(text.value).split():
+                        name, _, path = word.partition("=")
+                        field = (path or name.removesuffix("_ptrs").removesuffix("_ptr")).partition(".")[0]
+                        yield Operand(of, word, field, text.lineno)
+
+
+def _written(value: ast.expr, scopes: _Scopes, tree: ast.Module) -> Iterator[ast.Constant]:
+    """The texts that a text is made of, in names and in attributes of classes too."""
+    todo = [value]
+    for each in todo:
+        match each:
+            case ast.Constant(str()):
+                yield each
+            case ast.JoinedStr(parts):
+                todo += parts
+            case ast.FormattedValue(inner):
+                todo.append(inner)
+            case ast.Name():
+                found = scopes.value_of(each)
+                todo += [found] if found is not None and found not in todo else []
+            case ast.Attribute(ast.Name("self"), name):
+                lines = (line for node in tree.body if isinstance(node, ast.ClassDef) for line in node.body)
+                todo += [said for line in lines for known, said in _assigned(line) if known == name and said not in todo]
 
 
 def _place(called: ast.expr, places: Mapping[str, tuple[str, ...]]) -> tuple[str, ...] | None:

@@ -38,7 +38,7 @@ def faults(package: Package, families: Sequence[Family], outputs: Outputs) -> It
         return
     missing = list(_import_faults(outputs)) or [*_ask_faults(outputs), *_circle_faults(outputs)]
     missing += _idle_faults(families, outputs)
-    missing += [*_record_faults(outputs), *_operand_faults(package, outputs), *_size_faults(outputs)]
+    missing += [*_record_faults(outputs), *_read_faults(outputs), *_operand_faults(package, outputs), *_size_faults(outputs)]
     missing += [fault for family in families for fault in _launcher_faults(family, outputs)]
     yield from missing
     yield from _group_faults(package, outputs)
@@ -465,6 +465,18 @@ def _places_fault(call: Made, fields: Sequence[str], *, is_strict: bool) -> str:
     if is_strict and call.rest:
         return f"is given {call.rest}, of which cannot be told what it holds: write that out"
     return ""
+
+
+def _read_faults(outputs: Outputs) -> Iterator[Diagnostic]:
+    """Launchers that look for operands in fields that there are not in what calls are given."""
+    for place, made in outputs.modules.items():
+        for operand in made.operands:
+            record = _record_of(operand.op, outputs)
+            fields = [] if record is None else [*outputs.modules[record[:-1]].records[record[-1]]]
+            if record is not None and operand.field not in fields:
+                where = outputs.place_in(place, operand.line, operand.word)
+                message = f"a launcher reads {operand.field!r} of {record[-1]}, which has no such field"
+                yield Diagnostic("KG023", where, message, did_you_mean(operand.field, fields, ""))
 
 
 def _operand_faults(package: Package, outputs: Outputs) -> Iterator[Diagnostic]:

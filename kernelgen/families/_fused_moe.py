@@ -12,8 +12,9 @@ its K loop; where there are tables, they have the rows of each expert by adapter
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -329,33 +330,25 @@ _SECOND = runtime.Caller(
 _SHRINK_X = runtime.Caller("fused_moe", x="hidden", lora_a="lora.a13", a_scale="lora.a13_scale")
 _SHRINK_H = runtime.Caller("fused_moe", lora_a="lora.a2", a_scale="lora.a2_scale")
 
-_Call = Callable[[Given], None]  # of sizes that were checked before
-_View = Callable[..., torch.Tensor]
 
-
-def _bind(given: Given) -> _Call:
+def _bind(given: Given) -> runtime.Call:
     layer = _layer_of(given)
+    buffers = given.workspace or layer.buffers(given.hidden.device)
     if layer.x_scales is not None and not layer.few and given.lora is None and not _share(given.h_scale, given.x_scale):
         at_once = layer._replace(at_once=True)
-        first = next(arguments for name, arguments in at_once.launches(given, _view) if name == "first")
+        first = next(arguments for name, arguments in at_once.launches(given, buffers) if name == "first")
         layer = at_once if writes_fp8(first, _FIRST) else layer
-    calls = {name: layer.bind(name, arguments, given) for name, arguments in layer.launches(given, _view)}
+    # Each launch is bound with its tensors, then told where in those of the layer they lie.
+    places = runtime.paths(given)
+    at = layer.launches(places, places.workspace or runtime.SCRATCH)
+    bound = [layer.bind(name, arguments, given) for name, arguments in layer.launches(given, buffers)]
+    calls = [call.through(arguments) for call, (_, arguments) in zip(bound, at, strict=True)]
+    made = functools.partial(layer.buffers, given.hidden.device) if given.workspace is None else None
+    return runtime.InOrder(calls, made)
 
-    def call(given: Given) -> None:
-        for name, arguments in layer.launches(given, _whole):
-            calls[name](arguments)
 
-    return call
-
-
-def _view(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
-    """What a launch is bound with: of its shape."""
+def _view(buffer: Any, *shape: int) -> Any:
     return buffer[: math.prod(shape)].view(shape)
-
-
-def _whole(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
-    """What a bound launch is called with: it knows the shape, and a view takes a microsecond."""
-    return buffer
 
 
 class _Layer(NamedTuple):
@@ -370,6 +363,7 @@ class _Layer(NamedTuple):
     width: int  # of rows of hidden
     inter: int
     dtype: torch.dtype  # of what has 16 bits
+    codes: torch.dtype  # of hidden, and of what is FP8 between the products
     x_scales: str | None
     sums: bool  # experts of a token, in the second product
     at_once: bool  # the first product makes its rows FP8 where tuning says so, but for adapters, which read those of 16 bits
@@ -386,20 +380,19 @@ class _Layer(NamedTuple):
     def few(self) -> bool:
         return self.block_m == 0
 
-    def use(self, workspace: FusedMoeWorkspace | None, like: torch.Tensor) -> Any:
-        """A FusedMoeWorkspace with all that the call needs."""
-        if workspace is not None:
-            return workspace
-        made = {name: torch.empty(n, dtype=kind, device=like.device) for name, (n, kind) in self.space.items()}
-        return FusedMoeWorkspace(**made)
+    def buffers(self, device: torch.device) -> FusedMoeWorkspace:
+        """All that the call needs."""
+        return FusedMoeWorkspace(**{name: torch.empty(n, dtype=kind, device=device) for name, (n, kind) in self.space.items()})
 
-    def launches(self, given: Given, view: _View) -> Iterator[tuple[str, Any]]:
-        """What each launch of the layer is given, in their order; those of tables only where there are some."""
+    def launches(self, given: Given, buffers: Any) -> Iterator[tuple[str, Any]]:
+        """What each launch of the layer is given, in their order; those of tables only where there are some.
+
+        ``buffers`` is a FusedMoeWorkspace. Of ``runtime.paths``, of all tensors, it tells where each of them lies.
+        """
         lora, num_pairs, few = given.lora, self.num_pairs, self.few
-        buffers = self.use(given.workspace, given.hidden)
         topk_ids, valid_tokens = given.topk_ids, given.valid_tokens
         if given.expert_map is not None:
-            out = buffers.ids[:num_pairs].view(self.num_tokens, self.top_k)
+            out = _view(buffers.ids, self.num_tokens, self.top_k)
             yield "localize", Localize(out, topk_ids, given.expert_map)
             topk_ids = out
         filled, groups = (buffers.pairs, buffers.blocks, buffers.num_blocks), (self.num_experts, self.local_expert_start)
@@ -418,7 +411,7 @@ class _Layer(NamedTuple):
                 yield "runs", Runs(*written, *groups, self.max_loras, self.block_m)
             runs = MoeRuns(*adapters, run_of_row, runs, self.max_loras, lora.lora_ranks)
             vectors = buffers.vectors if few else buffers.vectors.view(self.dtype)
-            v, v2 = [view(vectors, *shape) for shape in self.vectors]
+            v, v2 = [_view(vectors, *shape) for shape in self.vectors]
             lora_a, a_scale = lora.a13, lora.a13_scale
             yield "shrink_x", Shrink(v, x, lora_a, tables, runs, x_rows, a_scale, x_scale)
             lora_b, b_scale = lora.b13, lora.b13_scale
@@ -426,12 +419,12 @@ class _Layer(NamedTuple):
             scratch = buffers.blocks[self.scratch_at :] if self.scratch_at else buffers.blocks
             yield "align", Align(*filled, scratch, topk_ids, valid_tokens, *groups, self.block_m)
         on_input, weights = given.apply_router_weight_on_input, given.topk_weights
-        order, h = "pair" if few else "sorted", view(buffers.inter, num_pairs, self.inter)
+        order, h = "pair" if few else "sorted", _view(buffers.inter, num_pairs, self.inter)
         codes, scale = h, None  # of the rows between the products
         if self.x_scales is not None:
-            codes, scale = view(buffers.codes.view(x.dtype), num_pairs, self.inter), given.h_scale
+            codes, scale = _view(buffers.codes.view(self.codes), num_pairs, self.inter), given.h_scale
             if self.x_scales != "tensor":
-                scale = view(buffers.scales, num_pairs, _row_scales(self.x_scales, self.inter))
+                scale = _view(buffers.scales, num_pairs, _row_scales(self.x_scales, self.inter))
         out, out_rows, out_scale = (codes, order, scale) if self.at_once else (h, order, None)
         w, w_scale, bias, topk_weights = given.w13, given.w13_scale, given.w13_bias, weights if on_input else None
         first = (topk_weights, x_rows, out_rows, given.activation, given.layout, w_scale, x_scale, v, lora_b, runs, b_scale, bias)
@@ -449,12 +442,12 @@ class _Layer(NamedTuple):
         if self.sums:
             yield "second", Gemm(given.out, x, w, tables, topk_weights, x_rows, "token", *second)
             return
-        out = y = view(buffers.outputs, self.num_tokens, self.top_k, self.width)
+        out = y = _view(buffers.outputs, self.num_tokens, self.top_k, self.width)
         yield "second", Gemm(out, x, w, tables, None, x_rows, "pair", *second)
         request = (*groups, given.num_tokens_hint, given.zeroes, False, None, None)
         yield "sum", Sum(given.out, y, topk_ids, topk_weights, valid_tokens, *request)
 
-    def bind(self, name: str, arguments: Any, given: Given) -> Callable[[Any], None]:
+    def bind(self, name: str, arguments: Any, given: Given) -> runtime.Call:
         """The launch of that name, for calls that look like this one.
 
         Raises:
@@ -523,7 +516,8 @@ def _layer_of(given: Given) -> _Layer:
         _check_workspace(name, given.workspace, space)
     routing = (num_tokens, top_k, num_experts, given.local_expert_start, expected, block_m)
     max_loras = 0 if lora is None else lora.a13[0].shape[0]
-    return _Layer(*routing, width, inter, dtype, x_mode, sums, False, blocks if counts else 0, max_loras, vectors, space)
+    sizes = (*routing, width, inter, dtype, hidden.dtype, x_mode)
+    return _Layer(*sizes, sums, False, blocks if counts else 0, max_loras, vectors, space)
 
 
 def _row_scales(x_scales: str | None, inter: int) -> int:

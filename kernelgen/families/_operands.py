@@ -696,6 +696,11 @@ class Op(Generic[_Arguments, _Given]):
             if name not in there:
                 raise TypeError(f"{self.name}: a declaration speaks of {name!r}, which is none of {', '.join(sorted(there))}")
 
+    def has(self, name: str, part: str | None = None) -> bool:
+        """Whether calls are given such an operand, or a bundle with such a part."""
+        operand = next((each for each in self.operands if each.name == name), None)
+        return operand is not None and (part is None or (isinstance(operand, Bundle) and part in operand.parts))
+
     def given(self, **arguments: Any) -> _Given:
         """What a call is given, of arguments by name; of those that are left out, flags are not set, and what may be None is.
 
@@ -839,8 +844,8 @@ class Op(Generic[_Arguments, _Given]):
         self.check(self.name, given)
         raise error
 
-    def caller(self, bind: Callable[[_Given], Callable[[_Given], None]]) -> Callable[_Arguments, None]:
-        """The function of the front door behind its defaults: the bound call for such arguments, called.
+    def caller(self, bind: Callable[[_Given], runtime.Call]) -> Callable[_Arguments, None]:
+        """The function of the front door behind its defaults: the bound call for such arguments, run.
 
         Args:
             bind: makes it from all arguments; it checks them.
@@ -1048,7 +1053,7 @@ def function({names}):
 _OPTIONAL_SCALES = """{indent}if not ({names} is None):
 {indent}    tensors += ({tensors},); hint += ({kinds},)
 """
-_CALL = "    call(new(of, ({names},)))\n"
+_CALL = "    call.run(new(of, ({names},)))\n"
 _FOUND = "        call = last[1][0]\n"
 _FOUND_APART = """        call, check_apart = last[1]
         check_apart(tensors{bundles})

@@ -214,9 +214,9 @@ def test_the_short_way_of_a_variant_passes_the_same(driver: Recorder, schedule: 
     problem = _problem.check(schedule, given, dtype=torch.bfloat16, naive=False, max_rank=64)
     call = module.schedule.bind(problem, route, _problem.choose(schedule, problem, route))
     driver.launches.clear()
-    call(given)
+    call.run(given)
     first = driver.launches[:]
-    call(given)
+    call.run(given)
     assert first and driver.launches == 2 * first
 
 

@@ -156,11 +156,11 @@ def _in_parts(
     schedule = sys.modules[launcher.__module__].schedule
     kinds = importlib.import_module(f"{package.__name__}.lora_shrink._problem")
     parts = kinds.Parts(y.shape[0], -(-y.shape[0] // 4))
-    bind = schedule.bind
+    bind, given = schedule.bind, package._runtime.GIVEN
 
-    def bound(problem: Any, route: Any, config: Any) -> Callable[..., None]:
+    def bound(problem: Any, route: Any, config: Any) -> Any:
         call = bind(problem, route, config, parts)
-        return lambda given: call(given._replace(y=y, scaling=case.scaling * given.scaling), scalings)
+        return call.through(given, y_ptr=y, scaling=case.scaling, scalings_ptr=scalings)
 
     with mock.patch.object(schedule, "bind", bound):
         yield

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Sequence
+from typing import Annotated, NamedTuple
 
 import torch
 
@@ -88,10 +88,6 @@ class Given(NamedTuple):
     packed: operands.Bool
 
 
-# Of sizes that were checked before; the second adds the parts of y, the second argument, up.
-Call = Callable[[Given], None]
-Total = Callable[[torch.Tensor, torch.Tensor, Any, float, torch.Tensor | None], None]  # (y, parts, route, scaling, scalings)
-
 OP = operands.Op(
     "lora_shrink",
     Given,
@@ -150,6 +146,13 @@ class Problem(NamedTuple):
     def parts(self, config: Config) -> Parts:
         """The sums that programs leave."""
         return Parts(runtime.cdiv(self.k, self.part_k(config)), self.quarter(config) if config.parts == 1 else 1)
+
+    def scratch(self, route: MoeRoute, parts: Parts) -> runtime.Lent:
+        """Room for so many sums, of calls on such routes: the workspace's where it is large enough."""
+        size = parts.number * self.slices * self.num_tokens * self.rank
+        if route.parts is None or route.parts.shape[0] < size:
+            return runtime.SCRATCH, functools.partial(torch.empty, size, dtype=torch.float32, device=self.device)
+        return runtime.GIVEN.route.parts, None
 
 
 class Operands(NamedTuple):

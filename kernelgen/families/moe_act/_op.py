@@ -6,7 +6,7 @@ import torch
 
 from .. import _runtime as runtime
 from ..moe_route._op import MoeRoute
-from ._problem import OP, Call, Given, check, choose
+from ._problem import OP, Given, check, choose
 from ._table import VARIANTS
 
 
@@ -58,13 +58,13 @@ def moe_act(
     apply(h, x, topk_ids, valid_tokens, *sizes, delta, route, bias, limit, alpha, beta)
 
 
-def _bind(given: Given) -> Call:
+def _bind(given: Given) -> runtime.Call:
     problem = check("moe_act", given)
     facts = {"adapted": given.delta is not None, "interleaved": given.layout == "interleaved", "biased": given.bias is not None}
     variant = VARIANTS.get("moe_act", torch_dtype=given.x.dtype, epilogue=given.activation, **facts)
     if problem.num_tokens == 0:
-        return runtime.nothing
-    call: Call = variant.bind(problem, choose(problem))
+        return runtime.NOTHING
+    call: runtime.Call = variant.bind(problem, choose(problem))
     return call
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
 import torch
@@ -34,8 +33,6 @@ class Given(NamedTuple):
 
 
 OP = operands.Op("moe_add", Given, spec=VARIANTS.spec, dtypes={"D": VARIANTS.dtypes}, tells=("out",))
-
-Call = Callable[[Given], None]  # of sizes that were checked before
 
 
 class Problem(NamedTuple):

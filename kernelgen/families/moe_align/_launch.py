@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -11,7 +10,7 @@ from .. import _runtime as runtime
 from ._op import (
     CHUNKS,
     FILL,
-    Fill,
+    LOCALIZE,
     Localize,
     Problem,
     check_fill,
@@ -21,10 +20,8 @@ from ._op import (
     is_dense,
 )
 
-Call = Callable[[Fill], None]  # of sizes that were checked before
-
 _TABLES = "pairs_ptr blocks_ptr num_blocks_ptr"
-_ROUTING = "topk_ids_ptr valid_tokens_ptr num_pairs"
+_ROUTING = "topk_ids_ptr valid_tokens_ptr"
 
 
 class Walk(NamedTuple):
@@ -71,7 +68,7 @@ class _Tables:
         """int32 elements of scratch that a call needs."""
         raise NotImplementedError
 
-    def bind(self, problem: Problem) -> Call:
+    def bind(self, problem: Problem) -> runtime.Call:
         """The launches for tables of these sizes, ready to be made again and again."""
         raise NotImplementedError
 
@@ -82,7 +79,7 @@ class _Tables:
             ValueError: something does not fit; nothing was launched.
         """
         given = FILL.given(**arguments)
-        self.bind(check_fill(self.name, self.scratch_size, given))(given)
+        self.bind(check_fill(self.name, self.scratch_size, given)).run(given)
 
 
 class OneLaunch(_Tables):
@@ -90,16 +87,17 @@ class OneLaunch(_Tables):
 
     def __init__(self, kernel: Any) -> None:
         super().__init__(kernel)
-        self._kernel = runtime.Launcher(kernel, f"{_TABLES} {_ROUTING}")
+        self._kernel = runtime.Launcher(kernel, FILL, f"{_TABLES} {_ROUTING}")
 
     def scratch_size(self, num_pairs: int, num_experts: int) -> int:
         return 0
 
-    def bind(self, problem: Problem) -> Call:
+    def bind(self, problem: Problem) -> runtime.Call:
         over = walk(problem.num_pairs, problem.top_k, problem.num_experts)
-        launch = self._kernel.bind(
+        return self._kernel.bind(
             problem.num_experts,
             runtime.Options(over.num_warps),
+            num_pairs=problem.num_pairs,
             TOP_K=problem.top_k,
             NUM_EXPERTS=problem.num_experts,
             LOCAL_EXPERT_START=problem.local_expert_start,
@@ -109,12 +107,6 @@ class OneLaunch(_Tables):
             ROWS=over.rows,
             PDL=runtime.traits(problem.device).pdl,
         )
-        num_pairs = problem.num_pairs
-
-        def call(given: Fill) -> None:
-            launch.run(given.pairs, given.blocks, given.num_blocks, given.topk_ids, given.valid_tokens, num_pairs)
-
-        return call
 
 
 class TwoLaunch(_Tables):
@@ -122,16 +114,18 @@ class TwoLaunch(_Tables):
 
     def __init__(self, count: Any, place: Any) -> None:
         super().__init__(count)
-        self._count = runtime.Launcher(count, f"counts_ptr {_ROUTING}")
-        self._place = runtime.Launcher(place, f"{_TABLES} counts_ptr {_ROUTING} num_chunks")
+        self._count = runtime.Launcher(count, FILL, f"counts_ptr=scratch {_ROUTING}")
+        self._place = runtime.Launcher(place, FILL, f"{_TABLES} counts_ptr=scratch {_ROUTING}")
 
     def scratch_size(self, num_pairs: int, num_experts: int) -> int:
         return counts_size(num_experts)
 
-    def bind(self, problem: Problem) -> Call:
+    def bind(self, problem: Problem) -> runtime.Call:
         num_pairs, pdl = problem.num_pairs, runtime.traits(problem.device).pdl
         over = chunks(num_pairs, problem.num_experts)
         constants = {
+            "num_pairs": num_pairs,
+            "num_chunks": over.number,
             "TOP_K": problem.top_k,
             "NUM_EXPERTS": problem.num_experts,
             "LOCAL_EXPERT_START": problem.local_expert_start,
@@ -142,13 +136,7 @@ class TwoLaunch(_Tables):
         count = self._count.bind(over.number, runtime.Options(4), **constants)
         options = runtime.Options(over.num_warps, pdl=pdl)
         place = self._place.bind(over.number, options, **constants, BLOCK_M=problem.block_m, ROWS=over.rows)
-
-        def call(given: Fill) -> None:
-            scratch, routing = given.scratch, (given.topk_ids, given.valid_tokens, num_pairs)
-            count.run(scratch, *routing)
-            place.run(given.pairs, given.blocks, given.num_blocks, scratch, *routing, over.number)
-
-        return call
+        return runtime.InOrder((count, place))
 
 
 class LocalIds:
@@ -158,7 +146,7 @@ class LocalIds:
 
     def __init__(self, kernel: Any) -> None:
         self.name = runtime.variant_of(kernel)
-        self._kernel = runtime.Launcher(kernel, "out_ptr num_pairs topk_ids_ptr expert_map_ptr")
+        self._kernel = runtime.Launcher(kernel, LOCALIZE, "out_ptr topk_ids_ptr expert_map_ptr")
 
     def launch(self, out: Tensor, topk_ids: Tensor, expert_map: Tensor) -> None:
         """One call, checked.
@@ -169,14 +157,9 @@ class LocalIds:
         given = Localize(out, topk_ids, expert_map)
         num_pairs = check_local_ids(self.name, given)
         if num_pairs > 0:
-            self.bind(num_pairs, expert_map.shape[0])(given)
+            self.bind(num_pairs, expert_map.shape[0]).run(given)
 
-    def bind(self, num_pairs: int, global_experts: int) -> Callable[[Localize], None]:
+    def bind(self, num_pairs: int, global_experts: int) -> runtime.Call:
         """The launch for so many ids, ready to be made again and again."""
         grid, constants = runtime.cdiv(num_pairs, self._BLOCK), {"GLOBAL_EXPERTS": global_experts, "BLOCK": self._BLOCK}
-        launch = self._kernel.bind(grid, runtime.Options(4), **constants)
-
-        def call(given: Localize) -> None:
-            launch.run(given.out, num_pairs, given.topk_ids, given.expert_map)
-
-        return call
+        return self._kernel.bind(grid, runtime.Options(4), num_pairs=num_pairs, **constants)

@@ -11,9 +11,7 @@ from ._problem import (
     CACHE_POLICIES,
     OP,
     BoxConfig,
-    Call,
     GemvConfig,
-    Given,
     Modes,
     NaiveConfig,
     Problem,
@@ -28,26 +26,17 @@ from ._problem import (
 )
 from ._table import QUANT, VARIANTS
 
-_DELTA = "v_ptr b_ptrs b_scale_ptrs"
-_SCALES = "topk_weights_ptr w_scale_ptr x_scale_ptr x_scale_next"
-_CLAMP = "limit alpha beta"
-_TABLES = "pairs_ptr blocks_ptr num_blocks_ptr run_of_row_ptr runs_ptr"
-_ROUTING = "topk_ids_ptr valid_tokens_ptr token_lora_mapping_ptr adapter_enabled_ptr lora_ranks_ptr num_pairs"
-
-
-def _scales(given: Given) -> tuple[Any, ...]:
-    return given.topk_weights, given.w_scale, given.x_scale
-
-
-def _clamp(given: Given) -> tuple[Any, ...]:
-    return given.limit, given.alpha, given.beta
-
-
-def _blocks(given: Given) -> tuple[Any, ...]:
-    """The tables, and the runs of their rows."""
-    tables, runs = given.tables, given.runs
-    of_rows = (None, None) if runs is None else (runs.run_of_row, runs.runs)
-    return tables.pairs, tables.blocks, tables.num_blocks, *of_rows
+_DELTA = "v_ptr b_ptrs=lora_b b_scale_ptrs"
+_SCALES = "topk_weights_ptr w_scale_ptr x_scale_ptr"
+_MORE = "bias_ptr limit alpha beta"
+_TABLES = (
+    "pairs_ptr=tables.pairs blocks_ptr=tables.blocks num_blocks_ptr=tables.num_blocks "
+    "run_of_row_ptr=runs.run_of_row runs_ptr=runs.runs"
+)
+_ROUTING = (
+    "topk_ids_ptr=tables.topk_ids valid_tokens_ptr=tables.valid_tokens "
+    "token_lora_mapping_ptr=runs.token_lora_mapping adapter_enabled_ptr=runs.adapter_enabled lora_ranks_ptr=runs.lora_ranks"
+)
 
 
 class _Schedule:
@@ -60,9 +49,9 @@ class _Schedule:
     def __init__(self, kernel: Any) -> None:
         self.name = runtime.variant_of(kernel)
         self.facts = VARIANTS.of(self.name)
-        self._kernel = runtime.Launcher(kernel, self.operands)
+        self._kernel = runtime.Launcher(kernel, OP, self.operands)
 
-    def bind(self, problem: Problem, config: Any) -> Call:
+    def bind(self, problem: Problem, config: Any) -> runtime.Call:
         """The launch for checked calls of these sizes, ready to be made again and again."""
         raise NotImplementedError
 
@@ -78,11 +67,12 @@ class _Schedule:
         modes = Modes(facts["weight_scales"], facts["x_scales"], facts["b_scales"])
         problem = check(self.name, given, modes, facts["torch_dtype"], self.schedule)
         if problem.num_pairs > 0:
-            self.bind(problem, runtime.given(self.name, config, self.config) or choose(self.schedule, problem))(given)
+            self.bind(problem, runtime.given(self.name, config, self.config) or choose(self.schedule, problem)).run(given)
 
     def _constants(self, problem: Problem, config: Tiled) -> dict[str, Any]:
         """Of the kernels of all schedules that tile K."""
         return {
+            "x_scale_next": problem.x_scale_next,
             "TOP_K": problem.top_k,
             "K": problem.k,
             "N": problem.n,
@@ -113,33 +103,21 @@ class _Schedule:
 class _ByPair(_Schedule):
     """Pairs as they come."""
 
-    operands = f"out_ptr x_ptr w_ptr {_DELTA} {_SCALES} bias_ptr {_CLAMP} {_ROUTING}"
+    operands = f"out_ptr x_ptr w_ptr {_DELTA} {_SCALES} {_MORE} {_ROUTING}"
 
-    def _bind(self, problem: Problem, rows: int, options: runtime.Options, constants: dict[str, Any]) -> Call:
+    def _bind(self, problem: Problem, rows: int, options: runtime.Options, constants: dict[str, Any]) -> runtime.Call:
         waits = not problem.rows.startswith("token") or problem.rank > 0  # but not before it reads of whom a pair is
-        launch = self._kernel.bind(
+        return self._kernel.bind(
             rows * runtime.cdiv(problem.n, constants["BLOCK_N"]),
             options._replace(pdl=waits and problem.follows and constants["PDL"]),
             **constants,
+            num_pairs=problem.num_pairs,
             NUM_EXPERTS=problem.num_experts,
             LOCAL_EXPERT_START=problem.local_expert_start,
             MAX_LORAS=problem.max_loras,
             V_PARTS=problem.parts,
             BLOCK_R=step_ranks(problem),
         )
-        num_pairs, x_scale_next = problem.num_pairs, problem.x_scale_next
-
-        def call(given: Given) -> None:
-            tables, runs = given.tables, given.runs
-            adapters = _NO_ADAPTERS if runs is None else (runs.token_lora_mapping, runs.adapter_enabled, runs.lora_ranks)
-            factors, scales = (given.v, given.lora_b, given.b_scale), (*_scales(given), x_scale_next)
-            more, routing = (given.bias, *_clamp(given)), (tables.topk_ids, tables.valid_tokens)
-            launch.run(given.out, given.x, given.w, *factors, *scales, *more, *routing, *adapters, num_pairs)
-
-        return call
-
-
-_NO_ADAPTERS = (None, None, None)
 
 
 class Gemv(_ByPair):
@@ -148,7 +126,7 @@ class Gemv(_ByPair):
     schedule = "gemv"
     config = GemvConfig
 
-    def bind(self, problem: Problem, config: GemvConfig) -> Call:
+    def bind(self, problem: Problem, config: GemvConfig) -> runtime.Call:
         self._check_groups(problem, min(config.block_k, QUANT.group_k))
         constants = {
             **self._constants(problem, config),
@@ -165,7 +143,7 @@ class Naive(_ByPair):
     schedule = "naive"
     config = NaiveConfig
 
-    def bind(self, problem: Problem, config: NaiveConfig) -> Call:
+    def bind(self, problem: Problem, config: NaiveConfig) -> runtime.Call:
         self._check_groups(problem, config.block_k)
         constants = {
             **self._constants(problem, config),
@@ -178,11 +156,11 @@ class Naive(_ByPair):
 class _ByBlock(_Schedule):
     """Blocks of the tables."""
 
-    def _launch_of(self, problem: Problem, config: TileConfig | BoxConfig, weights: str) -> runtime.Bound:
+    def _bind(self, problem: Problem, config: TileConfig | BoxConfig, **constants: Any) -> runtime.Call:
         self._check_groups(problem, config.block_k)
         if problem.b_scales == "group":
             runtime.check_tile(self.name, "block_d", config.block_d, group_k=QUANT.group_k)
-        constants = self._constants(problem, config)
+        constants |= self._constants(problem, config)
         waits_first = problem.rank == 0  # with adapters it waits for v alone
         return self._kernel.bind(
             grid(problem, config.block_n),
@@ -190,7 +168,6 @@ class _ByBlock(_Schedule):
             **constants,
             BLOCK_M=problem.block_m,
             STAGES=config.num_stages,
-            WEIGHTS=weights,
             GROUP_M=config.group_m,
             TAIL=config.tail == 1,
             V_BY_TOKEN=problem.v_by_token,
@@ -205,17 +182,10 @@ class Tile(_ByBlock):
 
     schedule = "tile"
     config = TileConfig
-    operands = f"out_ptr x_ptr w_ptr {_DELTA} {_SCALES} bias_ptr {_CLAMP} {_TABLES}"
+    operands = f"out_ptr x_ptr w_ptr {_DELTA} {_SCALES} {_MORE} {_TABLES}"
 
-    def bind(self, problem: Problem, config: TileConfig) -> Call:
-        launch = self._launch_of(problem, config, CACHE_POLICIES[config.weight_policy])
-        x_scale_next = problem.x_scale_next
-
-        def call(given: Given) -> None:
-            factors, scales = (given.v, given.lora_b, given.b_scale), (*_scales(given), x_scale_next)
-            launch.run(given.out, given.x, given.w, *factors, *scales, given.bias, *_clamp(given), *_blocks(given))
-
-        return call
+    def bind(self, problem: Problem, config: TileConfig) -> runtime.Call:
+        return self._bind(problem, config, WEIGHTS=CACHE_POLICIES[config.weight_policy])
 
 
 class Box(_ByBlock):
@@ -223,10 +193,9 @@ class Box(_ByBlock):
 
     schedule = "box"
     config = BoxConfig
-    operands = f"out_ptr x_ptr x_desc half_desc w_desc {_DELTA} {_SCALES} bias_ptr {_CLAMP} {_TABLES}"
+    operands = f"out_ptr x_ptr {_DELTA} {_SCALES} {_MORE} {_TABLES}"
 
-    def bind(self, problem: Problem, config: BoxConfig) -> Call:
-        launch, x_scale_next = self._launch_of(problem, config, ""), problem.x_scale_next
+    def bind(self, problem: Problem, config: BoxConfig) -> runtime.Call:
         slices, block_k = problem.slices, config.block_k
         w_shape = [problem.num_experts * slices, problem.n, problem.k]
         w_strides = [problem.w_stride_e // slices, problem.w_stride_n, 1]
@@ -237,18 +206,15 @@ class Box(_ByBlock):
         in_order = problem.rows.startswith("sorted")
         x_shape, x_strides = [problem.num_pairs, problem.k], [problem.x_stride, 1]
         x_box, half_box = [problem.block_m, block_k], [problem.block_m // 2, block_k]
-
-        def call(given: Given) -> None:
-            x, x_desc, half_desc = given.x, None, None
-            if in_order:
-                x_desc = TensorDescriptor(x, x_shape, x_strides, x_box)
-                half_desc = TensorDescriptor(x, x_shape, x_strides, half_box)
-            w_desc = TensorDescriptor(given.w, w_shape, w_strides, w_box)
-            factors, scales = (given.v, given.lora_b, given.b_scale), (*_scales(given), x_scale_next)
-            more = (given.bias, *_clamp(given))
-            launch.run(given.out, x, x_desc, half_desc, w_desc, *factors, *scales, *more, *_blocks(given))
-
-        return call
+        w, x = runtime.GIVEN.w, runtime.GIVEN.x
+        return self._bind(
+            problem,
+            config,
+            x_desc=runtime.Made(lambda base: TensorDescriptor(base, x_shape, x_strides, x_box), x) if in_order else None,
+            half_desc=runtime.Made(lambda base: TensorDescriptor(base, x_shape, x_strides, half_box), x) if in_order else None,
+            w_desc=runtime.Made(lambda base: TensorDescriptor(base, w_shape, w_strides, w_box), w),
+            WEIGHTS="",
+        )
 
 
 class WarpSpecialised(_Schedule):
@@ -256,15 +222,22 @@ class WarpSpecialised(_Schedule):
 
     schedule = "warp_specialised"
     config = WarpSpecialisedConfig
-    operands = f"out_ptr out_scale_ptr x_ptr x_desc w_desc {_DELTA} {_SCALES} {_CLAMP} {_TABLES}"
+    operands = f"out_ptr out_scale_ptr x_ptr {_DELTA} {_SCALES} {_MORE} {_TABLES}"
 
-    def bind(self, problem: Problem, config: WarpSpecialisedConfig) -> Call:
+    def bind(self, problem: Problem, config: WarpSpecialisedConfig) -> runtime.Call:
         from .._gluon import box  # not every Triton has it
 
         block_n = 128 if problem.slices == 2 else 256
-        launch = self._kernel.bind(
+        w_shape, w_strides = [problem.num_experts * problem.slices * problem.n, problem.k], [problem.w_stride_n, 1]
+        x_shape, x_strides = [problem.num_pairs, problem.k], [problem.x_stride, 1]
+        x_box, w_box = [64, step_columns(problem)], [128, step_columns(problem)]
+        in_order, w, x = problem.rows == "sorted_pair", runtime.GIVEN.w, runtime.GIVEN.x
+        return self._kernel.bind(
             min(grid(problem, block_n), config.programs * runtime.traits(problem.device).num_sms),
             runtime.Options(num_warps=4, max_registers=168),
+            x_desc=runtime.Made(lambda base: box(base, x_shape, x_strides, x_box), x) if in_order else None,
+            w_desc=runtime.Made(lambda base: box(base, w_shape, w_strides, w_box), w),
+            x_scale_next=problem.x_scale_next or 1,
             TOP_K=problem.top_k,
             K=problem.k,
             N=problem.n,
@@ -284,16 +257,3 @@ class WarpSpecialised(_Schedule):
             STAGES=config.num_stages,
             GROUP_M=config.group_m,
         )
-        w_shape, w_strides = [problem.num_experts * problem.slices * problem.n, problem.k], [problem.w_stride_n, 1]
-        x_shape, x_strides = [problem.num_pairs, problem.k], [problem.x_stride, 1]
-        in_order, x_scale_next = problem.rows == "sorted_pair", problem.x_scale_next or 1
-        x_box, w_box = [64, step_columns(problem)], [128, step_columns(problem)]
-
-        def call(given: Given) -> None:
-            x_desc = box(given.x, x_shape, x_strides, x_box) if in_order else None
-            w_desc = box(given.w, w_shape, w_strides, w_box)
-            factors, scales = (given.v, given.lora_b, given.b_scale), (*_scales(given), x_scale_next)
-            out = (given.out, given.out_scale)
-            launch.run(*out, given.x, x_desc, w_desc, *factors, *scales, *_clamp(given), *_blocks(given))
-
-        return call

@@ -9,7 +9,7 @@ import torch
 
 from .. import _runtime as runtime
 from ..moe_route._op import MoeRoute
-from ._problem import CONFIGS, OP, Call, Given, Problem, check, choose, plan
+from ._problem import CONFIGS, OP, Given, Problem, check, choose, plan
 from ._table import VARIANTS
 
 
@@ -55,10 +55,10 @@ def moe_lora(
     (_in_graphs if torch.compiler.is_compiling() else _apply)(out, x, lora_a, lora_b, route, *request)
 
 
-def _bind(given: Given) -> Call:
+def _bind(given: Given) -> runtime.Call:
     problem = check("moe_lora", given)
     if problem.num_pairs == 0:
-        return runtime.nothing
+        return runtime.NOTHING
     facts, route = {schedule: _facts(schedule, problem, given.out.dtype) for schedule in CONFIGS}, given.route
     found = {schedule: VARIANTS.find(**wanted) for schedule, wanted in facts.items()}
     least = min((variant.block_rank for variant in found.values() if variant is not None), default=0)
@@ -68,7 +68,7 @@ def _bind(given: Given) -> Call:
     if schedule != "small_batch" and (variant is None or variant.block_rank > least):
         schedule = "one_shot" if schedule == "two_kernel" else "two_kernel"  # serves the same sorted batches
         config, variant = choose(schedule, problem, route), found[schedule]
-    call: Call = VARIANTS.get("moe_lora", **facts[schedule]).bind(problem, route, config)
+    call: runtime.Call = VARIANTS.get("moe_lora", **facts[schedule]).bind(problem, route, config)
     return call
 
 

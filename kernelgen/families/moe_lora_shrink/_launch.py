@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
+
 from .. import _runtime as runtime
 from .._slices import joined_slices
 from ..moe_route._op import PairRoute, SortedRoute, TableRoute
@@ -11,8 +13,6 @@ from ._problem import (
     CACHE_POLICIES,
     OP,
     BlocksConfig,
-    Call,
-    Given,
     PairsConfig,
     Problem,
     check,
@@ -21,7 +21,8 @@ from ._problem import (
 )
 from ._table import VARIANTS
 
-_TABLES = "pairs_ptr blocks_ptr num_blocks_ptr"
+_OPERANDS = "x_ptr a_ptrs=lora_a"
+_TABLES = "pairs_ptr=route.pairs blocks_ptr=route.blocks num_blocks_ptr=route.num_blocks"
 _CELLS = 256  # of a program that adds parts of pairs
 
 
@@ -36,7 +37,7 @@ class _Schedule:
         self.name = runtime.variant_of(kernel)
         self.facts = VARIANTS.of(self.name)
 
-    def bind(self, problem: Problem, route: Any, config: Any) -> Call:
+    def bind(self, problem: Problem, route: Any, config: Any) -> runtime.Call:
         """The launches for checked calls of these sizes, ready to be made again and again."""
         raise NotImplementedError
 
@@ -51,7 +52,7 @@ class _Schedule:
         problem = check(self.name, given, dtype=dtype, naive=self.naive, max_rank=max_rank)
         if problem.num_pairs > 0:
             tiles = runtime.given(self.name, config, self.config) or choose(self.schedule, problem, given.route)
-            self.bind(problem, given.route, tiles)(given)
+            self.bind(problem, given.route, tiles).run(given)
 
 
 def _constants(problem: Problem, config: PairsConfig | BlocksConfig, pdl: bool) -> dict[str, Any]:
@@ -71,6 +72,14 @@ def _constants(problem: Problem, config: PairsConfig | BlocksConfig, pdl: bool) 
     }
 
 
+def _written(problem: Problem, parts: int, sums: runtime.Path) -> dict[str, Any]:
+    """Where products put what they find: in y, or ``parts`` in the place of ``sums``, for another launch to add up."""
+    if parts == 1:
+        return {"y_ptr": runtime.GIVEN.y, "next_slice": problem.y_slice, "next_part": 0}
+    slice_size = problem.num_pairs * problem.rank
+    return {"y_ptr": sums, "next_slice": slice_size, "next_part": problem.slices * slice_size}
+
+
 def _parts(problem: Problem, config: PairsConfig | BlocksConfig) -> int:
     return runtime.cdiv(problem.k, config.split_k)
 
@@ -88,18 +97,22 @@ class Pairs(_Schedule):
 
     def __init__(self, product: Any, total: Any) -> None:
         super().__init__(product)
-        routing = "topk_ids_ptr token_lora_mapping_ptr adapter_enabled_ptr expert_map_ptr"
-        self._product = runtime.Launcher(product, f"y_ptr x_ptr a_ptrs next_slice next_part {routing}")
-        self._total = runtime.Launcher(total, "y_ptr parts_ptr num_pairs next_slice next_part")
+        routing = (
+            "topk_ids_ptr=route.topk_ids token_lora_mapping_ptr=route.token_lora_mapping "
+            "adapter_enabled_ptr=route.adapter_enabled expert_map_ptr=route.expert_map"
+        )
+        self._product = runtime.Launcher(product, OP, f"{_OPERANDS} {routing}")
+        self._total = runtime.Launcher(total, OP, "y_ptr")
 
-    def bind(self, problem: Problem, route: PairRoute | TableRoute, config: PairsConfig) -> Call:
+    def bind(self, problem: Problem, route: PairRoute | TableRoute, config: PairsConfig) -> runtime.Call:
         runtime.check_tile(self.name, "block_k", config.block_k, split_k=config.split_k)
         parts, pdl = _parts(problem, config), _dependent(problem, config)
-        num_pairs, slice_size = problem.num_pairs, problem.num_pairs * problem.rank
-        part_size = problem.slices * slice_size
+        part_size = problem.slices * problem.num_pairs * problem.rank
+        sums, space = scratch(route, parts * part_size, problem.device)
         product = self._product.bind(
-            num_pairs * problem.slices * runtime.cdiv(problem.rank, config.block_r) * parts,
+            problem.num_pairs * problem.slices * runtime.cdiv(problem.rank, config.block_r) * parts,
             runtime.Options(config.num_warps),
+            **_written(problem, parts, sums),
             **_constants(problem, config, pdl),
             MAX_LORAS=route.max_loras,
             NUM_EXPERTS=route.num_experts,
@@ -108,29 +121,22 @@ class Pairs(_Schedule):
             PAIRS_A_ROW=problem.pairs_a_row,
             BLOCK_R=config.block_r,
         )
+        if parts == 1:
+            return product
         total = self._total.bind(
             runtime.cdiv(part_size, _CELLS),
             runtime.Options(4, pdl=pdl),
+            parts_ptr=sums,
+            num_pairs=problem.num_pairs,
+            next_slice=problem.y_slice,
+            next_part=part_size,
             RANK=problem.rank,
             Y_STRIDE=problem.y_stride,
             PARTS=parts,
             BLOCK=_CELLS,
             PDL=pdl,
         )
-
-        def call(given: Given) -> None:
-            route: Any = given.route
-            y, x, lora_a = given.y, given.x, given.lora_a
-            next_slice = y.stride(0)
-            routing = (route.topk_ids, route.token_lora_mapping, route.adapter_enabled, route.expert_map)
-            if parts == 1:
-                product.run(y, x, lora_a, next_slice, 0, *routing)
-            else:
-                sums = scratch(route, parts * part_size, y.device)
-                product.run(sums, x, lora_a, slice_size, part_size, *routing)
-                total.run(y, sums, num_pairs, next_slice, part_size)
-
-        return call
+        return runtime.InOrder((product, total), space)
 
 
 class Blocks(_Schedule):
@@ -142,26 +148,34 @@ class Blocks(_Schedule):
 
     def __init__(self, product: Any, total: Any) -> None:
         super().__init__(product)
-        self._product = runtime.Launcher(product, f"y_ptr x_ptr a_ptrs next_slice next_part {_TABLES}")
-        self._total = runtime.Launcher(total, f"y_ptr parts_ptr next_slice next_part {_TABLES}")
+        self._product = runtime.Launcher(product, OP, f"{_OPERANDS} {_TABLES}")
+        self._total = runtime.Launcher(total, OP, f"y_ptr {_TABLES}")
 
-    def bind(self, problem: Problem, route: SortedRoute, config: BlocksConfig) -> Call:
+    def bind(self, problem: Problem, route: SortedRoute, config: BlocksConfig) -> runtime.Call:
         parts, pdl, block_rank = _parts(problem, config), _dependent(problem, config), self.facts["block_rank"]
         if parts > 1:
             runtime.check_tile(self.name, "block_k", config.block_k, split_k=config.split_k)
+        part_size = problem.slices * problem.num_pairs * problem.rank
+        sums, space = scratch(route, parts * part_size, problem.device)
         product = self._product.bind(
             route.max_blocks * runtime.cdiv(problem.rank, block_rank) * parts,
             runtime.Options(config.num_warps),
+            **_written(problem, parts, sums),
             **_constants(problem, config, pdl),
             TOP_K=problem.pairs_a_row,
             BLOCK_M=route.block_m,
             JOINED=joined_slices(problem.slices, block_rank, problem.device),
             SHRINK_STAGES=config.stages,
         )
-        block_r = min(32, block_rank)
+        zero, block_r = runtime.OnHost(torch.Tensor.zero_, runtime.GIVEN.y), min(32, block_rank)
+        if parts == 1:
+            return runtime.InOrder((zero, product))
         total = self._total.bind(
             route.max_blocks * problem.slices * runtime.cdiv(problem.rank, block_r),
             runtime.Options(4, pdl=pdl),
+            parts_ptr=sums,
+            next_slice=problem.y_slice,
+            next_part=part_size,
             SLICES=problem.slices,
             RANK=problem.rank,
             Y_STRIDE=problem.y_stride,
@@ -170,19 +184,4 @@ class Blocks(_Schedule):
             BLOCK_R=block_r,
             PDL=pdl,
         )
-        slice_size = problem.num_pairs * problem.rank
-        part_size = problem.slices * slice_size
-
-        def call(given: Given) -> None:
-            route: Any = given.route
-            y, x, lora_a = given.y, given.x, given.lora_a
-            y.zero_()
-            next_slice, tables = y.stride(0), (route.pairs, route.blocks, route.num_blocks)
-            if parts == 1:
-                product.run(y, x, lora_a, next_slice, 0, *tables)
-            else:
-                sums = scratch(route, parts * part_size, y.device)
-                product.run(sums, x, lora_a, slice_size, part_size, *tables)
-                total.run(y, sums, next_slice, part_size, *tables)
-
-        return call
+        return runtime.InOrder((zero, product, total), space)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -61,8 +60,6 @@ class Given(NamedTuple):
     route: Route
 
 
-Call = Callable[[Given], None]  # of sizes that were checked before
-
 OP = operands.Op(
     "moe_lora_shrink",
     Given,
@@ -83,7 +80,8 @@ class Problem(NamedTuple):
     rank: int
     pairs_a_row: int  # of x: top_k, or 1 where every pair has its own
     x_stride: int
-    y_stride: int  # between pairs; that between slices may depend on their number, so it is read at each call
+    y_stride: int  # between pairs
+    y_slice: int  # between slices, which may depend on the number of pairs: no constant of a kernel
     a_strides: operands.Strides
     device: torch.device
 
@@ -117,17 +115,17 @@ def check(
         pairs_a_row=pairs_a_row,
         x_stride=x.stride(0),
         y_stride=y.stride(1),
+        y_slice=y.stride(0),
         a_strides=strides,
         device=x.device,
     )
 
 
-def scratch(route: MoeRoute, size: int, device: torch.device) -> torch.Tensor:
-    """float32 memory of a call: the workspace's where it is large enough."""
-    parts = route.parts
-    if parts is None or parts.numel() < size:
-        return torch.empty(size, dtype=torch.float32, device=device)
-    return parts
+def scratch(route: MoeRoute, size: int, device: torch.device) -> runtime.Lent:
+    """float32 memory of calls on such routes: the workspace's where it is large enough."""
+    if route.parts is None or route.parts.numel() < size:
+        return runtime.SCRATCH, functools.partial(torch.empty, size, dtype=torch.float32, device=device)
+    return runtime.GIVEN.route.parts, None
 
 
 class Key(NamedTuple):

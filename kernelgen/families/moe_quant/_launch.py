@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import _runtime as runtime
-from ._problem import OP, Call, Config, Given, Problem, check, choose, max_rows
+from ._problem import OP, Config, Problem, check, choose, max_rows
 from ._table import QUANT, VARIANTS
 
 
@@ -15,8 +15,9 @@ class MoeQuant:
     def __init__(self, kernel: Any) -> None:
         self.name = runtime.variant_of(kernel)
         self.facts = VARIANTS.of(self.name)
-        tables = "blocks_ptr num_blocks_ptr topk_ids_ptr valid_tokens_ptr num_pairs"
-        self._kernel = runtime.Launcher(kernel, f"codes_ptr x_ptr scale_ptr {tables}")
+        blocks = "blocks_ptr=tables.blocks num_blocks_ptr=tables.num_blocks"
+        pairs = "topk_ids_ptr=tables.topk_ids valid_tokens_ptr=tables.valid_tokens"
+        self._kernel = runtime.Launcher(kernel, OP, f"codes_ptr x_ptr scale_ptr {blocks} {pairs}")
 
     def launch(self, config: Config | None, **arguments: Any) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.
@@ -28,16 +29,17 @@ class MoeQuant:
         given = OP.given_to(self.name, facts, order="sorted" if facts["by_table"] else "pair", **arguments)
         problem = check(self.name, given, mode=facts["x_scales"], dtype=facts["torch_dtype"])
         if problem.num_pairs > 0:
-            self.bind(problem, runtime.given(self.name, config, Config) or choose(problem))(given)
+            self.bind(problem, runtime.given(self.name, config, Config) or choose(problem)).run(given)
 
-    def bind(self, problem: Problem, config: Config) -> Call:
+    def bind(self, problem: Problem, config: Config) -> runtime.Call:
         """The launch for checked calls of these sizes, ready to be made again and again."""
         pdl, num_pairs = runtime.traits(problem.device).pdl, problem.num_pairs
         rows = max_rows(problem) if self.facts["by_table"] else num_pairs
         width = QUANT.group_k if problem.x_scales == "group" else runtime.next_power_of_2(problem.n)
-        launch = self._kernel.bind(
+        return self._kernel.bind(
             runtime.cdiv(rows, config.rows),
             runtime.Options(config.num_warps, pdl=pdl),
+            num_pairs=num_pairs,
             TOP_K=problem.top_k,
             NUM_EXPERTS=problem.num_experts,
             LOCAL_EXPERT_START=problem.local_expert_start,
@@ -52,10 +54,3 @@ class MoeQuant:
             WIDTH=width,
             PDL=pdl,
         )
-
-        def call(given: Given) -> None:
-            tables = given.tables
-            of_tables = (tables.blocks, tables.num_blocks, tables.topk_ids, tables.valid_tokens)
-            launch.run(given.codes, given.x, given.scale, *of_tables, num_pairs)
-
-        return call

@@ -6,7 +6,7 @@ import torch
 
 from .. import _runtime as runtime
 from ..moe_align._op import MoeTables
-from ._problem import OP, Call, Given, check, choose
+from ._problem import OP, Given, check, choose
 from ._table import VARIANTS
 
 
@@ -29,7 +29,7 @@ def moe_quant(codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, tables:
     (_in_graphs if torch.compiler.is_compiling() else _apply)(codes, scale, x, tables, order)
 
 
-def bind(given: Given, op: str = "moe_quant") -> Call:
+def bind(given: Given, op: str = "moe_quant") -> runtime.Call:
     """The launch for calls that look like this one, of ``op``.
 
     Raises:
@@ -39,8 +39,8 @@ def bind(given: Given, op: str = "moe_quant") -> Call:
     by_table, dtype = given.order == "sorted", given.x.dtype
     variant = VARIANTS.get(op, torch_dtype=dtype, by_table=by_table, x_scales=problem.x_scales)
     if problem.num_pairs == 0:
-        return runtime.nothing
-    call: Call = variant.bind(problem, choose(problem))
+        return runtime.NOTHING
+    call: runtime.Call = variant.bind(problem, choose(problem))
     return call
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
 import torch
@@ -36,8 +35,6 @@ class Given(NamedTuple):
 
 
 OP = operands.Op("moe_quant", Given, spec=VARIANTS.spec, dtypes={"D": VARIANTS.dtypes}, first=("x",), tells=("x",))
-
-Call = Callable[[Given], None]  # of sizes that were checked before
 
 
 class Problem(NamedTuple):

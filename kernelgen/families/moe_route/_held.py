@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple, final
 
 import torch
@@ -118,9 +117,9 @@ class HeldRoute:
         if not self._fits(token_lora_mapping, valid_tokens):
             _check_refill(_Refill(self._tables, token_lora_mapping, valid_tokens, self.capacity, self.max_loras))
         hint, tables = (self.capacity, self.max_loras, token_lora_mapping.dtype, valid_tokens is None), (self._tables,)
-        fill = _fills.get(hint, tables) or _fills.put(hint, tables, _bind(self.capacity, self.max_loras))
+        fill: runtime.Call = _fills.get(hint, tables) or _fills.put(hint, tables, _bind(self.capacity, self.max_loras))
         written = (self._adapters, self._pairs, self._blocks, self._num_blocks)
-        fill(Fill(*written, token_lora_mapping, valid_tokens, self.max_loras))
+        fill.run(Fill(*written, token_lora_mapping, valid_tokens, self.max_loras))
 
     def _open(self, num_tokens: int) -> OpenRows:
         tables = (self._pairs, self._blocks, self._num_blocks, self._parts)
@@ -211,8 +210,8 @@ def _views(tables: torch.Tensor, capacity: int, max_loras: int) -> tuple[torch.T
 _fills = runtime.Calls()
 
 
-def _bind(capacity: int, max_loras: int) -> Callable[[Fill], None]:
-    call: Callable[[Fill], None] = VARIANTS.get("moe_route", schedule="held").bind(capacity, max_loras)
+def _bind(capacity: int, max_loras: int) -> runtime.Call:
+    call: runtime.Call = VARIANTS.get("moe_route", schedule="held").bind(capacity, max_loras)
     return call
 
 
@@ -221,7 +220,7 @@ def _refill(*arguments: Any) -> None:
     _check_refill(given)
     num_blocks, blocks, adapters, pairs = _views(given.tables, given.capacity, given.max_loras)
     source = (given.token_lora_mapping, given.valid_tokens, given.max_loras)
-    _bind(given.capacity, given.max_loras)(Fill(adapters, pairs, blocks, num_blocks, *source))
+    _bind(given.capacity, given.max_loras).run(Fill(adapters, pairs, blocks, num_blocks, *source))
 
 
 _refill_in_graphs = REFILL.in_graphs(_refill)

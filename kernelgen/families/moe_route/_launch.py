@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .. import _runtime as runtime
-from ._held import FILL, Fill, check_held
+from ._held import FILL, check_held
 from ._op import (
     CHUNK,
     MAX_PAIRS,
     PACK,
     SORT,
     WIDTH,
-    Pack,
     PackProblem,
     Problem,
-    Sort,
     check_pack,
     check_sort,
     counters,
@@ -25,9 +22,7 @@ from ._op import (
 )
 
 _TABLES = "pairs_ptr blocks_ptr num_blocks_ptr"
-_ROUTING = "topk_ids_ptr token_lora_mapping_ptr adapter_enabled_ptr expert_map_ptr num_pairs"
-
-Call = Callable[[Sort], None]  # of sizes that were checked before
+_ROUTING = "topk_ids_ptr token_lora_mapping_ptr adapter_enabled_ptr expert_map_ptr"
 
 
 class _Sort:
@@ -40,7 +35,7 @@ class _Sort:
         """int32 elements of scratch that a call needs."""
         raise NotImplementedError
 
-    def bind(self, problem: Problem) -> Call:
+    def bind(self, problem: Problem) -> runtime.Call:
         """The launches for routes of these sizes, ready to be made again and again."""
         raise NotImplementedError
 
@@ -51,16 +46,13 @@ class _Sort:
             ValueError: something does not fit; nothing was launched.
         """
         given = SORT.given(**arguments)
-        self.bind(check_sort(self.name, self.scratch_size, given))(given)
-
-
-def _routing(given: Sort) -> tuple[Any, ...]:
-    return given.topk_ids, given.token_lora_mapping, given.adapter_enabled, given.expert_map
+        self.bind(check_sort(self.name, self.scratch_size, given)).run(given)
 
 
 def _bounds(problem: Problem) -> dict[str, Any]:
-    """The constants of what reads the routing."""
+    """The numbers of what reads the routing."""
     return {
+        "num_pairs": problem.num_pairs,
         "MAX_LORAS": problem.max_loras,
         "NUM_EXPERTS": problem.num_experts,
         "GLOBAL_EXPERTS": problem.global_experts,
@@ -91,23 +83,18 @@ class OneLaunch(_Sort):
 
     def __init__(self, kernel: Any) -> None:
         super().__init__(kernel)
-        self._kernel = runtime.Launcher(kernel, f"{_TABLES} {_ROUTING}")
+        self._kernel = runtime.Launcher(kernel, SORT, f"{_TABLES} {_ROUTING}")
 
     def scratch_size(self, num_pairs: int, num_groups: int) -> int:
         return 0
 
-    def bind(self, problem: Problem) -> Call:
+    def bind(self, problem: Problem) -> runtime.Call:
         num_pairs = problem.num_pairs
         if num_pairs > MAX_PAIRS:
             runtime.fail(self.name, "pairs", num_pairs, f"at most {MAX_PAIRS}", "use moe_route_three_launch")
         size = max(16, runtime.next_power_of_2(num_pairs))
         options = runtime.Options(4 if size < MAX_PAIRS else 8)
-        sort = self._kernel.bind(1, options, **_bounds(problem), BLOCK_M=problem.block_m, SIZE=size)
-
-        def call(given: Sort) -> None:
-            sort.run(given.pairs, given.blocks, given.num_blocks, *_routing(given), num_pairs)
-
-        return call
+        return self._kernel.bind(1, options, **_bounds(problem), BLOCK_M=problem.block_m, SIZE=size)
 
 
 class TwoLaunch(_Sort):
@@ -115,24 +102,18 @@ class TwoLaunch(_Sort):
 
     def __init__(self, count: Any, place: Any) -> None:
         super().__init__(count)
-        self._count = runtime.Launcher(count, f"counts_ptr {_ROUTING}")
-        self._place = runtime.Launcher(place, f"{_TABLES} counts_ptr starts_ptr num_chunks {_ROUTING}")
+        self._count = runtime.Launcher(count, SORT, f"counts_ptr=scratch {_ROUTING}")
+        self._place = runtime.Launcher(place, SORT, f"{_TABLES} counts_ptr=scratch {_ROUTING}")
 
     def scratch_size(self, num_pairs: int, num_groups: int) -> int:
         return 5 * counters(num_groups) * runtime.cdiv(num_pairs, CHUNK)
 
-    def bind(self, problem: Problem) -> Call:
-        num_pairs, (num_chunks, size, constants, counting, placing) = problem.num_pairs, _chunks(problem)
+    def bind(self, problem: Problem) -> runtime.Call:
+        num_chunks, size, constants, counting, placing = _chunks(problem)
         count = self._count.bind(num_chunks, counting, **constants)
-        place = self._place.bind(num_chunks, placing, **constants)
-        starts_at = size * num_chunks
-
-        def call(given: Sort) -> None:
-            counts, source = given.scratch, (*_routing(given), num_pairs)
-            count.run(counts, *source)
-            place.run(given.pairs, given.blocks, given.num_blocks, counts, counts[starts_at:], num_chunks, *source)
-
-        return call
+        starts = runtime.GIVEN.scratch[size * num_chunks :]
+        place = self._place.bind(num_chunks, placing, starts_ptr=starts, num_chunks=num_chunks, **constants)
+        return runtime.InOrder((count, place))
 
 
 class ThreeLaunch(_Sort):
@@ -140,28 +121,20 @@ class ThreeLaunch(_Sort):
 
     def __init__(self, count: Any, prefix: Any, place: Any) -> None:
         super().__init__(count)
-        self._count = runtime.Launcher(count, f"counts_ptr {_ROUTING}")
-        self._prefix = runtime.Launcher(prefix, "counts_ptr totals_ptr num_chunks")
-        self._place = runtime.Launcher(place, f"{_TABLES} counts_ptr totals_ptr starts_ptr {_ROUTING}")
+        self._count = runtime.Launcher(count, SORT, _ROUTING)
+        self._prefix = runtime.Launcher(prefix, SORT, "totals_ptr=scratch")
+        self._place = runtime.Launcher(place, SORT, f"{_TABLES} totals_ptr=scratch {_ROUTING}")
 
     def scratch_size(self, num_pairs: int, num_groups: int) -> int:
         return counts_size(num_pairs, num_groups)
 
-    def bind(self, problem: Problem) -> Call:
-        num_pairs, (num_chunks, size, constants, counting, placing) = problem.num_pairs, _chunks(problem)
+    def bind(self, problem: Problem) -> runtime.Call:
+        num_chunks, size, constants, counting, placing = _chunks(problem)
+        scratch = runtime.GIVEN.scratch
+        constants |= {"counts_ptr": scratch[size:], "starts_ptr": scratch[size * (1 + num_chunks) :], "num_chunks": num_chunks}
         count = self._count.bind(num_chunks, counting, **constants)
         prefix = self._prefix.bind(size // WIDTH, counting._replace(pdl=constants["PDL"]), **constants, WIDTH=WIDTH, STEP=64)
-        place = self._place.bind(num_chunks, placing, **constants)
-        counts_at, starts_at = size, size * (1 + num_chunks)
-
-        def call(given: Sort) -> None:
-            totals, source = given.scratch, (*_routing(given), num_pairs)
-            counts, starts = totals[counts_at:], totals[starts_at:]
-            count.run(counts, *source)
-            prefix.run(counts, totals, num_chunks)
-            place.run(given.pairs, given.blocks, given.num_blocks, counts, totals, starts, *source)
-
-        return call
+        return runtime.InOrder((count, prefix, self._place.bind(num_chunks, placing, **constants)))
 
 
 class FromTables:
@@ -170,8 +143,8 @@ class FromTables:
     def __init__(self, listing: Any, packing: Any) -> None:
         self.name = runtime.variant_of(listing)
         operands = "blocks_ptr num_blocks_ptr expert_ids_ptr num_tokens_post_padded_ptr lora_ids_ptr adapter_enabled_ptr"
-        self._list = runtime.Launcher(listing, f"{operands} row_blocks row_stride")
-        self._pack = runtime.Launcher(packing, f"{_TABLES} sorted_token_ids_ptr num_pairs row_size row_stride")
+        self._list = runtime.Launcher(listing, PACK, operands)
+        self._pack = runtime.Launcher(packing, PACK, f"{_TABLES} sorted_token_ids_ptr")
 
     def launch(self, **arguments: Any) -> None:
         """One call, checked.
@@ -180,15 +153,15 @@ class FromTables:
             ValueError: something does not fit; nothing was launched.
         """
         given = PACK.given(**arguments)
-        self.bind(check_pack(self.name, given))(given)
+        self.bind(check_pack(self.name, given)).run(given)
 
-    def bind(self, problem: PackProblem) -> Callable[[Pack], None]:
+    def bind(self, problem: PackProblem) -> runtime.Call:
         """The two launches for tables of these sizes, ready to be made again and again."""
-        columns = (problem.row_blocks, problem.blocks_stride)
-        sizes = (problem.num_pairs, problem.row_size, problem.row_stride)
         list_blocks = self._list.bind(
             1,
             runtime.Options(4),
+            row_blocks=problem.row_blocks,
+            row_stride=problem.blocks_stride,
             MAX_LORAS=problem.max_loras,
             NUM_EXPERTS=problem.num_experts,
             NUM_LORA_IDS=problem.num_lora_ids,
@@ -196,15 +169,15 @@ class FromTables:
             BLOCK_M=problem.block_m,
             ENTRIES=1024,
         )
-        pack_pairs = self._pack.bind(problem.max_loras * problem.row_blocks, runtime.Options(4), BLOCK_M=problem.block_m)
-
-        def call(given: Pack) -> None:
-            blocks, num_blocks = given.blocks, given.num_blocks
-            source = (given.expert_ids, given.num_tokens_post_padded, given.lora_ids, given.adapter_enabled)
-            list_blocks.run(blocks, num_blocks, *source, *columns)
-            pack_pairs.run(given.pairs, blocks, num_blocks, given.sorted_token_ids, *sizes)
-
-        return call
+        pack_pairs = self._pack.bind(
+            problem.max_loras * problem.row_blocks,
+            runtime.Options(4),
+            num_pairs=problem.num_pairs,
+            row_size=problem.row_size,
+            row_stride=problem.row_stride,
+            BLOCK_M=problem.block_m,
+        )
+        return runtime.InOrder((list_blocks, pack_pairs))
 
 
 class Held:
@@ -215,8 +188,8 @@ class Held:
 
     def __init__(self, kernel: Any) -> None:
         self.name = runtime.variant_of(kernel)
-        operands = f"adapters_ptr {_TABLES} num_rows token_lora_mapping_ptr valid_tokens_ptr"
-        self._kernel = runtime.Launcher(kernel, operands)
+        operands = f"adapters_ptr {_TABLES} token_lora_mapping_ptr valid_tokens_ptr"
+        self._kernel = runtime.Launcher(kernel, FILL, operands)
 
     def launch(self, **arguments: Any) -> None:
         """One call, checked.
@@ -225,13 +198,14 @@ class Held:
             ValueError: something does not fit; nothing was launched.
         """
         given = FILL.given(**arguments)
-        self.bind(check_held(self.name, given), given.max_loras)(given)
+        self.bind(check_held(self.name, given), given.max_loras).run(given)
 
-    def bind(self, capacity: int, max_loras: int) -> Callable[[Fill], None]:
+    def bind(self, capacity: int, max_loras: int) -> runtime.Call:
         """The launch for tables of these sizes and a mapping of one dtype, ready to be made again and again."""
-        fill = self._kernel.bind(
+        return self._kernel.bind(
             max(1, runtime.cdiv(capacity, self._CHUNK)),
             runtime.Options(8),
+            num_rows=runtime.Made(len, runtime.GIVEN.token_lora_mapping),
             CAPACITY=capacity,
             MAX_LORAS=max_loras,
             BLOCKS_AT=first_blocks(capacity, max_loras),
@@ -239,9 +213,3 @@ class Held:
             CHUNK=self._CHUNK,
             STEP=min(self._STEP, max(self._CHUNK, runtime.next_power_of_2(capacity))),
         )
-
-        def call(given: Fill) -> None:
-            mapping, tables = given.token_lora_mapping, (given.adapters, given.pairs, given.blocks, given.num_blocks)
-            fill.run(*tables, mapping.shape[0], mapping, given.valid_tokens)
-
-        return call

@@ -8,8 +8,6 @@ from .. import _runtime as runtime
 from ._problem import (
     CACHE_POLICIES,
     OP,
-    Call,
-    Given,
     PairsConfig,
     Problem,
     RunsConfig,
@@ -21,17 +19,11 @@ from ._problem import (
 )
 from ._table import QUANT, VARIANTS
 
-_OPERANDS = "v_ptr x_ptr a_ptrs a_scale_ptrs x_scale_ptr x_scale_next"
-_ADAPTERS = "token_lora_mapping_ptr adapter_enabled_ptr lora_ranks_ptr"
-
-
-def _operands(given: Given) -> tuple[Any, ...]:
-    return given.v, given.x, given.lora_a, given.a_scale, given.x_scale
-
-
-def _adapters(given: Given) -> tuple[Any, ...]:
-    runs = given.runs
-    return runs.token_lora_mapping, runs.adapter_enabled, runs.lora_ranks
+_OPERANDS = "v_ptr x_ptr a_ptrs=lora_a a_scale_ptrs x_scale_ptr"
+_VALID = "valid_tokens_ptr=tables.valid_tokens"
+_ADAPTERS = (
+    "token_lora_mapping_ptr=runs.token_lora_mapping adapter_enabled_ptr=runs.adapter_enabled lora_ranks_ptr=runs.lora_ranks"
+)
 
 
 class _Schedule:
@@ -44,9 +36,9 @@ class _Schedule:
     def __init__(self, kernel: Any) -> None:
         self.name = runtime.variant_of(kernel)
         self.facts = VARIANTS.of(self.name)
-        self._kernel = runtime.Launcher(kernel, self.operands)
+        self._kernel = runtime.Launcher(kernel, OP, self.operands)
 
-    def bind(self, problem: Problem, config: Any) -> Call:
+    def bind(self, problem: Problem, config: Any) -> runtime.Call:
         """The launch for checked calls of these sizes, ready to be made again and again."""
         raise NotImplementedError
 
@@ -62,11 +54,12 @@ class _Schedule:
         modes = {"of_factors": facts["weight_scales"], "mode": facts["x_scales"]}
         problem = check(self.name, given, dtype=facts["torch_dtype"], writes=writes, **modes)
         if problem.num_pairs > 0:
-            self.bind(problem, runtime.given(self.name, config, self.config) or choose(self.schedule, problem))(given)
+            self.bind(problem, runtime.given(self.name, config, self.config) or choose(self.schedule, problem)).run(given)
 
     def _constants(self, problem: Problem, config: PairsConfig | RunsConfig | TokensConfig) -> dict[str, Any]:
         """Of the kernels of all schedules."""
         return {
+            "x_scale_next": problem.x_scale_next,
             "TOP_K": problem.top_k,
             "MAX_LORAS": problem.max_loras,
             "K": problem.k,
@@ -90,32 +83,26 @@ class Pairs(_Schedule):
 
     schedule = "pairs"
     config = PairsConfig
-    operands = f"{_OPERANDS} num_pairs topk_ids_ptr valid_tokens_ptr {_ADAPTERS}"
+    operands = f"{_OPERANDS} topk_ids_ptr=tables.topk_ids {_VALID} {_ADAPTERS}"
 
-    def bind(self, problem: Problem, config: PairsConfig) -> Call:
+    def bind(self, problem: Problem, config: PairsConfig) -> runtime.Call:
         columns, constants = split_k(problem.k), self._constants(problem, config)
         runtime.check_tile(self.name, "block_k", config.block_k, split_k=columns)
-        launch = self._kernel.bind(
+        return self._kernel.bind(
             problem.num_pairs * problem.slices * runtime.cdiv(problem.rank, config.block_r) * problem.parts,
             runtime.Options(config.num_warps, pdl=not problem.reads_token and constants["PDL"]),
             **constants,
+            num_pairs=problem.num_pairs,
             NUM_EXPERTS=problem.num_experts,
             LOCAL_EXPERT_START=problem.local_expert_start,
             SPLIT_K=columns,
         )
-        num_pairs, x_scale_next = problem.num_pairs, problem.x_scale_next
-
-        def call(given: Given) -> None:
-            tables = given.tables
-            launch.run(*_operands(given), x_scale_next, num_pairs, tables.topk_ids, tables.valid_tokens, *_adapters(given))
-
-        return call
 
 
 class _Tiles(_Schedule):
     """On matrix units."""
 
-    def _launch_of(self, problem: Problem, config: RunsConfig | TokensConfig) -> runtime.Bound:
+    def bind(self, problem: Problem, config: RunsConfig | TokensConfig) -> runtime.Call:
         if "group" in (problem.weight_scales, problem.x_scales):
             runtime.check_tile(self.name, "block_k", config.block_k, group_k=QUANT.group_k)
         constants = self._constants(problem, config)
@@ -124,6 +111,7 @@ class _Tiles(_Schedule):
             blocks * side * chunks,
             runtime.Options(config.num_warps, config.num_stages, constants["PDL"]),
             **constants,
+            num_tokens=problem.num_tokens,
             SIDE=side,
             CHUNKS=chunks,
             ROWS=config.rows,
@@ -138,17 +126,10 @@ class Runs(_Tiles):
 
     schedule = "runs"
     config = RunsConfig
-    operands = f"{_OPERANDS} pairs_ptr blocks_ptr num_blocks_ptr run_of_row_ptr runs_ptr"
-
-    def bind(self, problem: Problem, config: RunsConfig) -> Call:
-        launch, x_scale_next = self._launch_of(problem, config), problem.x_scale_next
-
-        def call(given: Given) -> None:
-            tables, runs = given.tables, given.runs
-            blocks = (tables.pairs, tables.blocks, tables.num_blocks)
-            launch.run(*_operands(given), x_scale_next, *blocks, runs.run_of_row, runs.runs)
-
-        return call
+    operands = (
+        f"{_OPERANDS} pairs_ptr=tables.pairs blocks_ptr=tables.blocks num_blocks_ptr=tables.num_blocks "
+        "run_of_row_ptr=runs.run_of_row runs_ptr=runs.runs"
+    )
 
 
 class Tokens(_Tiles):
@@ -156,13 +137,4 @@ class Tokens(_Tiles):
 
     schedule = "tokens"
     config = TokensConfig
-    operands = f"{_OPERANDS} num_tokens valid_tokens_ptr {_ADAPTERS}"
-
-    def bind(self, problem: Problem, config: TokensConfig) -> Call:
-        launch, x_scale_next = self._launch_of(problem, config), problem.x_scale_next
-        num_tokens = problem.num_tokens
-
-        def call(given: Given) -> None:
-            launch.run(*_operands(given), x_scale_next, num_tokens, given.tables.valid_tokens, *_adapters(given))
-
-        return call
+    operands = f"{_OPERANDS} {_VALID} {_ADAPTERS}"

@@ -9,7 +9,7 @@ import torch
 from .. import _runtime as runtime
 from ..moe_align._op import MoeTables
 from ..moe_runs._op import MoeRuns
-from ._problem import OP, Call, Given, check, choose, part_count, vector_dtype
+from ._problem import OP, Given, check, choose, part_count, vector_dtype
 from ._table import VARIANTS
 
 
@@ -88,7 +88,7 @@ def vector_shape(
     return of_rows if by_table else (part_count(k), *of_rows)
 
 
-def bind(given: Given, op: str = "moe_shrink") -> Call:
+def bind(given: Given, op: str = "moe_shrink") -> runtime.Call:
     """The launch for calls that look like this one, of ``op``.
 
     Raises:
@@ -105,8 +105,8 @@ def bind(given: Given, op: str = "moe_shrink") -> Call:
         x_scales=problem.x_scales,
     )
     if problem.num_pairs == 0:
-        return runtime.nothing
-    call: Call = variant.bind(problem, choose(schedule, problem))
+        return runtime.NOTHING
+    call: runtime.Call = variant.bind(problem, choose(schedule, problem))
     return call
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -87,8 +87,6 @@ class Given(NamedTuple):
     a_scale: Annotated[operands.Tensors | None, scale_operand("weight_scales", slices="any")]
     x_scale: Annotated[torch.Tensor | None, scale_operand("x_scales")]
 
-
-Call = Callable[[Given], None]  # of sizes that were checked before
 
 OP = operands.Op(
     "moe_shrink",

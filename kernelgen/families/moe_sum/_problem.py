@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
 import torch
@@ -51,8 +50,6 @@ class Given(NamedTuple):
 OP = operands.Op(
     "moe_sum", Given, spec=VARIANTS.spec, dtypes={"D": VARIANTS.dtypes}, first=("topk_ids", "y"), tells=("out",)
 )
-
-Call = Callable[[Given], None]  # of sizes that were checked before
 
 
 class Problem(NamedTuple):
