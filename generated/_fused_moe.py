@@ -74,7 +74,6 @@ __all__ = ["FusedMoeLora", "FusedMoeWorkspace", "fused_moe", "fused_moe_workspac
 # Up to so many tokens stream weights pair by pair, where tables would cost more than they save: bytes that are read again, and
 # FP8 that gemv has to widen for each pair.
 _FEW_TOKENS, _AGAIN, _WIDENED = 4, 64 * 2**20, 192 * 2**20
-_TALL = 256  # pairs an expert from which on blocks of MXFP4 have 128 rows
 
 
 def _factor(name: str, shape: str, count: str) -> operands.Tensor:
@@ -533,14 +532,12 @@ def layer_block_m(
 ) -> int:
     """Rows of the blocks of a layer whose weights take ``expert_bytes`` an expert; 0: few tokens, which need no tables.
 
-    Four bits are widened once a program for all of its warps only where it has 64 rows or more, which outweighs empty rows.
+    Four bits, which take long to widen, are so once for all pairs of an expert, but for a single token, of other experts each.
     """
     num_pairs = num_tokens * top_k
     again = (num_pairs - experts_hit(num_pairs, num_experts)) * expert_bytes  # read pair by pair, beyond once an expert
     slow = fp8 and not fp8_x and num_pairs * expert_bytes > _WIDENED
-    few = num_tokens <= _FEW_TOKENS and again < _AGAIN and not slow
-    if mx and not few:
-        return 128 if expected * top_k >= _TALL * num_experts else 64
+    few = num_tokens <= (1 if mx else _FEW_TOKENS) and again < _AGAIN and not slow
     return 0 if few else default_block_m(expected, top_k, num_experts, fp8)
 
 

@@ -39,7 +39,7 @@ def moe_gemm_naive_bf16_pair_pair_plain_mxfp4_bias_kernel(
     NUM_EXPERTS: tl.constexpr, LOCAL_EXPERT_START: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr, WEIGHTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    BLOCK_M: tl.constexpr = 16  # what matrix units take at least: the same row again and again
+    BLOCK_M: tl.constexpr = 8  # rows that matrix units take at least, as columns beside those of W: all but the first are zero
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     if PDL:
         gdc_launch_dependents()
@@ -47,7 +47,7 @@ def moe_gemm_naive_bf16_pair_pair_plain_mxfp4_bias_kernel(
     n = n0 + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     w_row = n if N % BLOCK_N == 0 else tl.minimum(n, N - 1)
-    first = (tl.arange(0, BLOCK_M) == 0)[:, None]  # the others are zero: a row is read once
+    first = (tl.arange(0, BLOCK_M) == 0)[:, None]  # a row is read once
     pair = tl.program_id(0) // TILES
     if valid_tokens_ptr is not None and pair // TOP_K >= tl.load(valid_tokens_ptr):
         return
@@ -64,15 +64,14 @@ def moe_gemm_naive_bf16_pair_pair_plain_mxfp4_bias_kernel(
         gdc_wait()
     of_bias = bias_ptr + expert.to(tl.int64) * BIAS_STRIDE + w_row
     bias = tl.load(of_bias).to(tl.float32)
-    # Scales are asked for a step ahead, into registers: so few bytes of a row are none of the asynchronous copies.
+    # Weights are the first operand, which matrix units take from the registers in which they are widened. Scales are asked for
+    # two steps ahead and wait there in bfloat16: so few bytes of a row are none of the asynchronous copies.
     in_row = (groups < K // 32)[None, :]
-    scale_bytes = tl.load(w_scales, mask=in_row, other=0)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    in_next = (groups < (K - BLOCK_K) // 32)[None, :]
+    scale = scale_as_bf16(tl.load(w_scales, mask=in_row, other=0))
+    scale_bytes = tl.load(w_scales + BLOCK_K // 32, mask=in_next, other=0)
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        next_scales = w_scales + (k0 + BLOCK_K) // 32
-        in_row = (groups < (K - BLOCK_K - k0) // 32)[None, :]
-        scale = scale_as_bf16(scale_bytes)
-        scale_bytes = tl.load(next_scales, mask=in_row, other=0)
         if K % BLOCK_K == 0:
             x = tl.load(x_tile + k0, mask=first, other=0.0)
             w = tl.load(w_tile + k0 // 2, eviction_policy=WEIGHTS)
@@ -80,7 +79,12 @@ def moe_gemm_naive_bf16_pair_pair_plain_mxfp4_bias_kernel(
             x = tl.load(x_tile + k0, mask=first & (k < K - k0)[None, :], other=0.0)
             w_mask = (codes < (K - k0) // 2)[None, :]
             w = tl.load(w_tile + k0 // 2, mask=w_mask, other=0, eviction_policy=WEIGHTS)
-        acc = tl.dot(x, as_bf16(w, scale).T, acc)
+        acc = tl.dot(as_bf16(w, scale), x.T, acc)
+        scale = scale_as_bf16(scale_bytes)
+        next_scales = w_scales + (k0 + 2 * BLOCK_K) // 32
+        in_row = (groups < (K - 2 * BLOCK_K - k0) // 32)[None, :]
+        scale_bytes = tl.load(next_scales, mask=in_row, other=0)
+    acc = acc.T
 
     acc = tl.sum(tl.where(first, acc, 0.0), 0)
     acc += bias

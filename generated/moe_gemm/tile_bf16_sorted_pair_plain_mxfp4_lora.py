@@ -62,15 +62,14 @@ def _tile(
     codes, groups = tl.arange(0, BLOCK_K // 2), tl.arange(0, BLOCK_K // 32)
     w_tile = w_ptr + expert.to(tl.int64) * W_STRIDE_E + (w_row[:, None] * W_STRIDE_N + codes[None, :])
     w_scales = w_scale_ptr + expert.to(tl.int64) * W_SCALE_STRIDE + (w_row[:, None] * (K // 32) + groups[None, :])
-    # Scales are asked for a step ahead, into registers: so few bytes of a row are none of the asynchronous copies.
+    # Weights are the first operand, which matrix units take from the registers in which they are widened. Scales are asked for
+    # two steps ahead and wait there in bfloat16: so few bytes of a row are none of the asynchronous copies.
     in_row = (groups < K // 32)[None, :]
-    scale_bytes = tl.load(w_scales, mask=in_row, other=0)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    in_next = (groups < (K - BLOCK_K) // 32)[None, :]
+    scale = scale_as_bf16(tl.load(w_scales, mask=in_row, other=0))
+    scale_bytes = tl.load(w_scales + BLOCK_K // 32, mask=in_next, other=0)
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        next_scales = w_scales + (k0 + BLOCK_K) // 32
-        in_row = (groups < (K - BLOCK_K - k0) // 32)[None, :]
-        scale = scale_as_bf16(scale_bytes)
-        scale_bytes = tl.load(next_scales, mask=in_row, other=0)
         if K % BLOCK_K == 0:
             x = tl.load(x_tile + k0)
             w = tl.load(w_tile + k0 // 2, eviction_policy=WEIGHTS)
@@ -78,7 +77,12 @@ def _tile(
             x = tl.load(x_tile + k0, mask=(k < K - k0)[None, :], other=0.0)
             w_mask = (codes < (K - k0) // 2)[None, :]
             w = tl.load(w_tile + k0 // 2, mask=w_mask, other=0, eviction_policy=WEIGHTS)
-        acc = tl.dot(x, as_bf16(w, scale).T, acc)
+        acc = tl.dot(as_bf16(w, scale), x.T, acc)
+        scale = scale_as_bf16(scale_bytes)
+        next_scales = w_scales + (k0 + 2 * BLOCK_K) // 32
+        in_row = (groups < (K - 2 * BLOCK_K - k0) // 32)[None, :]
+        scale_bytes = tl.load(next_scales, mask=in_row, other=0)
+    acc = acc.T
 
     if PDL:
         gdc_wait()

@@ -66,18 +66,17 @@ def _tile(
     codes, groups = tl.arange(0, BLOCK_K // 2), tl.arange(0, BLOCK_K // 32)
     w_tile = w_ptr + expert.to(tl.int64) * W_STRIDE_E + (w_row[:, None] * W_STRIDE_N + codes[None, :])
     w_scales = w_scale_ptr + expert.to(tl.int64) * W_SCALE_STRIDE + (w_row[:, None] * (K // 32) + groups[None, :])
-    # Scales are asked for a step ahead, into registers: so few bytes of a row are none of the asynchronous copies.
+    # Weights are the first operand, which matrix units take from the registers in which they are widened. Scales are asked for
+    # two steps ahead and wait there in bfloat16: so few bytes of a row are none of the asynchronous copies.
     in_row = (groups < K // 32)[None, :]
-    gate_bytes = tl.load(w_scales, mask=in_row, other=0)
-    up_bytes = tl.load(w_scales + W_SCALE_NEXT, mask=in_row, other=0)
-    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    in_next = (groups < (K - BLOCK_K) // 32)[None, :]
+    gate_scale = scale_as_bf16(tl.load(w_scales, mask=in_row, other=0))
+    up_scale = scale_as_bf16(tl.load(w_scales + W_SCALE_NEXT, mask=in_row, other=0))
+    gate_bytes = tl.load(w_scales + BLOCK_K // 32, mask=in_next, other=0)
+    up_bytes = tl.load(w_scales + W_SCALE_NEXT + BLOCK_K // 32, mask=in_next, other=0)
+    gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        next_scales = w_scales + (k0 + BLOCK_K) // 32
-        in_row = (groups < (K - BLOCK_K - k0) // 32)[None, :]
-        gate_scale, up_scale = scale_as_bf16(gate_bytes), scale_as_bf16(up_bytes)
-        gate_bytes = tl.load(next_scales, mask=in_row, other=0)
-        up_bytes = tl.load(next_scales + W_SCALE_NEXT, mask=in_row, other=0)
         if K % BLOCK_K == 0:
             x = tl.load(x_tile + k0)
             w = tl.load(w_tile + k0 // 2, eviction_policy=WEIGHTS)
@@ -85,12 +84,18 @@ def _tile(
             x = tl.load(x_tile + k0, mask=(k < K - k0)[None, :], other=0.0)
             w_mask = (codes < (K - k0) // 2)[None, :]
             w = tl.load(w_tile + k0 // 2, mask=w_mask, other=0, eviction_policy=WEIGHTS)
-        gate = tl.dot(x, as_bf16(w, gate_scale).T, gate)
+        gate = tl.dot(as_bf16(w, gate_scale), x.T, gate)
         if K % BLOCK_K == 0:
             w = tl.load(w_tile + (N * W_STRIDE_N + k0 // 2), eviction_policy=WEIGHTS)
         else:
             w = tl.load(w_tile + (N * W_STRIDE_N + k0 // 2), mask=w_mask, other=0, eviction_policy=WEIGHTS)
-        up = tl.dot(x, as_bf16(w, up_scale).T, up)
+        up = tl.dot(as_bf16(w, up_scale), x.T, up)
+        gate_scale, up_scale = scale_as_bf16(gate_bytes), scale_as_bf16(up_bytes)
+        next_scales = w_scales + (k0 + 2 * BLOCK_K) // 32
+        in_row = (groups < (K - 2 * BLOCK_K - k0) // 32)[None, :]
+        gate_bytes = tl.load(next_scales, mask=in_row, other=0)
+        up_bytes = tl.load(next_scales + W_SCALE_NEXT, mask=in_row, other=0)
+    gate, up = gate.T, up.T
 
     if PDL:
         gdc_wait()

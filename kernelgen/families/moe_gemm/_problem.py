@@ -516,7 +516,8 @@ def _key(problem: Problem, s: _Shape) -> Key:
     rows = (s.block_m, s.k, s.n, s.slices, problem.rows.startswith("token"), s.sums, problem.rank)
     key = Key(tokens, problem.top_k, problem.num_experts, *rows, s.weight_scales, s.x_scales, problem.writes_fp8)
     far = key._replace(num_tokens=16384)  # where so many have been measured too
-    known = s.tokens >= far.num_tokens and any(runtime.measured(TUNED, each, device) for each in (far, far._replace(rank=0)))
+    others = (far, far._replace(rank=0, writes_fp8=False))
+    known = s.tokens >= far.num_tokens and any(runtime.measured(TUNED, each, device) for each in others)
     return far if known else key
 
 
@@ -634,10 +635,7 @@ def _gemv(s: _Shape) -> GemvConfig:
 
 def _naive(s: _Shape) -> NaiveConfig:
     if s.weight_scales == "mx":  # as measured; a masked last step costs less than short ones
-        block_k = min(256, max(32, runtime.next_power_of_2(s.k)))
-        if s.slices == 2:
-            return NaiveConfig(64, block_k, min(3, s.max_stages), 4, 1)
-        return NaiveConfig(32, block_k, min(4, s.max_stages), 2, 1)
+        return NaiveConfig(32, min(128, max(32, runtime.next_power_of_2(s.k))), min(3, s.max_stages), 2, 1)
     s = s._replace(block_m=16)  # what matrix units take at least
     block_n, block_k, stages = 128, _in_group(s, _block_k(s.k, 128)), min(4, s.max_stages)
     while stages > 2 and stages * _stage_bytes(s, block_n, block_k) > s.shared_memory - 4096:
@@ -655,17 +653,17 @@ _FIRST_W8 = {16: (64, 128, 3, 4), 32: (64, 128, 3, 4), 64: (64, 64, 4, 4), 128: 
 _OTHER_W8 = {16: (128, 128, 3, 4), 32: (128, 128, 3, 4), 64: (128, 64, 3, 4), 128: (128, 128, 3, 8)}
 _FIRST_W8A8 = {16: (64, 128, 3, 4), 32: (64, 128, 4, 4), 64: (64, 128, 4, 4), 128: (128, 128, 3, 8)}
 _OTHER_W8A8 = {16: (128, 128, 3, 4), 32: (128, 128, 3, 4), 64: (128, 128, 4, 8), 128: (128, 128, 4, 8)}
-# And of MXFP4, of which more columns are as many bytes.
-_FIRST_MX = {16: (64, 128, 4, 4), 32: (64, 128, 3, 4), 64: (64, 64, 3, 4), 128: (128, 64, 3, 8)}
-_OTHER_MX = {16: (64, 128, 4, 4), 32: (128, 128, 3, 4), 64: (128, 64, 3, 4), 128: (256, 64, 3, 8)}
+# And of MXFP4, whose rows are those of a warp group's product, 64 for four warps.
+_FIRST_MX = {16: (64, 128, 3, 4), 32: (64, 64, 4, 4), 64: (64, 64, 4, 4), 128: (64, 64, 3, 4)}
+_OTHER_MX = {16: (64, 128, 3, 4), 32: (64, 64, 4, 4), 64: (128, 64, 3, 4), 128: (256, 64, 3, 8)}
 
 
 def _tile(s: _Shape) -> TileConfig:
     block_n, block_k, stages, warps = _sizes(s)
-    warps, tail = s.full_warps if s.block_m == 128 else warps, int(s.block_m == 128)
+    warps = s.full_warps if s.block_m == 128 and s.weight_scales != "mx" else warps
     while s.heavy and block_n > 16 and 2 * s.block_m * s.slices * block_n > warps * s.warp_sums:
         block_n //= 2
-    return TileConfig(block_n, block_k, stages, warps, _group_m(s), tail, 0, *_delta(s, block_n))
+    return TileConfig(block_n, block_k, stages, warps, _group_m(s), int(s.block_m == 128), 0, *_delta(s, block_n))
 
 
 def _box(s: _Shape) -> BoxConfig:
