@@ -156,16 +156,16 @@ def fused_moe_workspace(
         return torch.empty(size, dtype=dtype, device=device)
 
     return FusedMoeWorkspace(
-        empty(num_pairs),
-        empty(3 * (num_experts + num_pairs // 16) + scratch_size(num_pairs, num_experts)),
-        empty(1),
-        empty(num_pairs * intermediate, dtype),
-        empty(num_pairs * hidden, dtype),
-        empty(num_pairs * intermediate, torch.uint8) if fp8_activations else None,
-        empty(num_pairs * runtime.cdiv(intermediate, QUANT.group_k), torch.float32) if fp8_activations else None,
-        empty(runs_size(num_pairs, num_experts)) if max_rank else None,
-        empty(max(few, num_pairs) * max_rank, torch.float32) if max_rank else None,
-        empty(num_pairs),
+        pairs=empty(num_pairs),
+        blocks=empty(3 * (num_experts + num_pairs // 16) + scratch_size(num_pairs, num_experts)),
+        num_blocks=empty(1),
+        inter=empty(num_pairs * intermediate, dtype),
+        outputs=empty(num_pairs * hidden, dtype),
+        codes=empty(num_pairs * intermediate, torch.uint8) if fp8_activations else None,
+        scales=empty(num_pairs * runtime.cdiv(intermediate, QUANT.group_k), torch.float32) if fp8_activations else None,
+        runs=empty(runs_size(num_pairs, num_experts)) if max_rank else None,
+        vectors=empty(max(few, num_pairs) * max_rank, torch.float32) if max_rank else None,
+        ids=empty(num_pairs),
     )
 
 
@@ -360,7 +360,7 @@ class _Layer(NamedTuple):
     top_k: int
     num_experts: int
     local_expert_start: int
-    expected: int  # tokens
+    tokens_hint: int
     block_m: int  # 0: few tokens, without tables
     width: int  # of rows of hidden
     inter: int
@@ -398,7 +398,7 @@ class _Layer(NamedTuple):
             yield "localize", Localize(out, topk_ids, given.expert_map)
             topk_ids = out
         filled, groups = (buffers.pairs, buffers.blocks, buffers.num_blocks), (self.num_experts, self.local_expert_start)
-        sizes = (self.num_tokens, self.top_k, *groups, self.expected, self.block_m)
+        sizes = (self.num_tokens, self.top_k, *groups, self.tokens_hint, self.block_m)
         tables = MoeTables(topk_ids, valid_tokens, *filled, *sizes)
         x, x_rows, x_scale = given.hidden, "token", given.x_scale
         runs: Any = None

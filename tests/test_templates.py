@@ -180,6 +180,7 @@ IMPORT = "import triton.language as tl\n"
 LAUNCH = IMPORT + "from .. import _runtime\ndef f(x_ptr, K: tl.constexpr, N: tl.constexpr): ...\n_f = _runtime.Launcher(f)\n"
 GIVEN = "from typing import NamedTuple\n\n\nclass G(NamedTuple):\n    a: int\n    b: int = 0\n\n\n"
 OP = "from .. import _operands\n" + GIVEN + "O = _operands.Op('toy', G)\nf = O.caller(len)\n\n\n"
+BUNDLE = "from .. import _operands\n" + GIVEN + "@_operands.bundle()\nclass C(G, list):\n    pass\n\n\n"
 SHAPES = "from .. import _operands as o\n\nX = o.Tensor(('T, mm', 'mm'), None)\nY = o.Tensor('T, m', 'S*m')\n\n\ndef"
 LAUNCHES = """\
 from .. import _runtime
@@ -251,6 +252,7 @@ JIT = IMPORT + "import triton\n\n\n@triton.jit\ndef _f("
         (FRONT, "def", GIVEN + "X = G(1, 2, 3)\n\n\ndef", "14:5 KG023 G is given 3 values, and has 2 [G]"),
         (FRONT, "def", GIVEN + "def g(a, b):\n    G(b, a)\n\n\ndef", "15:5 KG023 G is given 'b' in the place of 'a'"),
         (FRONT, "def", OP + "def g(a, x):\n    y = (x,)\n    f(a, *y)\n\n\ndef", "21:5 KG023 G is given 'x' in the place of"),
+        (FRONT, "def", BUNDLE + "def g(a, x):\n    C(a, x)\n\n\ndef", "21:5 KG023 C is given 'x' in the place of 'b'"),
         (FRONT, "def", OP + "def g(a, *y):\n    (f if a else f)(a, *y)\n\n\ndef", "20:5 KG023 G is given *y, of"),
         (FRONT, "def", SHAPES, "8:19 KG029 nothing else has the size 'mm', and no docstring tells it [mm] did you"),
         (FRONT, "def", "X = dict(asks=('ads',))\n\n\ndef", "6:17 KG029 no axis tells 'ads', which this operand asks for"),

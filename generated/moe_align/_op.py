@@ -93,15 +93,15 @@ def moe_align(
     if workspace is None:
         workspace = torch.empty(size, dtype=torch.int32, device=topk_ids.device)
     num_blocks, pairs, blocks, scratch, out = _views(workspace, size, splits, topk_ids, expert_map)
-    expected = num_tokens if num_tokens_hint is None else num_tokens_hint
-    sizes = (num_tokens, top_k, num_experts, local_expert_start, expected, block_m)
-    tables = MoeTables(out, valid_tokens, pairs, blocks, num_blocks, *sizes)
     if torch.compiler.is_compiling():
         _in_graphs(*request, workspace)
-        return tables
-    if expert_map is not None:
+    elif expert_map is not None:
         plan.localize.run(Localize(out, topk_ids, expert_map))
-    topk_ids = out
+    topk_ids, tokens_hint = out, num_tokens if num_tokens_hint is None else num_tokens_hint
+    sizes = (num_tokens, top_k, num_experts, local_expert_start, tokens_hint, block_m)
+    tables = MoeTables(topk_ids, valid_tokens, pairs, blocks, num_blocks, *sizes)
+    if torch.compiler.is_compiling():
+        return tables
     plan.fill.run(Fill(pairs, blocks, num_blocks, scratch, topk_ids, valid_tokens, num_experts, local_expert_start, block_m))
     return operands.alike(tables, plan.looks)
 
@@ -142,7 +142,8 @@ def no_tables(
     """
     looks = None if torch.compiler.is_compiling() else _routing(topk_ids, valid_tokens, num_experts, local_expert_start)
     num_tokens, top_k = topk_ids.shape
-    sizes = (num_tokens, top_k, num_experts, local_expert_start, num_tokens, 0)
+    tokens_hint = num_tokens
+    sizes = (num_tokens, top_k, num_experts, local_expert_start, tokens_hint, 0)
     tables = MoeTables(topk_ids, valid_tokens, None, None, None, *sizes)
     return tables if looks is None else operands.alike(tables, looks)
 

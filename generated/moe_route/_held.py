@@ -126,7 +126,8 @@ class HeldRoute:
 
     def _open(self, num_tokens: int) -> OpenRows:
         tables = (self._pairs, self._blocks, self._num_blocks, self._parts)
-        return OpenRows(self._adapters[:num_tokens], *tables, num_tokens, self.max_loras, self.capacity)
+        token_lora_mapping = self._adapters[:num_tokens]
+        return OpenRows(token_lora_mapping, *tables, num_tokens, self.max_loras, self.capacity)
 
     def _fits(self, mapping: torch.Tensor, valid_tokens: torch.Tensor | None) -> bool:
         """Whether a refill is surely right; checks that say what is wrong take longer than all the rest."""

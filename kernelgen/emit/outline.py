@@ -135,8 +135,9 @@ class Outline:
         shapes: sizes of the tensors that it declares, but for sequences of any layout, which share sizes among themselves.
         sizes: how many texts have each name: those that could be a shape, or one name, and others in brackets, as docstrings do.
         records: the named tuples at its top level, by name: their fields, and whether each has a default.
-        stands: names at its top level that are called with what another takes: an op with the fields of its named tuple, and what
-            an op makes with those of the op.
+        stands: names at its top level that are called with what another takes: an op with the fields of its named tuple, what an
+            op makes with those of the op, a class with those of its base.
+        declares: names at its top level of what declares operands: ops, what they make, bundles.
         makes: calls of what is imported from the package, or is a class here, or such a name.
         operands: of launchers, as far as they are written out.
     """
@@ -157,6 +158,7 @@ class Outline:
     sizes: Mapping[str, int]
     records: Mapping[str, Mapping[str, bool]]
     stands: Mapping[str, tuple[str, ...]]
+    declares: tuple[str, ...]
     makes: tuple[Made, ...]
     operands: tuple[Operand, ...]
 
@@ -255,6 +257,7 @@ def outline(path: str, text: str) -> Outline | None:
         sizes,
         {node.name: _record(node) for node in tree.body if isinstance(node, ast.ClassDef) and _is_record(node)},
         stands,
+        tuple(_declares(tree.body, stands, places)),
         tuple(_makes(calls, choices, known, tree)),
         tuple(_operands(calls, known, tree)),
     )
@@ -310,6 +313,10 @@ _OF_OPS = ("caller", "finder", "in_graphs")  # what an op makes, and is called a
 
 def _stands(body: Sequence[ast.stmt], places: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[str, tuple[str, ...]]]:
     known = dict(places)
+    for node in (node for node in body if isinstance(node, ast.ClassDef) and not _is_record(node)):
+        base = next((known[base.id] for base in node.bases if isinstance(base, ast.Name) and base.id in known), None)
+        if base is not None:
+            yield node.name, base
     for name, value in (each for node in body for each in _assigned(node)):
         match value:
             case ast.Call(ast.Attribute(ast.Name(of), "Op"), [_, ast.Name(record), *_]) if places.get(of) == (OPERANDS,):
@@ -321,6 +328,17 @@ def _stands(body: Sequence[ast.stmt], places: Mapping[str, tuple[str, ...]]) -> 
         if found is not None:
             known[name] = (*found[:-1], name)
             yield name, found
+
+
+def _declares(
+    body: Sequence[ast.stmt], stands: Mapping[str, tuple[str, ...]], places: Mapping[str, tuple[str, ...]]
+) -> Iterator[str]:
+    classes = {node.name for node in body if isinstance(node, ast.ClassDef)}
+    yield from stands.keys() - classes
+    for node in body:
+        made = [each.func for each in getattr(node, "decorator_list", ()) if isinstance(each, ast.Call)]
+        if isinstance(node, ast.ClassDef) and any(_place(each, places) == (OPERANDS, "bundle") for each in made):
+            yield node.name
 
 
 def _assigned(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:

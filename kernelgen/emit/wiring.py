@@ -416,18 +416,19 @@ def _idle_faults(families: Sequence[Family], outputs: Outputs) -> Iterator[Diagn
 
 def _record_faults(outputs: Outputs) -> Iterator[Diagnostic]:
     """Named tuples that are made with other fields than they have, or with values of one in the place of another."""
-    ops = {_record_of(place, outputs) for made in outputs.modules.values() for place in made.stands.values()}
+    declare = {_record_of((*place, name), outputs) for place, made in outputs.modules.items() for name in made.declares}
     for place, made in outputs.modules.items():
         told = set[tuple[int, int]]()
         for call in made.makes:
             record = _record_of(call.of, outputs)
             if record is not None and (call.line, call.column) not in told:
                 fields = outputs.modules[record[:-1]].records[record[-1]]
-                message = _fields_fault(call, fields) or _places_fault(call, list(fields), is_strict=record in ops)
+                message = _fields_fault(call, fields) or _places_fault(call, list(fields), is_strict=record in declare)
                 if message:
                     told.add((call.line, call.column))
                     where = outputs.place_in(place, call.line, call.of[-1], call.column)
-                    yield Diagnostic("KG023", where, f"{record[-1]} {message}", f"its fields are {', '.join(fields)}")
+                    name = call.of[-1] if call.of[-1] in outputs.modules[call.of[:-1]].fields else record[-1]
+                    yield Diagnostic("KG023", where, f"{name} {message}", f"its fields are {', '.join(fields)}")
 
 
 def _record_of(place: tuple[str, ...], outputs: Outputs) -> tuple[str, ...] | None:

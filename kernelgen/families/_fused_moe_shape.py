@@ -108,7 +108,7 @@ class FusedMoeShape(NamedTuple):
                     made[f"{name}_scale"] = of_all(of_scales, count, torch.float32)
             mapping, each = (empty(size, dtype=torch.int32) for size in (num_tokens, loras))
             enabled, ranks = (each if is_given else None for is_given in (self.adapter_enabled, self.lora_ranks))
-            lora = FusedMoeLora(mapping, **made, adapter_enabled=enabled, lora_ranks=ranks)
+            lora = FusedMoeLora(token_lora_mapping=mapping, **made, adapter_enabled=enabled, lora_ranks=ranks)
         if self.bias_dtype is not None:
             scales |= {f"{name}_bias": empty(*size[:2], dtype=self.bias_dtype) for name, size in (("w13", w13), ("w2", w2))}
         x_scales = _scales.meta_x_scales(of_tokens, (num_tokens, width), QUANT, self.scales_dtype)

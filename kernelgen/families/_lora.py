@@ -117,7 +117,7 @@ def lora_workspace(
     in_parts *= shrink.max_parts(num_slices)
     rows = max(max_tokens * num_slices, in_parts)
     parts = torch.empty(rows * max_rank, dtype=torch.float32, device=device)
-    return MoeWorkspace(tables, parts, {})
+    return MoeWorkspace(tables, parts, views={})
 
 
 def lora(

@@ -106,7 +106,7 @@ class MoeRoute:
             ValueError: a shape, dtype or block size that does not fit; nothing was launched.
         """
         source = (sorted_token_ids, expert_ids, num_tokens_post_padded, lora_ids, adapter_enabled)
-        sizes = (num_tokens, top_k, num_experts, max_loras)
+        sizes, block_m = (num_tokens, top_k, num_experts, max_loras), block_size
         if torch.compiler.is_compiling():
             max_blocks = max_loras * _rows(expert_ids, max_loras).shape[1]
         else:
@@ -118,10 +118,10 @@ class MoeRoute:
         if torch.compiler.is_compiling():
             _from_tables_op(buffer, *source, block_size, *sizes)
         else:
-            num_pairs, block_m = num_tokens * top_k, block_size
+            num_pairs = num_tokens * top_k
             fill.run(Pack(pairs, blocks, num_blocks, *source, num_pairs, num_experts, max_loras, block_m))
         parts = None if workspace is None else workspace.parts
-        route = EngineRoute(pairs, blocks, num_blocks, parts, *sizes, block_size, max_blocks)
+        route = EngineRoute(pairs, blocks, num_blocks, parts, *sizes, block_m, max_blocks)
         return route if torch.compiler.is_compiling() else operands.alike(route, looks)
 
 
@@ -247,8 +247,8 @@ class OpenRows(_OpenRows, MoeRoute):
         block_m = default_block_m(self.num_tokens, 1, self.max_loras, dense=True)
         height = BLOCK_MS.index(block_m)
         blocks = self.blocks[first_blocks(self.capacity, self.max_loras)[height] :]
-        tables = (self.pairs, blocks, self.num_blocks[height : height + 1], self.parts)
-        sizes = (self.num_tokens, 1, 1, self.max_loras, block_m, most_blocks(self.num_tokens, self.max_loras, block_m))
+        num_blocks, max_blocks = self.num_blocks[height : height + 1], most_blocks(self.num_tokens, self.max_loras, block_m)
+        tables, sizes = (self.pairs, blocks, num_blocks, self.parts), (self.num_tokens, 1, 1, self.max_loras, block_m, max_blocks)
         return TableRoute._make((None, self.token_lora_mapping, None, None, *tables, *sizes))
 
 
@@ -303,16 +303,16 @@ _Source = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Te
 
 def made(plan: Plan, source: _Source, workspace: MoeWorkspace | None) -> PairRoute | TableRoute:
     """The route of a plan: its launches, made."""
-    parts = None if workspace is None else workspace.parts
+    parts, (topk_ids, token_lora_mapping, adapter_enabled, expert_map) = None if workspace is None else workspace.parts, source
+    num_tokens, top_k, num_experts, max_loras = plan.sizes
+    routing, sizes = (topk_ids, token_lora_mapping, adapter_enabled, expert_map), (num_tokens, top_k, num_experts, max_loras)
     if plan.block_m is None:
-        return operands.alike(PairRoute._make((*source, parts, *plan.sizes)), plan.looks)
-    topk_ids, token_lora_mapping, adapter_enabled, expert_map = source
+        return operands.alike(PairRoute._make((*routing, parts, *sizes)), plan.looks)
     _, num_blocks, blocks, pairs, scratch = _buffers(workspace, plan.splits, token_lora_mapping.device)
     if plan.num_pairs > 0:
-        routing, (_, _, num_experts, max_loras) = (topk_ids, token_lora_mapping, adapter_enabled, expert_map), plan.sizes
         plan.fill.run(Sort(pairs, blocks, num_blocks, scratch, *routing, num_experts, max_loras, plan.block_m))  # type: ignore[arg-type]
     tables = (pairs, blocks, num_blocks, parts)
-    route = TableRoute._make((*source, *tables, *plan.sizes, plan.block_m, plan.max_blocks))  # quicker than TableRoute(...)
+    route = TableRoute._make((*routing, *tables, *sizes, plan.block_m, plan.max_blocks))  # quicker than TableRoute(...)
     return operands.alike(route, plan.looks)
 
 
@@ -327,17 +327,18 @@ def in_graph(
 ) -> MoeRoute:
     """The route as a graph of torch.compile makes it; arguments are checked when it runs."""
     parts = None if workspace is None else workspace.parts
-    topk_ids, token_lora_mapping, _, _ = source
-    sizes = (*_tokens(topk_ids, token_lora_mapping), num_experts, max_loras)
+    topk_ids, token_lora_mapping, adapter_enabled, expert_map = source
+    num_tokens, top_k = _tokens(topk_ids, token_lora_mapping)
+    routing, sizes = (topk_ids, token_lora_mapping, adapter_enabled, expert_map), (num_tokens, top_k, num_experts, max_loras)
     if assignment == "naive":
         _check_without_blocks("moe_route", block_m)
-        return PairRoute._make((*source, parts, *sizes))
+        return PairRoute._make((*routing, parts, *sizes))
     splits = _open_splits(*sizes)
     _check_size("moe_route", workspace, splits)
     buffer, num_blocks, blocks, pairs, _ = _buffers(workspace, splits, token_lora_mapping.device)
     request = (assignment, rank, block_m)
     _route_op(buffer, *source, num_experts, max_loras, *request)
-    return OpenRoute(*source, pairs, blocks, num_blocks, parts, *sizes, *request)
+    return OpenRoute(*routing, pairs, blocks, num_blocks, parts, *sizes, *request)
 
 
 class Plan(NamedTuple):
@@ -692,9 +693,9 @@ def moe_workspace(
     # A split of K pays for few pairs only: 32 parts up to 256 pairs, 8 up to 4096, then one, in half the bytes.
     parts = max(min(num_pairs, 256) * 32, min(num_pairs, 4096) * 8, num_pairs) * num_slices * rank
     return MoeWorkspace(
-        torch.empty(tables, dtype=torch.int32, device=device),
-        torch.empty(parts, dtype=torch.float32, device=device),
-        {},
+        tables=torch.empty(tables, dtype=torch.int32, device=device),
+        parts=torch.empty(parts, dtype=torch.float32, device=device),
+        views={},
     )
 
 

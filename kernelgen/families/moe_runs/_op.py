@@ -98,10 +98,9 @@ def moe_runs(
     tensors = (topk_ids, valid_tokens, *adapters, lora_ranks)
     plan = None if torch.compiler.is_compiling() else _plan(*tensors, workspace, *routing, max_loras)
     num_tokens, top_k = topk_ids.shape
-    hint = num_tokens if num_tokens_hint is None or block_m == 0 else num_tokens_hint
-    if plan is not None:
-        block_m = plan.block_m
-    sizes = (num_tokens, top_k, num_experts, local_expert_start, hint, -1 if block_m is None else block_m)
+    tokens_hint = num_tokens if num_tokens_hint is None or block_m == 0 else num_tokens_hint
+    block_m = plan.block_m if plan is not None else -1 if block_m is None else block_m
+    sizes = (num_tokens, top_k, num_experts, local_expert_start, tokens_hint, block_m)
     if block_m == 0:
         tables = MoeTables(topk_ids, valid_tokens, None, None, None, *sizes)
         of_batch = MoeRuns(*adapters, None, None, max_loras, lora_ranks)
