@@ -280,7 +280,7 @@ Lent = tuple[Path, Callable[[], torch.Tensor] | None]
 class Made:
     """An operand that is made at each call, of what lies at a path: a tensor descriptor."""
 
-    __slots__ = ("of", "make")
+    __slots__ = ("make", "of")
 
     def __init__(self, make: Callable[[Any], Any], of: Any) -> None:
         self.make = make
