@@ -586,7 +586,7 @@ class Call:
 
     def _verify_fp8(self, out_scale: Guarded) -> float:
         """Codes times scales are what some rows within their bounds become, scales included."""
-        rows, out, bound = self.expected
+        rows, out, bound = (found.cpu() for found in self.expected)
         width, scales, given = quant.group()[1], out_scale.view.cpu(), None
         if scales.dim() == 1:  # read
             self._verify_rest("out_scale", out_scale, rows[:0])
