@@ -159,7 +159,7 @@ def check_x_scale(
     variant: str,
     mode: str,
     x: torch.Tensor,
-    x_scale: torch.Tensor | None,
+    x_scale: torch.Tensor,
     quant: Quant,
     experts: int = 1,
     label: str = "x_scale",
@@ -172,39 +172,39 @@ def check_x_scale(
         ValueError: these are not the scales of x.
     """
     shape = x_scale_shape(mode, x.shape, quant)
-    right = x_scale is not None and is_scale(x_scale, x.device) and _fits_x(mode, x_scale.shape, x.shape, quant, experts)
-    if x_scale is not None and right and mode == "group" and shape[1] > 1:
+    right = is_scale(x_scale, x.device) and _fits_x(mode, x_scale.shape, x.shape, quant, experts)
+    if right and mode == "group" and shape[1] > 1:
         row, group = x_scale.stride()
         if row == 1 and shape[0] <= group < 2**31 // shape[1]:  # so may a single row lie, that it has one key
             return 1, group
         if group == 1 and row >= shape[1]:
             return row, None
-    elif x_scale is not None and right and x_scale.is_contiguous():
+    elif right and x_scale.is_contiguous():
         return int(mode != "tensor" or x_scale.numel() > 1), None
-    got = None if x_scale is None else runtime.describe(x_scale)
     of_experts = f" or [{experts}]" if mode == "tensor" and experts > 1 else ""
     wanted = f"contiguous {list(shape)}{of_experts} float32 or float8_e8m0fnu on {x.device}"
-    runtime.fail(variant, label, got, wanted, "or column by column, strides (1, >= rows)" if mode == "group" else "")
+    hint = "or column by column, strides (1, >= rows)" if mode == "group" else ""
+    runtime.fail(variant, label, runtime.describe(x_scale), wanted, hint)
 
 
 def find_factor_mode(
-    variant: str, label: str, scales: Sequence[torch.Tensor] | None, factors: Sequence[torch.Tensor], quant: Quant
+    variant: str, label: str, scales: Sequence[torch.Tensor], factors: Sequence[torch.Tensor], quant: Quant
 ) -> str:
     """Of what factors of adapters have a scale each; as ``find_mode``.
 
     Raises:
         ValueError: no mode has scales of such a shape.
     """
-    mode = find_mode(scales[0], factors[0], quant) if scales else None
+    mode = find_mode(scales[0], factors[0], quant)
     if mode is None:
-        got = None if not scales else f"{runtime.describe(scales[0])} for {runtime.describe(factors[0])}"
+        got = f"{runtime.describe(scales[0])} for {runtime.describe(factors[0])}"
         groups = f"[L, E, ceil(rows / {quant.group_n}), ceil(columns / {quant.group_k})]"
         runtime.fail(variant, label, got, f"[L, E], [L, E, rows] or {groups}", "a scale a factor, a row or a group")
     return mode
 
 
 def factor_scale_strides(
-    variant: str, label: str, mode: str, scales: Sequence[torch.Tensor] | None, factors: Sequence[torch.Tensor], quant: Quant
+    variant: str, label: str, mode: str, scales: Sequence[torch.Tensor], factors: Sequence[torch.Tensor], quant: Quant
 ) -> operands.Strides:
     """The strides of the scales of factors of adapters, S tensors [L, E, out, in] each, which are tensors of one layout.
 
@@ -212,8 +212,6 @@ def factor_scale_strides(
         ValueError: these are not their scales.
     """
     shape = scale_shape(mode, factors[0].shape, quant)
-    if scales is None:
-        runtime.fail(variant, label, None, f"{len(factors)} tensors, one a slice", f"a scale a {mode}")
     if len(scales) != len(factors):
         runtime.fail(variant, label, f"{len(scales)} tensors", f"{len(factors)}, one a slice")
     strides = operands.Strides.of(scales[0])

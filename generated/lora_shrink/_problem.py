@@ -208,7 +208,7 @@ def problem_of(
         if found != (a_scale_stride,) * slices:
             runtime.fail(variant, "a_scale", f"strides {found} over L", "one for all slices", "slices have one layout")
     x_scale_stride, x_scale_next = 0, None
-    if of_x is not None:
+    if of_x is not None and x_scale is not None:
         x_scale_stride, x_scale_next = check_x_scale(variant, of_x, x, x_scale, QUANT)
     return Problem(
         num_tokens=route.num_tokens,

@@ -190,11 +190,11 @@ def check(
     if slices * n >= 2**31:
         runtime.fail(variant, "out", runtime.describe(out), "below 2**31 columns")
     a_scale_strides = b_scale_strides = operands.Strides()
-    if of_weights is not None:
+    if of_weights is not None and given.a_scale is not None and given.b_scale is not None:
         a_scale_strides = factor_scale_strides(variant, "a_scale", of_weights, given.a_scale, given.lora_a, QUANT)
         b_scale_strides = factor_scale_strides(variant, "b_scale", of_weights, given.b_scale, given.lora_b, QUANT)
     x_scale_stride, x_scale_next = 0, None
-    if of_x is not None:
+    if of_x is not None and given.x_scale is not None:
         x_scale_stride, x_scale_next = check_x_scale(variant, of_x, x, given.x_scale, QUANT, of_rows)
     return Problem(
         num_pairs=num_pairs,

@@ -213,7 +213,7 @@ def _check_a_scale(
     variant: str, lora_a: Sequence[torch.Tensor], a_scale: Sequence[torch.Tensor] | None, mode: str | None
 ) -> tuple[str | None, operands.Strides]:
     """Of what FP8 factors have a scale each, and the strides of these."""
-    if a_scale is None and mode is None:
+    if a_scale is None:
         return None, operands.Strides()
     found = mode or find_factor_mode(variant, "a_scale", a_scale, lora_a, QUANT)
     check_fp8(variant, "lora_a", lora_a[0], found, QUANT)

@@ -289,7 +289,7 @@ def problem_of(
         if interleaved and w_scale_next:
             w_scale_next = w_scale.stride(1)
     x_scale_stride, x_scale_next = 0, None
-    if modes.of_x is not None:
+    if modes.of_x is not None and given.x_scale is not None:
         of_rows = 1 if rows.startswith("token") else tables.num_experts
         x_scale_stride, x_scale_next = check_x_scale(variant, modes.of_x, x, given.x_scale, QUANT, of_rows)
     expected, block_m = min(tables.tokens_hint, num_tokens), tables.block_m
@@ -388,7 +388,7 @@ def _check_delta(
 
 def _check_b_scale(variant: str, given: Given, of_b: str | None) -> operands.Strides:
     """The strides of the scales of the second factors."""
-    if of_b is None or given.lora_b is None:
+    if of_b is None or given.lora_b is None or given.b_scale is None:
         return operands.Strides()
     check_fp8(variant, "lora_b", given.lora_b[0], of_b, QUANT)
     return factor_scale_strides(variant, "b_scale", of_b, given.b_scale, given.lora_b, QUANT)
