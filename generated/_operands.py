@@ -853,7 +853,7 @@ class Op(Generic[_Arguments, _Given]):
         Args:
             bind: makes it from all arguments; it checks them.
         """
-        return self._remember(bind, _CALL)
+        return self._remember(lambda given: bind(given).plain(self.of), _CALL)
 
     def finder(self, bind: Callable[[_Given], _Bound]) -> Callable[_Arguments, _Bound]:
         """As ``caller``, but what was bound is returned instead."""
@@ -944,7 +944,6 @@ class Op(Generic[_Arguments, _Given]):
             "LARGEST": _LARGEST,
             "number": self._number,
             "of": self.of,
-            "new": tuple.__new__,
             "refuse": self.refuse,
             "watch": self._watch,
         }
@@ -1056,7 +1055,7 @@ def function({names}):
 _OPTIONAL_SCALES = """{indent}if not ({names} is None):
 {indent}    tensors += ({tensors},); hint += ({kinds},)
 """
-_CALL = "    call.run(new(of, ({names},)))\n"
+_CALL = "    call.run(({names},))\n"
 _FOUND = "        call = last[1][0]\n"
 _FOUND_APART = """        call, check_apart = last[1]
         check_apart(tensors{bundles})

@@ -310,7 +310,7 @@ def made(plan: Plan, source: _Source, workspace: MoeWorkspace | None) -> PairRou
         return operands.alike(PairRoute._make((*routing, parts, *sizes)), plan.looks)
     _, num_blocks, blocks, pairs, scratch = _buffers(workspace, plan.splits, token_lora_mapping.device)
     if plan.num_pairs > 0:
-        plan.fill.run(Sort(pairs, blocks, num_blocks, scratch, *routing, num_experts, max_loras, plan.block_m))  # type: ignore[arg-type]
+        plan.fill.run(Sort._make((pairs, blocks, num_blocks, scratch, *routing, num_experts, max_loras, plan.block_m)))
     tables = (pairs, blocks, num_blocks, parts)
     route = TableRoute._make((*routing, *tables, *sizes, plan.block_m, plan.max_blocks))  # quicker than TableRoute(...)
     return operands.alike(route, plan.looks)
