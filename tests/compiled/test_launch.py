@@ -12,11 +12,14 @@ from typing import Any, Callable, Iterator, NamedTuple
 import pytest
 import torch
 import triton
+from doors import Door
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.runtime.errors import OutOfResources
 
 import generated as kg
+from generated import _operands as operands
 from generated import _runtime as runtime
+from generated.moe_add import _problem as _add_problem
 from generated.moe_gemm import _problem as _gemm_problem
 from generated.moe_lora import _problem
 from kernelgen.compiled.stand_in import Driver
@@ -203,6 +206,22 @@ def test_the_short_way_passes_the_same(
     assert driver.launches[len(first) :] == first
 
 
+@pytest.mark.parametrize("name", ["fused_moe", "lora"])
+def test_the_short_way_of_a_layer_passes_the_same(
+    driver: Recorder, slow_launches: list[Any], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """What launches read lies in what the layer is given, in parts of buffers too."""
+    monkeypatch.setattr(operands, "_check_places", lambda *places: None)
+    door, calls = Door.of(name, "cpu"), []
+    slow_launches.clear()  # of its route
+    for _ in range(2):
+        driver.launches.clear()
+        door()
+        calls.append(driver.launches[:])
+    assert calls[0] == calls[1] and len(calls[0]) >= 2
+    assert len(slow_launches) == len(calls[0]), "the second call took Triton's path again"
+
+
 @pytest.mark.parametrize("schedule", ["one_shot", "two_kernel"])
 def test_the_short_way_of_a_variant_passes_the_same(driver: Recorder, schedule: str) -> None:
     """The launchers of single variants bind anew each time, so what they bind is called twice here."""
@@ -227,6 +246,12 @@ def test_a_launch_is_bound_with_the_constants_of_its_kernel(driver: Recorder) ->
     kernel.bind(1, runtime.Options(), **given, M=16)
     with pytest.raises(TypeError, match=r"_kernel: .*missing: \['N'\]"):
         kernel.bind(1, runtime.Options(), **{"M" if name == "N" else name: 16 for name in given})
+    without = runtime.Launcher(kernel.kernel, _add_problem.OP, "out_ptr=out route_ids_ptr=route.topk_ids")
+    with pytest.raises(TypeError, match=r"missing: \['delta_ptr', 'token_lora_mapping_ptr'"):
+        without.bind(1, runtime.Options(), **given)
+    for slip in ("delta_ptr=detla", "delta_ptr=route.delta", "detla_ptr", "delta_ptr=delta.route"):
+        with pytest.raises(TypeError, match=f"_kernel: {slip}: moe_add is given no "):
+            runtime.Launcher(kernel.kernel, _add_problem.OP, f"out_ptr {slip}")
 
 
 def test_a_pointer_that_is_not_aligned_takes_another_kernel(
