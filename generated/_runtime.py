@@ -230,7 +230,7 @@ class Path:
     """Where something lies in what a call is given, or in scratch that the call has of its own: names, one behind the other.
 
     Attributes of a path are paths, and so is a part or a view of one: where a function tells of tensors what each launch is
-    given, it tells of paths where that lies. None has nothing in it but None.
+    given, it tells of paths where that lies. None has nothing in it but None. A field may be called as anything but ``view``.
     """
 
     __slots__ = ("_names", "_views")
@@ -250,26 +250,26 @@ class Path:
     def view(self, *shape: Any) -> Path:
         return Path(self._names, (*self._views, lambda tensor: tensor.view(*shape)))
 
-    def find(self, given: Any, scratch: Any = None) -> Any:
+    def _find(self, given: Any, scratch: Any = None) -> Any:
         """What lies there."""
         root, *names = self._names
         found = given if root == "given" else scratch
         for name in names:
             found = None if found is None else getattr(found, name)
-        return self.seen(found)
+        return self._seen(found)
 
-    def seen(self, whole: Any) -> Any:
+    def _seen(self, whole: Any) -> Any:
         """What a view is of, viewed."""
         return functools.reduce(lambda seen, view: view(seen), self._views, whole)
 
     @property
-    def text(self) -> str:
+    def _text(self) -> str:
         """It without its views, in Python: a field of what is given is a name of its own."""
         return ".".join(self._names).replace("given.", "given_", 1)
 
-    def away(self, given: Any, scratch: Any) -> int:
+    def _away(self, given: Any, scratch: Any) -> int:
         """Bytes from there to the tensor, in its views."""
-        return self.find(given, scratch).data_ptr() - Path(self._names).find(given, scratch).data_ptr() if self._views else 0
+        return self._find(given, scratch).data_ptr() - Path(self._names)._find(given, scratch).data_ptr() if self._views else 0
 
 
 GIVEN, SCRATCH = Path(("given",)), Path(("scratch",))
@@ -302,13 +302,13 @@ def _through(source: Any, given: Any) -> Any:
     """A source of calls that are given something else, in which that of ``source`` lies where ``given``, of paths, has it."""
     if isinstance(source, Made):
         return Made(source.make, _through(source.of, given))
-    return source.find(given, SCRATCH) if isinstance(source, Path) else source
+    return source._find(given, SCRATCH) if isinstance(source, Path) else source
 
 
 def _found(source: Any, given: Any, scratch: Any) -> Any:
     if isinstance(source, Made):
         return source.make(_found(source.of, given, scratch))
-    return source.find(given, scratch) if isinstance(source, Path) else source
+    return source._find(given, scratch) if isinstance(source, Path) else source
 
 
 def _named(given: Any, record: Any) -> Any:
@@ -526,20 +526,20 @@ class _Code:
     def add(self, source: Any, argument: Any, aligned: bool) -> None:
         """An operand, which was ``argument`` when it was launched for the first time."""
         if isinstance(source, Made):
-            self._passed.append(f"{self._value(source.make)}({self._value(source.of.seen)}({source.of.text}))")
+            self._passed.append(f"{self._value(source.make)}({self._value(source.of._seen)}({source.of._text}))")
         elif not isinstance(source, Path):
             self._passed.append(self._value(source))
         elif argument is None:  # and so in all calls that look alike
             self._passed.append("None")
         elif isinstance(argument, tuple):
             tensors = [f"t{len(self._passed)}_{i}" for i in range(len(argument))]
-            self._lines.append(f"{_listed(tensors)} = {source.text}")
+            self._lines.append(f"{_listed(tensors)} = {source._text}")
             self._passed.append(_listed([self._pointer(f"{tensor}.data_ptr()", True) for tensor in tensors]))
         elif isinstance(argument, torch.Tensor):
-            away = source.away(*self._lies_in)
-            self._passed.append(self._pointer(f"{source.text}.data_ptr(){f' + {away}' if away else ''}", aligned))
+            away = source._away(*self._lies_in)
+            self._passed.append(self._pointer(f"{source._text}.data_ptr(){f' + {away}' if away else ''}", aligned))
         else:  # a number
-            self._passed.append(source.text)
+            self._passed.append(source._text)
 
     def _pointer(self, text: str, aligned: bool) -> str:
         if not aligned:
