@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -182,6 +183,19 @@ GIVEN = "from typing import NamedTuple\n\n\nclass G(NamedTuple):\n    a: int\n  
 OP = "from .. import _operands\n" + GIVEN + "O = _operands.Op('toy', G)\nf = O.caller(len)\n\n\n"
 BUNDLE = "from .. import _operands\n" + GIVEN + "@_operands.bundle()\nclass C(G, list):\n    pass\n\n\n"
 SHAPES = "from .. import _operands as o\n\nX = o.Tensor(('T, mm', 'mm'), None)\nY = o.Tensor('T, m', 'S*m')\n\n\ndef"
+DECLARED = """\
+from typing import Annotated, NamedTuple
+
+from .. import _operands as o
+
+
+class G(NamedTuple):
+    a: int
+    b: Annotated[object, o.Tensor("*", None, o.ROWS, scaled_by="c")]
+
+
+def"""
+ASKED = "from .._scales import scale_operand\n\n\nX = scale_operand('ads')\n\n\ndef"
 LAUNCHES = """\
 from .. import _runtime
 
@@ -257,6 +271,8 @@ JIT = IMPORT + "import triton\n\n\n@triton.jit\ndef _f("
         (FRONT, "def", SHAPES, "8:19 KG029 nothing else has the size 'mm', and no docstring tells it [mm] did you"),
         (FRONT, "def", "X = dict(asks=('ads',))\n\n\ndef", "6:17 KG029 no axis tells 'ads', which this operand asks for"),
         (FRONT, "def", OP + LAUNCHES, "25:18 KG023 a launcher reads 'limit' of G, which has no such field [limit]"),
+        (FRONT, "def", DECLARED, "13:65 KG023 b speaks of 'c', and G has no such field"),
+        (FRONT, "def", ASKED, "9:20 KG029 no axis tells 'ads', which this operand asks for"),
         (FRONT, "_table import VARIANTS", "_table import VARIANTZ as VARIANTS", "3:21 KG023 toy._table has no 'VARIANTZ'"),
         (FRONT, "_table import VARIANTS", "_table import VARIANTZ", "8:12 KG023 undefined name 'VARIANTS' [VARIANTS]"),
         (FRONT, "def", "from . import bf16_r16_smal\n\n\ndef", "6:15 KG023 toy has no 'bf16_r16_smal'"),
@@ -452,3 +468,32 @@ def test_a_folder_of_templates_that_is_a_circle_is_told(tmp_path: Path) -> None:
         build.build(own / "specs", own)
     (fault,) = failed.value.diagnostics
     assert (failed.value.exit_code, fault.code, fault.location.path) == (2, "KG001", str(own / "templates"))
+
+
+ROOM = "families/moe_act"
+BIAS = 'operands.FLOATS, asks=("biased",)'
+LACKS = "moe_act_bf16_swiglu_clamp_interleaved_bias has bias, which other variants have not, and no fact of it asks for bias"
+
+
+@pytest.mark.slow(keep=3)
+@pytest.mark.parametrize(
+    ("module", "old", "new", "place", "expected"),
+    [
+        ("_problem.py", BIAS, 'operands.FLOATS, asks=("weighted",)', f"{ROOM}/_problem.py", LACKS),
+        ("_problem.py", BIAS, "operands.FLOATS, optional=True", f"{ROOM}/_problem.py", LACKS),
+        ("_launch.py", "x_ptr delta_ptr", "x_ptr=x.t delta_ptr", f"{ROOM}/_launch.py", "reads 'x.t' of Given, whose 'x'"),
+        ("_launch.py", "N=problem.n,", "", "templates/kernels/moe_act.py.j2", "has a parameter 'N' that no module"),
+    ],
+)  # fmt: skip
+def test_a_slip_in_a_room(module: str, old: str, new: str, place: str, expected: str, tmp_path: Path) -> None:
+    """What a declaration, a launcher and the kernels say of one operand is held against each other."""
+    (tmp_path / ROOM).mkdir(parents=True)
+    (tmp_path / "specs").mkdir()
+    for family in ("moe_act", "moe_align", "moe_route"):
+        shutil.copy(SPECS / f"{family}.yaml", tmp_path / "specs")
+    text = (FAMILIES / "moe_act" / module).read_text()
+    assert old in text
+    (tmp_path / ROOM / module).write_text(text.replace(old, new, 1))
+    with pytest.raises(Failure) as failed:
+        build.build(tmp_path / "specs", tmp_path)
+    assert any(fault.location.path.endswith(place) and expected in fault.message for fault in failed.value.diagnostics)

@@ -16,6 +16,9 @@ MAX_WORD = 400  # characters: longer than the names of modules
 VARIANTS = "VARIANTS"  # of the table of a family: which variants there are
 
 
+SCALE_OPERAND = ("_scales", "scale_operand")  # declares an operand that may be left out, and what asks for it by place
+
+
 class Wanted(NamedTuple):
     """A name of another module of the package: ``name`` of ``module``, which is empty for the package itself.
 
@@ -105,6 +108,26 @@ class Operand(NamedTuple):
     line: int
 
 
+class Declared(NamedTuple):
+    """A field that declares an operand.
+
+    Attributes:
+        is_tensor: or a sequence of such, and it says all of it itself.
+        may_be_none: such a tensor, where a variant does not ask for it.
+        asks: the facts that ask for it.
+        speaks: the other fields of which it speaks.
+    """
+
+    record: str
+    field: str
+    is_tensor: bool
+    may_be_none: bool
+    asks: tuple[str, ...]
+    speaks: tuple[Told, ...]
+    line: int
+    column: int
+
+
 class Parameter(NamedTuple):
     """A parameter of a kernel, and where it stands."""
 
@@ -140,6 +163,7 @@ class Outline:
         declares: names at its top level of what declares operands: ops, what they make, bundles.
         makes: calls of what is imported from the package, or is a class here, or such a name.
         operands: of launchers, as far as they are written out.
+        declared: what the fields of its named tuples declare.
     """
 
     imports: tuple[Wanted, ...]
@@ -161,6 +185,7 @@ class Outline:
     declares: tuple[str, ...]
     makes: tuple[Made, ...]
     operands: tuple[Operand, ...]
+    declared: tuple[Declared, ...]
 
 
 def module_of(path: str) -> tuple[str, ...]:
@@ -182,6 +207,7 @@ def outline(path: str, text: str) -> Outline | None:
     reads: list[ast.Attribute] = []
     words, attributes, names, constants, gives = set[str](), set[str](), set[str](), set[str](), set[str]()
     asked: list[Told] = []
+    shapes = set[int]()  # nodes of the texts of shapes, and of keys that are read: sizes, and no constants that a kernel is given
     sizes: collections.Counter[str] = collections.Counter()
     calls: list[ast.Call] = []
     choices: list[ast.Assign] = []
@@ -213,12 +239,20 @@ def outline(path: str, text: str) -> Outline | None:
                 asked += _texts(node.value)
         elif isinstance(node, ast.Call):
             calls.append(node)
+            called = _place(node.func, places)
+            if called == SCALE_OPERAND:
+                asked += [told for argument in node.args for told in _texts(argument)]
+            elif called == (OPERANDS, "Tensor") and node.args:
+                shapes.update(map(id, ast.walk(node.args[0])))
+        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
+            shapes.add(id(node.slice))
         elif isinstance(node, ast.Assign) and isinstance(node.value, ast.IfExp):
             choices.append(node)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             words.add(node.value[:MAX_WORD])
             parts = [word.partition("=") for word in node.value[:MAX_WORD].split()]
-            if all(name.isidentifier() and path.replace(".", "_").isidentifier() == bool(sign) for name, sign, path in parts):
+            are_names = all(name.isidentifier() and path.replace(".", "_").isidentifier() == bool(to) for name, to, path in parts)
+            if are_names and id(node) not in shapes:
                 gives.update(name for name, *_ in parts)
             sizes.update(_sizes(node.value))
         elif isinstance(node, ast.ImportFrom) and node.level > 0:
@@ -260,6 +294,7 @@ def outline(path: str, text: str) -> Outline | None:
         tuple(_declares(tree.body, stands, places)),
         tuple(_makes(calls, choices, known, tree)),
         tuple(_operands(calls, known, tree)),
+        tuple(_declared(tree.body, places)),
     )
 
 
@@ -306,6 +341,25 @@ def _shapes(calls: Sequence[ast.Call], places: Mapping[str, tuple[str, ...]]) ->
                 for name, number in collections.Counter(name for form in forms for name in _sizes(form.name)).items():
                     first = next(form for form in forms if name in _sizes(form.name))
                     yield Size(name, number, first.line, first.column + first.name.index(name))
+
+
+_SPEAKS = ("scaled_by", "only_with", "made_if")  # of other fields
+
+
+def _declared(body: Sequence[ast.stmt], places: Mapping[str, tuple[str, ...]]) -> Iterator[Declared]:
+    for node in (node for node in body if isinstance(node, ast.ClassDef) and _is_record(node)):
+        for line in node.body:
+            match line:
+                case ast.AnnAssign(ast.Name(field), ast.Subscript(_, ast.Tuple([kind, ast.Call() as call]))):
+                    said = {keyword.arg: _texts(keyword.value) for keyword in call.keywords}
+                    of = _place(call.func, places)  # what makes an operand may ask for it too
+                    own = [told for argument in call.args for told in _texts(argument)]
+                    asks = own if of == SCALE_OPERAND else said.get("asks", [])
+                    speaks = tuple(told for name in _SPEAKS for told in said.get(name, [])[:1])
+                    is_tensor = of in ((OPERANDS, "Tensor"), SCALE_OPERAND)
+                    may_be_none = is_tensor and ("None" in ast.unparse(kind) or bool(said.keys() & {"optional", "only_with"}))
+                    at = line.lineno, line.col_offset + 1
+                    yield Declared(node.name, field, is_tensor, may_be_none, tuple(told.name for told in asks), speaks, *at)
 
 
 _OF_OPS = ("caller", "finder", "in_graphs")  # what an op makes, and is called as its named tuple is

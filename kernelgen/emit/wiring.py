@@ -13,7 +13,7 @@ from typing import Iterator, Mapping, Sequence
 from kernelgen.core import names
 from kernelgen.core.diagnostics import Diagnostic, Failure, did_you_mean
 from kernelgen.core.locate import room_label
-from kernelgen.core.model import SCALES, SCHEDULE, VOCABULARY, Axis, Family, Kernel, Location, Package, Record
+from kernelgen.core.model import SCALES, SCHEDULE, VOCABULARY, Axis, Family, Kernel, Location, Package, Record, Variant
 from kernelgen.core.names import Identifier
 from kernelgen.emit.outline import VARIANTS, Made, Mentioned, Outline, Question, module_of, outline
 from kernelgen.emit.outputs import Outputs
@@ -39,6 +39,8 @@ def faults(package: Package, families: Sequence[Family], outputs: Outputs) -> It
     missing = list(_import_faults(outputs)) or [*_ask_faults(outputs), *_circle_faults(outputs)]
     missing += _idle_faults(families, outputs)
     missing += [*_record_faults(outputs), *_read_faults(outputs), *_operand_faults(package, outputs), *_size_faults(outputs)]
+    missing += list(_spoken_faults(outputs))
+    missing += [] if missing else [fault for family in families for fault in _asking_faults(family, outputs)]
     missing += [fault for family in families for fault in _launcher_faults(family, outputs)]
     yield from missing
     yield from _group_faults(package, outputs)
@@ -478,6 +480,12 @@ def _read_faults(outputs: Outputs) -> Iterator[Diagnostic]:
                 where = outputs.place_in(place, operand.line, operand.word)
                 message = f"a launcher reads {operand.field!r} of {record[-1]}, which has no such field"
                 yield Diagnostic("KG023", where, message, did_you_mean(operand.field, fields, ""))
+            name, _, path = operand.word.partition("=")
+            known = () if record is None or "." not in path else outputs.modules[record[:-1]].declared
+            if record and any(each.is_tensor and (each.record, each.field) == (record[-1], operand.field) for each in known):
+                where = outputs.place_in(place, operand.line, operand.word)
+                message = f"a launcher reads {path!r} of {record[-1]}, whose {operand.field!r} is a tensor"
+                yield Diagnostic("KG023", where, message, f"say {name}={operand.field}")
 
 
 def _operand_faults(package: Package, outputs: Outputs) -> Iterator[Diagnostic]:
@@ -489,6 +497,44 @@ def _operand_faults(package: Package, outputs: Outputs) -> Iterator[Diagnostic]:
                 where = outputs.place_in(place, asked.line, asked.name, asked.column)
                 hint = did_you_mean(asked.name, sorted(known), "")
                 yield Diagnostic("KG029", where, f"no axis tells {asked.name!r}, which this operand asks for", hint)
+
+
+def _spoken_faults(outputs: Outputs) -> Iterator[Diagnostic]:
+    """Operands that speak of others that there are not."""
+    for place, made in outputs.modules.items():
+        for operand in made.declared:
+            fields = [*made.records[operand.record]]
+            for told in operand.speaks:
+                if told.name.partition(".")[0] not in fields:
+                    where = outputs.place_in(place, told.line, told.name, told.column)
+                    message = f"{operand.field} speaks of {told.name!r}, and {operand.record} has no such field"
+                    yield Diagnostic("KG023", where, message, did_you_mean(told.name, fields, ""))
+
+
+def _asking_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
+    """Operands that a kernel has, another of its schedule has not, and no fact asks for: nothing would see that they lack."""
+    places = {(family.name, source.stem) for source in outputs.rooms.modules(family.name)} & outputs.modules.keys()
+    words = {(_record_of(each.op, outputs), each.word, each.field) for at in places for each in outputs.modules[at].operands}
+    for record, word, field in sorted((each for each in words if each[0] is not None), key=str):
+        name, _, path = word.partition("=")
+        of = outputs.modules[record[:-1]].declared if record and path in ("", field) else ()
+        operand = next((each for each in of if record and (each.record, each.field) == (record[-1], field)), None)
+        if record is None or operand is None or not operand.may_be_none:
+            continue
+        for kernel in family.kernels:
+            modules = {v: outputs.modules.get((family.name, v.module)) for v in family.variants if v.kernel == kernel.name}
+            having = [v for v, made in modules.items() if made and any(name == each.name for each in made.parameters)]
+            lacking = [v for v in having if not any(_is_with(v, fact) for fact in operand.asks)]
+            if lacking and len(having) < len(modules):
+                where = outputs.place_in(record[:-1], operand.line, field, operand.column)
+                message = f"{lacking[0].name} has {field}, which other variants have not, and no fact of it asks for {field}"
+                yield Diagnostic("KG029", where, message, "say in asks the fact that the template decides it by")
+                break
+
+
+def _is_with(variant: Variant, fact: str) -> bool:
+    known = fact in variant.tags.names or fact in variant.facts.names
+    return known and getattr(variant, fact) not in (None, False, "none")
 
 
 def _size_faults(outputs: Outputs) -> Iterator[Diagnostic]:
