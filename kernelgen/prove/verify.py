@@ -136,6 +136,10 @@ def run(
     require_device(device)
     tasks = list(_tasks(suites(out), only, exact))
     if not tasks:
+        named = {family for family, suite in suites(out).items() if any(is_named(variant, only) for variant in suite.variants)}
+        if named:
+            message = "no case of these variants is one of exact algebra"
+            raise failure("KG040", ", ".join(sorted(named)), message, "say in EXACT of cases.py which are, as other rooms do")
         raise nothing_named(out, only)
     specs = specs or find_specs()
     for family, subject in tasks:
