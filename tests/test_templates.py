@@ -481,6 +481,7 @@ LACKS = "moe_act_bf16_swiglu_clamp_interleaved_bias has bias, which other varian
     [
         ("_problem.py", BIAS, 'operands.FLOATS, asks=("weighted",)', f"{ROOM}/_problem.py", LACKS),
         ("_problem.py", BIAS, "operands.FLOATS, optional=True", f"{ROOM}/_problem.py", LACKS),
+        ("_problem.py", ", written=True", "", f"{ROOM}/_problem.py", "stores to h, which is not declared as written"),
         ("_launch.py", "x_ptr delta_ptr", "x_ptr=x.t delta_ptr", f"{ROOM}/_launch.py", "reads 'x.t' of Given, whose 'x'"),
         ("_launch.py", "N=problem.n,", "", "templates/kernels/moe_act.py.j2", "has a parameter 'N' that no module"),
     ],

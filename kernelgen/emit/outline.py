@@ -6,6 +6,7 @@ import ast
 import collections
 import dataclasses
 import functools
+import itertools
 import re
 import sys
 from typing import Any, Iterator, Mapping, NamedTuple, Sequence
@@ -113,6 +114,7 @@ class Declared(NamedTuple):
 
     Attributes:
         is_tensor: or a sequence of such, and it says all of it itself.
+        is_written: so it says.
         may_be_none: such a tensor, where a variant does not ask for it.
         asks: the facts that ask for it.
         speaks: the other fields of which it speaks.
@@ -121,6 +123,7 @@ class Declared(NamedTuple):
     record: str
     field: str
     is_tensor: bool
+    is_written: bool
     may_be_none: bool
     asks: tuple[str, ...]
     speaks: tuple[Told, ...]
@@ -151,6 +154,7 @@ class Outline:
         fields: of the classes at its top level, by name: what they declare, in this order.
         classes: of these the attributes and texts in them, and in what else of the module they use.
         parameters: of the kernels at its top level that are launched.
+        stores: of these those through which the kernels store, as far as they say so themselves.
         gives: what others may be launched with: keywords of calls, and the words of texts that are nothing but names, or
             name=path.
         questions: which variants it asks for.
@@ -175,6 +179,7 @@ class Outline:
     fields: Mapping[str, tuple[str, ...]]
     classes: Mapping[str, Mentioned]
     parameters: tuple[Parameter, ...]
+    stores: frozenset[str]
     gives: frozenset[str]
     questions: tuple[Question, ...]
     asked: tuple[Told, ...]
@@ -284,6 +289,7 @@ def outline(path: str, text: str) -> Outline | None:
         fields,
         _classes(tree.body),
         tuple(_parameters(tree.body)),
+        frozenset(itertools.chain.from_iterable(map(_stores, tree.body))),
         frozenset(gives),
         tuple(_questions(calls, places, tree)),
         tuple(asked),
@@ -359,7 +365,9 @@ def _declared(body: Sequence[ast.stmt], places: Mapping[str, tuple[str, ...]]) -
                     is_tensor = of in ((OPERANDS, "Tensor"), SCALE_OPERAND)
                     may_be_none = is_tensor and ("None" in ast.unparse(kind) or bool(said.keys() & {"optional", "only_with"}))
                     at = line.lineno, line.col_offset + 1
-                    yield Declared(node.name, field, is_tensor, may_be_none, tuple(told.name for told in asks), speaks, *at)
+                    is_written = any(keyword.arg == "written" for keyword in call.keywords)
+                    facts = tuple(told.name for told in asks)
+                    yield Declared(node.name, field, is_tensor, is_written, may_be_none, facts, speaks, *at)
 
 
 _OF_OPS = ("caller", "finder", "in_graphs")  # what an op makes, and is called as its named tuple is
@@ -591,6 +599,32 @@ def _parameters(body: Sequence[ast.stmt]) -> Iterator[Parameter]:
     for node in body:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and is_kernel(node):
             yield from (Parameter(node.name, each.arg, each.lineno, each.col_offset + 1) for each in node.args.args)
+
+
+def _stores(kernel: ast.stmt) -> set[str]:
+    """The parameters of a kernel from which the addresses that it stores to are made."""
+    if not isinstance(kernel, ast.FunctionDef) or not is_kernel(kernel):
+        return set()
+    bases = {each.arg: {each.arg} for each in kernel.args.args if not is_constant(each)}
+
+    def bases_of(address: ast.expr) -> set[str]:
+        match address:
+            case ast.Name(name):
+                return bases.get(name, set())
+            case ast.BinOp(left, ast.Add() | ast.Sub(), right):
+                return bases_of(left) | bases_of(right)
+            case ast.Subscript(value):
+                return bases_of(value)
+        return set()
+
+    lines = [node for node in ast.walk(kernel) if isinstance(node, (ast.Assign, ast.Call))]
+    for line in sorted(lines, key=lambda line: line.lineno):
+        if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
+            name = line.targets[0].id
+            bases[name] = bases.get(name, set()) | bases_of(line.value)
+    calls = [line for line in lines if isinstance(line, ast.Call) and isinstance(line.func, ast.Attribute) and line.args]
+    stores = [call for call in calls if ast.unparse(call.func) == "tl.store" or ast.unparse(call.func).startswith("tl.atomic_")]
+    return set().union(*(bases_of(call.args[0]) for call in stores)) & {each.arg for each in kernel.args.args}
 
 
 def is_kernel(node: ast.FunctionDef) -> bool:

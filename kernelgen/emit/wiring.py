@@ -512,14 +512,25 @@ def _spoken_faults(outputs: Outputs) -> Iterator[Diagnostic]:
 
 
 def _asking_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
-    """Operands that a kernel has, another of its schedule has not, and no fact asks for: nothing would see that they lack."""
+    """Operands that a kernel has, another of its schedule has not, and no fact asks for: nothing would see that they lack.
+
+    And such as a kernel stores to, and are not declared so.
+    """
     places = {(family.name, source.stem) for source in outputs.rooms.modules(family.name)} & outputs.modules.keys()
     words = {(_record_of(each.op, outputs), each.word, each.field) for at in places for each in outputs.modules[at].operands}
     for record, word, field in sorted((each for each in words if each[0] is not None), key=str):
         name, _, path = word.partition("=")
         of = outputs.modules[record[:-1]].declared if record and path in ("", field) else ()
         operand = next((each for each in of if record and (each.record, each.field) == (record[-1], field)), None)
-        if record is None or operand is None or not operand.may_be_none:
+        if record is None or operand is None:
+            continue
+        made_of = ((v, outputs.modules.get((family.name, v.module))) for v in family.variants)
+        writer = next((v for v, made in made_of if made and name in made.stores), None)
+        if writer is not None and operand.is_tensor and not operand.is_written:
+            where = outputs.place_in(record[:-1], operand.line, field, operand.column)
+            message = f"{writer.name} stores to {field}, which is not declared as written"
+            yield Diagnostic("KG029", where, message, "say written=True, or a graph of torch.compile does not know of it")
+        if not operand.may_be_none:
             continue
         for kernel in family.kernels:
             modules = {v: outputs.modules.get((family.name, v.module)) for v in family.variants if v.kernel == kernel.name}
