@@ -138,6 +138,8 @@ class Calls:
         """
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return None  # as the guards have it; autograd is no part of the key
+        if any(tensor.is_neg() for tensor in tensors):
+            return None  # which is refused; a key does not tell it
         known = self._known.get((hint, *map(_looks, tensors)))
         if known is None:
             return None

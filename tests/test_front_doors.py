@@ -162,6 +162,8 @@ def _parts(of: tuple[operands.Operand, ...]) -> Iterator[operands.Operand]:
 
 
 def _wrong_strides(operand: Tensor, good: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    if good.dtype in (torch.bfloat16, torch.float16, torch.float32):
+        yield "negated lazily", torch._neg_view(good)
     if operand.strides == operands.FREE or good.numel() < 2:
         return
     if good.shape[-1] > 1:

@@ -329,6 +329,8 @@ def _other_tensors(operand: Tensor, good: torch.Tensor) -> Iterator[tuple[str, t
     yield "from an odd address", buffer[1:].view(good.shape)
     if good.dim() == 2 and good.itemsize > 1:
         yield "sparse", good.to_sparse()
+        if good.is_floating_point() and good.itemsize > 1:
+            yield "negated lazily", torch._neg_view(good)
     if len(operand.forms) > 1 and good.dim() > 1:
         yield "flat", good.flatten()
         yield "flat, but for one", good.flatten()[:-1]

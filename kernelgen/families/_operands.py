@@ -759,6 +759,9 @@ class Op(Generic[_Arguments, _Given]):
         for label, _, tensor in tensors:
             if tensor.layout != torch.strided:
                 fail(op, label, describe(tensor), "a strided tensor")
+            if tensor.is_neg():  # torch's lazy minus: numbers whose signs are not those in memory
+                lazy = f"{describe(tensor)}, negated lazily"
+                fail(op, label, lazy, "numbers as they lie in memory", "resolve_neg() makes them so")
         if self.launches:
             _check_places(op, tensors)
         sizes = Sizes(known)
