@@ -3,7 +3,7 @@
 Few tokens take two launches, which stream the weights of their experts pair by pair. More take four: the tables, a product
 with the activation in its epilogue, whose rows stay in the order of the tables, a product that puts them back, and the sum;
 so do few tokens too, where pairs would read much of the weights again. With FP8 activations there is one more, which makes FP8
-of the rows between the two products; few tokens then do without tables, and have a sum. So have those of MXFP4 weights.
+of the rows between the two products; few tokens then do without tables, and have a sum. So has a single one of MXFP4 weights.
 
 With LoRA adapters the layer keeps its products: each takes, behind its own K loop, a few further steps over the ranks of the
 adapters in a tile, so that no row is written twice. Their rank vectors are made by a launch in front of it, which runs beside
