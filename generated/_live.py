@@ -41,6 +41,13 @@ def is_live(
     return live & (expert >= 0) & (expert < NUM_EXPERTS)
 
 
+# Where launchers find what ``is_live`` asks.
+ROUTING = (
+    "route_ids_ptr=route.topk_ids token_lora_mapping_ptr=route.token_lora_mapping "
+    "adapter_enabled_ptr=route.adapter_enabled expert_map_ptr=route.expert_map"
+)
+
+
 class DeltaSizes(NamedTuple):
     """Of a delta beside the rows of a base product, and of its route; all 0 where there is none."""
 

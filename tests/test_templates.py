@@ -470,31 +470,36 @@ def test_a_folder_of_templates_that_is_a_circle_is_told(tmp_path: Path) -> None:
     assert (failed.value.exit_code, fault.code, fault.location.path) == (2, "KG001", str(own / "templates"))
 
 
-ROOM = "families/moe_act"
-BIAS = 'operands.FLOATS, asks=("biased",)'
+BIAS = 'asks=("biased",)'
 LACKS = "moe_act_bf16_swiglu_clamp_interleaved_bias has bias, which other variants have not, and no fact of it asks for bias"
+IN_PLACE = 'bias: Annotated[torch.Tensor | None, operands.Tensor(">=E, S*N", operands.FLOATS)]'
 
 
-@pytest.mark.slow(keep=3)
+@pytest.mark.slow(keep=4)
 @pytest.mark.parametrize(
     ("module", "old", "new", "place", "expected"),
     [
-        ("_problem.py", BIAS, 'operands.FLOATS, asks=("weighted",)', f"{ROOM}/_problem.py", LACKS),
-        ("_problem.py", BIAS, "operands.FLOATS, optional=True", f"{ROOM}/_problem.py", LACKS),
-        ("_problem.py", ", written=True", "", f"{ROOM}/_problem.py", "stores to h, which is not declared as written"),
-        ("_launch.py", "x_ptr delta_ptr", "x_ptr=x.t delta_ptr", f"{ROOM}/_launch.py", "reads 'x.t' of Given, whose 'x'"),
-        ("_launch.py", "N=problem.n,", "", "templates/kernels/moe_act.py.j2", "has a parameter 'N' that no module"),
+        ("moe_act/_problem.py", "bias: Bias", IN_PLACE, "families/moe_act/_problem.py", LACKS),
+        ("_activation.py", BIAS, 'asks=("weighted",)', "families/moe_act/_problem.py", LACKS),
+        ("moe_act/_problem.py", ", written=True", "", "moe_act/_problem.py", "stores to h, which is not declared as written"),
+        ("moe_act/_problem.py", '"epilogue")', '"epilog")', "moe_act/_problem.py", "no axis tells 'epilog'"),
+        ("_activation.py", BIAS, BIAS + ', only_with="biased"', "moe_act/_problem.py", "bias speaks of 'biased', and Given"),
+        ("moe_act/_launch.py", "x_ptr delta_ptr", "x_ptr=x.t delta_ptr", "moe_act/_launch.py", "reads 'x.t' of Given, whose 'x'"),
+        ("_live.py", "=route.topk_ids", "=rout.topk_ids", "families/_live.py", "reads 'rout' of Given, which has no such field"),
+        ("_live.py", " expert_map_ptr=route.expert_map", "", "templates/macros/live.j2", "a parameter 'expert_map_ptr' that no"),
+        ("moe_act/_launch.py", "N=problem.n,", "", "templates/kernels/moe_act.py.j2", "has a parameter 'N' that no module"),
     ],
 )  # fmt: skip
 def test_a_slip_in_a_room(module: str, old: str, new: str, place: str, expected: str, tmp_path: Path) -> None:
-    """What a declaration, a launcher and the kernels say of one operand is held against each other."""
-    (tmp_path / ROOM).mkdir(parents=True)
-    (tmp_path / "specs").mkdir()
+    """What a declaration, a launcher and the kernels say of one operand is held against each other, wherever they say it."""
     for family in ("moe_act", "moe_align", "moe_route"):
+        (tmp_path / "specs").mkdir(exist_ok=True)
         shutil.copy(SPECS / f"{family}.yaml", tmp_path / "specs")
-    text = (FAMILIES / "moe_act" / module).read_text()
+    text = (FAMILIES / module).read_text()
     assert old in text
-    (tmp_path / ROOM / module).write_text(text.replace(old, new, 1))
+    (tmp_path / "families" / module).parent.mkdir(parents=True)
+    (tmp_path / "families" / module).write_text(text.replace(old, new, 1))
     with pytest.raises(Failure) as failed:
         build.build(tmp_path / "specs", tmp_path)
-    assert any(fault.location.path.endswith(place) and expected in fault.message for fault in failed.value.diagnostics)
+    told = [(fault.location.path, fault.message) for fault in failed.value.diagnostics]
+    assert any(path.endswith(place) and expected in message for path, message in told), told

@@ -11,11 +11,12 @@ import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
-from .._activation import Alpha, Beta, Layout, Limit
+from .._activation import Alpha, Beta, Bias, Layout, Limit
 from .._activation import choice as activation_choice
 from .._live import DeltaSizes, check_delta
 from .._live import delta as delta_operand
-from ..moe_align._op import NumExperts, NumTokensHint, TopkIds, ValidTokens
+from .._routing import TopkIds
+from ..moe_align._op import NumExperts, NumTokensHint, ValidTokens
 from ..moe_route._op import Route
 from ._table import VARIANTS
 from ._tuned import TUNED
@@ -46,7 +47,7 @@ class Given(NamedTuple):
     num_tokens_hint: NumTokensHint
     delta: Annotated[torch.Tensor | None, delta_operand("T, top_k, S*N")]
     route: Route | None
-    bias: Annotated[torch.Tensor | None, operands.Tensor(">=E, S*N", operands.FLOATS, asks=("biased",))]
+    bias: Bias
     limit: Limit
     alpha: Alpha
     beta: Beta

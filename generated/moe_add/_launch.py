@@ -8,13 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from .. import _runtime as runtime
+from .._live import ROUTING
 from ._problem import OP, Config, Problem, check, choose
 from ._table import VARIANTS
-
-_ROUTING = (
-    "route_ids_ptr=route.topk_ids token_lora_mapping_ptr=route.token_lora_mapping "
-    "adapter_enabled_ptr=route.adapter_enabled expert_map_ptr=route.expert_map"
-)
 
 
 class MoeAdd:
@@ -23,7 +19,7 @@ class MoeAdd:
     def __init__(self, kernel: Any) -> None:
         self.name = runtime.variant_of(kernel)
         self.facts = VARIANTS.of(self.name)
-        self._kernel = runtime.Launcher(kernel, OP, f"out_ptr delta_ptr {_ROUTING}")
+        self._kernel = runtime.Launcher(kernel, OP, f"out_ptr delta_ptr {ROUTING}")
 
     def launch(self, config: Config | None, **arguments: Any) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.

@@ -14,8 +14,9 @@ import torch
 from .. import _mxfp4 as mxfp4
 from .. import _operands as operands
 from .. import _runtime as runtime
-from .._activation import Alpha, Beta, Layout, Limit
+from .._activation import Alpha, Beta, Bias, Layout, Limit
 from .._activation import choice as activation_choice
+from .._routing import TopkWeights
 from .._scales import (
     SCALES,
     check_fp8,
@@ -148,9 +149,7 @@ class Given(NamedTuple):
     x: Annotated[torch.Tensor, operands.Tensor("R, K", "D", scaled_by="x_scale", asks=("torch_dtype",))]
     w: Annotated[torch.Tensor, operands.Tensor(">=E, S*N, K", "D", scaled_by="w_scale", packed=True)]
     tables: Tables
-    topk_weights: Annotated[
-        torch.Tensor | None, operands.Tensor("T, top_k", operands.FLOATS, operands.CONTIGUOUS, asks=("weighted",))
-    ]
+    topk_weights: TopkWeights
     x_rows: Annotated[str, operands.Choice(("token", "pair", "sorted"), asks=("rows",))]
     out_rows: Annotated[str, operands.Choice(("pair", "sorted", "token"), asks=("rows",))]
     activation: Annotated[str | None, activation_choice("epilogue", none=True)]
@@ -169,7 +168,7 @@ class Given(NamedTuple):
     ]
     runs: Runs | None
     b_scale: Annotated[operands.Tensors | None, scale_operand("b_scales", slices="any")]
-    bias: Annotated[torch.Tensor | None, operands.Tensor(">=E, S*N", operands.FLOATS, asks=("biased",))]
+    bias: Bias
     limit: Limit
     alpha: Alpha
     beta: Beta

@@ -13,6 +13,7 @@ import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
+from .._routing import INT32, AdapterEnabled, ExpertMap, TokenLoraMapping, TopkIds
 from ._table import VARIANTS
 
 __all__ = ["EngineRoute", "MoeRoute", "MoeWorkspace", "PairRoute", "TableRoute", "moe_route", "moe_workspace"]
@@ -23,7 +24,6 @@ CHUNK, WIDTH = 256, 32  # pairs, and groups, of a program where there are more
 _FEW_CHUNKS, _FEW_COUNTERS = 8, 1024  # that a program adds up by itself as fast as a launch of its own does
 
 BLOCK_MS = (16, 32, 64, 128)
-INT32 = (torch.int32, operands.CONTIGUOUS)
 _PARTS = operands.Tensor("*", torch.float32, operands.CONTIGUOUS, written=True)
 
 
@@ -42,10 +42,6 @@ def _check_workspace(op: str, name: str, workspace: MoeWorkspace) -> None:
 
 
 # What routes are made of, and what an op on one takes of it.
-TopkIds = Annotated[torch.Tensor, operands.Tensor("T, top_k", operands.IDS, operands.CONTIGUOUS)]
-TokenLoraMapping = Annotated[torch.Tensor, operands.Tensor("T", *INT32)]  # the adapter of each token, -1: none
-Enabled = Annotated[torch.Tensor | None, operands.Tensor(">=L", *INT32)]  # 0: disabled
-ExpertMap = Annotated[torch.Tensor | None, operands.Tensor(">=1", *INT32)]  # of global experts, -1: not here
 Pairs = Annotated[torch.Tensor, operands.Tensor(">=sorted_pairs", *INT32)]  # live ones by (adapter, expert)
 Blocks = Annotated[torch.Tensor, operands.Tensor(">=max_blocks, 4", *INT32)]  # adapter, expert, first, rows
 NumBlocks = Annotated[torch.Tensor, operands.Tensor("1", *INT32)]
@@ -131,8 +127,8 @@ class MoeRoute:
 class _Pairs(NamedTuple):
     topk_ids: TopkIds
     token_lora_mapping: TokenLoraMapping
-    adapter_enabled: Enabled
-    expert_map: ExpertMap
+    adapter_enabled: AdapterEnabled
+    expert_map: ExpertMap | None
     parts: Parts
     num_tokens: NumTokens
     top_k: TopK
@@ -148,8 +144,8 @@ class PairRoute(_Pairs, MoeRoute):
 class _Tables(NamedTuple):
     topk_ids: TopkIds | None  # None: of a dense layer, every token has its one expert
     token_lora_mapping: TokenLoraMapping
-    adapter_enabled: Enabled
-    expert_map: ExpertMap
+    adapter_enabled: AdapterEnabled
+    expert_map: ExpertMap | None
     pairs: Pairs
     blocks: Blocks
     num_blocks: NumBlocks
@@ -195,8 +191,8 @@ SortedRoute = TableRoute | EngineRoute
 class _Open(NamedTuple):
     topk_ids: TopkIds | None
     token_lora_mapping: TokenLoraMapping
-    adapter_enabled: Enabled
-    expert_map: ExpertMap
+    adapter_enabled: AdapterEnabled
+    expert_map: ExpertMap | None
     pairs: Pairs
     blocks: Blocks
     num_blocks: NumBlocks
@@ -361,8 +357,8 @@ class Given(NamedTuple):
 
     topk_ids: TopkIds | None
     token_lora_mapping: TokenLoraMapping
-    adapter_enabled: Enabled
-    expert_map: ExpertMap
+    adapter_enabled: AdapterEnabled
+    expert_map: ExpertMap | None
     num_experts: Experts
     max_loras: Loras
     assignment: Assignment
@@ -409,8 +405,8 @@ class Sort(NamedTuple):
     scratch: Annotated[torch.Tensor, operands.Tensor("*", *INT32, written=True)]
     topk_ids: TopkIds  # from a front door None, of a dense layer
     token_lora_mapping: TokenLoraMapping
-    adapter_enabled: Enabled
-    expert_map: ExpertMap
+    adapter_enabled: AdapterEnabled
+    expert_map: ExpertMap | None
     num_experts: Experts
     max_loras: Loras
     block_m: BlockM
@@ -429,7 +425,7 @@ class Pack(NamedTuple):
     expert_ids: Annotated[torch.Tensor, operands.Tensor(">=L, B", torch.int32)]
     num_tokens_post_padded: Annotated[torch.Tensor, operands.Tensor(">=L", *INT32)]
     lora_ids: Annotated[torch.Tensor | None, operands.Tensor(">=1", *INT32)]
-    adapter_enabled: Enabled
+    adapter_enabled: AdapterEnabled
     num_pairs: operands.Count
     num_experts: Experts
     max_loras: Loras
@@ -788,7 +784,7 @@ class _OfTables(NamedTuple):
     expert_ids: Annotated[torch.Tensor, operands.Tensor((">=L, *", "*"), torch.int32)]
     num_tokens_post_padded: Annotated[torch.Tensor, operands.Tensor(">=L", *INT32)]
     lora_ids: Annotated[torch.Tensor | None, operands.Tensor(">=1", *INT32)]
-    adapter_enabled: Enabled
+    adapter_enabled: AdapterEnabled
     block_size: BlockM
     num_tokens: operands.Count
     top_k: operands.Size

@@ -14,13 +14,13 @@ import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
+from .._routing import INT32, AdapterEnabled, LoraRanks, TokenLoraMapping, TopkIds
 from ..moe_align._op import (
     BLOCK_MS,
     NO_PAIRS,
     MoeTables,
     NumExperts,
     NumTokensHint,
-    TopkIds,
     ValidTokens,
     check_blocks,
     counts_size,
@@ -32,11 +32,6 @@ from ._table import VARIANTS
 
 __all__ = ["MoeRuns", "moe_runs"]
 
-_INT32 = (torch.int32, operands.CONTIGUOUS)
-# What ops on adapters of tokens take of them.
-TokenLoraMapping = Annotated[torch.Tensor, operands.Tensor("T", *_INT32)]
-AdapterEnabled = Annotated[torch.Tensor | None, operands.Tensor(">=L", *_INT32)]
-LoraRanks = Annotated[torch.Tensor | None, operands.Tensor(">=L", *_INT32)]
 _MaxLoras = Annotated[int, operands.Int(1, 4095, size="L")]  # a program counts them
 
 
@@ -52,9 +47,9 @@ class MoeRuns(NamedTuple):
     token_lora_mapping: TokenLoraMapping
     adapter_enabled: AdapterEnabled
     # the run of each row in its block, -1: no adapter; None: no tables
-    run_of_row: Annotated[torch.Tensor | None, operands.Tensor("T*top_k", *_INT32)]
+    run_of_row: Annotated[torch.Tensor | None, operands.Tensor("T*top_k", *INT32)]
     # of a block from the place of its rows on: adapter (and ranks), first row
-    runs: Annotated[torch.Tensor | None, operands.Tensor("T*top_k, 2", *_INT32)]
+    runs: Annotated[torch.Tensor | None, operands.Tensor("T*top_k, 2", *INT32)]
     max_loras: _MaxLoras
     lora_ranks: LoraRanks = None  # how many ranks of each adapter count; None: all
 
@@ -133,7 +128,7 @@ class Given(NamedTuple):
     token_lora_mapping: TokenLoraMapping
     adapter_enabled: AdapterEnabled
     lora_ranks: LoraRanks
-    workspace: Annotated[torch.Tensor | None, operands.Tensor("*", *_INT32, written=True)]
+    workspace: Annotated[torch.Tensor | None, operands.Tensor("*", *INT32, written=True)]
     num_experts: NumExperts
     local_expert_start: operands.Count
     num_tokens_hint: NumTokensHint
@@ -203,12 +198,12 @@ def settled_block_m(tables: MoeTables) -> int:
 class Fill(NamedTuple):
     """What the launchers of single variants are given; moe_runs makes the buffers."""
 
-    pairs: Annotated[torch.Tensor, operands.Tensor(">=T*top_k", *_INT32, written=True)]
-    blocks: Annotated[torch.Tensor, operands.Tensor(("*, 3", "*"), *_INT32, written=True)]
-    num_blocks: Annotated[torch.Tensor, operands.Tensor("1", *_INT32, written=True)]
-    run_of_row: Annotated[torch.Tensor, operands.Tensor(">=T*top_k", *_INT32, written=True)]
-    runs: Annotated[torch.Tensor, operands.Tensor(">=T*top_k, 2", *_INT32, written=True)]
-    scratch: Annotated[torch.Tensor, operands.Tensor("*", *_INT32, written=True)]
+    pairs: Annotated[torch.Tensor, operands.Tensor(">=T*top_k", *INT32, written=True)]
+    blocks: Annotated[torch.Tensor, operands.Tensor(("*, 3", "*"), *INT32, written=True)]
+    num_blocks: Annotated[torch.Tensor, operands.Tensor("1", *INT32, written=True)]
+    run_of_row: Annotated[torch.Tensor, operands.Tensor(">=T*top_k", *INT32, written=True)]
+    runs: Annotated[torch.Tensor, operands.Tensor(">=T*top_k, 2", *INT32, written=True)]
+    scratch: Annotated[torch.Tensor, operands.Tensor("*", *INT32, written=True)]
     topk_ids: TopkIds
     valid_tokens: ValidTokens
     token_lora_mapping: TokenLoraMapping

@@ -13,7 +13,8 @@ from .. import _operands as operands
 from .. import _runtime as runtime
 from .._live import DeltaSizes, check_delta
 from .._live import delta as delta_operand
-from ..moe_align._op import NumExperts, NumTokensHint, TopkIds, ValidTokens
+from .._routing import TopkIds, TopkWeights
+from ..moe_align._op import NumExperts, NumTokensHint, ValidTokens
 from ..moe_route._op import Route
 from ._table import VARIANTS
 from ._tuned import TUNED
@@ -37,9 +38,7 @@ class Given(NamedTuple):
     ]
     y: Annotated[torch.Tensor, operands.Tensor("T, top_k, N", "D", operands.PAIRS, also=(torch.float32,), asks=("torch_dtype",))]
     topk_ids: TopkIds
-    topk_weights: Annotated[
-        torch.Tensor | None, operands.Tensor("T, top_k", operands.FLOATS, operands.CONTIGUOUS, asks=("weighted",))
-    ]
+    topk_weights: TopkWeights
     valid_tokens: ValidTokens
     num_experts: NumExperts
     local_expert_start: operands.Count

@@ -15,9 +15,7 @@ from kernelgen.core.names import OPERANDS, PACKAGE, TABLE
 
 MAX_WORD = 400  # characters: longer than the names of modules
 VARIANTS = "VARIANTS"  # of the table of a family: which variants there are
-
-
-SCALE_OPERAND = ("_scales", "scale_operand")  # declares an operand that may be left out, and what asks for it by place
+TENSOR = (OPERANDS, "Tensor")  # declares a tensor, or a sequence of such
 
 
 class Wanted(NamedTuple):
@@ -100,33 +98,56 @@ class Size(NamedTuple):
     column: int
 
 
-class Operand(NamedTuple):
-    """An operand that a launcher finds in a field of what calls of ``op`` are given, and the line of the text that says so."""
+class Word(NamedTuple):
+    """Of a text that says where operands are found: a word, and its line; or the place of a name, for all words of its text."""
 
-    op: tuple[str, ...]
-    word: str
-    field: str
+    text: str
+    of: tuple[str, ...]
     line: int
 
+    @property
+    def field(self) -> str:
+        """Where a launcher finds the operand: ``x_ptr`` is the field x, ``x_ptr=bundle.part`` that of the bundle."""
+        name, _, path = self.text.partition("=")
+        return (path or name.removesuffix("_ptrs").removesuffix("_ptr")).partition(".")[0]
 
-class Declared(NamedTuple):
-    """A field that declares an operand.
+
+class Operand(NamedTuple):
+    """An operand that a launcher finds, by this word, in what calls of ``op`` are given."""
+
+    op: tuple[str, ...]
+    word: Word
+
+
+class Declaration(NamedTuple):
+    """What is said of an operand: by what makes it, by an annotation, or by a name for one of these.
 
     Attributes:
-        is_tensor: or a sequence of such, and it says all of it itself.
-        is_written: so it says.
-        may_be_none: such a tensor, where a variant does not ask for it.
+        of: who says the rest: a class of operands, a name, or a function that makes one; as far as the package has it.
+        is_written, may_be_none: so it says.
         asks: the facts that ask for it.
         speaks: the other fields of which it speaks.
+        given: the texts that a function is given by place.
+        hands_on: of a function: these are facts that ask for what it makes.
     """
 
-    record: str
-    field: str
-    is_tensor: bool
+    of: tuple[str, ...]
     is_written: bool
     may_be_none: bool
     asks: tuple[str, ...]
     speaks: tuple[Told, ...]
+    given: tuple[Told, ...]
+    hands_on: bool
+    line: int
+    column: int
+
+
+class Declared(NamedTuple):
+    """A field that declares an operand."""
+
+    record: str
+    field: str
+    says: Declaration
     line: int
     column: int
 
@@ -167,7 +188,10 @@ class Outline:
         declares: names at its top level of what declares operands: ops, what they make, bundles.
         makes: calls of what is imported from the package, or is a class here, or such a name.
         operands: of launchers, as far as they are written out.
+        texts: names at its top level that stand for such texts.
         declared: what the fields of its named tuples declare.
+        says: what names and functions at its top level declare, or make.
+        places: of what it imports from the package, by the names that this has here.
     """
 
     imports: tuple[Wanted, ...]
@@ -190,7 +214,10 @@ class Outline:
     declares: tuple[str, ...]
     makes: tuple[Made, ...]
     operands: tuple[Operand, ...]
+    texts: Mapping[str, tuple[Word, ...]]
     declared: tuple[Declared, ...]
+    says: Mapping[str, Declaration]
+    places: Mapping[str, tuple[str, ...]]
 
 
 def module_of(path: str) -> tuple[str, ...]:
@@ -244,10 +271,7 @@ def outline(path: str, text: str) -> Outline | None:
                 asked += _texts(node.value)
         elif isinstance(node, ast.Call):
             calls.append(node)
-            called = _place(node.func, places)
-            if called == SCALE_OPERAND:
-                asked += [told for argument in node.args for told in _texts(argument)]
-            elif called == (OPERANDS, "Tensor") and node.args:
+            if _place(node.func, places) == TENSOR and node.args:
                 shapes.update(map(id, ast.walk(node.args[0])))
         elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
             shapes.add(id(node.slice))
@@ -279,6 +303,7 @@ def outline(path: str, text: str) -> Outline | None:
     known = {**own, **{name: (*module_of(path), name) for name in stands}, **places}
     known = {name: place for name, place in known.items() if name not in bound - stands.keys()}
     listed = exports(tree)
+    at_top = {**{name: (*module_of(path), name) for name in defined}, **places}
     return Outline(
         tuple(imports),
         tuple(asks),
@@ -299,8 +324,11 @@ def outline(path: str, text: str) -> Outline | None:
         stands,
         tuple(_declares(tree.body, stands, places)),
         tuple(_makes(calls, choices, known, tree)),
-        tuple(_operands(calls, known, tree)),
-        tuple(_declared(tree.body, places)),
+        tuple(_operands(calls, known, tree, places)),
+        dict(_said_texts(tree, places)),
+        tuple(_declared(tree.body, at_top)),
+        dict(_says(tree.body, at_top)),
+        places,
     )
 
 
@@ -340,7 +368,7 @@ def _sizes(text: str) -> set[str]:
 
 def _shapes(calls: Sequence[ast.Call], places: Mapping[str, tuple[str, ...]]) -> Iterator[Size]:
     for call in calls:
-        if _place(call.func, places) == (OPERANDS, "Tensor") and call.args:
+        if _place(call.func, places) == TENSOR and call.args:
             layouts = [each.value for each in call.keywords if each.arg == "slices"]
             if not any(isinstance(each, ast.Constant) and each.value == "any" for each in layouts):
                 forms = _texts(call.args[0])
@@ -356,18 +384,44 @@ def _declared(body: Sequence[ast.stmt], places: Mapping[str, tuple[str, ...]]) -
     for node in (node for node in body if isinstance(node, ast.ClassDef) and _is_record(node)):
         for line in node.body:
             match line:
-                case ast.AnnAssign(ast.Name(field), ast.Subscript(_, ast.Tuple([kind, ast.Call() as call]))):
-                    said = {keyword.arg: _texts(keyword.value) for keyword in call.keywords}
-                    of = _place(call.func, places)  # what makes an operand may ask for it too
-                    own = [told for argument in call.args for told in _texts(argument)]
-                    asks = own if of == SCALE_OPERAND else said.get("asks", [])
-                    speaks = tuple(told for name in _SPEAKS for told in said.get(name, [])[:1])
-                    is_tensor = of in ((OPERANDS, "Tensor"), SCALE_OPERAND)
-                    may_be_none = is_tensor and ("None" in ast.unparse(kind) or bool(said.keys() & {"optional", "only_with"}))
-                    at = line.lineno, line.col_offset + 1
-                    is_written = any(keyword.arg == "written" for keyword in call.keywords)
-                    facts = tuple(told.name for told in asks)
-                    yield Declared(node.name, field, is_tensor, is_written, may_be_none, facts, speaks, *at)
+                case ast.AnnAssign(ast.Name(field), annotation) if says := _declaration(annotation, places):
+                    yield Declared(node.name, field, says, line.lineno, line.col_offset + 1)
+
+
+def _says(body: Sequence[ast.stmt], places: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[str, Declaration]]:
+    for node in body:
+        for name, value in _assigned(node):
+            if says := _declaration(value, places):
+                yield name, says
+        if isinstance(node, ast.FunctionDef):
+            made = [inner.value for inner in nodes(node) if isinstance(inner, ast.Return) and inner.value is not None]
+            found = [_declaration(value, places, node.args.vararg) for value in made if isinstance(value, ast.Call)]
+            same = {says and (says.of, says.asks, says.hands_on, says.is_written, says.may_be_none) for says in found}
+            if found and found[0] and len(found) == len(made) and len(same) == 1:
+                yield node.name, found[0]
+
+
+def _declaration(
+    node: ast.expr, places: Mapping[str, tuple[str, ...]], handed: ast.arg | None = None
+) -> Declaration | None:
+    """``handed``: what the function around it is given by place."""
+    at = node.lineno, node.col_offset + 1
+    match node:
+        case ast.Subscript(_, ast.Tuple([kind, made])) if says := _declaration(made, places):  # Annotated
+            return says._replace(may_be_none=says.may_be_none or "None" in ast.unparse(kind))
+        case ast.BinOp(one, ast.BitOr(), ast.Constant(None)) if says := _declaration(one, places):
+            return says._replace(may_be_none=True)
+        case ast.Call(func, args, keywords) if of := _place(func, places):
+            said = {keyword.arg: keyword.value for keyword in keywords}
+            asks = tuple(told.name for told in _texts(said["asks"])) if "asks" in said else ()
+            speaks = tuple(told for name in _SPEAKS if name in said for told in _texts(said[name])[:1])
+            given = tuple(told for argument in args for told in _texts(argument))
+            is_handed_on = handed is not None and "asks" in said and ast.unparse(said["asks"]) == handed.arg
+            may_be_none = bool(said.keys() & {"optional", "only_with"})
+            return Declaration(of, "written" in said, may_be_none, asks, speaks, given, is_handed_on, *at)
+        case ast.Name() | ast.Attribute() if of := _place(node, places):
+            return Declaration(of, False, False, (), (), (), False, *at)
+    return None
 
 
 _OF_OPS = ("caller", "finder", "in_graphs")  # what an op makes, and is called as its named tuple is
@@ -495,36 +549,43 @@ def _makes(
             yield Made(of, given, names, is_whole, rest, call.lineno, call.col_offset + 1)
 
 
-def _operands(calls: Sequence[ast.Call], places: Mapping[str, tuple[str, ...]], tree: ast.Module) -> Iterator[Operand]:
+def _operands(
+    calls: Sequence[ast.Call], known: Mapping[str, tuple[str, ...]], tree: ast.Module, places: Mapping[str, tuple[str, ...]]
+) -> Iterator[Operand]:
     scopes: _Scopes | None = None
     for call in calls:
         match call:
-            case ast.Call(ast.Attribute(_, "Launcher"), [_, op, value]) if of := _place(op, places):
+            case ast.Call(ast.Attribute(_, "Launcher"), [_, op, value]) if of := _place(op, known):
                 scopes = scopes or _Scopes(tree)
-                for text in _written(value, scopes, tree):
-                    for word in str(text.value).split():
-                        name, _, path = word.partition("=")
-                        field = (path or name.removesuffix("_ptrs").removesuffix("_ptr")).partition(".")[0]
-                        yield Operand(of, word, field, text.lineno)
+                yield from (Operand(of, word) for word in _written(value, scopes, tree, places))
 
 
-def _written(value: ast.expr, scopes: _Scopes, tree: ast.Module) -> Iterator[ast.Constant]:
-    """The texts that a text is made of, in names and in attributes of classes too."""
+def _said_texts(tree: ast.Module, places: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[str, tuple[Word, ...]]]:
+    texts = [each for node in tree.body for each in _assigned(node) if isinstance(each[1], (ast.Constant, ast.JoinedStr))]
+    scopes = _Scopes(tree) if any(isinstance(value, ast.JoinedStr) for _, value in texts) else None
+    yield from ((name, tuple(_written(value, scopes, tree, places))) for name, value in texts)
+
+
+def _written(
+    value: ast.expr, scopes: _Scopes | None, tree: ast.Module, places: Mapping[str, tuple[str, ...]]
+) -> Iterator[Word]:
+    """The words of a text, of names and of attributes of classes in it too; names from elsewhere are for their words."""
     todo = [value]
     for each in todo:
         match each:
-            case ast.Constant(str()):
-                yield each
+            case ast.Constant(str(text)):
+                yield from (Word(word, (), each.lineno) for word in text.split())
             case ast.JoinedStr(parts):
                 todo += parts
             case ast.FormattedValue(inner):
                 todo.append(inner)
-            case ast.Name():
-                found = scopes.value_of(each)
-                todo += [found] if found is not None and found not in todo else []
+            case ast.Name() if (found := scopes.value_of(each) if scopes else None) is not None:
+                todo += [found] if found not in todo else []
             case ast.Attribute(ast.Name("self"), name):
                 lines = (line for node in tree.body if isinstance(node, ast.ClassDef) for line in node.body)
                 todo += [said for line in lines for known, said in _assigned(line) if known == name and said not in todo]
+            case ast.Name() | ast.Attribute() if of := _place(each, places):
+                yield Word("", of, each.lineno)
 
 
 def _place(called: ast.expr, places: Mapping[str, tuple[str, ...]]) -> tuple[str, ...] | None:

@@ -8,20 +8,33 @@ import functools
 import itertools
 import re
 import sys
-from typing import Iterator, Mapping, Sequence
+from typing import Callable, Iterator, Mapping, Sequence, TypeVar
 
 from kernelgen.core import names
 from kernelgen.core.diagnostics import Diagnostic, Failure, did_you_mean
 from kernelgen.core.locate import room_label
 from kernelgen.core.model import SCALES, SCHEDULE, VOCABULARY, Axis, Family, Kernel, Location, Package, Record, Variant
 from kernelgen.core.names import Identifier
-from kernelgen.emit.outline import VARIANTS, Made, Mentioned, Outline, Question, module_of, outline
+from kernelgen.emit.outline import (
+    TENSOR,
+    VARIANTS,
+    Declaration,
+    Declared,
+    Made,
+    Mentioned,
+    Outline,
+    Question,
+    Word,
+    module_of,
+    outline,
+)
 from kernelgen.emit.outputs import Outputs
 from kernelgen.emit.render import Renderer
 from kernelgen.emit.rooms import Rooms
 from kernelgen.emit.template import Unserved
 from kernelgen.spec.expand import variant_of
 
+_Known = TypeVar("_Known")
 _DOCUMENTS = re.compile(r'"""[\s\S]*?"""|#.*')
 _WORDS = re.compile(r'"""[\s\S]*?"""|"[^"\n]*"|#.*')  # in quotes too
 _BIND = "bind"  # what a front door calls of a variant that it chose,
@@ -282,15 +295,22 @@ def _words(made: Outline) -> Iterator[str]:
     yield from (wanted.name for wanted in made.imports)
 
 
+def _places(family: Family, outputs: Outputs) -> list[tuple[str, ...]]:
+    """Of the modules of the room of ``family``."""
+    stems = (source.stem for source in outputs.rooms.modules(family.name))
+    return [(family.name, stem) for stem in stems if (family.name, stem) in outputs.modules]
+
+
 def _room(family: Family, outputs: Outputs) -> list[Outline]:
-    stems = [source.stem for source in outputs.rooms.modules(family.name)]
-    return [made for stem in stems if (made := outputs.modules.get((family.name, stem))) is not None]
+    return [outputs.modules[place] for place in _places(family, outputs)]
 
 
 def _launcher_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
     """Modules of variants without the functions that others call."""
     called = _BIND in _host_words(family, outputs)
     given = {word for made in _room(family, outputs) for word in made.gives}
+    words = (told for place in _places(family, outputs) for told in _words_of_launchers(place, outputs))
+    given |= {word.text.partition("=")[0] for _, _, word in words}
     for variant in family.variants:
         path = names.family_path(family.name, variant.module)
         made = outputs.modules.get(module_of(path))
@@ -470,45 +490,108 @@ def _places_fault(call: Made, fields: Sequence[str], *, is_strict: bool) -> str:
     return ""
 
 
+def _words_of_launchers(
+    place: tuple[str, ...], outputs: Outputs
+) -> Iterator[tuple[tuple[str, ...] | None, tuple[str, ...], Word]]:
+    """What launchers of a module are told of operands: the named tuple of a call, the module that says it, and the word."""
+    for operand in outputs.modules[place].operands:
+        record, known = _record_of(operand.op, outputs), {operand.word.of}
+        todo = [(place, operand.word)]
+        for at, word in todo:
+            if not word.of:
+                yield record, at, word
+                continue
+            at, words = _defined_at(word.of, outputs, lambda made: made.texts)
+            todo += [(at[:-1], each) for each in words or () if each.of not in known or not each.of]
+            known |= {each.of for each in words or ()}
+
+
+def _defined_at(
+    place: tuple[str, ...], outputs: Outputs, of: Callable[[Outline], Mapping[str, _Known]]
+) -> tuple[tuple[str, ...], _Known | None]:
+    """Where what is imported at ``place`` is defined, and what is known of it there; None: nothing."""
+    for _ in range(8):
+        made = outputs.modules.get(place[:-1])
+        if made is None or place[-1] in of(made) or place[-1] not in made.places:
+            return place, None if made is None else of(made).get(place[-1])
+        place = made.places[place[-1]]
+    return place, None
+
+
+def _settled(says: Declaration, outputs: Outputs) -> Declaration:
+    """What a declaration says, with all that the names in it stand for; what these say is as if it stood where the name does."""
+    for _ in range(8):
+        _, inner = _defined_at(says.of, outputs, lambda made: made.says)
+        if inner is None:
+            return says
+        asks = tuple(told.name for told in says.given) if inner.hands_on else inner.asks
+        said = (told._replace(line=says.line, column=says.column) for told in inner.speaks)
+        says = inner._replace(
+            may_be_none=says.may_be_none or inner.may_be_none,
+            asks=says.asks or asks,
+            speaks=(*says.speaks, *said),
+            hands_on=False,
+            line=says.line,
+            column=says.column,
+        )
+    return says
+
+
+def _declared_in(record: tuple[str, ...], outputs: Outputs) -> dict[str, tuple[Declared, Declaration]]:
+    """The fields of a named tuple that declare operands, and all that they say."""
+    of = (each for each in outputs.modules[record[:-1]].declared if each.record == record[-1])
+    return {each.field: (each, _settled(each.says, outputs)) for each in of}
+
+
 def _read_faults(outputs: Outputs) -> Iterator[Diagnostic]:
     """Launchers that look for operands in fields that there are not in what calls are given."""
-    for place, made in outputs.modules.items():
-        for operand in made.operands:
-            record = _record_of(operand.op, outputs)
-            fields = [] if record is None else [*outputs.modules[record[:-1]].records[record[-1]]]
-            if record is not None and operand.field not in fields:
-                where = outputs.place_in(place, operand.line, operand.word)
-                message = f"a launcher reads {operand.field!r} of {record[-1]}, which has no such field"
-                yield Diagnostic("KG023", where, message, did_you_mean(operand.field, fields, ""))
-            name, _, path = operand.word.partition("=")
-            known = () if record is None or "." not in path else outputs.modules[record[:-1]].declared
-            if record and any(each.is_tensor and (each.record, each.field) == (record[-1], operand.field) for each in known):
-                where = outputs.place_in(place, operand.line, operand.word)
-                message = f"a launcher reads {path!r} of {record[-1]}, whose {operand.field!r} is a tensor"
-                yield Diagnostic("KG023", where, message, f"say {name}={operand.field}")
+    for place in outputs.modules:
+        for record, at, word in _words_of_launchers(place, outputs):
+            if record is None:
+                continue
+            fields = [*outputs.modules[record[:-1]].records[record[-1]]]
+            name, _, path = word.text.partition("=")
+            where = outputs.place_in(at, word.line, word.text)
+            if word.field not in fields:
+                message = f"a launcher reads {word.field!r} of {record[-1]}, which has no such field"
+                yield Diagnostic("KG023", where, message, did_you_mean(word.field, fields, ""))
+            elif "." in path and _tensor_of(record, word.field, outputs) is not None:
+                message = f"a launcher reads {path!r} of {record[-1]}, whose {word.field!r} is a tensor"
+                yield Diagnostic("KG023", where, message, f"say {name}={word.field}")
+
+
+def _tensor_of(record: tuple[str, ...], field: str, outputs: Outputs) -> tuple[Declared, Declaration] | None:
+    """A field that declares a tensor, or a sequence of such, and all that it says."""
+    found = _declared_in(record, outputs).get(field)
+    return found if found is not None and found[1].of == TENSOR else None
 
 
 def _operand_faults(package: Package, outputs: Outputs) -> Iterator[Diagnostic]:
     """Operands that ask for what no axis tells."""
     known = _FACTS | {"rank"} | {axis.name for family in package.families for axis in family.axes}
     for place, made in outputs.modules.items():
-        for asked in made.asked:
-            if asked.name not in known:
-                where = outputs.place_in(place, asked.line, asked.name, asked.column)
-                hint = did_you_mean(asked.name, sorted(known), "")
-                yield Diagnostic("KG029", where, f"no axis tells {asked.name!r}, which this operand asks for", hint)
+        asked = list(made.asked)
+        for says in (*made.says.values(), *(each.says for each in made.declared)):
+            _, inner = _defined_at(says.of, outputs, lambda made: made.says)
+            asked += says.given if inner is not None and inner.hands_on else ()
+        for told in asked:
+            if told.name not in known:
+                where = outputs.place_in(place, told.line, told.name, told.column)
+                hint = did_you_mean(told.name, sorted(known), "")
+                yield Diagnostic("KG029", where, f"no axis tells {told.name!r}, which this operand asks for", hint)
 
 
 def _spoken_faults(outputs: Outputs) -> Iterator[Diagnostic]:
     """Operands that speak of others that there are not."""
     for place, made in outputs.modules.items():
-        for operand in made.declared:
-            fields = [*made.records[operand.record]]
-            for told in operand.speaks:
-                if told.name.partition(".")[0] not in fields:
-                    where = outputs.place_in(place, told.line, told.name, told.column)
-                    message = f"{operand.field} speaks of {told.name!r}, and {operand.record} has no such field"
-                    yield Diagnostic("KG023", where, message, did_you_mean(told.name, fields, ""))
+        for record in dict.fromkeys(each.record for each in made.declared):
+            fields = [*made.records[record]]
+            for field, (_, says) in _declared_in((*place, record), outputs).items():
+                for told in says.speaks:
+                    if told.name.partition(".")[0] not in fields:
+                        where = outputs.place_in(place, told.line, told.name, told.column)
+                        message = f"{field} speaks of {told.name!r}, and {record} has no such field"
+                        yield Diagnostic("KG023", where, message, did_you_mean(told.name, fields, ""))
 
 
 def _asking_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
@@ -516,28 +599,30 @@ def _asking_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:
 
     And such as a kernel stores to, and are not declared so.
     """
-    places = {(family.name, source.stem) for source in outputs.rooms.modules(family.name)} & outputs.modules.keys()
-    words = {(_record_of(each.op, outputs), each.word, each.field) for at in places for each in outputs.modules[at].operands}
-    for record, word, field in sorted((each for each in words if each[0] is not None), key=str):
-        name, _, path = word.partition("=")
-        of = outputs.modules[record[:-1]].declared if record and path in ("", field) else ()
-        operand = next((each for each in of if record and (each.record, each.field) == (record[-1], field)), None)
-        if record is None or operand is None:
+    words = {
+        (record, word.text.partition("=")[::2], word.field)
+        for place in _places(family, outputs)
+        for record, _, word in _words_of_launchers(place, outputs)
+        if record is not None
+    }
+    for record, (name, path), field in sorted(words):
+        found = _tensor_of(record, field, outputs) if path in ("", field) else None
+        if found is None:
             continue
+        operand, says = found
+        where = outputs.place_in(record[:-1], operand.line, field, operand.column)
         made_of = ((v, outputs.modules.get((family.name, v.module))) for v in family.variants)
         writer = next((v for v, made in made_of if made and name in made.stores), None)
-        if writer is not None and operand.is_tensor and not operand.is_written:
-            where = outputs.place_in(record[:-1], operand.line, field, operand.column)
+        if writer is not None and not says.is_written:
             message = f"{writer.name} stores to {field}, which is not declared as written"
             yield Diagnostic("KG029", where, message, "say written=True, or a graph of torch.compile does not know of it")
-        if not operand.may_be_none:
+        if not says.may_be_none:
             continue
         for kernel in family.kernels:
             modules = {v: outputs.modules.get((family.name, v.module)) for v in family.variants if v.kernel == kernel.name}
             having = [v for v, made in modules.items() if made and any(name == each.name for each in made.parameters)]
-            lacking = [v for v in having if not any(_is_with(v, fact) for fact in operand.asks)]
+            lacking = [v for v in having if not any(_is_with(v, fact) for fact in says.asks)]
             if lacking and len(having) < len(modules):
-                where = outputs.place_in(record[:-1], operand.line, field, operand.column)
                 message = f"{lacking[0].name} has {field}, which other variants have not, and no fact of it asks for {field}"
                 yield Diagnostic("KG029", where, message, "say in asks the fact that the template decides it by")
                 break
@@ -549,11 +634,15 @@ def _is_with(variant: Variant, fact: str) -> bool:
 
 
 def _size_faults(outputs: Outputs) -> Iterator[Diagnostic]:
-    """Sizes in the shape of one operand that nothing else of its room, or of what that imports, speaks of: slips of the pen."""
+    """Sizes in the shape of one operand that nothing else of its room, or of what that imports, speaks of: slips of the pen.
+
+    Of what is shared, the rooms count that import it.
+    """
     for place, made in outputs.modules.items():
         if not made.shapes:
             continue
         near = {other for other in outputs.modules if other[:-1] == place[:-1] and len(place) > 1} | {place}
+        near |= {other for other, of in outputs.modules.items() if len(place) == 1 and place in (w.module for w in of.imports)}
         near |= {wanted.module for other in near for wanted in outputs.modules[other].imports}
         texts = [outputs.modules[each].sizes for each in near if each in outputs.modules]
         known = {size.name: sum(of.get(size.name, 0) for of in texts) for size in made.shapes}

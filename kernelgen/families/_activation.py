@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import Annotated, NamedTuple
 
+import torch
+
 from . import _operands as operands
 
 # word -> slices of the first projection: the gate and the linear half, or the one that there is
@@ -31,6 +33,7 @@ class Clamp(NamedTuple):
     beta: float | None = None
 
 
+Bias = Annotated[torch.Tensor | None, operands.Tensor(">=E, S*N", operands.FLOATS, asks=("biased",))]  # added in front of it
 Limit = Annotated[float | None, operands.Number(low=0.0, only_with=_CLAMP)]
 Alpha = Annotated[float | None, operands.Number(only_with=_CLAMP, default=1.0)]
 Beta = Annotated[float | None, operands.Number(only_with=_CLAMP, default=0.0)]

@@ -23,13 +23,13 @@ from . import _operands as operands
 from . import _runtime as runtime
 from ._activation import Alpha, Beta, Layout, Limit
 from ._activation import choice as activation_choice
+from ._routing import AdapterEnabled, ExpertMap, LoraRanks, TokenLoraMapping, TopkIds
 from ._scales import check_x_scale, scale_operand
+from .moe_align._op import Fill as Align
 from .moe_align._op import (
-    ExpertMap,
     Localize,
     MoeTables,
     NumTokensHint,
-    TopkIds,
     ValidTokens,
     bind_local,
     default_block_m,
@@ -38,7 +38,6 @@ from .moe_align._op import (
     max_blocks,
     scratch_size,
 )
-from .moe_align._op import Fill as Align
 from .moe_align._op import Problem as AlignProblem
 from .moe_align._op import bind as bind_align
 from .moe_gemm._op import bind as bind_gemm
@@ -48,15 +47,8 @@ from .moe_gemm._table import VARIANTS as GEMM
 from .moe_quant._op import bind as bind_quant
 from .moe_quant._problem import Given as Quant
 from .moe_quant._table import QUANT
-from .moe_runs._op import (
-    AdapterEnabled,
-    LoraRanks,
-    MoeRuns,
-    TokenLoraMapping,
-    runs_size,
-    split,
-)
 from .moe_runs._op import Fill as Runs
+from .moe_runs._op import MoeRuns, runs_size, split
 from .moe_runs._op import Problem as RunsProblem
 from .moe_runs._op import bind as bind_runs
 from .moe_shrink._op import bind as bind_shrink

@@ -9,6 +9,7 @@ import torch
 
 from . import _operands as operands
 from . import _runtime as runtime
+from ._routing import LoraRanks
 from ._scales import scale_operand
 from .lora_expand import _problem as expand
 from .lora_expand._op import mode_of as expand_mode
@@ -218,7 +219,7 @@ class Given(NamedTuple):
     x_scale: Annotated[torch.Tensor | None, scale_operand()]
     a_scale: Annotated[operands.Tensors | None, scale_operand(slices="any")]
     b_scale: Annotated[operands.Tensors | None, scale_operand(slices="any")]
-    lora_ranks: shrink.LoraRanks
+    lora_ranks: LoraRanks
     scalings: shrink.Scalings
     packed: operands.Bool
 

@@ -10,6 +10,7 @@ import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
+from .._routing import LoraRanks
 from .._scales import (
     Quant,
     check_fp8,
@@ -63,7 +64,6 @@ LONG_K = 8192
 # Tokens up to which K may be shared out: their parts are few bytes, and what a workspace is made for.
 MAX_TOKENS_IN_PARTS = 4096
 
-LoraRanks = Annotated[torch.Tensor | None, operands.Tensor(">=L", torch.int32, operands.CONTIGUOUS)]
 Scalings = Annotated[torch.Tensor | None, operands.Tensor(">=L", torch.float32, operands.CONTIGUOUS)]
 
 

@@ -5,13 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from .. import _runtime as runtime
+from .._live import ROUTING
 from ._problem import OP, Config, Problem, check, choose
 from ._table import VARIANTS
-
-_ROUTING = (
-    "route_ids_ptr=route.topk_ids token_lora_mapping_ptr=route.token_lora_mapping "
-    "adapter_enabled_ptr=route.adapter_enabled expert_map_ptr=route.expert_map"
-)
 
 
 class MoeAct:
@@ -20,7 +16,7 @@ class MoeAct:
     def __init__(self, kernel: Any) -> None:
         self.name = runtime.variant_of(kernel)
         self.facts = VARIANTS.of(self.name)
-        operands = f"h_ptr x_ptr delta_ptr bias_ptr topk_ids_ptr valid_tokens_ptr {_ROUTING} limit alpha beta"
+        operands = f"h_ptr x_ptr delta_ptr bias_ptr topk_ids_ptr valid_tokens_ptr {ROUTING} limit alpha beta"
         self._kernel = runtime.Launcher(kernel, OP, operands)
 
     def launch(self, config: Config | None, **arguments: Any) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
+from .._routing import INT32, ExpertMap, TopkIds
 from ._table import VARIANTS
 
 __all__ = ["MoeTables", "local_ids", "moe_align", "no_tables"]
@@ -16,12 +17,9 @@ __all__ = ["MoeTables", "local_ids", "moe_align", "no_tables"]
 BLOCK_MS = (16, 32, 64, 128)
 _FEW_PAIRS = 32768  # up to so many are sorted in one launch, whose programs each count all pairs
 CHUNKS = 128  # at most, that pairs are counted in by two launches
-_TABLE = (torch.int32, operands.CONTIGUOUS)
 
 # What ops on the routing of a base layer take of it.
-TopkIds = Annotated[torch.Tensor, operands.Tensor("T, top_k", operands.IDS, operands.CONTIGUOUS)]
-ExpertMap = Annotated[torch.Tensor, operands.Tensor(">=1", *_TABLE)]
-ValidTokens = Annotated[torch.Tensor | None, operands.Tensor(("1", ""), *_TABLE)]
+ValidTokens = Annotated[torch.Tensor | None, operands.Tensor(("1", ""), *INT32)]
 NumExperts = Annotated[int, operands.Int(1, 4096, size="E")]  # a program counts them
 NumTokensHint = Annotated[int | None, operands.Int(1)]
 
@@ -36,10 +34,10 @@ class MoeTables(NamedTuple):
 
     topk_ids: TopkIds  # global ids
     valid_tokens: ValidTokens  # None: all T
-    pairs: Annotated[torch.Tensor | None, operands.Tensor(">=T*top_k", *_TABLE)]  # local ones by expert; None: no tables
+    pairs: Annotated[torch.Tensor | None, operands.Tensor(">=T*top_k", *INT32)]  # local ones by expert; None: no tables
     # expert, first, rows; no rows: nothing to do
-    blocks: Annotated[torch.Tensor | None, operands.Tensor((">=max_blocks, 3", ">=3*max_blocks"), *_TABLE)]
-    num_blocks: Annotated[torch.Tensor | None, operands.Tensor("1", *_TABLE)]
+    blocks: Annotated[torch.Tensor | None, operands.Tensor((">=max_blocks, 3", ">=3*max_blocks"), *INT32)]
+    num_blocks: Annotated[torch.Tensor | None, operands.Tensor("1", *INT32)]
     num_tokens: Annotated[int, operands.Int(size="T")]
     top_k: Annotated[int, operands.Int(1, size="top_k")]
     num_experts: NumExperts
@@ -155,7 +153,7 @@ class Given(NamedTuple):
     local_expert_start: operands.Count
     num_tokens_hint: NumTokensHint
     block_m: Annotated[int | None, operands.Int(one_of=BLOCK_MS)]
-    workspace: Annotated[torch.Tensor | None, operands.Tensor("*", *_TABLE, written=True)]
+    workspace: Annotated[torch.Tensor | None, operands.Tensor("*", *INT32, written=True)]
 
 
 OP = operands.Op("moe_align", Given)
@@ -164,7 +162,7 @@ OP = operands.Op("moe_align", Given)
 class Localize(NamedTuple):
     """What local_ids is given."""
 
-    out: Annotated[torch.Tensor, operands.Tensor("T, top_k", *_TABLE, made=True, written=True)]
+    out: Annotated[torch.Tensor, operands.Tensor("T, top_k", *INT32, made=True, written=True)]
     topk_ids: TopkIds
     expert_map: ExpertMap
 
@@ -185,10 +183,10 @@ _NO_TABLES = operands.Op("no_tables", _Routing)
 class Fill(NamedTuple):
     """What the launchers of single variants are given; moe_align makes the buffers."""
 
-    pairs: Annotated[torch.Tensor, operands.Tensor(">=T*top_k", *_TABLE, written=True)]
-    blocks: Annotated[torch.Tensor, operands.Tensor(("*, 3", "*"), *_TABLE, written=True)]
-    num_blocks: Annotated[torch.Tensor, operands.Tensor("1", *_TABLE, written=True)]
-    scratch: Annotated[torch.Tensor, operands.Tensor("*", *_TABLE, written=True)]
+    pairs: Annotated[torch.Tensor, operands.Tensor(">=T*top_k", *INT32, written=True)]
+    blocks: Annotated[torch.Tensor, operands.Tensor(("*, 3", "*"), *INT32, written=True)]
+    num_blocks: Annotated[torch.Tensor, operands.Tensor("1", *INT32, written=True)]
+    scratch: Annotated[torch.Tensor, operands.Tensor("*", *INT32, written=True)]
     topk_ids: TopkIds
     valid_tokens: ValidTokens
     num_experts: NumExperts

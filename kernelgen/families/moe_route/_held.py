@@ -8,9 +8,9 @@ import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
+from .._routing import INT32
 from ._op import (
     BLOCK_MS,
-    INT32,
     MoeRoute,
     MoeWorkspace,
     OpenRows,
