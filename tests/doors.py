@@ -315,7 +315,10 @@ GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
     ),
     "moe_sum adapted": (
         "moe_sum",
-        lambda b: {**_moe_sum(b), "delta": b.normal(b.tokens, b.top_k, b.n), "route": b.route()},
+        lambda b: {
+            **_moe_sum(b),
+            **{"delta": b.normal(b.tokens, b.top_k, b.n), "route": b.route(), "bias": b.normal(b.experts, b.n)},
+        },
     ),
     "moe_act adapted": (
         "moe_act",

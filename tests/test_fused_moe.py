@@ -145,7 +145,7 @@ def test_opcheck_of_the_steps(device: str) -> None:
     torch.library.opcheck(OPS.moe_act.default, (*act, *PLAIN[1:]))
     out = torch.zeros(tokens, 2 * INTER, device=device)
     total = (out, rows, layer.ids, layer.weights, layer.valid, EXPERTS, 0, None, True, False)
-    torch.library.opcheck(OPS.moe_sum.default, (*total, *added))
+    torch.library.opcheck(OPS.moe_sum.default, (*total, *added, layer.w13[:, :, 0].contiguous()))
     torch.library.opcheck(OPS.moe_add.default, (rows, *added))
     buffer = torch.zeros(8192, dtype=torch.int32, device=device)
     torch.library.opcheck(OPS.moe_align.default, (layer.ids, layer.valid, None, EXPERTS, 0, None, None, buffer))

@@ -19,7 +19,7 @@ class MoeSum:
     def __init__(self, kernel: Any) -> None:
         self.name = runtime.variant_of(kernel)
         self.facts = VARIANTS.of(self.name)
-        operands = f"out_ptr y_ptr delta_ptr topk_weights_ptr topk_ids_ptr valid_tokens_ptr {ROUTING}"
+        operands = f"out_ptr y_ptr delta_ptr bias_ptr topk_weights_ptr topk_ids_ptr valid_tokens_ptr {ROUTING}"
         self._kernel = runtime.Launcher(kernel, OP, operands)
 
     def launch(self, config: Config | None, **arguments: Any) -> None:
@@ -47,6 +47,7 @@ class MoeSum:
             N=problem.n,
             OUT_STRIDE=problem.out_stride,
             Y_STRIDE=problem.y_stride,
+            BIAS_STRIDE=problem.bias_stride,
             KEEP_EMPTY=problem.keep_empty,
             BLOCK_N=config.block_n,
             PDL=pdl,

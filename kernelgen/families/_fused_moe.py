@@ -435,7 +435,7 @@ class _Layer(NamedTuple):
             return
         out = y = _view(buffers.outputs, self.num_tokens, self.top_k, self.width)
         yield "second", Gemm(out, x, w, tables, None, x_rows, "pair", *second)
-        request = (*groups, given.num_tokens_hint, given.zeroes, False, None, None)
+        request = (*groups, given.num_tokens_hint, given.zeroes, False, None, None, None)
         yield "sum", Sum(given.out, y, topk_ids, topk_weights, valid_tokens, *request)
 
     def bind(self, name: str, arguments: Any, given: Given) -> runtime.Call:

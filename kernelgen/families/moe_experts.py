@@ -9,6 +9,7 @@ from typing import Callable, Mapping, NamedTuple
 
 import torch
 
+from kernelgen.families.buffers import allocate
 from kernelgen.families.moe_align.reference import Local, local_pairs
 
 BY_PAIR = ("gemv", "naive")  # schedules of moe_gemm that take pairs as they come, without tables
@@ -104,3 +105,20 @@ def draw(how: Experts, tokens: int, top_k: int, experts: int, rng: random.Random
     local = local_pairs(ids, num_experts=experts, local_expert_start=how.start, valid_tokens=count)
     valid = None if how.valid is None else torch.tensor([how.valid], dtype=torch.int32, device=device)
     return Routed(ids.to(device), valid, experts, how.start, count, local)
+
+
+def draw_bias(
+    routed: Routed,
+    width: int,
+    dtype: torch.dtype,
+    numbers: torch.Generator,
+    device: str,
+    *,
+    gap: int = 0,
+    offset: int = 0,
+) -> torch.Tensor:
+    """A bias [E, width] of the experts that have pairs; that of others is poison, as it must not be read."""
+    bias = allocate((routed.num_experts, width), (width + gap, 1), dtype, device, offset=offset)
+    for expert in sorted({item.expert for item in routed.local}):
+        bias[expert] = torch.randn(width, generator=numbers).to(bias)
+    return bias

@@ -42,7 +42,11 @@ f16 relu2 lora none none
 f16 swiglu none none none
 f16 swiglu lora none none
 f16 swiglu_clamp none none none
+f16 swiglu_clamp none interleaved none
+f16 swiglu_clamp none interleaved bias
 f16 swiglu_clamp lora none none
+f16 swiglu_clamp lora interleaved none
+f16 swiglu_clamp lora interleaved bias
 f16 geglu none none none
 f16 geglu lora none none
 f16 geglu_tanh none none none

@@ -15,24 +15,32 @@ from kernelgen.prove.testing import Case, Law, Suite, Variant
 SUITE = Suite(
     package="generated",
     family="moe_sum",
-    axes="dtype routed_weight rest delta",
+    axes="dtype routed_weight rest delta bias",
     rows="""
-bf16 plain keep none
-bf16 plain keep lora
-bf16 plain zero none
-bf16 plain zero lora
-bf16 weighted keep none
-bf16 weighted keep lora
-bf16 weighted zero none
-bf16 weighted zero lora
-f16 plain keep none
-f16 plain keep lora
-f16 plain zero none
-f16 plain zero lora
-f16 weighted keep none
-f16 weighted keep lora
-f16 weighted zero none
-f16 weighted zero lora
+bf16 plain keep none none
+bf16 plain keep lora none
+bf16 plain zero none none
+bf16 plain zero lora none
+bf16 weighted keep none none
+bf16 weighted keep none bias
+bf16 weighted keep lora none
+bf16 weighted keep lora bias
+bf16 weighted zero none none
+bf16 weighted zero none bias
+bf16 weighted zero lora none
+bf16 weighted zero lora bias
+f16 plain keep none none
+f16 plain keep lora none
+f16 plain zero none none
+f16 plain zero lora none
+f16 weighted keep none none
+f16 weighted keep none bias
+f16 weighted keep lora none
+f16 weighted keep lora bias
+f16 weighted zero none none
+f16 weighted zero none bias
+f16 weighted zero lora none
+f16 weighted zero lora bias
 """,
 )
 

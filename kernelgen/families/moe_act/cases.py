@@ -16,7 +16,7 @@ from kernelgen.families.case import Case as BaseCase
 from kernelgen.families.case import Tags, worst_ratio
 from kernelgen.families.moe_act.reference import moe_act
 from kernelgen.families.moe_deltas import draw as draw_delta
-from kernelgen.families.moe_experts import SPREAD, Experts, Routed, draw
+from kernelgen.families.moe_experts import SPREAD, Experts, draw, draw_bias
 from kernelgen.families.moe_gemm.reference import NO_ROWS
 
 BODY = ("gated", "delta", "interleaved")  # the activations of a text are for EXACT, and for a case of their own
@@ -99,7 +99,9 @@ def check(
         x[divmod(pair, case.top_k)] = (case.scale * torch.randn(width, generator=numbers)).to(x)
         if case.nan:
             x[divmod(pair, case.top_k)][:: width - 1] = torch.nan
-    bias = _bias(case, routed, width, numbers, device) if tags["bias"] == "bias" else None
+    bias = None
+    if tags["bias"] == "bias":
+        bias = draw_bias(routed, width, case.bias_dtype, numbers, device, gap=case.gap, offset=case.offset)
     rows = case.tokens * case.top_k
     h = allocate((rows, case.n), (case.n + case.gap, 1), dtype, device, offset=case.offset)
     h[:] = 1.0  # what it makes of a NaN that it should not read would be one too
@@ -129,11 +131,3 @@ def check(
     stray = int((guarded.changed() & ~positions(guarded, written.to(device))).sum())
     assert not stray, f"h: {stray} elements changed outside of the rows of local pairs"
     return worst_ratio(h[expected.rows].cpu(), expected.out.cpu(), expected.bound.cpu())
-
-
-def _bias(case: Case, routed: Routed, width: int, numbers: torch.Generator, device: str) -> torch.Tensor:
-    """Of experts that have pairs; others' is NaN, as it must not be read."""
-    bias = allocate((case.experts, width), (width + case.gap, 1), case.bias_dtype, device, offset=case.offset)
-    for expert in sorted({item.expert for item in routed.local}):
-        bias[expert] = torch.randn(width, generator=numbers).to(bias)
-    return bias

@@ -24,7 +24,7 @@ from kernelgen.families.case import Tags, compare_exactly, worst_ratio
 from kernelgen.families.fused_moe import as_fp8
 from kernelgen.families.moe_adapters import MIXED, Adapters, Drawn, Factors, factors, live_of
 from kernelgen.families.moe_adapters import draw as draw_adapters
-from kernelgen.families.moe_experts import BY_PAIR, SPREAD, Experts, Routed, draw
+from kernelgen.families.moe_experts import BY_PAIR, SPREAD, Experts, Routed, draw, draw_bias
 from kernelgen.families.moe_gemm.reference import Delta, Expected, moe_gemm, moe_gemm_sum
 from kernelgen.families.moe_lora.reference import dequantise
 from kernelgen.families.moe_runs.reference import moe_runs
@@ -687,9 +687,7 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
     scaled = of_weights not in (None, "mx")  # MXFP4 is exact in 16 bits
     bias = None
     if tags.get("bias", "none") == "bias":
-        bias = allocate((case.experts, height), (height + case.gap, 1), case.bias_dtype, device, offset=case.offset)
-        for expert in sorted({item.expert for item in routed.local}):
-            bias[expert] = torch.randn(height, generator=numbers).to(bias)
+        bias = draw_bias(routed, height, case.bias_dtype, numbers, device, gap=case.gap, offset=case.offset)
     weights = None
     if tags["routed_weight"] == "weighted":
         weights = allocate((tokens, case.top_k), (case.top_k, 1), case.weights_dtype, device)

@@ -153,18 +153,19 @@ def moe_sum(
     topk_weights: torch.Tensor | None,
     dtype: torch.dtype,
     delta: Rows = NO_ROWS,
+    bias: torch.Tensor | None = None,
 ) -> Expected:
-    """out[t] = sum of w[t, j] * (y[t, j] + delta[t, j]) over the local pairs of the first tokens; y [T, top_k, N]."""
+    """out[t] = sum of w[t, j] * (y[t, j] + delta[t, j] + bias[e]) over the local pairs of the first tokens; y [T, top_k, N]."""
     top_k = y.shape[1]
     values = torch.zeros(num_tokens, y.shape[2], dtype=torch.float64, device=y.device)
     bounds = torch.zeros_like(values)
-    for pair, _ in local:
+    for pair, expert in local:
         token, j = divmod(pair, top_k)
-        part = with_delta(y[token, j], delta.get(pair))
-        if topk_weights is not None:
-            part = topk_weights[token, j].float().double() * part
+        weight = torch.ones((), dtype=torch.float64) if topk_weights is None else topk_weights[token, j].float().double()
+        part, error = _added(y[token, j], delta.get(pair), None if bias is None else bias[expert])
+        part, error = weight * part, weight.abs() * error
         values[token] += part
-        bounds[token] += (top_k + 1 + bool(delta)) * (_FP32 * part.abs() + _FP32_TINY)
+        bounds[token] += error + (top_k + 1) * (_FP32 * (part.abs() + error) + _FP32_TINY)
     bounds += cast_error(values.abs() + bounds, dtype)
     return Expected(torch.arange(num_tokens), values, bounds)
 
@@ -229,9 +230,14 @@ def cast_error(magnitude: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return magnitude * (info.eps / 2) + info.smallest_normal * info.eps / 2
 
 
-def with_delta(row: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor:
-    """A row and what was made beside it, in fp64."""
-    return row.double() if delta is None else row.double() + delta.double()
+def _added(row: torch.Tensor, *more: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """A row and what is added to it, one after the other in fp32, and the error of that."""
+    value, error = row.double(), torch.zeros_like(row, dtype=torch.float64)
+    for part in more:
+        if part is not None:
+            value = value + part.double()
+            error = error + _FP32 * (value.abs() + error)
+    return value, error
 
 
 def moe_act(
@@ -253,11 +259,7 @@ def moe_act(
         given, bias = in_halves(given), None if bias is None else in_halves(bias)
     targets, found = [pair for pair, _ in local], []
     for pair, expert in local:
-        row = with_delta(given[pair], delta.get(pair))
-        error = (_FP32 if delta else 0.0) * row.abs()
-        if bias is not None:
-            row = row + bias[expert].double()
-            error = error + _FP32 * (row.abs() + error)
+        row, error = _added(given[pair], delta.get(pair), None if bias is None else bias[expert])
         found.append(activate(row, error, epilogue, clamp))
     values = [value for value, _ in found]
     bounds = [error + cast_error(value.abs() + error, x.dtype) for value, error in found]

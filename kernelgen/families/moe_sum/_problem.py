@@ -44,6 +44,7 @@ class Given(NamedTuple):
     keep_empty: operands.Bool
     delta: Annotated[torch.Tensor | None, delta_operand("T, top_k, N")]
     route: Route | None
+    bias: Annotated[torch.Tensor | None, operands.Tensor(">=E, N", operands.FLOATS, asks=("biased",))]
 
 
 OP = operands.Op(
@@ -62,6 +63,7 @@ class Problem(NamedTuple):
     n: int
     out_stride: int
     y_stride: int
+    bias_stride: int
     delta: DeltaSizes
     keep_empty: bool
     device: torch.device
@@ -84,6 +86,7 @@ def check(variant: str, given: Given, *, dtype: torch.dtype | None = None) -> Pr
         n=sizes["N"],
         out_stride=given.out.stride(0),
         y_stride=given.y.stride(1 if top_k > 1 else 0),
+        bias_stride=0 if given.bias is None else given.bias.stride(0),
         keep_empty=given.keep_empty,
         delta=check_delta(variant, given.delta, given.route),
         device=given.y.device,

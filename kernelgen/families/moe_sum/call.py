@@ -21,5 +21,6 @@ def call(package: ModuleType, asked: Asked) -> None:
         topk_weights=floats(num_tokens, top_k) if asked.fact("weighted") else None,
         out=None if asked.fact("zeroes") else empty(asked, num_tokens, width),
         num_experts=asked.sizes["num_experts"],
+        bias=empty(asked, asked.sizes["num_experts"], width) if asked.fact("biased") else None,
         **(delta_beside(package, y) if asked.fact("adapted") else {}),
     )

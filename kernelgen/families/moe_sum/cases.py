@@ -14,11 +14,11 @@ from kernelgen.families.buffers import allocate, allocate_sparse, positions, sea
 from kernelgen.families.case import Case as BaseCase
 from kernelgen.families.case import Tags, worst_ratio
 from kernelgen.families.moe_deltas import draw as draw_delta
-from kernelgen.families.moe_experts import SPREAD, Experts, draw
+from kernelgen.families.moe_experts import SPREAD, Experts, draw, draw_bias
 from kernelgen.families.moe_gemm.reference import NO_ROWS
 from kernelgen.families.moe_sum.reference import moe_sum
 
-BODY = ("routed_weight", "rest")
+BODY = ("routed_weight", "rest", "bias")
 
 _HUGE = 2**31 + 64  # elements: out of reach of a 32-bit offset
 
@@ -33,6 +33,7 @@ class Case(BaseCase):
         row_stride: of y, of what LoRA wrote beside it and of out, where it is given.
         y_dtype: of y, where it is not that of the variant.
         keep_empty: tokens without a local expert keep their rows.
+        bias_dtype: of a bias, where the variant has one.
     """
 
     tokens: int = 5
@@ -49,10 +50,12 @@ class Case(BaseCase):
     own_tiles: bool = False
     y_dtype: torch.dtype | None = None
     keep_empty: bool = False
+    bias_dtype: torch.dtype = torch.bfloat16
 
 
 _KEEP: Mapping[str, Sequence[str]] = MappingProxyType({"rest": ["keep"]})
 _SPARSE = Experts("mixed", start=1, valid=7)
+_BIASED: Mapping[str, Sequence[str]] = MappingProxyType({"bias": ["bias"]})
 _WEIGHTED: Mapping[str, Sequence[str]] = MappingProxyType({"routed_weight": ["weighted"]})
 
 CASES = (
@@ -74,6 +77,7 @@ CASES = (
     Case("keep_empty", "tokens of other ranks alone", only=_KEEP, tokens=9, routing=_SPARSE, keep_empty=True),
     Case("keep_all", "no token has an expert here", only=_KEEP, n=64, routing=Experts("away"), keep_empty=True),
     Case("weights_bf16", "routing weights in another dtype", only=_WEIGHTED, weights_dtype=torch.bfloat16),
+    Case("bias_f32", "a bias in another dtype", only=_BIASED, n=70, routing=Experts("mixed", start=2), bias_dtype=torch.float32),
     Case("unaligned", "odd strides, a base that is not 16-byte aligned", gap=1, offset=1, n=33),
     Case("own_tiles", "the tiles that the rule takes", own_tiles=True, n=300),
     Case("huge_rows", "32-bit offsets of rows wrap", row_stride=_HUGE // 3, tokens=4),
@@ -116,7 +120,10 @@ def check(
     if tags["delta"] == "lora":
         layout: dict[str, Any] = {"offset": case.offset, "sparse": case.row_stride is not None}
         beside = draw_delta(package, routed, y.to(dtype) if case.y_dtype else y, case.random(), numbers, **layout)
-    given: dict[str, Any] = {"num_tokens": routed.num_valid, "topk_weights": weights, "dtype": out.dtype}
+    bias = None
+    if tags["bias"] == "bias":
+        bias = draw_bias(routed, case.n, case.bias_dtype, numbers, device, gap=case.gap, offset=case.offset)
+    given: dict[str, Any] = {"bias": bias, "num_tokens": routed.num_valid, "topk_weights": weights, "dtype": out.dtype}
     expected = moe_sum(y, routed.local, **given, delta=beside.rows if beside else NO_ROWS)
     config = None if case.own_tiles else sys.modules[launcher.__module__].Config(64, 2)
     launcher(
@@ -129,6 +136,7 @@ def check(
         num_tokens_hint=case.hint,
         config=config,
         **({} if weights is None else {"topk_weights": weights}),
+        **({} if bias is None else {"bias": bias}),
         **({"keep_empty": True} if case.keep_empty else {}),
         **(beside.arguments if beside else {}),
     )

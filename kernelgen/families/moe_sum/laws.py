@@ -28,6 +28,8 @@ def front_door(package: ModuleType, variants: Sequence[Variant], device: str) ->
                 beside = draw_delta(package, routed, operands["y"], random.Random(0), torch.Generator().manual_seed(1))
                 given |= beside.arguments
                 wanted["delta"] = beside.rows
+            else:
+                given["bias"] = wanted["bias"] = torch.randn(_EXPERTS, _N, generator=torch.Generator().manual_seed(2)).to(device)
             own = package.moe_sum(**given)
             assert own.dtype == torch.float32 and not own[4:].any(), "own rows behind the tokens"
             exact = moe_sum(operands["y"], routed.local, dtype=torch.float32, **wanted)
@@ -98,5 +100,10 @@ _WRONG: Mapping[str, Callable[[_Arguments], _Arguments]] = {
     "weights that are integers": lambda a: {"topk_weights": a["topk_weights"].nan_to_num().int()},
     "ids that are not whole": lambda a: {"topk_ids": a["topk_ids"].float()},
     "valid tokens in 64 bits": lambda a: {"valid_tokens": a["valid_tokens"].long()},
+    "a bias of another N": lambda a: {"bias": a["y"].new_zeros(_EXPERTS, _N - 1)},
+    "a bias of too few experts": lambda a: {"bias": a["y"].new_zeros(_EXPERTS - 1, _N)},
+    "a bias of integers": lambda a: {"bias": a["y"].new_zeros(_EXPERTS, _N).int()},
+    "a bias with columns apart": lambda a: {"bias": a["y"].new_zeros(_N, _EXPERTS).t()},
+    "a bias of rows that come weighted": lambda a: {"bias": a["y"].new_zeros(_EXPERTS, _N), "topk_weights": None},
     "no experts": lambda a: {"num_experts": 0},
 }

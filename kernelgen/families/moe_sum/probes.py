@@ -17,7 +17,8 @@ def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
         given = tensors(package, variant, T=num_tokens, top_k=top_k, N=width)
         options: dict[str, Any] = {"num_experts": QWEN3["num_experts"], "valid_tokens": meta(1)}
         def call(given: Any = given, options: Any = options) -> None:
-            more = {"route": route_of(package, given["y"])} if variant.adapted else {}
+            more: dict[str, Any] = {"route": route_of(package, given["y"])} if variant.adapted else {}
+            more |= {"bias": meta(QWEN3["num_experts"], width, dtype=given["y"].dtype)} if variant.biased else {}
             launcher(**given, **options, **more)
 
         sizes = {"num_tokens": num_tokens, "top_k": top_k, "n": width}
