@@ -486,7 +486,7 @@ IN_PLACE = 'bias: Annotated[torch.Tensor | None, operands.Tensor(">=E, S*N", ope
         ("_activation.py", BIAS, BIAS + ', only_with="biased"', "moe_act/_problem.py", "bias speaks of 'biased', and Given"),
         ("moe_act/_launch.py", "x_ptr delta_ptr", "x_ptr=x.t delta_ptr", "moe_act/_launch.py", "reads 'x.t' of Given, whose 'x'"),
         ("_live.py", "=route.topk_ids", "=rout.topk_ids", "families/_live.py", "reads 'rout' of Given, which has no such field"),
-        ("_live.py", " expert_map_ptr=route.expert_map", "", "templates/macros/live.j2", "a parameter 'expert_map_ptr' that no"),
+        ("moe_route/_op.py", " expert_map_ptr=route.expert_map", "", "macros/live.j2", "a parameter 'expert_map_ptr' that no"),
         ("moe_act/_launch.py", "N=problem.n,", "", "templates/kernels/moe_act.py.j2", "has a parameter 'N' that no module"),
     ],
 )  # fmt: skip

@@ -11,7 +11,8 @@ from typing import Any
 from .. import _runtime as runtime
 from .._scales import product_rows
 from ..lora_shrink._problem import ONE_PART, Parts
-from ._problem import CACHE_POLICIES, OP, Config, Problem, check, choose
+from ..moe_route._op import OF_ROUTE
+from ._problem import OP, Config, Problem, check, choose
 from ._table import VARIANTS
 
 
@@ -21,8 +22,8 @@ class LoraExpand:
     def __init__(self, product: Any) -> None:
         self.name = runtime.variant_of(product)
         self.facts = VARIANTS.of(self.name)
-        tables = "tokens_ptr=route.pairs blocks_ptr=route.blocks num_blocks_ptr=route.num_blocks"
-        self._product = runtime.Launcher(product, OP, f"out_ptr y_ptr b_ptrs=lora_b b_scale_ptrs scaling {tables}")
+        operands = f"out_ptr y_ptr b_ptrs=lora_b b_scale_ptrs scaling tokens_ptr=route.pairs {OF_ROUTE}"
+        self._product = runtime.Launcher(product, OP, operands)
 
     def launch(self, config: Config | None, **arguments: Any) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.
@@ -67,6 +68,6 @@ class LoraExpand:
             BLOCK_N=config.block_n,
             TILES=config.tiles,
             STAGES=config.stages,
-            WEIGHTS=CACHE_POLICIES[config.weight_policy],
+            WEIGHTS=runtime.CACHE_POLICIES[config.weight_policy],
             PDL=pdl,
         )

@@ -35,8 +35,6 @@ class Config(NamedTuple):
 
 CONFIGS = {"lora_expand": Config}
 
-# How the cache treats weights, by weight_policy: as any data, or as data that is read once.
-CACHE_POLICIES = ("", "evict_first")
 
 Columns = Annotated[tuple[int, ...] | None, operands.Several(operands.Int())]
 
@@ -63,7 +61,6 @@ class Given(NamedTuple):
     column_stride: operands.Size
     add_inputs: AddInputs
     b_scale: Annotated[operands.Tensors | None, scale_operand("weight_scales", slices="any")]
-
 
 
 OP = operands.Op(

@@ -296,6 +296,11 @@ def _table_sizes(tables: MoeTables) -> dict[str, int]:
 
 TABLES = operands.Bundle(MoeTables, maker="moe_align", sizes=_table_sizes, whole=_check_tables, asks=("schedule",))
 Tables = Annotated[MoeTables, TABLES]  # what an op on them takes
+# Where launchers find what kernels read of them.
+OF_TABLES = (
+    "topk_ids_ptr=tables.topk_ids valid_tokens_ptr=tables.valid_tokens "
+    "pairs_ptr=tables.pairs blocks_ptr=tables.blocks num_blocks_ptr=tables.num_blocks"
+)
 
 
 def default_block_m(num_tokens: int, top_k: int, num_experts: int, fp8: bool = False) -> int:

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import _runtime as runtime
+from ..moe_align._op import OF_TABLES
+from ..moe_runs._op import OF_RUNS
 from ._problem import (
-    CACHE_POLICIES,
     OP,
     BoxConfig,
     GemvConfig,
@@ -32,14 +33,7 @@ from ._table import QUANT, VARIANTS
 _DELTA = "v_ptr b_ptrs=lora_b b_scale_ptrs"
 _SCALES = "topk_weights_ptr w_scale_ptr x_scale_ptr"
 _MORE = "bias_ptr limit alpha beta"
-_TABLES = (
-    "pairs_ptr=tables.pairs blocks_ptr=tables.blocks num_blocks_ptr=tables.num_blocks "
-    "run_of_row_ptr=runs.run_of_row runs_ptr=runs.runs"
-)
-_ROUTING = (
-    "topk_ids_ptr=tables.topk_ids valid_tokens_ptr=tables.valid_tokens "
-    "token_lora_mapping_ptr=runs.token_lora_mapping adapter_enabled_ptr=runs.adapter_enabled lora_ranks_ptr=runs.lora_ranks"
-)
+_TABLES = f"{OF_TABLES} {OF_RUNS}"
 
 
 class _Schedule:
@@ -106,7 +100,7 @@ class _Schedule:
 class _ByPair(_Schedule):
     """Pairs as they come."""
 
-    operands = f"out_ptr x_ptr w_ptr {_DELTA} {_SCALES} {_MORE} {_ROUTING}"
+    operands = f"out_ptr x_ptr w_ptr {_DELTA} {_SCALES} {_MORE} {_TABLES}"
 
     def _bind(self, problem: Problem, rows: int, options: runtime.Options, constants: dict[str, Any]) -> runtime.Call:
         waits = not problem.rows.startswith("token") or problem.rank > 0  # but not before it reads of whom a pair is
@@ -133,7 +127,7 @@ class Gemv(_ByPair):
         self._check_groups(problem, min(config.block_k, QUANT.group_k))
         constants = {
             **self._constants(problem, config),
-            "WEIGHTS": CACHE_POLICIES[config.weight_policy],
+            "WEIGHTS": runtime.CACHE_POLICIES[config.weight_policy],
             "ZERO_REST": problem.zero_rest,
         }
         rows = problem.num_tokens if problem.rows == "pair_token" else problem.num_pairs
@@ -151,7 +145,7 @@ class Naive(_ByPair):
         constants = {
             **self._constants(problem, config),
             "STAGES": config.num_stages,
-            "WEIGHTS": CACHE_POLICIES[config.weight_policy],
+            "WEIGHTS": runtime.CACHE_POLICIES[config.weight_policy],
         }
         return self._bind(problem, problem.num_pairs, runtime.Options(config.num_warps, config.num_stages), constants)
 
@@ -188,7 +182,7 @@ class Tile(_ByBlock):
     operands = f"out_ptr x_ptr w_ptr {_DELTA} {_SCALES} {_MORE} {_TABLES}"
 
     def bind(self, problem: Problem, config: TileConfig) -> runtime.Call:
-        return self._bind(problem, config, WEIGHTS=CACHE_POLICIES[config.weight_policy])
+        return self._bind(problem, config, WEIGHTS=runtime.CACHE_POLICIES[config.weight_policy])
 
 
 class Box(_ByBlock):

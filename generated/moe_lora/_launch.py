@@ -11,9 +11,8 @@ import torch
 
 from .. import _runtime as runtime
 from .._slices import joined_slices
-from ..moe_route._op import MoeRoute, PairRoute, SortedRoute, TableRoute
+from ..moe_route._op import OF_ROUTE, MoeRoute, PairRoute, SortedRoute, TableRoute
 from ._problem import (
-    CACHE_POLICIES,
     OP,
     Modes,
     OneShotConfig,
@@ -29,11 +28,6 @@ from ._table import QUANT, VARIANTS
 
 _A = "x_ptr a_ptrs=lora_a a_scale_ptrs x_scale_ptr"
 _B = "out_ptr b_ptrs=lora_b b_scale_ptrs topk_weights_ptr"
-_TABLES = "pairs_ptr=route.pairs blocks_ptr=route.blocks num_blocks_ptr=route.num_blocks"
-_ROUTING = (
-    "topk_ids_ptr=route.topk_ids token_lora_mapping_ptr=route.token_lora_mapping "
-    "adapter_enabled_ptr=route.adapter_enabled expert_map_ptr=route.expert_map"
-)
 
 
 class _Schedule:
@@ -121,7 +115,7 @@ class OneShot(_Schedule):
 
     def __init__(self, kernel: Any) -> None:
         super().__init__(kernel)
-        self._kernel = runtime.Launcher(kernel, OP, f"{_A} {_B} {_TABLES}")
+        self._kernel = runtime.Launcher(kernel, OP, f"{_A} {_B} {OF_ROUTE}")
 
     def bind(self, problem: Problem, route: SortedRoute, config: OneShotConfig) -> runtime.Call:
         if _has_groups(problem):
@@ -143,7 +137,7 @@ class OneShot(_Schedule):
             BLOCK_K=config.block_k,
             SHRINK_STAGES=config.shrink_stages,
             EXPAND_STAGES=config.expand_stages,
-            WEIGHTS=CACHE_POLICIES[config.weight_policy],
+            WEIGHTS=runtime.CACHE_POLICIES[config.weight_policy],
         )
 
 
@@ -156,8 +150,8 @@ class SmallBatch(_Schedule):
 
     def __init__(self, shrink: Any, expand: Any) -> None:
         super().__init__(shrink)
-        self._shrink = runtime.Launcher(shrink, OP, f"{_A} {_ROUTING}")
-        self._expand = runtime.Launcher(expand, OP, f"{_B} {_ROUTING}")
+        self._shrink = runtime.Launcher(shrink, OP, f"{_A} {OF_ROUTE}")
+        self._expand = runtime.Launcher(expand, OP, f"{_B} {OF_ROUTE}")
 
     def bind(self, problem: Problem, route: PairRoute | TableRoute, config: SmallBatchConfig) -> runtime.Call:
         if problem.weight_scales == "group":
@@ -180,7 +174,7 @@ class SmallBatch(_Schedule):
             "MAX_LORAS": route.max_loras,
             "NUM_EXPERTS": route.num_experts,
             "GLOBAL_EXPERTS": route.global_experts,
-            "WEIGHTS": CACHE_POLICIES[config.weight_policy],
+            "WEIGHTS": runtime.CACHE_POLICIES[config.weight_policy],
             "PDL": pdl,
         }
         shrink = self._shrink.bind(
@@ -211,8 +205,8 @@ class TwoKernel(_Schedule):
 
     def __init__(self, shrink: Any, expand: Any) -> None:
         super().__init__(shrink)
-        self._shrink = runtime.Launcher(shrink, OP, f"{_A} {_TABLES}")
-        self._expand = runtime.Launcher(expand, OP, f"{_B} {_TABLES}")
+        self._shrink = runtime.Launcher(shrink, OP, f"{_A} {OF_ROUTE}")
+        self._expand = runtime.Launcher(expand, OP, f"{_B} {OF_ROUTE}")
 
     def bind(self, problem: Problem, route: SortedRoute, config: TwoKernelConfig) -> runtime.Call:
         if _has_groups(problem):
@@ -245,7 +239,7 @@ class TwoKernel(_Schedule):
             "capacity": capacity,
             "BLOCK_M": block_m,
             "SHARES": shares,
-            "WEIGHTS": CACHE_POLICIES[config.weight_policy],
+            "WEIGHTS": runtime.CACHE_POLICIES[config.weight_policy],
             "PDL": pdl,
         }
         shrink = self._shrink.bind(

@@ -80,8 +80,6 @@ class TwoKernelConfig(NamedTuple):
     pdl: int = 1  # where the target has it
 
 
-# How the cache treats weights, by weight_policy: as any data, or as data that is read once.
-CACHE_POLICIES = ("", "evict_first")
 CONFIGS = {"one_shot": OneShotConfig, "small_batch": SmallBatchConfig, "two_kernel": TwoKernelConfig}
 Config = OneShotConfig | SmallBatchConfig | TwoKernelConfig
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from .. import _runtime as runtime
-from ..moe_route._op import PairRoute, SortedRoute, TableRoute
+from ..moe_route._op import OF_ROUTE, PairRoute, SortedRoute, TableRoute
 from ._problem import (
-    CACHE_POLICIES,
     OP,
     BlocksConfig,
     PairsConfig,
@@ -20,7 +19,7 @@ from ._problem import (
 )
 from ._table import VARIANTS
 
-_OPERANDS = "out_ptr y_ptr b_ptrs=lora_b topk_weights_ptr"
+_OPERANDS = f"out_ptr y_ptr b_ptrs=lora_b topk_weights_ptr {OF_ROUTE}"
 
 
 class _Schedule:
@@ -67,7 +66,7 @@ def _constants(problem: Problem, config: PairsConfig | BlocksConfig) -> dict[str
         "B_STRIDE_E": problem.b_strides.expert,
         "B_STRIDE_N": problem.b_strides.row,
         "BLOCK_N": config.block_n,
-        "WEIGHTS": CACHE_POLICIES[config.weight_policy],
+        "WEIGHTS": runtime.CACHE_POLICIES[config.weight_policy],
     }
 
 
@@ -80,11 +79,7 @@ class Pairs(_Schedule):
 
     def __init__(self, product: Any) -> None:
         super().__init__(product)
-        routing = (
-            "topk_ids_ptr=route.topk_ids token_lora_mapping_ptr=route.token_lora_mapping "
-            "adapter_enabled_ptr=route.adapter_enabled expert_map_ptr=route.expert_map"
-        )
-        self._product = runtime.Launcher(product, OP, f"{_OPERANDS} {routing}")
+        self._product = runtime.Launcher(product, OP, _OPERANDS)
 
     def bind(self, problem: Problem, route: PairRoute | TableRoute, config: PairsConfig) -> runtime.Call:
         return self._product.bind(
@@ -107,8 +102,7 @@ class Blocks(_Schedule):
 
     def __init__(self, product: Any) -> None:
         super().__init__(product)
-        tables = "pairs_ptr=route.pairs blocks_ptr=route.blocks num_blocks_ptr=route.num_blocks"
-        self._product = runtime.Launcher(product, OP, f"{_OPERANDS} {tables}")
+        self._product = runtime.Launcher(product, OP, _OPERANDS)
 
     def bind(self, problem: Problem, route: SortedRoute, config: BlocksConfig) -> runtime.Call:
         block_r, stages = self.facts["block_rank"], config.stages

@@ -49,9 +49,6 @@ class BlocksConfig(NamedTuple):
 CONFIGS = {"pairs": PairsConfig, "blocks": BlocksConfig}
 Config = PairsConfig | BlocksConfig
 
-# How the cache treats weights, by weight_policy: as any data, or as data that is read once.
-CACHE_POLICIES = ("", "evict_first")
-
 
 class Given(NamedTuple):
     """What moe_lora_expand is given."""

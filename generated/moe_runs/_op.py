@@ -160,6 +160,11 @@ RUNS = operands.Bundle(
     MoeRuns, maker="moe_runs", whole=_check_runs, goes_with=("tables", _check_tables), asks=("schedule", "adapted")
 )
 Runs = Annotated[MoeRuns, RUNS]  # what an op on them takes
+# Where launchers find what kernels read of them.
+OF_RUNS = (
+    "token_lora_mapping_ptr=runs.token_lora_mapping adapter_enabled_ptr=runs.adapter_enabled lora_ranks_ptr=runs.lora_ranks "
+    "run_of_row_ptr=runs.run_of_row runs_ptr=runs.runs"
+)
 
 
 def run_size(num_tokens: int, top_k: int, num_experts: int) -> int:

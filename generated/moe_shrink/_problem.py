@@ -62,8 +62,6 @@ class TokensConfig(NamedTuple):
 CONFIGS = {"pairs": PairsConfig, "runs": RunsConfig, "tokens": TokensConfig}
 Config = PairsConfig | RunsConfig | TokensConfig
 
-# How the cache treats weights, by weight_policy: as any data, or as data that is read once.
-CACHE_POLICIES = ("", "evict_first")
 
 def _rows(values: Mapping[str, Any]) -> dict[str, int]:
     """Rows of x, R."""

@@ -91,7 +91,7 @@ class Outputs:
         if line == 0:
             return Location(self._sources[path].label)
         text = self._copied[path].split("\n")[line - 1]
-        return Location(self._sources[path].label, line - HEADER, column or text.find(word) + 1, max(1, len(word)), text)
+        return Location(self._sources[path].label, line - HEADER, column or max(0, text.find(word)) + 1, max(1, len(word)), text)
 
     def add_fault(self, fault: Diagnostic) -> None:
         """Note a fault, unless one of this place and these words is known."""

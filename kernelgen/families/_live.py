@@ -10,7 +10,7 @@ import triton.language as tl
 
 from . import _operands as operands
 from . import _runtime as runtime
-from .moe_route._op import MoeRoute, has_routing
+from .moe_route._op import LIVE, MoeRoute, has_routing
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -39,10 +39,7 @@ def is_live(
 
 
 # Where launchers find what ``is_live`` asks.
-ROUTING = (
-    "route_ids_ptr=route.topk_ids token_lora_mapping_ptr=route.token_lora_mapping "
-    "adapter_enabled_ptr=route.adapter_enabled expert_map_ptr=route.expert_map"
-)
+ROUTING = f"route_ids_ptr=route.topk_ids {LIVE}"
 
 
 class DeltaSizes(NamedTuple):

@@ -36,6 +36,10 @@ if INTERPRETED:  # on CPU tensors; Triton's interpreter alone is wrong in bfloat
     _repairs.install()
 
 
+# How the cache treats weights, by the tunable weight_policy: as any data, or as data that is read once.
+CACHE_POLICIES = ("", "evict_first")
+
+
 class Options(NamedTuple):
     """Launch options of one kernel."""
 

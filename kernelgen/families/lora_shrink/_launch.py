@@ -7,9 +7,8 @@ from typing import Any
 
 from .. import _runtime as runtime
 from .._scales import product_rows
-from ..moe_route._op import SortedRoute
+from ..moe_route._op import OF_ROUTE, SortedRoute
 from ._problem import (
-    CACHE_POLICIES,
     OP,
     Config,
     Modes,
@@ -21,7 +20,7 @@ from ._problem import (
 )
 from ._table import QUANT, VARIANTS
 
-_TABLES = "tokens_ptr=route.pairs blocks_ptr=route.blocks num_blocks_ptr=route.num_blocks scalings_ptr"
+_ROUTE = f"tokens_ptr=route.pairs {OF_ROUTE} scalings_ptr"
 
 
 class LoraShrink:
@@ -31,8 +30,8 @@ class LoraShrink:
         self.name = runtime.variant_of(product)
         self.facts = VARIANTS.of(self.name)
         operands = "y_ptr x_ptr a_ptrs=lora_a a_scale_ptrs scaling x_scale_ptr lora_ranks_ptr"
-        self._product = runtime.Launcher(product, OP, f"{operands} {_TABLES}")
-        self._total = runtime.Launcher(total, OP, f"y_ptr scaling {_TABLES}")
+        self._product = runtime.Launcher(product, OP, f"{operands} {_ROUTE}")
+        self._total = runtime.Launcher(total, OP, f"y_ptr scaling {_ROUTE}")
 
     def launch(self, config: Config | None, **arguments: Any) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.
@@ -92,7 +91,7 @@ class LoraShrink:
             TOGETHER=together,
             PACKED=problem.packed,
             STAGES=config.stages,
-            WEIGHTS=CACHE_POLICIES[config.weight_policy],
+            WEIGHTS=runtime.CACHE_POLICIES[config.weight_policy],
             PDL=pdl,
         )
         if not problem.packed:

@@ -55,8 +55,6 @@ class Config(NamedTuple):
 
 CONFIGS = {"lora_shrink": Config}
 
-# How the cache treats weights, by weight_policy: as any data, or as data that is read once.
-CACHE_POLICIES = ("", "evict_first")
 
 # Columns of K above which few rows take tiles of 256.
 LONG_K = 8192

@@ -87,8 +87,6 @@ class WarpSpecialisedConfig(NamedTuple):
 
 
 BY_PAIR = ("gemv", "naive")  # schedules that need no tables
-# How the cache treats weights, by weight_policy: as any data, or as data that is read once.
-CACHE_POLICIES = ("", "evict_first")
 CONFIGS = {
     "gemv": GemvConfig,
     "naive": NaiveConfig,

@@ -8,9 +8,8 @@ import torch
 
 from .. import _runtime as runtime
 from .._slices import joined_slices
-from ..moe_route._op import PairRoute, SortedRoute, TableRoute
+from ..moe_route._op import OF_ROUTE, PairRoute, SortedRoute, TableRoute
 from ._problem import (
-    CACHE_POLICIES,
     OP,
     BlocksConfig,
     PairsConfig,
@@ -21,8 +20,7 @@ from ._problem import (
 )
 from ._table import VARIANTS
 
-_OPERANDS = "x_ptr a_ptrs=lora_a"
-_TABLES = "pairs_ptr=route.pairs blocks_ptr=route.blocks num_blocks_ptr=route.num_blocks"
+_OPERANDS = f"x_ptr a_ptrs=lora_a {OF_ROUTE}"
 _CELLS = 256  # of a program that adds parts of pairs
 
 
@@ -67,7 +65,7 @@ def _constants(problem: Problem, config: PairsConfig | BlocksConfig, pdl: bool) 
         "A_STRIDE_R": problem.a_strides.row,
         "BLOCK_K": config.block_k,
         "SPLIT_K": config.split_k,
-        "WEIGHTS": CACHE_POLICIES[config.weight_policy],
+        "WEIGHTS": runtime.CACHE_POLICIES[config.weight_policy],
         "PDL": pdl,
     }
 
@@ -97,11 +95,7 @@ class Pairs(_Schedule):
 
     def __init__(self, product: Any, total: Any) -> None:
         super().__init__(product)
-        routing = (
-            "topk_ids_ptr=route.topk_ids token_lora_mapping_ptr=route.token_lora_mapping "
-            "adapter_enabled_ptr=route.adapter_enabled expert_map_ptr=route.expert_map"
-        )
-        self._product = runtime.Launcher(product, OP, f"{_OPERANDS} {routing}")
+        self._product = runtime.Launcher(product, OP, _OPERANDS)
         self._total = runtime.Launcher(total, OP, "y_ptr")
 
     def bind(self, problem: Problem, route: PairRoute | TableRoute, config: PairsConfig) -> runtime.Call:
@@ -148,8 +142,8 @@ class Blocks(_Schedule):
 
     def __init__(self, product: Any, total: Any) -> None:
         super().__init__(product)
-        self._product = runtime.Launcher(product, OP, f"{_OPERANDS} {_TABLES}")
-        self._total = runtime.Launcher(total, OP, f"y_ptr {_TABLES}")
+        self._product = runtime.Launcher(product, OP, _OPERANDS)
+        self._total = runtime.Launcher(total, OP, f"y_ptr {OF_ROUTE}")
 
     def bind(self, problem: Problem, route: SortedRoute, config: BlocksConfig) -> runtime.Call:
         parts, pdl, block_rank = _parts(problem, config), _dependent(problem, config), self.facts["block_rank"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import _runtime as runtime
+from ..moe_align._op import OF_TABLES
 from ._problem import OP, Config, Problem, check, choose, max_rows
 from ._table import QUANT, VARIANTS
 
@@ -15,9 +16,7 @@ class MoeQuant:
     def __init__(self, kernel: Any) -> None:
         self.name = runtime.variant_of(kernel)
         self.facts = VARIANTS.of(self.name)
-        blocks = "blocks_ptr=tables.blocks num_blocks_ptr=tables.num_blocks"
-        pairs = "topk_ids_ptr=tables.topk_ids valid_tokens_ptr=tables.valid_tokens"
-        self._kernel = runtime.Launcher(kernel, OP, f"codes_ptr x_ptr scale_ptr {blocks} {pairs}")
+        self._kernel = runtime.Launcher(kernel, OP, f"codes_ptr x_ptr scale_ptr {OF_TABLES}")
 
     def launch(self, config: Config | None, **arguments: Any) -> None:
         """One call: checked, and made with the tiles ``config``; None: those of the rule.

@@ -535,6 +535,13 @@ ROUTE = operands.Bundle(
     asks=("schedule", "assignment"),
 )
 Route = Annotated[MoeRoute, ROUTE]
+# Where launchers find what kernels read of it.
+LIVE = (
+    "token_lora_mapping_ptr=route.token_lora_mapping adapter_enabled_ptr=route.adapter_enabled expert_map_ptr=route.expert_map"
+)
+OF_ROUTE = (
+    f"topk_ids_ptr=route.topk_ids {LIVE} pairs_ptr=route.pairs blocks_ptr=route.blocks num_blocks_ptr=route.num_blocks"
+)
 # And what says what it does with pairs.
 AddInputs = Annotated[bool, operands.Flag(asks=("adds",))]
 MulRoutedWeight = Annotated[bool, operands.Flag(asks=("weighted",))]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from .. import _runtime as runtime
+from ..moe_align._op import OF_TABLES
+from ..moe_runs._op import OF_RUNS
 from ._problem import (
-    CACHE_POLICIES,
     OP,
     PairsConfig,
     Problem,
@@ -19,11 +20,7 @@ from ._problem import (
 )
 from ._table import QUANT, VARIANTS
 
-_OPERANDS = "v_ptr x_ptr a_ptrs=lora_a a_scale_ptrs x_scale_ptr"
-_VALID = "valid_tokens_ptr=tables.valid_tokens"
-_ADAPTERS = (
-    "token_lora_mapping_ptr=runs.token_lora_mapping adapter_enabled_ptr=runs.adapter_enabled lora_ranks_ptr=runs.lora_ranks"
-)
+_OPERANDS = f"v_ptr x_ptr a_ptrs=lora_a a_scale_ptrs x_scale_ptr {OF_TABLES} {OF_RUNS}"
 
 
 class _Schedule:
@@ -31,12 +28,11 @@ class _Schedule:
 
     schedule: ClassVar[str]
     config: ClassVar[type]
-    operands: ClassVar[str]
 
     def __init__(self, kernel: Any) -> None:
         self.name = runtime.variant_of(kernel)
         self.facts = VARIANTS.of(self.name)
-        self._kernel = runtime.Launcher(kernel, OP, self.operands)
+        self._kernel = runtime.Launcher(kernel, OP, _OPERANDS)
 
     def bind(self, problem: Problem, config: Any) -> runtime.Call:
         """The launch for checked calls of these sizes, ready to be made again and again."""
@@ -73,7 +69,7 @@ class _Schedule:
             "A_SCALE_STRIDE_E": problem.a_scale_strides.expert,
             "BLOCK_R": config.block_r,
             "BLOCK_K": config.block_k,
-            "WEIGHTS": CACHE_POLICIES[config.weight_policy],
+            "WEIGHTS": runtime.CACHE_POLICIES[config.weight_policy],
             "PDL": runtime.traits(problem.device).pdl,
         }
 
@@ -83,7 +79,6 @@ class Pairs(_Schedule):
 
     schedule = "pairs"
     config = PairsConfig
-    operands = f"{_OPERANDS} topk_ids_ptr=tables.topk_ids {_VALID} {_ADAPTERS}"
 
     def bind(self, problem: Problem, config: PairsConfig) -> runtime.Call:
         columns, constants = split_k(problem.k), self._constants(problem, config)
@@ -126,10 +121,6 @@ class Runs(_Tiles):
 
     schedule = "runs"
     config = RunsConfig
-    operands = (
-        f"{_OPERANDS} pairs_ptr=tables.pairs blocks_ptr=tables.blocks num_blocks_ptr=tables.num_blocks "
-        "run_of_row_ptr=runs.run_of_row runs_ptr=runs.runs"
-    )
 
 
 class Tokens(_Tiles):
@@ -137,4 +128,3 @@ class Tokens(_Tiles):
 
     schedule = "tokens"
     config = TokensConfig
-    operands = f"{_OPERANDS} {_VALID} {_ADAPTERS}"
