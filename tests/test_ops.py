@@ -90,8 +90,8 @@ def test_opcheck_of_the_op(device: str) -> None:
 
 
 ROUTE_OPS = {
-    "sorted": ("_route_op", OPS.moe_route),
-    "tables": ("_from_tables_op", OPS.moe_route_from_tables),
+    "sorted": ("_route_in_graphs", OPS.moe_route),
+    "tables": ("_tables_in_graphs", OPS.moe_route_from_tables),
 }
 
 

@@ -115,7 +115,7 @@ class MoeRoute:
             _check_size("MoeRoute.from_tables", workspace, splits)
         buffer, num_blocks, blocks, pairs, _ = _buffers(workspace, splits, sorted_token_ids.device)
         if torch.compiler.is_compiling():
-            _from_tables_op(buffer, *source, block_size, *sizes)
+            _tables_in_graphs(buffer, *source, block_size, *sizes)
         else:
             num_pairs = num_tokens * top_k
             fill.run(Pack(pairs, blocks, num_blocks, *source, num_pairs, num_experts, max_loras, block_m))
@@ -336,7 +336,7 @@ def in_graph(
     _check_size("moe_route", workspace, splits)
     buffer, num_blocks, blocks, pairs, _ = _buffers(workspace, splits, token_lora_mapping.device)
     request = (assignment, rank, block_m)
-    _route_op(buffer, *source, num_experts, max_loras, *request)
+    _route_in_graphs(buffer, *source, num_experts, max_loras, *request)
     return OpenRoute(*routing, pairs, blocks, num_blocks, parts, *sizes, *request)
 
 
@@ -853,14 +853,5 @@ def _from_tables(buffer: torch.Tensor, *arguments: Any) -> None:
     plan.fill.run(Pack(pairs, blocks, num_blocks, *source, num_pairs, given.num_experts, given.max_loras, block_m))
 
 
-_route_op = runtime.op(
-    "moe_route(Tensor(a!) buffer, Tensor? topk_ids, Tensor token_lora_mapping, Tensor? adapter_enabled, "
-    "Tensor? expert_map, int num_experts, int max_loras, str assignment, SymInt? rank, int? block_m) -> ()",
-    _route,
-)
-_from_tables_op = runtime.op(
-    "moe_route_from_tables(Tensor(a!) buffer, Tensor sorted_token_ids, Tensor expert_ids, "
-    "Tensor num_tokens_post_padded, Tensor? lora_ids, Tensor? adapter_enabled, int block_size, SymInt num_tokens, "
-    "int top_k, int num_experts, int max_loras) -> ()",
-    _from_tables,
-)
+_route_in_graphs = OP.in_graphs_into("buffer", _route, without=("workspace",))
+_tables_in_graphs = _OF_TABLES.in_graphs_into("buffer", _from_tables, without=("workspace",))

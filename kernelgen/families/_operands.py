@@ -864,10 +864,18 @@ class Op(Generic[_Arguments, _Given]):
 
         What is returned takes the same arguments; of a bundle the op takes the name of its kind, then the parts one by one.
         """
+        return self._in_graphs(function, self.operands)
+
+    def in_graphs_into(self, buffer: str, function: Callable[..., None], without: Sequence[str]) -> Callable[..., None]:
+        """As ``in_graphs``, of a function that fills a tensor, its first argument ``buffer``; some others it does without."""
+        others = [operand for operand in self.operands if operand.name not in without]
+        return self._in_graphs(function, (Tensor(None, None, written=True, name=buffer), *others))
+
+    def _in_graphs(self, function: Callable[..., None], operands: Sequence[Operand]) -> Callable[..., None]:
         letters = iter("abcdefghijklmnopqrstuvwxyz")
         schema, given, whole = [], [], []
         names: dict[str, Any] = {"function": function}
-        for operand in self.operands:
+        for operand in operands:
             name = operand.name
             if not isinstance(operand, Bundle):
                 schema.append(_in_schema(operand, name, letters))
@@ -883,11 +891,13 @@ class Op(Generic[_Arguments, _Given]):
         source = _IN_GRAPHS.format(
             flat=", ".join(flat),
             whole=", ".join(whole),
-            names=", ".join(operand.name for operand in self.operands),
+            names=", ".join(operand.name for operand in operands),
             given=", ".join(given),
         )
         exec(compile(source, f"<{self.name}>", "exec"), names)  # noqa: S102  (of declarations alone)
-        names["op"] = runtime.op(f"{self.name}({', '.join(schema)}) -> ()", names["together"])
+        # Of a method too: those of MoeRoute are moe_route_...
+        own_name = "".join(f"_{c.lower()}" if c.isupper() else c for c in self.name).removeprefix("_").replace(".", "_")
+        names["op"] = runtime.op(f"{own_name}({', '.join(schema)}) -> ()", names["together"])
         call: Callable[..., None] = names["apart"]
         return call
 
