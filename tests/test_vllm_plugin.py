@@ -335,6 +335,7 @@ def test_experts_that_are_shared_out_make_the_layer(inside: bool, tokens: str, p
         whole(L, num, RANK, inter, share=0.05),
         whole(L, num, K, RANK),
     )
+    bias = torch.zeros(num, K, dtype=torch.half) if inside else whole(num, K)
     ids = torch.stack([torch.randperm(num, generator=torch.Generator().manual_seed(t))[:top_k] for t in range(rows)])
     weights, total = torch.tensor([[1.0, 0.5]]).repeat(rows, 1), torch.zeros(rows, K, dtype=torch.float64)
     act = types.SimpleNamespace(value="relu2_no_mul")
@@ -342,7 +343,8 @@ def test_experts_that_are_shared_out_make_the_layer(inside: bool, tokens: str, p
         part, expert_map = slice(first, first + 2), torch.full((num,), -1, dtype=torch.int32)
         expert_map[part] = torch.arange(2, dtype=torch.int32)
         layer = Experts(wrapper, [factor[:, part].contiguous() for factor in (a13, b13, a2, b2)], 2)
-        layer._kernelgen_layer = experts.Layer({"activation": "relu2"}, {}, inside=inside)
+        options = {} if inside else {"w2_bias": bias[part]}  # of products that are apart
+        layer._kernelgen_layer = experts.Layer({"activation": "relu2"}, options, fused=inside, inside=inside)
         out = torch.full((rows, K), torch.nan, dtype=torch.half)
         experts.apply(layer, out, x, w1[part], w2[part], weights, ids, act, num, expert_map, *[None] * 5, False)
         total += out.double()
@@ -351,7 +353,7 @@ def test_experts_that_are_shared_out_make_the_layer(inside: bool, tokens: str, p
         e, slot, row = ids[t, j], slots[t], x[t].double()
         has = float(slot >= 0)
         h = (w1[e].double() @ row + has * b13[slot, e].double() @ (a13[slot, e].double() @ row)).relu() ** 2
-        wanted[t] += weights[t, j] * (w2[e].double() @ h + has * b2[slot, e].double() @ (a2[slot, e].double() @ h))
+        wanted[t] += weights[t, j] * (bias[e] + w2[e].double() @ h + has * b2[slot, e].double() @ (a2[slot, e].double() @ h))
     assert 2 < wanted.abs().max() < 2048  # whole numbers that float16 has
     assert torch.equal(total, wanted)
 

@@ -62,7 +62,7 @@ class Deltas:
         kg.moe_lora(gate_up, x, *self._first, self._route)
 
     def add_second(self, down: torch.Tensor, h: torch.Tensor, topk_weights: torch.Tensor) -> None:
-        """To the weighted rows, [T, top_k, H], of h [T * top_k, I]."""
+        """To the rows, [T, top_k, H], that have these weights, of h [T * top_k, I]."""
         kg.moe_lora(down, h, *self._second, self._route, topk_weights=topk_weights, mul_routed_weight=True)
 
 
@@ -189,7 +189,4 @@ class Runner:
             kg.fused_moe(x, w1, w2, topk_ids, weights, out=out, **self.activation)
             return
         deltas = Deltas(topk_ids, slots, *factors)
-        experts.layer(
-            out, x, w1, w2, topk_ids, weights, self.activation,
-            deltas.add_first, lambda down, h: deltas.add_second(down, h, weights),
-        )  # fmt: skip
+        experts.layer(out, x, w1, w2, topk_ids, weights, self.activation, deltas.add_first, deltas.add_second)

@@ -40,7 +40,7 @@ class Layer:
 
     Attributes:
         activation: as ``moe_act`` takes it.
-        options: what ``fused_moe`` takes besides, each step the same.
+        options: what ``fused_moe`` takes besides, each step the same; where it has no adapters inside, biases alone.
         scale: of what FP8 inputs have one each: "tensor", "token" or "group"; None: they are of 16 bits.
         fused, inside: whether ``fused_moe`` has such a layer without adapters, and with them inside of its products.
     """
@@ -100,20 +100,21 @@ def layer_of(experts: Any, context: Any, w1: torch.Tensor, w2: torch.Tensor, act
         return f"no kernel has the activation {activation.value}"
     biases = {"w13_bias": experts.w1_bias, "w2_bias": experts.w2_bias}
     options: dict[str, Any] = {name: bias for name, bias in biases.items() if bias is not None}
-    scale, plain = None, not options and "layout" not in act
+    scale = None
     if experts.quant_dtype is not None or w1.dtype not in _DTYPES:
         found = _fp8(experts, w1, w2)
         if isinstance(found, str):
             return found
         scale, of_weights = found
-        options, plain = options | of_weights, False
+        options = options | of_weights
     layer = Layer(act, options, scale)
     refusals = [_refusal(layer, context, w1, w2, adapted) for adapted in (False, True)]
     if refusals == [None, None]:
         return layer
-    if not plain:  # products that are apart have neither scales nor a bias
-        return next(filter(None, reversed(refusals)))
-    return dataclasses.replace(layer, fused=refusals[0] is None, inside=False)
+    apart = dataclasses.replace(layer, fused=refusals[0] is None, inside=False)
+    if scale is None and _refusal(apart, context, w1, w2, False) is None:  # products that are apart have no scales
+        return apart
+    return next(filter(None, reversed(refusals)))
 
 
 def activation_of(activation: Any, config: Any) -> dict[str, Any] | None:
@@ -148,7 +149,7 @@ def _fp8(experts: Any, w1: torch.Tensor, w2: torch.Tensor) -> tuple[str, dict[st
 
 
 def _refusal(layer: Layer, context: Any, w1: torch.Tensor, w2: torch.Tensor, adapted: bool) -> str | None:
-    """Why ``fused_moe`` does not have a layer; None: it has."""
+    """Why the kernels do not have a layer, as it would be served; None: they have."""
     if adapted and context.fully_sharded:
         return "adapters are fully sharded"
     device, some, (w1, w2) = w1.device, layer.on_meta(), on_meta((w1, w2))
@@ -159,6 +160,9 @@ def _refusal(layer: Layer, context: Any, w1: torch.Tensor, w2: torch.Tensor, ada
             x = empty(rows, w1.shape[2], dtype=w1.dtype)
             out = empty(rows, w2.shape[1], dtype=w1.dtype if layer.scale is None else torch.bfloat16)
             routed = empty(rows, context.top_k, dtype=torch.int32), empty(rows, context.top_k, dtype=torch.float32)
+            if not layer.inside:
+                shared.layer(out, x, w1, w2, *routed, some.activation, lambda *of: None, lambda *of: None, **some.options)
+                continue
             lora = _adapters(layer, factors, empty(rows, dtype=torch.int32)) if adapted else None
             some.fused_moe(out, x, w1, w2, *routed, lora=lora, **some.scales_of(rows, *some.empty_scales(*x.shape)))
 
@@ -231,8 +235,8 @@ def apply(
         layer.fused_moe(output, hidden_states, w1, w2, topk_ids, topk_weights, expert_map=expert_map, lora=lora, **scales)
         return
     deltas = Deltas(self, w1, w2, topk_weights, topk_ids, expert_map)
-    here = _here(topk_ids, expert_map)
-    shared.layer(output, hidden_states, w1, w2, here, topk_weights, layer.activation, deltas.add_first, deltas.add_second)
+    operands = (output, hidden_states, w1, w2, _here(topk_ids, expert_map), topk_weights)
+    shared.layer(*operands, layer.activation, deltas.add_first, deltas.add_second, **layer.options)
 
 
 _ROUTE = ("sorted_token_ids_lora", "expert_ids_lora", "num_tokens_post_padded_lora", "token_lora_mapping")  # as vLLM calls it
@@ -251,8 +255,8 @@ class Deltas:
         expert_map: torch.Tensor | None,
     ) -> None:
         (num_tokens, top_k), self._experts = topk_ids.shape, experts
-        self._layer = {"topk_weights": topk_weights, "num_tokens": num_tokens, "w1": w1, "w2": w2, "top_k_num": top_k}
-        self._routing = {"topk_ids": topk_ids, "expert_map": expert_map}
+        self._layer = {"num_tokens": num_tokens, "w1": w1, "w2": w2, "top_k_num": top_k}
+        self._routing = {"topk_ids": topk_ids, "topk_weights": topk_weights, "expert_map": expert_map}
         self._route: tuple[Any, ...] = ()
 
     def add_first(self, gate_up: torch.Tensor, x: torch.Tensor) -> None:
@@ -260,11 +264,11 @@ class Deltas:
         experts = self._experts
         self._route = experts.apply_w13_lora(experts._lora_context, y=gate_up, x=x, **self._routing, **self._layer)
 
-    def add_second(self, down: torch.Tensor, h: torch.Tensor) -> None:
-        """To the weighted rows of down, [T, top_k, H], of h [T * top_k, I]."""
+    def add_second(self, down: torch.Tensor, h: torch.Tensor, topk_weights: torch.Tensor) -> None:
+        """To the rows of down, [T, top_k, H], that have these weights, of h [T * top_k, I]."""
         experts = self._experts
         route = dict(zip(_ROUTE, self._route, strict=True))
-        experts.apply_w2_lora(experts._lora_context, y=down, x=h, **route, **self._layer)
+        experts.apply_w2_lora(experts._lora_context, y=down, x=h, topk_weights=topk_weights, **route, **self._layer)
 
 
 def _here(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:

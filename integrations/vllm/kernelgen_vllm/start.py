@@ -159,7 +159,7 @@ def _experts(layer: Any, manager: Any) -> _Found:
             else:
                 deltas = experts.Deltas(twin, w1, w2, scores, ids, expert_map)
                 deltas.add_first(empty(rows, top_k, gate_up, dtype=of_x), x)
-                deltas.add_second(empty(rows, top_k, width, dtype=of_x), empty(rows * top_k, inter, dtype=of_x))
+                deltas.add_second(empty(rows, top_k, width, dtype=of_x), empty(rows * top_k, inter, dtype=of_x), scores)
 
     if isinstance(served, experts.Layer):
         return served.ops(context.fully_sharded), (*looks(*factors.values(), w1, w2), expert_map is None, served.looks), make

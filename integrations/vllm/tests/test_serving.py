@@ -169,6 +169,8 @@ def test_serves(kind: str, traced: bool, tmp_path: Path, monkeypatch: pytest.Mon
     [
         ("llama", {"fully_sharded_loras": True}),
         ("qwen3_moe", {"fully_sharded_loras": True}),
+        ("gpt_oss", {"fully_sharded_loras": True}),
+        ("gpt_oss", {}),
         ("qwen3_moe", {"enable_expert_parallel": True}),
     ],
 )
