@@ -17,7 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kernelgen.core.diagnostics import CATALOGUE, Failure
+from kernelgen.core.model import VOCABULARY
 from kernelgen.emit import build
+from kernelgen.spec import load
 from kernelgen.spec.parse import parse
 
 
@@ -194,6 +196,12 @@ def test_a_fault_is_told_with_its_code_and_place(name: str, tmp_path: Path) -> N
     old, new, expected = EDITS[name]
     found = faults(tmp_path, toy=edited(old, new))
     assert found == [f"toy.yaml:{where}" for where in expected]
+
+
+def test_a_bucket_that_is_no_tile_is_told_where_a_spec_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = {**VOCABULARY["rank"], "r24": {**VOCABULARY["rank"]["r16"], "block_rank": 24, "max_rank": 24}}
+    monkeypatch.setattr(load, "VOCABULARY", {**VOCABULARY, "rank": ranks})
+    assert faults(tmp_path, toy=edited("[r16, r32]", "[r16, r24]")) == ["toy.yaml:4:15 KG015"]
 
 
 WHOLE_FILES: dict[str, tuple[bytes, list[str]]] = {

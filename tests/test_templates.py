@@ -195,6 +195,22 @@ class G(NamedTuple):
 
 
 def"""
+SHARED = """\
+from typing import Annotated, NamedTuple
+
+from .. import _operands as o
+
+
+class G(NamedTuple):
+    a: Annotated[object, o.Tensor("*", "D")]
+
+
+O = o.Op("toy", G, dtypes={"D": 0})
+
+
+def"""
+CALLS = "from .._runtime import fail\n\n\ndef g(got, what):\n    fail({})\n\n\ndef"
+LOOKED_UP = SHARED + " g(a):\n    x = OF(a)\n    x['KEY']\n\n\ndef"
 ASKED = "from .._scales import scale_operand\n\n\nX = scale_operand('ads')\n\n\ndef"
 LAUNCHES = """\
 from .. import _runtime
@@ -272,6 +288,12 @@ JIT = IMPORT + "import triton\n\n\n@triton.jit\ndef _f("
         (FRONT, "def", "X = dict(asks=('ads',))\n\n\ndef", "6:17 KG029 no axis tells 'ads', which this operand asks for"),
         (FRONT, "def", OP + LAUNCHES, "25:18 KG023 a launcher reads 'limit' of G, which has no such field [limit]"),
         (FRONT, "def", DECLARED, "13:65 KG023 b speaks of 'c', and G has no such field"),
+        (FRONT, "def", SHARED.replace('"D")', '"E")'), "12:41 KG023 a shares the dtype 'E', which its op does not have [E]"),
+        (FRONT, "def", SHARED.replace("0}", "0}, first=('b',)"), "15:45 KG023 an op speaks of 'b', and G has no such field"),
+        (FRONT, "def", LOOKED_UP.replace("OF", "O.check"), "20:8 KG029 no operand tells the size 'KEY' [KEY]"),
+        (FRONT, "def", LOOKED_UP.replace("OF", "VARIANTS.of"), "20:8 KG029 no axis of toy tells 'KEY' [KEY]"),
+        (FRONT, "def", CALLS.format("1, hin=2"), "10:5 KG023 fail has no 'hin' to be given here [fail] its parameters"),
+        (FRONT, "def", CALLS.format("got, what, 1, 2"), "10:5 KG023 fail is given 'got' in the place of 'variant'"),
         (FRONT, "def", ASKED, "9:20 KG029 no axis tells 'ads', which this operand asks for"),
         (FRONT, "_table import VARIANTS", "_table import VARIANTZ as VARIANTS", "3:21 KG023 toy._table has no 'VARIANTZ'"),
         (FRONT, "_table import VARIANTS", "_table import VARIANTZ", "8:12 KG023 undefined name 'VARIANTS' [VARIANTS]"),

@@ -16,6 +16,7 @@ from kernelgen.core.names import OPERANDS, PACKAGE, TABLE
 MAX_WORD = 400  # characters: longer than the names of modules
 VARIANTS = "VARIANTS"  # of the table of a family: which variants there are
 TENSOR = (OPERANDS, "Tensor")  # declares a tensor, or a sequence of such
+BUNDLE = (OPERANDS, "Bundle")  # operands that come together
 
 
 class Wanted(NamedTuple):
@@ -127,7 +128,9 @@ class Declaration(NamedTuple):
         is_written, may_be_none: so it says.
         asks: the facts that ask for it.
         speaks: the other fields of which it speaks.
+        dtype: the name of one that operands share.
         given: the texts that a function is given by place.
+        classes: that it is given too: those of a bundle.
         hands_on: of a function: these are facts that ask for what it makes.
     """
 
@@ -136,10 +139,27 @@ class Declaration(NamedTuple):
     may_be_none: bool
     asks: tuple[str, ...]
     speaks: tuple[Told, ...]
+    dtype: Told | None
     given: tuple[Told, ...]
+    classes: tuple[tuple[str, ...], ...]
     hands_on: bool
     line: int
     column: int
+
+
+class Of(NamedTuple):
+    """An op: the named tuple of its calls, the dtypes that operands share (None: not written out), and the operands it names."""
+
+    record: tuple[str, ...]
+    dtypes: tuple[str, ...] | None
+    names: tuple[Told, ...]
+
+
+class Signature(NamedTuple):
+    """The parameters of a function, by name whether each has a default, and how many of them may come by place."""
+
+    parameters: Mapping[str, bool]
+    number: int
 
 
 class Declared(NamedTuple):
@@ -191,6 +211,11 @@ class Outline:
         texts: names at its top level that stand for such texts.
         declared: what the fields of its named tuples declare.
         says: what names and functions at its top level declare, or make.
+        ops: at its top level.
+        facts: that it reads of variants, and of which family.
+        reads_sizes: of those that the check of an op found; (): of some op.
+        tells_sizes: names that sizes have here: in shapes, beside a size or a count, as keys.
+        signatures: of the functions at its top level that take no arguments of any name.
         places: of what it imports from the package, by the names that this has here.
     """
 
@@ -217,6 +242,11 @@ class Outline:
     texts: Mapping[str, tuple[Word, ...]]
     declared: tuple[Declared, ...]
     says: Mapping[str, Declaration]
+    ops: tuple[Of, ...]
+    facts: tuple[tuple[tuple[str, ...], Told], ...]
+    reads_sizes: tuple[tuple[tuple[str, ...], Told], ...]
+    tells_sizes: frozenset[str]
+    signatures: Mapping[str, Signature]
     places: Mapping[str, tuple[str, ...]]
 
 
@@ -249,7 +279,8 @@ def outline(path: str, text: str) -> Outline | None:
     defined: dict[str, int] = {}
     for name, line in _defined(tree.body):
         defined.setdefault(name, line)
-    for node in nodes(tree):
+    inside = nodes(tree)
+    for node in inside:
         if isinstance(node, ast.Name):
             names.add(node.id)
             if not isinstance(node.ctx, ast.Load):
@@ -303,6 +334,7 @@ def outline(path: str, text: str) -> Outline | None:
     known = {**own, **{name: (*module_of(path), name) for name in stands}, **places}
     known = {name: place for name, place in known.items() if name not in bound - stands.keys()}
     listed = exports(tree)
+    facts, reads_sizes = _looked_up(tree, inside, known, places)
     at_top = {**{name: (*module_of(path), name) for name in defined}, **places}
     return Outline(
         tuple(imports),
@@ -328,6 +360,11 @@ def outline(path: str, text: str) -> Outline | None:
         dict(_said_texts(tree, places)),
         tuple(_declared(tree.body, at_top)),
         dict(_says(tree.body, at_top)),
+        tuple(_ops(tree.body, at_top)),
+        facts,
+        reads_sizes,
+        frozenset(_tells_sizes(inside, calls, places)),
+        dict(_signatures(tree.body)),
         places,
     )
 
@@ -350,7 +387,7 @@ def _questions(calls: Sequence[ast.Call], places: Mapping[str, tuple[str, ...]],
         *family, table, name = places.get(of.id, ("", "")) if isinstance(of, ast.Name) else ("", "")
         if (table, name) == (TABLE, VARIANTS):
             facts = {keyword.arg: _written_out(keyword.value) for keyword in call.keywords if keyword.arg is not None}
-            others = frozenset(_keys(tree) if len(facts) < len(call.keywords) else ())
+            others = frozenset(_keys(nodes(tree)) if len(facts) < len(call.keywords) else ())
             is_known = bool(others) or len(facts) == len(call.keywords)
             at = call.func.end_lineno or 0, (call.func.end_col_offset or 0) - len(call.func.attr) + 1
             yield Question(tuple(family), call.func.attr, facts, others if is_known else None, *at)
@@ -418,10 +455,114 @@ def _declaration(
             given = tuple(told for argument in args for told in _texts(argument))
             is_handed_on = handed is not None and "asks" in said and ast.unparse(said["asks"]) == handed.arg
             may_be_none = bool(said.keys() & {"optional", "only_with"})
-            return Declaration(of, "written" in said, may_be_none, asks, speaks, given, is_handed_on, *at)
+            dtype = next(iter(_texts(said.get("dtype", args[1] if len(args) > 1 else func))), None) if of == TENSOR else None
+            inside = [inner for value in (*args, *said.values()) for inner in nodes(value)]
+            classes = tuple(found for inner in inside if isinstance(inner, ast.Name) and (found := places.get(inner.id)))
+            more = (dtype, given, classes, is_handed_on)
+            return Declaration(of, "written" in said, may_be_none, asks, speaks, *more, *at)
         case ast.Name() | ast.Attribute() if of := _place(node, places):
-            return Declaration(of, False, False, (), (), (), False, *at)
+            return Declaration(of, False, False, (), (), None, (), (), False, *at)
     return None
+
+
+_OP = (OPERANDS, "Op")
+
+
+def _ops(body: Sequence[ast.stmt], places: Mapping[str, tuple[str, ...]]) -> Iterator[Of]:
+    for _, value in (each for node in body for each in _assigned(node)):
+        match value:
+            case ast.Call(func, [_, ast.Name(record), *_], keywords) if record in places and _place(func, places) == _OP:
+                said = {keyword.arg: keyword.value for keyword in keywords}
+                dtypes, names = said.get("dtypes"), [said[name] for name in ("first", "tells", "aligned") if name in said]
+                keys = [told.name for key in dtypes.keys if key for told in _texts(key)] if isinstance(dtypes, ast.Dict) else []
+                is_whole = dtypes is None or (isinstance(dtypes, ast.Dict) and len(keys) == len(dtypes.keys))
+                told = (told for value in names for told in _texts(value))
+                yield Of(places[record], tuple(keys) if is_whole else None, tuple(told))
+
+
+_Reads = tuple[tuple[tuple[str, ...], Told], ...]
+
+
+def _looked_up(
+    tree: ast.Module, inside: Sequence[ast.AST], known: Mapping[str, tuple[str, ...]], places: Mapping[str, tuple[str, ...]]
+) -> tuple[_Reads, _Reads]:
+    """The facts of variants, and the sizes of a check, that are read by a name which is written out."""
+    reads = [each for node in inside if isinstance(node, (ast.Subscript, ast.Call)) and (each := _key(node)) is not None]
+    if not reads:
+        return (), ()
+    scopes = _Scopes(tree)
+    attributes: dict[str, tuple[str, ...]] = {}
+    for node in inside:
+        match node:
+            case ast.Assign([ast.Attribute(ast.Name("self"), name)], value) if family := _family_of(value, places):
+                attributes[name] = family
+    handed = {arg.arg for arg in inside if isinstance(arg, ast.arg) and arg.annotation and _is_sizes(arg.annotation, places)}
+    facts, sizes = list[tuple[tuple[str, ...], Told]](), list[tuple[tuple[str, ...], Told]]()
+    for of, told in reads:
+        match scopes.value_of(of) if isinstance(of, ast.Name) else of:
+            case ast.Attribute(ast.Name("self"), name) if name in attributes:
+                facts.append((attributes[name], told))
+            case ast.Call(ast.Attribute(ast.Name(op), "check")) if op in known:
+                sizes.append((known[op], told))
+            case ast.Call() as call if family := _family_of(call, places):
+                facts.append((family, told))
+            case None if isinstance(of, ast.Name) and of.id in handed:
+                sizes.append(((), told))
+    return tuple(facts), tuple(sizes)
+
+
+def _key(node: ast.AST) -> tuple[ast.expr, Told] | None:
+    """What is looked up, and by which text."""
+    match node:
+        case ast.Subscript(of, ast.Constant(str()) as key, ast.Load()) | ast.Call(ast.Attribute(of, "get"), [key]):
+            told = _texts(key)
+            return (of, told[0]) if told and isinstance(of, (ast.Name, ast.Attribute, ast.Call)) else None
+    return None
+
+
+def _family_of(value: ast.expr, places: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """The family whose variants are asked what they have of each fact; (): of none."""
+    match value:
+        case ast.Call(ast.Attribute(ast.Name(name), "of")) if places.get(name, ())[-2:] == (TABLE, VARIANTS):
+            return places[name][:-2]
+    return ()
+
+
+def _is_sizes(annotation: ast.expr, places: Mapping[str, tuple[str, ...]]) -> bool:
+    return _place(annotation, places) == (OPERANDS, "Sizes")
+
+
+_NAMES_SIZES = ("size", "count")
+
+
+def _tells_sizes(
+    inside: Sequence[ast.AST], calls: Sequence[ast.Call], places: Mapping[str, tuple[str, ...]]
+) -> Iterator[str]:
+    for call in calls:
+        if _place(call.func, places) == TENSOR and call.args:
+            yield from (name for form in _texts(call.args[0]) for name in _SIZE.findall(form.name))
+        for keyword in call.keywords:
+            if keyword.arg in _NAMES_SIZES:
+                yield from (name for told in _texts(keyword.value) for name in _SIZE.findall(told.name))
+    for node in inside:
+        match node:
+            case ast.AnnAssign(ast.Name(name), _, ast.Constant(str(text))) if name in _NAMES_SIZES:
+                yield text
+            case ast.arguments():
+                own = node.args[len(node.args) - len(node.defaults) :]
+                named = zip((*own, *node.kwonlyargs), (*node.defaults, *node.kw_defaults), strict=True)
+                yield from (told.name for arg, value in named if arg.arg in _NAMES_SIZES and value for told in _texts(value))
+    yield from _keys(inside)
+
+
+def _signatures(body: Sequence[ast.stmt]) -> Iterator[tuple[str, Signature]]:
+    for node in body:
+        if isinstance(node, ast.FunctionDef) and not (node.args.vararg or node.args.kwarg or node.args.posonlyargs):
+            own = node.args
+            needed = len(own.args) - len(own.defaults)
+            parameters = {arg.arg: place >= needed for place, arg in enumerate(own.args)}
+            parameters |= {arg.arg: value is not None for arg, value in zip(own.kwonlyargs, own.kw_defaults, strict=True)}
+            yield node.name, Signature(parameters, len(own.args))
 
 
 _OF_OPS = ("caller", "finder", "in_graphs")  # what an op makes, and is called as its named tuple is
@@ -510,6 +651,7 @@ class _Scopes:
         return self._laid[id(value)]
 
 
+_BY_NAME = ("given", "given_to")  # of an op: fields by name, others have defaults
 _MOST = 255  # values that a call is given
 
 
@@ -531,6 +673,9 @@ def _makes(
         called, args = call.func, call.args
         if isinstance(called, ast.Attribute) and called.attr == "_make" and len(args) == 1:
             called, args = called.value, [ast.Starred(args[0])]
+        takes_some = isinstance(called, ast.Attribute) and called.attr in _BY_NAME and _place(called.value, places) is not None
+        if takes_some and isinstance(called, ast.Attribute):
+            called, args = called.value, []
         if isinstance(called, ast.Name) and called.id in either:
             scopes = scopes or _Scopes(tree)
             called = scopes.value_of(called) or called
@@ -544,7 +689,7 @@ def _makes(
                 laid = scopes.lay_out(args)
             given = tuple(_name_of(argument) for argument in laid if not isinstance(argument, ast.Starred))
             names = tuple(keyword.arg for keyword in call.keywords if keyword.arg is not None)
-            is_whole = len(given) == len(laid) and len(names) == len(call.keywords)
+            is_whole = len(given) == len(laid) and len(names) == len(call.keywords) and not takes_some
             rest = "" if len(given) == len(laid) or (len(args) == 1 and laid == args) else ast.unparse(laid[-1])
             yield Made(of, given, names, is_whole, rest, call.lineno, call.col_offset + 1)
 
@@ -621,9 +766,9 @@ def _written_out(node: ast.expr) -> tuple[object, ...] | None:
     return (node.value,) if isinstance(node, ast.Constant) else None
 
 
-def _keys(tree: ast.Module) -> Iterator[str]:
+def _keys(inside: Sequence[ast.AST]) -> Iterator[str]:
     """The keys of dictionaries that are names, as far as they are written out."""
-    for node in nodes(tree):
+    for node in inside:
         keys: Sequence[ast.expr | None] = ()
         if isinstance(node, ast.Dict):
             keys = node.keys

@@ -16,6 +16,7 @@ from kernelgen.core.locate import room_label
 from kernelgen.core.model import SCALES, SCHEDULE, VOCABULARY, Axis, Family, Kernel, Location, Package, Record, Variant
 from kernelgen.core.names import Identifier
 from kernelgen.emit.outline import (
+    BUNDLE,
     TENSOR,
     VARIANTS,
     Declaration,
@@ -52,7 +53,7 @@ def faults(package: Package, families: Sequence[Family], outputs: Outputs) -> It
     missing = list(_import_faults(outputs)) or [*_ask_faults(outputs), *_circle_faults(outputs)]
     missing += _idle_faults(families, outputs)
     missing += [*_record_faults(outputs), *_read_faults(outputs), *_operand_faults(package, outputs), *_size_faults(outputs)]
-    missing += list(_spoken_faults(outputs))
+    missing += [*_spoken_faults(outputs), *_op_faults(outputs), *_lookup_faults(package, outputs)]
     missing += [] if missing else [fault for family in families for fault in _asking_faults(family, outputs)]
     missing += [fault for family in families for fault in _launcher_faults(family, outputs)]
     yield from missing
@@ -437,20 +438,28 @@ def _idle_faults(families: Sequence[Family], outputs: Outputs) -> Iterator[Diagn
 
 
 def _record_faults(outputs: Outputs) -> Iterator[Diagnostic]:
-    """Named tuples that are made with other fields than they have, or with values of one in the place of another."""
+    """Named tuples and functions of other modules that are given what they do not have, or one thing in the place of another."""
     declare = {_record_of((*place, name), outputs) for place, made in outputs.modules.items() for name in made.declares}
     for place, made in outputs.modules.items():
         told = set[tuple[int, int]]()
         for call in made.makes:
             record = _record_of(call.of, outputs)
-            if record is not None and (call.line, call.column) not in told:
-                fields = outputs.modules[record[:-1]].records[record[-1]]
+            if (call.line, call.column) in told:
+                continue
+            if record is not None:
+                fields, kind = outputs.modules[record[:-1]].records[record[-1]], "fields"
                 message = _fields_fault(call, fields) or _places_fault(call, list(fields), is_strict=record in declare)
-                if message:
-                    told.add((call.line, call.column))
-                    where = outputs.place_in(place, call.line, call.of[-1], call.column)
-                    name = call.of[-1] if call.of[-1] in outputs.modules[call.of[:-1]].fields else record[-1]
-                    yield Diagnostic("KG023", where, f"{name} {message}", f"its fields are {', '.join(fields)}")
+                name = call.of[-1] if call.of[-1] in outputs.modules[call.of[:-1]].fields else record[-1]
+            else:
+                _, function = _defined_at(call.of, outputs, lambda made: made.signatures)
+                if function is None:
+                    continue
+                fields, kind, name = function.parameters, "parameters", call.of[-1]
+                message = _fields_fault(call, fields, function.number) or _places_fault(call, list(fields), is_strict=False)
+            if message:
+                told.add((call.line, call.column))
+                where = outputs.place_in(place, call.line, call.of[-1], call.column)
+                yield Diagnostic("KG023", where, f"{name} {message}", f"its {kind} are {', '.join(fields)}")
 
 
 def _record_of(place: tuple[str, ...], outputs: Outputs) -> tuple[str, ...] | None:
@@ -465,15 +474,16 @@ def _record_of(place: tuple[str, ...], outputs: Outputs) -> tuple[str, ...] | No
     return None
 
 
-def _fields_fault(call: Made, fields: Mapping[str, bool]) -> str:
+def _fields_fault(call: Made, fields: Mapping[str, bool], most: int | None = None) -> str:
+    """``most``: of them may come by place; None: all."""
     known = list(fields)
     number = len(call.given)
     wrong = [name for name in call.names if name not in known or name in known[:number]]
     left = [name for name, has_default in fields.items() if not has_default and name not in {*known[:number], *call.names}]
     if wrong:
         return f"has no {wrong[0]!r} to be given here"
-    if number > len(known):
-        return f"is given {number} values, and has {len(known)}"
+    if number > (len(known) if most is None else most):
+        return f"is given {number} values, and has {len(known) if most is None else most}"
     return f"is given no {left[0]!r}" if left and call.is_whole else ""
 
 
@@ -525,14 +535,15 @@ def _settled(says: Declaration, outputs: Outputs) -> Declaration:
         if inner is None:
             return says
         asks = tuple(told.name for told in says.given) if inner.hands_on else inner.asks
-        said = (told._replace(line=says.line, column=says.column) for told in inner.speaks)
+        line, column = says.line, says.column
         says = inner._replace(
             may_be_none=says.may_be_none or inner.may_be_none,
             asks=says.asks or asks,
-            speaks=(*says.speaks, *said),
+            speaks=(*says.speaks, *(told._replace(line=line, column=column) for told in inner.speaks)),
+            dtype=says.dtype or (inner.dtype and inner.dtype._replace(line=line, column=column)),
             hands_on=False,
-            line=says.line,
-            column=says.column,
+            line=line,
+            column=column,
         )
     return says
 
@@ -592,6 +603,72 @@ def _spoken_faults(outputs: Outputs) -> Iterator[Diagnostic]:
                         where = outputs.place_in(place, told.line, told.name, told.column)
                         message = f"{field} speaks of {told.name!r}, and {record} has no such field"
                         yield Diagnostic("KG023", where, message, did_you_mean(told.name, fields, ""))
+
+
+def _op_faults(outputs: Outputs) -> Iterator[Diagnostic]:
+    """Ops that name operands that there are not, and operands that share a dtype which their op does not have."""
+    for place, made in outputs.modules.items():
+        for op in made.ops:
+            record = _record_of(op.record, outputs)
+            if record is None:
+                continue
+            declared = _declared_in(record, outputs)
+            kinds = [_record_of(of, outputs) for _, says in declared.values() for of in says.classes if says.of == BUNDLE]
+            known = [field for of in (record, *kinds) if of for field in outputs.modules[of[:-1]].records[of[-1]]]
+            for told in op.names:
+                if told.name not in known:
+                    where = outputs.place_in(place, told.line, told.name, told.column)
+                    message = f"an op speaks of {told.name!r}, and {record[-1]} has no such field"
+                    yield Diagnostic("KG023", where, message, did_you_mean(told.name, known, ""))
+            for field, (_, says) in declared.items():
+                if says.dtype is not None and op.dtypes is not None and says.dtype.name not in op.dtypes:
+                    where = outputs.place_in(record[:-1], says.dtype.line, says.dtype.name, says.dtype.column)
+                    message = f"{field} shares the dtype {says.dtype.name!r}, which its op does not have"
+                    hint = did_you_mean(says.dtype.name, op.dtypes, "say in dtypes what it may be")
+                    yield Diagnostic("KG023", where, message, hint)
+
+
+def _lookup_faults(package: Package, outputs: Outputs) -> Iterator[Diagnostic]:
+    """Facts that no variant has, and sizes that nothing tells, which are looked up."""
+    facts: dict[str, set[str]] = {family.name: {axis.fact for axis in family.axes} for family in package.families}
+    for place, made in outputs.modules.items():
+        for (family,), told in made.facts:
+            known = facts.get(family, set()) | {"block_rank"}  # of a rank
+            if family in facts and told.name not in known:
+                where = outputs.place_in(place, told.line, told.name, told.column)
+                hint = did_you_mean(told.name, sorted(known), "")
+                yield Diagnostic("KG029", where, f"no axis of {family} tells {told.name!r}", hint)
+        for op, told in made.reads_sizes:
+            record = _record_of(op, outputs) if op else None
+            near = _reached(place, outputs) if record is None else _declaring(record, outputs) | {op[:-1]}
+            if all(told.name not in outputs.modules[other].tells_sizes for other in near):
+                where = outputs.place_in(place, told.line, told.name, told.column)
+                hint = did_you_mean(told.name, sorted({size.name for size in made.shapes}), "")
+                yield Diagnostic("KG029", where, f"no operand tells the size {told.name!r}", hint)
+
+
+def _declaring(record: tuple[str, ...], outputs: Outputs) -> set[tuple[str, ...]]:
+    """The modules in which stands what the fields of a named tuple declare."""
+    modules, todo = set[tuple[str, ...]](), [record]
+    for each in todo:
+        modules.add(each[:-1])
+        for declared in outputs.modules[each[:-1]].declared:
+            says: Declaration | None = declared.says if declared.record == each[-1] else None
+            while says is not None:
+                kinds = (_record_of(of, outputs) for of in says.classes)
+                todo += [kind for kind in dict.fromkeys(kinds) if kind is not None and kind not in todo]
+                at, says = _defined_at(says.of, outputs, lambda made: made.says)
+                modules |= {at[:-1]} & outputs.modules.keys()
+    return modules
+
+
+def _reached(place: tuple[str, ...], outputs: Outputs) -> list[tuple[str, ...]]:
+    """A module, and all that it imports of the package."""
+    found = [place]
+    for each in found:
+        wanted = (other for w in outputs.modules[each].imports for other in (w.module, (*w.module, w.name)))
+        found += [other for other in dict.fromkeys(wanted) if other in outputs.modules and other not in found]
+    return found
 
 
 def _asking_faults(family: Family, outputs: Outputs) -> Iterator[Diagnostic]:

@@ -253,6 +253,11 @@ class _Spec(_Checks):
                 elif tag not in VOCABULARY[axis]:
                     hint = TAG_HINTS.get(axis) or did_you_mean(tag, list(VOCABULARY[axis]))
                     self.fault("KG015", where, f"axis {axis} has no tag {tag!r}", hint)
+                else:
+                    ranks = VOCABULARY[axis][tag].get("block_rank")
+                    if isinstance(ranks, int) and ranks & (ranks - 1):
+                        message = f"{tag} is a tile of {ranks} ranks, and tiles of Triton are powers of two"
+                        self.fault("KG015", where, message, TAG_HINTS[axis])
 
     def _check_exclude(self, i: int, exclude: ExcludeShape, axes: Mapping[str, list[str]]) -> None:
         for axis, tags in exclude.when.items():
