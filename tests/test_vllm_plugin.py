@@ -6,6 +6,7 @@ Its private parts of vLLM are stood in for; ``integrations/vllm/tests`` serve mo
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import logging
 import sys
 import types
@@ -108,15 +109,16 @@ def punica() -> Any:
         PunicaWrapperBase=Base, TritonExperts=Experts, CLASSIFIERS=object, is_hooked=lambda experts, num_tokens: False,
         to_device=lambda host, device: torch.from_numpy(host).to(device), SHARDED=(),
         tensor_model_parallel_all_reduce=lambda y: y + y, tensor_model_parallel_all_gather=lambda y: torch.cat([y, y], -1),
-        layers=types.SimpleNamespace(**dict.fromkeys(_LAYERS, object)),
+        layers=types.SimpleNamespace(**dict.fromkeys(_LAYERS, object)), check=lambda wrapper: None,
+        backend_of_mxfp4_as_loaded=lambda: "as loaded", lora_config=None,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(versions, "seams", lambda: seams)
         from kernelgen_vllm import punica
 
         yield punica
-    for name in ("punica", "start", "experts"):
-        del sys.modules[f"kernelgen_vllm.{name}"]
+    for name in ("punica", "start", "experts", "mxfp4"):
+        sys.modules.pop(f"kernelgen_vllm.{name}", None)
 
 
 _LAYERS = (
@@ -356,6 +358,58 @@ def test_experts_that_are_shared_out_make_the_layer(inside: bool, tokens: str, p
         wanted[t] += weights[t, j] * (bias[e] + w2[e].double() @ h + has * b2[slot, e].double() @ (a2[slot, e].double() @ h))
     assert 2 < wanted.abs().max() < 2048  # whole numbers that float16 has
     assert torch.equal(total, wanted)
+
+
+MXFP4 = {"is_lora_enabled": True, "moe_backend": "auto", "swiglu_limit": None, "swiglu_alpha": None, "swiglu_beta": None}
+MXFP4 |= {"activation": types.SimpleNamespace(value="swigluoai"), "has_bias": True, "in_dtype": torch.bfloat16, "device": "cpu"}
+MXFP4 |= {"num_local_experts": 4, "hidden_dim": 64, "intermediate_size_per_partition": 48, "experts_per_token": 2}
+LORA = {"lora_dtype": torch.bfloat16, "max_lora_rank": 16, "max_loras": 2, "fully_sharded_loras": False}
+
+
+@pytest.mark.parametrize(
+    ("moe", "lora", "why"),
+    [
+        ({}, {}, None),
+        ({"is_lora_enabled": False}, {}, "there are no adapters"),
+        ({"moe_backend": "marlin"}, {}, "moe_backend=marlin was asked for"),
+        ({"has_bias": False}, {}, "the layer is not gpt-oss's in bfloat16"),
+        ({"activation": types.SimpleNamespace(value="silu")}, {}, "the layer is not gpt-oss's in bfloat16"),
+        ({}, {"lora_dtype": torch.float32}, "adapters are of torch.float32, kernels are for bfloat16 and float16"),
+        ({}, {"lora_dtype": torch.float16}, "lora.a13[0]: got [2, 4, 16, 64] float16"),
+        ({}, {"fully_sharded_loras": True}, "adapters are fully sharded"),
+    ],
+)
+def test_mxfp4_experts_are_ours_or_it_is_said_why(
+    moe: dict[str, Any], lora: dict[str, Any], why: str | None, punica: Any, monkeypatch: Any
+) -> None:
+    from kernelgen_vllm import early, experts, mxfp4
+
+    monkeypatch.setattr(mxfp4._vllm, "lora_config", lambda: types.SimpleNamespace(**(LORA | lora)))
+    config = types.SimpleNamespace(**(MXFP4 | moe))
+    module = types.SimpleNamespace(select_mxfp4_moe_backend=lambda moe, key=None: ("own", key))
+    early.choose_mxfp4_experts(module)
+    chosen = module.select_mxfp4_moe_backend(config, key="a key")
+    if why is None:
+        assert chosen == ("as loaded", mxfp4.Experts)
+        return
+    assert chosen == ("own", "a key") and why in config.kernelgen_refusal
+    own = types.SimpleNamespace(weight_quant_dtype="mxfp4", moe_config=config)  # of another class
+    assert experts.layer_of(own, None, new(1), new(1), None) == f"it has repacked weights in MXFP4, as {config.kernelgen_refusal}"
+
+
+def test_a_module_is_seen_as_it_is_imported(tmp_path: Path, monkeypatch: Any) -> None:
+    from kernelgen_vllm import early
+
+    (tmp_path / "kernelgen_seen.py").write_text("number = 1")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    seen: list[Any] = []
+    early.when_imported("kernelgen_seen", seen.append)
+    assert not seen
+    module = importlib.import_module("kernelgen_seen")
+    assert seen == [module] and module.number == 1
+    early.when_imported("kernelgen_seen", seen.append)
+    assert seen == [module] * 2
+    del sys.modules["kernelgen_seen"]
 
 
 FP8 = torch.float8_e4m3fn

@@ -40,9 +40,9 @@ class Releases:
         raise Refused(f"{self.engine} {version} is not known; served are {known}")
 
 
-def is_on(switch: str) -> bool:
+def is_on(switch: str, default: str = "1") -> bool:
     """Whether a variable of the environment is not 0."""
-    return os.environ.get(switch, "1") != "0"
+    return os.environ.get(switch, default) != "0"
 
 
 def interpreted() -> bool:

@@ -8,6 +8,7 @@ them, as in vLLM. Either way numbers of one adapter never reach rows of another,
 from __future__ import annotations
 
 import dataclasses
+import types
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ import torch
 from . import kernels as kg
 from .shared import experts as shared
 from .shared.calls import empty, looks, on_meta, refusal
-from .versions import seams
+from .versions import MXFP4, seams
 
-__all__ = ["FACTORS", "Deltas", "Layer", "activation_of", "apply", "contain", "layer_of"]
+__all__ = ["FACTORS", "Deltas", "Layer", "activation_of", "apply", "contain", "layer_of", "refusal_of"]
 
 _vllm = seams()
 # What vLLM calls activations, and what kernels do.
@@ -93,7 +94,11 @@ class Layer:
 
 def layer_of(experts: Any, context: Any, w1: torch.Tensor, w2: torch.Tensor, activation: Any) -> Layer | str:
     """What serves a layer, or why its base products stay vLLM's own."""
-    if type(experts) is not _vllm.TritonExperts:  # a class of it may have other sums, or numbers that are prepared
+    in_mxfp4 = getattr(experts, "kernelgen_mxfp4", False)
+    if type(experts) is not _vllm.TritonExperts and not in_mxfp4:  # it may have other sums, or numbers that are prepared
+        if experts.weight_quant_dtype == "mxfp4":
+            why = getattr(experts.moe_config, "kernelgen_refusal", f"{MXFP4}=1 is not set")
+            return f"it has repacked weights in MXFP4, as {why}"
         return "its kernels are its own"
     act = activation_of(activation, experts.activation_config)
     if act is None:
@@ -101,18 +106,21 @@ def layer_of(experts: Any, context: Any, w1: torch.Tensor, w2: torch.Tensor, act
     biases = {"w13_bias": experts.w1_bias, "w2_bias": experts.w2_bias}
     options: dict[str, Any] = {name: bias for name, bias in biases.items() if bias is not None}
     scale = None
-    if experts.quant_dtype is not None or w1.dtype not in _DTYPES:
+    if in_mxfp4:
+        options |= {"w13_scale": experts.w1_scale, "w2_scale": experts.w2_scale}
+    elif experts.quant_dtype is not None or w1.dtype not in _DTYPES:
         found = _fp8(experts, w1, w2)
         if isinstance(found, str):
             return found
         scale, of_weights = found
         options = options | of_weights
     layer = Layer(act, options, scale)
-    refusals = [_refusal(layer, context, w1, w2, adapted) for adapted in (False, True)]
+    refusals = [refusal_of(layer, context, w1, w2, adapted, w1.device) for adapted in (False, True)]
     if refusals == [None, None]:
         return layer
     apart = dataclasses.replace(layer, fused=refusals[0] is None, inside=False)
-    if scale is None and _refusal(apart, context, w1, w2, False) is None:  # products that are apart have no scales
+    weights_scaled = "w13_scale" in options  # products that are apart have no scales
+    if not weights_scaled and refusal_of(apart, context, w1, w2, False, w1.device) is None:
         return apart
     return next(filter(None, reversed(refusals)))
 
@@ -148,17 +156,20 @@ def _fp8(experts: Any, w1: torch.Tensor, w2: torch.Tensor) -> tuple[str, dict[st
     return "token", {name: scale.reshape(len(w1), -1).expand(-1, rows[name]).contiguous() for name, scale in named.items()}
 
 
-def _refusal(layer: Layer, context: Any, w1: torch.Tensor, w2: torch.Tensor, adapted: bool) -> str | None:
+def refusal_of(
+    layer: Layer, context: Any, w1: torch.Tensor, w2: torch.Tensor, adapted: bool, device: torch.device
+) -> str | None:
     """Why the kernels do not have a layer, as it would be served; None: they have."""
     if adapted and context.fully_sharded:
         return "adapters are fully sharded"
-    device, some, (w1, w2) = w1.device, layer.on_meta(), on_meta((w1, w2))
-    factors = dataclasses.replace(context, **{name: on_meta(getattr(context, name)) for name in (*FACTORS, "adapter_enabled")})
+    some, (w1, w2) = layer.on_meta(), on_meta((w1, w2))
+    factors = types.SimpleNamespace(**{name: on_meta(getattr(context, name)) for name in (*FACTORS, "adapter_enabled")})
+    dtype = torch.bfloat16 if w1.dtype == torch.uint8 else w1.dtype  # of tokens beside MXFP4
 
     def make() -> None:
         for rows in (1, 4096):  # as few tokens are served, and as many
-            x = empty(rows, w1.shape[2], dtype=w1.dtype)
-            out = empty(rows, w2.shape[1], dtype=w1.dtype if layer.scale is None else torch.bfloat16)
+            x = empty(rows, w2.shape[1], dtype=dtype)
+            out = empty(rows, w2.shape[1], dtype=dtype if layer.scale is None else torch.bfloat16)
             routed = empty(rows, context.top_k, dtype=torch.int32), empty(rows, context.top_k, dtype=torch.float32)
             if not layer.inside:
                 shared.layer(out, x, w1, w2, *routed, some.activation, lambda *of: None, lambda *of: None, **some.options)

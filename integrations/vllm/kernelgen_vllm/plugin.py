@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 
+from . import early
 from .shared import gate
-from .versions import Refused, seams_for
+from .versions import MXFP4, Refused, seams_for
 
 __all__ = ["register"]
 
@@ -19,6 +20,7 @@ def register() -> None:
 
     ``KERNELGEN_VLLM=0`` in the environment leaves vLLM as it is, as does a release that is not known, or a device that kernels
     are not for, with one line in the log. All else that is replaced is so where the first wrapper is asked for: this runs early.
+    But what experts in MXFP4 run on is chosen before.
     """
     if not gate.is_on("KERNELGEN_VLLM"):
         log.info("kernelgen: vLLM is left as it is, by KERNELGEN_VLLM=0")
@@ -37,4 +39,6 @@ def register() -> None:
     if not hasattr(platform, "_kernelgen_own_wrapper"):
         platform._kernelgen_own_wrapper = platform.get_punica_wrapper
         platform.get_punica_wrapper = classmethod(lambda cls: WRAPPER)
+        if gate.is_on(MXFP4, "0"):
+            early.when_imported("vllm.model_executor.layers.quantization.mxfp4", early.choose_mxfp4_experts)
 

@@ -18,7 +18,7 @@ from .rows import Rows
 from .start import install
 from .versions import Refused, seams
 
-__all__ = ["PunicaWrapper", "kernelgen_wrapper"]
+__all__ = ["PunicaWrapper", "kernelgen_wrapper", "see"]
 
 _vllm = seams()
 DTYPES = (torch.bfloat16, torch.float16)
@@ -27,15 +27,24 @@ DTYPES = (torch.bfloat16, torch.float16)
 def kernelgen_wrapper(max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs: Any) -> Any:
     """A wrapper, as vLLM asks for one: ours, or its own where ours would not be right, which one line in the log says."""
     try:
-        _vllm.check(PunicaWrapper)
+        see(kwargs["lora_config"])
         install()
-        dtype = kwargs["lora_config"].lora_dtype
-        if dtype not in DTYPES:
-            raise Refused(f"adapters are of {dtype}, kernels are for bfloat16 and float16")
     except Refused as reason:
         log.warning("kernelgen: LoRA layers are vLLM's own: %s", reason)
         return _vllm.own_wrapper()(max_num_batched_tokens, max_batches, device, **kwargs)
     return PunicaWrapper(max_num_batched_tokens, max_batches, device, **kwargs)
+
+
+def see(lora_config: Any) -> None:
+    """See that LoRA layers of a ``LoRAConfig`` can call a wrapper of ours.
+
+    Raises:
+        Refused: why not.
+    """
+    _vllm.check(PunicaWrapper)
+    dtype = lora_config.lora_dtype
+    if dtype not in DTYPES:
+        raise Refused(f"adapters are of {dtype}, kernels are for bfloat16 and float16")
 
 
 class PunicaWrapper(_vllm.PunicaWrapperBase):  # type: ignore[name-defined,misc]

@@ -10,6 +10,7 @@
 | ``TritonExperts.apply`` | the experts of a layer, see ``experts`` |
 | ``FusedMoEWithLoRA.set_lora`` | behind it an adapter of theirs is in its slot |
 | ``moe_kernel_quantize_input`` | makes FP8 of tokens that were gathered from other GPUs |
+| ``select_mxfp4_moe_backend`` of ``quantization.mxfp4`` | chooses the experts of a layer in MXFP4, see ``early`` and ``mxfp4`` |
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from vllm.config import get_current_vllm_config
 from vllm.config.lora import LoRAConfig
 from vllm.distributed import tensor_model_parallel_all_gather, tensor_model_parallel_all_reduce
 from vllm.lora import layers
@@ -38,11 +40,13 @@ __all__ = [
     "SHARDED",
     "PunicaWrapperBase",
     "TritonExperts",
+    "backend_of_mxfp4_as_loaded",
     "check",
     "is_hooked",
     "keyed_as",
     "layers",
     "logits_width",
+    "lora_config",
     "own_wrapper",
     "quantized",
     "replace_experts",
@@ -115,6 +119,18 @@ def is_hooked(experts: TritonExperts, num_tokens: int) -> bool:
     """Whether the rows of the second product are another's to add up: since 0.33."""
     uses = getattr(experts, "_uses_post_gemm2_hook", None)
     return uses is not None and uses(num_tokens)
+
+
+def lora_config() -> LoRAConfig:
+    """Of the model that is made."""
+    return get_current_vllm_config().lora_config
+
+
+def backend_of_mxfp4_as_loaded() -> Any:
+    """That which leaves weights in MXFP4 as they are loaded."""
+    from vllm.model_executor.layers.fused_moe.oracle.mxfp4 import Mxfp4MoeBackend
+
+    return Mxfp4MoeBackend.EMULATION
 
 
 def replace_experts(apply: Callable[..., None]) -> None:

@@ -8,8 +8,9 @@ from types import ModuleType
 
 from .shared.gate import Refused, Releases
 
-__all__ = ["Refused", "seams", "seams_for"]
+__all__ = ["MXFP4", "Refused", "seams", "seams_for"]
 
+MXFP4 = "KERNELGEN_VLLM_MXFP4"  # the switch for experts in MXFP4
 seams_for = Releases("vLLM", {(0, 32): "seams_0_32", (0, 33): "seams_0_32"}).module_for
 
 

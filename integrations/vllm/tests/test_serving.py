@@ -22,7 +22,7 @@ TARGETS = {
     "qwen3_moe": (*ATTENTION, "experts"),
     "gpt_oss": (*ATTENTION, "experts"),
 }
-DTYPES = {"llama": torch.bfloat16, "qwen3_moe": torch.float16, "gpt_oss": torch.float16}
+DTYPES = {"llama": torch.bfloat16, "qwen3_moe": torch.float16, "gpt_oss": torch.float16, "gpt_oss_mxfp4": torch.bfloat16}
 LARGEST = 64
 
 
@@ -46,6 +46,11 @@ class Engine:
     def step(self) -> dict[str, Any]:
         """The requests that a step finished, by label."""
         return {output.request_id: output for output in self.engine.step() if output.finished}
+
+    def ready(self) -> set[Any]:
+        """What warm-up compiles."""
+        (manager,) = self.llm.collective_rpc(lambda worker: worker.model_runner.lora_manager._adapter_manager)
+        return {r.key for r in _warmup.requests(start.distinct([*start.calls_of(manager)]), max_tokens=LARGEST)}
 
     def preempted(self) -> int:
         """Requests that wait to be computed again."""
@@ -116,11 +121,20 @@ def fp8_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("fp8_on_a_cpu")
-def test_serves_fp8_experts(tmp_path: Path) -> None:
-    model = Model(tmp_path, "qwen3_moe_fp8")
+@pytest.mark.parametrize(("kind", "variants", "options"), [
+    ("qwen3_moe_fp8", "_w8group_", {"moe_backend": "triton"}),
+    ("gpt_oss_mxfp4", "_mxfp4_", {}),  # KERNELGEN_VLLM_MXFP4=1
+])  # fmt: skip
+def test_serves_quantized_experts(kind: str, variants: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model = Model(tmp_path, kind)
     for i, name in enumerate("ab"):
-        model.adapter(name, (8, 16)[i], i, TARGETS["qwen3_moe"])
-    serve(Engine(model, moe_backend="triton"))
+        model.adapter(name, (8, 16)[i], i, TARGETS[kind.rpartition("_")[0]])
+    engine = Engine(model, **options)
+    ready = engine.ready()
+    with launched(_runtime) as keys:
+        serve(engine)
+    assert keys <= ready
+    assert any(variants in f"{_runtime.variant_of(launcher.kernel)}_" for launcher, *_ in keys)
 
 
 @pytest.mark.parametrize(
@@ -132,8 +146,7 @@ def test_serves(kind: str, traced: bool, tmp_path: Path, monkeypatch: pytest.Mon
     for i, name in enumerate("abcd"):
         model.adapter(name, (8, 16, 4, 16)[i], i, TARGETS[kind])
     engine = Engine(model, num_gpu_blocks_override=8, block_size=32, enforce_eager=not traced)
-    (manager,) = engine.llm.collective_rpc(lambda worker: worker.model_runner.lora_manager._adapter_manager)
-    ready = {r.key for r in _warmup.requests(start.distinct([*start.calls_of(manager)]), max_tokens=LARGEST)}
+    ready = engine.ready()
     names: dict[str, str | None] = {}
     finished, preempted = {}, 0
 
@@ -171,6 +184,7 @@ def test_serves(kind: str, traced: bool, tmp_path: Path, monkeypatch: pytest.Mon
         ("qwen3_moe", {"fully_sharded_loras": True}),
         ("gpt_oss", {"fully_sharded_loras": True}),
         ("gpt_oss", {}),
+        ("gpt_oss_mxfp4", {}),
         ("qwen3_moe", {"enable_expert_parallel": True}),
     ],
 )
@@ -178,7 +192,7 @@ def test_serves_on_two_ranks(kind: str, options: dict[str, Any], tmp_path: Path)
     """Adapters that are cut like the layers under them, and experts that are shared out, over processes and gloo."""
     model = Model(tmp_path, kind, DTYPES[kind])
     for i, name in enumerate("ab"):
-        model.adapter(name, (8, 16)[i], i, TARGETS[kind])
+        model.adapter(name, (8, 16)[i], i, TARGETS[kind.removesuffix("_mxfp4")])
     engine = Engine(model, tensor_parallel_size=2, distributed_executor_backend="mp", **options)
     serve(engine)
     engine.llm.llm_engine.engine_core.shutdown()

@@ -36,6 +36,13 @@ def gpt_oss() -> transformers.PreTrainedConfig:
     return transformers.GptOssConfig(intermediate_size=32, sliding_window=16, **experts, **SIZES)
 
 
+def gpt_oss_mxfp4() -> transformers.PreTrainedConfig:
+    """Its experts in MXFP4; all of them for each token, as below."""
+    config = gpt_oss()
+    config.update({"num_local_experts": 4, "num_experts_per_tok": 4})
+    return config
+
+
 def qwen3_moe_fp8() -> transformers.PreTrainedConfig:
     """Its experts in blocks of FP8; all of them for each token, so that no rounding chooses others."""
     config = qwen3_moe()
@@ -43,7 +50,7 @@ def qwen3_moe_fp8() -> transformers.PreTrainedConfig:
     return config
 
 
-CONFIGS = {"qwen3_moe_fp8": qwen3_moe_fp8, "llama": llama, "qwen3_moe": qwen3_moe, "gpt_oss": gpt_oss}
+CONFIGS = {config.__name__: config for config in (llama, qwen3_moe, qwen3_moe_fp8, gpt_oss, gpt_oss_mxfp4)}
 
 
 def _blocks(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -55,6 +62,18 @@ def _blocks(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return numbers, codes.reshape(weights.shape), scale[..., 0, :, 0]
 
 
+def _mxfp4(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weights [*, rows, columns] in the numbers of MXFP4, two a byte [*, rows, columns / 32, 16], and a scale of each 32."""
+    grid = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    groups = weights.float().unflatten(-1, (-1, 32))
+    exponent = groups.abs().amax(-1, keepdim=True).log2().floor() - 2
+    scaled = groups / exponent.exp2()
+    codes = (scaled.abs()[..., None] - grid).abs().argmin(-1)
+    numbers = (grid[codes] * scaled.sign() * exponent.exp2()).flatten(-2).to(weights.dtype)
+    codes = (codes + 8 * (scaled < 0)).to(torch.uint8)
+    return numbers, codes[..., ::2] | codes[..., 1::2] << 4, (exponent[..., 0] + 127).to(torch.uint8)
+
+
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -62,7 +81,7 @@ class Model:
     """A model in a folder, and adapters on it by name, in folders beside it."""
 
     def __init__(self, folder: Path, kind: str, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.folder, self.dtype, self.in_fp8 = folder, dtype, kind.endswith("_fp8")
+        self.folder, self.dtype, self.quant = folder, dtype, kind.rpartition("_")[2]
         torch.manual_seed(0)
         self.config = CONFIGS[kind]()
         model = transformers.AutoModelForCausalLM.from_config(self.config).to(dtype)
@@ -72,27 +91,33 @@ class Model:
                     weight *= 8  # so that rounding does not choose other experts
                 elif name.endswith("bias"):
                     weight.normal_(std=0.3)
-                if self.in_fp8 and ".experts." in name:
+                if self.quant == "fp8" and ".experts." in name:
                     weight.copy_(_blocks(weight / 4)[0])
+                elif self.quant == "mxfp4" and name.endswith("_proj"):
+                    weight.copy_(_mxfp4(weight.mT)[0].mT)
         model.save_pretrained(folder / "base")
-        if self.in_fp8:
-            self._make_fp8(folder / "base")
+        if self.quant in ("fp8", "mxfp4"):
+            self._quantize(folder / "base")
         self.weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
         self.deltas: dict[str | None, dict[str, torch.Tensor]] = {None: {}}
         self._merged: dict[str | None, Any] = {}
 
-    @staticmethod
-    def _make_fp8(folder: Path) -> None:
-        """Make the experts of a model that was saved FP8, which holds their numbers."""
+    def _quantize(self, folder: Path) -> None:
+        """Make the experts of a model that was saved FP8 or MXFP4, which hold their numbers."""
         tensors = load_file(folder / "model.safetensors")
-        for name in [name for name in tensors if ".experts." in name]:
-            _, tensors[name], tensors[f"{name}_scale_inv"] = _blocks(tensors[name])
+        for name in [name for name in tensors if ".experts." in name and not name.endswith("bias")]:
+            if self.quant == "fp8":
+                _, tensors[name], tensors[f"{name}_scale_inv"] = _blocks(tensors[name])
+            else:
+                _, tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = _mxfp4(tensors.pop(name).mT)
         save_file(tensors, folder / "model.safetensors")
         config = json.loads((folder / "config.json").read_text())
         others = [
             name.removesuffix(".weight") for name, tensor in tensors.items() if tensor.dim() == 2 and ".experts." not in name
         ]
-        said = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+        said: dict[str, Any] = {"quant_method": self.quant}
+        if self.quant == "fp8":
+            said |= {"activation_scheme": "dynamic", "weight_block_size": [128, 128]}
         (folder / "config.json").write_text(
             json.dumps(config | {"quantization_config": {**said, "modules_to_not_convert": others}})
         )
@@ -105,7 +130,7 @@ class Model:
         """The folder of a random adapter on the linear layers, experts or embeddings whose names end so, as PEFT writes it."""
         generator = torch.Generator().manual_seed(seed)
         tensors, deltas = {}, {}
-        strength = 0.6 if self.in_fp8 else 0.3  # so that adapters tell beside what FP8 makes of tokens
+        strength = 0.6 if self.quant in ("fp8", "mxfp4") else 0.3  # so that adapters tell beside what FP8 makes of tokens
 
         def product(path: str, rows: int, columns: int, embedding: bool = False) -> torch.Tensor:
             a = torch.randn(rank, columns, generator=generator).to(self.dtype)
