@@ -279,6 +279,37 @@ def test_tables_stay_with_what_they_were_made_of(name: str, known: bool, device:
     assert len(launches) == number
 
 
+def _scales(door: Door) -> set[str]:
+    return {operand.scaled_by for operand in _parts(door.op.operands) if isinstance(operand, Tensor) and operand.scaled_by}
+
+
+@pytest.mark.parametrize("name", [name for name in GOOD if name.endswith(" fp8")])
+def test_scales_that_lie_otherwise_are_refused_or_read_so(name: str, device: str, launches: list[Any]) -> None:
+    """No declaration says how scales lie: a kernel is told of it, or a check refuses it by name."""
+    door = Door.of(name, device)
+
+    def told(**changed: Any) -> list[Any]:
+        forget()
+        launches.clear()
+        door(**changed)
+        return [(grid, constants, [x for x in given if isinstance(x, int)]) for _, grid, given, constants, _ in launches]
+
+    known, tried = told(), 0
+    for label, _, scale in door.tensors:
+        if label.partition("[")[0] not in _scales(door) or scale.numel() < 2:
+            continue
+        apart = torch.cat((scale, scale), -1)[..., : scale.shape[-1]], scale.repeat_interleave(2, -1)[..., ::2]
+        for other in (other for other in apart if other.stride() != scale.stride()):
+            changed, tried = _with(door.good, label, other), tried + 1
+            try:
+                found = told(**changed)
+            except ValueError as error:
+                assert label.partition("[")[0] in str(error), f"{label} {other.stride()}: {error}"
+            else:
+                assert found != known, f"{label} with strides {other.stride()} is read as one with {scale.stride()}"
+    assert tried
+
+
 @pytest.mark.parametrize("name", GOOD)
 def test_no_call_keeps_tensors_alive(name: str, device: str, launches: list[Any]) -> None:
     gc.freeze()  # what lives by now is looked at no more

@@ -84,7 +84,7 @@ def test_a_family_of_the_guide_needs_nothing_else(tmp_path: Path) -> None:
             code = 2 if command in WITHOUT_GPU else 0
             assert f"$ {' '.join(command)} {code}" in printed, "\n".join(printed)
         if interpreted:
-            assert "25 checks" in "\n".join(printed) and "lora_embedding_bf16_add" in printed
+            assert "26 checks" in "\n".join(printed) and "lora_embedding_bf16_add" in printed
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
     keys = subprocess.check_output([sys.executable, "-c", WARMUP], cwd=tmp_path, env=environment, text=True)
     assert int(keys) == 1  # for any number of tokens

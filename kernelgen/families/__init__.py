@@ -15,7 +15,7 @@ is in the modules ``_table`` and ``_tuned`` beside them, which the build makes. 
   change the body of a kernel most, of whose tags every case meets every combination; ``check(package, launcher, tags, case,
   device)``: run one, raise ``AssertionError`` or return the worst error over the bound;
 * ``laws.py``: ``LAWS``, what holds between variants and between calls; see ``case.Law``. And ``good(device)``: the arguments of
-  a good call of the front door, all that it can be given, which tests spoil one by one;
+  a good call of the front door, all that it can be given, which tests spoil one by one, and one more law lays elsewhere;
 * ``probes.py``: ``probes(package, variant)``, the problems that a variant is compiled for without a GPU; see ``probe.Probe``. And
   ``tuned(package, variant, entry)``, where tiles are measured: the same with these;
 * ``call.py``, for ``kernelgen which``: ``SIZES``, those of a usual call; ``call(package, asked)``, which makes one of the sizes

@@ -27,6 +27,7 @@ from kernelgen.core.model import SCHEDULE
 from kernelgen.emit.rooms import laboratory
 from kernelgen.families.case import Case, Law, Variant
 from kernelgen.families.quant import formats_of
+from kernelgen.prove.layouts import tensors_lie_anywhere
 
 if TYPE_CHECKING:
     from kernelgen.core.model import Family
@@ -151,8 +152,8 @@ class Suite:
     @property
     def laws(self) -> Sequence[Law]:
         """What holds between variants, and between calls."""
-        laws: Sequence[Law] = laboratory(self.family, "laws").LAWS
-        return laws
+        room = laboratory(self.family, "laws")
+        return [*room.LAWS, *([Law(tensors_lie_anywhere)] if hasattr(room, "good") else [])]
 
     def check(self, variant: Variant, case: Case, device: str) -> float:
         """Run a case on a variant; return the worst error over its bound, at most 1.
