@@ -657,7 +657,8 @@ _OTHER_MX = {16: (64, 128, 3, 4), 32: (64, 64, 4, 4), 64: (128, 64, 3, 4), 128: 
 
 def _tile(s: _Shape) -> TileConfig:
     block_n, block_k, stages, warps = _sizes(s)
-    warps = s.full_warps if s.block_m == 128 and s.weight_scales != "mx" else warps
+    if s.block_m == 128 and s.weight_scales is None:
+        warps = s.full_warps  # beside the pointers that a box does without; tables of others have as many
     while s.heavy and block_n > 16 and 2 * s.block_m * s.slices * block_n > warps * s.warp_sums:
         block_n //= 2
     return TileConfig(block_n, block_k, stages, warps, _group_m(s), int(s.block_m == 128), 0, *_delta(s, block_n))
