@@ -389,7 +389,7 @@ def _choose(s: _Shape) -> Config:
 
 def _share(s: _Shape) -> _Share:
     """How the work is shared out: over all multiprocessors where tokens are few, and with few loads of x where they are many."""
-    rows, ranks = s.rows, min(128, max(16, runtime.next_power_of_2(s.rank)))
+    rows, ranks = s.rows, runtime.block_rank(s.rank)
     all_ranks = runtime.cdiv(s.rank, ranks) * ranks
     chunks, by_rank = runtime.cdiv(s.k, s.chunk), s.plain and s.rank > 32
     enough = (0.7 if by_rank else 0.9) * s.num_sms

@@ -346,7 +346,7 @@ def _shape(problem: Problem, route: MoeRoute) -> _Shape:
         problem.n,
         problem.slices,
         problem.rank,
-        max(problem.block_r, min(128, max(16, runtime.next_power_of_2(problem.rank)))),
+        max(problem.block_r, runtime.block_rank(problem.rank)),
         problem.weighted,
         problem.adds,
         problem.weight_scales,

@@ -181,7 +181,7 @@ def _pairs(
 def _blocks(
     pairs: int, groups: int, block_m: int, k: int, slices: int, rank: int, num_sms: int, shared_memory: int
 ) -> BlocksConfig:
-    block_r = min(128, max(16, runtime.next_power_of_2(rank)))
+    block_r = runtime.block_rank(rank)
     column_bytes, budget = 2 * (block_m + slices * block_r), shared_memory - 4096
     block_k = 64
     if block_r == 128 and k % 8:

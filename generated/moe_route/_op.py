@@ -695,7 +695,8 @@ def moe_workspace(
     num_pairs = max_tokens * top_k
     padded = table_size + 127 * max_loras if table_size else 0  # each row up to a whole block of 128
     tables = max(sum(_open_splits(max_tokens, top_k, num_experts, max_loras)), sum(_splits(padded // 16, padded, 0)))
-    rank = runtime.cdiv(max_rank, 128) * 128 if max_rank > 128 else max(16, runtime.next_power_of_2(max_rank))
+    tile = runtime.block_rank(max_rank)
+    rank = runtime.cdiv(max_rank, tile) * tile
     # A split of K pays for few pairs only: 32 parts up to 256 pairs, 8 up to 4096, then one, in half the bytes.
     parts = max(min(num_pairs, 256) * 32, min(num_pairs, 4096) * 8, num_pairs) * num_slices * rank
     return MoeWorkspace(

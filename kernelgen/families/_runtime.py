@@ -826,6 +826,11 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length() if n > 1 else 1
 
 
+def block_rank(rank: int) -> int:
+    """Ranks of a tile: the power of two that holds them, from 16, of which a matrix unit has no fewer, to 128."""
+    return min(128, max(16, next_power_of_2(rank)))
+
+
 def rank_tile(
     rank: int, rows: int, columns: int, parts: int, part_bytes: int, stages: int, device: torch.device
 ) -> tuple[int, int]:

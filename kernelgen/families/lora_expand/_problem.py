@@ -233,7 +233,8 @@ class _Shape(NamedTuple):
     @property
     def ranks(self) -> int:
         """Of the tiles of B and of the rank vectors, together."""
-        return max(16, runtime.next_power_of_2(self.rank)) if self.rank <= 128 else runtime.cdiv(self.rank, 128) * 128
+        tile = runtime.block_rank(self.rank)
+        return runtime.cdiv(self.rank, tile) * tile
 
     @property
     def aligned(self) -> bool:

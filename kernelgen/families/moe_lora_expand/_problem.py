@@ -172,15 +172,12 @@ def _choose(schedule: str, *sizes: Any) -> Config:
     return _pairs(*sizes) if schedule == "pairs" else _blocks(*sizes)
 
 
-def _block_r(rank: int) -> int:
-    return min(128, max(16, runtime.next_power_of_2(rank)))
-
-
 def _pairs(
     pairs: int, groups: int, block_m: int, n: int, slices: int, rank: int, num_sms: int, shared_memory: int
 ) -> PairsConfig:
     wide = pairs >= 128
-    block_n, warps = {16: (256, 4), 32: (128, 4), 64: (128 if wide else 64, 2), 128: (64 if wide else 32, 2)}[_block_r(rank)]
+    of_ranks = {16: (256, 4), 32: (128, 4), 64: (128 if wide else 64, 2), 128: (64 if wide else 32, 2)}
+    block_n, warps = of_ranks[runtime.block_rank(rank)]
     if rank % 8:
         warps = 4  # rows that are not aligned are loaded element by element
     reread = pairs > 2 * expected_groups(pairs, groups)
@@ -191,7 +188,7 @@ def _blocks(
     pairs: int, groups: int, block_m: int, n: int, slices: int, rank: int, num_sms: int, shared_memory: int
 ) -> BlocksConfig:
     block_n = max(16, runtime.next_power_of_2(n)) if n <= 64 else 128 if n % 128 == 0 else 64
-    while rank <= 128 and block_n > 16 and 4 * block_n * (block_m + _block_r(rank)) > shared_memory - 4096:
+    while rank <= 128 and block_n > 16 and 4 * block_n * (block_m + runtime.block_rank(rank)) > shared_memory - 4096:
         block_n //= 2
     hit = expected_groups(pairs, groups)
     blocks = hit + (pairs - hit) / max(block_m, 1)
