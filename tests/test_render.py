@@ -303,6 +303,18 @@ def test_shapes_come_out_as_black_formats_the_whole_text(own_cache: Path, monkey
     assert made == {path: black._format_str_once(text, mode=mode) for path, text in made.items()}
 
 
+@pytest.mark.parametrize(
+    ("written", "filled"),
+    [
+        ("one\ntwo.\nThree;\nfour", "one two.\nThree;\nfour"),
+        ("    x = 1\n    y = 2", "    x = 1\n    y = 2"),
+        (f"{'a' * 120} in x [T, K, N].\n", f"{'a' * 120} in\nx [T, K, N].\n"),
+    ],
+)
+def test_what_runs_on_in_a_docstring_is_filled(written: str, filled: str) -> None:
+    assert formatting.in_rows(f'# A\n"""B.\n\n{written}"""\nx\ny\n') == f'# A\n"""B.\n\n{filled}"""\nx\ny\n'
+
+
 def test_without_a_cache_folder_it_only_takes_longer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

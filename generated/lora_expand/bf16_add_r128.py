@@ -80,7 +80,6 @@ def lora_expand_bf16_add_r128_product(
         else:
             b_mask = (n < width)[:, None] & (r < RANK)[None, :]
             b = tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]), mask=b_mask, other=0.0, eviction_policy=WEIGHTS)
-
     if PARTS > 1 and scalings_ptr is not None:
         scaling *= tl.load(scalings_ptr + adapter)
     if PDL:
@@ -108,7 +107,6 @@ def lora_expand_bf16_add_r128_product(
             else:
                 b_mask = (n < width)[:, None] & (r < RANK)[None, :]
                 b = tl.load(b_base + (n[:, None] * B_STRIDE_N + r[None, :]), mask=b_mask, other=0.0, eviction_policy=WEIGHTS)
-
         product = tl.dot(v, b.T)
         product += old.to(tl.float32)
         tl.store(out_tile, product.to(out_ptr.dtype.element_ty), mask=out_mask)

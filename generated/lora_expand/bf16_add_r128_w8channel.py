@@ -99,7 +99,6 @@ def lora_expand_bf16_add_r128_w8channel_product(
                 .to(tl.float32)
                 .to(tl.bfloat16)
             )
-
     if PARTS > 1 and scalings_ptr is not None:
         scaling *= tl.load(scalings_ptr + adapter)
     if PDL:
@@ -139,7 +138,6 @@ def lora_expand_bf16_add_r128_w8channel_product(
                     .to(tl.float32)
                     .to(tl.bfloat16)
                 )
-
         product = tl.dot(v, b.T)
         product *= b_scale
         product += old.to(tl.float32)

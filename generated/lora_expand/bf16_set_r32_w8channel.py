@@ -98,7 +98,6 @@ def lora_expand_bf16_set_r32_w8channel_product(
                 .to(tl.float32)
                 .to(tl.bfloat16)
             )
-
     if PARTS > 1 and scalings_ptr is not None:
         scaling *= tl.load(scalings_ptr + adapter)
     if PDL:
@@ -137,7 +136,6 @@ def lora_expand_bf16_set_r32_w8channel_product(
                     .to(tl.float32)
                     .to(tl.bfloat16)
                 )
-
         product = tl.dot(v, b.T)
         product *= b_scale
         tl.store(out_tile, product.to(out_ptr.dtype.element_ty), mask=out_mask)

@@ -13,7 +13,8 @@ of these, x is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times sc
 x_scale [T, ceil(K / 128)]; rank at most 128.
 K is added up chunk by chunk, chunks quarter by quarter, and these in order; how wide a chunk is depends on K alone. Few tokens
 get a program a chunk, more one a quarter, and their sums are added afterwards; many get a program for all of K. All add in the
-same order, so a token has the same bits in every batch. Where blocks are few, SHARES programs share the rows of each, and others its ranks.
+same order, so a token has the same bits in every batch. Where blocks are few, SHARES programs share the rows of each, and others
+its ranks.
 Programs of FP8 share the rows of a higher block, SHARES of them: what is widened stays in registers for up to 32 rows.
 """
 

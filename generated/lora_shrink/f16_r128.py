@@ -12,7 +12,8 @@ Shapes: y [S, T, rank] float32, x [T, K] and A_s [L, rank, K] float16;
 rank at most 128.
 K is added up chunk by chunk, chunks quarter by quarter, and these in order; how wide a chunk is depends on K alone. Few tokens
 get a program a chunk, more one a quarter, and their sums are added afterwards; many get a program for all of K. All add in the
-same order, so a token has the same bits in every batch. Where blocks are few, SHARES programs share the rows of each, and others its ranks.
+same order, so a token has the same bits in every batch. Where blocks are few, SHARES programs share the rows of each, and others
+its ranks.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ For every pair p = t * top_k + j with t below valid_tokens whose expert is local
 
     h[p] = gelu_tanh(x[p] + delta[p])
 
-Rows of other pairs keep their bytes. Rows of delta are added where a pair is live on the route; LoRA did not write
-others, which are not read.
+Rows of other pairs keep their bytes. Rows of delta are added where a pair is live on the route; LoRA did not write others, which
+are not read.
 
 Shapes: x and delta [T, top_k, N] and h [T * top_k, N] bfloat16, topk_ids [T, top_k] int32 or int64.
 """

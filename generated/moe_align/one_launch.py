@@ -3,16 +3,16 @@
 # Template: templates/kernels/moe_align/one_launch.py.j2
 """The tables of a base MoE layer in one launch: a stable counting sort by expert, every program for one expert.
 
-A pair p = t * top_k + j is local when t is below valid_tokens and its expert, less LOCAL_EXPERT_START, is in
-[0, NUM_EXPERTS). Local pairs are ordered by (expert, p); the pairs of an expert are cut into blocks of at most BLOCK_M:
+A pair p = t * top_k + j is local when t is below valid_tokens and its expert, less LOCAL_EXPERT_START, is in [0, NUM_EXPERTS).
+Local pairs are ordered by (expert, p); the pairs of an expert are cut into blocks of at most BLOCK_M:
 
     pairs [*] int32           local pair ids in that order
     blocks [max_blocks, 3]    int32 (local expert, first, rows): block i holds pairs[first : first + rows]
     num_blocks [1] int32      how many entries count; what lies behind them is undefined
 
-Where the blocks of an expert begin depends on the sizes of all experts before it. With few pairs (DENSE) a program counts
-them all. With many it only counts the pairs before its own, and leaves room for one block that is not full for each expert
-before it: then entries with no rows lie between the others.
+Where the blocks of an expert begin depends on the sizes of all experts before it. With few pairs (DENSE) a program counts them
+all. With many it only counts the pairs before its own, and leaves room for one block that is not full for each expert before it:
+then entries with no rows lie between the others.
 """
 
 from __future__ import annotations

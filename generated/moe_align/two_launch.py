@@ -3,15 +3,15 @@
 # Template: templates/kernels/moe_align/two_launch.py.j2
 """The tables of a base MoE layer of many pairs: a stable counting sort by expert in two launches.
 
-A pair p = t * top_k + j is local when t is below valid_tokens and its expert, less LOCAL_EXPERT_START, is in
-[0, NUM_EXPERTS). Local pairs are ordered by (expert, p); the pairs of an expert are cut into blocks of at most BLOCK_M:
+A pair p = t * top_k + j is local when t is below valid_tokens and its expert, less LOCAL_EXPERT_START, is in [0, NUM_EXPERTS).
+Local pairs are ordered by (expert, p); the pairs of an expert are cut into blocks of at most BLOCK_M:
 
     pairs [*] int32           local pair ids in that order
     blocks [max_blocks, 3]    int32 (local expert, first, rows): block i holds pairs[first : first + rows]
     num_blocks [1] int32      how many entries count; what lies behind them is undefined
 
-count: each program counts the experts of one chunk of pairs. place: each sums up the counts of all chunks and of those before
-its own, writes the blocks of some experts, and puts its pairs where they belong. A row of a tile has pairs side by side.
+count: each program counts the experts of one chunk of pairs. place: each sums up the counts of all chunks and of those before its
+own, writes the blocks of some experts, and puts its pairs where they belong. A row of a tile has pairs side by side.
 """
 
 from __future__ import annotations

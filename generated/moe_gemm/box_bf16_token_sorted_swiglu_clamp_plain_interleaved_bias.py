@@ -13,9 +13,9 @@ Shapes: x [T, K], W [E, 2 * N, K] and out [T * top_k, N], all bfloat16;
 bias [E, 2 * N] in any float dtype;
 i is the position of p in the tables;
 the sum over K, and what follows it, is fp32 and is rounded once.
-The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs
-stride over them. Where TAIL is set, a block of few rows takes a tile of half the height. Rows of all operands start at
-16-byte boundaries.
+The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs stride
+over them. Where TAIL is set, a block of few rows takes a tile of half the height. Rows of all operands start at 16-byte
+boundaries.
 """
 
 from __future__ import annotations

@@ -11,11 +11,11 @@ l is the adapter of t; where there is none, B is zero. v are rank vectors of x, 
 
 Shapes: x [T * top_k, K], W [E, N, K] and out [T * top_k, N], all bfloat16;
 v [parts, T * top_k, 1, rank] float32, the sum of its parts rounded to bfloat16, B [L, E, N, rank] bfloat16, of any rank;
-W is MXFP4, uint8 [E, N, K / 2] of two numbers a byte, the lower bits first, and w_scale uint8 or float8_e8m0fnu
-[E, N, K / 32], whose powers of two 32 numbers of a row share: their products are exact in bfloat16;
+W is MXFP4, uint8 [E, N, K / 2] of two numbers a byte, the lower bits first, and w_scale uint8 or float8_e8m0fnu [E, N, K / 32],
+whose powers of two 32 numbers of a row share: their products are exact in bfloat16;
 the sum over K, and what follows it, is fp32 and is rounded once.
-A program makes BLOCK_N columns of a pair, on matrix units, though of a single row: to widen MXFP4 for other units takes longer than
-to read it.
+A program makes BLOCK_N columns of a pair, on matrix units, though of a single row: to widen MXFP4 for other units takes longer
+than to read it.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ Shapes: x [T, K], W [E, 2 * N, K] and out [T * top_k, N], all bfloat16;
 W is MXFP4, uint8 [E, 2 * N, K / 2] of two numbers a byte, the lower bits first, and w_scale uint8 or float8_e8m0fnu
 [E, 2 * N, K / 32], whose powers of two 32 numbers of a row share: their products are exact in bfloat16;
 the sum over K, and what follows it, is fp32 and is rounded once.
-A program makes BLOCK_N columns of a pair, on matrix units, though of a single row: to widen MXFP4 for other units takes longer than
-to read it.
+A program makes BLOCK_N columns of a pair, on matrix units, though of a single row: to widen MXFP4 for other units takes longer
+than to read it.
 """
 
 from __future__ import annotations

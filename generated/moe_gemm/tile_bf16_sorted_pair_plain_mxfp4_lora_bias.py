@@ -13,11 +13,11 @@ Shapes: x [T * top_k, K], W [E, N, K] and out [T * top_k, N], all bfloat16;
 bias [E, N] in any float dtype;
 i is the position of p in the tables;
 v [T * top_k, 1, rank] bfloat16, B [L, E, N, rank] bfloat16, of any rank;
-W is MXFP4, uint8 [E, N, K / 2] of two numbers a byte, the lower bits first, and w_scale uint8 or float8_e8m0fnu
-[E, N, K / 32], whose powers of two 32 numbers of a row share: their products are exact in bfloat16;
+W is MXFP4, uint8 [E, N, K / 2] of two numbers a byte, the lower bits first, and w_scale uint8 or float8_e8m0fnu [E, N, K / 32],
+whose powers of two 32 numbers of a row share: their products are exact in bfloat16;
 the sum over K, and what follows it, is fp32 and is rounded once.
-The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs
-stride over them. Where TAIL is set, a block of few rows takes a tile of half the height.
+The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs stride
+over them. Where TAIL is set, a block of few rows takes a tile of half the height.
 """
 
 from __future__ import annotations

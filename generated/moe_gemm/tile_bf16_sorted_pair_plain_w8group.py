@@ -12,8 +12,8 @@ i is the position of p in the tables;
 W is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32 or float8_e8m0fnu:
 w_scale [E, ceil(N / 128), ceil(K / 128)];
 the sum over K, and what follows it, is fp32 and is rounded once.
-The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs
-stride over them. Where TAIL is set, a block of few rows takes a tile of half the height.
+The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs stride
+over them. Where TAIL is set, a block of few rows takes a tile of half the height.
 """
 
 from __future__ import annotations

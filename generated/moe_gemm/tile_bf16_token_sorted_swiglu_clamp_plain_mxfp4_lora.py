@@ -17,8 +17,8 @@ v [T * top_k, 2, rank] bfloat16, or [T, 2, rank], of tokens, B [L, E, N, rank] b
 W is MXFP4, uint8 [E, 2 * N, K / 2] of two numbers a byte, the lower bits first, and w_scale uint8 or float8_e8m0fnu
 [E, 2 * N, K / 32], whose powers of two 32 numbers of a row share: their products are exact in bfloat16;
 the sum over K, and what follows it, is fp32 and is rounded once.
-The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs
-stride over them. Where TAIL is set, a block of few rows takes a tile of half the height.
+The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs stride
+over them. Where TAIL is set, a block of few rows takes a tile of half the height.
 """
 
 from __future__ import annotations

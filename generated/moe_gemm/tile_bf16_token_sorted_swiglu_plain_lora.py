@@ -13,8 +13,8 @@ Shapes: x [T, K], W [E, 2 * N, K] and out [T * top_k, N], all bfloat16;
 i is the position of p in the tables;
 v [T * top_k, 2, rank] bfloat16, or [T, 2, rank], of tokens, B [L, E, N, rank] bfloat16, of any rank;
 the sum over K, and what follows it, is fp32 and is rounded once.
-The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs
-stride over them. Where TAIL is set, a block of few rows takes a tile of half the height.
+The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs stride
+over them. Where TAIL is set, a block of few rows takes a tile of half the height.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ For every local pair p = t * top_k + j of expert e:
 
 Shapes: x [T, K], W [E, 2 * N, K] and out [T * top_k, N], all float16;
 the sum over K, and what follows it, is fp32 and is rounded once.
-The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs
-stride over them. Where TAIL is set, a block of few rows takes a tile of half the height.
+The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs stride
+over them. Where TAIL is set, a block of few rows takes a tile of half the height.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ bias [E, 2 * N] in any float dtype;
 i is the position of p in the tables;
 v [T * top_k, 2, rank] float16, or [T, 2, rank], of tokens, B [L, E, N, rank] float16, of any rank;
 the sum over K, and what follows it, is fp32 and is rounded once.
-The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs
-stride over them. Where TAIL is set, a block of few rows takes a tile of half the height.
+The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs stride
+over them. Where TAIL is set, a block of few rows takes a tile of half the height.
 """
 
 from __future__ import annotations

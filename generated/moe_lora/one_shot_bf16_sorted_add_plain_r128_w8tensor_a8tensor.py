@@ -10,7 +10,8 @@ For every live pair p = t * top_k + j with adapter l and expert e, and every sli
 
 Pairs that are not live (no adapter, a disabled one, an expert that is not here) keep their rows of out as they are.
 Shapes: out [T, top_k, S * N], x [T, K], A_s [L, E, rank, K] and B_s [L, E, N, rank], all bfloat16;
-of these, A_s and B_s, and x, are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32, those of x also float8_e8m0fnu:
+of these, A_s and B_s, and x, are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32, those of x also
+float8_e8m0fnu:
 a_scale_s and b_scale_s [L, E], x_scale [1];
 rank at most 128.
 One program serves one block of the route: at most BLOCK_M pairs of one adapter and one expert.
@@ -76,7 +77,8 @@ def moe_lora_one_shot_bf16_sorted_add_plain_r128_w8tensor_a8tensor_kernel(
         a = a_ptrs[i] + a_base
         a_scale_ptr = a_scale_ptrs[i]
         if JOINED > 1:
-            # Whole tiles are chosen from: of a choice of rows Triton 3.9 does not know that it is aligned, and copies nothing ahead.
+            # Whole tiles are chosen from: of a choice of rows Triton 3.9 does not know that it is aligned,
+            # and copies nothing ahead.
             a += a_tile
             for j in tl.static_range(1, JOINED):
                 a = tl.where(column[:, None] >= j * BLOCK_R, a_ptrs[i + j] + a_base + a_tile, a)

@@ -73,7 +73,8 @@ def moe_lora_one_shot_bf16_sorted_add_weighted_r64_a8tensor_kernel(
     for i in tl.static_range(0, len(a_ptrs), JOINED):
         a = a_ptrs[i] + a_base
         if JOINED > 1:
-            # Whole tiles are chosen from: of a choice of rows Triton 3.9 does not know that it is aligned, and copies nothing ahead.
+            # Whole tiles are chosen from: of a choice of rows Triton 3.9 does not know that it is aligned,
+            # and copies nothing ahead.
             a += a_tile
             for j in tl.static_range(1, JOINED):
                 a = tl.where(column[:, None] >= j * BLOCK_R, a_ptrs[i + j] + a_base + a_tile, a)

@@ -13,9 +13,9 @@ Shapes: out [T, top_k, S * N], x [T, K], A_s [L, E, rank, K] and B_s [L, E, N, r
 of these, x is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32, those of x also float8_e8m0fnu:
 x_scale [1];
 rank at most 16.
-The shrink cuts K into SPLITS parts over programs, so that a single token fills the GPU; the expand adds the parts in a
-fixed order, so that a pair has the same bits in every batch. Where the target has dependent launch, the expand starts
-early and has its weights on the way before it waits for the parts.
+The shrink cuts K into SPLITS parts over programs, so that a single token fills the GPU; the expand adds the parts in a fixed
+order, so that a pair has the same bits in every batch. Where the target has dependent launch, the expand starts early and has its
+weights on the way before it waits for the parts.
 """
 
 from __future__ import annotations

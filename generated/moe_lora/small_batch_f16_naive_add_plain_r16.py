@@ -10,9 +10,9 @@ For every live pair p = t * top_k + j with adapter l and expert e, and every sli
 
 Pairs that are not live (no adapter, a disabled one, an expert that is not here) keep their rows of out as they are.
 Shapes: out [T, top_k, S * N], x [T, K], A_s [L, E, rank, K] and B_s [L, E, N, rank], all float16; rank at most 16.
-The shrink cuts K into SPLITS parts over programs, so that a single token fills the GPU; the expand adds the parts in a
-fixed order, so that a pair has the same bits in every batch. Where the target has dependent launch, the expand starts
-early and has its weights on the way before it waits for the parts.
+The shrink cuts K into SPLITS parts over programs, so that a single token fills the GPU; the expand adds the parts in a fixed
+order, so that a pair has the same bits in every batch. Where the target has dependent launch, the expand starts early and has its
+weights on the way before it waits for the parts.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ For every live pair p = t * top_k + j with adapter l and expert e, and every sli
 
 Pairs that are not live (no adapter, a disabled one, an expert that is not here) keep their rows of out as they are.
 Shapes: out [T, top_k, S * N], x [T, K], A_s [L, E, rank, K] and B_s [L, E, N, rank], all bfloat16; rank at most 16.
-Two kernels give few blocks enough programs: the shrink can cut K into parts, which the expand adds in a fixed order, and
-the expand cuts the columns. Parts are fp32 [splits, position in the route, S, rank]; a single part is already rounded.
+Two kernels give few blocks enough programs: the shrink can cut K into parts, which the expand adds in a fixed order, and the
+expand cuts the columns. Parts are fp32 [splits, position in the route, S, rank]; a single part is already rounded.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_r16_shrink(
     for i in tl.static_range(0, len(a_ptrs), JOINED):
         a = a_ptrs[i] + a_base
         if JOINED > 1:
-            # Whole tiles are chosen from: of a choice of rows Triton 3.9 does not know that it is aligned, and copies nothing ahead.
+            # Whole tiles are chosen from: of a choice of rows Triton 3.9 does not know that it is aligned,
+            # and copies nothing ahead.
             a += a_tile
             for j in tl.static_range(1, JOINED):
                 a = tl.where(column[:, None] >= j * BLOCK_R, a_ptrs[i + j] + a_base + a_tile, a)

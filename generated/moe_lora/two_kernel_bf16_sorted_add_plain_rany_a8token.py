@@ -13,8 +13,8 @@ Shapes: out [T, top_k, S * N], x [T, K], A_s [L, E, rank, K] and B_s [L, E, N, r
 of these, x is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32, those of x also float8_e8m0fnu:
 x_scale [rows of x, 1];
 any rank, in tiles of 128.
-Two kernels give few blocks enough programs: the shrink can cut K into parts, which the expand adds in a fixed order, and
-the expand cuts the columns. Parts are fp32 [splits, position in the route, S, rank]; a single part is already rounded.
+Two kernels give few blocks enough programs: the shrink can cut K into parts, which the expand adds in a fixed order, and the
+expand cuts the columns. Parts are fp32 [splits, position in the route, S, rank]; a single part is already rounded.
 Programs of FP8 share the rows of a higher block, SHARES of them: what is widened stays in registers for up to 32 rows.
 """
 
@@ -83,7 +83,8 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_rany_a8token_shrink(
     for i in tl.static_range(0, len(a_ptrs), JOINED):
         a = a_ptrs[i] + a_base
         if JOINED > 1:
-            # Whole tiles are chosen from: of a choice of rows Triton 3.9 does not know that it is aligned, and copies nothing ahead.
+            # Whole tiles are chosen from: of a choice of rows Triton 3.9 does not know that it is aligned,
+            # and copies nothing ahead.
             a += a_tile
             for j in tl.static_range(1, JOINED):
                 a = tl.where(column[:, None] >= j * BLOCK_R, a_ptrs[i + j] + a_base + a_tile, a)

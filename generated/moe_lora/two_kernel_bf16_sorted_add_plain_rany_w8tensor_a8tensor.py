@@ -10,11 +10,12 @@ For every live pair p = t * top_k + j with adapter l and expert e, and every sli
 
 Pairs that are not live (no adapter, a disabled one, an expert that is not here) keep their rows of out as they are.
 Shapes: out [T, top_k, S * N], x [T, K], A_s [L, E, rank, K] and B_s [L, E, N, rank], all bfloat16;
-of these, A_s and B_s, and x, are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32, those of x also float8_e8m0fnu:
+of these, A_s and B_s, and x, are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32, those of x also
+float8_e8m0fnu:
 a_scale_s and b_scale_s [L, E], x_scale [1];
 any rank, in tiles of 128.
-Two kernels give few blocks enough programs: the shrink can cut K into parts, which the expand adds in a fixed order, and
-the expand cuts the columns. Parts are fp32 [splits, position in the route, S, rank]; a single part is already rounded.
+Two kernels give few blocks enough programs: the shrink can cut K into parts, which the expand adds in a fixed order, and the
+expand cuts the columns. Parts are fp32 [splits, position in the route, S, rank]; a single part is already rounded.
 Programs of FP8 share the rows of a higher block, SHARES of them: what is widened stays in registers for up to 32 rows.
 """
 
@@ -86,7 +87,8 @@ def moe_lora_two_kernel_bf16_sorted_add_plain_rany_w8tensor_a8tensor_shrink(
         a = a_ptrs[i] + a_base
         a_scale_ptr = a_scale_ptrs[i]
         if JOINED > 1:
-            # Whole tiles are chosen from: of a choice of rows Triton 3.9 does not know that it is aligned, and copies nothing ahead.
+            # Whole tiles are chosen from: of a choice of rows Triton 3.9 does not know that it is aligned,
+            # and copies nothing ahead.
             a += a_tile
             for j in tl.static_range(1, JOINED):
                 a = tl.where(column[:, None] >= j * BLOCK_R, a_ptrs[i + j] + a_base + a_tile, a)

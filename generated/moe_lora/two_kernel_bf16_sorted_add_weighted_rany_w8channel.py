@@ -13,8 +13,8 @@ Shapes: out [T, top_k, S * N], x [T * top_k, K], A_s [L, E, rank, K] and B_s [L,
 of these, A_s and B_s are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32:
 a_scale_s [L, E, rank] and b_scale_s [L, E, N];
 topk_weights [T, top_k] in any float dtype, applied in fp32; any rank, in tiles of 128.
-Two kernels give few blocks enough programs: the shrink can cut K into parts, which the expand adds in a fixed order, and
-the expand cuts the columns. Parts are fp32 [splits, position in the route, S, rank]; a single part is already rounded.
+Two kernels give few blocks enough programs: the shrink can cut K into parts, which the expand adds in a fixed order, and the
+expand cuts the columns. Parts are fp32 [splits, position in the route, S, rank]; a single part is already rounded.
 Programs of FP8 share the rows of a higher block, SHARES of them: what is widened stays in registers for up to 32 rows.
 """
 
@@ -81,7 +81,8 @@ def moe_lora_two_kernel_bf16_sorted_add_weighted_rany_w8channel_shrink(
         a = a_ptrs[i] + a_base
         a_scale_ptr = a_scale_ptrs[i]
         if JOINED > 1:
-            # Whole tiles are chosen from: of a choice of rows Triton 3.9 does not know that it is aligned, and copies nothing ahead.
+            # Whole tiles are chosen from: of a choice of rows Triton 3.9 does not know that it is aligned,
+            # and copies nothing ahead.
             a += a_tile
             for j in tl.static_range(1, JOINED):
                 a = tl.where(column[:, None] >= j * BLOCK_R, a_ptrs[i + j] + a_base + a_tile, a)

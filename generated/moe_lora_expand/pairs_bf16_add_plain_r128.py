@@ -9,8 +9,8 @@ For every live pair p = t * top_k + j with adapter l and expert e, and every sli
     out[p, columns of s] += (v . B_s[l, e]^T)
 
 Rows of out of other pairs keep their bytes. The columns of slice s are the N from offset + s * N on.
-Shapes: out [T, top_k, *] and B_s [L, E, N, rank] bfloat16, y float32 [S, T * top_k, rank], or, as an all-gather
-leaves it, [shards, S, T * top_k, rank / shards];
+Shapes: out [T, top_k, *] and B_s [L, E, N, rank] bfloat16, y float32 [S, T * top_k, rank], or, as an all-gather leaves it,
+[shards, S, T * top_k, rank / shards];
 rank at most 128.
 """
 

@@ -11,8 +11,8 @@ and 0 for every other pair, so that y can be summed or gathered over GPUs as it 
 Shapes: y [S, T * top_k, rank] float32, x [T or T * top_k, K] and A_s [L, E, rank, K] bfloat16;
 any rank, in tiles of 128.
 
-y is zeroed first, as the tables name live pairs alone. Few blocks are shared out: programs take parts of K, whose sums are
-added in order afterwards.
+y is zeroed first, as the tables name live pairs alone. Few blocks are shared out: programs take parts of K, whose sums are added
+in order afterwards.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def moe_lora_shrink_blocks_bf16_rany_product(
     for i in tl.static_range(0, len(a_ptrs), JOINED):
         a = a_ptrs[i] + a_base
         if JOINED > 1:
-            # Whole tiles are chosen from: of a choice of rows Triton 3.9 does not know that it is aligned, and copies nothing ahead.
+            # Whole tiles are chosen from: of a choice of rows Triton 3.9 does not know that it is aligned,
+            # and copies nothing ahead.
             a += a_tile
             for j in tl.static_range(1, JOINED):
                 a = tl.where(column[:, None] >= j * BLOCK_R, a_ptrs[i + j] + a_base + a_tile, a)

@@ -11,8 +11,8 @@ and 0 for every other pair, so that y can be summed or gathered over GPUs as it 
 Shapes: y [S, T * top_k, rank] float32, x [T or T * top_k, K] and A_s [L, E, rank, K] bfloat16;
 rank at most 16.
 
-K is cut into parts over programs, so that a single token fills the GPU; a second kernel adds the parts in a fixed order, so
-that a pair has the same bits in every batch.
+K is cut into parts over programs, so that a single token fills the GPU; a second kernel adds the parts in a fixed order, so that
+a pair has the same bits in every batch.
 """
 
 from __future__ import annotations

@@ -9,8 +9,7 @@ For every place i of a local pair in the tables:
 quantize_activations. What is beyond it saturates, NaN stays NaN. Infinities and NaN leave scales alone;
 where all numbers are zero the scale is 1. Other rows keep their bytes.
 
-Shapes: x [T * top_k, N] bfloat16, codes [T * top_k, N] float8_e4m3fn or float8_e5m2,
-scale [T * top_k, 1], float32.
+Shapes: x [T * top_k, N] bfloat16, codes [T * top_k, N] float8_e4m3fn or float8_e5m2, scale [T * top_k, 1], float32.
 """
 
 from __future__ import annotations

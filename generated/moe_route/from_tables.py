@@ -3,9 +3,9 @@
 # Template: templates/kernels/moe_route/from_tables.py.j2
 """Sorted tables from the padded per-adapter tables that an engine already has, in two launches.
 
-Row l of sorted_token_ids lists pairs of adapter l, grouped by expert, every group padded to a multiple of block_size with
-ids that are no pair (>= num_pairs); expert_ids[l, b] is the expert of its b-th block, -1 where there is none. Only the
-first num_tokens_post_padded[l] entries count, and only rows that lora_ids names, where it is given. The result is:
+Row l of sorted_token_ids lists pairs of adapter l, grouped by expert, every group padded to a multiple of block_size with ids
+that are no pair (>= num_pairs); expert_ids[l, b] is the expert of its b-th block, -1 where there is none. Only the first
+num_tokens_post_padded[l] entries count, and only rows that lora_ids names, where it is given. The result is:
 
     pairs [*] int32           live pair ids in that order
     blocks [max_blocks, 4]    int32 (adapter, expert, first, rows): block i holds pairs[first : first + rows]

@@ -3,8 +3,8 @@
 # Template: templates/kernels/moe_route/held.py.j2
 """The tables of a dense layer for every height of a block, in one launch: of a route that an engine holds.
 
-A token is live when it is in front of those that count and its adapter is in [0, MAX_LORAS). Live tokens are ordered by
-(adapter, token), and the run of an adapter is cut into blocks of at most 16, 32, 64 and 128 rows:
+A token is live when it is in front of those that count and its adapter is in [0, MAX_LORAS). Live tokens are ordered by (adapter,
+token), and the run of an adapter is cut into blocks of at most 16, 32, 64 and 128 rows:
 
     adapters [CAPACITY] int32    the adapter of each token, -1 where it is not live
     pairs [CAPACITY] int32       live tokens in that order

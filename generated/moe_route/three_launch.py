@@ -10,9 +10,9 @@ A pair p = t * top_k + j is live when its adapter is loaded and enabled and its 
     blocks [max_blocks, 4]    int32 (adapter, expert, first, rows): block i holds pairs[first : first + rows]
     num_blocks [1] int32      how many blocks there are; what lies behind them is undefined
 
-count: each program counts the groups of one chunk of pairs. prefix: each program turns the counts of some groups into
-offsets over the chunks, and leaves the total. place: each program finds where groups and blocks begin, orders its chunk
-and writes its pairs; the pair that opens a block writes that block.
+count: each program counts the groups of one chunk of pairs. prefix: each program turns the counts of some groups into offsets
+over the chunks, and leaves the total. place: each program finds where groups and blocks begin, orders its chunk and writes its
+pairs; the pair that opens a block writes that block.
 """
 
 from __future__ import annotations

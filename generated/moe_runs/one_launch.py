@@ -4,8 +4,8 @@
 """The tables of an MoE layer with adapters in one launch: a stable counting sort by (expert, adapter), every program for one
 expert, and what each block holds of each adapter.
 
-A pair p = t * top_k + j is local when t is below valid_tokens and its expert, less LOCAL_EXPERT_START, is in
-[0, NUM_EXPERTS). An adapter of a token counts when it is in [0, MAX_LORAS) and enabled; a token without one comes first.
+A pair p = t * top_k + j is local when t is below valid_tokens and its expert, less LOCAL_EXPERT_START, is in [0, NUM_EXPERTS). An
+adapter of a token counts when it is in [0, MAX_LORAS) and enabled; a token without one comes first.
 A block is at most BLOCK_M rows of an expert, a run what it holds of one adapter, side by side:
 
     pairs [*] int32           local pairs by (expert, adapter, p)
@@ -15,8 +15,8 @@ A block is at most BLOCK_M rows of an expert, a run what it holds of one adapter
     runs [*, 2] int32         (adapter, first row) of the runs of a block, from the place of its first row on; with lora_ranks
                               how many of its ranks count, in units of 16 rounded up, stands 12 bits above the adapter
 
-First the pairs of the expert are gathered in order, as moe_align has them. How many of them each adapter has then tells where
-its rows begin, and so in which block and run a row will be.
+First the pairs of the expert are gathered in order, as moe_align has them. How many of them each adapter has then tells where its
+rows begin, and so in which block and run a row will be.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 """The tables of an MoE layer with adapters where pairs are many: a stable counting sort by (expert, adapter) in three launches, and
 what each block holds of each adapter.
 
-A pair p = t * top_k + j is local when t is below valid_tokens and its expert, less LOCAL_EXPERT_START, is in
-[0, NUM_EXPERTS). An adapter of a token counts when it is in [0, MAX_LORAS) and enabled; a token without one comes first.
+A pair p = t * top_k + j is local when t is below valid_tokens and its expert, less LOCAL_EXPERT_START, is in [0, NUM_EXPERTS). An
+adapter of a token counts when it is in [0, MAX_LORAS) and enabled; a token without one comes first.
 A block is at most BLOCK_M rows of an expert, a run what it holds of one adapter, side by side:
 
     pairs [*] int32           local pairs by (expert, adapter, p)
@@ -16,7 +16,8 @@ A block is at most BLOCK_M rows of an expert, a run what it holds of one adapter
                               how many of its ranks count, in units of 16 rounded up, stands 12 bits above the adapter
 
 count and place: the pairs of all experts are gathered in order, and cut into blocks, as moe_align has them. order: each program
-orders those of one expert. How many of them each adapter has tells where its rows begin, and so in which block and run a row will be.
+orders those of one expert. How many of them each adapter has tells where its rows begin, and so in which block and run a row will
+be.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ Shapes: v [T * top_k, S, rank], x [T, K] and A_s [L, E, rank, K], all bfloat16;
 of these, A_s is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32:
 a_scale_s [L, E].
 
-They stay in the order of the tables, where the product that takes them reads them. The grid is sized on the host for the
-tokens that are expected, with SIDE programs for the runs of a block, which stride over them.
+They stay in the order of the tables, where the product that takes them reads them. The grid is sized on the host for the tokens
+that are expected, with SIDE programs for the runs of a block, which stride over them.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ For every local pair p = t * top_k + j of expert e that has an adapter l, and ev
 i is the place of p in the tables. Rows of other pairs keep their bytes.
 Shapes: v [T * top_k, S, rank], x [T * top_k, K] and A_s [L, E, rank, K], all float16.
 
-They stay in the order of the tables, where the product that takes them reads them. The grid is sized on the host for the
-tokens that are expected, with SIDE programs for the runs of a block, which stride over them.
+They stay in the order of the tables, where the product that takes them reads them. The grid is sized on the host for the tokens
+that are expected, with SIDE programs for the runs of a block, which stride over them.
 """
 
 from __future__ import annotations

@@ -7,11 +7,11 @@ For every token t below valid_tokens, accumulated in fp32 and rounded once:
 
     out[t] = sum over j of topk_weights[t, j] * (y[t, j] + delta[t, j] + bias[e]), for the experts e = topk_ids[t, j] that are local
 
-Rows of out from valid_tokens on keep their bytes, with KEEP_EMPTY also those without a local expert. Rows of delta are
-added where a pair is live on the route; LoRA did not write others, which are not read.
+Rows of out from valid_tokens on keep their bytes, with KEEP_EMPTY also those without a local expert. Rows of delta are added
+where a pair is live on the route; LoRA did not write others, which are not read.
 
-Shapes: out [T, N] in any float dtype, y [T, top_k, N] bfloat16 or float32, delta [T, top_k, N] bfloat16, topk_ids [T, top_k] int32 or int64,
-topk_weights [T, top_k] in any float dtype, applied in fp32, bias [E, N] in any float dtype, of the experts that
+Shapes: out [T, N] in any float dtype, y [T, top_k, N] bfloat16 or float32, delta [T, top_k, N] bfloat16, topk_ids [T, top_k]
+int32 or int64, topk_weights [T, top_k] in any float dtype, applied in fp32, bias [E, N] in any float dtype, of the experts that
 are local, added in fp32.
 """
 

@@ -7,10 +7,11 @@ For every token t below valid_tokens, accumulated in fp32 and rounded once:
 
     out[t] = sum over j of (y[t, j] + delta[t, j]), for the experts topk_ids[t, j] that are local
 
-Rows of out from valid_tokens on become zero. Rows of delta are
-added where a pair is live on the route; LoRA did not write others, which are not read.
+Rows of out from valid_tokens on become zero. Rows of delta are added where a pair is live on the route; LoRA did not write
+others, which are not read.
 
-Shapes: out [T, N] in any float dtype, y [T, top_k, N] float16 or float32, delta [T, top_k, N] float16, topk_ids [T, top_k] int32 or int64.
+Shapes: out [T, N] in any float dtype, y [T, top_k, N] float16 or float32, delta [T, top_k, N] float16, topk_ids [T, top_k] int32
+or int64.
 """
 
 from __future__ import annotations

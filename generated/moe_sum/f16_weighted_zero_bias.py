@@ -10,8 +10,8 @@ For every token t below valid_tokens, accumulated in fp32 and rounded once:
 Rows of out from valid_tokens on become zero.
 
 Shapes: out [T, N] in any float dtype, y [T, top_k, N] float16 or float32, topk_ids [T, top_k] int32 or int64,
-topk_weights [T, top_k] in any float dtype, applied in fp32, bias [E, N] in any float dtype, of the experts that
-are local, added in fp32.
+topk_weights [T, top_k] in any float dtype, applied in fp32, bias [E, N] in any float dtype, of the experts that are local, added
+in fp32.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ with the name of the variant and whole numbers blanked, as only their length mat
 at their top level, and functions at the statements of their body, which more of them have in common; in the rest of a text short
 ones stand for these.
 
-Where black gives each parameter of a function, or each argument of a call, a line of its own, they are put in rows.
+Where black gives each parameter of a function, or each argument of a call, a line of its own, they are put in rows. Paragraphs of
+the docstring of a module, of which an arm of a template may leave out a part, are filled; what is indented stays.
 
 Results are kept in the user's cache folder by the hash of their input.
 """
@@ -17,6 +18,7 @@ import hashlib
 import importlib.metadata
 import re
 import sys
+import textwrap
 import threading
 from pathlib import PurePosixPath
 from typing import Callable, Iterable, Mapping, NamedTuple, Sequence, TypeVar
@@ -30,7 +32,7 @@ from kernelgen.emit import lint
 
 LINE_LENGTH = 130
 _IMPORT_LENGTH = 88  # what sorts imports breaks them there, unless it is told otherwise
-_RULES = 4  # to be raised when a check changes: older cached results are then not taken
+_RULES = 7  # to be raised when a check changes: older cached results are then not taken
 _CACHED_FILES = 4096
 _PARALLEL_FROM = 16  # items; below, starting processes costs more than it saves
 _STAND_IN = re.compile(r'^ *(?:@x\n *)?(?:def |class |if |""")?_part_(\d+)_(?:"""|\(\))?(?::\n +pass)?\n', re.MULTILINE)
@@ -43,6 +45,9 @@ _DEEP = re.compile(r"^ {8,}(?:async +)?(?:def|class)\b", re.MULTILINE)
 _LISTED = re.compile(
     r"""(?<![(\[{,]\n)^( *)((?!from ).*\(\n)((?:\1    [^\s#"'][^#\n"']*,\n){6,})(\1\)(?:| -> [^#\n]*:|:))$""", re.MULTILINE
 )
+_DOCSTRING = re.compile(r'\A((?:#[^\n]*\n)*""")(.*?)(?=""")', re.DOTALL)
+_WHOLE = re.compile(r"(?:\w+ )?\[[^\[\]]*\]|`[^`]*`")  # is not broken over lines
+_RUNS_ON = re.compile(r"(?<![.;:])\n(?!$)")  # a line whose end ends nothing
 _IMPORT = re.compile(r"^(from \S+ import )([^(\n]{60,})$", re.MULTILINE)
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -220,8 +225,25 @@ def _formatted(text: str) -> str | Fault:
 
 
 def in_rows(text: str | Fault) -> str | Fault:
-    """``text`` as black made it, but what it lists item by item stands in rows, constants in others than the rest."""
-    return text if isinstance(text, Fault) else _IMPORT.sub(_by_line, _LISTED.sub(_in_rows, text))
+    """``text`` as black made it, but what it lists item by item stands in rows, constants in others than the rest, and the
+    paragraphs of its docstring are filled.
+    """
+    if isinstance(text, Fault):
+        return text
+    return _DOCSTRING.sub(_filled, _IMPORT.sub(_by_line, _LISTED.sub(_in_rows, text)))
+
+
+def _filled(docstring: re.Match[str]) -> str:
+    summary, *more = docstring[2].split("\n\n")
+    paragraphs = (part if part.startswith("\n") or re.search("^ ", part, re.MULTILINE) else _fill(part) for part in more)
+    return docstring[1] + "\n\n".join((summary, *paragraphs))
+
+
+def _fill(paragraph: str) -> str:
+    """What runs on over lines, in lines that are full; where one ends with a sentence or an item, the next begins another."""
+    words = _RUNS_ON.sub(" ", _WHOLE.sub(lambda whole: whole[0].replace(" ", "\0"), paragraph))
+    filled = (textwrap.fill(line, LINE_LENGTH, break_long_words=False, break_on_hyphens=False) for line in words.split("\n"))
+    return "\n".join(filled).replace("\0", " ")
 
 
 def _in_rows(listed: re.Match[str]) -> str:

@@ -3,7 +3,8 @@
 # Template: templates/tests/test_family.py.j2
 """Every variant of moe_lora_shrink against its reference in fp64, and what holds between them.
 
-Cases and laws are in the room of the family, kernelgen/families/moe_lora_shrink. On a GPU kernels are compiled, elsewhere interpreted.
+Cases and laws are in the room of the family, kernelgen/families/moe_lora_shrink. On a GPU kernels are compiled, elsewhere
+interpreted.
 """
 
 from __future__ import annotations
