@@ -256,14 +256,6 @@ def _fit(mode: str, a_scale: Sequence[torch.Tensor], lora_a: Sequence[torch.Tens
     return fits and (not rest or _fit(mode, *rest))
 
 
-def partials(route: MoeRoute, size: int, dtype: torch.dtype, device: torch.device) -> runtime.Lent:
-    """Scratch for ``size`` elements of at most 4 bytes, of calls on such routes: the workspace's if it is large enough."""
-    if route.parts is None or route.parts.numel() < size:
-        return runtime.SCRATCH, functools.partial(torch.empty, size, dtype=dtype, device=device)
-    parts = runtime.GIVEN.route.parts
-    return parts if dtype == torch.float32 else parts.view(dtype), None
-
-
 def choose(schedule: str, problem: Problem, route: MoeRoute) -> Any:
     """The tiles of ``schedule`` for a call, of its class: the tuned ones where the schedule was tuned for it, else the rule's."""
     chosen, config = plan(problem, route)

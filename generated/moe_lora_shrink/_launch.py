@@ -11,7 +11,7 @@ import torch
 
 from .. import _runtime as runtime
 from .._slices import joined_slices
-from ..moe_route._op import OF_ROUTE, PairRoute, SortedRoute, TableRoute
+from ..moe_route._op import OF_ROUTE, PairRoute, SortedRoute, TableRoute, scratch
 from ._problem import (
     OP,
     BlocksConfig,
@@ -19,7 +19,6 @@ from ._problem import (
     Problem,
     check,
     choose,
-    scratch,
 )
 from ._table import VARIANTS
 

@@ -121,13 +121,6 @@ def check(
     )
 
 
-def scratch(route: MoeRoute, size: int, device: torch.device) -> runtime.Lent:
-    """float32 memory of calls on such routes: the workspace's where it is large enough."""
-    if route.parts is None or route.parts.numel() < size:
-        return runtime.SCRATCH, functools.partial(torch.empty, size, dtype=torch.float32, device=device)
-    return runtime.GIVEN.route.parts, None
-
-
 class Key(NamedTuple):
     """What measured tiles are looked up by: the sizes of specs/tuned, and what its tags stand for."""
 
@@ -156,49 +149,58 @@ def choose(schedule: str, problem: Problem, route: MoeRoute) -> Any:
 
     def rule(_: str | None) -> tuple[str, Config]:
         sizes = (tokens * route.top_k, route.num_experts * route.max_loras, *layer)
-        return schedule, _choose(schedule, *sizes, device.num_sms, device.shared_memory)
+        return schedule, _choose(schedule, _Shape(*sizes, device.num_sms, device.shared_memory))
 
     return runtime.choose(TUNED, key, device, CONFIGS, rule, lambda other: other == schedule)[1]
 
 
+class _Shape(NamedTuple):
+    """What tiles depend on where nothing was measured."""
+
+    pairs: int
+    groups: int  # of an adapter and an expert
+    block_m: int  # 0: pairs come one by one
+    k: int
+    slices: int
+    rank: int
+    num_sms: int
+    shared_memory: int
+
+
 @functools.lru_cache(maxsize=4096)
-def _choose(schedule: str, *sizes: Any) -> Config:
-    return _pairs(*sizes) if schedule == "pairs" else _blocks(*sizes)
+def _choose(schedule: str, s: _Shape) -> Config:
+    return _pairs(s) if schedule == "pairs" else _blocks(s)
 
 
-def _pairs(
-    pairs: int, groups: int, block_m: int, k: int, slices: int, rank: int, num_sms: int, shared_memory: int
-) -> PairsConfig:
-    block_k = min(256, max(16, runtime.next_power_of_2(k)))
-    split_k = max(block_k, 1024 if k > 4096 and pairs >= 32 else 512)
-    while runtime.cdiv(k, split_k) > 8:
+def _pairs(s: _Shape) -> PairsConfig:
+    block_k = min(256, max(16, runtime.next_power_of_2(s.k)))
+    split_k = max(block_k, 1024 if s.k > 4096 and s.pairs >= 32 else 512)
+    while runtime.cdiv(s.k, split_k) > 8:
         split_k *= 2
     # Where weights are read once, they need not stay in the cache.
-    reread = pairs > 2 * expected_groups(pairs, groups)
-    return PairsConfig(16 if rank > 8 else 8, block_k, split_k, 4, 0 if reread else 1)
+    reread = s.pairs > 2 * expected_groups(s.pairs, s.groups)
+    return PairsConfig(16 if s.rank > 8 else 8, block_k, split_k, 4, 0 if reread else 1)
 
 
-def _blocks(
-    pairs: int, groups: int, block_m: int, k: int, slices: int, rank: int, num_sms: int, shared_memory: int
-) -> BlocksConfig:
-    block_r = runtime.block_rank(rank)
-    column_bytes, budget = 2 * (block_m + slices * block_r), shared_memory - 4096
+def _blocks(s: _Shape) -> BlocksConfig:
+    block_r = runtime.block_rank(s.rank)
+    column_bytes, budget = 2 * (s.block_m + s.slices * block_r), s.shared_memory - 4096
     block_k = 64
-    if block_r == 128 and k % 8:
+    if block_r == 128 and s.k % 8:
         block_k = 32  # rows that are not aligned are loaded element by element, which takes registers
     while block_k > 32 and 3 * block_k * column_bytes > budget:
         block_k //= 2
-    hit = expected_groups(pairs, groups)
-    blocks = hit + (pairs - hit) / max(block_m, 1)
-    split_k = runtime.cdiv(k, 64) * 64
-    if pairs <= 4096:
+    hit = expected_groups(s.pairs, s.groups)
+    blocks = hit + (s.pairs - hit) / max(s.block_m, 1)
+    split_k = runtime.cdiv(s.k, 64) * 64
+    if s.pairs <= 4096:
         for count in range(1, 9):
-            if k % 64 == 0 and k % (64 * count):
+            if s.k % 64 == 0 and s.k % (64 * count):
                 continue  # equal parts, where there can be any
-            split_k = runtime.cdiv(k, count * 64) * 64
-            if blocks * count >= 0.95 * num_sms and split_k <= 4096:
+            split_k = runtime.cdiv(s.k, count * 64) * 64
+            if blocks * count >= 0.95 * s.num_sms and split_k <= 4096:
                 break
     stages = 4 if 4 * block_k * column_bytes <= min(112 * 1024, budget) else 3 if 3 * block_k * column_bytes <= budget else 2
     # More would spill over 4 warps; sooner without the matrix units of a large card.
-    most = 32 if shared_memory < 200_000 else 48 if k % 8 else 64
-    return BlocksConfig(block_k, split_k, stages, 8 if block_m == 128 or block_m * block_r * slices >= most * 256 else 4)
+    most = 32 if s.shared_memory < 200_000 else 48 if s.k % 8 else 64
+    return BlocksConfig(block_k, split_k, stages, 8 if s.block_m == 128 or s.block_m * block_r * s.slices >= most * 256 else 4)

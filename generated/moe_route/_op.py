@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
@@ -579,6 +580,14 @@ def has_routing(route: MoeRoute) -> bool:
 def rows_of_block(route: MoeRoute) -> int:
     """What measured tiles know a route by: rows of a block at most, 0: pairs come one by one."""
     return route.block_m if isinstance(route, SortedRoute) else 0
+
+
+def scratch(route: MoeRoute, size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> runtime.Lent:
+    """Memory of so many elements, of at most 4 bytes, for calls on such routes: the workspace's where it is large enough."""
+    if route.parts is None or route.parts.numel() < size:
+        return runtime.SCRATCH, functools.partial(torch.empty, size, dtype=dtype, device=device)
+    parts = runtime.GIVEN.route.parts
+    return parts if dtype == torch.float32 else parts.view(dtype), None
 
 
 def check_rank(variant: str, label: str, rank: int, max_rank: int | None, row: int, rows: int | None = None) -> None:

@@ -30,6 +30,7 @@ from ..moe_route._op import (
     check_rank,
     default_block_m,
     rows_of_block,
+    scratch,
 )
 from ._table import QUANT, VARIANTS
 from ._tuned import TUNED
@@ -147,10 +148,7 @@ class Problem(NamedTuple):
 
     def scratch(self, route: MoeRoute, parts: Parts) -> runtime.Lent:
         """Room for so many sums, of calls on such routes: the workspace's where it is large enough."""
-        size = parts.number * self.slices * self.num_tokens * self.rank
-        if route.parts is None or route.parts.shape[0] < size:
-            return runtime.SCRATCH, functools.partial(torch.empty, size, dtype=torch.float32, device=self.device)
-        return runtime.GIVEN.route.parts, None
+        return scratch(route, parts.number * self.slices * self.num_tokens * self.rank, self.device)
 
 
 class Operands(NamedTuple):

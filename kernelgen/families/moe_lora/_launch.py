@@ -8,7 +8,7 @@ import torch
 
 from .. import _runtime as runtime
 from .._slices import joined_slices
-from ..moe_route._op import OF_ROUTE, MoeRoute, PairRoute, SortedRoute, TableRoute
+from ..moe_route._op import OF_ROUTE, MoeRoute, PairRoute, SortedRoute, TableRoute, scratch
 from ._problem import (
     OP,
     Modes,
@@ -18,7 +18,6 @@ from ._problem import (
     TwoKernelConfig,
     check,
     choose,
-    partials,
     rows_of_program,
 )
 from ._table import QUANT, VARIANTS
@@ -163,7 +162,7 @@ class SmallBatch(_Schedule):
         num_pairs, slices, part_stride = problem.num_pairs, problem.slices, chunks * block_r
         fused, pdl = _is_fused(problem), _dependent(problem, config)
         size = splits * num_pairs * slices * part_stride
-        parts, scratch = partials(route, size, torch.float32, problem.device)
+        parts, space = scratch(route, size, problem.device)
         constants = {
             **_constants(problem, route),
             "parts_ptr": parts,
@@ -191,7 +190,7 @@ class SmallBatch(_Schedule):
             PART_STRIDE=part_stride,
             BLOCK_N=config.block_n,
         )
-        return runtime.InOrder((shrink, expand), scratch)
+        return runtime.InOrder((shrink, expand), space)
 
 
 class TwoKernel(_Schedule):
@@ -229,7 +228,7 @@ class TwoKernel(_Schedule):
         fused, pdl = _is_fused(problem), _dependent(problem, config)
         capacity = route.pairs.shape[0]
         size = splits * slices * chunks * block_rank * capacity
-        parts, scratch = partials(route, size, part_dtype, problem.device)
+        parts, space = scratch(route, size, problem.device, part_dtype)
         constants = {
             **_constants(problem, route),
             "parts_ptr": parts,
@@ -258,4 +257,4 @@ class TwoKernel(_Schedule):
             TILES=config.expand_tiles,
             EXPAND_STAGES=stages,
         )
-        return runtime.InOrder((shrink, expand), scratch)
+        return runtime.InOrder((shrink, expand), space)

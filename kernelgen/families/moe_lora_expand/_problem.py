@@ -162,39 +162,48 @@ def choose(schedule: str, problem: Problem, route: MoeRoute) -> Any:
 
     def rule(_: str | None) -> tuple[str, Config]:
         sizes = (tokens * route.top_k, route.num_experts * route.max_loras, *layer)
-        return schedule, _choose(schedule, *sizes, device.num_sms, device.shared_memory)
+        return schedule, _choose(schedule, _Shape(*sizes, device.num_sms, device.shared_memory))
 
     return runtime.choose(TUNED, key, device, CONFIGS, rule, lambda other: other == schedule)[1]
 
 
+class _Shape(NamedTuple):
+    """What tiles depend on where nothing was measured."""
+
+    pairs: int
+    groups: int  # of an adapter and an expert
+    block_m: int  # 0: pairs come one by one
+    n: int
+    slices: int
+    rank: int
+    num_sms: int
+    shared_memory: int
+
+
 @functools.lru_cache(maxsize=4096)
-def _choose(schedule: str, *sizes: Any) -> Config:
-    return _pairs(*sizes) if schedule == "pairs" else _blocks(*sizes)
+def _choose(schedule: str, s: _Shape) -> Config:
+    return _pairs(s) if schedule == "pairs" else _blocks(s)
 
 
-def _pairs(
-    pairs: int, groups: int, block_m: int, n: int, slices: int, rank: int, num_sms: int, shared_memory: int
-) -> PairsConfig:
-    wide = pairs >= 128
+def _pairs(s: _Shape) -> PairsConfig:
+    wide = s.pairs >= 128
     of_ranks = {16: (256, 4), 32: (128, 4), 64: (128 if wide else 64, 2), 128: (64 if wide else 32, 2)}
-    block_n, warps = of_ranks[runtime.block_rank(rank)]
-    if rank % 8:
+    block_n, warps = of_ranks[runtime.block_rank(s.rank)]
+    if s.rank % 8:
         warps = 4  # rows that are not aligned are loaded element by element
-    reread = pairs > 2 * expected_groups(pairs, groups)
-    return PairsConfig(min(block_n, max(16, runtime.next_power_of_2(n))), warps, 0 if reread else 1)
+    reread = s.pairs > 2 * expected_groups(s.pairs, s.groups)
+    return PairsConfig(min(block_n, max(16, runtime.next_power_of_2(s.n))), warps, 0 if reread else 1)
 
 
-def _blocks(
-    pairs: int, groups: int, block_m: int, n: int, slices: int, rank: int, num_sms: int, shared_memory: int
-) -> BlocksConfig:
-    block_n = max(16, runtime.next_power_of_2(n)) if n <= 64 else 128 if n % 128 == 0 else 64
-    while rank <= 128 and block_n > 16 and 4 * block_n * (block_m + runtime.block_rank(rank)) > shared_memory - 4096:
+def _blocks(s: _Shape) -> BlocksConfig:
+    block_n = max(16, runtime.next_power_of_2(s.n)) if s.n <= 64 else 128 if s.n % 128 == 0 else 64
+    while s.rank <= 128 and block_n > 16 and 4 * block_n * (s.block_m + runtime.block_rank(s.rank)) > s.shared_memory - 4096:
         block_n //= 2
-    hit = expected_groups(pairs, groups)
-    blocks = hit + (pairs - hit) / max(block_m, 1)
-    tiles = runtime.cdiv(n, block_n)
+    hit = expected_groups(s.pairs, s.groups)
+    blocks = hit + (s.pairs - hit) / max(s.block_m, 1)
+    tiles = runtime.cdiv(s.n, block_n)
     # As many column tiles in a row as leave each multiprocessor several programs.
-    most = blocks * slices * tiles / (8 * num_sms)
+    most = blocks * s.slices * tiles / (8 * s.num_sms)
     taken = max((t for t in (1, 2, 3, 4, 5, 8) if tiles % t == 0 and t <= max(most, 2)), default=1)
-    stages = 3 if rank > 128 or (taken > 2 and block_m == 16) else 2
-    return BlocksConfig(block_n, taken, stages, 8 if block_m >= 64 else 4)
+    stages = 3 if s.rank > 128 or (taken > 2 and s.block_m == 16) else 2
+    return BlocksConfig(block_n, taken, stages, 8 if s.block_m >= 64 else 4)

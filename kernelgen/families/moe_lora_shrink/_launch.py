@@ -8,7 +8,7 @@ import torch
 
 from .. import _runtime as runtime
 from .._slices import joined_slices
-from ..moe_route._op import OF_ROUTE, PairRoute, SortedRoute, TableRoute
+from ..moe_route._op import OF_ROUTE, PairRoute, SortedRoute, TableRoute, scratch
 from ._problem import (
     OP,
     BlocksConfig,
@@ -16,7 +16,6 @@ from ._problem import (
     Problem,
     check,
     choose,
-    scratch,
 )
 from ._table import VARIANTS
 

@@ -290,58 +290,52 @@ def choose(schedule: str, problem: Problem) -> Any:
         groups = problem.num_experts * problem.max_loras if not problem.by_token else 1
         run = runtime.cdiv(tokens * problem.top_k, groups)  # rows of one, if experts and adapters of a batch spread evenly
         sizes = (height, run, problem.k, columns, problem.reads_token, problem.weight_scales, problem.x_scales)
-        return schedule, _choose(schedule, *sizes, device.shared_memory, device.max_stages)
+        return schedule, _choose(schedule, _Shape(*sizes, device.shared_memory, device.max_stages))
 
     return runtime.choose(TUNED, key, device, CONFIGS, rule, lambda other: other == schedule)[1]
 
 
+class _Shape(NamedTuple):
+    """What tiles depend on where nothing was measured."""
+
+    block_m: int
+    run: int  # rows of one expert and adapter
+    k: int
+    columns: int  # of a product
+    reads_token: bool
+    weight_scales: str | None
+    x_scales: str | None
+    shared_memory: int
+    max_stages: int
+
+
 @functools.lru_cache(maxsize=4096)
-def _choose(schedule: str, *sizes: Any) -> Config:
+def _choose(schedule: str, s: _Shape) -> Config:
     if schedule == "tokens":
-        return TokensConfig(*_runs(*sizes))
-    return _pairs(*sizes) if schedule == "pairs" else _runs(*sizes)
+        return TokensConfig(*_runs(s))
+    return _pairs(s) if schedule == "pairs" else _runs(s)
 
 
-def _pairs(
-    block_m: int,
-    run: int,
-    k: int,
-    columns: int,
-    reads_token: bool,
-    weight_scales: str | None,
-    x_scales: str | None,
-    shared_memory: int,
-    max_stages: int,
-) -> PairsConfig:
-    block_r = 32 if columns >= 32 else 8
-    while weight_scales == "group" and QUANT.group_n % block_r:
+def _pairs(s: _Shape) -> PairsConfig:
+    block_r = 32 if s.columns >= 32 else 8
+    while s.weight_scales == "group" and QUANT.group_n % block_r:
         block_r //= 2
-    return PairsConfig(block_r, min(256, max(64, runtime.next_power_of_2(k))), 4, 1)
+    return PairsConfig(block_r, min(256, max(64, runtime.next_power_of_2(s.k))), 4, 1)
 
 
-def _runs(
-    block_m: int,
-    run: int,
-    k: int,
-    columns: int,
-    reads_token: bool,
-    weight_scales: str | None,
-    x_scales: str | None,
-    shared_memory: int,
-    max_stages: int,
-) -> RunsConfig:
-    rows, block_r, block_k, stages = (_OF_TOKENS if reads_token else _OF_PAIRS)[block_m]
-    if weight_scales or x_scales:
+def _runs(s: _Shape) -> RunsConfig:
+    rows, block_r, block_k, stages = (_OF_TOKENS if s.reads_token else _OF_PAIRS)[s.block_m]
+    if s.weight_scales or s.x_scales:
         rows = product_rows(rows)
-    if "group" in (weight_scales, x_scales):
+    if "group" in (s.weight_scales, s.x_scales):
         block_k = min(block_k, QUANT.group_k)
-    block_r = min(block_r, max(16, runtime.next_power_of_2(columns)))
+    block_r = min(block_r, max(16, runtime.next_power_of_2(s.columns)))
     if block_r <= 32:  # where a tile has registers to spare, it is not much higher than what it holds
-        rows = min(rows, max(32, 2 * runtime.next_power_of_2(run)))
-    stages = min(stages if block_r < 128 else 3, max_stages)
-    while block_k > 32 and k % block_k:
+        rows = min(rows, max(32, 2 * runtime.next_power_of_2(s.run)))
+    stages = min(stages if block_r < 128 else 3, s.max_stages)
+    while block_k > 32 and s.k % block_k:
         block_k //= 2
-    while block_k > 32 and stages * 2 * block_k * (rows + block_r) > shared_memory - 4096:
+    while block_k > 32 and stages * 2 * block_k * (rows + block_r) > s.shared_memory - 4096:
         block_k //= 2
     return RunsConfig(rows, block_r, block_k, stages, 4)
 
