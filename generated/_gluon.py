@@ -26,7 +26,7 @@ warpgroup_mma, warpgroup_mma_wait = hopper.warpgroup_mma, hopper.warpgroup_mma_w
 # Triton 3.6 and later releases.
 copy_box = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared
 copy_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-arrive_copied = async_copy.mbarrier_arrive
+commit_rows, wait_rows = async_copy.commit_group, async_copy.wait_group
 reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 

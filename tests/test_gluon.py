@@ -32,9 +32,9 @@ ADAPTED, ADAPTED_16 = f"{FIRST}_lora", f"{SECOND_16}_lora"
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="kernels are compiled, not interpreted")
 
-# Two tiles a program, of two halves and of one; a ring of two slots for three steps.
+# Two tiles a program, of two halves and of one; a ring of three slots for three steps, and some over ranks.
 ROLES = next(case for case in CASES if case.name == "roles")
-CASE: Case = dataclasses.replace(ROLES, n=128, experts=3, rank=24)
+CASE: Case = dataclasses.replace(ROLES, n=128, experts=3, rank=24, tiles={"num_stages": 3})
 
 WAIT_FULL = "mbarrier.wait(full.index(slot), phase)\n"
 WAIT_EMPTY = "mbarrier.wait(empty.index(slot), phase)\n"
@@ -45,7 +45,7 @@ TURN = "slot, phase = _after(slot, phase, STAGES)\n"
 FAULTS = {
     "no wait for what is copied": (FIRST, WAIT_FULL, "pass\n", 0, Race),
     "no wait for boxes": (SECOND, WAIT_FULL, "pass\n", 1, Race),
-    "no wait for a free slot": (FIRST, WAIT_EMPTY, "pass\n", 0, Race),
+    "no wait for a free slot": (FIRST, WAIT_EMPTY, "pass\n", 0, MemoryFault),
     "slots that count as copied at first": (FIRST, "phase = gl.to_tensor(0)", "phase = gl.to_tensor(1)", 1, Race),
     "slots that count as full at first": (SECOND, "phase = gl.to_tensor(1)", "phase = gl.to_tensor(0)", 1, Deadlock),
     "slots that are not given back": (FIRST, GIVE_BACK, "pass\n", 1, Deadlock),
@@ -59,7 +59,7 @@ FAULTS = {
     ),
     "half of a slot's readers": (FIRST, "empty.index(i), count=2", "empty.index(i), count=1", 0, MemoryFault),
     "a reader too many": (SECOND, "empty.index(i), count=2", "empty.index(i), count=3", 0, Deadlock),
-    "threads that are not counted": (FIRST, "count=1 + 128", "count=1", 0, MemoryFault),
+    "threads that are not counted": (FIRST, "full.index(i), count=2", "full.index(i), count=1", 0, MemoryFault),
     "a barrier without a count": (SECOND, "mbarrier.init(empty.index(i), count=2)", "pass", 0, MemoryFault),
     "fewer bytes than are copied": (SECOND, "+ 64 * 128, pred", ", pred", 0, Race),
     "more bytes than are copied": (FIRST, "2 * 128 * 128)", "3 * 128 * 128)", 0, Deadlock),
@@ -67,15 +67,20 @@ FAULTS = {
     "a ring with a slot less": (SECOND, "slot == STAGES", "slot == STAGES - 1", 0, MemoryFault),
     "a phase that does not turn": (SECOND, "phase ^ wraps", "phase", 0, MemoryFault),
     "a role that stands still": (FIRST, TURN, "pass\n", 2, MemoryFault),
-    "rows without a fence": (FIRST, "fence_async_shared()", "pass", 0, Race),
+    "rows without a fence": (FIRST, "fence_async_shared()\n", "pass\n", 0, Race),
+    "a fence in front of the rows": (FIRST, "wait_rows(BEHIND)\n    fence_async_shared()", "fence_async_shared()\n    wait_rows(BEHIND)", 0, Race),
+    "rows that nobody waited for": (FIRST, "wait_rows(BEHIND)", "wait_rows(BEHIND + 1)", 0, Race),
+    "rows of another step": (FIRST, "_before(slot, BEHIND, STAGES)", "_before(slot, BEHIND - 1, STAGES)", 0, Deadlock),
+    "rows of the last steps, kept": (FIRST, "for _ in range(BEHIND)", "for _ in range(BEHIND - 1)", 0, Deadlock),
+    "rows that are handed over before the first": (FIRST, "pred=asked >= BEHIND", "pred=True", 0, MemoryFault),
     "sums that are not waited for": (SECOND, "sums = warpgroup_mma_wait(0, deps=[sums])\n", "pass\n", 0, MemoryFault),
     "sums that are waited for with the next ones": (FIRST, "wait(0, deps=[others]", "wait(1, deps=[others]", 0, MemoryFault),
     "slots that are given back before their products are waited for": (SECOND_16, "wait(1, deps", "wait(2, deps", 0, Race),
-    "no slot in front of the first": (FIRST_16, "STAGES * (slot == 0)", "0 * (slot == 0)", 0, OutOfBounds),
+    "no slot in front of the first": (FIRST_16, "STAGES * (slot < STEPS)", "0 * (slot < STEPS)", 0, OutOfBounds),
     "a slot that is given back twice": (SECOND_16, "pred=step > 0", "pred=True", 0, Race),
     "the last slot of a tile, kept": (
         FIRST_16,
-        "mbarrier.arrive(empty.index(_before(slot, STAGES)), count=1)\n",
+        "mbarrier.arrive(empty.index(_before(slot, 1, STAGES)), count=1)\n",
         "pass\n",
         0,
         Deadlock,
@@ -89,18 +94,18 @@ FAULTS = {
         0,
         Deadlock,
     ),
-    "ranks without a fence": (ADAPTED, "fence_async_shared()\n                ranks", "ranks", 0, Race),
+    "ranks that are handed over a step late": (ADAPTED, "wait_rows(BEHIND)", "wait_rows(BEHIND + 1)", 0, Race),
     "ranks that arrive before they are copied": (
         ADAPTED_16,
         "mbarrier.arrive(arrived, count=1)",
-        "mbarrier.arrive(arrived, count=129)",
+        "mbarrier.arrive(arrived, count=2)",
         0,
         MemoryFault,
     ),
-    "steps of K without the arrivals of threads": (
+    "steps of K that are not handed over": (
         ADAPTED_16,
-        "arrive_copied(arrived, increment_count=False)  # as",
-        "pass  # as",
+        "                asked = _hand_over(full, slot, asked, BEHIND, STAGES)\n",
+        "                pass\n",
         0,
         Deadlock,
     ),

@@ -30,7 +30,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .._gluon import (
-    arrive_copied,
+    commit_rows,
     copy_box,
     copy_rows,
     fence_async_shared,
@@ -38,6 +38,7 @@ from .._gluon import (
     gluon,
     mbarrier,
     reinterpret,
+    wait_rows,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -55,6 +56,26 @@ def _after(slot, phase, STAGES: gl.constexpr):
     slot += 1
     wraps = (slot == STAGES).to(gl.int32)
     return slot * (1 - wraps), phase ^ wraps
+
+
+@gluon.jit
+def _before(slot, STEPS: gl.constexpr, STAGES: gl.constexpr):
+    """The slot so many steps in front of one."""
+    return slot - STEPS + STAGES * (slot < STEPS).to(gl.int32)
+
+
+@gluon.jit
+def _hand_over(full, slot, asked, BEHIND: gl.constexpr, STAGES: gl.constexpr):
+    """End the copies that threads ask for in a step, and tell of those of BEHIND steps before, once they are there.
+
+    Tensor cores read by another way than threads write by: the fence between them stands here, where no sum waits for it.
+    Returns how many steps were asked for.
+    """
+    commit_rows()
+    wait_rows(BEHIND)
+    fence_async_shared()
+    mbarrier.arrive(full.index(_before(slot, BEHIND, STAGES)), count=1, pred=asked >= BEHIND)
+    return asked + 1
 
 
 @gluon.jit
@@ -83,11 +104,11 @@ def _rank_steps(run_of_row_ptr, first, rows, RANK: gl.constexpr):
 
 @gluon.jit
 def _copy_ranks(
-    v_ptr, b_ptrs, run_of_row_ptr, runs_ptr, ring, slot, phase, column, expert, first, rows,
+    v_ptr, b_ptrs, run_of_row_ptr, runs_ptr, ring, slot, phase, asked, column, expert, first, rows,
     N: gl.constexpr, RANK: gl.constexpr, B_STRIDE_L: gl.constexpr, B_STRIDE_E: gl.constexpr, B_STRIDE_N: gl.constexpr,
-    RANKED: gl.constexpr, STAGES: gl.constexpr,
+    RANKED: gl.constexpr, BEHIND: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The steps over the ranks of a block; then the slot behind them, and its phase."""
+    """The steps over the ranks of a block; then the slot behind them, its phase, and the steps until there."""
     _x_slots, _w_slots, v_slots, b_slots, full, empty = ring
     # Of a run: tensor cores add 16 columns at a time, so that no sum depends on the runs beside its own.
     WIDTH: gl.constexpr = (RANK + 15) // 16 * 16
@@ -122,9 +143,9 @@ def _copy_ranks(
             copy_rows(v_slots.index(2 * slot + 1), v_high + of_v, mask=(run_high[:, None] == run[None, :]) & there[None, :])
         copy_rows(b_slots.index(2 * slot), (b_ptrs[0] + of_b) + b_rows, mask=there[None, :])
         copy_rows(b_slots.index(2 * slot + 1), (b_ptrs[0] + of_b) + b_next, mask=there[None, :])
-        arrive_copied(arrived, increment_count=False)
+        asked = _hand_over(full, slot, asked, BEHIND, STAGES)
         slot, phase = _after(slot, phase, STAGES)
-    return slot, phase
+    return slot, phase, asked
 
 
 @gluon.jit
@@ -137,6 +158,8 @@ def _copy(
     TILES: gl.constexpr = (N + 256 - 1) // 256
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(1)  # no slot has to be waited for in the first round
+    asked = gl.to_tensor(0)
+    BEHIND: gl.constexpr = STAGES - 2  # of the other two slots one may be kept until the step behind it is handed over
     num_blocks = gl.load(num_blocks_ptr)
     column, expert, first, rows = _find(gl.program_id(0), num_blocks, blocks_ptr, TILES, GROUP_M)
     for tile in range(gl.program_id(0), num_blocks * TILES, gl.num_programs(0)):
@@ -153,13 +176,16 @@ def _copy(
                 copy_box(w_desc, [w_row + 128, k0], arrived, w_slots.index(2 * slot + 1))
                 copy_box(x_desc, [first, k0], arrived, x_slots.index(2 * slot))
                 copy_box(x_desc, [first + 64, k0], arrived, x_slots.index(2 * slot + 1), pred=rows > 64)
-                arrive_copied(arrived, increment_count=False)  # as in the steps over ranks, where threads copy
+                asked = _hand_over(full, slot, asked, BEHIND, STAGES)
                 slot, phase = _after(slot, phase, STAGES)
-            slot, phase = _copy_ranks(
-                v_ptr, b_ptrs, run_of_row_ptr, runs_ptr, ring, slot, phase, column, expert, first, rows,
-                N, RANK, B_STRIDE_L, B_STRIDE_E, B_STRIDE_N, RANKED, STAGES,
+            slot, phase, asked = _copy_ranks(
+                v_ptr, b_ptrs, run_of_row_ptr, runs_ptr, ring, slot, phase, asked, column, expert, first, rows,
+                N, RANK, B_STRIDE_L, B_STRIDE_E, B_STRIDE_N, RANKED, BEHIND, STAGES,
             )  # fmt: skip
         column, expert, first, rows = column_1, expert_1, first_1, rows_1
+    for _ in range(BEHIND):  # steps without copies, so that the last ones are handed over
+        asked = _hand_over(full, slot, asked, BEHIND, STAGES)
+        slot, _ = _after(slot, phase, STAGES)
 
 
 @gluon.jit
@@ -239,7 +265,6 @@ def _multiply(
             right = gl.convert_layout(right + 0.0, RANK_SUMS)
             for _ in range(rank_steps):
                 mbarrier.wait(full.index(slot), phase)
-                fence_async_shared()
                 ranks = v_slots.index(2 * slot + HALF)
                 left = warpgroup_mma(ranks, b_slots.index(2 * slot).permute((1, 0)), left, is_async=True)
                 right = warpgroup_mma(ranks, b_slots.index(2 * slot + 1).permute((1, 0)), right, is_async=True)
@@ -285,7 +310,7 @@ def moe_gemm_warp_specialised_bf16_sorted_pair_plain_w8group_a8group_lora_kernel
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1 + 128)  # what W is expected by, and the threads that copy rows
+        mbarrier.init(full.index(i), count=2)  # what boxes are expected by, and rows handed over
         mbarrier.init(empty.index(i), count=2)
     v_slots = reinterpret(x_slots, gl.bfloat16, [2 * STAGES, 64, 64], STAGED)
     b_slots = reinterpret(w_slots, gl.bfloat16, [2 * STAGES, 128, 64], STAGED)

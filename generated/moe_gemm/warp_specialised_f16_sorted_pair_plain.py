@@ -37,9 +37,9 @@ def _after(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _before(slot, STAGES: gl.constexpr):
-    """The slot in front of one."""
-    return slot - 1 + STAGES * (slot == 0).to(gl.int32)
+def _before(slot, STEPS: gl.constexpr, STAGES: gl.constexpr):
+    """The slot so many steps in front of one."""
+    return slot - STEPS + STAGES * (slot < STEPS).to(gl.int32)
 
 
 @gluon.jit
@@ -128,10 +128,10 @@ def _multiply(
                 mbarrier.wait(full.index(slot), phase)
                 acc = warpgroup_mma(x_slots.index(2 * slot + HALF), w_slots.index(slot).permute((1, 0)), acc, is_async=True)
                 acc = warpgroup_mma_wait(1, deps=[acc])
-                mbarrier.arrive(empty.index(_before(slot, STAGES)), count=1, pred=step > 0)
+                mbarrier.arrive(empty.index(_before(slot, 1, STAGES)), count=1, pred=step > 0)
                 slot, phase = _after(slot, phase, STAGES)
             acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(empty.index(_before(slot, STAGES)), count=1)
+            mbarrier.arrive(empty.index(_before(slot, 1, STAGES)), count=1)
             left, right = acc.reshape([64, 2, 128]).permute((0, 2, 1)).split()  # of registers, not of memory
             _store(left, staged, out_rows, out_m < live, column * 256, N)
             _store(right, staged, out_rows, out_m < live, column * 256 + 128, N)

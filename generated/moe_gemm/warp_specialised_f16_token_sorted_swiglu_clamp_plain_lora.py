@@ -30,13 +30,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from .._gluon import (
-    arrive_copied,
+    commit_rows,
     copy_box,
     copy_rows,
     fence_async_shared,
     gl,
     gluon,
     mbarrier,
+    wait_rows,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -56,9 +57,23 @@ def _after(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _before(slot, STAGES: gl.constexpr):
-    """The slot in front of one."""
-    return slot - 1 + STAGES * (slot == 0).to(gl.int32)
+def _before(slot, STEPS: gl.constexpr, STAGES: gl.constexpr):
+    """The slot so many steps in front of one."""
+    return slot - STEPS + STAGES * (slot < STEPS).to(gl.int32)
+
+
+@gluon.jit
+def _hand_over(full, slot, asked, BEHIND: gl.constexpr, STAGES: gl.constexpr):
+    """End the copies that threads ask for in a step, and tell of those of BEHIND steps before, once they are there.
+
+    Tensor cores read by another way than threads write by: the fence between them stands here, where no sum waits for it.
+    Returns how many steps were asked for.
+    """
+    commit_rows()
+    wait_rows(BEHIND)
+    fence_async_shared()
+    mbarrier.arrive(full.index(_before(slot, BEHIND, STAGES)), count=1, pred=asked >= BEHIND)
+    return asked + 1
 
 
 @gluon.jit
@@ -87,11 +102,11 @@ def _rank_steps(run_of_row_ptr, first, rows, RANK: gl.constexpr):
 
 @gluon.jit
 def _copy_ranks(
-    v_ptr, b_ptrs, pairs_ptr, run_of_row_ptr, runs_ptr, ring, slot, phase, column, expert, first, rows,
+    v_ptr, b_ptrs, pairs_ptr, run_of_row_ptr, runs_ptr, ring, slot, phase, asked, column, expert, first, rows,
     TOP_K: gl.constexpr, N: gl.constexpr, RANK: gl.constexpr, V_BY_TOKEN: gl.constexpr, B_STRIDE_L: gl.constexpr,
-    B_STRIDE_E: gl.constexpr, B_STRIDE_N: gl.constexpr, RANKED: gl.constexpr, STAGES: gl.constexpr,
+    B_STRIDE_E: gl.constexpr, B_STRIDE_N: gl.constexpr, RANKED: gl.constexpr, BEHIND: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The steps over the ranks of a block; then the slot behind them, and its phase."""
+    """The steps over the ranks of a block; then the slot behind them, its phase, and the steps until there."""
     x_slots, w_slots, full, empty = ring
     # Of a half of a run: tensor cores add 16 columns at a time, so that no sum depends on the runs beside its own.
     WIDTH: gl.constexpr = (RANK + 15) // 16 * 16
@@ -129,9 +144,9 @@ def _copy_ranks(
             copy_rows(x_slots.index(2 * slot + 1), v_high + of_v, mask=(run_high[:, None] == run[None, :]) & there[None, :])
         copy_rows(w_slots.index(slot).slice(0, 128), (b_ptrs[0] + of_b) + b_rows, mask=(there & (half % 2 == 0))[None, :])
         copy_rows(w_slots.index(slot).slice(128, 128), (b_ptrs[1] + of_b) + b_rows, mask=(there & (half % 2 == 1))[None, :])
-        arrive_copied(arrived, increment_count=False)
+        asked = _hand_over(full, slot, asked, BEHIND, STAGES)
         slot, phase = _after(slot, phase, STAGES)
-    return slot, phase
+    return slot, phase, asked
 
 
 @gluon.jit
@@ -148,6 +163,8 @@ def _copy(
     k = gl.arange(0, 64, gl.SliceLayout(0, ROWS))
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(1)  # no slot has to be waited for in the first round
+    asked = gl.to_tensor(0)
+    BEHIND: gl.constexpr = STAGES - 2  # of the other two slots one may be kept until the step behind it is handed over
     num_blocks = gl.load(num_blocks_ptr)
     column, expert, first, rows = _find(gl.program_id(0), num_blocks, blocks_ptr, TILES, GROUP_M)
     for tile in range(gl.program_id(0), num_blocks * TILES, gl.num_programs(0)):
@@ -169,13 +186,16 @@ def _copy(
                 copy_rows(x_slots.index(2 * slot), x_low + k0)
                 if rows > 64:
                     copy_rows(x_slots.index(2 * slot + 1), x_high + k0)
-                arrive_copied(arrived, increment_count=False)  # each thread, once its copies are there
+                asked = _hand_over(full, slot, asked, BEHIND, STAGES)
                 slot, phase = _after(slot, phase, STAGES)
-            slot, phase = _copy_ranks(
-                v_ptr, b_ptrs, pairs_ptr, run_of_row_ptr, runs_ptr, ring, slot, phase, column, expert, first, rows,
-                TOP_K, N, RANK, V_BY_TOKEN, B_STRIDE_L, B_STRIDE_E, B_STRIDE_N, RANKED, STAGES,
+            slot, phase, asked = _copy_ranks(
+                v_ptr, b_ptrs, pairs_ptr, run_of_row_ptr, runs_ptr, ring, slot, phase, asked, column, expert, first, rows,
+                TOP_K, N, RANK, V_BY_TOKEN, B_STRIDE_L, B_STRIDE_E, B_STRIDE_N, RANKED, BEHIND, STAGES,
             )  # fmt: skip
         column, expert, first, rows = column_1, expert_1, first_1, rows_1
+    for _ in range(BEHIND):  # steps without copies, so that the last ones are handed over
+        asked = _hand_over(full, slot, asked, BEHIND, STAGES)
+        slot, _ = _after(slot, phase, STAGES)
 
 
 @gluon.jit
@@ -218,13 +238,12 @@ def _multiply(
             acc = gl.zeros([64, 256], gl.float32, SUMS)
             for step in range(STEPS + rank_steps):
                 mbarrier.wait(full.index(slot), phase)
-                fence_async_shared()  # rows of x were written by threads, and are read by the tensor cores' own way
                 acc = warpgroup_mma(x_slots.index(2 * slot + HALF), w_slots.index(slot).permute((1, 0)), acc, is_async=True)
                 acc = warpgroup_mma_wait(1, deps=[acc])
-                mbarrier.arrive(empty.index(_before(slot, STAGES)), count=1, pred=step > 0)
+                mbarrier.arrive(empty.index(_before(slot, 1, STAGES)), count=1, pred=step > 0)
                 slot, phase = _after(slot, phase, STAGES)
             acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(empty.index(_before(slot, STAGES)), count=1)
+            mbarrier.arrive(empty.index(_before(slot, 1, STAGES)), count=1)
             gate, up = acc.reshape([64, 2, 128]).permute((0, 2, 1)).split()  # of registers, not of memory
             gate = gl.where(gate > limit, limit, gate)
             up = gl.where(up > limit, limit, gl.where(up < -limit, -limit, up))
@@ -258,7 +277,7 @@ def moe_gemm_warp_specialised_f16_token_sorted_swiglu_clamp_plain_lora_kernel(
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1 + 128)  # what W is expected by, and the threads that copy rows of x
+        mbarrier.init(full.index(i), count=2)  # what boxes are expected by, and rows handed over
         mbarrier.init(empty.index(i), count=2)
     ring = (x_slots, w_slots, full, empty)
     gl.warp_specialize(

@@ -75,7 +75,8 @@ class _Role:
         self.clock: _Clock = dict(clock)
         self.fenced: _Clock = {}  # what came before its last fence
         self.products = 0
-        self.rows: list[Any] = []  # copies that its threads asked for
+        self.rows: list[Any] = []  # copies that its threads asked for,
+        self.groups: list[list[Any]] = []  # and those before, as they were committed
         self.waits: tuple[_Barrier, int, str] | None = None
         self.done = False
         self.error: BaseException | None = None
@@ -97,18 +98,21 @@ class _Barrier:
         self.count = self.pending = self.bytes = self.completed = 0
         self.arriving: _Clock = {}
         self.released: _Clock = {}
+        self.fencing: _Clock = {}  # what those who arrive had fenced
+        self.fenced: _Clock = {}
 
     def passes(self, parity: int) -> bool:
         """Whether the phase of a parity is complete; that in front of the first counts as complete."""
         return self.completed % 2 != parity
 
-    def arrive(self, count: int, clock: Mapping[Any, int]) -> None:
+    def arrive(self, count: int, clock: Mapping[Any, int], fenced: Mapping[Any, int]) -> None:
         if self.count == 0:
             raise MemoryFault(f"{_line()}: a barrier is used that was given no count")
         self.pending -= count
         if self.pending < 0:
             raise MemoryFault(f"{_line()}: {count} arrivals at a barrier of {self.count} that lacks {self.pending + count}")
         _merge(self.arriving, clock)
+        _merge(self.fencing, fenced)
         self.complete()
 
     def complete(self) -> None:
@@ -116,7 +120,8 @@ class _Barrier:
             self.completed += 1
             self.pending = self.count
             _merge(self.released, self.arriving)
-            self.arriving = {}
+            _merge(self.fenced, self.fencing)
+            self.arriving, self.fencing = {}, {}
 
 
 class _Tile:
@@ -221,21 +226,17 @@ class _Sums:
 
 
 class _Copy:
-    """A copy, or arrivals that follow copies, in flight."""
+    """A copy in flight."""
 
-    def __init__(self, barrier: _Barrier, clock: _Clock, size: int, arrivals: int) -> None:
+    def __init__(self, barrier: _Barrier, clock: _Clock, size: int) -> None:
         self.barrier = barrier
         self.clock = clock
         self.size = size
-        self.arrivals = arrivals
 
     def complete(self) -> None:
         self.barrier.bytes -= self.size
-        if self.arrivals:
-            self.barrier.arrive(self.arrivals, self.clock)
-        else:
-            _merge(self.barrier.arriving, self.clock)
-            self.barrier.complete()
+        _merge(self.barrier.arriving, self.clock)
+        self.barrier.complete()
 
 
 class _Program:
@@ -323,8 +324,9 @@ class _Program:
         self.back.release()
 
     def end(self) -> None:
-        if self.flying:
-            raise Race(f"a program ends with {len(self.flying)} copies in flight")
+        flying = len(self.flying) + sum(len(group) for role in self.roles for group in (role.rows, *role.groups))
+        if flying:
+            raise Race(f"a program ends with {flying} copies in flight")
         for ring in self.rings:
             turns = [barrier.completed for barrier in ring]
             if max(turns) > 1 and min(turns) == 0:
@@ -387,7 +389,7 @@ def _arrive(barrier: _Barrier, *, count: Any = 1, pred: Any = True) -> None:
     if pred:
         role = _running()
         role.tick()
-        barrier.arrive(_number(count), role.clock)
+        barrier.arrive(_number(count), role.clock, role.fenced)
 
 
 def _wait(barrier: _Barrier, phase: Any, pred: Any = True, deps: Any = ()) -> None:
@@ -396,6 +398,7 @@ def _wait(barrier: _Barrier, phase: Any, pred: Any = True, deps: Any = ()) -> No
             raise MemoryFault(f"{_line()}: a barrier is waited for that was given no count")
         _here().block(barrier, _number(phase) % 2)
         _merge(_running().clock, barrier.released)
+        _merge(_running().fenced, barrier.fenced)
 
 
 def _copy_box(descriptor: Any, coordinates: Any, barrier: _Barrier, tile: _Tile, pred: Any = True) -> None:
@@ -404,7 +407,7 @@ def _copy_box(descriptor: Any, coordinates: Any, barrier: _Barrier, tile: _Tile,
         value = descriptor.load(list(coordinates))
         tile.write(program.running, agent, 1, value, by_threads=False)
         clock = {**program.running.clock, agent: 1}
-        program.flying.append(_Copy(barrier, clock, math.prod(tile.shape) * value.dtype.primitive_bitwidth // 8, 0))
+        program.flying.append(_Copy(barrier, clock, math.prod(tile.shape) * value.dtype.primitive_bitwidth // 8))
 
 
 def _copy_rows(tile: _Tile, pointer: Any, mask: Any = None) -> None:
@@ -414,13 +417,18 @@ def _copy_rows(tile: _Tile, pointer: Any, mask: Any = None) -> None:
     program.running.rows.append(agent)
 
 
-def _arrive_copied(barrier: _Barrier, increment_count: Any = True) -> None:
-    program = _here()
-    threads = _WARP * program.running.warps
-    if increment_count:
-        barrier.pending += threads
-    clock = {**program.running.clock, **dict.fromkeys(program.running.rows, 1)}
-    program.flying.append(_Copy(barrier, clock, 0, threads))
+def _commit_rows() -> None:
+    role = _running()
+    role.groups.append(role.rows)
+    role.rows = []
+
+
+def _wait_rows(num_outstanding: Any = 0) -> None:
+    role = _running()
+    complete = max(len(role.groups) - _number(num_outstanding), 0)
+    for group in role.groups[:complete]:
+        _merge(role.clock, dict.fromkeys(group, 1))
+    role.groups = role.groups[complete:]
 
 
 def _fence() -> None:
@@ -508,7 +516,8 @@ def install() -> None:
         id(_gluon.mbarrier): barriers,
         id(_gluon.copy_box): _copy_box,
         id(_gluon.copy_rows): _copy_rows,
-        id(_gluon.arrive_copied): _arrive_copied,
+        id(_gluon.commit_rows): _commit_rows,
+        id(_gluon.wait_rows): _wait_rows,
         id(_gluon.fence_async_shared): _fence,
         id(_gluon.reinterpret): _reinterpret,
         id(_gluon.warpgroup_mma): _multiply,

@@ -144,7 +144,7 @@ _EXCHANGED: Mapping[type[ast.operator], type[ast.operator]] = {
     ast.FloorDiv: ast.Mod,
     ast.Mod: ast.FloorDiv,
 }
-_ORDER = ("mbarrier.", "copy_", "arrive_", "fence_")  # what roles of warps hand shared memory to each other by
+_ORDER = ("mbarrier.", "copy_", "commit_", "wait_rows", "fence_")  # what roles of warps hand shared memory to each other by
 _HALVED = (ast.Add, ast.Sub, ast.Mult, ast.BitAnd, ast.BitOr, ast.FloorDiv, ast.Mod)
 
 

@@ -234,7 +234,7 @@ _OF_ROLES = (
         n=264,
         block_m=128,
         routing=Experts("mixed", start=2),
-        tiles={"group_m": 4, "num_stages": 3},
+        tiles={"group_m": 4, "num_stages": 4},
         element="e5m2",
         scales_dtype=_E8M0,
         by_column=True,
