@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .. import _runtime as runtime
+from .._filling import Filling
 from ._op import (
     CHUNKS,
     FILL,
@@ -61,28 +62,11 @@ def chunks(num_pairs: int, num_experts: int) -> Chunks:
     return Chunks(pairs, max(1, runtime.cdiv(num_pairs, pairs)), 32, size, 4 if size <= 128 else 8)
 
 
-class _Tables:
+class _Tables(Filling):
     """What schedules that make tables do."""
 
-    def __init__(self, kernel: Any) -> None:
-        self.name = runtime.variant_of(kernel)
-
-    def scratch_size(self, num_pairs: int, num_experts: int) -> int:
-        """int32 elements of scratch that a call needs."""
-        raise NotImplementedError
-
-    def bind(self, problem: Problem) -> runtime.Call:
-        """The launches for tables of these sizes, ready to be made again and again."""
-        raise NotImplementedError
-
-    def launch(self, **arguments: Any) -> None:
-        """One call, checked.
-
-        Raises:
-            ValueError: something does not fit; nothing was launched.
-        """
-        given = FILL.given(**arguments)
-        self.bind(check_fill(self.name, self.scratch_size, given)).run(given)
+    op = FILL
+    check = check_fill
 
 
 class OneLaunch(_Tables):

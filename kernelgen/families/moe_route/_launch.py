@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from .. import _runtime as runtime
+from .._filling import Filling
 from ._held import FILL, check_held
 from ._op import (
     CHUNK,
@@ -25,28 +26,11 @@ _TABLES = "pairs_ptr blocks_ptr num_blocks_ptr"
 _ROUTING = "topk_ids_ptr token_lora_mapping_ptr adapter_enabled_ptr expert_map_ptr"
 
 
-class _Sort:
+class _Sort(Filling):
     """What schedules that sort pairs do."""
 
-    def __init__(self, kernel: Any) -> None:
-        self.name = runtime.variant_of(kernel)
-
-    def scratch_size(self, num_pairs: int, num_groups: int) -> int:
-        """int32 elements of scratch that a call needs."""
-        raise NotImplementedError
-
-    def bind(self, problem: Problem) -> runtime.Call:
-        """The launches for routes of these sizes, ready to be made again and again."""
-        raise NotImplementedError
-
-    def launch(self, **arguments: Any) -> None:
-        """One call, checked.
-
-        Raises:
-            ValueError: something does not fit; nothing was launched.
-        """
-        given = SORT.given(**arguments)
-        self.bind(check_sort(self.name, self.scratch_size, given)).run(given)
+    op = SORT
+    check = check_sort
 
 
 def _bounds(problem: Problem) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import _runtime as runtime
+from .._filling import Filling
 from ..moe_align._launch import chunks, walk
 from ..moe_align._op import counts_size
 from ._op import FILL, Problem, check_fill
@@ -17,28 +18,11 @@ _ROUTING = "topk_ids_ptr valid_tokens_ptr"
 _ADAPTERS = "token_lora_mapping_ptr adapter_enabled_ptr lora_ranks_ptr"
 
 
-class _Schedule:
+class _Schedule(Filling):
     """What both schedules do."""
 
-    def __init__(self, kernel: Any) -> None:
-        self.name = runtime.variant_of(kernel)
-
-    def scratch_size(self, num_pairs: int, num_experts: int) -> int:
-        """int32 elements of scratch that a call needs."""
-        raise NotImplementedError
-
-    def bind(self, problem: Problem) -> runtime.Call:
-        """The launches for tables of these sizes, ready to be made again and again."""
-        raise NotImplementedError
-
-    def launch(self, **arguments: Any) -> None:
-        """One call, checked.
-
-        Raises:
-            ValueError: something does not fit; nothing was launched.
-        """
-        given = FILL.given(**arguments)
-        self.bind(check_fill(self.name, self.scratch_size, given)).run(given)
+    op = FILL
+    check = check_fill
 
 
 def _of_adapters(problem: Problem, num_warps: int) -> dict[str, Any]:
