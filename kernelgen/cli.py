@@ -6,6 +6,7 @@ imported inside the commands, so that ``--help`` stays quick and nothing loads t
 
 from __future__ import annotations
 
+import collections
 import functools
 import importlib
 import itertools
@@ -396,6 +397,37 @@ def sanitize(
     for finding in findings:
         click.echo(str(finding), err=True)
     return Report(document, (), 1 if findings else 0)
+
+
+@_command("mutate")
+@click.option("--host", is_flag=True, help="Into host code, instead of kernels; in one process.")
+@click.option("--only", metavar="GLOB", multiple=True, help="Only variants, or modules of host code, of such a name; repeatable.")
+@click.option("--sample", type=click.IntRange(1), help="So many of each family, or module, drawn by --seed.  [default: all]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of --sample.")
+@click.option("-j", "--jobs", type=click.IntRange(1, 256), help="Processes to run in.  [default: one a core, at most 12]")
+@_specs_option
+@_out_option
+def mutate(host: bool, only: Sequence[str], sample: int | None, seed: int, jobs: int | None, specs: Path, out: Path) -> Report:
+    """Put small faults into kernels, one at a time, and list those that no case notices; exit 1 where there are any."""
+    if host and jobs:
+        raise click.UsageError("--host runs in one process, and takes no --jobs")
+    from kernelgen.core.progress import progress
+    from kernelgen.emit import build as pipeline
+    from kernelgen.prove import mutate as kernels
+    from kernelgen.prove import mutate_host
+
+    workers = jobs or min(_cores(), 12)
+    pipeline.require_current(specs, out, None, workers)
+    run: Callable[..., Any] = mutate_host.run if host else functools.partial(kernels.run, workers=workers)
+    living: list[str] = []
+    fates = run(out, only or ("*",), sample=sample or 0, seed=seed, progress=progress("trying"), lives=living.append)
+    tried, killed = (collections.Counter(of for of, fate in fates if fate.killer or counted) for counted in (True, False))
+    for line in living:
+        click.echo(f"lives: {line}", err=True)
+    click.echo(f"{killed.total()} of {tried.total()} killed", err=True)
+    scores = {of: {"tried": tried[of], "killed": killed[of]} for of in sorted(tried)}
+    rows = [(of, str(score["killed"]), str(score["tried"])) for of, score in scores.items()]
+    return Report({"scores": scores, "living": living}, _table(rows, ("of", "killed", "tried")), 1 if living else 0)
 
 
 @_command("numerics")

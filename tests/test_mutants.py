@@ -1,4 +1,4 @@
-"""A sample of the mutants of a variant of each schedule: the cases must kill each. ``kernelgen.prove.mutate`` tries all."""
+"""A sample of the mutants of a variant of each schedule: the cases must kill each. ``kernelgen mutate`` tries all."""
 
 from __future__ import annotations
 

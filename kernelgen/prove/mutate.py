@@ -1,4 +1,4 @@
-"""Mutants of generated kernels: small faults that the cases must notice. ``python -m kernelgen.prove.mutate`` lists the living.
+"""Mutants of generated kernels: small faults that the cases must notice. ``kernelgen mutate`` lists the living.
 
 A mutant is the text of a variant with one expression or statement of a ``@triton.jit`` function changed. It is written beside
 the variant in a copy of the generated package, and meets every case that fits the variant: the cases of a body are spread
@@ -27,14 +27,12 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator, Mapping, Sequence
 from unittest import mock
 
-import click
-
-from kernelgen.core import entry, names
+from kernelgen.core import names
 from kernelgen.core.model import SCHEDULE
-from kernelgen.core.processes import Fault, in_processes
+from kernelgen.core.processes import Fault, Progress, in_processes, no_progress
 from kernelgen.families.case import Case, Variant
 from kernelgen.prove.testing import Suite
-from kernelgen.prove.verify import start_worker, suites
+from kernelgen.prove.verify import nothing_named, start_worker, suites
 
 NO_WAIT, NO_BARRIER = "wait for launches dropped", "barrier dropped"
 
@@ -478,38 +476,47 @@ def _fate(bench: Bench, suite: Suite, variant: Variant, mutant: Mutant, texts: C
     return fate
 
 
-@click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("."), help="Where generated/ is.")
-@click.option("--only", multiple=True, default=["*"], metavar="GLOB", help="Only the variants of such a name; repeatable.")
-@click.option("--sample", type=click.IntRange(0), default=0, help="So many of each family, drawn by a seed; 0: all.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("-j", "--jobs", type=click.IntRange(1, 256), default=1, show_default=True)
-def main(out: Path, only: Sequence[str], sample: int, seed: int, jobs: int) -> int:
-    """Try mutants of the variants; list those that live, and count by family. Exit code 1 if there are any."""
+def run(
+    out: Path,
+    only: Sequence[str] = ("*",),
+    *,
+    sample: int = 0,
+    seed: int = 0,
+    workers: int = 1,
+    progress: Progress = no_progress,
+    lives: Callable[[str], None] = lambda line: None,
+) -> list[tuple[str, Fate]]:
+    """Try mutants of the variants in ``out``; of each the family, and what became of it.
+
+    Args:
+        out: the folder that holds ``generated/``.
+        only: globs on the names of variants.
+        sample: so many of each family, drawn by ``seed``; 0: all.
+        seed: of the drawing.
+        workers: processes.
+        progress: shows how far it is.
+        lives: is told of each mutant that no case notices, at once.
+
+    Raises:
+        Failure: no variant has such a name (exit code 2).
+        RuntimeError: a case fails without any mutant.
+    """
     with Bench(out) as bench:
         chosen = [found for found in bench.variants() if any(fnmatch.fnmatchcase(found[1].name, glob) for glob in only)]
         if not chosen:
-            raise click.UsageError(f"no variant has a name like {' or '.join(only)}")
+            raise nothing_named(out, " or ".join(only))
         draw = functools.partial(_sampled, number=sample, seed=seed) if sample else _every
-        tasks = [places for places in draw(chosen, bench.source, jobs) if places]
+        tasks = [places for places in draw(chosen, bench.source, workers) if places]
     family_of = {variant.name: variant.family for _, variant in chosen}
-    tried, killed = collections.Counter[str](), collections.Counter[str]()
+    found: list[tuple[str, Fate]] = []
 
     def keep(places: _Places, fates: list[Fate] | Fault) -> None:
         if isinstance(fates, Fault):
             raise RuntimeError(f"{places[0][0]}: {fates.reason}")
         for fate in fates:
-            tried[family_of[fate.variant]] += 1
-            killed[family_of[fate.variant]] += bool(fate.killer)
+            found.append((family_of[fate.variant], fate))
             if not fate.killer:
-                click.echo(f"lives: {fate.variant} {fate.mutant}")
+                lives(f"{fate.variant} {fate.mutant}")
 
-    in_processes(functools.partial(_try, out.resolve()), tasks, jobs, keep=keep, method="spawn")
-    for family in sorted(tried):
-        click.echo(f"{family}: {killed[family]} of {tried[family]} killed")
-    click.echo(f"{killed.total()} of {tried.total()} killed")
-    return 1 if killed.total() < tried.total() else 0
-
-
-if __name__ == "__main__":
-    entry.run("kernelgen.prove.mutate", "main")
+    in_processes(functools.partial(_try, out.resolve()), tasks, workers, progress, keep, method="spawn")
+    return found

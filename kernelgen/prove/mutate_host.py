@@ -1,4 +1,4 @@
-"""Mutants of host code: faults of dispatch that tests must notice. ``python -m kernelgen.prove.mutate_host`` lists the living.
+"""Mutants of host code: faults of dispatch that tests must notice. ``kernelgen mutate --host`` lists the living.
 
 A mutant is a module of Python of the generated package with one place changed: a check left out, a condition turned round, a
 bound moved, a part of a key that is fixed, two operands exchanged, a default that is another. It stands in a copy of the package,
@@ -24,11 +24,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Iterator, Mapping, Sequence
+from typing import Callable, Iterator, Mapping, Sequence
 
-import click
-
-from kernelgen.core import entry, names
+from kernelgen.core import names
+from kernelgen.core.diagnostics import failure
+from kernelgen.core.processes import Progress, no_progress
 from kernelgen.prove.mutate import Change, Excuse, Mutant, changed, with_changes
 
 # Host code that is no dispatch: repairs of the interpreter, and what is told of a call.
@@ -263,13 +263,31 @@ def excused(mutant: Mutant) -> str:
     return next((excuse.why for excuse in EQUIVALENT if excuse.of(mutant)), "")
 
 
-@click.command()
-@click.option("--root", type=click.Path(path_type=Path), default=Path("."), help="Where generated/ and tests/ are.")
-@click.option("--only", multiple=True, default=["*"], metavar="GLOB", help="Only modules of such a path; repeatable.")
-@click.option("--sample", type=click.IntRange(0), default=0, help="So many of each module, drawn by a seed; 0: all.")
-@click.option("--seed", type=int, default=0, show_default=True)
-def main(root: Path, only: Sequence[str], sample: int, seed: int) -> int:
-    """Try mutants of host code; list those that live. Exit code 1 if there are any."""
+def run(
+    root: Path,
+    only: Sequence[str] = ("*",),
+    *,
+    sample: int = 0,
+    seed: int = 0,
+    progress: Progress = no_progress,
+    lives: Callable[[str], None] = lambda line: None,
+) -> list[tuple[str, Fate]]:
+    """Try mutants of host code; of each its module, and what became of it. As ``mutate.run`` does, in this process.
+
+    Args:
+        root: the folder that holds ``generated/`` and ``tests/``.
+        only: globs on the paths of modules.
+        sample: so many of each module, drawn by ``seed``; 0: all.
+        seed: of the drawing.
+        progress: shows how far it is.
+        lives: is told of each mutant that no test notices, at once.
+
+    Raises:
+        Failure: no module has such a path, or there are no tests (exit code 2).
+    """
+    if not (root / "tests").is_dir():
+        hint = "mutants of host code meet those of the repository: run it there"
+        raise failure("KG001", str(root), "there are no tests in it", hint)
     os.environ.setdefault("TRITON_INTERPRET", "1")
     import torch
 
@@ -277,24 +295,19 @@ def main(root: Path, only: Sequence[str], sample: int, seed: int) -> int:
 
     interpreter.install()
     torch.set_num_threads(1)
-    tried = killed = 0
+    found: list[tuple[str, Fate]] = []
     with Bench(root.resolve()) as bench:
+        chosen: list[tuple[str, Mutant]] = []
         for module in bench.modules():
-            if not any(fnmatch.fnmatchcase(module, glob) for glob in only):
-                continue
-            found = [mutant for mutant in mutants(bench.source(module)) if not excused(mutant)]
-            if sample:
-                found = random.Random(f"{seed} {module}").sample(found, min(sample, len(found)))
-            fates = [bench.fate(module, mutant) for mutant in sorted(found, key=lambda m: m.line)]
-            living = [fate for fate in fates if not fate.killer]
-            tried, killed = tried + len(fates), killed + len(fates) - len(living)
-            click.echo(f"{module}: {len(fates) - len(living)} of {len(fates)} killed")
-            for fate in living:
-                click.echo(f"  lives: {fate.mutant}")
-            sys.stdout.flush()
-    click.echo(f"{killed} of {tried} killed")
-    return 1 if killed < tried else 0
-
-
-if __name__ == "__main__":
-    entry.run("kernelgen.prove.mutate_host", "main")
+            if any(fnmatch.fnmatchcase(module, glob) for glob in only):
+                all_of = [mutant for mutant in mutants(bench.source(module)) if not excused(mutant)]
+                some = random.Random(f"{seed} {module}").sample(all_of, min(sample, len(all_of))) if sample else all_of
+                chosen += [(module, mutant) for mutant in sorted(some, key=lambda m: m.line)]
+        if not chosen:
+            raise failure("KG040", " or ".join(only), "no module of host code has a path like this", "one is moe_sum/_problem.py")
+        for module, mutant in progress(chosen, len(chosen)):
+            fate = bench.fate(module, mutant)
+            found.append((module, fate))
+            if not fate.killer:
+                lives(f"{module} {mutant}")
+    return found
