@@ -1,0 +1,1 @@
+../../vllm/tests/under_load.py
