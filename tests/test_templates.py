@@ -509,6 +509,8 @@ IN_PLACE = 'bias: Annotated[torch.Tensor | None, operands.Tensor(">=E, S*N", ope
         ("moe_act/_launch.py", "x_ptr delta_ptr", "x_ptr=x.t delta_ptr", "moe_act/_launch.py", "reads 'x.t' of Given, whose 'x'"),
         ("_live.py", "=route.topk_ids", "=rout.topk_ids", "families/_live.py", "reads 'rout' of Given, which has no such field"),
         ("moe_route/_op.py", " expert_map_ptr=route.expert_map", "", "macros/live.j2", "a parameter 'expert_map_ptr' that no"),
+        ("kernels/moe_act.py.j2", "h=h,", "y=h,", "kernels/moe_act.py.j2", "a launcher is given 'y', which no call has"),
+        ("kernels/moe_act.py.j2", "h=h, x=x", "h=x, x=h", "kernels/moe_act.py.j2", "is given 'x' in the place of 'h'"),
         ("moe_act/_launch.py", "N=problem.n,", "", "templates/kernels/moe_act.py.j2", "has a parameter 'N' that no module"),
     ],
 )  # fmt: skip
@@ -517,10 +519,11 @@ def test_a_slip_in_a_room(module: str, old: str, new: str, place: str, expected:
     for family in ("moe_act", "moe_align", "moe_route"):
         (tmp_path / "specs").mkdir(exist_ok=True)
         shutil.copy(SPECS / f"{family}.yaml", tmp_path / "specs")
-    text = (FAMILIES / module).read_text()
+    source, folder = (TEMPLATES, "templates") if module.endswith(".j2") else (FAMILIES, "families")
+    text = (source / module).read_text()
     assert old in text
-    (tmp_path / "families" / module).parent.mkdir(parents=True)
-    (tmp_path / "families" / module).write_text(text.replace(old, new, 1))
+    (tmp_path / folder / module).parent.mkdir(parents=True)
+    (tmp_path / folder / module).write_text(text.replace(old, new, 1))
     with pytest.raises(Failure) as failed:
         build.build(tmp_path / "specs", tmp_path)
     told = [(fault.location.path, fault.message) for fault in failed.value.diagnostics]

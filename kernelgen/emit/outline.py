@@ -9,7 +9,7 @@ import functools
 import itertools
 import re
 import sys
-from typing import Any, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Iterator, Mapping, NamedTuple, Sequence, TypeGuard
 
 from kernelgen.core.names import OPERANDS, PACKAGE, TABLE
 
@@ -172,6 +172,16 @@ class Declared(NamedTuple):
     column: int
 
 
+class Launched(NamedTuple):
+    """What a launcher hands to its ``schedule``, of a class, by name; ``value``: what that is called, "": it has no name."""
+
+    of: tuple[str, ...]
+    name: str
+    value: str
+    line: int
+    column: int
+
+
 class Parameter(NamedTuple):
     """A parameter of a kernel, and where it stands."""
 
@@ -216,6 +226,8 @@ class Outline:
         reads_sizes: of those that the check of an op found; (): of some op.
         tells_sizes: names that sizes have here: in shapes, beside a size or a count, as keys.
         signatures: of the functions at its top level that take no arguments of any name.
+        launched: by its launchers.
+        launches_take: parameters of what its classes have for that, beside those of any name.
         places: of what it imports from the package, by the names that this has here.
     """
 
@@ -247,6 +259,8 @@ class Outline:
     reads_sizes: tuple[tuple[tuple[str, ...], Told], ...]
     tells_sizes: frozenset[str]
     signatures: Mapping[str, Signature]
+    launched: tuple[Launched, ...]
+    launches_take: frozenset[str]
     places: Mapping[str, tuple[str, ...]]
 
 
@@ -365,6 +379,8 @@ def outline(path: str, text: str) -> Outline | None:
         reads_sizes,
         frozenset(_tells_sizes(inside, calls, places)),
         dict(_signatures(tree.body)),
+        tuple(_launched(tree.body, calls, places)),
+        frozenset(arg.arg for node in inside if _is_launch(node) for arg in (*node.args.args, *node.args.kwonlyargs)),
         places,
     )
 
@@ -563,6 +579,27 @@ def _signatures(body: Sequence[ast.stmt]) -> Iterator[tuple[str, Signature]]:
             parameters = {arg.arg: place >= needed for place, arg in enumerate(own.args)}
             parameters |= {arg.arg: value is not None for arg, value in zip(own.kwonlyargs, own.kw_defaults, strict=True)}
             yield node.name, Signature(parameters, len(own.args))
+
+
+_SCHEDULE, _LAUNCH = "schedule", "launch"
+
+
+def _launched(
+    body: Sequence[ast.stmt], calls: Sequence[ast.Call], places: Mapping[str, tuple[str, ...]]
+) -> Iterator[Launched]:
+    made = [value for node in body for name, value in _assigned(node) if name == _SCHEDULE and isinstance(value, ast.Call)]
+    of = _place(made[0].func, places) if made else None
+    for call in calls if of else ():
+        match call.func:
+            case ast.Attribute(ast.Name(name), attribute) if of and (name, attribute) == (_SCHEDULE, _LAUNCH):
+                for keyword in call.keywords:
+                    if keyword.arg is not None:
+                        value = keyword.value.id if isinstance(keyword.value, ast.Name) else ""
+                        yield Launched(of, keyword.arg, value, keyword.lineno, keyword.col_offset + 1)
+
+
+def _is_launch(node: ast.AST) -> TypeGuard[ast.FunctionDef]:
+    return isinstance(node, ast.FunctionDef) and node.name == _LAUNCH
 
 
 _OF_OPS = ("caller", "finder", "in_graphs")  # what an op makes, and is called as its named tuple is

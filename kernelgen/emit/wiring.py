@@ -53,7 +53,7 @@ def faults(package: Package, families: Sequence[Family], outputs: Outputs) -> It
     missing = list(_import_faults(outputs)) or [*_ask_faults(outputs), *_circle_faults(outputs)]
     missing += _idle_faults(families, outputs)
     missing += [*_record_faults(outputs), *_read_faults(outputs), *_operand_faults(package, outputs), *_size_faults(outputs)]
-    missing += [*_spoken_faults(outputs), *_op_faults(outputs), *_lookup_faults(package, outputs)]
+    missing += [*_handed_faults(outputs), *_spoken_faults(outputs), *_op_faults(outputs), *_lookup_faults(package, outputs)]
     missing += [] if missing else [fault for family in families for fault in _asking_faults(family, outputs)]
     missing += [fault for family in families for fault in _launcher_faults(family, outputs)]
     yield from missing
@@ -546,6 +546,26 @@ def _settled(says: Declaration, outputs: Outputs) -> Declaration:
             column=column,
         )
     return says
+
+
+def _handed_faults(outputs: Outputs) -> Iterator[Diagnostic]:
+    """Launchers that hand on what no call is given, or two operands in the place of each other."""
+    for place, made in outputs.modules.items():
+        room = outputs.modules.get(made.launched[0].of[:-1]) if made.launched else None
+        words = _words_of_launchers(made.launched[0].of[:-1], outputs) if room is not None else ()
+        records = {record for record, _, _ in words}
+        if room is None or not records or None in records:
+            continue
+        fields = {field for record in records if record for field in outputs.modules[record[:-1]].records[record[-1]]}
+        values = {each.name: each.value for each in made.launched}
+        for each in made.launched:
+            where = outputs.place_in(place, each.line, each.name, each.column)
+            if each.name not in fields | room.launches_take:
+                message = f"a launcher is given {each.name!r}, which no call has"
+                yield Diagnostic("KG023", where, message, did_you_mean(each.name, sorted(fields), ""))
+            elif each.value != each.name and values.get(each.value) == each.name:
+                message = f"a launcher is given {each.value!r} in the place of {each.name!r}"
+                yield Diagnostic("KG023", where, message, f"say {each.name}={each.name}")
 
 
 def _declared_in(record: tuple[str, ...], outputs: Outputs) -> dict[str, tuple[Declared, Declaration]]:

@@ -8,7 +8,14 @@ import torch
 
 from .. import _runtime as runtime
 from .._slices import joined_slices
-from ..moe_route._op import OF_ROUTE, MoeRoute, PairRoute, SortedRoute, TableRoute, scratch
+from ..moe_route._op import (
+    OF_ROUTE,
+    MoeRoute,
+    PairRoute,
+    SortedRoute,
+    TableRoute,
+    scratch,
+)
 from ._problem import (
     OP,
     Modes,
