@@ -29,11 +29,12 @@ FIRST = "moe_gemm_warp_specialised_bf16_token_sorted_swiglu_plain_w8group_a8grou
 SECOND = "moe_gemm_warp_specialised_bf16_sorted_pair_plain_w8group_a8group"
 FIRST_16, SECOND_16 = (name.removesuffix("_w8group_a8group") for name in (FIRST, SECOND))
 ADAPTED, ADAPTED_16 = f"{FIRST}_lora", f"{SECOND_16}_lora"
+LANES = "moe_gemm_lanes_bf16_sorted_pair_plain_mxfp4"
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="kernels are compiled, not interpreted")
 
 # Two tiles a program, of two halves and of one; a ring of three slots for three steps, and some over ranks.
-ROLES = next(case for case in CASES if case.name == "roles")
+ROLES, OF_LANES = (next(case for case in CASES if case.name == name) for name in ("roles", "lanes"))
 CASE: Case = dataclasses.replace(ROLES, n=128, experts=3, rank=24, tiles={"num_stages": 3})
 
 WAIT_FULL = "mbarrier.wait(full.index(slot), phase)\n"
@@ -118,6 +119,14 @@ FAULTS = {
     "ranks that are read as FP8": (ADAPTED, "ranks = v_slots", "ranks = x_slots", 0, MemoryFault),
     "ranks of another run": (ADAPTED_16, "(run_high[:, None] == run[None, :]) & ", "", 0, AssertionError),
     "one place for the rows of both halves": (SECOND, "staging.index(HALF)", "staging.index(0)", 0, Race),
+    "no wait for copies of threads": (LANES, "wait_rows(STAGES - 2)", "pass", 0, Race),
+    "a wait for copies that are older": (LANES, "wait_rows(STAGES - 2)", "wait_rows(STAGES - 1)", 0, Race),
+    "copies of no group": (LANES, "commit_rows()", "pass", 0, Race),
+    "copies that a tile leaves behind": (LANES, "wait_rows(0)", "pass", 0, Race),
+    "copies to the slot that is read": (LANES, "slot - 1 + STAGES * (slot == 0).to(gl.int32)", "slot", 0, Race),
+    "copies to no slot": (LANES, "STAGES * (slot == 0)", "0 * (slot == 0)", 0, OutOfBounds),
+    "x in another order than W": (LANES, "x = in_order(x, SECOND)", "pass", 0, AssertionError),
+    "scales of the step in front": (LANES, "(k0 + 2 * STEP) // 32", "(k0 + STEP) // 32", 0, AssertionError),
     "rows of the other half": (SECOND, "x_slots.index(2 * slot + HALF)", "x_slots.index(2 * slot)", 0, AssertionError),
 }
 
@@ -143,7 +152,8 @@ def test_an_order_that_is_wrong_is_shown(name: str, bench: Bench) -> None:
     suite, variant = next(found for found in bench.variants() if found[1].name == of)
     _, changed = bench.place(variant, replaced(bench.source(variant), old, new, place))
     with pytest.raises(shown):
-        suite.check_launcher(bench.package, changed.launcher(bench.package), variant, CASE, "cpu")
+        case = OF_LANES if of == LANES else CASE
+        suite.check_launcher(bench.package, changed.launcher(bench.package), variant, case, "cpu")
 
 
 TRAP = """

@@ -10,13 +10,15 @@ from __future__ import annotations
 import functools
 import re
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import pytest
+import torch
 import triton
-from doors import GOOD, Batch, Door
+from doors import CLAMPED, GOOD, Batch, Door, forget
 
 import generated as kg
+from generated.moe_gemm import _problem as gemm
 from kernelgen.prove.memory import Race
 from kernelgen.prove.mutate import NO_WAIT, Bench, Mutant, mutants
 from kernelgen.prove.order import launches_of
@@ -26,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="kernels are compiled, not interpreted")
 
 LAYERS = [(name, tokens) for name in ("fused_moe", "fused_moe fp8") for tokens in (2, 40)]  # pair by pair, and with tables
+LANES = [("MXFP4", 6), ("MXFP4 with adapters", 6)]  # layers whose products are in Gluon
 CALLS = [(name, 6) for name in GOOD if not re.match("no_tables|quantize|warmup|fused_moe$|fused_moe fp8|.*_workspace", name)]
 
 
@@ -35,19 +38,47 @@ def bench() -> Iterator[Bench]:
         yield made
 
 
+@pytest.fixture(autouse=True, scope="module")
+def gluon() -> Iterator[None]:
+    """What is launched on a GPU: kernels in Gluon too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gemm, "has_gluon", lambda: True)
+        forget()
+        yield
+    forget()
+
+
+def door_of(name: str, tokens: int) -> Callable[[], Any]:
+    if (name, tokens) not in LANES:
+        return Door.of(name, "cpu", tokens=tokens)
+    b = Batch("cpu", tokens=tokens, k=64, n=32)
+    given = b.layer(fp8=False)
+    lora = given.pop("lora") if "adapters" in name else None
+    for weights in ("w13", "w2"):
+        given[weights], given[f"{weights}_scale"] = kg.quantize_mxfp4(given[weights])
+    layer = functools.partial(kg.fused_moe, **{**given, **CLAMPED, "lora": lora})
+
+    def layers() -> None:
+        """The second has no token, so that no program has a tile, or waits in front of one."""
+        for valid in (given["valid_tokens"], torch.zeros(1, dtype=torch.int32), given["valid_tokens"]):
+            layer(valid_tokens=valid)
+
+    return layers
+
+
 @functools.cache
 def dependent(name: str, tokens: int) -> tuple[str, ...]:
     """The kernels of two calls that are launched dependent, each once; none touches what it does not come after."""
-    door = Door.of(name, "cpu", tokens=tokens)
+    door = door_of(name, tokens)
     with launches_of(kg) as chain:
         door()
         door()
     return tuple(dict.fromkeys(chain.dependent))
 
 
-@pytest.mark.parametrize(("name", "tokens"), [*LAYERS, *CALLS])
+@pytest.mark.parametrize(("name", "tokens"), [*LAYERS, *LANES, *CALLS])
 def test_a_front_door_waits_for_what_it_touches(name: str, tokens: int) -> None:
-    dependent(name, tokens)
+    assert ("MXFP4" in name) == any("moe_gemm_lanes" in kernel for kernel in dependent(name, tokens))
 
 
 WAIT = re.compile(r"^( +)gdc_wait\(\).*\n(?: +gdc_launch.*\n)?\s*(.*)$", re.MULTILINE)  # and what stands behind it
@@ -62,11 +93,11 @@ def test_every_wait_is_missed(bench: Bench) -> None:
         return variant.family, *(line.partition("=")[0] for _, line in WAIT.findall(bench.source(variant)))
 
     texts = {places(variant): name for name, (_, variant) in found.items()}
-    for name, tokens in [*LAYERS, *CALLS]:
+    for name, tokens in [*LAYERS, *LANES, *CALLS]:
         for kernel in dependent(name, tokens):
             _, variant = found[kernel.rpartition("_")[0]]
             if texts.pop(places(variant), None):
-                door = Door.of(name, "cpu", tokens=tokens)
+                door = door_of(name, tokens)
                 for mutant in waits_of(bench, variant):
                     swapped = bench.swapped("generated", variant, mutant.text)
                     with swapped, launches_of(kg), pytest.raises(Race, match=variant.name):

@@ -16,6 +16,7 @@ from ._problem import (
     OP,
     BoxConfig,
     GemvConfig,
+    LanesConfig,
     Modes,
     NaiveConfig,
     Problem,
@@ -66,8 +67,8 @@ class _Schedule:
         if problem.num_pairs > 0:
             self.bind(problem, runtime.given(self.name, config, self.config) or choose(self.schedule, problem)).run(given)
 
-    def _constants(self, problem: Problem, config: Tiled) -> dict[str, Any]:
-        """Of the kernels of all schedules that tile K."""
+    def _constants(self, problem: Problem, config: Tiled | LanesConfig) -> dict[str, Any]:
+        """Of the kernels of all schedules whose warps are alike."""
         return {
             "x_scale_next": problem.x_scale_next,
             "TOP_K": problem.top_k,
@@ -88,7 +89,6 @@ class _Schedule:
             "B_SCALE_STRIDE_L": problem.b_scale_strides.adapter,
             "B_SCALE_STRIDE_E": problem.b_scale_strides.expert,
             "BLOCK_N": config.block_n,
-            "BLOCK_K": config.block_k,
             "PDL": runtime.traits(problem.device).pdl,
         }
 
@@ -127,6 +127,7 @@ class Gemv(_ByPair):
         self._check_groups(problem, min(config.block_k, QUANT.group_k))
         constants = {
             **self._constants(problem, config),
+            "BLOCK_K": config.block_k,
             "WEIGHTS": runtime.CACHE_POLICIES[config.weight_policy],
             "ZERO_REST": problem.zero_rest,
         }
@@ -144,6 +145,7 @@ class Naive(_ByPair):
         self._check_groups(problem, config.block_k)
         constants = {
             **self._constants(problem, config),
+            "BLOCK_K": config.block_k,
             "STAGES": config.num_stages,
             "WEIGHTS": runtime.CACHE_POLICIES[config.weight_policy],
         }
@@ -153,17 +155,21 @@ class Naive(_ByPair):
 class _ByBlock(_Schedule):
     """Blocks of the tables."""
 
+    def _options(self, problem: Problem, config: TileConfig | BoxConfig | LanesConfig, waits_first: bool) -> runtime.Options:
+        pdl = runtime.traits(problem.device).pdl and (waits_first or problem.follows)
+        return runtime.Options(config.num_warps, config.num_stages, pdl)
+
     def _bind(self, problem: Problem, config: TileConfig | BoxConfig, **constants: Any) -> runtime.Call:
         self._check_groups(problem, config.block_k)
         if problem.b_scales == "group":
             runtime.check_tile(self.name, "block_d", config.block_d, group_k=QUANT.group_k)
         constants |= self._constants(problem, config)
-        waits_first = problem.rank == 0  # with adapters it waits for v alone
         return self._kernel.bind(
             grid(problem, config.block_n),
-            runtime.Options(config.num_warps, config.num_stages, constants["PDL"] and (waits_first or problem.follows)),
+            self._options(problem, config, waits_first=problem.rank == 0),  # with adapters it waits for v alone
             **constants,
             BLOCK_M=problem.block_m,
+            BLOCK_K=config.block_k,
             STAGES=config.num_stages,
             GROUP_M=config.group_m,
             TAIL=config.tail == 1,
@@ -211,6 +217,27 @@ class Box(_ByBlock):
             half_desc=runtime.Made(lambda base: TensorDescriptor(base, x_shape, x_strides, half_box), x) if in_order else None,
             w_desc=runtime.Made(lambda base: TensorDescriptor(base, w_shape, w_strides, w_box), w),
             WEIGHTS="",
+        )
+
+
+class Lanes(_ByBlock):
+    """Launches of lanes."""
+
+    schedule = "lanes"
+    config = LanesConfig
+    operands = Tile.operands
+
+    def bind(self, problem: Problem, config: LanesConfig) -> runtime.Call:
+        waits_first = problem.rank == 0 and problem.rows == "token_sorted"  # else it waits for x, or for v
+        return self._kernel.bind(
+            grid(problem, config.block_n),
+            self._options(problem, config, waits_first),
+            **self._constants(problem, config),
+            BLOCK_M=problem.block_m,
+            STAGES=config.num_stages,
+            WARPS=config.num_warps,
+            V_BY_TOKEN=problem.v_by_token,
+            RANKED=problem.ranked,
         )
 
 

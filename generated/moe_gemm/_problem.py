@@ -89,6 +89,14 @@ class WarpSpecialisedConfig(NamedTuple):
     programs: int = 1  # a multiprocessor, one behind the other: more share out better what takes unlike times
 
 
+class LanesConfig(NamedTuple):
+    """Tiles of lanes; a warp has at least 16 rows of W, and a step of K is fixed."""
+
+    block_n: int
+    num_stages: int
+    num_warps: int
+
+
 BY_PAIR = ("gemv", "naive")  # schedules that need no tables
 CONFIGS = {
     "gemv": GemvConfig,
@@ -96,9 +104,10 @@ CONFIGS = {
     "tile": TileConfig,
     "box": BoxConfig,
     "warp_specialised": WarpSpecialisedConfig,
+    "lanes": LanesConfig,
 }
 Tiled = GemvConfig | NaiveConfig | TileConfig | BoxConfig
-Config = Tiled | WarpSpecialisedConfig
+Config = Tiled | WarpSpecialisedConfig | LanesConfig
 
 
 class Modes(NamedTuple):
@@ -345,6 +354,9 @@ def problem_of(
         k_of = f"K of {step_columns(problem)}s"
         wanted = f"blocks of 128 rows, {k_of}, rows and ranks at 16-byte boundaries, experts one behind the other, on sm_90"
         runtime.fail(variant, "rows", got, wanted, "use box" if given.out_scale is None else "use moe_quant behind it")
+    if schedule == "lanes" and not has_lanes(problem, x, w):
+        got = f"x {runtime.describe(x)}, w {runtime.describe(w)}, blocks of {block_m} rows on {runtime.traits(x.device).target}"
+        runtime.fail(variant, "rows", got, "blocks of 16 or 32 rows, rows at 16-byte boundaries, on sm_90", "use tile")
     return problem
 
 
@@ -431,7 +443,24 @@ def has_roles(problem: Problem) -> bool:
     steps = problem.k % step == 0 and problem.x_stride % (step // 8) == 0 and (problem.rank == 0 or problem.wide_ranks)
     weights = (problem.weight_scales is None) == (problem.x_scales is None)
     weights = weights and problem.w_stride_e == problem.slices * problem.n * problem.w_stride_n
-    return rows and steps and weights and problem.block_m == 128 and runtime.traits(problem.device).target == "sm_90"
+    return rows and steps and weights and problem.block_m == 128 and _is_hopper(problem.device)
+
+
+def has_lanes(problem: Problem, x: torch.Tensor, w: torch.Tensor) -> bool:
+    """Whether lanes of warps can read the operands: MXFP4 in rows of whole copies, beside few rows of x; on sm_90, where it is
+    measured."""
+    rows = problem.rows in ("token_sorted", "sorted_pair") and problem.block_m in (16, 32)
+    rows = rows and runtime.describable(x) and runtime.describable(w)
+    return rows and problem.weight_scales == "mx" and _is_hopper(problem.device)
+
+
+def lanes_serve(device: torch.device) -> bool:
+    """Whether MXFP4 weights beside few rows are widened by lanes on a device."""
+    return _is_hopper(device) and has_gluon()
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return runtime.traits(device).target == "sm_90"
 
 
 def step_columns(problem: Problem) -> int:
@@ -481,16 +510,16 @@ class Key(NamedTuple):
     writes_fp8: bool
 
 
-def plan(problem: Problem, boxes: bool, there: Callable[[str], bool]) -> tuple[str, Config]:
-    """(schedule, tiles) for a call, from host integers alone: the same call always gets the same. ``there``: whether the spec
-    has a schedule for such calls.
+def plan(problem: Problem, boxes: bool, lanes: bool, there: Callable[[str], bool]) -> tuple[str, Config]:
+    """(schedule, tiles) for a call, from host integers alone: the same call always gets the same. ``boxes``, ``lanes``: whether
+    these can read its operands; ``there``: whether the spec has a schedule for such calls.
 
     With adapters they are those without, as long as nothing else was measured: so rows without an adapter get the same bits.
     The number of tokens counts as the next power of two, so that the compile keys of a model are a short list.
     """
     s, device = _shape(problem), runtime.traits(problem.device)
     key = _key(problem, s)
-    own = _schedule(problem, boxes and there("box"))
+    own = "lanes" if lanes and there("lanes") and has_gluon() else _schedule(problem, boxes and there("box"))
 
     def rule(schedule: str | None) -> tuple[str, Config]:
         return schedule or own, _rule(schedule or own, *s)
@@ -498,10 +527,10 @@ def plan(problem: Problem, boxes: bool, there: Callable[[str], bool]) -> tuple[s
     bare = key._replace(rank=0) if problem.rank > 0 and not runtime.measured(TUNED, key, device) else None
 
     def serves(schedule: str) -> bool:
-        """Whether operands and rows are such that it can; what box can do, tile can; Gluon has no interpreter of Triton's."""
+        """Whether operands and rows are such that it can; what box and lanes can, tile can; Triton does not interpret Gluon."""
         if schedule == "warp_specialised":
             return there(schedule) and boxes and has_roles(problem) and has_gluon()
-        return schedule == own or (schedule == "tile" and own == "box")
+        return schedule == own or (schedule == "tile" and own in ("box", "lanes"))
 
     schedule, config = runtime.choose(TUNED, key, device, CONFIGS, rule, serves, bare)
     if bare is not None and isinstance(config, TileConfig | BoxConfig):
@@ -612,6 +641,7 @@ def _rule(schedule: str, *sizes: Any) -> Config:
         "tile": _tile,
         "box": _box,
         "warp_specialised": lambda s: WarpSpecialisedConfig(4, _group_m(s)),
+        "lanes": lambda s: LanesConfig(64, 2, 4),
     }
     return rules[schedule](s)
 

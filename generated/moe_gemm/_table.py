@@ -374,6 +374,14 @@ VARIANTS = Variants(
         ("warp_specialised", torch.float16, "sorted_pair", "none", False, None, None, False, False, None, False, False): "warp_specialised_f16_sorted_pair_plain",
         ("warp_specialised", torch.float16, "sorted_pair", "none", False, None, None, False, True, None, False, False): "warp_specialised_f16_sorted_pair_plain_lora",
         ("warp_specialised", torch.float16, "sorted_pair", "none", True, None, None, False, False, None, False, False): "warp_specialised_f16_sorted_pair_weighted",
+        ("lanes", torch.bfloat16, "token_sorted", "swiglu_clamp", False, "mx", None, False, False, None, False, False): "lanes_bf16_token_sorted_swiglu_clamp_plain_mxfp4",
+        ("lanes", torch.bfloat16, "token_sorted", "swiglu_clamp", False, "mx", None, False, False, None, True, True): "lanes_bf16_token_sorted_swiglu_clamp_plain_mxfp4_interleaved_bias",
+        ("lanes", torch.bfloat16, "token_sorted", "swiglu_clamp", False, "mx", None, False, True, None, False, False): "lanes_bf16_token_sorted_swiglu_clamp_plain_mxfp4_lora",
+        ("lanes", torch.bfloat16, "token_sorted", "swiglu_clamp", False, "mx", None, False, True, None, True, True): "lanes_bf16_token_sorted_swiglu_clamp_plain_mxfp4_lora_interleaved_bias",
+        ("lanes", torch.bfloat16, "sorted_pair", "none", False, "mx", None, False, False, None, False, False): "lanes_bf16_sorted_pair_plain_mxfp4",
+        ("lanes", torch.bfloat16, "sorted_pair", "none", False, "mx", None, False, False, None, False, True): "lanes_bf16_sorted_pair_plain_mxfp4_bias",
+        ("lanes", torch.bfloat16, "sorted_pair", "none", False, "mx", None, False, True, None, False, False): "lanes_bf16_sorted_pair_plain_mxfp4_lora",
+        ("lanes", torch.bfloat16, "sorted_pair", "none", False, "mx", None, False, True, None, False, True): "lanes_bf16_sorted_pair_plain_mxfp4_lora_bias",
     },
 )
 # fmt: on

@@ -3,7 +3,8 @@
 Few tokens take two launches, which stream the weights of their experts pair by pair. More take four: the tables, a product
 with the activation in its epilogue, whose rows stay in the order of the tables, a product that puts them back, and the sum;
 so do few tokens too, where pairs would read much of the weights again. With FP8 activations there is one more, which makes FP8
-of the rows between the two products; few tokens then do without tables, and have a sum. So has a single one of MXFP4 weights.
+of the rows between the two products; few tokens then do without tables, and have a sum. So has a single one of MXFP4 weights,
+but where their kernel in Gluon serves, which takes tables.
 
 With LoRA adapters the layer keeps its products: each takes, behind its own K loop, a few further steps over the ranks of the
 adapters in a tile, so that no row is written twice. Their rank vectors are made by a launch in front of it, which runs beside
@@ -43,6 +44,7 @@ from .moe_align._op import bind as bind_align
 from .moe_gemm._op import bind as bind_gemm
 from .moe_gemm._op import find_scales, writes_fp8
 from .moe_gemm._problem import Given as Gemm
+from .moe_gemm._problem import lanes_serve
 from .moe_gemm._table import VARIANTS as GEMM
 from .moe_quant._op import bind as bind_quant
 from .moe_quant._problem import Given as Quant
@@ -482,7 +484,7 @@ def _layer_of(given: Given) -> _Layer:
     expected = num_tokens if given.num_tokens_hint is None else min(given.num_tokens_hint, num_tokens)
     expert_bytes = (w13.shape[1] * w13.shape[2] + width * w2.shape[2]) * w13.itemsize
     on_units = x_mode is not None or mode == "mx"  # matrix units, also for few tokens
-    of_weights = (w13.itemsize == 1, on_units, mode == "mx")
+    of_weights = (w13.itemsize == 1, on_units, few_tokens(mode, hidden.device))
     block_m = layer_block_m(num_tokens, expected, top_k, num_experts, expert_bytes, *of_weights)
     few = block_m == 0
     sums = few and not on_units
@@ -516,17 +518,27 @@ def _row_scales(x_scales: str | None, inter: int) -> int:
     return runtime.cdiv(inter, QUANT.group_k) if x_scales == "group" else 1
 
 
-def layer_block_m(
-    num_tokens: int, expected: int, top_k: int, num_experts: int, expert_bytes: int, fp8: bool, fp8_x: bool, mx: bool = False
-) -> int:
-    """Rows of the blocks of a layer whose weights take ``expert_bytes`` an expert; 0: few tokens, which need no tables.
+def few_tokens(weight_scales: str | None, device: torch.device) -> int:
+    """Up to how many tokens a layer may do without tables.
 
-    Four bits, which take long to widen, are so once for all pairs of an expert, but for a single token, of other experts each.
+    Four bits, which take long to widen, are so once for all pairs of an expert; but for a single token, of other experts each,
+    where no lanes do it.
+    """
+    if weight_scales != "mx":
+        return _FEW_TOKENS
+    return 0 if lanes_serve(device) else 1
+
+
+def layer_block_m(
+    num_tokens: int, expected: int, top_k: int, num_experts: int, expert_bytes: int, fp8: bool, fp8_x: bool, most: int
+) -> int:
+    """Rows of the blocks of a layer whose weights take ``expert_bytes`` an expert; 0: few tokens, ``most`` at most, which need no
+    tables.
     """
     num_pairs = num_tokens * top_k
     again = (num_pairs - experts_hit(num_pairs, num_experts)) * expert_bytes  # read pair by pair, beyond once an expert
     slow = fp8 and not fp8_x and num_pairs * expert_bytes > _WIDENED
-    few = num_tokens <= (1 if mx else _FEW_TOKENS) and again < _AGAIN and not slow
+    few = num_tokens <= most and again < _AGAIN and not slow
     return 0 if few else default_block_m(expected, top_k, num_experts, fp8)
 
 

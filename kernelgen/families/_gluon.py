@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 from triton.experimental import gluon as _gluon
-from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia import ampere, hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # The package would offer, and so import, what an __all__ here names.
@@ -19,11 +18,13 @@ gluon, gl = _gluon, _gluon.language
 mbarrier = hopper.mbarrier
 fence_async_shared = hopper.fence_async_shared
 warpgroup_mma, warpgroup_mma_wait = hopper.warpgroup_mma, hopper.warpgroup_mma_wait
+mma_v2 = ampere.mma_v2  # of warps, from registers
 
 # Triton 3.6 and later releases.
+_copies = ampere.async_copy
 copy_box = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared
-copy_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-commit_rows, wait_rows = async_copy.commit_group, async_copy.wait_group
+copy_rows = getattr(_copies, "async_load", None) or _copies.async_copy_global_to_shared
+commit_rows, wait_rows = _copies.commit_group, _copies.wait_group
 reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 

@@ -195,6 +195,9 @@ class _View:
         self.tile = tile
         self.order = order
 
+    def load(self, layout: Any = None) -> Any:
+        return tl.trans(self.tile.load(), *self.order)
+
 
 class _Memory:
     """Tiles or barriers that lie one behind the other."""
@@ -324,7 +327,7 @@ class _Program:
         self.back.release()
 
     def end(self) -> None:
-        flying = len(self.flying) + sum(len(group) for role in self.roles for group in (role.rows, *role.groups))
+        flying = len(self.flying) + sum(len(group) for role in (self.main, *self.roles) for group in (role.rows, *role.groups))
         if flying:
             raise Race(f"a program ends with {flying} copies in flight")
         for ring in self.rings:
@@ -450,6 +453,10 @@ def _multiply(a: Any, b: Any, acc: Any, *, use_acc: Any = True, is_async: Any = 
     return made if is_async else _wait_sums(0, [made])
 
 
+def _multiply_registers(a: Any, b: Any, acc: Any) -> Any:
+    return tl.dot(a, b, acc)
+
+
 def _wait_sums(num_outstanding: Any = 0, deps: Sequence[Any] = ()) -> Any:
     role = _running()
     complete = role.products - _number(num_outstanding)
@@ -478,7 +485,7 @@ class _Language:
         return tl.arange(start, end)
 
     @staticmethod
-    def convert_layout(value: Any, layout: Any) -> Any:
+    def convert_layout(value: Any, layout: Any, assert_trivial: Any = False) -> Any:
         return value
 
     @staticmethod
@@ -520,6 +527,7 @@ def install() -> None:
         id(_gluon.wait_rows): _wait_rows,
         id(_gluon.fence_async_shared): _fence,
         id(_gluon.reinterpret): _reinterpret,
+        id(_gluon.mma_v2): _multiply_registers,
         id(_gluon.warpgroup_mma): _multiply,
         id(_gluon.warpgroup_mma_wait): _wait_sums,
     }
@@ -532,10 +540,7 @@ def install() -> None:
         if scope is None:
             scope = known[id(names)] = dict(names)
             for name, value in names.items():
-                if isinstance(value, GluonJITFunction):
-                    scope[name] = _text(value.fn, scope)
-                else:
-                    scope[name] = stands_for.get(id(value), value)
+                scope[name] = python(value) if isinstance(value, GluonJITFunction) else stands_for.get(id(value), value)
         return _text(kernel.fn, scope)
 
     def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -550,6 +555,7 @@ def install() -> None:
             finally:
                 _program = None
 
+        program.__name__ = self.fn.__name__
         program.__signature__ = inspect.signature(self.fn)  # type: ignore[attr-defined]
         constants = {name: "constexpr" for name, kind in self.fn.__annotations__.items() if "constexpr" in str(kind)}
         program.__annotations__ = constants

@@ -375,6 +375,14 @@ warp_specialised f16 token_sorted swiglu_clamp plain none none none lora none no
 warp_specialised f16 sorted_pair none plain none none none none none none none
 warp_specialised f16 sorted_pair none plain none none none lora none none none
 warp_specialised f16 sorted_pair none weighted none none none none none none none
+lanes bf16 token_sorted swiglu_clamp plain mxfp4 none none none none none none
+lanes bf16 token_sorted swiglu_clamp plain mxfp4 none none none none interleaved bias
+lanes bf16 token_sorted swiglu_clamp plain mxfp4 none none lora none none none
+lanes bf16 token_sorted swiglu_clamp plain mxfp4 none none lora none interleaved bias
+lanes bf16 sorted_pair none plain mxfp4 none none none none none none
+lanes bf16 sorted_pair none plain mxfp4 none none none none none bias
+lanes bf16 sorted_pair none plain mxfp4 none none lora none none none
+lanes bf16 sorted_pair none plain mxfp4 none none lora none none bias
 """,
 )
 

@@ -20,6 +20,7 @@ from ._problem import (
     Problem,
     has_boxes,
     has_gluon,
+    has_lanes,
     plan,
     problem_of,
 )
@@ -111,7 +112,7 @@ def bind(given: Given, *, zero_rest: bool = False, follows: bool = False, op: st
     def there(schedule: str) -> bool:
         return VARIANTS.find(schedule=schedule, **facts) is not None
 
-    schedule, config = plan(problem, has_boxes(problem, given.x, given.w), there)
+    schedule, config = plan(problem, has_boxes(problem, given.x, given.w), has_lanes(problem, given.x, given.w), there)
     variant = VARIANTS.get(op, schedule=schedule, **facts)
     if given.out_scale is not None and not has_gluon():
         runtime.fail(op, "out_scale", runtime.describe(given.out_scale), None, "without Gluon use moe_quant behind it")

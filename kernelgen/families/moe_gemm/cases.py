@@ -102,13 +102,18 @@ class Case(BaseCase):
     b_layout: str = "packed"
 
     def of(self, tags: Tags) -> Case:
-        """The case as a variant has it: MXFP4 has whole groups of columns, and tiles of two of them."""
+        """The case as a variant has it: MXFP4 has whole groups of columns, and tiles of two of them, and for lanes rows that are
+        whole copies apart."""
         if tags.get("weight_quant") != "mxfp4":
             return self
-        return dataclasses.replace(self, k=-(-self.k // quant.MX) * quant.MX, tiles={"block_k": 64, **self.tiles})
+        gap = 2 * self.gap if tags["schedule"] == "lanes" else self.gap
+        return dataclasses.replace(self, k=-(-self.k // quant.MX) * quant.MX, gap=gap, tiles={"block_k": 64, **self.tiles})
 
     def fits(self, tags: Tags) -> bool:
-        """As of any case; warps of roles take blocks of 128 rows alone, whole steps of K, and ranks of whole copies."""
+        """As of any case; warps of roles take blocks of 128 rows alone, whole steps of K, and ranks of whole copies; lanes take
+        blocks of few rows, and what descriptors can read."""
+        if tags["schedule"] == "lanes":
+            return super().fits(tags) and self.block_m in (16, 32) and not (self.align % 8 or self.gap % 8 or self.offset % 8)
         whole = self.block_m == 128 and self.k % (64 if tags["act_quant"] == "none" else 128) == 0
         whole = whole and (tags["delta"] == "none" or self.rank % 8 == 0)
         return super().fits(tags) and (whole or tags["schedule"] != "warp_specialised")
@@ -279,9 +284,29 @@ _OF_ROLES = (
     Case("roles_of_none", "no block at all", only=_ROLES, k=128, block_m=128, routing=Experts("away")),
 )
 
+# Of lanes: a ring of slots that begins anew within a tile and between tiles, blocks of both heights.
+_OF_LANES = (
+    Case(
+        "lanes",
+        "few programs of many tiles, the last of each kind not full",
+        only=_only(schedule="lanes"),
+        tokens=40,
+        top_k=1,
+        experts=2,
+        hint=1,
+        k=1056,
+        n=72,
+        block_m=32,
+        routing=Experts("skewed"),
+        tiles={"num_stages": 3},
+    ),
+    Case("lanes_of_none", "no block at all", only=_only(schedule="lanes"), routing=Experts("away")),
+)
+
 CASES = (
     *_OF_LORA,
     *_OF_ROLES,
+    *_OF_LANES,
     Case("one", "every size is one", only=_POINTERS, tokens=1, top_k=1, experts=1, k=1, n=1),
     Case("lt_tile", "a tile that is not full", k=24, n=16),
     Case("eq_tile", "one full tile", tokens=16, top_k=1, routing=_ONE, k=32, n=32),
@@ -527,6 +552,18 @@ EXACT = (
         n=256,
         block_m=128,
         rank=16,
+    ),
+    Case(
+        "exact_lanes",
+        "steps of K that are several, and blocks of both heights",
+        only=_only(schedule="lanes"),
+        tokens=25,
+        top_k=1,
+        experts=2,
+        k=544,
+        n=16,
+        block_m=32,
+        routing=Experts("skewed"),
     ),
 )
 

@@ -14,12 +14,13 @@ from kernelgen.families.probe import QWEN3, Probe, factors, launcher_of, meta, t
 
 # One call of each kind of tile: tokens of Qwen3-30B-A3B whose mean expert makes blocks of that height, and a rank of adapters.
 _TOKENS = {"gemv": {1: 16, 4: 64}, "naive": {1: 16, 4: 64}, "tile": {64: 64, 256: 16, 4096: 64}, "box": {1024: 16, 4096: 64}}
-_TOKENS["warp_specialised"] = {4096: 16}
+_TOKENS |= {"warp_specialised": {4096: 16}, "lanes": {64: 64, 256: 16}}
+_SM_90 = ("warp_specialised", "lanes")
 
 
 def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
-    """One call of each kind of tile; on targets other than sm_90, none of warps of roles."""
-    if variant.schedule == "warp_specialised" and package._runtime.traits(torch.device("meta")).target != "sm_90":
+    """One call of each kind of tile; on targets other than sm_90, none of kernels in Gluon."""
+    if variant.schedule in _SM_90 and package._runtime.traits(torch.device("meta")).target != "sm_90":
         return
     for num_tokens, rank in _TOKENS[variant.schedule].items():
         yield _probe(package, variant, num_tokens, rank if variant.adapted else 0)

@@ -23,6 +23,7 @@ class MoeGemm(Hints):
         ("tile",),
         ("box",),
         ("warp_specialised",),
+        ("lanes",),
     )
 
     def accepts(self, candidate: Candidate) -> bool:
@@ -32,6 +33,8 @@ class MoeGemm(Hints):
         if candidate.schedule == "warp_specialised":
             return self.size("block_m") == 128
         c, p = self.space.named(candidate), self.problem
+        if candidate.schedule == "lanes":
+            return self.size("block_m") <= 32 and c["block_n"] >= 16 * c["num_warps"]
         k, n, slices, rows = map(self.size, ("k", "n", "slices", "block_m"))
         if c["block_k"] > max(2 * k, 64) or c["block_n"] > max(2 * n, 16):
             return False

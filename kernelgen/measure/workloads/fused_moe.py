@@ -286,11 +286,12 @@ class Ours(Package):
     def _tables(self, case: Case[Batch], batch: Batch) -> tuple[Any, Callable[[], torch.Tensor] | None]:
         """Tables, and what finds where in them each pair is; None: few tokens need none."""
         cell, experts = case.cell, case.cell.model.experts
-        rule = importlib.import_module(f"{self.kg.__name__}._fused_moe").layer_block_m
+        layer = importlib.import_module(f"{self.kg.__name__}._fused_moe")
         halves, fp8 = 3 if cell.model.gated else 2, cell.quant != "none"
         size = halves * cell.model.hidden * cell.model.intermediate * 16 // {"none": 8, "mx": 32}.get(cell.quant, 16)
         on_units = cell.act != "none" or cell.quant == "mx"
-        block_m = rule(cell.tokens, cell.tokens, cell.model.top_k, experts, size, fp8, on_units, cell.quant == "mx")
+        most = layer.few_tokens(cell.quant, batch.x.device)
+        block_m = layer.layer_block_m(cell.tokens, cell.tokens, cell.model.top_k, experts, size, fp8, on_units, most)
         if block_m == 0:
             return self.kg.no_tables(batch.topk_ids, num_experts=experts), None
         tables = self.kg.moe_align(batch.topk_ids, num_experts=experts, block_m=block_m)

@@ -29,6 +29,7 @@ Term = Any
 _AXES, _RUNS = "ijklpqrstuvw", "nmabcdefgh"
 _COMMUTE = ("mul", "max", "min")
 ZERO: Term = ("number", 0.0)
+PERMUTED = "_permuted"  # behind the kind of a chain: the places of a tile are in another order than that of its columns
 
 
 def _mapped(term: Term, change: Callable[[Term], Term]) -> Term:
@@ -111,7 +112,7 @@ def without_tiles(term: Term) -> Term:
     """
 
     def joined(term: Term) -> Term:
-        if not _is(term, "chain") or term[8] is None:
+        if not _is(term, "chain") or term[8] is None or term[1].endswith(PERMUTED):
             return term
         kind, axis, _, low, (_, high), size, x, y, before = term[1:]
         made = ("chain", kind, axis, 0, low, ("end", high), size, x, y, before)

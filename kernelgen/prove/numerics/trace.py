@@ -7,14 +7,15 @@ it changes nothing. ``trace`` makes of it a term without vectors, in which axes 
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+import itertools
+from typing import Any, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kernelgen.prove.memory import Lost
 from kernelgen.prove.numerics.tape import Load, Node, Operand, Tape
-from kernelgen.prove.numerics.terms import ZERO, Term, chained, finished, without_tiles
+from kernelgen.prove.numerics.terms import PERMUTED, ZERO, Term, chained, finished, without_tiles
 
 _Places = tuple[NDArray[np.int64], ...]
 _ZERO_IF_ANY = ("mul",)
@@ -94,7 +95,11 @@ class _Reader:
             inner, lane, (rows, columns) = self._inner(node.of[0].shape[-1], places, shape)
             x = self.read(node.of[0], (rows, lane), inner)
             y = self.read(node.of[1], (lane, columns), inner)
-            return _Vector(kind, (x, y, self.read(node.of[2], places, shape)), shape, node.detail, inner[-1])
+            told, order = node.detail, _order(x, y)
+            if order is not None:
+                lane, told = np.broadcast_to(order, inner), f"{told}{PERMUTED}"
+                x, y = self.read(node.of[0], (rows, lane), inner), self.read(node.of[1], (lane, columns), inner)
+            return _Vector(kind, (x, y, self.read(node.of[2], places, shape)), shape, told, inner[-1])
         if kind in ("sum", "maximum"):
             axis = node.detail
             inner, lane, outer = self._inner(node.of[0].shape[axis], places, shape)
@@ -217,6 +222,30 @@ class _Reader:
                 return None
             of.append(one)
         return _Vector(first.kind, of, shape, first.detail, first.width)
+
+
+def _order(*factors: _Vector) -> NDArray[np.int64] | None:
+    """An order of the products of a tile in which the places of an operand ascend, and those that are zero come last; None: as
+    they are.
+
+    A matrix unit may have a tile's columns in any order, if both factors have them in the same.
+    """
+    zero = np.any([each.zero.reshape(-1, each.shape[-1])[0] for each in factors], 0)
+    for operand in itertools.chain.from_iterable(map(_operands, factors)):
+        for where in operand.detail[1]:
+            along = where.reshape(-1, where.shape[-1])[0]
+            if np.unique(along[~zero]).size > 1:
+                if (np.diff(along[~zero]) >= 0).all():
+                    return None
+                return np.argsort(np.where(zero, along.max() + 1, along), kind="stable")
+    return None
+
+
+def _operands(vector: _Vector) -> Iterator[_Vector]:
+    if vector.kind == "operand":
+        yield vector
+    elif vector.kind not in ("dot", "sum", "maximum"):  # of the same lanes
+        yield from itertools.chain.from_iterable(map(_operands, vector.of))
 
 
 def _within(node: Node, places: _Places) -> _Places:
