@@ -111,6 +111,7 @@ def punica() -> Any:
         tensor_model_parallel_all_reduce=lambda y: y + y, tensor_model_parallel_all_gather=lambda y: torch.cat([y, y], -1),
         layers=types.SimpleNamespace(**dict.fromkeys(_LAYERS, object)), check=lambda wrapper: None,
         backend_of_mxfp4_as_loaded=lambda: "as loaded", lora_config=None,
+        PADS_ADAPTERS=False,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(versions, "seams", lambda: seams)
@@ -362,7 +363,7 @@ def test_experts_that_are_shared_out_make_the_layer(inside: bool, tokens: str, p
 
 MXFP4 = {"is_lora_enabled": True, "moe_backend": "auto", "swiglu_limit": None, "swiglu_alpha": None, "swiglu_beta": None}
 MXFP4 |= {"activation": types.SimpleNamespace(value="swigluoai"), "has_bias": True, "in_dtype": torch.bfloat16, "device": "cpu"}
-MXFP4 |= {"num_local_experts": 4, "hidden_dim": 64, "intermediate_size_per_partition": 48, "experts_per_token": 2}
+MXFP4 |= {"num_local_experts": 4, "hidden_dim": 64, "intermediate_size_per_partition": 64, "experts_per_token": 2}
 LORA = {"lora_dtype": torch.bfloat16, "max_lora_rank": 16, "max_loras": 2, "fully_sharded_loras": False}
 
 
@@ -377,6 +378,7 @@ LORA = {"lora_dtype": torch.bfloat16, "max_lora_rank": 16, "max_loras": 2, "full
         ({}, {"lora_dtype": torch.float32}, "adapters are of torch.float32, kernels are for bfloat16 and float16"),
         ({}, {"lora_dtype": torch.float16}, "lora.a13[0]: got [2, 4, 16, 64] float16"),
         ({}, {"fully_sharded_loras": True}, "adapters are fully sharded"),
+        ({"intermediate_size_per_partition": 48}, {}, "a scale is of columns of two GPUs"),
     ],
 )
 def test_mxfp4_experts_are_ours_or_it_is_said_why(

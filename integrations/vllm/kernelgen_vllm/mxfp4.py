@@ -26,10 +26,11 @@ _vllm = seams()
 class Experts(_vllm.TritonExperts):  # type: ignore[name-defined,misc]
     """Experts whose weights are uint8 [E, rows, columns / 2], two numbers a byte, with scales [E, rows, columns / 32].
 
-    Tokens come in bfloat16. ``apply`` is that of its base, which ``start`` replaces.
+    Tokens come in bfloat16.
     """
 
     kernelgen_mxfp4 = True
+    apply = experts.apply
     quant_dtype = None
     expects_unquantized_inputs = True
     _supports_current_device = staticmethod(lambda: True)
@@ -66,6 +67,8 @@ def _refusal(moe: Any) -> str | None:
     act = experts.activation_of(moe.activation, numbers)
     if act is None or "layout" not in act or not moe.has_bias or moe.in_dtype != torch.bfloat16:
         return "the layer is not gpt-oss's in bfloat16"
+    if moe.intermediate_size_per_partition % 32 and not _vllm.PADS_ADAPTERS:
+        return "a scale is of columns of two GPUs: vLLM would cut adapters elsewhere than weights"
     num, width, inter = moe.num_local_experts, _whole(moe.hidden_dim), _whole(moe.intermediate_size_per_partition)
     new = functools.partial(empty, dtype=torch.uint8)
     w1, w2 = new(num, 2 * inter, width // 2), new(num, width, inter // 2)

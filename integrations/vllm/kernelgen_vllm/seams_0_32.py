@@ -37,6 +37,7 @@ from .versions import Refused
 
 __all__ = [
     "CLASSIFIERS",
+    "PADS_ADAPTERS",
     "SHARDED",
     "PunicaWrapperBase",
     "TritonExperts",
@@ -58,6 +59,7 @@ __all__ = [
 ]
 
 CLASSIFIERS = getattr(layers, "BaseClassificationHeadWithLoRA", layers.ClassificationHeadWithLoRA)  # since 0.33
+PADS_ADAPTERS = not hasattr(layers.FusedMoEWithLoRA, "_tp_shard_size")  # to what a GPU has of weights in MXFP4; until 0.33
 SHARDED = tuple(kind for name, kind in vars(layers).items() if name.endswith("WithShardedLoRA"))
 
 

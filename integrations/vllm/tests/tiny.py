@@ -39,7 +39,7 @@ def gpt_oss() -> transformers.PreTrainedConfig:
 def gpt_oss_mxfp4() -> transformers.PreTrainedConfig:
     """Its experts in MXFP4; all of them for each token, as below."""
     config = gpt_oss()
-    config.update({"num_local_experts": 4, "num_experts_per_tok": 4})
+    config.update({"num_local_experts": 4, "num_experts_per_tok": 4, "intermediate_size": 64})
     return config
 
 
