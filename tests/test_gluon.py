@@ -19,7 +19,9 @@ from generated import _runtime as runtime
 from generated.moe_gemm import _op as gemm_op
 from generated.moe_gemm import _problem as gemm
 from kernelgen.emit.lint import faults
+from kernelgen.families.moe_experts import Experts
 from kernelgen.families.moe_gemm.cases import CASES, Case
+from kernelgen.families.moe_gemm.laws import fp8_layer
 from kernelgen.prove.gluon import Deadlock
 from kernelgen.prove.interpreter import MemoryFault, OutOfBounds, Race
 from kernelgen.prove.mutate import Bench
@@ -202,3 +204,18 @@ def test_a_layer_makes_rows_fp8_at_once_where_tuning_says_so(monkeypatch: pytest
         assert torch.equal(kg.fused_moe(*layer, **given), wanted)
     families = [[launch.family for launch in each] for each in (two, by_itself, one)]
     assert families[0] == families[1] and families[2] == [family for family in families[0] if family != "moe_quant"]
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_a_layer_of_mxfp4_goes_through_lanes(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dispatch takes them on a GPU alone; from a single token on, which has tables there."""
+    monkeypatch.setattr(gemm, "has_gluon", lambda: True)
+    routing = Experts("mixed", start=1) if tokens == 3 else Experts()
+    call = fp8_layer(kg, tokens, routing, "cpu", ("mx", None, "swiglu_clamp"), hidden=160, inter=96)
+    with runtime.compile_only():  # what is remembered was bound without
+        pass
+    with runtime.launches() as launches:
+        call.verify(call.run(kg))
+    assert [launch.variant.partition("_")[0] for launch in launches if launch.family == "moe_gemm"] == ["lanes"] * 2
+    with runtime.compile_only():
+        pass
