@@ -420,10 +420,13 @@ def mutate(host: bool, only: Sequence[str], sample: int | None, seed: int, jobs:
     pipeline.require_current(specs, out, None, workers)
     run: Callable[..., Any] = mutate_host.run if host else functools.partial(kernels.run, workers=workers)
     living: list[str] = []
-    fates = run(out, only or ("*",), sample=sample or 0, seed=seed, progress=progress("trying"), lives=living.append)
+
+    def lives(line: str) -> None:
+        living.append(line)
+        click.echo(f"lives: {line}", err=True)  # at once: all of them take hours
+
+    fates = run(out, only or ("*",), sample=sample or 0, seed=seed, progress=progress("trying"), lives=lives)
     tried, killed = (collections.Counter(of for of, fate in fates if fate.killer or counted) for counted in (True, False))
-    for line in living:
-        click.echo(f"lives: {line}", err=True)
     click.echo(f"{killed.total()} of {tried.total()} killed", err=True)
     scores = {of: {"tried": tried[of], "killed": killed[of]} for of in sorted(tried)}
     rows = [(of, str(score["killed"]), str(score["tried"])) for of, score in scores.items()]
