@@ -75,7 +75,7 @@ EQUIVALENT: Sequence[Excuse] = (
     Excuse(
         _RIGHT, r"(K|N|RANK) % \w+", "the masked path is right everywhere, only slower", r"\bif\b"
     ),
-    Excuse(_NO_CAST, r"(h|y|total)\.to\(.*\)", _IMPLICIT, r"tl\.store"),
+    Excuse(_NO_CAST, r"(h|y|total)\.to\(.*\)", _IMPLICIT, r"[tg]l\.store"),
     Excuse(_NO_CAST, r"tl\.load\(rows \+ n, .*\)\.to\(tl\.float32\)", _FP32, r"^y = "),
     Excuse(_NO_MASK, r"tl\.load\(topk_ids_ptr \+ pair, mask=token < valid, .*", _TWICE),
     Excuse(_MOVED_BOUND, r"token < valid", _TWICE, r"^expert = tl\.load\(topk_ids_ptr|^here = \(token < valid\)"),
