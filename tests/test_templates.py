@@ -212,6 +212,7 @@ def"""
 CALLS = "from .._runtime import fail\n\n\ndef g(got, what):\n    fail({})\n\n\ndef"
 LOOKED_UP = SHARED + " g(a):\n    x = OF(a)\n    x['KEY']\n\n\ndef"
 ASKED = "from .._scales import scale_operand\n\n\nX = scale_operand('ads')\n\n\ndef"
+HELD = "def g(a):\n    x = VARIANTS.of(a)\n    x['{}']\n\n\ndef"
 LAUNCHES = """\
 from .. import _runtime
 
@@ -464,6 +465,8 @@ def test_exports_are_those_that_python_finds(text: str, exported: tuple[str, ...
         ("size=size", "**{'size': size}", []),
         ("size=size", "**size", []),  # nobody knows
         ("size=size", "size=size, weight_scales=None", []),  # of an axis that the spec could have
+        ("def", HELD.format("max_rank"), [f"{SPEC} 3:3 KG029 no launcher of toy looks up its torch_dtype"]),
+        ("def", HELD.format("torch_dtype"), [f"{SPEC} 4:3 KG029 no launcher of toy looks up its max_rank"]),
     ],
 )
 def test_a_front_door_chooses_by_every_axis(old: str, new: str, expected: list[str], tmp_path: Path) -> None:

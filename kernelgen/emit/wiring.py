@@ -43,6 +43,7 @@ _SCHEDULE = "schedule"  # of what
 _LAUNCHER = "Launcher"  # what launches a kernel
 _GROUPS = {"group_n": SCALES.keys() - {"act_quant"}, "group_k": SCALES.keys()}  # the axes that the sizes of groups are of
 _ASKED_BY = {"max_rank": "rank"}  # a fact that calls ask for by another name
+_HELD_TO = ("torch_dtype", "max_rank")  # facts that tensors fit or not: a launcher hands them to its checks
 _FACTS = {SCHEDULE, *VOCABULARY, *(fact for tags in VOCABULARY.values() for facts in tags.values() for fact in facts)}
 
 
@@ -649,7 +650,7 @@ def _op_faults(outputs: Outputs) -> Iterator[Diagnostic]:
 
 
 def _lookup_faults(package: Package, outputs: Outputs) -> Iterator[Diagnostic]:
-    """Facts that no variant has, and sizes that nothing tells, which are looked up."""
+    """Facts that no variant has, and sizes that nothing tells, which are looked up; and facts that a launcher leaves aside."""
     facts: dict[str, set[str]] = {family.name: {axis.fact for axis in family.axes} for family in package.families}
     for place, made in outputs.modules.items():
         for (family,), told in made.facts:
@@ -665,6 +666,13 @@ def _lookup_faults(package: Package, outputs: Outputs) -> Iterator[Diagnostic]:
                 where = outputs.place_in(place, told.line, told.name, told.column)
                 hint = did_you_mean(told.name, sorted({size.name for size in made.shapes}), "")
                 yield Diagnostic("KG029", where, f"no operand tells the size {told.name!r}", hint)
+    for of in package.families:
+        read = {told.name for made in outputs.modules.values() for (family,), told in made.facts if family == of.name}
+        for axis in of.axes:
+            if read & facts[of.name] and axis.fact in _HELD_TO and axis.fact not in read:
+                message = f"no launcher of {of.name} looks up its {axis.fact}: called by itself, it would take what others serve"
+                what = f'hand facts["{axis.fact}"] to what checks a call, and refuse there what differs'
+                yield Diagnostic("KG029", axis.location, message, what)
 
 
 def _declaring(record: tuple[str, ...], outputs: Outputs) -> set[tuple[str, ...]]:
