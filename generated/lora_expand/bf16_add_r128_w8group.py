@@ -11,7 +11,7 @@ For every token t with adapter l, and every slice s, accumulated in fp32:
 Rows of out of other tokens keep their bytes. The columns of slices follow each other, from offset_start on; or columns says where
 each slice begins, and column_stride how far its columns are apart.
 Shapes: out [T, *] and y [S, T, rank] bfloat16 or float32, B_s [L, N_s, rank] bfloat16;
-of these, B_s is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
+B_s is stored as FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times fp32 scales:
 b_scale_s [L, ceil(N_s / 128), ceil(rank / 128)]; rank at most 128.
 Programs of FP8 share the rows of a higher block, SHARES of them: what is widened stays in registers for up to 32 rows.
 In front of it lora_shrink may have left y in parts [parts, S, T, rank], which are then added in its order, and scaled.

@@ -9,7 +9,7 @@ For every token t with adapter l, and every slice s, accumulated in fp32:
 
 Rows of y of other tokens keep their bytes.
 Shapes: y [S, T, rank] float32, x [T, K] and A_s [L, rank, K] bfloat16;
-of these, A_s and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32, those of x also
+A_s and x are stored as FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32, those of x also
 float8_e8m0fnu:
 a_scale_s [L], x_scale [1]; rank at most 128.
 K is added up chunk by chunk, chunks quarter by quarter, and these in order; how wide a chunk is depends on K alone. Few tokens

@@ -9,7 +9,7 @@ For every token t with adapter l, and every slice s, accumulated in fp32:
 
 Rows of y of other tokens keep their bytes.
 Shapes: y [S, T, rank] float32, x [T, K] and A_s [L, rank, K] bfloat16;
-of these, A_s is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32:
+A_s is stored as FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32:
 a_scale_s [L, ceil(rank / 128), ceil(K / 128)]; rank at most 32.
 K is added up chunk by chunk, chunks quarter by quarter, and these in order; how wide a chunk is depends on K alone. Few tokens
 get a program a chunk, more one a quarter, and their sums are added afterwards; many get a program for all of K. All add in the

@@ -10,7 +10,7 @@ For every live pair p = t * top_k + j with adapter l and expert e, and every sli
 
 Pairs that are not live (no adapter, a disabled one, an expert that is not here) keep their rows of out as they are.
 Shapes: out [T, top_k, S * N], x [T, K], A_s [L, E, rank, K] and B_s [L, E, N, rank], all bfloat16;
-of these, A_s and B_s are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32:
+A_s and B_s are stored as FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32:
 a_scale_s [L, E, rank] and b_scale_s [L, E, N];
 any rank, in tiles of 128.
 Two kernels give few blocks enough programs: the shrink can cut K into parts, which the expand adds in a fixed order, and the

@@ -9,7 +9,7 @@ For every local pair p = t * top_k + j of expert e that has an adapter l, and ev
 
 Vectors of other pairs keep their bytes.
 Shapes: v [parts, T * top_k, S, rank] float32, x [T * top_k, K] and A_s [L, E, rank, K] bfloat16;
-of these, A_s is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32:
+A_s is stored as FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32:
 a_scale_s [L, E, ceil(rank / 128), ceil(K / 128)].
 
 K is cut into parts over programs, so that a single token fills the GPU; the product that takes the vectors adds them up.

@@ -9,7 +9,7 @@ For every local pair p = t * top_k + j of expert e that has an adapter l, and ev
 
 i is the place of p in the tables. Rows of other pairs keep their bytes.
 Shapes: v [T * top_k, S, rank], x [T * top_k, K] and A_s [L, E, rank, K], all bfloat16;
-of these, A_s is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32:
+A_s is stored as FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32:
 a_scale_s [L, E, rank].
 
 They stay in the order of the tables, where the product that takes them reads them. The grid is sized on the host for the tokens

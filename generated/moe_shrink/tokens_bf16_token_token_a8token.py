@@ -9,7 +9,7 @@ For every token t that has an adapter l, and every slice s, accumulated in fp32:
 
 All experts have the same A. Rows of other tokens keep their bytes.
 Shapes: v [T, S, rank], x [T, K] and A_s [L, 1, rank, K], all bfloat16;
-of these, x is FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32 or float8_e8m0fnu:
+x is stored as FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32 or float8_e8m0fnu:
 x_scale [T, 1].
 
 A tile of tokens is that of SIDE programs, each of which takes the rows of some of the adapters. The grid is sized on the host for

@@ -9,7 +9,7 @@ For every token t that has an adapter l, and every slice s, accumulated in fp32:
 
 All experts have the same A. Rows of other tokens keep their bytes.
 Shapes: v [T, S, rank], x [T, K] and A_s [L, 1, rank, K], all bfloat16;
-of these, A_s and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32, those of x also
+A_s and x are stored as FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32, those of x also
 float8_e8m0fnu:
 a_scale_s [L, E, ceil(rank / 128), ceil(K / 128)], x_scale [T, ceil(K / 128)].
 

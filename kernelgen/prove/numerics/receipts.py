@@ -166,7 +166,8 @@ def compare(package: ModuleType, variant: str, case: str, tape: Tape) -> None:
     if set(known).issuperset(terms(tape, sample=2)):
         return
     told = "\n".join(changes(known, terms(tape)))
-    assert not told, f"numerics of {variant} on {case} have changed {told}\n{ACCEPT}"
+    how = "have changed" if known else f"are not in {FILE}"
+    assert not told, f"numerics of {variant} on {case} {how}: {told}\n{ACCEPT}"
 
 
 @dataclasses.dataclass(frozen=True)
