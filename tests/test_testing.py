@@ -27,7 +27,7 @@ from kernelgen.families.buffers import allocate, allocate_sparse, bits, poison_,
 from kernelgen.families.moe_lora import cases as moe_lora
 from kernelgen.families.moe_lora_inputs import Case, Layout
 from kernelgen.families.moe_route import cases as moe_route
-from kernelgen.prove import testing
+from kernelgen.prove import layouts, testing
 from kernelgen.prove.testing import Suite, Variant
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,6 +179,13 @@ def test_every_case_and_law_of_a_room_is_met(family: str) -> None:
 
 def _parameters(value: object) -> list[str]:
     return list(inspect.signature(value).parameters) if inspect.isfunction(value) else []
+
+
+def test_a_good_call_that_leaves_an_operand_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = {name: torch.ones(1, 1) for name in ("h", "x", "topk_ids")}
+    monkeypatch.setattr(layouts, "laboratory", lambda *_: types.SimpleNamespace(good=lambda device: good))
+    with pytest.raises(AssertionError, match=r"good of moe_act .* leaves out activation, layout, num_experts, local"):
+        layouts.tensors_lie_anywhere(generated, [types.SimpleNamespace(family="moe_act")], "cpu")  # type: ignore[list-item]
 
 
 def test_a_family_without_cases_is_told() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from types import ModuleType
 from typing import Any, Iterator, Sequence
 
@@ -20,6 +21,8 @@ def tensors_lie_anywhere(package: ModuleType, variants: Sequence[Variant], devic
     family = variants[0].family
     given = laboratory(family, "laws").good(device)
     op = importlib.import_module(f"{package.__name__}._operands").OPS[family]
+    left_out = [name for name in inspect.signature(getattr(package, family)).parameters if name not in given]
+    assert not left_out, f"good of {family} is to give all that there is, and leaves out {', '.join(left_out)}"
     written = [o.name for o in op.operands if getattr(o, "written", False) and given.get(o.name) is not None]
 
     def results(**changed: Any) -> list[torch.Tensor]:
