@@ -82,6 +82,29 @@ def any_batch_any_split_same_bits(package: ModuleType, variants: Sequence[Varian
         assert all(torch.equal(bits(made[0]), bits(other)) for other in made), f"{variant.name}: other bits"
 
 
+def ranks_that_count(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """Adapters of lower ranks than their buffers have the bits of whole ones, and zeros behind; no row of A there is read, nor
+    one of another adapter where a count is too large, or negative."""
+    for variant in (v for v in variants if v.tags["rank"] == "r16" and v.tags["dtype"] == "bf16"):
+        case = dataclasses.replace(_CASE, tokens=6, k=130, rank="part")
+        batch, numbers, rank = lora_inputs.draw(case, device), case.generator(), lora_inputs.rank_of(case, variant.tags)
+        x = lora_inputs.make_x(case, variant.tags, batch, numbers)
+        a = lora_inputs.make_weights(case, variant.tags, batch, [rank] * len(case.widths), case.k, numbers)
+        options = {**lora_inputs.scales_of("a_scale", a), **({} if x.scales is None else {"x_scale": x.scales})}
+        route = package.lora_route(batch.mapping, max_loras=case.loras)
+        whole, part = (lora_inputs.make_y(case, variant.tags, batch, None) for _ in range(2))
+        package.lora_shrink(whole, x.tensor, lora_inputs.given(case, a), route, scaling=0.3, **options)
+        counts = [rank + 9, rank - 2, -3]
+        for weights, (adapter, count) in itertools.product(a, enumerate(counts)):
+            behind = weights.tensor[adapter, max(count, 0) :]
+            behind.copy_(poison_(torch.empty_like(behind, memory_format=torch.contiguous_format)))
+        ranks = torch.tensor(counts, dtype=torch.int32, device=device)
+        package.lora_shrink(part, x.tensor, lora_inputs.given(case, a), route, scaling=0.3, lora_ranks=ranks, **options)
+        for token in batch.live:
+            whole[:, token, max(counts[batch.adapters[token] or 0], 0) :] = 0.0
+        assert torch.equal(bits(part), bits(whole)), f"{variant.name}: other bits"
+
+
 def every_rank_has_a_variant(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """Each rank from 1 to 512 finds a variant in each dtype; nothing runs."""
     ranks = sorted({1, 200, 512} | {edge + step for edge in (16, 32, 64, 128, 256) for step in (0, 1)})
@@ -222,6 +245,7 @@ LAWS = (
     Law(route_is_the_references),
     Law(front_door),
     Law(any_batch_any_split_same_bits),
+    Law(ranks_that_count),
     Law(every_rank_has_a_variant),
     Law(tiles_end_with_what_they_divide),
     Law(measured_tiles_keep_the_order),
