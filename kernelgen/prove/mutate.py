@@ -468,7 +468,9 @@ def _fate(bench: Bench, suite: Suite, variant: Variant, mutant: Mutant, texts: C
     if fate.killer:
         return fate
     others = [v for v in suite.variants if v != variant and v.tags.get(SCHEDULE) == variant.tags.get(SCHEDULE)]
-    holders = (v for v in sorted(others, key=lambda v: -len(suite.cases_for(v))) if mutant.statement in bench.source(v))
+    others = [v for v in others if mutant.statement in bench.source(v)]
+    plain = sorted(others, key=lambda v: sum(tag not in ("none", "plain") for tag in v.tags.values()))[:1]  # what laws take
+    holders = dict.fromkeys([*plain, *sorted(others, key=lambda v: -len(suite.cases_for(v)))])
     for twin in itertools.islice(holders, _TWINS):
         for same in texts(twin.name):
             if same.change == mutant.change and (killer := bench.fate(suite, twin, same).killer):
