@@ -234,8 +234,8 @@ def _order(*factors: _Vector) -> NDArray[np.int64] | None:
     for operand in itertools.chain.from_iterable(map(_operands, factors)):
         for where in operand.detail[1]:
             along = where.reshape(-1, where.shape[-1])[0]
-            if np.unique(along[~zero]).size > 1:
-                if (np.diff(along[~zero]) >= 0).all():
+            if np.unique(along[~zero]).size == np.count_nonzero(~zero) > 1:  # else it is read again, or for several numbers
+                if (np.diff(along[~zero]) > 0).all():
                     return None
                 return np.argsort(np.where(zero, along.max() + 1, along), kind="stable")
     return None
