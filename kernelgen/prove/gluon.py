@@ -38,7 +38,6 @@ from kernelgen.prove.memory import MemoryFault, OutOfBounds, Race
 __all__ = ["Deadlock", "install"]
 
 _Clock = dict[Any, int]  # by agent: how many of its accesses come before
-_WARP = 32
 
 
 class Deadlock(MemoryFault):
@@ -69,9 +68,8 @@ def _line() -> str:
 class _Role:
     """What one partition of the warps knows, and where it stands."""
 
-    def __init__(self, name: str, warps: int, clock: Mapping[Any, int]) -> None:
+    def __init__(self, name: str, clock: Mapping[Any, int]) -> None:
         self.name = name
-        self.warps = warps
         self.clock: _Clock = dict(clock)
         self.fenced: _Clock = {}  # what came before its last fence
         self.products = 0
@@ -246,7 +244,7 @@ class _Program:
     """One program of a launch."""
 
     def __init__(self) -> None:
-        self.main = self.running = _Role("the program", 4, {})
+        self.main = self.running = _Role("the program", {})
         self.roles: list[_Role] = []
         self.flying: collections.deque[_Copy] = collections.deque()
         self.copies = 0
@@ -280,12 +278,9 @@ class _Program:
             raise Deadlock("; ".join(places))
         self.flying.popleft().complete()
 
-    def fork(self, tasks: Sequence[tuple[Callable[..., Any], Any]], warps: Sequence[int]) -> None:
+    def fork(self, tasks: Sequence[tuple[Callable[..., Any], Any]]) -> None:
         """Run roles until all have ended."""
-        self.roles = [
-            _Role(f"role {i} ({task.__name__})", count, self.main.clock)
-            for i, ((task, _), count) in enumerate(zip(tasks, warps, strict=True))
-        ]
+        self.roles = [_Role(f"role {i} ({task.__name__})", self.main.clock) for i, (task, _) in enumerate(tasks)]
         threads = [
             threading.Thread(target=self._play, args=(role, *task), daemon=True)
             for role, task in zip(self.roles, tasks, strict=True)
@@ -375,7 +370,9 @@ _BARRIERS = object()
 
 
 def _warp_specialize(tasks: Any, worker_num_warps: Any, worker_num_regs: Any = None) -> None:
-    _here().fork(tasks, [4, *worker_num_warps])
+    if len(worker_num_warps) != len(tasks) - 1:
+        raise ValueError(f"{_line()}: {len(tasks)} roles, and warps of {len(worker_num_warps)} beside those of the program")
+    _here().fork(tasks)
 
 
 def _init(barrier: _Barrier, count: Any) -> None:
