@@ -387,8 +387,9 @@ def sanitize(
         findings = sanitizer.compare(out, result, only)
         document: dict[str, Any] = {"findings": [finding.as_json() for finding in findings]}
     else:
+        tell = functools.partial(click.echo, err=True)
         done = sanitizer.run(
-            out, specs, only=only, tools=tools or SANITIZERS, workers=workers, progress=progress("checking")
+            out, specs, only=only, tools=tools or SANITIZERS, workers=workers, progress=progress("checking"), tell=tell
         )
         findings, document = done.findings, done.as_json()
         if result is not None:

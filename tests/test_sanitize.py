@@ -93,7 +93,13 @@ raise SystemExit(subprocess.run(sys.argv[at:]).returncode)
 def test_what_is_said_reaches_the_result(program: Path, tmp_path: Path) -> None:
     """A process under the tool runs the cases; what the tool says of a kernel is told of its variant, and its text hashed."""
     (program / "log").write_text(LOGS["memcheck"].replace("moe_sum_bf16_weighted", "moe_runs_one_launch"))
-    result = run(ROOT, ROOT / "specs", only="moe_runs_one_launch", tools=["memcheck"], device="cpu")
+    told: list[str] = []
+    result = run(ROOT, ROOT / "specs", only="moe_runs_one_launch", tools=["memcheck"], device="cpu", tell=told.append)
+    assert [line.partition(": ")[2] for line in told] == [
+        "1 cases under no tool, 0 complaints",
+        "1 cases under memcheck, 1 complaints",
+        "moe_runs_one_launch: Invalid __global__ read of size 2 bytes, in moe_runs_one_launch_kernel",
+    ]
     assert [(c.tool, c.variant) for c in result.complaints] == [("memcheck", "moe_runs_one_launch")], result.complaints
     assert result.versions["compute-sanitizer"] == "1.2.3" and list(result.checked) == ["moe_runs_one_launch"]
 
@@ -106,6 +112,13 @@ def test_what_is_said_reaches_the_result(program: Path, tmp_path: Path) -> None:
     file.write_text("[]")
     with pytest.raises(Failure, match="KG072"):
         compare(ROOT, file, "moe_runs_one_launch")
+
+
+def test_a_tool_that_sees_no_gpu_ends_the_run(program: Path) -> None:
+    """In front of all cases, with what it says."""
+    (program / "log").write_text("========= COMPUTE-SANITIZER\n========= Error: Device not supported. Please refer to\n")
+    with pytest.raises(Failure, match=r"KG061\]: it cannot look at this GPU: Error: Device not supported"):
+        run(ROOT, ROOT / "specs", tools=["memcheck"], device="cpu")
 
 
 def test_each_text_is_met() -> None:

@@ -1,7 +1,8 @@
 """Every schedule under NVIDIA's compute-sanitizer: bounds, memory that nothing wrote, races, barriers that not all reach.
 
-What runs is a part of the generated tests in which each kernel's text meets a case, in processes under the tool, with an
-allocation for every tensor, so that each is out of the bounds of all others. A result has hashes of the texts that were checked.
+What runs is a part of the generated tests in which each kernel's text meets a case: once as it is, which compiles it, and then
+in processes under each tool, which find it in Triton's cache. Every tensor has an allocation, so that each is out of the bounds
+of all others. A result has hashes of the texts that were checked.
 https://docs.nvidia.com/compute-sanitizer
 """
 
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 from kernelgen.core import names
 from kernelgen.core.diagnostics import Diagnostic, failure
@@ -32,7 +33,9 @@ from kernelgen.prove import SANITIZERS
 from kernelgen.prove.verify import is_named, nothing_named, require_device, start_worker, suites
 
 PROGRAM = "compute-sanitizer"
+_NO_TOOL = "no tool"
 _Names = tuple[str, str, str]  # of a family, a variant and a case
+_Job = tuple[str, int, Sequence[_Names]]  # a tool, which of its processes, and what that one runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +87,7 @@ def run(
     device: str = "cuda",
     workers: int = 1,
     progress: Progress = no_progress,
+    tell: Callable[[str], Any] = lambda line: None,
 ) -> Result:
     """Run kernels of the package in ``out`` under each tool.
 
@@ -91,27 +95,39 @@ def run(
         only: a glob on the names of variants.
         device: "cpu" shows the way there, without a kernel for a tool to look at.
         workers: processes, all on the first GPU.
+        tell: gets a line as each process is done, and one for each of its complaints, so that a run that is cut has said them.
 
     Raises:
-        Failure: there is nothing to run, no GPU, or no compute-sanitizer; exit code 2.
+        Failure: there is nothing to run, no GPU, no compute-sanitizer, or one that cannot look at this GPU; exit code 2.
     """
     start = time.monotonic()
     require_device(device)
     program = shutil.which(PROGRAM)
     if program is None:
         raise failure("KG061", PROGRAM, "it is not on the PATH", "it comes with the CUDA toolkit")
+    _require_sight(program, device)
     pairs = _pairs(out, only)
     tasks: list[_Names] = [(variant.family, variant.name, case.name) for variant, case in pairs]
     known = sorted({variant.name for suite in suites(out).values() for variant in suite.variants}, key=len, reverse=True)
-    jobs = [(tool, tasks[i::workers]) for tool in tools for i in range(min(workers, len(tasks)))]
-    work = functools.partial(_under, program, out.resolve(), specs.resolve(), device, known)
+    families = list(suites(out))
+    work = functools.partial(_under, program, out.resolve(), specs.resolve(), device, known, families)
     complaints: list[Complaint] = []
-    for (tool, _), found in zip(jobs, in_processes(work, jobs, workers, progress, method="spawn"), strict=True):
-        complaints += [Complaint(tool, "", found.reason)] if isinstance(found, Fault) else found
+
+    def keep(job: _Job, found: list[Complaint] | Fault) -> None:
+        said = [Complaint(job[0], "", found.reason)] if isinstance(found, Fault) else found
+        new = [complaint for complaint in said if complaint not in complaints]
+        complaints.extend(new)
+        tell(f"{time.monotonic() - start:.0f} s: {len(job[2])} cases under {job[0]}, {len(new)} complaints")
+        for complaint in new:
+            tell(f"{complaint.tool}: {complaint.variant or PROGRAM}: {complaint.text}")
+
+    for under in ((_NO_TOOL,), tools):
+        jobs = [(tool, i, tasks[i::workers]) for tool in under for i in range(min(workers, len(tasks)))]
+        in_processes(work, jobs, workers, progress, keep)
     checked: dict[str, tuple[str, list[str]]] = {}
     for variant, case in pairs:
         checked.setdefault(variant.name, (_digest(out, variant), []))[1].append(case.name)
-    return Result(_versions(program), tools, checked, list(dict.fromkeys(complaints)), time.monotonic() - start)
+    return Result(_versions(program), tools, checked, complaints, time.monotonic() - start)
 
 
 def compare(out: Path, file: Path, only: str | None = None) -> list[Diagnostic]:
@@ -165,6 +181,27 @@ def _digest(out: Path, variant: Variant) -> str:
     return hashlib.sha256(read_file(out / names.family_path(variant.family, variant.module))).hexdigest()
 
 
+def _require_sight(program: str, device: str) -> None:
+    """Raise Failure where the tool cannot look at the GPU, which it says as soon as a process makes a context there."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        command = [program, "--log-file", str(log), sys.executable, "-c", _CONTEXT if device == "cuda" else ""]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        said = log.read_text() if log.exists() else ""
+    errors = [line.removeprefix("=========").strip() for line in said.splitlines() if _NO_SIGHT.search(line)]
+    if errors or done.returncode:
+        why = "; ".join(errors or [*done.stderr.splitlines()[-1:], f"exit code {done.returncode}"])
+        raise failure("KG061", PROGRAM, f"it cannot look at this GPU: {why}", "nothing was run; take a machine that lets it")
+
+
+_CONTEXT = """
+import ctypes
+cuda, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p()
+raise SystemExit(cuda.cuInit(0) or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) or cuda.cuCtxSetCurrent(context))
+"""
+_NO_SIGHT = re.compile("Error|not supported")
+
+
 def _versions(program: str) -> dict[str, str]:
     import torch
     import triton
@@ -176,26 +213,21 @@ def _versions(program: str) -> dict[str, str]:
 
 
 def _under(
-    program: str, out: Path, specs: Path, device: str, known: Sequence[str], job: tuple[str, Sequence[_Names]]
+    program: str, out: Path, specs: Path, device: str, known: Sequence[str], families: Sequence[str], job: _Job
 ) -> list[Complaint]:
     """The complaints of a tool about some pairs, run in a process of their own."""
-    tool, tasks = job
+    tool, number, tasks = job
+    command = [sys.executable, "-m", "kernelgen.prove.sanitize", str(out), str(specs), device]
+    # Memory that torch keeps for later would be within the bounds of any tensor beside it.
+    env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        command = [
-            program,
-            "--tool",
-            tool,
-            "--log-file",
-            str(log),
-            "--target-processes",
-            "application-only",
-            "--print-limit",
-            "1000",
-        ]
-        command += [sys.executable, "-m", "kernelgen.prove.sanitize", str(out), str(specs), device]
-        # Memory that torch keeps for later would be within the bounds of any tensor beside it.
-        env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        options = ["--tool", tool, "--log-file", str(log), "--target-processes", "application-only", "--print-limit", "1000"]
+        options += ["--port", str(49152 + 16 * number)]  # it tries ten, which processes beside each other would use up
+        if tool != "initcheck":  # which has to see the kernels of torch write, too
+            options += [f"--kernel-name=kns={family}_" for family in families]
+        if tool != _NO_TOOL:
+            command = [program, *options, *command]
         done = subprocess.run(command, input=json.dumps(tasks), capture_output=True, text=True, env=env, check=False)
         found = list(complaints_of(log.read_text() if log.exists() else "", tool, known))
     told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
