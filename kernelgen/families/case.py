@@ -28,6 +28,7 @@ class Case:
         core: run on half of the variants of each body, not on one; each variant meets some of these, or the only one.
         body: axes, or facts, of which each combination must meet the case; empty: those that the family names as its body.
         needs_gpu: too large to be interpreted.
+        card: a target that kernels are launched as for; empty: the usual one.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Case:
     core: bool = False
     body: Sequence[str] = ()
     needs_gpu: bool = False
+    card: str = ""
 
     def __str__(self) -> str:
         return self.name

@@ -137,7 +137,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "packed": Layout(align=1, gap=0),
         "odd": Layout(align=1, gap=1, first=1),
         "shared": Layout(lora=0),
-        "huge_adapters": Layout(lora=HUGE),
+        "huge_adapters": Layout(lora=HUGE // 2),
         "huge_rows": Layout(row=HUGE // 2),
     }
 )

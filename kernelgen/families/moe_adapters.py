@@ -27,14 +27,17 @@ class Adapters:
         kind: a key of ``KINDS``.
         loras: adapters in the factors.
         disabled: of them, those that are; empty: no table of enabled adapters is given.
+        ranks: how many ranks of each count, over and over again; empty: no table of ranks is given.
     """
 
     kind: str = "mixed"
     loras: int = 3
     disabled: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = ()
 
 
 MIXED = Adapters()
+RANKED = Adapters("mixed", 4, ranks=(17, -3, 16, 100))
 
 
 class Drawn(NamedTuple):
@@ -44,6 +47,12 @@ class Drawn(NamedTuple):
     adapter_enabled: torch.Tensor | None
     loras: int
     of_token: list[int | None]
+    lora_ranks: torch.Tensor | None
+
+    def counted(self, rank: int) -> list[int]:
+        """Of each adapter, the ranks of its buffers that are read: those that count, up to the next multiple of 16."""
+        counts = [rank] * self.loras if self.lora_ranks is None else self.lora_ranks.tolist()
+        return [min(-(-max(count, 0) // 16) * 16, rank) for count in counts]
 
 
 def _spread(tokens: int, loras: int, rng: random.Random) -> list[int]:
@@ -70,17 +79,19 @@ def draw(how: Adapters, tokens: int, rng: random.Random, device: str) -> Drawn:
     if how.disabled:
         flags = [0 if adapter in how.disabled else ENABLED[adapter % len(ENABLED)] for adapter in range(how.loras)]
         enabled = torch.tensor(flags, dtype=torch.int32)
-    of_token = adapters_of(mapping, how.loras, enabled)
-    return Drawn(mapping.to(device), None if enabled is None else enabled.to(device), how.loras, of_token)
+    of_token, ranks = adapters_of(mapping, how.loras, enabled), None
+    if how.ranks:
+        ranks = torch.tensor([how.ranks[adapter % len(how.ranks)] for adapter in range(how.loras)], dtype=torch.int32).to(device)
+    return Drawn(mapping.to(device), None if enabled is None else enabled.to(device), how.loras, of_token, ranks)
 
 
 # Strides of factors over L and E, from the elements of a matrix and the experts.
 LAYOUTS: Mapping[str, Callable[[int, int], tuple[int, int]]] = {
     "packed": lambda size, experts: (experts * size, size),
     "shared": lambda size, experts: (size, 0),
-    "huge_adapters": lambda size, experts: (HUGE, size),
-    "huge_experts": lambda size, experts: (size, HUGE),
-    "huge_shared": lambda size, experts: (HUGE, 0),
+    "huge_adapters": lambda size, experts: (HUGE // 2, size),
+    "huge_experts": lambda size, experts: (size, HUGE // 2),
+    "huge_shared": lambda size, experts: (HUGE // 2, 0),
 }
 
 
@@ -111,26 +122,35 @@ def factors(
     scales: str | None = None,
     element: str = "e4m3",
     ends_in_1: bool = False,
+    counted: Sequence[int] | None = None,
+    of_columns: bool = False,
 ) -> Factors:
-    """A tensor [L, E, rows, columns] a slice; NaN for each (adapter, expert) that is not ``live``.
+    """A tensor [L, E, rows, columns] a slice; NaN where an (adapter, expert) is not ``live``, and in ranks that are not read.
 
     Args:
         scales: of what there is a scale each, of FP8 factors.
         element: their type.
         ends_in_1: scales of rows have a last dimension of one.
+        counted: of each adapter, the ranks that are read; None: all.
+        of_columns: ranks are columns, not rows.
     """
     rows, columns = shape[2:]
 
     def memory(inner: Sequence[int], kind: torch.dtype) -> torch.Tensor:
         strides = (*LAYOUTS[layout](math.prod(inner), shape[1]), *(row_major(inner) if inner else ()))
-        make = allocate_sparse if max(strides) >= HUGE else allocate
+        make = allocate_sparse if max(strides) >= HUGE // 2 else allocate
         return make((*shape[:2], *inner), strides, kind, device)
+
+    def forget(matrix: torch.Tensor, adapter: int) -> None:
+        if counted is not None:
+            (matrix.T if of_columns else matrix)[counted[adapter] :].fill_(math.nan)
 
     made = [memory((rows, columns), quant.element(element) if scales else dtype) for _ in range(slices)]
     if scales is None:
         for factor in made:
             for key in live:
                 factor[key] = (torch.randn(rows, columns, generator=numbers) * columns**-0.5).to(factor)
+                forget(factor[key], key[0])
         return Factors(made, None, made)
     inner = quant.scale_shape(scales, (rows, columns), quant.group())
     if ends_in_1 and scales == "channel":
@@ -139,6 +159,7 @@ def factors(
     for factor, scale in zip(made, of_made, strict=True):
         for key in live:
             factor[key] = quant.as_dtype(torch.randn(rows, columns, generator=numbers), factor)
+            forget(factor[key], key[0])
             scale[key] = quant.draw_scales(scale[key], columns**-0.5, numbers)
     group = quant.group_of(scales, (rows, columns), quant.group())
     return Factors(made, of_made, [dequantise(*each, group) for each in zip(made, of_made, strict=True)])

@@ -152,8 +152,8 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "odd": Layout(align=1, gap=1, offset=1),
         "shared": Layout(expert=0),
         "expert_major": Layout(expert_major=True),
-        "huge_adapters": Layout(lora=_HUGE),
-        "huge_experts": Layout(expert=_HUGE, lora=2**16),
+        "huge_adapters": Layout(lora=_HUGE // 2),
+        "huge_experts": Layout(expert=_HUGE // 2, lora=2**16),
         "huge_rows": Layout(row=_HUGE // 2),
     }
 )

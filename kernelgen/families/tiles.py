@@ -22,12 +22,10 @@ CARDS = tuple(TARGETS[name] for name in ("sm_90", "sm_89", "gfx942"))
 
 @contextlib.contextmanager
 def on_card(package: ModuleType, card: Target) -> Iterator[None]:
-    """Inside, the rules of ``package`` choose for ``card``."""
+    """Inside, ``package`` chooses and launches for ``card``, without dependent launch."""
     runtime = importlib.import_module(f"{package.__name__}._runtime")
-    known = runtime.traits(torch.device("cpu"))
-    traits = known._replace(
-        num_sms=card.sms, shared_memory=card.program_shared, pdl=True, e4m3=True, target=card.name
-    )
+    nvidia = int(card.arch) if card.backend == "cuda" else 0
+    traits = runtime.Traits(card.sms, card.program_shared, False, True, *runtime._room(nvidia), card.name, "")
     with mock.patch.object(runtime, "traits", lambda device: traits):
         yield
 

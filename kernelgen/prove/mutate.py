@@ -110,6 +110,7 @@ EQUIVALENT: Sequence[Excuse] = (
     Excuse("clamp dropped", r"tl\.minimum\( ?(N|K|RANK), rows \* (N|K|RANK) ?\)", _DISGUISE),
     Excuse(_LEFT, r"rows \* (N|K|RANK)", _DISGUISE),
     Excuse(_MOVED_BOUND, r"PARTS > \d+", "both ways to add parts are right"),
+    Excuse(_MOVED_BOUND, r"row < end", "it is the last row once more, with the same bits", r"^live = "),
     Excuse(_MOVED_BOUND, r"m0 >= rows", "a program without rows stores nothing; it returns to save work"),
     Excuse(_LEFT, r"\(pair >= 0\) & \(pair < num_pairs\)", "padding is never negative"),
     Excuse("id cut to 32 bits", r"tl\.load\(topk_ids_ptr \+ pair\)", _WORK, function="shrink"),

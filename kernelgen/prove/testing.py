@@ -11,6 +11,7 @@ In exact algebra every kernel's text meets the cases that its family names for i
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -24,9 +25,11 @@ import torch
 
 from kernelgen.core import names
 from kernelgen.core.model import SCHEDULE
+from kernelgen.core.targets import TARGETS
 from kernelgen.emit.rooms import laboratory
 from kernelgen.families.case import Case, Law, Variant
 from kernelgen.families.quant import formats_of
+from kernelgen.families.tiles import on_card
 from kernelgen.prove.layouts import tensors_lie_anywhere
 
 if TYPE_CHECKING:
@@ -194,8 +197,9 @@ class Suite:
         device: str,
     ) -> float:
         """As ``check``, for any launcher that should do what the variant's does."""
+        card = on_card(package, TARGETS[case.card]) if case.card else contextlib.nullcontext()
         try:
-            with formats_of(package, self.family):
+            with formats_of(package, self.family), card:
                 ratio: float = self._cases.check(package, launcher, variant.tags, case, device)
         finally:
             if device != "cpu":

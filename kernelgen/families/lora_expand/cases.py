@@ -51,7 +51,7 @@ _SIXTEEN_BIT = (
     Case("packed", "nothing between rows", layout="packed", widths=(40, 24)),
     Case("shared", "weights stored once for all adapters: stride 0", layout="shared"),
     Case("unaligned", "odd strides, a base that is not 16-byte aligned", layout="odd", widths=(23, 9), offset=1),
-    Case("huge_adapters", "32-bit offsets of adapters wrap", loras=2, layout="huge_adapters", widths=(40, 24)),
+    Case("huge_adapters", "32-bit offsets of adapters wrap", adapters="last", layout="huge_adapters", widths=(40, 24)),
     Case("huge_rows", "32-bit offsets of rows wrap (vLLM #53028)", tokens=3, layout="huge_rows"),
     Case("four_dimensions", "weights [L, 1, N, rank]", four=True),
     Case("rank_one", "a rank far below its bucket", rank="one"),
@@ -84,7 +84,7 @@ _FP8 = (
     Case("w8_rank_groups", "ranks of two groups", body=_SCALES, only={**_W8_GROUP["only"], **_RANY}, rank=200, widths=(150,)),
     Case("w8_packed", "nothing behind the last scale", **_W8, layout="packed", loras=1, widths=(60, 24)),
     Case("w8_unaligned", "odd strides and base", **_W8, layout="odd", widths=(23, 9)),
-    Case("w8_huge_adapters", "32-bit offsets of scales wrap", **_W8, layout="huge_adapters", loras=2),
+    Case("w8_huge_adapters", "32-bit offsets of scales wrap", **_W8, layout="huge_adapters", adapters="last"),
     Case("w8_out_1", "scales [L, N, 1]", **_W8_CHANNEL, scales_end_in_1=True, widths=(33, 20)),
     Case("w8_empty", "a launch without programs", **_W8, tokens=0),
     Case(

@@ -22,12 +22,12 @@ from kernelgen.families.buffers import Guarded, allocate, allocate_sparse, posit
 from kernelgen.families.case import Case as BaseCase
 from kernelgen.families.case import Tags, compare_exactly, worst_ratio
 from kernelgen.families.fused_moe import as_fp8
-from kernelgen.families.moe_adapters import MIXED, Adapters, Drawn, Factors, factors, live_of
+from kernelgen.families.moe_adapters import MIXED, RANKED, Adapters, Drawn, Factors, factors, live_of
 from kernelgen.families.moe_adapters import draw as draw_adapters
 from kernelgen.families.moe_experts import BY_PAIR, SPREAD, Experts, Routed, draw, draw_bias
 from kernelgen.families.moe_gemm.reference import Delta, Expected, moe_gemm, moe_gemm_sum
 from kernelgen.families.moe_lora.reference import dequantise
-from kernelgen.families.moe_runs.reference import moe_runs
+from kernelgen.families.moe_runs.reference import moe_runs, with_ranks
 
 BODY = ("schedule", "rows", "gated")  # the activations of a text are for EXACT, and for cases of their own
 _QUANTS = ("schedule", "rows", *QUANT_AXES)  # what FP8 operands and their scales pass through
@@ -148,6 +148,7 @@ _OF_LORA = (
     Case("no_adapter", "a graph for adapters, replayed without one", only=_LORA, adapters=Adapters("none")),
     Case("one_adapter", "a run as high as its blocks", only=_LORA, tokens=33, top_k=1, routing=_ONE, adapters=Adapters("one")),
     Case("disabled", "adapters that are loaded but disabled", only=_LORA, tokens=9, adapters=Adapters("spread", 4, (0, 2))),
+    Case("ranked", "ranks of every size", only=_LORA, tokens=9, few=4, rank=40, adapters=RANKED),
     Case(
         "ids_int64_adapters",
         "ids some of whose lower halves name experts; an adapter that is enabled by another number than one",
@@ -195,8 +196,18 @@ _OF_LORA = (
         b_layout="shared",
         own_tiles=True,
     ),
-    Case("huge_adapters", "32-bit offsets of adapters wrap", only=_LORA, b_layout="huge_adapters"),
-    Case("huge_b", "32-bit offsets of the experts of factors wrap", only=_LORA, b_layout="huge_experts", experts=2),
+    Case(
+        "fp8_adapters_ranked",
+        "ranks of every size",
+        only=_FP8_LORA,
+        body=_ALL_QUANTS,
+        tokens=9,
+        few=4,
+        rank=40,
+        adapters=RANKED,
+    ),
+    Case("huge_adapters", "32-bit offsets of adapters wrap", only=_LORA, adapters=Adapters("one"), b_layout="huge_adapters"),
+    Case("huge_b", "32-bit offsets of the experts of factors wrap", only=_LORA, routing=_ONE, b_layout="huge_experts"),
 )
 
 # Of warps of roles: a ring of slots that begins anew within a tile and between tiles, halves of a block with and without rows.
@@ -407,8 +418,8 @@ CASES = (
         "huge_experts",
         "32-bit offsets of experts wrap",
         only=_only(schedule="gemv naive tile", epilogue="none relu2"),
-        expert_stride=_HUGE,
-        experts=2,
+        expert_stride=_HUGE // 2,
+        routing=_ONE,
     ),
     Case(
         "huge_rows",
@@ -816,24 +827,27 @@ def _make_delta(
     if case.v_by_token:
         shape = (len(adapters.of_token), slices, case.rank)
     v = allocate(shape, row_major(shape), torch.float32 if by_one else dtype, device)
+    counted = adapters.counted(case.rank)
     by_pair = torch.full(of_pair, torch.nan, dtype=torch.float64, device=device)
     for place, (pair, _) in enumerate(order):
         token = pair // case.top_k
-        if adapters.of_token[token] is not None:
+        if (adapter := adapters.of_token[token]) is not None:
             parts = (16 * torch.randn(case.parts, slices, case.rank, generator=numbers)).round() / 64
+            parts[:, :, counted[adapter] :] = torch.nan
             by_pair[pair] = parts.sum(0).to(by_pair)
             if by_one:
                 v[:, pair] = parts.to(v)
             elif not case.v_by_token:
                 v[place] = parts.sum(0).to(v)
-            elif v[token].isnan().any():
+            elif v[token].isnan().all():
                 v[token] = parts.sum(0).to(v)
             else:
                 by_pair[pair] = v[token].to(by_pair)
     live = live_of(order, adapters.of_token, case.top_k)
     form = (of_b, case.element, case.scales_end_in_1)
-    b = factors((adapters.loras, case.experts, case.n, case.rank), slices, case.b_layout, live, numbers, dtype, device, *form)
-    return v, b, Delta(by_pair, b.numbers, adapters.of_token, scaled=b.scales is not None)
+    shape = (adapters.loras, case.experts, case.n, case.rank)
+    b = factors(shape, slices, case.b_layout, live, numbers, dtype, device, *form, counted=counted, of_columns=True)
+    return v, b, Delta(by_pair, b.numbers, adapters.of_token, b.scales is not None, counted)
 
 
 def tables_of(
@@ -848,7 +862,8 @@ def tables_of(
     )
     given = () if adapters is None else (adapters.token_lora_mapping, adapters.adapter_enabled)
     if by_one:
-        return tables, None if adapters is None else package.MoeRuns(*given, None, None, adapters.loras), {}
+        runs = None if adapters is None else package.MoeRuns(*given, None, None, adapters.loras, adapters.lora_ranks)
+        return tables, runs, {}
     num_pairs, (tokens, top_k) = routed.topk_ids.numel(), routed.topk_ids.shape
     of_token = [None] * tokens if adapters is None else adapters.of_token
     wanted = moe_runs(routed.local, of_token, top_k=top_k, block_m=case.block_m)
@@ -866,9 +881,10 @@ def tables_of(
     run_of_row, runs = allocate((num_pairs,), (1,), torch.int32, device), allocate((num_pairs, 2), (2, 1), torch.int32, device)
     run_of_row[: len(wanted.order)] = wanted.run_of_row.to(device)
     written = torch.nonzero(wanted.runs[:, 0] >= 0).flatten()
-    runs[written.to(device)] = wanted.runs[written].to(device)
+    listed = wanted.runs if adapters.lora_ranks is None else with_ranks(wanted.runs, adapters.lora_ranks.tolist())
+    runs[written.to(device)] = listed[written].to(device)
     made |= {"run_of_row": run_of_row, "runs": runs}
-    return tables, package.MoeRuns(*given, run_of_row, runs, adapters.loras), made
+    return tables, package.MoeRuns(*given, run_of_row, runs, adapters.loras, adapters.lora_ranks), made
 
 
 def check(

@@ -49,6 +49,7 @@ class Delta(NamedTuple):
     lora_b: Sequence[torch.Tensor]  # S tensors [L, E, N, rank]
     adapters: Adapters  # of each token
     scaled: bool = False  # lora_b was dequantised
+    counted: Sequence[int] | None = None  # of each adapter, the ranks that are read; None: all
 
 
 class Expected(NamedTuple):
@@ -191,8 +192,9 @@ def _product(
     value, error = dot(w[expert], x, terms, **flags)
     adapter = None if delta is None else delta.adapters[token]
     if delta is not None and adapter is not None:
-        pairs = zip(delta.lora_b, delta.v[pair], strict=True)
-        more = [dot(b[adapter, expert], v, terms, scaled=delta.scaled) for b, v in pairs]
+        pairs, counted = zip(delta.lora_b, delta.v[pair], strict=True), delta.counted
+        read = slice(None if counted is None else counted[adapter])
+        more = [dot(b[adapter, expert][:, read], v[read], terms, scaled=delta.scaled) for b, v in pairs]
         value, error = (part + torch.cat(added) for part, added in zip((value, error), zip(*more, strict=True), strict=True))
     return value, error
 

@@ -127,11 +127,11 @@ _SIXTEEN_BIT = (
         n=23,
         slices=2,
     ),
-    Case("huge_adapters", "32-bit offsets of adapters wrap", loras=2, layout="huge_adapters"),
+    Case("huge_adapters", "32-bit offsets of adapters wrap", loras=3, routing=_ONE_GROUP, layout="huge_adapters"),
     Case(
         "huge_experts",
         "32-bit offsets of experts wrap (vLLM #53028)",
-        experts=2,
+        routing=_ONE_GROUP,
         layout="huge_experts",
     ),
     Case("huge_rows", "32-bit offsets of rows wrap (vLLM #39585)", tokens=3, layout="huge_rows"),
@@ -143,6 +143,7 @@ _SIXTEEN_BIT = (
         far_parts=True,
     ),
     Case("slices_3", "the third slice", slices=3),
+    Case("apart", "slices that share no product", slices=3, card="gfx942"),
     Case("rank_one", "a rank far below its bucket", rank="one", slices=2, k=100, n=64),
     Case("rank_part", "a rank below its bucket, all else divides", rank="part", k=64, n=64),
     Case("rank_24_any", "a small rank in a tiled kernel", only=_RANY, rank=24),
@@ -218,9 +219,9 @@ _FP8 = (
     ),
     Case("w8_unaligned", "odd strides and base", **_W8, layout="odd", k=33, n=23, slices=2),
     Case("w8_shared", "weights and scales stored once for all experts", **_W8, layout="shared"),
-    Case("w8_huge_adapters", "32-bit offsets of scales wrap", **_W8, layout="huge_adapters"),
+    Case("w8_huge_adapters", "32-bit offsets of scales wrap", **_W8, loras=3, routing=_ONE_GROUP, layout="huge_adapters"),
     Case(
-        "w8_huge_experts", "32-bit offsets of scales wrap", **_W8, layout="huge_experts", experts=2
+        "w8_huge_experts", "32-bit offsets of scales wrap", **_W8, layout="huge_experts", routing=_ONE_GROUP
     ),
     Case(
         "w8_out_1",

@@ -15,7 +15,7 @@ from kernelgen.families.case import Tags
 from kernelgen.families.moe_adapters import MIXED, Adapters
 from kernelgen.families.moe_adapters import draw as draw_adapters
 from kernelgen.families.moe_experts import SPREAD, Experts, draw
-from kernelgen.families.moe_runs.reference import moe_runs
+from kernelgen.families.moe_runs.reference import moe_runs, with_ranks
 
 BODY = ("schedule",)
 
@@ -29,7 +29,6 @@ class Case(BaseCase):
     block_m: int = 16
     routing: Experts = SPREAD
     adapters: Adapters = MIXED
-    ranked: bool = False  # adapters say how many of their ranks count
 
 
 _ONE = Experts("one")
@@ -41,7 +40,7 @@ CASES = (
     Case("eq_block", "one full block", tokens=16, top_k=1, routing=_ONE, adapters=Adapters("spread")),
     Case("gt_block", "a run that goes on in the next block", tokens=33, top_k=1, routing=_ONE, adapters=Adapters("one", 2)),
     Case("ragged", "groups and runs of every size", tokens=61, top_k=3, experts=5, adapters=Adapters(loras=7)),
-    Case("ranked", "ranks of every size", tokens=61, top_k=3, experts=5, adapters=Adapters(loras=7), ranked=True),
+    Case("ranked", "ranks of every size", tokens=61, top_k=3, experts=5, adapters=Adapters(loras=7, ranks=_RANKS)),
     Case("no_adapter", "a step without adapters: no run", tokens=20, adapters=Adapters("none")),
     Case("disabled", "adapters that are loaded but disabled", tokens=40, adapters=Adapters("spread", 4, (0, 3))),
     Case("a_run_a_row", "every row a run of its own", tokens=16, top_k=1, routing=_ONE, adapters=Adapters("spread", 200)),
@@ -68,7 +67,6 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
     adapters = draw_adapters(case.adapters, case.tokens, rng, device)
     wanted = moe_runs(routed.local, adapters.of_token, top_k=case.top_k, block_m=case.block_m)
     num_pairs, count = case.tokens * case.top_k, len(wanted.order)
-    ranks = [_RANKS[adapter % len(_RANKS)] for adapter in range(adapters.loras)] if case.ranked else []
     align = importlib.import_module(f"{package.__name__}.moe_align._op")
     most = align.max_blocks(case.tokens, case.top_k, case.experts, case.block_m)
     shapes = {"pairs": (num_pairs,), "blocks": (most, 3), "num_blocks": (1,), "run_of_row": (num_pairs,)}
@@ -82,7 +80,7 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
         routed.valid_tokens,
         adapters.token_lora_mapping,
         adapters.adapter_enabled,
-        torch.tensor(ranks, dtype=torch.int32, device=device) if ranks else None,
+        adapters.lora_ranks,
         num_experts=case.experts,
         local_expert_start=case.routing.start,
         max_loras=adapters.loras,
@@ -99,9 +97,7 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
         assert not stray, f"{name}: {stray} elements changed around it"
     blocks = views["blocks"][: int(views["num_blocks"])].cpu()
     exact = {"pairs": torch.tensor([item.pair for item in wanted.order], dtype=torch.int32), "run_of_row": wanted.run_of_row}
-    runs = wanted.runs.clone()
-    for row in (runs[:, 0] >= 0).nonzero().flatten() if ranks else ():
-        runs[row, 0] += 4096 * -(-min(max(ranks[int(runs[row, 0])], 0), 65536) // 16)
+    runs = wanted.runs if adapters.lora_ranks is None else with_ranks(wanted.runs, adapters.lora_ranks.tolist())
     for name, table in {**exact, "runs": runs}.items():
         found, written = views[name][:count].cpu(), table >= 0 if name == "runs" else torch.ones(count, dtype=torch.bool)
         assert torch.equal(found[written], table[written]), f"{name} {found.tolist()}, wanted {table.tolist()}"

@@ -46,3 +46,11 @@ def moe_runs(local: Sequence[Local], adapters: Adapters, *, top_k: int, block_m:
                 count += 1
             run_of_row[row] = count - 1
     return Tables(order, blocks, run_of_row, runs)
+
+
+def with_ranks(runs: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
+    """Runs as they are where adapters say how many of their ranks count: in sixteens beside the adapter."""
+    ranked = runs.clone()
+    for row in (runs[:, 0] >= 0).nonzero().flatten().tolist():
+        ranked[row, 0] += 4096 * -(-min(max(ranks[int(runs[row, 0])], 0), 65536) // 16)
+    return ranked

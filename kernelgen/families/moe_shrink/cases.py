@@ -20,7 +20,7 @@ from kernelgen.families.buffers import allocate, allocate_sparse, positions, row
 from kernelgen.families.case import Case as BaseCase
 from kernelgen.families.case import Tags, worst_ratio
 from kernelgen.families.lora_inputs import dtype_of, sealed, unchanged
-from kernelgen.families.moe_adapters import HUGE, MIXED, Adapters, factors, live_of
+from kernelgen.families.moe_adapters import HUGE, MIXED, RANKED, Adapters, factors, live_of
 from kernelgen.families.moe_adapters import draw as draw_adapters
 from kernelgen.families.moe_align.reference import Local
 from kernelgen.families.moe_experts import SPREAD, Experts, draw
@@ -79,7 +79,7 @@ _RUNS = {"schedule": ("runs",)}
 _TILES = {"schedule": ("runs", "tokens")}
 _TOKENS = {"rows": ("token_token",)}
 _OWN_FACTORS = {"rows": ("token_sorted", "sorted_sorted", "token_pair", "pair_pair")}
-_LAST = Adapters("one", 2)
+_LAST = Adapters("one")
 _A8: Mapping[str, Any] = {"only": {"act_quant": ("a8tensor", "a8token", "a8group")}, "body": _SCALES}
 _W8: Mapping[str, Any] = {"only": {"weight_quant": ("w8tensor", "w8channel", "w8group")}, "body": _SCALES}
 _GROUPS: Mapping[str, Any] = {"only": {"act_quant": ("a8group",)}, "body": _SCALES}
@@ -118,22 +118,45 @@ CASES = (
     Case("no_valid_token", "a step of padding alone", routing=Experts(valid=0)),
     Case("shared_experts", "factors stored once for all experts: stride 0", a_layout="shared", slices=2),
     Case("unaligned", "odd strides, a base that is not 16-byte aligned", k=33, x_row=35, offset=1),
-    Case("huge_adapters", "32-bit offsets of adapters wrap", only=_OWN_FACTORS, a_layout="huge_adapters"),
-    Case("huge_experts", "32-bit offsets of experts wrap", only=_OWN_FACTORS, a_layout="huge_experts", experts=2),
-    Case("huge_shared", "32-bit offsets of adapters wrap", only=_TOKENS, a_layout="huge_shared"),
+    Case("huge_adapters", "32-bit offsets of adapters wrap", only=_OWN_FACTORS, adapters=_LAST, a_layout="huge_adapters"),
+    Case("huge_experts", "32-bit offsets of experts wrap", only=_OWN_FACTORS, routing=_ONE, a_layout="huge_experts"),
+    Case("huge_shared", "32-bit offsets of adapters wrap", only=_TOKENS, adapters=_LAST, a_layout="huge_shared"),
     Case("disabled", "adapters that are loaded but disabled", tokens=9, adapters=Adapters("mixed", 4, (0, 2))),
+    Case(
+        "ranked",
+        "ranks of every size, of several slices; ids as torch.topk gives them",
+        tokens=9,
+        few=6,
+        slices=2,
+        rank=40,
+        routing=Experts("mixed", ids_dtype=torch.int64),
+        adapters=RANKED,
+    ),
+    Case("apart", "slices that share no tile", only=_TILES, slices=3, rank=40, card="gfx942"),
+    Case("ranked_apart", "ranks of every size there", only=_TILES, tokens=9, slices=2, rank=40, adapters=RANKED, card="gfx942"),
     Case("many_adapters", "more adapters than programs of a tile", only=_TOKENS, tokens=20, adapters=Adapters("mixed", 19)),
     Case("huge_rows", "32-bit offsets of rows wrap", x_row=HUGE // 3, tokens=4, few=4),
     Case("nan_row", "a NaN stays with the pairs of its token", tokens=8, nan_token=1, routing=_ONE, adapters=_LAST),
     Case("own_tiles", "the tiles that the rule takes", own_tiles=True, tokens=20, k=600, slices=2),
     Case("fp8", "two parts and several groups of K, none of them full at the end", **_A8, k=600, slices=2, adapters=MIXED),
-    Case("fp8_whole", "whole groups, no mask", **_A8, k=512, few=2, adapters=MIXED),
+    Case("fp8_whole", "whole groups, no mask; ranks of every size", **_A8, k=512, few=4, tokens=9, rank=40, adapters=RANKED),
     Case("fp8_e8m0", "scales that are powers of two, bytes (vLLM #54435)", **_A8, few=1, scales_dtype=torch.float8_e8m0fnu),
     Case("fp8_e5m2", "e5m2 that is read as e4m3", **_A8, few=1, element="e5m2"),
     Case("fp8_by_column", "scales of x column by column (tokenspeed #189)", **_GROUPS, k=160, by_column=True),
     Case("fp8_nan_row", "a NaN stays with the pairs of its token", **_A8, tokens=8, nan_token=1, routing=_ONE, adapters=_LAST),
     Case("fp8_factors", "several groups on both axes", **_W8, tokens=5, few=1, k=136, slices=2, rank=136, scales_end_in_1=True),
     Case("fp8_factors_shared", "scales stored once for all experts: stride 0", **_W8, few=2, element="e5m2", a_layout="shared"),
+    Case("fp8_factors_ranked", "ranks of every size", **_W8, tokens=9, few=4, slices=2, rank=40, adapters=RANKED),
+    Case(
+        "fp8_factors_apart",
+        "slices that share no tile",
+        only={**_W8["only"], **_TILES},
+        body=_SCALES,
+        slices=2,
+        k=136,
+        rank=136,
+        card="gfx942",
+    ),
     Case("fp8_own_tiles", "the tiles that the rule takes", **_A8, own_tiles=True, few=2, tokens=20, k=600, slices=2),
 )
 EXACT = tuple(case for case in CASES if case.name in ("ragged", "fp8"))  # what exact algebra takes, on every text
@@ -160,8 +183,8 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
     scales = {} if x_scale is None else {"x_scale": x_scale}
     shape = (adapters.loras, case.experts, case.rank, case.k)
     live, of_factors = live_of(order, adapters.of_token, case.top_k), quant.scales_of(tags)[0]
-    form = (of_factors, case.element, case.scales_end_in_1)
-    a = factors(shape, case.slices, layout, live, numbers, dtype, device, *form)
+    form, counted = (of_factors, case.element, case.scales_end_in_1), adapters.counted(case.rank)
+    a = factors(shape, case.slices, layout, live, numbers, dtype, device, *form, counted=counted)
     tables, runs, ints = tables_of(package, case, routed, few, device, adapters)
     vectors: tuple[int, ...] = (tokens if by_token else num_pairs, case.slices, case.rank)
     if few:
@@ -173,12 +196,12 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
     unchanged(inputs)
     options: dict[str, Any] = {"num_pairs": num_pairs, "rows": tags["rows"], "dtype": dtype}
     options["scaled"] = x_scale is not None or a.scales is not None
-    exact = moe_shrink(stands_for, a.numbers, order, adapters.of_token, **options)
-    rows = exact.written.to(device)
-    stray = int((guarded.changed() & ~positions(guarded, rows[:, None].expand(v.shape[:-1]))).sum())
-    assert not stray, f"v: {stray} elements changed beside pairs with an adapter"
+    exact = moe_shrink(stands_for, a.numbers, order, adapters.of_token, counted=counted, **options)
+    written = exact.written.to(device)
+    stray = int((guarded.changed() & ~positions(guarded, written.expand(v.shape))).sum())
+    assert not stray, f"v: {stray} elements changed beside ranks that count of pairs with an adapter"
     found = v.sum(0) if few else v
-    return worst_ratio(found[rows].cpu(), exact.value[rows].cpu(), exact.bound[rows].cpu())
+    return worst_ratio(found[written].cpu(), exact.value[written].cpu(), exact.bound[written].cpu())
 
 
 def _x(

@@ -25,7 +25,7 @@ class Expected(NamedTuple):
 
     value: torch.Tensor  # [num_pairs, S, rank], of "token_token" [T, S, rank]
     bound: torch.Tensor
-    written: torch.Tensor  # of rows, bool
+    written: torch.Tensor  # which of them, bool
 
 
 def moe_shrink(
@@ -38,6 +38,7 @@ def moe_shrink(
     rows: str,
     dtype: torch.dtype,
     scaled: bool = False,
+    counted: Sequence[int] | None = None,
 ) -> Expected:
     """The exact vectors for operands as they are, and the bound on a kernel's error.
 
@@ -49,18 +50,19 @@ def moe_shrink(
         rows: "token_sorted", "sorted_sorted", "token_pair", "pair_pair" or "token_token"; those of pairs are not rounded.
         dtype: of v.
         scaled: operands were dequantised; a kernel applies their scales, which are below 2^24, in fp32.
+        counted: of each adapter, the ranks that are written; None: all.
     """
     top_k, (reads, writes) = num_pairs // max(len(adapters), 1), rows.split("_")
     shape = (len(adapters) if writes == "token" else num_pairs, len(lora_a), lora_a[0].shape[2])
     value, bound = (torch.zeros(shape, dtype=torch.float64, device=x.device) for _ in range(2))
-    written = torch.zeros(shape[0], dtype=torch.bool)
+    written = torch.zeros(shape, dtype=torch.bool)
     for place, (pair, expert) in enumerate(order):
         adapter = adapters[pair // top_k]
         if adapter is None:
             continue
         places = {"token": pair // top_k, "pair": pair, "sorted": place}
         row, to = places[reads], places[writes]
-        written[to] = True
+        written[to, :, : None if counted is None else counted[adapter]] = True
         for s, a in enumerate(lora_a):
             total, error = dot(a[adapter, expert], x[row], scaled)
             if writes != "pair":
