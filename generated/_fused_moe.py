@@ -7,7 +7,7 @@ Few tokens take two launches, which stream the weights of their experts pair by 
 with the activation in its epilogue, whose rows stay in the order of the tables, a product that puts them back, and the sum;
 so do few tokens too, where pairs would read much of the weights again. With FP8 activations there is one more, which makes FP8
 of the rows between the two products; few tokens then do without tables, and have a sum. So has a single one of MXFP4 weights,
-but where their kernel in Gluon serves, which takes tables.
+but where their kernels in Gluon serve.
 
 With LoRA adapters the layer keeps its products: each takes, behind its own K loop, a few further steps over the ranks of the
 adapters in a tile, so that no row is written twice. Their rank vectors are made by a launch in front of it, which runs beside
@@ -487,10 +487,11 @@ def _layer_of(given: Given) -> _Layer:
     expected = num_tokens if given.num_tokens_hint is None else min(given.num_tokens_hint, num_tokens)
     expert_bytes = (w13.shape[1] * w13.shape[2] + width * w2.shape[2]) * w13.itemsize
     on_units = x_mode is not None or mode == "mx"  # matrix units, also for few tokens
-    of_weights = (w13.itemsize == 1, on_units, few_tokens(mode, hidden.device))
+    by_lanes = mode == "mx" and lanes_serve(hidden, (w13, w2), top_k)
+    of_weights = (w13.itemsize == 1, on_units, few_tokens(mode, by_lanes))
     block_m = layer_block_m(num_tokens, expected, top_k, num_experts, expert_bytes, *of_weights)
     few = block_m == 0
-    sums = few and not on_units
+    sums = few and (by_lanes or not on_units)
     blocks = 0 if few else 3 * max_blocks(num_tokens, top_k, num_experts, block_m)
     counts = 0 if few or lora is not None else scratch_size(num_pairs, num_experts)  # behind them
     dtype = hidden.dtype if x_mode is None else torch.bfloat16
@@ -521,15 +522,14 @@ def _row_scales(x_scales: str | None, inter: int) -> int:
     return runtime.cdiv(inter, QUANT.group_k) if x_scales == "group" else 1
 
 
-def few_tokens(weight_scales: str | None, device: torch.device) -> int:
-    """Up to how many tokens a layer may do without tables.
+def few_tokens(weight_scales: str | None, by_lanes: bool) -> int:
+    """Up to how many tokens a layer may do without tables. ``by_lanes``: whether lanes widen its weights.
 
-    Four bits, which take long to widen, are so once for all pairs of an expert; but for a single token, of other experts each,
-    where no lanes do it.
+    Four bits, which take long to widen, are so once for all pairs of an expert; but where hardly any two are of one.
     """
     if weight_scales != "mx":
         return _FEW_TOKENS
-    return 0 if lanes_serve(device) else 1
+    return 2 if by_lanes else 1
 
 
 def layer_block_m(

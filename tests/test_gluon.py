@@ -206,9 +206,9 @@ def test_a_layer_makes_rows_fp8_at_once_where_tuning_says_so(monkeypatch: pytest
     assert families[0] == families[1] and families[2] == [family for family in families[0] if family != "moe_quant"]
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 20])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 20])
 def test_a_layer_of_mxfp4_goes_through_lanes(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dispatch takes them on a GPU alone; from a single token on, which has tables there."""
+    """Dispatch takes them on a GPU alone; few tokens do without tables and without a launch that adds up."""
     monkeypatch.setattr(gemm, "has_gluon", lambda: True)
     routing = Experts("mixed", start=1) if tokens == 3 else Experts()
     call = fp8_layer(kg, tokens, routing, "cpu", ("mx", None, "swiglu_clamp"), hidden=160, inter=96)
@@ -216,6 +216,19 @@ def test_a_layer_of_mxfp4_goes_through_lanes(tokens: int, monkeypatch: pytest.Mo
         pass
     with runtime.launches() as launches:
         call.verify(call.run(kg))
-    assert [launch.variant.partition("_")[0] for launch in launches if launch.family == "moe_gemm"] == ["lanes"] * 2
+    taken = [launch.variant.partition("_bf16")[0] for launch in launches]
+    assert taken == ["lane_gemv"] * 2 if tokens < 3 else [name for name in taken if name == "lanes"] == ["lanes"] * 2
     with runtime.compile_only():
         pass
+
+
+@pytest.mark.parametrize("k, parts, told", [(64, 3, "a divisor of columns = 8"), (64, 16, "a div"), (8224, 2, "parts of")])
+def test_parts_of_k_that_no_column_takes_are_refused(k: int, parts: int, told: str) -> None:
+    from generated.moe_gemm import lane_gemv_bf16_token_pair_swiglu_clamp_plain_mxfp4 as of_pairs
+
+    x, w, w_scale = (torch.zeros(size, dtype=torch.uint8) for size in ((1, 2 * k), (1, 32, k // 2), (1, 32, k // 32)))
+    tables = kg.no_tables(torch.zeros(1, 1, dtype=torch.int32), num_experts=1)
+    out, x = torch.zeros(1, 16, dtype=torch.bfloat16), x.view(torch.bfloat16)
+    with pytest.raises(ValueError, match=f"parts: got {parts}, wanted {told}"):
+        tiles = of_pairs.Config(parts, 1)
+        of_pairs.schedule.launch(tiles, out=out, x=x, w=w, tables=tables, w_scale=w_scale, limit=7.0, alpha=1.0, beta=0.0)

@@ -13,15 +13,17 @@ from .. import _runtime as runtime
 from ..moe_align._op import OF_TABLES
 from ..moe_runs._op import OF_RUNS
 from ._problem import (
+    COLUMNS,
     OP,
+    PART,
     BoxConfig,
     GemvConfig,
+    LaneGemvConfig,
     LanesConfig,
     Modes,
     NaiveConfig,
     Problem,
     TileConfig,
-    Tiled,
     WarpSpecialisedConfig,
     check,
     choose,
@@ -67,7 +69,7 @@ class _Schedule:
         if problem.num_pairs > 0:
             self.bind(problem, runtime.given(self.name, config, self.config) or choose(self.schedule, problem)).run(given)
 
-    def _constants(self, problem: Problem, config: Tiled | LanesConfig) -> dict[str, Any]:
+    def _constants(self, problem: Problem, block_n: int) -> dict[str, Any]:
         """Of the kernels of all schedules whose warps are alike."""
         return {
             "x_scale_next": problem.x_scale_next,
@@ -88,7 +90,7 @@ class _Schedule:
             "B_STRIDE_N": problem.b_strides.row,
             "B_SCALE_STRIDE_L": problem.b_scale_strides.adapter,
             "B_SCALE_STRIDE_E": problem.b_scale_strides.expert,
-            "BLOCK_N": config.block_n,
+            "BLOCK_N": block_n,
             "PDL": runtime.traits(problem.device).pdl,
         }
 
@@ -126,7 +128,7 @@ class Gemv(_ByPair):
     def bind(self, problem: Problem, config: GemvConfig) -> runtime.Call:
         self._check_groups(problem, min(config.block_k, QUANT.group_k))
         constants = {
-            **self._constants(problem, config),
+            **self._constants(problem, config.block_n),
             "BLOCK_K": config.block_k,
             "WEIGHTS": runtime.CACHE_POLICIES[config.weight_policy],
             "ZERO_REST": problem.zero_rest,
@@ -144,12 +146,33 @@ class Naive(_ByPair):
     def bind(self, problem: Problem, config: NaiveConfig) -> runtime.Call:
         self._check_groups(problem, config.block_k)
         constants = {
-            **self._constants(problem, config),
+            **self._constants(problem, config.block_n),
             "BLOCK_K": config.block_k,
             "STAGES": config.num_stages,
             "WEIGHTS": runtime.CACHE_POLICIES[config.weight_policy],
         }
         return self._bind(problem, problem.num_pairs, runtime.Options(config.num_warps, config.num_stages), constants)
+
+
+class LaneGemv(_ByPair):
+    """Launches of lane_gemv."""
+
+    schedule = "lane_gemv"
+    config = LaneGemvConfig
+
+    def bind(self, problem: Problem, config: LaneGemvConfig) -> runtime.Call:
+        sums = problem.rows == "pair_token"
+        rows, pairs = (problem.num_tokens, runtime.next_power_of_2(problem.top_k)) if sums else (problem.num_pairs, 1)
+        runtime.check_tile(self.name, "parts", config.parts, columns=COLUMNS // pairs)
+        if problem.k > config.parts * PART:
+            runtime.fail(self.name, "parts", config.parts, f"parts of at most {PART} of {problem.k} columns")
+        constants = {
+            **self._constants(problem, 16),
+            "PARTS": config.parts,
+            "STAGES": config.num_stages,
+            "ZERO_REST": problem.zero_rest,
+        }
+        return self._bind(problem, rows, runtime.Options(pairs * config.parts), constants)
 
 
 class _ByBlock(_Schedule):
@@ -163,7 +186,7 @@ class _ByBlock(_Schedule):
         self._check_groups(problem, config.block_k)
         if problem.b_scales == "group":
             runtime.check_tile(self.name, "block_d", config.block_d, group_k=QUANT.group_k)
-        constants |= self._constants(problem, config)
+        constants |= self._constants(problem, config.block_n)
         return self._kernel.bind(
             grid(problem, config.block_n),
             self._options(problem, config, waits_first=problem.rank == 0),  # with adapters it waits for v alone
@@ -232,7 +255,7 @@ class Lanes(_ByBlock):
         return self._kernel.bind(
             grid(problem, config.block_n),
             self._options(problem, config, waits_first),
-            **self._constants(problem, config),
+            **self._constants(problem, config.block_n),
             BLOCK_M=problem.block_m,
             STAGES=config.num_stages,
             WARPS=config.num_warps,

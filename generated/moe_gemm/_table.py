@@ -382,6 +382,14 @@ VARIANTS = Variants(
         ("lanes", torch.bfloat16, "sorted_pair", "none", False, "mx", None, False, False, None, False, True): "lanes_bf16_sorted_pair_plain_mxfp4_bias",
         ("lanes", torch.bfloat16, "sorted_pair", "none", False, "mx", None, False, True, None, False, False): "lanes_bf16_sorted_pair_plain_mxfp4_lora",
         ("lanes", torch.bfloat16, "sorted_pair", "none", False, "mx", None, False, True, None, False, True): "lanes_bf16_sorted_pair_plain_mxfp4_lora_bias",
+        ("lane_gemv", torch.bfloat16, "token_pair", "swiglu_clamp", False, "mx", None, False, False, None, False, False): "lane_gemv_bf16_token_pair_swiglu_clamp_plain_mxfp4",
+        ("lane_gemv", torch.bfloat16, "token_pair", "swiglu_clamp", False, "mx", None, False, False, None, True, True): "lane_gemv_bf16_token_pair_swiglu_clamp_plain_mxfp4_interleaved_bias",
+        ("lane_gemv", torch.bfloat16, "token_pair", "swiglu_clamp", False, "mx", None, False, True, None, False, False): "lane_gemv_bf16_token_pair_swiglu_clamp_plain_mxfp4_lora",
+        ("lane_gemv", torch.bfloat16, "token_pair", "swiglu_clamp", False, "mx", None, False, True, None, True, True): "lane_gemv_bf16_token_pair_swiglu_clamp_plain_mxfp4_lora_interleaved_bias",
+        ("lane_gemv", torch.bfloat16, "pair_token", "none", True, "mx", None, False, False, None, False, False): "lane_gemv_bf16_pair_token_weighted_mxfp4",
+        ("lane_gemv", torch.bfloat16, "pair_token", "none", True, "mx", None, False, False, None, False, True): "lane_gemv_bf16_pair_token_weighted_mxfp4_bias",
+        ("lane_gemv", torch.bfloat16, "pair_token", "none", True, "mx", None, False, True, None, False, False): "lane_gemv_bf16_pair_token_weighted_mxfp4_lora",
+        ("lane_gemv", torch.bfloat16, "pair_token", "none", True, "mx", None, False, True, None, False, True): "lane_gemv_bf16_pair_token_weighted_mxfp4_lora_bias",
     },
 )
 # fmt: on

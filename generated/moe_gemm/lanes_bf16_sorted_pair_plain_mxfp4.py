@@ -24,7 +24,15 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .._gluon import commit_rows, copy_rows, gl, gluon, mma_v2, wait_rows
-from .._lanes import as_operand, by_group, in_order, sums, word_slots, x_slots_of
+from .._lanes import (
+    as_operand,
+    by_group,
+    in_groups,
+    in_order,
+    sums,
+    word_slots,
+    x_slots_of,
+)
 from .._mxfp4 import scale_as_bf16
 from ..moe_align import MoeTables
 from ._launch import Lanes
@@ -100,7 +108,7 @@ def _tile(
         x = in_order(x, SECOND)
         next_group = (k0 + 2 * STEP) // 32
         in_row = (groups < K // 32 - next_group)[None, :]
-        acc = mma_v2(as_operand(w, scale, WORDS, FIRST), x, acc)
+        acc = mma_v2(as_operand(in_groups(w, WORDS), scale, FIRST), x, acc)
         scale = scale_as_bf16(scale_bytes)
         scale_bytes = gl.load(w_scales + next_group, mask=in_row, other=0)
         slot = (slot + 1) * (slot < STAGES - 1).to(gl.int32)

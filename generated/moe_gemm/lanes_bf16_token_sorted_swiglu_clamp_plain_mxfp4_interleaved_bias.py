@@ -27,7 +27,15 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .._gluon import commit_rows, copy_rows, gl, gluon, mma_v2, wait_rows
-from .._lanes import as_operand, by_group, in_order, sums, word_slots, x_slots_of
+from .._lanes import (
+    as_operand,
+    by_group,
+    in_groups,
+    in_order,
+    sums,
+    word_slots,
+    x_slots_of,
+)
 from .._mxfp4 import scale_as_bf16
 from ..moe_align import MoeTables
 from ._launch import Lanes
@@ -111,8 +119,8 @@ def _tile(
         x = in_order(x, SECOND)
         next_group = (k0 + 2 * STEP) // 32
         in_row = (groups < K // 32 - next_group)[None, :]
-        gate = mma_v2(as_operand(w, gate_scale, WORDS, FIRST), x, gate)
-        up = mma_v2(as_operand(w_up, up_scale, WORDS, FIRST), x, up)
+        gate = mma_v2(as_operand(in_groups(w, WORDS), gate_scale, FIRST), x, gate)
+        up = mma_v2(as_operand(in_groups(w_up, WORDS), up_scale, FIRST), x, up)
         gate_scale, up_scale = scale_as_bf16(gate_bytes), scale_as_bf16(up_bytes)
         gate_bytes = gl.load(w_scales + next_group, mask=in_row, other=0)
         up_bytes = gl.load(up_scales + next_group, mask=in_row, other=0)

@@ -45,12 +45,17 @@ def x_slots_of(rows: int) -> Any:
 
 
 @gluon.jit  # type: ignore[untyped-decorator, unused-ignore]
-def as_operand(words: gl.tensor, scale: gl.tensor, WORDS: gl.constexpr, OPERAND: gl.constexpr) -> gl.tensor:
-    """What words [rows, 32] and their scales [rows, 8], in bfloat16, stand for: [rows, 256], numbers i and i + 4 of a word
-    side by side."""
+def in_groups(words: gl.tensor, WORDS: gl.constexpr) -> gl.tensor:
+    """Words [rows, 32] of a step, as lanes read them from shared memory, as [rows, groups, 4]."""
+    return gl.convert_layout(words.reshape([words.shape[0], 8, 4]), WORDS, assert_trivial=True)
+
+
+@gluon.jit  # type: ignore[untyped-decorator, unused-ignore]
+def as_operand(words: gl.tensor, scale: gl.tensor, OPERAND: gl.constexpr) -> gl.tensor:
+    """What words [rows, groups, 4] and their scales [rows, groups], in bfloat16, stand for: [rows, 256], numbers i and i + 4 of a
+    word side by side."""
     # Sign to bit 15, and the others to 8, 7 and 6, of both halves of a word at once: the number times 2 ** -126, as in _mxfp4.
     ROWS: gl.constexpr = words.shape[0]
-    words = gl.convert_layout(words.reshape([ROWS, 8, 4]), WORDS, assert_trivial=True)
     high = words >> 8
     scale = scale[:, :, None]
     first = _numbers(((words & 0x000F000F) * 0x1040) & 0x81C081C0, scale)

@@ -383,6 +383,14 @@ lanes bf16 sorted_pair none plain mxfp4 none none none none none none
 lanes bf16 sorted_pair none plain mxfp4 none none none none none bias
 lanes bf16 sorted_pair none plain mxfp4 none none lora none none none
 lanes bf16 sorted_pair none plain mxfp4 none none lora none none bias
+lane_gemv bf16 token_pair swiglu_clamp plain mxfp4 none none none none none none
+lane_gemv bf16 token_pair swiglu_clamp plain mxfp4 none none none none interleaved bias
+lane_gemv bf16 token_pair swiglu_clamp plain mxfp4 none none lora none none none
+lane_gemv bf16 token_pair swiglu_clamp plain mxfp4 none none lora none interleaved bias
+lane_gemv bf16 pair_token none weighted mxfp4 none none none none none none
+lane_gemv bf16 pair_token none weighted mxfp4 none none none none none bias
+lane_gemv bf16 pair_token none weighted mxfp4 none none lora none none none
+lane_gemv bf16 pair_token none weighted mxfp4 none none lora none none bias
 """,
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -94,7 +94,15 @@ class LanesConfig(NamedTuple):
     num_warps: int
 
 
-BY_PAIR = ("gemv", "naive")  # schedules that need no tables
+class LaneGemvConfig(NamedTuple):
+    """Tiles of lane_gemv, whose columns are the 16 rows of W that a warp has."""
+
+    parts: int  # of K of a pair, with warps of their own; a power of two
+    num_stages: int  # steps of K whose weights are asked for at once
+
+
+BY_PAIR = ("gemv", "naive", "lane_gemv")  # schedules that need no tables
+COLUMNS, PART = 8, 4096  # of x that lane_gemv has side by side, and numbers of K that one of them has at most
 CONFIGS = {
     "gemv": GemvConfig,
     "naive": NaiveConfig,
@@ -102,9 +110,10 @@ CONFIGS = {
     "box": BoxConfig,
     "warp_specialised": WarpSpecialisedConfig,
     "lanes": LanesConfig,
+    "lane_gemv": LaneGemvConfig,
 }
 Tiled = GemvConfig | NaiveConfig | TileConfig | BoxConfig
-Config = Tiled | WarpSpecialisedConfig | LanesConfig
+Config = Tiled | WarpSpecialisedConfig | LanesConfig | LaneGemvConfig
 
 
 class Modes(NamedTuple):
@@ -351,9 +360,13 @@ def problem_of(
         k_of = f"K of {step_columns(problem)}s"
         wanted = f"blocks of 128 rows, {k_of}, rows and ranks at 16-byte boundaries, experts one behind the other, on sm_90"
         runtime.fail(variant, "rows", got, wanted, "use box" if given.out_scale is None else "use moe_quant behind it")
-    if schedule == "lanes" and not has_lanes(problem, x, w):
+    if schedule in ("lanes", "lane_gemv") and not has_lanes(problem, x, w):
         got = f"x {runtime.describe(x)}, w {runtime.describe(w)}, blocks of {block_m} rows on {runtime.traits(x.device).target}"
-        runtime.fail(variant, "rows", got, "blocks of 16 or 32 rows, rows at 16-byte boundaries, on sm_90", "use tile")
+        wanted, other = "blocks of 16 or 32 rows, rows at 16-byte boundaries, on sm_90", "tile"
+        if schedule == "lane_gemv":
+            got = f"{got}, {k} columns and {top_k} experts of a token"
+            wanted, other = f"rows at 16-byte boundaries, at most {COLUMNS} parts of {PART} columns, on sm_90", "naive"
+        runtime.fail(variant, "rows", got, wanted, f"use {other}")
     return problem
 
 
@@ -447,13 +460,21 @@ def has_lanes(problem: Problem, x: torch.Tensor, w: torch.Tensor) -> bool:
     """Whether lanes of warps can read the operands: MXFP4 in rows of whole copies, beside few rows of x; on sm_90, where it is
     measured."""
     rows = problem.rows in ("token_sorted", "sorted_pair") and problem.block_m in (16, 32)
+    if problem.rows in ("token_pair", "pair_token"):
+        rows = _columns(problem.k, problem.top_k if problem.rows == "pair_token" else 1) <= COLUMNS
     rows = rows and runtime.describable(x) and runtime.describable(w)
     return rows and problem.weight_scales == "mx" and _is_hopper(problem.device)
 
 
-def lanes_serve(device: torch.device) -> bool:
-    """Whether MXFP4 weights beside few rows are widened by lanes on a device."""
-    return _is_hopper(device) and has_gluon()
+def lanes_serve(x: torch.Tensor, weights: Sequence[torch.Tensor], top_k: int) -> bool:
+    """Whether lanes widen the MXFP4 weights of both products of a layer for few tokens."""
+    wide = _is_hopper(x.device) and has_gluon() and all(map(runtime.describable, (x, *weights)))
+    return wide and all(_columns(2 * w.shape[2], top_k) <= COLUMNS for w in weights)
+
+
+def _columns(k: int, pairs: int) -> int:
+    """Columns of x, parts of K of pairs, that a program of lane_gemv takes at least."""
+    return runtime.next_power_of_2(pairs) * runtime.next_power_of_2(runtime.cdiv(k, PART))
 
 
 def _is_hopper(device: torch.device) -> bool:
@@ -516,7 +537,9 @@ def plan(problem: Problem, boxes: bool, lanes: bool, there: Callable[[str], bool
     """
     s, device = _shape(problem), runtime.traits(problem.device)
     key = _key(problem, s)
-    own = "lanes" if lanes and there("lanes") and has_gluon() else _schedule(problem, boxes and there("box"))
+    own = _schedule(problem, boxes and there("box"))
+    if lanes and has_gluon():
+        own = next(filter(there, ("lanes", "lane_gemv")), own)
 
     def rule(schedule: str | None) -> tuple[str, Config]:
         return schedule or own, _rule(schedule or own, *s)
@@ -639,6 +662,7 @@ def _rule(schedule: str, *sizes: Any) -> Config:
         "box": _box,
         "warp_specialised": lambda s: WarpSpecialisedConfig(4, _group_m(s)),
         "lanes": lambda s: LanesConfig(64, 2, 4),
+        "lane_gemv": _lane_gemv,
     }
     return rules[schedule](s)
 
@@ -658,6 +682,12 @@ def _gemv(s: _Shape) -> GemvConfig:
         return GemvConfig(4, block_k, 2, 1)  # one warp has no registers for scales of parts and for more beside them
     few_columns = s.rank and s.slices == 2 and s.weight_scales is not None  # or FP8 weights and factors fill the registers
     return GemvConfig(2 if few_columns or (own and s.tokens > 2) else 4, block_k, 1 if s.slices == 2 or s.k > 1024 else 2, 1)
+
+
+def _lane_gemv(s: _Shape) -> LaneGemvConfig:
+    if s.sums:
+        return LaneGemvConfig(COLUMNS // runtime.next_power_of_2(s.pairs // s.tokens), 2)
+    return LaneGemvConfig(max(4, _columns(s.k, 1)), 1)
 
 
 def _naive(s: _Shape) -> NaiveConfig:

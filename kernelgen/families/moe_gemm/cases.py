@@ -33,9 +33,7 @@ BODY = ("schedule", "rows", "gated")  # the activations of a text are for EXACT,
 _QUANTS = ("schedule", "rows", *QUANT_AXES)  # what FP8 operands and their scales pass through
 
 # Tiles that small shapes can be less than, equal to and greater than.
-_TILES: Mapping[str, int] = MappingProxyType(
-    {"block_n": 32, "block_k": 32, "num_stages": 2, "num_warps": 4}
-)
+_TILES: Mapping[str, int] = MappingProxyType({"block_n": 32, "block_k": 32, "num_stages": 2, "num_warps": 4, "parts": 2})
 _NO_ROWS = [2**30, 2**30, 0]  # an entry of the tables without rows, where nothing may be read
 _HUGE = 2**31 + 64  # elements: out of reach of a 32-bit offset
 
@@ -106,13 +104,13 @@ class Case(BaseCase):
         whole copies apart."""
         if tags.get("weight_quant") != "mxfp4":
             return self
-        gap = 2 * self.gap if tags["schedule"] == "lanes" else self.gap
+        gap = 2 * self.gap if tags["schedule"] in _LANES else self.gap
         return dataclasses.replace(self, k=-(-self.k // quant.MX) * quant.MX, gap=gap, tiles={"block_k": 64, **self.tiles})
 
     def fits(self, tags: Tags) -> bool:
         """As of any case; warps of roles take blocks of 128 rows alone, whole steps of K, and ranks of whole copies; lanes take
         blocks of few rows, and what descriptors can read."""
-        if tags["schedule"] == "lanes":
+        if tags["schedule"] in _LANES:
             return super().fits(tags) and self.block_m in (16, 32) and not (self.align % 8 or self.gap % 8 or self.offset % 8)
         whole = self.block_m == 128 and self.k % (64 if tags["act_quant"] == "none" else 128) == 0
         whole = whole and (tags["delta"] == "none" or self.rank % 8 == 0)
@@ -123,6 +121,7 @@ def _only(**axes: str) -> Mapping[str, Sequence[str]]:
     return MappingProxyType({axis: tags.split() for axis, tags in axes.items()})
 
 
+_LANES = ("lanes", "lane_gemv")
 _TILED = _only(schedule="tile box")
 _POINTERS = _only(schedule="gemv naive tile")
 _WEIGHTED = _only(routed_weight="weighted")
@@ -312,6 +311,26 @@ _OF_LANES = (
         tiles={"num_stages": 3},
     ),
     Case("lanes_of_none", "no block at all", only=_only(schedule="lanes"), routing=Experts("away")),
+    Case(
+        "lanes_by_pair",
+        "parts of K of several steps, which are asked for one behind the other; experts that are elsewhere",
+        only=_only(schedule="lane_gemv"),
+        few=2,
+        top_k=3,
+        k=1056,
+        n=40,
+        routing=Experts("mixed", start=1),
+        tiles={"parts": 2, "num_stages": 2},
+    ),
+    Case(
+        "lanes_of_all_columns",
+        "eight parts of a pair, or pairs of a token",
+        only=_only(schedule="lane_gemv"),
+        few=1,
+        top_k=7,
+        experts=7,
+        tiles={"parts": 1, "num_stages": 1},
+    ),
 )
 
 CASES = (
@@ -533,7 +552,7 @@ EXACT = (
     Case(
         "exact_several",
         "tokens of which several experts are added up",
-        only=_only(rows="pair_token", delta="none"),
+        only=_only(schedule="gemv", rows="pair_token", delta="none"),
         body=("schedule", "bias", "routed_weight", "weight_quant"),
         tokens=1,
         top_k=3,
@@ -563,6 +582,16 @@ EXACT = (
         n=256,
         block_m=128,
         rank=16,
+    ),
+    Case(
+        "exact_lanes_by_pair",
+        "steps of K that are several, of several parts",
+        only=_only(schedule="lane_gemv"),
+        few=1,
+        top_k=3,
+        k=1056,
+        n=16,
+        tiles={"parts": 2, "num_stages": 1},
     ),
     Case(
         "exact_lanes",

@@ -24,6 +24,7 @@ class MoeGemm(Hints):
         ("box",),
         ("warp_specialised",),
         ("lanes",),
+        ("lane_gemv",),
     )
 
     def accepts(self, candidate: Candidate) -> bool:
@@ -35,6 +36,8 @@ class MoeGemm(Hints):
         c, p = self.space.named(candidate), self.problem
         if candidate.schedule == "lanes":
             return self.size("block_m") <= 32 and c["block_n"] >= 16 * c["num_warps"]
+        if candidate.schedule == "lane_gemv":
+            return True
         k, n, slices, rows = map(self.size, ("k", "n", "slices", "block_m"))
         if c["block_k"] > max(2 * k, 64) or c["block_n"] > max(2 * n, 16):
             return False

@@ -242,7 +242,7 @@ class Ours(Package):
         if place is not None:
             call = functools.partial(self.kg.moe_gemm, out, batch.x, w.w2, tables, x_rows="sorted", **scales)
             return Op(call, of_pairs)
-        if case.cell.act != "none" or case.cell.quant == "mx":  # by moe_sum
+        if case.cell.act != "none" or (case.cell.quant == "mx" and not self._by_lanes(case, batch)):  # by moe_sum
             return Op(functools.partial(self.kg.moe_gemm, out, batch.x, w.w2, tables, x_rows="pair", **scales), of_pairs)
         sums = out[: case.cell.tokens]
 
@@ -283,6 +283,12 @@ class Ours(Package):
         options = {"num_experts": case.cell.model.experts, "topk_weights": batch.topk_weights, "out": batch.out}
         return Op(functools.partial(self.kg.moe_sum, y, batch.topk_ids, **options))
 
+    def _by_lanes(self, case: Case[Batch], batch: Batch) -> bool:
+        """Whether lanes widen the weights of few tokens."""
+        layer = importlib.import_module(f"{self.kg.__name__}._fused_moe")
+        weights = [w for w in (batch.experts.w13, batch.experts.w2) if w is not None]
+        return case.cell.quant == "mx" and bool(layer.lanes_serve(batch.x, weights, case.cell.model.top_k))
+
     def _tables(self, case: Case[Batch], batch: Batch) -> tuple[Any, Callable[[], torch.Tensor] | None]:
         """Tables, and what finds where in them each pair is; None: few tokens need none."""
         cell, experts = case.cell, case.cell.model.experts
@@ -290,7 +296,7 @@ class Ours(Package):
         halves, fp8 = 3 if cell.model.gated else 2, cell.quant != "none"
         size = halves * cell.model.hidden * cell.model.intermediate * 16 // {"none": 8, "mx": 32}.get(cell.quant, 16)
         on_units = cell.act != "none" or cell.quant == "mx"
-        most = layer.few_tokens(cell.quant, batch.x.device)
+        most = layer.few_tokens(cell.quant, self._by_lanes(case, batch))
         block_m = layer.layer_block_m(cell.tokens, cell.tokens, cell.model.top_k, experts, size, fp8, on_units, most)
         if block_m == 0:
             return self.kg.no_tables(batch.topk_ids, num_experts=experts), None

@@ -104,6 +104,8 @@ class _Reader:
             axis = node.detail
             inner, lane, outer = self._inner(node.of[0].shape[axis], places, shape)
             of = self.read(node.of[0], (*outer[:axis], lane, *outer[axis:]), inner)
+            if kind == "sum" and (live := ~of.zero).sum(-1).max(initial=0) == 1:  # each is that one, wherever it lies
+                return self.read(node.of[0], (*places[:axis], live.argmax(-1), *places[axis:]), shape)
             return _Vector(kind, (of,), shape, None, inner[-1])
         if kind in ("reshape", "trans", "part", "broadcast", "join", "cat", "gather"):
             return self._moved(node, places, shape)
