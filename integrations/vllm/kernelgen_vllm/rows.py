@@ -30,10 +30,10 @@ class Rows:
         none = torch.empty(0, dtype=torch.int64, device=device)  # as slots come, so that it is compiled
         self._held = kg.lora_route(none, max_loras=max_loras, capacity=capacity)
         self.token_lora_mapping: torch.Tensor = self._held.first(capacity).token_lora_mapping
-        self.no_lora_flag_cpu = torch.tensor([True])
+        self.no_lora_flag_cpu = torch.tensor([True], device="cpu")
         self.any = False  # the same as a number
         number = next(_numbers)
-        self.handle = torch.tensor([number])
+        self.handle = torch.tensor([number], device="cpu")
         _rows[number] = self
 
     def fill(self, slots: torch.Tensor, any_lora: bool) -> None:
