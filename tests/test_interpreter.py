@@ -258,6 +258,20 @@ def test_32_bit_offsets_that_wrap() -> None:
 
 
 @triton.jit
+def divide_kernel(out_ptr, x_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    by = tl.load(x_ptr + i)
+    tl.store(out_ptr + i, 7 // by)
+    tl.store(out_ptr + N + i, 7 % by)
+
+
+def test_integers_divided_by_zero_are_not_zero() -> None:
+    out = torch.zeros(4, dtype=torch.int32)
+    divide_kernel[(1,)](out, torch.tensor([0, 2], dtype=torch.int32), N=2)
+    assert out[1::2].tolist() == [3, 1] and min(out[::2].tolist()) > 1000
+
+
+@triton.jit
 def dependent_kernel(out_ptr):
     tl.extra.cuda.gdc_wait()
     tl.store(out_ptr, 1.0)

@@ -48,6 +48,8 @@ class Case(BaseCase):
         scales_end_in_1: the scales of channels end in a dimension of 1.
         x_scale_dtype: of the scales of x.
         by_column: the scales of x lie column by column.
+        block_n: of the tiles of lora_expand.
+        held: tokens behind those of the call, which the route of an engine lists too.
     """
 
     tokens: int = 5
@@ -75,6 +77,8 @@ class Case(BaseCase):
     scales_end_in_1: bool = False
     x_scale_dtype: torch.dtype = torch.float32
     by_column: bool = False
+    block_n: int = 32
+    held: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,9 +205,10 @@ def route_of(
 ) -> tuple[Any, Mapping[str, Guarded]]:
     """A route with tables of the reference and a poisoned workspace, and its tables."""
     live = [Live(t, a, 0) for t, a in enumerate(batch.adapters) if a is not None]
+    live += [Live(case.tokens + i, adapter, 0) for i, adapter in enumerate((batch.named * case.held)[: case.held])]
     tables = moe_route(live, block_m=case.block_m)
     num_blocks = len(tables.blocks)
-    pairs = allocate((case.tokens,), (1,), torch.int32, device)
+    pairs = allocate((case.tokens + case.held,), (1,), torch.int32, device)
     pairs[: len(live)] = tables.pairs.to(device)
     blocks = allocate((num_blocks + 2, 4), (4, 1), torch.int32, device)
     blocks[:num_blocks] = tables.blocks.to(device)
@@ -215,6 +220,13 @@ def route_of(
         "blocks": seal(blocks),
         "num_blocks": seal(count),
     }
+
+
+def lone_route(package: ModuleType, tokens: int, loras: int, parts: torch.Tensor | None, device: str) -> Any:
+    """A route of the last of ``tokens`` alone, with the last adapter."""
+    pairs = torch.full((tokens + 15,), tokens - 1, dtype=torch.int32, device=device)
+    blocks = torch.tensor([[loras - 1, 0, 0, 1]], dtype=torch.int32, device=device)
+    return package.EngineRoute(pairs, blocks, torch.ones_like(blocks[0, :1]), parts, tokens, 1, 1, loras, 16, 1)
 
 
 def dtype_of(tags: Tags) -> torch.dtype:

@@ -39,7 +39,7 @@ class Case(BaseCase):
         row_a_pair: x has a row a pair, not a token.
         shards: into which the ranks of y are gathered; 0: y has three dimensions.
         gap: elements between the rows of y, and between its slices.
-        far: the third slice of y is out of reach of 32-bit offsets.
+        far: what of y is out of reach of 32-bit offsets: the third of its "slices", or the last of its "rows".
         offset: column of the first slice.
         spread: elements of x are multiplied by powers of two from 2^-spread to 2^spread.
         nan_token: x, or y, of this token is NaN.
@@ -64,7 +64,7 @@ class Case(BaseCase):
     weights_dtype: torch.dtype = torch.float32
     shards: int = 0
     gap: int = 0
-    far: bool = False
+    far: str = ""
     offset: int = 0
     spread: int = 0
     nan_token: int | None = None
@@ -125,9 +125,11 @@ class Batch:
         """[S, T * top_k, rank], or [shards, S, T * top_k, rank / shards]; all poison."""
         case, shards = self.case, max(self.case.shards, 1)
         row = self.rank // shards + case.gap
-        size = HUGE // 2 if case.far else self.num_pairs * row + case.gap
+        size = HUGE // 2 if case.far == "slices" else self.num_pairs * row + case.gap
         shape = [shards, case.slices, self.num_pairs, self.rank // shards]
         strides = [case.slices * size, size, row, 1]
+        if case.far == "rows":
+            strides[1:3] = row, HUGE // 3
         of_y = slice(None) if case.shards else slice(1, None)
         if case.far:
             return allocate_sparse(shape[of_y], strides[of_y], torch.float32, self.device)

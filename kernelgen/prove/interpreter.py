@@ -7,7 +7,7 @@ want to know, which the stock interpreter lets pass without a word. With it:
   outside of its source; lanes that a mask turns off and that name no ``other`` hold values that show up (NaN, a large
   integer) instead of zero.
 * two programs of a launch that store to one address, or one that loads what another stores, raise ``Race``.
-* 32-bit signed integer arithmetic that wraps raises ``IntegerOverflow``.
+* 32-bit signed integer arithmetic that wraps raises ``IntegerOverflow``; integers divided by zero are a large one.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ _PARTS = {
         "create_add",
         "create_sub",
         "create_mul",
+        "create_sdiv",
+        "create_udiv",
+        "create_srem",
+        "create_urem",
         "create_gather",
         "create_masked_load",
         "create_masked_store",
@@ -85,6 +89,18 @@ def _watch_integers(interpreter: Any) -> None:
 
         return checked
 
+    def undefined_by_zero(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def divided(self: Any, left: Any, right: Any) -> Any:
+            result = stock(self, left, right)
+            if not np.all(right.data):
+                kind = result.data.dtype
+                result.data = np.where(right.data == 0, min(_UNDEFINED, np.iinfo(kind).max), result.data).astype(kind)
+            return result
+
+        return divided
+
+    for name in ("create_sdiv", "create_udiv", "create_srem", "create_urem"):
+        setattr(builder, name, undefined_by_zero(getattr(builder, name)))
     builder.create_add = watched(builder.create_add, np.add)
     builder.create_sub = watched(builder.create_sub, np.subtract)
     builder.create_mul = watched(builder.create_mul, np.multiply)

@@ -75,7 +75,7 @@ EQUIVALENT: Sequence[Excuse] = (
     Excuse(
         _RIGHT, r"(K|N|RANK) % \w+", "the masked path is right everywhere, only slower", r"\bif\b"
     ),
-    Excuse(_NO_CAST, r"(h|y|total)\.to\(.*\)", _IMPLICIT, r"[tg]l\.store"),
+    Excuse(_NO_CAST, r"\w+\.to\((out|v|h|y)_ptr\.dtype\.element_ty\)|(h|y|total)\.to\(.*\)", _IMPLICIT, r"[tg]l\.store"),
     Excuse(_NO_CAST, r"tl\.load\(rows \+ n, .*\)\.to\(tl\.float32\)", _FP32, r"^y = "),
     Excuse(_NO_MASK, r"tl\.load\(topk_ids_ptr \+ pair, mask=token < valid, .*", _TWICE),
     Excuse(_MOVED_BOUND, r"token < valid", _TWICE, r"^expert = tl\.load\(topk_ids_ptr|^here = \(token < valid\)"),
@@ -111,6 +111,14 @@ EQUIVALENT: Sequence[Excuse] = (
     Excuse(_LEFT, r"rows \* (N|K|RANK)", _DISGUISE),
     Excuse(_MOVED_BOUND, r"PARTS > \d+", "both ways to add parts are right"),
     Excuse(_MOVED_BOUND, r"row < end", "it is the last row once more, with the same bits", r"^live = "),
+    Excuse("condition never holds", r".* % \w+ == 0|.*RANK == BLOCK_R", "what is not whole has a mask, and is right everywhere"),
+    Excuse("choice dropped", r"tl\.where\( ?(.+), tl\.load\(.*mask=\1, other=0\.0.*", "the load has that mask"),
+    Excuse(_NO_CAST, r"(s|tl\.where\(live, listed, 0\))\.to\(tl\.int64\)", "the other summand is 64 bits wide", function="total"),
+    Excuse(_NO_CAST, r"\(part \* .*\)\.to\(tl\.int64\)", "there are fewer than 2^31 rows, and the token is 64 bits wide", r"^row = "),
+    Excuse(_NO_CAST, r".*\(rank - RANK\)\)\.to\(tl\.int64\)", "rows of one adapter are in reach of 32 bits", r"^a_ptr \+= "),
+    Excuse("division exchanged", r"BLOCK_M // 2", "a block of few rows is then a whole one: halves save work"),
+    Excuse(_NO_MASK, r"tl\.load\(parts_ptr \+ cells, mask=kept.*", "there are parts behind, and what is not kept is not stored"),
+    Excuse("choice dropped", r"tl\.where\(live, listed, 0\)", "a row that is not live is not loaded", function="total"),
     Excuse(_MOVED_BOUND, r"m0 >= rows", "a program without rows stores nothing; it returns to save work"),
     Excuse(_LEFT, r"\(pair >= 0\) & \(pair < num_pairs\)", "padding is never negative"),
     Excuse("id cut to 32 bits", r"tl\.load\(topk_ids_ptr \+ pair\)", _WORK, function="shrink"),
@@ -139,6 +147,7 @@ _MOVED: Mapping[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Eq: ast.NotEq,
     ast.NotEq: ast.Eq,
 }
+_TURNED: Mapping[type[ast.cmpop], type[ast.cmpop]] = {ast.Lt: ast.Gt, ast.LtE: ast.GtE, ast.Gt: ast.Lt, ast.GtE: ast.LtE}
 _EXCHANGED: Mapping[type[ast.operator], type[ast.operator]] = {
     ast.FloorDiv: ast.Mod,
     ast.Mod: ast.FloorDiv,
@@ -249,22 +258,36 @@ def _changes(node: ast.expr | ast.stmt) -> Iterator[Change]:
         if isinstance(node.op, ast.Div) and (power := re.fullmatch(r"1\.0 \+ (\w+\.exp)\(-(.*)\)", ast.unparse(node.right))):
             rest = ast.parse(f"1.0 + {power[1]}({power[2]})", mode="eval").body
             yield "sigmoid that cancels", node, ast.BinOp(node.left, ast.Sub(), ast.BinOp(node.left, ast.Div(), rest))
+        if isinstance(node.op, (ast.BitAnd, ast.BitOr)):
+            yield "and for or", node, with_changes(node, op=ast.BitOr() if isinstance(node.op, ast.BitAnd) else ast.BitAnd())
+        if isinstance(node.op, (ast.Add, ast.Sub)):
+            yield "sign turned", node, with_changes(node, op=ast.Sub() if isinstance(node.op, ast.Add) else ast.Add())
+        for side in ("left", "right"):
+            if isinstance(number := getattr(node, side), ast.Constant) and isinstance(number.value, int):
+                yield "number moved", number, ast.Constant(number.value + 1)
         if type(node.op) in _EXCHANGED:
             yield "division exchanged", node, with_changes(node, op=_EXCHANGED[type(node.op)]())
     elif isinstance(node, ast.Compare) and type(node.ops[0]) in _MOVED:
         if isinstance(node.ops[0], ast.NotEq) and ast.unparse(node.comparators[0]) == "0":
             yield "any other than one dropped", node, with_changes(node, ops=[ast.Eq()], comparators=[ast.Constant(1)])
         yield "bound moved", node, with_changes(node, ops=[_MOVED[type(node.ops[0])]()])
+        if type(node.ops[0]) in _TURNED:
+            yield "comparison turned", node, with_changes(node, ops=[_TURNED[type(node.ops[0])]()])
     elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in _CONFUSED:
         yield "names confused", node, with_changes(node, id=_CONFUSED[node.id])
     elif isinstance(node, ast.IfExp):
         yield "condition dropped", node, node.body
     elif isinstance(node, ast.If):
         yield "condition dropped", node.test, ast.Constant(True)
+        yield "condition never holds", node.test, ast.Constant(False)
     elif isinstance(node, ast.Return) and node.value is None:
         yield "exit dropped", node, ast.Pass()
     elif isinstance(node, ast.AugAssign):
         yield "update dropped", node, ast.Pass()
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and not isinstance(node.operand, ast.Constant):
+        yield "sign dropped", node, node.operand
+    elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, int):
+        yield "index moved", node, with_changes(node, slice=ast.Constant(node.slice.value + 1))
 
 
 def _changed_calls(node: ast.Call) -> Iterator[tuple[str, ast.AST]]:
@@ -278,14 +301,22 @@ def _changed_calls(node: ast.Call) -> Iterator[tuple[str, ast.AST]]:
         yield "store dropped", ast.Constant(None)
     if called == "tl.load" and re.match(r"topk_ids_ptr", ast.unparse(node.args[0])):
         yield "id cut to 32 bits", ast.Call(ast.Attribute(node, "to", ast.Load()), [ast.parse("tl.int32", mode="eval").body], [])
-    if called.endswith(".to") and isinstance(node.func, ast.Attribute):
+    if called.endswith(".to") and isinstance(node.func, ast.Attribute) and not _is_widened_again(node):
         yield "cast dropped", node.func.value
     if called in ("tl.minimum", "tl.maximum"):
         yield "clamp dropped", node.args[0]
         yield "only the clamp", node.args[1]
+        other = {"minimum": "maximum", "maximum": "minimum"}[called[3:]]
+        yield "clamp turned", with_changes(node, func=with_changes(node.func, attr=other))
+    if called in ("tl.program_id", "tl.num_programs"):
+        yield "other axis", with_changes(node, args=[ast.Constant(1)])
+    if called == "tl.zeros":
+        yield "sum does not begin at zero", ast.BinOp(node, ast.Add(), ast.Constant(1))
     if called in ("tl.range", "tl.static_range") and len(node.args) > 1:
-        last = ast.BinOp(node.args[1], ast.Sub(), ast.Constant(1))
-        yield "last turn dropped", with_changes(node, args=[node.args[0], last, *node.args[2:]])
+        begin, end, *step = node.args
+        by = step[0] if step else ast.Constant(1)
+        yield "first turn dropped", with_changes(node, args=[ast.BinOp(begin, ast.Add(), by), end, *step])
+        yield "last turn dropped", with_changes(node, args=[begin, ast.BinOp(end, ast.Sub(), by), *step])
     if called == "tl.debug_barrier":
         yield NO_BARRIER, ast.Constant(None)
     if called == "tl.where":
@@ -295,6 +326,15 @@ def _changed_calls(node: ast.Call) -> Iterator[tuple[str, ast.AST]]:
                 yield "NaN dropped", with_changes(node, func=with_changes(node.func, attr=clamp), args=[x, bound])
         yield "choice dropped", node.args[1]
         yield "other choice", node.args[2]
+
+
+def _is_widened_again(cast: ast.Call) -> bool:
+    """Whether a cast of weights from memory is of one that was made: of 8 bits every type in between holds all numbers."""
+    assert isinstance(cast.func, ast.Attribute)
+    inner = cast.func.value
+    while isinstance(inner, ast.Call) and isinstance(inner.func, ast.Attribute) and inner.func.attr == "to":
+        inner = inner.func.value
+    return inner is not cast.func.value and "eviction_policy=WEIGHTS" in ast.unparse(inner)
 
 
 def with_changes(node: ast.AST, **changes: object) -> ast.AST:
@@ -393,13 +433,15 @@ class Bench:
 
     def _broken_law(self, suite: Suite, variant: Variant, mutant: Mutant) -> str:
         """The law that does not hold with a mutant in the place of its variant; empty: all do."""
-        for law in suite.laws:
-            try:
-                with self.swapped(suite.package, variant, mutant.text), contextlib.suppress(unittest.SkipTest):
-                    suite.uphold(law, "cpu")
-            except Exception:
-                suite.uphold(law, "cpu")  # raises where it does not hold without the mutant
-                return law.name
+        also = [other for other in self._suites.values() if suite.family in other.laws_are_also_of]
+        for whose in (suite, *also):
+            for law in whose.laws:
+                try:
+                    with self.swapped(suite.package, variant, mutant.text), contextlib.suppress(unittest.SkipTest):
+                        whose.uphold(law, "cpu")
+                except Exception:
+                    whose.uphold(law, "cpu")  # raises where it does not hold without the mutant
+                    return law.name
         return ""
 
     def _meet(self, suite: Suite, variant: Variant, case: Case, of_order: bool = False) -> bool:
@@ -471,7 +513,8 @@ def _fate(bench: Bench, suite: Suite, variant: Variant, mutant: Mutant, texts: C
     others = [v for v in suite.variants if v != variant and v.tags.get(SCHEDULE) == variant.tags.get(SCHEDULE)]
     others = [v for v in others if mutant.statement in bench.source(v)]
     plain = sorted(others, key=lambda v: sum(tag not in ("none", "plain") for tag in v.tags.values()))[:1]  # what laws take
-    holders = dict.fromkeys([*plain, *sorted(others, key=lambda v: -len(suite.cases_for(v)))])
+    alike = sorted(others, key=lambda v: sum(v.tags[axis] != tag for axis, tag in variant.tags.items()))[:1]  # likewise
+    holders = dict.fromkeys([*plain, *alike, *sorted(others, key=lambda v: -len(suite.cases_for(v)))])
     for twin in itertools.islice(holders, _TWINS):
         for same in texts(twin.name):
             if same.change == mutant.change and (killer := bench.fate(suite, twin, same).killer):

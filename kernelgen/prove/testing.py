@@ -158,6 +158,11 @@ class Suite:
         room = laboratory(self.family, "laws")
         return [*room.LAWS, *([Law(tensors_lie_anywhere)] if hasattr(room, "good") else [])]
 
+    @property
+    def laws_are_also_of(self) -> Sequence[str]:
+        """Other families, whose kernels run in these laws."""
+        return tuple(getattr(laboratory(self.family, "laws"), "ALSO", ()))
+
     def check(self, variant: Variant, case: Case, device: str) -> float:
         """Run a case on a variant; return the worst error over its bound, at most 1.
 

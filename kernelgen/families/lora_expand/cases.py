@@ -40,12 +40,12 @@ _SIXTEEN_BIT = (
     Case("narrow_first", "a first slice below a tile", widths=(8, 100)),
     Case("empty", "a launch without programs", tokens=0),
     Case("nothing_live", "base tokens only, adapters loaded (vLLM #42008)", adapters="none"),
-    Case("mixed", "live rows beside rows without an adapter", core=True, tokens=9, adapters="mixed"),
+    Case("mixed", "live rows beside others, of a route that lists more", core=True, tokens=9, held=2, adapters="mixed"),
     Case("last_adapter", "the last adapter of a mixed batch (vLLM #32235)", adapters="last"),
     Case("one_adapter", "a single slot", loras=1),
     Case("offset", "columns in front of the first slice", offset=24, widths=(40, 40)),
     Case("y_16_bit", "rank vectors in 16 bits, as an all-reduce may leave them", y_dtype=None, widths=(40, 24)),
-    Case("y_in_parts", "parts of K to add up, whose last quarter is short", core=True, y_parts=7, rank="part"),
+    Case("y_in_parts", "parts of K to add up, whose last quarter is short", core=True, y_parts=7, rank="part", held=2),
     Case("y_in_two_parts", "parts that are no more than quarters", y_parts=2, widths=(64, 128), rank="part"),
     Case("out_f32", "out in fp32, as of a head", core=True, out_dtype=torch.float32, adapters="mixed", widths=(40, 24)),
     Case("packed", "nothing between rows", layout="packed", widths=(40, 24)),
@@ -73,13 +73,24 @@ _SIXTEEN_BIT = (
     ),
 )
 _FP8 = (
+    Case("w8_lone_tiles", "full tiles, one a program", **_W8, own_tiles=True, widths=(128, 64)),
     Case("w8_one", "every size is one", **_W8, tokens=1, loras=1, widths=(1,), rank="one"),
     Case(
         "w8_query_key_value",
         "scales of slices of unequal width (vLLM takes the strides of slice 0 for all), and e5m2",
         **_W8,
+        held=2,
         element="e5m2",
         widths=(300, 40, 130),
+    ),
+    Case(
+        "w8_wide_tiles",
+        "tiles of several groups, behind the last",
+        **_W8_GROUP,
+        layout="packed",
+        loras=1,
+        block_n=256,
+        widths=(300, 100),
     ),
     Case("w8_rank_groups", "ranks of two groups", body=_SCALES, only={**_W8_GROUP["only"], **_RANY}, rank=200, widths=(150,)),
     Case("w8_packed", "nothing behind the last scale", **_W8, layout="packed", loras=1, widths=(60, 24)),
@@ -135,7 +146,7 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
     expected = lora_expand(out, y, stands_for, batch.adapters, offset_start=case.offset, **flags)
     sparse = out.untyped_storage().nbytes() >= HUGE
     guarded = seal(out if sparse else columns, sparse=sparse)
-    config = None if case.own_tiles else tiles(launcher)
+    config = None if case.own_tiles else tiles(launcher, case)
     weights = lora_inputs.given(case, b)
     with contextlib.nullcontext() if parts is None else _in_parts(package, launcher, case, *parts):
         launcher(out, y, weights, route, offset_start=case.offset, config=config, **options)
@@ -166,6 +177,6 @@ def _in_parts(
         yield
 
 
-def tiles(launcher: Callable[..., None]) -> Any:
+def tiles(launcher: Callable[..., None], case: Case) -> Any:
     """Tiles that small shapes can be less than, equal to and greater than."""
-    return sys.modules[launcher.__module__].Config(16, 32, 2, 2, 4)
+    return sys.modules[launcher.__module__].Config(16, case.block_n, 2, 2, 4)

@@ -10,7 +10,7 @@ from typing import Any, Callable, Mapping, Sequence
 import torch
 
 from kernelgen.families import lora_inputs
-from kernelgen.families.buffers import bits, poison_
+from kernelgen.families.buffers import allocate_sparse, bits, poison_
 from kernelgen.families.case import Law, Variant, worst_ratio
 from kernelgen.families.lora_expand.reference import lora_expand
 from kernelgen.families.lora_inputs import Batch, Case
@@ -147,6 +147,23 @@ def any_batch_same_bits(package: ModuleType, variants: Sequence[Variant], device
         assert torch.equal(bits(first), bits(again)), "a repeated call gives other bits"
         part = layer.apply(package, layer.out[chosen], chosen)
         assert torch.equal(bits(part), bits(first[chosen])), f"rank {rank}, {dtype}: bits depend on the batch"
+
+
+def far_tokens_same_bits(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """The last of so many tokens that no slice of y is in reach of 32-bit offsets: the bits of it alone."""
+    variant = next(v for v in variants if v.tags["rank"] == "rany" and v.tags["weight_quant"] == "none")
+    launcher, slices, rank = variant.launcher(package), 3, 512
+    case = dataclasses.replace(_CASE, tokens=1, widths=(40,) * slices, rank=rank, adapters="one")
+    batch, numbers = lora_inputs.draw(case, device), case.generator()
+    b = [w.tensor for w in lora_inputs.make_weights(case, variant.tags, batch, case.widths, rank, numbers)]
+    vectors, made = torch.randn(slices, rank, generator=numbers).to(device), []
+    for tokens in (1, 2**21):
+        y = allocate_sparse((slices, tokens, rank), (tokens * rank, rank, 1), torch.float32, device)
+        y[:, -1] = vectors
+        out = allocate_sparse((tokens, 40 * slices), (40 * slices, 1), b[0].dtype, device)
+        launcher(out, y, b, lora_inputs.lone_route(package, tokens, case.loras, None, device))
+        made.append(out[-1].clone())
+    assert torch.equal(*map(bits, made)), "other bits"
 
 
 def an_offset_is_not_remembered(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
@@ -349,6 +366,7 @@ def adapters_say_their_ranks_and_scalings(package: ModuleType, variants: Sequenc
             assert torch.equal(bits(again), bits(wanted)), f"K {k}, packed {is_packed}: its two products have other bits"
 
 
+ALSO = ("lora_shrink",)  # whose kernels run here too
 LAWS = (
     Law(both_products_give_the_same_bits),
     Law(a_held_route_serves_every_batch),
@@ -357,6 +375,7 @@ LAWS = (
     Law(measured_tiles_are_found),
     Law(fp8_front_doors),
     Law(any_batch_same_bits),
+    Law(far_tokens_same_bits),
     Law(an_offset_is_not_remembered),
     Law(stale_workspace),
     Law(wrong_arguments_are_named),

@@ -11,7 +11,7 @@ import torch
 
 from kernelgen.core.model import VOCABULARY
 from kernelgen.families import lora_inputs
-from kernelgen.families.buffers import bits, poison_
+from kernelgen.families.buffers import allocate_sparse, bits, poison_
 from kernelgen.families.case import Law, Variant, worst_ratio
 from kernelgen.families.lora_inputs import Batch, Case
 from kernelgen.families.lora_shrink.cases import tiles
@@ -103,6 +103,28 @@ def ranks_that_count(package: ModuleType, variants: Sequence[Variant], device: s
         for token in batch.live:
             whole[:, token, max(counts[batch.adapters[token] or 0], 0) :] = 0.0
         assert torch.equal(bits(part), bits(whole)), f"{variant.name}: other bits"
+
+
+def far_tokens_same_bits(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
+    """The last of so many tokens that no slice of y, and no part of it, is in reach of 32-bit offsets: the bits of it alone."""
+    variant = next(v for v in variants if v.tags["rank"] == "rany" and v.tags["weight_quant"] == v.tags["act_quant"] == "none")
+    launcher, slices, rank, k = variant.launcher(package), 3, 512, 128
+    case = dataclasses.replace(_CASE, tokens=1, k=k, widths=(1,) * slices, rank=rank, adapters="one")
+    batch, numbers = lora_inputs.draw(case, device), case.generator()
+    x = lora_inputs.make_x(case, variant.tags, batch, numbers).tensor
+    a = [w.tensor for w in lora_inputs.make_weights(case, variant.tags, batch, [rank] * slices, k, numbers)]
+    for parts, together in ((0, True), (1, False)):
+        made = []
+        for tokens in (1, 2**21):
+            rows = allocate_sparse((tokens, k), (k, 1), x.dtype, device)
+            rows[-1] = x[0]
+            y = allocate_sparse((slices, tokens, rank), (tokens * rank, rank, 1), torch.float32, device)
+            space = allocate_sparse((2 * y.numel(),), (1,), torch.float32, device)
+            route = lora_inputs.lone_route(package, tokens, case.loras, space, device)
+            config = tiles(launcher, dataclasses.replace(case, parts=parts, together=together))
+            launcher(y, rows, a, route, scaling=0.3, config=config)
+            made.append(y[:, -1].clone())
+        assert torch.equal(*map(bits, made)), f"{parts} parts: other bits"
 
 
 def every_rank_has_a_variant(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
@@ -246,6 +268,7 @@ LAWS = (
     Law(front_door),
     Law(any_batch_any_split_same_bits),
     Law(ranks_that_count),
+    Law(far_tokens_same_bits),
     Law(every_rank_has_a_variant),
     Law(tiles_end_with_what_they_divide),
     Law(measured_tiles_keep_the_order),

@@ -426,7 +426,7 @@ CASES = (
     Case(
         "nan_roles",
         "a NaN of the gate, and one of up, stay",
-        only=MappingProxyType({**_ACTIVATED, **_ROLES}),
+        only=MappingProxyType({**_ACTIVATED, **_ROLES, **_only(out_quant="none")}),
         body=("epilogue",),
         tokens=2,
         k=128,

@@ -44,7 +44,7 @@ CASES = (
         gap=8,
         **_ANY_RANK,
     ),
-    Case("part_of_a_buffer_in_one", "as it is, without parts", slices=2, gap=8, split=128, rank="part", **_ANY_RANK),
+    Case("part_of_a_buffer_in_one", "as it is, without parts", slices=2, gap=8, k=64, split=128, rank="part", **_ANY_RANK),
     Case("empty", "a launch without programs", tokens=0, **_ANY_RANK),
     Case(
         "nothing_live", "base tokens only: y must be 0, not what it was", routing=Routing("none"), slices=2, **_ANY_RANK
@@ -86,7 +86,8 @@ CASES = (
     Case("huge_experts", "32-bit offsets of experts wrap (vLLM #53028)", routing=_ONE_GROUP, layout="huge_experts", **_ANY_RANK),
     Case("huge_rows", "32-bit offsets of rows wrap (vLLM #39585)", tokens=3, layout="huge_rows", **_ANY_RANK),
     Case("no_workspace", "parts in memory of their own", k=200, workspace=False, **_ANY_RANK),
-    Case("far_slices", "32-bit offsets of the slices of y wrap", slices=3, far=True, tokens=2, split=128, **_ANY_RANK),
+    Case("far_slices", "32-bit offsets of the slices of y wrap", slices=3, far="slices", tokens=2, split=64, **_ANY_RANK),
+    Case("far_rows", "32-bit offsets of the rows of y wrap", slices=2, far="rows", tokens=2, **_ANY_RANK),
     Case("apart", "slices that share no product", slices=3, card="gfx942"),
     Case("rank_one", "a rank far below its bucket", rank="one", slices=2),
     Case("rank_8", "half a rank of 16", rank=8, slices=2),
@@ -131,7 +132,7 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
     routing = {name: tensor for name, tensor in batch.routed.tensors.items() if tensor is not None}
     inputs = sealed({"x": x, **{f"lora_a[{s}]": w for s, w in enumerate(a)}, **routing})
     value, bound = moe_lora_shrink(x, a, batch.routed.live, num_pairs=batch.num_pairs)
-    guarded = seal(y, sparse=case.far)
+    guarded = seal(y, sparse=bool(case.far))
     launcher(y, x, a, route, config=None if case.own_tiles else tiles(launcher, case))
     unchanged({**inputs, **tables})
     stray = int((guarded.changed() & ~positions(guarded, torch.ones(y.shape[:2], dtype=torch.bool))).sum())

@@ -259,6 +259,7 @@ def real_sizes(package: ModuleType, variants: Sequence[Variant], device: str) ->
             about(lambda rows=rows: worst_ratio(*rows), f"{tokens} tokens, rank {rank}, scales {mode}")  # type: ignore[misc]
 
 
+ALSO = ("moe_runs", "moe_gemm", "moe_sum")  # whose kernels run here too
 LAWS = (
     Law(layers_with_adapters),
     Law(fp8_layers_with_adapters, slow=True),
