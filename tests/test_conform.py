@@ -27,15 +27,13 @@ def expand(y, weights, out, mapping, offset):
 """
 ADAPTER = """
 import torch
-from kernelgen.measure.conform.run import Adapter, theirs
+from kernelgen.measure.conform.run import Adapter, adapters_of_tokens, theirs
 from kernelgen.measure.workload import Unsupported
 
 def expand(tags, out, y, lora_b, route, offset_start=0):
     if out.untyped_storage().nbytes() > 2**20 or out.dtype != torch.bfloat16 or lora_b[0].dim() != 3:
         raise Unsupported("small calls")
-    mapping = torch.full((route.num_tokens,), -1, dtype=torch.int32)
-    for adapter, _, first, rows in route.blocks[: int(route.num_blocks)].tolist():
-        mapping[route.pairs[first : first + rows].long()] = adapter
+    mapping = adapters_of_tokens(route, out.device)
     theirs("a_system", "expand", y, list(lora_b), out, mapping, offset_start)
 
 ADAPTERS = {"lora_expand": Adapter({"expand": expand}, {"weight_quant": ("none",)})}

@@ -20,7 +20,7 @@ from triton.runtime import interpreter as stock
 
 from kernelgen.families import _repairs
 from kernelgen.prove import interpreter
-from kernelgen.prove.interpreter import IntegerOverflow, OutOfBounds, Race
+from kernelgen.prove.interpreter import IntegerOverflow, OutOfBounds, Race, WrongHint
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(
@@ -269,6 +269,19 @@ def test_integers_divided_by_zero_are_not_zero() -> None:
     out = torch.zeros(4, dtype=torch.int32)
     divide_kernel[(1,)](out, torch.tensor([0, 2], dtype=torch.int32), N=2)
     assert out[1::2].tolist() == [3, 1] and min(out[::2].tolist()) > 1000
+
+
+@triton.jit
+def hinted_kernel(out_ptr, RUN: tl.constexpr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out_ptr + i, tl.max_constancy(i // 4, [RUN]))
+
+
+def test_hints_are_held_to() -> None:
+    out = torch.zeros(16, dtype=torch.int32)
+    hinted_kernel[(1,)](out, RUN=4, N=16)
+    with pytest.raises(WrongHint, match="constancy of 8"):
+        hinted_kernel[(1,)](out, RUN=8, N=16)
 
 
 @triton.jit

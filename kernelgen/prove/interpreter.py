@@ -8,6 +8,7 @@ want to know, which the stock interpreter lets pass without a word. With it:
   integer) instead of zero.
 * two programs of a launch that store to one address, or one that loads what another stores, raise ``Race``.
 * 32-bit signed integer arithmetic that wraps raises ``IntegerOverflow``; integers divided by zero are a large one.
+* a hint of equal or consecutive numbers that is not so raises ``WrongHint``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from kernelgen.families._repairs import is_narrow, narrowed
 from kernelgen.prove import gluon, order
 from kernelgen.prove.memory import Launch, MemoryFault, OutOfBounds, Race, beside, tensors, unwrapped
 
-__all__ = ["IntegerOverflow", "MemoryFault", "OutOfBounds", "Race", "install"]
+__all__ = ["IntegerOverflow", "MemoryFault", "OutOfBounds", "Race", "WrongHint", "install"]
 
 _PARTS = {
     "InterpreterBuilder": (
@@ -42,6 +43,7 @@ _PARTS = {
         "create_atomic_rmw",
         "create_atomic_cas",
     ),
+    "TensorHandle": ("set_attr",),
     "GridExecutor": ("__call__", "_init_args_hst", "_restore_args_dev"),
     "InterpreterError": (),
     "interpreter_builder": ("options",),
@@ -50,6 +52,10 @@ _PARTS = {
 
 class IntegerOverflow(MemoryFault):
     """A 32-bit signed integer operation whose result does not fit."""
+
+
+class WrongHint(MemoryFault):
+    """What a kernel tells the compiler of numbers is not so."""
 
 
 @functools.cache
@@ -64,6 +70,7 @@ def install() -> None:
 
     _repairs.require_parts(interpreter, _PARTS)
     _watch_integers(interpreter)
+    _watch_hints(interpreter)
     _watch_memory(interpreter)
     order.install()
     gluon.install()
@@ -104,6 +111,22 @@ def _watch_integers(interpreter: Any) -> None:
     builder.create_add = watched(builder.create_add, np.add)
     builder.create_sub = watched(builder.create_sub, np.subtract)
     builder.create_mul = watched(builder.create_mul, np.multiply)
+
+
+def _watch_hints(interpreter: Any) -> None:
+    handle = interpreter.TensorHandle
+    stock = handle.set_attr
+
+    def set_attr(self: Any, name: str, values: Any) -> None:
+        stock(self, name, values)
+        if name in ("tt.constancy", "tt.contiguity"):
+            for axis, run in enumerate(values):
+                first = np.arange(self.data.shape[axis]) // run * run
+                steps = np.moveaxis(self.data - np.take(self.data, first, axis), axis, -1)
+                if (steps != (np.arange(steps.shape[-1]) - first) * (name == "tt.contiguity")).any():
+                    raise WrongHint(f"{name[3:]} of {run} is said, and is not so, of {self.data.tolist()}")
+
+    handle.set_attr = set_attr
 
 
 # Memory. A launch knows the extents of its tensors and notes which program loads and stores where.

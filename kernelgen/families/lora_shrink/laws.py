@@ -25,7 +25,7 @@ _FULL = dataclasses.replace(_CASE, rank="full")
 
 def route_is_the_references(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """lora_route makes exactly the tables of the reference, in poisoned workspaces, for few tokens and many."""
-    for tokens, block_m in ((0, None), (1, 16), (40, None), (70, 64), (513, 32)):
+    for tokens, block_m in ((0, None), (1, 16), (40, None), (70, 64), (513, 32), (2049, 128)):
         batch = lora_inputs.draw(dataclasses.replace(_CASE, tokens=tokens), device)
         space = package.lora_workspace(max_tokens=max(tokens, 1), max_loras=3, max_rank=16, num_slices=1, device=device)
         poison_(space.tables)
@@ -263,6 +263,7 @@ def route_refuses_what_it_cannot_sort(package: ModuleType, variants: Sequence[Va
         refuses(package.lora_route, arguments, "lora_route", label)
 
 
+ALSO = ("moe_route",)  # whose kernels run here too
 LAWS = (
     Law(route_is_the_references),
     Law(front_door),

@@ -57,7 +57,7 @@ CASES = (
     Case("one", "every size is one", tokens=1, top_k=1, experts=1, n=1),
     Case("lt_tile", "a tile that is not full", n=40),
     Case("eq_tile", "one full tile", n=64),
-    Case("gt_tile", "a full tile, then a column", n=65),
+    Case("gt_tile", "full tiles, then a row and a column", top_k=1, n=65),
     Case("ragged", "pairs that are elsewhere", core=True, tokens=9, top_k=3, n=100, routing=Experts("mixed", start=2)),
     Case("empty", "a launch without programs", tokens=0),
     Case("nothing_local", "no row at all", routing=Experts("away")),

@@ -135,7 +135,8 @@ def adapters_of_tokens(route: Any, device: torch.device) -> torch.Tensor:
     """The adapter of each token of a dense layer [T], -1 where it has none, from the blocks of a route; for adapters."""
     mapping = torch.full((route.num_tokens,), -1, dtype=torch.int32, device=device)
     for adapter, _, first, rows in route.blocks[: int(route.num_blocks)].tolist():
-        mapping[route.pairs[first : first + rows].long()] = adapter
+        listed = route.pairs[first : first + rows]
+        mapping[listed[listed < route.num_tokens].long()] = adapter
     return mapping
 
 
