@@ -67,6 +67,15 @@ def test_opcheck(device: str) -> None:
     torch.library.opcheck(OPS.lora.default, whole)
 
 
+def test_a_refill_beside_its_tables_is_not_checked_at_length() -> None:
+    """Allocators put a mapping right in front of the tables, or behind them."""
+    for mapping in (torch.zeros(9, dtype=torch.int32), torch.zeros(9, dtype=torch.int64)):
+        held = kg.lora_route(mapping, max_loras=LORAS, capacity=9)
+        for begin, apart in ((mapping.nbytes, True), (mapping.nbytes - 1, False), (1 - held._bytes, False), (-held._bytes, True)):
+            held._begin = mapping.data_ptr() + begin
+            assert held._fits(mapping, None) == apart
+
+
 @pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(
     ("apply", "with_workspace"), [(one_op, False), (one_op, True), (two_ops, False), (two_ops, True), (held, True)]

@@ -135,7 +135,7 @@ class HeldRoute:
                 and mapping.shape[0] <= self.capacity
                 and mapping.is_contiguous()
                 and mapping.device == self._device
-                and not -8 * mapping.shape[0] < mapping.data_ptr() - self._begin < self._bytes
+                and not -mapping.nbytes < mapping.data_ptr() - self._begin < self._bytes
                 and (valid_tokens is None or self._counts(valid_tokens))
             )
         except AttributeError:
