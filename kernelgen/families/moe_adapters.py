@@ -91,6 +91,7 @@ LAYOUTS: Mapping[str, Callable[[int, int], tuple[int, int]]] = {
     "shared": lambda size, experts: (size, 0),
     "huge_adapters": lambda size, experts: (HUGE // 2, size),
     "huge_experts": lambda size, experts: (size, HUGE // 2),
+    "huge_both": lambda size, experts: (HUGE // 2, HUGE // 2 + 16 * size),
     "huge_shared": lambda size, experts: (HUGE // 2, 0),
 }
 

@@ -122,6 +122,16 @@ EQUIVALENT: Sequence[Excuse] = (
     Excuse("division exchanged", r"BLOCK_M // 2", "a block of few rows is then a whole one: halves save work"),
     Excuse(_NO_MASK, r"tl\.load\(parts_ptr \+ cells, mask=kept.*", "there are parts behind, and what is not kept is not stored"),
     Excuse("choice dropped", r"tl\.where\(live, listed, 0\)", "a row that is not live is not loaded", function="total"),
+    Excuse("condition never holds", r"m0 >= rows", "a program without rows stores nothing; it returns to save work"),
+    Excuse(
+        _NO_CAST,
+        r"\(?(num_)?(pairs?|first \+ of_j)\)?\.to\([tg]l\.int64\)",
+        "pairs that are taken one by one are few, and so are their rank vectors",
+        r"v_rows? = |_rank_vector|^v = ",
+    ),
+    Excuse(_NO_CAST, r"of_expert\.to\(gl\.int64\)", "it is 64 bits wide as it comes"),
+    Excuse(_NO_CAST, r"part\.to\(tl\.int64\)", "likewise", r"^v_row = "),
+    Excuse(_NO_CAST, r"chunk.*\.to\(tl\.int64\)", "a batch has fewer than 2^31 counters"),
     Excuse(_MOVED_BOUND, r"m0 >= rows", "a program without rows stores nothing; it returns to save work"),
     Excuse(_LEFT, r"\(pair >= 0\) & \(pair < num_pairs\)", "padding is never negative"),
     Excuse("id cut to 32 bits", r"tl\.load\(topk_ids_ptr \+ pair\)", _WORK, function="shrink"),
@@ -204,9 +214,24 @@ def mutants(source: str, variant: str = "") -> list[Mutant]:
     for function in ast.parse(source).body:
         if isinstance(function, ast.FunctionDef) and _is_kernel(function):
             name = function.name.removeprefix(variant).strip("_")
-            changes = (change for node in _places(function) for change in _changes(node))
+            wide = _wide(function)
+            changes = (change for node in _places(function) for change in _changes(node) if not _is_wide_anyway(change, wide))
             found += changed(source, name, changes)
     return found
+
+
+def _wide(function: ast.FunctionDef) -> set[str]:
+    """Names of a kernel that are 64 bits wide from the first."""
+    made = [node for node in ast.walk(function) if isinstance(node, ast.Assign)]
+    wide = [each for each in made if re.search(r"\.to\([tg]l\.int64\)( - \w+)?$", ast.unparse(each.value))]
+    return {ast.unparse(target) for each in wide for target in each.targets}
+
+
+def _is_wide_anyway(change: Change, wide: set[str]) -> bool:
+    """Whether it drops a cast to 64 bits of what has them."""
+    operator, place, _ = change
+    cast = re.fullmatch(r"(\w+)\.to\([tg]l\.int64\)", ast.unparse(place)) if operator == _NO_CAST else None
+    return cast is not None and cast[1] in wide
 
 
 def changed(source: str, function: str, changes: Iterable[Change]) -> Iterator[Mutant]:

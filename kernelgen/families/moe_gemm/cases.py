@@ -8,6 +8,7 @@ must not write is compared bit for bit; rows that it must write are NaN before.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from types import MappingProxyType, ModuleType
 from typing import Any, Callable, Mapping, Sequence
@@ -51,7 +52,8 @@ class Case(BaseCase):
         align: rows are padded to a multiple of this many 16-bit elements, or twice as many of 8 bits,
         gap: and then lie so far apart.
         offset: elements that memory starts behind a 16-byte boundary.
-        expert_stride, row_stride: of the weights, and of x and out, where they are given.
+        expert_stride, row_stride: of the weights, and of x, its scales and out, where they are given.
+        scale_stride: of the scales of weights and of the biases of experts, where it is given.
         element: of FP8 operands.
         scales_end_in_1: scales a channel have a last dimension of one.
         scale_a_slice: a scale a matrix is one of each of its slices.
@@ -86,6 +88,7 @@ class Case(BaseCase):
     offset: int = 0
     expert_stride: int | None = None
     row_stride: int | None = None
+    scale_stride: int | None = None
     element: str = "e4m3"
     scales_end_in_1: bool = False
     scale_a_slice: bool = False
@@ -138,6 +141,14 @@ _ACTIVATED = MappingProxyType({"epilogue": [tag for tag in VOCABULARY["epilogue"
 _MANY = Adapters("spread", 60)
 _FP8_TILED = MappingProxyType({**_FP8, **_only(schedule="tile box warp_specialised")})
 _ROLES = _only(schedule="warp_specialised")
+_STRIDED = _only(schedule="gemv naive tile lanes lane_gemv")
+_BOX = _only(schedule="box")
+_FAR: Mapping[str, Any] = {
+    **{"tokens": 4, "few": 4, "routing": _ONE, "row_stride": _HUGE // 3, "scale_stride": _HUGE // 2},
+    **{"adapters": Adapters("one"), "b_layout": "huge_both", "rank": 16},
+}
+_FAR_STRIDED: Mapping[str, Any] = {"only": _STRIDED, "experts": 9, "k": 136, "expert_stride": _HUGE // 2}
+_FAR_ROLES: Mapping[str, Any] = {"only": _ROLES, "k": 256, "block_m": 128}
 
 _OF_LORA = (
     Case("rank_1", "a rank of one, and one part", only=_LORA, rank=1, parts=1),
@@ -205,8 +216,6 @@ _OF_LORA = (
         rank=40,
         adapters=RANKED,
     ),
-    Case("huge_adapters", "32-bit offsets of adapters wrap", only=_LORA, adapters=Adapters("one"), b_layout="huge_adapters"),
-    Case("huge_b", "32-bit offsets of the experts of factors wrap", only=_LORA, routing=_ONE, b_layout="huge_experts"),
 )
 
 # Of warps of roles: a ring of slots that begins anew within a tile and between tiles, halves of a block with and without rows.
@@ -433,21 +442,10 @@ CASES = (
         block_m=128,
         nan=True,
     ),
-    Case(
-        "huge_experts",
-        "32-bit offsets of experts wrap",
-        only=_only(schedule="gemv naive tile", epilogue="none relu2"),
-        expert_stride=_HUGE // 2,
-        routing=_ONE,
-    ),
-    Case(
-        "huge_rows",
-        "32-bit offsets of rows wrap",
-        only=_only(schedule="gemv naive tile", act_quant="none a8tensor a8token"),
-        row_stride=_HUGE // 3,
-        tokens=4,
-        few=4,
-        top_k=2,
+    *(
+        Case(f"far{name}", "32-bit offsets of rows, experts, adapters, scales and biases wrap", **sizes, body=body, **_FAR)
+        for name, sizes in (("", _FAR_STRIDED), ("_box", {"only": _BOX, "k": 136}), ("_roles", _FAR_ROLES))
+        for name, body in ((name, _QUANTS), (f"{name}_more", _MORE))
     ),
     Case(
         "fp8",
@@ -718,7 +716,10 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
     x_scale, x_numbers = None, x
     if of_x:
         shape = (case.experts,) if case.scale_an_expert else quant.x_scale_shape(of_x, x_shape, quant.group()[1])
-        x_scale = quant.allocate_x_scale(shape, device, case.scales_dtype, case.by_column)
+        if case.row_stride and len(shape) == 2 and shape[1] > 1:
+            x_scale = memory(shape, (case.row_stride, 1), case.scales_dtype)
+        else:
+            x_scale = quant.allocate_x_scale(shape, device, case.scales_dtype, case.by_column)
     expert_of = dict(zip(sources, [expert for _, expert in (order if reads == "sorted" else routed.local)], strict=True))
     for row in sorted(set(sources)):
         x[row] = quant.as_dtype(torch.randn(case.k, generator=numbers), x)
@@ -748,7 +749,8 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
         if case.scale_a_slice:
             shape = (*shape, slices)
         kind = torch.uint8 if of_weights == "mx" and case.scales_dtype == torch.float32 else case.scales_dtype
-        w_scale = allocate(shape, row_major(shape), kind, device)
+        inner = row_major(shape)[1:]
+        w_scale = memory(shape, (case.scale_stride or math.prod(shape[1:]), *inner), kind)
     for expert in sorted({item.expert for item in routed.local}):
         if w_scale is not None and of_weights == "mx":
             quant.draw_mxfp4(w[expert], w_scale[expert], size, numbers)
@@ -764,7 +766,7 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
     scaled = of_weights not in (None, "mx")  # MXFP4 is exact in 16 bits
     bias = None
     if tags.get("bias", "none") == "bias":
-        bias = draw_bias(routed, height, case.bias_dtype, numbers, device, gap=case.gap, offset=case.offset)
+        bias = draw_bias(routed, height, case.bias_dtype, numbers, device, gap=case.scale_stride or case.gap, offset=case.offset)
     weights = None
     if tags["routed_weight"] == "weighted":
         weights = allocate((tokens, case.top_k), (case.top_k, 1), case.weights_dtype, device)
@@ -899,7 +901,7 @@ def tables_of(
     pairs = allocate((num_pairs,), (1,), torch.int32, device)
     pairs[: len(wanted.order)] = torch.tensor([item.pair for item in wanted.order], dtype=torch.int32).to(device)
     entries = [_NO_ROWS, *(entry for block in wanted.blocks.tolist() for entry in (block, _NO_ROWS))]
-    blocks = allocate((len(entries) + 2, 3), (3, 1), torch.int32, device)
+    blocks = allocate((max(len(entries) + 2, num_pairs), 3), (3, 1), torch.int32, device)
     blocks[: len(entries)] = torch.tensor(entries, dtype=torch.int32).to(device)
     count = torch.tensor([len(entries)], dtype=torch.int32, device=device)
     hint = routed.topk_ids.shape[0] if case.hint is None else case.hint
