@@ -14,6 +14,7 @@ _POISON = 0x7FDA
 _POISON_8 = 0x7F  # a NaN as float8_e4m3fn and float8_e5m2
 _POISON_E8M0 = 0xFF  # so too in a byte
 _GUARD = 64  # elements of poison before and after a view; keeps 16-byte alignment
+_SPARSE = 2**29  # elements
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
@@ -64,11 +65,13 @@ def allocate(
     *,
     offset: int = 0,
 ) -> torch.Tensor:
-    """A view of ``shape`` and ``strides`` (elements) in memory that is all poison; ``seal`` guards it.
+    """A view of ``shape`` and ``strides`` (elements) in memory that is all poison; ``seal`` guards it. Gigabytes are sparse.
 
     Args:
         offset: elements that the view starts behind a 16-byte boundary.
     """
+    if _span(shape, strides) >= _SPARSE:
+        return allocate_sparse(shape, strides, dtype, device)
     base = torch.empty(_GUARD + offset + _span(shape, strides) + _GUARD, dtype=dtype, device=device)
     return poison_(base).as_strided(shape, strides, _GUARD + offset)
 
@@ -88,7 +91,7 @@ def allocate_sparse(
 
 def seal(view: torch.Tensor, *, sparse: bool = False) -> Guarded:
     """Note the bits of the view and of all memory around it, or of a sparse view alone."""
-    if sparse:
+    if sparse or view.untyped_storage().nbytes() >= _SPARSE * view.element_size():
         return Guarded(view, view, bits(view).clone())
     storage = view.untyped_storage()
     base = torch.empty(0, dtype=view.dtype, device=view.device).set_(storage)

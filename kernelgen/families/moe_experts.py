@@ -9,7 +9,7 @@ from typing import Callable, Mapping, NamedTuple
 
 import torch
 
-from kernelgen.families.buffers import allocate, allocate_sparse
+from kernelgen.families.buffers import allocate
 from kernelgen.families.moe_align.reference import Local, local_pairs
 
 BY_PAIR = ("gemv", "naive", "lane_gemv")  # schedules of moe_gemm that take pairs as they come, without tables
@@ -118,11 +118,7 @@ def draw_bias(
     offset: int = 0,
 ) -> torch.Tensor:
     """A bias [E, width] of the experts that have pairs; that of others is poison, as it must not be read."""
-    shape, strides = (routed.num_experts, width), (width + gap, 1)
-    if gap < 2**30:
-        bias = allocate(shape, strides, dtype, device, offset=offset)
-    else:
-        bias = allocate_sparse(shape, strides, dtype, device)
+    bias = allocate((routed.num_experts, width), (width + gap, 1), dtype, device, offset=offset)
     for expert in sorted({item.expert for item in routed.local}):
         bias[expert] = torch.randn(width, generator=numbers).to(bias)
     return bias

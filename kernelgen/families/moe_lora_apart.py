@@ -39,7 +39,7 @@ class Case(BaseCase):
         row_a_pair: x has a row a pair, not a token.
         shards: into which the ranks of y are gathered; 0: y has three dimensions.
         gap: elements between the rows of y, and between its slices.
-        far: what of y is out of reach of 32-bit offsets: the third of its "slices", or the last of its "rows".
+        far: of y, the third of its "slices", or the last of its "rows", is out of reach of 32-bit offsets.
         offset: column of the first slice.
         spread: elements of x are multiplied by powers of two from 2^-spread to 2^spread.
         nan_token: x, or y, of this token is NaN.

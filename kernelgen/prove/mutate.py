@@ -129,6 +129,7 @@ EQUIVALENT: Sequence[Excuse] = (
         "pairs that are taken one by one are few, and so are their rank vectors",
         r"v_rows? = |_rank_vector|^v = ",
     ),
+    Excuse(_NO_CAST, r"next_part\.to\(tl\.int64\)", "K is in parts for few pairs alone"),
     Excuse(_NO_CAST, r"of_expert\.to\(gl\.int64\)", "it is 64 bits wide as it comes"),
     Excuse(_NO_CAST, r"part\.to\(tl\.int64\)", "likewise", r"^v_row = "),
     Excuse(_NO_CAST, r"chunk.*\.to\(tl\.int64\)", "a batch has fewer than 2^31 counters"),

@@ -72,7 +72,14 @@ CASES = (
     Case("own_tiles", "the tiles that the rule takes", own_tiles=True, n=300),
     Case("bias", "of experts that are not the first", only=_BIASED, body=("delta",), n=70, routing=Experts("mixed", start=2)),
     Case("bias_f32", "a bias in another dtype, and a full tile", only=_BIASED, body=("delta",), n=64, bias_dtype=torch.float32),
-    Case("huge_rows", "32-bit offsets of rows wrap", row_stride=_HUGE // 4, tokens=4),
+    Case(
+        "huge_rows",
+        "32-bit offsets of rows, and of biases of experts, wrap",
+        tokens=4,
+        row_stride=_HUGE // 4,
+        gap=_HUGE // 2,
+        routing=Experts("one"),
+    ),
 )
 EXACT = tuple(case for case in CASES if case.name in ("ragged",))  # what exact algebra takes, on every text
 
@@ -90,7 +97,7 @@ def check(
     routed = draw(case.routing, case.tokens, case.top_k, case.experts, case.random(), device)
     numbers, shape = case.generator(), (case.tokens, case.top_k, width)
     row = case.row_stride or width + case.gap
-    strides = (case.top_k * row, row, 1)
+    strides = (case.top_k * row, row if case.top_k > 1 else 1, 1)  # of one pair a token nothing lies in between
     if case.row_stride:
         x = allocate_sparse(shape, strides, dtype, device)
     else:

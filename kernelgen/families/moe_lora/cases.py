@@ -257,6 +257,7 @@ _FP8 = (
         only=_only(act_quant="a8tensor", routed_weight="weighted"),
         x_scale_an_expert=True,
     ),
+    Case("a8_huge_rows", "32-bit offsets of rows wrap", **_A8, layout="huge_rows", tokens=3),
     Case("a8_unaligned", "odd strides and base", **_A8, layout="odd", k=33, n=23, slices=2),
     Case(
         "a8_nan_row", "a NaN stays in the rows of its token", **_A8, nan_token=1, routing=_ONE_GROUP

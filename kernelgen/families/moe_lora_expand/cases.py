@@ -101,6 +101,7 @@ CASES = (
     Case("huge_rows", "32-bit offsets of rows wrap (vLLM #39585)", tokens=3, layout="huge_rows", **_ANY_RANK),
     Case("far_slices", "32-bit offsets of the slices of y wrap", slices=3, far="slices", tokens=2, **_ANY_RANK),
     Case("far_rows", "32-bit offsets of the rows of y wrap", slices=2, far="rows", tokens=2, **_ANY_RANK),
+    Case("gathered_far", "32-bit offsets of shards wrap", shards=3, rank=12, far="slices", tokens=2, **_ANY_RANK),
     Case("rank_one", "a rank far below its bucket", rank="one"),
     Case("rank_24_any", "a small rank in a tiled kernel", only=_RANY, rank=24),
     Case("rank_129", "one rank behind a tile", only=_RANY, rank=129, tokens=2),

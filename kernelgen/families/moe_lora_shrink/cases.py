@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from types import ModuleType
 from typing import Any, Callable, Mapping
@@ -86,8 +87,10 @@ CASES = (
     Case("huge_experts", "32-bit offsets of experts wrap (vLLM #53028)", routing=_ONE_GROUP, layout="huge_experts", **_ANY_RANK),
     Case("huge_rows", "32-bit offsets of rows wrap (vLLM #39585)", tokens=3, layout="huge_rows", **_ANY_RANK),
     Case("no_workspace", "parts in memory of their own", k=200, workspace=False, **_ANY_RANK),
-    Case("far_slices", "32-bit offsets of the slices of y wrap", slices=3, far="slices", tokens=2, split=64, **_ANY_RANK),
-    Case("far_rows", "32-bit offsets of the rows of y wrap", slices=2, far="rows", tokens=2, **_ANY_RANK),
+    *(
+        Case(f"far_{what}{where}", "32-bit offsets of y wrap", slices=3, far=what, tokens=2, split=split, **_ANY_RANK)
+        for what, (where, split) in itertools.product(("slices", "rows"), (("", 64), ("_in_one", 128)))
+    ),
     Case("apart", "slices that share no product", slices=3, card="gfx942"),
     Case("rank_one", "a rank far below its bucket", rank="one", slices=2),
     Case("rank_8", "half a rank of 16", rank=8, slices=2),

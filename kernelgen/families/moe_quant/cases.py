@@ -68,6 +68,7 @@ CASES = (
     Case("hint_too_low", "programs that take many rows", tokens=40, hint=1),
     Case("blocks_of_64", "blocks that are not full", only=_SORTED, tokens=70, experts=2, block_m=64),
     Case("unaligned", "odd strides, a base that is not 16-byte aligned", gap=1, offset=1, n=33),
+    Case("huge_rows", "32-bit offsets of rows wrap", gap=2**30, tokens=2, routing=Experts("one")),
     Case("e5m2", "the other FP8 type", n=200, element="e5m2"),
     Case(
         "scale_an_expert",

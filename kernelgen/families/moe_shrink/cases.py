@@ -16,7 +16,7 @@ import torch
 
 from kernelgen.core.model import QUANT_AXES
 from kernelgen.families import quant
-from kernelgen.families.buffers import allocate, allocate_sparse, positions, row_major, seal
+from kernelgen.families.buffers import allocate, positions, row_major, seal
 from kernelgen.families.case import Case as BaseCase
 from kernelgen.families.case import Tags, worst_ratio
 from kernelgen.families.lora_inputs import dtype_of, sealed, unchanged
@@ -42,7 +42,7 @@ class Case(BaseCase):
         few: at most so many tokens for a variant that takes pairs one by one, where more show nothing more.
         hint: tokens that the grid is sized for, None: all.
         a_layout: of the factors, a key of ``LAYOUTS`` of moe_adapters; "packed" ones are shared where rows are of tokens.
-        x_row: elements from a row of x to the next, None: K and 8 more.
+        x_row: elements from a row of x to the next, and of its scales, None: K and 8 more.
         offset: elements that x starts behind a 16-byte boundary.
         nan_token: rows of x of this token are NaN.
         own_tiles: the variant chooses its tiles itself.
@@ -141,6 +141,7 @@ CASES = (
     Case("fp8", "two parts and several groups of K, none of them full at the end", **_A8, k=600, slices=2, adapters=MIXED),
     Case("fp8_whole", "whole groups, no mask; ranks of every size", **_A8, k=512, few=4, tokens=9, rank=40, adapters=RANKED),
     Case("fp8_e8m0", "scales that are powers of two, bytes (vLLM #54435)", **_A8, few=1, scales_dtype=torch.float8_e8m0fnu),
+    Case("fp8_huge_rows", "32-bit offsets of rows of scales wrap", **_GROUPS, k=160, x_row=HUGE // 3, tokens=4, few=4),
     Case("fp8_e5m2", "e5m2 that is read as e4m3", **_A8, few=1, element="e5m2"),
     Case("fp8_by_column", "scales of x column by column (tokenspeed #189)", **_GROUPS, k=160, by_column=True),
     Case("fp8_nan_row", "a NaN stays with the pairs of its token", **_A8, tokens=8, nan_token=1, routing=_ONE, adapters=_LAST),
@@ -219,14 +220,14 @@ def _x(
     row = case.x_row or case.k + 8
     shape = (len(of_token) if reads == "token" else num_pairs, case.k)
     kind = quant.element(case.element) if of_x else dtype
-    if row >= HUGE // 4:
-        x = allocate_sparse(shape, (row, 1), kind, device)
-    else:
-        x = allocate(shape, (row, 1), kind, device, offset=case.offset)
+    x = allocate(shape, (row, 1), kind, device, offset=case.offset)
     x_scale = None
     if of_x:
         scales_shape = quant.x_scale_shape(of_x, shape, quant.group()[1])
-        x_scale = quant.allocate_x_scale(scales_shape, device, case.scales_dtype, case.by_column)
+        if case.x_row and len(scales_shape) == 2 and scales_shape[1] > 1:
+            x_scale = allocate(scales_shape, (case.x_row, 1), case.scales_dtype, device)
+        else:
+            x_scale = quant.allocate_x_scale(scales_shape, device, case.scales_dtype, case.by_column)
     for place, (pair, _) in enumerate(order):
         token = pair // case.top_k
         if of_token[token] is not None:

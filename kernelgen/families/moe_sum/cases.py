@@ -80,7 +80,14 @@ CASES = (
     Case("bias_f32", "a bias in another dtype", only=_BIASED, n=70, routing=Experts("mixed", start=2), bias_dtype=torch.float32),
     Case("unaligned", "odd strides, a base that is not 16-byte aligned", gap=1, offset=1, n=33),
     Case("own_tiles", "the tiles that the rule takes", own_tiles=True, n=300),
-    Case("huge_rows", "32-bit offsets of rows wrap", row_stride=_HUGE // 3, tokens=4),
+    Case(
+        "huge_rows",
+        "32-bit offsets of rows, and of biases of experts, wrap",
+        tokens=4,
+        row_stride=_HUGE // 3,
+        gap=_HUGE // 2,
+        routing=Experts("one"),
+    ),
 )
 EXACT = tuple(case for case in CASES if case.name in ("ragged",))  # what exact algebra takes, on every text
 
@@ -97,7 +104,7 @@ def check(
     routed = draw(case.routing, case.tokens, case.top_k, case.experts, case.random(), device)
     numbers, shape = case.generator(), (case.tokens, case.top_k, case.n)
     row = case.row_stride or case.n + case.gap
-    strides = (case.top_k * row, row, 1)
+    strides = (case.top_k * row, row if case.top_k > 1 else 1, 1)  # of one pair a token nothing lies in between
     if case.row_stride:
         y = allocate_sparse(shape, strides, case.y_dtype or dtype, device)
     else:
