@@ -11,11 +11,11 @@ import pytest
 
 from kernelgen.core.diagnostics import Failure
 from kernelgen.prove import SANITIZERS
-from kernelgen.prove.sanitize import Complaint, compare, complaints_of, run
+from kernelgen.prove.sanitize import Complaint, Result, compare, complaints_of, run
 from kernelgen.prove.verify import suites
 
 ROOT = Path(__file__).parent.parent
-KNOWN = ["moe_sum_bf16_weighted", "moe_sum_bf16"]
+KNOWN = {"moe_sum_bf16": Path("bf16.py"), "moe_sum_bf16_weighted": Path("bf16_weighted.py")}
 LOGS = {
     "memcheck": """\
 ========= COMPUTE-SANITIZER
@@ -69,6 +69,49 @@ def test_a_log_is_read(tool: str) -> None:
     """Each thing is said once, of the variant whose kernel it is in."""
     assert list(complaints_of(LOGS[tool], tool, KNOWN)) == [Complaint(tool, *SAID[tool])]
     assert not list(complaints_of("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n", tool, KNOWN))
+
+
+SPLIT = """\
+import triton.experimental.gluon.language as gl
+
+
+@gluon.jit
+def moe_sum_bf16_kernel(out_ptr):
+    ring = gl.allocate_shared_memory()
+    gl.warp_specialize(
+        [(_load, (ring,)), (_store, (ring,))],
+    )
+"""
+RACE = """\
+========= COMPUTE-SANITIZER
+========= Error: Race reported between Read access at moe_sum_bf16_kernel+0xf0 in bf16.py:{read}
+=========     and Write access at moe_sum_bf16_kernel+0x8520 in bf16.py:5 [8 hazards]
+=========     and Write access at moe_sum_bf16_kernel+0xea60{write} [2 hazards]
+=========
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+AT_CALL = " in bf16.py:7"
+
+
+@pytest.mark.parametrize(
+    ("tool", "read", "write", "is_aside"),
+    [
+        ("racecheck", 5, AT_CALL, True),
+        ("racecheck", 6, AT_CALL, False),  # the ring is the template's own
+        ("racecheck", 5, " in bf16.py:8", False),
+        ("racecheck", 5, " in _gluon.py:7", False),
+        ("racecheck", 5, "", False),  # at an unknown line
+        ("memcheck", 5, AT_CALL, False),
+    ],
+)
+def test_a_handover_of_roles_is_set_aside(tmp_path: Path, tool: str, read: int, write: str, *, is_aside: bool) -> None:
+    """Where all accesses are of lines at which Triton, not the template, reads and writes."""
+    module = tmp_path / "bf16.py"
+    module.write_text(SPLIT)
+    (complaint,) = complaints_of(RACE.format(read=read, write=write), tool, {"moe_sum_bf16": module})
+    result = Result({}, [tool], {}, [complaint], 1.0)
+    assert (len(result.findings), sum(map(len, result.as_json()["set_aside"].values()))) == ((0, 1) if is_aside else (1, 0))
+    assert result.summary().endswith("0 complaints, 1 set aside" if is_aside else "1 complaints")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ https://docs.nvidia.com/compute-sanitizer
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import hashlib
@@ -40,11 +41,15 @@ _Job = tuple[str, int, Sequence[_Names]]  # a tool, which of its processes, and 
 
 @dataclasses.dataclass(frozen=True)
 class Complaint:
-    """What a tool said of a kernel, or how a process under it went wrong; ``variant``: empty where it is none of ours."""
+    """What a tool said of a kernel, or how a process under it went wrong; ``variant``: empty where it is none of ours.
+
+    ``set_aside``: why it is no fault of the kernel's, where a rule says so.
+    """
 
     tool: str
     variant: str
     text: str
+    set_aside: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +65,17 @@ class Result:
     @property
     def findings(self) -> list[Diagnostic]:
         """What the tools object to."""
-        return [Diagnostic("KG063", Location(c.variant or PROGRAM), f"{c.tool}: {c.text}") for c in self.complaints]
+        left = [c for c in self.complaints if not c.set_aside]
+        return [Diagnostic("KG063", Location(c.variant or PROGRAM), f"{c.tool}: {c.text}") for c in left]
+
+    @property
+    def set_aside(self) -> dict[str, list[str]]:
+        """Complaints that are no findings, by the reason."""
+        found: dict[str, list[str]] = {}
+        for c in self.complaints:
+            if c.set_aside:
+                found.setdefault(c.set_aside, []).append(f"{c.variant}: {c.tool}: {c.text}")
+        return found
 
     def as_json(self) -> dict[str, Any]:
         """The fields of a report, and of a file of results."""
@@ -69,13 +84,15 @@ class Result:
             "tools": list(self.tools),
             "variants": {name: {"sha256": digest, "cases": list(cases)} for name, (digest, cases) in self.checked.items()},
             "findings": [finding.as_json() for finding in self.findings],
+            "set_aside": self.set_aside,
         }
 
     def summary(self) -> str:
         """One line for a reader."""
         cases = sum(len(cases) for _, cases in self.checked.values())
         what = f"{len(self.checked)} variants, {cases} cases under each of {', '.join(self.tools)}"
-        return f"{what} in {self.seconds:.0f} s: {len(self.complaints)} complaints"
+        aside = sum(map(len, self.set_aside.values()))
+        return f"{what} in {self.seconds:.0f} s: {len(self.findings)} complaints" + (f", {aside} set aside" if aside else "")
 
 
 def run(
@@ -108,7 +125,7 @@ def run(
     _require_sight(program, device)
     pairs = _pairs(out, only)
     tasks: list[_Names] = [(variant.family, variant.name, case.name) for variant, case in pairs]
-    known = sorted({variant.name for suite in suites(out).values() for variant in suite.variants}, key=len, reverse=True)
+    known = {variant.name: _module(out, variant) for suite in suites(out).values() for variant in suite.variants}
     families = list(suites(out))
     work = functools.partial(_under, program, out.resolve(), specs.resolve(), device, known, families)
     complaints: list[Complaint] = []
@@ -119,7 +136,8 @@ def run(
         complaints.extend(new)
         tell(f"{time.monotonic() - start:.0f} s: {len(job[2])} cases under {job[0]}, {len(new)} complaints")
         for complaint in new:
-            tell(f"{complaint.tool}: {complaint.variant or PROGRAM}: {complaint.text}")
+            aside = f" (set aside: {complaint.set_aside})" if complaint.set_aside else ""
+            tell(f"{complaint.tool}: {complaint.variant or PROGRAM}: {complaint.text}{aside}")
 
     for under in ((_NO_TOOL,), tools):
         jobs = [(tool, i, tasks[i::workers]) for tool in under for i in range(min(workers, len(tasks)))]
@@ -150,24 +168,56 @@ def compare(out: Path, file: Path, only: str | None = None) -> list[Diagnostic]:
     return findings
 
 
-def complaints_of(log: str, tool: str, known: Sequence[str]) -> Iterator[Complaint]:
-    """What a log says, each thing once; ``known``: names of variants, the longest first."""
+def complaints_of(log: str, tool: str, known: Mapping[str, Path]) -> Iterator[Complaint]:
+    """What a log says, each thing once; ``known``: the modules of variants."""
     said = set()
+    names_of_variants = sorted(known, key=len, reverse=True)
     for block in re.split(r"^=========\s*$", log, flags=re.MULTILINE):
         lines = [line.removeprefix("=========").strip() for line in block.splitlines() if line.startswith("=========")]
         lines = [line for line in lines if line and not _NOTE.match(line)]
         if not lines:
             continue
         kernels = _KERNEL.findall("\n".join(lines))
-        variant = next((name for kernel in kernels for name in known if kernel.startswith(f"{name}_")), "")
+        variant = next((name for kernel in kernels for name in names_of_variants if kernel.startswith(f"{name}_")), "")
         text = lines[0] + (f", in {kernels[0]}" if kernels else "")
-        if (variant, text) not in said:
-            said.add((variant, text))
-            yield Complaint(tool, variant, text)
+        is_handover = tool == "racecheck" and variant and _is_handover(lines, known[variant])
+        complaint = Complaint(tool, variant, text, _HANDOVER if is_handover else "")
+        if complaint not in said:
+            said.add(complaint)
+            yield complaint
+
+
+# The warps beside a kernel's own learn their roles from Triton through bytes of shared memory. In its PTX the kernel's warps
+# store the numbers (st.shared), then all meet at barrier 1, the others load theirs (ld.shared.b8), and all meet there again as
+# roles begin and as they end; only then are the next numbers stored, which end the others, who meet there once more before they
+# load. So a load is between barriers that no store is between, and racecheck complains all the same. All of this is of the line
+# of the kernel's ``def`` or of its call of warp_specialize, and nothing that a template says in a body is.
+_HANDOVER = "Triton's own hand-over of roles in warp_specialize, which barriers order"
+
+
+def _is_handover(lines: Sequence[str], module: Path) -> bool:
+    """Whether all accesses are where Triton hands roles over."""
+    accesses = [access for line in lines for access in _ACCESS.findall(line)]
+    return bool(accesses) and all(file == module.name and int(line or 0) in _handovers(module) for file, line in accesses)
+
+
+@functools.cache
+def _handovers(module: Path) -> frozenset[int]:
+    """Lines of functions' ``def`` that call warp_specialize, and of the calls."""
+    lines: set[int] = set()
+    for function in ast.parse(read_file(module)).body:
+        calls = [node.lineno for node in ast.walk(function) if isinstance(node, ast.Call) and _is_split(node.func)]
+        lines |= {function.lineno, *calls} if calls else set()
+    return frozenset(lines)
+
+
+def _is_split(function: ast.expr) -> bool:
+    return isinstance(function, ast.Attribute) and function.attr == "warp_specialize"
 
 
 _NOTE = re.compile(r"COMPUTE-SANITIZER|(ERROR|RACECHECK|LEAK) SUMMARY|Target application|Host Frame|Saved host")
 _KERNEL = re.compile(r"\b(?:at|in|by|access at) (\w+)(?=\+0x|\(|:)")
+_ACCESS = re.compile(r"\b(?:Read|Write) (?:access|Thread \S+) at \w+\S*(?: in (\S+):(\d+))?")
 
 
 def _pairs(out: Path, only: str | None) -> list[tuple[Variant, Case]]:
@@ -178,7 +228,11 @@ def _pairs(out: Path, only: str | None) -> list[tuple[Variant, Case]]:
 
 
 def _digest(out: Path, variant: Variant) -> str:
-    return hashlib.sha256(read_file(out / names.family_path(variant.family, variant.module))).hexdigest()
+    return hashlib.sha256(read_file(_module(out, variant))).hexdigest()
+
+
+def _module(out: Path, variant: Variant) -> Path:
+    return out / names.family_path(variant.family, variant.module)
 
 
 def _require_sight(program: str, device: str) -> None:
@@ -213,7 +267,7 @@ def _versions(program: str) -> dict[str, str]:
 
 
 def _under(
-    program: str, out: Path, specs: Path, device: str, known: Sequence[str], families: Sequence[str], job: _Job
+    program: str, out: Path, specs: Path, device: str, known: Mapping[str, Path], families: Sequence[str], job: _Job
 ) -> list[Complaint]:
     """The complaints of a tool about some pairs, run in a process of their own."""
     tool, number, tasks = job
