@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernelgen.measure.peers.installed import Peer, layer_only
+from kernelgen.measure.peers.installed import GROUPS, Peer, layer_only
 from kernelgen.measure.suites import fused_moe as of_fused_moe
 from kernelgen.measure.workload import Case, Prepared, Unsupported
 from kernelgen.measure.workloads import fused_moe
@@ -32,7 +32,7 @@ class FusedMoe(Peer):
 
     def prepare(self, case: Case[fused_moe.Batch]) -> Prepared:
         cell: of_fused_moe.Cell = case.cell
-        fp8 = layer_only(cell, ("group", "group"))
+        fp8 = layer_only(cell, GROUPS)
         if cell.tokens < _LEAST_TOKENS:
             raise Unsupported(f"{_LEAST_TOKENS} tokens at least")
         self._products.set_mk_alignment_for_contiguous_layout(_ALIGN)

@@ -43,10 +43,14 @@ class Peer:
             raise failure("KG071", self.name, f"it cannot be imported: {error}", hint) from error
 
 
+GROUPS, MXFP4 = ("group", "group"), ("mx", "none")
+_FORMS = {GROUPS: "FP8 in groups", MXFP4: "MXFP4 weights"}
+
+
 def layer_only(cell: fused_moe.Cell, *forms: tuple[str, str]) -> bool:
     """What peers do about cells of the base MoE: whole layers with a gate, of 16 bits or of ``forms`` (weights, activations).
 
-    Returns whether it is of FP8.
+    Returns whether it is of one of ``forms``.
 
     Raises:
         Unsupported: it is another cell.
@@ -55,7 +59,7 @@ def layer_only(cell: fused_moe.Cell, *forms: tuple[str, str]) -> bool:
         raise Unsupported("whole layers with a gate only")
     form = (cell.quant, cell.act)
     if form not in (("none", "none"), *forms):
-        raise Unsupported("16-bit operands" + (", or FP8 in groups" if forms else " only"))
+        raise Unsupported(", or ".join(["16-bit operands", *(_FORMS[served] for served in forms)]) + " only")
     return form != ("none", "none")
 
 

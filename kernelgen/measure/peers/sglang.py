@@ -10,7 +10,7 @@ from typing import Any, Callable
 import torch
 import triton.language as tl
 
-from kernelgen.measure.peers.installed import Peer, layer_only, refuse_fp8
+from kernelgen.measure.peers.installed import GROUPS, Peer, layer_only, refuse_fp8
 from kernelgen.measure.suites import fused_moe as of_fused_moe
 from kernelgen.measure.suites.moe_lora import Cell
 from kernelgen.measure.workload import Case, Prepared, Unsupported
@@ -178,7 +178,7 @@ class FusedMoe(Peer):
 
     def prepare(self, case: Case[fused_moe.Batch]) -> Prepared:
         cell: of_fused_moe.Cell = case.cell
-        fp8 = layer_only(cell, ("group", "group"))
+        fp8 = layer_only(cell, GROUPS)
         w, block = case.batches[0].experts, [128, 128] if fp8 else None
         sizes = (w.w13.shape, w.w2.shape, cell.model.top_k, "fp8_w8a8" if fp8 else None, cell.tokens)
         first, (second, _) = self._tiles.try_get_optimal_moe_config(*sizes, block_shape=block, return_down_config=True)

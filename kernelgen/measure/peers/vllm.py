@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from kernelgen.measure.peers.installed import Peer, layer_only, operator, refuse_fp8
+from kernelgen.measure.peers.installed import GROUPS, Peer, layer_only, operator, refuse_fp8
 from kernelgen.measure.suites import fused_moe as of_fused_moe
 from kernelgen.measure.suites import lora as of_lora
 from kernelgen.measure.suites.moe_lora import Cell
@@ -179,9 +179,6 @@ class Lora(_Vllm):
             self._ops.lora_expand(y, list(b.b), b.out, *arguments, offset_start=0, add_inputs=True)
 
         return Prepared(tuple(functools.partial(call, batch) for batch in case.batches))
-
-
-GROUPS = ("group", "group")
 
 
 class FusedMoe(_Vllm):
