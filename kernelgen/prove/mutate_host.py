@@ -223,13 +223,20 @@ class Bench:
             return "" if told == b"lives" else told.decode() or "the time"
 
 
-def tests_of(module: str) -> list[list[str]]:
-    """What is run for a mutant of a module, of pytest's arguments, one after the other: what is likeliest to fail comes first."""
+def tests_of(module: str, package: Path) -> list[list[str]]:
+    """What is run for a mutant of a module, of pytest's arguments, one after the other: what is likeliest to fail comes first.
+
+    Last come the cases of its family, or of two of those whose kernels call what is in it.
+    """
     name = (module.partition("/")[0] if "/" in module else Path(module).stem).strip("_")
     sequences, doors = "tests/test_sequences.py", "tests/test_front_doors.py"
-    own = [[f"tests/generated/test_{name}.py", "--quick"]] if "/" in module else []
+    families = [name]
+    if "/" not in module:
+        line = f"from ..{Path(module).stem} import"
+        families = sorted({path.parent.name for path in package.glob("*/[!_]*.py") if line in path.read_text("utf-8")})
+    own = [[f"tests/generated/test_{family}.py", "--quick"] for family in families[:2]]
     layers = [f"tests/test_{layer}.py" for layer in ("order", "ops", "lora", "fused_moe", "quant", "which")]
-    return [[sequences, "-k", name], [doors, "-k", name], [sequences], [doors], *own, layers]
+    return [[sequences, "-k", name], [doors, "-k", name], [sequences], [doors], layers, *own]
 
 
 def _first_failure(root: Path, folder: Path, module: str) -> str:
@@ -251,7 +258,7 @@ def _first_failure(root: Path, folder: Path, module: str) -> str:
             importlib.import_module(names.PACKAGE)
         except Exception:
             return "import"
-        for arguments in tests_of(module):
+        for arguments in tests_of(module, folder / names.PACKAGE):
             watch = Watch()
             code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments], plugins=[watch])
             if code not in (0, 5):

@@ -496,6 +496,14 @@ CASES = (
         by_column=True,
     ),
     Case("fp8_e5m2", "the other FP8 type", only=_FP8, k=144, n=48, element="e5m2", scales_end_in_1=True),
+    Case(
+        "fp8_wide_tiles",
+        "tiles of several groups",
+        only=_only(schedule="tile box", weight_quant="w8group"),
+        body=_QUANTS,
+        n=136,
+        tiles={"block_n": 256},
+    ),
     Case("fp8_own_tiles", "the tiles that the rule takes", only=_FP8, body=_QUANTS, own_tiles=True, few=2, k=256, n=128, gap=0),
     Case(
         "fp8_own_large_tiles",
