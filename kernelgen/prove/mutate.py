@@ -111,7 +111,7 @@ EQUIVALENT: Sequence[Excuse] = (
     Excuse(_LEFT, r"rows \* (N|K|RANK)", _DISGUISE),
     Excuse(_MOVED_BOUND, r"PARTS > \d+", "both ways to add parts are right"),
     Excuse(_MOVED_BOUND, r"row < end", "it is the last row once more, with the same bits", r"^live = "),
-    Excuse("condition never holds", r".* % \w+ == 0|.*RANK == BLOCK_R|ONE_GROUP", "what is not whole has a mask, and is right everywhere"),
+    Excuse("condition never holds", r".* % \w+ == 0|.*RANK == BLOCK_R|ONE_GROUP", "the other way is right everywhere"),
     Excuse("choice dropped", r"tl\.where\( ?(.+), tl\.load\(.*mask=\1, other=0\.0.*", "the load has that mask"),
     Excuse(_NO_CAST, r"(s|tl\.where\(live, listed, 0\))\.to\(tl\.int64\)", "the other summand is 64 bits wide", function="total"),
     Excuse(_NO_CAST, r"\(part \* .*\)\.to\(tl\.int64\)", "fewer than 2^31 rows, and the token is 64 bits wide", r"^row = "),
