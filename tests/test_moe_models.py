@@ -308,13 +308,13 @@ def test_a_checkpoint_in_mxfp4(device: str, tmp_path: Path) -> None:
         disk |= {f"{name}_blocks": codes.unflatten(-1, (-1, 16)), f"{name}_scales": scales}
         bare.get_parameter(name).data = convert_moe_packed_tensors(disk[f"{name}_blocks"], scales)
     save_file(disk, tmp_path / "model.safetensors")
-    bare = bare.to(torch.bfloat16)
+    bare = bare.to(device, torch.bfloat16)
     parameters = ["experts.gate_up_proj", "experts.down_proj"]
     both = LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "o_proj"], target_parameters=parameters)
     get_peft_model(copy.deepcopy(bare), both).save_pretrained(tmp_path / "a")
     truth = PeftModels(bare, [tmp_path / "a"], torch.float64)
 
-    model, tensors = copy.deepcopy(bare).to(device), load_file(tmp_path / "model.safetensors")
+    model, tensors = copy.deepcopy(bare), load_file(tmp_path / "model.safetensors")
     experts = model.model.layers[0].mlp.experts
     for name in ("gate_up_proj", "down_proj"):  # what is served is on the disk
         setattr(experts, name, torch.nn.Parameter(getattr(experts, name).to("meta")))
@@ -327,7 +327,7 @@ def test_a_checkpoint_in_mxfp4(device: str, tmp_path: Path) -> None:
     calls: list[MoeCall] = []
     with torch.no_grad(), server.batch(mapping, calls), attention.batch(mapping):
         model(torch.randint(64, (2, 3), device=device))
-    *weights, biases = laid_out(bare.model.layers[0].mlp.experts.to(device))
+    *weights, biases = laid_out(bare.model.layers[0].mlp.experts)
     for slot in (-1, 0):
         mine = MoeCall(0, *(tensor[mapping == slot] for tensor in calls[0][1:]))
         wanted = truth.moe_layer(slot, mine)
