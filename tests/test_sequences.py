@@ -474,7 +474,7 @@ def _on(value: Any, device: str) -> Any:
 
 ROOT = Path(__file__).parent.parent
 LARGEST = ({"n": 2**30, "rank": 1, "slices": 2}, {"num_tokens": 2**24})
-TOKENS = (1, 3, 16, 100, 600, 5000)
+TOKENS = (1, 3, 16, 32, 100, 256, 1500, 5000)
 
 
 def of_a_model(family: str) -> Iterator[tuple[str, Answer]]:

@@ -129,6 +129,10 @@ EQUIVALENT: Sequence[Excuse] = (
         "pairs that are taken one by one are few, and so are their rank vectors",
         r"v_rows? = |_rank_vector|^v = ",
     ),
+    *(
+        Excuse(operator, r"tl\.num_programs\(0\).*|tl\.program_id\(0\)", "any number above 0 does", r"^rows = tl\.num_programs")
+        for operator in (_RIGHT, "sign turned", "other axis")
+    ),
     Excuse("number moved", r"256", "a step more has a mask, and 257 times 256 columns are more than K", r"^STEPS: "),
     Excuse(_NO_CAST, r"next_part\.to\(tl\.int64\)", "K is in parts for few pairs alone"),
     Excuse(_NO_CAST, r"of_expert\.to\(gl\.int64\)", "it is 64 bits wide as it comes"),

@@ -185,7 +185,7 @@ class Bench:
         """The text of a module."""
         return (self._root / names.PACKAGE / module).read_text("utf-8")
 
-    def fate(self, module: str, mutant: Mutant, limit: float = 300.0) -> Fate:
+    def fate(self, module: str, mutant: Mutant, limit: float = 1200.0) -> Fate:
         """Run the tests of dispatch on a mutant, in a process of its own."""
         path = self._copy / module
         compiled = Path(importlib.util.cache_from_source(str(path)))
@@ -230,13 +230,13 @@ def tests_of(module: str, package: Path) -> list[list[str]]:
     """
     name = (module.partition("/")[0] if "/" in module else Path(module).stem).strip("_")
     sequences, doors = "tests/test_sequences.py", "tests/test_front_doors.py"
-    families = [name]
+    families, layers = [name], []
     if "/" not in module:
+        layers = [[f"tests/test_{layer}.py" for layer in ("order", "ops", "lora", "fused_moe", "quant", "which")]]
         line = f"from ..{Path(module).stem} import"
         families = sorted({path.parent.name for path in package.glob("*/[!_]*.py") if line in path.read_text("utf-8")})
     own = [[f"tests/generated/test_{family}.py", "--quick"] for family in families[:2]]
-    layers = [f"tests/test_{layer}.py" for layer in ("order", "ops", "lora", "fused_moe", "quant", "which")]
-    return [[sequences, "-k", name], [doors, "-k", name], [sequences], [doors], layers, *own]
+    return [[sequences, "-k", name], [doors, "-k", name], [sequences], [doors], *layers, *own]
 
 
 def _first_failure(root: Path, folder: Path, module: str) -> str:

@@ -150,8 +150,8 @@ def ranks_that_count(package: ModuleType, variants: Sequence[Variant], device: s
             filled[adapter].narrow(axis - 1, first, factor.shape[axis] - first).fill_(fill)
         return filled.expand_as(factor)
 
-    layouts = itertools.cycle(("packed", "packed", "shared"))
-    for tokens, ranks in ((1, (40, 24)), (4, (24, 70)), (22, (33, 64))):
+    layouts = itertools.cycle(("packed", "shared"))
+    for tokens, ranks in ((4, (24, 70)), (22, (33, 64))):
         how, layout = Adapters("spread", len(counts)), next(layouts)
         call = with_adapters(package, layer(tokens, Experts(), device), how, ranks, layout=layout)
         assert call.lora is not None
