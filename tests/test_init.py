@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 QWEN = {
     **{"model_type": "qwen3_moe", "hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128},
-    **{"num_experts_per_tok": 8, "hidden_act": "silu", "dtype": "bfloat16"},
+    **{"num_experts_per_tok": 8, "hidden_act": "silu", "dtype": "bfloat16", "num_hidden_layers": 4},
 }
 LLAMA = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "torch_dtype": "float16"}
 
@@ -83,12 +83,15 @@ def test_a_package_of_what_a_model_needs_serves_it(
 def config(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     def make(base: Mapping[str, Any], **more: Any) -> Path:
         file = tmp_path / "config.json"
-        file.write_text(json.dumps({**base, **more}))
+        file.write_text(json.dumps({name: value for name, value in {**base, **more}.items() if value is not None}))
         return file
 
     yield make
 
 
+ROUTED = {"num_experts": None, "n_routed_experts": 128}
+LOCAL = {"num_experts": None, "num_local_experts": 128, "moe_intermediate_size": None, "intermediate_size": 768}
+OWN = {"model_type": None}  # of a model that transformers does not know
 PLAIN: dict[str, Any] = {"tp": 1, "slots": 4, "rank": None, "dtype": None, "bases": ("generated",)}
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
 FLOAT8 = {"type": "float", "num_bits": 8}
@@ -101,19 +104,20 @@ TOKENS = {"weights": {**FLOAT8, "strategy": "channel"}, "input_activations": {**
         ({}, {}, {"rank": 16, "max_loras": 4}),
         ({}, {"rank": 64, "slots": 9, "tp": 2}, {"rank": 64, "max_loras": 9, "intermediate": 384, "lora_ranks": True}),
         ({"dtype": "float16"}, {}, {"dtype": "float16", "out_dtype": "float16"}),
-        ({"model_type": "nemotron_h", "hidden_act": "relu2"}, {}, {"activation": "relu2", "hidden": 2048}),
-        ({"hidden_act": "relu2", "moe_latent_size": 512}, {}, {"activation": "relu2", "hidden": 512}),
+        ({**ROUTED, "model_type": "nemotron_h", "hidden_act": None}, {}, {"activation": "relu2", "hidden": 2048}),
+        ({**OWN, "hidden_act": "relu2", "moe_latent_size": 512}, {}, {"activation": "relu2", "hidden": 512}),
         ({"num_experts_per_tok": None, "moe_k": 6}, {}, {"top_k": 6}),
-        ({"hidden_activation": "gelu_pytorch_tanh", "hidden_act": None}, {}, {"activation": "geglu_tanh"}),
-        ({"model_type": "deepseek_v4", "swiglu_limit": 10.0}, {}, {"activation": "swiglu_clamp"}),
+        ({**OWN, "hidden_activation": "gelu_pytorch_tanh", "hidden_act": None}, {}, {"activation": "geglu_tanh"}),
+        ({**ROUTED, "model_type": "deepseek_v4", "swiglu_limit": 10.0}, {}, {"activation": "swiglu_clamp"}),
+        ({**LOCAL, "model_type": "aria_text", "moe_num_experts": 128, "hidden_act": "gelu"}, {}, {"intermediate": 768}),
         ({"quantization_config": BLOCKS}, {}, {"weight_scales": "group", "x_scales": "group"}),
-        ({"model_type": "gpt_oss", "swiglu_limit": 7.0}, {}, {"layout": "interleaved", "bias_dtype": "bfloat16"}),
+        ({**LOCAL, "model_type": "gpt_oss", "swiglu_limit": 7.0}, {}, {"layout": "interleaved", "bias_dtype": "bfloat16"}),
         (
-            {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}},
+            {**LOCAL, "model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}},
             {},
             {"activation": "swiglu_clamp", "layout": "interleaved", "weight_scales": "mx"},
         ),
-        ({"model_type": "llama4_text"}, {}, {"apply_router_weight_on_input": True}),
+        ({**LOCAL, "model_type": "llama4_text"}, {}, {"apply_router_weight_on_input": True}),
         (
             {"quantization_config": {"quant_method": "fp8", "activation_scheme": "static"}},
             {},
@@ -138,8 +142,14 @@ def test_what_a_config_says(
     ("more", "words"),
     [
         ({"dtype": "float32"}, "its dtype is float32"),
-        ({"hidden_act": "quick_gelu"}, "its experts have the activation quick_gelu"),
-        ({"swiglu_limit": 7.0}, "its experts have a gate that clamps in a way that is not known"),
+        ({"hidden_act": "quick_gelu"}, "got the activation QuickGELU"),
+        ({**ROUTED, "model_type": "inkling2_text"}, "Inkling2Experts: got a gate of its own"),
+        ({**LOCAL, "model_type": "jetmoe"}, "JetMoeModel: got no fused experts"),
+        ({"model_type": "mixtral"}, r"sizes \(128, 2048, 768\) by their names, and MixtralModel has \(128, 2048, 14336\)"),
+        ({"moe_intermediate_size": [768, 512]}, r"moe_intermediate_size is \[768, 512\], wanted one number"),
+        ({**OWN, "hidden_act": "quick_gelu"}, "its experts have the activation quick_gelu"),
+        ({**OWN, "hidden_act": None}, "its experts have no activation that it says"),
+        ({**OWN, "swiglu_limit": 7.0}, "its experts have a gate that clamps in a way that is not known"),
         ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "its quantization is none that is known"),
         ({"quantization_config": {**BLOCKS, "weight_block_size": [64, 64]}}, "its quantization is none that is known"),
         ({"num_experts": 0}, "is it a mixture of experts"),

@@ -114,6 +114,7 @@ ROWS = {
     "Glm4Moe": Row("Glm4Moe", GROUPS),
     "Phimoe": Row("Phimoe"),
     "GraniteMoe": Row("GraniteMoe"),
+    "Inkling": Row("Inkling"),
     "Jamba": Row("Jamba", JAMBA),
     "Lfm2Moe": Row("Lfm2Moe", {"layer_types": ["full_attention"], "num_dense_layers": 0}),
     "MiniMaxM2": Row("MiniMaxM2"),

@@ -37,6 +37,7 @@ ARCHITECTURES = (
     Architecture("Glm4Moe", "glm4_moe"),
     Architecture("GlmMoeDsa", "glm_moe_dsa"),
     Architecture("GraniteMoe", "granitemoe"),
+    Architecture("Inkling", "inkling_text"),
     Architecture("Jamba", "jamba"),
     Architecture("Lfm2Moe", "lfm2_moe"),
     Architecture("MiniMaxM2", "minimax_m2"),

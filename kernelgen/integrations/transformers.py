@@ -46,6 +46,16 @@ class MoeCall(NamedTuple):
     out: torch.Tensor  # [T, H]
 
 
+class GeneratedExperts(NamedTuple):
+    """The experts of a model, in the words of ``FusedMoeShape``."""
+
+    shape: ExpertShape
+    activation: str
+    layout: str
+    has_bias: bool
+    apply_router_weight_on_input: bool
+
+
 def expert_layers(model: Any) -> dict[int, str]:
     """Decoder layer -> the name of its experts, for the experts that are fused parameters.
 
@@ -61,7 +71,7 @@ def expert_layers(model: Any) -> dict[int, str]:
             f"{type(model).__name__}: got a model with adapters of PEFT on it, which would be added too; wanted the base model"
         )
     for name, module in model.named_modules(remove_duplicate=False):
-        if not _has_fused(module):
+        if not _has_fused(module) or "shared" in name.rpartition(".")[2]:
             continue
         match = re.search(r"\blayers\.(\d+)\.", name)
         found = "no layers.<i> in its name" if match is None else _unlike_ours(module)
@@ -97,6 +107,23 @@ def expert_shape(model: Any) -> ExpertShape:
             f"{type(model).__name__}: got {found or 'no fused experts'}, wanted {_FUSED}, the same in all layers"
         )
     return next(iter(shapes))
+
+
+def generated_experts(model: Any) -> GeneratedExperts:
+    """The experts of a model as generated products take them; its weights may be on ``meta``.
+
+    Raises:
+        ValueError: generated products do not compute them, or they are not alike in all layers.
+    """
+    shape, found = expert_shape(model), set()
+    for index, name in expert_layers(model).items():
+        experts = model.get_submodule(name)
+        gate, weights = _generated_gate(model, index, experts), _weights(experts)
+        biased, on_input = weights.w13_bias is not None, weights.apply_router_weight_on_input
+        found.add(GeneratedExperts(shape, gate.activation, weights.layout, biased, on_input))
+    if len(found) != 1:
+        raise ValueError(f"{type(model).__name__}: got {' and '.join(sorted(map(str, found)))}, wanted one kind in all layers")
+    return found.pop()
 
 
 def linear_shapes(model: Any, packed: Mapping[str, Sequence[str]] = PACKED) -> dict[str, LinearShape]:
@@ -185,18 +212,7 @@ class MoeLora:
         self._gates: dict[int, Activation] = {}
         for index, experts in self._experts.items():
             if base == "generated":
-                gate = activation_of(experts)
-                if gate is None:
-                    raise ValueError(
-                        f"{type(model).__name__}: layer {index}: {type(experts).__name__}: got {_gate_of(experts)}, wanted one "
-                        'that the generated kernels compute\n  hint: base="torch" runs the model\'s own'
-                    )
-                self._gates[index] = gate
-                if found := _unlike_kernels(experts, gate):
-                    raise ValueError(
-                        f"{type(model).__name__}: layer {index}: {type(experts).__name__}: got {found}, wanted both or neither, "
-                        'with a gate that is clamped\n  hint: base="torch" runs the model\'s own products'
-                    )
+                self._gates[index] = _generated_gate(model, index, experts)
             weights = self._weights(index, experts)
             dtypes = {w.dtype for w in weights[:4] if w is not None and w.dtype != torch.uint8}
             if dtypes not in ({torch.bfloat16}, {torch.float16}):
@@ -521,6 +537,22 @@ def _weights(experts: Any) -> _Weights:
 
 def _is_transposed(experts: Any) -> bool:
     return bool(getattr(experts, "is_transposed", takes_rows(experts)))
+
+
+def _generated_gate(model: Any, index: int, experts: Any) -> Activation:
+    """The activation that generated products have between them; raises ValueError where they do not compute these experts."""
+    gate, where = activation_of(experts), f"{type(model).__name__}: layer {index}: {type(experts).__name__}"
+    if gate is None:
+        raise ValueError(
+            f"{where}: got {_gate_of(experts)}, wanted one that the generated kernels compute\n"
+            '  hint: base="torch" runs the model\'s own'
+        )
+    if found := _unlike_kernels(experts, gate):
+        raise ValueError(
+            f"{where}: got {found}, wanted both or neither, with a gate that is clamped\n"
+            '  hint: base="torch" runs the model\'s own products'
+        )
+    return gate
 
 
 def _unlike_kernels(experts: Any, gate: Activation) -> str:

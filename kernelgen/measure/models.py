@@ -150,7 +150,9 @@ def model_from_config(path: Path, tp: int = 1) -> Model:
             for source in sources:
                 value = source.get(name)
                 if isinstance(value, list) and value:
-                    value = max(value)
+                    if value != value[:1] * len(value):
+                        raise failure("KG070", str(path), f"{name} is {value!r:.60}, wanted one number: experts of one kind")
+                    value = value[0]
                 if isinstance(value, int) and value > 0:
                     return value
         raise failure("KG070", str(path), f"none of {', '.join(names)}; is it a mixture of experts?")

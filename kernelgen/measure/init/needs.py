@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any, Mapping, Sequence
@@ -11,7 +12,7 @@ from kernelgen.integrations.architectures import ARCHITECTURES
 from kernelgen.integrations.peft.adapter import AdapterError
 from kernelgen.integrations.peft.files import opened
 from kernelgen.integrations.peft.keys import looks_routed, pairs, place, saved_weight
-from kernelgen.integrations.transformers import PACKED
+from kernelgen.integrations.transformers import PACKED, generated_experts
 from kernelgen.measure.models import Layer, Model, config_of, has_experts, model_from_config
 
 BASES = ("generated", "foreign")
@@ -136,7 +137,9 @@ def needs(
     quant: Scales = (None, None)
     more: Mapping[str, Any] = {}
     if model is not None and "generated" in bases:
-        more, quant = _experts(config, sources), _quant(config, sources)
+        made = _made(sources)
+        more = _named(config, sources) if made is None else _computed(config, made, model, tp)
+        quant = _quant(config, sources)
     widest = max((one.experts for one in adapters), default=0)
     _check_rank(rank, [max(one.experts, one.linear) for one in adapters])
     of_experts = rank or max(8, -(-widest // 8) * 8) if adapters else rank or 16
@@ -220,20 +223,52 @@ def _dtype(config: Path, sources: Sequence[Mapping[str, Any]]) -> str:
     raise failure("KG070", str(config), message, "--dtype says another")
 
 
-def _experts(config: Path, sources: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """What shapes say of these experts; raises Failure where generated products would not compute them."""
+def _made(sources: Sequence[Mapping[str, Any]]) -> Any:
+    """The model as transformers makes it, without weights; None: it knows none of that kind, or not from these fields."""
+    try:
+        import torch
+        from transformers import AutoConfig, AutoModel
+    except ImportError:
+        return None
+    for source in sources:
+        fields = {name: value for name, value in source.items() if name not in ("model_type", "quantization_config")}
+        # Configurations of others: what their classes raise for fields that do not fit is up to them.
+        with contextlib.suppress(Exception), torch.device("meta"):
+            return AutoModel.from_config(AutoConfig.for_model(source["model_type"], **fields))
+    return None
+
+
+def _computed(config: Path, made: Any, model: Model, tp: int) -> Mapping[str, Any]:
+    """What shapes say of the experts of a model of transformers; raises Failure where generated products do not compute them."""
+    hint = "--base foreign is for engines that run the experts themselves"
+    try:
+        found = generated_experts(made)
+    except ValueError as error:
+        raise failure("KG070", str(config), str(error).partition("\n")[0], hint) from error
+    read = (model.experts, model.hidden, model.intermediate * tp)
+    if read != tuple(found.shape):
+        sizes = f"{read} by their names, and {type(made).__name__} has {tuple(found.shape)}"
+        message = f"got experts, hidden and intermediate sizes {sizes}"
+        raise failure("KG070", str(config), message, "leave out of it the sizes that this model does not read")
+    fields: dict[str, Any] = {} if found.activation == "swiglu" else {"activation": found.activation}
+    fields |= {"layout": found.layout} if found.has_bias else {}
+    return {**fields, "apply_router_weight_on_input": True} if found.apply_router_weight_on_input else fields
+
+
+def _named(config: Path, sources: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The same, of models that transformers does not know, by the names of their fields."""
     kinds = {source.get("model_type") for source in sources}
     if kinds & _OSS:
         return {"activation": "swiglu_clamp", "layout": "interleaved"}
     why = next((one.layer for one in ARCHITECTURES if one.model_type in kinds and one.layer), None)
     act = _value(sources, "mlp_hidden_act", "hidden_act", "hidden_activation")
-    found = "swiglu" if act is None else _ACTIVATIONS.get(str(act))
+    found = _ACTIVATIONS.get(str(act))
     if why is None and kinds & _CLAMPED:
         found = "swiglu_clamp"
     elif why is None and (_value(sources, "swiglu_limit") or _value(sources, "swiglu_limits")) is not None:
         why = "a gate that clamps in a way that is not known"
     if why is None and found is None:
-        why = f"the activation {str(act)[:40]}"
+        why = "no activation that it says" if act is None else f"the activation {str(act)[:40]}"
     if why is not None:
         hint = "--base foreign is for engines that run the experts themselves"
         raise failure("KG070", str(config), f"its experts have {why}, which generated products do not compute", hint)
