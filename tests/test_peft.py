@@ -603,7 +603,11 @@ def test_what_the_configuration_names_is_there(tmp_path: Path) -> None:
             (DOWN, {"target_parameters": ["layers.1.mlp.experts.gate_up_proj", "experts.down_proj"]}, None),
             (without(one, ".2."), names, "experts.2.gate_proj"),
             (without(one, ".1.down"), names, "experts.1.down_proj"),
+            (without(one, ".2."), {"target_modules": r"(.*\.)?(self_attn|mlp)\..*_proj"}, "experts.2.gate_proj"),
+            (without(one, ".2."), {"target_modules": r"(?i).*_proj"}, None),  # which only `re` understands
             (without(w, ".w2."), names, "experts.0.w2"),
+            (without(stacked(MLP, parts, PROJ), ".up_proj"), names, "experts.up_proj"),
+            (without(listed(MLP, parts), "down_projs.1"), {**UNSLOTH, "target_modules": r".*_projs\.\d"}, "experts.down_projs.1"),
             (DOWN, both, "experts.gate_up_proj"),
             (without(GOOD, "experts.lora"), both, "experts.down_proj"),
         )

@@ -205,7 +205,9 @@ class Reader(NamedTuple):
         return Factors(a, self._scaled(one.pair.b, b, scaling))
 
     def _stacked(self, found: Sequence[Found]) -> dict[str, Factors]:
-        return {str(one.place.part): self._stack(one) for one in found}
+        parts = {str(one.place.part): one for one in found}
+        self._check_whole(found, parts)
+        return {part: self._stack(one) for part, one in parts.items()}
 
     def _stack(self, one: Found) -> Factors:
         experts, part = self.shape.num_experts, str(one.place.part)
@@ -231,18 +233,20 @@ class Reader(NamedTuple):
         parts: dict[str, list[Found]] = {}
         for one in found:
             parts.setdefault(str(one.place.part), []).append(one)
-        if found[0].place.form == "single":
-            self._check_whole(found, {"gate_up"} if "gate_up" in parts else {*self.shape.slices})
+        self._check_whole(found, parts)
         return {part: self._join(part, experts) for part, experts in parts.items()}
 
-    def _check_whole(self, found: Sequence[Found], first: set[str]) -> None:
-        """What the configuration names of all experts must be there of all, as where these were on several GPUs."""
-        there, as_w = {one.target for one in found}, found[0].place.naming.endswith("w*")
-        container = found[0].target.rsplit(".", 2)[0]
+    def _check_whole(self, found: Sequence[Found], parts: Mapping[str, object]) -> None:
+        """What the configuration names must be there, and of all experts, as where these were on several GPUs."""
+        there, place = {one.target for one in found}, found[0].place
+        module = found[0].target.rsplit(".", 1 if place.form == "stacked" else 2)[0]
+        first = {"gate_up"} if "gate_up" in parts else {*self.shape.slices}
+        experts = range(1 if place.form == "stacked" else self.shape.num_experts)
         for name, part in self._parts.items():
-            if as_w == name.startswith("w") and part in (*first, "down"):
-                for expert in range(self.shape.num_experts):
-                    target = f"{container}.{expert}.{name}"
+            if place.naming.endswith("w*") == name.startswith("w") and part in (*first, "down"):
+                for expert in experts:
+                    own = {"single": f"{expert}.{name}", "listed": f"{name}s.{expert}", "stacked": name}[place.form]
+                    target = f"{module}.{own}"
                     if target not in there and self.settings.says(target, parameter=False):
                         raise _incomplete(target, "target_modules")
 

@@ -105,7 +105,8 @@ class Settings:
     alphas: _Own[float]
     target_parameters: frozenset[str]  # the last parts of the names of those of experts
     parameters: frozenset[str]  # names, or their last parts, of all that were adapted as parameters
-    modules: frozenset[str]  # names, or their last parts, of all modules that were adapted; none where that is not said by names
+    modules: frozenset[str]  # names, or their last parts, of all modules that were adapted
+    module_pattern: Patterns | None  # of whole names of these, where it is said by one that is understood
     base_model: tuple[str, ...]  # names of it and of its class
 
     def rank_of(self, target: str) -> int:
@@ -119,6 +120,8 @@ class Settings:
 
     def says(self, name: str, *, parameter: bool) -> bool:
         """Whether the configuration names a parameter, or a module, as adapted."""
+        if not parameter and self.module_pattern is not None and self.module_pattern.first(name) is not None:
+            return True
         names = self.parameters if parameter else self.modules
         parts = name.split(".")
         return any(".".join(parts[i:]) in names for i in range(len(parts)))
@@ -180,6 +183,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     rslora = config.get("use_rslora")
     if rslora not in (True, False, None):
         raise AdapterError(f"use_rslora: got {_short(rslora)}, wanted true or false")
+    modules, pattern = (frozenset(), None) if config.get("exclude_modules") else _modules(config.get("target_modules"))
     return Settings(
         rank=_rank("r", config.get("r")),
         alpha=_alpha("lora_alpha", config.get("lora_alpha")),
@@ -188,7 +192,8 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
         alphas=_patterns("alpha_pattern", config, _alpha),
         target_parameters=_last_parts(parameters := _names("target_parameters", config.get("target_parameters"))),
         parameters=frozenset(parameters),
-        modules=frozenset() if config.get("exclude_modules") else _modules(config.get("target_modules")),
+        modules=modules,
+        module_pattern=pattern,
         base_model=_base_model(config),
     )
 
@@ -231,9 +236,13 @@ def _names(setting: str, names: Any) -> list[str]:
     return sorted(names)
 
 
-def _modules(names: Any) -> frozenset[str]:
-    """Those of ``target_modules``; none of a pattern."""
-    return frozenset() if isinstance(names, str) else frozenset(_names("target_modules", names))
+def _modules(names: Any) -> tuple[frozenset[str], Patterns | None]:
+    """Those of ``target_modules``, or the pattern that it is; neither where it is one that only ``re`` understands."""
+    if not isinstance(names, str):
+        return frozenset(_names("target_modules", names)), None
+    with contextlib.suppress(AdapterError):
+        return frozenset(), Patterns([f"^({names})"])
+    return frozenset(), None
 
 
 def _last_parts(names: list[str]) -> frozenset[str]:
