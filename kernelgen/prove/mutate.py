@@ -82,7 +82,7 @@ EQUIVALENT: Sequence[Excuse] = (
     Excuse(_LEFT, r"\(token < valid\) & \(expert >= LOCAL_EXPERT_START\)", _TWICE, r"^here = "),
     Excuse(_LEFT, r"here & is_live\( ?pair, here,.*", "is_live is False for pairs that are not here"),
     Excuse(_NO_CAST, r"tl\.load\(x_rows \+ N.*\)\.to\(tl\.float32\)", _FP32, r"^up = "),
-    Excuse(_NO_CAST, r"tl\.load\((out|delta)_row \+ n.*\)\.to\(tl\.float32\)", _FP32),
+    Excuse(_NO_CAST, r"tl\.load\((out|delta)_rows?( \+ [nN].*|, .*)\)\.to\(tl\.float32\)", _FP32),
     Excuse(_NO_CAST, r"tl\.load\(delta_ptr.*\)\.to\(tl\.float32\)", _FP32, r"^y \+= "),
     Excuse(_MOVED_BOUND, r"code > LARGEST|code < -LARGEST", "at the bound both choices are the same"),
     Excuse(_NO_CAST, r"tl\.load\(x_ptr \+ row.*\)\.to\(tl\.float32\)", "its largest is exact, and a scale in fp32 divides it"),
@@ -95,7 +95,7 @@ EQUIVALENT: Sequence[Excuse] = (
     Excuse(_NO_CAST, r"\w+\.to\(tl\.int64\)", "naive batches are small", r"^(next_)?parts? = "),
     Excuse(NO_BARRIER, r".*", "threads are interpreted as one; racecheck of kernelgen sanitize sees them apart"),
     Excuse(_NO_MASK, r"tl\.load\( ?(x_rows|topk_weights_ptr).*mask=live(\[:, None\])?,.*", _ROWS),
-    Excuse(_LEFT, r"live\[:, None\] & k_mask", _ROWS, r"^x = tl\.load"),
+    Excuse(_LEFT, r"live\[:, None\] & (k_mask|inside)", _ROWS, r"^x = tl\.load"),
     Excuse(_NO_MASK, r"tl\.load\(part_rows( \+ r0)?, mask=v_mask.*", _ROWS),
     Excuse(_LEFT, r"live\[:, None\] & \(r < .*", _ROWS, "^v_mask = "),
     Excuse(_RIGHT, r"live\[:, None\] & \(r < .*", _TAIL, r"^v_mask = "),
@@ -121,7 +121,7 @@ EQUIVALENT: Sequence[Excuse] = (
     Excuse("sign turned", r".*ROWS - 1", "one program more has no rows", r"tl\.range\(tl\.program_id"),
     Excuse("division exchanged", r"BLOCK_M // 2", "a block of few rows is then a whole one: halves save work"),
     Excuse(_NO_MASK, r"tl\.load\(parts_ptr \+ cells, mask=kept.*", "there are parts behind, and what is not kept is not stored"),
-    Excuse("choice dropped", r"tl\.where\(live, listed, 0\)", "a row that is not live is not loaded", function="total"),
+    Excuse("choice dropped", r"tl\.where\(live, listed, 0\)", "a row that is not live is not loaded, nor stored"),
     Excuse("condition never holds", r"m0 >= rows", "a program without rows stores nothing; it returns to save work"),
     Excuse(
         _NO_CAST,
@@ -505,7 +505,7 @@ def excused(mutant: Mutant) -> bool:
     return any(excuse.of(mutant) for excuse in EQUIVALENT)
 
 
-_TWINS = 3  # other texts in which a change is tried
+_TWINS = 4  # other texts in which a change is tried
 _Places = tuple[tuple[str, int], ...]  # names of variants, and numbers of their mutants
 
 
@@ -544,11 +544,12 @@ def _fate(bench: Bench, suite: Suite, variant: Variant, mutant: Mutant, texts: C
     fate = bench.fate(suite, variant, mutant)
     if fate.killer:
         return fate
-    others = [v for v in suite.variants if v != variant and v.tags.get(SCHEDULE) == variant.tags.get(SCHEDULE)]
-    others = [v for v in others if mutant.statement in bench.source(v)]
+    holding = [v for v in suite.variants if v != variant and mutant.statement in bench.source(v)]
+    others = [v for v in holding if v.tags.get(SCHEDULE) == variant.tags.get(SCHEDULE)]
+    elsewhere = [v for v in holding if v not in others][:1]  # a macro that schedules share
     plain = sorted(others, key=lambda v: sum(tag not in ("none", "plain") for tag in v.tags.values()))[:1]  # what laws take
     alike = sorted(others, key=lambda v: sum(v.tags[axis] != tag for axis, tag in variant.tags.items()))[:1]  # likewise
-    holders = dict.fromkeys([*plain, *alike, *sorted(others, key=lambda v: -len(suite.cases_for(v)))])
+    holders = dict.fromkeys([*plain, *alike, *elsewhere, *sorted(others, key=lambda v: -len(suite.cases_for(v)))])
     for twin in itertools.islice(holders, _TWINS):
         for same in texts(twin.name):
             if same.change == mutant.change and (killer := bench.fate(suite, twin, same).killer):

@@ -83,10 +83,10 @@ def any_batch_any_split_same_bits(package: ModuleType, variants: Sequence[Varian
 
 
 def ranks_that_count(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
-    """Adapters of lower ranks than their buffers have the bits of whole ones, and zeros behind; no row of A there is read, nor
-    one of another adapter where a count is too large, or negative."""
+    """Adapters of lower ranks than their buffers have the bits of whole ones, times their scalings, and zeros behind; no row of A
+    there is read, nor one of another adapter where a count is too large, or negative."""
     for variant in (v for v in variants if v.tags["rank"] == "r16" and v.tags["dtype"] == "bf16"):
-        case = dataclasses.replace(_CASE, tokens=6, k=130, rank="part")
+        case = dataclasses.replace(_CASE, tokens=6, k=1300, rank="part")
         batch, numbers, rank = lora_inputs.draw(case, device), case.generator(), lora_inputs.rank_of(case, variant.tags)
         x = lora_inputs.make_x(case, variant.tags, batch, numbers)
         a = lora_inputs.make_weights(case, variant.tags, batch, [rank] * len(case.widths), case.k, numbers)
@@ -99,8 +99,11 @@ def ranks_that_count(package: ModuleType, variants: Sequence[Variant], device: s
             behind = weights.tensor[adapter, max(count, 0) :]
             behind.copy_(poison_(torch.empty_like(behind, memory_format=torch.contiguous_format)))
         ranks = torch.tensor(counts, dtype=torch.int32, device=device)
-        package.lora_shrink(part, x.tensor, lora_inputs.given(case, a), route, scaling=0.3, lora_ranks=ranks, **options)
+        scalings = torch.tensor([2.0, 0.5, 4.0], device=device)
+        options |= {"lora_ranks": ranks, "scalings": scalings}
+        package.lora_shrink(part, x.tensor, lora_inputs.given(case, a), route, scaling=0.3, **options)
         for token in batch.live:
+            whole[:, token] *= scalings[batch.adapters[token] or 0]
             whole[:, token, max(counts[batch.adapters[token] or 0], 0) :] = 0.0
         assert torch.equal(bits(part), bits(whole)), f"{variant.name}: other bits"
 

@@ -47,7 +47,7 @@ CASES = (
     Case("expert_parallel", "the second rank: ids on both sides are elsewhere", tokens=40, routing=Experts("mixed", start=3)),
     Case("ids_int64", "ids as torch.topk gives them", routing=Experts("mixed", ids_dtype=torch.int64)),
     Case("twice_the_expert", "an expert twice in a token", top_k=4, experts=2),
-    Case("many_experts", "more experts than pairs, and than lanes", tokens=5, experts=70),
+    Case("many_experts", "more experts than pairs, and than lanes", tokens=5, experts=70, routing=Experts("skewed")),
     Case(
         "gt_chunk",
         "more pairs than a program holds at a time",

@@ -50,7 +50,7 @@ CASES = (
     Case("some_valid", "tokens that are not valid are absent", tokens=30, routing=Experts("mixed", valid=13)),
     Case("expert_parallel", "ids on both sides are elsewhere", tokens=40, routing=Experts("mixed", start=3)),
     Case("ids_int64", "ids as torch.topk gives them", routing=Experts("mixed", ids_dtype=torch.int64)),
-    Case("many_experts", "more experts than pairs", tokens=40, top_k=2, experts=420),
+    Case("many_experts", "more experts than pairs", tokens=40, top_k=2, experts=420, routing=Experts("skewed")),
     Case("gt_width", "more rows of an expert than are counted at a time", tokens=700, top_k=2, experts=2),
     Case("gt_chunk", "more pairs than a program holds at a time", tokens=1030, top_k=8, experts=2, block_m=128),
 )
