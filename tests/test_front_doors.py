@@ -479,6 +479,12 @@ def test_overlap_names_what_does_not_fit(device: str) -> None:
             kg.overlap(*arguments)
 
 
+def test_overlap_without_a_stream_runs_both_in_turn() -> None:
+    ran: list[str] = []
+    kg.overlap(lambda: ran.append("base"), lambda: ran.append("lora"), None, None)
+    assert ran == ["base", "lora"]
+
+
 def test_shapes_to_warm_up_are_checked(device: str) -> None:
     moe, dense = kg.MoeShape(K, N, 2, RANK, TOP_K, EXPERTS, LORAS), kg.LoraShape(K, (N,), RANK, LORAS)
     with pytest.raises(ValueError, match=r"^warmup: shapes: got MoeShape, wanted a list"):
