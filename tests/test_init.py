@@ -195,6 +195,32 @@ def test_linear_layers_of_adapters(config: Callable[..., Path], tmp_path: Path) 
             needs(path, folders, **{**PLAIN, **arguments})
 
 
+@pytest.mark.parametrize(
+    ("name", "sizes", "rank"),
+    [
+        ("experts", ((128 * 4, 2048), (2 * 768, 4 * 128)), 4),
+        ("experts", ((128 * 4, 768), (2048, 4 * 128)), 4),
+        ("experts.7.down_proj", ((4, 768), (2048, 4)), 4),
+        ("experts.w1", ((1, 4, 2048), (128, 768, 4)), 4),
+        ("experts", ((96 * 4, 2048), (2 * 768, 4 * 96)), None),
+        ("experts", ((128 * 4, 4096), (2 * 768, 4 * 128)), None),
+        ("experts.7.down_proj", ((4, 1024), (2048, 4)), None),
+        ("experts.w1", ((4, 2048), (768, 4)), None),
+        ("experts.7.down_proj", ((), ()), None),
+    ],
+)
+def test_adapters_are_of_the_model(
+    name: str, sizes: tuple[tuple[int, ...], ...], rank: int | None, config: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "a", pair(f"model.layers.0.mlp.{name}", *map(torch.ones, sizes)), r=4)
+    arguments = {**PLAIN, "tp": 2}
+    if rank is not None:
+        assert needs(config(QWEN), [folder], **arguments).adapters[0].experts == rank
+        return
+    with pytest.raises(Failure, match=r"got lora_A .* and lora_B .*, wanted those of ExpertShape"):
+        needs(config(QWEN), [folder], **arguments)
+
+
 @pytest.mark.slow
 def test_specs_are_narrowed_exactly(
     kernelgen: Callable[..., tuple[int, str, str]], config: Callable[..., Path], tmp_path: Path

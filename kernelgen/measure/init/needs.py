@@ -9,9 +9,10 @@ from typing import Any, Mapping, Sequence
 
 from kernelgen.core.diagnostics import failure
 from kernelgen.integrations.architectures import ARCHITECTURES
-from kernelgen.integrations.peft.adapter import AdapterError
+from kernelgen.integrations.peft.adapter import AdapterError, ExpertShape, UngatedShape
 from kernelgen.integrations.peft.files import opened
 from kernelgen.integrations.peft.keys import looks_routed, pairs, place, saved_weight
+from kernelgen.integrations.peft.settings import read_settings
 from kernelgen.integrations.transformers import PACKED, generated_experts
 from kernelgen.measure.models import Layer, Model, config_of, has_experts, model_from_config
 
@@ -131,7 +132,9 @@ def needs(
     """
     sources = config_of(config)
     model = model_from_config(config, tp) if has_experts(sources) or not folders else None
-    adapters = [_ranks(folder, model) for folder in folders]
+    kind = ExpertShape if model is None or model.gated else UngatedShape
+    shape = None if model is None else kind(model.experts, model.hidden, model.intermediate * tp)
+    adapters = [_ranks(folder, shape) for folder in folders]
     if model is None and not any(one.linears for one in adapters):
         raise failure("KG070", str(config), "neither experts nor adapters on linear layers: there is nothing to serve")
     quant: Scales = (None, None)
@@ -147,23 +150,42 @@ def needs(
     return Needs(model, dtype or _dtype(config, sources), quant, of_experts, linears, slots, bases, adapters, more)
 
 
-def _ranks(folder: Path, model: Model | None) -> AdapterRanks:
+def _ranks(folder: Path, shape: ExpertShape | None) -> AdapterRanks:
     experts, outer, linears = 0, True, {}
     try:
-        with opened(folder) as (_, tensors):
+        with opened(folder) as (config, tensors):
+            settings = read_settings(config)
             for target, pair in pairs(name for name in tensors.shapes if saved_weight(name) is None).items():
                 a, b = (tensors.shapes[name] for name in pair)
                 if looks_routed(target):
-                    if model is None:
+                    if shape is None:
                         raise AdapterError(f"{pair.a}: got factors of routed experts, wanted none, as the model has none")
-                    rank = a[0] // model.experts if place(target).form == "fused" else a[-2]
+                    if not shape.gated and 0 in a and 0 in b:  # of a gate
+                        continue
+                    form = place(target).form
+                    module = target.partition(".base_layer")[0]
+                    names = [f"{module}.{part}_proj" for part in shape.parameters] if form == "fused" else [target]
+                    rank = _rank_of(form, a, b, shape)
+                    if rank is None or rank not in map(settings.rank_of, names):
+                        raise AdapterError(f"{pair.a}: got lora_A {list(a)} and lora_B {list(b)}, wanted those of {shape}")
                     experts = max(experts, rank)
-                    outer &= place(target).form == "stacked" and 1 in (a[0], b[0])
+                    outer &= form == "stacked" and 1 in (a[0], b[0])
                 elif len(a) == len(b) == 2:
                     linears[target] = (a[1], b[0], a[0])
     except (AdapterError, OSError) as error:
         raise failure("KG070", str(folder), f"not an adapter that can be read: {error}") from error
     return AdapterRanks(folder.resolve().name, experts, outer and experts > 0, linears)
+
+
+def _rank_of(form: str, a: Sequence[int], b: Sequence[int], shape: ExpertShape) -> int | None:
+    """The rank of factors of routed experts, of these sizes; None: they are of others."""
+    if len(a) != len(b) or len(a) != (3 if form == "stacked" else 2):
+        return None
+    widths = shape.all_widths()
+    if form == "fused":  # of either orientation
+        count, fits = a[0] // shape.num_experts, (a[1], b[0]) in widths or (b[0], a[1]) in widths
+        return count if fits and a[0] == b[1] == count * shape.num_experts else None
+    return a[-2] if (a[-1], b[-2]) in widths and a[-2] == b[-1] else None
 
 
 def _check_rank(rank: int | None, ranks: Sequence[int]) -> None:
