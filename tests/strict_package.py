@@ -14,13 +14,17 @@ NARROW = {
     "act_quant": "none, a8token, a8group",
     "dtype": "bf16",
     "add_inputs": "add",
-    "routed_weight": "weighted",
-    "rank": "r64, rany",
+    "routed_weight": "plain, weighted",
+    "rank": "r16, r64, rany",
 }
 # Of what the narrowed tags can be combined to.
 EXCLUDES = """\
 exclude:
-  - when: {act_quant: [a8token, a8group], rank: rany}
+  - when: {routed_weight: plain, rank: [r64, rany]}
+    why: left out
+  - when: {routed_weight: weighted, rank: r16}
+    why: left out
+  - when: {act_quant: [a8token, a8group], rank: [r16, rany]}
     why: left out
   - when: {act_quant: [a8token, a8group], schedule: two_kernel}
     why: left out

@@ -159,9 +159,10 @@ class SmallBatch(_Schedule):
     def bind(self, problem: Problem, route: PairRoute | TableRoute, config: SmallBatchConfig) -> runtime.Call:
         if problem.weight_scales == "group":
             self._check_tile("shrink_block_r", config.shrink_block_r, group_n=QUANT.group_n)
-        split_k, block_r = config.split_k, config.shrink_block_r
+        split_k, block_r, expand_warps = config.split_k, config.shrink_block_r, config.expand_warps
         if VARIANTS.chunk_k:
-            split_k, block_r = VARIANTS.chunk_k, max(16, block_r)  # a matrix unit has 16 columns
+            # a matrix unit has 16 rows; 64 of them, of four warps, go to one that takes widened FP8 in another order
+            split_k, block_r, expand_warps = VARIANTS.chunk_k, min(max(16, block_r), 32), min(expand_warps, 2)
             if _has_groups(problem):
                 config = config._replace(block_k=QUANT.group_k)  # the order of sums of groups
         self._check_tile("block_k", config.block_k, split_k=split_k)
@@ -190,7 +191,7 @@ class SmallBatch(_Schedule):
         )
         expand = self._expand.bind(
             num_pairs * slices * runtime.cdiv(problem.n, config.block_n),
-            runtime.Options(config.expand_warps, pdl=pdl, fused=fused),
+            runtime.Options(expand_warps, pdl=pdl, fused=fused),
             **constants,
             PARTS=splits,
             PARTS_SIZE=runtime.next_power_of_2(splits),

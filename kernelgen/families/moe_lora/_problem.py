@@ -278,7 +278,10 @@ def plan(problem: Problem, route: MoeRoute) -> tuple[str, Config]:
     def serves(schedule: str) -> bool:
         return _serves(schedule, has_ids, s)
 
-    return runtime.choose(TUNED, key, device, CONFIGS, rule, serves, key._replace(adds=True))
+    configs: dict[str, Callable[..., Config]] = {**CONFIGS}
+    if VARIANTS.strict:  # tiles of small_batch are measured without a matrix unit
+        configs["small_batch"] = lambda *measured: rule("small_batch")[1]
+    return runtime.choose(TUNED, key, device, configs, rule, serves, key._replace(adds=True))
 
 
 class Key(NamedTuple):
@@ -348,16 +351,21 @@ def _shape(problem: Problem, route: MoeRoute) -> _Shape:
 
 def _serves(schedule: str, has_ids: bool, s: _Shape) -> bool:
     if schedule == "small_batch":
-        # in the order of a matrix unit it is slower than what takes tables
-        return has_ids and (s.block_m == 0 or not VARIANTS.strict)
+        return has_ids and (s.block_m == 0 or _streams(s))
     # tuned with the blocks that moe_route makes; an engine's own tables may have others
     return s.block_m > 0 and s.block_m == default_block_m(s.tokens, s.top_k, s.experts * s.loras)
+
+
+def _streams(s: _Shape) -> bool:
+    """Whether small_batch is faster for few pairs than what takes tables: where numerics are strict it adds in the order of a
+    matrix unit, which weights of 16 bits do not wait for."""
+    return not VARIANTS.strict or s.weight_scales is not None
 
 
 def _schedule(has_ids: bool, s: _Shape) -> str:
     if s.block_m == 0:
         return "small_batch"
-    if not VARIANTS.strict and has_ids and few_pairs(s.tokens, s.top_k, s.experts * s.loras, s.rank):
+    if has_ids and _streams(s) and few_pairs(s.tokens, s.top_k, s.experts * s.loras, s.rank):
         return "small_batch"
     if s.rank > 128:
         return "two_kernel"
@@ -528,12 +536,17 @@ def _small_batch(s: _Shape) -> SmallBatchConfig:
     block_n = min(block_n, max(16, runtime.next_power_of_2(s.n)))
     if s.rank % 8:
         warps = 4  # rows that are not aligned are loaded element by element
+    block_r, shrink_warps = 16 if s.rank > 8 and s.rank % 8 == 0 else 8, 4
+    if VARIANTS.chunk_k:
+        # A tile is of a matrix unit, whose warps stand below each other, 16 rows each.
+        block_r, split_k = min(s.block_r, 32), VARIANTS.chunk_k
+        block_k = _in_group(s, min(block_k, split_k))
+        block_n = min(8192 // max(s.block_r, 64), max(16, runtime.next_power_of_2(s.n)))
+        shrink_warps = warps = block_r // 16
     # Where weights are read once, they need not stay in the cache. With many parts an early expand was seen to stall.
     reread = pairs > 2 * expected_groups(pairs, s.experts * s.loras)
     pdl = 1 if runtime.cdiv(s.k, split_k) <= 8 else 0
-    return SmallBatchConfig(
-        16 if s.rank > 8 and s.rank % 8 == 0 else 8, block_k, split_k, block_n, 4, warps, 0 if reread else 1, pdl
-    )
+    return SmallBatchConfig(block_r, block_k, split_k, block_n, shrink_warps, warps, 0 if reread else 1, pdl)
 
 
 def _two_kernel(s: _Shape) -> TwoKernelConfig:
