@@ -604,6 +604,7 @@ def test_what_the_configuration_names_is_there(tmp_path: Path) -> None:
             (without(one, ".2."), names, "experts.2.gate_proj"),
             (without(one, ".1.down"), names, "experts.1.down_proj"),
             (without(one, ".2."), {"target_modules": r"(.*\.)?(self_attn|mlp)\..*_proj"}, "experts.2.gate_proj"),
+            (without(one, ".2."), {"target_modules": r"(?:.*?text.*?)|(?:\bmodel\.layers\.[\d]{1,}.*)"}, "experts.2.gate_proj"),
             (without(one, ".2."), {"target_modules": r"(?i).*_proj"}, None),  # which only `re` understands
             (without(w, ".w2."), names, "experts.0.w2"),
             (without(stacked(MLP, parts, PROJ), ".up_proj"), names, "experts.up_proj"),
@@ -786,6 +787,9 @@ PATTERNS = [
     "model(.layers.(10|1|0)){1}.*",
     ".{3,}?proj",
     "mlp.experts.10.(up|gate)(_proj){0,2}",
+    r"(.*?\bup_proj\b)|x",
+    r"\bmodel\b.layers\.[\d]{1,}\.mlp\..*?\b",
+    r"m\bodel.*",
     "(|x)",
     "()",
     "a|",
@@ -813,7 +817,7 @@ def test_patterns_are_those_of_re() -> None:
         "(?i)a",
         "(?!a)",
         "\\1",
-        "\\bx",
+        "\\Bx",
         "[",
         "[z-a]",
         "(" * 99,
@@ -861,7 +865,7 @@ def test_patterns_that_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """What cannot be looked up is counted."""
     monkeypatch.setattr(patterns, "_MOST_STEPS", 10_000)
     many = Patterns([rf"(\w+\.?)+{n}" for n in range(99)])
-    with pytest.raises(AdapterError, match="got patterns of ranks or alphas that take more than"):
+    with pytest.raises(AdapterError, match="got patterns that take more than"):
         for name in NAMES:
             many.first(name)
 

@@ -2,11 +2,12 @@
 
 A key of ``rank_pattern`` or ``alpha_pattern`` is a regular expression that someone else wrote, and PEFT asks
 ``re.match(rf"(.*\\.)?({key})$", name)``, one key after the other. ``re`` backtracks: ``(a|a)*b`` takes exponential time. So
-a key is read here as what it is in practice (names, ``.``, classes, groups, repeats) and all ways to match it are followed at
-once: bit i of a mask says that the name's first i characters can be matched (the bit-parallel matching of Cameron et al.,
+a key is read here as what it is (names, ``.``, ``\\b``, classes, groups, repeats) and all ways to match it are followed
+at once: bit i of a mask says that the name's first i characters can be matched (the bit-parallel matching of Cameron et al.,
 "Bitwise data parallelism in regular expression matching", 2014). Whether there is a match is the same question either way;
 look-around, back references and flags, for which that is not so, are refused. Keys that are names, of which a file may have one
-for each of its modules, are looked up. All steps are counted, and too many are refused.
+for each of its modules, are looked up. All steps are counted, and too many are refused. ``target_modules`` may be such an
+expression too, of whole names.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ _DEEPEST = 20  # groups in groups
 _MOST_STEPS = 10_000_000  # for all names, some seconds
 _NAME = re.compile(r"\^?(?P<name>(?:[\w-]|\\?\.)+)", re.ASCII)
 _ANY = "\0"
+_WORD = re.compile(r"\w")
 _TOKEN = re.compile(
     r"(?P<literal>[^\\\[\](){}|*+?^$.]|\\[^0-9A-Za-z])"
     r"|(?P<one>\.|\\[dDsSwW]|\[\^?(?:\w-\w|\\[dDsSwW]|\\[^0-9A-Za-z]|[\w.])+-?\])"
-    r"|(?P<open>\((?:\?:)?(?!\?))|(?P<close>\))|(?P<bar>\|)|(?P<start>\^)|(?P<end>\$)"
+    r"|(?P<open>\((?:\?:)?(?!\?))|(?P<close>\))|(?P<bar>\|)|(?P<start>\^)|(?P<end>\$)|(?P<edge>\\b)"
     r"|(?P<repeat>[*+?]|\{[0-9]{1,6}(?:,[0-9]{0,6})?\})\??(?![*+?{])",
     re.ASCII,
 )
@@ -90,7 +92,7 @@ class Patterns:
         self._steps += steps
         if self._steps > _MOST_STEPS:
             raise AdapterError(
-                f"got patterns of ranks or alphas that take more than {_MOST_STEPS} steps, wanted fewer, or simpler ones"
+                f"got patterns that take more than {_MOST_STEPS} steps, wanted fewer, or simpler ones"
             )
 
 
@@ -103,6 +105,12 @@ class _Text:
         self._classes: dict[re.Pattern[str], int] = {}
         for place, char in enumerate(name):
             self._chars[char] = self._chars.get(char, 0) | 1 << place
+
+    @property
+    def edges(self) -> int:
+        """Where a word begins or ends."""
+        words = self.places(_WORD)
+        return (words ^ words << 1) & (2 << self.length) - 1
 
     def places(self, one: str | re.Pattern[str]) -> int:
         """Where a character is, or one of a class."""
@@ -163,7 +171,7 @@ class _Parser:
 
     def _sequence(self, depth: int) -> _Match:
         parts: list[_Match] = []
-        while token := self._next("literal", "one", "start", "end", "open"):
+        while token := self._next("literal", "one", "start", "end", "edge", "open"):
             part = self._item(token, depth)
             if repeat := self._next("repeat"):
                 part = self._repeated(part, token, repeat["repeat"])
@@ -184,6 +192,8 @@ class _Parser:
             return lambda at, text: at & 1
         if token.lastgroup == "end":
             return lambda at, text: at & 1 << text.length
+        if token.lastgroup == "edge":
+            return lambda at, text: at & text.edges
         if token.lastgroup == "open":
             inner = self._alternatives(depth + 1)
             if not self._next("close"):
