@@ -91,6 +91,17 @@ RACE = """\
 ========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
 """
 AT_CALL = " in bf16.py:7"
+TORCH = "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>(int)+0x80"
+
+
+OURS = "moe_sum_bf16_kernel+0x80"
+
+
+@pytest.mark.parametrize("tool, where, aside", [("initcheck", TORCH, 1), ("memcheck", TORCH, 0), ("initcheck", OURS, 0)])
+def test_what_torch_reads_is_set_aside(tool: str, where: str, aside: int) -> None:
+    """initcheck alone looks at kernels of torch; each is named."""
+    (complaint,) = complaints_of(LOGS["initcheck"].replace("moe_sum_bf16_kernel+0x80", where), tool, KNOWN)
+    assert (len(Result({}, [tool], {}, [complaint], 1.0).set_aside), where.partition("+")[0] in complaint.text) == (aside, True)
 
 
 @pytest.mark.parametrize(

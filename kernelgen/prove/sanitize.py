@@ -179,13 +179,20 @@ def complaints_of(log: str, tool: str, known: Mapping[str, Path]) -> Iterator[Co
             continue
         kernels = _KERNEL.findall("\n".join(lines))
         variant = next((name for kernel in kernels for name in names_of_variants if kernel.startswith(f"{name}_")), "")
-        text = lines[0] + (f", in {kernels[0]}" if kernels else "")
-        is_handover = tool == "racecheck" and variant and _is_handover(lines, known[variant])
-        complaint = Complaint(tool, variant, text, _HANDOVER if is_handover else "")
+        other = next((line.removeprefix("at ") for line in lines if line.startswith("at ")), "")
+        text = lines[0] + (f", in {kernels[0] if kernels else other}" if kernels or other else "")
+        aside = _HANDOVER if tool == "racecheck" and variant and _is_handover(lines, known[variant]) else ""
+        if tool == "initcheck" and other and not variant:
+            aside = _BY_TORCH
+        complaint = Complaint(tool, variant, text, aside)
         if complaint not in said:
             said.add(complaint)
             yield complaint
 
+
+# initcheck has to see torch write, and so sees it read what a case leaves undefined beside what it compares. What a kernel of
+# ours fails to write is found by the comparison.
+_BY_TORCH = "a kernel of torch read it, not one of ours"
 
 # The warps beside a kernel's own learn their roles from Triton through bytes of shared memory. In its PTX the kernel's warps
 # store the numbers (st.shared), then all meet at barrier 1, the others load theirs (ld.shared.b8), and all meet there again as
