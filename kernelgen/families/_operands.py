@@ -1256,10 +1256,11 @@ _LIES = {
 def _wanted(operand: Tensor, dtypes: tuple[torch.dtype, ...] | None, sizes: Sizes, tensor: torch.Tensor) -> str:
     half = " / 2" if operand.has_pairs(tensor) else ""
     shapes = " or ".join(f"[{', '.join(dim.say(sizes) for dim in form)}{half}]" for form in operand.forms)
-    kinds = "" if dtypes is None else " " + " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    contiguous = "contiguous " if operand.strides == CONTIGUOUS else ""
+    kinds = "" if dtypes is None else " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    contiguous = "contiguous" if operand.strides == CONTIGUOUS else ""
+    what = " ".join(filter(None, (contiguous, shapes, kinds)))
     rows = ", rows that do not overlap" if operand.written and operand.strides in (ROWS, PAIRS) else ""
-    return f"{contiguous}{shapes}{kinds}{_LIES[operand.strides]}{rows} on {tensor.device}"
+    return f"{what}{_LIES[operand.strides]}{rows} on {tensor.device}"
 
 
 def _check_alike(op: str, name: str, slices: Sequence[torch.Tensor]) -> None:
