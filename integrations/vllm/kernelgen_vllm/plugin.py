@@ -23,7 +23,8 @@ def register() -> None:
     But what experts in MXFP4 run on is chosen before.
     """
     if not gate.is_on("KERNELGEN_VLLM"):
-        log.info("kernelgen: vLLM is left as it is, by KERNELGEN_VLLM=0")
+        # A warning, as is each line here: vLLM sets its log up later, and until then nothing below is seen.
+        log.warning("kernelgen: vLLM is left as it is, by KERNELGEN_VLLM=0")
         return
     import vllm
     from vllm.platforms import current_platform
