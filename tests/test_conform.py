@@ -19,6 +19,7 @@ SYSTEM = """
 import torch
 
 def expand(y, weights, out, mapping, offset):
+    assert FACTOR
     for s, b in enumerate(weights):
         live = (mapping >= 0).nonzero()[:, 0]
         product = torch.einsum("tnr,tr->tn", b[mapping[live].long()].double(), y[s, live].to(b.dtype).double())
@@ -68,6 +69,11 @@ def test_a_fault_is_named_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found is not None, shown
     got, wanted = float(found[3]), float(found[4])
     assert int(found[2]) >= 24 + 40 and got == pytest.approx(1.02 * wanted, rel=0.01)
+
+
+def test_a_check_that_says_nothing_has_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = met(tmp_path, monkeypatch, "0")
+    assert {finding.error for finding in result.found} == {"AssertionError: a_system.py, line 5: assert 0"}
 
 
 def test_a_system_that_is_not_there_is_said() -> None:

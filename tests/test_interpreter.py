@@ -21,6 +21,7 @@ from triton.runtime import interpreter as stock
 from kernelgen.families import _repairs
 from kernelgen.prove import interpreter
 from kernelgen.prove.interpreter import IntegerOverflow, OutOfBounds, Race, WrongHint
+from kernelgen.prove.memory import hints_hold
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(
@@ -282,6 +283,9 @@ def test_hints_are_held_to() -> None:
     hinted_kernel[(1,)](out, RUN=4, N=16)
     with pytest.raises(WrongHint, match="constancy of 8"):
         hinted_kernel[(1,)](out, RUN=8, N=16)
+    token = hints_hold.set(False)
+    hinted_kernel[(1,)](out, RUN=8, N=16)
+    hints_hold.reset(token)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from kernelgen.families import _repairs
 from kernelgen.families._repairs import is_narrow, narrowed
 from kernelgen.prove import gluon, order
-from kernelgen.prove.memory import Launch, MemoryFault, OutOfBounds, Race, beside, tensors, unwrapped
+from kernelgen.prove.memory import Launch, MemoryFault, OutOfBounds, Race, beside, hints_hold, tensors, unwrapped
 
 __all__ = ["IntegerOverflow", "MemoryFault", "OutOfBounds", "Race", "WrongHint", "install"]
 
@@ -119,7 +119,7 @@ def _watch_hints(interpreter: Any) -> None:
 
     def set_attr(self: Any, name: str, values: Any) -> None:
         stock(self, name, values)
-        if name in ("tt.constancy", "tt.contiguity"):
+        if name in ("tt.constancy", "tt.contiguity") and hints_hold.get():
             for axis, run in enumerate(values):
                 first = np.arange(self.data.shape[axis]) // run * run
                 steps = np.moveaxis(self.data - np.take(self.data, first, axis), axis, -1)

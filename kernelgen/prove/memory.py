@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 # Tensors that kernels may touch beside their arguments: by addresses that stand in a table.
 beside: contextvars.ContextVar[Sequence[torch.Tensor]] = contextvars.ContextVar("beside", default=())
+# Whether what a kernel tells the compiler of numbers must be so of lanes, too, that a mask drops.
+hints_hold: contextvars.ContextVar[bool] = contextvars.ContextVar("hints_hold", default=True)
 
 
 class MemoryFault(Exception):

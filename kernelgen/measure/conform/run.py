@@ -18,6 +18,7 @@ import importlib.util
 import io
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 from unittest import mock
@@ -31,7 +32,7 @@ from kernelgen.core.processes import Progress, no_progress
 from kernelgen.families import case as cases
 from kernelgen.families.case import Case, Tags, Variant
 from kernelgen.measure.workload import Unsupported
-from kernelgen.prove.memory import beside
+from kernelgen.prove.memory import beside, hints_hold
 from kernelgen.prove.testing import Suite
 from kernelgen.prove.verify import is_named, start_worker, suites
 
@@ -125,9 +126,11 @@ def theirs(module: str, function: str, *arguments: Any, **named: Any) -> None:
     before = tree_map(_Copies(_made), values) if size <= _EMBEDDED else ()
     _made.append(_Call(module, function, before, values, tuple(named)))
     token = beside.set([tensor for tensor in held if tensor.numel() and tensor.device.type == "cpu"])
+    told = hints_hold.set(False)  # of columns modulo N systems say that they are consecutive, and drop those that are not
     try:
         getattr(importlib.import_module(module), function)(*arguments, **named)
     finally:
+        hints_hold.reset(told)
         beside.reset(token)
 
 
@@ -281,7 +284,7 @@ def _meet(
         said = " ".join(str(cause).split())[:400]
         if exactly and wrong and not said.startswith("exact algebra"):
             return None  # off in numbers alone, which was found without: it rounds elsewhere
-        told = said if wrong else f"{type(cause).__name__}: {said}"
+        told = said if wrong else f"{type(cause).__name__}: {said or _line(cause)}"
     file = ""
     if files is not None and _made and all(call.before for call in _made):
         text = _reproduction(system, name, variant, case, told, _place(compared))
@@ -290,6 +293,12 @@ def _meet(
         path.write_text(text, "utf-8")
         file = str(path)
     return Finding(system, name, variant.name, case.name, case.why, case.seed, told, file)
+
+
+def _line(error: BaseException) -> str:
+    """Of the source that raised it, where it says nothing itself."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(frame.filename).name}, line {frame.lineno}: {frame.line}"
 
 
 def _as_ours(call: Callable[..., None], tags: Tags, *operands: Any, config: Any = None, **named: Any) -> None:

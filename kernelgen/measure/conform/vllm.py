@@ -91,15 +91,29 @@ def _shrink(
 
 
 def _expand(
-    tags: Tags, out: Any, y: Any, lora_b: Any, route: Any, offset_start: int = 0, b_scale: Any = None, first: int | None = None
+    tags: Tags,
+    out: Any,
+    y: Any,
+    lora_b: Any,
+    route: Any,
+    offset_start: int = 0,
+    b_scale: Any = None,
+    *,
+    first: int | None = None,
+    in_fp8_op: bool = False,
 ) -> None:
+    if in_fp8_op and tags["weight_quant"] != "none":
+        raise Unsupported("weights of 16 bits, which its FP8 op takes where it is not w8a8")
     made, weights = _packed(out), _weights(lora_b)
     meta, rows = _meta(route, y.device), _packed(y)
-    given = {"offset_start": offset_start, "add_inputs": tags["add_inputs"] == "add"}
+    given: dict[str, Any] = {"offset_start": offset_start, "add_inputs": tags["add_inputs"] == "add"}
     function = "lora_expand"
     if tags["weight_quant"] != "none":
         function = "lora_expand_fp8"
         given |= {**_modes(tags, _weights(b_scale)), "use_fp8_w8a8": False}
+    elif in_fp8_op:
+        function = "lora_expand_fp8"
+        given |= {"b_scale": [torch.ones(each.shape[0], device=y.device) for each in weights], "use_fp8_w8a8": False}
     if first is not None:
         if first == offset_start:
             raise Unsupported("calls at two offsets")
@@ -122,9 +136,14 @@ def _moe(
     x_scale: Any = None,
     *,
     offset: int = 0,
+    room: bool = False,
 ) -> None:
     _claimed(tags, x_scale)
     a, b, ids = _weights(lora_a), _weights(lora_b), route.topk_ids
+    if room:
+        if tags["weight_quant"] == "none":
+            raise Unsupported("FP8 weights")
+        a, b = [_with_room(each) for each in a], [_with_room(each) for each in b]
     weighted, rows = tags["routed_weight"] == "weighted", route.num_tokens
     rows_of_x, made = _packed(x), _packed(out)
     if x.shape[0] != rows * (route.top_k if weighted else 1):
@@ -160,6 +179,7 @@ def _moe(
         raise Unsupported("FP8 that is added")
     given: dict[str, Any] = {"lora_a_scale_stacked": _weights(a_scale or []), "lora_b_scale_stacked": _weights(b_scale or [])}
     given |= {"shrink_act_scale": x_scale, "mul_routed_weight": weighted, "use_fp8_w8a8": tags["act_quant"] != "none"}
+    given["use_int8_w8a16"] = tags["act_quant"] == "none"  # of weights of 8 bits alone it knows no other way
     given |= {"per_channel_quant": tags["weight_quant"] == "w8channel"}
     given |= {"block_shape": [128, 128] if tags["weight_quant"] == "w8group" else None}
     module = f"{_OPS}.fused_moe_lora_fp8_op"
@@ -172,6 +192,28 @@ def _moe_at_offset(tags: Tags, out: Any, *operands: Any, **named: Any) -> None:
     wide = torch.cat([out.new_zeros(*out.shape[:2], 8), out], 2).contiguous()
     _moe(tags, wide, *operands, **named, offset=8)
     out.copy_(wide[..., 8:])
+
+
+def _with_room(weights: torch.Tensor) -> torch.Tensor:
+    """With zeros behind: pointers that are cast to 16 or 32 bits stay in the tensor, and what they read is compared."""
+    behind = weights.new_zeros(3 * weights.numel(), dtype=torch.uint8)
+    room = torch.cat([weights.view(torch.uint8).flatten(), behind]).view(weights.dtype)
+    return room[: weights.numel()].view(weights.shape)
+
+
+def _moe_either_way(tags: Tags, out: Any, *operands: Any, **named: Any) -> None:
+    """A request that is alone goes the way of few tokens, and among others the one of sorted tables: with the same bits."""
+    if tags["assignment"] != "naive" or tags["weight_quant"] != "none" or tags["act_quant"] != "none":
+        raise Unsupported("few tokens, of 16 bits")
+    alone, among = out.clone(), out.clone()
+    _moe(tags, alone, *operands, **named)
+    _moe({**tags, "assignment": "sorted"}, among, *operands, **named)
+    differ = (alone.view(torch.int16) != among.view(torch.int16)).nonzero()
+    if len(differ):
+        place = tuple(differ[0].tolist())
+        bits = f"alone {float(alone[place]):.6g}, among others {float(among[place]):.6g}"
+        raise AssertionError(f"{len(differ)} of {alone.numel()} elements have other bits in a larger batch; at {place}: {bits}")
+    out.copy_(alone)
 
 
 def _align(ids: torch.Tensor, mapping: torch.Tensor, enabled: torch.Tensor, route: Any, block: int) -> tuple[torch.Tensor, ...]:
@@ -198,9 +240,19 @@ def _align(ids: torch.Tensor, mapping: torch.Tensor, enabled: torch.Tensor, rout
 _BF16 = {"dtype": ("bf16",)}
 _Calls = dict[str, Callable[..., None]]
 _SHRINKS: _Calls = {"lora_shrink": _shrink, "lora_shrink with scales [T]": functools.partial(_shrink, flat=True)}
-_EXPANDS: _Calls = {"lora_expand": _expand, "lora_expand after another offset": functools.partial(_expand, first=0)}
+_EXPANDS: _Calls = {
+    "lora_expand": _expand,
+    "lora_expand after another offset": functools.partial(_expand, first=0),
+    "lora_expand_fp8 of 16 bits": functools.partial(_expand, in_fp8_op=True),
+}
+_MOES: _Calls = {
+    "fused_moe_lora": _moe,
+    "fused_moe_lora at an offset": _moe_at_offset,
+    "fused_moe_lora with room": functools.partial(_moe, room=True),
+    "fused_moe_lora either way": _moe_either_way,
+}
 ADAPTERS = {
     "lora_shrink": Adapter(_SHRINKS, _BF16, _forget),
     "lora_expand": Adapter(_EXPANDS, _BF16, _forget),
-    "moe_lora": Adapter({"fused_moe_lora": _moe, "fused_moe_lora at an offset": _moe_at_offset}, _BF16, _forget),
+    "moe_lora": Adapter(_MOES, _BF16, _forget),
 }
