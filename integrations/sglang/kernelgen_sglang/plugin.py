@@ -19,7 +19,7 @@ def register() -> None:
     ``KERNELGEN_SGLANG=0`` in the environment leaves SGLang as it is, as does a release that is not known, with a line in the log.
     """
     if not gate.is_on("KERNELGEN_SGLANG"):
-        log.info("kernelgen: SGLang is left as it is, by KERNELGEN_SGLANG=0")
+        log.warning("kernelgen: SGLang is left as it is, by KERNELGEN_SGLANG=0")
         return
     import sglang
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
