@@ -55,6 +55,7 @@ class Case(BaseCase):
 
 _ONE_GROUP = Routing("one_group")
 _HELD = {"schedule": ("held",)}
+_THREE = {"schedule": ("three_launch",)}
 
 CASES = (
     Case("one", "every size is one", tokens=1, top_k=1, experts=1, loras=1),
@@ -97,6 +98,7 @@ CASES = (
     Case("eq_chunk", "as many pairs as a program takes", tokens=256, experts=4),
     Case("gt_chunk", "one pair more", tokens=171, top_k=3, routing=Routing("mixed")),
     Case("chunks", "groups that reach over several programs", tokens=600, top_k=2, experts=7),
+    Case("many_chunks", "more programs than are added up at a time", only=_THREE, tokens=16500, top_k=1),
     Case("stale", "ids of an older batch behind the tokens that count", only=_HELD, tokens=150, loras=3, valid=77),
     Case("all_stale", "no token counts", only=_HELD, valid=0),
     Case("valid_beyond", "more tokens said to count than there are", only=_HELD, routing=Routing("mixed"), valid=1000),
