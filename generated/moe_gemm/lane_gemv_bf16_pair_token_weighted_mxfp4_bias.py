@@ -34,6 +34,12 @@ from ._problem import LaneGemvConfig as Config
 
 
 @gluon.jit
+def _also(tiles, more):
+    """Tiles that are asked for, and further ones."""
+    return tiles + more
+
+
+@gluon.jit
 def _local(topk_ids_ptr, j, TOP_K: gl.constexpr, NUM_EXPERTS: gl.constexpr, LOCAL_EXPERT_START: gl.constexpr):
     """The j-th expert of a token, and whether it is here."""
     expert = gl.load(topk_ids_ptr + j, mask=j < TOP_K, other=-1).to(gl.int64) - LOCAL_EXPERT_START
@@ -96,8 +102,8 @@ def moe_gemm_lane_gemv_bf16_pair_token_weighted_mxfp4_bias_kernel(
         w, scale = (), ()
         for step in gl.static_range(step0, min(step0 + STAGES, STEPS)):
             in_row = here[:, None] & (groups < K // 32 - step * (PARTS * 8))
-            w = w + (gl.load(w_tile + step * (PARTS * 32), mask=in_row[:, :, None], other=0),)
-            scale = scale + (gl.load(w_scales + step * (PARTS * 8), mask=in_row, other=0),)
+            w = _also(w, (gl.load(w_tile + step * (PARTS * 32), mask=in_row[:, :, None], other=0),))
+            scale = _also(scale, (gl.load(w_scales + step * (PARTS * 8), mask=in_row, other=0),))
         if step0 == 0:
             if PDL:  # all but x was there before
                 gdc_wait()

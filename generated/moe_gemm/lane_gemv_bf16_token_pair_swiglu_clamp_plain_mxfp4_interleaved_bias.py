@@ -33,6 +33,12 @@ from ._launch import LaneGemv
 from ._problem import LaneGemvConfig as Config
 
 
+@gluon.jit
+def _also(tiles, more):
+    """Tiles that are asked for, and further ones."""
+    return tiles + more
+
+
 @gluon.jit(
     do_not_specialize=["limit", "alpha", "beta"],
     do_not_specialize_on_alignment=["w_scale_ptr", "bias_ptr", "topk_ids_ptr", "valid_tokens_ptr"],
@@ -93,10 +99,10 @@ def moe_gemm_lane_gemv_bf16_token_pair_swiglu_clamp_plain_mxfp4_interleaved_bias
         w_up, up_scale = (), ()
         for step in gl.static_range(step0, min(step0 + STAGES, STEPS)):
             in_row = groups < K // 32 - step * (PARTS * 8)
-            w = w + (gl.load(w_tile + step * (PARTS * 32), mask=in_row[:, :, None], other=0),)
-            scale = scale + (gl.load(w_scales + step * (PARTS * 8), mask=in_row, other=0),)
-            w_up = w_up + (gl.load(w_tile + (W_STRIDE_N // 4 + step * (PARTS * 32)), mask=in_row[:, :, None], other=0),)
-            up_scale = up_scale + (gl.load(w_scales + (W_SCALE_NEXT + step * (PARTS * 8)), mask=in_row, other=0),)
+            w = _also(w, (gl.load(w_tile + step * (PARTS * 32), mask=in_row[:, :, None], other=0),))
+            scale = _also(scale, (gl.load(w_scales + step * (PARTS * 8), mask=in_row, other=0),))
+            w_up = _also(w_up, (gl.load(w_tile + (W_STRIDE_N // 4 + step * (PARTS * 32)), mask=in_row[:, :, None], other=0),))
+            up_scale = _also(up_scale, (gl.load(w_scales + (W_SCALE_NEXT + step * (PARTS * 8)), mask=in_row, other=0),))
         if step0 == 0:
             for step in gl.static_range(STEPS):
                 in_row = used[:, None] & (k < K - step * (PARTS * 256))

@@ -38,6 +38,12 @@ from ._problem import LaneGemvConfig as Config
 
 
 @gluon.jit
+def _also(tiles, more):
+    """Tiles that are asked for, and further ones."""
+    return tiles + more
+
+
+@gluon.jit
 def _rank_vector(v_row, ranks, next_part, PARTS: gl.constexpr):
     """The sum of the parts of rank vectors, rounded once."""
     v = gl.load(v_row, mask=ranks, other=0.0)
@@ -118,10 +124,10 @@ def moe_gemm_lane_gemv_bf16_token_pair_swiglu_clamp_plain_mxfp4_lora_kernel(
         w_up, up_scale = (), ()
         for step in gl.static_range(step0, min(step0 + STAGES, STEPS)):
             in_row = groups < K // 32 - step * (PARTS * 8)
-            w = w + (gl.load(w_tile + step * (PARTS * 32), mask=in_row[:, :, None], other=0),)
-            scale = scale + (gl.load(w_scales + step * (PARTS * 8), mask=in_row, other=0),)
-            w_up = w_up + (gl.load(w_tile + (N * W_STRIDE_N // 4 + step * (PARTS * 32)), mask=in_row[:, :, None], other=0),)
-            up_scale = up_scale + (gl.load(w_scales + (W_SCALE_NEXT + step * (PARTS * 8)), mask=in_row, other=0),)
+            w = _also(w, (gl.load(w_tile + step * (PARTS * 32), mask=in_row[:, :, None], other=0),))
+            scale = _also(scale, (gl.load(w_scales + step * (PARTS * 8), mask=in_row, other=0),))
+            w_up = _also(w_up, (gl.load(w_tile + (N * W_STRIDE_N // 4 + step * (PARTS * 32)), mask=in_row[:, :, None], other=0),))
+            up_scale = _also(up_scale, (gl.load(w_scales + (W_SCALE_NEXT + step * (PARTS * 8)), mask=in_row, other=0),))
         if step0 == 0:
             for step in gl.static_range(STEPS):
                 in_row = used[:, None] & (k < K - step * (PARTS * 256))

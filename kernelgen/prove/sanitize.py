@@ -256,9 +256,9 @@ def _require_sight(program: str, device: str) -> None:
 
 
 _CONTEXT = """
-import ctypes
+import ctypes, os
 cuda, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p()
-raise SystemExit(cuda.cuInit(0) or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) or cuda.cuCtxSetCurrent(context))
+os._exit(cuda.cuInit(0) or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) or cuda.cuCtxSetCurrent(context))
 """
 _NO_SIGHT = re.compile("Error|not supported")
 

@@ -285,9 +285,11 @@ class Ours(Package):
 
     def _by_lanes(self, case: Case[Batch], batch: Batch) -> bool:
         """Whether lanes widen the weights of few tokens."""
+        if case.cell.quant != "mx":
+            return False
         layer = importlib.import_module(f"{self.kg.__name__}._fused_moe")
         weights = [w for w in (batch.experts.w13, batch.experts.w2) if w is not None]
-        return case.cell.quant == "mx" and bool(layer.lanes_serve(batch.x, weights, case.cell.model.top_k))
+        return bool(layer.lanes_serve(batch.x, weights, case.cell.model.top_k))
 
     def _tables(self, case: Case[Batch], batch: Batch) -> tuple[Any, Callable[[], torch.Tensor] | None]:
         """Tables, and what finds where in them each pair is; None: few tokens need none."""
