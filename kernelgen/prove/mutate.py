@@ -121,7 +121,7 @@ EQUIVALENT: Sequence[Excuse] = (
     Excuse("sign turned", r".*ROWS - 1", "one program more has no rows", r"tl\.range\(tl\.program_id"),
     Excuse("division exchanged", r"BLOCK_M // 2", "a block of few rows is then a whole one: halves save work"),
     Excuse(_NO_MASK, r"tl\.load\(parts_ptr \+ cells, mask=kept.*", "there are parts behind, and what is not kept is not stored"),
-    Excuse("choice dropped", r"tl\.where\(live, listed, 0\)", "a row that is not live is not loaded, nor stored"),
+    Excuse("choice dropped", r"tl\.where\(live, listed, 0\)", "a row that is not live is not stored", function="total"),
     Excuse("condition never holds", r"m0 >= rows", "a program without rows stores nothing; it returns to save work"),
     Excuse(
         _NO_CAST,
