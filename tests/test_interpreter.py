@@ -230,7 +230,7 @@ def test_races_of_stores(index: list[int], by: str) -> None:
 def shift_kernel(x_ptr, ATOMIC: tl.constexpr):
     program = tl.program_id(0)
     if ATOMIC:
-        tl.atomic_add(x_ptr, 1.0)
+        tl.atomic_add(x_ptr + 3, 1.0)
     tl.store(x_ptr + program + 1, tl.load(x_ptr + program))
 
 
@@ -239,6 +239,31 @@ def test_a_load_of_what_another_program_stores_is_a_race() -> None:
         shift_kernel[(2,)](torch.zeros(4), ATOMIC=False)
     shift_kernel[(1,)](torch.zeros(4), ATOMIC=False)
     shift_kernel[(2,)](torch.zeros(4), ATOMIC=True)  # an atomic may order the programs
+
+
+@triton.jit
+def handed_on_kernel(x_ptr, y_ptr, BARRIER: tl.constexpr, AGAIN: tl.constexpr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(x_ptr + i, i * 1.0)
+    if BARRIER:
+        tl.debug_barrier()
+    if AGAIN == "store":
+        tl.store(x_ptr + N - 1, 0.0)
+    elif AGAIN == "atomic":
+        tl.atomic_add(x_ptr + i, 1.0)
+    elif AGAIN == "load":
+        tl.store(y_ptr + i, tl.load(x_ptr + N - 1 - i))
+    else:
+        tl.store(y_ptr + i, tl.load(x_ptr + N + i))
+
+
+@pytest.mark.parametrize("again", ["load", "store", "atomic"])
+def test_lanes_hand_on_nothing_without_a_barrier(again: str) -> None:
+    x, y = torch.zeros(16), torch.zeros(8)
+    with pytest.raises(Race, match=r"^\+\d+ bytes from the start of x_ptr .* since its last tl.debug_barrier"):
+        handed_on_kernel[(1,)](x, y, BARRIER=False, AGAIN=again, N=8)
+    handed_on_kernel[(1,)](x, y, BARRIER=True, AGAIN=again, N=8)
+    handed_on_kernel[(1,)](x, y, BARRIER=False, AGAIN="elsewhere", N=8)
 
 
 @triton.jit

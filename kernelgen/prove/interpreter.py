@@ -6,7 +6,8 @@ want to know, which the stock interpreter lets pass without a word. With it:
 * a load, store or atomic outside of the tensors that were passed to the launch raises ``OutOfBounds``, as does a gather
   outside of its source; lanes that a mask turns off and that name no ``other`` hold values that show up (NaN, a large
   integer) instead of zero.
-* two programs of a launch that store to one address, or one that loads what another stores, raise ``Race``.
+* two programs of a launch that store to one address, or one that loads what another stores, raise ``Race``, as does a program
+  that touches what it stored since its last ``tl.debug_barrier()``.
 * 32-bit signed integer arithmetic that wraps raises ``IntegerOverflow``; integers divided by zero are a large one.
 * a hint of equal or consecutive numbers that is not so raises ``WrongHint``.
 """
@@ -42,6 +43,7 @@ _PARTS = {
         "create_masked_store",
         "create_atomic_rmw",
         "create_atomic_cas",
+        "create_barrier",
     ),
     "TensorHandle": ("set_attr",),
     "GridExecutor": ("__call__", "_init_args_hst", "_restore_args_dev"),
@@ -172,7 +174,7 @@ def _watch_memory(interpreter: Any) -> None:
             return addresses, -1
         if (chain := order.watching()) is not None:
             chain.touch(self.grid_idx, kind, addresses, size)
-        return addresses, current.place(kind, self.grid_idx, addresses, size)
+        return addresses, current.touch(kind, self.grid_idx, addresses, size)
 
     def load(self: Any, pointers: Any, mask: Any, other: Any, *policy: Any, **options: Any) -> Any:
         dtype = pointers.get_element_ty()
@@ -205,6 +207,10 @@ def _watch_memory(interpreter: Any) -> None:
         if current is not None:
             current.has_atomics = True
         return stock_cas(self, pointers, compare, value, *order)
+
+    def barrier(self: Any) -> None:
+        if current is not None:
+            current.barrier()
 
     def gather(self: Any, source: Any, index: Any, axis: int) -> Any:
         size = source.data.shape[axis]
@@ -247,6 +253,6 @@ def _watch_memory(interpreter: Any) -> None:
 
     builder.create_masked_load, builder.create_masked_store = load, store
     builder.create_atomic_rmw, builder.create_atomic_cas = rmw, cas
-    builder.create_gather = gather
+    builder.create_gather, builder.create_barrier = gather, barrier
     executor.__call__, executor._init_args_hst = call, init
     executor._restore_args_dev = restore

@@ -25,7 +25,7 @@ class OutOfBounds(MemoryFault):
 
 
 class Race(MemoryFault):
-    """Programs, or lanes of one store, whose result depends on the order in which they run."""
+    """Programs, or lanes of one, whose result depends on the order in which they run."""
 
 
 class Lost(Exception):
@@ -49,7 +49,12 @@ def unwrapped(kind: type[Exception]) -> Iterator[None]:
 
 
 class Launch:
-    """What one launch may touch, and what its programs did."""
+    """What one launch may touch, and what its programs did.
+
+    Lanes of a program have no order but by a barrier. Which thread a lane is of, Triton chooses anew for each load and each store,
+    by the alignment and the dtype that it knows; so what a program touches that it stored since its last barrier is a race, be
+    it the same lane of a tensor of the same shape.
+    """
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         self.names: list[str] = []
@@ -69,9 +74,36 @@ class Launch:
         self.loads: list[tuple[NDArray[Any], int, int]] = []  # addresses, program, extent
         self.written: set[int] = set()  # extents
         self.has_atomics = False  # they may order the programs
+        self._running: Any = None  # the program, and what it stored since its last barrier, by extent
+        self._since: dict[int, list[NDArray[Any]]] = {}
 
-    def place(self, kind: str, program: Any, addresses: NDArray[Any], size: int) -> int:
-        """The extent that ``addresses`` lie in, -1: in several; raises where one lies in none."""
+    def barrier(self) -> None:
+        """The lanes of the running program meet."""
+        self._since = {}
+
+    def touch(self, kind: str, program: Any, addresses: NDArray[Any], size: int) -> int:
+        """Lanes of a program load, store, or both at once: the extent that they lie in, -1: in several.
+
+        Raises:
+            OutOfBounds: one lies in none.
+            Race: the program stored there, and no barrier came since.
+        """
+        extent = self._place(kind, program, addresses, size)
+        if program != self._running:
+            self._running, self._since = program, {}
+        for stored in self._since if extent == -1 else {extent, -1} & self._since.keys():
+            for before in self._since[stored]:
+                if addresses.min() <= before.max() and before.min() <= addresses.max():
+                    if (again := np.isin(addresses, before)).any():
+                        where = self._describe(int(addresses[np.argmax(again)]))
+                        does = {"load": "loads", "store": "stores", "atomic": "updates"}[kind]
+                        what = f"program {program} {does} what its lanes stored since its last tl.debug_barrier()"
+                        raise Race(f"{where}: {what}; lanes have no order without one")
+        if kind != "load":
+            self._since.setdefault(extent, []).append(addresses)
+        return extent
+
+    def _place(self, kind: str, program: Any, addresses: NDArray[Any], size: int) -> int:
         last = np.uint64(size - 1)
         low = int(np.searchsorted(self.first, addresses.min(), side="right")) - 1
         if low >= 0 and addresses.max() + last < self.end[low]:

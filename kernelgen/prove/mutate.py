@@ -34,7 +34,7 @@ from kernelgen.families.case import Case, Variant
 from kernelgen.prove.testing import Suite
 from kernelgen.prove.verify import nothing_named, start_worker, suites
 
-NO_WAIT, NO_BARRIER = "wait for launches dropped", "barrier dropped"
+NO_WAIT = "wait for launches dropped"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,6 @@ EQUIVALENT: Sequence[Excuse] = (
     Excuse(_NO_CAST, r".*\.to\(tl\.int32\)", "flags add up as int32, ids compare in any width"),
     Excuse(_NO_CAST, r"tl\.load\(expert_map_ptr.*\.to\(tl\.int64\)", "the ids are 64 bits wide"),
     Excuse(_NO_CAST, r"\w+\.to\(tl\.int64\)", "naive batches are small", r"^(next_)?parts? = "),
-    Excuse(NO_BARRIER, r".*", "threads are interpreted as one; racecheck of kernelgen sanitize sees them apart"),
     Excuse(_NO_MASK, r"tl\.load\( ?(x_rows|topk_weights_ptr).*mask=live(\[:, None\])?,.*", _ROWS),
     Excuse(_LEFT, r"live\[:, None\] & (k_mask|inside)", _ROWS, r"^x = tl\.load"),
     Excuse(_NO_MASK, r"tl\.load\(part_rows( \+ r0)?, mask=v_mask.*", _ROWS),
@@ -352,7 +351,7 @@ def _changed_calls(node: ast.Call) -> Iterator[tuple[str, ast.AST]]:
         yield "first turn dropped", with_changes(node, args=[ast.BinOp(begin, ast.Add(), by), end, *step])
         yield "last turn dropped", with_changes(node, args=[begin, ast.BinOp(end, ast.Sub(), by), *step])
     if called == "tl.debug_barrier":
-        yield NO_BARRIER, ast.Constant(None)
+        yield "barrier dropped", ast.Constant(None)
     if called == "tl.where":
         test, bound, x = node.args
         for sign, clamp in (("<", "maximum"), (">", "minimum")):
