@@ -175,23 +175,27 @@ class Suite:
         return self.check_launcher(package, variant.launcher(package), variant, case, device)
 
     def check_exactly(self, variant: Variant, case: Case, device: str) -> None:
-        """Run a case on a variant in exact algebra, and compare the order of its sums with numerics.lock.
+        """Run a case on a variant in exact algebra, and compare the order of its sums with numerics.lock; that of its launches is
+        watched, as on a GPU that has dependent launch.
 
         Raises:
             AssertionError: a kernel made other elements than the reference, in another order than numerics.lock has, or the
                 variant is wrong in numbers.
             Lost: an operation has no rule in exact algebra.
+            Race: a launch touches what one in front of it may not be done with.
             SkipTest: kernels are not interpreted.
         """
         if device != "cpu":
             raise unittest.SkipTest("exact algebra interprets kernels")
         from kernelgen.prove.exact import exact_algebra  # imports triton
         from kernelgen.prove.numerics import receipts, tape
+        from kernelgen.prove.order import launches_of
 
-        with exact_algebra() as algebra, tape.taped() as taken:
+        package = importlib.import_module(self.package)
+        with launches_of(package), exact_algebra() as algebra, tape.taped() as taken:
             self.check(variant, case, device)
         assert algebra.compared, f"{case}: nothing was compared in exact algebra"
-        receipts.compare(importlib.import_module(self.package), variant.name, case.name, taken)
+        receipts.compare(package, variant.name, case.name, taken)
 
     def check_launcher(
         self,
