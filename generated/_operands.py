@@ -424,7 +424,7 @@ def _declared(field: str, hint: Any) -> Operand | None:
 
 
 class _Looks:
-    """What a named tuple of tensors and numbers looks like: one object for all that look the same, at 16-byte boundaries or not.
+    """What a named tuple of tensors and numbers looks like: one object for all that look the same, each at 16 bytes or not.
 
     A call that depends on the tuple is remembered by it. It is worked out when it is first asked for.
     """
@@ -434,7 +434,7 @@ class _Looks:
 
     def __get__(self, bundle: Any, owner: type) -> _Look:
         tensors, changing = _of_bundle(bundle)
-        hint = (edited(bundle), *map(_kind, bundle), any(tensor.data_ptr() & 15 for tensor in tensors))
+        hint = (edited(bundle), *map(_kind, bundle), *[tensor.data_ptr() & 15 != 0 for tensor in tensors])
         looks: _Look = self._known.get(hint, tensors) or self._known.put(hint, tensors, _Look(tuple(map(_reach, tensors))))
         if not changing:
             bundle.__dict__["looks"] = looks  # where Python finds it first, from now on
@@ -613,9 +613,13 @@ class _Dim:
             return True
         if self.own and new.setdefault(self.own, sizes.get(self.own) or size) != size:
             return False
-        known = {name: new[name] if name in new else sizes.get(name) for name in self.names}
-        product = self.number * math.prod(value for value in known.values() if value is not None)
-        unknown = [name for name, value in known.items() if value is None]
+        product, unknown = self.number, []
+        for name in self.names:
+            value = new[name] if name in new else sizes.get(name)
+            if value is None:
+                unknown.append(name)
+            else:
+                product *= value
         if not unknown:
             return size >= product if self.least else size == product
         if self.least or len(unknown) > 1 or product == 0:
@@ -795,8 +799,8 @@ class Op(Generic[_Arguments, _Given]):
     ) -> None:
         dtypes = self._dtypes(operand, values, sizes)
         shape = operand.shape_of(tensor)
-        form = next((form for form in operand.forms if _bindings(form, shape, sizes) is not None), ())
-        new = _bindings(form, shape, sizes) if form or () in operand.forms else None
+        found = ((form, _bindings(form, shape, sizes)) for form in operand.forms)
+        form, new = next(((form, new) for form, new in found if new is not None), ((), None))
         fits = (not operand.forms or new is not None) and (dtypes is None or tensor.dtype in dtypes)
         if not fits or not _lies_right(operand, tensor):
             names = [name for form in operand.forms for dim in form for name in (*dim.names, dim.own) if name]
@@ -934,8 +938,9 @@ class Op(Generic[_Arguments, _Given]):
                 tensors.append(f"*{name}" if operand.slices else name)
                 hint += [f"{name}.__class__", f"len({name})"] if operand.slices else []
         always = [each.name for each in self.operands if each.name in self.aligned and not getattr(each, "is_optional", False)]
-        if always:
-            hint.append(f"({' | '.join(f'{name}.data_ptr()' for name in always)}) & 15 != 0")
+        if always:  # nearly always all of them are; else it matters which
+            which = "".join(f"{name}.data_ptr() & 15 != 0, " for name in always)
+            hint.append(f"({' | '.join(f'{name}.data_ptr()' for name in always)}) & 15 and ({which})")
         writes = any(operand.is_written for operand in self.operands if isinstance(operand, (Tensor, Bundle)))
         bundles = [f", {operand.name}" for operand in self.operands if isinstance(operand, Bundle)]
         source = _REMEMBERED.format(

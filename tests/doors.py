@@ -19,7 +19,6 @@ from kernelgen.emit.rooms import laboratory, rooms_with
 T, TOP_K, EXPERTS, LORAS, K, N, RANK = 6, 2, 4, 3, 32, 24, 16
 FP8, INT32, BF16 = torch.float8_e4m3fn, torch.int32, torch.bfloat16
 Arguments = dict[str, Any]
-Arguments = dict[str, Any]
 
 
 class Batch:
@@ -125,6 +124,12 @@ class Batch:
         """Tables by expert and adapter, and the runs in them."""
         given = {"adapter_enabled": self.enabled, "valid_tokens": self.valid}
         return kg.moe_runs(self.ids, self.mapping, num_experts=self.experts, max_loras=self.loras, **given)
+
+    def ranked(self, **more: Any) -> tuple[Any, Any]:
+        """The same of adapters with ranks of their own."""
+        given = {"num_experts": self.experts, "max_loras": self.loras, "adapter_enabled": self.enabled, **more}
+        ranks, hint = self.some(self.loras, 3, self.rank), max(self.tokens, 1)
+        return kg.moe_runs(self.ids, self.mapping, lora_ranks=ranks, num_tokens_hint=hint, **given)
 
 
 def _engine_tables(b: Batch) -> Arguments:
@@ -410,10 +415,11 @@ GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
     "lora_expand fp8": ("lora_expand", lambda b: _lora(b, fp8=True)),
     "fused_moe": ("fused_moe", lambda b: b.layer(fp8=False)),
     "fused_moe fp8": ("fused_moe", lambda b: b.layer(fp8=True)),
-    "fused_moe clamped": ("fused_moe", lambda b: {**b.layer(fp8=False), **CLAMPED}),
     "fused_moe of gpt-oss": ("fused_moe", _gpt_oss),
-    "fused_moe of Llama 4": ("fused_moe", lambda b: {**b.layer(fp8=False), "apply_router_weight_on_input": True}),
-    "fused_moe mapped": ("fused_moe", lambda b: {**b.layer(fp8=False), "expert_map": b.expert_map}),
+    "fused_moe of Llama 4": (
+        "fused_moe",
+        lambda b: {**b.layer(fp8=False), "expert_map": b.expert_map, "apply_router_weight_on_input": True},
+    ),
     "quantize_weights": (
         "quantize_weights",
         lambda b: {"weights": b.normal(2, 24, b.k), "scales": "channel", "dtype": FP8, "slices": 2},
@@ -476,6 +482,139 @@ def _of_room(family: str) -> tuple[str, Callable[[Batch], Arguments]]:
     return family, lambda b: laboratory(family, "laws").good(b.device)
 
 
+def _chosen_gemm(b: Batch, scales: str = "", *, adapted: bool = True, **changed: Any) -> Arguments:
+    """The first projection in high blocks, whose rows stay in their order; with ``scales`` of FP8."""
+    tables, runs = b.ranked(block_m=128, valid_tokens=b.valid)
+    x, w = b.normal(b.tokens, b.k), b.normal(b.experts, 2 * b.n, b.k)
+    call: Arguments = {"x": x, "w": w, "x_scale": None, "w_scale": None, "tables": tables}
+    call |= {"x_rows": "token", "out_rows": "sorted", "out": b.normal(b.tokens * b.top_k, b.n), "activation": "swiglu"}
+    if scales:
+        call["x"], call["x_scale"] = kg.quantize_activations(x, scales)
+        call["w"], call["w_scale"] = kg.quantize_weights(w, scales, slices=2)
+    if adapted:
+        call |= {"v": b.normal(b.tokens * b.top_k, 2, b.rank), "lora_b": b.factors(b.loras, b.experts)["lora_b"], "runs": runs}
+    return {**call, **changed}
+
+
+def _chosen_pairs(b: Batch, scales: str = "") -> Arguments:
+    """The second projection, likewise."""
+    first = _chosen_gemm(b, adapted=False)
+    x, w = b.normal(b.tokens * b.top_k, b.k), b.normal(b.experts, b.n, b.k)
+    call = {**first, "x": x, "w": w, "out": b.normal(b.tokens, b.top_k, b.n), "topk_weights": None}
+    if scales:
+        call["x"], call["x_scale"] = kg.quantize_activations(x, scales)
+        call["w"], call["w_scale"] = kg.quantize_weights(w, scales)
+    return {**call, "x_rows": "sorted", "out_rows": "pair", "activation": None}
+
+
+def _chosen_fp8(b: Batch) -> Arguments:
+    """The first projection, whose rows become FP8 at once."""
+    call = _chosen_gemm(b, "group", adapted=False)
+    call["out"], call["out_scale"] = kg.quantize_activations(call["out"], "group")
+    return call
+
+
+def _mxfp4(w: torch.Tensor) -> Arguments:
+    codes, scale = kg.quantize_mxfp4(w)
+    return {"w": codes, "w_scale": scale}
+
+
+def _chosen_lanes(b: Batch, block_m: int | None = 16, **changed: Any) -> Arguments:
+    """A projection of MXFP4 weights, in low blocks or pair by pair."""
+    routing = {"num_experts": b.experts, "valid_tokens": b.valid}
+    tables = kg.no_tables(b.ids, **routing) if block_m is None else kg.moe_align(b.ids, block_m=block_m, **routing)
+    call = {"x": b.normal(b.tokens, b.k), **_mxfp4(b.normal(b.experts, 2 * b.n, b.k)), "tables": tables, **CLAMPED}
+    call |= {"layout": "interleaved", "bias": b.normal(b.experts, 2 * b.n)}
+    return {**call, "out": b.normal(b.tokens * b.top_k, b.n), "x_rows": "token", "out_rows": "sorted", **changed}
+
+
+def _chosen_sum(b: Batch) -> Arguments:
+    """The second projection of few tokens, of MXFP4 weights."""
+    call = _chosen_lanes(b, None, x=b.normal(b.tokens * b.top_k, b.k), out=b.normal(b.tokens, b.n), activation=None)
+    call |= {"layout": "halves", "bias": b.normal(b.experts, b.n), "limit": None, "alpha": None, "beta": None}
+    call |= _mxfp4(b.normal(b.experts, b.n, b.k))
+    return {**call, "x_rows": "pair", "out_rows": "token", "topk_weights": b.weights}
+
+
+def _chosen_layer(b: Batch, scales: str = "") -> Arguments:
+    """A layer of many tokens, with adapters, or in FP8 without."""
+    given = b.layer(fp8=False)
+    if not scales:
+        return given
+    given["hidden"], given["x_scale"] = kg.quantize_activations(given["hidden"], scales)
+    for name, slices in (("w13", 2), ("w2", 1)):
+        given[name], given[f"{name}_scale"] = kg.quantize_weights(given[name], scales, slices=slices)
+    sizes = {"max_tokens": b.tokens, "top_k": b.top_k, "num_experts": b.experts, "hidden": b.k, "intermediate": b.n}
+    return {**given, "lora": None, "workspace": kg.fused_moe_workspace(**sizes, fp8_activations=True, device=b.device)}
+
+
+def _chosen_mxfp4(b: Batch) -> Arguments:
+    """A layer of few tokens with MXFP4 weights."""
+    given = {**_gpt_oss(b), "lora": None, "workspace": None}
+    for name in ("w13", "w2"):
+        given[name], given[f"{name}_scale"] = kg.quantize_mxfp4(given[name])
+    return given
+
+
+def _chosen_shrink(b: Batch, scales: str = "") -> Arguments:
+    """Rank vectors of adapters of ranks of their own; with ``scales`` in FP8."""
+    tables, runs = b.ranked()
+    x, a = b.normal(b.tokens, b.k), b.factors(b.loras, b.experts)["lora_a"]
+    call: Arguments = {"x": x, "lora_a": a, "x_scale": None, "a_scale": None}
+    if scales:
+        call["x"], call["x_scale"] = kg.quantize_activations(x, scales)
+        call["lora_a"], call["a_scale"] = _fp8(a, scales)
+    return {**call, "tables": tables, "runs": runs, "x_rows": "token", "v": b.normal(b.tokens * b.top_k, len(a), b.rank)}
+
+
+def _chosen_tokens(b: Batch) -> Arguments:
+    """The same of one matrix for all experts, a row a token."""
+    shared = [a[:, :1].expand(a.shape) for a in b.factors(b.loras, b.experts)["lora_a"]]
+    return {**_chosen_shrink(b), "lora_a": shared, "v": b.normal(b.tokens, len(shared), b.rank)}
+
+
+def _groups(b: Batch, given: Arguments) -> Arguments:
+    """With scales of groups, of operands that have 16 bits."""
+    given["x"], given["x_scale"] = kg.quantize_activations(given["x"], "group")
+    for name in ("a", "b"):
+        given[f"lora_{name}"], given[f"{name}_scale"] = _fp8(given[f"lora_{name}"], "group")
+    return given
+
+
+def _chosen_quant(b: Batch, scales: str) -> Arguments:
+    """Rows in the order of tables, to FP8."""
+    codes, scale = kg.quantize_activations(x := b.normal(b.tokens * b.top_k, b.n), scales)
+    tables = kg.moe_align(b.ids, num_experts=b.experts, valid_tokens=b.valid, num_tokens_hint=max(b.tokens, 1), block_m=32)
+    return {"codes": codes, "scale": scale, "x": x, "tables": tables, "order": "sorted"}
+
+
+_WIDE = {"tokens": 20, "k": 256, "n": 256}
+# Further good calls of front doors, of sizes for which more is chosen; they are not run. And the sizes of their batches.
+CHOSEN: dict[str, tuple[str, Callable[[Batch], Arguments], dict[str, int]]] = {
+    "moe_gemm of boxes": ("moe_gemm", _chosen_gemm, _WIDE),
+    "moe_gemm of boxes fp8": ("moe_gemm", lambda b: _chosen_gemm(b, "group"), _WIDE),
+    "moe_gemm of boxes of pairs": ("moe_gemm", _chosen_pairs, _WIDE),
+    "moe_gemm of boxes of pairs fp8": ("moe_gemm", lambda b: _chosen_pairs(b, "group"), _WIDE),
+    "moe_gemm to fp8": ("moe_gemm", _chosen_fp8, _WIDE),
+    "moe_gemm of lanes": ("moe_gemm", _chosen_lanes, {"k": 64}),
+    "moe_gemm of few lanes": ("moe_gemm", lambda b: _chosen_lanes(b, None, out_rows="pair"), {"k": 64}),
+    "moe_gemm of lanes that sum": ("moe_gemm", _chosen_sum, {"k": 64}),
+    "moe_gemm of groups": ("moe_gemm", lambda b: _chosen_gemm(b, "group"), {}),
+    "moe_shrink ranked": ("moe_shrink", _chosen_shrink, {}),
+    "moe_shrink of groups": ("moe_shrink", lambda b: _chosen_shrink(b, "group"), {}),
+    "moe_shrink of tokens": ("moe_shrink", _chosen_tokens, {"tokens": 20}),
+    "moe_quant of groups": ("moe_quant", lambda b: _chosen_quant(b, "group"), {"tokens": 40, "n": 160}),
+    "moe_quant of tokens": ("moe_quant", lambda b: _chosen_quant(b, "token"), {"tokens": 40}),
+    "moe_lora of groups": ("moe_lora", lambda b: _groups(b, {**_moe_lora(b)}), {}),
+    "lora of groups": ("lora", lambda b: _groups(b, {**_lora(b), "packed": False}), {}),
+    "lora_shrink of groups": ("lora_shrink", lambda b: _groups(b, _lora(b)), {}),
+    "lora_expand of groups": ("lora_expand", lambda b: _groups(b, _lora(b)), {}),
+    "fused_moe of many": ("fused_moe", _chosen_layer, {"tokens": 256, "k": 64, "n": 64}),
+    "fused_moe of many fp8": ("fused_moe", lambda b: _chosen_layer(b, "group"), {"tokens": 256, "k": 128, "n": 128}),
+    "fused_moe of lanes": ("fused_moe", _chosen_mxfp4, {"tokens": 2, "k": 64, "n": 64}),
+}
+
+
 # A family that is not above has its good call in its room.
 GOOD |= {name: _of_room(name) for name in sorted(OPS.keys() - {op for op, _ in GOOD.values()}) if name in rooms_with("laws")}
 
@@ -506,9 +645,9 @@ class Door:
     @staticmethod
     def of(name: str, device: str, **sizes: int) -> Door:
         """What the call is made of may have launched something."""
-        op, make = GOOD[name]
+        op, make, own = (*GOOD[name], {}) if name in GOOD else CHOSEN[name]
         function, called = _function(name, op, device)
-        given, known = make(Batch(device, **sizes)), inspect.signature(function).parameters
+        given, known = make(Batch(device, **{**own, **sizes})), inspect.signature(function).parameters
         return Door(function, called, OPS[op], {name: value for name, value in given.items() if name in known})
 
     def __call__(self, **changed: Any) -> Any:

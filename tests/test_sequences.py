@@ -20,19 +20,23 @@ import fnmatch
 import functools
 import hashlib
 import inspect
+import itertools
+import re
 import traceback
 from pathlib import Path
-from typing import Any, Iterator, Mapping, NamedTuple
+from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
 import pytest
 import torch
-from doors import GOOD, Arguments, Door, K, by_hand, forget
-from triton.tools.tensor_descriptor import TensorDescriptor
+from doors import CHOSEN, GOOD, Arguments, Door, K, by_hand, forget
 
 import generated as kg
 from generated import _operands as operands
 from generated import _runtime as runtime
 from generated._operands import Bundle, Choice, Flag, Int, Number, Tensor
+from generated.moe_align._op import NO_PAIRS
+from generated.moe_gemm import _op as gemm
+from generated.moe_gemm import _problem as gemm_problem
 from kernelgen.compiled.which import BY_SIZES, Answer, Known, which
 from kernelgen.core.diagnostics import Failure
 from kernelgen.emit import build
@@ -40,6 +44,8 @@ from kernelgen.emit.rooms import laboratory, rooms_with
 from kernelgen.prove.testing import Suite
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# Sizes with which strides, or what is rounded up, are others.
+SMALL = {"tokens": (1,), "top_k": (1,), "experts": (1,), "loras": (1,), "slices": (1,), "rank": (8,)}
 # Other sizes of the layer; each by itself.
 SIZES = {
     "tokens": (0, 1, 7, 70),
@@ -54,10 +60,23 @@ SIZES = {
 
 
 @pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """What would have been launched; nothing is."""
+def log(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """What would have been launched, or made zero, on an H200 with a Triton that has Gluon; nothing is."""
     found: list[Any] = []
+    on_host = runtime.OnHost._run
+
+    def run(self: Any, given: Any, scratch: Any = None) -> None:
+        if self._function is not torch.Tensor.zero_:
+            return on_host(self, given, scratch)
+        found.append(runtime._found(self._source, runtime._named(given, self._record), scratch))
+
     monkeypatch.setattr(runtime.Launcher, "launch", lambda self, *call: found.append((self, *call)))
+    monkeypatch.setattr(runtime.OnHost, "_run", run)
+    monkeypatch.setattr(NO_PAIRS, "run", NO_PAIRS._run)
+    for module in (gemm, gemm_problem):
+        monkeypatch.setattr(module, "has_gluon", lambda: True)
+    traits = runtime.traits(torch.device(device))._replace(pdl=True, label="h200")
+    monkeypatch.setattr(runtime, "traits", lambda of: traits)
     forget()
     yield found
     forget()
@@ -90,21 +109,32 @@ class Lock:
         """The checks that refuse a call."""
         return {line.partition(" ")[2] for section in self._sections().values() for line in section.values()}
 
+    def differs(self, op: str, *labels: str) -> bool:
+        """Whether a call of an op, of one of these labels, does otherwise than the usual one."""
+        sections = [name for name, (of, *_) in {**GOOD, **CHOSEN}.items() if of == op]
+        return any(label in self._sections()[name] for name in sections for label in labels)
+
     def _sections(self) -> dict[str, dict[str, str]]:
-        sections: dict[str, dict[str, str]] = {}
-        for line in _LOCK.read_text("utf-8").splitlines()[_HEAD.count("\n") :] if _LOCK.exists() else ():
-            if line.startswith(" "):
-                digest, by, label = line.strip().split(" ", 2)
-                sections[list(sections)[-1]][label] = f"{digest} {by}"
-            elif line:
-                sections[line] = {}
-        return sections
+        return _read() if self.renews else _known()
 
     def _write(self, sections: Mapping[str, Mapping[str, str]]) -> None:
         blocks = ("\n".join([name, *(f"  {of} {label}" for label, of in sections[name].items())]) for name in sorted(sections))
         _LOCK.write_text(_HEAD + "\n".join(blocks) + "\n", "utf-8")
 
 
+def _read() -> dict[str, dict[str, str]]:
+    sections: dict[str, dict[str, str]] = {}
+    section: dict[str, str] = {}
+    for line in _LOCK.read_text("utf-8").splitlines()[_HEAD.count("\n") :] if _LOCK.exists() else ():
+        if line.startswith(" "):
+            digest, by, label = line.strip().split(" ", 2)
+            section[label] = f"{digest} {by}"
+        elif line:
+            section = sections[line] = {}
+    return sections
+
+
+_known = functools.cache(_read)
 _LOCK = Path(__file__).with_name("dispatch.lock")
 _HEAD = """\
 # What front doors do with the calls of tests/test_sequences.py: a digest of launches, or of words and the check that refuses.
@@ -174,7 +204,7 @@ PACKAGE = Path(kg.__file__).parent
 
 @functools.cache
 def checks() -> dict[str, dict[str, range]]:
-    """By module of host code, every call that refuses: its name, the function and the how manieth there, and its lines."""
+    """By module of host code, every call that refuses: its name, which is the function and what it says there, and its lines."""
     found: dict[str, dict[str, range]] = {}
     for path in [*PACKAGE.glob("_*.py"), *PACKAGE.glob("*/_*.py")]:
         module = path.relative_to(PACKAGE).as_posix()
@@ -183,10 +213,17 @@ def checks() -> dict[str, dict[str, range]]:
         number: collections.Counter[str] = collections.Counter()
         found[module] = {}
         for line, (function, call) in sorted(inside.items()):
-            number[function] += 1
-            name = f"{module.removesuffix('.py')}.{function}{'' if number[function] == 1 else -number[function]}"
+            name = f"{module.removesuffix('.py')}.{function}:{_words(call)}"
+            number[name] += 1
+            name += "" if number[name] == 1 else f"-{number[name]}"
             found[module][name] = range(line, (call.end_lineno or line) + 1)
     return found
+
+
+def _words(call: ast.Call) -> str:
+    """What a check is of, and what it wants; in one word."""
+    said = [ast.unparse(part) for part in (call.args[1:2] + call.args[3:4])]
+    return ":".join(re.sub(r"\W+", "-", text).strip("-")[:40] for text in said)
 
 
 def _refuses(call: ast.AST) -> bool:
@@ -195,6 +232,8 @@ def _refuses(call: ast.AST) -> bool:
 
 def _launch(call: tuple[Any, ...], places: dict[int, str]) -> tuple[Any, ...]:
     """Kernel, grid, operands and constants by name, options."""
+    if isinstance(call, torch.Tensor):
+        return "zeros", 1, {"of": _said(call, places)}
     launcher, grid, given, fixed, options = call
     code = launcher.kernel.fn.__code__
     own = [name for name in code.co_varnames[: code.co_argcount] if name not in launcher.constants]
@@ -232,8 +271,9 @@ def _said(value: Any, places: dict[int, str]) -> Any:
         place, dtype = places.get(value.untyped_storage()._cdata, "new"), str(value.dtype).removeprefix("torch.")
         start = f"+{value.storage_offset()}" if value.storage_offset() else ""
         return f"{place}{start} {dtype}{list(value.shape)} by {list(value.stride())} on {value.device}"
-    if isinstance(value, TensorDescriptor):
-        return "boxes", _said(value.base, places), value.shape, value.strides, value.block_shape
+    if hasattr(value, "block_shape"):  # a descriptor, of Triton or of Gluon
+        layout = str(getattr(value, "layout", ""))
+        return "boxes", _said(value.base, places), value.shape, value.strides, value.block_shape, layout
     if isinstance(value, kg.HeldRoute):
         return _said((value.capacity, value.max_loras, value._tables, value._parts), places)
     if isinstance(value, (list, tuple)):
@@ -341,25 +381,99 @@ def _other_tensors(operand: Tensor, good: torch.Tensor) -> Iterator[tuple[str, t
     for d in range(1, good.dim()):
         wide = torch.zeros((*good.shape[:d], good.shape[d] + 8, *good.shape[d + 1 :]), dtype=good.dtype, device=good.device)
         yield f"with more room in dimension {d}", wide.narrow(d, 0, good.shape[d])
+    if good.dim() == 2:
+        yield "column by column", good.t().contiguous().t()
     if good.dim() > 2 and not operand.written:
         yield "one for all", good[:1].expand(good.shape)
         yield "turned", torch.zeros_like(good.transpose(0, 1).contiguous()).transpose(0, 1)
 
 
-def calls(name: str, device: str) -> Iterator[tuple[str, Asked]]:
+def calls(name: str, door: Door, device: str) -> Iterator[tuple[str, Asked]]:
     """(what is another, the call) of a front door: one thing, a size of the layer, or a call of another kind."""
-    door = Door.of(name, device)
     for label, given in changes(door):
         yield label, (door, given)
-    for size, values in SIZES.items():
-        for value in values:
-            with contextlib.suppress(ValueError):  # what a call is made of has no such size
-                other = Door.of(name, device, **{size: value})
-                yield f"{size}: {value}", (other, other.good)
+    for label, other in _of_sizes(name, device, SIZES):
+        yield label, (other, other.good)
     for kind in GOOD:
-        if kind != name and GOOD[kind][0] == GOOD[name][0]:
+        if kind != name and name in GOOD and GOOD[kind][0] == GOOD[name][0]:
             other = Door.of(kind, device)
             yield kind, (other, other.good)
+
+
+def _of_sizes(name: str, device: str, sizes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, Door]]:
+    for size, values in sizes.items():
+        for value in values:
+            with contextlib.suppress(ValueError):  # what a call is made of has no such size
+                yield f"{size}: {value}", Door.of(name, device, **{size: value})
+
+
+def calls_of_two(name: str, door: Door, device: str, others: Sequence[tuple[str, Asked]]) -> Iterator[tuple[str, Asked]]:
+    """Likewise with two things that are others, of which the first is a word or a flag, and the second a number, or is left out;
+    or a size, and how one of the tensors lies, or that it is left out.
+
+    Args:
+        others: calls of one other thing each, that are not refused.
+    """
+    words = [(label, given) for label, (of, given) in others if of is door and _is_word(_named(door, label))]
+    numbers = [(label, given) for label, (of, given) in others if of is door and _is_number(_named(door, label), label)]
+    for (word, one), (number, other) in itertools.product(words, numbers):
+        changed = {of: value for of, value in other.items() if value is not door.good[of]}
+        if not any(one[of] is not door.good[of] for of in changed):
+            yield f"{word}; {number}", (door, {**one, **changed})
+    for label, sized in _of_sizes(name, device, SMALL):
+        for lies, given in changes(sized):
+            if _LIES.search(lies):
+                yield f"{label}; {lies}", (sized, given)
+
+
+_LIES = re.compile("more room|none$|column by column|turned|one for all")
+
+
+def _named(door: Door, label: str) -> Any:
+    """The operand that a label speaks of first, or its part."""
+    name, _, rest = label.partition(": ")
+    operand = next((operand for operand in door.operands if operand.name == name), None)
+    return operand.parts.get(rest.partition(": ")[0], operand) if isinstance(operand, Bundle) else operand
+
+
+def _is_word(operand: Any) -> bool:
+    return isinstance(operand, (Flag, Choice))
+
+
+def _is_number(operand: Any, label: str) -> bool:
+    return isinstance(operand, Int) or label.endswith(": none")
+
+
+def twins(door: Door, label: str, given: Arguments) -> Arguments | None:
+    """Of a call whose last slice of something is another, the one that has the first slice there too."""
+    name, _, rest = label.partition(": ")
+    operand = next((operand for operand in door.operands if operand.name == name), None)
+    if not (isinstance(operand, Tensor) and operand.slices and rest.startswith("1: ")):
+        return None
+    return {**given, name: type(given[name])([given[name][0]] * len(given[name]))}
+
+
+@pytest.fixture
+def tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if everything had been measured in high blocks: roles of warps first, then boxes."""
+
+    class Everything(dict[Any, Any]):
+        def __contains__(self, key: Any) -> bool:
+            return key is not None and bool(key.block_m == 128)
+
+        def __getitem__(self, key: Any) -> Any:
+            return (("warp_specialised", (4, 1, 1)), ("box", (128, 64, 3, 4, 1, 0, 64, 2)), ("tile", None))
+
+    on = runtime.traits(torch.device("cpu"))
+    measured = runtime.Measured(on.label, on.target, on.num_sms, on.shared_memory, Everything())
+    monkeypatch.setattr(gemm_problem, "TUNED", (measured,))
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_a_call_that_has_a_choice_does_what_it_does_alone(
+    name: str, device: str, log: list[Any], lock: Lock, tuned: None
+) -> None:
+    test_a_call_does_what_it_does_alone(name, device, log, lock)
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -370,36 +484,64 @@ def test_a_call_does_what_it_does_alone(name: str, device: str, log: list[Any], 
     alone = done(usual, log)
     assert isinstance(alone, Done), alone
     others = []
-    for label, asked in calls(name, device):
+    for label, asked in calls(name, door, device):
+        forget()
+        other = done(asked, log)
+        others.append((label, asked, other))
+        if isinstance(other, Refused):  # and so not remembered
+            continue
+        assert done(usual, log) == alone, f"the usual behind {label}"
+        assert done(asked, log) == other, f"{label}: behind the usual, itself at first"
+        same = twins(door, label, asked[1])
+        if same is not None:
+            forget()
+            done((door, same), log)
+            assert done(asked, log) == other, f"{label}: behind one that has a slice twice"
+    taken = [(label, asked) for label, asked, other in others if isinstance(other, Done)]
+    for label, asked in calls_of_two(name, door, device, taken):
         forget()
         others.append((label, asked, done(asked, log)))
-        if isinstance(others[-1][-1], Done):  # what is refused is not remembered
-            assert done(asked, log) == others[-1][-1], f"{label}: again"
-            assert done(usual, log) == alone, f"the usual behind {label}"
-            assert done(asked, log) == others[-1][-1], f"{label}: behind the usual, itself at first"
     forget()
     done(usual, log)
     for label, asked, other in others:  # all are remembered, each is as it is alone
-        assert done(usual, log) == alone, f"the usual in front of {label}"
-        assert done(asked, log) == other, f"{label}: behind the usual"
-    lock.compare(name, {"usual": alone, **{label: other for label, _, other in others if other != alone}})
+        assert done(asked, log) == other, f"{label}: behind all in front of it"
+    assert done(usual, log) == alone, "the usual behind all others"
+    one, two = ([(label, other) for label, _, other in others if ("; " in label) is of_two] for of_two in (False, True))
+    together = {f"{first}; and another": Together(dict(group)) for first, group in itertools.groupby(two, _first)}
+    lock.compare(name, {"usual": alone, **{label: other for label, other in one if other != alone}, **together})
 
 
-@pytest.mark.slow(keep=12)
-@pytest.mark.parametrize("name", GOOD)
+def _first(found: tuple[str, Any]) -> str:
+    return found[0].partition("; ")[0]
+
+
+class Together(NamedTuple):
+    """What calls do that have one line in the lock."""
+
+    calls: dict[str, Any]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{label}: {found}" for label, found in self.calls.items())
+
+
+# Traits of a device on which each of them is another.
+OTHER = {"num_sms": 20, "shared_memory": 65536, "pdl": False, "full_warps": 4, "warp_sums": 2048, "max_stages": 2}
+OTHER |= {"mixed_pointers": False, "target": "small", "label": "small", "e4m3": False}
+
+
+@pytest.mark.parametrize("name", [*GOOD, *CHOSEN])
 def test_a_call_asks_the_device_that_it_is_on(
     name: str, device: str, log: list[Any], lock: Lock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of two devices of other traits, the second has tensors without memory; each has the tiles that it has alone."""
-    traits = runtime.traits(torch.device(device))
-    small = {"num_sms": 20, "shared_memory": 65536, "pdl": not traits.pdl, "full_warps": 4, "warp_sums": 2048, "max_stages": 2}
-    small |= {"mixed_pointers": False, "target": "small", "label": "small", "e4m3": True}
-    monkeypatch.setattr(runtime, "traits", lambda of: traits._replace(**small) if of.type == "meta" else traits)
+    traits, on_other = runtime.traits(torch.device(device)), OTHER
+    monkeypatch.setattr(runtime, "traits", lambda of: traits._replace(**on_other) if of.type == "meta" else traits)
     door = Door.of(name, device)
     usual, other = ((door, _on(door.good, where)) for where in (device, "meta"))
     calls = {"on a device without memory, where nothing runs": done(other, log)}
     with runtime.compile_only():
         alone = []
+        on_other = {**OTHER, "e4m3": True}
         for asked in (usual, other):
             forget()
             alone.append(done(asked, log))
@@ -410,9 +552,14 @@ def test_a_call_asks_the_device_that_it_is_on(
         for label, given in _far_apart(door, other[1]):
             forget()
             calls[label] = done((door, given), log)
-        small["e4m3"] = False
-        forget()
-        calls["on a device without e4m3"] = done(other, log)
+        for trait, value in OTHER.items() if door.op.launches else ():
+            on_other = {trait: value}
+            forget()
+            calls[f"on a device with another {trait}"] = done(other, log)
+        for label, given in changes(door):
+            if label.endswith("e5m2"):  # which there is where there is no e4m3
+                forget()
+                calls[f"on a device without e4m3, {label}"] = done((door, _on(given, "meta")), log)
     lock.compare(f"{name} elsewhere", calls)
 
 
@@ -526,33 +673,29 @@ _DOORS, _LAWS = "tests/test_front_doors.py", "laws of the families"
 _TILES = "launchers of box and warp_specialised, of operands that the front door gives to others"
 _BEFORE, _GRAPH = "another check refuses such calls before", "in graphs of torch.compile"
 ELSEWHERE = {
-    "_fused_moe._check_scales-2": _DOORS,
-    "_fused_moe_shape.check": _DOORS,
-    "_lora.lora_route*": _DOORS,
-    "_mxfp4.*": _DOORS,
-    "_operands._check_apart": _DOORS,
-    "_operands._check_places-2": _DOORS,
-    "_operands.admit*": _DOORS,
-    "_overlap.overlap*": _DOORS,
-    "_quantize.quantize_weights*": _DOORS,
-    "_runtime.check_tile": _LAWS,
-    "_runtime.given": _DOORS,
-    "_scales.factor_scale_strides*": _BEFORE,
-    "_sharded_moe_shape.check": _DOORS,
-    "_warmup.warmup*": _DOORS,
-    "moe_gemm/_launch.bind": "tests/test_gluon.py",
-    "moe_gemm/_op.bind": _DOORS,
-    "moe_gemm/_problem._check_delta-2": _DOORS,
-    "moe_gemm/_problem._check_out_scale": _DOORS,
-    "moe_gemm/_problem._check_w_scale": _DOORS,
-    "moe_gemm/_problem.problem_of*": _TILES,
-    "moe_lora_expand/_problem.check-3": "rank vectors of 2^31 elements, which no call here has",
-    "moe_quant/_problem.check*": _DOORS,
-    "moe_shrink/_problem.check-3": _BEFORE,
-    "moe_sum/_op.bind": _DOORS,
-    "_scales.check_fp8": "codes of MXFP4 with scales of FP8, which no call here has",
-    "moe_route/_held.held_route": _GRAPH,
-    "moe_route/_launch.bind": _DOORS,
+    "_fused_moe._check_scales:h_scale:*": _DOORS,
+    "_fused_moe_shape.check:*": _DOORS,
+    "_lora.lora_route:*": _DOORS,
+    "_mxfp4.check_codes:*": _DOORS,
+    "_operands._check_apart:*": _DOORS,
+    "_operands._check_places:label:one-that-does-not": _DOORS,
+    "_operands.admit:*": _DOORS,
+    "_overlap.overlap:*": _DOORS,
+    "_quantize.quantize_weights:*": _DOORS,
+    "_runtime.check_tile:*": _LAWS,
+    "_runtime.given:*": _DOORS,
+    "_scales.factor_scale_strides:label:f-len*": _BEFORE,
+    "_sharded_moe_shape.check:*": _DOORS,
+    "_warmup.warmup:*": _DOORS,
+    "moe_gemm/_launch.bind:parts:*": "tests/test_gluon.py",
+    "moe_gemm/_op.bind:out_scale:None": _DOORS,
+    "moe_gemm/_problem._check_delta:v:*": _DOORS,
+    "moe_gemm/_problem.problem_of:rows:*": _TILES,
+    "moe_lora_expand/_problem.check:y:*": "rank vectors of 2^31 elements, which no call here has",
+    "moe_sum/_op.bind:out:*": _DOORS,
+    "_scales.check_fp8:label:or-join*": "codes of MXFP4 with scales of FP8, which no call here has",
+    "moe_route/_held.held_route:capacity:*": _GRAPH,
+    "moe_route/_launch.bind:pairs:*": _DOORS,
 }
 
 
@@ -563,3 +706,10 @@ def test_every_check_refuses_a_call(lock: Lock) -> None:
     assert not left, f"no call is refused by {sorted(left)}"
     stale = [pattern for pattern in ELSEWHERE if not fnmatch.filter(missing, pattern)]
     assert not stale, f"calls are refused by {stale}"
+
+
+def test_where_tensors_begin_matters_where_an_op_says_so(lock: Lock) -> None:
+    said = {(op.name, name) for op in operands.OPS.values() for name in op.aligned}
+    labels = ("{}: from an odd address", "{}: all: from an odd address")
+    found = {(op, name) for op, name in said if lock.differs(op, *(label.format(name) for label in labels))}
+    assert said == found

@@ -287,7 +287,7 @@ def problem_of(
         runtime.fail(variant, "x_rows, out_rows", rows.split("_"), " or ".join(_ROWS).replace("_", ", "))
     num_tokens, top_k = tables.num_tokens, tables.top_k
     num_pairs = num_tokens * top_k
-    if (_ROWS[rows] if schedule is None else schedule not in BY_PAIR) and tables.pairs is None:
+    if (_ROWS[rows] if schedule is None else schedule not in BY_PAIR) and tables.block_m == 0:
         runtime.fail(variant, "tables", "none", "tables", "make them with moe_align")
     if modes.of_weights is not None:
         check_fp8(variant, "w", w, modes.of_weights, QUANT)

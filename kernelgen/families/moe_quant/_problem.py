@@ -63,7 +63,7 @@ def check(variant: str, given: Given, *, mode: str | None = None, dtype: torch.d
     """
     sizes = OP.check(variant, given, D=dtype)
     codes, scale, x, tables, order = given
-    if order == "sorted" and tables.pairs is None:
+    if order == "sorted" and tables.block_m == 0:
         runtime.fail(variant, "tables", "none", "tables", "make them with moe_align")
     found = find_x_mode(variant, x, scale, QUANT, mode, tables.num_experts, "scale")
     if mode not in (None, found):
