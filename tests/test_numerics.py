@@ -59,7 +59,7 @@ CHANGES = (
     Change(
         "tiles are summed apart",
         _TWO,
-        (("tl.dot(x, p[2].T, p[1])", "p[1] + tl.dot(x, p[2].T)"),),
+        (("tl.dot(x, p[2].T, p[1])", "p[1] + tl.where(live[:, None], tl.dot(x, p[2].T), 0.0)"),),
         r"was .*dot_bf16\(j 64n\.\.64n\+64 by 32.*, is .*sum n\(dot_bf16\(j at 32n in 32",
     ),
     Change(
@@ -101,6 +101,12 @@ CHANGES = (
             ),
         ),
         r"was dot_bf16\(i by 128: .*, is dot_bf16\(i in 128: .*, from dot_bf16\(i at 128 in 128: ",
+    ),
+    Change(
+        "a product no longer begins at what is added to it",
+        "lora_expand_bf16_add_r16",
+        (("product = tl.dot(v, b.T)", "product = tl.where(live[:, None], tl.dot(v, b.T), 0.0)"),),
+        r"was bf16\(dot_bf16\(i in 16: .*, from out\[\., \.\]\)\), is bf16\(\(dot_bf16\(.*\) \+ out\[\., \.\]\)\)",
     ),
     Change(
         "K is summed from its end",

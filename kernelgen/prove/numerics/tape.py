@@ -129,6 +129,7 @@ class Tape:
 
 
 _Rule = Callable[..., Node]
+_NOTHING = Node("number", (), (), np.asarray(0.0))  # what a product begins at that is given nothing
 
 
 def _shape(handle: Any) -> tuple[int, ...]:
@@ -174,6 +175,15 @@ def _dot(made: Any, x: Any, y: Any, acc: Any, precision: Any = None, imprecise: 
     return Node("dot", (_node(x), _node(y), _node(acc)), _shape(made), kind)
 
 
+def _add(made: Any, x: Any, y: Any) -> Node:
+    """Triton lets a product that is given nothing to begin at begin at what is added to it."""
+    first, second = _node(x), _node(y)
+    for product, other in ((first, second), (second, first)):
+        if product.kind == "dot" and product.of[2] is _NOTHING:
+            return Node("dot", (*product.of[:2], other), _shape(made), product.detail)
+    return Node("add", (first, second), _shape(made))
+
+
 def _select(made: Any, mask: Any, x: Any, y: Any) -> Node:
     return Node("select", (_mask(mask), _node(x), _node(y)), _shape(made))
 
@@ -197,7 +207,7 @@ _RULES: Mapping[str, _Rule] = {
     **dict.fromkeys(("create_fp_ext", "create_fp_trunc", "create_fp_to_fp"), _cast),
     **dict.fromkeys(("create_si_to_fp", "create_ui_to_fp"), lambda made, *_: _number(made)),
     "create_bitcast": lambda made, x, kind: _node(x) if x.dtype.scalar.is_floating() else Node("bits", (), _shape(made)),
-    "create_fadd": _operation("add"),
+    "create_fadd": _add,
     "create_fsub": _operation("sub"),
     "create_fmul": _operation("mul"),
     "create_fma": _operation("fma", 3),
@@ -233,6 +243,7 @@ def taped() -> Iterator[Tape]:
     Raises, where a kernel runs:
         Lost: an operation on floats that has no rule; its name and line.
     """
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
     interpreter._patch_lang(None)  # for good, so that what follows is on top
@@ -294,6 +305,7 @@ def taped() -> Iterator[Tape]:
     changed[builder, "create_split"] = split
     changed[interpreter.ReduceOps, "apply_impl"] = _reduced(interpreter.ReduceOps.apply_impl)
     changed[interpreter.GridExecutor, "__call__"] = _launched(interpreter.GridExecutor.__call__, tape)
+    changed[TritonSemantic, "dot"] = _multiplied(TritonSemantic.dot)
     changed[tl.tensor, "T"] = property(_transposed(tl.tensor.T.fget))
     with replaced(changed):
         yield tape
@@ -319,6 +331,17 @@ def _reduced(stock: Callable[..., Any]) -> Callable[..., Any]:
         return made
 
     return reduced
+
+
+def _multiplied(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def multiplied(self: Any, x: Any, y: Any, acc: Any, *options: Any, **named: Any) -> Any:
+        made = stock(self, x, y, acc, *options, **named)
+        node = made.handle.node
+        if acc is None and node.kind == "dot":
+            made.handle.node = Node("dot", (*node.of[:2], _NOTHING), node.shape, node.detail)
+        return made
+
+    return multiplied
 
 
 def _transposed(stock: Callable[..., Any]) -> Callable[..., Any]:
