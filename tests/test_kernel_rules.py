@@ -16,23 +16,15 @@ from kernelgen.emit import outline
 PACKAGE = Path(__file__).parent.parent / "generated"
 FILES = sorted(file for file in PACKAGE.glob("*/*.py") if re.search(r"@(triton|gluon)\.jit", file.read_text("utf-8")))
 
-# Strides over adapters, experts and rows: what they multiply can pass 2**31 elements.
-WIDE_STRIDES = {
-    "X_STRIDE",
-    "OUT_STRIDE",
-    "A_STRIDE_L",
-    "A_STRIDE_E",
-    "B_STRIDE_L",
-    "B_STRIDE_E",
-    "W_STRIDE_E",
-    "Y_STRIDE",
-    "H_STRIDE",
-    "D_STRIDE",
-    "A_SCALE_STRIDE_L",
-    "A_SCALE_STRIDE_E",
-    "B_SCALE_STRIDE_L",
-    "B_SCALE_STRIDE_E",
+# What a product with it can pass 2**31 elements: strides over adapters, experts and rows, ...
+WIDE_STRIDES = re.compile(r"(X|W|OUT|Y|H|D|CODES|BIAS)_STRIDE|\w+_STRIDE_[LE]|[XW]_SCALE_STRIDE|row_stride|\w+_stride_l")
+# ... and numbers of rows, and how many there are,
+ROWS = {
+    *("pair", "pairs", "token", "listed", "position", "out_position", "v_position", "x_row", "first", "low", "high"),
+    *("num_pairs", "num_tokens", "capacity", "next_part", "next_slice", "next_shard"),
 }
+# but for a number of a pair, and a scale an expert, which lie side by side.
+NEXT_TO_EACH_OTHER = {"expert", "X_SCALE_STRIDE"}
 LENGTHS = {"K", "N", "RANK"}
 
 
@@ -54,27 +46,36 @@ def calls(kernel: ast.FunctionDef) -> tuple[tuple[str, dict[str, ast.expr]], ...
     return tuple((ast.unparse(call.func), {word.arg: word.value for word in call.keywords if word.arg}) for call in found)
 
 
-def products(kernel: ast.FunctionDef) -> Iterator[tuple[ast.expr, ast.expr]]:
-    """Both sides of every product, each way around."""
-    for node in nodes(kernel):
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-            yield node.left, node.right
-            yield node.right, node.left
+def deciding(value: ast.expr) -> Iterator[str]:
+    """Names that an offset is made of, and "int64" for a cast: what is loaded from a place has a width of its own."""
+    match value:
+        case ast.Name(name):
+            yield name
+        case ast.BinOp(left, _, right) | ast.IfExp(_, left, right):
+            yield from (*deciding(left), *deciding(right))
+        case ast.Subscript(of):
+            yield from deciding(of)
+        case ast.Call(ast.Attribute(of, "to"), [kind]):
+            yield from ("int64",) if ast.unparse(kind)[2:] == ".int64" else deciding(of)
+        case ast.Call(ast.Attribute(_, name), arguments) if name not in ("load", "arange", "program_id", "num_programs"):
+            yield from itertools.chain.from_iterable(map(deciding, arguments))
+        case ast.Call(ast.Name("_local")):  # of an expert
+            yield "int64"
 
 
 def wide_names(kernel: ast.FunctionDef) -> set[str]:
     """Variables that are 64-bit wherever they are assigned."""
     values: dict[str, list[ast.expr]] = {}
     for node in nodes(kernel):
-        if isinstance(node, ast.Assign):
-            for target in node.targets:
-                if isinstance(target, ast.Name):
-                    values.setdefault(target.id, []).append(node.value)
-    return {name for name, found in values.items() if all(map(is_widened, found))}
-
-
-def is_widened(value: ast.expr) -> bool:
-    return bool(re.search(r"\.to\((tl|gl)\.int64\)", ast.unparse(value)))
+        for target in node.targets if isinstance(node, ast.Assign) else ():
+            for name in target.elts if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Call) else [target]:
+                values.setdefault(ast.unparse(name), []).append(node.value)
+    wide = {"int64", "next_part"} if kernel.name.startswith("_") else {"int64"}  # a helper is given products
+    while True:
+        found = {name for name, of in values.items() if all(wide.intersection(deciding(each)) for each in of)}
+        if found < wide:
+            return wide
+        wide |= found
 
 
 def no_hint_that_the_interpreter_takes_and_a_compiler_refuses(kernel: ast.FunctionDef) -> None:
@@ -95,22 +96,33 @@ def no_index_wraps_around(kernel: ast.FunctionDef) -> None:
     Rows of A beyond the rank are dropped afterwards, and read without a mask: they may be its first ones again.
     """
     rows_of_a = {
-        id(node.value)
-        for node in nodes(kernel)
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "a_row"
+        id(node.value) for node in nodes(kernel) if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "a_row"
     }
     for node in nodes(kernel):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod) and id(node) not in rows_of_a:
             assert ast.unparse(node.right) not in LENGTHS, ast.unparse(node)
 
 
+def is_number(product: ast.BinOp) -> bool:
+    """Whether a product is by a few, or the number of a pair, or one that is rounded to whole tiles."""
+    sides = ((product.left, product.right), (product.right, product.left))
+    return any(
+        isinstance(side, ast.Constant)
+        or ast.unparse(side) == "TOP_K"
+        or (isinstance(other, ast.BinOp) and isinstance(other.op, ast.FloorDiv) and ast.unparse(side) in ast.unparse(other.right))
+        for side, other in sides
+    )
+
+
 def offsets_of_adapter_expert_and_row_are_wide(kernel: ast.FunctionDef) -> None:
     wide = wide_names(kernel)
-    for stride, factor in products(kernel):
-        if isinstance(stride, ast.Name) and stride.id in WIDE_STRIDES:
-            base = factor.value if isinstance(factor, ast.Subscript) else factor
-            is_wide = isinstance(base, ast.Name) and base.id in wide
-            assert is_wide or is_widened(factor), ast.unparse(factor)
+    ranges = [node for node in nodes(kernel) if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.range"]
+    turns = set(itertools.chain.from_iterable(map(ast.walk, ranges)))
+    for node in nodes(kernel):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult) and node not in turns and not is_number(node):
+            of = {*deciding(node.left), *deciding(node.right)}
+            is_far = any(WIDE_STRIDES.fullmatch(name) or name in ROWS for name in of) and of != NEXT_TO_EACH_OTHER
+            assert not is_far or of & wide, ast.unparse(node)
 
 
 def a_number_that_changes_from_call_to_call_makes_no_compile_key(kernel: ast.FunctionDef) -> None:

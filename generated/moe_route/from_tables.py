@@ -45,7 +45,7 @@ def moe_route_from_tables_list(
             named = tl.load(lora_ids_ptr + j, mask=j < NUM_LORA_IDS, other=-1)
             live &= tl.max((named[None, :] == adapter[:, None]).to(tl.int32), 1) > 0
         live &= b * BLOCK_M < tl.load(num_tokens_post_padded_ptr + adapter, mask=live, other=0)
-        expert = tl.load(expert_ids_ptr + adapter * row_stride + b, mask=live, other=-1)
+        expert = tl.load(expert_ids_ptr + adapter.to(tl.int64) * row_stride + b, mask=live, other=-1)
         live &= (expert >= 0) & (expert < NUM_EXPERTS)
         block = done + tl.cumsum(live.to(tl.int32)) - 1
         tl.store(blocks_ptr + 4 * block, adapter, mask=live)
