@@ -57,6 +57,8 @@ class Batch:
         return self.ints(*itertools.islice(itertools.cycle(values), number))
 
     def normal(self, *size: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+        if self.device == "meta":
+            return torch.empty(size, dtype=dtype, device="meta")
         return torch.randn(size, generator=self.generator).to(self.device, dtype)
 
     def factors(self, *batch: int) -> Arguments:
@@ -79,8 +81,8 @@ class Batch:
         sizes = {"num_experts": self.experts, "max_loras": self.loras, "assignment": assignment}
         return kg.moe_route(self.ids, self.mapping, **given, **sizes)
 
-    def dense_route(self) -> Any:
-        space = kg.lora_workspace(**self.dense_space)
+    def dense_route(self, fp8: bool = False) -> Any:
+        space = kg.lora_workspace(**self.dense_space, fp8=fp8)
         return kg.lora_route(self.mapping, max_loras=self.loras, workspace=space)
 
     def tables(self) -> Any:
@@ -176,7 +178,7 @@ def _few_shrink(b: Batch) -> Arguments:
 def _lora(b: Batch, fp8: bool = False) -> Arguments:
     given = b.fp8_factors(b.loras) if fp8 else {**b.factors(b.loras), "a_scale": None, "b_scale": None}
     given["x"], given["x_scale"] = kg.quantize_activations(b.normal(b.tokens, b.k)) if fp8 else (b.normal(b.tokens, b.k), None)
-    given |= {"out": b.normal(b.tokens, b.slices * b.n + 1), "route": b.dense_route()}
+    given |= {"out": b.normal(b.tokens, b.slices * b.n + 1), "route": b.dense_route(fp8)}
     given["y"] = b.normal(b.slices, b.tokens, b.rank, dtype=torch.float32)
     return {**given, "scaling": 0.5, "offset_start": 1, "add_inputs": True, "zero_rest": False, **b.of_adapters}
 
@@ -344,14 +346,14 @@ GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
         lambda b: {
             **b.routing,
             "block_m": 16,
-            "workspace": torch.zeros(64 + 4 * b.tokens * b.top_k, dtype=INT32, device=b.device),
+            "workspace": torch.zeros(8192 + 4 * b.tokens * b.top_k, dtype=INT32, device=b.device),
         },
     ),
     "moe_align mapped": (
         "moe_align",
         lambda b: {
             **{**b.routing, "expert_map": b.expert_map, "block_m": 16},
-            "workspace": torch.zeros(64 + 8 * b.tokens * b.top_k, dtype=INT32, device=b.device),
+            "workspace": torch.zeros(8192 + 8 * b.tokens * b.top_k, dtype=INT32, device=b.device),
         },
     ),
     "local_ids": (
@@ -550,7 +552,7 @@ def _chosen_layer(b: Batch, scales: str = "") -> Arguments:
 
 def _chosen_mxfp4(b: Batch) -> Arguments:
     """A layer of few tokens with MXFP4 weights."""
-    given = {**_gpt_oss(b), "lora": None, "workspace": None}
+    given = {**_gpt_oss(b), "lora": None}
     for name in ("w13", "w2"):
         given[name], given[f"{name}_scale"] = kg.quantize_mxfp4(given[name])
     return given

@@ -37,6 +37,7 @@ from generated._operands import Bundle, Choice, Flag, Int, Number, Tensor
 from generated.moe_align._op import NO_PAIRS
 from generated.moe_gemm import _op as gemm
 from generated.moe_gemm import _problem as gemm_problem
+from generated.moe_route._op import PairRoute
 from kernelgen.compiled.which import BY_SIZES, Answer, Known, which
 from kernelgen.core.diagnostics import Failure
 from kernelgen.emit import build
@@ -44,8 +45,8 @@ from kernelgen.emit.rooms import laboratory, rooms_with
 from kernelgen.prove.testing import Suite
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-# Sizes with which strides, or what is rounded up, are others.
-SMALL = {"tokens": (1,), "top_k": (1,), "experts": (1,), "loras": (1,), "slices": (1,), "rank": (8,)}
+# Sizes with which there are strides that say nothing.
+SMALL = {"tokens": (1,), "top_k": (1,), "slices": (1,)}
 # Other sizes of the layer; each by itself.
 SIZES = {
     "tokens": (0, 1, 7, 70),
@@ -162,7 +163,7 @@ def done(asked: Asked, log: list[Any]) -> Any:
         result = door.function(**given)
     except ValueError as error:
         assert not log, f"{error}: launched all the same"
-        return Refused(where(error), str(error))
+        return Refused(where_of(error), str(error))
     places = {}
     for name, value in given.items():
         for place, tensor in _tensors(name, value):
@@ -191,7 +192,7 @@ class Refused(NamedTuple):
         return self.words
 
 
-def where(error: ValueError) -> str:
+def where_of(error: ValueError) -> str:
     """The check that an error is of."""
     frames = traceback.extract_tb(error.__traceback__)
     at = frames[-2] if frames[-1].name == "fail" else frames[-1]
@@ -408,13 +409,15 @@ def _of_sizes(name: str, device: str, sizes: Mapping[str, Sequence[int]]) -> Ite
 
 
 def calls_of_two(name: str, door: Door, device: str, others: Sequence[tuple[str, Asked]]) -> Iterator[tuple[str, Asked]]:
-    """Likewise with two things that are others, of which the first is a word or a flag, and the second a number, or is left out;
-    or a size, and how one of the tensors lies, or that it is left out.
+    """Likewise with two things that are others, of which the first is a word or a flag, and the second a number, or is left out
+    (of an operand two words); or a size, and how one of the tensors lies.
 
     Args:
         others: calls of one other thing each, that are not refused.
     """
-    words = [(label, given) for label, (of, given) in others if of is door and _is_word(_named(door, label))]
+    of_words = [(label, given) for label, (of, given) in others if of is door and _is_word(_named(door, label))]
+    by_operand = itertools.groupby(of_words, lambda found: found[0].partition(": ")[0])
+    words = [found for _, group in by_operand for found in itertools.islice(group, 2)]
     numbers = [(label, given) for label, (of, given) in others if of is door and _is_number(_named(door, label), label)]
     for (word, one), (number, other) in itertools.product(words, numbers):
         changed = {of: value for of, value in other.items() if value is not door.good[of]}
@@ -426,7 +429,7 @@ def calls_of_two(name: str, door: Door, device: str, others: Sequence[tuple[str,
                 yield f"{label}; {lies}", (sized, given)
 
 
-_LIES = re.compile("more room|none$|column by column|turned|one for all")
+_LIES = re.compile("more room|column by column|turned|one for all")
 
 
 def _named(door: Door, label: str) -> Any:
@@ -483,32 +486,39 @@ def test_a_call_does_what_it_does_alone(name: str, device: str, log: list[Any], 
     forget()
     alone = done(usual, log)
     assert isinstance(alone, Done), alone
-    others = []
+    others: list[tuple[str, Asked, Any]] = []
     for label, asked in calls(name, door, device):
         forget()
-        other = done(asked, log)
-        others.append((label, asked, other))
-        if isinstance(other, Refused):  # and so not remembered
-            continue
-        assert done(usual, log) == alone, f"the usual behind {label}"
-        assert done(asked, log) == other, f"{label}: behind the usual, itself at first"
+        others.append((label, asked, done(asked, log)))
         same = twins(door, label, asked[1])
         if same is not None:
             forget()
-            done((door, same), log)
-            assert done(asked, log) == other, f"{label}: behind one that has a slice twice"
-    taken = [(label, asked) for label, asked, other in others if isinstance(other, Done)]
-    for label, asked in calls_of_two(name, door, device, taken):
+            for _ in range(2):  # so that it is the last of its kind, too
+                done((door, same), log)
+            assert done(asked, log) == others[-1][-1], f"{label}: behind one that has a slice twice"
+    for label, asked in calls_of_two(name, door, device, [(label, asked) for label, asked, _ in taken(others)]):
         forget()
         others.append((label, asked, done(asked, log)))
     forget()
-    done(usual, log)
-    for label, asked, other in others:  # all are remembered, each is as it is alone
-        assert done(asked, log) == other, f"{label}: behind all in front of it"
+    assert done(usual, log) == alone
+    for label, asked, other in others:  # each as alone, with all in front of it remembered
+        assert done(asked, log) == other, f"{label}: behind the usual, and all in front of it"
+    for label, asked, other in reversed(taken(others)):  # and in turns with the usual one, when all are
+        assert done(usual, log) == alone, f"the usual, and {label} is remembered"
+        assert done(asked, log) == other, f"{label}: behind the usual, when it is remembered"
+    forget()
+    for label, asked, other in taken(others):
+        if label.endswith(": none"):
+            assert done(asked, log) == other, f"{label}: behind all in front of it"
     assert done(usual, log) == alone, "the usual behind all others"
     one, two = ([(label, other) for label, _, other in others if ("; " in label) is of_two] for of_two in (False, True))
     together = {f"{first}; and another": Together(dict(group)) for first, group in itertools.groupby(two, _first)}
     lock.compare(name, {"usual": alone, **{label: other for label, other in one if other != alone}, **together})
+
+
+def taken(others: Sequence[tuple[str, Asked, Any]]) -> list[tuple[str, Asked, Any]]:
+    """Calls that are not refused, and so remembered."""
+    return [found for found in others if isinstance(found[-1], Done)]
 
 
 def _first(found: tuple[str, Any]) -> str:
@@ -619,6 +629,59 @@ def _on(value: Any, device: str) -> Any:
     return value
 
 
+# With a workspace for as many tokens, of layers as models have them; in front of each threshold, and behind it.
+WITH_ROOM = [name for name, (op, *_) in {**GOOD, **CHOSEN}.items() if re.match("(moe_)?lora($|_shrink|_expand)|fused_moe$", op)]
+OF_MODELS = [{"k": 2048, "n": 512, "experts": 8, "top_k": 4}, {"k": 14336, "n": 2048, "rank": 320, "loras": 5}]
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_ROOM if "placed" not in name and "engine" not in name])
+def test_a_workspace_has_room(name: str, log: list[Any], lock: Lock, tuned: None) -> None:
+    """Nothing is made at a call that brings one; pair by pair, of few. Without memory, as many tokens are as few."""
+    calls: dict[str, object] = {}
+    most = 300 if isinstance(Door.of(name, "cpu").good.get("route"), PairRoute) else 20000
+    with runtime.compile_only():
+        for layer, tokens in itertools.product(OF_MODELS, (1, 4, 5, 16, 17, 300, 4096, 4097, 20000)):
+            door = Door.of(name, "meta", **layer, tokens=tokens)
+            forget()
+            label = f"{tokens} of k {layer['k']}"
+            calls[label] = found = done((door, door.good), log)
+            made = isinstance(found, Refused) or (tokens <= most and "'new" in str(found.launches))
+            assert not made, f"{label}: {str(found)[:400]}"
+    lock.compare(f"{name} with room", calls)
+
+
+@pytest.mark.parametrize("name", [name for name in GOOD if name.endswith("workspace")])
+def test_a_workspace_is_as_large_as_it_was(name: str, log: list[Any], lock: Lock) -> None:
+    door = Door.of(name, "meta")
+    calls: dict[str, object] = {}
+    for label, given in [("usual", door.good), *changes(door)]:
+        for tokens in (1, 5, 4096, 4097, 20000):
+            calls[f"{label}; {tokens}"] = done((door, {**given, "max_tokens": tokens}), log)
+    lock.compare(f"{name} of many", calls)
+
+
+def test_a_graph_is_told_what_it_was(lock: Lock) -> None:
+    """Of each op of torch.compile what it takes, and what it writes."""
+    names = sorted(name for library in runtime._libraries for name in library._op_defs)
+    spaces = [name.split("::") for name in names]
+    ops = {name: getattr(getattr(torch.ops, of), name).default for of, name in spaces}
+    lock.compare("ops of torch.compile", {name: str(op._schema) for name, op in ops.items()})
+
+
+@pytest.mark.parametrize("name", [name for name in {**GOOD, **CHOSEN} if name not in kg.variants()])
+def test_a_graph_does_what_a_call_does(
+    name: str, device: str, log: list[Any], lock: Lock, monkeypatch: pytest.MonkeyPatch, tuned: None
+) -> None:
+    door = Door.of(name, device)
+    calls: dict[str, object] = {}
+    some = [(label, given) for label, given in changes(door) if _is_word(_named(door, label)) or label.endswith(": none")]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for label, given in [("usual", door.good), *some]:
+        forget()
+        calls[label] = done((door, given), log)
+    lock.compare(f"{name} in a graph", calls)
+
+
 ROOT = Path(__file__).parent.parent
 LARGEST = ({"n": 2**30, "rank": 1, "slices": 2}, {"num_tokens": 2**24})
 TOKENS = (1, 3, 16, 32, 100, 256, 1500, 5000)
@@ -636,6 +699,7 @@ def of_a_model(family: str) -> Iterator[tuple[str, Answer]]:
             sizes = Known.of(spec).sizes
             given = [{"num_tokens": tokens} for tokens in TOKENS if "num_tokens" in sizes] or [{}]
             given += [{size: 2**30} for size in sizes if size != "slices"] if len(met) == len(axes) else []
+            given += [{"rank": 320, "num_tokens": tokens} for tokens in (3, 256, 5000) if {"rank", "num_tokens"} <= sizes.keys()]
             given += [some for some in LARGEST if some.keys() <= sizes.keys()] if len(met) == len(axes) else []
             for some in given:
                 case = {**tags, **{size: str(value) for size, value in some.items()}}
@@ -655,23 +719,28 @@ def shipped() -> Any:
 
 @pytest.mark.slow(keep=8)
 @pytest.mark.parametrize("family", sorted(rooms_with("call")))
-def test_a_model_gets_what_it_got(family: str, lock: Lock, log: list[Any]) -> None:
+def test_a_model_gets_what_it_got(family: str, lock: Lock, log: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    traits = runtime.traits(torch.device("cpu"))
     calls: dict[str, object] = {}
     for label, answer in of_a_model(family):
-        with runtime.compile_only(), runtime.choosing({}) as choices:
-            log.clear()
-            try:
-                laboratory(family, "call").call(kg, answer)
-                calls[label] = Done([_launch(call, {}) for call in log], choices)
-            except ValueError as error:
-                calls[label] = Refused(where(error), str(error))
+        for where, other in (("", {}), (" elsewhere", {**OTHER, "e4m3": True})):
+            if where and not re.search(r"=(3|256|5000|16777216|1073741824)\b", label):
+                continue
+            monkeypatch.setattr(runtime, "traits", lambda of, other=other: traits._replace(**other))
+            with runtime.compile_only(), runtime.choosing({}) as choices:
+                log.clear()
+                try:
+                    laboratory(family, "call").call(kg, answer)
+                    calls[label + where] = Done([_launch(call, {}) for call in log], choices)
+                except ValueError as error:
+                    calls[label + where] = Refused(where_of(error), str(error))
     lock.compare(f"{family} of a model", calls)
 
 
 # Checks that refuse what no call here is: where they are tested. What is behind a star may be several.
 _DOORS, _LAWS = "tests/test_front_doors.py", "laws of the families"
 _TILES = "launchers of box and warp_specialised, of operands that the front door gives to others"
-_BEFORE, _GRAPH = "another check refuses such calls before", "in graphs of torch.compile"
+_BEFORE = "another check refuses such calls before"
 ELSEWHERE = {
     "_fused_moe._check_scales:h_scale:*": _DOORS,
     "_fused_moe_shape.check:*": _DOORS,
@@ -694,7 +763,6 @@ ELSEWHERE = {
     "moe_lora_expand/_problem.check:y:*": "rank vectors of 2^31 elements, which no call here has",
     "moe_sum/_op.bind:out:*": _DOORS,
     "_scales.check_fp8:label:or-join*": "codes of MXFP4 with scales of FP8, which no call here has",
-    "moe_route/_held.held_route:capacity:*": _GRAPH,
     "moe_route/_launch.bind:pairs:*": _DOORS,
 }
 
