@@ -15,7 +15,7 @@ from ._table import VARIANTS
 __all__ = ["MoeTables", "local_ids", "moe_align", "no_tables"]
 
 BLOCK_MS = (16, 32, 64, 128)
-_FEW_PAIRS = 32768  # up to so many are sorted in one launch, whose programs each count all pairs
+_FEW_PAIRS = 16384  # up to so many are sorted in one launch, whose programs each count all pairs
 CHUNKS = 128  # at most, that pairs are counted in by two launches
 
 # What ops on the routing of a base layer take of it.
