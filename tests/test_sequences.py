@@ -650,6 +650,23 @@ def test_a_workspace_has_room(name: str, log: list[Any], lock: Lock, tuned: None
     lock.compare(f"{name} with room", calls)
 
 
+@pytest.mark.parametrize("name", ["moe_align", "moe_align mapped", "moe_runs", "moe_route", "lora_route", "lora_route held"])
+def test_tables_of_many(name: str, log: list[Any], lock: Lock) -> None:
+    """On both sides of each threshold, without a workspace, and with one that is as large as it says."""
+    calls: dict[str, object] = {}
+    with runtime.compile_only():
+        numbers = (1, 4, 5, 64, 65, 256, 257, 2048, 2049, 16384, 16385, 40000)
+        for tokens, experts in itertools.product(numbers, (4, 200, 257, 1500)):
+            door = Door.of(name, "meta", tokens=tokens, experts=experts)
+            settled = {option: None for option in ("workspace", "block_m", "num_tokens_hint") if option in door.good}
+            asked = [("usual", {}), ("settled", settled)]
+            asked += [(f"auto {r}", {"assignment": "auto", "rank": r}) for r in (16, 17) if "assignment" in door.good]
+            for label, changed in asked:
+                forget()
+                calls[f"{tokens} of {experts}, {label}"] = done((door, {**door.good, **changed}), log)
+    lock.compare(f"{name} of many", calls)
+
+
 @pytest.mark.parametrize("name", [name for name in GOOD if name.endswith("workspace")])
 def test_a_workspace_is_as_large_as_it_was(name: str, log: list[Any], lock: Lock) -> None:
     door = Door.of(name, "meta")

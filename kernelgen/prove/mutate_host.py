@@ -1,9 +1,9 @@
 """Mutants of host code: faults of dispatch that tests must notice. ``kernelgen mutate --host`` lists the living.
 
 A mutant is a module of Python of the generated package with one place changed: a check left out, a condition turned round, a
-bound moved, a part of a key that is fixed, two operands exchanged, a default that is another. It stands in a copy of the package,
-in a process of its own, where the tests of dispatch meet it; those of its family come first. It is killed when one of them fails,
-in any way.
+bound moved, a part of a key that is fixed, two operands exchanged, a number or a default that is another. It stands in a copy of
+the package, in a process of its own, where the tests of dispatch meet it; those of its family come first. It is killed when one
+of them fails, in any way.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ _MOVED: Mapping[type[ast.cmpop], type[ast.cmpop]] = {
 _EXCHANGED: Mapping[type[ast.operator], type[ast.operator]] = {
     **{ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv},
 }
+_OTHER_END = {"min": "max", "max": "min"}
 _KEYS = ("Key", "Problem", "_Shape", "Plan")  # classes of what is known of a call
 _REFUSES = ("fail", "refuse", "check", "admit")
 
@@ -102,6 +103,7 @@ def _changes(node: ast.AST) -> Iterator[Change]:
     elif isinstance(node, ast.Compare) and type(node.ops[0]) in _MOVED:
         yield "bound moved", node, with_changes(node, ops=[_MOVED[type(node.ops[0])](), *node.ops[1:]])
     elif isinstance(node, ast.BoolOp):
+        yield "or for and, and for or", node, with_changes(node, op=ast.Or() if isinstance(node.op, ast.And) else ast.And())
         for i in range(len(node.values)):
             rest = [*node.values[:i], *node.values[i + 1 :]]
             yield "side dropped", node, rest[0] if len(rest) == 1 else with_changes(node, values=rest)
@@ -119,11 +121,18 @@ def _changes(node: ast.AST) -> Iterator[Change]:
             yield from _changed_default(default)
     elif isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
         yield from _changed_default(node.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and not isinstance(node.value, bool):
+        yield "number changed", node, ast.Constant(node.value + 1)
 
 
 def _changed_calls(node: ast.Call) -> Iterator[Change]:
     called = ast.unparse(node.func).rpartition(".")[2]
     yield from (("operands exchanged", node, with_changes(node, args=order)) for order in _exchanged(node.args))
+    for order in _exchanged([word.value for word in node.keywords]):
+        words = [ast.keyword(word.arg, value) for word, value in zip(node.keywords, order, strict=True)]
+        yield "operands exchanged", node, with_changes(node, keywords=words)
+    if called in _OTHER_END:
+        yield "least for most, and most for least", node, with_changes(node, func=ast.Name(_OTHER_END[called]))
     if called in _KEYS:
         for i, word in enumerate(node.keywords):
             fixed = ast.keyword(word.arg, ast.Constant(1))
@@ -142,8 +151,8 @@ def _exchanged(parts: Sequence[ast.expr]) -> Iterator[list[ast.expr]]:
 
 
 def _changed_default(node: ast.expr) -> Iterator[Change]:
-    if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int)):
-        yield "default changed", node, ast.Constant(not node.value if isinstance(node.value, bool) else node.value + 1)
+    if isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield "default changed", node, ast.Constant(not node.value)
 
 
 @dataclasses.dataclass(frozen=True)
