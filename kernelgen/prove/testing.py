@@ -142,8 +142,10 @@ class Suite:
 
     @functools.cached_property
     def quick_exact(self) -> frozenset[tuple[str, str]]:
-        """A part of ``exact`` that meets each case, each body, and each tag with each template."""
-        met = {pair: {*self.marks(pair[0]), pair[1]} for pair in self.exact}
+        """A part of ``exact`` that meets each case with each tag or fact that its body has, each body, and each tag with each template."""
+        met: dict[tuple[Variant, Case], set[Any]] = {}
+        for variant, case in self.exact:
+            met[variant, case] = {*self.marks(variant), case, *((case, name, variant.told(name)) for name in case.body or ())}
         return frozenset((variant.name, case.name) for variant, case in _cover(met))
 
     @functools.cached_property

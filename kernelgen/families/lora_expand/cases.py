@@ -45,7 +45,7 @@ _SIXTEEN_BIT = (
     Case("one_adapter", "a single slot", loras=1),
     Case("offset", "columns in front of the first slice", offset=24, widths=(40, 40)),
     Case("y_16_bit", "rank vectors in 16 bits, as an all-reduce may leave them", y_dtype=None, widths=(40, 24)),
-    Case("y_in_parts", "parts of K to add up, whose last quarter is short", core=True, y_parts=7, rank="part", held=2),
+    Case("y_in_parts", "parts of K to add up, whose last quarter is short", core=True, y_parts=11, rank="part", held=2),
     Case("y_in_two_parts", "parts that are no more than quarters", y_parts=2, widths=(64, 128), rank="part"),
     Case("out_f32", "out in fp32, as of a head", core=True, out_dtype=torch.float32, adapters="mixed", widths=(40, 24)),
     Case("packed", "nothing between rows", layout="packed", widths=(40, 24)),

@@ -152,7 +152,7 @@ _FAR_ROLES: Mapping[str, Any] = {"only": _ROLES, "k": 256, "block_m": 128}
 
 _OF_LORA = (
     Case("rank_1", "a rank of one, and one part", only=_LORA, rank=1, parts=1),
-    Case("rank_64", "runs that end with a step", only=_LORA, tokens=20, few=1, top_k=1, experts=2, rank=64),
+    Case("rank_64", "runs that end with a step, many parts", only=_LORA, tokens=20, few=1, top_k=1, experts=2, rank=64, parts=11),
     Case("rank_40", "steps of several runs, and runs of several steps", only=_LORA, tokens=20, top_k=1, experts=2, rank=40),
     Case("rank_130", "more ranks than a program takes at a time", only=_LORA, tokens=3, few=2, rank=130, own_tiles=True),
     Case("no_adapter", "a graph for adapters, replayed without one", only=_LORA, adapters=Adapters("none")),
