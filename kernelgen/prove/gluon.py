@@ -446,7 +446,9 @@ def _multiply(a: Any, b: Any, acc: Any, *, use_acc: Any = True, is_async: Any = 
         operands.append(value if order in (None, (0, 1)) else tl.trans(value, *order))
     role.products += 1
     before = acc.value if isinstance(acc, _Sums) else acc
-    made = _Sums(tl.dot(*operands, before) if use_acc else tl.dot(*operands), role.products)
+    if not use_acc:  # it begins at zero, whatever it is added to: in Gluon the compiler joins nothing
+        before = tl.zeros([operands[0].shape[0], operands[1].shape[1]], tl.float32)
+    made = _Sums(tl.dot(*operands, before), role.products)
     return made if is_async else _wait_sums(0, [made])
 
 

@@ -142,7 +142,7 @@ class Suite:
 
     @functools.cached_property
     def quick_exact(self) -> frozenset[tuple[str, str]]:
-        """A part of ``exact`` that meets each case with each tag or fact that its body has, each body, and each tag with each template."""
+        """A part of ``exact`` that meets each case with each tag of its body, each body, and each tag with each template."""
         met: dict[tuple[Variant, Case], set[Any]] = {}
         for variant, case in self.exact:
             met[variant, case] = {*self.marks(variant), case, *((case, name, variant.told(name)) for name in case.body or ())}
