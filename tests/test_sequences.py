@@ -33,6 +33,7 @@ from doors import CHOSEN, GOOD, Arguments, Door, K, by_hand, forget
 import generated as kg
 from generated import _operands as operands
 from generated import _runtime as runtime
+from generated import _warmup as warmup
 from generated._operands import Bundle, Choice, Flag, Int, Number, Tensor
 from generated.moe_align._op import NO_PAIRS
 from generated.moe_gemm import _op as gemm
@@ -677,6 +678,41 @@ def test_a_workspace_is_as_large_as_it_was(name: str, log: list[Any], lock: Lock
     lock.compare(f"{name} of many", calls)
 
 
+SHAPES: dict[str, Any] = {
+    "MoeShape": kg.MoeShape(256, 128, 2, 16, 2, 4, 3),
+    "MoeShape fp8": kg.MoeShape(256, 128, 1, 16, 2, 4, 3, weight_scales="group", x_scales="group", mul_routed_weight=True),
+    "ShardedMoeShape": kg.ShardedMoeShape(kg.MoeShape(256, 128, 2, 16, 2, 4, 3, mul_routed_weight=True), gathered=2),
+    "FusedMoeShape": kg.FusedMoeShape(256, 128, 4, 2, rank=16, max_loras=3, lora_ranks=True),
+    "FusedMoeShape fp8": kg.FusedMoeShape(256, 128, 4, 2, weight_scales="group", x_scales="group"),
+    "LoraShape": kg.LoraShape(256, (128, 64), 16, 3),
+    "LoraShape fp8": kg.LoraShape(256, (128, 64), 16, 3, weight_scales="group", x_scales="group", separate=True),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_warm_up_makes_the_calls_that_it_made(name: str, log: list[Any], lock: Lock) -> None:
+    """Of a layer with all that it can have, each thing another."""
+    usual = SHAPES[name]
+    shapes = [("usual", usual)]
+    for field in operands.declared(type(usual)):
+        if field is not None:
+            values = _others(field, getattr(usual, field.name)) if not isinstance(field, operands.Several) else ()
+            few = itertools.islice((found for found in values if not isinstance(found[1], int) or found[1] < 1000), 3)
+            shapes += [(f"{field.name}: {label}", usual._replace(**{field.name: value})) for label, value in few]
+    calls: dict[str, object] = {"sizes": str([list(warmup.ends(most)) for most in (1, 2, 3, 20)])}
+    for label, shape in shapes:
+        for tokens in (0, 1, 20) if label == "usual" else (20,):
+            with runtime.compile_only():
+                log.clear()
+                try:
+                    shape.check(name)
+                    shape.call(tokens)
+                    calls[f"{label}; {tokens}"] = Done([_launch(call, {}) for call in log], None)
+                except ValueError as error:
+                    calls[f"{label}; {tokens}"] = Refused(where_of(error), str(error))
+    lock.compare(f"warm-up of {name}", calls)
+
+
 def test_a_graph_is_told_what_it_was(lock: Lock) -> None:
     """Of each op of torch.compile what it takes, and what it writes."""
     names = sorted(name for library in runtime._libraries for name in library._op_defs)
@@ -760,7 +796,6 @@ _TILES = "launchers of box and warp_specialised, of operands that the front door
 _BEFORE = "another check refuses such calls before"
 ELSEWHERE = {
     "_fused_moe._check_scales:h_scale:*": _DOORS,
-    "_fused_moe_shape.check:*": _DOORS,
     "_lora.lora_route:*": _DOORS,
     "_mxfp4.check_codes:*": _DOORS,
     "_operands._check_apart:*": _DOORS,
