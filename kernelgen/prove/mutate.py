@@ -122,6 +122,7 @@ EQUIVALENT: Sequence[Excuse] = (
     Excuse("number moved", r"1", "any number below the first expert is elsewhere", r"LOCAL_EXPERT_START - 1"),
     Excuse("condition never holds", r"SCALE_STRIDE == 0", "scales that lie 0 apart are one"),
     Excuse("sign turned", r".*ROWS - 1", "one program more has no rows", r"tl\.range\(tl\.program_id"),
+    Excuse("parts beyond eight dropped", r"tl\.static_range\(1, PARTS\)", "one load adds up more", "", "expand", "PARTS > 8"),
     Excuse("division exchanged", r"BLOCK_M // 2", "a block of few rows is then a whole one: halves save work"),
     Excuse(_NO_MASK, r"tl\.load\(parts_ptr \+ cells, mask=kept.*", "there are parts behind, and what is not kept is not stored"),
     Excuse("choice dropped", r"tl\.where\(live, listed, 0\)", "a row that is not live is not stored", function="total"),
@@ -355,6 +356,9 @@ def _changed_calls(node: ast.Call) -> Iterator[tuple[str, ast.AST]]:
         by = step[0] if step else ast.Constant(1)
         yield "first turn dropped", with_changes(node, args=[ast.BinOp(begin, ast.Add(), by), end, *step])
         yield "last turn dropped", with_changes(node, args=[begin, ast.BinOp(end, ast.Sub(), by), *step])
+        if re.fullmatch(r"\w*PARTS", ast.unparse(end)):
+            most = ast.Call(ast.Name("min", ast.Load()), [end, ast.Constant(8)], [])
+            yield "parts beyond eight dropped", with_changes(node, args=[begin, most, *step])
     if called == "tl.debug_barrier":
         yield "barrier dropped", ast.Constant(None)
     if called == "tl.where":

@@ -331,7 +331,7 @@ def slices_lie_anywhere(package: ModuleType, variants: Sequence[Variant], device
 def adapters_say_their_ranks_and_scalings(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """Ranks, scalings and packed slices on the device: the bits of factors padded with zeros, and of a scaling of each adapter.
 
-    What lies behind a rank is NaN, in A; a rank may be 0.
+    What lies behind a rank is NaN, in A; a rank may be 0, and below it is that, too.
     """
     for k, rank, ranks in ((48, 8, (3, 8, 0)), (1300, 24, (24, 1, 17))):  # K in one part, and in several
         case = dataclasses.replace(_CASE, k=k, rank=rank, tokens=20)
@@ -352,7 +352,7 @@ def adapters_say_their_ranks_and_scalings(package: ModuleType, variants: Sequenc
             of_it = layer.batch.mapping == adapter
             wanted[of_it] = apart[of_it]
         of_adapters = {
-            "lora_ranks": torch.tensor(ranks, dtype=torch.int32, device=device),
+            "lora_ranks": torch.tensor([own or -(2**20) for own in ranks], dtype=torch.int32, device=device),
             "scalings": torch.tensor(scalings, device=device),
         }
         for factors, is_packed in ((gaps, False), ([packed[:, :rank], packed[:, rank:]], True)):
