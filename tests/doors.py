@@ -85,6 +85,11 @@ class Batch:
         space = kg.lora_workspace(**self.dense_space, fp8=fp8)
         return kg.lora_route(self.mapping, max_loras=self.loras, workspace=space)
 
+    def held(self) -> Any:
+        capacity = self.tokens + 9
+        space = kg.lora_workspace(**{**self.dense_space, "max_tokens": capacity})
+        return kg.lora_route(self.mapping, max_loras=self.loras, capacity=capacity, workspace=space)
+
     def tables(self) -> Any:
         return kg.moe_align(self.ids, num_experts=self.experts, valid_tokens=self.valid)
 
@@ -608,6 +613,7 @@ CHOSEN: dict[str, tuple[str, Callable[[Batch], Arguments], dict[str, int]]] = {
     "moe_quant of groups": ("moe_quant", lambda b: _chosen_quant(b, "group"), {"tokens": 40, "n": 160}),
     "moe_quant of tokens": ("moe_quant", lambda b: _chosen_quant(b, "token"), {"tokens": 40}),
     "moe_lora of groups": ("moe_lora", lambda b: _groups(b, {**_moe_lora(b)}), {}),
+    "lora held": ("lora", lambda b: {**_lora(b), "route": b.held().first(b.tokens)}, {}),
     "lora of groups": ("lora", lambda b: _groups(b, {**_lora(b), "packed": False}), {}),
     "lora_shrink of groups": ("lora_shrink", lambda b: _groups(b, _lora(b)), {}),
     "lora_expand of groups": ("lora_expand", lambda b: _groups(b, _lora(b)), {}),

@@ -656,7 +656,7 @@ def test_tables_of_many(name: str, log: list[Any], lock: Lock) -> None:
     """On both sides of each threshold, without a workspace, and with one that is as large as it says."""
     calls: dict[str, object] = {}
     with runtime.compile_only():
-        numbers = (1, 4, 5, 64, 65, 256, 257, 2048, 2049, 16384, 16385, 40000)
+        numbers = (1, 4, 5, 64, 65, 256, 257, 2048, 2049, 8192, 8193, 40000)
         for tokens, experts in itertools.product(numbers, (4, 200, 257, 1500)):
             door = Door.of(name, "meta", tokens=tokens, experts=experts)
             settled = {option: None for option in ("workspace", "block_m", "num_tokens_hint") if option in door.good}
