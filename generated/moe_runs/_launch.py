@@ -13,7 +13,7 @@ from ..moe_align._launch import chunks, walk
 from ..moe_align._op import counts_size
 from ._op import FILL, Problem, check_fill
 
-_SUMS = 128  # of rows by adapters, that a warp holds at a time
+_SUMS = 256  # of rows by adapters, that a warp holds at a time
 _BLOCKS = 1024  # that a program looks at at a time
 _TABLES = "pairs_ptr blocks_ptr num_blocks_ptr"
 _RUNS = "run_of_row_ptr runs_ptr gathered_ptr=scratch"
@@ -49,7 +49,7 @@ class OneLaunch(_Schedule):
         self._kernel = runtime.Launcher(kernel, FILL, f"{_TABLES} {_RUNS} {_ROUTING} {_ADAPTERS}")
 
     def scratch_size(self, num_pairs: int, num_experts: int) -> int:
-        return 2 * num_pairs
+        return num_pairs
 
     def bind(self, problem: Problem) -> runtime.Call:
         over = walk(problem.num_pairs, problem.top_k, problem.num_experts)
@@ -76,13 +76,13 @@ class ThreeLaunch(_Schedule):
         self._order = runtime.Launcher(order, FILL, f"{_TABLES} {_RUNS} {_ADAPTERS}")
 
     def scratch_size(self, num_pairs: int, num_experts: int) -> int:
-        return 2 * num_pairs + counts_size(num_experts)
+        return num_pairs + counts_size(num_experts)
 
     def bind(self, problem: Problem) -> runtime.Call:
         num_pairs, over = problem.num_pairs, chunks(problem.num_pairs, problem.num_experts)
         constants = {
             **_of_adapters(problem, 16),
-            "counts_ptr": runtime.GIVEN.scratch[2 * num_pairs :],
+            "counts_ptr": runtime.GIVEN.scratch[num_pairs:],
             "num_pairs": num_pairs,
             "num_chunks": over.number,
             "NUM_EXPERTS": problem.num_experts,

@@ -174,7 +174,7 @@ def run_size(num_tokens: int, top_k: int, num_experts: int) -> int:
 
 def runs_size(num_pairs: int, num_experts: int) -> int:
     """int32 elements beside the tables, for up to so many pairs."""
-    return 5 * num_pairs + counts_size(num_experts)
+    return 4 * num_pairs + counts_size(num_experts)
 
 
 def split(buffer: torch.Tensor, num_pairs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -116,17 +116,52 @@ def moe_runs_three_launch_place(
         local = _local(topk_ids_ptr, row + column, num_pairs, NUM_EXPERTS, LOCAL_EXPERT_START)
         of_expert = local[:, None] == expert[None, :]
         place += of_expert.to(tl.int32)
-        tl.store(gathered_ptr + 2 * tl.sum(tl.where(of_expert, place, 0), 1), row + column, mask=local >= 0)
+        tl.store(gathered_ptr + tl.sum(tl.where(of_expert, place, 0), 1), row + column, mask=local >= 0)
 
 
 @triton.jit
-def _group(token_lora_mapping_ptr, adapter_enabled_ptr, pair, live, TOP_K: tl.constexpr, MAX_LORAS: tl.constexpr):
-    """The adapter of each pair and one; 0: none."""
+def _groups(
+    gathered_ptr, token_lora_mapping_ptr, adapter_enabled_ptr, row0, last,
+    TOP_K: tl.constexpr, MAX_LORAS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """WIDTH pairs from ``row0`` on; the adapter of each and one, 0: none; and which of them are of each such group."""
+    row = row0 + tl.arange(0, WIDTH)
+    live = row < last
+    pair = tl.load(gathered_ptr + row, mask=live, other=0)
     adapter = tl.load(token_lora_mapping_ptr + pair // TOP_K, mask=live, other=-1)
     loaded = (adapter >= 0) & (adapter < MAX_LORAS)
     if adapter_enabled_ptr is not None:
         loaded &= tl.load(adapter_enabled_ptr + adapter, mask=loaded, other=0) != 0
-    return tl.where(loaded, adapter, -1) + 1
+    group = tl.where(loaded, adapter, -1) + 1
+    # Groups by rows: sums over groups then stay in a lane.
+    of_group = (tl.arange(0, GROUPS)[:, None] == group[None, :]) & live[None, :]
+    return pair, group, of_group.to(tl.int32)
+
+
+@triton.jit
+def _order(
+    pairs_ptr, run_of_row_ptr, runs_ptr, lora_ranks_ptr, pair, group, of_group, before, counts_of, ends, first,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Store these pairs, of which the next of each group has its place behind ``before``."""
+    g = tl.arange(0, of_group.shape[0])
+    live = tl.sum(of_group, 0) > 0
+    place = tl.sum(of_group * (before[:, None] + tl.cumsum(of_group, 1)), 0)
+    block_row = first + (place - first) // BLOCK_M * BLOCK_M  # the first of its block
+    held = (g > 0) & (counts_of > 0)
+    in_block = held[:, None] & (ends[:, None] > block_row[None, :]) & (g[:, None] <= group[None, :])
+    run = tl.sum(in_block.to(tl.int32), 0) - 1
+    start = tl.sum(of_group * (ends - counts_of)[:, None], 0)
+    tl.store(pairs_ptr + place, pair, mask=live)
+    tl.store(run_of_row_ptr + place, run, mask=live)
+    opens = live & (group > 0) & ((place == start) | (place == block_row))
+    entry = runs_ptr + 2 * (block_row + run)
+    adapter = group - 1
+    if lora_ranks_ptr is not None:
+        counted = tl.load(lora_ranks_ptr + adapter, mask=opens, other=0)
+        adapter += (tl.minimum(tl.maximum(counted, 0), 65536) + 15) // 16 * 4096
+    tl.store(entry, adapter, mask=opens)
+    tl.store(entry + 1, place, mask=opens)
 
 
 @triton.jit(do_not_specialize_on_alignment=["num_blocks_ptr", "token_lora_mapping_ptr", "adapter_enabled_ptr", "lora_ranks_ptr"])
@@ -154,43 +189,28 @@ def moe_runs_three_launch_order(
     count = tl.sum(rows)
 
     last = first + count
-    g = tl.arange(0, GROUPS)
-    counts_of = tl.zeros([GROUPS], tl.int32)
-    for row0 in tl.range(first, last, WIDTH):
-        row = row0 + tl.arange(0, WIDTH)
-        live = row < last
-        pair = tl.load(gathered_ptr + 2 * row, mask=live, other=0)
-        group = _group(token_lora_mapping_ptr, adapter_enabled_ptr, pair, live, TOP_K, MAX_LORAS)
-        tl.store(gathered_ptr + 2 * row + 1, group, mask=live)
-        counts_of += tl.sum(((g[:, None] == group[None, :]) & live[None, :]).to(tl.int32), 1)
-    tl.debug_barrier()
+    # The first rows stay in registers between both walks: few experts have others.
+    pair, group, of_group = _groups(
+        gathered_ptr, token_lora_mapping_ptr, adapter_enabled_ptr, first, last, TOP_K, MAX_LORAS, GROUPS, WIDTH
+    )
+    counts_of = tl.sum(of_group, 1)
+    for row0 in tl.range(first + WIDTH, last, WIDTH):
+        _, _, more = _groups(
+            gathered_ptr, token_lora_mapping_ptr, adapter_enabled_ptr, row0, last, TOP_K, MAX_LORAS, GROUPS, WIDTH
+        )
+        counts_of += tl.sum(more, 1)
     ends = first + tl.cumsum(counts_of)
 
-    held = (g > 0) & (counts_of > 0)
     before = ends - counts_of - 1  # the place in front of the next row of each group
-    for row0 in tl.range(first, last, WIDTH):
-        row = row0 + tl.arange(0, WIDTH)
-        live = row < last
-        pair = tl.load(gathered_ptr + 2 * row, mask=live, other=0)
-        group = tl.load(gathered_ptr + 2 * row + 1, mask=live, other=0)
-        # Groups by rows: sums over groups then stay in a lane.
-        of_group = (g[:, None] == group[None, :]) & live[None, :]
-        place = tl.sum(tl.where(of_group, before[:, None] + tl.cumsum(of_group.to(tl.int32), 1), 0), 0)
-        before += tl.sum(of_group.to(tl.int32), 1)
-        block_row = first + (place - first) // BLOCK_M * BLOCK_M  # the first of its block
-        in_block = held[:, None] & (ends[:, None] > block_row[None, :]) & (g[:, None] <= group[None, :])
-        run = tl.sum(in_block.to(tl.int32), 0) - 1
-        start = tl.sum(tl.where(of_group, (ends - counts_of)[:, None], 0), 0)
-        tl.store(pairs_ptr + place, pair, mask=live)
-        tl.store(run_of_row_ptr + place, run, mask=live)
-        opens = live & (group > 0) & ((place == start) | (place == block_row))
-        entry = runs_ptr + 2 * (block_row + run)
-        adapter = group - 1
-        if lora_ranks_ptr is not None:
-            counted = tl.load(lora_ranks_ptr + adapter, mask=opens, other=0)
-            adapter += (tl.minimum(tl.maximum(counted, 0), 65536) + 15) // 16 * 4096
-        tl.store(entry, adapter, mask=opens)
-        tl.store(entry + 1, place, mask=opens)
+    _order(pairs_ptr, run_of_row_ptr, runs_ptr, lora_ranks_ptr, pair, group, of_group, before, counts_of, ends, first, BLOCK_M)
+    for row0 in tl.range(first + WIDTH, last, WIDTH):
+        before += tl.sum(of_group, 1)
+        pair, group, of_group = _groups(
+            gathered_ptr, token_lora_mapping_ptr, adapter_enabled_ptr, row0, last, TOP_K, MAX_LORAS, GROUPS, WIDTH
+        )
+        _order(
+            pairs_ptr, run_of_row_ptr, runs_ptr, lora_ranks_ptr, pair, group, of_group, before, counts_of, ends, first, BLOCK_M
+        )
 
 
 schedule = ThreeLaunch(moe_runs_three_launch_count, moe_runs_three_launch_place, moe_runs_three_launch_order)
