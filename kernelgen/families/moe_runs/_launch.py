@@ -10,7 +10,7 @@ from ..moe_align._launch import chunks, walk
 from ..moe_align._op import counts_size
 from ._op import FILL, Problem, check_fill
 
-_SUMS = 256  # of rows by adapters, that a warp holds at a time
+_SUMS = 128  # of rows by adapters, that a warp holds at a time
 _BLOCKS = 1024  # that a program looks at at a time
 _TABLES = "pairs_ptr blocks_ptr num_blocks_ptr"
 _RUNS = "run_of_row_ptr runs_ptr gathered_ptr=scratch"
@@ -28,12 +28,14 @@ class _Schedule(Filling):
 def _of_adapters(problem: Problem, num_warps: int) -> dict[str, Any]:
     """The constants of what counts the adapters of rows."""
     groups = max(8, runtime.next_power_of_2(problem.max_loras + 1))
+    pairs = runtime.next_power_of_2(problem.num_pairs // problem.top_k) * problem.top_k  # as for the walk over them
+    width = runtime.next_power_of_2(2 * runtime.cdiv(pairs, problem.num_experts))  # holds those of most experts
     return {
         "TOP_K": problem.top_k,
         "MAX_LORAS": problem.max_loras,
         "BLOCK_M": problem.block_m,
         "GROUPS": groups,
-        "WIDTH": max(16, _SUMS * num_warps // groups),
+        "WIDTH": max(16, min(width, _SUMS * num_warps // groups)),
         "PDL": runtime.traits(problem.device).pdl,
     }
 
