@@ -540,6 +540,7 @@ OTHER = {"num_sms": 20, "shared_memory": 65536, "pdl": False, "full_warps": 4, "
 OTHER |= {"mixed_pointers": False, "target": "small", "label": "small", "e4m3": False}
 
 
+@pytest.mark.slow(keep=40)
 @pytest.mark.parametrize("name", [*GOOD, *CHOSEN])
 def test_a_call_asks_the_device_that_it_is_on(
     name: str, device: str, log: list[Any], lock: Lock, monkeypatch: pytest.MonkeyPatch
@@ -635,6 +636,7 @@ WITH_ROOM = [name for name, (op, *_) in {**GOOD, **CHOSEN}.items() if re.match("
 OF_MODELS = [{"k": 2048, "n": 512, "experts": 8, "top_k": 4}, {"k": 14336, "n": 2048, "rank": 320, "loras": 5}]
 
 
+@pytest.mark.slow(keep=8)
 @pytest.mark.parametrize("name", [name for name in WITH_ROOM if "placed" not in name and "engine" not in name])
 def test_a_workspace_has_room(name: str, log: list[Any], lock: Lock, tuned: None) -> None:
     """Nothing is made at a call that brings one; pair by pair, of few. Without memory, as many tokens are as few."""
@@ -682,13 +684,14 @@ SHAPES: dict[str, Any] = {
     "MoeShape": kg.MoeShape(256, 128, 2, 16, 2, 4, 3),
     "MoeShape fp8": kg.MoeShape(256, 128, 1, 16, 2, 4, 3, weight_scales="group", x_scales="group", mul_routed_weight=True),
     "ShardedMoeShape": kg.ShardedMoeShape(kg.MoeShape(256, 128, 2, 16, 2, 4, 3, mul_routed_weight=True), gathered=2),
-    "FusedMoeShape": kg.FusedMoeShape(256, 128, 4, 2, rank=16, max_loras=3, lora_ranks=True),
-    "FusedMoeShape fp8": kg.FusedMoeShape(256, 128, 4, 2, weight_scales="group", x_scales="group"),
     "LoraShape": kg.LoraShape(256, (128, 64), 16, 3),
     "LoraShape fp8": kg.LoraShape(256, (128, 64), 16, 3, weight_scales="group", x_scales="group", separate=True),
+    "FusedMoeShape": kg.FusedMoeShape(256, 128, 4, 2, rank=16, max_loras=3, lora_ranks=True),
+    "FusedMoeShape fp8": kg.FusedMoeShape(256, 128, 4, 2, weight_scales="group", x_scales="group"),
 }
 
 
+@pytest.mark.slow(keep=5)
 @pytest.mark.parametrize("name", SHAPES)
 def test_warm_up_makes_the_calls_that_it_made(name: str, log: list[Any], lock: Lock) -> None:
     """Of a layer with all that it can have, each thing another."""
@@ -721,6 +724,7 @@ def test_a_graph_is_told_what_it_was(lock: Lock) -> None:
     lock.compare("ops of torch.compile", {name: str(op._schema) for name, op in ops.items()})
 
 
+@pytest.mark.slow(keep=30)
 @pytest.mark.parametrize("name", [name for name in {**GOOD, **CHOSEN} if name not in kg.variants()])
 def test_a_graph_does_what_a_call_does(
     name: str, device: str, log: list[Any], lock: Lock, monkeypatch: pytest.MonkeyPatch, tuned: None
