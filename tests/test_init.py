@@ -98,6 +98,14 @@ FLOAT8 = {"type": "float", "num_bits": 8}
 TOKENS = {"weights": {**FLOAT8, "strategy": "channel"}, "input_activations": {**FLOAT8, "strategy": "token"}}
 
 
+def compressed(ignore: Any = (), sparsity: Any = None, **more: Any) -> dict[str, Any]:
+    """FP8 by channels and tokens, as compressed-tensors says it; ``more`` of a side is added to it, or None."""
+    sides = {name: {**TOKENS[name], **value} for name, value in more.items() if isinstance(value, dict)}
+    group = {**TOKENS, **more, **sides}
+    said = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, "ignore": list(ignore)}
+    return {"quantization_config": {**said, "sparsity_config": sparsity or {}}}
+
+
 @pytest.mark.parametrize(
     ("more", "arguments", "shape"),
     [
@@ -123,11 +131,10 @@ TOKENS = {"weights": {**FLOAT8, "strategy": "channel"}, "input_activations": {**
             {},
             {"weight_scales": "tensor", "x_scales": "tensor"},
         ),
-        (
-            {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"group_0": TOKENS}}},
-            {},
-            {"weight_scales": "channel", "x_scales": "token"},
-        ),
+        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}, {}, {"x_scales": "tensor"}),
+        (compressed(), {}, {"weight_scales": "channel", "x_scales": "token"}),
+        (compressed(input_activations=None), {}, {"weight_scales": "channel"}),
+        (compressed(ignore=["lm_head", "re:.*mlp.gate$", "model.layers.9.mlp.experts"]), {}, {"x_scales": "token"}),
     ],
 )
 def test_what_a_config_says(
@@ -151,7 +158,25 @@ def test_what_a_config_says(
         ({**OWN, "hidden_act": None}, "its experts have no activation that it says"),
         ({**OWN, "swiglu_limit": 7.0}, "its experts have a gate that clamps in a way that is not known"),
         ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "its quantization is none that is known"),
-        ({"quantization_config": {**BLOCKS, "weight_block_size": [64, 64]}}, "its quantization is none that is known"),
+        ({"quantization_config": {**BLOCKS, "weight_block_size": [64, 64]}}, r"its quantization is FP8 by blocks of \[64, 64\]"),
+        ({"quantization_config": {**BLOCKS, "fmt": "e5m2"}}, "its quantization is FP8 of 'e5m2'"),
+        ({"quantization_config": {**BLOCKS, "modules_to_not_convert": ["layers.1.mlp"]}}, r"leaves experts out \(layers.1.mlp\)"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "MXFP4 of experts that are none of gpt-oss"),
+        (compressed(ignore=["re:.*experts.*down_proj"]), "leaves experts out"),
+        (compressed(ignore=["*.block_sparse_moe.experts*"]), "leaves experts out"),
+        (compressed(targets=["re:.*self_attn.*"]), "one that has other modules than experts"),
+        (compressed(sparsity={"format": "sparse-24-bitmask"}), "one of sparse weights"),
+        (compressed(weights={"num_bits": 4}), "none of 8-bit floating-point numbers"),
+        (compressed(weights={"symmetric": False}), "with zero points"),
+        (compressed(weights={"block_structure": [64, 64]}), "of other sizes than 128"),
+        (compressed(input_activations={"group_size": 64}), "of other sizes than 128"),
+        (compressed(input_activations={"dynamic": False}), "whose scales of tokens are known in advance"),
+        (compressed(weights={"strategy": "tensor"}), "FP8 by 'tensor' with activations by 'token'"),
+        ({"moe_intermediate_size": "768"}, "moe_intermediate_size is '768', wanted a whole number"),
+        ({"num_experts": True}, "num_experts is True, wanted a whole number"),
+        ({"hidden_size": 1 << 31}, "hidden_size is 2147483648, wanted a whole number"),
+        ({"num_experts_per_tok": 129}, "a token has 129 of 128 experts"),
+        ({**OWN, "n_routed_experts": 64}, "num_experts is 128, and n_routed_experts is 64, wanted one number"),
         ({"num_experts": 0}, "is it a mixture of experts"),
     ],
 )

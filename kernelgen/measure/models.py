@@ -140,24 +140,33 @@ def model_from_config(path: Path, tp: int = 1) -> Model:
     """The shapes in a model's ``config.json``, for one of ``tp`` tensor-parallel ranks.
 
     Raises:
-        Failure: not a config, not of a mixture of experts, or not divisible by ``tp``.
+        Failure: not a config, not of a mixture of experts, sizes that are none, or not divisible by ``tp``.
     """
     sources = config_of(path)
     config = sources[-1]
 
     def size(names: Sequence[str]) -> int:
-        for name in names:
-            for source in sources:
-                value = source.get(name)
-                if isinstance(value, list) and value:
-                    if value != value[:1] * len(value):
-                        raise failure("KG070", str(path), f"{name} is {value!r:.60}, wanted one number: experts of one kind")
-                    value = value[0]
-                if isinstance(value, int) and value > 0:
-                    return value
-        raise failure("KG070", str(path), f"none of {', '.join(names)}; is it a mixture of experts?")
+        there = {(name, i): source[name] for name in names for i, source in enumerate(sources) if source.get(name)}
+        if not there:
+            raise failure("KG070", str(path), f"none of {', '.join(names)}; is it a mixture of experts?")
+        (name, first), value = next(iter(there.items()))
+        if isinstance(value, list):
+            if value != value[:1] * len(value):
+                raise failure("KG070", str(path), f"{name} is {value!r:.60}, wanted one number: experts of one kind")
+            value = value[0]
+        if type(value) is not int or not 0 < value < 1 << 31:
+            raise failure("KG070", str(path), f"{name} is {value!r:.60}, wanted a whole number from 1 to 2^31 - 1")
+        if names in (_EXPERTS, _TOP_K):  # other names of one number, and no other sizes
+            for other, i in there:
+                said = there[other, i]
+                if i == first and (said[0] if isinstance(said, list) else said) != value:
+                    message = f"{name} is {value}, and {other} is {said!r:.60}, wanted one number"
+                    raise failure("KG070", str(path), message, "leave out the one that this model does not read")
+        return value
 
     hidden, experts, top_k = size(_HIDDEN), size(_EXPERTS), size(_TOP_K)
+    if top_k > experts:
+        raise failure("KG070", str(path), f"a token has {top_k} of {experts} experts")
     intermediate = size(_INTERMEDIATE)
     if tp < 1 or intermediate % tp:
         raise failure("KG070", str(path), f"{intermediate} columns of an expert do not divide by tp {tp}")

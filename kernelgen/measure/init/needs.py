@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
@@ -11,9 +12,10 @@ from kernelgen.core.diagnostics import failure
 from kernelgen.integrations.architectures import ARCHITECTURES
 from kernelgen.integrations.peft.adapter import AdapterError, ExpertShape, UngatedShape
 from kernelgen.integrations.peft.files import opened
-from kernelgen.integrations.peft.keys import looks_routed, pairs, place, saved_weight
+from kernelgen.integrations.peft.keys import PARTS, looks_routed, pairs, place, saved_weight
+from kernelgen.integrations.peft.patterns import Patterns
 from kernelgen.integrations.peft.settings import read_settings
-from kernelgen.integrations.transformers import PACKED, generated_experts
+from kernelgen.integrations.transformers import PACKED, expert_layers, generated_experts
 from kernelgen.measure.models import Layer, Model, config_of, has_experts, model_from_config
 
 BASES = ("generated", "foreign")
@@ -142,7 +144,10 @@ def needs(
     if model is not None and "generated" in bases:
         made = _made(sources)
         more = _named(config, sources) if made is None else _computed(config, made, model, tp)
-        quant = _quant(config, sources)
+        first, end = (_value(sources, name) for name in ("first_k_dense_replace", "num_hidden_layers"))
+        layers = range(first if type(first) is int else 0, end if type(end) is int else 1)
+        experts = [f"layers.{i}.mlp.experts" for i in layers] if made is None else [*expert_layers(made).values()]
+        quant = _quant(config, sources, experts)
     widest = max((one.experts for one in adapters), default=0)
     _check_rank(rank, [max(one.experts, one.linear) for one in adapters])
     of_experts = rank or max(8, -(-widest // 8) * 8) if adapters else rank or 16
@@ -298,40 +303,101 @@ def _named(config: Path, sources: Sequence[Mapping[str, Any]]) -> Mapping[str, A
     return {**fields, "apply_router_weight_on_input": True} if kinds & _LLAMA4 else fields
 
 
+# Of FP8 weights and activations, as compressed-tensors has it -> what there is a scale each of.
 _SCHEMES: Mapping[tuple[object, object], Scales] = {
     ("block", "group"): ("group", "group"),
     ("channel", "token"): ("channel", "token"),
     ("tensor", "tensor"): ("tensor", "tensor"),
-    ("mxfp4", None): ("mx", None),
+    ("block", None): ("group", None),
+    ("channel", None): ("channel", None),
+    ("tensor", None): ("tensor", None),
 }
+# Settings that say of which modules the weights stay as they were.
+_LEFT_OUT = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
+_KNOWN = "FP8 by tensor, by channel and token, or by 128 × 128, or MXFP4 of gpt-oss"
 
 
-def _quant(config: Path, sources: Sequence[Mapping[str, Any]]) -> Scales:
-    """What there is a scale each of in an FP8 checkpoint, or in one of MXFP4."""
+def _quant(config: Path, sources: Sequence[Mapping[str, Any]], experts: Sequence[str]) -> Scales:
+    """What there is a scale each of in an FP8 checkpoint, or in one of MXFP4.
+
+    Args:
+        experts: the names of the modules that are experts.
+
+    Raises:
+        Failure: the checkpoint is of another kind.
+    """
     said = _value(sources, "quantization_config", "compression_config")
     if said is None:
         return None, None
-    found = _SCHEMES.get(_scheme(said) if isinstance(said, dict) else (None, None))
-    if isinstance(said, dict) and said.get("quant_method") == "mxfp4" and _OSS & {source.get("model_type") for source in sources}:
-        found = "mx", None
-    if found is None:
-        message = "its quantization is none that is known here: FP8 by tensor, by channel and token, or by 128 × 128, or MXFP4"
+    found: Scales | str = "none that is known here"
+    if isinstance(said, dict):
+        if said.get("quant_method") == "mxfp4":
+            of_oss = _OSS & {source.get("model_type") for source in sources}
+            found = ("mx", None) if of_oss else "MXFP4 of experts that are none of gpt-oss"
+        elif said.get("quant_method") == "fp8":
+            found = _fp8(said)
+        elif (said.get("quant_method"), said.get("quant_algo")) == ("modelopt", "FP8"):
+            found = "tensor", "tensor"
+        elif said.get("quant_method") == "compressed-tensors":
+            found = _compressed(said, experts)
+        left_out = [entry for name in _LEFT_OUT for entry in _listed(said.get(name)) if _names(entry, experts)]
+        if left_out and not isinstance(found, str):
+            found = f"one that leaves experts out ({left_out[0][:60]})"
+    if isinstance(found, str):
+        message = f"its quantization is {found}, wanted {_KNOWN}"
         raise failure("KG070", str(config), message, "--base foreign is for engines that run the experts themselves")
     return found
 
 
-def _scheme(said: Mapping[str, Any]) -> tuple[object, object]:
-    if said.get("quant_method") == "mxfp4":
-        return "mxfp4", None
+def _fp8(said: Mapping[str, Any]) -> Scales | str:
     static, block = said.get("activation_scheme") == "static", said.get("weight_block_size")
-    if said.get("quant_method") == "fp8" and block == [128, 128] and not static:
-        return "block", "group"
-    if said.get("quant_method") == "fp8" and block is None and static:
+    if said.get("fmt") not in (None, "e4m3"):
+        return f"FP8 of {said['fmt']!r:.40}"
+    if block is None and static:
         return "tensor", "tensor"
+    if block == [128, 128] and not static:
+        return "group", "group"
+    return f"FP8 by blocks of {block!r:.40} with {said.get('activation_scheme')!r:.40} activations"
+
+
+def _compressed(said: Mapping[str, Any], experts: Sequence[str]) -> Scales | str:
     groups = said.get("config_groups")
-    if said.get("quant_method") != "compressed-tensors" or not isinstance(groups, dict) or len(groups) != 1:
-        return None, None
-    (group,) = groups.values()
-    sides = [group.get(side) if isinstance(group, dict) else None for side in ("weights", "input_activations")]
-    fp8 = [side for side in sides if isinstance(side, dict) and (side.get("type"), side.get("num_bits")) == ("float", 8)]
-    return (fp8[0].get("strategy"), fp8[1].get("strategy")) if len(fp8) == 2 else (None, None)
+    if not isinstance(groups, dict) or len(groups) != 1 or not isinstance(group := next(iter(groups.values())), dict):
+        return "one of several groups of modules"
+    sparsity = said.get("sparsity_config")
+    if sparsity and not (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):
+        return "one of sparse weights"
+    targets = _listed(group.get("targets") or "Linear")
+    if "Linear" not in targets and not any(_names(entry, experts) for entry in targets):
+        return "one that has other modules than experts"
+    weights, acts = group.get("weights"), group.get("input_activations")
+    for side in (weights, *([] if acts is None else [acts])):
+        if not isinstance(side, dict) or (side.get("type"), side.get("num_bits")) != ("float", 8):
+            return f"none of 8-bit floating-point numbers ({side!r:.60})"
+        sizes = side.get("group_size") or 128, side.get("block_structure") or [128, 128]
+        if side.get("symmetric") is False or sizes not in ((128, [128, 128]), (128, "128x128")):
+            return f"FP8 by {side.get('strategy')!r:.20} of other sizes than 128, or with zero points"
+    if acts is not None and not acts.get("dynamic", True) and acts.get("strategy") != "tensor":
+        return "FP8 whose scales of tokens are known in advance"
+    strategies = tuple(None if side is None else str(side.get("strategy")) for side in (weights, acts))
+    return _SCHEMES.get((strategies[0], strategies[1]), f"FP8 by {strategies[0]!r:.20} with activations by {strategies[1]!r:.20}")
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _names(entry: Any, experts: Sequence[str]) -> bool:
+    """Whether a module name of a quantization, a part of one, with ``*``, or behind "re:" a pattern, is one of experts."""
+    if not isinstance(entry, str) or entry == "Linear":
+        return False
+    blocks = [name.replace(".mlp.", f".{block}.") for name in experts for block in ("mlp", "block_sparse_moe", "feed_forward")]
+    parts = [f"model.{name}.0.{part}" for name in dict.fromkeys(blocks) for part in PARTS]
+    if not entry.startswith("re:") and "*" not in entry:
+        return any(f".{entry}." in f".{part}." for part in parts)
+    pattern = entry.removeprefix("re:") if entry.startswith("re:") else re.escape(entry).replace(r"\*", ".*")
+    try:
+        patterns = Patterns([f"({pattern}).*"])
+        return any(patterns.first(part) is not None for part in parts)
+    except AdapterError:  # one that only ``re`` understands
+        return "expert" in entry and "shared" not in entry
