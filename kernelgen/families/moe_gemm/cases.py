@@ -275,7 +275,7 @@ _OF_ROLES = (
     ),
     Case(
         "roles_adapted",
-        "steps of several runs, runs of several steps, and ranks that are no whole sixteens; blocks of one half and of two",
+        "steps of several runs, runs of several steps, and ranks of every size; blocks of one half and of two",
         only=MappingProxyType({**_ROLES, **_LORA}),
         body=_QUANTS,
         tokens=70,
@@ -284,7 +284,8 @@ _OF_ROLES = (
         k=128,
         n=264,
         block_m=128,
-        rank=24,
+        rank=40,
+        adapters=RANKED,
         routing=Experts("skewed"),
     ),
     Case(

@@ -45,6 +45,7 @@ class Case(BaseCase):
         x_row: elements from a row of x to the next, and of its scales, None: K and 8 more.
         offset: elements that x starts behind a 16-byte boundary.
         nan_token: rows of x of this token are NaN.
+        block_r: ranks of a tile that is of rows.
         own_tiles: the variant chooses its tiles itself.
         element: of FP8 operands.
         scales_dtype: of the scales of x.
@@ -67,6 +68,7 @@ class Case(BaseCase):
     x_row: int | None = None
     offset: int = 0
     nan_token: int | None = None
+    block_r: int = 16
     own_tiles: bool = False
     element: str = "e4m3"
     scales_dtype: torch.dtype = torch.float32
@@ -83,6 +85,7 @@ _LAST = Adapters("one")
 _RANKED_19 = dataclasses.replace(RANKED, loras=19)
 _A8: Mapping[str, Any] = {"only": {"act_quant": ("a8tensor", "a8token", "a8group")}, "body": _SCALES}
 _W8: Mapping[str, Any] = {"only": {"weight_quant": ("w8tensor", "w8channel", "w8group")}, "body": _SCALES}
+_W8_GROUPS: Mapping[str, Any] = {"only": {"weight_quant": ("w8group",)}, "body": _SCALES}
 _GROUPS: Mapping[str, Any] = {"only": {"act_quant": ("a8group",)}, "body": _SCALES}
 
 CASES = (
@@ -134,7 +137,17 @@ CASES = (
         adapters=RANKED,
     ),
     Case("apart", "slices that share no tile", only=_TILES, slices=3, rank=40, card="gfx942"),
-    Case("ranked_apart", "ranks of every size there", only=_TILES, tokens=9, slices=2, rank=40, adapters=RANKED, card="gfx942"),
+    Case(
+        "ranked_apart",
+        "ranks of every size there, in tiles of which a part counts",
+        only=_TILES,
+        tokens=9,
+        slices=2,
+        rank=40,
+        block_r=32,
+        adapters=RANKED,
+        card="gfx942",
+    ),
     Case("many_adapters", "more adapters than programs of a tile", only=_TOKENS, tokens=20, rank=40, adapters=_RANKED_19),
     Case("huge_rows", "32-bit offsets of rows wrap", x_row=HUGE // 3, tokens=4, few=4),
     Case("nan_row", "a NaN stays with the pairs of its token", tokens=8, nan_token=1, routing=_ONE, adapters=_LAST),
@@ -146,8 +159,16 @@ CASES = (
     Case("fp8_e5m2", "e5m2 that is read as e4m3", **_A8, few=1, element="e5m2"),
     Case("fp8_by_column", "scales of x column by column (tokenspeed #189)", **_GROUPS, k=160, by_column=True),
     Case("fp8_nan_row", "a NaN stays with the pairs of its token", **_A8, tokens=8, nan_token=1, routing=_ONE, adapters=_LAST),
-    Case("fp8_factors", "several groups on both axes", **_W8, tokens=5, few=1, k=136, slices=2, rank=136, scales_end_in_1=True),
-    Case("fp8_factors_shared", "scales stored once for all experts: stride 0", **_W8, few=2, element="e5m2", a_layout="shared"),
+    Case("fp8_factors", "several groups on both axes", **_W8_GROUPS, tokens=5, few=1, k=136, slices=2, rank=136),
+    Case(
+        "fp8_factors_shared",
+        "scales stored once for all experts: stride 0",
+        **_W8,
+        few=2,
+        element="e5m2",
+        a_layout="shared",
+        scales_end_in_1=True,
+    ),
     Case("fp8_factors_ranked", "ranks of every size", **_W8, tokens=9, few=3, slices=2, rank=40, adapters=RANKED),
     Case(
         "fp8_factors_apart",
@@ -194,7 +215,7 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
     v = allocate(vectors, row_major(vectors), torch.float32 if few else dtype, device)
     inputs, guarded = sealed({"x": x, **a.each("lora_a", "a_scale"), **scales, **ints}), seal(v)
     operands = {**a.named("lora_a", "a_scale"), **scales}
-    launcher(v, x, tables=tables, runs=runs, config=None if case.own_tiles else tiles(launcher), **operands)
+    launcher(v, x, tables=tables, runs=runs, config=None if case.own_tiles else tiles(launcher, case), **operands)
     unchanged(inputs)
     options: dict[str, Any] = {"num_pairs": num_pairs, "rows": tags["rows"], "dtype": dtype}
     options["scaled"] = x_scale is not None or a.scales is not None
@@ -243,10 +264,10 @@ def _x(
     return x, x_scale, dequantise(x, x_scale, quant.group_of(of_x, shape, (1, quant.group()[1])))
 
 
-def tiles(launcher: Callable[..., None]) -> Any:
+def tiles(launcher: Callable[..., None], case: Case) -> Any:
     """Tiles that small shapes can be less than, equal to and greater than."""
     config = sys.modules[launcher.__module__].Config
-    known: Mapping[str, int] = {"rows": 16, "block_r": 16, "block_k": 32, "num_stages": 2, "num_warps": 4}
+    known: Mapping[str, int] = {"rows": 16, "block_r": case.block_r, "block_k": 32, "num_stages": 2, "num_warps": 4}
     if "rows" not in config._fields:
         known = {"block_r": 8, "block_k": 64, "num_warps": 4}
     return config(**known)
