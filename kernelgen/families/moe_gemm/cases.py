@@ -505,6 +505,15 @@ CASES = (
         n=136,
         tiles={"block_n": 256},
     ),
+    Case(
+        "fp8_long_tiles",
+        "tiles of several groups of K",
+        only=_only(schedule="gemv", weight_quant="w8group"),
+        body=("schedule", "gated"),
+        few=1,
+        k=400,
+        tiles={"block_k": 256},
+    ),
     Case("fp8_own_tiles", "the tiles that the rule takes", only=_FP8, body=_QUANTS, own_tiles=True, few=2, k=256, n=128, gap=0),
     Case(
         "fp8_own_large_tiles",

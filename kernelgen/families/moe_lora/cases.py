@@ -197,6 +197,7 @@ _FP8 = (
         n=200,
         slices=2,
     ),
+    Case("w8_wide_tiles", "a tile of columns of two groups", **_W8_GROUP, tokens=1, n=300, block_n=256),
     Case("w8_rank_groups", "ranks of two groups", **_W8_TILED, tokens=2, rank=200, n=150, k=140),
     Case(
         "w8_slices",
