@@ -316,6 +316,8 @@ def test_a_checkpoint_in_mxfp4(device: str, tmp_path: Path) -> None:
     truth = PeftModels(bare, [tmp_path / "a"], torch.float64)
 
     model, tensors = copy.deepcopy(bare), load_file(tmp_path / "model.safetensors")
+    scales = "model.layers.0.mlp.experts.down_proj_scales"
+    tensors[scales] = tensors[scales].view(torch.float8_e8m0fnu)  # by the name that they have in torch
     experts = model.model.layers[0].mlp.experts
     for name in ("gate_up_proj", "down_proj"):  # what is served is on the disk
         setattr(experts, name, torch.nn.Parameter(getattr(experts, name).to("meta")))
@@ -336,7 +338,6 @@ def test_a_checkpoint_in_mxfp4(device: str, tmp_path: Path) -> None:
         bound = bounds.moe_layer(mine, *weights, factors, oss, biases).error
         assert ((mine.out - wanted).abs() <= bound).all()
     assert ((wanted - truth.moe_layer(-1, mine)).abs() > 2 * bound).any()
-    scales = "model.layers.0.mlp.experts.down_proj_scales"
     for change, base, words in (
         ({scales: tensors[scales][:, :, :0]}, "generated", r"down_proj_scales: got \(torch.uint8, \(4, 32, 0\)\), wanted uint8"),
         ({"x": tensors.get(scales)}, "torch", 'base="torch", wanted tensors by name'),

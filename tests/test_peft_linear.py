@@ -19,6 +19,7 @@ from kernelgen.integrations.peft import (
     Adapter,
     AdapterError,
     AdapterFiles,
+    ExpertShape,
     Factors,
     LinearShape,
     read_adapter,
@@ -271,7 +272,15 @@ def test_what_memory_and_base_weights_hold(scene: Scene) -> None:
     for base, words in (
         ({}, "wanted lm_head.weight among base_weights"),
         ({**scene.base, "lm_head.weight": scene.base["lm_head.weight"] + 1}, "that is not the base model's lm_head.weight"),
+        ({**scene.base, "lm_head.weight": scene.base["lm_head.weight"].to("meta")}, "on meta for lm_head.weight in base_weights"),
     ):
         with pytest.raises(AdapterError, match=words):
             read_adapter(scene.folder, expert_shape(scene.model), base_weights=base)
+    before = read_adapter(AdapterFiles(config, good), None).linears["m.q"]
+    for tensor in good.values():  # as a trainer does it
+        tensor.mul_(3)
+    assert (before.a == 1).all() and (before.b == 0.5).all()
+    gate = {f"model.layers.0.mlp.gate.lora_{side}.weight": torch.ones(size) for side, size in (("A", (8, 16)), ("B", (4, 8)))}
+    own = {"target_parameters": ["gate.weight"], "rank_pattern": {"gate.weight": 8}}  # 4 experts times 2 it only seems to be
+    assert read_adapter(AdapterFiles({**config, **own}, gate), ExpertShape(4, 16, 12), allow_empty=True).linears
     assert stack_adapters([scene.read()], expert_shape(scene.model), dtype=torch.bfloat16).keys() == {0, 1}

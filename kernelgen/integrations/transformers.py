@@ -516,6 +516,8 @@ def _mxfp4(name: str, experts: Any, tensors: Mapping[str, torch.Tensor]) -> _Wei
         groups = columns // 32
         for kind, size in (("blocks", (num_experts, rows, groups, 16)), ("scales", (num_experts, rows, groups))):
             tensor = tensors.get(f"{name}.{parameter}_{kind}")
+            if tensor is not None and kind == "scales" and tensor.dtype == torch.float8_e8m0fnu:
+                tensor = tensor.view(torch.uint8)  # the same bytes
             got = None if tensor is None else (tensor.dtype, tuple(tensor.shape))
             if tensor is None or got != (torch.uint8, size) or columns % 32:
                 raise ValueError(f"mxfp4: {name}.{parameter}_{kind}: got {got}, wanted uint8 {list(size)}")

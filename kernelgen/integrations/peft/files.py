@@ -113,7 +113,8 @@ def _in_memory(source: AdapterFiles) -> Tensors:
             )
     dtypes = {name: _FLOATS.get(t.dtype, str(t.dtype).removeprefix("torch.")) for name, t in source.tensors.items()}
     shapes = {name: tuple(t.shape) for name, t in sorted(source.tensors.items())}
-    return Tensors(shapes, dtypes, lambda name: source.tensors[name].detach().cpu())
+    # Copies: what was read stays as it is while a trainer goes on.
+    return Tensors(shapes, dtypes, lambda name: source.tensors[name].detach().to("cpu", copy=True))
 
 
 def _of_file(file: Any) -> Tensors:

@@ -118,6 +118,9 @@ def _factors(tensors: Tensors, base_weights: Mapping[str, torch.Tensor] | None) 
         weight = base_weights.get(copied)
         if weight is None:
             raise AdapterError(f"{name}: got a saved weight of the base model, wanted {copied} among base_weights, or none")
+        if not isinstance(weight, torch.Tensor) or weight.is_meta or weight.layout != torch.strided:
+            looks = f"{weight.layout} on {weight.device}" if isinstance(weight, torch.Tensor) else type(weight).__name__
+            raise AdapterError(f"{name}: got {looks} for {copied} in base_weights, wanted a plain tensor with its numbers")
         saved = tensors.stored(name)
         if saved.shape != weight.shape or not torch.equal(saved.to(weight.dtype), weight.detach().cpu()):
             raise AdapterError(
@@ -136,7 +139,7 @@ def _check_not_fused(target: str, pair: Pair, reader: Reader) -> None:
         convolution = b[1:] == (a[0], 1) and not (a[1] == 1 and {a[0], b[0]} <= {1, experts})
         as_of = None if convolution else "of several experts"
     elif len(a) == len(b) == 2:
-        all_ranks = experts * reader.settings.rank_of(target)
+        all_ranks = experts * reader.settings.rank_of(reader.settings.name_of(target))
         if experts > 1 and a[0] == b[1] == all_ranks:
             as_of = f"of all experts, whose ranks together are {all_ranks}"
         elif experts and looks_numbered(target) and (a[1], b[0]) in reader.shape.all_widths():
