@@ -996,7 +996,7 @@ def test_every_family_with_tunables_can_be_tuned() -> None:
     ],
 )
 def test_who_takes_tiles_of_whom(device: tuple[Any, ...], found: str | None) -> None:
-    from kernelgen.families import _runtime as runtime
+    from generated import _runtime as runtime
 
     label, target, sms, shared_memory = device
     known = dict.fromkeys(runtime.Traits._fields, 0)

@@ -242,6 +242,7 @@ def tests_of(module: str, package: Path) -> list[list[str]]:
     families, layers = [name], []
     if "/" not in module:
         layers = [[f"tests/test_{layer}.py" for layer in ("order", "ops", "lora", "fused_moe", "quant", "which")]]
+        layers.append(["tests/test_tune.py", "-k", "takes_tiles"])
         line = f"from ..{Path(module).stem} import"
         families = sorted({path.parent.name for path in package.glob("*/[!_]*.py") if line in path.read_text("utf-8")})
     own = [[f"tests/generated/test_{family}.py", "--quick"] for family in families[:2]]
