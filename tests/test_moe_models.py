@@ -415,6 +415,8 @@ CHANGED: dict[str, tuple[Callable[[Any], object], str, str]] = {
     "experts elsewhere": (set_to(_is_expert_parallel=True), "torch", "sharded over GPUs"),
     "float32": (lambda e: e.float(), "torch", "weights in torch.float32"),
     "two dtypes": (lambda e: setattr(e, "down_proj", torch.nn.Parameter(e.down_proj.half())), "torch", "weights in torch"),
+    "a forward": (set_to(forward=lambda *_: None), "torch", "a forward that does not ask"),
+    "a configuration": (lambda e: setattr(e, "config", copy.copy(e.config)), "torch", "a forward that does not ask"),
     "other sizes": (swap, "torch", r"weights of \[4, 32, 48\] and \[4, 32, 24\]"),
 }
 
@@ -469,6 +471,14 @@ def test_refused_around_the_experts(tmp_path: Path) -> None:
         MoeLora(None, {}, None)
     with pytest.raises(ValueError, match=r'base: got .*, wanted "torch" or "generated"'):
         MoeLora(model, {}, None, base="mine")
+    with pytest.raises(ValueError, match="model: got Sequential, wanted a model of transformers, without"):
+        MoeLora(torch.nn.Sequential(model), {}, None)
+    server = MoeLora(model, {0: good}, None)
+    model.model.layers[0].mlp.forward = lambda x: x  # as patches exchange blocks for others, which do not call their experts
+    with server.batch(torch.zeros(2, dtype=torch.int32)):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"did not run the experts of layers \[0\], which have adapters"):
+                model(torch.zeros(1, 2, dtype=torch.int64))
     model.model.layers.append(make(ROWS["Mixtral"]).model.layers[0])
     model.model.layers[1].mlp.experts.gate_up_proj = torch.nn.Parameter(torch.zeros(4, 32, 32))
     model.model.layers[1].mlp.experts.down_proj = torch.nn.Parameter(torch.zeros(4, 32, 16))

@@ -78,8 +78,7 @@ def expert_layers(model: Any) -> dict[int, str]:
         if found or match is None:
             raise ValueError(
                 f"{type(model).__name__}: {name}: {type(module).__name__}: got {found}, wanted experts with {_FUSED}, behind "
-                "transformers' interface of experts\n"
-                "  hint: call moe_route and moe_lora between the model's own products, as MoeLora.experts does"
+                f"transformers' interface of experts\n  hint: {_HINT}"
             )
         if (twin := seen.setdefault(id(module), name)) != name:
             raise ValueError(
@@ -191,6 +190,7 @@ class MoeLora:
         self._base = base
         self._mapping: torch.Tensor | None = None
         self._calls: list[MoeCall] | None = None
+        self._ran: set[int] = set()  # layers, in the pass that runs
         if base not in ("torch", "generated"):
             raise ValueError(f'base: got {base!r}, wanted "torch" or "generated"')
         if not isinstance(layers, Mapping):
@@ -198,6 +198,8 @@ class MoeLora:
                 f"layers: got {type(layers).__name__}, wanted what stack_adapters returns"
             )
         names = expert_layers(model)
+        if not hasattr(model, "set_experts_implementation"):
+            raise ValueError(f"model: got {type(model).__name__}, wanted a model of transformers, without a module around it")
         self._experts = {i: model.get_submodule(name) for i, name in names.items()}
         self._of_disk: dict[int, _Weights] = {}
         if mxfp4 is not None:
@@ -227,6 +229,8 @@ class MoeLora:
                 if not self._of_disk:
                     _lay_out(experts)
         ALL_EXPERTS_FUNCTIONS.register(_NAME, _experts_forward)
+        with self.batch(torch.empty(0, dtype=torch.int32)):
+            pass
 
     @contextlib.contextmanager
     def batch(
@@ -239,7 +243,8 @@ class MoeLora:
             calls: gets what each MoE layer did, in order; None keeps nothing.
 
         Raises:
-            ValueError: the mapping is no tensor, or the model serves a batch already.
+            ValueError: the mapping is no tensor, or the model serves a batch already; or, of a pass, it never calls experts that
+                have adapters.
         """
         if not isinstance(token_lora_mapping, torch.Tensor):
             raise ValueError(
@@ -250,21 +255,38 @@ class MoeLora:
                 "got batch() inside of a batch() of the same model, wanted one after the other"
             )
         before = self._model.get_experts_implementation()
-        self._model.set_experts_implementation(_NAME)
         self._mapping, self._calls = token_lora_mapping, calls
+        self._ran.clear()
         with contextlib.ExitStack() as stack:
-            for index, experts in self._experts.items():
-                experts.moe_lora = functools.partial(self.experts, index, experts)
-                if type(experts).__name__ in _EXCHANGED:
-                    forward = functools.partial(self._rows, experts) if takes_rows(experts) else experts.moe_lora
-                    stack.enter_context(_instead(experts, forward))
             try:
+                self._model.set_experts_implementation(_NAME)
+                for index, experts in self._experts.items():
+                    experts.moe_lora = functools.partial(self.experts, index, experts)
+                    if type(experts).__name__ in _EXCHANGED:
+                        forward = functools.partial(self._rows, experts) if takes_rows(experts) else experts.moe_lora
+                        stack.enter_context(_instead(experts, forward))
+                    elif not _asks_us(experts):
+                        raise ValueError(
+                            f"{type(self._model).__name__}: layer {index}: {type(experts).__name__}: got a forward that does not "
+                            f"ask transformers' interface of experts, wanted the class's own\n  hint: {_HINT}"
+                        )
+                stack.callback(self._model.register_forward_hook(self._check_ran).remove)
                 yield
             finally:
                 self._mapping = self._calls = None
                 for experts in self._experts.values():
-                    del experts.moe_lora
+                    vars(experts).pop("moe_lora", None)
                 self._model.set_experts_implementation(before)
+
+    def _check_ran(self, *_: Any) -> None:
+        """Behind a pass of the model: blocks around the experts may have been exchanged for others, which never call them."""
+        missing = sorted(self._layers.keys() - self._ran)
+        self._ran.clear()
+        if missing:
+            raise ValueError(
+                f"{type(self._model).__name__}: got a pass that did not run the experts of layers {missing}, which have "
+                f"adapters, wanted blocks that call their experts\n  hint: {_HINT}"
+            )
 
     def experts(
         self,
@@ -282,6 +304,7 @@ class MoeLora:
         num_tokens, top_k = topk_ids.shape
         if self._mapping is None:
             raise ValueError("got a forward pass outside of batch(), wanted one inside")
+        self._ran.add(index)
         copies = _weights(base).w2.shape[0] if takes_rows(base) else 1
         mapping = self._mapping.repeat(copies)
         if mapping.shape != (num_tokens,):
@@ -460,8 +483,21 @@ def _experts_forward(
     return out
 
 
+def _asks_us(experts: Any) -> bool:
+    """Whether the forward of experts is that of transformers' interface, and takes the implementation that the model was told."""
+    mine, asked = experts.moe_lora, list[bool]()
+    experts.moe_lora = lambda *_: asked.append(True)
+    try:
+        with contextlib.suppress(Exception):  # of forwards of others
+            experts.forward(None, None, None)
+    finally:
+        experts.moe_lora = mine
+    return bool(asked)
+
+
 # Experts whose implementation cannot be chosen by name; what they compute is known.
 _EXCHANGED = ("Llama4TextExperts", "Step3p7Experts")
+_HINT = "call moe_route and moe_lora between the model's own products, as MoeLora.experts does"
 _FUSED = "gate_up_proj [E, 2 * I, H], or up_proj [E, I, H] without a gate, and down_proj [E, H, I]"
 
 
