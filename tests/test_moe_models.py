@@ -493,8 +493,11 @@ def test_refused_around_the_experts(tmp_path: Path) -> None:
     tied.model.layers[1].mlp = tied.model.layers[0].mlp
     with pytest.raises(ValueError, match=r"the same experts as model\.layers\.0\.mlp\.experts and model\.layers\.1\.mlp"):
         expert_layers(tied)
-    with pytest.raises(ValueError, match="adapters of PEFT on it"):
-        MoeLora(PeftModel.from_pretrained(make(ROWS["Mixtral"]), str(folder)), {}, None)
+    adapted = PeftModel.from_pretrained(make(ROWS["Mixtral"]), str(folder))
+    for part in (adapted, adapted.base_model.model, adapted.base_model.model.model):
+        for serve in (MoeLora, LinearLora):
+            with pytest.raises(ValueError, match="adapters of PEFT on it"):
+                serve(part, {}, None)
 
 
 def test_one_batch_at_a_time(device: str) -> None:

@@ -66,10 +66,7 @@ def expert_layers(model: Any) -> dict[int, str]:
         raise ValueError(f"model: got {type(model).__name__}, wanted a model of transformers")
     names: dict[int, str] = {}
     seen: dict[int, str] = {}
-    if getattr(model, "peft_config", None):
-        raise ValueError(
-            f"{type(model).__name__}: got a model with adapters of PEFT on it, which would be added too; wanted the base model"
-        )
+    _check_bare(model)
     for name, module in model.named_modules(remove_duplicate=False):
         if not _has_fused(module) or "shared" in name.rpartition(".")[2]:
             continue
@@ -379,8 +376,7 @@ class LinearLora:
         if not isinstance(model, torch.nn.Module) or not isinstance(layers, Mapping):
             found = f"{type(model).__name__} and {type(layers).__name__}"
             raise ValueError(f"model, layers: got {found}, wanted a model of transformers and what stack_linears returns")
-        if getattr(model, "peft_config", None):
-            raise ValueError(f"{type(model).__name__}: got a model with adapters of PEFT on it, wanted the base model")
+        _check_bare(model)
         self._kernels = kernels
         self._hooked: list[tuple[torch.nn.Module, LinearBuffers, float]] = []
         modules = dict(model.named_modules())
@@ -441,6 +437,14 @@ class LinearLora:
         else:
             self._kernels.lora(rows, x.reshape(-1, x.shape[-1]), layer.a, layer.b, route)
         return rows.view(out.shape)
+
+
+def _check_bare(model: torch.nn.Module) -> None:
+    """Raises ValueError if a model, or a part of one, has adapters of PEFT on it."""
+    if any(type(module).__module__.partition(".")[0] == "peft" for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__}: got a model with adapters of PEFT on it, which would be added too; wanted the base model"
+        )
 
 
 def _gives_rows(module: torch.nn.Module) -> bool:
