@@ -323,6 +323,57 @@ def test_no_call_keeps_tensors_alive(name: str, device: str, launches: list[Any]
     assert not [i for i, tensor in enumerate(given) if tensor() is not None]
 
 
+def test_a_list_that_is_edited_in_place_is_another(device: str, launches: list[Any]) -> None:
+    """What a bundle looks like, and where it lies, is kept of tuples alone."""
+    door = Door.of("fused_moe", device)
+    lora = by_hand(door.good["lora"], b2=list(door.good["lora"].b2))
+    for _ in range(3):
+        door(lora=lora)
+    lora.b2[0] = torch.cat((lora.b2[0], lora.b2[0]), -1)[..., : lora.b2[0].shape[-1]]  # rows further apart
+    launches.clear()
+    door(lora=lora)
+    edited = [(*call[:2], *call[3:]) for call in launches]
+    forget()
+    launches.clear()
+    door(lora=by_hand(lora))
+    assert edited == [(*call[:2], *call[3:]) for call in launches]
+    lora.b2[0] = lora.b2[0].contiguous()
+    door(lora=lora)
+    with pytest.raises(ValueError, match=r"^fused_moe: out: got memory that lora.b2\[0\] lies in"):
+        door(lora=lora, out=lora.b2[0].flatten()[: door.good["out"].numel()].view(door.good["out"].shape))
+
+
+@pytest.mark.parametrize("far", range(2))
+def test_rank_vectors_are_less_than_2_31_elements_apart(far: int, launches: list[Any]) -> None:
+    with runtime.compile_only():
+        door = Door.of("moe_lora_expand", "meta")
+        strides = [2**31 if d == far else 1024 for d in range(2)]
+        y = torch.empty_strided((2, door.good["y"].shape[0], T * TOP_K, RANK // 2), (*strides, RANK, 1), device="meta")
+        _refused(door, {"y": y}, f"dimension {far}", "y")
+
+
+@pytest.mark.parametrize("name", ["lora", "lora_shrink"])
+def test_packed_slices_lie_one_behind_the_other_in_every_call(name: str, device: str, launches: list[Any]) -> None:
+    door = Door.of(name, device)
+    one, other = (list(torch.cat([a, a], 1).split(RANK, 1)) for a in door.good["lora_a"])
+    for _ in range(3):
+        door(packed=True, lora_a=one)
+    number = len(launches)
+    with pytest.raises(ValueError, match="lora_a: got slices that lie apart, wanted packed ones"):
+        door(packed=True, lora_a=[one[0], other[1]])
+    assert len(launches) == number
+
+
+def test_a_refill_reads_no_tables_that_it_writes(device: str, launches: list[Any]) -> None:
+    door = Door.of("refill", device)
+    for _ in range(3):
+        door()
+    of_route, number = door.function.__self__.first(T), len(launches)
+    _refused(door, {"token_lora_mapping": of_route.token_lora_mapping}, "its own adapters", "token_lora_mapping")
+    _refused(door, {"valid_tokens": of_route.num_blocks}, "its own count", "valid_tokens")
+    assert len(launches) == number
+
+
 def test_columns_of_one_buffer_are_memory_of_their_own(device: str, launches: list[Any]) -> None:
     door = Door.of("lora", device)
     both = torch.zeros(T, K + 2 * N + 1, dtype=BF16, device=device)

@@ -663,11 +663,24 @@ def test_tables_of_many(name: str, log: list[Any], lock: Lock) -> None:
             door = Door.of(name, "meta", tokens=tokens, experts=experts)
             settled = {option: None for option in ("workspace", "block_m", "num_tokens_hint") if option in door.good}
             asked = [("usual", {}), ("settled", settled)]
+            asked += [("hinted", {**settled, "num_tokens_hint": 48})] if "num_tokens_hint" in settled else []
             asked += [(f"auto {r}", {"assignment": "auto", "rank": r}) for r in (16, 17) if "assignment" in door.good]
             for label, changed in asked:
                 forget()
                 calls[f"{tokens} of {experts}, {label}"] = done((door, {**door.good, **changed}), log)
     lock.compare(f"{name} of many", calls)
+
+
+def test_lanes_take_a_layer_of_as_many_columns_as_they_have(log: list[Any], lock: Lock) -> None:
+    """On both sides of their limit: a layer is planned for them where both products can have them."""
+    calls: dict[str, object] = {}
+    with runtime.compile_only():
+        for k, top_k in itertools.product((4096, 4160, 8192, 8224), (2, 3, 8)):
+            door = Door.of("fused_moe of lanes", "meta", k=k, top_k=top_k)
+            forget()
+            calls[f"k {k}, top_k {top_k}"] = found = done((door, door.good), log)
+            assert isinstance(found, Done), str(found)
+    lock.compare("fused_moe of lanes of many columns", calls)
 
 
 @pytest.mark.parametrize("name", [name for name in GOOD if name.endswith("workspace")])
@@ -816,7 +829,7 @@ ELSEWHERE = {
     "moe_gemm/_op.bind:out_scale:None": _DOORS,
     "moe_gemm/_problem._check_delta:v:*": _DOORS,
     "moe_gemm/_problem.problem_of:rows:*": _TILES,
-    "moe_lora_expand/_problem.check:y:*": "rank vectors of 2^31 elements, which no call here has",
+    "moe_lora_expand/_problem.check:y:*": _DOORS,
     "moe_sum/_op.bind:out:*": _DOORS,
     "_scales.check_fp8:label:or-join*": "codes of MXFP4 with scales of FP8, which no call here has",
     "moe_route/_launch.bind:pairs:*": _DOORS,
