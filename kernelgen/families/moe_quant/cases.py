@@ -71,13 +71,16 @@ CASES = (
     Case("unaligned", "odd strides, a base that is not 16-byte aligned", gap=1, offset=1, n=33),
     Case("huge_rows", "32-bit offsets of rows wrap", gap=2**30, tokens=2, routing=Experts("one")),
     Case("e5m2", "the other FP8 type", n=200, element="e5m2"),
-    Case(
-        "scale_an_expert",
-        "the input scale of each expert of a checkpoint (TensorRT-LLM #10778)",
-        only=_GIVEN,
-        routing=Experts("mixed", start=2, ids_dtype=torch.int64),
-        tokens=9,
-        scales=3,
+    *(
+        Case(
+            name,
+            "the input scale of each expert of a checkpoint (TensorRT-LLM #10778)",
+            only={**_GIVEN, **order},
+            routing=Experts("mixed", start=2, ids_dtype=torch.int64),
+            tokens=9,
+            scales=3,
+        )
+        for name, order in (("scale_an_expert", _PAIR), ("scale_an_expert_of_tables", _SORTED))
     ),
     Case("e8m0", "a scale that is a power of two, a byte", only=_GIVEN, scales_dtype=torch.float8_e8m0fnu),
     Case("zeros", "a scale that must not be zero", special=0.0, scale=0.0),
