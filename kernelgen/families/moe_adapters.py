@@ -37,7 +37,7 @@ class Adapters:
 
 
 MIXED = Adapters()
-RANKED = Adapters("mixed", 4, ranks=(17, -3, 16, 100))
+RANKED = Adapters("mixed", 4, ranks=(17, -40, 16, 100))
 
 
 class Drawn(NamedTuple):

@@ -142,10 +142,12 @@ class Suite:
 
     @functools.cached_property
     def quick_exact(self) -> frozenset[tuple[str, str]]:
-        """A part of ``exact`` that meets each case with each tag of its body, each body, and each tag with each template."""
+        """A part of ``exact`` that meets each case with each template and with each tag of its body, each body, and each tag with
+        each template."""
         met: dict[tuple[Variant, Case], set[Any]] = {}
         for variant, case in self.exact:
-            met[variant, case] = {*self.marks(variant), case, *((case, name, variant.told(name)) for name in case.body or ())}
+            of_case = ((case, name, variant.told(name)) for name in (SCHEDULE, *(case.body or ())))
+            met[variant, case] = {*self.marks(variant), case, *of_case}
         return frozenset((variant.name, case.name) for variant, case in _cover(met))
 
     @functools.cached_property

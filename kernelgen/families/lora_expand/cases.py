@@ -92,6 +92,7 @@ _FP8 = (
         block_n=256,
         widths=(300, 100),
     ),
+    Case("w8_tile_a_group", "tiles of a group each, several to a program", **_W8_GROUP, widths=(256,), block_n=128),
     Case("w8_rank_groups", "ranks of two groups", body=_SCALES, only={**_W8_GROUP["only"], **_RANY}, rank=129, widths=(150,)),
     Case("w8_packed", "nothing behind the last scale", **_W8, layout="packed", loras=1, widths=(60, 24)),
     Case("w8_unaligned", "odd strides and base", **_W8, layout="odd", widths=(23, 9)),

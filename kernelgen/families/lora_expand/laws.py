@@ -331,11 +331,12 @@ def slices_lie_anywhere(package: ModuleType, variants: Sequence[Variant], device
 def adapters_say_their_ranks_and_scalings(package: ModuleType, variants: Sequence[Variant], device: str) -> None:
     """Ranks, scalings and packed slices on the device: the bits of factors padded with zeros, and of a scaling of each adapter.
 
-    What lies behind a rank is NaN, in A; a rank may be 0, and below it is that, too.
+    What lies behind a rank is NaN, in A; a rank may be 0, and below it is that, too; one above that of the buffers is theirs.
     """
-    for k, rank, ranks in ((48, 8, (3, 8, 0)), (1300, 24, (24, 1, 17))):  # K in one part, and in several
-        case = dataclasses.replace(_CASE, k=k, rank=rank, tokens=20)
+    for k, rank, ranks in ((48, 8, (3, 8, 5, 0)), (1300, 24, (24, 1, 9, 17))):  # K in one part, and in several
+        case = dataclasses.replace(_CASE, k=k, rank=rank, loras=4, tokens=20)
         layer = _Layer.of(case, variants[0].tags, device)
+        layer.batch.mapping[layer.batch.mapping == 2] = 3  # so that no block has the number of its adapter
         route = package.lora_route(layer.batch.mapping, max_loras=case.loras)
         padded, gaps = ([a.clone().contiguous() for a in layer.lora_a] for _ in range(2))
         packed = torch.full((case.loras, 2 * rank, k), torch.nan, dtype=layer.x.dtype, device=device)
@@ -344,15 +345,16 @@ def adapters_say_their_ranks_and_scalings(package: ModuleType, variants: Sequenc
                 padded[s][adapter, own:] = 0
                 gaps[s][adapter, own:] = torch.nan
                 packed[adapter, s * own : (s + 1) * own] = padded[s][adapter, :own]
-        scalings = (0.3, 1.7, 2.0)
+        scalings = (0.3, 1.7, 1.1, 2.0)
         wanted = layer.out.clone()
         for adapter, scaling in enumerate(scalings):
             apart = layer.out.clone()
             package.lora(apart, layer.x, padded, layer.lora_b, route, scaling=scaling, offset_start=case.offset)
             of_it = layer.batch.mapping == adapter
             wanted[of_it] = apart[of_it]
+        beyond = {0: -(2**20), rank: 2**20}
         of_adapters = {
-            "lora_ranks": torch.tensor([own or -(2**20) for own in ranks], dtype=torch.int32, device=device),
+            "lora_ranks": torch.tensor([beyond.get(own, own) for own in ranks], dtype=torch.int32, device=device),
             "scalings": torch.tensor(scalings, device=device),
         }
         for factors, is_packed in ((gaps, False), ([packed[:, :rank], packed[:, rank:]], True)):

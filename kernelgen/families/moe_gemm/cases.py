@@ -285,7 +285,7 @@ _OF_ROLES = (
         n=264,
         block_m=128,
         rank=40,
-        adapters=RANKED,
+        adapters=Adapters("mixed", 3, ranks=(17, -40, 100)),  # three runs, whose padding begins a step
         routing=Experts("skewed"),
     ),
     Case(
@@ -506,12 +506,21 @@ CASES = (
         tiles={"block_n": 256},
     ),
     Case(
+        "fp8_wide_tiles_of_pairs",
+        "tiles of several groups, which begin anew with up",
+        only=_only(schedule="gemv naive", weight_quant="w8group", epilogue="swiglu"),
+        body=("schedule",),
+        few=1,
+        n=136,
+        tiles={"block_n": 256},
+    ),
+    Case(
         "fp8_long_tiles",
-        "tiles of several groups of K",
+        "tiles of several groups of K, the last with fewer",
         only=_only(schedule="gemv", weight_quant="w8group"),
         body=("schedule", "gated"),
         few=1,
-        k=400,
+        k=300,
         tiles={"block_k": 256},
     ),
     Case("fp8_own_tiles", "the tiles that the rule takes", only=_FP8, body=_QUANTS, own_tiles=True, few=2, k=256, n=128, gap=0),
@@ -954,7 +963,6 @@ def check(
 def tiles(launcher: Callable[..., None], changes: Mapping[str, int] | None = None) -> Any:
     """The tiles of the cases, as a variant's launcher takes them."""
     config = sys.modules[launcher.__module__].Config
-    known = {**_TILES, **(changes or {})}
-    if "num_stages" not in config._fields:
-        known["block_n"] = 8
+    streamed = {} if "num_stages" in config._fields else {"block_n": 8}
+    known = {**_TILES, **streamed, **(changes or {})}
     return config(**{field: known[field] for field in config._fields if field in known})

@@ -198,6 +198,7 @@ _FP8 = (
         slices=2,
     ),
     Case("w8_wide_tiles", "a tile of columns of two groups", **_W8_GROUP, tokens=1, n=300, block_n=256),
+    Case("w8_tile_a_group", "tiles of a group each, several to a program", **_W8_GROUP, tokens=1, n=256, block_n=128),
     Case("w8_rank_groups", "ranks of two groups", **_W8_TILED, tokens=2, rank=200, n=150, k=140),
     Case(
         "w8_slices",
