@@ -659,8 +659,8 @@ def test_tables_of_many(name: str, log: list[Any], lock: Lock) -> None:
     calls: dict[str, object] = {}
     with runtime.compile_only():
         numbers = (1, 4, 5, 64, 65, 256, 257, 2048, 2049, 8192, 8193, 40000)
-        for tokens, experts in itertools.product(numbers, (4, 200, 257, 1500)):
-            door = Door.of(name, "meta", tokens=tokens, experts=experts)
+        for tokens, (experts, loras) in itertools.product(numbers, {4: 3, 200: 8, 257: 3, 1500: 3}.items()):
+            door = Door.of(name, "meta", tokens=tokens, experts=experts, loras=loras)
             settled = {option: None for option in ("workspace", "block_m", "num_tokens_hint") if option in door.good}
             asked = [("usual", {}), ("settled", settled)]
             asked += [("hinted", {**settled, "num_tokens_hint": 48})] if "num_tokens_hint" in settled else []
@@ -695,11 +695,11 @@ def test_a_workspace_is_as_large_as_it_was(name: str, log: list[Any], lock: Lock
 
 SHAPES: dict[str, Any] = {
     "MoeShape": kg.MoeShape(256, 128, 2, 16, 2, 4, 3),
-    "MoeShape fp8": kg.MoeShape(256, 128, 1, 16, 2, 4, 3, weight_scales="group", x_scales="group", mul_routed_weight=True),
     "ShardedMoeShape": kg.ShardedMoeShape(kg.MoeShape(256, 128, 2, 16, 2, 4, 3, mul_routed_weight=True), gathered=2),
     "LoraShape": kg.LoraShape(256, (128, 64), 16, 3),
-    "LoraShape fp8": kg.LoraShape(256, (128, 64), 16, 3, weight_scales="group", x_scales="group", separate=True),
     "FusedMoeShape": kg.FusedMoeShape(256, 128, 4, 2, rank=16, max_loras=3, lora_ranks=True),
+    "MoeShape fp8": kg.MoeShape(256, 128, 1, 16, 2, 4, 3, weight_scales="group", x_scales="group", mul_routed_weight=True),
+    "LoraShape fp8": kg.LoraShape(256, (128, 64), 16, 3, weight_scales="group", x_scales="group", separate=True),
     "FusedMoeShape fp8": kg.FusedMoeShape(256, 128, 4, 2, weight_scales="group", x_scales="group"),
 }
 
@@ -787,14 +787,22 @@ def shipped() -> Any:
     return build.package(ROOT / "specs")
 
 
+# (what it is called, its traits, which calls it gets): that of the lock, one of which all is another, one of less memory alone.
+DEVICES: tuple[tuple[str, dict[str, Any], str], ...] = (
+    ("", {}, ""),
+    (" elsewhere", {**OTHER, "e4m3": True}, r"=(3|256|5000|16777216|1073741824)\b"),
+    (" in less memory", {"shared_memory": 101376, "target": "sm_120", "warp_sums": 2048}, r"num_tokens=(16|256|1500)$"),
+)
+
+
 @pytest.mark.slow(keep=8)
 @pytest.mark.parametrize("family", sorted(rooms_with("call")))
 def test_a_model_gets_what_it_got(family: str, lock: Lock, log: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     traits = runtime.traits(torch.device("cpu"))
     calls: dict[str, object] = {}
     for label, answer in of_a_model(family):
-        for where, other in (("", {}), (" elsewhere", {**OTHER, "e4m3": True})):
-            if where and not re.search(r"=(3|256|5000|16777216|1073741824)\b", label):
+        for where, other, of in DEVICES:
+            if not re.search(of, label):
                 continue
             monkeypatch.setattr(runtime, "traits", lambda of, other=other: traits._replace(**other))
             with runtime.compile_only(), runtime.choosing({}) as choices:
