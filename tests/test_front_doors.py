@@ -352,6 +352,13 @@ def test_rank_vectors_are_less_than_2_31_elements_apart(far: int, launches: list
         _refused(door, {"y": y}, f"dimension {far}", "y")
 
 
+def test_the_widest_slice_is_below_2_31_elements(launches: list[Any]) -> None:
+    with runtime.compile_only():
+        door, row = Door.of("lora_expand", "meta"), 2**31 // (2 * N) + 1
+        b = [torch.empty_strided((LORAS, n, RANK), (2**40, row, 1), dtype=BF16, device="meta") for n in (N, 2 * N)]
+        _refused(door, {"lora_b": b, "out": torch.empty(T, 4 * N, dtype=BF16, device="meta")}, "rows of the second", "lora_b")
+
+
 @pytest.mark.parametrize("name", ["lora", "lora_shrink"])
 def test_packed_slices_lie_one_behind_the_other_in_every_call(name: str, device: str, launches: list[Any]) -> None:
     door = Door.of(name, device)
@@ -368,6 +375,10 @@ def test_a_refill_reads_no_tables_that_it_writes(device: str, launches: list[Any
     door = Door.of("refill", device)
     for _ in range(3):
         door()
+    with runtime.launches() as bound:
+        door()
+        door(valid_tokens=None)
+    assert len(bound) == 2, "what is launched with a pointer, and without it, is one"
     of_route, number = door.function.__self__.first(T), len(launches)
     _refused(door, {"token_lora_mapping": of_route.token_lora_mapping}, "its own adapters", "token_lora_mapping")
     _refused(door, {"valid_tokens": of_route.num_blocks}, "its own count", "valid_tokens")
@@ -441,6 +452,11 @@ RELATED: list[tuple[str, Callable[[Arguments], Arguments], str]] = [
     ("moe_gemm", lambda good: {"activation": "swiglu"}, "out: .*N = 12 as in w with activation"),
     ("moe_gemm fp8", lambda good: {"w_scale": good["w_scale"].repeat_interleave(2, 1)[:, ::2]}, "w_scale: .* contiguous behind"),
     ("moe_gemm", lambda good: _mxfp4(good, 1, 16), r"w: got 16 columns, .* wanted a multiple of 32"),
+    (
+        "moe_shrink fp8",
+        lambda good: {"lora_a": [a[:, :1].expand(a.shape) for a in good["lora_a"]], "v": good["v"][:T]},
+        r"a_scale: got experts \d+ elements apart",
+    ),
     ("moe_gemm", lambda good: _mxfp4(good, 2), r"w_scale: .* wanted \[\d+, \d+, 1\] uint8 or float8_e8m0fnu"),
     ("moe_gemm", lambda good: {**_mxfp4(good, 1), "w_scale": None}, "w: .* MXFP4 numbers need w_scale"),
     ("moe_gemm", lambda good: {**_mxfp4(good, 1), "w": good["w"]}, "w: .* w_scale is given"),
