@@ -250,7 +250,7 @@ def test_no_number_of_tokens_and_no_hint_makes_another_key_of_a_layer(shape: Fus
             found.update(request.key for request in log)
             log.clear()
     known = {request.key for request in requests([shape], max_tokens=4097)}
-    assert found <= known and len(known) <= 64
+    assert found <= known and len(known) <= 72  # tables in chunks have three kernels
 
 
 def test_warm_up_knows_how_scales_are_served() -> None:
