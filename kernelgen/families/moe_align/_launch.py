@@ -34,11 +34,16 @@ class Walk(NamedTuple):
     counters: int  # of experts
 
 
+def counted_pairs(num_pairs: int, top_k: int) -> int:
+    """Those of so many tokens as the next power of two, so that what depends on them is a short list."""
+    return runtime.next_power_of_2(num_pairs // top_k) * top_k
+
+
 def walk(num_pairs: int, top_k: int, num_experts: int) -> Walk:
-    """The walk over so many pairs: the same for all numbers of tokens up to the next power of two."""
-    num_tokens = runtime.next_power_of_2(num_pairs // top_k)
-    chunk = min(4096, max(256, runtime.next_power_of_2(num_tokens * top_k)))
-    dense = is_dense(num_tokens, top_k, num_experts)
+    """The walk over so many pairs."""
+    most = counted_pairs(num_pairs, top_k)
+    chunk = min(4096, max(256, runtime.next_power_of_2(most)))
+    dense = is_dense(most // top_k, top_k, num_experts)
     num_warps = 4 if chunk <= 512 else 8 if chunk < 4096 else 16
     return Walk(chunk // 32, num_warps, dense, counters(num_experts) if dense else 1)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from .. import _runtime as runtime
 from .._filling import Filling
-from ..moe_align._launch import chunks, walk
+from ..moe_align._launch import chunks, counted_pairs, walk
 from ..moe_align._op import counts_size
 from ._op import FILL, Problem, check_fill
 
@@ -28,8 +28,8 @@ class _Schedule(Filling):
 def _of_adapters(problem: Problem, num_warps: int) -> dict[str, Any]:
     """The constants of what counts the adapters of rows."""
     groups = max(8, runtime.next_power_of_2(problem.max_loras + 1))
-    pairs = runtime.next_power_of_2(problem.num_pairs // problem.top_k) * problem.top_k  # as for the walk over them
-    width = runtime.next_power_of_2(2 * runtime.cdiv(pairs, problem.num_experts))  # holds those of most experts
+    most = counted_pairs(problem.num_pairs, problem.top_k)
+    width = runtime.next_power_of_2(2 * runtime.cdiv(most, problem.num_experts))  # holds those of most experts
     return {
         "TOP_K": problem.top_k,
         "MAX_LORAS": problem.max_loras,
