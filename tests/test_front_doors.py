@@ -273,7 +273,9 @@ def test_tables_stay_with_what_they_were_made_of(name: str, known: bool, device:
             else:
                 values = [value for value in (None, 0, -1, 2 * (old or 1), old + 1, old - 1, float(old)) if value is not old]
             for value in values:
-                _refused(door, {operand.name: good._replace(**{field: value})}, f"{label} = {value}", label)
+                edited = good._replace(**{field: value})
+                for changed in (edited, edited._replace()):
+                    _refused(door, {operand.name: changed}, f"{label} = {value}", label)
         if isinstance(good, kg.MoeRuns):
             _refused(door, {operand.name: other.good[operand.name]}, "runs of other tables", "runs")
     assert len(launches) == number

@@ -19,6 +19,7 @@ import fcntl
 import fnmatch
 import functools
 import hashlib
+import importlib
 import inspect
 import itertools
 import re
@@ -292,6 +293,7 @@ def changes(door: Door) -> Iterator[tuple[str, Arguments]]:
                 continue  # more memory than there is
             yield f"{operand.name}: {label}", {**door.good, operand.name: value}
     yield from _without_scales(door)
+    yield from _moved_slices(door)
     for name, dtype in ((name, dtype) for name, dtypes in door.op.dtypes.items() for dtype in dtypes):
         cast = {o.name: _cast(o, door.good[o.name], name, dtype) for o in door.operands if isinstance(o, (Tensor, Bundle))}
         yield f"{name}: {dtype}", {**door.good, **cast}
@@ -343,6 +345,15 @@ def _without_scales(door: Door) -> Iterator[tuple[str, Arguments]]:
         if scale in door.good and door.good[scale] is not None:
             plain = [tensor.bfloat16() for tensor in good] if operand.slices else good.bfloat16()
             yield f"{operand.name}: in 16 bits", {**door.good, operand.name: plain, scale: None}
+
+
+def _moved_slices(door: Door) -> Iterator[tuple[str, Arguments]]:
+    """Of two lists, the last slice of one in front of the other: the same tensors, one behind the other."""
+    lists = [o for o in door.operands if isinstance(o, Tensor) and o.slices and door.good[o.name]]
+    for one, other in itertools.pairwise(lists):
+        first, second = door.good[one.name], door.good[other.name]
+        moved = {one.name: first[:-1], other.name: type(second)((*first[-1:], *second))}
+        yield f"{one.name}: its last slice to {other.name}", {**door.good, **moved}
 
 
 def _cast(operand: Tensor | Bundle, good: Any, name: str, dtype: torch.dtype) -> Any:
@@ -457,6 +468,10 @@ def twins(door: Door, label: str, given: Arguments) -> Arguments | None:
     return {**given, name: type(given[name])([given[name][0]] * len(given[name]))}
 
 
+# Ops with measured tiles.
+MEASURED = {"lora", *(room for room in rooms_with("tune") if importlib.import_module(f"generated.{room}._tuned").TUNED)}
+
+
 @pytest.fixture
 def tuned(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if everything had been measured in high blocks: roles of warps first, then boxes."""
@@ -471,6 +486,33 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> None:
     on = runtime.traits(torch.device("cpu"))
     measured = runtime.Measured(on.label, on.target, on.num_sms, on.shared_memory, Everything())
     monkeypatch.setattr(gemm_problem, "TUNED", (measured,))
+
+
+@pytest.mark.parametrize("name", [name for name, (op, *_) in {**GOOD, **CHOSEN}.items() if op in MEASURED])
+def test_what_was_measured_is_taken_where_it_serves(
+    name: str, device: str, log: list[Any], lock: Lock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Routes and tables of other kinds, and in blocks of other heights, as if all problems had been measured."""
+    calls: dict[str, object] = {}
+
+    def known(tables: Sequence[runtime.Measured], key: object, device: object) -> runtime.Fastest:
+        fastest = [found for table in tables for found in itertools.chain(*table.fastest.values()) if found[1] is not None]
+        return tuple(dict(reversed(fastest)).items()) if key is not None else ()
+
+    monkeypatch.setattr(runtime, "measured", known)
+    door = Door.of(name, device)
+    bundles = tuple(operand.name for operand in door.operands if isinstance(operand, Bundle))
+    asked = [
+        (label, (door, given))
+        for label, given in changes(door)
+        if label.startswith(bundles) and _is_number(_named(door, label), label)
+    ]
+    asked += [(label, (of_size, of_size.good)) for label, of_size in _of_sizes(name, device, SIZES)]
+    for label, call in [("usual", (door, door.good)), *asked]:
+        forget()
+        found = done(call, log)
+        calls |= {label: found} if isinstance(found, Done) and found not in calls.values() else {}
+    lock.compare(f"{name} measured", calls)
 
 
 @pytest.mark.parametrize("name", CHOSEN)

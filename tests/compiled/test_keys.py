@@ -6,6 +6,7 @@ tried, and a share of those behind.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Iterable, Iterator, Sequence
 
 import pytest
@@ -172,6 +173,16 @@ def test_triton_agrees_that_the_keys_are_equal() -> None:
     assert sum(map(len, by_kernel.values())) < len(log)
     for kernel, keys in by_kernel.items():
         assert len(kernel.device_caches[device][0]) == len(keys), kernel.fn.__name__
+
+
+def test_what_a_kernel_is_compiled_of_is_in_its_key() -> None:
+    one, two = requests([QWEN3_W13], max_tokens=1)[:2]
+    changed: list[dict[str, Any]] = [{"launcher": two.launcher}, {"constants": (*one.constants[:-1], 5)}]  # no kernel has five
+    changed += [{"options": one.options._replace(**{name: 5})} for name in one.options._fields]
+    tensors = [i for i, argument in enumerate(one.arguments) if isinstance(argument, torch.Tensor)]
+    others = [(one.arguments[:i], other, one.arguments[i + 1 :]) for i in tensors for other in (None, one.arguments[i].double())]
+    changed += [{"arguments": (*front, other, *rest)} for front, other, rest in others]
+    assert len(tensors) > 2 and all(dataclasses.replace(one, **change).key != one.key for change in changed)
 
 
 QWEN3_LAYER = FusedMoeShape(hidden=2048, intermediate=768, num_experts=128, top_k=8, out_dtype=torch.bfloat16)
