@@ -86,7 +86,7 @@ class Batch:
         return kg.lora_route(self.mapping, max_loras=self.loras, workspace=space)
 
     def held(self) -> Any:
-        capacity = self.tokens + 9
+        capacity = 16 * self.tokens + 9
         space = kg.lora_workspace(**{**self.dense_space, "max_tokens": capacity})
         return kg.lora_route(self.mapping, max_loras=self.loras, capacity=capacity, workspace=space)
 
@@ -186,6 +186,12 @@ def _lora(b: Batch, fp8: bool = False) -> Arguments:
     given |= {"out": b.normal(b.tokens, b.slices * b.n + 1), "route": b.dense_route(fp8)}
     given["y"] = b.normal(b.slices, b.tokens, b.rank, dtype=torch.float32)
     return {**given, "scaling": 0.5, "offset_start": 1, "add_inputs": True, "zero_rest": False, **b.of_adapters}
+
+
+def _uneven(b: Batch) -> Arguments:
+    """Slices of which the last has no whole tiles."""
+    given = _lora(b)
+    return {**given, "lora_b": [*given["lora_b"][:-1], given["lora_b"][-1][:, :-8]]}
 
 
 def _placed(b: Batch) -> Arguments:
@@ -612,8 +618,8 @@ CHOSEN: dict[str, tuple[str, Callable[[Batch], Arguments], dict[str, int]]] = {
     "moe_shrink of tokens": ("moe_shrink", _chosen_tokens, {"tokens": 20}),
     "moe_quant of groups": ("moe_quant", lambda b: _chosen_quant(b, "group"), {"tokens": 40, "n": 160}),
     "moe_quant of tokens": ("moe_quant", lambda b: _chosen_quant(b, "token"), {"tokens": 40}),
-    "moe_lora of groups": ("moe_lora", lambda b: _groups(b, {**_moe_lora(b)}), {}),
-    "lora held": ("lora", lambda b: {**_lora(b), "route": b.held().first(b.tokens)}, {}),
+    "moe_lora of groups": ("moe_lora", lambda b: _groups(b, {**_plain(b), "route": b.route()}), {}),
+    "lora held": ("lora", lambda b: {**_uneven(b), "route": b.held().first(b.tokens)}, {"n": 128}),
     "lora of groups": ("lora", lambda b: _groups(b, {**_lora(b), "packed": False}), {}),
     "lora_shrink of groups": ("lora_shrink", lambda b: _groups(b, _lora(b)), {}),
     "lora_expand of groups": ("lora_expand", lambda b: _groups(b, _lora(b)), {}),

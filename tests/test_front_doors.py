@@ -365,8 +365,9 @@ def test_the_widest_slice_is_below_2_31_elements(launches: list[Any]) -> None:
 def test_packed_slices_lie_one_behind_the_other_in_every_call(name: str, device: str, launches: list[Any]) -> None:
     door = Door.of(name, device)
     one, other = (list(torch.cat([a, a], 1).split(RANK, 1)) for a in door.good["lora_a"])
-    for _ in range(3):
-        door(packed=True, lora_a=one)
+    padded = list(torch.cat([torch.cat([a, a], 2)[..., : K + 8] for a in one], 1)[..., :K].split(RANK, 1))
+    for good in (one, one, one, padded):
+        door(packed=True, lora_a=good)
     number = len(launches)
     with pytest.raises(ValueError, match="lora_a: got slices that lie apart, wanted packed ones"):
         door(packed=True, lora_a=[one[0], other[1]])

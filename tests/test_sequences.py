@@ -24,24 +24,28 @@ import inspect
 import itertools
 import re
 import traceback
+import types
 from pathlib import Path
 from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
 import pytest
 import torch
+import triton
 from doors import CHOSEN, GOOD, Arguments, Door, K, by_hand, forget
 
 import generated as kg
 from generated import _operands as operands
 from generated import _runtime as runtime
 from generated import _warmup as warmup
-from generated._operands import Bundle, Choice, Flag, Int, Number, Tensor
+from generated._operands import Bundle, Choice, Flag, Int, Number, Several, Tensor
 from generated.moe_align._op import NO_PAIRS
 from generated.moe_gemm import _op as gemm
 from generated.moe_gemm import _problem as gemm_problem
 from generated.moe_route._op import PairRoute
+from kernelgen.compiled.stand_in import compiling_for
 from kernelgen.compiled.which import BY_SIZES, Answer, Known, which
 from kernelgen.core.diagnostics import Failure
+from kernelgen.core.targets import TARGETS
 from kernelgen.emit import build
 from kernelgen.emit.rooms import laboratory, rooms_with
 from kernelgen.prove.testing import Suite
@@ -311,6 +315,9 @@ def _others(operand: operands.Operand, good: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(operand, Number):
         yield from ((f"{value!r}", value) for value in (2.5, 2, -0.0))
         yield from [("none", None)] if operand.optional else []
+    elif isinstance(operand, Several) and good is not None:
+        ends = [(*good[:-1], good[-1] + more) for more in (1, 2)]
+        yield from ((f"{value}", value) for value in (good[:-1], (*good, 0), *ends, *(end[::-1] for end in (good, *ends))))
     elif isinstance(operand, Choice):
         yield from ((f"{word}", word) for word in operand.words if word != good)
     elif isinstance(operand, Bundle) and good is not None:
@@ -378,6 +385,8 @@ def _other_tensors(operand: Tensor, good: torch.Tensor) -> Iterator[tuple[str, t
         yield from ((f"{dtype}", good.view(dtype)) for dtype in FP8 if dtype != good.dtype)
     if good.numel() == 0:
         return
+    if operand.dtype is None and not operand.forms:
+        yield from _other_scales(good)
     buffer = torch.zeros(good.numel() + 1, dtype=good.dtype, device=good.device)
     yield "from an odd address", buffer[1:].view(good.shape)
     if good.dim() == 2 and good.itemsize > 1:
@@ -391,14 +400,26 @@ def _other_tensors(operand: Tensor, good: torch.Tensor) -> Iterator[tuple[str, t
         yield "short", good[:2].clone()
     for d in range(good.dim()):
         yield f"with one more in dimension {d}", torch.cat((good, good.narrow(d, 0, 1)), d)
+        if good.shape[d] > 1:
+            yield f"with one less in dimension {d}", good.narrow(d, 0, good.shape[d] - 1).clone()
     for d in range(1, good.dim()):
         wide = torch.zeros((*good.shape[:d], good.shape[d] + 8, *good.shape[d + 1 :]), dtype=good.dtype, device=good.device)
         yield f"with more room in dimension {d}", wide.narrow(d, 0, good.shape[d])
     if good.dim() == 2:
         yield "column by column", good.t().contiguous().t()
     if good.dim() > 2 and not operand.written:
-        yield "one for all", good[:1].expand(good.shape)
+        yield from (("one for all" + f" in dimension {d}" * (d > 0), good.narrow(d, 0, 1).expand(good.shape)) for d in range(2))
         yield "turned", torch.zeros_like(good.transpose(0, 1).contiguous()).transpose(0, 1)
+
+
+def _other_scales(good: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Scales of other dtypes, and of something else each: what they are of is told by their shape."""
+    of_bytes = torch.float8_e8m0fnu
+    yield "powers of two", good.view(of_bytes) if good.dtype == torch.uint8 else good.to(of_bytes)
+    yield "in 16 bits", good.bfloat16()
+    yield from ((f"one in dimension {d}", good.narrow(d, 0, 1)) for d in range(good.dim()) if good.shape[d] > 1)
+    yield from [("without the last dimension", good[..., 0])] if good.dim() > 1 else []
+    yield "one", good.flatten()[:1]
 
 
 def calls(name: str, door: Door, device: str) -> Iterator[tuple[str, Asked]]:
@@ -422,7 +443,7 @@ def _of_sizes(name: str, device: str, sizes: Mapping[str, Sequence[int]]) -> Ite
 
 def calls_of_two(name: str, door: Door, device: str, others: Sequence[tuple[str, Asked]]) -> Iterator[tuple[str, Asked]]:
     """Likewise with two things that are others, of which the first is a word or a flag, and the second a number, or is left out
-    (of an operand two words); or a size, and how one of the tensors lies.
+    (of an operand two words); or a size, or a result that is to be made, and how one of the tensors lies.
 
     Args:
         others: calls of one other thing each, that are not refused.
@@ -435,10 +456,12 @@ def calls_of_two(name: str, door: Door, device: str, others: Sequence[tuple[str,
         changed = {of: value for of, value in other.items() if value is not door.good[of]}
         if not any(one[of] is not door.good[of] for of in changed):
             yield f"{word}; {number}", (door, {**one, **changed})
-    for label, sized in _of_sizes(name, device, SMALL):
-        for lies, given in changes(sized):
+    made = {o.name: None for o in door.operands if isinstance(o, Tensor) and o.made and door.good[o.name] is not None}
+    asked = [(f"{of}: none", dataclasses.replace(door, good={**door.good, of: None})) for of in made]
+    for label, other in [*_of_sizes(name, device, SMALL), *asked]:
+        for lies, given in changes(other):
             if _LIES.search(lies):
-                yield f"{label}; {lies}", (sized, given)
+                yield f"{label}; {lies}", (other, given)
 
 
 _LIES = re.compile("more room|column by column|turned|one for all")
@@ -837,6 +860,26 @@ DEVICES: tuple[tuple[str, dict[str, Any], str], ...] = (
 )
 
 
+def test_a_target_has_the_traits_that_it_had(lock: Lock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where kernels are compiled without a GPU; and the same where one is found."""
+    monkeypatch.setattr(runtime, "INTERPRETED", False)
+    traits: dict[str, object] = {}
+    for name, target in TARGETS.items():
+        with compiling_for(target):
+            traits[name] = without = runtime.traits(torch.device("meta"))
+            found = {"max_shared_mem": without.shared_memory, "multiprocessor_count": target.sms}
+            of_device = types.SimpleNamespace(get_device_properties=lambda index, found=found: found)
+            monkeypatch.setattr(triton.runtime.driver.active, "utils", of_device, raising=False)
+            monkeypatch.setattr(torch.cuda, "get_device_name", lambda index, card=target.card: card)
+            monkeypatch.setattr(torch.version, "hip", "7" if target.backend == "hip" else None)
+            named = types.SimpleNamespace(gcnArchName=f"{target.arch}:sramecc+")
+            monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index, named=named: named)
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, arch=target.arch: divmod(arch, 10))
+            label = runtime.device_label(target.card)
+            assert runtime._traits.__wrapped__(0) == without._replace(num_sms=target.sms, label=label), name
+    lock.compare("traits of targets", traits)
+
+
 @pytest.mark.slow(keep=8)
 @pytest.mark.parametrize("family", sorted(rooms_with("call")))
 def test_a_model_gets_what_it_got(family: str, lock: Lock, log: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -862,7 +905,6 @@ _DOORS, _LAWS = "tests/test_front_doors.py", "laws of the families"
 _TILES = "launchers of box and warp_specialised, of operands that the front door gives to others"
 _BEFORE = "another check refuses such calls before"
 ELSEWHERE = {
-    "_fused_moe._check_scales:h_scale:*": _DOORS,
     "_lora.lora_route:*": _DOORS,
     "_mxfp4.check_codes:*": _DOORS,
     "_operands._check_apart:*": _DOORS,
