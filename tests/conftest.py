@@ -68,11 +68,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--quick"):
-        numbers: collections.Counter[str] = collections.Counter()
+        tests = [item.nodeid.split("[")[0] for item in items]
+        all_of, numbers = collections.Counter(tests), collections.Counter[str]()
         kept = []
-        for item in items:
-            test = item.nodeid.split("[")[0]
-            kept += [item] if is_quick(item, numbers[test]) else []
+        for item, test in zip(items, tests, strict=True):
+            kept += [item] if is_quick(item, numbers[test], all_of[test]) else []
             numbers[test] += 1
         left = len(items) - len(kept)
         items[:] = kept
@@ -92,11 +92,12 @@ def pytest_unconfigure() -> None:
 _OUTPUT = pytest.StashKey[dict[str, Any]]()
 
 
-def is_quick(item: pytest.Item, number: int = 0) -> bool:
-    """Whether --quick keeps a test, with the parameters of this ``number``."""
+def is_quick(item: pytest.Item, number: int = 0, of: int = 1) -> bool:
+    """Whether --quick keeps a test, with the parameters of this ``number`` ``of`` all: those that are kept lie evenly."""
     slow = item.get_closest_marker("slow")
     if slow:
-        return number < slow.kwargs.get("keep", 0)
+        keep = slow.kwargs.get("keep", 0)
+        return bool(number * keep % of < keep)
     suite = getattr(item.module, "SUITE", None)
     given = getattr(item, "callspec", None)
     if suite is None or given is None or "variant" not in given.params:

@@ -267,6 +267,32 @@ def test_lanes_hand_on_nothing_without_a_barrier(again: str) -> None:
 
 
 @triton.jit
+def overwritten_kernel(x_ptr, BARRIER: tl.constexpr, PLACE: tl.constexpr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    x = tl.load(x_ptr + i)
+    first = tl.load(x_ptr + N)
+    if BARRIER:
+        tl.debug_barrier()
+    if PLACE == "its own":
+        tl.store(x_ptr + i, x + first)
+    elif PLACE == "half of them":
+        tl.store(x_ptr + i, x, mask=i < N // 2)
+    elif PLACE == "another lane's":
+        tl.store(x_ptr + (N - 1 - i), x)
+    elif PLACE == "one number":
+        tl.store(x_ptr + N, first + 1.0)
+
+
+@pytest.mark.parametrize("place", ["another lane's", "one number"])
+def test_no_lane_overwrites_what_another_has_yet_to_load(place: str) -> None:
+    with pytest.raises(Race, match=r"^\+\d+ bytes from the start of x_ptr .* stores what its lanes loaded since its last"):
+        overwritten_kernel[(1,)](torch.zeros(9), BARRIER=False, PLACE=place, N=8)
+    overwritten_kernel[(1,)](torch.zeros(9), BARRIER=True, PLACE=place, N=8)
+    for own in ("its own", "half of them"):
+        overwritten_kernel[(1,)](torch.zeros(9), BARRIER=False, PLACE=own, N=8)
+
+
+@triton.jit
 def offset_kernel(out_ptr, row, STRIDE: tl.constexpr, WIDE: tl.constexpr):
     if WIDE:
         offset = tl.cast(row, tl.int64) * STRIDE

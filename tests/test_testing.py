@@ -80,7 +80,7 @@ def test_a_case_may_name_bodies_of_its_own() -> None:
     axes = "schedule assignment rank weight_quant act_quant"
     found = Suite("generated", "moe_lora", axes, "\n".join(rows))
     for variant, case in found.pairs:
-        if case.body and "none none" not in " ".join(variant.tags.values()):
+        if "act_quant" in case.body and "none none" not in " ".join(variant.tags.values()):
             met[case.name].add(tuple(variant.tags[axis] for axis in case.body))
     assert met["w8_nan"] == {
         (schedule, *scales)
@@ -90,7 +90,7 @@ def test_a_case_may_name_bodies_of_its_own() -> None:
     assert met["a8_rows"] == {(s, "w8group", "a8group") for s in ("one_shot", "small_batch")}
     for variant, case in found.pairs:
         is_fp8 = variant.tags["weight_quant"] != "none"
-        assert case.core or is_fp8 == bool(case.body), (variant, case)
+        assert case.core or is_fp8 == ("act_quant" in case.body), (variant, case)
 
 
 def test_every_variant_meets_half_of_the_core_cases_and_the_others_are_spread() -> None:
@@ -131,7 +131,12 @@ def test_quick_tests_meet_every_template_body_and_kind_of_case(family: str) -> N
     def kinds(pairs: Iterable[tuple[Variant, testing.Case]]) -> set[tuple[str | None, str]]:
         return {(variant.tags.get("schedule"), case.name) for variant, case in pairs}
 
+    def tags_of_bodies(pairs: Iterable[tuple[Variant, testing.Case]]) -> set[tuple[object, ...]]:
+        runs = ((variant, case) for variant, case in pairs if not case.needs_gpu)
+        return {(v.tags.get("schedule"), case.name, name, v.told(name)) for v, case in runs for name in case.body}
+
     assert kinds(quick) == kinds(found.pairs)
+    assert tags_of_bodies(quick) == tags_of_bodies(found.pairs)
     met = {mark for variant, case in quick if not case.needs_gpu for mark in found.marks(variant)}
     assert met == {mark for variant in found.variants for mark in found.marks(variant)}
     assert any((axis, tag) in mark for mark in met for axis, tag in found.variants[0].tags.items())
@@ -157,7 +162,9 @@ def test_only_what_is_not_quick_is_left_out() -> None:
     assert conftest.is_quick(item()) and conftest.is_quick(item(law=found.laws[0]))
     assert not conftest.is_quick(item(law=testing.Law(print, slow=True)))
     assert not conftest.is_quick(item(pytest.mark.slow.mark))
-    assert [conftest.is_quick(item(pytest.mark.slow(keep=2).mark), number) for number in range(3)] == [True, True, False]
+    slow = item(pytest.mark.slow(keep=2).mark)
+    assert [conftest.is_quick(slow, number, 5) for number in range(5)] == [True, False, False, True, False]
+    assert all(conftest.is_quick(slow, number, 2) for number in range(2))
 
 
 @pytest.mark.parametrize("family", sorted(file.stem for file in (ROOT / "specs").glob("*.yaml")))

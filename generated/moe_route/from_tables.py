@@ -70,6 +70,7 @@ def moe_route_from_tables_pack(
     live = (pair >= 0) & (pair < num_pairs)
     position = block * BLOCK_M + tl.cumsum(live.to(tl.int32)) - 1
     tl.store(pairs_ptr + position, pair, mask=live)
+    tl.debug_barrier()  # all threads have read b
     tl.store(blocks_ptr + 4 * block + 2, block * BLOCK_M)
     tl.store(blocks_ptr + 4 * block + 3, tl.sum(live.to(tl.int32)))
 

@@ -121,7 +121,7 @@ def worst_ratio(actual: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) 
     """The largest error over its bound, at most 1; both fp64 but ``actual``.
 
     An exact NaN wants a NaN, and nothing else may be one. What is beyond the range of the dtype of ``actual`` by more than
-    the bound wants the infinity of its sign; what is beyond it by less may have it.
+    the bound wants the infinity of its sign; what is beyond it by less may have it. An exact infinity wants itself.
 
     Raises:
         AssertionError: an element is off; says how many, and which is the worst.
@@ -134,7 +134,7 @@ def worst_ratio(actual: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) 
     right = torch.where(
         value.isinf(),
         (value.sign() == exact.sign()) & (exact.abs() + bound >= overflow),
-        torch.where(exact.isnan(), value.isnan(), error <= bound),
+        torch.where(exact.isnan(), value.isnan(), (error <= bound) & exact.isfinite()),
     )
     if not right.all():
         ratio = torch.where(right, 0.0, (error / bound).nan_to_num(torch.inf, torch.inf))

@@ -56,7 +56,9 @@ class Drawn(NamedTuple):
 
 
 def _spread(tokens: int, loras: int, rng: random.Random) -> list[int]:
-    return [rng.randrange(loras) for _ in range(tokens)]
+    """Any adapter; the third token has the last one."""
+    drawn = [rng.randrange(loras) for _ in range(tokens)]
+    return [*drawn[:2], *(loras - 1 for _ in drawn[2:3]), *drawn[3:]]
 
 
 def _mixed(tokens: int, loras: int, rng: random.Random) -> list[int]:

@@ -86,12 +86,18 @@ def _skewed(tokens: int, top_k: int, experts: int, rng: random.Random) -> _Ids:
     return [[0 if rng.random() < 0.8 else rng.randrange(experts) for _ in range(top_k)] for _ in range(tokens)]
 
 
+def _turns(tokens: int, top_k: int, experts: int, rng: random.Random) -> _Ids:
+    """Experts take turns: the pairs of each are known, and those of one are one more where they do not divide."""
+    return [[(token * top_k + j) % experts for j in range(top_k)] for token in range(tokens)]
+
+
 KINDS: Mapping[str, _Draw] = {
     "spread": _spread,
     "mixed": _mixed,
     "one": _one,
     "away": _away,
     "skewed": _skewed,
+    "turns": _turns,
 }
 
 

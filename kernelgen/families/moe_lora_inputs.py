@@ -70,7 +70,7 @@ class Case(BaseCase):
         x_scale_an_expert: a scale for all of x is one of the rows of each expert.
         x_scale_dtype: of the scales of x.
         by_column: the scales of x lie column by column.
-        special: the first FP8 number of A of the first live pair, if any.
+        special: the first number of the last rank of A of the first live pair, if any.
         far_parts: the tables are so long, and in use at their end, that parts lie out of reach of 32-bit offsets.
     """
 
@@ -277,9 +277,9 @@ def make(case: Case, tags: Tags, device: str) -> Call:
                 )
             matrices.append(matrix)
             stand_for.append(matrix)
+            if case.special is not None and scales is a_scale and pairs:
+                matrix[pairs[0]][-1, 0] = case.special
             if of_weights:
-                if case.special is not None and scales is a_scale and pairs:
-                    matrix[pairs[0]][0, 0] = case.special
                 shape_of_scales = (
                     *shape[:2],
                     *quant.scale_shape(of_weights, shape[2:], quant.group()),

@@ -166,6 +166,7 @@ def _watch_memory(interpreter: Any) -> None:
     ) -> tuple[NDArray[Any], int]:
         """The addresses of the lanes that are on, and the extent that they lie in."""
         addresses = pointers.data
+        every = addresses, lanes
         if not lanes.all():
             addresses, lanes = np.broadcast_arrays(addresses, lanes)
             addresses = addresses[lanes]
@@ -174,7 +175,7 @@ def _watch_memory(interpreter: Any) -> None:
             return addresses, -1
         if (chain := order.watching()) is not None:
             chain.touch(self.grid_idx, kind, addresses, size)
-        return addresses, current.touch(kind, self.grid_idx, addresses, size)
+        return addresses, current.touch(kind, self.grid_idx, addresses, size, every)
 
     def load(self: Any, pointers: Any, mask: Any, other: Any, *policy: Any, **options: Any) -> Any:
         dtype = pointers.get_element_ty()

@@ -48,12 +48,16 @@ def unwrapped(kind: type[Exception]) -> Iterator[None]:
         raise
 
 
+_Lanes = tuple[NDArray[Any], NDArray[Any]]  # the address of each lane, and whether a mask leaves it on
+
+
 class Launch:
     """What one launch may touch, and what its programs did.
 
     Lanes of a program have no order but by a barrier. Which thread a lane is of, Triton chooses anew for each load and each
     store, by the alignment and the dtype that it knows; so what a program touches that it stored since its last barrier is a
-    race, be it the same lane of a tensor of the same shape.
+    race, be it the same lane of a tensor of the same shape. What it stores where it loaded since is one where another lane may
+    have yet to load it: a lane may put a new number in the place of the one that it read, as no other reads that.
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -74,23 +78,31 @@ class Launch:
         self.loads: list[tuple[NDArray[Any], int, int]] = []  # addresses, program, extent
         self.written: set[int] = set()  # extents
         self.has_atomics = False  # they may order the programs
-        self._running: Any = None  # the program, and what it stored since its last barrier, by extent
+        self._running: Any = None  # the program, and what it stored and loaded since its last barrier, by extent
         self._since: dict[int, list[NDArray[Any]]] = {}
+        self._read: dict[int, list[_Lanes]] = {}
 
     def barrier(self) -> None:
         """The lanes of the running program meet."""
-        self._since = {}
+        self._since, self._read = {}, {}
 
-    def touch(self, kind: str, program: Any, addresses: NDArray[Any], size: int) -> int:
+    def touch(self, kind: str, program: Any, addresses: NDArray[Any], size: int, lanes: _Lanes) -> int:
         """Lanes of a program load, store, or both at once: the extent that they lie in, -1: in several.
+
+        Args:
+            kind: "load", "store" or "atomic".
+            program: which one.
+            addresses: of the lanes that are on.
+            size: bytes of each.
+            lanes: the addresses of all lanes, and which of them are on.
 
         Raises:
             OutOfBounds: one lies in none.
-            Race: the program stored there, and no barrier came since.
+            Race: the program stored there, or other lanes loaded what these store, and no barrier came since.
         """
         extent = self._place(kind, program, addresses, size)
         if program != self._running:
-            self._running, self._since = program, {}
+            self._running, self._since, self._read = program, {}, {}
         for stored in self._since if extent == -1 else {extent, -1} & self._since.keys():
             for before in self._since[stored]:
                 again = np.isin(addresses, before)
@@ -99,9 +111,25 @@ class Launch:
                     does = {"load": "loads", "store": "stores", "atomic": "updates"}[kind]
                     what = f"program {program} {does} what its lanes stored since its last tl.debug_barrier()"
                     raise Race(f"{where}: {what}; lanes have no order without one")
-        if kind != "load":
+        if kind == "load":
+            self._read.setdefault(extent, []).append(lanes)
+        else:
+            for loaded in self._read if extent == -1 else {extent, -1} & self._read.keys():
+                for read in self._read[loaded]:
+                    self._check_read(program, addresses, lanes, read)
             self._since.setdefault(extent, []).append(addresses)
         return extent
+
+    def _check_read(self, program: Any, addresses: NDArray[Any], lanes: _Lanes, read: _Lanes) -> None:
+        """Raise if a lane that loaded what is stored now is not the one that stores it."""
+        there, on = np.broadcast_arrays(*read)
+        lost = np.isin(there, addresses) & on
+        if there.size > 1 and lost.any() and there.shape == np.broadcast_shapes(*(part.shape for part in lanes)):
+            lost &= (there != lanes[0]) | ~lanes[1]  # a number by itself is loaded by every thread
+        if lost.any():
+            where = self._describe(int(there[lost][0]))
+            what = f"program {program} stores what its lanes loaded since its last tl.debug_barrier()"
+            raise Race(f"{where}: {what}; lanes have no order without one")
 
     def _place(self, kind: str, program: Any, addresses: NDArray[Any], size: int) -> int:
         last = np.uint64(size - 1)

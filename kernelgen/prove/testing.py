@@ -5,7 +5,8 @@ half of its variants, such that each variant meets some of them; other cases mee
 dtypes and flags take turns.
 In exact algebra every kernel's text meets the cases that its family names for it, ``EXACT``.
 
-``Suite.quick`` is a part of that for a person who waits: each template still meets each kind of case, and each body some case.
+``Suite.quick`` is a part of that for a person who waits: each template still meets each kind of case, those with a body of
+their own with each tag of it, and each body some case.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ class Suite:
 
     @functools.cached_property
     def quick(self) -> frozenset[tuple[str, str]]:
-        """Names of variants and cases: a part of the pairs in which each template meets each kind of case that it meets at all.
+        """Names of variants and cases: a part of the pairs in which each template meets each kind of case that it meets at all,
+        and each tag of the body that the case names.
 
         Variants are chosen such that each body, and each tag with each template, is among those that meet a case.
         """
@@ -95,8 +97,15 @@ class Suite:
             met.update(() if case.needs_gpu else self.marks(variant))
 
         for (_, case), variants in sorted(kinds.items(), key=lambda item: len(item[1])):
-            # the exact sum, which is the same in whatever order a set gives its marks
-            choose(max(variants, key=lambda v: math.fsum(1 / (1 + met[mark]) ** 2 for mark in self.marks(v))), case)
+            missing = {(name, variant.told(name)) for name in case.body for variant in variants}
+            while True:
+                # the exact sum, which is the same in whatever order a set gives its marks
+                rare = {v: math.fsum(1 / (1 + met[mark]) ** 2 for mark in self.marks(v)) for v in variants}
+                best = max(variants, key=lambda v: (sum(v.told(name) == value for name, value in missing), rare[v]))
+                choose(best, case)
+                missing = {(name, value) for name, value in missing if best.told(name) != value}
+                if not missing or case.needs_gpu:
+                    break
         for variant, case in self.pairs:
             if not case.needs_gpu and not self.marks(variant) <= met.keys():
                 choose(variant, case)

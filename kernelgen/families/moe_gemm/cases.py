@@ -363,14 +363,14 @@ CASES = (
     Case("top_1", "top_k = 1 folds a dimension away", top_k=1),
     Case(
         "half_tiles",
-        "blocks of few rows in tiles of half the height",
-        only=_TILED,
-        tokens=25,
+        "a tile of half the height is full, and one of the whole height that has a row more",
+        only=_only(schedule="tile box lanes"),
+        tokens=33,
         top_k=1,
         experts=2,
         block_m=32,
         tiles={"tail": 1},
-        routing=Experts("skewed"),
+        routing=Experts("turns"),
     ),
     Case(
         "grouped",

@@ -169,6 +169,13 @@ _SIXTEEN_BIT = (
     ),
     Case("wide_range", "sums in 16 bits", spread=8, k=96),
     Case("nan_row", "a NaN stays in the rows of its token", nan_token=1, routing=_ONE_GROUP),
+    Case(
+        "infinite_rank",
+        "infinity of the last rank, which ranks behind it would make NaN",
+        body=("schedule", "tiled_rank"),
+        rank="part",
+        special=math.inf,
+    ),
     Case("own_tiles", "the tiles that the variant chooses", core=True, own_tiles=True, naive_tokens=1, k=64, n=48),
     Case(
         "model_sized",

@@ -104,11 +104,12 @@ def _delta(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """w * (round(x . A^T) . B^T) of pairs and one slice, and its error before the last cast; [pairs, N] fp64 both."""
     v, v_error = _dot(x.double(), a, scaled)
+    v_error = torch.where(v.isfinite(), v_error, 0.0)  # an infinity is one in any order
     low, high = ((v + e).to(dtype).double() for e in (-v_error, v_error))
     if (v.isfinite() & ~(low.isfinite() & high.isfinite())).any():
         raise ValueError(f"x . A^T reaches {v.abs().max():.3g}, beyond the range of {dtype}")
     y, y_error = _dot((low + high) / 2, b, scaled)
-    y_error = y_error + (high - low) / 2 @ b.double().abs().T * (1 + (b.shape[1] + 2) * _FP32)
+    y_error = y_error + (high - low).nan_to_num() / 2 @ b.double().abs().T * (1 + (b.shape[1] + 2) * _FP32)
     if weight is not None:
         y, y_error = weight * y, weight.abs() * (y_error + _FP32 * (y.abs() + y_error)) + _FP32_TINY
     return y, y_error
