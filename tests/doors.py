@@ -549,8 +549,8 @@ def _chosen_sum(b: Batch) -> Arguments:
     return {**call, "x_rows": "pair", "out_rows": "token", "topk_weights": b.weights}
 
 
-def _chosen_layer(b: Batch, scales: str = "") -> Arguments:
-    """A layer of many tokens, with adapters, or in FP8 without."""
+def _chosen_layer(b: Batch, scales: str = "", *, adapted: bool = True) -> Arguments:
+    """A layer of many tokens, with adapters, in FP8 or not."""
     given = b.layer(fp8=False)
     if not scales:
         return given
@@ -558,7 +558,9 @@ def _chosen_layer(b: Batch, scales: str = "") -> Arguments:
     for name, slices in (("w13", 2), ("w2", 1)):
         given[name], given[f"{name}_scale"] = kg.quantize_weights(given[name], scales, slices=slices)
     sizes = {"max_tokens": b.tokens, "top_k": b.top_k, "num_experts": b.experts, "hidden": b.k, "intermediate": b.n}
-    return {**given, "lora": None, "workspace": kg.fused_moe_workspace(**sizes, fp8_activations=True, device=b.device)}
+    sizes |= {"max_rank": b.rank if adapted else 0}
+    given["workspace"] = kg.fused_moe_workspace(**sizes, fp8_activations=True, device=b.device)
+    return {**given, "lora": given["lora"] if adapted else None}
 
 
 def _chosen_mxfp4(b: Batch) -> Arguments:
@@ -625,6 +627,11 @@ CHOSEN: dict[str, tuple[str, Callable[[Batch], Arguments], dict[str, int]]] = {
     "lora_expand of groups": ("lora_expand", lambda b: _groups(b, _lora(b)), {}),
     "fused_moe of many": ("fused_moe", _chosen_layer, {"tokens": 256, "k": 64, "n": 64}),
     "fused_moe of many fp8": ("fused_moe", lambda b: _chosen_layer(b, "group"), {"tokens": 256, "k": 128, "n": 128}),
+    "fused_moe of many with one scale": (
+        "fused_moe",
+        lambda b: {**_chosen_layer(b, "tensor", adapted=False), "h_scale": torch.ones(1, device=b.device)},
+        {"tokens": 256, "k": 128, "n": 128},
+    ),
     "fused_moe of lanes": ("fused_moe", _chosen_mxfp4, {"tokens": 2, "k": 64, "n": 64}),
 }
 

@@ -100,6 +100,7 @@ def test_mxfp4() -> None:
     codes = torch.randint(0, 256, (3, 4, 32), dtype=torch.uint8)
     codes[..., ::16] = 0x7F  # a largest code in each group, so that its scale is found again
     scales = torch.randint(0, 253, (3, 4, 2), dtype=torch.uint8)
+    scales[0, 0] = torch.tensor([0, 252])  # the ends
     exact = dequantise_mxfp4(codes, scales)
     found = kg.quantize_mxfp4(exact.float())
     assert torch.equal(found[0], codes) and torch.equal(found[1], scales)

@@ -298,6 +298,7 @@ def changes(door: Door) -> Iterator[tuple[str, Arguments]]:
             yield f"{operand.name}: {label}", {**door.good, operand.name: value}
     yield from _without_scales(door)
     yield from _moved_slices(door)
+    yield from _in_place_of_another(door)
     for name, dtype in ((name, dtype) for name, dtypes in door.op.dtypes.items() for dtype in dtypes):
         cast = {o.name: _cast(o, door.good[o.name], name, dtype) for o in door.operands if isinstance(o, (Tensor, Bundle))}
         yield f"{name}: {dtype}", {**door.good, **cast}
@@ -363,6 +364,14 @@ def _moved_slices(door: Door) -> Iterator[tuple[str, Arguments]]:
         yield f"{one.name}: its last slice to {other.name}", {**door.good, **moved}
 
 
+def _in_place_of_another(door: Door) -> Iterator[tuple[str, Arguments]]:
+    """Of two tensors that are read and look alike, the first for both."""
+    read = {o.name: door.good[o.name] for o in door.operands if isinstance(o, Tensor) and not (o.written or o.slices)}
+    for (one, first), (other, second) in itertools.combinations([found for found in read.items() if found[1] is not None], 2):
+        if (first.shape, first.dtype) == (second.shape, second.dtype):
+            yield f"{other}: that of {one}", {**door.good, other: first}
+
+
 def _cast(operand: Tensor | Bundle, good: Any, name: str, dtype: torch.dtype) -> Any:
     """An operand whose dtype is shared under a name, or in whose parts it is, in another dtype."""
     if isinstance(operand, Bundle) and good is not None:
@@ -419,6 +428,8 @@ def _other_scales(good: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     yield "in 16 bits", good.bfloat16()
     yield from ((f"one in dimension {d}", good.narrow(d, 0, 1)) for d in range(good.dim()) if good.shape[d] > 1)
     yield from [("without the last dimension", good[..., 0])] if good.dim() > 1 else []
+    yield "with a last dimension of 1", good[..., None]
+    yield "with a last dimension of 1, and more room", torch.stack([good] * 9, -1)[..., :1]
     yield "one", good.flatten()[:1]
 
 
@@ -646,12 +657,15 @@ def _far_apart(door: Door, given: Arguments) -> Iterator[tuple[str, Arguments]]:
         good = given[operand.name]
         slices = good if isinstance(operand, Tensor) and operand.slices and good else [good]
         if isinstance(operand, Tensor) and isinstance(slices[0], torch.Tensor):
-            for d in range(slices[0].dim() - 1):
+            for d in range(slices[0].dim()):
                 far = [torch.empty_strided(t.shape, _strides(t, d), dtype=t.dtype, device="meta") for t in slices]
                 yield f"{operand.name}: far apart in dimension {d}", {**given, operand.name: far if operand.slices else far[0]}
 
 
 def _strides(tensor: torch.Tensor, d: int) -> list[int]:
+    """Those of rows; of the last dimension, of columns."""
+    if d == tensor.dim() - 1:
+        return [*torch.empty(tensor.shape[:-1], device="meta").stride(), 2**31]
     return [2**31 if i == d else stride if i > d else 2**32 for i, stride in enumerate(tensor.stride())]
 
 

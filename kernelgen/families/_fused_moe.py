@@ -327,12 +327,13 @@ _SHRINK_H = runtime.Caller("fused_moe", lora_a="lora.a2", a_scale="lora.a2_scale
 def _bind(given: Given) -> runtime.Call:
     layer = _layer_of(given)
     buffers = given.workspace or layer.buffers(given.hidden.device)
-    if layer.x_scales is not None and not layer.few and given.lora is None and not _share(given.h_scale, given.x_scale):
+    # Both scales may be one, in some of the calls that look alike: no launch writes such as are given.
+    places, given = runtime.paths(given), given._replace(h_scale=_apart(given.h_scale))
+    if layer.x_scales is not None and not layer.few and given.lora is None:
         at_once = layer._replace(at_once=True)
         first = next(arguments for name, arguments in at_once.launches(given, buffers) if name == "first")
         layer = at_once if writes_fp8(first, _FIRST) else layer
     # Each launch is bound with its tensors, then told where in those of the layer they lie.
-    places = runtime.paths(given)
     at = layer.launches(places, places.workspace or runtime.SCRATCH)
     bound = [layer.bind(name, arguments, given) for name, arguments in layer.launches(given, buffers)]
     calls = [call.through(arguments) for call, (_, arguments) in zip(bound, at, strict=True)]
@@ -564,9 +565,9 @@ def _check_scales(given: Given, slices: int) -> tuple[str | None, str | None]:
     return of_weights, mode
 
 
-def _share(h_scale: torch.Tensor | None, x_scale: torch.Tensor | None) -> bool:
-    """Whether both are one, which a product that takes the first for its own may not read."""
-    return h_scale is not None and x_scale is not None and operands.share_memory(h_scale, x_scale)
+def _apart(scale: torch.Tensor | None) -> torch.Tensor | None:
+    """One that looks like it, and lies elsewhere."""
+    return None if scale is None else torch.empty_strided(scale.shape, scale.stride(), dtype=scale.dtype, device=scale.device)
 
 
 def _check_workspace(name: str, workspace: FusedMoeWorkspace, space: Mapping[str, tuple[int, torch.dtype]]) -> None:
