@@ -41,7 +41,8 @@ class Batch:
         self.valid, self.enabled = self.ints(max(self.tokens - 1, 0)), self.some(self.loras, 1, 0, 1)
         self.expert_map = self.ints(2, -1, 0, 1)
         self.routing = {"topk_ids": self.ids, "num_experts": self.experts, "local_expert_start": 0}
-        self.routing["num_tokens_hint"] = max(self.tokens, 1)
+        self.hint = self.tokens // 3 + 1
+        self.routing["num_tokens_hint"] = self.hint
         self.routing["valid_tokens"] = self.valid
 
     @property
@@ -135,8 +136,8 @@ class Batch:
     def ranked(self, **more: Any) -> tuple[Any, Any]:
         """The same of adapters with ranks of their own."""
         given = {"num_experts": self.experts, "max_loras": self.loras, "adapter_enabled": self.enabled, **more}
-        ranks, hint = self.some(self.loras, 3, self.rank), max(self.tokens, 1)
-        return kg.moe_runs(self.ids, self.mapping, lora_ranks=ranks, num_tokens_hint=hint, **given)
+        ranks = self.some(self.loras, 3, self.rank)
+        return kg.moe_runs(self.ids, self.mapping, lora_ranks=ranks, num_tokens_hint=self.hint, **given)
 
 
 def _engine_tables(b: Batch) -> Arguments:
@@ -599,7 +600,7 @@ def _groups(b: Batch, given: Arguments) -> Arguments:
 def _chosen_quant(b: Batch, scales: str) -> Arguments:
     """Rows in the order of tables, to FP8."""
     codes, scale = kg.quantize_activations(x := b.normal(b.tokens * b.top_k, b.n), scales)
-    tables = kg.moe_align(b.ids, num_experts=b.experts, valid_tokens=b.valid, num_tokens_hint=max(b.tokens, 1), block_m=32)
+    tables = kg.moe_align(b.ids, num_experts=b.experts, valid_tokens=b.valid, num_tokens_hint=b.hint, block_m=32)
     return {"codes": codes, "scale": scale, "x": x, "tables": tables, "order": "sorted"}
 
 

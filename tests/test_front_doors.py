@@ -107,9 +107,10 @@ def _wrong(operand: operands.Operand, good: Any, op: Op) -> Iterator[tuple[str, 
     elif isinstance(operand, Several):
         yield from {"a number": 3, "a list of texts": ["a"], "none of them": (), "one more": (*good, 0)}.items()
         for label, value in _wrong(operand.item, good[0], op):
-            yield f"one of them: {label}", (value, *good[1:])
+            yield f"the first: {label}", (value, *good[1:])
+            yield f"the last: {label}", (*good[:-1], value)
     elif operand.slices:
-        yield from {"a number": 3, "a tensor": torch.stack(list(good)), "no slice": [], "a text": "ab"}.items()
+        yield from {"a number": 3, "a tensor": torch.stack(list(good)), "no slice": [], "none": (), "a text": "ab"}.items()
         yield "an absent slice", [good[0], None]
         yield from [("a slice less", good[:1])] if len(good) > 1 else []
         for label, value in _wrong_tensor(operand, good[-1], op):
@@ -386,6 +387,37 @@ def test_a_refill_reads_no_tables_that_it_writes(device: str, launches: list[Any
     _refused(door, {"token_lora_mapping": of_route.token_lora_mapping}, "its own adapters", "token_lora_mapping")
     _refused(door, {"valid_tokens": of_route.num_blocks}, "its own count", "valid_tokens")
     assert len(launches) == number
+
+
+def test_a_held_route_is_that_of_so_many_rows(device: str) -> None:
+    held = Door.of("refill", device).function.__self__
+    assert [held.first(rows).num_tokens for rows in (6, 1, 0, 15, 6, 0)] == [6, 1, 0, 15, 6, 0]
+    for rows in (True, 1.0, -1, 16, None, "1", [1]):  # 1 is known
+        with pytest.raises(ValueError, match=r"^HeldRoute\.first: num_tokens: "):
+            held.first(rows)
+
+
+@pytest.mark.parametrize("inside", [runtime.compile_only, runtime.launches, lambda: runtime.choosing({})])
+def test_calls_are_worked_out_anew_inside_and_behind(
+    inside: Any, device: str, launches: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, traits, door = [], runtime.traits, Door.of("moe_sum adapted", device)
+    monkeypatch.setattr(runtime, "traits", lambda of: asked.append(of) or traits(of))
+
+    def number() -> int:
+        asked.clear()
+        door()
+        return len(asked)
+
+    forget()
+    often = number()
+    assert often > 0 == number()
+    with inside():
+        assert number() == often
+        with inside():
+            assert number() == often
+        assert number() == often > 0 == number()
+    assert number() == often
 
 
 def test_columns_of_one_buffer_are_memory_of_their_own(device: str, launches: list[Any]) -> None:

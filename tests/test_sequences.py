@@ -31,7 +31,7 @@ from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 import pytest
 import torch
 import triton
-from doors import CHOSEN, GOOD, Arguments, Door, K, by_hand, forget
+from doors import CHOSEN, EXPERTS, GOOD, Arguments, Door, K, by_hand, forget
 
 import generated as kg
 from generated import _operands as operands
@@ -430,7 +430,7 @@ def _other_scales(good: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     yield from [("without the last dimension", good[..., 0])] if good.dim() > 1 else []
     yield "with a last dimension of 1", good[..., None]
     yield "with a last dimension of 1, and more room", torch.stack([good] * 9, -1)[..., :1]
-    yield "one", good.flatten()[:1]
+    yield from ((label, good.flatten()[:number]) for label, number in {"one": 1, "one an expert": EXPERTS}.items())
 
 
 def calls(name: str, door: Door, device: str) -> Iterator[tuple[str, Asked]]:
@@ -531,7 +531,7 @@ def test_what_was_measured_is_taken_where_it_serves(
 
     def known(tables: Sequence[runtime.Measured], key: object, device: object) -> runtime.Fastest:
         fastest = [found for table in tables for found in itertools.chain(*table.fastest.values()) if found[1] is not None]
-        return tuple(dict(reversed(fastest)).items()) if key is not None else ()
+        return tuple(dict(fastest).items()) if key is not None else ()
 
     monkeypatch.setattr(runtime, "measured", known)
     door = Door.of(name, device)
@@ -690,11 +690,13 @@ def test_a_launcher_is_offered_what_others_take(family: str, device: str, log: l
                 door = dataclasses.replace(door, function=launcher, good=offered)
                 free = {o.name for o in door.op.operands if getattr(o, "is_optional", False) or getattr(o, "optional", False)}
                 optional = [of for of, value in offered.items() if value is not None and of in free]
-                for without in ("", *optional):
+                changed = [("", {}), *((f", without {of}", {of: None}) for of in optional)]
+                scales = [o.name for o in door.operands if isinstance(o, Tensor) and o.dtype is None is o.shape and not o.slices]
+                there = [(of, offered[of].flatten()) for of in scales if offered[of] is not None and value == K]
+                changed += [(f", {of} of experts", {of: scale[:EXPERTS]}) for of, scale in there]
+                for what, other in changed:
                     forget()
-                    given = {**offered, **({without: None} if without else {})}
-                    label = f"{variant}: {name}, {size} {value}{f', without {without}' if without else ''}"
-                    calls[label] = done((door, given), log)
+                    calls[f"{variant}: {name}, {size} {value}{what}"] = done((door, {**offered, **other}), log)
     lock.compare(f"launchers of {family}", calls)
 
 

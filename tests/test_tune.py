@@ -989,6 +989,7 @@ def test_every_family_with_tunables_can_be_tuned() -> None:
         (("gh200_480gb", "sm_90", 132, 232448), "h200"),  # no tiles of its own: the nearest of its architecture
         (("h100_pcie", "sm_90", 114, 232448), "h100_pcie"),
         (("h20", "sm_90", 78, 232448), "h100_pcie"),  # the H200 has more than half as many multiprocessors again
+        (("h300", "sm_90", 198, 232448), "h200"),  # which has just so many
         (("h200_mig_1g_18gb", "sm_90", 16, 232448), None),
         (("b200", "sm_100", 148, 232448), None),  # as much shared memory is no kinship
         (("h200", "sm_90", 132, 101376), None),  # they would not fit

@@ -93,7 +93,7 @@ class HeldRoute:
         """
         if torch.compiler.is_compiling():
             return self._open(num_tokens)
-        route = self._routes.get(num_tokens) if isinstance(num_tokens, int) else None
+        route = self._routes.get(num_tokens) if num_tokens.__class__ is int else None  # True and 1.0 are as 1
         if route is None:
             operands.Int(0, self.capacity, name="num_tokens").admit("HeldRoute.first", num_tokens, {})
             self._routes[num_tokens] = route = self._open(num_tokens).settled()
