@@ -326,13 +326,15 @@ def test_no_call_keeps_tensors_alive(name: str, device: str, launches: list[Any]
     assert not [i for i, tensor in enumerate(given) if tensor() is not None]
 
 
-def test_a_list_that_is_edited_in_place_is_another(device: str, launches: list[Any]) -> None:
+@pytest.mark.parametrize("name", ["a13", "b2"])
+def test_a_list_that_is_edited_in_place_is_another(name: str, device: str, launches: list[Any]) -> None:
     """What a bundle looks like, and where it lies, is kept of tuples alone."""
     door = Door.of("fused_moe", device)
-    lora = by_hand(door.good["lora"], b2=list(door.good["lora"].b2))
+    lora = by_hand(door.good["lora"], **{name: list(getattr(door.good["lora"], name))})
+    factors = getattr(lora, name)
     for _ in range(3):
         door(lora=lora)
-    lora.b2[0] = torch.cat((lora.b2[0], lora.b2[0]), -1)[..., : lora.b2[0].shape[-1]]  # rows further apart
+    factors[:] = [torch.cat((of, of), -1)[..., : of.shape[-1]] for of in factors]  # rows further apart
     launches.clear()
     door(lora=lora)
     edited = [(*call[:2], *call[3:]) for call in launches]
@@ -340,10 +342,10 @@ def test_a_list_that_is_edited_in_place_is_another(device: str, launches: list[A
     launches.clear()
     door(lora=by_hand(lora))
     assert edited == [(*call[:2], *call[3:]) for call in launches]
-    lora.b2[0] = lora.b2[0].contiguous()
+    factors[:] = [of.contiguous() for of in factors]
     door(lora=lora)
-    with pytest.raises(ValueError, match=r"^fused_moe: out: got memory that lora.b2\[0\] lies in"):
-        door(lora=lora, out=lora.b2[0].flatten()[: door.good["out"].numel()].view(door.good["out"].shape))
+    with pytest.raises(ValueError, match=rf"^fused_moe: out: got memory that lora\.{name}\[0\] lies in"):
+        door(lora=lora, out=factors[0].flatten()[: door.good["out"].numel()].view(door.good["out"].shape))
 
 
 @pytest.mark.parametrize("far", range(2))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import inspect
+import types
 from pathlib import Path
 from typing import Any, Callable, Mapping, NamedTuple
 
@@ -552,6 +555,30 @@ def test_layer_of_fp8(device: str) -> None:
     of_halves = lora._replace(down=SliceBuffers(*([factor.half() for factor in side] for side in down)))
     with pytest.raises(ValueError, match=r"down: got torch.float16 .*, wanted torch.bfloat16 .*, beside weights in torch.float8"):
         MoeLayer(kg, w13, w2, of_halves, **scales)
+
+
+def test_a_layer_hands_on_all_that_it_has() -> None:
+    """Fields and arguments, each as that of its name."""
+    import generated as kg
+
+    given: dict[str, Any] = {}
+    told = inspect.signature(kg.fused_moe)
+    kernels: Any = types.SimpleNamespace(
+        fused_moe=lambda *args, **more: given.update(told.bind(*args, **more).arguments), FusedMoeLora=kg.FusedMoeLora
+    )
+    a, b, down_a, down_b = (torch.zeros(2, 4, *size) for size in ((8, 32), (24, 8), (8, 24), (32, 8)))
+    flags, ranks, mapping = torch.ones(2), torch.ones(2), torch.zeros(3)
+    lora = LayerBuffers(SliceBuffers((a, a), (b, b)), SliceBuffers((down_a,), (down_b,)), flags, ranks)
+    fields: dict[str, Any] = {field.name: object() for field in dataclasses.fields(MoeLayer) if field.default is None}
+    fields |= {"activation": "an activation", "layout": "a layout", "apply_router_weight_on_input": True}
+    assert {"kernels", "w13", "w2", "lora", *fields} == {field.name for field in dataclasses.fields(MoeLayer)}
+    weights = {"w13": torch.zeros(4, 48, 32), "w2": torch.zeros(4, 32, 24)}
+    call = {name: torch.zeros(3, size) for name, size in {"hidden": 32, "topk_ids": 2, "topk_weights": 2, "out": 32}.items()}
+    call |= {"x_scale": object(), "workspace": object()}
+    MoeLayer(kernels, **weights, lora=lora, **fields)(**call, token_lora_mapping=mapping)
+    adapters = given.pop("lora")
+    assert given == {**weights, **call, **fields}
+    assert adapters == ((mapping, *lora.gate_up, *lora.down, flags, ranks, *[None] * 4))
 
 
 @pytest.mark.parametrize("name", [*LAYER, *CALL, "kernels", "dtype", "topk_ids of 1"])

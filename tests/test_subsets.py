@@ -148,6 +148,11 @@ def test_only_brings_what_is_needed_and_the_front_door_names_what_is_not_there(
     _call_moe_lora(package, device, rank=64)
     with pytest.raises(ValueError, match="a variant that serves it"):
         _call_moe_lora(package, device, rank=129)
+    variants = importlib.import_module(f"{package.__name__}.moe_lora._table").VARIANTS
+    facts = dict(zip(variants.facts, next(iter(variants.modules)), strict=True))
+    rank = facts.pop("max_rank")
+    found, none = (variants.find(rank=rank, **facts, biased=biased) for biased in (False, True))  # which no axis here tells
+    assert found is not None and none is None
 
 
 @pytest.mark.parametrize(("elements", "group_k"), [("[e5m2]", 64), ("[e4m3]", 32)])
