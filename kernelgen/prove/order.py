@@ -14,6 +14,7 @@ may still read, is a ``Race``, whether it would show in a run or not.
 * One with it knows at first what all programs of its predecessor knew when they let it begin: that those before are complete only
   where its predecessor waited for them first.
 * In front of the first there is a launch of the caller that may still write everything, but for what stands still (``STILL``).
+* Behind the last there may be one that reads at once what the caller wrote, as whose pairs are whose: it may not begin before.
 
 https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-griddepcontrol
 """
@@ -175,6 +176,12 @@ class Chain:
         self._running = _Launch(number, name, tensors, start, waited | start)
         self._launches.append(self._running)
 
+    def check_last(self) -> None:
+        """Raise if what is launched next may begin before what the caller wrote is there."""
+        last = self.main.last
+        if last is not None and last.number and not last.lets_begin & 1:
+            raise Race(f"{last} lets the next launch begin before gdc_wait: what that reads at once may not be written yet")
+
     def touch(self, program: Any, kind: str, addresses: _Bytes, size: int) -> None:
         """Lanes of a program load, store, or both at once."""
         launch = self._running
@@ -275,7 +282,11 @@ def install() -> None:
 
 @contextlib.contextmanager
 def launches_of(package: ModuleType) -> Iterator[Chain]:
-    """Inside, a generated package launches as on a GPU that has dependent launch, and the order of launches is watched."""
+    """Inside, a generated package launches as on a GPU that has dependent launch, and the order of launches is watched.
+
+    Raises:
+        Race: at the end, where the last launch lets what comes behind it begin too early.
+    """
     global _watching
     runtime: Any = package._runtime
     stock = runtime.traits
@@ -294,6 +305,7 @@ def launches_of(package: ModuleType) -> Iterator[Chain]:
             with runtime.compile_only():  # what is remembered was bound without
                 pass
             yield chain
+        chain.check_last()
     finally:
         _watching = None
         with runtime.compile_only():
