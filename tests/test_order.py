@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="kernels are compiled, not interpreted")
 
 LAYERS = [(name, tokens) for name in ("fused_moe", "fused_moe fp8") for tokens in (2, 40)]  # pair by pair, and with tables
+BASES = [(name, tokens) for name in ("base layer", "base layer fp8") for tokens in (2, 40)]  # without adapters
 LANES = [(name, tokens) for name in ("MXFP4", "MXFP4 with adapters") for tokens in (2, 6)]  # layers whose products are in Gluon
 CALLS = [(name, 6) for name in GOOD if not re.match("no_tables|quantize|warmup|fused_moe$|fused_moe fp8|.*_workspace", name)]
 
@@ -49,6 +50,8 @@ def gluon() -> Iterator[None]:
 
 
 def door_of(name: str, tokens: int) -> Callable[[], Any]:
+    if (name, tokens) in BASES:
+        return functools.partial(kg.fused_moe, **{**Batch("cpu", tokens=tokens).layer(fp8="fp8" in name), "lora": None})
     if (name, tokens) not in LANES:
         return Door.of(name, "cpu", tokens=tokens)
     b = Batch("cpu", tokens=tokens, k=64, n=32)
@@ -76,7 +79,7 @@ def dependent(name: str, tokens: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys(chain.dependent))
 
 
-@pytest.mark.parametrize(("name", "tokens"), [*LAYERS, *LANES, *CALLS])
+@pytest.mark.parametrize(("name", "tokens"), [*LAYERS, *BASES, *LANES, *CALLS])
 def test_a_front_door_waits_for_what_it_touches(name: str, tokens: int) -> None:
     assert ("MXFP4" in name) == any("moe_gemm_lane" in kernel for kernel in dependent(name, tokens))
 
@@ -93,7 +96,7 @@ def test_every_wait_is_missed(bench: Bench) -> None:
         return variant.family, *(line.partition("=")[0] for _, line in WAIT.findall(bench.source(variant)))
 
     texts = {places(variant): name for name, (_, variant) in found.items()}
-    for name, tokens in [*LAYERS, *LANES, *CALLS]:
+    for name, tokens in [*LAYERS, *BASES, *LANES, *CALLS]:
         for kernel in dependent(name, tokens):
             _, variant = found[kernel.rpartition("_")[0]]
             if texts.pop(places(variant), None):
