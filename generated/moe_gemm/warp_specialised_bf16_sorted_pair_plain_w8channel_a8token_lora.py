@@ -230,23 +230,24 @@ def _multiply(
         if live > 0:
             _, rank_steps = _rank_steps(run_of_row_ptr, first, rows, RANK)
             position = first + 64 * HALF + gl.minimum(m, live - 1)
-            out_position = first + 64 * HALF + gl.minimum(out_m, live - 1)
-            out_rows = out_ptr + gl.load(pairs_ptr + out_position).to(gl.int64) * OUT_STRIDE
             x_row = position
             w_scales = w_scale_ptr + expert.to(gl.int64) * W_SCALE_STRIDE
             left = gl.zeros([64, 128], gl.float32, SUMS)
             right = gl.zeros([64, 128], gl.float32, SUMS)
-            for _ in range(STEPS):
-                mbarrier.wait(full.index(slot), phase)
+            mbarrier.wait(full.index(slot), phase)
+            for step in range(STEPS):
                 x = x_slots.index(2 * slot + HALF)
                 sums = warpgroup_mma(x, w_slots.index(2 * slot).permute((1, 0)), zero, use_acc=False, is_async=True)
                 sums = warpgroup_mma_wait(0, deps=[sums])
-                others = warpgroup_mma(x, w_slots.index(2 * slot + 1).permute((1, 0)), zero, use_acc=False, is_async=True)
+                # Tensor cores wait for what stands between two products: for this addition, and nothing else.
                 left += sums
-                others = warpgroup_mma_wait(0, deps=[others])
-                mbarrier.arrive(empty.index(slot), count=1)
-                right += others
+                sums, left = warpgroup_mma_wait(0, deps=[sums, left])  # behind it, lest both sums be in registers
+                others = warpgroup_mma(x, w_slots.index(2 * slot + 1).permute((1, 0)), sums, use_acc=False, is_async=True)
                 slot, phase = _after(slot, phase, STAGES)
+                mbarrier.wait(full.index(slot), phase, pred=step + 1 < STEPS)
+                others = warpgroup_mma_wait(0, deps=[others])
+                mbarrier.arrive(empty.index(_before(slot, 1, STAGES)), count=1)
+                right += others
             x_scale = as_fp32(gl.load(x_scale_ptr + x_row))[:, None]
             n = column * 256 + gl.arange(0, 128, gl.SliceLayout(0, SUMS))
             left *= as_fp32(gl.load(w_scales + gl.minimum(n, N - 1)))[None, :] * x_scale
@@ -261,6 +262,8 @@ def _multiply(
                 left, right = warpgroup_mma_wait(0, deps=[left, right])
                 mbarrier.arrive(empty.index(slot), count=1)
                 slot, phase = _after(slot, phase, STAGES)
+            out_position = first + 64 * HALF + gl.minimum(out_m, live - 1)
+            out_rows = out_ptr + gl.load(pairs_ptr + out_position).to(gl.int64) * OUT_STRIDE
             _store(left, staged, out_rows, out_m < live, column * 256, N)
             _store(right, staged, out_rows, out_m < live, column * 256 + 128, N)
         elif rows > 0:

@@ -40,6 +40,12 @@ def _after(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _before(slot, STEPS: gl.constexpr, STAGES: gl.constexpr):
+    """The slot so many steps in front of one."""
+    return slot - STEPS + STAGES * (slot < STEPS).to(gl.int32)
+
+
+@gluon.jit
 def _find(tile, num_blocks, blocks_ptr, TILES: gl.constexpr, GROUP_M: gl.constexpr):
     """(tile of columns, expert, first position, rows) of a tile; behind the last one, of that one again."""
     tile = gl.minimum(tile, gl.maximum(num_blocks * TILES, 1) - 1)
@@ -122,8 +128,6 @@ def _multiply(
         live = rows - 64 * HALF  # of the rows of this half
         if live > 0:
             position = first + 64 * HALF + gl.minimum(m, live - 1)
-            out_position = first + 64 * HALF + gl.minimum(out_m, live - 1)
-            out_rows = out_ptr + gl.load(pairs_ptr + out_position).to(gl.int64) * OUT_STRIDE
             x_row = position
             x_scales = x_scale_ptr + x_row.to(gl.int64) * X_SCALE_STRIDE
             w_scales = w_scale_ptr + expert.to(gl.int64) * W_SCALE_STRIDE
@@ -135,23 +139,27 @@ def _multiply(
             x_scale = as_fp32(gl.load(x_scales))
             left_scale = as_fp32(gl.load(left_scales))
             right_scale = as_fp32(gl.load(right_scales))
+            mbarrier.wait(full.index(slot), phase)
             for step in range(STEPS):
-                # Of the next step, asked for before this one is waited for.
-                ahead = gl.minimum(step + 1, STEPS - 1)
-                x_scale_1 = as_fp32(gl.load(x_scales + ahead * x_scale_next))
-                left_scale_1 = as_fp32(gl.load(left_scales + ahead))
-                right_scale_1 = as_fp32(gl.load(right_scales + ahead))
-                mbarrier.wait(full.index(slot), phase)
                 x = x_slots.index(2 * slot + HALF)
                 sums = warpgroup_mma(x, w_slots.index(2 * slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+                left_factor = (x_scale * left_scale)[:, None]
+                right_factor = (x_scale * right_scale)[:, None]
+                ahead = gl.minimum(step + 1, STEPS - 1)
+                x_scale = as_fp32(gl.load(x_scales + ahead * x_scale_next))
+                left_scale = as_fp32(gl.load(left_scales + ahead))
+                right_scale = as_fp32(gl.load(right_scales + ahead))
                 sums = warpgroup_mma_wait(0, deps=[sums])
+                # Tensor cores wait for what stands between two products: for this addition, and nothing else.
+                left += sums * left_factor
                 others = warpgroup_mma(x, w_slots.index(2 * slot + 1).permute((1, 0)), zero, use_acc=False, is_async=True)
-                left += sums * (x_scale * left_scale)[:, None]
-                others = warpgroup_mma_wait(0, deps=[others])
-                mbarrier.arrive(empty.index(slot), count=1)
-                right += others * (x_scale * right_scale)[:, None]
-                x_scale, left_scale, right_scale = x_scale_1, left_scale_1, right_scale_1
                 slot, phase = _after(slot, phase, STAGES)
+                mbarrier.wait(full.index(slot), phase, pred=step + 1 < STEPS)
+                others = warpgroup_mma_wait(0, deps=[others])
+                mbarrier.arrive(empty.index(_before(slot, 1, STAGES)), count=1)
+                right += others * right_factor
+            out_position = first + 64 * HALF + gl.minimum(out_m, live - 1)
+            out_rows = out_ptr + gl.load(pairs_ptr + out_position).to(gl.int64) * OUT_STRIDE
             _store(left, staged, out_rows, out_m < live, column * 256, N)
             _store(right, staged, out_rows, out_m < live, column * 256 + 128, N)
         elif rows > 0:

@@ -40,6 +40,12 @@ def _after(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _before(slot, STEPS: gl.constexpr, STAGES: gl.constexpr):
+    """The slot so many steps in front of one."""
+    return slot - STEPS + STAGES * (slot < STEPS).to(gl.int32)
+
+
+@gluon.jit
 def _find(tile, num_blocks, blocks_ptr, TILES: gl.constexpr, GROUP_M: gl.constexpr):
     """(tile of columns, expert, first position, rows) of a tile; behind the last one, of that one again."""
     tile = gl.minimum(tile, gl.maximum(num_blocks * TILES, 1) - 1)
@@ -120,25 +126,27 @@ def _multiply(
         column_1, expert_1, first_1, rows_1 = _find(tile + gl.num_programs(0), num_blocks, blocks_ptr, TILES, GROUP_M)
         live = rows - 64 * HALF  # of the rows of this half
         if live > 0:
-            out_position = first + 64 * HALF + gl.minimum(out_m, live - 1)
-            out_rows = out_ptr + gl.load(pairs_ptr + out_position).to(gl.int64) * OUT_STRIDE
             w_scales = w_scale_ptr + expert.to(gl.int64) * W_SCALE_STRIDE
             left = gl.zeros([64, 128], gl.float32, SUMS)
             right = gl.zeros([64, 128], gl.float32, SUMS)
-            for _ in range(STEPS):
-                mbarrier.wait(full.index(slot), phase)
+            mbarrier.wait(full.index(slot), phase)
+            for step in range(STEPS):
                 x = x_slots.index(2 * slot + HALF)
                 sums = warpgroup_mma(x, w_slots.index(2 * slot).permute((1, 0)), zero, use_acc=False, is_async=True)
                 sums = warpgroup_mma_wait(0, deps=[sums])
-                others = warpgroup_mma(x, w_slots.index(2 * slot + 1).permute((1, 0)), zero, use_acc=False, is_async=True)
+                # Tensor cores wait for what stands between two products: for this addition, and nothing else.
                 left += sums
-                others = warpgroup_mma_wait(0, deps=[others])
-                mbarrier.arrive(empty.index(slot), count=1)
-                right += others
+                others = warpgroup_mma(x, w_slots.index(2 * slot + 1).permute((1, 0)), zero, use_acc=False, is_async=True)
                 slot, phase = _after(slot, phase, STAGES)
+                mbarrier.wait(full.index(slot), phase, pred=step + 1 < STEPS)
+                others = warpgroup_mma_wait(0, deps=[others])
+                mbarrier.arrive(empty.index(_before(slot, 1, STAGES)), count=1)
+                right += others
             x_scale = as_fp32(gl.load(x_scale_ptr + expert * X_SCALE_STRIDE))
             left *= as_fp32(gl.load(w_scales)) * x_scale
             right *= as_fp32(gl.load(w_scales)) * x_scale
+            out_position = first + 64 * HALF + gl.minimum(out_m, live - 1)
+            out_rows = out_ptr + gl.load(pairs_ptr + out_position).to(gl.int64) * OUT_STRIDE
             _store(left, staged, out_rows, out_m < live, column * 256, N)
             _store(right, staged, out_rows, out_m < live, column * 256 + 128, N)
         elif rows > 0:

@@ -167,27 +167,29 @@ def _multiply(
         live = rows - 64 * HALF  # of the rows of this half
         if live > 0:
             position = first + 64 * HALF + gl.minimum(m, live - 1)
-            out_position = first + 64 * HALF + gl.minimum(out_m, live - 1)
-            out_rows = out_ptr + out_position.to(gl.int64) * OUT_STRIDE
             x_row = gl.load(pairs_ptr + position) // TOP_K
             w_scales = w_scale_ptr + expert.to(gl.int64) * W_SCALE_STRIDE
             gate = gl.zeros([64, 128], gl.float32, SUMS)
             up = gl.zeros([64, 128], gl.float32, SUMS)
-            for _ in range(STEPS):
-                mbarrier.wait(full.index(slot), phase)
+            mbarrier.wait(full.index(slot), phase)
+            for step in range(STEPS):
                 x = x_slots.index(2 * slot + HALF)
                 sums = warpgroup_mma(x, w_slots.index(2 * slot).permute((1, 0)), zero, use_acc=False, is_async=True)
                 sums = warpgroup_mma_wait(0, deps=[sums])
-                others = warpgroup_mma(x, w_slots.index(2 * slot + 1).permute((1, 0)), zero, use_acc=False, is_async=True)
+                # Tensor cores wait for what stands between two products: for this addition, and nothing else.
                 gate += sums
-                others = warpgroup_mma_wait(0, deps=[others])
-                mbarrier.arrive(empty.index(slot), count=1)
-                up += others
+                others = warpgroup_mma(x, w_slots.index(2 * slot + 1).permute((1, 0)), zero, use_acc=False, is_async=True)
                 slot, phase = _after(slot, phase, STAGES)
+                mbarrier.wait(full.index(slot), phase, pred=step + 1 < STEPS)
+                others = warpgroup_mma_wait(0, deps=[others])
+                mbarrier.arrive(empty.index(_before(slot, 1, STAGES)), count=1)
+                up += others
             x_scale = as_fp32(gl.load(x_scale_ptr + x_row))[:, None]
             n = column * 128 + gl.arange(0, 128, gl.SliceLayout(0, SUMS))
             gate *= as_fp32(gl.load(w_scales + gl.minimum(n, N - 1)))[None, :] * x_scale
             up *= as_fp32(gl.load(w_scales + W_SCALE_NEXT + gl.minimum(n, N - 1)))[None, :] * x_scale
+            out_position = first + 64 * HALF + gl.minimum(out_m, live - 1)
+            out_rows = out_ptr + out_position.to(gl.int64) * OUT_STRIDE
             y = gate / (1.0 + gl.exp(-gate)) * up
             _store(y, staged, out_rows, out_m < live, column * 128, N)
         elif rows > 0:

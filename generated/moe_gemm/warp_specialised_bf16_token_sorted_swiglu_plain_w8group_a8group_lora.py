@@ -242,8 +242,6 @@ def _multiply(
         if live > 0:
             _, rank_steps = _rank_steps(run_of_row_ptr, first, rows, RANK)
             position = first + 64 * HALF + gl.minimum(m, live - 1)
-            out_position = first + 64 * HALF + gl.minimum(out_m, live - 1)
-            out_rows = out_ptr + out_position.to(gl.int64) * OUT_STRIDE
             x_row = gl.load(pairs_ptr + position) // TOP_K
             x_scales = x_scale_ptr + x_row.to(gl.int64) * X_SCALE_STRIDE
             w_scales = w_scale_ptr + expert.to(gl.int64) * W_SCALE_STRIDE
@@ -254,23 +252,26 @@ def _multiply(
             x_scale = as_fp32(gl.load(x_scales))
             gate_scale = as_fp32(gl.load(gate_scales))
             up_scale = as_fp32(gl.load(up_scales))
+            mbarrier.wait(full.index(slot), phase)
             for step in range(STEPS):
-                # Of the next step, asked for before this one is waited for.
-                ahead = gl.minimum(step + 1, STEPS - 1)
-                x_scale_1 = as_fp32(gl.load(x_scales + ahead * x_scale_next))
-                gate_scale_1 = as_fp32(gl.load(gate_scales + ahead))
-                up_scale_1 = as_fp32(gl.load(up_scales + ahead))
-                mbarrier.wait(full.index(slot), phase)
                 x = x_slots.index(2 * slot + HALF)
                 sums = warpgroup_mma(x, w_slots.index(2 * slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+                gate_factor = (x_scale * gate_scale)[:, None]
+                up_factor = (x_scale * up_scale)[:, None]
+                ahead = gl.minimum(step + 1, STEPS - 1)
+                x_scale = as_fp32(gl.load(x_scales + ahead * x_scale_next))
+                gate_scale = as_fp32(gl.load(gate_scales + ahead))
+                up_scale = as_fp32(gl.load(up_scales + ahead))
                 sums = warpgroup_mma_wait(0, deps=[sums])
-                others = warpgroup_mma(x, w_slots.index(2 * slot + 1).permute((1, 0)), zero, use_acc=False, is_async=True)
-                gate += sums * (x_scale * gate_scale)[:, None]
-                others = warpgroup_mma_wait(0, deps=[others])
-                mbarrier.arrive(empty.index(slot), count=1)
-                up += others * (x_scale * up_scale)[:, None]
-                x_scale, gate_scale, up_scale = x_scale_1, gate_scale_1, up_scale_1
+                # Tensor cores wait for what stands between two products: for this addition, and nothing else.
+                gate += sums * gate_factor
+                sums, gate = warpgroup_mma_wait(0, deps=[sums, gate])  # behind it, lest both sums be in registers
+                others = warpgroup_mma(x, w_slots.index(2 * slot + 1).permute((1, 0)), sums, use_acc=False, is_async=True)
                 slot, phase = _after(slot, phase, STAGES)
+                mbarrier.wait(full.index(slot), phase, pred=step + 1 < STEPS)
+                others = warpgroup_mma_wait(0, deps=[others])
+                mbarrier.arrive(empty.index(_before(slot, 1, STAGES)), count=1)
+                up += others * up_factor
             # Without an operation in between, ptxas takes the sums of both loops for one and waits for each wgmma of either.
             gate = gl.convert_layout(gate + 0.0, RANK_SUMS)
             up = gl.convert_layout(up + 0.0, RANK_SUMS)
@@ -282,6 +283,8 @@ def _multiply(
                 gate, up = warpgroup_mma_wait(0, deps=[gate, up])
                 mbarrier.arrive(empty.index(slot), count=1)
                 slot, phase = _after(slot, phase, STAGES)
+            out_position = first + 64 * HALF + gl.minimum(out_m, live - 1)
+            out_rows = out_ptr + out_position.to(gl.int64) * OUT_STRIDE
             y = gate / (1.0 + gl.exp(-gate)) * up
             _store(y, staged, out_rows, out_m < live, column * 128, N)
         elif rows > 0:
