@@ -119,6 +119,10 @@ def test_a_hundred_adapters_come_and_go(device: str) -> None:
         for key, buffer in slots._buffers.items():
             others = [place for place in range(len(buffer)) if slot not in held or place != places[slot]]
             assert torch.equal(buffer[others], kept[key][others])
+        for index, layer in slots.layers.items():
+            parts = [held[slot].layers.get(index, {}) for slot in sorted(held)]
+            flags = [(int(layer.adapter_enabled[places[slot]]), int(layer.lora_ranks[places[slot]])) for slot in sorted(held)]
+            assert flags == [(bool(of), max((factors.a.shape[-2] for factors in of.values()), default=0)) for of in parts]
     held |= {1: adapter(5)}
     slots.load(1, held[1])
     slots.wait()
