@@ -45,7 +45,7 @@ class Case(BaseCase):
         x_row: elements from a row of x to the next, and of its scales, None: K and 8 more.
         offset: elements that x starts behind a 16-byte boundary.
         nan_token: rows of x of this token are NaN.
-        block_r: ranks of a tile that is of rows.
+        block_r: ranks of a tile that is of rows; half of them are those of one of pairs.
         own_tiles: the variant chooses its tiles itself.
         element: of FP8 operands.
         scales_dtype: of the scales of x.
@@ -128,11 +128,12 @@ CASES = (
     Case("disabled", "adapters that are loaded but disabled", tokens=9, adapters=Adapters("mixed", 4, (0, 2))),
     Case(
         "ranked",
-        "ranks of every size, of several slices; ids as torch.topk gives them",
+        "ranks of every size, of several slices, which end within a tile; ids as torch.topk gives them",
         tokens=9,
         few=6,
         slices=2,
         rank=40,
+        block_r=64,
         routing=Experts("mixed", ids_dtype=torch.int64),
         adapters=RANKED,
     ),
@@ -269,5 +270,5 @@ def tiles(launcher: Callable[..., None], case: Case) -> Any:
     config = sys.modules[launcher.__module__].Config
     known: Mapping[str, int] = {"rows": 16, "block_r": case.block_r, "block_k": 32, "num_stages": 2, "num_warps": 4}
     if "rows" not in config._fields:
-        known = {"block_r": 8, "block_k": 64, "num_warps": 4}
+        known = {"block_r": case.block_r // 2, "block_k": 64, "num_warps": 4}
     return config(**known)
