@@ -42,6 +42,7 @@ CASE: Case = dataclasses.replace(ROLES, n=128, experts=3, rank=24, tiles={"num_s
 WAIT_FULL = "mbarrier.wait(full.index(slot), phase)\n"
 WAIT_EMPTY = "mbarrier.wait(empty.index(slot), phase)\n"
 GIVE_BACK = "mbarrier.arrive(empty.index(slot), count=1)\n"
+GIVE_BACK_LAST = "mbarrier.arrive(empty.index(_before(slot, 1, STAGES)), count=1)\n"
 TURN = "slot, phase = _after(slot, phase, STAGES)\n"
 
 # What is wrong: the variant, what stands there, what is put there, where (0: everywhere, else which), and what it shows as.
@@ -51,12 +52,12 @@ FAULTS = {
     "no wait for a free slot": (FIRST, WAIT_EMPTY, "pass\n", 0, MemoryFault),
     "slots that count as copied at first": (FIRST, "phase = gl.to_tensor(0)", "phase = gl.to_tensor(1)", 1, Race),
     "slots that count as full at first": (SECOND, "phase = gl.to_tensor(1)", "phase = gl.to_tensor(0)", 1, Deadlock),
-    "slots that are not given back": (FIRST, GIVE_BACK, "pass\n", 1, Deadlock),
-    "slots that a half without rows keeps": (SECOND, GIVE_BACK, "pass\n", 2, Deadlock),
+    "slots that are not given back": (FIRST, GIVE_BACK_LAST, "pass\n", 1, Deadlock),
+    "slots that a half without rows keeps": (SECOND, GIVE_BACK, "pass\n", 1, Deadlock),
     "slots that are given back while they are read": (
         SECOND,
-        f"others = warpgroup_mma_wait(0, deps=[others])\n                {GIVE_BACK}",
-        f"{GIVE_BACK}                others = warpgroup_mma_wait(0, deps=[others])\n",
+        f"others = warpgroup_mma_wait(0, deps=[others])\n                {GIVE_BACK_LAST}",
+        f"{GIVE_BACK_LAST}                others = warpgroup_mma_wait(0, deps=[others])\n",
         0,
         Race,
     ),
