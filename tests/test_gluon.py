@@ -40,6 +40,7 @@ ROLES, OF_LANES = (next(case for case in CASES if case.name == name) for name in
 CASE: Case = dataclasses.replace(ROLES, n=128, experts=3, rank=24, tiles={"num_stages": 3})
 
 WAIT_FULL = "mbarrier.wait(full.index(slot), phase)\n"
+WAIT_NEXT = "mbarrier.wait(full.index(slot), phase, pred=step + 1 < STEPS)\n"
 WAIT_EMPTY = "mbarrier.wait(empty.index(slot), phase)\n"
 GIVE_BACK = "mbarrier.arrive(empty.index(slot), count=1)\n"
 GIVE_BACK_LAST = "mbarrier.arrive(empty.index(_before(slot, 1, STAGES)), count=1)\n"
@@ -49,6 +50,9 @@ TURN = "slot, phase = _after(slot, phase, STAGES)\n"
 FAULTS = {
     "no wait for what is copied": (FIRST, WAIT_FULL, "pass\n", 0, Race),
     "no wait for boxes": (SECOND, WAIT_FULL, "pass\n", 1, Race),
+    "no wait for the next step": (FIRST, WAIT_NEXT, "pass\n", 0, Race),
+    "a wait behind the last step": (SECOND, WAIT_NEXT, WAIT_FULL, 0, Deadlock),
+    "sums that are added while they are made": (SECOND, "sums = warpgroup_mma_wait(0, deps=[sums])\n", "pass\n", 0, MemoryFault),
     "no wait for a free slot": (FIRST, WAIT_EMPTY, "pass\n", 0, MemoryFault),
     "slots that count as copied at first": (FIRST, "phase = gl.to_tensor(0)", "phase = gl.to_tensor(1)", 1, Race),
     "slots that count as full at first": (SECOND, "phase = gl.to_tensor(1)", "phase = gl.to_tensor(0)", 1, Deadlock),
