@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, Sequence, TypeVar
 
 import numpy as np
 import torch
@@ -48,7 +48,14 @@ def unwrapped(kind: type[Exception]) -> Iterator[None]:
         raise
 
 
+_T = TypeVar("_T")
 _Lanes = tuple[NDArray[Any], NDArray[Any]]  # the address of each lane, and whether a mask leaves it on
+
+
+def _met(by_extent: dict[int, list[_T]], extent: int) -> Iterator[_T]:
+    """What may lie where something of this extent does; -1: in several."""
+    for of in by_extent if extent == -1 else {extent, -1} & by_extent.keys():
+        yield from by_extent[of]
 
 
 class Launch:
@@ -103,20 +110,16 @@ class Launch:
         extent = self._place(kind, program, addresses, size)
         if program != self._running:
             self._running, self._since, self._read = program, {}, {}
-        for stored in self._since if extent == -1 else {extent, -1} & self._since.keys():
-            for before in self._since[stored]:
-                again = np.isin(addresses, before)
-                if again.any():
-                    where = self._describe(int(addresses[np.argmax(again)]))
-                    does = {"load": "loads", "store": "stores", "atomic": "updates"}[kind]
-                    what = f"program {program} {does} what its lanes stored since its last tl.debug_barrier()"
-                    raise Race(f"{where}: {what}; lanes have no order without one")
+        for before in _met(self._since, extent):
+            again = np.isin(addresses, before)
+            if again.any():
+                does = {"load": "loads", "store": "stores", "atomic": "updates"}[kind]
+                raise self._unordered(program, f"{does} what its lanes stored", addresses[again])
         if kind == "load":
             self._read.setdefault(extent, []).append(lanes)
         else:
-            for loaded in self._read if extent == -1 else {extent, -1} & self._read.keys():
-                for read in self._read[loaded]:
-                    self._check_read(program, addresses, lanes, read)
+            for read in _met(self._read, extent):
+                self._check_read(program, addresses, lanes, read)
             self._since.setdefault(extent, []).append(addresses)
         return extent
 
@@ -127,9 +130,11 @@ class Launch:
         if there.size > 1 and lost.any() and there.shape == np.broadcast_shapes(*(part.shape for part in lanes)):
             lost &= (there != lanes[0]) | ~lanes[1]  # a number by itself is loaded by every thread
         if lost.any():
-            where = self._describe(int(there[lost][0]))
-            what = f"program {program} stores what its lanes loaded since its last tl.debug_barrier()"
-            raise Race(f"{where}: {what}; lanes have no order without one")
+            raise self._unordered(program, "stores what its lanes loaded", there[lost])
+
+    def _unordered(self, program: Any, does: str, addresses: NDArray[Any]) -> Race:
+        where = self._describe(int(addresses[0]))
+        return Race(f"{where}: program {program} {does} since its last tl.debug_barrier(); lanes have no order without one")
 
     def _place(self, kind: str, program: Any, addresses: NDArray[Any], size: int) -> int:
         last = np.uint64(size - 1)
