@@ -197,7 +197,7 @@ def _uneven(b: Batch) -> Arguments:
 
 def _placed(b: Batch) -> Arguments:
     """Slices side by side, column by column."""
-    return {**_lora(b), "offset_start": 0, "columns": tuple(range(b.slices)), "column_stride": b.slices}
+    return {**_uneven(b), "offset_start": 0, "columns": tuple(range(b.slices)), "column_stride": b.slices}
 
 
 def _moe_gemm(b: Batch, fp8: bool = False) -> Arguments:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from kernelgen.integrations.peft import (
     Adapter,
@@ -180,6 +181,53 @@ def test_a_replayed_graph_serves_adapters_that_come_and_go(device: str) -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert all(torch.equal(out, wanted) for out, wanted in zip(outputs, step.wanted(held), strict=True))
+
+
+class FailsAt(TorchFunctionMode):
+    """Inside, what is asked of torch fails when it is asked so many times."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.left = number
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise RuntimeError("there is no more memory")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("does", ["load", "replace", "drop"])
+def test_what_fails_changes_nothing(does: str) -> None:
+    """Wherever it does: slots, versions and places are as before, and adapters that are loaded have their factors."""
+    slots, one = make("cpu", spare=2), adapter(3)
+    slots.load(1, one)
+    slots.load(0, full())
+    packed = slots.pack(full())
+    act = {
+        "load": lambda: slots.load(2, packed),
+        "replace": lambda: slots.load(1, packed),
+        "drop": lambda: slots.drop(1),
+    }[does]
+
+    def state() -> tuple[Any, ...]:
+        used = [place for place in slots._places if place >= 0]
+        numbers = [buffer[used].tolist() for buffer in slots._buffers.values()]
+        free = [place for place, _ in slots._free]
+        return slots._places[:], slots._counts[:], free, slots._state.tolist(), slots._flags[..., used].tolist(), numbers
+
+    before, number = state(), 0
+    while True:
+        number += 1
+        try:
+            with FailsAt(number):
+                act()
+        except RuntimeError:
+            assert state() == before, f"at call {number}"
+        else:
+            break
+    assert number > 3 and state() != before
+    assert sorted([*state()[2], *(place for place in slots._places if place >= 0)]) == [0, 1, 2, 3, 4]
 
 
 def test_parts_of_experts(device: str) -> None:

@@ -31,7 +31,7 @@ from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 import pytest
 import torch
 import triton
-from doors import CHOSEN, EXPERTS, GOOD, Arguments, Door, K, by_hand, forget
+from doors import CHOSEN, EXPERTS, GOOD, Arguments, Door, K, N, by_hand, forget
 
 import generated as kg
 from generated import _operands as operands
@@ -53,6 +53,8 @@ from kernelgen.prove.testing import Suite
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # Sizes with which there are strides that say nothing.
 SMALL = {"tokens": (1,), "top_k": (1,), "slices": (1,)}
+# From where one slice begins to where the next one does: on both sides of what it takes by itself, and column by column.
+FAR = (N - 9, N - 1, 2 * N - 19, 2 * N - 17, 2 * N - 3, 2 * N - 1)
 # Other sizes of the layer; each by itself.
 SIZES = {
     "tokens": (0, 1, 7, 70),
@@ -322,7 +324,7 @@ def _others(operand: operands.Operand, good: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"{value!r}", value) for value in (2.5, 2, -0.0))
         yield from [("none", None)] if operand.optional else []
     elif isinstance(operand, Several) and good is not None:
-        ends = [(*good[:-1], good[-1] + more) for more in (1, 2)]
+        ends = [(*good[:-1], good[-1] + more) for more in (1, 2, *FAR)]
         yield from ((f"{value}", value) for value in (good[:-1], (*good, 0), *ends, *(end[::-1] for end in (good, *ends))))
     elif isinstance(operand, Choice):
         yield from ((f"{word}", word) for word in operand.words if word != good)
@@ -593,14 +595,32 @@ def test_a_call_does_what_it_does_alone(name: str, device: str, log: list[Any], 
         if label.endswith(": none"):
             assert done(asked, log) == other, f"{label}: behind all in front of it"
     assert done(usual, log) == alone, "the usual behind all others"
+    still = {f"{of.by}, and another": Together(met) for of, met in refused_again(door, others, log)}
     one, two = ([(label, other) for label, _, other in others if ("; " in label) is of_two] for of_two in (False, True))
     together = {f"{first}; and another": Together(dict(group)) for first, group in itertools.groupby(two, _first)}
-    lock.compare(name, {"usual": alone, **{label: other for label, other in one if other != alone}, **together})
+    lock.compare(name, {"usual": alone, **{label: other for label, other in one if other != alone}, **together, **still})
 
 
 def taken(others: Sequence[tuple[str, Asked, Any]]) -> list[tuple[str, Asked, Any]]:
     """Calls that are not refused, and so remembered."""
     return [found for found in others if isinstance(found[-1], Done)]
+
+
+def refused_again(
+    door: Door, others: Sequence[tuple[str, Asked, Any]], log: list[Any]
+) -> Iterator[tuple[Refused, dict[str, Any]]]:
+    """(why the first call is refused, what such calls do) of each check: with another word, or without another argument."""
+    free = [(label, given) for label, (of, given), _ in others if of is door and "; " not in label]
+    free = [(label, given) for label, given in free if _is_word(_named(door, label)) or label.endswith(": none")]
+    first = {found.by: (asked, found) for _, asked, found in reversed(others) if isinstance(found, Refused) and asked[0] is door}
+    for (_, given), refused in first.values():
+        changed = {of for of, value in given.items() if value is not door.good[of]}
+        met = {}
+        for label, other in free:
+            more = {of: value for of, value in other.items() if value is not door.good[of]}
+            if not changed & more.keys():
+                met[label] = done((door, {**given, **more}), log)
+        yield refused, met
 
 
 def _first(found: tuple[str, Any]) -> str:

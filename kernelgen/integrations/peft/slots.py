@@ -237,10 +237,10 @@ class AdapterSlots:
                     self._copies.wait_event(self._steps.record_event())  # and those that may are done
                 with self._copying():
                     self._fill(place, packed)
+                self._point(slot, place)
             except BaseException:
                 self._free.appendleft((place, left))
                 raise
-            self._point(slot, place)
 
     def drop(self, slot: int) -> None:
         """Empty a slot: tokens that name it have no adapter.
@@ -289,15 +289,15 @@ class AdapterSlots:
         self._flags[:, :, place].copy_(packed.flags.to(self._device, non_blocking=True))
 
     def _point(self, slot: int, place: int) -> None:
-        """Write an entry of the table behind all copies, and free the place that it had."""
-        self._counts[slot] += 1
-        entry = torch.tensor([place, self._counts[slot]], dtype=torch.int32, pin_memory=self._copies is not None)
+        """Write an entry of the table behind all copies, and free the place that it had; nothing changes if that fails."""
+        version = self._counts[slot] + 1
+        entry = torch.tensor([place, version], dtype=torch.int32, pin_memory=self._copies is not None)
         with self._copying():
             self._state[slot + 1].copy_(entry, non_blocking=True)
             left = None if self._copies is None else self._copies.record_event()
         if self._places[slot] != _NOWHERE:
             self._free.append((self._places[slot], left))
-        self._places[slot] = place
+        self._places[slot], self._counts[slot] = place, version
 
     @contextlib.contextmanager
     def _copying(self) -> Iterator[None]:
