@@ -575,10 +575,15 @@ def test_a_layer_hands_on_all_that_it_has() -> None:
     weights = {"w13": torch.zeros(4, 48, 32), "w2": torch.zeros(4, 32, 24)}
     call = {name: torch.zeros(3, size) for name, size in {"hidden": 32, "topk_ids": 2, "topk_weights": 2, "out": 32}.items()}
     call |= {"x_scale": object(), "workspace": object()}
-    MoeLayer(kernels, **weights, lora=lora, **fields)(**call, token_lora_mapping=mapping)
-    adapters = given.pop("lora")
-    assert given == {**weights, **call, **fields}
-    assert adapters == ((mapping, *lora.gate_up, *lora.down, flags, ranks, *[None] * 4))
+    adapters = (mapping, *lora.gate_up, *lora.down, flags, ranks, *[None] * 4)
+    left = {field.name: field.default for field in dataclasses.fields(MoeLayer) if field.name in fields}
+    for some in (fields, *({name: value} for name, value in fields.items())):  # all of them, and each by itself
+        MoeLayer(kernels, **weights, lora=lora, **some)(**call, token_lora_mapping=mapping)
+        assert given == {**weights, **call, **left, **some, "lora": adapters}
+    for dtype, of_out in ((torch.half, torch.half), (torch.float8_e4m3fn, torch.bfloat16)):
+        fp8 = {name: weight.to(torch.float8_e4m3fn) for name, weight in weights.items()}
+        call |= {"hidden": call["hidden"].to(dtype), "out": None}
+        assert MoeLayer(kernels, **fp8, lora=None)(**call, token_lora_mapping=None).dtype == of_out
 
 
 @pytest.mark.parametrize("name", [*LAYER, *CALL, "kernels", "dtype", "topk_ids of 1"])

@@ -5,7 +5,9 @@ Both processes make all inputs, cut them, and compare their own columns with the
 
 from __future__ import annotations
 
+import concurrent.futures
 import datetime
+import threading
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Sequence
 
@@ -288,6 +290,67 @@ def process(index: int, meeting: str) -> None:
         except Exception as error:
             raise AssertionError(f"{run.__name__}{arguments}") from error
     dist.destroy_process_group()
+
+
+class Turns:
+    """What stands for a group in one process: its members are threads, of which one runs at a time, up to its next collective."""
+
+    def __init__(self) -> None:
+        self._turn, self._all = threading.Lock(), threading.Barrier(SHARDS, timeout=60)
+        self._here = threading.local()
+        self._sent: list[torch.Tensor] = [torch.empty(0)] * SHARDS
+
+    def run(self, member: Callable[[int], None]) -> None:
+        def turn(index: int) -> None:
+            self._here.index = index
+            with self._turn:
+                try:
+                    member(index)
+                except BaseException:
+                    self._all.abort()  # nobody waits for it
+                    raise
+
+        with concurrent.futures.ThreadPoolExecutor(SHARDS) as pool:
+            ends = [pool.submit(turn, index) for index in range(SHARDS)]
+        errors = [error for end in ends if (error := end.exception())]
+        for error in sorted(errors, key=lambda error: isinstance(error.__cause__, threading.BrokenBarrierError)):
+            raise error
+
+    def _meet(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What all members send, [SHARDS, *]."""
+        self._sent[self._here.index] = tensor.clone()
+        self._wait()  # all have sent it
+        sent = torch.stack(self._sent)
+        self._wait()  # and seen it
+        return sent
+
+    def _wait(self) -> None:
+        self._turn.release()
+        try:
+            self._all.wait()
+        finally:
+            self._turn.acquire()
+
+    def all_gather_into_tensor(self, output: torch.Tensor, tensor: torch.Tensor, group: Any = None) -> None:
+        output.copy_(self._meet(tensor).view_as(output))
+
+    def all_gather(self, outputs: list[torch.Tensor], tensor: torch.Tensor) -> None:
+        for output, sent in zip(outputs, self._meet(tensor), strict=True):
+            output.copy_(sent)
+
+    def all_reduce(self, tensor: torch.Tensor, group: Any = None) -> None:
+        tensor.copy_(self._meet(tensor).sum(0))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="GPUs have processes of their own")
+@pytest.mark.parametrize(("run", "arguments"), CHECKS)
+def test_two_members(run: Callable[..., None], arguments: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = Turns()
+    monkeypatch.setattr(sharded, "_all_gather", finite(turns.all_gather_into_tensor))
+    monkeypatch.setattr(dist, "all_reduce", finite(turns.all_reduce))
+    monkeypatch.setattr(dist, "all_gather", turns.all_gather)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: SHARDS)
+    turns.run(lambda index: run(Here(index, "cpu"), *arguments))
 
 
 @pytest.mark.slow

@@ -166,7 +166,7 @@ def test_linear_layers_make_the_calls_of_the_front_doors(punica: Any, wrapper: A
     for name, tokens in STEPS.items():
         step(wrapper, tokens, tokens)
         assert wrapper.token_mapping_meta.token_lora_mapping.tolist() == tokens + [-1] * (CAPACITY - len(tokens))
-        assert wrapper.token_mapping_meta.no_lora_flag_cpu.item() == (max(tokens) < 0)
+        assert wrapper.token_mapping_meta.no_lora_flag_cpu.item() == (max(tokens) < 0) != wrapper.token_mapping_meta.any
         assert wrapper._embeddings_indices[: len(tokens)].tolist() == [max(slot, 0) * 100 for slot in tokens]
         for rows in {len(tokens), CAPACITY, max(1, len(tokens) - 2)}:
             x, route = new(rows, K), route_of(punica, tokens, rows)
@@ -216,7 +216,7 @@ def test_experts_make_the_calls_of_the_front_doors(punica: Any, wrapper: Any, ga
     step(wrapper, STEPS["base"] if gathered else tokens, [])
     ids, weights = torch.stack([torch.randperm(experts)[:top_k] for _ in range(T)]), torch.rand(T, top_k)
     a13, b13 = [new(L, experts, RANK, K)] * 2, [new(L, experts, inter, RANK * (1 + sharded))] * 2
-    a2, b2 = [new(L, experts, RANK, inter)], [new(L, experts, K // (1 + sharded), RANK)]
+    a2, b2 = [new(L, experts, RANK, inter)], [new(L, experts, K // (1 + 3 * sharded), RANK)]
     enabled, mapping = torch.tensor([1, 0, 1, 0], dtype=torch.int32), torch.tensor(tokens, dtype=torch.int32)
     x, h = new(T, K), new(T * top_k, inter)
     gate_up, down = new(T, top_k, 2 * inter), new(T, top_k, K)
@@ -226,18 +226,18 @@ def test_experts_make_the_calls_of_the_front_doors(punica: Any, wrapper: Any, ga
     fixed |= {"num_tokens": T, "w1": None, "w2": None, "top_k_num": top_k, "topk_weights": weights}
     route = wrapper.add_lora_w13(
         gate_up, x, a13, b13, ids, expert_map=None, local_num_experts=experts, num_slices=2,
-        token_lora_mapping=mapping if gathered else None, **fixed,
+        token_lora_mapping=mapping.long() if gathered else None, **fixed,
     )  # fmt: skip
-    wrapper.add_lora_w2(down, h, a2, b2, *[fixed.pop("topk_weights"), *route], tp_rank=1 if sharded else 0, **fixed)
+    wrapper.add_lora_w2(down, h, a2, b2, *[fixed.pop("topk_weights"), *route], tp_rank=2 if sharded else 0, **fixed)
 
     made = kg.moe_route(ids, mapping, num_experts=experts, max_loras=L, adapter_enabled=enabled, rank=RANK)
     weighted = {"topk_weights": weights, "mul_routed_weight": True}
-    if sharded:  # one of two GPUs that are alike: A of gate and up has a half of the rank, that of down a half of the columns
+    if sharded:  # GPUs that are alike: A of gate and up has a half of the rank, B of down the third quarter of the rows
         y = torch.empty(2, T * top_k, RANK)
         kg.moe_lora_shrink(y, x, a13, made)
         kg.moe_lora_expand(wanted[0], torch.cat([y, y], -1), b13, made)
         kg.moe_lora_shrink(y[:1], h, a2, made)
-        kg.moe_lora_expand(wanted[1], y[:1] + y[:1], b2, made, offset=K // 2, **weighted)
+        kg.moe_lora_expand(wanted[1], y[:1] + y[:1], b2, made, offset=K // 4 * 2, **weighted)
     else:
         kg.moe_lora(wanted[0], x, a13, b13, made)
         kg.moe_lora(wanted[1], h, a2, b2, made, **weighted)
@@ -415,7 +415,7 @@ def test_a_module_is_seen_as_it_is_imported(tmp_path: Path, monkeypatch: Any) ->
 
 
 FP8 = torch.float8_e4m3fn
-_DYNAMIC: dict[str, Any] = {"per_act_token_quant": True}
+_DYNAMIC: dict[str, Any] = {"per_act_token_quant": True, "activation_config": types.SimpleNamespace(clamp_limit=2.0)}
 # What vLLM has of a layer: the shapes of the scales of both weights and of tokens, and what else it says.
 SCHEMES: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "tensor": ((4,), (4,), (1,), {"a2_scale": torch.tensor(0.5)}),
@@ -463,7 +463,8 @@ def test_fp8_experts_are_one_call(scheme: str, punica: Any, wrapper: Any) -> Non
         [factors[2]],
         [factors[3]],
     )
-    punica.kg.fused_moe(x, w1, w2, ids, weights, activation="swiglu", lora=lora, out=wanted, **scales)
+    act = experts.activation_of(silu, layer.activation_config)
+    punica.kg.fused_moe(x, w1, w2, ids, weights, lora=lora, out=wanted, **(act or {}), **scales)
     assert torch.equal(out, wanted)
 
 
@@ -480,11 +481,12 @@ def test_a_second_factor_that_is_not_finite_stays_with_its_adapter(punica: Any, 
     ids, weights = torch.stack([torch.randperm(num)[:2] for _ in range(T)]), torch.rand(T, 2)
     layer._kernelgen_layer = experts.layer_of(layer, layer._lora_context, w1, w2, act)
 
-    def served() -> torch.Tensor:
+    def served(weights: torch.Tensor = weights, on_input: bool = False) -> torch.Tensor:
         out = torch.empty(T, K, dtype=DTYPE)
-        experts.apply(layer, out, x, w1, w2, weights, ids, act, num, None, *[None] * 5, False)
+        experts.apply(layer, out, x, w1, w2, weights, ids, act, num, None, *[None] * 5, on_input)
         return out
 
+    assert torch.equal(served(on_input=True), served(torch.ones_like(weights)))
     before, own = served(), torch.tensor(tokens) == 1
     factors[1][1, :, 3], factors[3][1, 2] = torch.nan, torch.inf
     experts.contain(layer._lora_context, 1)
