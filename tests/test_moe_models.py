@@ -21,6 +21,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from kernelgen.demo import bounds, models
 from kernelgen.demo.oracle import PeftModels
 from kernelgen.integrations.architectures import ARCHITECTURES, table
+from kernelgen.integrations.gates import Activation, activation_of
 from kernelgen.integrations.moe_layer import MoeLayer
 from kernelgen.integrations.peft import (
     AdapterError,
@@ -522,6 +523,28 @@ def test_one_batch_at_a_time(device: str) -> None:
             pass
 
 
+@pytest.mark.parametrize(
+    "act",
+    [
+        *map(Activation, ("swiglu", "geglu", "geglu_tanh", "relu2", "silu", "gelu", "gelu_tanh")),
+        *(Activation("swiglu_clamp", 7.0, alpha, beta) for alpha in (1.0, 1.702) for beta in (0.0, 1.0)),
+        Activation("swiglu_clamp", 2.0**120, 1.0, 0.0),
+    ],
+)
+def test_an_activation_is_told_from_what_is_near(act: Activation) -> None:
+    """Also where experts say a limit alone; what differs a little, or by the limit that they say, is none."""
+    is_gated = act.activation not in ("relu2", "silu", "gelu", "gelu_tanh")
+    said = {"swiglu_limit": act.limit} if act.alpha == 1.0 else {"limit": act.limit, "alpha": act.alpha}
+    other = {name: value * (1 + ("limit" in name)) for name, value in said.items() if value is not None}
+    for nearly, numbers, found in ((1.0, said, act), (1 + 1e-6, said, None), (1.0, other, None if act.limit else act)):
+
+        def gate(rows: torch.Tensor, nearly: float = nearly) -> torch.Tensor:
+            return act.of(*(rows.chunk(2, -1) if is_gated else (rows, rows))) * nearly
+
+        own = {"_apply_gate": gate} if is_gated else {"act_fn": gate, "has_gate": False}
+        assert activation_of(types.SimpleNamespace(**numbers, **own)) == found, (nearly, numbers)
+
+
 LAYER = {"w13": (4, 48, 32), "w2": (4, 32, 24)}
 CALL = {"hidden": (5, 32), "topk_ids": (5, 2), "topk_weights": (5, 2)}
 
@@ -552,9 +575,10 @@ def test_layer_of_fp8(device: str) -> None:
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, kg.fused_moe(hidden, w13, w2, *routed, lora=adapters, **options))
     assert not torch.equal(out, layer(hidden, *routed, None, x_scale=x_scale))
-    of_halves = lora._replace(down=SliceBuffers(*([factor.half() for factor in side] for side in down)))
-    with pytest.raises(ValueError, match=r"down: got torch.float16 .*, wanted torch.bfloat16 .*, beside weights in torch.float8"):
-        MoeLayer(kg, w13, w2, of_halves, **scales)
+    for other, got in ((torch.float16, "torch.float16"), ("meta", "torch.bfloat16 on meta")):
+        down = SliceBuffers(*([factor.to(other) for factor in side] for side in lora.down))
+        with pytest.raises(ValueError, match=rf"down: got {got}.*, wanted torch.bfloat16 on .*, beside weights in torch.float8"):
+            MoeLayer(kg, w13, w2, lora._replace(down=down), **scales)
 
 
 def test_a_layer_hands_on_all_that_it_has() -> None:

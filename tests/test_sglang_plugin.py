@@ -144,6 +144,17 @@ def test_linear_layers_make_the_calls_of_the_front_doors(modules: Any) -> None:
         assert torch.equal(backend.run_qkv_lora(x, a, b, torch.tensor(offsets), 32, base_output=base.clone(), n_slices=3), wanted)
 
 
+def test_larger_batches_have_room_for_more(modules: Any) -> None:
+    """Of a batch of no graph that is larger than any before: one more row makes no other tables."""
+    backend = modules[0].Backend("csgmv", L, torch.device("cpu"), capacity=CAPACITY)
+    held = []
+    for rows in (CAPACITY, CAPACITY + 1, 2 * CAPACITY, CAPACITY):
+        slots = step(backend, [0], [rows])
+        assert torch.equal(backend.batch_info.token_slots[:rows], slots)
+        held.append(backend.batch_info)
+    assert held[0] is not held[1] and held[1] is held[2] is held[3]
+
+
 def test_heads_and_embeddings(modules: Any) -> None:
     kg, backend = modules[0].kg, modules[0].Backend("triton", L, torch.device("cpu"), capacity=CAPACITY)
     a, b = new(L, RANK, K), new(L, 48, RANK)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import datetime
+import functools
 import threading
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Sequence
@@ -137,7 +138,7 @@ def moe_row_parallel(here: Here, assignment: str, dtype: torch.dtype, rank: int)
     assert torch.equal(out[..., others], full.out[..., others]), "columns of the other process were touched"
 
 
-def dense(here: Here, form: str, dtype: torch.dtype, rank: int) -> None:
+def dense(here: Here, form: str, dtype: torch.dtype, rank: int, *, lent: bool = True) -> None:
     """A linear layer of two slices (column-parallel) or one (row-parallel): an MoE of one expert, as far as fp64 is concerned."""
     tokens, slices = 7, 2 if form == "column" else 1
     full = layer(here.device, dtype, tokens, slices, rank, pair_rows=False)
@@ -163,7 +164,8 @@ def dense(here: Here, form: str, dtype: torch.dtype, rank: int) -> None:
         columns = list(range(here.index * half, (here.index + 1) * half))
         out, x, offset = base.clone(), full.x[:, here.index * part : (here.index + 1) * part], columns[0]
         shards = sharded.row_shard(a, b, here.index, SHARDS)
-    memory = poisoned(tokens, slices, rank, here.device)
+    assert all(part.is_contiguous() for side in shards for part in side), "the memory of the whole is kept"
+    memory = poisoned(tokens, slices, rank, here.device) if lent else None
     sharded.sharded_lora(kg, out, x, *shards, route, scaling=0.5, offset=offset, workspace=memory)
     check((out if form == "column" else out[:, columns])[:, None], wanted, columns)
     if form == "row":
@@ -242,8 +244,9 @@ def a_rank_that_does_not_fit_is_refused(here: Here) -> None:
     a, _ = sharded.column_shard(full.a, full.b, here.index, SHARDS)
     with pytest.raises(ValueError, match="rank of lora_a: got 8, wanted 48"):
         sharded.sharded_moe_lora(kg, full.out, full.x, a, full.a, full.route("naive"))
-    with pytest.raises(ValueError, match="workspace: got"):
-        sharded.sharded_moe_lora(kg, full.out, full.x, full.a, full.b, full.route("naive"), workspace=full.x)
+    for workspace in (full.x, full.x.new_zeros(4096), poisoned(1, 1, 16, here.device)):
+        with pytest.raises(ValueError, match="workspace: got"):
+            sharded.sharded_moe_lora(kg, full.out, full.x, full.a, full.b, full.route("naive"), workspace=workspace)
     with pytest.raises(ValueError, match="multiple of 3"):
         sharded.column_shard(full.a, full.b, 0, 3)
 
@@ -255,6 +258,7 @@ CHECKS: tuple[tuple[Callable[..., None], tuple[Any, ...]], ...] = (
     (moe_row_parallel, ("naive", torch.float16, 16)),
     (moe_row_parallel, ("sorted", torch.bfloat16, 20)),
     (dense, ("column", torch.bfloat16, 16)),
+    (functools.partial(dense, lent=False), ("column", torch.float16, 20)),
     (dense, ("row", torch.float16, 20)),
     (expert_parallel, ("naive",)),
     (expert_parallel, ("sorted",)),
@@ -288,7 +292,7 @@ def process(index: int, meeting: str) -> None:
         try:
             run(Here(index, device), *arguments)
         except Exception as error:
-            raise AssertionError(f"{run.__name__}{arguments}") from error
+            raise AssertionError(f"{run}{arguments}") from error
     dist.destroy_process_group()
 
 

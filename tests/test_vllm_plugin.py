@@ -442,6 +442,10 @@ def test_fp8_experts_are_one_call(scheme: str, punica: Any, wrapper: Any) -> Non
     x, w1, w2 = new(rows, width).to(FP8), new(num, 2 * width, width).to(FP8), new(num, width, width).to(FP8)
     of_x_scale = new(*of_x, dtype=torch.float32).abs()
     ids, weights = torch.stack([torch.randperm(num)[:2] for _ in range(rows)]), torch.rand(rows, 2)
+    for blocks in ([128, 64], [64, 128]) if scheme == "group" else ():
+        layer.block_shape = blocks
+        assert experts.layer_of(layer, layer._lora_context, w1, w2, silu) == f"blocks of {blocks} share a scale"
+    vars(layer).update(facts)
     layer._kernelgen_layer = served = experts.layer_of(layer, layer._lora_context, w1, w2, silu)
     assert isinstance(served, experts.Layer) and served.inside, served
     out, wanted = new(rows, width), new(rows, width)
@@ -466,6 +470,25 @@ def test_fp8_experts_are_one_call(scheme: str, punica: Any, wrapper: Any) -> Non
     act = experts.activation_of(silu, layer.activation_config)
     punica.kg.fused_moe(x, w1, w2, ids, weights, lora=lora, out=wanted, **(act or {}), **scales)
     assert torch.equal(out, wanted)
+
+
+def test_layers_look_alike_that_make_the_same_calls(punica: Any, monkeypatch: Any) -> None:
+    """And on the meta device tensors lie as they do; a switch is on unless it is 0."""
+    from kernelgen_vllm import experts
+    from kernelgen_vllm.shared import calls, gate
+
+    bias = new(4, 8)
+    layers = [experts.Layer({"activation": "swiglu"}, {"w2_bias": bias}, scale) for scale in (None, "token")]
+    layers += [dataclasses.replace(layers[0], activation={"activation": "geglu"})]
+    for other in (new(4, 8, dtype=torch.float32), new(8, 4).t(), new(4, 9)):
+        layers.append(dataclasses.replace(layers[0], options={"w2_bias": other}))
+        (moved,) = calls.on_meta([other])
+        assert (moved.shape, moved.stride(), moved.dtype) == (other.shape, other.stride(), other.dtype) and moved.is_meta
+    layers.append(dataclasses.replace(layers[0], options={"w13_bias": bias}))
+    assert len({layer.looks for layer in layers}) == len(layers) and layers[0].looks == layers[0].on_meta().looks
+    for value, is_on in ((None, True), ("1", True), ("true", True), ("0", False)):
+        monkeypatch.delenv("KERNELGEN_X", raising=False) if value is None else monkeypatch.setenv("KERNELGEN_X", value)
+        assert gate.is_on("KERNELGEN_X") is is_on
 
 
 def test_a_second_factor_that_is_not_finite_stays_with_its_adapter(punica: Any, wrapper: Any) -> None:
