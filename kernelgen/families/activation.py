@@ -42,6 +42,7 @@ class Clamp(NamedTuple):
 
 OSS = Clamp(7.0, 1.702, 1.0)  # of gpt-oss
 LOW = Clamp(0.75, 1.702, 1.0)  # which some sums of every case are beyond
+OTHER = Clamp(3.5, 0.625, -0.5)  # of no model
 
 
 def slices(epilogue: str) -> int:

@@ -50,6 +50,8 @@ class Case(BaseCase):
         by_column: the scales of x lie column by column.
         block_n: of the tiles of lora_expand.
         held: tokens behind those of the call, which the route of an engine lists too.
+        ranked: how many ranks of the first factors of each adapter count, over and over again; empty: no table of ranks is given.
+        packed: slices of these factors lie one behind the other, by those ranks.
     """
 
     tokens: int = 5
@@ -79,6 +81,8 @@ class Case(BaseCase):
     by_column: bool = False
     block_n: int = 32
     held: int = 0
+    ranked: tuple[int, ...] = ()
+    packed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,6 +293,26 @@ def make_weights(
         stands_for = dequantise(weights, scales, quant.group_of(kind, shape[1:], quant.group()))
         made.append(Operand(weights, stands_for, scales))
     return tuple(made)
+
+
+def with_ranks(case: Case, a: Sequence[Operand], device: str) -> tuple[tuple[Operand, ...], torch.Tensor]:
+    """First factors [L, rank, K] with ranks that do not count, which are poison and stand for zero; and a table of ranks."""
+    loras, rank, columns = a[0].tensor.shape
+    table = [case.ranked[adapter % len(case.ranked)] for adapter in range(loras)]
+    shape = (loras, len(a) * rank, columns)
+    packed = allocate(shape, row_major(shape), a[0].tensor.dtype, device)
+    made = []
+    for s, factor in enumerate(a):
+        given = packed[:, s * rank : (s + 1) * rank] if case.packed else factor.tensor.clone()
+        numbers = factor.numbers.clone()
+        for adapter, counted in enumerate(min(max(own, 0), rank) for own in table):
+            numbers[adapter, counted:] = 0.0
+            if case.packed:
+                packed[adapter, s * counted : (s + 1) * counted] = factor.tensor[adapter, :counted]
+            else:
+                given[adapter, counted:].fill_(math.nan)
+        made.append(Operand(given, numbers, factor.scales))
+    return tuple(made), torch.tensor(table, dtype=torch.int32, device=device)
 
 
 def make_y(case: Case, tags: Tags, batch: Batch, numbers: torch.Generator | None) -> torch.Tensor:

@@ -89,7 +89,8 @@ def draw(how: Adapters, tokens: int, rng: random.Random, device: str) -> Drawn:
 
 # Strides of factors over L and E, from the elements of a matrix and the experts.
 LAYOUTS: Mapping[str, Callable[[int, int], tuple[int, int]]] = {
-    "packed": lambda size, experts: (experts * size, size),
+    "padded": lambda size, experts: (experts * size, size),
+    "packed": lambda size, experts: (experts * size, size),  # nothing between rows; of all others 16 elements
     "shared": lambda size, experts: (size, 0),
     "huge_adapters": lambda size, experts: (HUGE // 2, size),
     "huge_experts": lambda size, experts: (size, HUGE // 2),
@@ -139,8 +140,10 @@ def factors(
     """
     rows, columns = shape[2:]
 
-    def memory(inner: Sequence[int], kind: torch.dtype) -> torch.Tensor:
-        strides = (*LAYOUTS[layout](math.prod(inner), shape[1]), *(row_major(inner) if inner else ()))
+    def memory(inner: Sequence[int], kind: torch.dtype, padding: int = 0) -> torch.Tensor:
+        of_matrix = row_major(inner, row=inner[-1] + padding) if len(inner) > 1 else (1,) * len(inner)
+        size = inner[0] * of_matrix[0] if inner else 1
+        strides = (*LAYOUTS[layout](size, shape[1]), *of_matrix)
         make = allocate_sparse if max(strides) >= HUGE // 2 else allocate
         return make((*shape[:2], *inner), strides, kind, device)
 
@@ -148,7 +151,8 @@ def factors(
         if counted is not None:
             (matrix.T if of_columns else matrix)[counted[adapter] :].fill_(math.nan)
 
-    made = [memory((rows, columns), quant.element(element) if scales else dtype) for _ in range(slices)]
+    kind, padding = quant.element(element) if scales else dtype, 0 if layout == "packed" else 16
+    made = [memory((rows, columns), kind, padding) for _ in range(slices)]
     if scales is None:
         for factor in made:
             for key in live:

@@ -63,7 +63,7 @@ class Case(BaseCase):
         scale: factor on B.
         spread: elements of x are multiplied by powers of two from 2^-spread to 2^spread.
         nan_token: x of this token is NaN.
-        block_n: columns of a tile, None: few.
+        block_n, split_k: columns of a tile, and of a part of K; None: few.
         own_tiles: the variant chooses its tiles itself.
         element: of FP8 operands.
         scales_end_in_1: the scales of channels are [L, E, out, 1].
@@ -91,6 +91,7 @@ class Case(BaseCase):
     spread: int = 0
     nan_token: int | None = None
     block_n: int | None = None
+    split_k: int | None = None
     own_tiles: bool = False
     far_parts: bool = False
     element: str = "e4m3"
@@ -366,8 +367,9 @@ def check(
     call = make(case, tags, device)
     route, tables = route_of(package, call, tags, case)
     config = None if case.own_tiles else tiles(launcher, rank_of(case, tags))
-    if config is not None and case.block_n is not None:
-        config = config._replace(block_n=case.block_n)
+    if config is not None:
+        changes = {"block_n": case.block_n, "split_k": case.split_k}
+        config = config._replace(**{n: value for n, value in changes.items() if value is not None and n in config._fields})
     launcher(*call.operands, route, config=config, **call.keywords)
     call = dataclasses.replace(call, inputs={**call.inputs, **tables})
     return call.verify()

@@ -176,8 +176,14 @@ class Suite:
         """Other families, whose kernels run in these laws."""
         return tuple(getattr(laboratory(self.family, "laws"), "ALSO", ()))
 
-    def check(self, variant: Variant, case: Case, device: str) -> float:
-        """Run a case on a variant; return the worst error over its bound, at most 1.
+    def check(
+        self,
+        variant: Variant,
+        case: Case,
+        device: str,
+        through: Callable[[Callable[..., None]], Callable[..., None]] = lambda launcher: launcher,
+    ) -> float:
+        """Run a case on a variant, ``through`` what is made of its launcher; return the worst error over its bound, at most 1.
 
         Raises:
             AssertionError: the variant is wrong.
@@ -185,7 +191,7 @@ class Suite:
         """
         _skip_without_gpu(case, device)
         package = importlib.import_module(self.package)
-        return self.check_launcher(package, variant.launcher(package), variant, case, device)
+        return self.check_launcher(package, through(variant.launcher(package)), variant, case, device)
 
     def check_exactly(self, variant: Variant, case: Case, device: str) -> None:
         """Run a case on a variant in exact algebra, and compare the order of its sums with numerics.lock; that of its launches is
@@ -209,6 +215,20 @@ class Suite:
             self.check(variant, case, device)
         assert algebra.compared, f"{case}: nothing was compared in exact algebra"
         receipts.compare(package, variant.name, case.name, taken)
+
+    def check_arguments(self, device: str) -> None:
+        """See that the quick cases tell the arguments of kernels apart, but for what the family has a reason for, ``SAME``.
+
+        Raises:
+            AssertionError: says which are the same in all of them.
+            SkipTest: kernels are not interpreted.
+        """
+        if device != "cpu":
+            raise unittest.SkipTest("launches are noted where kernels are interpreted")
+        from kernelgen.prove.arguments import findings  # imports triton
+
+        found = list(findings(self, getattr(self._cases, "SAME", {})))
+        assert not found, "cases in which these differ are missing:\n" + "\n".join(found)
 
     def check_launcher(
         self,

@@ -405,6 +405,10 @@ def test_exact(variant: Variant, exact: Case, device: str) -> None:
     SUITE.check_exactly(variant, exact, device)
 
 
+def test_cases_tell_arguments_apart(device: str) -> None:
+    SUITE.check_arguments(device)
+
+
 @pytest.mark.parametrize("law", SUITE.laws, ids=str)
 def test_law(law: Law, device: str) -> None:
     SUITE.uphold(law, device)

@@ -121,6 +121,10 @@ EXACT = (
     Case("exact", "every text", tokens=3, widths=(150, 33), rank="part", offset=5),
     Case("exact_parts", "parts of K that are not added up yet", body=("rank", *_SCALES), tokens=2, widths=(40,), y_parts=7),
 )
+# Arguments that the cases need not tell apart, and why.
+SAME = {
+    "COLUMN_STRIDE": "a law has columns apart, slices_lie_anywhere",
+}
 
 
 def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: Case, device: str) -> float:
@@ -180,4 +184,4 @@ def _in_parts(
 
 def tiles(launcher: Callable[..., None], case: Case) -> Any:
     """Tiles that small shapes can be less than, equal to and greater than."""
-    return sys.modules[launcher.__module__].Config(16, case.block_n, 2, 2, 4)
+    return sys.modules[launcher.__module__].Config(max(16, case.block_m // 2), case.block_n, 2, 2, 4)

@@ -41,6 +41,16 @@ _SIXTEEN_BIT = (
     Case("slice_by_slice_in_one", "a program a slice, for all of K", widths=(1, 1), together=False, parts=0),
     Case("slices_3", "the third slice", widths=(1, 1, 1)),
     Case("ranks_apart", "programs that share the ranks, the last of them with a part", rank="part", ranks=16),
+    Case("ranked", "ranks of every size, which programs share", rank="part", ranks=16, widths=(1, 1), ranked=(5, -1, 2**20)),
+    Case(
+        "ranked_packed",
+        "slices one behind the other, a program each",
+        rank="part",
+        widths=(1, 1, 1),
+        together=False,
+        ranked=(3, 0, 9),
+        packed=True,
+    ),
     Case("empty", "a launch without programs", tokens=0),
     Case("nothing_live", "base tokens only, adapters loaded (vLLM #42008)", adapters="none"),
     Case("mixed", "live rows beside others, of a route that lists more", core=True, tokens=9, held=2, adapters="mixed"),
@@ -143,6 +153,10 @@ EXACT = (
     Case("exact_in_one", "chunks and quarters in the program", body=_SCALES, tokens=2, k=330, parts=0, rank="part"),
     Case("exact_whole", "whole tiles of K", body=_SCALES, tokens=2, k=256, parts=2),
 )
+# Arguments that the cases need not tell apart, and why.
+SAME = {
+    "scalings_ptr": "a law has them, adapters_say_their_ranks_and_scalings of lora_expand",
+}
 
 
 def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: Case, device: str) -> float:
@@ -157,19 +171,28 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
     a = lora_inputs.make_weights(case, tags, batch, [rank] * len(case.widths), case.k, numbers)
     y = lora_inputs.make_y(case, tags, batch, None)
     route, tables = lora_inputs.route_of(package, case, batch, device)
+    options: dict[str, Any] = {}
+    if case.ranked:
+        a, options["lora_ranks"] = lora_inputs.with_ranks(case, a, device)
+    if case.packed:
+        options["packed"] = True
     tensors = {"x": x.tensor, **lora_inputs.tensors_of("a", a)}
-    options: dict[str, Any] = dict(lora_inputs.scales_of("a_scale", a))
+    options |= lora_inputs.scales_of("a_scale", a)
     if x.scales is not None:
         tensors["x_scale"] = options["x_scale"] = x.scales
     inputs = lora_inputs.sealed(tensors)
     stands_for = [w.numbers for w in a]
     expected = lora_shrink(
-        y, x.numbers, stands_for, batch.adapters, scaling=case.scaling, scaled=bool(options)
+        y, x.numbers, stands_for, batch.adapters, scaling=case.scaling, scaled="a_scale" in options or "x_scale" in options
     )
     guarded = seal(y)
     config = None if case.own_tiles else tiles(launcher, case)
     weights = lora_inputs.given(case, a)
-    launcher(y, x.tensor, weights, route, scaling=case.scaling, config=config, **options)
+    if case.ranked:  # which the front door passes on, and no launcher takes
+        given = {"y": y, "x": x.tensor, "lora_a": weights, "route": route, "scaling": case.scaling, "zero_rest": False}
+        sys.modules[launcher.__module__].schedule.launch(config, **given, **options)
+    else:
+        launcher(y, x.tensor, weights, route, scaling=case.scaling, config=config, **options)
     lora_inputs.unchanged({**inputs, **tables})
     rows = batch.rows().expand(y.shape[:2])
     stray = int((guarded.changed() & ~positions(guarded, rows)).sum())

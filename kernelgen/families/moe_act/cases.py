@@ -10,7 +10,7 @@ from typing import Any, Callable
 import torch
 
 from kernelgen.core.model import VOCABULARY
-from kernelgen.families.activation import clamp_of, slices
+from kernelgen.families.activation import LOW, OTHER, Clamp, clamp_of, slices
 from kernelgen.families.buffers import allocate, allocate_sparse, positions, seal
 from kernelgen.families.case import Case as BaseCase
 from kernelgen.families.case import Tags, worst_ratio
@@ -30,6 +30,7 @@ class Case(BaseCase):
 
     Attributes:
         hint: tokens that the grid is sized for, None: all.
+        clamp: of an activation that has one.
         nan: the first and the last sum of each row, one of the gate and one of up, are NaN.
         gap, offset: elements between rows, and before the first behind a 16-byte boundary.
         row_stride: of x, where it is given.
@@ -44,6 +45,7 @@ class Case(BaseCase):
     hint: int | None = None
     scale: float = 1.0
     nan: bool = False
+    clamp: Clamp = LOW
     gap: int = 8
     offset: int = 0
     row_stride: int | None = None
@@ -64,12 +66,12 @@ CASES = (
     Case("some_valid", "rows behind the valid tokens", core=True, tokens=7, routing=Experts("mixed", valid=3)),
     Case("no_valid_token", "a step of padding alone", routing=Experts(valid=0)),
     Case("more_than_there_are", "a count beyond the batch", routing=Experts(valid=2**31 - 1)),
-    Case("hint_too_low", "programs that take many rows", tokens=9, hint=1),
+    Case("hint_too_low", "programs that take many rows", tokens=9, experts=4, hint=1),
     Case("ids_int64", "ids as torch.topk gives them", tokens=8, routing=Experts("mixed", ids_dtype=torch.int64)),
-    Case("large", "gates in the tails of exp", body=("epilogue", "delta"), scale=60.0),
+    Case("large", "gates in the tails of exp", body=("epilogue", "delta"), scale=60.0, clamp=OTHER),
     Case("nan", "a NaN of the gate, and one of up, stay", body=("epilogue", "delta"), nan=True, tokens=2, n=40),
     Case("unaligned", "odd strides, a base that is not 16-byte aligned", gap=1, offset=1, n=33),
-    Case("own_tiles", "the tiles that the rule takes", own_tiles=True, n=300),
+    Case("own_tiles", "the tiles that the rule takes", own_tiles=True, n=500),
     Case("bias", "of experts that are not the first", only=_BIASED, body=("delta",), n=70, routing=Experts("mixed", start=2)),
     Case("bias_f32", "a bias in another dtype, and a full tile", only=_BIASED, body=("delta",), n=64, bias_dtype=torch.float32),
     Case(
@@ -82,6 +84,11 @@ CASES = (
     ),
 )
 EXACT = tuple(case for case in CASES if case.name in ("ragged",))  # what exact algebra takes, on every text
+# Arguments that the cases need not tell apart, and why.
+SAME = {
+    "topk_ids_ptr route_ids_ptr": "the route is of these ids",
+    "NUM_EXPERTS ROUTE_EXPERTS": "and of these experts",
+}
 
 
 def check(
@@ -93,7 +100,7 @@ def check(
         AssertionError: the variant is wrong.
     """
     dtype = getattr(torch, str(VOCABULARY["dtype"][tags["dtype"]]["torch_dtype"]))
-    width, clamp = case.n * slices(tags["epilogue"]), clamp_of(tags["epilogue"])
+    width, clamp = case.n * slices(tags["epilogue"]), clamp_of(tags["epilogue"], case.clamp)
     routed = draw(case.routing, case.tokens, case.top_k, case.experts, case.random(), device)
     numbers, shape = case.generator(), (case.tokens, case.top_k, width)
     row = case.row_stride or width + case.gap
@@ -108,7 +115,7 @@ def check(
             x[divmod(pair, case.top_k)][:: width - 1] = torch.nan
     bias = None
     if tags["bias"] == "bias":
-        bias = draw_bias(routed, width, case.bias_dtype, numbers, device, gap=case.gap, offset=case.offset)
+        bias = draw_bias(routed, width, case.bias_dtype, numbers, device, gap=case.gap + 16, offset=case.offset)
     rows = case.tokens * case.top_k
     h = allocate((rows, case.n), (case.n + case.gap, 1), dtype, device, offset=case.offset)
     h[:] = 1.0  # what it makes of a NaN that it should not read would be one too

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import sys
 from types import ModuleType
@@ -27,8 +28,9 @@ class Case(BaseCase):
     """Sizes and layout of one call; rows of delta that LoRA does not write are NaN.
 
     Attributes:
-        gap, offset: elements between rows, and before the first behind a 16-byte boundary.
-        row_stride: of out and delta, where it is given.
+        gap: elements between rows of out; those of delta lie 8 further apart.
+        offset: elements before the first behind a 16-byte boundary.
+        row_stride: of out, where it is given.
     """
 
     tokens: int = 5
@@ -61,7 +63,7 @@ CASES = (
     Case("expert_parallel", "global ids", core=True, tokens=16, routing=Routing("mixed", expert_map=True)),
     Case("ids_int64", "ids as torch.topk gives them", tokens=8, routing=Routing("mixed", ids_dtype=torch.int64)),
     Case("unaligned", "odd strides, a base that is not 16-byte aligned", gap=1, offset=1, n=33),
-    Case("own_tiles", "the tiles that the rule takes", own_tiles=True, n=300),
+    Case("own_tiles", "the tiles that the rule takes", own_tiles=True, n=500),
     Case("huge_rows", "32-bit offsets of rows wrap", row_stride=_HUGE // 4, tokens=4),
 )
 EXACT = tuple(case for case in CASES if case.name in ("mixed",))  # what exact algebra takes, on every text
@@ -80,11 +82,8 @@ def check(
     routed = draw(case.routing, sizes, case.random(), device)
     numbers, shape = case.generator(), (case.tokens, case.top_k, case.n)
     row = case.row_stride or case.n + case.gap
-    strides = (case.top_k * row, row, 1)
-    if case.row_stride:
-        out, delta = (allocate_sparse(shape, strides, dtype, device) for _ in range(2))
-    else:
-        out, delta = (allocate(shape, strides, dtype, device, offset=case.offset) for _ in range(2))
+    make = allocate_sparse if case.row_stride else functools.partial(allocate, offset=case.offset)
+    out, delta = (make(shape, (case.top_k * each, each, 1), dtype, device) for each in (row, row + 8))
     written = torch.zeros(shape[:2], dtype=torch.bool)
     for place in itertools.product(range(case.tokens), range(case.top_k)):  # a NaN that something is added to may keep its bits
         out[place] = torch.randn(case.n, generator=numbers).to(out)

@@ -57,6 +57,12 @@ CASES = (
         routing=Experts("mixed", valid=1029),
     ),
 )
+# Arguments that the cases need not tell apart, and why.
+SAME = {
+    "CHUNK": "launches have one",
+    "ROWS": "launches of so few rows have one",
+    "BLOCK": "launches have one",
+}
 
 
 def check(

@@ -17,7 +17,7 @@ import torch
 
 from kernelgen.core.model import QUANT_AXES, VOCABULARY
 from kernelgen.families import quant
-from kernelgen.families.activation import clamp_of
+from kernelgen.families.activation import LOW, OTHER, Clamp, clamp_of
 from kernelgen.families.activation import slices as slices_of
 from kernelgen.families.buffers import Guarded, allocate, allocate_sparse, positions, row_major, seal
 from kernelgen.families.case import Case as BaseCase
@@ -46,6 +46,7 @@ class Case(BaseCase):
     Attributes:
         few: at most so many tokens for a variant that takes pairs one by one, where more show nothing more.
         hint: tokens that the grid is sized for, None: all.
+        clamp: of an activation that has one.
         nan: the first and the last row of each weight, one of the gate and one of up, are NaN.
         tiles: tunables that differ from those of the other cases, where a variant has them.
         own_tiles: the variant chooses its tiles itself.
@@ -81,6 +82,7 @@ class Case(BaseCase):
     out_dtype: torch.dtype | None = None
     scale: float = 1.0
     nan: bool = False
+    clamp: Clamp = LOW
     tiles: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
     own_tiles: bool = False
     align: int = 8
@@ -100,7 +102,7 @@ class Case(BaseCase):
     rank: int = 12
     parts: int = 2
     v_by_token: bool = False
-    b_layout: str = "packed"
+    b_layout: str = "padded"
 
     def of(self, tags: Tags) -> Case:
         """The case as a variant has it: MXFP4 has whole groups of columns, and tiles of two of them, and for lanes rows that are
@@ -132,6 +134,7 @@ _ONE = Experts("one")
 _FP8 = _only(weight_quant="w8tensor w8channel w8group")
 _MX = _only(weight_quant="mxfp4")
 _MORE = ("schedule", "rows", "delta", "biased", "weighted")
+_ENDS = ("schedule", "epilogue")
 _BIASED = _only(bias="bias")
 _E8M0 = torch.float8_e8m0fnu
 _LORA = _only(delta="lora")
@@ -232,6 +235,7 @@ _OF_ROLES = (
         n=392,
         block_m=128,
         routing=Experts("skewed"),
+        out_scales=2,
     ),
     Case(
         "roles_half",
@@ -247,12 +251,12 @@ _OF_ROLES = (
         rank=16,
         routing=Experts("turns"),
         tiles={"num_stages": 3},
-        out_scales=3,
     ),
     Case(
         "roles_grouped",
         "blocks that share a tile of columns, the last group lower; scales that are bytes, column by column",
         only=MappingProxyType({**_ROLES, **_only(act_quant="none a8group")}),
+        body=("schedule", "act_quant"),
         tokens=30,
         top_k=3,
         experts=5,
@@ -321,7 +325,7 @@ _OF_LANES = (
         n=72,
         block_m=32,
         routing=Experts("skewed"),
-        tiles={"num_stages": 3},
+        tiles={"num_stages": 3, "num_warps": 8},
     ),
     Case("lanes_of_none", "no block at all", only=_only(schedule="lanes"), routing=Experts("away")),
     Case(
@@ -399,7 +403,7 @@ CASES = (
     ),
     Case("weights_bf16", "routing weights in another dtype", only=_WEIGHTED, weights_dtype=torch.bfloat16),
     Case("out_f32", "tokens in fp32", only=_only(rows="pair_token"), out_dtype=torch.float32),
-    Case("packed", "nothing between rows", gap=0),
+    Case("packed", "nothing between rows", gap=0, b_layout="packed"),
     Case(
         "bias",
         "a bias whose last columns are in a tile that is not full, of experts that are not the first",
@@ -426,12 +430,12 @@ CASES = (
         body=_MORE,
     ),
     Case("unaligned", "odd strides, a base that is not 16-byte aligned", only=_POINTERS, align=1, gap=1, offset=1, k=33, n=23),
-    Case("large_sums", "gates in the tails of exp", only=_ACTIVATED, body=("schedule", "epilogue"), few=2, scale=40.0),
+    Case("large_sums", "gates in the tails of exp", only=_ACTIVATED, body=_ENDS, few=2, scale=40.0, clamp=OTHER),
     Case(
         "nan",
         "a NaN of the gate, and one of up, stay",
         only=MappingProxyType({**_ACTIVATED, **_only(weight_quant="none")}),
-        body=("schedule", "epilogue"),
+        body=_ENDS,
         tokens=2,
         few=1,
         nan=True,
@@ -445,6 +449,7 @@ CASES = (
         k=128,
         block_m=128,
         nan=True,
+        clamp=OTHER,
     ),
     *(
         Case(f"far{name}", "32-bit offsets of rows, experts, adapters, scales and biases wrap", **sizes, body=body, **_FAR)
@@ -634,6 +639,12 @@ EXACT = (
         routing=Experts("skewed"),
     ),
 )
+# Arguments that the cases need not tell apart, and why.
+SAME = {
+    "ZERO_REST": "tests/test_fused_moe.py",
+    "x_desc half_desc": "boxes of one tensor",
+    "OUT_SCALE_STRIDE": "exact_roles has the other",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -764,7 +775,7 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
             x_numbers[row] *= x_scale[expert].double()
     elif x_scale is not None and sources:
         x_numbers = dequantise(x, x_scale, quant.group_of(of_x, x_shape, (1, quant.group()[1])))
-    slices, clamp = slices_of(tags["epilogue"]), clamp_of(tags["epilogue"])
+    slices, clamp = slices_of(tags["epilogue"]), clamp_of(tags["epilogue"], case.clamp)
     height = case.n * slices
     w_shape, size = (case.experts, height, case.k), case.scale * case.k**-0.5
     w_row, w_width, w_kind = pad, case.k, element if of_weights else dtype

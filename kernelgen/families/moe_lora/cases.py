@@ -73,7 +73,7 @@ _SIXTEEN_BIT = (
         n=40,
         rank="part",
     ),
-    Case("many_splits", "a part of K lost, or a short one", tokens=2, k=300, rank="part"),
+    Case("many_splits", "a part of K lost, or a short one", tokens=2, k=300, rank="part", split_k=128),
     Case("most_splits", "more parts of K than are added one by one", tokens=1, k=560),
     Case("empty", "a launch without programs", tokens=0),
     Case(
@@ -195,6 +195,16 @@ _SIXTEEN_BIT = (
 )
 _FP8 = (
     Case("w8_one", "every size is one", **_W8, tokens=1, top_k=1, experts=1, k=1, n=1, rank="one"),
+    Case(
+        "w8_wide_blocks",
+        "64 rows a block, which programs share",
+        only={**_W8["only"], **_SORTED},
+        body=_SCALES,
+        tokens=66,
+        top_k=1,
+        routing=_ONE_GROUP,
+        block_m=64,
+    ),
     Case(
         "w8_groups",
         "one scale for two groups (vLLM's FP8 shrink of less than 128 tokens), a short last group",

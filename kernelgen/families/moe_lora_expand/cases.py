@@ -160,7 +160,7 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
     sparse = out.untyped_storage().nbytes() >= HUGE
     guarded = seal(out if sparse else columns, sparse=sparse)
     keywords = {} if weights is None else {"topk_weights": weights}
-    config = None if case.own_tiles else tiles(launcher)
+    config = None if case.own_tiles else tiles(launcher, case)
     launcher(out, y, b, route, **keywords, offset=case.offset, config=config)
     unchanged({**inputs, **tables})
     rows = batch.rows().view(tokens, top_k)
@@ -170,8 +170,8 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
     return worst_ratio(columns[rows], exact[rows][:, written], bound[rows][:, written])
 
 
-def tiles(launcher: Callable[..., None]) -> Any:
+def tiles(launcher: Callable[..., None], case: Case) -> Any:
     """Tiles that small shapes can be less than, equal to and greater than."""
     config = sys.modules[launcher.__module__].Config
-    known = {"block_n": 32, "tiles": 2, "stages": 2, "num_warps": 4}
+    known = {"block_n": 32, "tiles": 4 // case.slices, "stages": 2, "num_warps": 4}
     return config(**{name: known[name] for name in config._fields if name in known})

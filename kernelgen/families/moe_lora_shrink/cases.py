@@ -121,6 +121,10 @@ EXACT = (  # what exact algebra takes
     *(case for case in CASES if case.name in ("ragged", "in_one")),
     Case("exact_parts", "parts of K that add up in their order", body=("schedule",), tokens=2, k=256),
 )
+# Arguments that the cases need not tell apart, and why.
+SAME = {
+    "BLOCK": "launches have one",
+}
 
 
 def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: Case, device: str) -> float:
@@ -148,5 +152,5 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
 def tiles(launcher: Callable[..., None], case: Case) -> Any:
     """Tiles that small shapes can be less than, equal to and greater than."""
     config = sys.modules[launcher.__module__].Config
-    known = {"block_r": 8, "block_k": 64, "split_k": case.split, "stages": 2, "num_warps": 4}
+    known = {"block_r": 8, "block_k": 32 if case.split == 128 else 64, "split_k": case.split, "stages": 2, "num_warps": 4}
     return config(**{name: known[name] for name in config._fields if name in known})

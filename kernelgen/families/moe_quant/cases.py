@@ -146,15 +146,15 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
     numbers, by_pair = case.generator(), tags["order"] == "pair"
     _, of_x = quant.scales_of(tags)
     pairs = case.tokens * case.top_k
-    shape, strides = (pairs, case.n), (case.n + case.gap, 1)
+    shape, pitch = (pairs, case.n), case.n + case.gap
     local = routed.local if by_pair else sorted(routed.local, key=lambda item: (item.expert, item.pair))
     rows = torch.tensor([pair if by_pair else i for i, (pair, _) in enumerate(local)], dtype=torch.int64)
-    x = allocate(shape, strides, dtype_of(tags), device, offset=case.offset)
+    x = allocate(shape, (pitch, 1), dtype_of(tags), device, offset=case.offset)
     for row in rows.tolist():
         x[row] = (case.scale * torch.randn(case.n, generator=numbers)).to(x)
         if case.special is not None and row % 2 == 0:
             x[row, case.n // 2] = case.special
-    codes = allocate(shape, strides, quant.element(case.element), device, offset=case.offset)
+    codes = allocate(shape, (pitch + 16, 1), quant.element(case.element), device, offset=case.offset)
     scale_shape = (case.scales,) if of_x == "tensor" else quant.x_scale_shape(of_x, shape, quant.group()[1])
     scale, of_rows = allocate(scale_shape, row_major(scale_shape), case.scales_dtype, device), None
     if of_x == "tensor":

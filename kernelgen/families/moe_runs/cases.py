@@ -54,6 +54,12 @@ CASES = (
     Case("gt_width", "more rows of an expert than are counted at a time", tokens=700, top_k=2, experts=2),
     Case("gt_chunk", "more pairs than a program holds at a time", tokens=1030, top_k=8, experts=2, block_m=128),
 )
+# Arguments that the cases need not tell apart, and why.
+SAME = {
+    "CHUNK": "launches have one",
+    "BLOCKS": "launches have one",
+    "ROWS": "launches of so few rows have one",
+}
 
 
 def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: Case, device: str) -> float:

@@ -7,6 +7,7 @@ lies between and around rows, entries of tables behind what counts. What is not 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import sys
 from types import ModuleType
@@ -41,11 +42,11 @@ class Case(BaseCase):
     Attributes:
         few: at most so many tokens for a variant that takes pairs one by one, where more show nothing more.
         hint: tokens that the grid is sized for, None: all.
-        a_layout: of the factors, a key of ``LAYOUTS`` of moe_adapters; "packed" ones are shared where rows are of tokens.
+        a_layout: of the factors, a key of ``LAYOUTS`` of moe_adapters; "padded" ones are shared where rows are of tokens.
         x_row: elements from a row of x to the next, and of its scales, None: K and 8 more.
         offset: elements that x starts behind a 16-byte boundary.
         nan_token: rows of x of this token are NaN.
-        block_r: ranks of a tile that is of rows; half of them are those of one of pairs.
+        rows, block_r, block_k: of a tile that is of rows; half of the ranks are those of one of pairs.
         own_tiles: the variant chooses its tiles itself.
         element: of FP8 operands.
         scales_dtype: of the scales of x.
@@ -64,11 +65,13 @@ class Case(BaseCase):
     hint: int | None = None
     routing: Experts = SPREAD
     adapters: Adapters = _SPREAD
-    a_layout: str = "packed"
+    a_layout: str = "padded"
     x_row: int | None = None
     offset: int = 0
     nan_token: int | None = None
+    rows: int = 16
     block_r: int = 16
+    block_k: int = 32
     own_tiles: bool = False
     element: str = "e4m3"
     scales_dtype: torch.dtype = torch.float32
@@ -104,9 +107,10 @@ CASES = (
         adapters=Adapters("mixed", 3, (1,)),
     ),
     Case("gt_part", "two parts of K, the last one short", k=600, tokens=3),
-    Case("slices_3", "the third slice, where a tile is of several", slices=3, rank=24),
+    Case("long_k", "parts of more columns than others", only={"schedule": ("pairs",)}, few=1, top_k=1, k=4200),
+    Case("slices_3", "the third slice, where a tile is of several", slices=3, rank=24, block_k=64),
     Case("rank_65", "columns behind a tile", tokens=2, slices=2, rank=65),
-    Case("high_blocks", "rows of a block in several tiles", only=_TILES, tokens=70, experts=2, block_m=64, adapters=_LAST),
+    Case("high_blocks", "blocks of several tiles", only=_TILES, tokens=70, experts=2, block_m=64, rows=32, adapters=_LAST),
     Case(
         "many_runs",
         "more runs of a block than programs",
@@ -152,7 +156,7 @@ CASES = (
     Case("many_adapters", "more adapters than programs of a tile", only=_TOKENS, tokens=20, rank=40, adapters=_RANKED_19),
     Case("huge_rows", "32-bit offsets of rows wrap", x_row=HUGE // 3, tokens=4, few=4),
     Case("nan_row", "a NaN stays with the pairs of its token", tokens=8, nan_token=1, routing=_ONE, adapters=_LAST),
-    Case("own_tiles", "the tiles that the rule takes", own_tiles=True, tokens=20, k=600, slices=2),
+    Case("own_tiles", "the tiles that the rule takes", own_tiles=True, tokens=40, k=600, slices=2, block_m=64),
     Case("fp8", "two parts and several groups of K, none of them full at the end", **_A8, k=600, slices=2, adapters=MIXED),
     Case("fp8_whole", "whole groups, no mask; ranks of every size", **_A8, k=512, few=3, tokens=9, rank=40, adapters=RANKED),
     Case("fp8_e8m0", "scales that are powers of two, bytes (vLLM #54435)", **_A8, few=1, scales_dtype=torch.float8_e8m0fnu),
@@ -201,7 +205,7 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
     layout, by_token = case.a_layout, tags["rows"] == "token_token"
     if by_token:
         order = [Local(token * case.top_k, 0) for token in range(routed.num_valid)]
-        layout = "shared" if layout == "packed" else layout
+        layout = "shared" if layout == "padded" else layout
     of_x = quant.scales_of(tags)[1]
     x, x_scale, stands_for = _x(case, reads, of_x, num_pairs, order, adapters.of_token, numbers, dtype, device)
     scales = {} if x_scale is None else {"x_scale": x_scale}
@@ -212,7 +216,8 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
     tables, runs, ints = tables_of(package, case, routed, few, device, adapters)
     vectors: tuple[int, ...] = (tokens if by_token else num_pairs, case.slices, case.rank)
     if few:
-        vectors = (-(-case.k // 512), *vectors)
+        columns = importlib.import_module(f"{package.__name__}.moe_shrink._problem").split_k(case.k)
+        vectors = (-(-case.k // columns), *vectors)
     v = allocate(vectors, row_major(vectors), torch.float32 if few else dtype, device)
     inputs, guarded = sealed({"x": x, **a.each("lora_a", "a_scale"), **scales, **ints}), seal(v)
     operands = {**a.named("lora_a", "a_scale"), **scales}
@@ -268,7 +273,8 @@ def _x(
 def tiles(launcher: Callable[..., None], case: Case) -> Any:
     """Tiles that small shapes can be less than, equal to and greater than."""
     config = sys.modules[launcher.__module__].Config
-    known: Mapping[str, int] = {"rows": 16, "block_r": case.block_r, "block_k": 32, "num_stages": 2, "num_warps": 4}
+    known: Mapping[str, int] = {"num_stages": 2, "num_warps": 4}
+    known = {**known, "rows": case.rows, "block_r": case.block_r, "block_k": case.block_k}
     if "rows" not in config._fields:
         known = {"block_r": case.block_r // 2, "block_k": 64, "num_warps": 4}
     return config(**known)

@@ -69,7 +69,7 @@ CASES = (
     Case("no_valid_token", "a step of padding alone", core=True, routing=Experts(valid=0)),
     Case("some_valid", "rows behind the valid tokens", core=True, tokens=7, routing=Experts("mixed", valid=3)),
     Case("more_than_there_are", "a count beyond the batch", routing=Experts(valid=2**31 - 1)),
-    Case("hint_too_low", "programs that take many tokens", tokens=9, hint=1),
+    Case("hint_too_low", "programs that take many tokens", tokens=10, experts=4, hint=1),
     Case("top_8", "as many experts as models have", top_k=8, experts=9),
     Case("ids_int64", "ids as torch.topk gives them", routing=Experts("mixed", ids_dtype=torch.int64)),
     Case("out_f32", "the sum as it is", out_dtype=torch.float32),
@@ -90,6 +90,11 @@ CASES = (
     ),
 )
 EXACT = tuple(case for case in CASES if case.name in ("ragged",))  # what exact algebra takes, on every text
+# Arguments that the cases need not tell apart, and why.
+SAME = {
+    "topk_ids_ptr route_ids_ptr": "the route is of these ids",
+    "NUM_EXPERTS ROUTE_EXPERTS": "and of these experts",
+}
 
 
 def check(
@@ -119,9 +124,9 @@ def check(
             weights[token, j] = torch.rand((), generator=numbers).to(weights)
     out_shape, out_dtype = (case.tokens, case.n), case.out_dtype or dtype
     if case.row_stride:
-        out = allocate_sparse(out_shape, (case.row_stride, 1), out_dtype, device)
+        out = allocate_sparse(out_shape, (case.row_stride + 24, 1), out_dtype, device)
     else:
-        out = allocate(out_shape, (case.n + case.gap, 1), out_dtype, device, offset=case.offset)
+        out = allocate(out_shape, (case.n + case.gap + 24, 1), out_dtype, device, offset=case.offset)
     guarded = seal(out, sparse=case.row_stride is not None)
     beside = None
     if tags["delta"] == "lora":
@@ -129,7 +134,7 @@ def check(
         beside = draw_delta(package, routed, y.to(dtype) if case.y_dtype else y, case.random(), numbers, **layout)
     bias = None
     if tags["bias"] == "bias":
-        bias = draw_bias(routed, case.n, case.bias_dtype, numbers, device, gap=case.gap, offset=case.offset)
+        bias = draw_bias(routed, case.n, case.bias_dtype, numbers, device, gap=case.gap + 16, offset=case.offset)
     given: dict[str, Any] = {"bias": bias, "num_tokens": routed.num_valid, "topk_weights": weights, "dtype": out.dtype}
     expected = moe_sum(y, routed.local, **given, delta=beside.rows if beside else NO_ROWS)
     config = None if case.own_tiles else sys.modules[launcher.__module__].Config(64, 2)
