@@ -440,6 +440,8 @@ def test_refused_when_changed(name: str) -> None:
 def test_refused_around_the_experts(tmp_path: Path) -> None:
     from peft import PeftModel
 
+    import generated as kernels
+
     model = make(ROWS["Mixtral"])
     folder = models.save_adapter(model, models.AdapterSpec("a", rank=4, alpha=8), tmp_path)
     shape = expert_shape(model)
@@ -477,9 +479,10 @@ def test_refused_around_the_experts(tmp_path: Path) -> None:
         MoeLora(model, {}, None, base="mine")
     with pytest.raises(ValueError, match="model: got Sequential, wanted a model of transformers, without"):
         MoeLora(torch.nn.Sequential(model), {}, None)
-    server = MoeLora(model, {0: good}, None)
-    model.model.layers[0].mlp.forward = lambda x: x  # as patches exchange blocks for others, which do not call their experts
-    with server.batch(torch.zeros(2, dtype=torch.int32)):
+    server = MoeLora(model, {0: good}, kernels)
+    with server.batch(torch.zeros(2, dtype=torch.int32)), torch.no_grad():
+        model(torch.zeros(1, 2, dtype=torch.int64))
+        model.model.layers[0].mlp.forward = lambda x: x  # as patches exchange blocks for others, which do not call their experts
         for _ in range(2):
             with pytest.raises(ValueError, match=r"did not run the experts of layers \[0\], which have adapters"):
                 model(torch.zeros(1, 2, dtype=torch.int64))
@@ -517,6 +520,10 @@ def test_one_batch_at_a_time(device: str) -> None:
                 with pytest.raises(ValueError, match="inside of a batch"), inner.batch(mapping):
                     pass
             model(ids)
+            experts, x = model.get_submodule(expert_layers(model)[0]), torch.ones(6, 32, device=device, dtype=torch.bfloat16)
+            routed = torch.arange(12, device=device).view(2, 6).t() % 4, torch.rand(2, 6, device=device).t()  # column by column
+            found = server.experts(0, experts, x, *routed)
+            assert torch.equal(found, server.experts(0, experts, x, *(part.contiguous() for part in routed)))
         model(ids)
     for bad in (None, [0] * 6):
         with pytest.raises(ValueError, match=r"token_lora_mapping: got .*, wanted a tensor"), server.batch(bad):

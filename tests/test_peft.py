@@ -33,6 +33,7 @@ from kernelgen.integrations.peft import (
     stack_adapters,
 )
 from kernelgen.integrations.peft.patterns import Patterns
+from kernelgen.integrations.peft.settings import read_settings
 from kernelgen.integrations.transformers import MoeLora, expert_shape
 
 pytestmark = [
@@ -559,6 +560,7 @@ REFUSED_SETTINGS = [
     ({"base_model_name_or_path": "\ud800gpt-oss" * 99}, r"signs of gpt-oss \('.{76}\.\.\.\): got no layout"),
     ({"alpha_pattern": {"a": "x"}}, "alpha_pattern: 'a': got 'x'"),
     ({"base_model_name_or_path": 3}, "base_model_name_or_path: got 3"),
+    ({"base_model_name_or_path": "openai/gpt-oss-20b/merged"}, "signs of gpt-oss"),
     ({"base_model_name_or_path": "/data/my-GPT-OSS-merge"}, "signs of gpt-oss.*layout=.interleaved"),
     ({"auto_mapping": []}, None),
     ({"auto_mapping": [1]}, "auto_mapping"),
@@ -580,6 +582,14 @@ def test_settings(config: dict[str, Any], words: str | None, tmp_path: Path) -> 
     else:
         with pytest.raises(AdapterError, match=words):
             read_adapter(folder, SHAPE)
+
+
+def test_both_widths_of_gpt_oss_are_a_sign_of_it() -> None:
+    settings = read_settings({"peft_type": "LORA", "r": 2, "lora_alpha": 4})
+    for shape in (ExpertShape(4, 2880, 1440), ExpertShape(4, 1440, 2880)):
+        assert settings.gate_up_layout(None, shape, in_lists=False) == "halves"
+    with pytest.raises(AdapterError, match="signs of gpt-oss"):
+        settings.gate_up_layout(None, ExpertShape(4, 2880, 2880), in_lists=False)
 
 
 def test_what_the_configuration_names_is_there(tmp_path: Path) -> None:

@@ -214,3 +214,13 @@ def test_a_bug_of_another_system_fails_its_case(bug: Bug) -> None:
         for text, fails in ((source, False), (source.replace(bug.before, bug.after), True)):
             mutant = Mutant("bug", "kernel", 0, "", bug.before, bug.after, text)
             assert bool(bench.fate(suite, variant, mutant, [case]).killer) is fails
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_scales_are_quotients_to_the_last_bit(dtype: torch.dtype) -> None:
+    """And constants, as codes are: no gradient goes through them."""
+    x = torch.rand(1000, 1, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    codes, scale = kg.quantize_activations(x, dtype=dtype)
+    assert torch.equal(scale, (x.detach().double() / torch.finfo(dtype).max).float())
+    made = [codes, scale, *kg.quantize_weights(x, dtype=dtype), *kg.quantize_mxfp4(x.view(-1, 1).expand(-1, 32))]
+    assert not any(tensor.requires_grad for tensor in made)

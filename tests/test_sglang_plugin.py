@@ -134,13 +134,15 @@ def test_linear_layers_make_the_calls_of_the_front_doors(modules: Any) -> None:
     views = [a[:, RANK * i : RANK * (i + 1)] for i in range(3)], [b[:, i:j] for i, j in itertools.pairwise(offsets)]
     for (slots, rows), graph in itertools.product(BATCHES, ({}, {"decode": True}, {"prefill": True})):
         mapping = step(backend, slots, rows, **graph)
+        held = {"decode": backend._decode, "prefill": backend.prefill_cuda_graph_batch_info}
+        assert backend.batch_info is held.get(next(iter(graph), ""), backend._eager)
         for padded in (len(mapping), CAPACITY):
             x, base = new(padded, K), new(padded, 80)
             full = torch.nn.functional.pad(mapping, (0, padded - len(mapping)), value=-1)
             wanted = base.clone()
             kg.lora(wanted, x, *views, kg.lora_route(full, max_loras=L), **of_adapters)
-            out = backend.forward_with_base(None, x, base.clone, a, b, None, offsets, all_reduce=lambda out: out)
-            assert torch.equal(out, wanted)
+            out = backend.forward_with_base(None, x, base.clone, a, b, None, offsets, all_reduce=lambda out: 2 * out)
+            assert torch.equal(out, 2 * wanted)
         assert torch.equal(backend.run_qkv_lora(x, a, b, torch.tensor(offsets), 32, base_output=base.clone(), n_slices=3), wanted)
 
 
@@ -194,7 +196,7 @@ def test_experts_make_the_calls_of_the_front_doors(shared: bool, modules: Any) -
     wanted = gate_up.clone(), down.clone()
     hooks = experts.build_lora_hooks(None, x, info, ids)
     hooks.after_gate_up(x, gate_up, weights, ids)
-    hooks.after_down(h, down, weights, ids)
+    hooks.after_down(torch.cat([h, h]), down, weights, ids)  # SGLang has room for more rows
     a13, b2 = a13.expand(-1, num, -1, -1), b2.expand(-1, num, -1, -1)
     route = kg.moe_route(ids, mapping, num_experts=num, max_loras=L, rank=RANK)
     kg.moe_lora(wanted[0], x, a13.chunk(2, 2), b13.chunk(2, 2), route)
@@ -204,3 +206,59 @@ def test_experts_make_the_calls_of_the_front_doors(shared: bool, modules: Any) -
     assert experts.build_lora_hooks(None, x, info, ids) == Hooks()
     info.seg_indptr = torch.zeros(1)  # a batch of SGLang's own
     assert experts.build_lora_hooks(lambda *of: "own", x, info, ids) == "own"
+
+
+def served_layer(gated: bool, inter: int, **changed: Any) -> Any:
+    """A layer of experts, as SGLang has it, with some things changed: of its runner's configuration, else its own."""
+    seams = sys.modules["kernelgen_sglang.seams_0_5_23"]
+    config: dict[str, Any] = dict.fromkeys(("gemm1_alpha", "gemm1_clamp_limit", "swiglu_limit", "routed_scaling_factor"))
+    config |= {"activation": "silu" if gated else "relu2", "is_gated": gated, "no_combine": False, "num_fused_shared_experts": 0}
+    own = {"quant_method": seams.UnquantizedFusedMoEMethod(), "dispatcher": seams.StandardDispatcher(), "hidden_size": K}
+    own["dispatcher"].skip_local_expert_mapping = changed.pop("skips", False)
+    own |= {"should_fuse_routed_scaling_factor_in_topk": False, "w13_weight": new(4, (1 + gated) * inter, K)}
+    own |= {"w2_weight": new(4, K, inter), "moe_runner_config": types.SimpleNamespace(**config)}
+    for name, value in changed.items():
+        (config if name in config else own).update({name: value})
+    own["moe_runner_config"] = types.SimpleNamespace(**config)
+    return types.SimpleNamespace(**own)
+
+
+def test_layers_stay_those_of_sglang_for_a_reason(modules: Any) -> None:
+    experts = modules[1]
+    assert experts.refusal(served_layer(True, 32)) is experts.refusal(served_layer(False, 32)) is None
+    for changed, why in (
+        ({"quant_method": None}, "experts are quantised"),
+        ({"w13_weight": new(4, 64, K, dtype=torch.float32)}, "experts are of torch.float32"),
+        ({"hidden_size": K - 8}, "weights are padded"),
+        ({"activation": "swish"}, "no kernel has the activation swish"),
+        *(({name: 7.0}, "the gate has a limit") for name in ("gemm1_alpha", "gemm1_clamp_limit", "swiglu_limit")),
+        ({"with_bias": True}, "experts have a bias"),
+        *(({name: 1}, "the sum is not of routed experts alone") for name in ("no_combine", "num_fused_shared_experts")),
+        ({"should_fuse_routed_scaling_factor_in_topk": True}, "the sum is not of routed experts alone"),
+        *((some, "tokens are dispatched by global experts") for some in ({"skips": True}, {"dispatcher": None})),
+    ):
+        assert experts.refusal(served_layer(True, 32, **changed)) == why, changed
+
+
+@pytest.mark.parametrize(("gated", "factor"), [(False, None), (True, 2.5)])
+def test_a_runner_makes_the_layer(gated: bool, factor: float | None, modules: Any) -> None:
+    """Of batches with adapters and without, in a graph or not, with the factor of routed experts in its weights."""
+    (kg, experts), inter = (modules[0].kg, modules[1]), 32
+    layer = served_layer(gated, inter, routed_scaling_factor=factor)
+    backend = modules[0].Backend("triton", L, torch.device("cpu"), capacity=CAPACITY)
+    backend.init_decode_cuda_graph_batch_info(CAPACITY, 1)
+    halves = 1 + gated
+    a13, b13, a2, b2 = new(L, 4, halves * RANK, K), new(L, 4, halves * inter, RANK), new(L, 4, RANK, inter), new(L, 4, K, RANK)
+    ids = torch.stack([torch.randperm(4, generator=torch.Generator().manual_seed(t))[:2] for t in range(12)]).int()
+    weights, x, act = new(12, 2, dtype=torch.float32), new(12, K), {"activation": "swiglu" if gated else "relu2"}
+    dispatched = types.SimpleNamespace(hidden_states=x, topk_output=types.SimpleNamespace(topk_ids=ids, topk_weights=weights))
+    for slots, decode in itertools.product(([0, 2, 1], [1, 1, 1]), (False, True)):
+        mapping = step(backend, slots, [5, 3, 4], decode=decode)
+        assert backend.batch_info.has_active_lora == bool((mapping >= 0).any())
+        routed = (layer.w13_weight, layer.w2_weight, ids, weights * (factor or 1.0))
+        wanted = kg.fused_moe(x, *routed, out=torch.empty_like(x), **act)
+        if (mapping >= 0).any():
+            deltas = experts.Deltas(ids, mapping, a13, b13, a2, b2)
+            experts.experts.layer(wanted, x, *routed, act, deltas.add_first, deltas.add_second)
+        found = experts.Runner(layer, backend).over(dispatched, (a13, b13, a2, b2)).hidden_states
+        assert torch.equal(found, wanted)
