@@ -282,11 +282,13 @@ def test_a_layer_whose_inputs_are_weighted(device: str) -> None:
     model = make(ROWS["Llama4"]).to(device, torch.bfloat16)
     experts = next(module for module in model.modules() if type(module).__name__ == "Llama4TextExperts")
     w13, w2 = (weight.detach().transpose(1, 2).contiguous() for weight in (experts.gate_up_proj, experts.down_proj))
-    hidden = torch.randn(6, 32, device=device).to(torch.bfloat16)
+    hidden = -torch.rand(6, 32, device=device).to(torch.bfloat16)  # a token without a number above zero is one, too
     ids = torch.tensor([[0], [3], [2], [0], [1], [3]], device=device)
     weights = 0.25 + 0.5 * torch.rand(6, 1, device=device)
     scores = torch.zeros(6, 4, device=device, dtype=torch.float64).scatter_(1, ids, weights.double())
     routed = hidden.double().repeat(4, 1) * scores.t().reshape(-1, 1)
+    with MoeLora(model, {}, kernels).batch(torch.zeros(6, dtype=torch.int32, device=device)), torch.no_grad():
+        assert torch.equal(experts(routed.to(torch.bfloat16)).any(1), routed.any(1))
     wanted = experts.double()(routed).view(4, 6, 32).sum(0)
     for tokens in (slice(0, 3), slice(0, 6)):  # few, and more
         call = (hidden[tokens], ids[tokens], weights[tokens], None)

@@ -392,6 +392,7 @@ def test_experts_without_a_gate(tmp_path: Path) -> None:
             assert torch.equal(a, parts[part][0]) and torch.equal(b, SCALING * parts[part][1])
         gate_up, down, *_ = stack_adapters([adapter], shape, dtype=torch.float32, rank=RANK)[0]
         assert [len(side) for side in (*gate_up, *down)] == [1] * 4 and torch.equal(gate_up.a[0][0], parts["up"][0])
+    halves = (torch.ones(0), torch.ones(3, 6, RANK)), (torch.ones(3, RANK, 10), torch.ones(0))
     same = {"up": parts["down"], "down": parts["down"]}
     same = {part: (a, b[:, :6]) for part, (a, b) in same.items()}
     refused: list[tuple[Tensors, dict[str, Any], ExpertShape, str]] = [
@@ -399,6 +400,7 @@ def test_experts_without_a_gate(tmp_path: Path) -> None:
         (as_fused(same), {"orientation": "in_out"}, square, "up_proj and down_proj in every orientation"),
         (single(MLP, random_parts()), {}, shape, "got factors of a gate, wanted none"),
         (stacked(MLP, random_parts(), W), {}, shape, "w3.lora_A.weight: got factors of a gate"),
+        *(({**as_w, **pair(f"{MLP}.w3", *half)}, {}, shape, "w3.lora_A.weight: got factors of a gate") for half in halves),
         (up, {}, SHAPE, "hint: experts without a gate are an UngatedShape"),
     ]
     for number, (tensors, arguments, experts, words) in enumerate(refused):

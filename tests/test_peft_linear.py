@@ -167,6 +167,9 @@ def test_models_without_experts() -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 32}
     llama = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
     shapes = linear_shapes(llama)
+    inputs = {"q_proj": 16, "k_proj": 16, "v_proj": 12}
+    apart = torch.nn.ModuleDict({name: torch.nn.Linear(size, 8) for name, size in inputs.items()})
+    assert linear_shapes(apart) == {name: LinearShape(module.in_features, {name: 8}) for name, module in apart.items()}
     adapted = get_peft_model(llama, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     files = AdapterFiles(adapted.peft_config["default"].to_dict(), get_peft_model_state_dict(adapted))
     adapter = read_adapter(files, None)
@@ -240,6 +243,7 @@ def test_whole_models_equal_peft(device: str) -> None:
         ({name: layer._replace(a=(layer.a[0].float(),))}, "got .*torch.float32 on"),
         ({name: layer._replace(offset_start=1)}, "from column 1 on"),
         ([layer], "wanted a model of transformers and what"),
+        ({**layers, name: layer._replace(a=(layer.a[0][:1],), b=(layer.b[0][:1],))}, "got different numbers of adapters"),
     ):
         with pytest.raises(ValueError, match=words):
             LinearLora(model, bad, kg)
