@@ -21,6 +21,7 @@ from kernelgen.demo import bounds, models
 from kernelgen.emit import build
 from kernelgen.integrations.peft import Factors, read_adapter, stack_adapters
 from kernelgen.integrations.transformers import MoeCall, MoeLora, expert_shape
+from kernelgen.measure.init.narrow import chosen
 from kernelgen.measure.init.needs import needs
 from kernelgen.measure.models import Layer
 
@@ -263,3 +264,12 @@ def test_specs_are_narrowed_exactly(
     counts = {name: int(count.split()[0]) for name, count in json.loads(out)["variants"].items()}
     assert {name: len(family.variants) for name, family in families.items()} == counts
     assert counts["moe_quant"] == 2 and any("naive" in path for path in narrow.files)
+
+
+def test_a_variant_that_is_needed_is_there_in_every_schedule() -> None:
+    """As another device may choose another; of a family that no call launches one stays, of the dtype."""
+    family = next(found for found in build.package(SPECS).families if found.name == "moe_lora")
+    one = next(variant for variant in family.variants if variant.schedule == "one_shot" and variant.rank == "r16")
+    found = {str(variant.module) for variant in chosen(family, {str(one.module)}, "bf16")}
+    assert {str(one.module), str(one.module).replace("one_shot", "two_kernel")} <= found
+    assert [variant.dtype for variant in chosen(family, set(), "f16")] == ["f16"]

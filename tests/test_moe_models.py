@@ -515,7 +515,7 @@ def test_one_batch_at_a_time(device: str) -> None:
 
     model = make(ROWS["Mixtral"]).to(device, torch.bfloat16)
     ids, mapping = torch.zeros(2, 3, dtype=torch.int64, device=device), torch.zeros(6, dtype=torch.int32, device=device)
-    server, other = MoeLora(model, {}, kernels), MoeLora(model, {}, kernels)
+    server, other = MoeLora(model, {}, kernels, base="generated"), MoeLora(model, {}, kernels)
     with torch.no_grad():
         with server.batch(mapping):
             for inner in (server, other):

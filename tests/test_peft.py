@@ -517,7 +517,7 @@ REFUSED_TENSORS = {
     "bool": (with_a(torch.ones(6, 6, dtype=torch.bool)), "got BOOL, wanted"),
     "FP8": (with_a(torch.ones(6, 6).to(FP8)), "got F8_E4M3, without the scales"),
     "int8 elsewhere": ({**DOWN, **pair("a.q_proj", torch.ones(2, 2).bool(), torch.ones(2, 2))}, "got BOOL"),
-    "a long name": (pair("a." * 300 + "experts", torch.ones(6, 6), torch.ones(10, 6)), "a name of"),
+    "a long name": (pair("a." * 240 + "experts", torch.ones(6, 6), torch.ones(10, 6)), "a name of 501 characters"),
 }
 
 

@@ -10,6 +10,7 @@ import itertools
 import logging
 import sys
 import types
+import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,6 +133,10 @@ def test_linear_layers_make_the_calls_of_the_front_doors(modules: Any) -> None:
     a, b, offsets = new(L, 3 * RANK, K), new(L, 64, RANK), (0, 32, 48, 64)
     of_adapters = {"lora_ranks": torch.tensor(RANKS).int(), "scalings": torch.tensor(SCALINGS), "packed": True}
     views = [a[:, RANK * i : RANK * (i + 1)] for i in range(3)], [b[:, i:j] for i, j in itertools.pairwise(offsets)]
+    backend._sliced(kept := new(L, 3 * RANK, K), b, offsets)
+    held = weakref.ref(kept)
+    del kept
+    assert held() is not None, "another could have its id"
     for (slots, rows), graph in itertools.product(BATCHES, ({}, {"decode": True}, {"prefill": True})):
         mapping = step(backend, slots, rows, **graph)
         held = {"decode": backend._decode, "prefill": backend.prefill_cuda_graph_batch_info}
@@ -161,14 +166,18 @@ def test_heads_and_embeddings(modules: Any) -> None:
     kg, backend = modules[0].kg, modules[0].Backend("triton", L, torch.device("cpu"), capacity=CAPACITY)
     a, b = new(L, RANK, K), new(L, 48, RANK)
     of_adapters = {"lora_ranks": torch.tensor(RANKS).int(), "scalings": torch.tensor(SCALINGS)}
-    mapping = step(backend, [0, 2, 1], [5, 3, 4], logits=[1, 2, 1])
-    kept = torch.tensor([0, 2, 2, -1]).int()
+    mapping = step(backend, [0, 2, 1], [5, 3, 4], logits=[1, 2, 2])
+    kept = torch.tensor([0, 2, 2, -1, -1]).int()
     for info, slots in ((backend.lm_head_batch_info, kept), *zip(backend.lm_head_pass_batch_infos, kept.split(2), strict=True)):
         x, base = new(len(slots), K), new(len(slots), 64)
         wanted = base.clone()
         kg.lora(wanted, x, [a], [b], kg.lora_route(slots, max_loras=L), **of_adapters)
         out = backend.forward_with_base(None, x, base.clone, a, b, None, (0, 48), kind=Kind.LM_HEAD, pruned_batch_info=info)
         assert info.expected_tokens == len(slots) and torch.equal(out, wanted)
+    x, stacked, y = new(12, K), new(L, 2 * RANK, K), torch.full((1, 12, 2 * RANK), torch.nan)  # two slices, one behind the other
+    ranks, route = 2 * of_adapters["lora_ranks"], kg.lora_route(mapping, max_loras=L)
+    kg.lora_shrink(y, x, [stacked], route, zero_rest=True, lora_ranks=ranks)
+    assert torch.equal(backend.run_lora_a_sgemm(x, stacked, stack_num=2), y[0].to(DTYPE))
     ids, table = torch.tensor([0, 5, 99, 30, 31, 32, -1, 7, 8, 9, 10, 11]), new(L, RANK, K)
     base, y = new(12, 48), torch.zeros(1, 12, RANK)
     for i, (slot, token) in enumerate(zip(mapping.tolist(), ids.tolist(), strict=True)):

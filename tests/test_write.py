@@ -462,15 +462,38 @@ def test_what_others_do_while_the_copy_is_made_is_not_lost(out: Path, swaps: Non
             assert (out / "generated/a/__init__.py").read_text() == "edited in place"
 
 
-def test_a_file_that_is_edited_while_its_successor_is_made_stays(out: Path) -> None:
+def test_what_others_do_until_a_commit_fails_is_not_lost(out: Path, swaps: None) -> None:
+    """In a folder that was new already, and is the old one again."""
+
+    class Failing(Counting):
+        def swap(self, one: Path, other: Path) -> None:
+            if other == out / names.TESTS and "swap" in self.steps:
+                (out / names.PACKAGE / "late.txt").write_text("late")
+                raise OSError(errno.EIO, "no such disk")
+            super().swap(one, other)
+
+    before = both(out)
+    with pytest.raises(Failure):
+        write.sync(NEW, out, Failing())
+    late = out / names.PACKAGE / "late.txt"
+    assert late.read_text() == "late"
+    late.unlink()
+    assert both(out) == before
+
+
+@pytest.mark.parametrize("path", ["generated/a/gone.py", min(NEW.files.keys() - OLD.files.keys())])
+def test_a_file_that_is_edited_while_its_successor_is_made_stays(path: str, out: Path) -> None:
+    """Or made, where there was none."""
+
     class Editing(Counting):
-        def sync_folder(self, path: Path) -> None:
-            (out / "generated/a/gone.py").write_text("edited")
+        def sync_folder(self, folder: Path) -> None:
+            (out / path).parent.mkdir(exist_ok=True)
+            (out / path).write_text("edited")
 
     with pytest.raises(Failure) as failed:
         write.sync(NEW, out, Editing())
     assert codes(failed) == ["KG031"]
-    assert on_disk(out) == {**OLD.files, "generated/a/gone.py": "edited"}
+    assert on_disk(out) == {**OLD.files, path: "edited"}
     assert not (out / names.STAGING).exists()
 
 
