@@ -481,9 +481,13 @@ def test_refused_around_the_experts(tmp_path: Path) -> None:
         MoeLora(model, {}, None, base="mine")
     with pytest.raises(ValueError, match="model: got Sequential, wanted a model of transformers, without"):
         MoeLora(torch.nn.Sequential(model), {}, None)
-    server = MoeLora(model, {0: good}, kernels)
+    seen: list[str] = []
+    watched: Any = types.SimpleNamespace(moe_lora=kernels.moe_lora)
+    watched.moe_route = lambda *given, **more: seen.append(more["assignment"]) or kernels.moe_route(*given, **more)
+    server = MoeLora(model, {0: good}, watched, assignment="sorted")
     with server.batch(torch.zeros(2, dtype=torch.int32)), torch.no_grad():
         model(torch.zeros(1, 2, dtype=torch.int64))
+        assert seen == ["sorted"]
         model.model.layers[0].mlp.forward = lambda x: x  # as patches exchange blocks for others, which do not call their experts
         for _ in range(2):
             with pytest.raises(ValueError, match=r"did not run the experts of layers \[0\], which have adapters"):
