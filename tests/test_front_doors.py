@@ -110,7 +110,7 @@ def _wrong(operand: operands.Operand, good: Any, op: Op) -> Iterator[tuple[str, 
             yield f"the first: {label}", (value, *good[1:])
             yield f"the last: {label}", (*good[:-1], value)
     elif operand.slices:
-        yield from {"a number": 3, "a tensor": torch.stack(list(good)), "no slice": [], "none": (), "a text": "ab"}.items()
+        yield from {"a number": 3, "a tensor": good[0][None], "no slice": [], "none": (), "a text": "ab"}.items()
         yield "an absent slice", [good[0], None]
         yield from [("a slice less", good[:1])] if len(good) > 1 else []
         for label, value in _wrong_tensor(operand, good[-1], op):
