@@ -37,7 +37,7 @@ class Adapters:
 
 
 MIXED = Adapters()
-RANKED = Adapters("mixed", 4, ranks=(17, -40, 16, 100))
+RANKED = Adapters("turns", 4, ranks=(17, -40, 16, 100))
 
 
 class Drawn(NamedTuple):
@@ -63,13 +63,24 @@ def _spread(tokens: int, loras: int, rng: random.Random) -> list[int]:
 
 def _mixed(tokens: int, loras: int, rng: random.Random) -> list[int]:
     """What is no adapter beside adapters: just out of range, on both sides, and far."""
+    return _beside_none(_spread(tokens, loras, rng), loras)
+
+
+def _turns(tokens: int, loras: int, rng: random.Random) -> list[int]:
+    """Likewise, and adapters take turns: the first four tokens that have one have four."""
+    counted = [token - sum(other % 9 in (1, 4, 6, 8) for other in range(token)) for token in range(tokens)]
+    return _beside_none([number % loras for number in counted], loras)
+
+
+def _beside_none(adapters: Sequence[int], loras: int) -> list[int]:
     away = {1: -1, 4: loras, 6: -(2**31), 8: 2**31 - 1}
-    return [away.get(token % 9, adapter) for token, adapter in enumerate(_spread(tokens, loras, rng))]
+    return [away.get(token % 9, adapter) for token, adapter in enumerate(adapters)]
 
 
 KINDS: Mapping[str, Callable[[int, int, random.Random], list[int]]] = {
     "spread": _spread,
     "mixed": _mixed,
+    "turns": _turns,
     "one": lambda tokens, loras, rng: [loras - 1] * tokens,
     "none": lambda tokens, loras, rng: [-1] * tokens,
 }

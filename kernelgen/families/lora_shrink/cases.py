@@ -40,7 +40,7 @@ _SIXTEEN_BIT = (
     Case("slice_by_slice", "a program a slice", widths=(1, 1, 1), together=False),
     Case("slice_by_slice_in_one", "a program a slice, for all of K", widths=(1, 1), together=False, parts=0),
     Case("slices_3", "the third slice", widths=(1, 1, 1)),
-    Case("ranks_apart", "programs that share the ranks, the last of them with a part", rank="part", ranks=16),
+    Case("ranks_apart", "programs of a slice that share its ranks", rank="part", ranks=16, widths=(1, 1), together=False),
     Case("ranked", "ranks of every size, which programs share", rank="part", ranks=16, widths=(1, 1), ranked=(5, -1, 2**20)),
     Case(
         "ranked_packed",
@@ -48,7 +48,7 @@ _SIXTEEN_BIT = (
         rank="part",
         widths=(1, 1, 1),
         together=False,
-        ranked=(3, 0, 9),
+        ranked=(3, -(2**20), 9),
         packed=True,
     ),
     Case("empty", "a launch without programs", tokens=0),

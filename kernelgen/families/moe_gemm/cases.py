@@ -161,7 +161,7 @@ _OF_LORA = (
     Case("no_adapter", "a graph for adapters, replayed without one", only=_LORA, adapters=Adapters("none")),
     Case("one_adapter", "a run as high as its blocks", only=_LORA, tokens=33, top_k=1, routing=_ONE, adapters=Adapters("one")),
     Case("disabled", "adapters that are loaded but disabled", only=_LORA, tokens=9, adapters=Adapters("spread", 4, (0, 2))),
-    Case("ranked", "ranks of every size", only=_LORA, tokens=9, few=3, rank=40, adapters=RANKED),
+    Case("ranked", "ranks of every size", only=_LORA, tokens=9, few=6, rank=40, adapters=RANKED),
     Case(
         "ids_int64_adapters",
         "ids some of whose lower halves name experts; an adapter that is enabled by another number than one",
@@ -215,7 +215,7 @@ _OF_LORA = (
         only=_FP8_LORA,
         body=_ALL_QUANTS,
         tokens=6,
-        few=3,
+        few=6,
         rank=40,
         adapters=RANKED,
     ),
@@ -292,7 +292,7 @@ _OF_ROLES = (
         n=264,
         block_m=128,
         rank=40,
-        adapters=Adapters("mixed", 3, ranks=(17, -40, 100)),  # three runs, whose padding begins a step
+        adapters=Adapters("turns", 3, ranks=(17, -40, 100)),  # three runs, whose padding begins a step
         routing=Experts("skewed"),
     ),
     Case(
@@ -363,7 +363,7 @@ CASES = (
     Case("empty", "a launch without programs", tokens=0, few=0),
     Case("nothing_local", "no block at all", routing=Experts("away")),
     Case("no_valid_token", "a step of padding alone", routing=Experts(valid=0)),
-    Case("some_valid", "a graph for many tokens, replayed for fewer", core=True, tokens=7, routing=Experts("mixed", valid=2)),
+    Case("some_valid", "a graph replayed for fewer tokens", core=True, body=BODY, tokens=7, routing=Experts("mixed", valid=2)),
     Case("hint_too_low", "programs that take many tiles", only=_TILED, tokens=40, hint=1, n=64),
     Case("ids_int64", "ids as torch.topk gives them", routing=Experts("mixed", ids_dtype=torch.int64)),
     Case("twice_the_expert", "an expert twice in a token", top_k=3, experts=2),

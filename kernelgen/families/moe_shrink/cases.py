@@ -124,6 +124,7 @@ CASES = (
     Case("empty", "a launch without programs", tokens=0, few=0),
     Case("no_adapter", "a graph for adapters, replayed without one", routing=SPREAD, adapters=Adapters("none")),
     Case("no_valid_token", "a step of padding alone", routing=Experts(valid=0)),
+    Case("more_than_there_are", "a count beyond the batch", few=5, routing=Experts(valid=9)),
     Case("shared_experts", "factors stored once for all experts: stride 0", a_layout="shared", slices=2),
     Case("unaligned", "odd strides, a base that is not 16-byte aligned", k=33, x_row=35, offset=1),
     Case("huge_adapters", "32-bit offsets of adapters wrap", only=_OWN_FACTORS, adapters=_LAST, a_layout="huge_adapters"),
