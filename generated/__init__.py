@@ -29,6 +29,7 @@ from .moe_gemm import moe_gemm
 from .moe_lora import moe_lora
 from .moe_lora_expand import moe_lora_expand
 from .moe_lora_shrink import moe_lora_shrink
+from .moe_permute import moe_permute
 from .moe_quant import moe_quant
 from .moe_route import (
     EngineRoute,
@@ -74,6 +75,7 @@ __all__ = [
     "moe_lora",
     "moe_lora_expand",
     "moe_lora_shrink",
+    "moe_permute",
     "moe_quant",
     "moe_route",
     "moe_runs",
@@ -579,6 +581,11 @@ def variants() -> tuple[str, ...]:
         "moe_gemm_warp_specialised_bf16_token_sorted_swiglu_plain_w8group_a8group_o8",
         "moe_gemm_warp_specialised_bf16_token_sorted_swiglu_clamp_plain",
         "moe_gemm_warp_specialised_bf16_token_sorted_swiglu_clamp_plain_lora",
+        "moe_gemm_warp_specialised_bf16_sorted_sorted_swiglu_plain_w8channel_a8token",
+        "moe_gemm_warp_specialised_bf16_sorted_sorted_swiglu_plain_w8channel_a8token_lora",
+        "moe_gemm_warp_specialised_bf16_sorted_sorted_swiglu_plain_w8group_a8group",
+        "moe_gemm_warp_specialised_bf16_sorted_sorted_swiglu_plain_w8group_a8group_lora",
+        "moe_gemm_warp_specialised_bf16_sorted_sorted_swiglu_plain_w8group_a8group_o8",
         "moe_gemm_warp_specialised_bf16_sorted_pair_plain",
         "moe_gemm_warp_specialised_bf16_sorted_pair_plain_lora",
         "moe_gemm_warp_specialised_bf16_sorted_pair_plain_w8tensor_a8tensor",
@@ -999,6 +1006,8 @@ def variants() -> tuple[str, ...]:
         "moe_lora_shrink_blocks_f16_r64",
         "moe_lora_shrink_blocks_f16_r128",
         "moe_lora_shrink_blocks_f16_rany",
+        "moe_permute_a8token",
+        "moe_permute_a8group",
         "moe_quant_bf16_pair_a8tensor",
         "moe_quant_bf16_pair_a8token",
         "moe_quant_bf16_pair_a8group",

@@ -45,10 +45,12 @@ from .moe_align._op import (
 from .moe_align._op import Problem as AlignProblem
 from .moe_align._op import bind as bind_align
 from .moe_gemm._op import bind as bind_gemm
-from .moe_gemm._op import find_scales, writes_fp8
+from .moe_gemm._op import find_scales, is_tuned
 from .moe_gemm._problem import Given as Gemm
 from .moe_gemm._problem import lanes_serve
 from .moe_gemm._table import VARIANTS as GEMM
+from .moe_permute._op import bind as bind_permute
+from .moe_permute._problem import Given as Permute
 from .moe_quant._op import bind as bind_quant
 from .moe_quant._problem import Given as Quant
 from .moe_quant._table import QUANT
@@ -332,16 +334,23 @@ def _bind(given: Given) -> runtime.Call:
     buffers = given.workspace or layer.buffers(given.hidden.device)
     # Both scales may be one, in some of the calls that look alike: no launch writes such as are given.
     places, given = runtime.paths(given), given._replace(h_scale=_apart(given.h_scale))
-    if layer.x_scales is not None and not layer.few and given.lora is None:
-        at_once = layer._replace(at_once=True)
-        first = next(arguments for name, arguments in at_once.launches(given, buffers) if name == "first")
-        layer = at_once if writes_fp8(first, _FIRST) else layer
+    if layer.x_scales is not None and not layer.few:
+        layer = _as_tuned(layer, given, buffers)
     # Each launch is bound with its tensors, then told where in those of the layer they lie.
     at = layer.launches(places, places.workspace or runtime.SCRATCH)
     bound = [layer.bind(name, arguments, given) for name, arguments in layer.launches(given, buffers)]
     calls = [call.through(arguments) for call, (_, arguments) in zip(bound, at, strict=True)]
     made = functools.partial(layer.buffers, given.hidden.device) if given.workspace is None else None
     return runtime.InOrder(calls, made)
+
+
+def _as_tuned(layer: _Layer, given: Given, buffers: FusedMoeWorkspace) -> _Layer:
+    """The layer, whose first product may make its rows FP8, and may have rows of x in order, where tuning says so."""
+    for other in ({"at_once": given.lora is None}, {"in_order": layer.x_scales != "tensor" and layer.width % QUANT.group_k == 0}):
+        tried = layer._replace(**other)
+        first = next(arguments for name, arguments in tried.launches(given, buffers) if name == "first")
+        layer = tried if tried != layer and is_tuned(first, _FIRST) else layer
+    return layer
 
 
 def _view(buffer: Any, *shape: int) -> Any:
@@ -364,6 +373,7 @@ class _Layer(NamedTuple):
     x_scales: str | None
     sums: bool  # experts of a token, in the second product
     at_once: bool  # the first product makes its rows FP8 where tuning says so, but for adapters, which read those of 16 bits
+    in_order: bool  # rows of x are put in the order of the tables for the first product, where tuning says so
     scratch_at: int  # of tables, behind blocks; 0: they need none
     max_loras: int  # 0: there are no adapters
     vectors: tuple[tuple[int, ...], ...]  # shapes of the rank vectors of both products
@@ -415,6 +425,13 @@ class _Layer(NamedTuple):
         elif not few:
             scratch = buffers.blocks[self.scratch_at :] if self.scratch_at else buffers.blocks
             yield "align", Align(*filled, scratch, topk_ids, valid_tokens, *groups, self.block_m)
+        if self.in_order:
+            # Codes, and scales behind them, where the second product writes later.
+            ordered = _view(buffers.outputs.view(self.codes), num_pairs, self.width)
+            of_ordered = buffers.outputs.view(torch.float32)[num_pairs * self.width // 4 :]
+            of_ordered = _view(of_ordered, num_pairs, _row_scales(self.x_scales, self.width))
+            yield "permute", Permute(out=ordered, out_scale=of_ordered, x=x, x_scale=x_scale, tables=tables)
+            x, x_rows, x_scale = ordered, "sorted", of_ordered
         on_input, weights = given.apply_router_weight_on_input, given.topk_weights
         order, h = "pair" if few else "sorted", _view(buffers.inter, num_pairs, self.inter)
         codes, scale = h, None  # of the rows between the products
@@ -457,6 +474,8 @@ class _Layer(NamedTuple):
             return bind_align(AlignProblem(*sizes, self.block_m, device))
         if name == "runs":
             return bind_runs(RunsProblem(*sizes, self.max_loras, self.block_m, device))
+        if name == "permute":
+            return bind_permute(arguments, _FIRST)
         if name == "quant":
             return bind_quant(arguments, _SECOND)
         if name == "sum":
@@ -515,7 +534,7 @@ def _layer_of(given: Given) -> _Layer:
     routing = (num_tokens, top_k, num_experts, given.local_expert_start, expected, block_m)
     max_loras = 0 if lora is None else lora.a13[0].shape[0]
     sizes = (*routing, width, inter, dtype, hidden.dtype, x_mode)
-    return _Layer(*sizes, sums, False, blocks if counts else 0, max_loras, vectors, space)
+    return _Layer(*sizes, sums, False, False, blocks if counts else 0, max_loras, vectors, space)
 
 
 def _row_scales(x_scales: str | None, inter: int) -> int:

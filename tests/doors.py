@@ -297,6 +297,13 @@ def _moe_quant(b: Batch) -> Arguments:
     return {"codes": x.to(FP8), "scale": scale, "x": x, "tables": b.tables(), "order": "pair"}
 
 
+def _moe_permute(b: Batch) -> Arguments:
+    x, x_scale = kg.quantize_activations(b.normal(b.tokens, b.k), "token")
+    rows = b.tokens * b.top_k
+    out, out_scale = torch.empty(rows, b.k, dtype=FP8, device=b.device), torch.empty(rows, 1, device=b.device)
+    return {"out": out, "out_scale": out_scale, "x": x, "x_scale": x_scale, "tables": b.tables()}
+
+
 def _apart(b: Batch, assignment: str) -> Arguments:
     given = {**_moe_lora(b, assignment=assignment), "offset": 1, "out": b.normal(b.tokens, b.top_k, b.slices * b.n + 1)}
     return {**given, "y": b.normal(b.slices, b.tokens * b.top_k, b.rank, dtype=torch.float32)}
@@ -352,6 +359,7 @@ GOOD: dict[str, tuple[str, Callable[[Batch], Arguments]]] = {
     "moe_lora engine": ("moe_lora", lambda b: {**_plain(b), "route": kg.MoeRoute.from_tables(**_from_tables(b))}),
     "moe_shrink few": ("moe_shrink", _few_shrink),
     "moe_sum": ("moe_sum", _moe_sum),
+    "moe_permute": ("moe_permute", _moe_permute),
     "moe_quant": ("moe_quant", _moe_quant),
     "moe_align": (
         "moe_align",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from pathlib import Path
 from typing import Iterator
 
@@ -110,13 +111,14 @@ FAULTS = {
         0,
         MemoryFault,
     ),
-    "steps of K that are not handed over": (
+    "steps of K that nobody arrives for": (
         ADAPTED_16,
-        "                asked = _hand_over(full, slot, asked, BEHIND, STAGES)\n",
-        "                pass\n",
+        "mbarrier.arrive(arrived, count=1)  # of what hands over rows in other steps",
+        "pass",
         0,
         Deadlock,
     ),
+    "ranks of the last steps, kept": (ADAPTED_16, "for _ in range(BEHIND)", "for _ in range(BEHIND - 1)", 0, Deadlock),
     "ranks that are read as FP8": (ADAPTED, "ranks = v_slots", "ranks = x_slots", 0, MemoryFault),
     "ranks of another run": (ADAPTED_16, "(run_high[:, None] == run[None, :]) & ", "", 0, AssertionError),
     "one place for the rows of both halves": (SECOND, "staging.index(HALF)", "staging.index(0)", 0, Race),
@@ -182,8 +184,8 @@ def test_a_name_that_triton_would_not_carry_around_a_loop_is_refused(line: str, 
     assert len(found) == count
 
 
-def test_a_layer_makes_rows_fp8_at_once_where_tuning_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the bits of the layer that takes a launch more; and never by itself."""
+def test_a_layer_does_what_tuning_says_of_its_first_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that become FP8 at once, rows of x in order, or both, with the bits of the layer without; and neither by itself."""
     for module in (gemm, gemm_op):
         monkeypatch.setattr(module, "has_gluon", lambda: True)
     numbers = torch.Generator().manual_seed(0)
@@ -192,17 +194,23 @@ def test_a_layer_makes_rows_fp8_at_once_where_tuning_says_so(monkeypatch: pytest
     (w13, s13), (w2, s2) = (kg.quantize_weights(normal(2, 256, 128) / 8, "group", slices=n) for n in (2, 1))
     layer = (x, w13, w2[:, :128].contiguous(), torch.randint(2, (300, 1), generator=numbers), torch.ones(300, 1))
     given = {"activation": "swiglu", "w13_scale": s13, "w2_scale": s2[:, :1].contiguous(), "x_scale": x_scale}
-    with runtime.choosing({}) as choices, runtime.launches() as two:
-        wanted = kg.fused_moe(*layer, **given)
-    first = next(choice.key for choice in choices if getattr(choice.key, "reads_token", False))
-    roles = (("warp_specialised", (2, 1, 1)),)
-    forced = {(type(first), first): roles, (type(first), first._replace(writes_fp8=True)): roles}
-    with runtime.choosing({(type(first), first): roles}), runtime.launches() as by_itself:
-        assert torch.equal(kg.fused_moe(*layer, **given), wanted)
-    with runtime.choosing(forced), runtime.launches() as one:
-        assert torch.equal(kg.fused_moe(*layer, **given), wanted)
-    families = [[launch.family for launch in each] for each in (two, by_itself, one)]
-    assert families[0] == families[1] and families[2] == [family for family in families[0] if family != "moe_quant"]
+    factors = [(normal(1, 2, *shape) / 8).bfloat16() for shape in ((16, 128), (128, 16)) * 2]
+    adapters = kg.FusedMoeLora(torch.arange(300, dtype=torch.int32) % 3 - 1, *zip(*[factors[:2]] * 2), *zip(factors[2:]))
+    for lora in (None, adapters):
+        with runtime.choosing({}) as choices, runtime.launches() as stock:
+            wanted = kg.fused_moe(*layer, **given, lora=lora)
+        first = next(choice.key for choice in choices if isinstance(choice.key, gemm.Key) and choice.key.reads_token)
+        usual = [launch.family for launch in stock]
+        for at_once, in_order in itertools.product((False, True), repeat=2):
+            asked = itertools.product({False, at_once}, {True, not in_order})
+            keys = [first._replace(writes_fp8=writes_fp8, reads_token=by_token) for writes_fp8, by_token in asked]
+            forced = {(type(first), key): (("warp_specialised", (2, 1, 1)),) for key in keys}
+            with runtime.choosing(forced), runtime.launches() as launches:
+                assert torch.equal(kg.fused_moe(*layer, **given, lora=lora), wanted)
+            families = [launch.family for launch in launches]
+            assert ("moe_permute" in families) == in_order
+            assert ("moe_quant" not in families) == (at_once and lora is None)
+            assert [f for f in families if f not in ("moe_permute", "moe_quant")] == [f for f in usual if f != "moe_quant"]
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 20])

@@ -35,12 +35,13 @@ NEEDS = {  # of a front door
     "moe_lora": {"moe_route"},
     "moe_lora_expand": {"moe_route"},
     "moe_lora_shrink": {"moe_route"},
+    "moe_permute": {"moe_align"},
     "moe_quant": {"moe_align"},
     "moe_runs": {"moe_align"},
     "moe_shrink": {"moe_align", "moe_runs"},
     "moe_sum": {"moe_align", "moe_route"},
 }
-LAYER = {"moe_align", "moe_gemm", "moe_quant", "moe_runs", "moe_shrink", "moe_sum"}
+LAYER = {"moe_align", "moe_gemm", "moe_permute", "moe_quant", "moe_runs", "moe_shrink", "moe_sum"}
 COMPOSITES = {  # by what they import
     "fused_moe": LAYER,
     "FusedMoeShape": LAYER,

@@ -66,7 +66,7 @@ def moe_gemm(
         w: [E, N, K], or [E, 2 * N, K] with an activation that has a gate: the gate, then the linear half, or both in turns.
         tables: from ``moe_align``; from ``moe_align.no_tables`` for few pairs, which then stream their weights one by one.
         x_rows: where the row of a pair stands in x: at its "token", at the "pair" itself, or at its place in the
-            tables ("sorted").
+            tables ("sorted"), which for an FP8 product with an activation ``moe_permute`` sees to.
         out_rows: "pair", "sorted", or "token": the sum over the experts of a token, of few pairs.
         activation: None, or a word of ``fused_moe``, of the fp32 sum; for ``x_rows="token"``.
         layout: how gate and up lie in w, its scales and its bias: "halves", gate over up, or "interleaved", the rows of gate at
@@ -107,7 +107,8 @@ def bind(given: Given, *, zero_rest: bool = False, follows: bool = False, op: st
     Raises:
         ValueError: as ``moe_gemm``.
     """
-    schedule = None if given.out_scale is None else "warp_specialised"
+    in_order = given.x_rows == given.out_rows == "sorted"
+    schedule = "warp_specialised" if in_order or given.out_scale is not None else None
     problem, facts = _asked(given, op, zero_rest=zero_rest, follows=follows, schedule=schedule)
     if problem.num_pairs == 0:
         return runtime.NOTHING
@@ -119,19 +120,22 @@ def bind(given: Given, *, zero_rest: bool = False, follows: bool = False, op: st
     variant = VARIANTS.get(op, schedule=schedule, **facts)
     if given.out_scale is not None and not has_gluon():
         runtime.fail(op, "out_scale", runtime.describe(given.out_scale), None, "without Gluon use moe_quant behind it")
+    if in_order and not has_gluon():
+        runtime.fail(op, "x_rows, out_rows", "both sorted", "x_rows 'token'", "rows in order are for kernels in Gluon")
     call: runtime.Call = variant.bind(problem, config)
     return call
 
 
-def writes_fp8(given: Given, op: str = "moe_gemm") -> bool:
-    """Whether tuning says of calls that look like this one, with an ``out_scale``, that the product makes its rows FP8.
+def is_tuned(given: Given, op: str = "moe_gemm") -> bool:
+    """Whether tuning says of calls that look like this one that warps of roles take them, where these alone can: for rows of x in
+    order, or with an ``out_scale``. By the rule none does.
 
     Raises:
         ValueError: as ``moe_gemm``.
     """
     problem, facts = _asked(given, op)
     served = problem.num_pairs > 0 and VARIANTS.find(schedule="warp_specialised", **facts) is not None
-    return served and problems.writes_fp8(problem, has_boxes(problem, given.x, given.w))
+    return served and problems.is_tuned(problem, has_boxes(problem, given.x, given.w))
 
 
 def _asked(

@@ -20,7 +20,7 @@ the sum over K, and what follows it, is fp32 and is rounded once.
 A program a multiprocessor strides over the tiles. Copies run STAGES steps of K ahead, around a ring of slots in shared memory.
 Each slot has two barriers: ``full`` completes when its copies have arrived, ``empty`` when both halves have read it. Tensor cores
 sum FP8 with few digits, so that the sum of each 128 columns is scaled and added in fp32, while the other warpgroup multiplies.
-Behind the steps of K there are some over the ranks of the adapters in a block, whose slots hold v and B: a row of v has zeros but
+In front of the steps of K there are some over the ranks of the adapters in a block, whose slots hold v and B: a row of v has zeros but
 for the ranks of its own adapter.
 Rows of all operands start at 16-byte boundaries, experts lie one behind the other, and K is a multiple of 128.
 """
@@ -104,11 +104,11 @@ def _rank_steps(run_of_row_ptr, first, rows, RANK: gl.constexpr):
 
 @gluon.jit
 def _copy_ranks(
-    v_ptr, b_ptrs, run_of_row_ptr, runs_ptr, ring, slot, phase, asked, column, expert, first, rows,
+    v_ptr, b_ptrs, run_of_row_ptr, runs_ptr, ring, slot, phase, column, expert, first, rows,
     N: gl.constexpr, RANK: gl.constexpr, B_STRIDE_L: gl.constexpr, B_STRIDE_E: gl.constexpr, B_STRIDE_N: gl.constexpr,
     RANKED: gl.constexpr, BEHIND: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The steps over the ranks of a block; then the slot behind them, its phase, and the steps until there."""
+    """The steps over the ranks of a block; then the slot behind them and its phase."""
     _x_slots, _w_slots, v_slots, b_slots, full, empty = ring
     # Of a run: tensor cores add 16 columns at a time, so that no sum depends on the runs beside its own.
     WIDTH: gl.constexpr = (RANK + 15) // 16 * 16
@@ -125,6 +125,7 @@ def _copy_ranks(
     b_rows = (gl.minimum(n, N - 1) * B_STRIDE_N)[:, None]
     b_next = (gl.minimum(n + 128, N - 1) * B_STRIDE_N)[:, None]
     num_runs, steps = _rank_steps(run_of_row_ptr, first, rows, RANK)
+    asked = gl.to_tensor(0)
     for step in range(steps):
         mbarrier.wait(empty.index(slot), phase)
         arrived = full.index(slot)
@@ -145,7 +146,11 @@ def _copy_ranks(
         copy_rows(b_slots.index(2 * slot + 1), (b_ptrs[0] + of_b) + b_next, mask=there[None, :])
         asked = _hand_over(full, slot, asked, BEHIND, STAGES)
         slot, phase = _after(slot, phase, STAGES)
-    return slot, phase, asked
+    behind = slot
+    for _ in range(BEHIND):  # steps without copies, so that the last ones are handed over
+        asked = _hand_over(full, behind, asked, BEHIND, STAGES)
+        behind, _ = _after(behind, phase, STAGES)
+    return slot, phase
 
 
 @gluon.jit
@@ -158,7 +163,6 @@ def _copy(
     TILES: gl.constexpr = (N + 256 - 1) // 256
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(1)  # no slot has to be waited for in the first round
-    asked = gl.to_tensor(0)
     BEHIND: gl.constexpr = STAGES - 2  # of the other two slots one may be kept until the step behind it is handed over
     num_blocks = gl.load(num_blocks_ptr)
     column, expert, first, rows = _find(gl.program_id(0), num_blocks, blocks_ptr, TILES, GROUP_M)
@@ -167,6 +171,10 @@ def _copy(
         column_1, expert_1, first_1, rows_1 = _find(tile + gl.num_programs(0), num_blocks, blocks_ptr, TILES, GROUP_M)
         if rows > 0:
             w_row = expert * N + column * 256
+            slot, phase = _copy_ranks(
+                v_ptr, b_ptrs, run_of_row_ptr, runs_ptr, ring, slot, phase, column, expert, first, rows,
+                N, RANK, B_STRIDE_L, B_STRIDE_E, B_STRIDE_N, RANKED, BEHIND, STAGES,
+            )  # fmt: skip
             for k0 in range(0, K, 128):
                 mbarrier.wait(empty.index(slot), phase)
                 arrived = full.index(slot)
@@ -176,16 +184,9 @@ def _copy(
                 copy_box(w_desc, [w_row + 128, k0], arrived, w_slots.index(2 * slot + 1))
                 copy_box(x_desc, [first, k0], arrived, x_slots.index(2 * slot))
                 copy_box(x_desc, [first + 64, k0], arrived, x_slots.index(2 * slot + 1), pred=rows > 64)
-                asked = _hand_over(full, slot, asked, BEHIND, STAGES)
+                mbarrier.arrive(arrived, count=1)  # of what hands over rows in other steps
                 slot, phase = _after(slot, phase, STAGES)
-            slot, phase, asked = _copy_ranks(
-                v_ptr, b_ptrs, run_of_row_ptr, runs_ptr, ring, slot, phase, asked, column, expert, first, rows,
-                N, RANK, B_STRIDE_L, B_STRIDE_E, B_STRIDE_N, RANKED, BEHIND, STAGES,
-            )  # fmt: skip
         column, expert, first, rows = column_1, expert_1, first_1, rows_1
-    for _ in range(BEHIND):  # steps without copies, so that the last ones are handed over
-        asked = _hand_over(full, slot, asked, BEHIND, STAGES)
-        slot, _ = _after(slot, phase, STAGES)
 
 
 @gluon.jit
@@ -236,8 +237,19 @@ def _multiply(
             LAST: gl.constexpr = (N - 1) // 128
             left_scales = w_scales + 2 * column * STEPS
             right_scales = w_scales + gl.minimum(2 * column + 1, LAST) * STEPS
-            left = gl.zeros([64, 128], gl.float32, SUMS)
-            right = gl.zeros([64, 128], gl.float32, SUMS)
+            left = gl.zeros([64, 128], gl.float32, RANK_SUMS)
+            right = gl.zeros([64, 128], gl.float32, RANK_SUMS)
+            for _ in range(rank_steps):
+                mbarrier.wait(full.index(slot), phase)
+                ranks = v_slots.index(2 * slot + HALF)
+                left = warpgroup_mma(ranks, b_slots.index(2 * slot).permute((1, 0)), left, is_async=True)
+                right = warpgroup_mma(ranks, b_slots.index(2 * slot + 1).permute((1, 0)), right, is_async=True)
+                left, right = warpgroup_mma_wait(0, deps=[left, right])
+                mbarrier.arrive(empty.index(slot), count=1)
+                slot, phase = _after(slot, phase, STAGES)
+            # Without an operation in between, ptxas takes the sums of both loops for one and waits for each wgmma of either.
+            left = gl.convert_layout(left + 0.0, SUMS)
+            right = gl.convert_layout(right + 0.0, SUMS)
             x_scale = as_fp32(gl.load(x_scales))
             left_scale = as_fp32(gl.load(left_scales))
             right_scale = as_fp32(gl.load(right_scales))
@@ -254,24 +266,12 @@ def _multiply(
                 sums = warpgroup_mma_wait(0, deps=[sums])
                 # Tensor cores wait for what stands between two products: for this addition, and nothing else.
                 left += sums * left_factor
-                sums, left = warpgroup_mma_wait(0, deps=[sums, left])  # behind it, lest both sums be in registers
                 others = warpgroup_mma(x, w_slots.index(2 * slot + 1).permute((1, 0)), sums, use_acc=False, is_async=True)
                 slot, phase = _after(slot, phase, STAGES)
                 mbarrier.wait(full.index(slot), phase, pred=step + 1 < STEPS)
                 others = warpgroup_mma_wait(0, deps=[others])
                 mbarrier.arrive(empty.index(_before(slot, 1, STAGES)), count=1)
                 right += others * right_factor
-            # Without an operation in between, ptxas takes the sums of both loops for one and waits for each wgmma of either.
-            left = gl.convert_layout(left + 0.0, RANK_SUMS)
-            right = gl.convert_layout(right + 0.0, RANK_SUMS)
-            for _ in range(rank_steps):
-                mbarrier.wait(full.index(slot), phase)
-                ranks = v_slots.index(2 * slot + HALF)
-                left = warpgroup_mma(ranks, b_slots.index(2 * slot).permute((1, 0)), left, is_async=True)
-                right = warpgroup_mma(ranks, b_slots.index(2 * slot + 1).permute((1, 0)), right, is_async=True)
-                left, right = warpgroup_mma_wait(0, deps=[left, right])
-                mbarrier.arrive(empty.index(slot), count=1)
-                slot, phase = _after(slot, phase, STAGES)
             out_position = first + 64 * HALF + gl.minimum(out_m, live - 1)
             out_rows = out_ptr + gl.load(pairs_ptr + out_position).to(gl.int64) * OUT_STRIDE
             _store(left, staged, out_rows, out_m < live, column * 256, N)

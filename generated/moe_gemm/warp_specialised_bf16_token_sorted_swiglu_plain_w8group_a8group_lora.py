@@ -20,7 +20,7 @@ the sum over K, and what follows it, is fp32 and is rounded once.
 A program a multiprocessor strides over the tiles. Copies run STAGES steps of K ahead, around a ring of slots in shared memory.
 Each slot has two barriers: ``full`` completes when its copies have arrived, ``empty`` when both halves have read it. Tensor cores
 sum FP8 with few digits, so that the sum of each 128 columns is scaled and added in fp32, while the other warpgroup multiplies.
-Behind the steps of K there are some over the ranks of the adapters in a block, whose slots hold v and B: a row of v has zeros but
+In front of the steps of K there are some over the ranks of the adapters in a block, whose slots hold v and B: a row of v has zeros but
 for the ranks of its own adapter, and B those of gate for gate, of up for up.
 Rows of all operands start at 16-byte boundaries, experts lie one behind the other, and K is a multiple of 128.
 """
@@ -179,6 +179,10 @@ def _copy(
             x_low = x_ptr + token.to(gl.int64)[:, None] * X_STRIDE + k[None, :]
             token = gl.load(pairs_ptr + first + gl.minimum(m + 64, rows - 1)) // TOP_K
             x_high = x_ptr + token.to(gl.int64)[:, None] * X_STRIDE + k[None, :]
+            slot, phase, asked = _copy_ranks(
+                v_ptr, b_ptrs, pairs_ptr, run_of_row_ptr, runs_ptr, ring, slot, phase, asked, column, expert, first, rows,
+                TOP_K, N, RANK, V_BY_TOKEN, B_STRIDE_L, B_STRIDE_E, B_STRIDE_N, RANKED, BEHIND, STAGES,
+            )  # fmt: skip
             for k0 in range(0, K, 128):
                 mbarrier.wait(empty.index(slot), phase)
                 arrived = full.index(slot)
@@ -190,10 +194,6 @@ def _copy(
                     copy_rows(x_slots.index(2 * slot + 1), x_high + k0)
                 asked = _hand_over(full, slot, asked, BEHIND, STAGES)
                 slot, phase = _after(slot, phase, STAGES)
-            slot, phase, asked = _copy_ranks(
-                v_ptr, b_ptrs, pairs_ptr, run_of_row_ptr, runs_ptr, ring, slot, phase, asked, column, expert, first, rows,
-                TOP_K, N, RANK, V_BY_TOKEN, B_STRIDE_L, B_STRIDE_E, B_STRIDE_N, RANKED, BEHIND, STAGES,
-            )  # fmt: skip
         column, expert, first, rows = column_1, expert_1, first_1, rows_1
     for _ in range(BEHIND):  # steps without copies, so that the last ones are handed over
         asked = _hand_over(full, slot, asked, BEHIND, STAGES)
@@ -247,8 +247,19 @@ def _multiply(
             w_scales = w_scale_ptr + expert.to(gl.int64) * W_SCALE_STRIDE
             gate_scales = w_scales + column * STEPS
             up_scales = gate_scales + W_SCALE_NEXT
-            gate = gl.zeros([64, 128], gl.float32, SUMS)
-            up = gl.zeros([64, 128], gl.float32, SUMS)
+            gate = gl.zeros([64, 128], gl.float32, RANK_SUMS)
+            up = gl.zeros([64, 128], gl.float32, RANK_SUMS)
+            for _ in range(rank_steps):
+                mbarrier.wait(full.index(slot), phase)
+                ranks = v_slots.index(2 * slot + HALF)
+                gate = warpgroup_mma(ranks, b_slots.index(2 * slot).permute((1, 0)), gate, is_async=True)
+                up = warpgroup_mma(ranks, b_slots.index(2 * slot + 1).permute((1, 0)), up, is_async=True)
+                gate, up = warpgroup_mma_wait(0, deps=[gate, up])
+                mbarrier.arrive(empty.index(slot), count=1)
+                slot, phase = _after(slot, phase, STAGES)
+            # Without an operation in between, ptxas takes the sums of both loops for one and waits for each wgmma of either.
+            gate = gl.convert_layout(gate + 0.0, SUMS)
+            up = gl.convert_layout(up + 0.0, SUMS)
             x_scale = as_fp32(gl.load(x_scales))
             gate_scale = as_fp32(gl.load(gate_scales))
             up_scale = as_fp32(gl.load(up_scales))
@@ -265,24 +276,12 @@ def _multiply(
                 sums = warpgroup_mma_wait(0, deps=[sums])
                 # Tensor cores wait for what stands between two products: for this addition, and nothing else.
                 gate += sums * gate_factor
-                sums, gate = warpgroup_mma_wait(0, deps=[sums, gate])  # behind it, lest both sums be in registers
                 others = warpgroup_mma(x, w_slots.index(2 * slot + 1).permute((1, 0)), sums, use_acc=False, is_async=True)
                 slot, phase = _after(slot, phase, STAGES)
                 mbarrier.wait(full.index(slot), phase, pred=step + 1 < STEPS)
                 others = warpgroup_mma_wait(0, deps=[others])
                 mbarrier.arrive(empty.index(_before(slot, 1, STAGES)), count=1)
                 up += others * up_factor
-            # Without an operation in between, ptxas takes the sums of both loops for one and waits for each wgmma of either.
-            gate = gl.convert_layout(gate + 0.0, RANK_SUMS)
-            up = gl.convert_layout(up + 0.0, RANK_SUMS)
-            for _ in range(rank_steps):
-                mbarrier.wait(full.index(slot), phase)
-                ranks = v_slots.index(2 * slot + HALF)
-                gate = warpgroup_mma(ranks, b_slots.index(2 * slot).permute((1, 0)), gate, is_async=True)
-                up = warpgroup_mma(ranks, b_slots.index(2 * slot + 1).permute((1, 0)), up, is_async=True)
-                gate, up = warpgroup_mma_wait(0, deps=[gate, up])
-                mbarrier.arrive(empty.index(slot), count=1)
-                slot, phase = _after(slot, phase, STAGES)
             out_position = first + 64 * HALF + gl.minimum(out_m, live - 1)
             out_rows = out_ptr + out_position.to(gl.int64) * OUT_STRIDE
             y = gate / (1.0 + gl.exp(-gate)) * up

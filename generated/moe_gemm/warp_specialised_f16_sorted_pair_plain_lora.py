@@ -100,11 +100,11 @@ def _rank_steps(run_of_row_ptr, first, rows, RANK: gl.constexpr):
 
 @gluon.jit
 def _copy_ranks(
-    v_ptr, b_ptrs, run_of_row_ptr, runs_ptr, ring, slot, phase, asked, column, expert, first, rows,
+    v_ptr, b_ptrs, run_of_row_ptr, runs_ptr, ring, slot, phase, column, expert, first, rows,
     N: gl.constexpr, RANK: gl.constexpr, B_STRIDE_L: gl.constexpr, B_STRIDE_E: gl.constexpr, B_STRIDE_N: gl.constexpr,
     RANKED: gl.constexpr, BEHIND: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The steps over the ranks of a block; then the slot behind them, its phase, and the steps until there."""
+    """The steps over the ranks of a block; then the slot behind them and its phase."""
     x_slots, w_slots, full, empty = ring
     # Of a run: tensor cores add 16 columns at a time, so that no sum depends on the runs beside its own.
     WIDTH: gl.constexpr = (RANK + 15) // 16 * 16
@@ -121,6 +121,7 @@ def _copy_ranks(
     b_rows = (gl.minimum(n, N - 1) * B_STRIDE_N)[:, None]
     b_next = (gl.minimum(n + 128, N - 1) * B_STRIDE_N)[:, None]
     num_runs, steps = _rank_steps(run_of_row_ptr, first, rows, RANK)
+    asked = gl.to_tensor(0)
     for step in range(steps):
         mbarrier.wait(empty.index(slot), phase)
         arrived = full.index(slot)
@@ -141,7 +142,11 @@ def _copy_ranks(
         copy_rows(w_slots.index(slot).slice(128, 128), (b_ptrs[0] + of_b) + b_next, mask=there[None, :])
         asked = _hand_over(full, slot, asked, BEHIND, STAGES)
         slot, phase = _after(slot, phase, STAGES)
-    return slot, phase, asked
+    behind = slot
+    for _ in range(BEHIND):  # steps without copies, so that the last ones are handed over
+        asked = _hand_over(full, behind, asked, BEHIND, STAGES)
+        behind, _ = _after(behind, phase, STAGES)
+    return slot, phase
 
 
 @gluon.jit
@@ -154,7 +159,6 @@ def _copy(
     TILES: gl.constexpr = (N + 256 - 1) // 256
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(1)  # no slot has to be waited for in the first round
-    asked = gl.to_tensor(0)
     BEHIND: gl.constexpr = STAGES - 2  # of the other two slots one may be kept until the step behind it is handed over
     num_blocks = gl.load(num_blocks_ptr)
     column, expert, first, rows = _find(gl.program_id(0), num_blocks, blocks_ptr, TILES, GROUP_M)
@@ -172,16 +176,13 @@ def _copy(
                 copy_box(w_desc, [w_row + 128, k0], arrived, w_slots.index(slot).slice(128, 128))
                 copy_box(x_desc, [first, k0], arrived, x_slots.index(2 * slot))
                 copy_box(x_desc, [first + 64, k0], arrived, x_slots.index(2 * slot + 1), pred=rows > 64)
-                asked = _hand_over(full, slot, asked, BEHIND, STAGES)
+                mbarrier.arrive(arrived, count=1)  # of what hands over rows in other steps
                 slot, phase = _after(slot, phase, STAGES)
-            slot, phase, asked = _copy_ranks(
-                v_ptr, b_ptrs, run_of_row_ptr, runs_ptr, ring, slot, phase, asked, column, expert, first, rows,
+            slot, phase = _copy_ranks(
+                v_ptr, b_ptrs, run_of_row_ptr, runs_ptr, ring, slot, phase, column, expert, first, rows,
                 N, RANK, B_STRIDE_L, B_STRIDE_E, B_STRIDE_N, RANKED, BEHIND, STAGES,
             )  # fmt: skip
         column, expert, first, rows = column_1, expert_1, first_1, rows_1
-    for _ in range(BEHIND):  # steps without copies, so that the last ones are handed over
-        asked = _hand_over(full, slot, asked, BEHIND, STAGES)
-        slot, _ = _after(slot, phase, STAGES)
 
 
 @gluon.jit

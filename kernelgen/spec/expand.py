@@ -21,7 +21,7 @@ from kernelgen.core.model import (
 )
 from kernelgen.core.names import Identifier, module_name, variant_name
 
-MAX_COMBINATIONS = 2_000_000
+MAX_COMBINATIONS = 4_000_000
 MAX_VARIANTS = 2_000
 
 

@@ -359,6 +359,11 @@ warp_specialised bf16 token_sorted swiglu plain w8group a8group none lora none n
 warp_specialised bf16 token_sorted swiglu plain w8group a8group o8 none none none none
 warp_specialised bf16 token_sorted swiglu_clamp plain none none none none none none none
 warp_specialised bf16 token_sorted swiglu_clamp plain none none none lora none none none
+warp_specialised bf16 sorted_sorted swiglu plain w8channel a8token none none none none none
+warp_specialised bf16 sorted_sorted swiglu plain w8channel a8token none lora none none none
+warp_specialised bf16 sorted_sorted swiglu plain w8group a8group none none none none none
+warp_specialised bf16 sorted_sorted swiglu plain w8group a8group none lora none none none
+warp_specialised bf16 sorted_sorted swiglu plain w8group a8group o8 none none none none
 warp_specialised bf16 sorted_pair none plain none none none none none none none
 warp_specialised bf16 sorted_pair none plain none none none lora none none none
 warp_specialised bf16 sorted_pair none plain w8tensor a8tensor none none none none none

@@ -275,7 +275,7 @@ class WarpSpecialised(_Schedule):
         w_shape, w_strides = [problem.num_experts * problem.slices * problem.n, problem.k], [problem.w_stride_n, 1]
         x_shape, x_strides = [problem.num_pairs, problem.k], [problem.x_stride, 1]
         x_box, w_box = [64, step_columns(problem)], [128, step_columns(problem)]
-        in_order, w, x = problem.rows == "sorted_pair", runtime.GIVEN.w, runtime.GIVEN.x
+        in_order, w, x = problem.rows.startswith("sorted"), runtime.GIVEN.w, runtime.GIVEN.x
         return self._kernel.bind(
             min(grid(problem, block_n), config.programs * runtime.traits(problem.device).num_sms),
             runtime.Options(num_warps=4, max_registers=168),

@@ -128,6 +128,7 @@ class Modes(NamedTuple):
 # rows of x and of out -> whether tables are needed
 _ROWS = {
     "token_sorted": True,
+    "sorted_sorted": True,
     "sorted_pair": True,
     "token_pair": False,
     "pair_pair": False,
@@ -359,7 +360,8 @@ def problem_of(
         got = f"x {runtime.describe(x)}, w {runtime.describe(w)}, blocks of {block_m} rows on {runtime.traits(x.device).target}"
         k_of = f"K of {step_columns(problem)}s"
         wanted = f"blocks of 128 rows, {k_of}, rows and ranks at 16-byte boundaries, experts one behind the other, on sm_90"
-        runtime.fail(variant, "rows", got, wanted, "use box" if given.out_scale is None else "use moe_quant behind it")
+        other = "x_rows='token'" if rows == "sorted_sorted" else "box"
+        runtime.fail(variant, "rows", got, wanted, f"use {other}" if given.out_scale is None else "use moe_quant behind it")
     if schedule in ("lanes", "lane_gemv") and not has_lanes(problem, x, w):
         got = f"x {runtime.describe(x)}, w {runtime.describe(w)}, blocks of {block_m} rows on {runtime.traits(x.device).target}"
         wanted, other = "blocks of 16 or 32 rows, rows at 16-byte boundaries, on sm_90", "tile"
@@ -399,7 +401,7 @@ def _check_delta(
     kind, dims = (dtype, 3) if by_table else (torch.float32, 4)
     num_pairs = tables.num_tokens * tables.top_k
     by_token = by_table and v.shape[0] != num_pairs
-    if v.dtype != kind or v.dim() != dims or (by_token and (given.x_rows, given.out_rows) != ("token", "sorted")):
+    if v.dtype != kind or v.dim() != dims or (by_token and given.out_rows != "sorted"):
         wanted = f"[{'' if by_table else 'parts, '}{num_pairs}, {sizes['S']}, {sizes['rank']}] {kind}"
         runtime.fail(variant, "v", runtime.describe(v), wanted, "make it with moe_shrink")
     strides = operands.Strides.of(lora_b[0])
@@ -441,14 +443,14 @@ def _check_w_scale(
 def has_boxes(problem: Problem, x: torch.Tensor, w: torch.Tensor) -> bool:
     """Whether the tensor memory accelerator can read the operands."""
     one = problem.slices == 1 or problem.interleaved or problem.w_stride_e == 2 * problem.n * problem.w_stride_n
-    return one and runtime.describable(w) and (problem.rows != "sorted_pair" or runtime.describable(x))
+    return one and runtime.describable(w) and (not problem.rows.startswith("sorted") or runtime.describable(x))
 
 
 def has_roles(problem: Problem) -> bool:
     """Whether warps of roles can take operands that the tensor memory accelerator can read: rows of whole steps of K, experts one
     behind the other, blocks of two warpgroups; with what only sm_90 has.
     """
-    rows = problem.slices == 2 if problem.rows == "token_sorted" else problem.rows == "sorted_pair"
+    rows = problem.slices == 2 if problem.rows.endswith("_sorted") else problem.rows == "sorted_pair"
     step = step_columns(problem)
     steps = problem.k % step == 0 and problem.x_stride % (step // 8) == 0 and (problem.rank == 0 or problem.wide_ranks)
     weights = (problem.weight_scales is None) == (problem.x_scales is None)
@@ -570,9 +572,10 @@ def _key(problem: Problem, s: _Shape) -> Key:
     return far if known else key
 
 
-def writes_fp8(problem: Problem, boxes: bool) -> bool:
-    """Whether a product of such a call can make its rows FP8 by itself, and tuning says so; by the rule none does."""
-    taken = runtime.taken_for(TUNED, _key(problem, _shape(problem)), runtime.traits(problem.device))
+def is_tuned(problem: Problem, boxes: bool) -> bool:
+    """Whether warps of roles can take such a call, and tuning says what they then do; with adapters, or without."""
+    key = _key(problem, _shape(problem))
+    taken = runtime.taken_for(TUNED, key, runtime.traits(problem.device), key._replace(rank=0))
     return bool(taken) and boxes and has_roles(problem) and has_gluon()
 
 
@@ -637,8 +640,8 @@ def _shape(problem: Problem) -> _Shape:
 
 
 def _schedule(problem: Problem, boxes: bool) -> str:
-    if problem.writes_fp8:
-        return "warp_specialised"  # no other has groups in its tiles
+    if problem.writes_fp8 or problem.rows == "sorted_sorted":
+        return "warp_specialised"  # no other has groups in its tiles, or needs x in order
     if problem.rows == "pair_token" or problem.block_m == 0:
         return "gemv" if problem.x_scales is None and problem.weight_scales != "mx" else "naive"
     # Below 64 rows a tile waits for memory, which pointers ask for as well as descriptors; FP8 weights that are widened pass

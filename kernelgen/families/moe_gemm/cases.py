@@ -171,7 +171,7 @@ _OF_LORA = (
         adapters=Adapters("one", 3, (0,)),
     ),
     Case("a_run_a_row", "every row a run of its own", only=_LORA, tokens=16, top_k=1, routing=_ONE, adapters=_MANY),
-    Case("v_by_token", "vectors of tokens", only=_only(delta="lora", rows="token_sorted"), tokens=20, top_k=3, v_by_token=True),
+    Case("v_by_token", "vectors of tokens", only=_only(delta="lora", rows="token_sorted sorted_sorted"), tokens=20, top_k=3, v_by_token=True),
     Case("shared_b", "factors stored once for all experts: stride 0", only=_LORA, b_layout="shared"),
     Case(
         "fp8_with_adapters",
@@ -298,7 +298,7 @@ _OF_ROLES = (
     Case(
         "roles_adapted_once",
         "one adapter with some of the rows, whose vectors are of tokens",
-        only=MappingProxyType({**_ROLES, **_LORA, **_only(rows="token_sorted")}),
+        only=MappingProxyType({**_ROLES, **_LORA, **_only(rows="token_sorted sorted_sorted")}),
         body=("schedule", "rows", "act_quant"),
         tokens=20,
         k=128,

@@ -84,7 +84,7 @@ def moe_gemm(
         x: [T, K] or [T * top_k, K], in the order that ``rows`` names first.
         w: [E, N, K]; with a gate [E, 2 * N, K].
         local: from ``local_pairs``.
-        rows: "token_sorted", "sorted_pair", "token_pair" or "pair_pair"; for "pair_token" see ``moe_gemm_sum``.
+        rows: "token_sorted", "sorted_sorted", "sorted_pair", "token_pair" or "pair_pair"; for "pair_token" see ``moe_gemm_sum``.
         epilogue: a tag of the axis.
         topk_weights: [T, top_k], or None: 1.
         dtype: of out.
@@ -112,7 +112,7 @@ def moe_gemm(
         value, error = activate(value, error, epilogue, clamp)
         if topk_weights is not None and epilogue == "none":
             value, error = _weighted(value, error, topk_weights, pair)
-        targets.append(place[pair] if rows == "token_sorted" else pair)
+        targets.append(place[pair] if rows.endswith("_sorted") else pair)
         values.append(value)
         bounds.append(error + cast_error(value.abs() + error, dtype))
     return _expected(targets, values, bounds, w.shape[1] // slices(epilogue))
