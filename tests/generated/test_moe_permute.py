@@ -29,6 +29,10 @@ def test_variant(variant: Variant, case: Case, device: str) -> None:
     SUITE.check(variant, case, device)
 
 
+def test_cases_tell_arguments_apart(device: str) -> None:
+    SUITE.check_arguments(device)
+
+
 @pytest.mark.parametrize("law", SUITE.laws, ids=str)
 def test_law(law: Law, device: str) -> None:
     SUITE.uphold(law, device)

@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Iterator
 
 from kernelgen.core.model import Variant
-from kernelgen.families.probe import FP32, QWEN3, Probe, launcher_of, meta, tensors
+from kernelgen.families.probe import FP32, QWEN3, Probe, launcher_of, meta
 
 
 def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
@@ -22,9 +22,10 @@ def probes(package: ModuleType, variant: Variant) -> Iterator[Probe]:
     def call() -> None:
         with package._runtime.compile_only():
             tables = package.moe_align(meta(num_tokens, top_k), num_experts=num_experts, valid_tokens=meta(1))
-        given = tensors(package, variant, T=num_tokens, top_k=top_k, K=k)
-        for name, rows in (("x_scale", num_tokens), ("out_scale", num_pairs)):
-            given[name] = meta(*scales.x_scale_shape(variant.x_scales, (rows, k), problem.QUANT), dtype=FP32)
+        given = {}
+        for x, scale, rows in (("x", "x_scale", num_tokens), ("out", "out_scale", num_pairs)):
+            given[x] = meta(rows, k, dtype=problem.QUANT.elements[0])
+            given[scale] = meta(*scales.x_scale_shape(variant.x_scales, (rows, k), problem.QUANT), dtype=FP32)
         launcher(**given, tables=tables)
 
     sizes = {"num_tokens": num_tokens, "k": k, "top_k": top_k, "num_experts": num_experts}
