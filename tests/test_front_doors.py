@@ -503,6 +503,9 @@ RELATED: list[tuple[str, Callable[[Arguments], Arguments], str]] = [
     ("moe_gemm fp8", lambda good: _fp8_rows(good, block_m=64), "rows: .* use moe_quant behind it"),
     ("moe_gemm fp8", lambda good: _fp8_rows(good, of_out=BF16), "out: .* float8_e4m3fn or"),
     ("moe_gemm fp8", lambda good: _fp8_rows(good), "out_scale: .* without Gluon use moe_quant"),
+    ("moe_gemm fp8", _in_order, "x_rows, out_rows: .* rows in order are for kernels in Gluon"),
+    ("moe_gemm fp8", lambda good: _in_order(good, block_m=64), "rows: .* use x_rows='token'"),
+    ("moe_permute", lambda good: {"x_scale": good["x_scale"].new_ones(1)}, "x_scale: .* stays where it is"),
     ("moe_sum", lambda good: {"keep_empty": True, "out": None}, "out: got None"),
     ("moe_gemm adapted", lambda good: {"v": good["v"].float()}, "v: .* make it with moe_shrink"),
     ("moe_quant", lambda good: {"order": "sorted", "tables": _without_blocks(good["tables"])}, "tables: got none"),
@@ -542,6 +545,13 @@ def _fp8_rows(
     given |= {"tables": good["tables"]._replace(block_m=block_m, **tables)}
     given |= {"x_rows": "token", "out_rows": "sorted", "activation": "swiglu"}
     return {name: value.to(good["x"].device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+
+
+def _in_order(good: Arguments, block_m: int = 128) -> Arguments:
+    """A first product whose rows of x are in the order of the tables."""
+    given = _fp8_rows(good, block_m=block_m)
+    rows = {name: given[name].repeat_interleave(TOP_K, 0) for name in ("x", "x_scale")}
+    return {**given, **rows, "x_rows": "sorted", "out": given["out"].bfloat16(), "out_scale": None}
 
 
 def _one_more(name: str, good: Arguments) -> Arguments:

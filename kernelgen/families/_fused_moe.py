@@ -113,7 +113,7 @@ class FusedMoeWorkspace(NamedTuple):
     inter: Annotated[torch.Tensor, _buffer("D")]  # [max_tokens * top_k * I], the dtype of the layer
     outputs: Annotated[torch.Tensor, _buffer("D")]  # [max_tokens * top_k * H]
     codes: Annotated[torch.Tensor | None, _buffer(torch.uint8)] = None  # [max_tokens * top_k * I], for FP8 activations
-    scales: Annotated[torch.Tensor | None, _buffer(torch.float32)] = None  # likewise
+    scales: Annotated[torch.Tensor | None, _buffer(torch.float32)] = None  # of those, and of rows of hidden in order
     runs: Annotated[torch.Tensor | None, _buffer(torch.int32)] = None  # for adapters
     vectors: Annotated[torch.Tensor | None, _buffer(torch.float32)] = None  # likewise
     ids: Annotated[torch.Tensor | None, _buffer(torch.int32)] = None  # [max_tokens * top_k], for an expert_map
@@ -155,7 +155,7 @@ def fused_moe_workspace(
         inter=empty(num_pairs * intermediate, dtype),
         outputs=empty(num_pairs * hidden, dtype),
         codes=empty(num_pairs * intermediate, torch.uint8) if fp8_activations else None,
-        scales=empty(num_pairs * runtime.cdiv(intermediate, QUANT.group_k), torch.float32) if fp8_activations else None,
+        scales=empty(num_pairs * (_groups(intermediate) + _groups(hidden)), torch.float32) if fp8_activations else None,
         runs=empty(runs_size(num_pairs, num_experts)) if max_rank else None,
         vectors=empty(max(few, num_pairs) * max_rank, torch.float32) if max_rank else None,
         ids=empty(num_pairs),
@@ -343,7 +343,7 @@ def _bind(given: Given) -> runtime.Call:
 
 def _as_tuned(layer: _Layer, given: Given, buffers: FusedMoeWorkspace) -> _Layer:
     """The layer, whose first product may make its rows FP8, and may have rows of x in order, where tuning says so."""
-    for other in ({"at_once": given.lora is None}, {"in_order": layer.x_scales != "tensor" and layer.width % QUANT.group_k == 0}):
+    for other in ({"at_once": given.lora is None}, {"in_order": layer.x_scales != "tensor"}):
         tried = layer._replace(**other)
         first = next(arguments for name, arguments in tried.launches(given, buffers) if name == "first")
         layer = tried if tried != layer and is_tuned(first, _FIRST) else layer
@@ -423,9 +423,9 @@ class _Layer(NamedTuple):
             scratch = buffers.blocks[self.scratch_at :] if self.scratch_at else buffers.blocks
             yield "align", Align(*filled, scratch, topk_ids, valid_tokens, *groups, self.block_m)
         if self.in_order:
-            # Codes, and scales behind them, where the second product writes later.
+            # Where the second product writes later; scales behind those of the rows between.
             ordered = _view(buffers.outputs.view(self.codes), num_pairs, self.width)
-            of_ordered = buffers.outputs.view(torch.float32)[num_pairs * self.width // 4 :]
+            of_ordered = buffers.scales[num_pairs * _row_scales(self.x_scales, self.inter) :]
             of_ordered = _view(of_ordered, num_pairs, _row_scales(self.x_scales, self.width))
             yield "permute", Permute(out=ordered, out_scale=of_ordered, x=x, x_scale=x_scale, tables=tables)
             x, x_rows, x_scale = ordered, "sorted", of_ordered
@@ -521,7 +521,7 @@ def _layer_of(given: Given) -> _Layer:
         "inter": (num_pairs * inter, dtype),
         "outputs": (0 if sums else num_pairs * width, dtype),
         "codes": (0 if x_mode is None else num_pairs * inter, torch.uint8),
-        "scales": (0 if x_mode in (None, "tensor") else num_pairs * _row_scales(x_mode, inter), torch.float32),
+        "scales": (num_pairs * (_row_scales(x_mode, inter) + (0 if few else _row_scales(x_mode, width))), torch.float32),
         "runs": (0 if few or lora is None else runs_size(num_pairs, num_experts), torch.int32),
         "ids": (0 if given.expert_map is None else num_pairs, torch.int32),
         "vectors": (of_vectors if few else runtime.cdiv(of_vectors, 2), torch.float32),
@@ -534,9 +534,13 @@ def _layer_of(given: Given) -> _Layer:
     return _Layer(*sizes, sums, False, False, blocks if counts else 0, max_loras, vectors, space)
 
 
-def _row_scales(x_scales: str | None, inter: int) -> int:
-    """Scales of a row between the products."""
-    return runtime.cdiv(inter, QUANT.group_k) if x_scales == "group" else 1
+def _row_scales(x_scales: str | None, columns: int) -> int:
+    """Scales of a row, where each has its own."""
+    return {"token": 1, "group": _groups(columns)}.get(x_scales or "", 0)
+
+
+def _groups(columns: int) -> int:
+    return runtime.cdiv(columns, QUANT.group_k)
 
 
 def few_tokens(weight_scales: str | None, by_lanes: bool) -> int:
