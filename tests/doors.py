@@ -300,7 +300,7 @@ def _moe_quant(b: Batch) -> Arguments:
 def _moe_permute(b: Batch) -> Arguments:
     x, x_scale = kg.quantize_activations(b.normal(b.tokens, b.k), "token")
     rows = b.tokens * b.top_k
-    out, out_scale = torch.empty(rows, b.k, dtype=FP8, device=b.device), torch.empty(rows, 1, device=b.device)
+    out, out_scale = x.new_zeros(rows, b.k), x_scale.new_zeros(rows, 1)
     return {"out": out, "out_scale": out_scale, "x": x, "x_scale": x_scale, "tables": b.tables()}
 
 

@@ -194,8 +194,8 @@ def test_a_layer_does_what_tuning_says_of_its_first_product(monkeypatch: pytest.
     (w13, s13), (w2, s2) = (kg.quantize_weights(normal(2, 256, 128) / 8, "group", slices=n) for n in (2, 1))
     layer = (x, w13, w2[:, :128].contiguous(), torch.randint(2, (300, 1), generator=numbers), torch.ones(300, 1))
     given = {"activation": "swiglu", "w13_scale": s13, "w2_scale": s2[:, :1].contiguous(), "x_scale": x_scale}
-    factors = [(normal(1, 2, *shape) / 8).bfloat16() for shape in ((16, 128), (128, 16)) * 2]
-    adapters = kg.FusedMoeLora(torch.arange(300, dtype=torch.int32) % 3 - 1, *zip(*[factors[:2]] * 2), *zip(factors[2:]))
+    a, b = ((normal(1, 2, *shape) / 8).bfloat16() for shape in ((16, 128), (128, 16)))
+    adapters = kg.FusedMoeLora(torch.arange(300, dtype=torch.int32) % 3 - 1, (a, a), (b, b), (a,), (b,))
     for lora in (None, adapters):
         with runtime.choosing({}) as choices, runtime.launches() as stock:
             wanted = kg.fused_moe(*layer, **given, lora=lora)

@@ -138,6 +138,7 @@ _ENDS = ("schedule", "epilogue")
 _BIASED = _only(bias="bias")
 _E8M0 = torch.float8_e8m0fnu
 _LORA = _only(delta="lora")
+_BY_TOKEN = _only(delta="lora", rows="token_sorted sorted_sorted")  # where rank vectors may be those of tokens
 _FP8_LORA = _only(delta_quant="b8tensor b8channel b8group")
 _ALL_QUANTS = (*_QUANTS, "delta_quant")
 _ACTIVATED = MappingProxyType({"epilogue": [tag for tag in VOCABULARY["epilogue"] if tag != "none"]})
@@ -171,7 +172,7 @@ _OF_LORA = (
         adapters=Adapters("one", 3, (0,)),
     ),
     Case("a_run_a_row", "every row a run of its own", only=_LORA, tokens=16, top_k=1, routing=_ONE, adapters=_MANY),
-    Case("v_by_token", "vectors of tokens", only=_only(delta="lora", rows="token_sorted sorted_sorted"), tokens=20, top_k=3, v_by_token=True),
+    Case("v_by_token", "vectors of tokens", only=_BY_TOKEN, tokens=20, top_k=3, v_by_token=True),
     Case("shared_b", "factors stored once for all experts: stride 0", only=_LORA, b_layout="shared"),
     Case(
         "fp8_with_adapters",

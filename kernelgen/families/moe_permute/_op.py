@@ -13,7 +13,7 @@ from ._table import VARIANTS
 def moe_permute(
     out: torch.Tensor, out_scale: torch.Tensor, x: torch.Tensor, x_scale: torch.Tensor, tables: MoeTables
 ) -> None:
-    """Row i of ``out`` is that of the token whose pair is at place i of the tables, and so are its scales; others keep their bytes.
+    """Row i of ``out``, and its scales, are those of the token whose pair is at place i of the tables; others keep their bytes.
 
     What comes in front of ``moe_gemm(..., x_rows="sorted", out_rows="sorted")``, whose copies of x are then boxes.
 

@@ -8,7 +8,14 @@ import torch
 
 from .. import _operands as operands
 from .. import _runtime as runtime
-from .._scales import SCALES, check_fp8, check_x_scale, find_x_mode, is_fp32, x_scale_shape
+from .._scales import (
+    SCALES,
+    check_fp8,
+    check_x_scale,
+    find_x_mode,
+    is_fp32,
+    x_scale_shape,
+)
 from ..moe_align._op import Tables, max_blocks
 from ._table import QUANT, VARIANTS
 from ._tuned import TUNED
