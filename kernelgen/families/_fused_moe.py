@@ -343,10 +343,14 @@ def _bind(given: Given) -> runtime.Call:
 
 def _as_tuned(layer: _Layer, given: Given, buffers: FusedMoeWorkspace) -> _Layer:
     """The layer, whose first product may make its rows FP8, and may have rows of x in order, where tuning says so."""
-    for other in ({"at_once": given.lora is None}, {"in_order": layer.x_scales != "tensor"}):
-        tried = layer._replace(**other)
-        first = next(arguments for name, arguments in tried.launches(given, buffers) if name == "first")
-        layer = tried if tried != layer and is_tuned(first, _FIRST) else layer
+
+    def pays(tried: _Layer) -> bool:
+        return is_tuned(next(arguments for name, arguments in tried.launches(given, buffers) if name == "first"), _FIRST)
+
+    if given.lora is None and pays(tried := layer._replace(at_once=True)):
+        layer = tried
+    if layer.x_scales != "tensor" and pays(tried := layer._replace(in_order=True)):
+        layer = tried
     return layer
 
 
@@ -427,7 +431,7 @@ class _Layer(NamedTuple):
             ordered = _view(buffers.outputs.view(self.codes), num_pairs, self.width)
             of_ordered = buffers.scales[num_pairs * _row_scales(self.x_scales, self.inter) :]
             of_ordered = _view(of_ordered, num_pairs, _row_scales(self.x_scales, self.width))
-            yield "permute", Permute(out=ordered, out_scale=of_ordered, x=x, x_scale=x_scale, tables=tables)
+            yield "permute", Permute(out=ordered, out_scale=of_ordered, x=x, x_scale=x_scale, tables=tables)  # type: ignore[arg-type]
             x, x_rows, x_scale = ordered, "sorted", of_ordered
         on_input, weights = given.apply_router_weight_on_input, given.topk_weights
         order, h = "pair" if few else "sorted", _view(buffers.inter, num_pairs, self.inter)
