@@ -47,6 +47,11 @@ class Case:
         return all(tags[axis] in wanted for axis, wanted in self.only.items() if axis in tags)
 
     @property
+    def is_far(self) -> bool:
+        """Whether something lies so many elements apart that operands span gigabytes."""
+        return any(isinstance(size, int) and size >= 2**24 for size in vars(self).values())
+
+    @property
     def seed(self) -> int:
         return zlib.crc32(self.name.encode())
 

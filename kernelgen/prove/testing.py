@@ -161,9 +161,9 @@ class Suite:
 
     @functools.cached_property
     def each_text(self) -> tuple[tuple[Variant, Case], ...]:
-        """A part of the pairs that meets each body, and each tag with each template."""
+        """A part of the pairs that meets each body, and each tag with each template; of no gigabytes, as many run at once."""
         pairs = sorted(self.pairs, key=lambda pair: not pair[1].core)
-        return tuple(_cover({pair: set(self.marks(pair[0])) for pair in pairs if not pair[1].needs_gpu}))
+        return tuple(_cover({pair: set(self.marks(pair[0])) for pair in pairs if not (pair[1].needs_gpu or pair[1].is_far)}))
 
     @property
     def laws(self) -> Sequence[Law]:
