@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from .. import _runtime as runtime
-from ..moe_align._op import OF_TABLES
-from ._problem import OP, Config, Problem, check, choose, max_rows
+from ..moe_align._op import OF_TABLES, max_rows
+from ._problem import OP, Config, Problem, check, choose
 from ._table import QUANT, VARIANTS
 
 
@@ -35,8 +35,9 @@ class MoePermute:
     def bind(self, problem: Problem, config: Config) -> runtime.Call:
         """The launch for checked calls of these sizes, ready to be made again and again."""
         pdl = runtime.traits(problem.device).pdl
+        sizes = (problem.tokens_hint, problem.top_k, problem.num_experts, problem.block_m)
         return self._kernel.bind(
-            runtime.cdiv(max_rows(problem), config.rows),
+            runtime.cdiv(max_rows(*sizes), config.rows),
             runtime.Options(config.num_warps, pdl=pdl),
             x_scale_next=problem.x_scale_next,
             TOP_K=problem.top_k,

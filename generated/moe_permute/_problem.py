@@ -19,7 +19,7 @@ from .._scales import (
     is_fp32,
     x_scale_shape,
 )
-from ..moe_align._op import Tables, max_blocks
+from ..moe_align._op import Tables
 from ._table import QUANT, VARIANTS
 from ._tuned import TUNED
 
@@ -97,12 +97,6 @@ def check(variant: str, given: Given, *, mode: str | None = None) -> Problem:
         device=x.device,
         x_scales=found,
     )
-
-
-def max_rows(problem: Problem) -> int:
-    """Rows of the blocks for the tokens that are expected; where there are more, programs stride over them."""
-    sizes = (max(problem.tokens_hint, 1), problem.top_k, problem.num_experts, problem.block_m)
-    return max_blocks(*sizes) * problem.block_m
 
 
 class Key(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from .. import _operands as operands
 from .. import _runtime as runtime
 from .._scales import SCALES, check_fp8, check_x_scale, find_x_mode, is_fp32
-from ..moe_align._op import Tables, max_blocks
+from ..moe_align._op import Tables
 from ._table import QUANT, VARIANTS
 from ._tuned import TUNED
 
@@ -92,12 +92,6 @@ def check(variant: str, given: Given, *, mode: str | None = None, dtype: torch.d
         device=codes.device,
         x_scales=found,
     )
-
-
-def max_rows(problem: Problem) -> int:
-    """Rows of the blocks for the tokens that are expected; where there are more, programs stride over them."""
-    sizes = (max(problem.tokens_hint, 1), problem.top_k, problem.num_experts, problem.block_m)
-    return max_blocks(*sizes) * problem.block_m
 
 
 class Key(NamedTuple):

@@ -329,6 +329,11 @@ def max_blocks(num_tokens: int, top_k: int, num_experts: int, block_m: int) -> i
     return experts + (num_pairs - experts) // block_m
 
 
+def max_rows(tokens_hint: int, top_k: int, num_experts: int, block_m: int) -> int:
+    """Rows of the blocks for the tokens that are expected; where there are more, programs stride over them."""
+    return max_blocks(max(tokens_hint, 1), top_k, num_experts, block_m) * block_m
+
+
 def counts_size(num_experts: int) -> int:
     """int32 elements of scratch for the counts of each chunk."""
     return CHUNKS * counters(num_experts)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from .. import _runtime as runtime
-from ..moe_align._op import OF_TABLES
-from ._problem import OP, Config, Problem, check, choose, max_rows
+from ..moe_align._op import OF_TABLES, max_rows
+from ._problem import OP, Config, Problem, check, choose
 from ._table import QUANT, VARIANTS
 
 
@@ -33,7 +33,8 @@ class MoeQuant:
     def bind(self, problem: Problem, config: Config) -> runtime.Call:
         """The launch for checked calls of these sizes, ready to be made again and again."""
         pdl, num_pairs = runtime.traits(problem.device).pdl, problem.num_pairs
-        rows = max_rows(problem) if self.facts["by_table"] else num_pairs
+        sizes = (problem.tokens_hint, problem.top_k, problem.num_experts, problem.block_m)
+        rows = max_rows(*sizes) if self.facts["by_table"] else num_pairs
         width = QUANT.group_k if problem.x_scales == "group" else runtime.next_power_of_2(problem.n)
         return self._kernel.bind(
             runtime.cdiv(rows, config.rows),
