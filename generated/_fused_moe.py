@@ -6,8 +6,8 @@
 Few tokens take two launches, which stream the weights of their experts pair by pair. More take four: the tables, a product
 with the activation in its epilogue, whose rows stay in the order of the tables, a product that puts them back, and the sum;
 so do few tokens too, where pairs would read much of the weights again. With FP8 activations there is one more, which makes FP8
-of the rows between the two products; few tokens then do without tables, and have a sum. So has a single one of MXFP4 weights,
-but where their kernels in Gluon serve.
+of the rows between the two products. A single token of MXFP4 weights does without tables, and has a sum, but where their kernels
+in Gluon serve.
 
 With LoRA adapters the layer keeps its products: each takes, behind its own K loop, a few further steps over the ranks of the
 adapters in a tile, so that no row is written twice. Their rank vectors are made by a launch in front of it, which runs beside
@@ -67,8 +67,8 @@ from .moe_sum._problem import Given as Sum
 
 __all__ = ["FusedMoeLora", "FusedMoeWorkspace", "fused_moe", "fused_moe_workspace"]
 
-# Up to so many tokens stream weights pair by pair, where tables would cost more than they save: bytes that are read again, and
-# FP8 that gemv has to widen for each pair.
+# Up to so many tokens stream weights pair by pair, where tables would cost more than they save: bytes that gemv reads again, and
+# FP8 that it has to widen for each pair. Matrix units take pairs of an expert together or side by side, which reads it once.
 _FEW_TOKENS, _AGAIN, _WIDENED = 4, 64 * 2**20, 192 * 2**20
 
 
@@ -515,7 +515,7 @@ def _layer_of(given: Given) -> _Layer:
     of_weights = (w13.itemsize == 1, on_units, few_tokens(mode, by_lanes))
     block_m = layer_block_m(num_tokens, expected, top_k, num_experts, expert_bytes, *of_weights)
     few = block_m == 0
-    sums = few and (by_lanes or not on_units)
+    sums = few and (by_lanes or mode != "mx")
     blocks = 0 if few else 3 * max_blocks(num_tokens, top_k, num_experts, block_m)
     counts = 0 if few or lora is not None else scratch_size(num_pairs, num_experts)  # behind them
     dtype = hidden.dtype if x_mode is None else torch.bfloat16
@@ -561,15 +561,15 @@ def few_tokens(weight_scales: str | None, by_lanes: bool) -> int:
 
 
 def layer_block_m(
-    num_tokens: int, expected: int, top_k: int, num_experts: int, expert_bytes: int, fp8: bool, fp8_x: bool, most: int
+    num_tokens: int, expected: int, top_k: int, num_experts: int, expert_bytes: int, fp8: bool, on_units: bool, most: int
 ) -> int:
     """Rows of the blocks of a layer whose weights take ``expert_bytes`` an expert; 0: few tokens, ``most`` at most, which need no
     tables.
     """
     num_pairs = num_tokens * top_k
     again = (num_pairs - experts_hit(num_pairs, num_experts)) * expert_bytes  # read pair by pair, beyond once an expert
-    slow = fp8 and not fp8_x and num_pairs * expert_bytes > _WIDENED
-    few = num_tokens <= most and again < _AGAIN and not slow
+    slow = fp8 and num_pairs * expert_bytes > _WIDENED
+    few = num_tokens <= most and (on_units or (again < _AGAIN and not slow))
     return 0 if few else default_block_m(expected, top_k, num_experts, fp8)
 
 

@@ -263,7 +263,7 @@ def test_specs_are_narrowed_exactly(
     assert all((SPECS.parent / path).exists() for path in there)
     counts = {name: int(count.split()[0]) for name, count in json.loads(out)["variants"].items()}
     assert {name: len(family.variants) for name, family in families.items()} == counts
-    assert counts["moe_quant"] == 2 and any("naive" in path for path in narrow.files)
+    assert counts["moe_quant"] == 2 and any("diagonal" in path for path in narrow.files)
 
 
 def test_a_variant_that_is_needed_is_there_in_every_schedule() -> None:

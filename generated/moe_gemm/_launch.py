@@ -17,6 +17,7 @@ from ._problem import (
     OP,
     PART,
     BoxConfig,
+    DiagonalConfig,
     GemvConfig,
     LaneGemvConfig,
     LanesConfig,
@@ -30,6 +31,7 @@ from ._problem import (
     grid,
     step_columns,
     step_ranks,
+    together,
 )
 from ._table import QUANT, VARIANTS
 
@@ -152,6 +154,27 @@ class Naive(_ByPair):
             "WEIGHTS": runtime.CACHE_POLICIES[config.weight_policy],
         }
         return self._bind(problem, problem.num_pairs, runtime.Options(config.num_warps, config.num_stages), constants)
+
+
+class Diagonal(_ByPair):
+    """Launches of diagonal."""
+
+    schedule = "diagonal"
+    config = DiagonalConfig
+
+    def bind(self, problem: Problem, config: DiagonalConfig) -> runtime.Call:
+        self._check_groups(problem, min(config.block_k, QUANT.group_k))
+        constants = {
+            **self._constants(problem, config.block_n),
+            "BLOCK_K": config.block_k,
+            "STAGES": config.num_stages,
+            "WEIGHTS": runtime.CACHE_POLICIES[config.weight_policy],
+            "ZERO_REST": problem.zero_rest,
+            "ROWS": together(problem, config.block_k),
+            "PAIRS": runtime.next_power_of_2(problem.num_pairs),
+        }
+        rows = problem.num_tokens if problem.rows == "pair_token" else problem.num_pairs
+        return self._bind(problem, rows, runtime.Options(config.num_warps, config.num_stages), constants)
 
 
 class LaneGemv(_ByPair):

@@ -54,6 +54,16 @@ class NaiveConfig(NamedTuple):
     weight_policy: int = 0
 
 
+class DiagonalConfig(NamedTuple):
+    """Tiles of diagonal."""
+
+    block_n: int
+    block_k: int
+    num_stages: int
+    num_warps: int
+    weight_policy: int = 0
+
+
 class TileConfig(NamedTuple):
     """Tiles of tile; block_m is that of the tables."""
 
@@ -104,18 +114,19 @@ class LaneGemvConfig(NamedTuple):
     num_stages: int  # steps of K whose weights are asked for at once
 
 
-BY_PAIR = ("gemv", "naive", "lane_gemv")  # schedules that need no tables
+BY_PAIR = ("gemv", "naive", "diagonal", "lane_gemv")  # schedules that need no tables
 COLUMNS, PART = 8, 4096  # of x that lane_gemv has side by side, and numbers of K that one of them has at most
 CONFIGS = {
     "gemv": GemvConfig,
     "naive": NaiveConfig,
+    "diagonal": DiagonalConfig,
     "tile": TileConfig,
     "box": BoxConfig,
     "warp_specialised": WarpSpecialisedConfig,
     "lanes": LanesConfig,
     "lane_gemv": LaneGemvConfig,
 }
-Tiled = GemvConfig | NaiveConfig | TileConfig | BoxConfig
+Tiled = GemvConfig | NaiveConfig | DiagonalConfig | TileConfig | BoxConfig
 Config = Tiled | WarpSpecialisedConfig | LanesConfig | LaneGemvConfig
 
 
@@ -646,7 +657,7 @@ def _schedule(problem: Problem, boxes: bool) -> str:
     if problem.writes_fp8 or problem.rows == "sorted_sorted":
         return "warp_specialised"  # no other has groups in its tiles, or needs x in order
     if problem.rows == "pair_token" or problem.block_m == 0:
-        return "gemv" if problem.x_scales is None and problem.weight_scales != "mx" else "naive"
+        return "naive" if problem.weight_scales == "mx" else "gemv" if problem.x_scales is None else "diagonal"
     # Below 64 rows a tile waits for memory, which pointers ask for as well as descriptors; FP8 weights that are widened pass
     # through registers anyway.
     boxes = boxes and (problem.weight_scales is None or problem.x_scales is not None)
@@ -664,6 +675,7 @@ def _rule(schedule: str, *sizes: Any) -> Config:
     rules: dict[str, Callable[[_Shape], Config]] = {
         "gemv": _gemv,
         "naive": _naive,
+        "diagonal": _diagonal,
         "tile": _tile,
         "box": _box,
         "warp_specialised": lambda s: WarpSpecialisedConfig(4, _group_m(s)),
@@ -697,15 +709,27 @@ def _lane_gemv(s: _Shape) -> LaneGemvConfig:
 
 
 def _naive(s: _Shape) -> NaiveConfig:
-    if s.weight_scales == "mx":  # as measured; a masked last step costs less than short ones
-        return NaiveConfig(32, min(128, max(32, runtime.next_power_of_2(s.k))), min(3, s.max_stages), 2, 1)
-    s = s._replace(block_m=16)  # what matrix units take at least
-    block_n, block_k, stages = 128, _in_group(s, _block_k(s.k, 128)), min(4, s.max_stages)
-    while stages > 2 and stages * _stage_bytes(s, block_n, block_k) > s.shared_memory - 4096:
+    # As measured; a masked last step costs less than short ones.
+    return NaiveConfig(32, min(128, max(32, runtime.next_power_of_2(s.k))), min(3, s.max_stages), 2, 1)
+
+
+def _diagonal(s: _Shape) -> DiagonalConfig:
+    """As measured: pieces of rows as long as the rows of a tile allow, which a warp group has 64 of."""
+    if s.sums:
+        block_n, longest, stages = 16, 2048 if s.tokens == 1 or s.k >= 2048 else 1024, 3
+    else:
+        block_n, longest, stages = 32, 512 if s.tokens > 1 and s.k >= 4096 else 256, 3 if s.tokens == 1 or s.k >= 4096 else 4
+    block_k = min(longest, max(32, runtime.next_power_of_2(s.k)))
+    block_n, stages = max(block_n, 64 * QUANT.group_k // max(block_k, QUANT.group_k)), min(stages, s.max_stages)
+    while stages > 2 and stages * s.slices * block_n * block_k > s.shared_memory // 2:
         stages -= 1
-    while block_n > 16 and stages * _stage_bytes(s, block_n, block_k) > s.shared_memory - 4096:
-        block_n //= 2
-    return NaiveConfig(block_n, block_k, stages, 4 if s.slices == 2 else 2, 1)
+    return DiagonalConfig(block_n, block_k, stages, 4, 1 if s.sums else 0)
+
+
+def together(problem: Problem, block_k: int) -> int:
+    """Pairs of an expert that a program of diagonal takes at once: one a token, as long as their parts are few rows."""
+    most: int = 32 // max(1, block_k // QUANT.group_k)
+    return max(1, min(runtime.next_power_of_2(problem.num_tokens), 4, most))
 
 
 # block_m -> block_n, block_k, stages, warps of the first projection with its two halves, and of any other product

@@ -85,7 +85,6 @@ def moe_gemm_naive_bf16_pair_pair_plain_mxfp4_bias_kernel(
         in_row = (groups < (K - 2 * BLOCK_K - k0) // 32)[None, :]
         scale_bytes = tl.load(next_scales, mask=in_row, other=0)
     acc = acc.T
-
     acc = tl.sum(tl.where(first, acc, 0.0), 0)
     acc += bias
     y = acc

@@ -113,7 +113,6 @@ def moe_gemm_naive_bf16_pair_pair_plain_mxfp4_lora_bias_kernel(
         in_row = (groups < (K - 2 * BLOCK_K - k0) // 32)[None, :]
         scale_bytes = tl.load(next_scales, mask=in_row, other=0)
     acc = acc.T
-
     acc = tl.sum(tl.where(first, acc, 0.0), 0)
     if has_adapter:
         r = tl.arange(0, BLOCK_R)

@@ -97,7 +97,6 @@ def moe_gemm_naive_bf16_token_pair_swiglu_clamp_plain_mxfp4_interleaved_bias_ker
         gate_bytes = tl.load(next_scales, mask=in_row, other=0)
         up_bytes = tl.load(next_scales + W_SCALE_NEXT, mask=in_row, other=0)
     gate, up = gate.T, up.T
-
     gate, up = tl.sum(tl.where(first, gate, 0.0), 0), tl.sum(tl.where(first, up, 0.0), 0)
     gate, up = gate + gate_bias, up + up_bias
 

@@ -12,7 +12,7 @@ import torch
 from kernelgen.families.buffers import allocate
 from kernelgen.families.moe_align.reference import Local, local_pairs
 
-BY_PAIR = ("gemv", "naive", "lane_gemv")  # schedules of moe_gemm that take pairs as they come, without tables
+BY_PAIR = ("gemv", "naive", "diagonal", "lane_gemv")  # schedules of moe_gemm that take pairs as they come, without tables
 
 
 @dataclasses.dataclass(frozen=True)

@@ -128,7 +128,7 @@ def _only(**axes: str) -> Mapping[str, Sequence[str]]:
 
 _LANES = ("lanes", "lane_gemv")
 _TILED = _only(schedule="tile box")
-_POINTERS = _only(schedule="gemv naive tile")
+_POINTERS = _only(schedule="gemv naive diagonal tile")
 _WEIGHTED = _only(routed_weight="weighted")
 _ONE = Experts("one")
 _FP8 = _only(weight_quant="w8tensor w8channel w8group")
@@ -145,7 +145,7 @@ _ACTIVATED = MappingProxyType({"epilogue": [tag for tag in VOCABULARY["epilogue"
 _MANY = Adapters("spread", 60)
 _FP8_TILED = MappingProxyType({**_FP8, **_only(schedule="tile box warp_specialised")})
 _ROLES = _only(schedule="warp_specialised")
-_STRIDED = _only(schedule="gemv naive tile lanes lane_gemv")
+_STRIDED = _only(schedule="gemv naive diagonal tile lanes lane_gemv")
 _BOX = _only(schedule="box")
 _FAR: Mapping[str, Any] = {
     **{"tokens": 4, "few": 4, "routing": _ONE, "row_stride": _HUGE // 3, "scale_stride": _HUGE // 2},
@@ -517,7 +517,7 @@ CASES = (
     Case(
         "fp8_wide_tiles_of_pairs",
         "tiles of several groups, which begin anew with up",
-        only=_only(schedule="gemv naive", weight_quant="w8group", epilogue="swiglu"),
+        only=_only(schedule="gemv diagonal", weight_quant="w8group", epilogue="swiglu"),
         body=("schedule",),
         few=1,
         n=136,
@@ -526,9 +526,9 @@ CASES = (
     Case(
         "fp8_long_tiles",
         "tiles of several groups of K, the last with fewer",
-        only=_only(schedule="gemv", weight_quant="w8group"),
-        body=("schedule", "gated"),
-        few=1,
+        only=_only(schedule="gemv diagonal", weight_quant="w8channel w8group"),
+        body=("schedule", "gated", "rows", "act_quant"),
+        few=2,
         k=300,
         tiles={"block_k": 256},
     ),
@@ -576,7 +576,7 @@ EXACT = (
     Case(
         "exact_whole",
         "whole tiles of K",
-        only=_only(schedule="gemv naive tile box", epilogue="none swiglu"),
+        only=_only(schedule="gemv naive diagonal tile box", epilogue="none swiglu"),
         body=("schedule", "gated", "weight_quant", "act_quant"),
         tokens=2,
         few=1,
@@ -586,7 +586,7 @@ EXACT = (
     Case(
         "exact_several",
         "tokens of which several experts are added up",
-        only=_only(schedule="gemv", rows="pair_token", delta="none"),
+        only=_only(schedule="gemv diagonal", rows="pair_token", delta="none"),
         body=("schedule", "bias", "routed_weight", "weight_quant"),
         tokens=1,
         top_k=3,
@@ -831,6 +831,7 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
         out_scale = allocate(shape, row_major(shape), torch.float32, device)
         if of_out == "tensor":
             out_scale.copy_(0.02 * 3.0 ** torch.arange(case.out_scales))
+    short = of_x is not None and device != "cpu"  # gemv has no such x
     if writes == "token":
         count = routed.num_valid
         expected = moe_gemm_sum(
@@ -842,6 +843,7 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
             topk_weights=weights,
             dtype=out.dtype,
             scaled=scaled,
+            short=short,
             delta=delta,
             bias=bias,
         )
@@ -856,7 +858,7 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
             topk_weights=weights,
             dtype=dtype,
             scaled=scaled,
-            short=of_x is not None and tags["schedule"] != "gemv" and device != "cpu",
+            short=short,
             order=order,
             delta=delta,
             interleaved=tags.get("layout") == "interleaved",

@@ -14,7 +14,7 @@ from kernelgen.families.probe import QWEN3, Probe, factors, launcher_of, meta, t
 
 # One call of each kind of tile: tokens of Qwen3-30B-A3B whose mean expert makes blocks of that height, and a rank of adapters.
 _TOKENS = {"gemv": {1: 16, 4: 64}, "naive": {1: 16, 4: 64}, "tile": {64: 64, 256: 16, 4096: 64}, "box": {1024: 16, 4096: 64}}
-_TOKENS |= {"warp_specialised": {4096: 16}, "lanes": {64: 64, 256: 16}, "lane_gemv": {1: 16, 2: 64}}
+_TOKENS |= {"diagonal": {1: 16, 4: 64}, "warp_specialised": {4096: 16}, "lanes": {64: 64, 256: 16}, "lane_gemv": {1: 16, 2: 64}}
 _SM_90 = ("warp_specialised", "lanes", "lane_gemv")
 
 

@@ -128,6 +128,7 @@ def moe_gemm_sum(
     topk_weights: torch.Tensor | None,
     dtype: torch.dtype,
     scaled: bool = False,
+    short: bool = False,
     delta: Delta | None = None,
     bias: torch.Tensor | None = None,
 ) -> Expected:
@@ -135,7 +136,7 @@ def moe_gemm_sum(
     values = torch.zeros(num_tokens, w.shape[1], dtype=torch.float64, device=x.device)
     bounds = torch.zeros_like(values)
     for pair, expert in local:
-        value, error = _product(w, x[pair], pair // top_k, pair, expert, delta, top_k, scaled=scaled)
+        value, error = _product(w, x[pair], pair // top_k, pair, expert, delta, top_k, scaled=scaled, short=short)
         weight = torch.ones((), dtype=torch.float64) if topk_weights is None else topk_weights.flatten()[pair].float().double()
         if bias is not None:  # one that is weighted and summed up beside the products, then one more sum
             value = value + bias[expert].double()
