@@ -68,8 +68,9 @@ from .moe_sum._problem import Given as Sum
 __all__ = ["FusedMoeLora", "FusedMoeWorkspace", "fused_moe", "fused_moe_workspace"]
 
 # Up to so many tokens stream weights pair by pair, where tables would cost more than they save: bytes that gemv reads again, and
-# FP8 that it has to widen for each pair. Matrix units take pairs of an expert together or side by side, which reads it once.
-_FEW_TOKENS, _AGAIN, _WIDENED = 4, 64 * 2**20, 192 * 2**20
+# FP8 that it has to widen for each pair. Matrix units take pairs of an expert together or side by side, which reads it once; so
+# up to so many tokens of FP8, whose pairs are spread over the experts, do.
+_FEW_TOKENS, _SPREAD_TOKENS, _AGAIN, _WIDENED = 4, 16, 64 * 2**20, 192 * 2**20
 
 
 def _factor(name: str, shape: str, count: str) -> operands.Tensor:
@@ -146,7 +147,7 @@ def fused_moe_workspace(
     _SPACE.check("fused_moe_workspace", _Space(*layer, dtype, fp8_activations, max_rank, device))
     num_pairs = max_tokens * top_k
     # Rank vectors of a pair: of few tokens in parts of float32, else in 16 bits.
-    few = max(2 * part_count(hidden), part_count(intermediate)) * min(max_tokens, _FEW_TOKENS) * top_k
+    few = max(2 * part_count(hidden), part_count(intermediate)) * min(max_tokens, _SPREAD_TOKENS) * top_k
 
     def empty(size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device=device)
@@ -512,7 +513,7 @@ def _layer_of(given: Given) -> _Layer:
     expert_bytes = (w13.shape[1] * w13.shape[2] + width * w2.shape[2]) * w13.itemsize
     on_units = x_mode is not None or mode == "mx"  # matrix units, also for few tokens
     by_lanes = mode == "mx" and lanes_serve(hidden, (w13, w2), top_k)
-    of_weights = (w13.itemsize == 1, on_units, few_tokens(mode, by_lanes))
+    of_weights = (w13.itemsize == 1, on_units, few_tokens(mode, by_lanes, x_mode is not None))
     block_m = layer_block_m(num_tokens, expected, top_k, num_experts, expert_bytes, *of_weights)
     few = block_m == 0
     sums = few and (by_lanes or mode != "mx")
@@ -550,13 +551,13 @@ def _groups(columns: int) -> int:
     return runtime.cdiv(columns, QUANT.group_k)
 
 
-def few_tokens(weight_scales: str | None, by_lanes: bool) -> int:
+def few_tokens(weight_scales: str | None, by_lanes: bool, fp8_x: bool) -> int:
     """Up to how many tokens a layer may do without tables. ``by_lanes``: whether lanes widen its weights.
 
     Four bits, which take long to widen, are so once for all pairs of an expert; but where hardly any two are of one.
     """
     if weight_scales != "mx":
-        return _FEW_TOKENS
+        return _SPREAD_TOKENS if fp8_x else _FEW_TOKENS
     return 2 if by_lanes else 1
 
 
@@ -567,9 +568,12 @@ def layer_block_m(
     tables.
     """
     num_pairs = num_tokens * top_k
-    again = (num_pairs - experts_hit(num_pairs, num_experts)) * expert_bytes  # read pair by pair, beyond once an expert
-    slow = fp8 and num_pairs * expert_bytes > _WIDENED
-    few = num_tokens <= most and (on_units or (again < _AGAIN and not slow))
+    again = num_pairs - experts_hit(num_pairs, num_experts)  # how often weights are read pair by pair, beyond once an expert
+    if on_units:
+        few = num_tokens <= _FEW_TOKENS or 4 * again <= num_pairs
+    else:
+        few = again * expert_bytes < _AGAIN and not (fp8 and num_pairs * expert_bytes > _WIDENED)
+    few = few and num_tokens <= most
     return 0 if few else default_block_m(expected, top_k, num_experts, fp8)
 
 

@@ -257,7 +257,7 @@ _OF_ROLES = (
         "roles_grouped",
         "blocks that share a tile of columns, the last group lower; scales that are bytes, column by column",
         only=MappingProxyType({**_ROLES, **_only(act_quant="none a8group")}),
-        body=("schedule", "act_quant"),
+        body=("schedule", "act_quant", "out_quant"),
         tokens=30,
         top_k=3,
         experts=5,
@@ -556,7 +556,7 @@ CASES = (
         scales_dtype=_E8M0,
         tiles={"block_k": 32},
     ),
-    Case("mxfp4_wide", "a last tile of one group of eight", only=_MX, few=1, k=288, tiles={"block_k": 256}),
+    Case("mxfp4_wide", "a last tile of one group of eight", only=_MX, few=1, k=288, tiles={"block_n": 64, "block_k": 256}),
     Case("mxfp4_own_tiles", "the tiles that the rule takes", only=_MX, few=2, k=288, n=136, gap=0, tokens=20, own_tiles=True),
 )
 _FULLY = _only(epilogue="none relu2 swiglu")
@@ -591,6 +591,17 @@ EXACT = (
         tokens=1,
         top_k=3,
         k=72,
+    ),
+    Case(
+        "exact_shared",
+        "more pairs of an expert than a program takes",
+        only=_only(schedule="diagonal", rows="token_pair", epilogue="relu2 swiglu"),
+        body=("schedule", "gated", "delta", "delta_quant"),
+        few=6,
+        tokens=6,
+        experts=2,
+        routing=Experts("mixed"),
+        tiles={"block_n": 64, "block_k": 64},
     ),
     Case("exact_activation", "texts that differ from others in what they end with", only=_REST, few=2, k=152, n=24),
     Case(

@@ -242,7 +242,7 @@ class Ours(Package):
         if place is not None:
             call = functools.partial(self.kg.moe_gemm, out, batch.x, w.w2, tables, x_rows="sorted", **scales)
             return Op(call, of_pairs)
-        if case.cell.act != "none" or (case.cell.quant == "mx" and not self._by_lanes(case, batch)):  # by moe_sum
+        if case.cell.quant == "mx" and not self._by_lanes(case, batch):  # by moe_sum
             return Op(functools.partial(self.kg.moe_gemm, out, batch.x, w.w2, tables, x_rows="pair", **scales), of_pairs)
         sums = out[: case.cell.tokens]
 
@@ -298,7 +298,7 @@ class Ours(Package):
         halves, fp8 = 3 if cell.model.gated else 2, cell.quant != "none"
         size = halves * cell.model.hidden * cell.model.intermediate * 16 // {"none": 8, "mx": 32}.get(cell.quant, 16)
         on_units = cell.act != "none" or cell.quant == "mx"
-        most = layer.few_tokens(cell.quant, self._by_lanes(case, batch))
+        most = layer.few_tokens(cell.quant, self._by_lanes(case, batch), cell.act != "none")
         block_m = layer.layer_block_m(cell.tokens, cell.tokens, cell.model.top_k, experts, size, fp8, on_units, most)
         if block_m == 0:
             return self.kg.no_tables(batch.topk_ids, num_experts=experts), None
