@@ -10,7 +10,6 @@ from typing import Any, Callable, Iterator, Mapping
 
 import pytest
 import torch
-import yaml
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -22,7 +21,7 @@ from kernelgen.demo import bounds, models
 from kernelgen.emit import build
 from kernelgen.integrations.peft import Factors, read_adapter, stack_adapters
 from kernelgen.integrations.transformers import MoeCall, MoeLora, expert_shape
-from kernelgen.measure.init.narrow import chosen, measured, spec
+from kernelgen.measure.init.narrow import chosen
 from kernelgen.measure.init.needs import needs
 from kernelgen.measure.models import Layer
 
@@ -274,30 +273,3 @@ def test_a_variant_that_is_needed_is_there_in_every_schedule() -> None:
     found = {str(variant.module) for variant in chosen(family, {str(one.module)}, "bf16")}
     assert {str(one.module), str(one.module).replace("one_shot", "two_kernel")} <= found
     assert [variant.dtype for variant in chosen(family, set(), "f16")] == ["f16"]
-
-
-@pytest.mark.parametrize("scales", ["a8group", "a8token"])
-def test_a_narrow_spec_has_the_sizes_of_its_scales(scales: str, tmp_path: Path) -> None:
-    """Also where activations alone have groups."""
-    whole = next(found for found in build.package(SPECS).families if found.name == "moe_quant")
-    variants = [variant for variant in whole.variants if variant.act_quant == scales]
-    text = spec((SPECS / "moe_quant.yaml").read_text(encoding="utf-8"), whole, variants, "narrow")
-    (tmp_path / "moe_quant.yaml").write_text(text, encoding="utf-8")
-    (family,) = build.package(tmp_path).families
-    assert [v.name for v in family.variants] == [v.name for v in variants]
-    assert ("group_k" in text) == (scales == "a8group") and family.quant.group_k in (None, whole.quant.group_k)
-
-
-@pytest.mark.parametrize("schedules", [{"small_batch"}, {"small_batch", "two_kernel"}], ids=len)
-def test_measurements_are_those_of_the_sizes_and_schedules_that_are_left(schedules: set[str]) -> None:
-    """All sizes must be among those asked for; a second choice is kept where its schedule is."""
-    family = next(found for found in build.package(SPECS).families if found.name == "moe_lora")
-    variants = [variant for variant in family.variants if variant.schedule in schedules]
-    kernels, sizes = {variant.kernel for variant in variants}, {"num_tokens": {1, 64}, "rank": {16}}
-    entries = [e for e in family.tuned[0].entries if all(v in sizes.get(size, {v}) for size, v in e.problem)]
-    ((_, text),) = measured(SPECS, family, variants, sizes)
-    wanted = [(dict(e.problem), e.runner_up) for e in entries if e.schedule in kernels]
-    found = [(e["problem"], e.get("runner_up", {}).get("schedule")) for e in yaml.safe_load(text)["entries"]]
-    assert found == [(problem, choice.schedule if choice and choice.schedule in kernels else None) for problem, choice in wanted]
-    assert None in {second for _, second in found} and (len(schedules) == 1 or any(second for _, second in found))
-    assert any(choice and choice.schedule not in kernels for _, choice in wanted)

@@ -11,7 +11,8 @@ i is the place of p in the tables. Rows of other pairs keep their bytes.
 Shapes: v [T * top_k, S, rank], x [T, K] and A_s [L, E, rank, K], all bfloat16.
 
 They stay in the order of the tables, where the product that takes them reads them. The grid is sized on the host for the tokens
-that are expected, with SIDE programs for the runs of a block, which stride over them.
+that are expected, with SIDE programs for a block: they take its runs in turns, and where these are fewer, the tiles of rows of
+each.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ from ._problem import RunsConfig as Config
 
 @triton.jit
 def _run(
-    v_ptr, x_ptr, a_ptrs, pairs_ptr, entry, expert, begin, end, chunk,
+    v_ptr, x_ptr, a_ptrs, pairs_ptr, entry, expert, begin, end, step, chunk,
     TOP_K: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, X_STRIDE: tl.constexpr, A_STRIDE_L: tl.constexpr,
     A_STRIDE_E: tl.constexpr, A_STRIDE_R: tl.constexpr, ROWS: tl.constexpr, JOINED: tl.constexpr, RANKED: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of the columns of v, which are the ranks of one slice after the other, of the rows from ``begin`` to ``end``."""
+    """A chunk of the columns of v, which are the ranks of one slice after the other, of ROWS rows in each ``step`` from ``begin``
+    to ``end``."""
     adapter = entry % 4096 if RANKED else entry
     if RANKED:
         counted = entry // 4096 * 16
@@ -78,7 +80,7 @@ def _run(
         a_tile = a_ptr + a_base + (tl.minimum(r, RANK - 1)[:, None] * A_STRIDE_R + k[None, :])
     if RANKED:
         end = tl.where(first_rank < counted, end, begin)  # nothing to do
-    for row0 in tl.range(begin, end, ROWS):
+    for row0 in tl.range(begin, end, step):
         row = row0 + tl.arange(0, ROWS)
         live = (row < end)[:, None]
         position = tl.minimum(row, end - 1)
@@ -110,18 +112,22 @@ def moe_shrink_runs_bf16_token_sorted_kernel(
         gdc_wait()
         gdc_launch_dependents()  # what follows may then read all that came before this kernel
     chunk = tl.program_id(0) % CHUNKS
-    first_run = tl.program_id(0) // CHUNKS % SIDE
+    side = tl.program_id(0) // CHUNKS % SIDE
     num_blocks = tl.load(num_blocks_ptr)
     for block in tl.range(tl.program_id(0) // (CHUNKS * SIDE), num_blocks, tl.num_programs(0) // (CHUNKS * SIDE)):
         expert = tl.load(blocks_ptr + 3 * block)
         first = tl.load(blocks_ptr + 3 * block + 1)
         rows = tl.load(blocks_ptr + 3 * block + 2)
         num_runs = tl.load(run_of_row_ptr + first + rows - 1, mask=rows > 0, other=-1) + 1
-        for run in tl.range(first_run, num_runs, SIDE):
+        taken = tl.maximum(num_runs, 1)
+        part = side // taken
+        parts = (SIDE - 1 - side % taken) // taken + 1  # programs that share a run
+        for run in tl.range(side % taken, num_runs, SIDE):
             entry = runs_ptr + 2 * (first + run)
+            begin = tl.load(entry + 1) + part * ROWS
             end = tl.load(entry + 3, mask=run + 1 < num_runs, other=first + rows)
             _run(
-                v_ptr, x_ptr, a_ptrs, pairs_ptr, tl.load(entry), expert, tl.load(entry + 1), end, chunk,
+                v_ptr, x_ptr, a_ptrs, pairs_ptr, tl.load(entry), expert, begin, end, parts * ROWS, chunk,
                 TOP_K, K, RANK, X_STRIDE, A_STRIDE_L, A_STRIDE_E, A_STRIDE_R, ROWS, JOINED, RANKED, BLOCK_R, BLOCK_K, STAGES,
                 WEIGHTS,
             )  # fmt: skip

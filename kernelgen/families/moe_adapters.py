@@ -82,6 +82,7 @@ KINDS: Mapping[str, Callable[[int, int, random.Random], list[int]]] = {
     "mixed": _mixed,
     "turns": _turns,
     "one": lambda tokens, loras, rng: [loras - 1] * tokens,
+    "uneven": lambda tokens, loras, rng: [loras - 1 if token % 8 == 3 else 0 for token in range(tokens)],
     "none": lambda tokens, loras, rng: [-1] * tokens,
 }
 

@@ -24,7 +24,7 @@ _RANY = {"rank": ("rany",)}
 _SCALES = ("weight_quant",)
 _W8: Mapping[str, Any] = {"body": _SCALES, "only": {"weight_quant": ("w8tensor", "w8channel", "w8group")}}
 _W8_CHANNEL: Mapping[str, Any] = {"body": _SCALES, "only": {"weight_quant": ("w8channel",)}}
-_W8_GROUP: Mapping[str, Any] = {"body": ("tiled_rank", *_SCALES), "only": {"weight_quant": ("w8group",)}}
+_W8_GROUP: Mapping[str, Any] = {"body": _SCALES, "only": {"weight_quant": ("w8group",)}}
 
 _SIXTEEN_BIT = (
     Case("one", "every size is one", tokens=1, loras=1, widths=(1,), rank="one"),
@@ -92,7 +92,6 @@ _FP8 = (
         block_n=256,
         widths=(300, 100),
     ),
-    Case("w8_lone_groups", "full tiles, one a program, behind the first group", **_W8_GROUP, own_tiles=True, widths=(256, 384)),
     Case("w8_tile_a_group", "tiles of a group each, several to a program", **_W8_GROUP, widths=(256,), block_n=128),
     Case("w8_rank_groups", "ranks of two groups", body=_SCALES, only={**_W8_GROUP["only"], **_RANY}, rank=129, widths=(150,)),
     Case("w8_packed", "nothing behind the last scale", **_W8, layout="packed", loras=1, widths=(60, 24)),

@@ -102,9 +102,6 @@ _FP8 = (
         k=300,
         widths=(1, 1),
     ),
-    Case("w8_whole_groups", "no group behind the last column", **_W8_GROUP, k=256),
-    Case("w8_all_of_k", "chunks and quarters that are added up in the program", **_W8, k=330, parts=0),
-    Case("w8_slice_by_slice", "a program a slice, with scales of its own", **_W8, widths=(1, 1, 1), together=False),
     Case("w8_rank_groups", "ranks of two groups", body=_SCALES, only={**_W8_GROUP["only"], **_RANY}, rank=200, k=140),
     Case(
         "w8_slices",

@@ -242,17 +242,18 @@ def split_k(k: int) -> int:
 
 def programs(problem: Problem, config: RunsConfig | TokensConfig) -> tuple[int, int, int, bool]:
     """(blocks, programs for runs or adapters of each, chunks of the columns of v, whether a chunk may be of several slices)."""
-    tokens = max(problem.tokens_hint, 1)
+    tokens, side = max(problem.tokens_hint, 1), min(problem.max_loras, 8)
     if problem.by_token:
         blocks = runtime.cdiv(tokens, config.rows)
     else:
+        side = max(side, min(2 * problem.block_m // config.rows, 8))
         blocks = max_blocks(tokens, problem.top_k, problem.num_experts, problem.block_m)
     joined = runtime.traits(problem.device).mixed_pointers
     chunks = problem.slices * runtime.cdiv(problem.rank, config.block_r)
     if joined:
         rank = runtime.cdiv(problem.rank, 16) * 16 if problem.ranked else problem.rank
         chunks = runtime.cdiv(problem.slices * rank, config.block_r)
-    return blocks, min(problem.max_loras, 8), chunks, joined
+    return blocks, side, chunks, joined
 
 
 class Key(NamedTuple):
@@ -325,11 +326,13 @@ def _pairs(s: _Shape) -> PairsConfig:
 
 def _runs(s: _Shape) -> RunsConfig:
     rows, block_r, block_k, stages = (_OF_TOKENS if s.reads_token else _OF_PAIRS)[s.block_m]
-    if s.weight_scales or s.x_scales:
+    block_r = min(block_r, max(16, runtime.next_power_of_2(s.columns)))
+    if s.block_m >= 64 and block_r <= 32:  # few sums: tiles as high as a run, and long steps, so that programs keep memory busy
+        rows, block_k, stages = _low(s)
+    elif s.weight_scales or s.x_scales:
         rows = product_rows(rows)
     if "group" in (s.weight_scales, s.x_scales):
         block_k = min(block_k, QUANT.group_k)
-    block_r = min(block_r, max(16, runtime.next_power_of_2(s.columns)))
     if block_r <= 32:  # where a tile has registers to spare, it is not much higher than what it holds
         rows = min(rows, max(32, 2 * runtime.next_power_of_2(s.run)))
     stages = min(stages if block_r < 128 else 3, s.max_stages)
@@ -340,6 +343,15 @@ def _runs(s: _Shape) -> RunsConfig:
     return RunsConfig(rows, block_r, block_k, stages, 4)
 
 
+def _low(s: _Shape) -> tuple[int, int, int]:
+    """rows, block_k and stages of tiles of few columns."""
+    if not s.reads_token:
+        return (32, 256, 4) if s.k >= 4096 else (32, 128, 3)
+    if s.x_scales:
+        return product_rows(max(16, 2 * runtime.next_power_of_2(s.run))), 128, 3
+    return 64, 128 if s.run <= 256 else 64, 3
+
+
 # block_m -> rows, most columns, block_k and stages: few rows of an adapter ask for much of K at a time.
 _OF_TOKENS = {16: (16, 32, 256, 4), 32: (16, 32, 256, 4), 64: (32, 128, 64, 4), 128: (64, 128, 64, 3)}
-_OF_PAIRS = {16: (16, 32, 128, 4), 32: (16, 32, 128, 4), 64: (32, 64, 128, 3), 128: (64, 64, 64, 4)}
+_OF_PAIRS = {16: (16, 32, 128, 4), 32: (16, 32, 128, 4), 64: (32, 64, 128, 3), 128: (64, 64, 128, 3)}
