@@ -14,6 +14,7 @@ import triton.language as tl
 
 from kernelgen.prove.exact import Lost, exact_algebra, field
 from kernelgen.prove.mutate import Bench
+from kernelgen.prove.testing import Suite
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="exact algebra interprets kernels")
@@ -89,6 +90,13 @@ def _doubled(x_ptr, y_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
     x = tl.load(x_ptr + i)
     tl.store(y_ptr + i, (x + x).to(y_ptr.dtype.element_ty))
+
+
+def test_a_case_that_compares_nothing_is_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite, variant = next(found for found in bench.variants() if found[1].name == _TWO)
+    monkeypatch.setattr(Suite, "check", lambda *given: 0.0)
+    with pytest.raises(AssertionError, match="nothing was compared in exact algebra"):
+        suite.check_exactly(variant, suite.exact_cases(variant)[0], "cpu")
 
 
 def test_what_has_no_rule_is_refused() -> None:

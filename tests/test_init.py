@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import sys
@@ -10,6 +11,7 @@ from typing import Any, Callable, Iterator, Mapping
 
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -17,11 +19,12 @@ from test_peft import pair, write
 
 from kernelgen.core.diagnostics import Failure
 from kernelgen.core.locate import SPECS
+from kernelgen.core.model import Family
 from kernelgen.demo import bounds, models
 from kernelgen.emit import build
 from kernelgen.integrations.peft import Factors, read_adapter, stack_adapters
 from kernelgen.integrations.transformers import MoeCall, MoeLora, expert_shape
-from kernelgen.measure.init.narrow import chosen
+from kernelgen.measure.init.narrow import chosen, measured, spec
 from kernelgen.measure.init.needs import needs
 from kernelgen.measure.models import Layer
 
@@ -266,9 +269,42 @@ def test_specs_are_narrowed_exactly(
     assert counts["moe_quant"] == 2 and any("diagonal" in path for path in narrow.files)
 
 
+@functools.cache
+def family_of(name: str) -> Family:
+    return next(found for found in build.package(SPECS).families if found.name == name)
+
+
+@pytest.mark.parametrize("name", ["moe_gemm", "moe_quant", "lora_shrink", "lora_expand"])
+def test_a_spec_of_one_variant_has_the_groups_of_its_scales(name: str) -> None:
+    family, source = family_of(name), (SPECS / f"{name}.yaml").read_text(encoding="utf-8")
+    whole = yaml.safe_load(source)["quant"].keys()
+    for tags, variant in {tuple(tag for _, tag in v.tags if tag[:2] in ("w8", "a8")): v for v in family.variants}.items():
+        quant = yaml.safe_load(spec(source, family, [variant], "none"))
+        of = {"group_n": {"w8group"}, "group_k": {"w8group", "a8group"}}
+        wanted = {key for key in whole if tags and (key not in of or of[key] & {*tags})}
+        assert quant.get("quant", {}).keys() == wanted, tags
+
+
+def test_what_was_measured_is_kept_where_all_of_its_sizes_are_asked_for() -> None:
+    """Entries of these sizes and schedules, and a second choice only where it is one of them."""
+    family = family_of("moe_gemm")
+    entries = yaml.safe_load((SPECS / "tuned" / "h200" / "moe_gemm.yaml").read_text(encoding="utf-8"))["entries"]
+    k, n = ({entry["problem"][size] for entry in entries} for size in ("k", "n"))
+    sizes = {"k": {max(k)}, "n": {min(n), entries[0]["problem"]["n"]}}
+    for schedules in ({"tile"}, {str(variant.schedule) for variant in family.variants}):
+        variants = [variant for variant in family.variants if variant.schedule in schedules]
+        for asked in (sizes, {size: {value} for size, value in entries[0]["problem"].items() if size in sizes}, {}):
+            ((_, text),) = list(measured(SPECS, family, variants, asked)) or [("", "")]
+            found = (yaml.safe_load(text) or {}).get("entries", [])
+            assert {e["problem"][s] in values for e in found for s, values in asked.items()} <= {True}
+            assert {e["schedule"] for e in found} | {e["runner_up"]["schedule"] for e in found if "runner_up" in e} <= schedules
+            if len(schedules) > 1:
+                assert len(found) == sum(all(e["problem"][s] in values for s, values in asked.items()) for e in entries)
+
+
 def test_a_variant_that_is_needed_is_there_in_every_schedule() -> None:
     """As another device may choose another; of a family that no call launches one stays, of the dtype."""
-    family = next(found for found in build.package(SPECS).families if found.name == "moe_lora")
+    family = family_of("moe_lora")
     one = next(variant for variant in family.variants if variant.schedule == "one_shot" and variant.rank == "r16")
     found = {str(variant.module) for variant in chosen(family, {str(one.module)}, "bf16")}
     assert {str(one.module), str(one.module).replace("one_shot", "two_kernel")} <= found

@@ -21,7 +21,7 @@ import generated as kg
 from generated.moe_gemm import _problem as gemm
 from kernelgen.prove.memory import Race
 from kernelgen.prove.mutate import NO_WAIT, Bench, Mutant, mutants
-from kernelgen.prove.order import launches_of
+from kernelgen.prove.order import STILL, launches_of
 from kernelgen.prove.testing import Variant
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,6 +145,23 @@ class Beside:
         for _ in range(2):
             kg.overlap(self.base, self.lora, stream, events)
             kg.moe_add(self.out, self.delta, self.route)
+
+
+def test_operands_that_are_still_are_those_that_the_caller_made() -> None:
+    """By their names, in all kernels: what one kernel writes and another reads is none of them."""
+    names = {name for file in ROOT.glob("generated/*/*.py") for name in re.findall(r"\b\w+_ptrs?\b", file.read_text())}
+    of_weights = {f"{tensor}{scale}_ptr" for tensor in "wab" for scale in ("", "_scale")}
+    tables = {"adapter_enabled_ptr", "expert_map_ptr", "lora_ranks_ptr", "scalings_ptr"}
+    assert {name for name in names if STILL.fullmatch(name)} <= {*of_weights, *(f"{name}s" for name in of_weights), *tables}
+
+
+def test_behind_a_wait_a_launch_depends_on_more_than_the_last() -> None:
+    with launches_of(kg) as chain:
+        Door.of("moe_add", "cpu")()
+        for wait in (lambda: chain.main.wait_event(chain.event()), lambda: chain.main.wait_stream(chain.stream())):
+            chain.main.last = chain.main.last or object()  # type: ignore[assignment]
+            wait()
+            assert chain.main.last is None
 
 
 def test_lora_on_a_second_stream_waits_for_what_it_touches() -> None:

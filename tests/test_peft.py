@@ -34,6 +34,7 @@ from kernelgen.integrations.peft import (
 )
 from kernelgen.integrations.peft.patterns import Patterns
 from kernelgen.integrations.peft.settings import read_settings
+from kernelgen.integrations.peft.stack import share_first
 from kernelgen.integrations.transformers import MoeLora, expert_shape
 
 pytestmark = [
@@ -732,6 +733,15 @@ def test_broken_folder(name: str, tmp_path: Path) -> None:
         read_adapter(folder, SHAPE)
 
 
+def test_a_folder_may_have_more_in_it(tmp_path: Path) -> None:
+    """What a trainer leaves beside the tensors is not looked at, a pickle of an older release neither."""
+    parts = random_parts()
+    folder = write(tmp_path / "x", single(MLP, parts))
+    for name in ("adapter_model.bin", "README.md", "optimizer.pt", "training_args.bin", "tokenizer.json"):
+        (folder / name).write_bytes(b"x")
+    assert_reads(read_adapter(folder, SHAPE), parts)
+
+
 def test_what_is_read_is_what_was_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that another takes the place of is read to its end; one that is written to is refused."""
     parts = random_parts()
@@ -806,6 +816,10 @@ PATTERNS = [
     "()",
     "a|",
     "",
+    "^down_proj",
+    "^d.wn_proj",
+    r"^experts\.down_proj",
+    "^model.layers.0.mlp.experts.down_proj",
 ]
 NAMES = [f"model.layers.{i}.mlp.experts.{e}.{name}" for i in (0, 10) for e in (1, 10) for name in ("gate_proj", "down_proj")] + [
     "model.layers.0.mlp.experts.down_proj",
@@ -906,6 +920,10 @@ def test_buffers(tmp_path: Path) -> None:
     assert gate_up.b[0].shape == gate_up.b[1].shape == (3, 3, 6, 8)
     assert gate_up.a[0].sum(dim=(1, 2, 3)).tolist() == [0, 90, 0]
     assert down_proj.b[0].sum(dim=(1, 2, 3)).tolist() == [SCALING * 60, 0, 0]
+    for r, rank, ranks in ((1, 16, None), (16, 16, None), (16, 17, [16]), (17, 32, None), (17, 33, [17])):  # one reads sixteen
+        one = read(tmp_path / f"{r} of {rank}", pair(f"{MLP}.base_layer", torch.ones(3 * r, 10), torch.ones(12, 3 * r)), r=r)
+        found = stack_adapters([one], SHAPE, dtype=torch.float16, rank=rank)[0].lora_ranks
+        assert (found if found is None else found.tolist()) == ranks
     with pytest.raises(AdapterError, match="got 2 adapters of rank up to 3, wanted at most 1 of rank up to 2"):
         stack_adapters([down, wide], SHAPE, dtype=torch.float16, rank=2, max_loras=1)
 
@@ -924,6 +942,9 @@ def test_shared_factors_keep_one_copy(tmp_path: Path) -> None:
             for part, buffers, s in (("gate", gate_up, 0), ("up", gate_up, 1), ("down", down, 0)):
                 for factor, buffer in zip(adapter.layers[0][part], (buffers.a[s], buffers.b[s]), strict=True):
                     assert torch.equal(buffer[slot], factor.to(torch.bfloat16))
+    square, b = torch.rand(3, 4, 4), torch.rand(3, 6, 4)
+    turned = {"gate": Factors(square, b), "up": Factors(square.transpose(1, 2), b)}
+    assert not share_first(turned) and share_first({**turned, "up": turned["gate"]})
 
 
 WRONG: list[dict[str, Any]] = [

@@ -26,6 +26,7 @@ from kernelgen.integrations.peft import (
     stack_adapters,
     stack_linears,
 )
+from kernelgen.integrations.peft.stack import empty_linear
 from kernelgen.integrations.transformers import LinearLora, expert_shape, linear_shapes
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:The following", "ignore:Setting `save_embedding_layers`")
@@ -127,6 +128,9 @@ def test_shards_add_up(scene: Scene) -> None:
     part = stack_linears([adapter], {QKV: shape._replace(here=half)}, dtype=torch.float32, allow_rest=True)[QKV]
     for one, other, rows in zip(whole.b, part.b, half.values(), strict=True):
         assert torch.equal(one[:, rows.start :], other)
+    (last,) = list(shape.slices)[-1:]
+    alone = empty_linear(shape._replace(here=half), 1, 16, torch.float16, "cpu", [last]).buffers
+    assert alone.offset_start == sum(len(rows) for module, rows in half.items() if module != last)
     columns = shape._replace(inputs_here=range(96, 128))
     part = stack_linears([adapter], {QKV: columns}, dtype=torch.float32, allow_rest=True)[QKV]
     assert torch.equal(whole.a[0][:, :, 96:], part.a[0]) and torch.equal(whole.b[0], part.b[0])

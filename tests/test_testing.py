@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import types
+import unittest
 from pathlib import Path
 from typing import Any, Callable, Iterable
 
@@ -144,6 +145,9 @@ def test_quick_tests_meet_every_template_body_and_kind_of_case(family: str) -> N
     for name, variants in exact.items():
         texts = {tuple(tag for axis, tag in v.tags.items() if axis != "dtype") for v in variants}
         assert len(texts) == len(variants), f"{name}: a text twice"
+    for case in {case for _, case in found.exact if case.body and case not in {case for _, case in found.pairs}}:
+        fitting = {tuple(map(v.told, case.body)) for v in found.variants if case.fits(v.tags)}
+        assert {tuple(map(v.told, case.body)) for v in exact[case.name]} == fitting, f"{case.name}: a body is left out"
     kept = [(v, case) for v, case in found.exact if (v.name, case.name) in found.quick_exact]
     assert {case.name for _, case in kept} == exact.keys()
     assert {mark for v, _ in kept for mark in found.marks(v)} == {mark for v, _ in found.exact for mark in found.marks(v)}
@@ -193,6 +197,17 @@ def test_a_good_call_that_leaves_an_operand_out_is_told(monkeypatch: pytest.Monk
     monkeypatch.setattr(layouts, "laboratory", lambda *_: types.SimpleNamespace(good=lambda device: good))
     with pytest.raises(AssertionError, match=r"good of moe_act .* leaves out activation, layout, num_experts, local"):
         layouts.tensors_lie_anywhere(generated, [types.SimpleNamespace(family="moe_act")], "cpu")  # type: ignore[list-item]
+
+
+def test_a_law_is_skipped_for_want_of_a_family_and_of_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generated, "LEFT_OUT", {"moe_none": "moe_none"}, raising=False)
+
+    def without(name: str, package: Any, variants: Any, device: str) -> None:
+        raise AttributeError(name=name)
+
+    for name, raised in (("moe_none", unittest.SkipTest), ("moe_gemn", AttributeError)):
+        with pytest.raises(raised):
+            suite().uphold(testing.Law(functools.partial(without, name)), "cpu")
 
 
 def test_a_family_without_cases_is_told() -> None:

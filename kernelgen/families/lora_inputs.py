@@ -48,7 +48,7 @@ class Case(BaseCase):
         scales_end_in_1: the scales of channels end in a dimension of 1.
         x_scale_dtype: of the scales of x.
         by_column: the scales of x lie column by column.
-        block_n: of the tiles of lora_expand.
+        block_n, tiles: of the tiles of lora_expand, and how many of them a program takes.
         held: tokens behind those of the call, which the route of an engine lists too.
         ranked: how many ranks of the first factors of each adapter count, over and over again; empty: no table of ranks is given.
         packed: slices of these factors lie one behind the other, by those ranks.
@@ -80,6 +80,7 @@ class Case(BaseCase):
     x_scale_dtype: torch.dtype = torch.float32
     by_column: bool = False
     block_n: int = 32
+    tiles: int = 2
     held: int = 0
     ranked: tuple[int, ...] = ()
     packed: bool = False

@@ -24,7 +24,7 @@ _RANY = {"rank": ("rany",)}
 _SCALES = ("weight_quant",)
 _W8: Mapping[str, Any] = {"body": _SCALES, "only": {"weight_quant": ("w8tensor", "w8channel", "w8group")}}
 _W8_CHANNEL: Mapping[str, Any] = {"body": _SCALES, "only": {"weight_quant": ("w8channel",)}}
-_W8_GROUP: Mapping[str, Any] = {"body": _SCALES, "only": {"weight_quant": ("w8group",)}}
+_W8_GROUP: Mapping[str, Any] = {"body": ("tiled_rank", *_SCALES), "only": {"weight_quant": ("w8group",)}}
 
 _SIXTEEN_BIT = (
     Case("one", "every size is one", tokens=1, loras=1, widths=(1,), rank="one"),
@@ -90,9 +90,14 @@ _FP8 = (
         layout="packed",
         loras=1,
         block_n=256,
-        widths=(300, 100),
+        widths=(384, 100),
     ),
-    Case("w8_tile_a_group", "tiles of a group each, several to a program", **_W8_GROUP, widths=(256,), block_n=128),
+    Case(
+        "w8_lone_wide", "the same, one a program", **_W8_GROUP, layout="packed", loras=1, block_n=256, tiles=1, widths=(384,)
+    ),
+    Case("w8_even_wide_tiles", "tiles of two whole groups", **_W8_GROUP, block_n=256, tiles=1, widths=(512,)),
+    Case("w8_tile_a_group", "tiles of a group each, several to a program", **_W8_GROUP, widths=(512,), block_n=128),
+    Case("w8_lone_tile_a_group", "tiles of a group each, one a program", **_W8_GROUP, widths=(256,), block_n=128, tiles=1),
     Case("w8_rank_groups", "ranks of two groups", body=_SCALES, only={**_W8_GROUP["only"], **_RANY}, rank=129, widths=(150,)),
     Case("w8_packed", "nothing behind the last scale", **_W8, layout="packed", loras=1, widths=(60, 24)),
     Case("w8_unaligned", "odd strides and base", **_W8, layout="odd", widths=(23, 9)),
@@ -184,4 +189,4 @@ def _in_parts(
 
 def tiles(launcher: Callable[..., None], case: Case) -> Any:
     """Tiles that small shapes can be less than, equal to and greater than."""
-    return sys.modules[launcher.__module__].Config(max(16, case.block_m // 2), case.block_n, 2, 2, 4)
+    return sys.modules[launcher.__module__].Config(max(16, case.block_m // 2), case.block_n, case.tiles, 2, 4)

@@ -102,7 +102,7 @@ _FP8 = (
         k=300,
         widths=(1, 1),
     ),
-    Case("w8_rank_groups", "ranks of two groups", body=_SCALES, only={**_W8_GROUP["only"], **_RANY}, rank=200, k=140),
+    Case("w8_rank_groups", "ranks of two groups", body=_SCALES, only={**_W8_GROUP["only"], **_RANY}, rank=200, k=256),
     Case(
         "w8_slices",
         "the scales of the second slice, and e5m2 that is read as e4m3 there (vLLM's FP8 ops)",
@@ -112,7 +112,7 @@ _FP8 = (
         k=150,
         held=3,
     ),
-    Case("w8_slice_by_slice", "a program a slice", **_W8, widths=(1, 1), together=False, k=150),
+    Case("w8_slice_by_slice", "a program a slice, for all of K", **_W8, widths=(1, 1, 1), together=False, k=330, parts=0),
     Case("w8_packed", "nothing behind the last scale", **_W8, layout="packed", loras=1, k=64),
     Case("w8_unaligned", "odd strides and base", **_W8, layout="odd", k=33, widths=(1, 1)),
     Case("w8_huge_adapters", "32-bit offsets of scales wrap", **_W8, layout="huge_adapters", adapters="last"),
