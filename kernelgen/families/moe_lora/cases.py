@@ -31,7 +31,7 @@ _ONE_GROUP = Routing("one_group")
 _SCALES = ("schedule", "weight_quant", "act_quant")
 _W8: Mapping[str, Any] = {"body": _SCALES, "only": _only(weight_quant="w8tensor w8channel w8group")}
 _W8_CHANNEL: Mapping[str, Any] = {"body": _SCALES, "only": _only(weight_quant="w8channel")}
-_W8_GROUP: Mapping[str, Any] = {"body": _SCALES, "only": _only(weight_quant="w8group")}
+_W8_GROUP: Mapping[str, Any] = {"body": (*_SCALES, "tiled_rank"), "only": _only(weight_quant="w8group")}
 _W8_TILED: Mapping[str, Any] = {
     "body": _SCALES,
     "only": _only(weight_quant="w8tensor w8channel w8group", rank="rany"),
@@ -215,7 +215,7 @@ _FP8 = (
         slices=2,
     ),
     Case("w8_wide_tiles", "a tile of columns of two groups", **_W8_GROUP, tokens=1, n=300, block_n=256),
-    Case("w8_tile_a_group", "tiles of a group each, several to a program", **_W8_GROUP, tokens=1, n=256, block_n=128),
+    Case("w8_tile_a_group", "tiles of a group each, several to a program", **_W8_GROUP, tokens=1, k=256, n=256, block_n=128),
     Case("w8_rank_groups", "ranks of two groups", **_W8_TILED, tokens=2, rank=200, n=150, k=140),
     Case(
         "w8_slices",
