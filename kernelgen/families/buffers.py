@@ -90,11 +90,17 @@ def allocate_sparse(
 
 
 def seal(view: torch.Tensor, *, sparse: bool = False) -> Guarded:
-    """Note the bits of the view and of all memory around it, or of a sparse view alone."""
+    """Note the bits of the view and of all memory around it, or of a sparse view alone.
+
+    What is NaN there becomes one of the other sign: that of an operand shows where it is written.
+    """
     if sparse or view.untyped_storage().nbytes() >= _SPARSE * view.element_size():
         return Guarded(view, view, bits(view).clone())
     storage = view.untyped_storage()
     base = torch.empty(0, dtype=view.dtype, device=view.device).set_(storage)
+    if view.is_floating_point() and view.dtype != torch.float8_e8m0fnu:  # whose NaN is one
+        held, poison = bits(base), bits(poison_(torch.empty(1, dtype=view.dtype, device=view.device)))
+        held.masked_fill_(held == poison, int(poison) + torch.iinfo(poison.dtype).min)
     return Guarded(view, base, bits(base).clone())
 
 

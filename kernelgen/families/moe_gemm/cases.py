@@ -956,7 +956,7 @@ def tables_of(
     pairs = allocate((num_pairs,), (1,), torch.int32, device)
     pairs[: len(wanted.order)] = torch.tensor([item.pair for item in wanted.order], dtype=torch.int32).to(device)
     entries = [_NO_ROWS, *(entry for block in wanted.blocks.tolist() for entry in (block, _NO_ROWS))]
-    blocks = allocate((max(len(entries) + 2, num_pairs), 3), (3, 1), torch.int32, device)
+    blocks = allocate((max(len(entries), num_pairs), 3), (3, 1), torch.int32, device)
     blocks[: len(entries)] = torch.tensor(entries, dtype=torch.int32).to(device)
     count = torch.tensor([len(entries)], dtype=torch.int32, device=device)
     hint = routed.topk_ids.shape[0] if case.hint is None else case.hint

@@ -51,7 +51,7 @@ _GROUPS = MappingProxyType({"act_quant": ("a8group",)})
 
 CASES = (
     Case("one", "every size is one", tokens=1, top_k=1, experts=1, k=1),
-    Case("group", "a whole group", k=128),
+    Case("group", "a whole group", body=BODY, k=128),
     Case("one_more", "a group, then a column", k=129),
     Case("ragged", "pairs that are elsewhere", core=True, tokens=9, top_k=3, k=300, routing=Experts("mixed", start=2)),
     Case("empty", "a launch without programs", tokens=0),
@@ -59,7 +59,7 @@ CASES = (
     Case("some_valid", "rows behind the valid tokens", tokens=7, routing=Experts("mixed", valid=3)),
     Case("no_valid_token", "a step of padding alone", routing=Experts(valid=0)),
     Case("one_expert", "programs side by side have parts of one expert", core=True, tokens=40, routing=Experts("one")),
-    Case("many_experts", "fewer parts than experts", tokens=2, experts=40, routing=Experts("turns")),
+    Case("many_experts", "fewer parts than experts", body=BODY, tokens=2, experts=40, routing=Experts("turns")),
     Case("hint_too_low", "programs that take many rows", tokens=40, hint=1, routing=Experts("skewed")),
     Case("blocks_of_64", "blocks that are not full", tokens=70, experts=2, block_m=64),
     Case("unaligned", "odd strides, a base that is not 16-byte aligned", x_gap=1, out_gap=2, offset=1, k=33),

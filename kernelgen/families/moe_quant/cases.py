@@ -62,7 +62,7 @@ CASES = (
     Case("ragged", "pairs that are elsewhere", core=True, tokens=9, top_k=3, n=300, routing=Experts("mixed", start=2)),
     Case("empty", "a launch without programs", tokens=0),
     Case("nothing_local", "no row at all", routing=Experts("away")),
-    Case("some_valid", "rows behind the valid tokens", core=True, tokens=7, routing=Experts("mixed", valid=3)),
+    Case("some_valid", "rows behind the valid tokens", body=BODY, core=True, tokens=7, routing=Experts("mixed", valid=3)),
     Case("no_valid_token", "a step of padding alone", routing=Experts(valid=0)),
     Case("more_than_there_are", "a count beyond the batch", only=_PAIR, routing=Experts(valid=2**31 - 1)),
     Case("ids_int64", "ids as torch.topk gives them", routing=Experts("mixed", ids_dtype=torch.int64)),
@@ -83,10 +83,10 @@ CASES = (
         for name, order in (("scale_an_expert", _PAIR), ("scale_an_expert_of_tables", _SORTED))
     ),
     Case("e8m0", "a scale that is a power of two, a byte", only=_GIVEN, scales_dtype=torch.float8_e8m0fnu),
-    Case("zeros", "a scale that must not be zero", special=0.0, scale=0.0),
-    Case("tiny", "a scale that would underflow", scale=2.0**-130),
-    Case("infinity", "an infinity saturates and leaves the scale alone", special=float("inf")),
-    Case("nan", "NaN stays NaN and leaves the scale alone", special=float("nan")),
+    Case("zeros", "a scale that must not be zero", body=BODY, special=0.0, scale=0.0),
+    Case("tiny", "a scale that would underflow", body=BODY, scale=2.0**-130),
+    Case("infinity", "an infinity saturates and leaves the scale alone", body=BODY, special=float("inf")),
+    Case("nan", "NaN stays NaN and leaves the scale alone", body=BODY, special=float("nan")),
     Case("own_tiles", "the tiles that the rule takes", own_tiles=True, n=700, tokens=24, block_m=32),
 )
 EXACT = tuple(case for case in CASES if case.name in ("ragged",))  # what exact algebra takes, on every text

@@ -85,9 +85,7 @@ CASES = (
     Case("twice_the_expert", "an expert twice in a token", top_k=4, routing=Routing("duplicates")),
     Case("many_groups", "more groups than pairs", tokens=20, experts=24, loras=9),
     Case("no_names", "an engine that names no adapters", names_adapters=False, tokens=12),
-    Case(
-        "many_entries", "more blocks in the rows than a turn takes", tokens=48, experts=40, loras=40
-    ),
+    Case("many_entries", "more blocks in rows than a turn takes", tokens=48, experts=40, loras=40, names_adapters=False),
     Case(
         "far_rows",
         "32-bit offsets of rows wrap",

@@ -33,6 +33,8 @@ class Case(BaseCase):
 
 _ONE = Experts("one")
 _RANKS = (-40, 0, 1, 16, 17, 64, 10**6)
+_ONE_LAUNCH = {"schedule": ("one_launch",)}
+_THREE = {"schedule": ("three_launch",)}
 
 CASES = (
     Case("one", "every size is one", tokens=1, top_k=1, experts=1, adapters=Adapters("one", 1)),
@@ -48,11 +50,13 @@ CASES = (
     Case("empty", "no token", tokens=0),
     Case("nothing_local", "no block at all", routing=Experts("away")),
     Case("some_valid", "tokens that are not valid are absent", tokens=30, routing=Experts("mixed", valid=13)),
+    Case("more_than_there_are", "a count beyond the batch", routing=Experts(valid=2**31 - 1)),
     Case("expert_parallel", "ids on both sides are elsewhere", tokens=40, routing=Experts("mixed", start=3)),
     Case("ids_int64", "ids as torch.topk gives them", routing=Experts("mixed", ids_dtype=torch.int64)),
     Case("many_experts", "more experts than pairs", tokens=40, top_k=2, experts=420, routing=Experts("skewed")),
     Case("gt_width", "more rows of an expert than are counted at a time", tokens=700, top_k=2, experts=2),
-    Case("gt_chunk", "more pairs than a program holds at a time", tokens=1030, top_k=8, experts=2, block_m=128),
+    Case("gt_chunk", "more pairs than a program holds at a time", only=_ONE_LAUNCH, tokens=1030, top_k=8, experts=2, block_m=128),
+    Case("many_blocks", "more blocks than are looked at at a time", only=_THREE, tokens=2100, top_k=8, experts=2),
 )
 # Arguments that the cases need not tell apart, and why.
 SAME = {
