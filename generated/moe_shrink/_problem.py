@@ -316,7 +316,7 @@ class _Shape(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def _choose(schedule: str, s: _Shape) -> Config:
     if schedule == "tokens":
-        return TokensConfig(*_runs(s))
+        return TokensConfig(*_tiles(s))
     return _pairs(s) if schedule == "pairs" else _runs(s)
 
 
@@ -328,11 +328,22 @@ def _pairs(s: _Shape) -> PairsConfig:
 
 
 def _runs(s: _Shape) -> RunsConfig:
+    if s.block_m < 64 or s.columns > 32:
+        return _tiles(s)
+    # Few sums: tiles as high as a run, and long steps, so that programs keep memory busy.
+    if not s.reads_token:
+        return _tiles(s, 32, *((256, 4) if s.k >= 4096 else (128, 3)))
+    if s.x_scales:
+        return _tiles(s, max(16, 2 * runtime.next_power_of_2(s.run)), 128, 3)
+    return _tiles(s, 64, 128 if s.run <= 256 else 64, 3)
+
+
+def _tiles(s: _Shape, *sizes: int) -> RunsConfig:
+    """Tiles of some rows, block_k and stages, as far as operands and memory allow; without ``sizes`` those of the table."""
     rows, block_r, block_k, stages = (_OF_TOKENS if s.reads_token else _OF_PAIRS)[s.block_m]
+    rows, block_k, stages = sizes or (rows, block_k, stages)
     block_r = min(block_r, max(16, runtime.next_power_of_2(s.columns)))
-    if s.block_m >= 64 and block_r <= 32:  # few sums: tiles as high as a run, and long steps, so that programs keep memory busy
-        rows, block_k, stages = _low(s)
-    elif s.weight_scales or s.x_scales:
+    if s.weight_scales or s.x_scales:
         rows = product_rows(rows)
     if "group" in (s.weight_scales, s.x_scales):
         block_k = min(block_k, QUANT.group_k)
@@ -344,15 +355,6 @@ def _runs(s: _Shape) -> RunsConfig:
     while block_k > 32 and stages * 2 * block_k * (rows + block_r) > s.shared_memory - 4096:
         block_k //= 2
     return RunsConfig(rows, block_r, block_k, stages, 4)
-
-
-def _low(s: _Shape) -> tuple[int, int, int]:
-    """rows, block_k and stages of tiles of few columns."""
-    if not s.reads_token:
-        return (32, 256, 4) if s.k >= 4096 else (32, 128, 3)
-    if s.x_scales:
-        return product_rows(max(16, 2 * runtime.next_power_of_2(s.run))), 128, 3
-    return 64, 128 if s.run <= 256 else 64, 3
 
 
 # block_m -> rows, most columns, block_k and stages: few rows of an adapter ask for much of K at a time.
