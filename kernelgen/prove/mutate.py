@@ -143,6 +143,17 @@ EQUIVALENT: Sequence[Excuse] = (
     Excuse(_NO_CAST, r"of_expert\.to\(gl\.int64\)", "it is 64 bits wide as it comes"),
     Excuse(_NO_CAST, r"part\.to\(tl\.int64\)", _RULE, r"^v_row = "),
     Excuse(_NO_CAST, r"chunk.*\.to\(tl\.int64\)", "a batch has fewer than 2^31 counters"),
+    Excuse(_RIGHT, r"BLOCK_M // ROWS", "a part behind its block has no rows", r"^PARTS: "),
+    *(
+        Excuse(operator, before, "it is the last part once more, with the same bits", r"^live = \(m < ")
+        for operator, before in ((_MOVED_BOUND, r"part < parts"), (_RIGHT, r"\(m < .*\) & \(part < parts\)"))
+    ),
+    Excuse(_RIGHT, r"num_pairs \+ ROWS \* COLUMNS - 1", "columns behind the last pair are empty", r"^length = "),
+    Excuse(_RIGHT, r"last_block - block", "entries behind the last have a mask", r"^for b0 in "),
+    Excuse("clamp dropped", r"tl\.maximum\(count - row, 0\)", "all of its blocks have rows", module="_(two|three)_launch_"),
+    Excuse(_MOVED_BOUND, r"rows > 0", "all of its blocks have rows", r"^tl\.store\(entry \+ 1", module="_(two|three)_launch_"),
+    *(Excuse(operator, r"own \+ 1", "a block that is not there has no rows") for operator in (_LEFT, _RIGHT)),
+    Excuse(_LEFT, r"live & \(group > 0\)", "a row that is not there has no adapter", r"^opens = "),
     Excuse(_MOVED_BOUND, r"m0 >= rows", "a program without rows stores nothing; it returns to save work"),
     Excuse(_LEFT, r"\(pair >= 0\) & \(pair < num_pairs\)", "padding is never negative"),
     Excuse("id cut to 32 bits", r"tl\.load\(topk_ids_ptr \+ pair\)", _WORK, function="shrink"),

@@ -103,6 +103,7 @@ def check(
     count = int(views["num_blocks"])
     assert 0 <= 3 * count <= sizes["blocks"], f"{count} entries do not fit"
     blocks, pairs = views["blocks"][: 3 * count].view(-1, 3).cpu(), views["pairs"].cpu()
+    assert (blocks[:, 1] < max(num_pairs, 1)).all(), "a block begins behind the last pair"
     blocks = blocks[blocks[:, 2] != 0]
     found = list(faults(routed.local, pairs, blocks, block_m=case.block_m))
     assert not found, "; ".join(found[:3])

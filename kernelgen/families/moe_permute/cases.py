@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import sys
 from types import MappingProxyType, ModuleType
 from typing import Any, Callable
@@ -133,4 +134,7 @@ def make(package: ModuleType, case: Case, tags: Tags, device: str) -> Call:
     out_scale = seal(allocate(to, row_major(to), torch.float32, device))
     given = GemmCase("tables", "", block_m=case.block_m, hint=case.hint)
     tables, _, _ = tables_of(package, given, routed, False, device)
+    align = importlib.import_module(f"{package.__name__}.moe_align._op")
+    most = max(int(tables.num_blocks), align.max_blocks(case.tokens, case.top_k, case.experts, case.block_m))
+    tables = tables._replace(blocks=tables.blocks[:most].clone())  # behind them memory ends
     return Call(seal(out), out_scale, x, x_scale, tables, routed, [item.pair for item in local])

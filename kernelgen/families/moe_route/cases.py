@@ -94,7 +94,7 @@ CASES = (
         routing=Routing("last"),
     ),
     Case("eq_chunk", "as many pairs as a program takes", tokens=256, experts=4),
-    Case("gt_chunk", "one pair more", tokens=171, top_k=3, routing=Routing("mixed")),
+    Case("gt_chunk", "one pair more", tokens=171, top_k=3, routing=Routing("mixed", expert_map=True)),
     Case("chunks", "groups that reach over several programs", tokens=600, top_k=2, experts=7),
     Case("many_chunks", "more programs than are added up at a time", only=_THREE, tokens=16500, top_k=1),
     Case("stale", "ids of an older batch behind the tokens that count", only=_HELD, tokens=150, loras=3, valid=77),

@@ -106,6 +106,7 @@ def check(package: ModuleType, launcher: Callable[..., None], tags: Tags, case: 
         stray = int((guarded.changed() & ~inside).sum())
         assert not stray, f"{name}: {stray} elements changed around it"
     blocks = views["blocks"][: int(views["num_blocks"])].cpu()
+    assert (blocks[:, 1] < max(num_pairs, 1)).all(), "a block begins behind the last pair"
     exact = {"pairs": torch.tensor([item.pair for item in wanted.order], dtype=torch.int32), "run_of_row": wanted.run_of_row}
     runs = wanted.runs if adapters.lora_ranks is None else with_ranks(wanted.runs, adapters.lora_ranks.tolist())
     for name, table in {**exact, "runs": runs}.items():
