@@ -257,7 +257,7 @@ def test_specs_are_narrowed_exactly(
     """Every variant of the narrow specs is one of the whole ones, of FP8 too, and they are taken by a build."""
     specs = tmp_path / "specs"
     code, out, err = kernelgen(
-        "init", "--from", str(config(QWEN, quantization_config=BLOCKS)), "--specs", str(specs), "--max-tokens", "8", "--json"
+        "init", "--from", str(config(QWEN, quantization_config=BLOCKS)), "--specs", str(specs), "--max-tokens", "12", "--json"
     )
     assert code == 0, err
     narrow = build.tree(specs)
@@ -274,7 +274,7 @@ def family_of(name: str) -> Family:
     return next(found for found in build.package(SPECS).families if found.name == name)
 
 
-@pytest.mark.parametrize("name", ["moe_gemm", "moe_quant", "lora_shrink", "lora_expand"])
+@pytest.mark.parametrize("name", ["moe_quant", "lora_expand"])
 def test_a_spec_of_one_variant_has_the_groups_of_its_scales(name: str) -> None:
     family, source = family_of(name), (SPECS / f"{name}.yaml").read_text(encoding="utf-8")
     whole = yaml.safe_load(source)["quant"].keys()
