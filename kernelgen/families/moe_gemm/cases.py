@@ -526,7 +526,7 @@ CASES = (
     Case(
         "fp8_long_tiles",
         "tiles of several groups of K, the last with fewer",
-        only=_only(schedule="gemv diagonal", weight_quant="w8channel w8group"),
+        only=_only(schedule="gemv diagonal", weight_quant="w8tensor w8channel w8group"),
         body=("schedule", "gated", "rows", "act_quant"),
         few=2,
         k=300,
