@@ -103,7 +103,8 @@ class _ByPair(_Schedule):
 
     operands = f"out_ptr x_ptr w_ptr {_DELTA} {_SCALES} {_MORE} {_TABLES}"
 
-    def _bind(self, problem: Problem, rows: int, options: runtime.Options, constants: dict[str, Any]) -> runtime.Call:
+    def _bind(self, problem: Problem, options: runtime.Options, constants: dict[str, Any]) -> runtime.Call:
+        rows = problem.num_tokens if problem.rows == "pair_token" else problem.num_pairs
         waits = not problem.rows.startswith("token") or problem.rank > 0  # but not before it reads of whom a pair is
         return self._kernel.bind(
             rows * runtime.cdiv(problem.n, constants["BLOCK_N"]),
@@ -132,8 +133,7 @@ class Gemv(_ByPair):
             "WEIGHTS": runtime.CACHE_POLICIES[config.weight_policy],
             "ZERO_REST": problem.zero_rest,
         }
-        rows = problem.num_tokens if problem.rows == "pair_token" else problem.num_pairs
-        return self._bind(problem, rows, runtime.Options(config.num_warps), constants)
+        return self._bind(problem, runtime.Options(config.num_warps), constants)
 
 
 class Naive(_ByPair):
@@ -150,7 +150,7 @@ class Naive(_ByPair):
             "STAGES": config.num_stages,
             "WEIGHTS": runtime.CACHE_POLICIES[config.weight_policy],
         }
-        return self._bind(problem, problem.num_pairs, runtime.Options(config.num_warps, config.num_stages), constants)
+        return self._bind(problem, runtime.Options(config.num_warps, config.num_stages), constants)
 
 
 class Diagonal(_ByPair):
@@ -170,8 +170,7 @@ class Diagonal(_ByPair):
             "ROWS": together(problem, config.block_k),
             "PAIRS": runtime.next_power_of_2(problem.num_pairs),
         }
-        rows = problem.num_tokens if problem.rows == "pair_token" else problem.num_pairs
-        return self._bind(problem, rows, runtime.Options(config.num_warps, config.num_stages), constants)
+        return self._bind(problem, runtime.Options(config.num_warps, config.num_stages), constants)
 
 
 class LaneGemv(_ByPair):
@@ -181,8 +180,7 @@ class LaneGemv(_ByPair):
     config = LaneGemvConfig
 
     def bind(self, problem: Problem, config: LaneGemvConfig) -> runtime.Call:
-        sums = problem.rows == "pair_token"
-        rows, pairs = (problem.num_tokens, runtime.next_power_of_2(problem.top_k)) if sums else (problem.num_pairs, 1)
+        pairs = runtime.next_power_of_2(problem.top_k) if problem.rows == "pair_token" else 1
         runtime.check_tile(self.name, "parts", config.parts, columns=COLUMNS // pairs)
         if problem.k > config.parts * PART:
             runtime.fail(self.name, "parts", config.parts, f"parts of at most {PART} of {problem.k} columns")
@@ -192,7 +190,7 @@ class LaneGemv(_ByPair):
             "STAGES": config.num_stages,
             "ZERO_REST": problem.zero_rest,
         }
-        return self._bind(problem, rows, runtime.Options(pairs * config.parts), constants)
+        return self._bind(problem, runtime.Options(pairs * config.parts), constants)
 
 
 class _ByBlock(_Schedule):

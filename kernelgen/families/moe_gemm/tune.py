@@ -42,11 +42,11 @@ class MoeGemm(Hints):
         k, n, slices, rows = map(self.size, ("k", "n", "slices", "block_m"))
         if c["block_k"] > max(2 * k, 64) or c["block_n"] > max(2 * n, 16):
             return False
-        if p.get("weight_quant") == "w8group" and candidate.schedule != "diagonal" and GROUP % c["block_k"]:
-            return False  # a tile has one scale
-        if candidate.schedule == "diagonal":  # a warp group has 64 rows of a tile
+        if candidate.schedule == "diagonal":  # a warp group has 64 rows of a tile, each with scales of its own
             high = c["block_n"] * c["block_k"] >= 64 * GROUP * c["num_warps"] // 4
             return high and c["num_stages"] * slices * c["block_n"] * c["block_k"] <= self.sizes.shared_memory - 2**14
+        if p.get("weight_quant") == "w8group" and GROUP % c["block_k"]:
+            return False  # a tile has one scale
         if candidate.schedule in BY_PAIR:
             return True
         if c["tail"] and rows < 128:
