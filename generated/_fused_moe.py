@@ -231,7 +231,7 @@ def fused_moe(
             lie column by column. A token is made FP8 once for all its experts: of input scales of experts take the largest. The
             activations between the two products are rounded to bfloat16 and then become FP8 too, by ``moe_quant``, with scales
             alike.
-        h_scale: their scale where x_scale is [1]: [1], or [>= E], the input scale of ``w2`` of each expert; other scales are
+        h_scale: their scale where x_scale is [1]: [1], or [E], the input scale of ``w2`` of each expert; other scales are
             found.
         w13_bias, w2_bias: [E, rows] in any float dtype, last stride 1, both or neither, added to the sums in fp32, in front of
             the activation, and before experts are weighted.

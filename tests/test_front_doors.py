@@ -22,7 +22,7 @@ import generated as kg
 from generated import _operands as operands
 from generated import _runtime as runtime
 from generated._operands import OPS, Bundle, Choice, Device, Flag, Int, Number, Op, Several, Tensor
-from generated.moe_route._op import OpenRoute
+from generated.moe_route._op import EngineRoute, OpenRoute, TableRoute
 
 
 @pytest.fixture
@@ -253,6 +253,10 @@ def test_memory_that_is_written_is_not_shared(name: str, known: bool, device: st
             assert len(launches) == number
 
 
+# What may be edited: it was nothing that tables were made of.
+FREE = {kg.MoeTables: {"tokens_hint"}, TableRoute: {"parts"}, EngineRoute: {"parts"}, kg.MoeRuns: set()}
+
+
 @pytest.mark.parametrize("known", [False, True], ids=["at first", "behind good calls"])
 @pytest.mark.parametrize("name", GOOD)
 def test_tables_stay_with_what_they_were_made_of(name: str, known: bool, device: str, launches: list[Any]) -> None:
@@ -265,7 +269,7 @@ def test_tables_stay_with_what_they_were_made_of(name: str, known: bool, device:
         good = door.good[operand.name]
         if all(getattr(good, table) is None for table in getattr(good, "_tables", ())):
             continue
-        for field in good._hang:
+        for field in sorted(set(good._fields) - FREE[type(good)]) if getattr(good, "_tables", ()) else ():
             old, label = getattr(good, field), f"{operand.name}.{field}"
             if old is None:
                 values = [torch.zeros(T, dtype=INT32, device=device)]
@@ -422,6 +426,18 @@ def test_calls_are_worked_out_anew_inside_and_behind(
     assert number() == often
 
 
+def test_tiles_that_tuning_forces_are_taken_whole(device: str) -> None:
+    """Those of steps over ranks too, which else go by the rule where only layers without adapters were measured."""
+    door = Door.of("moe_gemm adapted", device)
+    with runtime.choosing({}) as choices:
+        door()
+    key, schedule, rule = choices[0].key, choices[0].schedule, choices[0].config
+    forced = rule._replace(block_d=128, delta_stages=rule.delta_stages + 1)
+    with runtime.choosing({(type(key), key): ((schedule, tuple(forced)),)}), runtime.launches() as launches:
+        door()
+    assert [launches[0].constants[name] for name in ("BLOCK_D", "DELTA_STAGES")] == [forced.block_d, forced.delta_stages]
+
+
 def test_columns_of_one_buffer_are_memory_of_their_own(device: str, launches: list[Any]) -> None:
     door = Door.of("lora", device)
     both = torch.zeros(T, K + 2 * N + 1, dtype=BF16, device=device)
@@ -508,6 +524,8 @@ RELATED: list[tuple[str, Callable[[Arguments], Arguments], str]] = [
     ("moe_permute", lambda good: {"x_scale": good["x_scale"].new_ones(1)}, "x_scale: .* stays where it is"),
     ("moe_sum", lambda good: {"keep_empty": True, "out": None}, "out: got None"),
     ("moe_gemm adapted", lambda good: {"v": good["v"].float()}, "v: .* make it with moe_shrink"),
+    ("moe_gemm adapted", lambda good: _second(good), "v: .* make it with moe_shrink"),
+    ("moe_lora_expand", lambda good: {"y": good["y"][None, :, :, :1].contiguous()}, "y: .* rank / shards|y: .*shards"),
     ("moe_quant", lambda good: {"order": "sorted", "tables": _without_blocks(good["tables"])}, "tables: got none"),
     ("moe_shrink", lambda good: {"v": good["v"][:T].clone()}, "lora_a: .* elements apart, wanted 0, for a v of tokens"),
     ("fused_moe", lambda good: {"workspace": good["workspace"]._replace(num_blocks=good["lora"][5])}, "workspace.num_blocks: "),
@@ -554,6 +572,14 @@ def _in_order(good: Arguments, block_m: int = 128) -> Arguments:
     return {**given, **rows, "x_rows": "sorted", "out": given["out"].bfloat16(), "out_scale": None}
 
 
+def _second(good: Arguments) -> Arguments:
+    """A second product, whose v has rows of tokens."""
+    pairs, rank = good["out"].shape[0], good["v"].shape[2]
+    x, w = good["x"].new_zeros(pairs, N), good["w"].new_zeros(EXPERTS, K, N)
+    given = {"x": x, "w": w, "out": x.new_zeros(pairs, K), "v": x.new_zeros(T, 1, rank), "activation": None}
+    return {**given, "lora_b": [x.new_zeros(LORAS, EXPERTS, K, rank)], "x_rows": "sorted", "out_rows": "pair"}
+
+
 def _one_more(name: str, good: Arguments) -> Arguments:
     """Slices with a slot for one more adapter."""
     return {name: [factor[[*range(LORAS), 0]] for factor in good[name]]}
@@ -567,6 +593,20 @@ def test_what_does_not_go_together_is_named(
     with pytest.raises(ValueError, match=f"^{re.escape(door.name)}: .*{named}"):
         door(**change(door.good))
     assert len(launches) == number
+
+
+@pytest.mark.parametrize("rank", [None, 8, 16, 64, 256])
+def test_a_route_of_a_graph_settles_as_one_that_is_made(rank: int | None, device: str) -> None:
+    """With the rank, too, on which it hangs how many pairs are taken as they come."""
+    kinds = set()
+    for num_tokens in (1, 2, 3, 5, 8, 13, 24, 40, 72, 130):
+        ids, mapping = (torch.zeros(size, dtype=INT32, device=device) for size in ((num_tokens, 2), (num_tokens,)))
+        made = kg.moe_route(ids, mapping, num_experts=EXPERTS, max_loras=LORAS, rank=rank)
+        sizes = (num_tokens, 2, EXPERTS, LORAS)
+        settled = OpenRoute(ids, mapping, None, None, ids, ids, ids, None, *sizes, "auto", rank, None).settled()
+        assert (type(settled), settled[-4:]) == (type(made), made[-4:])
+        kinds.add((type(settled), getattr(settled, "block_m", None)))
+    assert len(kinds) > 1
 
 
 @pytest.mark.parametrize("name", [name for name in GOOD if name.partition(" ")[2] == "fp8"])

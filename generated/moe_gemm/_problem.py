@@ -560,7 +560,7 @@ def plan(problem: Problem, boxes: bool, lanes: bool, there: Callable[[str], bool
     def rule(schedule: str | None) -> tuple[str, Config]:
         return schedule or own, _rule(schedule or own, *s)
 
-    bare = key._replace(rank=0) if problem.rank > 0 and not runtime.measured(TUNED, key, device) else None
+    bare = key._replace(rank=0) if problem.rank > 0 and not runtime.taken_for(TUNED, key, device) else None
 
     def serves(schedule: str) -> bool:
         """Whether operands and rows are such that it can; what box and lanes can, tile can; Triton does not interpret Gluon."""

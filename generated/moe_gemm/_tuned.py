@@ -214,7 +214,7 @@ TUNED: tuple[Measured, ...] = (
         (4096, 4, 32, 128, 2880, 2880, 1, False, False, 0, "mx", None, False): (("tile", (256, 64, 3, 8, 8, 1, 0, 64, 2)),),
         (256, 4, 32, 64, 2880, 2880, 2, True, False, 0, "mx", None, False): (("tile", (64, 64, 4, 4, 1, 0, 0, 64, 2)),),
         (256, 4, 32, 64, 2880, 2880, 1, False, False, 0, "mx", None, False): (("tile", (128, 64, 3, 4, 8, 0, 0, 64, 2)),),
-        (1024, 2, 8, 128, 4096, 14336, 2, False, False, 0, "group", "group", True): (("warp_specialised", (4, 16, 1)),),
+        (1024, 2, 8, 128, 4096, 14336, 2, False, False, 0, "group", "group", True): (("warp_specialised", (4, 1, 1)),),
         (2048, 2, 8, 128, 4096, 14336, 2, False, False, 0, "group", "group", True): (("warp_specialised", (4, 4, 1)),),
         (4096, 2, 8, 128, 4096, 14336, 2, False, False, 0, "group", "group", True): (("warp_specialised", (4, 4, 1)),),
         (16384, 2, 8, 128, 4096, 14336, 2, False, False, 0, "group", "group", True): (("warp_specialised", (4, 4, 1)),),

@@ -15,7 +15,7 @@ v [parts, T * top_k, 1, rank] float32, the sum of its parts rounded to bfloat16,
 B is of float8_e4m3fn or float8_e5m2 and stands for numbers times scales, fp32:
 b_scale_s [L, E];
 W and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32 or float8_e8m0fnu:
-w_scale [E], x_scale [1] or [>= E];
+w_scale [E], x_scale [1] or [E];
 the sum over K, and what follows it, is fp32 and is rounded once.
 A program makes BLOCK_N columns of a token, one expert after the other, so that the sum never leaves the chip.
 Matrix units take 64 rows of W and 16 of x at least. A step is long, so that memory is read in long pieces, and its parts of a row

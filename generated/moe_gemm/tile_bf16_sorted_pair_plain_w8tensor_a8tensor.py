@@ -10,7 +10,7 @@ For every local pair p = t * top_k + j of expert e:
 Shapes: x [T * top_k, K], W [E, N, K] and out [T * top_k, N], all bfloat16;
 i is the position of p in the tables;
 W and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32 or float8_e8m0fnu:
-w_scale [E], x_scale [1] or [>= E];
+w_scale [E], x_scale [1] or [E];
 the sum over K, and what follows it, is fp32 and is rounded once.
 The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs stride
 over them. Where TAIL is set, a block of few rows takes a tile of half the height.

@@ -15,7 +15,7 @@ v [T * top_k, 1, rank] bfloat16, B [L, E, N, rank] FP8, of any rank;
 B is of float8_e4m3fn or float8_e5m2 and stands for numbers times scales, fp32:
 b_scale_s [L, E];
 W and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32 or float8_e8m0fnu:
-w_scale [E], x_scale [1] or [>= E];
+w_scale [E], x_scale [1] or [E];
 the sum over K, and what follows it, is fp32 and is rounded once.
 The grid is sized on the host for the tokens that are expected; the number of tiles is read on the device, and programs stride
 over them. Where TAIL is set, a block of few rows takes a tile of half the height.

@@ -15,7 +15,7 @@ Shapes: x [T * top_k, K], W [E, N, K] and out [T * top_k, N], all bfloat16;
 i is the position of p in the tables;
 v [T * top_k, 1, rank] bfloat16, B [L, E, N, rank] bfloat16, of any rank;
 W and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32 or float8_e8m0fnu:
-w_scale [E], x_scale [1] or [>= E];
+w_scale [E], x_scale [1] or [E];
 the sum over K, and what follows it, is fp32 and is rounded once.
 A program a multiprocessor strides over the tiles. Copies run STAGES steps of K ahead, around a ring of slots in shared memory.
 Each slot has two barriers: ``full`` completes when its copies have arrived, ``empty`` when both halves have read it. Tensor cores

@@ -13,7 +13,7 @@ Shapes: x [T, K], W [E, 2 * N, K] and out [T * top_k, N], all bfloat16;
 i is the position of p in the tables;
 W and x are FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32 or float8_e8m0fnu:
 w_scale [E] or [E, 2], x_scale [1];
-out is FP8 too and stands for numbers times out_scale, [1] or [>= E], which is read: those that moe_quant makes of
+out is FP8 too and stands for numbers times out_scale, [1] or [E], which is read: those that moe_quant makes of
 rows in bfloat16;
 the sum over K, and what follows it, is fp32 and is rounded once.
 A program a multiprocessor strides over the tiles. Copies run STAGES steps of K ahead, around a ring of slots in shared memory.

@@ -48,7 +48,7 @@ def moe_lora(
             [L, E, N], with a last dimension of 1 or without; or, a scale a group,
             [L, E, ceil(out / group_n), ceil(in / group_k)] of each matrix [out, in]. A weight stands for its number times its
             scale.
-        x_scale: float32 or float8_e8m0fnu, for an FP8 x: [1], or [>= E] of experts with ``mul_routed_weight``; or [rows, 1]; or
+        x_scale: float32 or float8_e8m0fnu, for an FP8 x: [1], or [E] of experts with ``mul_routed_weight``; or [rows, 1]; or
             [rows, ceil(K / group_k)], row by row or column by column.
 
     Raises:

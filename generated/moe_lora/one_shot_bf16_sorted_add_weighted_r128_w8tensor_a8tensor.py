@@ -12,7 +12,7 @@ Pairs that are not live (no adapter, a disabled one, an expert that is not here)
 Shapes: out [T, top_k, S * N], x [T * top_k, K], A_s [L, E, rank, K] and B_s [L, E, N, rank], all bfloat16;
 A_s and B_s, and x, are stored as FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32, those of x also
 float8_e8m0fnu:
-a_scale_s and b_scale_s [L, E], x_scale [1] or [>= E];
+a_scale_s and b_scale_s [L, E], x_scale [1] or [E];
 topk_weights [T, top_k] in any float dtype, applied in fp32; rank at most 128.
 One program serves one block of the route: at most BLOCK_M pairs of one adapter and one expert.
 Programs of FP8 share the rows of a higher block, SHARES of them: what is widened stays in registers for up to 32 rows.

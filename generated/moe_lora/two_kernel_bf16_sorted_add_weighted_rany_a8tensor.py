@@ -11,7 +11,7 @@ For every live pair p = t * top_k + j with adapter l and expert e, and every sli
 Pairs that are not live (no adapter, a disabled one, an expert that is not here) keep their rows of out as they are.
 Shapes: out [T, top_k, S * N], x [T * top_k, K], A_s [L, E, rank, K] and B_s [L, E, N, rank], all bfloat16;
 x is stored as FP8 (float8_e4m3fn or float8_e5m2), standing for numbers times scales, fp32, those of x also float8_e8m0fnu:
-x_scale [1] or [>= E];
+x_scale [1] or [E];
 topk_weights [T, top_k] in any float dtype, applied in fp32; any rank, in tiles of 128.
 Two kernels give few blocks enough programs: the shrink can cut K into parts, which the expand adds in a fixed order, and the
 expand cuts the columns. Parts are fp32 [splits, position in the route, S, rank]; a single part is already rounded.

@@ -20,7 +20,7 @@ def moe_quant(codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, tables:
 
     Args:
         codes: [T * top_k, N] float8_e4m3fn or float8_e5m2, last stride 1.
-        scale: float32, contiguous: [T * top_k, 1] or [T * top_k, ceil(N / group_k)], which are written; or [1], or [>= E] of the
+        scale: float32, contiguous: [T * top_k, 1] or [T * top_k, ceil(N / group_k)], which are written; or [1], or [E] of the
             expert of each row, which is read: what is beyond the largest FP8 number times it saturates.
         x: [T * top_k, N] bfloat16, last stride 1.
         tables: from ``moe_align``; with ``order="pair"`` also from ``no_tables``.

@@ -8,7 +8,7 @@ For every place i of a local pair in the tables:
 ``largest`` is the largest number of the FP8 type; every quotient and product is rounded to fp32, as in
 quantize_activations. What is beyond it saturates, NaN stays NaN. Other rows keep their bytes.
 
-Shapes: x [T * top_k, N] bfloat16, codes [T * top_k, N] float8_e4m3fn or float8_e5m2, scale [1] or [>= E], which is read, float32.
+Shapes: x [T * top_k, N] bfloat16, codes [T * top_k, N] float8_e4m3fn or float8_e5m2, scale [1] or [E], which is read, float32.
 """
 
 from __future__ import annotations

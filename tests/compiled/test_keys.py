@@ -7,7 +7,7 @@ tried, and a share of those behind.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Iterable, Iterator, Sequence
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
 import pytest
 import torch
@@ -291,13 +291,14 @@ def linear(shape: LoraShape, num_tokens: int) -> None:
     route = kg.lora_route(empty(num_tokens, dtype=torch.int32), max_loras=shape.max_loras)
     a = [empty(shape.max_loras, shape.rank, shape.k) for _ in shape.widths]
     b = [empty(shape.max_loras, width, shape.rank) for width in shape.widths]
-    out, x = empty(num_tokens, sum(shape.widths)), empty(num_tokens, shape.k)
+    at = shape.offset_start
+    out, x = empty(num_tokens, shape.out_width or at + sum(shape.widths)), empty(num_tokens, shape.k)
     if shape.separate:
         y = empty(len(a), num_tokens, shape.rank, dtype=torch.float32)
         kg.lora_shrink(y, x, a, route, scaling=0.5)
-        kg.lora_expand(out, y, b, route)
+        kg.lora_expand(out, y, b, route, offset_start=at)
     else:
-        kg.lora(out, x, a, b, route, scaling=0.5)
+        kg.lora(out, x, a, b, route, offset_start=at, scaling=0.5)
 
 
 @pytest.mark.slow(keep=1)
@@ -313,6 +314,29 @@ def test_no_number_of_tokens_makes_another_key_of_a_linear_layer(separate: bool,
             log.clear()
     known = {request.key for request in requests([shape], max_tokens=MAX_TOKENS)}
     assert found == known and len(known) < 40
+
+
+DENSE = LoraShape(k=384, widths=(256, 128), rank=16, max_loras=4)
+SHARDED = ShardedMoeShape(QWEN3_W2._replace(k=384, n=1024), offset=3, out_width=1031)  # no whole 16 bytes
+# Shapes with what few of them have.
+RARE: dict[str, tuple[Any, Callable[[Any, int], None]]] = {
+    "wider out": (DENSE._replace(out_width=515), linear),
+    "columns further on": (DENSE._replace(offset_start=5), linear),
+    "columns further on of two ops": (DENSE._replace(offset_start=5, out_width=515, separate=True), linear),
+    "sharded": (SHARDED, lambda shape, count: serve_sharded(shape, count, "auto")),
+    "sharded, to the last column": (SHARDED._replace(out_width=None), lambda shape, count: serve_sharded(shape, count, "auto")),
+    "shared factors": (SHARED_LAYER, lambda shape, count: serve_layer(shape, count, None)),
+    "a share of a layer": (LOCAL_LAYER, lambda shape, count: serve_layer(shape, count, None)),
+}
+
+
+@pytest.mark.parametrize(("shape", "serve_one"), RARE.values(), ids=RARE)
+def test_warm_up_does_what_a_shape_says(shape: Any, serve_one: Callable[[Any, int], None]) -> None:
+    with runtime.compile_only() as log:
+        for num_tokens in (1, 5, 17, 64):
+            serve_one(shape, num_tokens)
+        found = {request.key for request in log}
+    assert found and found <= {request.key for request in requests([shape], max_tokens=64)}
 
 
 def test_warm_up_knows_fp8_of_a_linear_layer() -> None:
@@ -344,7 +368,7 @@ def serve_sharded(sharded: ShardedMoeShape, num_tokens: int, assignment: str) ->
     a = [empty(*experts, shape.rank, shape.k)] * shape.slices
     kg.moe_lora_shrink(y, empty(num_pairs if weighted else num_tokens, shape.k), a, route)
     kg.moe_lora_expand(
-        empty(num_tokens, shape.top_k, sharded.out_width or shape.slices * shape.n),
+        empty(num_tokens, shape.top_k, sharded.out_width or sharded.offset + shape.slices * shape.n),
         y if parts == 1 else empty(parts, *y.shape, dtype=torch.float32),
         [empty(*experts, shape.n, shape.rank * parts)] * shape.slices,
         route,
@@ -359,7 +383,7 @@ def serve_sharded(sharded: ShardedMoeShape, num_tokens: int, assignment: str) ->
     "shape",
     [
         ShardedMoeShape(QWEN3_W13._replace(n=384, rank=8, assignments=ALL), gathered=2),
-        ShardedMoeShape(QWEN3_W2._replace(k=384, n=1024, assignments=ALL), offset=1024, out_width=2048),
+        ShardedMoeShape(QWEN3_W2._replace(k=384, n=1024, assignments=ALL), offset=1024, out_width=4096),
     ],
     ids=["gathered", "reduced"],
 )

@@ -364,6 +364,23 @@ def test_warps_of_roles_serve_where_gluon_is_found(
     _gemm_problem.has_gluon.cache_clear()
 
 
+@pytest.mark.parametrize("padding", [(0, 0), (8, 0), (0, 8), (8, 8)])
+def test_what_lies_in_whole_16_bytes_is_read_by_boxes(driver: Recorder, padding: tuple[int, int]) -> None:
+    """Experts as well as rows; else pointers read it, whatever was measured. In bytes that are too many."""
+    experts, k, n = 2, 256, 128
+    row = k + padding[1] // 2
+    expert = n * row + padding[0] // 2
+    w = torch.zeros(experts * expert, dtype=torch.bfloat16).as_strided((experts, n, k), (expert, row, 1))
+    x, out = (torch.zeros(64, size, dtype=torch.bfloat16) for size in (k, n))
+    tables = kg.moe_align(torch.zeros(64, 1, dtype=torch.int32), num_experts=experts, block_m=64)
+    with runtime.choosing({}) as choices:
+        kg.moe_gemm(out, x, w, tables, x_rows="sorted")
+    forced = {(type(choices[0].key), choices[0].key): (("box", None), ("tile", None))}
+    with runtime.choosing(forced), runtime.launches() as launches:
+        kg.moe_gemm(out, x, w, tables, x_rows="sorted")
+    assert [launch.variant.partition("_bf16")[0] for launch in launches] == ["tile" if any(padding) else "box"]
+
+
 def test_lanes_widen_mxfp4_where_gluon_is_found(driver: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of few rows an expert, of few tokens without tables; else, and where Triton has no such Gluon, the others serve."""
     k, inter, experts, u8 = 64, 32, 2, torch.uint8

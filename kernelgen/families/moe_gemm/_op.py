@@ -75,7 +75,7 @@ def moe_gemm(
             rows begin anew with up, [E, 2 * ceil(N / group_n), ...]. Or uint8 or float8_e8m0fnu, [E, rows of W[e], K / 32], for
             MXFP4 weights, uint8 [E, rows of W[e], K / 2] of two numbers a byte, the lower bits first. ``out`` is bfloat16 then.
         x_scale: likewise, for an FP8 x: [1], [rows of x, 1] or [rows of x, ceil(K / group_k)], as the scales of the weights.
-            [1] may be [>= E] where rows are of pairs: the input scale of each expert. Groups may lie column by column.
+            [1] may be [E] where rows are of pairs: the input scale of each expert. Groups may lie column by column.
         v, lora_b, runs: rank vectors from ``moe_shrink``, with tables of pairs or of tokens; a tensor [L, E, N, rank] for each
             half of w, or one, with the scaling folded in, finite, the strides over L and E free, 0 shares; and the runs, with the
             ``tables`` that ``moe_runs`` returned beside them. For rows as a layer has them: "token" to "sorted" to "pair", or of
@@ -87,7 +87,7 @@ def moe_gemm(
         limit, alpha, beta: of "swiglu_clamp", as ``fused_moe`` takes them.
         out_scale: for an ``out`` that is FP8, [T * top_k, N] with ``out_rows="sorted"``: the codes and scales that ``moe_quant``
             makes of what else were written. Float32 [T * top_k, ceil(N / group_k)], contiguous, written, where the scales of x
-            are of groups; [1] or [>= E], read, where x has one. For "swiglu" in blocks of 128 rows on sm_90, with Gluon.
+            are of groups; [1] or [E], read, where x has one. For "swiglu" in blocks of 128 rows on sm_90, with Gluon.
 
     Raises:
         ValueError: something does not fit, or no variant serves it; nothing was launched.

@@ -118,7 +118,16 @@ CASES = (
         tokens=24,
         top_k=1,
         routing=_ONE,
+        block_m=32,
         adapters=Adapters("spread", 12),
+    ),
+    Case(
+        "many_adapters",
+        "more adapters than a program of tokens takes side by side, and no multiple of them",
+        only={"schedule": ("tokens",)},
+        tokens=24,
+        adapters=Adapters("spread", 12),
+        a_layout="shared",
     ),
     Case(
         "uneven_runs",
