@@ -160,7 +160,7 @@ TUNED: tuple[Measured, ...] = (
         (4096, 8, 128, 128, 2048, 768, 2, True, False, 0, "group", "group", False): (("warp_specialised", (4, 1, 1)), ("box", (128, 128, 3, 8, 4, 1, 32, 2))),
         (4096, 8, 128, 128, 2048, 768, 2, True, False, 0, "group", "group", True): (("warp_specialised", (4, 1, 1)),),
         (16384, 8, 128, 128, 2048, 768, 2, True, False, 0, "group", "group", False): (("warp_specialised", (4, 16, 1)), ("tile", (128, 128, 3, 8, 1, 1, 1, 64, 2))),
-        (16384, 8, 128, 128, 2048, 768, 2, True, False, 0, "group", "group", True): (("warp_specialised", (4, 16, 1)),),
+        (16384, 8, 128, 128, 2048, 768, 2, True, False, 0, "group", "group", True): (("warp_specialised", (4, 1, 1)),),
         (1024, 8, 128, 128, 4096, 1408, 2, True, False, 0, None, None, False): (("box", (128, 64, 4, 8, 1, 1, 32, 2)), ("tile", (128, 64, 4, 8, 4, 1, 0, 32, 2))),
         (4096, 8, 128, 128, 4096, 1408, 2, True, False, 0, None, None, False): (("box", (128, 64, 4, 8, 4, 1, 32, 2)), ("tile", (128, 64, 4, 8, 1, 1, 1, 32, 2))),
         (4096, 8, 128, 128, 4096, 1408, 2, True, False, 0, "group", None, False): (("tile", (128, 64, 5, 8, 1, 1, 1, 32, 2)),),
