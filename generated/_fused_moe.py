@@ -346,11 +346,14 @@ def _bind(given: Given) -> runtime.Call:
 
 
 def _as_tuned(layer: _Layer, given: Given, buffers: FusedMoeWorkspace) -> _Layer:
-    """The layer, whose first product may make its rows FP8, and may have rows of x in order, where tuning says so."""
+    """The layer, whose blocks may be taller, and whose first product may make its rows FP8 and have rows of x in order, where tuning
+    says so."""
 
     def pays(tried: _Layer) -> bool:
         return is_tuned(next(arguments for name, arguments in tried.launches(given, buffers) if name == "first"), _FIRST)
 
+    if layer.block_m == 64 and pays(tried := layer._replace(block_m=128)):
+        layer = tried  # of which the other half of warps has rows, too, and the weights are read once
     if given.lora is None and pays(tried := layer._replace(at_once=True)):
         layer = tried
     if layer.x_scales != "tensor" and pays(tried := layer._replace(in_order=True)):

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Iterator
 
 import pytest
 import torch
@@ -184,19 +184,29 @@ def test_a_name_that_triton_would_not_carry_around_a_loop_is_refused(line: str, 
     assert len(found) == count
 
 
+def _fp8_layer(tokens: int) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+    """A layer of two experts, with groups: what fused_moe is given, and what by name."""
+    numbers = torch.Generator().manual_seed(0)
+    normal = functools.partial(torch.randn, generator=numbers)
+    x, x_scale = kg.quantize_activations(normal(tokens, 128), "group")
+    (w13, s13), (w2, s2) = (kg.quantize_weights(normal(2, 256, 128) / 8, "group", slices=n) for n in (2, 1))
+    layer = (x, w13, w2[:, :128].contiguous(), torch.randint(2, (tokens, 1), generator=numbers), torch.ones(tokens, 1))
+    return layer, {"activation": "swiglu", "w13_scale": s13, "w2_scale": s2[:, :1].contiguous(), "x_scale": x_scale}
+
+
+def _adapters(tokens: int) -> kg.FusedMoeLora:
+    """One adapter of rank 16, which two thirds of the tokens do not have."""
+    numbers = torch.Generator().manual_seed(1)
+    a, b = ((torch.randn(1, 2, *shape, generator=numbers) / 8).bfloat16() for shape in ((16, 128), (128, 16)))
+    return kg.FusedMoeLora(torch.arange(tokens, dtype=torch.int32) % 3 - 1, (a, a), (b, b), (a,), (b,))
+
+
 def test_a_layer_does_what_tuning_says_of_its_first_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that become FP8 at once, rows of x in order, or both, with the bits of the layer without; and neither by itself."""
     for module in (gemm, gemm_op):
         monkeypatch.setattr(module, "has_gluon", lambda: True)
-    numbers = torch.Generator().manual_seed(0)
-    normal = functools.partial(torch.randn, generator=numbers)
-    x, x_scale = kg.quantize_activations(normal(300, 128), "group")
-    (w13, s13), (w2, s2) = (kg.quantize_weights(normal(2, 256, 128) / 8, "group", slices=n) for n in (2, 1))
-    layer = (x, w13, w2[:, :128].contiguous(), torch.randint(2, (300, 1), generator=numbers), torch.ones(300, 1))
-    given = {"activation": "swiglu", "w13_scale": s13, "w2_scale": s2[:, :1].contiguous(), "x_scale": x_scale}
-    a, b = ((normal(1, 2, *shape) / 8).bfloat16() for shape in ((16, 128), (128, 16)))
-    adapters = kg.FusedMoeLora(torch.arange(300, dtype=torch.int32) % 3 - 1, (a, a), (b, b), (a,), (b,))
-    for lora in (None, adapters):
+    layer, given = _fp8_layer(300)
+    for lora in (None, _adapters(300)):
         with runtime.choosing({}) as choices, runtime.launches() as stock:
             wanted = kg.fused_moe(*layer, **given, lora=lora)
         first = next(choice.key for choice in choices if isinstance(choice.key, gemm.Key) and choice.key.reads_token)
@@ -211,6 +221,29 @@ def test_a_layer_does_what_tuning_says_of_its_first_product(monkeypatch: pytest.
             assert ("moe_permute" in families) == in_order
             assert ("moe_quant" not in families) == (at_once and lora is None)
             assert [f for f in families if f not in ("moe_permute", "moe_quant")] == [f for f in usual if f != "moe_quant"]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_blocks_are_taller_where_tuning_says_so(adapted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of some 64 rows an expert, which then have a block each; and nowhere else, nor where no warps have roles."""
+    for module in (gemm, gemm_op):
+        monkeypatch.setattr(module, "has_gluon", lambda: True)
+    given = _fp8_layer(100)
+    lora = _adapters(100) if adapted else None
+    with runtime.choosing({}) as choices:
+        low = kg.fused_moe(*given[0], **given[1], lora=lora)
+    first = next(choice.key for choice in choices if isinstance(choice.key, gemm.Key) and choice.key.reads_token)
+    assert first.block_m == 64
+    forced = {(type(first), first._replace(block_m=128)): (("warp_specialised", (2, 1, 1)),)}
+    with runtime.choosing(forced) as choices, runtime.launches() as launches:
+        tall = kg.fused_moe(*given[0], **given[1], lora=lora)
+    taken = [(choice.key.block_m, choice.schedule) for choice in choices if isinstance(choice.key, gemm.Key)]
+    assert {height for height, _ in taken} == {128} and taken[0][1] == "warp_specialised"
+    assert launches[0].constants["BLOCK_M"] == 128
+    assert torch.equal(tall, low) if lora is None else torch.allclose(tall, low, rtol=0.05, atol=0.05)
+    with runtime.choosing({(type(first), first._replace(block_m=128, n=first.n + 128)): forced.popitem()[1]}) as choices:
+        kg.fused_moe(*given[0], **given[1], lora=lora)
+    assert {choice.key.block_m for choice in choices if isinstance(choice.key, gemm.Key)} == {64}
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 20])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import pytest
+import yaml
 
 from kernelgen.core.diagnostics import Failure
 from kernelgen.measure import suites
@@ -1130,3 +1131,11 @@ def test_help_imports_no_torch() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert shown.stdout.strip() == "[]", shown.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "specs/tuned").glob("*/moe_gemm.yaml")), ids=lambda path: path.parent.name)
+def test_warps_of_roles_are_measured_in_blocks_that_they_take(path: Path) -> None:
+    """What nothing serves would be passed over, without a word."""
+    entries = yaml.safe_load(path.read_text())["entries"]
+    heights = {entry["problem"]["block_m"] for entry in entries if entry["schedule"] == "warp_specialised"}
+    assert heights == {128}
