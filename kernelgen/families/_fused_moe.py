@@ -343,8 +343,7 @@ def _bind(given: Given) -> runtime.Call:
 
 
 def _as_tuned(layer: _Layer, given: Given, buffers: FusedMoeWorkspace) -> _Layer:
-    """The layer, whose blocks may be taller, and whose first product may make its rows FP8 and have rows of x in order, where tuning
-    says so."""
+    """The layer as tuning says: blocks may be taller, the first product may make its rows FP8, and have rows of x in order."""
 
     def pays(tried: _Layer) -> bool:
         return is_tuned(next(arguments for name, arguments in tried.launches(given, buffers) if name == "first"), _FIRST)
