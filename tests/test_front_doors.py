@@ -525,6 +525,8 @@ RELATED: list[tuple[str, Callable[[Arguments], Arguments], str]] = [
     ("moe_sum", lambda good: {"keep_empty": True, "out": None}, "out: got None"),
     ("moe_gemm adapted", lambda good: {"v": good["v"].float()}, "v: .* make it with moe_shrink"),
     ("moe_gemm adapted", lambda good: _second(good), "v: .* make it with moe_shrink"),
+    ("moe_align", lambda good: {"local_expert_start": 1, "expert_map": good["topk_ids"].new_zeros(9)}, "local_expert_start: "),
+    ("moe_lora fp8", lambda good: _unlike(good), "a_scale"),
     ("moe_lora_expand", lambda good: {"y": good["y"][None, :, :, :1].contiguous()}, "y: .* rank / shards|y: .*shards"),
     ("moe_quant", lambda good: {"order": "sorted", "tables": _without_blocks(good["tables"])}, "tables: got none"),
     ("moe_shrink", lambda good: {"v": good["v"][:T].clone()}, "lora_a: .* elements apart, wanted 0, for a v of tokens"),
@@ -578,6 +580,12 @@ def _second(good: Arguments) -> Arguments:
     x, w = good["x"].new_zeros(pairs, N), good["w"].new_zeros(EXPERTS, K, N)
     given = {"x": x, "w": w, "out": x.new_zeros(pairs, K), "v": x.new_zeros(T, 1, rank), "activation": None}
     return {**given, "lora_b": [x.new_zeros(LORAS, EXPERTS, K, rank)], "x_rows": "sorted", "out_rows": "pair"}
+
+
+def _unlike(good: Arguments) -> Arguments:
+    """Slices, of which the last has one scale for all experts."""
+    *rest, last = good["a_scale"]
+    return {"a_scale": [*rest, last[:, :1].expand(last.shape)]}
 
 
 def _one_more(name: str, good: Arguments) -> Arguments:

@@ -122,6 +122,28 @@ def test_a_map_of_experts_gives_the_bits_of_local_ids(device: str) -> None:
                 assert wanted.any() and torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("tokens", [2, 17])
+def test_rows_behind_the_valid_ones_keep_their_bytes(device: str, tokens: int) -> None:
+    """Of a caller's ``out``, however few tokens there are; with sizes that fill no pair of 16 bits."""
+    numbers = torch.Generator().manual_seed(tokens)
+
+    def normal(*size: int) -> torch.Tensor:
+        return (torch.randn(size, generator=numbers) / 4).bfloat16().to(device)
+
+    width, inter, rank = 24, 16, 3
+    factors = ((LORAS, 1, rank, width), (LORAS, 1, inter, rank), (LORAS, 1, rank, inter), (LORAS, 1, width, rank))
+    mapping = torch.arange(tokens, dtype=torch.int32, device=device) % LORAS
+    lora = kg.FusedMoeLora(mapping, *[(normal(*size),) for size in factors])
+    inputs = (normal(tokens, width), normal(1, inter, width), normal(1, width, inter))
+    routing = (torch.zeros(tokens, 1, dtype=torch.int32, device=device), torch.ones(tokens, 1, device=device))
+    for adapters in (None, lora):
+        whole = kg.fused_moe(*inputs, *routing, activation="relu2", lora=adapters)
+        out = torch.full((tokens, width), 7.0, device=device)
+        valid = torch.tensor([1], dtype=torch.int32, device=device)
+        kg.fused_moe(*inputs, *routing, activation="relu2", lora=adapters, valid_tokens=valid, out=out)
+        assert torch.equal(out[0], whole[0]) and out[0].any() and (out[1:] == 7.0).all()
+
+
 def test_opcheck_of_the_steps(device: str) -> None:
     layer = Layer(device)
     tokens = layer.ids.shape[0]

@@ -364,20 +364,21 @@ def test_warps_of_roles_serve_where_gluon_is_found(
     _gemm_problem.has_gluon.cache_clear()
 
 
-@pytest.mark.parametrize("padding", [(0, 0), (8, 0), (0, 8), (8, 8)])
-def test_what_lies_in_whole_16_bytes_is_read_by_boxes(driver: Recorder, padding: tuple[int, int]) -> None:
-    """Experts as well as rows; else pointers read it, whatever was measured. In bytes that are too many."""
+@pytest.mark.parametrize(("padding", "gated"), [((0, 0), 1), ((8, 0), 1), ((0, 8), 1), ((8, 8), 1), ((0, 0), 2), ((16, 0), 2)])
+def test_what_lies_in_whole_16_bytes_is_read_by_boxes(driver: Recorder, padding: tuple[int, int], gated: int) -> None:
+    """Experts as well as rows, and those of a gate side by side; else by pointers, whatever was measured. In bytes too many."""
     experts, k, n = 2, 256, 128
     row = k + padding[1] // 2
-    expert = n * row + padding[0] // 2
-    w = torch.zeros(experts * expert, dtype=torch.bfloat16).as_strided((experts, n, k), (expert, row, 1))
+    expert = gated * n * row + padding[0] // 2
+    w = torch.zeros(experts * expert, dtype=torch.bfloat16).as_strided((experts, gated * n, k), (expert, row, 1))
+    how = {"x_rows": "token", "out_rows": "sorted", "activation": "swiglu"} if gated == 2 else {"x_rows": "sorted"}
     x, out = (torch.zeros(64, size, dtype=torch.bfloat16) for size in (k, n))
     tables = kg.moe_align(torch.zeros(64, 1, dtype=torch.int32), num_experts=experts, block_m=64)
     with runtime.choosing({}) as choices:
-        kg.moe_gemm(out, x, w, tables, x_rows="sorted")
+        kg.moe_gemm(out, x, w, tables, **how)
     forced = {(type(choices[0].key), choices[0].key): (("box", None), ("tile", None))}
     with runtime.choosing(forced), runtime.launches() as launches:
-        kg.moe_gemm(out, x, w, tables, x_rows="sorted")
+        kg.moe_gemm(out, x, w, tables, **how)
     assert [launch.variant.partition("_bf16")[0] for launch in launches] == ["tile" if any(padding) else "box"]
 
 

@@ -43,6 +43,7 @@ CASES = (
     Case("gt_block", "a run that goes on in the next block", tokens=33, top_k=1, routing=_ONE, adapters=Adapters("one", 2)),
     Case("ragged", "groups and runs of every size", tokens=61, top_k=3, experts=5, adapters=Adapters(loras=7)),
     Case("ranked", "ranks of every size", tokens=61, top_k=3, experts=5, adapters=Adapters(loras=7, ranks=_RANKS)),
+    Case("eight_adapters", "a power of two, and none", tokens=64, experts=2, adapters=Adapters(loras=8)),
     Case("no_adapter", "a step without adapters: no run", tokens=20, adapters=Adapters("none")),
     Case("disabled", "adapters that are loaded but disabled", tokens=40, adapters=Adapters("spread", 4, (0, 3))),
     Case("a_run_a_row", "every row a run of its own", tokens=16, top_k=1, routing=_ONE, adapters=Adapters("spread", 200)),

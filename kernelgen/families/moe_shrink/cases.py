@@ -122,7 +122,7 @@ CASES = (
         adapters=Adapters("spread", 12),
     ),
     Case(
-        "many_adapters",
+        "adapters_apart",
         "more adapters than a program of tokens takes side by side, and no multiple of them",
         only={"schedule": ("tokens",)},
         tokens=24,
